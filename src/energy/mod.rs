@@ -1,0 +1,1 @@
+//! Device profiles, sensors, meters, carbon, baselines, the budget and the ledger.

@@ -1,0 +1,165 @@
+//! One error type: what went wrong, where, the value, the rule, and what to type.
+//!
+//! Owns the kinds of failure and their exit statuses; knows nothing about how a message is shown. A kind is an enum, so that
+//! code and tests ask `error.kind()` and never search a text.
+
+use std::fmt;
+use std::path::Path;
+
+/// The result every room returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What sort of thing failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The command line.
+    Usage,
+    /// A recipe file: syntax, an unknown key, a value that breaks a rule.
+    Recipe,
+    /// Reading or writing a file.
+    Io,
+    /// The hub: network, authentication, a missing repository or file.
+    Hub,
+    /// A training or validation record.
+    Data,
+    /// A tokenizer or a chat template.
+    Tokenizer,
+    /// A model's configuration or weights.
+    Model,
+    /// A LoRA adapter's configuration or weights.
+    Adapter,
+    /// A device profile or a sensor.
+    Energy,
+    /// A budget that cannot be kept.
+    Budget,
+    /// Memory or disk that does not suffice.
+    Resources,
+    /// A compute device that is not there or was not compiled in.
+    Device,
+    /// A loss or a gradient that is not finite.
+    Diverged,
+    /// A run directory: present already, incomplete, of another recipe.
+    Run,
+    /// A tensor operation that should not have failed.
+    Tensor,
+}
+
+/// When it failed: decides the exit status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Preflight,
+    Running,
+}
+
+/// A failure with everything a person needs to act on it.
+///
+/// ```
+/// use wattune::error::{Error, Kind};
+/// let error = Error::new(Kind::Data, "a record has no text").at("train.jsonl, line 7").hint("remove the line");
+/// assert_eq!(error.to_string(), "a record has no text\n  at train.jsonl, line 7\n\nhint: remove the line");
+/// assert_eq!(error.exit_status(), 2);
+/// ```
+#[derive(Debug)]
+pub struct Error(Box<Parts>);
+
+#[derive(Debug)]
+struct Parts {
+    kind: Kind,
+    stage: Stage,
+    what: String,
+    place: Option<String>,
+    value: Option<String>,
+    rule: Option<String>,
+    hint: Option<String>,
+}
+
+impl Error {
+    /// A failure of `kind`; `what` is one sentence without a final full stop.
+    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
+        let what = what.into();
+        Self(Box::new(Parts { kind, stage: Stage::Preflight, what, place: None, value: None, rule: None, hint: None }))
+    }
+
+    /// A failed file operation: `doing` is what was tried ("read", "write", "create").
+    pub fn io(doing: &str, path: &Path, source: std::io::Error) -> Self {
+        let error = Self::new(Kind::Io, format!("cannot {doing} `{}`: {source}", path.display()));
+        match source.kind() {
+            std::io::ErrorKind::NotFound => error.hint("check the path; paths in a recipe are relative to the recipe file"),
+            std::io::ErrorKind::PermissionDenied => error.hint("check the file's owner and permissions"),
+            std::io::ErrorKind::StorageFull => error.hint("free some space, or choose another place with `--out DIR`"),
+            _ => error,
+        }
+    }
+
+    /// Adds the place: a file and line, a key, a tensor's name.
+    pub fn at(mut self, place: impl Into<String>) -> Self {
+        self.0.place = Some(place.into());
+        self
+    }
+
+    /// Adds the offending value.
+    pub fn value(mut self, value: impl Into<String>) -> Self {
+        self.0.value = Some(value.into());
+        self
+    }
+
+    /// Adds the rule that was broken.
+    pub fn rule(mut self, rule: impl Into<String>) -> Self {
+        self.0.rule = Some(rule.into());
+        self
+    }
+
+    /// Adds the remedy: what to type or change.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    /// Marks the failure as one after preflight: exit status 1.
+    pub fn while_running(mut self) -> Self {
+        self.0.stage = Stage::Running;
+        self
+    }
+
+    /// What sort of thing failed.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The remedy, if there is one.
+    pub fn remedy(&self) -> Option<&str> {
+        self.0.hint.as_deref()
+    }
+
+    /// The exit status: 2 for what preflight refuses, 1 for what fails after that.
+    pub fn exit_status(&self) -> u8 {
+        match self.0.stage {
+            Stage::Preflight => 2,
+            Stage::Running => 1,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = &self.0;
+        f.write_str(&parts.what)?;
+        for (label, text) in [("at", &parts.place), ("value:", &parts.value), ("rule:", &parts.rule)] {
+            if let Some(text) = text {
+                write!(f, "\n  {label} {text}")?;
+            }
+        }
+        match &parts.hint {
+            Some(hint) => write!(f, "\n\nhint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<candle_core::Error> for Error {
+    fn from(source: candle_core::Error) -> Self {
+        Self::new(Kind::Tensor, source.to_string())
+    }
+}

@@ -1,0 +1,342 @@
+//! The recipe: what a run is, in one TOML file.
+//!
+//! Owns the file format. `raw` is exactly the file (unknown keys refused); `Recipe` is the checked form, in which no illegal
+//! value exists. Every mistake is reported in one go, with line, column, caret, rule and remedy. Knows nothing of tensors,
+//! devices or the network: whether a model or a file exists is found out later, in preflight.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::units::{Flops, GramsCo2e, Joules, Money, Price, Pue, Seconds};
+use crate::work::Precision;
+
+/// A checked recipe with every default filled in. Paths are absolute or relative to the current directory, no longer to the file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    /// Names the run directory; the file's stem where the recipe gives none.
+    pub name: String,
+    /// Seeds every random choice.
+    pub seed: u64,
+    /// Which model.
+    pub model: Model,
+    /// What is trained.
+    pub adapter: Adapter,
+    /// On what.
+    pub data: Data,
+    /// How.
+    pub train: Train,
+    /// Within what.
+    pub budget: Budget,
+    /// How energy is counted.
+    pub energy: Energy,
+    /// Against what it is compared.
+    pub baseline: Baseline,
+}
+
+/// The `[model]` table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Model {
+    /// A hub id, a directory, or `embedded:tiny`.
+    pub id: ModelId,
+    /// Branch, tag or commit of a hub model.
+    pub revision: String,
+    /// Compute precision.
+    pub dtype: Precision,
+    /// Where the weights come from.
+    pub init: Init,
+}
+
+/// Where a model is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelId {
+    /// `owner/name` on the hub.
+    Hub(String),
+    /// A local directory (resolved against the recipe's).
+    Directory(PathBuf),
+    /// A model inside the program: the part after `embedded:`.
+    Embedded(String),
+}
+
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// The model's files.
+    Pretrained,
+    /// Drawn anew: training from scratch.
+    Random,
+}
+
+/// The `[adapter]` table.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Adapter {
+    /// Low-rank adapters on a frozen model.
+    Lora(Lora),
+    /// Every weight is trained.
+    None,
+}
+
+/// LoRA's own settings, PEFT's names.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lora {
+    /// Rank.
+    pub r: usize,
+    /// Scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+    pub lora_alpha: f64,
+    /// Probability that an input element of A is dropped.
+    pub lora_dropout: f64,
+    /// Which modules.
+    pub target_modules: Targets,
+    /// Modules left out, whatever `target_modules` says.
+    pub exclude_modules: Option<Targets>,
+    /// Rank-stabilised scaling.
+    pub use_rslora: bool,
+    /// Module pattern -> rank, in file order: the first that matches holds.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Module pattern -> alpha, in file order.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Only these layers.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// An existing PEFT adapter to continue from.
+    pub init_from: Option<PathBuf>,
+    /// The keys the recipe itself wrote (of `r`, `lora_alpha`, `target_modules`, ...): with `init_from` only these may contradict the adapter.
+    pub written: Vec<String>,
+}
+
+/// PEFT's three ways to say which modules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Targets {
+    /// Every linear layer but the output embedding.
+    AllLinear,
+    /// A module whose path equals a name or ends with `.name`.
+    Names(Vec<String>),
+    /// A module whose whole path matches.
+    Regex(String),
+}
+
+/// The `[data]` table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Data {
+    /// Training records.
+    pub train: DataSource,
+    /// Records the loss is evaluated on.
+    pub validation: Validation,
+    /// How a record is read.
+    pub format: Format,
+    /// The wanted field -> the file's column.
+    pub columns: Vec<(String, String)>,
+    /// Longest record in tokens.
+    pub max_length: usize,
+    /// Several records in one row.
+    pub packing: bool,
+    /// A new order each epoch.
+    pub shuffle: bool,
+    /// What a record that cannot be read does.
+    pub on_bad_record: OnBadRecord,
+    /// How a `.txt` file is cut into texts.
+    pub txt_unit: TxtUnit,
+}
+
+/// Where records are found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DataSource {
+    /// A local file (resolved against the recipe's directory).
+    File(PathBuf),
+    /// A data set on the hub: id and, after a `:`, a split.
+    Hub {
+        /// `owner/name`.
+        id: String,
+        /// Named split; "train" unless given.
+        split: String,
+    },
+}
+
+/// Where validation records come from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Validation {
+    /// There are none.
+    None,
+    /// A source of their own.
+    Source(DataSource),
+    /// This share of the training records, chosen by the seed.
+    Fraction(f64),
+}
+
+/// How a record is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// `{text}`.
+    Text,
+    /// `{prompt, completion}` or `{question, answer}`.
+    Completion,
+    /// `{messages}` or ShareGPT's `{conversations}`.
+    Messages,
+    /// `{instruction, input, output}`.
+    Alpaca,
+    /// By the first record's fields.
+    Auto,
+}
+
+/// What a record that cannot be read does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBadRecord {
+    /// Stops the run, naming file and line.
+    Stop,
+    /// Is left out and counted.
+    Skip,
+}
+
+/// How a `.txt` file is cut into texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TxtUnit {
+    /// One text per blank-line paragraph.
+    Paragraph,
+    /// One text per file.
+    File,
+}
+
+/// How long to train.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Length {
+    /// Optimizer steps.
+    Steps(u64),
+    /// Passes over the data, fractions allowed.
+    Epochs(f64),
+}
+
+/// The `[train]` table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Train {
+    /// `steps` or `epochs`.
+    pub length: Length,
+    /// Rows in one forward pass.
+    pub micro_batch_size: usize,
+    /// Forward passes in one step.
+    pub gradient_accumulation_steps: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Its course.
+    pub schedule: Schedule,
+    /// Its rise at the start.
+    pub warmup: Warmup,
+    /// AdamW's beta1.
+    pub adam_beta1: f64,
+    /// AdamW's beta2.
+    pub adam_beta2: f64,
+    /// AdamW's epsilon.
+    pub adam_epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Global gradient norm is clipped here; 0 never clips.
+    pub max_grad_norm: f64,
+    /// Evaluate every so many steps; 0: before and after only.
+    pub eval_every: u64,
+    /// Save every so many steps; 0: at the end only.
+    pub save_every: u64,
+    /// Checkpoints kept.
+    pub save_total_limit: usize,
+    /// Keep the checkpoint of lowest validation loss.
+    pub keep_best: bool,
+    /// Recompute activations in the backward pass.
+    pub activation_checkpointing: Checkpointing,
+}
+
+/// The course of the learning rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Straight to zero.
+    Linear,
+    /// Half a cosine to zero.
+    Cosine,
+    /// Level.
+    Constant,
+}
+
+/// The rise of the learning rate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Warmup {
+    /// A share of the whole course.
+    Ratio(f64),
+    /// A number of steps.
+    Steps(u64),
+}
+
+/// When activations are recomputed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Checkpointing {
+    /// Where memory forces it; resolved by plan.
+    Auto,
+    /// In every layer.
+    Always,
+    /// In none.
+    Never,
+}
+
+/// The `[budget]` table: the first to bind stops the run.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Budget {
+    /// Energy of the machine itself.
+    pub energy: Option<Joules>,
+    /// Emissions, facility overhead included.
+    pub carbon: Option<GramsCo2e>,
+    /// Executed FLOPs.
+    pub flops: Option<Flops>,
+    /// Wall time.
+    pub time: Option<Seconds>,
+    /// Money; needs `energy.price` in the same currency.
+    pub cost: Option<Money>,
+}
+
+/// The `[energy]` table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Energy {
+    /// A profile's name, a profile file, or `auto`.
+    pub device: String,
+    /// Which meter the budget binds on.
+    pub meter: Meter,
+    /// ISO code, US state, cloud region, `world`, or a number in gCO2e/kWh.
+    pub grid: String,
+    /// Facility overhead.
+    pub pue: Pue,
+    /// Price of electricity or of the device.
+    pub price: Option<Price>,
+}
+
+/// Which meter the budget binds on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Meter {
+    /// Measured where complete, else counted.
+    Auto,
+    /// From executed work and the device profile.
+    Counted,
+    /// From the hardware's counters.
+    Measured,
+    /// From profile power and wall time.
+    Timed,
+}
+
+/// The `[baseline]` table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Baseline {
+    /// How the from-scratch comparison is made.
+    pub from_scratch: FromScratch,
+}
+
+/// How the from-scratch comparison is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromScratch {
+    /// By counting.
+    Counted,
+    /// By training the same architecture from random weights.
+    Measured,
+    /// Not at all.
+    Off,
+}

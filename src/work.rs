@@ -1,0 +1,206 @@
+//! What a computation executes: counted, never guessed.
+//!
+//! Owns `Work`, a multiset of matrix products and memory sweeps, and `Tally`, the counter an op adds to as it runs. Both
+//! `plan` and the running ops build it from the same cost functions, so that forecast and execution can be compared for
+//! equality. Knows nothing about devices: joules and bytes per memory level are what a device profile makes of a `Work`.
+
+use std::collections::BTreeMap;
+use std::ops::{Add, AddAssign};
+use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::{Bytes, Flops};
+
+/// The number format of a product's inputs (accumulation is f32 in all of them).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit IEEE.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// 16-bit IEEE.
+    F16,
+}
+
+impl Precision {
+    /// Bytes of one number.
+    pub fn size(self) -> u64 {
+        match self {
+            Precision::F32 => 4,
+            Precision::Bf16 | Precision::F16 => 2,
+        }
+    }
+}
+
+/// A matrix product (m, k) x (k, n): 2mnk FLOPs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Product {
+    /// Rows of the result.
+    pub m: u64,
+    /// Columns of the result.
+    pub n: u64,
+    /// The summed dimension.
+    pub k: u64,
+    /// Format of the inputs.
+    pub precision: Precision,
+}
+
+impl Product {
+    /// 2mnk: a multiply-add is two operations.
+    pub fn flops(&self) -> u64 {
+        2 * self.m * self.n * self.k
+    }
+}
+
+/// Executed matrix products, vector operations and memory sweeps.
+///
+/// ```
+/// use wattune::work::{Precision, Work};
+/// let one = Work::product(2, 3, 4, Precision::F32);
+/// assert_eq!(one.flops(), 48);
+/// assert_eq!((one.clone() + one.clone()), one.times(2));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Work {
+    products: BTreeMap<Product, u64>,
+    /// Bytes of one pass over memory -> how many such passes.
+    sweeps: BTreeMap<u64, u64>,
+    vector_flops: u64,
+}
+
+impl Work {
+    /// One product (m, k) x (k, n).
+    pub fn product(m: usize, n: usize, k: usize, precision: Precision) -> Self {
+        Self::products(1, m, n, k, precision)
+    }
+
+    /// `count` equal products (m, k) x (k, n); an empty one is no work.
+    pub fn products(count: usize, m: usize, n: usize, k: usize, precision: Precision) -> Self {
+        let mut work = Self::default();
+        if count * m * n * k > 0 {
+            let product = Product { m: m as u64, n: n as u64, k: k as u64, precision };
+            work.products.insert(product, count as u64);
+        }
+        work
+    }
+
+    /// One elementwise pass that touches `bytes` of memory and executes `flops` vector operations.
+    pub fn sweep(bytes: usize, flops: usize) -> Self {
+        let mut work = Self::default();
+        if bytes > 0 {
+            work.sweeps.insert(bytes as u64, 1);
+        }
+        work.vector_flops = flops as u64;
+        work
+    }
+
+    /// This work `count` times.
+    pub fn times(&self, count: u64) -> Self {
+        let mut work = self.clone();
+        if count == 0 {
+            return Self::default();
+        }
+        work.products.values_mut().for_each(|n| *n *= count);
+        work.sweeps.values_mut().for_each(|n| *n *= count);
+        work.vector_flops *= count;
+        work
+    }
+
+    /// FLOPs of matrix products and attention; vector operations are kept apart.
+    pub fn flops(&self) -> u64 {
+        self.products.iter().map(|(product, count)| product.flops() * count).sum()
+    }
+
+    /// The same as a quantity.
+    pub fn total_flops(&self) -> Flops {
+        Flops(self.flops() as f64)
+    }
+
+    /// Elementwise operations.
+    pub fn vector_flops(&self) -> u64 {
+        self.vector_flops
+    }
+
+    /// Each distinct product and how often it ran.
+    pub fn each_product(&self) -> impl Iterator<Item = (Product, u64)> + '_ {
+        self.products.iter().map(|(product, count)| (*product, *count))
+    }
+
+    /// Each distinct memory pass (its bytes) and how often it ran.
+    pub fn each_sweep(&self) -> impl Iterator<Item = (Bytes, u64)> + '_ {
+        self.sweeps.iter().map(|(bytes, count)| (Bytes(*bytes), *count))
+    }
+}
+
+impl AddAssign<&Work> for Work {
+    fn add_assign(&mut self, other: &Work) {
+        for (product, count) in &other.products {
+            *self.products.entry(*product).or_default() += count;
+        }
+        for (bytes, count) in &other.sweeps {
+            *self.sweeps.entry(*bytes).or_default() += count;
+        }
+        self.vector_flops += other.vector_flops;
+    }
+}
+
+impl Add for Work {
+    type Output = Work;
+    fn add(mut self, other: Work) -> Work {
+        self += &other;
+        self
+    }
+}
+
+impl std::iter::Sum for Work {
+    fn sum<I: Iterator<Item = Work>>(items: I) -> Work {
+        items.fold(Work::default(), Add::add)
+    }
+}
+
+/// A counter that running ops add to.
+#[derive(Debug, Default)]
+pub struct Tally(Mutex<Work>);
+
+impl Tally {
+    /// Adds executed work.
+    pub fn add(&self, work: Work) {
+        *self.lock() += &work;
+    }
+
+    /// Takes what was counted since the last call.
+    pub fn take(&self) -> Work {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Work> {
+        // A panic in another thread cannot leave a half-added sum behind that matters: the run is over by then.
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_work_is_equal_however_it_was_added() {
+        let a = Work::product(3, 5, 7, Precision::F32);
+        let b = Work::sweep(100, 10);
+        assert_eq!(a.clone() + b.clone(), b.clone() + a.clone());
+        assert_eq!((a.clone() + b.clone()).times(3).flops(), 3 * 210);
+        assert_ne!(a.clone(), Work::product(5, 3, 7, Precision::F32));
+        assert_eq!(Work::product(0, 5, 7, Precision::F32), Work::default());
+        assert_eq!(a.times(0), Work::default());
+    }
+
+    #[test]
+    fn a_tally_is_emptied_by_taking() {
+        let tally = Tally::default();
+        tally.add(Work::product(2, 2, 2, Precision::Bf16));
+        assert_eq!(tally.take().flops(), 16);
+        assert_eq!(tally.take(), Work::default());
+    }
+}
