@@ -19,10 +19,13 @@
 
 #![deny(missing_docs)]
 
+pub mod adapter;
 pub mod data;
 pub mod energy;
 pub mod error;
 pub mod hub;
+pub mod ops;
 pub mod recipe;
+pub mod report;
 pub mod units;
 pub mod work;

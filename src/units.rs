@@ -66,13 +66,8 @@ fn parse_with(text: &str, units: &[(&str, f64)], rule: &str) -> Result<f64, Pars
 
 /// Writes `value` with three or four significant digits in the largest unit that keeps it at or above one.
 fn scaled(f: &mut fmt::Formatter<'_>, value: f64, units: &[(f64, &str)]) -> fmt::Result {
-    let (factor, unit) = units
-        .iter()
-        .rev()
-        .find(|(factor, _)| value.abs() >= *factor)
-        .or(units.first())
-        .copied()
-        .unwrap_or((1.0, ""));
+    let (factor, unit) =
+        units.iter().rev().find(|(factor, _)| value.abs() >= *factor).or(units.first()).copied().unwrap_or((1.0, ""));
     write!(f, "{} {unit}", significant(value / factor))
 }
 

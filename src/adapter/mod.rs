@@ -1,0 +1,1 @@
+//! LoRA on disk and by name: which modules, PEFT's files, merging.

@@ -1,0 +1,1 @@
+//! Primitives with an explicit forward and backward.

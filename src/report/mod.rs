@@ -1,0 +1,1 @@
+//! The run's report: JSON, Markdown, the adapter's model card.
