@@ -1,1 +1,76 @@
 //! Primitives with an explicit forward and backward.
+//!
+//! Each op is one file and one pair on plain tensors: `forward(x) -> (y, Saved)` and `backward(dy, Saved) -> (dx, gradients)`,
+//! as candle primitives (the reference, on any device), as a fused CPU pass where that pays, and with its cost. A running op adds
+//! to the context's tally the very value that its cost function predicts. Activations are (N, C): N tokens of all segments laid
+//! end to end, C channels. Knows nothing of models.
+
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod host;
+mod linear;
+mod parameters;
+mod rms_norm;
+mod rope;
+mod segments;
+mod swiglu;
+
+pub use adamw::{AdamW, adamw_cost};
+pub use attention::{Attention, AttentionSaved, attention_backward_cost, attention_decode_cost, attention_forward_cost};
+pub use cross_entropy::{Head, HeadShape};
+pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
+pub use linear::{Linear, LinearSaved, LinearShape, Lora, dropout_mask};
+pub use parameters::{Gradients, Parameters, Slot, Weight};
+pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
+pub use rope::{Rope, RopeScaling, RopeTables};
+pub use segments::Segments;
+pub use swiglu::{swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
+
+use candle_core::{DType, Tensor};
+
+use crate::error::Result;
+use crate::work::{Precision, Tally};
+
+/// What every op needs beside its tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Where executed work is counted.
+    pub tally: &'a Tally,
+    /// Format of matrix-product inputs.
+    pub precision: Precision,
+    /// Always run the candle-primitive reference, also where a fused CPU pass exists: the oracle of tests.
+    pub reference: bool,
+}
+
+impl<'a> Context<'a> {
+    /// The context of a normal run.
+    pub fn new(tally: &'a Tally, precision: Precision) -> Self {
+        Self { tally, precision, reference: false }
+    }
+
+    /// Whether the fused CPU pass runs on this tensor.
+    fn fused(&self, x: &Tensor) -> bool {
+        !self.reference && x.device().is_cpu()
+    }
+}
+
+/// The candle type of a precision.
+pub fn dtype(precision: Precision) -> DType {
+    match precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+        Precision::F16 => DType::F16,
+    }
+}
+
+/// `a (m, k) x b (k, n) -> (m, n)` in f32: inputs are rounded to the context's precision, sums are f32.
+fn matmul(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let dtype = dtype(context.precision);
+    let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
+    Ok(a.matmul(&b)?.to_dtype(DType::F32)?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! One decoder block: `x1 = x + o(attention(norm x))`, `y = x1 + down(swiglu(gate, up)(norm x1))`, forward and backward.
+
+use candle_core::Tensor;
+use rand::RngExt;
+
+use super::cost::residual_cost;
+use super::linears::{Linears, NAMES, Needs};
+use crate::error::Result;
+use crate::ops::{
+    Attention, AttentionSaved, Context, Gradients, Linear, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments, dropout_mask, swiglu,
+    swiglu_backward,
+};
+use crate::random::{self, Use};
+
+/// A block's weights.
+#[derive(Debug)]
+pub(super) struct Block {
+    /// `model.layers.N`, the prefix of its tensors.
+    pub(super) path: String,
+    pub(super) input_layernorm: RmsNorm,
+    pub(super) post_attention_layernorm: RmsNorm,
+    pub(super) linears: Linears<Linear>,
+    pub(super) attention: Attention,
+}
+
+/// LoRA dropout of one step: masks are drawn from (seed, step, example, module), so that recomputing, resuming and batching differently
+/// redraw the same ones.
+#[derive(Debug, Clone, Copy)]
+pub struct Dropout<'a> {
+    /// Probability that an element is dropped.
+    pub p: f64,
+    /// The recipe's seed.
+    pub seed: u64,
+    /// The optimizer step.
+    pub step: u64,
+    /// Each segment's example.
+    pub examples: &'a [u64],
+}
+
+/// What every block of a pass shares.
+#[derive(Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub(super) context: Context<'a>,
+    pub(super) segments: &'a Segments,
+    pub(super) rope: &'a RopeTables,
+    pub(super) dropout: Option<Dropout<'a>>,
+}
+
+/// What a block's backward pass needs of its forward pass.
+pub(super) struct BlockSaved {
+    norm: RmsNormSaved,
+    attention: AttentionSaved,
+    post_norm: RmsNormSaved,
+    gate: Tensor,
+    up: Tensor,
+    linears: Linears<LinearSaved>,
+}
+
+impl Block {
+    /// x (N, C) -> y (N, C).
+    pub(super) fn forward(&self, pass: Pass<'_>, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
+        let l = &self.linears;
+        let (h, norm) = self.input_layernorm.forward(pass.context, x)?;
+        let (q, q_proj) = self.apply(pass, &l.q_proj, NAMES.q_proj, &h)?;
+        let (k, k_proj) = self.apply(pass, &l.k_proj, NAMES.k_proj, &h)?;
+        let (v, v_proj) = self.apply(pass, &l.v_proj, NAMES.v_proj, &h)?;
+        let (q, k) = (pass.rope.forward(pass.context, &q)?, pass.rope.forward(pass.context, &k)?);
+        let (mixed, attention) = self.attention.forward(pass.context, q, k, v, pass.segments)?;
+        let (o, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &mixed)?;
+        let x1 = add(pass.context, x, &o)?;
+        let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
+        let (gate, gate_proj) = self.apply(pass, &l.gate_proj, NAMES.gate_proj, &h)?;
+        let (up, up_proj) = self.apply(pass, &l.up_proj, NAMES.up_proj, &h)?;
+        let inner = swiglu(pass.context, &gate, &up)?;
+        let (down, down_proj) = self.apply(pass, &l.down_proj, NAMES.down_proj, &inner)?;
+        let linears = Linears { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj };
+        Ok((add(pass.context, &x1, &down)?, BlockSaved { norm, attention, post_norm, gate, up, linears }))
+    }
+
+    /// dy (N, C) -> dx (N, C) where `input_gradient`. Ends as soon as nothing before is trained.
+    pub(super) fn backward(
+        &self,
+        pass: Pass<'_>,
+        dy: &Tensor,
+        saved: &BlockSaved,
+        input_gradient: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let trains = self.linears.try_map(|linear| Ok(linear.lora.is_some() || linear.weight.is_trained()))?;
+        let needs = Needs::of(&trains, input_gradient);
+        let (context, l, s) = (pass.context, &self.linears, &saved.linears);
+        let Some(d_inner) = l.down_proj.backward(context, dy, &s.down_proj, needs.gate, gradients)? else { return Ok(None) };
+        let (d_gate, d_up) = swiglu_backward(context, &d_inner, &saved.gate, &saved.up)?;
+        let dh_gate = l.gate_proj.backward(context, &d_gate, &s.gate_proj, needs.attention, gradients)?;
+        let dh_up = l.up_proj.backward(context, &d_up, &s.up_proj, needs.attention, gradients)?;
+        let (Some(dh_gate), Some(dh_up)) = (dh_gate, dh_up) else { return Ok(None) };
+        let dh = add(context, &dh_gate, &dh_up)?;
+        let dx1 = add(context, dy, &self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, gradients)?)?;
+        let Some(d_mixed) = l.o_proj.backward(context, &dx1, &s.o_proj, needs.qkv, gradients)? else { return Ok(None) };
+        let (dq, dk, dv) = self.attention.backward(context, &d_mixed, &saved.attention, pass.segments)?;
+        let (dq, dk) = (pass.rope.backward(context, &dq)?, pass.rope.backward(context, &dk)?);
+        let dh_q = l.q_proj.backward(context, &dq, &s.q_proj, needs.input, gradients)?;
+        let dh_k = l.k_proj.backward(context, &dk, &s.k_proj, needs.input, gradients)?;
+        let dh_v = l.v_proj.backward(context, &dv, &s.v_proj, needs.input, gradients)?;
+        let (Some(dh_q), Some(dh_k), Some(dh_v)) = (dh_q, dh_k, dh_v) else { return Ok(None) };
+        let dh = add(context, &add(context, &dh_q, &dh_k)?, &dh_v)?;
+        let dx = add(context, &dx1, &self.input_layernorm.backward(context, &dh, &saved.norm, gradients)?)?;
+        Ok(Some(dx))
+    }
+
+    /// One linear layer, its adapter's input masked where there is dropout.
+    fn apply(&self, pass: Pass<'_>, linear: &Linear, name: &str, x: &Tensor) -> Result<(Tensor, LinearSaved)> {
+        let mask = match pass.dropout {
+            Some(dropout) if linear.lora.is_some() => Some(self.mask(pass, dropout, name, x)?),
+            _ => None,
+        };
+        linear.forward(pass.context, x, mask)
+    }
+
+    fn mask(&self, pass: Pass<'_>, dropout: Dropout<'_>, name: &str, x: &Tensor) -> Result<Tensor> {
+        let width = x.dims2()?.1;
+        let path = format!("{}.{name}", self.path);
+        let mut u = Vec::with_capacity(x.elem_count());
+        for (range, example) in pass.segments.ranges().iter().zip(dropout.examples) {
+            let mut stream = random::stream(dropout.seed, Use::Dropout, &[dropout.step, *example], &path);
+            u.extend((0..range.len() * width).map(|_| stream.random::<f32>()));
+        }
+        dropout_mask(u, dropout.p, x)
+    }
+}
+
+/// a + b, counted.
+pub(super) fn add(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (n, c) = a.dims2()?;
+    context.tally.add(residual_cost(n, c));
+    Ok((a + b)?)
+}

@@ -1,0 +1,207 @@
+//! `Architecture` and batch sizes -> `Work`: the forecast of what the decoder executes, op by op.
+//!
+//! Sums the very cost functions that the running ops add to the tally, so that forecast and execution are equal, not close.
+
+use super::architecture::Architecture;
+use super::linears::{Linears, NAMES, Needs};
+use crate::adapter::Site;
+use crate::ops::{
+    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost, attention_forward_cost, embedding_backward_cost,
+    embedding_cost, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
+};
+use crate::error::Result;
+use crate::work::{Precision, Work};
+
+/// Whether each block's activations are kept or computed again in the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recompute {
+    /// Kept.
+    Nothing,
+    /// Only each block's input is kept; its forward pass runs twice.
+    Blocks,
+}
+
+/// A decoder's sizes together with what is trained in it: all that the cost of a step depends on, beside the batch.
+#[derive(Debug, Clone)]
+pub struct ModelShape {
+    architecture: Architecture,
+    /// Rank of the adapter on each linear layer, by block.
+    ranks: Vec<Linears<Option<usize>>>,
+    all_trained: bool,
+    dropout: bool,
+    precision: Precision,
+}
+
+impl ModelShape {
+    /// The shape with adapters on `sites`.
+    pub fn with_adapters(architecture: &Architecture, sites: &[Site], dropout: bool, precision: Precision) -> Result<Self> {
+        let rank_at = |layer: usize, name: &&str| {
+            let path = format!("model.layers.{layer}.{name}");
+            Ok(sites.iter().find(|site| site.path == path).map(|site| site.r))
+        };
+        let ranks = (0..architecture.num_hidden_layers).map(|layer| NAMES.try_map(|name| rank_at(layer, name))).collect::<Result<_>>()?;
+        Ok(Self { architecture: architecture.clone(), ranks, all_trained: false, dropout, precision })
+    }
+
+    /// The shape with every weight trained.
+    pub fn fully_trained(architecture: &Architecture, precision: Precision) -> Result<Self> {
+        Ok(Self { all_trained: true, ..Self::with_adapters(architecture, &[], false, precision)? })
+    }
+
+    /// The architecture it was made from.
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// The first block whose backward pass runs, and whether its input gradient is wanted (only where the embedding is trained).
+    pub(super) fn walk_end(&self) -> (usize, bool) {
+        let trains = |ranks: &Linears<Option<usize>>| ranks.each().iter().any(|r| r.is_some());
+        match self.all_trained {
+            true => (0, true),
+            false => (self.ranks.iter().position(trains).unwrap_or(self.ranks.len()), false),
+        }
+    }
+
+    fn linears(&self, layer: usize, tokens: usize, dropout: bool) -> Linears<LinearShape> {
+        let ranks = &self.ranks[layer];
+        let of = |name: &str, r: Option<usize>| {
+            let (out_features, in_features) = self.architecture.linear_sizes(name);
+            let (bias, trained) = (self.architecture.linear_bias(name), self.all_trained);
+            LinearShape { tokens, in_features, out_features, r, bias, trained, dropout: dropout && r.is_some() }
+        };
+        Linears {
+            q_proj: of(NAMES.q_proj, ranks.q_proj),
+            k_proj: of(NAMES.k_proj, ranks.k_proj),
+            v_proj: of(NAMES.v_proj, ranks.v_proj),
+            o_proj: of(NAMES.o_proj, ranks.o_proj),
+            gate_proj: of(NAMES.gate_proj, ranks.gate_proj),
+            up_proj: of(NAMES.up_proj, ranks.up_proj),
+            down_proj: of(NAMES.down_proj, ranks.down_proj),
+        }
+    }
+
+    fn block_forward(&self, layer: usize, segments: &[usize], dropout: bool) -> Work {
+        let attention = attention_forward_cost(&self.architecture.attention, segments);
+        self.block_but_attention(layer, segments.iter().sum(), dropout) + attention
+    }
+
+    fn block_but_attention(&self, layer: usize, n: usize, dropout: bool) -> Work {
+        let a = &self.architecture;
+        let (q, kv) = (a.attention.heads * a.attention.head_dim, a.attention.kv_heads * a.attention.head_dim);
+        let linears = self.linears(layer, n, dropout);
+        let mut work: Work = linears.each().iter().map(|shape| shape.forward_cost(self.precision)).sum();
+        work += &rms_norm_cost(n, a.hidden_size).times(2);
+        work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
+        work += &swiglu_cost(n * a.intermediate_size);
+        work + residual_cost(n, a.hidden_size).times(2)
+    }
+
+    fn block_backward(&self, layer: usize, segments: &[usize], input: bool) -> Work {
+        let a = &self.architecture;
+        let n: usize = segments.iter().sum();
+        let (q, kv) = (a.attention.heads * a.attention.head_dim, a.attention.kv_heads * a.attention.head_dim);
+        let shapes = self.linears(layer, n, self.dropout);
+        let trains = Linears {
+            q_proj: trains(&shapes.q_proj),
+            k_proj: trains(&shapes.k_proj),
+            v_proj: trains(&shapes.v_proj),
+            o_proj: trains(&shapes.o_proj),
+            gate_proj: trains(&shapes.gate_proj),
+            up_proj: trains(&shapes.up_proj),
+            down_proj: trains(&shapes.down_proj),
+        };
+        let needs = Needs::of(&trains, input);
+        let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
+        let mut work = linear(&shapes.down_proj, needs.gate);
+        if needs.gate {
+            work += &swiglu_backward_cost(n * a.intermediate_size);
+            work += &(linear(&shapes.gate_proj, needs.attention) + linear(&shapes.up_proj, needs.attention));
+        }
+        if needs.attention {
+            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained) + residual_cost(n, a.hidden_size).times(2));
+            work += &linear(&shapes.o_proj, needs.qkv);
+        }
+        if needs.qkv {
+            work += &attention_backward_cost(&a.attention, segments);
+            work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
+            for shape in [&shapes.q_proj, &shapes.k_proj, &shapes.v_proj] {
+                work += &linear(shape, needs.input);
+            }
+        }
+        if needs.input {
+            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained) + residual_cost(n, a.hidden_size).times(3));
+        }
+        work
+    }
+
+    fn head(&self, loss_tokens: usize) -> HeadShape {
+        let (hidden, vocab) = (self.architecture.hidden_size, self.architecture.vocab_size);
+        HeadShape { loss_tokens, hidden, vocab, trained: self.all_trained }
+    }
+
+    fn trunk_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
+        let c = self.architecture.hidden_size;
+        let mut work = embedding_cost(segments.iter().sum(), c) + select_cost(loss_tokens, c) + rms_norm_cost(loss_tokens, c);
+        for layer in 0..self.architecture.num_hidden_layers {
+            work += &self.block_forward(layer, segments, dropout);
+        }
+        work
+    }
+
+    /// Work of the losses of one micro-batch.
+    pub fn evaluation(&self, segments: &[usize], loss_tokens: usize) -> Work {
+        self.trunk_forward(segments, loss_tokens, false) + self.head(loss_tokens).forward_cost(self.precision)
+    }
+
+    /// Work of the losses and gradients of one micro-batch.
+    pub fn training(&self, segments: &[usize], loss_tokens: usize, recompute: Recompute) -> Work {
+        let c = self.architecture.hidden_size;
+        let n = segments.iter().sum();
+        let (end, input) = self.walk_end();
+        let any = end < self.architecture.num_hidden_layers || input;
+        let mut work = self.trunk_forward(segments, loss_tokens, self.dropout);
+        work += &self.head(loss_tokens).backward_cost(self.precision, any);
+        if any {
+            work += &(rms_norm_backward_cost(loss_tokens, c, self.all_trained) + scatter_cost(n, loss_tokens, c));
+        }
+        for layer in end..self.architecture.num_hidden_layers {
+            if recompute == Recompute::Blocks {
+                work += &self.block_forward(layer, segments, self.dropout);
+            }
+            work += &self.block_backward(layer, segments, layer > end || input);
+        }
+        if input {
+            work += &embedding_backward_cost(n, c, self.architecture.vocab_size);
+        }
+        work
+    }
+
+    /// Work of generating one token after `before` others are cached.
+    pub fn decoding(&self, before: usize) -> Work {
+        let a = &self.architecture;
+        let mut work = embedding_cost(1, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
+        for layer in 0..a.num_hidden_layers {
+            work += &(self.block_but_attention(layer, 1, false) + attention_decode_cost(&a.attention, before + 1));
+        }
+        work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
+    }
+}
+
+fn trains(shape: &LinearShape) -> bool {
+    shape.r.is_some() || shape.trained
+}
+
+/// Work of adding (n, c) to the residual stream.
+pub(super) fn residual_cost(n: usize, c: usize) -> Work {
+    Work::sweep(12 * n * c, n * c)
+}
+
+/// Work of picking n rows of c.
+pub(super) fn select_cost(n: usize, c: usize) -> Work {
+    Work::sweep(8 * n * c, 0)
+}
+
+/// Work of putting `rows` rows of c back among n.
+pub(super) fn scatter_cost(n: usize, rows: usize, c: usize) -> Work {
+    Work::sweep(4 * n * c + 8 * rows * c, rows * c)
+}

@@ -1,0 +1,130 @@
+//! AdamW over the flat parameter buffer in one pass (Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW's order of operations).
+
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use rayon::prelude::*;
+
+use super::host::Host;
+use super::{Context, Parameters};
+use crate::error::Result;
+use crate::work::Work;
+
+/// Elements a parallel task takes; also the unit of the norm's partial sums, so that its bytes do not depend on the thread count.
+const CHUNK: usize = 64 * 1024;
+
+/// One optimizer step's settings.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled decay of the values.
+    pub weight_decay: f64,
+    /// Global gradient norm is clipped here; 0 never clips.
+    pub max_grad_norm: f64,
+}
+
+/// Work of one step over n trained numbers: read value, gradient and moments, write value and moments.
+pub fn adamw_cost(n: usize) -> Work {
+    Work::sweep(32 * n, 16 * n)
+}
+
+/// The constants of one pass.
+struct Pass {
+    clip: f32,
+    decay: f32,
+    beta1: f32,
+    beta2: f32,
+    step_size: f32,
+    root_correction: f32,
+    epsilon: f32,
+}
+
+impl AdamW {
+    /// Updates `parameters` by the flat `gradient` (n); `step` counts from 1. Returns the gradient's norm before clipping.
+    pub fn step(&self, context: Context<'_>, parameters: &Parameters, gradient: &Tensor, step: u64) -> Result<f64> {
+        context.tally.add(adamw_cost(parameters.len()));
+        let norm = norm(gradient)?;
+        if !norm.is_finite() {
+            return Ok(norm);
+        }
+        let clip = if self.max_grad_norm > 0.0 { (self.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let pass = Pass {
+            clip: clip as f32,
+            decay: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            step_size: (self.learning_rate / (1.0 - self.beta1.powf(step as f64))) as f32,
+            root_correction: (1.0 - self.beta2.powf(step as f64)).sqrt() as f32,
+            epsilon: self.epsilon as f32,
+        };
+        if context.fused(gradient) {
+            parameters.state().inplace_op2(gradient, &pass)?;
+        } else {
+            pass.reference(parameters.state(), gradient)?;
+        }
+        Ok(norm)
+    }
+}
+
+/// The Euclidean norm, summed in f64 by fixed chunks.
+fn norm(gradient: &Tensor) -> Result<f64> {
+    let host_copy = gradient.to_device(&candle_core::Device::Cpu)?;
+    let host = Host::open(&host_copy)?;
+    let square = |chunk: &[f32]| chunk.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
+    let partial: Vec<f64> = host.slice().par_chunks(CHUNK).map(square).collect();
+    Ok(partial.iter().sum::<f64>().sqrt())
+}
+
+impl Pass {
+    fn update(&self, (value, first, second): (&mut f32, &mut f32, &mut f32), gradient: f32) {
+        let gradient = gradient * self.clip;
+        *first += (gradient - *first) * (1.0 - self.beta1);
+        *second = *second * self.beta2 + gradient * gradient * (1.0 - self.beta2);
+        let denominator = second.sqrt() / self.root_correction + self.epsilon;
+        *value = *value * self.decay - self.step_size * (*first / denominator);
+    }
+
+    /// The same in candle primitives.
+    fn reference(&self, state: &Tensor, gradient: &Tensor) -> Result<()> {
+        let row = |i: usize| state.narrow(0, i, 1)?.flatten_all()?.copy();
+        let (value, first, second) = (row(0)?, row(1)?, row(2)?);
+        let gradient = (gradient * f64::from(self.clip))?;
+        let first = (&first + ((&gradient - &first)? * f64::from(1.0 - self.beta1))?)?;
+        let second = ((second * f64::from(self.beta2))? + (gradient.sqr()? * f64::from(1.0 - self.beta2))?)?;
+        let denominator = ((second.sqrt()? / f64::from(self.root_correction))? + f64::from(self.epsilon))?;
+        let value = ((value * f64::from(self.decay))? - ((&first / denominator)? * f64::from(self.step_size))?)?;
+        for (i, row) in [value, first, second].iter().enumerate() {
+            state.slice_set(&row.unsqueeze(0)?, 0, i)?;
+        }
+        Ok(())
+    }
+}
+
+impl InplaceOp2 for Pass {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, state: &mut CpuStorage, _: &Layout, gradient: &CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(state), CpuStorage::F32(gradient)) = (state, gradient) else {
+            return Err(candle_core::Error::Msg("adamw keeps its state and gradient in f32".into()));
+        };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            return Err(candle_core::Error::Msg("adamw needs a contiguous gradient".into()));
+        };
+        let gradient = &gradient[start..end];
+        let (value, moments) = state.split_at_mut(gradient.len());
+        let (first, second) = moments.split_at_mut(gradient.len());
+        let rows = value.par_chunks_mut(CHUNK).zip(first.par_chunks_mut(CHUNK)).zip(second.par_chunks_mut(CHUNK));
+        rows.zip(gradient.par_chunks(CHUNK)).for_each(|(((value, first), second), gradient)| {
+            let each = value.iter_mut().zip(first).zip(second).zip(gradient);
+            each.for_each(|(((value, first), second), gradient)| self.update((value, first, second), *gradient));
+        });
+        Ok(())
+    }
+}

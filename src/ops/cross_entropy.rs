@@ -1,0 +1,174 @@
+//! Output embedding and negative log-likelihood together, in chunks of rows: a (tokens, vocabulary) matrix never exists.
+//!
+//! For row i with logits z = h W^T (+ adapter-free): loss = log sum exp z - z[target]; dz = (softmax z - onehot target) * scale. Only rows at
+//! loss positions are given in, so a prompt costs nothing here.
+
+use candle_core::{D, DType, Tensor};
+use rayon::prelude::*;
+
+use super::host::{Host, f32_contiguous, tensor};
+use super::{Context, Gradients, Weight, matmul};
+use crate::error::Result;
+use crate::work::{Precision, Work};
+
+/// Numbers one chunk of logits holds at most (16 MiB of f32), but never fewer than `LEAST_ROWS` rows.
+const CHUNK_NUMBERS: usize = 4 << 20;
+const LEAST_ROWS: usize = 16;
+
+/// The output embedding: W (V, C).
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// (V, C); the input embedding itself where they are tied.
+    pub weight: Weight,
+}
+
+/// All that the head's cost depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Rows with a loss.
+    pub loss_tokens: usize,
+    /// C.
+    pub hidden: usize,
+    /// V.
+    pub vocab: usize,
+    /// Whether W is trained.
+    pub trained: bool,
+}
+
+impl HeadShape {
+    /// Rows of each chunk, in order.
+    fn chunks(&self) -> impl Iterator<Item = usize> + use<> {
+        let rows = (CHUNK_NUMBERS / self.vocab.max(1)).max(LEAST_ROWS);
+        let total = self.loss_tokens;
+        (0..total).step_by(rows).map(move |start| rows.min(total - start))
+    }
+
+    /// Work of losses alone.
+    pub fn forward_cost(&self, precision: Precision) -> Work {
+        let sweep = |rows: usize| Work::sweep(4 * rows * self.vocab, 3 * rows * self.vocab);
+        self.chunks().map(|rows| Work::product(rows, self.vocab, self.hidden, precision) + sweep(rows)).sum()
+    }
+
+    /// Work of losses and gradients; `input_gradient`: whether dh is wanted.
+    pub fn backward_cost(&self, precision: Precision, input_gradient: bool) -> Work {
+        let mut work = self.forward_cost(precision);
+        for rows in self.chunks() {
+            work += &Work::sweep(8 * rows * self.vocab, 2 * rows * self.vocab);
+            if input_gradient {
+                work += &Work::product(rows, self.hidden, self.vocab, precision);
+            }
+            if self.trained {
+                work += &Work::product(self.vocab, self.hidden, rows, precision);
+            }
+        }
+        work
+    }
+}
+
+impl Head {
+    fn shape(&self, loss_tokens: usize) -> Result<HeadShape> {
+        let (vocab, hidden) = self.weight.tensor.dims2()?;
+        Ok(HeadShape { loss_tokens, hidden, vocab, trained: self.weight.is_trained() })
+    }
+
+    /// h (N, C) -> logits (N, V), for generation and tests.
+    pub fn logits(&self, context: Context<'_>, h: &Tensor) -> Result<Tensor> {
+        let shape = self.shape(h.dims2()?.0)?;
+        context.tally.add(Work::product(shape.loss_tokens, shape.vocab, shape.hidden, context.precision));
+        matmul(context, h, &self.weight.tensor.t()?)
+    }
+
+    /// h (L, C), targets (L) -> the loss of each row in nats.
+    pub fn forward(&self, context: Context<'_>, h: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+        let shape = self.shape(targets.len())?;
+        context.tally.add(shape.forward_cost(context.precision));
+        let mut losses = Vec::with_capacity(targets.len());
+        for rows in shape.chunks() {
+            let start = losses.len();
+            let logits = matmul(context, &h.narrow(0, start, rows)?, &self.weight.tensor.t()?)?;
+            losses.extend(row_losses(&logits, &targets[start..start + rows])?.0);
+        }
+        Ok(losses)
+    }
+
+    /// h (L, C), targets (L) -> each row's loss, and dh (L, C) of `scale * sum of losses`; W's gradient where it is trained.
+    pub fn forward_backward(
+        &self,
+        context: Context<'_>,
+        h: &Tensor,
+        targets: &[u32],
+        scale: f64,
+        input_gradient: bool,
+        gradients: &mut Gradients,
+    ) -> Result<(Vec<f32>, Option<Tensor>)> {
+        let shape = self.shape(targets.len())?;
+        context.tally.add(shape.backward_cost(context.precision, input_gradient));
+        let mut losses = Vec::with_capacity(targets.len());
+        let mut parts = Vec::new();
+        for rows in shape.chunks() {
+            let start = losses.len();
+            let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
+            let logits = matmul(context, &h, &self.weight.tensor.t()?)?;
+            let (chunk, lse) = row_losses(&logits, targets)?;
+            losses.extend(chunk);
+            let dz = if context.fused(&logits) {
+                logit_gradients_cpu(&logits, &lse, targets, scale as f32)?
+            } else {
+                logit_gradients_reference(&logits, targets, scale)?
+            };
+            if shape.trained {
+                gradients.add(&self.weight, matmul(context, &dz.t()?, &h)?)?;
+            }
+            if input_gradient {
+                parts.push(matmul(context, &dz, &self.weight.tensor)?);
+            }
+        }
+        let dh = if parts.is_empty() { None } else { Some(Tensor::cat(&parts, 0)?) };
+        Ok((losses, dh))
+    }
+}
+
+/// logits (L, V) -> each row's loss and log-sum-exp.
+fn row_losses(logits: &Tensor, targets: &[u32]) -> Result<(Vec<f32>, Vec<f32>)> {
+    let vocab = logits.dims2()?.1;
+    if !logits.device().is_cpu() {
+        let max = logits.max_keepdim(D::Minus1)?;
+        let sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?;
+        let lse = (sum.log()? + max)?.squeeze(1)?;
+        let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
+        let losses = (&lse - logits.gather(&index, 1)?.squeeze(1)?)?;
+        return Ok((losses.to_vec1()?, lse.to_vec1()?));
+    }
+    let logits = f32_contiguous(logits)?;
+    let host = Host::open(&logits)?;
+    let rows = host.slice().par_chunks(vocab).zip(targets);
+    Ok(rows.map(|(z, target)| (log_sum_exp(z), z[*target as usize])).map(|(lse, z)| (lse - z, lse)).unzip())
+}
+
+fn log_sum_exp(z: &[f32]) -> f32 {
+    let max = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = z.iter().map(|z| (z - max).exp()).sum();
+    max + sum.ln()
+}
+
+fn logit_gradients_cpu(logits: &Tensor, lse: &[f32], targets: &[u32], scale: f32) -> Result<Tensor> {
+    let shape = logits.dims2()?;
+    let host = Host::open(logits)?;
+    let mut dz = vec![0.0; shape.0 * shape.1];
+    let rows = dz.par_chunks_mut(shape.1).zip(host.slice().par_chunks(shape.1)).zip(lse.par_iter().zip(targets));
+    rows.for_each(|((dz, z), (lse, target))| {
+        dz.iter_mut().zip(z).for_each(|(dz, z)| *dz = (z - lse).exp() * scale);
+        dz[*target as usize] -= scale;
+    });
+    tensor(dz, shape)
+}
+
+fn logit_gradients_reference(logits: &Tensor, targets: &[u32], scale: f64) -> Result<Tensor> {
+    let max = logits.max_keepdim(D::Minus1)?;
+    let e = logits.broadcast_sub(&max)?.exp()?;
+    let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
+    let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
+    let ones = Tensor::ones((targets.len(), 1), DType::F32, logits.device())?;
+    let onehot = p.zeros_like()?.scatter_add(&index, &ones, 1)?;
+    Ok(((p - onehot)? * scale)?)
+}

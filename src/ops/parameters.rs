@@ -1,0 +1,183 @@
+//! What is trained: one flat buffer of f32 values with named views, and its gradients.
+//!
+//! A trained tensor is a view into the buffer, so an optimizer step on the buffer is seen by every op at once and clipping and AdamW
+//! are one pass each. A frozen weight has no slot, so a gradient for it cannot exist.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Kind, Result};
+
+/// A weight that ops read: frozen, or a view of a trained slot.
+#[derive(Debug, Clone)]
+pub struct Weight {
+    /// The values.
+    pub tensor: Tensor,
+    /// Which slot of the parameters it is; `None` where it is frozen.
+    pub slot: Option<usize>,
+}
+
+impl Weight {
+    /// A weight that is never trained.
+    pub fn frozen(tensor: Tensor) -> Self {
+        Self { tensor, slot: None }
+    }
+
+    /// Whether a gradient is wanted.
+    pub fn is_trained(&self) -> bool {
+        self.slot.is_some()
+    }
+}
+
+/// One trained tensor's place in the buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slot {
+    /// Its name in the files.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Where it starts in the buffer.
+    pub offset: usize,
+}
+
+impl Slot {
+    /// How many numbers it holds.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Every trained value with AdamW's two moments: one (3, n) tensor, rows value, first moment, second moment.
+#[derive(Debug)]
+pub struct Parameters {
+    slots: Vec<Slot>,
+    state: Tensor,
+}
+
+impl Parameters {
+    /// Lays the named tensors out in the given order; moments start at zero.
+    pub fn new(tensors: Vec<(String, Vec<usize>, Vec<f32>)>, device: &Device) -> Result<Self> {
+        let mut slots = Vec::with_capacity(tensors.len());
+        let mut values = Vec::with_capacity(tensors.iter().map(|(_, _, v)| v.len()).sum());
+        for (name, shape, data) in tensors {
+            let slot = Slot { name, shape, offset: values.len() };
+            if slot.len() != data.len() {
+                let (found, wanted) = (data.len(), slot.len());
+                return Err(Error::new(
+                    Kind::Tensor,
+                    format!("`{}` holds {found} numbers where its shape wants {wanted}", slot.name),
+                ));
+            }
+            values.extend_from_slice(&data);
+            slots.push(slot);
+        }
+        let n = values.len();
+        values.resize(3 * n, 0.0);
+        Ok(Self { slots, state: Tensor::from_vec(values, (3, n), device)? })
+    }
+
+    /// The trained tensors' places, in order.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// How many numbers are trained.
+    pub fn len(&self) -> usize {
+        self.slots.last().map_or(0, |slot| slot.offset + slot.len())
+    }
+
+    /// Whether nothing is trained.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A view of slot `index`; it follows every later step.
+    pub fn weight(&self, index: usize) -> Result<Weight> {
+        let slot = &self.slots[index];
+        let view = self.row(0)?.narrow(0, slot.offset, slot.len())?.reshape(slot.shape.as_slice())?;
+        Ok(Weight { tensor: view, slot: Some(index) })
+    }
+
+    /// The (3, n) buffer itself, for the optimizer.
+    pub(super) fn state(&self) -> &Tensor {
+        &self.state
+    }
+
+    /// Row 0 (values), 1 (first moments) or 2 (second moments) as a flat view.
+    fn row(&self, row: usize) -> Result<Tensor> {
+        Ok(self.state.narrow(0, row, 1)?.flatten_all()?)
+    }
+
+    /// A copy of slot `index`'s values.
+    pub fn values(&self, index: usize) -> Result<Vec<f32>> {
+        let slot = &self.slots[index];
+        Ok(self.row(0)?.narrow(0, slot.offset, slot.len())?.to_vec1()?)
+    }
+
+    /// A copy of all three rows, for a checkpoint.
+    pub fn snapshot(&self) -> Result<[Vec<f32>; 3]> {
+        Ok([self.row(0)?.to_vec1()?, self.row(1)?.to_vec1()?, self.row(2)?.to_vec1()?])
+    }
+
+    /// Puts a checkpoint's rows back; each must hold `len()` numbers.
+    pub fn restore(&self, rows: [&[f32]; 3]) -> Result<()> {
+        for (index, row) in rows.into_iter().enumerate() {
+            if row.len() != self.len() {
+                let (found, wanted) = (row.len(), self.len());
+                return Err(Error::new(
+                    Kind::Run,
+                    format!("a checkpoint holds {found} trained numbers where this recipe has {wanted}"),
+                ));
+            }
+            let row = Tensor::from_slice(row, (1, self.len()), self.state.device())?;
+            self.state.slice_set(&row, 0, index)?;
+        }
+        Ok(())
+    }
+}
+
+/// Gradients of one step, summed over its micro-batches, by slot.
+#[derive(Debug, Default)]
+pub struct Gradients {
+    by_slot: Vec<Option<Tensor>>,
+}
+
+impl Gradients {
+    /// No gradients yet, for `slots` trained tensors.
+    pub fn new(slots: usize) -> Self {
+        Self { by_slot: vec![None; slots] }
+    }
+
+    /// Adds `gradient` to that of `weight`; a frozen weight's gradient is a programming error and refused.
+    pub fn add(&mut self, weight: &Weight, gradient: Tensor) -> Result<()> {
+        let Some(entry) = weight.slot.and_then(|slot| self.by_slot.get_mut(slot)) else {
+            return Err(Error::new(Kind::Tensor, "a gradient was computed for a weight that is not trained"));
+        };
+        *entry = Some(match entry.take() {
+            Some(sum) => (sum + gradient)?,
+            None => gradient,
+        });
+        Ok(())
+    }
+
+    /// The gradient of slot `index`, if one was computed.
+    pub fn get(&self, index: usize) -> Option<&Tensor> {
+        self.by_slot.get(index).and_then(Option::as_ref)
+    }
+
+    /// All gradients as one flat f32 tensor in the parameters' order; a slot without one is named in the error.
+    pub fn flat(&self, parameters: &Parameters) -> Result<Tensor> {
+        let mut parts = Vec::with_capacity(self.by_slot.len());
+        for (slot, gradient) in parameters.slots().iter().zip(&self.by_slot) {
+            let Some(gradient) = gradient else {
+                return Err(Error::new(Kind::Diverged, format!("`{}` is trained but received no gradient", slot.name)));
+            };
+            parts.push(gradient.flatten_all()?.to_dtype(DType::F32)?);
+        }
+        Ok(Tensor::cat(&parts, 0)?)
+    }
+}

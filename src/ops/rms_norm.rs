@@ -1,0 +1,105 @@
+//! `y = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, equation 4).
+
+use candle_core::{D, Tensor};
+use rayon::prelude::*;
+
+use super::host::{Host, ROWS_PER_TASK, tensor};
+use super::{Context, Gradients, Weight};
+use crate::error::Result;
+use crate::work::Work;
+
+/// A norm: its weight (C) and epsilon.
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    /// (C).
+    pub weight: Weight,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+/// What `backward` needs: the input (N, C); everything else is cheaper to compute again.
+#[derive(Debug, Clone)]
+pub struct RmsNormSaved {
+    x: Tensor,
+}
+
+/// Work of a forward pass over (n, c).
+pub fn rms_norm_cost(n: usize, c: usize) -> Work {
+    Work::sweep(8 * n * c, 4 * n * c)
+}
+
+/// Work of a backward pass over (n, c).
+pub fn rms_norm_backward_cost(n: usize, c: usize, trained: bool) -> Work {
+    let extra = if trained { 2 * n * c } else { 0 };
+    Work::sweep(12 * n * c, 8 * n * c + extra)
+}
+
+impl RmsNorm {
+    /// x (N, C) -> y (N, C).
+    pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
+        let (n, c) = x.dims2()?;
+        context.tally.add(rms_norm_cost(n, c));
+        let y = if context.fused(x) { self.forward_cpu(x)? } else { self.forward_reference(x)? };
+        Ok((y, RmsNormSaved { x: x.clone() }))
+    }
+
+    /// dy (N, C) -> dx (N, C); the weight's gradient where it is trained.
+    pub fn backward(&self, context: Context<'_>, dy: &Tensor, saved: &RmsNormSaved, gradients: &mut Gradients) -> Result<Tensor> {
+        let (n, c) = dy.dims2()?;
+        context.tally.add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
+        if self.weight.is_trained() {
+            let normed = (&saved.x).broadcast_mul(&self.inverse_rms(&saved.x)?)?;
+            gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
+        }
+        if context.fused(dy) { self.backward_cpu(dy, &saved.x) } else { self.backward_reference(dy, &saved.x) }
+    }
+
+    /// 1 / sqrt(mean(x^2) + eps), (N, 1).
+    fn inverse_rms(&self, x: &Tensor) -> Result<Tensor> {
+        Ok((x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?.recip()?)
+    }
+
+    fn forward_reference(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.broadcast_mul(&self.inverse_rms(x)?)?.broadcast_mul(&self.weight.tensor)?)
+    }
+
+    /// With s = inverse rms and g = dy * weight: dx = s g - x s^3 mean(g x).
+    fn backward_reference(&self, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let s = self.inverse_rms(x)?;
+        let g = dy.broadcast_mul(&self.weight.tensor)?;
+        let along = ((&g * x)?.mean_keepdim(D::Minus1)? * s.powf(3.0)?)?;
+        Ok((g.broadcast_mul(&s)? - x.broadcast_mul(&along)?)?)
+    }
+
+    fn forward_cpu(&self, x: &Tensor) -> Result<Tensor> {
+        let (n, c) = x.dims2()?;
+        let (x, weight) = (Host::open(x)?, Host::open(&self.weight.tensor)?);
+        let (x, weight) = (x.slice(), weight.slice());
+        let mut y = vec![0.0; n * c];
+        y.par_chunks_mut(c).zip(x.par_chunks(c)).with_min_len(ROWS_PER_TASK).for_each(|(y, x)| {
+            let s = self.inverse_rms_of(x);
+            y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
+        });
+        tensor(y, (n, c))
+    }
+
+    fn backward_cpu(&self, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+        let (n, c) = x.dims2()?;
+        let (dy, x, weight) = (Host::open(dy)?, Host::open(x)?, Host::open(&self.weight.tensor)?);
+        let (dy, x, weight) = (dy.slice(), x.slice(), weight.slice());
+        let mut dx = vec![0.0; n * c];
+        let rows = dx.par_chunks_mut(c).zip(dy.par_chunks(c)).zip(x.par_chunks(c));
+        rows.with_min_len(ROWS_PER_TASK).for_each(|((dx, dy), x)| {
+            let s = self.inverse_rms_of(x);
+            let gx: f32 = dy.iter().zip(weight).zip(x).map(|((dy, w), x)| dy * w * x).sum();
+            let along = gx / c as f32 * s * s * s;
+            dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
+        });
+        tensor(dx, (n, c))
+    }
+
+    fn inverse_rms_of(&self, x: &[f32]) -> f32 {
+        let mean = x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
+        1.0 / (mean + self.eps as f32).sqrt()
+    }
+}
