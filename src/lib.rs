@@ -25,6 +25,7 @@ pub mod energy;
 pub mod error;
 pub mod hub;
 pub mod ops;
+pub mod random;
 pub mod recipe;
 pub mod report;
 pub mod units;
