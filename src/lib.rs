@@ -24,6 +24,7 @@ pub mod data;
 pub mod energy;
 pub mod error;
 pub mod hub;
+pub mod model;
 pub mod ops;
 pub mod random;
 pub mod recipe;

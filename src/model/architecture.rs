@@ -198,7 +198,10 @@ fn attention(config: &Config<'_>, model_type: &str, hidden_size: usize) -> Resul
         return refuse("`num_key_value_heads` must divide `num_attention_heads`", format!("{heads} and {kv_heads}"));
     }
     if config.get("head_dim").is_none() && hidden_size % heads != 0 {
-        return refuse("`num_attention_heads` must divide `hidden_size` where there is no `head_dim`", format!("{hidden_size} and {heads}"));
+        return refuse(
+            "`num_attention_heads` must divide `hidden_size` where there is no `head_dim`",
+            format!("{hidden_size} and {heads}"),
+        );
     }
     if head_dim % 2 != 0 || head_dim == 0 {
         return refuse("`head_dim` must be even", head_dim.to_string());

@@ -7,8 +7,8 @@ use super::cost::residual_cost;
 use super::linears::{Linears, NAMES, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Context, Gradients, Linear, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments, dropout_mask, swiglu,
-    swiglu_backward,
+    Attention, AttentionSaved, Context, Gradients, Linear, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments,
+    dropout_mask, swiglu, swiglu_backward,
 };
 use crate::random::{self, Use};
 
@@ -54,6 +54,13 @@ pub(super) struct BlockSaved {
     gate: Tensor,
     up: Tensor,
     linears: Linears<LinearSaved>,
+}
+
+impl BlockSaved {
+    /// The keys (rotated) and values of the pass, for a generation's cache.
+    pub(super) fn keys_and_values(&self) -> (Tensor, Tensor) {
+        self.attention.keys_and_values()
+    }
 }
 
 impl Block {

@@ -5,11 +5,11 @@
 use super::architecture::Architecture;
 use super::linears::{Linears, NAMES, Needs};
 use crate::adapter::Site;
-use crate::ops::{
-    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost, attention_forward_cost, embedding_backward_cost,
-    embedding_cost, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
-};
 use crate::error::Result;
+use crate::ops::{
+    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost, attention_forward_cost,
+    embedding_backward_cost, embedding_cost, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
+};
 use crate::work::{Precision, Work};
 
 /// Whether each block's activations are kept or computed again in the backward pass.
@@ -39,7 +39,8 @@ impl ModelShape {
             let path = format!("model.layers.{layer}.{name}");
             Ok(sites.iter().find(|site| site.path == path).map(|site| site.r))
         };
-        let ranks = (0..architecture.num_hidden_layers).map(|layer| NAMES.try_map(|name| rank_at(layer, name))).collect::<Result<_>>()?;
+        let ranks =
+            (0..architecture.num_hidden_layers).map(|layer| NAMES.try_map(|name| rank_at(layer, name))).collect::<Result<_>>()?;
         Ok(Self { architecture: architecture.clone(), ranks, all_trained: false, dropout, precision })
     }
 

@@ -104,6 +104,13 @@ pub struct AttentionSaved {
     lse: Tensor,
 }
 
+impl AttentionSaved {
+    /// The keys and values that went in, (N, Hkv D) each.
+    pub fn keys_and_values(&self) -> (Tensor, Tensor) {
+        (self.k.clone(), self.v.clone())
+    }
+}
+
 impl Attention {
     /// q (N, Hq D), k, v (N, Hkv D) -> (N, Hq D).
     pub fn forward(

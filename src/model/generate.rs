@@ -1,0 +1,141 @@
+//! Text generation with a cache of keys and values: one token at a time after the prompt.
+
+use candle_core::{D, Tensor};
+use rand::RngExt;
+
+use super::block::{Pass, add};
+use super::decoder::Decoder;
+use crate::error::{Error, Kind, Result};
+use crate::ops::{Context, Segments, swiglu};
+use crate::random::{Use, stream};
+
+/// How the next token is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// 0: the likeliest token; else logits are divided by it.
+    pub temperature: f64,
+    /// Only the likeliest tokens whose probabilities reach this sum; 1: all.
+    pub top_p: f64,
+    /// Only so many likeliest tokens; 0: all.
+    pub top_k: usize,
+    /// Seeds the draw.
+    pub seed: u64,
+}
+
+/// A text being generated: its cached keys and values.
+pub struct Session<'a> {
+    decoder: &'a Decoder,
+    context: Context<'a>,
+    /// Keys and values (T, Hkv D) of each block so far.
+    cache: Vec<Option<(Tensor, Tensor)>>,
+    length: usize,
+}
+
+impl<'a> Session<'a> {
+    /// An empty text.
+    pub fn new(decoder: &'a Decoder, context: Context<'a>) -> Self {
+        Self { decoder, context, cache: vec![None; decoder.architecture().num_hidden_layers], length: 0 }
+    }
+
+    /// Tokens read so far.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Reads `tokens` and returns the logits (V) that follow the last of them.
+    pub fn read(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        if tokens.is_empty() {
+            return Err(Error::new(Kind::Usage, "the prompt holds no token").hint("give a prompt that is not empty"));
+        }
+        let mut x = None;
+        if self.length == 0 {
+            x = Some(self.prefill(tokens)?);
+        } else {
+            for token in tokens {
+                x = Some(self.advance(*token)?);
+            }
+        }
+        let x = x.ok_or_else(|| Error::new(Kind::Tensor, "nothing was read"))?;
+        Ok(self.decoder.head_logits(self.context, &x)?.squeeze(0)?.to_vec1()?)
+    }
+
+    /// The whole prompt at once; returns the last token's (1, C).
+    fn prefill(&mut self, tokens: &[u32]) -> Result<Tensor> {
+        let segments = Segments::of_lengths([tokens.len()]);
+        let rope = self.decoder.architecture().rope.tables(&segments, self.decoder.device())?;
+        let pass = Pass { context: self.context, segments: &segments, rope: &rope, dropout: None };
+        let ids = Tensor::from_slice(tokens, tokens.len(), self.decoder.device())?;
+        let mut x = self.decoder.embed(self.context, &ids)?;
+        for (block, cache) in self.decoder.blocks.iter().zip(&mut self.cache) {
+            let (y, saved) = block.forward(pass, &x)?;
+            *cache = Some(saved.keys_and_values());
+            x = y;
+        }
+        self.length = tokens.len();
+        Ok(x.narrow(0, tokens.len() - 1, 1)?.contiguous()?)
+    }
+
+    /// One more token; returns its (1, C).
+    fn advance(&mut self, token: u32) -> Result<Tensor> {
+        let context = self.context;
+        let rope = self.decoder.architecture().rope.tables_from(self.length, 1, self.decoder.device())?;
+        let mut x = self.decoder.embed(context, &Tensor::from_slice(&[token], 1, self.decoder.device())?)?;
+        for (block, cache) in self.decoder.blocks.iter().zip(&mut self.cache) {
+            let l = &block.linears;
+            let h = block.input_layernorm.forward(context, &x)?.0;
+            let q = rope.forward(context, &l.q_proj.forward(context, &h, None)?.0)?;
+            let mut k = rope.forward(context, &l.k_proj.forward(context, &h, None)?.0)?;
+            let mut v = l.v_proj.forward(context, &h, None)?.0;
+            if let Some((keys, values)) = cache.take() {
+                k = Tensor::cat(&[keys, k], 0)?;
+                v = Tensor::cat(&[values, v], 0)?;
+            }
+            let mixed = block.attention.decode(context, &q, &k, &v)?;
+            *cache = Some((k, v));
+            let x1 = add(context, &x, &l.o_proj.forward(context, &mixed, None)?.0)?;
+            let h = block.post_attention_layernorm.forward(context, &x1)?.0;
+            let (gate, up) = (l.gate_proj.forward(context, &h, None)?.0, l.up_proj.forward(context, &h, None)?.0);
+            let inner = swiglu(context, &gate, &up)?;
+            x = add(context, &x1, &l.down_proj.forward(context, &inner, None)?.0)?;
+        }
+        self.length += 1;
+        debug_assert_eq!(x.dim(D::Minus1)?, self.decoder.architecture().hidden_size);
+        Ok(x)
+    }
+}
+
+impl Sampling {
+    /// The likeliest token, always.
+    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+
+    /// Chooses the token number `index` of a text from its logits (V).
+    pub fn choose(&self, logits: &[f32], index: u64) -> u32 {
+        let mut ranked: Vec<u32> = (0..logits.len() as u32).collect();
+        let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        if self.temperature == 0.0 {
+            return ranked.into_iter().min_by(by_logit).unwrap_or(0);
+        }
+        ranked.sort_by(by_logit);
+        if self.top_k > 0 {
+            ranked.truncate(self.top_k);
+        }
+        let max = ranked.first().map_or(0.0, |id| f64::from(logits[*id as usize]));
+        let weight = |id: &u32| ((f64::from(logits[*id as usize]) - max) / self.temperature).exp();
+        let total: f64 = ranked.iter().map(weight).sum();
+        let mut reached = 0.0;
+        let within = ranked.iter().take_while(|id| {
+            let before = reached;
+            reached += weight(id) / total;
+            before < self.top_p
+        });
+        let kept = within.count().max(1);
+        ranked.truncate(kept);
+        let total: f64 = ranked.iter().map(weight).sum();
+        let mut left = stream(self.seed, Use::Sampling, &[index], "").random::<f64>() * total;
+        let chosen = ranked.iter().find(|id| {
+            left -= weight(id);
+            left <= 0.0
+        });
+        chosen.or(ranked.last()).copied().unwrap_or(0)
+    }
+}
