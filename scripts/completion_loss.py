@@ -83,7 +83,8 @@ def summed_loss(model, examples, padded=True):
         return sum(summed_loss(model, [example]) for example in examples)
     ids, seen, labels = pad(examples)
     logits = model(input_ids=ids, attention_mask=seen).logits.float()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    predicted, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(predicted, wanted, ignore_index=-100, reduction="sum")
 
 
 def loss_tokens(examples):

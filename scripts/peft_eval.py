@@ -68,11 +68,13 @@ def main():
     model = load_base(folder)
     if not args.merged and args.paths[1] != "none":
         model = load_adapter(model, args.paths[1])
-    examples, counts = cl.encode_all(cl.Encoder(args.tokenizer or folder), cl.read_records(args.paths[-1], args.limit), args.max_length)
+    records = cl.read_records(args.paths[-1], args.limit)
+    examples, counts = cl.encode_all(cl.Encoder(args.tokenizer or folder), records, args.max_length)
     if not examples:
         sys.exit(f"{args.paths[-1]}: no record has a loss token within --max-length")
     loss = cl.evaluate(model.eval(), examples, args.batch)
-    print(json.dumps({"loss": loss, "loss_tokens": cl.loss_tokens(examples), "tokens": cl.tokens(examples), "examples": len(examples), **counts}))
+    sizes = {"loss_tokens": cl.loss_tokens(examples), "tokens": cl.tokens(examples), "examples": len(examples)}
+    print(json.dumps({"loss": loss, **sizes, **counts}))
 
 
 if __name__ == "__main__":

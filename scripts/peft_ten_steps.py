@@ -67,7 +67,8 @@ def base_model(folder):
 
 def make_start(args):
     """Writes OUT/start."""
-    settings = peft.LoraConfig(r=args.r, lora_alpha=args.lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=args.r, lora_alpha=args.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+                               task_type="CAUSAL_LM")
     torch.manual_seed(args.seed)
     model = peft.get_peft_model(base_model(args.model_dir), settings)
     generator = torch.Generator().manual_seed(args.seed)
@@ -89,7 +90,8 @@ def save(model, folder, args):
 def train(model, examples, args):
     """(a record per step, L2 norm of each tensor's gradient in step 0)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay, foreach=False)
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay,
+                                  foreach=False)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=args.steps)
     steps, first = [], None
     for step in range(args.steps):
@@ -120,13 +122,14 @@ def main():
     encoder = cl.Encoder(args.model_dir)
     examples, counts = cl.encode_all(encoder, cl.read_records(args.data, args.steps * args.batch), args.max_length)
     if len(examples) < args.steps * args.batch:
-        raise SystemExit(f"{args.data}: {len(examples)} usable records, {args.steps * args.batch} needed: lower --steps or --batch")
+        needed = f"{args.steps * args.batch} needed: lower --steps or --batch"
+        raise SystemExit(f"{args.data}: {len(examples)} usable records, {needed}")
     base = base_model(args.model_dir)
     valid = None
     if args.valid:
         held_out, cut = cl.encode_all(encoder, cl.read_records(args.valid, args.valid_limit), args.max_length)
-        valid = {"sha256": sha256(args.valid), "examples": len(held_out), **cut, "tokens": cl.tokens(held_out), "loss_tokens": cl.loss_tokens(held_out),
-                 "loss_base": cl.evaluate(base, held_out)}
+        valid = {"sha256": sha256(args.valid), "examples": len(held_out), **cut, "tokens": cl.tokens(held_out),
+                 "loss_tokens": cl.loss_tokens(held_out), "loss_base": cl.evaluate(base, held_out)}
     model = peft.PeftModel.from_pretrained(base, args.start or make_start(args), is_trainable=True)
     if valid:
         valid["loss_start"] = cl.evaluate(model, held_out)
@@ -135,9 +138,10 @@ def main():
     config = model.peft_config["default"]
     record = {
         "made_by": "scripts/peft_ten_steps.py", "versions": versions(),
-        "settings": {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": "all-linear", "lr": args.lr, "schedule": "linear",
-                     "warmup_steps": 0, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": args.weight_decay, "max_grad_norm": 1.0,
-                     "batch": args.batch, "max_length": args.max_length, "packing_style": args.packing_style, "seed": args.seed},
+        "settings": {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": "all-linear", "lr": args.lr,
+                     "schedule": "linear", "warmup_steps": 0, "betas": [0.9, 0.999], "eps": 1e-8,
+                     "weight_decay": args.weight_decay, "max_grad_norm": 1.0, "batch": args.batch, "max_length": args.max_length,
+                     "packing_style": args.packing_style, "seed": args.seed},
         "sha256": {"model": sha256(args.model_dir / "model.safetensors"), "data": sha256(args.data)},
         "bos": encoder.special, "eos": encoder.eos, "examples": len(examples), **counts, "steps": steps,
         "first_grad_norms": first,

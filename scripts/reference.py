@@ -206,20 +206,25 @@ def measure(model, sequences, masks, padded=False):
     return [l.detach().clone() for l in logits], loss.item(), grads
 
 
-def train(model, sequences, masks):
-    """Ten AdamW steps at a constant rate on the one batch; weights are those of `model` afterwards."""
+def trained(model):
+    """Copies of the trainable tensors by name."""
+    return {file_name(n): p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model, sequences, masks, padded=False):
+    """Ten AdamW steps at a constant rate on the one batch: (a record per step, loss afterwards, weights afterwards)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, **{**OPTIMIZER, "betas": tuple(OPTIMIZER["betas"])}, foreach=False)
     steps = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        _, loss = run(model, sequences, masks)
+        _, loss = run(model, sequences, masks, padded)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM, foreach=False)
         optimizer.step()
         steps.append({"step": step, "lr": OPTIMIZER["lr"], "loss": loss.item(), "grad_norm": norm.item()})
     with torch.no_grad():
-        return steps, run(model, sequences, masks)[1].item()
+        return steps, run(model, sequences, masks, padded)[1].item(), trained(model)
 
 
 def difference(a, b):
@@ -263,14 +268,19 @@ def golden_full(name, seed):
         record[f"{kind}_loss"] = loss
         tensors |= {f"{kind}.logits.{i}": l for i, l in enumerate(logits)}
         tensors |= {f"{kind}.grad.{n}": g for n, g in grads.items()}
-    steps, after = train(model, sequences, masks)
+    steps, after, final = train(model, sequences, masks)
+    again = train(load(name, True, "sdpa"), sequences, masks, padded=True)
+    noise |= {"step_loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(steps, again[0])), "loss_after": abs(after - again[1]),
+              "step_grad_norm": max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(steps, again[0])),
+              "adapter_final": difference(final, again[2])}
     assert steps[0]["loss"] == record["adapter_loss"]
-    tensors |= {f"adapter.final.{file_name(n)}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    tensors |= {f"adapter.final.{n}": p for n, p in final.items()}
     record |= {"loss_mask": torch.cat(masks).tolist(), "loss_tokens": int(torch.cat(masks).sum()),
                "optimizer": {"type": "AdamW", **OPTIMIZER, "max_grad_norm": MAX_GRAD_NORM, "schedule": "constant"},
                "steps": steps, "loss_after": after, "noise": noise}
     write(name, tensors, record, sequences)
-    return f"base {record['base_loss']:.6f} adapter {record['adapter_loss']:.6f} after {after:.6f} noise {max(noise.values()):.1e}"
+    losses = f"base {record['base_loss']:.6f} adapter {record['adapter_loss']:.6f} after {after:.6f}"
+    return f"{losses} noise {max(noise.values()):.1e}"
 
 
 def golden_logits(name, seed):
