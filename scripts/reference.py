@@ -1,0 +1,315 @@
+"""Golden files of tiny random models, made with transformers and peft: the outside opinion that the Rust tests are held to.
+
+    python scripts/reference.py [NAME...]          # all models, or those named; writes tests/golden/tiny/NAME/
+
+Needs torch, transformers and peft (golden.json names the versions used). CPU, one thread, float32 end to end, eager
+attention, each sequence run alone without padding. Deterministic: a second run writes the same bytes.
+
+Two kinds of model. All have hidden 32 and 2 layers; every weight is random, norms (not 1) and biases (not 0) too.
+
+full: gqa (4 heads, 2 kv) · tied (tied embeddings, head_dim 12 although hidden/heads = 8) · biases (attention and MLP
+biases) · qwen2 (bias on q, k, v alone) · llama3rope (rope scaling whose three frequency zones are all hit: head_dim 16)
+  config.json, model.safetensors   as transformers saves them
+  adapter/                         as PEFT saves it: r 4, lora_alpha 12, all-linear, A and B both non-zero
+  golden.safetensors
+    input_ids i64 [T], segments i64 [S] (lengths that sum to T), loss_mask u8 [T] (1: this token is predicted; the first
+    of a segment never is; one segment has a masked stretch in its middle, as a second turn would)
+    base.logits.I, adapter.logits.I   f32 [segment I's length, vocab]
+    base.grad.HF_NAME                 d(base loss)/dW of every weight, no adapter; tied weights once, as embed_tokens
+    adapter.grad.PEFT_NAME            d(adapter loss)/dA, dB at the saved adapter, base frozen
+    adapter.final.PEFT_NAME           the adapter after ten steps
+  golden.json
+    versions, segments, input_ids, loss_mask, loss_tokens, base_loss, adapter_loss,
+    optimizer (its settings), steps [{step, lr, loss, grad_norm}], loss_after,
+    noise (largest difference to the same figures from sdpa attention over one right-padded batch: what float32
+    rounding alone does; a test's tolerance may not be smaller)
+  PEFT_NAME is the name in adapter_model.safetensors: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight.
+  A step's loss is taken before its update; grad_norm is the global L2 norm before clipping. Losses are nats per loss
+  token, weighted by token over both segments.
+
+logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
+inside them: `dynamic` must scale the first and not the second) · mistral (sliding window 16 over 40 tokens, then 10)
+  config.json, model.safetensors; golden.safetensors: input_ids, segments, base.logits.I; golden.json: versions,
+  segments, input_ids, noise.
+
+Models with rope scaling also get config_v4.json: the same config in the words of transformers 4 (rope_theta and
+rope_scaling instead of rope_parameters), as most published checkpoints have it; the script checks that both read alike.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import safetensors
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
+STEPS = 10
+OPTIMIZER = {"lr": 1e-2, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
+MAX_GRAD_NORM = 1.0
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
+             tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, use_cache=False)
+LONG = dict(SMALL, vocab_size=48, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)  # head_dim 16
+
+
+def rope(rope_type, theta=10000.0, **settings):
+    return {"rope_type": rope_type, "rope_theta": theta, **settings}
+
+
+FULL = {
+    "gqa": lambda: LlamaConfig(**SMALL, vocab_size=96, intermediate_size=48),
+    "tied": lambda: LlamaConfig(**{**SMALL, "num_key_value_heads": 4, "tie_word_embeddings": True}, head_dim=12,
+                                vocab_size=96, intermediate_size=32),
+    "biases": lambda: LlamaConfig(**SMALL, vocab_size=64, intermediate_size=40, attention_bias=True, mlp_bias=True),
+    "qwen2": lambda: Qwen2Config(**SMALL, vocab_size=64, intermediate_size=40),
+    # Wavelengths of head_dim 16 at theta 500000: 6.3 (kept), 32 (between 64/4 and 64/1: blended), 167 and up (divided by 8).
+    "llama3rope": lambda: LlamaConfig(
+        **{**LONG, "vocab_size": 64, "intermediate_size": 32}, max_position_embeddings=512,
+        rope_parameters=rope("llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                             original_max_position_embeddings=64)),
+}
+LOGITS_ONLY = {
+    "linear": (lambda: LlamaConfig(**LONG, max_position_embeddings=256, rope_parameters=rope("linear", factor=4.0)), (100, 20)),
+    # dynamic counts from max_position_embeddings: it has no original length of its own.
+    "dynamic": (lambda: LlamaConfig(**LONG, max_position_embeddings=64, rope_parameters=rope("dynamic", factor=4.0)), (100, 20)),
+    "yarn": (lambda: LlamaConfig(**LONG, max_position_embeddings=256,
+                                 rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=64)), (100, 20)),
+    "mistral": (lambda: MistralConfig(**{**LONG, "num_attention_heads": 4, "num_key_value_heads": 2}, head_dim=8,
+                                      sliding_window=16, max_position_embeddings=64), (40, 10)),
+}
+# Per segment: 0 = context, 1 = predicted.
+LOSS_MASKS = [[0] * 4 + [1] * 3 + [0] * 2 + [1] * 4, [0] * 3 + [1] * 6]
+
+
+def randomise(model, seed):
+    """Fills every parameter: matrices N(0, 0.2^2), biases N(0, 0.3^2), norm weights uniform in [0.5, 1.5]."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if "norm" in name:
+                p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
+            else:
+                p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if name.endswith("bias") else 0.2))
+
+
+def randomise_adapter(model, seed):
+    """A ~ N(0, 0.2^2), B ~ N(0, 0.1^2): with B = 0 the gradient of A would be zero and prove nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * (0.2 if "lora_A" in name else 0.1))
+
+
+def save_model(name, config, seed):
+    """A random model's config.json (and config_v4.json where it says anything) and model.safetensors."""
+    folder = GOLDEN / name
+    shutil.rmtree(folder, ignore_errors=True)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).float()
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    saved = json.loads((folder / "config.json").read_text())
+    if saved["rope_parameters"]["rope_type"] != "default":
+        save_old_config(folder, saved)
+
+
+def save_old_config(folder, config):
+    """The config in transformers 4's words, read back to prove that it means the same."""
+    scaling = dict(config.pop("rope_parameters"))
+    config["rope_theta"] = scaling.pop("rope_theta")
+    if scaling["rope_type"] in ("linear", "dynamic"):  # the oldest spelling
+        scaling["type"] = scaling.pop("rope_type")
+    config["rope_scaling"] = scaling
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.46.0"
+    old = folder / "config_v4.json"
+    old.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    new = AutoConfig.from_pretrained(folder)
+    known = {k: v for k, v in AutoConfig.from_pretrained(old).rope_parameters.items() if k != "type"}
+    assert known == new.rope_parameters, (known, new.rope_parameters)
+
+
+def load(name, adapter=False, attention="eager"):
+    """The model from its saved files: goldens describe what is on disk."""
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / name, attn_implementation=attention, dtype=torch.float32)
+    if adapter:
+        return peft.PeftModel.from_pretrained(model, GOLDEN / name / "adapter", is_trainable=True)
+    return model.requires_grad_(True)
+
+
+def save_adapter(name, seed):
+    """A PEFT adapter whose r is not its alpha; its target list sorted, for PEFT writes a set in hash order."""
+    base = load(name)
+    base.name_or_path = (GOLDEN / name).as_posix()
+    settings = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, settings)
+    randomise_adapter(model, seed)
+    folder = GOLDEN / name / "adapter"
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    tidy_adapter_config(folder, (GOLDEN / name).as_posix())
+
+
+def tidy_adapter_config(folder, base_model):
+    """Sorts the target list and names the base model portably."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = base_model
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def file_name(name):
+    """The name of a PEFT parameter in adapter_model.safetensors."""
+    return name.replace(".default.weight", ".weight")
+
+
+def random_ids(vocab, lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (n,), generator=generator) for n in lengths]
+
+
+def run(model, sequences, masks, padded=False):
+    """Logits of each sequence and the mean negative log-likelihood of the tokens that `masks` marks."""
+    if padded:
+        width = max(len(s) for s in sequences)
+        ids = torch.stack([torch.nn.functional.pad(s, (0, width - len(s))) for s in sequences])
+        seen = torch.stack([(torch.arange(width) < len(s)).long() for s in sequences])
+        out = model(input_ids=ids, attention_mask=seen).logits
+        logits = [row[: len(s)] for row, s in zip(out, sequences)]
+    else:
+        logits = [model(input_ids=s[None]).logits[0] for s in sequences]
+    total = sum(
+        torch.nn.functional.cross_entropy(l[:-1], s[1:], reduction="none")[m[1:].bool()].sum()
+        for l, s, m in zip(logits, sequences, masks)
+    )
+    return logits, total / sum(int(m.sum()) for m in masks)
+
+
+def measure(model, sequences, masks, padded=False):
+    """(logits, loss, gradient of every trainable parameter by name)."""
+    model.zero_grad()
+    logits, loss = run(model, sequences, masks, padded)
+    loss.backward()
+    grads = {file_name(n): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return [l.detach().clone() for l in logits], loss.item(), grads
+
+
+def trained(model):
+    """Copies of the trainable tensors by name."""
+    return {file_name(n): p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model, sequences, masks, padded=False):
+    """Ten AdamW steps at a constant rate on the one batch: (a record per step, loss afterwards, weights afterwards)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, **{**OPTIMIZER, "betas": tuple(OPTIMIZER["betas"])}, foreach=False)
+    steps = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        _, loss = run(model, sequences, masks, padded)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM, foreach=False)
+        optimizer.step()
+        steps.append({"step": step, "lr": OPTIMIZER["lr"], "loss": loss.item(), "grad_norm": norm.item()})
+    with torch.no_grad():
+        return steps, run(model, sequences, masks, padded)[1].item(), trained(model)
+
+
+def difference(a, b):
+    """Largest absolute difference over two lists or dicts of tensors."""
+    pairs = [(a[k], b[k]) for k in a] if isinstance(a, dict) else zip(a, b)
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+def versions():
+    return {"python": ".".join(map(str, sys.version_info[:2])), "torch": torch.__version__.split("+")[0],
+            "transformers": transformers.__version__, "peft": peft.__version__, "safetensors": safetensors.__version__}
+
+
+def write(name, tensors, record, sequences):
+    """golden.safetensors and golden.json."""
+    tensors["input_ids"] = torch.cat(sequences)
+    tensors["segments"] = torch.tensor([len(s) for s in sequences])
+    save_file({k: v.contiguous() for k, v in tensors.items()}, GOLDEN / name / "golden.safetensors", metadata={"format": "pt"})
+    head = {"model": name, "made_by": "scripts/reference.py", "versions": versions(), "attention": "eager",
+            "segments": [len(s) for s in sequences], "input_ids": torch.cat(sequences).tolist()}
+    lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in (head | record).items()]  # one line a key
+    (GOLDEN / name / "golden.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    for path in (GOLDEN / name).rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def golden_full(name, seed):
+    save_model(name, FULL[name](), seed)
+    save_adapter(name, seed + 1)
+    masks = [torch.tensor(m, dtype=torch.uint8) for m in LOSS_MASKS]
+    sequences = random_ids(load(name).config.vocab_size, [len(m) for m in masks], seed + 2)
+    tensors, record, noise = {"loss_mask": torch.cat(masks)}, {}, {}
+    for kind in ("base", "adapter"):
+        model = load(name, adapter=kind == "adapter")
+        logits, loss, grads = measure(model, sequences, masks)
+        again = measure(load(name, kind == "adapter", "sdpa"), sequences, masks, padded=True)
+        noise |= {f"{kind}_logits": difference(logits, again[0]), f"{kind}_loss": abs(loss - again[1]),
+                  f"{kind}_grad": difference(grads, again[2])}
+        assert all(g.abs().max() > 0 for g in grads.values()), "a gradient is zero"
+        assert noise[f"{kind}_logits"] < 1e-4 and noise[f"{kind}_grad"] < 1e-4, noise
+        record[f"{kind}_loss"] = loss
+        tensors |= {f"{kind}.logits.{i}": l for i, l in enumerate(logits)}
+        tensors |= {f"{kind}.grad.{n}": g for n, g in grads.items()}
+    steps, after, final = train(model, sequences, masks)
+    again = train(load(name, True, "sdpa"), sequences, masks, padded=True)
+    noise |= {"step_loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(steps, again[0])), "loss_after": abs(after - again[1]),
+              "step_grad_norm": max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(steps, again[0])),
+              "adapter_final": difference(final, again[2])}
+    assert steps[0]["loss"] == record["adapter_loss"]
+    tensors |= {f"adapter.final.{n}": p for n, p in final.items()}
+    record |= {"loss_mask": torch.cat(masks).tolist(), "loss_tokens": int(torch.cat(masks).sum()),
+               "optimizer": {"type": "AdamW", **OPTIMIZER, "max_grad_norm": MAX_GRAD_NORM, "schedule": "constant"},
+               "steps": steps, "loss_after": after, "noise": noise}
+    write(name, tensors, record, sequences)
+    losses = f"base {record['base_loss']:.6f} adapter {record['adapter_loss']:.6f} after {after:.6f}"
+    return f"{losses} noise {max(noise.values()):.1e}"
+
+
+def golden_logits(name, seed):
+    make, lengths = LOGITS_ONLY[name]
+    save_model(name, make(), seed)
+    model = load(name)
+    sequences = random_ids(model.config.vocab_size, lengths, seed + 2)
+    with torch.no_grad():
+        logits = [model(input_ids=s[None]).logits[0] for s in sequences]
+        other = load(name, attention="sdpa")
+        noise = difference(logits, [other(input_ids=s[None]).logits[0] for s in sequences])
+    assert noise < 1e-4, noise
+    write(name, {f"base.logits.{i}": l for i, l in enumerate(logits)}, {"noise": {"base_logits": noise}}, sequences)
+    return f"noise {noise:.1e}"
+
+
+def main():
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    transformers.logging.disable_progress_bar()
+    known = [*FULL, *LOGITS_ONLY]
+    unknown = set(sys.argv[1:]) - set(known)
+    if unknown:
+        sys.exit(f"no such model: {', '.join(sorted(unknown))} (known: {', '.join(known)})")
+    for i, name in enumerate(known):  # the seed is the place in the list: naming one model does not change it
+        if not sys.argv[1:] or name in sys.argv[1:]:
+            print(name, golden_full(name, 100 * i) if name in FULL else golden_logits(name, 100 * i), flush=True)
+
+
+if __name__ == "__main__":
+    main()
