@@ -37,8 +37,9 @@ pub fn adamw_cost(n: usize) -> Work {
 struct Pass {
     clip: f32,
     decay: f32,
-    beta1: f32,
+    rate1: f32,
     beta2: f32,
+    rate2: f32,
     step_size: f32,
     root_correction: f32,
     epsilon: f32,
@@ -56,8 +57,10 @@ impl AdamW {
         let pass = Pass {
             clip: clip as f32,
             decay: (1.0 - self.learning_rate * self.weight_decay) as f32,
-            beta1: self.beta1 as f32,
+            // Subtracted in f64: 1 - 0.999 in f32 is off by 5e-5 of itself.
+            rate1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
+            rate2: (1.0 - self.beta2) as f32,
             step_size: (self.learning_rate / (1.0 - self.beta1.powf(step as f64))) as f32,
             root_correction: (1.0 - self.beta2.powf(step as f64)).sqrt() as f32,
             epsilon: self.epsilon as f32,
@@ -83,8 +86,8 @@ fn norm(gradient: &Tensor) -> Result<f64> {
 impl Pass {
     fn update(&self, (value, first, second): (&mut f32, &mut f32, &mut f32), gradient: f32) {
         let gradient = gradient * self.clip;
-        *first += (gradient - *first) * (1.0 - self.beta1);
-        *second = *second * self.beta2 + gradient * gradient * (1.0 - self.beta2);
+        *first += (gradient - *first) * self.rate1;
+        *second = *second * self.beta2 + gradient * gradient * self.rate2;
         let denominator = second.sqrt() / self.root_correction + self.epsilon;
         *value = *value * self.decay - self.step_size * (*first / denominator);
     }
@@ -94,8 +97,8 @@ impl Pass {
         let row = |i: usize| state.narrow(0, i, 1)?.flatten_all()?.copy();
         let (value, first, second) = (row(0)?, row(1)?, row(2)?);
         let gradient = (gradient * f64::from(self.clip))?;
-        let first = (&first + ((&gradient - &first)? * f64::from(1.0 - self.beta1))?)?;
-        let second = ((second * f64::from(self.beta2))? + (gradient.sqr()? * f64::from(1.0 - self.beta2))?)?;
+        let first = (&first + ((&gradient - &first)? * f64::from(self.rate1))?)?;
+        let second = ((second * f64::from(self.beta2))? + (gradient.sqr()? * f64::from(self.rate2))?)?;
         let denominator = ((second.sqrt()? / f64::from(self.root_correction))? + f64::from(self.epsilon))?;
         let value = ((value * f64::from(self.decay))? - ((&first / denominator)? * f64::from(self.step_size))?)?;
         for (i, row) in [value, first, second].iter().enumerate() {
