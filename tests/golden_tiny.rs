@@ -232,7 +232,12 @@ fn ten_adamw_steps_equal_those_of_torch() {
                     max_grad_norm: 1.0,
                 };
                 let norm = adamw.step(context, &parameters, &gradients.flat(&parameters).unwrap(), i as u64 + 1).unwrap();
-                near(&format!("{name}: norm of step {i}"), norm, expected["grad_norm"].as_f64().unwrap());
+                // Ten steps at a rate of 1e-2 amplify rounding: two of transformers' own attention variants differ by 2.4e-4 here.
+                let golden_norm = expected["grad_norm"].as_f64().unwrap();
+                assert!(
+                    (norm - golden_norm).abs() < 5e-4 * golden_norm,
+                    "{name}: norm of step {i}: {norm}, golden {golden_norm}"
+                );
             }
             for (i, slot) in parameters.slots().iter().enumerate() {
                 let found = parameters.weight(i).unwrap().tensor;
