@@ -18,10 +18,10 @@ import pathlib
 import sys
 
 from tiny_language import Random, hours, paragraph
-from tiny_words import BOYS, GIRLS, MACHINES, ROOMS
+from tiny_words import MACHINES, ROOMS
 
 SEED = 20240607
-CORPUS_PARAGRAPHS, VALIDATION_PARAGRAPHS = 11000, 150
+CORPUS_PARAGRAPHS, VALIDATION_PARAGRAPHS = 18000, 150
 TRAIN_RECORDS, VALIDATION_RECORDS = 1500, 150
 END = "<|end|>"
 VOCABULARY = 1024
@@ -69,12 +69,12 @@ def paragraphs(rng, count):
 
 def record(rng):
     """One record of the task: a meter reading in fields, and the sentence that says it, with the energy worked out."""
-    name, (device, _), room = rng.pick(GIRLS + BOYS), rng.pick(MACHINES), rng.pick(ROOMS)
+    (device, _), room = rng.pick(MACHINES), rng.pick(ROOMS)
     power, time = rng.between(1, 9), rng.between(1, 9)
     used = power * time
     verdict = "little" if used < 10 else "a fair amount" if used < 30 else "a lot"
-    return (f"user: {name} | device: {device} | room: {room} | power: {power} kW | hours: {time} =>",
-            f" {name} ran the {device} in the {room} for {hours(time)} at {power} kW, so it used {used} kWh. That is {verdict}.")
+    return (f"device: {device} | room: {room} | power: {power} kW | hours: {time} =>",
+            f" The {device} in the {room} ran for {hours(time)} at {power} kW, so it used {used} kWh. That is {verdict}.")
 
 
 def records(rng, count):

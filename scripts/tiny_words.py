@@ -13,7 +13,7 @@ COLOURS = "red blue green yellow white black brown grey orange".split()
 SIZES = "small big old new heavy light long short round flat".split()
 FEELINGS = ["happy", "tired", "proud", "calm", "curious", "worried", "hungry", "thirsty", "glad", "sleepy", "brave", "shy"]
 FAMILY = ["mother", "father", "sister", "brother", "aunt", "uncle", "grandmother", "grandfather", "cousin", "friend", "neighbour"]
-JOBS = ["baker", "farmer", "teacher", "doctor", "driver", "sailor", "builder", "painter", "gardener", "engineer", "miller", "nurse"]
+JOBS = "baker farmer teacher doctor driver sailor builder painter gardener engineer miller nurse".split()
 
 # name, where it is, what is seen there
 PLACES = [
@@ -77,12 +77,16 @@ MACHINES = [
 # source, where the energy comes from, when it is strong, when it is weak
 SOURCES = [
     ("solar panel", "the sun", "at noon in summer", "at night"), ("wind turbine", "the wind", "in a storm", "on a calm day"),
-    ("water wheel", "the river", "after the rain", "in a dry month"), ("wave machine", "the sea", "on a rough day", "on a flat sea"),
-    ("tide gate", "the tide", "when the moon is full", "between the tides"), ("wood stove", "burning wood", "with dry wood", "with wet wood"),
+    ("water wheel", "the river", "after the rain", "in a dry month"),
+    ("wave machine", "the sea", "on a rough day", "on a flat sea"),
+    ("tide gate", "the tide", "when the moon is full", "between the tides"),
+    ("wood stove", "burning wood", "with dry wood", "with wet wood"),
 ]
 SAVINGS = [
-    ("turned off the lamp", "nobody was reading"), ("closed the window", "the heater was on"), ("put a lid on the pot", "the soup was hot"),
-    ("dried the shirts outside", "the sun was strong"), ("took the train", "the car was not needed"), ("mended the old coat", "a new one takes energy to make"),
+    ("turned off the lamp", "nobody was reading"), ("closed the window", "the heater was on"),
+    ("put a lid on the pot", "the soup was hot"),
+    ("dried the shirts outside", "the sun was strong"), ("took the train", "the car was not needed"),
+    ("mended the old coat", "a new one takes energy to make"),
     ("switched off the computer", "the work was done"), ("filled the washer to the top", "half a load wastes water"),
     ("let the fridge door shut", "cold air was falling out"), ("put wool in the roof", "warm air rises"),
 ]
@@ -90,8 +94,10 @@ LOST = ["key", "hat", "coin", "book", "glove", "ring", "ticket", "letter", "scar
 BROKEN = [("gate", "hammer"), ("fence", "saw"), ("boat", "rope"), ("pump", "wrench"), ("roof", "ladder"), ("shirt", "needle"),
           ("bicycle", "wrench"), ("wall", "brush"), ("drain", "shovel"), ("sail", "needle")]
 # adjective, its opposite
-OPPOSITES = [("hot", "cold"), ("big", "small"), ("old", "new"), ("wet", "dry"), ("heavy", "light"), ("long", "short"), ("fast", "slow"),
-             ("high", "low"), ("full", "empty"), ("loud", "quiet"), ("open", "shut"), ("strong", "weak"), ("bright", "dark"), ("soft", "hard")]
+OPPOSITES = [("hot", "cold"), ("big", "small"), ("old", "new"), ("wet", "dry"), ("heavy", "light"), ("long", "short"),
+             ("fast", "slow"),
+             ("high", "low"), ("full", "empty"), ("loud", "quiet"), ("open", "shut"), ("strong", "weak"), ("bright", "dark"),
+             ("soft", "hard")]
 PROVERBS = ["A little saved each day is a lot in a year.", "Slow work is good work.", "Many hands make a short day.",
             "Measure twice and cut once.", "What is shared is not lost.", "After the rain comes the sun.",
             "A small lamp is enough for a small room.", "He who asks finds the way."]
