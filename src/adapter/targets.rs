@@ -1,0 +1,339 @@
+//! Where LoRA sits: PEFT's settings and a model's linear layers -> sites, in model order.
+//!
+//! Takes the model's linear layers (path, sizes) and `LoraSettings`; returns one `Site` for each chosen layer. Chooses as PEFT
+//! does, but refuses every entry that matches nothing, where PEFT is content if one of them matches. Knows nothing of tensors
+//! and files.
+
+use crate::error::{Error, Kind, Result};
+
+use super::matching::{Found, Layers, Matcher, is_suffix, matches, pattern_key};
+
+/// A linear layer of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Module {
+    /// Its name: `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// Rows of its weight.
+    pub out_features: usize,
+    /// Columns of its weight.
+    pub in_features: usize,
+}
+
+/// PEFT's three ways to say which modules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Targets {
+    /// Every linear layer but the output embedding.
+    AllLinear,
+    /// A module whose path equals a name or ends with `.name`.
+    Names(Vec<String>),
+    /// A module whose whole path matches.
+    Regex(String),
+}
+
+impl Targets {
+    /// A single text as PEFT reads it: `all-linear` in any case, else a regular expression.
+    pub fn from_text(text: &str) -> Self {
+        if text.eq_ignore_ascii_case("all-linear") { Self::AllLinear } else { Self::Regex(text.to_string()) }
+    }
+}
+
+/// What decides where LoRA sits and how strongly it acts; PEFT's names.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraSettings {
+    /// Rank where `rank_pattern` says nothing.
+    pub r: usize,
+    /// Alpha where `alpha_pattern` says nothing.
+    pub lora_alpha: f64,
+    /// Probability that an input element of A is dropped.
+    pub lora_dropout: f64,
+    /// Which modules.
+    pub targets: Targets,
+    /// Which not, whatever `targets` says.
+    pub exclude: Option<Targets>,
+    /// Scaling is `alpha / sqrt(r)` instead of `alpha / r`.
+    pub use_rslora: bool,
+    /// Pattern -> rank; the first that matches a module holds.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Pattern -> alpha; the first that matches a module holds.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Only these layers, for modules named by a suffix. An empty list means all.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// The names of the module lists that hold layers; empty: whatever list comes first in a path.
+    pub layers_pattern: Vec<String>,
+}
+
+/// One LoRA: on which layer, of which rank, how strong. `y = W x + scaling * B (A x)`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Site {
+    /// The layer's name.
+    pub path: String,
+    /// Columns of A.
+    pub in_features: usize,
+    /// Rows of B.
+    pub out_features: usize,
+    /// Rows of A, columns of B.
+    pub r: usize,
+    /// Numerator of the scaling.
+    pub lora_alpha: f64,
+    /// `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+    pub scaling: f64,
+}
+
+impl Site {
+    /// Trainable values: A (r, in) and B (out, r).
+    pub fn parameters(&self) -> usize {
+        self.r * (self.in_features + self.out_features)
+    }
+}
+
+/// The sites of `settings` on a model with the linear layers `modules` (in model order), of which `output_embedding` is the
+/// one that `all-linear` leaves out (empty: there is none).
+///
+/// # Errors
+/// An illegal setting, or an entry of a list or pattern that matches no module: the error lists the names that exist.
+pub fn select(modules: &[Module], output_embedding: &str, settings: &LoraSettings) -> Result<Vec<Site>> {
+    check_values(settings)?;
+    check_entries(modules, output_embedding, settings)?;
+    let chosen = choose(modules, output_embedding, settings)?;
+    if chosen.is_empty() {
+        return Err(nothing_left(modules, settings));
+    }
+    let strength = Strength::new(settings)?;
+    chosen.into_iter().map(|module| strength.site(module)).collect()
+}
+
+/// The modules meant by targets, exclusions and layers, in model order.
+pub(super) fn choose<'m>(modules: &'m [Module], output_embedding: &str, settings: &LoraSettings) -> Result<Vec<&'m Module>> {
+    let targets = Matcher::new(&settings.targets, "target_modules")?;
+    let exclude = settings.exclude.as_ref().map(|exclude| Matcher::new(exclude, "exclude_modules")).transpose()?;
+    let wanted = settings.layers_to_transform.as_deref().filter(|wanted| !wanted.is_empty());
+    let layers = Layers::new(&settings.layers_pattern)?;
+    let mut chosen = Vec::new();
+    for module in modules {
+        if matches!(targets, Matcher::All) && module.path == output_embedding {
+            continue;
+        }
+        if let Some(exclude) = &exclude
+            && exclude.find(&module.path)? != Found::No
+        {
+            continue;
+        }
+        let keep = match (targets.find(&module.path)?, wanted) {
+            (Found::No, _) => false,
+            (Found::BySuffix, Some(wanted)) => layers.index(&module.path)?.is_some_and(|index| wanted.contains(&index)),
+            _ => true,
+        };
+        if keep {
+            chosen.push(module);
+        }
+    }
+    Ok(chosen)
+}
+
+/// Rank and scaling by module: the defaults and the compiled patterns.
+pub(super) struct Strength {
+    r: usize,
+    lora_alpha: f64,
+    use_rslora: bool,
+    rank_pattern: Vec<(fancy_regex::Regex, usize)>,
+    alpha_pattern: Vec<(fancy_regex::Regex, f64)>,
+}
+
+impl Strength {
+    /// Compiles the patterns of `settings`.
+    pub(super) fn new(settings: &LoraSettings) -> Result<Self> {
+        let ranks = settings.rank_pattern.iter().map(|(key, r)| Ok((pattern_key(key, "rank_pattern")?, *r)));
+        let alphas = settings.alpha_pattern.iter().map(|(key, alpha)| Ok((pattern_key(key, "alpha_pattern")?, *alpha)));
+        Ok(Self {
+            r: settings.r,
+            lora_alpha: settings.lora_alpha,
+            use_rslora: settings.use_rslora,
+            rank_pattern: ranks.collect::<Result<_>>()?,
+            alpha_pattern: alphas.collect::<Result<_>>()?,
+        })
+    }
+
+    /// The rank of the module `path`.
+    pub(super) fn rank(&self, path: &str) -> Result<usize> {
+        Ok(first_match(&self.rank_pattern, path)?.unwrap_or(self.r))
+    }
+
+    /// The site on `module`.
+    pub(super) fn site(&self, module: &Module) -> Result<Site> {
+        let r = self.rank(&module.path)?;
+        let lora_alpha = first_match(&self.alpha_pattern, &module.path)?.unwrap_or(self.lora_alpha);
+        let scaling = if self.use_rslora { lora_alpha / (r as f64).sqrt() } else { lora_alpha / r as f64 };
+        let Module { path, out_features, in_features } = module.clone();
+        Ok(Site { path, in_features, out_features, r, lora_alpha, scaling })
+    }
+}
+
+fn first_match<T: Copy>(patterns: &[(fancy_regex::Regex, T)], path: &str) -> Result<Option<T>> {
+    for (regex, value) in patterns {
+        if matches(regex, path)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+/// The shortest suffixes that mean all of `chosen` and none of the other `modules`, in model order: what PEFT writes as
+/// `target_modules` in place of a long list (`tuners_utils.py: _find_minimal_target_modules`).
+pub fn shortest_names(modules: &[Module], chosen: &[&str]) -> Vec<String> {
+    let others: Vec<&str> = modules.iter().map(|module| module.path.as_str()).filter(|path| !chosen.contains(path)).collect();
+    let mut names: Vec<String> = Vec::new();
+    for path in chosen {
+        if names.iter().any(|name| is_suffix(path, name)) {
+            continue;
+        }
+        let name = suffixes(path).find(|suffix| !others.iter().any(|other| is_suffix(other, suffix))).unwrap_or(path);
+        names.push(name.to_string());
+    }
+    names
+}
+
+/// `c`, `b.c`, `a.b.c` of `a.b.c`.
+fn suffixes(path: &str) -> impl Iterator<Item = &str> {
+    path.rmatch_indices('.').map(|(dot, _)| &path[dot + 1..]).chain(std::iter::once(path))
+}
+
+fn check_values(settings: &LoraSettings) -> Result<()> {
+    let refuse = |key: &str, value: String, rule: &str| {
+        Err(Error::new(Kind::Adapter, format!("`{key}` is not usable")).value(value).rule(rule.to_string()))
+    };
+    let ranks = settings.rank_pattern.iter().map(|(key, r)| (format!("rank_pattern.\"{key}\""), *r));
+    for (key, r) in std::iter::once(("r".to_string(), settings.r)).chain(ranks) {
+        if r == 0 {
+            return refuse(&key, r.to_string(), "a rank is at least 1");
+        }
+    }
+    let alphas = settings.alpha_pattern.iter().map(|(key, alpha)| (format!("alpha_pattern.\"{key}\""), *alpha));
+    for (key, alpha) in std::iter::once(("lora_alpha".to_string(), settings.lora_alpha)).chain(alphas) {
+        if !alpha.is_finite() || alpha == 0.0 {
+            return refuse(&key, alpha.to_string(), "a finite number other than 0, which would switch the adapter off");
+        }
+    }
+    if !(0.0..1.0).contains(&settings.lora_dropout) {
+        return refuse("lora_dropout", settings.lora_dropout.to_string(), "a probability from 0 up to, not including, 1");
+    }
+    check_layers_are_usable(settings)
+}
+
+/// PEFT's rules in `LoraConfig.__post_init__`.
+fn check_layers_are_usable(settings: &LoraSettings) -> Result<()> {
+    let hint = "write `target_modules` as a list of names, as in `target_modules = [\"q_proj\", \"v_proj\"]`";
+    let is_list = matches!(settings.targets, Targets::Names(_));
+    match (&settings.layers_to_transform, settings.layers_pattern.is_empty()) {
+        (Some(_), _) if !is_list => {
+            let what = "`layers_to_transform` works with a list of names only";
+            Err(Error::new(Kind::Adapter, what).rule("PEFT refuses it beside `all-linear` or a regular expression").hint(hint))
+        }
+        (None, false) => Err(Error::new(Kind::Adapter, "`layers_pattern` needs `layers_to_transform`")
+            .value(settings.layers_pattern.join(", "))
+            .hint("add `layers_to_transform = [0, 1]` with the layers you mean, or remove `layers_pattern`")),
+        _ => Ok(()),
+    }
+}
+
+/// Every entry that matches nothing, in one error.
+fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraSettings) -> Result<()> {
+    let mut dead = Vec::new();
+    dead.extend(dead_targets(modules, "target_modules", &settings.targets, "")?);
+    if let Some(exclude) = &settings.exclude {
+        dead.extend(dead_targets(modules, "exclude_modules", exclude, output_embedding)?);
+    }
+    let ranks = settings.rank_pattern.iter().map(|(key, _)| ("rank_pattern", key));
+    let alphas = settings.alpha_pattern.iter().map(|(key, _)| ("alpha_pattern", key));
+    for (setting, key) in ranks.chain(alphas) {
+        let regex = pattern_key(key, setting)?;
+        if !any(modules, |path| matches(&regex, path))? {
+            dead.push((setting, key.clone()));
+        }
+    }
+    let layers = Layers::new(&settings.layers_pattern)?;
+    for layer in settings.layers_to_transform.iter().flatten() {
+        if !any(modules, |path| Ok(layers.index(path)? == Some(*layer)))? {
+            dead.push(("layers_to_transform", layer.to_string()));
+        }
+    }
+    if dead.is_empty() { Ok(()) } else { Err(no_such_module(modules, &dead)) }
+}
+
+/// The entries of `targets` that match no module; `absent_is_fine` may be named without being there.
+fn dead_targets(
+    modules: &[Module],
+    setting: &'static str,
+    targets: &Targets,
+    absent_is_fine: &str,
+) -> Result<Vec<(&'static str, String)>> {
+    let entries = match targets {
+        Targets::AllLinear => return Ok(Vec::new()),
+        Targets::Names(names) => names.clone(),
+        Targets::Regex(pattern) => vec![pattern.clone()],
+    };
+    let matcher = Matcher::new(targets, setting)?;
+    let mut dead = Vec::new();
+    for entry in entries {
+        let alive = match matcher {
+            Matcher::Names(_) => entry == absent_is_fine || modules.iter().any(|module| is_suffix(&module.path, &entry)),
+            _ => any(modules, |path| Ok(matcher.find(path)? != Found::No))?,
+        };
+        if !alive {
+            dead.push((setting, entry));
+        }
+    }
+    Ok(dead)
+}
+
+fn any(modules: &[Module], mut test: impl FnMut(&str) -> Result<bool>) -> Result<bool> {
+    for module in modules {
+        if test(&module.path)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The last segments of all paths, once each, in model order.
+pub(super) fn short_names(modules: &[Module]) -> Vec<&str> {
+    let mut names: Vec<&str> = Vec::new();
+    for module in modules {
+        let name = module.path.rsplit('.').next().unwrap_or(&module.path);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
+}
+
+fn no_such_module(modules: &[Module], dead: &[(&'static str, String)]) -> Error {
+    let names = short_names(modules);
+    let written: Vec<String> = dead.iter().map(|(setting, entry)| format!("`{entry}` of `{setting}`")).collect();
+    let verb = if dead.len() == 1 { "matches" } else { "match" };
+    let error = Error::new(Kind::Adapter, format!("{} {verb} no linear layer of the model", written.join(", ")))
+        .rule(format!("the linear layers are {}", names.join(", ")));
+    let (setting, entry) = &dead[0];
+    match nearest(entry, &names) {
+        Some(name) => error.hint(format!("`{name}` is nearest to `{entry}`")),
+        None if *setting == "layers_to_transform" => error.hint("layers are counted from 0"),
+        None => {
+            error.hint(format!("write names of that list, as in `target_modules = [\"{}\"]`", names.first().unwrap_or(&"q_proj")))
+        }
+    }
+}
+
+/// The name most like the last segment of `entry`, if any is alike.
+fn nearest<'a>(entry: &str, names: &[&'a str]) -> Option<&'a str> {
+    let last = entry.rsplit('.').next().unwrap_or(entry);
+    let alike = |name: &&str| strsim::jaro_winkler(last, name);
+    names.iter().copied().max_by(|a, b| alike(a).total_cmp(&alike(b))).filter(|name| alike(name) > 0.7)
+}
+
+fn nothing_left(modules: &[Module], settings: &LoraSettings) -> Error {
+    let mut narrowing = vec!["`target_modules`"];
+    narrowing.extend(settings.exclude.as_ref().map(|_| "`exclude_modules`"));
+    narrowing.extend(settings.layers_to_transform.as_ref().map(|_| "`layers_to_transform`"));
+    Error::new(Kind::Adapter, format!("no linear layer is left to adapt by {}", narrowing.join(" and ")))
+        .rule(format!("the linear layers are {}", short_names(modules).join(", ")))
+        .hint("name at least one of them, as in `target_modules = \"all-linear\"`")
+}
