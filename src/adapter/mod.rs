@@ -7,13 +7,16 @@
 pub mod config;
 pub mod init;
 pub mod matching;
+pub mod merge;
 pub mod peft;
 pub mod portability;
 pub mod refuse;
+mod shards;
 pub mod targets;
 
 pub use config::PeftConfig;
 pub use init::kaiming_uniform;
+pub use merge::{MergeJob, MergeSummary, merge};
 pub use peft::{Fitted, Loaded, load, save};
 pub use portability::portability;
 pub use targets::{LoraSettings, Module, Site, Targets, select};

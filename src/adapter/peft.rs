@@ -88,7 +88,7 @@ pub fn load(dir: &Path) -> Result<Loaded> {
     refuse(
         offences,
         "cannot be loaded",
-        dir,
+        Some(dir),
         "train a plain LoRA (`bias` none, no DoRA, no `modules_to_save`), or merge it with PEFT",
     )?;
     Ok(Loaded { config, tensors })
@@ -190,7 +190,7 @@ fn paths(tensors: &BTreeMap<String, Matrix>) -> BTreeSet<&str> {
 }
 
 /// One error for all `offences`, or none. Long lists are cut, with their count.
-fn refuse(offences: Vec<String>, verdict: &str, place: &Path, hint: &str) -> Result<()> {
+pub(super) fn refuse(offences: Vec<String>, verdict: &str, dir: Option<&Path>, hint: &str) -> Result<()> {
     const SHOWN: usize = 20;
     if offences.is_empty() {
         return Ok(());
@@ -199,7 +199,11 @@ fn refuse(offences: Vec<String>, verdict: &str, place: &Path, hint: &str) -> Res
     if offences.len() > SHOWN {
         list.push_str(&format!("\n  - and {} more", offences.len() - SHOWN));
     }
-    Err(Error::new(Kind::Adapter, format!("the adapter {verdict}:{list}")).at(place.display().to_string()).hint(hint))
+    let error = Error::new(Kind::Adapter, format!("the adapter {verdict}:{list}")).hint(hint);
+    Err(match dir {
+        Some(dir) => error.at(dir.display().to_string()),
+        None => error,
+    })
 }
 
 impl Loaded {
@@ -221,7 +225,7 @@ impl Loaded {
         }
         let base = self.config.base_model_name_or_path.as_deref().unwrap_or("a model it does not name");
         let hint = format!("the adapter was trained on {base}: choose that model");
-        refuse(offences, "does not fit the model", Path::new(CONFIG_FILE), &hint)?;
+        refuse(offences, "does not fit the model", None, &hint)?;
         let mut fitted = Vec::new();
         for module in modules.iter().filter(|module| present.contains(module.path.as_str())) {
             let [a, b] = [Half::A, Half::B].map(|half| self.tensors[&tensor_name(&module.path, half)].values.as_slice());
@@ -258,7 +262,11 @@ impl Loaded {
 /// Why `path` is no module: the nearest one with the same last name, or the names that exist.
 fn no_module(path: &str, modules: &[Module]) -> String {
     let last = path.rsplit('.').next().unwrap_or(path);
-    let alike = |module: &&Module| strsim::levenshtein(&module.path, path);
+    // The longest common end first: what differs is most often what stands before the layers.
+    let alike = |module: &&Module| {
+        let common = module.path.bytes().rev().zip(path.bytes().rev()).take_while(|(a, b)| a == b).count();
+        (std::cmp::Reverse(common), strsim::levenshtein(&module.path, path))
+    };
     match modules.iter().filter(|module| super::matching::is_suffix(&module.path, last)).min_by_key(alike) {
         Some(module) => format!("the model has no linear layer `{path}`; nearest is `{}`", module.path),
         None => format!("the model has no linear layer `{last}`; it has {}", short_names(modules).join(", ")),
