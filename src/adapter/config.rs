@@ -6,13 +6,12 @@
 
 use std::path::Path;
 
-use serde::de::{MapAccess, Visitor};
-use serde::ser::SerializeMap;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
 
+pub use super::fields::{InitWeights, LayerNumbers, Names, Number, Pattern};
 use super::matching::{matches, pattern_key};
 use super::targets::{LoraSettings, Module, Site, Targets, shortest_names};
 
@@ -20,46 +19,6 @@ use super::targets::{LoraSettings, Module, Site, Targets, shortest_names};
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The version of PEFT whose file this is.
 pub const PEFT_VERSION: &str = "0.21.2";
-
-/// A text or a list of texts, as PEFT allows for modules.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Names {
-    /// One text: a regular expression, or one name, as the field says.
-    One(String),
-    /// Several names.
-    Many(Vec<String>),
-}
-
-/// A number or a list of numbers, as PEFT allows for layers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum LayerNumbers {
-    /// One layer.
-    One(usize),
-    /// Several layers.
-    Many(Vec<usize>),
-}
-
-/// `init_lora_weights`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum InitWeights {
-    /// Kaiming-uniform A and zero B, or random both.
-    Plain(bool),
-    /// A named scheme.
-    Named(String),
-}
-
-/// A JSON object whose order matters: the first key that matches a module holds. Written sorted, as PEFT does.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Pattern<T>(pub Vec<(String, T)>);
-
-impl<T> Default for Pattern<T> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
 
 /// The content of `adapter_config.json`. Fields stand in the file's order, which is alphabetical. A key that a file lacks has
 /// PEFT's default; a key that PEFT 0.21 does not know is left out.
@@ -148,57 +107,6 @@ pub struct PeftConfig {
     pub use_rslora: bool,
     /// VeLoRA.
     pub velora_config: Value,
-}
-
-/// A number that is written without a fraction where it has none: `32`, `1.5`.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
-#[serde(transparent)]
-pub struct Number(pub f64);
-
-impl Serialize for Number {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // 2^53: every integer below has a float of its own.
-        if self.0.fract() == 0.0 && self.0.abs() < 9_007_199_254_740_992.0 {
-            serializer.serialize_i64(self.0 as i64)
-        } else {
-            serializer.serialize_f64(self.0)
-        }
-    }
-}
-
-impl<T: Serialize> Serialize for Pattern<T> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut sorted: Vec<&(String, T)> = self.0.iter().collect();
-        sorted.sort_by(|a, b| a.0.cmp(&b.0));
-        let mut map = serializer.serialize_map(Some(sorted.len()))?;
-        for (key, value) in sorted {
-            map.serialize_entry(key, value)?;
-        }
-        map.end()
-    }
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Pattern<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct InFileOrder<T>(std::marker::PhantomData<T>);
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for InFileOrder<T> {
-            type Value = Pattern<T>;
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("an object of module patterns, or null")
-            }
-            fn visit_unit<E>(self) -> Result<Pattern<T>, E> {
-                Ok(Pattern::default())
-            }
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Pattern<T>, M::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Pattern(entries))
-            }
-        }
-        deserializer.deserialize_any(InFileOrder(std::marker::PhantomData))
-    }
 }
 
 impl Default for PeftConfig {

@@ -5,6 +5,7 @@
 //! nothing of recipes, of how a model computes, or of training.
 
 pub mod config;
+mod fields;
 pub mod init;
 pub mod matching;
 pub mod merge;

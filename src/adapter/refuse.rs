@@ -30,6 +30,9 @@ pub fn config_reasons(config: &PeftConfig) -> Vec<String> {
     if config.target_modules.is_none() {
         reasons.push("`target_modules` is missing: which modules it means depends on PEFT's version".to_string());
     }
+    if config.r == 0 || config.rank_pattern.0.iter().any(|(_, r)| *r == 0) {
+        reasons.push("a rank is 0: `r` and every rank of `rank_pattern` are at least 1".to_string());
+    }
     reasons.extend(switches(config));
     reasons.extend(blocks(config));
     reasons.extend(init_reason(&config.init_lora_weights));
@@ -175,6 +178,8 @@ mod tests {
         }
         for (extra, word) in [
             (r#""fan_in_fan_out":true"#, "Conv1D"),
+            (r#""r":0"#, "at least 1"),
+            (r#""rank_pattern":{"q":0}"#, "at least 1"),
             (r#""use_dora":true"#, "DoRA"),
             (r#""lora_bias":true"#, "bias on B"),
             (r#""use_qalora":true"#, "QALoRA"),
