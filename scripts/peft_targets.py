@@ -10,13 +10,12 @@ Made with peft 0.21.2, transformers 5.23.0, torch 2.15.0.
 """
 
 import json
-import math
 import pathlib
 import tempfile
 import warnings
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 

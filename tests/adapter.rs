@@ -229,16 +229,19 @@ fn half_precision_is_read() {
 fn broken_pairs_are_refused_together() {
     let dir = tempfile::tempdir().unwrap();
     let mut tensors = tiny_tensors();
-    // Layer 0 loses its A; layer 1's A is not finite and its B has a rank too few.
+    // Layer 0 loses its A; layer 1, of rank 2, has matrices of rank 1.
     tensors.retain(|(name, ..)| !name.contains("layers.0.q_proj.lora_A"));
     for (name, shape, values) in &mut tensors {
         if name.contains("layers.1.q_proj.lora_B") {
             (*shape, *values) = ([3, 1], vec![1.0; 3]);
+        } else if name.contains("layers.1.q_proj.lora_A") {
+            (*shape, *values) = ([1, 2], vec![1.0; 2]);
         }
     }
     save_tiny(dir.path(), &tiny_config(), &tensors);
     let text = load(dir.path()).unwrap_err().to_string();
     assert!(text.contains("layers.0.q_proj.lora_A.weight` is missing"), "{text}");
+    assert!(text.contains("its shape is [1, 2]") && text.contains("rank 2, so 2 rows"), "{text}");
     assert!(text.contains("its shape is [3, 1]") && text.contains("rank 2, so 2 columns"), "{text}");
 
     let mut tensors = tiny_tensors();
