@@ -1,8 +1,23 @@
-//! LoRA on disk and by name: which modules, PEFT's files, merging.
+//! LoRA on disk and by name: which modules, PEFT's files, first values, merging.
+//!
+//! Takes module names and shapes, settings, and files; returns sites (where LoRA sits, with which rank and scaling), checked
+//! tensors, and merged model directories. Adapters are PEFT's, so that every program that reads PEFT's reads ours. Knows
+//! nothing of recipes, of how a model computes, or of training.
 
-mod init;
-mod matching;
-mod targets;
+pub mod config;
+mod fields;
+pub mod init;
+pub mod matching;
+pub mod merge;
+pub mod peft;
+pub mod portability;
+pub mod refuse;
+mod shards;
+pub mod targets;
 
+pub use config::PeftConfig;
 pub use init::kaiming_uniform;
+pub use merge::{MergeJob, MergeSummary, merge};
+pub use peft::{Fitted, Loaded, load, save};
+pub use portability::portability;
 pub use targets::{LoraSettings, Module, Site, Targets, select};

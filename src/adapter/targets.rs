@@ -178,7 +178,8 @@ fn first_match<T: Copy>(patterns: &[(fancy_regex::Regex, T)], path: &str) -> Res
 }
 
 /// The shortest suffixes that mean all of `chosen` and none of the other `modules`, in model order: what PEFT writes as
-/// `target_modules` in place of a long list (`tuners_utils.py: _find_minimal_target_modules`).
+/// `target_modules` in place of a long list (`tuners_utils.py: _find_minimal_target_modules`). `modules` are linear layers: PEFT
+/// compares with all modules, which differs only where a container ends like a layer.
 pub fn shortest_names(modules: &[Module], chosen: &[&str]) -> Vec<String> {
     let others: Vec<&str> = modules.iter().map(|module| module.path.as_str()).filter(|path| !chosen.contains(path)).collect();
     let mut names: Vec<String> = Vec::new();

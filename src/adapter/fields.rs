@@ -1,0 +1,99 @@
+//! The kinds of field in `adapter_config.json` that are more than a text, a number or a switch.
+//!
+//! Takes and returns JSON as PEFT writes it: one or many names, patterns whose order matters, numbers without a needless
+//! fraction. Knows nothing of what a field means.
+
+use serde::de::{MapAccess, Visitor};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A text or a list of texts, as PEFT allows for modules.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Names {
+    /// One text: a regular expression, or one name, as the field says.
+    One(String),
+    /// Several names.
+    Many(Vec<String>),
+}
+
+/// A number or a list of numbers, as PEFT allows for layers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum LayerNumbers {
+    /// One layer.
+    One(usize),
+    /// Several layers.
+    Many(Vec<usize>),
+}
+
+/// `init_lora_weights`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum InitWeights {
+    /// Kaiming-uniform A and zero B, or random both.
+    Plain(bool),
+    /// A named scheme.
+    Named(String),
+}
+
+/// A JSON object whose order matters: the first key that matches a module holds. Written sorted, as PEFT does.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pattern<T>(pub Vec<(String, T)>);
+
+impl<T> Default for Pattern<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+/// A number that is written without a fraction where it has none: `32`, `1.5`.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(transparent)]
+pub struct Number(pub f64);
+
+impl Serialize for Number {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // 2^53: every integer below has a float of its own.
+        if self.0.fract() == 0.0 && self.0.abs() < 9_007_199_254_740_992.0 {
+            serializer.serialize_i64(self.0 as i64)
+        } else {
+            serializer.serialize_f64(self.0)
+        }
+    }
+}
+
+impl<T: Serialize> Serialize for Pattern<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut sorted: Vec<&(String, T)> = self.0.iter().collect();
+        sorted.sort_by(|a, b| a.0.cmp(&b.0));
+        let mut map = serializer.serialize_map(Some(sorted.len()))?;
+        for (key, value) in sorted {
+            map.serialize_entry(key, value)?;
+        }
+        map.end()
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Pattern<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct InFileOrder<T>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for InFileOrder<T> {
+            type Value = Pattern<T>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of module patterns, or null")
+            }
+            fn visit_unit<E>(self) -> Result<Pattern<T>, E> {
+                Ok(Pattern::default())
+            }
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Pattern<T>, M::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Pattern(entries))
+            }
+        }
+        deserializer.deserialize_any(InFileOrder(std::marker::PhantomData))
+    }
+}

@@ -1,0 +1,276 @@
+//! Merging: a model's weights and an adapter -> a model directory that needs no adapter.
+//!
+//! Takes the model's safetensors files and fitted pairs; writes `W' = W + scaling * B A`, computed in f32 and rounded once to
+//! the type of W. One tensor at a time: never two copies of the model in memory. Every other tensor keeps its bytes. The
+//! directory appears whole or not at all. Knows nothing of architectures.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use safetensors::tensor::Dtype;
+
+use crate::error::{Error, Kind, Result};
+use crate::units::Bytes;
+
+use super::peft::{Fitted, refuse, to_f32};
+use super::shards::{INDEX_FILE, Stored, file_name, header, index_text, read_headers, split};
+
+/// transformers' size of a weights file (`save_pretrained`'s default `max_shard_size`).
+pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
+
+/// What to merge, and where to.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeJob<'a> {
+    /// The model's safetensors files: one, or all shards.
+    pub weights: &'a [PathBuf],
+    /// The adapter on the model: `Loaded::fit`.
+    pub pairs: &'a [Fitted<'a>],
+    /// Names of weights that are one and the same tensor in the model, as `["lm_head.weight", "model.embed_tokens.weight"]`.
+    pub tied: &'a [[String; 2]],
+    /// Files to copy as they are: configuration, tokenizer, chat template, licence.
+    pub copy: &'a [PathBuf],
+    /// The directory to make.
+    pub out: &'a Path,
+    /// The most bytes of values in one file.
+    pub max_shard: Bytes,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MergeSummary {
+    /// The weights' file names, in order.
+    pub files: Vec<String>,
+    /// Tensors that a pair was added to.
+    pub merged: usize,
+    /// Tensors whose bytes were kept.
+    pub kept: usize,
+    /// Bytes of all tensors.
+    pub size: Bytes,
+}
+
+/// Writes the merged model.
+///
+/// # Errors
+/// A target that exists; a pair whose weight is not there, has another shape or type, or is tied to another; a sum that its
+/// type cannot hold; a file that cannot be read or written. Nothing is left behind then.
+pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
+    if job.out.exists() {
+        return Err(Error::new(Kind::Usage, "the directory for the merged model exists already")
+            .at(job.out.display().to_string())
+            .hint("choose another with `--out DIR`, or remove it"));
+    }
+    let tensors = read_headers(job.weights)?;
+    let pairs = assign(&tensors, job)?;
+    let shards = split(&tensors, job.max_shard);
+    check_copies(job.copy)?;
+    let partial = Partial::create(job.out)?;
+    for (number, shard) in shards.iter().enumerate() {
+        write_shard(&partial.path.join(file_name(number, shards.len())), shard, &tensors, &pairs, job)?;
+    }
+    if shards.len() > 1 {
+        write_synced(&partial.path.join(INDEX_FILE), index_text(&tensors, &shards).as_bytes())?;
+    }
+    for path in job.copy {
+        let content = fs::read(path).map_err(|source| Error::io("read", path, source))?;
+        write_synced(&partial.path.join(path.file_name().unwrap_or_default()), &content)?;
+    }
+    partial.finish(job.out)?;
+    Ok(MergeSummary {
+        files: (0..shards.len()).map(|number| file_name(number, shards.len())).collect(),
+        merged: pairs.len(),
+        kept: tensors.len() - pairs.len(),
+        size: Bytes(tensors.iter().map(|tensor| tensor.size).sum()),
+    })
+}
+
+/// The pair of each tensor that has one, by the tensor's index. Every pair that has no place is named in one error.
+fn assign<'a>(tensors: &[Stored], job: &MergeJob<'a>) -> Result<BTreeMap<usize, &'a Fitted<'a>>> {
+    let by_name: BTreeMap<&str, usize> = tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.as_str(), i)).collect();
+    let mut offences = Vec::new();
+    let mut assigned = BTreeMap::new();
+    for pair in job.pairs {
+        let path = &pair.site.path;
+        let wanted = format!("{path}.weight");
+        if let Some(tie) = job.tied.iter().find(|tie| tie.contains(&wanted)) {
+            offences.push(format!("`{path}`: `{}` and `{}` are one tensor, and merging would change both", tie[0], tie[1]));
+            continue;
+        }
+        // A file saved from the bare base model lacks the first segment (`model.`, `transformer.`); transformers adds it.
+        let bare = wanted.split_once('.').map_or("", |(_, rest)| rest);
+        match by_name.get(wanted.as_str()).or_else(|| by_name.get(bare)) {
+            None => offences.push(format!("`{path}`: the model's files have no `{wanted}`")),
+            Some(index) => match misfit(&tensors[*index], pair) {
+                Some(why) => offences.push(format!("`{path}`: {why}")),
+                None => drop(assigned.insert(*index, pair)),
+            },
+        }
+    }
+    refuse(offences, "cannot be merged", None, "merge it into the model it was trained on, unquantised and as safetensors")?;
+    Ok(assigned)
+}
+
+fn misfit(tensor: &Stored, pair: &Fitted) -> Option<String> {
+    let wanted = [pair.site.out_features, pair.site.in_features];
+    if tensor.shape != wanted {
+        return Some(format!("`{}` has the shape {:?}, not {wanted:?}", tensor.name, tensor.shape));
+    }
+    if pair.a.len() != pair.site.r * wanted[1] || pair.b.len() != pair.site.r * wanted[0] {
+        return Some(format!(
+            "A and B have {} and {} values, which rank {} does not give",
+            pair.a.len(),
+            pair.b.len(),
+            pair.site.r
+        ));
+    }
+    match tensor.dtype {
+        Dtype::F32 | Dtype::F16 | Dtype::BF16 => None,
+        other => Some(format!("`{}` is stored as {other:?}; F32, F16 and BF16 can be merged", tensor.name)),
+    }
+}
+
+fn check_copies(copies: &[PathBuf]) -> Result<()> {
+    let mut names = BTreeSet::new();
+    for path in copies {
+        let refuse =
+            |why: &str| Err(Error::new(Kind::Adapter, format!("a file cannot be copied: {why}")).at(path.display().to_string()));
+        let Some(name) = path.file_name() else { return refuse("it has no name") };
+        if name == INDEX_FILE || path.extension().is_some_and(|extension| extension == "safetensors") {
+            return refuse("it is one of the model's weights, which are written anew");
+        }
+        if !names.insert(name) {
+            return refuse("another file has the same name");
+        }
+    }
+    Ok(())
+}
+
+/// A directory beside its place, removed unless it is finished.
+struct Partial {
+    path: PathBuf,
+    finished: bool,
+}
+
+impl Partial {
+    fn create(out: &Path) -> Result<Self> {
+        let Some(name) = out.file_name() else {
+            return Err(Error::new(Kind::Usage, "the merged model needs a directory with a name")
+                .value(out.display().to_string())
+                .hint("write it as in `--out merged`"));
+        };
+        let path = out.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        fs::create_dir_all(&path).map_err(|source| Error::io("create", &path, source))?;
+        Ok(Self { path, finished: false })
+    }
+
+    fn finish(mut self, out: &Path) -> Result<()> {
+        fs::rename(&self.path, out).map_err(|source| Error::io("create", out, source))?;
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if !self.finished {
+            // The error that led here is the one to report.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
+    let written = File::create(path).and_then(|mut file| {
+        file.write_all(content)?;
+        file.sync_all()
+    });
+    written.map_err(|source| Error::io("write", path, source))
+}
+
+fn write_shard(path: &Path, shard: &[usize], tensors: &[Stored], pairs: &BTreeMap<usize, &Fitted>, job: &MergeJob) -> Result<()> {
+    let failed = |source| Error::io("write", path, source);
+    let listed: Vec<&Stored> = shard.iter().map(|index| &tensors[*index]).collect();
+    let mut writer = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed)?);
+    writer.write_all(&header(&listed)?).map_err(failed)?;
+    for index in shard {
+        let tensor = &tensors[*index];
+        let mut values = open_at(&job.weights[tensor.file], tensor)?;
+        match pairs.get(index) {
+            None => drop(std::io::copy(&mut values, &mut writer).map_err(failed)?),
+            Some(pair) => {
+                let mut bytes = Vec::with_capacity(tensor.size as usize);
+                values.read_to_end(&mut bytes).map_err(|source| Error::io("read", &job.weights[tensor.file], source))?;
+                add_pair(&mut bytes, tensor, pair)?;
+                writer.write_all(&bytes).map_err(failed)?;
+            }
+        }
+    }
+    let file = writer.into_inner().map_err(|source| failed(source.into_error()))?;
+    file.sync_all().map_err(failed)
+}
+
+/// The bytes of `tensor`, to be read.
+fn open_at(path: &Path, tensor: &Stored) -> Result<std::io::Take<File>> {
+    let opened = File::open(path).and_then(|mut file| {
+        file.seek(SeekFrom::Start(tensor.start))?;
+        Ok(file.take(tensor.size))
+    });
+    opened.map_err(|source| Error::io("read", path, source))
+}
+
+/// `W + scaling * B A` in place, row by row; rows are independent, so threads change nothing.
+fn add_pair(bytes: &mut [u8], tensor: &Stored, pair: &Fitted) -> Result<()> {
+    let (columns, r) = (pair.site.in_features, pair.site.r);
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let row_bytes = bytes.len() / pair.site.out_features;
+    bytes.par_chunks_mut(row_bytes).enumerate().try_for_each(|(row, bytes)| {
+        let mut delta = vec![0.0f32; columns];
+        for (k, b) in pair.b[row * r..(row + 1) * r].iter().enumerate() {
+            for (delta, a) in delta.iter_mut().zip(&pair.a[k * columns..]) {
+                *delta += b * a;
+            }
+        }
+        add_row(bytes, tensor.dtype, &delta, pair.site.scaling as f32).ok_or_else(|| overflow(tensor, row))
+    })
+}
+
+/// Adds `scale * delta` to a row of stored values; none if a finite value does not stay finite.
+fn add_row(bytes: &mut [u8], dtype: Dtype, delta: &[f32], scale: f32) -> Option<()> {
+    let weights = to_f32(dtype, bytes)?;
+    let mut places = bytes.chunks_exact_mut(dtype.bitsize() / 8);
+    for (weight, delta) in weights.into_iter().zip(delta) {
+        let sum = weight + delta * scale;
+        let place = places.next()?;
+        let kept = match dtype {
+            Dtype::F32 => {
+                place.copy_from_slice(&sum.to_le_bytes());
+                sum.is_finite()
+            }
+            Dtype::F16 => {
+                let rounded = half::f16::from_f32(sum);
+                place.copy_from_slice(&rounded.to_le_bytes());
+                rounded.is_finite()
+            }
+            _ => {
+                let rounded = half::bf16::from_f32(sum);
+                place.copy_from_slice(&rounded.to_le_bytes());
+                rounded.is_finite()
+            }
+        };
+        if !kept {
+            return None;
+        }
+    }
+    Some(())
+}
+
+fn overflow(tensor: &Stored, row: usize) -> Error {
+    Error::new(Kind::Adapter, format!("`{}` with the adapter holds a value that {:?} cannot", tensor.name, tensor.dtype))
+        .at(format!("row {row}"))
+        .rule("every merged weight is a finite number")
+        .hint("use the adapter beside the model without merging, or merge into a copy of the model stored as BF16 or F32")
+}

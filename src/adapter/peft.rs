@@ -1,0 +1,316 @@
+//! A PEFT adapter's directory: loaded, fitted to a model, saved.
+//!
+//! Takes a directory with `adapter_config.json` and `adapter_model.safetensors`; returns a checked configuration and pairs of
+//! A and B as f32, or writes both files. Strict: what is not plain LoRA is refused by name, all of it in one error. Knows
+//! nothing of how a model computes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use crate::error::{Error, Kind, Result};
+
+use super::config::{CONFIG_FILE, PeftConfig};
+use super::refuse::{Half, PREFIX, config_reasons, parse_name};
+use super::targets::{Module, Site, Strength, choose, short_names};
+
+/// The weights' name in an adapter's directory.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// A matrix of an adapter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Matrix {
+    /// Rows and columns: A is (r, in), B is (out, r).
+    pub shape: [usize; 2],
+    /// Values, row by row.
+    pub values: Vec<f32>,
+}
+
+/// A checked adapter: every name is a LoRA half, every pair is complete and of the configured rank, every value is finite.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loaded {
+    /// Its `adapter_config.json`.
+    pub config: PeftConfig,
+    /// Its matrices by full PEFT name.
+    pub tensors: BTreeMap<String, Matrix>,
+}
+
+/// One LoRA pair on its layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fitted<'a> {
+    /// Where it sits.
+    pub site: Site,
+    /// A, shape (r, in), row by row.
+    pub a: &'a [f32],
+    /// B, shape (out, r), row by row.
+    pub b: &'a [f32],
+}
+
+/// The full PEFT name of a half of the pair on the module `path`.
+pub fn tensor_name(path: &str, half: Half) -> String {
+    let letter = match half {
+        Half::A => 'A',
+        Half::B => 'B',
+    };
+    format!("{PREFIX}{path}.lora_{letter}.weight")
+}
+
+/// Reads the adapter in the directory `dir`.
+///
+/// # Errors
+/// A file that is missing or damaged; anything that is not plain LoRA, all of it in one error.
+pub fn load(dir: &Path) -> Result<Loaded> {
+    let config = load_config(dir)?;
+    let path = dir.join(WEIGHTS_FILE);
+    let bytes = fs::read(&path).map_err(|source| missing_weights(dir, &path, source))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|source| {
+        Error::new(Kind::Adapter, format!("`{WEIGHTS_FILE}` is damaged or no safetensors file: {source}"))
+            .at(path.display().to_string())
+            .hint("fetch the file again")
+    })?;
+    let mut offences = config_reasons(&config);
+    let mut tensors = BTreeMap::new();
+    let mut views: Vec<_> = file.iter().collect();
+    views.sort_by(|a, b| a.0.cmp(b.0));
+    for (name, view) in views {
+        match read_matrix(name, &view) {
+            Ok(matrix) => drop(tensors.insert(name.to_string(), matrix)),
+            Err(reason) => offences.push(format!("`{name}`: {reason}")),
+        }
+    }
+    offences.extend(pair_offences(&tensors, &config)?);
+    if tensors.is_empty() && offences.is_empty() {
+        offences.push(format!("`{WEIGHTS_FILE}` holds no tensor"));
+    }
+    refuse(
+        offences,
+        "cannot be loaded",
+        Some(dir),
+        "train a plain LoRA (`bias` none, no DoRA, no `modules_to_save`), or merge it with PEFT",
+    )?;
+    Ok(Loaded { config, tensors })
+}
+
+/// Reads `adapter_config.json` of the directory `dir`.
+pub fn load_config(dir: &Path) -> Result<PeftConfig> {
+    let path = dir.join(CONFIG_FILE);
+    let text = fs::read_to_string(&path).map_err(|source| {
+        if source.kind() != std::io::ErrorKind::NotFound {
+            return Error::io("read", &path, source);
+        }
+        let error = Error::new(Kind::Adapter, format!("there is no `{CONFIG_FILE}`")).at(dir.display().to_string());
+        match adapter_below(dir) {
+            Some(inner) => error.hint(format!("there is one in `{}`: name that directory", inner.display())),
+            None => error.hint("name the directory that PEFT's save_pretrained, or a run's `adapter/`, wrote"),
+        }
+    })?;
+    PeftConfig::parse(&text, &path)
+}
+
+/// The first directory below `dir` that holds an adapter: PEFT saves one that is not called "default" in its own.
+fn adapter_below(dir: &Path) -> Option<std::path::PathBuf> {
+    let mut inner: Vec<_> = fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path()).collect();
+    inner.sort();
+    inner.into_iter().find(|path| path.join(CONFIG_FILE).is_file())
+}
+
+fn missing_weights(dir: &Path, path: &Path, source: std::io::Error) -> Error {
+    if source.kind() != std::io::ErrorKind::NotFound {
+        return Error::io("read", path, source);
+    }
+    if dir.join("adapter_model.bin").exists() {
+        return Error::new(Kind::Adapter, "the adapter's weights are a pickle, which can run code when it is read")
+            .at(dir.join("adapter_model.bin").display().to_string())
+            .rule(format!("the weights are in `{WEIGHTS_FILE}`"))
+            .hint(
+                "convert it in that directory: python -c \"import torch, safetensors.torch as s; \
+                 s.save_file({k: v.contiguous() for k, v in torch.load('adapter_model.bin', weights_only=True, \
+                 map_location='cpu').items()}, 'adapter_model.safetensors', metadata={'format': 'pt'})\"",
+            );
+    }
+    Error::new(Kind::Adapter, format!("there is no `{WEIGHTS_FILE}`"))
+        .at(dir.display().to_string())
+        .hint("copy the file beside `adapter_config.json`; sharded adapters must be joined first")
+}
+
+fn read_matrix(name: &str, view: &TensorView) -> Result<Matrix, String> {
+    parse_name(name)?;
+    let &[rows, columns] = view.shape() else {
+        return Err(format!("its shape is {:?}, not two numbers", view.shape()));
+    };
+    let values = to_f32(view.dtype(), view.data())
+        .ok_or_else(|| format!("its type is {:?}; F32, F16 and BF16 can be read", view.dtype()))?;
+    match values.iter().find(|value| !value.is_finite()) {
+        Some(value) => Err(format!("it holds {value}, which is not a finite number")),
+        None => Ok(Matrix { shape: [rows, columns], values }),
+    }
+}
+
+/// Little-endian values as f32, or none if `dtype` is not a float of 16 or 32 bits.
+pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
+        Dtype::F16 => Some(pairs().map(|b| half::f16::from_le_bytes(b).to_f32()).collect()),
+        Dtype::BF16 => Some(pairs().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect()),
+        _ => None,
+    }
+}
+
+/// Halves without their other half, and shapes that contradict each other or the configured rank.
+fn pair_offences(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Result<Vec<String>> {
+    let strength = Strength::new(&config.settings())?;
+    let mut offences = Vec::new();
+    for path in paths(tensors) {
+        let [a, b] = [Half::A, Half::B].map(|half| tensor_name(path, half));
+        let (Some(a_matrix), Some(b_matrix)) = (tensors.get(&a), tensors.get(&b)) else {
+            let (there, missing) = if tensors.contains_key(&a) { (&a, &b) } else { (&b, &a) };
+            offences.push(format!("`{there}`: its other half `{missing}` is missing"));
+            continue;
+        };
+        let r = strength.rank(path)?;
+        if a_matrix.shape[0] != r {
+            let shape = a_matrix.shape;
+            offences.push(format!("`{a}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} rows"));
+        }
+        if b_matrix.shape[1] != r {
+            let shape = b_matrix.shape;
+            offences.push(format!("`{b}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} columns"));
+        }
+    }
+    Ok(offences)
+}
+
+/// The module paths that have a tensor, sorted, once each.
+fn paths(tensors: &BTreeMap<String, Matrix>) -> BTreeSet<&str> {
+    tensors.keys().filter_map(|name| parse_name(name).ok()).map(|(path, _)| path).collect()
+}
+
+/// One error for all `offences`, or none. Long lists are cut, with their count.
+pub(super) fn refuse(offences: Vec<String>, verdict: &str, dir: Option<&Path>, hint: &str) -> Result<()> {
+    const SHOWN: usize = 20;
+    if offences.is_empty() {
+        return Ok(());
+    }
+    let mut list = offences.iter().take(SHOWN).map(|offence| format!("\n  - {offence}")).collect::<String>();
+    if offences.len() > SHOWN {
+        list.push_str(&format!("\n  - and {} more", offences.len() - SHOWN));
+    }
+    let error = Error::new(Kind::Adapter, format!("the adapter {verdict}:{list}")).hint(hint);
+    Err(match dir {
+        Some(dir) => error.at(dir.display().to_string()),
+        None => error,
+    })
+}
+
+impl Loaded {
+    /// Each pair on its layer, in the order of `modules` (the model's linear layers).
+    ///
+    /// # Errors
+    /// A tensor whose module is not there or has other sizes; a module that `adapter_config.json` names and that has no
+    /// tensor. All of them in one error.
+    pub fn fit(&self, modules: &[Module]) -> Result<Vec<Fitted<'_>>> {
+        let settings = self.config.settings();
+        let strength = Strength::new(&settings)?;
+        let mut offences = self.misfits(modules);
+        let present = paths(&self.tensors);
+        // `all-linear` in a file written by hand: which layer is the output embedding is not known here.
+        let named = if settings.targets == super::Targets::AllLinear { Vec::new() } else { choose(modules, "", &settings)? };
+        for module in named.into_iter().filter(|module| !present.contains(module.path.as_str())) {
+            offences
+                .push(format!("`{}`: `{CONFIG_FILE}` names this module, but `{WEIGHTS_FILE}` has no tensor for it", module.path));
+        }
+        let base = self.config.base_model_name_or_path.as_deref().unwrap_or("a model it does not name");
+        let hint = format!("the adapter was trained on {base}: choose that model");
+        refuse(offences, "does not fit the model", None, &hint)?;
+        let mut fitted = Vec::new();
+        for module in modules.iter().filter(|module| present.contains(module.path.as_str())) {
+            let [a, b] = [Half::A, Half::B].map(|half| self.tensors[&tensor_name(&module.path, half)].values.as_slice());
+            fitted.push(Fitted { site: strength.site(module)?, a, b });
+        }
+        Ok(fitted)
+    }
+
+    /// Tensors that do not land on a module of `modules`, or not with its sizes.
+    fn misfits(&self, modules: &[Module]) -> Vec<String> {
+        let by_path: BTreeMap<&str, &Module> = modules.iter().map(|module| (module.path.as_str(), module)).collect();
+        let mut offences = Vec::new();
+        for (name, matrix) in &self.tensors {
+            let Ok((path, half)) = parse_name(name) else {
+                offences.push(format!("`{name}`: not a LoRA tensor"));
+                continue;
+            };
+            let [rows, columns] = matrix.shape;
+            match (by_path.get(path), half) {
+                (None, _) => offences.push(format!("`{name}`: {}", no_module(path, modules))),
+                (Some(module), Half::A) if columns != module.in_features => {
+                    offences.push(format!("`{name}`: {columns} columns, but the module has {} inputs", module.in_features));
+                }
+                (Some(module), Half::B) if rows != module.out_features => {
+                    offences.push(format!("`{name}`: {rows} rows, but the module has {} outputs", module.out_features));
+                }
+                _ => {}
+            }
+        }
+        offences
+    }
+}
+
+/// Why `path` is no module: the nearest one with the same last name, or the names that exist.
+fn no_module(path: &str, modules: &[Module]) -> String {
+    let last = path.rsplit('.').next().unwrap_or(path);
+    // The longest common end first: what differs is most often what stands before the layers.
+    let alike = |module: &&Module| {
+        let common = module.path.bytes().rev().zip(path.bytes().rev()).take_while(|(a, b)| a == b).count();
+        (std::cmp::Reverse(common), strsim::levenshtein(&module.path, path))
+    };
+    match modules.iter().filter(|module| super::matching::is_suffix(&module.path, last)).min_by_key(alike) {
+        Some(module) => format!("the model has no linear layer `{path}`; nearest is `{}`", module.path),
+        None => format!("the model has no linear layer `{last}`; it has {}", short_names(modules).join(", ")),
+    }
+}
+
+/// Writes an adapter: `tensors` are (full PEFT name, shape, values row by row), stored as F32, sorted by name. The same input
+/// gives the same bytes. Each file is written beside its place and renamed, so it is there whole or not at all.
+///
+/// # Errors
+/// A file that cannot be written; a name, shape or count that is not a LoRA half's.
+pub fn save(dir: &Path, config: &PeftConfig, tensors: &[(String, [usize; 2], &[f32])]) -> Result<()> {
+    let mut views = Vec::with_capacity(tensors.len());
+    let bytes: Vec<Vec<u8>> =
+        tensors.iter().map(|(_, _, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+    let mut seen = BTreeSet::new();
+    for ((name, shape, _), bytes) in tensors.iter().zip(&bytes) {
+        let refuse =
+            |why: String| Error::new(Kind::Adapter, format!("`{name}` cannot be saved: {why}")).value(format!("{shape:?}"));
+        parse_name(name).map_err(|why| refuse(why.to_string()))?;
+        if !seen.insert(name) {
+            return Err(refuse("the name occurs twice".to_string()));
+        }
+        views.push((name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).map_err(|source| refuse(source.to_string()))?));
+    }
+    // One dtype: safetensors then sorts by name alone. One key of metadata: nothing depends on a map's order.
+    let metadata = [("format".to_string(), "pt".to_string())].into_iter().collect();
+    let file = safetensors::serialize(views, Some(metadata))
+        .map_err(|source| Error::new(Kind::Adapter, format!("the adapter cannot be written: {source}")))?;
+    fs::create_dir_all(dir).map_err(|source| Error::io("create", dir, source))?;
+    write_whole(&dir.join(WEIGHTS_FILE), &file)?;
+    write_whole(&dir.join(CONFIG_FILE), config.to_text().as_bytes())
+}
+
+/// Writes a file beside its place, then renames it.
+fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
+    let partial = path.with_extension("partial");
+    let written = fs::File::create(&partial).and_then(|mut file| {
+        file.write_all(content)?;
+        file.sync_all()
+    });
+    written.and_then(|()| fs::rename(&partial, path)).map_err(|source| {
+        // What is left of it is of no use; that it cannot be removed either changes nothing for the reader of the error.
+        let _ = fs::remove_file(&partial);
+        Error::io("write", path, source)
+    })
+}

@@ -1,0 +1,200 @@
+//! A model's safetensors files as a list of stored tensors, and how they are laid out in new files.
+//!
+//! Takes file paths; reads headers only. Returns where each tensor lies, how tensors share files of a given size, and the
+//! header and index of such files, named as transformers names them. Reads no tensor's values.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde_json::json;
+
+use crate::error::{Error, Kind, Result};
+use crate::units::Bytes;
+
+/// The index's name beside sharded weights.
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The longest header that is read; the format's own limit.
+const MAX_HEADER: u64 = 100_000_000;
+/// The length field before the header.
+const LENGTH_FIELD: u64 = 8;
+
+/// A tensor in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stored {
+    /// Its name.
+    pub name: String,
+    /// Its type.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Which of the files.
+    pub file: usize,
+    /// Its first byte's place in that file.
+    pub start: u64,
+    /// Its bytes.
+    pub size: u64,
+}
+
+/// The tensors of `files`, in the order of files and, within one, of places.
+pub(super) fn read_headers(files: &[PathBuf]) -> Result<Vec<Stored>> {
+    let mut tensors = Vec::new();
+    let mut owner: BTreeMap<String, usize> = BTreeMap::new();
+    for (file, path) in files.iter().enumerate() {
+        for tensor in read_header(path, file)? {
+            if let Some(first) = owner.insert(tensor.name.clone(), file) {
+                return Err(Error::new(Kind::Model, format!("the tensor `{}` is in two files", tensor.name))
+                    .at(format!("{} and {}", files[first].display(), path.display()))
+                    .hint("name the files of one model only"));
+            }
+            tensors.push(tensor);
+        }
+    }
+    Ok(tensors)
+}
+
+fn read_header(path: &Path, file: usize) -> Result<Vec<Stored>> {
+    let failed = |source| Error::io("read", path, source);
+    let damaged = |why: String| {
+        Error::new(Kind::Model, format!("the file is damaged or no safetensors file: {why}"))
+            .at(path.display().to_string())
+            .hint("fetch the file again")
+    };
+    let mut reader = File::open(path).map_err(failed)?;
+    let total = reader.metadata().map_err(failed)?.len();
+    if total < LENGTH_FIELD {
+        return Err(damaged(format!("it has {total} bytes")));
+    }
+    let mut length = [0; LENGTH_FIELD as usize];
+    reader.read_exact(&mut length).map_err(failed)?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER || length > total - LENGTH_FIELD {
+        return Err(damaged(format!("its header would have {length} bytes")));
+    }
+    let mut header = vec![0; length as usize];
+    reader.read_exact(&mut header).map_err(failed)?;
+    // Deserialisation checks that places follow each other without gaps and agree with shapes.
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|source| damaged(source.to_string()))?;
+    let data = LENGTH_FIELD + length;
+    if data + metadata.data_len() as u64 != total {
+        return Err(damaged(format!("it has {total} bytes where its header asks for {}", data + metadata.data_len() as u64)));
+    }
+    let stored = |name: String| {
+        let info = metadata.info(&name)?;
+        let (start, end) = info.data_offsets;
+        let (start, size) = (data + start as u64, (end - start) as u64);
+        Some(Stored { dtype: info.dtype, shape: info.shape.clone(), name, file, start, size })
+    };
+    Ok(metadata.offset_keys().into_iter().filter_map(stored).collect())
+}
+
+/// Which tensors (by index) share a file of at most `max` bytes of values: in order, as huggingface_hub's
+/// `split_state_dict_into_shards_factory` cuts. A tensor that is larger has a file of its own. Within a file: by type, widest
+/// first, then by name, as safetensors orders them.
+pub(super) fn split(tensors: &[Stored], max: Bytes) -> Vec<Vec<usize>> {
+    let mut shards: Vec<Vec<usize>> = Vec::new();
+    let (mut current, mut filled) = (Vec::new(), 0u64);
+    for (index, tensor) in tensors.iter().enumerate() {
+        if tensor.size > max.0 {
+            shards.push(vec![index]);
+            continue;
+        }
+        if filled + tensor.size > max.0 {
+            shards.push(std::mem::take(&mut current));
+            filled = 0;
+        }
+        current.push(index);
+        filled += tensor.size;
+    }
+    shards.push(current);
+    shards.retain(|shard| !shard.is_empty());
+    for shard in &mut shards {
+        shard.sort_by(|a, b| {
+            let (a, b) = (&tensors[*a], &tensors[*b]);
+            b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name))
+        });
+    }
+    shards
+}
+
+/// The name of file `index` of `count`.
+pub(super) fn file_name(index: usize, count: usize) -> String {
+    if count == 1 { "model.safetensors".to_string() } else { format!("model-{:05}-of-{count:05}.safetensors", index + 1) }
+}
+
+/// The start of a file that holds `tensors` in this order: length field and header, padded to eight bytes.
+pub(super) fn header(tensors: &[&Stored]) -> Result<Vec<u8>> {
+    let mut end = 0;
+    let mut infos = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        let start = end;
+        end += tensor.size as usize;
+        let info = TensorInfo { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (start, end) };
+        infos.push((tensor.name.clone(), info));
+    }
+    let marked = [("format".to_string(), "pt".to_string())].into_iter().collect();
+    let failed = |why: String| Error::new(Kind::Model, format!("the merged weights have no valid header: {why}"));
+    let metadata = Metadata::new(Some(marked), infos).map_err(|source| failed(source.to_string()))?;
+    let mut text = serde_json::to_vec(&metadata).map_err(|source| failed(source.to_string()))?;
+    text.resize(text.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(text);
+    Ok(bytes)
+}
+
+/// The text of the index of several files.
+pub(super) fn index_text(tensors: &[Stored], shards: &[Vec<usize>]) -> String {
+    let total: u64 = tensors.iter().map(|tensor| tensor.size).sum();
+    let mut places = BTreeMap::new();
+    for (number, shard) in shards.iter().enumerate() {
+        for index in shard {
+            places.insert(tensors[*index].name.clone(), file_name(number, shards.len()));
+        }
+    }
+    let index = json!({ "metadata": { "total_size": total }, "weight_map": places });
+    format!("{index:#}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(name: &str, dtype: Dtype, size: u64) -> Stored {
+        Stored { name: name.into(), dtype, shape: vec![size as usize], file: 0, start: 0, size }
+    }
+
+    #[test]
+    fn files_are_cut_as_the_hub_library_cuts_them() {
+        // Its own example: [6, 6, 2, 6, 2, 2] in files of 10 become [6], [6 + 2], [6 + 2 + 2].
+        let sizes = [6, 6, 2, 6, 2, 2];
+        let tensors: Vec<Stored> = sizes.iter().enumerate().map(|(i, size)| stored(&i.to_string(), Dtype::U8, *size)).collect();
+        assert_eq!(split(&tensors, Bytes(10)), [vec![0], vec![1, 2], vec![3, 4, 5]]);
+        // One that is too large stands alone; the file begun before it goes on.
+        assert_eq!(split(&tensors, Bytes(5)), [vec![0], vec![1], vec![3], vec![2, 4], vec![5]]);
+        assert_eq!(split(&tensors, Bytes(24)).len(), 1);
+        assert_eq!(split(&tensors, Bytes(23)).len(), 2);
+    }
+
+    #[test]
+    fn wide_types_come_first_in_a_file() {
+        let tensors = [stored("a", Dtype::U8, 1), stored("c", Dtype::F32, 4), stored("b", Dtype::F32, 4)];
+        assert_eq!(split(&tensors, Bytes(100)), [vec![2, 1, 0]]);
+    }
+
+    #[test]
+    fn hostile_headers_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let gap = br#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
+        let short = br#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#;
+        let with_length = |text: &[u8]| [&(text.len() as u64).to_le_bytes()[..], text].concat();
+        for content in
+            [b"abc".to_vec(), u64::MAX.to_le_bytes().to_vec(), with_length(gap), with_length(short), with_length(b"[]")]
+        {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(read_headers(std::slice::from_ref(&path)).unwrap_err().kind(), Kind::Model);
+        }
+    }
+}
