@@ -5,7 +5,7 @@
 
 use super::page::kind_words;
 use super::show;
-use super::types::{Meter, Report};
+use super::types::Report;
 
 /// Each factor with its value, year and source, then each baseline's source and assumptions.
 pub fn assumptions(report: &Report) -> Vec<String> {
@@ -36,7 +36,7 @@ pub fn limits(report: &Report) -> Vec<String> {
     let carbon = "Emissions go by the grid's yearly average intensity, not by the hour of the run nor by the marginal plant.";
     let scope = "Not in the energy: earlier attempts, downloads, the screen, and the use of the model afterwards.";
     let shown = [
-        (report.energy.meter == Meter::Counted || meters.counted_j.0 > 0.0, counted),
+        (true, counted),
         (meters.measured_j.is_some(), measured),
         (meters.timed_j.is_some(), timed),
         (true, carbon),

@@ -12,6 +12,7 @@ mod limits;
 pub mod markdown;
 pub mod model_card;
 mod page;
+mod seal;
 mod show;
 pub mod steps;
 pub mod stop;

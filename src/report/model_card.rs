@@ -36,7 +36,9 @@ pub struct CardFacts {
 /// # Errors
 /// As [`Report::sealed`].
 pub fn to_model_card(facts: &CardFacts, report: &Report) -> Result<String> {
-    let report = report.clone().sealed()?;
+    let mut report = report.clone().sealed()?;
+    // How to open a counter on the machine that trained is of no use to who downloads the card.
+    report.energy.measured_absent = None;
     let sections = [
         front_matter(facts, &report),
         format!("# {}\n\n{}\n", one_line(&facts.name), one_line(&summary(&report))),

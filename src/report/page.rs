@@ -82,7 +82,7 @@ fn result(report: &Report) -> Vec<Block> {
         let place = format!("step {}, loss {}, `{}`", show::count(best.step), show::number(best.val_loss), best.path);
         rows.push(("best checkpoint", place));
     }
-    vec![pairs(["", "losses in nats per loss token"], rows)]
+    vec![pairs(["result", "value"], rows), Block::Paragraph("Losses are in nats per loss token.".to_string())]
 }
 
 fn by_phase(report: &Report) -> Vec<Block> {
@@ -168,10 +168,10 @@ fn comparison(report: &Report) -> Vec<Block> {
     let equal = baselines.iter().flat_map(|baseline| at_equal(baseline)).collect();
     let mut blocks = vec![Block::Table(table)];
     blocks.extend(list(equal));
-    blocks.push(Block::Paragraph(
-        "Any fine-tuning beats training from scratch by orders of magnitude: the fair yardstick for an adapter is training every weight."
-            .to_string(),
-    ));
+    if baselines.iter().any(|baseline| baseline.kind == BaselineKind::Pretraining) {
+        let yardstick = "Beside pretraining every fine-tuning looks cheap; the yardstick for an adapter is full fine-tuning.";
+        blocks.push(Block::Paragraph(yardstick.to_string()));
+    }
     blocks
 }
 
@@ -216,12 +216,12 @@ fn budget(report: &Report) -> Vec<Block> {
         ("time", time, show::or_unknown(limits.time_s, show::time), show::or_unknown(spent.time_s, show::time)),
         ("cost", cost, words(&limits.cost), words(&spent.cost)),
     ];
-    let mut table = Table::new(&["budget", "allowed", "spent", "used", ""]);
+    let mut table = Table::new(&["budget", "allowed", "spent", "used", "binding"]);
     let bound = report.training.stop_reason.budget();
     let mut rows = 0;
     for (name, (limit, spent), allowed, used) in shown {
         let Some(limit) = limit else { continue };
-        let note = if bound == Some(name) { "stopped the run" } else { "" };
+        let note = if bound == Some(name) { "stopped the run" } else { "no" };
         table.row([
             name.to_string(),
             allowed,
@@ -252,7 +252,7 @@ fn emissions(report: &Report) -> Vec<Block> {
         ("facility overhead", format!("{} (PUE {})", show::energy(carbon.pue * total - total), show::number(carbon.pue.value()))),
         ("facility energy", show::energy(carbon.pue * total)),
         ("grid", format!("`{}`, {} gCO2e/kWh, {year}", carbon.grid, show::number(carbon.gco2e_per_kwh.0))),
-        ("emissions", show::carbon(carbon.gco2e)),
+        ("emitted", show::carbon(carbon.gco2e)),
     ];
     if let (Some(low), Some(high)) = (carbon.low_gco2e, carbon.high_gco2e) {
         rows.push(("between", format!("{} and {}", show::carbon(low), show::carbon(high))));
@@ -260,7 +260,7 @@ fn emissions(report: &Report) -> Vec<Block> {
     if let Some(embodied) = carbon.embodied_gco2e {
         rows.push(("device's manufacture, not included", show::carbon(embodied)));
     }
-    vec![pairs(["", ""], rows)]
+    vec![pairs(["emissions of the electricity", "value"], rows)]
 }
 
 fn data(report: &Report) -> Vec<Block> {

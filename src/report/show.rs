@@ -17,27 +17,21 @@ fn finite(value: f64, text: impl FnOnce() -> String) -> String {
 
 /// Joules with watt-hours beside them: "18 kJ (5 Wh)".
 pub fn energy(value: Joules) -> String {
-    finite(value.0, || format!("{value} ({})", watt_hours(value)))
+    or_none(value.0, "0 J", || format!("{value} ({})", watt_hours(value)))
 }
 
 fn watt_hours(value: Joules) -> String {
-    const UNITS: [(f64, &str); 6] = [(1e9, "GWh"), (1e6, "MWh"), (1e3, "kWh"), (0.1, "Wh"), (1e-3, "mWh"), (0.0, "µWh")];
+    /// From how many Wh a unit is used, how many Wh it is, and its name.
+    const UNITS: [(f64, f64, &str); 6] =
+        [(1e9, 1e9, "GWh"), (1e6, 1e6, "MWh"), (1e3, 1e3, "kWh"), (0.1, 1.0, "Wh"), (1e-3, 1e-3, "mWh"), (0.0, 1e-6, "µWh")];
     let wh = value.wh();
-    let (_, unit) = UNITS.into_iter().find(|(floor, _)| wh.abs() >= *floor).unwrap_or((0.0, "µWh"));
-    let factor = match unit {
-        "GWh" => 1e9,
-        "MWh" => 1e6,
-        "kWh" => 1e3,
-        "Wh" => 1.0,
-        "mWh" => 1e-3,
-        _ => 1e-6,
-    };
+    let (_, factor, unit) = UNITS.into_iter().find(|(floor, ..)| wh.abs() >= *floor).unwrap_or((0.1, 1.0, "Wh"));
     format!("{} {unit}", significant(wh / factor))
 }
 
 /// A mass of emissions.
 pub fn carbon(value: GramsCo2e) -> String {
-    finite(value.0, || value.to_string())
+    or_none(value.0, "0 gCO2e", || value.to_string())
 }
 
 /// A number of FLOPs.
@@ -47,7 +41,12 @@ pub fn flops(value: Flops) -> String {
 
 /// A time as a person says it.
 pub fn time(value: Seconds) -> String {
-    finite(value.0, || value.spoken())
+    or_none(value.0, "0 s", || value.spoken())
+}
+
+/// `text` where `value` is finite, in the plain unit where it is nothing.
+fn or_none(value: f64, nothing: &str, text: impl FnOnce() -> String) -> String {
+    if value == 0.0 { nothing.to_string() } else { finite(value, text) }
 }
 
 /// A plain number of four digits.
@@ -110,7 +109,7 @@ mod tests {
         assert_eq!(energy(Joules(3_582.0)), "3.582 kJ (0.995 Wh)");
         assert_eq!(energy(Joules(3.6)), "3.6 J (1 mWh)");
         assert_eq!(energy(Joules(7.2e9)), "7.2 GJ (2 MWh)");
-        assert_eq!(energy(Joules(0.0)), "0 J (0 µWh)".replace("0 J", &Joules(0.0).to_string()));
+        assert_eq!(energy(Joules(0.0)), "0 J");
         assert_eq!(times(1.5), "1.50");
         assert_eq!(times(8_070_900.48), "8.07 million");
         assert_eq!(times(2_345.6), "2,346");
