@@ -54,6 +54,7 @@ fn emissions() -> Emissions {
         project_name: "e2e, small".to_string(),
         run_id: "e2e-20260131-120000".to_string(),
         parts: EnergyParts { cpu: Some(Joules(3582.0)), gpu: Some(Joules::ZERO), ram: None },
+        cpu_count: Some(4),
         ..Emissions::default()
     }
 }
@@ -184,7 +185,10 @@ fn emissions_in_codecarbons_columns_and_units() {
     assert!((number("energy_consumed") - 0.001_194).abs() < 1e-12);
     assert!((number("cpu_power") - 33.064_615).abs() < 1e-6);
     assert_eq!((cell("gpu_energy"), cell("ram_energy"), cell("wue"), cell("country_name")), ("0", "", "", ""));
-    assert_eq!((cell("project_name"), cell("tracking_mode"), cell("pue")), ("e2e, small", "process", "1.2"));
+    assert_eq!(
+        (cell("project_name"), cell("tracking_mode"), cell("pue"), cell("cpu_count")),
+        ("e2e, small", "process", "1.2", "4")
+    );
 }
 
 /// The fixture, half as long: 75 steps for 2,000 J and 1.0 nats: 0.5 per kJ, against 1.2 / 3.582 = 0.3350.
@@ -297,4 +301,19 @@ fn a_total_that_is_not_finite_is_refused_by_name() {
     report.energy.by_phase.insert(Phase::Train, Joules(f64::NAN));
     let error = json::to_json(&report).unwrap_err();
     assert!(error.to_string().contains("energy.by_phase.train"), "{error}");
+}
+
+#[test]
+fn the_summary_names_the_budget_that_bound() {
+    let mut report = fixture();
+    let summary = |report: &Report| text::to_text("run", report).unwrap().split("\nRESULT").next().unwrap().replace('\n', " ");
+    report.training.stop_reason = StopReason::BudgetTime;
+    assert!(summary(&report).contains("The time budget of 10 min 00 s stopped it."), "{}", summary(&report));
+    assert!(!summary(&report).contains("passed the energy budget"));
+    report.energy.meter = Meter::Measured;
+    report.budget.overshoot_j = Some(Joules(36.0));
+    assert!(summary(&report).contains("It passed the energy budget by 36 J (10 mWh)."), "{}", summary(&report));
+    report.baselines.retain(|baseline| baseline.kind != wattune::report::types::BaselineKind::FullFineTuning);
+    let page = markdown::to_markdown("run", &report).unwrap();
+    assert!(page.contains("| full fine-tuning | not known |"), "{page}");
 }

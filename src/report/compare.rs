@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use super::show;
-use super::summary::meter_words;
 use super::table::Table;
 use super::text::{bullet, paragraph};
 use super::types::{Meter, Report};
@@ -50,7 +49,7 @@ pub struct Comparison {
 
 /// Compares runs. Where they went by different meters, every row's energy is the counted one, which all of them have.
 pub fn compare(runs: &[(String, Report)]) -> Comparison {
-    let meters: BTreeSet<&str> = runs.iter().map(|(_, report)| meter_words(report.energy.meter)).collect();
+    let meters: BTreeSet<String> = runs.iter().map(|(_, report)| show::word(report.energy.meter)).collect();
     let meter = match runs.first() {
         Some((_, first)) if meters.len() == 1 => first.energy.meter,
         _ => Meter::Counted,
@@ -63,7 +62,7 @@ pub fn compare(runs: &[(String, Report)]) -> Comparison {
         notes.push("no run is named the best: their losses do not measure the same thing".to_string());
     }
     if meters.len() > 1 {
-        let meters: Vec<&str> = meters.into_iter().collect();
+        let meters: Vec<String> = meters.into_iter().collect();
         notes.push(format!("the runs went by different meters ({}): energies here are the counted ones", meters.join(", ")));
     }
     notes.extend(differing(runs, "the emissions are not comparable: the grids or overheads differ", |report| {
@@ -137,10 +136,8 @@ impl Comparison {
                 show::or_unknown(row.loss_per_kj, show::number),
             ]);
         }
-        let meter = paragraph(
-            &format!("Energy as {}; losses on validation records, in nats per loss token.", meter_words(self.meter)),
-            0,
-        );
+        let meter =
+            paragraph(&format!("Energy as {}; losses on validation records, in nats per loss token.", show::word(self.meter)), 0);
         let best = match &self.best {
             Some(name) => paragraph(&format!("{name} bought the most loss per joule."), 0),
             None => paragraph("No run is named the best.", 0),

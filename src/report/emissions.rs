@@ -86,6 +86,8 @@ pub struct Emissions {
     pub cloud_provider: Option<String>,
     /// Where the grid is a cloud region's: which.
     pub cloud_region: Option<String>,
+    /// Processors of the machine.
+    pub cpu_count: Option<u64>,
     /// Accelerators used.
     pub gpu_count: Option<u64>,
     /// Their name.
@@ -136,7 +138,7 @@ impl Emissions {
             "cloud_provider" => words(&self.cloud_provider),
             "cloud_region" => words(&self.cloud_region),
             "os" => report.environment.os.clone(),
-            "cpu_count" => report.environment.threads.to_string(),
+            "cpu_count" => self.cpu_count.map(|count| count.to_string()).unwrap_or_default(),
             "cpu_model" => report.environment.cpu.clone(),
             "gpu_count" => self.gpu_count.map(|count| count.to_string()).unwrap_or_default(),
             "gpu_model" => words(&self.gpu_model),

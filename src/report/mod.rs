@@ -4,6 +4,7 @@
 //! card, CodeCarbon's CSV, the comparison of runs. Takes plain numbers, returns texts and files. Refuses to know how a number
 //! was obtained: it measures nothing, counts nothing, prints nothing and never invents what it was not given.
 
+mod budget;
 pub mod compare;
 pub mod emissions;
 pub mod files;

@@ -6,7 +6,7 @@
 
 use super::markdown::{fenced, one_line, to_markdown_body};
 use super::show;
-use super::summary::{meter_words, summary};
+use super::summary::summary;
 use super::table::Table;
 use super::types::{AdapterType, Report};
 use super::yaml;
@@ -79,7 +79,7 @@ fn emissions(facts: &CardFacts, report: &Report) -> Vec<String> {
     let source = format!(
         "wattune {}: {} energy, grid {grid} at {} gCO2e/kWh, PUE {}",
         report.environment.version,
-        meter_words(report.energy.meter),
+        show::word(report.energy.meter),
         show::number(report.carbon.gco2e_per_kwh.0),
         show::number(report.carbon.pue.value())
     );
@@ -125,5 +125,12 @@ fn loading(facts: &CardFacts, report: &Report) -> String {
              tokenizer = AutoTokenizer.from_pretrained(\".\")"
             .to_string(),
     };
-    format!("## How to load it\n\nIn this folder, with `\".\"` replaced by its path elsewhere:\n\n{}", fenced(&code, "python"))
+    let missing = match facts.base_model {
+        None if report.adapter.r#type == AdapterType::Lora => {
+            format!("The base model `{}` is not on the hub: put the path of its folder there.\n\n", one_line(&report.model.id))
+        }
+        _ => String::new(),
+    };
+    let where_it_is = "In this folder, with `\".\"` replaced by its path elsewhere:";
+    format!("## How to load it\n\n{where_it_is}\n\n{missing}{}", fenced(&code, "python"))
 }

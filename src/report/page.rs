@@ -3,12 +3,12 @@
 //! Owns what a report says and in which order. Takes a report, returns sections; `markdown` and `text` lay out the same ones, so
 //! that no figure is on one page and not on the other. Knows nothing of files or terminals.
 
+use super::budget::entries;
 use super::limits;
 use super::show;
-use super::summary::{label_words, meter_words};
 use super::table::Table;
 use super::types::{Baseline, BaselineKind, Meter, Report};
-use crate::units::{Bytes, Flops, Joules, Money};
+use crate::units::{Bytes, Flops, Joules};
 
 /// A part of a section.
 pub enum Block {
@@ -89,7 +89,7 @@ fn by_phase(report: &Report) -> Vec<Block> {
     let energy = &report.energy;
     let mut table = Table::new(&["phase", "energy", "share"]);
     for (phase, joules) in &energy.by_phase {
-        let name = format!("{phase:?}").to_lowercase();
+        let name = show::word(phase);
         table.row([name, show::energy(*joules), show::share(joules.0, energy.total_j.0)]);
     }
     table.row(["all".to_string(), show::energy(energy.total_j), show::share(energy.total_j.0, energy.total_j.0)]);
@@ -130,7 +130,7 @@ fn by_meter(report: &Report) -> Vec<Block> {
         let used = if meter == energy.meter { " (used)" } else { "" };
         let ratio = show::or_unknown(joules, |joules| show::times(joules / meters.counted_j));
         let shown = joules.map_or_else(|| "not available".to_string(), show::energy);
-        table.row([format!("{}{used}", meter_words(meter)), shown, ratio, is.to_string()]);
+        table.row([format!("{}{used}", show::word(meter)), shown, ratio, is.to_string()]);
     }
     let mut blocks = vec![Block::Table(table)];
     if let Some(absent) = &energy.measured_absent {
@@ -146,7 +146,7 @@ fn comparison(report: &Report) -> Vec<Block> {
     let mut table = Table::new(&["way of training", "FLOPs", "energy", "emissions", "times this run", "known how"]);
     let (energy, own) = (&report.energy, "this run".to_string());
     let flops = show::flops(Flops(energy.flops as f64));
-    let how = meter_words(energy.meter).to_string();
+    let how = show::word(energy.meter);
     table.row([own, flops, show::energy(energy.total_j), show::carbon(report.carbon.gco2e), "1".to_string(), how]);
     let mut baselines: Vec<&Baseline> = report.baselines.iter().collect();
     baselines.sort_by_key(|baseline| baseline.kind);
@@ -162,7 +162,7 @@ fn comparison(report: &Report) -> Vec<Block> {
             show::or_unknown(baseline.energy_j, show::energy),
             show::or_unknown(baseline.gco2e, show::carbon),
             show::or_unknown(baseline.ratio, show::times),
-            label_words(baseline.label).to_string(),
+            show::word(baseline.label),
         ]);
     }
     let equal = baselines.iter().flat_map(|baseline| at_equal(baseline)).collect();
@@ -196,51 +196,22 @@ pub fn kind_words(kind: BaselineKind) -> &'static str {
 }
 
 fn budget(report: &Report) -> Vec<Block> {
-    let (limits, spent) = (&report.budget.limits, &report.budget.spent);
-    let energy = (limits.energy_j.map(|x| x.0), spent.energy_j.map(|x| x.0));
-    let carbon = (limits.carbon_gco2e.map(|x| x.0), spent.carbon_gco2e.map(|x| x.0));
-    let flops = (limits.flops.map(|x| x.0), spent.flops.map(|x| x.0));
-    let time = (limits.time_s.map(|x| x.0), spent.time_s.map(|x| x.0));
-    let amount = |money: &Option<Money>| money.as_ref().map(|money| money.amount);
-    let cost = (amount(&limits.cost), amount(&spent.cost));
-    let words = |money: &Option<Money>| show::or_unknown(money.clone(), |money| money.to_string());
-    let shown = [
-        ("energy", energy, show::or_unknown(limits.energy_j, show::energy), show::or_unknown(spent.energy_j, show::energy)),
-        (
-            "carbon",
-            carbon,
-            show::or_unknown(limits.carbon_gco2e, show::carbon),
-            show::or_unknown(spent.carbon_gco2e, show::carbon),
-        ),
-        ("flops", flops, show::or_unknown(limits.flops, show::flops), show::or_unknown(spent.flops, show::flops)),
-        ("time", time, show::or_unknown(limits.time_s, show::time), show::or_unknown(spent.time_s, show::time)),
-        ("cost", cost, words(&limits.cost), words(&spent.cost)),
-    ];
-    let mut table = Table::new(&["budget", "allowed", "spent", "used", "binding"]);
-    let bound = report.training.stop_reason.budget();
-    let mut rows = 0;
-    for (name, (limit, spent), allowed, used) in shown {
-        let Some(limit) = limit else { continue };
-        let note = if bound == Some(name) { "stopped the run" } else { "no" };
-        table.row([
-            name.to_string(),
-            allowed,
-            used,
-            show::or_unknown(spent, |spent| show::share(spent, limit)),
-            note.to_string(),
-        ]);
-        rows += 1;
-    }
-    if rows == 0 {
+    let entries = entries(&report.budget);
+    if entries.is_empty() {
         return vec![Block::Paragraph("The recipe set no budget.".to_string())];
     }
+    let mut table = Table::new(&["budget", "allowed", "spent", "used", "stopped the run"]);
+    for entry in entries {
+        let stopped = if report.training.stop_reason.budget() == Some(entry.name) { "yes" } else { "no" };
+        table.row([entry.name.to_string(), entry.allowed, entry.spent, entry.used, stopped.to_string()]);
+    }
     let mut blocks = vec![Block::Table(table)];
-    if let Some(over) = report.budget.overshoot_j {
-        blocks.push(Block::Paragraph(match over.0 > 0.0 {
+    blocks.extend(report.budget.overshoot_j.map(|over| {
+        Block::Paragraph(match over.0 > 0.0 {
             true => format!("The energy budget was passed by {}.", show::energy(over)),
             false => "The energy budget was not passed.".to_string(),
-        }));
-    }
+        })
+    }));
     blocks
 }
 

@@ -5,6 +5,8 @@
 
 use std::fmt::Display;
 
+use serde::Serialize;
+
 use crate::units::{Flops, GramsCo2e, Joules, Seconds, significant};
 
 /// What stands where nothing is known.
@@ -79,6 +81,12 @@ fn three_digits(value: f64) -> String {
         0.01.. => format!("{value:.2}"),
         _ => significant(value),
     }
+}
+
+/// The word that `report.json` has for a meter, a phase or a label.
+pub fn word(value: impl Serialize) -> String {
+    let word = serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_string));
+    word.unwrap_or_else(|| UNKNOWN.to_string())
 }
 
 /// A count in groups of three: "134,515,008".

@@ -3,33 +3,15 @@
 //! Owns the sentences: what the run cost, against what, what bound it, how sure the numbers are. Takes a report, returns
 //! sentences whose every figure names its source. Leaves out what is not known and never calls a forecast a measurement.
 
+use super::budget::entries;
 use super::show;
-use super::types::{AdapterType, BaselineKind, Label, Meter, Report};
+use super::types::{AdapterType, BaselineKind, Meter, Report};
 use crate::units::Joules;
 
 /// The paragraph.
 pub fn summary(report: &Report) -> String {
     let sentences = [cost(report), bought(report), against(report), bound(report), certainty(report)];
     sentences.into_iter().flatten().collect::<Vec<_>>().join(" ")
-}
-
-/// How a meter's figure came about, to follow a figure.
-pub fn meter_words(meter: Meter) -> &'static str {
-    match meter {
-        Meter::Counted => "counted",
-        Meter::Measured => "measured",
-        Meter::Timed => "timed",
-    }
-}
-
-/// How a baseline is known, to follow a figure.
-pub fn label_words(label: Label) -> &'static str {
-    match label {
-        Label::Measured => "measured",
-        Label::Counted => "counted",
-        Label::Published => "published",
-        Label::Assumed => "assumed",
-    }
 }
 
 fn cost(report: &Report) -> Option<String> {
@@ -44,7 +26,7 @@ fn cost(report: &Report) -> Option<String> {
         show::counted(training.steps, "step"),
         show::time(training.wall_s),
         show::energy(energy.total_j),
-        meter_words(energy.meter),
+        show::word(energy.meter),
         show::carbon(carbon.gco2e),
         carbon.grid
     ))
@@ -73,7 +55,7 @@ fn against(report: &Report) -> Option<String> {
 
 fn clause(report: &Report, kind: BaselineKind) -> Option<String> {
     let baseline = report.baselines.iter().find(|baseline| baseline.kind == kind)?;
-    let label = label_words(baseline.label);
+    let label = show::word(baseline.label);
     if let Some(loss) = baseline.val_loss_at_equal_energy.filter(|loss| loss.is_finite()) {
         return Some(format!("the same energy spent from random weights reached a loss of {} ({label})", show::number(loss)));
     }
@@ -91,22 +73,17 @@ fn clause(report: &Report, kind: BaselineKind) -> Option<String> {
 
 fn bound(report: &Report) -> Option<String> {
     let reason = report.training.stop_reason;
-    Some(match (reason.as_str(), reason.budget()) {
-        (_, Some(budget)) => format!("The {budget} budget stopped it{}.", overshoot(report).unwrap_or_default()),
+    let budget = entries(&report.budget).into_iter().find(|entry| reason.budget() == Some(entry.name));
+    let end = match (reason.as_str(), budget) {
+        (_, Some(entry)) => format!("The {} budget of {} stopped it.", entry.name, entry.allowed),
         ("steps", _) => "It ended with the last step the recipe asked for.".to_string(),
         ("epochs", _) => "It ended with the last epoch the recipe asked for.".to_string(),
         ("interrupted", _) => "It was interrupted; what it had learnt by then was saved.".to_string(),
-        _ => "It diverged: a loss or a gradient was not finite, and the run stopped there.".to_string(),
-    })
-}
-
-/// By how much the energy budget was kept or passed, to follow "stopped it".
-fn overshoot(report: &Report) -> Option<String> {
-    let limit = report.budget.limits.energy_j?;
-    match report.budget.overshoot_j? {
-        over if over.0 > 0.0 => Some(format!(", after passing the {} allowed by {}", show::energy(limit), show::energy(over))),
-        _ => Some(format!(" within the {} allowed", show::energy(limit))),
-    }
+        ("diverged", _) => "It diverged: a loss or a gradient was not finite, and the run stopped there.".to_string(),
+        (word, None) => format!("It ended by `{word}`."),
+    };
+    let passed = report.budget.overshoot_j.filter(|over| over.0 > 0.0);
+    Some(end + &passed.map_or_else(String::new, |over| format!(" It passed the energy budget by {}.", show::energy(over))))
 }
 
 fn certainty(report: &Report) -> Option<String> {
@@ -130,10 +107,10 @@ fn certainty(report: &Report) -> Option<String> {
 }
 
 /// The meters that `total_j` does not go by, each with its ratio to it.
-fn other_meters(report: &Report) -> Vec<(&'static str, String)> {
+fn other_meters(report: &Report) -> Vec<(String, String)> {
     let meters = &report.energy.meters;
     let all = [(Meter::Counted, Some(meters.counted_j)), (Meter::Measured, meters.measured_j), (Meter::Timed, meters.timed_j)];
     let others = all.into_iter().filter(|(meter, _)| *meter != report.energy.meter);
     let ratio = |joules: Joules| Some(joules / report.energy.total_j).filter(|ratio| ratio.is_finite());
-    others.filter_map(|(meter, joules)| Some((meter_words(meter), show::times(ratio(joules?)?)))).collect()
+    others.filter_map(|(meter, joules)| Some((show::word(meter), show::times(ratio(joules?)?)))).collect()
 }

@@ -50,6 +50,15 @@ mod tests {
         assert_eq!(quoted("\u{85}x\u{1}"), "\"\\u0085x\\u0001\"");
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_string_survives(text: String) {
+            let quoted = quoted(&text);
+            proptest::prop_assert!(!quoted.contains(char::is_control));
+            proptest::prop_assert_eq!(serde_json::from_str::<String>(&quoted).unwrap(), text);
+        }
+    }
+
     #[test]
     fn numbers_are_plain_decimals() {
         assert_eq!(number(24_700_000.0).unwrap(), "24700000");
