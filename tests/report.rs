@@ -151,6 +151,15 @@ fn the_terminal() {
 }
 
 #[test]
+fn a_models_output_is_shown_as_text_alone() {
+    let mut report = fixture();
+    report.sample.as_mut().unwrap().after = "\u{1b}[2J```\n# heading".to_string();
+    assert!(!text::to_text("run", &report).unwrap().contains('\u{1b}'));
+    let page = markdown::to_markdown("run", &report).unwrap();
+    assert!(page.contains("````text\n") && page.ends_with(".\n"), "{page}");
+}
+
+#[test]
 fn the_model_card() {
     let card = to_model_card(&card_facts(), &fixture()).unwrap();
     files::write_whole(&out(files::MODEL_CARD), &card).unwrap();

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::show;
 use super::table::Table;
-use super::text::{bullet, paragraph};
+use super::text::{bullet, paragraph, printable};
 use super::types::{Meter, Report};
 use crate::units::{GramsCo2e, Joules};
 
@@ -143,7 +143,7 @@ impl Comparison {
             None => paragraph("No run is named the best.", 0),
         };
         let notes: String = self.notes.iter().map(|note| bullet(note)).collect();
-        format!("{}\n{meter}{best}{notes}", table.text(0))
+        printable(&format!("{}\n{meter}{best}{notes}", table.text(0)))
     }
 
     /// The JSON document of `compare --json`.

@@ -50,6 +50,24 @@ fn verbatim(text: &str) -> String {
 }
 
 /// Without control characters, so that a model's output moves no cursor.
-fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars().filter(|c| *c == '\n' || !c.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_models_output_moves_no_cursor() {
+        assert_eq!(printable("a\u{1b}[2Jb\u{9b}c\r\nd"), "a[2Jbc\nd");
+    }
+
+    #[test]
+    fn later_lines_of_an_item_stand_under_its_first() {
+        let item = bullet(&"word ".repeat(30));
+        let lines: Vec<&str> = item.lines().collect();
+        assert!(lines[0].starts_with("  - word") && lines[1].starts_with("    word"), "{item}");
+        assert!(lines.iter().all(|line| line.len() <= WIDTH), "{item}");
+    }
 }
