@@ -1,0 +1,46 @@
+//! What a report's numbers rest on, and what they cannot say.
+//!
+//! Owns the caveats and their published sources. Takes a report, returns sentences: only those that hold for the meters and
+//! baselines it has. Knows nothing of layout.
+
+use super::page::kind_words;
+use super::show;
+use super::types::Report;
+
+/// Each factor with its value, year and source, then each baseline's source and assumptions.
+pub fn assumptions(report: &Report) -> Vec<String> {
+    let carbon = &report.carbon;
+    let grid_source = carbon.source.as_deref().unwrap_or("source not known");
+    let mut found = vec![
+        format!("energy coefficients: device profile `{}`", report.energy.device),
+        format!("grid `{}`: {} gCO2e/kWh, {grid_source}", carbon.grid, show::number(carbon.gco2e_per_kwh.0)),
+        format!("facility overhead: PUE {}, from the recipe", show::number(carbon.pue.value())),
+    ];
+    for baseline in &report.baselines {
+        found.push(format!("{}: {}", kind_words(baseline.kind), baseline.source));
+        found.extend(baseline.assumptions.iter().map(|assumption| format!("{}: {assumption}", kind_words(baseline.kind))));
+    }
+    found
+}
+
+/// What to keep in mind, for the meters that the report shows.
+pub fn limits(report: &Report) -> Vec<String> {
+    let meters = &report.energy.meters;
+    let counted = "Counted energy is a model. Published models of this kind, calibrated on FLOPs, miss a node's meter by 11 % on \
+                   average, those made from a device's rated power by 27 to 37 % (arXiv:2506.14551).";
+    let measured = "A hardware counter sees every program on the device, and not the power supply, fans or disks: in one \
+                    published pair the processor's counter read 60 % of the wall plug (CodeCarbon's load profiles, Threadripper \
+                    1950X).";
+    let timed = "Power times wall time, without counters, has been found off by up to 40 % against wall meters \
+                 (arXiv:2509.22092).";
+    let carbon = "Emissions go by the grid's yearly average intensity, not by the hour of the run nor by the marginal plant.";
+    let scope = "Not in the energy: earlier attempts, downloads, the screen, and the use of the model afterwards.";
+    let shown = [
+        (true, counted),
+        (meters.measured_j.is_some(), measured),
+        (meters.timed_j.is_some(), timed),
+        (true, carbon),
+        (true, scope),
+    ];
+    shown.into_iter().filter(|(holds, _)| *holds).map(|(_, text)| text.to_string()).collect()
+}

@@ -1,0 +1,232 @@
+//! `steps.jsonl`: one line a step, on disk before the next step begins.
+//!
+//! Owns the line's form, the append-only log, its reader and its cutting back on resume. Takes one record a step. A line is
+//! whole or it is the torn last line of a crash, which only `truncate_after` removes. Knows nothing of the training loop.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::units::{Joules, Seconds};
+
+/// Energy of one step by meter.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct StepEnergy {
+    /// Executed work times the device profile.
+    pub counted: Joules,
+    /// The hardware's counters, where there are any.
+    pub measured: Option<Joules>,
+    /// Profile power times wall time, where the profile has a power.
+    pub timed: Option<Joules>,
+}
+
+/// One line of `steps.jsonl`. A loss or norm that is not finite becomes `null`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// The step, from 1.
+    pub step: u64,
+    /// Nats per loss token over the step's batch.
+    pub loss: Option<f64>,
+    /// The learning rate used.
+    pub lr: f64,
+    /// Global gradient norm before clipping.
+    pub grad_norm: Option<f64>,
+    /// Tokens in the batch.
+    pub tokens: u64,
+    /// Those of them with a loss.
+    pub loss_tokens: u64,
+    /// Executed FLOPs of matrix products and attention.
+    pub flops: u64,
+    /// Joules by meter.
+    pub energy_j: StepEnergy,
+    /// Wall time of the step.
+    pub wall_s: Seconds,
+    /// Validation loss, on the steps after which there was an evaluation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val_loss: Option<f64>,
+}
+
+/// The open log of a run.
+#[derive(Debug)]
+pub struct StepLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl StepLog {
+    /// Opens the log at `path` to append to it, and creates it where there is none. Before a resumed run appends, the log must
+    /// have been cut back with [`truncate_after`].
+    ///
+    /// # Errors
+    /// [`Kind::Io`].
+    pub fn append_to(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        Ok(Self { path: path.to_path_buf(), file: file.map_err(|source| Error::io("open", path, source))? })
+    }
+
+    /// Appends one line in a single write, so that another process reading along sees whole lines.
+    ///
+    /// # Errors
+    /// [`Kind::Io`]; [`Kind::Run`] where the learning rate, an energy or the time is not finite.
+    pub fn write(&mut self, record: &StepRecord) -> Result<()> {
+        let energy = record.energy_j;
+        let required = [record.lr, energy.counted.0, record.wall_s.0];
+        let meters = [energy.measured, energy.timed].into_iter().flatten().map(|joules| joules.0);
+        if let Some(bad) = required.into_iter().chain(meters).find(|number| !number.is_finite()) {
+            return Err(Error::new(Kind::Run, "a step's learning rate, energy and time must be finite")
+                .at(format!("step {}", record.step))
+                .value(bad.to_string())
+                .hint("check the recipe's `learning_rate` and the device profile"));
+        }
+        let line = serde_json::to_string(record)
+            .map_err(|source| Error::new(Kind::Run, format!("cannot put step {} into JSON: {source}", record.step)))?;
+        self.file.write_all((line + "\n").as_bytes()).map_err(|source| Error::io("write", &self.path, source))
+    }
+}
+
+/// Reads every line of the log at `path`.
+///
+/// # Errors
+/// [`Kind::Io`]; [`Kind::Run`] naming file and line of the first that is not a step, a torn last line included.
+pub fn read_steps(path: &Path) -> Result<Vec<StepRecord>> {
+    let text = std::fs::read(path).map_err(|source| Error::io("read", path, source))?;
+    lines(&text).map(|line| line.record(path)).collect()
+}
+
+/// Cuts the log at `path` back to its steps up to `step`, and drops a torn last line. A log that is not there is left so.
+///
+/// # Errors
+/// [`Kind::Io`]; [`Kind::Run`] naming file and line of a whole line that is not a step.
+pub fn truncate_after(path: &Path, step: u64) -> Result<()> {
+    let text = match std::fs::read(path) {
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        read => read.map_err(|source| Error::io("read", path, source))?,
+    };
+    let mut kept = 0;
+    for line in lines(&text) {
+        if !line.whole || line.record(path)?.step > step {
+            break;
+        }
+        kept += line.bytes.len();
+    }
+    let cut = OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(kept as u64).and_then(|()| file.sync_all()));
+    cut.map_err(|source| Error::io("cut", path, source))
+}
+
+/// A line as it stands in the file, its line end included.
+struct Line<'a> {
+    /// From 1.
+    number: usize,
+    bytes: &'a [u8],
+    /// Whether its line end was written.
+    whole: bool,
+}
+
+impl Line<'_> {
+    fn record(&self, path: &Path) -> Result<StepRecord> {
+        let refuse = |why: String| {
+            let error = Error::new(Kind::Run, "this line is not a training step")
+                .at(format!("{}, line {}", path.display(), self.number))
+                .value(why);
+            match self.whole {
+                true => error.hint("remove the line, or start a new run"),
+                false => error
+                    .rule("every line ends with a line feed: the run was cut off while writing this one")
+                    .hint("continue the run, which cuts the line off: `wattune train RECIPE --resume RUN_DIR`"),
+            }
+        };
+        match self.whole {
+            true => serde_json::from_slice(self.bytes).map_err(|source| refuse(source.to_string())),
+            false => Err(refuse(String::from_utf8_lossy(self.bytes).chars().take(80).collect())),
+        }
+    }
+}
+
+fn lines(text: &[u8]) -> impl Iterator<Item = Line<'_>> {
+    let pieces = text.split_inclusive(|byte| *byte == b'\n').enumerate();
+    pieces.map(|(index, bytes)| Line { number: index + 1, bytes, whole: bytes.ends_with(b"\n") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(step: u64) -> StepRecord {
+        let energy_j = StepEnergy { counted: Joules(22.0), measured: None, timed: Some(Joules(36.0)) };
+        StepRecord {
+            step,
+            loss: Some(3.5),
+            lr: 2e-4,
+            grad_norm: Some(0.5),
+            tokens: 2048,
+            loss_tokens: 1024,
+            flops: 1 << 40,
+            energy_j,
+            wall_s: Seconds(0.8),
+            val_loss: None,
+        }
+    }
+
+    fn log_of(steps: u64) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("steps.jsonl");
+        let mut log = StepLog::append_to(&path).unwrap();
+        (1..=steps).for_each(|step| log.write(&record(step)).unwrap());
+        (folder, path)
+    }
+
+    #[test]
+    fn a_line_holds_the_contracts_keys_and_comes_back() {
+        let (_folder, path) = log_of(2);
+        let text = std::fs::read_to_string(&path).unwrap();
+        // Written out from the contract.
+        let first = r#"{"step":1,"loss":3.5,"lr":0.0002,"grad_norm":0.5,"tokens":2048,"loss_tokens":1024,"flops":1099511627776,"energy_j":{"counted":22.0,"measured":null,"timed":36.0},"wall_s":0.8}"#;
+        assert_eq!(text.lines().next(), Some(first));
+        assert_eq!(read_steps(&path).unwrap(), [record(1), record(2)]);
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_is_null_and_an_energy_is_refused() {
+        let (_folder, path) = log_of(0);
+        let mut log = StepLog::append_to(&path).unwrap();
+        log.write(&StepRecord { loss: Some(f64::NAN), grad_norm: Some(f64::INFINITY), ..record(1) }).unwrap();
+        let back = read_steps(&path).unwrap();
+        assert_eq!((back[0].loss, back[0].grad_norm), (None, None));
+        let mut bad = record(2);
+        bad.energy_j.timed = Some(Joules(f64::NAN));
+        assert_eq!(log.write(&bad).unwrap_err().kind(), Kind::Run);
+        assert_eq!(read_steps(&path).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_bad_line_is_named() {
+        let (_folder, path) = log_of(2);
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        text.push_str("{\"step\": 3}\n");
+        std::fs::write(&path, &text).unwrap();
+        for error in [read_steps(&path).unwrap_err(), truncate_after(&path, 9).unwrap_err()] {
+            assert_eq!(error.kind(), Kind::Run);
+            assert!(error.to_string().contains("steps.jsonl, line 3"), "{error}");
+        }
+    }
+
+    #[test]
+    fn resume_cuts_back_to_a_step_and_drops_a_torn_line() {
+        let (_folder, path) = log_of(3);
+        let mut text = std::fs::read_to_string(&path).unwrap();
+        text.push_str("{\"step\": 4, \"lo");
+        std::fs::write(&path, &text).unwrap();
+        assert!(read_steps(&path).unwrap_err().to_string().contains("line 4"));
+        truncate_after(&path, 9).unwrap();
+        assert_eq!(read_steps(&path).unwrap().len(), 3);
+        truncate_after(&path, 2).unwrap();
+        StepLog::append_to(&path).unwrap().write(&record(3)).unwrap();
+        assert_eq!(read_steps(&path).unwrap(), [record(1), record(2), record(3)]);
+        truncate_after(&path, 0).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"");
+        truncate_after(&path.with_file_name("absent.jsonl"), 0).unwrap();
+    }
+}
