@@ -65,8 +65,13 @@ pub fn check(text: &str, path: &Path, overrides: &[String]) -> Result<Recipe, Ve
     let mut mistakes = Mistakes::new(&sources);
     let recipe = raw::read(&sources, &mut mistakes).map(|entries| {
         let given = read::given(&entries, &mut mistakes);
-        let folder = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-        checked::build(&given, folder.parent().unwrap_or(Path::new("/")), &stem(path), &mut mistakes)
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        if folder.to_str().is_none() {
+            let hint = "move the recipe to a folder with a plain name";
+            mistakes.add(mistakes.end_of_file(), "the recipe's folder has a name that is not UTF-8", "UTF-8", hint);
+        }
+        checked::build(&given, folder, &stem(&path), &mut mistakes)
     });
     match recipe {
         Some(recipe) if mistakes.is_empty() => Ok(recipe),

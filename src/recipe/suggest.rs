@@ -6,6 +6,19 @@ use super::keys::{self, KEYS, Key, TABLES};
 use super::mistake::Mistakes;
 use super::raw::{Entry, Raw};
 
+/// What other programs call a choice.
+const FOREIGN_WORDS: [(&str, &str); 9] = [
+    ("bfloat16", "bf16"),
+    ("float32", "f32"),
+    ("fp32", "f32"),
+    ("float16", "f16"),
+    ("fp16", "f16"),
+    ("half", "f16"),
+    ("chat", "messages"),
+    ("sharegpt", "messages"),
+    ("full", "none"),
+];
+
 /// Likeness (Jaro-Winkler, 0 to 1) from which a name of the same table is suggested.
 const ALIKE: f64 = 0.8;
 /// The same for a name of another table, where a chance likeness misleads more.
@@ -68,7 +81,8 @@ pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>,
 
 /// `did you mean` for a choice, if one of `words` is near.
 pub(super) fn nearest_word(written: &str, words: &[&'static str]) -> Option<&'static str> {
-    nearest(written, words.iter().copied(), 0.7)
+    let foreign = FOREIGN_WORDS.iter().find(|(foreign, _)| *foreign == written).map(|(_, word)| *word);
+    foreign.filter(|word| words.contains(word)).or_else(|| nearest(written, words.iter().copied(), 0.7))
 }
 
 #[cfg(test)]
