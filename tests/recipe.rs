@@ -91,6 +91,9 @@ fn ids_and_paths_are_told_apart() {
     std::fs::create_dir_all(folder.path().join("owner/local")).unwrap();
     std::fs::write(folder.path().join("records"), "").unwrap();
     let recipe = folder.path().join("r.toml");
+    let device = |name: &str| parse(SMALLEST, &recipe, &[format!("energy.device={name}")]).unwrap().energy.device;
+    assert_eq!(device("NVIDIA A10 / A10G"), "NVIDIA A10 / A10G");
+    assert_eq!(Path::new(&device("mine.toml")), folder.path().join("mine.toml"));
     let model = |id: &str| {
         let recipe = parse(SMALLEST, &recipe, &[format!("model.id={id}")]).unwrap_or_else(|error| panic!("{error}"));
         recipe.model.id
@@ -146,7 +149,7 @@ fn overrides_go_through_the_same_checks_and_name_themselves() {
     for (text, expected) in [
         ("train.lerning_rate=1", "did you mean `--set train.learning_rate=...`?"),
         ("steps=5", "did you mean `--set train.steps=...`?"),
-        ("train.steps=0", "a whole number from 1"),
+        ("train.steps=0", "a whole number of at least 1"),
         ("train.steps=ten", "`train.steps` cannot be text"),
         ("train.epochs=1.0", "`train.steps` and `train.epochs` cannot both be given (the other one is at line 6)"),
         ("model.dtype=bf8", "did you mean \"bf16\"?"),

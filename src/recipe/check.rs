@@ -5,9 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::given::{Given, Value};
 use super::keys::{self, ALL_LINEAR};
 use super::mistake::Mistakes;
-use super::read::{Given, Value, sample};
 use super::*;
 use crate::units::{Money, Price, Pue};
 
@@ -165,7 +165,8 @@ impl Reader<'_, '_, '_> {
     fn energy(&mut self) -> Energy {
         let given = self.given;
         let device = given.text("energy.device").unwrap_or_default();
-        let is_file = says_path(device) || device.contains('/') || self.folder.join(device).is_file();
+        // A profile's own name may hold a slash ("NVIDIA A10 / A10G").
+        let is_file = says_path(device) || device.ends_with(".toml") || self.folder.join(device).is_file();
         Energy {
             device: if is_file { self.resolve("energy.device", device).display().to_string() } else { device.to_string() },
             meter: given.word("energy.meter"),
@@ -286,9 +287,8 @@ fn contradictions(given: &Given, mistakes: &mut Mistakes) {
 /// Of two keys that say the same thing at most one may be written; the later one is pointed at.
 fn exclusive(given: &Given, one: &str, other: &str, mistakes: &mut Mistakes) {
     let (Some(a), Some(b)) = (given.written(one), given.written(other)) else { return };
-    let (first, later, place) = if a < b { (a, other, b) } else { (b, one, a) };
-    let what = format!("`{one}` and `{other}` cannot both be given (the other one is at {})", mistakes.name(first));
-    mistakes.add(place, what, format!("`{one}` or `{other}`"), format!("remove one of the two, for example this `{later}`"));
+    let what = format!("`{one}` and `{other}` cannot both be given (the other one is at {})", mistakes.name(a.min(b)));
+    mistakes.add(a.max(b), what, format!("`{one}` or `{other}`"), "remove one of the two from the recipe");
 }
 
 fn length_is_given(given: &Given, mistakes: &mut Mistakes) {
@@ -296,7 +296,7 @@ fn length_is_given(given: &Given, mistakes: &mut Mistakes) {
         && let (Some(steps), Some(epochs)) = (keys::find("train.steps"), keys::find("train.epochs"))
     {
         let place = given.place_of_table("train", mistakes);
-        let hint = format!("{} (or `{}`)", given.remedy_for_missing(steps), sample(epochs));
+        let hint = format!("{} (or `{}`)", given.remedy_for_missing(steps), epochs.sample());
         mistakes.add(place, "`train.steps` or `train.epochs` is missing", "one of the two says how long to train", hint);
     }
 }

@@ -171,11 +171,11 @@ pub(super) const FIELDS: [&str; 7] = ["text", "prompt", "completion", "messages"
 pub(super) const TABLES: [(&str, &str); 7] = [
     ("model", "Which model"),
     ("adapter", "What is trained; names and meaning are PEFT's"),
-    ("data", "On what"),
-    ("train", "How"),
-    ("budget", "Within what; the first to bind stops the run"),
-    ("energy", "How energy is counted"),
-    ("baseline", "Against what it is compared"),
+    ("data", "What it is trained on"),
+    ("train", "How it is trained"),
+    ("budget", "What it may spend; the first limit to bind stops the run"),
+    ("energy", "How energy, carbon and cost are counted"),
+    ("baseline", "What it is compared with"),
 ];
 
 const fn key(path: &'static str, kind: Kind, presence: Presence, value: &'static str, doc: &'static str) -> Key {
@@ -201,6 +201,11 @@ impl Key {
     /// Its name within its table.
     pub fn name(&self) -> &'static str {
         self.split().1
+    }
+
+    /// `key = value`, as it might stand in the file.
+    pub fn sample(&self) -> String {
+        format!("{} = {}", self.name(), self.value)
     }
 
     /// Whether it says something of LoRA alone.
@@ -257,7 +262,7 @@ pub(super) static KEYS: &[Key] = &[
         .known_as(&["valid", "val", "eval", "validation_file", "eval_file", "test"]),
     key("data.validation_fraction", PART, Optional, "0.05", "Or this share of the training records, chosen by the seed")
         .known_as(&["val_fraction", "val_size", "val_set_size", "test_size"]),
-    key("data.format", Choice(Format::words), Defaulted, "\"auto\"", "How a record is read").known_as(&["type"]),
+    key("data.format", Choice(Format::words), Defaulted, "\"auto\"", "How a record is read; auto: by the first one's fields").known_as(&["type"]),
     key("data.columns", Columns, Optional, "{ prompt = \"question\", completion = \"answer\" }", "Wanted field -> the file's column"),
     key("data.max_length", Count { least: 2, most: MANY }, Defaulted, "512", "Longest record in tokens")
         .known_as(&["max_seq_length", "max_seq_len", "sequence_len", "seq_len", "block_size", "cutoff_len"]).in_starter(),

@@ -168,8 +168,7 @@ mod tests {
 
     #[test]
     fn a_column_counts_characters_and_a_caret_spans_the_value() {
-        // Line 2 starts at byte 6 and `"é" = ` is 8 bytes but, "é" being two of them, 7 characters less the value's own: the
-        // value's first quote is byte 13 (6 + 7) because the line is `"`, two bytes, `" = `; it is the seventh character.
+        // "é" is two bytes but one character: the value's first quote is byte 13 of the text and character 7 of its line.
         let sources = file("a = 1\n\"é\" = \"xyz\"\n");
         let mut mistakes = Mistakes::new(&sources);
         mistakes.add(Place { source: 0, start: 13, end: 18 }, "w", "", "h");

@@ -10,6 +10,7 @@
 //! ```
 
 mod check;
+mod given;
 mod keys;
 mod mistake;
 mod open;
@@ -91,6 +92,7 @@ pub enum Init {
 
 /// The `[adapter]` table.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a run holds one of it")]
 pub enum Adapter {
     /// Low-rank adapters on a frozen model.
     Lora(Lora),

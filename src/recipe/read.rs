@@ -3,125 +3,18 @@
 //! Takes the tree, returns `Given`: a value for every key that has one, and what the recipe itself wrote. A value that broke its
 //! rule is noted and stood in for, so that one mistake hides no other. Knows nothing of what keys mean together.
 
-use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
+use super::given::{Given, Value};
 use super::keys::{self, ALL_LINEAR, FIELDS, KEYS, Key, Kind, Presence, Quantity, Range, TABLES};
 use super::mistake::Mistakes;
 use super::raw::{self, Entry, Node, Place, Raw, Source};
 use super::suggest;
-use super::words::Word;
 use crate::units::GramsPerKwh;
-
-/// A value that obeys its key's rule.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Value {
-    Text(String),
-    Flag(bool),
-    Count(u64),
-    Number(f64),
-    Names(Vec<String>),
-    Counts(Vec<u64>),
-    Ranks(Vec<(String, u64)>),
-    Alphas(Vec<(String, f64)>),
-    Columns(Vec<(String, String)>),
-}
-
-/// What a recipe gives: its own values, and defaults where it has none.
-pub(super) struct Given {
-    values: BTreeMap<&'static str, Value>,
-    written: BTreeMap<&'static str, Place>,
-    tables: BTreeMap<&'static str, Place>,
-}
-
-impl Given {
-    /// Where the recipe wrote `path`, if it did.
-    pub fn written(&self, path: &str) -> Option<Place> {
-        self.written.get(path).copied()
-    }
-
-    /// The paths of `table` that the recipe wrote, in the order of the table of keys.
-    pub fn written_in<'a>(&'a self, table: &'a str) -> impl Iterator<Item = (&'static Key, Place)> + 'a {
-        keys::of_table(table).filter_map(|key| Some((key, self.written(key.path)?)))
-    }
-
-    /// The value of `path`: absent only for an optional key.
-    pub fn get(&self, path: &str) -> Option<&Value> {
-        self.values.get(path)
-    }
-
-    /// A text or a word.
-    pub fn text(&self, path: &str) -> Option<&str> {
-        match self.get(path) {
-            Some(Value::Text(text)) => Some(text),
-            _ => None,
-        }
-    }
-
-    /// The value of a key that always has one, taken out by `pick`.
-    fn sure<T>(&self, path: &str, pick: impl Fn(&Value) -> Option<T>) -> T {
-        self.get(path).and_then(pick).expect("a key with a default has a value of its kind")
-    }
-
-    /// A flag with a default.
-    pub fn flag(&self, path: &str) -> bool {
-        self.sure(path, |value| if let Value::Flag(flag) = value { Some(*flag) } else { None })
-    }
-
-    /// A count with a default.
-    pub fn count(&self, path: &str) -> u64 {
-        self.sure(path, Value::count)
-    }
-
-    /// A count with a default, as a size in memory (its rule keeps it below 2^32).
-    pub fn size(&self, path: &str) -> usize {
-        self.count(path) as usize
-    }
-
-    /// A number with a default.
-    pub fn number(&self, path: &str) -> f64 {
-        self.sure(path, Value::number)
-    }
-
-    /// A choice with a default.
-    pub fn word<W: Word>(&self, path: &str) -> W {
-        self.sure(path, |value| if let Value::Text(word) = value { W::from_word(word) } else { None })
-    }
-
-    /// A quantity, if given; its rule has made sure that it reads.
-    pub fn quantity<Q: std::str::FromStr>(&self, path: &str) -> Option<Q> {
-        self.text(path).and_then(|text| text.parse().ok())
-    }
-
-    /// Where something missing from `table` is best shown: at the table's name, else at the end of the file.
-    pub fn place_of_table(&self, table: &str, mistakes: &Mistakes) -> Place {
-        self.tables.get(table).copied().unwrap_or_else(|| mistakes.end_of_file())
-    }
-
-    /// How to add `key` to the recipe.
-    pub fn remedy_for_missing(&self, key: &Key) -> String {
-        let (table, _) = key.split();
-        match self.tables.contains_key(table) {
-            true => format!("under `[{table}]` add `{}`", sample(key)),
-            false => format!("add a line `[{table}]` and below it `{}`", sample(key)),
-        }
-    }
-}
-
-impl Value {
-    /// The whole number in it.
-    pub fn count(&self) -> Option<u64> {
-        if let Value::Count(count) = self { Some(*count) } else { None }
-    }
-
-    /// The number in it.
-    pub fn number(&self) -> Option<f64> {
-        if let Value::Number(number) = self { Some(*number) } else { None }
-    }
-}
 
 /// Reads every entry, then fills in defaults and notes what is missing.
 pub(super) fn given(entries: &[Entry], mistakes: &mut Mistakes) -> Given {
-    let mut given = Given { values: BTreeMap::new(), written: BTreeMap::new(), tables: BTreeMap::new() };
+    let mut given = Given::default();
     for entry in entries {
         match TABLES.iter().find(|(name, _)| *name == entry.key) {
             Some((table, _)) => read_table(table, entry, &mut given, mistakes),
@@ -143,7 +36,7 @@ fn read_table(table: &'static str, entry: &Entry, given: &mut Given, mistakes: &
     let Raw::Table(inner) = &entry.node.raw else {
         let what = format!("`{table}` is {} where a table is needed", entry.node.raw.called());
         let rule = format!("`[{table}]` on a line of its own, its keys below");
-        let example = keys::of_table(table).next().map(sample).unwrap_or_default();
+        let example = keys::of_table(table).next().map(Key::sample).unwrap_or_default();
         return mistakes.add(entry.node.place, what, rule, format!("write `[{table}]`, and below it for example `{example}`"));
     };
     for entry in inner {
@@ -169,11 +62,6 @@ fn builtin(key: &Key) -> Value {
     value.expect("the table's own values obey its rules")
 }
 
-/// `key = value`, as it might stand in the file.
-pub(super) fn sample(key: &Key) -> String {
-    format!("{} = {}", key.name(), key.value)
-}
-
 /// The example after a mistake, in the form of the place where the mistake is.
 fn as_in(key: &Key, place: Place, mistakes: &Mistakes) -> String {
     let shown = if key.path == "name" { "\"my-run\"" } else { key.value };
@@ -193,7 +81,7 @@ pub(super) fn rule(key: &Key) -> String {
             format!("one of {}", words.join(", "))
         }
         Kind::Flag => "`true` or `false`, without quotes".into(),
-        Kind::Count { least, most } => format!("a whole number from {least} to {most}"),
+        Kind::Count { least, .. } => format!("a whole number of at least {least}"),
         Kind::Number(range) => range.rule(),
         Kind::Quantity(quantity) => {
             let rule = (quantity.read)("").err().map(|error| error.rule).unwrap_or_default();
@@ -225,10 +113,7 @@ fn read_value(key: &Key, node: &Node, mistakes: &mut Mistakes) -> Option<Value> 
         (Kind::Name, Raw::Text(text)) => fits(key, node, is_name(text), mistakes).then(|| Value::Text(text.clone())),
         (Kind::Choice(words), Raw::Text(text)) => read_choice(key, node, text, &words(), mistakes),
         (Kind::Flag, Raw::Flag(flag)) => Some(Value::Flag(*flag)),
-        (Kind::Count { least, most }, Raw::Integer(number)) => {
-            let count = u64::try_from(*number).ok().filter(|count| (least..=most).contains(&count));
-            fits(key, node, count.is_some(), mistakes).then_some(Value::Count(count?))
-        }
+        (Kind::Count { least, most }, Raw::Integer(number)) => read_count(key, node, *number, *least..=*most, mistakes),
         (Kind::Number(range), raw) if number_of(raw).is_some() => {
             let number = number_of(raw)?;
             fits(key, node, range.holds(number), mistakes).then_some(Value::Number(number))
@@ -239,7 +124,7 @@ fn read_value(key: &Key, node: &Node, mistakes: &mut Mistakes) -> Option<Value> 
         }
         (Kind::Grid, Raw::Text(text)) => {
             // A text that reads as a number is one.
-            let sound = text.trim().parse::<f64>().map_or(!text.trim().is_empty(), |number| at_least_zero(number));
+            let sound = text.trim().parse::<f64>().map_or(!text.trim().is_empty(), at_least_zero);
             fits(key, node, sound, mistakes).then(|| Value::Text(text.clone()))
         }
         (Kind::Grid, raw) if number_of(raw).is_some() => {
@@ -297,6 +182,16 @@ fn wrong_type(key: &Key, node: &Node, mistakes: &mut Mistakes) -> Option<Value> 
     };
     mistakes.add(node.place, format!("`{}` cannot be {}", key.path, node.raw.called()), rule(key), hint);
     None
+}
+
+fn read_count(key: &Key, node: &Node, number: i128, range: RangeInclusive<u64>, mistakes: &mut Mistakes) -> Option<Value> {
+    if number > i128::from(*range.end()) {
+        let what = format!("`{}` cannot be {}", key.path, mistakes.words(node.place));
+        mistakes.add(node.place, what, format!("a whole number of at most {}", range.end()), as_in(key, node.place, mistakes));
+        return None;
+    }
+    let count = u64::try_from(number).ok().filter(|count| range.contains(count));
+    fits(key, node, count.is_some(), mistakes).then_some(Value::Count(count?))
 }
 
 fn read_choice(key: &Key, node: &Node, text: &str, words: &[&'static str], mistakes: &mut Mistakes) -> Option<Value> {

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use toml_edit::{Array, InlineTable, Value};
 
 use super::check::EMBEDDED;
-use super::keys::{self, ALL_LINEAR, Key, Presence, TABLES};
+use super::keys::{self, ALL_LINEAR, Key, Kind, Presence, TABLES};
 use super::words::Word;
 use super::*;
 use crate::units::Per;
@@ -97,8 +97,9 @@ fn laid_out(key: &Key, line: Line) -> Option<String> {
         Line::Absent => return None,
     };
     let optional = if key.presence == Presence::Optional && !mark.is_empty() { "; none unless given" } else { "" };
+    let words = if let Kind::Choice(words) = key.kind { format!(" ({})", words().join(" | ")) } else { String::new() };
     let pair = format!("{mark}{} = {value}", key.name());
-    Some(format!("{pair:COMMENT$} # {}{optional}", key.doc))
+    Some(format!("{pair:COMMENT$} # {}{words}{optional}", key.doc))
 }
 
 impl Model {
@@ -132,13 +133,13 @@ impl Lora {
     fn value(&self, name: &str) -> Option<Value> {
         match name {
             "r" => Some(count(self.r as u64)),
-            "lora_alpha" => Some(self.lora_alpha.into()),
-            "lora_dropout" => Some(self.lora_dropout.into()),
+            "lora_alpha" => Some(number(self.lora_alpha)),
+            "lora_dropout" => Some(number(self.lora_dropout)),
             "target_modules" => Some(targets(&self.target_modules)),
             "exclude_modules" => self.exclude_modules.as_ref().map(targets),
             "use_rslora" => Some(self.use_rslora.into()),
             "rank_pattern" => map(self.rank_pattern.iter().map(|(pattern, rank)| (pattern, count(*rank as u64)))),
-            "alpha_pattern" => map(self.alpha_pattern.iter().map(|(pattern, alpha)| (pattern, (*alpha).into()))),
+            "alpha_pattern" => map(self.alpha_pattern.iter().map(|(pattern, alpha)| (pattern, number(*alpha)))),
             "layers_to_transform" => {
                 self.layers_to_transform.as_ref().map(|layers| layers.iter().map(|layer| count(*layer as u64)).collect())
             }
@@ -153,7 +154,7 @@ impl Data {
         match (name, &self.validation) {
             ("train", _) => Some(source(&self.train)),
             ("validation", Validation::Source(records)) => Some(source(records)),
-            ("validation_fraction", Validation::Fraction(fraction)) => Some((*fraction).into()),
+            ("validation_fraction", Validation::Fraction(fraction)) => Some(number(*fraction)),
             ("format", _) => Some(self.format.word().into()),
             ("columns", _) => map(self.columns.iter().map(|(field, column)| (field, column.as_str().into()))),
             ("max_length", _) => Some(count(self.max_length as u64)),
@@ -170,18 +171,18 @@ impl Train {
     fn value(&self, name: &str) -> Option<Value> {
         match (name, self.length, self.warmup) {
             ("steps", Length::Steps(steps), _) => Some(count(steps)),
-            ("epochs", Length::Epochs(epochs), _) => Some(epochs.into()),
-            ("warmup_ratio", _, Warmup::Ratio(ratio)) => Some(ratio.into()),
+            ("epochs", Length::Epochs(epochs), _) => Some(number(epochs)),
+            ("warmup_ratio", _, Warmup::Ratio(ratio)) => Some(number(ratio)),
             ("warmup_steps", _, Warmup::Steps(steps)) => Some(count(steps)),
             ("micro_batch_size", ..) => Some(count(self.micro_batch_size as u64)),
             ("gradient_accumulation_steps", ..) => Some(count(self.gradient_accumulation_steps as u64)),
-            ("learning_rate", ..) => Some(self.learning_rate.into()),
+            ("learning_rate", ..) => Some(number(self.learning_rate)),
             ("schedule", ..) => Some(self.schedule.word().into()),
-            ("adam_beta1", ..) => Some(self.adam_beta1.into()),
-            ("adam_beta2", ..) => Some(self.adam_beta2.into()),
-            ("adam_epsilon", ..) => Some(self.adam_epsilon.into()),
-            ("weight_decay", ..) => Some(self.weight_decay.into()),
-            ("max_grad_norm", ..) => Some(self.max_grad_norm.into()),
+            ("adam_beta1", ..) => Some(number(self.adam_beta1)),
+            ("adam_beta2", ..) => Some(number(self.adam_beta2)),
+            ("adam_epsilon", ..) => Some(number(self.adam_epsilon)),
+            ("weight_decay", ..) => Some(number(self.weight_decay)),
+            ("max_grad_norm", ..) => Some(number(self.max_grad_norm)),
             ("eval_every", ..) => Some(count(self.eval_every)),
             ("save_every", ..) => Some(count(self.save_every)),
             ("save_total_limit", ..) => Some(count(self.save_total_limit as u64)),
@@ -211,7 +212,7 @@ impl Energy {
             "device" => Some(self.device.as_str().into()),
             "meter" => Some(self.meter.word().into()),
             "grid" => Some(self.grid.as_str().into()),
-            "pue" => Some(self.pue.value().into()),
+            "pue" => Some(number(self.pue.value())),
             "price" => self.price.as_ref().map(|price| {
                 let per = if price.per == Per::KilowattHour { "kWh" } else { "h" };
                 exact(price, format!("{} {}/{per}", price.money.amount, price.money.currency))
@@ -231,6 +232,11 @@ fn exact<Q: std::fmt::Display + std::str::FromStr + PartialEq>(quantity: &Q, in_
 /// A count; those of a recipe end where TOML's integers do.
 fn count(count: u64) -> Value {
     i64::try_from(count).unwrap_or(i64::MAX).into()
+}
+
+/// A number with the fewest digits that read back as the same, and an exponent where it is far from one (`1e-8`).
+fn number(number: f64) -> Value {
+    format!("{number:?}").parse().unwrap_or_else(|_| number.into())
 }
 
 /// Paths of a recipe come from its UTF-8 text and a folder that has been checked to be UTF-8.
