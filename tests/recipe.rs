@@ -145,6 +145,18 @@ fn overrides_are_read_as_toml_or_else_as_text() {
 }
 
 #[test]
+fn an_override_takes_the_place_of_the_files_own_value() {
+    let mistaken = SMALLEST.replace("steps = 5", "steps = 0");
+    assert!(with(&mistaken, &[]).is_err());
+    assert_eq!(with(&mistaken, &["train.steps=3"]).unwrap().train.length, Length::Steps(3));
+}
+
+#[test]
+fn what_is_missing_from_an_empty_recipe_is_said_with_what_to_type() {
+    insta::assert_snapshot!(parse("", Path::new("empty.toml"), &[]).unwrap_err().to_string());
+}
+
+#[test]
 fn overrides_go_through_the_same_checks_and_name_themselves() {
     for (text, expected) in [
         ("train.lerning_rate=1", "did you mean `--set train.learning_rate=...`?"),

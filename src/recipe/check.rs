@@ -342,3 +342,20 @@ fn cost_needs_a_price(given: &Given, mistakes: &mut Mistakes) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The cases of `huggingface_hub`'s documentation of `validate_repo_id`, plus its limit of 96 characters.
+    #[test]
+    fn hub_names_follow_the_hubs_rule() {
+        for good in ["Foo-BAR_foo.bar123", "x", &"a".repeat(96)] {
+            assert!(is_hub_name(good), "{good}");
+        }
+        for bad in ["", "foo--bar", "foo..bar", ".foo", "foo-", "foo.git", "foo bar", "foo/bar", "é", &"a".repeat(97)] {
+            assert!(!is_hub_name(bad), "{bad}");
+        }
+        assert!(is_hub_id("owner/name") && !is_hub_id("name") && !is_hub_id("owner/name/more"));
+    }
+}
