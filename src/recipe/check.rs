@@ -347,7 +347,7 @@ fn cost_needs_a_price(given: &Given, mistakes: &mut Mistakes) {
 mod tests {
     use super::*;
 
-    /// The cases of `huggingface_hub`'s documentation of `validate_repo_id`, plus its limit of 96 characters.
+    /// Cases derived by hand from the rule above, clause by clause.
     #[test]
     fn hub_names_follow_the_hubs_rule() {
         for good in ["Foo-BAR_foo.bar123", "x", &"a".repeat(96)] {
