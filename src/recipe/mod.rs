@@ -3,6 +3,28 @@
 //! Owns the file format. `raw` is exactly the file (unknown keys refused); `Recipe` is the checked form, in which no illegal
 //! value exists. Every mistake is reported in one go, with line, column, caret, rule and remedy. Knows nothing of tensors,
 //! devices or the network: whether a model or a file exists is found out later, in preflight.
+//!
+//! ```text
+//! text, --set ──► raw (tree with places) ──► read (keys, types, ranges) ──► check (ids, contradictions) ──► Recipe ──► write
+//!                                              └── keys: the one table of every key ──► schema, starter
+//! ```
+
+mod check;
+mod given;
+mod keys;
+mod mistake;
+mod open;
+mod raw;
+mod read;
+mod schema;
+mod suggest;
+mod words;
+mod write;
+
+pub use mistake::Mistake;
+pub use open::{check, load, parse};
+pub use schema::json_schema;
+pub use write::starter;
 
 use std::path::PathBuf;
 
@@ -11,7 +33,7 @@ use serde::Serialize;
 use crate::units::{Flops, GramsCo2e, Joules, Money, Price, Pue, Seconds};
 use crate::work::Precision;
 
-/// A checked recipe with every default filled in. Paths are absolute or relative to the current directory, no longer to the file.
+/// A checked recipe with every default filled in. Paths are absolute.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
     /// Names the run directory; the file's stem where the recipe gives none.
@@ -70,6 +92,7 @@ pub enum Init {
 
 /// The `[adapter]` table.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "a run holds one of it")]
 pub enum Adapter {
     /// Low-rank adapters on a frozen model.
     Lora(Lora),
@@ -101,6 +124,7 @@ pub struct Lora {
     /// An existing PEFT adapter to continue from.
     pub init_from: Option<PathBuf>,
     /// The keys the recipe itself wrote (of `r`, `lora_alpha`, `target_modules`, ...): with `init_from` only these may contradict the adapter.
+    /// Empty without `init_from`.
     pub written: Vec<String>,
 }
 

@@ -1,0 +1,361 @@
+//! From what a recipe gives to the checked `Recipe`: ids and paths told apart, contradictions noted.
+//!
+//! Takes `Given` and the recipe's folder, returns a `Recipe`; it is only to be used if no mistake was noted. Looks at the disk for
+//! one question alone: whether an id is a folder or a file beside the recipe.
+
+use std::path::{Path, PathBuf};
+
+use super::given::{Given, Value};
+use super::keys::{self, ALL_LINEAR};
+use super::mistake::Mistakes;
+use super::*;
+use crate::units::{Money, Price, Pue};
+
+/// File extensions that data may have.
+pub(super) const DATA_EXTENSIONS: [&str; 6] = ["jsonl", "json", "csv", "tsv", "txt", "parquet"];
+
+/// What marks a model inside the program.
+pub(super) const EMBEDDED: &str = "embedded:";
+
+/// Builds the recipe; `folder` is absolute, `stem` names a run that has no name.
+pub(super) fn build(given: &Given, folder: &Path, stem: &str, mistakes: &mut Mistakes) -> Recipe {
+    contradictions(given, mistakes);
+    let mut reader = Reader { given, folder, mistakes };
+    Recipe {
+        name: given.text("name").filter(|name| !name.is_empty()).unwrap_or(stem).to_string(),
+        seed: given.count("seed"),
+        model: reader.model(),
+        adapter: reader.adapter(),
+        data: reader.data(),
+        train: train(given),
+        budget: Budget {
+            energy: given.quantity("budget.energy"),
+            carbon: given.quantity("budget.carbon"),
+            flops: given.quantity("budget.flops"),
+            time: given.quantity("budget.time"),
+            cost: given.quantity("budget.cost"),
+        },
+        energy: reader.energy(),
+        baseline: Baseline { from_scratch: given.word("baseline.from_scratch") },
+    }
+}
+
+/// Turns values into ids and paths.
+struct Reader<'g, 'm, 's> {
+    given: &'g Given,
+    folder: &'g Path,
+    mistakes: &'m mut Mistakes<'s>,
+}
+
+impl Reader<'_, '_, '_> {
+    fn model(&mut self) -> Model {
+        let id = self.given.text("model.id").unwrap_or_default();
+        Model {
+            id: self.model_id(id),
+            revision: self.given.text("model.revision").unwrap_or_default().to_string(),
+            dtype: self.given.word("model.dtype"),
+            init: self.given.word("model.init"),
+        }
+    }
+
+    fn model_id(&mut self, id: &str) -> ModelId {
+        const RULE: &str = "a hub id `owner/name` or `name`, a directory (starting with `.`, `/` or `~` where it does not exist yet), \
+                            or `embedded:NAME`";
+        if let Some(name) = id.strip_prefix(EMBEDDED) {
+            if !is_hub_name(name) {
+                self.refuse("model.id", RULE, "write for example `id = \"embedded:tiny\"`");
+            }
+            ModelId::Embedded(name.to_string())
+        } else if says_path(id) || self.folder.join(id).is_dir() {
+            ModelId::Directory(self.resolve("model.id", id))
+        } else {
+            if !(is_hub_name(id) || is_hub_id(id)) {
+                self.refuse("model.id", RULE, "write for example `id = \"HuggingFaceTB/SmolLM2-135M\"` or `id = \"./my-model\"`");
+            }
+            ModelId::Hub(id.to_string())
+        }
+    }
+
+    fn adapter(&mut self) -> Adapter {
+        let given = self.given;
+        if given.text("adapter.type") == Some("none") {
+            return Adapter::None;
+        }
+        let init_from = given.text("adapter.init_from").map(|path| self.resolve("adapter.init_from", path));
+        // Without an adapter to contradict, who wrote a key makes no difference, and equal recipes are equal.
+        let written = given.written_in("adapter").filter(|(key, _)| init_from.is_some() && key.is_of_lora());
+        let written = written.map(|(key, _)| key.name().to_string()).filter(|name| name != "init_from").collect();
+        Adapter::Lora(self.lora(init_from, written))
+    }
+
+    fn lora(&self, init_from: Option<PathBuf>, written: Vec<String>) -> Lora {
+        let given = self.given;
+        Lora {
+            r: given.size("adapter.r"),
+            lora_alpha: given.number("adapter.lora_alpha"),
+            lora_dropout: given.number("adapter.lora_dropout"),
+            target_modules: given
+                .get("adapter.target_modules")
+                .and_then(|value| targets(value, true))
+                .unwrap_or(Targets::AllLinear),
+            exclude_modules: given.get("adapter.exclude_modules").and_then(|value| targets(value, false)),
+            use_rslora: given.flag("adapter.use_rslora"),
+            rank_pattern: match given.get("adapter.rank_pattern") {
+                Some(Value::Ranks(ranks)) => ranks.iter().map(|(pattern, rank)| (pattern.clone(), *rank as usize)).collect(),
+                _ => Vec::new(),
+            },
+            alpha_pattern: match given.get("adapter.alpha_pattern") {
+                Some(Value::Alphas(alphas)) => alphas.clone(),
+                _ => Vec::new(),
+            },
+            layers_to_transform: match given.get("adapter.layers_to_transform") {
+                Some(Value::Counts(layers)) => Some(layers.iter().map(|layer| *layer as usize).collect()),
+                _ => None,
+            },
+            init_from,
+            written,
+        }
+    }
+
+    fn data(&mut self) -> Data {
+        let given = self.given;
+        let validation = match (given.text("data.validation"), given.get("data.validation_fraction").and_then(Value::number)) {
+            (Some(source), _) => Validation::Source(self.source("data.validation", source)),
+            (None, Some(fraction)) => Validation::Fraction(fraction),
+            (None, None) => Validation::None,
+        };
+        Data {
+            train: self.source("data.train", given.text("data.train").unwrap_or_default()),
+            validation,
+            format: given.word("data.format"),
+            columns: match given.get("data.columns") {
+                Some(Value::Columns(columns)) => columns.clone(),
+                _ => Vec::new(),
+            },
+            max_length: given.size("data.max_length"),
+            packing: given.flag("data.packing"),
+            shuffle: given.flag("data.shuffle"),
+            on_bad_record: given.word("data.on_bad_record"),
+            txt_unit: given.word("data.txt_unit"),
+        }
+    }
+
+    /// A file if it says so by its extension, by how it starts or by being there; else a hub id with an optional split.
+    fn source(&mut self, path: &str, text: &str) -> DataSource {
+        let has_extension = Path::new(text)
+            .extension()
+            .is_some_and(|extension| DATA_EXTENSIONS.iter().any(|known| extension.eq_ignore_ascii_case(known)));
+        if has_extension || says_path(text) || self.folder.join(text).exists() {
+            return DataSource::File(self.resolve(path, text));
+        }
+        let (id, split) = text.split_once(':').unwrap_or((text, "train"));
+        if !is_hub_id(id) || split.is_empty() || split.contains(char::is_whitespace) {
+            let rule =
+                format!("a file that ends in .{}, or a hub id `owner/name` or `owner/name:split`", DATA_EXTENSIONS.join(" ."));
+            let name = path.rsplit('.').next().unwrap_or(path);
+            self.refuse(
+                path,
+                &rule,
+                &format!("write for example `{name} = \"./{name}.jsonl\"` or `{name} = \"owner/name:train\"`"),
+            );
+        }
+        DataSource::Hub { id: id.to_string(), split: split.to_string() }
+    }
+
+    fn energy(&mut self) -> Energy {
+        let given = self.given;
+        let device = given.text("energy.device").unwrap_or_default();
+        // A profile's own name may hold a slash ("NVIDIA A10 / A10G").
+        let is_file = says_path(device) || device.ends_with(".toml") || self.folder.join(device).is_file();
+        Energy {
+            device: if is_file { self.resolve("energy.device", device).display().to_string() } else { device.to_string() },
+            meter: given.word("energy.meter"),
+            grid: given.text("energy.grid").unwrap_or_default().trim().to_string(),
+            pue: Pue::new(given.number("energy.pue")).unwrap_or(Pue::ONE),
+            price: given.quantity("energy.price"),
+        }
+    }
+
+    /// A path of the recipe as an absolute path: `~` is the home folder, all else counts from the recipe's folder.
+    fn resolve(&mut self, key: &str, text: &str) -> PathBuf {
+        let rest = match text.strip_prefix('~') {
+            Some("") => Some(""),
+            Some(rest) => rest.strip_prefix('/'),
+            None => return tidy(&self.folder.join(text)),
+        };
+        match (rest, std::env::home_dir().filter(|home| home.is_absolute() && home.to_str().is_some())) {
+            (Some(rest), Some(home)) => tidy(&home.join(rest)),
+            _ => {
+                self.refuse(key, "`~` alone or `~/...`, with a home folder that is known", "write the whole path, from `/` on");
+                PathBuf::from(text)
+            }
+        }
+    }
+
+    /// Notes that what the recipe wrote for `key` is neither an id nor a path.
+    fn refuse(&mut self, key: &str, rule: &str, hint: &str) {
+        if let Some(place) = self.given.written(key) {
+            let what = format!("`{key}` cannot be {}", self.mistakes.words(place));
+            self.mistakes.add(place, what, rule, hint);
+        }
+    }
+}
+
+/// Without `.` parts: `./train.jsonl` is shown as `FOLDER/train.jsonl`. `..` stays, for a link may stand before it.
+fn tidy(path: &Path) -> PathBuf {
+    path.components().collect()
+}
+
+fn train(given: &Given) -> Train {
+    let length = match (given.get("train.steps"), given.get("train.epochs")) {
+        (Some(Value::Count(steps)), _) => Length::Steps(*steps),
+        (_, Some(Value::Number(epochs))) => Length::Epochs(*epochs),
+        // Neither: noted as missing or as a mistake of its own.
+        _ => Length::Steps(1),
+    };
+    let warmup = match given.get("train.warmup_steps") {
+        Some(Value::Count(steps)) => Warmup::Steps(*steps),
+        _ => Warmup::Ratio(given.number("train.warmup_ratio")),
+    };
+    Train {
+        length,
+        micro_batch_size: given.size("train.micro_batch_size"),
+        gradient_accumulation_steps: given.size("train.gradient_accumulation_steps"),
+        learning_rate: given.number("train.learning_rate"),
+        schedule: given.word("train.schedule"),
+        warmup,
+        adam_beta1: given.number("train.adam_beta1"),
+        adam_beta2: given.number("train.adam_beta2"),
+        adam_epsilon: given.number("train.adam_epsilon"),
+        weight_decay: given.number("train.weight_decay"),
+        max_grad_norm: given.number("train.max_grad_norm"),
+        eval_every: given.count("train.eval_every"),
+        save_every: given.count("train.save_every"),
+        save_total_limit: given.size("train.save_total_limit"),
+        keep_best: given.flag("train.keep_best"),
+        activation_checkpointing: given.word("train.activation_checkpointing"),
+    }
+}
+
+fn targets(value: &Value, all_linear: bool) -> Option<Targets> {
+    match value {
+        Value::Text(text) if all_linear && text == ALL_LINEAR => Some(Targets::AllLinear),
+        Value::Text(regex) => Some(Targets::Regex(regex.clone())),
+        Value::Names(names) => Some(Targets::Names(names.clone())),
+        _ => None,
+    }
+}
+
+/// Whether a text can only be a path.
+fn says_path(text: &str) -> bool {
+    text.starts_with(['.', '~']) || Path::new(text).is_absolute() || text.starts_with('/')
+}
+
+/// `owner/name`.
+fn is_hub_id(text: &str) -> bool {
+    text.split_once('/').is_some_and(|(owner, name)| is_hub_name(owner) && is_hub_name(name))
+}
+
+/// The hub's rule for a part of an id (`huggingface_hub.utils.validate_repo_id`): at most 96 of letters, digits, `-`, `_`, `.`;
+/// neither `--` nor `..`, no `-` or `.` at an end, no `.git` at the end.
+fn is_hub_name(text: &str) -> bool {
+    let ends_well = |c: char| !matches!(c, '-' | '.');
+    (1..=96).contains(&text.len())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && text.starts_with(ends_well)
+        && text.ends_with(ends_well)
+        && !text.contains("--")
+        && !text.contains("..")
+        && !text.ends_with(".git")
+}
+
+/// Notes what each key allows and all together do not.
+fn contradictions(given: &Given, mistakes: &mut Mistakes) {
+    for (one, other) in [
+        ("train.steps", "train.epochs"),
+        ("data.validation", "data.validation_fraction"),
+        ("train.warmup_ratio", "train.warmup_steps"),
+    ] {
+        exclusive(given, one, other, mistakes);
+    }
+    length_is_given(given, mistakes);
+    lora_keys_need_lora(given, mistakes);
+    layers_need_names(given, mistakes);
+    cost_needs_a_price(given, mistakes);
+}
+
+/// Of two keys that say the same thing at most one may be written; the later one is pointed at.
+fn exclusive(given: &Given, one: &str, other: &str, mistakes: &mut Mistakes) {
+    let (Some(a), Some(b)) = (given.written(one), given.written(other)) else { return };
+    let what = format!("`{one}` and `{other}` cannot both be given (the other one is at {})", mistakes.name(a.min(b)));
+    mistakes.add(a.max(b), what, format!("`{one}` or `{other}`"), "remove one of the two from the recipe");
+}
+
+fn length_is_given(given: &Given, mistakes: &mut Mistakes) {
+    if given.written("train.steps").or(given.written("train.epochs")).is_none()
+        && let (Some(steps), Some(epochs)) = (keys::find("train.steps"), keys::find("train.epochs"))
+    {
+        let place = given.place_of_table("train", mistakes);
+        let hint = format!("{} (or `{}`)", given.remedy_for_missing(steps), epochs.sample());
+        mistakes.add(place, "`train.steps` or `train.epochs` is missing", "one of the two says how long to train", hint);
+    }
+}
+
+fn lora_keys_need_lora(given: &Given, mistakes: &mut Mistakes) {
+    if given.text("adapter.type") != Some("none") {
+        return;
+    }
+    for (key, place) in given.written_in("adapter").filter(|(key, _)| key.is_of_lora()) {
+        let what = format!("`{}` has no meaning with `adapter.type = \"none\"`, which trains every weight", key.path);
+        mistakes.add(place, what, "only LoRA has it", "remove it, or write `type = \"lora\"`");
+    }
+}
+
+/// PEFT refuses the pair too: a regex says the layers itself.
+fn layers_need_names(given: &Given, mistakes: &mut Mistakes) {
+    let regex = given.get("adapter.target_modules").and_then(|value| targets(value, true));
+    if let (Some(Targets::Regex(_)), Some(place)) = (regex, given.written("adapter.layers_to_transform")) {
+        let hint = "name modules in a list, as in `target_modules = [\"q_proj\", \"v_proj\"]`, or put the layers into the regex";
+        let what = "`adapter.layers_to_transform` cannot stand beside a regex in `adapter.target_modules`";
+        mistakes.add(place, what, "layers are chosen for a list of names or for \"all-linear\"", hint);
+    }
+}
+
+fn cost_needs_a_price(given: &Given, mistakes: &mut Mistakes) {
+    let (Some(cost), Some(place)) = (given.quantity::<Money>("budget.cost"), given.written("budget.cost")) else { return };
+    const RULE: &str = "a budget of money needs a price in the same currency";
+    match (given.quantity::<Price>("energy.price"), given.written("energy.price")) {
+        (Some(price), Some(at)) if price.money.currency != cost.currency => {
+            let what = format!("`budget.cost` is in {} and `energy.price` in {}", cost.currency, price.money.currency);
+            let unit = if price.per == crate::units::Per::KilowattHour { "kWh" } else { "h" };
+            let hint = format!("write the price in {0}, as in `price = \"0.30 {0}/{unit}\"`", cost.currency);
+            mistakes.add(at.max(place), what, RULE, hint);
+        }
+        (None, None) => {
+            let hint = format!(
+                "under `[energy]` add `price = \"0.30 {0}/kWh\"`, or `price = \"2.50 {0}/h\"` for a rented device",
+                cost.currency
+            );
+            mistakes.add(place, "`budget.cost` needs `energy.price`, which is missing", RULE, hint);
+        }
+        // A price that is itself mistaken has been noted.
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Cases derived by hand from the rule above, clause by clause.
+    #[test]
+    fn hub_names_follow_the_hubs_rule() {
+        for good in ["Foo-BAR_foo.bar123", "x", &"a".repeat(96)] {
+            assert!(is_hub_name(good), "{good}");
+        }
+        for bad in ["", "foo--bar", "foo..bar", ".foo", "foo-", "foo.git", "foo bar", "foo/bar", "é", &"a".repeat(97)] {
+            assert!(!is_hub_name(bad), "{bad}");
+        }
+        assert!(is_hub_id("owner/name") && !is_hub_id("name") && !is_hub_id("owner/name/more"));
+    }
+}
