@@ -1,6 +1,32 @@
 //! Records -> rendered text and loss mask -> tokens -> packed batches.
 //!
-//! Owns file formats, chat templates, encoding, packing and the order of records. Token ids stay `u32`: knows nothing of
-//! tensors or models.
+//! Owns file formats, chat templates, encoding, packing and the order of records. Takes local files and a tokenizer's files,
+//! returns `Dataset`s of `Example`s and the `MicroBatch`es of each step. Refuses what it would have to guess: a record is named
+//! by file and line, never bent into shape. Token ids stay `u32`: knows nothing of tensors, models, recipes or the network.
 
+mod alpaca;
 pub mod batch;
+mod byte_level;
+mod cache;
+mod chat;
+mod dataset;
+mod encode;
+mod format;
+mod load;
+mod messages;
+mod order;
+mod packing;
+mod parquet;
+mod pyjson;
+mod read;
+mod sampler;
+mod template;
+mod tokenizer;
+
+pub use batch::{BatchShape, Example, MicroBatch, Segment};
+pub use dataset::{Counts, Dataset, Piece, Sample};
+pub use format::Format;
+pub use load::{OnBadRecord, Options, load};
+pub use read::{Place, Record, TxtUnit, read};
+pub use sampler::{Sampler, SamplerOptions, evaluation_batches};
+pub use tokenizer::{Encoded, Tokenizer, TokenizerFiles};

@@ -1,0 +1,219 @@
+//! Shaped records -> token ids and loss masks.
+//!
+//! Takes a `Shaped` record and a `Tokenizer`, returns `Example`s of at most `max_length` tokens and what became of the record.
+//! Owns which token is a loss token: by its place in the text, never by searching for ids. Knows nothing of files or order.
+
+use std::ops::Range;
+
+use super::batch::Example;
+use super::chat;
+use super::format::Shaped;
+use super::tokenizer::{Encoded, Tokenizer};
+use crate::error::Result;
+
+/// What became of one record.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Outcome {
+    /// One, or several windows of a long text, or none.
+    pub examples: Vec<Example>,
+    /// Cut at `max_length`.
+    pub truncated: bool,
+    /// Nothing of it can be learned.
+    pub dropped: bool,
+    /// A token that ends a text or a turn is among the loss tokens.
+    pub ends: bool,
+    /// Prompt and completion meet without a space between.
+    pub glued: bool,
+}
+
+/// Encodes one record.
+pub(super) fn encode(shaped: &Shaped, tokenizer: &Tokenizer, max_length: usize) -> Result<Outcome> {
+    let (example, end, glued) = match shaped {
+        Shaped::Text(text) => return Ok(text_outcome(text_example(text, tokenizer)?, tokenizer, max_length)),
+        Shaped::Completion { prompt, completion } => {
+            (completion_example(prompt, completion, tokenizer)?, tokenizer.eos_id(), glued(prompt, completion))
+        }
+        Shaped::Chat(conversation) => {
+            let turns = tokenizer.turn_marks()?;
+            let rendered = chat::render(tokenizer.template()?, turns, conversation)?;
+            let encoded = tokenizer.encode(&rendered.text, false)?;
+            let loss = in_spans(&encoded, &rendered.spans);
+            let end = turns.end.as_ref().map(|(_, id)| *id).or(tokenizer.eos_id());
+            (masked(encoded.ids, loss), end, false)
+        }
+    };
+    Ok(cut(example, end, max_length, glued))
+}
+
+fn masked(tokens: Vec<u32>, mut loss: Vec<bool>) -> Example {
+    // The first token has nothing before it to be predicted from.
+    if let Some(first) = loss.first_mut() {
+        *first = false;
+    }
+    Example { tokens, loss }
+}
+
+/// The tokenizer's own special tokens, the text, and eos unless it is there already: all learned but the first.
+fn text_example(text: &str, tokenizer: &Tokenizer) -> Result<Example> {
+    let mut tokens = tokenizer.encode(text, true)?.ids;
+    if let Some(eos) = tokenizer.eos_id().filter(|eos| tokens.last() != Some(eos)) {
+        tokens.push(eos);
+    }
+    let loss = vec![true; tokens.len()];
+    Ok(masked(tokens, loss))
+}
+
+/// Prompt and completion as one string: a token is learned when it ends past the prompt, and so is eos.
+fn completion_example(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> Result<Example> {
+    let encoded = tokenizer.encode(&format!("{prompt}{completion}"), true)?;
+    let mut tokens = encoded.ids;
+    let mut loss: Vec<bool> = encoded.offsets.iter().map(|(_, end)| *end > prompt.len()).collect();
+    if let Some(eos) = tokenizer.eos_id() {
+        match loss.last_mut() {
+            Some(last) if tokens.last() == Some(&eos) => *last = true,
+            _ => {
+                tokens.push(eos);
+                loss.push(true);
+            }
+        }
+    }
+    Ok(masked(tokens, loss))
+}
+
+fn glued(prompt: &str, completion: &str) -> bool {
+    let meets = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
+    meets(prompt.chars().next_back()) && meets(completion.chars().next())
+}
+
+/// Whether each token overlaps a span. Tokenizers trim spaces from offsets: a token reaches back to its predecessor's end.
+fn in_spans(encoded: &Encoded, spans: &[Range<usize>]) -> Vec<bool> {
+    let mut previous_end = 0;
+    let mut at = 0;
+    encoded
+        .offsets
+        .iter()
+        .map(|(start, end)| {
+            let start = previous_end.min(*start);
+            previous_end = *end;
+            while spans.get(at).is_some_and(|span| span.end <= start) {
+                at += 1;
+            }
+            spans.get(at).is_some_and(|span| *end > span.start && start < span.end)
+        })
+        .collect()
+}
+
+/// Cuts the end off a long record.
+fn cut(mut example: Example, end: Option<u32>, max_length: usize, glued: bool) -> Outcome {
+    let truncated = example.tokens.len() > max_length;
+    example.tokens.truncate(max_length);
+    example.loss.truncate(max_length);
+    let dropped = !example.loss.contains(&true);
+    let ends = ends(&example, end);
+    Outcome { examples: if dropped { vec![] } else { vec![example] }, truncated, dropped, ends, glued }
+}
+
+fn ends(example: &Example, end: Option<u32>) -> bool {
+    example.tokens.iter().zip(&example.loss).any(|(token, loss)| *loss && Some(*token) == end)
+}
+
+/// Splits a long text into windows that share one token, so that every token but the first is learned exactly once.
+fn text_outcome(example: Example, tokenizer: &Tokenizer, max_length: usize) -> Outcome {
+    let ends = ends(&example, tokenizer.eos_id());
+    let stride = max_length.saturating_sub(1).max(1);
+    let windows = example.tokens.len().saturating_sub(1).div_ceil(stride);
+    let examples: Vec<Example> = (0..windows)
+        .map(|w| {
+            let tokens = example.tokens[w * stride..(w * stride + stride + 1).min(example.tokens.len())].to_vec();
+            let loss = vec![true; tokens.len()];
+            masked(tokens, loss)
+        })
+        .collect();
+    Outcome { dropped: examples.is_empty(), examples, ends, ..Outcome::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::tokenizer::tests::word_tokenizer;
+    use proptest::prelude::*;
+
+    const WORDS: [&str; 9] = ["<unk>", "<eos>", "a", " b", " c", "\n", "<u>", "<m>", "d"];
+    const TEMPLATE: &str = "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<m>' }}{{ m.content + '<eos>\\n' }}{% endfor %}";
+
+    fn tokenizer() -> Tokenizer {
+        word_tokenizer(&WORDS, "<eos>", Some(TEMPLATE))
+    }
+
+    fn completion(prompt: &str, completion: &str, max_length: usize) -> Outcome {
+        encode(&Shaped::Completion { prompt: prompt.into(), completion: completion.into() }, &tokenizer(), max_length).unwrap()
+    }
+
+    fn one(outcome: &Outcome) -> (Vec<u32>, String) {
+        let [example] = outcome.examples.as_slice() else { panic!("one example: {outcome:?}") };
+        (example.tokens.clone(), example.loss.iter().map(|l| if *l { '1' } else { '0' }).collect())
+    }
+
+    #[test]
+    fn a_completion_and_eos_are_learned() {
+        let outcome = completion("a b", " c", 9);
+        assert_eq!(one(&outcome), (vec![2, 3, 4, 1], "0011".into()));
+        assert!(outcome.ends && !outcome.truncated && !outcome.glued);
+        // " b" straddles the prompt's end: it ends past it, so it is learned.
+        assert_eq!(one(&completion("a ", "b", 9)), (vec![2, 3, 1], "011".into()));
+        assert_eq!(one(&completion("a", " b<eos>", 9)), (vec![2, 3, 1], "011".into()));
+        assert_eq!(one(&completion("", "a b", 9)), (vec![2, 3, 1], "011".into()));
+        assert!(completion("a", "d", 9).glued);
+    }
+
+    #[test]
+    fn a_long_record_loses_its_end_and_may_be_dropped() {
+        let outcome = completion("a b", " c", 3);
+        assert_eq!(one(&outcome), (vec![2, 3, 4], "001".into()));
+        assert!(outcome.truncated && !outcome.ends);
+        let outcome = completion("a b", " c", 2);
+        assert!(outcome.truncated && outcome.dropped && outcome.examples.is_empty());
+    }
+
+    #[test]
+    fn the_assistants_turn_and_its_end_are_learned() {
+        let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+        let messages = vec![message("user", "a<eos>"), message("assistant", "a b"), message("user", "d"), message("assistant", "")];
+        let chat = chat::Chat { learned: chat::by_role(&messages), messages, tools: None };
+        let outcome = encode(&Shaped::Chat(chat), &tokenizer(), 99).unwrap();
+        let tokens = vec![6, 2, 1, 1, 5, 7, 2, 3, 1, 5, 6, 8, 1, 5, 7, 1, 5];
+        assert_eq!(one(&outcome), (tokens, "00000011100000010".into()));
+        assert!(outcome.ends);
+    }
+
+    #[test]
+    fn offsets_that_tokenizers_trim_or_share_are_covered() {
+        // "x" | "\n" trimmed to an empty range | three byte tokens of one emoji; the span is "\n😀" = 1..6.
+        let encoded = Encoded { ids: vec![0; 6], offsets: vec![(0, 1), (2, 2), (2, 6), (2, 6), (2, 6), (6, 7)] };
+        assert_eq!(in_spans(&encoded, &[1..6]), [false, true, true, true, true, false]);
+        assert_eq!(in_spans(&encoded, &[0..1, 6..7]), [true, false, false, false, false, true]);
+    }
+
+    #[test]
+    fn an_empty_text_is_dropped() {
+        let outcome = encode(&Shaped::Text(String::new()), &tokenizer(), 4).unwrap();
+        assert!(outcome.dropped && outcome.examples.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn windows_cover_a_text_once(words in 1_usize..40, max_length in 2_usize..9) {
+            let text = "a".to_string() + &" b".repeat(words - 1);
+            let whole: Vec<u32> = std::iter::once(2).chain(std::iter::repeat_n(3, words - 1)).chain([1]).collect();
+            let outcome = encode(&Shaped::Text(text), &tokenizer(), max_length).unwrap();
+            let mut joined = vec![whole[0]];
+            for example in &outcome.examples {
+                prop_assert!(example.tokens.len() <= max_length && example.tokens.len() >= 2);
+                prop_assert_eq!(example.tokens[0], *joined.last().unwrap());
+                prop_assert!(!example.loss[0] && example.loss[1..].iter().all(|l| *l));
+                joined.extend_from_slice(&example.tokens[1..]);
+            }
+            prop_assert_eq!(joined, whole);
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Files -> an encoded data set.
+//!
+//! Takes local files, `Options` and a `Tokenizer`, returns a `Dataset` that does not depend on the number of threads, from the
+//! cache where the same contents were encoded before. Knows nothing of recipes: `run` fills the options.
+
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::batch::Example;
+use super::cache;
+use super::dataset::{Counts, Dataset, Piece, Sample, with_sizes};
+use super::encode::{Outcome, encode};
+use super::format::{Columns, Format, detect, shape};
+use super::read::{Record, TxtUnit, extension, read};
+use super::tokenizer::{Tokenizer, hex};
+use crate::error::{Error, Kind, Result};
+
+/// Records encoded side by side before their outcomes are gathered in order.
+const CHUNK: usize = 4096;
+/// Raise it when encoding changes: caches of other versions are then ignored.
+const ENCODING_VERSION: u32 = 1;
+
+/// What a record that cannot be read does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OnBadRecord {
+    /// Stops loading, naming file and line.
+    Stop,
+    /// Is left out and counted.
+    Skip,
+}
+
+/// How files are read and encoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// What a record's fields mean.
+    pub format: Format,
+    /// Wanted field -> the file's column.
+    pub columns: Vec<(String, String)>,
+    /// Longest example in tokens, at least 2.
+    pub max_length: usize,
+    /// What a record that cannot be read does.
+    pub on_bad_record: OnBadRecord,
+    /// How a `.txt` file is cut into texts.
+    pub txt_unit: TxtUnit,
+}
+
+/// Loads `paths` in order as one data set; `cache` is a folder for encoded data sets.
+///
+/// # Errors
+/// `Kind::Io` and `Kind::Data` for files and records that cannot be read (with `OnBadRecord::Skip`: only where all are bad);
+/// `Kind::Tokenizer` where the format needs a chat template that the model lacks.
+pub fn load(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer, cache: Option<&Path>) -> Result<Dataset> {
+    check(paths, options)?;
+    let fingerprint = fingerprint(paths, options, tokenizer)?;
+    if let Some(dataset) = cache.and_then(|folder| cache::load(folder, &fingerprint)) {
+        return Ok(dataset);
+    }
+    let mut gathered = Gathered::default();
+    for path in paths {
+        let mut records = read(path, options.txt_unit)?;
+        loop {
+            let chunk: Vec<Result<Record>> = records.by_ref().take(CHUNK).collect();
+            if chunk.is_empty() {
+                break;
+            }
+            gathered.add(chunk, options, tokenizer)?;
+        }
+    }
+    let dataset = gathered.finish(fingerprint, paths)?;
+    if let Some(folder) = cache {
+        // A cache that cannot be written costs the next run some time; the data set is whole without it.
+        let _ = cache::save(folder, &dataset);
+    }
+    Ok(dataset)
+}
+
+fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
+    if paths.is_empty() {
+        return Err(Error::new(Kind::Data, "there are no data files").hint("set data.train to a file"));
+    }
+    if options.max_length < 2 {
+        return Err(Error::new(Kind::Data, "`max_length` leaves nothing to predict")
+            .value(options.max_length.to_string())
+            .rule("at least 2")
+            .hint("set data.max_length = 512"));
+    }
+    Columns(&options.columns).check()
+}
+
+/// Sha256 of everything the encoded data set depends on; file names count by extension alone.
+fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> Result<String> {
+    let mut hash = Sha256::new();
+    let Options { format, columns, max_length, on_bad_record, txt_unit } = options;
+    let words = format!("{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {}", tokenizer.fingerprint());
+    hash.update(words);
+    for path in paths {
+        let mut file = std::fs::File::open(path).map_err(|e| Error::io("read", path, e))?;
+        let mut content = Sha256::new();
+        std::io::copy(&mut file, &mut HashWriter(&mut content)).map_err(|e| Error::io("read", path, e))?;
+        hash.update(format!(" {} {}", extension(path), hex(&content.finalize())));
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl std::io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A data set in the making.
+#[derive(Default)]
+struct Gathered {
+    /// Known once a record has been read.
+    format: Option<Format>,
+    examples: Vec<Example>,
+    records: Vec<u64>,
+    counts: Counts,
+    eos_trained: bool,
+    first: Option<Sample>,
+    first_bad: Option<Error>,
+}
+
+impl Gathered {
+    fn add(&mut self, chunk: Vec<Result<Record>>, options: &Options, tokenizer: &Tokenizer) -> Result<()> {
+        let columns = Columns(&options.columns);
+        let format = match (self.format, chunk.iter().flatten().next()) {
+            (Some(format), _) => format,
+            (None, Some(first)) if options.format == Format::Auto => detect(first, columns)?,
+            (None, _) => options.format,
+        };
+        self.format = Some(format).filter(|format| *format != Format::Auto);
+        if format == Format::Messages {
+            // Without a template every record fails alike: that is the model's lack, not the records'.
+            tokenizer.template()?;
+        }
+        let outcomes: Vec<(String, Result<Outcome>)> = chunk
+            .into_par_iter()
+            .map(|record| match record {
+                Ok(record) => {
+                    let place = record.place.to_string();
+                    let outcome = shape(&record, format, columns)
+                        .and_then(|shaped| encode(&shaped, tokenizer, options.max_length).map_err(|e| e.at(place.clone())));
+                    (place, outcome)
+                }
+                Err(error) => (String::new(), Err(error)),
+            })
+            .collect();
+        for (place, outcome) in outcomes {
+            self.counts.records += 1;
+            match outcome {
+                Ok(outcome) => self.add_outcome(&place, outcome, tokenizer)?,
+                Err(error) if options.on_bad_record == OnBadRecord::Stop || error.kind() != Kind::Data => return Err(error),
+                Err(error) => {
+                    self.counts.skipped += 1;
+                    self.first_bad.get_or_insert(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add_outcome(&mut self, place: &str, outcome: Outcome, tokenizer: &Tokenizer) -> Result<()> {
+        let counts = &mut self.counts;
+        counts.truncated += u64::from(outcome.truncated);
+        counts.dropped += u64::from(outcome.dropped);
+        counts.glued += u64::from(outcome.glued);
+        if outcome.examples.len() > 1 {
+            counts.windows += outcome.examples.len() as u64;
+        }
+        self.eos_trained |= outcome.ends;
+        if let (None, Some(example)) = (&self.first, outcome.examples.first()) {
+            self.first = Some(sample(place, example, tokenizer)?);
+        }
+        let record = self.counts.records - 1;
+        self.records.extend(outcome.examples.iter().map(|_| record));
+        self.examples.extend(outcome.examples);
+        Ok(())
+    }
+
+    fn finish(self, fingerprint: String, paths: &[PathBuf]) -> Result<Dataset> {
+        let Gathered { examples, records, counts, eos_trained, first, first_bad, .. } = self;
+        if let (true, Some(error)) = (counts.skipped == counts.records, first_bad) {
+            return Err(error.rule("at least one record can be read; all of them are bad"));
+        }
+        if examples.is_empty() {
+            let Counts { records, skipped, dropped, .. } = counts;
+            return Err(Error::new(Kind::Data, "the data hold nothing to learn")
+                .at(paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))
+                .value(format!("{records} records, {skipped} skipped, {dropped} dropped for want of a loss token"))
+                .hint("raise `data.max_length` if prompts fill it, and check `data.format` and `data.columns`"));
+        }
+        let counts = with_sizes(counts, &examples);
+        Ok(Dataset { examples: examples.into(), records: records.into(), counts, eos_trained, fingerprint, first })
+    }
+}
+
+/// The example's text, cut where its mask changes.
+fn sample(place: &str, example: &Example, tokenizer: &Tokenizer) -> Result<Sample> {
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    for run in example.loss.chunk_by(|a, b| a == b) {
+        let tokens = &example.tokens[start..start + run.len()];
+        pieces.push(Piece { text: tokenizer.decode(tokens)?, loss: run[0] });
+        start += run.len();
+    }
+    Ok(Sample { place: place.to_string(), pieces })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::tokenizer::tests::word_tokenizer;
+
+    fn options() -> Options {
+        Options { format: Format::Auto, columns: vec![], max_length: 4, on_bad_record: OnBadRecord::Stop, txt_unit: TxtUnit::Paragraph }
+    }
+
+    fn tokenizer() -> Tokenizer {
+        word_tokenizer(&["<unk>", "<eos>", "a", " b", " c"], "<eos>", None)
+    }
+
+    const LINES: &str = "{\"prompt\": \"a\", \"completion\": \" b\"}\n{\"prompt\": 1}\n{\"prompt\": \"a b c a\", \"completion\": \" b\"}\n\
+        {\"prompt\": \"a\", \"completion\": \" b b b b\"}\n";
+
+    fn load_lines(text: &str, options: &Options, cache: Option<&Path>) -> Result<Dataset> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("d.jsonl");
+        std::fs::write(&path, text).unwrap();
+        load(&[path], options, &tokenizer(), cache)
+    }
+
+    #[test]
+    fn everything_is_counted() {
+        let error = load_lines(LINES, &options(), None).unwrap_err();
+        assert!(error.to_string().contains("d.jsonl, line 2"), "{error}");
+        let dataset = load_lines(LINES, &Options { on_bad_record: OnBadRecord::Skip, ..options() }, None).unwrap();
+        let counts = Counts { records: 4, examples: 2, tokens: 7, loss_tokens: 5, truncated: 2, dropped: 1, skipped: 1, ..Counts::default() };
+        assert_eq!(dataset.counts, counts);
+        assert!(dataset.eos_trained);
+        let first = dataset.first.unwrap();
+        assert!(first.place.ends_with("d.jsonl, line 1"));
+        let piece = |text: &str, loss| Piece { text: text.into(), loss };
+        assert_eq!(first.pieces, [piece("a", false), piece(" b<eos>", true)]);
+    }
+
+    #[test]
+    fn the_cache_is_used_until_something_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let skip = Options { on_bad_record: OnBadRecord::Skip, ..options() };
+        let fresh = load_lines(LINES, &skip, Some(folder.path())).unwrap();
+        let file = folder.path().join(format!("{}.tokens", fresh.fingerprint));
+        assert!(file.exists());
+        assert_eq!(load_lines(LINES, &skip, Some(folder.path())).unwrap().examples, fresh.examples);
+        std::fs::write(&file, "damaged").unwrap();
+        assert_eq!(load_lines(LINES, &skip, Some(folder.path())).unwrap().examples, fresh.examples);
+        let longer = load_lines(LINES, &Options { max_length: 9, ..skip.clone() }, None).unwrap();
+        let other = load_lines(&LINES.replace(" b b b b", " c"), &skip, None).unwrap();
+        assert!(longer.fingerprint != fresh.fingerprint && other.fingerprint != fresh.fingerprint);
+    }
+
+    #[test]
+    fn nothing_to_learn_says_why() {
+        let skip = Options { on_bad_record: OnBadRecord::Skip, format: Format::Text, ..options() };
+        assert!(load_lines("{}\n{}\n", &skip, None).unwrap_err().to_string().contains("all of them are bad"));
+        assert!(load_lines("{\"text\": \"\"}", &skip, None).unwrap_err().to_string().contains("1 dropped"));
+        assert!(load_lines("", &options(), None).unwrap_err().to_string().contains("0 records"));
+        let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
+        assert_eq!(error.kind(), Kind::Tokenizer);
+        assert!(load_lines("{}", &Options { max_length: 1, ..options() }, None).is_err());
+    }
+}

@@ -1,0 +1,291 @@
+//! Files to records: `.jsonl .json .csv .tsv .txt .parquet`.
+//!
+//! Takes one local file, returns its records in order, each with its place, so that a bad one can be named by file and line.
+//! Refuses an extension it does not know. Knows nothing of what a record's fields mean.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+use super::parquet;
+use crate::error::{Error, Kind, Result};
+
+/// One record: its fields in file order, and where it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    /// The file and line, row or record.
+    pub place: Place,
+    /// Column or key -> value.
+    pub fields: Map<String, Value>,
+}
+
+/// Where a record stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file, as given.
+    pub file: Arc<str>,
+    /// "line", "record" or "row".
+    pub unit: &'static str,
+    /// Counted from 1.
+    pub number: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {} {}", self.file, self.unit, self.number)
+    }
+}
+
+/// How a `.txt` file is cut into texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TxtUnit {
+    /// One text per blank-line paragraph.
+    Paragraph,
+    /// One text per file.
+    File,
+}
+
+/// Records in file order; a bad one is an error in its place and does not end the iteration.
+pub type Records = Box<dyn Iterator<Item = Result<Record>>>;
+
+/// What may be read, for messages.
+const EXTENSIONS: &str = ".jsonl, .json, .csv, .tsv, .txt or .parquet";
+
+/// Opens `path` by its extension.
+///
+/// # Errors
+/// `Kind::Io` where the file cannot be opened; `Kind::Data` for an unknown extension, a file that is not what its extension says,
+/// and, from the iterator, for a record that cannot be read.
+pub fn read(path: &Path, txt_unit: TxtUnit) -> Result<Records> {
+    let name: Arc<str> = path.display().to_string().into();
+    let open = || File::open(path).map_err(|e| Error::io("read", path, e));
+    match extension(path).as_str() {
+        "jsonl" | "ndjson" => Ok(Box::new(json_lines(name, BufReader::new(open()?)))),
+        "json" => json(name, path),
+        "csv" => csv(name, open()?, b',', true),
+        // Tab-separated values have no quoting (IANA text/tab-separated-values): a quote is a character.
+        "tsv" => csv(name, open()?, b'\t', false),
+        "txt" => txt(name, path, txt_unit),
+        "parquet" => parquet::records(name, open()?),
+        _ => Err(Error::new(Kind::Data, "a file of an unknown kind")
+            .at(name.as_ref())
+            .rule(format!("the file's name ends with {EXTENSIONS}"))
+            .hint("rename or convert the file; a compressed file must be unpacked first")),
+    }
+}
+
+/// The extension in lower case.
+pub(super) fn extension(path: &Path) -> String {
+    path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
+}
+
+fn bad(place: &Place, what: impl Into<String>) -> Error {
+    Error::new(Kind::Data, what).at(place.to_string())
+}
+
+fn json_lines(file: Arc<str>, source: impl BufRead + 'static) -> impl Iterator<Item = Result<Record>> {
+    let mut number = 0;
+    let mut lines = source.split(b'\n');
+    std::iter::from_fn(move || {
+        loop {
+            number += 1;
+            let place = Place { file: file.clone(), unit: "line", number };
+            let line = match lines.next()? {
+                Ok(line) => line,
+                Err(e) => return Some(Err(bad(&place, format!("the file cannot be read on: {e}")))),
+            };
+            let line = if number == 1 { line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line) } else { &line };
+            if !line.iter().all(u8::is_ascii_whitespace) {
+                return Some(json_record(place, line));
+            }
+        }
+    })
+}
+
+fn json_record(place: Place, line: &[u8]) -> Result<Record> {
+    let value = serde_json::from_slice(line).map_err(|e| {
+        bad(&place, format!("not a JSON object: {}, column {}", reason(&e), e.column()))
+            .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")
+    })?;
+    object(place, value)
+}
+
+/// serde_json's message without its own line and column.
+fn reason(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.split_once(" at line ").map_or(text.clone(), |(reason, _)| reason.to_string())
+}
+
+fn object(place: Place, value: Value) -> Result<Record> {
+    match value {
+        Value::Object(fields) => Ok(Record { place, fields }),
+        other => Err(bad(&place, "a record is not a JSON object")
+            .value(other.to_string().chars().take(80).collect::<String>())
+            .rule("{\"field\": value, ...}")
+            .hint("correct or remove it, or set `on_bad_record = \"skip\"`")),
+    }
+}
+
+/// A list of objects, one object per line, or an object whose field `data` is a list of objects.
+fn json(file: Arc<str>, path: &Path) -> Result<Records> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let numbered = move |items: Vec<Value>| {
+        let record = move |(i, value)| object(Place { file: file.clone(), unit: "record", number: i as u64 + 1 }, value);
+        Box::new(items.into_iter().enumerate().map(record)) as Records
+    };
+    match serde_json::from_str(text) {
+        Ok(Value::Array(items)) => Ok(numbered(items)),
+        Ok(Value::Object(mut fields)) => match fields.get_mut("data").map(Value::take) {
+            Some(Value::Array(items)) if items.iter().all(Value::is_object) => Ok(numbered(items)),
+            Some(data) => {
+                fields.insert("data".into(), data);
+                Ok(numbered(vec![Value::Object(fields)]))
+            }
+            None => Ok(numbered(vec![Value::Object(fields)])),
+        },
+        // Several documents, one per line: JSON lines under another name.
+        Err(_) if text.trim_start().starts_with('{') => {
+            let lines = std::io::Cursor::new(text.to_string().into_bytes());
+            Ok(Box::new(json_lines(path.display().to_string().into(), lines)))
+        }
+        Ok(_) => Err(Error::new(Kind::Data, "the file holds no records")
+            .at(path.display().to_string())
+            .rule("a list of objects, or one object per line")
+            .hint("write the records as [{...}, {...}]")),
+        Err(e) => Err(Error::new(Kind::Data, format!("not valid JSON: {}", reason(&e)))
+            .at(format!("{}, line {}, column {}", path.display(), e.line(), e.column()))
+            .hint("correct the file; one object per line in a .jsonl file confines a mistake to its line")),
+    }
+}
+
+fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Records> {
+    let mut reader = ::csv::ReaderBuilder::new().delimiter(delimiter).quoting(quoting).from_reader(source);
+    let at = |unit, number| Place { file: file.clone(), unit, number };
+    let header = reader.headers().map_err(|e| bad(&at("line", 1), format!("the header cannot be read: {e}")))?.clone();
+    let names: Vec<String> = header.iter().map(|name| name.trim_start_matches('\u{feff}').to_string()).collect();
+    let mut rows = reader.into_records();
+    Ok(Box::new(std::iter::from_fn(move || {
+        let row = rows.next()?;
+        let line = match &row {
+            Ok(row) => row.position().map_or(0, ::csv::Position::line),
+            Err(e) => e.position().map_or(0, ::csv::Position::line),
+        };
+        let place = Place { file: file.clone(), unit: "line", number: line };
+        Some(match row {
+            Ok(row) => {
+                let fields = names.iter().cloned().zip(row.iter().map(|cell| Value::String(cell.to_string()))).collect();
+                Ok(Record { place, fields })
+            }
+            Err(e) => Err(bad(&place, csv_reason(&e)).hint("correct or remove the line, or set `on_bad_record = \"skip\"`")),
+        })
+    })))
+}
+
+
+fn csv_reason(error: &::csv::Error) -> String {
+    match error.kind() {
+        ::csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!("{len} cells where the header has {expected_len}"),
+        ::csv::ErrorKind::Utf8 { .. } => "not valid UTF-8".to_string(),
+        _ => error.to_string(),
+    }
+}
+
+/// Paragraphs (blank lines between them) or the whole file, as `{text}`.
+fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
+        bad(&Place { file: file.clone(), unit: "line", number: line as u64 }, "not valid UTF-8")
+            .hint("convert the file, as with `iconv -f latin1 -t utf-8`")
+    })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let texts = match unit {
+        TxtUnit::File => vec![(1, text.to_string())],
+        TxtUnit::Paragraph => paragraphs(text),
+    };
+    Ok(Box::new(texts.into_iter().map(move |(number, text)| {
+        let fields = Map::from_iter([("text".to_string(), Value::String(text))]);
+        Ok(Record { place: Place { file: file.clone(), unit: "line", number }, fields })
+    })))
+}
+
+/// (first line, text) of each paragraph, its line ends as `\n`.
+fn paragraphs(text: &str) -> Vec<(u64, String)> {
+    let mut found: Vec<(u64, String)> = Vec::new();
+    let mut open = false;
+    for (i, line) in text.lines().enumerate() {
+        let blank = line.trim().is_empty();
+        match found.last_mut() {
+            Some((_, paragraph)) if open && !blank => {
+                paragraph.push('\n');
+                paragraph.push_str(line);
+            }
+            _ if !blank => found.push((i as u64 + 1, line.to_string())),
+            _ => {}
+        }
+        open = !blank;
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(name: &str, content: &[u8], unit: TxtUnit) -> Vec<Result<Record, String>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        match read(&path, unit) {
+            Ok(records) => records.map(|r| r.map_err(|e| e.to_string())).collect(),
+            Err(e) => vec![Err(e.to_string())],
+        }
+    }
+
+    fn texts(records: &[Result<Record, String>]) -> Vec<(u64, &str)> {
+        records.iter().flatten().map(|r| (r.place.number, r.fields["text"].as_str().unwrap())).collect()
+    }
+
+    #[test]
+    fn a_bad_line_is_named_and_the_rest_is_read() {
+        let records = all("a.jsonl", b"\xef\xbb\xbf{\"text\": \"x\"}\n\n{bad\n[1]\n{\"text\": \"y\"}\r\n\xff\n", TxtUnit::File);
+        assert_eq!(texts(&records), [(1, "x"), (5, "y")]);
+        let errors: Vec<_> = records.iter().filter_map(|r| r.as_ref().err()).collect();
+        assert_eq!(errors.len(), 3);
+        for (error, line) in errors.iter().zip(["line 3", "line 4", "line 6"]) {
+            assert!(error.contains(&format!("a.jsonl, {line}\n")), "{error}");
+        }
+    }
+
+    #[test]
+    fn json_is_a_list_or_lines_or_a_data_field() {
+        for content in ["[{\"text\": \"x\"}, {\"text\": \"y\"}]", "{\"text\": \"x\"}\n{\"text\": \"y\"}", "{\"data\": [{\"text\": \"x\"}, {\"text\": \"y\"}]}"] {
+            assert_eq!(texts(&all("a.json", content.as_bytes(), TxtUnit::File)), [(1, "x"), (2, "y")], "{content}");
+        }
+        let errors = all("a.json", b"[{\"text\": 1},\n {]", TxtUnit::File);
+        assert!(errors[0].as_ref().unwrap_err().contains("line 2, column 3"), "{errors:?}");
+    }
+
+    #[test]
+    fn csv_quotes_and_tsv_does_not() {
+        let records = all("a.csv", b"text,n\n\"x,\n\"\"y\"\"\",1\nz\nw,2\n", TxtUnit::File);
+        assert_eq!(texts(&records), [(2, "x,\n\"y\""), (5, "w")]);
+        let error = records[1].as_ref().unwrap_err();
+        assert!(error.contains("1 cells where the header has 2") && error.contains("line 4"), "{error}");
+        assert_eq!(texts(&all("a.tsv", b"text\tlabel\n\"open\t1\n", TxtUnit::File)), [(2, "\"open")]);
+    }
+
+    #[test]
+    fn paragraphs_end_at_blank_lines() {
+        let content = b"a\nb\n\n \n\nc\r\nd\n";
+        assert_eq!(texts(&all("a.txt", content, TxtUnit::Paragraph)), [(1, "a\nb"), (6, "c\nd")]);
+        assert_eq!(texts(&all("a.txt", b"a\n\nb\n", TxtUnit::File)), [(1, "a\n\nb\n")]);
+        assert!(all("a.doc", b"", TxtUnit::File)[0].as_ref().unwrap_err().contains(".parquet"));
+        assert!(all("a.txt", b"a\n\xff", TxtUnit::File)[0].as_ref().unwrap_err().contains("line 2"));
+    }
+}
