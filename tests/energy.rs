@@ -117,6 +117,12 @@ proptest! {
         }
     }
 
+}
+
+proptest! {
+    // Every case syncs to disk.
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
     /// A process that dies after any step, any number of times, never spends more than its budget: on disk is at least what it did.
     #[test]
     fn crashes_never_hide_what_was_spent(deaths in prop::collection::vec(1..9_u64, 1..5)) {

@@ -133,10 +133,21 @@ impl Account {
         works.iter().map(|(phase, work)| self.predict(*phase, &self.meters.profile().charge(work))).sum()
     }
 
-    /// What training may still spend when `reserved` (final evaluation and save, every other one still planned) is kept back.
-    /// Ask once, before the first step.
+    /// What training may spend, in this run and in the earlier ones of a resumed ledger, when `reserved` (final evaluation and
+    /// save, every other one still planned) is kept back. Ask once, before the first step.
     pub fn allowance(&self, reserved: &[(Phase, Work)]) -> Allowance {
-        self.budget.allowance(&self.spent(), &self.forecast(reserved))
+        let (all, training) = (self.spent(), self.spent_on(Phase::Train));
+        let before = Spent {
+            energy: all.energy.saturating_sub(training.energy),
+            flops: all.flops.saturating_sub(training.flops),
+            time: (all.time - training.time).max(Seconds::ZERO),
+        };
+        self.budget.allowance(&before, &self.forecast(reserved))
+    }
+
+    /// The part of `allowance` that training has spent, in 0..=1: the schedule's progress.
+    pub fn progress(&self, allowance: &Allowance) -> f64 {
+        self.budget.fraction(&self.spent_on(Phase::Train), allowance)
     }
 
     /// Whether `next` fits with `reserve` still possible after it. Writes nothing: preflight asks this too.
@@ -201,12 +212,14 @@ impl Account {
     }
 
     /// Leases as many steps like this one as run in about a second and fit the budget, unless the last lease still covers it.
+    /// Until a step's wall time is known, one: the roofline may be far from it.
     fn cover(&mut self, charge: &Charge, predicted: &Spent, reserve: &Spent) -> Result<()> {
         let held = self.ledger.leased();
         if held.steps > 0 && held.energy_j.on(self.kind) >= predicted.energy && held.flops >= predicted.flops {
             return Ok(());
         }
-        let mut steps = (LEASE_S / predicted.time.0.max(1e-3)).ceil().clamp(1.0, 1000.0) as u64;
+        let known = !self.recent[Phase::Train as usize].time.is_empty();
+        let mut steps = if known { (LEASE_S / predicted.time.0.max(1e-3)).ceil() as u64 } else { 1 };
         while steps > 1 && self.verdict(&times(predicted, steps), reserve) != Verdict::Continue {
             steps /= 2;
         }
@@ -214,7 +227,12 @@ impl Account {
         let total = times(predicted, steps);
         let timed = if self.kind == MeterKind::Timed { total.energy } else { counted };
         let measured = (self.kind == MeterKind::Measured).then_some(total.energy);
-        self.ledger.lease(Lease { steps, energy_j: Energies { counted, measured, timed }, flops: total.flops, time_s: total.time })
+        self.ledger.lease(Lease {
+            steps,
+            energy_j: Energies { counted, measured, timed },
+            flops: total.flops,
+            time_s: total.time,
+        })
     }
 }
 
@@ -299,12 +317,16 @@ mod tests {
         let path = dir.path().join("ledger.jsonl");
         let mut first = account(room_for(50), &path, Meters::without_counters(profile()), MeterKind::Counted);
         assert_eq!(first.admit(Phase::Train, &step(), &[]).unwrap(), Verdict::Continue);
-        let leased = *first.ledger.leased();
+        assert_eq!(first.ledger.leased().steps, 1);
+        first.begin();
         first.charge(Phase::Train, 1, &step()).unwrap();
+        assert_eq!(first.admit(Phase::Train, &step(), &[]).unwrap(), Verdict::Continue);
+        let leased = *first.ledger.leased();
         drop(first);
         let second = account(room_for(50), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        // The step that is entered, and every step of the second lease: none of them is.
         assert!(leased.steps > 1);
-        assert_eq!(second.spent().energy, leased.energy_j.counted);
+        assert_eq!(second.spent().energy.0, (1 + leased.steps) * profile().charge(&step()).energy.0);
         // A lease never reaches past the budget, so neither does what a crash may lose.
         assert_eq!(second.overshoot(), MicroJoules::ZERO);
     }
@@ -344,6 +366,27 @@ mod tests {
         assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, expected);
         assert_eq!(account.forecast(&[(Phase::Eval, step())]).energy, expected);
         assert_eq!(account.spent().energy, MicroJoules(6 * counted));
+    }
+
+    #[test]
+    fn a_resumed_run_has_the_allowance_of_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut first = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        first.charge(Phase::Load, 0, &save()).unwrap();
+        let reserve = [(Phase::Save, save())];
+        let allowance = first.allowance(&reserve);
+        for number in 1..=3 {
+            first.charge(Phase::Train, number, &step()).unwrap();
+        }
+        let progress = first.progress(&allowance);
+        first.close().unwrap();
+        let second = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        assert_eq!(second.allowance(&reserve), allowance);
+        // Room for ten steps and a save, less loading (as dear as the save) and the save itself.
+        let (one, save) = (profile().charge(&step()).energy.0 as f64, profile().charge(&save()).energy.0 as f64);
+        assert!((progress - 3.0 * one / (10.0 * one - save)).abs() < 1e-12);
+        assert_eq!(second.progress(&allowance), progress);
     }
 
     #[test]

@@ -187,7 +187,8 @@ pub fn pretraining(
     let mut baseline =
         Baseline::known(BaselineKind::Pretraining, label, flops, energy_of(profile, flops, precision), rates, &source);
     let attention = if shape.is_some() { "6ND plus attention over full sequences" } else { "6ND, attention left out" };
-    baseline.assumptions = vec![attention.to_string(), format!("on {} at its achievable rate, failed and trial runs left out", profile.name)];
+    baseline.assumptions =
+        vec![attention.to_string(), format!("on {} at its achievable rate, failed and trial runs left out", profile.name)];
     baseline.assumptions.extend(caveat.map(str::to_string));
     baseline
 }
@@ -235,7 +236,8 @@ mod tests {
         let a100 = Profile::named("nvidia-a100-sxm4-80gb").unwrap();
         let energy = energy_of(&a100, Flops(1e15), Precision::Bf16);
         assert!((energy.0 - 1475.3).abs() < 1.0, "{energy}");
-        let baseline = Baseline::known(BaselineKind::FullFineTuning, Label::Counted, Flops(1e15), Joules(300.0), &rates(), "counted");
+        let baseline =
+            Baseline::known(BaselineKind::FullFineTuning, Label::Counted, Flops(1e15), Joules(300.0), &rates(), "counted");
         assert_eq!(baseline.clone().against(Joules(100.0)).ratio, Some(3.0));
         assert_eq!(baseline.against(Joules(0.0)).ratio, None);
     }

@@ -169,7 +169,8 @@ impl Budget {
     pub fn new(limits: Limits, rates: Rates) -> Result<Budget> {
         check(&limits, &rates)?;
         let micro = |joules: Joules| Cap::Energy(largest_energy(|energy| energy.joules() <= joules));
-        let grams = |limit: GramsCo2e| Cap::Energy(largest_energy(|energy| carbon(energy.joules(), rates.pue, rates.grid) <= limit));
+        let grams =
+            |limit: GramsCo2e| Cap::Energy(largest_energy(|energy| carbon(energy.joules(), rates.pue, rates.grid) <= limit));
         let caps = [
             (Limit::Energy, limits.energy.map(micro)),
             (Limit::Carbon, limits.carbon.map(grams)),
@@ -266,7 +267,9 @@ fn largest_energy(keeps: impl Fn(MicroJoules) -> bool) -> MicroJoules {
 /// Money as joules (a price of energy, paid for the facility's) or as seconds (a price of device time).
 fn cost_cap(cost: &Money, price: &Price, pue: Pue) -> Cap {
     match price.per {
-        Per::KilowattHour => Cap::Energy(largest_energy(|energy| price.of(pue * energy.joules(), Seconds::ZERO).amount <= cost.amount)),
+        Per::KilowattHour => {
+            Cap::Energy(largest_energy(|energy| price.of(pue * energy.joules(), Seconds::ZERO).amount <= cost.amount))
+        }
         // The bits of a float that is not negative rise with it, so the same search finds the largest number of seconds.
         Per::DeviceHour => {
             let seconds = |bits: u64| f64::from_bits(bits.min(f64::MAX.to_bits()));
@@ -300,7 +303,9 @@ fn check(limits: &Limits, rates: &Rates) -> Result<()> {
             .hint(format!("add `price = \"0.30 {}/kWh\"` (or `.../h` for a rented device) to [energy]", cost.currency))),
         (Some(cost), Some(price)) if cost.currency != price.money.currency => {
             let error = Error::new(Kind::Budget, "the budget and the price are in different currencies");
-            Err(error.value(format!("{cost}; {price}")).hint(format!("write the price in {}, or the budget in {}", cost.currency, price.money.currency)))
+            Err(error
+                .value(format!("{cost}; {price}"))
+                .hint(format!("write the price in {}, or the budget in {}", cost.currency, price.money.currency)))
         }
         (_, Some(price)) if !(price.money.amount.is_finite() && price.money.amount >= 0.0) => {
             Err(Error::new(Kind::Budget, "the price is not a number of zero or more").value(price.to_string()))
@@ -323,7 +328,8 @@ mod tests {
 
     #[test]
     fn the_first_limit_that_would_be_passed_is_named() {
-        let limits = Limits { energy: Some(Joules(2e-6)), flops: Some(Flops(10.0)), time: Some(Seconds(1.0)), ..Limits::default() };
+        let limits =
+            Limits { energy: Some(Joules(2e-6)), flops: Some(Flops(10.0)), time: Some(Seconds(1.0)), ..Limits::default() };
         let budget = Budget::new(limits, rates(None)).unwrap();
         let none = Spent::default();
         assert_eq!(budget.admits(&spent(1, 0, 0.0), &spent(1, 0, 0.0), &none), Ok(()));

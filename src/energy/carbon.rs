@@ -86,7 +86,12 @@ pub const DATASETS: [Dataset; 4] = [
         licence: "CC-BY-4.0",
         basis: "as published by national registries, production mix",
     },
-    Dataset { key: "gcp", source: "Google Cloud, region-carbon-info", licence: "Apache-2.0", basis: "location-based, consumption, hourly average" },
+    Dataset {
+        key: "gcp",
+        source: "Google Cloud, region-carbon-info",
+        licence: "Apache-2.0",
+        basis: "location-based, consumption, hourly average",
+    },
     Dataset { key: "custom", source: "a number given by the user", licence: "none", basis: "as given" },
 ];
 
@@ -103,7 +108,8 @@ static GRIDS: LazyLock<Vec<Entry>> = LazyLock::new(|| {
 
 impl Row {
     fn entry(self) -> Entry {
-        let dataset = DATASETS.iter().find(|d| d.key == self.dataset).expect("the shipped table names its sources: a test reads it");
+        let dataset =
+            DATASETS.iter().find(|d| d.key == self.dataset).expect("the shipped table names its sources: a test reads it");
         let mut keys = vec![self.code.to_lowercase(), self.name.to_lowercase()];
         keys.extend(self.aliases.split('|').filter(|alias| !alias.is_empty()).map(str::to_lowercase));
         let grid = Grid {
@@ -145,8 +151,12 @@ impl Grid {
         }
         let near = near_matches(&wanted, GRIDS.iter().flat_map(|entry| &entry.keys).map(String::as_str));
         let otherwise = match wanted.split_once(':') {
-            Some(("aws" | "azure", _)) => "there is no current open table of this provider's regions: write the country or US state of the region",
-            _ => "write an ISO code, a US state (`US-CA`), a Google Cloud region (`gcp:us-central1`), `world`, or a number in gCO2e/kWh",
+            Some(("aws" | "azure", _)) => {
+                "there is no current open table of this provider's regions: write the country or US state of the region"
+            }
+            _ => {
+                "write an ISO code, a US state (`US-CA`), a Google Cloud region (`gcp:us-central1`), `world`, or a number in gCO2e/kWh"
+            }
         };
         Err(Error::new(Kind::Energy, "no grid of this name is known, and none is assumed")
             .at("energy.grid")
@@ -157,7 +167,9 @@ impl Grid {
     /// A grid of the user's own intensity, zero or more gCO2e/kWh.
     pub fn custom(intensity: f64) -> Result<Grid> {
         if !(intensity.is_finite() && intensity >= 0.0) {
-            let error = Error::new(Kind::Energy, "a grid's intensity is a number of gCO2e/kWh").at("energy.grid").value(intensity.to_string());
+            let error = Error::new(Kind::Energy, "a grid's intensity is a number of gCO2e/kWh")
+                .at("energy.grid")
+                .value(intensity.to_string());
             return Err(error.rule("zero or more").hint("write `grid = \"world\"`, or a number such as 250"));
         }
         let [.., dataset] = DATASETS;
@@ -188,7 +200,14 @@ mod tests {
             assert!((grid.gco2e_per_kwh.0 - 44.2).abs() < 0.05 && grid.year == Some(2024), "{text}: {grid:?}");
         }
         // World 2024 and US 2024 of the same table; California 2020 of Green Algorithms; Iowa's region 2024 of Google.
-        for (text, grams) in [("world", 473.0), ("US", 383.5), ("DEU", 344.1), ("US-CA", 216.43), ("gcp:us-central1", 412.7), ("us-central1", 412.7)] {
+        for (text, grams) in [
+            ("world", 473.0),
+            ("US", 383.5),
+            ("DEU", 344.1),
+            ("US-CA", 216.43),
+            ("gcp:us-central1", 412.7),
+            ("us-central1", 412.7),
+        ] {
             let grid = Grid::find(text).unwrap();
             assert!((grid.gco2e_per_kwh.0 - grams).abs() < 0.06, "{text}: {grid:?}");
         }

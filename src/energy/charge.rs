@@ -142,7 +142,8 @@ pub(super) fn roofline(profile: &Profile, work: &Work, bytes: &Traffic) -> Secon
 }
 
 fn arithmetic(profile: &Profile, work: &Work) -> Joules {
-    let products: f64 = work.each_product().map(|(p, count)| p.flops() as f64 * count as f64 * profile.pj_per_flop(p.precision)).sum();
+    let products: f64 =
+        work.each_product().map(|(p, count)| p.flops() as f64 * count as f64 * profile.pj_per_flop(p.precision)).sum();
     Joules((products + work.vector_flops() as f64 * profile.pj_per_flop(Precision::F32)) * 1e-12)
 }
 

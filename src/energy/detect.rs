@@ -28,10 +28,12 @@ impl Profile {
         }
         let slug = reported.to_lowercase().replace(' ', "-");
         let near = near_matches(&slug, Profile::all().iter().filter(|p| p.kind == DeviceKind::Gpu).map(|p| p.name.as_str()));
-        Err(Error::new(Kind::Energy, "this graphics processor has no profile, and none is guessed").value(reported).hint(did_you_mean(
-            &near,
-            "write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file",
-        )))
+        Err(Error::new(Kind::Energy, "this graphics processor has no profile, and none is guessed").value(reported).hint(
+            did_you_mean(
+                &near,
+                "write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file",
+            ),
+        ))
     }
 }
 
@@ -79,7 +81,10 @@ fn recognise(info: &str) -> Profile {
     }
     let generic = Profile::named("generic-cpu").expect("a shipped profile: a test asks for it");
     let shown = if name.is_empty() { "a processor without a name" } else { &name };
-    Profile { note: Some(format!("no profile for {shown}: a generic one is used, name the device in [energy] for better figures")), ..generic }
+    Profile {
+        note: Some(format!("no profile for {shown}: a generic one is used, name the device in [energy] for better figures")),
+        ..generic
+    }
 }
 
 /// The processor's name where there is no `/proc/cpuinfo` (macOS, Windows).
@@ -94,7 +99,9 @@ mod tests {
     use super::*;
 
     fn x86(name: &str, family: u32, model: u32) -> String {
-        format!("vendor_id\t: GenuineIntel\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\nsiblings\t: 4\ncpu cores\t: 2\n")
+        format!(
+            "vendor_id\t: GenuineIntel\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: {name}\nsiblings\t: 4\ncpu cores\t: 2\n"
+        )
     }
 
     #[test]

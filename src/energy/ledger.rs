@@ -233,7 +233,13 @@ impl Ledger {
     /// A new ledger; a file already there is refused.
     pub fn create(path: &Path) -> Result<Ledger> {
         let file = OpenOptions::new().create_new(true).append(true).open(path).map_err(|e| Error::io("create", path, e))?;
-        Ok(Ledger { path: path.to_path_buf(), file, lease: Lease::default(), phases: Default::default(), total: Totals::default() })
+        Ok(Ledger {
+            path: path.to_path_buf(),
+            file,
+            lease: Lease::default(),
+            phases: Default::default(),
+            total: Totals::default(),
+        })
     }
 
     /// The ledger of a run to be continued: a half-written last line is cut off, and a lease that was never settled is entered
@@ -245,8 +251,13 @@ impl Ledger {
         if whole < text.len() {
             file.set_len(whole as u64).map_err(|e| Error::io("cut the half-written last line of", path, e))?;
         }
-        let mut ledger =
-            Ledger { path: path.to_path_buf(), file, lease: Lease::default(), phases: Default::default(), total: Totals::default() };
+        let mut ledger = Ledger {
+            path: path.to_path_buf(),
+            file,
+            lease: Lease::default(),
+            phases: Default::default(),
+            total: Totals::default(),
+        };
         let mut step = 0;
         for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
             match serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))? {
@@ -393,7 +404,10 @@ mod tests {
             // One step of four is entered, three are lost: 30 counted, 60 timed, 300 FLOPs, 1.5 s; and only once.
             let ledger = Ledger::resume(&path).unwrap();
             assert_eq!(ledger.phase(Phase::Lost).energy_j, energies(30, None, 60));
-            assert_eq!(ledger.total().spent(MeterKind::Counted), Spent { energy: MicroJoules(40), flops: 400, time: Seconds(2.0) });
+            assert_eq!(
+                ledger.total().spent(MeterKind::Counted),
+                Spent { energy: MicroJoules(40), flops: 400, time: Seconds(2.0) }
+            );
         }
     }
 

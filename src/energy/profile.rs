@@ -313,10 +313,13 @@ impl Profile {
             let movement = charge::movement(self, &traffic);
             let arithmetic = (self.load_w - self.idle_w) * Seconds(time.0) - movement;
             if arithmetic.0 <= 0.0 {
-                return Err(Error::new(Kind::Energy, "moving the operands of a matrix product would draw more than the device does")
-                    .value(format!("dram_pj_per_byte = {}", self.dram_pj_per_byte))
-                    .rule("(load_w - idle_w) must cover memory traffic and arithmetic")
-                    .hint("lower `dram_pj_per_byte`, raise `load_w`, or give `pj_per_flop`"));
+                return Err(Error::new(
+                    Kind::Energy,
+                    "moving the operands of a matrix product would draw more than the device does",
+                )
+                .value(format!("dram_pj_per_byte = {}", self.dram_pj_per_byte))
+                .rule("(load_w - idle_w) must cover memory traffic and arithmetic")
+                .hint("lower `dram_pj_per_byte`, raise `load_w`, or give `pj_per_flop`"));
             }
             self.pj_per_flop.insert(precision, arithmetic.0 / flops * 1e12);
             self.derived.push(precision);
@@ -350,21 +353,53 @@ fn check(raw: &Raw) -> Result<()> {
     let rules: [(&str, bool, &str, String); 13] = [
         ("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", raw.name.clone()),
         ("cores", raw.cores != Some(0), "at least one, or absent", "0".into()),
-        ("cores", raw.kind != DeviceKind::Cpu || raw.cores.is_some(), "a processor says how many physical cores it has", "absent".into()),
+        (
+            "cores",
+            raw.kind != DeviceKind::Cpu || raw.cores.is_some(),
+            "a processor says how many physical cores it has",
+            "absent".into(),
+        ),
         ("idle_w", raw.idle_w.is_finite() && raw.idle_w >= 0.0, "watts, zero or more", raw.idle_w.to_string()),
         ("load_w", positive(raw.load_w) && raw.load_w > raw.idle_w, "watts, more than `idle_w`", raw.load_w.to_string()),
-        ("load_points", raw.load_points.iter().all(point) && rising(&raw.load_points), "[load in 0..1, watts] pairs, load rising", format!("{:?}", raw.load_points)),
+        (
+            "load_points",
+            raw.load_points.iter().all(point) && rising(&raw.load_points),
+            "[load in 0..1, watts] pairs, load rising",
+            format!("{:?}", raw.load_points),
+        ),
         ("peak_flops", f32_peak.is_some(), "a peak for `f32` at least", "absent".into()),
         ("peak_flops", raw.peak_flops.values().all(|v| positive(*v)), "FLOP/s, more than zero", format!("{:?}", raw.peak_flops)),
-        ("pj_per_flop", raw.pj_per_flop.values().all(|v| positive(*v)), "picojoules, more than zero", format!("{:?}", raw.pj_per_flop)),
+        (
+            "pj_per_flop",
+            raw.pj_per_flop.values().all(|v| positive(*v)),
+            "picojoules, more than zero",
+            format!("{:?}", raw.pj_per_flop),
+        ),
         ("bandwidth", positive(raw.bandwidth), "bytes per second, more than zero", raw.bandwidth.to_string()),
-        ("achievable_flops", fraction(raw.achievable_flops) && fraction(raw.achievable_bandwidth), "above 0, at most 1", format!("{}, {}", raw.achievable_flops, raw.achievable_bandwidth)),
-        ("caches", raw.caches.iter().all(|level| level.bytes.0 > 0 && costs(level)) && levels_grow, "from the inside out, each at least as large as the one before", format!("{:?}", raw.caches)),
-        ("dram_pj_per_byte", raw.dram_pj_per_byte.is_finite() && raw.dram_pj_per_byte >= 0.0, "picojoules, zero or more", raw.dram_pj_per_byte.to_string()),
+        (
+            "achievable_flops",
+            fraction(raw.achievable_flops) && fraction(raw.achievable_bandwidth),
+            "above 0, at most 1",
+            format!("{}, {}", raw.achievable_flops, raw.achievable_bandwidth),
+        ),
+        (
+            "caches",
+            raw.caches.iter().all(|level| level.bytes.0 > 0 && costs(level)) && levels_grow,
+            "from the inside out, each at least as large as the one before",
+            format!("{:?}", raw.caches),
+        ),
+        (
+            "dram_pj_per_byte",
+            raw.dram_pj_per_byte.is_finite() && raw.dram_pj_per_byte >= 0.0,
+            "picojoules, zero or more",
+            raw.dram_pj_per_byte.to_string(),
+        ),
     ];
     match rules.into_iter().find(|(_, kept, _, _)| !kept) {
         None => Ok(()),
-        Some((key, _, rule, value)) => Err(Error::new(Kind::Energy, format!("the profile's `{key}` breaks a rule")).value(value).rule(rule)),
+        Some((key, _, rule, value)) => {
+            Err(Error::new(Kind::Energy, format!("the profile's `{key}` breaks a rule")).value(value).rule(rule))
+        }
     }
 }
 
@@ -388,7 +423,9 @@ mod tests {
             assert!(profile.pj_per_flop(Precision::F32) > 0.0);
             assert!(profile.idle_w.0 < 0.4 * profile.load_w.0, "{}", profile.name);
         }
-        for wanted in ["nvidia-h100-sxm5-80gb", "raspberry-pi-5", "generic-cpu", "generic-laptop", "amd-mi300x", "nvidia-b200-sxm-180gb"] {
+        for wanted in
+            ["nvidia-h100-sxm5-80gb", "raspberry-pi-5", "generic-cpu", "generic-laptop", "amd-mi300x", "nvidia-b200-sxm-180gb"]
+        {
             assert!(Profile::named(wanted).is_ok(), "{wanted}");
         }
     }

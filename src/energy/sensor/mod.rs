@@ -66,7 +66,9 @@ pub struct Availability {
 pub fn probe() -> Vec<Availability> {
     let rapl = match RaplSensor::open_default() {
         Ok(sensor) => Availability { name: "rapl".to_string(), covers: sensor.covers(), state: State::Available },
-        Err(absent) => Availability { name: "rapl".to_string(), covers: "processor and memory".to_string(), state: State::Absent(absent) },
+        Err(absent) => {
+            Availability { name: "rapl".to_string(), covers: "processor and memory".to_string(), state: State::Absent(absent) }
+        }
     };
     std::iter::once(rapl).chain(nvml::probe()).collect()
 }

@@ -48,7 +48,8 @@ impl Sensor for NvmlSensor {
     }
 
     fn read(&mut self) -> Result<MicroJoules, Gap> {
-        let raw = read_microjoules(&self.nvml, self.index).map_err(|e| Gap { reason: format!("the driver gave no energy: {e}") })?;
+        let raw =
+            read_microjoules(&self.nvml, self.index).map_err(|e| Gap { reason: format!("the driver gave no energy: {e}") })?;
         self.counter.advance(raw, self.opened.elapsed()).map(MicroJoules)
     }
 }

@@ -43,7 +43,9 @@ impl RaplSensor {
         if !found.values().any(|(label, _)| label.starts_with("package")) {
             return Err(Absent {
                 reason: format!("{} lists no processor package", root.display()),
-                remedy: "load the driver with `sudo modprobe intel_rapl_msr`; virtual machines and containers often have no counter".to_string(),
+                remedy:
+                    "load the driver with `sudo modprobe intel_rapl_msr`; virtual machines and containers often have no counter"
+                        .to_string(),
             });
         }
         let domains = found.into_values().map(|(label, dir)| Domain::open(label, &dir)).collect::<Result<_, _>>()?;
@@ -130,9 +132,11 @@ fn no_tree(root: &Path, source: &std::io::Error) -> Absent {
 fn unreadable(path: &Path, source: &std::io::Error) -> Absent {
     let reason = format!("cannot read {}: {source}", path.display());
     let remedy = match source.kind() {
-        ErrorKind::PermissionDenied => "the kernel lets root alone read it: `sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj \
+        ErrorKind::PermissionDenied => {
+            "the kernel lets root alone read it: `sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj \
             /sys/class/powercap/intel-rapl:*/intel-rapl:*/energy_uj` (until the next boot)"
-            .to_string(),
+                .to_string()
+        }
         _ => "use the counted meter on this machine".to_string(),
     };
     Absent { reason, remedy }
