@@ -1,0 +1,399 @@
+//! The account: what a run spends through.
+//!
+//! Puts budget, meters and ledger together. Takes the work that comes next and the work that must still be possible after it,
+//! returns a verdict; takes the work that was done, returns a reading and writes it down. Knows nothing of what a step is.
+//!
+//! On the counted meter a prediction is the charge itself. On the others it is the charge times a ratio learnt from the recent
+//! entries of its phase (the training steps' where a phase has none yet): mean plus three deviations, at least 1 before there are
+//! any. Time is always predicted that way, from wall time over roofline time.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use super::budget::{Allowance, Budget, Limit, Spent};
+use super::charge::Charge;
+use super::ledger::{Energies, Entry, Lease, Ledger, Phase, Totals, now};
+use super::meter::{MeterKind, Meters, Reading, Window};
+use crate::error::Result;
+use crate::units::{MicroJoules, Seconds};
+use crate::work::Work;
+
+/// How many entries of a phase a prediction looks back on.
+const RECENT: usize = 20;
+/// A lease is synced to disk about this often.
+const LEASE_S: f64 = 1.0;
+
+/// Whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// The next step fits.
+    Continue,
+    /// It would pass this limit.
+    Stop(Limit),
+}
+
+/// Ratios of what was seen to what was charged.
+#[derive(Debug, Clone, Default)]
+struct Recent {
+    energy: VecDeque<f64>,
+    time: VecDeque<f64>,
+}
+
+impl Recent {
+    fn note(&mut self, energy: f64, time: f64) {
+        for (window, value) in [(&mut self.energy, energy), (&mut self.time, time)] {
+            if value.is_finite() {
+                window.push_back(value);
+            }
+            if window.len() > RECENT {
+                window.pop_front();
+            }
+        }
+    }
+}
+
+/// Mean plus three (population) deviations; `None` of nothing.
+fn cautious(values: &VecDeque<f64>) -> Option<f64> {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
+    (count > 0.0).then(|| mean + 3.0 * variance.sqrt())
+}
+
+/// Budget, meters and ledger of one run.
+pub struct Account {
+    budget: Budget,
+    meters: Meters,
+    ledger: Ledger,
+    kind: MeterKind,
+    spent: Spent,
+    /// Wall time of earlier runs in this ledger.
+    time_before: Seconds,
+    opened: Instant,
+    window: Option<Window>,
+    /// One for each of `Phase::ALL`.
+    recent: [Recent; 5],
+}
+
+impl Account {
+    /// An account on a new or a resumed ledger; `kind` is the meter that decides (`Meters::resolve`). What the ledger holds is spent.
+    pub fn new(budget: Budget, meters: Meters, ledger: Ledger, kind: MeterKind) -> Account {
+        let spent = ledger.total().spent(kind);
+        let (time_before, opened) = (spent.time, Instant::now());
+        Account { budget, meters, ledger, kind, spent, time_before, opened, window: None, recent: Default::default() }
+    }
+
+    /// The meter that decides.
+    pub fn kind(&self) -> MeterKind {
+        self.kind
+    }
+
+    /// The limits and rates.
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    /// The meters.
+    pub fn meters(&self) -> &Meters {
+        &self.meters
+    }
+
+    /// What was spent so far on the meter that decides; time is wall time since the run began, earlier runs included.
+    pub fn spent(&self) -> Spent {
+        Spent { time: self.elapsed(), ..self.spent }
+    }
+
+    /// What one phase spent.
+    pub fn spent_on(&self, phase: Phase) -> Spent {
+        self.ledger.phase(phase).spent(self.kind)
+    }
+
+    /// Each phase's sums; they add up to `totals` exactly.
+    pub fn by_phase(&self) -> impl Iterator<Item = (Phase, &Totals)> {
+        self.ledger.by_phase()
+    }
+
+    /// Sums over everything, by meter.
+    pub fn totals(&self) -> &Totals {
+        self.ledger.total()
+    }
+
+    /// How far the energy spent lies past its tightest limit; zero on the counted meter.
+    pub fn overshoot(&self) -> MicroJoules {
+        self.budget.overshoot(&self.spent())
+    }
+
+    /// The limit nearest to its end and the part of it that is spent.
+    pub fn largest_fraction(&self) -> Option<(Limit, f64)> {
+        self.budget.largest_fraction(&self.spent())
+    }
+
+    /// What `works` will cost, each charged as an entry of its own: exact on the counted meter but for time.
+    pub fn forecast(&self, works: &[(Phase, Work)]) -> Spent {
+        works.iter().map(|(phase, work)| self.predict(*phase, &self.meters.profile().charge(work))).sum()
+    }
+
+    /// What training may spend, in this run and in the earlier ones of a resumed ledger, when `reserved` (final evaluation and
+    /// save, every other one still planned) is kept back. Ask once, before the first step.
+    pub fn allowance(&self, reserved: &[(Phase, Work)]) -> Allowance {
+        let (all, training) = (self.spent(), self.spent_on(Phase::Train));
+        let before = Spent {
+            energy: all.energy.saturating_sub(training.energy),
+            flops: all.flops.saturating_sub(training.flops),
+            time: (all.time - training.time).max(Seconds::ZERO),
+        };
+        self.budget.allowance(&before, &self.forecast(reserved))
+    }
+
+    /// The part of `allowance` that training has spent, in 0..=1: the schedule's progress.
+    pub fn progress(&self, allowance: &Allowance) -> f64 {
+        self.budget.fraction(&self.spent_on(Phase::Train), allowance)
+    }
+
+    /// Whether `next` fits with `reserve` still possible after it. Writes nothing: preflight asks this too.
+    pub fn fits(&self, phase: Phase, next: &Work, reserve: &[(Phase, Work)]) -> Verdict {
+        let next = self.predict(phase, &self.meters.profile().charge(next));
+        self.verdict(&next, &self.forecast(reserve))
+    }
+
+    /// The same, asked just before `next` runs: when the answer is to go on, the ledger holds a lease that covers it.
+    pub fn admit(&mut self, phase: Phase, next: &Work, reserve: &[(Phase, Work)]) -> Result<Verdict> {
+        let charge = self.meters.profile().charge(next);
+        let (predicted, reserve) = (self.predict(phase, &charge), self.forecast(reserve));
+        let verdict = self.verdict(&predicted, &reserve);
+        if verdict == Verdict::Continue {
+            self.cover(&charge, &predicted, &reserve)?;
+        }
+        Ok(verdict)
+    }
+
+    /// Opens the window that the next `charge` closes.
+    pub fn begin(&mut self) {
+        self.window = Some(self.meters.begin());
+    }
+
+    /// Closes the window (an empty one if none is open), charges `work` to it as one entry, and writes it down.
+    pub fn charge(&mut self, phase: Phase, step: u64, work: &Work) -> Result<Reading> {
+        let window = self.window.take().unwrap_or_else(|| self.meters.begin());
+        let reading = self.meters.end(window, work);
+        let Charge { time, flops, ref bytes, .. } = reading.charge;
+        let energy_j = reading.energies();
+        let entry = Entry { phase, step, energy_j, flops, bytes: bytes.clone(), wall_s: reading.wall, t: now() };
+        self.ledger.append(&entry)?;
+        self.spent += Spent { energy: energy_j.on(self.kind), flops, time: Seconds::ZERO };
+        let energy = energy_j.on(self.kind).joules() / energy_j.counted.joules();
+        self.recent[phase as usize].note(energy, reading.wall / time);
+        Ok(reading)
+    }
+
+    /// Ends the run in order: the lease is released, and everything is on disk.
+    pub fn close(&mut self) -> Result<()> {
+        self.ledger.settle()
+    }
+
+    fn elapsed(&self) -> Seconds {
+        self.time_before + Seconds(self.opened.elapsed().as_secs_f64())
+    }
+
+    fn verdict(&self, next: &Spent, reserve: &Spent) -> Verdict {
+        self.budget.admits(&self.spent(), next, reserve).map_or_else(Verdict::Stop, |()| Verdict::Continue)
+    }
+
+    fn predict(&self, phase: Phase, charge: &Charge) -> Spent {
+        let ratio = |of: fn(&Recent) -> &VecDeque<f64>| {
+            let seen = [phase, Phase::Train].into_iter().find_map(|phase| cautious(of(&self.recent[phase as usize])));
+            seen.unwrap_or(1.0)
+        };
+        let energy = match self.kind {
+            MeterKind::Counted => charge.energy,
+            MeterKind::Measured | MeterKind::Timed => (charge.energy.joules() * ratio(|recent| &recent.energy)).rounded(),
+        };
+        Spent { energy, flops: charge.flops, time: charge.time * ratio(|recent| &recent.time) }
+    }
+
+    /// Leases as many steps like this one as run in about a second and fit the budget, unless the last lease still covers it.
+    /// Until a step's wall time is known, one: the roofline may be far from it.
+    fn cover(&mut self, charge: &Charge, predicted: &Spent, reserve: &Spent) -> Result<()> {
+        let held = self.ledger.leased();
+        if held.steps > 0 && held.energy_j.on(self.kind) >= predicted.energy && held.flops >= predicted.flops {
+            return Ok(());
+        }
+        let known = !self.recent[Phase::Train as usize].time.is_empty();
+        let mut steps = if known { (LEASE_S / predicted.time.0.max(1e-3)).ceil() as u64 } else { 1 };
+        while steps > 1 && self.verdict(&times(predicted, steps), reserve) != Verdict::Continue {
+            steps /= 2;
+        }
+        let counted = MicroJoules(charge.energy.0.saturating_mul(steps));
+        let total = times(predicted, steps);
+        let timed = if self.kind == MeterKind::Timed { total.energy } else { counted };
+        let measured = (self.kind == MeterKind::Measured).then_some(total.energy);
+        self.ledger.lease(Lease {
+            steps,
+            energy_j: Energies { counted, measured, timed },
+            flops: total.flops,
+            time_s: total.time,
+        })
+    }
+}
+
+fn times(spent: &Spent, count: u64) -> Spent {
+    let energy = MicroJoules(spent.energy.0.saturating_mul(count));
+    Spent { energy, flops: spent.flops.saturating_mul(count), time: spent.time * count as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::budget::{Limits, Rates};
+    use super::super::profile::Profile;
+    use super::super::sensor::{Gap, Sensor};
+    use super::*;
+    use crate::units::{GramsPerKwh, Pue};
+    use crate::work::Precision;
+
+    fn rates() -> Rates {
+        Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None }
+    }
+
+    fn profile() -> Profile {
+        Profile::named("generic-cpu").unwrap()
+    }
+
+    fn step() -> Work {
+        Work::product(300, 200, 400, Precision::F32)
+    }
+
+    fn save() -> Work {
+        Work::sweep(10_000_000, 0)
+    }
+
+    fn account(limits: Limits, ledger: &Path, meters: Meters, kind: MeterKind) -> Account {
+        let ledger = if ledger.exists() { Ledger::resume(ledger) } else { Ledger::create(ledger) };
+        Account::new(Budget::new(limits, rates()).unwrap(), meters, ledger.unwrap(), kind)
+    }
+
+    /// A budget of exactly `count` steps and one save on the counted meter.
+    fn room_for(count: u64) -> Limits {
+        let energy = profile().charge(&step()).energy.0 * count + profile().charge(&save()).energy.0;
+        Limits { energy: Some(MicroJoules(energy).joules()), ..Limits::default() }
+    }
+
+    #[test]
+    fn a_counted_budget_holds_the_steps_it_was_made_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut account = account(room_for(5), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        let reserve = [(Phase::Save, save())];
+        let mut done = 0;
+        while account.admit(Phase::Train, &step(), &reserve).unwrap() == Verdict::Continue {
+            account.begin();
+            done += 1;
+            account.charge(Phase::Train, done, &step()).unwrap();
+        }
+        assert_eq!((done, account.fits(Phase::Train, &step(), &reserve)), (5, Verdict::Stop(Limit::Energy)));
+        account.charge(Phase::Save, done, &save()).unwrap();
+        account.close().unwrap();
+        // Spent to the last microjoule, and not one more.
+        assert_eq!(account.largest_fraction(), Some((Limit::Energy, 1.0)));
+        assert_eq!(account.overshoot(), MicroJoules::ZERO);
+        let phases: MicroJoules = account.by_phase().map(|(_, totals)| totals.on(MeterKind::Counted)).sum();
+        assert_eq!(phases, account.totals().energy_j.counted);
+    }
+
+    #[test]
+    fn a_reserve_is_charged_entry_by_entry() {
+        // A product and a save in one entry would overlap on the roofline and reserve too little.
+        let dir = tempfile::tempdir().unwrap();
+        let account = account(Limits::default(), &dir.path().join("l"), Meters::without_counters(profile()), MeterKind::Counted);
+        let apart = account.forecast(&[(Phase::Eval, step()), (Phase::Save, save())]);
+        let energy = profile().charge(&step()).energy + profile().charge(&save()).energy;
+        assert_eq!(apart.energy, energy);
+    }
+
+    #[test]
+    fn a_crashed_run_resumes_from_what_it_leased() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut first = account(room_for(50), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        assert_eq!(first.admit(Phase::Train, &step(), &[]).unwrap(), Verdict::Continue);
+        assert_eq!(first.ledger.leased().steps, 1);
+        first.begin();
+        first.charge(Phase::Train, 1, &step()).unwrap();
+        assert_eq!(first.admit(Phase::Train, &step(), &[]).unwrap(), Verdict::Continue);
+        let leased = *first.ledger.leased();
+        drop(first);
+        let second = account(room_for(50), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        // The step that is entered, and every step of the second lease: none of them is.
+        assert!(leased.steps > 1);
+        assert_eq!(second.spent().energy.0, (1 + leased.steps) * profile().charge(&step()).energy.0);
+        // A lease never reaches past the budget, so neither does what a crash may lose.
+        assert_eq!(second.overshoot(), MicroJoules::ZERO);
+    }
+
+    /// A counter that rises by the next of these at every second reading.
+    struct Steps(Vec<u64>, u64, bool);
+
+    impl Sensor for Steps {
+        fn name(&self) -> &str {
+            "steps"
+        }
+
+        fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
+            self.2 = !self.2;
+            if !self.2 {
+                self.1 += self.0.remove(0);
+            }
+            Ok(MicroJoules(self.1))
+        }
+    }
+
+    #[test]
+    fn on_a_sensor_a_step_is_predicted_from_the_recent_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let counted = profile().charge(&step()).energy.0;
+        let sensor = Steps(vec![2 * counted, 4 * counted], 0, false);
+        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(sensor)], None);
+        let mut account = account(Limits::default(), &dir.path().join("l"), meters, MeterKind::Measured);
+        // Before any step: the counted estimate.
+        assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, MicroJoules(counted));
+        for number in 1..=2 {
+            account.begin();
+            account.charge(Phase::Train, number, &step()).unwrap();
+        }
+        // Twice and four times the counted energy: mean 3, deviation 1, so 3 + 3 * 1 = 6 times; evaluations borrow it.
+        let expected = MicroJoules(6 * counted);
+        assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, expected);
+        assert_eq!(account.forecast(&[(Phase::Eval, step())]).energy, expected);
+        assert_eq!(account.spent().energy, MicroJoules(6 * counted));
+    }
+
+    #[test]
+    fn a_resumed_run_has_the_allowance_of_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut first = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        first.charge(Phase::Load, 0, &save()).unwrap();
+        let reserve = [(Phase::Save, save())];
+        let allowance = first.allowance(&reserve);
+        for number in 1..=3 {
+            first.charge(Phase::Train, number, &step()).unwrap();
+        }
+        let progress = first.progress(&allowance);
+        first.close().unwrap();
+        let second = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        assert_eq!(second.allowance(&reserve), allowance);
+        // Room for ten steps and a save, less loading (as dear as the save) and the save itself.
+        let (one, save) = (profile().charge(&step()).energy.0 as f64, profile().charge(&save()).energy.0 as f64);
+        assert!((progress - 3.0 * one / (10.0 * one - save)).abs() < 1e-12);
+        assert_eq!(second.progress(&allowance), progress);
+    }
+
+    #[test]
+    fn wall_time_ends_a_run_whatever_the_meter() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits { time: Some(Seconds(1e-9)), ..Limits::default() };
+        let account = account(limits, &dir.path().join("l"), Meters::without_counters(profile()), MeterKind::Counted);
+        assert_eq!(account.fits(Phase::Train, &step(), &[]), Verdict::Stop(Limit::Time));
+    }
+}

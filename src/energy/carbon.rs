@@ -1,0 +1,242 @@
+//! Grams from joules: grid intensities and the carbon formula.
+//!
+//! Owns the table of grids (`grid.csv`, made by `scripts/grid_tables.py`) and the look-up by code, name, state or cloud region.
+//! Takes a text, returns a `Grid` with its year, basis, source and licence; an unknown place is an error with near matches, never
+//! a silent average. Knows nothing of what the energy was spent on.
+
+use std::sync::LazyLock;
+
+use serde::{Deserialize, Serialize};
+
+use super::{did_you_mean, near_matches};
+use crate::error::{Error, Kind, Result};
+use crate::units::{GramsCo2e, GramsPerKwh, Joules, Pue};
+
+/// Grams of CO2e of `energy` at the machine: times the facility's overhead, times the grid's intensity.
+///
+/// ```
+/// use wattune::energy::carbon;
+/// use wattune::units::{GramsCo2e, GramsPerKwh, Joules, Pue};
+/// assert_eq!(carbon(Joules(3.6e6), Pue::ONE, GramsPerKwh(473.0)), GramsCo2e(473.0));
+/// ```
+pub fn carbon(energy: Joules, pue: Pue, grid: GramsPerKwh) -> GramsCo2e {
+    grid * (pue * energy)
+}
+
+/// The intensity of one grid.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Grid {
+    /// "FR", "US-CA", "gcp:us-central1", "world", or "custom" for a number.
+    pub code: String,
+    /// For people.
+    pub name: String,
+    /// Grams of CO2e per kilowatt-hour.
+    pub gco2e_per_kwh: GramsPerKwh,
+    /// Year of the figure; `None` for a number of the user's own.
+    pub year: Option<u16>,
+    /// What is counted ("life-cycle, production mix").
+    pub basis: String,
+    /// Where the figure comes from.
+    pub source: String,
+    /// Under what licence.
+    pub licence: String,
+    /// The lowest figure the same source gave for a recent year.
+    pub low: Option<GramsPerKwh>,
+    /// The highest.
+    pub high: Option<GramsPerKwh>,
+}
+
+/// A row of `grid.csv`: `aliases` are further codes, separated by `|`; `dataset` is a key of `DATASETS`.
+#[derive(Debug, Deserialize)]
+struct Row {
+    code: String,
+    aliases: String,
+    name: String,
+    gco2e_per_kwh: f64,
+    year: Option<u16>,
+    low: Option<f64>,
+    high: Option<f64>,
+    dataset: String,
+}
+
+/// A source of grid figures with its notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Dataset {
+    /// Its key in `grid.csv`.
+    pub key: &'static str,
+    /// Who made it and which part of it is used.
+    pub source: &'static str,
+    /// Its licence.
+    pub licence: &'static str,
+    /// What its figures count.
+    pub basis: &'static str,
+}
+
+/// The sources of the table: print them where attribution is due.
+pub const DATASETS: [Dataset; 4] = [
+    Dataset {
+        key: "owid",
+        source: "Our World in Data, energy data set, carbon_intensity_elec, with data of Ember",
+        licence: "CC-BY-4.0",
+        basis: "life-cycle, production mix",
+    },
+    Dataset {
+        key: "green-algorithms",
+        source: "Green Algorithms, CI_aggregated",
+        licence: "CC-BY-4.0",
+        basis: "as published by national registries, production mix",
+    },
+    Dataset {
+        key: "gcp",
+        source: "Google Cloud, region-carbon-info",
+        licence: "Apache-2.0",
+        basis: "location-based, consumption, hourly average",
+    },
+    Dataset { key: "custom", source: "a number given by the user", licence: "none", basis: "as given" },
+];
+
+struct Entry {
+    grid: Grid,
+    /// Every text that finds it, in lower case.
+    keys: Vec<String>,
+}
+
+static GRIDS: LazyLock<Vec<Entry>> = LazyLock::new(|| {
+    let mut reader = csv::Reader::from_reader(include_bytes!("grid.csv").as_slice());
+    reader.deserialize::<Row>().map(|row| row.expect("the shipped table is valid: a test reads it").entry()).collect()
+});
+
+impl Row {
+    fn entry(self) -> Entry {
+        let dataset =
+            DATASETS.iter().find(|d| d.key == self.dataset).expect("the shipped table names its sources: a test reads it");
+        let mut keys = vec![self.code.to_lowercase(), self.name.to_lowercase()];
+        keys.extend(self.aliases.split('|').filter(|alias| !alias.is_empty()).map(str::to_lowercase));
+        let grid = Grid {
+            code: self.code,
+            name: self.name,
+            gco2e_per_kwh: GramsPerKwh(self.gco2e_per_kwh),
+            year: self.year,
+            basis: dataset.basis.to_string(),
+            source: dataset.source.to_string(),
+            licence: dataset.licence.to_string(),
+            low: self.low.map(GramsPerKwh),
+            high: self.high.map(GramsPerKwh),
+        };
+        Entry { grid, keys }
+    }
+}
+
+impl Grid {
+    /// Every grid of the table.
+    pub fn all() -> impl Iterator<Item = &'static Grid> {
+        GRIDS.iter().map(|entry| &entry.grid)
+    }
+
+    /// A grid by "world", ISO code of two or three letters, name, "US-CA", "gcp:us-central1" or "us-central1"; or a number of
+    /// gCO2e/kWh. Letter case does not matter.
+    ///
+    /// ```
+    /// use wattune::energy::Grid;
+    /// assert_eq!(Grid::find("FRA").unwrap(), Grid::find("france").unwrap());
+    /// assert_eq!(Grid::find("250").unwrap().gco2e_per_kwh.0, 250.0);
+    /// ```
+    pub fn find(text: &str) -> Result<Grid> {
+        let wanted = text.trim().to_lowercase();
+        if let Ok(intensity) = wanted.parse::<f64>() {
+            return Self::custom(intensity);
+        }
+        if let Some(entry) = GRIDS.iter().find(|entry| entry.keys.contains(&wanted)) {
+            return Ok(entry.grid.clone());
+        }
+        let near = near_matches(&wanted, GRIDS.iter().flat_map(|entry| &entry.keys).map(String::as_str));
+        let otherwise = match wanted.split_once(':') {
+            Some(("aws" | "azure", _)) => {
+                "there is no current open table of this provider's regions: write the country or US state of the region"
+            }
+            _ => {
+                "write an ISO code, a US state (`US-CA`), a Google Cloud region (`gcp:us-central1`), `world`, or a number in gCO2e/kWh"
+            }
+        };
+        Err(Error::new(Kind::Energy, "no grid of this name is known, and none is assumed")
+            .at("energy.grid")
+            .value(text)
+            .hint(did_you_mean(&near, otherwise)))
+    }
+
+    /// A grid of the user's own intensity, zero or more gCO2e/kWh.
+    pub fn custom(intensity: f64) -> Result<Grid> {
+        if !(intensity.is_finite() && intensity >= 0.0) {
+            let error = Error::new(Kind::Energy, "a grid's intensity is a number of gCO2e/kWh")
+                .at("energy.grid")
+                .value(intensity.to_string());
+            return Err(error.rule("zero or more").hint("write `grid = \"world\"`, or a number such as 250"));
+        }
+        let [.., dataset] = DATASETS;
+        let words = |text: &str| text.to_string();
+        Ok(Grid {
+            code: words(dataset.key),
+            name: words(dataset.source),
+            gco2e_per_kwh: GramsPerKwh(intensity),
+            year: None,
+            basis: words(dataset.basis),
+            source: words(dataset.source),
+            licence: words(dataset.licence),
+            low: None,
+            high: None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grid_is_found_by_every_name_it_has() {
+        for text in ["FR", "fra", "France", " fr "] {
+            let grid = Grid::find(text).unwrap();
+            // Our World in Data, 2024: 44.2 g/kWh.
+            assert!((grid.gco2e_per_kwh.0 - 44.2).abs() < 0.05 && grid.year == Some(2024), "{text}: {grid:?}");
+        }
+        // World 2024 and US 2024 of the same table; California 2020 of Green Algorithms; Iowa's region 2024 of Google.
+        for (text, grams) in [
+            ("world", 473.0),
+            ("US", 383.5),
+            ("DEU", 344.1),
+            ("US-CA", 216.43),
+            ("gcp:us-central1", 412.7),
+            ("us-central1", 412.7),
+        ] {
+            let grid = Grid::find(text).unwrap();
+            assert!((grid.gco2e_per_kwh.0 - grams).abs() < 0.06, "{text}: {grid:?}");
+        }
+        let world = Grid::find("world").unwrap();
+        assert!(world.low.unwrap() <= world.gco2e_per_kwh && world.gco2e_per_kwh <= world.high.unwrap());
+    }
+
+    #[test]
+    fn an_unknown_place_is_an_error_with_near_matches() {
+        let error = Grid::find("Germny").unwrap_err();
+        assert!(error.kind() == Kind::Energy && error.remedy().unwrap().contains("`germany`"), "{error}");
+        assert!(Grid::find("us-centrl1").unwrap_err().to_string().contains("us-central1"));
+        assert!(Grid::find("aws:us-east-1").unwrap_err().to_string().contains("US state"));
+        for bad in ["", "-5", "nan", "inf", "Atlantis"] {
+            assert_eq!(Grid::find(bad).unwrap_err().kind(), Kind::Energy, "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_row_has_a_key_of_its_own_a_year_and_a_plausible_figure() {
+        let mut keys: Vec<&str> = GRIDS.iter().flat_map(|entry| &entry.keys).map(String::as_str).collect();
+        let all = keys.len();
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(keys.len(), all, "two rows share a key");
+        assert!(GRIDS.len() > 250);
+        for grid in Grid::all() {
+            assert!((0.0..=1400.0).contains(&grid.gco2e_per_kwh.0), "{grid:?}");
+            assert!(grid.year.is_some_and(|year| year >= 2019), "{grid:?}");
+        }
+    }
+}

@@ -1,0 +1,448 @@
+//! The ledger: what was spent, line by line, on disk.
+//!
+//! Owns `ledger.jsonl`: append-only, one JSON object a line, totals in whole microjoules. Takes entries and leases, returns
+//! totals by phase and by meter; after a crash, what was leased and never entered counts as spent. Knows nothing of budgets or
+//! meters, nor what a phase does.
+//!
+//! ```text
+//! {"phase":"train","step":7,"energy_j":{"counted":41.2,"measured":null,"timed":39.0},"flops":..,"bytes":{..},"wall_s":..,"t":..}
+//! {"lease":{"steps":12,"energy_j":{..},"flops":..,"time_s":..},"t":..}      written and synced before those steps run
+//! {"settled":true,"t":..}                                                   a clean close: the lease is released
+//! ```
+//!
+//! Entries are written at once but not synced. Whatever a crash or a power cut took since the last synced line is covered by the
+//! lease in that line: on resume, lease less the entries after it becomes an entry of phase "lost".
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::budget::Spent;
+use super::charge::Traffic;
+use super::meter::MeterKind;
+use crate::error::{Error, Kind, Result};
+use crate::units::{MicroJoules, Seconds};
+
+/// What energy was spent on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Loading the model and the data.
+    Load,
+    /// Optimizer steps.
+    Train,
+    /// Evaluations.
+    Eval,
+    /// Checkpoints and the final files.
+    Save,
+    /// Leased, then lost in a crash.
+    Lost,
+}
+
+impl Phase {
+    /// Every phase, in the order of a run.
+    pub const ALL: [Phase; 5] = [Phase::Load, Phase::Train, Phase::Eval, Phase::Save, Phase::Lost];
+
+    /// The word in the ledger and in reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Phase::Load => "load",
+            Phase::Train => "train",
+            Phase::Eval => "eval",
+            Phase::Save => "save",
+            Phase::Lost => "lost",
+        }
+    }
+}
+
+/// One amount on every meter. In files: joules, exact to the microjoule up to 2^53 of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Energies {
+    /// Work times profile.
+    #[serde(with = "as_joules")]
+    pub counted: MicroJoules,
+    /// The machine's counters; `None` where there were none or they failed.
+    #[serde(with = "as_joules_or_null")]
+    pub measured: Option<MicroJoules>,
+    /// Profile power times wall time.
+    #[serde(with = "as_joules")]
+    pub timed: MicroJoules,
+}
+
+impl Energies {
+    /// The amount on `kind`; where a counter failed, the counted amount stands in (and is counted as a gap by `Totals`).
+    pub fn on(&self, kind: MeterKind) -> MicroJoules {
+        match kind {
+            MeterKind::Counted => self.counted,
+            MeterKind::Measured => self.measured.unwrap_or(self.counted),
+            MeterKind::Timed => self.timed,
+        }
+    }
+}
+
+mod as_joules {
+    use crate::units::{Joules, MicroJoules};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(energy: &MicroJoules, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_f64(energy.joules().0)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<MicroJoules, D::Error> {
+        f64::deserialize(d).map(|joules| Joules(joules).rounded())
+    }
+}
+
+mod as_joules_or_null {
+    use crate::units::{Joules, MicroJoules};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(energy: &Option<MicroJoules>, s: S) -> Result<S::Ok, S::Error> {
+        energy.map(|energy| energy.joules().0).serialize(s)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<MicroJoules>, D::Error> {
+        Ok(Option::<f64>::deserialize(d)?.map(|joules| Joules(joules).rounded()))
+    }
+}
+
+/// One line of spending.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// On what.
+    pub phase: Phase,
+    /// The optimizer step it belongs to.
+    pub step: u64,
+    /// How much.
+    pub energy_j: Energies,
+    /// FLOPs of matrix products and attention.
+    pub flops: u64,
+    /// Bytes by memory level.
+    pub bytes: Traffic,
+    /// Wall time.
+    pub wall_s: Seconds,
+    /// When, in Unix seconds.
+    pub t: f64,
+}
+
+/// Steps paid for before they run.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Lease {
+    /// How many steps.
+    pub steps: u64,
+    /// Their energy.
+    pub energy_j: Energies,
+    /// Their FLOPs.
+    pub flops: u64,
+    /// Their wall time.
+    pub time_s: Seconds,
+}
+
+impl Lease {
+    /// What is left of it after `entry`.
+    fn less(&self, entry: &Entry) -> Lease {
+        let (mine, spent) = (&self.energy_j, &entry.energy_j);
+        Lease {
+            steps: self.steps.saturating_sub(1),
+            energy_j: Energies {
+                counted: mine.counted.saturating_sub(spent.counted),
+                measured: mine.measured.map(|measured| measured.saturating_sub(spent.on(MeterKind::Measured))),
+                timed: mine.timed.saturating_sub(spent.timed),
+            },
+            flops: self.flops.saturating_sub(entry.flops),
+            time_s: (self.time_s - entry.wall_s).max(Seconds::ZERO),
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Entry(Entry),
+    Lease { lease: Lease, t: f64 },
+    Settled { settled: bool, t: f64 },
+}
+
+/// Sums over entries.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub struct Totals {
+    /// Joules by meter; `measured` is the sum over entries that were measured, `None` where none was.
+    pub energy_j: Energies,
+    /// FLOPs of matrix products and attention.
+    pub flops: u64,
+    /// Bytes by memory level.
+    pub bytes: Traffic,
+    /// Wall time.
+    pub wall_s: Seconds,
+    /// Entries.
+    pub entries: u64,
+    /// Entries without a measured energy.
+    pub unmeasured: u64,
+    /// The sum of `Energies::on(Measured)`: measured, and counted in the gaps.
+    #[serde(skip)]
+    measured_or_counted: MicroJoules,
+}
+
+impl Totals {
+    fn add(&mut self, entry: &Entry) {
+        self.energy_j.counted += entry.energy_j.counted;
+        self.energy_j.timed += entry.energy_j.timed;
+        self.measured_or_counted += entry.energy_j.on(MeterKind::Measured);
+        match entry.energy_j.measured {
+            Some(measured) => self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + measured),
+            None => self.unmeasured += 1,
+        }
+        self.flops = self.flops.saturating_add(entry.flops);
+        for (level, bytes) in &entry.bytes {
+            *self.bytes.entry(level.clone()).or_default() += *bytes;
+        }
+        self.wall_s += entry.wall_s;
+        self.entries += 1;
+    }
+
+    /// The total on one meter; on `Measured` the counted energy stands in where a counter failed.
+    pub fn on(&self, kind: MeterKind) -> MicroJoules {
+        match kind {
+            MeterKind::Counted => self.energy_j.counted,
+            MeterKind::Measured => self.measured_or_counted,
+            MeterKind::Timed => self.energy_j.timed,
+        }
+    }
+
+    /// The total as a budget sees it.
+    pub fn spent(&self, kind: MeterKind) -> Spent {
+        Spent { energy: self.on(kind), flops: self.flops, time: self.wall_s }
+    }
+}
+
+/// The file and its sums.
+#[derive(Debug)]
+pub struct Ledger {
+    path: PathBuf,
+    file: File,
+    lease: Lease,
+    /// One for each of `Phase::ALL`.
+    phases: [Totals; 5],
+    total: Totals,
+}
+
+impl Ledger {
+    /// A new ledger; a file already there is refused.
+    pub fn create(path: &Path) -> Result<Ledger> {
+        let file = OpenOptions::new().create_new(true).append(true).open(path).map_err(|e| Error::io("create", path, e))?;
+        Ok(Ledger {
+            path: path.to_path_buf(),
+            file,
+            lease: Lease::default(),
+            phases: Default::default(),
+            total: Totals::default(),
+        })
+    }
+
+    /// The ledger of a run to be continued: a half-written last line is cut off, and a lease that was never settled is entered
+    /// as lost, on disk, before anything else.
+    pub fn resume(path: &Path) -> Result<Ledger> {
+        let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
+        if whole < text.len() {
+            file.set_len(whole as u64).map_err(|e| Error::io("cut the half-written last line of", path, e))?;
+        }
+        let mut ledger = Ledger {
+            path: path.to_path_buf(),
+            file,
+            lease: Lease::default(),
+            phases: Default::default(),
+            total: Totals::default(),
+        };
+        let mut step = 0;
+        for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+            match serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))? {
+                Line::Entry(entry) => {
+                    step = entry.step;
+                    ledger.note(&entry);
+                }
+                Line::Lease { lease, .. } => ledger.lease = lease,
+                Line::Settled { .. } => ledger.lease = Lease::default(),
+            }
+        }
+        ledger.enter_what_was_lost(step)?;
+        Ok(ledger)
+    }
+
+    /// Appends an entry. Not synced: the lease covers it.
+    pub fn append(&mut self, entry: &Entry) -> Result<()> {
+        self.write(&Line::Entry(entry.clone()))?;
+        self.note(entry);
+        Ok(())
+    }
+
+    /// Pays for steps before they run, in place of what is left of the last lease; on disk when this returns.
+    pub fn lease(&mut self, lease: Lease) -> Result<()> {
+        self.write(&Line::Lease { lease, t: now() })?;
+        self.sync()?;
+        self.lease = lease;
+        Ok(())
+    }
+
+    /// What is left of the last lease.
+    pub fn leased(&self) -> &Lease {
+        &self.lease
+    }
+
+    /// Ends a run in order: the lease is released, and everything is on disk.
+    pub fn settle(&mut self) -> Result<()> {
+        self.write(&Line::Settled { settled: true, t: now() })?;
+        self.sync()?;
+        self.lease = Lease::default();
+        Ok(())
+    }
+
+    /// Sums over everything.
+    pub fn total(&self) -> &Totals {
+        &self.total
+    }
+
+    /// Sums over one phase; the phases' sums add up to the total exactly.
+    pub fn phase(&self, phase: Phase) -> &Totals {
+        &self.phases[phase as usize]
+    }
+
+    /// Each phase with its sums, in the order of a run.
+    pub fn by_phase(&self) -> impl Iterator<Item = (Phase, &Totals)> {
+        Phase::ALL.into_iter().zip(&self.phases)
+    }
+
+    fn note(&mut self, entry: &Entry) {
+        self.total.add(entry);
+        self.phases[entry.phase as usize].add(entry);
+        self.lease = self.lease.less(entry);
+    }
+
+    fn enter_what_was_lost(&mut self, step: u64) -> Result<()> {
+        let Lease { steps, energy_j, flops, time_s } = self.lease;
+        if steps == 0 || energy_j == Energies::default() && flops == 0 {
+            self.lease = Lease::default();
+            return Ok(());
+        }
+        let lost = Entry { phase: Phase::Lost, step, energy_j, flops, bytes: Traffic::new(), wall_s: time_s, t: now() };
+        self.append(&lost)?;
+        self.settle()
+    }
+
+    fn write(&mut self, line: &Line) -> Result<()> {
+        let mut text = serde_json::to_string(line).expect("a line holds numbers and words only");
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).map_err(|e| Error::io("write", &self.path, e).while_running())
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::io("sync", &self.path, e).while_running())
+    }
+}
+
+fn damaged(path: &Path, line: usize, source: &serde_json::Error) -> Error {
+    Error::new(Kind::Run, format!("the ledger holds a line that is none: {source}"))
+        .at(format!("{}, line {line}", path.display()))
+        .rule("only the last line may be cut short, by a crash")
+        .hint("the file was edited or the disk is damaged: restore it, or start a new run")
+}
+
+/// Unix seconds.
+pub(super) fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Bytes;
+
+    fn energies(counted: u64, measured: Option<u64>, timed: u64) -> Energies {
+        Energies { counted: MicroJoules(counted), measured: measured.map(MicroJoules), timed: MicroJoules(timed) }
+    }
+
+    fn entry(phase: Phase, step: u64, energy_j: Energies) -> Entry {
+        let bytes = Traffic::from([("dram".to_string(), Bytes(5))]);
+        Entry { phase, step, energy_j, flops: 100, bytes, wall_s: Seconds(0.5), t: now() }
+    }
+
+    #[test]
+    fn phases_add_up_to_the_total_on_every_meter() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::create(&dir.path().join("ledger.jsonl")).unwrap();
+        ledger.append(&entry(Phase::Load, 0, energies(3, Some(4), 5))).unwrap();
+        ledger.append(&entry(Phase::Train, 1, energies(10, None, 20))).unwrap();
+        ledger.append(&entry(Phase::Train, 2, energies(10, Some(7), 20))).unwrap();
+        assert_eq!(ledger.total().energy_j, energies(23, Some(11), 45));
+        for kind in [MeterKind::Counted, MeterKind::Measured, MeterKind::Timed] {
+            assert_eq!(ledger.by_phase().map(|(_, t)| t.on(kind)).sum::<MicroJoules>(), ledger.total().on(kind));
+        }
+        // The unmeasured step counts its 10 counted microjoules on a measured budget.
+        assert_eq!(ledger.total().on(MeterKind::Measured), MicroJoules(21));
+        assert_eq!((ledger.total().unmeasured, ledger.phase(Phase::Train).flops), (1, 200));
+        assert!(Ledger::create(&dir.path().join("ledger.jsonl")).is_err());
+    }
+
+    #[test]
+    fn a_crash_costs_the_rest_of_the_lease_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut ledger = Ledger::create(&path).unwrap();
+        let lease = Lease { steps: 4, energy_j: energies(40, None, 80), flops: 400, time_s: Seconds(2.0) };
+        ledger.lease(lease).unwrap();
+        ledger.append(&entry(Phase::Train, 1, energies(10, None, 20))).unwrap();
+        drop(ledger);
+        // The power cut comes in the middle of the second entry.
+        let mut torn = std::fs::read(&path).unwrap();
+        torn.extend_from_slice(b"{\"phase\":\"train\",\"step\":2,\"ener");
+        std::fs::write(&path, torn).unwrap();
+        for _ in 0..2 {
+            // One step of four is entered, three are lost: 30 counted, 60 timed, 300 FLOPs, 1.5 s; and only once.
+            let ledger = Ledger::resume(&path).unwrap();
+            assert_eq!(ledger.phase(Phase::Lost).energy_j, energies(30, None, 60));
+            assert_eq!(
+                ledger.total().spent(MeterKind::Counted),
+                Spent { energy: MicroJoules(40), flops: 400, time: Seconds(2.0) }
+            );
+        }
+    }
+
+    #[test]
+    fn a_clean_close_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut ledger = Ledger::create(&path).unwrap();
+        ledger.lease(Lease { steps: 9, energy_j: energies(90, Some(90), 90), flops: 9, time_s: Seconds(9.0) }).unwrap();
+        ledger.append(&entry(Phase::Train, 1, energies(10, Some(9), 20))).unwrap();
+        ledger.settle().unwrap();
+        let again = Ledger::resume(&path).unwrap();
+        assert_eq!(again.total().energy_j, energies(10, Some(9), 20));
+    }
+
+    #[test]
+    fn microjoules_survive_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let odd = energies(123_456_789_012_345, Some(1), 999_999_999_999);
+        let mut ledger = Ledger::create(&path).unwrap();
+        ledger.append(&entry(Phase::Save, 3, odd)).unwrap();
+        assert_eq!(Ledger::resume(&path).unwrap().total().energy_j, odd);
+    }
+
+    #[test]
+    fn a_damaged_line_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut ledger = Ledger::create(&path).unwrap();
+        ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
+        ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap().replacen("load", "lunch", 1);
+        std::fs::write(&path, text).unwrap();
+        let error = Ledger::resume(&path).unwrap_err();
+        assert!(error.kind() == Kind::Run && error.to_string().contains("line 1"), "{error}");
+    }
+}

@@ -1,0 +1,285 @@
+//! The three meters: counted, measured, timed.
+//!
+//! Owns the measurement window and the choice of the meter that decides. Takes a `Work` at a window's end, returns a `Reading`
+//! with every meter that was available. Refuses to turn a missing or failed counter into a number: it is `None`, with a reason.
+
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::charge::Charge;
+use super::detect::allowed_cores;
+use super::ledger::Energies;
+use super::profile::{DeviceKind, Profile};
+use super::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
+use crate::error::{Error, Kind, Result};
+use crate::units::{MicroJoules, Seconds, Watts};
+use crate::work::Work;
+
+/// A meter, as named in every figure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MeterKind {
+    /// Work times profile: exact, and the same on every machine.
+    Counted,
+    /// The machine's own energy counters.
+    Measured,
+    /// Profile power times wall time.
+    Timed,
+}
+
+impl MeterKind {
+    /// The word of recipes and reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MeterKind::Counted => "counted",
+            MeterKind::Measured => "measured",
+            MeterKind::Timed => "timed",
+        }
+    }
+}
+
+/// Which device computes, and so which counter makes a measurement complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Computing {
+    /// The processor.
+    Cpu,
+    /// The NVIDIA graphics processor of this index.
+    Nvidia(u32),
+    /// A device for which there is no counter here.
+    Other,
+}
+
+/// What one window cost on every meter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reading {
+    /// Work times profile.
+    pub counted: MicroJoules,
+    /// Profile power times wall time.
+    pub timed: MicroJoules,
+    /// The counters; `None` where there are none or one failed inside the window.
+    pub measured: Option<MicroJoules>,
+    /// Wall time of the window.
+    pub wall: Seconds,
+    /// How `counted` came about.
+    pub charge: Charge,
+}
+
+impl Reading {
+    /// The amounts as the ledger holds them.
+    pub fn energies(&self) -> Energies {
+        Energies { counted: self.counted, measured: self.measured, timed: self.timed }
+    }
+}
+
+/// An open measurement.
+#[derive(Debug)]
+pub struct Window {
+    start: Instant,
+    counters: Option<MicroJoules>,
+}
+
+/// The meters of one run.
+pub struct Meters {
+    profile: Profile,
+    timed_power: Watts,
+    sensors: Vec<Box<dyn Sensor>>,
+    /// A host without a counter beside a device that has one: its profile's name and the power it is taken to draw.
+    host: Option<(String, Watts)>,
+    /// Why `measured` is not to be had.
+    absent: Option<Absent>,
+    gaps: u64,
+}
+
+impl Meters {
+    /// Counted and timed only.
+    pub fn without_counters(profile: Profile) -> Meters {
+        let timed_power = match profile.kind {
+            DeviceKind::Cpu => profile.scaled_to(allowed_cores()).power_at(1.0),
+            DeviceKind::Gpu | DeviceKind::Soc => profile.power_at(1.0),
+        };
+        let absent = Absent {
+            reason: "no hardware counter was asked for".to_string(),
+            remedy: "write `meter = \"auto\"` in [energy]".to_string(),
+        };
+        Meters { profile, timed_power, sensors: Vec::new(), host: None, absent: Some(absent), gaps: 0 }
+    }
+
+    /// Counted and timed, and whatever counters this machine lets this process read.
+    pub fn open(profile: Profile, computing: Computing) -> Meters {
+        let rapl = RaplSensor::open_default();
+        let mut meters = Self::without_counters(profile);
+        match computing {
+            Computing::Cpu => match rapl {
+                Ok(sensor) => meters.with_counters(vec![Box::new(sensor)], None),
+                Err(absent) => meters.explained(absent),
+            },
+            Computing::Nvidia(index) => match (NvmlSensor::open(index), rapl) {
+                (Ok(gpu), Ok(host)) => meters.with_counters(vec![Box::new(gpu), Box::new(host)], None),
+                (Ok(gpu), Err(_)) => meters.with_counters(vec![Box::new(gpu)], Some(host_model())),
+                (Err(absent), _) => meters.explained(absent),
+            },
+            Computing::Other => {
+                meters.absent = Some(Absent {
+                    reason: "this device has no energy counter that can be read".to_string(),
+                    remedy: "write `meter = \"counted\"` in [energy]".to_string(),
+                });
+                meters
+            }
+        }
+    }
+
+    /// These counters, which together cover the computing device; `host` is a modelled host's name and power.
+    pub fn with_counters(mut self, sensors: Vec<Box<dyn Sensor>>, host: Option<(String, Watts)>) -> Meters {
+        self.absent = None;
+        self.sensors = sensors;
+        self.host = host;
+        self
+    }
+
+    fn explained(mut self, absent: Absent) -> Meters {
+        self.absent = Some(absent);
+        self
+    }
+
+    /// The device that is charged.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// What `measured` consists of ("rapl", "nvml:0", "generic-cpu modelled at 17 W"); empty where there is no counter.
+    pub fn measured_by(&self) -> Vec<String> {
+        let modelled = self.host.iter().map(|(name, power)| format!("{name} modelled at {power}"));
+        self.sensors.iter().map(|sensor| sensor.name().to_string()).chain(modelled).collect()
+    }
+
+    /// Why there is no `measured`, and what would help.
+    pub fn absent(&self) -> Option<&Absent> {
+        self.absent.as_ref()
+    }
+
+    /// Windows whose counters failed.
+    pub fn gaps(&self) -> u64 {
+        self.gaps
+    }
+
+    /// The meter that decides: the one asked for, or (`None`) measured where complete, else counted.
+    pub fn resolve(&self, asked: Option<MeterKind>) -> Result<MeterKind> {
+        match (asked, &self.absent) {
+            (Some(MeterKind::Measured), Some(absent)) => {
+                Err(Error::new(Kind::Energy, format!("energy cannot be measured here: {}", absent.reason))
+                    .at("energy.meter")
+                    .hint(format!("{}; or write `meter = \"counted\"`", absent.remedy)))
+            }
+            (Some(kind), _) => Ok(kind),
+            (None, Some(_)) => Ok(MeterKind::Counted),
+            (None, None) => Ok(MeterKind::Measured),
+        }
+    }
+
+    /// Opens a window.
+    pub fn begin(&mut self) -> Window {
+        let counters = self.read_counters();
+        Window { start: Instant::now(), counters }
+    }
+
+    /// Closes `window` and charges `work` to it.
+    pub fn end(&mut self, window: Window, work: &Work) -> Reading {
+        let wall = Seconds(window.start.elapsed().as_secs_f64());
+        let end = self.read_counters();
+        let host = self.host.as_ref().map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded());
+        let measured = window.counters.zip(end).map(|(start, end)| end.saturating_sub(start) + host);
+        if measured.is_none() && !self.sensors.is_empty() {
+            self.gaps += 1;
+        }
+        let charge = self.profile.charge(work);
+        Reading { counted: charge.energy, timed: (self.timed_power * wall).rounded(), measured, wall, charge }
+    }
+
+    /// Reads the counters between a long window's ends, so that a counter which wraps several times is followed.
+    pub fn poll(&mut self) {
+        self.read_counters();
+    }
+
+    /// The sum over every counter since it was opened; `None` where there is none or one fails.
+    fn read_counters(&mut self) -> Option<MicroJoules> {
+        if self.sensors.is_empty() {
+            return None;
+        }
+        // Each one is read even after a failure, so that none loses track of its wrap-arounds.
+        let readings: Vec<_> = self.sensors.iter_mut().map(|sensor| sensor.read()).collect();
+        readings.into_iter().sum::<std::result::Result<MicroJoules, _>>().ok()
+    }
+}
+
+/// A host that feeds a graphics processor keeps about one core busy: idle power and one core's share of the rest.
+fn host_model() -> (String, Watts) {
+    let host = Profile::detect();
+    let busy = (host.load_w - host.idle_w) / host.cores.unwrap_or(1) as f64;
+    (host.name.clone(), host.idle_w + busy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sensor::Gap;
+    use super::*;
+    use crate::work::Precision;
+
+    /// A counter that shows what it is told.
+    struct Scripted(Vec<std::result::Result<u64, ()>>);
+
+    impl Sensor for Scripted {
+        fn name(&self) -> &str {
+            "scripted"
+        }
+
+        fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
+            self.0.remove(0).map(MicroJoules).map_err(|()| Gap { reason: "told to fail".to_string() })
+        }
+    }
+
+    fn with(script: Vec<std::result::Result<u64, ()>>, host: Option<(String, Watts)>) -> Meters {
+        Meters::without_counters(Profile::named("nvidia-t4").unwrap()).with_counters(vec![Box::new(Scripted(script))], host)
+    }
+
+    #[test]
+    fn a_window_is_the_difference_of_its_ends() {
+        let mut meters = with(vec![Ok(100), Ok(350)], None);
+        let work = Work::product(64, 64, 64, Precision::F32);
+        let window = meters.begin();
+        let reading = meters.end(window, &work);
+        assert_eq!(reading.measured, Some(MicroJoules(250)));
+        assert_eq!(reading.counted, meters.profile().charge(&work).energy);
+        // A T4 at full load: 70 W over the window.
+        assert_eq!(reading.timed, (Watts(70.0) * reading.wall).rounded());
+    }
+
+    #[test]
+    fn a_failed_counter_is_a_gap_and_never_zero() {
+        let mut meters = with(vec![Ok(100), Err(()), Err(()), Ok(300), Ok(300), Ok(400)], None);
+        for (gaps, expected) in [(1, None), (2, None), (2, Some(MicroJoules(100)))] {
+            let window = meters.begin();
+            assert_eq!(meters.end(window, &Work::default()).measured, expected);
+            assert_eq!(meters.gaps(), gaps);
+        }
+    }
+
+    #[test]
+    fn a_host_without_a_counter_is_modelled_by_name() {
+        let mut meters = with(vec![Ok(0), Ok(10)], Some(("generic-cpu".to_string(), Watts(1e6))));
+        let window = meters.begin();
+        let reading = meters.end(window, &Work::default());
+        assert_eq!(reading.measured.unwrap(), MicroJoules(10) + (Watts(1e6) * reading.wall).rounded());
+        assert_eq!(meters.measured_by(), ["scripted", "generic-cpu modelled at 1 MW"]);
+    }
+
+    #[test]
+    fn auto_is_measured_where_complete_and_counted_elsewhere() {
+        assert_eq!(with(vec![], None).resolve(None).unwrap(), MeterKind::Measured);
+        let none = Meters::without_counters(Profile::named("generic-cpu").unwrap());
+        assert_eq!(none.resolve(None).unwrap(), MeterKind::Counted);
+        assert_eq!(none.resolve(Some(MeterKind::Timed)).unwrap(), MeterKind::Timed);
+        let error = none.resolve(Some(MeterKind::Measured)).unwrap_err();
+        assert!(error.kind() == Kind::Energy && error.remedy().unwrap().contains("counted"));
+    }
+}

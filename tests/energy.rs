@@ -1,0 +1,181 @@
+//! The energy room from outside: published runs recomputed, a budget that is never passed, a crash replayed.
+
+use proptest::prelude::*;
+use wattune::energy::budget::Allowance;
+use wattune::energy::ledger::Lease;
+use wattune::energy::{
+    Account, Budget, Energies, Ledger, Limit, Limits, MeterKind, Meters, Phase, Profile, Rates, Spent, Verdict, carbon,
+};
+use wattune::units::{Flops, GramsCo2e, GramsPerKwh, Joules, MicroJoules, Pue, Seconds, Watts};
+use wattune::work::{Precision, Work};
+
+/// Patterson et al. 2021 (arXiv:2104.10350), table 4: model, FLOPs, achieved FLOP/s a chip, watts a chip, PUE, gCO2e/kWh net,
+/// MWh, tonnes. Energy and tonnes are the paper's printed (rounded) figures.
+const PATTERSON: [(&str, f64, f64, f64, f64, f64, f64, f64); 6] = [
+    ("Evolved Transformer NAS", 2.91e21, 24.8e12, 208.0, 1.10, 431.0, 7.5, 3.2),
+    ("T5-11B", 4.05e22, 45.6e12, 310.0, 1.12, 545.0, 85.7, 46.7),
+    ("Meena", 1.12e23, 42.3e12, 289.0, 1.09, 415.0, 232.0, 96.4),
+    ("GShard-600B", 1.33e22, 48.0e12, 288.0, 1.09, 177.0, 24.1, 4.3),
+    ("Switch Transformer", 8.22e22, 34.4e12, 245.0, 1.10, 330.0, 179.0, 59.1),
+    ("GPT-3", 3.14e23, 24.6e12, 330.0, 1.10, 429.0, 1287.0, 552.1),
+];
+
+#[test]
+fn published_runs_are_recomputed() {
+    for (model, flops, rate, watts, pue, grid, mwh, tonnes) in PATTERSON {
+        let machine: Joules = Watts(watts) * Seconds(flops / rate);
+        let pue = Pue::new(pue).unwrap();
+        let facility = (pue * machine).kwh() / 1000.0;
+        let grams = carbon(machine, pue, GramsPerKwh(grid));
+        assert!((facility / mwh - 1.0).abs() < 0.01, "{model}: {facility} MWh of {mwh}");
+        assert!((grams.0 / 1e6 / tonnes - 1.0).abs() < 0.015, "{model}: {grams} of {tonnes} t");
+    }
+}
+
+/// A budget with one limit, in the units a person writes, and the exact rule in integers or reals that it must keep.
+fn limited(which: usize, size: f64) -> (Budget, Box<dyn Fn(&Spent) -> bool>) {
+    let rates = |price: Option<&str>| Rates {
+        grid: GramsPerKwh(383.5),
+        pue: Pue::new(1.13).unwrap(),
+        price: price.map(|p| p.parse().unwrap()),
+    };
+    let (grid, pue) = (383.5, 1.13);
+    let kwh = |spent: &Spent| spent.energy.0 as f64 / 3.6e12;
+    let none = Limits::default();
+    match which {
+        0 => {
+            let budget = Budget::new(Limits { energy: Some(Joules(size)), ..none }, rates(None)).unwrap();
+            (budget, Box::new(move |s| s.energy.0 as f64 / 1e6 <= size))
+        }
+        1 => {
+            let grams = size * 1e-4;
+            let budget = Budget::new(Limits { carbon: Some(GramsCo2e(grams)), ..none }, rates(None)).unwrap();
+            // A hair of room: the rule here multiplies in another order than the code.
+            (budget, Box::new(move |s| kwh(s) * pue * grid <= grams * (1.0 + 1e-12)))
+        }
+        2 => {
+            let flops = size * 1e3;
+            let budget = Budget::new(Limits { flops: Some(Flops(flops)), ..none }, rates(None)).unwrap();
+            (budget, Box::new(move |s| s.flops as f64 <= flops))
+        }
+        3 => {
+            let cost = format!("{} EUR", size * 1e-6);
+            let amount = size * 1e-6;
+            let budget = Budget::new(Limits { cost: Some(cost.parse().unwrap()), ..none }, rates(Some("0.31 EUR/kWh"))).unwrap();
+            (budget, Box::new(move |s| kwh(s) * pue * 0.31 <= amount * (1.0 + 1e-12)))
+        }
+        _ => {
+            let cost = format!("{} EUR", size * 1e-6);
+            let amount = size * 1e-6;
+            let budget = Budget::new(Limits { cost: Some(cost.parse().unwrap()), ..none }, rates(Some("2.5 EUR/h"))).unwrap();
+            (budget, Box::new(move |s| s.time.0 / 3600.0 * 2.5 <= amount * (1.0 + 1e-12)))
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_admitted_never_passes_a_limit(
+        which in 0..5_usize,
+        size in 0.001..1e4_f64,
+        steps in prop::collection::vec((0..3_000_000_000_u64, 0..2_000_000_u64, 0.0..5e-3_f64), 1..60),
+        reserve in (0..1_000_000_000_u64, 0..1_000_000_u64, 0.0..1e-3_f64),
+    ) {
+        let (budget, keeps) = limited(which, size);
+        let make = |(energy, flops, time)| Spent { energy: MicroJoules(energy), flops, time: Seconds(time) };
+        let reserve = make(reserve);
+        let mut spent = Spent::default();
+        for step in steps {
+            let step = make(step);
+            match budget.admits(&spent, &step, &reserve) {
+                Ok(()) => spent += step,
+                // Not refused for nothing: one part in a million more would have passed the limit.
+                Err(_) => {
+                    let total = spent + step + reserve;
+                    let more = Spent {
+                        energy: MicroJoules(total.energy.0 + total.energy.0 / 1_000_000 + 1),
+                        flops: total.flops + 1,
+                        time: total.time * (1.0 + 1e-6),
+                    };
+                    prop_assert!(!keeps(&more));
+                }
+            }
+            // Whatever comes next, the reserve can still be spent.
+            prop_assert!(spent == Spent::default() || keeps(&(spent + reserve)));
+        }
+    }
+
+    #[test]
+    fn progress_never_falls(parts in prop::collection::vec(0..1_000_000_u64, 1..40)) {
+        let allowance = Allowance { energy: Some(MicroJoules(10_000_000)), flops: None, time: None };
+        let (mut spent, mut before) = (Spent::default(), 0.0);
+        for part in parts {
+            spent.energy += MicroJoules(part);
+            let now = allowance.fraction(&spent);
+            prop_assert!((before..=1.0).contains(&now));
+            before = now;
+        }
+    }
+
+}
+
+proptest! {
+    // Every case syncs to disk.
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// A process that dies after any step, any number of times, never spends more than its budget: on disk is at least what it did.
+    #[test]
+    fn crashes_never_hide_what_was_spent(deaths in prop::collection::vec(1..9_u64, 1..5)) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let profile = Profile::named("generic-cpu").unwrap();
+        let step = Work::product(400, 300, 200, Precision::F32);
+        let one = profile.charge(&step).energy.0;
+        let limit = MicroJoules(one * 30);
+        let mut done = 0;
+        for lives in deaths {
+            let ledger = if path.exists() { Ledger::resume(&path) } else { Ledger::create(&path) }.unwrap();
+            let rates = Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None };
+            let budget = Budget::new(Limits { energy: Some(limit.joules()), ..Limits::default() }, rates).unwrap();
+            let mut account = Account::new(budget, Meters::without_counters(profile.clone()), ledger, MeterKind::Counted);
+            for _ in 0..lives {
+                if account.admit(Phase::Train, &step, &[]).unwrap() != Verdict::Continue {
+                    break;
+                }
+                // The step runs; its entry may still be lost with the power.
+                done += 1;
+                account.charge(Phase::Train, done, &step).unwrap();
+            }
+            prop_assert!(account.spent().energy.0 >= done * one);
+            prop_assert!(account.spent().energy <= limit);
+        }
+    }
+}
+
+#[test]
+fn a_power_cut_that_takes_unsynced_entries_is_covered_by_the_lease() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.jsonl");
+    let mut ledger = Ledger::create(&path).unwrap();
+    let energy_j = Energies { counted: MicroJoules(50), measured: None, timed: MicroJoules(60) };
+    ledger.lease(Lease { steps: 5, energy_j, flops: 500, time_s: Seconds(5.0) }).unwrap();
+    let synced = std::fs::read(&path).unwrap();
+    drop(ledger);
+    // Five steps ran, none of their lines reached the disk.
+    std::fs::write(&path, synced).unwrap();
+    let ledger = Ledger::resume(&path).unwrap();
+    assert_eq!(ledger.total().energy_j, energy_j);
+    assert_eq!(ledger.phase(Phase::Lost).flops, 500);
+}
+
+#[test]
+fn a_run_that_cannot_hold_one_step_is_refused_before_it_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let profile = Profile::named("raspberry-pi-5").unwrap();
+    let rates = Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None };
+    let budget = Budget::new(Limits { carbon: Some("1 mg".parse().unwrap()), ..Limits::default() }, rates).unwrap();
+    let ledger = Ledger::create(&dir.path().join("ledger.jsonl")).unwrap();
+    let account = Account::new(budget, Meters::without_counters(profile), ledger, MeterKind::Counted);
+    let step = Work::product(4096, 4096, 4096, Precision::F32).times(10);
+    assert_eq!(account.fits(Phase::Train, &step, &[]), Verdict::Stop(Limit::Carbon));
+}
