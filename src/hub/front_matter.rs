@@ -41,7 +41,7 @@ fn plain(text: &str) -> String {
 mod tests {
     use super::license;
 
-    // The forms are those of cards on the hub: SmolLM2-135M, Llama-3.2-1B, a card with two licences, one without front matter.
+    // The forms in the hub's documentation of model cards: a name, `other` with its own name, a list, none.
     #[test]
     fn the_licence_is_read_in_every_form_a_card_has() {
         let of = |card: &str| license(card);

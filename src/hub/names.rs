@@ -105,7 +105,7 @@ pub(super) fn etag(header: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
-    // The lists are those of huggingface_hub's tests/test_utils_validators.py, shortened.
+    // Examples after the rule and examples in the docs of huggingface_hub's `validate_repo_id`.
     #[test]
     fn ids_follow_the_hubs_rule() {
         for good in ["123", "foo", "foo/bar", "Foo-BAR_foo.bar123", "HuggingFaceTB/SmolLM2-135M"] {

@@ -148,7 +148,7 @@ mod tests {
         Settings::from_lookup(&|name| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string()))
     }
 
-    // Expected values: huggingface_hub 1.x, src/huggingface_hub/constants.py, read line by line.
+    // Expected values: the order of precedence in huggingface_hub's src/huggingface_hub/constants.py.
     #[test]
     fn the_cache_is_where_python_looks_for_it() {
         assert_eq!(settings(&[("HOME", "/h")]).cache, Path::new("/h/.cache/huggingface/hub"));

@@ -188,7 +188,7 @@ mod tests {
         of(files, split).unwrap()
     }
 
-    // The listings are those of data sets on the hub, as named.
+    // Listings in the forms of SQuAD, UltraChat, Alpaca, TinyStories and the hub's own conversion to Parquet.
     #[test]
     fn splits_are_found_where_data_sets_keep_them() {
         let squad = ["README.md", "plain_text/train-00000-of-00001.parquet", "plain_text/validation-00000-of-00001.parquet"];
