@@ -29,5 +29,6 @@ pub mod ops;
 pub mod random;
 pub mod recipe;
 pub mod report;
+pub mod train;
 pub mod units;
 pub mod work;

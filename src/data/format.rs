@@ -77,7 +77,9 @@ impl<'a> Columns<'a> {
 
     /// The names of a prompt and its completion that this record has.
     fn pair(&self, record: &Map<String, Value>) -> Option<(&'static str, &'static str)> {
-        PAIRS.into_iter().find(|(prompt, completion)| self.get(record, prompt).is_some() && self.get(record, completion).is_some())
+        PAIRS
+            .into_iter()
+            .find(|(prompt, completion)| self.get(record, prompt).is_some() && self.get(record, completion).is_some())
     }
 }
 
@@ -218,7 +220,11 @@ mod tests {
 
     #[test]
     fn a_missing_or_wrong_field_names_the_line() {
-        for (fields, format) in [(json!({"prompt": "a"}), Format::Completion), (json!({"text": null}), Format::Text), (json!({"text": [1]}), Format::Text)] {
+        for (fields, format) in [
+            (json!({"prompt": "a"}), Format::Completion),
+            (json!({"text": null}), Format::Text),
+            (json!({"text": [1]}), Format::Text),
+        ] {
             let error = shape(&record(fields), format, Columns(&[])).unwrap_err();
             assert!(error.kind() == Kind::Data && error.to_string().contains("f.jsonl, line 7"), "{error}");
         }
@@ -227,9 +233,13 @@ mod tests {
     #[test]
     fn alpaca_has_two_prompts_and_refuses_what_it_cannot_place() {
         let shaped = |value| shape(&record(value), Format::Alpaca, Columns(&[]));
-        let Ok(Shaped::Completion { prompt, .. }) = shaped(json!({"instruction": "I", "input": "X", "output": "O"})) else { panic!() };
+        let Ok(Shaped::Completion { prompt, .. }) = shaped(json!({"instruction": "I", "input": "X", "output": "O"})) else {
+            panic!()
+        };
         assert!(prompt.ends_with("### Instruction:\nI\n\n### Input:\nX\n\n### Response:\n"));
-        let Ok(Shaped::Completion { prompt, .. }) = shaped(json!({"instruction": "I", "input": "", "output": "O"})) else { panic!() };
+        let Ok(Shaped::Completion { prompt, .. }) = shaped(json!({"instruction": "I", "input": "", "output": "O"})) else {
+            panic!()
+        };
         assert!(prompt.ends_with("request.\n\n### Instruction:\nI\n\n### Response:\n"));
         assert!(shaped(json!({"instruction": "I", "output": "O", "history": [["a", "b"]]})).is_err());
     }

@@ -46,7 +46,8 @@ fn fields(row: &Row) -> Result<serde_json::Map<String, Value>, String> {
         .map(|(name, field)| {
             let value = match field {
                 Field::Bytes(bytes) => Value::String(
-                    String::from_utf8(bytes.data().to_vec()).map_err(|_| format!("column `{name}` holds bytes that are no text"))?,
+                    String::from_utf8(bytes.data().to_vec())
+                        .map_err(|_| format!("column `{name}` holds bytes that are no text"))?,
                 ),
                 other => other.to_json_value(),
             };

@@ -1,0 +1,220 @@
+//! Checkpoints: complete or absent, never half; enough to go on with the same bytes.
+//!
+//! A checkpoint is a directory `step-000050` that holds `state.json` (where the run stood), `trainer.safetensors` (every trained value and
+//! both moments, exactly) and what the caller's `export` adds (the adapter as PEFT reads it). It is written under another name, synced and
+//! renamed.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::ops::Parameters;
+
+const STATE: &str = "state.json";
+const TRAINER: &str = "trainer.safetensors";
+const ROWS: [&str; 3] = ["value", "exp_avg", "exp_avg_sq"];
+
+/// Where a run stands: all that the loop carries from step to step beside the trained values.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Standing {
+    /// Steps done.
+    pub step: u64,
+    /// Validation loss before the first step, in nats per loss token.
+    pub val_loss_before: Option<f64>,
+    /// The last validation loss and the step it was taken after.
+    pub val_loss_last: Option<Evaluated>,
+    /// The lowest validation loss and its step.
+    pub best: Option<Evaluated>,
+    /// The last step's loss.
+    pub train_loss_last: Option<f64>,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Loss tokens trained on.
+    pub loss_tokens: u64,
+    /// Wall time of training steps, in seconds.
+    pub train_wall_s: f64,
+    /// A digest of the resolved recipe: a run is resumed under the recipe it began with.
+    pub recipe: String,
+}
+
+/// A validation loss and the step it was taken after.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Evaluated {
+    /// Steps done then.
+    pub step: u64,
+    /// Nats per loss token.
+    pub val_loss: f64,
+}
+
+/// A run's checkpoint folder.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    keep: usize,
+}
+
+impl Checkpoints {
+    /// The folder `dir`, in which the newest `keep` checkpoints stay, and the best.
+    pub fn new(dir: PathBuf, keep: usize) -> Self {
+        Self { dir, keep }
+    }
+
+    /// The path of the checkpoint after `step`.
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.dir.join(format!("step-{step:06}"))
+    }
+
+    /// Steps of whole checkpoints, ascending.
+    pub fn steps(&self) -> Result<Vec<u64>> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(Error::io("read", &self.dir, e)),
+        };
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let mut steps: Vec<u64> = names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// Saves; `export` adds the model's own files to the new directory. Older checkpoints beyond the limit are removed, never `best`.
+    pub fn save(&self, standing: &Standing, parameters: &Parameters, export: &dyn Fn(&Path) -> Result<()>) -> Result<PathBuf> {
+        let place = self.path(standing.step);
+        let draft = self.dir.join(format!(".step-{:06}.partial", standing.step));
+        if draft.exists() {
+            fs::remove_dir_all(&draft).map_err(|e| Error::io("remove", &draft, e))?;
+        }
+        fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
+        write_rows(&draft.join(TRAINER), parameters)?;
+        export(&draft)?;
+        let state = serde_json::to_vec_pretty(standing).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
+        fs::write(draft.join(STATE), state).map_err(|e| Error::io("write", &draft, e))?;
+        sync_files(&draft)?;
+        if place.exists() {
+            fs::remove_dir_all(&place).map_err(|e| Error::io("remove", &place, e))?;
+        }
+        fs::rename(&draft, &place).map_err(|e| Error::io("rename", &draft, e))?;
+        sync(&self.dir)?;
+        self.prune(standing.best.map(|best| best.step))?;
+        Ok(place)
+    }
+
+    fn prune(&self, best: Option<u64>) -> Result<()> {
+        let steps = self.steps()?;
+        let old = steps.len().saturating_sub(self.keep);
+        for step in steps[..old].iter().filter(|step| Some(**step) != best) {
+            let path = self.path(*step);
+            fs::remove_dir_all(&path).map_err(|e| Error::io("remove", &path, e))?;
+        }
+        Ok(())
+    }
+
+    /// The newest whole checkpoint's standing, its trained values put back into `parameters`; `None` where there is none.
+    pub fn restore(&self, parameters: &Parameters, recipe: &str) -> Result<Option<Standing>> {
+        let Some(step) = self.steps()?.last().copied() else { return Ok(None) };
+        let path = self.path(step);
+        let state = fs::read(path.join(STATE)).map_err(|e| Error::io("read", &path.join(STATE), e))?;
+        let standing: Standing = serde_json::from_slice(&state).map_err(|e| damaged(&path, &e.to_string()))?;
+        if standing.recipe != recipe {
+            return Err(Error::new(Kind::Run, "this checkpoint belongs to another recipe")
+                .at(path.display().to_string())
+                .hint("resume with the run's own `recipe.toml`, or start a new run with another `--out`"));
+        }
+        let bytes = fs::read(path.join(TRAINER)).map_err(|e| Error::io("read", &path.join(TRAINER), e))?;
+        let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e.to_string()))?;
+        let row = |name: &str| -> Result<Vec<f32>> {
+            let view = file.tensor(name).map_err(|e| damaged(&path, &e.to_string()))?;
+            Ok(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        };
+        let rows = [row(ROWS[0])?, row(ROWS[1])?, row(ROWS[2])?];
+        parameters.restore([&rows[0], &rows[1], &rows[2]])?;
+        Ok(Some(standing))
+    }
+}
+
+/// Bytes that a checkpoint of `trained` numbers writes, exported files included: three rows and the values once more.
+pub fn checkpoint_bytes(trained: usize) -> usize {
+    16 * trained
+}
+
+fn damaged(path: &Path, why: &str) -> Error {
+    Error::new(Kind::Run, "a checkpoint cannot be read")
+        .at(path.display().to_string())
+        .value(why)
+        .hint("delete this checkpoint's folder: the run then resumes from the one before it")
+}
+
+fn write_rows(path: &Path, parameters: &Parameters) -> Result<()> {
+    let rows = parameters.snapshot()?.map(|row| row.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+    let mut views = Vec::new();
+    for (name, row) in ROWS.iter().zip(&rows) {
+        let view = TensorView::new(Dtype::F32, vec![parameters.len()], row).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
+        views.push((*name, view));
+    }
+    safetensors::serialize_to_file(views, None::<HashMap<String, String>>, path)
+        .map_err(|e| Error::new(Kind::Io, format!("cannot write `{}`: {e}", path.display())))
+}
+
+/// Flushes every file below `dir`, and `dir` itself, to the disk.
+fn sync_files(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
+        let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
+        if path.is_dir() { sync_files(&path)? } else { sync(&path)? }
+    }
+    sync(dir)
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|e| Error::io("sync", path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn parameters(value: f32) -> Parameters {
+        Parameters::new(vec![("a".into(), vec![2, 2], vec![value; 4])], &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn a_checkpoint_brings_back_the_same_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path().join("checkpoints"), 2);
+        let saved = parameters(0.1);
+        saved.restore([&[0.1, f32::MIN_POSITIVE, -0.0, 7.0], &[1.0, 2.0, 3.0, 4.0], &[0.5; 4]]).unwrap();
+        let standing = Standing { step: 7, tokens: 99, recipe: "r".into(), ..Standing::default() };
+        checkpoints.save(&standing, &saved, &|_| Ok(())).unwrap();
+        let other = parameters(9.0);
+        assert_eq!(checkpoints.restore(&other, "r").unwrap(), Some(standing));
+        assert_eq!(other.snapshot().unwrap(), saved.snapshot().unwrap());
+        assert_eq!(checkpoints.restore(&other, "another").unwrap_err().kind(), Kind::Run);
+    }
+
+    #[test]
+    fn a_failed_export_leaves_no_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
+        let fail = |_: &Path| Err(Error::new(Kind::Io, "disk full"));
+        checkpoints.save(&Standing::default(), &parameters(0.0), &fail).unwrap_err();
+        assert_eq!(checkpoints.steps().unwrap(), Vec::<u64>::new());
+        assert!(checkpoints.restore(&parameters(0.0), "").unwrap().is_none());
+    }
+
+    #[test]
+    fn the_newest_and_the_best_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
+        for step in 1..=5 {
+            let best = Some(Evaluated { step: step.min(2), val_loss: 1.0 });
+            let standing = Standing { step, best, ..Standing::default() };
+            checkpoints.save(&standing, &parameters(0.0), &|_| Ok(())).unwrap();
+        }
+        assert_eq!(checkpoints.steps().unwrap(), [2, 4, 5]);
+    }
+}

@@ -1,0 +1,195 @@
+//! What a run will execute and where its budget will stop it, before it starts; and how far it is, while it runs.
+
+use super::{Settings, Standing, Stop, checkpoint_bytes};
+use crate::data::{BatchShape, MicroBatch, Sampler};
+use crate::energy::budget::Allowance;
+use crate::energy::{Account, Budget, Charge, Phase, Profile, Spent};
+use crate::model::ModelShape;
+use crate::ops::adamw_cost;
+use crate::units::MicroJoules;
+use crate::work::Work;
+
+/// What is due after a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Due {
+    /// An evaluation.
+    pub evaluation: bool,
+    /// A checkpoint.
+    pub save: bool,
+}
+
+impl Settings {
+    /// What is due once `step` steps are done. The end of the run brings its own evaluation and checkpoint.
+    pub fn due_after(&self, step: u64) -> Due {
+        let every = |n: u64| n > 0 && step.is_multiple_of(n) && step < self.steps;
+        let evaluation = every(self.eval_every);
+        Due { evaluation, save: every(self.save_every) || (evaluation && self.keep_best) }
+    }
+}
+
+/// The work of each thing a run does.
+pub struct Costs<'a> {
+    shape: &'a ModelShape,
+    sampler: &'a Sampler,
+    settings: &'a Settings,
+    trained: usize,
+    evaluation: Option<Work>,
+    save: Work,
+}
+
+/// Work of saving `trained` numbers: one pass over a checkpoint's bytes.
+pub(super) fn save_work(trained: usize) -> Work {
+    Work::sweep(checkpoint_bytes(trained), 0)
+}
+
+impl<'a> Costs<'a> {
+    /// Of a run with these parts.
+    pub fn new(
+        shape: &'a ModelShape,
+        sampler: &'a Sampler,
+        validation: &[MicroBatch],
+        trained: usize,
+        settings: &'a Settings,
+    ) -> Self {
+        let of = |batch: &MicroBatch| {
+            let BatchShape { segments, loss_tokens } = batch.shape();
+            shape.evaluation(&segments, loss_tokens)
+        };
+        let evaluation = (!validation.is_empty()).then(|| validation.iter().map(of).sum());
+        Self { shape, sampler, settings, trained, evaluation, save: save_work(trained) }
+    }
+
+    /// Whether there is anything to evaluate on.
+    pub fn evaluates(&self) -> bool {
+        self.evaluation.is_some()
+    }
+
+    /// Work of one evaluation, if there are any.
+    pub fn evaluation(&self) -> Option<&Work> {
+        self.evaluation.as_ref()
+    }
+
+    /// Work of the step after `step` done ones: its micro-batches and the optimizer.
+    pub fn step(&self, step: u64) -> Work {
+        let batches = self.sampler.step_shape(step);
+        let of = |batch: &BatchShape| self.shape.training(&batch.segments, batch.loss_tokens, self.settings.recompute);
+        batches.iter().map(of).sum::<Work>() + adamw_cost(self.trained)
+    }
+
+    /// What must still be possible after a step: what is due after it, and the entries that end the run.
+    pub fn after(&self, due: Due) -> Vec<(Phase, Work)> {
+        let due_evaluation = self.evaluation.as_ref().filter(|_| due.evaluation);
+        let evaluations = due_evaluation.into_iter().chain(&self.evaluation).map(|work| (Phase::Eval, work.clone()));
+        let saves = due.save.then_some(&self.save).into_iter().chain([&self.save]).map(|work| (Phase::Save, work.clone()));
+        evaluations.chain(saves).collect()
+    }
+}
+
+/// Where a run will end, as far as counting tells.
+#[derive(Debug, Clone)]
+pub struct Forecast {
+    /// Steps done when it ends.
+    pub steps: u64,
+    /// Why it ends.
+    pub stop: Stop,
+    /// What is spent in each phase from now on.
+    pub phases: Vec<(Phase, Charge)>,
+    /// Evaluations and saves from now on.
+    pub evaluations: usize,
+    /// Checkpoints from now on.
+    pub saves: usize,
+    /// Tokens and loss tokens of the steps from now on.
+    pub tokens: (u64, u64),
+}
+
+impl Forecast {
+    /// The energy, FLOPs and roofline time of all phases together.
+    pub fn total(&self) -> Spent {
+        self.phases.iter().map(|(_, charge)| spent(charge)).sum()
+    }
+}
+
+fn spent(charge: &Charge) -> Spent {
+    Spent { energy: charge.energy, flops: charge.flops, time: charge.time }
+}
+
+/// Plays the run through from `standing` on the counted meter: every step, evaluation and checkpoint that `budget` admits after `before`.
+pub fn forecast(
+    costs: &Costs<'_>,
+    settings: &Settings,
+    profile: &Profile,
+    budget: &Budget,
+    before: Spent,
+    standing: &Standing,
+) -> Forecast {
+    let evaluation = costs.evaluation.as_ref().map(|work| profile.charge(work));
+    let save = profile.charge(&costs.save);
+    let reserve: Spent = evaluation.iter().chain([&save]).map(spent).sum();
+    let (mut so_far, mut step, mut tokens) = (before, standing.step, (0, 0));
+    let (mut training, mut evaluations, mut saves) = (Charge::default(), 0, 0);
+    let mut last = Due { evaluation: false, save: false };
+    let stop = loop {
+        if step == settings.steps {
+            break if settings.by_epochs { Stop::Epochs } else { Stop::Steps };
+        }
+        let due = settings.due_after(step + 1);
+        let charge = profile.charge(&costs.step(step));
+        let mut next = spent(&charge);
+        next += evaluation.iter().filter(|_| due.evaluation).map(spent).sum();
+        next += due.save.then(|| spent(&save)).into_iter().sum();
+        if let Err(limit) = budget.admits(&so_far, &next, &reserve) {
+            break Stop::Budget(limit);
+        }
+        so_far += next;
+        training += &charge;
+        evaluations += usize::from(due.evaluation && evaluation.is_some());
+        saves += usize::from(due.save);
+        let shapes = costs.sampler.step_shape(step);
+        tokens.0 += shapes.iter().map(|s| s.tokens() as u64).sum::<u64>();
+        tokens.1 += shapes.iter().map(|s| s.loss_tokens as u64).sum::<u64>();
+        (step, last) = (step + 1, due);
+    };
+    evaluations += usize::from(!last.evaluation && evaluation.is_some());
+    saves += usize::from(!(last.save && last.evaluation) && !(last.save && evaluation.is_none()));
+    let times = |charge: &Charge, count: usize| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
+    let evaluated = evaluation.map_or_else(Charge::default, |charge| times(&charge, evaluations));
+    let phases = vec![(Phase::Train, training), (Phase::Eval, evaluated), (Phase::Save, times(&save, saves))];
+    Forecast { steps: step, stop, phases, evaluations, saves, tokens }
+}
+
+/// How far a run is: what the learning rate follows.
+pub struct Course {
+    steps: u64,
+    /// What training may spend in the whole run, on the meter that decides; `None` without a budget.
+    allowance: Option<Allowance>,
+}
+
+impl Course {
+    /// Of a run that goes on from `standing`; asked once, before the first step.
+    pub fn new(costs: &Costs<'_>, settings: &Settings, account: &Account, standing: &Standing) -> Self {
+        let steps = settings.steps;
+        if !account.budget().is_limited() {
+            return Self { steps, allowance: None };
+        }
+        let plan = forecast(costs, settings, account.meters().profile(), account.budget(), account.spent(), standing);
+        let evaluations =
+            costs.evaluation.iter().flat_map(|work| std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations));
+        let saves = std::iter::repeat_n((Phase::Save, costs.save.clone()), plan.saves);
+        let mut allowance = account.allowance(&evaluations.chain(saves).collect::<Vec<_>>());
+        let trained = account.spent_on(Phase::Train);
+        allowance.energy = allowance.energy.map(|energy| energy + trained.energy);
+        allowance.flops = allowance.flops.map(|flops| flops + trained.flops);
+        allowance.time = allowance.time.map(|time| time + trained.time);
+        Self { steps, allowance: Some(allowance) }
+    }
+
+    /// The larger of steps done over all steps and, where there is a budget, what training has spent at the midpoint of the step whose
+    /// work is `next` over what training may spend. With no budget the rates are transformers' own.
+    pub(super) fn progress(&self, standing: &Standing, account: &Account, next: &Work) -> f64 {
+        let by_steps = standing.step as f64 / self.steps as f64;
+        let Some(allowance) = &self.allowance else { return by_steps };
+        let next = account.forecast(&[(Phase::Train, next.clone())]);
+        let half = Spent { energy: MicroJoules(next.energy.0 / 2), flops: next.flops / 2, time: next.time / 2.0 };
+        by_steps.max(allowance.fraction(&(account.spent_on(Phase::Train) + half)))
+    }
+}

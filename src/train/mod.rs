@@ -1,0 +1,210 @@
+//! The loop: one optimizer step at a time, inside the budget.
+//!
+//! Takes a model, its trained values, batches, settings and an energy account; returns how the run ended. Each step is admitted by the
+//! account before it runs and charged after it. Evaluations and checkpoints are charged to the same account, and what the last of them
+//! will cost is held in reserve. Does not print: an `Observer` is told what happened.
+
+mod checkpoint;
+mod forecast;
+mod schedule;
+mod step;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use checkpoint::{Checkpoints, Evaluated, Standing, checkpoint_bytes};
+pub use forecast::{Costs, Course, Due, Forecast, forecast};
+pub use schedule::{Decay, Schedule};
+pub use step::{StepRecord, batch_on};
+
+use crate::data::{MicroBatch, Sampler};
+use crate::energy::{Account, Limit, Phase, Verdict};
+use crate::error::Result;
+use crate::model::{Decoder, ModelShape, Recompute};
+use crate::ops::{Context, Parameters};
+use crate::work::{Precision, Tally};
+
+/// Everything the loop works on.
+pub struct Job<'a> {
+    /// The model.
+    pub decoder: &'a Decoder,
+    /// Its trained values.
+    pub parameters: &'a Parameters,
+    /// What its work depends on.
+    pub shape: &'a ModelShape,
+    /// Training batches, a pure function of the step.
+    pub sampler: &'a Sampler,
+    /// Validation batches; empty: no evaluation.
+    pub validation: &'a [MicroBatch],
+    /// How to train.
+    pub settings: &'a Settings,
+    /// What may be spent, and what was.
+    pub account: &'a mut Account,
+    /// Where checkpoints go.
+    pub checkpoints: &'a Checkpoints,
+    /// Adds the model's own files to a checkpoint.
+    pub export: &'a dyn Fn(&Path) -> Result<()>,
+    /// Set when the person asks to stop.
+    pub interrupted: &'a AtomicBool,
+}
+
+/// How to train: plain numbers, no recipe.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Settings {
+    /// Steps if no budget binds.
+    pub steps: u64,
+    /// Whether `steps` was given in epochs.
+    pub by_epochs: bool,
+    /// The learning rate's course.
+    pub schedule: Schedule,
+    /// AdamW's beta1, beta2, epsilon.
+    pub adam: (f64, f64, f64),
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Global gradient norm is clipped here; 0 never clips.
+    pub max_grad_norm: f64,
+    /// Evaluate every so many steps; 0: before and after only.
+    pub eval_every: u64,
+    /// Save every so many steps; 0: at the end only.
+    pub save_every: u64,
+    /// Save at every evaluation, so that the best stays.
+    pub keep_best: bool,
+    /// Whether activations are computed again in the backward pass.
+    pub recompute: Recompute,
+    /// LoRA dropout.
+    pub dropout: f64,
+    /// Keys every random mask.
+    pub seed: u64,
+    /// Format of matrix-product inputs.
+    pub precision: Precision,
+    /// Names the recipe in checkpoints.
+    pub recipe: String,
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Stop {
+    /// All steps were done.
+    Steps,
+    /// All epochs were done.
+    Epochs,
+    /// A budget binds: the next step would pass it.
+    Budget(Limit),
+    /// The person asked.
+    Interrupted,
+    /// A loss or gradient was not finite; the text names step and place.
+    Diverged(String),
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Why.
+    pub stop: Stop,
+    /// Where it stood.
+    pub standing: Standing,
+}
+
+/// Told what happens, as it happens.
+pub trait Observer {
+    /// A step was done.
+    fn step(&mut self, record: &StepRecord, account: &Account) -> Result<()>;
+    /// Some of an evaluation's batches were done.
+    fn evaluating(&mut self, done: usize, of: usize);
+    /// An evaluation gave a loss (nats per loss token).
+    fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()>;
+    /// A checkpoint is whole.
+    fn saved(&mut self, step: u64, path: &Path);
+}
+
+/// Trains from `standing` until the steps are done, a budget binds, the person interrupts or a number is not finite.
+pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Observer) -> Result<Outcome> {
+    let tally = Tally::default();
+    let context = Context::new(&tally, job.settings.precision);
+    let costs = Costs::new(job.shape, job.sampler, job.validation, job.parameters.len(), job.settings);
+    if standing.step == 0 && standing.val_loss_before.is_none() && costs.evaluates() {
+        let val_loss = evaluate(job, context, 0, observer)?;
+        standing.val_loss_before = Some(val_loss);
+        standing.val_loss_last = Some(Evaluated { step: 0, val_loss });
+    }
+    let course = Course::new(&costs, job.settings, job.account, &standing);
+    let stop = loop {
+        if standing.step == job.settings.steps {
+            break if job.settings.by_epochs { Stop::Epochs } else { Stop::Steps };
+        }
+        if job.interrupted.load(Ordering::Relaxed) {
+            break Stop::Interrupted;
+        }
+        let work = costs.step(standing.step);
+        let due = job.settings.due_after(standing.step + 1);
+        if let Verdict::Stop(limit) = job.account.admit(Phase::Train, &work, &costs.after(due))? {
+            break Stop::Budget(limit);
+        }
+        let lr = job.settings.schedule.lr(course.progress(&standing, job.account, &work));
+        match step::optimizer_step(job, context, &mut standing, lr)? {
+            Ok(record) => observer.step(&record, job.account)?,
+            Err(diverged) => return Ok(Outcome { stop: Stop::Diverged(diverged), standing }),
+        }
+        if due.evaluation && costs.evaluates() {
+            evaluate_into(job, context, &mut standing, observer)?;
+        }
+        if due.save {
+            save(job, context, &standing, observer)?;
+        }
+    };
+    finish(job, context, &costs, &mut standing, observer, stop != Stop::Interrupted)?;
+    Ok(Outcome { stop, standing })
+}
+
+/// The last evaluation (unless one was just made, or the person is waiting) and the last checkpoint.
+fn finish(
+    job: &mut Job<'_>,
+    context: Context<'_>,
+    costs: &Costs<'_>,
+    standing: &mut Standing,
+    observer: &mut dyn Observer,
+    evaluate: bool,
+) -> Result<()> {
+    let evaluated = standing.val_loss_last.is_some_and(|last| last.step == standing.step);
+    if evaluate && costs.evaluates() && !evaluated {
+        evaluate_into(job, context, standing, observer)?;
+    } else if job.checkpoints.steps()?.last() == Some(&standing.step) {
+        return Ok(());
+    }
+    save(job, context, standing, observer)
+}
+
+fn evaluate_into(job: &mut Job<'_>, context: Context<'_>, standing: &mut Standing, observer: &mut dyn Observer) -> Result<()> {
+    let val_loss = evaluate(job, context, standing.step, observer)?;
+    let evaluated = Evaluated { step: standing.step, val_loss };
+    standing.val_loss_last = Some(evaluated);
+    if standing.best.is_none_or(|best| val_loss < best.val_loss) {
+        standing.best = Some(evaluated);
+    }
+    Ok(())
+}
+
+/// Validation loss in nats per loss token, charged as one entry.
+fn evaluate(job: &mut Job<'_>, context: Context<'_>, step: u64, observer: &mut dyn Observer) -> Result<f64> {
+    job.account.begin();
+    let (mut sum, mut count) = (0.0, 0);
+    for (done, batch) in job.validation.iter().enumerate() {
+        observer.evaluating(done, job.validation.len());
+        let losses = job.decoder.losses(context, &batch_on(batch, job.decoder.device())?)?;
+        sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+        count += losses.len();
+    }
+    job.account.charge(Phase::Eval, step, &context.tally.take())?;
+    let val_loss = sum / count as f64;
+    observer.evaluated(step, val_loss)?;
+    Ok(val_loss)
+}
+
+fn save(job: &mut Job<'_>, context: Context<'_>, standing: &Standing, observer: &mut dyn Observer) -> Result<()> {
+    job.account.begin();
+    context.tally.add(forecast::save_work(job.parameters.len()));
+    let path = job.checkpoints.save(standing, job.parameters, job.export)?;
+    job.account.charge(Phase::Save, standing.step, &context.tally.take())?;
+    observer.saved(standing.step, &path);
+    Ok(())
+}

@@ -1,0 +1,107 @@
+//! One optimizer step: gradients of all its micro-batches, clipped, one AdamW pass.
+
+use candle_core::Device;
+
+use super::{Job, Standing};
+use crate::data::MicroBatch;
+use crate::energy::{Phase, Reading};
+use crate::error::{Error, Kind, Result};
+use crate::model::Batch;
+use crate::ops::{AdamW, Context, Gradients};
+
+/// What one step did.
+#[derive(Debug)]
+pub struct StepRecord {
+    /// Its number, from 1.
+    pub step: u64,
+    /// Nats per loss token, before the update.
+    pub loss: f64,
+    /// The learning rate used.
+    pub lr: f64,
+    /// Global norm before clipping.
+    pub grad_norm: f64,
+    /// Tokens in its micro-batches.
+    pub tokens: u64,
+    /// Those with a loss.
+    pub loss_tokens: u64,
+    /// What it cost, by meter.
+    pub reading: Reading,
+}
+
+/// A micro-batch's tensors on `device`.
+pub fn batch_on(batch: &MicroBatch, device: &Device) -> Result<Batch> {
+    let lengths: Vec<usize> = batch.segments.iter().map(|segment| segment.range.len()).collect();
+    let examples = batch.segments.iter().map(|segment| segment.example).collect();
+    Batch::new(&batch.tokens, &lengths, examples, &batch.loss_positions, batch.targets.clone(), device)
+}
+
+/// Runs the step after `standing.step` done ones at rate `lr`, charges it and moves `standing` on. The inner error is a number that is
+/// not finite: the step's place and the records in it; nothing was updated then.
+pub(super) fn optimizer_step(
+    job: &mut Job<'_>,
+    context: Context<'_>,
+    standing: &mut Standing,
+    lr: f64,
+) -> Result<Result<StepRecord, String>> {
+    job.account.begin();
+    let (settings, step) = (job.settings, standing.step);
+    let batches = job.sampler.step(step);
+    let loss_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+    let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
+    let dropout = (settings.dropout > 0.0).then_some((settings.dropout, settings.seed, step));
+    let mut gradients = Gradients::new(job.parameters.slots().len());
+    let mut sum = 0.0;
+    for (index, batch) in batches.iter().enumerate() {
+        let input = batch_on(batch, job.decoder.device())?;
+        let scale = 1.0 / loss_tokens as f64;
+        let losses = job.decoder.losses_and_gradients(context, &input, scale, settings.recompute, dropout, &mut gradients)?;
+        let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
+        if !loss.is_finite() {
+            job.account.charge(Phase::Train, step + 1, &context.tally.take())?;
+            return Ok(Err(place("the loss", step, Some(index), batch)));
+        }
+        sum += loss;
+    }
+    let flat = gradients.flat(job.parameters).map_err(Error::while_running)?;
+    let (beta1, beta2, epsilon) = settings.adam;
+    let weight_decay = settings.weight_decay;
+    let adamw = AdamW { learning_rate: lr, beta1, beta2, epsilon, weight_decay, max_grad_norm: settings.max_grad_norm };
+    let grad_norm = adamw.step(context, job.parameters, &flat, step + 1)?;
+    let reading = job.account.charge(Phase::Train, step + 1, &context.tally.take())?;
+    if !grad_norm.is_finite() {
+        let culprit = first_not_finite(job, &gradients)?;
+        return Ok(Err(place(
+            &format!("the gradient of `{culprit}`"),
+            step,
+            None,
+            batches.last().unwrap_or(&MicroBatch::default()),
+        )));
+    }
+    let loss = sum / loss_tokens as f64;
+    standing.step += 1;
+    standing.train_loss_last = Some(loss);
+    standing.tokens += tokens as u64;
+    standing.loss_tokens += loss_tokens as u64;
+    standing.train_wall_s += reading.wall.0;
+    let (tokens, loss_tokens) = (tokens as u64, loss_tokens as u64);
+    Ok(Ok(StepRecord { step: step + 1, loss, lr, grad_norm, tokens, loss_tokens, reading }))
+}
+
+/// The first trained tensor whose gradient holds a number that is not finite.
+fn first_not_finite(job: &Job<'_>, gradients: &Gradients) -> Result<String> {
+    for (index, slot) in job.parameters.slots().iter().enumerate() {
+        let sum = gradients.get(index).map(|g| g.sqr()?.sum_all()?.to_scalar::<f32>()).transpose()?;
+        if sum.is_none_or(|sum| !sum.is_finite()) {
+            return Ok(slot.name.clone());
+        }
+    }
+    Err(Error::new(Kind::Diverged, "the gradient norm is not finite though every gradient is").while_running())
+}
+
+fn place(what: &str, step: u64, micro_step: Option<usize>, batch: &MicroBatch) -> String {
+    const SHOWN: usize = 8;
+    let examples: Vec<String> = batch.segments.iter().take(SHOWN).map(|segment| segment.example.to_string()).collect();
+    let micro = micro_step.map_or(String::new(), |index| format!(", micro-batch {}", index + 1));
+    let more = if batch.segments.len() > SHOWN { ", ..." } else { "" };
+    format!("{what} is not finite in step {}{micro} (records {}{more})", step + 1, examples.join(", "))
+}
