@@ -11,12 +11,12 @@ use wattune::work::Precision;
 const SMALLEST: &str = "[model]\nid = \"embedded:tiny\"\n[data]\ntrain = \"train.jsonl\"\n[train]\nsteps = 5\n";
 
 fn read(text: &str) -> Recipe {
-    parse(text, Path::new("/work/demo.toml"), &[]).unwrap_or_else(|error| panic!("{error}\n{text}"))
+    parse(text, Path::new("/demo/demo.toml"), &[]).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
 
 fn with(text: &str, overrides: &[&str]) -> Result<Recipe, String> {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-    parse(text, Path::new("/work/demo.toml"), &overrides).map_err(|error| error.to_string())
+    parse(text, Path::new("/demo/demo.toml"), &overrides).map_err(|error| error.to_string())
 }
 
 #[test]
@@ -70,7 +70,7 @@ fn defaults_are_the_contracts() {
     assert_eq!((lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora), (16, 32.0, 0.0, false));
     assert_eq!((&lora.target_modules, &lora.exclude_modules, &lora.init_from), (&Targets::AllLinear, &None, &None));
     let data = &recipe.data;
-    assert_eq!((&data.train, &data.validation), (&DataSource::File("/work/train.jsonl".into()), &Validation::None));
+    assert_eq!((&data.train, &data.validation), (&DataSource::File("/demo/train.jsonl".into()), &Validation::None));
     assert_eq!((data.format, data.max_length, data.packing, data.shuffle), (Format::Auto, 512, true, true));
     assert_eq!((data.on_bad_record, data.txt_unit), (OnBadRecord::Stop, TxtUnit::Paragraph));
     let train = &recipe.train;
@@ -179,7 +179,7 @@ fn what_the_recipe_wrote_is_remembered_beside_an_adapter_to_continue_from() {
     let text = format!("{SMALLEST}[adapter]\ninit_from = \"old\"\nr = 8\n");
     let recipe = read(&text);
     let Adapter::Lora(lora) = &recipe.adapter else { panic!("LoRA") };
-    assert_eq!((lora.init_from.as_deref(), &lora.written), (Some(Path::new("/work/old")), &vec!["r".to_string()]));
+    assert_eq!((lora.init_from.as_deref(), &lora.written), (Some(Path::new("/demo/old")), &vec!["r".to_string()]));
     // Written out, the defaults would contradict the adapter on the next reading.
     let resolved = recipe.to_toml();
     assert!(resolved.contains("\nr = 8 ") && resolved.contains("\n# lora_alpha = 32.0 "), "{resolved}");

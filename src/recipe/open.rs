@@ -41,7 +41,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
 /// ```
 /// use std::path::Path;
 /// let text = "[model]\nid = \"embedded:tiny\"\n[data]\ntrain = \"a.jsonl\"\n[train]\nsteps = 5\n";
-/// let recipe = wattune::recipe::parse(text, Path::new("/work/demo.toml"), &["train.learning_rate=1e-3".to_string()])?;
+/// let recipe = wattune::recipe::parse(text, Path::new("/demo/demo.toml"), &["train.learning_rate=1e-3".to_string()])?;
 /// assert_eq!((recipe.name.as_str(), recipe.train.learning_rate), ("demo", 1e-3));
 /// # Ok::<(), wattune::error::Error>(())
 /// ```
