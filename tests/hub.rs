@@ -297,7 +297,7 @@ fn what_an_earlier_run_left_is_taken_up() {
     fs::remove_dir_all(place.repo()).unwrap();
     fs::create_dir_all(part.parent().unwrap()).unwrap();
     fs::write(&part, [0; 2000]).unwrap();
-    fs::write(part.with_file_name("git-config.json.incomplete"), "x").unwrap();
+    fs::write(part.with_file_name("git-config.json.incomplete"), "xx").unwrap();
     let model = place.model().unwrap();
     assert!(fs::read(&model.weights[0]).unwrap() == bytes);
     assert_eq!(fs::read(&model.config).unwrap(), b"{}");
