@@ -225,7 +225,7 @@ impl Account {
         }
         let counted = MicroJoules(charge.energy.0.saturating_mul(steps));
         let total = times(predicted, steps);
-        let timed = if self.kind == MeterKind::Timed { total.energy } else { counted };
+        let timed = if self.kind == MeterKind::Timed { total.energy } else { (self.meters.timed_power() * total.time).rounded() };
         let measured = (self.kind == MeterKind::Measured).then_some(total.energy);
         self.ledger.lease(Lease {
             steps,

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::meter::Computing;
 use super::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Bytes, GramsCo2e, Watts};
@@ -136,10 +137,11 @@ impl Profile {
         }
     }
 
-    /// What a recipe's `energy.device` means: "auto", the path of a profile file (it ends in `.toml`), or a name.
-    pub fn resolve(text: &str, base: &Path) -> Result<Profile> {
+    /// What a recipe's `energy.device` means: "auto" (the device that computes), the path of a profile file under `base` (it ends
+    /// in `.toml`), or a name. A name is the whole device on every machine; "auto" resolves to "NAME@CORES" for a processor.
+    pub fn resolve(text: &str, base: &Path, computing: Computing) -> Result<Profile> {
         match text {
-            "auto" => Ok(Self::detect()),
+            "auto" => Self::of_machine(computing),
             _ if text.ends_with(".toml") => Self::from_file(&base.join(text)),
             _ => Self::named(text),
         }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::charge;
 use super::profile::{DeviceKind, Level, Profile, Source};
@@ -21,7 +21,7 @@ use crate::units::{GramsCo2e, Seconds, Watts};
 use crate::work::{Precision, Work};
 
 /// Exactly a `[[profile]]` of the table, or a user's profile file.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Raw {
     name: String,
@@ -50,6 +50,38 @@ struct Raw {
     embodied_kgco2e: Option<f64>,
     #[serde(default)]
     source: BTreeMap<String, String>,
+}
+
+impl Raw {
+    /// A profile as its file; derived figures are left out, to be derived again.
+    fn of(profile: &Profile) -> Raw {
+        let published = |precision: &Precision| !profile.derived.contains(precision);
+        let mut source =
+            profile.sources.iter().map(|(field, source)| (field.clone(), source.title.clone())).collect::<BTreeMap<_, _>>();
+        if !profile.derived.is_empty() {
+            source.remove("pj_per_flop");
+        }
+        Raw {
+            name: profile.name.replace('@', "-cores-"),
+            title: Some(profile.title.clone()),
+            kind: profile.kind,
+            cores: profile.cores,
+            matches: Vec::new(),
+            cpuid: Vec::new(),
+            idle_w: profile.idle_w.0,
+            load_w: profile.load_w.0,
+            load_points: profile.load_points.iter().map(|(load, watts)| (*load, watts.0)).collect(),
+            peak_flops: profile.peak_flops.clone(),
+            pj_per_flop: profile.pj_per_flop.iter().filter(|(p, _)| published(p)).map(|(p, pj)| (*p, *pj)).collect(),
+            bandwidth: profile.bandwidth,
+            achievable_flops: profile.achievable_flops,
+            achievable_bandwidth: profile.achievable_bandwidth,
+            caches: profile.caches.clone(),
+            dram_pj_per_byte: profile.dram_pj_per_byte,
+            embodied_kgco2e: profile.embodied.map(|grams| grams.0 / 1000.0),
+            source,
+        }
+    }
 }
 
 /// What tuned kernels usually reach; assumed, for a profile file that does not say.
@@ -87,9 +119,29 @@ impl Profile {
             let line = e.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
             Error::new(Kind::Energy, format!("this is not a device profile: {}", e.message()))
                 .at(format!("{place}, line {line}"))
-                .hint("start from a shipped profile: `wattune devices --json` prints them")
+                .hint("a profile has name, kind, idle_w, load_w, peak_flops, bandwidth, caches, dram_pj_per_byte, and cores for a cpu")
         })?;
         Self::build(raw, &BTreeMap::new(), Some(&place)).map_err(|e| e.at(place))
+    }
+
+    /// The same device with the FLOP/s and the bytes/s that were measured on it. What pJ/FLOP was derived is derived anew, so that
+    /// the device still draws `load_w` at full load; a precision that was not measured keeps its rate.
+    pub fn calibrated(&self, name: &str, rates: &BTreeMap<Precision, f64>, bandwidth: f64) -> Result<Profile> {
+        let mut raw = Raw::of(self);
+        raw.name = name.to_string();
+        raw.peak_flops = self.peak_flops.keys().map(|precision| (*precision, self.rate(*precision))).collect();
+        raw.peak_flops.extend(rates);
+        raw.bandwidth = bandwidth;
+        (raw.achievable_flops, raw.achievable_bandwidth) = (1.0, 1.0);
+        for field in ["peak_flops", "bandwidth", "achievable"] {
+            raw.source.insert(field.to_string(), format!("measured on this machine; the rest as {}", self.name));
+        }
+        Self::build(raw, &BTreeMap::new(), Some("calibrate"))
+    }
+
+    /// The profile as a file that `from_file` reads.
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(&Raw::of(self)).expect("a profile holds numbers and words only")
     }
 
     fn build(raw: Raw, sources: &BTreeMap<String, Source>, file: Option<&str>) -> Result<Profile> {
@@ -197,7 +249,29 @@ fn rule(key: &str, kept: bool, rule: &str, value: &impl std::fmt::Debug) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use super::super::meter::Computing;
     use super::*;
+
+    #[test]
+    fn a_profile_written_is_read_back_and_calibration_keeps_its_power() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("p.toml");
+        let work = Work::product(700, 800, 900, Precision::F32);
+        for name in ["amd-epyc-8024p", "nvidia-h100-sxm5-80gb", "raspberry-pi-5"] {
+            let profile = Profile::named(name).unwrap();
+            std::fs::write(&path, profile.to_toml()).unwrap();
+            let back = Profile::from_file(&path).unwrap();
+            assert_eq!((back.charge(&work), back.load_points), (profile.charge(&work), profile.load_points));
+        }
+        // Half the rate at the same watts: twice the energy of a FLOP, idle time included.
+        let pi = Profile::named("raspberry-pi-5").unwrap();
+        let rates = BTreeMap::from([(Precision::F32, pi.rate(Precision::F32) / 2.0)]);
+        let slow = pi.calibrated("my-pi", &rates, 1.5e10).unwrap();
+        let work = Work::product(4096, 4096, 4096, Precision::F32);
+        let ratio = slow.charge(&work).energy.joules() / pi.charge(&work).energy.joules();
+        assert!((ratio - 2.0).abs() < 1e-6, "{ratio}");
+        assert!(slow.sources["peak_flops"].title.contains("measured"));
+    }
 
     #[test]
     fn every_shipped_profile_is_sound_and_sourced() {
@@ -246,7 +320,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("desk.toml");
         std::fs::write(&path, good).unwrap();
-        assert_eq!(Profile::resolve("desk.toml", dir.path()).unwrap().name, "desk");
+        assert_eq!(Profile::resolve("desk.toml", dir.path(), Computing::Cpu).unwrap().name, "desk");
         let bad = [
             ("load_w = 60", "load_w = 5", "`load_w`"),
             ("cores = 4", "", "`cores`"),
