@@ -172,6 +172,11 @@ impl Account {
         self.window = Some(self.meters.begin());
     }
 
+    /// Call every minute or so inside a long window, so that a counter which wraps is followed.
+    pub fn poll(&mut self) {
+        self.meters.poll();
+    }
+
     /// Closes the window (an empty one if none is open), charges `work` to it as one entry, and writes it down.
     pub fn charge(&mut self, phase: Phase, step: u64, work: &Work) -> Result<Reading> {
         let window = self.window.take().unwrap_or_else(|| self.meters.begin());
