@@ -17,7 +17,8 @@ use super::tokenizer::token_text;
 use crate::error::{Error, Kind, Result};
 
 /// How Qwen2 splits text into words (transformers, `Qwen2Converter`; Apache-2.0).
-const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_WORDS: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The published families whose files these are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +39,8 @@ pub(super) fn tokenizer(vocab: &str, merges: &str, config: Option<&Value>) -> Re
             tokenizer.with_post_processor(Some(ByteLevel::new(true, false, true)));
         }
         Family::Qwen2 => {
-            let words = Split::new(SplitPattern::Regex(QWEN2_WORDS.into()), SplitDelimiterBehavior::Isolated, false).map_err(broken)?;
+            let words =
+                Split::new(SplitPattern::Regex(QWEN2_WORDS.into()), SplitDelimiterBehavior::Isolated, false).map_err(broken)?;
             let bytes = ByteLevel::new(prefix_space, false, false);
             let both = vec![PreTokenizerWrapper::Split(words), PreTokenizerWrapper::ByteLevel(bytes)];
             tokenizer.with_normalizer(Some(NFC)).map_err(broken)?;
@@ -117,7 +119,8 @@ mod tests {
 
     #[test]
     fn qwen_splits_digits_and_keeps_added_ids() {
-        let config = json!({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {"5": {"content": "<|e|>", "special": true}}});
+        let config =
+            json!({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {"5": {"content": "<|e|>", "special": true}}});
         let merges = "#version: 0.2\nĠ b\n1 1";
         assert!(tokenizer(VOCAB, merges, Some(&config)).is_err(), "`11` is no token");
         let t = tokenizer(VOCAB, "Ġ b", Some(&config)).unwrap();

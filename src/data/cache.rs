@@ -45,7 +45,9 @@ pub(super) fn save(folder: &Path, dataset: &Dataset) -> std::io::Result<()> {
     let mut body = body(dataset)?;
     let checksum = Sha256::digest(&body);
     body.extend_from_slice(&checksum);
-    let written = std::fs::File::create(&partial).and_then(|mut file| file.write_all(&body)).and_then(|()| std::fs::rename(&partial, &target));
+    let written = std::fs::File::create(&partial)
+        .and_then(|mut file| file.write_all(&body))
+        .and_then(|()| std::fs::rename(&partial, &target));
     if written.is_err() {
         // The first error is the one to report.
         let _ = std::fs::remove_file(&partial);
@@ -101,7 +103,8 @@ mod tests {
     #[test]
     fn what_was_saved_is_loaded_and_damage_is_seen() {
         let folder = tempfile::tempdir().unwrap();
-        let examples = vec![Example { tokens: vec![7, 70_000], loss: vec![false, true] }, Example { tokens: vec![], loss: vec![] }];
+        let examples =
+            vec![Example { tokens: vec![7, 70_000], loss: vec![false, true] }, Example { tokens: vec![], loss: vec![] }];
         let first = Some(Sample { place: "f, line 1".into(), pieces: vec![] });
         let counts = Counts { records: 3, glued: 1, ..Counts::default() };
         let records = [0, 2].as_slice().into();

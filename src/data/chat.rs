@@ -112,7 +112,10 @@ pub(super) fn learn_turn_marks(template: &ChatTemplate, added_tokens: &[(String,
     });
     let end = marks.iter().find(|m| m.kind == CLOSE).and_then(|close| {
         let rest = text[close.at..].trim_start();
-        added_tokens.iter().filter(|(token, _)| !token.is_empty() && rest.starts_with(token.as_str())).max_by_key(|(token, _)| token.len())
+        added_tokens
+            .iter()
+            .filter(|(token, _)| !token.is_empty() && rest.starts_with(token.as_str()))
+            .max_by_key(|(token, _)| token.len())
     });
     TurnMarks { header, end: end.cloned() }
 }
@@ -299,7 +302,12 @@ mod tests {
     #[test]
     fn what_cannot_be_located_is_refused() {
         let chat = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}]);
-        for source in ["{{ messages[1].content | upper }}x{{ messages[1].content }}", "{{ messages[1].content[:2] }}", "{{ messages[1].content|length }}", "nothing"] {
+        for source in [
+            "{{ messages[1].content | upper }}x{{ messages[1].content }}",
+            "{{ messages[1].content[:2] }}",
+            "{{ messages[1].content|length }}",
+            "nothing",
+        ] {
             assert_eq!(learned(source, chat.clone(), None).unwrap_err().kind(), Kind::Data, "{source}");
         }
         let reserved = json!([{"role": "assistant", "content": "\u{10FE00}"}]);

@@ -139,7 +139,8 @@ mod tests {
     use super::*;
 
     fn dataset(records: &[u64]) -> Dataset {
-        let examples: Vec<Example> = (0..records.len() as u32).map(|i| Example { tokens: vec![i, i], loss: vec![false, true] }).collect();
+        let examples: Vec<Example> =
+            (0..records.len() as u32).map(|i| Example { tokens: vec![i, i], loss: vec![false, true] }).collect();
         let counts = with_sizes(Counts { records: 20, skipped: 2, ..Counts::default() }, &examples);
         let records = records.into();
         Dataset { examples: examples.into(), records, counts, eos_trained: true, fingerprint: "f".into(), first: None }
@@ -156,7 +157,10 @@ mod tests {
         assert_eq!(ids, (0..20).collect::<Vec<_>>());
         assert_eq!(whole.split(0.25, 7).unwrap().1, validation);
         assert_ne!(whole.split(0.25, 8).unwrap().1, validation);
-        assert_eq!((train.counts.loss_tokens, train.counts.skipped, validation.counts.tokens, validation.counts.skipped), (15, 2, 10, 0));
+        assert_eq!(
+            (train.counts.loss_tokens, train.counts.skipped, validation.counts.tokens, validation.counts.skipped),
+            (15, 2, 10, 0)
+        );
     }
 
     #[test]

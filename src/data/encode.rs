@@ -139,7 +139,8 @@ mod tests {
     use proptest::prelude::*;
 
     const WORDS: [&str; 9] = ["<unk>", "<eos>", "a", " b", " c", "\n", "<u>", "<m>", "d"];
-    const TEMPLATE: &str = "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<m>' }}{{ m.content + '<eos>\\n' }}{% endfor %}";
+    const TEMPLATE: &str =
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<m>' }}{{ m.content + '<eos>\\n' }}{% endfor %}";
 
     fn tokenizer() -> Tokenizer {
         word_tokenizer(&WORDS, "<eos>", Some(TEMPLATE))
@@ -178,7 +179,8 @@ mod tests {
     #[test]
     fn the_assistants_turn_and_its_end_are_learned() {
         let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
-        let messages = vec![message("user", "a<eos>"), message("assistant", "a b"), message("user", "d"), message("assistant", "")];
+        let messages =
+            vec![message("user", "a<eos>"), message("assistant", "a b"), message("user", "d"), message("assistant", "")];
         let chat = chat::Chat { learned: chat::by_role(&messages), messages, tools: None };
         let outcome = encode(&Shaped::Chat(chat), &tokenizer(), 99).unwrap();
         let tokens = vec![6, 2, 1, 1, 5, 7, 2, 3, 1, 5, 6, 8, 1, 5, 7, 1, 5];

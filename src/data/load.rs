@@ -93,7 +93,10 @@ fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
 fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> Result<String> {
     let mut hash = Sha256::new();
     let Options { format, columns, max_length, on_bad_record, txt_unit } = options;
-    let words = format!("{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {}", tokenizer.fingerprint());
+    let words = format!(
+        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {}",
+        tokenizer.fingerprint()
+    );
     hash.update(words);
     for path in paths {
         let mut file = std::fs::File::open(path).map_err(|e| Error::io("read", path, e))?;
@@ -133,12 +136,15 @@ struct Gathered {
 impl Gathered {
     fn add(&mut self, chunk: Vec<Result<Record>>, options: &Options, tokenizer: &Tokenizer) -> Result<()> {
         let columns = Columns(&options.columns);
-        let format = match (self.format, chunk.iter().flatten().next()) {
+        let first = chunk.iter().flatten().next();
+        let format = match (self.format, first) {
             (Some(format), _) => format,
-            (None, Some(first)) if options.format == Format::Auto => detect(first, columns)?,
-            (None, _) => options.format,
+            (None, Some(first)) => {
+                columns.check_first(first)?;
+                *self.format.insert(if options.format == Format::Auto { detect(first, columns)? } else { options.format })
+            }
+            (None, None) => options.format,
         };
-        self.format = Some(format).filter(|format| *format != Format::Auto);
         if format == Format::Messages {
             // Without a template every record fails alike: that is the model's lack, not the records'.
             tokenizer.template()?;
@@ -222,7 +228,13 @@ mod tests {
     use crate::data::tokenizer::tests::word_tokenizer;
 
     fn options() -> Options {
-        Options { format: Format::Auto, columns: vec![], max_length: 4, on_bad_record: OnBadRecord::Stop, txt_unit: TxtUnit::Paragraph }
+        Options {
+            format: Format::Auto,
+            columns: vec![],
+            max_length: 4,
+            on_bad_record: OnBadRecord::Stop,
+            txt_unit: TxtUnit::Paragraph,
+        }
     }
 
     fn tokenizer() -> Tokenizer {
@@ -244,7 +256,16 @@ mod tests {
         let error = load_lines(LINES, &options(), None).unwrap_err();
         assert!(error.to_string().contains("d.jsonl, line 2"), "{error}");
         let dataset = load_lines(LINES, &Options { on_bad_record: OnBadRecord::Skip, ..options() }, None).unwrap();
-        let counts = Counts { records: 4, examples: 2, tokens: 7, loss_tokens: 5, truncated: 2, dropped: 1, skipped: 1, ..Counts::default() };
+        let counts = Counts {
+            records: 4,
+            examples: 2,
+            tokens: 7,
+            loss_tokens: 5,
+            truncated: 2,
+            dropped: 1,
+            skipped: 1,
+            ..Counts::default()
+        };
         assert_eq!(dataset.counts, counts);
         assert!(dataset.eos_trained);
         let first = dataset.first.unwrap();

@@ -49,9 +49,11 @@ fn shown(value: &Value) -> String {
 
 /// One message and its own word on whether it is learned.
 fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
-    let fields = item.as_object().ok_or_else(|| refuse("a message is not an object").rule("{\"role\": ..., \"content\": ...}"))?;
+    let fields =
+        item.as_object().ok_or_else(|| refuse("a message is not an object").rule("{\"role\": ..., \"content\": ...}"))?;
     // Columnar files fill absent keys with null.
-    let mut fields: Map<String, Value> = fields.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
+    let mut fields: Map<String, Value> =
+        fields.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
     let weight = take_weight(&mut fields)?;
     if !fields.contains_key("role") && fields.contains_key("from") {
         fields = from_sharegpt(&fields)?;
@@ -213,7 +215,10 @@ mod tests {
         let chat = from_list(list.as_array().unwrap(), Some("S"), Some(&tools)).unwrap();
         let roles: Vec<_> = chat.messages.iter().map(|m| m["role"].as_str().unwrap()).collect();
         assert_eq!(roles, ["system", "user", "assistant", "tool", "assistant"]);
-        assert_eq!(chat.messages[2].to_string(), r#"{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"f","arguments":{"b":1,"a":2}}}],"content":""}"#);
+        assert_eq!(
+            chat.messages[2].to_string(),
+            r#"{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"f","arguments":{"b":1,"a":2}}}],"content":""}"#
+        );
         assert_eq!(chat.learned, [false, false, true, false, true]);
         assert_eq!(chat.tools, Some(json!([{"type": "function", "function": {"name": "f"}}])));
     }

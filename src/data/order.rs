@@ -44,7 +44,8 @@ mod tests {
     #[test]
     fn every_word_of_the_key_matters_and_every_index_stays() {
         let base = permutation(100, 1, Use::Epoch, 0);
-        for other in [permutation(100, 2, Use::Epoch, 0), permutation(100, 1, Use::Split, 0), permutation(100, 1, Use::Epoch, 1)] {
+        for other in [permutation(100, 2, Use::Epoch, 0), permutation(100, 1, Use::Split, 0), permutation(100, 1, Use::Epoch, 1)]
+        {
             assert_ne!(base, other);
         }
         assert_eq!(base, permutation(100, 1, Use::Epoch, 0));

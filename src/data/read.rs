@@ -186,7 +186,6 @@ fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Rec
     })))
 }
 
-
 fn csv_reason(error: &::csv::Error) -> String {
     match error.kind() {
         ::csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!("{len} cells where the header has {expected_len}"),
@@ -264,7 +263,11 @@ mod tests {
 
     #[test]
     fn json_is_a_list_or_lines_or_a_data_field() {
-        for content in ["[{\"text\": \"x\"}, {\"text\": \"y\"}]", "{\"text\": \"x\"}\n{\"text\": \"y\"}", "{\"data\": [{\"text\": \"x\"}, {\"text\": \"y\"}]}"] {
+        for content in [
+            "[{\"text\": \"x\"}, {\"text\": \"y\"}]",
+            "{\"text\": \"x\"}\n{\"text\": \"y\"}",
+            "{\"data\": [{\"text\": \"x\"}, {\"text\": \"y\"}]}",
+        ] {
             assert_eq!(texts(&all("a.json", content.as_bytes(), TxtUnit::File)), [(1, "x"), (2, "y")], "{content}");
         }
         let errors = all("a.json", b"[{\"text\": 1},\n {]", TxtUnit::File);

@@ -159,7 +159,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn examples(lengths: &[usize]) -> Arc<[Example]> {
-        let one = |length: usize| Example { tokens: (0..length as u32).collect(), loss: (0..length).map(|i| i > length / 2).collect() };
+        let one =
+            |length: usize| Example { tokens: (0..length as u32).collect(), loss: (0..length).map(|i| i > length / 2).collect() };
         lengths.iter().map(|length| one(*length)).collect()
     }
 

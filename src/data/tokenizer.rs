@@ -141,7 +141,8 @@ impl Tokenizer {
     pub(super) fn turn_marks(&self) -> Result<&TurnMarks> {
         let template = self.template()?;
         Ok(self.turn_marks.get_or_init(|| {
-            let added: Vec<(String, u32)> = self.inner.get_added_tokens_decoder().into_iter().map(|(id, t)| (t.content, id)).collect();
+            let added: Vec<(String, u32)> =
+                self.inner.get_added_tokens_decoder().into_iter().map(|(id, t)| (t.content, id)).collect();
             learn_turn_marks(template, &added)
         }))
     }
