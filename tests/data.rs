@@ -201,8 +201,7 @@ fn conversations_with_tools_are_learned_call_by_call() {
     assert_eq!((dataset.counts.records, dataset.examples.len(), dataset.counts.truncated), (300, 300, 0));
     for (record, example) in records.iter().zip(dataset.examples.iter()) {
         // Straight from the record: gpt turns as they are, calls as Qwen's template writes them.
-        let turns: Vec<String> =
-            record.fields["conversations"].as_array().unwrap().iter().filter_map(|turn| expected_turn(turn)).collect();
+        let turns: Vec<String> = record.fields["conversations"].as_array().unwrap().iter().filter_map(expected_turn).collect();
         let runs = learned_text(&tokenizer, example);
         let runs: Vec<String> = runs.split("<|im_end|>").map(|run| run.trim_start_matches('|').to_string()).collect();
         assert_eq!(runs.len(), turns.len() + 1, "{}", record.place);
@@ -227,6 +226,27 @@ fn expected_turn(turn: &Value) -> Option<String> {
         }
         _ => None,
     }
+}
+
+#[test]
+fn qwen3_learns_reasoning_and_calls_with_their_turn() {
+    let Some(assets) = assets("qwen3_learns_reasoning_and_calls_with_their_turn") else { return };
+    // Qwen3's vocabulary is Qwen2.5's with four more added tokens; its template rewrites reasoning.
+    let words = files(&assets.join("tokenizers/qwen2.5-0.5b-instruct"));
+    let config = Some(assets.join("tokenizers/qwen3/tokenizer_config.json"));
+    let tokenizer = Tokenizer::load(&TokenizerFiles { tokenizer_config: config, ..words }).unwrap();
+    let lines =
+        r#"{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA"}]}"#;
+    let (_, texts) = learned(&tokenizer, lines, Format::Auto).unwrap();
+    assert_eq!(texts, ["<think>\nhm\n</think>\n\nA<|im_end|>"]);
+    let lines = r#"{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}"#;
+    assert_eq!(learned(&tokenizer, lines, Format::Auto).unwrap().1, ["A<|im_end|>"]);
+    let path = assets.join("datasets/llamafactory/glaive_toolcall_en_demo.json");
+    let dataset = load(&[path], &options(Format::Auto, 16_384), &tokenizer, None).unwrap();
+    assert_eq!((dataset.counts.records, dataset.counts.examples), (300, 300));
+    let turns: usize = dataset.examples.iter().map(|e| learned_text(&tokenizer, e).matches("<|im_end|>").count()).sum();
+    // 746 answers and 211 calls, counted in the file.
+    assert_eq!(turns, 746 + 211);
 }
 
 #[test]
