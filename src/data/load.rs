@@ -297,6 +297,9 @@ mod tests {
         assert!(load_lines("", &options(), None).unwrap_err().to_string().contains("0 records"));
         let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
         assert_eq!(error.kind(), Kind::Tokenizer);
+        // A mapped column that is not there is an error, even where other fields would fit a format.
+        let mapped = Options { columns: vec![("text".into(), "body".into())], ..options() };
+        assert!(load_lines(LINES, &mapped, None).unwrap_err().to_string().contains("has no `body`"));
         assert!(load_lines("{}", &Options { max_length: 1, ..options() }, None).is_err());
     }
 }
