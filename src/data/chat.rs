@@ -306,6 +306,7 @@ mod tests {
             "{{ messages[1].content | upper }}x{{ messages[1].content }}",
             "{{ messages[1].content[:2] }}",
             "{{ messages[1].content|length }}",
+            "{{ messages[1].content|length }}{{ messages[1].content }}",
             "nothing",
         ] {
             assert_eq!(learned(source, chat.clone(), None).unwrap_err().kind(), Kind::Data, "{source}");

@@ -192,7 +192,9 @@ mod tests {
     fn offsets_that_tokenizers_trim_or_share_are_covered() {
         // "x" | "\n" trimmed to an empty range | three byte tokens of one emoji; the span is "\n😀" = 1..6.
         let encoded = Encoded { ids: vec![0; 6], offsets: vec![(0, 1), (2, 2), (2, 6), (2, 6), (2, 6), (6, 7)] };
-        assert_eq!(in_spans(&encoded, &[1..6]), [false, true, true, true, true, false]);
+        assert_eq!(in_spans(&encoded, std::slice::from_ref(&(1..6))), [false, true, true, true, true, false]);
+        // A trimmed token at a span's end still lies in it.
+        assert_eq!(in_spans(&encoded, std::slice::from_ref(&(0..2))), [true, true, false, false, false, false]);
         assert_eq!(in_spans(&encoded, &[0..1, 6..7]), [true, false, false, false, false, true]);
     }
 

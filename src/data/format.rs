@@ -43,6 +43,8 @@ pub(super) struct Columns<'a>(pub &'a [(String, String)]);
 
 /// The fields a recipe may map to columns.
 const WANTED: [&str; 8] = ["text", "prompt", "completion", "messages", "tools", "instruction", "input", "output"];
+/// Of these, the fields a record may lack.
+const OPTIONAL: [&str; 2] = ["tools", "input"];
 /// Names of the pair that `Completion` reads, in order of preference.
 const PAIRS: [(&str, &str); 2] = [("prompt", "completion"), ("question", "answer")];
 /// Names of the list that `Messages` reads.
@@ -75,10 +77,27 @@ impl<'a> Columns<'a> {
         found.filter(|value| !value.is_null())
     }
 
-    /// The names of a prompt and its completion that this record has.
+    /// Refuses a map to columns that the first record lacks: another column must not step in unnoticed.
+    pub fn check_first(&self, record: &Record) -> Result<()> {
+        let absent = |wanted: &str| !OPTIONAL.contains(&wanted) && self.get(&record.fields, wanted).is_none();
+        match self.0.iter().find(|(wanted, _)| absent(wanted)) {
+            None => Ok(()),
+            Some((wanted, column)) => {
+                Err(Error::new(Kind::Data, format!("the first record has no `{column}`, which `columns` names"))
+                    .at(record.place.to_string())
+                    .value(format!("its fields: {}", names(&record.fields)))
+                    .hint(format!("correct the map: columns = {{ {wanted} = \"COLUMN\" }}")))
+            }
+        }
+    }
+
+    /// The names of a prompt and its completion that this record has; only the mapped ones where either is mapped.
     fn pair(&self, record: &Map<String, Value>) -> Option<(&'static str, &'static str)> {
-        PAIRS
-            .into_iter()
+        let mapped = self.mapped(PAIRS[0].0).is_some() || self.mapped(PAIRS[0].1).is_some();
+        let pairs = if mapped { &PAIRS[..1] } else { &PAIRS };
+        pairs
+            .iter()
+            .copied()
             .find(|(prompt, completion)| self.get(record, prompt).is_some() && self.get(record, completion).is_some())
     }
 }
@@ -214,6 +233,10 @@ mod tests {
         let columns = [("prompt".to_string(), "extra.q".to_string()), ("completion".to_string(), "label".to_string())];
         let shaped = shape(&record(json!({"extra": {"q": "Q"}, "label": 1})), Format::Completion, Columns(&columns)).unwrap();
         assert_eq!(shaped, Shaped::Completion { prompt: "Q".into(), completion: "1".into() });
+        // `question` and `answer` are there, but the map asks for something else.
+        let other = record(json!({"question": "a", "answer": "b"}));
+        assert!(Columns(&columns).check_first(&other).unwrap_err().to_string().contains("`extra.q`"));
+        assert!(shape(&other, Format::Completion, Columns(&columns)).is_err());
         let wrong = [("promt".to_string(), "a".to_string())];
         assert!(Columns(&wrong).check().unwrap_err().to_string().contains("promt"));
     }

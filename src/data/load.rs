@@ -136,12 +136,15 @@ struct Gathered {
 impl Gathered {
     fn add(&mut self, chunk: Vec<Result<Record>>, options: &Options, tokenizer: &Tokenizer) -> Result<()> {
         let columns = Columns(&options.columns);
-        let format = match (self.format, chunk.iter().flatten().next()) {
+        let first = chunk.iter().flatten().next();
+        let format = match (self.format, first) {
             (Some(format), _) => format,
-            (None, Some(first)) if options.format == Format::Auto => detect(first, columns)?,
-            (None, _) => options.format,
+            (None, Some(first)) => {
+                columns.check_first(first)?;
+                *self.format.insert(if options.format == Format::Auto { detect(first, columns)? } else { options.format })
+            }
+            (None, None) => options.format,
         };
-        self.format = Some(format).filter(|format| *format != Format::Auto);
         if format == Format::Messages {
             // Without a template every record fails alike: that is the model's lack, not the records'.
             tokenizer.template()?;
@@ -294,6 +297,9 @@ mod tests {
         assert!(load_lines("", &options(), None).unwrap_err().to_string().contains("0 records"));
         let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
         assert_eq!(error.kind(), Kind::Tokenizer);
+        // A mapped column that is not there is an error, even where other fields would fit a format.
+        let mapped = Options { columns: vec![("text".into(), "body".into())], ..options() };
+        assert!(load_lines(LINES, &mapped, None).unwrap_err().to_string().contains("has no `body`"));
         assert!(load_lines("{}", &Options { max_length: 1, ..options() }, None).is_err());
     }
 }

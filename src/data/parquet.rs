@@ -22,7 +22,7 @@ pub(super) fn records(file: Arc<str>, source: File) -> Result<Records> {
             .hint("write it again, as with pandas' `to_parquet(path, compression=\"zstd\")`")
     };
     let reader = SerializedFileReader::new(source).map_err(refuse)?;
-    // Opening one iterator over the whole file checks the schema; the reader must outlive it, hence `from_file_into`.
+    // Fails now, not at the first row, where the schema has no rows as records.
     reader.get_row_iter(None).map_err(refuse)?;
     let rows = parquet::record::reader::RowIter::from_file_into(Box::new(reader));
     let mut failed = false;
@@ -54,4 +54,63 @@ fn fields(row: &Row) -> Result<serde_json::Map<String, Value>, String> {
             Ok((name.clone(), value))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use parquet::basic::Compression;
+    use parquet::column::writer::ColumnWriter;
+    use parquet::data_type::ByteArray;
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+    use serde_json::json;
+
+    use crate::data::read::{TxtUnit, read};
+
+    /// Two rows: {text: "a", messages: [{role: "u", content: "x"}, {role: "v", content: null}]}, {text: null, messages: []}.
+    fn write(path: &std::path::Path, compression: Compression) {
+        let schema =
+            "message m { optional binary text; required group messages (LIST) { repeated group list { required group element {
+            required binary role (UTF8); optional binary content (UTF8); } } } }";
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
+        let mut file = SerializedFileWriter::new(std::fs::File::create(path).unwrap(), schema, properties).unwrap();
+        let mut group = file.next_row_group().unwrap();
+        // Per column: values, definition levels, repetition levels, by Dremel's rules.
+        let columns: [(&[&str], &[i16], &[i16]); 3] =
+            [(&["a"], &[1, 0], &[0, 0]), (&["u", "v"], &[1, 1, 0], &[0, 1, 0]), (&["x"], &[2, 1, 0], &[0, 1, 0])];
+        for (values, definition, repetition) in columns {
+            let mut column = group.next_column().unwrap().unwrap();
+            let ColumnWriter::ByteArrayColumnWriter(writer) = column.untyped() else { panic!("bytes") };
+            let values: Vec<ByteArray> = values.iter().map(|v| ByteArray::from(*v)).collect();
+            writer.write_batch(&values, Some(definition), Some(repetition)).unwrap();
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+        file.close().unwrap();
+    }
+
+    #[test]
+    fn nested_lists_and_unannotated_text_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("d.parquet");
+        for compression in [
+            Compression::UNCOMPRESSED,
+            Compression::SNAPPY,
+            Compression::GZIP(Default::default()),
+            Compression::ZSTD(Default::default()),
+        ] {
+            write(&path, compression);
+            let rows: Vec<_> = read(&path, TxtUnit::File).unwrap().map(Result::unwrap).collect();
+            assert_eq!(rows[0].place.to_string(), format!("{}, row 1", path.display()));
+            let fields: Vec<_> = rows.into_iter().map(|r| serde_json::Value::Object(r.fields)).collect();
+            let messages = json!([{"role": "u", "content": "x"}, {"role": "v", "content": null}]);
+            assert_eq!(fields, [json!({"text": "a", "messages": messages}), json!({"text": null, "messages": []})]);
+        }
+        std::fs::write(&path, "PAR1 no").unwrap();
+        assert!(read(&path, TxtUnit::File).err().unwrap().to_string().contains("not a Parquet file"));
+    }
 }

@@ -65,7 +65,7 @@ impl ChatTemplate {
         let name = if tools.is_some() && self.has_tool_use { TOOL_USE } else { CHAT };
         let name = if marked { format!("{name}{MARKED}") } else { name.to_string() };
         let template = self.environment.get_template(&name).map_err(|e| refused(&e))?;
-        template.render(context.into_iter().collect::<Jinja>()).map_err(|e| refused(&e))
+        template.render(Jinja::from_pairs(context)).map_err(|e| refused(&e))
     }
 }
 

@@ -29,7 +29,7 @@ pub struct TokenizerFiles {
     pub special_tokens_map: Option<PathBuf>,
     /// `chat_template.jinja`: takes precedence over tokenizer_config.json's, as in transformers.
     pub chat_template: Option<PathBuf>,
-    /// The model's `config.json`: its eos id is the last resort.
+    /// The model's `config.json`: its eos id counts where tokenizer_config.json names no eos token.
     pub config: Option<PathBuf>,
 }
 
@@ -192,7 +192,7 @@ pub(super) fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// tokenizer_config.json's eos token, else special_tokens_map.json's, else config.json's id if it is a single one.
+/// tokenizer_config.json's eos token, else config.json's id if it is a single one, else special_tokens_map.json's.
 fn eos(
     config: Option<&Value>,
     map: Option<&Value>,

@@ -172,6 +172,11 @@ impl Account {
         self.window = Some(self.meters.begin());
     }
 
+    /// Call every minute or so inside a long window, so that a counter which wraps is followed.
+    pub fn poll(&mut self) {
+        self.meters.poll();
+    }
+
     /// Closes the window (an empty one if none is open), charges `work` to it as one entry, and writes it down.
     pub fn charge(&mut self, phase: Phase, step: u64, work: &Work) -> Result<Reading> {
         let window = self.window.take().unwrap_or_else(|| self.meters.begin());
@@ -225,7 +230,7 @@ impl Account {
         }
         let counted = MicroJoules(charge.energy.0.saturating_mul(steps));
         let total = times(predicted, steps);
-        let timed = if self.kind == MeterKind::Timed { total.energy } else { counted };
+        let timed = if self.kind == MeterKind::Timed { total.energy } else { (self.meters.timed_power() * total.time).rounded() };
         let measured = (self.kind == MeterKind::Measured).then_some(total.energy);
         self.ledger.lease(Lease {
             steps,

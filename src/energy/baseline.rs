@@ -117,15 +117,16 @@ const fn row(prefix: &'static str, tokens: f64, source: &'static str, verified: 
     Tokens { prefix, tokens, source, verified }
 }
 
-const PUBLISHED: [Tokens; 39] = [
+const PUBLISHED: [Tokens; 40] = [
     row("huggingfacetb/smollm2-135m", 2e12, "SmolLM2 model card", true),
     row("huggingfacetb/smollm2-360m", 4e12, "SmolLM2 model card", true),
-    row("huggingfacetb/smollm2-1.7b", 11e12, "SmolLM2 model card", false),
+    row("huggingfacetb/smollm2-1.7b", 11e12, "SmolLM2 (arXiv:2502.02737)", true),
     row("huggingfacetb/smollm-135m", 600e9, "SmolLM model card", false),
     row("huggingfacetb/smollm-360m", 600e9, "SmolLM model card", false),
     row("huggingfacetb/smollm-1.7b", 1e12, "SmolLM model card", false),
     row("huggingfacetb/smollm3-3b", 11.2e12, "SmolLM3 model card", true),
-    row("tinyllama/tinyllama", 3e12, "TinyLlama README", true),
+    row("tinyllama/tinyllama-1.1b-chat-v1.0", 3e12, "TinyLlama README (arXiv:2401.02385)", true),
+    row("tinyllama/tinyllama-1.1b-intermediate-step-1431k-3t", 3e12, "TinyLlama README (arXiv:2401.02385)", true),
     row("meta-llama/llama-2", 2e12, "Llama 2 model card (arXiv:2307.09288)", true),
     row("meta-llama/meta-llama-3-", 15e12, "Llama 3 model card", true),
     row("meta-llama/llama-3.1", 15e12, "Llama 3.1 model card (\"15T+\")", true),
@@ -153,7 +154,7 @@ const PUBLISHED: [Tokens; 39] = [
     row("google/gemma-2-2b", 2e12, "Gemma 2 (arXiv:2408.00118)", false),
     row("google/gemma-2-9b", 8e12, "Gemma 2 (arXiv:2408.00118)", false),
     row("google/gemma-2-27b", 13e12, "Gemma 2 (arXiv:2408.00118)", false),
-    row("bigscience/bloom", 366e9, "BLOOM (arXiv:2211.05100)", true),
+    row("bigscience/bloom", 366e9, "BLOOM 176B (arXiv:2211.05100), taken for the whole family", false),
     row("facebook/opt-", 180e9, "OPT (arXiv:2205.01068)", false),
     row("tiiuae/falcon-7b", 1.5e12, "Falcon-7B model card", false),
     row("microsoft/phi-2", 1.4e12, "Phi-2 model card", false),
@@ -173,7 +174,7 @@ pub fn pretraining(
     let fits = PUBLISHED.iter().filter(|known| id.starts_with(known.prefix));
     let (label, tokens, source, caveat) = match (fits.max_by_key(|known| known.prefix.len()), tokens) {
         (Some(known), _) => {
-            let caveat = (!known.verified).then_some("the published token count was recalled, not read again");
+            let caveat = (!known.verified).then_some("the published token count was not read again for this table");
             (Label::Published, known.tokens, format!("{:.4e} tokens: {}", known.tokens, known.source), caveat)
         }
         (None, Some(tokens)) => (Label::Counted, tokens, format!("{tokens:.4e} tokens, as given"), None),

@@ -4,7 +4,9 @@
 //! driver's name, and the number of physical cores this process may use (affinity, cgroup). Never guesses a graphics processor;
 //! an unknown processor gets a generic profile that says so.
 
+use super::meter::Computing;
 use super::profile::{DeviceKind, Profile};
+use super::sensor::gpu_name;
 use super::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
 
@@ -17,6 +19,25 @@ impl Profile {
         let note = profile.note.take().unwrap_or_default();
         profile.note = Some(format!("{note}; {cores} core{} allowed to this process", if cores == 1 { "" } else { "s" }));
         profile
+    }
+
+    /// The profile of the device that computes.
+    pub fn of_machine(computing: Computing) -> Result<Profile> {
+        match computing {
+            Computing::Cpu => Ok(Self::detect()),
+            Computing::Nvidia(index) => {
+                let name = gpu_name(index).map_err(|absent| {
+                    Error::new(Kind::Energy, format!("the graphics processor cannot be recognised: {}", absent.reason))
+                        .hint(format!("{}; or name the device in the recipe's [energy] table", absent.remedy))
+                })?;
+                Self::of_gpu(&name)
+            }
+            Computing::Other => match Self::detect() {
+                chip if chip.kind == DeviceKind::Soc => Ok(chip),
+                _ => Err(Error::new(Kind::Energy, "this device cannot be recognised, and none is guessed")
+                    .hint("write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file")),
+            },
+        }
     }
 
     /// The profile of a graphics processor by the name its driver reports ("NVIDIA H100 80GB HBM3").

@@ -20,143 +20,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::budget::Spent;
 use super::charge::Traffic;
-use super::meter::MeterKind;
+pub use super::entry::{Energies, Entry, Lease, Phase, Totals};
 use crate::error::{Error, Kind, Result};
-use crate::units::{MicroJoules, Seconds};
-
-/// What energy was spent on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// Loading the model and the data.
-    Load,
-    /// Optimizer steps.
-    Train,
-    /// Evaluations.
-    Eval,
-    /// Checkpoints and the final files.
-    Save,
-    /// Leased, then lost in a crash.
-    Lost,
-}
-
-impl Phase {
-    /// Every phase, in the order of a run.
-    pub const ALL: [Phase; 5] = [Phase::Load, Phase::Train, Phase::Eval, Phase::Save, Phase::Lost];
-
-    /// The word in the ledger and in reports.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Phase::Load => "load",
-            Phase::Train => "train",
-            Phase::Eval => "eval",
-            Phase::Save => "save",
-            Phase::Lost => "lost",
-        }
-    }
-}
-
-/// One amount on every meter. In files: joules, exact to the microjoule up to 2^53 of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Energies {
-    /// Work times profile.
-    #[serde(with = "as_joules")]
-    pub counted: MicroJoules,
-    /// The machine's counters; `None` where there were none or they failed.
-    #[serde(with = "as_joules_or_null")]
-    pub measured: Option<MicroJoules>,
-    /// Profile power times wall time.
-    #[serde(with = "as_joules")]
-    pub timed: MicroJoules,
-}
-
-impl Energies {
-    /// The amount on `kind`; where a counter failed, the counted amount stands in (and is counted as a gap by `Totals`).
-    pub fn on(&self, kind: MeterKind) -> MicroJoules {
-        match kind {
-            MeterKind::Counted => self.counted,
-            MeterKind::Measured => self.measured.unwrap_or(self.counted),
-            MeterKind::Timed => self.timed,
-        }
-    }
-}
-
-mod as_joules {
-    use crate::units::{Joules, MicroJoules};
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub fn serialize<S: Serializer>(energy: &MicroJoules, s: S) -> Result<S::Ok, S::Error> {
-        s.serialize_f64(energy.joules().0)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<MicroJoules, D::Error> {
-        f64::deserialize(d).map(|joules| Joules(joules).rounded())
-    }
-}
-
-mod as_joules_or_null {
-    use crate::units::{Joules, MicroJoules};
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub fn serialize<S: Serializer>(energy: &Option<MicroJoules>, s: S) -> Result<S::Ok, S::Error> {
-        energy.map(|energy| energy.joules().0).serialize(s)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Option<MicroJoules>, D::Error> {
-        Ok(Option::<f64>::deserialize(d)?.map(|joules| Joules(joules).rounded()))
-    }
-}
-
-/// One line of spending.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
-    /// On what.
-    pub phase: Phase,
-    /// The optimizer step it belongs to.
-    pub step: u64,
-    /// How much.
-    pub energy_j: Energies,
-    /// FLOPs of matrix products and attention.
-    pub flops: u64,
-    /// Bytes by memory level.
-    pub bytes: Traffic,
-    /// Wall time.
-    pub wall_s: Seconds,
-    /// When, in Unix seconds.
-    pub t: f64,
-}
-
-/// Steps paid for before they run.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Lease {
-    /// How many steps.
-    pub steps: u64,
-    /// Their energy.
-    pub energy_j: Energies,
-    /// Their FLOPs.
-    pub flops: u64,
-    /// Their wall time.
-    pub time_s: Seconds,
-}
-
-impl Lease {
-    /// What is left of it after `entry`.
-    fn less(&self, entry: &Entry) -> Lease {
-        let (mine, spent) = (&self.energy_j, &entry.energy_j);
-        Lease {
-            steps: self.steps.saturating_sub(1),
-            energy_j: Energies {
-                counted: mine.counted.saturating_sub(spent.counted),
-                measured: mine.measured.map(|measured| measured.saturating_sub(spent.on(MeterKind::Measured))),
-                timed: mine.timed.saturating_sub(spent.timed),
-            },
-            flops: self.flops.saturating_sub(entry.flops),
-            time_s: (self.time_s - entry.wall_s).max(Seconds::ZERO),
-        }
-    }
-}
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -164,58 +30,6 @@ enum Line {
     Entry(Entry),
     Lease { lease: Lease, t: f64 },
     Settled { settled: bool, t: f64 },
-}
-
-/// Sums over entries.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
-pub struct Totals {
-    /// Joules by meter; `measured` is the sum over entries that were measured, `None` where none was.
-    pub energy_j: Energies,
-    /// FLOPs of matrix products and attention.
-    pub flops: u64,
-    /// Bytes by memory level.
-    pub bytes: Traffic,
-    /// Wall time.
-    pub wall_s: Seconds,
-    /// Entries.
-    pub entries: u64,
-    /// Entries without a measured energy.
-    pub unmeasured: u64,
-    /// The sum of `Energies::on(Measured)`: measured, and counted in the gaps.
-    #[serde(skip)]
-    measured_or_counted: MicroJoules,
-}
-
-impl Totals {
-    fn add(&mut self, entry: &Entry) {
-        self.energy_j.counted += entry.energy_j.counted;
-        self.energy_j.timed += entry.energy_j.timed;
-        self.measured_or_counted += entry.energy_j.on(MeterKind::Measured);
-        match entry.energy_j.measured {
-            Some(measured) => self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + measured),
-            None => self.unmeasured += 1,
-        }
-        self.flops = self.flops.saturating_add(entry.flops);
-        for (level, bytes) in &entry.bytes {
-            *self.bytes.entry(level.clone()).or_default() += *bytes;
-        }
-        self.wall_s += entry.wall_s;
-        self.entries += 1;
-    }
-
-    /// The total on one meter; on `Measured` the counted energy stands in where a counter failed.
-    pub fn on(&self, kind: MeterKind) -> MicroJoules {
-        match kind {
-            MeterKind::Counted => self.energy_j.counted,
-            MeterKind::Measured => self.measured_or_counted,
-            MeterKind::Timed => self.energy_j.timed,
-        }
-    }
-
-    /// The total as a budget sees it.
-    pub fn spent(&self, kind: MeterKind) -> Spent {
-        Spent { energy: self.on(kind), flops: self.flops, time: self.wall_s }
-    }
 }
 
 /// The file and its sums.
@@ -358,8 +172,10 @@ pub(super) fn now() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::budget::Spent;
+    use super::super::meter::MeterKind;
     use super::*;
-    use crate::units::Bytes;
+    use crate::units::{Bytes, MicroJoules, Seconds};
 
     fn energies(counted: u64, measured: Option<u64>, timed: u64) -> Energies {
         Energies { counted: MicroJoules(counted), measured: measured.map(MicroJoules), timed: MicroJoules(timed) }

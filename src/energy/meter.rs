@@ -147,6 +147,11 @@ impl Meters {
         &self.profile
     }
 
+    /// The power that `timed` multiplies with wall time: full load of the cores this process may use.
+    pub fn timed_power(&self) -> Watts {
+        self.timed_power
+    }
+
     /// What `measured` consists of ("rapl", "nvml:0", "generic-cpu modelled at 17 W"); empty where there is no counter.
     pub fn measured_by(&self) -> Vec<String> {
         let modelled = self.host.iter().map(|(name, power)| format!("{name} modelled at {power}"));

@@ -10,10 +10,12 @@ pub mod budget;
 pub mod carbon;
 pub mod charge;
 mod detect;
+mod entry;
 pub mod ledger;
 pub mod meter;
 pub mod profile;
 pub mod sensor;
+mod table;
 
 pub use account::{Account, Verdict};
 pub use baseline::Baseline;

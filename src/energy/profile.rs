@@ -1,24 +1,19 @@
 //! Device profiles: what a device draws, does at its best, and spends on an operation or a byte.
 //!
-//! Owns the table of known devices (`profiles.toml`), a user's own profile file, their checks and the scaling of a processor to
-//! the cores a process may use. Takes a name or a path, returns a `Profile` in which every number has a source. Knows nothing of
-//! the work it will be charged for (`charge`) nor of how the machine is recognised (`detect`).
-//!
-//! Where pJ/FLOP is not published it is *derived*, so that a large matrix product draws `load_w`: for the product
-//! 4096 x 4096 x 4096 in that precision, with its roofline time t and its DRAM traffic from the blocking model,
-//! `pj_per_flop = ((load_w - idle_w) * t - movement) / flops`. Dynamic power at full load is thereby split between arithmetic
-//! (with the caches) and memory, and no joule is counted twice.
+//! Owns what a profile is and the scaling of a processor to some of its cores. Takes a name, returns a `Profile` in which every
+//! number has a source. Knows nothing of the files profiles are read from (`table`), the work they will be charged for
+//! (`charge`), nor how the machine is recognised (`detect`).
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
-use super::{charge, did_you_mean, near_matches};
+use super::meter::Computing;
+use super::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
-use crate::units::{Bytes, GramsCo2e, Seconds, Watts};
-use crate::work::{Precision, Work};
+use crate::units::{Bytes, GramsCo2e, Watts};
+use crate::work::Precision;
 
 /// What a device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,68 +104,10 @@ pub struct Profile {
     pub note: Option<String>,
 }
 
-/// Exactly a `[[profile]]` of the table, or a user's profile file.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Raw {
-    name: String,
-    #[serde(default)]
-    title: Option<String>,
-    kind: DeviceKind,
-    cores: Option<usize>,
-    #[serde(default)]
-    matches: Vec<String>,
-    #[serde(default)]
-    cpuid: Vec<String>,
-    idle_w: f64,
-    load_w: f64,
-    #[serde(default)]
-    load_points: Vec<(f64, f64)>,
-    peak_flops: BTreeMap<Precision, f64>,
-    #[serde(default)]
-    pj_per_flop: BTreeMap<Precision, f64>,
-    bandwidth: f64,
-    #[serde(default = "default_fraction")]
-    achievable_flops: f64,
-    #[serde(default = "default_fraction")]
-    achievable_bandwidth: f64,
-    caches: Vec<Level>,
-    dram_pj_per_byte: f64,
-    embodied_kgco2e: Option<f64>,
-    #[serde(default)]
-    source: BTreeMap<String, String>,
-}
-
-/// What tuned kernels usually reach; assumed, for a profile file that does not say.
-fn default_fraction() -> f64 {
-    0.8
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Table {
-    sources: BTreeMap<String, Source>,
-    profile: Vec<Raw>,
-}
-
-static TABLE: LazyLock<Vec<Profile>> = LazyLock::new(|| {
-    let table: Table = toml::from_str(include_str!("profiles.toml")).expect("the shipped table is valid: a test reads it");
-    let build = |raw: Raw| {
-        let name = raw.name.clone();
-        Profile::build(raw, &table.sources, None).unwrap_or_else(|e| panic!("shipped profile {name}: {e}"))
-    };
-    table.profile.into_iter().map(build).collect()
-});
-
 impl Profile {
-    /// Every shipped profile.
-    pub fn all() -> &'static [Profile] {
-        &TABLE
-    }
-
     /// The names of the shipped profiles.
     pub fn names() -> impl Iterator<Item = &'static str> {
-        TABLE.iter().map(|profile| profile.name.as_str())
+        Self::all().iter().map(|profile| profile.name.as_str())
     }
 
     /// The shipped profile `name`, of the whole device; "NAME@4" is a processor's profile scaled to four of its cores.
@@ -185,7 +122,7 @@ impl Profile {
             Some((slug, cores)) => (slug, Some(cores)),
             None => (name, None),
         };
-        let profile = TABLE.iter().find(|profile| profile.name == slug).ok_or_else(|| unknown(slug))?;
+        let profile = Self::all().iter().find(|profile| profile.name == slug).ok_or_else(|| unknown(slug))?;
         let Some(cores) = cores else { return Ok(profile.clone()) };
         let refuse = || {
             Error::new(Kind::Energy, "a profile cannot be scaled to these cores")
@@ -200,23 +137,11 @@ impl Profile {
         }
     }
 
-    /// A profile of the user's own: one TOML file with the keys of a `[[profile]]` of the shipped table.
-    pub fn from_file(path: &Path) -> Result<Profile> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let place = path.display().to_string();
-        let raw: Raw = toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
-            Error::new(Kind::Energy, format!("this is not a device profile: {}", e.message()))
-                .at(format!("{place}, line {line}"))
-                .hint("start from a shipped profile: `wattune devices --json` prints them")
-        })?;
-        Self::build(raw, &BTreeMap::new(), Some(&place)).map_err(|e| e.at(place))
-    }
-
-    /// What a recipe's `energy.device` means: "auto", the path of a profile file (it ends in `.toml`), or a name.
-    pub fn resolve(text: &str, base: &Path) -> Result<Profile> {
+    /// What a recipe's `energy.device` means: "auto" (the device that computes), the path of a profile file under `base` (it ends
+    /// in `.toml`), or a name. A name is the whole device on every machine; "auto" resolves to "NAME@CORES" for a processor.
+    pub fn resolve(text: &str, base: &Path, computing: Computing) -> Result<Profile> {
         match text {
-            "auto" => Ok(Self::detect()),
+            "auto" => Self::of_machine(computing),
             _ if text.ends_with(".toml") => Self::from_file(&base.join(text)),
             _ => Self::named(text),
         }
@@ -238,8 +163,10 @@ impl Profile {
         scaled.peak_flops.values_mut().for_each(|peak| *peak *= share);
         scaled.bandwidth *= share;
         scaled.embodied = self.embodied.map(|grams| grams * share);
+        let own = self.caches.iter().filter(|level| !level.shared).map(|level| level.bytes).max().unwrap_or_default();
         for level in scaled.caches.iter_mut().filter(|level| level.shared) {
-            level.bytes = Bytes((level.bytes.0 as f64 * share) as u64);
+            // A level never holds less than the one inside it.
+            level.bytes = Bytes((level.bytes.0 as f64 * share) as u64).max(own);
         }
         scaled
     }
@@ -269,68 +196,6 @@ impl Profile {
         }
         self.load_w
     }
-
-    fn build(raw: Raw, sources: &BTreeMap<String, Source>, file: Option<&str>) -> Result<Profile> {
-        check(&raw)?;
-        let source = |text: &String| match sources.get(text) {
-            Some(source) => source.clone(),
-            None => Source { title: text.clone(), year: 0, licence: "user".to_string(), verified: false },
-        };
-        let mut profile = Profile {
-            title: raw.title.unwrap_or_else(|| raw.name.clone()),
-            name: raw.name,
-            kind: raw.kind,
-            cores: raw.cores,
-            idle_w: Watts(raw.idle_w),
-            load_w: Watts(raw.load_w),
-            load_points: raw.load_points.into_iter().map(|(load, watts)| (load, Watts(watts))).collect(),
-            peak_flops: raw.peak_flops,
-            achievable_flops: raw.achievable_flops,
-            bandwidth: raw.bandwidth,
-            achievable_bandwidth: raw.achievable_bandwidth,
-            pj_per_flop: raw.pj_per_flop,
-            derived: Vec::new(),
-            caches: raw.caches,
-            dram_pj_per_byte: raw.dram_pj_per_byte,
-            embodied: raw.embodied_kgco2e.map(|kg| GramsCo2e(kg * 1000.0)),
-            sources: raw.source.iter().map(|(field, text)| (field.clone(), source(text))).collect(),
-            matches: raw.matches,
-            cpuid: raw.cpuid,
-            note: file.map(|file| format!("from the profile file {file}")),
-        };
-        profile.derive_energy_of_flops()?;
-        Ok(profile)
-    }
-
-    /// Fills in pJ/FLOP for every precision that has a peak but no published figure (see the module's documentation).
-    fn derive_energy_of_flops(&mut self) -> Result<()> {
-        let missing: Vec<Precision> = self.peak_flops.keys().copied().filter(|p| !self.pj_per_flop.contains_key(p)).collect();
-        for precision in missing {
-            let product = Work::product(4096, 4096, 4096, precision);
-            let flops = product.flops() as f64;
-            let traffic = charge::traffic(self, &product);
-            let time = charge::roofline(self, &product, &traffic);
-            let movement = charge::movement(self, &traffic);
-            let arithmetic = (self.load_w - self.idle_w) * Seconds(time.0) - movement;
-            if arithmetic.0 <= 0.0 {
-                return Err(Error::new(
-                    Kind::Energy,
-                    "moving the operands of a matrix product would draw more than the device does",
-                )
-                .value(format!("dram_pj_per_byte = {}", self.dram_pj_per_byte))
-                .rule("(load_w - idle_w) must cover memory traffic and arithmetic")
-                .hint("lower `dram_pj_per_byte`, raise `load_w`, or give `pj_per_flop`"));
-            }
-            self.pj_per_flop.insert(precision, arithmetic.0 / flops * 1e12);
-            self.derived.push(precision);
-        }
-        if !self.derived.is_empty() {
-            let title = "derived: a 4096-cube product at the achievable rate draws load_w".to_string();
-            let source = Source { title, year: 2026, licence: "facts".to_string(), verified: false };
-            self.sources.insert("pj_per_flop".to_string(), source);
-        }
-        Ok(())
-    }
 }
 
 fn unknown(name: &str) -> Error {
@@ -340,112 +205,9 @@ fn unknown(name: &str) -> Error {
         .hint(did_you_mean(&near, "`wattune devices` lists every profile; a path ending in `.toml` is read as a profile file"))
 }
 
-/// Every rule a profile must keep; the first one broken is reported with its key.
-fn check(raw: &Raw) -> Result<()> {
-    let slug = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    let positive = |value: f64| value.is_finite() && value > 0.0;
-    let fraction = |value: f64| value > 0.0 && value <= 1.0;
-    let rising = |points: &[(f64, f64)]| points.windows(2).all(|pair| pair[0].0 < pair[1].0);
-    let point = |&(load, watts): &(f64, f64)| (0.0..=1.0).contains(&load) && positive(watts);
-    let levels_grow = raw.caches.windows(2).all(|pair| pair[0].bytes <= pair[1].bytes);
-    let costs = |level: &Level| level.pj_per_byte.is_none_or(|pj| pj.is_finite() && pj >= 0.0);
-    let f32_peak = raw.peak_flops.get(&Precision::F32);
-    let rules: [(&str, bool, &str, String); 13] = [
-        ("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", raw.name.clone()),
-        ("cores", raw.cores != Some(0), "at least one, or absent", "0".into()),
-        (
-            "cores",
-            raw.kind != DeviceKind::Cpu || raw.cores.is_some(),
-            "a processor says how many physical cores it has",
-            "absent".into(),
-        ),
-        ("idle_w", raw.idle_w.is_finite() && raw.idle_w >= 0.0, "watts, zero or more", raw.idle_w.to_string()),
-        ("load_w", positive(raw.load_w) && raw.load_w > raw.idle_w, "watts, more than `idle_w`", raw.load_w.to_string()),
-        (
-            "load_points",
-            raw.load_points.iter().all(point) && rising(&raw.load_points),
-            "[load in 0..1, watts] pairs, load rising",
-            format!("{:?}", raw.load_points),
-        ),
-        ("peak_flops", f32_peak.is_some(), "a peak for `f32` at least", "absent".into()),
-        ("peak_flops", raw.peak_flops.values().all(|v| positive(*v)), "FLOP/s, more than zero", format!("{:?}", raw.peak_flops)),
-        (
-            "pj_per_flop",
-            raw.pj_per_flop.values().all(|v| positive(*v)),
-            "picojoules, more than zero",
-            format!("{:?}", raw.pj_per_flop),
-        ),
-        ("bandwidth", positive(raw.bandwidth), "bytes per second, more than zero", raw.bandwidth.to_string()),
-        (
-            "achievable_flops",
-            fraction(raw.achievable_flops) && fraction(raw.achievable_bandwidth),
-            "above 0, at most 1",
-            format!("{}, {}", raw.achievable_flops, raw.achievable_bandwidth),
-        ),
-        (
-            "caches",
-            raw.caches.iter().all(|level| level.bytes.0 > 0 && costs(level)) && levels_grow,
-            "from the inside out, each at least as large as the one before",
-            format!("{:?}", raw.caches),
-        ),
-        (
-            "dram_pj_per_byte",
-            raw.dram_pj_per_byte.is_finite() && raw.dram_pj_per_byte >= 0.0,
-            "picojoules, zero or more",
-            raw.dram_pj_per_byte.to_string(),
-        ),
-    ];
-    match rules.into_iter().find(|(_, kept, _, _)| !kept) {
-        None => Ok(()),
-        Some((key, _, rule, value)) => {
-            Err(Error::new(Kind::Energy, format!("the profile's `{key}` breaks a rule")).value(value).rule(rule))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_shipped_profile_is_sound_and_sourced() {
-        assert!(Profile::all().len() >= 25);
-        let mut names: Vec<&str> = Profile::names().collect();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), Profile::all().len());
-        for profile in Profile::all() {
-            for field in ["idle", "load", "peak_flops", "bandwidth", "achievable", "caches", "dram"] {
-                let source = profile.sources.get(field).unwrap_or_else(|| panic!("{}: no source for {field}", profile.name));
-                // A key that is no source of the table would have become its own title with no year.
-                assert!(source.year > 2000, "{}: {field} names no source of the table", profile.name);
-            }
-            assert!(profile.pj_per_flop(Precision::F32) > 0.0);
-            assert!(profile.idle_w.0 < 0.4 * profile.load_w.0, "{}", profile.name);
-        }
-        for wanted in
-            ["nvidia-h100-sxm5-80gb", "raspberry-pi-5", "generic-cpu", "generic-laptop", "amd-mi300x", "nvidia-b200-sxm-180gb"]
-        {
-            assert!(Profile::named(wanted).is_ok(), "{wanted}");
-        }
-    }
-
-    #[test]
-    fn a_derived_flop_makes_a_large_product_draw_the_rated_power() {
-        // The definition of the derivation: joules over roofline seconds of the 4096-cube product is load_w.
-        for name in ["nvidia-a100-sxm4-80gb", "raspberry-pi-5", "intel-xeon-platinum-8480plus"] {
-            let profile = Profile::named(name).unwrap();
-            let charge = profile.charge(&Work::product(4096, 4096, 4096, Precision::F32));
-            let watts = charge.energy.joules().0 / charge.time.0;
-            assert!((watts / profile.load_w.0 - 1.0).abs() < 1e-4, "{name}: {watts} W of {}", profile.load_w);
-        }
-        // LLaMA's own A100 runs spent 2.5-3.0 pJ/FLOP at 400 W and a utilisation of 0.43-0.51 (arXiv:2302.13971, table 15);
-        // at the achievable 0.869 the same 400 W give 400 / (312e12 * 0.869) = 1.475 pJ/FLOP, idle and memory included.
-        let a100 = Profile::named("nvidia-a100-sxm4-80gb").unwrap();
-        let charge = a100.charge(&Work::product(4096, 4096, 4096, Precision::Bf16));
-        let pj = charge.energy.joules().0 / charge.flops as f64 * 1e12;
-        assert!((pj - 1.475).abs() < 0.001, "{pj}");
-    }
 
     #[test]
     fn a_processor_is_scaled_to_its_cores() {
@@ -470,28 +232,5 @@ mod tests {
         assert_eq!(epyc.power_at(1.0), Watts(46.1));
         assert_eq!(epyc.power_at(0.0), epyc.idle_w);
         assert!((Profile::named("nvidia-t4").unwrap().power_at(0.5).0 - 39.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn a_profile_file_is_checked() {
-        let good = "name = \"desk\"\nkind = \"cpu\"\ncores = 4\nidle_w = 10\nload_w = 60\nbandwidth = 3e10\n\
-            peak_flops = { f32 = 2e11 }\ncaches = [{ name = \"L2\", bytes = 1000000 }]\ndram_pj_per_byte = 100\n";
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("desk.toml");
-        std::fs::write(&path, good).unwrap();
-        assert_eq!(Profile::resolve("desk.toml", dir.path()).unwrap().name, "desk");
-        let bad = [
-            ("load_w = 60", "load_w = 5", "`load_w`"),
-            ("cores = 4", "", "`cores`"),
-            ("f32 = 2e11", "bf16 = 2e11", "`peak_flops`"),
-            ("idle_w", "idle", "line 4"),
-            ("bytes = 1000000", "bytes = 0", "`caches`"),
-            ("dram_pj_per_byte = 100", "dram_pj_per_byte = 1e9", "memory traffic"),
-        ];
-        for (from, to, word) in bad {
-            std::fs::write(&path, good.replace(from, to)).unwrap();
-            let error = Profile::from_file(&path).unwrap_err();
-            assert!(error.kind() == Kind::Energy && error.to_string().contains(word), "{to}: {error}");
-        }
     }
 }

@@ -158,7 +158,10 @@ impl Client {
             // No proxy elsewhere can reach this machine's own loopback.
             builder = builder.no_proxy();
         }
-        let http = builder.build().map_err(|source| Error::new(Kind::Hub, format!("cannot set up HTTPS: {}", cause(&source))))?;
+        let http = builder.build().map_err(|source| {
+            let error = Error::new(Kind::Hub, format!("cannot set up HTTPS: {}", cause(&source)));
+            error.hint("install the system's CA certificates (package `ca-certificates`), or set SSL_CERT_FILE to a file that holds some")
+        })?;
         Ok(Self { http, endpoint, token: settings.token.clone(), patience })
     }
 

@@ -7,7 +7,8 @@
 //! ```text
 //! settings  who asks, where, with which token      names    ids, revisions and paths that may be used
 //! client    one request: redirects, retries        refusal  what the hub said no to, in words
-//! cache     models--owner--name/{blobs,refs,...}   fetch    one file: HEAD, GET, resume, check, link
+//! cache     models--owner--name/{blobs,refs,...}   fetch    one file: HEAD, GET, resume, link
+//! listing   a repository's files at a commit       part     the bytes that are here so far, and their check
 //! model     which files a model is made of         dataset  which files a split is made of
 //! embedded  models inside the program
 //! ```
@@ -23,6 +24,7 @@ mod front_matter;
 mod listing;
 mod model;
 mod names;
+mod part;
 mod progress;
 mod refusal;
 mod settings;

@@ -109,8 +109,12 @@ impl ModelFiles {
     /// When there are none (says what is there instead, and how to convert PyTorch files), or one is empty or a Git LFS pointer.
     pub fn require_weights(&self) -> Result<&[PathBuf]> {
         if self.weights.is_empty() {
-            let place =
-                self.commit.as_ref().map_or(self.id.clone(), |_| format!("model `{}` at revision `{}`", self.id, self.revision));
+            let hub = format!("model `{}` at revision `{}`", self.id, self.revision);
+            let place = if self.commit.is_some() { hub } else { self.id.clone() };
+            if self.layout() != Layout::Absent {
+                let error = Error::new(Kind::Hub, "the model's weights are not fetched yet").at(place);
+                return Err(error.hint("run `wattune train` with a network: it fetches them"));
+            }
             return Err(weights::absent(&place, &self.id, &self.listing));
         }
         self.weights.iter().try_for_each(|path| weights::check(path))?;

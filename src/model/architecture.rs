@@ -197,7 +197,7 @@ fn attention(config: &Config<'_>, model_type: &str, hidden_size: usize) -> Resul
     if heads % kv_heads != 0 {
         return refuse("`num_key_value_heads` must divide `num_attention_heads`", format!("{heads} and {kv_heads}"));
     }
-    if config.get("head_dim").is_none() && hidden_size % heads != 0 {
+    if config.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
         return refuse(
             "`num_attention_heads` must divide `hidden_size` where there is no `head_dim`",
             format!("{hidden_size} and {heads}"),

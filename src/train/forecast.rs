@@ -150,7 +150,7 @@ pub fn forecast(
         (step, last) = (step + 1, due);
     };
     evaluations += usize::from(!last.evaluation && evaluation.is_some());
-    saves += usize::from(!(last.save && last.evaluation) && !(last.save && evaluation.is_none()));
+    saves += usize::from(!(last.save && (last.evaluation || evaluation.is_none())));
     let times = |charge: &Charge, count: usize| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
     let evaluated = evaluation.map_or_else(Charge::default, |charge| times(&charge, evaluations));
     let phases = vec![(Phase::Train, training), (Phase::Eval, evaluated), (Phase::Save, times(&save, saves))];

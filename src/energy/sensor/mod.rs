@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-pub use nvml::NvmlSensor;
+pub use nvml::{NvmlSensor, gpu_name};
 pub use rapl::RaplSensor;
 
 use crate::units::MicroJoules;

@@ -59,6 +59,15 @@ fn read_microjoules(nvml: &Nvml, index: u32) -> Result<u64, NvmlError> {
     Ok(millijoules.saturating_mul(1000))
 }
 
+/// The name the driver gives the device of this index, whether or not it has a counter.
+pub fn gpu_name(index: u32) -> Result<String, Absent> {
+    let nvml = Nvml::init().map_err(|e| no_driver(&e))?;
+    nvml.device_by_index(index).and_then(|device| device.name()).map_err(|e| Absent {
+        reason: format!("the driver knows no device {index}: {e}"),
+        remedy: "`nvidia-smi -L` lists the devices".to_string(),
+    })
+}
+
 /// Every device of the driver, or the reason why there is none.
 pub(super) fn probe() -> Vec<Availability> {
     let count = match Nvml::init().map_err(|e| no_driver(&e)).and_then(|nvml| nvml.device_count().map_err(|e| no_driver(&e))) {

@@ -1,0 +1,101 @@
+//! The machine this process runs on: its compute device, memory and names.
+
+use std::path::Path;
+
+use candle_core::Device;
+
+use crate::energy::meter::Computing;
+use crate::error::{Error, Kind, Result};
+use crate::report::types::Environment;
+use crate::units::Bytes;
+use crate::work::Precision;
+
+/// The candle device that `--device` names, and which counter measures it.
+pub fn device(name: &str) -> Result<(Device, Computing)> {
+    let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
+    let index: usize = index.parse().map_err(|_| unknown(name))?;
+    match kind {
+        "cpu" => Ok((Device::Cpu, Computing::Cpu)),
+        "auto" => automatic(),
+        "cuda" if cfg!(feature = "cuda") => Ok((Device::new_cuda(index).map_err(unusable)?, Computing::Nvidia(index as u32))),
+        "metal" if cfg!(feature = "metal") => Ok((Device::new_metal(index).map_err(unusable)?, Computing::Other)),
+        "cuda" | "metal" => Err(Error::new(Kind::Device, format!("this build of wattune has no {kind} support"))
+            .value(name)
+            .hint(format!("compile it in with `cargo build --release --features {kind}`, or use `--device cpu`"))),
+        _ => Err(unknown(name)),
+    }
+}
+
+/// The first accelerator this build and this machine have, else the processor.
+fn automatic() -> Result<(Device, Computing)> {
+    if cfg!(feature = "cuda")
+        && let Ok(device) = Device::new_cuda(0)
+    {
+        return Ok((device, Computing::Nvidia(0)));
+    }
+    if cfg!(feature = "metal")
+        && let Ok(device) = Device::new_metal(0)
+    {
+        return Ok((device, Computing::Other));
+    }
+    Ok((Device::Cpu, Computing::Cpu))
+}
+
+fn unknown(name: &str) -> Error {
+    Error::new(Kind::Usage, "there is no such device").value(name).rule("cpu, cuda, cuda:N, metal or auto")
+}
+
+fn unusable(source: candle_core::Error) -> Error {
+    Error::new(Kind::Device, format!("the device cannot be used: {source}")).hint("use `--device cpu`")
+}
+
+/// Refuses a precision that the device cannot compute in.
+pub(super) fn check_precision(device: &Device, precision: Precision) -> Result<()> {
+    if device.is_cpu() && precision == Precision::F16 {
+        return Err(Error::new(Kind::Device, "f16 cannot be computed in on a CPU")
+            .at("model.dtype")
+            .rule("f32 or bf16 on a CPU")
+            .hint("write `dtype = \"bf16\"` in [model], or run with `--set model.dtype=bf16`"));
+    }
+    Ok(())
+}
+
+/// The largest resident memory of this process so far; `None` where the system does not say.
+pub fn peak_rss() -> Option<Bytes> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(Bytes(kibibytes * 1024))
+}
+
+/// Memory that can still be taken, and the machine's whole; `None` where the system does not say.
+pub(super) fn memory() -> Option<(Bytes, Bytes)> {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    let (free, all) = match system.cgroup_limits() {
+        Some(limits) if limits.total_memory > 0 => (limits.free_memory.min(system.available_memory()), limits.total_memory),
+        _ => (system.available_memory(), system.total_memory()),
+    };
+    (all > 0).then_some((Bytes(free), Bytes(all)))
+}
+
+/// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not say.
+pub(super) fn free_disk(path: &Path) -> Option<Bytes> {
+    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")).canonicalize().ok()?;
+    let disks = sysinfo::Disks::new_with_refreshed_list();
+    let holds = disks.iter().filter(|disk| existing.starts_with(disk.mount_point()));
+    holds.max_by_key(|disk| disk.mount_point().as_os_str().len()).map(|disk| Bytes(disk.available_space()))
+}
+
+/// What the report says about where it ran.
+pub(super) fn environment() -> Environment {
+    let mut system = sysinfo::System::new();
+    system.refresh_cpu_all();
+    let cpu = system.cpus().first().map_or("unknown", |cpu| cpu.brand()).trim().to_string();
+    Environment {
+        version: env!("CARGO_PKG_VERSION").to_string(),
+        cpu,
+        threads: rayon::current_num_threads() as u64,
+        os: sysinfo::System::long_os_version().unwrap_or_else(|| std::env::consts::OS.to_string()),
+    }
+}

@@ -1,0 +1,313 @@
+//! Preflight: a recipe -> everything a run needs before weights are read, or the reason why it cannot run.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::Device;
+use sha2::{Digest, Sha256};
+
+use super::machine;
+use super::model::{cache_root, find_model, tokenizer_of};
+use super::options::{data_options, limits, lora_settings, sampler_options, settings};
+use crate::adapter::{self, Loaded, LoraSettings, Site};
+use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
+use crate::energy::{Budget, Grid, Profile, Rates};
+use crate::error::{Error, Kind, Result};
+use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
+use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory};
+use crate::recipe::{self, Adapter, Checkpointing, DataSource, Init, Recipe, Validation};
+use crate::train::{self, checkpoint_bytes};
+use crate::units::Bytes;
+
+/// What is trained.
+pub enum Target {
+    /// Adapters on these sites; `from` holds the adapter to continue.
+    Lora {
+        /// The settings that hold: the recipe's, or the continued adapter's.
+        settings: LoraSettings,
+        /// Where they sit.
+        sites: Vec<Site>,
+        /// The adapter to continue from.
+        from: Option<Box<Loaded>>,
+    },
+    /// Every weight.
+    All,
+}
+
+/// A recipe found runnable.
+pub struct Prepared {
+    /// With every `auto` resolved.
+    pub recipe: Recipe,
+    /// The model's files.
+    pub files: ModelFiles,
+    /// Read from config.json.
+    pub architecture: Architecture,
+    /// The model's tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Training records.
+    pub train: Dataset,
+    /// Validation records.
+    pub validation: Option<Dataset>,
+    /// Where the records came from: paths, or hub ids with their commits.
+    pub sources: Vec<String>,
+    /// Training batches.
+    pub sampler: Sampler,
+    /// Validation batches.
+    pub validation_batches: Vec<MicroBatch>,
+    /// What is trained.
+    pub target: Target,
+    /// What a step's work depends on.
+    pub shape: ModelShape,
+    /// The loop's settings.
+    pub settings: train::Settings,
+    /// The device that is counted.
+    pub profile: Profile,
+    /// Where its electricity comes from.
+    pub grid: Grid,
+    /// What may be spent.
+    pub budget: Budget,
+    /// What memory it will take.
+    pub memory: MemoryForecast,
+    /// What a person should know before starting.
+    pub warnings: Vec<String>,
+}
+
+impl Prepared {
+    /// Numbers that are trained.
+    pub fn trained(&self) -> usize {
+        match &self.target {
+            Target::Lora { sites, .. } => sites.iter().map(Site::parameters).sum(),
+            Target::All => self.architecture.parameters() as usize,
+        }
+    }
+
+    /// Names the resolved recipe: a checkpoint goes on only under it.
+    pub fn digest(&self) -> &str {
+        &self.settings.recipe
+    }
+}
+
+/// Runs the whole preflight of `recipe` for `device`.
+pub fn prepare(mut recipe: Recipe, device: &Device, progress: &dyn Progress) -> Result<Prepared> {
+    machine::check_precision(device, recipe.model.dtype)?;
+    refuse_what_is_not_there_yet(&recipe)?;
+    let profile = Profile::resolve(&recipe.energy.device, std::path::Path::new(""))?;
+    let grid = Grid::find(&recipe.energy.grid)?;
+    let rates = Rates { grid: grid.gco2e_per_kwh, pue: recipe.energy.pue, price: recipe.energy.price.clone() };
+    let budget = Budget::new(limits(&recipe.budget), rates)?;
+
+    let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
+    let architecture = Architecture::from_file(&files.config)?;
+    let target = target(&recipe, &architecture)?;
+    let tokenizer = tokenizer_of(&files)?;
+    check_length(&recipe, &architecture)?;
+
+    let mut warnings = Vec::new();
+    let (train, validation, sources) = datasets(&recipe, &tokenizer, progress)?;
+    note_counts("training", &train, &mut warnings);
+    validation.iter().for_each(|set| note_counts("validation", set, &mut warnings));
+    let sampler = Sampler::new(Arc::clone(&train.examples), sampler_options(&recipe))?;
+    let validation_batches = match &validation {
+        Some(set) => evaluation_batches(&set.examples, recipe.train.micro_batch_size),
+        None => Vec::new(),
+    };
+    let dropout = matches!(&recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0);
+    let shape = match &target {
+        Target::Lora { sites, .. } => ModelShape::with_adapters(&architecture, sites, dropout, recipe.model.dtype)?,
+        Target::All => ModelShape::fully_trained(&architecture, recipe.model.dtype)?,
+    };
+    let tokens = longest_batch(&sampler, &validation_batches);
+    let (recompute, memory) = recompute(&recipe, &architecture, &target, tokens, &mut warnings)?;
+    recipe.train.activation_checkpointing = match recompute {
+        Recompute::Blocks => Checkpointing::Always,
+        Recompute::Nothing => Checkpointing::Never,
+    };
+    let digest = Sha256::digest(recipe.to_toml()).iter().map(|byte| format!("{byte:02x}")).collect();
+    let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
+    warnings.extend(profile.note.clone());
+    Ok(Prepared {
+        recipe,
+        files,
+        architecture,
+        tokenizer,
+        train,
+        validation,
+        sources,
+        sampler,
+        validation_batches,
+        target,
+        shape,
+        settings,
+        profile,
+        grid,
+        budget,
+        memory,
+        warnings,
+    })
+}
+
+fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
+    if recipe.baseline.from_scratch == recipe::FromScratch::Measured {
+        return Err(Error::new(Kind::Recipe, "the from-scratch baseline cannot be measured yet")
+            .at("baseline.from_scratch")
+            .value("measured")
+            .hint("write `from_scratch = \"counted\"`, or train a second recipe with `init = \"random\"` and compare the two runs"));
+    }
+    if recipe.model.init == Init::Random && matches!(recipe.adapter, Adapter::Lora(_)) {
+        return Err(Error::new(Kind::Recipe, "an adapter cannot be trained on random weights")
+            .at("model.init")
+            .value("random")
+            .hint("write `type = \"none\"` in [adapter] to train every weight, or `init = \"pretrained\"` in [model]"));
+    }
+    Ok(())
+}
+
+/// What the recipe trains, every target found in the model.
+fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
+    let Adapter::Lora(lora) = &recipe.adapter else { return Ok(Target::All) };
+    let modules = architecture.modules();
+    let mut settings = lora_settings(lora);
+    let mut from = None;
+    if let Some(path) = &lora.init_from {
+        let loaded = adapter::load(path)?;
+        let held = loaded.config.settings();
+        contradictions(lora, &settings, &held)?;
+        settings = LoraSettings { lora_dropout: settings.lora_dropout, ..held };
+        from = Some(Box::new(loaded));
+    }
+    let sites = match &from {
+        Some(loaded) => loaded.fit(&modules)?.into_iter().map(|fitted| fitted.site).collect(),
+        None => adapter::select(&modules, "lm_head", &settings)?,
+    };
+    if let Some(site) = sites.iter().find(|site| site.path == "lm_head") {
+        return Err(Error::new(Kind::Adapter, "an adapter on the output embedding is not supported")
+            .value(site.path.clone())
+            .hint("leave `lm_head` out of target_modules"));
+    }
+    Ok(Target::Lora { settings, sites, from })
+}
+
+/// With `init_from` the adapter's own settings hold; what the recipe wrote may repeat them, not contradict them.
+fn contradictions(lora: &recipe::Lora, written: &LoraSettings, held: &LoraSettings) -> Result<()> {
+    let differs = |key: &str| match key {
+        "r" => (written.r != held.r).then(|| held.r.to_string()),
+        "lora_alpha" => (written.lora_alpha != held.lora_alpha).then(|| held.lora_alpha.to_string()),
+        "use_rslora" => (written.use_rslora != held.use_rslora).then(|| held.use_rslora.to_string()),
+        "target_modules" => (written.targets != held.targets).then(|| format!("{:?}", held.targets)),
+        "rank_pattern" => (written.rank_pattern != held.rank_pattern).then(|| format!("{:?}", held.rank_pattern)),
+        "alpha_pattern" => (written.alpha_pattern != held.alpha_pattern).then(|| format!("{:?}", held.alpha_pattern)),
+        _ => None,
+    };
+    let found = lora.written.iter().find_map(|key| Some((key, differs(key)?)));
+    let Some((key, value)) = found else { return Ok(()) };
+    Err(Error::new(Kind::Recipe, format!("`adapter.{key}` contradicts the adapter that `init_from` continues"))
+        .at(format!("adapter.{key}"))
+        .rule(format!("the adapter holds {value}"))
+        .hint(format!("leave `{key}` out of [adapter]")))
+}
+
+fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {
+    let (wanted, most) = (recipe.data.max_length, architecture.max_position_embeddings);
+    if wanted <= most {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Recipe, "records may be longer than the model's positions")
+        .at("data.max_length")
+        .value(wanted.to_string())
+        .rule(format!("at most max_position_embeddings = {most}"))
+        .hint(format!("write `max_length = {most}` in [data]")))
+}
+
+/// Training and validation records, and where they came from.
+fn datasets(recipe: &Recipe, tokenizer: &Tokenizer, progress: &dyn Progress) -> Result<(Dataset, Option<Dataset>, Vec<String>)> {
+    let options = data_options(&recipe.data);
+    let cache = cache_root().ok().map(|root| root.join("tokens"));
+    let load = |source: &DataSource| -> Result<(Dataset, String)> {
+        let (paths, name) = locate(source, progress)?;
+        Ok((data::load(&paths, &options, tokenizer, cache.as_deref())?, name))
+    };
+    let (train, name) = load(&recipe.data.train)?;
+    match &recipe.data.validation {
+        Validation::None => Ok((train, None, vec![name])),
+        Validation::Source(source) => {
+            let (validation, other) = load(source)?;
+            Ok((train, Some(validation), vec![name, other]))
+        }
+        Validation::Fraction(fraction) => {
+            let (train, validation) = train.split(*fraction, recipe.seed)?;
+            Ok((train, Some(validation), vec![name]))
+        }
+    }
+}
+
+fn locate(source: &DataSource, progress: &dyn Progress) -> Result<(Vec<PathBuf>, String)> {
+    match source {
+        DataSource::File(path) => Ok((vec![path.clone()], path.display().to_string())),
+        DataSource::Hub { id, split } => {
+            let files = Hub::new(HubSettings::from_env()?)?.dataset(id, "main", split, progress)?;
+            Ok((files.files, format!("{id}:{split}@{}", files.commit)))
+        }
+    }
+}
+
+fn note_counts(which: &str, set: &Dataset, warnings: &mut Vec<String>) {
+    let counts = &set.counts;
+    let mut note = |count: u64, what: &str| {
+        if count > 0 {
+            warnings.push(format!("{count} of {} {which} records {what}", counts.records));
+        }
+    };
+    note(counts.truncated, "are longer than max_length and were cut at the end");
+    note(counts.dropped, "have no loss token left and were dropped");
+    note(counts.skipped, "could not be read and were skipped");
+    if !set.eos_trained {
+        warnings.push(format!("no {which} record ends with the end-of-text token: the model will not learn to stop"));
+    }
+}
+
+/// Tokens of the largest micro-batch among the first epoch's steps and the evaluation.
+fn longest_batch(sampler: &Sampler, validation: &[MicroBatch]) -> usize {
+    const LOOKED_AT: u64 = 2000;
+    let steps = 0..sampler.steps_per_epoch().min(LOOKED_AT);
+    let trained = steps.flat_map(|step| sampler.step_shape(step)).map(|shape| shape.tokens());
+    trained.chain(validation.iter().map(|batch| batch.tokens.len())).max().unwrap_or(0)
+}
+
+/// Whether activations are recomputed (`auto`: only where memory forces it), and the memory forecast; refused where even that does not fit.
+fn recompute(
+    recipe: &Recipe,
+    architecture: &Architecture,
+    target: &Target,
+    tokens: usize,
+    warnings: &mut Vec<String>,
+) -> Result<(Recompute, MemoryForecast)> {
+    let (trained, frozen) = match target {
+        Target::Lora { sites, .. } => (sites.iter().map(Site::parameters).sum::<usize>() as u64, true),
+        Target::All => (architecture.parameters(), false),
+    };
+    let of = |recompute| forecast_memory(architecture, trained, frozen, tokens, recompute, recipe.model.dtype);
+    let free = machine::memory().map(|(free, _)| free);
+    let fits = |forecast: &MemoryForecast| free.is_none_or(|free| forecast.peak() <= free);
+    let (kept, again) = (of(Recompute::Nothing), of(Recompute::Blocks));
+    let chosen = match recipe.train.activation_checkpointing {
+        Checkpointing::Always => (Recompute::Blocks, again),
+        Checkpointing::Never => (Recompute::Nothing, kept),
+        Checkpointing::Auto if fits(&kept) => (Recompute::Nothing, kept),
+        Checkpointing::Auto => {
+            warnings.push("activations do not fit in memory: they are computed again in the backward pass".into());
+            (Recompute::Blocks, again)
+        }
+    };
+    let disk = Bytes(checkpoint_bytes(trained as usize) as u64 * (recipe.train.save_total_limit as u64 + 2));
+    if let Some(space) = machine::free_disk(&std::env::current_dir().unwrap_or_default()).filter(|space| *space < disk) {
+        return Err(Error::new(Kind::Resources, "the disk has no room for the checkpoints")
+            .value(format!("{disk} needed, {space} free"))
+            .hint("free some space, or lower `save_total_limit` in [train]"));
+    }
+    match free.filter(|free| chosen.1.peak() > *free) {
+        None => Ok(chosen),
+        Some(free) => Err(Error::new(Kind::Resources, "this run does not fit in memory")
+            .value(format!("{} needed, {free} free", chosen.1.peak()))
+            .hint("lower `micro_batch_size` or `max_length`, use `dtype = \"bf16\"`, or write `activation_checkpointing = \"always\"`")),
+    }
+}
