@@ -100,7 +100,7 @@ static TABLE: LazyLock<Vec<Profile>> = LazyLock::new(|| {
     let table: Table = toml::from_str(include_str!("profiles.toml")).expect("the shipped table is valid: a test reads it");
     let build = |raw: Raw| {
         let name = raw.name.clone();
-        Profile::build(raw, &table.sources, None).unwrap_or_else(|e| panic!("shipped profile {name}: {e}"))
+        Profile::build(raw, &table.sources, None).unwrap_or_else(|e| unreachable!("shipped profile {name}: {e}"))
     };
     table.profile.into_iter().map(build).collect()
 });
