@@ -50,7 +50,7 @@ impl RmsNorm {
         expect("dy", dy, &[n, c])?;
         context.tally.add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
         if self.weight.is_trained() {
-            let normed = (&saved.x).broadcast_mul(&self.inverse_rms(&saved.x)?)?;
+            let normed = saved.x.broadcast_mul(&self.inverse_rms(&saved.x)?)?;
             gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
         }
         if context.fused(dy) { self.backward_cpu(dy, &saved.x) } else { self.backward_reference(dy, &saved.x) }
