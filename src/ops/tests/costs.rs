@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use super::super::{Attention, HeadShape, LinearShape, attention_backward_cost, attention_forward_cost};
-use crate::work::Precision::F32;
+use crate::work::{Precision::F32, Work};
 
 /// Query-key pairs of one head, by hand from blocks of 64 query rows: rows x keys from the first row's first key to the block's end.
 ///
@@ -30,6 +30,15 @@ fn attention_costs_its_blocks() {
             assert!(one.flops() <= square && (one.flops() == square) == (length <= 64), "never beyond the square");
         }
     }
+}
+
+/// T 2, D 3, one head: (queries, keys, D) for scores, again for the scores and dP of the backward pass; (queries, D, keys) for a mix.
+#[test]
+fn attention_costs_products_of_their_shapes() {
+    let attention = Attention { heads: 1, kv_heads: 1, head_dim: 3, window: None };
+    let shapes = |work: Work| work.each_product().map(|(p, count)| ((p.m, p.n, p.k), count)).collect::<Vec<_>>();
+    assert_eq!(shapes(attention_forward_cost(&attention, &[2])), [((2, 2, 3), 1), ((2, 3, 2), 1)]);
+    assert_eq!(shapes(attention_backward_cost(&attention, &[2])), [((2, 2, 3), 2), ((2, 3, 2), 3)]);
 }
 
 /// N 3, in 5, out 7, r 2: 2mnk of each product.
