@@ -20,6 +20,7 @@
 #![deny(missing_docs, clippy::panic, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
 
 pub mod adapter;
+pub mod cli;
 pub mod data;
 pub mod energy;
 pub mod error;
@@ -29,6 +30,7 @@ pub mod ops;
 pub mod random;
 pub mod recipe;
 pub mod report;
+pub mod run;
 pub mod train;
 pub mod units;
 pub mod work;

@@ -177,6 +177,16 @@ impl ModelShape {
         work
     }
 
+    /// Work of reading a prompt of `tokens` tokens and the logits that follow it.
+    pub fn prefill(&self, tokens: usize) -> Work {
+        let a = &self.architecture;
+        let mut work = embedding_cost(tokens, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
+        for layer in 0..a.num_hidden_layers {
+            work += &self.block_forward(layer, &[tokens], false);
+        }
+        work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
+    }
+
     /// Work of generating one token after `before` others are cached.
     pub fn decoding(&self, before: usize) -> Work {
         let a = &self.architecture;

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use rayon::prelude::*;
 
-use super::host::Host;
+use super::host::{Host, expect};
 use super::{Context, Parameters};
 use crate::error::Result;
 use crate::work::Work;
@@ -48,6 +48,7 @@ struct Pass {
 impl AdamW {
     /// Updates `parameters` by the flat `gradient` (n); `step` counts from 1. Returns the gradient's norm before clipping.
     pub fn step(&self, context: Context<'_>, parameters: &Parameters, gradient: &Tensor, step: u64) -> Result<f64> {
+        expect("gradient", gradient, &[parameters.len()])?;
         context.tally.add(adamw_cost(parameters.len()));
         let norm = norm(gradient)?;
         if !norm.is_finite() {

@@ -10,9 +10,9 @@ use std::ops::Range;
 use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
 
-use super::host::{Host, Shared, tensor};
-use super::{Context, Segments};
-use crate::error::Result;
+use super::host::{Host, Shared, expect, tensor};
+use super::{Context, Segments, batched, issue};
+use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
 /// Query rows of one block.
@@ -121,6 +121,7 @@ impl Attention {
         v: Tensor,
         segments: &Segments,
     ) -> Result<(Tensor, AttentionSaved)> {
+        self.check(segments.tokens(), &[("q", &q, self.heads), ("k", &k, self.kv_heads), ("v", &v, self.kv_heads)])?;
         context.tally.add(attention_forward_cost(self, &lengths(segments)));
         let (out, lse) = if context.fused(&q) {
             self.forward_cpu(&q, &k, &v, segments)?
@@ -138,6 +139,10 @@ impl Attention {
         saved: &AttentionSaved,
         segments: &Segments,
     ) -> Result<(Tensor, Tensor, Tensor)> {
+        let (q, kv) = (self.heads, self.kv_heads);
+        let all = [("q", &saved.q, q), ("k", &saved.k, kv), ("v", &saved.v, kv), ("out", &saved.out, q), ("dout", dout, q)];
+        self.check(segments.tokens(), &all)?;
+        expect("lse", &saved.lse, &[segments.tokens(), self.heads])?;
         context.tally.add(attention_backward_cost(self, &lengths(segments)));
         if context.fused(dout) {
             self.backward_cpu(dout, saved, segments)
@@ -148,7 +153,9 @@ impl Attention {
 
     /// One new token: q (1, Hq D) against k, v (T, Hkv D), all of them visible unless a window cuts them -> (1, Hq D).
     pub fn decode(&self, context: Context<'_>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let keys = k.dims2()?.0;
+        let keys = k.dims2()?.0.max(1);
+        self.check(1, &[("q", q, self.heads)])?;
+        self.check(keys, &[("k", k, self.kv_heads), ("v", v, self.kv_heads)])?;
         context.tally.add(attention_decode_cost(self, keys));
         let seen = self.visible(keys - 1);
         let (d, hkv) = (self.head_dim, self.kv_heads);
@@ -156,9 +163,20 @@ impl Attention {
             Ok(t.narrow(0, seen.start, seen.len())?.reshape((seen.len(), hkv, d))?.transpose(0, 1)?.contiguous()?)
         };
         let q = q.reshape((hkv, self.group(), d))?;
-        let scores = (q.matmul(&heads_first(k)?.t()?)? * self.scale())?;
+        let scores = (batched(&q, &heads_first(k)?.t()?)? * self.scale())?;
         let p = softmax(&scores)?.0;
-        Ok(p.matmul(&heads_first(v)?)?.reshape((1, self.heads * d))?)
+        Ok(batched(&p, &heads_first(v)?)?.reshape((1, self.heads * d))?)
+    }
+
+    /// Refuses sizes that cannot be and tensors, each of so many heads, that contradict them: the fused pass computes addresses from both.
+    fn check(&self, tokens: usize, tensors: &[(&str, &Tensor, usize)]) -> Result<()> {
+        let divides = self.kv_heads > 0 && self.heads > 0 && self.heads.is_multiple_of(self.kv_heads);
+        if !divides || self.head_dim == 0 || self.window == Some(0) {
+            return Err(Error::new(Kind::Tensor, "attention cannot have these sizes")
+                .value(format!("{self:?}"))
+                .rule("all are at least 1, and kv_heads divides heads"));
+        }
+        tensors.iter().try_for_each(|(name, tensor, heads)| expect(name, tensor, &[tokens, heads * self.head_dim]))
     }
 
     // ---- reference: candle primitives on (H, T, D), any device ----
@@ -184,7 +202,7 @@ impl Attention {
     fn block_scores(&self, q: &Tensor, k: &Tensor, block: &Block) -> Result<Tensor> {
         let q = q.narrow(1, block.queries.start, block.queries.len())?;
         let k = k.narrow(1, block.keys.start, block.keys.len())?;
-        let scores = (q.contiguous()?.matmul(&k.contiguous()?.t()?)? * self.scale())?;
+        let scores = (batched(&q.contiguous()?, &k.contiguous()?.t()?)? * self.scale())?;
         Ok(scores.broadcast_add(&self.mask(block, scores.device())?)?)
     }
 
@@ -200,7 +218,7 @@ impl Attention {
                 let (p, lse) = softmax(&self.block_scores(&q, &k, &block)?)?;
                 let v = v.narrow(1, block.keys.start, block.keys.len())?.contiguous()?;
                 let rows = block.queries.len();
-                outs.push(p.matmul(&v)?.transpose(0, 1)?.contiguous()?.reshape((rows, self.heads * self.head_dim))?);
+                outs.push(batched(&p, &v)?.transpose(0, 1)?.contiguous()?.reshape((rows, self.heads * self.head_dim))?);
                 lses.push(lse.squeeze(2)?.t()?.contiguous()?);
             }
         }
@@ -223,12 +241,12 @@ impl Attention {
                     |x: &Tensor| -> Result<Tensor> { Ok(x.narrow(1, block.queries.start, block.queries.len())?.contiguous()?) };
                 let cols = |x: &Tensor| -> Result<Tensor> { Ok(x.narrow(1, block.keys.start, block.keys.len())?.contiguous()?) };
                 let p = self.block_scores(&q, &k, &block)?.broadcast_sub(&rows(&lse)?)?.exp()?;
-                let dp = rows(&dout)?.matmul(&cols(&v)?.t()?)?;
+                let dp = batched(&rows(&dout)?, &cols(&v)?.t()?)?;
                 let ds = ((p.clone() * dp.broadcast_sub(&rows(&inner)?)?)? * self.scale())?;
-                dq.push(ds.matmul(&cols(&k)?)?);
+                dq.push(batched(&ds, &cols(&k)?)?);
                 let pad = |x: Tensor| -> Result<Tensor> { Ok(x.pad_with_zeros(1, block.keys.start, t - block.keys.end)?) };
-                dk = (dk + pad(ds.t()?.matmul(&rows(&q)?)?)?)?;
-                dv = (dv + pad(p.t()?.matmul(&rows(&dout)?)?)?)?;
+                dk = (dk + pad(batched(&ds.t()?, &rows(&q)?)?)?)?;
+                dv = (dv + pad(batched(&p.t()?, &rows(&dout)?)?)?)?;
             }
             dqs.push(self.tokens_first(&Tensor::cat(&dq, 1)?, self.heads)?);
             dks.push(self.tokens_first(&dk, self.kv_heads)?);
@@ -440,6 +458,7 @@ unsafe fn product_into(
     keep: f32,
 ) {
     assert!(a.holds(m, k) && b.holds(k, n), "a product's inputs lie inside their slices");
+    issue(1, m, n, k);
     // SAFETY: inputs are inside their slices (checked), the output is the caller's promise.
     unsafe {
         gemm::gemm(

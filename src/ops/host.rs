@@ -46,6 +46,16 @@ pub(super) fn f32_contiguous(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.to_dtype(DType::F32)?.contiguous()?)
 }
 
+/// Refuses a tensor that is not of `shape`: fused passes walk their slices side by side and would stop at the shortest without a word.
+pub(super) fn expect(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
+    if tensor.dims() == shape {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Tensor, format!("`{name}` has a shape that its op cannot take"))
+        .value(format!("{:?}", tensor.dims()))
+        .rule(format!("{shape:?}")))
+}
+
 /// Rows a parallel task takes at least: below this a task costs more than it saves.
 pub(super) const ROWS_PER_TASK: usize = 16;
 

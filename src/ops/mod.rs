@@ -65,8 +65,29 @@ pub fn dtype(precision: Precision) -> DType {
     }
 }
 
-/// `a (m, k) x b (k, n) -> (m, n)` in f32: inputs are rounded to the context's precision, sums are f32.
+#[cfg(test)]
+thread_local! {
+    /// FLOPs of the products issued on this thread, from the arguments of the lowest calls: what tests hold the cost functions against.
+    static ISSUED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// Counts a product where it is issued, in tests; nothing otherwise.
+fn issue(_count: usize, _m: usize, _n: usize, _k: usize) {
+    #[cfg(test)]
+    ISSUED.set(ISSUED.get() + (2 * _count * _m * _n * _k) as u64);
+}
+
+/// a (batch, m, k) b (batch, k, n) of one type, on any device.
+fn batched(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (count, m, k) = a.dims3()?;
+    issue(count, m, b.dims3()?.2, k);
+    Ok(a.matmul(b)?)
+}
+
+/// `a (m, k) x b (k, n) -> (m, n)` in f32: inputs are rounded to the context's precision, sums are f32, and a result of 16-bit inputs
+/// is rounded to their precision once more.
 fn matmul(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    issue(1, a.dims2()?.0, b.dims2()?.1, a.dims2()?.1);
     let dtype = dtype(context.precision);
     let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
     Ok(a.matmul(&b)?.to_dtype(DType::F32)?)

@@ -5,6 +5,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::host::expect;
 use crate::error::{Error, Kind, Result};
 
 /// A weight that ops read: frozen, or a view of a trained slot.
@@ -172,10 +173,11 @@ impl Gradients {
     /// All gradients as one flat f32 tensor in the parameters' order; a slot without one is named in the error.
     pub fn flat(&self, parameters: &Parameters) -> Result<Tensor> {
         let mut parts = Vec::with_capacity(self.by_slot.len());
-        for (slot, gradient) in parameters.slots().iter().zip(&self.by_slot) {
-            let Some(gradient) = gradient else {
+        for (index, slot) in parameters.slots().iter().enumerate() {
+            let Some(gradient) = self.get(index) else {
                 return Err(Error::new(Kind::Diverged, format!("`{}` is trained but received no gradient", slot.name)));
             };
+            expect(&slot.name, gradient, &slot.shape)?;
             parts.push(gradient.flatten_all()?.to_dtype(DType::F32)?);
         }
         Ok(Tensor::cat(&parts, 0)?)

@@ -3,7 +3,7 @@
 use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
-use super::host::{Host, ROWS_PER_TASK, tensor};
+use super::host::{Host, ROWS_PER_TASK, expect, tensor};
 use super::{Context, Gradients, Weight};
 use crate::error::Result;
 use crate::work::Work;
@@ -38,6 +38,7 @@ impl RmsNorm {
     /// x (N, C) -> y (N, C).
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
         let (n, c) = x.dims2()?;
+        expect("weight", &self.weight.tensor, &[c])?;
         context.tally.add(rms_norm_cost(n, c));
         let y = if context.fused(x) { self.forward_cpu(x)? } else { self.forward_reference(x)? };
         Ok((y, RmsNormSaved { x: x.clone() }))
@@ -45,7 +46,8 @@ impl RmsNorm {
 
     /// dy (N, C) -> dx (N, C); the weight's gradient where it is trained.
     pub fn backward(&self, context: Context<'_>, dy: &Tensor, saved: &RmsNormSaved, gradients: &mut Gradients) -> Result<Tensor> {
-        let (n, c) = dy.dims2()?;
+        let (n, c) = saved.x.dims2()?;
+        expect("dy", dy, &[n, c])?;
         context.tally.add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
         if self.weight.is_trained() {
             let normed = saved.x.broadcast_mul(&self.inverse_rms(&saved.x)?)?;

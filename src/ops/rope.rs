@@ -8,9 +8,9 @@ use std::f64::consts::PI;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::host::{Host, ROWS_PER_TASK, tensor};
+use super::host::{Host, ROWS_PER_TASK, expect, tensor};
 use super::{Context, Segments};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::work::Work;
 
 /// How frequencies are stretched beyond the trained length.
@@ -188,6 +188,13 @@ impl RopeTables {
 
     fn rotate(&self, context: Context<'_>, x: &Tensor, direction: f32) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
+        let half = self.cos.dims2()?.1;
+        expect("cos", &self.cos, &[n, half])?;
+        if !c.is_multiple_of(2 * half) {
+            return Err(Error::new(Kind::Tensor, "rotated rows must hold whole heads")
+                .value(c.to_string())
+                .rule(format!("a multiple of head_dim = {}", 2 * half)));
+        }
         context.tally.add(Self::cost(n, c));
         if context.fused(x) { self.rotate_cpu(x, direction) } else { self.rotate_reference(x, direction) }
     }

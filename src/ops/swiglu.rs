@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::Context;
-use super::host::{Host, tensor};
+use super::host::{Host, expect, tensor};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -23,6 +23,7 @@ pub fn swiglu_backward_cost(n: usize) -> Work {
 
 /// gate, up (N, F) -> y (N, F).
 pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    expect("up", up, gate.dims())?;
     context.tally.add(swiglu_cost(gate.elem_count()));
     if !context.fused(gate) {
         return Ok((gate.silu()? * up)?);
@@ -39,6 +40,8 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<Tensor
 
 /// dy (N, F) -> (dgate, dup). With s = sigmoid(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s)).
 pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+    expect("up", up, gate.dims())?;
+    expect("dy", dy, gate.dims())?;
     context.tally.add(swiglu_backward_cost(gate.elem_count()));
     if !context.fused(gate) {
         let s = (gate.neg()?.exp()? + 1.0)?.recip()?;

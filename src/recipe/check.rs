@@ -61,18 +61,17 @@ impl Reader<'_, '_, '_> {
     fn model_id(&mut self, id: &str) -> ModelId {
         const RULE: &str = "a hub id `owner/name` or `name`, a directory (starting with `.`, `/` or `~` where it does not exist yet), \
                             or `embedded:NAME`";
-        if let Some(name) = id.strip_prefix(EMBEDDED) {
-            if !is_hub_name(name) {
-                self.refuse("model.id", RULE, "write for example `id = \"embedded:tiny\"`");
+        match ModelId::parse(id, self.folder) {
+            Some(ModelId::Directory(_)) => ModelId::Directory(self.resolve("model.id", id)),
+            Some(found) => found,
+            None => {
+                self.refuse(
+                    "model.id",
+                    RULE,
+                    "write for example `id = \"HuggingFaceTB/SmolLM2-135M\"`, `id = \"./my-model\"` or `id = \"embedded:tiny\"`",
+                );
+                ModelId::Hub(id.to_string())
             }
-            ModelId::Embedded(name.to_string())
-        } else if says_path(id) || self.folder.join(id).is_dir() {
-            ModelId::Directory(self.resolve("model.id", id))
-        } else {
-            if !(is_hub_name(id) || is_hub_id(id)) {
-                self.refuse("model.id", RULE, "write for example `id = \"HuggingFaceTB/SmolLM2-135M\"` or `id = \"./my-model\"`");
-            }
-            ModelId::Hub(id.to_string())
         }
     }
 
@@ -243,6 +242,19 @@ fn targets(value: &Value, all_linear: bool) -> Option<Targets> {
         Value::Text(regex) => Some(Targets::Regex(regex.clone())),
         Value::Names(names) => Some(Targets::Names(names.clone())),
         _ => None,
+    }
+}
+
+impl ModelId {
+    /// What a model's name means, seen from `folder`; `None` where it can be neither a hub id, a directory nor `embedded:NAME`.
+    pub fn parse(text: &str, folder: &Path) -> Option<ModelId> {
+        if let Some(name) = text.strip_prefix(EMBEDDED) {
+            return is_hub_name(name).then(|| ModelId::Embedded(name.to_string()));
+        }
+        if says_path(text) || folder.join(text).is_dir() {
+            return Some(ModelId::Directory(tidy(&folder.join(text))));
+        }
+        (is_hub_name(text) || is_hub_id(text)).then(|| ModelId::Hub(text.to_string()))
     }
 }
 

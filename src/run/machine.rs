@@ -70,7 +70,7 @@ pub fn peak_rss() -> Option<Bytes> {
 
 /// Memory that can still be taken, and the machine's whole; `None` where the system does not say.
 pub(super) fn memory() -> Option<(Bytes, Bytes)> {
-    let mut system = sysinfo::System::new();
+    let mut system = sysinfo::System::new().ok()?;
     system.refresh_memory();
     let (free, all) = match system.cgroup_limits() {
         Some(limits) if limits.total_memory > 0 => (limits.free_memory.min(system.available_memory()), limits.total_memory),
@@ -82,20 +82,21 @@ pub(super) fn memory() -> Option<(Bytes, Bytes)> {
 /// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not say.
 pub(super) fn free_disk(path: &Path) -> Option<Bytes> {
     let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")).canonicalize().ok()?;
-    let disks = sysinfo::Disks::new_with_refreshed_list();
+    let disks = sysinfo::Disks::new_with_refreshed_list().ok()?;
     let holds = disks.iter().filter(|disk| existing.starts_with(disk.mount_point()));
     holds.max_by_key(|disk| disk.mount_point().as_os_str().len()).map(|disk| Bytes(disk.available_space()))
 }
 
 /// What the report says about where it ran.
 pub(super) fn environment() -> Environment {
-    let mut system = sysinfo::System::new();
-    system.refresh_cpu_all();
-    let cpu = system.cpus().first().map_or("unknown", |cpu| cpu.brand()).trim().to_string();
+    let brand = sysinfo::System::new().ok().and_then(|mut system| {
+        system.refresh_cpu_all();
+        system.cpus().first().map(|cpu| cpu.brand().trim().to_string())
+    });
     Environment {
         version: env!("CARGO_PKG_VERSION").to_string(),
-        cpu,
+        cpu: brand.unwrap_or_else(|| "unknown".to_string()),
         threads: rayon::current_num_threads() as u64,
-        os: sysinfo::System::long_os_version().unwrap_or_else(|| std::env::consts::OS.to_string()),
+        os: sysinfo::System::long_os_version().unwrap_or_else(|_| std::env::consts::OS.to_string()),
     }
 }

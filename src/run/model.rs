@@ -58,6 +58,7 @@ pub(super) fn cache_root() -> Result<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = || Some(PathBuf::from(std::env::var_os("HOME").or_else(|| std::env::var_os("USERPROFILE"))?).join(".cache"));
     base.or_else(home).map(|base| base.join("wattune")).ok_or_else(|| {
-        Error::new(Kind::Io, "there is no cache folder: neither HOME nor XDG_CACHE_HOME is set").hint("set WATTUNE_CACHE to a folder")
+        Error::new(Kind::Io, "there is no cache folder: neither HOME nor XDG_CACHE_HOME is set")
+            .hint("set WATTUNE_CACHE to a folder")
     })
 }

@@ -64,13 +64,7 @@ pub(super) fn lora_settings(lora: &recipe::Lora) -> LoraSettings {
 }
 
 pub(super) fn limits(budget: &recipe::Budget) -> Limits {
-    Limits {
-        energy: budget.energy,
-        carbon: budget.carbon,
-        flops: budget.flops,
-        time: budget.time,
-        cost: budget.cost.clone(),
-    }
+    Limits { energy: budget.energy, carbon: budget.carbon, flops: budget.flops, time: budget.time, cost: budget.cost.clone() }
 }
 
 /// The meter asked for; `None`: measured where complete, else counted.

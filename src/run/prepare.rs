@@ -11,6 +11,7 @@ use super::model::{cache_root, find_model, tokenizer_of};
 use super::options::{data_options, limits, lora_settings, sampler_options, settings};
 use crate::adapter::{self, Loaded, LoraSettings, Site};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
+use crate::energy::meter::Computing;
 use crate::energy::{Budget, Grid, Profile, Rates};
 use crate::error::{Error, Kind, Result};
 use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
@@ -88,10 +89,10 @@ impl Prepared {
 }
 
 /// Runs the whole preflight of `recipe` for `device`.
-pub fn prepare(mut recipe: Recipe, device: &Device, progress: &dyn Progress) -> Result<Prepared> {
+pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progress: &dyn Progress) -> Result<Prepared> {
     machine::check_precision(device, recipe.model.dtype)?;
     refuse_what_is_not_there_yet(&recipe)?;
-    let profile = Profile::resolve(&recipe.energy.device, std::path::Path::new(""))?;
+    let profile = Profile::resolve(&recipe.energy.device, std::path::Path::new(""), computing)?;
     let grid = Grid::find(&recipe.energy.grid)?;
     let rates = Rates { grid: grid.gco2e_per_kwh, pue: recipe.energy.pue, price: recipe.energy.price.clone() };
     let budget = Budget::new(limits(&recipe.budget), rates)?;
@@ -151,7 +152,9 @@ fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
         return Err(Error::new(Kind::Recipe, "the from-scratch baseline cannot be measured yet")
             .at("baseline.from_scratch")
             .value("measured")
-            .hint("write `from_scratch = \"counted\"`, or train a second recipe with `init = \"random\"` and compare the two runs"));
+            .hint(
+                "write `from_scratch = \"counted\"`, or train a second recipe with `init = \"random\"` and compare the two runs",
+            ));
     }
     if recipe.model.init == Init::Random && matches!(recipe.adapter, Adapter::Lora(_)) {
         return Err(Error::new(Kind::Recipe, "an adapter cannot be trained on random weights")

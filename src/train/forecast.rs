@@ -35,6 +35,8 @@ pub struct Costs<'a> {
     trained: usize,
     evaluation: Option<Work>,
     save: Work,
+    /// What the caller does when the loop has ended, within the same budget.
+    ending: Vec<(Phase, Work)>,
 }
 
 /// Work of saving `trained` numbers: one pass over a checkpoint's bytes.
@@ -50,13 +52,14 @@ impl<'a> Costs<'a> {
         validation: &[MicroBatch],
         trained: usize,
         settings: &'a Settings,
+        ending: Vec<(Phase, Work)>,
     ) -> Self {
         let of = |batch: &MicroBatch| {
             let BatchShape { segments, loss_tokens } = batch.shape();
             shape.evaluation(&segments, loss_tokens)
         };
         let evaluation = (!validation.is_empty()).then(|| validation.iter().map(of).sum());
-        Self { shape, sampler, settings, trained, evaluation, save: save_work(trained) }
+        Self { shape, sampler, settings, trained, evaluation, save: save_work(trained), ending }
     }
 
     /// Whether there is anything to evaluate on.
@@ -81,7 +84,12 @@ impl<'a> Costs<'a> {
         let due_evaluation = self.evaluation.as_ref().filter(|_| due.evaluation);
         let evaluations = due_evaluation.into_iter().chain(&self.evaluation).map(|work| (Phase::Eval, work.clone()));
         let saves = due.save.then_some(&self.save).into_iter().chain([&self.save]).map(|work| (Phase::Save, work.clone()));
-        evaluations.chain(saves).collect()
+        evaluations.chain(saves).chain(self.ending.clone()).collect()
+    }
+
+    /// Work of a checkpoint.
+    pub fn save(&self) -> &Work {
+        &self.save
     }
 }
 
@@ -124,7 +132,8 @@ pub fn forecast(
 ) -> Forecast {
     let evaluation = costs.evaluation.as_ref().map(|work| profile.charge(work));
     let save = profile.charge(&costs.save);
-    let reserve: Spent = evaluation.iter().chain([&save]).map(spent).sum();
+    let ending: Vec<(Phase, Charge)> = costs.ending.iter().map(|(phase, work)| (*phase, profile.charge(work))).collect();
+    let reserve: Spent = evaluation.iter().chain([&save]).chain(ending.iter().map(|(_, charge)| charge)).map(spent).sum();
     let (mut so_far, mut step, mut tokens) = (before, standing.step, (0, 0));
     let (mut training, mut evaluations, mut saves) = (Charge::default(), 0, 0);
     let mut last = Due { evaluation: false, save: false };
@@ -153,7 +162,10 @@ pub fn forecast(
     saves += usize::from(!(last.save && (last.evaluation || evaluation.is_none())));
     let times = |charge: &Charge, count: usize| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
     let evaluated = evaluation.map_or_else(Charge::default, |charge| times(&charge, evaluations));
-    let phases = vec![(Phase::Train, training), (Phase::Eval, evaluated), (Phase::Save, times(&save, saves))];
+    let mut phases = vec![(Phase::Train, training), (Phase::Eval, evaluated), (Phase::Save, times(&save, saves))];
+    for (phase, charge) in ending {
+        phases.iter_mut().filter(|(other, _)| *other == phase).for_each(|(_, sum)| *sum += &charge);
+    }
     Forecast { steps: step, stop, phases, evaluations, saves, tokens }
 }
 
@@ -175,11 +187,7 @@ impl Course {
         let evaluations =
             costs.evaluation.iter().flat_map(|work| std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations));
         let saves = std::iter::repeat_n((Phase::Save, costs.save.clone()), plan.saves);
-        let mut allowance = account.allowance(&evaluations.chain(saves).collect::<Vec<_>>());
-        let trained = account.spent_on(Phase::Train);
-        allowance.energy = allowance.energy.map(|energy| energy + trained.energy);
-        allowance.flops = allowance.flops.map(|flops| flops + trained.flops);
-        allowance.time = allowance.time.map(|time| time + trained.time);
+        let allowance = account.allowance(&evaluations.chain(saves).chain(costs.ending.clone()).collect::<Vec<_>>());
         Self { steps, allowance: Some(allowance) }
     }
 

@@ -22,7 +22,7 @@ use crate::energy::{Account, Limit, Phase, Verdict};
 use crate::error::Result;
 use crate::model::{Decoder, ModelShape, Recompute};
 use crate::ops::{Context, Parameters};
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, Tally, Work};
 
 /// Everything the loop works on.
 pub struct Job<'a> {
@@ -46,6 +46,8 @@ pub struct Job<'a> {
     pub export: &'a dyn Fn(&Path) -> Result<()>,
     /// Set when the person asks to stop.
     pub interrupted: &'a AtomicBool,
+    /// What the caller will still do within the budget when the loop has ended.
+    pub ending: Vec<(Phase, Work)>,
 }
 
 /// How to train: plain numbers, no recipe.
@@ -121,9 +123,9 @@ pub trait Observer {
 pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Observer) -> Result<Outcome> {
     let tally = Tally::default();
     let context = Context::new(&tally, job.settings.precision);
-    let costs = Costs::new(job.shape, job.sampler, job.validation, job.parameters.len(), job.settings);
+    let costs = Costs::new(job.shape, job.sampler, job.validation, job.parameters.len(), job.settings, job.ending.clone());
     if standing.step == 0 && standing.val_loss_before.is_none() && costs.evaluates() {
-        let val_loss = evaluate(job, context, 0, observer)?;
+        let val_loss = evaluate(job, context, &costs, 0, observer)?;
         standing.val_loss_before = Some(val_loss);
         standing.val_loss_last = Some(Evaluated { step: 0, val_loss });
     }
@@ -146,10 +148,10 @@ pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Obser
             Err(diverged) => return Ok(Outcome { stop: Stop::Diverged(diverged), standing }),
         }
         if due.evaluation && costs.evaluates() {
-            evaluate_into(job, context, &mut standing, observer)?;
+            evaluate_into(job, context, &costs, &mut standing, observer)?;
         }
         if due.save {
-            save(job, context, &standing, observer)?;
+            save(job, context, &costs, &standing, observer)?;
         }
     };
     finish(job, context, &costs, &mut standing, observer, stop != Stop::Interrupted)?;
@@ -167,15 +169,21 @@ fn finish(
 ) -> Result<()> {
     let evaluated = standing.val_loss_last.is_some_and(|last| last.step == standing.step);
     if evaluate && costs.evaluates() && !evaluated {
-        evaluate_into(job, context, standing, observer)?;
+        evaluate_into(job, context, costs, standing, observer)?;
     } else if job.checkpoints.steps()?.last() == Some(&standing.step) {
         return Ok(());
     }
-    save(job, context, standing, observer)
+    save(job, context, costs, standing, observer)
 }
 
-fn evaluate_into(job: &mut Job<'_>, context: Context<'_>, standing: &mut Standing, observer: &mut dyn Observer) -> Result<()> {
-    let val_loss = evaluate(job, context, standing.step, observer)?;
+fn evaluate_into(
+    job: &mut Job<'_>,
+    context: Context<'_>,
+    costs: &Costs<'_>,
+    standing: &mut Standing,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    let val_loss = evaluate(job, context, costs, standing.step, observer)?;
     let evaluated = Evaluated { step: standing.step, val_loss };
     standing.val_loss_last = Some(evaluated);
     if standing.best.is_none_or(|best| val_loss < best.val_loss) {
@@ -185,11 +193,17 @@ fn evaluate_into(job: &mut Job<'_>, context: Context<'_>, standing: &mut Standin
 }
 
 /// Validation loss in nats per loss token, charged as one entry.
-fn evaluate(job: &mut Job<'_>, context: Context<'_>, step: u64, observer: &mut dyn Observer) -> Result<f64> {
+///
+/// Its energy was held in reserve, so the verdict is not asked again: admission only leases it, in case of a crash.
+fn evaluate(job: &mut Job<'_>, context: Context<'_>, costs: &Costs<'_>, step: u64, observer: &mut dyn Observer) -> Result<f64> {
+    if let Some(work) = costs.evaluation() {
+        job.account.admit(Phase::Eval, work, &[])?;
+    }
     job.account.begin();
     let (mut sum, mut count) = (0.0, 0);
     for (done, batch) in job.validation.iter().enumerate() {
         observer.evaluating(done, job.validation.len());
+        job.account.poll();
         let losses = job.decoder.losses(context, &batch_on(batch, job.decoder.device())?)?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         count += losses.len();
@@ -200,9 +214,16 @@ fn evaluate(job: &mut Job<'_>, context: Context<'_>, step: u64, observer: &mut d
     Ok(val_loss)
 }
 
-fn save(job: &mut Job<'_>, context: Context<'_>, standing: &Standing, observer: &mut dyn Observer) -> Result<()> {
+fn save(
+    job: &mut Job<'_>,
+    context: Context<'_>,
+    costs: &Costs<'_>,
+    standing: &Standing,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    job.account.admit(Phase::Save, costs.save(), &[])?;
     job.account.begin();
-    context.tally.add(forecast::save_work(job.parameters.len()));
+    context.tally.add(costs.save().clone());
     let path = job.checkpoints.save(standing, job.parameters, job.export)?;
     job.account.charge(Phase::Save, standing.step, &context.tally.take())?;
     observer.saved(standing.step, &path);

@@ -1,0 +1,45 @@
+//! `wattune devices`: profiles, and what can be measured here.
+
+use std::fmt::Write;
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::{Common, out, out_json};
+use crate::energy::Profile;
+use crate::energy::sensor::{self, State};
+use crate::error::Result;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {}
+
+pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
+    let here = Profile::detect();
+    let sensors = sensor::probe();
+    if common.json {
+        let sensors: Vec<Value> = sensors
+            .iter()
+            .map(|found| match &found.state {
+                State::Available => json!({ "name": found.name, "available": true }),
+                State::Absent(absent) => {
+                    json!({ "name": found.name, "available": false, "reason": absent.reason, "remedy": absent.remedy })
+                }
+            })
+            .collect();
+        return out_json(&json!({ "here": here, "profiles": Profile::all(), "sensors": sensors }));
+    }
+    let mut text = format!("This machine counts as {} ({}).\n", here.name, here.title);
+    here.note.iter().for_each(|note| text += &format!("  {note}\n"));
+    text += "\nWhat can be measured here:\n";
+    for found in &sensors {
+        let _ = match &found.state {
+            State::Available => writeln!(text, "  {:<6} yes", found.name),
+            State::Absent(absent) => writeln!(text, "  {:<6} no: {}\n         {}", found.name, absent.reason, absent.remedy),
+        };
+    }
+    text += "\nProfiles (write one as `device` in [energy]):\n";
+    for profile in Profile::all() {
+        let _ = writeln!(text, "  {:<28} {} · idle {} · load {}", profile.name, profile.title, profile.idle_w, profile.load_w);
+    }
+    out(&text)
+}

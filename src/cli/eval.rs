@@ -1,0 +1,77 @@
+//! `wattune eval`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::model::ModelArguments;
+use super::screen::Terminal;
+use super::{Common, out, out_json};
+use crate::data;
+use crate::error::{Error, Kind, Result};
+use crate::run::{self, EvaluationJob};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// Records: .jsonl .json .csv .tsv .txt or .parquet
+    #[arg(long, required = true, num_args = 1..)]
+    data: Vec<PathBuf>,
+    /// How a record is read: text, completion, messages, alpaca or auto
+    #[arg(long, default_value = "auto")]
+    format: String,
+    /// The wanted field's column, such as `--column prompt=question`
+    #[arg(long = "column", value_name = "FIELD=COLUMN")]
+    columns: Vec<String>,
+    /// Longest record in tokens
+    #[arg(long, default_value_t = 512)]
+    max_length: usize,
+    /// Records in one forward pass
+    #[arg(long, default_value_t = 8)]
+    micro_batch_size: usize,
+    /// Only the first so many records
+    #[arg(long)]
+    limit: Option<usize>,
+}
+
+pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    let (device, _) = run::device(&arguments.model.device)?;
+    let job = EvaluationJob {
+        model: arguments.model.request(&device)?,
+        data: arguments.data.clone(),
+        options: options(arguments)?,
+        micro_batch_size: arguments.micro_batch_size.max(1),
+        limit: arguments.limit,
+    };
+    let mut screen = Terminal::new(common.quiet);
+    let result = run::evaluate(&job, &mut screen)?;
+    screen.clear();
+    if common.json {
+        return out_json(&result);
+    }
+    out(&format!(
+        "loss {:.4} nats per token (perplexity {:.2}) over {} loss tokens of {} records",
+        result.loss, result.perplexity, result.loss_tokens, result.examples
+    ))
+}
+
+fn options(arguments: &Arguments) -> Result<data::Options> {
+    let format = match arguments.format.as_str() {
+        "text" => data::Format::Text,
+        "completion" => data::Format::Completion,
+        "messages" => data::Format::Messages,
+        "alpaca" => data::Format::Alpaca,
+        "auto" => data::Format::Auto,
+        other => {
+            let rule = "text, completion, messages, alpaca or auto";
+            return Err(Error::new(Kind::Usage, "there is no such format").at("--format").value(other).rule(rule));
+        }
+    };
+    let pair = |text: &String| {
+        let split = text.split_once('=').map(|(field, column)| (field.to_string(), column.to_string()));
+        split.ok_or_else(|| Error::new(Kind::Usage, "a column is given as FIELD=COLUMN").at("--column").value(text.clone()))
+    };
+    let columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;
+    let (on_bad_record, txt_unit) = (data::OnBadRecord::Stop, data::TxtUnit::Paragraph);
+    Ok(data::Options { format, columns, max_length: arguments.max_length, on_bad_record, txt_unit })
+}

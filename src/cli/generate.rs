@@ -1,0 +1,77 @@
+//! `wattune generate`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use super::model::ModelArguments;
+use super::screen::Terminal;
+use super::{Common, out, out_json};
+use crate::error::{Error, Kind, Result};
+use crate::model::Sampling;
+use crate::run::{self, GenerationJob};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    model: ModelArguments,
+    /// What the model goes on from
+    #[arg(long)]
+    prompt: String,
+    /// Render the prompt as a person's message by the model's chat template
+    #[arg(long)]
+    chat: bool,
+    /// Tokens at most
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// 0 takes the likeliest token; higher values vary more
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    /// Draw among the likeliest tokens whose probabilities reach this sum
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Draw among so many likeliest tokens (0: all)
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Seeds the draw
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// End the text before this
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+}
+
+pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    let refuse = |flag: &str, value: f64, rule: &str| {
+        Err(Error::new(Kind::Usage, format!("`{flag}` is out of range")).value(value.to_string()).rule(rule))
+    };
+    if !(arguments.temperature >= 0.0 && arguments.temperature.is_finite()) {
+        return refuse("--temperature", arguments.temperature, "a number of at least 0");
+    }
+    if !(arguments.top_p > 0.0 && arguments.top_p <= 1.0) {
+        return refuse("--top-p", arguments.top_p, "above 0, at most 1");
+    }
+    let (device, _) = run::device(&arguments.model.device)?;
+    let job = GenerationJob {
+        model: arguments.model.request(&device)?,
+        prompt: &arguments.prompt,
+        chat: arguments.chat,
+        max_new_tokens: arguments.max_new_tokens,
+        sampling: Sampling {
+            temperature: arguments.temperature,
+            top_p: arguments.top_p,
+            top_k: arguments.top_k,
+            seed: arguments.seed,
+        },
+        stop: &arguments.stop,
+    };
+    let mut screen = Terminal::new(common.quiet);
+    let mut show = |piece: &str| {
+        if !common.json {
+            print!("{piece}");
+            // A reader that went away ends the text, not the program.
+            let _ = std::io::stdout().flush();
+        }
+    };
+    let result = run::generate(&job, &mut screen, &mut show)?;
+    if common.json { out_json(&result) } else { out("") }
+}

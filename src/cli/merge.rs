@@ -1,0 +1,44 @@
+//! `wattune merge`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::screen::Terminal;
+use super::{Common, out, out_json};
+use crate::error::Result;
+use crate::run::{self, MergeRequest};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Hub id, directory, or embedded:tiny
+    #[arg(long)]
+    model: String,
+    /// Branch, tag or commit of a hub model
+    #[arg(long, default_value = "main")]
+    revision: String,
+    /// The PEFT adapter's directory
+    #[arg(long)]
+    adapter: PathBuf,
+    /// The directory to make; an existing one is refused
+    #[arg(long)]
+    out: PathBuf,
+}
+
+pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    let request = MergeRequest {
+        model: &arguments.model,
+        revision: &arguments.revision,
+        adapter: &arguments.adapter,
+        out: &arguments.out,
+        max_shard: None,
+    };
+    let summary = run::merge_model(&request, &mut Terminal::new(common.quiet))?;
+    let path = arguments.out.display().to_string();
+    if common.json {
+        let (merged, kept) = (summary.merged, summary.kept);
+        return out_json(&json!({ "out": path, "files": summary.files, "merged": merged, "kept": kept, "bytes": summary.size }));
+    }
+    out(&format!("Merged {} of {} tensors into `{path}` ({}).", summary.merged, summary.merged + summary.kept, summary.size))
+}

@@ -1,0 +1,149 @@
+//! The command line: arguments, progress, tables, hints, exit codes. The only room that prints.
+//!
+//! Data goes to standard output, everything else to standard error; with `--json` standard output holds one JSON document. One file
+//! per command. Exit status: 0 done, 1 failed while running, 2 refused before it ran, 130 interrupted with a checkpoint saved.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod devices;
+mod eval;
+mod generate;
+mod merge;
+mod model;
+mod plan;
+mod recipe;
+mod report;
+mod screen;
+mod train;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::error::{Error, Kind, Result};
+
+/// Specialise an open transformer inside an energy budget, and prove what it cost.
+#[derive(Debug, Parser)]
+#[command(name = "wattune", version, max_term_width = 110, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  wattune train recipes/quickstart.toml            specialise a small model, offline, in under a minute
+  wattune plan recipes/quickstart.toml             what that would cost, before it starts
+  wattune report runs/quickstart-20260101-120000   what it did cost
+  wattune recipe init my.toml                      a commented recipe to begin with
+
+Exit status: 0 done (a budget stop is done), 1 failed while running, 2 refused before it ran, 130 interrupted with a checkpoint saved.";
+
+/// Flags of every command.
+#[derive(Debug, Clone, Copy, clap::Args)]
+struct Common {
+    /// Print one JSON document on standard output and nothing else there
+    #[arg(long, global = true)]
+    json: bool,
+    /// Show no progress and no notes
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// Compute with so many threads (default: all the process may use; RAYON_NUM_THREADS is honoured)
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train by a recipe: adapter, checkpoints and report in a run directory
+    Train(train::Arguments),
+    /// Forecast a recipe's energy, time and memory without training
+    Plan(plan::Arguments),
+    /// The loss of a model on records
+    Eval(eval::Arguments),
+    /// Generate text from a model
+    Generate(generate::Arguments),
+    /// Merge an adapter into its model: a whole model directory
+    Merge(merge::Arguments),
+    /// Show what a run cost, against what, and how sure the numbers are
+    Report(report::Arguments),
+    /// Compare runs: which bought the most loss per joule
+    Compare(report::CompareArguments),
+    /// Show the device profiles and what can be measured on this machine
+    Devices(devices::Arguments),
+    /// Write, check or describe recipes
+    #[command(subcommand)]
+    Recipe(recipe::Command),
+    /// Print completions for a shell
+    Completions {
+        /// bash, zsh, fish, elvish or powershell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    match set_threads(cli.common.threads).and_then(|()| dispatch(cli)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_status())
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<ExitCode> {
+    let common = cli.common;
+    match cli.command {
+        Command::Train(arguments) => train::run(&arguments, common),
+        Command::Plan(arguments) => plan::run(&arguments, common),
+        Command::Eval(arguments) => eval::run(&arguments, common),
+        Command::Generate(arguments) => generate::run(&arguments, common),
+        Command::Merge(arguments) => merge::run(&arguments, common),
+        Command::Report(arguments) => report::run(&arguments, common),
+        Command::Compare(arguments) => report::compare(&arguments, common),
+        Command::Devices(arguments) => devices::run(&arguments, common),
+        Command::Recipe(command) => recipe::run(&command, common),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "wattune", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Fixes the number of threads for our own passes and for candle's products.
+fn set_threads(threads: Option<usize>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    if threads == 0 {
+        return Err(Error::new(Kind::Usage, "`--threads` must be at least one").value("0"));
+    }
+    // SAFETY: this is the program's first act: no other thread exists that could read the environment meanwhile. candle sizes its
+    // products by this variable alone.
+    unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    pool.map_err(|e| Error::new(Kind::Usage, format!("the thread pool cannot be set up: {e}")))
+}
+
+/// Writes data to standard output; a reader that went away is no error.
+fn out(text: &str) -> Result<ExitCode> {
+    let mut stdout = std::io::stdout().lock();
+    match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::new(Kind::Io, format!("cannot write: {e}"))),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// Writes a JSON document to standard output.
+fn out_json(value: &impl serde::Serialize) -> Result<ExitCode> {
+    out(&serde_json::to_string_pretty(value).map_err(|e| Error::new(Kind::Io, e.to_string()))?)
+}

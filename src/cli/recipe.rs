@@ -1,0 +1,82 @@
+//! `wattune recipe init|check|schema`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use serde_json::json;
+
+use super::screen::Terminal;
+use super::{Common, out, out_json};
+use crate::error::{Error, Kind, Result};
+use crate::recipe;
+use crate::report::files::write_whole;
+use crate::run::{self, Screen};
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Write a commented recipe to begin with
+    Init {
+        /// Where; an existing file is refused
+        #[arg(default_value = "recipe.toml")]
+        path: PathBuf,
+    },
+    /// Run the whole preflight without training
+    Check {
+        /// The recipe file
+        recipe: PathBuf,
+        /// Override one key of the recipe
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        overrides: Vec<String>,
+    },
+    /// Print the JSON Schema of recipes, for editors
+    Schema,
+}
+
+pub(super) fn run(command: &Command, common: Common) -> Result<ExitCode> {
+    match command {
+        Command::Schema => out_json(&recipe::json_schema()),
+        Command::Init { path } if path.exists() => Err(Error::new(Kind::Usage, "the file exists already")
+            .at(path.display().to_string())
+            .hint("give another name: `wattune recipe init OTHER.toml`")),
+        Command::Init { path } => {
+            write_whole(path, &recipe::starter())?;
+            let written = path.display().to_string();
+            match common.json {
+                true => out_json(&json!({ "written": written })),
+                false => out(&format!("Wrote {written}. Next: edit it, then `wattune recipe check {written}`.")),
+            }
+        }
+        Command::Check { recipe, overrides } => check(recipe, overrides, common),
+    }
+}
+
+fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result<ExitCode> {
+    let recipe = recipe::load(path, overrides)?;
+    let (device, computing) = run::device("auto")?;
+    let screen = Terminal::new(common.quiet);
+    let prepared = run::prepare(recipe, &device, computing, screen.downloads())?;
+    let plan = run::plan(&prepared, computing)?;
+    if plan.steps == 0 {
+        return Err(plan.refusal());
+    }
+    let sample = prepared.train.first.as_ref();
+    if common.json {
+        let pieces = |sample: &crate::data::Sample| -> Vec<_> {
+            sample.pieces.iter().map(|piece| json!({ "text": piece.text, "loss": piece.loss })).collect()
+        };
+        let first = sample.map(|sample| json!({ "place": sample.place, "pieces": pieces(sample) }));
+        return out_json(&json!({ "ok": true, "steps": plan.steps, "eos_trained": prepared.train.eos_trained,
+            "warnings": prepared.warnings, "first": first, "data": plan.json["data"] }));
+    }
+    let mut text = format!("{} is ready: {} steps, about {}.\n", path.display(), plan.steps, plan.energy);
+    for warning in &prepared.warnings {
+        text += &format!("warning: {warning}\n");
+    }
+    if let Some(sample) = sample {
+        text += &format!("\nThe first record ({}); what is learned stands in »«:\n\n", sample.place);
+        for piece in &sample.pieces {
+            text += &if piece.loss { format!("»{}«", piece.text) } else { piece.text.clone() };
+        }
+    }
+    out(&text)
+}

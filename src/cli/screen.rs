@@ -1,0 +1,141 @@
+//! Progress on standard error: a live line on a terminal, a line now and then in a log.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::hub::Progress;
+use crate::run::{Screen, StepView};
+use crate::train::StepRecord;
+use crate::units::{Joules, Seconds};
+
+/// In a log, a progress line at most this often.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// The command line's screen.
+pub(super) struct Terminal {
+    quiet: bool,
+    live: bool,
+    bar: Option<ProgressBar>,
+    last_line: Option<Instant>,
+    val_loss: Option<f64>,
+    downloads: Downloads,
+}
+
+impl Terminal {
+    pub(super) fn new(quiet: bool) -> Self {
+        use std::io::IsTerminal;
+        let live = std::io::stderr().is_terminal() && !quiet;
+        Self { quiet, live, bar: None, last_line: None, val_loss: None, downloads: Downloads::new(quiet) }
+    }
+
+    /// Takes the live line away.
+    pub(super) fn clear(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            _ if self.quiet => {}
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    fn bar(&mut self, steps: u64) -> &ProgressBar {
+        self.bar.get_or_insert_with(|| {
+            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr_with_hz(8));
+            let style =
+                ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            bar.set_style(style.progress_chars("=> "));
+            bar
+        })
+    }
+}
+
+impl Screen for Terminal {
+    fn note(&mut self, line: &str) {
+        self.line(line);
+    }
+
+    fn step(&mut self, record: &StepRecord, view: &StepView) {
+        if self.quiet {
+            return;
+        }
+        let text = progress(record, view);
+        if self.live {
+            let bar = self.bar(view.expected_steps.max(record.step));
+            bar.set_position(record.step);
+            bar.set_message(text);
+        } else if self.last_line.is_none_or(|last| last.elapsed() >= LOG_EVERY) {
+            self.last_line = Some(Instant::now());
+            self.line(&format!("step {}/{} {text}", record.step, view.expected_steps));
+        }
+    }
+
+    fn evaluating(&mut self, done: usize, of: usize) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("evaluating {done}/{of}"));
+        }
+    }
+
+    fn evaluated(&mut self, step: u64, val_loss: f64) {
+        let before = self.val_loss.replace(val_loss);
+        let change = before.map_or(String::new(), |before| format!(" ({:+.4})", val_loss - before));
+        self.line(&format!("step {step}: validation loss {val_loss:.4}{change}"));
+    }
+
+    fn downloads(&self) -> &dyn Progress {
+        &self.downloads
+    }
+}
+
+/// "loss 2.31 · 5,210 tok/s · 12.4 J of budget energy 61 % · 8 s left".
+fn progress(record: &StepRecord, view: &StepView) -> String {
+    let rate = view.tokens as f64 / view.train_wall.0.max(1e-9);
+    let budget = match view.budget {
+        Some((limit, part)) => format!(" · {:.0} % of the {limit} budget", 100.0 * part),
+        None => String::new(),
+    };
+    let per_step = Seconds(view.train_wall.0 / record.step.max(1) as f64);
+    let left = Seconds((per_step.0 * view.expected_steps.saturating_sub(record.step) as f64).ceil());
+    let spent: Joules = view.spent;
+    format!("loss {:.4} · lr {:.2e} · {rate:.0} tok/s · {spent}{budget} · {} left", record.loss, record.lr, left.spoken())
+}
+
+/// Download progress: one bar a file on a terminal, one line a file in a log.
+struct Downloads {
+    bar: ProgressBar,
+    quiet: bool,
+}
+
+impl Downloads {
+    fn new(quiet: bool) -> Self {
+        let bar = ProgressBar::hidden();
+        Self { bar, quiet }
+    }
+}
+
+impl Progress for Downloads {
+    fn start(&self, file: &str, bytes: Option<u64>) {
+        if self.quiet {
+            return;
+        }
+        self.bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(4));
+        self.bar.set_length(bytes.unwrap_or(0));
+        self.bar.set_position(0);
+        let style = ProgressStyle::with_template("{msg} {bar:24} {bytes}/{total_bytes} {bytes_per_sec}");
+        self.bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+        self.bar.set_message(file.to_string());
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    fn finish(&self) {
+        self.bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+}

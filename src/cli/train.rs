@@ -1,0 +1,93 @@
+//! `wattune train`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::screen::Terminal;
+use super::{Common, out, out_json};
+use crate::error::{Error, Kind, Result};
+use crate::recipe;
+use crate::report::text::to_text;
+use crate::run::{self, TrainRequest};
+use crate::train::Stop;
+
+/// Exit status of an interrupted run.
+const INTERRUPTED: u8 = 130;
+
+static ASKED_TO_STOP: AtomicBool = AtomicBool::new(false);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The recipe file (not needed with --resume: a run has its own)
+    #[arg(required_unless_present = "resume")]
+    recipe: Option<PathBuf>,
+    /// Override one key of the recipe, such as `--set train.learning_rate=1e-4`
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+    /// Where the run goes; a directory that holds anything is refused [default: runs/NAME-TIMESTAMP]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Continue this run from its newest whole checkpoint
+    #[arg(long, value_name = "RUN_DIR", conflicts_with_all = ["out", "overrides"])]
+    resume: Option<PathBuf>,
+    /// Where to compute: cpu, cuda, cuda:N, metal or auto
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    let recipe = match (&arguments.recipe, &arguments.resume) {
+        (Some(path), None) => Some(recipe::load(path, &arguments.overrides)?),
+        _ => None,
+    };
+    let (device, computing) = run::device(&arguments.device)?;
+    stop_on_ctrl_c()?;
+    let out_dir = match (&arguments.out, &recipe) {
+        (Some(out), _) => out.clone(),
+        (None, Some(recipe)) => {
+            PathBuf::from("runs").join(format!("{}-{}", recipe.name, chrono::Local::now().format("%Y%m%d-%H%M%S")))
+        }
+        (None, None) => PathBuf::new(),
+    };
+    let request = TrainRequest {
+        recipe,
+        out: out_dir,
+        resume: arguments.resume.as_deref(),
+        device,
+        computing,
+        interrupted: &ASKED_TO_STOP,
+    };
+    let mut screen = Terminal::new(common.quiet);
+    let finished = run::train(request, &mut screen);
+    screen.clear();
+    let finished = finished?;
+    let path = finished.directory.path();
+    if common.json {
+        out_json(&finished.report)?;
+    } else if !common.quiet {
+        out(&to_text(&path.display().to_string(), &finished.report)?)?;
+        eprintln!("\nThe run is in `{}`.", path.display());
+    }
+    match finished.stop {
+        Stop::Interrupted => {
+            eprintln!("interrupted: a checkpoint is saved\n\nhint: continue with `wattune train --resume {}`", path.display());
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+        Stop::Diverged(what) => Err(Error::new(Kind::Diverged, what)
+            .hint("lower `train.learning_rate`, or look at the records named; the last good checkpoint is in the run directory")
+            .while_running()),
+        _ => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The first Ctrl-C asks the loop to stop; the second leaves at once, the last checkpoint whole.
+fn stop_on_ctrl_c() -> Result<()> {
+    let handler = || {
+        if ASKED_TO_STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+        eprintln!("\nstopping after this step and saving; press Ctrl-C again to leave at once");
+    };
+    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Usage, format!("Ctrl-C cannot be watched: {e}")))
+}

@@ -1,0 +1,165 @@
+//! Attention: blocks, segments, windows and grouped heads against the full square.
+
+use candle_core::{DType, Device, Tensor};
+use proptest::prelude::*;
+
+use super::super::{Attention, Context, Segments, attention_backward_cost, attention_decode_cost, attention_forward_cost};
+use super::{Pair, cases, close, flat, of, random, within};
+use crate::work::{Precision, Tally};
+
+/// Softmax over the full (N, N) square: 1 where i sees j, 0 elsewhere. Logits of a test are small, so exp needs no shift.
+fn naive(attention: &Attention, lengths: &[usize], inputs: &[Tensor]) -> Tensor {
+    let (d, n) = (attention.head_dim, lengths.iter().sum::<usize>());
+    let segment: Vec<usize> = lengths.iter().enumerate().flat_map(|(i, length)| vec![i; *length]).collect();
+    let window = attention.window.unwrap_or(n);
+    let sees = |i: usize, j: usize| f64::from(u8::from(segment[i] == segment[j] && j <= i && i - j < window));
+    let mask: Vec<f64> = (0..n * n).map(|at| sees(at / n, at % n)).collect();
+    let mask = Tensor::from_vec(mask, (n, n), &Device::Cpu).unwrap();
+    let heads = |x: &Tensor, heads: usize| {
+        let shape = (n, heads, attention.heads / heads, d);
+        let x = x.reshape((n, heads, 1, d)).unwrap().broadcast_as(shape).unwrap();
+        x.reshape((n, attention.heads, d)).unwrap().transpose(0, 1).unwrap().contiguous().unwrap()
+    };
+    let (q, k, v) =
+        (heads(&inputs[0], attention.heads), heads(&inputs[1], attention.kv_heads), heads(&inputs[2], attention.kv_heads));
+    let scores = q.matmul(&k.transpose(1, 2).unwrap().contiguous().unwrap()).unwrap();
+    let e = (scores / (d as f64).sqrt()).unwrap().exp().unwrap().broadcast_mul(&mask).unwrap();
+    let p = e.broadcast_div(&e.sum_keepdim(2).unwrap()).unwrap();
+    p.matmul(&v).unwrap().transpose(0, 1).unwrap().reshape((n, attention.heads * d)).unwrap()
+}
+
+fn prove(attention: Attention, lengths: &[usize], seed: u64) {
+    let (n, d) = (lengths.iter().sum(), attention.head_dim);
+    let segments = Segments::of_lengths(lengths.iter().copied());
+    let wide = |seed: u64, heads: usize| random(seed, &[n, heads * d]);
+    let inputs = [wide(seed, attention.heads), wide(seed ^ 1, attention.kv_heads), wide(seed ^ 2, attention.kv_heads)];
+    Pair {
+        inputs: &inputs,
+        dy: &wide(seed ^ 3, attention.heads),
+        op: |context: Context<'_>, x: &[Tensor], dy: &Tensor| {
+            let (y, saved) = attention.forward(context, x[0].clone(), x[1].clone(), x[2].clone(), &segments).unwrap();
+            let (dq, dk, dv) = attention.backward(context, dy, &saved, &segments).unwrap();
+            (y, vec![Some(dq), Some(dk), Some(dv)])
+        },
+        naive: |inputs: &[Tensor]| naive(&attention, lengths, inputs),
+        cost: attention_forward_cost(&attention, lengths) + attention_backward_cost(&attention, lengths),
+        // Sums over a head's channels, a segment's tokens and a key head's group, their errors of either sign.
+        roundings: d + lengths.iter().max().unwrap() + attention.heads / attention.kv_heads + 32,
+    }
+    .prove();
+}
+
+proptest! {
+    #![proptest_config(cases(12))]
+
+    #[test]
+    fn attention_is_the_full_square(
+        lengths in prop::collection::vec(1usize..100, 1..5),
+        kv_heads in 1usize..4,
+        group in 1usize..4,
+        head_dim in 1usize..10,
+        window in prop::option::of(1usize..80),
+        seed: u64,
+    ) {
+        prove(Attention { heads: kv_heads * group, kv_heads, head_dim, window }, &lengths, seed);
+    }
+}
+
+/// Around the block of 64 rows, alone and behind one another, with windows below, at and above a block.
+#[test]
+fn block_edges_do_not_show() {
+    let attention = |window| Attention { heads: 2, kv_heads: 1, head_dim: 4, window };
+    for lengths in [&[1][..], &[63], &[64], &[65], &[130], &[1, 64, 1, 65, 63, 1]] {
+        prove(attention(None), lengths, 11);
+    }
+    for window in [1, 16, 63, 64, 65, 1000] {
+        prove(attention(Some(window)), &[130, 1], 12);
+    }
+}
+
+/// A segment gives the same bytes alone and between others: nothing is seen across its ends.
+#[test]
+fn a_segment_knows_nothing_of_its_neighbours() {
+    let attention = Attention { heads: 4, kv_heads: 2, head_dim: 8, window: None };
+    let tally = Tally::default();
+    let context = Context::new(&tally, Precision::F32);
+    let (lengths, middle) = ([70, 66, 3], (70, 66));
+    let inputs = [random(1, &[139, 32]), random(2, &[139, 16]), random(3, &[139, 16]), random(4, &[139, 32])];
+    let run = |inputs: [Tensor; 4], segments: Segments| {
+        let [q, k, v, dy] = inputs;
+        let (y, saved) = attention.forward(context, q, k, v, &segments).unwrap();
+        let (dq, dk, dv) = attention.backward(context, &dy, &saved, &segments).unwrap();
+        [y, dq, dk, dv]
+    };
+    let cut = |x: &Tensor| x.narrow(0, middle.0, middle.1).unwrap();
+    let together = run(inputs.clone(), Segments::of_lengths(lengths));
+    let alone = run(inputs.each_ref().map(cut), Segments::of_lengths([middle.1]));
+    for (together, alone) in together.iter().zip(&alone) {
+        assert_eq!(flat(&cut(together)), flat(alone));
+    }
+}
+
+/// Logits of 4e4, far beyond exp's range in f32: the row's largest wins, and a tie is shared.
+#[test]
+fn large_logits_do_not_overflow() {
+    let attention = Attention { heads: 1, kv_heads: 1, head_dim: 1, window: None };
+    let (q, k) = (of(&[200.0, 200.0, -200.0, 200.0], &[4, 1]), of(&[-200.0, 200.0, 0.0, 200.0], &[4, 1]));
+    let v = of(&[1.0, 2.0, 4.0, 8.0], &[4, 1]);
+    let segments = Segments::of_lengths([4]);
+    let tally = Tally::default();
+    for reference in [false, true] {
+        let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+        let (y, saved) = attention.forward(context, q.clone(), k.clone(), v.clone(), &segments).unwrap();
+        // Row 0 sees key 0 alone; row 1 prefers key 1; row 2, negative, prefers key 0; row 3 is torn between keys 1 and 3.
+        assert_eq!(flat(&y), [1.0, 2.0, 1.0, 5.0]);
+        let (dq, dk, dv) = attention.backward(context, &of(&[1.0; 4], &[4, 1]), &saved, &segments).unwrap();
+        // dp = v, so ds = p (v - y): row 3 alone has two probabilities, 0.5 (2 - 5) and 0.5 (8 - 5); dk = ds q, dq = sum of ds k = 0.
+        // The lse is 4e4, whose neighbour is 2^-8 away: p is good to 0.4 %, and so are dv and dk.
+        within("dv", &dv, &of(&[2.0, 1.5, 0.0, 0.5], &[4, 1]), 4e-3);
+        within("dk", &dk, &of(&[0.0, -300.0, 0.0, 300.0], &[4, 1]), 1.2);
+        within("dq", &dq, &of(&[0.0; 4], &[4, 1]), 2.4);
+    }
+}
+
+/// Decoding token by token over a cache equals the forward pass over the whole, window or not.
+#[test]
+fn decoding_continues_the_forward_pass() {
+    for window in [None, Some(3)] {
+        let attention = Attention { heads: 6, kv_heads: 2, head_dim: 4, window };
+        let (q, k, v) = (random(1, &[9, 24]), random(2, &[9, 8]), random(3, &[9, 8]));
+        let tally = Tally::default();
+        let context = Context::new(&tally, Precision::F32);
+        let segments = Segments::of_lengths([9]);
+        let (whole, _) = attention.forward(context, q.clone(), k.clone(), v.clone(), &segments).unwrap();
+        tally.take();
+        for t in 0..9 {
+            let (row, seen) = (q.narrow(0, t, 1).unwrap(), |x: &Tensor| x.narrow(0, 0, t + 1).unwrap());
+            super::ISSUED.set(0);
+            let y = attention.decode(context, &row, &seen(&k), &seen(&v)).unwrap();
+            close("token", &y, &whole.narrow(0, t, 1).unwrap(), 32);
+            let counted = tally.take();
+            assert_eq!(counted, attention_decode_cost(&attention, t + 1));
+            // Two products of (1, 4) by (4, keys) in each of six heads.
+            let keys = (t + 1).min(window.unwrap_or(9)) as u64;
+            assert_eq!((counted.flops(), super::ISSUED.get()), (2 * 6 * 2 * 4 * keys, counted.flops()));
+        }
+    }
+}
+
+/// The reference runs on what the fused pass refuses: a tensor that is not contiguous.
+#[test]
+fn a_gradient_may_be_a_view() {
+    let attention = Attention { heads: 2, kv_heads: 2, head_dim: 2, window: None };
+    let segments = Segments::of_lengths([5]);
+    let [q, k, v] = [1, 2, 3].map(|seed| random(seed, &[5, 4]));
+    let dy = random(4, &[5, 8]).narrow(1, 2, 4).unwrap();
+    let tally = Tally::default();
+    let context = Context::new(&tally, Precision::F32);
+    let (_, saved) = attention.forward(context, q, k, v, &segments).unwrap();
+    let (view, copy) = (
+        attention.backward(context, &dy, &saved, &segments).unwrap(),
+        attention.backward(context, &dy.contiguous().unwrap(), &saved, &segments).unwrap(),
+    );
+    assert_eq!((flat(&view.0), flat(&view.1), flat(&view.2)), (flat(&copy.0), flat(&copy.1), flat(&copy.2)));
+    assert_eq!(view.0.dtype(), DType::F32);
+}

@@ -1,0 +1,133 @@
+//! rms_norm, swiglu and the embedding.
+
+use candle_core::{D, Device, Tensor};
+use proptest::prelude::*;
+
+use super::super::{
+    Context, Gradients, Parameters, RmsNorm, Weight, embedding, embedding_backward, embedding_backward_cost, embedding_cost,
+    rms_norm_backward_cost, rms_norm_cost, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost,
+};
+use super::{Pair, Passed, cases, close, flat, of, random, within};
+use crate::work::{Precision, Tally};
+
+/// `tensor` as the only trained one, and a place for its gradient.
+fn trained(tensor: &Tensor) -> (Weight, Gradients) {
+    let parameters = Parameters::new(vec![("w".into(), tensor.dims().to_vec(), flat(tensor))], &Device::Cpu).unwrap();
+    (parameters.weight(0).unwrap(), Gradients::new(1))
+}
+
+fn run_rms_norm(context: Context<'_>, inputs: &[Tensor], dy: &Tensor, eps: f64, trains: bool) -> Passed {
+    let (weight, mut gradients) = trained(&inputs[1]);
+    let weight = if trains { weight } else { Weight::frozen(inputs[1].clone()) };
+    let norm = RmsNorm { weight, eps };
+    let (y, saved) = norm.forward(context, &inputs[0]).unwrap();
+    let dx = norm.backward(context, dy, &saved, &mut gradients).unwrap();
+    (y, vec![Some(dx), gradients.get(0).cloned()])
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn rms_norm_is_its_definition(n in 1usize..40, c in 1usize..70, trains: bool, seed: u64) {
+        // Away from zero, so that 1 / rms stays below 4 and with it every intermediate.
+        let x = random(seed, &[n, c]);
+        let x = (&x + x.sign().unwrap()).unwrap().affine(0.5, 0.0).unwrap();
+        let inputs = [x, random(seed ^ 1, &[c])];
+        let eps = 1e-3;
+        Pair {
+            inputs: &inputs,
+            dy: &random(seed ^ 2, &[n, c]),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_rms_norm(context, inputs, dy, eps, trains),
+            naive: |inputs: &[Tensor]| {
+                let rms = (inputs[0].sqr().unwrap().mean_keepdim(D::Minus1).unwrap() + eps).unwrap().sqrt().unwrap();
+                inputs[0].broadcast_div(&rms).unwrap().broadcast_mul(&inputs[1]).unwrap()
+            },
+            cost: rms_norm_cost(n, c) + rms_norm_backward_cost(n, c, trains),
+            roundings: c + n + 48,
+        }
+        .prove();
+    }
+
+    #[test]
+    fn swiglu_is_its_definition(n in 1usize..80, f in 1usize..300, seed: u64) {
+        let inputs = [random(seed, &[n, f]).affine(6.0, 0.0).unwrap(), random(seed ^ 1, &[n, f])];
+        Pair {
+            inputs: &inputs,
+            dy: &random(seed ^ 2, &[n, f]),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| {
+                let y = swiglu(context, &inputs[0], &inputs[1]).unwrap();
+                let (dgate, dup) = swiglu_backward(context, dy, &inputs[0], &inputs[1]).unwrap();
+                (y, vec![Some(dgate), Some(dup)])
+            },
+            naive: |inputs: &[Tensor]| {
+                let below = (inputs[0].neg().unwrap().exp().unwrap() + 1.0).unwrap();
+                (inputs[0].div(&below).unwrap() * &inputs[1]).unwrap()
+            },
+            cost: swiglu_cost(n * f) + swiglu_backward_cost(n * f),
+            roundings: 16,
+        }
+        .prove();
+    }
+
+    #[test]
+    fn embedding_adds_up_rows_named_twice(n in 1usize..40, v in 1usize..9, c in 1usize..20, seed: u64) {
+        let ids: Vec<u32> = super::uniform(seed ^ 3, n).iter().map(|u| (u * v as f32) as u32).collect();
+        let ids = Tensor::from_vec(ids, n, &Device::Cpu).unwrap();
+        Pair {
+            inputs: &[random(seed, &[v, c])],
+            dy: &random(seed ^ 2, &[n, c]),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| {
+                let (table, mut gradients) = trained(&inputs[0]);
+                let y = embedding(context, &ids, &table).unwrap();
+                embedding_backward(context, &ids, dy, &table, &mut gradients).unwrap();
+                (y, vec![gradients.get(0).cloned()])
+            },
+            naive: |inputs: &[Tensor]| inputs[0].index_select(&ids, 0).unwrap(),
+            cost: embedding_cost(n, c) + embedding_backward_cost(n, c, v),
+            roundings: n,
+        }
+        .prove();
+    }
+}
+
+/// A row of zeros has rms sqrt(eps): y = 0 and dx = dy * weight / sqrt(eps).
+#[test]
+fn rms_norm_of_zeros_is_held_up_by_eps() {
+    let tally = Tally::default();
+    for reference in [false, true] {
+        let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+        let inputs = [of(&[0.0; 4], &[2, 2]), of(&[3.0, -1.0], &[2])];
+        let (y, gradients) = run_rms_norm(context, &inputs, &of(&[1.0, 2.0, 0.0, 4.0], &[2, 2]), 1e-6, true);
+        assert_eq!(flat(&y), [0.0; 4]);
+        within("dx", gradients[0].as_ref().unwrap(), &of(&[3e3, -2e3, 0.0, -4e3], &[2, 2]), 1e-2);
+        assert_eq!(flat(gradients[1].as_ref().unwrap()), [0.0; 2]);
+    }
+}
+
+/// y = 0 far below and gate * up far above; the slope is 0 or up. exp overflows on the way and must do no harm.
+#[test]
+fn swiglu_saturates_without_overflow() {
+    let (gate, up) = (of(&[-1e4, -200.0, 200.0, 1e4], &[1, 4]), of(&[2.0; 4], &[1, 4]));
+    let tally = Tally::default();
+    for reference in [false, true] {
+        let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+        close("y", &swiglu(context, &gate, &up).unwrap(), &of(&[0.0, 0.0, 400.0, 2e4], &[1, 4]), 1);
+        let (dgate, dup) = swiglu_backward(context, &of(&[1.0; 4], &[1, 4]), &gate, &up).unwrap();
+        close("dgate", &dgate, &of(&[0.0, 0.0, 2.0, 2.0], &[1, 4]), 1);
+        close("dup", &dup, &of(&[0.0, 0.0, 200.0, 1e4], &[1, 4]), 1);
+    }
+}
+
+/// More elements than one parallel task of swiglu takes (16 Ki): the second task must read where it writes.
+#[test]
+fn swiglu_beyond_one_task_is_the_reference() {
+    let [gate, up, dy] = [1, 2, 3].map(|seed| random(seed, &[3, 16 * 1024 / 2 + 5]));
+    let tally = Tally::default();
+    let fused = Context::new(&tally, Precision::F32);
+    let reference = Context { reference: true, ..fused };
+    close("y", &swiglu(fused, &gate, &up).unwrap(), &swiglu(reference, &gate, &up).unwrap(), 16);
+    let (ours, theirs) = (swiglu_backward(fused, &dy, &gate, &up).unwrap(), swiglu_backward(reference, &dy, &gate, &up).unwrap());
+    close("dgate", &ours.0, &theirs.0, 16);
+    close("dup", &ours.1, &theirs.1, 16);
+}

@@ -1,0 +1,137 @@
+//! The output embedding and its cross-entropy, chunk by chunk.
+
+use candle_core::{D, Device, Tensor};
+use proptest::prelude::*;
+
+use super::super::{Context, Gradients, Head, HeadShape, Parameters, Weight};
+use super::{Pair, Passed, cases, close, flat, of, random, uniform, within};
+use crate::work::{Precision, Tally};
+
+const SCALE: f64 = 0.375;
+
+fn weight(tensor: &Tensor, trained: bool) -> Weight {
+    let named = vec![("lm_head.weight".into(), tensor.dims().to_vec(), flat(tensor))];
+    match trained {
+        true => Parameters::new(named, &Device::Cpu).unwrap().weight(0).unwrap(),
+        false => Weight::frozen(tensor.clone()),
+    }
+}
+
+fn run(context: Context<'_>, inputs: &[Tensor], targets: &[u32], trained: bool, input_gradient: bool) -> Passed {
+    let head = Head { weight: weight(&inputs[1], trained) };
+    let mut gradients = Gradients::new(1);
+    let (losses, dh) = head.forward_backward(context, &inputs[0], targets, SCALE, input_gradient, &mut gradients).unwrap();
+    (Tensor::from_vec(losses, targets.len(), &Device::Cpu).unwrap(), vec![dh, gradients.get(0).cloned()])
+}
+
+/// log sum exp of each row less its target's logit.
+fn naive(inputs: &[Tensor], targets: &[u32]) -> Tensor {
+    let logits = inputs[0].matmul(&inputs[1].t().unwrap()).unwrap();
+    let max = logits.max_keepdim(D::Minus1).unwrap().detach();
+    let sum = logits.broadcast_sub(&max).unwrap().exp().unwrap().sum_keepdim(D::Minus1).unwrap();
+    let index = Tensor::from_slice(targets, (targets.len(), 1), &Device::Cpu).unwrap();
+    let chosen = logits.gather(&index, 1).unwrap();
+    ((sum.log().unwrap() + max).unwrap() - chosen).unwrap().squeeze(1).unwrap()
+}
+
+fn prove(n: usize, c: usize, v: usize, trained: bool, input_gradient: bool, seed: u64) {
+    let targets: Vec<u32> = uniform(seed ^ 3, n).iter().map(|u| (u * v as f32) as u32).collect();
+    let shape = HeadShape { loss_tokens: n, hidden: c, vocab: v, trained };
+    Pair {
+        inputs: &[random(seed, &[n, c]), random(seed ^ 1, &[v, c])],
+        dy: &of(&vec![SCALE as f32; n], &[n]),
+        op: |context: Context<'_>, inputs: &[Tensor], _: &Tensor| run(context, inputs, &targets, trained, input_gradient),
+        naive: |inputs: &[Tensor]| naive(inputs, &targets),
+        cost: shape.backward_cost(Precision::F32, input_gradient),
+        roundings: c + n + 48,
+    }
+    .prove();
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn cross_entropy_is_its_definition(
+        n in 1usize..30, c in 1usize..20, v in 1usize..200, trained: bool, input_gradient: bool, seed: u64,
+    ) {
+        prove(n, c, v, trained, input_gradient, seed);
+    }
+}
+
+/// 4 Mi numbers to a chunk, but 16 rows at least: with 300 000 words 33 rows are chunks of 16, 16 and 1.
+#[test]
+fn a_chunk_has_rows_enough() {
+    let shape = HeadShape { loss_tokens: 33, hidden: 1, vocab: 300_000, trained: true };
+    let forward: Vec<_> = shape.forward_cost(Precision::F32).each_product().map(|(p, count)| (p.m, p.n, p.k, count)).collect();
+    assert_eq!(forward, [(1, 300_000, 1, 1), (16, 300_000, 1, 2)]);
+}
+
+/// With 140 000 words a chunk is 29 rows (4194304 / 140000), and 33 rows are two; row by row there is one each.
+#[test]
+fn chunks_do_not_show() {
+    let (n, v) = (33, 140_000);
+    let shape = HeadShape { loss_tokens: n, hidden: 1, vocab: v, trained: true };
+    let inputs = [random(1, &[n, 1]), random(2, &[v, 1])];
+    let targets: Vec<u32> = (0..n as u32).map(|i| 4_000 * i).collect();
+    let tally = Tally::default();
+    let context = Context::new(&tally, Precision::F32);
+    let (losses, gradients) = run(context, &inputs, &targets, true, true);
+    assert_eq!(tally.take(), shape.backward_cost(Precision::F32, true));
+    let head = Head { weight: weight(&inputs[1], false) };
+    assert_eq!(head.forward(context, &inputs[0], &targets).unwrap(), flat(&losses));
+    assert_eq!(tally.take(), shape.forward_cost(Precision::F32));
+    let dw = flat(gradients[1].as_ref().unwrap());
+    for i in [0, 28, 29, 32] {
+        let row = [inputs[0].narrow(0, i, 1).unwrap(), inputs[1].clone()];
+        let (loss, alone) = run(context, &row, &targets[i..=i], false, true);
+        assert_eq!(flat(&losses)[i], flat(&loss)[0]);
+        close("dh", &gradients[0].as_ref().unwrap().narrow(0, i, 1).unwrap(), alone[0].as_ref().unwrap(), 64);
+        // Of a target's row of dW nearly all is its own h times (p - 1) * scale: the other rows' p are 7e-6 each.
+        let own = -(SCALE as f32) * flat(&row[0])[0];
+        assert!((dw[targets[i] as usize] - own).abs() < 1e-4, "row {i}: {} is not {own}", dw[targets[i] as usize]);
+    }
+}
+
+/// Logits of 1e4 and -1e4: a loss of 0 for the winner, of their distance for the loser, and no overflow.
+#[test]
+fn large_logits_do_not_overflow() {
+    let inputs = [of(&[100.0, 100.0, 100.0], &[3, 1]), of(&[100.0, -100.0, 100.0], &[3, 1])];
+    let tally = Tally::default();
+    for reference in [false, true] {
+        let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+        let (losses, gradients) = run(context, &inputs, &[0, 1, 2], false, true);
+        // Two logits tie, so the winners' loss is ln 2 = 0.693 (at 1e4 the next number is 1e-3 away), the loser's 2e4 + ln 2.
+        within("losses", &losses, &of(&[0.693, 20_000.693, 0.693], &[3]), 2e-3);
+        // dz = (1/2, 0, 1/2) - onehot: against W = (100, -100, 100) that is 0, 200 and 0, times the scale.
+        within("dh", gradients[0].as_ref().unwrap(), &of(&[0.0, 75.0, 0.0], &[3, 1]), 0.1);
+    }
+}
+
+/// A word of logit 0 and 151 935 of ln 0.3: log sum exp = ln(1 + 151935 * 0.3) = 10.72726. Equal terms are what a running f32 sum
+/// rounds the same way each time.
+#[test]
+fn a_long_sum_of_equal_terms_keeps_its_digits() {
+    let mut logits = vec![0.3f32.ln(); 151_936];
+    logits[0] = 0.0;
+    let head = Head { weight: Weight::frozen(of(&logits, &[151_936, 1])) };
+    let tally = Tally::default();
+    let losses = head.forward(Context::new(&tally, Precision::F32), &of(&[1.0], &[1, 1]), &[0]).unwrap();
+    let want = (1.0 + 151_935.0 * f64::from(0.3f32.ln()).exp()).ln() as f32;
+    assert!((losses[0] - want).abs() < 2e-6, "{} is not {want}", losses[0]);
+    assert!((want - 10.72726).abs() < 1e-4);
+}
+
+/// Without rows there is no loss, no dh and no gradient of W, and no work.
+#[test]
+fn no_rows_are_no_work() {
+    let tally = Tally::default();
+    let context = Context::new(&tally, Precision::F32);
+    let head = Head { weight: weight(&random(1, &[5, 2]), true) };
+    let h = Tensor::zeros((0, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let mut gradients = Gradients::new(1);
+    assert_eq!(head.forward(context, &h, &[]).unwrap(), [0.0f32; 0]);
+    let (losses, dh) = head.forward_backward(context, &h, &[], 1.0, true, &mut gradients).unwrap();
+    assert_eq!((losses.len(), dh.is_none(), gradients.get(0).is_none()), (0, true, true));
+    assert_eq!(tally.take().flops(), 0);
+}

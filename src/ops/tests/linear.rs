@@ -1,0 +1,138 @@
+//! The linear layer: every combination of bias, adapter, dropout and trained W.
+
+use candle_core::{DType, Device, Tensor};
+use proptest::prelude::*;
+
+use super::super::{Context, Gradients, Linear, Lora, Parameters, Weight, dropout_mask};
+use super::{Pair, Passed, cases, flat, of, random, uniform, within};
+use crate::work::{Precision, Tally};
+
+const SCALING: f64 = 1.5;
+
+/// What a linear layer is made of, beside x and W.
+#[derive(Debug, Clone, Copy)]
+struct Parts {
+    bias: bool,
+    r: Option<usize>,
+    dropout: bool,
+    trained: bool,
+    input_gradient: bool,
+}
+
+/// Inputs x, W, then bias, A, B where there are any -> the layer on them, W and bias trained or not, A and B always.
+fn layer(parts: Parts, inputs: &[Tensor]) -> (Linear, Parameters) {
+    let named = |(i, x): (usize, &Tensor)| (i.to_string(), x.dims().to_vec(), flat(x));
+    let parameters = Parameters::new(inputs.iter().enumerate().map(named).collect(), &Device::Cpu).unwrap();
+    let weight = |i: usize, trained: bool| match trained {
+        true => parameters.weight(i).unwrap(),
+        false => Weight::frozen(inputs[i].clone()),
+    };
+    let first = 2 + usize::from(parts.bias);
+    let linear = Linear {
+        weight: weight(1, parts.trained),
+        bias: parts.bias.then(|| weight(2, parts.trained)),
+        lora: parts.r.map(|_| Lora { a: weight(first, true), b: weight(first + 1, true), scaling: SCALING }),
+    };
+    (linear, parameters)
+}
+
+fn run(parts: Parts, mask: Option<&Tensor>, context: Context<'_>, inputs: &[Tensor], dy: &Tensor) -> Passed {
+    let (linear, _) = layer(parts, inputs);
+    let mut gradients = Gradients::new(inputs.len());
+    let (y, saved) = linear.forward(context, &inputs[0], mask.cloned()).unwrap();
+    let dx = linear.backward(context, dy, &saved, parts.input_gradient, &mut gradients).unwrap();
+    assert_eq!(dx.is_some(), parts.input_gradient);
+    (y, std::iter::once(dx).chain((1..inputs.len()).map(|i| gradients.get(i).cloned())).collect())
+}
+
+fn naive(parts: Parts, mask: Option<&Tensor>, inputs: &[Tensor]) -> Tensor {
+    let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
+    let x = &inputs[0];
+    let mut y = product(x, &inputs[1]);
+    let first = 2 + usize::from(parts.bias);
+    if parts.bias {
+        y = y.broadcast_add(&inputs[2]).unwrap();
+    }
+    if parts.r.is_some() {
+        let x = mask.map_or(x.clone(), |mask| (x * mask.to_dtype(DType::F64).unwrap()).unwrap());
+        let low = product(&product(&x, &inputs[first]), &inputs[first + 1]);
+        y = (y + (low * SCALING).unwrap()).unwrap();
+    }
+    y
+}
+
+fn parts() -> impl Strategy<Value = Parts> {
+    (any::<bool>(), prop::option::of(1usize..6), any::<bool>(), any::<bool>(), any::<bool>())
+        .prop_map(|(bias, r, dropout, trained, input_gradient)| Parts { bias, r, dropout, trained, input_gradient })
+}
+
+proptest! {
+    #![proptest_config(cases(48))]
+
+    #[test]
+    fn linear_is_its_definition(n in 1usize..40, i in 1usize..70, o in 1usize..70, parts in parts(), seed: u64) {
+        let mut inputs = vec![random(seed, &[n, i]), random(seed ^ 1, &[o, i])];
+        inputs.extend(parts.bias.then(|| random(seed ^ 2, &[o])));
+        if let Some(r) = parts.r {
+            inputs.extend([random(seed ^ 3, &[r, i]), random(seed ^ 4, &[o, r])]);
+        }
+        let mask = parts.dropout.then(|| dropout_mask(uniform(seed ^ 5, n * i), 0.3, &inputs[0]).unwrap());
+        let shape = layer(parts, &inputs).0.shape(n, parts.dropout).unwrap();
+        Pair {
+            inputs: &inputs,
+            dy: &random(seed ^ 6, &[n, o]),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run(parts, mask.as_ref(), context, inputs, dy),
+            naive: |inputs: &[Tensor]| naive(parts, mask.as_ref(), inputs),
+            cost: shape.forward_cost(Precision::F32) + shape.backward_cost(Precision::F32, parts.input_gradient),
+            roundings: n.max(i).max(o) + 16,
+        }
+        .prove();
+    }
+}
+
+/// N = 1, in = 2, out = 1, r = 1, by hand. W = [1, 2], A = [1, -1], B = [3], scaling 1.5, x = [4, 5], mask = [2, 0]:
+/// y = 4 + 10 + 1.5 * 3 * (8 - 0) = 50. With dy = 1: d_low = 1.5 * 3 = 4.5, dA = 4.5 * [8, 0], dB = 1.5 * 8,
+/// dx = [1, 2] + 4.5 * [1, -1] * [2, 0] = [10, 2].
+#[test]
+fn one_adapter_by_hand() {
+    let inputs = [of(&[4.0, 5.0], &[1, 2]), of(&[1.0, 2.0], &[1, 2]), of(&[1.0, -1.0], &[1, 2]), of(&[3.0], &[1, 1])];
+    let parts = Parts { bias: false, r: Some(1), dropout: true, trained: false, input_gradient: true };
+    let tally = Tally::default();
+    let mask = of(&[2.0, 0.0], &[1, 2]);
+    let (y, gradients) = run(parts, Some(&mask), Context::new(&tally, Precision::F32), &inputs, &of(&[1.0], &[1, 1]));
+    let gradient = |i: usize| flat(gradients[i].as_ref().unwrap());
+    assert_eq!((flat(&y), gradient(0)), (vec![50.0], vec![10.0, 2.0]));
+    assert!(gradients[1].is_none(), "W is frozen");
+    assert_eq!((gradient(2), gradient(3)), (vec![36.0, 0.0], vec![12.0]));
+    // 2mnk: y and dx 2*2 each; x A^T, (x A^T) B^T 4 + 2; d_low 2, dB 2, dA 4, dx through A 4.
+    assert_eq!(tally.take().flops(), 4 + 4 + 6 + 2 + 2 + 4 + 4);
+}
+
+/// In bf16 a product's inputs are rounded (8 bits of mantissa), sums are not, and the result is rounded once more: half of 2^-7.
+#[test]
+fn bf16_rounds_inputs_and_result_alone() {
+    let (x, w) = (random(1, &[7, 300]), random(2, &[5, 300]));
+    let rounded = |x: &Tensor| x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F64).unwrap();
+    let want = rounded(&x).matmul(&rounded(&w).t().unwrap()).unwrap();
+    let linear = Linear { weight: Weight::frozen(w), bias: None, lora: None };
+    let tally = Tally::default();
+    let (y, _) = linear.forward(Context::new(&tally, Precision::Bf16), &x, None).unwrap();
+    assert_eq!(y.dtype(), DType::F32);
+    for (got, want) in flat(&y).into_iter().zip(flat(&want)) {
+        // Beside the last rounding, 300 f32 additions of products no larger than 1.
+        assert!((got - want).abs() <= want.abs() / 256.0 + 300.0 * f32::EPSILON, "{got} is not {want}");
+    }
+    assert_eq!(tally.take().each_product().next().unwrap().0.precision, Precision::Bf16);
+}
+
+/// u < p is dropped, u = p is kept; what is kept grows by 1 / (1 - p), so that the mean stays.
+#[test]
+fn a_dropout_mask_keeps_the_mean() {
+    let like = of(&[0.0; 4], &[2, 2]);
+    let mask = dropout_mask(vec![0.0, 0.2499, 0.25, 0.99], 0.25, &like).unwrap();
+    assert_eq!(flat(&mask), [0.0, 0.0, 4.0 / 3.0, 4.0 / 3.0]);
+    assert_eq!(flat(&dropout_mask(vec![0.0, 0.5, 0.7, 0.9], 0.0, &like).unwrap()), [1.0; 4]);
+    let many = dropout_mask(uniform(7, 40_000), 0.25, &of(&[0.0; 40_000], &[200, 200])).unwrap();
+    // The standard error of the mean is sqrt(p / (1 - p) / 40000) = 0.0029.
+    within("mean", &many.mean_all().unwrap(), &Tensor::new(1.0f32, &Device::Cpu).unwrap(), 0.012);
+}

@@ -1,0 +1,174 @@
+//! Every op pair against outside opinions.
+//!
+//! `prove` holds one pair, over random shapes, to four of them: the other implementation, candle's autograd on a naive formulation in
+//! f64, central finite differences, and itself on another number of threads; and its tally to its cost and to the products issued.
+//! PyTorch's figures are in `golden`. Knows nothing of models.
+
+mod adamw;
+mod attention;
+mod costs;
+mod elementwise;
+mod golden;
+mod head;
+mod linear;
+mod refusals;
+mod rope;
+
+use candle_core::{DType, Device, Tensor, Var};
+use proptest::test_runner::Config;
+
+use super::{Context, ISSUED};
+use crate::work::{Precision, Tally, Work};
+
+/// Half the width of a central difference: its error is this squared times a third derivative, 6e-5, and rounding adds as much.
+const STEP: f32 = 1.0 / 128.0;
+
+/// An op pair's output, and the gradients of `sum(y * dy)` by input; `None` for an input that is not trained.
+type Passed = (Tensor, Vec<Option<Tensor>>);
+
+/// One op pair under proof.
+struct Pair<'a, Op, Naive> {
+    /// What is differentiated.
+    inputs: &'a [Tensor],
+    /// dy.
+    dy: &'a Tensor,
+    /// Forward and backward of ours.
+    op: Op,
+    /// The same value from candle's differentiable primitives, on the inputs in f64.
+    naive: Naive,
+    /// What both passes must have counted.
+    cost: Work,
+    /// f32 operations on the way to one number of the result.
+    roundings: usize,
+}
+
+impl<Op, Naive> Pair<'_, Op, Naive>
+where
+    Op: Fn(Context<'_>, &[Tensor], &Tensor) -> Passed + Sync,
+    Naive: Fn(&[Tensor]) -> Tensor + Sync,
+{
+    fn prove(&self) {
+        let fused = self.run(false, 1);
+        let reference = self.run(true, 1);
+        let oracle = autograd(self.inputs, self.dy, &self.naive);
+        let passed = |(y, gradients): Passed| {
+            let gradients = gradients.into_iter().enumerate().map(|(i, gradient)| (format!("gradient {i}"), gradient));
+            std::iter::once(("y".to_string(), Some(y))).chain(gradients).collect::<Vec<_>>()
+        };
+        let others = passed(self.run(false, 2));
+        let (fused, reference, oracle) = (passed(fused), passed(reference), passed(oracle));
+        for (i, (name, ours)) in fused.iter().enumerate() {
+            let Some(ours) = ours else {
+                assert!(reference[i].1.is_none(), "{name}: only one implementation has it");
+                continue;
+            };
+            let want = oracle[i].1.as_ref().unwrap();
+            close(&format!("{name}, reference"), reference[i].1.as_ref().unwrap(), want, self.roundings);
+            close(&format!("{name}, fused"), ours, want, self.roundings);
+            assert_eq!(bits(ours), bits(others[i].1.as_ref().unwrap()), "{name} at one thread and at two");
+            if let Some(input) = i.checked_sub(1) {
+                self.differentiate(input, ours);
+            }
+        }
+    }
+
+    /// Runs the pair on a pool of `threads`; what it counted, and what one thread issued, must be the cost.
+    fn run(&self, reference: bool, threads: usize) -> Passed {
+        on(threads, || {
+            let tally = Tally::default();
+            let context = Context { tally: &tally, precision: Precision::F32, reference };
+            ISSUED.set(0);
+            let passed = (self.op)(context, self.inputs, self.dy);
+            let counted = tally.take();
+            assert_eq!(counted, self.cost, "tally and cost, reference: {reference}");
+            if threads == 1 {
+                assert_eq!(ISSUED.get(), counted.flops(), "products issued and counted, reference: {reference}");
+            }
+            passed
+        })
+    }
+
+    /// Holds three coordinates of `gradient` of input number `input` to the slope of the fused forward pass.
+    fn differentiate(&self, input: usize, gradient: &Tensor) {
+        let (values, gradient) = (flat(&self.inputs[input]), flat(gradient));
+        let largest = gradient.iter().fold(1.0f32, |a, b| a.max(b.abs()));
+        for at in [0, values.len() / 2, values.len() - 1] {
+            let moved = |by: f32| {
+                let mut values = values.clone();
+                values[at] += by;
+                let mut inputs = self.inputs.to_vec();
+                inputs[input] = Tensor::from_vec(values, inputs[input].shape(), &Device::Cpu).unwrap();
+                let y = flat(&(self.op)(Context::new(&Tally::default(), Precision::F32), &inputs, self.dy).0);
+                y.iter().zip(flat(self.dy)).map(|(y, dy)| f64::from(*y) * f64::from(dy)).sum::<f64>()
+            };
+            let slope = ((moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP)) as f32;
+            let distance = (slope - gradient[at]).abs();
+            assert!(distance <= 4e-3 * largest, "gradient {input} at {at}: {} but the slope is {slope}", gradient[at]);
+        }
+    }
+}
+
+/// Value and gradients by candle's autograd, in f64.
+fn autograd(inputs: &[Tensor], dy: &Tensor, naive: impl Fn(&[Tensor]) -> Tensor) -> Passed {
+    let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap()).collect();
+    let y = naive(&vars.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>());
+    let loss = (&y * dy.to_dtype(DType::F64).unwrap()).unwrap().sum_all().unwrap();
+    let gradients = loss.backward().unwrap();
+    (y.detach(), vars.iter().map(|v| Some(gradients.get(v).unwrap().detach())).collect())
+}
+
+/// Runs `work` on a rayon pool of its own.
+fn on<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+}
+
+/// Two ways to a number, each of at most `roundings` f32 operations on numbers no larger than `size`, end within
+/// `2 * roundings * (EPSILON / 2) * size` of each other; inputs are of the order of 1, so `size` is 1 or the largest result.
+fn close(name: &str, got: &Tensor, want: &Tensor, roundings: usize) {
+    let size = flat(want).iter().fold(1.0f32, |a, b| a.max(b.abs()));
+    within(name, got, want, roundings as f32 * f32::EPSILON * size);
+}
+
+/// Every number of `got` lies within `distance` of `want`'s; not a number is never within.
+fn within(name: &str, got: &Tensor, want: &Tensor, distance: f32) {
+    assert_eq!(got.dims(), want.dims(), "{name}");
+    for (i, (got, want)) in flat(got).into_iter().zip(flat(want)).enumerate() {
+        assert!((got - want).abs() <= distance, "{name}: number {i} is {got}, not {want} (within {distance:e})");
+    }
+}
+
+fn flat(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    flat(x).into_iter().map(f32::to_bits).collect()
+}
+
+/// Uniform numbers in [0, 1): splitmix64's upper 24 bits (Steele et al. 2014).
+fn uniform(seed: u64, n: usize) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1 << 24) as f32
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+/// A tensor of uniform numbers in [-1, 1).
+fn random(seed: u64, shape: &[usize]) -> Tensor {
+    let values = uniform(seed, shape.iter().product()).iter().map(|u| 2.0 * u - 1.0).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn of(values: &[f32], shape: &[usize]) -> Tensor {
+    Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
+}
+
+/// `cases` random cases, or as many as PROPTEST_CASES says.
+fn cases(cases: u32) -> Config {
+    let default = Config { failure_persistence: None, ..Config::default() };
+    if std::env::var_os("PROPTEST_CASES").is_some() { default } else { Config { cases, ..default } }
+}

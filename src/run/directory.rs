@@ -1,0 +1,86 @@
+//! A run's directory: its files by name, made for a new run and opened for a resumed one.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Kind, Result};
+
+/// The folder of one run.
+#[derive(Debug, Clone)]
+pub struct RunDirectory(PathBuf);
+
+impl RunDirectory {
+    /// A new directory; an existing one that holds anything is refused.
+    pub fn create(path: &Path) -> Result<Self> {
+        let occupied = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
+        if occupied || path.is_file() {
+            return Err(Error::new(Kind::Run, "the run directory exists already")
+                .at(path.display().to_string())
+                .rule("a run never overwrites another")
+                .hint(format!("choose another with `--out DIR`, or continue that run with `--resume {}`", path.display())));
+        }
+        std::fs::create_dir_all(path).map_err(|e| Error::io("create", path, e))?;
+        Ok(Self(path.to_path_buf()))
+    }
+
+    /// An existing run's directory: one that holds a recipe.
+    pub fn open(path: &Path) -> Result<Self> {
+        let run = Self(path.to_path_buf());
+        if run.recipe().is_file() {
+            return Ok(run);
+        }
+        Err(Error::new(Kind::Run, "this is not a run directory")
+            .at(path.display().to_string())
+            .rule("a run directory holds recipe.toml")
+            .hint("give the directory that `wattune train` printed, such as `runs/NAME-TIMESTAMP`"))
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// `recipe.toml`: the recipe as resolved.
+    pub fn recipe(&self) -> PathBuf {
+        self.0.join("recipe.toml")
+    }
+
+    /// `plan.json`: the forecast.
+    pub fn plan(&self) -> PathBuf {
+        self.0.join("plan.json")
+    }
+
+    /// `steps.jsonl`: one line a step.
+    pub fn steps(&self) -> PathBuf {
+        self.0.join(crate::report::files::STEPS_JSONL)
+    }
+
+    /// `ledger.jsonl`: what was spent.
+    pub fn ledger(&self) -> PathBuf {
+        self.0.join("ledger.jsonl")
+    }
+
+    /// `checkpoints/`.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+
+    /// `adapter/`, or `model/` where every weight was trained.
+    pub fn result(&self, whole_model: bool) -> PathBuf {
+        self.0.join(if whole_model { "model" } else { crate::report::files::ADAPTER_DIR })
+    }
+
+    /// `report.json`.
+    pub fn report(&self) -> PathBuf {
+        self.0.join(crate::report::files::REPORT_JSON)
+    }
+
+    /// `report.md`.
+    pub fn page(&self) -> PathBuf {
+        self.0.join(crate::report::files::REPORT_MD)
+    }
+
+    /// `emissions.csv`.
+    pub fn emissions(&self) -> PathBuf {
+        self.0.join(crate::report::files::EMISSIONS_CSV)
+    }
+}

@@ -1,0 +1,62 @@
+//! An adapter merged into its model: a whole model directory.
+
+use std::path::Path;
+
+use candle_core::Device;
+
+use super::Screen;
+use super::inference::{ModelRequest, fetch};
+use super::model::companions;
+use crate::adapter::{self, MergeJob, MergeSummary};
+use crate::error::Result;
+use crate::model::{Architecture, Weights};
+use crate::units::Bytes;
+use crate::work::Precision;
+
+/// What is merged into what.
+pub struct MergeRequest<'a> {
+    /// The base model.
+    pub model: &'a str,
+    /// Its revision on the hub.
+    pub revision: &'a str,
+    /// The adapter's directory.
+    pub adapter: &'a Path,
+    /// The directory to make.
+    pub out: &'a Path,
+    /// The most bytes in one weight file.
+    pub max_shard: Option<Bytes>,
+}
+
+/// Merges: `W + scaling B A` in f32, rounded once to the file's own format.
+pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Result<MergeSummary> {
+    let device = Device::Cpu;
+    let model = ModelRequest {
+        model: request.model,
+        revision: request.revision,
+        adapter: Some(request.adapter),
+        device: &device,
+        precision: Precision::F32,
+    };
+    let files = fetch(&model, screen.downloads())?;
+    let architecture = Architecture::from_file(&files.config)?;
+    // Opened only to refuse weights that do not fit their configuration before anything is written.
+    Weights::open(&files.weights, &architecture)?;
+    let loaded = adapter::load(request.adapter)?;
+    let pairs = loaded.fit(&architecture.modules())?;
+    let tied = if architecture.tie_word_embeddings {
+        vec![["lm_head.weight".to_string(), "model.embed_tokens.weight".to_string()]]
+    } else {
+        Vec::new()
+    };
+    let mut copy = companions(&files);
+    copy.push(files.config.clone());
+    copy.extend(files.generation_config.clone());
+    adapter::merge(&MergeJob {
+        weights: &files.weights,
+        pairs: &pairs,
+        tied: &tied,
+        copy: &copy,
+        out: request.out,
+        max_shard: request.max_shard.unwrap_or(adapter::merge::DEFAULT_MAX_SHARD),
+    })
+}

@@ -1,0 +1,181 @@
+//! The model put together for training: frozen weights, trained values, and how they are written out.
+
+use std::path::Path;
+
+use candle_core::{DType, Device};
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::model::companions;
+use super::prepare::{Prepared, Target};
+use crate::adapter::{self, PeftConfig, Site, kaiming_uniform};
+use crate::error::{Error, Kind, Result};
+use crate::model::{Architecture, Decoder, Parts, Weights, random_tensor};
+use crate::ops::{Lora, Parameters, Weight, dtype};
+use crate::recipe::{Init, ModelId};
+use crate::work::{Precision, Work};
+
+/// A decoder and what is trained in it.
+pub(super) struct Trainee {
+    pub(super) decoder: Decoder,
+    pub(super) parameters: Parameters,
+}
+
+/// Work of loading: every weight read once and written once.
+pub(super) fn load_work(architecture: &Architecture, precision: Precision) -> Work {
+    Work::sweep((architecture.parameters() * (4 + precision.size())) as usize, 0)
+}
+
+/// PEFT's tensor names of a site: A, then B.
+fn names(site: &Site) -> [String; 2] {
+    use adapter::refuse::Half;
+    [Half::A, Half::B].map(|half| adapter::peft::tensor_name(&site.path, half))
+}
+
+/// Reads the weights (or draws them) and puts the decoder together.
+pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainee> {
+    let weights = match prepared.recipe.model.init {
+        Init::Pretrained => Some(Weights::open(prepared.files.require_weights()?, &prepared.architecture)?),
+        Init::Random => None,
+    };
+    match &prepared.target {
+        Target::Lora { sites, from, .. } => {
+            let weights = weights.ok_or_else(|| Error::new(Kind::Model, "an adapter needs pretrained weights"))?;
+            let parameters = Parameters::new(first_values(prepared, sites, from.as_deref())?, device)?;
+            let decoder =
+                decoder_with_adapter(&prepared.architecture, &weights, prepared.recipe.model.dtype, sites, &parameters, device)?;
+            Ok(Trainee { decoder, parameters })
+        }
+        Target::All => fully_trained(prepared, weights.as_ref(), device),
+    }
+}
+
+/// A and B of each site in model order: drawn and zero, or the continued adapter's.
+fn first_values(
+    prepared: &Prepared,
+    sites: &[Site],
+    from: Option<&adapter::Loaded>,
+) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+    let modules = prepared.architecture.modules();
+    let fitted = from.map(|loaded| loaded.fit(&modules)).transpose()?;
+    let mut tensors = Vec::with_capacity(2 * sites.len());
+    for (index, site) in sites.iter().enumerate() {
+        let (a, b) = match &fitted {
+            Some(fitted) => (fitted[index].a.to_vec(), fitted[index].b.to_vec()),
+            None => {
+                let a = kaiming_uniform(site.in_features, site.r, prepared.recipe.seed, &site.path);
+                (a, vec![0.0; site.out_features * site.r])
+            }
+        };
+        let [name_a, name_b] = names(site);
+        tensors.push((name_a, vec![site.r, site.in_features], a));
+        tensors.push((name_b, vec![site.out_features, site.r], b));
+    }
+    Ok(tensors)
+}
+
+/// A frozen decoder with adapters whose values are slots of `parameters`, in the order of `sites`.
+pub(super) fn decoder_with_adapter(
+    architecture: &Architecture,
+    weights: &Weights,
+    precision: Precision,
+    sites: &[Site],
+    parameters: &Parameters,
+    device: &Device,
+) -> Result<Decoder> {
+    let weight = |name: &str, shape: &[usize]| {
+        // Norms and biases act on the f32 residual stream and stay f32; matrices take the compute type.
+        let kind = if shape.len() == 1 { DType::F32 } else { dtype(precision) };
+        Ok(Weight::frozen(weights.get(name, kind, device)?))
+    };
+    let lora = |path: &str| match sites.iter().position(|site| site.path == path) {
+        Some(index) => {
+            let (a, b) = (parameters.weight(2 * index)?, parameters.weight(2 * index + 1)?);
+            Ok(Some(Lora { a, b, scaling: sites[index].scaling }))
+        }
+        None => Ok(None),
+    };
+    Decoder::assemble(architecture, &Parts { weight: &weight, lora: &lora }, device)
+}
+
+fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, device: &Device) -> Result<Trainee> {
+    let (architecture, seed) = (&prepared.architecture, prepared.recipe.seed);
+    let mut tensors = Vec::new();
+    for tensor in architecture.tensors() {
+        let values = match weights {
+            Some(weights) => weights.get(&tensor.name, DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1()?,
+            None => random_tensor(&tensor.name, &tensor.shape, architecture.initializer_range, seed),
+        };
+        tensors.push((tensor.name, tensor.shape, values));
+    }
+    let parameters = Parameters::new(tensors, device)?;
+    let weight = |name: &str, _: &[usize]| {
+        let slot = parameters.slots().iter().position(|slot| slot.name == name);
+        parameters.weight(slot.ok_or_else(|| Error::new(Kind::Model, format!("the model has no tensor `{name}`")))?)
+    };
+    let decoder = Decoder::assemble(architecture, &Parts { weight: &weight, lora: &|_| Ok(None) }, device)?;
+    Ok(Trainee { decoder, parameters })
+}
+
+/// How the base model is named in the adapter's own files.
+pub(super) fn base_name(id: &ModelId) -> String {
+    match id {
+        ModelId::Hub(id) => id.clone(),
+        ModelId::Directory(dir) => dir.display().to_string(),
+        ModelId::Embedded(name) => format!("embedded:{name}"),
+    }
+}
+
+/// Writes what was trained into `dir`: PEFT's files, or a whole model directory. `trained_tokens` goes into the configuration of a model
+/// trained from scratch, where baselines look for it.
+pub(super) fn export(prepared: &Prepared, parameters: &Parameters, dir: &Path, trained_tokens: Option<u64>) -> Result<()> {
+    match &prepared.target {
+        Target::Lora { settings, sites, .. } => {
+            let recipe = &prepared.recipe.model;
+            let revision = prepared.files.commit.as_deref();
+            let modules = prepared.architecture.modules();
+            let config = PeftConfig::for_sites(settings, sites, &modules, &base_name(&recipe.id), revision)?;
+            let values = (0..parameters.slots().len()).map(|index| parameters.values(index)).collect::<Result<Vec<_>>>()?;
+            let tensors = parameters.slots().iter().zip(&values);
+            let tensors: Vec<_> =
+                tensors.map(|(slot, values)| (slot.name.clone(), [slot.shape[0], slot.shape[1]], values.as_slice())).collect();
+            adapter::save(dir, &config, &tensors)
+        }
+        Target::All => export_model(prepared, parameters, dir, trained_tokens),
+    }
+}
+
+fn export_model(prepared: &Prepared, parameters: &Parameters, dir: &Path, trained_tokens: Option<u64>) -> Result<()> {
+    let mut rows = Vec::new();
+    for index in 0..parameters.slots().len() {
+        rows.push(parameters.values(index)?.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+    }
+    let mut views = Vec::new();
+    for (slot, row) in parameters.slots().iter().zip(&rows) {
+        let view = TensorView::new(Dtype::F32, slot.shape.clone(), row).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
+        views.push((slot.name.as_str(), view));
+    }
+    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
+    let path = dir.join("model.safetensors");
+    safetensors::serialize_to_file(views, Some(metadata), &path)
+        .map_err(|e| Error::new(Kind::Io, format!("cannot write `{}`: {e}", path.display())))?;
+    let mut config: serde_json::Value = serde_json::from_str(&super::read_text(&prepared.files.config)?)
+        .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")))?;
+    if let (Some(tokens), Init::Random) = (trained_tokens, prepared.recipe.model.init) {
+        config["pretraining_tokens"] = tokens.into();
+    }
+    config["torch_dtype"] = "float32".into();
+    let text = serde_json::to_string_pretty(&config).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
+    crate::report::files::write_whole(&dir.join("config.json"), &(text + "\n"))?;
+    copy_companions(prepared, dir)
+}
+
+/// Copies tokenizer and chat template into `dir`.
+pub(super) fn copy_companions(prepared: &Prepared, dir: &Path) -> Result<()> {
+    for file in companions(&prepared.files) {
+        if let Some(name) = file.file_name() {
+            let to = dir.join(name);
+            std::fs::copy(&file, &to).map_err(|e| Error::io("write", &to, e))?;
+        }
+    }
+    Ok(())
+}
