@@ -6,9 +6,8 @@ use std::process::ExitCode;
 use serde_json::{Value, json};
 
 use super::{Common, out, out_json};
-use crate::energy::Profile;
-use crate::energy::sensor::{self, State};
 use crate::error::Result;
+use crate::run::{Profile, SensorState as State, sensor};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {}

@@ -6,9 +6,8 @@ use std::process::ExitCode;
 use super::model::ModelArguments;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
-use crate::data;
 use crate::error::{Error, Kind, Result};
-use crate::run::{self, EvaluationJob};
+use crate::run::{self, DataOptions, EvaluationJob, Format, OnBadRecord, TxtUnit};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -55,13 +54,13 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     ))
 }
 
-fn options(arguments: &Arguments) -> Result<data::Options> {
+fn options(arguments: &Arguments) -> Result<DataOptions> {
     let format = match arguments.format.as_str() {
-        "text" => data::Format::Text,
-        "completion" => data::Format::Completion,
-        "messages" => data::Format::Messages,
-        "alpaca" => data::Format::Alpaca,
-        "auto" => data::Format::Auto,
+        "text" => Format::Text,
+        "completion" => Format::Completion,
+        "messages" => Format::Messages,
+        "alpaca" => Format::Alpaca,
+        "auto" => Format::Auto,
         other => {
             let rule = "text, completion, messages, alpaca or auto";
             return Err(Error::new(Kind::Usage, "there is no such format").at("--format").value(other).rule(rule));
@@ -72,6 +71,6 @@ fn options(arguments: &Arguments) -> Result<data::Options> {
         split.ok_or_else(|| Error::new(Kind::Usage, "a column is given as FIELD=COLUMN").at("--column").value(text.clone()))
     };
     let columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;
-    let (on_bad_record, txt_unit) = (data::OnBadRecord::Stop, data::TxtUnit::Paragraph);
-    Ok(data::Options { format, columns, max_length: arguments.max_length, on_bad_record, txt_unit })
+    let (on_bad_record, txt_unit) = (OnBadRecord::Stop, TxtUnit::Paragraph);
+    Ok(DataOptions { format, columns, max_length: arguments.max_length, on_bad_record, txt_unit })
 }

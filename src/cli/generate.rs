@@ -7,8 +7,7 @@ use super::model::ModelArguments;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
-use crate::model::Sampling;
-use crate::run::{self, GenerationJob};
+use crate::run::{self, GenerationJob, Sampling};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Kind, Result};
+use crate::run;
 
 /// Specialise an open transformer inside an energy budget, and prove what it cost.
 #[derive(Debug, Parser)]
@@ -121,15 +122,22 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
     }
 }
 
-/// Fixes the number of threads for our own passes and for candle's products.
+/// Fixes the number of threads: `--threads`, else RAYON_NUM_THREADS, else all that the process may use.
+///
+/// candle keeps a second, spinning pool for its elementwise operations, which takes the cores away from ours; it is switched off
+/// (benches/LOG.md has the measurement). Its products size themselves by RAYON_NUM_THREADS and otherwise read the processor list anew
+/// at every call.
 fn set_threads(threads: Option<usize>) -> Result<()> {
-    let Some(threads) = threads else { return Ok(()) };
-    if threads == 0 {
+    if threads == Some(0) {
         return Err(Error::new(Kind::Usage, "`--threads` must be at least one").value("0"));
     }
-    // SAFETY: this is the program's first act: no other thread exists that could read the environment meanwhile. candle sizes its
-    // products by this variable alone.
-    unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+    let given = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|threads| *threads > 0);
+    let threads = threads.or(given).unwrap_or_else(run::allowed_threads);
+    // SAFETY: this is the program's first act: no other thread exists that could read the environment meanwhile.
+    unsafe {
+        std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
+        std::env::set_var("CANDLE_NUM_THREADS", "1");
+    }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     pool.map_err(|e| Error::new(Kind::Usage, format!("the thread pool cannot be set up: {e}")))
 }

@@ -2,10 +2,8 @@
 
 use std::path::PathBuf;
 
-use candle_core::Device;
-
 use crate::error::{Error, Kind, Result};
-use crate::run::ModelRequest;
+use crate::run::{Device, ModelRequest};
 use crate::work::Precision;
 
 #[derive(Debug, clap::Args)]

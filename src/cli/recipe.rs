@@ -10,7 +10,7 @@ use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
 use crate::report::files::write_whole;
-use crate::run::{self, Screen};
+use crate::run::{self, RenderedSample, Screen};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -61,7 +61,7 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     }
     let sample = prepared.train.first.as_ref();
     if common.json {
-        let pieces = |sample: &crate::data::Sample| -> Vec<_> {
+        let pieces = |sample: &RenderedSample| -> Vec<_> {
             sample.pieces.iter().map(|piece| json!({ "text": piece.text, "loss": piece.loss })).collect()
         };
         let first = sample.map(|sample| json!({ "place": sample.place, "pieces": pieces(sample) }));

@@ -4,9 +4,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::hub::Progress;
-use crate::run::{Screen, StepView};
-use crate::train::StepRecord;
+use crate::run::{Progress, Screen, StepRecord, StepView};
 use crate::units::{Joules, Seconds};
 
 /// In a log, a progress line at most this often.

@@ -9,8 +9,7 @@ use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
 use crate::report::text::to_text;
-use crate::run::{self, TrainRequest};
-use crate::train::Stop;
+use crate::run::{self, Stop, TrainRequest};
 
 /// Exit status of an interrupted run.
 const INTERRUPTED: u8 = 130;

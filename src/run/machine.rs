@@ -60,6 +60,11 @@ pub(super) fn check_precision(device: &Device, precision: Precision) -> Result<(
     Ok(())
 }
 
+/// Threads that the process may use: its affinity mask and control group.
+pub fn allowed_threads() -> usize {
+    crate::energy::allowed_cores()
+}
+
 /// The largest resident memory of this process so far; `None` where the system does not say.
 pub fn peak_rss() -> Option<Bytes> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;

@@ -24,15 +24,24 @@ pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
 pub use generate::{Generated, GenerationJob, generate};
 pub use inference::ModelRequest;
-pub use machine::{device, peak_rss};
+pub use machine::{allowed_threads, device, peak_rss};
 pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
 pub use plan::{Plan, plan};
 pub use prepare::{Prepared, prepare};
 pub use training::{Finished, TrainRequest, train};
 
+// What the command line speaks of: it imports this room, `recipe` and `report` alone.
+pub use candle_core::Device;
+
+pub use crate::data::{Format, OnBadRecord, Options as DataOptions, Sample as RenderedSample, TxtUnit};
+pub use crate::energy::Profile;
+pub use crate::energy::sensor::{self, State as SensorState};
+pub use crate::hub::{Progress, Silent};
+pub use crate::model::Sampling;
+pub use crate::train::{StepRecord, Stop};
+
 use crate::error::Result;
-use crate::train::StepRecord;
 
 /// Who watches: the command line shows what it is told; tests stay silent.
 pub trait Screen {
@@ -45,7 +54,7 @@ pub trait Screen {
     /// Validation loss after `step` steps.
     fn evaluated(&mut self, step: u64, val_loss: f64);
     /// Downloads report here.
-    fn downloads(&self) -> &dyn crate::hub::Progress;
+    fn downloads(&self) -> &dyn Progress;
 }
 
 /// What a progress line shows beside the step itself.
@@ -73,8 +82,8 @@ impl Screen for Blank {
     fn step(&mut self, _: &StepRecord, _: &StepView) {}
     fn evaluating(&mut self, _: usize, _: usize) {}
     fn evaluated(&mut self, _: u64, _: f64) {}
-    fn downloads(&self) -> &dyn crate::hub::Progress {
-        &crate::hub::Silent
+    fn downloads(&self) -> &dyn Progress {
+        &Silent
     }
 }
 

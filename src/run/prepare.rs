@@ -25,7 +25,7 @@ pub enum Target {
     /// Adapters on these sites; `from` holds the adapter to continue.
     Lora {
         /// The settings that hold: the recipe's, or the continued adapter's.
-        settings: LoraSettings,
+        settings: Box<LoraSettings>,
         /// Where they sit.
         sites: Vec<Site>,
         /// The adapter to continue from.
@@ -187,7 +187,7 @@ fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
             .value(site.path.clone())
             .hint("leave `lm_head` out of target_modules"));
     }
-    Ok(Target::Lora { settings, sites, from })
+    Ok(Target::Lora { settings: Box::new(settings), sites, from })
 }
 
 /// With `init_from` the adapter's own settings hold; what the recipe wrote may repeat them, not contradict them.

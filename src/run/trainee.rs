@@ -49,12 +49,11 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainee> 
     }
 }
 
+/// A tensor's name, shape and values.
+type NamedValues = (String, Vec<usize>, Vec<f32>);
+
 /// A and B of each site in model order: drawn and zero, or the continued adapter's.
-fn first_values(
-    prepared: &Prepared,
-    sites: &[Site],
-    from: Option<&adapter::Loaded>,
-) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+fn first_values(prepared: &Prepared, sites: &[Site], from: Option<&adapter::Loaded>) -> Result<Vec<NamedValues>> {
     let modules = prepared.architecture.modules();
     let fitted = from.map(|loaded| loaded.fit(&modules)).transpose()?;
     let mut tensors = Vec::with_capacity(2 * sites.len());
