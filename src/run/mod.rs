@@ -15,6 +15,7 @@ mod model;
 mod options;
 mod plan;
 mod prepare;
+mod probe;
 mod reporting;
 mod sample;
 mod trainee;
@@ -29,6 +30,7 @@ pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
 pub use plan::{Plan, plan};
 pub use prepare::{Prepared, prepare};
+pub use probe::{Probe, plan_with_probe};
 pub use training::{Finished, TrainRequest, train};
 
 // What the command line speaks of: it imports this room, `recipe` and `report` alone.
