@@ -81,7 +81,8 @@ impl Document<'_> {
 /// The plan for people.
 fn page(name: &str, plan: &Value) -> String {
     let plan = Document(plan);
-    let (model, class, parameters) = (plan.words("/model/id"), plan.words("/model/architecture"), plan.whole("/model/parameters"));
+    let (model, class, parameters) =
+        (plan.words("/model/id"), plan.words("/model/architecture"), plan.whole("/model/parameters"));
     let mut rows = vec![("model", format!("{model} ({class}, {parameters} parameters)"))];
     rows.push(("trained", format!("{} parameters", plan.whole("/adapter/trainable_parameters"))));
     // A plan without data or tokenizer has no forecast.
@@ -135,7 +136,8 @@ fn probe(plan: &Document<'_>) -> Vec<(&'static str, String)> {
     let number = |path: &str| plan.number(path).unwrap_or_default();
     let (steps, step, speed) = (plan.whole("/probe/steps"), number("/probe/step_s"), number("/probe/tokens_per_second"));
     let work = Flops(number("/probe/flops_per_second"));
-    let mut rows = vec![("probe", format!("{speed:.0} tokens/s, {} a step (median of {steps}), {work}/s", Seconds(step).spoken()))];
+    let mut rows =
+        vec![("probe", format!("{speed:.0} tokens/s, {} a step (median of {steps}), {work}/s", Seconds(step).spoken()))];
     if let Some(peak) = plan.number("/probe/peak_rss_bytes") {
         rows.push(("", format!("{} resident at the peak", Bytes(peak as u64))));
     }

@@ -2,9 +2,10 @@
 //!
 //! `prepare` turns a recipe into everything a run needs before weights are read (preflight); `plan` says what that run will cost;
 //! `trainee` puts the model together; `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`,
-//! `merge` and `probe` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
+//! `merge`, `probe` and `calibrate` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
 
 mod baselines;
+mod calibrate;
 mod directory;
 mod evaluate;
 mod generate;
@@ -21,6 +22,7 @@ mod sample;
 mod trainee;
 mod training;
 
+pub use calibrate::{Calibration, Calibrator, Effort};
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
 pub use generate::{Generated, GenerationJob, generate};
