@@ -22,7 +22,7 @@ pub(super) struct Trainee {
 
 /// Work of loading: every weight read once and written once.
 pub(super) fn load_work(architecture: &Architecture, precision: Precision) -> Work {
-    Work::sweep((architecture.parameters() * (4 + precision.size())) as usize, 0)
+    Work::file((architecture.parameters() * (4 + precision.size())) as usize)
 }
 
 /// PEFT's tensor names of a site: A, then B.
