@@ -47,6 +47,8 @@ CONFIG = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "torch_dtype": "float32",
+    # What quickstart/pretrain.toml trained on (report.json's training.tokens): the pretraining baseline reads it here.
+    "pretraining_tokens": 6023101,
     "vocab_size": VOCABULARY,
 }
 TOKENIZER_CONFIG = {

@@ -76,6 +76,8 @@ pub struct Work {
     products: BTreeMap<Product, u64>,
     /// Bytes of one pass over memory -> how many such passes.
     sweeps: BTreeMap<u64, u64>,
+    /// Bytes that no cache can hold ready, because they come from or go to a file.
+    uncached: u64,
     vector_flops: u64,
 }
 
@@ -105,6 +107,11 @@ impl Work {
         work
     }
 
+    /// Bytes read from a file or written to one: they pass every cache by.
+    pub fn file(bytes: usize) -> Self {
+        Self { uncached: bytes as u64, ..Self::default() }
+    }
+
     /// This work `count` times.
     pub fn times(&self, count: u64) -> Self {
         let mut work = self.clone();
@@ -113,6 +120,7 @@ impl Work {
         }
         work.products.values_mut().for_each(|n| *n *= count);
         work.sweeps.values_mut().for_each(|n| *n *= count);
+        work.uncached *= count;
         work.vector_flops *= count;
         work
     }
@@ -137,6 +145,11 @@ impl Work {
         self.products.iter().map(|(product, count)| (*product, *count))
     }
 
+    /// Bytes read from files or written to them.
+    pub fn file_bytes(&self) -> Bytes {
+        Bytes(self.uncached)
+    }
+
     /// Each distinct memory pass (its bytes) and how often it ran.
     pub fn each_sweep(&self) -> impl Iterator<Item = (Bytes, u64)> + '_ {
         self.sweeps.iter().map(|(bytes, count)| (Bytes(*bytes), *count))
@@ -151,6 +164,7 @@ impl AddAssign<&Work> for Work {
         for (bytes, count) in &other.sweeps {
             *self.sweeps.entry(*bytes).or_default() += count;
         }
+        self.uncached += other.uncached;
         self.vector_flops += other.vector_flops;
     }
 }

@@ -117,7 +117,7 @@ fn crossing(capacity: Option<u64>, work: &Work) -> Bytes {
     let products = work.each_product().map(|(product, count)| product_crossing(capacity, &product).saturating_mul(count));
     let sweeps = work.each_sweep().filter(|(bytes, _)| capacity.is_none_or(|capacity| bytes.0 > capacity));
     let sweeps = sweeps.map(|(bytes, count)| bytes.0.saturating_mul(count));
-    Bytes(products.chain(sweeps).fold(0, u64::saturating_add))
+    Bytes(products.chain(sweeps).chain([work.file_bytes().0]).fold(0, u64::saturating_add))
 }
 
 fn product_crossing(capacity: Option<u64>, product: &Product) -> u64 {
@@ -210,6 +210,12 @@ mod tests {
         assert_eq!(of(120_000), [0, 0]);
         assert_eq!(of(120_001), [120_001, 0]);
         assert_eq!(of(1_200_001), [1_200_001, 1_200_001]);
+    }
+
+    #[test]
+    fn what_comes_from_a_file_crosses_every_level() {
+        let bytes = desk().charge(&Work::file(7)).bytes.into_values().map(|b| b.0).collect::<Vec<_>>();
+        assert_eq!(bytes, [7, 7]);
     }
 
     #[test]

@@ -17,7 +17,16 @@ use super::model::{ModelFiles, local_model};
 type EmbeddedFile = (&'static str, &'static [u8]);
 
 /// Each model's name and files, `include_bytes!`ed from `recipes/quickstart/`.
-const MODELS: &[(&str, &[EmbeddedFile])] = &[];
+const MODELS: &[(&str, &[EmbeddedFile])] = &[(
+    "tiny",
+    &[
+        ("config.json", include_bytes!("../../recipes/quickstart/tiny/config.json")),
+        ("model.safetensors", include_bytes!("../../recipes/quickstart/tiny/model.safetensors")),
+        ("tokenizer.json", include_bytes!("../../recipes/quickstart/tiny/tokenizer.json")),
+        ("tokenizer_config.json", include_bytes!("../../recipes/quickstart/tiny/tokenizer_config.json")),
+        ("README.md", include_bytes!("../../recipes/quickstart/tiny/README.md")),
+    ],
+)];
 
 /// The model `name`, written under `cache_root` unless it is there.
 ///

@@ -3,12 +3,11 @@
 use candle_core::Tensor;
 use rand::RngExt;
 
-use super::cost::residual_cost;
 use super::linears::{Linears, NAMES, Needs};
 use crate::error::Result;
 use crate::ops::{
     Attention, AttentionSaved, Context, Gradients, Linear, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments,
-    dropout_mask, swiglu, swiglu_backward,
+    dropout_mask, residual, swiglu, swiglu_backward,
 };
 use crate::random::{self, Use};
 
@@ -74,14 +73,14 @@ impl Block {
         let (q, k) = (pass.rope.forward(pass.context, &q)?, pass.rope.forward(pass.context, &k)?);
         let (mixed, attention) = self.attention.forward(pass.context, q, k, v, pass.segments)?;
         let (o, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &mixed)?;
-        let x1 = add(pass.context, x, &o)?;
+        let x1 = residual(pass.context, x, &o)?;
         let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
         let (gate, gate_proj) = self.apply(pass, &l.gate_proj, NAMES.gate_proj, &h)?;
         let (up, up_proj) = self.apply(pass, &l.up_proj, NAMES.up_proj, &h)?;
         let inner = swiglu(pass.context, &gate, &up)?;
         let (down, down_proj) = self.apply(pass, &l.down_proj, NAMES.down_proj, &inner)?;
         let linears = Linears { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj };
-        Ok((add(pass.context, &x1, &down)?, BlockSaved { norm, attention, post_norm, gate, up, linears }))
+        Ok((residual(pass.context, &x1, &down)?, BlockSaved { norm, attention, post_norm, gate, up, linears }))
     }
 
     /// dy (N, C) -> dx (N, C) where `input_gradient`. Ends as soon as nothing before is trained.
@@ -101,8 +100,8 @@ impl Block {
         let dh_gate = l.gate_proj.backward(context, &d_gate, &s.gate_proj, needs.attention, gradients)?;
         let dh_up = l.up_proj.backward(context, &d_up, &s.up_proj, needs.attention, gradients)?;
         let (Some(dh_gate), Some(dh_up)) = (dh_gate, dh_up) else { return Ok(None) };
-        let dh = add(context, &dh_gate, &dh_up)?;
-        let dx1 = add(context, dy, &self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, gradients)?)?;
+        let dh = residual(context, &dh_gate, &dh_up)?;
+        let dx1 = residual(context, dy, &self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, gradients)?)?;
         let Some(d_mixed) = l.o_proj.backward(context, &dx1, &s.o_proj, needs.qkv, gradients)? else { return Ok(None) };
         let (dq, dk, dv) = self.attention.backward(context, &d_mixed, &saved.attention, pass.segments)?;
         let (dq, dk) = (pass.rope.backward(context, &dq)?, pass.rope.backward(context, &dk)?);
@@ -110,8 +109,8 @@ impl Block {
         let dh_k = l.k_proj.backward(context, &dk, &s.k_proj, needs.input, gradients)?;
         let dh_v = l.v_proj.backward(context, &dv, &s.v_proj, needs.input, gradients)?;
         let (Some(dh_q), Some(dh_k), Some(dh_v)) = (dh_q, dh_k, dh_v) else { return Ok(None) };
-        let dh = add(context, &add(context, &dh_q, &dh_k)?, &dh_v)?;
-        let dx = add(context, &dx1, &self.input_layernorm.backward(context, &dh, &saved.norm, gradients)?)?;
+        let dh = residual(context, &residual(context, &dh_q, &dh_k)?, &dh_v)?;
+        let dx = residual(context, &dx1, &self.input_layernorm.backward(context, &dh, &saved.norm, gradients)?)?;
         Ok(Some(dx))
     }
 
@@ -134,11 +133,4 @@ impl Block {
         }
         dropout_mask(u, dropout.p, x)
     }
-}
-
-/// a + b, counted.
-pub(super) fn add(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let (n, c) = a.dims2()?;
-    context.tally.add(residual_cost(n, c));
-    Ok((a + b)?)
 }

@@ -8,7 +8,8 @@ use crate::adapter::Site;
 use crate::error::Result;
 use crate::ops::{
     HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost, attention_forward_cost,
-    embedding_backward_cost, embedding_cost, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
+    embedding_backward_cost, embedding_cost, residual_cost, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost,
+    swiglu_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -200,11 +201,6 @@ impl ModelShape {
 
 fn trains(shape: &LinearShape) -> bool {
     shape.r.is_some() || shape.trained
-}
-
-/// Work of adding (n, c) to the residual stream.
-pub(super) fn residual_cost(n: usize, c: usize) -> Work {
-    Work::sweep(12 * n * c, n * c)
 }
 
 /// Work of picking n rows of c.

@@ -3,10 +3,10 @@
 use candle_core::{D, Tensor};
 use rand::RngExt;
 
-use super::block::{Pass, add};
+use super::block::Pass;
 use super::decoder::Decoder;
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Context, Segments, swiglu};
+use crate::ops::{Context, Segments, residual, swiglu};
 use crate::random::{Use, stream};
 
 /// How the next token is chosen.
@@ -92,11 +92,11 @@ impl<'a> Session<'a> {
             }
             let mixed = block.attention.decode(context, &q, &k, &v)?;
             *cache = Some((k, v));
-            let x1 = add(context, &x, &l.o_proj.forward(context, &mixed, None)?.0)?;
+            let x1 = residual(context, &x, &l.o_proj.forward(context, &mixed, None)?.0)?;
             let h = block.post_attention_layernorm.forward(context, &x1)?.0;
             let (gate, up) = (l.gate_proj.forward(context, &h, None)?.0, l.up_proj.forward(context, &h, None)?.0);
             let inner = swiglu(context, &gate, &up)?;
-            x = add(context, &x1, &l.down_proj.forward(context, &inner, None)?.0)?;
+            x = residual(context, &x1, &l.down_proj.forward(context, &inner, None)?.0)?;
         }
         self.length += 1;
         debug_assert_eq!(x.dim(D::Minus1)?, self.decoder.architecture().hidden_size);

@@ -5,7 +5,7 @@
 
 use candle_core::{D, Tensor};
 
-use super::{Context, Gradients, Weight, matmul};
+use super::{Context, Gradients, Weight, matmul, residual};
 use crate::error::Result;
 use crate::work::{Precision, Work};
 
@@ -137,7 +137,8 @@ impl Linear {
         if let Some(lora) = &self.lora {
             let input = masked(x, mask.as_ref())?;
             let xa = matmul(context, &input, &lora.a.tensor.t()?)?;
-            y = (y + (matmul(context, &xa, &lora.b.tensor.t()?)? * lora.scaling)?)?;
+            let scaled = (&xa * lora.scaling)?; // (N, r): the smallest place to scale
+            y = residual::add(context, &y, &matmul(context, &scaled, &lora.b.tensor.t()?)?)?;
             low = Some(Low { mask, xa });
         }
         let keeps_input = self.weight.is_trained() || low.is_some();
@@ -169,7 +170,7 @@ impl Linear {
             gradients.add(&lora.a, matmul(context, &d_low.t()?, &masked(x, low.mask.as_ref())?)?)?;
             if let Some(sum) = dx {
                 let through = masked(&matmul(context, &d_low, &lora.a.tensor)?, low.mask.as_ref())?;
-                dx = Some((sum + through)?);
+                dx = Some(residual::add(context, &sum, &through)?);
             }
         }
         Ok(dx)

@@ -22,7 +22,7 @@ pub(super) struct Trainee {
 
 /// Work of loading: every weight read once and written once.
 pub(super) fn load_work(architecture: &Architecture, precision: Precision) -> Work {
-    Work::sweep((architecture.parameters() * (4 + precision.size())) as usize, 0)
+    Work::file((architecture.parameters() * (4 + precision.size())) as usize)
 }
 
 /// PEFT's tensor names of a site: A, then B.
@@ -161,8 +161,8 @@ fn export_model(prepared: &Prepared, parameters: &Parameters, dir: &Path, traine
     }
     let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
     let path = dir.join("model.safetensors");
-    safetensors::serialize_to_file(views, Some(metadata), &path)
-        .map_err(|e| Error::new(Kind::Io, format!("cannot write `{}`: {e}", path.display())))?;
+    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
+    std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))?;
     let mut config: serde_json::Value = serde_json::from_str(&super::read_text(&prepared.files.config)?)
         .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")))?;
     if let (Some(tokens), Init::Random) = (trained_tokens, prepared.recipe.model.init) {

@@ -4,7 +4,6 @@
 //! both moments, exactly) and what the caller's `export` adds (the adapter as PEFT reads it). It is written under another name, synced and
 //! renamed.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -155,8 +154,8 @@ fn write_rows(path: &Path, parameters: &Parameters) -> Result<()> {
         let view = TensorView::new(Dtype::F32, vec![parameters.len()], row).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
         views.push((*name, view));
     }
-    safetensors::serialize_to_file(views, None::<HashMap<String, String>>, path)
-        .map_err(|e| Error::new(Kind::Io, format!("cannot write `{}`: {e}", path.display())))
+    let bytes = safetensors::serialize(views, None).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
+    fs::write(path, bytes).map_err(|e| Error::io("write", path, e))
 }
 
 /// Flushes every file below `dir`, and `dir` itself, to the disk.

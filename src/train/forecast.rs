@@ -41,7 +41,7 @@ pub struct Costs<'a> {
 
 /// Work of saving `trained` numbers: one pass over a checkpoint's bytes.
 pub(super) fn save_work(trained: usize) -> Work {
-    Work::sweep(checkpoint_bytes(trained), 0)
+    Work::file(checkpoint_bytes(trained))
 }
 
 impl<'a> Costs<'a> {
