@@ -201,7 +201,7 @@ impl Trial {
 fn random_batches(recipe: &Recipe, vocab_size: usize) -> Vec<MicroBatch> {
     let mut random = stream(recipe.seed, Use::Probe, &[], "tokens");
     let mut example = || {
-        let mut token = || (u64::from(random.next_u32()) * vocab_size as u64 >> 32) as u32;
+        let mut token = || ((u64::from(random.next_u32()) * vocab_size as u64) >> 32) as u32;
         let tokens: Vec<u32> = (0..recipe.data.max_length).map(|_| token()).collect();
         let loss = (0..tokens.len()).map(|index| index > 0).collect();
         Example { tokens, loss }
