@@ -8,7 +8,7 @@ use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
-use crate::report::text::to_text;
+use crate::report::text::to_brief;
 use crate::run::{self, Stop, TrainRequest};
 
 /// Exit status of an interrupted run.
@@ -65,8 +65,8 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     if common.json {
         out_json(&finished.report)?;
     } else if !common.quiet {
-        out(&to_text(&path.display().to_string(), &finished.report)?)?;
-        eprintln!("\nThe run is in `{}`.", path.display());
+        out(&to_brief(&path.display().to_string(), &finished.report)?)?;
+        eprintln!("\nThe result is in `{}`; the whole report: `wattune report {}`.", finished.result().display(), path.display());
     }
     match finished.stop {
         Stop::Interrupted => {

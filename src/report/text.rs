@@ -9,6 +9,9 @@ use super::table::{WIDTH, plain, wrapped};
 use super::types::Report;
 use crate::error::Result;
 
+/// The sections of the short form.
+const BRIEF: [&str; 3] = ["Comparison", "Sample", "Warnings"];
+
 /// Spaces before everything under a heading.
 const INDENT: usize = 2;
 
@@ -17,9 +20,21 @@ const INDENT: usize = 2;
 /// # Errors
 /// As [`Report::sealed`].
 pub fn to_text(name: &str, report: &Report) -> Result<String> {
+    lines(name, report, |_| true)
+}
+
+/// What a person wants to see when a run has just ended: the summary, the comparison and the sample.
+///
+/// # Errors
+/// As [`Report::sealed`].
+pub fn to_brief(name: &str, report: &Report) -> Result<String> {
+    lines(name, report, |title| BRIEF.contains(&title))
+}
+
+fn lines(name: &str, report: &Report, shown: impl Fn(&str) -> bool) -> Result<String> {
     let report = report.clone().sealed()?;
     let mut out = paragraph(name, 0) + "\n" + &paragraph(&plain(&summary(&report)), 0);
-    for section in sections(&report) {
+    for section in sections(&report).into_iter().filter(|section| shown(section.title)) {
         out += &format!("\n{}\n", section.title.to_uppercase());
         for block in section.blocks {
             out += &match block {

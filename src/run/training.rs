@@ -50,6 +50,13 @@ pub struct Finished {
     pub stop: Stop,
 }
 
+impl Finished {
+    /// Where the adapter (or the whole model) is.
+    pub fn result(&self) -> PathBuf {
+        self.directory.result(self.report.adapter.r#type == crate::report::types::AdapterType::None)
+    }
+}
+
 /// Trains, and writes the report whatever ended the run.
 pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finished> {
     let recipe = the_recipe(&request)?;
