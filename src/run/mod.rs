@@ -68,6 +68,8 @@ pub struct StepView {
     pub spent: crate::units::Joules,
     /// The limit nearest to its end, its name and the part spent.
     pub budget: Option<(&'static str, f64)>,
+    /// Steps so far in this process.
+    pub done: u64,
     /// Tokens of all steps so far in this process.
     pub tokens: u64,
     /// Wall time of all steps so far in this process.
