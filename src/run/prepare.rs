@@ -35,6 +35,16 @@ pub enum Target {
     All,
 }
 
+impl Target {
+    /// Numbers that are trained.
+    pub fn parameters(&self, architecture: &Architecture) -> usize {
+        match self {
+            Target::Lora { sites, .. } => sites.iter().map(Site::parameters).sum(),
+            Target::All => architecture.parameters() as usize,
+        }
+    }
+}
+
 /// A recipe found runnable.
 pub struct Prepared {
     /// With every `auto` resolved.
@@ -76,10 +86,7 @@ pub struct Prepared {
 impl Prepared {
     /// Numbers that are trained.
     pub fn trained(&self) -> usize {
-        match &self.target {
-            Target::Lora { sites, .. } => sites.iter().map(Site::parameters).sum(),
-            Target::All => self.architecture.parameters() as usize,
-        }
+        self.target.parameters(&self.architecture)
     }
 
     /// Names the resolved recipe: a checkpoint goes on only under it.
@@ -151,7 +158,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
     })
 }
 
-fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
+pub(super) fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
     if recipe.baseline.from_scratch == recipe::FromScratch::Measured {
         return Err(Error::new(Kind::Recipe, "the from-scratch baseline cannot be measured yet")
             .at("baseline.from_scratch")
@@ -170,7 +177,7 @@ fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
 }
 
 /// What the recipe trains, every target found in the model.
-fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
+pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
     let Adapter::Lora(lora) = &recipe.adapter else { return Ok(Target::All) };
     let modules = architecture.modules();
     let mut settings = lora_settings(lora);
@@ -213,7 +220,7 @@ fn contradictions(lora: &recipe::Lora, written: &LoraSettings, held: &LoraSettin
         .hint(format!("leave `{key}` out of [adapter]")))
 }
 
-fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {
+pub(super) fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {
     let (wanted, most) = (recipe.data.max_length, architecture.max_position_embeddings);
     if wanted <= most {
         return Ok(());
@@ -281,17 +288,14 @@ fn longest_batch(sampler: &Sampler, validation: &[MicroBatch]) -> usize {
 }
 
 /// Whether activations are recomputed (`auto`: only where memory forces it), and the memory forecast; refused where even that does not fit.
-fn recompute(
+pub(super) fn recompute(
     recipe: &Recipe,
     architecture: &Architecture,
     target: &Target,
     tokens: usize,
     warnings: &mut Vec<String>,
 ) -> Result<(Recompute, MemoryForecast)> {
-    let (trained, frozen) = match target {
-        Target::Lora { sites, .. } => (sites.iter().map(Site::parameters).sum::<usize>() as u64, true),
-        Target::All => (architecture.parameters(), false),
-    };
+    let (trained, frozen) = (target.parameters(architecture) as u64, matches!(target, Target::Lora { .. }));
     let of = |recompute| forecast_memory(architecture, trained, frozen, tokens, recompute, recipe.model.dtype);
     let free = machine::memory().map(|(free, _)| free);
     let fits = |forecast: &MemoryForecast| free.is_none_or(|free| forecast.peak() <= free);

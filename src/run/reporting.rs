@@ -12,6 +12,8 @@ use super::trainee::{self, base_name, copy_companions};
 use crate::adapter::PeftConfig;
 use crate::energy::{Account, Baseline, Limits, Phase, Spent, baseline, carbon};
 use crate::error::{Error, Result};
+use crate::hub::ModelFiles;
+use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::types::{self, Amounts};
@@ -85,8 +87,8 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
         });
     }
     Ok(Report {
-        model: model_block(prepared),
-        adapter: adapter_block(prepared),
+        model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
+        adapter: adapter_block(&prepared.target, &prepared.architecture),
         data: data_block(prepared),
         training: training_block(inputs),
         energy: energy_block(prepared, account),
@@ -103,21 +105,20 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     })
 }
 
-pub(super) fn model_block(prepared: &Prepared) -> types::Model {
-    let files = &prepared.files;
+pub(super) fn model_block(id: &ModelId, files: &ModelFiles, architecture: &Architecture) -> types::Model {
     types::Model {
-        id: base_name(&prepared.recipe.model.id),
+        id: base_name(id),
         revision: files.commit.clone().or_else(|| Some(files.revision.clone())),
-        architecture: prepared.architecture.class.clone(),
-        parameters: prepared.architecture.parameters(),
+        architecture: architecture.class.clone(),
+        parameters: architecture.parameters(),
     }
 }
 
-pub(super) fn adapter_block(prepared: &Prepared) -> types::Adapter {
-    let trainable_parameters = prepared.trained() as u64;
-    match &prepared.target {
+pub(super) fn adapter_block(target: &Target, architecture: &Architecture) -> types::Adapter {
+    let trainable_parameters = target.parameters(architecture) as u64;
+    match target {
         Target::Lora { settings, sites, .. } => {
-            let modules = prepared.architecture.modules();
+            let modules = architecture.modules();
             let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
             types::Adapter {
                 r#type: types::AdapterType::Lora,

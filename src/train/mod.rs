@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub use checkpoint::{Checkpoints, Evaluated, Standing, checkpoint_bytes};
 pub use forecast::{Costs, Course, Due, Forecast, forecast};
 pub use schedule::{Decay, Schedule};
-pub use step::{StepRecord, batch_on};
+pub use step::{StepRecord, backpropagate, batch_on, descend};
 
 use crate::data::{MicroBatch, Sampler};
 use crate::energy::{Account, Limit, Phase, Verdict};
