@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod baseline;
 mod devices;
 mod eval;
 mod generate;
@@ -73,6 +74,8 @@ enum Command {
     Report(report::Arguments),
     /// Compare runs: which bought the most loss per joule
     Compare(report::CompareArguments),
+    /// What training a model cost or would cost: a published run by name, or parameters, tokens and a device
+    Baseline(baseline::Arguments),
     /// Show the device profiles and what can be measured on this machine
     Devices(devices::Arguments),
     /// Write, check or describe recipes
@@ -113,6 +116,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Merge(arguments) => merge::run(&arguments, common),
         Command::Report(arguments) => report::run(&arguments, common),
         Command::Compare(arguments) => report::compare(&arguments, common),
+        Command::Baseline(arguments) => baseline::run(&arguments, common),
         Command::Devices(arguments) => devices::run(&arguments, common),
         Command::Recipe(command) => recipe::run(&command, common),
         Command::Completions { shell } => {
