@@ -146,9 +146,16 @@ fn page(baseline: &BaselineOf) -> String {
         row("device hours", shown(time, |time| significant(time.0 / 3600.0)));
     }
     if let (Some(wall), Some(count)) = (estimate.wall, estimate.count) {
-        row("wall time", format!("{} on {count} devices", shown(wall, |wall| format!("{} h", significant(wall.0 / 3600.0)))));
+        row(
+            "wall time",
+            format!(
+                "{} on {count} device{}",
+                shown(wall, |wall| format!("{} h", significant(wall.0 / 3600.0))),
+                if count == 1 { "" } else { "s" }
+            ),
+        );
     }
-    estimate.power_w.iter().for_each(|power| row("power", shown(*power, |power| format!("{} W a device", significant(power.0)))));
+    estimate.power_w.iter().for_each(|power| row("device power", shown(*power, |power| format!("{} W", significant(power.0)))));
     row("PUE", shown(estimate.pue, |pue| significant(pue.value())));
     estimate.device.iter().for_each(|device| row("device", device.clone()));
     estimate.flops.iter().for_each(|flops| row("work", format!("{:.3e} FLOPs", flops.0)));

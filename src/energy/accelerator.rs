@@ -12,6 +12,15 @@ use crate::error::Result;
 use crate::units::Watts;
 use crate::work::Precision;
 
+/// Watts of one device while training, without the facility's overhead, and how they are known.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Power {
+    /// Averaged over the training.
+    pub watts: Interval<Watts>,
+    /// Where they and their interval come from.
+    pub basis: String,
+}
+
 /// A device as estimates see it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Accelerator {
@@ -21,10 +30,8 @@ pub struct Accelerator {
     pub peak_flops: f64,
     /// Share of the peak that tuned products reach, in (0, 1]: training reaches less.
     pub achievable: f64,
-    /// What it draws while training, without the facility's overhead.
-    pub power: Interval<Watts>,
-    /// Where the power and its interval come from.
-    pub power_basis: String,
+    /// What it draws while training.
+    pub power: Power,
 }
 
 /// A device that published runs were trained on, of which too little is known for a profile.
@@ -81,6 +88,13 @@ const CPU_RATED: (f64, f64) = (0.71, 1.40);
 const CPU_BASIS: &str = "power at full load; 0.71 (Xeon E5-2620 v3) to 1.40 of it (Xeon E3-1240), measured package power over the \
     estimate from the rating (CodeCarbon, cpu_load_profiling)";
 
+impl Power {
+    /// Known watts.
+    pub fn exact(watts: Watts, basis: impl Into<String>) -> Self {
+        Self { watts: Interval::exact(watts), basis: basis.into() }
+    }
+}
+
 impl Accelerator {
     /// A device by the name of a profile, "auto" for this machine's processor, the path of a profile file (it ends in `.toml`), or
     /// one of "tpu-v2", "tpu-v3", "tpu-v4", "nvidia-h800-sxm".
@@ -115,24 +129,23 @@ impl Accelerator {
             name: profile.name.clone(),
             peak_flops: *peak.expect("a profile has a peak for f32"),
             achievable: profile.achievable_flops,
-            power: Self::around_rated(profile.load_w, low, high),
-            power_basis: basis.to_string(),
+            power: Power {
+                watts: Interval { low, central: 1.0, high }.map(|share| profile.load_w * share),
+                basis: basis.to_string(),
+            },
         }
     }
 
     /// A published rated power of this device with the interval of its kind.
-    pub fn at_rated(&self, rated: Watts) -> Interval<Watts> {
-        self.power.map(|watts| rated * (watts / self.power.central))
+    pub fn at_rated(&self, rated: Watts) -> Power {
+        let watts = self.power.watts.map(|watts| rated * (watts / self.power.watts.central));
+        Power { watts, basis: self.power.basis.clone() }
     }
 
     /// What tells its generation: the first two words of its name ("nvidia-a100", "tpu-v3").
     pub fn family(&self) -> &str {
         let end = self.name.match_indices('-').nth(1).map_or(self.name.len(), |(at, _)| at);
         &self.name[..end]
-    }
-
-    fn around_rated(rated: Watts, low: f64, high: f64) -> Interval<Watts> {
-        Interval { low: rated * low, central: rated, high: rated * high }
     }
 }
 
@@ -142,8 +155,10 @@ impl Known {
             name: self.name.to_string(),
             peak_flops: self.peak_flops,
             achievable: 1.0,
-            power: Interval { low: Watts(self.low_w), central: Watts(self.power_w), high: Watts(self.high_w) },
-            power_basis: self.basis.to_string(),
+            power: Power {
+                watts: Interval { low: Watts(self.low_w), central: Watts(self.power_w), high: Watts(self.high_w) },
+                basis: self.basis.to_string(),
+            },
         }
     }
 }
@@ -158,8 +173,8 @@ mod tests {
         assert_eq!(Accelerator::named("nvidia-v100-sxm2").unwrap().peak_flops, 125e12);
         let a100 = Accelerator::named("nvidia-a100-sxm4-80gb").unwrap();
         assert_eq!((a100.peak_flops, a100.family()), (312e12, "nvidia-a100"));
-        assert!((a100.power.low.0 - 304.0).abs() < 1e-9 && (a100.power.high.0 - 440.0).abs() < 1e-9);
-        assert_eq!(a100.at_rated(Watts(350.0)).low, Watts(266.0));
+        assert!((a100.power.watts.low.0 - 304.0).abs() < 1e-9 && (a100.power.watts.high.0 - 440.0).abs() < 1e-9);
+        assert_eq!(a100.at_rated(Watts(350.0)).watts.low, Watts(266.0));
         assert_eq!(Accelerator::named("raspberry-pi-5@2").unwrap().peak_flops, 1.536e11 / 2.0);
         assert_eq!(Accelerator::named("tpu-v3").unwrap().family(), "tpu-v3");
     }

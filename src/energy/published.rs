@@ -187,31 +187,37 @@ pub struct Achieved {
     pub basis: String,
 }
 
-/// So many runs make a device's own interval; with fewer, all runs do.
-const RUNS_OF_ITS_OWN: usize = 3;
+/// So many runs make a family's own median.
+const FOR_A_MEDIAN: usize = 3;
+/// So many make its own ends: of n runs and one more, that one lies between the others' ends with a chance of (n-1)/(n+1), here 80 %.
+const FOR_ENDS: usize = 9;
 
-/// What training reaches on `device`: median, least and most of the published runs on its family; of all runs where the family has
-/// fewer than three. `except` leaves a run out, so that its own hours do not answer for it. No run exceeds what tuned products reach.
+/// What training reaches on `device`: the median of the published runs on its family, and the least and the most of them; median or
+/// ends of all runs where the family has too few. `except` leaves a run out, so that its own hours do not answer for it. Held at what
+/// tuned products reach.
 pub fn achieved(device: &Accelerator, except: Option<&str>) -> Achieved {
-    let usable = |run: &&PublishedRun| run.inconsistent.is_empty() && Some(run.name.as_str()) != except;
-    let of = |family: Option<&str>| -> Vec<f64> {
-        let belongs = |run: &&PublishedRun| {
-            family
-                .is_none_or(|family| run.device.strip_prefix(family).is_some_and(|rest| rest.is_empty() || rest.starts_with('-')))
-        };
-        let mut shares: Vec<f64> = RUNS.iter().filter(usable).filter(belongs).filter_map(PublishedRun::fraction).collect();
-        shares.sort_by(f64::total_cmp);
-        shares
+    let own = shares(Some(device.family()), except);
+    let all = shares(None, except);
+    let central = if own.len() >= FOR_A_MEDIAN { &own } else { &all };
+    let ends = if own.len() >= FOR_ENDS { &own } else { &all };
+    let median = (central[(central.len() - 1) / 2] + central[central.len() / 2]) / 2.0;
+    let fraction = Interval { low: ends[0], central: median, high: ends[ends.len() - 1] };
+    let whose =
+        |runs: &[f64]| format!("{} published runs on {}", runs.len(), if runs == own { device.family() } else { "all devices" });
+    let basis = format!("median of {}, ends of {}", whose(central), whose(ends));
+    Achieved { fraction: fraction.map(|share| share.min(device.achievable)), basis }
+}
+
+/// Shares of the peak, rising, of the runs on a family of devices, or of all.
+fn shares(family: Option<&str>, except: Option<&str>) -> Vec<f64> {
+    let of_family = |run: &PublishedRun| {
+        let rest = |family| run.device.strip_prefix(family);
+        family.is_none_or(|family| rest(family).is_some_and(|rest: &str| rest.is_empty() || rest.starts_with('-')))
     };
-    let own = of(Some(device.family()));
-    let (shares, runs) = match own.len() {
-        RUNS_OF_ITS_OWN.. => (own, format!("published runs on {} with known FLOPs and hours", device.family())),
-        few => (of(None), format!("published runs on all devices with known FLOPs and hours ({few} on this one)")),
-    };
-    let median = (shares[(shares.len() - 1) / 2] + shares[shares.len() / 2]) / 2.0;
-    let interval = Interval { low: shares[0], central: median, high: shares[shares.len() - 1] };
-    let basis = format!("least, median and most of {} {runs}", shares.len());
-    Achieved { fraction: interval.map(|share| share.min(device.achievable)), basis }
+    let usable = |run: &&PublishedRun| run.inconsistent.is_empty() && Some(run.name.as_str()) != except && of_family(run);
+    let mut shares: Vec<f64> = RUNS.iter().filter(usable).filter_map(PublishedRun::fraction).collect();
+    shares.sort_by(f64::total_cmp);
+    shares
 }
 
 #[cfg(test)]
@@ -262,15 +268,23 @@ mod tests {
     #[test]
     fn the_share_of_the_peak_is_that_of_published_runs() {
         // TPU v3, TFLOP/s of Patterson et al. 2021 over 123: 45.6, 42.3, 48.0, 34.4; Gopher 5.04e23 / (3768320 h x 3600) = 37.15.
-        // The median is 42.3 / 123, the ends 34.4 and 48.0 over 123.
+        // The median is 42.3 / 123. Five are too few for ends: all runs', from Llama 3.1 8B to the search on TPU v2 (24.8 of 46).
         let tpu = achieved(&Accelerator::named("tpu-v3").unwrap(), None);
-        let expected = Interval { low: 34.4, central: 42.3, high: 48.0 }.map(|tflops| tflops * 1e12 / 123e12);
-        assert_eq!(tpu.fraction, expected);
+        assert_eq!((tpu.fraction.central, tpu.fraction.high), (42.3e12 / 123e12, 24.8e12 / 46e12));
+        assert!((tpu.fraction.low / (7.2e23 / (1.46e6 * 3600.0) / 989.4e12) - 1.0).abs() < 1e-9);
         assert!(tpu.basis.contains("5 published runs on tpu-v3"), "{}", tpu.basis);
+        // The A100 has ends of its own: Pythia 70M, 1.26723e20 / (510 h x 3600) = 69.02 TFLOP/s, and LLaMA-13B,
+        // 7.8e22 / (135168 h x 3600) = 160.30, of 312.
+        let a100 = achieved(&Accelerator::named("nvidia-a100-sxm4-80gb").unwrap(), None).fraction;
+        assert!((a100.low * 312.0 - 69.02).abs() < 0.01 && (a100.high * 312.0 - 160.30).abs() < 0.01, "{a100:?}");
         // Without Meena: the mean of 37.15 and 45.6.
         let without = achieved(&Accelerator::named("tpu-v3").unwrap(), Some("Meena")).fraction.central;
         assert!((without * 123.0 - 41.376).abs() < 0.01, "{without}");
         // A device without three runs takes all of them.
-        assert!(achieved(&Accelerator::named("nvidia-v100-sxm2").unwrap(), None).basis.contains("all devices"));
+        assert!(
+            achieved(&Accelerator::named("nvidia-v100-sxm2").unwrap(), None)
+                .basis
+                .starts_with("median of 38 published runs on all")
+        );
     }
 }

@@ -13,7 +13,7 @@
 
 use serde::{Serialize, Serializer};
 
-use super::accelerator::Accelerator;
+use super::accelerator::{Accelerator, Power};
 use super::baseline::training_flops;
 use super::carbon::{Grid, carbon};
 use super::interval::Interval;
@@ -74,7 +74,7 @@ pub struct Job {
     /// FLOP/s that one device reaches, averaged over the training.
     pub achieved: Option<f64>,
     /// Power of one device.
-    pub power: Option<Interval<Watts>>,
+    pub power: Option<Power>,
     /// Time, added up over all devices.
     pub device_time: Option<Seconds>,
     /// The facility's overhead.
@@ -240,33 +240,37 @@ fn machine_energy(
     time: Option<Interval<Seconds>>,
     notes: &mut Vec<String>,
 ) -> Result<(Interval<Joules>, Option<Interval<Watts>>)> {
-    let power = match (time, job.power, job.energy, &job.device) {
+    let power = match (time, &job.power, job.energy, &job.device) {
         (Some(_), Some(power), _, _) => power,
         (_, _, Some(energy), _) => {
             notes.push("energy: as published".to_string());
             return Ok((Interval::exact(energy), None));
         }
-        (Some(_), None, None, Some(device)) => {
-            let power = device.power;
-            notes.push(format!(
-                "power: {} a device, {} to {}: {}; `--power W` sets it",
-                power.central, power.low, power.high, device.power_basis
-            ));
-            power
-        }
+        (Some(_), None, None, Some(device)) => &device.power,
         _ => return Err(unknown_cost(job)),
     };
     let time = time.ok_or_else(|| unknown_cost(job))?;
-    Ok((power.with(time, |power, time| power * time), Some(power)))
+    let Power { watts, basis } = power;
+    notes.push(format!("power: {}{} a device: {basis}", watts.central, range(watts.map(|watts| watts.to_string()))));
+    Ok((watts.with(time, |watts, time| watts * time), Some(*watts)))
+}
+
+/// ", 304 W to 440 W" where the ends differ.
+fn range(shown: Interval<String>) -> String {
+    if shown.low == shown.high { String::new() } else { format!(", {} to {},", shown.low, shown.high) }
 }
 
 fn unknown_cost(job: &Job) -> Error {
     let error = Error::new(Kind::Usage, "too little is known to say what this training costs")
-        .rule("device hours and a device or its power; or parameters (or FLOPs) and a device")
-        .hint("add `--device NAME` (`wattune devices` lists them), or `--hours DEVICE_HOURS --power W`");
-    match job.carbon {
-        Some(carbon) => error.value(format!("{carbon} was published, without energy, hours or FLOPs")),
-        None => error,
+        .rule("device hours and a device or its power; or parameters (or FLOPs) and a device");
+    match (&job.published_name, job.carbon) {
+        (None, _) => error.hint("add `--device NAME` (`wattune devices` lists them), or `--hours DEVICE_HOURS --power W`"),
+        (Some(name), carbon) => {
+            let found = carbon.map_or("neither".to_string(), |carbon| format!("{carbon} alone"));
+            error
+                .value(format!("published of {name}: {found}"))
+                .hint("give the work yourself: `wattune baseline --params N --tokens D --device NAME`")
+        }
     }
 }
 
@@ -285,9 +289,10 @@ fn greenhouse_gas(job: &Job, energy: Interval<Joules>, notes: &mut Vec<String>) 
         }
     };
     let (central, year) = (grid.gco2e_per_kwh, grid.year.map_or(String::new(), |year| format!(", {year}")));
-    let range = Interval { low: grid.low.unwrap_or(central), central, high: grid.high.unwrap_or(central) };
-    notes.push(format!("grid: {central}, {} to {} ({}, {}{year})", range.low.0, range.high.0, grid.name, grid.basis));
-    (energy.with(range, |energy, grid| carbon(energy, Pue::ONE, grid)), Some(grid))
+    let ends = Interval { low: grid.low.unwrap_or(central), central, high: grid.high.unwrap_or(central) };
+    let shown = range(ends.map(|grid| significant(grid.0)));
+    notes.push(format!("grid: {central}{shown} ({}, {}{year})", grid.name, grid.basis));
+    (energy.with(ends, |energy, grid| carbon(energy, Pue::ONE, grid)), Some(grid))
 }
 
 #[cfg(test)]
@@ -311,7 +316,7 @@ mod tests {
         // GPT-3: 3.14e23 / 24.6e12 s x 330 W x 1.10 = 1287 MWh; x 429 g/kWh = 552.1 t (Patterson et al. 2021, table 4).
         let job = Job {
             achieved: Some(24.6e12),
-            power: Some(Interval::exact(Watts(330.0))),
+            power: Some(Power::exact(Watts(330.0), "given")),
             pue: Pue::new(1.1),
             grid: Some(Grid::custom(429.0).unwrap()),
             count: Some(10_000),
@@ -327,14 +332,16 @@ mod tests {
 
     #[test]
     fn unknown_factors_widen_the_interval_by_hand() {
-        // TPU v3: share 34.4 .. 42.3 .. 48.0 TFLOP/s; power 254.7 .. 283 .. 311.3 W; PUE 1.0 .. 1.1 .. 1.2. For 1e18 FLOPs:
-        // low 1e18/48e12 x 254.7 = 5.30625 MJ; central 1e18/42.3e12 x 283 x 1.1 = 7.35934 MJ; high 1e18/34.4e12 x 311.3 x 1.2 = 10.85930 MJ.
+        // TPU v3: median 42.3 TFLOP/s of a peak of 123; ends those of all runs, Llama 3.1 8B with 7.2e23 / (1.46e6 h x 3600) / 989.4e12
+        // = 0.138454 and the search on TPU v2 with 24.8 / 46 = 0.539130; power 254.7 .. 283 .. 311.3 W; PUE 1.0 .. 1.1 .. 1.2.
+        // For 1e18 FLOPs: low 1e18 / (0.539130 x 123e12) x 254.7 = 3.84087 MJ; central 1e18 / 42.3e12 x 283 x 1.1 = 7.35934 MJ;
+        // high 1e18 / (0.138454 x 123e12) x 311.3 x 1.2 = 21.93563 MJ.
         let cost = estimate(on("tpu-v3", 1e18)).unwrap();
         let off = |value: Joules, expected: f64| (value.0 / expected - 1.0).abs();
-        assert!(off(cost.energy.low, 5.30625e6) < 1e-5 && off(cost.energy.central, 7.35934e6) < 1e-5, "{:?}", cost.energy);
-        assert!(off(cost.energy.high, 10.85930e6) < 1e-5, "{:?}", cost.energy);
+        assert!(off(cost.energy.low, 3.84087e6) < 1e-5 && off(cost.energy.central, 7.35934e6) < 1e-5, "{:?}", cost.energy);
+        assert!(off(cost.energy.high, 21.93563e6) < 1e-5, "{:?}", cost.energy);
         // The world in 2024: 473 g/kWh, up to 505.5 since 2019.
-        assert!((cost.carbon.high / cost.carbon.central / (10.85930 / 7.35934) - 505.5 / 473.0).abs() < 1e-4);
+        assert!((cost.carbon.high / cost.carbon.central / (21.93563 / 7.35934) - 505.5 / 473.0).abs() < 1e-4);
         for word in ["achieved", "power", "PUE", "grid"] {
             assert!(cost.assumptions.iter().any(|text| text.starts_with(word)), "{word}: {:?}", cost.assumptions);
         }
@@ -345,7 +352,7 @@ mod tests {
         let job = Job {
             device_time: Some(Seconds(3600.0)),
             pue: Some(Pue::ONE),
-            power: Some(Interval::exact(Watts(400.0))),
+            power: Some(Power::exact(Watts(400.0), "given")),
             ..on("nvidia-a100-sxm4-80gb", 1e17)
         };
         assert_eq!(estimate(job).unwrap().energy.central, Joules(1.44e6));

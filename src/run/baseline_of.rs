@@ -5,8 +5,9 @@
 
 use serde::Serialize;
 
+use crate::energy::accelerator::Power;
 use crate::energy::training_cost::estimate;
-use crate::energy::{Accelerator, Estimate, Grid, Interval, Job, Method, PublishedRun};
+use crate::energy::{Accelerator, Estimate, Grid, Job, Method, PublishedRun};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Count, Flops, Pue, Seconds, Watts};
 
@@ -61,7 +62,7 @@ pub struct Printed {
 pub struct BaselineOf {
     /// The published run's name, where one was asked for.
     pub name: Option<String>,
-    /// How it is trained; null for a published run.
+    /// How it is trained, where the FLOPs follow from it.
     pub method: Option<Method>,
     /// The figures.
     #[serde(flatten)]
@@ -78,7 +79,7 @@ pub fn baseline_of(request: &BaselineRequest) -> Result<BaselineOf> {
     let estimate = estimate(job)?;
     Ok(BaselineOf {
         name: run.map(|run| run.name.clone()),
-        method: run.is_none().then_some(request.method),
+        method: request.parameters.map(|_| request.method),
         estimate,
         published: run.map(printed),
     })
@@ -99,13 +100,11 @@ fn printed(run: &PublishedRun) -> Printed {
 fn published_job(run: &PublishedRun) -> Result<Job> {
     let device = (!run.device.is_empty()).then(|| Accelerator::named(&run.device)).transpose()?;
     let overhead = run.pue.map_or(1.0, Pue::value);
-    let rated = |watts| device.as_ref().map_or(Interval::exact(watts), |device| device.at_rated(watts));
-    let power = run.power_w.map(|watts| if run.power_is == "rated" { rated(watts) } else { Interval::exact(watts) });
+    let power = run.power_w.map(|watts| match &device {
+        Some(device) if run.power_is == "rated" => device.at_rated(watts),
+        _ => Power::exact(watts, format!("{}, as published", run.power_is)),
+    });
     let mut assumptions = vec![format!("published: {}", run.source)];
-    if let Some(power) = run.power_w.filter(|_| run.power_is == "rated") {
-        let basis = device.as_ref().map_or("", |device| device.power_basis.as_str());
-        assumptions.push(format!("power: the source takes {power} a device, its rated power; {basis}"));
-    }
     if run.energy.is_some() && run.energy_has_pue.is_none() {
         assumptions.push("the source does not say whether its energy contains the overhead: taken as without".to_string());
     }
@@ -155,8 +154,7 @@ fn override_with(job: &mut Job, request: &BaselineRequest) -> Result<()> {
         (job.achieved, job.energy, job.carbon) = (Some(rate), None, None);
     }
     if let Some(power) = request.power {
-        job.assumptions.retain(|text| !text.starts_with("power:"));
-        (job.power, job.energy, job.carbon) = (Some(Interval::exact(power)), None, None);
+        (job.power, job.energy, job.carbon) = (Some(Power::exact(power, "as given")), None, None);
     }
     if let Some(grid) = &request.grid {
         job.grid = Some(Grid::find(grid).map_err(|error| error.at("--grid"))?);
