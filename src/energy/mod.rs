@@ -33,6 +33,7 @@ pub use ledger::{Energies, Ledger, Phase};
 pub use meter::{MeterKind, Meters, Reading};
 pub use profile::Profile;
 pub use published::PublishedRun;
+pub use table::{Measured, MeasuredPower};
 pub use training_cost::{Estimate, Job, Method};
 
 /// The names most like `text`, best first, at most five: for the hint of an error about an unknown name.
