@@ -66,8 +66,13 @@ fn facts(report: &Report) -> String {
     let plain = |joules: Joules| joules.to_string();
     let mut facts = fact(
         "energy",
-        data(energy.total_j.0, &show::energy(energy.total_j)),
-        [show::word(energy.meter), between(energy.low_j.map(plain), energy.high_j.map(plain))].join(" "),
+        data(energy.total_j.0, &plain(energy.total_j)),
+        format!(
+            "{}, {} {}",
+            show::watt_hours(energy.total_j),
+            show::word(energy.meter),
+            between(energy.low_j.map(plain), energy.high_j.map(plain))
+        ),
     );
     facts += &fact(
         "emissions",

@@ -22,8 +22,9 @@ pub struct Axis {
     /// How a tick's value is written.
     pub form: fn(f64) -> String,
     /// Whether ticks stand at whole numbers alone.
-    pub whole: bool,
-    /// Least and largest value; the range is widened to the next ticks.
+    whole: bool,
+    /// Whether the range ends at the values; otherwise it is widened to the next ticks. Linear axes alone.
+    tight: bool,
     low: f64,
     high: f64,
 }
@@ -44,7 +45,17 @@ impl Axis {
         let usable = |value: &f64| value.is_finite() && (scale == Scale::Linear || *value > 0.0);
         let bounds = values.into_iter().filter(usable).map(|value| (value, value));
         let (low, high) = bounds.reduce(|(low, high), (value, _)| (low.min(value), high.max(value)))?;
-        Some(Self { label: label.to_string(), scale, form, whole: false, low, high })
+        Some(Self { label: label.to_string(), scale, form, whole: false, tight: false, low, high })
+    }
+
+    /// The same axis, ending at its values where it is linear.
+    pub fn tight(self) -> Self {
+        Self { tight: true, ..self }
+    }
+
+    /// The same axis with ticks at whole numbers alone where it is linear.
+    pub fn whole(self) -> Self {
+        Self { whole: true, ..self }
     }
 
     /// Ends and about `count` labelled values.
@@ -66,6 +77,10 @@ impl Axis {
         let last = (self.high / step).ceil().max(first + 1.0);
         // Products of whole numbers, so that no rounding error adds up along the axis.
         let marks: Vec<f64> = (0..=(last - first) as u64).map(|index| (first + index as f64) * step).collect();
+        if self.tight && self.high > self.low {
+            let inside = marks.into_iter().filter(|mark| (self.low..=self.high).contains(mark)).collect();
+            return Ticks { scale: Scale::Linear, low: self.low, high: self.high, marks: inside };
+        }
         Ticks { scale: Scale::Linear, low: first * step, high: last * step, marks }
     }
 
@@ -153,9 +168,14 @@ mod tests {
     }
 
     #[test]
+    fn a_tight_axis_ends_with_its_values() {
+        let ticks = Axis::over("", Scale::Linear, |v| v.to_string(), [0.0, 161.0]).unwrap().tight().ticks(4);
+        assert_eq!((ticks.marks.as_slice(), ticks.place(161.0)), ([0.0, 50.0, 100.0, 150.0].as_slice(), Some(1.0)));
+    }
+
+    #[test]
     fn whole_axes_have_whole_ticks() {
-        let mut axis = Axis::over("", Scale::Linear, |v| v.to_string(), [0.0, 2.0]).unwrap();
-        axis.whole = true;
-        assert_eq!(axis.ticks(6).marks, [0.0, 1.0, 2.0]);
+        let axis = Axis::over("", Scale::Linear, |v| v.to_string(), [0.0, 2.0]).unwrap();
+        assert_eq!(axis.whole().ticks(6).marks, [0.0, 1.0, 2.0]);
     }
 }

@@ -10,8 +10,8 @@ use crate::report::markup::escape;
 /// Height of a line of labels, in pixels.
 const LINE: f64 = 16.0;
 /// Pixels between two ticks of the horizontal axis, and of the vertical one.
-const TICK_X: f64 = 90.0;
-const TICK_Y: f64 = 45.0;
+const TICK_X: f64 = 65.0;
+const TICK_Y: f64 = 36.0;
 
 /// One marked value.
 #[derive(Debug, Clone, PartialEq)]

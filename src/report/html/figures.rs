@@ -65,11 +65,12 @@ fn far_limit(report: &Report) -> String {
     far.map_or_else(String::new, |limit| format!(" The energy budget of {} lies beyond the edge.", show::energy(limit)))
 }
 
-/// The values that a horizontal axis of joules covers: the start, the end, the limit.
+/// A horizontal axis of joules: from nothing to the end or to just past the limit.
 fn joules_axis(report: &Report) -> Option<Axis> {
-    let ends = [Some(Joules::ZERO), Some(report.energy.total_j), near_limit(report)];
+    let ends = [Some(Joules::ZERO), Some(report.energy.total_j), near_limit(report).map(|limit| limit * 1.03)];
     let label = format!("energy spent, {}", show::word(report.energy.meter));
-    Axis::over(&label, Scale::Linear, energy_tick, ends.into_iter().flatten().map(|joules| joules.0))
+    let axis = Axis::over(&label, Scale::Linear, energy_tick, ends.into_iter().flatten().map(|joules| joules.0))?;
+    Some(axis.tight())
 }
 
 /// The validation losses, each where the weights that had it were reached.
@@ -201,14 +202,13 @@ impl Growth {
         series.push(line);
         let limit = self.limit.as_ref().map(|(limit, _)| *limit);
         let tops = [Some(0.0), Some(self.total), self.bounds.map(|[_, high]| high), limit];
-        let mut x = Axis::over("step", Scale::Linear, step_tick, shares.iter().map(|[step, _]| *step))?;
-        x.whole = true;
+        let x = Axis::over("step", Scale::Linear, step_tick, shares.iter().map(|[step, _]| *step))?;
         let bounds = self.bounds.map(|[low, high]| format!(", between {} and {}", (self.shown)(low), (self.shown)(high)));
         let said = format!("{}{}", (self.shown)(self.total), bounds.unwrap_or_default());
         let plot = Plot {
             title: format!("{} against steps", self.title),
             desc: format!("In the end {said}."),
-            x,
+            x: x.whole().tight(),
             y: Axis::over(self.title, Scale::Linear, self.form, tops.into_iter().flatten())?,
             series,
             rules: self.limit.map(|(at, text)| Rule::Y(at, text)).into_iter().collect(),
