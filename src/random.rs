@@ -21,6 +21,8 @@ pub enum Use {
     WeightInit,
     /// Tokens drawn in generation.
     Sampling,
+    /// Weights and token ids that mean nothing, for timing steps.
+    Probe,
 }
 
 impl Use {
@@ -32,6 +34,7 @@ impl Use {
             Self::Shuffle => "shuffle",
             Self::WeightInit => "weight-init",
             Self::Sampling => "sampling",
+            Self::Probe => "probe",
         }
     }
 }

@@ -25,6 +25,15 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// The word of recipes and profiles.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
+        }
+    }
+
     /// Bytes of one number.
     pub fn size(self) -> u64 {
         match self {

@@ -10,7 +10,16 @@ use crate::error::Result;
 use crate::run::{Profile, SensorState as State, sensor};
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct Arguments {}
+
+const EXAMPLES: &str = "\
+Examples:
+  wattune devices                          which profile this machine is, what can be measured, every profile
+  wattune devices --json                   the same with every figure and its source
+  wattune plan recipe.toml --set energy.device=nvidia-t4       what the run would cost elsewhere
+
+`NAME@4` is four cores of a processor. For a machine without a profile: `wattune calibrate`.";
 
 pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
     let here = Profile::detect();

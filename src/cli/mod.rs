@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod calibrate;
 mod devices;
 mod eval;
 mod generate;
@@ -62,6 +63,10 @@ enum Command {
     /// Train by a recipe: adapter, checkpoints and report in a run directory
     Train(train::Arguments),
     /// Forecast a recipe's energy, time and memory without training
+    ///
+    /// Reads the configuration, the tokenizer and the data, plays the run through on the counted meter (executed work times device
+    /// profile) and shows where the budget would stop it. With --probe it also runs a few steps on random weights: how fast this
+    /// machine is, from a configuration alone.
     Plan(plan::Arguments),
     /// The loss of a model on records
     Eval(eval::Arguments),
@@ -74,7 +79,16 @@ enum Command {
     /// Compare runs: which bought the most loss per joule
     Compare(report::CompareArguments),
     /// Show the device profiles and what can be measured on this machine
+    ///
+    /// Says which profile this machine counts as and how it was recognised, which energy counters this process may read and what to do
+    /// about those it may not, and every shipped profile by the name that `energy.device` takes.
     Devices(devices::Arguments),
+    /// Measure this machine: a device profile of its own, in under a minute
+    ///
+    /// Takes the profile that stands nearest and puts in what can be measured: FLOP/s of matrix products in each number format, bytes
+    /// per second of memory, and idle and load power where an energy counter can be read. The rest stays as the nearest profile has
+    /// it, and the notes say so. Run it with nothing else running: other work makes the figures too low.
+    Calibrate(calibrate::Arguments),
     /// Write, check or describe recipes
     #[command(subcommand)]
     Recipe(recipe::Command),
@@ -114,6 +128,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Report(arguments) => report::run(&arguments, common),
         Command::Compare(arguments) => report::compare(&arguments, common),
         Command::Devices(arguments) => devices::run(&arguments, common),
+        Command::Calibrate(arguments) => calibrate::run(&arguments, common),
         Command::Recipe(command) => recipe::run(&command, common),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "wattune", &mut std::io::stdout());

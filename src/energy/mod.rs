@@ -26,6 +26,7 @@ pub use detect::allowed_cores;
 pub use ledger::{Energies, Ledger, Phase};
 pub use meter::{MeterKind, Meters, Reading};
 pub use profile::Profile;
+pub use table::{Measured, MeasuredPower};
 
 /// The names most like `text`, best first, at most five: for the hint of an error about an unknown name.
 fn near_matches<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {

@@ -84,6 +84,28 @@ impl Raw {
     }
 }
 
+/// What was measured on a device.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Measured {
+    /// FLOP/s that products reach, by precision.
+    pub rates: BTreeMap<Precision, f64>,
+    /// Bytes per second of a stream, read and written.
+    pub bandwidth: f64,
+    /// `None` where no counter could be read.
+    pub power: Option<MeasuredPower>,
+}
+
+/// Power that a counter of the device showed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MeasuredPower {
+    /// With nothing running.
+    pub idle: Watts,
+    /// With large products running.
+    pub load: Watts,
+    /// "rapl", "nvml:0".
+    pub counter: String,
+}
+
 /// What tuned kernels usually reach; assumed, for a profile file that does not say.
 fn default_fraction() -> f64 {
     0.8
@@ -124,17 +146,26 @@ impl Profile {
         Self::build(raw, &BTreeMap::new(), Some(&place)).map_err(|e| e.at(place))
     }
 
-    /// The same device with the FLOP/s and the bytes/s that were measured on it. What pJ/FLOP was derived is derived anew, so that
-    /// the device still draws `load_w` at full load; a precision that was not measured keeps its rate.
-    pub fn calibrated(&self, name: &str, rates: &BTreeMap<Precision, f64>, bandwidth: f64) -> Result<Profile> {
+    /// The same device with what was measured on it. What pJ/FLOP was derived is derived anew, so that the device still draws `load_w`
+    /// at full load; a precision that was not measured keeps its rate. With measured power all pJ/FLOP is derived from it, and load
+    /// points that somebody else measured are dropped.
+    pub fn calibrated(&self, name: &str, measured: &Measured) -> Result<Profile> {
         let mut raw = Raw::of(self);
         raw.name = name.to_string();
         raw.peak_flops = self.peak_flops.keys().map(|precision| (*precision, self.rate(*precision))).collect();
-        raw.peak_flops.extend(rates);
-        raw.bandwidth = bandwidth;
+        raw.peak_flops.extend(&measured.rates);
+        raw.bandwidth = measured.bandwidth;
         (raw.achievable_flops, raw.achievable_bandwidth) = (1.0, 1.0);
         for field in ["peak_flops", "bandwidth", "achievable"] {
             raw.source.insert(field.to_string(), format!("measured on this machine; the rest as {}", self.name));
+        }
+        if let Some(power) = &measured.power {
+            (raw.idle_w, raw.load_w) = (power.idle.0, power.load.0);
+            raw.load_points.clear();
+            raw.pj_per_flop.clear();
+            for field in ["idle", "load", "pj_per_flop"] {
+                raw.source.insert(field.to_string(), format!("measured on this machine with {}", power.counter));
+            }
         }
         Self::build(raw, &BTreeMap::new(), Some("calibrate"))
     }
@@ -266,11 +297,29 @@ mod tests {
         // Half the rate at the same watts: twice the energy of a FLOP, idle time included.
         let pi = Profile::named("raspberry-pi-5").unwrap();
         let rates = BTreeMap::from([(Precision::F32, pi.rate(Precision::F32) / 2.0)]);
-        let slow = pi.calibrated("my-pi", &rates, 1.5e10).unwrap();
+        let measured = Measured { rates, bandwidth: 1.5e10, power: None };
+        let slow = pi.calibrated("my-pi", &measured).unwrap();
         let work = Work::product(4096, 4096, 4096, Precision::F32);
         let ratio = slow.charge(&work).energy.joules() / pi.charge(&work).energy.joules();
         assert!((ratio - 2.0).abs() < 1e-6, "{ratio}");
         assert!(slow.sources["peak_flops"].title.contains("measured"));
+    }
+
+    #[test]
+    fn measured_power_replaces_every_figure_that_comes_from_power() {
+        // The definition of the derivation: a 4096-cube product draws `load` on average over its roofline time; and idle is idle.
+        let h100 = Profile::named("nvidia-h100-sxm5-80gb").unwrap();
+        let rates = BTreeMap::from([(Precision::Bf16, 6e14)]);
+        let power = MeasuredPower { idle: Watts(71.0), load: Watts(655.0), counter: "nvml:0".to_string() };
+        let measured = Measured { rates, bandwidth: 2.9e12, power: Some(power) };
+        let profile = h100.calibrated("mine", &measured).unwrap();
+        for precision in [Precision::Bf16, Precision::F32] {
+            let charge = profile.charge(&Work::product(4096, 4096, 4096, precision));
+            assert!((charge.energy.joules().0 / charge.time.0 - 655.0).abs() < 0.1, "{precision:?}");
+        }
+        assert_eq!((profile.power_at(0.0), profile.power_at(1.0)), (Watts(71.0), Watts(655.0)));
+        assert!(profile.sources["load"].title.contains("nvml:0"));
+        assert_eq!(profile.rate(Precision::Bf16), 6e14);
     }
 
     #[test]

@@ -2,9 +2,10 @@
 //!
 //! `prepare` turns a recipe into everything a run needs before weights are read (preflight); `plan` says what that run will cost;
 //! `trainee` puts the model together; `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`,
-//! `merge` and `probe` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
+//! `merge`, `probe` and `calibrate` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
 
 mod baselines;
+mod calibrate;
 mod directory;
 mod evaluate;
 mod generate;
@@ -15,11 +16,13 @@ mod model;
 mod options;
 mod plan;
 mod prepare;
+mod probe;
 mod reporting;
 mod sample;
 mod trainee;
 mod training;
 
+pub use calibrate::{Calibration, Calibrator, Effort};
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
 pub use generate::{Generated, GenerationJob, generate};
@@ -29,6 +32,7 @@ pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
 pub use plan::{Plan, plan};
 pub use prepare::{Prepared, prepare};
+pub use probe::{Probe, plan_with_probe};
 pub use training::{Finished, TrainRequest, train};
 
 // What the command line speaks of: it imports this room, `recipe` and `report` alone.
@@ -68,6 +72,8 @@ pub struct StepView {
     pub spent: crate::units::Joules,
     /// The limit nearest to its end, its name and the part spent.
     pub budget: Option<(&'static str, f64)>,
+    /// Steps so far in this process.
+    pub done: u64,
     /// Tokens of all steps so far in this process.
     pub tokens: u64,
     /// Wall time of all steps so far in this process.

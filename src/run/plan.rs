@@ -12,6 +12,7 @@ use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
 use crate::error::{Error, Kind, Result};
+use crate::model::MemoryForecast;
 use crate::train::{Costs, Forecast, Standing, Stop, forecast};
 use crate::units::{Joules, Seconds};
 use crate::work::Work;
@@ -97,6 +98,18 @@ impl Plan {
     }
 }
 
+/// A memory forecast's block.
+pub(super) fn memory_block(memory: &MemoryForecast) -> Value {
+    json!({
+        "peak_bytes": memory.peak(),
+        "weights": memory.weights,
+        "trained": memory.trained,
+        "activations": memory.activations,
+        "temporaries": memory.temporaries,
+        "available_bytes": machine::memory().map(|(free, _)| free),
+    })
+}
+
 fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phase, Charge)], total: &Charge) -> Result<Value> {
     let central = total.energy.joules();
     let (low, high) = interval(central);
@@ -107,8 +120,8 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
     let spent = Spent { energy: total.energy, flops: total.flops, time: total.time };
     let pjoule = |energy: Joules| json!(energy);
     Ok(json!({
-        "model": model_block(prepared),
-        "adapter": adapter_block(prepared),
+        "model": model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
+        "adapter": adapter_block(&prepared.target, &prepared.architecture),
         "data": data_block(prepared),
         "training": {
             "steps": run.steps,
@@ -135,14 +148,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
         "carbon": carbon_block(prepared, central),
         "baselines": baseline_blocks(&baselines),
         "environment": machine::environment(),
-        "memory": {
-            "peak_bytes": prepared.memory.peak(),
-            "weights": prepared.memory.weights,
-            "trained": prepared.memory.trained,
-            "activations": prepared.memory.activations,
-            "temporaries": prepared.memory.temporaries,
-            "available_bytes": machine::memory().map(|(free, _)| free),
-        },
+        "memory": memory_block(&prepared.memory),
         "forecast": {
             "energy_j": { "low": low, "central": central, "high": high },
             "wall_s": Seconds(total.time.0),

@@ -8,11 +8,11 @@ use sha2::{Digest, Sha256};
 
 use super::machine;
 use super::model::{cache_root, find_model, tokenizer_of};
-use super::options::{data_options, limits, lora_settings, sampler_options, settings};
+use super::options::{data_options, decided, limits, lora_settings, meter, sampler_options, settings};
 use crate::adapter::{self, Loaded, LoraSettings, Site};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::meter::Computing;
-use crate::energy::{Budget, Grid, Profile, Rates};
+use crate::energy::{Budget, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Kind, Result};
 use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
 use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory};
@@ -33,6 +33,16 @@ pub enum Target {
     },
     /// Every weight.
     All,
+}
+
+impl Target {
+    /// Numbers that are trained.
+    pub fn parameters(&self, architecture: &Architecture) -> usize {
+        match self {
+            Target::Lora { sites, .. } => sites.iter().map(Site::parameters).sum(),
+            Target::All => architecture.parameters() as usize,
+        }
+    }
 }
 
 /// A recipe found runnable.
@@ -76,10 +86,7 @@ pub struct Prepared {
 impl Prepared {
     /// Numbers that are trained.
     pub fn trained(&self) -> usize {
-        match &self.target {
-            Target::Lora { sites, .. } => sites.iter().map(Site::parameters).sum(),
-            Target::All => self.architecture.parameters() as usize,
-        }
+        self.target.parameters(&self.architecture)
     }
 
     /// Names the resolved recipe: a checkpoint goes on only under it.
@@ -123,6 +130,10 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         Recompute::Blocks => Checkpointing::Always,
         Recompute::Nothing => Checkpointing::Never,
     };
+    if recipe.energy.device == "auto" {
+        recipe.energy.device.clone_from(&profile.name);
+    }
+    recipe.energy.meter = decided(Meters::open(profile.clone(), computing).resolve(meter(recipe.energy.meter))?);
     let digest = Sha256::digest(recipe.to_toml()).iter().map(|byte| format!("{byte:02x}")).collect();
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     warnings.extend(profile.note.clone());
@@ -147,7 +158,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
     })
 }
 
-fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
+pub(super) fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
     if recipe.baseline.from_scratch == recipe::FromScratch::Measured {
         return Err(Error::new(Kind::Recipe, "the from-scratch baseline cannot be measured yet")
             .at("baseline.from_scratch")
@@ -166,7 +177,7 @@ fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
 }
 
 /// What the recipe trains, every target found in the model.
-fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
+pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
     let Adapter::Lora(lora) = &recipe.adapter else { return Ok(Target::All) };
     let modules = architecture.modules();
     let mut settings = lora_settings(lora);
@@ -209,7 +220,7 @@ fn contradictions(lora: &recipe::Lora, written: &LoraSettings, held: &LoraSettin
         .hint(format!("leave `{key}` out of [adapter]")))
 }
 
-fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {
+pub(super) fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {
     let (wanted, most) = (recipe.data.max_length, architecture.max_position_embeddings);
     if wanted <= most {
         return Ok(());
@@ -277,17 +288,14 @@ fn longest_batch(sampler: &Sampler, validation: &[MicroBatch]) -> usize {
 }
 
 /// Whether activations are recomputed (`auto`: only where memory forces it), and the memory forecast; refused where even that does not fit.
-fn recompute(
+pub(super) fn recompute(
     recipe: &Recipe,
     architecture: &Architecture,
     target: &Target,
     tokens: usize,
     warnings: &mut Vec<String>,
 ) -> Result<(Recompute, MemoryForecast)> {
-    let (trained, frozen) = match target {
-        Target::Lora { sites, .. } => (sites.iter().map(Site::parameters).sum::<usize>() as u64, true),
-        Target::All => (architecture.parameters(), false),
-    };
+    let (trained, frozen) = (target.parameters(architecture) as u64, matches!(target, Target::Lora { .. }));
     let of = |recompute| forecast_memory(architecture, trained, frozen, tokens, recompute, recipe.model.dtype);
     let free = machine::memory().map(|(free, _)| free);
     let fits = |forecast: &MemoryForecast| free.is_none_or(|free| forecast.peak() <= free);

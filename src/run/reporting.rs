@@ -12,6 +12,8 @@ use super::trainee::{self, base_name, copy_companions};
 use crate::adapter::PeftConfig;
 use crate::energy::{Account, Baseline, Limits, Phase, Spent, baseline, carbon};
 use crate::error::{Error, Result};
+use crate::hub::ModelFiles;
+use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::types::{self, Amounts};
@@ -30,11 +32,14 @@ pub(super) struct Inputs<'a> {
     pub(super) wall: Seconds,
 }
 
-/// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv.
+/// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. A diverged run's values are
+/// not exported: its last checkpoint is the result.
 pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters) -> Result<Report> {
     let prepared = inputs.prepared;
     let report = report(inputs)?.sealed()?;
-    write_result(inputs, directory, parameters, &report)?;
+    if !matches!(inputs.outcome.stop, Stop::Diverged(_)) {
+        write_result(inputs, directory, parameters, &report)?;
+    }
     json::write_report(&directory.report(), &report)?;
     let write = crate::report::files::write_whole;
     write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, &report)?)?;
@@ -44,7 +49,7 @@ pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, param
     Ok(report)
 }
 
-/// The adapter or model directory, complete or absent. A diverged run's values are not exported: its last checkpoint is the result.
+/// The adapter or model directory, complete or absent.
 fn write_result(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters, report: &Report) -> Result<()> {
     let prepared = inputs.prepared;
     let place = directory.result(prepared.whole_model());
@@ -78,11 +83,14 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let baselines = baselines(prepared, standing.step, evaluated, energy)?;
     let mut warnings = prepared.warnings.clone();
     if let Stop::Diverged(what) = &outcome.stop {
-        warnings.push(format!("{what}; the adapter holds the values before that step"));
+        warnings.push(match inputs.checkpoints.steps()?.last() {
+            Some(step) => format!("{what}; no result is written, the last checkpoint is `{}`", checkpoint_name(inputs, *step)),
+            None => format!("{what}; no result is written, and no checkpoint was saved before"),
+        });
     }
     Ok(Report {
-        model: model_block(prepared),
-        adapter: adapter_block(prepared),
+        model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
+        adapter: adapter_block(&prepared.target, &prepared.architecture),
         data: data_block(prepared),
         training: training_block(inputs),
         energy: energy_block(prepared, account),
@@ -99,21 +107,20 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     })
 }
 
-pub(super) fn model_block(prepared: &Prepared) -> types::Model {
-    let files = &prepared.files;
+pub(super) fn model_block(id: &ModelId, files: &ModelFiles, architecture: &Architecture) -> types::Model {
     types::Model {
-        id: base_name(&prepared.recipe.model.id),
+        id: base_name(id),
         revision: files.commit.clone().or_else(|| Some(files.revision.clone())),
-        architecture: prepared.architecture.class.clone(),
-        parameters: prepared.architecture.parameters(),
+        architecture: architecture.class.clone(),
+        parameters: architecture.parameters(),
     }
 }
 
-pub(super) fn adapter_block(prepared: &Prepared) -> types::Adapter {
-    let trainable_parameters = prepared.trained() as u64;
-    match &prepared.target {
+pub(super) fn adapter_block(target: &Target, architecture: &Architecture) -> types::Adapter {
+    let trainable_parameters = target.parameters(architecture) as u64;
+    match target {
         Target::Lora { settings, sites, .. } => {
-            let modules = prepared.architecture.modules();
+            let modules = architecture.modules();
             let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
             types::Adapter {
                 r#type: types::AdapterType::Lora,
@@ -163,16 +170,18 @@ fn training_block(inputs: &Inputs<'_>) -> types::Training {
         tokens_per_second: rate.is_finite().then_some(rate),
         wall_s: inputs.account.spent().time.max(inputs.wall),
         peak_rss_bytes: machine::peak_rss(),
-        best: standing.best.map(|best| types::Best {
+        best: standing.best.filter(|best| inputs.checkpoints.path(best.step).is_dir()).map(|best| types::Best {
             step: best.step,
             val_loss: best.val_loss,
-            path: inputs
-                .checkpoints
-                .path(best.step)
-                .file_name()
-                .map_or(String::new(), |name| format!("checkpoints/{}", name.display())),
+            path: checkpoint_name(inputs, best.step),
         }),
     }
+}
+
+/// A checkpoint's path in the run directory.
+fn checkpoint_name(inputs: &Inputs<'_>, step: u64) -> String {
+    let path = inputs.checkpoints.path(step);
+    path.file_name().map_or(String::new(), |name| format!("checkpoints/{}", name.display()))
 }
 
 pub(super) fn stop_reason(stop: &Stop) -> StopReason {

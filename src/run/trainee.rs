@@ -86,14 +86,15 @@ pub(super) fn decoder_with_adapter(
         let kind = if shape.len() == 1 { DType::F32 } else { dtype(precision) };
         Ok(Weight::frozen(weights.get(name, kind, device)?))
     };
-    let lora = |path: &str| match sites.iter().position(|site| site.path == path) {
-        Some(index) => {
-            let (a, b) = (parameters.weight(2 * index)?, parameters.weight(2 * index + 1)?);
-            Ok(Some(Lora { a, b, scaling: sites[index].scaling }))
-        }
-        None => Ok(None),
-    };
+    let lora = |path: &str| adapter_on(path, sites, parameters);
     Decoder::assemble(architecture, &Parts { weight: &weight, lora: &lora }, device)
+}
+
+/// The adapter on the layer `path`, if it is one of `sites`; A and B of each site are neighbouring slots of `parameters`.
+pub(super) fn adapter_on(path: &str, sites: &[Site], parameters: &Parameters) -> Result<Option<Lora>> {
+    let Some(index) = sites.iter().position(|site| site.path == path) else { return Ok(None) };
+    let (a, b) = (parameters.weight(2 * index)?, parameters.weight(2 * index + 1)?);
+    Ok(Some(Lora { a, b, scaling: sites[index].scaling }))
 }
 
 fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, device: &Device) -> Result<Trainee> {
@@ -107,12 +108,17 @@ fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, device: &Device
         tensors.push((tensor.name, tensor.shape, values));
     }
     let parameters = Parameters::new(tensors, device)?;
+    let decoder = decoder_of(architecture, &parameters, device)?;
+    Ok(Trainee { decoder, parameters })
+}
+
+/// A decoder whose every weight is a slot of `parameters`.
+pub(super) fn decoder_of(architecture: &Architecture, parameters: &Parameters, device: &Device) -> Result<Decoder> {
     let weight = |name: &str, _: &[usize]| {
         let slot = parameters.slots().iter().position(|slot| slot.name == name);
         parameters.weight(slot.ok_or_else(|| Error::new(Kind::Model, format!("the model has no tensor `{name}`")))?)
     };
-    let decoder = Decoder::assemble(architecture, &Parts { weight: &weight, lora: &|_| Ok(None) }, device)?;
-    Ok(Trainee { decoder, parameters })
+    Decoder::assemble(architecture, &Parts { weight: &weight, lora: &|_| Ok(None) }, device)
 }
 
 /// How the base model is named in the adapter's own files.

@@ -2,12 +2,12 @@
 
 use candle_core::Device;
 
-use super::{Job, Standing};
+use super::{Job, Settings, Standing};
 use crate::data::MicroBatch;
 use crate::energy::{Phase, Reading};
 use crate::error::{Error, Kind, Result};
-use crate::model::Batch;
-use crate::ops::{AdamW, Context, Gradients};
+use crate::model::{Batch, Decoder};
+use crate::ops::{AdamW, Context, Gradients, Parameters};
 
 /// What one step did.
 #[derive(Debug)]
@@ -48,25 +48,15 @@ pub(super) fn optimizer_step(
     let batches = job.sampler.step(step);
     let loss_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
     let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
-    let dropout = (settings.dropout > 0.0).then_some((settings.dropout, settings.seed, step));
     let mut gradients = Gradients::new(job.parameters.slots().len());
-    let mut sum = 0.0;
-    for (index, batch) in batches.iter().enumerate() {
-        let input = batch_on(batch, job.decoder.device())?;
-        let scale = 1.0 / loss_tokens as f64;
-        let losses = job.decoder.losses_and_gradients(context, &input, scale, settings.recompute, dropout, &mut gradients)?;
-        let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
-        if !loss.is_finite() {
+    let sum = match backpropagate(context, job.decoder, settings, step, &batches, &mut gradients)? {
+        Ok(sum) => sum,
+        Err(index) => {
             job.account.charge(Phase::Train, step + 1, &context.tally.take())?;
-            return Ok(Err(place("the loss", step, Some(index), batch)));
+            return Ok(Err(place("the loss", step, Some(index), &batches[index])));
         }
-        sum += loss;
-    }
-    let flat = gradients.flat(job.parameters).map_err(Error::while_running)?;
-    let (beta1, beta2, epsilon) = settings.adam;
-    let weight_decay = settings.weight_decay;
-    let adamw = AdamW { learning_rate: lr, beta1, beta2, epsilon, weight_decay, max_grad_norm: settings.max_grad_norm };
-    let grad_norm = adamw.step(context, job.parameters, &flat, step + 1)?;
+    };
+    let grad_norm = descend(context, job.parameters, settings, &gradients, lr, step)?;
     let reading = job.account.charge(Phase::Train, step + 1, &context.tally.take())?;
     if !grad_norm.is_finite() {
         let culprit = first_not_finite(job, &gradients)?;
@@ -85,6 +75,48 @@ pub(super) fn optimizer_step(
     standing.train_wall_s += reading.wall.0;
     let (tokens, loss_tokens) = (tokens as u64, loss_tokens as u64);
     Ok(Ok(StepRecord { step: step + 1, loss, lr, grad_norm, tokens, loss_tokens, reading }))
+}
+
+/// Adds the gradients of the mean loss over `batches`, the step after `step` done ones, to `gradients`; returns the sum of the losses of
+/// their loss tokens. The inner error is the index of the micro-batch whose loss is not finite.
+pub fn backpropagate(
+    context: Context<'_>,
+    decoder: &Decoder,
+    settings: &Settings,
+    step: u64,
+    batches: &[MicroBatch],
+    gradients: &mut Gradients,
+) -> Result<Result<f64, usize>> {
+    let loss_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+    let scale = 1.0 / loss_tokens as f64;
+    let dropout = (settings.dropout > 0.0).then_some((settings.dropout, settings.seed, step));
+    let mut sum = 0.0;
+    for (index, batch) in batches.iter().enumerate() {
+        let input = batch_on(batch, decoder.device())?;
+        let losses = decoder.losses_and_gradients(context, &input, scale, settings.recompute, dropout, gradients)?;
+        let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
+        if !loss.is_finite() {
+            return Ok(Err(index));
+        }
+        sum += loss;
+    }
+    Ok(Ok(sum))
+}
+
+/// One AdamW pass at rate `lr`, the step after `step` done ones; returns the gradients' norm before clipping. Nothing is updated where
+/// it is not finite.
+pub fn descend(
+    context: Context<'_>,
+    parameters: &Parameters,
+    settings: &Settings,
+    gradients: &Gradients,
+    lr: f64,
+    step: u64,
+) -> Result<f64> {
+    let flat = gradients.flat(parameters).map_err(Error::while_running)?;
+    let ((beta1, beta2, epsilon), weight_decay) = (settings.adam, settings.weight_decay);
+    let adamw = AdamW { learning_rate: lr, beta1, beta2, epsilon, weight_decay, max_grad_norm: settings.max_grad_norm };
+    adamw.step(context, parameters, &flat, step + 1)
 }
 
 /// The first trained tensor whose gradient holds a number that is not finite.

@@ -1,0 +1,137 @@
+//! `wattune calibrate`: a profile file of this machine.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+
+use super::screen::Terminal;
+use super::{Common, out, out_json};
+use crate::error::{Error, Kind, Result};
+use crate::report::files::write_whole;
+use crate::run::{self, Calibration, Calibrator, Effort};
+use crate::units::{Flops, Seconds, significant};
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    /// The profile file, ending in `.toml`; an existing file is refused [default: NAME.toml]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// What the profile is called: lower-case letters, digits, hyphens [default: the nearest profile's name and "calibrated"]
+    #[arg(long)]
+    name: Option<String>,
+    /// The profile that stands nearest: a name from `wattune devices`, or a profile file
+    #[arg(long, value_name = "PROFILE", default_value = "auto")]
+    like: String,
+    /// What is measured: cpu, cuda, cuda:N, metal or auto
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Time for each figure
+    #[arg(long, value_name = "TIME", default_value = "2 s")]
+    each: Seconds,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  wattune calibrate --out my-machine.toml --name my-machine
+  wattune plan recipe.toml --set energy.device=./my-machine.toml
+
+In a recipe:
+  [energy]
+  device = \"./my-machine.toml\"
+
+Only runs charged to the same profile can be compared: keep the file with the recipe.";
+
+/// The longest that one figure may take: with all of them, under a minute.
+const LONGEST: Seconds = Seconds(10.0);
+
+pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    if arguments.each <= Seconds::ZERO || arguments.each > LONGEST {
+        let error = Error::new(Kind::Usage, "`--each` is out of range").value(arguments.each.to_string());
+        return Err(error.rule(format!("more than nothing, at most {LONGEST}")));
+    }
+    let (device, computing) = run::device(&arguments.device)?;
+    let calibrator = Calibrator::new(&arguments.like, arguments.name.as_deref(), device, computing)?;
+    let path = arguments.out.clone().unwrap_or_else(|| PathBuf::from(format!("{}.toml", calibrator.name())));
+    check(&path)?;
+    let mut screen = Terminal::new(common.quiet);
+    let found = calibrator.measure(Effort::of(arguments.each), &mut screen).map_err(Error::while_running)?;
+    write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
+    if common.json { out_json(&document(&path, &found)) } else { out(&page(&path, &found)) }
+}
+
+/// Refuses, before anything is measured, a file that no recipe could name or that is there already.
+fn check(path: &Path) -> Result<()> {
+    if path.extension().is_none_or(|extension| extension != "toml") {
+        return Err(Error::new(Kind::Usage, "a profile file ends in `.toml`")
+            .at("--out")
+            .value(path.display().to_string())
+            .hint("for example `--out my-machine.toml`"));
+    }
+    if path.exists() {
+        return Err(Error::new(Kind::Usage, "the file exists already")
+            .at(path.display().to_string())
+            .hint("give another: `wattune calibrate --out OTHER.toml`"));
+    }
+    Ok(())
+}
+
+fn document(path: &Path, found: &Calibration) -> Value {
+    let Calibration { base, profile, measured, notes } = found;
+    let rates: serde_json::Map<String, Value> = measured
+        .rates
+        .iter()
+        .map(|(precision, rate)| (precision.as_str().to_string(), json!({ "measured": rate, "nearest": base.rate(*precision) })))
+        .collect();
+    let power = measured.power.as_ref();
+    json!({
+        "written": path,
+        "name": profile.name,
+        "nearest": base.name,
+        "flops_per_second": rates,
+        "bytes_per_second": { "measured": measured.bandwidth, "nearest": base.bandwidth * base.achievable_bandwidth },
+        "power": {
+            "idle_w": profile.idle_w,
+            "load_w": profile.load_w,
+            "source": power.map_or_else(|| format!("the profile {}", base.name), |power| format!("measured with {}", power.counter)),
+        },
+        "notes": notes,
+        "profile": profile,
+    })
+}
+
+fn page(path: &Path, found: &Calibration) -> String {
+    let Calibration { base, profile, measured, notes } = found;
+    let mut text = format!("{} · measured, and in brackets what {} says\n\n", profile.name, base.name);
+    let mut row = |label: &str, value: String| {
+        let _ = writeln!(text, "  {label:<10} {value}");
+    };
+    for (precision, rate) in &measured.rates {
+        row(precision.as_str(), format!("{}/s ({}/s)", Flops(*rate), Flops(base.rate(*precision))));
+    }
+    let gigabytes = |rate: f64| significant(rate / 1e9);
+    row("memory", format!("{} GB/s ({})", gigabytes(measured.bandwidth), gigabytes(base.bandwidth * base.achievable_bandwidth)));
+    let power = match &measured.power {
+        Some(power) => {
+            format!("idle {} ({}), load {} ({}), by {}", power.idle, base.idle_w, power.load, base.load_w, power.counter)
+        }
+        None => format!("not measured: idle {}, load {} as {} has it", profile.idle_w, profile.load_w, base.name),
+    };
+    row("power", power);
+    for note in notes {
+        let _ = writeln!(text, "\n  note: {note}");
+    }
+    let _ =
+        write!(text, "\nWrote {0}. In a recipe: `device = \"{0}\"` in [energy], the path as seen from the recipe.", shown(path));
+    text
+}
+
+/// A relative path with `./` before it, so that a recipe reads it as a path.
+fn shown(path: &Path) -> String {
+    if path.is_relative() && !path.starts_with(".") && !path.starts_with("..") {
+        return format!("./{}", path.display());
+    }
+    path.display().to_string()
+}

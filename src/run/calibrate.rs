@@ -1,0 +1,348 @@
+//! How fast this machine multiplies matrices and moves memory, and what it draws: a device profile of its own.
+//!
+//! Takes the profile that stands nearest and a compute device; returns that profile with what was measured. Products are candle's own,
+//! because a run uses them. What cannot be measured (caches, energy of a byte, power where there is no counter) stays as the nearest
+//! profile says, and a note says so. Writes nothing.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+use super::Screen;
+use super::machine::memory;
+use crate::energy::meter::Computing;
+use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
+use crate::energy::{Measured, MeasuredPower, Profile};
+use crate::error::{Error, Result};
+use crate::ops::dtype;
+use crate::units::{Bytes, MicroJoules, Seconds, Watts};
+use crate::work::{Precision, Product};
+
+/// Sides of the square products that are tried, until one takes long enough to be timed well.
+const SIDES: [usize; 6] = [256, 512, 1024, 2048, 4096, 8192];
+/// Bytes that one parallel copy takes at a time.
+const CHUNK: usize = 4 << 20;
+
+/// How much is spent on measuring.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Effort {
+    /// Time for each figure, once its product or copy is warm.
+    pub each: Seconds,
+    /// Bytes of the copied buffer: several times the last cache. At most an eighth of free memory is taken.
+    pub buffer: Bytes,
+}
+
+impl Effort {
+    /// `each` for a figure, and a buffer of 512 MiB: four times and more what any shipped processor's last cache holds.
+    pub fn of(each: Seconds) -> Self {
+        Self { each, buffer: Bytes(512 << 20) }
+    }
+}
+
+/// A machine about to be measured.
+pub struct Calibrator {
+    base: Profile,
+    name: String,
+    device: Device,
+    counter: Option<Box<dyn Sensor>>,
+    notes: Vec<String>,
+}
+
+/// What was measured.
+#[derive(Debug)]
+pub struct Calibration {
+    /// The profile it started from.
+    pub base: Profile,
+    /// That profile with what was measured.
+    pub profile: Profile,
+    /// The figures themselves.
+    pub measured: Measured,
+    /// What was not measured, and why.
+    pub notes: Vec<String>,
+}
+
+impl Calibrator {
+    /// Calibrates the device that `like` means (a recipe's `energy.device`), computing on `device`, into a profile called `name`; the
+    /// default name is the nearest profile's with "calibrated" behind it.
+    ///
+    /// # Errors
+    /// An unknown device, and a name that no profile may have.
+    pub fn new(like: &str, name: Option<&str>, device: Device, computing: Computing) -> Result<Self> {
+        let base = Profile::resolve(like, std::path::Path::new(""), computing)?;
+        let name = match name {
+            Some(name) => name.to_string(),
+            None => format!("{}-calibrated", base.name.replace('@', "-cores-")),
+        };
+        // Built once before anything is measured: a name that breaks the rules is refused at once.
+        let as_it_is = Measured { bandwidth: base.bandwidth, ..Measured::default() };
+        base.calibrated(&name, &as_it_is).map_err(|e| e.hint("give another name: `--name my-machine`"))?;
+        let mut notes: Vec<String> = base.note.iter().map(|note| format!("nearest profile {}: {note}", base.name)).collect();
+        let counter = counter(&base, computing).map_err(|why| notes.push(format!("power is the nearest profile's: {why}"))).ok();
+        Ok(Self { base, name, device, counter, notes })
+    }
+
+    /// The name of the profile to be.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Measures. Other work on the machine makes the figures too low; of each the best is taken.
+    pub fn measure(mut self, effort: Effort, screen: &mut dyn Screen) -> Result<Calibration> {
+        let each = Duration::try_from_secs_f64(effort.each.0).unwrap_or(Duration::from_secs(2));
+        let mut idle = None;
+        if self.counter.is_some() {
+            screen.note("measuring idle power");
+            let nothing = || {
+                sleep(each);
+                Ok(())
+            };
+            idle = self.drawing(nothing)?.1;
+        }
+        let (mut measured, mut load) = (Measured::default(), None::<Watts>);
+        for precision in precisions(&self.device) {
+            screen.note(&format!("measuring {} products", precision.as_str()));
+            let device = self.device.clone();
+            let best = warm_product(&device, *precision, each).and_then(|warm| self.drawing(|| warm.best(each)));
+            match best {
+                Ok((rate, watts)) => {
+                    measured.rates.insert(*precision, rate.round());
+                    load = load.into_iter().chain(watts).reduce(Watts::max);
+                }
+                Err(e) => self.notes.push(format!("{} keeps the nearest profile's rate: {}", precision.as_str(), first_line(&e))),
+            }
+        }
+        screen.note("measuring memory bandwidth");
+        measured.bandwidth = bandwidth(&self.device, effort.buffer, each)?.round();
+        measured.power = self.power(idle, load);
+        let profile = self.base.calibrated(&self.name, &measured);
+        let profile = profile.map_err(|e| e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`"))?;
+        Ok(Calibration { base: self.base, profile, measured, notes: self.notes })
+    }
+
+    /// Runs `work`; the second value is the mean power meanwhile, where there is a counter that can be read.
+    fn drawing<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Option<Watts>)> {
+        let before = self.counter.as_mut().map(|counter| counter.read());
+        let start = Instant::now();
+        let done = work()?;
+        let wall = start.elapsed().as_secs_f64();
+        let after = self.counter.as_mut().map(|counter| counter.read());
+        let watts = match (before, after) {
+            (Some(Ok(before)), Some(Ok(after))) => Some(mean_power(before, after, wall)),
+            (Some(Err(gap)), _) | (_, Some(Err(gap))) => {
+                self.notes.push(format!("a reading of power is missing: {}", gap.reason));
+                None
+            }
+            _ => None,
+        };
+        Ok((done, watts))
+    }
+
+    /// Idle and load power where both were measured and make sense together.
+    fn power(&mut self, idle: Option<Watts>, load: Option<Watts>) -> Option<MeasuredPower> {
+        let counter = self.counter.as_ref()?.name().to_string();
+        let (idle, load) = idle.zip(load)?;
+        if load > idle {
+            return Some(MeasuredPower { idle, load, counter });
+        }
+        self.notes.push(format!("power is the nearest profile's: {counter} showed {idle} idle and {load} under load"));
+        None
+    }
+}
+
+fn mean_power(before: MicroJoules, after: MicroJoules, wall: f64) -> Watts {
+    Watts(after.saturating_sub(before).joules().0 / wall)
+}
+
+/// The device's own counter, or why there is none.
+fn counter(base: &Profile, computing: Computing) -> Result<Box<dyn Sensor>, String> {
+    let why = |absent: Absent| format!("{}; {}", absent.reason, absent.remedy);
+    match computing {
+        // A share of a processor is charged a share of its power; the counter sees the whole.
+        Computing::Cpu if base.name.contains('@') => {
+            Err("this process may use some of the processor's cores, a counter would show all of them".to_string())
+        }
+        Computing::Cpu => Ok(Box::new(RaplSensor::open_default().map_err(why)?)),
+        Computing::Nvidia(index) => Ok(Box::new(NvmlSensor::open(index).map_err(why)?)),
+        Computing::Other => Err("this device has no energy counter that can be read".to_string()),
+    }
+}
+
+/// What the device computes in.
+fn precisions(device: &Device) -> &'static [Precision] {
+    match device.is_cpu() {
+        true => &[Precision::F32, Precision::Bf16],
+        false => &[Precision::F32, Precision::Bf16, Precision::F16],
+    }
+}
+
+fn first_line(error: &Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}
+
+/// A square product that ran before, and the best rate so far.
+struct WarmProduct {
+    a: Tensor,
+    b: Tensor,
+    flops: f64,
+    rate: f64,
+}
+
+/// The smallest product that takes a tenth of `each`, or the largest there is; smaller ones are timed on the way.
+fn warm_product(device: &Device, precision: Precision, each: Duration) -> Result<WarmProduct> {
+    let mut best = 0.0_f64;
+    let mut warm = None;
+    for side in SIDES {
+        // Random numbers: zeros and ones draw less power than real data.
+        let draw = || -> Result<Tensor> { Ok(Tensor::rand(-1f32, 1f32, (side, side), device)?.to_dtype(dtype(precision))?) };
+        let (m, n, k) = (side as u64, side as u64, side as u64);
+        let mut product =
+            WarmProduct { a: draw()?, b: draw()?, flops: Product { m, n, k, precision }.flops() as f64, rate: best };
+        product.seconds(1)?;
+        let seconds = product.seconds(1)?;
+        best = best.max(product.flops / seconds);
+        product.rate = best;
+        warm = Some(product);
+        if seconds > each.as_secs_f64() / 10.0 {
+            break;
+        }
+    }
+    Ok(warm.expect("there is a side to try"))
+}
+
+impl WarmProduct {
+    /// Wall time of `count` products, one after the other.
+    fn seconds(&self, count: usize) -> Result<f64> {
+        let start = Instant::now();
+        for _ in 0..count {
+            self.a.matmul(&self.b)?;
+        }
+        self.a.device().synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    /// The best FLOP/s within `each`. Quick products are timed in groups, so that starting and waiting for a device weighs little.
+    fn best(&self, each: Duration) -> Result<f64> {
+        let start = Instant::now();
+        let group = (0.02 * self.rate / self.flops).ceil().clamp(1.0, 64.0) as usize;
+        let mut best = self.rate;
+        while start.elapsed() < each {
+            best = best.max(self.flops * group as f64 / self.seconds(group)?);
+        }
+        Ok(best)
+    }
+}
+
+/// Bytes read and written in a second by a copy of `buffer`: the best within `each`. As in STREAM (McCalpin 1995), what a cache reads of
+/// the target before it overwrites it is not counted.
+fn bandwidth(device: &Device, buffer: Bytes, each: Duration) -> Result<f64> {
+    let room = memory().map_or(buffer.0, |(free, _)| free.0 / 8);
+    let bytes = buffer.0.min(room).max(CHUNK as u64) as usize;
+    if device.is_cpu() {
+        let (source, mut target) = (vec![1u8; bytes], vec![0u8; bytes]);
+        let copy = || {
+            let parts = target.par_chunks_mut(CHUNK).zip(source.par_chunks(CHUNK));
+            parts.for_each(|(target, source)| target.copy_from_slice(source));
+            Ok(())
+        };
+        return best_copy(2.0 * bytes as f64, each, copy);
+    }
+    let (source, target) =
+        (Tensor::ones(bytes / 4, dtype(Precision::F32), device)?, Tensor::zeros(bytes / 4, dtype(Precision::F32), device)?);
+    best_copy(2.0 * bytes as f64, each, || {
+        target.slice_set(&source, 0, 0)?;
+        Ok(device.synchronize()?)
+    })
+}
+
+/// The best rate of `copy`, which moves `bytes`; its first run, which maps the memory, is not timed.
+fn best_copy(bytes: f64, each: Duration, mut copy: impl FnMut() -> Result<()>) -> Result<f64> {
+    copy()?;
+    let (start, mut best) = (Instant::now(), 0.0_f64);
+    loop {
+        let before = Instant::now();
+        copy()?;
+        best = best.max(bytes / before.elapsed().as_secs_f64());
+        if start.elapsed() >= each {
+            return Ok(best);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::energy::sensor::Gap;
+    use crate::run::Blank;
+
+    /// A counter that shows what it is told.
+    struct Scripted(Vec<Result<u64, Gap>>);
+
+    impl Sensor for Scripted {
+        fn name(&self) -> &str {
+            "scripted"
+        }
+
+        fn read(&mut self) -> Result<MicroJoules, Gap> {
+            self.0.remove(0).map(MicroJoules)
+        }
+    }
+
+    const QUICK: Effort = Effort { each: Seconds(0.01), buffer: Bytes(8 << 20) };
+
+    fn calibrator(script: Vec<Result<u64, Gap>>) -> Calibrator {
+        let mut calibrator = Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Cpu).unwrap();
+        calibrator.counter = Some(Box::new(Scripted(script)));
+        calibrator.notes.clear();
+        calibrator
+    }
+
+    #[test]
+    fn power_is_what_the_counter_rose_by_over_the_time_it_took() {
+        // 6 J in 2 s.
+        assert_eq!(mean_power(MicroJoules(1_000_000), MicroJoules(7_000_000), 2.0), Watts(3.0));
+        // Idle, then f32, then bf16: nothing, 5 J, 9 J. Load is the higher power of the two; both windows are at least 10 ms long.
+        let readings = [0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok);
+        let done = calibrator(readings.into()).measure(QUICK, &mut Blank).unwrap();
+        let power = done.measured.power.unwrap();
+        assert_eq!((power.idle, power.counter.as_str()), (Watts(0.0), "scripted"));
+        assert!(power.load > Watts(0.0) && power.load <= Watts(900.0), "{}", power.load);
+        assert_eq!((done.profile.idle_w, done.profile.load_w), (power.idle, power.load));
+        assert_eq!(done.notes, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_counter_that_fails_or_makes_no_sense_leaves_the_profile_its_power() {
+        let pi = Profile::named("raspberry-pi-5").unwrap();
+        let gap = || Err(Gap { reason: "told to fail".to_string() });
+        let failing = vec![Ok(0), gap(), Ok(0), gap(), Ok(0), gap()];
+        // More power idle than under load.
+        let upside_down = [0, 9_000_000, 9_000_000, 9_000_000, 9_000_000, 9_000_000].map(Ok).into();
+        for (script, words) in [(failing, "told to fail"), (upside_down, "idle")] {
+            let done = calibrator(script).measure(QUICK, &mut Blank).unwrap();
+            assert_eq!((done.measured.power, done.profile.load_w), (None, pi.load_w));
+            assert!(done.notes.iter().any(|note| note.contains(words)), "{:?}", done.notes);
+        }
+    }
+
+    #[test]
+    fn the_best_copy_is_timed_after_the_first() {
+        // Of copies that take 30, 4 and 2 ms the first is not timed and the last is the best: at most 1000 bytes in 2 ms.
+        let mut pauses = vec![2, 4, 30];
+        let copy = || {
+            sleep(Duration::from_millis(pauses.pop().unwrap_or(4)));
+            Ok(())
+        };
+        let rate = best_copy(1000.0, Duration::from_millis(6), copy).unwrap();
+        assert!(rate > 1000.0 / 0.03 && rate <= 1000.0 / 0.002, "{rate}");
+    }
+
+    #[test]
+    fn a_share_of_a_processor_is_not_measured_by_the_whole_one_s_counter() {
+        let share = Profile::named("amd-epyc-7763@2").unwrap();
+        assert!(counter(&share, Computing::Cpu).err().unwrap().contains("cores"));
+        let refused = Calibrator::new("generic-cpu", Some("My Machine"), Device::Cpu, Computing::Cpu).err().unwrap();
+        assert!(refused.to_string().contains("--name"), "{refused}");
+    }
+}
