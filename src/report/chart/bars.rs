@@ -11,6 +11,10 @@ const BAR_TOP: f64 = 20.0;
 const BAR: f64 = 14.0;
 /// Pixels between two ticks.
 const TICK: f64 = 80.0;
+/// Names and figures are set larger than ticks, by this much.
+const LARGER: f64 = 1.15;
+/// Pixels between a name and a figure below it.
+const STACKED: f64 = 17.0;
 
 /// One bar.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +47,12 @@ impl Bars {
     pub fn svg(&self, id: &str, width: f64) -> String {
         let (left, right) = (2.0, width - 14.0);
         let ticks = self.axis.ticks((width / TICK) as usize);
-        let foot = self.bars.len() as f64 * ROW + 4.0;
+        // Where one name and its figure do not fit side by side, every figure stands below its name.
+        let tight = |bar: &Bar| (text_width(&bar.name) + text_width(&bar.figure)) * LARGER > right - left - 8.0;
+        let lower = if self.bars.iter().any(tight) { STACKED } else { 0.0 };
+        let (row, anchor, figure_x) =
+            (ROW + lower, if lower > 0.0 { "start" } else { "end" }, if lower > 0.0 { left } else { right });
+        let foot = self.bars.len() as f64 * row + 4.0;
         let mut body = String::new();
         for mark in &ticks.marks {
             let Some(place) = ticks.place(*mark) else { continue };
@@ -53,14 +62,14 @@ impl Bars {
             body += &label("tick", "middle", [x.clamp(half, width - half), foot + 18.0], &text);
         }
         for (index, bar) in self.bars.iter().enumerate() {
-            let top = index as f64 * ROW;
+            let top = index as f64 * row;
             body += &label("name", "start", [left, top + 14.0], &bar.name);
-            body += &label("value", "end", [right, top + 14.0], &bar.figure);
+            body += &label("value", anchor, [figure_x, top + 14.0 + lower], &bar.figure);
             let length = ticks.place(bar.value).map_or(0.0, |place| place * (right - left));
             body += &format!(
                 "<rect class=\"bar {}\" x=\"{left:.1}\" y=\"{:.1}\" width=\"{length:.1}\" height=\"{BAR:.1}\"/>\n",
                 bar.class,
-                top + BAR_TOP
+                top + lower + BAR_TOP
             );
         }
         body += &label("axis", "end", [right, foot + 36.0], &self.axis.label);
@@ -83,5 +92,10 @@ mod tests {
         let lengths: Vec<&str> = svg.split("<rect").skip(1).map(|bar| bar.split('"').nth(7).unwrap()).collect();
         assert_eq!(lengths, ["100.0", "200.0", "0.0"]);
         assert!(svg.contains("&lt;two&gt;") && !svg.contains("<two>"));
+        // A name of 22 characters takes 22 x 6.8 x 1.15 = 172 px of 200: its figure goes below.
+        let axis = Axis::over("energy", Scale::Linear, |v| v.to_string(), [0.0, 100.0]).unwrap();
+        let bars = vec![bar("a name of 22 character", 10.0)];
+        let svg = Bars { title: String::new(), desc: String::new(), axis, bars }.svg("b", 216.0);
+        assert!(svg.contains("text-anchor=\"start\" x=\"2.0\" y=\"31.0\">10 J<"), "{svg}");
     }
 }
