@@ -79,6 +79,11 @@ impl RunDirectory {
         self.0.join(crate::report::files::REPORT_MD)
     }
 
+    /// `report.html`.
+    pub fn html_page(&self) -> PathBuf {
+        self.0.join(crate::report::files::REPORT_HTML)
+    }
+
     /// `emissions.csv`.
     pub fn emissions(&self) -> PathBuf {
         self.0.join(crate::report::files::EMISSIONS_CSV)

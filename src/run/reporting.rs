@@ -17,7 +17,7 @@ use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::types::{self, Amounts};
-use crate::report::{CardFacts, Emissions, EnergyParts, Report, StopReason, json, markdown, model_card};
+use crate::report::{CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown, model_card};
 use crate::train::{Checkpoints, Outcome, Stop};
 use crate::units::{Bytes, Flops, Joules, Seconds};
 
@@ -32,8 +32,8 @@ pub(super) struct Inputs<'a> {
     pub(super) wall: Seconds,
 }
 
-/// Writes the adapter (or model), report.json, report.md, the model card and emissions.csv. A diverged run's values are not exported:
-/// its last checkpoint is the result.
+/// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. A diverged run's values are not
+/// exported: its last checkpoint is the result.
 pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters) -> Result<Report> {
     let prepared = inputs.prepared;
     let report = report(inputs)?.sealed()?;
@@ -43,6 +43,8 @@ pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, param
     json::write_report(&directory.report(), &report)?;
     let write = crate::report::files::write_whole;
     write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, &report)?)?;
+    let history = History::read(&directory.steps(), &directory.ledger())?;
+    write(&directory.html_page(), &html::to_html(&prepared.recipe.name, &report, &history)?)?;
     write(&directory.emissions(), &emissions(inputs).to_csv(&report)?)?;
     Ok(report)
 }

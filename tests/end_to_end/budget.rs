@@ -48,6 +48,10 @@ fn run(lab: &Lab, out: &str, keys: &[String], reason: &str) -> Value {
     assert_within(&report);
     // The ledger's lines add up to the report's total.
     assert_eq!(lab.ledger(out), microjoules(&report["energy"]["total_j"]));
+    // The last step's line carries the last validation loss, whether a checkpoint came between or not.
+    let steps = lab.lines(&format!("{out}/steps.jsonl"));
+    assert_eq!(steps.last().unwrap()["val_loss"], report["training"]["val_loss_after"]);
+    assert_eq!(steps.len() as u64, report["training"]["steps"].as_u64().unwrap());
     report
 }
 
@@ -121,10 +125,7 @@ fn runs_that_end_by_steps_or_epochs_execute_their_plan() {
         .map(|l| l["step"].as_u64().unwrap())
         .collect();
     assert_eq!(losses, [2, 4, 5]);
-    // Without keep_best nothing is saved after 2 and 4: a best checkpoint is named only if it is there.
-    if let Some(path) = report.pointer("/training/best/path").and_then(Value::as_str) {
-        assert!(lab.path("steps").join(path).is_dir(), "{path}");
-    }
+    assert!(lab.path("steps").join(word(&report, "/training/best/path")).is_dir());
     // A quarter of 12 steps an epoch.
     lab.edit("steps = 4\n", "epochs = 0.25\n");
     let report = run(&lab, "epochs", &set(&["train.eval_every=1"]), "epochs");
@@ -135,6 +136,18 @@ fn runs_that_end_by_steps_or_epochs_execute_their_plan() {
 }
 
 #[test]
+fn a_best_checkpoint_is_named_only_if_it_was_kept() {
+    let lab = Lab::new();
+    // The rate rises from 0 to far too much: the best loss is that after the first step, and only the last step is saved.
+    let keys = ["train.steps=3", "train.warmup_steps=2", "train.learning_rate=0.5", "train.eval_every=1"];
+    let report = lab.train("kept", &set(&keys));
+    assert_eq!(report["training"]["best"]["path"], "checkpoints/step-000001");
+    assert!(lab.path("kept/checkpoints/step-000001").is_dir());
+    let report = lab.train("unkept", &set(&[&keys[..], &["train.keep_best=false"]].concat()));
+    assert!(report["training"].get("best").is_none_or(Value::is_null), "{}", report["training"]);
+}
+
+#[test]
 fn carbon_and_flop_budgets_bind_where_the_plan_says() {
     let lab = Lab::new();
     let whole = lab.plan(&set(&["train.steps=6"]));
@@ -142,7 +155,7 @@ fn carbon_and_flop_budgets_bind_where_the_plan_says() {
     let report = run(&lab, "carbon", &set(&["train.steps=6", "train.eval_every=2", &carbon]), "budget:carbon");
     assert!((1..6).contains(&report["training"]["steps"].as_u64().unwrap()));
     let flops = format!("budget.flops={}", 0.7 * number(&whole, "/energy/flops"));
-    let report = run(&lab, "flops", &set(&["train.steps=6", "train.save_every=2", &flops]), "budget:flops");
+    let report = run(&lab, "flops", &set(&["train.steps=6", "train.save_every=1", &flops]), "budget:flops");
     assert!((1..6).contains(&report["training"]["steps"].as_u64().unwrap()));
     // The rate follows what may be spent, not the six steps: after the last step that fits it is nearly at its end.
     let rates: Vec<f64> = lab.lines("flops/steps.jsonl").iter().map(|line| number(line, "/lr")).collect();

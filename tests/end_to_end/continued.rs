@@ -22,7 +22,7 @@ fn one_micro_batch_of_eight_equals_eight_of_one() {
     // Unequal lengths, and masks keyed by record: only the rounding of sums may differ.
     let keys = |rows: u32, times: u32| {
         set(&[
-            "train.steps=3",
+            "train.steps=2",
             "adapter.lora_dropout=0.3",
             "data.shuffle=false",
             &format!("train.micro_batch_size={rows}"),

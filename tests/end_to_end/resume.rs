@@ -28,6 +28,18 @@ fn reached(lab: &Lab, child: &mut Child, run: &str, steps: usize) -> bool {
     true
 }
 
+/// Trains and is killed as soon as the checkpoint after `step` is whole.
+fn killed_at_checkpoint(lab: &Lab, run: &str, keys: &[String], step: u64) {
+    let mut child = start(lab, &[&["train", "recipe.toml", "--out", run, "--quiet"], &flags(keys)[..]].concat());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !lab.path(&format!("{run}/checkpoints/step-{step:06}")).exists() {
+        assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline, "no checkpoint after step {step}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 /// Trains and is killed once `steps` lines are written.
 fn killed_after(lab: &Lab, run: &str, keys: &[String], steps: usize) {
     let mut child = start(lab, &[&["train", "recipe.toml", "--out", run, "--quiet"], &flags(keys)[..]].concat());
@@ -70,8 +82,11 @@ fn a_killed_run_goes_on_with_the_same_bytes_and_keeps_what_it_spent() {
     // Dropout too: its masks are redrawn. Saves without an evaluation at 3, with one at 4 and 8.
     let keys = set(&["train.steps=9", "train.save_every=3", "train.eval_every=4", "adapter.lora_dropout=0.1"]);
     let whole = lab.train("whole", &keys);
-    for (run, steps) in [("first", 1), ("middle", 5), ("late", 7)] {
-        killed_after(&lab, run, &keys, steps);
+    for (run, steps) in [("first", 1), ("middle", 5), ("at a checkpoint", 3)] {
+        match run {
+            "at a checkpoint" => killed_at_checkpoint(&lab, run, &keys, steps),
+            _ => killed_after(&lab, run, &keys, steps as usize),
+        }
         let torn = lab.ledger(run);
         if run == "middle" {
             // The last lines half-written, as a power cut may leave them.
@@ -219,6 +234,30 @@ fn a_budget_holds_however_often_the_run_is_killed() {
             &["the energy budget of this run has no room left to go on", "its last checkpoint is whole: `run/checkpoints/step-"],
         );
     }
+}
+
+#[test]
+fn a_run_with_room_to_load_alone_is_not_resumed() {
+    let lab = Lab::new();
+    let limit = microjoules(&lab.plan(&set(&["train.steps=12"]))["energy"]["total_j"]);
+    let keys = set(&["train.steps=99", "train.save_every=2", &format!("budget.energy={} J", limit as f64 / 1e6)]);
+    killed_after(&lab, "run", &keys, 3);
+    // The lease is released, and one more entry leaves ten times what loading takes: far from an evaluation.
+    let lines = lab.lines("run/ledger.jsonl");
+    let load = microjoules(&lines.iter().find(|line| line["phase"] == "load").unwrap()["energy_j"]["counted"]);
+    let mut entry = lines.iter().find(|line| line["phase"] == "train").unwrap().clone();
+    entry["energy_j"]["counted"] = ((limit - lab.ledger("run") - 10 * load) as f64 / 1e6).into();
+    let mut ledger = String::from_utf8(lab.read("run/ledger.jsonl")).unwrap();
+    ledger.truncate(ledger.rfind('\n').unwrap() + 1);
+    lab.write("run/ledger.jsonl", &format!("{ledger}{entry}\n{{\"settled\":true,\"t\":0.0}}\n"));
+    let before = lab.ledger("run");
+    assert_eq!(before, limit - 10 * load);
+    let message = lab.refused(2, &["train", "--resume", "run"]);
+    says(
+        &message,
+        &["the energy budget of this run has no room left to go on", "its last checkpoint is whole: `run/checkpoints/step-"],
+    );
+    assert_eq!(lab.ledger("run"), before);
 }
 
 #[test]
