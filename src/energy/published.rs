@@ -284,7 +284,7 @@ mod tests {
         assert!(
             achieved(&Accelerator::named("nvidia-v100-sxm2").unwrap(), None)
                 .basis
-                .starts_with("median of 38 published runs on all")
+                .starts_with("median of 37 published runs on all")
         );
     }
 }

@@ -257,7 +257,7 @@ fn machine_energy(
 
 /// ", 304 W to 440 W" where the ends differ.
 fn range(shown: Interval<String>) -> String {
-    if shown.low == shown.high { String::new() } else { format!(", {} to {},", shown.low, shown.high) }
+    if shown.low == shown.high { String::new() } else { format!(", {} to {}", shown.low, shown.high) }
 }
 
 fn unknown_cost(job: &Job) -> Error {
@@ -266,9 +266,9 @@ fn unknown_cost(job: &Job) -> Error {
     match (&job.published_name, job.carbon) {
         (None, _) => error.hint("add `--device NAME` (`wattune devices` lists them), or `--hours DEVICE_HOURS --power W`"),
         (Some(name), carbon) => {
-            let found = carbon.map_or("neither".to_string(), |carbon| format!("{carbon} alone"));
+            let found = carbon.map_or("no energy and no FLOPs".to_string(), |carbon| format!("{carbon} alone"));
             error
-                .value(format!("published of {name}: {found}"))
+                .value(format!("{name}: {found}"))
                 .hint("give the work yourself: `wattune baseline --params N --tokens D --device NAME`")
         }
     }
@@ -367,7 +367,8 @@ mod tests {
         assert!(estimate(fast).is_err());
         let error = estimate(Job { flops: Some(Flops(1e18)), ..Job::default() }).unwrap_err();
         assert!(error.remedy().unwrap().contains("--device"));
-        assert!(estimate(on("tpu-v3", f64::MAX)).is_err());
+        // What 6ND of 1e200 parameters and 1e200 tokens comes to.
+        assert!(estimate(on("tpu-v3", f64::INFINITY)).is_err());
         assert!(Job::default().count_flops(Method::Lora, Count(1e9), None).unwrap_err().remedy().unwrap().contains("--tokens"));
     }
 
