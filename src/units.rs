@@ -201,6 +201,14 @@ quantity!(
 );
 
 quantity!(
+    /// How many: parameters, tokens, hours. The letters are those of model names: 7 B parameters, 1.4 T tokens.
+    Count,
+    units [("", 1.0), ("K", 1e3), ("k", 1e3), ("M", 1e6), ("m", 1e6), ("B", 1e9), ("b", 1e9), ("T", 1e12), ("t", 1e12)],
+    shown [(1.0, ""), (1e3, "K"), (1e6, "M"), (1e9, "B"), (1e12, "T")],
+    rule "a number, alone or with K, M, B or T, as in \"1.75e11\", \"175B\" or \"1.4T\""
+);
+
+quantity!(
     /// Mass of greenhouse gas in grams of CO2 equivalent.
     GramsCo2e,
     units [("g", 1.0), ("gCO2e", 1.0), ("mg", 1e-3), ("kg", 1e3), ("kgCO2e", 1e3), ("t", 1e6), ("tCO2e", 1e6)],
@@ -464,6 +472,8 @@ mod tests {
         assert_eq!("3 EFLOP".parse(), Ok(Flops(3e18)));
         assert_eq!("3EFLOP".parse(), Ok(Flops(3e18)));
         assert_eq!("10 min".parse(), Ok(Seconds(600.0)));
+        assert_eq!(["1.75e11", "175B", "175 b"].map(str::parse), [Ok(Count(1.75e11)), Ok(Count(1.75e11)), Ok(Count(1.75e11))]);
+        assert_eq!(["7M", "1.4T"].map(str::parse), [Ok(Count(7e6)), Ok(Count(1.4e12))]);
         assert_eq!("2 g".parse(), Ok(GramsCo2e(2.0)));
     }
 

@@ -34,12 +34,16 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    if arguments.micro_batch_size == 0 || arguments.max_length == 0 {
+        let rule = "`--micro-batch-size` and `--max-length` are at least 1";
+        return Err(Error::new(Kind::Usage, "a forward pass holds no tokens").value("0").rule(rule));
+    }
     let (device, _) = run::device(&arguments.model.device)?;
     let job = EvaluationJob {
         model: arguments.model.request(&device)?,
         data: arguments.data.clone(),
         options: options(arguments)?,
-        micro_batch_size: arguments.micro_batch_size.max(1),
+        micro_batch_size: arguments.micro_batch_size,
         limit: arguments.limit,
     };
     let mut screen = Terminal::new(common.quiet);

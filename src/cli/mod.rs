@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod baseline;
 mod calibrate;
 mod devices;
 mod eval;
@@ -78,6 +79,11 @@ enum Command {
     Report(report::Arguments),
     /// Compare runs: which bought the most loss per joule
     Compare(report::CompareArguments),
+    /// What training a model cost or would cost: a published run by name, or parameters, tokens and a device
+    ///
+    /// Energy and greenhouse gas with their intervals, the facility's overhead counted once, and everything taken for granted with its
+    /// source. What is typed replaces what was published or assumed. A published run whose figures contradict each other is refused.
+    Baseline(baseline::Arguments),
     /// Show the device profiles and what can be measured on this machine
     ///
     /// Says which profile this machine counts as and how it was recognised, which energy counters this process may read and what to do
@@ -127,6 +133,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Merge(arguments) => merge::run(&arguments, common),
         Command::Report(arguments) => report::run(&arguments, common),
         Command::Compare(arguments) => report::compare(&arguments, common),
+        Command::Baseline(arguments) => baseline::run(&arguments, common),
         Command::Devices(arguments) => devices::run(&arguments, common),
         Command::Calibrate(arguments) => calibrate::run(&arguments, common),
         Command::Recipe(command) => recipe::run(&command, common),

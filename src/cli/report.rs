@@ -4,16 +4,36 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::{Common, out, out_json};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
+use crate::report::html::to_html;
 use crate::report::json::read_report;
+use crate::report::markdown::to_markdown;
 use crate::report::text::to_text;
-use crate::report::{Report, compare as compare_reports};
+use crate::report::{History, Report, compare as compare_reports};
 use crate::run::RunDirectory;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// The run's directory
     run: PathBuf,
+    /// What to print it as [default: text]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    format: Option<Format>,
+}
+
+/// The report's forms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// Lines for a terminal
+    Text,
+    /// The document that programs read; as `--json`
+    Json,
+    /// Markdown
+    Md,
+    /// One page with charts
+    Html,
+    /// CodeCarbon's columns, as the run wrote them
+    Csv,
 }
 
 #[derive(Debug, clap::Args)]
@@ -24,8 +44,30 @@ pub(super) struct CompareArguments {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
-    let report = read(&arguments.run)?;
-    if common.json { out_json(&report) } else { out(&to_text(&arguments.run.display().to_string(), &report)?) }
+    let directory = RunDirectory::open(&arguments.run)?;
+    let report = read_report(&directory.report())?;
+    let name = arguments.run.display().to_string();
+    match form(arguments.format, common.json)? {
+        Format::Json => out_json(&report),
+        Format::Text => out(&to_text(&name, &report)?),
+        Format::Md => out(&to_markdown(&name, &report)?),
+        Format::Html => out(&to_html(&name, &report, &History::read(&directory.steps(), &directory.ledger())?)?),
+        Format::Csv => {
+            let path = directory.emissions();
+            out(&std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?)
+        }
+    }
+}
+
+/// The form asked for; `--json` is one of them.
+fn form(format: Option<Format>, json: bool) -> Result<Format> {
+    match (format, json) {
+        (Some(other), true) if other != Format::Json => {
+            Err(Error::new(Kind::Usage, "`--json` and another `--format` contradict each other").hint("give one of them"))
+        }
+        (None, true) => Ok(Format::Json),
+        (format, _) => Ok(format.unwrap_or(Format::Text)),
+    }
 }
 
 pub(super) fn compare(arguments: &CompareArguments, common: Common) -> Result<ExitCode> {

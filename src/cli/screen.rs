@@ -97,7 +97,7 @@ fn progress(record: &StepRecord, view: &StepView) -> String {
         Some((limit, part)) => format!(" · {:.0} % of the {limit} budget", 100.0 * part),
         None => String::new(),
     };
-    let per_step = Seconds(view.train_wall.0 / record.step.max(1) as f64);
+    let per_step = Seconds(view.train_wall.0 / view.done.max(1) as f64);
     let left = Seconds((per_step.0 * view.expected_steps.saturating_sub(record.step) as f64).ceil());
     let spent: Joules = view.spent;
     format!("loss {:.4} · lr {:.2e} · {rate:.0} tok/s · {spent}{budget} · {} left", record.loss, record.lr, left.spoken())

@@ -18,17 +18,17 @@ static ASKED_TO_STOP: AtomicBool = AtomicBool::new(false);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// The recipe file (not needed with --resume: a run has its own)
+    /// The recipe file (not needed with --resume: a run has its own, and one given must be the same)
     #[arg(required_unless_present = "resume")]
     recipe: Option<PathBuf>,
     /// Override one key of the recipe, such as `--set train.learning_rate=1e-4`
-    #[arg(long = "set", value_name = "KEY=VALUE")]
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "recipe")]
     overrides: Vec<String>,
     /// Where the run goes; a directory that holds anything is refused [default: runs/NAME-TIMESTAMP]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Continue this run from its newest whole checkpoint
-    #[arg(long, value_name = "RUN_DIR", conflicts_with_all = ["out", "overrides"])]
+    #[arg(long, value_name = "RUN_DIR", conflicts_with = "out")]
     resume: Option<PathBuf>,
     /// Where to compute: cpu, cuda, cuda:N, metal or auto
     #[arg(long, default_value = "auto")]
@@ -37,11 +37,11 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let recipe = match (&arguments.recipe, &arguments.resume) {
-        (Some(path), None) => Some(recipe::load(path, &arguments.overrides)?),
-        _ => None,
+        (Some(path), _) => Some(recipe::load(path, &arguments.overrides)?),
+        (None, _) => None,
     };
     let (device, computing) = run::device(&arguments.device)?;
-    stop_on_ctrl_c()?;
+    stop_on_ctrl_c(common.quiet)?;
     let out_dir = match (&arguments.out, &recipe) {
         (Some(out), _) => out.clone(),
         (None, Some(recipe)) => {
@@ -70,7 +70,12 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     }
     match finished.stop {
         Stop::Interrupted => {
-            eprintln!("interrupted: a checkpoint is saved\n\nhint: continue with `wattune train --resume {}`", path.display());
+            if !common.quiet {
+                eprintln!(
+                    "interrupted: a checkpoint is saved\n\nhint: continue with `wattune train --resume {}`",
+                    path.display()
+                );
+            }
             Ok(ExitCode::from(INTERRUPTED))
         }
         Stop::Diverged(what) => Err(Error::new(Kind::Diverged, what)
@@ -81,10 +86,13 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
 }
 
 /// The first Ctrl-C asks the loop to stop; the second leaves at once, the last checkpoint whole.
-fn stop_on_ctrl_c() -> Result<()> {
-    let handler = || {
+fn stop_on_ctrl_c(quiet: bool) -> Result<()> {
+    let handler = move || {
         if ASKED_TO_STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
+        }
+        if quiet {
+            return;
         }
         eprintln!("\nstopping after this step and saving; press Ctrl-C again to leave at once");
     };

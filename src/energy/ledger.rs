@@ -32,6 +32,22 @@ enum Line {
     Settled { settled: bool, t: f64 },
 }
 
+/// Every entry of the ledger at `path`, in the order of spending; leases, and a last line cut short, are passed over.
+///
+/// # Errors
+/// [`Kind::Io`]; [`Kind::Run`] naming file and line of a whole line that is none.
+pub fn read_entries(path: &Path) -> Result<Vec<Entry>> {
+    let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    let mut entries = Vec::new();
+    for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+        if let Line::Entry(entry) = serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))? {
+            entries.push(entry);
+        }
+    }
+    Ok(entries)
+}
+
 /// The file and its sums.
 #[derive(Debug)]
 pub struct Ledger {

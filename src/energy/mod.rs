@@ -4,6 +4,7 @@
 //! device, `Meters` measure a window, `Budget` says whether the next step may run, `Ledger` remembers, `Account` puts the four
 //! together for whoever spends. Knows nothing of tensors, models or training: a phase is a name here and a step is a number.
 
+pub mod accelerator;
 pub mod account;
 pub mod baseline;
 pub mod budget;
@@ -11,22 +12,29 @@ pub mod carbon;
 pub mod charge;
 mod detect;
 mod entry;
+pub mod interval;
 pub mod ledger;
 pub mod meter;
 pub mod profile;
+pub mod published;
 pub mod sensor;
 mod table;
+pub mod training_cost;
 
+pub use accelerator::Accelerator;
 pub use account::{Account, Verdict};
 pub use baseline::Baseline;
 pub use budget::{Budget, Limit, Limits, Rates, Spent};
 pub use carbon::{Grid, carbon};
 pub use charge::Charge;
 pub use detect::allowed_cores;
+pub use interval::Interval;
 pub use ledger::{Energies, Ledger, Phase};
 pub use meter::{MeterKind, Meters, Reading};
 pub use profile::Profile;
+pub use published::PublishedRun;
 pub use table::{Measured, MeasuredPower};
+pub use training_cost::{Estimate, Job, Method};
 
 /// The names most like `text`, best first, at most five: for the hint of an error about an unknown name.
 fn near_matches<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {

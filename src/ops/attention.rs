@@ -11,6 +11,7 @@ use candle_core::{D, Device, Tensor};
 use rayon::prelude::*;
 
 use super::host::{Host, Shared, expect, tensor};
+use super::simd::{self, vectorized};
 use super::{Context, Segments, batched, issue};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -318,14 +319,14 @@ impl Attention {
         row[..start].fill(0.0);
         row[end..].fill(0.0);
         let row = &mut row[start..end];
-        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        row.iter_mut().for_each(|x| {
-            *x = (*x - max).exp();
-            sum += *x;
-        });
-        row.iter_mut().for_each(|x| *x /= sum);
-        max + sum.ln()
+        vectorized(|| {
+            let max = simd::max(row);
+            row.iter_mut().for_each(|x| *x = simd::exp(*x - max));
+            let sum = simd::sum(row.len(), |i| row[i]);
+            let share = 1.0 / sum as f32;
+            row.iter_mut().for_each(|x| *x *= share);
+            max + sum.ln() as f32
+        })
     }
 
     fn backward_cpu(&self, dout: &Tensor, saved: &AttentionSaved, segments: &Segments) -> Result<(Tensor, Tensor, Tensor)> {
@@ -374,14 +375,23 @@ impl Attention {
         product(ds, (rows, cols, d), dout_at, v_at.transposed(), 1.0);
         for r in 0..rows {
             let at = query + r * width;
-            let inner: f32 = x.dout[at..at + d].iter().zip(&x.out[at..at + d]).map(|(a, b)| a * b).sum();
+            let (dout, out) = (&x.dout[at..at + d], &x.out[at..at + d]);
             let lse = x.lse[(first + r) * self.heads + head];
             let seen = self.visible(block.queries.start + r);
             let seen = seen.start.max(block.keys.start) - block.keys.start..seen.end - block.keys.start;
-            for (c, (p, ds)) in p[r * cols..][..cols].iter_mut().zip(&mut ds[r * cols..][..cols]).enumerate() {
-                *p = if seen.contains(&c) { (*p - lse).exp() } else { 0.0 };
-                *ds = *p * (*ds - inner) * self.scale() as f32;
+            let (p, ds) = (&mut p[r * cols..][..cols], &mut ds[r * cols..][..cols]);
+            for row in [&mut *p, &mut *ds] {
+                row[..seen.start].fill(0.0);
+                row[seen.end..].fill(0.0);
             }
+            let (p, ds, scale) = (&mut p[seen.clone()], &mut ds[seen], self.scale() as f32);
+            vectorized(|| {
+                let inner = simd::dot(dout, out);
+                for (p, ds) in p.iter_mut().zip(ds) {
+                    *p = simd::exp(*p - lse);
+                    *ds = *p * (*ds - inner) * scale;
+                }
+            });
         }
         let (p_at, ds_at) = (Rows::of(p, 0, cols), Rows::of(ds, 0, cols));
         // SAFETY: rows of query head `head` and of key head `kv_head` in this segment belong to this task alone.

@@ -16,6 +16,7 @@ mod residual;
 mod rms_norm;
 mod rope;
 mod segments;
+mod simd;
 mod swiglu;
 
 pub use adamw::{AdamW, adamw_cost};

@@ -4,6 +4,7 @@ use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
 use super::host::{Host, ROWS_PER_TASK, expect, tensor};
+use super::simd::{self, vectorized};
 use super::{Context, Gradients, Weight};
 use crate::error::Result;
 use crate::work::Work;
@@ -93,15 +94,17 @@ impl RmsNorm {
         let rows = dx.par_chunks_mut(c).zip(dy.par_chunks(c)).zip(x.par_chunks(c));
         rows.with_min_len(ROWS_PER_TASK).for_each(|((dx, dy), x)| {
             let s = self.inverse_rms_of(x);
-            let gx: f32 = dy.iter().zip(weight).zip(x).map(|((dy, w), x)| dy * w * x).sum();
-            let along = gx / c as f32 * s * s * s;
-            dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
+            vectorized(|| {
+                let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
+                let along = gx / c as f32 * s * s * s;
+                dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
+            });
         });
         tensor(dx, (n, c))
     }
 
     fn inverse_rms_of(&self, x: &[f32]) -> f32 {
-        let mean = x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
+        let mean = vectorized(|| simd::dot(x, x)) / x.len() as f32;
         1.0 / (mean + self.eps as f32).sqrt()
     }
 }

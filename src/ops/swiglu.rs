@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::Context;
 use super::host::{Host, expect, tensor};
+use super::simd::{self, vectorized};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -33,7 +34,7 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<Tensor
     let (gate, up) = (gate.slice(), up.slice());
     let mut y = vec![0.0; gate.len()];
     y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((y, gate), up)| {
-        y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = g * sigmoid(*g) * u);
+        vectorized(|| y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = g * sigmoid(*g) * u));
     });
     tensor(y, shape)
 }
@@ -56,15 +57,20 @@ pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, gate: &Tensor, up: &Te
     let outputs = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
     let inputs = dy.par_chunks(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
     outputs.zip(inputs).for_each(|((dgate, dup), ((dy, gate), up))| {
-        for i in 0..dy.len() {
-            let (g, s) = (gate[i], sigmoid(gate[i]));
-            dup[i] = dy[i] * g * s;
-            dgate[i] = dy[i] * up[i] * s * (1.0 + g * (1.0 - s));
-        }
+        let n = dy.len();
+        let (dgate, dup, gate, up) = (&mut dgate[..n], &mut dup[..n], &gate[..n], &up[..n]);
+        vectorized(|| {
+            for i in 0..n {
+                let (g, s) = (gate[i], sigmoid(gate[i]));
+                dup[i] = dy[i] * g * s;
+                dgate[i] = dy[i] * up[i] * s * (1.0 + g * (1.0 - s));
+            }
+        });
     });
     Ok((tensor(dgate, shape)?, tensor(dup, shape)?))
 }
 
+#[inline(always)]
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + simd::exp(-x))
 }

@@ -13,6 +13,8 @@ use crate::error::{Error, Result};
 pub const REPORT_JSON: &str = "report.json";
 /// The page.
 pub const REPORT_MD: &str = "report.md";
+/// The page with charts.
+pub const REPORT_HTML: &str = "report.html";
 /// One line a step.
 pub const STEPS_JSONL: &str = "steps.jsonl";
 /// CodeCarbon's columns.

@@ -1,16 +1,19 @@
 //! The run's report: what it cost, against what, what bound it, and how sure the numbers are.
 //!
-//! Owns the types of `report.json` and `steps.jsonl`, and every page made of them: Markdown, terminal text, the adapter's model
-//! card, CodeCarbon's CSV, the comparison of runs. Takes plain numbers, returns texts and files. Refuses to know how a number
-//! was obtained: it measures nothing, counts nothing, prints nothing and never invents what it was not given.
+//! Owns the types of `report.json` and `steps.jsonl`, and every page made of them: Markdown, HTML with charts, terminal text, the
+//! adapter's model card, CodeCarbon's CSV, the comparison of runs. Takes plain numbers, returns texts and files. Refuses to know how
+//! a number was obtained: it measures nothing, counts nothing, prints nothing and never invents what it was not given.
 
 mod budget;
+mod chart;
 pub mod compare;
 pub mod emissions;
 pub mod files;
+pub mod html;
 pub mod json;
 mod limits;
 pub mod markdown;
+mod markup;
 pub mod model_card;
 mod page;
 mod seal;
@@ -25,6 +28,7 @@ mod yaml;
 
 pub use compare::{Comparison, compare};
 pub use emissions::{Emissions, EnergyParts};
+pub use html::History;
 pub use model_card::CardFacts;
 pub use steps::{StepEnergy, StepLog, StepRecord};
 pub use stop::StopReason;

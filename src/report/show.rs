@@ -22,7 +22,8 @@ pub fn energy(value: Joules) -> String {
     or_none(value.0, "0 J", || format!("{value} ({})", watt_hours(value)))
 }
 
-fn watt_hours(value: Joules) -> String {
+/// Watt-hours alone: "17.98 mWh".
+pub fn watt_hours(value: Joules) -> String {
     /// From how many Wh a unit is used, how many Wh it is, and its name.
     const UNITS: [(f64, f64, &str); 6] =
         [(1e9, 1e9, "GWh"), (1e6, 1e6, "MWh"), (1e3, 1e3, "kWh"), (0.1, 1.0, "Wh"), (1e-3, 1e-3, "mWh"), (0.0, 1e-6, "µWh")];

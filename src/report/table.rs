@@ -30,6 +30,16 @@ impl Table {
         self.rows.push(row);
     }
 
+    /// The column names.
+    pub fn head(&self) -> &[String] {
+        &self.head
+    }
+
+    /// The rows, each as long as the head.
+    pub fn rows(&self) -> &[Vec<String>] {
+        &self.rows
+    }
+
     /// A GitHub table.
     pub fn markdown(&self) -> String {
         let line =

@@ -22,15 +22,15 @@ impl RunDirectory {
         Ok(Self(path.to_path_buf()))
     }
 
-    /// An existing run's directory: one that holds a recipe.
+    /// An existing run's directory: one that holds a recipe and its forecast (a recipe alone may be anybody's).
     pub fn open(path: &Path) -> Result<Self> {
         let run = Self(path.to_path_buf());
-        if run.recipe().is_file() {
+        if run.recipe().is_file() && run.plan().is_file() {
             return Ok(run);
         }
         Err(Error::new(Kind::Run, "this is not a run directory")
             .at(path.display().to_string())
-            .rule("a run directory holds recipe.toml")
+            .rule("a run directory holds recipe.toml and plan.json")
             .hint("give the directory that `wattune train` printed, such as `runs/NAME-TIMESTAMP`"))
     }
 
@@ -77,6 +77,11 @@ impl RunDirectory {
     /// `report.md`.
     pub fn page(&self) -> PathBuf {
         self.0.join(crate::report::files::REPORT_MD)
+    }
+
+    /// `report.html`.
+    pub fn html_page(&self) -> PathBuf {
+        self.0.join(crate::report::files::REPORT_HTML)
     }
 
     /// `emissions.csv`.

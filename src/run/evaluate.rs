@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::Screen;
 use super::inference::{ModelRequest, load};
 use crate::data::{self, evaluation_batches};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::ops::Context;
 use crate::train::batch_on;
 use crate::work::Tally;
@@ -48,6 +48,13 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     let loaded = load(&job.model, screen.downloads())?;
     let set = data::load(&job.data, &job.options, &loaded.tokenizer, None)?;
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
+    check(&set.examples[..count], loaded.architecture.max_position_embeddings)?;
+    if set.counts.truncated + set.counts.dropped > 0 {
+        let data::Counts { records, truncated, dropped, .. } = set.counts;
+        screen.note(&format!(
+            "warning: of {records} records, {truncated} were cut at --max-length and {dropped} had no loss token left"
+        ));
+    }
     let batches = evaluation_batches(&set.examples[..count], job.micro_batch_size);
     let tally = Tally::default();
     let context = Context::new(&tally, job.model.precision);
@@ -61,4 +68,20 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     }
     let loss = sum / loss_tokens as f64;
     Ok(Evaluation { loss, perplexity: loss.exp(), tokens, loss_tokens, examples: count as u64, flops: tally.take().flops() })
+}
+
+/// Refuses what has no loss, and records longer than the model's `positions`.
+fn check(examples: &[data::Example], positions: usize) -> Result<()> {
+    if examples.iter().all(|example| !example.loss.contains(&true)) {
+        return Err(Error::new(Kind::Data, "there is nothing to evaluate: no record with a loss token")
+            .hint("check `--data`, `--format`, `--max-length` and `--limit`"));
+    }
+    let longest = examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
+    match longest > positions {
+        true => Err(Error::new(Kind::Data, "a record is longer than the model's positions")
+            .value(format!("{longest} tokens"))
+            .rule(format!("at most max_position_embeddings = {positions}"))
+            .hint(format!("add `--max-length {positions}`"))),
+        false => Ok(()),
+    }
 }

@@ -59,7 +59,7 @@ pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn
     let tally = Tally::default();
     let mut session = Session::new(&loaded.decoder, Context::new(&tally, job.model.precision));
     let mut logits = session.read(&prompt)?;
-    let (mut tokens, mut text) = (Vec::new(), String::new());
+    let (mut tokens, mut text, mut shown) = (Vec::new(), String::new(), 0);
     for index in 0..job.max_new_tokens.min(room - prompt.len()) {
         let token = job.sampling.choose(&logits, index as u64);
         tokens.push(token);
@@ -68,18 +68,34 @@ pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn
         }
         let all = continuation(tokenizer, &prompt, &tokens)?;
         let cut = job.stop.iter().filter_map(|stop| all.find(stop.as_str())).min();
-        let fresh = &all[..cut.unwrap_or(all.len())];
-        // A token may hold half a character: it is shown once it is whole.
-        if let Some(piece) = fresh.strip_prefix(text.as_str()).filter(|piece| !piece.ends_with('\u{fffd}')) {
-            show(piece);
-            text = fresh.to_string();
-        }
+        // A token may hold half a character, or the beginning of a stop text: both are shown once they are known to stay.
+        let sure = cut.unwrap_or_else(|| all.trim_end_matches('\u{fffd}').len().min(all.len() - held_back(&all, job.stop)));
+        shown = advance(&all[..sure], shown, show);
+        text = all[..cut.unwrap_or(all.len())].to_string();
         if cut.is_some() {
             break;
         }
         logits = session.read(&[token])?;
     }
+    advance(&text, shown, show);
     Ok(Generated { prompt_tokens: prompt, tokens, text, flops: tally.take().flops() })
+}
+
+/// Shows what `text` has beyond its first `shown` bytes; returns how many are shown then.
+fn advance(text: &str, shown: usize, show: &mut dyn FnMut(&str)) -> usize {
+    match text.get(shown..) {
+        Some(piece) if !piece.is_empty() => {
+            show(piece);
+            text.len()
+        }
+        _ => shown,
+    }
+}
+
+/// Bytes at the end of `text` that begin one of `stops`: the next token may complete it.
+fn held_back(text: &str, stops: &[String]) -> usize {
+    let begins = |stop: &String| stop.char_indices().map(|(end, _)| end).filter(|end| text.ends_with(&stop[..*end])).max();
+    stops.iter().filter_map(begins).max().unwrap_or(0)
 }
 
 /// The text of `tokens` after `prompt`: decoded together, because a tokenizer may strip the first token's space.
@@ -89,5 +105,30 @@ fn continuation(tokenizer: &crate::data::Tokenizer, prompt: &[u32], tokens: &[u3
     match whole.strip_prefix(head.as_str()) {
         Some(rest) => Ok(rest.to_string()),
         None => tokenizer.decode(tokens),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_begin_a_stop_text_is_held_back() {
+        let stops = ["END".to_string(), "\n\n".to_string()];
+        let cases = [("a story", 0), ("the E", 1), ("the EN", 2), ("line\n", 1), ("the ENd", 0)];
+        for (text, expected) in cases {
+            assert_eq!(held_back(text, &stops), expected, "{text:?}");
+        }
+        assert_eq!(held_back("anything", &[]), 0);
+    }
+
+    #[test]
+    fn text_is_shown_once_and_whole() {
+        let mut pieces = Vec::new();
+        let mut shown = 0;
+        for sure in ["on", "once", "once", "once é"] {
+            shown = advance(sure, shown, &mut |piece: &str| pieces.push(piece.to_string()));
+        }
+        assert_eq!((pieces.join("|").as_str(), shown), ("on|ce| é", 7));
     }
 }

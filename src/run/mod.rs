@@ -4,6 +4,7 @@
 //! `trainee` puts the model together; `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`,
 //! `merge`, `probe` and `calibrate` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
 
+mod baseline_of;
 mod baselines;
 mod calibrate;
 mod directory;
@@ -22,6 +23,7 @@ mod sample;
 mod trainee;
 mod training;
 
+pub use baseline_of::{BaselineOf, BaselineRequest, Printed, baseline_of};
 pub use calibrate::{Calibration, Calibrator, Effort};
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
@@ -39,8 +41,8 @@ pub use training::{Finished, TrainRequest, train};
 pub use candle_core::Device;
 
 pub use crate::data::{Format, OnBadRecord, Options as DataOptions, Sample as RenderedSample, TxtUnit};
-pub use crate::energy::Profile;
 pub use crate::energy::sensor::{self, State as SensorState};
+pub use crate::energy::{Interval, Method, Profile};
 pub use crate::hub::{Progress, Silent};
 pub use crate::model::Sampling;
 pub use crate::train::{StepRecord, Stop};
@@ -72,6 +74,8 @@ pub struct StepView {
     pub spent: crate::units::Joules,
     /// The limit nearest to its end, its name and the part spent.
     pub budget: Option<(&'static str, f64)>,
+    /// Steps so far in this process.
+    pub done: u64,
     /// Tokens of all steps so far in this process.
     pub tokens: u64,
     /// Wall time of all steps so far in this process.

@@ -77,6 +77,15 @@ pub(super) fn meter(meter: recipe::Meter) -> Option<MeterKind> {
     }
 }
 
+/// The recipe's word for the meter that decides.
+pub(super) fn decided(meter: MeterKind) -> recipe::Meter {
+    match meter {
+        MeterKind::Counted => recipe::Meter::Counted,
+        MeterKind::Measured => recipe::Meter::Measured,
+        MeterKind::Timed => recipe::Meter::Timed,
+    }
+}
+
 /// The loop's settings; `digest` names the resolved recipe.
 pub(super) fn settings(recipe: &Recipe, steps_per_epoch: u64, recompute: Recompute, digest: String) -> Settings {
     let train = &recipe.train;

@@ -89,7 +89,7 @@ impl Plan {
         Error::new(Kind::Budget, "the budget cannot hold one step, the evaluations and the save")
             .at(format!("budget.{}", limit.as_str()))
             .rule(format!("one step with its evaluations and its save takes {least} on the counted meter"))
-            .hint("raise the budget, or lower it less: a smaller `validation` set, `micro_batch_size` or `max_length` makes a run cheaper")
+            .hint("raise the budget, or make the run cheaper: fewer validation records, a smaller `micro_batch_size` or `max_length`")
     }
 
     /// The forecast as a file's text.

@@ -8,11 +8,11 @@ use sha2::{Digest, Sha256};
 
 use super::machine;
 use super::model::{cache_root, find_model, tokenizer_of};
-use super::options::{data_options, limits, lora_settings, sampler_options, settings};
+use super::options::{data_options, decided, limits, lora_settings, meter, sampler_options, settings};
 use crate::adapter::{self, Loaded, LoraSettings, Site};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::meter::Computing;
-use crate::energy::{Budget, Grid, Profile, Rates};
+use crate::energy::{Budget, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Kind, Result};
 use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
 use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory};
@@ -130,6 +130,10 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         Recompute::Blocks => Checkpointing::Always,
         Recompute::Nothing => Checkpointing::Never,
     };
+    if recipe.energy.device == "auto" {
+        recipe.energy.device.clone_from(&profile.name);
+    }
+    recipe.energy.meter = decided(Meters::open(profile.clone(), computing).resolve(meter(recipe.energy.meter))?);
     let digest = Sha256::digest(recipe.to_toml()).iter().map(|byte| format!("{byte:02x}")).collect();
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     warnings.extend(profile.note.clone());

@@ -17,7 +17,7 @@ use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::types::{self, Amounts};
-use crate::report::{CardFacts, Emissions, EnergyParts, Report, StopReason, json, markdown, model_card};
+use crate::report::{CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown, model_card};
 use crate::train::{Checkpoints, Outcome, Stop};
 use crate::units::{Bytes, Flops, Joules, Seconds};
 
@@ -32,19 +32,24 @@ pub(super) struct Inputs<'a> {
     pub(super) wall: Seconds,
 }
 
-/// Writes the adapter (or model), report.json, report.md, the model card and emissions.csv.
+/// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. A diverged run's values are not
+/// exported: its last checkpoint is the result.
 pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters) -> Result<Report> {
     let prepared = inputs.prepared;
     let report = report(inputs)?.sealed()?;
-    write_result(inputs, directory, parameters, &report)?;
+    if !matches!(inputs.outcome.stop, Stop::Diverged(_)) {
+        write_result(inputs, directory, parameters, &report)?;
+    }
     json::write_report(&directory.report(), &report)?;
     let write = crate::report::files::write_whole;
     write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, &report)?)?;
+    let history = History::read(&directory.steps(), &directory.ledger())?;
+    write(&directory.html_page(), &html::to_html(&prepared.recipe.name, &report, &history)?)?;
     write(&directory.emissions(), &emissions(inputs).to_csv(&report)?)?;
     Ok(report)
 }
 
-/// The adapter or model directory, complete or absent. A diverged run's values are not exported: its last checkpoint is the result.
+/// The adapter or model directory, complete or absent.
 fn write_result(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters, report: &Report) -> Result<()> {
     let prepared = inputs.prepared;
     let place = directory.result(prepared.whole_model());
@@ -78,7 +83,10 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let baselines = baselines(prepared, standing.step, evaluated, energy)?;
     let mut warnings = prepared.warnings.clone();
     if let Stop::Diverged(what) = &outcome.stop {
-        warnings.push(format!("{what}; the adapter holds the values before that step"));
+        warnings.push(match inputs.checkpoints.steps()?.last() {
+            Some(step) => format!("{what}; no result is written, the last checkpoint is `{}`", checkpoint_name(inputs, *step)),
+            None => format!("{what}; no result is written, and no checkpoint was saved before"),
+        });
     }
     Ok(Report {
         model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
@@ -162,16 +170,18 @@ fn training_block(inputs: &Inputs<'_>) -> types::Training {
         tokens_per_second: rate.is_finite().then_some(rate),
         wall_s: inputs.account.spent().time.max(inputs.wall),
         peak_rss_bytes: machine::peak_rss(),
-        best: standing.best.map(|best| types::Best {
+        best: standing.best.filter(|best| inputs.checkpoints.path(best.step).is_dir()).map(|best| types::Best {
             step: best.step,
             val_loss: best.val_loss,
-            path: inputs
-                .checkpoints
-                .path(best.step)
-                .file_name()
-                .map_or(String::new(), |name| format!("checkpoints/{}", name.display())),
+            path: checkpoint_name(inputs, best.step),
         }),
     }
+}
+
+/// A checkpoint's path in the run directory.
+fn checkpoint_name(inputs: &Inputs<'_>, step: u64) -> String {
+    let path = inputs.checkpoints.path(step);
+    path.file_name().map_or(String::new(), |name| format!("checkpoints/{}", name.display()))
 }
 
 pub(super) fn stop_reason(stop: &Stop) -> StopReason {

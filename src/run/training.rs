@@ -16,15 +16,16 @@ use super::{Screen, StepView, plan};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, Ledger, Meters, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
-use crate::recipe::{self, Init, Recipe};
-use crate::report::{Report, StepEnergy, StepLog, StepRecord as StepLine, steps::truncate_after};
-use crate::train::{self, Checkpoints, Job, Observer, Outcome, Standing, StepRecord, Stop};
+use crate::recipe::{self, Checkpointing, Init, Meter, Recipe};
+use crate::report::steps::{read_steps, truncate_after};
+use crate::report::{Report, StepEnergy, StepLog, StepRecord as StepLine, StopReason, json::read_report};
+use crate::train::{self, Checkpoints, Costs, Due, Job, Observer, Outcome, Standing, StepRecord, Stop};
 use crate::units::{Joules, Seconds};
 use crate::work::Work;
 
 /// What `train` is asked to do.
 pub struct TrainRequest<'a> {
-    /// The recipe; a resumed run has its own.
+    /// The recipe. A resumed run has its own, which one given here must equal.
     pub recipe: Option<Recipe>,
     /// Where a new run goes.
     pub out: PathBuf,
@@ -78,24 +79,115 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
             directory
         }
     };
-    run_in(&request, &prepared, directory, forecast.steps, screen).map_err(Error::while_running)
+    let start = Start::find(&request, &prepared, directory)?;
+    run_in(&request, &prepared, start, forecast.steps, screen).map_err(Error::while_running)
 }
 
-/// The recipe asked for; a resumed run's own, which a given one must equal.
+/// The recipe asked for; a resumed run's own, which a given one must equal but for every `auto` that the run resolved.
 fn the_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
     let Some(run) = request.resume else {
         return request.recipe.clone().ok_or_else(|| Error::new(Kind::Usage, "no recipe was given").hint("wattune train RECIPE"));
     };
-    recipe::load(&RunDirectory::open(run)?.recipe(), &[])
+    let directory = RunDirectory::open(run)?;
+    refuse_finished(&directory)?;
+    let own = recipe::load(&directory.recipe(), &[])?;
+    let Some(mut given) = request.recipe.clone() else { return Ok(own) };
+    if given.energy.device == "auto" {
+        given.energy.device.clone_from(&own.energy.device);
+    }
+    if given.energy.meter == Meter::Auto {
+        given.energy.meter = own.energy.meter;
+    }
+    if given.train.activation_checkpointing == Checkpointing::Auto {
+        given.train.activation_checkpointing = own.train.activation_checkpointing;
+    }
+    if given.to_toml() == own.to_toml() {
+        return Ok(own);
+    }
+    Err(Error::new(Kind::Run, "the recipe is not the one that this run began with")
+        .at(directory.recipe().display().to_string())
+        .rule("a run goes on under its own recipe")
+        .hint(format!("leave the recipe out: `wattune train --resume {}`", run.display())))
+}
+
+/// A run that ended as it was meant to has nothing to go on with. One whose report cannot be read is taken as cut off.
+fn refuse_finished(directory: &RunDirectory) -> Result<()> {
+    let run = directory.path().display();
+    let Ok(report) = read_report(&directory.report()) else { return Ok(()) };
+    let reason = report.training.stop_reason;
+    if matches!(reason, StopReason::Interrupted | StopReason::Diverged) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Run, "this run is finished: there is nothing to resume")
+        .at(run.to_string())
+        .value(format!("stop_reason {}, {} steps", reason.as_str(), report.training.steps))
+        .hint(format!(
+            "`wattune report {run}` shows it; to train on, start a new run with `init_from = \"{run}/adapter\"` in [adapter]"
+        )))
+}
+
+/// Where a run starts: its directory, what was spent already, and the checkpoint to go on from.
+struct Start {
+    directory: RunDirectory,
+    account: Account,
+    checkpoints: Checkpoints,
+    found: Option<Standing>,
+    prompt: Option<SamplePrompt>,
+    load: Work,
+}
+
+impl Start {
+    fn find(request: &TrainRequest<'_>, prepared: &Prepared, directory: RunDirectory) -> Result<Self> {
+        let account = open_account(request, prepared, &directory)?;
+        let checkpoints = Checkpoints::new(directory.checkpoints(), prepared.recipe.train.save_total_limit);
+        let found = match request.resume {
+            Some(_) => checkpoints.newest(prepared.digest())?,
+            None => None,
+        };
+        let load = trainee::load_work(&prepared.architecture, prepared.recipe.model.dtype);
+        let start = Self { directory, account, checkpoints, found, prompt: sample_prompt(prepared)?, load };
+        if request.resume.is_some() {
+            start.check_room(prepared)?;
+        }
+        Ok(start)
+    }
+
+    /// What the loop's caller does after the loop, within the same budget.
+    fn ending(&self, prepared: &Prepared) -> Vec<(Phase, Work)> {
+        self.prompt.iter().map(|prompt| (Phase::Eval, prompt.work(&prepared.shape))).collect()
+    }
+
+    /// Refuses to go on where the budget cannot hold loading again and everything that ends a run.
+    fn check_room(&self, prepared: &Prepared) -> Result<()> {
+        let (trained, ending) = (prepared.trained(), self.ending(prepared));
+        let costs =
+            Costs::new(&prepared.shape, &prepared.sampler, &prepared.validation_batches, trained, &prepared.settings, ending);
+        let mut rest = costs.after(Due { evaluation: false, save: false });
+        if self.found.as_ref().is_none_or(|standing| standing.step == 0) {
+            rest.extend(self.ending(prepared));
+            rest.extend(costs.evaluation().map(|work| (Phase::Eval, work.clone())));
+        }
+        let Verdict::Stop(limit) = self.account.fits(Phase::Load, &self.load, &rest) else { return Ok(()) };
+        let error = Error::new(Kind::Budget, format!("the {} budget of this run has no room left to go on", limit.as_str()))
+            .at(self.directory.path().display().to_string())
+            .rule("loading, the last evaluation and the save must fit; what a run that was cut off had spent is spent");
+        Err(match &self.found {
+            Some(standing) => {
+                error.hint(format!("its last checkpoint is whole: `{}`", self.checkpoints.path(standing.step).display()))
+            }
+            None => error.hint("start a new run with a larger budget and another `--out`"),
+        })
+    }
 }
 
 /// Meters and ledger opened; what an earlier process spent is spent.
 fn open_account(request: &TrainRequest<'_>, prepared: &Prepared, directory: &RunDirectory) -> Result<Account> {
     let meters = Meters::open(prepared.profile.clone(), request.computing);
     let kind = meters.resolve(meter(prepared.recipe.energy.meter))?;
-    let ledger = match request.resume {
-        Some(_) => Ledger::resume(&directory.ledger())?,
-        None => Ledger::create(&directory.ledger())?,
+    // A run cut off before its first entry has no ledger yet.
+    let ledger = match directory.ledger() {
+        path if request.resume.is_some() && path.exists() => Ledger::resume(&path)?,
+        path => Ledger::create(&path)?,
     };
     Ok(Account::new(prepared.budget.clone(), meters, ledger, kind))
 }
@@ -103,33 +195,28 @@ fn open_account(request: &TrainRequest<'_>, prepared: &Prepared, directory: &Run
 fn run_in(
     request: &TrainRequest<'_>,
     prepared: &Prepared,
-    directory: RunDirectory,
+    start: Start,
     expected_steps: u64,
     screen: &mut dyn Screen,
 ) -> Result<Finished> {
-    let mut account = open_account(request, prepared, &directory)?;
     let started = std::time::Instant::now();
-    let load = trainee::load_work(&prepared.architecture, prepared.recipe.model.dtype);
-    if let (Verdict::Stop(limit), Some(_)) = (account.admit(Phase::Load, &load, &[])?, request.resume) {
-        return Err(Error::new(Kind::Budget, format!("nothing is left of the {} budget of this run", limit.as_str()))
-            .hint("its report and last checkpoint are in the run directory"));
-    }
+    let ending = start.ending(prepared);
+    let Start { directory, mut account, checkpoints, found, prompt, load } = start;
+    account.admit(Phase::Load, &load, &[])?;
     account.begin();
     let Trainee { decoder, parameters } = trainee::assemble(prepared, &request.device)?;
-    let checkpoints = Checkpoints::new(directory.checkpoints(), prepared.recipe.train.save_total_limit);
-    let standing = match request.resume {
-        Some(_) => checkpoints.restore(&parameters, prepared.digest())?.unwrap_or_default(),
-        None => Standing::default(),
-    };
-    let standing = Standing { recipe: prepared.digest().to_string(), ..standing };
+    if let Some(standing) = &found {
+        checkpoints.restore(standing.step, &parameters)?;
+    }
+    let mut standing = Standing { recipe: prepared.digest().to_string(), ..found.unwrap_or_default() };
     account.charge(Phase::Load, standing.step, &load)?;
     if request.resume.is_some() {
         truncate_after(&directory.steps(), standing.step)?;
         screen.note(&format!("resuming after step {}", standing.step));
     }
-    let prompt = sample_prompt(prepared)?;
-    let before = sample(prepared, &decoder, prompt.as_ref(), &mut account, standing.step)?;
-    let ending: Vec<(Phase, Work)> = prompt.iter().map(|prompt| (Phase::Eval, prompt.work(&prepared.shape))).collect();
+    if standing.step == 0 && standing.sample_before.is_none() {
+        standing.sample_before = sample(prepared, &decoder, prompt.as_ref(), &mut account, 0)?;
+    }
     let outcome = {
         let export = |dir: &Path| trainee::export(prepared, &parameters, dir, None);
         let mut observer = Watch::new(&directory, screen, prepared.settings.steps, expected_steps)?;
@@ -160,7 +247,7 @@ fn run_in(
         outcome: &outcome,
         account: &account,
         checkpoints: &checkpoints,
-        sample: prompt.map(|prompt| prompt.text).zip(before).zip(after),
+        sample: prompt.map(|prompt| prompt.text).zip(outcome.standing.sample_before.clone()).zip(after),
         wall: Seconds(started.elapsed().as_secs_f64()),
     };
     let report = write_reports(&inputs, &directory, &parameters)?;
@@ -184,8 +271,9 @@ fn sample(
     Ok(Some(text))
 }
 
-/// Writes steps.jsonl and tells the screen. A step's line waits for the validation loss that may follow it.
+/// Writes steps.jsonl and tells the screen. A step's line waits for the validation loss that may follow it, but not past a checkpoint.
 struct Watch<'a> {
+    path: PathBuf,
     log: StepLog,
     pending: Option<StepLine>,
     screen: &'a mut dyn Screen,
@@ -194,9 +282,17 @@ struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     fn new(directory: &RunDirectory, screen: &'a mut dyn Screen, steps: u64, expected_steps: u64) -> Result<Self> {
-        let log = StepLog::append_to(&directory.steps())?;
-        let view = StepView { steps, expected_steps, spent: Joules::ZERO, budget: None, tokens: 0, train_wall: Seconds::ZERO };
-        Ok(Self { log, pending: None, screen, view })
+        let (path, spent, train_wall) = (directory.steps(), Joules::ZERO, Seconds::ZERO);
+        let log = StepLog::append_to(&path)?;
+        let view = StepView { steps, expected_steps, spent, budget: None, done: 0, tokens: 0, train_wall };
+        Ok(Self { path, log, pending: None, screen, view })
+    }
+
+    /// The last step's line written again with its validation loss, where a checkpoint came between.
+    fn amend(&mut self, step: u64, val_loss: f64) -> Result<()> {
+        let Some(line) = read_steps(&self.path)?.pop().filter(|line| line.step == step) else { return Ok(()) };
+        truncate_after(&self.path, step - 1)?;
+        self.log.write(&StepLine { val_loss: Some(val_loss), ..line })
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -212,6 +308,7 @@ impl Observer for Watch<'_> {
         self.flush()?;
         self.view.spent = account.spent().energy.joules();
         self.view.budget = account.largest_fraction().map(|(limit, part)| (limit.as_str(), part));
+        self.view.done += 1;
         self.view.tokens += record.tokens;
         self.view.train_wall += record.reading.wall;
         self.screen.step(record, &self.view);
@@ -241,13 +338,24 @@ impl Observer for Watch<'_> {
 
     fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()> {
         self.screen.evaluated(step, val_loss);
-        if let Some(line) = &mut self.pending {
-            line.val_loss = Some(val_loss);
+        if !val_loss.is_finite() {
+            return self.flush();
         }
-        self.flush()
+        match &mut self.pending {
+            Some(line) => {
+                line.val_loss = Some(val_loss);
+                self.flush()
+            }
+            None if step > 0 => self.amend(step, val_loss),
+            None => Ok(()),
+        }
     }
 
-    fn saved(&mut self, _: u64, _: &Path) {}
+    fn saving(&mut self) -> Result<()> {
+        self.flush()?;
+        let synced = std::fs::File::open(&self.path).and_then(|file| file.sync_all());
+        synced.map_err(|source| Error::io("sync", &self.path, source))
+    }
 }
 
 impl Prepared {

@@ -38,6 +38,9 @@ pub struct Standing {
     pub train_wall_s: f64,
     /// A digest of the resolved recipe: a run is resumed under the recipe it began with.
     pub recipe: String,
+    /// What the model wrote before the first step, if the caller asked it: a resumed model no longer can.
+    #[serde(default)]
+    pub sample_before: Option<String>,
 }
 
 /// A validation loss and the step it was taken after.
@@ -112,26 +115,38 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// The newest whole checkpoint's standing, its trained values put back into `parameters`; `None` where there is none.
-    pub fn restore(&self, parameters: &Parameters, recipe: &str) -> Result<Option<Standing>> {
+    /// The newest whole checkpoint's standing; `None` where there is none.
+    pub fn newest(&self, recipe: &str) -> Result<Option<Standing>> {
         let Some(step) = self.steps()?.last().copied() else { return Ok(None) };
         let path = self.path(step);
-        let state = fs::read(path.join(STATE)).map_err(|e| Error::io("read", &path.join(STATE), e))?;
+        let state = fs::read(path.join(STATE)).map_err(|e| damaged(&path, &format!("{STATE}: {e}")))?;
         let standing: Standing = serde_json::from_slice(&state).map_err(|e| damaged(&path, &e.to_string()))?;
         if standing.recipe != recipe {
             return Err(Error::new(Kind::Run, "this checkpoint belongs to another recipe")
                 .at(path.display().to_string())
                 .hint("resume with the run's own `recipe.toml`, or start a new run with another `--out`"));
         }
-        let bytes = fs::read(path.join(TRAINER)).map_err(|e| Error::io("read", &path.join(TRAINER), e))?;
+        match standing.step == step {
+            true => Ok(Some(standing)),
+            false => Err(damaged(&path, &format!("{STATE} tells of step {}", standing.step))),
+        }
+    }
+
+    /// The trained values of the checkpoint after `step`, put back into `parameters`.
+    pub fn restore(&self, step: u64, parameters: &Parameters) -> Result<()> {
+        let path = self.path(step);
+        let bytes = fs::read(path.join(TRAINER)).map_err(|e| damaged(&path, &format!("{TRAINER}: {e}")))?;
         let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e.to_string()))?;
         let row = |name: &str| -> Result<Vec<f32>> {
             let view = file.tensor(name).map_err(|e| damaged(&path, &e.to_string()))?;
+            if view.dtype() != Dtype::F32 || view.shape() != [parameters.len()] {
+                let found = format!("`{name}` holds {:?} {:?}", view.dtype(), view.shape());
+                return Err(damaged(&path, &found).rule(format!("F32 [{}]", parameters.len())));
+            }
             Ok(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
         };
         let rows = [row(ROWS[0])?, row(ROWS[1])?, row(ROWS[2])?];
-        parameters.restore([&rows[0], &rows[1], &rows[2]])?;
-        Ok(Some(standing))
+        parameters.restore([&rows[0], &rows[1], &rows[2]])
     }
 }
 
@@ -190,9 +205,30 @@ mod tests {
         let standing = Standing { step: 7, tokens: 99, recipe: "r".into(), ..Standing::default() };
         checkpoints.save(&standing, &saved, &|_| Ok(())).unwrap();
         let other = parameters(9.0);
-        assert_eq!(checkpoints.restore(&other, "r").unwrap(), Some(standing));
+        assert_eq!(checkpoints.newest("r").unwrap(), Some(standing));
+        checkpoints.restore(7, &other).unwrap();
         assert_eq!(other.snapshot().unwrap(), saved.snapshot().unwrap());
-        assert_eq!(checkpoints.restore(&other, "another").unwrap_err().kind(), Kind::Run);
+        assert_eq!(checkpoints.newest("another").unwrap_err().kind(), Kind::Run);
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_is_named_with_the_way_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
+        let path = checkpoints.save(&Standing { step: 3, ..Standing::default() }, &parameters(0.0), &|_| Ok(())).unwrap();
+        // Another model's values; a file cut short; none at all.
+        let other = Parameters::new(vec![("a".into(), vec![3], vec![0.0; 3])], &Device::Cpu).unwrap();
+        let whole = fs::read(path.join(TRAINER)).unwrap();
+        let mut refusals = vec![checkpoints.restore(3, &other).unwrap_err()];
+        fs::write(path.join(TRAINER), &whole[..whole.len() - 5]).unwrap();
+        refusals.push(checkpoints.restore(3, &parameters(0.0)).unwrap_err());
+        fs::write(path.join(STATE), "{\"step\": 3").unwrap();
+        refusals.push(checkpoints.newest("").unwrap_err());
+        fs::remove_file(path.join(STATE)).unwrap();
+        refusals.push(checkpoints.newest("").unwrap_err());
+        for error in refusals {
+            assert!(error.to_string().contains("step-000003") && error.remedy().unwrap().contains("delete"), "{error}");
+        }
     }
 
     #[test]
@@ -202,7 +238,7 @@ mod tests {
         let fail = |_: &Path| Err(Error::new(Kind::Io, "disk full"));
         checkpoints.save(&Standing::default(), &parameters(0.0), &fail).unwrap_err();
         assert_eq!(checkpoints.steps().unwrap(), Vec::<u64>::new());
-        assert!(checkpoints.restore(&parameters(0.0), "").unwrap().is_none());
+        assert!(checkpoints.newest("").unwrap().is_none());
     }
 
     #[test]

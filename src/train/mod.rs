@@ -115,8 +115,8 @@ pub trait Observer {
     fn evaluating(&mut self, done: usize, of: usize);
     /// An evaluation gave a loss (nats per loss token).
     fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()>;
-    /// A checkpoint is whole.
-    fn saved(&mut self, step: u64, path: &Path);
+    /// A checkpoint is about to be written: what was told before must be on disk, for a resumed run goes on from there.
+    fn saving(&mut self) -> Result<()>;
 }
 
 /// Trains from `standing` until the steps are done, a budget binds, the person interrupts or a number is not finite.
@@ -126,6 +126,12 @@ pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Obser
     let costs = Costs::new(job.shape, job.sampler, job.validation, job.parameters.len(), job.settings, job.ending.clone());
     if standing.step == 0 && standing.val_loss_before.is_none() && costs.evaluates() {
         let val_loss = evaluate(job, context, &costs, 0, observer)?;
+        if !val_loss.is_finite() {
+            return Ok(Outcome {
+                stop: Stop::Diverged("the validation loss is not finite before the first step".into()),
+                standing,
+            });
+        }
         standing.val_loss_before = Some(val_loss);
         standing.val_loss_last = Some(Evaluated { step: 0, val_loss });
     }
@@ -147,18 +153,21 @@ pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Obser
             Ok(record) => observer.step(&record, job.account)?,
             Err(diverged) => return Ok(Outcome { stop: Stop::Diverged(diverged), standing }),
         }
-        if due.evaluation && costs.evaluates() {
-            evaluate_into(job, context, &costs, &mut standing, observer)?;
+        if due.evaluation
+            && costs.evaluates()
+            && let Some(diverged) = evaluate_into(job, context, &costs, &mut standing, observer)?
+        {
+            return Ok(Outcome { stop: diverged, standing });
         }
         if due.save {
             save(job, context, &costs, &standing, observer)?;
         }
     };
-    finish(job, context, &costs, &mut standing, observer, stop != Stop::Interrupted)?;
-    Ok(Outcome { stop, standing })
+    let diverged = finish(job, context, &costs, &mut standing, observer, stop != Stop::Interrupted)?;
+    Ok(Outcome { stop: diverged.unwrap_or(stop), standing })
 }
 
-/// The last evaluation (unless one was just made, or the person is waiting) and the last checkpoint.
+/// The last evaluation (unless one was just made, or the person is waiting) and the last checkpoint; none where the model diverged.
 fn finish(
     job: &mut Job<'_>,
     context: Context<'_>,
@@ -166,30 +175,38 @@ fn finish(
     standing: &mut Standing,
     observer: &mut dyn Observer,
     evaluate: bool,
-) -> Result<()> {
+) -> Result<Option<Stop>> {
     let evaluated = standing.val_loss_last.is_some_and(|last| last.step == standing.step);
     if evaluate && costs.evaluates() && !evaluated {
-        evaluate_into(job, context, costs, standing, observer)?;
+        let diverged = evaluate_into(job, context, costs, standing, observer)?;
+        if diverged.is_some() {
+            return Ok(diverged);
+        }
     } else if job.checkpoints.steps()?.last() == Some(&standing.step) {
-        return Ok(());
+        return Ok(None);
     }
-    save(job, context, costs, standing, observer)
+    save(job, context, costs, standing, observer)?;
+    Ok(None)
 }
 
+/// Evaluates and notes the result. A loss that is not finite is a divergence, told before such values overwrite a good checkpoint.
 fn evaluate_into(
     job: &mut Job<'_>,
     context: Context<'_>,
     costs: &Costs<'_>,
     standing: &mut Standing,
     observer: &mut dyn Observer,
-) -> Result<()> {
+) -> Result<Option<Stop>> {
     let val_loss = evaluate(job, context, costs, standing.step, observer)?;
+    if !val_loss.is_finite() {
+        return Ok(Some(Stop::Diverged(format!("the validation loss is not finite after step {}", standing.step))));
+    }
     let evaluated = Evaluated { step: standing.step, val_loss };
     standing.val_loss_last = Some(evaluated);
     if standing.best.is_none_or(|best| val_loss < best.val_loss) {
         standing.best = Some(evaluated);
     }
-    Ok(())
+    Ok(None)
 }
 
 /// Validation loss in nats per loss token, charged as one entry.
@@ -221,11 +238,11 @@ fn save(
     standing: &Standing,
     observer: &mut dyn Observer,
 ) -> Result<()> {
+    observer.saving()?;
     job.account.admit(Phase::Save, costs.save(), &[])?;
     job.account.begin();
     context.tally.add(costs.save().clone());
-    let path = job.checkpoints.save(standing, job.parameters, job.export)?;
+    job.checkpoints.save(standing, job.parameters, job.export)?;
     job.account.charge(Phase::Save, standing.step, &context.tally.take())?;
-    observer.saved(standing.step, &path);
     Ok(())
 }

@@ -1,0 +1,188 @@
+//! What an estimate needs of a device: its peak and its power, each with its source.
+//!
+//! Owns the few accelerators that published runs were trained on and that have no profile, and the ranges around a rated power.
+//! Takes a device's name, returns an `Accelerator`. Knows nothing of runs; nothing here meters.
+
+use std::path::Path;
+
+use super::interval::Interval;
+use super::profile::{DeviceKind, Profile};
+use super::{did_you_mean, near_matches};
+use crate::error::Result;
+use crate::units::Watts;
+use crate::work::Precision;
+
+/// Watts of one device while training, without the facility's overhead, and how they are known.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Power {
+    /// Averaged over the training.
+    pub watts: Interval<Watts>,
+    /// Where they and their interval come from.
+    pub basis: String,
+}
+
+/// A device as estimates see it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Accelerator {
+    /// Profile name, or one of this file's.
+    pub name: String,
+    /// Dense FLOP/s of products in bf16, else f16, else f32.
+    pub peak_flops: f64,
+    /// Share of the peak that tuned products reach, in (0, 1]: training reaches less.
+    pub achievable: f64,
+    /// What it draws while training.
+    pub power: Power,
+}
+
+/// A device that published runs were trained on, of which too little is known for a profile.
+struct Known {
+    name: &'static str,
+    peak_flops: f64,
+    low_w: f64,
+    power_w: f64,
+    high_w: f64,
+    basis: &'static str,
+}
+
+const KNOWN: [Known; 4] = [
+    Known {
+        name: "tpu-v2",
+        peak_flops: 46e12,
+        low_w: 221.0 * 0.95,
+        power_w: 221.0,
+        high_w: 221.0 * 1.05,
+        basis: "mean system power of a chip while training, measured, 5 % either way (Patterson et al. 2021)",
+    },
+    Known {
+        name: "tpu-v3",
+        peak_flops: 123e12,
+        low_w: 283.0 * 0.9,
+        power_w: 283.0,
+        high_w: 283.0 * 1.1,
+        basis: "mean system power of a chip while training, measured, 10 % either way (Patterson et al. 2021)",
+    },
+    Known {
+        name: "tpu-v4",
+        peak_flops: 275e12,
+        low_w: 170.0,
+        power_w: 378.5,
+        high_w: 378.5,
+        basis: "system power of a chip (PaLM, arXiv:2204.02311); low: mean power of the bare chip (Google Cloud documentation)",
+    },
+    Known {
+        name: "nvidia-h800-sxm",
+        peak_flops: 989e12,
+        low_w: 700.0 * GPU_RATED.0,
+        power_w: 700.0,
+        high_w: 700.0 * GPU_RATED.1,
+        basis: GPU_BASIS,
+    },
+];
+
+/// What training draws over the rated power of a GPU, least and most.
+const GPU_RATED: (f64, f64) = (0.76, 1.10);
+const GPU_BASIS: &str = "rated power; 0.76 (nodes of eight H100, Newkirk et al. 2025) to 1.10 of it (V100 with its share of the \
+    system: 330 W over 300 W, Patterson et al. 2021)";
+/// The same of a processor: measured package power over the estimate from its rating, the least and the most of two machines.
+const CPU_RATED: (f64, f64) = (0.71, 1.40);
+const CPU_BASIS: &str = "power at full load; 0.71 (Xeon E5-2620 v3) to 1.40 of it (Xeon E3-1240), measured package power over the \
+    estimate from the rating (CodeCarbon, cpu_load_profiling)";
+
+impl Power {
+    /// Known watts.
+    pub fn exact(watts: Watts, basis: impl Into<String>) -> Self {
+        Self { watts: Interval::exact(watts), basis: basis.into() }
+    }
+}
+
+impl Accelerator {
+    /// A device by the name of a profile, "auto" for this machine's processor, the path of a profile file (it ends in `.toml`), or
+    /// one of "tpu-v2", "tpu-v3", "tpu-v4", "nvidia-h800-sxm".
+    ///
+    /// ```
+    /// use wattune::energy::Accelerator;
+    /// assert_eq!(Accelerator::named("nvidia-v100-sxm2").unwrap().peak_flops, 125e12);
+    /// assert!(Accelerator::named("tpu-3").unwrap_err().remedy().unwrap().contains("`tpu-v3`"));
+    /// ```
+    pub fn named(name: &str) -> Result<Accelerator> {
+        if let Some(known) = KNOWN.iter().find(|known| known.name == name) {
+            return Ok(known.accelerator());
+        }
+        match name {
+            "auto" => Ok(Self::of(&Profile::detect())),
+            _ if name.ends_with(".toml") => Ok(Self::of(&Profile::from_file(Path::new(name))?)),
+            _ if name.contains('@') => Ok(Self::of(&Profile::named(name)?)),
+            _ => Profile::named(name).map(|profile| Self::of(&profile)).map_err(|error| {
+                let near = near_matches(name, Profile::names().chain(KNOWN.iter().map(|known| known.name)));
+                error.hint(did_you_mean(&near, "`wattune devices` lists every profile"))
+            }),
+        }
+    }
+
+    /// A profile as estimates see it.
+    pub fn of(profile: &Profile) -> Accelerator {
+        let peak = |precision| profile.peak_flops.get(&precision);
+        let peak = peak(Precision::Bf16).or(peak(Precision::F16)).or(peak(Precision::F32));
+        let gpu = profile.kind == DeviceKind::Gpu;
+        let ((low, high), basis) = if gpu { (GPU_RATED, GPU_BASIS) } else { (CPU_RATED, CPU_BASIS) };
+        Accelerator {
+            name: profile.name.clone(),
+            peak_flops: *peak.expect("a profile has a peak for f32"),
+            achievable: profile.achievable_flops,
+            power: Power {
+                watts: Interval { low, central: 1.0, high }.map(|share| profile.load_w * share),
+                basis: basis.to_string(),
+            },
+        }
+    }
+
+    /// A published rated power of this device with the interval of its kind.
+    pub fn at_rated(&self, rated: Watts) -> Power {
+        let watts = self.power.watts.map(|watts| rated * (watts / self.power.watts.central));
+        Power { watts, basis: self.power.basis.clone() }
+    }
+
+    /// What tells its generation: the first two words of its name ("nvidia-a100", "tpu-v3").
+    pub fn family(&self) -> &str {
+        let end = self.name.match_indices('-').nth(1).map_or(self.name.len(), |(at, _)| at);
+        &self.name[..end]
+    }
+}
+
+impl Known {
+    fn accelerator(&self) -> Accelerator {
+        Accelerator {
+            name: self.name.to_string(),
+            peak_flops: self.peak_flops,
+            achievable: 1.0,
+            power: Power {
+                watts: Interval { low: Watts(self.low_w), central: Watts(self.power_w), high: Watts(self.high_w) },
+                basis: self.basis.to_string(),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_has_the_peak_of_the_precision_models_are_trained_in() {
+        // Vendor figures: V100 125 TFLOPS in f16 (it has no bf16), A100 312 in bf16, Raspberry Pi in f32 alone.
+        assert_eq!(Accelerator::named("nvidia-v100-sxm2").unwrap().peak_flops, 125e12);
+        let a100 = Accelerator::named("nvidia-a100-sxm4-80gb").unwrap();
+        assert_eq!((a100.peak_flops, a100.family()), (312e12, "nvidia-a100"));
+        assert!((a100.power.watts.low.0 - 304.0).abs() < 1e-9 && (a100.power.watts.high.0 - 440.0).abs() < 1e-9);
+        assert_eq!(a100.at_rated(Watts(350.0)).watts.low, Watts(266.0));
+        assert_eq!(Accelerator::named("raspberry-pi-5@2").unwrap().peak_flops, 1.536e11 / 2.0);
+        assert_eq!(Accelerator::named("tpu-v3").unwrap().family(), "tpu-v3");
+    }
+
+    #[test]
+    fn an_unknown_device_is_refused_with_what_is_near() {
+        let error = Accelerator::named("nvidia-a100").unwrap_err();
+        assert!(error.remedy().unwrap().contains("nvidia-a100-sxm4-80gb"), "{error}");
+        assert!(Accelerator::named("nvidia-t4@2").is_err() && Accelerator::named("").is_err());
+    }
+}

@@ -1,0 +1,42 @@
+//! Charts as SVG: lines, marks, bands and limits over two axes, and bars along one.
+//!
+//! Owns geometry, ticks and the SVG's text; colours and fonts are the page's, by class names. Takes numbers and labels, returns
+//! one `<svg role="img">` with title and description, drawn for a width in CSS pixels. A value that is not finite, or has no place
+//! on a logarithmic axis, interrupts its line. Knows nothing of runs or reports.
+
+pub mod axis;
+mod bars;
+mod plot;
+
+pub use axis::{Axis, Scale};
+pub use bars::{Bar, Bars};
+pub use plot::{Mark, Plot, Rule, Series, Shape};
+
+use super::markup::escape;
+
+/// Wide enough for a character of a tick's label at the page's chart size (12 px, tabular figures).
+const CHARACTER: f64 = 6.8;
+
+/// The room a label takes, in pixels.
+fn text_width(text: &str) -> f64 {
+    text.chars().count() as f64 * CHARACTER
+}
+
+/// A picture of `width` by `height` pixels that says what it shows. `id` is unique on its page.
+fn picture(id: &str, title: &str, desc: &str, [width, height]: [f64; 2], body: &str) -> String {
+    format!(
+        "<svg role=\"img\" aria-labelledby=\"{id}-t {id}-d\" viewBox=\"0 0 {width:.0} {height:.0}\" width=\"{width:.0}\" \
+         height=\"{height:.0}\">\n<title id=\"{id}-t\">{}</title>\n<desc id=\"{id}-d\">{}</desc>\n{body}</svg>\n",
+        escape(title),
+        escape(desc)
+    )
+}
+
+/// A label; `anchor` is SVG's: start, middle or end.
+fn label(class: &str, anchor: &str, [x, y]: [f64; 2], text: &str) -> String {
+    format!("<text class=\"{class}\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>\n", escape(text))
+}
+
+fn segment(class: &str, [x1, y1]: [f64; 2], [x2, y2]: [f64; 2]) -> String {
+    format!("<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>\n")
+}

@@ -1,0 +1,225 @@
+//! Series over two axes.
+//!
+//! Owns the plot's frame, grid, series and limits. Takes an axis for each side and what to draw between them, returns an SVG.
+//! Colour never tells two series apart alone: lines, marks, bands and limits differ in form. Knows nothing of runs.
+
+use super::axis::Ticks;
+use super::{Axis, label, picture, segment, text_width};
+use crate::report::markup::escape;
+
+/// Height of a line of labels, in pixels.
+const LINE: f64 = 16.0;
+/// Pixels between two ticks of the horizontal axis, and of the vertical one.
+const TICK_X: f64 = 65.0;
+const TICK_Y: f64 = 36.0;
+
+/// One marked value.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mark {
+    /// Its place.
+    pub at: [f64; 2],
+    /// What a pointer over it shows.
+    pub says: String,
+    /// What stands beside it, where anything does.
+    pub label: Option<String>,
+}
+
+/// How a series is drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Shape {
+    /// A line through the points.
+    Line(Vec<[f64; 2]>),
+    /// A diamond at each.
+    Marks(Vec<Mark>),
+    /// The area between two values, as [x, low, high].
+    Band(Vec<[f64; 3]>),
+}
+
+/// A series.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Series {
+    /// For the legend.
+    pub name: String,
+    /// Its class, which the page colours.
+    pub class: &'static str,
+    /// Its form.
+    pub shape: Shape,
+}
+
+/// A limit across the plot.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Rule {
+    /// At a value of the horizontal axis.
+    X(f64, String),
+    /// At a value of the vertical axis.
+    Y(f64, String),
+}
+
+/// Two axes and what lies between them.
+#[derive(Debug, Clone)]
+pub struct Plot {
+    /// The picture's name.
+    pub title: String,
+    /// What it shows, in words.
+    pub desc: String,
+    /// Along the bottom.
+    pub x: Axis,
+    /// Up the left side.
+    pub y: Axis,
+    /// Drawn in this order.
+    pub series: Vec<Series>,
+    /// Drawn under them.
+    pub rules: Vec<Rule>,
+    /// In pixels.
+    pub height: f64,
+}
+
+/// The plot's inner area in pixels, and the axes' ticks.
+struct Frame {
+    left: f64,
+    right: f64,
+    top: f64,
+    bottom: f64,
+    x: Ticks,
+    y: Ticks,
+}
+
+impl Frame {
+    fn x(&self, value: f64) -> Option<f64> {
+        Some(self.left + self.x.place(value)? * (self.right - self.left))
+    }
+
+    fn y(&self, value: f64) -> Option<f64> {
+        Some(self.bottom - self.y.place(value)? * (self.bottom - self.top))
+    }
+
+    fn point(&self, [x, y]: [f64; 2]) -> Option<[f64; 2]> {
+        Some([self.x(x)?, self.y(y)?])
+    }
+}
+
+impl Plot {
+    /// The picture, `width` pixels wide; `id` is unique on its page.
+    pub fn svg(&self, id: &str, width: f64) -> String {
+        let frame = self.frame(width);
+        let mut body = self.grid(&frame);
+        body.extend(self.rules.iter().map(|rule| draw_rule(&frame, rule)));
+        body.extend(self.series.iter().map(|series| draw(&frame, series)));
+        picture(id, &self.title, &self.desc, [width, self.height], &body)
+    }
+
+    /// The vertical labels are as wide as the widest; a fixed width per side would shift plots under one another, so a plot that
+    /// shares another's horizontal axis keeps at least the width of seven characters.
+    fn frame(&self, width: f64) -> Frame {
+        let (top, bottom) = (LINE + 8.0, self.height - 2.0 * LINE - 6.0);
+        let y = self.y.ticks(((bottom - top) / TICK_Y) as usize);
+        let widest = y.marks.iter().map(|mark| text_width(&(self.y.form)(*mark))).fold(text_width("0000000"), f64::max);
+        let (left, right) = (widest + 8.0, width - 14.0);
+        Frame { left, right, top, bottom, x: self.x.ticks(((right - left) / TICK_X) as usize), y }
+    }
+
+    fn grid(&self, frame: &Frame) -> String {
+        let mut body = label("axis", "start", [0.0, 12.0], &self.y.label);
+        body += &label("axis", "end", [frame.right, self.height - 4.0], &self.x.label);
+        for mark in &frame.y.marks {
+            let Some(y) = frame.y(*mark) else { continue };
+            body += &segment("grid", [frame.left, y], [frame.right, y]);
+            body += &label("tick", "end", [frame.left - 6.0, y + 4.0], &(self.y.form)(*mark));
+        }
+        for mark in &frame.x.marks {
+            let Some(x) = frame.x(*mark) else { continue };
+            body += &segment("grid", [x, frame.bottom], [x, frame.bottom + 4.0]);
+            let text = (self.x.form)(*mark);
+            // The last label ends with the picture.
+            let x = x.min(frame.right + 13.0 - text_width(&text) / 2.0);
+            body += &label("tick", "middle", [x, frame.bottom + LINE], &text);
+        }
+        body + &segment("base", [frame.left, frame.bottom], [frame.right, frame.bottom])
+    }
+}
+
+fn draw_rule(frame: &Frame, rule: &Rule) -> String {
+    let drawn = match rule {
+        Rule::X(at, text) => frame.x(*at).map(|x| {
+            let (anchor, beside) = if x > (frame.left + frame.right) / 2.0 { ("end", x - 5.0) } else { ("start", x + 5.0) };
+            let line = segment("rule", [x, frame.top - 4.0], [x, frame.bottom]);
+            line + &label("limit", anchor, [beside, frame.top + 8.0], text)
+        }),
+        Rule::Y(at, text) => frame.y(*at).map(|y| {
+            segment("rule", [frame.left, y], [frame.right, y]) + &label("limit", "start", [frame.left + 5.0, y - 5.0], text)
+        }),
+    };
+    drawn.unwrap_or_default()
+}
+
+fn draw(frame: &Frame, series: &Series) -> String {
+    let class = series.class;
+    match &series.shape {
+        Shape::Line(points) => format!("<path class=\"line {class}\" d=\"{}\"/>\n", path(points.iter().map(|p| frame.point(*p)))),
+        Shape::Marks(marks) => marks.iter().filter_map(|mark| draw_mark(frame, class, mark)).collect(),
+        Shape::Band(edges) => {
+            let high = edges.iter().map(|[x, _, high]| frame.point([*x, *high]));
+            let low = edges.iter().rev().map(|[x, low, _]| frame.point([*x, *low]));
+            let outline: Vec<_> = high.chain(low).flatten().map(Some).collect();
+            format!("<path class=\"band {class}\" d=\"{}Z\"/>\n", path(outline.into_iter()))
+        }
+    }
+}
+
+fn draw_mark(frame: &Frame, class: &str, mark: &Mark) -> Option<String> {
+    let [x, y] = frame.point(mark.at)?;
+    let diamond = format!(
+        "<path class=\"mark {class}\" d=\"M{x:.1} {:.1}l5 5l-5 5l-5 -5z\"><title>{}</title></path>\n",
+        y - 5.0,
+        escape(&mark.says)
+    );
+    let beside = mark.label.as_ref().map(|text| {
+        let (anchor, x) = if x > (frame.left + frame.right) / 2.0 { ("end", x - 8.0) } else { ("start", x + 9.0) };
+        label("value", anchor, [x, (y - 8.0).max(frame.top + 8.0)], text)
+    });
+    Some(diamond + &beside.unwrap_or_default())
+}
+
+/// SVG's path data; a point without a place lifts the pen.
+fn path(points: impl Iterator<Item = Option<[f64; 2]>>) -> String {
+    let (mut data, mut down) = (String::new(), false);
+    for point in points {
+        if let Some([x, y]) = point {
+            data += &format!("{}{x:.1} {y:.1}", if down { 'L' } else { 'M' });
+        }
+        down = point.is_some();
+    }
+    data
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Scale;
+    use super::*;
+
+    fn plot(series: Vec<Series>, rules: Vec<Rule>) -> Plot {
+        let axis = |label: &str| Axis::over(label, Scale::Linear, |v| v.to_string(), [0.0, 10.0]).unwrap();
+        let (title, desc) = ("a <title>".to_string(), "what \"it\" shows".to_string());
+        Plot { title, desc, x: axis("across"), y: axis("up"), series, rules, height: 200.0 }
+    }
+
+    #[test]
+    fn points_lie_where_the_axes_say() {
+        // Left edge: seven characters of 6.8 px and 8 px; right: 14 px from 300; top 16 + 8; bottom 200 - 2 x 16 - 6.
+        let line = Shape::Line(vec![[0.0, 0.0], [10.0, 10.0]]);
+        let svg = plot(vec![Series { name: String::new(), class: "a", shape: line }], Vec::new()).svg("p", 300.0);
+        assert!(svg.contains("<path class=\"line a\" d=\"M55.6 162.0L286.0 24.0\"/>"), "{svg}");
+        let svg = plot(Vec::new(), vec![Rule::Y(5.0, "half & half".to_string())]).svg("p", 300.0);
+        assert!(svg.contains("<line class=\"rule\" x1=\"55.6\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"), "{svg}");
+        assert!(svg.contains(">half &amp; half<") && svg.contains(">a &lt;title&gt;<"), "{svg}");
+    }
+
+    #[test]
+    fn what_is_not_finite_lifts_the_pen() {
+        let broken = [Some([1.0, 2.0]), None, Some([3.0, 4.0]), Some([5.0, 6.0])];
+        assert_eq!(path(broken.into_iter()), "M1.0 2.0M3.0 4.0L5.0 6.0");
+        let line = Shape::Line(vec![[0.0, f64::NAN], [f64::INFINITY, 1.0]]);
+        let svg = plot(vec![Series { name: String::new(), class: "a", shape: line }], Vec::new()).svg("p", 300.0);
+        assert!(svg.contains("d=\"\"") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+    }
+}

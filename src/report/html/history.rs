@@ -1,0 +1,133 @@
+//! A run's course for its charts: what had been spent when each step was done.
+//!
+//! Owns the joining of `steps.jsonl` with `ledger.jsonl`. Takes both as read, returns points in the order of steps. Spending on
+//! evaluations, saves and steps that a crash took back is in every later point, so that the last one is the run's total. Knows
+//! nothing of charts.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::energy::ledger::{Entry, Phase, read_entries};
+use crate::energy::{Energies, MeterKind};
+use crate::error::Result;
+use crate::report::steps::{StepRecord, read_steps};
+use crate::report::types::{Meter, Report};
+use crate::units::Joules;
+
+/// What a run wrote step by step.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct History {
+    /// `steps.jsonl`.
+    pub steps: Vec<StepRecord>,
+    /// The entries of `ledger.jsonl`.
+    pub entries: Vec<Entry>,
+}
+
+/// A step with what the whole run had spent when it was done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Point {
+    /// From 1.
+    pub step: u64,
+    /// Everything spent by then, on the report's meter.
+    pub spent: Joules,
+    /// Training loss, nats per loss token.
+    pub loss: Option<f64>,
+    /// The learning rate used.
+    pub lr: f64,
+    /// Validation loss, where the step was followed by an evaluation.
+    pub val_loss: Option<f64>,
+}
+
+/// The points of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Course {
+    /// What was spent before the first step.
+    pub before: Joules,
+    /// One a step, ascending.
+    pub points: Vec<Point>,
+}
+
+impl History {
+    /// Reads both files. A file that is not there holds nothing: a run that ended before its first step has no steps.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] naming the line that is none.
+    pub fn read(steps: &Path, ledger: &Path) -> Result<Self> {
+        let steps = if steps.exists() { read_steps(steps)? } else { Vec::new() };
+        let entries = if ledger.exists() { read_entries(ledger)? } else { Vec::new() };
+        Ok(Self { steps, entries })
+    }
+
+    /// The steps that both files and the report know, by the report's meter.
+    pub(super) fn course(&self, report: &Report) -> Course {
+        let (mut spent, mut before, mut after) = (Energies::default(), None, BTreeMap::new());
+        let meter = kind(report.energy.meter);
+        let mut sum = spent.on(meter);
+        for entry in &self.entries {
+            spent = entry.energy_j;
+            if entry.phase == Phase::Train {
+                before.get_or_insert(sum);
+            }
+            sum += spent.on(meter);
+            if entry.phase == Phase::Train {
+                // A step done again after a crash stands where it was done last.
+                after.insert(entry.step, sum);
+            }
+        }
+        let known = self.steps.iter().filter(|record| record.step <= report.training.steps);
+        let points = known.filter_map(|record| {
+            let spent = after.get(&record.step)?.joules();
+            Some(Point { step: record.step, spent, loss: record.loss, lr: record.lr, val_loss: record.val_loss })
+        });
+        Course { before: before.unwrap_or(sum).joules(), points: points.collect() }
+    }
+}
+
+fn kind(meter: Meter) -> MeterKind {
+    match meter {
+        Meter::Counted => MeterKind::Counted,
+        Meter::Measured => MeterKind::Measured,
+        Meter::Timed => MeterKind::Timed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Seconds;
+
+    fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
+        let energy = Joules(joules).rounded();
+        let energy_j = Energies { counted: energy, measured: None, timed: energy };
+        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), wall_s: Seconds(0.0), t: 0.0 }
+    }
+
+    fn record(step: u64) -> StepRecord {
+        let line = format!(
+            r#"{{"step":{step},"loss":2.0,"lr":0.1,"grad_norm":null,"tokens":1,"loss_tokens":1,"flops":1,
+                "energy_j":{{"counted":1.0,"measured":null,"timed":1.0}},"wall_s":1.0}}"#
+        );
+        serde_json::from_str(&line).unwrap()
+    }
+
+    #[test]
+    fn evaluations_and_lost_steps_are_in_what_was_spent() {
+        let mut report: Report = serde_json::from_str(include_str!("../../../tests/fixtures/report.json")).unwrap();
+        report.training.steps = 2;
+        let entries = vec![
+            entry(Phase::Load, 0, 1.0),
+            entry(Phase::Eval, 0, 2.0),
+            entry(Phase::Train, 1, 10.0),
+            entry(Phase::Train, 2, 10.0),
+            entry(Phase::Lost, 2, 5.0),
+            entry(Phase::Train, 2, 10.0),
+            entry(Phase::Eval, 2, 2.0),
+        ];
+        // Step 3 is of a continuation that the report does not know yet.
+        let history = History { steps: vec![record(1), record(2), record(3)], entries };
+        let course = history.course(&report);
+        assert_eq!(course.before, Joules(3.0));
+        // 1 + 2 + 10 = 13; 13 + 10 + 5 + 10 = 38: the first try of step 2 was spent too.
+        assert_eq!(course.points.iter().map(|p| (p.step, p.spent)).collect::<Vec<_>>(), [(1, Joules(13.0)), (2, Joules(38.0))]);
+    }
+}

@@ -1,0 +1,16 @@
+//! The main job, proved through the command line: budgets bind, forecasts hold, runs resume, refusals say what to type.
+//!
+//! Every test starts the program itself on the model inside it (or, where its name says so, on real pretrained assets) and reads what a
+//! person would read: exit status, standard output, the run's files. `lab` holds what they share.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod lab;
+
+mod budget;
+mod continued;
+mod json;
+mod pretrained;
+mod refusals;
+mod resume;
+mod text;

@@ -1,0 +1,273 @@
+//! A run that is cut off goes on as if it had not been, and what it lost is spent.
+
+#![cfg(unix)]
+
+use std::fs::OpenOptions;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::lab::{Lab, flags, microjoules, number, says, set, word};
+
+/// Starts a command, silent.
+fn start(lab: &Lab, arguments: &[&str]) -> Child {
+    lab.wattune(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Waits until `steps.jsonl` of `run` has `steps` lines; false where the program ended before.
+fn reached(lab: &Lab, child: &mut Child, run: &str, steps: usize) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while lab.lines(&format!("{run}/steps.jsonl")).len() < steps {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        assert!(Instant::now() < deadline, "step {steps} was not reached");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    true
+}
+
+/// Trains and is killed as soon as the checkpoint after `step` is whole.
+fn killed_at_checkpoint(lab: &Lab, run: &str, keys: &[String], step: u64) {
+    let mut child = start(lab, &[&["train", "recipe.toml", "--out", run, "--quiet"], &flags(keys)[..]].concat());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !lab.path(&format!("{run}/checkpoints/step-{step:06}")).exists() {
+        assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline, "no checkpoint after step {step}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// Trains and is killed once `steps` lines are written.
+fn killed_after(lab: &Lab, run: &str, keys: &[String], steps: usize) {
+    let mut child = start(lab, &[&["train", "recipe.toml", "--out", run, "--quiet"], &flags(keys)[..]].concat());
+    assert!(reached(lab, &mut child, run, steps), "the run ended before it could be killed");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+fn interrupt(child: &Child) {
+    // SIGINT, as Ctrl-C sends it.
+    let status = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
+}
+
+fn resume(lab: &Lab, run: &str) -> Value {
+    lab.json(&["train", "--resume", run, "--quiet"])
+}
+
+/// Cuts the last `bytes` bytes off a file.
+fn cut(lab: &Lab, file: &str, bytes: u64) {
+    let file = OpenOptions::new().write(true).open(lab.path(file)).unwrap();
+    file.set_len(file.metadata().unwrap().len() - bytes).unwrap();
+}
+
+/// What a checkpoint is for: the same adapter, the same steps, the same report of what was learned.
+fn assert_as_uninterrupted(lab: &Lab, run: &str, report: &Value) {
+    let whole: Value = serde_json::from_slice(&lab.read("whole/report.json")).unwrap();
+    assert_eq!(lab.course(run), lab.course("whole"));
+    assert!(lab.adapter(run) == lab.adapter("whole"), "the adapters differ");
+    for key in ["steps", "stop_reason", "val_loss_before", "val_loss_after", "train_loss_last", "tokens", "loss_tokens"] {
+        assert_eq!(report["training"][key], whole["training"][key], "{key}");
+    }
+    // Also what the model wrote before the first step, which the resumed process no longer had.
+    assert_eq!(report["sample"], whole["sample"]);
+}
+
+#[test]
+fn a_killed_run_goes_on_with_the_same_bytes_and_keeps_what_it_spent() {
+    let lab = Lab::new();
+    // Dropout too: its masks are redrawn. Saves without an evaluation at 3, with one at 4 and 8.
+    let keys = set(&["train.steps=9", "train.save_every=3", "train.eval_every=4", "adapter.lora_dropout=0.1"]);
+    let whole = lab.train("whole", &keys);
+    for (run, steps) in [("first", 1), ("middle", 5), ("at a checkpoint", 3)] {
+        match run {
+            "at a checkpoint" => killed_at_checkpoint(&lab, run, &keys, steps),
+            _ => killed_after(&lab, run, &keys, steps as usize),
+        }
+        let torn = lab.ledger(run);
+        if run == "middle" {
+            // The last lines half-written, as a power cut may leave them.
+            cut(&lab, "middle/ledger.jsonl", 9);
+            cut(&lab, "middle/steps.jsonl", 9);
+        }
+        let report = resume(&lab, run);
+        assert_as_uninterrupted(&lab, run, &report);
+        // Every step before the cut was paid for, and so were those done again: dearer than the run that was left alone.
+        let total = microjoules(&report["energy"]["total_j"]);
+        assert!(total > torn && total > microjoules(&whole["energy"]["total_j"]), "{run}: {total}, torn at {torn}");
+        assert_eq!(total, lab.ledger(run));
+        let phases: u64 = report["energy"]["by_phase"].as_object().unwrap().values().map(microjoules).sum();
+        assert_eq!(phases, total);
+    }
+}
+
+#[test]
+fn an_interrupted_run_saves_and_goes_on() {
+    let lab = Lab::new();
+    let keys = set(&["train.steps=12"]);
+    lab.train("whole", &keys);
+    let mut child = start(&lab, &[&["train", "recipe.toml", "--out", "run"], &flags(&keys)[..]].concat());
+    assert!(reached(&lab, &mut child, "run", 2));
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    says(
+        &String::from_utf8(output.stderr).unwrap(),
+        &["stopping after this step", "a checkpoint is saved", "wattune train --resume run"],
+    );
+    let report: Value = serde_json::from_slice(&lab.read("run/report.json")).unwrap();
+    assert_eq!(word(&report, "/training/stop_reason"), "interrupted");
+    let done = report["training"]["steps"].as_u64().unwrap();
+    assert!((2..12).contains(&done) && lab.path(&format!("run/checkpoints/step-{done:06}")).is_dir());
+    let report = resume(&lab, "run");
+    assert_as_uninterrupted(&lab, "run", &report);
+    // Nothing was lost: an orderly end releases its lease.
+    assert_eq!(report["energy"]["by_phase"].get("lost"), None);
+}
+
+#[test]
+fn a_second_interrupt_leaves_at_once() {
+    let lab = Lab::new();
+    // A step so long (24 rows, 12 times) that only the second signal can end it soon.
+    let keys = set(&["train.micro_batch_size=24", "train.gradient_accumulation_steps=12"]);
+    let records = String::from_utf8(lab.read("train.jsonl")).unwrap();
+    lab.write("train.jsonl", &records.repeat(12));
+    let mut child = start(&lab, &[&["train", "recipe.toml", "--out", "run", "--threads", "1"], &flags(&keys)[..]].concat());
+    let deadline = Instant::now() + Duration::from_secs(30);
+    // Loaded, and the first evaluation done: the first step is on its way.
+    while lab.lines("run/ledger.jsonl").iter().filter(|line| line["phase"] == "eval").count() < 2 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let asked = Instant::now();
+    interrupt(&child);
+    std::thread::sleep(Duration::from_millis(100));
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(asked.elapsed() < Duration::from_millis(1500), "{:?}", asked.elapsed());
+    assert!(!lab.path("run/report.json").exists());
+    assert_eq!(lab.lines("run/steps.jsonl").len(), 0);
+}
+
+#[test]
+fn what_cannot_be_resumed_says_why() {
+    let lab = Lab::new();
+    let keys = set(&["train.steps=6", "train.save_every=2", "train.keep_best=false"]);
+    lab.train("whole", &keys);
+    // A finished run.
+    let before = lab.read("whole/ledger.jsonl");
+    let message = lab.refused(2, &["train", "--resume", "whole"]);
+    says(&message, &["this run is finished", "stop_reason steps, 6 steps", "wattune report whole", "init_from"]);
+    assert_eq!(lab.read("whole/ledger.jsonl"), before);
+    // No run, though there is a recipe.
+    says(&lab.refused(2, &["train", "--resume", "."]), &["this is not a run directory", "recipe.toml"]);
+    // Another recipe.
+    killed_after(&lab, "run", &keys, 5);
+    let message = lab.refused(2, &["train", "recipe.toml", "--resume", "run", "--set", "train.steps=7"]);
+    says(&message, &["not the one that this run began with", "wattune train --resume run"]);
+    // Overrides without a recipe would be lost: refused.
+    says(&lab.refused(2, &["train", "--resume", "run", "--set", "train.steps=7"]), &["RECIPE"]);
+    // A damaged checkpoint: named, with the way out.
+    let newest = "run/checkpoints/step-000004";
+    cut(&lab, &format!("{newest}/trainer.safetensors"), 100);
+    says(
+        &lab.refused(1, &["train", "--resume", "run"]),
+        &["a checkpoint cannot be read", newest, "delete this checkpoint's folder"],
+    );
+    std::fs::remove_dir_all(lab.path(newest)).unwrap();
+    // With the same recipe given, from the checkpoint before.
+    let report = lab.json(&[&["train", "recipe.toml", "--resume", "run", "--quiet"], &flags(&keys)[..]].concat());
+    assert_as_uninterrupted(&lab, "run", &report);
+}
+
+#[test]
+fn a_continued_adapter_is_resumed_too() {
+    let lab = Lab::new();
+    lab.train("base", &set(&["train.steps=2", "adapter.r=3"]));
+    // Its r, alpha and targets are the adapter's, which the recipe leaves out.
+    lab.edit("r = 2\nlora_alpha = 6\n", "init_from = \"base/adapter\"\n");
+    let keys = set(&["train.steps=5", "train.save_every=2"]);
+    let whole = lab.train("whole", &keys);
+    assert_eq!(whole["adapter"]["r"], 3);
+    killed_after(&lab, "run", &keys, 3);
+    let report = resume(&lab, "run");
+    assert_as_uninterrupted(&lab, "run", &report);
+}
+
+#[test]
+fn a_budget_holds_however_often_the_run_is_killed() {
+    let lab = Lab::new();
+    // Steps of a tenth of a second or so: a lease, which a kill loses, holds few of them.
+    let rows = "train.micro_batch_size=8";
+    let limit = microjoules(&lab.plan(&set(&["train.steps=30", rows]))["energy"]["total_j"]);
+    let keys = set(&["train.steps=99", "train.save_every=2", rows, &format!("budget.energy={} J", limit as f64 / 1e6)]);
+    killed_after(&lab, "run", &keys, 1);
+    let mut kills = 1;
+    let last = loop {
+        let done = lab.lines("run/steps.jsonl").len();
+        let mut child = start(&lab, &["train", "--resume", "run", "--quiet"]);
+        if !reached(&lab, &mut child, "run", done + 2) {
+            break child.wait_with_output().unwrap();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        kills += 1;
+        assert!(lab.ledger("run") <= limit, "{} of {limit}", lab.ledger("run"));
+        assert!(kills < 20, "killing a run made its budget endless");
+    };
+    assert!(kills > 1, "{}", String::from_utf8_lossy(&last.stderr));
+    assert!(lab.ledger("run") <= limit, "{} of {limit}", lab.ledger("run"));
+    if last.status.success() {
+        let report: Value = serde_json::from_slice(&lab.read("run/report.json")).unwrap();
+        assert_eq!(word(&report, "/training/stop_reason"), "budget:energy");
+        assert!(number(&report, "/budget/spent/energy_j") <= number(&report, "/budget/limits/energy_j"));
+        assert!(report["energy"]["by_phase"].get("lost").is_some());
+    } else {
+        // Too little was left to load once more, evaluate and save.
+        assert_eq!(last.status.code(), Some(2));
+        let message = String::from_utf8(last.stderr).unwrap();
+        says(
+            &message,
+            &["the energy budget of this run has no room left to go on", "its last checkpoint is whole: `run/checkpoints/step-"],
+        );
+    }
+}
+
+#[test]
+fn a_run_with_room_to_load_alone_is_not_resumed() {
+    let lab = Lab::new();
+    let limit = microjoules(&lab.plan(&set(&["train.steps=12"]))["energy"]["total_j"]);
+    let keys = set(&["train.steps=99", "train.save_every=2", &format!("budget.energy={} J", limit as f64 / 1e6)]);
+    killed_after(&lab, "run", &keys, 3);
+    // The lease is released, and one more entry leaves ten times what loading takes: far from an evaluation.
+    let lines = lab.lines("run/ledger.jsonl");
+    let load = microjoules(&lines.iter().find(|line| line["phase"] == "load").unwrap()["energy_j"]["counted"]);
+    let mut entry = lines.iter().find(|line| line["phase"] == "train").unwrap().clone();
+    entry["energy_j"]["counted"] = ((limit - lab.ledger("run") - 10 * load) as f64 / 1e6).into();
+    let mut ledger = String::from_utf8(lab.read("run/ledger.jsonl")).unwrap();
+    ledger.truncate(ledger.rfind('\n').unwrap() + 1);
+    lab.write("run/ledger.jsonl", &format!("{ledger}{entry}\n{{\"settled\":true,\"t\":0.0}}\n"));
+    let before = lab.ledger("run");
+    assert_eq!(before, limit - 10 * load);
+    let message = lab.refused(2, &["train", "--resume", "run"]);
+    says(
+        &message,
+        &["the energy budget of this run has no room left to go on", "its last checkpoint is whole: `run/checkpoints/step-"],
+    );
+    assert_eq!(lab.ledger("run"), before);
+}
+
+#[test]
+fn a_run_cut_off_before_its_ledger_starts_again() {
+    let lab = Lab::new();
+    lab.train("whole", &[]);
+    std::fs::create_dir(lab.path("run")).unwrap();
+    for file in ["recipe.toml", "plan.json"] {
+        std::fs::copy(lab.path("whole").join(file), lab.path("run").join(file)).unwrap();
+    }
+    let report = resume(&lab, "run");
+    assert_as_uninterrupted(&lab, "run", &report);
+}
