@@ -256,6 +256,7 @@ fn run_directory() -> (tempfile::TempDir, PathBuf) {
     fs::create_dir(&run).unwrap();
     fs::write(run.join("recipe.toml"), "").unwrap();
     fs::write(run.join("plan.json"), "{}").unwrap();
+    fs::write(run.join("plan.json"), "{}").unwrap();
     fs::write(run.join(files::EMISSIONS_CSV), "timestamp\nnow\n").unwrap();
     json::write_report(&run.join(files::REPORT_JSON), &fixture()).unwrap();
     let mut log = StepLog::append_to(&run.join(files::STEPS_JSONL)).unwrap();
