@@ -169,4 +169,5 @@ def adapters(listed, figures):
         counts = {one[case.label].steps for case in of for one in figures}
         digests = {one[case.label].adapter for case in of for one in figures}
         if len(of) > 1 and len(counts) == 1:
-            yield f"Adapter bytes, {dtype}: {'the same' if len(digests) == 1 else 'DIFFERENT'} at every thread count and in every round."
+            same = "the same at every thread count and in every round" if len(digests) == 1 else "NOT the same at every thread count"
+            yield f"Adapter bytes, {dtype}: {same}."

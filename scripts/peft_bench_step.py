@@ -3,8 +3,9 @@
     python scripts/peft_bench_step.py MODEL_DIR --dtype bf16 --compile
 
 A step: random ids, a loss at every token (or behind a masked prompt), backward, fused AdamW; no clipping, no schedule. The first
-steps (compiling, first allocations) are not counted; the median of the others is the step's time. Prints one JSON line: step_s, steps_s, first_loss,
-trained, ready_s (to the first forward, from --started-at on the system's monotonic clock), versions.
+steps (compiling, first allocations) are not counted; the median of the others is the step's time. Prints one JSON line: step_s,
+steps_s, warmup_s, first_loss, trained, ready_s (to the first forward, from --started-at on the system's monotonic clock), threads,
+versions.
 """
 
 import argparse
