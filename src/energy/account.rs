@@ -183,7 +183,8 @@ impl Account {
         let reading = self.meters.end(window, work);
         let Charge { time, flops, ref bytes, .. } = reading.charge;
         let energy_j = reading.energies();
-        let entry = Entry { phase, step, energy_j, flops, bytes: bytes.clone(), wall_s: reading.wall, t: now() };
+        let (parts, bytes) = (Some(reading.charge.parts()), bytes.clone());
+        let entry = Entry { phase, step, energy_j, flops, bytes, parts, wall_s: reading.wall, t: now() };
         self.ledger.append(&entry)?;
         self.spent += Spent { energy: energy_j.on(self.kind), flops, time: Seconds::ZERO };
         let energy = energy_j.on(self.kind).joules() / energy_j.counted.joules();

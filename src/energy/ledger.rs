@@ -21,7 +21,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::charge::Traffic;
-pub use super::entry::{Energies, Entry, Lease, Phase, Totals};
+pub use super::entry::{Energies, Entry, Lease, Parts, Phase, Totals};
 use crate::error::{Error, Kind, Result};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -158,7 +158,8 @@ impl Ledger {
             self.lease = Lease::default();
             return Ok(());
         }
-        let lost = Entry { phase: Phase::Lost, step, energy_j, flops, bytes: Traffic::new(), wall_s: time_s, t: now() };
+        let lost =
+            Entry { phase: Phase::Lost, step, energy_j, flops, bytes: Traffic::new(), parts: None, wall_s: time_s, t: now() };
         self.append(&lost)?;
         self.settle()
     }
@@ -199,7 +200,7 @@ mod tests {
 
     fn entry(phase: Phase, step: u64, energy_j: Energies) -> Entry {
         let bytes = Traffic::from([("dram".to_string(), Bytes(5))]);
-        Entry { phase, step, energy_j, flops: 100, bytes, wall_s: Seconds(0.5), t: now() }
+        Entry { phase, step, energy_j, flops: 100, bytes, parts: None, wall_s: Seconds(0.5), t: now() }
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod markdown;
 mod markup;
 pub mod model_card;
 mod page;
+mod parts;
 mod seal;
 mod show;
 pub mod steps;
@@ -28,7 +29,7 @@ mod yaml;
 
 pub use compare::{Comparison, compare};
 pub use emissions::{Emissions, EnergyParts};
-pub use html::History;
+pub use html::{History, comparison_page};
 pub use model_card::CardFacts;
 pub use steps::{StepEnergy, StepLog, StepRecord};
 pub use stop::StopReason;

@@ -21,8 +21,11 @@ fn cost(report: &Report) -> Option<String> {
         (AdapterType::Lora, None) => format!("Specialising `{}` with a LoRA adapter", report.model.id),
         (AdapterType::None, _) => format!("Training every weight of `{}`", report.model.id),
     };
+    let bounds = show::between(carbon.low_gco2e, carbon.high_gco2e, show::carbon);
+    let bounds = bounds.map_or_else(String::new, |bounds| format!(" ({bounds})"));
+    let money = report.budget.spent.cost.as_ref().map_or_else(String::new, |cost| format!(", for {cost}"));
     Some(format!(
-        "{what} took {} in {}, {} of energy ({}) and {} on the grid `{}`.",
+        "{what} took {} in {}, {} of energy ({}) and {}{bounds} on the grid `{}`{money}.",
         show::counted(training.steps, "step"),
         show::time(training.wall_s),
         show::energy(energy.total_j),
@@ -60,13 +63,15 @@ fn clause(report: &Report, kind: BaselineKind) -> Option<String> {
         return Some(format!("the same energy spent from random weights reached a loss of {} ({label})", show::number(loss)));
     }
     let ratio = show::times(baseline.ratio.filter(|ratio| ratio.is_finite())?);
+    let bounds = show::between(baseline.low_ratio, baseline.high_ratio, show::times);
+    let how = bounds.map_or_else(|| label.clone(), |bounds| format!("{label}, {bounds}"));
     Some(match kind {
         BaselineKind::FullFineTuning => {
-            format!("training every weight on the same data takes {ratio} times the energy ({label})")
+            format!("training every weight on the same data takes {ratio} times the energy ({how})")
         }
-        BaselineKind::FromScratchSameTask => format!("training from random weights takes {ratio} times the energy ({label})"),
+        BaselineKind::FromScratchSameTask => format!("training from random weights takes {ratio} times the energy ({how})"),
         BaselineKind::Pretraining => {
-            format!("pretraining the model takes {ratio} times the energy on this device ({label})")
+            format!("pretraining the model takes {ratio} times the energy on this device ({how})")
         }
     })
 }

@@ -30,6 +30,9 @@ pub struct Report {
     pub carbon: Carbon,
     /// Against what it is compared.
     pub baselines: Vec<Baseline>,
+    /// What memory it was forecast to take.
+    #[serde(default)]
+    pub memory: Option<Memory>,
     /// Where it ran.
     pub environment: Environment,
     /// What a reader should know before trusting the rest.
@@ -195,7 +198,7 @@ pub struct Absent {
 }
 
 /// What the counted energy is made of.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct CountedParts {
     /// FLOPs times energy per FLOP.
     pub arithmetic_j: Joules,
@@ -203,6 +206,31 @@ pub struct CountedParts {
     pub movement_j: Joules,
     /// Idle power times roofline time.
     pub idle_j: Joules,
+    /// Charged before a crash and never accounted for: of which kind it was is not known.
+    #[serde(default)]
+    pub lost_j: Joules,
+    /// `movement_j` by the memory level that served the bytes.
+    #[serde(default)]
+    pub movement_by_level_j: BTreeMap<String, Joules>,
+    /// The levels that moved bytes at an energy the profile does not know: it is part of its energy per FLOP.
+    #[serde(default)]
+    pub levels_left_out: Vec<String>,
+    /// What moving would have taken had every operand come from main memory each time it was used.
+    #[serde(default)]
+    pub movement_without_reuse_j: Option<Joules>,
+}
+
+/// A coefficient behind the counted energy.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Factor {
+    /// What it is of.
+    pub name: String,
+    /// Its value with its unit.
+    pub value: String,
+    /// Where it comes from, with year and licence.
+    pub source: String,
+    /// Read in the source itself, not recalled or assumed.
+    pub verified: bool,
 }
 
 /// The `energy` block: the machine's own, before the facility's overhead.
@@ -237,6 +265,9 @@ pub struct Energy {
     pub bytes_by_level: BTreeMap<String, Bytes>,
     /// The device profile.
     pub device: String,
+    /// The profile's coefficients, each with its source.
+    #[serde(default)]
+    pub factors: Vec<Factor>,
 }
 
 /// An amount of each thing a budget can limit; `None`: not limited, or not known.
@@ -261,6 +292,12 @@ pub struct Budget {
     pub limits: Amounts,
     /// What was spent, crashed runs included.
     pub spent: Amounts,
+    /// The least that was spent, where a coefficient is uncertain: energy, emissions and, at a price of energy, money.
+    #[serde(default)]
+    pub spent_low: Amounts,
+    /// The most.
+    #[serde(default)]
+    pub spent_high: Amounts,
     /// How far the energy budget was passed; zero on the counted meter; `None` without an energy budget.
     pub overshoot_j: Option<Joules>,
 }
@@ -279,6 +316,9 @@ pub struct Carbon {
     /// The device's share of its own manufacture; not part of `gco2e`.
     #[serde(default)]
     pub embodied_gco2e: Option<GramsCo2e>,
+    /// What that share rests on.
+    #[serde(default)]
+    pub embodied_source: Option<String>,
     /// The grid's code.
     pub grid: String,
     /// Its intensity.
@@ -292,6 +332,18 @@ pub struct Carbon {
     /// Who published it.
     #[serde(default)]
     pub source: Option<String>,
+    /// The place in words.
+    #[serde(default)]
+    pub place: Option<String>,
+    /// What the intensity counts: production or consumption, direct or life cycle.
+    #[serde(default)]
+    pub basis: Option<String>,
+    /// The intensity's licence.
+    #[serde(default)]
+    pub licence: Option<String>,
+    /// The SHA-256 of the tables it was looked up in; `None` for a number of the user's own.
+    #[serde(default)]
+    pub dataset_sha256: Option<String>,
 }
 
 fn at_least_one<'de, D: Deserializer<'de>>(input: D) -> Result<Pue, D::Error> {
@@ -340,6 +392,24 @@ pub struct Baseline {
     pub gco2e: Option<GramsCo2e>,
     /// Its energy over this run's.
     pub ratio: Option<f64>,
+    /// A lower bound of `energy_j`.
+    #[serde(default)]
+    pub low_j: Option<Joules>,
+    /// An upper bound of `energy_j`.
+    #[serde(default)]
+    pub high_j: Option<Joules>,
+    /// A lower bound of `gco2e`.
+    #[serde(default)]
+    pub low_gco2e: Option<GramsCo2e>,
+    /// An upper bound of `gco2e`.
+    #[serde(default)]
+    pub high_gco2e: Option<GramsCo2e>,
+    /// A lower bound of `ratio`; narrower than the energies', whose error both sides share where both are counted.
+    #[serde(default)]
+    pub low_ratio: Option<f64>,
+    /// An upper bound of `ratio`.
+    #[serde(default)]
+    pub high_ratio: Option<f64>,
     /// Who says so, or which formula.
     pub source: String,
     /// What has to hold for it.
@@ -351,6 +421,26 @@ pub struct Baseline {
     /// The energy it takes to this run's validation loss.
     #[serde(default)]
     pub energy_to_equal_loss_j: Option<Joules>,
+}
+
+/// The `memory` block: the forecast's parts; what was really taken is `training.peak_rss_bytes`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// All parts together.
+    pub peak_bytes: Bytes,
+    /// Frozen weights.
+    pub weights: Bytes,
+    /// Trained values, moments and gradients.
+    pub trained: Bytes,
+    /// What the backward pass keeps of the forward pass.
+    pub activations: Bytes,
+    /// Chunks of logits and the largest temporaries.
+    pub temporaries: Bytes,
+    /// The program itself.
+    pub program: Bytes,
+    /// What was free when the forecast was made; `None` afterwards, where it says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub available_bytes: Option<Bytes>,
 }
 
 /// The `environment` block.

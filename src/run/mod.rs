@@ -20,6 +20,7 @@ mod prepare;
 mod probe;
 mod reporting;
 mod sample;
+mod spending;
 mod trainee;
 mod training;
 

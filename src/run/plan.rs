@@ -6,19 +6,16 @@ use super::baselines::baselines;
 use super::machine;
 use super::options::meter;
 use super::prepare::Prepared;
-use super::reporting::{adapter_block, amounts, baseline_blocks, carbon_block, data_block, model_block, stop_reason};
+use super::reporting::{adapter_block, baseline_blocks, data_block, model_block, stop_reason};
 use super::sample::sample_prompt;
+use super::spending::{budget_block, carbon_block, counted_parts, interval, memory_block};
 use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
 use crate::error::{Error, Kind, Result};
-use crate::model::MemoryForecast;
 use crate::train::{Costs, Forecast, Standing, Stop, forecast};
 use crate::units::{Joules, Seconds};
 use crate::work::Work;
-
-/// A power model made from rated power is wrong by 27 to 37 % on average (Newkirk et al. 2025, arXiv:2506.14551): the interval's factor.
-const UNCERTAINTY: f64 = 1.37;
 
 /// A forecast.
 #[derive(Debug)]
@@ -32,11 +29,6 @@ pub struct Plan {
     /// The whole forecast, block by block.
     pub json: Value,
     least: Option<(Limit, String)>,
-}
-
-/// The energy interval around a counted figure.
-pub(super) fn interval(central: Joules) -> (Joules, Joules) {
-    (central / UNCERTAINTY, central * UNCERTAINTY)
 }
 
 /// Plays the run through without training.
@@ -98,25 +90,15 @@ impl Plan {
     }
 }
 
-/// A memory forecast's block.
-pub(super) fn memory_block(memory: &MemoryForecast) -> Value {
-    json!({
-        "peak_bytes": memory.peak(),
-        "weights": memory.weights,
-        "trained": memory.trained,
-        "activations": memory.activations,
-        "temporaries": memory.temporaries,
-        "available_bytes": machine::memory().map(|(free, _)| free),
-    })
-}
-
 fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phase, Charge)], total: &Charge) -> Result<Value> {
     let central = total.energy.joules();
-    let (low, high) = interval(central);
+    // A plan is counted, whatever meter the run will go by.
+    let energy = interval(MeterKind::Counted, central);
+    let parts = total.parts();
     let by_phase: serde_json::Map<String, Value> =
         phases.iter().map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules()))).collect();
     let evaluations = run.evaluations + usize::from(!prepared.validation_batches.is_empty());
-    let baselines = baselines(prepared, run.steps, evaluations, central)?;
+    let baselines = baselines(prepared, run.steps, evaluations, central, Some(&parts))?;
     let spent = Spent { energy: total.energy, flops: total.flops, time: total.time };
     let pjoule = |energy: Joules| json!(energy);
     Ok(json!({
@@ -139,18 +121,16 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
             "flops": total.flops,
             "bytes": total.bytes.get(crate::energy::charge::DRAM),
             "bytes_by_level": total.bytes,
-            "arithmetic_j": total.arithmetic,
-            "movement_j": total.movement,
-            "idle_j": total.idle,
+            "counted_parts": counted_parts(&prepared.profile, &parts, &total.bytes, Joules::ZERO),
             "device": prepared.profile.name,
         },
-        "budget": { "limits": amounts(prepared.budget.limits()), "spent": super::reporting::spent_amounts(prepared, &spent) },
-        "carbon": carbon_block(prepared, central),
-        "baselines": baseline_blocks(&baselines),
+        "budget": budget_block(prepared, &spent, energy),
+        "carbon": carbon_block(prepared, energy, total.time),
+        "baselines": baseline_blocks(&baselines, prepared),
         "environment": machine::environment(),
-        "memory": memory_block(&prepared.memory),
+        "memory": memory_block(&prepared.memory, machine::free_memory()),
         "forecast": {
-            "energy_j": { "low": low, "central": central, "high": high },
+            "energy_j": energy,
             "wall_s": Seconds(total.time.0),
             "steps_affordable": run.steps,
         },

@@ -46,6 +46,25 @@ pub struct Series {
     pub shape: Shape,
 }
 
+impl Series {
+    /// Where its line or marks lie.
+    pub fn points(&self) -> Vec<[f64; 2]> {
+        match &self.shape {
+            Shape::Line(points) => points.clone(),
+            Shape::Marks(marks) => marks.iter().map(|mark| mark.at).collect(),
+            Shape::Band(edges) => edges.iter().flat_map(|[x, low, high]| [[*x, *low], [*x, *high]]).collect(),
+        }
+    }
+
+    /// The last value of a line; `None` of any other form.
+    pub fn end(&self) -> Option<f64> {
+        match &self.shape {
+            Shape::Line(points) => points.last().map(|[_, y]| *y).filter(|y| y.is_finite()),
+            Shape::Marks(_) | Shape::Band(_) => None,
+        }
+    }
+}
+
 /// A limit across the plot.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Rule {
