@@ -60,7 +60,7 @@ enum CompareFormat {
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let directory = RunDirectory::open(&arguments.run)?;
     let report = read_report(&directory.report())?;
-    let name = arguments.run.display().to_string();
+    let name = directory_name(&arguments.run);
     match form(arguments.format, common.json, Format::Json, Format::Text)? {
         Format::Json => out_json(&report),
         Format::Text => out(&to_text(&name, &report)?),
@@ -71,6 +71,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             out(&std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?)
         }
     }
+}
+
+/// What a page calls the run: its directory's own name, so that a page handed on says nothing of the machine's folders.
+fn directory_name(run: &Path) -> String {
+    run.file_name().map_or_else(|| run.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// The form asked for; `--json` is one of them.

@@ -14,8 +14,8 @@ pub use plot::{Mark, Plot, Rule, Series, Shape};
 
 use super::markup::escape;
 
-/// Wide enough for a character of a tick's label at the page's chart size (12 px, tabular figures).
-const CHARACTER: f64 = 6.8;
+/// Wide enough for a figure at the size of a tick's label (12 px) in the widest font the page may get (DejaVu Sans, 0.636 em).
+const CHARACTER: f64 = 7.7;
 
 /// The room a label takes, in pixels.
 fn text_width(text: &str) -> f64 {

@@ -101,7 +101,7 @@ fn progress(report: &Report, course: &history::Course) -> String {
 /// A section with the chart that belongs to it.
 fn laid_out(report: &Report, of: Section) -> String {
     let figure = match of.title {
-        "Result" => bars::memory(report),
+        "Memory" => bars::memory(report),
         "Energy by phase" => bars::by_phase(report),
         "What the energy went into" => bars::by_part(report),
         "Comparison" => bars::comparison(report),
@@ -109,6 +109,5 @@ fn laid_out(report: &Report, of: Section) -> String {
     };
     let figure = figure.map_or_else(String::new, |figure| figure_html(&figure, &FULL));
     let blocks: String = of.blocks.into_iter().map(block).collect();
-    // What was reached comes before what it took in memory.
-    section(of.title, &if of.title == "Result" { blocks + &figure } else { figure + &blocks })
+    section(of.title, &(figure + &blocks))
 }

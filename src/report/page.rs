@@ -8,8 +8,8 @@ use super::limits;
 use super::parts;
 use super::show;
 use super::table::Table;
-use super::types::{Baseline, BaselineKind, Meter, Report};
-use crate::units::Flops;
+use super::types::{Baseline, BaselineKind, Memory, Meter, Report};
+use crate::units::{Bytes, Flops};
 
 /// A part of a section.
 pub enum Block {
@@ -35,6 +35,7 @@ pub struct Section {
 pub fn sections(report: &Report) -> Vec<Section> {
     let all = [
         ("Result", result(report)),
+        ("Memory", memory(report)),
         ("Energy by phase", by_phase(report)),
         ("What the energy went into", parts::blocks(&report.energy)),
         ("Energy by meter", by_meter(report)),
@@ -75,9 +76,7 @@ fn result(report: &Report) -> Vec<Block> {
         ("last training loss", show::or_unknown(training.train_loss_last, show::number)),
         ("tokens per second", show::or_unknown(training.tokens_per_second, show::number)),
         ("wall time", show::time(training.wall_s)),
-        ("peak memory", show::or_unknown(training.peak_rss_bytes, |bytes| bytes.to_string())),
     ];
-    rows.extend(report.memory.iter().map(|memory| ("peak memory as forecast", memory.peak_bytes.to_string())));
     if let Some(tokens) = training.tokens {
         rows.insert(3, ("tokens trained on", show::count(tokens)));
     }
@@ -86,6 +85,26 @@ fn result(report: &Report) -> Vec<Block> {
         rows.push(("best checkpoint", place));
     }
     vec![pairs(["result", "value"], rows), Block::Paragraph("Losses are in nats per loss token.".to_string())]
+}
+
+/// The peak that was seen beside the forecast and its parts.
+fn memory(report: &Report) -> Vec<Block> {
+    let seen = ("peak of the process", show::or_unknown(report.training.peak_rss_bytes, |bytes| bytes.to_string()));
+    let mut rows = vec![seen];
+    rows.extend(report.memory.iter().flat_map(memory_parts).map(|(name, bytes)| (name, bytes.to_string())));
+    vec![pairs(["memory", "size"], rows)]
+}
+
+/// The forecast and what it is made of, by name.
+pub fn memory_parts(memory: &Memory) -> [(&'static str, Bytes); 6] {
+    [
+        ("forecast, all", memory.peak_bytes),
+        ("forecast, weights", memory.weights),
+        ("forecast, trained values with moments and gradients", memory.trained),
+        ("forecast, activations", memory.activations),
+        ("forecast, logits and temporaries", memory.temporaries),
+        ("forecast, the program", memory.program),
+    ]
 }
 
 fn by_phase(report: &Report) -> Vec<Block> {

@@ -105,7 +105,7 @@ mod tests {
         let axis = Axis::over("energy", Scale::Log, |v| v.to_string(), [1.0, 100.0]).unwrap();
         let svg = Bars { title: String::new(), desc: String::new(), axis, bars: vec![spanned] }.svg("b", 216.0);
         assert!(svg.contains("<line class=\"span\" x1=\"2.0\" y1=\"27.0\" x2=\"102.0\" y2=\"27.0\"/>"), "{svg}");
-        // A name of 22 characters takes 22 x 6.8 x 1.15 = 172 px of 200: its figure goes below.
+        // A name of 22 characters takes 22 x 7.7 x 1.15 = 195 px of 200: its figure goes below.
         let axis = Axis::over("energy", Scale::Linear, |v| v.to_string(), [0.0, 100.0]).unwrap();
         let bars = vec![bar("a name of 22 character", 10.0)];
         let svg = Bars { title: String::new(), desc: String::new(), axis, bars }.svg("b", 216.0);

@@ -224,12 +224,12 @@ mod tests {
 
     #[test]
     fn points_lie_where_the_axes_say() {
-        // Left edge: seven characters of 6.8 px and 8 px; right: 14 px from 300; top 16 + 8; bottom 200 - 2 x 16 - 6.
+        // Left edge: seven characters of 7.7 px and 8 px; right: 14 px from 300; top 16 + 8; bottom 200 - 2 x 16 - 6.
         let line = Shape::Line(vec![[0.0, 0.0], [10.0, 10.0]]);
         let svg = plot(vec![Series { name: String::new(), class: "a", shape: line }], Vec::new()).svg("p", 300.0);
-        assert!(svg.contains("<path class=\"line a\" d=\"M55.6 162.0L286.0 24.0\"/>"), "{svg}");
+        assert!(svg.contains("<path class=\"line a\" d=\"M61.9 162.0L286.0 24.0\"/>"), "{svg}");
         let svg = plot(Vec::new(), vec![Rule::Y(5.0, "half & half".to_string())]).svg("p", 300.0);
-        assert!(svg.contains("<line class=\"rule\" x1=\"55.6\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"), "{svg}");
+        assert!(svg.contains("<line class=\"rule\" x1=\"61.9\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"), "{svg}");
         assert!(svg.contains(">half &amp; half<") && svg.contains(">a &lt;title&gt;<"), "{svg}");
     }
 

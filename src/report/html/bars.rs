@@ -6,7 +6,7 @@
 use super::figures::Figure;
 use super::units::{energy_tick, number_tick};
 use crate::report::chart::{Axis, Bar, Bars, Scale};
-use crate::report::page::kind_words;
+use crate::report::page::{kind_words, memory_parts};
 use crate::report::parts::shares;
 use crate::report::show;
 use crate::report::types::{Baseline, Report};
@@ -49,14 +49,6 @@ fn figure(id: &'static str, title: &str, axis: Axis, bars: Vec<Bar>, caption: St
 pub fn memory(report: &Report) -> Option<Figure> {
     let memory = report.memory.as_ref()?;
     let seen = report.training.peak_rss_bytes;
-    let parts = [
-        ("weights", memory.weights),
-        ("trained values, moments, gradients", memory.trained),
-        ("activations", memory.activations),
-        ("logits and temporaries", memory.temporaries),
-        ("the program", memory.program),
-        ("all, as forecast", memory.peak_bytes),
-    ];
     let (unit, size) = if memory.peak_bytes.0 >= 2 << 30 { ("GiB", 1u64 << 30) } else { ("MiB", 1 << 20) };
     let bar = |(name, bytes, class): (&str, Bytes, &'static str)| Bar {
         name: name.to_string(),
@@ -65,10 +57,11 @@ pub fn memory(report: &Report) -> Option<Figure> {
         class,
         span: None,
     };
-    let forecast = parts.into_iter().map(|(name, bytes)| (name, bytes, "other"));
-    let bars: Vec<Bar> = forecast.chain(seen.map(|bytes| ("peak of the process", bytes, "energy"))).map(bar).collect();
+    let forecast = memory_parts(memory).into_iter().map(|(name, bytes)| (name, bytes, "other"));
+    let seen = seen.map(|bytes| ("peak of the process", bytes, "energy"));
+    let bars: Vec<Bar> = seen.into_iter().chain(forecast).map(bar).collect();
     let axis = Axis::over(&format!("memory, {unit}"), Scale::Linear, number_tick, bars.iter().map(|bar| bar.value).chain([0.0]))?;
-    figure("memory", "Memory", axis, bars, "Grey is the forecast and what it is made of.".to_string())
+    figure("memory", "Memory", axis, bars, String::new())
 }
 
 /// This run beside the other ways of training.
@@ -150,5 +143,6 @@ pub fn bought(runs: &[(String, Option<f64>)]) -> Option<Figure> {
     rates.clone().find(|rate| *rate > 0.0)?;
     let axis =
         Axis::over("loss bought, nats a kilojoule", Scale::Linear, number_tick, rates.map(|rate| rate.max(0.0)).chain([0.0]))?;
-    figure("bought", "Loss bought by a kilojoule", axis, bars, String::new())
+    let caption = "Nats per loss token that the validation loss fell for each kilojoule.";
+    figure("bought", "Loss bought by a kilojoule", axis, bars, caption.to_string())
 }

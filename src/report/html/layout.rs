@@ -75,19 +75,46 @@ pub fn block(block: Block) -> String {
     }
 }
 
-/// Many columns scroll by themselves on a phone, so that the page does not.
+/// A table of more than three columns has, in each cell, the name of its column: on a phone every row becomes a list of its own.
 fn table_html(table: &Table) -> String {
     let head: String = table.head().iter().map(|name| format!("<th scope=\"col\">{}</th>", inline(name))).collect();
-    let row = |row: &Vec<String>| {
-        let cells = row.iter().enumerate().map(|(index, cell)| match index {
-            0 => format!("<th scope=\"row\">{}</th>", inline(cell)),
-            _ => format!("<td>{}</td>", inline(cell)),
-        });
-        format!("<tr>{}</tr>\n", cells.collect::<String>())
+    let many = table.head().len() > 3;
+    let cell = |(index, cell): (usize, &String)| match (index, many) {
+        (0, _) => format!("<th scope=\"row\">{}</th>", unbroken(&inline(cell))),
+        (_, true) => format!("<td data-head=\"{}\">{}</td>", escape(&table.head()[index]), unbroken(&inline(cell))),
+        (_, false) => format!("<td>{}</td>", unbroken(&inline(cell))),
     };
-    let class = if table.head().len() > 3 { "table many" } else { "table" };
+    let row = |row: &Vec<String>| format!("<tr>{}</tr>\n", row.iter().enumerate().map(cell).collect::<String>());
+    let class = if many { "table many" } else { "table" };
     let rows: String = table.rows().iter().map(row).collect();
     format!(
         "<div class=\"{class}\" tabindex=\"0\">\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</div>\n"
     )
+}
+
+/// No line ends between a number and its unit.
+fn unbroken(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut before = None;
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        let joined = c == ' '
+            && before.is_some_and(|c: char| c.is_ascii_digit())
+            && rest.peek().is_some_and(|c| c.is_alphabetic() || *c == '%');
+        out.push(if joined { '\u{a0}' } else { c });
+        before = Some(c);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_keeps_its_unit() {
+        assert_eq!(unbroken("64.73 J (17.98 mWh), 85.2 %"), "64.73\u{a0}J (17.98\u{a0}mWh), 85.2\u{a0}%");
+        assert_eq!(unbroken("between 2 and 3"), "between 2\u{a0}and 3");
+        assert_eq!(unbroken("a b"), "a b");
+    }
 }
