@@ -70,7 +70,10 @@ fn facts(report: &Report) -> String {
     );
     facts += &fact(
         "validation loss",
-        format!("{} → {}", loss(training.val_loss_before), loss(training.val_loss_after)),
+        match (training.val_loss_before, training.val_loss_after) {
+            (None, None) => show::UNKNOWN.to_string(),
+            (before, after) => format!("{} → {}", loss(before), loss(after)),
+        },
         "nats per loss token, before and after".to_string(),
     );
     facts += &fact(

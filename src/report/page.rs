@@ -100,7 +100,7 @@ pub fn memory_parts(memory: &Memory) -> [(&'static str, Bytes); 6] {
     [
         ("forecast, all", memory.peak_bytes),
         ("forecast, weights", memory.weights),
-        ("forecast, trained values with moments and gradients", memory.trained),
+        ("forecast, what is trained", memory.trained),
         ("forecast, activations", memory.activations),
         ("forecast, logits and temporaries", memory.temporaries),
         ("forecast, the program", memory.program),

@@ -77,6 +77,7 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let standing = &outcome.standing;
     let spent = account.spent();
     let energy = interval(account.kind(), spent.energy.joules());
+    let wall = spent.time.max(inputs.wall);
     let counted = account.kind() == crate::energy::MeterKind::Counted;
     let evaluations = account.by_phase().find(|(phase, _)| *phase == Phase::Eval).map_or(0, |(_, totals)| totals.entries);
     let evaluated = evaluations as usize - 2 * usize::from(inputs.sample.is_some()).min(evaluations as usize / 2);
@@ -93,10 +94,10 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
         model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
         adapter: adapter_block(&prepared.target, &prepared.architecture),
         data: data_block(prepared),
-        training: training_block(inputs),
+        training: training_block(inputs, wall),
         energy: energy_block(prepared, account),
         budget: types::Budget { overshoot_j: Some(account.overshoot().joules()), ..budget_block(prepared, &spent, energy) },
-        carbon: carbon_block(prepared, energy, spent.time),
+        carbon: carbon_block(prepared, energy, wall),
         baselines: baseline_blocks(&baselines, prepared),
         memory: Some(memory_block(&prepared.memory, None)),
         environment: machine::environment(),
@@ -152,7 +153,7 @@ pub(super) fn data_block(prepared: &Prepared) -> types::Data {
     }
 }
 
-fn training_block(inputs: &Inputs<'_>) -> types::Training {
+fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
     let (prepared, standing) = (inputs.prepared, &inputs.outcome.standing);
     let after = standing.val_loss_last.filter(|last| last.step == standing.step && last.step > 0);
     let rate = standing.tokens as f64 / standing.train_wall_s;
@@ -166,7 +167,7 @@ fn training_block(inputs: &Inputs<'_>) -> types::Training {
         val_loss_after: after.map(|last| last.val_loss),
         train_loss_last: standing.train_loss_last,
         tokens_per_second: rate.is_finite().then_some(rate),
-        wall_s: inputs.account.spent().time.max(inputs.wall),
+        wall_s: wall,
         peak_rss_bytes: machine::peak_rss(),
         best: standing.best.filter(|best| inputs.checkpoints.path(best.step).is_dir()).map(|best| types::Best {
             step: best.step,

@@ -9,6 +9,7 @@ mod lab;
 
 mod budget;
 mod continued;
+mod figures;
 mod json;
 mod pretrained;
 mod refusals;

@@ -101,6 +101,9 @@ fn a_killed_run_goes_on_with_the_same_bytes_and_keeps_what_it_spent() {
         assert_eq!(total, lab.ledger(run));
         let phases: u64 = report["energy"]["by_phase"].as_object().unwrap().values().map(microjoules).sum();
         assert_eq!(phases, total);
+        // What a crash took is named and not guessed to be arithmetic or movement.
+        let lost = report["energy"]["by_phase"].get("lost").map_or(0, microjoules);
+        assert_eq!(microjoules(&report["energy"]["counted_parts"]["lost_j"]), lost, "{run}");
     }
 }
 

@@ -92,17 +92,21 @@ fn table_html(table: &Table) -> String {
     )
 }
 
-/// No line ends between a number and its unit.
+/// No line ends between a number and its unit: a short word that is not one of the sentence.
 fn unbroken(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    let mut before = None;
-    let mut rest = text.chars().peekable();
-    while let Some(c) = rest.next() {
-        let joined = c == ' '
-            && before.is_some_and(|c: char| c.is_ascii_digit())
-            && rest.peek().is_some_and(|c| c.is_alphabetic() || *c == '%');
-        out.push(if joined { '\u{a0}' } else { c });
-        before = Some(c);
+    for (index, word) in text.split(' ').enumerate() {
+        let unit =
+            word.starts_with(|c: char| c.is_alphabetic() || c == '%') && !["and", "to", "of", "on", "in", "at"].contains(&word);
+        let joined = unit && out.ends_with(|c: char| c.is_ascii_digit());
+        out += if index == 0 {
+            ""
+        } else if joined {
+            "\u{a0}"
+        } else {
+            " "
+        };
+        out += word;
     }
     out
 }
@@ -114,7 +118,7 @@ mod tests {
     #[test]
     fn a_number_keeps_its_unit() {
         assert_eq!(unbroken("64.73 J (17.98 mWh), 85.2 %"), "64.73\u{a0}J (17.98\u{a0}mWh), 85.2\u{a0}%");
-        assert_eq!(unbroken("between 2 and 3"), "between 2\u{a0}and 3");
+        assert_eq!(unbroken("between 2 and 3"), "between 2 and 3");
         assert_eq!(unbroken("a b"), "a b");
     }
 }
