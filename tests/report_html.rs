@@ -130,6 +130,12 @@ fn texts_from_outside_stay_texts() {
     (report.model.id, report.model.architecture, report.carbon.grid) = (text(), text(), text());
     (report.environment.cpu, report.environment.version, report.energy.device) = (text(), text(), text());
     report.carbon.source = Some(text());
+    (report.carbon.place, report.carbon.basis, report.carbon.licence) = (Some(text()), Some(text()), Some(text()));
+    report.carbon.dataset_sha256 = Some(text());
+    for factor in &mut report.energy.factors {
+        (factor.name, factor.value, factor.source) = (text(), text(), text());
+    }
+    report.energy.counted_parts.as_mut().unwrap().levels_left_out = vec![text()];
     report.data.sources = vec![text()];
     report.warnings = vec![text()];
     report.baselines[0].source = text();

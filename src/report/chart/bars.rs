@@ -3,7 +3,7 @@
 //! Owns the bars' places and lengths. Takes named values, returns an SVG. Each bar's figure is written out beside its name, since
 //! on a logarithmic axis a length alone misleads. A value without a place has its name and figure and no bar. Knows nothing of runs.
 
-use super::{Axis, label, picture, segment, text_width};
+use super::{Axis, label, picture, segment, text_width, tick_row};
 
 /// Pixels a bar takes with its text, how far down in it the bar begins, and the bar's own height.
 const ROW: f64 = 42.0;
@@ -56,13 +56,13 @@ impl Bars {
             (ROW + lower, if lower > 0.0 { "start" } else { "end" }, if lower > 0.0 { left } else { right });
         let foot = self.bars.len() as f64 * row + 4.0;
         let mut body = String::new();
-        for mark in &ticks.marks {
-            let Some(place) = ticks.place(*mark) else { continue };
-            let (x, text) = (left + place * (right - left), (self.axis.form)(*mark));
-            body += &segment("grid", [x, 0.0], [x, foot + 4.0]);
-            let half = text_width(&text) / 2.0;
-            body += &label("tick", "middle", [x.clamp(half, width - half), foot + 18.0], &text);
-        }
+        let places: Vec<(f64, String)> = ticks
+            .marks
+            .iter()
+            .filter_map(|mark| Some((left + ticks.place(*mark)? * (right - left), (self.axis.form)(*mark))))
+            .collect();
+        body.extend(places.iter().map(|(x, _)| segment("grid", [*x, 0.0], [*x, foot + 4.0])));
+        body += &tick_row(places.into_iter(), width, foot + 18.0);
         for (index, bar) in self.bars.iter().enumerate() {
             let top = index as f64 * row;
             body += &label("name", "start", [left, top + 14.0], &bar.name);

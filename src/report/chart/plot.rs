@@ -4,7 +4,7 @@
 //! Colour never tells two series apart alone: lines, marks, bands and limits differ in form. Knows nothing of runs.
 
 use super::axis::Ticks;
-use super::{Axis, label, picture, segment, text_width};
+use super::{Axis, label, picture, segment, text_width, tick_row};
 use crate::report::markup::escape;
 
 /// Height of a line of labels, in pixels.
@@ -145,14 +145,11 @@ impl Plot {
             body += &segment("grid", [frame.left, y], [frame.right, y]);
             body += &label("tick", "end", [frame.left - 6.0, y + 4.0], &(self.y.form)(*mark));
         }
-        for mark in &frame.x.marks {
-            let Some(x) = frame.x(*mark) else { continue };
-            body += &segment("grid", [x, frame.bottom], [x, frame.bottom + 4.0]);
-            let text = (self.x.form)(*mark);
-            // The last label ends with the picture.
-            let x = x.min(frame.right + 13.0 - text_width(&text) / 2.0);
-            body += &label("tick", "middle", [x, frame.bottom + LINE], &text);
-        }
+        let places: Vec<(f64, String)> =
+            frame.x.marks.iter().filter_map(|mark| Some((frame.x(*mark)?, (self.x.form)(*mark)))).collect();
+        body.extend(places.iter().map(|(x, _)| segment("grid", [*x, frame.bottom], [*x, frame.bottom + 4.0])));
+        // The last label ends with the picture.
+        body += &tick_row(places.into_iter(), frame.right + 13.0, frame.bottom + LINE);
         body + &segment("base", [frame.left, frame.bottom], [frame.right, frame.bottom])
     }
 }
