@@ -5,11 +5,12 @@
 
 use super::budget::entries;
 use super::limits;
+use super::memory;
 use super::parts;
 use super::show;
 use super::table::Table;
-use super::types::{Baseline, BaselineKind, Memory, Meter, Report};
-use crate::units::{Bytes, Flops};
+use super::types::{Baseline, BaselineKind, Meter, Report};
+use crate::units::Flops;
 
 /// A part of a section.
 pub enum Block {
@@ -35,7 +36,7 @@ pub struct Section {
 pub fn sections(report: &Report) -> Vec<Section> {
     let all = [
         ("Result", result(report)),
-        ("Memory", memory(report)),
+        ("Memory", memory::blocks(report)),
         ("Energy by phase", by_phase(report)),
         ("What the energy went into", parts::blocks(&report.energy)),
         ("Energy by meter", by_meter(report)),
@@ -57,7 +58,7 @@ fn list(items: Vec<String>) -> Vec<Block> {
 }
 
 /// A table of names and values.
-fn pairs(head: [&str; 2], rows: Vec<(&str, String)>) -> Block {
+pub fn pairs(head: [&str; 2], rows: Vec<(&str, String)>) -> Block {
     let mut table = Table::new(&head);
     rows.into_iter().for_each(|(name, value)| table.row([name.to_string(), value]));
     Block::Table(table)
@@ -85,26 +86,6 @@ fn result(report: &Report) -> Vec<Block> {
         rows.push(("best checkpoint", place));
     }
     vec![pairs(["result", "value"], rows), Block::Paragraph("Losses are in nats per loss token.".to_string())]
-}
-
-/// The peak that was seen beside the forecast and its parts.
-fn memory(report: &Report) -> Vec<Block> {
-    let seen = ("peak of the process", show::or_unknown(report.training.peak_rss_bytes, |bytes| bytes.to_string()));
-    let mut rows = vec![seen];
-    rows.extend(report.memory.iter().flat_map(memory_parts).map(|(name, bytes)| (name, bytes.to_string())));
-    vec![pairs(["memory", "size"], rows)]
-}
-
-/// The forecast and what it is made of, by name.
-pub fn memory_parts(memory: &Memory) -> [(&'static str, Bytes); 6] {
-    [
-        ("forecast, all", memory.peak_bytes),
-        ("forecast, weights", memory.weights),
-        ("forecast, what is trained", memory.trained),
-        ("forecast, activations", memory.activations),
-        ("forecast, logits and temporaries", memory.temporaries),
-        ("forecast, the program", memory.program),
-    ]
 }
 
 fn by_phase(report: &Report) -> Vec<Block> {

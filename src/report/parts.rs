@@ -1,24 +1,64 @@
 //! What the counted energy went into, in words and numbers: arithmetic, bytes by memory level, idle power, and what reuse saved.
 //!
-//! Owns the names, the order and the sentences; the page and the chart share them. Takes the report's `energy` block. A level whose
-//! energy per byte is not known is named with its bytes and given no joules. Knows nothing of how the energy was counted.
+//! Owns the `counted_parts` block and the coefficients behind it, their names, order and sentences; the page and the chart share them. Takes
+//! the report's `energy` block. A level whose energy per byte is not known is named with its bytes and given no joules. Knows nothing of how the energy was counted.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
 
 use super::page::Block;
 use super::show;
 use super::table::Table;
-use super::types::{CountedParts, Energy};
+use super::types::Energy;
 use crate::units::{Bytes, Flops, Joules};
 
-/// One share of the counted energy.
-pub struct Share {
-    /// What it went into.
+/// What the counted energy is made of.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct CountedParts {
+    /// FLOPs times energy per FLOP.
+    pub arithmetic_j: Joules,
+    /// Bytes times energy per byte.
+    pub movement_j: Joules,
+    /// Idle power times roofline time.
+    pub idle_j: Joules,
+    /// Charged before a crash and never accounted for: of which kind it was is not known.
+    #[serde(default)]
+    pub lost_j: Joules,
+    /// `movement_j` by the memory level that served the bytes.
+    #[serde(default)]
+    pub movement_by_level_j: BTreeMap<String, Joules>,
+    /// The levels that moved bytes at an energy the profile does not know: it is part of its energy per FLOP.
+    #[serde(default)]
+    pub levels_left_out: Vec<String>,
+    /// What moving would have taken had every operand come from main memory each time it was used.
+    #[serde(default)]
+    pub movement_without_reuse_j: Option<Joules>,
+}
+
+/// A coefficient behind the counted energy.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Factor {
+    /// What it is of.
     pub name: String,
+    /// Its value with its unit.
+    pub value: String,
+    /// Where it comes from, with year and licence.
+    pub source: String,
+    /// Read in the source itself, not recalled or assumed.
+    pub verified: bool,
+}
+
+/// One share of the counted energy.
+pub(super) struct Share {
+    /// What it went into.
+    pub(super) name: String,
     /// How much.
-    pub joules: Joules,
+    pub(super) joules: Joules,
 }
 
 /// The shares, the largest kinds first as listed: arithmetic, each memory level from the inside out, idle, lost.
-pub fn shares(parts: &CountedParts) -> Vec<Share> {
+pub(super) fn shares(parts: &CountedParts) -> Vec<Share> {
     let mut shares = vec![share("arithmetic", parts.arithmetic_j)];
     let inner = parts.movement_by_level_j.iter().filter(|(level, _)| !is_dram(level));
     let outer = parts.movement_by_level_j.iter().filter(|(level, _)| is_dram(level));
@@ -42,7 +82,7 @@ fn is_dram(level: &str) -> bool {
 }
 
 /// "main memory (DRAM)", "last-level cache (LLC)", "L2 cache".
-pub fn level_words(level: &str) -> String {
+pub(super) fn level_words(level: &str) -> String {
     match level {
         _ if is_dram(level) => "main memory (DRAM)".to_string(),
         "LLC" => "last-level cache (LLC)".to_string(),
@@ -51,7 +91,7 @@ pub fn level_words(level: &str) -> String {
 }
 
 /// The section: a table of shares, what was moved, what has no figure, and what reuse saved; empty where nothing is known.
-pub fn blocks(energy: &Energy) -> Vec<Block> {
+pub(super) fn blocks(energy: &Energy) -> Vec<Block> {
     let Some(parts) = &energy.counted_parts else { return vec![Block::Paragraph(work(energy))] };
     let whole = energy.meters.counted_j;
     let mut table = Table::new(&["counted energy went into", "energy", "share"]);

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::memory::Memory;
+use super::parts::{CountedParts, Factor};
 use super::stop::StopReason;
 use crate::units::{Bytes, Flops, GramsCo2e, GramsPerKwh, Joules, Money, Pue, Seconds};
 
@@ -195,42 +197,6 @@ pub struct Absent {
     pub reason: String,
     /// What to type or change.
     pub remedy: String,
-}
-
-/// What the counted energy is made of.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct CountedParts {
-    /// FLOPs times energy per FLOP.
-    pub arithmetic_j: Joules,
-    /// Bytes times energy per byte.
-    pub movement_j: Joules,
-    /// Idle power times roofline time.
-    pub idle_j: Joules,
-    /// Charged before a crash and never accounted for: of which kind it was is not known.
-    #[serde(default)]
-    pub lost_j: Joules,
-    /// `movement_j` by the memory level that served the bytes.
-    #[serde(default)]
-    pub movement_by_level_j: BTreeMap<String, Joules>,
-    /// The levels that moved bytes at an energy the profile does not know: it is part of its energy per FLOP.
-    #[serde(default)]
-    pub levels_left_out: Vec<String>,
-    /// What moving would have taken had every operand come from main memory each time it was used.
-    #[serde(default)]
-    pub movement_without_reuse_j: Option<Joules>,
-}
-
-/// A coefficient behind the counted energy.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Factor {
-    /// What it is of.
-    pub name: String,
-    /// Its value with its unit.
-    pub value: String,
-    /// Where it comes from, with year and licence.
-    pub source: String,
-    /// Read in the source itself, not recalled or assumed.
-    pub verified: bool,
 }
 
 /// The `energy` block: the machine's own, before the facility's overhead.
@@ -421,26 +387,6 @@ pub struct Baseline {
     /// The energy it takes to this run's validation loss.
     #[serde(default)]
     pub energy_to_equal_loss_j: Option<Joules>,
-}
-
-/// The `memory` block: the forecast's parts; what was really taken is `training.peak_rss_bytes`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Memory {
-    /// All parts together.
-    pub peak_bytes: Bytes,
-    /// Frozen weights.
-    pub weights: Bytes,
-    /// Trained values, moments and gradients.
-    pub trained: Bytes,
-    /// What the backward pass keeps of the forward pass.
-    pub activations: Bytes,
-    /// Chunks of logits and the largest temporaries.
-    pub temporaries: Bytes,
-    /// The program itself.
-    pub program: Bytes,
-    /// What was free when the forecast was made; `None` afterwards, where it says nothing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub available_bytes: Option<Bytes>,
 }
 
 /// The `environment` block.

@@ -11,7 +11,9 @@ use crate::energy::charge::{DRAM, Traffic};
 use crate::energy::ledger::Totals;
 use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent, carbon};
 use crate::model::MemoryForecast;
-use crate::report::types::{self, Amounts, CountedParts, Factor, Memory};
+use crate::report::memory::Memory;
+use crate::report::parts::{CountedParts, Factor};
+use crate::report::types::{self, Amounts};
 use crate::units::{Bytes, Flops, Joules, Per, Seconds};
 
 /// What `energy` on this meter may be. A counter is taken at its word; what it cannot see is said in words.

@@ -6,7 +6,8 @@
 use super::figures::Figure;
 use super::units::{energy_tick, number_tick};
 use crate::report::chart::{Axis, Bar, Bars, Scale};
-use crate::report::page::{kind_words, memory_parts};
+use crate::report::memory::named;
+use crate::report::page::kind_words;
 use crate::report::parts::shares;
 use crate::report::show;
 use crate::report::types::{Baseline, Report};
@@ -57,7 +58,7 @@ pub fn memory(report: &Report) -> Option<Figure> {
         class,
         span: None,
     };
-    let forecast = memory_parts(memory).into_iter().map(|(name, bytes)| (name, bytes, "other"));
+    let forecast = named(memory).into_iter().map(|(name, bytes)| (name, bytes, "other"));
     let seen = seen.map(|bytes| ("peak of the process", bytes, "energy"));
     let bars: Vec<Bar> = seen.into_iter().chain(forecast).map(bar).collect();
     let axis = Axis::over(&format!("memory, {unit}"), Scale::Linear, number_tick, bars.iter().map(|bar| bar.value).chain([0.0]))?;
