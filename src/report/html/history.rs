@@ -7,12 +7,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::energy::MeterKind;
 use crate::energy::ledger::{Entry, Phase, read_entries};
-use crate::energy::{Energies, MeterKind};
 use crate::error::Result;
 use crate::report::steps::{StepRecord, read_steps};
 use crate::report::types::{Meter, Report};
-use crate::units::Joules;
+use crate::units::{Joules, MicroJoules};
 
 /// What a run wrote step by step.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -60,15 +60,13 @@ impl History {
 
     /// The steps that both files and the report know, by the report's meter.
     pub(super) fn course(&self, report: &Report) -> Course {
-        let (mut spent, mut before, mut after) = (Energies::default(), None, BTreeMap::new());
+        let (mut sum, mut before, mut after) = (MicroJoules::ZERO, None, BTreeMap::new());
         let meter = kind(report.energy.meter);
-        let mut sum = spent.on(meter);
         for entry in &self.entries {
-            spent = entry.energy_j;
             if entry.phase == Phase::Train {
                 before.get_or_insert(sum);
             }
-            sum += spent.on(meter);
+            sum += entry.on(meter);
             if entry.phase == Phase::Train {
                 // A step done again after a crash stands where it was done last.
                 after.insert(entry.step, sum);
@@ -94,12 +92,13 @@ fn kind(meter: Meter) -> MeterKind {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::energy::Energies;
     use crate::units::Seconds;
 
     fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
         let energy = Joules(joules).rounded();
         let energy_j = Energies { counted: energy, measured: None, timed: energy };
-        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), wall_s: Seconds(0.0), t: 0.0 }
+        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), wall_s: Seconds(0.0), t: 0.0, gap: None }
     }
 
     fn record(step: u64) -> StepRecord {
