@@ -90,11 +90,12 @@ fn the_keys_are_the_contracts() {
         ),
         (
             "/energy",
-            "meter total_j by_phase meters flops bytes device | low_j high_j measured_absent counted_parts bytes_by_level",
+            "meter total_j by_phase meters flops bytes device | low_j high_j measured_absent counted_parts bytes_by_level \
+             profile_factor reconciliation",
         ),
         ("/energy/meters", "counted_j measured_j timed_j |"),
         ("/energy/by_phase", "load train eval save |"),
-        ("/budget", "limits spent overshoot_j |"),
+        ("/budget", "limits spent overshoot_j | margin_j"),
         ("/budget/limits", "energy_j carbon_gco2e flops time_s cost |"),
         ("/carbon", "gco2e grid gco2e_per_kwh pue | low_gco2e high_gco2e embodied_gco2e year source"),
         (

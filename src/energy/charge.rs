@@ -8,6 +8,8 @@
 //! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable))
 //! ```
 //!
+//! A profile that was held against a measured run multiplies each part by `measured_over_counted`.
+//!
 //! Vector operations run at f32's rate and energy; they are in `energy` and `time`, not in `flops`.
 //!
 //! Traffic of a product (m, k) x (k, n) with elements of e bytes through a cache of Z bytes: where both operands and the
@@ -63,9 +65,10 @@ impl Profile {
     pub fn charge(&self, work: &Work) -> Charge {
         let bytes = traffic(self, work);
         let time = roofline(self, work, &bytes);
-        let idle = self.idle_w * time;
-        let arithmetic = arithmetic(self, work);
-        let movement = movement(self, &bytes);
+        let factor = self.measured_over_counted.unwrap_or(1.0);
+        let idle = self.idle_w * time * factor;
+        let arithmetic = arithmetic(self, work) * factor;
+        let movement = movement(self, &bytes) * factor;
         let energy = (idle + arithmetic + movement).rounded();
         Charge { energy, time, flops: work.flops(), bytes, arithmetic, movement, idle }
     }

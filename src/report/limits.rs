@@ -12,7 +12,15 @@ pub fn assumptions(report: &Report) -> Vec<String> {
     let carbon = &report.carbon;
     let grid_source = carbon.source.as_deref().unwrap_or("source not known");
     let mut found = vec![
-        format!("energy coefficients: device profile `{}`", report.energy.device),
+        match &report.energy.profile_factor {
+            Some(factor) => format!(
+                "energy coefficients: device profile `{}`, its counted joules times {}: {}",
+                report.energy.device,
+                show::number(factor.value),
+                factor.source
+            ),
+            None => format!("energy coefficients: device profile `{}`", report.energy.device),
+        },
         format!("grid `{}`: {} gCO2e/kWh, {grid_source}", carbon.grid, show::number(carbon.gco2e_per_kwh.0)),
         format!("facility overhead: PUE {}, from the recipe", show::number(carbon.pue.value())),
     ];

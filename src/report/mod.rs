@@ -16,6 +16,7 @@ pub mod markdown;
 mod markup;
 pub mod model_card;
 mod page;
+pub mod reconciliation;
 mod seal;
 mod show;
 pub mod steps;

@@ -5,6 +5,7 @@
 
 use super::budget::entries;
 use super::limits;
+use super::reconciliation;
 use super::show;
 use super::table::Table;
 use super::types::{Baseline, BaselineKind, Meter, Report};
@@ -36,6 +37,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         ("Result", result(report)),
         ("Energy by phase", by_phase(report)),
         ("Energy by meter", by_meter(report)),
+        ("Measured against counted", reconciliation::section(report.energy.reconciliation.as_ref())),
         ("Comparison", comparison(report)),
         ("Budget", budget(report)),
         ("Emissions", emissions(report)),
@@ -206,13 +208,25 @@ fn budget(report: &Report) -> Vec<Block> {
         table.row([entry.name.to_string(), entry.allowed, entry.spent, entry.used, stopped.to_string()]);
     }
     let mut blocks = vec![Block::Table(table)];
-    blocks.extend(report.budget.overshoot_j.map(|over| {
-        Block::Paragraph(match over.0 > 0.0 {
-            true => format!("The energy budget was passed by {}.", show::energy(over)),
-            false => "The energy budget was not passed.".to_string(),
-        })
-    }));
+    blocks.extend(report.budget.overshoot_j.map(|over| Block::Paragraph(passed(over, report.budget.margin_j))));
     blocks
+}
+
+/// By how much an energy budget was passed, and by how much at most it could have been.
+fn passed(over: Joules, margin: Option<Joules>) -> String {
+    let passed = match over.0 > 0.0 {
+        true => format!("The energy budget was passed by {}.", show::energy(over)),
+        false => "The energy budget was not passed.".to_string(),
+    };
+    match margin.filter(|margin| margin.0 > 0.0) {
+        Some(margin) => {
+            let margin = show::energy(margin);
+            format!(
+                "{passed} On a sensor a step's cost is predicted: the last step and what followed it cost {margin} more than that."
+            )
+        }
+        None => passed,
+    }
 }
 
 fn emissions(report: &Report) -> Vec<Block> {

@@ -6,7 +6,9 @@ use super::baselines::baselines;
 use super::machine;
 use super::options::meter;
 use super::prepare::Prepared;
-use super::reporting::{adapter_block, amounts, baseline_blocks, carbon_block, data_block, model_block, stop_reason};
+use super::reporting::{
+    adapter_block, amounts, baseline_blocks, carbon_block, data_block, model_block, profile_factor, stop_reason,
+};
 use super::sample::sample_prompt;
 use super::trainee::load_work;
 use crate::energy::meter::Computing;
@@ -143,6 +145,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
             "movement_j": total.movement,
             "idle_j": total.idle,
             "device": prepared.profile.name,
+            "profile_factor": profile_factor(&prepared.profile),
         },
         "budget": { "limits": amounts(prepared.budget.limits()), "spent": super::reporting::spent_amounts(prepared, &spent) },
         "carbon": carbon_block(prepared, central),
