@@ -19,6 +19,8 @@ Examples:
   wattune devices --json                   the same with every figure and its source
   wattune plan recipe.toml --set energy.device=nvidia-t4       what the run would cost elsewhere
 
+A container that sees its host's counters elsewhere: WATTUNE_POWERCAP=/host/sys/class/powercap wattune devices
+
 `NAME@4` is four cores of a processor. For a machine without a profile: `wattune calibrate`.";
 
 pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {

@@ -87,9 +87,13 @@ impl Counters {
         lock(&self.bank).sensors.is_empty()
     }
 
-    /// The sensors' names.
+    /// The sensors' names, each with what it covers: "rapl (package-0, dram of package-0)".
     pub fn names(&self) -> Vec<String> {
-        lock(&self.bank).sensors.iter().map(|sensor| sensor.name().to_string()).collect()
+        let name = |sensor: &Box<dyn Sensor>| match sensor.covers() {
+            covers if covers.is_empty() => sensor.name().to_string(),
+            covers => format!("{} ({covers})", sensor.name()),
+        };
+        lock(&self.bank).sensors.iter().map(name).collect()
     }
 
     /// Where the counters stand now. The first mark starts the sampling thread where a sensor needs one.

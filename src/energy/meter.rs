@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::charge::Charge;
 use super::counters::{Counters, Mark};
-use super::detect::allowed_cores;
+use super::detect::{allowed_cores, part_of_machine};
 use super::ledger::Energies;
 use super::profile::{DeviceKind, Profile};
-use super::sensor::{Absent, Gap, NvmlSensor, RaplSensor, Sensor};
+use super::sensor::{Absent, Attributed, Gap, NvmlSensor, RaplSensor, Sensor};
 use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds, Watts};
 use crate::work::Work;
@@ -90,6 +90,8 @@ pub struct Meters {
     host: Option<(String, Watts)>,
     /// Why `measured` is not to be had.
     absent: Option<Absent>,
+    /// The computing device's joules are a share by head: no measurement, so that `auto` does not take them for one.
+    attributed: bool,
 }
 
 impl Meters {
@@ -103,20 +105,24 @@ impl Meters {
             reason: "no hardware counter was asked for".to_string(),
             remedy: "write `meter = \"auto\"` in [energy]".to_string(),
         };
-        Meters { profile, timed_power, counters: Counters::new(Vec::new()), host: None, absent: Some(absent) }
+        Meters { profile, timed_power, counters: Counters::new(Vec::new()), host: None, absent: Some(absent), attributed: false }
     }
 
-    /// Counted and timed, and whatever counters this machine lets this process read.
+    /// Counted and timed, and whatever counters this machine lets this process read. Where the process may use a part of the machine's
+    /// processors, theirs is attributed by share.
     pub fn open(profile: Profile, computing: Computing) -> Meters {
-        let rapl = RaplSensor::open_default();
+        let rapl = RaplSensor::open_default().map(|sensor| match part_of_machine() {
+            Some((allowed, all)) => Box::new(Attributed::new(Box::new(sensor), allowed, all)) as Box<dyn Sensor>,
+            None => Box::new(sensor),
+        });
         let mut meters = Self::without_counters(profile);
         match computing {
             Computing::Cpu => match rapl {
-                Ok(sensor) => meters.with_counters(vec![Box::new(sensor)], None),
+                Ok(sensor) => Meters { attributed: part_of_machine().is_some(), ..meters.with_counters(vec![sensor], None) },
                 Err(absent) => meters.explained(absent),
             },
             Computing::Nvidia(index) => match (NvmlSensor::open(index), rapl) {
-                (Ok(gpu), Ok(host)) => meters.with_counters(vec![Box::new(gpu), Box::new(host)], None),
+                (Ok(gpu), Ok(host)) => meters.with_counters(vec![Box::new(gpu), host], None),
                 (Ok(gpu), Err(_)) => meters.with_counters(vec![Box::new(gpu)], Some(host_model())),
                 (Err(absent), _) => meters.explained(absent),
             },
@@ -153,7 +159,7 @@ impl Meters {
         self.timed_power
     }
 
-    /// What `measured` consists of ("rapl", "nvml:0", "generic-cpu modelled at 17 W"); empty where there is no counter.
+    /// What `measured` consists of ("rapl (package-0)", "generic-cpu modelled at 17 W"); empty where there is no counter.
     pub fn measured_by(&self) -> Vec<String> {
         let modelled = self.host.iter().map(|(name, power)| format!("{name} modelled at {power}"));
         self.counters.names().into_iter().chain(modelled).collect()
@@ -173,8 +179,8 @@ impl Meters {
                     .hint(format!("{}; or write `meter = \"counted\"`", absent.remedy)))
             }
             (Some(kind), _) => Ok(kind),
-            (None, Some(_)) => Ok(MeterKind::Counted),
-            (None, None) => Ok(MeterKind::Measured),
+            (None, None) if !self.attributed => Ok(MeterKind::Measured),
+            (None, _) => Ok(MeterKind::Counted),
         }
     }
 
@@ -259,6 +265,9 @@ mod tests {
     #[test]
     fn auto_is_measured_where_complete_and_counted_elsewhere() {
         assert_eq!(with(vec![], None).resolve(None).unwrap(), MeterKind::Measured);
+        let share = Meters { attributed: true, ..with(vec![], None) };
+        assert_eq!(share.resolve(None).unwrap(), MeterKind::Counted);
+        assert_eq!(share.resolve(Some(MeterKind::Measured)).unwrap(), MeterKind::Measured);
         let none = Meters::without_counters(Profile::named("generic-cpu").unwrap());
         assert_eq!(none.resolve(None).unwrap(), MeterKind::Counted);
         assert_eq!(none.resolve(Some(MeterKind::Timed)).unwrap(), MeterKind::Timed);

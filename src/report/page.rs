@@ -123,16 +123,19 @@ fn by_meter(report: &Report) -> Vec<Block> {
     let energy = &report.energy;
     let meters = &energy.meters;
     let mut table = Table::new(&["meter", "energy", "to counted", "is"]);
+    let counters = energy.reconciliation.as_ref().map(|found| found.measured_by.join("; "));
+    let counters = counters.unwrap_or_else(|| "the hardware's energy counters".to_string());
+    let counted = "executed FLOPs and bytes times the device profile, plus idle power".to_string();
     let rows = [
-        (Meter::Counted, Some(meters.counted_j), "executed FLOPs and bytes times the device profile, plus idle power"),
-        (Meter::Measured, meters.measured_j, "the hardware's energy counters"),
-        (Meter::Timed, meters.timed_j, "profile power times wall time"),
+        (Meter::Counted, Some(meters.counted_j), counted),
+        (Meter::Measured, meters.measured_j, counters),
+        (Meter::Timed, meters.timed_j, "profile power times wall time".to_string()),
     ];
     for (meter, joules, is) in rows {
         let used = if meter == energy.meter { " (used)" } else { "" };
         let ratio = show::or_unknown(joules, |joules| show::times(joules / meters.counted_j));
         let shown = joules.map_or_else(|| "not available".to_string(), show::energy);
-        table.row([format!("{}{used}", show::word(meter)), shown, ratio, is.to_string()]);
+        table.row([format!("{}{used}", show::word(meter)), shown, ratio, is]);
     }
     let mut blocks = vec![Block::Table(table)];
     if let Some(absent) = &energy.measured_absent {

@@ -10,6 +10,7 @@ mod lab;
 mod budget;
 mod continued;
 mod json;
+mod measured;
 mod pretrained;
 mod refusals;
 mod resume;

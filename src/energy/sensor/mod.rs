@@ -4,6 +4,7 @@
 //! sensor that cannot be opened is `Absent` with a reason and a remedy. Never returns a zero for what it could not read. Knows
 //! nothing of windows, work or budgets.
 
+mod attributed;
 mod counter;
 mod nvml;
 mod power;
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+pub use attributed::Attributed;
 pub use nvml::{NvmlSensor, gpu_name};
 pub use rapl::RaplSensor;
 
@@ -30,6 +32,11 @@ pub trait Sensor: Send {
     /// Energy since the sensor was opened; it never falls. What a `Gap` calls lost is in no later reading; after any other gap the next
     /// reading holds everything again.
     fn read(&mut self) -> Result<MicroJoules, Gap>;
+
+    /// What it adds up, in words ("package-0, dram of package-0").
+    fn covers(&self) -> String {
+        String::new()
+    }
 
     /// What it measures, as the device itself is known ("GPU-5f1b..."): two sensors of one device are one meter.
     fn device(&self) -> &str {

@@ -19,8 +19,8 @@ use crate::units::MicroJoules;
 const CEILING_W: f64 = 3000.0;
 /// The driver refreshes the counter some ten to fifty times a second, and now and then later.
 const LAG: Duration = Duration::from_secs(1);
-/// How often power is sampled where there is no counter.
-const SAMPLE: Duration = Duration::from_millis(100);
+/// How long power may go unsampled where there is no counter: three times the tenth of a second in which it is read.
+const SAMPLE: Duration = Duration::from_millis(300);
 
 /// Asks a device for one number: millijoules or milliwatts.
 type Ask = Box<dyn FnMut() -> Result<u64, String> + Send>;
@@ -83,15 +83,6 @@ impl NvmlSensor {
         Ok(NvmlSensor { name: format!("nvml:{index}"), title, uuid, ask, source, opened: Instant::now() })
     }
 
-    /// The name the driver gives the device ("NVIDIA H100 80GB HBM3") and how its energy is known.
-    pub fn covers(&self) -> String {
-        let how = match self.source {
-            Source::Counter(_) => "energy counter",
-            Source::Power(_) => "no energy counter: its power is sampled",
-        };
-        format!("{}, {how}", self.title)
-    }
-
     fn read_at(&mut self, since: Duration) -> Result<MicroJoules, Gap> {
         let value = (self.ask)().map_err(|e| Gap::unread(format!("the driver gave no reading: {e}")))?;
         let energy = match &mut self.source {
@@ -109,6 +100,14 @@ impl Sensor for NvmlSensor {
 
     fn read(&mut self) -> Result<MicroJoules, Gap> {
         self.read_at(self.opened.elapsed())
+    }
+
+    fn covers(&self) -> String {
+        let how = match self.source {
+            Source::Counter(_) => "energy counter",
+            Source::Power(_) => "no energy counter: its power is sampled",
+        };
+        format!("{}, {how}", self.title)
     }
 
     fn device(&self) -> &str {

@@ -11,8 +11,9 @@ use super::zones::{self, Zone};
 use super::{Absent, Bounds, Counter, Gap, Sensor};
 use crate::units::MicroJoules;
 
-/// Where Linux keeps the tree.
+/// Where Linux keeps the tree, unless the variable names another place (a container's view of its host's).
 const ROOT: &str = "/sys/class/powercap";
+const ROOT_VARIABLE: &str = "WATTUNE_POWERCAP";
 /// Watts that no domain draws, where the kernel names no limit of its own.
 const CEILING_W: f64 = 1000.0;
 /// The counters tick every millisecond; the clock is read a little after them, by a thread that may be interrupted in between.
@@ -34,9 +35,10 @@ struct Domain {
 }
 
 impl RaplSensor {
-    /// The sensor of this machine.
+    /// The sensor of this machine: `/sys/class/powercap`, or the tree that `WATTUNE_POWERCAP` names.
     pub fn open_default() -> Result<RaplSensor, Absent> {
-        Self::open(Path::new(ROOT))
+        let root = std::env::var_os(ROOT_VARIABLE).map_or_else(|| PathBuf::from(ROOT), PathBuf::from);
+        Self::open(&root)
     }
 
     /// The sensor of the powercap tree under `root`. Every chosen zone must be readable: a part would pass for the whole.
@@ -52,11 +54,6 @@ impl RaplSensor {
         }
         let domains = found.counted.into_iter().map(Domain::open).collect::<Result<_, _>>()?;
         Ok(RaplSensor { domains, left_out: found.left_out, opened: Instant::now() })
-    }
-
-    /// The zones that are summed ("package-0, dram of package-0").
-    pub fn covers(&self) -> String {
-        self.domains.iter().map(|domain| domain.label.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     /// The zones that are not, each with its reason.
@@ -80,6 +77,11 @@ impl Sensor for RaplSensor {
 
     fn read(&mut self) -> Result<MicroJoules, Gap> {
         self.read_at(self.opened.elapsed())
+    }
+
+    /// The zones that are summed ("package-0, dram of package-0").
+    fn covers(&self) -> String {
+        self.domains.iter().map(|domain| domain.label.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     fn unread_at_most(&self) -> Option<Duration> {
