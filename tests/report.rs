@@ -90,7 +90,8 @@ fn the_keys_are_the_contracts() {
         ),
         (
             "/energy",
-            "meter total_j by_phase meters flops bytes device | low_j high_j measured_absent counted_parts bytes_by_level factors",
+            "meter total_j by_phase meters flops bytes device | low_j high_j measured_absent counted_parts bytes_by_level \
+             factors profile_factor reconciliation",
         ),
         ("/energy/meters", "counted_j measured_j timed_j |"),
         (
@@ -99,7 +100,7 @@ fn the_keys_are_the_contracts() {
         ),
         ("/memory", "| peak_bytes weights trained activations temporaries program"),
         ("/energy/by_phase", "load train eval save |"),
-        ("/budget", "limits spent overshoot_j | spent_low spent_high"),
+        ("/budget", "limits spent overshoot_j | spent_low spent_high margin_j"),
         ("/budget/limits", "energy_j carbon_gco2e flops time_s cost |"),
         (
             "/carbon",

@@ -47,7 +47,7 @@ fn step(step: u64) -> StepRecord {
 fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
     let energy = Joules(joules).rounded();
     let energy_j = Energies { counted: energy, measured: None, timed: energy };
-    Entry { phase, step, energy_j, flops: 1, bytes: Default::default(), parts: None, wall_s: Seconds(0.1), t: 0.0 }
+    Entry { phase, step, energy_j, flops: 1, bytes: Default::default(), parts: None, wall_s: Seconds(0.1), t: 0.0, gap: None }
 }
 
 fn history() -> History {

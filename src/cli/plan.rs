@@ -127,6 +127,10 @@ fn forecast(plan: &Document<'_>) -> Vec<(&'static str, String)> {
     rows.push(("carbon", format!("{carbon} on the grid of {}", plan.words("/carbon/grid"))));
     rows.push(("work", Flops(plan.number("/energy/flops").unwrap_or_default()).to_string()));
     rows.push(("device", plan.words("/energy/device").to_string()));
+    if let Some(factor) = plan.number("/energy/profile_factor/value") {
+        let source = plan.words("/energy/profile_factor/source");
+        rows.push(("", format!("counted joules times {}: {source}", significant(factor))));
+    }
     rows.push(("time", format!("at least {}", Seconds(plan.number("/forecast/wall_s").unwrap_or_default()).spoken())));
     rows
 }

@@ -8,6 +8,8 @@
 //! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable))
 //! ```
 //!
+//! A profile that was held against a measured run multiplies each part by `measured_over_counted`.
+//!
 //! Vector operations run at f32's rate and energy; they are in `energy` and `time`, not in `flops`.
 //!
 //! Traffic of a product (m, k) x (k, n) with elements of e bytes through a cache of Z bytes: where both operands and the
@@ -66,9 +68,10 @@ impl Profile {
     pub fn charge(&self, work: &Work) -> Charge {
         let bytes = traffic(self, work);
         let time = roofline(self, work, &bytes);
-        let idle = self.idle_w * time;
-        let arithmetic = arithmetic(self, work);
-        let movement = movement(self, &bytes);
+        let factor = self.times();
+        let idle = self.idle_w * time * factor;
+        let arithmetic = arithmetic(self, work) * factor;
+        let movement = movement(self, &bytes) * factor;
         let energy = (idle + arithmetic + movement).rounded();
         Charge { energy, time, flops: work.flops(), bytes, arithmetic, movement, idle, unreused: unreused(work) }
     }
@@ -175,6 +178,11 @@ pub(super) fn movement(profile: &Profile, bytes: &Traffic) -> Joules {
 }
 
 impl Profile {
+    /// What every counted joule is multiplied with.
+    fn times(&self) -> f64 {
+        self.measured_over_counted.unwrap_or(1.0)
+    }
+
     /// Picojoules of one byte that `level` serves; `None` where the profile does not know it.
     fn pj_per_byte(&self, level: &str) -> Option<f64> {
         match level {
@@ -194,7 +202,9 @@ impl Profile {
     /// assert_eq!(t4.unknown_levels(&bytes), ["L2"]);
     /// ```
     pub fn movement_by_level(&self, bytes: &Traffic) -> BTreeMap<String, Joules> {
-        let known = bytes.iter().filter_map(|(level, bytes)| Some((level, self.pj_per_byte(level)? * bytes.0 as f64 * 1e-12)));
+        let known = bytes
+            .iter()
+            .filter_map(|(level, bytes)| Some((level, self.pj_per_byte(level)? * bytes.0 as f64 * 1e-12 * self.times())));
         known.map(|(level, joules)| (level.clone(), Joules(joules))).collect()
     }
 
@@ -205,7 +215,7 @@ impl Profile {
 
     /// The energy of `bytes` if DRAM served every one.
     pub fn from_dram(&self, bytes: Bytes) -> Joules {
-        Joules(self.dram_pj_per_byte * bytes.0 as f64 * 1e-12)
+        Joules(self.dram_pj_per_byte * bytes.0 as f64 * 1e-12 * self.times())
     }
 }
 
@@ -261,6 +271,11 @@ mod tests {
         assert_eq!(micro(profile.from_dram(parts.unreused_bytes)), 19_224.0);
         // A sweep and a file have nothing to use twice.
         assert_eq!(profile.charge(&(Work::sweep(100, 7) + Work::file(11))).unreused, Bytes(111));
+        // A factor of the profile's own multiplies every part alike.
+        let doubled = Profile { measured_over_counted: Some(2.0), ..desk() };
+        let twice = doubled.charge(&Work::product(300, 200, 400, Precision::F32));
+        assert_eq!(doubled.movement_by_level(&twice.bytes).into_values().map(micro).sum::<f64>(), 2.0 * 108.32);
+        assert_eq!((micro(twice.movement), micro(doubled.from_dram(twice.unreused))), (2.0 * 108.32, 2.0 * 19_224.0));
         let mut unknown = desk();
         unknown.caches[1].pj_per_byte = None;
         assert_eq!(unknown.unknown_levels(&charge.bytes), ["LLC"]);

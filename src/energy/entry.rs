@@ -59,7 +59,7 @@ pub struct Energies {
 }
 
 impl Energies {
-    /// The amount on `kind`; where a counter failed, the counted amount stands in (and is counted as a gap by `Totals`).
+    /// The amount on `kind`; the counted one where there is no measured one (an entry knows better: `Entry::on`).
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match kind {
             MeterKind::Counted => self.counted,
@@ -137,6 +137,33 @@ pub struct Entry {
     pub wall_s: Seconds,
     /// When, in Unix seconds.
     pub t: f64,
+    /// Where the counters failed: why, and what stands in for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap: Option<Filled>,
+}
+
+impl Entry {
+    /// The amount on `kind`; where the counters failed, what fills the gap.
+    pub fn on(&self, kind: MeterKind) -> MicroJoules {
+        match (&self.gap, kind) {
+            (Some(filled), MeterKind::Measured) => filled.energy_j,
+            _ => self.energy_j.on(kind),
+        }
+    }
+}
+
+/// What stands in for the counters where they failed. Never nothing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Why they failed.
+    pub reason: String,
+    /// The meter it is taken from.
+    pub filled: MeterKind,
+    /// Times that meter: this run's measured over counted so far, 1 before anything was measured.
+    pub times: f64,
+    /// The amount.
+    #[serde(with = "as_joules")]
+    pub energy_j: MicroJoules,
 }
 
 /// Steps paid for before they run.
@@ -160,7 +187,7 @@ impl Lease {
             steps: self.steps.saturating_sub(1),
             energy_j: Energies {
                 counted: mine.counted.saturating_sub(spent.counted),
-                measured: mine.measured.map(|measured| measured.saturating_sub(spent.on(MeterKind::Measured))),
+                measured: mine.measured.map(|measured| measured.saturating_sub(entry.on(MeterKind::Measured))),
                 timed: mine.timed.saturating_sub(spent.timed),
             },
             flops: self.flops.saturating_sub(entry.flops),
@@ -189,18 +216,23 @@ pub struct Totals {
     pub entries: u64,
     /// Entries without a measured energy.
     pub unmeasured: u64,
-    /// The sum of `Energies::on(Measured)`: measured, and counted in the gaps.
+    /// The counted joules of the entries that were measured: what `energy_j.measured` is to be compared with.
+    pub counted_where_measured: MicroJoules,
+    /// The sum of `Entry::on(Measured)`: measured, and filled in the gaps.
     #[serde(skip)]
-    measured_or_counted: MicroJoules,
+    measured_or_filled: MicroJoules,
 }
 
 impl Totals {
     pub(super) fn add(&mut self, entry: &Entry) {
         self.energy_j.counted += entry.energy_j.counted;
         self.energy_j.timed += entry.energy_j.timed;
-        self.measured_or_counted += entry.energy_j.on(MeterKind::Measured);
+        self.measured_or_filled += entry.on(MeterKind::Measured);
         match entry.energy_j.measured {
-            Some(measured) => self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + measured),
+            Some(measured) => {
+                self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + measured);
+                self.counted_where_measured += entry.energy_j.counted;
+            }
             None => self.unmeasured += 1,
         }
         self.flops = self.flops.saturating_add(entry.flops);
@@ -215,13 +247,26 @@ impl Totals {
         self.entries += 1;
     }
 
-    /// The total on one meter; on `Measured` the counted energy stands in where a counter failed.
+    /// Adds what was measured, and what was counted beside it.
+    pub(super) fn add_measured(&mut self, other: &Totals) {
+        let measured = self.energy_j.measured.into_iter().chain(other.energy_j.measured);
+        self.energy_j.measured = measured.reduce(std::ops::Add::add);
+        self.counted_where_measured += other.counted_where_measured;
+    }
+
+    /// The total on one meter; on `Measured` with what fills the gaps.
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match kind {
             MeterKind::Counted => self.energy_j.counted,
-            MeterKind::Measured => self.measured_or_counted,
+            MeterKind::Measured => self.measured_or_filled,
             MeterKind::Timed => self.energy_j.timed,
         }
+    }
+
+    /// Measured over counted, of the entries that were measured; `None` where nothing was.
+    pub fn ratio(&self) -> Option<f64> {
+        let ratio = self.energy_j.measured?.joules() / self.counted_where_measured.joules();
+        (ratio.is_finite() && ratio > 0.0).then_some(ratio)
     }
 
     /// The total as a budget sees it.

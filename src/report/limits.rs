@@ -13,7 +13,15 @@ pub fn assumptions(report: &Report) -> Vec<String> {
     let carbon = &report.carbon;
     let grid_source = carbon.source.as_deref().unwrap_or("source not known");
     let licence = carbon.licence.as_ref().map_or_else(String::new, |licence| format!(" ({licence})"));
-    let mut found = vec![format!("energy coefficients: device profile `{}`", report.energy.device)];
+    let mut found = vec![match &report.energy.profile_factor {
+        Some(factor) => format!(
+            "energy coefficients: device profile `{}`, its counted joules times {}: {}",
+            report.energy.device,
+            show::number(factor.value),
+            factor.source
+        ),
+        None => format!("energy coefficients: device profile `{}`", report.energy.device),
+    }];
     found.extend(report.energy.factors.iter().map(|factor| {
         let doubt = if factor.verified { "" } else { "; not verified" };
         format!("{}: {}. Source: {}{doubt}", factor.name, factor.value, factor.source)

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod model_card;
 mod page;
 pub mod parts;
+pub mod reconciliation;
 mod seal;
 mod show;
 pub mod steps;

@@ -7,10 +7,11 @@ use super::budget::entries;
 use super::limits;
 use super::memory;
 use super::parts;
+use super::reconciliation;
 use super::show;
 use super::table::Table;
 use super::types::{Baseline, BaselineKind, Meter, Report};
-use crate::units::Flops;
+use crate::units::{Flops, Joules};
 
 /// A part of a section.
 pub enum Block {
@@ -40,6 +41,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         ("Energy by phase", by_phase(report)),
         ("What the energy went into", parts::blocks(&report.energy)),
         ("Energy by meter", by_meter(report)),
+        ("Measured against counted", reconciliation::section(report.energy.reconciliation.as_ref())),
         ("Comparison", comparison(report)),
         ("Budget", budget(report)),
         ("Emissions", emissions(report)),
@@ -103,16 +105,19 @@ fn by_meter(report: &Report) -> Vec<Block> {
     let energy = &report.energy;
     let meters = &energy.meters;
     let mut table = Table::new(&["meter", "energy", "to counted", "is"]);
+    let counters = energy.reconciliation.as_ref().map(|found| found.measured_by.join("; "));
+    let counters = counters.unwrap_or_else(|| "the hardware's energy counters".to_string());
+    let counted = "executed FLOPs and bytes times the device profile, plus idle power".to_string();
     let rows = [
-        (Meter::Counted, Some(meters.counted_j), "executed FLOPs and bytes times the device profile, plus idle power"),
-        (Meter::Measured, meters.measured_j, "the hardware's energy counters"),
-        (Meter::Timed, meters.timed_j, "profile power times wall time"),
+        (Meter::Counted, Some(meters.counted_j), counted),
+        (Meter::Measured, meters.measured_j, counters),
+        (Meter::Timed, meters.timed_j, "profile power times wall time".to_string()),
     ];
     for (meter, joules, is) in rows {
         let used = if meter == energy.meter { " (used)" } else { "" };
         let ratio = show::or_unknown(joules, |joules| show::times(joules / meters.counted_j));
         let shown = joules.map_or_else(|| "not available".to_string(), show::energy);
-        table.row([format!("{}{used}", show::word(meter)), shown, ratio, is.to_string()]);
+        table.row([format!("{}{used}", show::word(meter)), shown, ratio, is]);
     }
     let mut blocks = vec![Block::Table(table)];
     if let Some(absent) = &energy.measured_absent {
@@ -205,13 +210,25 @@ fn budget(report: &Report) -> Vec<Block> {
     }
     let mut blocks = vec![Block::Table(table)];
     blocks.extend(money(report).map(Block::Paragraph));
-    blocks.extend(report.budget.overshoot_j.map(|over| {
-        Block::Paragraph(match over.0 > 0.0 {
-            true => format!("The energy budget was passed by {}.", show::energy(over)),
-            false => "The energy budget was not passed.".to_string(),
-        })
-    }));
+    blocks.extend(report.budget.overshoot_j.map(|over| Block::Paragraph(passed(over, report.budget.margin_j))));
     blocks
+}
+
+/// By how much an energy budget was passed, and by how much at most it could have been.
+fn passed(over: Joules, margin: Option<Joules>) -> String {
+    let passed = match over.0 > 0.0 {
+        true => format!("The energy budget was passed by {}.", show::energy(over)),
+        false => "The energy budget was not passed.".to_string(),
+    };
+    match margin.filter(|margin| margin.0 > 0.0) {
+        Some(margin) => {
+            let margin = show::energy(margin);
+            format!(
+                "{passed} On a sensor a step's cost is predicted: the last step and what followed it cost {margin} more than that."
+            )
+        }
+        None => passed,
+    }
 }
 
 /// What the run cost, where there was a price.

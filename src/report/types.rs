@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::memory::Memory;
 use super::parts::{CountedParts, Factor};
+use super::reconciliation::{ProfileFactor, Reconciliation};
 use super::stop::StopReason;
 use crate::units::{Bytes, Flops, GramsCo2e, GramsPerKwh, Joules, Money, Pue, Seconds};
 
@@ -222,6 +223,12 @@ pub struct Energy {
     /// What the counted energy is made of; sums to `counted_j`.
     #[serde(default)]
     pub counted_parts: Option<CountedParts>,
+    /// What the counted energy was multiplied with, where the device profile keeps such a factor.
+    #[serde(default)]
+    pub profile_factor: Option<ProfileFactor>,
+    /// Measured against counted, where there are counters.
+    #[serde(default)]
+    pub reconciliation: Option<Reconciliation>,
     /// Executed FLOPs of matrix products and attention.
     pub flops: u64,
     /// Bytes moved to and from main memory, by the profile's model.
@@ -266,6 +273,9 @@ pub struct Budget {
     pub spent_high: Amounts,
     /// How far the energy budget was passed; zero on the counted meter; `None` without an energy budget.
     pub overshoot_j: Option<Joules>,
+    /// What the last step and everything after it cost more than predicted: no energy budget is passed by more.
+    #[serde(default)]
+    pub margin_j: Option<Joules>,
 }
 
 /// The `carbon` block: `gco2e = total_j x pue x gco2e_per_kwh`.

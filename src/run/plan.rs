@@ -8,7 +8,7 @@ use super::options::meter;
 use super::prepare::Prepared;
 use super::reporting::{adapter_block, baseline_blocks, data_block, model_block, stop_reason};
 use super::sample::sample_prompt;
-use super::spending::{budget_block, carbon_block, counted_parts, interval, memory_block};
+use super::spending::{budget_block, carbon_block, counted_parts, interval, memory_block, profile_factor};
 use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
@@ -123,6 +123,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
             "bytes_by_level": total.bytes,
             "counted_parts": counted_parts(&prepared.profile, &parts, &total.bytes, Joules::ZERO),
             "device": prepared.profile.name,
+            "profile_factor": profile_factor(&prepared.profile),
         },
         "budget": budget_block(prepared, &spent, energy),
         "carbon": carbon_block(prepared, energy, total.time),

@@ -96,7 +96,11 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
         data: data_block(prepared),
         training: training_block(inputs, wall),
         energy: energy_block(prepared, account),
-        budget: types::Budget { overshoot_j: Some(account.overshoot().joules()), ..budget_block(prepared, &spent, energy) },
+        budget: types::Budget {
+            overshoot_j: Some(account.overshoot().joules()),
+            margin_j: account.margin().map(|margin| margin.joules()),
+            ..budget_block(prepared, &spent, energy)
+        },
         carbon: carbon_block(prepared, energy, wall),
         baselines: baseline_blocks(&baselines, prepared),
         memory: Some(memory_block(&prepared.memory, None)),

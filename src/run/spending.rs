@@ -8,13 +8,14 @@ use std::collections::BTreeMap;
 use super::prepare::Prepared;
 use crate::energy::carbon::{LIFE_YEARS, dataset_sha256, embodied_share};
 use crate::energy::charge::{DRAM, Traffic};
-use crate::energy::ledger::Totals;
+use crate::energy::ledger::{Gapped, Totals};
 use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent, carbon};
 use crate::model::MemoryForecast;
 use crate::report::memory::Memory;
 use crate::report::parts::{CountedParts, Factor};
+use crate::report::reconciliation::{Compared, Gap, ProfileFactor, Reconciliation};
 use crate::report::types::{self, Amounts};
-use crate::units::{Bytes, Flops, Joules, Per, Seconds};
+use crate::units::{Bytes, Flops, Joules, MicroJoules, Per, Seconds};
 
 /// What `energy` on this meter may be. A counter is taken at its word; what it cannot see is said in words.
 pub(super) fn interval(kind: MeterKind, energy: Joules) -> Interval<Joules> {
@@ -59,12 +60,48 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
         },
         measured_absent: absent.map(|absent| types::Absent { reason: absent.reason.clone(), remedy: absent.remedy.clone() }),
         counted_parts: counted_parts(&prepared.profile, &totals.parts, &totals.bytes, totals.unparted.joules()),
+        profile_factor: profile_factor(&prepared.profile),
+        reconciliation: reconciliation(account),
         flops: totals.flops,
         bytes: totals.bytes.get(DRAM).copied().unwrap_or_default(),
         bytes_by_level: totals.bytes.clone(),
         device: prepared.profile.name.clone(),
         factors: factors(&prepared.profile),
     }
+}
+
+/// The factor that the profile keeps.
+pub(super) fn profile_factor(profile: &Profile) -> Option<ProfileFactor> {
+    profile.factor().map(|(value, source)| ProfileFactor { value, source: source.to_string() })
+}
+
+/// Measured against counted, where there are counters. What a crash took was predicted, not measured: it is not compared.
+fn reconciliation(account: &Account) -> Option<Reconciliation> {
+    let measured_by = account.meters().measured_by();
+    if measured_by.is_empty() {
+        return None;
+    }
+    let compared = |totals: &Totals| {
+        let measured = totals.energy_j.measured?;
+        Some((totals.counted_where_measured, measured))
+    };
+    let phases: Vec<_> = account.by_phase().filter(|(phase, _)| *phase != Phase::Lost).collect();
+    let sums = phases.iter().filter_map(|(_, totals)| compared(totals)).reduce(|a, b| (a.0 + b.0, a.1 + b.1));
+    let of = |(counted, measured): (MicroJoules, MicroJoules)| Compared::of(counted.joules(), measured.joules());
+    let gap = |(gap_phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
+        phase: phase(gap_phase),
+        reason: reason.to_string(),
+        entries: gapped.entries,
+        wall_s: gapped.wall_s,
+        filled: types::Meter::Counted,
+        energy_j: gapped.energy.joules(),
+    };
+    Some(Reconciliation {
+        measured_by,
+        by_phase: phases.iter().filter_map(|(of_phase, totals)| Some((phase(*of_phase), of(compared(totals)?)))).collect(),
+        all: sums.map(of),
+        gaps: account.gaps().map(gap).collect(),
+    })
 }
 
 fn phase(phase: Phase) -> types::Phase {
@@ -186,6 +223,7 @@ pub(super) fn budget_block(prepared: &Prepared, spent: &Spent, energy: Interval<
         spent_low: end(low, carbon.low_gco2e),
         spent_high: end(high, carbon.high_gco2e),
         overshoot_j: None,
+        margin_j: None,
     }
 }
 

@@ -11,6 +11,7 @@ mod budget;
 mod continued;
 mod figures;
 mod json;
+mod measured;
 mod pretrained;
 mod refusals;
 mod resume;

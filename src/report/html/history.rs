@@ -70,7 +70,7 @@ impl History {
             if entry.phase == Phase::Train {
                 before.get_or_insert(sum.energy);
             }
-            sum += Spent { energy: entry.energy_j.on(meter), flops: entry.flops, time: entry.wall_s };
+            sum += Spent { energy: entry.on(meter), flops: entry.flops, time: entry.wall_s };
             if entry.phase == Phase::Train {
                 // A step done again after a crash stands where it was done last.
                 after.insert(entry.step, sum);
@@ -102,7 +102,7 @@ mod tests {
     fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
         let energy = Joules(joules).rounded();
         let energy_j = Energies { counted: energy, measured: None, timed: energy };
-        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), parts: None, wall_s: Seconds(0.0), t: 0.0 }
+        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), parts: None, wall_s: Seconds(0.0), t: 0.0, gap: None }
     }
 
     fn record(step: u64) -> StepRecord {
