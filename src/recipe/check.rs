@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::given::{Given, Value};
 use super::keys::{self, ALL_LINEAR};
+use super::larger;
 use super::mistake::Mistakes;
 use super::*;
 use crate::units::{Money, Price, Pue};
@@ -36,7 +37,14 @@ pub(super) fn build(given: &Given, folder: &Path, stem: &str, mistakes: &mut Mis
             cost: given.quantity("budget.cost"),
         },
         energy: reader.energy(),
-        baseline: Baseline { from_scratch: given.word("baseline.from_scratch") },
+        baseline: Baseline {
+            from_scratch: given.word("baseline.from_scratch"),
+            full_fine_tuning: given.word("baseline.full_fine_tuning"),
+            energy_multiple: given.number("baseline.energy_multiple"),
+            learning_rate: given.get("baseline.learning_rate").and_then(Value::number),
+            budget: given.quantity("baseline.budget"),
+        },
+        report: reader.report(),
     }
 }
 
@@ -175,6 +183,24 @@ impl Reader<'_, '_, '_> {
         }
     }
 
+    fn report(&mut self) -> Report {
+        let given = self.given;
+        let larger_model = given.text("report.larger_model").and_then(|text| {
+            let parsed = LargerModel::parse(text);
+            if parsed.is_none() {
+                self.refuse("report.larger_model", larger::RULE, larger::HINT);
+            }
+            parsed
+        });
+        Report {
+            requests_per_day: given.get("report.requests_per_day").and_then(Value::number),
+            prompt_tokens: given.size("report.prompt_tokens"),
+            generated_tokens: given.size("report.generated_tokens"),
+            larger_model,
+            few_shot_examples: given.size("report.few_shot_examples"),
+        }
+    }
+
     /// A path of the recipe as an absolute path: `~` is the home folder, all else counts from the recipe's folder.
     fn resolve(&mut self, key: &str, text: &str) -> PathBuf {
         let rest = match text.strip_prefix('~') {
@@ -264,7 +290,7 @@ fn says_path(text: &str) -> bool {
 }
 
 /// `owner/name`.
-fn is_hub_id(text: &str) -> bool {
+pub(super) fn is_hub_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(owner, name)| is_hub_name(owner) && is_hub_name(name))
 }
 
@@ -294,6 +320,7 @@ fn contradictions(given: &Given, mistakes: &mut Mistakes) {
     lora_keys_need_lora(given, mistakes);
     layers_need_names(given, mistakes);
     cost_needs_a_price(given, mistakes);
+    measured_baselines(given, mistakes);
 }
 
 /// Of two keys that say the same thing at most one may be written; the later one is pointed at.
@@ -320,6 +347,26 @@ fn lora_keys_need_lora(given: &Given, mistakes: &mut Mistakes) {
     for (key, place) in given.written_in("adapter").filter(|(key, _)| key.is_of_lora()) {
         let what = format!("`{}` has no meaning with `adapter.type = \"none\"`, which trains every weight", key.path);
         mistakes.add(place, what, "only LoRA has it", "remove it, or write `type = \"lora\"`");
+    }
+}
+
+/// What is trained to be compared needs records to compare on, and must not be what the run itself is.
+fn measured_baselines(given: &Given, mistakes: &mut Mistakes) {
+    let validated = given.written("data.validation").or(given.written("data.validation_fraction")).is_some();
+    let same = [
+        ("baseline.from_scratch", given.text("model.init") == Some("random"), "trains from random weights"),
+        ("baseline.full_fine_tuning", given.text("adapter.type") == Some("none"), "trains every weight"),
+    ];
+    for (path, is_the_run, what_it_does) in same {
+        let Some(place) = given.written(path).filter(|_| given.text(path) == Some("measured")) else { continue };
+        if is_the_run {
+            let what = format!("`{path}` cannot be measured against a run that itself {what_it_does}");
+            mistakes.add(place, what, "a baseline is another way of training", format!("write `{} = \"off\"`", &path[9..]));
+        } else if !validated {
+            let what = format!("`{path} = \"measured\"` needs validation records, which are missing");
+            let hint = "under `[data]` add `validation_fraction = 0.05`, or `validation = \"validation.jsonl\"`";
+            mistakes.add(place, what, "two ways of training are compared by their validation loss", hint);
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::energy::{Baseline, Charge, baseline};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::ops::adamw_cost;
-use crate::recipe::{FromScratch, Init};
+use crate::recipe::{Compared, Init};
 use crate::units::{Flops, Joules};
 use crate::work::Work;
 
@@ -19,7 +19,7 @@ pub(super) fn baselines(prepared: &Prepared, steps: u64, evaluations: usize, spe
     if !prepared.whole_model() {
         all.push(full_fine_tuning(prepared, steps, evaluations)?.against(spent));
     }
-    if prepared.recipe.baseline.from_scratch != FromScratch::Off {
+    if prepared.recipe.baseline.from_scratch != Compared::Off {
         all.push(pretraining(prepared)?.against(spent));
     }
     Ok(all)

@@ -159,7 +159,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
 }
 
 pub(super) fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
-    if recipe.baseline.from_scratch == recipe::FromScratch::Measured {
+    if recipe.baseline.from_scratch == recipe::Compared::Measured {
         return Err(Error::new(Kind::Recipe, "the from-scratch baseline cannot be measured yet")
             .at("baseline.from_scratch")
             .value("measured")
