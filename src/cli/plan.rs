@@ -102,6 +102,8 @@ fn page(name: &str, plan: &Value) -> String {
     for (label, value) in rows {
         let _ = writeln!(text, "  {label:<12} {value}");
     }
+    let choices: Vec<Value> = plan.list("/choices").cloned().collect();
+    text += &super::choices::table(&choices);
     for warning in plan.list("/warnings").filter_map(Value::as_str) {
         let _ = writeln!(text, "\n  warning: {warning}");
     }

@@ -7,6 +7,7 @@
 mod baseline_of;
 mod baselines;
 mod calibrate;
+mod choices;
 mod directory;
 mod evaluate;
 mod generate;
@@ -24,6 +25,7 @@ mod trainee;
 mod training;
 
 pub use baseline_of::{BaselineOf, BaselineRequest, Printed, baseline_of};
+pub use choices::Choice;
 pub use calibrate::{Calibration, Calibrator, Effort};
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};

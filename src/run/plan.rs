@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::baselines::baselines;
+use super::choices::{Choice, choices};
 use super::machine;
 use super::options::meter;
 use super::prepare::Prepared;
@@ -29,6 +30,8 @@ pub struct Plan {
     pub stop: Stop,
     /// Energy on the counted meter, all phases.
     pub energy: Joules,
+    /// What each choice beside the recipe's own would cost.
+    pub choices: Vec<Choice>,
     /// The whole forecast, block by block.
     pub json: Value,
     least: Option<(Limit, String)>,
@@ -65,8 +68,11 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
         Stop::Budget(limit) if run.steps == 0 => Some((*limit, least_needed(&costs, prepared, before))),
         _ => None,
     };
-    let json = to_json(prepared, kind, &run, &phases, &total)?;
-    Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), json, least })
+    let training: Charge = run.phases.iter().filter(|(phase, _)| *phase == Phase::Train).map(|(_, charge)| charge.clone()).sum();
+    let choices = choices(prepared, run.steps, &training)?;
+    let mut json = to_json(prepared, kind, &run, &phases, &total)?;
+    json["choices"] = json!(choices);
+    Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), choices, json, least })
 }
 
 fn spent(charge: &Charge) -> Spent {

@@ -77,6 +77,8 @@ pub struct Prepared {
     pub grid: Grid,
     /// What may be spent.
     pub budget: Budget,
+    /// Tokens of the largest micro-batch, as far as it was looked for.
+    pub longest_batch: usize,
     /// What memory it will take.
     pub memory: MemoryForecast,
     /// What a person should know before starting.
@@ -153,6 +155,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         profile,
         grid,
         budget,
+        longest_batch: tokens,
         memory,
         warnings,
     })
