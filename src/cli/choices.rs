@@ -16,7 +16,8 @@ pub(super) fn table(choices: &[Value]) -> String {
     let rows: Vec<[String; 6]> = std::iter::once(head).chain(choices.iter().map(cells)).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: [usize; 6] = std::array::from_fn(width);
-    let mut text = "\nWhat each choice would cost, all else as in the recipe (training alone; the same tokens as planned)\n\n".to_string();
+    let mut text =
+        "\nWhat each choice would cost, all else as in the recipe (training alone; the same tokens as planned)\n\n".to_string();
     let mut kind = "";
     for (index, row) in rows.iter().enumerate() {
         let choice = index.checked_sub(1).map(|index| &choices[index]);

@@ -16,7 +16,7 @@ use crate::work::Work;
 /// Full fine-tuning over the same `steps` and `evaluations`, and pretraining; each against `spent`.
 pub(super) fn baselines(prepared: &Prepared, steps: u64, evaluations: usize, spent: Joules) -> Result<Vec<Baseline>> {
     let mut all = Vec::new();
-    if !prepared.whole_model() {
+    if !prepared.whole_model() && prepared.recipe.baseline.full_fine_tuning != Compared::Off {
         all.push(full_fine_tuning(prepared, steps, evaluations)?.against(spent));
     }
     if prepared.recipe.baseline.from_scratch != Compared::Off {

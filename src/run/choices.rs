@@ -25,15 +25,8 @@ const SAMPLED: u64 = 4;
 /// Ranks that people choose.
 const RANKS: [usize; 5] = [4, 8, 16, 32, 64];
 /// Devices from a desk to a data centre.
-const DEVICES: [&str; 7] = [
-    "raspberry-pi-5",
-    "generic-laptop",
-    "apple-m4",
-    "nvidia-t4",
-    "nvidia-l4",
-    "nvidia-rtx-4090",
-    "nvidia-h100-sxm5-80gb",
-];
+const DEVICES: [&str; 7] =
+    ["raspberry-pi-5", "generic-laptop", "apple-m4", "nvidia-t4", "nvidia-l4", "nvidia-rtx-4090", "nvidia-h100-sxm5-80gb"];
 
 /// One row: what training would cost under one choice, all else as the recipe has it.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::baselines::baselines;
 use super::choices::{Choice, choices};
 use super::machine;
+use super::measured::{asked, expected};
 use super::options::meter;
 use super::prepare::Prepared;
 use super::reporting::{adapter_block, amounts, baseline_blocks, carbon_block, data_block, model_block, stop_reason};
@@ -14,8 +15,9 @@ use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
 use crate::error::{Error, Kind, Result};
 use crate::model::MemoryForecast;
+use crate::report::types::BaselineKind;
 use crate::train::{Costs, Forecast, Standing, Stop, forecast};
-use crate::units::{Joules, Seconds};
+use crate::units::{Joules, MicroJoules};
 use crate::work::Work;
 
 /// A power model made from rated power is wrong by 27 to 37 % on average (Newkirk et al. 2025, arXiv:2506.14551): the interval's factor.
@@ -72,6 +74,7 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
     let choices = choices(prepared, run.steps, &training)?;
     let mut json = to_json(prepared, kind, &run, &phases, &total)?;
     json["choices"] = json!(choices);
+    json["measured_baselines"] = measured_baselines(prepared, training.energy)?;
     Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), choices, json, least })
 }
 
@@ -116,9 +119,37 @@ pub(super) fn memory_block(memory: &MemoryForecast) -> Value {
     })
 }
 
-fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phase, Charge)], total: &Charge) -> Result<Value> {
+/// What the baselines that are to be trained after the run will take, apart from its own energy.
+fn measured_baselines(prepared: &Prepared, training: MicroJoules) -> Result<Value> {
+    let block = |kind: BaselineKind| -> Result<Value> {
+        let (least, most) = expected(prepared, kind, training)?;
+        let budget = prepared.recipe.baseline.budget;
+        Ok(json!({ "kind": kind, "energy_j": { "equal_energy": least, "most": most }, "budget_j": budget }))
+    };
+    asked(&prepared.recipe).map(block).collect()
+}
+
+/// What fits the budget and what it will cost, each figure low, central and high.
+fn forecast_block(prepared: &Prepared, run: &Forecast, total: &Charge) -> Value {
     let central = total.energy.joules();
     let (low, high) = interval(central);
+    let (grams, rates) = (carbon_block(prepared, central), prepared.budget.rates());
+    let cost = rates.price.as_ref().map(|price| {
+        let of = |energy: Joules| price.of(rates.pue * energy, total.time);
+        json!({ "low": of(low), "central": of(central), "high": of(high) })
+    });
+    json!({
+        "energy_j": { "low": low, "central": central, "high": high },
+        "carbon_gco2e": { "low": grams.low_gco2e, "central": grams.gco2e, "high": grams.high_gco2e },
+        "cost": cost,
+        "wall_s": total.time,
+        "steps_affordable": run.steps,
+        "tokens_affordable": run.tokens.0,
+    })
+}
+
+fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phase, Charge)], total: &Charge) -> Result<Value> {
+    let central = total.energy.joules();
     let by_phase: serde_json::Map<String, Value> =
         phases.iter().map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules()))).collect();
     let evaluations = run.evaluations + usize::from(!prepared.validation_batches.is_empty());
@@ -155,11 +186,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
         "baselines": baseline_blocks(&baselines),
         "environment": machine::environment(),
         "memory": memory_block(&prepared.memory),
-        "forecast": {
-            "energy_j": { "low": low, "central": central, "high": high },
-            "wall_s": Seconds(total.time.0),
-            "steps_affordable": run.steps,
-        },
+        "forecast": forecast_block(prepared, run, total),
         "warnings": prepared.warnings,
     }))
 }

@@ -63,7 +63,10 @@ mod tests {
         let steps = step(&[8, 5, 3], 8);
         // Rows of 4, two to a micro-batch of 8: 4 4 | 4 1 3.
         let shorter = regrouped(&steps, 8, 4, Some(2)).unwrap();
-        assert_eq!(shorter, [([4, 4].to_vec(), 4), ([4, 1, 3].to_vec(), 4)].map(|(segments, loss_tokens)| BatchShape { segments, loss_tokens }));
+        assert_eq!(
+            shorter,
+            [([4, 4].to_vec(), 4), ([4, 1, 3].to_vec(), 4)].map(|(segments, loss_tokens)| BatchShape { segments, loss_tokens })
+        );
         // Rows of 16: all in one; the record of 8 was cut, but has no other to go on with.
         let longer = regrouped(&steps, 8, 16, Some(2)).unwrap();
         assert_eq!(longer, [BatchShape { segments: vec![5, 3, 8], loss_tokens: 8 }]);
