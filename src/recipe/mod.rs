@@ -10,6 +10,7 @@
 //! ```
 
 mod check;
+mod contradictions;
 mod given;
 mod keys;
 mod larger;

@@ -156,7 +156,7 @@ fn payback(other: &Alternative) -> String {
 fn year(year: &Year) -> String {
     let days = year.pays_after_days.map_or_else(String::new, |days| format!(", and {} days pay for it", show::number(days)));
     format!(
-        "At {} requests a day a year of use takes {} and {}: {} of the life cycle, of which fine-tuning is {}{days}.",
+        "At {} requests a day a year of use takes {} and {}: {} of the life cycle, fine-tuning {}{days}.",
         show::number(year.requests_per_day),
         show::energy(year.energy_j),
         show::carbon(year.gco2e),

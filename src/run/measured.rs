@@ -149,10 +149,11 @@ impl<'a> Trial<'a> {
 
     fn announcement(&self) -> String {
         let [equal, most] = self.steps;
-        let further = if most > equal { format!(", then up to {most} to the run's loss") } else { String::new() };
+        let further = if most > equal { format!(", then up to step {most} to the run's loss") } else { String::new() };
+        let plural = if equal == 1 { "step" } else { "steps" };
         let energy = self.finish.training.energy_j.counted.joules();
         format!(
-            "measuring the {} baseline: {equal} steps for the run's training energy of {energy} (counted){further}",
+            "measuring the {} baseline: {equal} {plural} for the run's training energy of {energy} (counted){further}",
             words(self.field.kind)
         )
     }
@@ -252,7 +253,7 @@ impl<'a> Trial<'a> {
             ),
             format!(
                 "as much training energy as the run, on the counted meter; evaluated every {} steps",
-                self.field.eval_every(self.steps[0])
+                self.field.eval_every(self.steps[0], self.steps[0])
             ),
             "one run with one seed".to_string(),
         ];

@@ -125,7 +125,11 @@ fn alternative(prepared: &Prepared, base: &ModelShape, own: Joules, fine_tuning:
     let asked = &prepared.recipe.report;
     let (kind, name, parameters, prompt, request) = match &asked.larger_model {
         Some(model) => {
-            let name = format!("{} ({} parameters)", model.name, model.parameters);
+            let is_an_id = model.name.contains('/');
+            let name = match is_an_id {
+                true => format!("{} ({} parameters)", model.name, model.parameters),
+                false => format!("a model of {} parameters", model.parameters),
+            };
             let request = larger_request(prepared, model);
             (AlternativeKind::LargerModel, name, model.parameters.0 as u64, asked.prompt_tokens, request)
         }

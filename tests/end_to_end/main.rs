@@ -7,10 +7,13 @@
 mod common;
 mod lab;
 
+mod baselines;
 mod budget;
+mod choices;
 mod continued;
 mod json;
 mod pretrained;
 mod refusals;
 mod resume;
+mod serving;
 mod text;

@@ -18,6 +18,8 @@ use crate::units::MicroJoules;
 
 /// Evaluations on the way to equal energy, at least: fewer would make no curve.
 const EVALUATIONS: u64 = 8;
+/// Evaluations beyond equal energy, at most.
+const FURTHER_EVALUATIONS: u64 = 100;
 
 /// What a baseline trains: every weight of the run's model, on the run's batches.
 pub(super) struct Field<'a> {
@@ -42,11 +44,13 @@ impl<'a> Field<'a> {
         self.prepared.recipe.baseline.learning_rate.unwrap_or(self.prepared.recipe.train.learning_rate)
     }
 
-    /// How often a baseline with `equal` steps to equal energy is evaluated: as the run, but often enough for a curve.
-    pub(super) fn eval_every(&self, equal: u64) -> u64 {
+    /// How often a baseline of `steps` steps, of which `equal` are those to equal energy, is evaluated: as the run, but often enough for a
+    /// curve, and not so often that a long way costs more in evaluations than in steps.
+    pub(super) fn eval_every(&self, steps: u64, equal: u64) -> u64 {
         let often = equal.div_ceil(EVALUATIONS).max(1);
         let own = self.prepared.settings.eval_every;
-        if own > 0 { own.min(often) } else { often }
+        let every = if own > 0 { own.min(often) } else { often };
+        if steps > equal { every.max(steps.div_ceil(FURTHER_EVALUATIONS)) } else { every }
     }
 
     /// The run's settings for a schedule over `steps` steps, of which `equal` are those to equal energy. The rise of the rate takes the same
@@ -59,7 +63,7 @@ impl<'a> Field<'a> {
             steps,
             by_epochs: false,
             schedule: Schedule { peak: self.learning_rate(), steps, warmup_steps, ..own.schedule },
-            eval_every: self.eval_every(equal),
+            eval_every: self.eval_every(steps, equal),
             save_every: 0,
             keep_best: false,
             dropout: 0.0,
