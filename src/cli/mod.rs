@@ -7,6 +7,7 @@
 
 mod baseline;
 mod calibrate;
+mod choices;
 mod devices;
 mod eval;
 mod generate;

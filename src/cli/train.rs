@@ -81,6 +81,12 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         Stop::Diverged(what) => Err(Error::new(Kind::Diverged, what)
             .hint("lower `train.learning_rate`, or look at the records named; the last good checkpoint is in the run directory")
             .while_running()),
+        _ if finished.baselines_interrupted => {
+            if !common.quiet {
+                eprintln!("interrupted: the run is finished and its report is whole; of the baseline it holds what was reached");
+            }
+            Ok(ExitCode::from(INTERRUPTED))
+        }
         _ => Ok(ExitCode::SUCCESS),
     }
 }

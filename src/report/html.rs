@@ -5,6 +5,7 @@
 //! escaped; figures carry the exact value of `report.json` in a `<data value>`. Refuses to know how a chart is drawn.
 
 mod bars;
+mod beside;
 mod comparison;
 mod figures;
 mod history;
@@ -96,7 +97,8 @@ fn progress(report: &Report, course: &history::Course) -> String {
     }
     let along = [figures::loss(report, course), figures::learning_rate(report, course), figures::budget_used(report, course)];
     let grown = [figures::energy(report, course), figures::emissions(report, course)];
-    let along: String = along.iter().flatten().map(|figure| figure_html(figure, &FULL)).collect();
+    let beside = beside::beside(report);
+    let along: String = along.iter().chain([&beside]).flatten().map(|figure| figure_html(figure, &FULL)).collect();
     let grown: String = grown.iter().flatten().map(|figure| figure_html(figure, &HALF)).collect();
     section("What the energy bought", &along) + &section("How it was spent", &format!("<div class=\"pair\">\n{grown}</div>\n"))
 }

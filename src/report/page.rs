@@ -5,6 +5,7 @@
 
 use super::budget::entries;
 use super::limits;
+use super::measured::at_equal;
 use super::memory;
 use super::parts;
 use super::reconciliation;
@@ -45,6 +46,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         ("Comparison", comparison(report)),
         ("Budget", budget(report)),
         ("Emissions", emissions(report)),
+        ("In use", super::inference::section(report.inference.as_ref())),
         ("Data", data(report)),
         ("Warnings", list(report.warnings.clone())),
         ("Sample", sample(report)),
@@ -175,17 +177,6 @@ fn between(baseline: &Baseline) -> Option<String> {
     let carbon = show::between(baseline.low_gco2e, baseline.high_gco2e, show::carbon);
     let both: Vec<String> = [energy, carbon].into_iter().flatten().collect();
     (!both.is_empty()).then(|| format!("{}: {}", kind_words(baseline.kind), both.join(", ")))
-}
-
-/// What a baseline that was trained showed at equal energy and at equal loss.
-fn at_equal(baseline: &Baseline) -> Vec<String> {
-    let name = kind_words(baseline.kind);
-    let loss = baseline
-        .val_loss_at_equal_energy
-        .map(|loss| format!("{name}: validation loss {} after the same energy", show::number(loss)));
-    let energy =
-        baseline.energy_to_equal_loss_j.map(|joules| format!("{name}: {} to the same validation loss", show::energy(joules)));
-    loss.into_iter().chain(energy).collect()
 }
 
 /// A baseline's name on a page.

@@ -5,7 +5,7 @@
 
 use super::budget::entries;
 use super::show;
-use super::types::{AdapterType, BaselineKind, Meter, Report};
+use super::types::{AdapterType, Baseline, BaselineKind, Meter, Report};
 use crate::units::Joules;
 
 /// The paragraph.
@@ -47,8 +47,9 @@ fn bought(report: &Report) -> Option<String> {
 }
 
 fn against(report: &Report) -> Option<String> {
-    let mut kinds = [BaselineKind::FullFineTuning, BaselineKind::FromScratchSameTask, BaselineKind::Pretraining].into_iter();
-    let clauses: Vec<String> = kinds.by_ref().filter_map(|kind| clause(report, kind)).collect();
+    let kinds = [BaselineKind::FullFineTuning, BaselineKind::FromScratchSameTask, BaselineKind::Pretraining];
+    let of_kind = |kind| report.baselines.iter().filter(move |baseline| baseline.kind == kind);
+    let clauses: Vec<String> = kinds.into_iter().flat_map(of_kind).filter_map(clause).collect();
     match clauses.as_slice() {
         [] => Some("It was not compared with any other way of training.".to_string()),
         [one] => Some(format!("For comparison, {one}.")),
@@ -56,16 +57,17 @@ fn against(report: &Report) -> Option<String> {
     }
 }
 
-fn clause(report: &Report, kind: BaselineKind) -> Option<String> {
-    let baseline = report.baselines.iter().find(|baseline| baseline.kind == kind)?;
+fn clause(baseline: &Baseline) -> Option<String> {
     let label = show::word(baseline.label);
     if let Some(loss) = baseline.val_loss_at_equal_energy.filter(|loss| loss.is_finite()) {
-        return Some(format!("the same energy spent from random weights reached a loss of {} ({label})", show::number(loss)));
+        let how = if baseline.kind == BaselineKind::FullFineTuning { "on every weight" } else { "from random weights" };
+        return Some(format!("the same energy spent {how} reached a loss of {} ({label})", show::number(loss)));
     }
-    let ratio = show::times(baseline.ratio.filter(|ratio| ratio.is_finite())?);
+    // What a baseline that was cut short spent is no price of anything.
+    let ratio = show::times(baseline.ratio.filter(|ratio| ratio.is_finite() && baseline.measured.is_none())?);
     let bounds = show::between(baseline.low_ratio, baseline.high_ratio, show::times);
     let how = bounds.map_or_else(|| label.clone(), |bounds| format!("{label}, {bounds}"));
-    Some(match kind {
+    Some(match baseline.kind {
         BaselineKind::FullFineTuning => {
             format!("training every weight on the same data takes {ratio} times the energy ({how})")
         }

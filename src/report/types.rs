@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::inference::Inference;
+use super::measured::{CurvePoint, MeasuredBaseline};
 use super::memory::Memory;
 use super::parts::{CountedParts, Factor};
 use super::reconciliation::{ProfileFactor, Reconciliation};
@@ -38,6 +40,9 @@ pub struct Report {
     pub memory: Option<Memory>,
     /// Where it ran.
     pub environment: Environment,
+    /// What the model takes once it is in use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inference: Option<Inference>,
     /// What a reader should know before trusting the rest.
     #[serde(default)]
     pub warnings: Vec<String>,
@@ -150,6 +155,9 @@ pub struct Training {
     /// The kept best checkpoint.
     #[serde(default)]
     pub best: Option<Best>,
+    /// Loss against training energy, where a baseline was trained to be held against it; `steps.jsonl` has every step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub curve: Vec<CurvePoint>,
 }
 
 /// Which of the three meters a figure comes from.
@@ -394,9 +402,12 @@ pub struct Baseline {
     /// Its validation loss after this run's energy, nats per loss token.
     #[serde(default)]
     pub val_loss_at_equal_energy: Option<f64>,
-    /// The energy it takes to this run's validation loss.
+    /// The training energy it takes to this run's validation loss; `measured` says whether it was reached or extrapolated.
     #[serde(default)]
     pub energy_to_equal_loss_j: Option<Joules>,
+    /// How it went, where it was trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<MeasuredBaseline>,
 }
 
 /// The `environment` block.

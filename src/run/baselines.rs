@@ -9,7 +9,7 @@ use crate::energy::{Baseline, Charge, Parts, baseline};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::ops::adamw_cost;
-use crate::recipe::{FromScratch, Init};
+use crate::recipe::{Compared, Init};
 use crate::units::{Flops, Joules};
 use crate::work::Work;
 
@@ -23,10 +23,10 @@ pub(super) fn baselines(
     parts: Option<&Parts>,
 ) -> Result<Vec<Baseline>> {
     let mut all = Vec::new();
-    if !prepared.whole_model() {
+    if !prepared.whole_model() && prepared.recipe.baseline.full_fine_tuning != Compared::Off {
         all.push(full_fine_tuning(prepared, steps, evaluations)?.against(spent, parts));
     }
-    if prepared.recipe.baseline.from_scratch != FromScratch::Off {
+    if prepared.recipe.baseline.from_scratch != Compared::Off {
         all.push(pretraining(prepared)?.against(spent, parts));
     }
     Ok(all)

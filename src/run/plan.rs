@@ -3,7 +3,9 @@
 use serde_json::{Value, json};
 
 use super::baselines::baselines;
+use super::choices::{Choice, choices};
 use super::machine;
+use super::measured::{asked, expected};
 use super::options::meter;
 use super::prepare::Prepared;
 use super::reporting::{adapter_block, baseline_blocks, data_block, model_block, stop_reason};
@@ -13,8 +15,9 @@ use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
 use crate::error::{Error, Kind, Result};
+use crate::report::types::BaselineKind;
 use crate::train::{Costs, Forecast, Standing, Stop, forecast};
-use crate::units::{Joules, Seconds};
+use crate::units::{Joules, MicroJoules};
 use crate::work::Work;
 
 /// A forecast.
@@ -26,6 +29,8 @@ pub struct Plan {
     pub stop: Stop,
     /// Energy on the counted meter, all phases.
     pub energy: Joules,
+    /// What each choice beside the recipe's own would cost.
+    pub choices: Vec<Choice>,
     /// The whole forecast, block by block.
     pub json: Value,
     least: Option<(Limit, String)>,
@@ -57,8 +62,12 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
         Stop::Budget(limit) if run.steps == 0 => Some((*limit, least_needed(&costs, prepared, before))),
         _ => None,
     };
-    let json = to_json(prepared, kind, &run, &phases, &total)?;
-    Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), json, least })
+    let training: Charge = run.phases.iter().filter(|(phase, _)| *phase == Phase::Train).map(|(_, charge)| charge.clone()).sum();
+    let choices = choices(prepared, run.steps, &training)?;
+    let mut json = to_json(prepared, kind, &run, &phases, &total)?;
+    json["choices"] = json!(choices);
+    json["measured_baselines"] = measured_baselines(prepared, training.energy)?;
+    Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), choices, json, least })
 }
 
 fn spent(charge: &Charge) -> Spent {
@@ -88,6 +97,35 @@ impl Plan {
     pub(super) fn to_json_text(&self) -> Result<String> {
         serde_json::to_string_pretty(&self.json).map(|text| text + "\n").map_err(|e| Error::new(Kind::Io, e.to_string()))
     }
+}
+
+/// What the baselines that are to be trained after the run will take, apart from its own energy.
+fn measured_baselines(prepared: &Prepared, training: MicroJoules) -> Result<Value> {
+    let block = |kind: BaselineKind| -> Result<Value> {
+        let (least, most) = expected(prepared, kind, training)?;
+        let budget = prepared.recipe.baseline.budget;
+        Ok(json!({ "kind": kind, "energy_j": { "equal_energy": least, "most": most }, "budget_j": budget }))
+    };
+    asked(&prepared.recipe).map(block).collect()
+}
+
+/// What fits the budget and what it will cost, each figure low, central and high.
+fn forecast_block(prepared: &Prepared, run: &Forecast, total: &Charge) -> Value {
+    let central = total.energy.joules();
+    let energy = interval(MeterKind::Counted, central);
+    let (grams, rates) = (carbon_block(prepared, energy, total.time), prepared.budget.rates());
+    let cost = rates.price.as_ref().map(|price| {
+        let of = |energy: Joules| price.of(rates.pue * energy, total.time);
+        json!({ "low": of(energy.low), "central": of(central), "high": of(energy.high) })
+    });
+    json!({
+        "energy_j": energy,
+        "carbon_gco2e": { "low": grams.low_gco2e, "central": grams.gco2e, "high": grams.high_gco2e },
+        "cost": cost,
+        "wall_s": total.time,
+        "steps_affordable": run.steps,
+        "tokens_affordable": run.tokens.0,
+    })
 }
 
 fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phase, Charge)], total: &Charge) -> Result<Value> {
@@ -130,11 +168,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
         "baselines": baseline_blocks(&baselines, prepared),
         "environment": machine::environment(),
         "memory": memory_block(&prepared.memory, machine::free_memory()),
-        "forecast": {
-            "energy_j": energy,
-            "wall_s": Seconds(total.time.0),
-            "steps_affordable": run.steps,
-        },
+        "forecast": forecast_block(prepared, run, total),
         "warnings": prepared.warnings,
     }))
 }

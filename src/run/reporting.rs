@@ -6,6 +6,7 @@ use super::baselines::baselines;
 use super::directory::RunDirectory;
 use super::machine;
 use super::prepare::{Prepared, Target};
+use super::serving::inference;
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
 use super::trainee::{self, base_name, copy_companions};
 use crate::adapter::PeftConfig;
@@ -34,18 +35,32 @@ pub(super) struct Inputs<'a> {
 /// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. A diverged run's values are not
 /// exported: its last checkpoint is the result.
 pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters) -> Result<Report> {
-    let prepared = inputs.prepared;
     let report = report(inputs)?.sealed()?;
     if !matches!(inputs.outcome.stop, Stop::Diverged(_)) {
         write_result(inputs, directory, parameters, &report)?;
     }
-    json::write_report(&directory.report(), &report)?;
-    let write = crate::report::files::write_whole;
-    write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, &report)?)?;
-    let history = History::read(&directory.steps(), &directory.ledger())?;
-    write(&directory.html_page(), &html::to_html(&prepared.recipe.name, &report, &history)?)?;
-    write(&directory.emissions(), &emissions(inputs).to_csv(&report)?)?;
+    write_pages(inputs, directory, &report)?;
     Ok(report)
+}
+
+/// Every file that shows `report`; the model card only where there is a result for it to stand in.
+pub(super) fn write_pages(inputs: &Inputs<'_>, directory: &RunDirectory, report: &Report) -> Result<()> {
+    let (prepared, write) = (inputs.prepared, crate::report::files::write_whole);
+    json::write_report(&directory.report(), report)?;
+    write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, report)?)?;
+    let history = History::read(&directory.steps(), &directory.ledger())?;
+    write(&directory.html_page(), &html::to_html(&prepared.recipe.name, report, &history)?)?;
+    write(&directory.emissions(), &emissions(inputs).to_csv(report)?)?;
+    let result = directory.result(prepared.whole_model());
+    if result.is_dir() {
+        write_card(prepared, &result, report)?;
+    }
+    Ok(())
+}
+
+fn write_card(prepared: &Prepared, dir: &Path, report: &Report) -> Result<()> {
+    let card = model_card::to_model_card(&card_facts(prepared), report)?;
+    crate::report::files::write_whole(&dir.join(crate::report::files::MODEL_CARD), &card)
 }
 
 /// The adapter or model directory, complete or absent.
@@ -59,8 +74,7 @@ fn write_result(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Para
     if !prepared.whole_model() {
         copy_companions(prepared, &draft)?;
     }
-    let card = model_card::to_model_card(&card_facts(prepared), report)?;
-    crate::report::files::write_whole(&draft.join(crate::report::files::MODEL_CARD), &card)?;
+    write_card(prepared, &draft, report)?;
     remove(&place)?;
     std::fs::rename(&draft, &place).map_err(|e| Error::io("rename", &draft, e))
 }
@@ -90,6 +104,7 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
             None => format!("{what}; no result is written, and no checkpoint was saved before"),
         });
     }
+    let inference = inference(prepared, energy.central)?.map_err(|why| warnings.push(why)).ok();
     Ok(Report {
         model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
         adapter: adapter_block(&prepared.target, &prepared.architecture),
@@ -105,6 +120,7 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
         baselines: baseline_blocks(&baselines, prepared),
         memory: Some(memory_block(&prepared.memory, None)),
         environment: machine::environment(),
+        inference,
         warnings,
         sample: inputs.sample.clone().map(|((prompt, before), after)| types::Sample { prompt, before, after }),
     })
@@ -178,6 +194,7 @@ fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
             val_loss: best.val_loss,
             path: checkpoint_name(inputs, best.step),
         }),
+        curve: Vec::new(),
     }
 }
 
@@ -236,6 +253,7 @@ pub(super) fn baseline_blocks(baselines: &[Baseline], prepared: &Prepared) -> Ve
         assumptions: b.assumptions.clone(),
         val_loss_at_equal_energy: None,
         energy_to_equal_loss_j: None,
+        measured: None,
     };
     baselines.iter().map(|b| (b, bounds(b))).map(block).collect()
 }

@@ -27,7 +27,7 @@ pub(super) fn interval(kind: MeterKind, energy: Joules) -> Interval<Joules> {
 }
 
 /// The bounds that differ from the central figure.
-fn bounds<T: Copy + PartialEq>(of: Interval<T>) -> (Option<T>, Option<T>) {
+pub(super) fn bounds<T: Copy + PartialEq>(of: Interval<T>) -> (Option<T>, Option<T>) {
     (Some(of.low).filter(|low| *low != of.central), Some(of.high).filter(|high| *high != of.central))
 }
 

@@ -7,7 +7,9 @@
 mod common;
 mod lab;
 
+mod baselines;
 mod budget;
+mod choices;
 mod continued;
 mod figures;
 mod json;
@@ -15,4 +17,5 @@ mod measured;
 mod pretrained;
 mod refusals;
 mod resume;
+mod serving;
 mod text;
