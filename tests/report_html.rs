@@ -11,7 +11,8 @@ use wattune::energy::Energies;
 use wattune::energy::ledger::{Entry, Lease, Ledger, Phase};
 use wattune::report::compare::{Comparison, compare};
 use wattune::report::html::to_html;
-use wattune::report::types::Report;
+use wattune::report::measured::{BaselineStop, CurvePoint, EqualLoss, MeasuredBaseline, Reached};
+use wattune::report::types::{BaselineKind, Report};
 use wattune::report::{History, StepEnergy, StepLog, StepRecord, comparison_page, files, json, markdown};
 use wattune::units::{GramsCo2e, Joules, Seconds};
 
@@ -382,4 +383,32 @@ fn bounds_are_drawn_over_the_bars_of_the_comparison() {
     let share = (left + length - span[1]) / (span[5] - span[1]);
     // ln(3582 / 2865.6) / ln(1.5) = 0.5503.
     assert!((share - 0.5503).abs() < 0.02, "{share}");
+}
+
+#[test]
+fn a_baseline_that_was_trained_stands_beside_the_run() {
+    assert!(!page().contains("equal energy"));
+    let point = |step, joules, train_loss, val_loss| CurvePoint { step, energy_j: Joules(joules), train_loss, val_loss };
+    let mut report = fixture();
+    report.training.curve = vec![point(0, 0.0, None, Some(3.25)), point(150, 3300.0, Some(1.98), Some(2.05))];
+    let scratch = &mut report.baselines[1];
+    assert_eq!(scratch.kind, BaselineKind::FromScratchSameTask);
+    scratch.measured = Some(MeasuredBaseline {
+        steps: 75,
+        steps_at_equal_energy: 150,
+        stop_reason: BaselineStop::Budget,
+        learning_rate: 2e-4,
+        run_training_j: Joules(3300.0),
+        training_j: Joules(1650.0),
+        run_val_loss: 2.05,
+        equal_loss: EqualLoss { how: Reached::No, energy_j: None, times: None, tried_j: Joules(1650.0) },
+        curve: vec![point(0, 0.0, None, Some(7.0)), point(75, 1650.0, Some(6.9), Some(6.9))],
+    });
+    let page = to_html("run", &report, &history()).unwrap();
+    tags(&page);
+    // Half of the run's training energy is half-way to the line of equal energy, where the run itself ends.
+    let (zero, equal) = (numbers(&page, "beside-wide", "base")[1], numbers(&page, "beside-wide", "rule")[1]);
+    assert!((last_x(&page, "beside-wide", "run-0") - equal).abs() < 0.2);
+    assert!((last_x(&page, "beside-wide", "run-1") - (zero + equal) / 2.0).abs() < 0.2);
+    assert!(page.contains("<li class=\"key line run-1\">from scratch, same task</li>"));
 }
