@@ -39,7 +39,9 @@ GROUPS = {
 }
 # Our World in Data's world figures of 2019 to 2024 span these two; spoken names that differ from the source's.
 WORLD = (473.0, 505.5)
-SPOKEN = {"GBR": "UK", "USA": "united states of america", "CZE": "czech republic", "KOR": "korea"}
+SPOKEN = {"ARE": "UAE", "GBR": "UK", "USA": "united states of america", "CZE": "czech republic", "KOR": "korea"}
+# Read in Our World in Data's own file (owid/energy-data, owid-energy-data.csv, row of 2024), since copies of it lack the country.
+ABSENT = [{"iso3": "ARE", "name": "United Arab Emirates", "year": "2024", "gco2e_per_kwh": "467.510", "source": "OWID"}]
 
 
 def subdivision(row):
@@ -66,7 +68,7 @@ def country(row):
 
 
 def countries(path):
-    for row in csv.DictReader(open(path, newline="")):
+    for row in [*csv.DictReader(open(path, newline="")), *ABSENT]:
         made = country(row) if row["source"].startswith("OWID") else subdivision(row) if "Green" in row["source"] else None
         if made and row["year"] and int(row["year"]) >= 2019:
             yield made

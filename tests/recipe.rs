@@ -82,7 +82,13 @@ fn defaults_are_the_contracts() {
     assert_eq!(recipe.budget, Budget::default());
     let energy = &recipe.energy;
     assert_eq!((energy.device.as_str(), energy.meter, energy.grid.as_str()), ("auto", Meter::Auto, "world"));
-    assert_eq!((energy.pue, &energy.price, recipe.baseline.from_scratch), (Pue::ONE, &None, FromScratch::Counted));
+    assert_eq!((energy.pue, &energy.price, recipe.baseline.from_scratch), (Pue::ONE, &None, Compared::Counted));
+    let baseline = &recipe.baseline;
+    assert_eq!((baseline.full_fine_tuning, baseline.energy_multiple), (Compared::Counted, 3.0));
+    assert_eq!((baseline.learning_rate, baseline.budget), (None, None));
+    let report = &recipe.report;
+    assert_eq!((report.prompt_tokens, report.generated_tokens, report.few_shot_examples), (256, 128, 5));
+    assert_eq!((report.requests_per_day, &report.larger_model), (None, &None));
 }
 
 #[test]
@@ -368,11 +374,20 @@ prop_compose! {
             Just(ModelId::Embedded("tiny".into())),
         ],
         (revision, data, train, (budget, energy)) in (word(), data(), train(), budget_and_energy()),
+        (learning_rate, cap, requests_per_day) in
+            (prop::option::of(quantity()), prop::option::of(quantity().prop_map(Joules)), prop::option::of(quantity())),
+        (energy_multiple, larger) in (1.0..9.0f64, prop::option::of(prop_oneof![Just("7B"), Just("Qwen/Qwen2.5-0.5B"), Just("1.5e9")])),
     ) -> Recipe {
         Recipe {
             name: "a run".into(), seed, adapter, data, train, budget, energy,
             model: Model { id, revision, dtype: Precision::Bf16, init: Init::Random },
-            baseline: Baseline { from_scratch: FromScratch::Off },
+            baseline: Baseline {
+                from_scratch: Compared::Off, full_fine_tuning: Compared::Counted, energy_multiple, learning_rate, budget: cap,
+            },
+            report: Report {
+                requests_per_day, prompt_tokens: 7, generated_tokens: 9, few_shot_examples: 3,
+                larger_model: larger.and_then(LargerModel::parse),
+            },
         }
     }
 }

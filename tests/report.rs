@@ -79,7 +79,7 @@ fn the_keys_are_the_contracts() {
     let written: Value = serde_json::from_str(&json::to_json(&fixture()).unwrap()).unwrap();
     // Typed out from the contract; after the bar, what it adds.
     let contract = [
-        ("", "model adapter data training energy budget carbon baselines environment | warnings sample"),
+        ("", "model adapter data training energy budget carbon baselines environment | memory warnings sample"),
         ("/model", "id revision architecture parameters |"),
         ("/adapter", "type r lora_alpha target_modules trainable_parameters |"),
         ("/data", "examples tokens loss_tokens truncated dropped | skipped sources fingerprint"),
@@ -90,16 +90,25 @@ fn the_keys_are_the_contracts() {
         ),
         (
             "/energy",
-            "meter total_j by_phase meters flops bytes device | low_j high_j measured_absent counted_parts bytes_by_level",
+            "meter total_j by_phase meters flops bytes device | low_j high_j measured_absent counted_parts bytes_by_level \
+             factors profile_factor reconciliation",
         ),
         ("/energy/meters", "counted_j measured_j timed_j |"),
+        (
+            "/energy/counted_parts",
+            "| arithmetic_j movement_j idle_j lost_j movement_by_level_j levels_left_out movement_without_reuse_j",
+        ),
+        ("/memory", "| peak_bytes weights trained activations temporaries program"),
         ("/energy/by_phase", "load train eval save |"),
-        ("/budget", "limits spent overshoot_j |"),
+        ("/budget", "limits spent overshoot_j | spent_low spent_high margin_j"),
         ("/budget/limits", "energy_j carbon_gco2e flops time_s cost |"),
-        ("/carbon", "gco2e grid gco2e_per_kwh pue | low_gco2e high_gco2e embodied_gco2e year source"),
+        (
+            "/carbon",
+            "gco2e grid gco2e_per_kwh pue | low_gco2e high_gco2e embodied_gco2e embodied_source year source place basis licence dataset_sha256",
+        ),
         (
             "/baselines/0",
-            "kind label flops energy_j gco2e ratio source | assumptions val_loss_at_equal_energy energy_to_equal_loss_j",
+            "kind label flops energy_j gco2e ratio source | low_j high_j low_gco2e high_gco2e low_ratio high_ratio assumptions val_loss_at_equal_energy energy_to_equal_loss_j",
         ),
         ("/environment", "version cpu threads os |"),
     ];

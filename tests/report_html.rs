@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use assert_cmd::Command;
 use wattune::energy::Energies;
 use wattune::energy::ledger::{Entry, Lease, Ledger, Phase};
+use wattune::report::compare::{Comparison, compare};
 use wattune::report::html::to_html;
-use wattune::report::types::Report;
-use wattune::report::{History, StepEnergy, StepLog, StepRecord, files, json, markdown};
+use wattune::report::measured::{BaselineStop, CurvePoint, EqualLoss, MeasuredBaseline, Reached};
+use wattune::report::types::{BaselineKind, Report};
+use wattune::report::{History, StepEnergy, StepLog, StepRecord, comparison_page, files, json, markdown};
 use wattune::units::{GramsCo2e, Joules, Seconds};
 
 const HOSTILE: &str =
@@ -46,7 +48,7 @@ fn step(step: u64) -> StepRecord {
 fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
     let energy = Joules(joules).rounded();
     let energy_j = Energies { counted: energy, measured: None, timed: energy };
-    Entry { phase, step, energy_j, flops: 1, bytes: Default::default(), wall_s: Seconds(0.1), t: 0.0 }
+    Entry { phase, step, energy_j, flops: 1, bytes: Default::default(), parts: None, wall_s: Seconds(0.1), t: 0.0, gap: None }
 }
 
 fn history() -> History {
@@ -95,8 +97,8 @@ fn the_page_is_well_formed_and_its_pictures_have_names() {
     files::write_whole(&folder.join(files::REPORT_HTML), &page).unwrap();
     let tags = tags(&page);
     let pictures = tags.iter().filter(|(name, _)| name == "svg");
-    // Loss, rate, phases and comparison in two widths each; energy and emissions in one.
-    assert_eq!(pictures.clone().count(), 4 * 2 + 2);
+    // Loss, rate, budget, phases, parts, memory and comparison in two widths each; energy and emissions in one.
+    assert_eq!(pictures.clone().count(), 7 * 2 + 2);
     let mut ids = values(&page, "id");
     for (_, attributes) in pictures {
         let named = values(attributes, "aria-labelledby")[0];
@@ -129,6 +131,12 @@ fn texts_from_outside_stay_texts() {
     (report.model.id, report.model.architecture, report.carbon.grid) = (text(), text(), text());
     (report.environment.cpu, report.environment.version, report.energy.device) = (text(), text(), text());
     report.carbon.source = Some(text());
+    (report.carbon.place, report.carbon.basis, report.carbon.licence) = (Some(text()), Some(text()), Some(text()));
+    report.carbon.dataset_sha256 = Some(text());
+    for factor in &mut report.energy.factors {
+        (factor.name, factor.value, factor.source) = (text(), text(), text());
+    }
+    report.energy.counted_parts.as_mut().unwrap().levels_left_out = vec![text()];
     report.data.sources = vec![text()];
     report.warnings = vec![text()];
     report.baselines[0].source = text();
@@ -153,7 +161,12 @@ fn the_figures_are_those_of_the_other_files() {
         page.split("<data value=\"").skip(1).map(|rest| rest.split('"').next().unwrap().parse().unwrap()).collect();
     assert_eq!(exact, paths.map(|path| written.pointer(path).unwrap().as_f64().unwrap()));
     // Every row of the Markdown tables stands in the page, cell by cell.
-    let plain = page.replace("<code>", "`").replace("</code>", "`");
+    let mut plain = page.replace("<code>", "`").replace("</code>", "`").replace('\u{a0}', " ");
+    // The name of the column that a phone shows in each cell of a wide table.
+    while let Some(at) = plain.find(" data-head=\"") {
+        let end = at + plain[at..].find("\">").unwrap() + 1;
+        plain.replace_range(at..end, "");
+    }
     let rows: Vec<String> = markdown::to_markdown("e2e", &fixture())
         .unwrap()
         .lines()
@@ -276,7 +289,7 @@ fn the_command_prints_every_form() {
         let output = Command::cargo_bin("wattune").unwrap().arg("report").arg(&run).args(arguments).output().unwrap();
         (output.status.code(), String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap())
     };
-    let name = run.display().to_string();
+    let name = "run".to_string();
     // What is read back from the files is what was written to them.
     assert_eq!(shown(&["--format", "html"]), (Some(0), to_html(&name, &fixture(), &history()).unwrap()));
     assert_eq!(shown(&["--format", "md"]), (Some(0), markdown::to_markdown(&name, &fixture()).unwrap()));
@@ -285,4 +298,117 @@ fn the_command_prints_every_form() {
     assert_eq!(shown(&["--format", "text"]), shown(&[]));
     let (code, message) = shown(&["--json", "--format", "md"]);
     assert!(code == Some(2) && message.contains("contradict"), "{message}");
+}
+
+/// Two runs: the fixture, and one that stopped half-way with two thirds of the gain.
+fn two_runs() -> Vec<(String, Report, History)> {
+    let mut half = fixture();
+    (half.energy.total_j, half.energy.meters.counted_j) = (Joules(1801.0), Joules(1801.0));
+    (half.energy.low_j, half.energy.high_j) = (None, None);
+    (half.training.steps, half.training.val_loss_after) = (75, Some(2.45));
+    let mut course = history();
+    course.steps.truncate(75);
+    course.entries.truncate(2 + 75);
+    vec![("runs/whole".to_string(), fixture(), history()), ("runs/half".to_string(), half, course)]
+}
+
+fn comparison_of(runs: Vec<(String, Report, History)>) -> (Comparison, String) {
+    let named: Vec<(String, Report)> = runs.iter().map(|(name, report, _)| (name.clone(), report.clone())).collect();
+    let comparison = compare(&named);
+    let courses: Vec<(Report, History)> = runs.into_iter().map(|(_, report, history)| (report, history)).collect();
+    let page = comparison_page(&comparison, &courses);
+    (comparison, page)
+}
+
+#[test]
+fn the_page_of_several_runs_says_what_the_other_forms_say() {
+    let (comparison, page) = comparison_of(two_runs());
+    tags(&page);
+    // 1.2 / 3.582 = 0.3350 against 0.8 / 1.801 = 0.4442 nats a kilojoule.
+    assert_eq!(comparison.json()["best"], "runs/half");
+    assert!(
+        page.contains("runs/half bought the most loss per joule.") && comparison.text().contains("runs/half bought the most")
+    );
+    let plain = page.replace('\u{a0}', " ");
+    for row in comparison.table().rows() {
+        assert!(row.iter().all(|cell| plain.contains(&format!(">{cell}</t"))), "{row:?}");
+    }
+    assert!(page.contains(">half (the most)</text>") && page.contains(">0.4442</text>") && page.contains(">0.335</text>"));
+    // Both courses end where their runs did: 3,451 J and 151 + 75 x 22 = 1,801 J of an axis to 3,582 J.
+    let ends: Vec<f64> = ["run-0", "run-1"].map(|class| last_x(&page, "losses-wide", class)).to_vec();
+    let zero = numbers(&page, "losses-wide", "base")[1];
+    assert!(((ends[1] - zero) / (ends[0] - zero) - 1801.0 / 3451.0).abs() < 2e-3, "{zero} {ends:?}");
+}
+
+/// Where the line of this class ends.
+fn last_x(page: &str, id: &str, class: &str) -> f64 {
+    let picture = page.split(&format!("aria-labelledby=\"{id}-t")).nth(1).unwrap();
+    let line = picture.split(&format!("class=\"line {class}\" d=\"")).nth(1).unwrap().split('"').next().unwrap();
+    line.rsplit(['M', 'L']).next().unwrap().split(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_comparison_of_what_is_not_known_draws_nothing_false() {
+    let mut runs = two_runs();
+    for (_, report, history) in &mut runs {
+        (report.training.val_loss_before, report.training.val_loss_after) = (None, None);
+        *history = History::default();
+    }
+    runs[1].0 = "else/<whole>&".to_string();
+    let (comparison, page) = comparison_of(runs);
+    tags(&page);
+    assert_eq!(comparison.best, None);
+    assert!(page.contains("No run is named the best.") && !page.contains("What the energy bought"));
+    assert!(page.contains("&lt;whole&gt;&amp;") && !page.to_lowercase().contains("nan"));
+}
+
+#[test]
+fn the_budgets_are_drawn_as_they_were_used() {
+    // 3,451 of 3,600 J after the last step: 95.9 %; 152 entries of 0.1 s of 600 s by then: 2.5 %.
+    assert!(page().contains("After the last step: energy 95.9 %, time 2.5 %."));
+    let mut report = fixture();
+    (report.budget.limits.energy_j, report.budget.limits.time_s) = (None, None);
+    let page = to_html("run", &report, &history()).unwrap();
+    assert!(!page.contains("budget used"));
+}
+
+#[test]
+fn bounds_are_drawn_over_the_bars_of_the_comparison() {
+    // From 2,865.6 to 4,298.4 J: on a logarithmic axis as long as ln(1.5), and full fine-tuning's 0.8 to 1.2 of 5,373 J as well.
+    let page = page();
+    let span = numbers(&page, "comparison-wide", "span");
+    let bar = numbers(&page, "comparison-wide", "bar energy");
+    let (left, length) = (bar[0], bar[2]);
+    assert!(span[1] < left + length && left + length < span[5], "{span:?} {bar:?}");
+    let share = (left + length - span[1]) / (span[5] - span[1]);
+    // ln(3582 / 2865.6) / ln(1.5) = 0.5503.
+    assert!((share - 0.5503).abs() < 0.02, "{share}");
+}
+
+#[test]
+fn a_baseline_that_was_trained_stands_beside_the_run() {
+    assert!(!page().contains("equal energy"));
+    let point = |step, joules, train_loss, val_loss| CurvePoint { step, energy_j: Joules(joules), train_loss, val_loss };
+    let mut report = fixture();
+    report.training.curve = vec![point(0, 0.0, None, Some(3.25)), point(150, 3300.0, Some(1.98), Some(2.05))];
+    let scratch = &mut report.baselines[1];
+    assert_eq!(scratch.kind, BaselineKind::FromScratchSameTask);
+    scratch.measured = Some(MeasuredBaseline {
+        steps: 75,
+        steps_at_equal_energy: 150,
+        stop_reason: BaselineStop::Budget,
+        learning_rate: 2e-4,
+        run_training_j: Joules(3300.0),
+        training_j: Joules(1650.0),
+        run_val_loss: 2.05,
+        equal_loss: EqualLoss { how: Reached::No, energy_j: None, times: None, tried_j: Joules(1650.0) },
+        curve: vec![point(0, 0.0, None, Some(7.0)), point(75, 1650.0, Some(6.9), Some(6.9))],
+    });
+    let page = to_html("run", &report, &history()).unwrap();
+    tags(&page);
+    // Half of the run's training energy is half-way to the line of equal energy, where the run itself ends.
+    let (zero, equal) = (numbers(&page, "beside-wide", "base")[1], numbers(&page, "beside-wide", "rule")[1]);
+    assert!((last_x(&page, "beside-wide", "run-0") - equal).abs() < 0.2);
+    assert!((last_x(&page, "beside-wide", "run-1") - (zero + equal) / 2.0).abs() < 0.2);
+    assert!(page.contains("<li class=\"key line run-1\">from scratch, same task</li>"));
 }

@@ -31,12 +31,16 @@ pub(super) struct Arguments {
     /// Time for each figure
     #[arg(long, value_name = "TIME", default_value = "2 s")]
     each: Seconds,
+    /// Measure nothing anew: keep in the profile what this run's counters showed over what was counted
+    #[arg(long, value_name = "RUN_DIR", conflicts_with_all = ["like", "device", "each"])]
+    from_run: Option<PathBuf>,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   wattune calibrate --out my-machine.toml --name my-machine
   wattune plan recipe.toml --set energy.device=./my-machine.toml
+  wattune calibrate --from-run runs/mine --out mine.toml       counted joules times what the run measured over counted
 
 In a recipe:
   [energy]
@@ -48,6 +52,37 @@ Only runs charged to the same profile can be compared: keep the file with the re
 const LONGEST: Seconds = Seconds(10.0);
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    match &arguments.from_run {
+        Some(run) => keep(arguments, run, common),
+        None => measure(arguments, common),
+    }
+}
+
+/// Keeps a run's factor in the profile it was charged to.
+fn keep(arguments: &Arguments, run: &Path, common: Common) -> Result<ExitCode> {
+    let found = run::reconcile(run, arguments.name.as_deref())?;
+    let path = arguments.out.clone().unwrap_or_else(|| PathBuf::from(format!("{}.toml", found.profile.name)));
+    check(&path)?;
+    write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
+    let (factor, source) = found.profile.factor().unwrap_or((1.0, ""));
+    if common.json {
+        return out_json(&json!({
+            "written": path,
+            "name": found.profile.name,
+            "nearest": found.base.name,
+            "measured_over_counted": { "value": factor, "source": source },
+            "compared": found.compared,
+            "notes": found.notes,
+            "profile": found.profile,
+        }));
+    }
+    let mut text = format!("{} · {} with counted joules times {}\n", found.profile.name, found.base.name, significant(factor));
+    let _ = writeln!(text, "\n  {source}");
+    out(&(text + &ending(&path, &found.notes)))
+}
+
+/// Measures the machine.
+fn measure(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     if arguments.each <= Seconds::ZERO || arguments.each > LONGEST {
         let error = Error::new(Kind::Usage, "`--each` is out of range").value(arguments.each.to_string());
         return Err(error.rule(format!("more than nothing, at most {LONGEST}")));
@@ -120,12 +155,13 @@ fn page(path: &Path, found: &Calibration) -> String {
         None => format!("not measured: idle {}, load {} as {} has it", profile.idle_w, profile.load_w, base.name),
     };
     row("power", power);
-    for note in notes {
-        let _ = writeln!(text, "\n  note: {note}");
-    }
-    let _ =
-        write!(text, "\nWrote {0}. In a recipe: `device = \"{0}\"` in [energy], the path as seen from the recipe.", shown(path));
-    text
+    text + &ending(path, notes)
+}
+
+/// The notes, and how a recipe names the file.
+fn ending(path: &Path, notes: &[String]) -> String {
+    let notes: String = notes.iter().map(|note| format!("\n  note: {note}\n")).collect();
+    format!("{notes}\nWrote {0}. In a recipe: `device = \"{0}\"` in [energy], the path as seen from the recipe.", shown(path))
 }
 
 /// A relative path with `./` before it, so that a recipe reads it as a path.

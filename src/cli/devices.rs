@@ -19,6 +19,8 @@ Examples:
   wattune devices --json                   the same with every figure and its source
   wattune plan recipe.toml --set energy.device=nvidia-t4       what the run would cost elsewhere
 
+A container that sees its host's counters elsewhere: WATTUNE_POWERCAP=/host/sys/class/powercap wattune devices
+
 `NAME@4` is four cores of a processor. For a machine without a profile: `wattune calibrate`.";
 
 pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
@@ -28,7 +30,9 @@ pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
         let sensors: Vec<Value> = sensors
             .iter()
             .map(|found| match &found.state {
-                State::Available => json!({ "name": found.name, "available": true }),
+                State::Available => {
+                    json!({ "name": found.name, "available": true, "covers": found.covers, "left_out": found.left_out })
+                }
                 State::Absent(absent) => {
                     json!({ "name": found.name, "available": false, "reason": absent.reason, "remedy": absent.remedy })
                 }
@@ -41,7 +45,10 @@ pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
     text += "\nWhat can be measured here:\n";
     for found in &sensors {
         let _ = match &found.state {
-            State::Available => writeln!(text, "  {:<6} yes", found.name),
+            State::Available => {
+                let left_out: String = found.left_out.iter().map(|zone| format!("\n         without {zone}")).collect();
+                writeln!(text, "  {:<6} yes: {}{left_out}", found.name, found.covers)
+            }
             State::Absent(absent) => writeln!(text, "  {:<6} no: {}\n         {}", found.name, absent.reason, absent.remedy),
         };
     }

@@ -7,6 +7,7 @@
 
 mod baseline;
 mod calibrate;
+mod choices;
 mod devices;
 mod eval;
 mod generate;
@@ -93,7 +94,8 @@ enum Command {
     ///
     /// Takes the profile that stands nearest and puts in what can be measured: FLOP/s of matrix products in each number format, bytes
     /// per second of memory, and idle and load power where an energy counter can be read. The rest stays as the nearest profile has
-    /// it, and the notes say so. Run it with nothing else running: other work makes the figures too low.
+    /// it, and the notes say so. Run it with nothing else running: other work makes the figures too low. With --from-run it keeps what a
+    /// run's counters showed over what was counted, as a factor of every counted joule.
     Calibrate(calibrate::Arguments),
     /// Write, check or describe recipes
     #[command(subcommand)]

@@ -12,7 +12,7 @@ use super::{Common, out, out_json};
 use crate::error::Result;
 use crate::recipe;
 use crate::run::{self, Screen};
-use crate::units::{Bytes, Flops, GramsCo2e, Joules, Seconds, significant};
+use crate::units::{Bytes, Flops, GramsCo2e, Joules, Money, Seconds, significant};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -95,6 +95,13 @@ fn page(name: &str, plan: &Value) -> String {
         let (energy, ratio) = (baseline.number("/energy_j").unwrap_or_default(), baseline.number("/ratio").unwrap_or_default());
         rows.push(("against", format!("{kind}: {} ({} times)", Joules(energy), significant(ratio))));
     }
+    for baseline in plan.list("/measured_baselines").map(Document) {
+        let joules = |path: &str| Joules(baseline.number(path).unwrap_or_default());
+        let (kind, equal, most) =
+            (baseline.words("/kind").replace('_', " "), joules("/energy_j/equal_energy"), joules("/energy_j/most"));
+        let limit = baseline.number("/budget_j").map_or(String::new(), |limit| format!(", within {} for all", Joules(limit)));
+        rows.push(("then", format!("{kind}, trained for comparison: {equal}, at most {most}{limit}; apart from the run")));
+    }
     if plan.0.get("probe").is_some() {
         rows.extend(probe(&plan));
     }
@@ -102,6 +109,8 @@ fn page(name: &str, plan: &Value) -> String {
     for (label, value) in rows {
         let _ = writeln!(text, "  {label:<12} {value}");
     }
+    let choices: Vec<Value> = plan.list("/choices").cloned().collect();
+    text += &super::choices::table(&choices);
     for warning in plan.list("/warnings").filter_map(Value::as_str) {
         let _ = writeln!(text, "\n  warning: {warning}");
     }
@@ -125,8 +134,17 @@ fn forecast(plan: &Document<'_>) -> Vec<(&'static str, String)> {
     }
     let carbon = plan.number("/carbon/gco2e").map(GramsCo2e).map_or("unknown".into(), |g| g.to_string());
     rows.push(("carbon", format!("{carbon} on the grid of {}", plan.words("/carbon/grid"))));
+    if let Some(cost) = plan.0.pointer("/forecast/cost").filter(|cost| !cost.is_null()) {
+        let money =
+            |key: &str| serde_json::from_value::<Money>(cost[key].clone()).map_or("unknown".into(), |money| money.to_string());
+        rows.push(("cost", format!("{}, between {} and {}", money("central"), money("low"), money("high"))));
+    }
     rows.push(("work", Flops(plan.number("/energy/flops").unwrap_or_default()).to_string()));
     rows.push(("device", plan.words("/energy/device").to_string()));
+    if let Some(factor) = plan.number("/energy/profile_factor/value") {
+        let source = plan.words("/energy/profile_factor/source");
+        rows.push(("", format!("counted joules times {}: {source}", significant(factor))));
+    }
     rows.push(("time", format!("at least {}", Seconds(plan.number("/forecast/wall_s").unwrap_or_default()).spoken())));
     rows
 }

@@ -9,7 +9,7 @@ use crate::report::html::to_html;
 use crate::report::json::read_report;
 use crate::report::markdown::to_markdown;
 use crate::report::text::to_text;
-use crate::report::{History, Report, compare as compare_reports};
+use crate::report::{History, Report, compare as compare_reports, comparison_page};
 use crate::run::RunDirectory;
 
 #[derive(Debug, clap::Args)]
@@ -41,17 +41,31 @@ pub(super) struct CompareArguments {
     /// The runs' directories
     #[arg(required = true, num_args = 2..)]
     runs: Vec<PathBuf>,
+    /// What to print it as [default: text]
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    format: Option<CompareFormat>,
+}
+
+/// The comparison's forms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum CompareFormat {
+    /// Lines for a terminal
+    Text,
+    /// The document that programs read; as `--json`
+    Json,
+    /// One page with charts
+    Html,
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let directory = RunDirectory::open(&arguments.run)?;
     let report = read_report(&directory.report())?;
-    let name = arguments.run.display().to_string();
-    match form(arguments.format, common.json)? {
+    let name = directory_name(&arguments.run);
+    match form(arguments.format, common.json, Format::Json, Format::Text)? {
         Format::Json => out_json(&report),
         Format::Text => out(&to_text(&name, &report)?),
         Format::Md => out(&to_markdown(&name, &report)?),
-        Format::Html => out(&to_html(&name, &report, &History::read(&directory.steps(), &directory.ledger())?)?),
+        Format::Html => out(&to_html(&name, &report, &history(&arguments.run)?)?),
         Format::Csv => {
             let path = directory.emissions();
             out(&std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?)
@@ -59,14 +73,19 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     }
 }
 
+/// What a page calls the run: its directory's own name, so that a page handed on says nothing of the machine's folders.
+fn directory_name(run: &Path) -> String {
+    run.file_name().map_or_else(|| run.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
 /// The form asked for; `--json` is one of them.
-fn form(format: Option<Format>, json: bool) -> Result<Format> {
+fn form<F: PartialEq>(format: Option<F>, json: bool, as_json: F, otherwise: F) -> Result<F> {
     match (format, json) {
-        (Some(other), true) if other != Format::Json => {
+        (Some(other), true) if other != as_json => {
             Err(Error::new(Kind::Usage, "`--json` and another `--format` contradict each other").hint("give one of them"))
         }
-        (None, true) => Ok(Format::Json),
-        (format, _) => Ok(format.unwrap_or(Format::Text)),
+        (None, true) => Ok(as_json),
+        (format, _) => Ok(format.unwrap_or(otherwise)),
     }
 }
 
@@ -74,7 +93,20 @@ pub(super) fn compare(arguments: &CompareArguments, common: Common) -> Result<Ex
     let named = |run: &PathBuf| Ok((run.display().to_string(), read(run)?));
     let runs = arguments.runs.iter().map(named).collect::<Result<Vec<_>>>()?;
     let comparison = compare_reports(&runs);
-    if common.json { out_json(&comparison.json()) } else { out(&comparison.text()) }
+    match form(arguments.format, common.json, CompareFormat::Json, CompareFormat::Text)? {
+        CompareFormat::Json => out_json(&comparison.json()),
+        CompareFormat::Text => out(&comparison.text()),
+        CompareFormat::Html => {
+            let courses = arguments.runs.iter().map(|run| history(run)).collect::<Result<Vec<_>>>()?;
+            let runs: Vec<(Report, History)> = runs.into_iter().map(|(_, report)| report).zip(courses).collect();
+            out(&comparison_page(&comparison, &runs))
+        }
+    }
+}
+
+fn history(run: &Path) -> Result<History> {
+    let directory = RunDirectory::open(run)?;
+    History::read(&directory.steps(), &directory.ledger())
 }
 
 fn read(run: &Path) -> Result<Report> {

@@ -43,13 +43,16 @@ impl Terminal {
     }
 
     fn bar(&mut self, steps: u64) -> &ProgressBar {
-        self.bar.get_or_insert_with(|| {
+        let bar = self.bar.get_or_insert_with(|| {
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr_with_hz(8));
             let style =
                 ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style.progress_chars("=> "));
             bar
-        })
+        });
+        // A baseline after the run has a length of its own.
+        bar.set_length(steps);
+        bar
     }
 }
 
@@ -80,7 +83,7 @@ impl Screen for Terminal {
     }
 
     fn evaluated(&mut self, step: u64, val_loss: f64) {
-        let before = self.val_loss.replace(val_loss);
+        let before = self.val_loss.replace(val_loss).filter(|_| step > 0);
         let change = before.map_or(String::new(), |before| format!(" ({:+.4})", val_loss - before));
         self.line(&format!("step {step}: validation loss {val_loss:.4}{change}"));
     }

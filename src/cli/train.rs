@@ -41,7 +41,7 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         (None, _) => None,
     };
     let (device, computing) = run::device(&arguments.device)?;
-    stop_on_ctrl_c(common.quiet)?;
+    stop_when_asked(common.quiet)?;
     let out_dir = match (&arguments.out, &recipe) {
         (Some(out), _) => out.clone(),
         (None, Some(recipe)) => {
@@ -81,12 +81,19 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         Stop::Diverged(what) => Err(Error::new(Kind::Diverged, what)
             .hint("lower `train.learning_rate`, or look at the records named; the last good checkpoint is in the run directory")
             .while_running()),
+        _ if finished.baselines_interrupted => {
+            if !common.quiet {
+                eprintln!("interrupted: the run is finished and its report is whole; of the baseline it holds what was reached");
+            }
+            Ok(ExitCode::from(INTERRUPTED))
+        }
         _ => Ok(ExitCode::SUCCESS),
     }
 }
 
-/// The first Ctrl-C asks the loop to stop; the second leaves at once, the last checkpoint whole.
-fn stop_on_ctrl_c(quiet: bool) -> Result<()> {
+/// The first Ctrl-C, or a plain `kill` (SIGTERM) as batch systems send it before they take a machine back, asks the loop to stop; the
+/// second leaves at once, the last checkpoint whole. So does a terminal that closes, unless `nohup` said that it should not.
+fn stop_when_asked(quiet: bool) -> Result<()> {
     let handler = move || {
         if ASKED_TO_STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));
@@ -96,5 +103,35 @@ fn stop_on_ctrl_c(quiet: bool) -> Result<()> {
         }
         eprintln!("\nstopping after this step and saving; press Ctrl-C again to leave at once");
     };
-    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Usage, format!("Ctrl-C cannot be watched: {e}")))
+    let hangup_ignored = ignores_hangup();
+    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Usage, format!("Ctrl-C cannot be watched: {e}")))?;
+    if hangup_ignored {
+        ignore_hangup();
+    }
+    Ok(())
 }
+
+/// Whether the process was started with `nohup`, or told by other means to outlive its terminal.
+#[cfg(unix)]
+fn ignores_hangup() -> bool {
+    // SAFETY: the call only exchanges what happens at a signal; what it was is put back at once.
+    unsafe {
+        let before = libc::signal(libc::SIGHUP, libc::SIG_IGN);
+        libc::signal(libc::SIGHUP, before);
+        before == libc::SIG_IGN
+    }
+}
+
+#[cfg(unix)]
+fn ignore_hangup() {
+    // SAFETY: as above; ctrlc's own thread waits for other signals still.
+    unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+}
+
+#[cfg(not(unix))]
+fn ignores_hangup() -> bool {
+    false
+}
+
+#[cfg(not(unix))]
+fn ignore_hangup() {}

@@ -4,15 +4,21 @@
 //! returns a verdict; takes the work that was done, returns a reading and writes it down. Knows nothing of what a step is.
 //!
 //! On the counted meter a prediction is the charge itself. On the others it is the charge times a ratio learnt from the recent
-//! entries of its phase (the training steps' where a phase has none yet): mean plus three deviations, at least 1 before there are
-//! any. Time is always predicted that way, from wall time over roofline time.
+//! entries of its phase (the training steps' where a phase has none yet): mean plus three deviations; before there are any the ratio of
+//! what the ledger holds from before, else 1. Time is always predicted that way, from wall time over roofline time.
+//!
+//! Where the counters fail inside a window, the entry says why, and its counted energy times the run's measured over counted stands in.
+//!
+//! The margin of a sensor: a step is admitted where it and everything reserved fit as predicted, so what the last step and the ending cost
+//! more than predicted is the most by which a budget can be passed. With ratios of measured to counted between `lo` and `hi` that is at
+//! most `(hi - lo)` times their counted energy.
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
 use super::budget::{Allowance, Budget, Limit, Spent};
 use super::charge::Charge;
-use super::ledger::{Energies, Entry, Lease, Ledger, Phase, Totals, now};
+use super::ledger::{Energies, Entry, Filled, Gapped, Lease, Ledger, Phase, Totals, now};
 use super::meter::{MeterKind, Meters, Reading, Window};
 use crate::error::Result;
 use crate::units::{MicroJoules, Seconds};
@@ -70,6 +76,8 @@ pub struct Account {
     /// Wall time of earlier runs in this ledger.
     time_before: Seconds,
     opened: Instant,
+    /// The most that was to be spent if everything went as predicted when it was admitted; within the budget.
+    promised: Option<MicroJoules>,
     window: Option<Window>,
     /// One for each of `Phase::ALL`.
     recent: [Recent; 5],
@@ -80,7 +88,18 @@ impl Account {
     pub fn new(budget: Budget, meters: Meters, ledger: Ledger, kind: MeterKind) -> Account {
         let spent = ledger.total().spent(kind);
         let (time_before, opened) = (spent.time, Instant::now());
-        Account { budget, meters, ledger, kind, spent, time_before, opened, window: None, recent: Default::default() }
+        Account {
+            budget,
+            meters,
+            ledger,
+            kind,
+            spent,
+            time_before,
+            opened,
+            promised: None,
+            window: None,
+            recent: Default::default(),
+        }
     }
 
     /// The meter that decides.
@@ -123,6 +142,17 @@ impl Account {
         self.budget.overshoot(&self.spent())
     }
 
+    /// What the last step and everything after it cost more than predicted: no energy budget is passed by more. `None` before anything was
+    /// admitted; zero on the counted meter.
+    pub fn margin(&self) -> Option<MicroJoules> {
+        self.promised.map(|promised| self.spent.energy.saturating_sub(promised))
+    }
+
+    /// The entries whose counters failed, by phase and reason.
+    pub fn gaps(&self) -> impl Iterator<Item = (Phase, &str, &Gapped)> {
+        self.ledger.gaps()
+    }
+
     /// The limit nearest to its end and the part of it that is spent.
     pub fn largest_fraction(&self) -> Option<(Limit, f64)> {
         self.budget.largest_fraction(&self.spent())
@@ -163,6 +193,9 @@ impl Account {
         let verdict = self.verdict(&predicted, &reserve);
         if verdict == Verdict::Continue {
             self.cover(&charge, &predicted, &reserve)?;
+            let promised = self.spent.energy + predicted.energy + reserve.energy;
+            // An evaluation is admitted without a reserve: the step before it promised more.
+            self.promised = self.promised.max(Some(promised));
         }
         Ok(verdict)
     }
@@ -172,28 +205,33 @@ impl Account {
         self.window = Some(self.meters.begin());
     }
 
-    /// Call every minute or so inside a long window, so that a counter which wraps is followed.
-    pub fn poll(&mut self) {
-        self.meters.poll();
-    }
-
     /// Closes the window (an empty one if none is open), charges `work` to it as one entry, and writes it down.
     pub fn charge(&mut self, phase: Phase, step: u64, work: &Work) -> Result<Reading> {
         let window = self.window.take().unwrap_or_else(|| self.meters.begin());
         let reading = self.meters.end(window, work);
         let Charge { time, flops, ref bytes, .. } = reading.charge;
         let energy_j = reading.energies();
-        let entry = Entry { phase, step, energy_j, flops, bytes: bytes.clone(), wall_s: reading.wall, t: now() };
+        let (parts, bytes, gap) = (Some(reading.charge.parts()), bytes.clone(), self.filled(phase, &reading));
+        let entry = Entry { phase, step, energy_j, flops, bytes, parts, wall_s: reading.wall, t: now(), gap };
         self.ledger.append(&entry)?;
-        self.spent += Spent { energy: energy_j.on(self.kind), flops, time: Seconds::ZERO };
-        let energy = energy_j.on(self.kind).joules() / energy_j.counted.joules();
-        self.recent[phase as usize].note(energy, reading.wall / time);
+        let energy = entry.on(self.kind);
+        self.spent += Spent { energy, flops, time: Seconds::ZERO };
+        // What fills a gap is learnt already.
+        let seen = if entry.gap.is_some() { f64::NAN } else { energy.joules() / energy_j.counted.joules() };
+        self.recent[phase as usize].note(seen, reading.wall / time);
         Ok(reading)
     }
 
     /// Ends the run in order: the lease is released, and everything is on disk.
     pub fn close(&mut self) -> Result<()> {
         self.ledger.settle()
+    }
+
+    /// What stands in for counters that failed.
+    fn filled(&self, phase: Phase, reading: &Reading) -> Option<Filled> {
+        let reason = reading.measured.as_ref()?.as_ref().err()?.reason.clone();
+        let times = self.ledger.ratio(phase).unwrap_or(1.0);
+        Some(Filled { reason, filled: MeterKind::Counted, times, energy_j: (reading.counted.joules() * times).rounded() })
     }
 
     fn elapsed(&self) -> Seconds {
@@ -205,15 +243,18 @@ impl Account {
     }
 
     fn predict(&self, phase: Phase, charge: &Charge) -> Spent {
-        let ratio = |of: fn(&Recent) -> &VecDeque<f64>| {
-            let seen = [phase, Phase::Train].into_iter().find_map(|phase| cautious(of(&self.recent[phase as usize])));
-            seen.unwrap_or(1.0)
+        let seen = |of: fn(&Recent) -> &VecDeque<f64>| {
+            [phase, Phase::Train].into_iter().find_map(|phase| cautious(of(&self.recent[phase as usize])))
         };
         let energy = match self.kind {
             MeterKind::Counted => charge.energy,
-            MeterKind::Measured | MeterKind::Timed => (charge.energy.joules() * ratio(|recent| &recent.energy)).rounded(),
+            MeterKind::Timed => (charge.energy.joules() * seen(|recent| &recent.energy).unwrap_or(1.0)).rounded(),
+            MeterKind::Measured => {
+                let ratio = seen(|recent| &recent.energy).or_else(|| self.ledger.ratio(phase)).unwrap_or(1.0);
+                (charge.energy.joules() * ratio).rounded()
+            }
         };
-        Spent { energy, flops: charge.flops, time: charge.time * ratio(|recent| &recent.time) }
+        Spent { energy, flops: charge.flops, time: charge.time * seen(|recent| &recent.time).unwrap_or(1.0) }
     }
 
     /// Leases as many steps like this one as run in about a second and fit the budget, unless the last lease still covers it.
@@ -336,7 +377,7 @@ mod tests {
         assert_eq!(second.overshoot(), MicroJoules::ZERO);
     }
 
-    /// A counter that rises by the next of these at every second reading.
+    /// A counter that rises by the next of these at every second reading; zero stands for a reset.
     struct Steps(Vec<u64>, u64, bool);
 
     impl Sensor for Steps {
@@ -346,9 +387,14 @@ mod tests {
 
         fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
             self.2 = !self.2;
-            if !self.2 {
-                self.1 += self.0.remove(0);
+            let risen = if self.2 { None } else { Some(self.0.remove(0)) };
+            if risen == Some(0) {
+                // Read again at once, it goes on.
+                self.0.insert(0, 1);
+                self.2 = true;
+                return Err(Gap::lost("told to be reset"));
             }
+            self.1 += risen.unwrap_or_default();
             Ok(MicroJoules(self.1))
         }
     }
@@ -371,6 +417,31 @@ mod tests {
         assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, expected);
         assert_eq!(account.forecast(&[(Phase::Eval, step())]).energy, expected);
         assert_eq!(account.spent().energy, MicroJoules(6 * counted));
+    }
+
+    #[test]
+    fn a_gap_is_filled_by_the_counted_meter_times_what_the_run_showed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("l");
+        let counted = profile().charge(&step()).energy.0;
+        // Three times the counted energy, a reset, and twice.
+        let sensor = Steps(vec![3 * counted, 0, 2 * counted], 0, false);
+        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(sensor)], None);
+        let mut first = account(Limits::default(), &path, meters, MeterKind::Measured);
+        for number in 1..=3 {
+            first.begin();
+            let reading = first.charge(Phase::Train, number, &step()).unwrap();
+            assert_eq!(reading.energies().measured.is_none(), number == 2);
+        }
+        assert_eq!(first.spent().energy, MicroJoules((3 + 3 + 2) * counted));
+        let gaps: Vec<_> = first.gaps().map(|(phase, reason, gapped)| (phase, reason.to_string(), gapped.energy.0)).collect();
+        assert_eq!(gaps, [(Phase::Train, "steps: told to be reset".to_string(), 3 * counted)]);
+        first.close().unwrap();
+        drop(first);
+        // A resumed run predicts with what the ledger shows: 5 over 2 of the measured steps.
+        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Steps(vec![], 0, false))], None);
+        let second = account(Limits::default(), &path, meters, MeterKind::Measured);
+        assert_eq!(second.forecast(&[(Phase::Train, step())]).energy.0, (counted as f64 * 2.5).round() as u64);
     }
 
     #[test]

@@ -8,8 +8,11 @@ use serde::Serialize;
 
 use super::budget::Rates;
 use super::carbon::carbon;
+use super::entry::Parts;
+use super::interval::MODEL_FACTOR;
 use super::profile::Profile;
-use crate::units::{Flops, GramsCo2e, Joules};
+use super::ratio;
+use crate::units::{Bytes, Flops, GramsCo2e, Joules};
 use crate::work::{Precision, Work};
 
 /// What a run is compared with.
@@ -52,8 +55,13 @@ pub struct Baseline {
     pub energy: Joules,
     /// Its greenhouse gas at the same rates as the run's.
     pub gco2e: GramsCo2e,
+    /// What that energy is made of, where it was counted.
+    #[serde(skip)]
+    pub parts: Option<Parts>,
     /// Its energy over the run's; `None` until held against one.
     pub ratio: Option<f64>,
+    /// The least and the most that ratio may be.
+    pub ratio_bounds: Option<[f64; 2]>,
     /// Where its size comes from.
     pub source: String,
     /// Everything taken for granted.
@@ -64,12 +72,23 @@ impl Baseline {
     /// A baseline whose work was counted, or whose energy was measured.
     pub fn known(kind: BaselineKind, label: Label, flops: Flops, energy: Joules, rates: &Rates, source: &str) -> Baseline {
         let gco2e = carbon(energy, rates.pue, rates.grid);
-        Baseline { kind, label, flops, energy, gco2e, ratio: None, source: source.to_string(), assumptions: Vec::new() }
+        let source = source.to_string();
+        let (parts, ratio, ratio_bounds, assumptions) = (None, None, None, Vec::new());
+        Baseline { kind, label, flops, energy, gco2e, parts, ratio, ratio_bounds, source, assumptions }
     }
 
-    /// The same, held against a run of `energy`; no ratio to a run that spent nothing.
-    pub fn against(mut self, energy: Joules) -> Baseline {
-        self.ratio = (energy.0 > 0.0).then(|| self.energy / energy);
+    /// The same, held against a run of `energy`; no ratio to a run that spent nothing. With the `parts` of a counted run the error
+    /// of the coefficients is shared (see [`ratio`]); a run that was metered otherwise is taken as exact, and the baseline is not.
+    pub fn against(mut self, energy: Joules, parts: Option<&Parts>) -> Baseline {
+        if energy.0 > 0.0 {
+            let central = self.energy / energy;
+            self.ratio = Some(central);
+            self.ratio_bounds = match (parts, &self.parts) {
+                (_, None) => None,
+                (Some(own), Some(other)) => ratio::bounds(own, other),
+                (None, Some(_)) => Some([central / MODEL_FACTOR, central * MODEL_FACTOR]),
+            };
+        }
         self
     }
 }
@@ -97,10 +116,17 @@ pub fn training_flops(params: f64, tokens: f64, shape: Option<Shape>) -> Flops {
     Flops((6.0 * params + attention) * tokens)
 }
 
-/// The energy of `flops` in large products on `profile`: what the 4096-cube product costs, scaled.
-pub fn energy_of(profile: &Profile, flops: Flops, precision: Precision) -> Joules {
+/// The energy of `flops` in large products on `profile`, and what it is made of: what the 4096-cube product costs, scaled.
+fn energy_of(profile: &Profile, flops: Flops, precision: Precision) -> (Joules, Parts) {
     let product = profile.charge(&Work::product(4096, 4096, 4096, precision));
-    product.energy.joules() * (flops.0 / product.flops as f64)
+    let times = flops.0 / product.flops as f64;
+    let parts = Parts {
+        arithmetic_j: product.arithmetic * times,
+        movement_j: product.movement * times,
+        idle_j: product.idle * times,
+        unreused_bytes: Bytes((product.unreused.0 as f64 * times) as u64),
+    };
+    (product.energy.joules() * times, parts)
 }
 
 /// How many tokens a family of models saw.
@@ -185,8 +211,9 @@ pub fn pretraining(
     };
     let flops = training_flops(params, tokens, shape);
     let precision = if profile.peak_flops.contains_key(&Precision::Bf16) { Precision::Bf16 } else { Precision::F32 };
-    let mut baseline =
-        Baseline::known(BaselineKind::Pretraining, label, flops, energy_of(profile, flops, precision), rates, &source);
+    let (energy, parts) = energy_of(profile, flops, precision);
+    let mut baseline = Baseline::known(BaselineKind::Pretraining, label, flops, energy, rates, &source);
+    baseline.parts = Some(parts);
     let attention = if shape.is_some() { "6ND plus attention over full sequences" } else { "6ND, attention left out" };
     baseline.assumptions =
         vec![attention.to_string(), format!("on {} at its achievable rate, failed and trial runs left out", profile.name)];
@@ -235,11 +262,20 @@ mod tests {
     fn energy_and_ratio_follow_the_device() {
         // An A100 at 400 W and 0.869 of 312 TFLOPS: 1.475 pJ a FLOP, so 1e15 FLOPs are 1475 J.
         let a100 = Profile::named("nvidia-a100-sxm4-80gb").unwrap();
-        let energy = energy_of(&a100, Flops(1e15), Precision::Bf16);
+        let (energy, parts) = energy_of(&a100, Flops(1e15), Precision::Bf16);
         assert!((energy.0 - 1475.3).abs() < 1.0, "{energy}");
-        let baseline =
+        let sum = parts.arithmetic_j + parts.movement_j + parts.idle_j;
+        assert!((sum / energy - 1.0).abs() < 1e-6, "{sum}");
+        let mut baseline =
             Baseline::known(BaselineKind::FullFineTuning, Label::Counted, Flops(1e15), Joules(300.0), &rates(), "counted");
-        assert_eq!(baseline.clone().against(Joules(100.0)).ratio, Some(3.0));
-        assert_eq!(baseline.against(Joules(0.0)).ratio, None);
+        assert_eq!(baseline.clone().against(Joules(100.0), None).ratio_bounds, None);
+        baseline.parts = Some(parts);
+        // Against a measured run: 3, and 3 times or over 1.37.
+        let held = baseline.clone().against(Joules(100.0), None);
+        assert_eq!((held.ratio, held.ratio_bounds), (Some(3.0), Some([3.0 / 1.37, 3.0 * 1.37])));
+        // Against a counted run of the same mix the error is shared.
+        let [low, high] = baseline.clone().against(Joules(100.0), Some(&parts)).ratio_bounds.unwrap();
+        assert!((low - 1.0).abs() < 1e-12 && (high - 1.0).abs() < 1e-12);
+        assert_eq!(baseline.against(Joules(0.0), None).ratio, None);
     }
 }

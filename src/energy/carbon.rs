@@ -1,16 +1,19 @@
 //! Grams from joules: grid intensities and the carbon formula.
 //!
-//! Owns the table of grids (`grid.csv`, made by `scripts/grid_tables.py`) and the look-up by code, name, state or cloud region.
+//! Owns the table of grids (`grid.csv`, made by `scripts/grid_tables.py`), the look-up by code, name, state or cloud region, and a
+//! device's share of its own manufacture.
 //! Takes a text, returns a `Grid` with its year, basis, source and licence; an unknown place is an error with near matches, never
 //! a silent average. Knows nothing of what the energy was spent on.
 
 use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
+use super::cloud::{self, Region};
 use super::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
-use crate::units::{GramsCo2e, GramsPerKwh, Joules, Pue};
+use crate::units::{GramsCo2e, GramsPerKwh, Joules, Pue, Seconds};
 
 /// Grams of CO2e of `energy` at the machine: times the facility's overhead, times the grid's intensity.
 ///
@@ -23,11 +26,39 @@ pub fn carbon(energy: Joules, pue: Pue, grid: GramsPerKwh) -> GramsCo2e {
     grid * (pue * energy)
 }
 
+/// How long a device is taken to serve, day and night: the three years of EcoLogits' and many data centres' depreciation.
+pub const LIFE_YEARS: f64 = 3.0;
+
+/// The share of a device's manufacture that falls to `time` on it, spread evenly over [`LIFE_YEARS`].
+///
+/// ```
+/// use wattune::energy::carbon::embodied_share;
+/// use wattune::units::{GramsCo2e, Seconds};
+/// // 164 kg over 3 years of 8,766 hours: 6.236 g an hour.
+/// assert!((embodied_share(GramsCo2e(164_000.0), Seconds(3600.0)).0 - 6.236).abs() < 1e-3);
+/// ```
+pub fn embodied_share(manufacture: GramsCo2e, time: Seconds) -> GramsCo2e {
+    const YEAR_S: f64 = 365.25 * 86_400.0;
+    manufacture * (time.0 / (LIFE_YEARS * YEAR_S))
+}
+
+/// The SHA-256 of both tables as shipped (`grid.csv`, then `cloud_grids.csv`), in hexadecimal: equal where two reports looked a
+/// place up in the same data.
+pub fn dataset_sha256() -> String {
+    let digest = Sha256::new_with_prefix(GRID_TABLE).chain_update(cloud::TABLE).finalize();
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The table as shipped.
+const GRID_TABLE: &str = include_str!("grid.csv");
+
 /// The intensity of one grid.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Grid {
-    /// "FR", "US-CA", "gcp:us-central1", "world", or "custom" for a number.
+    /// "FR", "US-CA", "gcp:us-central1", "aws:eu-west-1", "world", or "custom" for a number.
     pub code: String,
+    /// The country's ISO 3166-1 alpha-3 code, where the grid is a country's.
+    pub iso3: Option<String>,
     /// For people.
     pub name: String,
     /// Grams of CO2e per kilowatt-hour.
@@ -102,9 +133,28 @@ struct Entry {
 }
 
 static GRIDS: LazyLock<Vec<Entry>> = LazyLock::new(|| {
-    let mut reader = csv::Reader::from_reader(include_bytes!("grid.csv").as_slice());
-    reader.deserialize::<Row>().map(|row| row.expect("the shipped table is valid: a test reads it").entry()).collect()
+    let mut reader = csv::Reader::from_reader(GRID_TABLE.as_bytes());
+    let rows = reader.deserialize::<Row>().map(|row| row.expect("the shipped table is valid: a test reads it").entry());
+    let mut entries: Vec<Entry> = rows.collect();
+    let regions: Vec<Entry> = Region::all().into_iter().map(|region| on_its_place(&region, &entries)).collect();
+    entries.extend(regions);
+    entries
 });
+
+/// The grid of the place where a region lies, under the region's names.
+fn on_its_place(region: &Region, places: &[Entry]) -> Entry {
+    let place = places.iter().find(|entry| entry.grid.code == region.grid);
+    let place = &place.expect("the shipped table names grids: a test reads it").grid;
+    let code = format!("{}:{}", region.provider, region.region);
+    let grid = Grid {
+        name: format!("{} on the grid of {}", region.name(), place.name),
+        basis: format!("{}; of the place where the region lies, not of what its provider buys", place.basis),
+        iso3: None,
+        code: code.clone(),
+        ..place.clone()
+    };
+    Entry { grid, keys: vec![code, region.region.clone()] }
+}
 
 impl Row {
     fn entry(self) -> Entry {
@@ -112,8 +162,10 @@ impl Row {
             DATASETS.iter().find(|d| d.key == self.dataset).expect("the shipped table names its sources: a test reads it");
         let mut keys = vec![self.code.to_lowercase(), self.name.to_lowercase()];
         keys.extend(self.aliases.split('|').filter(|alias| !alias.is_empty()).map(str::to_lowercase));
+        let iso3 = self.aliases.split('|').find(|alias| alias.len() == 3 && self.code.len() == 2).map(str::to_string);
         let grid = Grid {
             code: self.code,
+            iso3,
             name: self.name,
             gco2e_per_kwh: GramsPerKwh(self.gco2e_per_kwh),
             year: self.year,
@@ -151,11 +203,10 @@ impl Grid {
         }
         let near = near_matches(&wanted, GRIDS.iter().flat_map(|entry| &entry.keys).map(String::as_str));
         let otherwise = match wanted.split_once(':') {
-            Some(("aws" | "azure", _)) => {
-                "there is no current open table of this provider's regions: write the country or US state of the region"
-            }
+            Some(("aws" | "azure" | "gcp", _)) => "write the country or US state of the region instead",
             _ => {
-                "write an ISO code, a US state (`US-CA`), a Google Cloud region (`gcp:us-central1`), `world`, or a number in gCO2e/kWh"
+                "write an ISO code, a US state (`US-CA`), a cloud region (`gcp:us-central1`, `aws:eu-west-1`, `azure:uaenorth`), `world`, \
+                 or a number in gCO2e/kWh"
             }
         };
         Err(Error::new(Kind::Energy, "no grid of this name is known, and none is assumed")
@@ -176,6 +227,7 @@ impl Grid {
         let words = |text: &str| text.to_string();
         Ok(Grid {
             code: words(dataset.key),
+            iso3: None,
             name: words(dataset.source),
             gco2e_per_kwh: GramsPerKwh(intensity),
             year: None,
@@ -207,6 +259,8 @@ mod tests {
             ("US-CA", 216.43),
             ("gcp:us-central1", 412.7),
             ("us-central1", 412.7),
+            // Our World in Data's own file, 2024.
+            ("UAE", 467.51),
         ] {
             let grid = Grid::find(text).unwrap();
             assert!((grid.gco2e_per_kwh.0 - grams).abs() < 0.06, "{text}: {grid:?}");
@@ -216,11 +270,35 @@ mod tests {
     }
 
     #[test]
+    fn a_region_stands_on_the_grid_of_its_place_and_says_so() {
+        for (region, place) in
+            [("aws:us-east-1", "US-VA"), ("me-central-1", "ARE"), ("azure:uaenorth", "AE"), ("eu-west-3", "FR")]
+        {
+            let (found, at) = (Grid::find(region).unwrap(), Grid::find(place).unwrap());
+            assert_eq!((found.gco2e_per_kwh, found.year, &found.source), (at.gco2e_per_kwh, at.year, &at.source), "{region}");
+            assert!(found.basis.contains("place where the region lies") && found.name.ends_with(&at.name), "{found:?}");
+        }
+        assert_eq!(Grid::find("Azure:UAENorth").unwrap().code, "azure:uaenorth");
+        assert_eq!(Grid::find("fr").unwrap().iso3.as_deref(), Some("FRA"));
+        assert_eq!(
+            [Grid::find("world"), Grid::find("US-CA"), Grid::find("aws:eu-west-3")].map(|g| g.unwrap().iso3),
+            [None, None, None]
+        );
+    }
+
+    #[test]
+    fn the_hash_is_that_of_the_files() {
+        // cat src/energy/grid.csv src/energy/cloud_grids.csv | sha256sum
+        assert_eq!(dataset_sha256(), "c3b5069920d3ee00bf62ad081098ab5b89ff05450692192ce82d651d3d9cf5b8");
+    }
+
+    #[test]
     fn an_unknown_place_is_an_error_with_near_matches() {
         let error = Grid::find("Germny").unwrap_err();
         assert!(error.kind() == Kind::Energy && error.remedy().unwrap().contains("`germany`"), "{error}");
         assert!(Grid::find("us-centrl1").unwrap_err().to_string().contains("us-central1"));
-        assert!(Grid::find("aws:us-east-1").unwrap_err().to_string().contains("US state"));
+        assert!(Grid::find("aws:us-east-9").unwrap_err().to_string().contains("`aws:us-east-1`"));
+        assert!(Grid::find("azure:uae").unwrap_err().to_string().contains("`azure:uaenorth`"));
         for bad in ["", "-5", "nan", "inf", "Atlantis"] {
             assert_eq!(Grid::find(bad).unwrap_err().kind(), Kind::Energy, "{bad}");
         }

@@ -8,6 +8,8 @@
 //! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable))
 //! ```
 //!
+//! A profile that was held against a measured run multiplies each part by `measured_over_counted`.
+//!
 //! Vector operations run at f32's rate and energy; they are in `energy` and `time`, not in `flops`.
 //!
 //! Traffic of a product (m, k) x (k, n) with elements of e bytes through a cache of Z bytes: where both operands and the
@@ -21,6 +23,7 @@ use std::ops::{Add, AddAssign};
 
 use serde::{Deserialize, Serialize};
 
+use super::entry::Parts;
 use super::profile::Profile;
 use crate::units::{Bytes, Joules, MicroJoules, Seconds};
 use crate::work::{Precision, Product, Work};
@@ -48,6 +51,8 @@ pub struct Charge {
     pub movement: Joules,
     /// The part the device draws idle over `time`.
     pub idle: Joules,
+    /// Bytes that DRAM would serve if nothing were used twice: both operands of every multiply-add, every result, every sweep.
+    pub unreused: Bytes,
 }
 
 impl Profile {
@@ -63,11 +68,12 @@ impl Profile {
     pub fn charge(&self, work: &Work) -> Charge {
         let bytes = traffic(self, work);
         let time = roofline(self, work, &bytes);
-        let idle = self.idle_w * time;
-        let arithmetic = arithmetic(self, work);
-        let movement = movement(self, &bytes);
+        let factor = self.times();
+        let idle = self.idle_w * time * factor;
+        let arithmetic = arithmetic(self, work) * factor;
+        let movement = movement(self, &bytes) * factor;
         let energy = (idle + arithmetic + movement).rounded();
-        Charge { energy, time, flops: work.flops(), bytes, arithmetic, movement, idle }
+        Charge { energy, time, flops: work.flops(), bytes, arithmetic, movement, idle, unreused: unreused(work) }
     }
 }
 
@@ -82,6 +88,7 @@ impl AddAssign<&Charge> for Charge {
         self.arithmetic += other.arithmetic;
         self.movement += other.movement;
         self.idle += other.idle;
+        self.unreused = Bytes(self.unreused.0.saturating_add(other.unreused.0));
     }
 }
 
@@ -96,6 +103,13 @@ impl Add for Charge {
 impl std::iter::Sum for Charge {
     fn sum<I: Iterator<Item = Charge>>(items: I) -> Charge {
         items.fold(Charge::default(), Add::add)
+    }
+}
+
+impl Charge {
+    /// What its energy is made of.
+    pub fn parts(&self) -> Parts {
+        Parts { arithmetic_j: self.arithmetic, movement_j: self.movement, idle_j: self.idle, unreused_bytes: self.unreused }
     }
 }
 
@@ -133,6 +147,16 @@ fn product_crossing(capacity: Option<u64>, product: &Product) -> u64 {
     }
 }
 
+/// Blocks of side one: an operand is fetched anew for each of its multiply-adds. Files and sweeps as they are.
+fn unreused(work: &Work) -> Bytes {
+    let products = work.each_product().map(|(Product { m, n, k, precision }, count)| {
+        let fetched = (2 * precision.size()).saturating_mul(m).saturating_mul(n).saturating_mul(k);
+        fetched.saturating_add(4 * m * n).saturating_mul(count)
+    });
+    let sweeps = work.each_sweep().map(|(bytes, count)| bytes.0.saturating_mul(count));
+    Bytes(products.chain(sweeps).chain([work.file_bytes().0]).fold(0, u64::saturating_add))
+}
+
 /// The time of `work` when the slower of arithmetic and DRAM decides.
 pub(super) fn roofline(profile: &Profile, work: &Work, bytes: &Traffic) -> Seconds {
     let products: f64 = work.each_product().map(|(p, count)| p.flops() as f64 * count as f64 / profile.rate(p.precision)).sum();
@@ -149,12 +173,50 @@ fn arithmetic(profile: &Profile, work: &Work) -> Joules {
 
 /// The energy of bytes moved; a cache level without a figure of its own adds none.
 pub(super) fn movement(profile: &Profile, bytes: &Traffic) -> Joules {
-    let picojoules = bytes.iter().map(|(level, bytes)| {
-        let cache = profile.caches.iter().find(|cache| &cache.name == level);
-        let pj = if level == DRAM { Some(profile.dram_pj_per_byte) } else { cache.and_then(|cache| cache.pj_per_byte) };
-        pj.unwrap_or(0.0) * bytes.0 as f64
-    });
+    let picojoules = bytes.iter().map(|(level, bytes)| profile.pj_per_byte(level).unwrap_or(0.0) * bytes.0 as f64);
     Joules(picojoules.sum::<f64>() * 1e-12)
+}
+
+impl Profile {
+    /// What every counted joule is multiplied with.
+    fn times(&self) -> f64 {
+        self.measured_over_counted.unwrap_or(1.0)
+    }
+
+    /// Picojoules of one byte that `level` serves; `None` where the profile does not know it.
+    fn pj_per_byte(&self, level: &str) -> Option<f64> {
+        match level {
+            DRAM => Some(self.dram_pj_per_byte),
+            _ => self.caches.iter().find(|cache| cache.name == level)?.pj_per_byte,
+        }
+    }
+
+    /// The energy of `bytes` by the level that served them; a level without a figure of its own is left out (`unknown_levels`).
+    ///
+    /// ```
+    /// use wattune::{energy::Profile, work::{Precision, Work}};
+    /// let t4 = Profile::named("nvidia-t4").unwrap();
+    /// let bytes = t4.charge(&Work::file(1_000_000_000)).bytes;
+    /// let dram = t4.movement_by_level(&bytes)["dram"].0;
+    /// assert!((dram - 1e9 * t4.dram_pj_per_byte * 1e-12).abs() < 1e-9);
+    /// assert_eq!(t4.unknown_levels(&bytes), ["L2"]);
+    /// ```
+    pub fn movement_by_level(&self, bytes: &Traffic) -> BTreeMap<String, Joules> {
+        let known = bytes
+            .iter()
+            .filter_map(|(level, bytes)| Some((level, self.pj_per_byte(level)? * bytes.0 as f64 * 1e-12 * self.times())));
+        known.map(|(level, joules)| (level.clone(), Joules(joules))).collect()
+    }
+
+    /// The levels of `bytes` whose energy per byte the profile does not know: it is part of its pJ/FLOP.
+    pub fn unknown_levels(&self, bytes: &Traffic) -> Vec<String> {
+        bytes.keys().filter(|level| self.pj_per_byte(level).is_none()).cloned().collect()
+    }
+
+    /// The energy of `bytes` if DRAM served every one.
+    pub fn from_dram(&self, bytes: Bytes) -> Joules {
+        Joules(self.dram_pj_per_byte * bytes.0 as f64 * 1e-12 * self.times())
+    }
 }
 
 #[cfg(test)]
@@ -189,6 +251,35 @@ mod tests {
         assert!((charge.time.0 - 104e-6).abs() < 1e-12);
         assert_eq!(charge.energy, MicroJoules(1388)); // 1040 + 240 + 108.32 = 1388.32
         assert_eq!(charge.flops, 48_000_000);
+    }
+
+    #[test]
+    fn parts_levels_and_what_reuse_saved_are_as_by_hand() {
+        // The product above: arithmetic 240 uJ, idle 1040 uJ, LLC 2.16e6 * 2 pJ = 4.32 uJ, DRAM 1.04e6 * 100 pJ = 104 uJ. Without reuse:
+        // 300*200*400 multiply-adds of two operands of 4 bytes and 300*200 results of 4: 192 000 000 + 240 000 bytes, 19 224 uJ.
+        let profile = desk();
+        let charge = profile.charge(&Work::product(300, 200, 400, Precision::F32));
+        let parts = charge.parts();
+        let micro = |joules: Joules| (joules.0 * 1e9).round() / 1e3;
+        assert_eq!([parts.arithmetic_j, parts.movement_j, parts.idle_j].map(micro), [240.0, 108.32, 1040.0]);
+        let levels = profile.movement_by_level(&charge.bytes);
+        assert_eq!(
+            levels.into_iter().map(|(name, j)| (name, micro(j))).collect::<Vec<_>>(),
+            [("LLC".to_string(), 4.32), ("dram".to_string(), 104.0)]
+        );
+        assert_eq!(parts.unreused_bytes, Bytes(192_240_000));
+        assert_eq!(micro(profile.from_dram(parts.unreused_bytes)), 19_224.0);
+        // A sweep and a file have nothing to use twice.
+        assert_eq!(profile.charge(&(Work::sweep(100, 7) + Work::file(11))).unreused, Bytes(111));
+        // A factor of the profile's own multiplies every part alike.
+        let doubled = Profile { measured_over_counted: Some(2.0), ..desk() };
+        let twice = doubled.charge(&Work::product(300, 200, 400, Precision::F32));
+        assert_eq!(doubled.movement_by_level(&twice.bytes).into_values().map(micro).sum::<f64>(), 2.0 * 108.32);
+        assert_eq!((micro(twice.movement), micro(doubled.from_dram(twice.unreused))), (2.0 * 108.32, 2.0 * 19_224.0));
+        let mut unknown = desk();
+        unknown.caches[1].pj_per_byte = None;
+        assert_eq!(unknown.unknown_levels(&charge.bytes), ["LLC"]);
+        assert_eq!(unknown.movement_by_level(&charge.bytes).into_keys().collect::<Vec<_>>(), ["dram"]);
     }
 
     #[test]

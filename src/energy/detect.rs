@@ -64,6 +64,18 @@ pub fn allowed_cores() -> usize {
     (cpus / threads_per_core(&cpuinfo())).max(1)
 }
 
+/// The CPUs this process may use and all that the system lists, where the first are fewer.
+pub(super) fn part_of_machine() -> Option<(usize, usize)> {
+    let allowed = std::thread::available_parallelism().ok()?.get();
+    let all = listed(&cpuinfo());
+    (allowed < all).then_some((allowed, all))
+}
+
+/// The CPUs that `/proc/cpuinfo` lists.
+fn listed(info: &str) -> usize {
+    info.lines().filter(|line| line.split_once(':').is_some_and(|(key, _)| key.trim() == "processor")).count()
+}
+
 fn cpuinfo() -> String {
     std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }
@@ -143,6 +155,8 @@ mod tests {
     fn two_threads_of_a_core_are_one_core() {
         assert_eq!(threads_per_core(&x86("x", 6, 1)), 2);
         assert_eq!(threads_per_core(""), 1);
+        // As the kernel prints them on x86; the Raspberry Pi's have no model names between them.
+        assert_eq!(listed("processor\t: 0\nmodel name\t: processor x\n\nprocessor\t: 1\n"), 2);
         assert!(allowed_cores() >= 1);
         let here = Profile::detect();
         assert!(here.cores.unwrap() <= allowed_cores(), "{here:?}");

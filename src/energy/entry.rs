@@ -3,12 +3,14 @@
 //! Owns phases, amounts on every meter, entries, leases and totals: plain values that are added, subtracted and written as JSON.
 //! Takes nothing from a file and keeps nothing; knows nothing of budgets.
 
+use std::ops::AddAssign;
+
 use serde::{Deserialize, Serialize};
 
 use super::budget::Spent;
 use super::charge::Traffic;
 use super::meter::MeterKind;
-use crate::units::{MicroJoules, Seconds};
+use crate::units::{Bytes, Joules, MicroJoules, Seconds};
 
 /// What energy was spent on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -57,7 +59,7 @@ pub struct Energies {
 }
 
 impl Energies {
-    /// The amount on `kind`; where a counter failed, the counted amount stands in (and is counted as a gap by `Totals`).
+    /// The amount on `kind`; the counted one where there is no measured one (an entry knows better: `Entry::on`).
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match kind {
             MeterKind::Counted => self.counted,
@@ -93,6 +95,28 @@ mod as_joules_or_null {
     }
 }
 
+/// What a counted energy is made of; the three energies add up to it within half a microjoule an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Parts {
+    /// Operations, and caches without a figure of their own.
+    pub arithmetic_j: Joules,
+    /// Bytes moved, by the levels whose figure is known.
+    pub movement_j: Joules,
+    /// Idle power over the roofline time.
+    pub idle_j: Joules,
+    /// Bytes that DRAM would have served had nothing been used twice.
+    pub unreused_bytes: Bytes,
+}
+
+impl AddAssign<&Parts> for Parts {
+    fn add_assign(&mut self, other: &Parts) {
+        self.arithmetic_j += other.arithmetic_j;
+        self.movement_j += other.movement_j;
+        self.idle_j += other.idle_j;
+        self.unreused_bytes = Bytes(self.unreused_bytes.0.saturating_add(other.unreused_bytes.0));
+    }
+}
+
 /// One line of spending.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
@@ -106,10 +130,40 @@ pub struct Entry {
     pub flops: u64,
     /// Bytes by memory level.
     pub bytes: Traffic,
+    /// What the counted energy is made of; not known of what a crash took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts: Option<Parts>,
     /// Wall time.
     pub wall_s: Seconds,
     /// When, in Unix seconds.
     pub t: f64,
+    /// Where the counters failed: why, and what stands in for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap: Option<Filled>,
+}
+
+impl Entry {
+    /// The amount on `kind`; where the counters failed, what fills the gap.
+    pub fn on(&self, kind: MeterKind) -> MicroJoules {
+        match (&self.gap, kind) {
+            (Some(filled), MeterKind::Measured) => filled.energy_j,
+            _ => self.energy_j.on(kind),
+        }
+    }
+}
+
+/// What stands in for the counters where they failed. Never nothing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Why they failed.
+    pub reason: String,
+    /// The meter it is taken from.
+    pub filled: MeterKind,
+    /// Times that meter: this run's measured over counted so far, 1 before anything was measured.
+    pub times: f64,
+    /// The amount.
+    #[serde(with = "as_joules")]
+    pub energy_j: MicroJoules,
 }
 
 /// Steps paid for before they run.
@@ -133,7 +187,7 @@ impl Lease {
             steps: self.steps.saturating_sub(1),
             energy_j: Energies {
                 counted: mine.counted.saturating_sub(spent.counted),
-                measured: mine.measured.map(|measured| measured.saturating_sub(spent.on(MeterKind::Measured))),
+                measured: mine.measured.map(|measured| measured.saturating_sub(entry.on(MeterKind::Measured))),
                 timed: mine.timed.saturating_sub(spent.timed),
             },
             flops: self.flops.saturating_sub(entry.flops),
@@ -151,41 +205,68 @@ pub struct Totals {
     pub flops: u64,
     /// Bytes by memory level.
     pub bytes: Traffic,
+    /// What the counted energy is made of, over the entries that know it.
+    pub parts: Parts,
+    /// The counted energy of the others.
+    #[serde(skip)]
+    pub unparted: MicroJoules,
     /// Wall time.
     pub wall_s: Seconds,
     /// Entries.
     pub entries: u64,
     /// Entries without a measured energy.
     pub unmeasured: u64,
-    /// The sum of `Energies::on(Measured)`: measured, and counted in the gaps.
+    /// The counted joules of the entries that were measured: what `energy_j.measured` is to be compared with.
+    pub counted_where_measured: MicroJoules,
+    /// The sum of `Entry::on(Measured)`: measured, and filled in the gaps.
     #[serde(skip)]
-    measured_or_counted: MicroJoules,
+    measured_or_filled: MicroJoules,
 }
 
 impl Totals {
     pub(super) fn add(&mut self, entry: &Entry) {
         self.energy_j.counted += entry.energy_j.counted;
         self.energy_j.timed += entry.energy_j.timed;
-        self.measured_or_counted += entry.energy_j.on(MeterKind::Measured);
+        self.measured_or_filled += entry.on(MeterKind::Measured);
         match entry.energy_j.measured {
-            Some(measured) => self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + measured),
+            Some(measured) => {
+                self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + measured);
+                self.counted_where_measured += entry.energy_j.counted;
+            }
             None => self.unmeasured += 1,
         }
         self.flops = self.flops.saturating_add(entry.flops);
         for (level, bytes) in &entry.bytes {
             *self.bytes.entry(level.clone()).or_default() += *bytes;
         }
+        match &entry.parts {
+            Some(parts) => self.parts += parts,
+            None => self.unparted += entry.energy_j.counted,
+        }
         self.wall_s += entry.wall_s;
         self.entries += 1;
     }
 
-    /// The total on one meter; on `Measured` the counted energy stands in where a counter failed.
+    /// Adds what was measured, and what was counted beside it.
+    pub(super) fn add_measured(&mut self, other: &Totals) {
+        let measured = self.energy_j.measured.into_iter().chain(other.energy_j.measured);
+        self.energy_j.measured = measured.reduce(std::ops::Add::add);
+        self.counted_where_measured += other.counted_where_measured;
+    }
+
+    /// The total on one meter; on `Measured` with what fills the gaps.
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match kind {
             MeterKind::Counted => self.energy_j.counted,
-            MeterKind::Measured => self.measured_or_counted,
+            MeterKind::Measured => self.measured_or_filled,
             MeterKind::Timed => self.energy_j.timed,
         }
+    }
+
+    /// Measured over counted, of the entries that were measured; `None` where nothing was.
+    pub fn ratio(&self) -> Option<f64> {
+        let ratio = self.energy_j.measured?.joules() / self.counted_where_measured.joules();
+        (ratio.is_finite() && ratio > 0.0).then_some(ratio)
     }
 
     /// The total as a budget sees it.

@@ -10,9 +10,13 @@
 //! {"settled":true,"t":..}                                                   a clean close: the lease is released
 //! ```
 //!
+//! An entry whose counters failed has `"measured":null` and beside it what fills the gap:
+//! `"gap":{"reason":"rapl: the counter fell back ...","filled":"counted","times":1.08,"energy_j":44.5}`.
+//!
 //! Entries are written at once but not synced. Whatever a crash or a power cut took since the last synced line is covered by the
 //! lease in that line: on resume, lease less the entries after it becomes an entry of phase "lost".
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -21,8 +25,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use super::charge::Traffic;
-pub use super::entry::{Energies, Entry, Lease, Phase, Totals};
+pub use super::entry::{Energies, Entry, Filled, Lease, Parts, Phase, Totals};
 use crate::error::{Error, Kind, Result};
+use crate::units::{MicroJoules, Seconds};
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -57,19 +62,30 @@ pub struct Ledger {
     /// One for each of `Phase::ALL`.
     phases: [Totals; 5],
     total: Totals,
+    gaps: BTreeMap<(Phase, String), Gapped>,
+}
+
+/// The gaps of one phase for one reason.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Gapped {
+    /// Entries.
+    pub entries: u64,
+    /// Their wall time.
+    pub wall_s: Seconds,
+    /// What fills them.
+    pub energy: MicroJoules,
 }
 
 impl Ledger {
     /// A new ledger; a file already there is refused.
     pub fn create(path: &Path) -> Result<Ledger> {
         let file = OpenOptions::new().create_new(true).append(true).open(path).map_err(|e| Error::io("create", path, e))?;
-        Ok(Ledger {
-            path: path.to_path_buf(),
-            file,
-            lease: Lease::default(),
-            phases: Default::default(),
-            total: Totals::default(),
-        })
+        Ok(Self::on(path, file))
+    }
+
+    fn on(path: &Path, file: File) -> Ledger {
+        let (phases, total) = (Default::default(), Totals::default());
+        Ledger { path: path.to_path_buf(), file, lease: Lease::default(), phases, total, gaps: BTreeMap::new() }
     }
 
     /// The ledger of a run to be continued: a half-written last line is cut off, and a lease that was never settled is entered
@@ -81,13 +97,7 @@ impl Ledger {
         if whole < text.len() {
             file.set_len(whole as u64).map_err(|e| Error::io("cut the half-written last line of", path, e))?;
         }
-        let mut ledger = Ledger {
-            path: path.to_path_buf(),
-            file,
-            lease: Lease::default(),
-            phases: Default::default(),
-            total: Totals::default(),
-        };
+        let mut ledger = Self::on(path, file);
         let mut step = 0;
         for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
             match serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))? {
@@ -146,7 +156,27 @@ impl Ledger {
         Phase::ALL.into_iter().zip(&self.phases)
     }
 
+    /// The entries whose counters failed, by phase and reason.
+    pub fn gaps(&self) -> impl Iterator<Item = (Phase, &str, &Gapped)> {
+        self.gaps.iter().map(|((phase, reason), gapped)| (*phase, reason.as_str(), gapped))
+    }
+
+    /// Measured over counted, of everything that was measured: of the phase, else of the whole run. What a crash took was never measured.
+    pub fn ratio(&self, phase: Phase) -> Option<f64> {
+        self.phase(phase).ratio().or_else(|| {
+            let mut measured = Totals::default();
+            self.by_phase().filter(|(phase, _)| *phase != Phase::Lost).for_each(|(_, totals)| measured.add_measured(totals));
+            measured.ratio()
+        })
+    }
+
     fn note(&mut self, entry: &Entry) {
+        if let Some(filled) = &entry.gap {
+            let gapped = self.gaps.entry((entry.phase, filled.reason.clone())).or_default();
+            gapped.entries += 1;
+            gapped.wall_s += entry.wall_s;
+            gapped.energy += filled.energy_j;
+        }
         self.total.add(entry);
         self.phases[entry.phase as usize].add(entry);
         self.lease = self.lease.less(entry);
@@ -158,7 +188,17 @@ impl Ledger {
             self.lease = Lease::default();
             return Ok(());
         }
-        let lost = Entry { phase: Phase::Lost, step, energy_j, flops, bytes: Traffic::new(), wall_s: time_s, t: now() };
+        let lost = Entry {
+            phase: Phase::Lost,
+            step,
+            energy_j,
+            flops,
+            bytes: Traffic::new(),
+            parts: None,
+            wall_s: time_s,
+            t: now(),
+            gap: None,
+        };
         self.append(&lost)?;
         self.settle()
     }
@@ -191,7 +231,7 @@ mod tests {
     use super::super::budget::Spent;
     use super::super::meter::MeterKind;
     use super::*;
-    use crate::units::{Bytes, MicroJoules, Seconds};
+    use crate::units::Bytes;
 
     fn energies(counted: u64, measured: Option<u64>, timed: u64) -> Energies {
         Energies { counted: MicroJoules(counted), measured: measured.map(MicroJoules), timed: MicroJoules(timed) }
@@ -199,7 +239,7 @@ mod tests {
 
     fn entry(phase: Phase, step: u64, energy_j: Energies) -> Entry {
         let bytes = Traffic::from([("dram".to_string(), Bytes(5))]);
-        Entry { phase, step, energy_j, flops: 100, bytes, wall_s: Seconds(0.5), t: now() }
+        Entry { phase, step, energy_j, flops: 100, bytes, parts: None, wall_s: Seconds(0.5), t: now(), gap: None }
     }
 
     #[test]
@@ -217,6 +257,26 @@ mod tests {
         assert_eq!(ledger.total().on(MeterKind::Measured), MicroJoules(21));
         assert_eq!((ledger.total().unmeasured, ledger.phase(Phase::Train).flops), (1, 200));
         assert!(Ledger::create(&dir.path().join("ledger.jsonl")).is_err());
+    }
+
+    #[test]
+    fn a_gap_is_remembered_with_what_fills_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut ledger = Ledger::create(&path).unwrap();
+        ledger.append(&entry(Phase::Train, 1, energies(10, Some(20), 5))).unwrap();
+        for step in 2..4 {
+            let filled =
+                Filled { reason: "rapl: reset".to_string(), filled: MeterKind::Counted, times: 2.0, energy_j: MicroJoules(22) };
+            ledger.append(&Entry { gap: Some(filled), ..entry(Phase::Train, step, energies(11, None, 5)) }).unwrap();
+        }
+        for ledger in [ledger, Ledger::resume(&path).unwrap()] {
+            // 20 measured and twice 22 filled; the ratio is of what was measured alone.
+            assert_eq!(ledger.total().on(MeterKind::Measured), MicroJoules(64));
+            assert_eq!((ledger.ratio(Phase::Train), ledger.ratio(Phase::Eval)), (Some(2.0), Some(2.0)));
+            let gapped = Gapped { entries: 2, wall_s: Seconds(1.0), energy: MicroJoules(44) };
+            assert_eq!(ledger.gaps().collect::<Vec<_>>(), [(Phase::Train, "rapl: reset", &gapped)]);
+        }
     }
 
     #[test]

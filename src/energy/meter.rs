@@ -1,17 +1,18 @@
 //! The three meters: counted, measured, timed.
 //!
 //! Owns the measurement window and the choice of the meter that decides. Takes a `Work` at a window's end, returns a `Reading`
-//! with every meter that was available. Refuses to turn a missing or failed counter into a number: it is `None`, with a reason.
+//! with every meter that was available. Refuses to turn a missing or failed counter into a number: it is a reason.
 
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::charge::Charge;
-use super::detect::allowed_cores;
+use super::counters::{Counters, Mark};
+use super::detect::{allowed_cores, part_of_machine};
 use super::ledger::Energies;
 use super::profile::{DeviceKind, Profile};
-use super::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
+use super::sensor::{Absent, Attributed, Gap, NvmlSensor, RaplSensor, Sensor};
 use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds, Watts};
 use crate::work::Work;
@@ -57,8 +58,8 @@ pub struct Reading {
     pub counted: MicroJoules,
     /// Profile power times wall time.
     pub timed: MicroJoules,
-    /// The counters; `None` where there are none or one failed inside the window.
-    pub measured: Option<MicroJoules>,
+    /// The counters, or why they failed inside the window; `None` where there are none.
+    pub measured: Option<std::result::Result<MicroJoules, Gap>>,
     /// Wall time of the window.
     pub wall: Seconds,
     /// How `counted` came about.
@@ -68,7 +69,8 @@ pub struct Reading {
 impl Reading {
     /// The amounts as the ledger holds them.
     pub fn energies(&self) -> Energies {
-        Energies { counted: self.counted, measured: self.measured, timed: self.timed }
+        let measured = self.measured.as_ref().and_then(|measured| measured.as_ref().ok()).copied();
+        Energies { counted: self.counted, measured, timed: self.timed }
     }
 }
 
@@ -76,19 +78,20 @@ impl Reading {
 #[derive(Debug)]
 pub struct Window {
     start: Instant,
-    counters: Option<MicroJoules>,
+    mark: Option<Mark>,
 }
 
 /// The meters of one run.
 pub struct Meters {
     profile: Profile,
     timed_power: Watts,
-    sensors: Vec<Box<dyn Sensor>>,
+    counters: Counters,
     /// A host without a counter beside a device that has one: its profile's name and the power it is taken to draw.
     host: Option<(String, Watts)>,
     /// Why `measured` is not to be had.
     absent: Option<Absent>,
-    gaps: u64,
+    /// The computing device's joules are a share by head: no measurement, so that `auto` does not take them for one.
+    attributed: bool,
 }
 
 impl Meters {
@@ -102,20 +105,24 @@ impl Meters {
             reason: "no hardware counter was asked for".to_string(),
             remedy: "write `meter = \"auto\"` in [energy]".to_string(),
         };
-        Meters { profile, timed_power, sensors: Vec::new(), host: None, absent: Some(absent), gaps: 0 }
+        Meters { profile, timed_power, counters: Counters::new(Vec::new()), host: None, absent: Some(absent), attributed: false }
     }
 
-    /// Counted and timed, and whatever counters this machine lets this process read.
+    /// Counted and timed, and whatever counters this machine lets this process read. Where the process may use a part of the machine's
+    /// processors, theirs is attributed by share.
     pub fn open(profile: Profile, computing: Computing) -> Meters {
-        let rapl = RaplSensor::open_default();
+        let rapl = RaplSensor::open_default().map(|sensor| match part_of_machine() {
+            Some((allowed, all)) => Box::new(Attributed::new(Box::new(sensor), allowed, all)) as Box<dyn Sensor>,
+            None => Box::new(sensor),
+        });
         let mut meters = Self::without_counters(profile);
         match computing {
             Computing::Cpu => match rapl {
-                Ok(sensor) => meters.with_counters(vec![Box::new(sensor)], None),
+                Ok(sensor) => Meters { attributed: part_of_machine().is_some(), ..meters.with_counters(vec![sensor], None) },
                 Err(absent) => meters.explained(absent),
             },
             Computing::Nvidia(index) => match (NvmlSensor::open(index), rapl) {
-                (Ok(gpu), Ok(host)) => meters.with_counters(vec![Box::new(gpu), Box::new(host)], None),
+                (Ok(gpu), Ok(host)) => meters.with_counters(vec![Box::new(gpu), host], None),
                 (Ok(gpu), Err(_)) => meters.with_counters(vec![Box::new(gpu)], Some(host_model())),
                 (Err(absent), _) => meters.explained(absent),
             },
@@ -132,7 +139,7 @@ impl Meters {
     /// These counters, which together cover the computing device; `host` is a modelled host's name and power.
     pub fn with_counters(mut self, sensors: Vec<Box<dyn Sensor>>, host: Option<(String, Watts)>) -> Meters {
         self.absent = None;
-        self.sensors = sensors;
+        self.counters = Counters::new(sensors);
         self.host = host;
         self
     }
@@ -152,20 +159,15 @@ impl Meters {
         self.timed_power
     }
 
-    /// What `measured` consists of ("rapl", "nvml:0", "generic-cpu modelled at 17 W"); empty where there is no counter.
+    /// What `measured` consists of ("rapl (package-0)", "generic-cpu modelled at 17 W"); empty where there is no counter.
     pub fn measured_by(&self) -> Vec<String> {
         let modelled = self.host.iter().map(|(name, power)| format!("{name} modelled at {power}"));
-        self.sensors.iter().map(|sensor| sensor.name().to_string()).chain(modelled).collect()
+        self.counters.names().into_iter().chain(modelled).collect()
     }
 
     /// Why there is no `measured`, and what would help.
     pub fn absent(&self) -> Option<&Absent> {
         self.absent.as_ref()
-    }
-
-    /// Windows whose counters failed.
-    pub fn gaps(&self) -> u64 {
-        self.gaps
     }
 
     /// The meter that decides: the one asked for, or (`None`) measured where complete, else counted.
@@ -177,43 +179,24 @@ impl Meters {
                     .hint(format!("{}; or write `meter = \"counted\"`", absent.remedy)))
             }
             (Some(kind), _) => Ok(kind),
-            (None, Some(_)) => Ok(MeterKind::Counted),
-            (None, None) => Ok(MeterKind::Measured),
+            (None, None) if !self.attributed => Ok(MeterKind::Measured),
+            (None, _) => Ok(MeterKind::Counted),
         }
     }
 
     /// Opens a window.
     pub fn begin(&mut self) -> Window {
-        let counters = self.read_counters();
-        Window { start: Instant::now(), counters }
+        let mark = (!self.counters.is_empty()).then(|| self.counters.mark());
+        Window { start: Instant::now(), mark }
     }
 
     /// Closes `window` and charges `work` to it.
     pub fn end(&mut self, window: Window, work: &Work) -> Reading {
         let wall = Seconds(window.start.elapsed().as_secs_f64());
-        let end = self.read_counters();
         let host = self.host.as_ref().map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded());
-        let measured = window.counters.zip(end).map(|(start, end)| end.saturating_sub(start) + host);
-        if measured.is_none() && !self.sensors.is_empty() {
-            self.gaps += 1;
-        }
+        let measured = window.mark.map(|mark| self.counters.since(&mark).map(|energy| energy + host));
         let charge = self.profile.charge(work);
         Reading { counted: charge.energy, timed: (self.timed_power * wall).rounded(), measured, wall, charge }
-    }
-
-    /// Reads the counters between a long window's ends, so that a counter which wraps several times is followed.
-    pub fn poll(&mut self) {
-        self.read_counters();
-    }
-
-    /// The sum over every counter since it was opened; `None` where there is none or one fails.
-    fn read_counters(&mut self) -> Option<MicroJoules> {
-        if self.sensors.is_empty() {
-            return None;
-        }
-        // Each one is read even after a failure, so that none loses track of its wrap-arounds.
-        let readings: Vec<_> = self.sensors.iter_mut().map(|sensor| sensor.read()).collect();
-        readings.into_iter().sum::<std::result::Result<MicroJoules, _>>().ok()
     }
 }
 
@@ -226,12 +209,11 @@ fn host_model() -> (String, Watts) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sensor::Gap;
     use super::*;
     use crate::work::Precision;
 
     /// A counter that shows what it is told.
-    struct Scripted(Vec<std::result::Result<u64, ()>>);
+    struct Scripted(Vec<std::result::Result<u64, Gap>>);
 
     impl Sensor for Scripted {
         fn name(&self) -> &str {
@@ -239,11 +221,11 @@ mod tests {
         }
 
         fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
-            self.0.remove(0).map(MicroJoules).map_err(|()| Gap { reason: "told to fail".to_string() })
+            self.0.remove(0).map(MicroJoules)
         }
     }
 
-    fn with(script: Vec<std::result::Result<u64, ()>>, host: Option<(String, Watts)>) -> Meters {
+    fn with(script: Vec<std::result::Result<u64, Gap>>, host: Option<(String, Watts)>) -> Meters {
         Meters::without_counters(Profile::named("nvidia-t4").unwrap()).with_counters(vec![Box::new(Scripted(script))], host)
     }
 
@@ -253,7 +235,7 @@ mod tests {
         let work = Work::product(64, 64, 64, Precision::F32);
         let window = meters.begin();
         let reading = meters.end(window, &work);
-        assert_eq!(reading.measured, Some(MicroJoules(250)));
+        assert_eq!(reading.measured, Some(Ok(MicroJoules(250))));
         assert_eq!(reading.counted, meters.profile().charge(&work).energy);
         // A T4 at full load: 70 W over the window.
         assert_eq!(reading.timed, (Watts(70.0) * reading.wall).rounded());
@@ -261,12 +243,14 @@ mod tests {
 
     #[test]
     fn a_failed_counter_is_a_gap_and_never_zero() {
-        let mut meters = with(vec![Ok(100), Err(()), Err(()), Ok(300), Ok(300), Ok(400)], None);
-        for (gaps, expected) in [(1, None), (2, None), (2, Some(MicroJoules(100)))] {
-            let window = meters.begin();
-            assert_eq!(meters.end(window, &Work::default()).measured, expected);
-            assert_eq!(meters.gaps(), gaps);
-        }
+        let lost = Gap::lost("told to fail");
+        let mut meters = with(vec![Ok(100), Err(lost), Ok(300), Ok(300), Ok(400)], None);
+        let window = meters.begin();
+        let reading = meters.end(window, &Work::default());
+        assert!(reading.measured.as_ref().unwrap().is_err());
+        assert_eq!(reading.energies().measured, None);
+        let window = meters.begin();
+        assert_eq!(meters.end(window, &Work::default()).energies().measured, Some(MicroJoules(100)));
     }
 
     #[test]
@@ -274,13 +258,16 @@ mod tests {
         let mut meters = with(vec![Ok(0), Ok(10)], Some(("generic-cpu".to_string(), Watts(1e6))));
         let window = meters.begin();
         let reading = meters.end(window, &Work::default());
-        assert_eq!(reading.measured.unwrap(), MicroJoules(10) + (Watts(1e6) * reading.wall).rounded());
+        assert_eq!(reading.energies().measured.unwrap(), MicroJoules(10) + (Watts(1e6) * reading.wall).rounded());
         assert_eq!(meters.measured_by(), ["scripted", "generic-cpu modelled at 1 MW"]);
     }
 
     #[test]
     fn auto_is_measured_where_complete_and_counted_elsewhere() {
         assert_eq!(with(vec![], None).resolve(None).unwrap(), MeterKind::Measured);
+        let share = Meters { attributed: true, ..with(vec![], None) };
+        assert_eq!(share.resolve(None).unwrap(), MeterKind::Counted);
+        assert_eq!(share.resolve(Some(MeterKind::Measured)).unwrap(), MeterKind::Measured);
         let none = Meters::without_counters(Profile::named("generic-cpu").unwrap());
         assert_eq!(none.resolve(None).unwrap(), MeterKind::Counted);
         assert_eq!(none.resolve(Some(MeterKind::Timed)).unwrap(), MeterKind::Timed);

@@ -90,6 +90,8 @@ pub struct Profile {
     pub caches: Vec<Level>,
     /// Energy of one byte from or to main memory, in picojoules.
     pub dram_pj_per_byte: f64,
+    /// What every counted joule is multiplied with: measured over counted of an earlier run on this device. 1 where nobody compared them.
+    pub measured_over_counted: Option<f64>,
     /// Greenhouse gas of making the device.
     pub embodied: Option<GramsCo2e>,
     /// Field -> source.
@@ -169,6 +171,29 @@ impl Profile {
             level.bytes = Bytes((level.bytes.0 as f64 * share) as u64).max(own);
         }
         scaled
+    }
+
+    /// The factor of every counted joule, with its source; `None` where the profile has none.
+    pub fn factor(&self) -> Option<(f64, &str)> {
+        let source =
+            self.sources.get("measured_over_counted").map_or("the profile file does not say", |source| source.title.as_str());
+        self.measured_over_counted.map(|factor| (factor, source))
+    }
+
+    /// The same device with every counted joule multiplied by `ratio` more: what was measured over what this profile counted.
+    ///
+    /// # Errors
+    /// A ratio that is not a number above zero, and a name that no profile may have.
+    pub fn reconciled(&self, name: &str, ratio: f64, source: &str) -> Result<Profile> {
+        let mut profile = self.renamed(name)?;
+        if !(ratio.is_finite() && ratio > 0.0) {
+            let error = Error::new(Kind::Energy, "measured over counted is no factor").value(ratio.to_string());
+            return Err(error.rule("a number above zero"));
+        }
+        profile.measured_over_counted = Some(ratio * self.measured_over_counted.unwrap_or(1.0));
+        let source = Source { title: source.to_string(), year: 0, licence: "user".to_string(), verified: true };
+        profile.sources.insert("measured_over_counted".to_string(), source);
+        Ok(profile)
     }
 
     /// FLOP/s that tuned products of this precision reach.

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::charge;
 use super::profile::{DeviceKind, Level, Profile, Source};
 use crate::error::{Error, Kind, Result};
-use crate::units::{GramsCo2e, Seconds, Watts};
+use crate::units::{GramsCo2e, Seconds, Watts, significant};
 use crate::work::{Precision, Work};
 
 /// Exactly a `[[profile]]` of the table, or a user's profile file.
@@ -47,6 +47,8 @@ struct Raw {
     achievable_bandwidth: f64,
     caches: Vec<Level>,
     dram_pj_per_byte: f64,
+    #[serde(default)]
+    measured_over_counted: Option<f64>,
     embodied_kgco2e: Option<f64>,
     #[serde(default)]
     source: BTreeMap<String, String>,
@@ -78,6 +80,7 @@ impl Raw {
             achievable_bandwidth: profile.achievable_bandwidth,
             caches: profile.caches.clone(),
             dram_pj_per_byte: profile.dram_pj_per_byte,
+            measured_over_counted: profile.measured_over_counted,
             embodied_kgco2e: profile.embodied.map(|grams| grams.0 / 1000.0),
             source,
         }
@@ -152,6 +155,9 @@ impl Profile {
     pub fn calibrated(&self, name: &str, measured: &Measured) -> Result<Profile> {
         let mut raw = Raw::of(self);
         raw.name = name.to_string();
+        // It was the factor of the figures that are replaced now.
+        raw.measured_over_counted = None;
+        raw.source.remove("measured_over_counted");
         raw.peak_flops = self.peak_flops.keys().map(|precision| (*precision, self.rate(*precision))).collect();
         raw.peak_flops.extend(&measured.rates);
         raw.bandwidth = measured.bandwidth;
@@ -168,6 +174,13 @@ impl Profile {
             }
         }
         Self::build(raw, &BTreeMap::new(), Some("calibrate"))
+    }
+
+    /// The same profile under another name, as a file of its own.
+    pub(super) fn renamed(&self, name: &str) -> Result<Profile> {
+        let raw = Raw { name: name.to_string(), ..Raw::of(self) };
+        check(&raw)?;
+        Ok(Profile { name: raw.name, ..self.clone() })
     }
 
     /// The profile as a file that `from_file` reads.
@@ -197,12 +210,15 @@ impl Profile {
             derived: Vec::new(),
             caches: raw.caches,
             dram_pj_per_byte: raw.dram_pj_per_byte,
+            measured_over_counted: raw.measured_over_counted,
             embodied: raw.embodied_kgco2e.map(|kg| GramsCo2e(kg * 1000.0)),
             sources: raw.source.iter().map(|(field, text)| (field.clone(), source(text))).collect(),
             matches: raw.matches,
             cpuid: raw.cpuid,
             note: file.map(|file| format!("from the profile file {file}")),
         };
+        let factor = profile.factor().map(|(factor, source)| format!("; counted joules times {}: {source}", significant(factor)));
+        profile.note = profile.note.map(|note| note + &factor.unwrap_or_default());
         profile.derive_energy_of_flops()?;
         Ok(profile)
     }
@@ -268,6 +284,8 @@ fn check(raw: &Raw) -> Result<()> {
         &raw.caches,
     )?;
     rule("dram_pj_per_byte", not_negative(raw.dram_pj_per_byte), "picojoules, zero or more", &raw.dram_pj_per_byte)?;
+    let factor = raw.measured_over_counted.is_none_or(positive);
+    rule("measured_over_counted", factor, "measured joules over counted ones, more than zero", &raw.measured_over_counted)?;
     rule("embodied_kgco2e", raw.embodied_kgco2e.is_none_or(not_negative), "kilograms, zero or more", &raw.embodied_kgco2e)
 }
 

@@ -6,10 +6,11 @@
 use std::path::{Path, PathBuf};
 
 use super::given::{Given, Value};
-use super::keys::{self, ALL_LINEAR};
+use super::keys::ALL_LINEAR;
+use super::larger;
 use super::mistake::Mistakes;
 use super::*;
-use crate::units::{Money, Price, Pue};
+use crate::units::Pue;
 
 /// File extensions that data may have.
 pub(super) const DATA_EXTENSIONS: [&str; 6] = ["jsonl", "json", "csv", "tsv", "txt", "parquet"];
@@ -19,7 +20,7 @@ pub(super) const EMBEDDED: &str = "embedded:";
 
 /// Builds the recipe; `folder` is absolute, `stem` names a run that has no name.
 pub(super) fn build(given: &Given, folder: &Path, stem: &str, mistakes: &mut Mistakes) -> Recipe {
-    contradictions(given, mistakes);
+    contradictions::note(given, mistakes);
     let mut reader = Reader { given, folder, mistakes };
     Recipe {
         name: given.text("name").filter(|name| !name.is_empty()).unwrap_or(stem).to_string(),
@@ -36,7 +37,14 @@ pub(super) fn build(given: &Given, folder: &Path, stem: &str, mistakes: &mut Mis
             cost: given.quantity("budget.cost"),
         },
         energy: reader.energy(),
-        baseline: Baseline { from_scratch: given.word("baseline.from_scratch") },
+        baseline: Baseline {
+            from_scratch: given.word("baseline.from_scratch"),
+            full_fine_tuning: given.word("baseline.full_fine_tuning"),
+            energy_multiple: given.number("baseline.energy_multiple"),
+            learning_rate: given.get("baseline.learning_rate").and_then(Value::number),
+            budget: given.quantity("baseline.budget"),
+        },
+        report: reader.report(),
     }
 }
 
@@ -175,6 +183,24 @@ impl Reader<'_, '_, '_> {
         }
     }
 
+    fn report(&mut self) -> Report {
+        let given = self.given;
+        let larger_model = given.text("report.larger_model").and_then(|text| {
+            let parsed = LargerModel::parse(text);
+            if parsed.is_none() {
+                self.refuse("report.larger_model", larger::RULE, larger::HINT);
+            }
+            parsed
+        });
+        Report {
+            requests_per_day: given.get("report.requests_per_day").and_then(Value::number),
+            prompt_tokens: given.size("report.prompt_tokens"),
+            generated_tokens: given.size("report.generated_tokens"),
+            larger_model,
+            few_shot_examples: given.size("report.few_shot_examples"),
+        }
+    }
+
     /// A path of the recipe as an absolute path: `~` is the home folder, all else counts from the recipe's folder.
     fn resolve(&mut self, key: &str, text: &str) -> PathBuf {
         let rest = match text.strip_prefix('~') {
@@ -236,7 +262,7 @@ fn train(given: &Given) -> Train {
     }
 }
 
-fn targets(value: &Value, all_linear: bool) -> Option<Targets> {
+pub(super) fn targets(value: &Value, all_linear: bool) -> Option<Targets> {
     match value {
         Value::Text(text) if all_linear && text == ALL_LINEAR => Some(Targets::AllLinear),
         Value::Text(regex) => Some(Targets::Regex(regex.clone())),
@@ -264,7 +290,7 @@ fn says_path(text: &str) -> bool {
 }
 
 /// `owner/name`.
-fn is_hub_id(text: &str) -> bool {
+pub(super) fn is_hub_id(text: &str) -> bool {
     text.split_once('/').is_some_and(|(owner, name)| is_hub_name(owner) && is_hub_name(name))
 }
 
@@ -279,80 +305,6 @@ fn is_hub_name(text: &str) -> bool {
         && !text.contains("--")
         && !text.contains("..")
         && !text.ends_with(".git")
-}
-
-/// Notes what each key allows and all together do not.
-fn contradictions(given: &Given, mistakes: &mut Mistakes) {
-    for (one, other) in [
-        ("train.steps", "train.epochs"),
-        ("data.validation", "data.validation_fraction"),
-        ("train.warmup_ratio", "train.warmup_steps"),
-    ] {
-        exclusive(given, one, other, mistakes);
-    }
-    length_is_given(given, mistakes);
-    lora_keys_need_lora(given, mistakes);
-    layers_need_names(given, mistakes);
-    cost_needs_a_price(given, mistakes);
-}
-
-/// Of two keys that say the same thing at most one may be written; the later one is pointed at.
-fn exclusive(given: &Given, one: &str, other: &str, mistakes: &mut Mistakes) {
-    let (Some(a), Some(b)) = (given.written(one), given.written(other)) else { return };
-    let what = format!("`{one}` and `{other}` cannot both be given (the other one is at {})", mistakes.name(a.min(b)));
-    mistakes.add(a.max(b), what, format!("`{one}` or `{other}`"), "remove one of the two from the recipe");
-}
-
-fn length_is_given(given: &Given, mistakes: &mut Mistakes) {
-    if given.written("train.steps").or(given.written("train.epochs")).is_none()
-        && let (Some(steps), Some(epochs)) = (keys::find("train.steps"), keys::find("train.epochs"))
-    {
-        let place = given.place_of_table("train", mistakes);
-        let hint = format!("{} (or `{}`)", given.remedy_for_missing(steps), epochs.sample());
-        mistakes.add(place, "`train.steps` or `train.epochs` is missing", "one of the two says how long to train", hint);
-    }
-}
-
-fn lora_keys_need_lora(given: &Given, mistakes: &mut Mistakes) {
-    if given.text("adapter.type") != Some("none") {
-        return;
-    }
-    for (key, place) in given.written_in("adapter").filter(|(key, _)| key.is_of_lora()) {
-        let what = format!("`{}` has no meaning with `adapter.type = \"none\"`, which trains every weight", key.path);
-        mistakes.add(place, what, "only LoRA has it", "remove it, or write `type = \"lora\"`");
-    }
-}
-
-/// PEFT refuses the pair too: a regex says the layers itself.
-fn layers_need_names(given: &Given, mistakes: &mut Mistakes) {
-    let regex = given.get("adapter.target_modules").and_then(|value| targets(value, true));
-    if let (Some(Targets::Regex(_)), Some(place)) = (regex, given.written("adapter.layers_to_transform")) {
-        let hint = "name modules in a list, as in `target_modules = [\"q_proj\", \"v_proj\"]`, or put the layers into the regex";
-        let what = "`adapter.layers_to_transform` cannot stand beside a regex in `adapter.target_modules`";
-        mistakes.add(place, what, "layers are chosen for a list of names or for \"all-linear\"", hint);
-    }
-}
-
-fn cost_needs_a_price(given: &Given, mistakes: &mut Mistakes) {
-    let (Some(cost), Some(place)) = (given.quantity::<Money>("budget.cost"), given.written("budget.cost")) else { return };
-    const RULE: &str = "a budget of money needs a price in the same currency";
-    match (given.quantity::<Price>("energy.price"), given.written("energy.price")) {
-        (Some(price), Some(at)) if price.money.currency != cost.currency => {
-            let what = format!("`budget.cost` is in {} and `energy.price` in {}", cost.currency, price.money.currency);
-            let unit = if price.per == crate::units::Per::KilowattHour { "kWh" } else { "h" };
-            let hint = format!("write the price in {0}, as in `price = \"0.30 {0}/{unit}\"`", cost.currency);
-            mistakes.add(at.max(place), what, RULE, hint);
-        }
-        (None, None) => {
-            let hint = format!(
-                "under `[energy]` add `price = \"0.30 {0}/kWh\"`, or `price = \"2.50 {0}/h\"` for a rented device",
-                cost.currency
-            );
-            mistakes.add(place, "`budget.cost` needs `energy.price`, which is missing", RULE, hint);
-        }
-        // A price that is itself mistaken has been noted.
-        _ => {}
-    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use crate::units::{Flops, GramsCo2e, Joules, Money, ParseQuantityError, Price, S
 use crate::work::Precision;
 
 use super::words::Word;
-use super::{Checkpointing, Format, FromScratch, Init, Meter, OnBadRecord, Schedule, TxtUnit};
+use super::{Checkpointing, Compared, Format, Init, Meter, OnBadRecord, Schedule, TxtUnit};
 
 /// One key.
 pub(super) struct Key {
@@ -168,7 +168,7 @@ pub(super) const ALL_LINEAR: &str = "all-linear";
 pub(super) const FIELDS: [&str; 7] = ["text", "prompt", "completion", "messages", "instruction", "input", "output"];
 
 /// The tables in the order they are written, each with what it is about.
-pub(super) const TABLES: [(&str, &str); 7] = [
+pub(super) const TABLES: [(&str, &str); 8] = [
     ("model", "Which model"),
     ("adapter", "What is trained; names and meaning are PEFT's"),
     ("data", "What it is trained on"),
@@ -176,6 +176,7 @@ pub(super) const TABLES: [(&str, &str); 7] = [
     ("budget", "What it may spend; the first limit to bind stops the run"),
     ("energy", "How energy, carbon and cost are counted"),
     ("baseline", "What it is compared with"),
+    ("report", "What the report says of the time after training"),
 ];
 
 const fn key(path: &'static str, kind: Kind, presence: Presence, value: &'static str, doc: &'static str) -> Key {
@@ -312,8 +313,20 @@ pub(super) static KEYS: &[Key] = &[
     key("energy.pue", AT_LEAST_ONE, Defaulted, "1.0", "The facility's energy over the machine's own"),
     key("energy.price", Of(PRICE), Optional, "\"0.30 USD/kWh\"", "Of electricity, or of the device: \"2.50 USD/h\""),
 
-    key("baseline.from_scratch", Choice(FromScratch::words), Defaulted, "\"counted\"",
+    key("baseline.from_scratch", Choice(Compared::words), Defaulted, "\"counted\"",
         "How training from scratch is compared; measured: done, for the same energy"),
+    key("baseline.full_fine_tuning", Choice(Compared::words), Defaulted, "\"counted\"",
+        "How training every weight is compared; measured: done, for the same energy"),
+    key("baseline.energy_multiple", AT_LEAST_ONE, Defaulted, "3.0",
+        "A measured baseline short of the run's loss goes on to so many times its training energy"),
+    key("baseline.learning_rate", POSITIVE, Optional, "1e-3", "Peak learning rate of measured baselines, in place of the run's"),
+    key("baseline.budget", Of(ENERGY), Optional, "\"5 Wh\"", "Energy of all measured baselines together, apart from [budget]"),
+
+    key("report.requests_per_day", POSITIVE, Optional, "1000", "Requests a day once it is in use"),
+    key("report.prompt_tokens", SIZE, Defaulted, "256", "Tokens of a request's prompt"),
+    key("report.generated_tokens", SIZE, Defaulted, "128", "Tokens of its answer"),
+    key("report.larger_model", Text, Optional, "\"7B\"", "What would be prompted instead: a number of parameters, or a hub id that names it"),
+    key("report.few_shot_examples", SIZE, Defaulted, "5", "Where no larger model is given: examples in the base model's prompt instead"),
 ];
 
 #[cfg(test)]

@@ -10,8 +10,10 @@
 //! ```
 
 mod check;
+mod contradictions;
 mod given;
 mod keys;
+mod larger;
 mod mistake;
 mod open;
 mod raw;
@@ -21,6 +23,7 @@ mod suggest;
 mod words;
 mod write;
 
+pub use larger::LargerModel;
 pub use mistake::Mistake;
 pub use open::{check, load, parse};
 pub use schema::json_schema;
@@ -54,6 +57,8 @@ pub struct Recipe {
     pub energy: Energy,
     /// Against what it is compared.
     pub baseline: Baseline,
+    /// What the report says of the time after training.
+    pub report: Report,
 }
 
 /// The `[model]` table.
@@ -347,20 +352,43 @@ pub enum Meter {
 }
 
 /// The `[baseline]` table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Baseline {
-    /// How the from-scratch comparison is made.
-    pub from_scratch: FromScratch,
+    /// How training from scratch is compared.
+    pub from_scratch: Compared,
+    /// How training every weight is compared.
+    pub full_fine_tuning: Compared,
+    /// A measured baseline that has not reached the run's loss goes on to so many times the run's training energy.
+    pub energy_multiple: f64,
+    /// Peak learning rate of measured baselines; the run's own where there is none.
+    pub learning_rate: Option<f64>,
+    /// Energy of all measured baselines together, apart from the run's budget.
+    pub budget: Option<Joules>,
 }
 
-/// How the from-scratch comparison is made.
+/// How a comparison is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum FromScratch {
+pub enum Compared {
     /// By counting.
     Counted,
-    /// By training the same architecture from random weights.
+    /// By training, for the same energy.
     Measured,
     /// Not at all.
     Off,
+}
+
+/// The `[report]` table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// Requests a day once it is in use.
+    pub requests_per_day: Option<f64>,
+    /// Tokens of a request's prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of its answer.
+    pub generated_tokens: usize,
+    /// The model that would be prompted instead.
+    pub larger_model: Option<LargerModel>,
+    /// Examples in the base model's prompt, which stands in where no larger model is given.
+    pub few_shot_examples: usize,
 }

@@ -2,7 +2,7 @@
 //!
 //! One table per enum feeds the reader, the writer and the schema. Knows nothing of keys.
 
-use super::{Checkpointing, Format, FromScratch, Init, Meter, OnBadRecord, Schedule, TxtUnit};
+use super::{Checkpointing, Compared, Format, Init, Meter, OnBadRecord, Schedule, TxtUnit};
 use crate::work::Precision;
 
 /// A choice written as a word.
@@ -59,5 +59,5 @@ words! {
     Schedule: "linear" => Linear, "cosine" => Cosine, "constant" => Constant;
     Checkpointing: "auto" => Auto, "always" => Always, "never" => Never;
     Meter: "auto" => Auto, "counted" => Counted, "measured" => Measured, "timed" => Timed;
-    FromScratch: "counted" => Counted, "measured" => Measured, "off" => Off;
+    Compared: "counted" => Counted, "measured" => Measured, "off" => Off;
 }

@@ -61,7 +61,8 @@ impl Recipe {
             ("train", _) => self.train.value(name),
             ("budget", _) => self.budget.value(name),
             ("energy", _) => self.energy.value(name),
-            ("baseline", "from_scratch") => Some(self.baseline.from_scratch.word().into()),
+            ("baseline", _) => self.baseline.value(name),
+            ("report", _) => self.report.value(name),
             _ => None,
         }
     }
@@ -217,6 +218,32 @@ impl Energy {
                 let per = if price.per == Per::KilowattHour { "kWh" } else { "h" };
                 exact(price, format!("{} {}/{per}", price.money.amount, price.money.currency))
             }),
+            _ => None,
+        }
+    }
+}
+
+impl Baseline {
+    fn value(&self, name: &str) -> Option<Value> {
+        match name {
+            "from_scratch" => Some(self.from_scratch.word().into()),
+            "full_fine_tuning" => Some(self.full_fine_tuning.word().into()),
+            "energy_multiple" => Some(number(self.energy_multiple)),
+            "learning_rate" => self.learning_rate.map(number),
+            "budget" => self.budget.map(|energy| exact(&energy, format!("{} J", energy.0))),
+            _ => None,
+        }
+    }
+}
+
+impl Report {
+    fn value(&self, name: &str) -> Option<Value> {
+        match name {
+            "requests_per_day" => self.requests_per_day.map(number),
+            "prompt_tokens" => Some(count(self.prompt_tokens as u64)),
+            "generated_tokens" => Some(count(self.generated_tokens as u64)),
+            "larger_model" => self.larger_model.as_ref().map(|model| model.name.as_str().into()),
+            "few_shot_examples" => Some(count(self.few_shot_examples as u64)),
             _ => None,
         }
     }

@@ -14,8 +14,8 @@ pub use plot::{Mark, Plot, Rule, Series, Shape};
 
 use super::markup::escape;
 
-/// Wide enough for a character of a tick's label at the page's chart size (12 px, tabular figures).
-const CHARACTER: f64 = 6.8;
+/// Wide enough for a figure at the size of a tick's label (12 px) in the widest font the page may get (DejaVu Sans, 0.636 em).
+const CHARACTER: f64 = 7.7;
 
 /// The room a label takes, in pixels.
 fn text_width(text: &str) -> f64 {
@@ -37,6 +37,34 @@ fn label(class: &str, anchor: &str, [x, y]: [f64; 2], text: &str) -> String {
     format!("<text class=\"{class}\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>\n", escape(text))
 }
 
+/// The labels under a horizontal axis, each in the middle of its place and inside `width`; one that would touch the label before it is
+/// left out, its line in the grid is not.
+fn tick_row(ticks: impl Iterator<Item = (f64, String)>, width: f64, y: f64) -> String {
+    let (mut row, mut end) = (String::new(), f64::NEG_INFINITY);
+    for (x, text) in ticks {
+        let half = text_width(&text) / 2.0;
+        let x = x.min(width - half).max(half);
+        if x - half >= end + CHARACTER {
+            row += &label("tick", "middle", [x, y], &text);
+            end = x + half;
+        }
+    }
+    row
+}
+
 fn segment(class: &str, [x1, y1]: [f64; 2], [x2, y2]: [f64; 2]) -> String {
     format!("<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_that_would_touch_are_left_out() {
+        // Four characters of 7.7 px are 30.8 wide: at 10 the first is moved to 15.4 and ends at 30.8, so the next begins at 38.5 or later.
+        let row = tick_row([10.0, 53.0, 54.0, 95.0].map(|x| (x, "1234".to_string())).into_iter(), 100.0, 5.0);
+        let places: Vec<&str> = row.split(" x=\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
+        assert_eq!(places, ["15.4", "54.0"]);
+    }
 }

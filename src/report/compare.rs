@@ -24,6 +24,10 @@ pub struct Row {
     pub tokens: Option<u64>,
     /// Energy on the comparison's meter.
     pub energy_j: Joules,
+    /// A lower bound of it, where the coefficients have one.
+    pub low_j: Option<Joules>,
+    /// An upper bound of it.
+    pub high_j: Option<Joules>,
     /// The run's own emissions.
     pub gco2e: GramsCo2e,
     /// Validation loss before, nats per loss token.
@@ -75,13 +79,16 @@ pub fn compare(runs: &[(String, Report)]) -> Comparison {
 }
 
 fn row(name: &str, report: &Report, meter: Meter) -> Row {
-    let energy_j = if meter == report.energy.meter { report.energy.total_j } else { report.energy.meters.counted_j };
+    let own = meter == report.energy.meter;
+    let energy_j = if own { report.energy.total_j } else { report.energy.meters.counted_j };
     let per_kj = report.loss_bought().map(|bought| bought / (energy_j.0 / 1000.0)).filter(|rate| rate.is_finite());
     Row {
         name: name.to_string(),
         steps: report.training.steps,
         tokens: report.training.tokens,
         energy_j,
+        low_j: report.energy.low_j.filter(|low| own && low.0.is_finite()),
+        high_j: report.energy.high_j.filter(|high| own && high.0.is_finite()),
         gco2e: report.carbon.gco2e,
         val_loss_before: report.training.val_loss_before.filter(|loss| loss.is_finite()),
         val_loss_after: report.training.val_loss_after.filter(|loss| loss.is_finite()),
@@ -121,8 +128,8 @@ fn differing(runs: &[(String, Report)], what: &str, of: impl Fn(&Report) -> Opti
 }
 
 impl Comparison {
-    /// The lines for a terminal, at most 100 columns wide.
-    pub fn text(&self) -> String {
+    /// Every run's figures, one row a run.
+    pub fn table(&self) -> Table {
         let mut table = Table::new(&["run", "steps", "tokens", "energy", "emissions", "loss before", "after", "bought per kJ"]);
         for row in &self.runs {
             table.row([
@@ -136,14 +143,27 @@ impl Comparison {
                 show::or_unknown(row.loss_per_kj, show::number),
             ]);
         }
-        let meter =
-            paragraph(&format!("Energy as {}; losses on validation records, in nats per loss token.", show::word(self.meter)), 0);
-        let best = match &self.best {
-            Some(name) => paragraph(&format!("{name} bought the most loss per joule."), 0),
-            None => paragraph("No run is named the best.", 0),
-        };
+        table
+    }
+
+    /// What the rows' figures are.
+    pub fn basis(&self) -> String {
+        format!("Energy as {}; losses on validation records, in nats per loss token.", show::word(self.meter))
+    }
+
+    /// Which run bought the most.
+    pub fn verdict(&self) -> String {
+        match &self.best {
+            Some(name) => format!("{name} bought the most loss per joule."),
+            None => "No run is named the best.".to_string(),
+        }
+    }
+
+    /// The lines for a terminal, at most 100 columns wide.
+    pub fn text(&self) -> String {
         let notes: String = self.notes.iter().map(|note| bullet(note)).collect();
-        printable(&format!("{}\n{meter}{best}{notes}", table.text(0)))
+        let words = paragraph(&self.basis(), 0) + &paragraph(&self.verdict(), 0);
+        printable(&format!("{}\n{words}{notes}", self.table().text(0)))
     }
 
     /// The JSON document of `compare --json`.

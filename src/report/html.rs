@@ -4,30 +4,26 @@
 //! history, returns one document without scripts that loads nothing from anywhere (its own policy forbids both). Every text is
 //! escaped; figures carry the exact value of `report.json` in a `<data value>`. Refuses to know how a chart is drawn.
 
+mod bars;
+mod beside;
+mod comparison;
 mod figures;
 mod history;
+mod layout;
 mod units;
 
+pub use comparison::comparison_page;
 pub use history::History;
 
-use figures::{Chart, Figure};
+use layout::{FULL, HALF, block, document, figure_html, section};
 
 use super::markup::{escape, inline};
-use super::page::{Block, Section, sections};
+use super::page::{Section, sections};
 use super::show;
 use super::summary::summary;
-use super::table::Table;
 use super::types::Report;
 use crate::error::Result;
 use crate::units::Joules;
-
-/// The page's only style: colours for light, dark and print, and the charts' classes.
-const STYLE: &str = include_str!("html/style.css");
-
-/// Widths in pixels that a chart is drawn for: a desk, a phone, and half of a desk.
-const WIDE: f64 = 760.0;
-const NARROW: f64 = 340.0;
-const HALF: f64 = 370.0;
 
 /// The page of the run `name`.
 ///
@@ -35,21 +31,15 @@ const HALF: f64 = 370.0;
 /// As [`Report::sealed`].
 pub fn to_html(name: &str, report: &Report, history: &History) -> Result<String> {
     let report = report.clone().sealed()?;
-    let name = escape(&name.split_whitespace().collect::<Vec<_>>().join(" "));
-    let course = history.course(&report);
-    let mut body =
-        format!("<header>\n<h1>{name}</h1>\n<p class=\"lead\">{}</p>\n{}</header>\n", inline(&summary(&report)), facts(&report));
+    let name = name.split_whitespace().collect::<Vec<_>>().join(" ");
+    let course = history.course(&report, report.energy.meter);
+    let lead = inline(&summary(&report));
+    let mut body = format!("<header>\n<h1>{}</h1>\n<p class=\"lead\">{lead}</p>\n{}</header>\n", escape(&name), facts(&report));
     body += &progress(&report, &course);
     body += &sections(&report).into_iter().map(|section| laid_out(&report, section)).collect::<String>();
-    Ok(format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
-         <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
-         <meta name=\"color-scheme\" content=\"light dark\"/>\n\
-         <title>{name}: energy report</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n\
-         <footer>Written by wattune {}. The same figures for programs: <code>report.json</code>.</footer>\n</body>\n</html>\n",
-        escape(&report.environment.version)
-    ))
+    let version = escape(&report.environment.version);
+    let footer = format!("Written by wattune {version}. The same figures for programs: <code>report.json</code>.");
+    Ok(document(&format!("{name}: energy report"), &body, &footer))
 }
 
 /// The few figures that a reader in a hurry takes along.
@@ -81,7 +71,10 @@ fn facts(report: &Report) -> String {
     );
     facts += &fact(
         "validation loss",
-        format!("{} → {}", loss(training.val_loss_before), loss(training.val_loss_after)),
+        match (training.val_loss_before, training.val_loss_after) {
+            (None, None) => show::UNKNOWN.to_string(),
+            (before, after) => format!("{} → {}", loss(before), loss(after)),
+        },
         "nats per loss token, before and after".to_string(),
     );
     facts += &fact(
@@ -100,81 +93,26 @@ fn data(value: f64, shown: &str) -> String {
 /// The charts over the run's course.
 fn progress(report: &Report, course: &history::Course) -> String {
     if course.points.is_empty() {
-        return "<section>\n<h2>Course of the run</h2>\n<p>No step was recorded, so there is no course to draw.</p>\n</section>\n".to_string();
+        return section("Course of the run", "<p>No step was recorded, so there is no course to draw.</p>\n");
     }
-    let both = [figures::loss(report, course), figures::learning_rate(report, course)];
+    let along = [figures::loss(report, course), figures::learning_rate(report, course), figures::budget_used(report, course)];
     let grown = [figures::energy(report, course), figures::emissions(report, course)];
-    let wide: String = both.iter().flatten().map(|figure| figure_html(figure, &[("wide", WIDE), ("narrow", NARROW)])).collect();
-    let half: String = grown.iter().flatten().map(|figure| figure_html(figure, &[("half", HALF)])).collect();
-    format!(
-        "<section>\n<h2>What the energy bought</h2>\n{wide}</section>\n<section>\n<h2>How it was spent</h2>\n<div class=\"pair\">\n{half}</div>\n</section>\n"
-    )
-}
-
-fn figure_html(figure: &Figure, widths: &[(&str, f64)]) -> String {
-    let drawn = widths.iter().map(|(class, width)| {
-        let id = format!("{}-{class}", figure.id);
-        let svg = match &figure.chart {
-            Chart::Plot(plot) => plot.svg(&id, *width),
-            Chart::Bars(bars) => bars.svg(&id, *width),
-        };
-        format!("<div class=\"chart {class}\">{svg}</div>\n")
-    });
-    let key = |(form, class, name): &(&str, &str, String)| format!("<li class=\"key {form} {class}\">{}</li>\n", escape(name));
-    let legend = match figure.legend.len() {
-        0 | 1 => String::new(),
-        _ => format!("<ul class=\"legend\">\n{}</ul>\n", figure.legend.iter().map(key).collect::<String>()),
-    };
-    let caption = match figure.caption.as_str() {
-        "" => String::new(),
-        text => format!("<figcaption>{}</figcaption>\n", inline(text)),
-    };
-    format!("<figure>\n{legend}{}{caption}</figure>\n", drawn.collect::<String>())
+    let beside = beside::beside(report);
+    let along: String = along.iter().chain([&beside]).flatten().map(|figure| figure_html(figure, &FULL)).collect();
+    let grown: String = grown.iter().flatten().map(|figure| figure_html(figure, &HALF)).collect();
+    section("What the energy bought", &along) + &section("How it was spent", &format!("<div class=\"pair\">\n{grown}</div>\n"))
 }
 
 /// A section with the chart that belongs to it.
-fn laid_out(report: &Report, section: Section) -> String {
-    let figure = match section.title {
-        "Energy by phase" => figures::by_phase(report),
-        "Comparison" => figures::comparison(report),
+fn laid_out(report: &Report, of: Section) -> String {
+    let figure = match of.title {
+        "Memory" => bars::memory(report),
+        "Energy by phase" => bars::by_phase(report),
+        "What the energy went into" => bars::by_part(report),
+        "Comparison" => bars::comparison(report),
         _ => None,
     };
-    let figure = figure.map_or_else(String::new, |figure| figure_html(&figure, &[("wide", WIDE), ("narrow", NARROW)]));
-    let blocks: String = section.blocks.into_iter().map(block).collect();
-    format!("<section>\n<h2>{}</h2>\n{figure}{blocks}</section>\n", escape(section.title))
-}
-
-fn block(block: Block) -> String {
-    match block {
-        Block::Paragraph(text) => format!("<p>{}</p>\n", inline(&text)),
-        Block::Table(table) => table_html(&table),
-        Block::Bullets(items) => {
-            let items: String = items.iter().map(|item| format!("<li>{}</li>\n", inline(item))).collect();
-            format!("<ul>\n{items}</ul>\n")
-        }
-        Block::Verbatim(caption, text) => {
-            format!(
-                "<p class=\"caption\">{}</p>\n<pre dir=\"auto\">{}</pre>\n",
-                escape(caption),
-                escape(text.trim_end_matches('\n'))
-            )
-        }
-    }
-}
-
-/// Many columns scroll by themselves on a phone, so that the page does not.
-fn table_html(table: &Table) -> String {
-    let head: String = table.head().iter().map(|name| format!("<th scope=\"col\">{}</th>", inline(name))).collect();
-    let row = |row: &Vec<String>| {
-        let cells = row.iter().enumerate().map(|(index, cell)| match index {
-            0 => format!("<th scope=\"row\">{}</th>", inline(cell)),
-            _ => format!("<td>{}</td>", inline(cell)),
-        });
-        format!("<tr>{}</tr>\n", cells.collect::<String>())
-    };
-    let class = if table.head().len() > 3 { "table many" } else { "table" };
-    let rows: String = table.rows().iter().map(row).collect();
-    format!(
-        "<div class=\"{class}\" tabindex=\"0\">\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n</div>\n"
-    )
+    let figure = figure.map_or_else(String::new, |figure| figure_html(&figure, &FULL));
+    let blocks: String = of.blocks.into_iter().map(block).collect();
+    section(of.title, &(figure + &blocks))
 }

@@ -5,22 +5,56 @@
 
 use super::page::kind_words;
 use super::show;
-use super::types::Report;
+use super::types::{Meter, Report};
+use crate::energy::interval::{MODEL_FACTOR, TIMED_FACTOR};
 
 /// Each factor with its value, year and source, then each baseline's source and assumptions.
 pub fn assumptions(report: &Report) -> Vec<String> {
     let carbon = &report.carbon;
     let grid_source = carbon.source.as_deref().unwrap_or("source not known");
-    let mut found = vec![
-        format!("energy coefficients: device profile `{}`", report.energy.device),
-        format!("grid `{}`: {} gCO2e/kWh, {grid_source}", carbon.grid, show::number(carbon.gco2e_per_kwh.0)),
+    let licence = carbon.licence.as_ref().map_or_else(String::new, |licence| format!(" ({licence})"));
+    let mut found = vec![match &report.energy.profile_factor {
+        Some(factor) => format!(
+            "energy coefficients: device profile `{}`, its counted joules times {}: {}",
+            report.energy.device,
+            show::number(factor.value),
+            factor.source
+        ),
+        None => format!("energy coefficients: device profile `{}`", report.energy.device),
+    }];
+    found.extend(report.energy.factors.iter().map(|factor| {
+        let doubt = if factor.verified { "" } else { "; not verified" };
+        format!("{}: {}. Source: {}{doubt}", factor.name, factor.value, factor.source)
+    }));
+    found.extend([
+        format!("grid `{}`: {} gCO2e/kWh, {grid_source}{licence}", carbon.grid, show::number(carbon.gco2e_per_kwh.0)),
         format!("facility overhead: PUE {}, from the recipe", show::number(carbon.pue.value())),
-    ];
+    ]);
+    found.extend(carbon.embodied_source.iter().map(|source| {
+        format!("the device's manufacture: {source}; in use day and night for that long, the machine around it left out")
+    }));
+    found.extend(interval(report));
     for baseline in &report.baselines {
         found.push(format!("{}: {}", kind_words(baseline.kind), baseline.source));
         found.extend(baseline.assumptions.iter().map(|assumption| format!("{}: {assumption}", kind_words(baseline.kind))));
     }
     found
+}
+
+/// How the bounds were come by.
+fn interval(report: &Report) -> Option<String> {
+    report.energy.low_j?;
+    Some(match report.energy.meter {
+        Meter::Counted => format!(
+            "bounds: the counted energy divided and multiplied by {MODEL_FACTOR}, the largest mean error published for models from rated \
+             power (arXiv:2506.14551); two counted energies share the error, so their ratio is more certain than either"
+        ),
+        Meter::Timed => format!(
+            "bounds: the timed energy divided and multiplied by {TIMED_FACTOR}, the largest error found against wall meters \
+             (arXiv:2509.22092)"
+        ),
+        Meter::Measured => "bounds: as given with the counters' reading".to_string(),
+    })
 }
 
 /// What to keep in mind, for the meters that the report shows.

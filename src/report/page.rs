@@ -5,10 +5,14 @@
 
 use super::budget::entries;
 use super::limits;
+use super::measured::at_equal;
+use super::memory;
+use super::parts;
+use super::reconciliation;
 use super::show;
 use super::table::Table;
 use super::types::{Baseline, BaselineKind, Meter, Report};
-use crate::units::{Bytes, Flops, Joules};
+use crate::units::{Flops, Joules};
 
 /// A part of a section.
 pub enum Block {
@@ -34,11 +38,15 @@ pub struct Section {
 pub fn sections(report: &Report) -> Vec<Section> {
     let all = [
         ("Result", result(report)),
+        ("Memory", memory::blocks(report)),
         ("Energy by phase", by_phase(report)),
+        ("What the energy went into", parts::blocks(&report.energy)),
         ("Energy by meter", by_meter(report)),
+        ("Measured against counted", reconciliation::section(report.energy.reconciliation.as_ref())),
         ("Comparison", comparison(report)),
         ("Budget", budget(report)),
         ("Emissions", emissions(report)),
+        ("In use", super::inference::section(report.inference.as_ref())),
         ("Data", data(report)),
         ("Warnings", list(report.warnings.clone())),
         ("Sample", sample(report)),
@@ -54,7 +62,7 @@ fn list(items: Vec<String>) -> Vec<Block> {
 }
 
 /// A table of names and values.
-fn pairs(head: [&str; 2], rows: Vec<(&str, String)>) -> Block {
+pub fn pairs(head: [&str; 2], rows: Vec<(&str, String)>) -> Block {
     let mut table = Table::new(&head);
     rows.into_iter().for_each(|(name, value)| table.row([name.to_string(), value]));
     Block::Table(table)
@@ -73,7 +81,6 @@ fn result(report: &Report) -> Vec<Block> {
         ("last training loss", show::or_unknown(training.train_loss_last, show::number)),
         ("tokens per second", show::or_unknown(training.tokens_per_second, show::number)),
         ("wall time", show::time(training.wall_s)),
-        ("peak memory", show::or_unknown(training.peak_rss_bytes, |bytes| bytes.to_string())),
     ];
     if let Some(tokens) = training.tokens {
         rows.insert(3, ("tokens trained on", show::count(tokens)));
@@ -93,44 +100,26 @@ fn by_phase(report: &Report) -> Vec<Block> {
         table.row([name, show::energy(*joules), show::share(joules.0, energy.total_j.0)]);
     }
     table.row(["all".to_string(), show::energy(energy.total_j), show::share(energy.total_j.0, energy.total_j.0)]);
-    let mut blocks = vec![Block::Table(table)];
-    if let Some(parts) = &energy.counted_parts {
-        let whole = energy.meters.counted_j.0;
-        let part = |joules: Joules| show::share(joules.0, whole);
-        blocks.push(Block::Paragraph(format!(
-            "Of the counted energy, {} went into arithmetic, {} into moving data and {} into the device's idle power.",
-            part(parts.arithmetic_j),
-            part(parts.movement_j),
-            part(parts.idle_j)
-        )));
-    }
-    let work =
-        format!("The run executed {} and moved {} to and from memory", show::flops(Flops(energy.flops as f64)), energy.bytes);
-    blocks.push(Block::Paragraph(match energy.bytes_by_level.is_empty() {
-        true => work + ".",
-        false => format!("{work}; by level: {}.", levels(energy.bytes_by_level.iter())),
-    }));
-    blocks
-}
-
-fn levels<'a>(levels: impl Iterator<Item = (&'a String, &'a Bytes)>) -> String {
-    levels.map(|(name, bytes)| format!("{name} {bytes}")).collect::<Vec<_>>().join(", ")
+    vec![Block::Table(table)]
 }
 
 fn by_meter(report: &Report) -> Vec<Block> {
     let energy = &report.energy;
     let meters = &energy.meters;
     let mut table = Table::new(&["meter", "energy", "to counted", "is"]);
+    let counters = energy.reconciliation.as_ref().map(|found| found.measured_by.join("; "));
+    let counters = counters.unwrap_or_else(|| "the hardware's energy counters".to_string());
+    let counted = "executed FLOPs and bytes times the device profile, plus idle power".to_string();
     let rows = [
-        (Meter::Counted, Some(meters.counted_j), "executed FLOPs and bytes times the device profile, plus idle power"),
-        (Meter::Measured, meters.measured_j, "the hardware's energy counters"),
-        (Meter::Timed, meters.timed_j, "profile power times wall time"),
+        (Meter::Counted, Some(meters.counted_j), counted),
+        (Meter::Measured, meters.measured_j, counters),
+        (Meter::Timed, meters.timed_j, "profile power times wall time".to_string()),
     ];
     for (meter, joules, is) in rows {
         let used = if meter == energy.meter { " (used)" } else { "" };
         let ratio = show::or_unknown(joules, |joules| show::times(joules / meters.counted_j));
         let shown = joules.map_or_else(|| "not available".to_string(), show::energy);
-        table.row([format!("{}{used}", show::word(meter)), shown, ratio, is.to_string()]);
+        table.row([format!("{}{used}", show::word(meter)), shown, ratio, is]);
     }
     let mut blocks = vec![Block::Table(table)];
     if let Some(absent) = &energy.measured_absent {
@@ -161,13 +150,14 @@ fn comparison(report: &Report) -> Vec<Block> {
             show::or_unknown(baseline.flops, show::flops),
             show::or_unknown(baseline.energy_j, show::energy),
             show::or_unknown(baseline.gco2e, show::carbon),
-            show::or_unknown(baseline.ratio, show::times),
+            show::or_unknown(baseline.ratio, show::times) + &ratio_bounds(baseline),
             show::word(baseline.label),
         ]);
     }
-    let equal = baselines.iter().flat_map(|baseline| at_equal(baseline)).collect();
+    let mut beside: Vec<String> = baselines.iter().filter_map(|baseline| between(baseline)).collect();
+    beside.extend(baselines.iter().flat_map(|baseline| at_equal(baseline)));
     let mut blocks = vec![Block::Table(table)];
-    blocks.extend(list(equal));
+    blocks.extend(list(beside));
     if baselines.iter().any(|baseline| baseline.kind == BaselineKind::Pretraining) {
         let yardstick = "Beside pretraining every fine-tuning looks cheap; the yardstick for an adapter is full fine-tuning.";
         blocks.push(Block::Paragraph(yardstick.to_string()));
@@ -175,15 +165,18 @@ fn comparison(report: &Report) -> Vec<Block> {
     blocks
 }
 
-/// What a baseline that was trained showed at equal energy and at equal loss.
-fn at_equal(baseline: &Baseline) -> Vec<String> {
-    let name = kind_words(baseline.kind);
-    let loss = baseline
-        .val_loss_at_equal_energy
-        .map(|loss| format!("{name}: validation loss {} after the same energy", show::number(loss)));
-    let energy =
-        baseline.energy_to_equal_loss_j.map(|joules| format!("{name}: {} to the same validation loss", show::energy(joules)));
-    loss.into_iter().chain(energy).collect()
+/// " (1.2 to 1.3)"; nothing where it is not known or does not show.
+fn ratio_bounds(baseline: &Baseline) -> String {
+    let bounds = baseline.low_ratio.map(show::times).zip(baseline.high_ratio.map(show::times));
+    bounds.filter(|(low, high)| low != high).map_or_else(String::new, |(low, high)| format!(" ({low} to {high})"))
+}
+
+/// How far a baseline's energy and emissions may be off.
+fn between(baseline: &Baseline) -> Option<String> {
+    let energy = show::between(baseline.low_j, baseline.high_j, |joules| joules.to_string());
+    let carbon = show::between(baseline.low_gco2e, baseline.high_gco2e, show::carbon);
+    let both: Vec<String> = [energy, carbon].into_iter().flatten().collect();
+    (!both.is_empty()).then(|| format!("{}: {}", kind_words(baseline.kind), both.join(", ")))
 }
 
 /// A baseline's name on a page.
@@ -198,7 +191,8 @@ pub fn kind_words(kind: BaselineKind) -> &'static str {
 fn budget(report: &Report) -> Vec<Block> {
     let entries = entries(&report.budget);
     if entries.is_empty() {
-        return vec![Block::Paragraph("The recipe set no budget.".to_string())];
+        let none = Block::Paragraph("The recipe set no budget.".to_string());
+        return [none].into_iter().chain(money(report).map(Block::Paragraph)).collect();
     }
     let mut table = Table::new(&["budget", "allowed", "spent", "used", "stopped the run"]);
     for entry in entries {
@@ -206,13 +200,34 @@ fn budget(report: &Report) -> Vec<Block> {
         table.row([entry.name.to_string(), entry.allowed, entry.spent, entry.used, stopped.to_string()]);
     }
     let mut blocks = vec![Block::Table(table)];
-    blocks.extend(report.budget.overshoot_j.map(|over| {
-        Block::Paragraph(match over.0 > 0.0 {
-            true => format!("The energy budget was passed by {}.", show::energy(over)),
-            false => "The energy budget was not passed.".to_string(),
-        })
-    }));
+    blocks.extend(money(report).map(Block::Paragraph));
+    blocks.extend(report.budget.overshoot_j.map(|over| Block::Paragraph(passed(over, report.budget.margin_j))));
     blocks
+}
+
+/// By how much an energy budget was passed, and by how much at most it could have been.
+fn passed(over: Joules, margin: Option<Joules>) -> String {
+    let passed = match over.0 > 0.0 {
+        true => format!("The energy budget was passed by {}.", show::energy(over)),
+        false => "The energy budget was not passed.".to_string(),
+    };
+    match margin.filter(|margin| margin.0 > 0.0) {
+        Some(margin) => {
+            let margin = show::energy(margin);
+            format!(
+                "{passed} On a sensor a step's cost is predicted: the last step and what followed it cost {margin} more than that."
+            )
+        }
+        None => passed,
+    }
+}
+
+/// What the run cost, where there was a price.
+fn money(report: &Report) -> Option<String> {
+    let budget = &report.budget;
+    let between = show::between(budget.spent_low.cost.clone(), budget.spent_high.cost.clone(), |money| money.to_string());
+    let between = between.map_or_else(String::new, |between| format!(", {between} with the coefficients at their bounds"));
+    budget.spent.cost.as_ref().map(|cost| format!("At the recipe's price the run cost {cost}{between}."))
 }
 
 fn emissions(report: &Report) -> Vec<Block> {
@@ -223,14 +238,18 @@ fn emissions(report: &Report) -> Vec<Block> {
         ("facility overhead", format!("{} (PUE {})", show::energy(carbon.pue * total - total), show::number(carbon.pue.value()))),
         ("facility energy", show::energy(carbon.pue * total)),
         ("grid", format!("`{}`, {} gCO2e/kWh, {year}", carbon.grid, show::number(carbon.gco2e_per_kwh.0))),
-        ("emitted", show::carbon(carbon.gco2e)),
     ];
-    if let (Some(low), Some(high)) = (carbon.low_gco2e, carbon.high_gco2e) {
-        rows.push(("between", format!("{} and {}", show::carbon(low), show::carbon(high))));
-    }
-    if let Some(embodied) = carbon.embodied_gco2e {
-        rows.push(("device's manufacture, not included", show::carbon(embodied)));
-    }
+    rows.extend(carbon.place.iter().map(|place| ("the grid's place", place.clone())));
+    rows.extend(carbon.basis.iter().map(|basis| ("what its intensity counts", basis.clone())));
+    rows.push(("emitted", show::carbon(carbon.gco2e)));
+    let bounds = show::between(carbon.low_gco2e, carbon.high_gco2e, show::carbon);
+    rows.extend(bounds.map(|bounds| ("with the coefficients at their bounds", bounds)));
+    let made = match carbon.embodied_gco2e {
+        Some(embodied) => show::carbon(embodied),
+        None => "not known for this device".to_string(),
+    };
+    rows.push(("the device's manufacture, not included", made));
+    rows.extend(carbon.dataset_sha256.iter().map(|hash| ("SHA-256 of the grid tables", format!("`{hash}`"))));
     vec![pairs(["emissions of the electricity", "value"], rows)]
 }
 

@@ -103,6 +103,12 @@ pub fn counted(value: u64, noun: &str) -> String {
     format!("{} {noun}{plural}", count(value))
 }
 
+/// "between 2 J and 4 J", where both ends are known and are not written alike.
+pub fn between<T>(low: Option<T>, high: Option<T>, form: impl Fn(T) -> String) -> Option<String> {
+    let (low, high) = (form(low?), form(high?));
+    (low != high).then(|| format!("between {low} and {high}"))
+}
+
 /// `value` as `form` writes it, or [`UNKNOWN`].
 pub fn or_unknown<T, S: Display>(value: Option<T>, form: impl FnOnce(T) -> S) -> String {
     value.map_or_else(|| UNKNOWN.to_string(), |value| form(value).to_string())

@@ -5,7 +5,7 @@
 
 use super::budget::entries;
 use super::show;
-use super::types::{AdapterType, BaselineKind, Meter, Report};
+use super::types::{AdapterType, Baseline, BaselineKind, Meter, Report};
 use crate::units::Joules;
 
 /// The paragraph.
@@ -21,8 +21,11 @@ fn cost(report: &Report) -> Option<String> {
         (AdapterType::Lora, None) => format!("Specialising `{}` with a LoRA adapter", report.model.id),
         (AdapterType::None, _) => format!("Training every weight of `{}`", report.model.id),
     };
+    let bounds = show::between(carbon.low_gco2e, carbon.high_gco2e, show::carbon);
+    let bounds = bounds.map_or_else(String::new, |bounds| format!(" ({bounds})"));
+    let money = report.budget.spent.cost.as_ref().map_or_else(String::new, |cost| format!(", for {cost}"));
     Some(format!(
-        "{what} took {} in {}, {} of energy ({}) and {} on the grid `{}`.",
+        "{what} took {} in {}, {} of energy ({}) and {}{bounds} on the grid `{}`{money}.",
         show::counted(training.steps, "step"),
         show::time(training.wall_s),
         show::energy(energy.total_j),
@@ -44,8 +47,9 @@ fn bought(report: &Report) -> Option<String> {
 }
 
 fn against(report: &Report) -> Option<String> {
-    let mut kinds = [BaselineKind::FullFineTuning, BaselineKind::FromScratchSameTask, BaselineKind::Pretraining].into_iter();
-    let clauses: Vec<String> = kinds.by_ref().filter_map(|kind| clause(report, kind)).collect();
+    let kinds = [BaselineKind::FullFineTuning, BaselineKind::FromScratchSameTask, BaselineKind::Pretraining];
+    let of_kind = |kind| report.baselines.iter().filter(move |baseline| baseline.kind == kind);
+    let clauses: Vec<String> = kinds.into_iter().flat_map(of_kind).filter_map(clause).collect();
     match clauses.as_slice() {
         [] => Some("It was not compared with any other way of training.".to_string()),
         [one] => Some(format!("For comparison, {one}.")),
@@ -53,20 +57,23 @@ fn against(report: &Report) -> Option<String> {
     }
 }
 
-fn clause(report: &Report, kind: BaselineKind) -> Option<String> {
-    let baseline = report.baselines.iter().find(|baseline| baseline.kind == kind)?;
+fn clause(baseline: &Baseline) -> Option<String> {
     let label = show::word(baseline.label);
     if let Some(loss) = baseline.val_loss_at_equal_energy.filter(|loss| loss.is_finite()) {
-        return Some(format!("the same energy spent from random weights reached a loss of {} ({label})", show::number(loss)));
+        let how = if baseline.kind == BaselineKind::FullFineTuning { "on every weight" } else { "from random weights" };
+        return Some(format!("the same energy spent {how} reached a loss of {} ({label})", show::number(loss)));
     }
-    let ratio = show::times(baseline.ratio.filter(|ratio| ratio.is_finite())?);
-    Some(match kind {
+    // What a baseline that was cut short spent is no price of anything.
+    let ratio = show::times(baseline.ratio.filter(|ratio| ratio.is_finite() && baseline.measured.is_none())?);
+    let bounds = show::between(baseline.low_ratio, baseline.high_ratio, show::times);
+    let how = bounds.map_or_else(|| label.clone(), |bounds| format!("{label}, {bounds}"));
+    Some(match baseline.kind {
         BaselineKind::FullFineTuning => {
-            format!("training every weight on the same data takes {ratio} times the energy ({label})")
+            format!("training every weight on the same data takes {ratio} times the energy ({how})")
         }
-        BaselineKind::FromScratchSameTask => format!("training from random weights takes {ratio} times the energy ({label})"),
+        BaselineKind::FromScratchSameTask => format!("training from random weights takes {ratio} times the energy ({how})"),
         BaselineKind::Pretraining => {
-            format!("pretraining the model takes {ratio} times the energy on this device ({label})")
+            format!("pretraining the model takes {ratio} times the energy on this device ({how})")
         }
     })
 }

@@ -8,6 +8,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::inference::Inference;
+use super::measured::{CurvePoint, MeasuredBaseline};
+use super::memory::Memory;
+use super::parts::{CountedParts, Factor};
+use super::reconciliation::{ProfileFactor, Reconciliation};
 use super::stop::StopReason;
 use crate::units::{Bytes, Flops, GramsCo2e, GramsPerKwh, Joules, Money, Pue, Seconds};
 
@@ -30,8 +35,14 @@ pub struct Report {
     pub carbon: Carbon,
     /// Against what it is compared.
     pub baselines: Vec<Baseline>,
+    /// What memory it was forecast to take.
+    #[serde(default)]
+    pub memory: Option<Memory>,
     /// Where it ran.
     pub environment: Environment,
+    /// What the model takes once it is in use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inference: Option<Inference>,
     /// What a reader should know before trusting the rest.
     #[serde(default)]
     pub warnings: Vec<String>,
@@ -144,6 +155,9 @@ pub struct Training {
     /// The kept best checkpoint.
     #[serde(default)]
     pub best: Option<Best>,
+    /// Loss against training energy, where a baseline was trained to be held against it; `steps.jsonl` has every step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub curve: Vec<CurvePoint>,
 }
 
 /// Which of the three meters a figure comes from.
@@ -194,17 +208,6 @@ pub struct Absent {
     pub remedy: String,
 }
 
-/// What the counted energy is made of.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct CountedParts {
-    /// FLOPs times energy per FLOP.
-    pub arithmetic_j: Joules,
-    /// Bytes times energy per byte.
-    pub movement_j: Joules,
-    /// Idle power times roofline time.
-    pub idle_j: Joules,
-}
-
 /// The `energy` block: the machine's own, before the facility's overhead.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Energy {
@@ -228,6 +231,12 @@ pub struct Energy {
     /// What the counted energy is made of; sums to `counted_j`.
     #[serde(default)]
     pub counted_parts: Option<CountedParts>,
+    /// What the counted energy was multiplied with, where the device profile keeps such a factor.
+    #[serde(default)]
+    pub profile_factor: Option<ProfileFactor>,
+    /// Measured against counted, where there are counters.
+    #[serde(default)]
+    pub reconciliation: Option<Reconciliation>,
     /// Executed FLOPs of matrix products and attention.
     pub flops: u64,
     /// Bytes moved to and from main memory, by the profile's model.
@@ -237,6 +246,9 @@ pub struct Energy {
     pub bytes_by_level: BTreeMap<String, Bytes>,
     /// The device profile.
     pub device: String,
+    /// The profile's coefficients, each with its source.
+    #[serde(default)]
+    pub factors: Vec<Factor>,
 }
 
 /// An amount of each thing a budget can limit; `None`: not limited, or not known.
@@ -261,8 +273,17 @@ pub struct Budget {
     pub limits: Amounts,
     /// What was spent, crashed runs included.
     pub spent: Amounts,
+    /// The least that was spent, where a coefficient is uncertain: energy, emissions and, at a price of energy, money.
+    #[serde(default)]
+    pub spent_low: Amounts,
+    /// The most.
+    #[serde(default)]
+    pub spent_high: Amounts,
     /// How far the energy budget was passed; zero on the counted meter; `None` without an energy budget.
     pub overshoot_j: Option<Joules>,
+    /// What the last step and everything after it cost more than predicted: no energy budget is passed by more.
+    #[serde(default)]
+    pub margin_j: Option<Joules>,
 }
 
 /// The `carbon` block: `gco2e = total_j x pue x gco2e_per_kwh`.
@@ -279,6 +300,9 @@ pub struct Carbon {
     /// The device's share of its own manufacture; not part of `gco2e`.
     #[serde(default)]
     pub embodied_gco2e: Option<GramsCo2e>,
+    /// What that share rests on.
+    #[serde(default)]
+    pub embodied_source: Option<String>,
     /// The grid's code.
     pub grid: String,
     /// Its intensity.
@@ -292,6 +316,18 @@ pub struct Carbon {
     /// Who published it.
     #[serde(default)]
     pub source: Option<String>,
+    /// The place in words.
+    #[serde(default)]
+    pub place: Option<String>,
+    /// What the intensity counts: production or consumption, direct or life cycle.
+    #[serde(default)]
+    pub basis: Option<String>,
+    /// The intensity's licence.
+    #[serde(default)]
+    pub licence: Option<String>,
+    /// The SHA-256 of the tables it was looked up in; `None` for a number of the user's own.
+    #[serde(default)]
+    pub dataset_sha256: Option<String>,
 }
 
 fn at_least_one<'de, D: Deserializer<'de>>(input: D) -> Result<Pue, D::Error> {
@@ -340,6 +376,24 @@ pub struct Baseline {
     pub gco2e: Option<GramsCo2e>,
     /// Its energy over this run's.
     pub ratio: Option<f64>,
+    /// A lower bound of `energy_j`.
+    #[serde(default)]
+    pub low_j: Option<Joules>,
+    /// An upper bound of `energy_j`.
+    #[serde(default)]
+    pub high_j: Option<Joules>,
+    /// A lower bound of `gco2e`.
+    #[serde(default)]
+    pub low_gco2e: Option<GramsCo2e>,
+    /// An upper bound of `gco2e`.
+    #[serde(default)]
+    pub high_gco2e: Option<GramsCo2e>,
+    /// A lower bound of `ratio`; narrower than the energies', whose error both sides share where both are counted.
+    #[serde(default)]
+    pub low_ratio: Option<f64>,
+    /// An upper bound of `ratio`.
+    #[serde(default)]
+    pub high_ratio: Option<f64>,
     /// Who says so, or which formula.
     pub source: String,
     /// What has to hold for it.
@@ -348,9 +402,12 @@ pub struct Baseline {
     /// Its validation loss after this run's energy, nats per loss token.
     #[serde(default)]
     pub val_loss_at_equal_energy: Option<f64>,
-    /// The energy it takes to this run's validation loss.
+    /// The training energy it takes to this run's validation loss; `measured` says whether it was reached or extrapolated.
     #[serde(default)]
     pub energy_to_equal_loss_j: Option<Joules>,
+    /// How it went, where it was trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<MeasuredBaseline>,
 }
 
 /// The `environment` block.

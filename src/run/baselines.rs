@@ -5,22 +5,29 @@ use serde_json::Value;
 use super::prepare::Prepared;
 use super::trainee::base_name;
 use crate::energy::baseline::{BaselineKind, Label, Shape};
-use crate::energy::{Baseline, Charge, baseline};
+use crate::energy::{Baseline, Charge, Parts, baseline};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::ops::adamw_cost;
-use crate::recipe::{FromScratch, Init};
+use crate::recipe::{Compared, Init};
 use crate::units::{Flops, Joules};
 use crate::work::Work;
 
-/// Full fine-tuning over the same `steps` and `evaluations`, and pretraining; each against `spent`.
-pub(super) fn baselines(prepared: &Prepared, steps: u64, evaluations: usize, spent: Joules) -> Result<Vec<Baseline>> {
+/// Full fine-tuning over the same `steps` and `evaluations`, and pretraining; each against `spent`, which is made of `parts` where it
+/// was counted.
+pub(super) fn baselines(
+    prepared: &Prepared,
+    steps: u64,
+    evaluations: usize,
+    spent: Joules,
+    parts: Option<&Parts>,
+) -> Result<Vec<Baseline>> {
     let mut all = Vec::new();
-    if !prepared.whole_model() {
-        all.push(full_fine_tuning(prepared, steps, evaluations)?.against(spent));
+    if !prepared.whole_model() && prepared.recipe.baseline.full_fine_tuning != Compared::Off {
+        all.push(full_fine_tuning(prepared, steps, evaluations)?.against(spent, parts));
     }
-    if prepared.recipe.baseline.from_scratch != FromScratch::Off {
-        all.push(pretraining(prepared)?.against(spent));
+    if prepared.recipe.baseline.from_scratch != Compared::Off {
+        all.push(pretraining(prepared)?.against(spent, parts));
     }
     Ok(all)
 }
@@ -47,6 +54,7 @@ fn full_fine_tuning(prepared: &Prepared, steps: u64, evaluations: usize) -> Resu
     let (flops, energy, rates) = (Flops(total.flops as f64), total.energy.joules(), prepared.budget.rates());
     let source = "counted: the same batches and evaluations, every weight trained";
     let mut baseline = Baseline::known(BaselineKind::FullFineTuning, Label::Counted, flops, energy, rates, source);
+    baseline.parts = Some(total.parts());
     baseline.assumptions = vec![
         format!("{steps} steps on the same records, the same device ({})", prepared.profile.name),
         "as many steps as this run; full fine-tuning may need fewer or more to the same loss".to_string(),

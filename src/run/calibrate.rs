@@ -14,7 +14,7 @@ use super::Screen;
 use super::machine::memory;
 use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
-use crate::energy::{Measured, MeasuredPower, Profile};
+use crate::energy::{Counters, Measured, MeasuredPower, Profile};
 use crate::error::{Error, Result};
 use crate::ops::dtype;
 use crate::units::{Bytes, MicroJoules, Seconds, Watts};
@@ -46,7 +46,7 @@ pub struct Calibrator {
     base: Profile,
     name: String,
     device: Device,
-    counter: Option<Box<dyn Sensor>>,
+    counter: Option<Counters>,
     notes: Vec<String>,
 }
 
@@ -80,6 +80,7 @@ impl Calibrator {
         base.calibrated(&name, &as_it_is).map_err(|e| e.hint("give another name: `--name my-machine`"))?;
         let mut notes: Vec<String> = base.note.iter().map(|note| format!("nearest profile {}: {note}", base.name)).collect();
         let counter = counter(&base, computing).map_err(|why| notes.push(format!("power is the nearest profile's: {why}"))).ok();
+        let counter = counter.map(|counter| Counters::new(vec![counter]));
         Ok(Self { base, name, device, counter, notes })
     }
 
@@ -123,25 +124,25 @@ impl Calibrator {
 
     /// Runs `work`; the second value is the mean power meanwhile, where there is a counter that can be read.
     fn drawing<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Option<Watts>)> {
-        let before = self.counter.as_mut().map(|counter| counter.read());
+        let mark = self.counter.as_mut().map(Counters::mark);
         let start = Instant::now();
         let done = work()?;
-        let wall = start.elapsed().as_secs_f64();
-        let after = self.counter.as_mut().map(|counter| counter.read());
-        let watts = match (before, after) {
-            (Some(Ok(before)), Some(Ok(after))) => Some(mean_power(before, after, wall)),
-            (Some(Err(gap)), _) | (_, Some(Err(gap))) => {
+        let wall = Seconds(start.elapsed().as_secs_f64());
+        let energy = self.counter.as_mut().zip(mark).map(|(counter, mark)| counter.since(&mark));
+        let watts = match energy {
+            Some(Ok(energy)) => Some(mean_power(energy, wall)),
+            Some(Err(gap)) => {
                 self.notes.push(format!("a reading of power is missing: {}", gap.reason));
                 None
             }
-            _ => None,
+            None => None,
         };
         Ok((done, watts))
     }
 
     /// Idle and load power where both were measured and make sense together.
     fn power(&mut self, idle: Option<Watts>, load: Option<Watts>) -> Option<MeasuredPower> {
-        let counter = self.counter.as_ref()?.name().to_string();
+        let counter = self.counter.as_ref()?.names().join(", ");
         let (idle, load) = idle.zip(load)?;
         if load > idle {
             return Some(MeasuredPower { idle, load, counter });
@@ -151,8 +152,8 @@ impl Calibrator {
     }
 }
 
-fn mean_power(before: MicroJoules, after: MicroJoules, wall: f64) -> Watts {
-    Watts(after.saturating_sub(before).joules().0 / wall)
+fn mean_power(energy: MicroJoules, wall: Seconds) -> Watts {
+    Watts(energy.joules().0 / wall.0)
 }
 
 /// The device's own counter, or why there is none.
@@ -293,7 +294,7 @@ mod tests {
 
     fn calibrator(script: Vec<Result<u64, Gap>>) -> Calibrator {
         let mut calibrator = Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Cpu).unwrap();
-        calibrator.counter = Some(Box::new(Scripted(script)));
+        calibrator.counter = Some(Counters::new(vec![Box::new(Scripted(script))]));
         calibrator.notes.clear();
         calibrator
     }
@@ -301,7 +302,7 @@ mod tests {
     #[test]
     fn power_is_what_the_counter_rose_by_over_the_time_it_took() {
         // 6 J in 2 s.
-        assert_eq!(mean_power(MicroJoules(1_000_000), MicroJoules(7_000_000), 2.0), Watts(3.0));
+        assert_eq!(mean_power(MicroJoules(6_000_000), Seconds(2.0)), Watts(3.0));
         // Idle, then f32, then bf16: nothing, 5 J, 9 J. Load is the higher power of the two; both windows are at least 10 ms long.
         let readings = [0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok);
         let done = calibrator(readings.into()).measure(QUICK, &mut Blank).unwrap();
@@ -315,8 +316,9 @@ mod tests {
     #[test]
     fn a_counter_that_fails_or_makes_no_sense_leaves_the_profile_its_power() {
         let pi = Profile::named("raspberry-pi-5").unwrap();
-        let gap = || Err(Gap { reason: "told to fail".to_string() });
-        let failing = vec![Ok(0), gap(), Ok(0), gap(), Ok(0), gap()];
+        let gap = || Err(Gap::unread("told to fail"));
+        // Each window's end is read twice before it is given up.
+        let failing = vec![Ok(0), gap(), gap(), Ok(0), gap(), gap(), Ok(0), gap(), gap()];
         // More power idle than under load.
         let upside_down = [0, 9_000_000, 9_000_000, 9_000_000, 9_000_000, 9_000_000].map(Ok).into();
         for (script, words) in [(failing, "told to fail"), (upside_down, "idle")] {

@@ -64,6 +64,11 @@ impl RunDirectory {
         self.0.join("checkpoints")
     }
 
+    /// `baselines/NAME`: the ledger and steps of a baseline that was trained.
+    pub fn baseline(&self, name: &str) -> PathBuf {
+        self.0.join("baselines").join(name)
+    }
+
     /// `adapter/`, or `model/` where every weight was trained.
     pub fn result(&self, whole_model: bool) -> PathBuf {
         self.0.join(if whole_model { "model" } else { crate::report::files::ADAPTER_DIR })

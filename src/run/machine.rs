@@ -84,6 +84,11 @@ pub(super) fn memory() -> Option<(Bytes, Bytes)> {
     (all > 0).then_some((Bytes(free), Bytes(all)))
 }
 
+/// Memory that can still be taken.
+pub(super) fn free_memory() -> Option<Bytes> {
+    memory().map(|(free, _)| free)
+}
+
 /// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not say.
 pub(super) fn free_disk(path: &Path) -> Option<Bytes> {
     let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")).canonicalize().ok()?;

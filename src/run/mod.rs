@@ -2,29 +2,36 @@
 //!
 //! `prepare` turns a recipe into everything a run needs before weights are read (preflight); `plan` says what that run will cost;
 //! `trainee` puts the model together; `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`,
-//! `merge`, `probe` and `calibrate` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
+//! `merge`, `probe`, `calibrate` and `reconcile` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
 
 mod baseline_of;
 mod baselines;
 mod calibrate;
+mod choices;
 mod directory;
 mod evaluate;
 mod generate;
 mod inference;
 mod machine;
+mod measured;
 mod merge;
 mod model;
 mod options;
 mod plan;
 mod prepare;
 mod probe;
+mod reconcile;
 mod reporting;
 mod sample;
+mod serving;
+mod spending;
 mod trainee;
 mod training;
+mod watch;
 
 pub use baseline_of::{BaselineOf, BaselineRequest, Printed, baseline_of};
 pub use calibrate::{Calibration, Calibrator, Effort};
+pub use choices::Choice;
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
 pub use generate::{Generated, GenerationJob, generate};
@@ -35,6 +42,7 @@ pub use model::{find_model, tokenizer_of};
 pub use plan::{Plan, plan};
 pub use prepare::{Prepared, prepare};
 pub use probe::{Probe, plan_with_probe};
+pub use reconcile::{Reconciled, reconcile};
 pub use training::{Finished, TrainRequest, train};
 
 // What the command line speaks of: it imports this room, `recipe` and `report` alone.

@@ -3,22 +3,22 @@
 use serde_json::{Value, json};
 
 use super::baselines::baselines;
+use super::choices::{Choice, choices};
 use super::machine;
+use super::measured::{asked, expected};
 use super::options::meter;
 use super::prepare::Prepared;
-use super::reporting::{adapter_block, amounts, baseline_blocks, carbon_block, data_block, model_block, stop_reason};
+use super::reporting::{adapter_block, baseline_blocks, data_block, model_block, stop_reason};
 use super::sample::sample_prompt;
+use super::spending::{budget_block, carbon_block, counted_parts, interval, memory_block, profile_factor};
 use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
 use crate::error::{Error, Kind, Result};
-use crate::model::MemoryForecast;
+use crate::report::types::BaselineKind;
 use crate::train::{Costs, Forecast, Standing, Stop, forecast};
-use crate::units::{Joules, Seconds};
+use crate::units::{Joules, MicroJoules};
 use crate::work::Work;
-
-/// A power model made from rated power is wrong by 27 to 37 % on average (Newkirk et al. 2025, arXiv:2506.14551): the interval's factor.
-const UNCERTAINTY: f64 = 1.37;
 
 /// A forecast.
 #[derive(Debug)]
@@ -29,14 +29,11 @@ pub struct Plan {
     pub stop: Stop,
     /// Energy on the counted meter, all phases.
     pub energy: Joules,
+    /// What each choice beside the recipe's own would cost.
+    pub choices: Vec<Choice>,
     /// The whole forecast, block by block.
     pub json: Value,
     least: Option<(Limit, String)>,
-}
-
-/// The energy interval around a counted figure.
-pub(super) fn interval(central: Joules) -> (Joules, Joules) {
-    (central / UNCERTAINTY, central * UNCERTAINTY)
 }
 
 /// Plays the run through without training.
@@ -65,8 +62,12 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
         Stop::Budget(limit) if run.steps == 0 => Some((*limit, least_needed(&costs, prepared, before))),
         _ => None,
     };
-    let json = to_json(prepared, kind, &run, &phases, &total)?;
-    Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), json, least })
+    let training: Charge = run.phases.iter().filter(|(phase, _)| *phase == Phase::Train).map(|(_, charge)| charge.clone()).sum();
+    let choices = choices(prepared, run.steps, &training)?;
+    let mut json = to_json(prepared, kind, &run, &phases, &total)?;
+    json["choices"] = json!(choices);
+    json["measured_baselines"] = measured_baselines(prepared, training.energy)?;
+    Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), choices, json, least })
 }
 
 fn spent(charge: &Charge) -> Spent {
@@ -98,25 +99,44 @@ impl Plan {
     }
 }
 
-/// A memory forecast's block.
-pub(super) fn memory_block(memory: &MemoryForecast) -> Value {
+/// What the baselines that are to be trained after the run will take, apart from its own energy.
+fn measured_baselines(prepared: &Prepared, training: MicroJoules) -> Result<Value> {
+    let block = |kind: BaselineKind| -> Result<Value> {
+        let (least, most) = expected(prepared, kind, training)?;
+        let budget = prepared.recipe.baseline.budget;
+        Ok(json!({ "kind": kind, "energy_j": { "equal_energy": least, "most": most }, "budget_j": budget }))
+    };
+    asked(&prepared.recipe).map(block).collect()
+}
+
+/// What fits the budget and what it will cost, each figure low, central and high.
+fn forecast_block(prepared: &Prepared, run: &Forecast, total: &Charge) -> Value {
+    let central = total.energy.joules();
+    let energy = interval(MeterKind::Counted, central);
+    let (grams, rates) = (carbon_block(prepared, energy, total.time), prepared.budget.rates());
+    let cost = rates.price.as_ref().map(|price| {
+        let of = |energy: Joules| price.of(rates.pue * energy, total.time);
+        json!({ "low": of(energy.low), "central": of(central), "high": of(energy.high) })
+    });
     json!({
-        "peak_bytes": memory.peak(),
-        "weights": memory.weights,
-        "trained": memory.trained,
-        "activations": memory.activations,
-        "temporaries": memory.temporaries,
-        "available_bytes": machine::memory().map(|(free, _)| free),
+        "energy_j": energy,
+        "carbon_gco2e": { "low": grams.low_gco2e, "central": grams.gco2e, "high": grams.high_gco2e },
+        "cost": cost,
+        "wall_s": total.time,
+        "steps_affordable": run.steps,
+        "tokens_affordable": run.tokens.0,
     })
 }
 
 fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phase, Charge)], total: &Charge) -> Result<Value> {
     let central = total.energy.joules();
-    let (low, high) = interval(central);
+    // A plan is counted, whatever meter the run will go by.
+    let energy = interval(MeterKind::Counted, central);
+    let parts = total.parts();
     let by_phase: serde_json::Map<String, Value> =
         phases.iter().map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules()))).collect();
     let evaluations = run.evaluations + usize::from(!prepared.validation_batches.is_empty());
-    let baselines = baselines(prepared, run.steps, evaluations, central)?;
+    let baselines = baselines(prepared, run.steps, evaluations, central, Some(&parts))?;
     let spent = Spent { energy: total.energy, flops: total.flops, time: total.time };
     let pjoule = |energy: Joules| json!(energy);
     Ok(json!({
@@ -139,21 +159,16 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
             "flops": total.flops,
             "bytes": total.bytes.get(crate::energy::charge::DRAM),
             "bytes_by_level": total.bytes,
-            "arithmetic_j": total.arithmetic,
-            "movement_j": total.movement,
-            "idle_j": total.idle,
+            "counted_parts": counted_parts(&prepared.profile, &parts, &total.bytes, Joules::ZERO),
             "device": prepared.profile.name,
+            "profile_factor": profile_factor(&prepared.profile),
         },
-        "budget": { "limits": amounts(prepared.budget.limits()), "spent": super::reporting::spent_amounts(prepared, &spent) },
-        "carbon": carbon_block(prepared, central),
-        "baselines": baseline_blocks(&baselines),
+        "budget": budget_block(prepared, &spent, energy),
+        "carbon": carbon_block(prepared, energy, total.time),
+        "baselines": baseline_blocks(&baselines, prepared),
         "environment": machine::environment(),
-        "memory": memory_block(&prepared.memory),
-        "forecast": {
-            "energy_j": { "low": low, "central": central, "high": high },
-            "wall_s": Seconds(total.time.0),
-            "steps_affordable": run.steps,
-        },
+        "memory": memory_block(&prepared.memory, machine::free_memory()),
+        "forecast": forecast_block(prepared, run, total),
         "warnings": prepared.warnings,
     }))
 }

@@ -7,6 +7,7 @@ use candle_core::Device;
 use sha2::{Digest, Sha256};
 
 use super::machine;
+use super::measured::asked;
 use super::model::{cache_root, find_model, tokenizer_of};
 use super::options::{data_options, decided, limits, lora_settings, meter, sampler_options, settings};
 use crate::adapter::{self, Loaded, LoraSettings, Site};
@@ -77,6 +78,8 @@ pub struct Prepared {
     pub grid: Grid,
     /// What may be spent.
     pub budget: Budget,
+    /// Tokens of the largest micro-batch, as far as it was looked for.
+    pub longest_batch: usize,
     /// What memory it will take.
     pub memory: MemoryForecast,
     /// What a person should know before starting.
@@ -98,7 +101,7 @@ impl Prepared {
 /// Runs the whole preflight of `recipe` for `device`.
 pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progress: &dyn Progress) -> Result<Prepared> {
     machine::check_precision(device, recipe.model.dtype)?;
-    refuse_what_is_not_there_yet(&recipe)?;
+    refuse_adapter_on_random_weights(&recipe)?;
     let profile = Profile::resolve(&recipe.energy.device, std::path::Path::new(""), computing)?;
     let grid = Grid::find(&recipe.energy.grid)?;
     let rates = Rates { grid: grid.gco2e_per_kwh, pue: recipe.energy.pue, price: recipe.energy.price.clone() };
@@ -130,6 +133,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         Recompute::Blocks => Checkpointing::Always,
         Recompute::Nothing => Checkpointing::Never,
     };
+    check_measured_baselines(&recipe, &architecture, tokens)?;
     if recipe.energy.device == "auto" {
         recipe.energy.device.clone_from(&profile.name);
     }
@@ -153,20 +157,13 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         profile,
         grid,
         budget,
+        longest_batch: tokens,
         memory,
         warnings,
     })
 }
 
-pub(super) fn refuse_what_is_not_there_yet(recipe: &Recipe) -> Result<()> {
-    if recipe.baseline.from_scratch == recipe::FromScratch::Measured {
-        return Err(Error::new(Kind::Recipe, "the from-scratch baseline cannot be measured yet")
-            .at("baseline.from_scratch")
-            .value("measured")
-            .hint(
-                "write `from_scratch = \"counted\"`, or train a second recipe with `init = \"random\"` and compare the two runs",
-            ));
-    }
+pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
     if recipe.model.init == Init::Random && matches!(recipe.adapter, Adapter::Lora(_)) {
         return Err(Error::new(Kind::Recipe, "an adapter cannot be trained on random weights")
             .at("model.init")
@@ -285,6 +282,16 @@ fn longest_batch(sampler: &Sampler, validation: &[MicroBatch]) -> usize {
     let steps = 0..sampler.steps_per_epoch().min(LOOKED_AT);
     let trained = steps.flat_map(|step| sampler.step_shape(step)).map(|shape| shape.tokens());
     trained.chain(validation.iter().map(|batch| batch.tokens.len())).max().unwrap_or(0)
+}
+
+/// A baseline trains every weight after the run, in the run's own way with activations: it must fit in memory too. The recipe's
+/// `activation_checkpointing` is resolved.
+fn check_measured_baselines(recipe: &Recipe, architecture: &Architecture, tokens: usize) -> Result<()> {
+    if asked(recipe).next().is_none() {
+        return Ok(());
+    }
+    let fitted = recompute(recipe, architecture, &Target::All, tokens, &mut Vec::new());
+    fitted.map(|_| ()).map_err(|e| e.at("[baseline]: a measured baseline trains every weight"))
 }
 
 /// Whether activations are recomputed (`auto`: only where memory forces it), and the memory forecast; refused where even that does not fit.

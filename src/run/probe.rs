@@ -13,12 +13,12 @@ use rand_chacha::rand_core::Rng;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::machine::{check_precision, peak_rss};
+use super::machine::{check_precision, free_memory, peak_rss};
 use super::model::find_model;
 use super::options::settings;
-use super::plan::memory_block;
-use super::prepare::{Target, check_length, recompute, refuse_what_is_not_there_yet, target};
+use super::prepare::{Target, check_length, recompute, refuse_adapter_on_random_weights, target};
 use super::reporting::{adapter_block, model_block};
+use super::spending::memory_block;
 use super::trainee::{Trainee, adapter_on, decoder_of};
 use super::{Screen, plan, prepare};
 use crate::data::{Example, MicroBatch};
@@ -69,7 +69,7 @@ pub fn plan_with_probe(
         false => json!({
             "model": model_block(&recipe.model.id, &trial.files, &trial.architecture),
             "adapter": adapter_block(&trial.target, &trial.architecture),
-            "memory": memory_block(&trial.memory),
+            "memory": memory_block(&trial.memory, free_memory()),
             "warnings": warnings,
         }),
     };
@@ -113,7 +113,7 @@ impl Trial {
     /// The part of preflight that reads neither tokenizer nor data: a micro-batch is taken to have every row at its full length.
     fn new(recipe: &Recipe, device: &Device, progress: &dyn Progress) -> Result<Self> {
         check_precision(device, recipe.model.dtype)?;
-        refuse_what_is_not_there_yet(recipe)?;
+        refuse_adapter_on_random_weights(recipe)?;
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
         let architecture = Architecture::from_file(&files.config)?;
         let target = target(recipe, &architecture)?;

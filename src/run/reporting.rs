@@ -1,25 +1,25 @@
 //! A run's results into the report's blocks, and the report's files.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::baselines::baselines;
 use super::directory::RunDirectory;
 use super::machine;
-use super::plan::interval;
 use super::prepare::{Prepared, Target};
+use super::serving::inference;
+use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
 use super::trainee::{self, base_name, copy_companions};
 use crate::adapter::PeftConfig;
-use crate::energy::{Account, Baseline, Limits, Phase, Spent, baseline, carbon};
+use crate::energy::{Account, Baseline, Interval, Phase, baseline};
 use crate::error::{Error, Result};
 use crate::hub::ModelFiles;
 use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
-use crate::report::types::{self, Amounts};
+use crate::report::types;
 use crate::report::{CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown, model_card};
 use crate::train::{Checkpoints, Outcome, Stop};
-use crate::units::{Bytes, Flops, Joules, Seconds};
+use crate::units::{Bytes, Joules, Seconds};
 
 /// What a report is made of.
 pub(super) struct Inputs<'a> {
@@ -35,18 +35,32 @@ pub(super) struct Inputs<'a> {
 /// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. A diverged run's values are not
 /// exported: its last checkpoint is the result.
 pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters) -> Result<Report> {
-    let prepared = inputs.prepared;
     let report = report(inputs)?.sealed()?;
     if !matches!(inputs.outcome.stop, Stop::Diverged(_)) {
         write_result(inputs, directory, parameters, &report)?;
     }
-    json::write_report(&directory.report(), &report)?;
-    let write = crate::report::files::write_whole;
-    write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, &report)?)?;
-    let history = History::read(&directory.steps(), &directory.ledger())?;
-    write(&directory.html_page(), &html::to_html(&prepared.recipe.name, &report, &history)?)?;
-    write(&directory.emissions(), &emissions(inputs).to_csv(&report)?)?;
+    write_pages(inputs, directory, &report)?;
     Ok(report)
+}
+
+/// Every file that shows `report`; the model card only where there is a result for it to stand in.
+pub(super) fn write_pages(inputs: &Inputs<'_>, directory: &RunDirectory, report: &Report) -> Result<()> {
+    let (prepared, write) = (inputs.prepared, crate::report::files::write_whole);
+    json::write_report(&directory.report(), report)?;
+    write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, report)?)?;
+    let history = History::read(&directory.steps(), &directory.ledger())?;
+    write(&directory.html_page(), &html::to_html(&prepared.recipe.name, report, &history)?)?;
+    write(&directory.emissions(), &emissions(inputs).to_csv(report)?)?;
+    let result = directory.result(prepared.whole_model());
+    if result.is_dir() {
+        write_card(prepared, &result, report)?;
+    }
+    Ok(())
+}
+
+fn write_card(prepared: &Prepared, dir: &Path, report: &Report) -> Result<()> {
+    let card = model_card::to_model_card(&card_facts(prepared), report)?;
+    crate::report::files::write_whole(&dir.join(crate::report::files::MODEL_CARD), &card)
 }
 
 /// The adapter or model directory, complete or absent.
@@ -60,8 +74,7 @@ fn write_result(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Para
     if !prepared.whole_model() {
         copy_companions(prepared, &draft)?;
     }
-    let card = model_card::to_model_card(&card_facts(prepared), report)?;
-    crate::report::files::write_whole(&draft.join(crate::report::files::MODEL_CARD), &card)?;
+    write_card(prepared, &draft, report)?;
     remove(&place)?;
     std::fs::rename(&draft, &place).map_err(|e| Error::io("rename", &draft, e))
 }
@@ -77,10 +90,13 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let Inputs { prepared, outcome, account, .. } = inputs;
     let standing = &outcome.standing;
     let spent = account.spent();
-    let energy = spent.energy.joules();
+    let energy = interval(account.kind(), spent.energy.joules());
+    let wall = spent.time.max(inputs.wall);
+    let counted = account.kind() == crate::energy::MeterKind::Counted;
     let evaluations = account.by_phase().find(|(phase, _)| *phase == Phase::Eval).map_or(0, |(_, totals)| totals.entries);
     let evaluated = evaluations as usize - 2 * usize::from(inputs.sample.is_some()).min(evaluations as usize / 2);
-    let baselines = baselines(prepared, standing.step, evaluated, energy)?;
+    let parts = counted.then_some(&account.totals().parts);
+    let baselines = baselines(prepared, standing.step, evaluated, energy.central, parts)?;
     let mut warnings = prepared.warnings.clone();
     if let Stop::Diverged(what) = &outcome.stop {
         warnings.push(match inputs.checkpoints.steps()?.last() {
@@ -88,20 +104,23 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
             None => format!("{what}; no result is written, and no checkpoint was saved before"),
         });
     }
+    let inference = inference(prepared, energy.central)?.map_err(|why| warnings.push(why)).ok();
     Ok(Report {
         model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
         adapter: adapter_block(&prepared.target, &prepared.architecture),
         data: data_block(prepared),
-        training: training_block(inputs),
+        training: training_block(inputs, wall),
         energy: energy_block(prepared, account),
         budget: types::Budget {
-            limits: amounts(prepared.budget.limits()),
-            spent: spent_amounts(prepared, &spent),
             overshoot_j: Some(account.overshoot().joules()),
+            margin_j: account.margin().map(|margin| margin.joules()),
+            ..budget_block(prepared, &spent, energy)
         },
-        carbon: carbon_block(prepared, energy),
-        baselines: baseline_blocks(&baselines),
+        carbon: carbon_block(prepared, energy, wall),
+        baselines: baseline_blocks(&baselines, prepared),
+        memory: Some(memory_block(&prepared.memory, None)),
         environment: machine::environment(),
+        inference,
         warnings,
         sample: inputs.sample.clone().map(|((prompt, before), after)| types::Sample { prompt, before, after }),
     })
@@ -154,7 +173,7 @@ pub(super) fn data_block(prepared: &Prepared) -> types::Data {
     }
 }
 
-fn training_block(inputs: &Inputs<'_>) -> types::Training {
+fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
     let (prepared, standing) = (inputs.prepared, &inputs.outcome.standing);
     let after = standing.val_loss_last.filter(|last| last.step == standing.step && last.step > 0);
     let rate = standing.tokens as f64 / standing.train_wall_s;
@@ -168,13 +187,14 @@ fn training_block(inputs: &Inputs<'_>) -> types::Training {
         val_loss_after: after.map(|last| last.val_loss),
         train_loss_last: standing.train_loss_last,
         tokens_per_second: rate.is_finite().then_some(rate),
-        wall_s: inputs.account.spent().time.max(inputs.wall),
+        wall_s: wall,
         peak_rss_bytes: machine::peak_rss(),
         best: standing.best.filter(|best| inputs.checkpoints.path(best.step).is_dir()).map(|best| types::Best {
             step: best.step,
             val_loss: best.val_loss,
             path: checkpoint_name(inputs, best.step),
         }),
+        curve: Vec::new(),
     }
 }
 
@@ -199,96 +219,15 @@ pub(super) fn stop_reason(stop: &Stop) -> StopReason {
     }
 }
 
-fn phase(phase: Phase) -> types::Phase {
-    match phase {
-        Phase::Load => types::Phase::Load,
-        Phase::Train => types::Phase::Train,
-        Phase::Eval => types::Phase::Eval,
-        Phase::Save => types::Phase::Save,
-        Phase::Lost => types::Phase::Lost,
-    }
-}
-
-fn energy_block(prepared: &Prepared, account: &Account) -> types::Energy {
-    use crate::energy::MeterKind;
-    let kind = account.kind();
-    let totals = account.totals();
-    let total = account.spent().energy.joules();
-    let present = |totals: &crate::energy::ledger::Totals| totals.entries > 0;
-    let by_phase: BTreeMap<types::Phase, Joules> = account
-        .by_phase()
-        .filter(|(_, totals)| present(totals))
-        .map(|(p, totals)| (phase(p), totals.on(kind).joules()))
-        .collect();
-    let (low, high) = interval(total);
-    let counted = kind == MeterKind::Counted;
-    let absent = account.meters().absent();
-    types::Energy {
-        meter: match kind {
-            MeterKind::Counted => types::Meter::Counted,
-            MeterKind::Measured => types::Meter::Measured,
-            MeterKind::Timed => types::Meter::Timed,
-        },
-        total_j: total,
-        low_j: counted.then_some(low),
-        high_j: counted.then_some(high),
-        by_phase,
-        meters: types::Meters {
-            counted_j: totals.energy_j.counted.joules(),
-            measured_j: totals.energy_j.measured.map(|energy| energy.joules()),
-            timed_j: Some(totals.energy_j.timed.joules()),
-        },
-        measured_absent: absent.map(|absent| types::Absent { reason: absent.reason.clone(), remedy: absent.remedy.clone() }),
-        counted_parts: None,
-        flops: totals.flops,
-        bytes: totals.bytes.get(crate::energy::charge::DRAM).copied().unwrap_or_default(),
-        bytes_by_level: totals.bytes.iter().map(|(level, bytes)| (level.clone(), *bytes)).collect(),
-        device: prepared.profile.name.clone(),
-    }
-}
-
-pub(super) fn amounts(limits: &Limits) -> Amounts {
-    Amounts {
-        energy_j: limits.energy,
-        carbon_gco2e: limits.carbon,
-        flops: limits.flops,
-        time_s: limits.time,
-        cost: limits.cost.clone(),
-    }
-}
-
-/// What was spent of each thing a budget can limit.
-pub(super) fn spent_amounts(prepared: &Prepared, spent: &Spent) -> Amounts {
-    let rates = prepared.budget.rates();
-    let energy = spent.energy.joules();
-    Amounts {
-        energy_j: Some(energy),
-        carbon_gco2e: Some(carbon(energy, rates.pue, rates.grid)),
-        flops: Some(Flops(spent.flops as f64)),
-        time_s: Some(spent.time),
-        cost: rates.price.as_ref().map(|price| price.of(rates.pue * energy, spent.time)),
-    }
-}
-
-pub(super) fn carbon_block(prepared: &Prepared, energy: Joules) -> types::Carbon {
-    let (grid, rates) = (&prepared.grid, prepared.budget.rates());
-    let (low, high) = interval(energy);
-    types::Carbon {
-        gco2e: carbon(energy, rates.pue, rates.grid),
-        low_gco2e: Some(carbon(low, rates.pue, grid.low.unwrap_or(rates.grid))),
-        high_gco2e: Some(carbon(high, rates.pue, grid.high.unwrap_or(rates.grid))),
-        embodied_gco2e: None,
-        grid: grid.code.clone(),
-        gco2e_per_kwh: rates.grid,
-        pue: rates.pue,
-        year: grid.year,
-        source: Some(grid.source.clone()),
-    }
-}
-
-pub(super) fn baseline_blocks(baselines: &[Baseline]) -> Vec<types::Baseline> {
+/// Each baseline with its bounds: its energy is as uncertain as its label says, its emissions also by the grid's years.
+pub(super) fn baseline_blocks(baselines: &[Baseline], prepared: &Prepared) -> Vec<types::Baseline> {
     use baseline::{BaselineKind, Label};
-    let block = |b: &Baseline| types::Baseline {
+    let bounds = |b: &Baseline| {
+        let energy = if b.label == Label::Measured { Interval::exact(b.energy) } else { Interval::counted(b.energy) };
+        let carbon = carbon_block(prepared, energy, Seconds::ZERO);
+        (Some(energy).filter(|energy| energy.low != energy.high), carbon)
+    };
+    let block = |(b, (energy, carbon)): (&Baseline, (Option<Interval<Joules>>, types::Carbon))| types::Baseline {
         kind: match b.kind {
             BaselineKind::Pretraining => types::BaselineKind::Pretraining,
             BaselineKind::FullFineTuning => types::BaselineKind::FullFineTuning,
@@ -304,12 +243,19 @@ pub(super) fn baseline_blocks(baselines: &[Baseline]) -> Vec<types::Baseline> {
         energy_j: Some(b.energy),
         gco2e: Some(b.gco2e),
         ratio: b.ratio,
+        low_j: energy.map(|energy| energy.low),
+        high_j: energy.map(|energy| energy.high),
+        low_gco2e: carbon.low_gco2e,
+        high_gco2e: carbon.high_gco2e,
+        low_ratio: b.ratio_bounds.map(|[low, _]| low),
+        high_ratio: b.ratio_bounds.map(|[_, high]| high),
         source: b.source.clone(),
         assumptions: b.assumptions.clone(),
         val_loss_at_equal_energy: None,
         energy_to_equal_loss_j: None,
+        measured: None,
     };
-    baselines.iter().map(block).collect()
+    baselines.iter().map(|b| (b, bounds(b))).map(block).collect()
 }
 
 fn card_facts(prepared: &Prepared) -> CardFacts {
@@ -350,20 +296,19 @@ fn emissions(inputs: &Inputs<'_>) -> Emissions {
     let prepared = inputs.prepared;
     let cpu = prepared.profile.kind != crate::energy::profile::DeviceKind::Gpu;
     let total = Some(inputs.account.spent().energy.joules());
-    let (country_iso_code, country_name) = match prepared.grid.code.len() {
-        3 => (Some(prepared.grid.code.clone()), Some(prepared.grid.name.clone())),
-        _ => (None, None),
-    };
+    let grid = &prepared.grid;
+    let (cloud_provider, cloud_region) = grid.code.split_once(':').map(|(p, r)| (p.to_string(), r.to_string())).unzip();
+    let state = grid.code.split_once('-').filter(|_| cloud_region.is_none()).map(|_| grid.name.clone());
     Emissions {
         timestamp: chrono::Local::now().format("%Y-%m-%dT%H:%M:%S").to_string(),
         project_name: prepared.recipe.name.clone(),
         run_id: prepared.digest()[..16].to_string(),
         parts: EnergyParts { cpu: total.filter(|_| cpu), gpu: total.filter(|_| !cpu), ram: None },
-        country_name,
-        country_iso_code,
-        region: None,
-        cloud_provider: None,
-        cloud_region: None,
+        country_name: grid.iso3.as_ref().map(|_| grid.name.clone()),
+        country_iso_code: grid.iso3.clone(),
+        region: state,
+        cloud_provider,
+        cloud_region,
         cpu_count: Some(crate::energy::allowed_cores() as u64),
         gpu_count: (!cpu).then_some(1),
         gpu_model: (!cpu).then(|| prepared.profile.title.clone()),

@@ -97,7 +97,8 @@ pub(super) fn adapter_on(path: &str, sites: &[Site], parameters: &Parameters) ->
     Ok(Some(Lora { a, b, scaling: sites[index].scaling }))
 }
 
-fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, device: &Device) -> Result<Trainee> {
+/// Every weight a slot of the parameters: read from `weights`, or drawn by the recipe's seed.
+pub(super) fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, device: &Device) -> Result<Trainee> {
     let (architecture, seed) = (&prepared.architecture, prepared.recipe.seed);
     let mut tensors = Vec::new();
     for tensor in architecture.tensors() {

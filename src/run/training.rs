@@ -9,18 +9,19 @@ use super::directory::RunDirectory;
 use super::model::fetch_weights;
 use super::options::meter;
 use super::prepare::{Prepared, Target, prepare};
-use super::reporting::{Inputs, write_reports};
+use super::reporting::{Inputs, write_pages, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::trainee::{self, Trainee};
-use super::{Screen, StepView, plan};
+use super::watch::Watch;
+use super::{Screen, measured, plan};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, Ledger, Meters, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{self, Checkpointing, Init, Meter, Recipe};
 use crate::report::steps::{read_steps, truncate_after};
-use crate::report::{Report, StepEnergy, StepLog, StepRecord as StepLine, StopReason, json::read_report};
-use crate::train::{self, Checkpoints, Costs, Due, Job, Observer, Outcome, Standing, StepRecord, Stop};
-use crate::units::{Joules, Seconds};
+use crate::report::{Report, StopReason, json::read_report};
+use crate::train::{self, Checkpoints, Costs, Due, Job, Outcome, Standing, Stop};
+use crate::units::Seconds;
 use crate::work::Work;
 
 /// What `train` is asked to do.
@@ -48,6 +49,8 @@ pub struct Finished {
     pub report: Report,
     /// Why it ended.
     pub stop: Stop,
+    /// Whether the person stopped the baselines that are trained after it.
+    pub baselines_interrupted: bool,
 }
 
 impl Finished {
@@ -219,7 +222,7 @@ fn run_in(
     }
     let outcome = {
         let export = |dir: &Path| trainee::export(prepared, &parameters, dir, None);
-        let mut observer = Watch::new(&directory, screen, prepared.settings.steps, expected_steps)?;
+        let mut observer = Watch::new(directory.steps(), screen, prepared.settings.steps, expected_steps)?;
         let mut job = Job {
             decoder: &decoder,
             parameters: &parameters,
@@ -251,8 +254,43 @@ fn run_in(
         wall: Seconds(started.elapsed().as_secs_f64()),
     };
     let report = write_reports(&inputs, &directory, &parameters)?;
+    // A baseline needs the memory that the run no longer does.
+    drop((decoder, parameters));
+    let (report, baselines_interrupted) = add_measured_baselines(request, &inputs, &directory, report, screen)?;
     let Outcome { stop, .. } = outcome;
-    Ok(Finished { directory, report, stop })
+    Ok(Finished { directory, report, stop, baselines_interrupted })
+}
+
+/// Trains the baselines that the recipe asks for once the run's own report is whole, and writes its pages again with them.
+fn add_measured_baselines(
+    request: &TrainRequest<'_>,
+    inputs: &Inputs<'_>,
+    directory: &RunDirectory,
+    mut report: Report,
+    screen: &mut dyn Screen,
+) -> Result<(Report, bool)> {
+    let Inputs { prepared, outcome, account, .. } = inputs;
+    let asked = measured::asked(&prepared.recipe).next().is_some();
+    let whole = !matches!(outcome.stop, Stop::Interrupted | Stop::Diverged(_));
+    let Some(val_loss) = report.training.val_loss_after.filter(|_| asked && whole) else { return Ok((report, false)) };
+    let training =
+        account.by_phase().find(|(phase, _)| *phase == Phase::Train).map(|(_, totals)| totals.clone()).unwrap_or_default();
+    let finish = measured::Finish { training, val_loss, energy: account.spent().energy.joules() };
+    let place = measured::Place {
+        prepared,
+        directory,
+        device: &request.device,
+        computing: request.computing,
+        interrupted: request.interrupted,
+    };
+    let (blocks, warnings, interrupted) = measured::measure(&place, &finish, screen)?;
+    report.baselines.extend(blocks);
+    report.warnings.extend(warnings);
+    report.training.curve =
+        measured::of_steps(&read_steps(&directory.steps())?, report.training.val_loss_before, report.energy.meter);
+    let report = report.sealed()?;
+    write_pages(inputs, directory, &report)?;
+    Ok((report, interrupted))
 }
 
 /// One sample, charged as evaluation; `None` where there is no prompt.
@@ -269,93 +307,6 @@ fn sample(
     let (text, work) = prompt.generate(prepared, decoder)?;
     account.charge(Phase::Eval, step, &work)?;
     Ok(Some(text))
-}
-
-/// Writes steps.jsonl and tells the screen. A step's line waits for the validation loss that may follow it, but not past a checkpoint.
-struct Watch<'a> {
-    path: PathBuf,
-    log: StepLog,
-    pending: Option<StepLine>,
-    screen: &'a mut dyn Screen,
-    view: StepView,
-}
-
-impl<'a> Watch<'a> {
-    fn new(directory: &RunDirectory, screen: &'a mut dyn Screen, steps: u64, expected_steps: u64) -> Result<Self> {
-        let (path, spent, train_wall) = (directory.steps(), Joules::ZERO, Seconds::ZERO);
-        let log = StepLog::append_to(&path)?;
-        let view = StepView { steps, expected_steps, spent, budget: None, done: 0, tokens: 0, train_wall };
-        Ok(Self { path, log, pending: None, screen, view })
-    }
-
-    /// The last step's line written again with its validation loss, where a checkpoint came between.
-    fn amend(&mut self, step: u64, val_loss: f64) -> Result<()> {
-        let Some(line) = read_steps(&self.path)?.pop().filter(|line| line.step == step) else { return Ok(()) };
-        truncate_after(&self.path, step - 1)?;
-        self.log.write(&StepLine { val_loss: Some(val_loss), ..line })
-    }
-
-    fn flush(&mut self) -> Result<()> {
-        match self.pending.take() {
-            Some(line) => self.log.write(&line),
-            None => Ok(()),
-        }
-    }
-}
-
-impl Observer for Watch<'_> {
-    fn step(&mut self, record: &StepRecord, account: &Account) -> Result<()> {
-        self.flush()?;
-        self.view.spent = account.spent().energy.joules();
-        self.view.budget = account.largest_fraction().map(|(limit, part)| (limit.as_str(), part));
-        self.view.done += 1;
-        self.view.tokens += record.tokens;
-        self.view.train_wall += record.reading.wall;
-        self.screen.step(record, &self.view);
-        let energies = record.reading.energies();
-        self.pending = Some(StepLine {
-            step: record.step,
-            loss: Some(record.loss),
-            lr: record.lr,
-            grad_norm: Some(record.grad_norm),
-            tokens: record.tokens,
-            loss_tokens: record.loss_tokens,
-            flops: record.reading.charge.flops,
-            energy_j: StepEnergy {
-                counted: energies.counted.joules(),
-                measured: energies.measured.map(|energy| energy.joules()),
-                timed: Some(energies.timed.joules()),
-            },
-            wall_s: record.reading.wall,
-            val_loss: None,
-        });
-        Ok(())
-    }
-
-    fn evaluating(&mut self, done: usize, of: usize) {
-        self.screen.evaluating(done, of);
-    }
-
-    fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()> {
-        self.screen.evaluated(step, val_loss);
-        if !val_loss.is_finite() {
-            return self.flush();
-        }
-        match &mut self.pending {
-            Some(line) => {
-                line.val_loss = Some(val_loss);
-                self.flush()
-            }
-            None if step > 0 => self.amend(step, val_loss),
-            None => Ok(()),
-        }
-    }
-
-    fn saving(&mut self) -> Result<()> {
-        self.flush()?;
-        let synced = std::fs::File::open(&self.path).and_then(|file| file.sync_all());
-        synced.map_err(|source| Error::io("sync", &self.path, source))
-    }
 }
 
 impl Prepared {

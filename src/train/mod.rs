@@ -220,7 +220,6 @@ fn evaluate(job: &mut Job<'_>, context: Context<'_>, costs: &Costs<'_>, step: u6
     let (mut sum, mut count) = (0.0, 0);
     for (done, batch) in job.validation.iter().enumerate() {
         observer.evaluating(done, job.validation.len());
-        job.account.poll();
         let losses = job.decoder.losses(context, &batch_on(batch, job.decoder.device())?)?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         count += losses.len();

@@ -7,10 +7,15 @@
 mod common;
 mod lab;
 
+mod baselines;
 mod budget;
+mod choices;
 mod continued;
+mod figures;
 mod json;
+mod measured;
 mod pretrained;
 mod refusals;
 mod resume;
+mod serving;
 mod text;

@@ -48,10 +48,14 @@ fn killed_after(lab: &Lab, run: &str, keys: &[String], steps: usize) {
     child.wait().unwrap();
 }
 
-fn interrupt(child: &Child) {
-    // SIGINT, as Ctrl-C sends it.
-    let status = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+/// Sends "INT" (as Ctrl-C does), "TERM" (as `kill` and batch systems do) or "HUP" (as a terminal that closes does).
+fn signal(child: &Child, name: &str) {
+    let status = std::process::Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]).status().unwrap();
     assert!(status.success());
+}
+
+fn interrupt(child: &Child) {
+    signal(child, "INT");
 }
 
 fn resume(lab: &Lab, run: &str) -> Value {
@@ -101,6 +105,9 @@ fn a_killed_run_goes_on_with_the_same_bytes_and_keeps_what_it_spent() {
         assert_eq!(total, lab.ledger(run));
         let phases: u64 = report["energy"]["by_phase"].as_object().unwrap().values().map(microjoules).sum();
         assert_eq!(phases, total);
+        // What a crash took is named and not guessed to be arithmetic or movement.
+        let lost = report["energy"]["by_phase"].get("lost").map_or(0, microjoules);
+        assert_eq!(microjoules(&report["energy"]["counted_parts"]["lost_j"]), lost, "{run}");
     }
 }
 
@@ -109,23 +116,39 @@ fn an_interrupted_run_saves_and_goes_on() {
     let lab = Lab::new();
     let keys = set(&["train.steps=12"]);
     lab.train("whole", &keys);
-    let mut child = start(&lab, &[&["train", "recipe.toml", "--out", "run"], &flags(&keys)[..]].concat());
-    assert!(reached(&lab, &mut child, "run", 2));
-    interrupt(&child);
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(130));
-    says(
-        &String::from_utf8(output.stderr).unwrap(),
-        &["stopping after this step", "a checkpoint is saved", "wattune train --resume run"],
-    );
+    for name in ["INT", "TERM"] {
+        let mut child = start(&lab, &[&["train", "recipe.toml", "--out", name], &flags(&keys)[..]].concat());
+        assert!(reached(&lab, &mut child, name, 2));
+        signal(&child, name);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{name}");
+        let resume_with = format!("wattune train --resume {name}");
+        let words = ["stopping after this step", "a checkpoint is saved", &resume_with];
+        says(&String::from_utf8(output.stderr).unwrap(), &words);
+        let report: Value = serde_json::from_slice(&lab.read(&format!("{name}/report.json"))).unwrap();
+        assert_eq!(word(&report, "/training/stop_reason"), "interrupted");
+        let done = report["training"]["steps"].as_u64().unwrap();
+        assert!((2..12).contains(&done) && lab.path(&format!("{name}/checkpoints/step-{done:06}")).is_dir());
+        let report = resume(&lab, name);
+        assert_as_uninterrupted(&lab, name, &report);
+        // Nothing was lost: an orderly end releases its lease.
+        assert_eq!(report["energy"]["by_phase"].get("lost"), None);
+    }
+}
+
+#[test]
+fn a_run_that_was_told_to_outlive_its_terminal_does() {
+    let lab = Lab::new();
+    // What `nohup` does, without its output file.
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "trap '' HUP; exec \"$0\" train recipe.toml --out run --quiet", env!("CARGO_BIN_EXE_wattune")]);
+    shell.current_dir(lab.path("")).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = shell.spawn().unwrap();
+    assert!(reached(&lab, &mut child, "run", 1));
+    signal(&child, "HUP");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
     let report: Value = serde_json::from_slice(&lab.read("run/report.json")).unwrap();
-    assert_eq!(word(&report, "/training/stop_reason"), "interrupted");
-    let done = report["training"]["steps"].as_u64().unwrap();
-    assert!((2..12).contains(&done) && lab.path(&format!("run/checkpoints/step-{done:06}")).is_dir());
-    let report = resume(&lab, "run");
-    assert_as_uninterrupted(&lab, "run", &report);
-    // Nothing was lost: an orderly end releases its lease.
-    assert_eq!(report["energy"]["by_phase"].get("lost"), None);
+    assert_eq!(word(&report, "/training/stop_reason"), "steps");
 }
 
 #[test]

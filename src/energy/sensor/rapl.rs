@@ -1,26 +1,29 @@
 //! Processor energy from the kernel's powercap tree (RAPL).
 //!
-//! Owns the walk over `intel-rapl:N` domains. Takes the tree's root, returns the sum of every package, with the memory (`dram`)
-//! beside each package counted once; `core` and `uncore` lie inside a package and `psys` around it, so they are left out, as is
-//! `intel-rapl-mmio`, the same package by another way. Knows nothing of who spends the energy: a counter sees the whole socket.
+//! Owns the reading of the zones that `zones` chose. Takes the tree's root, returns the sum of every package, with the memory beside each,
+//! every joule once. Knows nothing of who spends the energy: a counter sees the whole socket.
 
-use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::{Absent, Counter, Gap, Sensor};
+use super::zones::{self, Zone};
+use super::{Absent, Bounds, Counter, Gap, Sensor};
 use crate::units::MicroJoules;
 
-/// Where Linux keeps the tree.
+/// Where Linux keeps the tree, unless the variable names another place (a container's view of its host's).
 const ROOT: &str = "/sys/class/powercap";
+const ROOT_VARIABLE: &str = "WATTUNE_POWERCAP";
 /// Watts that no domain draws, where the kernel names no limit of its own.
 const CEILING_W: f64 = 1000.0;
+/// The counters tick every millisecond; the clock is read a little after them, by a thread that may be interrupted in between.
+const LAG: Duration = Duration::from_millis(100);
 
 /// The packages and memories of one machine.
 #[derive(Debug)]
 pub struct RaplSensor {
     domains: Vec<Domain>,
+    left_out: Vec<String>,
     opened: Instant,
 }
 
@@ -32,15 +35,16 @@ struct Domain {
 }
 
 impl RaplSensor {
-    /// The sensor of this machine.
+    /// The sensor of this machine: `/sys/class/powercap`, or the tree that `WATTUNE_POWERCAP` names.
     pub fn open_default() -> Result<RaplSensor, Absent> {
-        Self::open(Path::new(ROOT))
+        let root = std::env::var_os(ROOT_VARIABLE).map_or_else(|| PathBuf::from(ROOT), PathBuf::from);
+        Self::open(&root)
     }
 
-    /// The sensor of the powercap tree under `root`.
+    /// The sensor of the powercap tree under `root`. Every chosen zone must be readable: a part would pass for the whole.
     pub fn open(root: &Path) -> Result<RaplSensor, Absent> {
-        let found = find_domains(root).map_err(|e| no_tree(root, &e))?;
-        if !found.values().any(|(label, _)| label.starts_with("package")) {
+        let found = zones::find(root).map_err(|e| no_tree(root, &e))?;
+        if found.counted.is_empty() {
             return Err(Absent {
                 reason: format!("{} lists no processor package", root.display()),
                 remedy:
@@ -48,20 +52,21 @@ impl RaplSensor {
                         .to_string(),
             });
         }
-        let domains = found.into_values().map(|(label, dir)| Domain::open(label, &dir)).collect::<Result<_, _>>()?;
-        Ok(RaplSensor { domains, opened: Instant::now() })
+        let domains = found.counted.into_iter().map(Domain::open).collect::<Result<_, _>>()?;
+        Ok(RaplSensor { domains, left_out: found.left_out, opened: Instant::now() })
     }
 
-    /// The domains that are summed ("package-0, dram").
-    pub fn covers(&self) -> String {
-        self.domains.iter().map(|domain| domain.label.as_str()).collect::<Vec<_>>().join(", ")
+    /// The zones that are not, each with its reason.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
     }
 
     /// Energy since the sensor was opened, at `since` after that.
     fn read_at(&mut self, since: Duration) -> Result<MicroJoules, Gap> {
-        // Every domain is followed, even after one failed.
+        // Every domain is followed, even after one failed; a loss outweighs a reading that merely failed.
         let readings: Vec<_> = self.domains.iter_mut().map(|domain| domain.read(since)).collect();
-        readings.into_iter().sum::<Result<u64, Gap>>().map(MicroJoules)
+        let lost = readings.iter().find_map(|reading| reading.as_ref().err().filter(|gap| gap.lost).cloned());
+        lost.map_or_else(|| readings.into_iter().sum::<Result<u64, Gap>>().map(MicroJoules), Err)
     }
 }
 
@@ -73,10 +78,19 @@ impl Sensor for RaplSensor {
     fn read(&mut self) -> Result<MicroJoules, Gap> {
         self.read_at(self.opened.elapsed())
     }
+
+    /// The zones that are summed ("package-0, dram of package-0").
+    fn covers(&self) -> String {
+        self.domains.iter().map(|domain| domain.label.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn unread_at_most(&self) -> Option<Duration> {
+        self.domains.iter().filter_map(|domain| domain.counter.bounds().silence()).min()
+    }
 }
 
 impl Domain {
-    fn open(label: String, dir: &Path) -> Result<Domain, Absent> {
+    fn open(Zone { label, dir }: Zone) -> Result<Domain, Absent> {
         let energy = dir.join("energy_uj");
         let first = read_number(&energy).map_err(|e| unreadable(&energy, &e))?;
         let range_file = dir.join("max_energy_range_uj");
@@ -84,36 +98,14 @@ impl Domain {
         // The long-term limit is the rated power; twice that is out of reach for seconds on end.
         let rated = read_number(&dir.join("constraint_0_max_power_uw")).ok().filter(|uw| *uw > 0);
         let ceiling = rated.map_or(CEILING_W, |uw| 2.0 * uw as f64 / 1e6);
-        Ok(Domain { label, energy, counter: Counter::new(Some(range), ceiling, first, Duration::ZERO) })
+        let bounds = Bounds { range: Some(range), ceiling, lag: LAG };
+        Ok(Domain { label, energy, counter: Counter::new(bounds, first, Duration::ZERO) })
     }
 
     fn read(&mut self, since: Duration) -> Result<u64, Gap> {
-        let raw = read_number(&self.energy).map_err(|e| Gap { reason: format!("cannot read {}: {e}", self.energy.display()) })?;
+        let raw = read_number(&self.energy).map_err(|e| Gap::unread(format!("cannot read {}: {e}", self.energy.display())))?;
         self.counter.advance(raw, since)
     }
-}
-
-/// Directory name -> (label, directory) of every package and of the memory in one, whether the tree is flat or nested.
-fn find_domains(root: &Path) -> std::io::Result<BTreeMap<String, (String, PathBuf)>> {
-    let mut found = BTreeMap::new();
-    for (name, dir) in rapl_dirs(root)? {
-        let nested = rapl_dirs(&dir).unwrap_or_default();
-        for (name, dir) in std::iter::once((name, dir)).chain(nested) {
-            let Ok(label) = std::fs::read_to_string(dir.join("name")) else { continue };
-            let label = label.trim().to_string();
-            if label.starts_with("package") || label == "dram" {
-                found.entry(name).or_insert((label, dir));
-            }
-        }
-    }
-    Ok(found)
-}
-
-/// Entries called `intel-rapl:...`, by name.
-fn rapl_dirs(dir: &Path) -> std::io::Result<BTreeMap<String, PathBuf>> {
-    let entries = std::fs::read_dir(dir)?.filter_map(Result::ok);
-    let named = entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()));
-    Ok(named.filter(|(name, _)| name.starts_with("intel-rapl:")).collect())
 }
 
 fn read_number(path: &Path) -> std::io::Result<u64> {
@@ -133,8 +125,7 @@ fn unreadable(path: &Path, source: &std::io::Error) -> Absent {
     let reason = format!("cannot read {}: {source}", path.display());
     let remedy = match source.kind() {
         ErrorKind::PermissionDenied => {
-            "the kernel lets root alone read it: `sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj \
-            /sys/class/powercap/intel-rapl:*/intel-rapl:*/energy_uj` (until the next boot)"
+            "the kernel lets root alone read it: `sudo chmod a+r /sys/class/powercap/intel-rapl*/energy_uj` (until the next boot)"
                 .to_string()
         }
         _ => "use the counted meter on this machine".to_string(),
@@ -182,7 +173,10 @@ mod tests {
     fn packages_and_their_memory_are_summed_once() {
         let root = server();
         let mut sensor = RaplSensor::open(root.path()).unwrap();
-        assert_eq!(sensor.covers(), "package-0, dram, package-1, dram");
+        assert_eq!(sensor.covers(), "package-0, dram of package-0, package-1, dram of package-1");
+        assert_eq!(sensor.left_out().len(), 4);
+        // 262 kJ at 1000 W.
+        assert_eq!(sensor.unread_at_most().unwrap().as_secs(), 262);
         for at in ["intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0", "intel-rapl:2", "intel-rapl-mmio:0"] {
             set(root.path(), at, "1100");
         }
@@ -228,7 +222,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let nothing = RaplSensor::open(&root.path().join("none")).unwrap_err();
         assert!(nothing.reason.contains("no powercap tree") && nothing.remedy.contains("modprobe"));
-        domain(root.path(), "intel-rapl:0", "psys", 1);
+        domain(root.path(), "intel-rapl:0", "mystery", 1);
         assert!(RaplSensor::open(root.path()).unwrap_err().reason.contains("no processor package"));
         let denied = unreadable(Path::new("energy_uj"), &std::io::Error::from(ErrorKind::PermissionDenied));
         assert!(denied.remedy.contains("sudo chmod a+r"), "{}", denied.remedy);

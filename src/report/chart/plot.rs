@@ -4,7 +4,7 @@
 //! Colour never tells two series apart alone: lines, marks, bands and limits differ in form. Knows nothing of runs.
 
 use super::axis::Ticks;
-use super::{Axis, label, picture, segment, text_width};
+use super::{Axis, label, picture, segment, text_width, tick_row};
 use crate::report::markup::escape;
 
 /// Height of a line of labels, in pixels.
@@ -44,6 +44,25 @@ pub struct Series {
     pub class: &'static str,
     /// Its form.
     pub shape: Shape,
+}
+
+impl Series {
+    /// Where its line or marks lie.
+    pub fn points(&self) -> Vec<[f64; 2]> {
+        match &self.shape {
+            Shape::Line(points) => points.clone(),
+            Shape::Marks(marks) => marks.iter().map(|mark| mark.at).collect(),
+            Shape::Band(edges) => edges.iter().flat_map(|[x, low, high]| [[*x, *low], [*x, *high]]).collect(),
+        }
+    }
+
+    /// The last value of a line; `None` of any other form.
+    pub fn end(&self) -> Option<f64> {
+        match &self.shape {
+            Shape::Line(points) => points.last().map(|[_, y]| *y).filter(|y| y.is_finite()),
+            Shape::Marks(_) | Shape::Band(_) => None,
+        }
+    }
 }
 
 /// A limit across the plot.
@@ -126,14 +145,11 @@ impl Plot {
             body += &segment("grid", [frame.left, y], [frame.right, y]);
             body += &label("tick", "end", [frame.left - 6.0, y + 4.0], &(self.y.form)(*mark));
         }
-        for mark in &frame.x.marks {
-            let Some(x) = frame.x(*mark) else { continue };
-            body += &segment("grid", [x, frame.bottom], [x, frame.bottom + 4.0]);
-            let text = (self.x.form)(*mark);
-            // The last label ends with the picture.
-            let x = x.min(frame.right + 13.0 - text_width(&text) / 2.0);
-            body += &label("tick", "middle", [x, frame.bottom + LINE], &text);
-        }
+        let places: Vec<(f64, String)> =
+            frame.x.marks.iter().filter_map(|mark| Some((frame.x(*mark)?, (self.x.form)(*mark)))).collect();
+        body.extend(places.iter().map(|(x, _)| segment("grid", [*x, frame.bottom], [*x, frame.bottom + 4.0])));
+        // The last label ends with the picture.
+        body += &tick_row(places.into_iter(), frame.right + 13.0, frame.bottom + LINE);
         body + &segment("base", [frame.left, frame.bottom], [frame.right, frame.bottom])
     }
 }
@@ -205,12 +221,12 @@ mod tests {
 
     #[test]
     fn points_lie_where_the_axes_say() {
-        // Left edge: seven characters of 6.8 px and 8 px; right: 14 px from 300; top 16 + 8; bottom 200 - 2 x 16 - 6.
+        // Left edge: seven characters of 7.7 px and 8 px; right: 14 px from 300; top 16 + 8; bottom 200 - 2 x 16 - 6.
         let line = Shape::Line(vec![[0.0, 0.0], [10.0, 10.0]]);
         let svg = plot(vec![Series { name: String::new(), class: "a", shape: line }], Vec::new()).svg("p", 300.0);
-        assert!(svg.contains("<path class=\"line a\" d=\"M55.6 162.0L286.0 24.0\"/>"), "{svg}");
+        assert!(svg.contains("<path class=\"line a\" d=\"M61.9 162.0L286.0 24.0\"/>"), "{svg}");
         let svg = plot(Vec::new(), vec![Rule::Y(5.0, "half & half".to_string())]).svg("p", 300.0);
-        assert!(svg.contains("<line class=\"rule\" x1=\"55.6\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"), "{svg}");
+        assert!(svg.contains("<line class=\"rule\" x1=\"61.9\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"), "{svg}");
         assert!(svg.contains(">half &amp; half<") && svg.contains(">a &lt;title&gt;<"), "{svg}");
     }
 

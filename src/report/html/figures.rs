@@ -1,14 +1,13 @@
-//! Which charts a report has, and what each shows.
+//! Which charts over a run's course a report has, and what each shows.
 //!
 //! Owns the choice of axes, series and limits, and the words under each chart. Takes a report and its course, returns figures; a
 //! chart that nothing is known for is absent. Draws nothing itself: `chart` does.
 
 use super::history::{Course, Point};
-use super::units::{energy_tick, mass_tick, number_tick, step_tick};
-use crate::report::chart::{Axis, Bar, Bars, Mark, Plot, Rule, Scale, Series, Shape};
-use crate::report::page::kind_words;
+use super::units::{energy_tick, mass_tick, number_tick, percent_tick, step_tick};
+use crate::report::chart::{Axis, Bars, Mark, Plot, Rule, Scale, Series, Shape};
 use crate::report::show;
-use crate::report::types::{Baseline, Report};
+use crate::report::types::Report;
 use crate::units::{GramsCo2e, Joules};
 
 /// From this ratio of the largest to the smallest loss a linear axis would hide the end of training.
@@ -39,17 +38,24 @@ pub struct Figure {
 }
 
 impl Figure {
-    fn plot(id: &'static str, plot: Plot, caption: String) -> Self {
+    /// A plot whose series name themselves.
+    pub fn plot(id: &'static str, plot: Plot, caption: String) -> Self {
         let form = |shape: &Shape| match shape {
             Shape::Line(_) => "line",
             Shape::Marks(_) => "mark",
             Shape::Band(_) => "band",
         };
-        let legend = plot.series.iter().map(|series| (form(&series.shape), series.class, series.name.clone())).collect();
+        let legend = plot
+            .series
+            .iter()
+            .filter(|series| !series.name.is_empty())
+            .map(|series| (form(&series.shape), series.class, series.name.clone()))
+            .collect();
         Self { id, chart: Chart::Plot(Box::new(plot)), legend, caption }
     }
 
-    fn bars(id: &'static str, bars: Bars, caption: String) -> Self {
+    /// Bars, which name themselves.
+    pub fn bars(id: &'static str, bars: Bars, caption: String) -> Self {
         Self { id, chart: Chart::Bars(bars), legend: Vec::new(), caption }
     }
 }
@@ -74,7 +80,7 @@ fn joules_axis(report: &Report) -> Option<Axis> {
 }
 
 /// The validation losses, each where the weights that had it were reached.
-fn validation(report: &Report, course: &Course) -> Vec<Mark> {
+pub fn validation(report: &Report, course: &Course) -> Vec<Mark> {
     let training = &report.training;
     let before = training.val_loss_before.map(|loss| (0, course.before, loss));
     let between = course.points.iter().filter_map(|point| Some((point.step, point.spent, point.val_loss?)));
@@ -92,15 +98,30 @@ fn validation(report: &Report, course: &Course) -> Vec<Mark> {
     losses.into_iter().enumerate().map(mark).collect()
 }
 
+/// By ratios where a linear axis would hide the end of training.
+pub fn loss_scale(losses: impl Iterator<Item = f64>) -> Scale {
+    let ends = losses.filter(|loss| loss.is_finite()).map(|loss| (loss, loss));
+    match ends.reduce(|(least, largest), (loss, _)| (least.min(loss), largest.max(loss))) {
+        Some((least, largest)) if least > 0.0 && largest / least >= LOG_FROM => Scale::Log,
+        _ => Scale::Linear,
+    }
+}
+
+/// What stands beside an axis of losses.
+pub fn loss_label(scale: Scale) -> &'static str {
+    match scale {
+        Scale::Log => "loss, nats per loss token (logarithmic)",
+        Scale::Linear => "loss, nats per loss token",
+    }
+}
+
 /// Loss against energy: what each joule bought.
 pub fn loss(report: &Report, course: &Course) -> Option<Figure> {
     let line: Vec<[f64; 2]> = course.points.iter().map(|point| [point.spent.0, point.loss.unwrap_or(f64::NAN)]).collect();
     let marks = validation(report, course);
     let values = || line.iter().chain(marks.iter().map(|mark| &mark.at)).map(|at| at[1]).filter(|loss| loss.is_finite());
-    let (least, largest) = (values().fold(f64::INFINITY, f64::min), values().fold(0.0, f64::max));
-    let scale = if least > 0.0 && largest / least >= LOG_FROM { Scale::Log } else { Scale::Linear };
-    let label = if scale == Scale::Log { "loss, nats per loss token (logarithmic)" } else { "loss, nats per loss token" };
-    let y = Axis::over(label, scale, number_tick, values())?;
+    let scale = loss_scale(values());
+    let y = Axis::over(loss_label(scale), scale, number_tick, values())?;
     let desc = match (marks.first(), marks.last()) {
         (Some(first), Some(last)) if marks.len() > 1 => format!("From {} to {}.", first.says, last.says),
         _ => format!("The training loss of {}.", show::counted(course.points.len() as u64, "step")),
@@ -136,6 +157,45 @@ pub fn learning_rate(report: &Report, course: &Course) -> Option<Figure> {
         height: 150.0,
     };
     (!line.is_empty()).then(|| Figure { legend: Vec::new(), ..Figure::plot("rate", plot, String::new()) })
+}
+
+/// How much of each budget was used, under the loss, over the same joules. A time budget goes by the wall time of what was metered.
+pub fn budget_used(report: &Report, course: &Course) -> Option<Figure> {
+    let (limits, budget) = (&report.budget.limits, &report.budget);
+    let last = course.points.last()?;
+    let of = |name: &str, class, limit: Option<f64>, used: &dyn Fn(&Point) -> f64| {
+        let limit = limit.filter(|limit| *limit > 0.0)?;
+        let line: Vec<[f64; 2]> = course.points.iter().map(|point| [point.spent.0, used(point) / limit]).collect();
+        Some(Series { name: name.to_string(), class, shape: Shape::Line(thinned(&line)) })
+    };
+    let total = report.energy.total_j;
+    let in_proportion = |whole: f64| move |point: &Point| whole * (point.spent / total);
+    let carbon = in_proportion(report.carbon.gco2e.0);
+    // Only a price of energy has bounds; a price of time goes by the clock.
+    let money = budget.spent.cost.as_ref().zip(budget.spent_high.cost.as_ref()).map(|(spent, _)| spent.amount);
+    let cost = in_proportion(money.unwrap_or_default());
+    let lines = [
+        of("energy", "used-energy", limits.energy_j.map(|limit| limit.0), &|point| point.spent.0),
+        of("carbon", "used-carbon", limits.carbon_gco2e.map(|limit| limit.0), &carbon),
+        of("FLOPs", "used-flops", limits.flops.map(|limit| limit.0), &|point| point.flops as f64),
+        of("time", "used-time", limits.time_s.map(|limit| limit.0), &|point| point.wall.0),
+        of("cost", "used-cost", limits.cost.as_ref().filter(|_| money.is_some()).map(|limit| limit.amount), &cost),
+    ];
+    let series: Vec<Series> = lines.into_iter().flatten().collect();
+    let ends: Vec<String> =
+        series.iter().filter_map(|series| Some(format!("{} {}", series.name, percent_tick(series.end()?)))).collect();
+    let tops = series.iter().filter_map(Series::end);
+    let plot = Plot {
+        title: "Budget used against energy".to_string(),
+        desc: format!("After step {}: {}.", show::count(last.step), ends.join(", ")),
+        y: Axis::over("budget used", Scale::Linear, percent_tick, tops.chain([0.0, 1.0]))?,
+        x: joules_axis(report)?,
+        series,
+        rules: Vec::new(),
+        height: 150.0,
+    };
+    let caption = format!("After the last step: {}. The last evaluation and save come on top.", ends.join(", "));
+    (!plot.series.is_empty()).then(|| Figure::plot("used", plot, caption))
 }
 
 /// Energy as the steps went by, from nothing to the total.
@@ -188,7 +248,7 @@ impl Growth {
         let (first, last) = (course.points.first()?, course.points.last()?);
         let share = |spent: Joules| spent / report.energy.total_j;
         let start = [first.step.saturating_sub(1) as f64, share(course.before)];
-        let steps = course.points.iter().map(|Point { step, spent, .. }| [*step as f64, share(*spent)]);
+        let steps = course.points.iter().map(|point| [point.step as f64, share(point.spent)]);
         // Where the run ends: the last evaluation and save are in its total.
         let shares: Vec<[f64; 2]> = [start].into_iter().chain(steps).chain([[last.step as f64, 1.0]]).collect();
         let shares = thinned(&shares);
@@ -218,59 +278,8 @@ impl Growth {
     }
 }
 
-/// Energy by what it was spent on.
-pub fn by_phase(report: &Report) -> Option<Figure> {
-    let energy = &report.energy;
-    let bar = |(phase, joules): (_, &Joules)| Bar {
-        name: show::word(phase),
-        value: joules.0,
-        figure: format!("{}, {}", show::energy(*joules), show::share(joules.0, energy.total_j.0)),
-        class: "energy",
-    };
-    let bars: Vec<Bar> = energy.by_phase.iter().map(bar).collect();
-    let axis = Axis::over("energy", Scale::Linear, energy_tick, bars.iter().map(|bar| bar.value).chain([0.0]))?;
-    let desc = bars.iter().map(|bar| format!("{}: {}", bar.name, bar.figure)).collect::<Vec<_>>().join("; ");
-    (!bars.is_empty()).then(|| {
-        let bars = Bars { title: "Energy by phase".to_string(), desc, axis, bars };
-        Figure::bars("phases", bars, String::new())
-    })
-}
-
-/// This run beside the other ways of training.
-pub fn comparison(report: &Report) -> Option<Figure> {
-    let own = Bar {
-        name: "this run".to_string(),
-        value: report.energy.total_j.0,
-        figure: show::energy(report.energy.total_j),
-        class: "energy",
-    };
-    let mut baselines: Vec<&Baseline> = report.baselines.iter().collect();
-    baselines.sort_by_key(|baseline| baseline.kind);
-    let other = |baseline: &&Baseline| {
-        let energy = baseline.energy_j?;
-        let ratio = baseline.ratio.map_or_else(String::new, |ratio| format!(", {} times", show::times(ratio)));
-        Some(Bar {
-            name: format!("{} ({})", kind_words(baseline.kind), show::word(baseline.label)),
-            value: energy.0,
-            figure: show::energy(energy) + &ratio,
-            class: "other",
-        })
-    };
-    let bars: Vec<Bar> = [own].into_iter().chain(baselines.iter().filter_map(other)).collect();
-    let least = bars.iter().map(|bar| bar.value).filter(|value| *value > 0.0).fold(f64::INFINITY, f64::min);
-    // Bars begin half a decade below the smallest, so that it has a length too.
-    let values = bars.iter().map(|bar| bar.value).chain([least / 4.0]);
-    let axis = Axis::over("energy, logarithmic", Scale::Log, energy_tick, values)?;
-    let desc = bars.iter().map(|bar| format!("{}: {}", bar.name, bar.figure)).collect::<Vec<_>>().join("; ");
-    let caption = "The axis is logarithmic: each power of ten takes the same length, so read the figures and not the lengths.";
-    (bars.len() > 1).then(|| {
-        let bars = Bars { title: "Energy of other ways of training".to_string(), desc, axis, bars };
-        Figure::bars("comparison", bars, caption.to_string())
-    })
-}
-
 /// At most [`MOST_POINTS`] points: of each stretch the first of its least and the first of its largest, in their order.
-fn thinned(points: &[[f64; 2]]) -> Vec<[f64; 2]> {
+pub fn thinned(points: &[[f64; 2]]) -> Vec<[f64; 2]> {
     if points.len() <= MOST_POINTS {
         return points.to_vec();
     }

@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::energy::ledger::{Entry, Phase, read_entries};
-use crate::energy::{Energies, MeterKind};
+use crate::energy::{MeterKind, Spent};
 use crate::error::Result;
 use crate::report::steps::{StepRecord, read_steps};
 use crate::report::types::{Meter, Report};
-use crate::units::Joules;
+use crate::units::{Joules, Seconds};
 
 /// What a run wrote step by step.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -30,6 +30,10 @@ pub struct Point {
     pub step: u64,
     /// Everything spent by then, on the report's meter.
     pub spent: Joules,
+    /// FLOPs executed by then.
+    pub flops: u64,
+    /// Wall time of all that was metered by then.
+    pub wall: Seconds,
     /// Training loss, nats per loss token.
     pub loss: Option<f64>,
     /// The learning rate used.
@@ -58,17 +62,15 @@ impl History {
         Ok(Self { steps, entries })
     }
 
-    /// The steps that both files and the report know, by the report's meter.
-    pub(super) fn course(&self, report: &Report) -> Course {
-        let (mut spent, mut before, mut after) = (Energies::default(), None, BTreeMap::new());
-        let meter = kind(report.energy.meter);
-        let mut sum = spent.on(meter);
+    /// The steps that both files and the report know, on this meter.
+    pub(super) fn course(&self, report: &Report, meter: Meter) -> Course {
+        let (mut sum, mut before, mut after) = (Spent::default(), None, BTreeMap::new());
+        let meter = kind(meter);
         for entry in &self.entries {
-            spent = entry.energy_j;
             if entry.phase == Phase::Train {
-                before.get_or_insert(sum);
+                before.get_or_insert(sum.energy);
             }
-            sum += spent.on(meter);
+            sum += Spent { energy: entry.on(meter), flops: entry.flops, time: entry.wall_s };
             if entry.phase == Phase::Train {
                 // A step done again after a crash stands where it was done last.
                 after.insert(entry.step, sum);
@@ -76,10 +78,11 @@ impl History {
         }
         let known = self.steps.iter().filter(|record| record.step <= report.training.steps);
         let points = known.filter_map(|record| {
-            let spent = after.get(&record.step)?.joules();
-            Some(Point { step: record.step, spent, loss: record.loss, lr: record.lr, val_loss: record.val_loss })
+            let Spent { energy, flops, time } = *after.get(&record.step)?;
+            let (step, spent, wall) = (record.step, energy.joules(), time);
+            Some(Point { step, spent, flops, wall, loss: record.loss, lr: record.lr, val_loss: record.val_loss })
         });
-        Course { before: before.unwrap_or(sum).joules(), points: points.collect() }
+        Course { before: before.unwrap_or(sum.energy).joules(), points: points.collect() }
     }
 }
 
@@ -94,12 +97,12 @@ fn kind(meter: Meter) -> MeterKind {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::Seconds;
+    use crate::energy::Energies;
 
     fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
         let energy = Joules(joules).rounded();
         let energy_j = Energies { counted: energy, measured: None, timed: energy };
-        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), wall_s: Seconds(0.0), t: 0.0 }
+        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), parts: None, wall_s: Seconds(0.0), t: 0.0, gap: None }
     }
 
     fn record(step: u64) -> StepRecord {
@@ -125,7 +128,7 @@ mod tests {
         ];
         // Step 3 is of a continuation that the report does not know yet.
         let history = History { steps: vec![record(1), record(2), record(3)], entries };
-        let course = history.course(&report);
+        let course = history.course(&report, Meter::Counted);
         assert_eq!(course.before, Joules(3.0));
         // 1 + 2 + 10 = 13; 13 + 10 + 5 + 10 = 38: the first try of step 2 was spent too.
         assert_eq!(course.points.iter().map(|p| (p.step, p.spent)).collect::<Vec<_>>(), [(1, Joules(13.0)), (2, Joules(38.0))]);

@@ -27,6 +27,11 @@ pub fn number_tick(value: f64) -> String {
     }
 }
 
+/// "20 %".
+pub fn percent_tick(value: f64) -> String {
+    format!("{} %", show::number((value * 1000.0).round() / 10.0))
+}
+
 /// "1,500".
 pub fn step_tick(value: f64) -> String {
     show::count(value.max(0.0).round() as u64)
@@ -41,6 +46,7 @@ mod tests {
         assert_eq!([0.0, 20.0, 1e9].map(energy_tick), ["0", "20 J", "1 GJ"]);
         assert_eq!([0.0, 0.002, 1000.0].map(mass_tick), ["0", "2 mg", "1 kg"]);
         assert_eq!([0.0, 0.05, 2e-4, 1.5e-5, 1e6].map(number_tick), ["0", "0.05", "2e-4", "1.5e-5", "1e6"]);
+        assert_eq!([0.2, 0.9961].map(percent_tick), ["20 %", "99.6 %"]);
         assert_eq!(step_tick(1500.0), "1,500");
     }
 }

@@ -1,0 +1,102 @@
+//! What a training loop tells, on disk and on the screen.
+//!
+//! Takes the loop's observations, writes steps.jsonl and passes them on. Knows nothing of what is trained.
+
+use std::path::PathBuf;
+
+use super::{Screen, StepView};
+use crate::energy::Account;
+use crate::error::{Error, Result};
+use crate::report::steps::{read_steps, truncate_after};
+use crate::report::{StepEnergy, StepLog, StepRecord as StepLine};
+use crate::train::{Observer, StepRecord};
+use crate::units::{Joules, Seconds};
+
+/// Writes steps.jsonl and tells the screen. A step's line waits for the validation loss that may follow it, but not past a checkpoint.
+pub(super) struct Watch<'a> {
+    path: PathBuf,
+    log: StepLog,
+    pending: Option<StepLine>,
+    screen: &'a mut dyn Screen,
+    view: StepView,
+}
+
+impl<'a> Watch<'a> {
+    /// Of a run of `steps` steps, of which `expected_steps` fit what may be spent; appends to the log at `path`.
+    pub(super) fn new(path: PathBuf, screen: &'a mut dyn Screen, steps: u64, expected_steps: u64) -> Result<Self> {
+        let (spent, train_wall) = (Joules::ZERO, Seconds::ZERO);
+        let log = StepLog::append_to(&path)?;
+        let view = StepView { steps, expected_steps, spent, budget: None, done: 0, tokens: 0, train_wall };
+        Ok(Self { path, log, pending: None, screen, view })
+    }
+
+    /// The last step's line written again with its validation loss, where a checkpoint came between.
+    fn amend(&mut self, step: u64, val_loss: f64) -> Result<()> {
+        let Some(line) = read_steps(&self.path)?.pop().filter(|line| line.step == step) else { return Ok(()) };
+        truncate_after(&self.path, step - 1)?;
+        self.log.write(&StepLine { val_loss: Some(val_loss), ..line })
+    }
+
+    /// Writes the line that waits.
+    pub(super) fn flush(&mut self) -> Result<()> {
+        match self.pending.take() {
+            Some(line) => self.log.write(&line),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Observer for Watch<'_> {
+    fn step(&mut self, record: &StepRecord, account: &Account) -> Result<()> {
+        self.flush()?;
+        self.view.spent = account.spent().energy.joules();
+        self.view.budget = account.largest_fraction().map(|(limit, part)| (limit.as_str(), part));
+        self.view.done += 1;
+        self.view.tokens += record.tokens;
+        self.view.train_wall += record.reading.wall;
+        self.screen.step(record, &self.view);
+        let energies = record.reading.energies();
+        self.pending = Some(StepLine {
+            step: record.step,
+            loss: Some(record.loss),
+            lr: record.lr,
+            grad_norm: Some(record.grad_norm),
+            tokens: record.tokens,
+            loss_tokens: record.loss_tokens,
+            flops: record.reading.charge.flops,
+            energy_j: StepEnergy {
+                counted: energies.counted.joules(),
+                measured: energies.measured.map(|energy| energy.joules()),
+                timed: Some(energies.timed.joules()),
+            },
+            wall_s: record.reading.wall,
+            val_loss: None,
+        });
+        Ok(())
+    }
+
+    fn evaluating(&mut self, done: usize, of: usize) {
+        self.screen.evaluating(done, of);
+    }
+
+    fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()> {
+        self.screen.evaluated(step, val_loss);
+        if !val_loss.is_finite() {
+            return self.flush();
+        }
+        match &mut self.pending {
+            Some(line) => {
+                line.val_loss = Some(val_loss);
+                self.flush()
+            }
+            None if step > 0 => self.amend(step, val_loss),
+            None => Ok(()),
+        }
+    }
+
+    fn saving(&mut self) -> Result<()> {
+        self.flush()?;
+        let synced = std::fs::File::open(&self.path).and_then(|file| file.sync_all());
+        synced.map_err(|source| Error::io("sync", &self.path, source))
+    }
+}

@@ -1,0 +1,162 @@
+//! Baselines that are trained: equal energy, equal loss, a budget of their own, and a run that they leave as it was.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::lab::{Lab, microjoules, number, says, set, word};
+
+const SCRATCH: &str = "baseline.from_scratch=measured";
+
+/// The entry of a kind that was measured.
+fn measured<'a>(report: &'a Value, kind: &str) -> &'a Value {
+    let all = report["baselines"].as_array().unwrap();
+    all.iter()
+        .find(|entry| entry["kind"] == kind && entry["label"] == "measured")
+        .unwrap_or_else(|| panic!("no {kind} in {all:#?}"))
+}
+
+/// Counted microjoules of the training entries in a ledger, one by one.
+fn training(lab: &Lab, ledger: &str) -> Vec<u64> {
+    let entries = lab.lines(ledger);
+    let training = entries.iter().filter(|line| line["phase"] == "train");
+    training.map(|line| microjoules(&line["energy_j"]["counted"])).collect()
+}
+
+#[test]
+fn from_scratch_is_held_against_the_run_at_equal_energy() {
+    let lab = Lab::new();
+    let keys = set(&["train.steps=12", SCRATCH, "baseline.energy_multiple=1"]);
+    let plan = lab.plan(&keys);
+    let report = lab.train("run", &keys);
+    let scratch = measured(&report, "from_scratch_same_task");
+    let block = &scratch["measured"];
+    // As many steps as fit the run's training energy, by the two ledgers; a thirteenth of the plan's "every weight" steps would pass it.
+    let run: u64 = training(&lab, "run/ledger.jsonl").iter().sum();
+    let own = training(&lab, "run/baselines/from_scratch/ledger.jsonl");
+    let spent: u64 = own.iter().sum();
+    assert!(spent <= run && spent + own.iter().max().unwrap() > run, "{spent} of {run}: {own:?}");
+    assert_eq!(block["steps_at_equal_energy"], own.len());
+    assert_eq!((block["steps"].as_u64(), word(block, "/stop_reason")), (Some(own.len() as u64), "equal_energy"));
+    assert_eq!((microjoules(&block["run_training_j"]), microjoules(&block["training_j"])), (run, spent));
+    // What the plan said it would spend, to the microjoule, and apart from the run.
+    assert_eq!(scratch["energy_j"], plan["measured_baselines"][0]["energy_j"]["equal_energy"]);
+    assert_eq!(microjoules(&scratch["energy_j"]), lab.ledger("run/baselines/from_scratch"));
+    // Random weights know nothing: every one of 1024 tokens is as likely as another, ln 1024 = 6.93 nats.
+    let curve = block["curve"].as_array().unwrap();
+    assert!((number(&curve[0], "/val_loss") - 6.93).abs() < 0.1, "{}", curve[0]);
+    let last = &curve[curve.len() - 1];
+    assert_eq!((&last["val_loss"], microjoules(&last["energy_j"])), (&scratch["val_loss_at_equal_energy"], spent));
+    // Twelve steps from random weights are no match for a pretrained model.
+    assert!(number(scratch, "/val_loss_at_equal_energy") > number(&report, "/training/val_loss_after"));
+    assert_eq!(block["run_val_loss"], report["training"]["val_loss_after"]);
+    // The run's own curve ends at its own training energy.
+    let own_curve = report["training"]["curve"].as_array().unwrap();
+    let last = &own_curve[own_curve.len() - 1];
+    assert_eq!(
+        (own_curve.len(), microjoules(&last["energy_j"]), &last["val_loss"]),
+        (13, run, &report["training"]["val_loss_after"])
+    );
+    // Pretraining and the counted full fine-tuning stay beside it, and the page says what was found.
+    let kinds: Vec<&str> = report["baselines"].as_array().unwrap().iter().map(|entry| word(entry, "/kind")).collect();
+    assert_eq!(kinds, ["full_fine_tuning", "pretraining", "from_scratch_same_task"]);
+    says(&String::from_utf8(lab.read("run/report.md")).unwrap(), &["after the same training energy (this run: "]);
+    assert!(!lab.path("run/baselines/from_scratch/checkpoints").exists());
+}
+
+#[test]
+fn a_measured_baseline_leaves_the_run_as_it_is_and_is_the_same_on_any_number_of_threads() {
+    let lab = Lab::new();
+    let keys = ["train.steps=6", "train.eval_every=3"];
+    let alone = lab.train("alone", &set(&keys));
+    let with = set(&[&keys[..], &[SCRATCH, "baseline.full_fine_tuning=measured", "baseline.energy_multiple=2"]].concat());
+    let mut blocks = Vec::new();
+    for threads in ["1", "2"] {
+        let flags: Vec<&str> = with.iter().flat_map(|pair| ["--set", pair.as_str()]).collect();
+        let report =
+            lab.json(&[&["train", "recipe.toml", "--out", threads, "--quiet", "--threads", threads], &flags[..]].concat());
+        assert_eq!(
+            (&report["energy"]["total_j"], &report["carbon"]["gco2e"]),
+            (&alone["energy"]["total_j"], &alone["carbon"]["gco2e"])
+        );
+        assert_eq!((lab.adapter(threads), lab.ledger(threads)), (lab.adapter("alone"), lab.ledger("alone")));
+        blocks.push([measured(&report, "from_scratch_same_task").clone(), measured(&report, "full_fine_tuning").clone()]);
+    }
+    assert_eq!(blocks[0], blocks[1]);
+    // It went on beyond equal energy, to at most twice as much.
+    let block = &blocks[0][0]["measured"];
+    assert!(block["steps"].as_u64() > block["steps_at_equal_energy"].as_u64(), "{block}");
+    assert!(number(block, "/training_j") <= 2.0 * number(block, "/run_training_j"));
+    assert_eq!(word(block, "/stop_reason"), "energy_multiple");
+    assert_ne!(word(block, "/equal_loss/how"), "measured");
+    assert_eq!(block["equal_loss"]["tried_j"], block["training_j"]);
+}
+
+#[test]
+fn the_energy_to_equal_loss_is_that_of_the_first_evaluation_there() {
+    let lab = Lab::new();
+    // The run hardly learns; every weight at a good rate soon does better.
+    let keys = ["train.steps=8", "train.learning_rate=1e-6", "baseline.learning_rate=2e-3", "baseline.full_fine_tuning=measured"];
+    let report = lab.train("run", &set(&keys));
+    let full = measured(&report, "full_fine_tuning");
+    let block = &full["measured"];
+    let target = number(&report, "/training/val_loss_after");
+    let curve = block["curve"].as_array().unwrap();
+    let first = curve.iter().find(|point| point["val_loss"].as_f64().is_some_and(|loss| loss <= target)).unwrap();
+    assert!(first["step"].as_u64() > Some(0), "the pretrained model is not yet there");
+    assert_eq!((word(block, "/equal_loss/how"), &block["equal_loss"]["energy_j"]), ("measured", &first["energy_j"]));
+    assert_eq!(full["energy_to_equal_loss_j"], first["energy_j"]);
+    assert_eq!((number(block, "/learning_rate"), word(block, "/stop_reason")), (2e-3, "equal_energy"));
+    // The counted row of the same kind stays first.
+    assert_eq!(word(&report, "/baselines/0/label"), "counted");
+}
+
+#[test]
+fn a_baseline_keeps_to_its_own_budget() {
+    let lab = Lab::new();
+    let keys = |budget: &str| set(&["train.steps=12", SCRATCH, &format!("baseline.budget={budget}")]);
+    let plan = lab.plan(&keys("1 kJ"));
+    let equal = number(&plan, "/measured_baselines/0/energy_j/equal_energy");
+    let report = lab.train("half", &keys(&format!("{} J", equal * 0.6)));
+    let scratch = measured(&report, "from_scratch_same_task");
+    assert_eq!(word(scratch, "/measured/stop_reason"), "budget");
+    assert!(number(scratch, "/energy_j") <= equal * 0.6 && scratch["val_loss_at_equal_energy"].is_null(), "{scratch}");
+    says(&String::from_utf8(lab.read("half/report.md")).unwrap(), &["cut short by `baseline.budget`"]);
+    // Too little for one step: the run stands, and says why there is no baseline.
+    let report = lab.train("none", &keys("1 mJ"));
+    says(&report["warnings"].to_string(), &["the from-scratch baseline was not trained", "`baseline.budget` leaves 1 mJ"]);
+    assert_eq!(report["training"]["steps"], 12);
+}
+
+#[test]
+fn ctrl_c_during_a_baseline_keeps_the_finished_run() {
+    let lab = Lab::new();
+    // A rate at which nothing is learnt: it would go on for a long time.
+    let keys = ["train.steps=2", SCRATCH, "baseline.energy_multiple=100000", "baseline.learning_rate=1e-12"];
+    let flags: Vec<&str> = keys.iter().flat_map(|pair| ["--set", pair]).collect();
+    let mut child = lab
+        .wattune(&[&["train", "recipe.toml", "--out", "run"], &flags[..]].concat())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(300);
+    while lab.lines("run/baselines/from_scratch/steps.jsonl").len() < 5 {
+        assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline, "the baseline did not begin");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The report was whole before the baseline began.
+    let before: Value = serde_json::from_slice(&lab.read("run/report.json")).unwrap();
+    assert_eq!(word(&before, "/training/stop_reason"), "steps");
+    assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{message}");
+    says(&message, &["measuring the from-scratch baseline", "the run is finished and its report is whole"]);
+    let report: Value = serde_json::from_slice(&lab.read("run/report.json")).unwrap();
+    assert_eq!((word(&report, "/training/stop_reason"), report["training"]["steps"].as_u64()), ("steps", Some(2)));
+    assert_eq!(word(measured(&report, "from_scratch_same_task"), "/measured/stop_reason"), "interrupted");
+    assert_eq!(report["energy"], before["energy"]);
+    assert!(lab.adapter("run").len() > 8 * 1024);
+}

@@ -1,0 +1,146 @@
+//! A run on a machine with an energy counter: here a powercap tree that the test drives at a constant power.
+
+#![cfg(target_os = "linux")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::lab::{Lab, flags, microjoules, number, says, set, word};
+
+/// What the package draws.
+const WATTS: f64 = 20.0;
+
+/// A machine with one package whose counter starts anew every `resets` milliseconds (0: never).
+struct Machine {
+    root: PathBuf,
+    stop: Arc<AtomicBool>,
+    resets: Arc<AtomicU64>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Machine {
+    fn new(lab: &Lab) -> Machine {
+        let root = lab.path("powercap");
+        let zone = root.join("intel-rapl:0");
+        std::fs::create_dir_all(&zone).unwrap();
+        std::fs::write(zone.join("name"), "package-0\n").unwrap();
+        std::fs::write(zone.join("max_energy_range_uj"), "262143328850\n").unwrap();
+        show(&zone, 0);
+        let (stop, resets) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, every) = (Arc::clone(&stop), Arc::clone(&resets));
+        let run = move || {
+            let mut start = Instant::now();
+            while !stopped.load(Ordering::Relaxed) {
+                let (every, since) = (every.load(Ordering::Relaxed), start.elapsed());
+                if every > 0 && since > Duration::from_millis(every) {
+                    start = Instant::now();
+                }
+                show(&zone, (start.elapsed().as_secs_f64() * WATTS * 1e6) as u64);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        Machine { root, stop, resets, thread: Some(std::thread::spawn(run)) }
+    }
+
+    /// A command that must succeed, on this machine.
+    fn json(&self, lab: &Lab, arguments: &[&str]) -> Value {
+        let output = lab.wattune(&[arguments, &["--json"]].concat()).env("WATTUNE_POWERCAP", &self.root).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn train(&self, lab: &Lab, out: &str, keys: &[String]) -> Value {
+        self.json(lab, &[&["train", "recipe.toml", "--out", out, "--quiet"], &flags(keys)[..]].concat())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// The part of the machine's processors that this process, and what it starts, may use.
+fn share() -> f64 {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let all = info.lines().filter(|line| line.starts_with("processor")).count();
+    (std::thread::available_parallelism().unwrap().get() as f64 / all as f64).min(1.0)
+}
+
+/// Sets the counter, so that no reader sees half of it.
+fn show(zone: &Path, energy: u64) {
+    std::fs::write(zone.join("next"), energy.to_string()).unwrap();
+    std::fs::rename(zone.join("next"), zone.join("energy_uj")).unwrap();
+}
+
+/// The phases of a report add up to its total, in microjoules.
+fn adds_up(report: &Value) {
+    let phases: u64 = report["energy"]["by_phase"].as_object().unwrap().values().map(microjoules).sum();
+    assert_eq!(phases, microjoules(&report["energy"]["total_j"]));
+}
+
+#[test]
+fn a_measured_run_is_held_against_what_was_counted_and_a_profile_keeps_the_factor() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    let report = machine.train(&lab, "run", &set(&["train.steps=8", "energy.meter=measured"]));
+    assert_eq!(word(&report, "/energy/meter"), "measured");
+    adds_up(&report);
+    let found = &report["energy"]["reconciliation"];
+    says(word(found, "/measured_by/0"), &["rapl (package-0", if share() < 1.0 { "attributed, not measured" } else { ")" }]);
+    assert_eq!(found["gaps"].as_array().unwrap().len(), 0);
+    // Every joule is the counter's: 20 W over the entries' own time.
+    let wall: f64 = lab.lines("run/ledger.jsonl").iter().filter_map(|line| line["wall_s"].as_f64()).sum();
+    let (counted, measured) = (number(found, "/all/counted_j"), number(found, "/all/measured_j"));
+    assert!((measured / (WATTS * share() * wall) - 1.0).abs() < 0.3, "{measured} J in {wall} s");
+    assert_eq!(microjoules(&found["all"]["measured_j"]), microjoules(&report["energy"]["total_j"]));
+    assert!((number(found, "/all/residual_j") - (measured - counted)).abs() < 1e-9);
+    let phases = found["by_phase"].as_object().unwrap();
+    let sum = |key: &str| phases.values().map(|phase| microjoules(&phase[key])).sum::<u64>();
+    assert_eq!(sum("counted_j"), microjoules(&found["all"]["counted_j"]));
+    let page = String::from_utf8(lab.read("run/report.md")).unwrap();
+    says(&page, &["## Measured against counted", "Measured by rapl (package-0"]);
+
+    let kept = lab.json(&["calibrate", "--from-run", "run", "--name", "mine", "--out", "mine.toml"]);
+    let factor = number(&kept, "/measured_over_counted/value");
+    assert!((factor - measured / counted).abs() < 1e-9);
+    let (plain, mine) = (lab.plan(&[]), lab.plan(&set(&["energy.device=./mine.toml"])));
+    let ratio = number(&mine, "/energy/total_j") / number(&plain, "/energy/total_j");
+    assert!((ratio / factor - 1.0).abs() < 1e-4, "{ratio} of {factor}");
+    assert!(
+        (number(&mine, "/energy/profile_factor/value") - factor).abs() < 1e-12 && plain["energy"]["profile_factor"].is_null()
+    );
+    says(word(&mine, "/energy/profile_factor/source"), &["in the run run", "rapl (package-0"]);
+    // A plan is what is executed, also with a factor.
+    let executed = lab.train("counted", &set(&["energy.device=./mine.toml"]));
+    assert_eq!(microjoules(&executed["energy"]["total_j"]), microjoules(&mine["energy"]["total_j"]));
+    let message = lab.refused(2, &["calibrate", "--from-run", "counted", "--out", "other.toml"]);
+    says(&message, &["not measured"]);
+}
+
+#[test]
+fn a_counter_that_is_reset_leaves_named_gaps_and_no_zero() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    machine.resets.store(40, Ordering::Relaxed);
+    let report = machine.train(&lab, "run", &set(&["train.steps=8", "energy.meter=measured"]));
+    adds_up(&report);
+    let gaps = report["energy"]["reconciliation"]["gaps"].as_array().unwrap();
+    assert!(!gaps.is_empty(), "a run of more than 40 ms has a reset in it");
+    for gap in gaps {
+        assert_eq!((word(gap, "/filled"), number(gap, "/energy_j") > 0.0), ("counted", true));
+        assert!(word(gap, "/reason").contains("rapl: ") && number(gap, "/wall_s") > 0.0, "{gap}");
+    }
+    let unmeasured: Vec<Value> = lab
+        .lines("run/ledger.jsonl")
+        .into_iter()
+        .filter(|line| line.pointer("/energy_j/measured").is_some_and(Value::is_null))
+        .collect();
+    assert!(!unmeasured.is_empty() && unmeasured.iter().all(|line| word(line, "/gap/filled") == "counted"));
+    says(&String::from_utf8(lab.read("run/report.md")).unwrap(), &["A gap is filled with its counted energy"]);
+}
