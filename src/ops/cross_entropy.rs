@@ -148,7 +148,10 @@ impl Head {
                 parts.push(matmul(context, &dz, &self.weight.tensor)?);
             }
         }
-        let dh = if parts.is_empty() { None } else { Some(Tensor::cat(&parts, 0)?) };
+        let dh = match parts.len() {
+            0 | 1 => parts.pop(),
+            _ => Some(Tensor::cat(&parts, 0)?),
+        };
         Ok((losses, dh))
     }
 
@@ -190,21 +193,24 @@ fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
     let row = |(z, target): (&mut [f32], &u32)| {
         let target = *target as usize;
         let at_target = z[target];
-        let (max, sum) = vectorized(|| {
-            let max = simd::max(z);
-            let sum = match scale {
-                None => simd::sum(z.len(), |i| simd::exp(z[i] - max)),
-                Some(_) => {
-                    z.iter_mut().for_each(|z| *z = simd::exp(*z - max));
-                    simd::sum(z.len(), |i| z[i])
+        let (max, sum) = vectorized(
+            #[inline(always)]
+            || {
+                let max = simd::max(z);
+                let sum = match scale {
+                    None => simd::sum(z.len(), |i| simd::exp(z[i] - max)),
+                    Some(_) => {
+                        z.iter_mut().for_each(|z| *z = simd::exp(*z - max));
+                        simd::sum(z.len(), |i| z[i])
+                    }
+                };
+                if let Some(scale) = scale {
+                    let share = (f64::from(scale) / sum) as f32;
+                    z.iter_mut().for_each(|z| *z *= share);
                 }
-            };
-            if let Some(scale) = scale {
-                let share = (f64::from(scale) / sum) as f32;
-                z.iter_mut().for_each(|z| *z *= share);
-            }
-            (max, sum)
-        });
+                (max, sum)
+            },
+        );
         if let Some(scale) = scale {
             z[target] -= scale;
         }

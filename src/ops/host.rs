@@ -81,7 +81,10 @@ pub(super) fn widen(values: &[bf16]) -> Vec<f32> {
     // SAFETY: the loop writes every number.
     let mut wide = unsafe { uninitialized(values.len()) };
     wide.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(wide, narrow)| {
-        vectorized(|| wide.iter_mut().zip(narrow).for_each(|(wide, x)| *wide = x.widen()));
+        vectorized(
+            #[inline(always)]
+            || wide.iter_mut().zip(narrow).for_each(|(wide, x)| *wide = x.widen()),
+        );
     });
     wide
 }
@@ -109,10 +112,12 @@ pub(super) fn kept(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
     let host = Host::open(x)?;
     // SAFETY: the loop writes every number.
     let mut narrow = unsafe { uninitialized(host.len) };
-    narrow
-        .par_chunks_mut(CHUNK)
-        .zip(host.slice().par_chunks(CHUNK))
-        .for_each(|(narrow, x)| vectorized(|| narrow_into(narrow, x)));
+    narrow.par_chunks_mut(CHUNK).zip(host.slice().par_chunks(CHUNK)).for_each(|(narrow, x)| {
+        vectorized(
+            #[inline(always)]
+            || narrow_into(narrow, x),
+        )
+    });
     Ok(Tensor::from_vec(narrow, x.shape(), &Device::Cpu)?)
 }
 

@@ -60,6 +60,11 @@ impl<'a> Context<'a> {
     }
 }
 
+/// The instruction set whose tiles this processor multiplies with: `avx512`, `avx2` or `portable`.
+pub fn instruction_set() -> &'static str {
+    product::available()[0].name
+}
+
 /// The candle type of a precision.
 pub fn dtype(precision: Precision) -> DType {
     match precision {

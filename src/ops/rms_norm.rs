@@ -109,10 +109,13 @@ impl RmsNorm {
         // SAFETY: the loop writes every row.
         let mut y = unsafe { uninitialized(n * c) };
         y.par_chunks_mut(c).zip(x.par_chunks(c)).with_min_len(ROWS_PER_TASK).for_each(|(y, x)| {
-            vectorized(|| {
-                let s = self.inverse_rms_of(x);
-                y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let s = self.inverse_rms_of(x);
+                    y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
+                },
+            );
         });
         tensor(y, (n, c))
     }
@@ -126,15 +129,18 @@ impl RmsNorm {
         let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = dx.par_chunks_mut(c).zip(dy.par_chunks(c)).zip(x.par_chunks(c)).enumerate();
         rows.with_min_len(ROWS_PER_TASK).for_each(|(row, ((dx, dy), x))| {
-            vectorized(|| {
-                let s = self.inverse_rms_of(x);
-                let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
-                let along = gx / c as f32 * s * s * s;
-                dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
-                if let Some(base) = &base {
-                    dx.iter_mut().zip(&base.slice()[row * c..]).for_each(|(dx, base)| *dx += base);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let s = self.inverse_rms_of(x);
+                    let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
+                    let along = gx / c as f32 * s * s * s;
+                    dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
+                    if let Some(base) = &base {
+                        dx.iter_mut().zip(&base.slice()[row * c..]).for_each(|(dx, base)| *dx += base);
+                    }
+                },
+            );
         });
         tensor(dx, (n, c))
     }

@@ -221,18 +221,21 @@ impl RopeTables {
         let mut y: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = y.par_chunks_mut(c).zip(x.par_chunks(c)).zip(cos.par_chunks(half).zip(sin.par_chunks(half)));
         rows.with_min_len(ROWS_PER_TASK).for_each(|((y, x), (cos, sin))| {
-            vectorized(|| {
-                for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
-                    let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
-                    let (cos, sin, x1, x2) = (&cos[..half], &sin[..half], &x1[..half], &x2[..half]);
-                    let (y1, y2) = (&mut y1[..half], &mut y2[..half]);
-                    for i in 0..half {
-                        let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
-                        y1[i] = a * cos[i] - b * s;
-                        y2[i] = b * cos[i] + a * s;
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                        let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
+                        let (cos, sin, x1, x2) = (&cos[..half], &sin[..half], &x1[..half], &x2[..half]);
+                        let (y1, y2) = (&mut y1[..half], &mut y2[..half]);
+                        for i in 0..half {
+                            let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
+                            y1[i] = a * cos[i] - b * s;
+                            y2[i] = b * cos[i] + a * s;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         tensor(y, (n, c))
     }

@@ -42,18 +42,26 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
     // SAFETY: the loops below write every number.
     let mut y: Vec<f32> = unsafe { uninitialized(n) };
     if context.precision != Precision::Bf16 {
-        y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (gate, up))| vectorized(|| forward(y, gate, up)));
+        y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (gate, up))| {
+            vectorized(
+                #[inline(always)]
+                || forward(y, gate, up),
+            )
+        });
         return Ok((tensor(y, shape)?, SwigluSaved { gate: gate.clone(), up: up.clone() }));
     }
     // SAFETY: as above.
     let (mut gate16, mut up16): (Vec<bf16>, Vec<bf16>) = unsafe { (uninitialized(n), uninitialized(n)) };
     let narrow = gate16.par_chunks_mut(CHUNK).zip(up16.par_chunks_mut(CHUNK));
     y.par_chunks_mut(CHUNK).zip(narrow).zip(inputs).for_each(|((y, (gate16, up16)), (gate, up))| {
-        vectorized(|| {
-            forward(y, gate, up);
-            narrow_into(gate16, gate);
-            narrow_into(up16, up);
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                forward(y, gate, up);
+                narrow_into(gate16, gate);
+                narrow_into(up16, up);
+            },
+        );
     });
     let saved = |values: Vec<bf16>| Tensor::from_vec(values, shape, &Device::Cpu);
     Ok((tensor(y, shape)?, SwigluSaved { gate: saved(gate16)?, up: saved(up16)? }))
@@ -77,17 +85,20 @@ pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor>
     let mut y: Vec<f32> = unsafe { uninitialized(shape.0 * shape.1) };
     y.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, y)| {
         let range = chunk * CHUNK..chunk * CHUNK + y.len();
-        vectorized(|| match (gate.values(), up.values()) {
-            (Values::F32(gate), Values::F32(up)) => forward(y, &gate[range.clone()], &up[range]),
-            (Values::Bf16(gate), Values::Bf16(up)) => {
-                for ((y, g), u) in y.iter_mut().zip(&gate[range.clone()]).zip(&up[range]) {
-                    let g = g.widen();
-                    *y = g * sigmoid(g) * u.widen();
+        vectorized(
+            #[inline(always)]
+            || match (gate.values(), up.values()) {
+                (Values::F32(gate), Values::F32(up)) => forward(y, &gate[range.clone()], &up[range]),
+                (Values::Bf16(gate), Values::Bf16(up)) => {
+                    for ((y, g), u) in y.iter_mut().zip(&gate[range.clone()]).zip(&up[range]) {
+                        let g = g.widen();
+                        *y = g * sigmoid(g) * u.widen();
+                    }
                 }
-            }
-            // Both were kept in one type.
-            _ => y.fill(f32::NAN),
-        });
+                // Both were kept in one type.
+                _ => y.fill(f32::NAN),
+            },
+        );
     });
     tensor(y, shape)
 }
@@ -113,16 +124,19 @@ pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, saved: &SwigluSaved) -
         let range = chunk * CHUNK..chunk * CHUNK + dy.len();
         let n = dy.len();
         let (dgate, dup) = (&mut dgate[..n], &mut dup[..n]);
-        vectorized(|| {
-            // What was kept goes through the places of the results, in f32.
-            gate.values().widen_into(range.clone(), dgate);
-            up.values().widen_into(range, dup);
-            for i in 0..n {
-                let (g, u, s) = (dgate[i], dup[i], sigmoid(dgate[i]));
-                dup[i] = dy[i] * g * s;
-                dgate[i] = dy[i] * u * s * (1.0 + g * (1.0 - s));
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                // What was kept goes through the places of the results, in f32.
+                gate.values().widen_into(range.clone(), dgate);
+                up.values().widen_into(range, dup);
+                for i in 0..n {
+                    let (g, u, s) = (dgate[i], dup[i], sigmoid(dgate[i]));
+                    dup[i] = dy[i] * g * s;
+                    dgate[i] = dy[i] * u * s * (1.0 + g * (1.0 - s));
+                }
+            },
+        );
     });
     Ok((tensor(dgate, shape)?, tensor(dup, shape)?))
 }

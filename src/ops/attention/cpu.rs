@@ -32,11 +32,14 @@ impl Head {
     fn of(isa: &Isa, values: Values<'_>, stride: usize, rows: Range<usize>, first: usize, d: usize) -> Self {
         let width = d.next_multiple_of(isa.lanes);
         let mut own = vec![0.0; rows.len() * width];
-        vectorized(|| {
-            for (out, row) in own.chunks_exact_mut(width).zip(rows) {
-                values.widen_into(row * stride + first..row * stride + first + d, &mut out[..d]);
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                for (out, row) in own.chunks_exact_mut(width).zip(rows) {
+                    values.widen_into(row * stride + first..row * stride + first + d, &mut out[..d]);
+                }
+            },
+        );
         Self { values: own, width }
     }
 
@@ -133,19 +136,13 @@ impl Panel {
         }
     }
 
-    /// Minus infinity where a query does not see a key.
+    /// Minus infinity where a query does not see a key: where it comes before the key, or `window` or more after it.
     fn hide(&self, window: Option<usize>, scores: &mut [f32]) {
-        let window = window.unwrap_or(usize::MAX);
-        let sees = |query: usize, key: usize| key <= query && query - key < window;
+        let (start, lanes) = (self.queries.start, self.queries.len());
         for (key, row) in self.keys.clone().zip(scores.chunks_exact_mut(self.lanes)) {
-            if sees(self.queries.start, key) && sees(self.queries.end - 1, key) {
-                continue;
-            }
-            for (query, score) in self.queries.clone().zip(row) {
-                if !sees(query, key) {
-                    *score = f32::NEG_INFINITY;
-                }
-            }
+            row[..key.saturating_sub(start).min(lanes)].fill(f32::NEG_INFINITY);
+            let unseen = window.map_or(lanes, |window| (key + window).saturating_sub(start).min(lanes));
+            row[unseen..lanes].fill(f32::NEG_INFINITY);
         }
     }
 }
@@ -164,27 +161,30 @@ macro_rules! by_lanes {
 /// Scores (keys, L) -> exp(score - max), not yet divided by their sum; each lane's sum and log-sum-exp.
 fn softmax<const L: usize>(scores: &mut [f32], sums: &mut [f32], lse: &mut [f32]) {
     let rows = scores.as_chunks_mut::<L>().0;
-    vectorized(|| {
-        let mut max = [f32::NEG_INFINITY; L];
-        for row in rows.iter() {
-            max.iter_mut().zip(row).for_each(|(max, x)| *max = if *x > *max { *x } else { *max });
-        }
-        let mut total = [0.0f32; L];
-        for rows in rows.chunks_mut(KEYS) {
-            let mut sum = [0.0f32; L];
-            for row in rows {
-                for lane in 0..L {
-                    row[lane] = simd::exp(row[lane] - max[lane]);
-                    sum[lane] += row[lane];
-                }
+    vectorized(
+        #[inline(always)]
+        || {
+            let mut max = [f32::NEG_INFINITY; L];
+            for row in rows.iter() {
+                max.iter_mut().zip(row).for_each(|(max, x)| *max = if *x > *max { *x } else { *max });
             }
-            total.iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
-        }
-        for lane in 0..L {
-            lse[lane] = max[lane] + total[lane].ln();
-            sums[lane] = total[lane];
-        }
-    });
+            let mut total = [0.0f32; L];
+            for rows in rows.chunks_mut(KEYS) {
+                let mut sum = [0.0f32; L];
+                for row in rows {
+                    for lane in 0..L {
+                        row[lane] = simd::exp(row[lane] - max[lane]);
+                        sum[lane] += row[lane];
+                    }
+                }
+                total.iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
+            }
+            for lane in 0..L {
+                lse[lane] = max[lane] + total[lane].ln();
+                sums[lane] = total[lane];
+            }
+        },
+    );
 }
 
 /// Scores and dP (keys, L) -> P and dS, in place.
@@ -192,14 +192,17 @@ fn gradients<const L: usize>(scores: &mut [f32], dp: &mut [f32], lse: &[f32], in
     let (mut lses, mut inners) = ([0.0; L], [0.0; L]);
     lses[..lse.len()].copy_from_slice(lse);
     inners[..inner.len()].copy_from_slice(inner);
-    vectorized(|| {
-        for (p, ds) in scores.as_chunks_mut::<L>().0.iter_mut().zip(dp.as_chunks_mut::<L>().0) {
-            for lane in 0..L {
-                p[lane] = simd::exp(p[lane] - lses[lane]);
-                ds[lane] = p[lane] * (ds[lane] - inners[lane]) * scale;
+    vectorized(
+        #[inline(always)]
+        || {
+            for (p, ds) in scores.as_chunks_mut::<L>().0.iter_mut().zip(dp.as_chunks_mut::<L>().0) {
+                for lane in 0..L {
+                    p[lane] = simd::exp(p[lane] - lses[lane]);
+                    ds[lane] = p[lane] * (ds[lane] - inners[lane]) * scale;
+                }
             }
-        }
-    });
+        },
+    );
 }
 
 impl Attention {
@@ -250,7 +253,10 @@ impl Attention {
                         std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
                     };
                     let from = &mixed[lane * v.width..][..d];
-                    vectorized(|| out.iter_mut().zip(from).for_each(|(out, x)| *out = x * share));
+                    vectorized(
+                        #[inline(always)]
+                        || out.iter_mut().zip(from).for_each(|(out, x)| *out = x * share),
+                    );
                 }
             }
         }
@@ -307,7 +313,10 @@ impl Attention {
                 for (lane, query) in queries.clone().enumerate() {
                     lses[lane] = x.lse[(range.start + query) * self.heads + head];
                     let of = |head: &Head| query * head.width..query * head.width + d;
-                    inners[lane] = vectorized(|| simd::dot(&dout.values[of(&dout)], &out.values[of(&out)]));
+                    inners[lane] = vectorized(
+                        #[inline(always)]
+                        || simd::dot(&dout.values[of(&dout)], &out.values[of(&out)]),
+                    );
                 }
                 let count = queries.len();
                 by_lanes!(panel.lanes, gradients(&mut p, &mut ds, &lses[..count], &inners[..count], scale));

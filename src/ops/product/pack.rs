@@ -76,14 +76,17 @@ fn panel_of<T: Number>(
     width: usize,
 ) {
     if column_stride == 1 {
-        return vectorized(|| {
-            for (row, out) in panel.chunks_exact_mut(width).enumerate() {
-                let (whole, rest) = out.split_at_mut(columns);
-                let from = &values[row * row_stride..][..columns];
-                whole.iter_mut().zip(from).for_each(|(out, x)| *out = x.widen());
-                rest.fill(0.0);
-            }
-        });
+        return vectorized(
+            #[inline(always)]
+            || {
+                for (row, out) in panel.chunks_exact_mut(width).enumerate() {
+                    let (whole, rest) = out.split_at_mut(columns);
+                    let from = &values[row * row_stride..][..columns];
+                    whole.iter_mut().zip(from).for_each(|(out, x)| *out = x.widen());
+                    rest.fill(0.0);
+                }
+            },
+        );
     }
     #[cfg(target_arch = "x86_64")]
     if isa.avx512 && row_stride == 1 {
@@ -106,6 +109,7 @@ fn panel_of<T: Number>(
 /// # Safety
 /// `columns` runs of `panel.len() / width` numbers, `stride` apart, must be readable; the processor has AVX-512 F, BW and VL.
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn transposed<T: Number>(values: *const T, stride: usize, columns: usize, panel: &mut [f32], width: usize) {
     use std::arch::x86_64::*;
@@ -115,16 +119,16 @@ unsafe fn transposed<T: Number>(values: *const T, stride: usize, columns: usize,
             let depth = (k - start).min(16);
             let mask = (u32::MAX >> (32 - depth)) as u16;
             let mut block = [_mm512_setzero_ps(); 16];
-            for (row, vector) in block.iter_mut().enumerate() {
+            for row in 0..16 {
                 let mask = if first + row < columns { mask } else { 0 };
                 // SAFETY: column `first + row` holds what the mask names; beyond the last column it names nothing.
-                *vector = unsafe { T::load(values.wrapping_add((first + row) * stride + start), mask) };
+                block[row] = unsafe { T::load(values.wrapping_add((first + row) * stride + start), mask) };
             }
             transpose_16(&mut block);
-            for (row, vector) in block.into_iter().enumerate() {
+            for row in 0..16 {
                 if row < depth {
                     // SAFETY: row `start + row` < k of the panel has 16 numbers from `first` on, for width is a multiple of 16.
-                    unsafe { _mm512_storeu_ps(panel.as_mut_ptr().add((start + row) * width + first), vector) };
+                    unsafe { _mm512_storeu_ps(panel.as_mut_ptr().add((start + row) * width + first), block[row]) };
                 }
             }
         }

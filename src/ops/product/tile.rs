@@ -1,7 +1,9 @@
 //! The innermost loops: one tile of a product, for each instruction set.
 //!
 //! A tile is `M` rows by `V` vectors of the result, kept in registers over the whole of k. A is read by broadcast through two strides, B
-//! row by row from a packed panel. Every instruction set sums over k in the same order, once, with fused multiply-adds where it has them.
+//! row by row from a packed panel. Loops here are plain indices: an iterator's call that is not inlined leaves the registers. Every instruction set sums over k in the same order, once, with fused multiply-adds where it has them.
+
+#![allow(clippy::needless_range_loop)]
 
 use std::sync::OnceLock;
 
@@ -116,16 +118,16 @@ unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs, multiply_add: i
                 }
             }
         }
-        for (m, sums) in sums.iter_mut().enumerate() {
+        for m in 0..M {
             if !args.start.is_null() {
                 let start = args.start.add(m * args.start_row).cast::<[[f32; 8]; V]>().read_unaligned();
                 for v in 0..V {
                     for lane in 0..8 {
-                        sums[v][lane] += start[v][lane];
+                        sums[m][v][lane] = start[v][lane] + sums[m][v][lane];
                     }
                 }
             }
-            args.out.add(m * args.out_row).cast::<[[f32; 8]; V]>().write_unaligned(*sums);
+            args.out.add(m * args.out_row).cast::<[[f32; 8]; V]>().write_unaligned(sums[m]);
         }
     }
 }
@@ -154,19 +156,20 @@ unsafe fn avx2<const M: usize, const V: usize>(args: TileArgs) {
     unsafe {
         for _ in 0..args.k {
             let mut row = [_mm256_setzero_ps(); V];
-            for (v, row) in row.iter_mut().enumerate() {
-                *row = _mm256_loadu_ps(b.add(8 * v));
+            for v in 0..V {
+                row[v] = _mm256_loadu_ps(b.add(8 * v));
             }
-            for (m, sums) in sums.iter_mut().enumerate() {
+            for m in 0..M {
                 let a = _mm256_set1_ps(*a.add(m * args.a_row));
-                for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = _mm256_fmadd_ps(a, row, *sum);
+                for v in 0..V {
+                    sums[m][v] = _mm256_fmadd_ps(a, row[v], sums[m][v]);
                 }
             }
             (a, b) = (a.add(args.a_column), b.add(args.b_row));
         }
-        for (m, sums) in sums.into_iter().enumerate() {
-            for (v, mut sum) in sums.into_iter().enumerate() {
+        for m in 0..M {
+            for v in 0..V {
+                let mut sum = sums[m][v];
                 if !args.start.is_null() {
                     sum = _mm256_add_ps(_mm256_loadu_ps(args.start.add(m * args.start_row + 8 * v)), sum);
                 }
@@ -186,19 +189,20 @@ unsafe fn avx512<const M: usize, const V: usize>(args: TileArgs) {
     unsafe {
         for _ in 0..args.k {
             let mut row = [_mm512_setzero_ps(); V];
-            for (v, row) in row.iter_mut().enumerate() {
-                *row = _mm512_loadu_ps(b.add(16 * v));
+            for v in 0..V {
+                row[v] = _mm512_loadu_ps(b.add(16 * v));
             }
-            for (m, sums) in sums.iter_mut().enumerate() {
+            for m in 0..M {
                 let a = _mm512_set1_ps(*a.add(m * args.a_row));
-                for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = _mm512_fmadd_ps(a, row, *sum);
+                for v in 0..V {
+                    sums[m][v] = _mm512_fmadd_ps(a, row[v], sums[m][v]);
                 }
             }
             (a, b) = (a.add(args.a_column), b.add(args.b_row));
         }
-        for (m, sums) in sums.into_iter().enumerate() {
-            for (v, mut sum) in sums.into_iter().enumerate() {
+        for m in 0..M {
+            for v in 0..V {
+                let mut sum = sums[m][v];
                 if !args.start.is_null() {
                     sum = _mm512_add_ps(_mm512_loadu_ps(args.start.add(m * args.start_row + 16 * v)), sum);
                 }
