@@ -129,3 +129,50 @@ fn cut_short(stop: BaselineStop) -> Option<&'static str> {
         BaselineStop::Diverged => Some("it diverged: a loss or a gradient was not finite"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Report;
+
+    /// The report of the tests, its from-scratch baseline ended by `stop` and `how` at 3.582 kJ of training.
+    fn sentences(stop_reason: BaselineStop, how: Reached, energy_j: Option<f64>) -> Vec<String> {
+        let report: Report = serde_json::from_str(include_str!("../../tests/fixtures/report.json")).expect("a report");
+        let scratch =
+            report.baselines.into_iter().find(|baseline| baseline.val_loss_at_equal_energy.is_some()).expect("a baseline");
+        let energy_j = energy_j.map(Joules);
+        let equal_loss = EqualLoss { how, energy_j, times: energy_j.map(|energy| energy.0 / 1800.0), tried_j: Joules(3582.0) };
+        let measured = MeasuredBaseline {
+            steps: 20,
+            steps_at_equal_energy: 10,
+            stop_reason,
+            learning_rate: 1e-3,
+            run_training_j: Joules(1800.0),
+            training_j: Joules(3582.0),
+            run_val_loss: 2.5,
+            equal_loss,
+            curve: Vec::new(),
+        };
+        at_equal(&Baseline { measured: Some(measured), ..scratch })
+    }
+
+    #[test]
+    fn an_extrapolation_never_reads_as_a_measurement() {
+        let name = "from scratch, same task";
+        let reached = sentences(BaselineStop::EqualLoss, Reached::Measured, Some(3600.0));
+        let after = format!("{name}: validation loss 6.9 after the same training energy (this run: 2.5)");
+        assert_eq!(
+            reached,
+            [after.clone(), format!("{name}: 3.6 kJ (1 Wh), 2.00 times this run's training energy, to the same validation loss")]
+        );
+        let beyond = sentences(BaselineStop::EnergyMultiple, Reached::Extrapolated, Some(18_000.0));
+        let tried = "the same validation loss was not reached in 3.582 kJ (0.995 Wh)";
+        assert_eq!(
+            beyond[1],
+            format!("{name}: {tried}; extrapolated, not measured: 18 kJ (5 Wh), 10.0 times this run's training energy, to it")
+        );
+        let cut = sentences(BaselineStop::Budget, Reached::No, None);
+        let lost = format!("{name}: {tried}, and its curve does not lead there");
+        assert_eq!(cut, [after, lost, format!("{name}: cut short by `baseline.budget`")]);
+    }
+}
