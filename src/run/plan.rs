@@ -6,9 +6,8 @@ use super::baselines::baselines;
 use super::machine;
 use super::options::meter;
 use super::prepare::Prepared;
-use super::reporting::{
-    adapter_block, amounts, baseline_blocks, carbon_block, data_block, model_block, profile_factor, stop_reason,
-};
+use super::reconcile::profile_factor;
+use super::reporting::{adapter_block, amounts, baseline_blocks, carbon_block, data_block, model_block, stop_reason};
 use super::sample::sample_prompt;
 use super::trainee::load_work;
 use crate::energy::meter::Computing;

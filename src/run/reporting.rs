@@ -8,20 +8,20 @@ use super::directory::RunDirectory;
 use super::machine;
 use super::plan::interval;
 use super::prepare::{Prepared, Target};
+use super::reconcile::{profile_factor, reconciliation};
 use super::trainee::{self, base_name, copy_companions};
 use crate::adapter::PeftConfig;
-use crate::energy::ledger::{Gapped, Totals};
-use crate::energy::{Account, Baseline, Limits, Phase, Profile, Spent, baseline, carbon};
+use crate::energy::ledger::Totals;
+use crate::energy::{Account, Baseline, Limits, Phase, Spent, baseline, carbon};
 use crate::error::{Error, Result};
 use crate::hub::ModelFiles;
 use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
-use crate::report::reconciliation::{Compared, Gap, ProfileFactor, Reconciliation};
 use crate::report::types::{self, Amounts};
 use crate::report::{CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown, model_card};
 use crate::train::{Checkpoints, Outcome, Stop};
-use crate::units::{Bytes, Flops, Joules, MicroJoules, Seconds};
+use crate::units::{Bytes, Flops, Joules, Seconds};
 
 /// What a report is made of.
 pub(super) struct Inputs<'a> {
@@ -202,7 +202,7 @@ pub(super) fn stop_reason(stop: &Stop) -> StopReason {
     }
 }
 
-fn phase(phase: Phase) -> types::Phase {
+pub(super) fn phase(phase: Phase) -> types::Phase {
     match phase {
         Phase::Load => types::Phase::Load,
         Phase::Train => types::Phase::Train,
@@ -250,40 +250,6 @@ fn energy_block(prepared: &Prepared, account: &Account) -> types::Energy {
         bytes_by_level: totals.bytes.iter().map(|(level, bytes)| (level.clone(), *bytes)).collect(),
         device: prepared.profile.name.clone(),
     }
-}
-
-/// The factor that the profile keeps.
-pub(super) fn profile_factor(profile: &Profile) -> Option<ProfileFactor> {
-    profile.factor().map(|(value, source)| ProfileFactor { value, source: source.to_string() })
-}
-
-/// Measured against counted, where there are counters. What a crash took was predicted, not measured: it is not compared.
-fn reconciliation(account: &Account) -> Option<Reconciliation> {
-    let measured_by = account.meters().measured_by();
-    if measured_by.is_empty() {
-        return None;
-    }
-    let compared = |totals: &Totals| {
-        let measured = totals.energy_j.measured?;
-        Some((totals.counted_where_measured, measured))
-    };
-    let phases: Vec<_> = account.by_phase().filter(|(phase, _)| *phase != Phase::Lost).collect();
-    let sums = phases.iter().filter_map(|(_, totals)| compared(totals)).reduce(|a, b| (a.0 + b.0, a.1 + b.1));
-    let of = |(counted, measured): (MicroJoules, MicroJoules)| Compared::of(counted.joules(), measured.joules());
-    let gap = |(gap_phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
-        phase: phase(gap_phase),
-        reason: reason.to_string(),
-        entries: gapped.entries,
-        wall_s: gapped.wall_s,
-        filled: types::Meter::Counted,
-        energy_j: gapped.energy.joules(),
-    };
-    Some(Reconciliation {
-        measured_by,
-        by_phase: phases.iter().filter_map(|(of_phase, totals)| Some((phase(*of_phase), of(compared(totals)?)))).collect(),
-        all: sums.map(of),
-        gaps: account.gaps().map(gap).collect(),
-    })
 }
 
 pub(super) fn amounts(limits: &Limits) -> Amounts {
