@@ -115,7 +115,8 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    match set_threads(cli.common.threads).and_then(|()| dispatch(cli)) {
+    // On a thread of the pool: from outside it every parallel loop would put this thread to sleep and wake it again.
+    match set_threads(cli.common.threads).and_then(|()| rayon::scope(|_| dispatch(cli))) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
@@ -145,6 +146,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
     }
 }
 
+/// Bytes of stack of a pool's thread: as much as a process's first thread has.
+const STACK: usize = 8 << 20;
+
 /// Fixes the number of threads: `--threads`, else RAYON_NUM_THREADS, else all that the process may use.
 ///
 /// candle keeps a second, spinning pool for its elementwise operations, which takes the cores away from ours; it is switched off
@@ -161,7 +165,7 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
         std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
         std::env::set_var("CANDLE_NUM_THREADS", "1");
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK).build_global();
     pool.map_err(|e| Error::new(Kind::Usage, format!("the thread pool cannot be set up: {e}")))
 }
 

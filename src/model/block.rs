@@ -6,8 +6,8 @@ use rand::RngExt;
 use super::linears::{Linears, NAMES, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Context, Gradients, Linear, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments,
-    dropout_mask, residual, swiglu, swiglu_backward,
+    Attention, AttentionSaved, Context, Gradients, Linear, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments, SwigluSaved,
+    dropout_mask, swiglu, swiglu_again, swiglu_backward,
 };
 use crate::random::{self, Use};
 
@@ -50,14 +50,13 @@ pub(super) struct BlockSaved {
     norm: RmsNormSaved,
     attention: AttentionSaved,
     post_norm: RmsNormSaved,
-    gate: Tensor,
-    up: Tensor,
+    swiglu: SwigluSaved,
     linears: Linears<LinearSaved>,
 }
 
 impl BlockSaved {
     /// The keys (rotated) and values of the pass, for a generation's cache.
-    pub(super) fn keys_and_values(&self) -> (Tensor, Tensor) {
+    pub(super) fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
         self.attention.keys_and_values()
     }
 }
@@ -67,20 +66,19 @@ impl Block {
     pub(super) fn forward(&self, pass: Pass<'_>, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
         let l = &self.linears;
         let (h, norm) = self.input_layernorm.forward(pass.context, x)?;
-        let (q, q_proj) = self.apply(pass, &l.q_proj, NAMES.q_proj, &h)?;
-        let (k, k_proj) = self.apply(pass, &l.k_proj, NAMES.k_proj, &h)?;
-        let (v, v_proj) = self.apply(pass, &l.v_proj, NAMES.v_proj, &h)?;
+        let (q, q_proj) = self.apply(pass, &l.q_proj, NAMES.q_proj, &h, None)?;
+        let (k, k_proj) = self.apply(pass, &l.k_proj, NAMES.k_proj, &h, None)?;
+        let (v, v_proj) = self.apply(pass, &l.v_proj, NAMES.v_proj, &h, None)?;
         let (q, k) = (pass.rope.forward(pass.context, &q)?, pass.rope.forward(pass.context, &k)?);
         let (mixed, attention) = self.attention.forward(pass.context, q, k, v, pass.segments)?;
-        let (o, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &mixed)?;
-        let x1 = residual(pass.context, x, &o)?;
+        let (x1, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &mixed, Some(x))?;
         let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
-        let (gate, gate_proj) = self.apply(pass, &l.gate_proj, NAMES.gate_proj, &h)?;
-        let (up, up_proj) = self.apply(pass, &l.up_proj, NAMES.up_proj, &h)?;
-        let inner = swiglu(pass.context, &gate, &up)?;
-        let (down, down_proj) = self.apply(pass, &l.down_proj, NAMES.down_proj, &inner)?;
+        let (gate, gate_proj) = self.apply(pass, &l.gate_proj, NAMES.gate_proj, &h, None)?;
+        let (up, up_proj) = self.apply(pass, &l.up_proj, NAMES.up_proj, &h, None)?;
+        let (inner, swiglu) = swiglu(pass.context, &gate, &up)?;
+        let (y, down_proj) = self.apply(pass, &l.down_proj, NAMES.down_proj, &inner, Some(&x1))?;
         let linears = Linears { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj };
-        Ok((residual(pass.context, &x1, &down)?, BlockSaved { norm, attention, post_norm, gate, up, linears }))
+        Ok((y, BlockSaved { norm, attention, post_norm, swiglu, linears }))
     }
 
     /// dy (N, C) -> dx (N, C) where `input_gradient`. Ends as soon as nothing before is trained.
@@ -92,35 +90,49 @@ impl Block {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let trains = self.linears.try_map(|linear| Ok(linear.lora.is_some() || linear.weight.is_trained()))?;
+        let trains = self.linears.try_map(|linear| Ok(linear.keeps_input()))?;
         let needs = Needs::of(&trains, input_gradient);
         let (context, l, s) = (pass.context, &self.linears, &saved.linears);
-        let Some(d_inner) = l.down_proj.backward(context, dy, &s.down_proj, needs.gate, gradients)? else { return Ok(None) };
-        let (d_gate, d_up) = swiglu_backward(context, &d_inner, &saved.gate, &saved.up)?;
-        let dh_gate = l.gate_proj.backward(context, &d_gate, &s.gate_proj, needs.attention, gradients)?;
-        let dh_up = l.up_proj.backward(context, &d_up, &s.up_proj, needs.attention, gradients)?;
-        let (Some(dh_gate), Some(dh_up)) = (dh_gate, dh_up) else { return Ok(None) };
-        let dh = residual(context, &dh_gate, &dh_up)?;
-        let dx1 = residual(context, dy, &self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, gradients)?)?;
-        let Some(d_mixed) = l.o_proj.backward(context, &dx1, &s.o_proj, needs.qkv, gradients)? else { return Ok(None) };
+        let inner = trains.down_proj.then(|| swiglu_again(context, &saved.swiglu)).transpose()?;
+        let down = (inner.as_ref(), &s.down_proj);
+        let Some(d_inner) = l.down_proj.backward(context, dy, down, (needs.gate, None), gradients)? else { return Ok(None) };
+        drop(inner);
+        let (d_gate, d_up) = swiglu_backward(context, &d_inner, &saved.swiglu)?;
+        let h = (trains.gate_proj || trains.up_proj).then(|| self.post_attention_layernorm.again(context, &saved.post_norm));
+        let h = h.transpose()?;
+        let (gate, up) = ((h.as_ref(), &s.gate_proj), (h.as_ref(), &s.up_proj));
+        let dh = l.gate_proj.backward(context, &d_gate, gate, (needs.attention, None), gradients)?;
+        let Some(dh) = l.up_proj.backward(context, &d_up, up, (needs.attention, dh.as_ref()), gradients)? else {
+            return Ok(None);
+        };
+        let dx1 = self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, Some(dy), gradients)?;
+        let o = (Some(saved.attention.output()), &s.o_proj);
+        let Some(d_mixed) = l.o_proj.backward(context, &dx1, o, (needs.qkv, None), gradients)? else { return Ok(None) };
         let (dq, dk, dv) = self.attention.backward(context, &d_mixed, &saved.attention, pass.segments)?;
         let (dq, dk) = (pass.rope.backward(context, &dq)?, pass.rope.backward(context, &dk)?);
-        let dh_q = l.q_proj.backward(context, &dq, &s.q_proj, needs.input, gradients)?;
-        let dh_k = l.k_proj.backward(context, &dk, &s.k_proj, needs.input, gradients)?;
-        let dh_v = l.v_proj.backward(context, &dv, &s.v_proj, needs.input, gradients)?;
-        let (Some(dh_q), Some(dh_k), Some(dh_v)) = (dh_q, dh_k, dh_v) else { return Ok(None) };
-        let dh = residual(context, &residual(context, &dh_q, &dh_k)?, &dh_v)?;
-        let dx = residual(context, &dx1, &self.input_layernorm.backward(context, &dh, &saved.norm, gradients)?)?;
-        Ok(Some(dx))
+        let h = (trains.q_proj || trains.k_proj || trains.v_proj).then(|| self.input_layernorm.again(context, &saved.norm));
+        let h = h.transpose()?;
+        let (q, k, v) = ((h.as_ref(), &s.q_proj), (h.as_ref(), &s.k_proj), (h.as_ref(), &s.v_proj));
+        let dh = l.q_proj.backward(context, &dq, q, (needs.input, None), gradients)?;
+        let dh = l.k_proj.backward(context, &dk, k, (needs.input, dh.as_ref()), gradients)?;
+        let Some(dh) = l.v_proj.backward(context, &dv, v, (needs.input, dh.as_ref()), gradients)? else { return Ok(None) };
+        Ok(Some(self.input_layernorm.backward(context, &dh, &saved.norm, Some(&dx1), gradients)?))
     }
 
-    /// One linear layer, its adapter's input masked where there is dropout.
-    fn apply(&self, pass: Pass<'_>, linear: &Linear, name: &str, x: &Tensor) -> Result<(Tensor, LinearSaved)> {
+    /// One linear layer, its adapter's input masked where there is dropout; added to `base` where there is one.
+    fn apply(
+        &self,
+        pass: Pass<'_>,
+        linear: &Linear,
+        name: &str,
+        x: &Tensor,
+        base: Option<&Tensor>,
+    ) -> Result<(Tensor, LinearSaved)> {
         let mask = match pass.dropout {
             Some(dropout) if linear.lora.is_some() => Some(self.mask(pass, dropout, name, x)?),
             _ => None,
         };
-        linear.forward(pass.context, x, mask)
+        linear.forward(pass.context, x, mask, base)
     }
 
     fn mask(&self, pass: Pass<'_>, dropout: Dropout<'_>, name: &str, x: &Tensor) -> Result<Tensor> {

@@ -115,9 +115,16 @@ impl ModelShape {
         let needs = Needs::of(&trains, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
         let mut work = linear(&shapes.down_proj, needs.gate);
+        // What a trained layer read is made again from what was kept.
+        if trains.down_proj {
+            work += &swiglu_cost(n * a.intermediate_size);
+        }
         if needs.gate {
             work += &swiglu_backward_cost(n * a.intermediate_size);
             work += &(linear(&shapes.gate_proj, needs.attention) + linear(&shapes.up_proj, needs.attention));
+            if trains.gate_proj || trains.up_proj {
+                work += &rms_norm_cost(n, a.hidden_size);
+            }
         }
         if needs.attention {
             work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained) + residual_cost(n, a.hidden_size).times(2));
@@ -128,6 +135,9 @@ impl ModelShape {
             work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
             for shape in [&shapes.q_proj, &shapes.k_proj, &shapes.v_proj] {
                 work += &linear(shape, needs.input);
+            }
+            if trains.q_proj || trains.k_proj || trains.v_proj {
+                work += &rms_norm_cost(n, a.hidden_size);
             }
         }
         if needs.input {

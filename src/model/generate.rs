@@ -6,7 +6,7 @@ use rand::RngExt;
 use super::block::Pass;
 use super::decoder::Decoder;
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Context, Segments, residual, swiglu};
+use crate::ops::{Context, Linear, Segments, swiglu};
 use crate::random::{Use, stream};
 
 /// How the next token is chosen.
@@ -68,7 +68,7 @@ impl<'a> Session<'a> {
         let mut x = self.decoder.embed(self.context, &ids)?;
         for (block, cache) in self.decoder.blocks.iter().zip(&mut self.cache) {
             let (y, saved) = block.forward(pass, &x)?;
-            *cache = Some(saved.keys_and_values());
+            *cache = Some(saved.keys_and_values()?);
             x = y;
         }
         self.length = tokens.len();
@@ -82,21 +82,22 @@ impl<'a> Session<'a> {
         let mut x = self.decoder.embed(context, &Tensor::from_slice(&[token], 1, self.decoder.device())?)?;
         for (block, cache) in self.decoder.blocks.iter().zip(&mut self.cache) {
             let l = &block.linears;
+            let apply =
+                |linear: &Linear, x: &Tensor, base: Option<&Tensor>| Ok::<_, Error>(linear.forward(context, x, None, base)?.0);
             let h = block.input_layernorm.forward(context, &x)?.0;
-            let q = rope.forward(context, &l.q_proj.forward(context, &h, None)?.0)?;
-            let mut k = rope.forward(context, &l.k_proj.forward(context, &h, None)?.0)?;
-            let mut v = l.v_proj.forward(context, &h, None)?.0;
+            let q = rope.forward(context, &apply(&l.q_proj, &h, None)?)?;
+            let mut k = rope.forward(context, &apply(&l.k_proj, &h, None)?)?;
+            let mut v = apply(&l.v_proj, &h, None)?;
             if let Some((keys, values)) = cache.take() {
                 k = Tensor::cat(&[keys, k], 0)?;
                 v = Tensor::cat(&[values, v], 0)?;
             }
             let mixed = block.attention.decode(context, &q, &k, &v)?;
             *cache = Some((k, v));
-            let x1 = residual(context, &x, &l.o_proj.forward(context, &mixed, None)?.0)?;
+            let x1 = apply(&l.o_proj, &mixed, Some(&x))?;
             let h = block.post_attention_layernorm.forward(context, &x1)?.0;
-            let (gate, up) = (l.gate_proj.forward(context, &h, None)?.0, l.up_proj.forward(context, &h, None)?.0);
-            let inner = swiglu(context, &gate, &up)?;
-            x = residual(context, &x1, &l.down_proj.forward(context, &inner, None)?.0)?;
+            let (inner, _) = swiglu(context, &apply(&l.gate_proj, &h, None)?, &apply(&l.up_proj, &h, None)?)?;
+            x = apply(&l.down_proj, &inner, Some(&x1))?;
         }
         self.length += 1;
         debug_assert_eq!(x.dim(D::Minus1)?, self.decoder.architecture().hidden_size);

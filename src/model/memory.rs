@@ -30,7 +30,7 @@ impl MemoryForecast {
 
 /// Resident memory of the program before any tensor: measured with `wattune devices` at 30-40 MiB, rounded up.
 const PROGRAM: u64 = 48 << 20;
-/// One chunk of logits and its gradient (see `ops::Head`), at most two of 16 MiB.
+/// One chunk of logits, which becomes its gradient (see `ops::Head`): at most 32 MiB.
 const LOGITS: u64 = 32 << 20;
 
 /// The peak of a step with `tokens` tokens in a micro-batch, `trained` trained numbers beside (or instead of) the frozen ones.
@@ -45,19 +45,19 @@ pub fn forecast_memory(
     let n = tokens as u64;
     let (c, f, layers) = (a.hidden_size as u64, a.intermediate_size as u64, a.num_hidden_layers as u64);
     let (q, kv) = ((a.attention.heads * a.attention.head_dim) as u64, (a.attention.kv_heads * a.attention.head_dim) as u64);
-    // Kept by a block in f32: input, its norm, q, k, v, the mix, x1, its norm, gate, up, their product.
-    let block = 4 * n * (4 * c + 2 * q + 2 * kv + 3 * f);
+    let size = dtype(precision).size_in_bytes() as u64;
+    // Kept by a block in the compute type: input, q, k, v, the mix, x1, gate, up.
+    let block = size * n * (2 * c + 2 * q + 2 * kv + 2 * f);
     let activations = match recompute {
         Recompute::Nothing => layers * block,
         Recompute::Blocks => layers * 4 * n * c + block,
     };
-    let size = dtype(precision).size_in_bytes() as u64;
     let weights = if frozen { a.parameters() * size } else { 0 };
     MemoryForecast {
         weights: Bytes(weights),
         trained: Bytes(trained * 20),
         activations: Bytes(activations),
-        temporaries: Bytes(LOGITS + 4 * n * (2 * f + 4 * c)),
+        temporaries: Bytes(LOGITS + 4 * n * (4 * f + 4 * c)),
         program: Bytes(PROGRAM),
     }
 }

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 use rayon::prelude::*;
 
 use super::host::{Host, expect};
+use super::simd::vectorized;
 use super::{Context, Parameters};
 use crate::error::Result;
 use crate::work::Work;
@@ -79,12 +80,25 @@ impl AdamW {
 fn norm(gradient: &Tensor) -> Result<f64> {
     let host_copy = gradient.to_device(&candle_core::Device::Cpu)?;
     let host = Host::open(&host_copy)?;
-    let square = |chunk: &[f32]| chunk.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>();
+    let square = |chunk: &[f32]| {
+        vectorized(
+            #[inline(always)]
+            || {
+                let (chunks, rest) = chunk.as_chunks::<8>();
+                let mut lanes = [0.0f64; 8];
+                for chunk in chunks {
+                    lanes.iter_mut().zip(chunk).for_each(|(lane, g)| *lane += f64::from(*g) * f64::from(*g));
+                }
+                lanes.iter().sum::<f64>() + rest.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>()
+            },
+        )
+    };
     let partial: Vec<f64> = host.slice().par_chunks(CHUNK).map(square).collect();
     Ok(partial.iter().sum::<f64>().sqrt())
 }
 
 impl Pass {
+    #[inline(always)]
     fn update(&self, (value, first, second): (&mut f32, &mut f32, &mut f32), gradient: f32) {
         let gradient = gradient * self.clip;
         *first += (gradient - *first) * self.rate1;
@@ -126,8 +140,13 @@ impl InplaceOp2 for Pass {
         let (first, second) = moments.split_at_mut(gradient.len());
         let rows = value.par_chunks_mut(CHUNK).zip(first.par_chunks_mut(CHUNK)).zip(second.par_chunks_mut(CHUNK));
         rows.zip(gradient.par_chunks(CHUNK)).for_each(|(((value, first), second), gradient)| {
-            let each = value.iter_mut().zip(first).zip(second).zip(gradient);
-            each.for_each(|(((value, first), second), gradient)| self.update((value, first, second), *gradient));
+            vectorized(
+                #[inline(always)]
+                || {
+                    let each = value.iter_mut().zip(first).zip(second).zip(gradient);
+                    each.for_each(|(((value, first), second), gradient)| self.update((value, first, second), *gradient));
+                },
+            );
         });
         Ok(())
     }

@@ -6,14 +6,16 @@
 use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
-use super::host::{Host, expect, f32_contiguous, tensor};
+use super::host::{Host, expect, tensor};
+use super::product::{Matrix, Start, Term, products};
 use super::simd::{self, vectorized};
 use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
-/// Numbers one chunk of logits holds at most (16 MiB of f32), but never fewer than `LEAST_ROWS` rows.
-const CHUNK_NUMBERS: usize = 4 << 20;
+/// Numbers one chunk of logits holds at most (32 MiB of f32: W is packed once for each chunk, so that few rows cost time), but never
+/// fewer than `LEAST_ROWS` rows.
+const CHUNK_NUMBERS: usize = 8 << 20;
 const LEAST_ROWS: usize = 16;
 
 /// The output embedding: W (V, C).
@@ -88,7 +90,10 @@ impl Head {
     pub fn logits(&self, context: Context<'_>, h: &Tensor) -> Result<Tensor> {
         let shape = self.shape(h.dims2()?.0)?;
         context.tally.add(Work::product(shape.loss_tokens, shape.vocab, shape.hidden, context.precision));
-        matmul(context, h, &self.weight.tensor.t()?)
+        match context.fused(h) {
+            true => tensor(self.logits_cpu(h)?, (shape.loss_tokens, shape.vocab)),
+            false => matmul(context, h, &self.weight.tensor.t()?),
+        }
     }
 
     /// h (L, C), targets (L) -> the loss of each row in nats.
@@ -98,8 +103,13 @@ impl Head {
         let mut losses = Vec::with_capacity(targets.len());
         for rows in shape.chunks() {
             let start = losses.len();
-            let logits = matmul(context, &h.narrow(0, start, rows)?, &self.weight.tensor.t()?)?;
-            losses.extend(row_losses(&logits, &targets[start..start + rows])?.0);
+            let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
+            if context.fused(&h) {
+                let mut logits = self.logits_cpu(&h)?;
+                losses.extend(self::losses(&mut logits, targets, None));
+            } else {
+                losses.extend(row_losses(&matmul(context, &h, &self.weight.tensor.t()?)?, targets)?);
+            }
         }
         Ok(losses)
     }
@@ -122,14 +132,15 @@ impl Head {
         for rows in shape.chunks() {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
+            if context.fused(&h) {
+                let mut logits = self.logits_cpu(&h)?;
+                losses.extend(self::losses(&mut logits, targets, Some(scale as f32)));
+                parts.extend(self.backward_cpu(&h, &logits, input_gradient, gradients)?);
+                continue;
+            }
             let logits = matmul(context, &h, &self.weight.tensor.t()?)?;
-            let (chunk, lse) = row_losses(&logits, targets)?;
-            losses.extend(chunk);
-            let dz = if context.fused(&logits) {
-                logit_gradients_cpu(&logits, &lse, targets, scale as f32)?
-            } else {
-                logit_gradients_reference(&logits, targets, scale)?
-            };
+            losses.extend(row_losses(&logits, targets)?);
+            let dz = logit_gradients_reference(&logits, targets, scale)?;
             if shape.trained {
                 gradients.add(&self.weight, matmul(context, &dz.t()?, &h)?)?;
             }
@@ -137,45 +148,75 @@ impl Head {
                 parts.push(matmul(context, &dz, &self.weight.tensor)?);
             }
         }
-        let dh = if parts.is_empty() { None } else { Some(Tensor::cat(&parts, 0)?) };
+        let dh = match parts.len() {
+            0 | 1 => parts.pop(),
+            _ => Some(Tensor::cat(&parts, 0)?),
+        };
         Ok((losses, dh))
     }
-}
 
-/// logits (L, V) -> each row's loss and log-sum-exp.
-fn row_losses(logits: &Tensor, targets: &[u32]) -> Result<(Vec<f32>, Vec<f32>)> {
-    let vocab = logits.dims2()?.1;
-    if !logits.device().is_cpu() {
-        let max = logits.max_keepdim(D::Minus1)?;
-        let sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?;
-        let lse = (sum.log()? + max)?.squeeze(1)?;
-        let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
-        let losses = (&lse - logits.gather(&index, 1)?.squeeze(1)?)?;
-        return Ok((losses.to_vec1()?, lse.to_vec1()?));
+    /// h (L, C) -> logits (L, V).
+    fn logits_cpu(&self, h: &Tensor) -> Result<Vec<f32>> {
+        let (h, l, (v, c)) = (h.contiguous()?, h.dims2()?.0, self.weight.tensor.dims2()?);
+        let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
+        Ok(products(&[Term { a: h.matrix(l, c), b: w.matrix(v, c).t() }], Start::Zero))
     }
-    let logits = f32_contiguous(logits)?;
-    let host = Host::open(&logits)?;
-    let rows = host.slice().par_chunks(vocab).zip(targets);
-    Ok(rows.map(|(z, target)| (log_sum_exp(z), z[*target as usize])).map(|(lse, z)| (lse - z, lse)).unzip())
+
+    /// dz (L, V) -> dh (L, C) where wanted; W's gradient where it is trained.
+    fn backward_cpu(&self, h: &Tensor, dz: &[f32], input_gradient: bool, gradients: &mut Gradients) -> Result<Option<Tensor>> {
+        let (l, (v, c)) = (h.dims2()?.0, self.weight.tensor.dims2()?);
+        let h = h.contiguous()?;
+        let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
+        let dz = Matrix::of(dz, l, v);
+        if self.weight.is_trained() {
+            let dw = products(&[Term { a: dz.t(), b: h.matrix(l, c) }], Start::Zero);
+            gradients.add(&self.weight, tensor(dw, (v, c))?)?;
+        }
+        let dh = input_gradient.then(|| products(&[Term { a: dz, b: w.matrix(v, c) }], Start::Zero));
+        dh.map(|dh| tensor(dh, (l, c))).transpose()
+    }
 }
 
-fn log_sum_exp(z: &[f32]) -> f32 {
-    vectorized(|| {
-        let max = simd::max(z);
-        max + simd::sum(z.len(), |i| simd::exp(z[i] - max)).ln() as f32
-    })
+/// logits (L, V) -> each row's loss.
+fn row_losses(logits: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
+    let max = logits.max_keepdim(D::Minus1)?;
+    let sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?;
+    let lse = (sum.log()? + max)?.squeeze(1)?;
+    let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
+    Ok((&lse - logits.gather(&index, 1)?.squeeze(1)?)?.to_vec1()?)
 }
 
-fn logit_gradients_cpu(logits: &Tensor, lse: &[f32], targets: &[u32], scale: f32) -> Result<Tensor> {
-    let shape = logits.dims2()?;
-    let host = Host::open(logits)?;
-    let mut dz = vec![0.0; shape.0 * shape.1];
-    let rows = dz.par_chunks_mut(shape.1).zip(host.slice().par_chunks(shape.1)).zip(lse.par_iter().zip(targets));
-    rows.for_each(|((dz, z), (lse, target))| {
-        vectorized(|| dz.iter_mut().zip(z).for_each(|(dz, z)| *dz = simd::exp(z - lse) * scale));
-        dz[*target as usize] -= scale;
-    });
-    tensor(dz, shape)
+/// The same in one pass over logits (L, V), which become their gradients where `scale` is given.
+fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
+    let vocab = logits.len() / targets.len().max(1);
+    let rows = logits.par_chunks_mut(vocab.max(1)).zip(targets);
+    let row = |(z, target): (&mut [f32], &u32)| {
+        let target = *target as usize;
+        let at_target = z[target];
+        let (max, sum) = vectorized(
+            #[inline(always)]
+            || {
+                let max = simd::max(z);
+                let sum = match scale {
+                    None => simd::sum(z.len(), |i| simd::exp(z[i] - max)),
+                    Some(_) => {
+                        z.iter_mut().for_each(|z| *z = simd::exp(*z - max));
+                        simd::sum(z.len(), |i| z[i])
+                    }
+                };
+                if let Some(scale) = scale {
+                    let share = (f64::from(scale) / sum) as f32;
+                    z.iter_mut().for_each(|z| *z *= share);
+                }
+                (max, sum)
+            },
+        );
+        if let Some(scale) = scale {
+            z[target] -= scale;
+        }
+        max + sum.ln() as f32 - at_target
+    };
+    rows.map(row).collect()
 }
 
 fn logit_gradients_reference(logits: &Tensor, targets: &[u32], scale: f64) -> Result<Tensor> {

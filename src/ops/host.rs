@@ -2,9 +2,16 @@
 
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor};
 
-use crate::error::{Error, Kind, Result};
+use half::bf16;
+use rayon::prelude::*;
 
-/// A contiguous f32 CPU tensor and the lock that keeps its storage readable.
+use super::Context;
+use super::product::{Matrix, Number, Values};
+use super::simd::vectorized;
+use crate::error::{Error, Kind, Result};
+use crate::work::Precision;
+
+/// A contiguous f32 or bf16 CPU tensor and the lock that keeps its storage readable.
 pub(super) struct Host<'a> {
     storage: StorageRef<'a>,
     start: usize,
@@ -14,27 +21,123 @@ pub(super) struct Host<'a> {
 impl<'a> Host<'a> {
     /// Opens `tensor`, which must be f32, contiguous and on the CPU.
     pub(super) fn open(tensor: &'a Tensor) -> Result<Self> {
+        match tensor.dtype() {
+            DType::F32 => Self::open_any(tensor),
+            other => Err(Error::new(Kind::Tensor, "a fused CPU pass needs f32 tensors").value(format!("{other:?}"))),
+        }
+    }
+
+    /// Opens `tensor`, which must be f32 or bf16, contiguous and on the CPU.
+    pub(super) fn open_any(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else {
             return Err(Error::new(Kind::Tensor, "a fused pass needs contiguous tensors").value(format!("{layout:?}")));
         };
         match &*storage {
-            Storage::Cpu(CpuStorage::F32(_)) => Ok(Self { storage, start, len: end - start }),
-            _ => {
-                Err(Error::new(Kind::Tensor, "a fused CPU pass needs f32 tensors on the CPU")
-                    .value(format!("{:?}", tensor.dtype())))
-            }
+            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(Self { storage, start, len: end - start }),
+            _ => Err(Error::new(Kind::Tensor, "a fused CPU pass needs f32 or bf16 tensors on the CPU")
+                .value(format!("{:?}", tensor.dtype()))),
         }
     }
 
-    /// The numbers, row-major.
+    /// The numbers of an f32 tensor, row-major; none of a bf16 one.
     pub(super) fn slice(&self) -> &[f32] {
+        match self.values() {
+            Values::F32(values) => values,
+            Values::Bf16(_) => &[],
+        }
+    }
+
+    /// The numbers as a row-major matrix.
+    pub(super) fn matrix(&self, rows: usize, columns: usize) -> Matrix<'_> {
+        Matrix::new(self.values(), rows, columns)
+    }
+
+    /// The numbers, row-major.
+    pub(super) fn values(&self) -> Values<'_> {
+        let range = self.start..self.start + self.len;
         match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(values)) => &values[self.start..self.start + self.len],
-            _ => &[],
+            Storage::Cpu(CpuStorage::F32(values)) => Values::F32(&values[range]),
+            Storage::Cpu(CpuStorage::BF16(values)) => Values::Bf16(&values[range]),
+            _ => Values::F32(&[]),
         }
     }
 }
+
+/// Room for `n` numbers that hold nothing yet: zeroing large results costs a tenth of a small model's step.
+///
+/// # Safety
+/// Every number must be written before it is read.
+#[allow(clippy::uninit_vec)]
+pub(super) unsafe fn uninitialized<T: Copy>(n: usize) -> Vec<T> {
+    let mut values = Vec::with_capacity(n);
+    // SAFETY: the capacity is n, and the caller writes before it reads.
+    unsafe { values.set_len(n) };
+    values
+}
+
+/// The same numbers in f32.
+pub(super) fn widen(values: &[bf16]) -> Vec<f32> {
+    // SAFETY: the loop writes every number.
+    let mut wide = unsafe { uninitialized(values.len()) };
+    wide.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(wide, narrow)| {
+        vectorized(
+            #[inline(always)]
+            || wide.iter_mut().zip(narrow).for_each(|(wide, x)| *wide = x.widen()),
+        );
+    });
+    wide
+}
+
+/// The same numbers in bf16, rounded to nearest even.
+#[inline(always)]
+pub(super) fn narrow_into(narrow: &mut [bf16], wide: &[f32]) {
+    narrow.iter_mut().zip(wide).for_each(|(narrow, x)| {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        // Rounding could carry a not-a-number into infinity.
+        let bits = if x.is_nan() { bits | 0x0040_0000 } else { rounded };
+        *narrow = bf16::from_bits((bits >> 16) as u16);
+    });
+}
+
+/// What a backward pass keeps of `x`: itself, or a bf16 copy where products are in bf16.
+pub(super) fn kept(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
+    if context.precision != Precision::Bf16 || x.dtype() != DType::F32 {
+        return Ok(x.clone());
+    }
+    if !context.fused(x) || !x.is_contiguous() {
+        return Ok(x.to_dtype(DType::BF16)?);
+    }
+    let host = Host::open(x)?;
+    // SAFETY: the loop writes every number.
+    let mut narrow = unsafe { uninitialized(host.len) };
+    narrow.par_chunks_mut(CHUNK).zip(host.slice().par_chunks(CHUNK)).for_each(|(narrow, x)| {
+        vectorized(
+            #[inline(always)]
+            || narrow_into(narrow, x),
+        )
+    });
+    Ok(Tensor::from_vec(narrow, x.shape(), &Device::Cpu)?)
+}
+
+/// A tensor that was `kept`, in f32 again.
+pub(super) fn restored(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
+    if x.dtype() == DType::F32 {
+        return Ok(x.clone());
+    }
+    if !context.fused(x) {
+        return Ok(x.to_dtype(DType::F32)?);
+    }
+    let host = Host::open_any(x)?;
+    match host.values() {
+        Values::Bf16(values) => Ok(Tensor::from_vec(widen(values), x.shape(), &Device::Cpu)?),
+        Values::F32(_) => Ok(x.clone()),
+    }
+}
+
+/// Elements a parallel elementwise task takes.
+pub(super) const CHUNK: usize = 16 * 1024;
 
 /// A tensor that owns `values`, on the CPU, without copying them.
 pub(super) fn tensor(values: Vec<f32>, shape: (usize, usize)) -> Result<Tensor> {

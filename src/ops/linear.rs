@@ -3,10 +3,13 @@
 //! x is (N, in), W (out, in), A (r, in), B (out, r), y (N, out). A frozen W costs two products a token (forward and input gradient);
 //! its own gradient is computed only where W is trained. Source of the pair: Hu et al. 2021, "LoRA", section 4.1.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
 
-use super::{Context, Gradients, Weight, matmul, residual};
-use crate::error::Result;
+use super::host::{Host, expect, f32_contiguous, tensor};
+use super::product::{Matrix, Start, Term, products};
+use super::residual::residual_cost;
+use super::{Context, Gradients, Weight, matmul};
+use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
 /// The low-rank pair beside a linear layer.
@@ -31,14 +34,12 @@ pub struct Linear {
     pub lora: Option<Lora>,
 }
 
-/// What `backward` needs of a forward pass.
+/// What `backward` needs of a forward pass beside its input: the adapter's mask (where there is dropout) and masked input times A, (N, r).
 #[derive(Debug, Clone)]
 pub struct LinearSaved {
-    x: Option<Tensor>,
     low: Option<Low>,
 }
 
-/// The adapter's inside: its input after dropout (where there is any) and that input times A.
 #[derive(Debug, Clone)]
 struct Low {
     mask: Option<Tensor>,
@@ -72,7 +73,7 @@ impl LinearShape {
         if let Some(r) = self.r {
             work += &Work::product(n, r, i, precision);
             work += &Work::product(n, o, r, precision);
-            work += &Work::sweep(12 * n * o, 2 * n * o);
+            work += &Work::sweep(8 * n * r, n * r);
         }
         if self.bias {
             work += &Work::sweep(8 * n * o, n * o);
@@ -106,9 +107,8 @@ impl LinearShape {
             }
             if input_gradient {
                 work += &Work::product(n, i, r, precision);
-                work += &Work::sweep(12 * n * i, n * i);
                 if self.dropout {
-                    work += &Work::sweep(12 * n * i, n * i);
+                    work += &Work::sweep(24 * n * i, 2 * n * i);
                 }
             }
         }
@@ -125,61 +125,211 @@ impl Linear {
         Ok(LinearShape { tokens, in_features, out_features, r, bias, trained, dropout })
     }
 
-    /// x (N, in) -> y (N, out). `mask` (N, in) multiplies the adapter's input: zero or `1 / (1 - p)`.
-    pub fn forward(&self, context: Context<'_>, x: &Tensor, mask: Option<Tensor>) -> Result<(Tensor, LinearSaved)> {
+    /// Whether `backward` wants x.
+    pub fn keeps_input(&self) -> bool {
+        self.lora.is_some() || self.weight.is_trained()
+    }
+
+    /// x (N, in) -> y (N, out), added to `base` (N, out) where there is one. `mask` (N, in) multiplies the adapter's input: zero or
+    /// `1 / (1 - p)`.
+    pub fn forward(
+        &self,
+        context: Context<'_>,
+        x: &Tensor,
+        mask: Option<Tensor>,
+        base: Option<&Tensor>,
+    ) -> Result<(Tensor, LinearSaved)> {
         let shape = self.shape(x.dims2()?.0, mask.is_some())?;
+        expect("x", x, &[shape.tokens, shape.in_features])?;
         context.tally.add(shape.forward_cost(context.precision));
+        count_base(context, base, &[shape.tokens, shape.out_features])?;
+        if context.fused(x) { self.forward_cpu(x, mask, base) } else { self.forward_reference(context, x, mask, base) }
+    }
+
+    /// dy (N, out) and the forward pass's x (where `keeps_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
+    /// there is one; the gradients of what is trained go to `gradients`.
+    pub fn backward(
+        &self,
+        context: Context<'_>,
+        dy: &Tensor,
+        (x, saved): (Option<&Tensor>, &LinearSaved),
+        (input_gradient, base): (bool, Option<&Tensor>),
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
+        let shape = self.shape(dy.dims2()?.0, dropout)?;
+        expect("dy", dy, &[shape.tokens, shape.out_features])?;
+        x.map_or(Ok(()), |x| expect("x", x, &[shape.tokens, shape.in_features]))?;
+        context.tally.add(shape.backward_cost(context.precision, input_gradient));
+        if input_gradient {
+            count_base(context, base, &[shape.tokens, shape.in_features])?;
+        }
+        if self.keeps_input() && x.is_none() {
+            return Err(Error::new(Kind::Tensor, "a linear layer that is trained needs its input in the backward pass"));
+        }
+        let pass = Backward { linear: self, context, dy, x, saved, base: base.filter(|_| input_gradient), input_gradient };
+        if context.fused(dy) { pass.cpu(gradients) } else { pass.reference(gradients) }
+    }
+
+    fn forward_reference(
+        &self,
+        context: Context<'_>,
+        x: &Tensor,
+        mask: Option<Tensor>,
+        base: Option<&Tensor>,
+    ) -> Result<(Tensor, LinearSaved)> {
         let mut y = matmul(context, x, &self.weight.tensor.t()?)?;
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(&bias.tensor.to_dtype(y.dtype())?)?;
         }
         let mut low = None;
         if let Some(lora) = &self.lora {
-            let input = masked(x, mask.as_ref())?;
-            let xa = matmul(context, &input, &lora.a.tensor.t()?)?;
+            let xa = matmul(context, &masked(x, mask.as_ref())?, &lora.a.tensor.t()?)?;
             let scaled = (&xa * lora.scaling)?; // (N, r): the smallest place to scale
-            y = residual::add(context, &y, &matmul(context, &scaled, &lora.b.tensor.t()?)?)?;
+            y = (y + matmul(context, &scaled, &lora.b.tensor.t()?)?)?;
             low = Some(Low { mask, xa });
         }
-        let keeps_input = self.weight.is_trained() || low.is_some();
-        Ok((y, LinearSaved { x: keeps_input.then(|| x.clone()), low }))
+        if let Some(base) = base {
+            y = (y + base)?;
+        }
+        Ok((y, LinearSaved { low }))
     }
 
-    /// dy (N, out) -> dx (N, in) where `input_gradient`; the gradients of what is trained go to `gradients`.
-    pub fn backward(
-        &self,
-        context: Context<'_>,
-        dy: &Tensor,
-        saved: &LinearSaved,
-        input_gradient: bool,
-        gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
-        let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
-        let shape = self.shape(dy.dims2()?.0, dropout)?;
-        context.tally.add(shape.backward_cost(context.precision, input_gradient));
-        let mut dx = input_gradient.then(|| matmul(context, dy, &self.weight.tensor)).transpose()?;
-        if let (true, Some(x)) = (self.weight.is_trained(), &saved.x) {
-            gradients.add(&self.weight, matmul(context, &dy.t()?, x)?)?;
-            if let Some(bias) = self.bias.as_ref().filter(|bias| bias.is_trained()) {
-                gradients.add(bias, dy.sum(0)?)?;
-            }
+    /// W and the adapter in one pass over y: the adapter lengthens the sum by r.
+    fn forward_cpu(&self, x: &Tensor, mask: Option<Tensor>, base: Option<&Tensor>) -> Result<(Tensor, LinearSaved)> {
+        let ((n, _), (o, i)) = (x.dims2()?, self.weight.tensor.dims2()?);
+        let x = x.contiguous()?;
+        let (x_host, w) = (Host::open_any(&x)?, Host::open_any(&self.weight.tensor)?);
+        let mut terms = vec![Term { a: x_host.matrix(n, i), b: w.matrix(o, i).t() }];
+        let (lora, r) = (self.lora.as_ref(), self.lora.as_ref().map_or(Ok(0), |lora| lora.a.tensor.dim(0))?);
+        let hosts =
+            lora.map(|lora| Ok::<_, Error>((Host::open_any(&lora.a.tensor)?, Host::open_any(&lora.b.tensor)?))).transpose()?;
+        let (mut low, mut scaled) = (None, Vec::new());
+        if let (Some(lora), Some((a, _))) = (lora, &hosts) {
+            let input = masked(&x, mask.as_ref())?;
+            let input = Host::open_any(&input)?;
+            let xa = products(&[Term { a: input.matrix(n, i), b: a.matrix(r, i).t() }], Start::Zero);
+            scaled = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
+            low = Some(Low { mask, xa: tensor(xa, (n, r))? });
         }
-        if let (Some(lora), Some(low), Some(x)) = (&self.lora, &saved.low, &saved.x) {
+        if let Some((_, b)) = &hosts {
+            terms.push(Term { a: Matrix::of(&scaled, n, r), b: b.matrix(o, r).t() });
+        }
+        let bias = self.bias.as_ref().map(|bias| Ok::<_, Error>(f32_contiguous(&bias.tensor)?)).transpose()?;
+        let base = base.map(Tensor::contiguous).transpose()?;
+        let (bias_host, base_host) = (bias.as_ref().map(Host::open).transpose()?, base.as_ref().map(Host::open).transpose()?);
+        let start = match (&base_host, &bias_host) {
+            (Some(base), _) => Start::Matrix(base.slice()),
+            (None, Some(bias)) => Start::Row(bias.slice()),
+            (None, None) => Start::Zero,
+        };
+        let mut y = tensor(products(&terms, start), (n, o))?;
+        if let (Some(_), Some(bias)) = (&base, &bias) {
+            y = y.broadcast_add(bias)?;
+        }
+        Ok((y, LinearSaved { low }))
+    }
+}
+
+/// One backward pass.
+struct Backward<'a> {
+    linear: &'a Linear,
+    context: Context<'a>,
+    dy: &'a Tensor,
+    x: Option<&'a Tensor>,
+    saved: &'a LinearSaved,
+    base: Option<&'a Tensor>,
+    input_gradient: bool,
+}
+
+impl Backward<'_> {
+    fn reference(&self, gradients: &mut Gradients) -> Result<Option<Tensor>> {
+        let (context, dy, weight) = (self.context, self.dy, &self.linear.weight);
+        let mut dx = self.input_gradient.then(|| matmul(context, dy, &weight.tensor)).transpose()?;
+        if let (true, Some(x)) = (weight.is_trained(), self.x) {
+            gradients.add(weight, matmul(context, &dy.t()?, x)?)?;
+        }
+        self.bias(gradients)?;
+        if let (Some(lora), Some(low), Some(x)) = (&self.linear.lora, &self.saved.low, self.x) {
             let d_low = (matmul(context, dy, &lora.b.tensor)? * lora.scaling)?; // (N, r)
             gradients.add(&lora.b, (matmul(context, &dy.t()?, &low.xa)? * lora.scaling)?)?;
             gradients.add(&lora.a, matmul(context, &d_low.t()?, &masked(x, low.mask.as_ref())?)?)?;
             if let Some(sum) = dx {
                 let through = masked(&matmul(context, &d_low, &lora.a.tensor)?, low.mask.as_ref())?;
-                dx = Some(residual::add(context, &sum, &through)?);
+                dx = Some((sum + through)?);
             }
         }
-        Ok(dx)
+        match (dx, self.base) {
+            (Some(dx), Some(base)) => Ok(Some((dx + base)?)),
+            (dx, _) => Ok(dx),
+        }
     }
+
+    fn cpu(&self, gradients: &mut Gradients) -> Result<Option<Tensor>> {
+        let ((n, o), (_, i)) = (self.dy.dims2()?, self.linear.weight.tensor.dims2()?);
+        let dy = self.dy.contiguous()?;
+        let (dy, w) = (Host::open_any(&dy)?, Host::open_any(&self.linear.weight.tensor)?);
+        let x = self.x.map(Tensor::contiguous).transpose()?;
+        if let (true, Some(x)) = (self.linear.weight.is_trained(), &x) {
+            let x = Host::open_any(x)?;
+            let dw = products(&[Term { a: dy.matrix(n, o).t(), b: x.matrix(n, i) }], Start::Zero);
+            gradients.add(&self.linear.weight, tensor(dw, (o, i))?)?;
+        }
+        self.bias(gradients)?;
+        let (mut d_low, mut mask) = (None, None);
+        if let (Some(lora), Some(low), Some(x)) = (&self.linear.lora, &self.saved.low, &x) {
+            let (r, scaling) = (low.xa.dims2()?.1, lora.scaling as f32);
+            let (b, xa) = (Host::open_any(&lora.b.tensor)?, Host::open(&low.xa)?);
+            let mut d = products(&[Term { a: dy.matrix(n, o), b: b.matrix(o, r) }], Start::Zero);
+            d.iter_mut().for_each(|d| *d *= scaling);
+            // dB by its transpose: rows of r, so that B's long side lies along the vectors.
+            let db = products(&[Term { a: xa.matrix(n, r).t(), b: dy.matrix(n, o) }], Start::Zero);
+            gradients.add(&lora.b, (tensor(db, (r, o))?.t()?.contiguous()? * lora.scaling)?)?;
+            let x = masked(x, low.mask.as_ref())?;
+            let x = Host::open_any(&x)?;
+            let da = products(&[Term { a: Matrix::of(&d, n, r).t(), b: x.matrix(n, i) }], Start::Zero);
+            gradients.add(&lora.a, tensor(da, (r, i))?)?;
+            (d_low, mask) = (Some((d, r, &lora.a)), low.mask.as_ref());
+        }
+        if !self.input_gradient {
+            return Ok(None);
+        }
+        let a = d_low.as_ref().map(|(_, _, a)| Host::open_any(&a.tensor)).transpose()?;
+        let through = d_low.as_ref().zip(a.as_ref()).map(|((d, r, _), a)| Term { a: Matrix::of(d, n, *r), b: a.matrix(*r, i) });
+        let mut terms = vec![Term { a: dy.matrix(n, o), b: w.matrix(o, i) }];
+        terms.extend(through.filter(|_| mask.is_none()));
+        let base = self.base.map(Tensor::contiguous).transpose()?;
+        let base = base.as_ref().map(Host::open).transpose()?;
+        let dx = products(&terms, base.as_ref().map_or(Start::Zero, |base| Start::Matrix(base.slice())));
+        let dx = tensor(dx, (n, i))?;
+        match (through, mask) {
+            (Some(through), Some(mask)) => {
+                let through = tensor(products(&[through], Start::Zero), (n, i))?;
+                Ok(Some((dx + (through * mask)?)?))
+            }
+            _ => Ok(Some(dx)),
+        }
+    }
+
+    fn bias(&self, gradients: &mut Gradients) -> Result<()> {
+        match self.linear.bias.as_ref().filter(|bias| bias.is_trained()) {
+            Some(bias) => gradients.add(bias, self.dy.sum(0)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Counts the addition of a `base` and refuses one of another shape.
+fn count_base(context: Context<'_>, base: Option<&Tensor>, shape: &[usize; 2]) -> Result<()> {
+    let Some(base) = base else { return Ok(()) };
+    expect("base", base, shape)?;
+    context.tally.add(residual_cost(shape[0], shape[1]));
+    Ok(())
 }
 
 fn masked(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
     Ok(match mask {
-        Some(mask) => (x * mask)?,
+        Some(mask) => (x.to_dtype(DType::F32)? * mask)?,
         None => x.clone(),
     })
 }

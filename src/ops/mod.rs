@@ -12,6 +12,7 @@ mod embedding;
 mod host;
 mod linear;
 mod parameters;
+mod product;
 mod residual;
 mod rms_norm;
 mod rope;
@@ -25,11 +26,11 @@ pub use cross_entropy::{Head, HeadShape};
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
 pub use linear::{Linear, LinearSaved, LinearShape, Lora, dropout_mask};
 pub use parameters::{Gradients, Parameters, Slot, Weight};
-pub use residual::{residual, residual_cost};
+pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;
-pub use swiglu::{swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
+pub use swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward, swiglu_backward_cost, swiglu_cost};
 
 use candle_core::{DType, Tensor};
 
@@ -57,6 +58,11 @@ impl<'a> Context<'a> {
     fn fused(&self, x: &Tensor) -> bool {
         !self.reference && x.device().is_cpu()
     }
+}
+
+/// The instruction set whose tiles this processor multiplies with: `avx512`, `avx2` or `portable`.
+pub fn instruction_set() -> &'static str {
+    product::available()[0].name
 }
 
 /// The candle type of a precision.

@@ -3,7 +3,8 @@
 use candle_core::{D, Tensor};
 use rayon::prelude::*;
 
-use super::host::{Host, ROWS_PER_TASK, expect, tensor};
+use super::host::{Host, ROWS_PER_TASK, expect, kept, restored, tensor, uninitialized};
+use super::residual::residual_cost;
 use super::simd::{self, vectorized};
 use super::{Context, Gradients, Weight};
 use crate::error::Result;
@@ -18,7 +19,7 @@ pub struct RmsNorm {
     pub eps: f64,
 }
 
-/// What `backward` needs: the input (N, C); everything else is cheaper to compute again.
+/// What `backward` needs: the input (N, C), in the compute type; everything else is cheaper to compute again.
 #[derive(Debug, Clone)]
 pub struct RmsNormSaved {
     x: Tensor,
@@ -38,23 +39,50 @@ pub fn rms_norm_backward_cost(n: usize, c: usize, trained: bool) -> Work {
 impl RmsNorm {
     /// x (N, C) -> y (N, C).
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
+        Ok((self.output(context, x)?, RmsNormSaved { x: kept(context, x)? }))
+    }
+
+    /// The output again, in the backward pass.
+    pub fn again(&self, context: Context<'_>, saved: &RmsNormSaved) -> Result<Tensor> {
+        self.output(context, &restored(context, &saved.x)?)
+    }
+
+    fn output(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
         expect("weight", &self.weight.tensor, &[c])?;
         context.tally.add(rms_norm_cost(n, c));
-        let y = if context.fused(x) { self.forward_cpu(x)? } else { self.forward_reference(x)? };
-        Ok((y, RmsNormSaved { x: x.clone() }))
+        if context.fused(x) { self.forward_cpu(x) } else { self.forward_reference(x) }
     }
 
-    /// dy (N, C) -> dx (N, C); the weight's gradient where it is trained.
-    pub fn backward(&self, context: Context<'_>, dy: &Tensor, saved: &RmsNormSaved, gradients: &mut Gradients) -> Result<Tensor> {
+    /// dy (N, C) -> dx (N, C), added to `base` where there is one; the weight's gradient where it is trained.
+    pub fn backward(
+        &self,
+        context: Context<'_>,
+        dy: &Tensor,
+        saved: &RmsNormSaved,
+        base: Option<&Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
         let (n, c) = saved.x.dims2()?;
         expect("dy", dy, &[n, c])?;
         context.tally.add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
+        if let Some(base) = base {
+            expect("base", base, &[n, c])?;
+            context.tally.add(residual_cost(n, c));
+        }
+        let x = restored(context, &saved.x)?;
         if self.weight.is_trained() {
-            let normed = saved.x.broadcast_mul(&self.inverse_rms(&saved.x)?)?;
+            let normed = x.broadcast_mul(&self.inverse_rms(&x)?)?;
             gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
         }
-        if context.fused(dy) { self.backward_cpu(dy, &saved.x) } else { self.backward_reference(dy, &saved.x) }
+        if context.fused(dy) {
+            return self.backward_cpu(dy, &x, base);
+        }
+        let dx = self.backward_reference(dy, &x)?;
+        Ok(match base {
+            Some(base) => (dx + base)?,
+            None => dx,
+        })
     }
 
     /// 1 / sqrt(mean(x^2) + eps), (N, 1).
@@ -78,33 +106,47 @@ impl RmsNorm {
         let (n, c) = x.dims2()?;
         let (x, weight) = (Host::open(x)?, Host::open(&self.weight.tensor)?);
         let (x, weight) = (x.slice(), weight.slice());
-        let mut y = vec![0.0; n * c];
+        // SAFETY: the loop writes every row.
+        let mut y = unsafe { uninitialized(n * c) };
         y.par_chunks_mut(c).zip(x.par_chunks(c)).with_min_len(ROWS_PER_TASK).for_each(|(y, x)| {
-            let s = self.inverse_rms_of(x);
-            y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
+            vectorized(
+                #[inline(always)]
+                || {
+                    let s = self.inverse_rms_of(x);
+                    y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
+                },
+            );
         });
         tensor(y, (n, c))
     }
 
-    fn backward_cpu(&self, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
+    fn backward_cpu(&self, dy: &Tensor, x: &Tensor, base: Option<&Tensor>) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
         let (dy, x, weight) = (Host::open(dy)?, Host::open(x)?, Host::open(&self.weight.tensor)?);
         let (dy, x, weight) = (dy.slice(), x.slice(), weight.slice());
-        let mut dx = vec![0.0; n * c];
-        let rows = dx.par_chunks_mut(c).zip(dy.par_chunks(c)).zip(x.par_chunks(c));
-        rows.with_min_len(ROWS_PER_TASK).for_each(|((dx, dy), x)| {
-            let s = self.inverse_rms_of(x);
-            vectorized(|| {
-                let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
-                let along = gx / c as f32 * s * s * s;
-                dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
-            });
+        let base = base.map(Host::open).transpose()?;
+        // SAFETY: the loop writes every row, from `base` where there is one.
+        let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
+        let rows = dx.par_chunks_mut(c).zip(dy.par_chunks(c)).zip(x.par_chunks(c)).enumerate();
+        rows.with_min_len(ROWS_PER_TASK).for_each(|(row, ((dx, dy), x))| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let s = self.inverse_rms_of(x);
+                    let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
+                    let along = gx / c as f32 * s * s * s;
+                    dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
+                    if let Some(base) = &base {
+                        dx.iter_mut().zip(&base.slice()[row * c..]).for_each(|(dx, base)| *dx += base);
+                    }
+                },
+            );
         });
         tensor(dx, (n, c))
     }
 
+    #[inline(always)]
     fn inverse_rms_of(&self, x: &[f32]) -> f32 {
-        let mean = vectorized(|| simd::dot(x, x)) / x.len() as f32;
-        1.0 / (mean + self.eps as f32).sqrt()
+        1.0 / (simd::dot(x, x) / x.len() as f32 + self.eps as f32).sqrt()
     }
 }

@@ -8,7 +8,8 @@ use std::f64::consts::PI;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::host::{Host, ROWS_PER_TASK, expect, tensor};
+use super::host::{Host, ROWS_PER_TASK, expect, tensor, uninitialized};
+use super::simd::vectorized;
 use super::{Context, Segments};
 use crate::error::{Error, Kind, Result};
 use crate::work::Work;
@@ -216,16 +217,25 @@ impl RopeTables {
         let half = self.cos.dims2()?.1;
         let (x, cos, sin) = (Host::open(x)?, Host::open(&self.cos)?, Host::open(&self.sin)?);
         let (x, cos, sin) = (x.slice(), cos.slice(), sin.slice());
-        let mut y = vec![0.0; n * c];
+        // SAFETY: the loop writes every row.
+        let mut y: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = y.par_chunks_mut(c).zip(x.par_chunks(c)).zip(cos.par_chunks(half).zip(sin.par_chunks(half)));
         rows.with_min_len(ROWS_PER_TASK).for_each(|((y, x), (cos, sin))| {
-            for (y, x) in y.chunks_mut(2 * half).zip(x.chunks(2 * half)) {
-                for i in 0..half {
-                    let (a, b, s) = (x[i], x[i + half], direction * sin[i]);
-                    y[i] = a * cos[i] - b * s;
-                    y[i + half] = b * cos[i] + a * s;
-                }
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                        let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
+                        let (cos, sin, x1, x2) = (&cos[..half], &sin[..half], &x1[..half], &x2[..half]);
+                        let (y1, y2) = (&mut y1[..half], &mut y2[..half]);
+                        for i in 0..half {
+                            let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
+                            y1[i] = a * cos[i] - b * s;
+                            y2[i] = b * cos[i] + a * s;
+                        }
+                    }
+                },
+            );
         });
         tensor(y, (n, c))
     }

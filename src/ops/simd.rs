@@ -109,7 +109,14 @@ mod tests {
         for n in [0, 1, 15, 16, 17, 511, 512, 513, 1500] {
             let row: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1000) as f32).collect();
             let expected: f64 = row.iter().map(|x| f64::from(*x)).sum();
-            assert_eq!(vectorized(|| sum(n, |i| row[i])), expected, "sum of {n}");
+            assert_eq!(
+                vectorized(
+                    #[inline(always)]
+                    || sum(n, |i| row[i])
+                ),
+                expected,
+                "sum of {n}"
+            );
             assert_eq!(max(&row), row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         }
         assert_eq!(dot(&[1.0, 2.0], &[3.0, 4.0]), 11.0);

@@ -1,16 +1,22 @@
 //! `y = silu(gate) * up` (Shazeer 2020, "GLU variants improve transformer").
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
 use super::Context;
-use super::host::{Host, expect, tensor};
+use super::host::{CHUNK, Host, expect, kept, narrow_into, restored, tensor, uninitialized};
+use super::product::{Number, Values};
 use super::simd::{self, vectorized};
 use crate::error::Result;
-use crate::work::Work;
+use crate::work::{Precision, Work};
 
-/// Elements a parallel task takes.
-const CHUNK: usize = 16 * 1024;
+/// What `backward` needs: gate and up (N, F), in the compute type.
+#[derive(Debug, Clone)]
+pub struct SwigluSaved {
+    gate: Tensor,
+    up: Tensor,
+}
 
 /// Work of a forward pass over n elements.
 pub fn swiglu_cost(n: usize) -> Work {
@@ -23,49 +29,114 @@ pub fn swiglu_backward_cost(n: usize) -> Work {
 }
 
 /// gate, up (N, F) -> y (N, F).
-pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tensor, SwigluSaved)> {
     expect("up", up, gate.dims())?;
     context.tally.add(swiglu_cost(gate.elem_count()));
     if !context.fused(gate) {
-        return Ok((gate.silu()? * up)?);
+        return Ok(((gate.silu()? * up)?, SwigluSaved { gate: kept(context, gate)?, up: kept(context, up)? }));
     }
     let shape = gate.dims2()?;
-    let (gate, up) = (Host::open(gate)?, Host::open(up)?);
-    let (gate, up) = (gate.slice(), up.slice());
-    let mut y = vec![0.0; gate.len()];
-    y.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(|((y, gate), up)| {
-        vectorized(|| y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = g * sigmoid(*g) * u));
+    let (gate_host, up_host) = (Host::open(gate)?, Host::open(up)?);
+    let n = gate_host.slice().len();
+    let inputs = gate_host.slice().par_chunks(CHUNK).zip(up_host.slice().par_chunks(CHUNK));
+    // SAFETY: the loops below write every number.
+    let mut y: Vec<f32> = unsafe { uninitialized(n) };
+    if context.precision != Precision::Bf16 {
+        y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (gate, up))| {
+            vectorized(
+                #[inline(always)]
+                || forward(y, gate, up),
+            )
+        });
+        return Ok((tensor(y, shape)?, SwigluSaved { gate: gate.clone(), up: up.clone() }));
+    }
+    // SAFETY: as above.
+    let (mut gate16, mut up16): (Vec<bf16>, Vec<bf16>) = unsafe { (uninitialized(n), uninitialized(n)) };
+    let narrow = gate16.par_chunks_mut(CHUNK).zip(up16.par_chunks_mut(CHUNK));
+    y.par_chunks_mut(CHUNK).zip(narrow).zip(inputs).for_each(|((y, (gate16, up16)), (gate, up))| {
+        vectorized(
+            #[inline(always)]
+            || {
+                forward(y, gate, up);
+                narrow_into(gate16, gate);
+                narrow_into(up16, up);
+            },
+        );
+    });
+    let saved = |values: Vec<bf16>| Tensor::from_vec(values, shape, &Device::Cpu);
+    Ok((tensor(y, shape)?, SwigluSaved { gate: saved(gate16)?, up: saved(up16)? }))
+}
+
+#[inline(always)]
+fn forward(y: &mut [f32], gate: &[f32], up: &[f32]) {
+    y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = g * sigmoid(*g) * u);
+}
+
+/// The output again, in the backward pass.
+pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor> {
+    let (gate, up) = (&saved.gate, &saved.up);
+    context.tally.add(swiglu_cost(gate.elem_count()));
+    if !context.fused(gate) {
+        return Ok((restored(context, gate)?.silu()? * restored(context, up)?)?);
+    }
+    let shape = gate.dims2()?;
+    let (gate, up) = (Host::open_any(gate)?, Host::open_any(up)?);
+    // SAFETY: the loop below writes every number.
+    let mut y: Vec<f32> = unsafe { uninitialized(shape.0 * shape.1) };
+    y.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, y)| {
+        let range = chunk * CHUNK..chunk * CHUNK + y.len();
+        vectorized(
+            #[inline(always)]
+            || match (gate.values(), up.values()) {
+                (Values::F32(gate), Values::F32(up)) => forward(y, &gate[range.clone()], &up[range]),
+                (Values::Bf16(gate), Values::Bf16(up)) => {
+                    for ((y, g), u) in y.iter_mut().zip(&gate[range.clone()]).zip(&up[range]) {
+                        let g = g.widen();
+                        *y = g * sigmoid(g) * u.widen();
+                    }
+                }
+                // Both were kept in one type.
+                _ => y.fill(f32::NAN),
+            },
+        );
     });
     tensor(y, shape)
 }
 
 /// dy (N, F) -> (dgate, dup). With s = sigmoid(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s)).
-pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
-    expect("up", up, gate.dims())?;
+pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, saved: &SwigluSaved) -> Result<(Tensor, Tensor)> {
+    let (gate, up) = (&saved.gate, &saved.up);
     expect("dy", dy, gate.dims())?;
     context.tally.add(swiglu_backward_cost(gate.elem_count()));
-    if !context.fused(gate) {
+    if !context.fused(dy) {
+        let (gate, up) = (&restored(context, gate)?, &restored(context, up)?);
         let s = (gate.neg()?.exp()? + 1.0)?.recip()?;
-        let dup = (dy * (gate * &s)?)?;
         let slope = (&s * ((gate * (1.0 - &s)?)? + 1.0)?)?;
-        return Ok((((dy * up)? * slope)?, dup));
+        return Ok((((dy * up)? * slope)?, (dy * (gate * &s)?)?));
     }
     let shape = gate.dims2()?;
-    let (dy, gate, up) = (Host::open(dy)?, Host::open(gate)?, Host::open(up)?);
-    let (dy, gate, up) = (dy.slice(), gate.slice(), up.slice());
-    let (mut dgate, mut dup) = (vec![0.0; gate.len()], vec![0.0; gate.len()]);
+    let (dy, gate, up) = (Host::open(dy)?, Host::open_any(gate)?, Host::open_any(up)?);
+    let n = dy.slice().len();
+    // SAFETY: the loop below writes every number.
+    let (mut dgate, mut dup): (Vec<f32>, Vec<f32>) = unsafe { (uninitialized(n), uninitialized(n)) };
     let outputs = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
-    let inputs = dy.par_chunks(CHUNK).zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK));
-    outputs.zip(inputs).for_each(|((dgate, dup), ((dy, gate), up))| {
+    outputs.zip(dy.slice().par_chunks(CHUNK)).enumerate().for_each(|(chunk, ((dgate, dup), dy))| {
+        let range = chunk * CHUNK..chunk * CHUNK + dy.len();
         let n = dy.len();
-        let (dgate, dup, gate, up) = (&mut dgate[..n], &mut dup[..n], &gate[..n], &up[..n]);
-        vectorized(|| {
-            for i in 0..n {
-                let (g, s) = (gate[i], sigmoid(gate[i]));
-                dup[i] = dy[i] * g * s;
-                dgate[i] = dy[i] * up[i] * s * (1.0 + g * (1.0 - s));
-            }
-        });
+        let (dgate, dup) = (&mut dgate[..n], &mut dup[..n]);
+        vectorized(
+            #[inline(always)]
+            || {
+                // What was kept goes through the places of the results, in f32.
+                gate.values().widen_into(range.clone(), dgate);
+                up.values().widen_into(range, dup);
+                for i in 0..n {
+                    let (g, u, s) = (dgate[i], dup[i], sigmoid(dgate[i]));
+                    dup[i] = dy[i] * g * s;
+                    dgate[i] = dy[i] * u * s * (1.0 + g * (1.0 - s));
+                }
+            },
+        );
     });
     Ok((tensor(dgate, shape)?, tensor(dup, shape)?))
 }

@@ -59,18 +59,18 @@ proptest! {
     }
 }
 
-/// 4 Mi numbers to a chunk, but 16 rows at least: with 300 000 words 33 rows are chunks of 16, 16 and 1.
+/// 8 Mi numbers to a chunk, but 16 rows at least: with 600 000 words 33 rows are chunks of 16, 16 and 1.
 #[test]
 fn a_chunk_has_rows_enough() {
-    let shape = HeadShape { loss_tokens: 33, hidden: 1, vocab: 300_000, trained: true };
+    let shape = HeadShape { loss_tokens: 33, hidden: 1, vocab: 600_000, trained: true };
     let forward: Vec<_> = shape.forward_cost(Precision::F32).each_product().map(|(p, count)| (p.m, p.n, p.k, count)).collect();
-    assert_eq!(forward, [(1, 300_000, 1, 1), (16, 300_000, 1, 2)]);
+    assert_eq!(forward, [(1, 600_000, 1, 1), (16, 600_000, 1, 2)]);
 }
 
-/// With 140 000 words a chunk is 29 rows (4194304 / 140000), and 33 rows are two; row by row there is one each.
+/// With 280 000 words a chunk is 29 rows (8388608 / 280000), and 33 rows are two; row by row there is one each.
 #[test]
 fn chunks_do_not_show() {
-    let (n, v) = (33, 140_000);
+    let (n, v) = (33, 280_000);
     let shape = HeadShape { loss_tokens: n, hidden: 1, vocab: v, trained: true };
     let inputs = [random(1, &[n, 1]), random(2, &[v, 1])];
     let targets: Vec<u32> = (0..n as u32).map(|i| 4_000 * i).collect();

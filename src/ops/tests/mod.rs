@@ -118,7 +118,7 @@ fn autograd(inputs: &[Tensor], dy: &Tensor, naive: impl Fn(&[Tensor]) -> Tensor)
 }
 
 /// Runs `work` on a rayon pool of its own.
-fn on<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
+pub(super) fn on<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
 }
 
@@ -146,7 +146,7 @@ fn bits(x: &Tensor) -> Vec<u32> {
 }
 
 /// Uniform numbers in [0, 1): splitmix64's upper 24 bits (Steele et al. 2014).
-fn uniform(seed: u64, n: usize) -> Vec<f32> {
+pub(super) fn uniform(seed: u64, n: usize) -> Vec<f32> {
     let mut state = seed;
     let mut next = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -168,7 +168,7 @@ fn of(values: &[f32], shape: &[usize]) -> Tensor {
 }
 
 /// `cases` random cases, or as many as PROPTEST_CASES says.
-fn cases(cases: u32) -> Config {
+pub(super) fn cases(cases: u32) -> Config {
     let default = Config { failure_persistence: None, ..Config::default() };
     if std::env::var_os("PROPTEST_CASES").is_some() { default } else { Config { cases, ..default } }
 }

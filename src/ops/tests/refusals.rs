@@ -42,10 +42,10 @@ fn fused_passes_name_a_tensor_that_is_not_contiguous() {
     const WORDS: &str = "contiguous";
     let (_, saved) = norm(6).forward(fused, &whole).unwrap();
     says(WORDS, norm(6).forward(fused, &x));
-    says(WORDS, norm(6).backward(fused, &x, &saved, &mut Gradients::new(0)));
+    says(WORDS, norm(6).backward(fused, &x, &saved, None, &mut Gradients::new(0)));
     says(WORDS, swiglu(fused, &x, &whole));
     says(WORDS, swiglu(fused, &whole, &x));
-    says(WORDS, swiglu_backward(fused, &x, &whole, &whole));
+    says(WORDS, swiglu_backward(fused, &x, &swiglu(fused, &whole, &whole).unwrap().1));
     let rope = Rope { head_dim: 6, theta: 10.0, scaling: RopeScaling::None };
     let tables = rope.tables(&Segments::of_lengths([4]), &Device::Cpu).unwrap();
     says(WORDS, tables.forward(fused, &x));
@@ -70,8 +70,8 @@ fn products_take_tensors_that_are_not_contiguous() {
     let linear = Linear { weight: Weight::frozen(random(3, &[5, 6])), bias: None, lora: None };
     let (x, dy) = (view(1, 4, 6), view(2, 4, 5));
     let run = |x: &Tensor, dy: &Tensor| {
-        let (y, saved) = linear.forward(context, x, None).unwrap();
-        let dx = linear.backward(context, dy, &saved, true, &mut Gradients::new(0)).unwrap().unwrap();
+        let (y, saved) = linear.forward(context, x, None, None).unwrap();
+        let dx = linear.backward(context, dy, (None, &saved), (true, None), &mut Gradients::new(0)).unwrap().unwrap();
         (flat(&y), flat(&dx))
     };
     assert_eq!(run(&x, &dy), run(&x.contiguous().unwrap(), &dy.contiguous().unwrap()));
@@ -97,10 +97,9 @@ fn shapes_that_contradict_each_other_are_refused() {
         let context = Context { reference, ..Context::new(&tally, Precision::F32) };
         says("`weight`", norm(5).forward(context, &x));
         let (_, saved) = norm(6).forward(context, &x).unwrap();
-        says("`dy`", norm(6).backward(context, &short, &saved, &mut Gradients::new(0)));
+        says("`dy`", norm(6).backward(context, &short, &saved, None, &mut Gradients::new(0)));
         says("`up`", swiglu(context, &x, &short));
-        says("`up`", swiglu_backward(context, &x, &x, &short));
-        says("`dy`", swiglu_backward(context, &short, &x, &x));
+        says("`dy`", swiglu_backward(context, &short, &swiglu(context, &x, &x).unwrap().1));
         let rope = Rope { head_dim: 4, theta: 10.0, scaling: RopeScaling::None };
         let tables = rope.tables(&Segments::of_lengths([4]), &Device::Cpu).unwrap();
         says("whole heads", tables.forward(context, &x));

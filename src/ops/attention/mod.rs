@@ -5,14 +5,14 @@
 //! of the full square. The forward pass keeps each row's log-sum-exp; the backward pass computes the block's probabilities again from it
 //! (Dao et al. 2022, "FlashAttention", section 3.1, at this block size).
 
+mod cpu;
+
 use std::ops::Range;
 
-use candle_core::{D, Device, Tensor};
-use rayon::prelude::*;
+use candle_core::{D, DType, Device, Tensor};
 
-use super::host::{Host, Shared, expect, tensor};
-use super::simd::{self, vectorized};
-use super::{Context, Segments, batched, issue};
+use super::host::{expect, kept, restored};
+use super::{Context, Segments, batched};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
@@ -95,7 +95,7 @@ pub fn attention_decode_cost(attention: &Attention, keys: usize) -> Work {
     Work::products(heads, 1, seen, d, Precision::F32) + Work::products(heads, 1, d, seen, Precision::F32)
 }
 
-/// What `backward` needs: inputs, output, and each row's log-sum-exp (N, Hq).
+/// What `backward` needs: inputs and output in the compute type, and each row's log-sum-exp (N, Hq).
 #[derive(Debug, Clone)]
 pub struct AttentionSaved {
     q: Tensor,
@@ -107,8 +107,13 @@ pub struct AttentionSaved {
 
 impl AttentionSaved {
     /// The keys and values that went in, (N, Hkv D) each.
-    pub fn keys_and_values(&self) -> (Tensor, Tensor) {
-        (self.k.clone(), self.v.clone())
+    pub fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
+        Ok((self.k.to_dtype(DType::F32)?, self.v.to_dtype(DType::F32)?))
+    }
+
+    /// The output (N, Hq D), for the layer it went into: in the compute type.
+    pub fn output(&self) -> &Tensor {
+        &self.out
     }
 }
 
@@ -129,7 +134,9 @@ impl Attention {
         } else {
             self.forward_reference(&q, &k, &v, segments)?
         };
-        Ok((out.clone(), AttentionSaved { q, k, v, out, lse }))
+        let keep = |x: &Tensor| kept(context, x);
+        let saved = AttentionSaved { q: keep(&q)?, k: keep(&k)?, v: keep(&v)?, out: keep(&out)?, lse };
+        Ok((out, saved))
     }
 
     /// dout (N, Hq D) -> (dq, dk, dv).
@@ -148,7 +155,9 @@ impl Attention {
         if context.fused(dout) {
             self.backward_cpu(dout, saved, segments)
         } else {
-            self.backward_reference(dout, saved, segments)
+            let wide = |x: &Tensor| restored(context, x);
+            let (q, k, v, out) = (wide(&saved.q)?, wide(&saved.k)?, wide(&saved.v)?, wide(&saved.out)?);
+            self.backward_reference(dout, &AttentionSaved { q, k, v, out, lse: saved.lse.clone() }, segments)
         }
     }
 
@@ -262,154 +271,6 @@ impl Attention {
         let x = x.reshape((heads, self.heads / heads, t, d))?.sum(1)?;
         Ok(x.transpose(0, 1)?.contiguous()?.reshape((t, heads * d))?)
     }
-
-    // ---- fused CPU: one task per segment and key head ----
-
-    /// Every (segment, key head): the units that parallel tasks take.
-    fn tasks(&self, segments: &Segments) -> Vec<(Range<usize>, usize)> {
-        let heads = 0..self.kv_heads;
-        segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range.clone(), head))).collect()
-    }
-
-    fn forward_cpu(&self, q: &Tensor, k: &Tensor, v: &Tensor, segments: &Segments) -> Result<(Tensor, Tensor)> {
-        let n = q.dims2()?.0;
-        let (d, width, kv_width) = (self.head_dim, self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let (q, k, v) = (Host::open(q)?, Host::open(k)?, Host::open(v)?);
-        let (q, k, v) = (q.slice(), k.slice(), v.slice());
-        let (mut out, mut lse) = (vec![0.0f32; n * width], vec![0.0f32; n * self.heads]);
-        let (out_ptr, lse_ptr) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
-        self.tasks(segments).into_par_iter().for_each(|(range, kv_head)| {
-            let mut scores = Vec::new();
-            for head in kv_head * self.group()..(kv_head + 1) * self.group() {
-                for block in self.blocks(range.len()) {
-                    let (rows, cols) = (block.queries.len(), block.keys.len());
-                    let first = range.start + block.queries.start;
-                    let key = (range.start + block.keys.start) * kv_width + kv_head * d;
-                    scores.resize(rows * cols, 0.0);
-                    let q_at = Rows::of(q, first * width + head * d, width);
-                    product(&mut scores, (rows, cols, d), q_at, Rows::of(k, key, kv_width).transposed(), self.scale() as f32);
-                    for (r, row) in scores.chunks_mut(cols).enumerate() {
-                        let value = self.softmax_row(row, &block, r);
-                        // SAFETY: row `first + r` of head `head` belongs to this task alone.
-                        unsafe { *lse_ptr.at((first + r) * self.heads + head) = value };
-                    }
-                    let p = Rows::of(&scores, 0, cols);
-                    // SAFETY: the columns of head `head` in these rows belong to this task alone.
-                    unsafe {
-                        product_into(
-                            out_ptr.at(first * width + head * d),
-                            width,
-                            (rows, d, cols),
-                            p,
-                            Rows::of(v, key, kv_width),
-                            1.0,
-                            0.0,
-                        )
-                    };
-                }
-            }
-        });
-        Ok((tensor(out, (n, width))?, tensor(lse, (n, self.heads))?))
-    }
-
-    /// Scores -> probabilities of row `r` of a block, zero where not visible; returns the log-sum-exp.
-    fn softmax_row(&self, row: &mut [f32], block: &Block, r: usize) -> f32 {
-        let seen = self.visible(block.queries.start + r);
-        let (start, end) = (seen.start.max(block.keys.start) - block.keys.start, seen.end - block.keys.start);
-        row[..start].fill(0.0);
-        row[end..].fill(0.0);
-        let row = &mut row[start..end];
-        vectorized(|| {
-            let max = simd::max(row);
-            row.iter_mut().for_each(|x| *x = simd::exp(*x - max));
-            let sum = simd::sum(row.len(), |i| row[i]);
-            let share = 1.0 / sum as f32;
-            row.iter_mut().for_each(|x| *x *= share);
-            max + sum.ln() as f32
-        })
-    }
-
-    fn backward_cpu(&self, dout: &Tensor, saved: &AttentionSaved, segments: &Segments) -> Result<(Tensor, Tensor, Tensor)> {
-        let n = dout.dims2()?.0;
-        let (width, kv_width) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let dout = dout.contiguous()?;
-        let hosts = [&saved.q, &saved.k, &saved.v, &saved.out, &saved.lse, &dout].map(Host::open);
-        let [q, k, v, out, lse, dout] = hosts;
-        let (q, k, v, out, lse, dout) = (q?, k?, v?, out?, lse?, dout?);
-        let inputs = Inputs { q: q.slice(), k: k.slice(), v: v.slice(), out: out.slice(), lse: lse.slice(), dout: dout.slice() };
-        let (mut dq, mut dk, mut dv) = (vec![0.0f32; n * width], vec![0.0f32; n * kv_width], vec![0.0f32; n * kv_width]);
-        let grads = [Shared(dq.as_mut_ptr()), Shared(dk.as_mut_ptr()), Shared(dv.as_mut_ptr())];
-        self.tasks(segments).into_par_iter().for_each(|(range, kv_head)| {
-            let (mut p, mut ds) = (Vec::new(), Vec::new());
-            for head in kv_head * self.group()..(kv_head + 1) * self.group() {
-                for block in self.blocks(range.len()) {
-                    self.backward_block(&inputs, grads, &range, (kv_head, head), &block, &mut p, &mut ds);
-                }
-            }
-        });
-        Ok((tensor(dq, (n, width))?, tensor(dk, (n, kv_width))?, tensor(dv, (n, kv_width))?))
-    }
-
-    /// One block of one query head: adds to dk and dv, writes dq.
-    #[allow(clippy::too_many_arguments)]
-    fn backward_block(
-        &self,
-        x: &Inputs<'_>,
-        [dq, dk, dv]: [Shared; 3],
-        range: &Range<usize>,
-        (kv_head, head): (usize, usize),
-        block: &Block,
-        p: &mut Vec<f32>,
-        ds: &mut Vec<f32>,
-    ) {
-        let (d, width, kv_width) = (self.head_dim, self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let (rows, cols) = (block.queries.len(), block.keys.len());
-        let first = range.start + block.queries.start;
-        let query = first * width + head * d;
-        let key = (range.start + block.keys.start) * kv_width + kv_head * d;
-        p.resize(rows * cols, 0.0);
-        ds.resize(rows * cols, 0.0);
-        let (q_at, dout_at) = (Rows::of(x.q, query, width), Rows::of(x.dout, query, width));
-        let (k_at, v_at) = (Rows::of(x.k, key, kv_width), Rows::of(x.v, key, kv_width));
-        product(p, (rows, cols, d), q_at, k_at.transposed(), self.scale() as f32);
-        product(ds, (rows, cols, d), dout_at, v_at.transposed(), 1.0);
-        for r in 0..rows {
-            let at = query + r * width;
-            let (dout, out) = (&x.dout[at..at + d], &x.out[at..at + d]);
-            let lse = x.lse[(first + r) * self.heads + head];
-            let seen = self.visible(block.queries.start + r);
-            let seen = seen.start.max(block.keys.start) - block.keys.start..seen.end - block.keys.start;
-            let (p, ds) = (&mut p[r * cols..][..cols], &mut ds[r * cols..][..cols]);
-            for row in [&mut *p, &mut *ds] {
-                row[..seen.start].fill(0.0);
-                row[seen.end..].fill(0.0);
-            }
-            let (p, ds, scale) = (&mut p[seen.clone()], &mut ds[seen], self.scale() as f32);
-            vectorized(|| {
-                let inner = simd::dot(dout, out);
-                for (p, ds) in p.iter_mut().zip(ds) {
-                    *p = simd::exp(*p - lse);
-                    *ds = *p * (*ds - inner) * scale;
-                }
-            });
-        }
-        let (p_at, ds_at) = (Rows::of(p, 0, cols), Rows::of(ds, 0, cols));
-        // SAFETY: rows of query head `head` and of key head `kv_head` in this segment belong to this task alone.
-        unsafe {
-            product_into(dq.at(query), width, (rows, d, cols), ds_at, k_at, 1.0, 0.0);
-            product_into(dk.at(key), kv_width, (cols, d, rows), ds_at.transposed(), q_at, 1.0, 1.0);
-            product_into(dv.at(key), kv_width, (cols, d, rows), p_at.transposed(), dout_at, 1.0, 1.0);
-        }
-    }
-}
-
-struct Inputs<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
-    out: &'a [f32],
-    lse: &'a [f32],
-    dout: &'a [f32],
 }
 
 fn lengths(segments: &Segments) -> Vec<usize> {
@@ -422,75 +283,4 @@ fn softmax(scores: &Tensor) -> Result<(Tensor, Tensor)> {
     let e = scores.broadcast_sub(&max)?.exp()?;
     let sum = e.sum_keepdim(D::Minus1)?;
     Ok((e.broadcast_div(&sum)?, (max + sum.log()?)?))
-}
-
-/// A matrix inside a slice: its first element and its strides.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    values: &'a [f32],
-    row_stride: usize,
-    column_stride: usize,
-}
-
-impl<'a> Rows<'a> {
-    fn of(values: &'a [f32], start: usize, row_stride: usize) -> Self {
-        Self { values: &values[start..], row_stride, column_stride: 1 }
-    }
-
-    fn transposed(self) -> Self {
-        Self { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
-    }
-
-    /// Whether (rows, columns) of this matrix lie inside the slice.
-    fn holds(&self, rows: usize, columns: usize) -> bool {
-        (rows - 1) * self.row_stride + (columns - 1) * self.column_stride < self.values.len()
-    }
-}
-
-/// out (m, n) = scale * a (m, k) b (k, n).
-fn product(out: &mut [f32], (m, n, k): (usize, usize, usize), a: Rows<'_>, b: Rows<'_>, scale: f32) {
-    assert!(out.len() >= m * n, "the result has room for the product");
-    // SAFETY: `out` is a row-major (m, n) buffer, checked above.
-    unsafe { product_into(out.as_mut_ptr(), n, (m, n, k), a, b, scale, 0.0) }
-}
-
-/// out (m, n; row stride `stride`) = keep * out + scale * a (m, k) b (k, n), on the calling thread.
-///
-/// # Safety
-/// `out` must point to m rows of n writable floats, `stride` apart, that no other thread touches.
-unsafe fn product_into(
-    out: *mut f32,
-    stride: usize,
-    (m, n, k): (usize, usize, usize),
-    a: Rows<'_>,
-    b: Rows<'_>,
-    scale: f32,
-    keep: f32,
-) {
-    assert!(a.holds(m, k) && b.holds(k, n), "a product's inputs lie inside their slices");
-    issue(1, m, n, k);
-    // SAFETY: inputs are inside their slices (checked), the output is the caller's promise.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            stride as isize,
-            keep != 0.0,
-            a.values.as_ptr(),
-            a.column_stride as isize,
-            a.row_stride as isize,
-            b.values.as_ptr(),
-            b.column_stride as isize,
-            b.row_stride as isize,
-            keep,
-            scale,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
 }

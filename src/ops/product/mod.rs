@@ -1,0 +1,335 @@
+//! Matrix products of the fused CPU passes: sums of products in one pass over the result, f32 or bf16 in, f32 out.
+//!
+//! Takes views of slices with strides; returns f32. bf16 is widened while it is packed and sums are f32. The instruction set is chosen at
+//! run time; the order of a sum depends on it and on k alone, never on the number of threads or the shape of the tasks. Knows nothing of
+//! tensors, layers or gradients.
+
+mod pack;
+mod tile;
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::host::{Shared, uninitialized, widen};
+use super::issue;
+pub(super) use pack::Number;
+pub(super) use tile::{Isa, TileArgs, available};
+
+/// Numbers of k that one panel of B holds at most: 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
+const DEEPEST: usize = 6144;
+/// k is cut into pieces of this length where it is deeper.
+const PIECE: usize = 2048;
+/// Numbers of packed B that one task holds: half of a 1 MiB second-level cache.
+const PACKED: usize = 128 << 10;
+
+/// Stored numbers.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Values<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+impl Values<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Values::F32(values) => values.len(),
+            Values::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Writes the numbers of `range` to `wide`.
+    #[inline(always)]
+    pub(super) fn widen_into(&self, range: Range<usize>, wide: &mut [f32]) {
+        match self {
+            Values::F32(values) => wide.copy_from_slice(&values[range]),
+            Values::Bf16(values) => {
+                wide.iter_mut().zip(&values[range]).for_each(|(wide, x)| *wide = x.widen());
+            }
+        }
+    }
+
+    /// A copy in f32, where they are narrower.
+    fn widened(&self) -> Option<Vec<f32>> {
+        match self {
+            Values::F32(_) => None,
+            Values::Bf16(values) => Some(widen(values)),
+        }
+    }
+}
+
+/// A matrix inside a slice.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Matrix<'a> {
+    values: Values<'a>,
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A row-major matrix.
+    pub(super) fn new(values: Values<'a>, rows: usize, columns: usize) -> Self {
+        assert_eq!(values.len(), rows * columns, "a matrix is its slice");
+        Self { values, rows, columns, row_stride: columns, column_stride: 1 }
+    }
+
+    /// A row-major matrix of f32.
+    pub(super) fn of(values: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self::new(Values::F32(values), rows, columns)
+    }
+
+    /// Rows and columns exchanged.
+    pub(super) fn t(self) -> Self {
+        let Self { values, rows, columns, row_stride, column_stride } = self;
+        Self { values, rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride }
+    }
+}
+
+/// One product of a sum: a (m, k) b (k, n).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Term<'a> {
+    pub(super) a: Matrix<'a>,
+    pub(super) b: Matrix<'a>,
+}
+
+/// What the sum starts from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Start<'a> {
+    Zero,
+    /// The same row (n) in every row: a bias.
+    Row(&'a [f32]),
+    /// A row-major (m, n): a residual stream, or what earlier products gave.
+    Matrix(&'a [f32]),
+}
+
+/// start + the sum of the terms, row-major (m, n), on all threads of the pool.
+pub(super) fn products(terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
+    products_with(available()[0], terms, start)
+}
+
+/// The same by a given instruction set.
+pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
+    let (m, n) = (terms[0].a.rows, terms[0].b.columns);
+    for Term { a, b } in terms {
+        assert!(a.rows == m && b.columns == n && a.columns == b.rows, "the terms of a sum have one shape");
+        issue(1, m, n, a.columns);
+    }
+    match start {
+        Start::Row(row) => assert_eq!(row.len(), n, "a row to start from has n numbers"),
+        Start::Matrix(matrix) => assert_eq!(matrix.len(), m * n, "a matrix to start from is (m, n)"),
+        Start::Zero => {}
+    }
+    // SAFETY: the tasks of the first pass write every number before anything reads one.
+    let mut out = unsafe { uninitialized(m * n) };
+    if out.is_empty() {
+        return out;
+    }
+    let widened: Vec<Option<Vec<f32>>> = terms.iter().map(|term| term.a.values.widened()).collect();
+    let left = |index: usize| Left::new(&terms[index].a, widened[index].as_deref());
+    let lefts: Vec<Left<'_>> = (0..terms.len()).map(left).collect();
+    for (index, pieces) in passes(terms).iter().enumerate() {
+        let start = if index == 0 { Some(start) } else { None };
+        Pass { isa, terms, lefts: &lefts, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
+    }
+    out
+}
+
+/// A as tiles read it: f32 with strides.
+struct Left<'a> {
+    values: &'a [f32],
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Left<'a> {
+    fn new(a: &Matrix<'a>, widened: Option<&'a [f32]>) -> Self {
+        let values = match (widened, a.values) {
+            (Some(values), _) | (None, Values::F32(values)) => values,
+            (None, Values::Bf16(_)) => &[],
+        };
+        assert_eq!(values.len(), a.rows * a.columns, "A is at hand in f32");
+        Self { values, row_stride: a.row_stride, column_stride: a.column_stride }
+    }
+}
+
+/// A run of k of one term.
+struct Piece {
+    term: usize,
+    k: Range<usize>,
+}
+
+/// Which pieces of the terms are summed while a tile's B is packed: all at once where they fit.
+fn passes(terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
+    let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
+    let mut depth = 0;
+    for (term, Term { a, .. }) in terms.iter().enumerate() {
+        let length = if a.columns > DEEPEST { PIECE } else { a.columns.max(1) };
+        for start in (0..a.columns).step_by(length) {
+            let k = start..(start + length).min(a.columns);
+            if depth > 0 && depth + k.len() > DEEPEST {
+                passes.push(Vec::new());
+                depth = 0;
+            }
+            depth += k.len();
+            if let Some(pass) = passes.last_mut() {
+                pass.push(Piece { term, k });
+            }
+        }
+    }
+    passes
+}
+
+thread_local! {
+    /// Where a thread packs its panels of B.
+    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// One pass over the result.
+struct Pass<'a> {
+    isa: &'a Isa,
+    terms: &'a [Term<'a>],
+    lefts: &'a [Left<'a>],
+    pieces: &'a [Piece],
+    /// `None`: goes on from what the passes before left in `out`.
+    start: Option<Start<'a>>,
+    out: Shared,
+    m: usize,
+    n: usize,
+}
+
+impl Pass<'_> {
+    /// Cuts the result into tasks of whole panels, and of rows where there are few panels, and runs them.
+    fn run(&self) {
+        let depth: usize = self.pieces.iter().map(|piece| piece.k.len()).sum();
+        let (width, threads) = (self.isa.columns(), rayon::current_num_threads());
+        let panels = self.n.div_ceil(width);
+        let group = (PACKED / (depth * width).max(1)).min(panels.div_ceil(2 * threads)).max(1);
+        let groups = panels.div_ceil(group);
+        let splits = (2 * threads).div_ceil(groups).min(self.m.div_ceil(4 * self.isa.rows)).max(1);
+        let task = |index: usize| {
+            let (columns, split) = (index / splits * group * width, index % splits);
+            let columns = columns..(columns + group * width).min(self.n);
+            self.task(depth, columns, self.m * split / splits..self.m * (split + 1) / splits);
+        };
+        match groups * splits {
+            1 => task(0),
+            tasks => (0..tasks).into_par_iter().with_max_len(1).for_each(task),
+        }
+    }
+
+    /// Packs B's columns and runs every tile of these rows and columns.
+    fn task(&self, depth: usize, columns: Range<usize>, rows: Range<usize>) {
+        PANELS.with_borrow_mut(|buffer| {
+            let width = self.isa.columns();
+            let panels: Vec<Range<usize>> =
+                columns.clone().step_by(width).map(|first| first..(first + width).min(columns.end)).collect();
+            if buffer.len() < panels.len() * depth * width {
+                buffer.resize(panels.len() * depth * width, 0.0);
+            }
+            for (columns, panel) in panels.iter().zip(buffer.chunks_mut((depth * width).max(1))) {
+                let mut at = 0;
+                for piece in self.pieces {
+                    pack::pack(self.isa, &self.terms[piece.term].b, piece.k.clone(), columns.clone(), &mut panel[at..]);
+                    at += piece.k.len() * columns.len().next_multiple_of(self.isa.lanes);
+                }
+            }
+            for rows in even_parts(rows, self.isa.rows) {
+                for (columns, panel) in panels.iter().zip(buffer.chunks((depth * width).max(1))) {
+                    self.tile(rows.clone(), columns.clone(), panel);
+                }
+            }
+        });
+    }
+
+    /// One tile of the result, over all pieces.
+    fn tile(&self, rows: Range<usize>, columns: Range<usize>, panel: &[f32]) {
+        let width = columns.len().next_multiple_of(self.isa.lanes);
+        let tile = self.isa.tile(rows.len(), width / self.isa.lanes);
+        let whole = width == columns.len();
+        let mut scratch = [0.0f32; SCRATCH];
+        let at = rows.start * self.n + columns.start;
+        // SAFETY: this task alone writes these rows and columns of `out`.
+        let place = unsafe { self.out.at(at) };
+        let (out, out_row) = if whole { (place, self.n) } else { (scratch.as_mut_ptr(), width) };
+        let first = self.start_of(rows.start, columns.start);
+        let mut start = if whole { first } else { (std::ptr::null(), 0) };
+        let mut b = panel;
+        for piece in self.pieces {
+            let left = &self.lefts[piece.term];
+            let a = &left.values[rows.start * left.row_stride + piece.k.start * left.column_stride..];
+            debug_assert!((rows.len() - 1) * left.row_stride + (piece.k.len() - 1) * left.column_stride < a.len());
+            let args = TileArgs {
+                k: piece.k.len(),
+                a: a.as_ptr(),
+                a_row: left.row_stride,
+                a_column: left.column_stride,
+                b: b.as_ptr(),
+                b_row: width,
+                start: start.0,
+                start_row: start.1,
+                out,
+                out_row,
+            };
+            // SAFETY: rows and k lie inside A, whose slice is the whole matrix; the panel holds k rows of `width`; `start` and `out` are
+            // rows of (m, n) buffers or of `scratch`, wide enough because only whole tiles go to `out` directly.
+            unsafe { tile(args) };
+            start = (out.cast_const(), out_row);
+            b = &b[piece.k.len() * width..];
+        }
+        if !whole {
+            for row in 0..rows.len() {
+                for column in 0..columns.len() {
+                    // SAFETY: inside this task's rows and columns; `first` is null or as large as they are.
+                    unsafe {
+                        let before = if first.0.is_null() { 0.0 } else { *first.0.add(row * first.1 + column) };
+                        *place.add(row * self.n + column) = before + scratch[row * width + column];
+                    }
+                }
+            }
+        }
+    }
+
+    /// Where the sum at (row, column) starts from, and its row stride.
+    fn start_of(&self, row: usize, column: usize) -> (*const f32, usize) {
+        match self.start {
+            Some(Start::Zero) => (std::ptr::null(), 0),
+            Some(Start::Row(values)) => (values[column..].as_ptr(), 0),
+            Some(Start::Matrix(values)) => (values[row * self.n + column..].as_ptr(), self.n),
+            // SAFETY: (row, column) lies in `out`.
+            None => (unsafe { self.out.at(row * self.n + column) }.cast_const(), self.n),
+        }
+    }
+}
+
+/// Numbers of the largest tile of any instruction set.
+const SCRATCH: usize = 14 * 32;
+
+/// One strip of a product on the calling thread: `args` tells of its first row and holds for all `m` of them.
+///
+/// # Safety
+/// As `Tile`'s, for m rows of `vectors` vectors.
+pub(super) unsafe fn strip(isa: &Isa, m: usize, vectors: usize, args: TileArgs) {
+    for rows in even_parts(0..m, isa.rows) {
+        let first = rows.start;
+        let start = if args.start.is_null() { args.start } else { args.start.wrapping_add(first * args.start_row) };
+        // SAFETY: the caller's promise; these rows are among the m.
+        unsafe {
+            let (a, out) = (args.a.add(first * args.a_row), args.out.add(first * args.out_row));
+            isa.tile(rows.len(), vectors)(TileArgs { a, start, out, ..args });
+        }
+    }
+}
+
+/// `range` in the fewest parts of at most `most`, whose lengths differ by one at most.
+pub(super) fn even_parts(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let (start, length) = (range.start, range.len());
+    let parts = length.div_ceil(most);
+    (0..parts).map(move |part| start + part * length / parts..start + (part + 1) * length / parts)
+}
+
+#[cfg(test)]
+mod tests;

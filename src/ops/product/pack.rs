@@ -1,0 +1,169 @@
+//! Copies a panel of B into the layout that tiles read: row after row of k, each as wide as the tile, in f32, zero beyond B's edge.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::tile::Isa;
+use super::{Matrix, Values};
+use crate::ops::simd::vectorized;
+
+/// A number format that operands are stored in.
+pub(in crate::ops) trait Number: Copy {
+    /// The same number in f32.
+    fn widen(self) -> f32;
+
+    /// Sixteen numbers from `from`, those that `mask` leaves out zero and not read.
+    ///
+    /// # Safety
+    /// The numbers that `mask` names must be readable; the processor has AVX-512 F, BW and VL.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load(from: *const Self, mask: u16) -> std::arch::x86_64::__m512;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load(from: *const Self, mask: u16) -> std::arch::x86_64::__m512 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm512_maskz_loadu_ps(mask, from) }
+    }
+}
+
+impl Number for bf16 {
+    /// bf16 is the upper half of f32.
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load(from: *const Self, mask: u16) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; bf16 is a transparent u16.
+        unsafe {
+            let narrow = _mm256_maskz_loadu_epi16(mask, from.cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow)))
+        }
+    }
+}
+
+/// Packs rows `k` of b's columns `columns` into `panel`: (k, width), width the next whole number of vectors.
+pub(super) fn pack(isa: &Isa, b: &Matrix<'_>, k: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+    assert!(k.end <= b.rows && columns.end <= b.columns && !columns.is_empty(), "a panel lies inside its matrix");
+    let width = columns.len().next_multiple_of(isa.lanes);
+    let panel = &mut panel[..k.len() * width];
+    let start = k.start * b.row_stride + columns.start * b.column_stride;
+    let strides = (b.row_stride, b.column_stride);
+    match b.values {
+        Values::F32(values) => panel_of(isa, &values[start..], strides, columns.len(), panel, width),
+        Values::Bf16(values) => panel_of(isa, &values[start..], strides, columns.len(), panel, width),
+    }
+}
+
+fn panel_of<T: Number>(
+    isa: &Isa,
+    values: &[T],
+    (row_stride, column_stride): (usize, usize),
+    columns: usize,
+    panel: &mut [f32],
+    width: usize,
+) {
+    if column_stride == 1 {
+        return vectorized(
+            #[inline(always)]
+            || {
+                for (row, out) in panel.chunks_exact_mut(width).enumerate() {
+                    let (whole, rest) = out.split_at_mut(columns);
+                    let from = &values[row * row_stride..][..columns];
+                    whole.iter_mut().zip(from).for_each(|(out, x)| *out = x.widen());
+                    rest.fill(0.0);
+                }
+            },
+        );
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa.avx512 && row_stride == 1 {
+        assert!((columns - 1) * column_stride + panel.len() / width <= values.len(), "every column lies inside the matrix");
+        // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the processor has it.
+        return unsafe { transposed(values.as_ptr(), column_stride, columns, panel, width) };
+    }
+    let _ = isa.avx512;
+    for (row, out) in panel.chunks_exact_mut(width).enumerate() {
+        let (whole, rest) = out.split_at_mut(columns);
+        for (column, out) in whole.iter_mut().enumerate() {
+            *out = values[row * row_stride + column * column_stride].widen();
+        }
+        rest.fill(0.0);
+    }
+}
+
+/// The same for a B whose k lies contiguous in memory (a weight in its forward pass), by 16 x 16 transposes in registers.
+///
+/// # Safety
+/// `columns` runs of `panel.len() / width` numbers, `stride` apart, must be readable; the processor has AVX-512 F, BW and VL.
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn transposed<T: Number>(values: *const T, stride: usize, columns: usize, panel: &mut [f32], width: usize) {
+    use std::arch::x86_64::*;
+    let k = panel.len() / width;
+    for first in (0..width).step_by(16) {
+        for start in (0..k).step_by(16) {
+            let depth = (k - start).min(16);
+            let mask = (u32::MAX >> (32 - depth)) as u16;
+            let mut block = [_mm512_setzero_ps(); 16];
+            for row in 0..16 {
+                let mask = if first + row < columns { mask } else { 0 };
+                // SAFETY: column `first + row` holds what the mask names; beyond the last column it names nothing.
+                block[row] = unsafe { T::load(values.wrapping_add((first + row) * stride + start), mask) };
+            }
+            transpose_16(&mut block);
+            for row in 0..16 {
+                if row < depth {
+                    // SAFETY: row `start + row` < k of the panel has 16 numbers from `first` on, for width is a multiple of 16.
+                    unsafe { _mm512_storeu_ps(panel.as_mut_ptr().add((start + row) * width + first), block[row]) };
+                }
+            }
+        }
+    }
+}
+
+/// Row i, lane j <-> row j, lane i: by pairs, by fours, then whole quarters.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
+    use std::arch::x86_64::*;
+    let mut pairs = [_mm512_setzero_ps(); 16];
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    // fours[4 i + j]: rows 4 i..4 i + 4, column j of each quarter.
+    let mut fours = [_mm512_setzero_ps(); 16];
+    for i in 0..4 {
+        for j in 0..2 {
+            let (a, b) = (_mm512_castps_pd(pairs[4 * i + j]), _mm512_castps_pd(pairs[4 * i + j + 2]));
+            fours[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    }
+    // Of two vectors, 0x88 takes the first and third quarter of each, 0xdd the second and fourth.
+    for j in 0..4 {
+        let even = _mm512_shuffle_f32x4::<0x88>(fours[j], fours[4 + j]);
+        let even_below = _mm512_shuffle_f32x4::<0x88>(fours[8 + j], fours[12 + j]);
+        let odd = _mm512_shuffle_f32x4::<0xdd>(fours[j], fours[4 + j]);
+        let odd_below = _mm512_shuffle_f32x4::<0xdd>(fours[8 + j], fours[12 + j]);
+        rows[j] = _mm512_shuffle_f32x4::<0x88>(even, even_below);
+        rows[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
+        rows[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
+        rows[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+    }
+}

@@ -1,0 +1,122 @@
+//! Products against sums in f64, by every instruction set of this processor.
+
+use half::bf16;
+use proptest::prelude::*;
+
+use super::*;
+use crate::ops::tests::{cases, uniform};
+
+/// Numbers that bf16 holds exactly, so that both formats have one expected value.
+fn numbers(seed: u64, n: usize) -> Vec<f32> {
+    uniform(seed, n).iter().map(|u| bf16::from_f32(2.0 * u - 1.0).to_f32()).collect()
+}
+
+/// A matrix's numbers in both formats, stored as they stand or transposed.
+struct Stored {
+    wide: Vec<f32>,
+    narrow: Vec<bf16>,
+    rows: usize,
+    columns: usize,
+    transposed: bool,
+    bf16: bool,
+}
+
+impl Stored {
+    fn new(seed: u64, rows: usize, columns: usize, transposed: bool, bf16: bool) -> Self {
+        let wide = numbers(seed, rows * columns);
+        let narrow = wide.iter().map(|x| half::bf16::from_f32(*x)).collect();
+        Self { wide, narrow, rows, columns, transposed, bf16 }
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        let values = if self.bf16 { Values::Bf16(&self.narrow) } else { Values::F32(&self.wide) };
+        match self.transposed {
+            true => Matrix::new(values, self.columns, self.rows).t(),
+            false => Matrix::new(values, self.rows, self.columns),
+        }
+    }
+
+    fn at(&self, row: usize, column: usize) -> f64 {
+        f64::from(self.wide[if self.transposed { column * self.rows + row } else { row * self.columns + column }])
+    }
+}
+
+fn check(isa: &Isa, terms: &[(Stored, Stored)], start: Start<'_>, threads: &[usize]) {
+    let views: Vec<Term<'_>> = terms.iter().map(|(a, b)| Term { a: a.matrix(), b: b.matrix() }).collect();
+    let on = |threads: usize| crate::ops::tests::on(threads, || products_with(isa, &views, start));
+    let got = on(threads[0]);
+    for more in &threads[1..] {
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&got), bits(&on(*more)), "{}: bytes at {} threads", isa.name, more);
+    }
+    let (m, n) = (terms[0].0.rows, terms[0].1.columns);
+    let depth: usize = terms.iter().map(|(a, _)| a.columns).sum();
+    for row in 0..m {
+        for column in 0..n {
+            let start = match start {
+                Start::Zero => 0.0,
+                Start::Row(values) => f64::from(values[column]),
+                Start::Matrix(values) => f64::from(values[row * n + column]),
+            };
+            let sum = |(a, b): &(Stored, Stored)| (0..a.columns).map(|k| a.at(row, k) * b.at(k, column)).sum::<f64>();
+            let want = start + terms.iter().map(sum).sum::<f64>();
+            // Every factor is below 1, so that each of the additions is off by half of EPSILON times the largest partial sum at most.
+            let (got, off) = (f64::from(got[row * n + column]), (depth + 2) as f64 * (depth + 1) as f64 / 2.0);
+            let bound = (off * f64::from(f32::EPSILON)).min(2e-3);
+            assert!((got - want).abs() <= bound, "{}: ({row}, {column}) of ({m}, {n}) is {got}, not {want}", isa.name);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(96))]
+
+    #[test]
+    fn products_are_sums(
+        (m, n, k, r) in (1usize..90, 1usize..100, 1usize..70, prop::option::of(1usize..20)),
+        flags in prop::array::uniform8(any::<bool>()),
+        start in 0usize..3,
+        seed: u64,
+    ) {
+        let mut terms = vec![(Stored::new(seed, m, k, flags[0], flags[1]), Stored::new(seed ^ 1, k, n, flags[2], flags[3]))];
+        if let Some(r) = r {
+            terms.push((Stored::new(seed ^ 2, m, r, flags[4], flags[5]), Stored::new(seed ^ 3, r, n, flags[6], flags[7])));
+        }
+        let (row, matrix) = (numbers(seed ^ 4, n), numbers(seed ^ 5, m * n));
+        let start = [Start::Zero, Start::Row(&row), Start::Matrix(&matrix)][start];
+        for isa in available() {
+            check(isa, &terms, start, &[1, 2, 3]);
+        }
+    }
+}
+
+/// Deeper than one panel, and beside another term, so that there are several passes.
+#[test]
+fn deep_products_are_sums() {
+    for (m, n, k) in [(3, 5, DEEPEST + 1), (15, 33, 2 * PIECE + 7), (2, 40, DEEPEST)] {
+        let terms = [
+            (Stored::new(1, m, k, false, false), Stored::new(2, k, n, true, true)),
+            (Stored::new(3, m, 9, false, false), Stored::new(4, 9, n, false, false)),
+        ];
+        let matrix = numbers(5, m * n);
+        available().iter().for_each(|isa| check(isa, &terms, Start::Matrix(&matrix), &[1, 2]));
+    }
+}
+
+#[test]
+fn nothing_is_a_product_too() {
+    let none = Stored::new(1, 0, 4, false, false);
+    let b = Stored::new(2, 4, 3, false, false);
+    assert!(products(&[Term { a: none.matrix(), b: b.matrix() }], Start::Zero).is_empty());
+}
+
+/// Every part of a range once, none longer than asked, none empty.
+#[test]
+fn parts_are_even() {
+    for (length, most) in [(0, 14), (1, 14), (14, 14), (15, 14), (64, 14), (1024, 14), (29, 6)] {
+        let parts: Vec<_> = even_parts(7..7 + length, most).collect();
+        assert_eq!(parts.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (7..7 + length).collect::<Vec<_>>());
+        let (longest, shortest) = (parts.iter().map(Range::len).max(), parts.iter().map(Range::len).min());
+        assert!(longest.unwrap_or(0) <= most && longest.unwrap_or(0) <= shortest.unwrap_or(0) + 1);
+    }
+}

@@ -1,0 +1,213 @@
+//! The innermost loops: one tile of a product, for each instruction set.
+//!
+//! A tile is `M` rows by `V` vectors of the result, kept in registers over the whole of k. A is read by broadcast through two strides, B
+//! row by row from a packed panel. Loops here are plain indices: an iterator's call that is not inlined leaves the registers. Every instruction set sums over k in the same order, once, with fused multiply-adds where it has them.
+
+#![allow(clippy::needless_range_loop)]
+
+use std::sync::OnceLock;
+
+/// out (m, V * lanes) = start + a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and may be `out` itself.
+///
+/// # Safety
+/// `a` must be readable at `i * a_row + j * a_column` for i < m, j < k; `b`, `start` and `out` at V * lanes numbers in each of their rows.
+pub(super) type Tile = unsafe fn(TileArgs);
+
+/// Where a tile reads and writes.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct TileArgs {
+    pub(in crate::ops) k: usize,
+    pub(in crate::ops) a: *const f32,
+    pub(in crate::ops) a_row: usize,
+    pub(in crate::ops) a_column: usize,
+    pub(in crate::ops) b: *const f32,
+    pub(in crate::ops) b_row: usize,
+    pub(in crate::ops) start: *const f32,
+    pub(in crate::ops) start_row: usize,
+    pub(in crate::ops) out: *mut f32,
+    pub(in crate::ops) out_row: usize,
+}
+
+/// One instruction set's tiles.
+pub(in crate::ops) struct Isa {
+    /// The word of reports.
+    pub(in crate::ops) name: &'static str,
+    /// Most rows of a tile.
+    pub(in crate::ops) rows: usize,
+    /// Numbers of a vector; a tile is one or two of them wide.
+    pub(in crate::ops) lanes: usize,
+    /// By vectors - 1, then rows - 1.
+    tiles: [&'static [Tile]; 2],
+    /// Whether `pack` may use AVX-512.
+    pub(super) avx512: bool,
+}
+
+impl Isa {
+    /// The tile of `rows` by `vectors`.
+    pub(super) fn tile(&self, rows: usize, vectors: usize) -> Tile {
+        self.tiles[vectors - 1][rows - 1]
+    }
+
+    /// Columns of the widest tile.
+    pub(in crate::ops) fn columns(&self) -> usize {
+        2 * self.lanes
+    }
+}
+
+/// A list of tiles with 1, 2, ... rows.
+macro_rules! tiles {
+    ($name:ident, $vectors:literal, $($rows:literal)*) => { &[$($name::<$rows, $vectors> as Tile),*] };
+}
+
+/// Everywhere: arrays that the compiler turns into whatever vectors the target has.
+static PORTABLE: Isa = Isa {
+    name: "portable",
+    rows: 6,
+    lanes: 8,
+    tiles: [tiles!(portable, 1, 1 2 3 4 5 6), tiles!(portable, 2, 1 2 3 4 5 6)],
+    avx512: false,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX2: Isa =
+    Isa { name: "avx2", rows: 6, lanes: 8, tiles: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)], avx512: false };
+
+#[cfg(target_arch = "x86_64")]
+static AVX512: Isa = Isa {
+    name: "avx512",
+    rows: 14,
+    lanes: 16,
+    tiles: [tiles!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14), tiles!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14)],
+    avx512: true,
+};
+
+/// Every instruction set that this processor has, best first.
+pub(in crate::ops) fn available() -> &'static [&'static Isa] {
+    static FOUND: OnceLock<Vec<&'static Isa>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let mut found: Vec<&'static Isa> = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            if avx512 && is_x86_feature_detected!("avx512vl") {
+                found.push(&AVX512);
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                found.push(&AVX2);
+            }
+        }
+        found.push(&PORTABLE);
+        found
+    })
+}
+
+/// The body of the tiles without intrinsics.
+#[inline(always)]
+unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs, multiply_add: impl Fn(f32, f32, f32) -> f32) {
+    let mut sums = [[[0.0f32; 8]; V]; M];
+    // SAFETY: the caller's promise about every pointer.
+    unsafe {
+        for k in 0..args.k {
+            let b = args.b.add(k * args.b_row).cast::<[[f32; 8]; V]>().read_unaligned();
+            for m in 0..M {
+                let a = *args.a.add(m * args.a_row + k * args.a_column);
+                for v in 0..V {
+                    for lane in 0..8 {
+                        sums[m][v][lane] = multiply_add(a, b[v][lane], sums[m][v][lane]);
+                    }
+                }
+            }
+        }
+        for m in 0..M {
+            if !args.start.is_null() {
+                let start = args.start.add(m * args.start_row).cast::<[[f32; 8]; V]>().read_unaligned();
+                for v in 0..V {
+                    for lane in 0..8 {
+                        sums[m][v][lane] = start[v][lane] + sums[m][v][lane];
+                    }
+                }
+            }
+            args.out.add(m * args.out_row).cast::<[[f32; 8]; V]>().write_unaligned(sums[m]);
+        }
+    }
+}
+
+unsafe fn portable<const M: usize, const V: usize>(args: TileArgs) {
+    // aarch64 always has a fused multiply-add; elsewhere it would be a library call.
+    // SAFETY: the caller's promise.
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        arrays::<M, V>(args, |a, b, c| a.mul_add(b, c))
+    }
+    // SAFETY: the caller's promise.
+    #[cfg(not(target_arch = "aarch64"))]
+    unsafe {
+        arrays::<M, V>(args, |a, b, c| a * b + c)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2<const M: usize, const V: usize>(args: TileArgs) {
+    use std::arch::x86_64::*;
+    let mut sums = [[_mm256_setzero_ps(); V]; M];
+    let (mut a, mut b) = (args.a, args.b);
+    // SAFETY: the caller's promise about every pointer.
+    unsafe {
+        for _ in 0..args.k {
+            let mut row = [_mm256_setzero_ps(); V];
+            for v in 0..V {
+                row[v] = _mm256_loadu_ps(b.add(8 * v));
+            }
+            for m in 0..M {
+                let a = _mm256_set1_ps(*a.add(m * args.a_row));
+                for v in 0..V {
+                    sums[m][v] = _mm256_fmadd_ps(a, row[v], sums[m][v]);
+                }
+            }
+            (a, b) = (a.add(args.a_column), b.add(args.b_row));
+        }
+        for m in 0..M {
+            for v in 0..V {
+                let mut sum = sums[m][v];
+                if !args.start.is_null() {
+                    sum = _mm256_add_ps(_mm256_loadu_ps(args.start.add(m * args.start_row + 8 * v)), sum);
+                }
+                _mm256_storeu_ps(args.out.add(m * args.out_row + 8 * v), sum);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn avx512<const M: usize, const V: usize>(args: TileArgs) {
+    use std::arch::x86_64::*;
+    let mut sums = [[_mm512_setzero_ps(); V]; M];
+    let (mut a, mut b) = (args.a, args.b);
+    // SAFETY: the caller's promise about every pointer.
+    unsafe {
+        for _ in 0..args.k {
+            let mut row = [_mm512_setzero_ps(); V];
+            for v in 0..V {
+                row[v] = _mm512_loadu_ps(b.add(16 * v));
+            }
+            for m in 0..M {
+                let a = _mm512_set1_ps(*a.add(m * args.a_row));
+                for v in 0..V {
+                    sums[m][v] = _mm512_fmadd_ps(a, row[v], sums[m][v]);
+                }
+            }
+            (a, b) = (a.add(args.a_column), b.add(args.b_row));
+        }
+        for m in 0..M {
+            for v in 0..V {
+                let mut sum = sums[m][v];
+                if !args.start.is_null() {
+                    sum = _mm512_add_ps(_mm512_loadu_ps(args.start.add(m * args.start_row + 16 * v)), sum);
+                }
+                _mm512_storeu_ps(args.out.add(m * args.out_row + 16 * v), sum);
+            }
+        }
+    }
+}
