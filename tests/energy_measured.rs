@@ -207,7 +207,7 @@ proptest! {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
         let work = Work::product(size.0, size.1, size.2, Precision::F32);
-        let ending = [(Phase::Eval, work.clone().times(2)), (Phase::Save, Work::sweep(3_000_000, 0))];
+        let ending = [(Phase::Eval, work.clone().times(2)), (Phase::Save, Work::file(3_000_000))];
         let reserve: u64 = ending.iter().map(|(_, work)| counted(work)).sum();
         let limit = MicroJoules((room * counted(&work) as f64) as u64 + reserve);
         let kind = if measured { MeterKind::Measured } else { MeterKind::Counted };
@@ -275,7 +275,7 @@ fn the_sampling_thread_takes_less_than_a_thousandth_of_a_core() {
         }
 
         fn unread_at_most(&self) -> Option<std::time::Duration> {
-            Some(std::time::Duration::from_millis(300))
+            Some(std::time::Duration::from_millis(600))
         }
     }
 
@@ -294,6 +294,6 @@ fn the_sampling_thread_takes_less_than_a_thousandth_of_a_core() {
         return;
     };
     let share = time.as_secs_f64() / start.elapsed().as_secs_f64();
-    println!("sampling ten times a second took {time:?} of processor time in 3 s: {:.4} % of a core", share * 100.0);
+    println!("sampling five times a second took {time:?} of processor time in 3 s: {:.4} % of a core", share * 100.0);
     assert!(time.as_nanos() > 0 && share < 1e-3, "{:.4} %", share * 100.0);
 }

@@ -1,19 +1,21 @@
-//! A finished run's counters into the device profile: the factor that brings counted joules to measured ones.
+//! Measured against counted: a run's block of the report, and a finished run's factor into its device profile.
 //!
-//! Takes a run directory whose report compares the two, returns the profile that the run was charged to with the factor in it. Refuses a
+//! Takes an account, returns what its counters said beside what was counted. Takes a run directory whose report compares the two, returns the profile that the run was charged to with the factor in it. Refuses a
 //! run that was not measured, and a profile that is no longer what the run was charged to. Writes nothing.
 
 use std::path::Path;
 
 use super::directory::RunDirectory;
-use crate::energy::Profile;
+use super::spending::phase;
+use crate::energy::ledger::{Gapped, Totals};
 use crate::energy::meter::Computing;
+use crate::energy::{Account, Phase, Profile};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
-use crate::report::Report;
 use crate::report::json::read_report;
-use crate::report::reconciliation::{Compared, Reconciliation};
-use crate::units::significant;
+use crate::report::reconciliation::{Compared, Gap, ProfileFactor, Reconciliation};
+use crate::report::{Report, types};
+use crate::units::{MicroJoules, significant};
 
 /// A profile held against a run.
 #[derive(Debug)]
@@ -26,6 +28,40 @@ pub struct Reconciled {
     pub compared: Compared,
     /// What to keep in mind.
     pub notes: Vec<String>,
+}
+
+/// The factor that the profile keeps.
+pub(super) fn profile_factor(profile: &Profile) -> Option<ProfileFactor> {
+    profile.factor().map(|(value, source)| ProfileFactor { value, source: source.to_string() })
+}
+
+/// Measured against counted, where there are counters. What a crash took was predicted, not measured: it is not compared.
+pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
+    let measured_by = account.meters().measured_by();
+    if measured_by.is_empty() {
+        return None;
+    }
+    let compared = |totals: &Totals| {
+        let measured = totals.energy_j.measured?;
+        Some((totals.counted_where_measured, measured))
+    };
+    let phases: Vec<_> = account.by_phase().filter(|(phase, _)| *phase != Phase::Lost).collect();
+    let sums = phases.iter().filter_map(|(_, totals)| compared(totals)).reduce(|a, b| (a.0 + b.0, a.1 + b.1));
+    let of = |(counted, measured): (MicroJoules, MicroJoules)| Compared::of(counted.joules(), measured.joules());
+    let gap = |(gap_phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
+        phase: phase(gap_phase),
+        reason: reason.to_string(),
+        entries: gapped.entries,
+        wall_s: gapped.wall_s,
+        filled: types::Meter::Counted,
+        energy_j: gapped.energy.joules(),
+    };
+    Some(Reconciliation {
+        measured_by,
+        by_phase: phases.iter().filter_map(|(of_phase, totals)| Some((phase(*of_phase), of(compared(totals)?)))).collect(),
+        all: sums.map(of),
+        gaps: account.gaps().map(gap).collect(),
+    })
 }
 
 /// The profile of the run in `directory`, with what its counters showed, called `name`; the default name is the profile's with

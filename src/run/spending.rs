@@ -6,16 +6,16 @@
 use std::collections::BTreeMap;
 
 use super::prepare::Prepared;
+use super::reconcile::{profile_factor, reconciliation};
 use crate::energy::carbon::{LIFE_YEARS, dataset_sha256, embodied_share};
 use crate::energy::charge::{DRAM, Traffic};
-use crate::energy::ledger::{Gapped, Totals};
+use crate::energy::ledger::Totals;
 use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent, carbon};
 use crate::model::MemoryForecast;
 use crate::report::memory::Memory;
 use crate::report::parts::{CountedParts, Factor};
-use crate::report::reconciliation::{Compared, Gap, ProfileFactor, Reconciliation};
 use crate::report::types::{self, Amounts};
-use crate::units::{Bytes, Flops, Joules, MicroJoules, Per, Seconds};
+use crate::units::{Bytes, Flops, Joules, Per, Seconds};
 
 /// What `energy` on this meter may be. A counter is taken at its word; what it cannot see is said in words.
 pub(super) fn interval(kind: MeterKind, energy: Joules) -> Interval<Joules> {
@@ -70,41 +70,8 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
     }
 }
 
-/// The factor that the profile keeps.
-pub(super) fn profile_factor(profile: &Profile) -> Option<ProfileFactor> {
-    profile.factor().map(|(value, source)| ProfileFactor { value, source: source.to_string() })
-}
-
-/// Measured against counted, where there are counters. What a crash took was predicted, not measured: it is not compared.
-fn reconciliation(account: &Account) -> Option<Reconciliation> {
-    let measured_by = account.meters().measured_by();
-    if measured_by.is_empty() {
-        return None;
-    }
-    let compared = |totals: &Totals| {
-        let measured = totals.energy_j.measured?;
-        Some((totals.counted_where_measured, measured))
-    };
-    let phases: Vec<_> = account.by_phase().filter(|(phase, _)| *phase != Phase::Lost).collect();
-    let sums = phases.iter().filter_map(|(_, totals)| compared(totals)).reduce(|a, b| (a.0 + b.0, a.1 + b.1));
-    let of = |(counted, measured): (MicroJoules, MicroJoules)| Compared::of(counted.joules(), measured.joules());
-    let gap = |(gap_phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
-        phase: phase(gap_phase),
-        reason: reason.to_string(),
-        entries: gapped.entries,
-        wall_s: gapped.wall_s,
-        filled: types::Meter::Counted,
-        energy_j: gapped.energy.joules(),
-    };
-    Some(Reconciliation {
-        measured_by,
-        by_phase: phases.iter().filter_map(|(of_phase, totals)| Some((phase(*of_phase), of(compared(totals)?)))).collect(),
-        all: sums.map(of),
-        gaps: account.gaps().map(gap).collect(),
-    })
-}
-
-fn phase(phase: Phase) -> types::Phase {
+/// The report's word for a phase.
+pub(super) fn phase(phase: Phase) -> types::Phase {
     match phase {
         Phase::Load => types::Phase::Load,
         Phase::Train => types::Phase::Train,

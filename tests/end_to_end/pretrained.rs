@@ -145,7 +145,8 @@ fn training_in_bf16_follows_f32() {
     let lab = ten_steps(&assets);
     lab.records("train.jsonl", assets.join("datasets/e2e_nlg/train.jsonl"), 800);
     lab.records("validation.jsonl", assets.join("datasets/e2e_nlg/valid.jsonl"), 40);
-    let common = ["train.steps=200", "train.micro_batch_size=4", "train.learning_rate=2e-3", "data.validation=\"validation.jsonl\""];
+    let common =
+        ["train.steps=200", "train.micro_batch_size=4", "train.learning_rate=2e-3", "data.validation=\"validation.jsonl\""];
     let train = |dtype: &str| {
         let dtype = format!("model.dtype=\"{dtype}\"");
         let keys = set(&[&common[..], &[&dtype]].concat());

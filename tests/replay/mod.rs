@@ -53,7 +53,10 @@ impl Device {
 
     /// A counter of this device, opened now.
     pub fn sensor(&self) -> Box<dyn Sensor> {
-        let (last, resets) = (self.state().spent, self.state().resets);
+        let (last, resets) = {
+            let state = self.state();
+            (state.spent, state.resets)
+        };
         Box::new(Replay { device: self.clone(), last, resets, total: 0 })
     }
 }

@@ -19,8 +19,8 @@ use crate::units::MicroJoules;
 const CEILING_W: f64 = 3000.0;
 /// The driver refreshes the counter some ten to fifty times a second, and now and then later.
 const LAG: Duration = Duration::from_secs(1);
-/// How long power may go unsampled where there is no counter: three times the tenth of a second in which it is read.
-const SAMPLE: Duration = Duration::from_millis(300);
+/// How long power may go unsampled where there is no counter: it is read every fifth of a second, three times within that.
+const SAMPLE: Duration = Duration::from_millis(600);
 
 /// Asks a device for one number: millijoules or milliwatts.
 type Ask = Box<dyn FnMut() -> Result<u64, String> + Send>;
