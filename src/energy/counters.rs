@@ -89,11 +89,11 @@ impl Counters {
 
     /// The sensors' names, each with what it covers: "rapl (package-0, dram of package-0)".
     pub fn names(&self) -> Vec<String> {
-        let name = |sensor: &Box<dyn Sensor>| match sensor.covers() {
+        let name = |sensor: &dyn Sensor| match sensor.covers() {
             covers if covers.is_empty() => sensor.name().to_string(),
             covers => format!("{} ({covers})", sensor.name()),
         };
-        lock(&self.bank).sensors.iter().map(name).collect()
+        lock(&self.bank).sensors.iter().map(|sensor| name(sensor.as_ref())).collect()
     }
 
     /// Where the counters stand now. The first mark starts the sampling thread where a sensor needs one.

@@ -64,8 +64,8 @@ pub(super) fn find(root: &Path) -> std::io::Result<Zones> {
 fn choose(listed: &BTreeMap<String, Listed>) -> Zones {
     let mut zones = Zones::default();
     let mut taken: BTreeMap<String, PathBuf> = BTreeMap::new();
-    let packages = listed.values().any(|zone| is_package(zone));
-    for way in 0..WAYS.len() {
+    let packages = listed.values().any(is_package);
+    for (way, prefix) in WAYS.iter().enumerate() {
         for zone in listed.values().filter(|zone| zone.way == way) {
             let parent = zone.parent.as_ref().and_then(|parent| listed.get(parent)).map(|parent| parent.name.as_str());
             let label = parent.map_or(zone.name.clone(), |parent| format!("{} of {parent}", zone.name));
@@ -79,7 +79,7 @@ fn choose(listed: &BTreeMap<String, Listed>) -> Zones {
             };
             let twice = taken.contains_key(&label);
             match reason.or(twice.then_some("the same counter by another way")) {
-                Some(reason) => zones.left_out.push(format!("{label} ({}): {reason}", WAYS[way].trim_end_matches(':'))),
+                Some(reason) => zones.left_out.push(format!("{label} ({}): {reason}", prefix.trim_end_matches(':'))),
                 None => drop(taken.insert(label, zone.dir.clone())),
             }
         }
