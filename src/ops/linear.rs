@@ -215,7 +215,7 @@ impl Linear {
         if let Some((_, b)) = &hosts {
             terms.push(Term { a: Matrix::of(&scaled, n, r), b: b.matrix(o, r).t() });
         }
-        let bias = self.bias.as_ref().map(|bias| Ok::<_, Error>(f32_contiguous(&bias.tensor)?)).transpose()?;
+        let bias = self.bias.as_ref().map(|bias| f32_contiguous(&bias.tensor)).transpose()?;
         let base = base.map(Tensor::contiguous).transpose()?;
         let (bias_host, base_host) = (bias.as_ref().map(Host::open).transpose()?, base.as_ref().map(Host::open).transpose()?);
         let start = match (&base_host, &bias_host) {

@@ -1,7 +1,7 @@
 //! How fast this machine multiplies matrices and moves memory, and what it draws: a device profile of its own.
 //!
-//! Takes the profile that stands nearest and a compute device; returns that profile with what was measured. Products are candle's own,
-//! because a run uses them. What cannot be measured (caches, energy of a byte, power where there is no counter) stays as the nearest
+//! Takes the profile that stands nearest and a compute device; returns that profile with what was measured. Products are those of a
+//! frozen linear layer, because a run uses them. What cannot be measured (caches, energy of a byte, power where there is no counter) stays as the nearest
 //! profile says, and a note says so. Writes nothing.
 
 use std::thread::sleep;
@@ -16,9 +16,9 @@ use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
 use crate::energy::{Counters, Measured, MeasuredPower, Profile};
 use crate::error::{Error, Result};
-use crate::ops::dtype;
+use crate::ops::{Context, Linear, Weight, dtype};
 use crate::units::{Bytes, MicroJoules, Seconds, Watts};
-use crate::work::{Precision, Product};
+use crate::work::{Precision, Product, Tally};
 
 /// Sides of the square products that are tried, until one takes long enough to be timed well.
 const SIDES: [usize; 6] = [256, 512, 1024, 2048, 4096, 8192];
@@ -184,8 +184,9 @@ fn first_line(error: &Error) -> String {
 
 /// A square product that ran before, and the best rate so far.
 struct WarmProduct {
-    a: Tensor,
-    b: Tensor,
+    x: Tensor,
+    linear: Linear,
+    precision: Precision,
     flops: f64,
     rate: f64,
 }
@@ -196,10 +197,11 @@ fn warm_product(device: &Device, precision: Precision, each: Duration) -> Result
     let mut warm = None;
     for side in SIDES {
         // Random numbers: zeros and ones draw less power than real data.
-        let draw = || -> Result<Tensor> { Ok(Tensor::rand(-1f32, 1f32, (side, side), device)?.to_dtype(dtype(precision))?) };
+        let draw = || Tensor::rand(-1f32, 1f32, (side, side), device);
         let (m, n, k) = (side as u64, side as u64, side as u64);
-        let mut product =
-            WarmProduct { a: draw()?, b: draw()?, flops: Product { m, n, k, precision }.flops() as f64, rate: best };
+        let linear = Linear { weight: Weight::frozen(draw()?.to_dtype(dtype(precision))?), bias: None, lora: None };
+        let flops = Product { m, n, k, precision }.flops() as f64;
+        let mut product = WarmProduct { x: draw()?, linear, precision, flops, rate: best };
         product.seconds(1)?;
         let seconds = product.seconds(1)?;
         best = best.max(product.flops / seconds);
@@ -215,11 +217,12 @@ fn warm_product(device: &Device, precision: Precision, each: Duration) -> Result
 impl WarmProduct {
     /// Wall time of `count` products, one after the other.
     fn seconds(&self, count: usize) -> Result<f64> {
+        let tally = Tally::default();
         let start = Instant::now();
         for _ in 0..count {
-            self.a.matmul(&self.b)?;
+            self.linear.forward(Context::new(&tally, self.precision), &self.x, None, None)?;
         }
-        self.a.device().synchronize()?;
+        self.x.device().synchronize()?;
         Ok(start.elapsed().as_secs_f64())
     }
 

@@ -106,6 +106,7 @@ pub(super) fn environment() -> Environment {
     Environment {
         version: env!("CARGO_PKG_VERSION").to_string(),
         cpu: brand.unwrap_or_else(|| "unknown".to_string()),
+        instructions: Some(crate::ops::instruction_set().to_string()),
         threads: rayon::current_num_threads() as u64,
         os: sysinfo::System::long_os_version().unwrap_or_else(|_| std::env::consts::OS.to_string()),
     }

@@ -25,6 +25,9 @@ const PIECE: usize = 2048;
 /// Numbers of packed B that one task holds: half of a 1 MiB second-level cache.
 const PACKED: usize = 128 << 10;
 
+/// Rows of B that are packed for all of a task's panels before the next.
+const PACKED_ROWS: usize = 32;
+
 /// Stored numbers.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Values<'a> {
@@ -202,17 +205,20 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Cuts the result into tasks of whole panels, and of rows where there are few panels, and runs them.
+    /// Cuts the result into tasks of whole panels, and of rows where there are few panels, and runs them: as many tasks for each thread,
+    /// of nearly one size.
     fn run(&self) {
         let depth: usize = self.pieces.iter().map(|piece| piece.k.len()).sum();
         let (width, threads) = (self.isa.columns(), rayon::current_num_threads());
         let panels = self.n.div_ceil(width);
-        let group = (PACKED / (depth * width).max(1)).min(panels.div_ceil(2 * threads)).max(1);
-        let groups = panels.div_ceil(group);
-        let splits = (2 * threads).div_ceil(groups).min(self.m.div_ceil(4 * self.isa.rows)).max(1);
+        let most = (PACKED / (depth * width).max(1)).max(1);
+        // A few panels that do not come out even are better shared by rows, though each part then packs them for itself.
+        let by_rows = panels < 8 * threads && !panels.is_multiple_of(threads);
+        let groups = if by_rows { panels.div_ceil(most) } else { panels.div_ceil(most).next_multiple_of(threads) };
+        let splits = if by_rows { threads.min(self.m.div_ceil(4 * self.isa.rows)).max(1) } else { 1 };
         let task = |index: usize| {
-            let (columns, split) = (index / splits * group * width, index % splits);
-            let columns = columns..(columns + group * width).min(self.n);
+            let (group, split) = (index / splits, index % splits);
+            let columns = panels * group / groups * width..(panels * (group + 1) / groups * width).min(self.n);
             self.task(depth, columns, self.m * split / splits..self.m * (split + 1) / splits);
         };
         match groups * splits {
@@ -230,12 +236,19 @@ impl Pass<'_> {
             if buffer.len() < panels.len() * depth * width {
                 buffer.resize(panels.len() * depth * width, 0.0);
             }
-            for (columns, panel) in panels.iter().zip(buffer.chunks_mut((depth * width).max(1))) {
-                let mut at = 0;
-                for piece in self.pieces {
-                    pack::pack(self.isa, &self.terms[piece.term].b, piece.k.clone(), columns.clone(), &mut panel[at..]);
-                    at += piece.k.len() * columns.len().next_multiple_of(self.isa.lanes);
+            let mut done = 0;
+            for Piece { term, k } in self.pieces {
+                let b = &self.terms[*term].b;
+                // A B whose rows lie far apart is read a few rows at a time for all panels: else every row is another page, for each panel.
+                let rows = if b.column_stride == 1 { PACKED_ROWS } else { k.len() };
+                for start in (k.start..k.end).step_by(rows.max(1)) {
+                    let rows = start..(start + rows).min(k.end);
+                    for (columns, panel) in panels.iter().zip(buffer.chunks_mut((depth * width).max(1))) {
+                        let at = (done + start - k.start) * columns.len().next_multiple_of(self.isa.lanes);
+                        pack::pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
+                    }
                 }
+                done += k.len();
             }
             for rows in even_parts(rows, self.isa.rows) {
                 for (columns, panel) in panels.iter().zip(buffer.chunks((depth * width).max(1))) {

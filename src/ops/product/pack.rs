@@ -67,6 +67,21 @@ pub(super) fn pack(isa: &Isa, b: &Matrix<'_>, k: Range<usize>, columns: Range<us
     }
 }
 
+/// Rows that are asked for before they are read: they lie on other pages, where no hardware looks ahead.
+const AHEAD: usize = 16;
+
+/// Asks for the cache lines of `count` numbers from `start` on; beyond the slice it asks for nothing.
+#[inline(always)]
+fn prefetch<T: Number>(values: &[T], start: usize, count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for number in (start..(start + count).min(values.len())).step_by(64 / size_of::<T>()) {
+        // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(values.as_ptr().add(number).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (values, start, count);
+}
+
 fn panel_of<T: Number>(
     isa: &Isa,
     values: &[T],
@@ -80,6 +95,7 @@ fn panel_of<T: Number>(
             #[inline(always)]
             || {
                 for (row, out) in panel.chunks_exact_mut(width).enumerate() {
+                    prefetch(values, (row + AHEAD) * row_stride, columns);
                     let (whole, rest) = out.split_at_mut(columns);
                     let from = &values[row * row_stride..][..columns];
                     whole.iter_mut().zip(from).for_each(|(out, x)| *out = x.widen());

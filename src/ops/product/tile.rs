@@ -123,7 +123,7 @@ unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs, multiply_add: i
                 let start = args.start.add(m * args.start_row).cast::<[[f32; 8]; V]>().read_unaligned();
                 for v in 0..V {
                     for lane in 0..8 {
-                        sums[m][v][lane] = start[v][lane] + sums[m][v][lane];
+                        sums[m][v][lane] += start[v][lane];
                     }
                 }
             }
