@@ -1,7 +1,6 @@
-//! f32 slices of CPU tensors: the one door between candle's storage and the fused CPU passes.
+//! f32 and bf16 slices of CPU tensors: the one door between candle's storage and the fused CPU passes.
 
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor};
-
 use half::bf16;
 use rayon::prelude::*;
 
@@ -129,10 +128,9 @@ pub(super) fn restored(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
     if !context.fused(x) {
         return Ok(x.to_dtype(DType::F32)?);
     }
-    let host = Host::open_any(x)?;
-    match host.values() {
-        Values::Bf16(values) => Ok(Tensor::from_vec(widen(values), x.shape(), &Device::Cpu)?),
-        Values::F32(_) => Ok(x.clone()),
+    match Host::open_any(x)?.values().widened() {
+        Some(values) => Ok(Tensor::from_vec(values, x.shape(), &Device::Cpu)?),
+        None => Ok(x.clone()),
     }
 }
 
@@ -166,7 +164,7 @@ pub(super) const ROWS_PER_TASK: usize = 16;
 #[derive(Clone, Copy)]
 pub(super) struct Shared(pub(super) *mut f32);
 
-// SAFETY: the users of `Shared` (attention's heads) write disjoint elements, stated at each use.
+// SAFETY: the users of `Shared` (attention's heads, tasks of a product) write disjoint elements, stated at each use.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}

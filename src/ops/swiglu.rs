@@ -68,8 +68,11 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
 }
 
 #[inline(always)]
-fn forward(y: &mut [f32], gate: &[f32], up: &[f32]) {
-    y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| *y = g * sigmoid(*g) * u);
+fn forward<T: Number>(y: &mut [f32], gate: &[T], up: &[T]) {
+    y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| {
+        let g = g.widen();
+        *y = g * sigmoid(g) * u.widen();
+    });
 }
 
 /// The output again, in the backward pass.
@@ -89,12 +92,7 @@ pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor>
             #[inline(always)]
             || match (gate.values(), up.values()) {
                 (Values::F32(gate), Values::F32(up)) => forward(y, &gate[range.clone()], &up[range]),
-                (Values::Bf16(gate), Values::Bf16(up)) => {
-                    for ((y, g), u) in y.iter_mut().zip(&gate[range.clone()]).zip(&up[range]) {
-                        let g = g.widen();
-                        *y = g * sigmoid(g) * u.widen();
-                    }
-                }
+                (Values::Bf16(gate), Values::Bf16(up)) => forward(y, &gate[range.clone()], &up[range]),
                 // Both were kept in one type.
                 _ => y.fill(f32::NAN),
             },

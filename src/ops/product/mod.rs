@@ -1,8 +1,8 @@
 //! Matrix products of the fused CPU passes: sums of products in one pass over the result, f32 or bf16 in, f32 out.
 //!
 //! Takes views of slices with strides; returns f32. bf16 is widened while it is packed and sums are f32. The instruction set is chosen at
-//! run time; the order of a sum depends on it and on k alone, never on the number of threads or the shape of the tasks. Knows nothing of
-//! tensors, layers or gradients.
+//! run time; the order of a sum depends on it, on k and on the column alone, never on the number of threads or the shape of the tasks. Knows
+//! nothing of tensors, layers or gradients.
 
 mod pack;
 mod tile;
@@ -24,7 +24,6 @@ const DEEPEST: usize = 6144;
 const PIECE: usize = 2048;
 /// Numbers of packed B that one task holds: half of a 1 MiB second-level cache.
 const PACKED: usize = 128 << 10;
-
 /// Rows of B that are packed for all of a task's panels before the next.
 const PACKED_ROWS: usize = 32;
 
@@ -55,7 +54,7 @@ impl Values<'_> {
     }
 
     /// A copy in f32, where they are narrower.
-    fn widened(&self) -> Option<Vec<f32>> {
+    pub(super) fn widened(&self) -> Option<Vec<f32>> {
         match self {
             Values::F32(_) => None,
             Values::Bf16(values) => Some(widen(values)),

@@ -146,68 +146,55 @@ unsafe fn portable<const M: usize, const V: usize>(args: TileArgs) {
     }
 }
 
+/// A tile of x86-64 intrinsics: its name, features, lanes, and the intrinsics for zero, load, broadcast, multiply-add, add and store.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn avx2<const M: usize, const V: usize>(args: TileArgs) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm256_setzero_ps(); V]; M];
-    let (mut a, mut b) = (args.a, args.b);
-    // SAFETY: the caller's promise about every pointer.
-    unsafe {
-        for _ in 0..args.k {
-            let mut row = [_mm256_setzero_ps(); V];
-            for v in 0..V {
-                row[v] = _mm256_loadu_ps(b.add(8 * v));
-            }
-            for m in 0..M {
-                let a = _mm256_set1_ps(*a.add(m * args.a_row));
-                for v in 0..V {
-                    sums[m][v] = _mm256_fmadd_ps(a, row[v], sums[m][v]);
+macro_rules! tile {
+    ($name:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $set:ident, $fma:ident, $add:ident, $store:ident) => {
+        #[target_feature(enable = $features)]
+        unsafe fn $name<const M: usize, const V: usize>(args: TileArgs) {
+            use std::arch::x86_64::*;
+            let mut sums = [[$zero(); V]; M];
+            let (mut a, mut b) = (args.a, args.b);
+            // SAFETY: the caller's promise about every pointer.
+            unsafe {
+                for _ in 0..args.k {
+                    let mut row = [$zero(); V];
+                    for v in 0..V {
+                        row[v] = $load(b.add($lanes * v));
+                    }
+                    for m in 0..M {
+                        let a = $set(*a.add(m * args.a_row));
+                        for v in 0..V {
+                            sums[m][v] = $fma(a, row[v], sums[m][v]);
+                        }
+                    }
+                    (a, b) = (a.add(args.a_column), b.add(args.b_row));
+                }
+                for m in 0..M {
+                    for v in 0..V {
+                        let mut sum = sums[m][v];
+                        if !args.start.is_null() {
+                            sum = $add($load(args.start.add(m * args.start_row + $lanes * v)), sum);
+                        }
+                        $store(args.out.add(m * args.out_row + $lanes * v), sum);
+                    }
                 }
             }
-            (a, b) = (a.add(args.a_column), b.add(args.b_row));
         }
-        for m in 0..M {
-            for v in 0..V {
-                let mut sum = sums[m][v];
-                if !args.start.is_null() {
-                    sum = _mm256_add_ps(_mm256_loadu_ps(args.start.add(m * args.start_row + 8 * v)), sum);
-                }
-                _mm256_storeu_ps(args.out.add(m * args.out_row + 8 * v), sum);
-            }
-        }
-    }
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn avx512<const M: usize, const V: usize>(args: TileArgs) {
-    use std::arch::x86_64::*;
-    let mut sums = [[_mm512_setzero_ps(); V]; M];
-    let (mut a, mut b) = (args.a, args.b);
-    // SAFETY: the caller's promise about every pointer.
-    unsafe {
-        for _ in 0..args.k {
-            let mut row = [_mm512_setzero_ps(); V];
-            for v in 0..V {
-                row[v] = _mm512_loadu_ps(b.add(16 * v));
-            }
-            for m in 0..M {
-                let a = _mm512_set1_ps(*a.add(m * args.a_row));
-                for v in 0..V {
-                    sums[m][v] = _mm512_fmadd_ps(a, row[v], sums[m][v]);
-                }
-            }
-            (a, b) = (a.add(args.a_column), b.add(args.b_row));
-        }
-        for m in 0..M {
-            for v in 0..V {
-                let mut sum = sums[m][v];
-                if !args.start.is_null() {
-                    sum = _mm512_add_ps(_mm512_loadu_ps(args.start.add(m * args.start_row + 16 * v)), sum);
-                }
-                _mm512_storeu_ps(args.out.add(m * args.out_row + 16 * v), sum);
-            }
-        }
-    }
-}
+tile!(avx2, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_add_ps, _mm256_storeu_ps);
+#[cfg(target_arch = "x86_64")]
+tile!(
+    avx512,
+    "avx512f",
+    16,
+    _mm512_setzero_ps,
+    _mm512_loadu_ps,
+    _mm512_set1_ps,
+    _mm512_fmadd_ps,
+    _mm512_add_ps,
+    _mm512_storeu_ps
+);
