@@ -7,7 +7,7 @@ use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::host::{Host, expect, tensor};
-use super::product::{Matrix, Start, Term, products};
+use super::product::{Matrix, product};
 use super::simd::{self, vectorized};
 use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
@@ -91,7 +91,7 @@ impl Head {
         let shape = self.shape(h.dims2()?.0)?;
         context.tally.add(Work::product(shape.loss_tokens, shape.vocab, shape.hidden, context.precision));
         match context.fused(h) {
-            true => tensor(self.logits_cpu(h)?, (shape.loss_tokens, shape.vocab)),
+            true => tensor(self.logits_cpu(context, h)?, (shape.loss_tokens, shape.vocab)),
             false => matmul(context, h, &self.weight.tensor.t()?),
         }
     }
@@ -105,7 +105,7 @@ impl Head {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
             if context.fused(&h) {
-                let mut logits = self.logits_cpu(&h)?;
+                let mut logits = self.logits_cpu(context, &h)?;
                 losses.extend(self::losses(&mut logits, targets, None));
             } else {
                 losses.extend(row_losses(&matmul(context, &h, &self.weight.tensor.t()?)?, targets)?);
@@ -133,9 +133,9 @@ impl Head {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
             if context.fused(&h) {
-                let mut logits = self.logits_cpu(&h)?;
+                let mut logits = self.logits_cpu(context, &h)?;
                 losses.extend(self::losses(&mut logits, targets, Some(scale as f32)));
-                parts.extend(self.backward_cpu(&h, &logits, input_gradient, gradients)?);
+                parts.extend(self.backward_cpu(context, &h, &logits, input_gradient, gradients)?);
                 continue;
             }
             let logits = matmul(context, &h, &self.weight.tensor.t()?)?;
@@ -156,23 +156,30 @@ impl Head {
     }
 
     /// h (L, C) -> logits (L, V).
-    fn logits_cpu(&self, h: &Tensor) -> Result<Vec<f32>> {
+    fn logits_cpu(&self, context: Context<'_>, h: &Tensor) -> Result<Vec<f32>> {
         let (h, l, (v, c)) = (h.contiguous()?, h.dims2()?.0, self.weight.tensor.dims2()?);
         let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
-        Ok(products(&[Term { a: h.matrix(l, c), b: w.matrix(v, c).t() }], Start::Zero))
+        Ok(product(context.precision, h.matrix(l, c), w.matrix(v, c).t()))
     }
 
     /// dz (L, V) -> dh (L, C) where wanted; W's gradient where it is trained.
-    fn backward_cpu(&self, h: &Tensor, dz: &[f32], input_gradient: bool, gradients: &mut Gradients) -> Result<Option<Tensor>> {
+    fn backward_cpu(
+        &self,
+        context: Context<'_>,
+        h: &Tensor,
+        dz: &[f32],
+        input_gradient: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
         let (l, (v, c)) = (h.dims2()?.0, self.weight.tensor.dims2()?);
         let h = h.contiguous()?;
         let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
         let dz = Matrix::of(dz, l, v);
         if self.weight.is_trained() {
-            let dw = products(&[Term { a: dz.t(), b: h.matrix(l, c) }], Start::Zero);
+            let dw = product(context.precision, dz.t(), h.matrix(l, c));
             gradients.add(&self.weight, tensor(dw, (v, c))?)?;
         }
-        let dh = input_gradient.then(|| products(&[Term { a: dz, b: w.matrix(v, c) }], Start::Zero));
+        let dh = input_gradient.then(|| product(context.precision, dz, w.matrix(v, c)));
         dh.map(|dh| tensor(dh, (l, c))).transpose()
     }
 }

@@ -6,7 +6,7 @@
 use candle_core::{D, DType, Tensor};
 
 use super::host::{Host, expect, f32_contiguous, tensor};
-use super::product::{Matrix, Start, Term, products};
+use super::product::{Left, Matrix, Start, Term, product, products};
 use super::residual::residual_cost;
 use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
@@ -143,7 +143,7 @@ impl Linear {
         expect("x", x, &[shape.tokens, shape.in_features])?;
         context.tally.add(shape.forward_cost(context.precision));
         count_base(context, base, &[shape.tokens, shape.out_features])?;
-        if context.fused(x) { self.forward_cpu(x, mask, base) } else { self.forward_reference(context, x, mask, base) }
+        if context.fused(x) { self.forward_cpu(context, x, mask, base) } else { self.forward_reference(context, x, mask, base) }
     }
 
     /// dy (N, out) and the forward pass's x (where `keeps_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
@@ -196,25 +196,35 @@ impl Linear {
     }
 
     /// W and the adapter in one pass over y: the adapter lengthens the sum by r.
-    fn forward_cpu(&self, x: &Tensor, mask: Option<Tensor>, base: Option<&Tensor>) -> Result<(Tensor, LinearSaved)> {
-        let ((n, _), (o, i)) = (x.dims2()?, self.weight.tensor.dims2()?);
+    fn forward_cpu<'a>(
+        &'a self,
+        context: Context<'_>,
+        x: &Tensor,
+        mask: Option<Tensor>,
+        base: Option<&Tensor>,
+    ) -> Result<(Tensor, LinearSaved)> {
+        let ((n, _), (o, i), precision) = (x.dims2()?, self.weight.tensor.dims2()?, context.precision);
         let x = x.contiguous()?;
         let (x_host, w) = (Host::open_any(&x)?, Host::open_any(&self.weight.tensor)?);
-        let mut terms = vec![Term { a: x_host.matrix(n, i), b: w.matrix(o, i).t() }];
-        let (lora, r) = (self.lora.as_ref(), self.lora.as_ref().map_or(Ok(0), |lora| lora.a.tensor.dim(0))?);
-        let hosts =
-            lora.map(|lora| Ok::<_, Error>((Host::open_any(&lora.a.tensor)?, Host::open_any(&lora.b.tensor)?))).transpose()?;
-        let (mut low, mut scaled) = (None, Vec::new());
-        if let (Some(lora), Some((a, _))) = (lora, &hosts) {
-            let input = masked(&x, mask.as_ref())?;
-            let input = Host::open_any(&input)?;
-            let xa = products(&[Term { a: input.matrix(n, i), b: a.matrix(r, i).t() }], Start::Zero);
-            scaled = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
-            low = Some(Low { mask, xa: tensor(xa, (n, r))? });
-        }
-        if let Some((_, b)) = &hosts {
-            terms.push(Term { a: Matrix::of(&scaled, n, r), b: b.matrix(o, r).t() });
-        }
+        let left = Left::new(precision, x_host.matrix(n, i));
+        let through = |lora: &'a Lora| -> Result<_> {
+            let (r, a, b) = (lora.a.tensor.dim(0)?, Host::open_any(&lora.a.tensor)?, Host::open_any(&lora.b.tensor)?);
+            let xa = match &mask {
+                None => products(&[Term { a: &left, b: a.matrix(r, i).t() }], Start::Zero),
+                Some(_) => {
+                    let input = masked(&x, mask.as_ref())?;
+                    let input = Host::open_any(&input)?;
+                    product(precision, input.matrix(n, i), a.matrix(r, i).t())
+                }
+            };
+            let scaled: Vec<f32> = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
+            Ok((tensor(xa, (n, r))?, scaled, b, r))
+        };
+        let adapter = self.lora.as_ref().map(through).transpose()?;
+        let low =
+            adapter.as_ref().map(|(_, scaled, b, r)| (Left::new(precision, Matrix::of(scaled, n, *r)), b.matrix(o, *r).t()));
+        let mut terms = vec![Term { a: &left, b: w.matrix(o, i).t() }];
+        terms.extend(low.as_ref().map(|(a, b)| Term { a, b: *b }));
         let bias = self.bias.as_ref().map(|bias| f32_contiguous(&bias.tensor)).transpose()?;
         let base = base.map(Tensor::contiguous).transpose()?;
         let (bias_host, base_host) = (bias.as_ref().map(Host::open).transpose()?, base.as_ref().map(Host::open).transpose()?);
@@ -227,6 +237,8 @@ impl Linear {
         if let (Some(_), Some(bias)) = (&base, &bias) {
             y = y.broadcast_add(bias)?;
         }
+        drop(terms);
+        let low = adapter.map(|(xa, ..)| Low { mask, xa });
         Ok((y, LinearSaved { low }))
     }
 }
@@ -269,10 +281,11 @@ impl Backward<'_> {
         let ((n, o), (_, i)) = (self.dy.dims2()?, self.linear.weight.tensor.dims2()?);
         let dy = self.dy.contiguous()?;
         let (dy, w) = (Host::open_any(&dy)?, Host::open_any(&self.linear.weight.tensor)?);
+        let (precision, left) = (self.context.precision, Left::new(self.context.precision, dy.matrix(n, o)));
         let x = self.x.map(Tensor::contiguous).transpose()?;
         if let (true, Some(x)) = (self.linear.weight.is_trained(), &x) {
             let x = Host::open_any(x)?;
-            let dw = products(&[Term { a: dy.matrix(n, o).t(), b: x.matrix(n, i) }], Start::Zero);
+            let dw = product(precision, dy.matrix(n, o).t(), x.matrix(n, i));
             gradients.add(&self.linear.weight, tensor(dw, (o, i))?)?;
         }
         self.bias(gradients)?;
@@ -280,23 +293,23 @@ impl Backward<'_> {
         if let (Some(lora), Some(low), Some(x)) = (&self.linear.lora, &self.saved.low, &x) {
             let (r, scaling) = (low.xa.dims2()?.1, lora.scaling as f32);
             let (b, xa) = (Host::open_any(&lora.b.tensor)?, Host::open(&low.xa)?);
-            let mut d = products(&[Term { a: dy.matrix(n, o), b: b.matrix(o, r) }], Start::Zero);
+            let mut d = products(&[Term { a: &left, b: b.matrix(o, r) }], Start::Zero);
             d.iter_mut().for_each(|d| *d *= scaling);
             // dB by its transpose: rows of r, so that B's long side lies along the vectors.
-            let db = products(&[Term { a: xa.matrix(n, r).t(), b: dy.matrix(n, o) }], Start::Zero);
+            let db = product(precision, xa.matrix(n, r).t(), dy.matrix(n, o));
             gradients.add(&lora.b, (tensor(db, (r, o))?.t()?.contiguous()? * lora.scaling)?)?;
             let x = masked(x, low.mask.as_ref())?;
             let x = Host::open_any(&x)?;
-            let da = products(&[Term { a: Matrix::of(&d, n, r).t(), b: x.matrix(n, i) }], Start::Zero);
+            let da = product(precision, Matrix::of(&d, n, r).t(), x.matrix(n, i));
             gradients.add(&lora.a, tensor(da, (r, i))?)?;
-            (d_low, mask) = (Some((d, r, &lora.a)), low.mask.as_ref());
+            (d_low, mask) = (Some((d, r, Host::open_any(&lora.a.tensor)?)), low.mask.as_ref());
         }
         if !self.input_gradient {
             return Ok(None);
         }
-        let a = d_low.as_ref().map(|(_, _, a)| Host::open_any(&a.tensor)).transpose()?;
-        let through = d_low.as_ref().zip(a.as_ref()).map(|((d, r, _), a)| Term { a: Matrix::of(d, n, *r), b: a.matrix(*r, i) });
-        let mut terms = vec![Term { a: dy.matrix(n, o), b: w.matrix(o, i) }];
+        let low = d_low.as_ref().map(|(d, r, a)| (Left::new(precision, Matrix::of(d, n, *r)), a.matrix(*r, i)));
+        let through = low.as_ref().map(|(a, b)| Term { a, b: *b });
+        let mut terms = vec![Term { a: &left, b: w.matrix(o, i) }];
         terms.extend(through.filter(|_| mask.is_none()));
         let base = self.base.map(Tensor::contiguous).transpose()?;
         let base = base.as_ref().map(Host::open).transpose()?;

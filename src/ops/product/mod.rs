@@ -4,9 +4,15 @@
 //! run time; the order of a sum depends on it, on k and on the column alone, never on the number of threads or the shape of the tasks. Knows
 //! nothing of tensors, layers or gradients.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+#[path = "no_amx.rs"]
+mod amx;
 mod pack;
 mod tile;
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -15,6 +21,7 @@ use rayon::prelude::*;
 
 use super::host::{Shared, uninitialized, widen};
 use super::issue;
+use crate::work::Precision;
 pub(super) use pack::Number;
 pub(super) use tile::{Isa, TileArgs, available};
 
@@ -92,10 +99,50 @@ impl<'a> Matrix<'a> {
 }
 
 /// One product of a sum: a (m, k) b (k, n).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(super) struct Term<'a> {
-    pub(super) a: Matrix<'a>,
+    pub(super) a: &'a Left<'a>,
     pub(super) b: Matrix<'a>,
+}
+
+/// A as tiles read it: prepared once, whatever it is multiplied by.
+pub(super) struct Left<'a> {
+    rows: usize,
+    columns: usize,
+    form: Form<'a>,
+}
+
+enum Form<'a> {
+    /// f32 with strides.
+    Wide { values: Cow<'a, [f32]>, row_stride: usize, column_stride: usize },
+    /// Packed for tile registers.
+    Packed(amx::Packed),
+}
+
+impl<'a> Left<'a> {
+    /// Prepares A for products in `precision`, by the best instruction set.
+    pub(super) fn new(precision: Precision, a: Matrix<'a>) -> Self {
+        Self::with(available()[0], precision, a)
+    }
+
+    /// The same for a given instruction set.
+    pub(super) fn with(isa: &Isa, precision: Precision, a: Matrix<'a>) -> Self {
+        let Matrix { values, rows, columns, row_stride, column_stride } = a;
+        let packed = if isa.amx { amx::Packed::new(&a, precision) } else { None };
+        let form = match (packed, values) {
+            (Some(packed), _) => Form::Packed(packed),
+            (None, Values::F32(values)) => Form::Wide { values: Cow::Borrowed(values), row_stride, column_stride },
+            (None, Values::Bf16(values)) => Form::Wide { values: Cow::Owned(widen(values)), row_stride, column_stride },
+        };
+        Self { rows, columns, form }
+    }
+
+    fn packed(&self) -> Option<&amx::Packed> {
+        match &self.form {
+            Form::Packed(packed) => Some(packed),
+            Form::Wide { .. } => None,
+        }
+    }
 }
 
 /// What the sum starts from.
@@ -113,7 +160,12 @@ pub(super) fn products(terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
     products_with(available()[0], terms, start)
 }
 
-/// The same by a given instruction set.
+/// The product of two matrices in `precision`.
+pub(super) fn product(precision: Precision, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    products(&[Term { a: &Left::new(precision, a), b }], Start::Zero)
+}
+
+/// The sum by a given instruction set, which every A was prepared for.
 pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
     let (m, n) = (terms[0].a.rows, terms[0].b.columns);
     for Term { a, b } in terms {
@@ -130,32 +182,17 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
     if out.is_empty() {
         return out;
     }
-    let widened: Vec<Option<Vec<f32>>> = terms.iter().map(|term| term.a.values.widened()).collect();
-    let left = |index: usize| Left::new(&terms[index].a, widened[index].as_deref());
-    let lefts: Vec<Left<'_>> = (0..terms.len()).map(left).collect();
+    let packed: Vec<_> = terms.iter().filter_map(|term| Some((term.a.packed()?, term.b))).collect();
+    if !packed.is_empty() {
+        assert_eq!(packed.len(), terms.len(), "the terms of a sum are prepared alike");
+        amx::products(&packed, start, &mut out);
+        return out;
+    }
     for (index, pieces) in passes(terms).iter().enumerate() {
         let start = if index == 0 { Some(start) } else { None };
-        Pass { isa, terms, lefts: &lefts, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
+        Pass { isa, terms, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
     }
     out
-}
-
-/// A as tiles read it: f32 with strides.
-struct Left<'a> {
-    values: &'a [f32],
-    row_stride: usize,
-    column_stride: usize,
-}
-
-impl<'a> Left<'a> {
-    fn new(a: &Matrix<'a>, widened: Option<&'a [f32]>) -> Self {
-        let values = match (widened, a.values) {
-            (Some(values), _) | (None, Values::F32(values)) => values,
-            (None, Values::Bf16(_)) => &[],
-        };
-        assert_eq!(values.len(), a.rows * a.columns, "A is at hand in f32");
-        Self { values, row_stride: a.row_stride, column_stride: a.column_stride }
-    }
 }
 
 /// A run of k of one term.
@@ -190,11 +227,28 @@ thread_local! {
     static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Cuts a result into tasks of whole panels, at most `most` each, and of rows where there are few panels, at least `least` each, and runs
+/// them: as many tasks for each thread, of nearly one size.
+fn tasks(panels: usize, most: usize, rows: usize, least: usize, task: impl Fn(Range<usize>, Range<usize>) + Sync) {
+    let threads = rayon::current_num_threads();
+    // A few panels that do not come out even are better shared by rows, though each part then packs them for itself.
+    let by_rows = panels < 8 * threads && !panels.is_multiple_of(threads);
+    let groups = if by_rows { panels.div_ceil(most) } else { panels.div_ceil(most).next_multiple_of(threads) };
+    let splits = if by_rows { threads.min(rows.div_ceil(least)).max(1) } else { 1 };
+    let cut = |index: usize| {
+        let (group, split) = (index / splits, index % splits);
+        task(panels * group / groups..panels * (group + 1) / groups, rows * split / splits..rows * (split + 1) / splits);
+    };
+    match groups * splits {
+        1 => cut(0),
+        count => (0..count).into_par_iter().with_max_len(1).for_each(cut),
+    }
+}
+
 /// One pass over the result.
 struct Pass<'a> {
     isa: &'a Isa,
     terms: &'a [Term<'a>],
-    lefts: &'a [Left<'a>],
     pieces: &'a [Piece],
     /// `None`: goes on from what the passes before left in `out`.
     start: Option<Start<'a>>,
@@ -204,26 +258,14 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Cuts the result into tasks of whole panels, and of rows where there are few panels, and runs them: as many tasks for each thread,
-    /// of nearly one size.
+    /// Cuts the result into tasks and runs them.
     fn run(&self) {
         let depth: usize = self.pieces.iter().map(|piece| piece.k.len()).sum();
-        let (width, threads) = (self.isa.columns(), rayon::current_num_threads());
-        let panels = self.n.div_ceil(width);
+        let width = self.isa.columns();
         let most = (PACKED / (depth * width).max(1)).max(1);
-        // A few panels that do not come out even are better shared by rows, though each part then packs them for itself.
-        let by_rows = panels < 8 * threads && !panels.is_multiple_of(threads);
-        let groups = if by_rows { panels.div_ceil(most) } else { panels.div_ceil(most).next_multiple_of(threads) };
-        let splits = if by_rows { threads.min(self.m.div_ceil(4 * self.isa.rows)).max(1) } else { 1 };
-        let task = |index: usize| {
-            let (group, split) = (index / splits, index % splits);
-            let columns = panels * group / groups * width..(panels * (group + 1) / groups * width).min(self.n);
-            self.task(depth, columns, self.m * split / splits..self.m * (split + 1) / splits);
-        };
-        match groups * splits {
-            1 => task(0),
-            tasks => (0..tasks).into_par_iter().with_max_len(1).for_each(task),
-        }
+        tasks(self.n.div_ceil(width), most, self.m, 4 * self.isa.rows, |panels, rows| {
+            self.task(depth, panels.start * width..(panels.end * width).min(self.n), rows);
+        });
     }
 
     /// Packs B's columns and runs every tile of these rows and columns.
@@ -271,14 +313,14 @@ impl Pass<'_> {
         let mut start = if whole { first } else { (std::ptr::null(), 0) };
         let mut b = panel;
         for piece in self.pieces {
-            let left = &self.lefts[piece.term];
-            let a = &left.values[rows.start * left.row_stride + piece.k.start * left.column_stride..];
-            debug_assert!((rows.len() - 1) * left.row_stride + (piece.k.len() - 1) * left.column_stride < a.len());
+            let Form::Wide { values, row_stride, column_stride } = &self.terms[piece.term].a.form else { return };
+            let a = &values[rows.start * row_stride + piece.k.start * column_stride..];
+            debug_assert!((rows.len() - 1) * row_stride + (piece.k.len() - 1) * column_stride < a.len());
             let args = TileArgs {
                 k: piece.k.len(),
                 a: a.as_ptr(),
-                a_row: left.row_stride,
-                a_column: left.column_stride,
+                a_row: *row_stride,
+                a_column: *column_stride,
                 b: b.as_ptr(),
                 b_row: width,
                 start: start.0,

@@ -155,7 +155,7 @@ unsafe fn transposed<T: Number>(values: *const T, stride: usize, columns: usize,
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
+pub(super) fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
     use std::arch::x86_64::*;
     let mut pairs = [_mm512_setzero_ps(); 16];
     for i in 0..8 {

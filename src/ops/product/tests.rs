@@ -41,9 +41,15 @@ impl Stored {
     }
 }
 
-fn check(isa: &Isa, terms: &[(Stored, Stored)], start: Start<'_>, threads: &[usize]) {
-    let views: Vec<Term<'_>> = terms.iter().map(|(a, b)| Term { a: a.matrix(), b: b.matrix() }).collect();
-    let on = |threads: usize| crate::ops::tests::on(threads, || products_with(isa, &views, start));
+/// `precision`'s product of numbers that bf16 holds: exact factors in either.
+fn check(isa: &Isa, precision: Precision, terms: &[(Stored, Stored)], start: Start<'_>, threads: &[usize]) {
+    let on = |threads: usize| {
+        crate::ops::tests::on(threads, || {
+            let lefts: Vec<Left<'_>> = terms.iter().map(|(a, _)| Left::with(isa, precision, a.matrix())).collect();
+            let views: Vec<Term<'_>> = lefts.iter().zip(terms).map(|(a, (_, b))| Term { a, b: b.matrix() }).collect();
+            products_with(isa, &views, start)
+        })
+    };
     let got = on(threads[0]);
     for more in &threads[1..] {
         let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
@@ -85,7 +91,9 @@ proptest! {
         let (row, matrix) = (numbers(seed ^ 4, n), numbers(seed ^ 5, m * n));
         let start = [Start::Zero, Start::Row(&row), Start::Matrix(&matrix)][start];
         for isa in available() {
-            check(isa, &terms, start, &[1, 2, 3]);
+            for precision in [Precision::F32, Precision::Bf16] {
+                check(isa, precision, &terms, start, &[1, 2, 3]);
+            }
         }
     }
 }
@@ -93,13 +101,58 @@ proptest! {
 /// Deeper than one panel, and beside another term, so that there are several passes.
 #[test]
 fn deep_products_are_sums() {
-    for (m, n, k) in [(3, 5, DEEPEST + 1), (15, 33, 2 * PIECE + 7), (2, 40, DEEPEST)] {
+    for (m, n, k) in [(3, 5, DEEPEST + 1), (15, 33, 2 * PIECE + 7), (2, 40, DEEPEST), (33, 64, PIECE)] {
         let terms = [
             (Stored::new(1, m, k, false, false), Stored::new(2, k, n, true, true)),
             (Stored::new(3, m, 9, false, false), Stored::new(4, 9, n, false, false)),
         ];
         let matrix = numbers(5, m * n);
-        available().iter().for_each(|isa| check(isa, &terms, Start::Matrix(&matrix), &[1, 2]));
+        for isa in available() {
+            check(isa, Precision::F32, &terms, Start::Matrix(&matrix), &[1, 2]);
+            check(isa, Precision::Bf16, &terms, Start::Matrix(&matrix), &[1, 2]);
+        }
+    }
+}
+
+/// All 24 bits of f32 count, by every instruction set: numbers over eight powers of ten, and the error against f64 beside what rounding
+/// each addition to f32 may cost.
+#[test]
+fn products_in_f32_keep_all_bits() {
+    let (m, n, k) = (40, 70, 300);
+    let spread = |seed: u64, n: usize| -> Vec<f32> {
+        let (u, powers) = (uniform(seed, n), uniform(seed ^ 9, n));
+        u.iter().zip(powers).map(|(u, power)| (2.0 * u - 1.0) * 10f32.powf(8.0 * power - 4.0)).collect()
+    };
+    let (a, b) = (spread(1, m * k), spread(2, k * n));
+    for isa in available() {
+        let left = Left::with(isa, Precision::F32, Matrix::of(&a, m, k));
+        let got = products_with(isa, &[Term { a: &left, b: Matrix::of(&b, k, n) }], Start::Zero);
+        let mut worst = 0.0f64;
+        for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
+            let terms = (0..k).map(|i| f64::from(a[row * k + i]) * f64::from(b[i * n + column]));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            worst = worst.max((f64::from(got[row * n + column]) - sum).abs() / size);
+        }
+        // Half of EPSILON an addition; tile registers make six where others make one, but round the sum of a pair once.
+        assert!(worst < 8.0 * f64::from(f32::EPSILON), "{}: {worst:e} of the sum of sizes", isa.name);
+        println!("{}: {worst:e}", isa.name);
+    }
+}
+
+/// In bf16 a tile register rounds factors to nearest, once; what is left is f32.
+#[test]
+fn tile_registers_round_factors_to_bf16() {
+    let (m, n, k) = (40, 70, 300);
+    let (a, b) = (uniform(1, m * k), uniform(2, k * n));
+    let rounded = |values: &[f32]| values.iter().map(|x| bf16::from_f32(*x).to_f32()).collect::<Vec<_>>();
+    for isa in available().iter().filter(|isa| isa.amx) {
+        let of = |a: &[f32], b: &[f32], precision| {
+            let left = Left::with(isa, precision, Matrix::of(a, m, k));
+            products_with(isa, &[Term { a: &left, b: Matrix::of(b, k, n) }], Start::Zero)
+        };
+        let (got, want) = (of(&a, &b, Precision::Bf16), of(&rounded(&a), &rounded(&b), Precision::F32));
+        assert!(got.iter().zip(&want).all(|(got, want)| (got - want).abs() < 1e-4), "{}", isa.name);
+        assert!(got.iter().zip(of(&a, &b, Precision::F32)).any(|(got, exact)| (got - exact).abs() > 1e-3), "rounding shows");
     }
 }
 
@@ -107,7 +160,7 @@ fn deep_products_are_sums() {
 fn nothing_is_a_product_too() {
     let none = Stored::new(1, 0, 4, false, false);
     let b = Stored::new(2, 4, 3, false, false);
-    assert!(products(&[Term { a: none.matrix(), b: b.matrix() }], Start::Zero).is_empty());
+    assert!(product(Precision::F32, none.matrix(), b.matrix()).is_empty());
 }
 
 /// Every part of a range once, none longer than asked, none empty.

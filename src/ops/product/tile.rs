@@ -7,6 +7,8 @@
 
 use std::sync::OnceLock;
 
+use super::amx;
+
 /// out (m, V * lanes) = start + a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and may be `out` itself.
 ///
 /// # Safety
@@ -40,6 +42,8 @@ pub(in crate::ops) struct Isa {
     tiles: [&'static [Tile]; 2],
     /// Whether `pack` may use AVX-512.
     pub(super) avx512: bool,
+    /// Whether products of many rows go through tile registers instead.
+    pub(super) amx: bool,
 }
 
 impl Isa {
@@ -66,11 +70,18 @@ static PORTABLE: Isa = Isa {
     lanes: 8,
     tiles: [tiles!(portable, 1, 1 2 3 4 5 6), tiles!(portable, 2, 1 2 3 4 5 6)],
     avx512: false,
+    amx: false,
 };
 
 #[cfg(target_arch = "x86_64")]
-static AVX2: Isa =
-    Isa { name: "avx2", rows: 6, lanes: 8, tiles: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)], avx512: false };
+static AVX2: Isa = Isa {
+    name: "avx2",
+    rows: 6,
+    lanes: 8,
+    tiles: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)],
+    avx512: false,
+    amx: false,
+};
 
 #[cfg(target_arch = "x86_64")]
 static AVX512: Isa = Isa {
@@ -79,7 +90,12 @@ static AVX512: Isa = Isa {
     lanes: 16,
     tiles: [tiles!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14), tiles!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14)],
     avx512: true,
+    amx: false,
 };
+
+/// AVX-512 for what has few rows.
+#[cfg(target_arch = "x86_64")]
+static AMX: Isa = Isa { name: "amx", amx: true, ..AVX512 };
 
 /// Every instruction set that this processor has, best first.
 pub(in crate::ops) fn available() -> &'static [&'static Isa] {
@@ -89,6 +105,9 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
         #[cfg(target_arch = "x86_64")]
         {
             let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            if avx512 && amx::permitted() {
+                found.push(&AMX);
+            }
             if avx512 && is_x86_feature_detected!("avx512vl") {
                 found.push(&AVX512);
             }

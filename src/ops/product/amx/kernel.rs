@@ -1,0 +1,182 @@
+//! The innermost loop in tile registers: 32 x 32 numbers of a result, kept there over a run of k.
+//!
+//! Rust 1.95 has no stable intrinsics for tile registers, so that the loop is assembly: one block for each number of planes, which loads
+//! or clears the result, runs through k and stores it. Tile registers 0 to 3 hold the result, 4 and 5 A, 6 and 7 B.
+
+use std::arch::asm;
+
+/// Bytes of a tile's row, and the stride of packed tiles.
+pub(super) const ROW: usize = 64;
+/// Rows and columns of the result that one call computes.
+pub(super) const SIDE: usize = 32;
+/// Numbers of k of one step: what a tile's row holds in bf16.
+pub(super) const DEPTH: usize = 32;
+/// Cache lines of one operand's two tiles.
+pub(super) const PAIR: usize = 32;
+
+/// One line of a packed tile.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line([u8; ROW]);
+
+/// Two runs of k, one after the other: where A's steps begin, and how many there are. The second may be empty.
+pub(super) type Runs = [(*const Line, usize); 2];
+
+/// The thread's tile registers, shaped for the loop; given back when dropped.
+pub(super) struct Tiles(());
+
+impl Tiles {
+    /// Shapes all eight registers as 16 rows of 64 bytes (palette 1).
+    ///
+    /// # Safety
+    /// The processor has AMX, and the system lets this process use it.
+    pub(super) unsafe fn new() -> Self {
+        // Layout: Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved bytes, then 16 row widths in
+        // bytes (u16) and 16 row counts (u8).
+        let mut shape = [0u8; 64];
+        shape[0] = 1;
+        for register in 0..8 {
+            shape[16 + 2 * register] = ROW as u8;
+            shape[48 + register] = 16;
+        }
+        // SAFETY: the caller's promise; the 64 bytes are readable.
+        unsafe { asm!("ldtilecfg [{0}]", in(reg) shape.as_ptr(), options(nostack, readonly)) };
+        Self(())
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: `new` was called, so that the instruction exists; nothing is read from the registers afterwards.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// The four products of A's rows (registers 4, 5) and B's columns (6, 7).
+macro_rules! four {
+    () => {
+        "tdpbf16ps tmm0, tmm4, tmm6
+         tdpbf16ps tmm1, tmm4, tmm7
+         tdpbf16ps tmm2, tmm5, tmm6
+         tdpbf16ps tmm3, tmm5, tmm7"
+    };
+}
+
+/// Loads both tiles of A's or B's plane.
+macro_rules! load {
+    (a $plane:literal) => {
+        concat!(
+            "tileloadd tmm4, [{a} + {row}*1 + 2048*",
+            $plane,
+            "]\n tileloadd tmm5, [{a} + {row}*1 + 2048*",
+            $plane,
+            " + 1024]"
+        )
+    };
+    (b $plane:literal) => {
+        concat!(
+            "tileloadd tmm6, [{b} + {row}*1 + 2048*",
+            $plane,
+            "]\n tileloadd tmm7, [{b} + {row}*1 + 2048*",
+            $plane,
+            " + 1024]"
+        )
+    };
+}
+
+/// A function that runs both runs of k through the lines `$step`, which take `$bytes` of each operand.
+macro_rules! kernel {
+    ($name:ident, $bytes:literal, $($step:expr),*) => {
+        /// out (32, 32), `out_row` numbers apart = [out where `onto`] + the runs' products with B's steps from `b` on.
+        ///
+        /// # Safety
+        /// This thread has `Tiles`; every step of A and B is readable, out's rows are writable.
+        unsafe fn $name(runs: Runs, b: *const Line, out: *mut f32, out_row: usize, onto: bool) {
+            let [(a, steps), (next, more)] = runs;
+            // SAFETY: the caller's promise; the loops run `steps` and `more` times, both tested before they begin.
+            unsafe {
+                asm!(
+                    "test {onto}, {onto}",
+                    "jnz 2f",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "jmp 3f",
+                    "2:",
+                    "tileloadd tmm0, [{out} + {out_row}*1]",
+                    "tileloadd tmm1, [{out} + {out_row}*1 + 64]",
+                    "tileloadd tmm2, [{low} + {out_row}*1]",
+                    "tileloadd tmm3, [{low} + {out_row}*1 + 64]",
+                    "3:",
+                    "test {steps}, {steps}",
+                    "jz 5f",
+                    "4:",
+                    $($step,)*
+                    concat!("add {a}, ", $bytes),
+                    concat!("add {b}, ", $bytes),
+                    "dec {steps}",
+                    "jnz 4b",
+                    "5:",
+                    "mov {steps}, {more}",
+                    "mov {a}, {next}",
+                    "xor {more:e}, {more:e}",
+                    "test {steps}, {steps}",
+                    "jnz 4b",
+                    "tilestored [{out} + {out_row}*1], tmm0",
+                    "tilestored [{out} + {out_row}*1 + 64], tmm1",
+                    "tilestored [{low} + {out_row}*1], tmm2",
+                    "tilestored [{low} + {out_row}*1 + 64], tmm3",
+                    a = inout(reg) a => _,
+                    b = inout(reg) b => _,
+                    steps = inout(reg) steps => _,
+                    next = in(reg) next,
+                    more = inout(reg) more => _,
+                    onto = in(reg) usize::from(onto),
+                    row = in(reg) ROW,
+                    out = in(reg) out,
+                    low = in(reg) out.wrapping_add(16 * out_row),
+                    out_row = in(reg) out_row * size_of::<f32>(),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+kernel!(rounded, "2048", load!(b 0), load!(a 0), four!());
+// a = a0 + a1 + a2, each 8 bits of a's 24: the products left out are below 2^-24 of a b.
+kernel!(
+    split,
+    "6144",
+    load!(b 2),
+    load!(a 0),
+    four!(),
+    load!(b 1),
+    four!(),
+    load!(a 1),
+    four!(),
+    load!(b 0),
+    four!(),
+    load!(a 2),
+    four!(),
+    load!(a 0),
+    four!()
+);
+
+/// The loop for `P` planes: 1 (numbers rounded to bf16) or 3 (f32 in three parts).
+///
+/// # Safety
+/// As the kernels': this thread has `Tiles`; A's and B's steps are readable, `out` is writable.
+pub(super) unsafe fn kernel<const P: usize>(runs: Runs, b: *const Line, out: *mut f32, out_row: usize, onto: bool) {
+    const { assert!(P == 1 || P == 3, "one plane or three") };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match P {
+            1 => rounded(runs, b, out, out_row, onto),
+            _ => split(runs, b, out, out_row, onto),
+        }
+    }
+}

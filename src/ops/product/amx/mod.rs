@@ -1,0 +1,233 @@
+//! Products in tile registers (Intel AMX): bf16 in, f32 sums, 32 x 32 numbers of the result at a time.
+//!
+//! In bf16 both operands are rounded to it once, while they are packed. In f32 each is split into three bf16 parts that add up to all of
+//! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, at up to twice their rate. Numbers
+//! below 2^-126 count as zero. The same order of summation whatever the threads and the other size of the product.
+
+mod kernel;
+mod pack;
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+
+use self::kernel::{DEPTH, Line, PAIR, Runs, SIDE, Tiles, kernel};
+use self::pack::View;
+use super::{Matrix, Start, even_parts, tasks};
+use crate::ops::host::{Shared, uninitialized};
+use crate::work::Precision;
+
+/// Bytes of packed B of one run through k: with A's it streams through a second-level cache of 2 MiB, which every processor with AMX has.
+const DEEPEST: usize = 128 << 10;
+/// Bytes of packed B of one task: half of that cache.
+const PACKED: usize = 1 << 20;
+
+/// Rows that repay packing.
+const LEAST_ROWS: usize = 12;
+
+/// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
+pub(super) fn permitted() -> bool {
+    static PERMITTED: OnceLock<bool> = OnceLock::new();
+    *PERMITTED.get_or_init(|| {
+        use std::arch::x86_64::__cpuid_count;
+        const TILES_AND_BF16: u32 = 1 << 24 | 1 << 22;
+        // From the kernel's documentation of extended states: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
+        const REQUEST: usize = 0x1023;
+        const TILE_DATA: usize = 18;
+        if !is_x86_feature_detected!("avx512bf16") || __cpuid_count(7, 0).edx & TILES_AND_BF16 != TILES_AND_BF16 {
+            return false;
+        }
+        // SAFETY: this call takes two numbers and touches no memory.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
+    })
+}
+
+/// A, packed.
+pub(super) struct Packed {
+    lines: Vec<Line>,
+    rows: usize,
+    steps: usize,
+    planes: usize,
+}
+
+impl Packed {
+    /// Packs `a` where tile registers gain by it: fewer rows are not worth their sixteen.
+    pub(super) fn new(a: &Matrix<'_>, precision: Precision) -> Option<Self> {
+        (a.rows >= LEAST_ROWS).then(|| match precision {
+            Precision::F32 => Self::of::<3>(a),
+            Precision::Bf16 | Precision::F16 => Self::of::<1>(a),
+        })
+    }
+
+    fn of<const P: usize>(a: &Matrix<'_>) -> Self {
+        let (view, steps) = (View::a(a), a.columns.div_ceil(DEPTH));
+        let (strip, strips) = (steps * P * PAIR, a.rows.div_ceil(SIDE));
+        // SAFETY: `pack` writes every line.
+        let mut lines: Vec<Line> = unsafe { uninitialized(strips * strip) };
+        lines
+            .par_chunks_mut(strip.max(1))
+            .enumerate()
+            .for_each(|(index, lines)| view.pack::<P>(index * SIDE, 0..a.columns, lines));
+        Self { lines, rows: a.rows, steps, planes: P }
+    }
+
+    /// 32 rows from step `step` on.
+    fn at(&self, strip: usize, step: usize) -> *const Line {
+        self.lines[(strip * self.steps + step) * self.planes * PAIR..].as_ptr()
+    }
+}
+
+/// out (m, n) = start + the sum of the terms.
+pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
+    match terms[0].0.planes {
+        1 => products_of::<1>(terms, start, out),
+        _ => products_of::<3>(terms, start, out),
+    }
+}
+
+fn products_of<const P: usize>(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
+    let (m, n) = (terms[0].0.rows, terms[0].1.columns);
+    assert!(out.len() == m * n && terms.iter().all(|(a, _)| a.planes == P), "operands of one sum are packed alike");
+    let terms: Vec<_> = terms.iter().map(|(a, b)| (*a, View::b(b))).collect();
+    let passes = passes(&terms, DEEPEST / (P * PAIR * size_of::<Line>()));
+    for (index, pieces) in passes.iter().enumerate() {
+        let steps = pieces.iter().map(|piece| piece.steps.len()).sum::<usize>();
+        let last = index + 1 == passes.len();
+        let start = if last { start } else { Start::Zero };
+        let pass = Pass { terms: &terms, pieces, steps, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
+        let panel = steps * P * PAIR * size_of::<Line>();
+        tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), m.div_ceil(SIDE), 4, |panels, strips| {
+            pass.task::<P>(panels, strips)
+        });
+    }
+}
+
+/// A run of k of one term.
+struct Piece {
+    term: usize,
+    steps: Range<usize>,
+}
+
+/// Which pieces are summed while a tile stays in registers: two at most, and about `most` steps.
+fn passes(terms: &[(&Packed, View<'_>)], most: usize) -> Vec<Vec<Piece>> {
+    let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
+    let mut done = 0;
+    for (term, (a, _)) in terms.iter().enumerate() {
+        for steps in even_parts(0..a.steps, most) {
+            // An adapter's few steps join whatever is there.
+            let fits = passes.last().is_some_and(|pass| pass.len() < 2) && done + steps.len() <= most + most / 8;
+            if done > 0 && !fits {
+                passes.push(Vec::new());
+                done = 0;
+            }
+            done += steps.len();
+            if let Some(pass) = passes.last_mut() {
+                pass.push(Piece { term, steps });
+            }
+        }
+    }
+    passes
+}
+
+thread_local! {
+    /// Where a thread packs its panels of B.
+    static PANELS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+}
+
+/// One pass over the result.
+struct Pass<'a> {
+    terms: &'a [(&'a Packed, View<'a>)],
+    pieces: &'a [Piece],
+    /// Steps of all pieces.
+    steps: usize,
+    /// Whether it goes on from what the passes before left in `out`.
+    onto: bool,
+    start: Start<'a>,
+    out: Shared,
+    m: usize,
+    n: usize,
+}
+
+impl Pass<'_> {
+    /// Packs these panels (of 32 columns of B) and multiplies these strips (of 32 rows of A) by them.
+    fn task<const P: usize>(&self, panels: Range<usize>, strips: Range<usize>) {
+        PANELS.with_borrow_mut(|buffer| {
+            let size = (self.steps * P * PAIR).max(1);
+            if buffer.len() < panels.len() * size {
+                // SAFETY: `pack` writes every line of the panels before a tile reads them.
+                *buffer = unsafe { uninitialized(panels.len() * size) };
+            }
+            let packed = &mut buffer[..panels.len() * size];
+            self.pack::<P>(panels.clone(), packed, size);
+            // SAFETY: tiles are packed only where `permitted`.
+            let _tiles = unsafe { Tiles::new() };
+            for strip in strips {
+                for (panel, packed) in panels.clone().zip(packed.chunks(size)) {
+                    self.tile::<P>(strip, panel, packed);
+                }
+            }
+        });
+    }
+
+    fn pack<const P: usize>(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
+        let mut done = 0;
+        for piece in self.pieces {
+            let view = &self.terms[piece.term].1;
+            // A B whose rows lie far apart is read a step at a time for all panels: else every row is another page, for each panel.
+            let most = if view.along_k() { piece.steps.len() } else { 1 };
+            for steps in even_parts(piece.steps.clone(), most.max(1)) {
+                let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
+                let at = (done + steps.start - piece.steps.start) * P * PAIR;
+                for (panel, packed) in panels.clone().zip(packed.chunks_mut(size)) {
+                    view.pack::<P>(panel * SIDE, k.clone(), &mut packed[at..][..steps.len() * P * PAIR]);
+                }
+            }
+            done += piece.steps.len();
+        }
+    }
+
+    fn tile<const P: usize>(&self, strip: usize, panel: usize, packed: &[Line]) {
+        let (row, column) = (strip * SIDE, panel * SIDE);
+        let (rows, columns) = ((self.m - row).min(SIDE), (self.n - column).min(SIDE));
+        let mut runs: Runs = [(std::ptr::null(), 0); 2];
+        for (run, piece) in runs.iter_mut().zip(self.pieces) {
+            *run = (self.terms[piece.term].0.at(strip, piece.steps.start), piece.steps.len());
+        }
+        // SAFETY: this task alone writes these rows and columns of `out`, which has m rows of n numbers; the runs' steps are packed, in A
+        // from this strip on and in B in this order; `task` holds the registers.
+        unsafe {
+            let out = self.out.at(row * self.n + column);
+            if rows == SIDE && columns == SIDE {
+                kernel::<P>(runs, packed.as_ptr(), out, self.n, self.onto);
+            } else {
+                let mut scratch = [0.0f32; SIDE * SIDE];
+                if self.onto {
+                    (0..rows).for_each(|i| out.add(i * self.n).copy_to_nonoverlapping(&raw mut scratch[i * SIDE], columns));
+                }
+                kernel::<P>(runs, packed.as_ptr(), scratch.as_mut_ptr(), SIDE, self.onto);
+                (0..rows).for_each(|i| out.add(i * self.n).copy_from_nonoverlapping(&raw const scratch[i * SIDE], columns));
+            }
+            let (start, stride) = match self.start {
+                Start::Zero => return,
+                Start::Row(values) => (&values[column..], 0),
+                Start::Matrix(values) => (&values[row * self.n + column..], self.n),
+            };
+            add(out, self.n, start, stride, rows, columns);
+        }
+    }
+}
+
+/// out (rows, columns) += start, their rows `n` and `stride` numbers apart.
+///
+/// # Safety
+/// out's rows are writable; the processor has AVX-512 F.
+#[target_feature(enable = "avx512f")]
+unsafe fn add(out: *mut f32, n: usize, start: &[f32], stride: usize, rows: usize, columns: usize) {
+    for row in 0..rows {
+        // SAFETY: the caller's promise.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.add(row * n), columns) };
+        out.iter_mut().zip(&start[row * stride..][..columns]).for_each(|(out, start)| *out += start);
+    }
+}

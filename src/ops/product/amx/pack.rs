@@ -1,0 +1,186 @@
+//! Copies operands into tiles: bf16, a step of k after the other, for each step its planes, for each plane two tiles of 16 lanes.
+//!
+//! A lane is a row of A or a column of B. A's tiles hold a lane in each row, its 32 numbers of k side by side; B's hold two
+//! neighbours of k in each row, for one lane after the other.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::pack::{Number, transpose_16};
+use super::super::{Matrix, Values};
+use super::kernel::{DEPTH, Line, PAIR, SIDE};
+
+/// Lanes of a tile, and lines.
+const LANES: usize = 16;
+
+/// The side of a product that is packed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    A,
+    B,
+}
+
+/// A matrix seen from its side of the product: lanes, and k along each.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) side: Side,
+    values: Values<'a>,
+    pub(super) lanes: usize,
+    pub(super) depth: usize,
+    lane_stride: usize,
+    k_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// A's lanes are its rows.
+    pub(super) fn a(m: &Matrix<'a>) -> Self {
+        let Matrix { values, rows, columns, row_stride, column_stride } = *m;
+        Self { side: Side::A, values, lanes: rows, depth: columns, lane_stride: row_stride, k_stride: column_stride }
+    }
+
+    /// B's lanes are its columns.
+    pub(super) fn b(m: &Matrix<'a>) -> Self {
+        let Matrix { values, rows, columns, row_stride, column_stride } = *m;
+        Self { side: Side::B, values, lanes: columns, depth: rows, lane_stride: column_stride, k_stride: row_stride }
+    }
+
+    /// Whether a lane's numbers lie side by side.
+    pub(super) fn along_k(&self) -> bool {
+        self.k_stride == 1
+    }
+
+    /// Packs lanes `first..first + 32` for `steps` steps of k from number `k.start` on, zero beyond the matrix and beyond `k`.
+    pub(super) fn pack<const P: usize>(&self, first: usize, k: Range<usize>, out: &mut [Line]) {
+        assert!(k.end <= self.depth && first < self.lanes && (self.lane_stride == 1 || self.k_stride == 1), "inside the matrix");
+        assert_eq!(out.len(), k.len().div_ceil(DEPTH) * P * PAIR, "room for every step");
+        match self.values {
+            Values::F32(values) => self.pack_of::<f32, P>(values, first, k, out),
+            Values::Bf16(values) => self.pack_of::<half::bf16, P>(values, first, k, out),
+        }
+    }
+
+    fn pack_of<T: Number, const P: usize>(&self, values: &[T], first: usize, k: Range<usize>, out: &mut [Line]) {
+        for (start, step) in k.clone().step_by(DEPTH).zip(out.chunks_exact_mut(P * PAIR)) {
+            for half in 0..SIDE / LANES {
+                let lane = first + half * LANES;
+                let (lanes, depth) = (self.lanes.saturating_sub(lane).min(LANES), (k.end - start).min(DEPTH));
+                let from = values.as_ptr().wrapping_add(lane * self.lane_stride + start * self.k_stride);
+                let at = &mut step[half * LANES..];
+                // SAFETY: these lanes and numbers lie inside the matrix (asserted by `pack`); a view is only made where AMX is, which no
+                // processor has without the vectors used here.
+                unsafe {
+                    if self.along_k() {
+                        along_k::<T, P>(from, self.lane_stride, lanes, depth, at);
+                    } else {
+                        along_lanes::<T, P>(from, self.k_stride, lanes, depth, at);
+                    }
+                    if self.along_k() == (self.side == Side::B) {
+                        (0..P).for_each(|plane| transpose(&mut at[plane * PAIR..plane * PAIR + LANES]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The first `count` of sixteen lanes.
+fn first(count: usize) -> u16 {
+    if count >= LANES { u16::MAX } else { (1 << count) - 1 }
+}
+
+/// Line i = 32 numbers of lane i.
+///
+/// # Safety
+/// `depth` numbers of `lanes` lanes, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn along_k<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: &mut [Line]) {
+    for lane in 0..LANES {
+        let low = from.wrapping_add(lane * stride);
+        let masks = if lane < lanes { (first(depth), first(depth.saturating_sub(LANES))) } else { (0, 0) };
+        // SAFETY: the masks name what lies inside the lane.
+        unsafe { store::<P>(words::<T, P>(low, low.wrapping_add(LANES), masks), out, lane) };
+    }
+}
+
+/// Line i = numbers 2 i and 2 i + 1 of each lane.
+///
+/// # Safety
+/// `depth` rows of `lanes` numbers, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn along_lanes<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: &mut [Line]) {
+    // Number i of the lower half, then number i of the upper half.
+    let both = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
+    );
+    let mask = first(lanes);
+    for pair in 0..LANES {
+        let low = from.wrapping_add(2 * pair * stride);
+        let masks = (if 2 * pair < depth { mask } else { 0 }, if 2 * pair + 1 < depth { mask } else { 0 });
+        // SAFETY: the masks name what lies inside these two rows.
+        unsafe {
+            let words = words::<T, P>(low, low.wrapping_add(stride), masks);
+            store::<P>(words.map(|words| _mm512_permutexvar_epi16(both, words)), out, pair);
+        }
+    }
+}
+
+/// # Safety
+/// The processor has AVX-512 F.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn store<const P: usize>(words: [__m512i; P], out: &mut [Line], line: usize) {
+    for (plane, words) in words.into_iter().enumerate() {
+        // SAFETY: a line is 64 bytes, aligned.
+        unsafe { _mm512_store_si512((&raw mut out[plane * PAIR + line]).cast(), words) };
+    }
+}
+
+/// Sixteen numbers and sixteen more as bf16, in `P` parts that add up to them: rounded, or the 24 bits of f32 in three times 8.
+///
+/// # Safety
+/// The numbers that the masks name must be readable; the processor has AVX-512 F, BW, VL and BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn words<T: Number, const P: usize>(low: *const T, high: *const T, masks: (u16, u16)) -> [__m512i; P] {
+    // SAFETY: the caller's promise.
+    let (low, high) = unsafe { (parts::<P>(T::load(low, masks.0)), parts::<P>(T::load(high, masks.1))) };
+    let mut words = [_mm512_setzero_si512(); P];
+    for (words, (low, high)) in words.iter_mut().zip(low.into_iter().zip(high)) {
+        // SAFETY: both are 512 bits without a meaning of their own.
+        *words = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) };
+    }
+    words
+}
+
+/// x = the sum of its parts, each but the last of 8 bits: the last is rounded by what stores it.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn parts<const P: usize>(x: __m512) -> [__m512; P] {
+    let mut parts = [x; P];
+    for part in 1..P {
+        let rest = parts[part - 1];
+        let bits = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000));
+        parts[part - 1] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32.cast_signed())));
+        parts[part] = _mm512_sub_ps(rest, parts[part - 1]);
+    }
+    parts
+}
+
+/// Line i, word j <-> line j, word i.
+///
+/// # Safety
+/// The processor has AVX-512 F.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn transpose(lines: &mut [Line]) {
+    let mut block = [_mm512_setzero_ps(); LANES];
+    for (row, line) in block.iter_mut().zip(lines.iter()) {
+        // SAFETY: a line is 64 bytes, aligned.
+        *row = unsafe { _mm512_load_ps((&raw const *line).cast()) };
+    }
+    transpose_16(&mut block);
+    for (row, line) in block.iter().zip(lines) {
+        // SAFETY: as above.
+        unsafe { _mm512_store_ps((&raw mut *line).cast(), *row) };
+    }
+}

@@ -1,0 +1,21 @@
+//! Tile registers where there are none: nothing can be packed for them.
+
+use super::{Matrix, Start};
+use crate::work::Precision;
+
+pub(super) fn permitted() -> bool {
+    false
+}
+
+/// As `amx::Packed`, of which there is none.
+pub(super) enum Packed {}
+
+impl Packed {
+    pub(super) fn new(_: &Matrix<'_>, _: Precision) -> Option<Self> {
+        None
+    }
+}
+
+pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], _: Start<'_>, _: &mut [f32]) {
+    match *terms[0].0 {}
+}
