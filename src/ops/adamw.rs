@@ -1,10 +1,10 @@
 //! AdamW over the flat parameter buffer in one pass (Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW's order of operations).
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
-use rayon::prelude::*;
 
 use super::host::{Host, expect};
 use super::simd::vectorized;
+use super::team::each;
 use super::{Context, Parameters};
 use crate::error::Result;
 use crate::work::Work;
@@ -93,7 +93,8 @@ fn norm(gradient: &Tensor) -> Result<f64> {
             },
         )
     };
-    let partial: Vec<f64> = host.slice().par_chunks(CHUNK).map(square).collect();
+    let mut partial = vec![0.0; host.slice().len().div_ceil(CHUNK)];
+    each(partial.iter_mut().zip(host.slice().chunks(CHUNK)), |(partial, chunk)| *partial = square(chunk));
     Ok(partial.iter().sum::<f64>().sqrt())
 }
 
@@ -138,13 +139,13 @@ impl InplaceOp2 for Pass {
         let gradient = &gradient[start..end];
         let (value, moments) = state.split_at_mut(gradient.len());
         let (first, second) = moments.split_at_mut(gradient.len());
-        let rows = value.par_chunks_mut(CHUNK).zip(first.par_chunks_mut(CHUNK)).zip(second.par_chunks_mut(CHUNK));
-        rows.zip(gradient.par_chunks(CHUNK)).for_each(|(((value, first), second), gradient)| {
+        let rows = value.chunks_mut(CHUNK).zip(first.chunks_mut(CHUNK)).zip(second.chunks_mut(CHUNK));
+        each(rows.zip(gradient.chunks(CHUNK)), |(((value, first), second), gradient)| {
             vectorized(
                 #[inline(always)]
                 || {
-                    let each = value.iter_mut().zip(first).zip(second).zip(gradient);
-                    each.for_each(|(((value, first), second), gradient)| self.update((value, first, second), *gradient));
+                    let numbers = value.iter_mut().zip(first).zip(second).zip(gradient);
+                    numbers.for_each(|(((value, first), second), gradient)| self.update((value, first, second), *gradient));
                 },
             );
         });

@@ -4,11 +4,11 @@
 //! loss positions are given in, so a prompt costs nothing here.
 
 use candle_core::{D, DType, Tensor};
-use rayon::prelude::*;
 
 use super::host::{Host, expect, tensor};
 use super::product::{Matrix, product};
 use super::simd::{self, vectorized};
+use super::team::each;
 use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -196,8 +196,9 @@ fn row_losses(logits: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
 /// The same in one pass over logits (L, V), which become their gradients where `scale` is given.
 fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
     let vocab = logits.len() / targets.len().max(1);
-    let rows = logits.par_chunks_mut(vocab.max(1)).zip(targets);
-    let row = |(z, target): (&mut [f32], &u32)| {
+    let mut losses = vec![0.0; targets.len()];
+    let rows = logits.chunks_mut(vocab.max(1)).zip(targets).zip(&mut losses);
+    each(rows, |((z, target), loss)| {
         let target = *target as usize;
         let at_target = z[target];
         let (max, sum) = vectorized(
@@ -221,9 +222,9 @@ fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
         if let Some(scale) = scale {
             z[target] -= scale;
         }
-        max + sum.ln() as f32 - at_target
-    };
-    rows.map(row).collect()
+        *loss = max + sum.ln() as f32 - at_target;
+    });
+    losses
 }
 
 fn logit_gradients_reference(logits: &Tensor, targets: &[u32], scale: f64) -> Result<Tensor> {

@@ -2,11 +2,11 @@
 
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor};
 use half::bf16;
-use rayon::prelude::*;
 
 use super::Context;
 use super::product::{Matrix, Number, Values};
 use super::simd::vectorized;
+use super::team::each;
 use crate::error::{Error, Kind, Result};
 use crate::work::Precision;
 
@@ -79,7 +79,7 @@ pub(super) unsafe fn uninitialized<T: Copy>(n: usize) -> Vec<T> {
 pub(super) fn widen(values: &[bf16]) -> Vec<f32> {
     // SAFETY: the loop writes every number.
     let mut wide = unsafe { uninitialized(values.len()) };
-    wide.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(wide, narrow)| {
+    each(wide.chunks_mut(CHUNK).zip(values.chunks(CHUNK)), |(wide, narrow)| {
         vectorized(
             #[inline(always)]
             || wide.iter_mut().zip(narrow).for_each(|(wide, x)| *wide = x.widen()),
@@ -111,7 +111,7 @@ pub(super) fn kept(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
     let host = Host::open(x)?;
     // SAFETY: the loop writes every number.
     let mut narrow = unsafe { uninitialized(host.len) };
-    narrow.par_chunks_mut(CHUNK).zip(host.slice().par_chunks(CHUNK)).for_each(|(narrow, x)| {
+    each(narrow.chunks_mut(CHUNK).zip(host.slice().chunks(CHUNK)), |(narrow, x)| {
         vectorized(
             #[inline(always)]
             || narrow_into(narrow, x),

@@ -19,6 +19,7 @@ mod rope;
 mod segments;
 mod simd;
 mod swiglu;
+mod team;
 
 pub use adamw::{AdamW, adamw_cost};
 pub use attention::{Attention, AttentionSaved, attention_backward_cost, attention_decode_cost, attention_forward_cost};

@@ -1,11 +1,11 @@
 //! `y = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, equation 4).
 
 use candle_core::{D, Tensor};
-use rayon::prelude::*;
 
 use super::host::{Host, ROWS_PER_TASK, expect, kept, restored, tensor, uninitialized};
 use super::residual::residual_cost;
 use super::simd::{self, vectorized};
+use super::team::each;
 use super::{Context, Gradients, Weight};
 use crate::error::Result;
 use crate::work::Work;
@@ -108,12 +108,15 @@ impl RmsNorm {
         let (x, weight) = (x.slice(), weight.slice());
         // SAFETY: the loop writes every row.
         let mut y = unsafe { uninitialized(n * c) };
-        y.par_chunks_mut(c).zip(x.par_chunks(c)).with_min_len(ROWS_PER_TASK).for_each(|(y, x)| {
+        let rows = c.max(1) * ROWS_PER_TASK;
+        each(y.chunks_mut(rows).zip(x.chunks(rows)), |(y, x)| {
             vectorized(
                 #[inline(always)]
                 || {
-                    let s = self.inverse_rms_of(x);
-                    y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
+                    for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                        let s = self.inverse_rms_of(x);
+                        y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
+                    }
                 },
             );
         });
@@ -127,17 +130,21 @@ impl RmsNorm {
         let base = base.map(Host::open).transpose()?;
         // SAFETY: the loop writes every row, from `base` where there is one.
         let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
-        let rows = dx.par_chunks_mut(c).zip(dy.par_chunks(c)).zip(x.par_chunks(c)).enumerate();
-        rows.with_min_len(ROWS_PER_TASK).for_each(|(row, ((dx, dy), x))| {
+        let rows = c.max(1) * ROWS_PER_TASK;
+        each(dx.chunks_mut(rows).zip(dy.chunks(rows)).zip(x.chunks(rows)).enumerate(), |(index, ((dx, dy), x))| {
             vectorized(
                 #[inline(always)]
                 || {
-                    let s = self.inverse_rms_of(x);
-                    let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
-                    let along = gx / c as f32 * s * s * s;
-                    dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
-                    if let Some(base) = &base {
-                        dx.iter_mut().zip(&base.slice()[row * c..]).for_each(|(dx, base)| *dx += base);
+                    for (row, ((dx, dy), x)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c)).enumerate()
+                    {
+                        let s = self.inverse_rms_of(x);
+                        let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
+                        let along = gx / c as f32 * s * s * s;
+                        dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
+                        if let Some(base) = &base {
+                            let base = &base.slice()[index * rows + row * c..][..c];
+                            dx.iter_mut().zip(base).for_each(|(dx, base)| *dx += base);
+                        }
                     }
                 },
             );

@@ -6,10 +6,10 @@
 use std::f64::consts::PI;
 
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 
 use super::host::{Host, ROWS_PER_TASK, expect, tensor, uninitialized};
 use super::simd::vectorized;
+use super::team::each;
 use super::{Context, Segments};
 use crate::error::{Error, Kind, Result};
 use crate::work::Work;
@@ -219,12 +219,15 @@ impl RopeTables {
         let (x, cos, sin) = (x.slice(), cos.slice(), sin.slice());
         // SAFETY: the loop writes every row.
         let mut y: Vec<f32> = unsafe { uninitialized(n * c) };
-        let rows = y.par_chunks_mut(c).zip(x.par_chunks(c)).zip(cos.par_chunks(half).zip(sin.par_chunks(half)));
-        rows.with_min_len(ROWS_PER_TASK).for_each(|((y, x), (cos, sin))| {
+        let rows = |width: usize| width.max(1) * ROWS_PER_TASK;
+        let angles = cos.chunks(rows(half)).zip(sin.chunks(rows(half)));
+        each(y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles), |((y, x), (cos, sin))| {
             vectorized(
                 #[inline(always)]
                 || {
-                    for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                    let heads = c / (2 * half);
+                    for (head, (y, x)) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)).enumerate() {
+                        let (cos, sin) = (&cos[head / heads * half..], &sin[head / heads * half..]);
                         let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
                         let (cos, sin, x1, x2) = (&cos[..half], &sin[..half], &x1[..half], &x2[..half]);
                         let (y1, y2) = (&mut y1[..half], &mut y2[..half]);

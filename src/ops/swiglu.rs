@@ -2,12 +2,12 @@
 
 use candle_core::{Device, Tensor};
 use half::bf16;
-use rayon::prelude::*;
 
 use super::Context;
 use super::host::{CHUNK, Host, expect, kept, narrow_into, restored, tensor, uninitialized};
 use super::product::{Number, Values};
 use super::simd::{self, vectorized};
+use super::team::each;
 use crate::error::Result;
 use crate::work::{Precision, Work};
 
@@ -38,11 +38,11 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
     let shape = gate.dims2()?;
     let (gate_host, up_host) = (Host::open(gate)?, Host::open(up)?);
     let n = gate_host.slice().len();
-    let inputs = gate_host.slice().par_chunks(CHUNK).zip(up_host.slice().par_chunks(CHUNK));
+    let inputs = gate_host.slice().chunks(CHUNK).zip(up_host.slice().chunks(CHUNK));
     // SAFETY: the loops below write every number.
     let mut y: Vec<f32> = unsafe { uninitialized(n) };
     if context.precision != Precision::Bf16 {
-        y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (gate, up))| {
+        each(y.chunks_mut(CHUNK).zip(inputs), |(y, (gate, up))| {
             vectorized(
                 #[inline(always)]
                 || forward(y, gate, up),
@@ -52,8 +52,8 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
     }
     // SAFETY: as above.
     let (mut gate16, mut up16): (Vec<bf16>, Vec<bf16>) = unsafe { (uninitialized(n), uninitialized(n)) };
-    let narrow = gate16.par_chunks_mut(CHUNK).zip(up16.par_chunks_mut(CHUNK));
-    y.par_chunks_mut(CHUNK).zip(narrow).zip(inputs).for_each(|((y, (gate16, up16)), (gate, up))| {
+    let narrow = gate16.chunks_mut(CHUNK).zip(up16.chunks_mut(CHUNK));
+    each(y.chunks_mut(CHUNK).zip(narrow).zip(inputs), |((y, (gate16, up16)), (gate, up))| {
         vectorized(
             #[inline(always)]
             || {
@@ -86,7 +86,7 @@ pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor>
     let (gate, up) = (Host::open_any(gate)?, Host::open_any(up)?);
     // SAFETY: the loop below writes every number.
     let mut y: Vec<f32> = unsafe { uninitialized(shape.0 * shape.1) };
-    y.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, y)| {
+    each(y.chunks_mut(CHUNK).enumerate(), |(chunk, y)| {
         let range = chunk * CHUNK..chunk * CHUNK + y.len();
         vectorized(
             #[inline(always)]
@@ -117,8 +117,8 @@ pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, saved: &SwigluSaved) -
     let n = dy.slice().len();
     // SAFETY: the loop below writes every number.
     let (mut dgate, mut dup): (Vec<f32>, Vec<f32>) = unsafe { (uninitialized(n), uninitialized(n)) };
-    let outputs = dgate.par_chunks_mut(CHUNK).zip(dup.par_chunks_mut(CHUNK));
-    outputs.zip(dy.slice().par_chunks(CHUNK)).enumerate().for_each(|(chunk, ((dgate, dup), dy))| {
+    let outputs = dgate.chunks_mut(CHUNK).zip(dup.chunks_mut(CHUNK));
+    each(outputs.zip(dy.slice().chunks(CHUNK)).enumerate(), |(chunk, ((dgate, dup), dy))| {
         let range = chunk * CHUNK..chunk * CHUNK + dy.len();
         let n = dy.len();
         let (dgate, dup) = (&mut dgate[..n], &mut dup[..n]);

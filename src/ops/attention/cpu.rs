@@ -7,13 +7,13 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{Host, ROWS_PER_TASK, Shared, tensor, uninitialized};
 use crate::ops::product::{Isa, TileArgs, Values, available, strip};
 use crate::ops::simd::{self, vectorized};
+use crate::ops::team::each;
 use crate::ops::{Segments, issue};
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
@@ -219,7 +219,7 @@ impl Attention {
             starts.map(move |start| (range.clone(), start..(start + QUERIES).min(range.len())))
         });
         let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
-        tasks.into_par_iter().with_max_len(1).for_each(|((range, queries), head)| {
+        each(tasks.into_iter(), |((range, queries), head)| {
             self.forward_task([q, k, v], &range, queries, head, (out_at, lse_at));
         });
         Ok((tensor(out, (n, width))?, tensor(lse, (n, self.heads))?))
@@ -284,7 +284,7 @@ impl Attention {
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
         let heads = 0..self.heads;
         let tasks: Vec<_> = segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range, head))).collect();
-        tasks.into_par_iter().with_max_len(1).for_each(|(range, head)| self.backward_task(&x, range, head, at));
+        each(tasks.into_iter(), |(range, head)| self.backward_task(&x, range, head, at));
         let [dq, dk, dv] = grads;
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
@@ -342,10 +342,12 @@ impl Attention {
         }
         // SAFETY: the loop writes every head of every row.
         let mut sums: Vec<f32> = unsafe { uninitialized(values.len() / group) };
-        let heads = sums.par_chunks_exact_mut(d).zip(values.par_chunks_exact(group * d));
-        heads.with_min_len(ROWS_PER_TASK).for_each(|(sum, heads)| {
-            sum.copy_from_slice(&heads[..d]);
-            heads[d..].chunks_exact(d).for_each(|head| sum.iter_mut().zip(head).for_each(|(sum, x)| *sum += x));
+        let size = ROWS_PER_TASK * self.kv_heads * d;
+        each(sums.chunks_mut(size).zip(values.chunks(group * size)), |(sums, values)| {
+            for (sum, heads) in sums.chunks_exact_mut(d).zip(values.chunks_exact(group * d)) {
+                sum.copy_from_slice(&heads[..d]);
+                heads[d..].chunks_exact(d).for_each(|head| sum.iter_mut().zip(head).for_each(|(sum, x)| *sum += x));
+            }
         });
         sums
     }

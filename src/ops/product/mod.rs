@@ -17,10 +17,10 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::host::{Shared, uninitialized, widen};
 use super::issue;
+use super::team::each;
 use crate::work::Precision;
 pub(super) use pack::Number;
 pub(super) use tile::{Isa, TileArgs, available};
@@ -241,7 +241,7 @@ fn tasks(panels: usize, most: usize, rows: usize, least: usize, task: impl Fn(Ra
     };
     match groups * splits {
         1 => cut(0),
-        count => (0..count).into_par_iter().with_max_len(1).for_each(cut),
+        count => each(0..count, cut),
     }
 }
 

@@ -19,6 +19,13 @@ pub(in crate::ops) trait Number: Copy {
     /// The numbers that `mask` names must be readable; the processor has AVX-512 F, BW and VL.
     #[cfg(target_arch = "x86_64")]
     unsafe fn load(from: *const Self, mask: u16) -> std::arch::x86_64::__m512;
+
+    /// The same pointers where the numbers are bf16 as they stand.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn bf16(_low: *const Self, _high: *const Self) -> Option<(*const bf16, *const bf16)> {
+        None
+    }
 }
 
 impl Number for f32 {
@@ -51,6 +58,12 @@ impl Number for bf16 {
             let narrow = _mm256_maskz_loadu_epi16(mask, from.cast());
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow)))
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn bf16(low: *const Self, high: *const Self) -> Option<(*const bf16, *const bf16)> {
+        Some((low, high))
     }
 }
 

@@ -11,12 +11,11 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use rayon::prelude::*;
-
 use self::kernel::{DEPTH, Line, PAIR, Runs, SIDE, Tiles, kernel};
 use self::pack::View;
 use super::{Matrix, Start, even_parts, tasks};
 use crate::ops::host::{Shared, uninitialized};
+use crate::ops::team::each;
 use crate::work::Precision;
 
 /// Bytes of packed B of one run through k: with A's it streams through a second-level cache of 2 MiB, which every processor with AMX has.
@@ -66,10 +65,7 @@ impl Packed {
         let (strip, strips) = (steps * P * PAIR, a.rows.div_ceil(SIDE));
         // SAFETY: `pack` writes every line.
         let mut lines: Vec<Line> = unsafe { uninitialized(strips * strip) };
-        lines
-            .par_chunks_mut(strip.max(1))
-            .enumerate()
-            .for_each(|(index, lines)| view.pack::<P>(index * SIDE, 0..a.columns, lines));
+        each(lines.chunks_mut(strip.max(1)).enumerate(), |(index, lines)| view.pack::<P>(index * SIDE, 0..a.columns, lines));
         Self { lines, rows: a.rows, steps, planes: P }
     }
 

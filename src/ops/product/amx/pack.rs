@@ -1,7 +1,9 @@
 //! Copies operands into tiles: bf16, a step of k after the other, for each step its planes, for each plane two tiles of 16 lanes.
 //!
 //! A lane is a row of A or a column of B. A's tiles hold a lane in each row, its 32 numbers of k side by side; B's hold two
-//! neighbours of k in each row, for one lane after the other.
+//! neighbours of k in each row, for one lane after the other. Loops here are plain indices, as the tiles' are.
+
+#![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -65,9 +67,9 @@ impl<'a> View<'a> {
                 let lane = first + half * LANES;
                 let (lanes, depth) = (self.lanes.saturating_sub(lane).min(LANES), (k.end - start).min(DEPTH));
                 let from = values.as_ptr().wrapping_add(lane * self.lane_stride + start * self.k_stride);
-                let at = &mut step[half * LANES..];
-                // SAFETY: these lanes and numbers lie inside the matrix (asserted by `pack`); a view is only made where AMX is, which no
-                // processor has without the vectors used here.
+                let at = step[half * LANES..].as_mut_ptr();
+                // SAFETY: these lanes and numbers lie inside the matrix (asserted by `pack`), and `step` has room for them; a view is only
+                // made where AMX is, which no processor has without the vectors used here.
                 unsafe {
                     if self.along_k() {
                         along_k::<T, P>(from, self.lane_stride, lanes, depth, at);
@@ -75,7 +77,9 @@ impl<'a> View<'a> {
                         along_lanes::<T, P>(from, self.k_stride, lanes, depth, at);
                     }
                     if self.along_k() == (self.side == Side::B) {
-                        (0..P).for_each(|plane| transpose(&mut at[plane * PAIR..plane * PAIR + LANES]));
+                        for plane in 0..P {
+                            transpose(at.add(plane * PAIR));
+                        }
                     }
                 }
             }
@@ -84,6 +88,7 @@ impl<'a> View<'a> {
 }
 
 /// The first `count` of sixteen lanes.
+#[inline(always)]
 fn first(count: usize) -> u16 {
     if count >= LANES { u16::MAX } else { (1 << count) - 1 }
 }
@@ -93,12 +98,18 @@ fn first(count: usize) -> u16 {
 /// # Safety
 /// `depth` numbers of `lanes` lanes, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn along_k<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: &mut [Line]) {
+unsafe fn along_k<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: *mut Line) {
+    let masks = (first(depth), first(depth.saturating_sub(LANES)));
     for lane in 0..LANES {
         let low = from.wrapping_add(lane * stride);
-        let masks = if lane < lanes { (first(depth), first(depth.saturating_sub(LANES))) } else { (0, 0) };
+        let masks = if lane < lanes { masks } else { (0, 0) };
         // SAFETY: the masks name what lies inside the lane.
-        unsafe { store::<P>(words::<T, P>(low, low.wrapping_add(LANES), masks), out, lane) };
+        unsafe {
+            let words = words::<T, P>(low, low.wrapping_add(LANES), masks);
+            for plane in 0..P {
+                _mm512_store_si512(out.add(plane * PAIR + lane).cast(), words[plane]);
+            }
+        }
     }
 }
 
@@ -107,7 +118,7 @@ unsafe fn along_k<T: Number, const P: usize>(from: *const T, stride: usize, lane
 /// # Safety
 /// `depth` rows of `lanes` numbers, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn along_lanes<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: &mut [Line]) {
+unsafe fn along_lanes<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: *mut Line) {
     // Number i of the lower half, then number i of the upper half.
     let both = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
@@ -119,19 +130,11 @@ unsafe fn along_lanes<T: Number, const P: usize>(from: *const T, stride: usize, 
         // SAFETY: the masks name what lies inside these two rows.
         unsafe {
             let words = words::<T, P>(low, low.wrapping_add(stride), masks);
-            store::<P>(words.map(|words| _mm512_permutexvar_epi16(both, words)), out, pair);
+            for plane in 0..P {
+                let words = _mm512_permutexvar_epi16(both, words[plane]);
+                _mm512_store_si512(out.add(plane * PAIR + pair).cast(), words);
+            }
         }
-    }
-}
-
-/// # Safety
-/// The processor has AVX-512 F.
-#[target_feature(enable = "avx512f")]
-#[inline]
-unsafe fn store<const P: usize>(words: [__m512i; P], out: &mut [Line], line: usize) {
-    for (plane, words) in words.into_iter().enumerate() {
-        // SAFETY: a line is 64 bytes, aligned.
-        unsafe { _mm512_store_si512((&raw mut out[plane * PAIR + line]).cast(), words) };
     }
 }
 
@@ -142,12 +145,19 @@ unsafe fn store<const P: usize>(words: [__m512i; P], out: &mut [Line], line: usi
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
 unsafe fn words<T: Number, const P: usize>(low: *const T, high: *const T, masks: (u16, u16)) -> [__m512i; P] {
+    if let (Some((low, high)), 1) = (T::bf16(low, high), P) {
+        // SAFETY: the caller's promise; bf16 is a transparent u16.
+        return unsafe {
+            let (low, high) = (_mm256_maskz_loadu_epi16(masks.0, low.cast()), _mm256_maskz_loadu_epi16(masks.1, high.cast()));
+            [_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high); P]
+        };
+    }
     // SAFETY: the caller's promise.
     let (low, high) = unsafe { (parts::<P>(T::load(low, masks.0)), parts::<P>(T::load(high, masks.1))) };
     let mut words = [_mm512_setzero_si512(); P];
-    for (words, (low, high)) in words.iter_mut().zip(low.into_iter().zip(high)) {
+    for plane in 0..P {
         // SAFETY: both are 512 bits without a meaning of their own.
-        *words = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) };
+        words[plane] = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high[plane], low[plane])) };
     }
     words
 }
@@ -169,18 +179,17 @@ fn parts<const P: usize>(x: __m512) -> [__m512; P] {
 /// Line i, word j <-> line j, word i.
 ///
 /// # Safety
-/// The processor has AVX-512 F.
+/// Sixteen lines must be readable and writable; the processor has AVX-512 F.
 #[target_feature(enable = "avx512f")]
-#[inline]
-unsafe fn transpose(lines: &mut [Line]) {
+unsafe fn transpose(lines: *mut Line) {
     let mut block = [_mm512_setzero_ps(); LANES];
-    for (row, line) in block.iter_mut().zip(lines.iter()) {
+    for row in 0..LANES {
         // SAFETY: a line is 64 bytes, aligned.
-        *row = unsafe { _mm512_load_ps((&raw const *line).cast()) };
+        block[row] = unsafe { _mm512_load_ps(lines.add(row).cast()) };
     }
     transpose_16(&mut block);
-    for (row, line) in block.iter().zip(lines) {
+    for row in 0..LANES {
         // SAFETY: as above.
-        unsafe { _mm512_store_ps((&raw mut *line).cast(), *row) };
+        unsafe { _mm512_store_ps(lines.add(row).cast(), block[row]) };
     }
 }
