@@ -14,7 +14,8 @@ use crate::ops::host::{Host, ROWS_PER_TASK, Shared, tensor, uninitialized};
 use crate::ops::product::{Isa, TileArgs, Values, available, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
-use crate::ops::{Segments, issue};
+use crate::ops::{Context, Segments, issue};
+use crate::work::Precision;
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
 const QUERIES: usize = 4 * BLOCK;
@@ -47,23 +48,23 @@ impl Head {
         self.values[row * self.width..].as_ptr()
     }
 
-    /// Rows `rows`, times `scale`, as columns: (d, `lanes`), zero beyond the last row.
-    fn transposed(&self, rows: Range<usize>, d: usize, lanes: usize, scale: f32) -> Vec<f32> {
+    /// Rows `rows` as columns: (d, `lanes`), zero beyond the last row.
+    fn transposed(&self, rows: Range<usize>, d: usize, lanes: usize) -> Vec<f32> {
         let mut columns = vec![0.0; d * lanes];
         for (lane, row) in rows.enumerate() {
             let row = &self.values[row * self.width..][..d];
-            columns[lane..].iter_mut().step_by(lanes).zip(row).for_each(|(out, x)| *out = x * scale);
+            columns[lane..].iter_mut().step_by(lanes).zip(row).for_each(|(out, x)| *out = *x);
         }
         columns
     }
 }
 
 /// Up to a tile's width of queries of a block, and the keys they see: all counted from the segment's start.
-struct Panel {
-    queries: Range<usize>,
-    keys: Range<usize>,
+pub(super) struct Panel {
+    pub(super) queries: Range<usize>,
+    pub(super) keys: Range<usize>,
     /// Lanes of its buffers: the queries, rounded up to whole vectors.
-    lanes: usize,
+    pub(super) lanes: usize,
 }
 
 fn panels(isa: &Isa, block: &Block) -> impl Iterator<Item = Panel> + use<> {
@@ -137,7 +138,7 @@ impl Panel {
     }
 
     /// Minus infinity where a query does not see a key: where it comes before the key, or `window` or more after it.
-    fn hide(&self, window: Option<usize>, scores: &mut [f32]) {
+    pub(super) fn hide(&self, window: Option<usize>, scores: &mut [f32]) {
         let (start, lanes) = (self.queries.start, self.queries.len());
         for (key, row) in self.keys.clone().zip(scores.chunks_exact_mut(self.lanes)) {
             row[..key.saturating_sub(start).min(lanes)].fill(f32::NEG_INFINITY);
@@ -145,6 +146,20 @@ impl Panel {
             row[unseen..lanes].fill(f32::NEG_INFINITY);
         }
     }
+}
+
+/// Returns what the pass in tile registers gives, where the processor has them.
+macro_rules! by_tiles {
+    ($self:ident, $context:ident, $name:ident($($argument:expr),*)) => {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if available()[0].amx {
+            return match $context.precision {
+                Precision::F32 => $self.$name::<3>($($argument),*),
+                Precision::Bf16 | Precision::F16 => $self.$name::<1>($($argument),*),
+            };
+        }
+        let _ = $context;
+    };
 }
 
 /// Calls `$name::<LANES>` with the number of lanes as a constant.
@@ -158,8 +173,8 @@ macro_rules! by_lanes {
     };
 }
 
-/// Scores (keys, L) -> exp(score - max), not yet divided by their sum; each lane's sum and log-sum-exp.
-fn softmax<const L: usize>(scores: &mut [f32], sums: &mut [f32], lse: &mut [f32]) {
+/// Scores (keys, L) -> exp(scale (score - max)), not yet divided by their sum; each lane's sum, and log-sum-exp of `scale` times its scores.
+pub(super) fn softmax<const L: usize>(scores: &mut [f32], scale: f32, sums: &mut [f32], lse: &mut [f32]) {
     let rows = scores.as_chunks_mut::<L>().0;
     vectorized(
         #[inline(always)]
@@ -173,14 +188,14 @@ fn softmax<const L: usize>(scores: &mut [f32], sums: &mut [f32], lse: &mut [f32]
                 let mut sum = [0.0f32; L];
                 for row in rows {
                     for lane in 0..L {
-                        row[lane] = simd::exp(row[lane] - max[lane]);
+                        row[lane] = simd::exp(scale * (row[lane] - max[lane]));
                         sum[lane] += row[lane];
                     }
                 }
                 total.iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
             }
             for lane in 0..L {
-                lse[lane] = max[lane] + total[lane].ln();
+                lse[lane] = scale * max[lane] + total[lane].ln();
                 sums[lane] = total[lane];
             }
         },
@@ -188,7 +203,7 @@ fn softmax<const L: usize>(scores: &mut [f32], sums: &mut [f32], lse: &mut [f32]
 }
 
 /// Scores and dP (keys, L) -> P and dS, in place.
-fn gradients<const L: usize>(scores: &mut [f32], dp: &mut [f32], lse: &[f32], inner: &[f32], scale: f32) {
+pub(super) fn gradients<const L: usize>(scores: &mut [f32], dp: &mut [f32], lse: &[f32], inner: &[f32], scale: f32) {
     let (mut lses, mut inners) = ([0.0; L], [0.0; L]);
     lses[..lse.len()].copy_from_slice(lse);
     inners[..inner.len()].copy_from_slice(inner);
@@ -197,7 +212,7 @@ fn gradients<const L: usize>(scores: &mut [f32], dp: &mut [f32], lse: &[f32], in
         || {
             for (p, ds) in scores.as_chunks_mut::<L>().0.iter_mut().zip(dp.as_chunks_mut::<L>().0) {
                 for lane in 0..L {
-                    p[lane] = simd::exp(p[lane] - lses[lane]);
+                    p[lane] = simd::exp(scale * p[lane] - lses[lane]);
                     ds[lane] = p[lane] * (ds[lane] - inners[lane]) * scale;
                 }
             }
@@ -207,7 +222,14 @@ fn gradients<const L: usize>(scores: &mut [f32], dp: &mut [f32], lse: &[f32], in
 
 impl Attention {
     /// q (N, Hq D), k, v (N, Hkv D) -> the output and each row's log-sum-exp (N, Hq).
-    pub(super) fn forward_cpu(&self, q: &Tensor, k: &Tensor, v: &Tensor, segments: &Segments) -> Result<(Tensor, Tensor)> {
+    pub(super) fn forward_cpu(
+        &self,
+        context: Context<'_>,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        segments: &Segments,
+    ) -> Result<(Tensor, Tensor)> {
         let (n, width) = (q.dims2()?.0, self.heads * self.head_dim);
         let hosts = (Host::open(q)?, Host::open(k)?, Host::open(v)?);
         let (q, k, v) = (hosts.0.values(), hosts.1.values(), hosts.2.values());
@@ -220,13 +242,15 @@ impl Attention {
         });
         let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
         each(tasks.into_iter(), |((range, queries), head)| {
-            self.forward_task([q, k, v], &range, queries, head, (out_at, lse_at));
+            let at = (out_at, lse_at);
+            by_tiles!(self, context, forward_tiles([q, k, v], &range, queries.clone(), head, at));
+            self.forward_task([q, k, v], &range, queries, head, at);
         });
         Ok((tensor(out, (n, width))?, tensor(lse, (n, self.heads))?))
     }
 
     fn forward_task(&self, x: [Values<'_>; 3], range: &Range<usize>, queries: Range<usize>, head: usize, at: (Shared, Shared)) {
-        let (isa, d, width) = (available()[0], self.head_dim, self.heads * self.head_dim);
+        let (isa, d, width, scale) = (available()[0], self.head_dim, self.heads * self.head_dim, self.scale() as f32);
         let rows = |rows: Range<usize>| range.start + rows.start..range.start + rows.end;
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
         let q = Head::of(isa, x[0], width, rows(queries.clone()), head * d, d);
@@ -239,11 +263,11 @@ impl Attention {
             issue(1, block.queries.len(), d, block.keys.len());
             for panel in panels(isa, &block) {
                 let own = panel.queries.start - queries.start..panel.queries.end - queries.start;
-                let columns = q.transposed(own, d, panel.lanes, self.scale() as f32);
+                let columns = q.transposed(own, d, panel.lanes);
                 panel.scores(isa, &k, &columns, d, &mut scores);
                 panel.hide(self.window, &mut scores);
                 let (mut sums, mut lses) = ([0.0f32; 32], [0.0f32; 32]);
-                by_lanes!(panel.lanes, softmax(&mut scores, &mut sums, &mut lses));
+                by_lanes!(panel.lanes, softmax(&mut scores, scale, &mut sums, &mut lses));
                 panel.mix(isa, &scores, &v, &mut mixed);
                 for (lane, query) in panel.queries.clone().enumerate() {
                     let (row, share) = (range.start + query, 1.0 / sums[lane]);
@@ -265,6 +289,7 @@ impl Attention {
     /// dout (N, Hq D) -> (dq, dk, dv).
     pub(super) fn backward_cpu(
         &self,
+        context: Context<'_>,
         dout: &Tensor,
         saved: &AttentionSaved,
         segments: &Segments,
@@ -284,7 +309,10 @@ impl Attention {
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
         let heads = 0..self.heads;
         let tasks: Vec<_> = segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range, head))).collect();
-        each(tasks.into_iter(), |(range, head)| self.backward_task(&x, range, head, at));
+        each(tasks.into_iter(), |(range, head)| {
+            by_tiles!(self, context, backward_tiles(&x, range, head, at));
+            self.backward_task(&x, range, head, at);
+        });
         let [dq, dk, dv] = grads;
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
@@ -306,9 +334,9 @@ impl Attention {
             issue(3, rows, d, cols);
             for panel in panels(isa, &block) {
                 let queries = panel.queries.clone();
-                panel.scores(isa, &k, &q.transposed(queries.clone(), d, panel.lanes, scale), d, &mut p);
+                panel.scores(isa, &k, &q.transposed(queries.clone(), d, panel.lanes), d, &mut p);
                 panel.hide(self.window, &mut p);
-                panel.scores(isa, &v, &dout.transposed(queries.clone(), d, panel.lanes, 1.0), d, &mut ds);
+                panel.scores(isa, &v, &dout.transposed(queries.clone(), d, panel.lanes), d, &mut ds);
                 let (mut lses, mut inners) = ([0.0f32; 32], [0.0f32; 32]);
                 for (lane, query) in queries.clone().enumerate() {
                     lses[lane] = x.lse[(range.start + query) * self.heads + head];
@@ -353,18 +381,18 @@ impl Attention {
     }
 }
 
-struct Inputs<'a> {
-    qkv: [Values<'a>; 3],
-    out: Values<'a>,
-    dout: &'a [f32],
-    lse: &'a [f32],
+pub(super) struct Inputs<'a> {
+    pub(super) qkv: [Values<'a>; 3],
+    pub(super) out: Values<'a>,
+    pub(super) dout: &'a [f32],
+    pub(super) lse: &'a [f32],
 }
 
 /// Copies rows of `d` numbers, `width` apart, to rows from `first` on of a (N, stride) buffer, from column `column` on.
 ///
 /// # Safety
 /// Those rows and columns lie inside the buffer, and no other task touches them.
-unsafe fn write(from: &[f32], width: usize, d: usize, first: usize, (at, stride, column): (Shared, usize, usize)) {
+pub(super) unsafe fn write(from: &[f32], width: usize, d: usize, first: usize, (at, stride, column): (Shared, usize, usize)) {
     for (row, from) in from.chunks_exact(width).enumerate() {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(at.at((first + row) * stride + column), d) }.copy_from_slice(&from[..d]);

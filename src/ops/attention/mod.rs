@@ -5,6 +5,8 @@
 //! of the full square. The forward pass keeps each row's log-sum-exp; the backward pass computes the block's probabilities again from it
 //! (Dao et al. 2022, "FlashAttention", section 3.1, at this block size).
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod cpu;
 
 use std::ops::Range;
@@ -130,7 +132,7 @@ impl Attention {
         self.check(segments.tokens(), &[("q", &q, self.heads), ("k", &k, self.kv_heads), ("v", &v, self.kv_heads)])?;
         context.tally.add(attention_forward_cost(self, &lengths(segments)));
         let (out, lse) = if context.fused(&q) {
-            self.forward_cpu(&q, &k, &v, segments)?
+            self.forward_cpu(context, &q, &k, &v, segments)?
         } else {
             self.forward_reference(&q, &k, &v, segments)?
         };
@@ -153,7 +155,7 @@ impl Attention {
         expect("lse", &saved.lse, &[segments.tokens(), self.heads])?;
         context.tally.add(attention_backward_cost(self, &lengths(segments)));
         if context.fused(dout) {
-            self.backward_cpu(dout, saved, segments)
+            self.backward_cpu(context, dout, saved, segments)
         } else {
             let wide = |x: &Tensor| restored(context, x);
             let (q, k, v, out) = (wide(&saved.q)?, wide(&saved.k)?, wide(&saved.v)?, wide(&saved.out)?);

@@ -5,7 +5,7 @@
 //! nothing of tensors, layers or gradients.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod amx;
+pub(super) mod amx;
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 #[path = "no_amx.rs"]
 mod amx;

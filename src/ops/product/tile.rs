@@ -43,7 +43,7 @@ pub(in crate::ops) struct Isa {
     /// Whether `pack` may use AVX-512.
     pub(super) avx512: bool,
     /// Whether products of many rows go through tile registers instead.
-    pub(super) amx: bool,
+    pub(in crate::ops) amx: bool,
 }
 
 impl Isa {

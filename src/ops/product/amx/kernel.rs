@@ -5,10 +5,12 @@
 
 use std::arch::asm;
 
+use super::permitted;
+
 /// Bytes of a tile's row, and the stride of packed tiles.
 pub(super) const ROW: usize = 64;
 /// Rows and columns of the result that one call computes.
-pub(super) const SIDE: usize = 32;
+pub(in crate::ops) const SIDE: usize = 32;
 /// Numbers of k of one step: what a tile's row holds in bf16.
 pub(super) const DEPTH: usize = 32;
 /// Cache lines of one operand's two tiles.
@@ -23,14 +25,12 @@ pub(super) struct Line([u8; ROW]);
 pub(super) type Runs = [(*const Line, usize); 2];
 
 /// The thread's tile registers, shaped for the loop; given back when dropped.
-pub(super) struct Tiles(());
+pub(in crate::ops) struct Tiles(());
 
 impl Tiles {
     /// Shapes all eight registers as 16 rows of 64 bytes (palette 1).
-    ///
-    /// # Safety
-    /// The processor has AMX, and the system lets this process use it.
-    pub(super) unsafe fn new() -> Self {
+    pub(in crate::ops) fn new() -> Self {
+        assert!(permitted(), "tile registers are used only where they are permitted");
         // Layout: Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved bytes, then 16 row widths in
         // bytes (u16) and 16 row counts (u8).
         let mut shape = [0u8; 64];
@@ -39,7 +39,7 @@ impl Tiles {
             shape[16 + 2 * register] = ROW as u8;
             shape[48 + register] = 16;
         }
-        // SAFETY: the caller's promise; the 64 bytes are readable.
+        // SAFETY: the instruction is permitted, and the 64 bytes are readable.
         unsafe { asm!("ldtilecfg [{0}]", in(reg) shape.as_ptr(), options(nostack, readonly)) };
         Self(())
     }

@@ -11,8 +11,9 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use self::kernel::{DEPTH, Line, PAIR, Runs, SIDE, Tiles, kernel};
-use self::pack::View;
+use self::kernel::{DEPTH, Line, PAIR, Runs, kernel};
+pub(in crate::ops) use self::kernel::{SIDE, Tiles};
+pub(in crate::ops) use self::pack::{Side, View};
 use super::{Matrix, Start, even_parts, tasks};
 use crate::ops::host::{Shared, uninitialized};
 use crate::ops::team::each;
@@ -43,60 +44,133 @@ pub(super) fn permitted() -> bool {
     })
 }
 
-/// A, packed.
-pub(super) struct Packed {
+/// One side of a product, packed: strips of 32 lanes, each with all its steps of k.
+#[derive(Default)]
+pub(in crate::ops) struct Operand<const P: usize> {
     lines: Vec<Line>,
-    rows: usize,
+    lanes: usize,
     steps: usize,
-    planes: usize,
+}
+
+impl<const P: usize> Operand<P> {
+    /// Room for `lanes` of `depth`, with nothing in it yet.
+    fn room(&mut self, lanes: usize, depth: usize) {
+        (self.lanes, self.steps) = (lanes, depth.div_ceil(DEPTH));
+        let size = lanes.div_ceil(SIDE) * self.strip();
+        if self.lines.len() < size {
+            // SAFETY: who packs an operand writes every line of its strips before a tile reads them.
+            self.lines = unsafe { uninitialized(size) };
+        }
+    }
+
+    /// Lines of a strip.
+    fn strip(&self) -> usize {
+        self.steps * P * PAIR
+    }
+
+    /// Packs `view` on this thread.
+    pub(in crate::ops) fn fill(&mut self, view: &View<'_>) {
+        self.room(view.lanes, view.depth);
+        let (strip, strips) = (self.strip().max(1), self.lanes.div_ceil(SIDE));
+        for (index, lines) in self.lines.chunks_exact_mut(strip).take(strips).enumerate() {
+            view.pack::<P>(index * SIDE, 0..view.depth, lines);
+        }
+    }
+
+    /// `view`, packed on this thread.
+    pub(in crate::ops) fn of(view: &View<'_>) -> Self {
+        let mut operand = Self::default();
+        operand.fill(view);
+        operand
+    }
+
+    /// `view`, packed on all threads.
+    fn shared(view: &View<'_>) -> Self {
+        let mut operand = Self::default();
+        operand.room(view.lanes, view.depth);
+        let strip = operand.strip().max(1);
+        each(operand.lines.chunks_mut(strip).enumerate(), |(index, lines)| view.pack::<P>(index * SIDE, 0..view.depth, lines));
+        operand
+    }
+
+    /// Steps of k.
+    pub(in crate::ops) fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// A strip from step `step` on.
+    fn at(&self, strip: usize, step: usize) -> *const Line {
+        self.lines[strip * self.strip() + step * P * PAIR..].as_ptr()
+    }
+}
+
+/// out, rows of `out.1` numbers = [out where `onto`] + strips of A times strips of B, over `steps` of k from each one's step on: on
+/// this thread, which has `Tiles`.
+pub(in crate::ops) fn multiply<const P: usize>(
+    a: (&Operand<P>, Range<usize>, usize),
+    b: (&Operand<P>, Range<usize>, usize),
+    steps: usize,
+    out: (&mut [f32], usize),
+    onto: bool,
+) {
+    assert!(a.2 + steps <= a.0.steps && b.2 + steps <= b.0.steps, "both operands have these steps");
+    assert!(a.1.end * SIDE < a.0.lanes + SIDE && b.1.end * SIDE < b.0.lanes + SIDE, "both operands have these strips");
+    assert!(b.1.len() * SIDE <= out.1 && a.1.len() * SIDE * out.1 <= out.0.len(), "the result has room for whole tiles");
+    for (row, strip) in a.1.enumerate() {
+        for (column, panel) in b.1.clone().enumerate() {
+            let runs = [(a.0.at(strip, a.2), steps), (std::ptr::null(), 0)];
+            // SAFETY: all three asserted above.
+            unsafe {
+                let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
+                kernel::<P>(runs, b.0.at(panel, b.2), at, out.1, onto);
+            }
+        }
+    }
+}
+
+/// A, packed.
+pub(super) enum Packed {
+    Rounded(Operand<1>),
+    Split(Operand<3>),
 }
 
 impl Packed {
     /// Packs `a` where tile registers gain by it: fewer rows are not worth their sixteen.
     pub(super) fn new(a: &Matrix<'_>, precision: Precision) -> Option<Self> {
         (a.rows >= LEAST_ROWS).then(|| match precision {
-            Precision::F32 => Self::of::<3>(a),
-            Precision::Bf16 | Precision::F16 => Self::of::<1>(a),
+            Precision::F32 => Self::Split(Operand::shared(&View::a(a))),
+            Precision::Bf16 | Precision::F16 => Self::Rounded(Operand::shared(&View::a(a))),
         })
-    }
-
-    fn of<const P: usize>(a: &Matrix<'_>) -> Self {
-        let (view, steps) = (View::a(a), a.columns.div_ceil(DEPTH));
-        let (strip, strips) = (steps * P * PAIR, a.rows.div_ceil(SIDE));
-        // SAFETY: `pack` writes every line.
-        let mut lines: Vec<Line> = unsafe { uninitialized(strips * strip) };
-        each(lines.chunks_mut(strip.max(1)).enumerate(), |(index, lines)| view.pack::<P>(index * SIDE, 0..a.columns, lines));
-        Self { lines, rows: a.rows, steps, planes: P }
-    }
-
-    /// 32 rows from step `step` on.
-    fn at(&self, strip: usize, step: usize) -> *const Line {
-        self.lines[(strip * self.steps + step) * self.planes * PAIR..].as_ptr()
     }
 }
 
 /// out (m, n) = start + the sum of the terms.
 pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
-    match terms[0].0.planes {
-        1 => products_of::<1>(terms, start, out),
-        _ => products_of::<3>(terms, start, out),
+    let (mut rounded, mut split) = (Vec::new(), Vec::new());
+    for (a, b) in terms {
+        match a {
+            Packed::Rounded(a) => rounded.push((a, View::b(b))),
+            Packed::Split(a) => split.push((a, View::b(b))),
+        }
+    }
+    assert!(rounded.is_empty() || split.is_empty(), "operands of one sum are packed alike");
+    match split.is_empty() {
+        true => products_of(&rounded, start, out),
+        false => products_of(&split, start, out),
     }
 }
 
-fn products_of<const P: usize>(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
-    let (m, n) = (terms[0].0.rows, terms[0].1.columns);
-    assert!(out.len() == m * n && terms.iter().all(|(a, _)| a.planes == P), "operands of one sum are packed alike");
-    let terms: Vec<_> = terms.iter().map(|(a, b)| (*a, View::b(b))).collect();
-    let passes = passes(&terms, DEEPEST / (P * PAIR * size_of::<Line>()));
+fn products_of<const P: usize>(terms: &[(&Operand<P>, View<'_>)], start: Start<'_>, out: &mut [f32]) {
+    let (m, n) = (terms[0].0.lanes, terms[0].1.lanes);
+    assert_eq!(out.len(), m * n, "a result is (m, n)");
+    let passes = passes(terms, DEEPEST / (P * PAIR * size_of::<Line>()));
     for (index, pieces) in passes.iter().enumerate() {
         let steps = pieces.iter().map(|piece| piece.steps.len()).sum::<usize>();
         let last = index + 1 == passes.len();
         let start = if last { start } else { Start::Zero };
-        let pass = Pass { terms: &terms, pieces, steps, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
+        let pass = Pass { terms, pieces, steps, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
         let panel = steps * P * PAIR * size_of::<Line>();
-        tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), m.div_ceil(SIDE), 4, |panels, strips| {
-            pass.task::<P>(panels, strips)
-        });
+        tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), m.div_ceil(SIDE), 4, |panels, strips| pass.task(panels, strips));
     }
 }
 
@@ -107,7 +181,7 @@ struct Piece {
 }
 
 /// Which pieces are summed while a tile stays in registers: two at most, and about `most` steps.
-fn passes(terms: &[(&Packed, View<'_>)], most: usize) -> Vec<Vec<Piece>> {
+fn passes<const P: usize>(terms: &[(&Operand<P>, View<'_>)], most: usize) -> Vec<Vec<Piece>> {
     let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
     let mut done = 0;
     for (term, (a, _)) in terms.iter().enumerate() {
@@ -133,8 +207,8 @@ thread_local! {
 }
 
 /// One pass over the result.
-struct Pass<'a> {
-    terms: &'a [(&'a Packed, View<'a>)],
+struct Pass<'a, const P: usize> {
+    terms: &'a [(&'a Operand<P>, View<'a>)],
     pieces: &'a [Piece],
     /// Steps of all pieces.
     steps: usize,
@@ -146,9 +220,9 @@ struct Pass<'a> {
     n: usize,
 }
 
-impl Pass<'_> {
+impl<const P: usize> Pass<'_, P> {
     /// Packs these panels (of 32 columns of B) and multiplies these strips (of 32 rows of A) by them.
-    fn task<const P: usize>(&self, panels: Range<usize>, strips: Range<usize>) {
+    fn task(&self, panels: Range<usize>, strips: Range<usize>) {
         PANELS.with_borrow_mut(|buffer| {
             let size = (self.steps * P * PAIR).max(1);
             if buffer.len() < panels.len() * size {
@@ -156,18 +230,17 @@ impl Pass<'_> {
                 *buffer = unsafe { uninitialized(panels.len() * size) };
             }
             let packed = &mut buffer[..panels.len() * size];
-            self.pack::<P>(panels.clone(), packed, size);
-            // SAFETY: tiles are packed only where `permitted`.
-            let _tiles = unsafe { Tiles::new() };
+            self.pack(panels.clone(), packed, size);
+            let _tiles = Tiles::new();
             for strip in strips {
                 for (panel, packed) in panels.clone().zip(packed.chunks(size)) {
-                    self.tile::<P>(strip, panel, packed);
+                    self.tile(strip, panel, packed);
                 }
             }
         });
     }
 
-    fn pack<const P: usize>(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
+    fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
         let mut done = 0;
         for piece in self.pieces {
             let view = &self.terms[piece.term].1;
@@ -184,7 +257,7 @@ impl Pass<'_> {
         }
     }
 
-    fn tile<const P: usize>(&self, strip: usize, panel: usize, packed: &[Line]) {
+    fn tile(&self, strip: usize, panel: usize, packed: &[Line]) {
         let (row, column) = (strip * SIDE, panel * SIDE);
         let (rows, columns) = ((self.m - row).min(SIDE), (self.n - column).min(SIDE));
         let mut runs: Runs = [(std::ptr::null(), 0); 2];

@@ -17,15 +17,15 @@ const LANES: usize = 16;
 
 /// The side of a product that is packed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
+pub(in crate::ops) enum Side {
     A,
     B,
 }
 
 /// A matrix seen from its side of the product: lanes, and k along each.
 #[derive(Clone, Copy)]
-pub(super) struct View<'a> {
-    pub(super) side: Side,
+pub(in crate::ops) struct View<'a> {
+    side: Side,
     values: Values<'a>,
     pub(super) lanes: usize,
     pub(super) depth: usize,
@@ -34,16 +34,32 @@ pub(super) struct View<'a> {
 }
 
 impl<'a> View<'a> {
+    /// The numbers from `offset` on: lanes and k, each as how many there are and how far apart they lie. One of them lies side by side.
+    pub(in crate::ops) fn new(
+        side: Side,
+        values: Values<'a>,
+        offset: usize,
+        (lanes, lane_stride): (usize, usize),
+        (depth, k_stride): (usize, usize),
+    ) -> Self {
+        let values = match values {
+            Values::F32(values) => Values::F32(&values[offset..]),
+            Values::Bf16(values) => Values::Bf16(&values[offset..]),
+        };
+        let last = lanes.saturating_sub(1) * lane_stride + depth.saturating_sub(1) * k_stride;
+        assert!(lanes * depth == 0 || last < values.len(), "every number lies inside the matrix");
+        assert!(lane_stride == 1 || k_stride == 1, "lanes or k lie side by side");
+        Self { side, values, lanes, depth, lane_stride, k_stride }
+    }
+
     /// A's lanes are its rows.
     pub(super) fn a(m: &Matrix<'a>) -> Self {
-        let Matrix { values, rows, columns, row_stride, column_stride } = *m;
-        Self { side: Side::A, values, lanes: rows, depth: columns, lane_stride: row_stride, k_stride: column_stride }
+        Self::new(Side::A, m.values, 0, (m.rows, m.row_stride), (m.columns, m.column_stride))
     }
 
     /// B's lanes are its columns.
     pub(super) fn b(m: &Matrix<'a>) -> Self {
-        let Matrix { values, rows, columns, row_stride, column_stride } = *m;
-        Self { side: Side::B, values, lanes: columns, depth: rows, lane_stride: column_stride, k_stride: row_stride }
+        Self::new(Side::B, m.values, 0, (m.columns, m.column_stride), (m.rows, m.row_stride))
     }
 
     /// Whether a lane's numbers lie side by side.
@@ -53,7 +69,7 @@ impl<'a> View<'a> {
 
     /// Packs lanes `first..first + 32` for `steps` steps of k from number `k.start` on, zero beyond the matrix and beyond `k`.
     pub(super) fn pack<const P: usize>(&self, first: usize, k: Range<usize>, out: &mut [Line]) {
-        assert!(k.end <= self.depth && first < self.lanes && (self.lane_stride == 1 || self.k_stride == 1), "inside the matrix");
+        assert!(k.end <= self.depth && first < self.lanes, "a strip lies inside its matrix");
         assert_eq!(out.len(), k.len().div_ceil(DEPTH) * P * PAIR, "room for every step");
         match self.values {
             Values::F32(values) => self.pack_of::<f32, P>(values, first, k, out),

@@ -1,0 +1,194 @@
+//! The fused passes in tile registers: `cpu.rs`'s panels and loops over scores, with every product in tiles of 32 keys by 32 queries.
+//!
+//! Operands are packed straight from the (N, H D) tensors: keys and values once for a task, queries for each panel. Scores lie as (keys,
+//! queries), so that what the backward pass sums over queries is packed as it lies; O = P V and dQ = dS K pack it transposed.
+
+use std::ops::Range;
+
+use super::cpu::{Inputs, Panel, gradients, softmax, write};
+use super::{Attention, Block};
+use crate::ops::host::Shared;
+use crate::ops::issue;
+use crate::ops::product::amx::{Operand, SIDE, Side, Tiles, View, multiply};
+use crate::ops::product::{Number, Values};
+use crate::ops::simd::{self, vectorized};
+
+/// Rows and channels of one head inside a (N, width) tensor.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    values: Values<'a>,
+    width: usize,
+    /// The segment's first row.
+    start: usize,
+    first: usize,
+    d: usize,
+}
+
+impl<'a> Head<'a> {
+    /// `rows` (of the segment) as lanes, their channels as k.
+    fn rows(&self, side: Side, rows: Range<usize>) -> View<'a> {
+        View::new(side, self.values, (self.start + rows.start) * self.width + self.first, (rows.len(), self.width), (self.d, 1))
+    }
+
+    /// Channels as B's lanes, `rows` as k.
+    fn channels(&self, rows: Range<usize>) -> View<'a> {
+        View::new(
+            Side::B,
+            self.values,
+            (self.start + rows.start) * self.width + self.first,
+            (self.d, 1),
+            (rows.len(), self.width),
+        )
+    }
+
+    fn row(&self, row: usize) -> Range<usize> {
+        let at = (self.start + row) * self.width + self.first;
+        at..at + self.d
+    }
+}
+
+/// A block's panels of up to 32 queries, with the keys of whole tiles: those that a query must not see are hidden anyway.
+fn panels(block: &Block) -> impl Iterator<Item = Panel> + use<> {
+    let (queries, keys) = (block.queries.clone(), block.keys.start / SIDE * SIDE..block.keys.end.next_multiple_of(SIDE));
+    queries.clone().step_by(SIDE).map(move |start| {
+        let queries = start..(start + SIDE).min(queries.end);
+        Panel { lanes: SIDE, keys: keys.clone(), queries }
+    })
+}
+
+fn tiles(range: &Range<usize>) -> Range<usize> {
+    range.start / SIDE..range.end.div_ceil(SIDE)
+}
+
+/// Scores (keys, 32) as B's or A's operand, k along the keys.
+fn over_keys(scores: &[f32]) -> View<'_> {
+    View::new(Side::A, Values::F32(scores), 0, (SIDE, 1), (scores.len() / SIDE, SIDE))
+}
+
+/// Scores (keys, 32) as A, keys as lanes, k along the queries.
+fn over_queries(scores: &[f32]) -> View<'_> {
+    View::new(Side::A, Values::F32(scores), 0, (scores.len() / SIDE, SIDE), (SIDE, 1))
+}
+
+/// scores (keys, 32) = rows of `a` times the queries in `columns`.
+fn scores<const P: usize>(panel: &Panel, a: &Operand<P>, columns: &Operand<P>, out: &mut Vec<f32>) {
+    out.resize(panel.keys.len() * SIDE, 0.0);
+    multiply((a, tiles(&panel.keys), 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
+}
+
+impl Attention {
+    pub(super) fn forward_tiles<const P: usize>(
+        &self,
+        x: [Values<'_>; 3],
+        range: &Range<usize>,
+        queries: Range<usize>,
+        head: usize,
+        at: (Shared, Shared),
+    ) {
+        let _tiles = Tiles::new();
+        let [q, k, v] = self.heads_in(x, range, head);
+        let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
+        let k = Operand::<P>::of(&k.rows(Side::A, 0..queries.end));
+        let v = Operand::<P>::of(&v.channels(0..queries.end));
+        let (mut own, mut p) = (Operand::<P>::default(), Operand::<P>::default());
+        let room = d.next_multiple_of(SIDE);
+        let (mut s, mut mixed) = (Vec::new(), vec![0.0f32; SIDE * room]);
+        let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
+        for block in self.blocks(range.len()).filter(within) {
+            issue(1, block.queries.len(), block.keys.len(), d);
+            issue(1, block.queries.len(), d, block.keys.len());
+            for panel in panels(&block) {
+                own.fill(&q.rows(Side::B, panel.queries.clone()));
+                scores(&panel, &k, &own, &mut s);
+                panel.hide(self.window, &mut s);
+                let (mut sums, mut lses) = ([0.0f32; SIDE], [0.0f32; SIDE]);
+                softmax::<SIDE>(&mut s, scale, &mut sums, &mut lses);
+                p.fill(&over_keys(&s));
+                let keys = tiles(&panel.keys);
+                multiply((&p, 0..1, 0), (&v, 0..room / SIDE, keys.start), keys.len(), (&mut mixed, room), false);
+                for (lane, query) in panel.queries.clone().enumerate() {
+                    let (row, share) = (range.start + query, 1.0 / sums[lane]);
+                    // SAFETY: this row of this head belongs to this task alone.
+                    let out = unsafe {
+                        *at.1.at(row * self.heads + head) = lses[lane];
+                        std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
+                    };
+                    let from = &mixed[lane * room..][..d];
+                    vectorized(
+                        #[inline(always)]
+                        || out.iter_mut().zip(from).for_each(|(out, x)| *out = x * share),
+                    );
+                }
+            }
+        }
+    }
+
+    pub(super) fn backward_tiles<const P: usize>(&self, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
+        let _tiles = Tiles::new();
+        let [q, k, v] = self.heads_in(x.qkv, range, head);
+        let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
+        let (dout, out) = (Head { values: Values::F32(x.dout), ..q }, Head { values: x.out, ..q });
+        let all = 0..range.len();
+        let (k_rows, k_channels) = (Operand::<P>::of(&k.rows(Side::A, all.clone())), Operand::<P>::of(&k.channels(all.clone())));
+        let v_rows = Operand::<P>::of(&v.rows(Side::A, all.clone()));
+        let [mut own, mut other, mut left] = [(); 3].map(|()| Operand::<P>::default());
+        let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
+        let (mut dk, mut dv, mut dq) = (vec![0.0f32; keys * room], vec![0.0f32; keys * room], vec![0.0f32; SIDE * room]);
+        let (mut p, mut ds) = (Vec::new(), Vec::new());
+        for block in self.blocks(range.len()) {
+            let (rows, cols) = (block.queries.len(), block.keys.len());
+            issue(2, rows, cols, d);
+            issue(3, rows, d, cols);
+            for panel in panels(&block) {
+                let queries = panel.queries.clone();
+                own.fill(&q.rows(Side::B, queries.clone()));
+                scores(&panel, &k_rows, &own, &mut p);
+                panel.hide(self.window, &mut p);
+                own.fill(&dout.rows(Side::B, queries.clone()));
+                scores(&panel, &v_rows, &own, &mut ds);
+                let (mut lses, mut inners) = ([0.0f32; SIDE], [0.0f32; SIDE]);
+                for (lane, query) in queries.clone().enumerate() {
+                    lses[lane] = x.lse[(range.start + query) * self.heads + head];
+                    inners[lane] = match x.out {
+                        Values::F32(values) => dot(&x.dout[dout.row(query)], &values[out.row(query)]),
+                        Values::Bf16(values) => dot(&x.dout[dout.row(query)], &values[out.row(query)]),
+                    };
+                }
+                let count = queries.len();
+                gradients::<SIDE>(&mut p, &mut ds, &lses[..count], &inners[..count], scale);
+                let (keys, panels) = (tiles(&panel.keys), 0..room / SIDE);
+                let below = keys.start * SIDE * room;
+                own.fill(&dout.channels(queries.clone()));
+                left.fill(&over_queries(&p));
+                multiply((&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dv[below..], room), true);
+                own.fill(&q.channels(queries.clone()));
+                left.fill(&over_queries(&ds));
+                multiply((&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dk[below..], room), true);
+                other.fill(&over_keys(&ds));
+                multiply((&other, 0..1, 0), (&k_channels, panels, keys.start), keys.len(), (&mut dq, room), false);
+                // SAFETY: these rows of this head belong to this task alone.
+                unsafe { write(&dq[..count * room], room, d, range.start + queries.start, (at[0], width, head * d)) };
+            }
+        }
+        // SAFETY: the rows of this segment belong, in this head's columns, to this task alone.
+        unsafe {
+            write(&dk[..all.len() * room], room, d, range.start, (at[1], width, head * d));
+            write(&dv[..all.len() * room], room, d, range.start, (at[2], width, head * d));
+        }
+    }
+
+    fn heads_in<'a>(&self, [q, k, v]: [Values<'a>; 3], range: &Range<usize>, head: usize) -> [Head<'a>; 3] {
+        let (d, start) = (self.head_dim, range.start);
+        let of = |values, heads: usize, head: usize| Head { values, width: heads * d, start, first: head * d, d };
+        let kv = head / self.group();
+        [of(q, self.heads, head), of(k, self.kv_heads, kv), of(v, self.kv_heads, kv)]
+    }
+}
+
+/// The sum of products of two rows.
+fn dot<T: Number>(a: &[f32], b: &[T]) -> f32 {
+    vectorized(
+        #[inline(always)]
+        || simd::sum(a.len(), |i| a[i] * b[i].widen()) as f32,
+    )
+}
