@@ -88,6 +88,26 @@ pub(super) fn widen(values: &[bf16]) -> Vec<f32> {
     wide
 }
 
+/// A number format that results are stored in.
+pub(super) trait Stored: Copy + Send {
+    /// Writes `wide`, rounded to nearest even.
+    fn store(out: &mut [Self], wide: &[f32]);
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn store(out: &mut [Self], wide: &[f32]) {
+        out.copy_from_slice(wide);
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn store(out: &mut [Self], wide: &[f32]) {
+        narrow_into(out, wide);
+    }
+}
+
 /// The same numbers in bf16, rounded to nearest even.
 #[inline(always)]
 pub(super) fn narrow_into(narrow: &mut [bf16], wide: &[f32]) {
@@ -161,20 +181,27 @@ pub(super) fn expect(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()>
 pub(super) const ROWS_PER_TASK: usize = 16;
 
 /// Raw pointer that parallel tasks may share; each task writes places no other task touches.
-#[derive(Clone, Copy)]
-pub(super) struct Shared(pub(super) *mut f32);
+pub(super) struct Shared<T = f32>(pub(super) *mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
 
 // SAFETY: the users of `Shared` (attention's heads, tasks of a product) write disjoint elements, stated at each use.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
+impl<T> Shared<T> {
     /// The pointer `offset` elements on.
     ///
     /// # Safety
     /// `offset` must lie inside the buffer the pointer came from.
-    pub(super) unsafe fn at(self, offset: usize) -> *mut f32 {
+    pub(super) unsafe fn at(self, offset: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
     }

@@ -5,9 +5,10 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::host::{Host, expect, f32_contiguous, tensor};
+use super::host::{Host, ROWS_PER_TASK, expect, f32_contiguous, tensor, uninitialized};
 use super::product::{Left, Matrix, Start, Term, product, products};
 use super::residual::residual_cost;
+use super::team::each;
 use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -297,7 +298,7 @@ impl Backward<'_> {
             d.iter_mut().for_each(|d| *d *= scaling);
             // dB by its transpose: rows of r, so that B's long side lies along the vectors.
             let db = product(precision, xa.matrix(n, r).t(), dy.matrix(n, o));
-            gradients.add(&lora.b, (tensor(db, (r, o))?.t()?.contiguous()? * lora.scaling)?)?;
+            gradients.add(&lora.b, tensor(transposed(&db, (r, o), scaling), (o, r))?)?;
             let x = masked(x, low.mask.as_ref())?;
             let x = Host::open_any(&x)?;
             let da = product(precision, Matrix::of(&d, n, r).t(), x.matrix(n, i));
@@ -326,7 +327,7 @@ impl Backward<'_> {
 
     fn bias(&self, gradients: &mut Gradients) -> Result<()> {
         match self.linear.bias.as_ref().filter(|bias| bias.is_trained()) {
-            Some(bias) => gradients.add(bias, self.dy.sum(0)?),
+            Some(bias) => gradients.add(bias, self.dy.to_dtype(DType::F32)?.sum(0)?),
             None => Ok(()),
         }
     }
@@ -338,6 +339,19 @@ fn count_base(context: Context<'_>, base: Option<&Tensor>, shape: &[usize; 2]) -
     expect("base", base, shape)?;
     context.tally.add(residual_cost(shape[0], shape[1]));
     Ok(())
+}
+
+/// x (rows, columns) -> `scale` x^T (columns, rows).
+fn transposed(x: &[f32], (rows, columns): (usize, usize), scale: f32) -> Vec<f32> {
+    // SAFETY: the loop writes every number.
+    let mut out: Vec<f32> = unsafe { uninitialized(x.len()) };
+    each(out.chunks_mut((rows * 4 * ROWS_PER_TASK).max(1)).enumerate(), |(index, out)| {
+        for (column, out) in out.chunks_exact_mut(rows).enumerate() {
+            let column = index * 4 * ROWS_PER_TASK + column;
+            out.iter_mut().enumerate().for_each(|(row, out)| *out = scale * x[row * columns + column]);
+        }
+    });
+    out
 }
 
 fn masked(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {

@@ -1,14 +1,16 @@
 //! `y = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, equation 4).
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
+use half::bf16;
 
-use super::host::{Host, ROWS_PER_TASK, expect, kept, restored, tensor, uninitialized};
+use super::host::{Host, ROWS_PER_TASK, Stored, expect, kept, restored, tensor, uninitialized};
+use super::product::Values;
 use super::residual::residual_cost;
 use super::simd::{self, vectorized};
 use super::team::each;
 use super::{Context, Gradients, Weight};
 use crate::error::Result;
-use crate::work::Work;
+use crate::work::{Precision, Work};
 
 /// A norm: its weight (C) and epsilon.
 #[derive(Debug, Clone)]
@@ -37,21 +39,32 @@ pub fn rms_norm_backward_cost(n: usize, c: usize, trained: bool) -> Work {
 }
 
 impl RmsNorm {
-    /// x (N, C) -> y (N, C).
+    /// x (N, C) -> y (N, C), in the compute type where the fused pass runs: y goes into matrix products alone.
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
-        Ok((self.output(context, x)?, RmsNormSaved { x: kept(context, x)? }))
+        self.count(context, x)?;
+        match context.fused(x) {
+            true => {
+                Host::open(x)?;
+                self.forward_cpu(context, x)
+            }
+            false => Ok((self.forward_reference(x)?, RmsNormSaved { x: kept(context, x)? })),
+        }
     }
 
     /// The output again, in the backward pass.
     pub fn again(&self, context: Context<'_>, saved: &RmsNormSaved) -> Result<Tensor> {
-        self.output(context, &restored(context, &saved.x)?)
+        self.count(context, &saved.x)?;
+        match context.fused(&saved.x) {
+            true => Ok(self.forward_cpu(context, &saved.x)?.0),
+            false => self.forward_reference(&restored(context, &saved.x)?),
+        }
     }
 
-    fn output(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
+    fn count(&self, context: Context<'_>, x: &Tensor) -> Result<()> {
         let (n, c) = x.dims2()?;
         expect("weight", &self.weight.tensor, &[c])?;
         context.tally.add(rms_norm_cost(n, c));
-        if context.fused(x) { self.forward_cpu(x) } else { self.forward_reference(x) }
+        Ok(())
     }
 
     /// dy (N, C) -> dx (N, C), added to `base` where there is one; the weight's gradient where it is trained.
@@ -70,15 +83,15 @@ impl RmsNorm {
             expect("base", base, &[n, c])?;
             context.tally.add(residual_cost(n, c));
         }
-        let x = restored(context, &saved.x)?;
         if self.weight.is_trained() {
+            let x = restored(context, &saved.x)?;
             let normed = x.broadcast_mul(&self.inverse_rms(&x)?)?;
             gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
         }
         if context.fused(dy) {
-            return self.backward_cpu(dy, &x, base);
+            return self.backward_cpu(dy, &saved.x, base);
         }
-        let dx = self.backward_reference(dy, &x)?;
+        let dx = self.backward_reference(dy, &restored(context, &saved.x)?)?;
         Ok(match base {
             Some(base) => (dx + base)?,
             None => dx,
@@ -102,48 +115,75 @@ impl RmsNorm {
         Ok((g.broadcast_mul(&s)? - x.broadcast_mul(&along)?)?)
     }
 
-    fn forward_cpu(&self, x: &Tensor) -> Result<Tensor> {
-        let (n, c) = x.dims2()?;
-        let (x, weight) = (Host::open(x)?, Host::open(&self.weight.tensor)?);
-        let (x, weight) = (x.slice(), weight.slice());
-        // SAFETY: the loop writes every row.
-        let mut y = unsafe { uninitialized(n * c) };
-        let rows = c.max(1) * ROWS_PER_TASK;
-        each(y.chunks_mut(rows).zip(x.chunks(rows)), |(y, x)| {
+    /// x (N, C) in f32, or as it was kept -> y in the compute type, and what is kept of x.
+    fn forward_cpu(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
+        let shape = x.dims2()?;
+        let (n, host) = (shape.0 * shape.1, Host::open_any(x)?);
+        if context.precision != Precision::Bf16 {
+            // SAFETY: `rows` writes every number.
+            let mut y = unsafe { uninitialized(n) };
+            self.rows(host.values(), shape.1, &mut y, &mut [])?;
+            return Ok((tensor(y, shape)?, RmsNormSaved { x: x.clone() }));
+        }
+        // SAFETY: as above, and of the copy where it is as long.
+        let (mut y, mut copy): (Vec<bf16>, Vec<bf16>) =
+            unsafe { (uninitialized(n), uninitialized(if x.dtype() == DType::BF16 { 0 } else { n })) };
+        self.rows(host.values(), shape.1, &mut y, &mut copy)?;
+        let x = if copy.is_empty() { x.clone() } else { Tensor::from_vec(copy, shape, x.device())? };
+        Ok((Tensor::from_vec(y, shape, x.device())?, RmsNormSaved { x }))
+    }
+
+    /// Writes y, and x itself where `copy` has room for it.
+    fn rows<Y: Stored>(&self, x: Values<'_>, c: usize, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
+        let weight = Host::open(&self.weight.tensor)?;
+        let (weight, rows) = (weight.slice(), c.max(1) * ROWS_PER_TASK);
+        let copies = copy.chunks_mut(rows).map(Some).chain(std::iter::repeat_with(|| None));
+        each(y.chunks_mut(rows).zip(copies).enumerate(), |(index, (y, mut copy))| {
+            let mut wide = vec![0.0; c];
             vectorized(
                 #[inline(always)]
                 || {
-                    for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                        let s = self.inverse_rms_of(x);
-                        y.iter_mut().zip(x).zip(weight).for_each(|((y, x), w)| *y = x * s * w);
+                    for (row, y) in y.chunks_exact_mut(c).enumerate() {
+                        let at = index * rows + row * c;
+                        x.widen_into(at..at + c, &mut wide);
+                        if let Some(copy) = &mut copy {
+                            bf16::store(&mut copy[row * c..][..c], &wide);
+                        }
+                        let s = self.inverse_rms_of(&wide);
+                        (0..c).for_each(|i| wide[i] = wide[i] * s * weight[i]);
+                        Y::store(y, &wide);
                     }
                 },
             );
         });
-        tensor(y, (n, c))
+        Ok(())
     }
 
     fn backward_cpu(&self, dy: &Tensor, x: &Tensor, base: Option<&Tensor>) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
-        let (dy, x, weight) = (Host::open(dy)?, Host::open(x)?, Host::open(&self.weight.tensor)?);
-        let (dy, x, weight) = (dy.slice(), x.slice(), weight.slice());
+        let (dy, x, weight) = (Host::open(dy)?, Host::open_any(x)?, Host::open(&self.weight.tensor)?);
+        let (dy, x, weight) = (dy.slice(), x.values(), weight.slice());
         let base = base.map(Host::open).transpose()?;
         // SAFETY: the loop writes every row, from `base` where there is one.
         let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = c.max(1) * ROWS_PER_TASK;
-        each(dx.chunks_mut(rows).zip(dy.chunks(rows)).zip(x.chunks(rows)).enumerate(), |(index, ((dx, dy), x))| {
+        each(dx.chunks_mut(rows).zip(dy.chunks(rows)).enumerate(), |(index, (dx, dy))| {
+            let mut wide = vec![0.0; c];
             vectorized(
                 #[inline(always)]
                 || {
-                    for (row, ((dx, dy), x)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c)).enumerate()
-                    {
-                        let s = self.inverse_rms_of(x);
-                        let gx = simd::sum(c, |i| dy[i] * weight[i] * x[i]) as f32;
+                    for (row, (dx, dy)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate() {
+                        let at = index * rows + row * c;
+                        x.widen_into(at..at + c, &mut wide);
+                        let s = self.inverse_rms_of(&wide);
+                        let gx = simd::sum(c, |i| dy[i] * weight[i] * wide[i]) as f32;
                         let along = gx / c as f32 * s * s * s;
-                        dx.iter_mut().zip(dy).zip(weight).zip(x).for_each(|(((dx, dy), w), x)| *dx = dy * w * s - x * along);
-                        if let Some(base) = &base {
-                            let base = &base.slice()[index * rows + row * c..][..c];
-                            dx.iter_mut().zip(base).for_each(|(dx, base)| *dx += base);
+                        match &base {
+                            None => (0..c).for_each(|i| dx[i] = dy[i] * weight[i] * s - wide[i] * along),
+                            Some(base) => {
+                                let base = &base.slice()[at..at + c];
+                                (0..c).for_each(|i| dx[i] = dy[i] * weight[i] * s - wide[i] * along + base[i]);
+                            }
                         }
                     }
                 },

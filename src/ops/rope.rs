@@ -6,13 +6,14 @@
 use std::f64::consts::PI;
 
 use candle_core::{Device, Tensor};
+use half::bf16;
 
-use super::host::{Host, ROWS_PER_TASK, expect, tensor, uninitialized};
+use super::host::{Host, ROWS_PER_TASK, Stored, expect, tensor, uninitialized};
 use super::simd::vectorized;
 use super::team::each;
 use super::{Context, Segments};
 use crate::error::{Error, Kind, Result};
-use crate::work::Work;
+use crate::work::{Precision, Work};
 
 /// How frequencies are stretched beyond the trained length.
 #[derive(Debug, Clone, PartialEq)]
@@ -177,7 +178,7 @@ impl RopeTables {
         Work::sweep(8 * n * c, 3 * n * c)
     }
 
-    /// Rotates x (N, H * D) by each token's angles.
+    /// Rotates x (N, H * D) by each token's angles; in the compute type where the fused pass runs, as for `backward`.
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
         self.rotate(context, x, 1.0)
     }
@@ -197,7 +198,7 @@ impl RopeTables {
                 .rule(format!("a multiple of head_dim = {}", 2 * half)));
         }
         context.tally.add(Self::cost(n, c));
-        if context.fused(x) { self.rotate_cpu(x, direction) } else { self.rotate_reference(x, direction) }
+        if context.fused(x) { self.rotate_cpu(context, x, direction) } else { self.rotate_reference(x, direction) }
     }
 
     fn rotate_reference(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
@@ -212,34 +213,47 @@ impl RopeTables {
         Ok(Tensor::cat(&[y1, y2], 2)?.reshape((n, c))?)
     }
 
-    fn rotate_cpu(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
-        let (n, c) = x.dims2()?;
-        let half = self.cos.dims2()?.1;
+    fn rotate_cpu(&self, context: Context<'_>, x: &Tensor, direction: f32) -> Result<Tensor> {
+        let shape = x.dims2()?;
+        let n = shape.0 * shape.1;
+        if context.precision != Precision::Bf16 {
+            // SAFETY: `rotate_into` writes every number.
+            let mut y: Vec<f32> = unsafe { uninitialized(n) };
+            self.rotate_into(x, direction, &mut y)?;
+            return tensor(y, shape);
+        }
+        // SAFETY: as above.
+        let mut y: Vec<bf16> = unsafe { uninitialized(n) };
+        self.rotate_into(x, direction, &mut y)?;
+        Ok(Tensor::from_vec(y, shape, &Device::Cpu)?)
+    }
+
+    fn rotate_into<Y: Stored>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
+        let (c, half) = (x.dims2()?.1, self.cos.dims2()?.1);
         let (x, cos, sin) = (Host::open(x)?, Host::open(&self.cos)?, Host::open(&self.sin)?);
         let (x, cos, sin) = (x.slice(), cos.slice(), sin.slice());
-        // SAFETY: the loop writes every row.
-        let mut y: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = |width: usize| width.max(1) * ROWS_PER_TASK;
         let angles = cos.chunks(rows(half)).zip(sin.chunks(rows(half)));
         each(y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles), |((y, x), (cos, sin))| {
+            let mut turned = vec![0.0f32; 2 * half];
             vectorized(
                 #[inline(always)]
                 || {
                     let heads = c / (2 * half);
                     for (head, (y, x)) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)).enumerate() {
-                        let (cos, sin) = (&cos[head / heads * half..], &sin[head / heads * half..]);
-                        let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
-                        let (cos, sin, x1, x2) = (&cos[..half], &sin[..half], &x1[..half], &x2[..half]);
-                        let (y1, y2) = (&mut y1[..half], &mut y2[..half]);
+                        let (cos, sin) = (&cos[head / heads * half..][..half], &sin[head / heads * half..][..half]);
+                        let ((y1, y2), (x1, x2)) = (turned.split_at_mut(half), x.split_at(half));
+                        let (x1, x2, y2) = (&x1[..half], &x2[..half], &mut y2[..half]);
                         for i in 0..half {
                             let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
                             y1[i] = a * cos[i] - b * s;
                             y2[i] = b * cos[i] + a * s;
                         }
+                        Y::store(y, &turned);
                     }
                 },
             );
         });
-        tensor(y, (n, c))
+        Ok(())
     }
 }

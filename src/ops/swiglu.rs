@@ -1,11 +1,10 @@
 //! `y = silu(gate) * up` (Shazeer 2020, "GLU variants improve transformer").
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
 use super::Context;
-use super::host::{CHUNK, Host, expect, kept, narrow_into, restored, tensor, uninitialized};
-use super::product::{Number, Values};
+use super::host::{Host, Stored, expect, kept, narrow_into, restored, tensor, uninitialized};
 use super::simd::{self, vectorized};
 use super::team::each;
 use crate::error::Result;
@@ -28,80 +27,79 @@ pub fn swiglu_backward_cost(n: usize) -> Work {
     Work::sweep(20 * n, 10 * n)
 }
 
-/// gate, up (N, F) -> y (N, F).
+/// gate, up (N, F) -> y (N, F), in the compute type where the fused pass runs: y goes into matrix products alone.
 pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tensor, SwigluSaved)> {
     expect("up", up, gate.dims())?;
     context.tally.add(swiglu_cost(gate.elem_count()));
     if !context.fused(gate) {
         return Ok(((gate.silu()? * up)?, SwigluSaved { gate: kept(context, gate)?, up: kept(context, up)? }));
     }
-    let shape = gate.dims2()?;
-    let (gate_host, up_host) = (Host::open(gate)?, Host::open(up)?);
-    let n = gate_host.slice().len();
-    let inputs = gate_host.slice().chunks(CHUNK).zip(up_host.slice().chunks(CHUNK));
-    // SAFETY: the loops below write every number.
-    let mut y: Vec<f32> = unsafe { uninitialized(n) };
+    (Host::open(gate)?, Host::open(up)?);
+    let n = gate.elem_count();
     if context.precision != Precision::Bf16 {
-        each(y.chunks_mut(CHUNK).zip(inputs), |(y, (gate, up))| {
-            vectorized(
-                #[inline(always)]
-                || forward(y, gate, up),
-            )
-        });
-        return Ok((tensor(y, shape)?, SwigluSaved { gate: gate.clone(), up: up.clone() }));
+        // SAFETY: `forward` writes every number.
+        let mut y: Vec<f32> = unsafe { uninitialized(n) };
+        forward(gate, up, &mut y, [&mut [], &mut []])?;
+        return Ok((tensor(y, gate.dims2()?)?, SwigluSaved { gate: gate.clone(), up: up.clone() }));
     }
     // SAFETY: as above.
-    let (mut gate16, mut up16): (Vec<bf16>, Vec<bf16>) = unsafe { (uninitialized(n), uninitialized(n)) };
-    let narrow = gate16.chunks_mut(CHUNK).zip(up16.chunks_mut(CHUNK));
-    each(y.chunks_mut(CHUNK).zip(narrow).zip(inputs), |((y, (gate16, up16)), (gate, up))| {
-        vectorized(
-            #[inline(always)]
-            || {
-                forward(y, gate, up);
-                narrow_into(gate16, gate);
-                narrow_into(up16, up);
-            },
-        );
-    });
-    let saved = |values: Vec<bf16>| Tensor::from_vec(values, shape, &Device::Cpu);
-    Ok((tensor(y, shape)?, SwigluSaved { gate: saved(gate16)?, up: saved(up16)? }))
-}
-
-#[inline(always)]
-fn forward<T: Number>(y: &mut [f32], gate: &[T], up: &[T]) {
-    y.iter_mut().zip(gate).zip(up).for_each(|((y, g), u)| {
-        let g = g.widen();
-        *y = g * sigmoid(g) * u.widen();
-    });
+    let mut narrow: [Vec<bf16>; 3] = unsafe { [uninitialized(n), uninitialized(n), uninitialized(n)] };
+    let [y, gate16, up16] = &mut narrow;
+    forward(gate, up, y, [gate16, up16])?;
+    let [y, gate16, up16] = narrow.map(|values| Tensor::from_vec(values, gate.shape(), &Device::Cpu));
+    Ok((y?, SwigluSaved { gate: gate16?, up: up16? }))
 }
 
 /// The output again, in the backward pass.
 pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor> {
     let (gate, up) = (&saved.gate, &saved.up);
-    context.tally.add(swiglu_cost(gate.elem_count()));
+    let n = gate.elem_count();
+    context.tally.add(swiglu_cost(n));
     if !context.fused(gate) {
         return Ok((restored(context, gate)?.silu()? * restored(context, up)?)?);
     }
-    let shape = gate.dims2()?;
+    if gate.dtype() == DType::F32 {
+        // SAFETY: `forward` writes every number.
+        let mut y: Vec<f32> = unsafe { uninitialized(n) };
+        forward(gate, up, &mut y, [&mut [], &mut []])?;
+        return tensor(y, gate.dims2()?);
+    }
+    // SAFETY: as above.
+    let mut y: Vec<bf16> = unsafe { uninitialized(n) };
+    forward(gate, up, &mut y, [&mut [], &mut []])?;
+    Ok(Tensor::from_vec(y, gate.shape(), &Device::Cpu)?)
+}
+
+/// Writes y, and gate and up themselves where `copies` have room for them.
+fn forward<Y: Stored>(gate: &Tensor, up: &Tensor, y: &mut [Y], copies: [&mut [bf16]; 2]) -> Result<()> {
     let (gate, up) = (Host::open_any(gate)?, Host::open_any(up)?);
-    // SAFETY: the loop below writes every number.
-    let mut y: Vec<f32> = unsafe { uninitialized(shape.0 * shape.1) };
-    each(y.chunks_mut(CHUNK).enumerate(), |(chunk, y)| {
-        let range = chunk * CHUNK..chunk * CHUNK + y.len();
+    let (gate, up) = (gate.values(), up.values());
+    let [gates, ups] = copies.map(|copy| copy.chunks_mut(SWEEP).map(Some).chain(std::iter::repeat_with(|| None)));
+    each(y.chunks_mut(SWEEP).zip(gates.zip(ups)).enumerate(), |(index, (y, (gate16, up16)))| {
+        let (mut g, mut u) = ([0.0f32; SWEEP], [0.0f32; SWEEP]);
+        let (range, n) = (index * SWEEP..index * SWEEP + y.len(), y.len());
         vectorized(
             #[inline(always)]
-            || match (gate.values(), up.values()) {
-                (Values::F32(gate), Values::F32(up)) => forward(y, &gate[range.clone()], &up[range]),
-                (Values::Bf16(gate), Values::Bf16(up)) => forward(y, &gate[range.clone()], &up[range]),
-                // Both were kept in one type.
-                _ => y.fill(f32::NAN),
+            || {
+                let (g, u) = (&mut g[..n], &mut u[..n]);
+                gate.widen_into(range.clone(), g);
+                up.widen_into(range, u);
+                if let (Some(gate16), Some(up16)) = (gate16, up16) {
+                    narrow_into(gate16, g);
+                    narrow_into(up16, u);
+                }
+                for i in 0..n {
+                    g[i] = g[i] * sigmoid(g[i]) * u[i];
+                }
+                Y::store(y, g);
             },
         );
     });
-    tensor(y, shape)
+    Ok(())
 }
 
-/// dy (N, F) -> (dgate, dup). With s = sigmoid(gate): dup = dy gate s, dgate = dy up s (1 + gate (1 - s)).
+/// dy (N, F) -> (dgate, dup), in the compute type where the fused pass runs. With s = sigmoid(gate): dup = dy gate s,
+/// dgate = dy up s (1 + gate (1 - s)).
 pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, saved: &SwigluSaved) -> Result<(Tensor, Tensor)> {
     let (gate, up) = (&saved.gate, &saved.up);
     expect("dy", dy, gate.dims())?;
@@ -112,32 +110,47 @@ pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, saved: &SwigluSaved) -
         let slope = (&s * ((gate * (1.0 - &s)?)? + 1.0)?)?;
         return Ok((((dy * up)? * slope)?, (dy * (gate * &s)?)?));
     }
-    let shape = gate.dims2()?;
-    let (dy, gate, up) = (Host::open(dy)?, Host::open_any(gate)?, Host::open_any(up)?);
-    let n = dy.slice().len();
-    // SAFETY: the loop below writes every number.
-    let (mut dgate, mut dup): (Vec<f32>, Vec<f32>) = unsafe { (uninitialized(n), uninitialized(n)) };
-    let outputs = dgate.chunks_mut(CHUNK).zip(dup.chunks_mut(CHUNK));
-    each(outputs.zip(dy.slice().chunks(CHUNK)).enumerate(), |(chunk, ((dgate, dup), dy))| {
-        let range = chunk * CHUNK..chunk * CHUNK + dy.len();
-        let n = dy.len();
-        let (dgate, dup) = (&mut dgate[..n], &mut dup[..n]);
+    let (n, shape) = (gate.elem_count(), gate.dims2()?);
+    if context.precision != Precision::Bf16 {
+        // SAFETY: `backward` writes every number.
+        let (mut dgate, mut dup): (Vec<f32>, Vec<f32>) = unsafe { (uninitialized(n), uninitialized(n)) };
+        backward(dy, saved, &mut dgate, &mut dup)?;
+        return Ok((tensor(dgate, shape)?, tensor(dup, shape)?));
+    }
+    // SAFETY: as above.
+    let (mut dgate, mut dup): (Vec<bf16>, Vec<bf16>) = unsafe { (uninitialized(n), uninitialized(n)) };
+    backward(dy, saved, &mut dgate, &mut dup)?;
+    Ok((Tensor::from_vec(dgate, shape, &Device::Cpu)?, Tensor::from_vec(dup, shape, &Device::Cpu)?))
+}
+
+fn backward<Y: Stored>(dy: &Tensor, saved: &SwigluSaved, dgate: &mut [Y], dup: &mut [Y]) -> Result<()> {
+    let (dy, gate, up) = (Host::open(dy)?, Host::open_any(&saved.gate)?, Host::open_any(&saved.up)?);
+    let (dy, gate, up) = (dy.slice().chunks(SWEEP), gate.values(), up.values());
+    each(dgate.chunks_mut(SWEEP).zip(dup.chunks_mut(SWEEP)).zip(dy).enumerate(), |(index, ((dgate, dup), dy))| {
+        let (mut g, mut u) = ([0.0f32; SWEEP], [0.0f32; SWEEP]);
+        let (range, n) = (index * SWEEP..index * SWEEP + dy.len(), dy.len());
         vectorized(
             #[inline(always)]
             || {
-                // What was kept goes through the places of the results, in f32.
-                gate.values().widen_into(range.clone(), dgate);
-                up.values().widen_into(range, dup);
+                let (g, u) = (&mut g[..n], &mut u[..n]);
+                gate.widen_into(range.clone(), g);
+                up.widen_into(range, u);
                 for i in 0..n {
-                    let (g, u, s) = (dgate[i], dup[i], sigmoid(dgate[i]));
-                    dup[i] = dy[i] * g * s;
-                    dgate[i] = dy[i] * u * s * (1.0 + g * (1.0 - s));
+                    let s = sigmoid(g[i]);
+                    let slope = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
+                    u[i] = dy[i] * g[i] * s;
+                    g[i] = slope;
                 }
+                Y::store(dgate, g);
+                Y::store(dup, u);
             },
         );
     });
-    Ok((tensor(dgate, shape)?, tensor(dup, shape)?))
+    Ok(())
 }
+
+/// Numbers of a task: gate and up, in f32, fill half of a first-level cache of 32 KiB.
+const SWEEP: usize = 2048;
 
 #[inline(always)]
 fn sigmoid(x: f32) -> f32 {

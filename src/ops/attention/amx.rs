@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::cpu::{Inputs, Panel, gradients, softmax, write};
 use super::{Attention, Block};
-use crate::ops::host::Shared;
+use crate::ops::host::{Shared, Stored};
 use crate::ops::issue;
 use crate::ops::product::amx::{Operand, SIDE, Side, Tiles, View, multiply};
 use crate::ops::product::{Number, Values};
@@ -77,13 +77,13 @@ fn scores<const P: usize>(panel: &Panel, a: &Operand<P>, columns: &Operand<P>, o
 }
 
 impl Attention {
-    pub(super) fn forward_tiles<const P: usize>(
+    pub(super) fn forward_tiles<const P: usize, O: Stored>(
         &self,
         x: [Values<'_>; 3],
         range: &Range<usize>,
         queries: Range<usize>,
         head: usize,
-        at: (Shared, Shared),
+        at: (Shared<O>, Shared),
     ) {
         let _tiles = Tiles::new();
         let [q, k, v] = self.heads_in(x, range, head);
@@ -113,10 +113,13 @@ impl Attention {
                         *at.1.at(row * self.heads + head) = lses[lane];
                         std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
                     };
-                    let from = &mixed[lane * room..][..d];
+                    let mixed = &mut mixed[lane * room..][..d];
                     vectorized(
                         #[inline(always)]
-                        || out.iter_mut().zip(from).for_each(|(out, x)| *out = x * share),
+                        || {
+                            mixed.iter_mut().for_each(|x| *x *= share);
+                            O::store(out, mixed);
+                        },
                     );
                 }
             }

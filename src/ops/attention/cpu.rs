@@ -7,10 +7,11 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
+use half::bf16;
 
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
-use crate::ops::host::{Host, ROWS_PER_TASK, Shared, tensor, uninitialized};
+use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
 use crate::ops::product::{Isa, TileArgs, Values, available, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
@@ -148,15 +149,22 @@ impl Panel {
     }
 }
 
-/// Returns what the pass in tile registers gives, where the processor has them.
+/// Returns what the pass in tile registers gives, `$planes` a constant of it, where the processor has them.
 macro_rules! by_tiles {
-    ($self:ident, $context:ident, $name:ident($($argument:expr),*)) => {
+    ($context:ident, $planes:ident => $pass:expr) => {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if available()[0].amx {
-            return match $context.precision {
-                Precision::F32 => $self.$name::<3>($($argument),*),
-                Precision::Bf16 | Precision::F16 => $self.$name::<1>($($argument),*),
-            };
+            match $context.precision {
+                Precision::F32 => {
+                    const $planes: usize = 3;
+                    $pass
+                }
+                Precision::Bf16 | Precision::F16 => {
+                    const $planes: usize = 1;
+                    $pass
+                }
+            }
+            return;
         }
         let _ = $context;
     };
@@ -231,10 +239,31 @@ impl Attention {
         segments: &Segments,
     ) -> Result<(Tensor, Tensor)> {
         let (n, width) = (q.dims2()?.0, self.heads * self.head_dim);
-        let hosts = (Host::open(q)?, Host::open(k)?, Host::open(v)?);
+        if context.precision != Precision::Bf16 {
+            // SAFETY: every row and head belongs to one task, which writes it.
+            let mut out: Vec<f32> = unsafe { uninitialized(n * width) };
+            let lse = self.forward_into(context, [q, k, v], segments, &mut out)?;
+            return Ok((tensor(out, (n, width))?, lse));
+        }
+        // SAFETY: as above.
+        let mut out: Vec<bf16> = unsafe { uninitialized(n * width) };
+        let lse = self.forward_into(context, [q, k, v], segments, &mut out)?;
+        Ok((Tensor::from_vec(out, (n, width), q.device())?, lse))
+    }
+
+    /// Writes the output; returns the log-sum-exps.
+    fn forward_into<O: Stored>(
+        &self,
+        context: Context<'_>,
+        x: [&Tensor; 3],
+        segments: &Segments,
+        out: &mut [O],
+    ) -> Result<Tensor> {
+        let n = x[0].dims2()?.0;
+        let hosts = (Host::open_any(x[0])?, Host::open_any(x[1])?, Host::open_any(x[2])?);
         let (q, k, v) = (hosts.0.values(), hosts.1.values(), hosts.2.values());
         // SAFETY: every row and head belongs to one task, which writes it.
-        let (mut out, mut lse): (Vec<f32>, Vec<f32>) = unsafe { (uninitialized(n * width), uninitialized(n * self.heads)) };
+        let mut lse: Vec<f32> = unsafe { uninitialized(n * self.heads) };
         let (out_at, lse_at) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
         let parts = segments.ranges().iter().flat_map(|range| {
             let starts = (0..range.len()).step_by(QUERIES);
@@ -243,13 +272,20 @@ impl Attention {
         let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
         each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
-            by_tiles!(self, context, forward_tiles([q, k, v], &range, queries.clone(), head, at));
+            by_tiles!(context, P => self.forward_tiles::<P, O>([q, k, v], &range, queries, head, at));
             self.forward_task([q, k, v], &range, queries, head, at);
         });
-        Ok((tensor(out, (n, width))?, tensor(lse, (n, self.heads))?))
+        tensor(lse, (n, self.heads))
     }
 
-    fn forward_task(&self, x: [Values<'_>; 3], range: &Range<usize>, queries: Range<usize>, head: usize, at: (Shared, Shared)) {
+    fn forward_task<O: Stored>(
+        &self,
+        x: [Values<'_>; 3],
+        range: &Range<usize>,
+        queries: Range<usize>,
+        head: usize,
+        at: (Shared<O>, Shared),
+    ) {
         let (isa, d, width, scale) = (available()[0], self.head_dim, self.heads * self.head_dim, self.scale() as f32);
         let rows = |rows: Range<usize>| range.start + rows.start..range.start + rows.end;
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
@@ -276,10 +312,13 @@ impl Attention {
                         *at.1.at(row * self.heads + head) = lses[lane];
                         std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
                     };
-                    let from = &mixed[lane * v.width..][..d];
+                    let mixed = &mut mixed[lane * v.width..][..d];
                     vectorized(
                         #[inline(always)]
-                        || out.iter_mut().zip(from).for_each(|(out, x)| *out = x * share),
+                        || {
+                            mixed.iter_mut().for_each(|x| *x *= share);
+                            O::store(out, mixed);
+                        },
                     );
                 }
             }
@@ -310,7 +349,7 @@ impl Attention {
         let heads = 0..self.heads;
         let tasks: Vec<_> = segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range, head))).collect();
         each(tasks.into_iter(), |(range, head)| {
-            by_tiles!(self, context, backward_tiles(&x, range, head, at));
+            by_tiles!(context, P => self.backward_tiles::<P>(&x, range, head, at));
             self.backward_task(&x, range, head, at);
         });
         let [dq, dk, dv] = grads;

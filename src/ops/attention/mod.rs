@@ -120,7 +120,7 @@ impl AttentionSaved {
 }
 
 impl Attention {
-    /// q (N, Hq D), k, v (N, Hkv D) -> (N, Hq D).
+    /// q (N, Hq D), k, v (N, Hkv D) -> (N, Hq D), in the compute type where the fused pass runs: it goes into matrix products alone.
     pub fn forward(
         &self,
         context: Context<'_>,
@@ -131,14 +131,14 @@ impl Attention {
     ) -> Result<(Tensor, AttentionSaved)> {
         self.check(segments.tokens(), &[("q", &q, self.heads), ("k", &k, self.kv_heads), ("v", &v, self.kv_heads)])?;
         context.tally.add(attention_forward_cost(self, &lengths(segments)));
+        let (q, k, v) = (kept(context, &q)?, kept(context, &k)?, kept(context, &v)?);
         let (out, lse) = if context.fused(&q) {
             self.forward_cpu(context, &q, &k, &v, segments)?
         } else {
-            self.forward_reference(&q, &k, &v, segments)?
+            let wide = |x: &Tensor| restored(context, x);
+            self.forward_reference(&wide(&q)?, &wide(&k)?, &wide(&v)?, segments)?
         };
-        let keep = |x: &Tensor| kept(context, x);
-        let saved = AttentionSaved { q: keep(&q)?, k: keep(&k)?, v: keep(&v)?, out: keep(&out)?, lse };
-        Ok((out, saved))
+        Ok((out.clone(), AttentionSaved { q, k, v, out: kept(context, &out)?, lse }))
     }
 
     /// dout (N, Hq D) -> (dq, dk, dv).
