@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::machine::{check_precision, free_memory, peak_rss};
 use super::model::find_model;
 use super::options::settings;
-use super::prepare::{Target, check_length, recompute, refuse_adapter_on_random_weights, target};
+use super::prepare::{Target, check_length, recompute, refuse_adapter_on_random_weights, shape_of, target};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::trainee::{Trainee, adapter_on, decoder_of};
@@ -120,7 +120,8 @@ impl Trial {
         check_length(recipe, &architecture)?;
         let mut warnings = Vec::new();
         let tokens = recipe.train.micro_batch_size * recipe.data.max_length;
-        let (recompute, memory) = recompute(recipe, &architecture, &target, tokens, &mut warnings)?;
+        let shape = shape_of(recipe, &architecture, &target)?;
+        let (recompute, memory) = recompute(recipe, &shape, target.parameters(&architecture), tokens, &mut warnings)?;
         // Neither steps nor epochs matter: the probe has a count of its own.
         let settings = settings(recipe, 1, recompute, String::new());
         let batches = random_batches(recipe, architecture.vocab_size);

@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use safetensors::tensor::{Dtype, TensorView};
 
 use super::model::companions;
 use super::prepare::{Prepared, Target};
+use crate::adapter::shards::{F32s, write_f32s};
 use crate::adapter::{self, PeftConfig, Site, kaiming_uniform};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Architecture, Decoder, Parts, Weights, random_tensor};
-use crate::ops::{Lora, Parameters, Weight, dtype};
+use crate::ops::{Lora, Parameters, Slot, Weight, dtype};
 use crate::recipe::{Init, ModelId};
 use crate::work::{Precision, Work};
 
@@ -103,7 +103,7 @@ pub(super) fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, devi
     let mut tensors = Vec::new();
     for tensor in architecture.tensors() {
         let values = match weights {
-            Some(weights) => weights.get(&tensor.name, DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1()?,
+            Some(weights) => weights.values(&tensor.name)?,
             None => random_tensor(&tensor.name, &tensor.shape, architecture.initializer_range, seed),
         };
         tensors.push((tensor.name, tensor.shape, values));
@@ -140,30 +140,21 @@ pub(super) fn export(prepared: &Prepared, parameters: &Parameters, dir: &Path, t
             let revision = prepared.files.commit.as_deref();
             let modules = prepared.architecture.modules();
             let config = PeftConfig::for_sites(settings, sites, &modules, &base_name(&recipe.id), revision)?;
-            let values = (0..parameters.slots().len()).map(|index| parameters.values(index)).collect::<Result<Vec<_>>>()?;
-            let tensors = parameters.slots().iter().zip(&values);
-            let tensors: Vec<_> =
-                tensors.map(|(slot, values)| (slot.name.clone(), [slot.shape[0], slot.shape[1]], values.as_slice())).collect();
-            adapter::save(dir, &config, &tensors)
+            parameters.with_rows(|[values, ..]| {
+                let tensor = |slot: &Slot| (slot.name.clone(), [slot.shape[0], slot.shape[1]], &values[slot.range()]);
+                adapter::save(dir, &config, &parameters.slots().iter().map(tensor).collect::<Vec<_>>())
+            })
         }
         Target::All => export_model(prepared, parameters, dir, trained_tokens),
     }
 }
 
 fn export_model(prepared: &Prepared, parameters: &Parameters, dir: &Path, trained_tokens: Option<u64>) -> Result<()> {
-    let mut rows = Vec::new();
-    for index in 0..parameters.slots().len() {
-        rows.push(parameters.values(index)?.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
-    }
-    let mut views = Vec::new();
-    for (slot, row) in parameters.slots().iter().zip(&rows) {
-        let view = TensorView::new(Dtype::F32, slot.shape.clone(), row).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
-        views.push((slot.name.as_str(), view));
-    }
-    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-    let path = dir.join("model.safetensors");
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
-    std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))?;
+    parameters.with_rows(|[values, ..]| {
+        let slots = parameters.slots().iter();
+        let tensors = slots.filter_map(|slot| F32s::new(&slot.name, slot.shape.clone(), &values[slot.range()]));
+        write_f32s(&dir.join("model.safetensors"), tensors.collect(), true)
+    })?;
     let mut config: serde_json::Value = serde_json::from_str(&super::read_text(&prepared.files.config)?)
         .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")))?;
     if let (Some(tokens), Init::Random) = (trained_tokens, prepared.recipe.model.init) {
