@@ -345,6 +345,10 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         let context = Context::new(&tally, Precision::F32);
         let (loss, gradients) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
         assert_eq!(tally.take(), shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NOTHING), "{keep}");
+        // One block is computed again: the lowest that the walk comes to, and with it all of the work that is done twice.
+        let (again, same) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::lowest(1));
+        assert_eq!(tally.take(), shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::lowest(1)), "{keep}");
+        assert!(again == loss && bits(&same, 2) == bits(&gradients, 2), "{keep}");
         // A finite difference on one element of B: the gradient did arrive.
         let h = 1e-2;
         let mut rows = parameters.snapshot().unwrap();

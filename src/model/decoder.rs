@@ -177,6 +177,7 @@ impl Decoder {
         let (losses, dh) = self.head.forward_backward(context, &h, &batch.targets, scale, any, gradients)?;
         let Some(dh) = dh else { return Ok(losses) };
         let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
+        drop((selected, h, norm, dh));
         context.tally.add(scatter_cost(rows.0, batch.targets.len(), rows.1));
         let mut dx = Tensor::zeros(rows, DType::F32, &self.device)?.index_add(&batch.loss_positions, &dx, 0)?;
         for (layer, kept) in kept.into_iter().enumerate().rev() {

@@ -16,7 +16,7 @@ pub struct MemoryForecast {
     pub trained: Bytes,
     /// What the backward pass keeps of the forward pass.
     pub activations: Bytes,
-    /// Chunks of logits and the largest temporaries.
+    /// Chunks of logits, the largest temporaries, and what the allocator cannot use again.
     pub temporaries: Bytes,
     /// The program itself.
     pub program: Bytes,
@@ -29,8 +29,11 @@ impl MemoryForecast {
     }
 }
 
-/// Resident memory of the program before any tensor: measured with `wattune devices` at 30-40 MiB, rounded up.
-const PROGRAM: u64 = 48 << 20;
+/// The program, its tokenizer and records, and the allocator's pages for each size of tensor (benches/LOG.md, "what the forecast of memory
+/// leaves out").
+const PROGRAM: u64 = 44 << 20;
+/// Of what comes and goes within a step, the part that the allocator holds and cannot use again: one in so many (the same entry).
+const SLACK: u64 = 8;
 /// One chunk of logits, which becomes its gradient (see `ops::Head`): at most 32 MiB.
 const LOGITS: u64 = 32 << 20;
 
@@ -39,7 +42,8 @@ pub fn forecast_memory(shape: &ModelShape, trained: u64, tokens: usize, recomput
     let (a, n) = (shape.architecture(), tokens as u64);
     let (c, f, v) = (a.hidden_size as u64, a.intermediate_size as u64, a.vocab_size as u64);
     let activations = activations(shape, tokens, recompute);
-    let temporaries = LOGITS.min(4 * n * v) + 4 * n * (4 * f + 4 * c);
+    let fleeting = LOGITS.min(4 * n * v) + 4 * n * (4 * f + 4 * c);
+    let temporaries = fleeting + (activations + fleeting) / SLACK;
     // Gradients are laid end to end for the optimizer when the activations are gone.
     let flat = (4 * trained).saturating_sub(activations + temporaries);
     let weights = if shape.all_trained() { 0 } else { a.parameters() * dtype(shape.precision()).size_in_bytes() as u64 };

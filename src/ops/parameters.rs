@@ -69,12 +69,25 @@ pub struct Parameters {
 impl Parameters {
     /// Lays the named tensors out in the given order; moments start at zero.
     pub fn new(tensors: Vec<(String, Vec<usize>, Vec<f32>)>, device: &Device) -> Result<Self> {
-        let mut slots = Vec::with_capacity(tensors.len());
-        let count: usize = tensors.iter().map(|(_, _, v)| v.len()).sum();
+        let (shapes, data): (Vec<_>, Vec<_>) = tensors.into_iter().map(|(name, shape, data)| ((name, shape), data)).unzip();
+        let mut data = data.into_iter();
+        Self::made(shapes, |_, _| Ok(data.next().unwrap_or_default()), device)
+    }
+
+    /// The same from names and shapes; `make` gives each tensor's values by its index and slot, one after the other, so that they are never
+    /// all in memory twice.
+    pub fn made(
+        shapes: Vec<(String, Vec<usize>)>,
+        mut make: impl FnMut(usize, &Slot) -> Result<Vec<f32>>,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut slots = Vec::with_capacity(shapes.len());
+        let count: usize = shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         // Room for the moments at once: to grow later would be to copy.
         let mut values = Vec::with_capacity(3 * count);
-        for (name, shape, data) in tensors {
+        for (index, (name, shape)) in shapes.into_iter().enumerate() {
             let slot = Slot { name, shape, offset: values.len() };
+            let data = make(index, &slot)?;
             if slot.len() != data.len() {
                 let (found, wanted) = (data.len(), slot.len());
                 return Err(Error::new(

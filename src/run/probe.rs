@@ -26,7 +26,7 @@ use crate::energy::meter::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{Architecture, Decoder, MemoryForecast, Parts};
-use crate::ops::{Context, Gradients, Parameters, Weight};
+use crate::ops::{Context, Gradients, Parameters, Slot, Weight};
 use crate::random::{Use, stream};
 use crate::recipe::{DataSource, Recipe, Validation};
 use crate::train::{self, backpropagate, descend};
@@ -174,11 +174,8 @@ impl Trial {
                     let b = (format!("{}.lora_B", site.path), vec![site.out_features, site.r]);
                     [a, b]
                 });
-                let values = pairs.map(|(name, shape)| {
-                    let values = noise.values(&name, &shape);
-                    (name, shape, values)
-                });
-                let parameters = Parameters::new(values.collect(), device)?;
+                let values = |_, slot: &Slot| Ok(noise.values(&slot.name, &slot.shape));
+                let parameters = Parameters::made(pairs.collect(), values, device)?;
                 let precision = self.settings.precision;
                 let weight = |name: &str, shape: &[usize]| noise.tensor(name, shape, precision, device).map(Weight::frozen);
                 let lora = |path: &str| adapter_on(path, sites, &parameters);
@@ -186,11 +183,8 @@ impl Trial {
                 Ok(Trainee { decoder, parameters })
             }
             Target::All => {
-                let values = architecture.tensors().into_iter().map(|tensor| {
-                    let values = noise.values(&tensor.name, &tensor.shape);
-                    (tensor.name, tensor.shape, values)
-                });
-                let parameters = Parameters::new(values.collect(), device)?;
+                let shapes = architecture.tensors().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
+                let parameters = Parameters::made(shapes, |_, slot| Ok(noise.values(&slot.name, &slot.shape)), device)?;
                 let decoder = decoder_of(architecture, &parameters, device)?;
                 Ok(Trainee { decoder, parameters })
             }

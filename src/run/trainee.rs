@@ -40,7 +40,7 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainee> 
     match &prepared.target {
         Target::Lora { sites, from, .. } => {
             let weights = weights.ok_or_else(|| Error::new(Kind::Model, "an adapter needs pretrained weights"))?;
-            let parameters = Parameters::new(first_values(prepared, sites, from.as_deref())?, device)?;
+            let parameters = first_values(prepared, sites, from.as_deref(), device)?;
             let decoder =
                 decoder_with_adapter(&prepared.architecture, &weights, prepared.recipe.model.dtype, sites, &parameters, device)?;
             Ok(Trainee { decoder, parameters })
@@ -49,27 +49,27 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainee> 
     }
 }
 
-/// A tensor's name, shape and values.
-type NamedValues = (String, Vec<usize>, Vec<f32>);
-
 /// A and B of each site in model order: drawn and zero, or the continued adapter's.
-fn first_values(prepared: &Prepared, sites: &[Site], from: Option<&adapter::Loaded>) -> Result<Vec<NamedValues>> {
+fn first_values(prepared: &Prepared, sites: &[Site], from: Option<&adapter::Loaded>, device: &Device) -> Result<Parameters> {
     let modules = prepared.architecture.modules();
     let fitted = from.map(|loaded| loaded.fit(&modules)).transpose()?;
-    let mut tensors = Vec::with_capacity(2 * sites.len());
-    for (index, site) in sites.iter().enumerate() {
-        let (a, b) = match &fitted {
-            Some(fitted) => (fitted[index].a.to_vec(), fitted[index].b.to_vec()),
-            None => {
-                let a = kaiming_uniform(site.in_features, site.r, prepared.recipe.seed, &site.path);
-                (a, vec![0.0; site.out_features * site.r])
-            }
-        };
-        let [name_a, name_b] = names(site);
-        tensors.push((name_a, vec![site.r, site.in_features], a));
-        tensors.push((name_b, vec![site.out_features, site.r], b));
-    }
-    Ok(tensors)
+    let make = |index: usize, slot: &Slot| {
+        // A and B of a site are neighbours.
+        let (site, is_a) = (index / 2, index % 2 == 0);
+        Ok(match (&fitted, is_a) {
+            (Some(fitted), true) => fitted[site].a.to_vec(),
+            (Some(fitted), false) => fitted[site].b.to_vec(),
+            (None, true) => kaiming_uniform(sites[site].in_features, sites[site].r, prepared.recipe.seed, &sites[site].path),
+            (None, false) => vec![0.0; slot.len()],
+        })
+    };
+    Parameters::made(sites.iter().flat_map(pair).collect(), make, device)
+}
+
+/// Names and shapes of a site's A and B.
+fn pair(site: &Site) -> [(String, Vec<usize>); 2] {
+    let [a, b] = names(site);
+    [(a, vec![site.r, site.in_features]), (b, vec![site.out_features, site.r])]
 }
 
 /// A frozen decoder with adapters whose values are slots of `parameters`, in the order of `sites`.
@@ -100,15 +100,12 @@ pub(super) fn adapter_on(path: &str, sites: &[Site], parameters: &Parameters) ->
 /// Every weight a slot of the parameters: read from `weights`, or drawn by the recipe's seed.
 pub(super) fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, device: &Device) -> Result<Trainee> {
     let (architecture, seed) = (&prepared.architecture, prepared.recipe.seed);
-    let mut tensors = Vec::new();
-    for tensor in architecture.tensors() {
-        let values = match weights {
-            Some(weights) => weights.values(&tensor.name)?,
-            None => random_tensor(&tensor.name, &tensor.shape, architecture.initializer_range, seed),
-        };
-        tensors.push((tensor.name, tensor.shape, values));
-    }
-    let parameters = Parameters::new(tensors, device)?;
+    let shapes = architecture.tensors().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
+    let make = |_, slot: &Slot| match weights {
+        Some(weights) => weights.values(&slot.name),
+        None => Ok(random_tensor(&slot.name, &slot.shape, architecture.initializer_range, seed)),
+    };
+    let parameters = Parameters::made(shapes, make, device)?;
     let decoder = decoder_of(architecture, &parameters, device)?;
     Ok(Trainee { decoder, parameters })
 }

@@ -57,7 +57,9 @@ fn a_rank_costs_what_it_does_by_hand() {
     let bytes = |choice: &str| number(row(&plan, choice), "/peak_bytes");
     let tokens = number(&plan, "/memory/activations") / (4.0 * 4.0 * 1358.0);
     assert!(tokens.fract() == 0.0 && (1.0..=128.0).contains(&tokens), "{tokens} tokens in two rows of at most 64");
-    assert_eq!(bytes("rank 8") - bytes("rank 4"), 4.0 * (4.0 * 2336.0 * 16.0 + 28.0 * 4.0 * tokens));
+    let (trained, kept) = (4.0 * 4.0 * 2336.0 * 16.0, 4.0 * 28.0 * 4.0 * tokens);
+    // An eighth of what is kept is lost to the allocator.
+    assert_eq!(bytes("rank 8") - bytes("rank 4"), trained + kept + kept / 8.0);
     // q and v alone, rank 2: 4 layers of 2 * (256 + 192) numbers.
     assert_eq!(row(&plan, "targets q_proj, v_proj")["trainable_parameters"], 4 * 2 * 448);
 }
