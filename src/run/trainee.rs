@@ -55,7 +55,7 @@ fn first_values(prepared: &Prepared, sites: &[Site], from: Option<&adapter::Load
     let fitted = from.map(|loaded| loaded.fit(&modules)).transpose()?;
     let make = |index: usize, slot: &Slot| {
         // A and B of a site are neighbours.
-        let (site, is_a) = (index / 2, index % 2 == 0);
+        let (site, is_a) = (index / 2, index.is_multiple_of(2));
         Ok(match (&fitted, is_a) {
             (Some(fitted), true) => fitted[site].a.to_vec(),
             (Some(fitted), false) => fitted[site].b.to_vec(),
