@@ -43,9 +43,12 @@ pub fn forecast_memory(shape: &ModelShape, trained: u64, tokens: usize, recomput
     let (c, f, v) = (a.hidden_size as u64, a.intermediate_size as u64, a.vocab_size as u64);
     let activations = activations(shape, tokens, recompute);
     let fleeting = LOGITS.min(4 * n * v) + 4 * n * (4 * f + 4 * c);
-    let temporaries = fleeting + (activations + fleeting) / SLACK;
-    // Gradients are laid end to end for the optimizer when the activations are gone.
-    let flat = (4 * trained).saturating_sub(activations + temporaries);
+    // A trained table's gradient is made from the head's and the embedding's: three of its size at once, of which one stays.
+    let tables = if shape.all_trained() { 8 * v * c } else { 0 };
+    let temporaries = fleeting + (activations + fleeting) / SLACK + tables;
+    // Gradients are laid end to end for the optimizer when the activations are gone; what these leave free is in pieces that a large buffer
+    // does not fit in.
+    let flat = if 4 * trained > LOGITS { 4 * trained } else { 0 };
     let weights = if shape.all_trained() { 0 } else { a.parameters() * dtype(shape.precision()).size_in_bytes() as u64 };
     MemoryForecast {
         weights: Bytes(weights),
