@@ -193,7 +193,7 @@ fn losses_and_every_gradient_equal_those_of_peft() {
         let tally = Tally::default();
         for context in contexts(&tally) {
             for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())] {
-                for recompute in [Recompute::Nothing, Recompute::Blocks] {
+                for recompute in [Recompute::NOTHING, Recompute::lowest(1), Recompute::ALL] {
                     let slots = parameters.slots();
                     let (loss, gradients) = loss_and_gradients(context, &decoder, &golden.batch(&[0, 1]), slots.len(), recompute);
                     near(&format!("{name}: {kind} loss"), loss, golden.number(&format!("{kind}_loss")));
@@ -221,7 +221,7 @@ fn ten_adamw_steps_equal_those_of_torch() {
             let batch = golden.batch(&[0, 1]);
             for (i, expected) in golden.json["steps"].as_array().unwrap().iter().enumerate() {
                 let (loss, gradients) =
-                    loss_and_gradients(context, &decoder, &batch, parameters.slots().len(), Recompute::Nothing);
+                    loss_and_gradients(context, &decoder, &batch, parameters.slots().len(), Recompute::NOTHING);
                 near(&format!("{name}: loss of step {i}"), loss, expected["loss"].as_f64().unwrap());
                 let adamw = AdamW {
                     learning_rate: expected["lr"].as_f64().unwrap(),
@@ -254,11 +254,11 @@ fn eight_rows_at_once_and_one_by_one_give_the_same_gradients() {
     let context = Context::new(&tally, Precision::F32);
     let (decoder, parameters) = golden.adapted();
     let slots = parameters.slots().len();
-    let (_, together) = loss_and_gradients(context, &decoder, &golden.batch(&[0, 1]), slots, Recompute::Nothing);
+    let (_, together) = loss_and_gradients(context, &decoder, &golden.batch(&[0, 1]), slots, Recompute::NOTHING);
     let mut apart = Gradients::new(slots);
     let scale = 1.0 / golden.batch(&[0, 1]).loss_tokens() as f64;
     for s in [0, 1] {
-        decoder.losses_and_gradients(context, &golden.batch(&[s]), scale, Recompute::Nothing, None, &mut apart).unwrap();
+        decoder.losses_and_gradients(context, &golden.batch(&[s]), scale, Recompute::NOTHING, None, &mut apart).unwrap();
     }
     for i in 0..slots {
         close(&parameters.slots()[i].name, together.get(i).unwrap(), apart.get(i).unwrap());
@@ -276,12 +276,39 @@ fn the_forecast_is_what_was_executed() {
         let full = ModelShape::fully_trained(&golden.architecture, Precision::F32).unwrap();
         for context in contexts(&tally) {
             for (shape, (decoder, parameters)) in [(&lora, golden.adapted()), (&full, golden.trained())] {
-                for recompute in [Recompute::Nothing, Recompute::Blocks] {
+                for recompute in [Recompute::NOTHING, Recompute::lowest(1), Recompute::ALL] {
                     loss_and_gradients(context, &decoder, &batch, parameters.slots().len(), recompute);
                     assert_eq!(tally.take(), shape.training(&lengths, loss_tokens, recompute), "{name} {recompute:?}");
                 }
                 decoder.losses(context, &batch).unwrap();
                 assert_eq!(tally.take(), shape.evaluation(&lengths, loss_tokens), "{name}");
+            }
+        }
+    }
+}
+
+/// The bits of every gradient.
+fn bits(gradients: &Gradients, slots: usize) -> Vec<Vec<u32>> {
+    let bits = |i| gradients.get(i).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits);
+    (0..slots).map(|i| bits(i).collect()).collect()
+}
+
+#[test]
+fn gradients_are_the_same_bytes_however_many_blocks_are_computed_again() {
+    let golden = Golden::open("gqa");
+    let (decoder, parameters) = golden.adapted();
+    let (batch, slots, tally) = (golden.batch(&[0, 1]), parameters.slots().len(), Tally::default());
+    for precision in [Precision::F32, Precision::Bf16] {
+        for dropout in [None, Some((0.3, 5, 2))] {
+            let of = |recompute| {
+                let mut gradients = Gradients::new(slots);
+                let context = Context::new(&tally, precision);
+                decoder.losses_and_gradients(context, &batch, 0.1, recompute, dropout, &mut gradients).unwrap();
+                bits(&gradients, slots)
+            };
+            let kept = of(Recompute::NOTHING);
+            for again in [Recompute::lowest(1), Recompute::lowest(2), Recompute::ALL] {
+                assert!(of(again) == kept, "{precision:?} {dropout:?} {again:?}");
             }
         }
     }
@@ -316,15 +343,19 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         let tally = Tally::default();
         let batch = golden.batch(&[0, 1]);
         let context = Context::new(&tally, Precision::F32);
-        let (loss, gradients) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::Nothing);
-        assert_eq!(tally.take(), shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::Nothing), "{keep}");
+        let (loss, gradients) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
+        assert_eq!(tally.take(), shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NOTHING), "{keep}");
+        // One block is computed again: the lowest that the walk comes to, and with it all of the work that is done twice.
+        let (again, same) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::lowest(1));
+        assert_eq!(tally.take(), shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::lowest(1)), "{keep}");
+        assert!(again == loss && bits(&same, 2) == bits(&gradients, 2), "{keep}");
         // A finite difference on one element of B: the gradient did arrive.
         let h = 1e-2;
         let mut rows = parameters.snapshot().unwrap();
         let at = parameters.slots()[1].offset + 1;
         rows[0][at] += h;
         parameters.restore([&rows[0], &rows[1], &rows[2]]).unwrap();
-        let (moved, _) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::Nothing);
+        let (moved, _) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
         let slope = (moved - loss) / f64::from(h);
         let gradient = gradients.get(1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()[1];
         assert!((slope - f64::from(gradient)).abs() < 2e-3 + 0.05 * slope.abs(), "{keep}: slope {slope}, gradient {gradient}");

@@ -338,11 +338,12 @@ prop_compose! {
         warmup in prop_oneof![(0u64..99).prop_map(Warmup::Steps), (0.0..1.0f64).prop_map(Warmup::Ratio)],
         (learning_rate, adam_epsilon, adam_beta1, adam_beta2) in (1e-9..1.0f64, 1e-12..1.0f64, 0.0..1.0f64, 0.0..1.0f64),
         (weight_decay, max_grad_norm, eval_every, keep_best) in (0.0..9.0f64, 0.0..9.0f64, 0u64..999, any::<bool>()),
+        activation_checkpointing in prop_oneof![Just(Checkpointing::Never), (0usize..99).prop_map(Checkpointing::Blocks)],
     ) -> Train {
         Train {
             length, warmup, learning_rate, adam_epsilon, adam_beta1, adam_beta2, weight_decay, max_grad_norm, eval_every, keep_best,
             micro_batch_size: 3, gradient_accumulation_steps: 5, schedule: Schedule::Cosine, save_every: 7, save_total_limit: 9,
-            activation_checkpointing: Checkpointing::Never,
+            activation_checkpointing,
         }
     }
 }

@@ -12,7 +12,7 @@ pub mod merge;
 pub mod peft;
 pub mod portability;
 pub mod refuse;
-mod shards;
+pub(crate) mod shards;
 pub mod targets;
 
 pub use config::PeftConfig;

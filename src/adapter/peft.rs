@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -15,6 +14,7 @@ use crate::error::{Error, Kind, Result};
 
 use super::config::{CONFIG_FILE, PeftConfig};
 use super::refuse::{Half, PREFIX, config_reasons, parse_name};
+use super::shards::{F32s, write_f32s};
 use super::targets::{Module, Site, Strength, choose, short_names};
 
 /// The weights' name in an adapter's directory.
@@ -280,37 +280,34 @@ fn no_module(path: &str, modules: &[Module]) -> String {
 /// A file that cannot be written; a name, shape or count that is not a LoRA half's.
 pub fn save(dir: &Path, config: &PeftConfig, tensors: &[(String, [usize; 2], &[f32])]) -> Result<()> {
     let mut views = Vec::with_capacity(tensors.len());
-    let bytes: Vec<Vec<u8>> =
-        tensors.iter().map(|(_, _, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
     let mut seen = BTreeSet::new();
-    for ((name, shape, _), bytes) in tensors.iter().zip(&bytes) {
+    for (name, shape, values) in tensors {
         let refuse =
             |why: String| Error::new(Kind::Adapter, format!("`{name}` cannot be saved: {why}")).value(format!("{shape:?}"));
         parse_name(name).map_err(|why| refuse(why.to_string()))?;
         if !seen.insert(name) {
             return Err(refuse("the name occurs twice".to_string()));
         }
-        views.push((name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).map_err(|source| refuse(source.to_string()))?));
+        let view = F32s::new(name, shape.to_vec(), values);
+        views.push(view.ok_or_else(|| refuse(format!("it has {} values", values.len())))?);
     }
-    // One dtype: safetensors then sorts by name alone. One key of metadata: nothing depends on a map's order.
-    let metadata = [("format".to_string(), "pt".to_string())].into_iter().collect();
-    let file = safetensors::serialize(views, Some(metadata))
-        .map_err(|source| Error::new(Kind::Adapter, format!("the adapter cannot be written: {source}")))?;
     fs::create_dir_all(dir).map_err(|source| Error::io("create", dir, source))?;
-    write_whole(&dir.join(WEIGHTS_FILE), &file)?;
-    write_whole(&dir.join(CONFIG_FILE), config.to_text().as_bytes())
+    write_whole(&dir.join(WEIGHTS_FILE), |path| write_f32s(path, views, true))?;
+    write_whole(&dir.join(CONFIG_FILE), |path| {
+        fs::write(path, config.to_text()).map_err(|source| Error::io("write", path, source))
+    })
 }
 
-/// Writes a file beside its place, then renames it.
-fn write_whole(path: &Path, content: &[u8]) -> Result<()> {
+/// Lets `write` write a file beside its place, then renames it.
+fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let partial = path.with_extension("partial");
-    let written = fs::File::create(&partial).and_then(|mut file| {
-        file.write_all(content)?;
-        file.sync_all()
+    let written = write(&partial).and_then(|()| {
+        let synced = fs::File::open(&partial).and_then(|file| file.sync_all());
+        synced.and_then(|()| fs::rename(&partial, path)).map_err(|source| Error::io("write", path, source))
     });
-    written.and_then(|()| fs::rename(&partial, path)).map_err(|source| {
+    if written.is_err() {
         // What is left of it is of no use; that it cannot be removed either changes nothing for the reader of the error.
         let _ = fs::remove_file(&partial);
-        Error::io("write", path, source)
-    })
+    }
+    written
 }

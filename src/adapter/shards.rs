@@ -1,11 +1,11 @@
-//! A model's safetensors files as a list of stored tensors, and how they are laid out in new files.
+//! A model's safetensors files as a list of stored tensors, how they are laid out in new files, and files of f32 tensors written.
 //!
 //! Takes file paths; reads headers only. Returns where each tensor lies, how tensors share files of a given size, and the
 //! header and index of such files, named as transformers names them. Reads no tensor's values.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
@@ -23,7 +23,7 @@ const LENGTH_FIELD: u64 = 8;
 
 /// A tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Stored {
+pub(crate) struct Stored {
     /// Its name.
     pub name: String,
     /// Its type.
@@ -38,8 +38,51 @@ pub(super) struct Stored {
     pub size: u64,
 }
 
+/// Numbers to be written as a tensor of F32.
+#[derive(Debug, Clone)]
+pub(crate) struct F32s<'a> {
+    name: &'a str,
+    shape: Vec<usize>,
+    values: &'a [f32],
+}
+
+impl<'a> F32s<'a> {
+    /// `values` row by row; `None` where `shape` wants another count.
+    pub(crate) fn new(name: &'a str, shape: Vec<usize>, values: &'a [f32]) -> Option<Self> {
+        (shape.iter().product::<usize>() == values.len()).then_some(Self { name, shape, values })
+    }
+
+    /// A vector.
+    pub(crate) fn flat(name: &'a str, values: &'a [f32]) -> Self {
+        Self { name, shape: vec![values.len()], values }
+    }
+}
+
+/// Writes a safetensors file of F32 tensors, sorted by name, marked as PyTorch's where `marked`. The same tensors give the same bytes. Numbers
+/// become bytes a few at a time: they are never in memory twice.
+pub(crate) fn write_f32s(path: &Path, mut tensors: Vec<F32s<'_>>, marked: bool) -> Result<()> {
+    tensors.sort_by_key(|tensor| tensor.name);
+    let mut end = 0;
+    let infos = tensors.iter().map(|tensor| {
+        let start = end;
+        end += size_of_val(tensor.values);
+        let info = TensorInfo { dtype: Dtype::F32, shape: tensor.shape.clone(), data_offsets: (start, end) };
+        (tensor.name.to_string(), info)
+    });
+    let header = header_of(infos.collect(), marked)?;
+    let write = || {
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        file.write_all(&header)?;
+        for value in tensors.iter().flat_map(|tensor| tensor.values) {
+            file.write_all(&value.to_le_bytes())?;
+        }
+        file.flush()
+    };
+    write().map_err(|source| Error::io("write", path, source))
+}
+
 /// The tensors of `files`, in the order of files and, within one, of places.
-pub(super) fn read_headers(files: &[PathBuf]) -> Result<Vec<Stored>> {
+pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<Stored>> {
     let mut tensors = Vec::new();
     let mut owner: BTreeMap<String, usize> = BTreeMap::new();
     for (file, path) in files.iter().enumerate() {
@@ -134,9 +177,14 @@ pub(super) fn header(tensors: &[&Stored]) -> Result<Vec<u8>> {
         let info = TensorInfo { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (start, end) };
         infos.push((tensor.name.clone(), info));
     }
-    let marked = [("format".to_string(), "pt".to_string())].into_iter().collect();
-    let failed = |why: String| Error::new(Kind::Model, format!("the merged weights have no valid header: {why}"));
-    let metadata = Metadata::new(Some(marked), infos).map_err(|source| failed(source.to_string()))?;
+    header_of(infos, true)
+}
+
+fn header_of(infos: Vec<(String, TensorInfo)>, marked: bool) -> Result<Vec<u8>> {
+    // One key: nothing depends on a map's order.
+    let mark = marked.then(|| [("format".to_string(), "pt".to_string())].into_iter().collect());
+    let failed = |why: String| Error::new(Kind::Model, format!("these tensors have no valid header: {why}"));
+    let metadata = Metadata::new(mark, infos).map_err(|source| failed(source.to_string()))?;
     let mut text = serde_json::to_vec(&metadata).map_err(|source| failed(source.to_string()))?;
     text.resize(text.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
     let mut bytes = (text.len() as u64).to_le_bytes().to_vec();

@@ -90,6 +90,16 @@ fn page(name: &str, plan: &Value) -> String {
         rows.extend(forecast(&plan));
     }
     rows.push(("memory", format!("{} at the peak", Bytes(plan.whole("/memory/peak_bytes")))));
+    let (again, walked) = (plan.whole("/recomputation/blocks"), plan.whole("/recomputation/of"));
+    if again > 0 {
+        let energy = Joules(plan.number("/recomputation/energy_j").unwrap_or_default());
+        let work = Flops(plan.number("/recomputation/flops").unwrap_or_default());
+        let saved = Bytes(plan.whole("/recomputation/saved_bytes"));
+        rows.push((
+            "",
+            format!("{saved} less, because {again} of {walked} blocks compute their activations again: {energy}, {work}"),
+        ));
+    }
     for baseline in plan.list("/baselines").map(Document) {
         let kind = baseline.words("/kind").replace('_', " ");
         let (energy, ratio) = (baseline.number("/energy_j").unwrap_or_default(), baseline.number("/ratio").unwrap_or_default());

@@ -62,20 +62,26 @@ impl BlockSaved {
 }
 
 impl Block {
-    /// x (N, C) -> y (N, C).
+    /// x (N, C) -> y (N, C). Here and in `backward` a tensor is let go as soon as it has been read: what a step keeps beside it decides whether
+    /// it fits in memory.
     pub(super) fn forward(&self, pass: Pass<'_>, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
         let l = &self.linears;
         let (h, norm) = self.input_layernorm.forward(pass.context, x)?;
         let (q, q_proj) = self.apply(pass, &l.q_proj, NAMES.q_proj, &h, None)?;
         let (k, k_proj) = self.apply(pass, &l.k_proj, NAMES.k_proj, &h, None)?;
         let (v, v_proj) = self.apply(pass, &l.v_proj, NAMES.v_proj, &h, None)?;
-        let (q, k) = (pass.rope.forward(pass.context, &q)?, pass.rope.forward(pass.context, &k)?);
-        let (mixed, attention) = self.attention.forward(pass.context, q, k, v, pass.segments)?;
+        drop(h);
+        let rotated = (pass.rope.forward(pass.context, &q)?, pass.rope.forward(pass.context, &k)?);
+        drop((q, k));
+        let (mixed, attention) = self.attention.forward(pass.context, rotated.0, rotated.1, v, pass.segments)?;
         let (x1, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &mixed, Some(x))?;
+        drop(mixed);
         let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
         let (gate, gate_proj) = self.apply(pass, &l.gate_proj, NAMES.gate_proj, &h, None)?;
         let (up, up_proj) = self.apply(pass, &l.up_proj, NAMES.up_proj, &h, None)?;
+        drop(h);
         let (inner, swiglu) = swiglu(pass.context, &gate, &up)?;
+        drop((gate, up));
         let (y, down_proj) = self.apply(pass, &l.down_proj, NAMES.down_proj, &inner, Some(&x1))?;
         let linears = Linears { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj };
         Ok((y, BlockSaved { norm, attention, post_norm, swiglu, linears }))
@@ -98,18 +104,25 @@ impl Block {
         let Some(d_inner) = l.down_proj.backward(context, dy, down, (needs.gate, None), gradients)? else { return Ok(None) };
         drop(inner);
         let (d_gate, d_up) = swiglu_backward(context, &d_inner, &saved.swiglu)?;
+        drop(d_inner);
         let h = (trains.gate_proj || trains.up_proj).then(|| self.post_attention_layernorm.again(context, &saved.post_norm));
         let h = h.transpose()?;
         let (gate, up) = ((h.as_ref(), &s.gate_proj), (h.as_ref(), &s.up_proj));
         let dh = l.gate_proj.backward(context, &d_gate, gate, (needs.attention, None), gradients)?;
+        drop(d_gate);
         let Some(dh) = l.up_proj.backward(context, &d_up, up, (needs.attention, dh.as_ref()), gradients)? else {
             return Ok(None);
         };
+        drop((d_up, h));
         let dx1 = self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, Some(dy), gradients)?;
+        drop(dh);
         let o = (Some(saved.attention.output()), &s.o_proj);
         let Some(d_mixed) = l.o_proj.backward(context, &dx1, o, (needs.qkv, None), gradients)? else { return Ok(None) };
         let (dq, dk, dv) = self.attention.backward(context, &d_mixed, &saved.attention, pass.segments)?;
-        let (dq, dk) = (pass.rope.backward(context, &dq)?, pass.rope.backward(context, &dk)?);
+        drop(d_mixed);
+        let rotated = (dq, dk);
+        let (dq, dk) = (pass.rope.backward(context, &rotated.0)?, pass.rope.backward(context, &rotated.1)?);
+        drop(rotated);
         let h = (trains.q_proj || trains.k_proj || trains.v_proj).then(|| self.input_layernorm.again(context, &saved.norm));
         let h = h.transpose()?;
         let (q, k, v) = ((h.as_ref(), &s.q_proj), (h.as_ref(), &s.k_proj), (h.as_ref(), &s.v_proj));

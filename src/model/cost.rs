@@ -7,19 +7,33 @@ use super::linears::{Linears, NAMES, Needs};
 use crate::adapter::Site;
 use crate::error::Result;
 use crate::ops::{
-    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost, attention_forward_cost,
+    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost, attention_forward_cost, dtype,
     embedding_backward_cost, embedding_cost, residual_cost, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost,
     swiglu_cost,
 };
 use crate::work::{Precision, Work};
 
-/// Whether each block's activations are kept or computed again in the backward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Recompute {
-    /// Kept.
-    Nothing,
-    /// Only each block's input is kept; its forward pass runs twice.
-    Blocks,
+/// How many blocks' activations are computed again in the backward pass: only their input is kept, and their forward pass runs twice.
+///
+/// They are the lowest of the blocks that the backward pass walks: when it comes to them, what the others kept is free again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Recompute(usize);
+
+impl Recompute {
+    /// In no block.
+    pub const NOTHING: Self = Self(0);
+    /// In every block.
+    pub const ALL: Self = Self(usize::MAX);
+
+    /// In the lowest `blocks` of those that the backward pass walks; in all of them where there are fewer.
+    pub fn lowest(blocks: usize) -> Self {
+        Self(blocks)
+    }
+
+    /// In how many of `walked` blocks.
+    pub fn of(self, walked: usize) -> usize {
+        self.0.min(walked)
+    }
 }
 
 /// A decoder's sizes together with what is trained in it: all that the cost of a step depends on, beside the batch.
@@ -62,6 +76,32 @@ impl ModelShape {
             true => (0, true),
             false => (self.ranks.iter().position(trains).unwrap_or(self.ranks.len()), false),
         }
+    }
+
+    /// Blocks whose backward pass runs.
+    pub fn walked(&self) -> usize {
+        self.architecture.num_hidden_layers - self.walk_end().0
+    }
+
+    /// Format of matrix-product inputs.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Whether the weights themselves are trained, rather than adapters beside them.
+    pub fn all_trained(&self) -> bool {
+        self.all_trained
+    }
+
+    /// Bytes that the block `layer` keeps of `tokens` tokens for its backward pass. In the compute type: its input, q, k, v, the mix, x1, gate,
+    /// up. In f32: what each adapter's A makes, and its mask.
+    pub(super) fn kept_by_block(&self, layer: usize, tokens: usize) -> u64 {
+        let a = &self.architecture;
+        let (q, kv) = (a.attention.heads * a.attention.head_dim, a.attention.kv_heads * a.attention.head_dim);
+        let narrow = 2 * (a.hidden_size + q + kv + a.intermediate_size);
+        let wide = |shape: &LinearShape| shape.r.map_or(0, |r| r + if shape.dropout { shape.in_features } else { 0 });
+        let wide: usize = self.linears(layer, tokens, self.dropout).each().into_iter().map(wide).sum();
+        (tokens * (narrow * dtype(self.precision).size_in_bytes() + 4 * wide)) as u64
     }
 
     fn linears(&self, layer: usize, tokens: usize, dropout: bool) -> Linears<LinearShape> {
@@ -177,7 +217,7 @@ impl ModelShape {
             work += &(rms_norm_backward_cost(loss_tokens, c, self.all_trained) + scatter_cost(n, loss_tokens, c));
         }
         for layer in end..self.architecture.num_hidden_layers {
-            if recompute == Recompute::Blocks {
+            if layer - end < recompute.of(self.walked()) {
                 work += &self.block_forward(layer, segments, self.dropout);
             }
             work += &self.block_backward(layer, segments, layer > end || input);

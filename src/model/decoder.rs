@@ -177,6 +177,7 @@ impl Decoder {
         let (losses, dh) = self.head.forward_backward(context, &h, &batch.targets, scale, any, gradients)?;
         let Some(dh) = dh else { return Ok(losses) };
         let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
+        drop((selected, h, norm, dh));
         context.tally.add(scatter_cost(rows.0, batch.targets.len(), rows.1));
         let mut dx = Tensor::zeros(rows, DType::F32, &self.device)?.index_add(&batch.loss_positions, &dx, 0)?;
         for (layer, kept) in kept.into_iter().enumerate().rev() {
@@ -200,13 +201,14 @@ impl Decoder {
     /// Runs the blocks; each block's `Kept` holds what its backward pass starts from.
     fn forward_keeping(&self, pass: Pass<'_>, ids: &Tensor, recompute: Recompute) -> Result<(Tensor, Vec<Kept>)> {
         let mut x = self.embed(pass.context, ids)?;
-        let mut kept = Vec::with_capacity(self.blocks.len());
+        let (end, mut kept) = (self.walk_end.0, Vec::with_capacity(self.blocks.len()));
+        let again = end + recompute.of(self.blocks.len() - end);
         for (layer, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(pass, &x)?;
-            kept.push(match recompute {
-                _ if layer < self.walk_end.0 => Kept::Nothing,
-                Recompute::Nothing => Kept::All(Box::new(saved)),
-                Recompute::Blocks => Kept::Input(x),
+            kept.push(match layer {
+                _ if layer < end => Kept::Nothing,
+                _ if layer < again => Kept::Input(x),
+                _ => Kept::All(Box::new(saved)),
             });
             x = y;
         }

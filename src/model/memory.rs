@@ -1,10 +1,11 @@
-//! How much memory a run will take at its peak, from sizes alone.
+//! How much memory a run will take at its peak, from sizes alone, and how little must be computed again for it to fit.
+//!
+//! Takes a model's shape, how many numbers are trained and the tokens of a micro-batch; returns bytes by what they hold. Reads nothing of
+//! the machine.
 
-use super::architecture::Architecture;
-use super::cost::Recompute;
+use super::cost::{ModelShape, Recompute};
 use crate::ops::dtype;
 use crate::units::Bytes;
-use crate::work::Precision;
 
 /// The parts of a run's peak memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +16,7 @@ pub struct MemoryForecast {
     pub trained: Bytes,
     /// What the backward pass keeps of the forward pass.
     pub activations: Bytes,
-    /// Chunks of logits and the largest temporaries.
+    /// Chunks of logits, the largest temporaries, and what the allocator cannot use again.
     pub temporaries: Bytes,
     /// The program itself.
     pub program: Bytes,
@@ -28,36 +29,132 @@ impl MemoryForecast {
     }
 }
 
-/// Resident memory of the program before any tensor: measured with `wattune devices` at 30-40 MiB, rounded up.
-const PROGRAM: u64 = 48 << 20;
+/// The program, its tokenizer and records, and the allocator's pages for each size of tensor (benches/LOG.md, "what the forecast of memory
+/// leaves out").
+const PROGRAM: u64 = 44 << 20;
+/// Of what comes and goes within a step, the part that the allocator holds and cannot use again: one in so many (the same entry).
+const SLACK: u64 = 8;
 /// One chunk of logits, which becomes its gradient (see `ops::Head`): at most 32 MiB.
 const LOGITS: u64 = 32 << 20;
 
 /// The peak of a step with `tokens` tokens in a micro-batch, `trained` trained numbers beside (or instead of) the frozen ones.
-pub fn forecast_memory(
-    a: &Architecture,
-    trained: u64,
-    frozen: bool,
-    tokens: usize,
-    recompute: Recompute,
-    precision: Precision,
-) -> MemoryForecast {
-    let n = tokens as u64;
-    let (c, f, layers) = (a.hidden_size as u64, a.intermediate_size as u64, a.num_hidden_layers as u64);
-    let (q, kv) = ((a.attention.heads * a.attention.head_dim) as u64, (a.attention.kv_heads * a.attention.head_dim) as u64);
-    let size = dtype(precision).size_in_bytes() as u64;
-    // Kept by a block in the compute type: input, q, k, v, the mix, x1, gate, up.
-    let block = size * n * (2 * c + 2 * q + 2 * kv + 2 * f);
-    let activations = match recompute {
-        Recompute::Nothing => layers * block,
-        Recompute::Blocks => layers * 4 * n * c + block,
-    };
-    let weights = if frozen { a.parameters() * size } else { 0 };
+pub fn forecast_memory(shape: &ModelShape, trained: u64, tokens: usize, recompute: Recompute) -> MemoryForecast {
+    let (a, n) = (shape.architecture(), tokens as u64);
+    let (c, f, v) = (a.hidden_size as u64, a.intermediate_size as u64, a.vocab_size as u64);
+    let activations = activations(shape, tokens, recompute);
+    let fleeting = LOGITS.min(4 * n * v) + 4 * n * (4 * f + 4 * c);
+    // A trained table's gradient is made from the head's and the embedding's: three of its size at once, of which one stays.
+    let tables = if shape.all_trained() { 8 * v * c } else { 0 };
+    let temporaries = fleeting + (activations + fleeting) / SLACK + tables;
+    // Gradients are laid end to end for the optimizer when the activations are gone; what these leave free is in pieces that a large buffer
+    // does not fit in.
+    let flat = if 4 * trained > LOGITS { 4 * trained } else { 0 };
+    let weights = if shape.all_trained() { 0 } else { a.parameters() * dtype(shape.precision()).size_in_bytes() as u64 };
     MemoryForecast {
         weights: Bytes(weights),
-        trained: Bytes(trained * 20),
+        trained: Bytes(16 * trained + flat),
         activations: Bytes(activations),
-        temporaries: Bytes(LOGITS + 4 * n * (4 * f + 4 * c)),
+        temporaries: Bytes(temporaries),
         program: Bytes(PROGRAM),
+    }
+}
+
+/// The most that is kept at once. A block that is computed again holds its input, in f32, until the walk comes to it, and then for a moment
+/// what any block keeps: by then the blocks above it hold nothing any more.
+fn activations(shape: &ModelShape, tokens: usize, recompute: Recompute) -> u64 {
+    let walked = shape.walked();
+    let first = shape.architecture().num_hidden_layers - walked;
+    let again = recompute.of(walked);
+    let kept = |layer: usize| shape.kept_by_block(layer, tokens);
+    let input = 4 * (tokens * shape.architecture().hidden_size) as u64;
+    let whole: u64 = (first + again..first + walked).map(kept).sum();
+    let at_head = again as u64 * input + whole;
+    let at_walk = (first..first + again).map(|layer| (layer - first + 1) as u64 * input + kept(layer)).max();
+    at_head.max(at_walk.unwrap_or_default())
+}
+
+/// The fewest blocks whose activations must be computed again for a run to fit in `free`; where nothing makes it fit, what takes least.
+pub fn least_recompute(shape: &ModelShape, trained: u64, tokens: usize, free: Bytes) -> Recompute {
+    let peak = |recompute: &Recompute| forecast_memory(shape, trained, tokens, *recompute).peak();
+    let counts = || (0..=shape.walked()).map(Recompute::lowest);
+    let least = || counts().min_by_key(peak).unwrap_or(Recompute::ALL);
+    counts().find(|recompute| peak(recompute) <= free).unwrap_or_else(least)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::{Module, Site};
+    use crate::model::Architecture;
+    use crate::work::Precision;
+
+    /// SmolLM2-135M's shape with rank 16 on every linear layer of the layers from `first` on, bf16: 30 blocks.
+    fn smollm2(first: usize, dropout: bool) -> (ModelShape, u64) {
+        let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 576,
+            "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "tie_word_embeddings": true}"#;
+        let architecture = Architecture::from_config(&serde_json::from_str(config).unwrap()).unwrap();
+        let layer = |path: &str| path.split('.').nth(2).and_then(|layer| layer.parse::<usize>().ok());
+        let modules = architecture.modules().into_iter().filter(|module| layer(&module.path).is_some_and(|layer| layer >= first));
+        let site = |Module { path, in_features, out_features }: Module| Site {
+            path,
+            in_features,
+            out_features,
+            r: 16,
+            lora_alpha: 32.0,
+            scaling: 2.0,
+        };
+        let sites: Vec<Site> = modules.map(site).collect();
+        let trained = sites.iter().map(|site| site.parameters() as u64).sum();
+        (ModelShape::with_adapters(&architecture, &sites, dropout, Precision::Bf16).unwrap(), trained)
+    }
+
+    /// By hand, in bf16, 100 tokens: input and x1 2 x 576, q and mix 2 x 576, k and v 2 x 192, gate and up 2 x 1536, two bytes each; x A^T of
+    /// seven adapters, 16 numbers of four bytes each. A block that is computed again: its input, 576 numbers of four bytes.
+    #[test]
+    fn a_block_holds_its_activations_or_its_input() {
+        let (shape, trained) = smollm2(0, false);
+        let block = 100 * (2 * (4 * 576 + 2 * 192 + 2 * 1536) + 4 * 7 * 16);
+        let input = 100 * 4 * 576;
+        let of = |blocks: usize| forecast_memory(&shape, trained, 100, Recompute::lowest(blocks)).activations.0;
+        assert_eq!(of(0), 30 * block);
+        assert_eq!(of(7), 23 * block + 7 * input);
+        assert_eq!(of(29), block + 29 * input);
+        // The last block's input stands beside what it keeps when it is computed again.
+        assert_eq!(of(30), block + 30 * input);
+        assert_eq!(forecast_memory(&shape, trained, 100, Recompute::ALL).activations.0, of(30));
+    }
+
+    /// Blocks below the lowest adapter keep nothing, and are never computed again.
+    #[test]
+    fn only_walked_blocks_count() {
+        let ((all, _), (upper, trained)) = (smollm2(0, false), smollm2(20, false));
+        let of = |shape: &ModelShape, recompute| forecast_memory(shape, trained, 64, recompute).activations.0;
+        assert_eq!(3 * of(&upper, Recompute::NOTHING), of(&all, Recompute::NOTHING));
+        assert_eq!(of(&upper, Recompute::lowest(10)), of(&upper, Recompute::ALL));
+    }
+
+    /// A mask of four bytes for each number that an adapter reads: six times 576 and once 1536.
+    #[test]
+    fn masks_are_kept() {
+        let of = |dropout| forecast_memory(&smollm2(0, dropout).0, 0, 100, Recompute::NOTHING).activations.0;
+        assert_eq!(of(true) - of(false), 30 * 100 * 4 * (6 * 576 + 1536));
+    }
+
+    #[test]
+    fn the_fewest_blocks_that_fit_are_computed_again() {
+        let (shape, trained) = smollm2(0, false);
+        let peak = |blocks: usize| forecast_memory(&shape, trained, 1024, Recompute::lowest(blocks)).peak();
+        let least = |free: Bytes| least_recompute(&shape, trained, 1024, free).of(30);
+        assert_eq!(least(peak(0)), 0);
+        assert_eq!(least(Bytes(peak(0).0 - 1)), 1);
+        for blocks in [1, 8, 29] {
+            assert_eq!(
+                (least(peak(blocks)), least(Bytes(peak(blocks).0 - 1))),
+                (blocks, if blocks == 29 { 29 } else { blocks + 1 })
+            );
+        }
+        // Nothing fits: the least of all.
+        assert_eq!(least(Bytes(0)), 29);
     }
 }

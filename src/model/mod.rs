@@ -12,6 +12,7 @@ mod decoder;
 mod generate;
 mod linears;
 mod memory;
+mod stored;
 mod weights;
 
 pub use architecture::{Architecture, Biases, TensorShape};
@@ -20,5 +21,5 @@ pub use cost::{ModelShape, Recompute};
 pub use decoder::{Batch, Decoder, Parts};
 pub use generate::{Sampling, Session};
 pub use linears::Linears;
-pub use memory::{MemoryForecast, forecast_memory};
+pub use memory::{MemoryForecast, forecast_memory, least_recompute};
 pub use weights::{Weights, random_tensor};

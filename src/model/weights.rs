@@ -1,13 +1,15 @@
-//! A model's tensors: memory-mapped safetensors files held against the architecture, or drawn at random.
+//! A model's tensors: safetensors files held against the architecture, or drawn at random.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::PathBuf;
 
-use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::rand_core::Rng;
 
 use super::architecture::{Architecture, TensorShape};
+use super::stored::Source;
+use crate::adapter::shards::{Stored, read_headers};
 use crate::error::{Error, Kind, Result};
 use crate::random::{Use, stream};
 
@@ -16,47 +18,42 @@ const HEAD: &str = "lm_head.weight";
 
 /// Opened weight files in which every tensor of the architecture was found with its shape.
 pub struct Weights {
-    files: MmapedSafetensors,
-    /// The architecture's name -> the file's.
-    names: BTreeMap<String, String>,
+    files: Vec<(PathBuf, File)>,
+    /// The architecture's name -> its place in the files.
+    places: BTreeMap<String, Stored>,
 }
 
 impl Weights {
-    /// Maps the files and checks them: missing, mis-shaped and surplus tensors are all named in one error.
+    /// Opens the files and checks their headers: a file that is damaged or cut short is refused; missing, mis-shaped and surplus tensors
+    /// are all named in one error. No number is read yet.
     pub fn open(paths: &[PathBuf], architecture: &Architecture) -> Result<Self> {
-        for path in paths {
-            check_whole(path)?;
-        }
-        // SAFETY: the files are mapped read-only; a file that another process truncates meanwhile would fault, as in every
-        // memory-mapping loader, and the hub cache never rewrites a blob in place.
-        let files = unsafe { MmapedSafetensors::multi(paths) };
-        let files = files.map_err(|e| Error::new(Kind::Model, format!("the weight files cannot be read: {e}")))?;
-        let found: BTreeMap<String, Vec<usize>> =
-            files.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec())).collect();
-        let names = names(architecture, &found)?;
-        Ok(Self { files, names })
+        let mut stored: BTreeMap<String, Stored> =
+            read_headers(paths)?.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
+        let found = stored.iter().map(|(name, tensor)| (name.clone(), tensor.shape.clone())).collect();
+        let places =
+            names(architecture, &found)?.into_iter().filter_map(|(name, in_file)| Some((name, stored.remove(&in_file)?)));
+        let places = places.collect();
+        let open = |path: &PathBuf| Ok((path.clone(), File::open(path).map_err(|source| Error::io("read", path, source))?));
+        Ok(Self { files: paths.iter().map(open).collect::<Result<_>>()?, places })
     }
 
-    /// The tensor that the architecture calls `name`, as `dtype` on `device`.
+    /// The tensor that the architecture calls `name`, as `dtype` on `device`: read and converted in one pass, nothing else is kept of it.
     pub fn get(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        let Some(stored) = self.names.get(name) else {
+        self.source(name)?.tensor(dtype, device)
+    }
+
+    /// The numbers of the tensor that the architecture calls `name`, row by row.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        self.source(name)?.f32s()
+    }
+
+    fn source(&self, name: &str) -> Result<Source<'_>> {
+        let Some(tensor) = self.places.get(name) else {
             return Err(Error::new(Kind::Model, format!("the model has no tensor `{name}`")));
         };
-        Ok(self.files.load(stored, device)?.to_dtype(dtype)?)
+        let (path, file) = &self.files[tensor.file];
+        Ok(Source { path, file, tensor })
     }
-}
-
-/// Refuses a file that is shorter than its own header promises, or is no safetensors file.
-fn check_whole(path: &PathBuf) -> Result<()> {
-    let file = std::fs::File::open(path).map_err(|e| Error::io("read", path, e))?;
-    // SAFETY: mapped read-only for the time of this check.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
-    safetensors::SafeTensors::deserialize(&map).map(|_| ()).map_err(|e| {
-        Error::new(Kind::Model, "a weight file is damaged or cut short")
-            .at(path.display().to_string())
-            .value(e.to_string())
-            .hint("delete it and download it again")
-    })
 }
 
 /// Finds each tensor of the architecture among those found in the files.

@@ -3,9 +3,11 @@
 //! A trained tensor is a view into the buffer, so an optimizer step on the buffer is seen by every op at once and clipping and AdamW
 //! are one pass each. A frozen weight has no slot, so a gradient for it cannot exist.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor};
 
-use super::host::expect;
+use super::host::{Host, expect};
 use crate::error::{Error, Kind, Result};
 
 /// A weight that ops read: frozen, or a view of a trained slot.
@@ -50,6 +52,11 @@ impl Slot {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Its numbers' places in the buffer.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
 }
 
 /// Every trained value with AdamW's two moments: one (3, n) tensor, rows value, first moment, second moment.
@@ -62,10 +69,25 @@ pub struct Parameters {
 impl Parameters {
     /// Lays the named tensors out in the given order; moments start at zero.
     pub fn new(tensors: Vec<(String, Vec<usize>, Vec<f32>)>, device: &Device) -> Result<Self> {
-        let mut slots = Vec::with_capacity(tensors.len());
-        let mut values = Vec::with_capacity(tensors.iter().map(|(_, _, v)| v.len()).sum());
-        for (name, shape, data) in tensors {
+        let (shapes, data): (Vec<_>, Vec<_>) = tensors.into_iter().map(|(name, shape, data)| ((name, shape), data)).unzip();
+        let mut data = data.into_iter();
+        Self::made(shapes, |_, _| Ok(data.next().unwrap_or_default()), device)
+    }
+
+    /// The same from names and shapes; `make` gives each tensor's values by its index and slot, one after the other, so that they are never
+    /// all in memory twice.
+    pub fn made(
+        shapes: Vec<(String, Vec<usize>)>,
+        mut make: impl FnMut(usize, &Slot) -> Result<Vec<f32>>,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut slots = Vec::with_capacity(shapes.len());
+        let count: usize = shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        // Room for the moments at once: to grow later would be to copy.
+        let mut values = Vec::with_capacity(3 * count);
+        for (index, (name, shape)) in shapes.into_iter().enumerate() {
             let slot = Slot { name, shape, offset: values.len() };
+            let data = make(index, &slot)?;
             if slot.len() != data.len() {
                 let (found, wanted) = (data.len(), slot.len());
                 return Err(Error::new(
@@ -119,9 +141,18 @@ impl Parameters {
         Ok(self.row(0)?.narrow(0, slot.offset, slot.len())?.to_vec1()?)
     }
 
-    /// A copy of all three rows, for a checkpoint.
+    /// What `read` makes of all three rows, which are not copied where they lie on the CPU.
+    pub fn with_rows<T>(&self, read: impl FnOnce([&[f32]; 3]) -> Result<T>) -> Result<T> {
+        let state = self.state.to_device(&Device::Cpu)?;
+        let host = Host::open(&state)?;
+        let (values, moments) = host.slice().split_at(self.len());
+        let (first, second) = moments.split_at(self.len());
+        read([values, first, second])
+    }
+
+    /// A copy of all three rows.
     pub fn snapshot(&self) -> Result<[Vec<f32>; 3]> {
-        Ok([self.row(0)?.to_vec1()?, self.row(1)?.to_vec1()?, self.row(2)?.to_vec1()?])
+        self.with_rows(|rows| Ok(rows.map(<[f32]>::to_vec)))
     }
 
     /// Puts a checkpoint's rows back; each must hold `len()` numbers.

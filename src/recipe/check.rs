@@ -258,7 +258,10 @@ fn train(given: &Given) -> Train {
         save_every: given.count("train.save_every"),
         save_total_limit: given.size("train.save_total_limit"),
         keep_best: given.flag("train.keep_best"),
-        activation_checkpointing: given.word("train.activation_checkpointing"),
+        activation_checkpointing: match given.get("train.activation_checkpointing").and_then(Value::count) {
+            Some(blocks) => Checkpointing::Blocks(blocks as usize),
+            None => given.word("train.activation_checkpointing"),
+        },
     }
 }
 

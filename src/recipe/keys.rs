@@ -47,6 +47,13 @@ pub(super) enum Kind {
     Name,
     /// One of these words.
     Choice(fn() -> Vec<&'static str>),
+    /// One of these words, or a whole number.
+    ChoiceOrCount {
+        /// The words.
+        words: fn() -> Vec<&'static str>,
+        /// What the number counts.
+        of: &'static str,
+    },
     /// `true` or `false`.
     Flag,
     /// A whole number.
@@ -119,7 +126,7 @@ pub(super) struct Quantity {
 }
 
 /// Counts that end up as sizes of tensors or numbers of steps.
-const MANY: u64 = u32::MAX as u64;
+pub(super) const MANY: u64 = u32::MAX as u64;
 /// TOML's integers end here.
 const LARGEST: u64 = i64::MAX as u64;
 
@@ -225,7 +232,7 @@ pub(super) fn of_table(table: &str) -> impl Iterator<Item = &'static Key> + '_ {
     KEYS.iter().filter(move |key| key.split().0 == table)
 }
 
-use Kind::{Alphas, Choice, Columns, Count, Flag, Grid, Layers, Modules, Name, Quantity as Of, Ranks, Text};
+use Kind::{Alphas, Choice, ChoiceOrCount, Columns, Count, Flag, Grid, Layers, Modules, Name, Quantity as Of, Ranks, Text};
 use Presence::{Defaulted, Needed, Optional};
 
 /// Every key, in the order they are written.
@@ -297,7 +304,7 @@ pub(super) static KEYS: &[Key] = &[
         .known_as(&["save_steps", "save_interval", "saves_per_epoch"]),
     key("train.save_total_limit", SIZE, Defaulted, "3", "Checkpoints kept"),
     key("train.keep_best", Flag, Defaulted, "true", "Keep the checkpoint of lowest validation loss").known_as(&["load_best_model_at_end"]),
-    key("train.activation_checkpointing", Choice(Checkpointing::words), Defaulted, "\"auto\"", "Recompute activations to save memory")
+    key("train.activation_checkpointing", ChoiceOrCount { words: Checkpointing::words, of: "blocks" }, Defaulted, "\"auto\"", "Recompute activations to save memory")
         .known_as(&["gradient_checkpointing", "grad_checkpoint"]),
 
     key("budget.energy", Of(ENERGY), Optional, "\"5 Wh\"", "Energy of the machine itself").in_starter(),

@@ -295,16 +295,19 @@ pub enum Warmup {
     Steps(u64),
 }
 
-/// When activations are recomputed.
+/// In which blocks activations are recomputed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Checkpointing {
     /// Where memory forces it; resolved by plan.
     Auto,
-    /// In every layer.
+    /// In every block.
     Always,
     /// In none.
     Never,
+    /// In the lowest so many blocks of those that the backward pass walks.
+    #[serde(untagged)]
+    Blocks(usize),
 }
 
 /// The `[budget]` table: the first to bind stops the run.

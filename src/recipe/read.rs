@@ -76,10 +76,8 @@ pub(super) fn rule(key: &Key) -> String {
     match &key.kind {
         Kind::Text => "text in double quotes, not empty".into(),
         Kind::Name => "text in double quotes, without `/`, `\\` or control characters, and not `.` or `..`".into(),
-        Kind::Choice(words) => {
-            let words: Vec<String> = words().iter().map(|word| format!("\"{word}\"")).collect();
-            format!("one of {}", words.join(", "))
-        }
+        Kind::Choice(words) => format!("one of {}", quoted(&words())),
+        Kind::ChoiceOrCount { words, of } => format!("one of {}, or a number of {of}", quoted(&words())),
         Kind::Flag => "`true` or `false`, without quotes".into(),
         Kind::Count { least, .. } => format!("a whole number of at least {least}"),
         Kind::Number(range) => range.rule(),
@@ -101,6 +99,10 @@ pub(super) fn rule(key: &Key) -> String {
     }
 }
 
+fn quoted(words: &[&str]) -> String {
+    words.iter().map(|word| format!("\"{word}\"")).collect::<Vec<_>>().join(", ")
+}
+
 /// A value that obeys the key's rule, or `None` with the mistake noted.
 fn read_value(key: &Key, node: &Node, mistakes: &mut Mistakes) -> Option<Value> {
     let on_command_line = mistakes.is_override(node.place);
@@ -111,7 +113,10 @@ fn read_value(key: &Key, node: &Node, mistakes: &mut Mistakes) -> Option<Value> 
         }
         (Kind::Text, Raw::Text(text)) => fits(key, node, !text.trim().is_empty(), mistakes).then(|| Value::Text(text.clone())),
         (Kind::Name, Raw::Text(text)) => fits(key, node, is_name(text), mistakes).then(|| Value::Text(text.clone())),
-        (Kind::Choice(words), Raw::Text(text)) => read_choice(key, node, text, &words(), mistakes),
+        (Kind::Choice(words) | Kind::ChoiceOrCount { words, .. }, Raw::Text(text)) => {
+            read_choice(key, node, text, &words(), mistakes)
+        }
+        (Kind::ChoiceOrCount { .. }, Raw::Integer(number)) => read_count(key, node, *number, 0..=keys::MANY, mistakes),
         (Kind::Flag, Raw::Flag(flag)) => Some(Value::Flag(*flag)),
         (Kind::Count { least, most }, Raw::Integer(number)) => read_count(key, node, *number, *least..=*most, mistakes),
         (Kind::Number(range), raw) if number_of(raw).is_some() => {

@@ -81,6 +81,9 @@ fn kind_schema(kind: &Kind) -> Value {
         Kind::Text => json!({ "type": "string", "minLength": 1 }),
         Kind::Name => json!({ "type": "string", "pattern": "^[^/\\\\]*$" }),
         Kind::Choice(words) => json!({ "enum": words() }),
+        Kind::ChoiceOrCount { words, .. } => {
+            json!({ "anyOf": [{ "enum": words() }, { "type": "integer", "minimum": 0, "maximum": keys::MANY }] })
+        }
         Kind::Flag => json!({ "type": "boolean" }),
         Kind::Count { least, most } => json!({ "type": "integer", "minimum": least, "maximum": most }),
         Kind::Number(range) => number_schema(range),

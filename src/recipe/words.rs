@@ -50,6 +50,12 @@ macro_rules! words {
     };
 }
 
+/// A number of blocks is written as a number.
+impl Word for Checkpointing {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Checkpointing::Auto), ("always", Checkpointing::Always), ("never", Checkpointing::Never)];
+}
+
 words! {
     Precision: "f32" => F32, "bf16" => Bf16, "f16" => F16;
     Init: "pretrained" => Pretrained, "random" => Random;
@@ -57,7 +63,6 @@ words! {
     OnBadRecord: "stop" => Stop, "skip" => Skip;
     TxtUnit: "paragraph" => Paragraph, "file" => File;
     Schedule: "linear" => Linear, "cosine" => Cosine, "constant" => Constant;
-    Checkpointing: "auto" => Auto, "always" => Always, "never" => Never;
     Meter: "auto" => Auto, "counted" => Counted, "measured" => Measured, "timed" => Timed;
     Compared: "counted" => Counted, "measured" => Measured, "off" => Off;
 }

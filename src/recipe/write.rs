@@ -98,7 +98,11 @@ fn laid_out(key: &Key, line: Line) -> Option<String> {
         Line::Absent => return None,
     };
     let optional = if key.presence == Presence::Optional && !mark.is_empty() { "; none unless given" } else { "" };
-    let words = if let Kind::Choice(words) = key.kind { format!(" ({})", words().join(" | ")) } else { String::new() };
+    let words = match key.kind {
+        Kind::Choice(words) => format!(" ({})", words().join(" | ")),
+        Kind::ChoiceOrCount { words, of } => format!(" ({} | number of {of})", words().join(" | ")),
+        _ => String::new(),
+    };
     let pair = format!("{mark}{} = {value}", key.name());
     Some(format!("{pair:COMMENT$} # {}{words}{optional}", key.doc))
 }
@@ -188,7 +192,10 @@ impl Train {
             ("save_every", ..) => Some(count(self.save_every)),
             ("save_total_limit", ..) => Some(count(self.save_total_limit as u64)),
             ("keep_best", ..) => Some(self.keep_best.into()),
-            ("activation_checkpointing", ..) => Some(self.activation_checkpointing.word().into()),
+            ("activation_checkpointing", ..) => Some(match self.activation_checkpointing {
+                Checkpointing::Blocks(blocks) => count(blocks as u64),
+                word => word.word().into(),
+            }),
             _ => None,
         }
     }

@@ -71,9 +71,7 @@ fn label(kind: &'static str, choice: impl Into<String>, set: impl IntoIterator<I
 struct Setup {
     shape: ModelShape,
     trained: usize,
-    frozen: bool,
     recompute: Recompute,
-    precision: Precision,
 }
 
 impl Setup {
@@ -101,13 +99,7 @@ struct Maker<'a> {
 /// that holds none, one step stands for it.
 pub(super) fn choices(prepared: &Prepared, count: u64, planned: &Charge) -> Result<Vec<Choice>> {
     let steps = sampled(prepared, count.max(1));
-    let own = Setup {
-        shape: prepared.shape.clone(),
-        trained: prepared.trained(),
-        frozen: !prepared.whole_model(),
-        recompute: prepared.settings.recompute,
-        precision: prepared.recipe.model.dtype,
-    };
+    let own = Setup { shape: prepared.shape.clone(), trained: prepared.trained(), recompute: prepared.settings.recompute };
     let charge = charged(&own, &steps, &prepared.profile);
     let planned = if count == 0 { charge.clone() } else { planned.clone() };
     let maker = Maker { prepared, own, steps, charge, planned, count: count.max(1) };
@@ -144,8 +136,8 @@ impl Maker<'_> {
     fn row_of(&self, label: Label, setup: &Setup, charge: &Charge, tokens: usize, steps: f64) -> Choice {
         let ratio = charge.energy.joules() / self.charge.energy.joules();
         let same_tokens_j = self.planned.energy.joules() * ratio;
-        let (trained, architecture) = (setup.trained, &self.prepared.architecture);
-        let memory = forecast_memory(architecture, trained as u64, setup.frozen, tokens, setup.recompute, setup.precision);
+        let trained = setup.trained;
+        let memory = forecast_memory(&setup.shape, trained as u64, tokens, setup.recompute);
         Choice {
             kind: label.kind,
             choice: label.choice,
@@ -174,8 +166,8 @@ impl Maker<'_> {
     }
 
     fn with_sites(&self, sites: &[Site]) -> Result<Setup> {
-        let shape = ModelShape::with_adapters(&self.prepared.architecture, sites, self.dropout(), self.own.precision)?;
-        Ok(Setup { shape, trained: sites.iter().map(Site::parameters).sum(), frozen: true, ..self.own.clone() })
+        let shape = ModelShape::with_adapters(&self.prepared.architecture, sites, self.dropout(), self.own.shape.precision())?;
+        Ok(Setup { shape, trained: sites.iter().map(Site::parameters).sum(), ..self.own.clone() })
     }
 
     fn sites(&self, settings: &LoraSettings) -> Result<Vec<Site>> {
@@ -268,17 +260,20 @@ impl Maker<'_> {
         lengths.filter_map(row).collect()
     }
 
+    /// Every block's activations kept, and every block's computed again.
     fn checkpointing(&self) -> Vec<Choice> {
-        let (recompute, choice, word) = match self.own.recompute {
-            Recompute::Nothing => (Recompute::Blocks, "activations computed again", "always"),
-            Recompute::Blocks => (Recompute::Nothing, "activations kept", "never"),
+        let walked = self.own.shape.walked();
+        let all = [(Recompute::NOTHING, "activations kept", "never"), (Recompute::ALL, "activations computed again", "always")];
+        let others = all.into_iter().filter(|(recompute, ..)| recompute.of(walked) != self.own.recompute.of(walked));
+        let row = |(recompute, choice, word): (Recompute, &str, &str)| {
+            let set = [format!("train.activation_checkpointing={word}")];
+            self.row(label("activation_checkpointing", choice, set), &Setup { recompute, ..self.own.clone() })
         };
-        let set = [format!("train.activation_checkpointing={word}")];
-        vec![self.row(label("activation_checkpointing", choice, set), &Setup { recompute, ..self.own.clone() })]
+        others.map(row).collect()
     }
 
     fn precisions(&self) -> Result<Vec<Choice>> {
-        let others = [Precision::F32, Precision::Bf16].into_iter().filter(|precision| *precision != self.own.precision);
+        let others = [Precision::F32, Precision::Bf16].into_iter().filter(|precision| *precision != self.own.shape.precision());
         let row = |precision: Precision| {
             let word = precision.as_str();
             let architecture = &self.prepared.architecture;
@@ -286,7 +281,7 @@ impl Maker<'_> {
                 Target::Lora { sites, .. } => ModelShape::with_adapters(architecture, sites, self.dropout(), precision)?,
                 Target::All => ModelShape::fully_trained(architecture, precision)?,
             };
-            let setup = Setup { shape, precision, ..self.own.clone() };
+            let setup = Setup { shape, ..self.own.clone() };
             Ok(self.row(label("dtype", format!("dtype {word}"), [format!("model.dtype={word}")]), &setup))
         };
         others.map(row).collect()
@@ -298,8 +293,8 @@ impl Maker<'_> {
             return Ok(Vec::new());
         }
         let architecture = &self.prepared.architecture;
-        let shape = ModelShape::fully_trained(architecture, self.own.precision)?;
-        let setup = Setup { shape, trained: architecture.parameters() as usize, frozen: false, ..self.own.clone() };
+        let shape = ModelShape::fully_trained(architecture, self.own.shape.precision())?;
+        let setup = Setup { shape, trained: architecture.parameters() as usize, ..self.own.clone() };
         Ok(vec![self.row(label("trained", "every weight trained", None), &setup)])
     }
 

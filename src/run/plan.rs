@@ -16,9 +16,10 @@ use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
 use crate::error::{Error, Kind, Result};
+use crate::model::{Recompute, forecast_memory};
 use crate::report::types::BaselineKind;
-use crate::train::{Costs, Forecast, Standing, Stop, forecast};
-use crate::units::{Joules, MicroJoules};
+use crate::train::{Costs, Forecast, Settings, Standing, Stop, forecast};
+use crate::units::{Bytes, Joules, MicroJoules};
 use crate::work::Work;
 
 /// A forecast.
@@ -67,6 +68,7 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
     let choices = choices(prepared, run.steps, &training)?;
     let mut json = to_json(prepared, kind, &run, &phases, &total)?;
     json["choices"] = json!(choices);
+    json["recomputation"] = recomputation(prepared, run.steps, &training);
     json["measured_baselines"] = measured_baselines(prepared, training.energy)?;
     Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), choices, json, least })
 }
@@ -98,6 +100,27 @@ impl Plan {
     pub(super) fn to_json_text(&self) -> Result<String> {
         serde_json::to_string_pretty(&self.json).map(|text| text + "\n").map_err(|e| Error::new(Kind::Io, e.to_string()))
     }
+}
+
+/// What computing activations again costs in the plan's `steps` training steps, whose charge is `training`, and what it saves.
+fn recomputation(prepared: &Prepared, steps: u64, training: &Charge) -> Value {
+    let walked = prepared.shape.walked();
+    let blocks = prepared.settings.recompute.of(walked);
+    let settings = Settings { recompute: Recompute::NOTHING, ..prepared.settings.clone() };
+    let (trained, tokens) = (prepared.trained(), prepared.longest_batch);
+    let costs = Costs::new(&prepared.shape, &prepared.sampler, &[], trained, &settings, Vec::new());
+    let kept: Charge = match blocks {
+        0 => training.clone(),
+        _ => (0..steps).map(|step| prepared.profile.charge(&costs.step(step))).sum(),
+    };
+    let peak = forecast_memory(&prepared.shape, trained as u64, tokens, Recompute::NOTHING).peak();
+    json!({
+        "blocks": blocks,
+        "of": walked,
+        "energy_j": MicroJoules(training.energy.0 - kept.energy.0).joules(),
+        "flops": training.flops - kept.flops,
+        "saved_bytes": Bytes(peak.0.saturating_sub(prepared.memory.peak().0)),
+    })
 }
 
 /// What the baselines that are to be trained after the run will take, apart from its own energy.

@@ -16,7 +16,7 @@ use crate::energy::meter::Computing;
 use crate::energy::{Budget, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Kind, Result};
 use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
-use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory};
+use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory, least_recompute};
 use crate::recipe::{self, Adapter, Checkpointing, DataSource, Init, Recipe, Validation};
 use crate::train::{self, checkpoint_bytes};
 use crate::units::Bytes;
@@ -122,17 +122,13 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         Some(set) => evaluation_batches(&set.examples, recipe.train.micro_batch_size),
         None => Vec::new(),
     };
-    let dropout = matches!(&recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0);
-    let shape = match &target {
-        Target::Lora { sites, .. } => ModelShape::with_adapters(&architecture, sites, dropout, recipe.model.dtype)?,
-        Target::All => ModelShape::fully_trained(&architecture, recipe.model.dtype)?,
-    };
+    let shape = shape_of(&recipe, &architecture, &target)?;
     let tokens = longest_batch(&sampler, &validation_batches);
-    let (recompute, memory) = recompute(&recipe, &architecture, &target, tokens, &mut warnings)?;
-    recipe.train.activation_checkpointing = match recompute {
-        Recompute::Blocks => Checkpointing::Always,
-        Recompute::Nothing => Checkpointing::Never,
-    };
+    let trained = target.parameters(&architecture);
+    let (recompute, memory) = recompute(&recipe, &shape, trained, tokens, &mut warnings)?;
+    if recipe.train.activation_checkpointing == Checkpointing::Auto {
+        recipe.train.activation_checkpointing = resolved(recompute, shape.walked());
+    }
     check_measured_baselines(&recipe, &architecture, tokens)?;
     if recipe.energy.device == "auto" {
         recipe.energy.device.clone_from(&profile.name);
@@ -161,6 +157,15 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         memory,
         warnings,
     })
+}
+
+/// What a step's work and memory depend on.
+pub(super) fn shape_of(recipe: &Recipe, architecture: &Architecture, target: &Target) -> Result<ModelShape> {
+    let dropout = matches!(&recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0);
+    match target {
+        Target::Lora { sites, .. } => ModelShape::with_adapters(architecture, sites, dropout, recipe.model.dtype),
+        Target::All => ModelShape::fully_trained(architecture, recipe.model.dtype),
+    }
 }
 
 pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
@@ -290,42 +295,77 @@ fn check_measured_baselines(recipe: &Recipe, architecture: &Architecture, tokens
     if asked(recipe).next().is_none() {
         return Ok(());
     }
-    let fitted = recompute(recipe, architecture, &Target::All, tokens, &mut Vec::new());
+    let shape = ModelShape::fully_trained(architecture, recipe.model.dtype)?;
+    let fitted = recompute(recipe, &shape, Target::All.parameters(architecture), tokens, &mut Vec::new());
     fitted.map(|_| ()).map_err(|e| e.at("[baseline]: a measured baseline trains every weight"))
 }
 
-/// Whether activations are recomputed (`auto`: only where memory forces it), and the memory forecast; refused where even that does not fit.
+/// In which blocks activations are recomputed (`auto`: in as few as memory allows), and the memory forecast; refused where it does not fit.
 pub(super) fn recompute(
     recipe: &Recipe,
-    architecture: &Architecture,
-    target: &Target,
+    shape: &ModelShape,
+    trained: usize,
     tokens: usize,
     warnings: &mut Vec<String>,
 ) -> Result<(Recompute, MemoryForecast)> {
-    let (trained, frozen) = (target.parameters(architecture) as u64, matches!(target, Target::Lora { .. }));
-    let of = |recompute| forecast_memory(architecture, trained, frozen, tokens, recompute, recipe.model.dtype);
-    let free = machine::memory().map(|(free, _)| free);
-    let fits = |forecast: &MemoryForecast| free.is_none_or(|free| forecast.peak() <= free);
-    let (kept, again) = (of(Recompute::Nothing), of(Recompute::Blocks));
+    let (free, walked) = (machine::free_memory(), shape.walked());
     let chosen = match recipe.train.activation_checkpointing {
-        Checkpointing::Always => (Recompute::Blocks, again),
-        Checkpointing::Never => (Recompute::Nothing, kept),
-        Checkpointing::Auto if fits(&kept) => (Recompute::Nothing, kept),
-        Checkpointing::Auto => {
-            warnings.push("activations do not fit in memory: they are computed again in the backward pass".into());
-            (Recompute::Blocks, again)
-        }
+        Checkpointing::Always => Recompute::ALL,
+        Checkpointing::Never => Recompute::NOTHING,
+        Checkpointing::Blocks(blocks) if blocks > walked => return Err(too_many_blocks(blocks, walked)),
+        Checkpointing::Blocks(blocks) => Recompute::lowest(blocks),
+        Checkpointing::Auto => free.map_or(Recompute::NOTHING, |free| least_recompute(shape, trained as u64, tokens, free)),
     };
-    let disk = Bytes(checkpoint_bytes(trained as usize) as u64 * (recipe.train.save_total_limit as u64 + 2));
-    if let Some(space) = machine::free_disk(&std::env::current_dir().unwrap_or_default()).filter(|space| *space < disk) {
-        return Err(Error::new(Kind::Resources, "the disk has no room for the checkpoints")
-            .value(format!("{disk} needed, {space} free"))
-            .hint("free some space, or lower `save_total_limit` in [train]"));
+    if recipe.train.activation_checkpointing == Checkpointing::Auto && chosen != Recompute::NOTHING {
+        let blocks = chosen.of(walked);
+        warnings.push(format!("not all activations fit in memory: those of {blocks} of {walked} blocks are computed again"));
     }
-    match free.filter(|free| chosen.1.peak() > *free) {
-        None => Ok(chosen),
+    let memory = forecast_memory(shape, trained as u64, tokens, chosen);
+    check_disk(recipe, trained)?;
+    match free.filter(|free| memory.peak() > *free) {
+        None => Ok((chosen, memory)),
         Some(free) => Err(Error::new(Kind::Resources, "this run does not fit in memory")
-            .value(format!("{} needed, {free} free", chosen.1.peak()))
+            .value(format!("{} needed, {free} free", memory.peak()))
             .hint("lower `micro_batch_size` or `max_length`, use `dtype = \"bf16\"`, or write `activation_checkpointing = \"always\"`")),
+    }
+}
+
+/// What a recipe says instead of `auto`.
+fn resolved(recompute: Recompute, walked: usize) -> Checkpointing {
+    match recompute.of(walked) {
+        0 => Checkpointing::Never,
+        blocks if blocks == walked => Checkpointing::Always,
+        blocks => Checkpointing::Blocks(blocks),
+    }
+}
+
+fn too_many_blocks(blocks: usize, walked: usize) -> Error {
+    Error::new(Kind::Recipe, "activations cannot be computed again in more blocks than the backward pass walks")
+        .at("train.activation_checkpointing")
+        .value(blocks.to_string())
+        .rule(format!("at most {walked}, the blocks from the lowest trained layer up"))
+        .hint("write `activation_checkpointing = \"always\"` for all of them")
+}
+
+/// Refuses a run whose checkpoints the disk cannot hold.
+fn check_disk(recipe: &Recipe, trained: usize) -> Result<()> {
+    let disk = Bytes(checkpoint_bytes(trained) as u64 * (recipe.train.save_total_limit as u64 + 2));
+    match machine::free_disk(&std::env::current_dir().unwrap_or_default()).filter(|space| *space < disk) {
+        None => Ok(()),
+        Some(space) => Err(Error::new(Kind::Resources, "the disk has no room for the checkpoints")
+            .value(format!("{disk} needed, {space} free"))
+            .hint("free some space, or lower `save_total_limit` in [train]")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_is_written_as_what_it_became() {
+        let of = |blocks: usize| resolved(Recompute::lowest(blocks), 22);
+        assert_eq!([of(0), of(1), of(21)], [Checkpointing::Never, Checkpointing::Blocks(1), Checkpointing::Blocks(21)]);
+        assert_eq!([of(22), resolved(Recompute::ALL, 22)], [Checkpointing::Always; 2]);
     }
 }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::machine::{check_precision, free_memory, peak_rss};
 use super::model::find_model;
 use super::options::settings;
-use super::prepare::{Target, check_length, recompute, refuse_adapter_on_random_weights, target};
+use super::prepare::{Target, check_length, recompute, refuse_adapter_on_random_weights, shape_of, target};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::trainee::{Trainee, adapter_on, decoder_of};
@@ -26,7 +26,7 @@ use crate::energy::meter::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{Architecture, Decoder, MemoryForecast, Parts};
-use crate::ops::{Context, Gradients, Parameters, Weight};
+use crate::ops::{Context, Gradients, Parameters, Slot, Weight};
 use crate::random::{Use, stream};
 use crate::recipe::{DataSource, Recipe, Validation};
 use crate::train::{self, backpropagate, descend};
@@ -120,7 +120,8 @@ impl Trial {
         check_length(recipe, &architecture)?;
         let mut warnings = Vec::new();
         let tokens = recipe.train.micro_batch_size * recipe.data.max_length;
-        let (recompute, memory) = recompute(recipe, &architecture, &target, tokens, &mut warnings)?;
+        let shape = shape_of(recipe, &architecture, &target)?;
+        let (recompute, memory) = recompute(recipe, &shape, target.parameters(&architecture), tokens, &mut warnings)?;
         // Neither steps nor epochs matter: the probe has a count of its own.
         let settings = settings(recipe, 1, recompute, String::new());
         let batches = random_batches(recipe, architecture.vocab_size);
@@ -173,11 +174,8 @@ impl Trial {
                     let b = (format!("{}.lora_B", site.path), vec![site.out_features, site.r]);
                     [a, b]
                 });
-                let values = pairs.map(|(name, shape)| {
-                    let values = noise.values(&name, &shape);
-                    (name, shape, values)
-                });
-                let parameters = Parameters::new(values.collect(), device)?;
+                let values = |_, slot: &Slot| Ok(noise.values(&slot.name, &slot.shape));
+                let parameters = Parameters::made(pairs.collect(), values, device)?;
                 let precision = self.settings.precision;
                 let weight = |name: &str, shape: &[usize]| noise.tensor(name, shape, precision, device).map(Weight::frozen);
                 let lora = |path: &str| adapter_on(path, sites, &parameters);
@@ -185,11 +183,8 @@ impl Trial {
                 Ok(Trainee { decoder, parameters })
             }
             Target::All => {
-                let values = architecture.tensors().into_iter().map(|tensor| {
-                    let values = noise.values(&tensor.name, &tensor.shape);
-                    (tensor.name, tensor.shape, values)
-                });
-                let parameters = Parameters::new(values.collect(), device)?;
+                let shapes = architecture.tensors().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
+                let parameters = Parameters::made(shapes, |_, slot| Ok(noise.values(&slot.name, &slot.shape)), device)?;
                 let decoder = decoder_of(architecture, &parameters, device)?;
                 Ok(Trainee { decoder, parameters })
             }

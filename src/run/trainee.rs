@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use safetensors::tensor::{Dtype, TensorView};
 
 use super::model::companions;
 use super::prepare::{Prepared, Target};
+use crate::adapter::shards::{F32s, write_f32s};
 use crate::adapter::{self, PeftConfig, Site, kaiming_uniform};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Architecture, Decoder, Parts, Weights, random_tensor};
-use crate::ops::{Lora, Parameters, Weight, dtype};
+use crate::ops::{Lora, Parameters, Slot, Weight, dtype};
 use crate::recipe::{Init, ModelId};
 use crate::work::{Precision, Work};
 
@@ -40,7 +40,7 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainee> 
     match &prepared.target {
         Target::Lora { sites, from, .. } => {
             let weights = weights.ok_or_else(|| Error::new(Kind::Model, "an adapter needs pretrained weights"))?;
-            let parameters = Parameters::new(first_values(prepared, sites, from.as_deref())?, device)?;
+            let parameters = first_values(prepared, sites, from.as_deref(), device)?;
             let decoder =
                 decoder_with_adapter(&prepared.architecture, &weights, prepared.recipe.model.dtype, sites, &parameters, device)?;
             Ok(Trainee { decoder, parameters })
@@ -49,27 +49,27 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainee> 
     }
 }
 
-/// A tensor's name, shape and values.
-type NamedValues = (String, Vec<usize>, Vec<f32>);
-
 /// A and B of each site in model order: drawn and zero, or the continued adapter's.
-fn first_values(prepared: &Prepared, sites: &[Site], from: Option<&adapter::Loaded>) -> Result<Vec<NamedValues>> {
+fn first_values(prepared: &Prepared, sites: &[Site], from: Option<&adapter::Loaded>, device: &Device) -> Result<Parameters> {
     let modules = prepared.architecture.modules();
     let fitted = from.map(|loaded| loaded.fit(&modules)).transpose()?;
-    let mut tensors = Vec::with_capacity(2 * sites.len());
-    for (index, site) in sites.iter().enumerate() {
-        let (a, b) = match &fitted {
-            Some(fitted) => (fitted[index].a.to_vec(), fitted[index].b.to_vec()),
-            None => {
-                let a = kaiming_uniform(site.in_features, site.r, prepared.recipe.seed, &site.path);
-                (a, vec![0.0; site.out_features * site.r])
-            }
-        };
-        let [name_a, name_b] = names(site);
-        tensors.push((name_a, vec![site.r, site.in_features], a));
-        tensors.push((name_b, vec![site.out_features, site.r], b));
-    }
-    Ok(tensors)
+    let make = |index: usize, slot: &Slot| {
+        // A and B of a site are neighbours.
+        let (site, is_a) = (index / 2, index.is_multiple_of(2));
+        Ok(match (&fitted, is_a) {
+            (Some(fitted), true) => fitted[site].a.to_vec(),
+            (Some(fitted), false) => fitted[site].b.to_vec(),
+            (None, true) => kaiming_uniform(sites[site].in_features, sites[site].r, prepared.recipe.seed, &sites[site].path),
+            (None, false) => vec![0.0; slot.len()],
+        })
+    };
+    Parameters::made(sites.iter().flat_map(pair).collect(), make, device)
+}
+
+/// Names and shapes of a site's A and B.
+fn pair(site: &Site) -> [(String, Vec<usize>); 2] {
+    let [a, b] = names(site);
+    [(a, vec![site.r, site.in_features]), (b, vec![site.out_features, site.r])]
 }
 
 /// A frozen decoder with adapters whose values are slots of `parameters`, in the order of `sites`.
@@ -100,15 +100,12 @@ pub(super) fn adapter_on(path: &str, sites: &[Site], parameters: &Parameters) ->
 /// Every weight a slot of the parameters: read from `weights`, or drawn by the recipe's seed.
 pub(super) fn fully_trained(prepared: &Prepared, weights: Option<&Weights>, device: &Device) -> Result<Trainee> {
     let (architecture, seed) = (&prepared.architecture, prepared.recipe.seed);
-    let mut tensors = Vec::new();
-    for tensor in architecture.tensors() {
-        let values = match weights {
-            Some(weights) => weights.get(&tensor.name, DType::F32, &Device::Cpu)?.flatten_all()?.to_vec1()?,
-            None => random_tensor(&tensor.name, &tensor.shape, architecture.initializer_range, seed),
-        };
-        tensors.push((tensor.name, tensor.shape, values));
-    }
-    let parameters = Parameters::new(tensors, device)?;
+    let shapes = architecture.tensors().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
+    let make = |_, slot: &Slot| match weights {
+        Some(weights) => weights.values(&slot.name),
+        None => Ok(random_tensor(&slot.name, &slot.shape, architecture.initializer_range, seed)),
+    };
+    let parameters = Parameters::made(shapes, make, device)?;
     let decoder = decoder_of(architecture, &parameters, device)?;
     Ok(Trainee { decoder, parameters })
 }
@@ -140,30 +137,21 @@ pub(super) fn export(prepared: &Prepared, parameters: &Parameters, dir: &Path, t
             let revision = prepared.files.commit.as_deref();
             let modules = prepared.architecture.modules();
             let config = PeftConfig::for_sites(settings, sites, &modules, &base_name(&recipe.id), revision)?;
-            let values = (0..parameters.slots().len()).map(|index| parameters.values(index)).collect::<Result<Vec<_>>>()?;
-            let tensors = parameters.slots().iter().zip(&values);
-            let tensors: Vec<_> =
-                tensors.map(|(slot, values)| (slot.name.clone(), [slot.shape[0], slot.shape[1]], values.as_slice())).collect();
-            adapter::save(dir, &config, &tensors)
+            parameters.with_rows(|[values, ..]| {
+                let tensor = |slot: &Slot| (slot.name.clone(), [slot.shape[0], slot.shape[1]], &values[slot.range()]);
+                adapter::save(dir, &config, &parameters.slots().iter().map(tensor).collect::<Vec<_>>())
+            })
         }
         Target::All => export_model(prepared, parameters, dir, trained_tokens),
     }
 }
 
 fn export_model(prepared: &Prepared, parameters: &Parameters, dir: &Path, trained_tokens: Option<u64>) -> Result<()> {
-    let mut rows = Vec::new();
-    for index in 0..parameters.slots().len() {
-        rows.push(parameters.values(index)?.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
-    }
-    let mut views = Vec::new();
-    for (slot, row) in parameters.slots().iter().zip(&rows) {
-        let view = TensorView::new(Dtype::F32, slot.shape.clone(), row).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
-        views.push((slot.name.as_str(), view));
-    }
-    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-    let path = dir.join("model.safetensors");
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
-    std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))?;
+    parameters.with_rows(|[values, ..]| {
+        let slots = parameters.slots().iter();
+        let tensors = slots.filter_map(|slot| F32s::new(&slot.name, slot.shape.clone(), &values[slot.range()]));
+        write_f32s(&dir.join("model.safetensors"), tensors.collect(), true)
+    })?;
     let mut config: serde_json::Value = serde_json::from_str(&super::read_text(&prepared.files.config)?)
         .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")))?;
     if let (Some(tokens), Init::Random) = (trained_tokens, prepared.recipe.model.init) {

@@ -7,9 +7,10 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::shards::{F32s, write_f32s};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Parameters;
 
@@ -162,15 +163,10 @@ fn damaged(path: &Path, why: &str) -> Error {
         .hint("delete this checkpoint's folder: the run then resumes from the one before it")
 }
 
+/// Writes the three rows one after the other: their bytes are never all in memory beside the rows themselves.
 fn write_rows(path: &Path, parameters: &Parameters) -> Result<()> {
-    let rows = parameters.snapshot()?.map(|row| row.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
-    let mut views = Vec::new();
-    for (name, row) in ROWS.iter().zip(&rows) {
-        let view = TensorView::new(Dtype::F32, vec![parameters.len()], row).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
-        views.push((*name, view));
-    }
-    let bytes = safetensors::serialize(views, None).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
-    fs::write(path, bytes).map_err(|e| Error::io("write", path, e))
+    parameters
+        .with_rows(|rows| write_f32s(path, ROWS.into_iter().zip(rows).map(|(name, row)| F32s::flat(name, row)).collect(), false))
 }
 
 /// Flushes every file below `dir`, and `dir` itself, to the disk.

@@ -52,9 +52,14 @@ fn a_rank_costs_what_it_does_by_hand() {
     let flops = |choice: &str| number(row(&plan, choice), "/same_tokens_flops");
     assert_eq!(flops("rank 8") - flops("rank 4"), 4.0 * 55_296.0 * tokens);
     assert_eq!(flops("rank 64") - flops("this recipe"), 62.0 * 55_296.0 * tokens);
-    // A and B of one rank are 4 * 2336 numbers, for each of which the forecast takes five f32.
+    // A and B of one rank are 4 * 2336 numbers: values, two moments and gradients in f32; and x A^T of 28 adapters is kept. Of a token a block
+    // keeps, in f32: input and x1 2 * 128, q and mix 2 * 128, k and v 2 * 64, gate and up 2 * 352, and 7 adapters of rank 2: 1358 numbers.
     let bytes = |choice: &str| number(row(&plan, choice), "/peak_bytes");
-    assert_eq!(bytes("rank 8") - bytes("rank 4"), 4.0 * 4.0 * 2336.0 * 20.0);
+    let tokens = number(&plan, "/memory/activations") / (4.0 * 4.0 * 1358.0);
+    assert!(tokens.fract() == 0.0 && (1.0..=128.0).contains(&tokens), "{tokens} tokens in two rows of at most 64");
+    let (trained, kept) = (4.0 * 4.0 * 2336.0 * 16.0, 4.0 * 28.0 * 4.0 * tokens);
+    // An eighth of what is kept is lost to the allocator.
+    assert_eq!(bytes("rank 8") - bytes("rank 4"), trained + kept + kept / 8.0);
     // q and v alone, rank 2: 4 layers of 2 * (256 + 192) numbers.
     assert_eq!(row(&plan, "targets q_proj, v_proj")["trainable_parameters"], 4 * 2 * 448);
 }
@@ -88,4 +93,33 @@ fn the_table_marks_the_recipes_own_row() {
     let rows: Vec<&&str> = table.iter().take_while(|line| !line.contains("warning")).collect();
     assert!(rows.len() > 15 && rows.iter().all(|line| line.chars().count() == rows[0].chars().count()), "{page}");
     assert!(rows[0].chars().count() <= 100);
+}
+
+#[test]
+fn the_plan_says_what_computing_activations_again_costs_and_saves() {
+    let lab = Lab::new();
+    let with = |word: &str| lab.plan(&set(&[&format!("train.activation_checkpointing={word}")]));
+    let (kept, two, all) = (with("never"), with("2"), with("always"));
+    for (plan, blocks) in [(&kept, 0), (&two, 2), (&all, 4)] {
+        assert_eq!((&plan["recomputation"]["blocks"], &plan["recomputation"]["of"]), (&blocks.into(), &4.into()));
+        let more = |key: &str| microjoules(plan.pointer(key).unwrap()) - microjoules(kept.pointer(key).unwrap());
+        assert_eq!(microjoules(&plan["recomputation"]["energy_j"]), more("/energy/by_phase/train"));
+        let difference = |key: &str| number(plan, key) - number(&kept, key);
+        assert_eq!(number(plan, "/recomputation/flops"), difference("/energy/flops"));
+        assert_eq!(number(plan, "/recomputation/saved_bytes"), -difference("/memory/peak_bytes"));
+    }
+    // Blocks are alike: two of four cost half of what all do.
+    assert_eq!(2.0 * number(&two, "/recomputation/flops"), number(&all, "/recomputation/flops"));
+    assert!(number(&two, "/recomputation/flops") > 0.0 && number(&two, "/recomputation/saved_bytes") > 0.0);
+    // The run's own recipe holds the number, and the page says it in words.
+    assert_eq!(two["training"]["activation_checkpointing"], 2);
+    let page = lab.output(&["plan", "recipe.toml", "--set", "train.activation_checkpointing=2"]).stdout;
+    says(&String::from_utf8(page).unwrap(), &["less, because 2 of 4 blocks compute their activations again: "]);
+    // Where the walk ends half way up, two blocks are all there are.
+    let upper =
+        set(&["adapter.target_modules=[\"q_proj\"]", "adapter.layers_to_transform=[2, 3]", "train.activation_checkpointing=2"]);
+    assert_eq!(lab.plan(&upper)["recomputation"]["of"], 2);
+    let three = ["adapter.target_modules=[\"q_proj\"]", "adapter.layers_to_transform=[2, 3]", "train.activation_checkpointing=3"];
+    let message = lab.refused(2, &[&["plan", "recipe.toml"], &super::lab::flags(&set(&three))[..]].concat());
+    says(&message, &["train.activation_checkpointing", "3", "at most 2", "always"]);
 }

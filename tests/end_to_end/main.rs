@@ -14,6 +14,7 @@ mod continued;
 mod figures;
 mod json;
 mod measured;
+mod memory;
 mod pretrained;
 mod refusals;
 mod resume;

@@ -178,7 +178,7 @@ fn a_second_interrupt_leaves_at_once() {
 #[test]
 fn what_cannot_be_resumed_says_why() {
     let lab = Lab::new();
-    let keys = set(&["train.steps=6", "train.save_every=2", "train.keep_best=false"]);
+    let keys = set(&["train.steps=6", "train.save_every=2", "train.keep_best=false", "train.activation_checkpointing=2"]);
     lab.train("whole", &keys);
     // A finished run.
     let before = lab.read("whole/ledger.jsonl");
@@ -201,8 +201,9 @@ fn what_cannot_be_resumed_says_why() {
         &["a checkpoint cannot be read", newest, "delete this checkpoint's folder"],
     );
     std::fs::remove_dir_all(lab.path(newest)).unwrap();
-    // With the same recipe given, from the checkpoint before.
-    let report = lab.json(&[&["train", "recipe.toml", "--resume", "run", "--quiet"], &flags(&keys)[..]].concat());
+    // With the same recipe given, from the checkpoint before. What was `auto` in it is what the run began with.
+    let report = lab.json(&[&["train", "recipe.toml", "--resume", "run", "--quiet"], &flags(&keys[..3])[..]].concat());
+    assert!(String::from_utf8(lab.read("run/recipe.toml")).unwrap().contains("\nactivation_checkpointing = 2 "));
     assert_as_uninterrupted(&lab, "run", &report);
 }
 

@@ -1,0 +1,191 @@
+//! The numbers of a stored tensor, read straight to where they stay.
+//!
+//! Takes an open file and a tensor's place in it; returns its numbers in the type asked for. Files are read, not mapped: the pages of a
+//! mapped file count as the process's memory beside the copy made of them. Parts are read, and converted while they are in the cache, on
+//! all threads of the pool. Knows nothing of names or models.
+
+use std::fs::File;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use half::vec::HalfBitsVecExt;
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::tensor::Dtype;
+
+use crate::adapter::shards::Stored;
+use crate::error::{Error, Kind, Result};
+
+/// Numbers that one task reads at once: in f32 they fill a 1 MiB second-level cache.
+const PART: usize = 1 << 18;
+
+/// A tensor in an open file.
+pub(super) struct Source<'a> {
+    pub(super) path: &'a Path,
+    pub(super) file: &'a File,
+    pub(super) tensor: &'a Stored,
+}
+
+impl Source<'_> {
+    /// As a tensor of `dtype` on `device`.
+    pub(super) fn tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
+        let shape = self.tensor.shape.as_slice();
+        Ok(match dtype {
+            DType::F32 => Tensor::from_vec(self.f32s()?, shape, device)?,
+            DType::BF16 => {
+                let bits = self.numbers(Dtype::BF16, |wide| bf16::from_f32(wide).to_bits())?;
+                Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, device)?
+            }
+            DType::F16 => {
+                let bits = self.numbers(Dtype::F16, |wide| f16::from_f32(wide).to_bits())?;
+                Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, device)?
+            }
+            other => return Err(Error::new(Kind::Model, "no weight is computed with in this type").value(format!("{other:?}"))),
+        })
+    }
+
+    /// In f32, row by row.
+    pub(super) fn f32s(&self) -> Result<Vec<f32>> {
+        self.numbers(Dtype::F32, |wide| wide)
+    }
+
+    /// As what `narrow` makes of each number; `kept` is the stored type that is the same bits already.
+    fn numbers<T>(&self, kept: Dtype, narrow: impl Fn(f32) -> T + Copy + Sync) -> Result<Vec<T>>
+    where
+        T: bytemuck::Pod + Default + Send,
+    {
+        let Some(size) = size_in_file(self.tensor.dtype) else {
+            return Err(Error::new(
+                Kind::Model,
+                format!("the weights of `{}` are stored in a type that cannot be read", self.tensor.name),
+            )
+            .at(self.path.display().to_string())
+            .value(format!("{:?}", self.tensor.dtype))
+            .rule("F64, F32, F16 or BF16")
+            .hint("use an unquantised copy of the model"));
+        };
+        let as_it_is = self.tensor.dtype == kept && cfg!(target_endian = "little");
+        // Fresh zeroes come from the system untouched: a page is first written when its part is read.
+        let mut numbers = vec![T::default(); self.tensor.size as usize / size];
+        numbers.par_chunks_mut(PART).enumerate().try_for_each_init(Vec::new, |buffer, (index, part)| {
+            let at = self.tensor.start + (index * PART * size) as u64;
+            if as_it_is {
+                return self.read(bytemuck::cast_slice_mut(part), at);
+            }
+            buffer.resize(part.len() * size, 0);
+            self.read(buffer, at)?;
+            convert(self.tensor.dtype, buffer, part, narrow);
+            Ok(())
+        })?;
+        Ok(numbers)
+    }
+
+    fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
+        read_at(self.file, bytes, at).map_err(|source| Error::io("read", self.path, source))
+    }
+}
+
+/// Bytes of a number of a type that weights are stored in; `None` for any other.
+fn size_in_file(dtype: Dtype) -> Option<usize> {
+    match dtype {
+        Dtype::F64 => Some(8),
+        Dtype::F32 => Some(4),
+        Dtype::F16 | Dtype::BF16 => Some(2),
+        _ => None,
+    }
+}
+
+/// Little-endian numbers of `dtype`, each through f32 to what `narrow` makes of it.
+fn convert<T>(dtype: Dtype, bytes: &[u8], into: &mut [T], narrow: impl Fn(f32) -> T) {
+    fn each<const N: usize, T>(bytes: &[u8], into: &mut [T], number: impl Fn([u8; N]) -> T) {
+        into.iter_mut().zip(bytes.as_chunks::<N>().0).for_each(|(into, bytes)| *into = number(*bytes));
+    }
+    match dtype {
+        Dtype::F64 => each(bytes, into, |bytes| narrow(f64::from_le_bytes(bytes) as f32)),
+        Dtype::F16 => each(bytes, into, |bytes| narrow(f16::from_le_bytes(bytes).to_f32())),
+        Dtype::BF16 => each(bytes, into, |bytes| narrow(bf16::from_le_bytes(bytes).to_f32())),
+        _ => each(bytes, into, |bytes| narrow(f32::from_le_bytes(bytes))),
+    }
+}
+
+/// Fills `bytes` from the place `at`, whatever other threads read meanwhile.
+#[cfg(unix)]
+fn read_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
+}
+
+/// Fills `bytes` from the place `at`, whatever other threads read meanwhile.
+#[cfg(windows)]
+fn read_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, at)? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            read => (bytes, at) = (&mut bytes[read..], at + read as u64),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::adapter::shards::read_headers;
+    use crate::error::Kind;
+
+    /// Two whole parts and a rest, in a shape that is not square; numbers that each type rounds its own way, and both kinds of nothing.
+    fn numbers() -> Tensor {
+        let values = (0..2 * PART as u32 + 6).map(|i| (f64::from(i) * 0.317).sin() * 10f64.powi((i % 9) as i32 - 5));
+        let mut values: Vec<f64> = values.collect();
+        (values[0], values[PART], values[PART + 1]) = (0.0, -0.0, f64::INFINITY);
+        Tensor::from_vec(values, (2, PART + 3), &Device::Cpu).unwrap()
+    }
+
+    /// A file that holds `x` beside another tensor, opened.
+    fn written(x: &Tensor, dir: &Path) -> (PathBuf, File, Stored) {
+        let path = dir.join("x.safetensors");
+        let other = Tensor::new(&[1u8, 2, 3], &Device::Cpu).unwrap();
+        candle_core::safetensors::save(&[("other", other), ("x", x.clone())].into_iter().collect(), &path).unwrap();
+        let stored = read_headers(std::slice::from_ref(&path)).unwrap().into_iter().find(|tensor| tensor.name == "x").unwrap();
+        let file = File::open(&path).unwrap();
+        (path, file, stored)
+    }
+
+    /// candle's own reader and conversions are the oracle: the same bits from every stored type in every compute type.
+    #[test]
+    fn numbers_are_what_candle_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        for stored_as in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+            let (path, file, tensor) = written(&numbers().to_dtype(stored_as).unwrap(), dir.path());
+            let whole = candle_core::safetensors::load(&path, &Device::Cpu).unwrap()["x"].clone();
+            let source = Source { path: &path, file: &file, tensor: &tensor };
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let read = source.tensor(dtype, &Device::Cpu).unwrap();
+                assert_eq!((read.dtype(), read.dims()), (dtype, [2, PART + 3].as_slice()));
+                let bits = |x: &Tensor| {
+                    let x = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    x.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                };
+                // Both ways round by way of f32.
+                let wanted = whole.to_dtype(DType::F32).unwrap().to_dtype(dtype).unwrap();
+                assert!(bits(&read) == bits(&wanted), "{stored_as:?} as {dtype:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, file, tensor) = written(&Tensor::new(&[1i64, 2], &Device::Cpu).unwrap(), dir.path());
+        let error = Source { path: &path, file: &file, tensor: &tensor }.f32s().unwrap_err();
+        assert_eq!(error.kind(), Kind::Model);
+        assert!(error.to_string().contains("I64") && error.to_string().contains("`x`") && error.remedy().is_some(), "{error}");
+        // Cut short after it was opened.
+        let (path, file, tensor) = written(&numbers(), dir.path());
+        File::options().write(true).open(&path).unwrap().set_len(1 << 20).unwrap();
+        let error = Source { path: &path, file: &file, tensor: &tensor }.f32s().unwrap_err();
+        assert_eq!(error.kind(), Kind::Io);
+        assert!(error.to_string().contains("x.safetensors"), "{error}");
+    }
+}
