@@ -25,8 +25,9 @@ const DEEPEST: usize = 128 << 10;
 /// Bytes of packed B of one task: half of that cache.
 const PACKED: usize = 1 << 20;
 
-/// Rows that repay packing.
+/// Rows that repay packing: splitting B takes longer than multiplying an adapter's few rows by it as it is.
 const LEAST_ROWS: usize = 12;
+const LEAST_SPLIT_ROWS: usize = 64;
 
 /// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
 pub(super) fn permitted() -> bool {
@@ -138,10 +139,10 @@ pub(super) enum Packed {
 impl Packed {
     /// Packs `a` where tile registers gain by it: fewer rows are not worth their sixteen.
     pub(super) fn new(a: &Matrix<'_>, precision: Precision) -> Option<Self> {
-        (a.rows >= LEAST_ROWS).then(|| match precision {
-            Precision::F32 => Self::Split(Operand::shared(&View::a(a))),
-            Precision::Bf16 | Precision::F16 => Self::Rounded(Operand::shared(&View::a(a))),
-        })
+        match precision {
+            Precision::F32 => (a.rows >= LEAST_SPLIT_ROWS).then(|| Self::Split(Operand::shared(&View::a(a)))),
+            Precision::Bf16 | Precision::F16 => (a.rows >= LEAST_ROWS).then(|| Self::Rounded(Operand::shared(&View::a(a)))),
+        }
     }
 }
 
