@@ -83,7 +83,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             .while_running()),
         _ if finished.baselines_interrupted => {
             if !common.quiet {
-                eprintln!("interrupted: the run is finished and its report is whole; of the baseline it holds what was reached");
+                eprintln!(
+                    "interrupted: the run is finished and its report is whole; of the baseline it holds what was reached\n\n\
+                     hint: continue the baseline with `wattune train --resume {}`",
+                    path.display()
+                );
             }
             Ok(ExitCode::from(INTERRUPTED))
         }
