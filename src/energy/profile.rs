@@ -38,6 +38,9 @@ pub struct Level {
     /// Energy of a byte that this level serves to the one inside it; where absent it is part of pJ/FLOP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pj_per_byte: Option<f64>,
+    /// Bytes per second that it serves to all cores together, as copies reach it; where absent it is never what limits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<f64>,
     /// Shared by all cores, so that a share of the cores gets a share of it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
@@ -166,6 +169,7 @@ impl Profile {
         scaled.bandwidth *= share;
         scaled.embodied = self.embodied.map(|grams| grams * share);
         let own = self.caches.iter().filter(|level| !level.shared).map(|level| level.bytes).max().unwrap_or_default();
+        scaled.caches.iter_mut().for_each(|level| level.bandwidth = level.bandwidth.map(|rate| rate * share));
         for level in scaled.caches.iter_mut().filter(|level| level.shared) {
             // A level never holds less than the one inside it.
             level.bytes = Bytes((level.bytes.0 as f64 * share) as u64).max(own);
@@ -241,7 +245,7 @@ mod tests {
         assert_eq!(two.name, "amd-epyc-7763@2");
         assert!((two.load_w.0 - 280.0 * 2.0 / 64.0).abs() < 1e-9);
         assert!((two.rate(Precision::F32) - whole.rate(Precision::F32) / 32.0).abs() < 1.0);
-        assert_eq!((two.caches[0].bytes, two.caches[1].bytes), (whole.caches[0].bytes, Bytes(8 << 20)));
+        assert_eq!((two.caches[1].bytes, two.caches[2].bytes), (whole.caches[1].bytes, Bytes(8 << 20)));
         assert_eq!(whole.scaled_to(64), whole);
         assert_eq!(whole.scaled_to(1000), whole);
         for bad in ["amd-epyc-7763@0", "amd-epyc-7763@65", "amd-epyc-7763@x", "nvidia-t4@2"] {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::charge;
 use super::profile::{DeviceKind, Level, Profile, Source};
 use crate::error::{Error, Kind, Result};
-use crate::units::{GramsCo2e, Seconds, Watts, significant};
+use crate::units::{Bytes, GramsCo2e, Seconds, Watts, significant};
 use crate::work::{Precision, Work};
 
 /// Exactly a `[[profile]]` of the table, or a user's profile file.
@@ -94,8 +94,21 @@ pub struct Measured {
     pub rates: BTreeMap<Precision, f64>,
     /// Bytes per second of a stream, read and written.
     pub bandwidth: f64,
+    /// What was found of caches; those of which nothing was stay as they are.
+    pub caches: Vec<MeasuredCache>,
     /// `None` where no counter could be read.
     pub power: Option<MeasuredPower>,
+}
+
+/// What was found of one cache level.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MeasuredCache {
+    /// Its name in the profile.
+    pub name: String,
+    /// Its size, where it is a core's own and the system tells it.
+    pub bytes: Option<Bytes>,
+    /// Bytes per second that it serves to all cores, read and written, and the bytes that each thread copied within.
+    pub bandwidth: Option<(f64, Bytes)>,
 }
 
 /// Power that a counter of the device showed.
@@ -165,6 +178,7 @@ impl Profile {
         for field in ["peak_flops", "bandwidth", "achievable"] {
             raw.source.insert(field.to_string(), format!("measured on this machine; the rest as {}", self.name));
         }
+        note_caches(&mut raw, &measured.caches);
         if let Some(power) = &measured.power {
             (raw.idle_w, raw.load_w) = (power.idle.0, power.load.0);
             raw.load_points.clear();
@@ -254,6 +268,34 @@ impl Profile {
     }
 }
 
+/// Puts what was found of caches into their levels, and says where it comes from.
+fn note_caches(raw: &mut Raw, found: &[MeasuredCache]) {
+    let (mut sizes, mut rates) = (Vec::new(), Vec::new());
+    for cache in found {
+        let Some(level) = raw.caches.iter_mut().find(|level| level.name == cache.name) else { continue };
+        if let Some(bytes) = cache.bytes {
+            level.bytes = bytes;
+            sizes.push(cache.name.clone());
+        }
+        if let Some((rate, set)) = cache.bandwidth {
+            level.bandwidth = Some(rate);
+            rates.push(format!("{} by copies within {set} a thread", cache.name));
+        }
+    }
+    // A level never holds less than the one inside it.
+    let mut inner = Bytes(0);
+    for level in &mut raw.caches {
+        level.bytes = level.bytes.max(inner);
+        inner = level.bytes;
+    }
+    let said = [("sizes as the system shows them: ", sizes), ("bandwidth measured on this machine: ", rates)];
+    let said = said.iter().filter(|(_, of)| !of.is_empty()).map(|(what, of)| format!("{what}{}", of.join(", ")));
+    let rest = raw.source.get("caches").map(|source| format!("the rest: {source}"));
+    if !found.is_empty() {
+        raw.source.insert("caches".to_string(), said.chain(rest).collect::<Vec<_>>().join("; "));
+    }
+}
+
 /// Every rule a profile must keep; the first one broken is reported with its key.
 fn check(raw: &Raw) -> Result<()> {
     let slug = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -263,7 +305,8 @@ fn check(raw: &Raw) -> Result<()> {
     let point = |&(load, watts): &(f64, f64)| (0.0..=1.0).contains(&load) && positive(watts);
     let rising = raw.load_points.windows(2).all(|pair| pair[0].0 < pair[1].0);
     let growing = raw.caches.windows(2).all(|pair| pair[0].bytes <= pair[1].bytes);
-    let level = |level: &Level| level.bytes.0 > 0 && level.pj_per_byte.is_none_or(not_negative);
+    let level =
+        |level: &Level| level.bytes.0 > 0 && level.pj_per_byte.is_none_or(not_negative) && level.bandwidth.is_none_or(positive);
     let cores = raw.cores != Some(0) && (raw.kind != DeviceKind::Cpu || raw.cores.is_some());
 
     rule("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", &raw.name)?;
@@ -315,7 +358,7 @@ mod tests {
         // Half the rate at the same watts: twice the energy of a FLOP, idle time included.
         let pi = Profile::named("raspberry-pi-5").unwrap();
         let rates = BTreeMap::from([(Precision::F32, pi.rate(Precision::F32) / 2.0)]);
-        let measured = Measured { rates, bandwidth: 1.5e10, power: None };
+        let measured = Measured { rates, bandwidth: 1.5e10, ..Measured::default() };
         let slow = pi.calibrated("my-pi", &measured).unwrap();
         let work = Work::product(4096, 4096, 4096, Precision::F32);
         let ratio = slow.charge(&work).energy.joules() / pi.charge(&work).energy.joules();
@@ -324,12 +367,39 @@ mod tests {
     }
 
     #[test]
+    fn what_was_found_of_caches_is_kept_with_its_source() {
+        let pi = Profile::named("raspberry-pi-5").unwrap();
+        let cache = |name: &str, bytes: Option<u64>, bandwidth: Option<f64>| MeasuredCache {
+            name: name.to_string(),
+            bytes: bytes.map(Bytes),
+            bandwidth: bandwidth.map(|rate| (rate, Bytes(4096))),
+        };
+        let caches = vec![cache("L2", Some(4 << 20), Some(1e9)), cache("LLC", None, None), cache("L9", Some(1), Some(1.0))];
+        let measured = Measured { bandwidth: pi.bandwidth, caches, ..Measured::default() };
+        let mine = pi.calibrated("mine", &measured).unwrap();
+        let levels: Vec<_> = mine.caches.iter().map(|level| (level.name.as_str(), level.bytes.0, level.bandwidth)).collect();
+        // The last level, of which only 2 MiB were known, holds at least what the one inside it does.
+        assert_eq!(levels, [("L1", 64 << 10, None), ("L2", 4 << 20, Some(1e9)), ("LLC", 4 << 20, None)]);
+        let source = &mine.sources["caches"].title;
+        assert!(source.contains("shows them: L2; bandwidth measured on this machine: L2 by copies within 4 KiB"), "{source}");
+        // From its own file it is the same profile, also scaled: half the cores are served half as much.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mine.toml");
+        std::fs::write(&path, mine.to_toml()).unwrap();
+        let again = Profile::from_file(&path).unwrap();
+        assert_eq!((&again.caches, again.scaled_to(2).caches[1].bandwidth), (&mine.caches, Some(5e8)));
+        // L2 serves what L1 cannot hold at 1 GB/s: slower than arithmetic and memory, so it is what the time is.
+        let charge = mine.charge(&Work::product(512, 512, 512, Precision::F32));
+        assert!((charge.time.0 - charge.bytes["L2"].0 as f64 / 1e9).abs() < 1e-12, "{charge:?}");
+    }
+
+    #[test]
     fn measured_power_replaces_every_figure_that_comes_from_power() {
         // The definition of the derivation: a 4096-cube product draws `load` on average over its roofline time; and idle is idle.
         let h100 = Profile::named("nvidia-h100-sxm5-80gb").unwrap();
         let rates = BTreeMap::from([(Precision::Bf16, 6e14)]);
         let power = MeasuredPower { idle: Watts(71.0), load: Watts(655.0), counter: "nvml:0".to_string() };
-        let measured = Measured { rates, bandwidth: 2.9e12, power: Some(power) };
+        let measured = Measured { rates, bandwidth: 2.9e12, power: Some(power), ..Measured::default() };
         let profile = h100.calibrated("mine", &measured).unwrap();
         for precision in [Precision::Bf16, Precision::F32] {
             let charge = profile.charge(&Work::product(4096, 4096, 4096, precision));
@@ -394,6 +464,7 @@ mod tests {
             ("f32 = 2e11", "bf16 = 2e11", "`peak_flops`"),
             ("idle_w", "idle", "line 4"),
             ("bytes = 1000000", "bytes = 0", "`caches`"),
+            ("bytes = 1000000", "bytes = 1000000, bandwidth = 0.0", "`caches`"),
             ("dram_pj_per_byte = 100", "dram_pj_per_byte = 1e9", "memory traffic"),
         ];
         for (from, to, word) in bad {
