@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::page::kind_words;
+use super::page::name;
 use super::show;
 use super::types::Baseline;
 use crate::units::Joules;
@@ -91,7 +91,7 @@ pub struct CurvePoint {
 
 /// What a baseline that was trained showed at equal energy and at equal loss, in sentences.
 pub(super) fn at_equal(baseline: &Baseline) -> Vec<String> {
-    let name = kind_words(baseline.kind);
+    let name = name(baseline);
     let loss = baseline.val_loss_at_equal_energy.map(|loss| {
         let against =
             baseline.measured.as_ref().map_or_else(String::new, |it| format!(" (this run: {})", show::number(it.run_val_loss)));
@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn an_extrapolation_never_reads_as_a_measurement() {
-        let name = "from scratch, same task";
+        let name = "from scratch, same task, trained here";
         let reached = sentences(BaselineStop::EqualLoss, Reached::Measured, Some(3600.0));
         let after = format!("{name}: validation loss 6.9 after the same training energy (this run: 2.5)");
         assert_eq!(
