@@ -95,6 +95,8 @@ pub struct Profile {
     pub dram_pj_per_byte: f64,
     /// What every counted joule is multiplied with: measured over counted of an earlier run on this device. 1 where nobody compared them.
     pub measured_over_counted: Option<f64>,
+    /// The part of a training machine's power that is not its accelerators': the host. It is in no figure of the profile.
+    pub host_share: Option<f64>,
     /// Greenhouse gas of making the device.
     pub embodied: Option<GramsCo2e>,
     /// Field -> source.
@@ -175,6 +177,17 @@ impl Profile {
             level.bytes = Bytes((level.bytes.0 as f64 * share) as u64).max(own);
         }
         scaled
+    }
+
+    /// How many times the device's own energy the whole machine takes; `None` where its host's share is not known.
+    ///
+    /// ```
+    /// use wattune::energy::Profile;
+    /// let times = Profile::named("nvidia-h100-sxm5-80gb").unwrap().whole_machine().unwrap();
+    /// assert!((times - 1.0 / 0.7).abs() < 1e-12);
+    /// ```
+    pub fn whole_machine(&self) -> Option<f64> {
+        self.host_share.map(|share| 1.0 / (1.0 - share))
     }
 
     /// The factor of every counted joule, with its source; `None` where the profile has none.

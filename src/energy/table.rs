@@ -49,6 +49,8 @@ struct Raw {
     dram_pj_per_byte: f64,
     #[serde(default)]
     measured_over_counted: Option<f64>,
+    #[serde(default)]
+    host_share: Option<f64>,
     embodied_kgco2e: Option<f64>,
     #[serde(default)]
     source: BTreeMap<String, String>,
@@ -81,6 +83,7 @@ impl Raw {
             caches: profile.caches.clone(),
             dram_pj_per_byte: profile.dram_pj_per_byte,
             measured_over_counted: profile.measured_over_counted,
+            host_share: profile.host_share,
             embodied_kgco2e: profile.embodied.map(|grams| grams.0 / 1000.0),
             source,
         }
@@ -225,6 +228,7 @@ impl Profile {
             caches: raw.caches,
             dram_pj_per_byte: raw.dram_pj_per_byte,
             measured_over_counted: raw.measured_over_counted,
+            host_share: raw.host_share,
             embodied: raw.embodied_kgco2e.map(|kg| GramsCo2e(kg * 1000.0)),
             sources: raw.source.iter().map(|(field, text)| (field.clone(), source(text))).collect(),
             matches: raw.matches,
@@ -329,6 +333,8 @@ fn check(raw: &Raw) -> Result<()> {
     rule("dram_pj_per_byte", not_negative(raw.dram_pj_per_byte), "picojoules, zero or more", &raw.dram_pj_per_byte)?;
     let factor = raw.measured_over_counted.is_none_or(positive);
     rule("measured_over_counted", factor, "measured joules over counted ones, more than zero", &raw.measured_over_counted)?;
+    let host = raw.host_share.is_none_or(|share| (0.0..1.0).contains(&share));
+    rule("host_share", host, "the part of the machine's power that is not the device's, from 0 to below 1", &raw.host_share)?;
     rule("embodied_kgco2e", raw.embodied_kgco2e.is_none_or(not_negative), "kilograms, zero or more", &raw.embodied_kgco2e)
 }
 
@@ -412,7 +418,7 @@ mod tests {
 
     #[test]
     fn every_shipped_profile_is_sound_and_sourced() {
-        assert!(Profile::all().len() >= 25);
+        assert!(Profile::all().len() >= 70);
         let mut names: Vec<&str> = Profile::names().collect();
         names.sort_unstable();
         names.dedup();
@@ -463,6 +469,7 @@ mod tests {
             ("cores = 4", "", "`cores`"),
             ("f32 = 2e11", "bf16 = 2e11", "`peak_flops`"),
             ("idle_w", "idle", "line 4"),
+            ("cores = 4", "cores = 4\nhost_share = 1.0", "`host_share`"),
             ("bytes = 1000000", "bytes = 0", "`caches`"),
             ("bytes = 1000000", "bytes = 1000000, bandwidth = 0.0", "`caches`"),
             ("dram_pj_per_byte = 100", "dram_pj_per_byte = 1e9", "memory traffic"),

@@ -53,9 +53,9 @@ pub(super) fn unfinished(recipe: &Recipe, directory: &RunDirectory) -> Option<Re
 
 /// Whether a baseline is done with: trained to its end, or found to be impossible.
 fn settled(report: &Report, kind: BaselineKind) -> bool {
-    let measured = report.baselines.iter().filter(|block| block.kind == kind).filter_map(|block| block.measured.as_ref());
+    let measured = report.baselines.iter().filter(|block| block.kind == kind).find_map(|block| block.measured.as_ref());
     let impossible = report.warnings.iter().any(|warning| warning.starts_with(&not_trained(kind)));
-    measured.last().map_or(impossible, |measured| measured.stop_reason != BaselineStop::Interrupted)
+    measured.map_or(impossible, |measured| measured.stop_reason != BaselineStop::Interrupted)
 }
 
 /// How the warning about a baseline begins that could not be trained.

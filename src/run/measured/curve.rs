@@ -142,6 +142,47 @@ mod tests {
         assert_eq!((equal.how, equal.energy_j), (Reached::Extrapolated, Some(Joules(8.0))));
     }
 
+    /// A line of steps.jsonl, and an entry of the ledger for it.
+    fn line(step: u64) -> String {
+        format!(
+            "{{\"step\":{step},\"loss\":2.5,\"lr\":0.1,\"grad_norm\":1.0,\"tokens\":9,\"loss_tokens\":9,\"flops\":1,\
+             \"energy_j\":{{\"counted\":1.0,\"measured\":null,\"timed\":1.0}},\"wall_s\":1.0}}\n"
+        )
+    }
+
+    fn entry(phase: &str, step: u64, measured: &str, gap: &str) -> String {
+        format!(
+            "{{\"phase\":\"{phase}\",\"step\":{step},\"energy_j\":{{\"counted\":1.0,\"measured\":{measured},\"timed\":9.0}},\
+             \"flops\":1,\"bytes\":{{}},\"wall_s\":1.0,\"t\":0.0{gap}}}\n"
+        )
+    }
+
+    #[test]
+    fn a_curve_is_what_the_ledger_says_with_gaps_filled_and_steps_done_again_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (steps, ledger) = (folder.path().join("steps.jsonl"), folder.path().join("ledger.jsonl"));
+        std::fs::write(&steps, (1..=3).map(line).collect::<String>()).unwrap();
+        let gap = ",\"gap\":{\"reason\":\"reset\",\"filled\":\"counted\",\"times\":7.0,\"energy_j\":7.0}";
+        // Step 2 was done, lost with the process and done again; in step 3 the counter failed; an evaluation is no training.
+        let entries = [
+            entry("train", 1, "3.0", ""),
+            entry("train", 2, "100.0", ""),
+            entry("eval", 2, "50.0", ""),
+            entry("train", 2, "4.0", ""),
+            entry("train", 3, "null", gap),
+        ];
+        std::fs::write(&ledger, entries.concat()).unwrap();
+        let read = |kind| Curve::read(&steps, &ledger, Some(6.0), kind).unwrap();
+        let energies = |kind| read(kind).0.iter().map(|point| point.energy_j.0).collect::<Vec<_>>();
+        assert_eq!(energies(MeterKind::Measured), [0.0, 3.0, 7.0, 14.0]);
+        assert_eq!(energies(MeterKind::Counted), [0.0, 1.0, 2.0, 3.0]);
+        let curve = read(MeterKind::Measured);
+        assert_eq!((curve.trained(), curve.val_loss_at(0), curve.val_loss_at(1)), (Joules(14.0), Some(6.0), None));
+        // Without a step there is the beginning alone.
+        let none = Curve::read(&folder.path().join("none"), &ledger, None, MeterKind::Counted).unwrap();
+        assert_eq!((none.0.len(), none.trained()), (1, Joules::ZERO));
+    }
+
     #[test]
     fn a_long_curve_keeps_its_evaluations_and_its_ends() {
         let evaluated = |step: u64| (step % 100 == 7).then_some(0.5);

@@ -128,7 +128,6 @@ pub(super) struct Leg<'a> {
 
 impl Leg<'_> {
     /// Trains from `standing`; `asked` is the person's flag, `stop` our own.
-    #[expect(clippy::too_many_arguments, reason = "the loop's own parts")]
     pub(super) fn run(
         &self,
         standing: Standing,
