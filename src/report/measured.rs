@@ -125,7 +125,7 @@ fn cut_short(stop: BaselineStop) -> Option<&'static str> {
     match stop {
         BaselineStop::EqualEnergy | BaselineStop::EqualLoss | BaselineStop::EnergyMultiple => None,
         BaselineStop::Budget => Some("cut short by `baseline.budget`"),
-        BaselineStop::Interrupted => Some("cut short by whoever ran it"),
+        BaselineStop::Interrupted => Some("cut short by whoever ran it; `wattune train --resume RUN` goes on with it"),
         BaselineStop::Diverged => Some("it diverged: a loss or a gradient was not finite"),
     }
 }
@@ -173,6 +173,8 @@ mod tests {
         );
         let cut = sentences(BaselineStop::Budget, Reached::No, None);
         let lost = format!("{name}: {tried}, and its curve does not lead there");
+        let stopped = sentences(BaselineStop::Interrupted, Reached::No, None);
+        assert!(stopped[2].contains("`wattune train --resume RUN` goes on with it"), "{stopped:?}");
         assert_eq!(cut, [after, lost, format!("{name}: cut short by `baseline.budget`")]);
     }
 }
