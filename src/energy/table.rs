@@ -162,7 +162,8 @@ impl Profile {
                 .at(format!("{place}, line {line}"))
                 .hint("a profile has name, kind, idle_w, load_w, peak_flops, bandwidth, caches, dram_pj_per_byte, and cores for a cpu")
         })?;
-        Self::build(raw, &BTreeMap::new(), Some(&place)).map_err(|e| e.at(place))
+        check(&raw, Some(&text)).map_err(|e| e.at(&place))?;
+        Self::build(raw, &BTreeMap::new(), Some(&place)).map_err(|e| e.at(&place))
     }
 
     /// The same device with what was measured on it. What pJ/FLOP was derived is derived anew, so that the device still draws `load_w`
@@ -196,7 +197,7 @@ impl Profile {
     /// The same profile under another name, as a file of its own.
     pub(super) fn renamed(&self, name: &str) -> Result<Profile> {
         let raw = Raw { name: name.to_string(), ..Raw::of(self) };
-        check(&raw)?;
+        check(&raw, None)?;
         Ok(Profile { name: raw.name, ..self.clone() })
     }
 
@@ -206,7 +207,7 @@ impl Profile {
     }
 
     fn build(raw: Raw, sources: &BTreeMap<String, Source>, file: Option<&str>) -> Result<Profile> {
-        check(&raw)?;
+        check(&raw, None)?;
         let source = |text: &String| match sources.get(text) {
             Some(source) => source.clone(),
             None => Source { title: text.clone(), year: 0, licence: "user".to_string(), verified: false },
@@ -300,8 +301,8 @@ fn note_caches(raw: &mut Raw, found: &[MeasuredCache]) {
     }
 }
 
-/// Every rule a profile must keep; the first one broken is reported with its key.
-fn check(raw: &Raw) -> Result<()> {
+/// Every rule a profile must keep; all that are broken are reported at once, with their lines where `text` is the profile's own.
+fn check(raw: &Raw, text: Option<&str>) -> Result<()> {
     let slug = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     let positive = |value: f64| value.is_finite() && value > 0.0;
     let not_negative = |value: f64| value.is_finite() && value >= 0.0;
@@ -313,36 +314,78 @@ fn check(raw: &Raw) -> Result<()> {
         |level: &Level| level.bytes.0 > 0 && level.pj_per_byte.is_none_or(not_negative) && level.bandwidth.is_none_or(positive);
     let cores = raw.cores != Some(0) && (raw.kind != DeviceKind::Cpu || raw.cores.is_some());
 
-    rule("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", &raw.name)?;
-    rule("cores", cores, "one or more; a processor says how many physical cores it has", &raw.cores)?;
-    rule("idle_w", not_negative(raw.idle_w), "watts, zero or more", &raw.idle_w)?;
-    rule("load_w", positive(raw.load_w) && raw.load_w > raw.idle_w, "watts, more than `idle_w`", &raw.load_w)?;
-    rule("load_points", raw.load_points.iter().all(point) && rising, "[load in 0..1, watts], load rising", &raw.load_points)?;
-    rule("peak_flops", raw.peak_flops.contains_key(&Precision::F32), "a peak for `f32` at least", &raw.peak_flops)?;
-    rule("peak_flops", raw.peak_flops.values().all(|v| positive(*v)), "FLOP/s, more than zero", &raw.peak_flops)?;
-    rule("pj_per_flop", raw.pj_per_flop.values().all(|v| positive(*v)), "picojoules, more than zero", &raw.pj_per_flop)?;
-    rule("bandwidth", positive(raw.bandwidth), "bytes per second, more than zero", &raw.bandwidth)?;
-    rule("achievable_flops", fraction(raw.achievable_flops), "above 0, at most 1", &raw.achievable_flops)?;
-    rule("achievable_bandwidth", fraction(raw.achievable_bandwidth), "above 0, at most 1", &raw.achievable_bandwidth)?;
-    rule(
+    let mut rules = Rules { text, broken: Vec::new() };
+    rules.keep("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", &raw.name);
+    rules.keep("cores", cores, "one or more; a processor says how many physical cores it has", &raw.cores);
+    rules.keep("idle_w", not_negative(raw.idle_w), "watts, zero or more", &raw.idle_w);
+    rules.keep("load_w", positive(raw.load_w) && raw.load_w > raw.idle_w, "watts, more than `idle_w`", &raw.load_w);
+    rules.keep(
+        "load_points",
+        raw.load_points.iter().all(point) && rising,
+        "[load in 0..1, watts], load rising",
+        &raw.load_points,
+    );
+    rules.keep("peak_flops", raw.peak_flops.contains_key(&Precision::F32), "a peak for `f32` at least", &raw.peak_flops);
+    rules.keep("peak_flops", raw.peak_flops.values().all(|v| positive(*v)), "FLOP/s, more than zero", &raw.peak_flops);
+    rules.keep("pj_per_flop", raw.pj_per_flop.values().all(|v| positive(*v)), "picojoules, more than zero", &raw.pj_per_flop);
+    rules.keep("bandwidth", positive(raw.bandwidth), "bytes per second, more than zero", &raw.bandwidth);
+    rules.keep("achievable_flops", fraction(raw.achievable_flops), "above 0, at most 1", &raw.achievable_flops);
+    rules.keep("achievable_bandwidth", fraction(raw.achievable_bandwidth), "above 0, at most 1", &raw.achievable_bandwidth);
+    rules.keep(
         "caches",
         raw.caches.iter().all(level) && growing,
         "from the inside out, none smaller than the one before",
         &raw.caches,
-    )?;
-    rule("dram_pj_per_byte", not_negative(raw.dram_pj_per_byte), "picojoules, zero or more", &raw.dram_pj_per_byte)?;
+    );
+    rules.keep("dram_pj_per_byte", not_negative(raw.dram_pj_per_byte), "picojoules, zero or more", &raw.dram_pj_per_byte);
     let factor = raw.measured_over_counted.is_none_or(positive);
-    rule("measured_over_counted", factor, "measured joules over counted ones, more than zero", &raw.measured_over_counted)?;
+    rules.keep("measured_over_counted", factor, "measured joules over counted ones, more than zero", &raw.measured_over_counted);
     let host = raw.host_share.is_none_or(|share| (0.0..1.0).contains(&share));
-    rule("host_share", host, "the part of the machine's power that is not the device's, from 0 to below 1", &raw.host_share)?;
-    rule("embodied_kgco2e", raw.embodied_kgco2e.is_none_or(not_negative), "kilograms, zero or more", &raw.embodied_kgco2e)
+    rules.keep(
+        "host_share",
+        host,
+        "the part of the machine's power that is not the device's, from 0 to below 1",
+        &raw.host_share,
+    );
+    rules.keep("embodied_kgco2e", raw.embodied_kgco2e.is_none_or(not_negative), "kilograms, zero or more", &raw.embodied_kgco2e);
+    rules.verdict()
 }
 
-fn rule(key: &str, kept: bool, rule: &str, value: &impl std::fmt::Debug) -> Result<()> {
-    if kept {
-        return Ok(());
+/// The rules that a profile breaks.
+struct Rules<'a> {
+    text: Option<&'a str>,
+    /// Where, the value and the rule.
+    broken: Vec<(String, String, String)>,
+}
+
+impl Rules<'_> {
+    fn keep(&mut self, key: &str, kept: bool, rule: &str, value: &impl std::fmt::Debug) {
+        if !kept {
+            let line = self.text.and_then(|text| text.lines().position(|line| names(line, key)));
+            let line = line.map_or_else(String::new, |at| format!(" in line {}", at + 1));
+            self.broken.push((format!("`{key}`{line}"), format!("{value:?}"), rule.to_string()));
+        }
     }
-    Err(Error::new(Kind::Energy, format!("the profile's `{key}` breaks a rule")).value(format!("{value:?}")).rule(rule))
+
+    fn verdict(self) -> Result<()> {
+        match self.broken.as_slice() {
+            [] => Ok(()),
+            [(place, value, rule)] => {
+                Err(Error::new(Kind::Energy, format!("the profile's {place} breaks a rule")).value(value).rule(rule))
+            }
+            many => {
+                let each = many.iter().map(|(place, value, rule)| format!("{place} is {value}; the rule: {rule}"));
+                let each: Vec<String> = each.collect();
+                Err(Error::new(Kind::Energy, format!("the profile breaks {} rules", many.len())).value(each.join("\n         ")))
+            }
+        }
+    }
+}
+
+/// Whether a line of TOML sets `key` or opens its table.
+fn names(line: &str, key: &str) -> bool {
+    let rest = line.trim_start_matches(['[', ' ', '\t']).strip_prefix(key);
+    rest.is_some_and(|rest| rest.trim_start().starts_with(['=', ']', '.']))
 }
 
 #[cfg(test)]
@@ -478,6 +521,14 @@ mod tests {
             std::fs::write(&path, good.replace(from, to)).unwrap();
             let error = Profile::from_file(&path).unwrap_err();
             assert!(error.kind() == Kind::Energy && error.to_string().contains(word), "{to}: {error}");
+        }
+        // All mistakes at once, each with its line; what is not there has none.
+        let three = good.replace("cores = 4\n", "").replace("idle_w = 10", "idle_w = -1").replace("bytes = 1000000", "bytes = 0");
+        std::fs::write(&path, three).unwrap();
+        let error = Profile::from_file(&path).unwrap_err().to_string();
+        for words in ["breaks 3 rules", "`cores` is None", "`idle_w` in line 3 is -1.0; the rule: watts", "`caches` in line 7 is"]
+        {
+            assert!(error.contains(words), "{words}: {error}");
         }
     }
 }
