@@ -3,7 +3,7 @@
     cargo test --test report && python scripts/check_emissions.py
 
 The file is the one that tests/report.rs writes from tests/fixtures/report.json. Needs codecarbon (tested with 3.3.2), which
-brings pandas. Another file: python scripts/check_emissions.py emissions.csv
+brings pandas; where dash is installed too, CodeCarbon's board loads it as well. Another file: python scripts/check_emissions.py emissions.csv
 """
 
 import json
@@ -53,6 +53,22 @@ def check_append(path: pathlib.Path) -> None:
         assert after.emissions.iloc[-1] == 1.0 and after.os.iloc[-1] == "x"
 
 
+def check_board(table: pd.DataFrame) -> str:
+    """CodeCarbon's board (carbonboard) finds the project and sums it up; needs dash."""
+    try:
+        from codecarbon.viz.data import Data
+    except ImportError as missing:
+        return f"not tried: {missing}"
+    project = table.project_name[0]
+    rows = Data.get_project_data(table, project).data
+    summary = Data.get_project_summary(rows)
+    assert len(rows) == len(table), (len(rows), len(table))
+    for key in ("duration", "emissions", "energy_consumed"):
+        assert abs(summary["total"][key] - table[key].sum()) <= 1e-12 * table[key].sum(), key
+    assert summary["last_run"]["timestamp"] == table.timestamp.iloc[-1]
+    return "loaded"
+
+
 def main() -> None:
     path = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else GENERATED
     table = pd.read_csv(path)
@@ -60,7 +76,7 @@ def main() -> None:
     check_append(path)
     if path == GENERATED:
         check_fixture(table)
-    print(f"{path.name}: {len(table)} row, {table.emissions.sum()} kgCO2e")
+    print(f"{path.name}: {len(table)} row, {table.emissions.sum()} kgCO2e; CodeCarbon's board: {check_board(table)}")
 
 
 if __name__ == "__main__":

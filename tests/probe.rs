@@ -156,7 +156,13 @@ fn a_calibrated_profile_is_one_that_recipes_take() {
     assert_eq!(profile.rate(Precision::F32), number(&found, "/flops_per_second/f32/measured"));
     assert_eq!(profile.rate(Precision::Bf16), number(&found, "/flops_per_second/bf16/measured"));
     assert_eq!(profile.bandwidth * profile.achievable_bandwidth, number(&found, "/bytes_per_second/measured"));
-    assert_eq!((profile.dram_pj_per_byte, &profile.caches), (nearest.dram_pj_per_byte, &nearest.caches));
+    let caches = found["caches"].as_array().unwrap();
+    for ((level, before), cache) in profile.caches.iter().zip(&nearest.caches).zip(caches) {
+        assert_eq!((level.name.as_str(), level.bandwidth), (cache["name"].as_str().unwrap(), cache["bytes_per_second"].as_f64()));
+        assert_eq!((&level.name, level.shared, level.pj_per_byte), (&before.name, before.shared, before.pj_per_byte));
+        assert!(level.bytes.0 == cache["bytes"].as_u64().unwrap_or(before.bytes.0) || level.shared, "{cache}");
+    }
+    assert_eq!((profile.dram_pj_per_byte, profile.caches.len()), (nearest.dram_pj_per_byte, caches.len()));
     // Between a slow single core and any one machine's best.
     assert!((1e7..1e15).contains(&profile.rate(Precision::F32)), "{}", profile.rate(Precision::F32));
     assert!(refused(&arguments).contains("exists already"));

@@ -127,6 +127,12 @@ fn document(path: &Path, found: &Calibration) -> Value {
         "nearest": base.name,
         "flops_per_second": rates,
         "bytes_per_second": { "measured": measured.bandwidth, "nearest": base.bandwidth * base.achievable_bandwidth },
+        "caches": measured.caches.iter().map(|cache| json!({
+            "name": cache.name,
+            "bytes": cache.bytes,
+            "bytes_per_second": cache.bandwidth.map(|(rate, _)| rate),
+            "working_set_bytes": cache.bandwidth.map(|(_, set)| set),
+        })).collect::<Vec<_>>(),
         "power": {
             "idle_w": profile.idle_w,
             "load_w": profile.load_w,
@@ -148,6 +154,11 @@ fn page(path: &Path, found: &Calibration) -> String {
     }
     let gigabytes = |rate: f64| significant(rate / 1e9);
     row("memory", format!("{} GB/s ({})", gigabytes(measured.bandwidth), gigabytes(base.bandwidth * base.achievable_bandwidth)));
+    for cache in &measured.caches {
+        if let Some((rate, set)) = cache.bandwidth {
+            row(&cache.name, format!("{} GB/s, copied within {set} a thread", gigabytes(rate)));
+        }
+    }
     let power = match &measured.power {
         Some(power) => {
             format!("idle {} ({}), load {} ({}), by {}", power.idle, base.idle_w, power.load, base.load_w, power.counter)

@@ -103,7 +103,10 @@ fn page(name: &str, plan: &Value) -> String {
     for baseline in plan.list("/baselines").map(Document) {
         let kind = baseline.words("/kind").replace('_', " ");
         let (energy, ratio) = (baseline.number("/energy_j").unwrap_or_default(), baseline.number("/ratio").unwrap_or_default());
-        rows.push(("against", format!("{kind}: {} ({} times)", Joules(energy), significant(ratio))));
+        let bounds = baseline.number("/low_ratio").zip(baseline.number("/high_ratio"));
+        let bounds =
+            bounds.map_or(String::new(), |(low, high)| format!(", between {} and {}", significant(low), significant(high)));
+        rows.push(("against", format!("{kind}: {} ({} times{bounds})", Joules(energy), significant(ratio))));
     }
     for baseline in plan.list("/measured_baselines").map(Document) {
         let joules = |path: &str| Joules(baseline.number(path).unwrap_or_default());
@@ -143,7 +146,9 @@ fn forecast(plan: &Document<'_>) -> Vec<(&'static str, String)> {
         rows.push(("", format!("{phase:<6} {}", Joules(value.as_f64().unwrap_or_default()))));
     }
     let carbon = plan.number("/carbon/gco2e").map(GramsCo2e).map_or("unknown".into(), |g| g.to_string());
-    rows.push(("carbon", format!("{carbon} on the grid of {}", plan.words("/carbon/grid"))));
+    let bounds = plan.number("/forecast/carbon_gco2e/low").zip(plan.number("/forecast/carbon_gco2e/high"));
+    let bounds = bounds.map_or(String::new(), |(low, high)| format!(", between {} and {}", GramsCo2e(low), GramsCo2e(high)));
+    rows.push(("carbon", format!("{carbon} on the grid of {}{bounds}", plan.words("/carbon/grid"))));
     if let Some(cost) = plan.0.pointer("/forecast/cost").filter(|cost| !cost.is_null()) {
         let money =
             |key: &str| serde_json::from_value::<Money>(cost[key].clone()).map_or("unknown".into(), |money| money.to_string());

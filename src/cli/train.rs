@@ -27,7 +27,7 @@ pub(super) struct Arguments {
     /// Where the run goes; a directory that holds anything is refused [default: runs/NAME-TIMESTAMP]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Continue this run from its newest whole checkpoint
+    /// Continue this run from its newest whole checkpoint; a finished one goes on with the baselines that were not measured to their end
     #[arg(long, value_name = "RUN_DIR", conflicts_with = "out")]
     resume: Option<PathBuf>,
     /// Where to compute: cpu, cuda, cuda:N, metal or auto
@@ -83,7 +83,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             .while_running()),
         _ if finished.baselines_interrupted => {
             if !common.quiet {
-                eprintln!("interrupted: the run is finished and its report is whole; of the baseline it holds what was reached");
+                eprintln!(
+                    "interrupted: the run is finished and its report is whole; of the baseline it holds what was reached\n\n\
+                     hint: continue the baseline with `wattune train --resume {}`",
+                    path.display()
+                );
             }
             Ok(ExitCode::from(INTERRUPTED))
         }

@@ -9,7 +9,7 @@ use super::interval::Interval;
 use super::profile::{DeviceKind, Profile};
 use super::{did_you_mean, near_matches};
 use crate::error::Result;
-use crate::units::Watts;
+use crate::units::{Watts, significant};
 use crate::work::Precision;
 
 /// Watts of one device while training, without the facility's overhead, and how they are known.
@@ -131,7 +131,7 @@ impl Accelerator {
             achievable: profile.achievable_flops,
             power: Power {
                 watts: Interval { low, central: 1.0, high }.map(|share| profile.load_w * share),
-                basis: basis.to_string(),
+                basis: if gpu { format!("{basis}; {}", host_not_added(profile)) } else { basis.to_string() },
             },
         }
     }
@@ -147,6 +147,13 @@ impl Accelerator {
         let end = self.name.match_indices('-').nth(1).map_or(self.name.len(), |(at, _)| at);
         &self.name[..end]
     }
+}
+
+/// What an accelerator's figures lack of its machine.
+fn host_not_added(profile: &Profile) -> String {
+    let times =
+        profile.whole_machine().map(|times| format!(": with it the energy is about {} times as much", significant(times)));
+    format!("the machine around it is not added{}", times.unwrap_or_default())
 }
 
 impl Known {
@@ -175,6 +182,8 @@ mod tests {
         assert_eq!((a100.peak_flops, a100.family()), (312e12, "nvidia-a100"));
         assert!((a100.power.watts.low.0 - 304.0).abs() < 1e-9 && (a100.power.watts.high.0 - 440.0).abs() < 1e-9);
         assert_eq!(a100.at_rated(Watts(350.0)).watts.low, Watts(266.0));
+        // A host of 30 % of the whole: 1 / 0.7.
+        assert!(a100.power.basis.contains("is not added: with it the energy is about 1.429 times"), "{}", a100.power.basis);
         assert_eq!(Accelerator::named("raspberry-pi-5@2").unwrap().peak_flops, 1.536e11 / 2.0);
         assert_eq!(Accelerator::named("tpu-v3").unwrap().family(), "tpu-v3");
     }

@@ -8,6 +8,8 @@
 //! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable))
 //! ```
 //!
+//! A cache whose bandwidth is known, as `calibrate` measures it, can be what `t` waits for as well.
+//!
 //! A profile that was held against a measured run multiplies each part by `measured_over_counted`.
 //!
 //! Vector operations run at f32's rate and energy; they are in `energy` and `time`, not in `flops`.
@@ -157,12 +159,12 @@ fn unreused(work: &Work) -> Bytes {
     Bytes(products.chain(sweeps).chain([work.file_bytes().0]).fold(0, u64::saturating_add))
 }
 
-/// The time of `work` when the slower of arithmetic and DRAM decides.
+/// The time of `work` when the slowest of arithmetic, DRAM and each cache of known bandwidth decides.
 pub(super) fn roofline(profile: &Profile, work: &Work, bytes: &Traffic) -> Seconds {
     let products: f64 = work.each_product().map(|(p, count)| p.flops() as f64 * count as f64 / profile.rate(p.precision)).sum();
     let compute = products + work.vector_flops() as f64 / profile.rate(Precision::F32);
-    let memory = bytes.get(DRAM).map_or(0.0, |b| b.0 as f64) / (profile.bandwidth * profile.achievable_bandwidth);
-    Seconds(compute.max(memory))
+    let served = bytes.iter().filter_map(|(level, bytes)| Some(bytes.0 as f64 / profile.bandwidth_of(level)?));
+    Seconds(served.fold(compute, f64::max))
 }
 
 fn arithmetic(profile: &Profile, work: &Work) -> Joules {
@@ -181,6 +183,14 @@ impl Profile {
     /// What every counted joule is multiplied with.
     fn times(&self) -> f64 {
         self.measured_over_counted.unwrap_or(1.0)
+    }
+
+    /// Bytes per second that `level` serves; `None` where the profile does not know it.
+    fn bandwidth_of(&self, level: &str) -> Option<f64> {
+        match level {
+            DRAM => Some(self.bandwidth * self.achievable_bandwidth),
+            _ => self.caches.iter().find(|cache| cache.name == level)?.bandwidth,
+        }
     }
 
     /// Picojoules of one byte that `level` serves; `None` where the profile does not know it.

@@ -37,7 +37,7 @@ pub use ledger::{Energies, Entry, Ledger, Parts, Phase};
 pub use meter::{MeterKind, Meters, Reading};
 pub use profile::Profile;
 pub use published::PublishedRun;
-pub use table::{Measured, MeasuredPower};
+pub use table::{Measured, MeasuredCache, MeasuredPower};
 pub use training_cost::{Estimate, Job, Method};
 
 /// The names most like `text`, best first, at most five: for the hint of an error about an unknown name.

@@ -38,6 +38,9 @@ pub struct Level {
     /// Energy of a byte that this level serves to the one inside it; where absent it is part of pJ/FLOP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pj_per_byte: Option<f64>,
+    /// Bytes per second that it serves to all cores together, as copies reach it; where absent it is never what limits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<f64>,
     /// Shared by all cores, so that a share of the cores gets a share of it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
@@ -92,6 +95,8 @@ pub struct Profile {
     pub dram_pj_per_byte: f64,
     /// What every counted joule is multiplied with: measured over counted of an earlier run on this device. 1 where nobody compared them.
     pub measured_over_counted: Option<f64>,
+    /// The part of a training machine's power that is not its accelerators': the host. It is in no figure of the profile.
+    pub host_share: Option<f64>,
     /// Greenhouse gas of making the device.
     pub embodied: Option<GramsCo2e>,
     /// Field -> source.
@@ -166,11 +171,23 @@ impl Profile {
         scaled.bandwidth *= share;
         scaled.embodied = self.embodied.map(|grams| grams * share);
         let own = self.caches.iter().filter(|level| !level.shared).map(|level| level.bytes).max().unwrap_or_default();
+        scaled.caches.iter_mut().for_each(|level| level.bandwidth = level.bandwidth.map(|rate| rate * share));
         for level in scaled.caches.iter_mut().filter(|level| level.shared) {
             // A level never holds less than the one inside it.
             level.bytes = Bytes((level.bytes.0 as f64 * share) as u64).max(own);
         }
         scaled
+    }
+
+    /// How many times the device's own energy the whole machine takes; `None` where its host's share is not known.
+    ///
+    /// ```
+    /// use wattune::energy::Profile;
+    /// let times = Profile::named("nvidia-h100-sxm5-80gb").unwrap().whole_machine().unwrap();
+    /// assert!((times - 1.0 / 0.7).abs() < 1e-12);
+    /// ```
+    pub fn whole_machine(&self) -> Option<f64> {
+        self.host_share.map(|share| 1.0 / (1.0 - share))
     }
 
     /// The factor of every counted joule, with its source; `None` where the profile has none.
@@ -241,7 +258,7 @@ mod tests {
         assert_eq!(two.name, "amd-epyc-7763@2");
         assert!((two.load_w.0 - 280.0 * 2.0 / 64.0).abs() < 1e-9);
         assert!((two.rate(Precision::F32) - whole.rate(Precision::F32) / 32.0).abs() < 1.0);
-        assert_eq!((two.caches[0].bytes, two.caches[1].bytes), (whole.caches[0].bytes, Bytes(8 << 20)));
+        assert_eq!((two.caches[1].bytes, two.caches[2].bytes), (whole.caches[1].bytes, Bytes(8 << 20)));
         assert_eq!(whole.scaled_to(64), whole);
         assert_eq!(whole.scaled_to(1000), whole);
         for bad in ["amd-epyc-7763@0", "amd-epyc-7763@65", "amd-epyc-7763@x", "nvidia-t4@2"] {

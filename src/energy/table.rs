@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::charge;
 use super::profile::{DeviceKind, Level, Profile, Source};
 use crate::error::{Error, Kind, Result};
-use crate::units::{GramsCo2e, Seconds, Watts, significant};
+use crate::units::{Bytes, GramsCo2e, Seconds, Watts, significant};
 use crate::work::{Precision, Work};
 
 /// Exactly a `[[profile]]` of the table, or a user's profile file.
@@ -49,6 +49,8 @@ struct Raw {
     dram_pj_per_byte: f64,
     #[serde(default)]
     measured_over_counted: Option<f64>,
+    #[serde(default)]
+    host_share: Option<f64>,
     embodied_kgco2e: Option<f64>,
     #[serde(default)]
     source: BTreeMap<String, String>,
@@ -81,6 +83,7 @@ impl Raw {
             caches: profile.caches.clone(),
             dram_pj_per_byte: profile.dram_pj_per_byte,
             measured_over_counted: profile.measured_over_counted,
+            host_share: profile.host_share,
             embodied_kgco2e: profile.embodied.map(|grams| grams.0 / 1000.0),
             source,
         }
@@ -94,8 +97,21 @@ pub struct Measured {
     pub rates: BTreeMap<Precision, f64>,
     /// Bytes per second of a stream, read and written.
     pub bandwidth: f64,
+    /// What was found of caches; those of which nothing was stay as they are.
+    pub caches: Vec<MeasuredCache>,
     /// `None` where no counter could be read.
     pub power: Option<MeasuredPower>,
+}
+
+/// What was found of one cache level.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MeasuredCache {
+    /// Its name in the profile.
+    pub name: String,
+    /// Its size, where it is a core's own and the system tells it.
+    pub bytes: Option<Bytes>,
+    /// Bytes per second that it serves to all cores, read and written, and the bytes that each thread copied within.
+    pub bandwidth: Option<(f64, Bytes)>,
 }
 
 /// Power that a counter of the device showed.
@@ -146,7 +162,8 @@ impl Profile {
                 .at(format!("{place}, line {line}"))
                 .hint("a profile has name, kind, idle_w, load_w, peak_flops, bandwidth, caches, dram_pj_per_byte, and cores for a cpu")
         })?;
-        Self::build(raw, &BTreeMap::new(), Some(&place)).map_err(|e| e.at(place))
+        check(&raw, Some(&text)).map_err(|e| e.at(&place))?;
+        Self::build(raw, &BTreeMap::new(), Some(&place)).map_err(|e| e.at(&place))
     }
 
     /// The same device with what was measured on it. What pJ/FLOP was derived is derived anew, so that the device still draws `load_w`
@@ -165,6 +182,7 @@ impl Profile {
         for field in ["peak_flops", "bandwidth", "achievable"] {
             raw.source.insert(field.to_string(), format!("measured on this machine; the rest as {}", self.name));
         }
+        note_caches(&mut raw, &measured.caches);
         if let Some(power) = &measured.power {
             (raw.idle_w, raw.load_w) = (power.idle.0, power.load.0);
             raw.load_points.clear();
@@ -179,7 +197,7 @@ impl Profile {
     /// The same profile under another name, as a file of its own.
     pub(super) fn renamed(&self, name: &str) -> Result<Profile> {
         let raw = Raw { name: name.to_string(), ..Raw::of(self) };
-        check(&raw)?;
+        check(&raw, None)?;
         Ok(Profile { name: raw.name, ..self.clone() })
     }
 
@@ -189,7 +207,7 @@ impl Profile {
     }
 
     fn build(raw: Raw, sources: &BTreeMap<String, Source>, file: Option<&str>) -> Result<Profile> {
-        check(&raw)?;
+        check(&raw, None)?;
         let source = |text: &String| match sources.get(text) {
             Some(source) => source.clone(),
             None => Source { title: text.clone(), year: 0, licence: "user".to_string(), verified: false },
@@ -211,6 +229,7 @@ impl Profile {
             caches: raw.caches,
             dram_pj_per_byte: raw.dram_pj_per_byte,
             measured_over_counted: raw.measured_over_counted,
+            host_share: raw.host_share,
             embodied: raw.embodied_kgco2e.map(|kg| GramsCo2e(kg * 1000.0)),
             sources: raw.source.iter().map(|(field, text)| (field.clone(), source(text))).collect(),
             matches: raw.matches,
@@ -254,8 +273,36 @@ impl Profile {
     }
 }
 
-/// Every rule a profile must keep; the first one broken is reported with its key.
-fn check(raw: &Raw) -> Result<()> {
+/// Puts what was found of caches into their levels, and says where it comes from.
+fn note_caches(raw: &mut Raw, found: &[MeasuredCache]) {
+    let (mut sizes, mut rates) = (Vec::new(), Vec::new());
+    for cache in found {
+        let Some(level) = raw.caches.iter_mut().find(|level| level.name == cache.name) else { continue };
+        if let Some(bytes) = cache.bytes {
+            level.bytes = bytes;
+            sizes.push(cache.name.clone());
+        }
+        if let Some((rate, set)) = cache.bandwidth {
+            level.bandwidth = Some(rate);
+            rates.push(format!("{} by copies within {set} a thread", cache.name));
+        }
+    }
+    // A level never holds less than the one inside it.
+    let mut inner = Bytes(0);
+    for level in &mut raw.caches {
+        level.bytes = level.bytes.max(inner);
+        inner = level.bytes;
+    }
+    let said = [("sizes as the system shows them: ", sizes), ("bandwidth measured on this machine: ", rates)];
+    let said = said.iter().filter(|(_, of)| !of.is_empty()).map(|(what, of)| format!("{what}{}", of.join(", ")));
+    let rest = raw.source.get("caches").map(|source| format!("the rest: {source}"));
+    if !found.is_empty() {
+        raw.source.insert("caches".to_string(), said.chain(rest).collect::<Vec<_>>().join("; "));
+    }
+}
+
+/// Every rule a profile must keep; all that are broken are reported at once, with their lines where `text` is the profile's own.
+fn check(raw: &Raw, text: Option<&str>) -> Result<()> {
     let slug = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     let positive = |value: f64| value.is_finite() && value > 0.0;
     let not_negative = |value: f64| value.is_finite() && value >= 0.0;
@@ -263,37 +310,82 @@ fn check(raw: &Raw) -> Result<()> {
     let point = |&(load, watts): &(f64, f64)| (0.0..=1.0).contains(&load) && positive(watts);
     let rising = raw.load_points.windows(2).all(|pair| pair[0].0 < pair[1].0);
     let growing = raw.caches.windows(2).all(|pair| pair[0].bytes <= pair[1].bytes);
-    let level = |level: &Level| level.bytes.0 > 0 && level.pj_per_byte.is_none_or(not_negative);
+    let level =
+        |level: &Level| level.bytes.0 > 0 && level.pj_per_byte.is_none_or(not_negative) && level.bandwidth.is_none_or(positive);
     let cores = raw.cores != Some(0) && (raw.kind != DeviceKind::Cpu || raw.cores.is_some());
 
-    rule("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", &raw.name)?;
-    rule("cores", cores, "one or more; a processor says how many physical cores it has", &raw.cores)?;
-    rule("idle_w", not_negative(raw.idle_w), "watts, zero or more", &raw.idle_w)?;
-    rule("load_w", positive(raw.load_w) && raw.load_w > raw.idle_w, "watts, more than `idle_w`", &raw.load_w)?;
-    rule("load_points", raw.load_points.iter().all(point) && rising, "[load in 0..1, watts], load rising", &raw.load_points)?;
-    rule("peak_flops", raw.peak_flops.contains_key(&Precision::F32), "a peak for `f32` at least", &raw.peak_flops)?;
-    rule("peak_flops", raw.peak_flops.values().all(|v| positive(*v)), "FLOP/s, more than zero", &raw.peak_flops)?;
-    rule("pj_per_flop", raw.pj_per_flop.values().all(|v| positive(*v)), "picojoules, more than zero", &raw.pj_per_flop)?;
-    rule("bandwidth", positive(raw.bandwidth), "bytes per second, more than zero", &raw.bandwidth)?;
-    rule("achievable_flops", fraction(raw.achievable_flops), "above 0, at most 1", &raw.achievable_flops)?;
-    rule("achievable_bandwidth", fraction(raw.achievable_bandwidth), "above 0, at most 1", &raw.achievable_bandwidth)?;
-    rule(
+    let mut rules = Rules { text, broken: Vec::new() };
+    rules.keep("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", &raw.name);
+    rules.keep("cores", cores, "one or more; a processor says how many physical cores it has", &raw.cores);
+    rules.keep("idle_w", not_negative(raw.idle_w), "watts, zero or more", &raw.idle_w);
+    rules.keep("load_w", positive(raw.load_w) && raw.load_w > raw.idle_w, "watts, more than `idle_w`", &raw.load_w);
+    rules.keep(
+        "load_points",
+        raw.load_points.iter().all(point) && rising,
+        "[load in 0..1, watts], load rising",
+        &raw.load_points,
+    );
+    rules.keep("peak_flops", raw.peak_flops.contains_key(&Precision::F32), "a peak for `f32` at least", &raw.peak_flops);
+    rules.keep("peak_flops", raw.peak_flops.values().all(|v| positive(*v)), "FLOP/s, more than zero", &raw.peak_flops);
+    rules.keep("pj_per_flop", raw.pj_per_flop.values().all(|v| positive(*v)), "picojoules, more than zero", &raw.pj_per_flop);
+    rules.keep("bandwidth", positive(raw.bandwidth), "bytes per second, more than zero", &raw.bandwidth);
+    rules.keep("achievable_flops", fraction(raw.achievable_flops), "above 0, at most 1", &raw.achievable_flops);
+    rules.keep("achievable_bandwidth", fraction(raw.achievable_bandwidth), "above 0, at most 1", &raw.achievable_bandwidth);
+    rules.keep(
         "caches",
         raw.caches.iter().all(level) && growing,
         "from the inside out, none smaller than the one before",
         &raw.caches,
-    )?;
-    rule("dram_pj_per_byte", not_negative(raw.dram_pj_per_byte), "picojoules, zero or more", &raw.dram_pj_per_byte)?;
+    );
+    rules.keep("dram_pj_per_byte", not_negative(raw.dram_pj_per_byte), "picojoules, zero or more", &raw.dram_pj_per_byte);
     let factor = raw.measured_over_counted.is_none_or(positive);
-    rule("measured_over_counted", factor, "measured joules over counted ones, more than zero", &raw.measured_over_counted)?;
-    rule("embodied_kgco2e", raw.embodied_kgco2e.is_none_or(not_negative), "kilograms, zero or more", &raw.embodied_kgco2e)
+    rules.keep("measured_over_counted", factor, "measured joules over counted ones, more than zero", &raw.measured_over_counted);
+    let host = raw.host_share.is_none_or(|share| (0.0..1.0).contains(&share));
+    rules.keep(
+        "host_share",
+        host,
+        "the part of the machine's power that is not the device's, from 0 to below 1",
+        &raw.host_share,
+    );
+    rules.keep("embodied_kgco2e", raw.embodied_kgco2e.is_none_or(not_negative), "kilograms, zero or more", &raw.embodied_kgco2e);
+    rules.verdict()
 }
 
-fn rule(key: &str, kept: bool, rule: &str, value: &impl std::fmt::Debug) -> Result<()> {
-    if kept {
-        return Ok(());
+/// The rules that a profile breaks.
+struct Rules<'a> {
+    text: Option<&'a str>,
+    /// Where, the value and the rule.
+    broken: Vec<(String, String, String)>,
+}
+
+impl Rules<'_> {
+    fn keep(&mut self, key: &str, kept: bool, rule: &str, value: &impl std::fmt::Debug) {
+        if !kept {
+            let line = self.text.and_then(|text| text.lines().position(|line| names(line, key)));
+            let line = line.map_or_else(String::new, |at| format!(" in line {}", at + 1));
+            self.broken.push((format!("`{key}`{line}"), format!("{value:?}"), rule.to_string()));
+        }
     }
-    Err(Error::new(Kind::Energy, format!("the profile's `{key}` breaks a rule")).value(format!("{value:?}")).rule(rule))
+
+    fn verdict(self) -> Result<()> {
+        match self.broken.as_slice() {
+            [] => Ok(()),
+            [(place, value, rule)] => {
+                Err(Error::new(Kind::Energy, format!("the profile's {place} breaks a rule")).value(value).rule(rule))
+            }
+            many => {
+                let each = many.iter().map(|(place, value, rule)| format!("{place} is {value}; the rule: {rule}"));
+                let each: Vec<String> = each.collect();
+                Err(Error::new(Kind::Energy, format!("the profile breaks {} rules", many.len())).value(each.join("\n         ")))
+            }
+        }
+    }
+}
+
+/// Whether a line of TOML sets `key` or opens its table.
+fn names(line: &str, key: &str) -> bool {
+    let rest = line.trim_start_matches(['[', ' ', '\t']).strip_prefix(key);
+    rest.is_some_and(|rest| rest.trim_start().starts_with(['=', ']', '.']))
 }
 
 #[cfg(test)]
@@ -315,7 +407,7 @@ mod tests {
         // Half the rate at the same watts: twice the energy of a FLOP, idle time included.
         let pi = Profile::named("raspberry-pi-5").unwrap();
         let rates = BTreeMap::from([(Precision::F32, pi.rate(Precision::F32) / 2.0)]);
-        let measured = Measured { rates, bandwidth: 1.5e10, power: None };
+        let measured = Measured { rates, bandwidth: 1.5e10, ..Measured::default() };
         let slow = pi.calibrated("my-pi", &measured).unwrap();
         let work = Work::product(4096, 4096, 4096, Precision::F32);
         let ratio = slow.charge(&work).energy.joules() / pi.charge(&work).energy.joules();
@@ -324,12 +416,39 @@ mod tests {
     }
 
     #[test]
+    fn what_was_found_of_caches_is_kept_with_its_source() {
+        let pi = Profile::named("raspberry-pi-5").unwrap();
+        let cache = |name: &str, bytes: Option<u64>, bandwidth: Option<f64>| MeasuredCache {
+            name: name.to_string(),
+            bytes: bytes.map(Bytes),
+            bandwidth: bandwidth.map(|rate| (rate, Bytes(4096))),
+        };
+        let caches = vec![cache("L2", Some(4 << 20), Some(1e9)), cache("LLC", None, None), cache("L9", Some(1), Some(1.0))];
+        let measured = Measured { bandwidth: pi.bandwidth, caches, ..Measured::default() };
+        let mine = pi.calibrated("mine", &measured).unwrap();
+        let levels: Vec<_> = mine.caches.iter().map(|level| (level.name.as_str(), level.bytes.0, level.bandwidth)).collect();
+        // The last level, of which only 2 MiB were known, holds at least what the one inside it does.
+        assert_eq!(levels, [("L1", 64 << 10, None), ("L2", 4 << 20, Some(1e9)), ("LLC", 4 << 20, None)]);
+        let source = &mine.sources["caches"].title;
+        assert!(source.contains("shows them: L2; bandwidth measured on this machine: L2 by copies within 4 KiB"), "{source}");
+        // From its own file it is the same profile, also scaled: half the cores are served half as much.
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mine.toml");
+        std::fs::write(&path, mine.to_toml()).unwrap();
+        let again = Profile::from_file(&path).unwrap();
+        assert_eq!((&again.caches, again.scaled_to(2).caches[1].bandwidth), (&mine.caches, Some(5e8)));
+        // L2 serves what L1 cannot hold at 1 GB/s: slower than arithmetic and memory, so it is what the time is.
+        let charge = mine.charge(&Work::product(512, 512, 512, Precision::F32));
+        assert!((charge.time.0 - charge.bytes["L2"].0 as f64 / 1e9).abs() < 1e-12, "{charge:?}");
+    }
+
+    #[test]
     fn measured_power_replaces_every_figure_that_comes_from_power() {
         // The definition of the derivation: a 4096-cube product draws `load` on average over its roofline time; and idle is idle.
         let h100 = Profile::named("nvidia-h100-sxm5-80gb").unwrap();
         let rates = BTreeMap::from([(Precision::Bf16, 6e14)]);
         let power = MeasuredPower { idle: Watts(71.0), load: Watts(655.0), counter: "nvml:0".to_string() };
-        let measured = Measured { rates, bandwidth: 2.9e12, power: Some(power) };
+        let measured = Measured { rates, bandwidth: 2.9e12, power: Some(power), ..Measured::default() };
         let profile = h100.calibrated("mine", &measured).unwrap();
         for precision in [Precision::Bf16, Precision::F32] {
             let charge = profile.charge(&Work::product(4096, 4096, 4096, precision));
@@ -342,7 +461,7 @@ mod tests {
 
     #[test]
     fn every_shipped_profile_is_sound_and_sourced() {
-        assert!(Profile::all().len() >= 25);
+        assert!(Profile::all().len() >= 70);
         let mut names: Vec<&str> = Profile::names().collect();
         names.sort_unstable();
         names.dedup();
@@ -393,13 +512,23 @@ mod tests {
             ("cores = 4", "", "`cores`"),
             ("f32 = 2e11", "bf16 = 2e11", "`peak_flops`"),
             ("idle_w", "idle", "line 4"),
+            ("cores = 4", "cores = 4\nhost_share = 1.0", "`host_share`"),
             ("bytes = 1000000", "bytes = 0", "`caches`"),
+            ("bytes = 1000000", "bytes = 1000000, bandwidth = 0.0", "`caches`"),
             ("dram_pj_per_byte = 100", "dram_pj_per_byte = 1e9", "memory traffic"),
         ];
         for (from, to, word) in bad {
             std::fs::write(&path, good.replace(from, to)).unwrap();
             let error = Profile::from_file(&path).unwrap_err();
             assert!(error.kind() == Kind::Energy && error.to_string().contains(word), "{to}: {error}");
+        }
+        // All mistakes at once, each with its line; what is not there has none.
+        let three = good.replace("cores = 4\n", "").replace("idle_w = 10", "idle_w = -1").replace("bytes = 1000000", "bytes = 0");
+        std::fs::write(&path, three).unwrap();
+        let error = Profile::from_file(&path).unwrap_err().to_string();
+        for words in ["breaks 3 rules", "`cores` is None", "`idle_w` in line 3 is -1.0; the rule: watts", "`caches` in line 7 is"]
+        {
+            assert!(error.contains(words), "{words}: {error}");
         }
     }
 }

@@ -30,6 +30,10 @@ pub struct Row {
     pub high_j: Option<Joules>,
     /// The run's own emissions.
     pub gco2e: GramsCo2e,
+    /// A lower bound of them, where there is one.
+    pub low_gco2e: Option<GramsCo2e>,
+    /// An upper bound of them.
+    pub high_gco2e: Option<GramsCo2e>,
     /// Validation loss before, nats per loss token.
     pub val_loss_before: Option<f64>,
     /// Validation loss after.
@@ -90,6 +94,8 @@ fn row(name: &str, report: &Report, meter: Meter) -> Row {
         low_j: report.energy.low_j.filter(|low| own && low.0.is_finite()),
         high_j: report.energy.high_j.filter(|high| own && high.0.is_finite()),
         gco2e: report.carbon.gco2e,
+        low_gco2e: report.carbon.low_gco2e.filter(|low| low.0.is_finite()),
+        high_gco2e: report.carbon.high_gco2e.filter(|high| high.0.is_finite()),
         val_loss_before: report.training.val_loss_before.filter(|loss| loss.is_finite()),
         val_loss_after: report.training.val_loss_after.filter(|loss| loss.is_finite()),
         loss_per_kj: per_kj,
@@ -146,6 +152,17 @@ impl Comparison {
         table
     }
 
+    /// How far each run's energy and emissions may be off.
+    pub fn bounds(&self) -> Vec<String> {
+        let of = |row: &Row| {
+            let energy = show::between(row.low_j, row.high_j, |joules| joules.to_string());
+            let carbon = show::between(row.low_gco2e, row.high_gco2e, show::carbon);
+            let both: Vec<String> = energy.into_iter().chain(carbon).collect();
+            (!both.is_empty()).then(|| format!("{}: {}", row.name, both.join(", ")))
+        };
+        self.runs.iter().filter_map(of).collect()
+    }
+
     /// What the rows' figures are.
     pub fn basis(&self) -> String {
         format!("Energy as {}; losses on validation records, in nats per loss token.", show::word(self.meter))
@@ -161,7 +178,7 @@ impl Comparison {
 
     /// The lines for a terminal, at most 100 columns wide.
     pub fn text(&self) -> String {
-        let notes: String = self.notes.iter().map(|note| bullet(note)).collect();
+        let notes: String = self.bounds().iter().chain(&self.notes).map(|note| bullet(note)).collect();
         let words = paragraph(&self.basis(), 0) + &paragraph(&self.verdict(), 0);
         printable(&format!("{}\n{words}{notes}", self.table().text(0)))
     }

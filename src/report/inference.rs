@@ -58,6 +58,22 @@ pub struct Served {
     pub per_1000_tokens_j: Joules,
     /// The same in emissions, facility overhead included.
     pub per_1000_tokens_gco2e: GramsCo2e,
+    /// The bounds of the two; `None` in a report that was written before there were any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_1000_tokens_bounds: Option<Bounds>,
+}
+
+/// The bounds of a counted energy and of its emissions.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Bounds {
+    /// With every coefficient at the end that gives least.
+    pub low_j: Joules,
+    /// At the end that gives most.
+    pub high_j: Joules,
+    /// The least energy on the grid at its lowest.
+    pub low_gco2e: GramsCo2e,
+    /// The most on the grid at its highest.
+    pub high_gco2e: GramsCo2e,
 }
 
 /// What sort of thing would be prompted instead.
@@ -85,6 +101,12 @@ pub struct Alternative {
     pub request_j: Joules,
     /// Energy of 1,000 generated tokens, their prompts included.
     pub per_1000_tokens_j: Joules,
+    /// The same in emissions, facility overhead included; `None` in a report that was written before they were counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_1000_tokens_gco2e: Option<GramsCo2e>,
+    /// The bounds of the two.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_1000_tokens_bounds: Option<Bounds>,
     /// What the fine-tuned model takes less, a request; negative where it takes more.
     pub saved_per_request_j: Joules,
     /// Requests after which the run's whole energy is saved; `None` where a request saves nothing.
@@ -102,6 +124,9 @@ pub struct Year {
     pub energy_j: Joules,
     /// Their emissions, facility overhead included.
     pub gco2e: GramsCo2e,
+    /// The bounds of the two.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bounds: Option<Bounds>,
     /// Use over use and fine-tuning together.
     pub share_of_life_cycle: f64,
     /// Fine-tuning over the same.
@@ -121,12 +146,15 @@ pub(super) fn section(inference: Option<&Inference>) -> Vec<Block> {
             ServedModel::Merged => "with its adapter merged",
             ServedModel::Trained => "trained model",
         };
-        let emissions = show::carbon(served.per_1000_tokens_gco2e);
-        table.row([name.to_string(), show::energy(served.per_1000_tokens_j), show::energy(served.request_j), emissions]);
+        let bounds = served.per_1000_tokens_bounds.as_ref();
+        let emissions = show::carbon(served.per_1000_tokens_gco2e) + &grams_between(bounds);
+        table.row([name.to_string(), per_1000(served.per_1000_tokens_j, bounds), show::energy(served.request_j), emissions]);
     }
     if let Some(other) = &inference.alternative {
-        let unknown = show::UNKNOWN.to_string();
-        table.row([other.name.clone(), show::energy(other.per_1000_tokens_j), show::energy(other.request_j), unknown]);
+        let bounds = other.per_1000_tokens_bounds.as_ref();
+        let emissions =
+            other.per_1000_tokens_gco2e.map_or_else(|| show::UNKNOWN.to_string(), show::carbon) + &grams_between(bounds);
+        table.row([other.name.clone(), per_1000(other.per_1000_tokens_j, bounds), show::energy(other.request_j), emissions]);
     }
     let request = format!(
         "Counted on the profile `{}`, not measured: a request of {} prompt and {} generated tokens; the prompt is part of the figures.",
@@ -139,6 +167,15 @@ pub(super) fn section(inference: Option<&Inference>) -> Vec<Block> {
     blocks.extend(paragraphs.into_iter().flatten().map(Block::Paragraph));
     blocks.push(Block::Bullets(inference.assumptions.clone()));
     blocks
+}
+
+fn per_1000(energy: Joules, bounds: Option<&Bounds>) -> String {
+    show::energy(energy) + &bounds.map_or_else(String::new, |bounds| format!(", {} to {}", bounds.low_j, bounds.high_j))
+}
+
+fn grams_between(bounds: Option<&Bounds>) -> String {
+    let to = |bounds: &Bounds| format!(", {} to {}", show::carbon(bounds.low_gco2e), show::carbon(bounds.high_gco2e));
+    bounds.map_or_else(String::new, to)
 }
 
 fn payback(other: &Alternative) -> String {
@@ -156,10 +193,14 @@ fn payback(other: &Alternative) -> String {
 fn year(year: &Year) -> String {
     let days = year.pays_after_days.map_or_else(String::new, |days| format!(", and {} days pay for it", show::number(days)));
     format!(
-        "At {} requests a day a year of use takes {} and {}: {} of the life cycle, fine-tuning {}{days}.",
+        "At {} requests a day a year of use takes {}{} and {}{}: {} of the life cycle, fine-tuning {}{days}.",
         show::number(year.requests_per_day),
         show::energy(year.energy_j),
+        year.bounds.map_or_else(String::new, |bounds| format!(" (between {} and {})", bounds.low_j, bounds.high_j)),
         show::carbon(year.gco2e),
+        year.bounds.map_or_else(String::new, |bounds| {
+            format!(" (between {} and {})", show::carbon(bounds.low_gco2e), show::carbon(bounds.high_gco2e))
+        }),
         show::share(year.share_of_life_cycle, 1.0),
         show::share(year.fine_tuning_share, 1.0)
     )

@@ -3,7 +3,7 @@
 //! Owns the caveats and their published sources. Takes a report, returns sentences: only those that hold for the meters and
 //! baselines it has. Knows nothing of layout.
 
-use super::page::kind_words;
+use super::page::name;
 use super::show;
 use super::types::{Meter, Report};
 use crate::energy::interval::{MODEL_FACTOR, TIMED_FACTOR};
@@ -35,8 +35,9 @@ pub fn assumptions(report: &Report) -> Vec<String> {
     }));
     found.extend(interval(report));
     for baseline in &report.baselines {
-        found.push(format!("{}: {}", kind_words(baseline.kind), baseline.source));
-        found.extend(baseline.assumptions.iter().map(|assumption| format!("{}: {assumption}", kind_words(baseline.kind))));
+        let name = name(baseline);
+        found.push(format!("{name}: {}", baseline.source));
+        found.extend(baseline.assumptions.iter().map(|assumption| format!("{name}: {assumption}")));
     }
     found
 }

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::page::kind_words;
+use super::page::name;
 use super::show;
 use super::types::Baseline;
 use crate::units::Joules;
@@ -91,7 +91,7 @@ pub struct CurvePoint {
 
 /// What a baseline that was trained showed at equal energy and at equal loss, in sentences.
 pub(super) fn at_equal(baseline: &Baseline) -> Vec<String> {
-    let name = kind_words(baseline.kind);
+    let name = name(baseline);
     let loss = baseline.val_loss_at_equal_energy.map(|loss| {
         let against =
             baseline.measured.as_ref().map_or_else(String::new, |it| format!(" (this run: {})", show::number(it.run_val_loss)));
@@ -125,7 +125,7 @@ fn cut_short(stop: BaselineStop) -> Option<&'static str> {
     match stop {
         BaselineStop::EqualEnergy | BaselineStop::EqualLoss | BaselineStop::EnergyMultiple => None,
         BaselineStop::Budget => Some("cut short by `baseline.budget`"),
-        BaselineStop::Interrupted => Some("cut short by whoever ran it"),
+        BaselineStop::Interrupted => Some("cut short by whoever ran it; `wattune train --resume RUN` goes on with it"),
         BaselineStop::Diverged => Some("it diverged: a loss or a gradient was not finite"),
     }
 }
@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn an_extrapolation_never_reads_as_a_measurement() {
-        let name = "from scratch, same task";
+        let name = "from scratch, same task, trained here";
         let reached = sentences(BaselineStop::EqualLoss, Reached::Measured, Some(3600.0));
         let after = format!("{name}: validation loss 6.9 after the same training energy (this run: 2.5)");
         assert_eq!(
@@ -173,6 +173,8 @@ mod tests {
         );
         let cut = sentences(BaselineStop::Budget, Reached::No, None);
         let lost = format!("{name}: {tried}, and its curve does not lead there");
+        let stopped = sentences(BaselineStop::Interrupted, Reached::No, None);
+        assert!(stopped[2].contains("`wattune train --resume RUN` goes on with it"), "{stopped:?}");
         assert_eq!(cut, [after, lost, format!("{name}: cut short by `baseline.budget`")]);
     }
 }

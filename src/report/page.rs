@@ -146,12 +146,12 @@ fn comparison(report: &Report) -> Vec<Block> {
     }
     for baseline in &baselines {
         table.row([
-            kind_words(baseline.kind).to_string(),
+            name(baseline),
             show::or_unknown(baseline.flops, show::flops),
             show::or_unknown(baseline.energy_j, show::energy),
             show::or_unknown(baseline.gco2e, show::carbon),
             show::or_unknown(baseline.ratio, show::times) + &ratio_bounds(baseline),
-            show::word(baseline.label),
+            known_how(baseline, energy.meter),
         ]);
     }
     let mut beside: Vec<String> = baselines.iter().filter_map(|baseline| between(baseline)).collect();
@@ -176,10 +176,24 @@ fn between(baseline: &Baseline) -> Option<String> {
     let energy = show::between(baseline.low_j, baseline.high_j, |joules| joules.to_string());
     let carbon = show::between(baseline.low_gco2e, baseline.high_gco2e, show::carbon);
     let both: Vec<String> = [energy, carbon].into_iter().flatten().collect();
-    (!both.is_empty()).then(|| format!("{}: {}", kind_words(baseline.kind), both.join(", ")))
+    (!both.is_empty()).then(|| format!("{}: {}", name(baseline), both.join(", ")))
 }
 
-/// A baseline's name on a page.
+/// A baseline's name on a page; one that was trained stands beside the counted one of its kind.
+pub fn name(baseline: &Baseline) -> String {
+    let trained = if baseline.measured.is_some() { ", trained here" } else { "" };
+    format!("{}{trained}", kind_words(baseline.kind))
+}
+
+/// Where a baseline's figures come from. What was trained read its energy on the run's meter.
+fn known_how(baseline: &Baseline, meter: Meter) -> String {
+    match baseline.measured {
+        Some(_) => format!("trained, its energy {}", show::word(meter)),
+        None => show::word(baseline.label),
+    }
+}
+
+/// The name of a kind of baseline.
 pub fn kind_words(kind: BaselineKind) -> &'static str {
     match kind {
         BaselineKind::FullFineTuning => "full fine-tuning",

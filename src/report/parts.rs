@@ -117,9 +117,10 @@ fn work(energy: &Energy) -> String {
 
 fn left_out(energy: &Energy, parts: &CountedParts) -> Option<String> {
     let levels: Vec<String> = parts.levels_left_out.iter().map(|level| level_words(level)).collect();
+    let (them, takes) = if levels.len() == 1 { ("it", "it takes") } else { ("them", "they take") };
     (!levels.is_empty()).then(|| {
         format!(
-            "Left out: {}. The profile `{}` knows no energy per byte for it, so what it takes is part of the arithmetic.",
+            "Left out: {}. The profile `{}` knows no energy per byte for {them}, so what {takes} is part of the arithmetic.",
             levels.join(", "),
             energy.device
         )

@@ -57,10 +57,14 @@ pub fn number(value: f64) -> String {
     finite(value, || significant(value))
 }
 
-/// `part` of `whole` in per cent.
+/// `part` of `whole` in per cent; what is not nothing and not all is not rounded to either.
 pub fn share(part: f64, whole: f64) -> String {
     let percent = part / whole * 100.0;
-    finite(percent, || format!("{percent:.1} %"))
+    finite(percent, || match percent {
+        _ if percent > 0.0 && percent < 0.05 => "under 0.1 %".to_string(),
+        _ if (99.95..100.0).contains(&percent) => "over 99.9 %".to_string(),
+        _ => format!("{percent:.1} %"),
+    })
 }
 
 /// How many times: "1.5", "8.07 million"; beyond trillions in powers of ten.
@@ -134,6 +138,10 @@ mod tests {
         assert_eq!(count(134_515_008), "134,515,008");
         assert_eq!(counted(1, "record"), "1 record");
         assert_eq!(share(1.0, 8.0), "12.5 %");
+        assert_eq!(
+            [share(0.0, 8.0), share(1.0, 9999.0), share(9998.0, 9999.0), share(8.0, 8.0)],
+            ["0.0 %", "under 0.1 %", "over 99.9 %", "100.0 %"]
+        );
     }
 
     #[test]

@@ -1,20 +1,20 @@
 //! How fast this machine multiplies matrices and moves memory, and what it draws: a device profile of its own.
 //!
 //! Takes the profile that stands nearest and a compute device; returns that profile with what was measured. Products are those of a
-//! frozen linear layer, because a run uses them. What cannot be measured (caches, energy of a byte, power where there is no counter) stays as the nearest
-//! profile says, and a note says so. Writes nothing.
+//! frozen linear layer, because a run uses them; memory is copied (`levels`). What cannot be measured (energy of a byte, power where there is
+//! no counter) stays as the nearest profile says, and a note says so. Writes nothing.
+
+mod levels;
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use rayon::prelude::*;
 
 use super::Screen;
-use super::machine::memory;
 use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
-use crate::energy::{Counters, Measured, MeasuredPower, Profile};
+use crate::energy::{Counters, Measured, MeasuredCache, MeasuredPower, Profile};
 use crate::error::{Error, Result};
 use crate::ops::{Context, Linear, Weight, dtype};
 use crate::units::{Bytes, MicroJoules, Seconds, Watts};
@@ -22,15 +22,13 @@ use crate::work::{Precision, Product, Tally};
 
 /// Sides of the square products that are tried, until one takes long enough to be timed well.
 const SIDES: [usize; 6] = [256, 512, 1024, 2048, 4096, 8192];
-/// Bytes that one parallel copy takes at a time.
-const CHUNK: usize = 4 << 20;
 
 /// How much is spent on measuring.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Effort {
     /// Time for each figure, once its product or copy is warm.
     pub each: Seconds,
-    /// Bytes of the copied buffer: several times the last cache. At most an eighth of free memory is taken.
+    /// Bytes of the buffer whose copy measures main memory: several times the last cache. At most an eighth of free memory is taken.
     pub buffer: Bytes,
 }
 
@@ -115,11 +113,26 @@ impl Calibrator {
             }
         }
         screen.note("measuring memory bandwidth");
-        measured.bandwidth = bandwidth(&self.device, effort.buffer, each)?.round();
+        let (bandwidth, note) = levels::dram(&self.device, effort.buffer, each)?;
+        measured.bandwidth = bandwidth.round();
+        self.notes.extend(note);
+        measured.caches = self.caches(each, screen)?;
         measured.power = self.power(idle, load);
         let profile = self.base.calibrated(&self.name, &measured);
         let profile = profile.map_err(|e| e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`"))?;
         Ok(Calibration { base: self.base, profile, measured, notes: self.notes })
+    }
+
+    /// What the caches serve; a graphics processor's are not measured.
+    fn caches(&mut self, each: Duration, screen: &mut dyn Screen) -> Result<Vec<MeasuredCache>> {
+        if !self.device.is_cpu() {
+            self.notes.push("the caches are the nearest profile's: on this device only main memory is measured".to_string());
+            return Ok(Vec::new());
+        }
+        screen.note("measuring the bandwidth of caches");
+        let (caches, notes) = levels::caches(&self.base, each)?;
+        self.notes.extend(notes);
+        Ok(caches)
     }
 
     /// Runs `work`; the second value is the mean power meanwhile, where there is a counter that can be read.
@@ -238,42 +251,6 @@ impl WarmProduct {
     }
 }
 
-/// Bytes read and written in a second by a copy of `buffer`: the best within `each`. As in STREAM (McCalpin 1995), what a cache reads of
-/// the target before it overwrites it is not counted.
-fn bandwidth(device: &Device, buffer: Bytes, each: Duration) -> Result<f64> {
-    let room = memory().map_or(buffer.0, |(free, _)| free.0 / 8);
-    let bytes = buffer.0.min(room).max(CHUNK as u64) as usize;
-    if device.is_cpu() {
-        let (source, mut target) = (vec![1u8; bytes], vec![0u8; bytes]);
-        let copy = || {
-            let parts = target.par_chunks_mut(CHUNK).zip(source.par_chunks(CHUNK));
-            parts.for_each(|(target, source)| target.copy_from_slice(source));
-            Ok(())
-        };
-        return best_copy(2.0 * bytes as f64, each, copy);
-    }
-    let (source, target) =
-        (Tensor::ones(bytes / 4, dtype(Precision::F32), device)?, Tensor::zeros(bytes / 4, dtype(Precision::F32), device)?);
-    best_copy(2.0 * bytes as f64, each, || {
-        target.slice_set(&source, 0, 0)?;
-        Ok(device.synchronize()?)
-    })
-}
-
-/// The best rate of `copy`, which moves `bytes`; its first run, which maps the memory, is not timed.
-fn best_copy(bytes: f64, each: Duration, mut copy: impl FnMut() -> Result<()>) -> Result<f64> {
-    copy()?;
-    let (start, mut best) = (Instant::now(), 0.0_f64);
-    loop {
-        let before = Instant::now();
-        copy()?;
-        best = best.max(bytes / before.elapsed().as_secs_f64());
-        if start.elapsed() >= each {
-            return Ok(best);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -313,7 +290,12 @@ mod tests {
         assert_eq!((power.idle, power.counter.as_str()), (Watts(0.0), "scripted"));
         assert!(power.load > Watts(0.0) && power.load <= Watts(900.0), "{}", power.load);
         assert_eq!((done.profile.idle_w, done.profile.load_w), (power.idle, power.load));
-        assert_eq!(done.notes, Vec::<String>::new());
+        // Of power nothing is to be noted; of memory, what this machine's caches are like.
+        assert!(
+            done.notes.iter().all(|note| note.starts_with("memory: ") || note.contains("was not measured")),
+            "{:?}",
+            done.notes
+        );
     }
 
     #[test]
@@ -332,15 +314,16 @@ mod tests {
     }
 
     #[test]
-    fn the_best_copy_is_timed_after_the_first() {
-        // Of copies that take 30, 4 and 2 ms the first is not timed and the last is the best: at most 1000 bytes in 2 ms.
-        let mut pauses = vec![2, 4, 30];
-        let copy = || {
-            sleep(Duration::from_millis(pauses.pop().unwrap_or(4)));
-            Ok(())
-        };
-        let rate = best_copy(1000.0, Duration::from_millis(6), copy).unwrap();
-        assert!(rate > 1000.0 / 0.03 && rate <= 1000.0 / 0.002, "{rate}");
+    fn each_cache_behind_the_first_is_measured_or_said_not_to_be() {
+        let done = calibrator([0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok).into()).measure(QUICK, &mut Blank).unwrap();
+        let caches = &done.measured.caches;
+        assert_eq!(caches.iter().map(|cache| cache.name.as_str()).collect::<Vec<_>>(), ["L1", "L2", "LLC"]);
+        assert_eq!(caches[0].bandwidth, None);
+        for (cache, level) in caches.iter().zip(&done.profile.caches).skip(1) {
+            let noted = done.notes.iter().any(|note| note.starts_with(&format!("{} was not measured", cache.name)));
+            assert!(cache.bandwidth.is_some() != noted, "{cache:?}");
+            assert_eq!(level.bandwidth, cache.bandwidth.map(|(rate, _)| rate));
+        }
     }
 
     #[test]

@@ -39,18 +39,18 @@ pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, param
     if !matches!(inputs.outcome.stop, Stop::Diverged(_)) {
         write_result(inputs, directory, parameters, &report)?;
     }
-    write_pages(inputs, directory, &report)?;
+    write_pages(inputs.prepared, inputs.account.spent().energy.joules(), directory, &report)?;
     Ok(report)
 }
 
-/// Every file that shows `report`; the model card only where there is a result for it to stand in.
-pub(super) fn write_pages(inputs: &Inputs<'_>, directory: &RunDirectory, report: &Report) -> Result<()> {
-    let (prepared, write) = (inputs.prepared, crate::report::files::write_whole);
+/// Every file that shows `report`, of a run that spent `total`; the model card only where there is a result for it to stand in.
+pub(super) fn write_pages(prepared: &Prepared, total: Joules, directory: &RunDirectory, report: &Report) -> Result<()> {
+    let write = crate::report::files::write_whole;
     json::write_report(&directory.report(), report)?;
     write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, report)?)?;
     let history = History::read(&directory.steps(), &directory.ledger())?;
     write(&directory.html_page(), &html::to_html(&prepared.recipe.name, report, &history)?)?;
-    write(&directory.emissions(), &emissions(inputs).to_csv(report)?)?;
+    write(&directory.emissions(), &emissions(prepared, total).to_csv(report)?)?;
     let result = directory.result(prepared.whole_model());
     if result.is_dir() {
         write_card(prepared, &result, report)?;
@@ -219,6 +219,27 @@ pub(super) fn stop_reason(stop: &Stop) -> StopReason {
     }
 }
 
+/// Whether a run that stopped so ended as it was meant to.
+pub(super) fn finished(reason: StopReason) -> bool {
+    !matches!(reason, StopReason::Interrupted | StopReason::Diverged)
+}
+
+/// Why a finished run ended, from its report.
+pub(super) fn stop_of(reason: StopReason) -> Stop {
+    use crate::energy::Limit;
+    match reason {
+        StopReason::Steps => Stop::Steps,
+        StopReason::Epochs => Stop::Epochs,
+        StopReason::BudgetEnergy => Stop::Budget(Limit::Energy),
+        StopReason::BudgetCarbon => Stop::Budget(Limit::Carbon),
+        StopReason::BudgetFlops => Stop::Budget(Limit::Flops),
+        StopReason::BudgetTime => Stop::Budget(Limit::Time),
+        StopReason::BudgetCost => Stop::Budget(Limit::Cost),
+        StopReason::Interrupted => Stop::Interrupted,
+        StopReason::Diverged => Stop::Diverged("the run diverged".to_string()),
+    }
+}
+
 /// Each baseline with its bounds: its energy is as uncertain as its label says, its emissions also by the grid's years.
 pub(super) fn baseline_blocks(baselines: &[Baseline], prepared: &Prepared) -> Vec<types::Baseline> {
     use baseline::{BaselineKind, Label};
@@ -292,10 +313,9 @@ fn card_facts(prepared: &Prepared) -> CardFacts {
     }
 }
 
-fn emissions(inputs: &Inputs<'_>) -> Emissions {
-    let prepared = inputs.prepared;
+fn emissions(prepared: &Prepared, total: Joules) -> Emissions {
     let cpu = prepared.profile.kind != crate::energy::profile::DeviceKind::Gpu;
-    let total = Some(inputs.account.spent().energy.joules());
+    let total = Some(total);
     let grid = &prepared.grid;
     let (cloud_provider, cloud_region) = grid.code.split_once(':').map(|(p, r)| (p.to_string(), r.to_string())).unzip();
     let state = grid.code.split_once('-').filter(|_| cloud_region.is_none()).map(|_| grid.name.clone());

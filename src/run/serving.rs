@@ -5,12 +5,13 @@
 //! own. Generates nothing.
 
 use super::prepare::{Prepared, Target};
-use crate::energy::{Charge, carbon};
+use super::spending::carbon_block;
+use crate::energy::{Charge, Interval, carbon};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::recipe::LargerModel;
-use crate::report::inference::{Alternative, AlternativeKind, Inference, Served, ServedModel, Year};
-use crate::units::{Joules, MicroJoules};
+use crate::report::inference::{Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year};
+use crate::units::{Joules, MicroJoules, Seconds};
 use crate::work::Work;
 
 const DAYS: f64 = 365.0;
@@ -70,6 +71,7 @@ pub(super) fn inference(prepared: &Prepared, fine_tuning: Joules) -> Result<std:
             requests,
             energy_j: energy,
             gco2e: carbon(energy, rates.pue, rates.grid),
+            bounds: Some(bounds_of(prepared, energy)),
             share_of_life_cycle: energy / whole,
             fine_tuning_share: fine_tuning / whole,
             pays_after_days: saved.map(|requests| requests as f64 / requests_per_day),
@@ -113,7 +115,16 @@ fn served(prepared: &Prepared, model: ServedModel, request: Request) -> Served {
         request_j: request.whole.joules(),
         per_1000_tokens_j,
         per_1000_tokens_gco2e: carbon(per_1000_tokens_j, rates.pue, rates.grid),
+        per_1000_tokens_bounds: Some(bounds_of(prepared, per_1000_tokens_j)),
     }
+}
+
+/// The bounds of a counted energy, and of its emissions on the recipe's grid.
+fn bounds_of(prepared: &Prepared, energy: Joules) -> Bounds {
+    let energy = Interval::counted(energy);
+    let carbon = carbon_block(prepared, energy, Seconds::ZERO);
+    let (low_gco2e, high_gco2e) = (carbon.low_gco2e.unwrap_or(carbon.gco2e), carbon.high_gco2e.unwrap_or(carbon.gco2e));
+    Bounds { low_j: energy.low, high_j: energy.high, low_gco2e, high_gco2e }
 }
 
 fn per_1000(prepared: &Prepared, request: Request) -> Joules {
@@ -148,13 +159,16 @@ fn alternative(prepared: &Prepared, base: &ModelShape, own: Joules, fine_tuning:
         }
     };
     let saved = request.whole.joules() - own;
+    let (rates, per_1000_tokens_j) = (prepared.budget.rates(), per_1000(prepared, request));
     Some(Alternative {
         kind,
         name,
         parameters,
         prompt_tokens: prompt as u64,
         request_j: request.whole.joules(),
-        per_1000_tokens_j: per_1000(prepared, request),
+        per_1000_tokens_j,
+        per_1000_tokens_gco2e: Some(carbon(per_1000_tokens_j, rates.pue, rates.grid)),
+        per_1000_tokens_bounds: Some(bounds_of(prepared, per_1000_tokens_j)),
         saved_per_request_j: saved,
         pays_after_requests: (saved.0 > 0.0).then(|| (fine_tuning / saved).ceil() as u64),
     })

@@ -10,6 +10,7 @@ use super::reconcile::{profile_factor, reconciliation};
 use crate::energy::carbon::{LIFE_YEARS, dataset_sha256, embodied_share};
 use crate::energy::charge::{DRAM, Traffic};
 use crate::energy::ledger::Totals;
+use crate::energy::profile::DeviceKind;
 use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent, carbon};
 use crate::model::MemoryForecast;
 use crate::report::memory::Memory;
@@ -123,7 +124,23 @@ pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
         let source = known.map_or_else(|| "source not known".to_string(), written);
         Factor { name: name.to_string(), value, source, verified: known.is_some_and(|source| source.verified) }
     };
-    rows.into_iter().map(factor).collect()
+    let host = (profile.kind == DeviceKind::Gpu).then(|| ("host", "the machine around the device", host(profile)));
+    rows.into_iter().chain(host).map(factor).collect()
+}
+
+/// What the counted figures lack of an accelerator's machine.
+fn host(profile: &Profile) -> String {
+    let known = profile.host_share.zip(profile.whole_machine());
+    known.map_or_else(
+        || "not in the counted figures, its share is not known".to_string(),
+        |(share, times)| {
+            let percent = round(share * 100.0);
+            format!(
+                "not in the counted figures: {percent} % of a machine's power, with it they are {} times as much",
+                round(times)
+            )
+        },
+    )
 }
 
 /// "Title (2024; MIT)".

@@ -9,7 +9,7 @@ use super::directory::RunDirectory;
 use super::model::fetch_weights;
 use super::options::meter;
 use super::prepare::{Prepared, Target, prepare};
-use super::reporting::{Inputs, write_pages, write_reports};
+use super::reporting::{Inputs, finished, stop_of, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::trainee::{self, Trainee};
 use super::watch::Watch;
@@ -18,8 +18,8 @@ use crate::energy::meter::Computing;
 use crate::energy::{Account, Ledger, Meters, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{self, Checkpointing, Init, Meter, Recipe};
-use crate::report::steps::{read_steps, truncate_after};
-use crate::report::{Report, StopReason, json::read_report};
+use crate::report::steps::truncate_after;
+use crate::report::{Report, json::read_report};
 use crate::train::{self, Checkpoints, Costs, Due, Job, Outcome, Standing, Stop};
 use crate::units::Seconds;
 use crate::work::Work;
@@ -82,6 +82,9 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
             directory
         }
     };
+    if let Some(report) = request.resume.and_then(|_| measured::unfinished(&prepared.recipe, &directory)) {
+        return go_on_with_baselines(&request, &prepared, directory, report, screen).map_err(Error::while_running);
+    }
     let start = Start::find(&request, &prepared, directory)?;
     run_in(&request, &prepared, start, forecast.steps, screen).map_err(Error::while_running)
 }
@@ -92,8 +95,8 @@ fn the_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
         return request.recipe.clone().ok_or_else(|| Error::new(Kind::Usage, "no recipe was given").hint("wattune train RECIPE"));
     };
     let directory = RunDirectory::open(run)?;
-    refuse_finished(&directory)?;
     let own = recipe::load(&directory.recipe(), &[])?;
+    refuse_finished(&directory, &own)?;
     let Some(mut given) = request.recipe.clone() else { return Ok(own) };
     if given.energy.device == "auto" {
         given.energy.device.clone_from(&own.energy.device);
@@ -113,12 +116,13 @@ fn the_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
         .hint(format!("leave the recipe out: `wattune train --resume {}`", run.display())))
 }
 
-/// A run that ended as it was meant to has nothing to go on with. One whose report cannot be read is taken as cut off.
-fn refuse_finished(directory: &RunDirectory) -> Result<()> {
+/// A run that ended as it was meant to, and whose measured baselines did, has nothing to go on with. One whose report cannot be read is
+/// taken as cut off.
+fn refuse_finished(directory: &RunDirectory, recipe: &Recipe) -> Result<()> {
     let run = directory.path().display();
     let Ok(report) = read_report(&directory.report()) else { return Ok(()) };
     let reason = report.training.stop_reason;
-    if matches!(reason, StopReason::Interrupted | StopReason::Diverged) {
+    if !finished(reason) || measured::unfinished(recipe, directory).is_some() {
         return Ok(());
     }
     Err(Error::new(Kind::Run, "this run is finished: there is nothing to resume")
@@ -256,7 +260,7 @@ fn run_in(
     let report = write_reports(&inputs, &directory, &parameters)?;
     // A baseline needs the memory that the run no longer does.
     drop((decoder, parameters));
-    let (report, baselines_interrupted) = add_measured_baselines(request, &inputs, &directory, report, screen)?;
+    let (report, baselines_interrupted) = add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
     let Outcome { stop, .. } = outcome;
     Ok(Finished { directory, report, stop, baselines_interrupted })
 }
@@ -264,33 +268,29 @@ fn run_in(
 /// Trains the baselines that the recipe asks for once the run's own report is whole, and writes its pages again with them.
 fn add_measured_baselines(
     request: &TrainRequest<'_>,
-    inputs: &Inputs<'_>,
+    prepared: &Prepared,
+    account: &Account,
     directory: &RunDirectory,
-    mut report: Report,
+    report: Report,
     screen: &mut dyn Screen,
 ) -> Result<(Report, bool)> {
-    let Inputs { prepared, outcome, account, .. } = inputs;
-    let asked = measured::asked(&prepared.recipe).next().is_some();
-    let whole = !matches!(outcome.stop, Stop::Interrupted | Stop::Diverged(_));
-    let Some(val_loss) = report.training.val_loss_after.filter(|_| asked && whole) else { return Ok((report, false)) };
-    let training =
-        account.by_phase().find(|(phase, _)| *phase == Phase::Train).map(|(_, totals)| totals.clone()).unwrap_or_default();
-    let finish = measured::Finish { training, val_loss, energy: account.spent().energy.joules() };
-    let place = measured::Place {
-        prepared,
-        directory,
-        device: &request.device,
-        computing: request.computing,
-        interrupted: request.interrupted,
-    };
-    let (blocks, warnings, interrupted) = measured::measure(&place, &finish, screen)?;
-    report.baselines.extend(blocks);
-    report.warnings.extend(warnings);
-    report.training.curve =
-        measured::of_steps(&read_steps(&directory.steps())?, report.training.val_loss_before, report.energy.meter);
-    let report = report.sealed()?;
-    write_pages(inputs, directory, &report)?;
-    Ok((report, interrupted))
+    let TrainRequest { ref device, computing, interrupted, .. } = *request;
+    let place = measured::Place { prepared, directory, device, computing, interrupted };
+    measured::measure(&place, account, report, screen)
+}
+
+/// Goes on with the baselines of a run that is finished itself.
+fn go_on_with_baselines(
+    request: &TrainRequest<'_>,
+    prepared: &Prepared,
+    directory: RunDirectory,
+    report: Report,
+    screen: &mut dyn Screen,
+) -> Result<Finished> {
+    let account = open_account(request, prepared, &directory)?;
+    let stop = stop_of(report.training.stop_reason);
+    let (report, baselines_interrupted) = add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
+    Ok(Finished { directory, report, stop, baselines_interrupted })
 }
 
 /// One sample, charged as evaluation; `None` where there is no prompt.

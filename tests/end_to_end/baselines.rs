@@ -1,6 +1,6 @@
 //! Baselines that are trained: equal energy, equal loss, a budget of their own, and a run that they leave as it was.
 
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -162,4 +162,127 @@ fn ctrl_c_during_a_baseline_keeps_the_finished_run() {
     assert_eq!(word(measured(&report, "from_scratch_same_task"), "/measured/stop_reason"), "interrupted");
     assert_eq!(report["energy"], before["energy"]);
     assert!(lab.adapter("run").len() > 8 * 1024);
+}
+
+/// Starts a command and waits until the baseline in this folder has logged `steps` steps.
+fn until_baseline(lab: &Lab, arguments: &[&str], folder: &str, steps: usize) -> Child {
+    let mut child = lab.wattune(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(1200);
+    while lab.lines(&format!("{folder}/steps.jsonl")).len() < steps {
+        if child.try_wait().unwrap().is_some() || Instant::now() > deadline {
+            let _ = child.kill();
+            panic!("the baseline did not come to step {steps}");
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+fn report(lab: &Lab, run: &str) -> Value {
+    serde_json::from_slice(&lab.read(&format!("{run}/report.json"))).unwrap()
+}
+
+/// What a baseline found, without what it spent on the way.
+fn found(report: &Value, kind: &str) -> Vec<Value> {
+    let entry = measured(report, kind);
+    let block = ["steps", "steps_at_equal_energy", "stop_reason", "training_j", "equal_loss", "curve"];
+    block.iter().map(|key| &entry["measured"][*key]).chain([&entry["val_loss_at_equal_energy"]]).cloned().collect()
+}
+
+#[test]
+fn a_baseline_that_is_cut_off_goes_on_and_finds_the_same() {
+    let lab = Lab::new();
+    let keys = ["train.steps=12", SCRATCH, "baseline.full_fine_tuning=measured", "baseline.energy_multiple=4"];
+    let whole = lab.train("whole", &set(&keys));
+    let equal = whole["baselines"].as_array().unwrap().iter().find(|entry| entry["kind"] == "from_scratch_same_task").unwrap();
+    let equal = equal["measured"]["steps_at_equal_energy"].as_u64().unwrap() as usize;
+    assert!(equal > 4 && found(&whole, "from_scratch_same_task")[0].as_u64().unwrap() as usize > equal + 6);
+    let flags: Vec<&str> = keys.iter().flat_map(|pair| ["--set", pair]).collect();
+
+    // Asked to stop before equal energy, and again beyond it.
+    let begin = [&["train", "recipe.toml", "--out", "asked"], &flags[..]].concat();
+    for (arguments, steps) in [(&begin[..], 2), (&["train", "--resume", "asked"], equal + 3)] {
+        let child = until_baseline(&lab, arguments, "asked/baselines/from_scratch", steps);
+        assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130));
+        says(&String::from_utf8(output.stderr).unwrap(), &["continue the baseline with `wattune train --resume asked`"]);
+        assert_eq!(word(measured(&report(&lab, "asked"), "from_scratch_same_task"), "/measured/stop_reason"), "interrupted");
+    }
+    // The machine goes down: of this nothing is saved, and the steps since the last checkpoint are done, and paid, again.
+    let begin = [&["train", "recipe.toml", "--out", "killed", "--quiet"], &flags[..]].concat();
+    let mut child = until_baseline(&lab, &begin, "killed/baselines/from_scratch", 2);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let other = lab.read("killed/baselines/full_fine_tuning/ledger.jsonl");
+    assert_eq!(found(&report(&lab, "killed"), "full_fine_tuning"), found(&whole, "full_fine_tuning"));
+
+    for run in ["asked", "killed"] {
+        let before = report(&lab, run);
+        let after = lab.json(&["train", "--resume", run, "--quiet"]);
+        for kind in ["from_scratch_same_task", "full_fine_tuning"] {
+            assert_eq!(found(&after, kind), found(&whole, kind), "{run}: {kind}");
+        }
+        assert_eq!(after["baselines"].as_array().unwrap().len(), whole["baselines"].as_array().unwrap().len());
+        assert_eq!(after["energy"], before["energy"]);
+        let (spent, alone) = (measured(&after, "from_scratch_same_task"), measured(&whole, "from_scratch_same_task"));
+        assert_eq!(microjoules(&spent["energy_j"]), lab.ledger(&format!("{run}/baselines/from_scratch")));
+        assert!(number(spent, "/energy_j") > number(alone, "/energy_j"), "{run}: what was lost and saved is spent");
+        assert_eq!(after["training"]["curve"], whole["training"]["curve"]);
+        assert!(!lab.path(&format!("{run}/baselines/from_scratch/checkpoints")).exists());
+        says(&lab.refused(2, &["train", "--resume", run]), &["this run is finished"]);
+    }
+    // The other baseline, which was whole, was not touched.
+    assert_eq!(lab.read("killed/baselines/full_fine_tuning/ledger.jsonl"), other);
+}
+
+#[test]
+fn a_baseline_s_budget_holds_however_often_it_is_killed() {
+    let lab = Lab::new();
+    let keys = |budget: f64| {
+        let budget = format!("baseline.budget={budget} J");
+        set(&["train.steps=12", SCRATCH, "baseline.energy_multiple=1", &budget])
+    };
+    let equal = number(&lab.plan(&keys(1000.0)), "/measured_baselines/0/energy_j/equal_energy");
+    let budget = equal * 1.3;
+    let keys = keys(budget);
+    let flags: Vec<&str> = keys.iter().flat_map(|pair| ["--set", pair]).collect();
+    let begin = [&["train", "recipe.toml", "--out", "run", "--quiet"], &flags[..]].concat();
+    let mut child = until_baseline(&lab, &begin, "run/baselines/from_scratch", 5);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let after = lab.json(&["train", "--resume", "run", "--quiet"]);
+    let scratch = measured(&after, "from_scratch_same_task");
+    assert_eq!(word(scratch, "/measured/stop_reason"), "budget");
+    assert!(number(scratch, "/energy_j") <= budget && lab.ledger("run/baselines/from_scratch") <= (budget * 1e6) as u64);
+}
+
+#[test]
+fn a_baseline_with_no_room_to_load_is_not_trained_further() {
+    let lab = Lab::new();
+    let keys = |budget: f64| {
+        let budget = format!("baseline.budget={budget} J");
+        set(&["train.steps=12", "baseline.full_fine_tuning=measured", "baseline.energy_multiple=1", &budget])
+    };
+    let equal = number(&lab.plan(&keys(1000.0)), "/measured_baselines/0/energy_j/equal_energy");
+    let (budget, folder) = (equal * 1.5, "run/baselines/full_fine_tuning");
+    let keys = keys(budget);
+    let flags: Vec<&str> = keys.iter().flat_map(|pair| ["--set", pair]).collect();
+    let begin = [&["train", "recipe.toml", "--out", "run", "--quiet"], &flags[..]].concat();
+    let child = until_baseline(&lab, &begin, folder, 3);
+    assert!(std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    let done = lab.lines(&format!("{folder}/steps.jsonl")).len();
+    // A crash took all but a microjoule.
+    let lost = budget - lab.ledger(folder) as f64 * 1e-6 - 1e-6;
+    let line = format!(
+        "{{\"phase\":\"lost\",\"step\":{done},\"energy_j\":{{\"counted\":{lost},\"measured\":null,\"timed\":0.0}},\"flops\":0,\
+         \"bytes\":{{}},\"wall_s\":0.0,\"t\":0.0}}\n"
+    );
+    let ledger = String::from_utf8(lab.read(&format!("{folder}/ledger.jsonl"))).unwrap() + &line;
+    lab.write(&format!("{folder}/ledger.jsonl"), &ledger);
+    let after = lab.json(&["train", "--resume", "run", "--quiet"]);
+    let full = measured(&after, "full_fine_tuning");
+    assert_eq!((word(full, "/measured/stop_reason"), full["measured"]["steps"].as_u64()), ("budget", Some(done as u64)));
+    assert!(number(full, "/energy_j") <= budget && lab.ledger(folder) as f64 <= budget * 1e6);
 }

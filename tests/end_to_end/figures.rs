@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::lab::{Lab, microjoules, number, set, word};
+use super::lab::{Lab, flags, microjoules, number, says, set, word};
 
 /// `a` and `b` agree to a millionth.
 fn close(a: f64, b: f64) -> bool {
@@ -70,6 +70,21 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
         assert!(of("/low_ratio") <= of("/ratio") && of("/ratio") <= of("/high_ratio"), "{baseline}");
         assert!(of("/high_ratio") / of("/low_ratio") < 1.37 * 1.37, "{baseline}");
     }
+    // A person who plans sees them too.
+    let output = lab.output(&[&["plan", "recipe.toml"], &flags(&keys())[..]].concat());
+    let page = String::from_utf8(output.stdout).unwrap();
+    let carbon = |end: &str| wattune::units::GramsCo2e(number(&report, &format!("/carbon/{end}_gco2e"))).to_string();
+    let ratio = |end: &str| wattune::units::significant(number(&report, &format!("/baselines/0/{end}_ratio")));
+    let bounds = [
+        format!("on the grid of aws:me-central-1, between {} and {}", carbon("low"), carbon("high")),
+        format!("times, between {} and {})", ratio("low"), ratio("high")),
+    ];
+    says(&page, &bounds.each_ref().map(String::as_str));
+    // What an accelerator's machine takes beside it is said, not hidden.
+    let factors = report["energy"]["factors"].as_array().unwrap();
+    let host = factors.iter().find(|factor| factor["name"] == "the machine around the device").unwrap();
+    says(word(host, "/value"), &["not in the counted figures: 30 % of a machine's power, with it they are 1.429 times as much"]);
+    says(word(host, "/source"), &["Dodge et al. 2022"]);
     // 164 kg (EcoLogits) over three years of 365.25 days.
     let share = 164_000.0 * number(&report, "/training/wall_s") / (3.0 * 365.25 * 86_400.0);
     assert!(close(number(&report, "/carbon/embodied_gco2e"), share));

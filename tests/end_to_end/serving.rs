@@ -18,6 +18,17 @@ fn served<'a>(report: &'a Value, model: &str) -> &'a Value {
     models.iter().find(|served| served["model"] == model).unwrap_or_else(|| panic!("no {model} in {models:?}"))
 }
 
+/// The bounds at `pointer` are those of the whole report: energy divided and multiplied by 1.37, on the grid at its lowest and highest.
+fn bounded(report: &Value, of: &Value, pointer: &str, energy: f64) {
+    let bound = |end: &str| number(of, &format!("{pointer}/{end}"));
+    assert!((bound("low_j") * 1.37 / energy - 1.0).abs() < 1e-9 && (bound("high_j") / 1.37 / energy - 1.0).abs() < 1e-9, "{of}");
+    let grams = |end: &str| number(report, &format!("/carbon/{end}_gco2e")) / number(report, &format!("/energy/{end}_j"));
+    for end in ["low", "high"] {
+        let per_joule = bound(&format!("{end}_gco2e")) / bound(&format!("{end}_j"));
+        assert!((per_joule / grams(end) - 1.0).abs() < 1e-9, "{end}: {of}");
+    }
+}
+
 #[test]
 fn a_request_executes_what_it_does_by_hand() {
     // embedded:tiny, one prompt token and two generated: the prompt gives the first, one more pass the second. Weights of a layer: q and o
@@ -34,6 +45,7 @@ fn a_request_executes_what_it_does_by_hand() {
         assert!((energy - 500.0 * number(served(&report, model), "/request_j")).abs() < 1e-12);
         let grams = energy / 3.6e6 * number(&report, "/carbon/gco2e_per_kwh");
         assert!((number(served(&report, model), "/per_1000_tokens_gco2e") / grams - 1.0).abs() < 1e-9);
+        bounded(&report, served(&report, model), "/per_1000_tokens_bounds", energy);
     }
     assert!(number(served(&report, "adapter"), "/request_j") > number(served(&report, "merged"), "/request_j"));
 }
@@ -60,6 +72,10 @@ fn a_larger_model_is_counted_and_paid_back_as_by_hand() {
             && (number(year, "/fine_tuning_share") + share - 1.0).abs() < 1e-12
     );
     assert_eq!(number(year, "/pays_after_days"), requests / 100.0);
+    bounded(&report, year, "/bounds", 36_500.0 * own);
+    bounded(&report, other, "/per_1000_tokens_bounds", number(other, "/per_1000_tokens_j"));
+    let grams = number(other, "/per_1000_tokens_j") / 3.6e6 * number(&report, "/carbon/gco2e_per_kwh");
+    assert!((number(other, "/per_1000_tokens_gco2e") / grams - 1.0).abs() < 1e-9, "{other}");
     let page = String::from_utf8(lab.read("run/report.md")).unwrap();
     says(&page, &["## In use", "a model of 100 M parameters", "has paid for itself after", "a year of use takes"]);
 }

@@ -58,7 +58,9 @@ impl Counter {
         let last = std::mem::replace(&mut self.last, raw);
         self.at = at;
         if self.bounds.silence().is_some_and(|silence| since > silence) {
-            let reason = format!("the counter was not read for {} s: it may have wrapped around", since.as_secs());
+            // In whole seconds: gaps of one reason are added up.
+            let silence = if since.as_secs() == 0 { "under a second".to_string() } else { format!("{} s", since.as_secs()) };
+            let reason = format!("the counter was not read for {silence}: it may have wrapped around");
             return Err(Gap::lost(reason));
         }
         let risen = match range {

@@ -162,7 +162,9 @@ fn draw_rule(frame: &Frame, rule: &Rule) -> String {
             line + &label("limit", anchor, [beside, frame.top + 8.0], text)
         }),
         Rule::Y(at, text) => frame.y(*at).map(|y| {
-            segment("rule", [frame.left, y], [frame.right, y]) + &label("limit", "start", [frame.left + 5.0, y - 5.0], text)
+            // Under the line where the axis's name stands above it.
+            let baseline = if y < frame.top + LINE { y + 14.0 } else { y - 5.0 };
+            segment("rule", [frame.left, y], [frame.right, y]) + &label("limit", "start", [frame.left + 5.0, baseline], text)
         }),
     };
     drawn.unwrap_or_default()
@@ -228,6 +230,16 @@ mod tests {
         let svg = plot(Vec::new(), vec![Rule::Y(5.0, "half & half".to_string())]).svg("p", 300.0);
         assert!(svg.contains("<line class=\"rule\" x1=\"61.9\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"), "{svg}");
         assert!(svg.contains(">half &amp; half<") && svg.contains(">a &lt;title&gt;<"), "{svg}");
+    }
+
+    #[test]
+    fn a_limit_at_the_top_is_named_under_its_line() {
+        // The line of 10 lies on the top edge, 24 px down, where the axis's name ends; that of 5 at 93 px has room above.
+        for (at, baseline) in [(10.0, "38.0"), (5.0, "88.0")] {
+            let svg = plot(Vec::new(), vec![Rule::Y(at, "the limit".to_string())]).svg("p", 300.0);
+            let text = svg.lines().find(|line| line.contains(">the limit<")).unwrap();
+            assert!(text.contains(&format!("y=\"{baseline}\"")), "{text}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::figures::Figure;
 use super::units::{energy_tick, number_tick};
 use crate::report::chart::{Axis, Bar, Bars, Scale};
 use crate::report::memory::named;
-use crate::report::page::kind_words;
+use crate::report::page::name;
 use crate::report::parts::shares;
 use crate::report::show;
 use crate::report::types::{Baseline, Report};
@@ -81,7 +81,10 @@ pub fn comparison(report: &Report) -> Option<Figure> {
         let energy = baseline.energy_j?;
         let ratio = baseline.ratio.map_or_else(String::new, |ratio| format!(", {} times", show::times(ratio)));
         Some(Bar {
-            name: format!("{} ({})", kind_words(baseline.kind), show::word(baseline.label)),
+            name: match baseline.measured {
+                Some(_) => name(baseline),
+                None => format!("{} ({})", name(baseline), show::word(baseline.label)),
+            },
             value: energy.0,
             figure: show::energy(energy) + &ratio,
             class: "other",

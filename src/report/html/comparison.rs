@@ -40,7 +40,9 @@ pub fn comparison_page(comparison: &Comparison, runs: &[(Report, History)]) -> S
         body += &section("What the energy bought", &bought);
     }
     body += &section("What it took", &html(bars::energies(&energies)));
-    body += &section("In figures", &block(Block::Table(comparison.table())));
+    let bounds = Some(comparison.bounds()).filter(|bounds| !bounds.is_empty());
+    let bounds = bounds.map_or_else(String::new, |bounds| block(Block::Bullets(bounds)));
+    body += &section("In figures", &(block(Block::Table(comparison.table())) + &bounds));
     if !comparison.notes.is_empty() {
         body += &section("What makes them unlike", &block(Block::Bullets(comparison.notes.clone())));
     }

@@ -1,12 +1,17 @@
 //! Loss against training energy, and the energy to a given loss.
 //!
-//! Takes what a loop reported, returns points for the report and the energy at which a loss was reached, or would be. Knows nothing of
-//! models.
+//! Takes what a training loop left on disk, returns points for the report and the energy at which a loss was reached, or would be. Knows
+//! nothing of models.
 
-use crate::report::StepRecord;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::energy::ledger::read_entries;
+use crate::energy::{MeterKind, Phase};
+use crate::error::Result;
 use crate::report::measured::{CurvePoint, EqualLoss, Reached};
-use crate::report::types::Meter;
-use crate::units::Joules;
+use crate::report::steps::read_steps;
+use crate::units::{Joules, MicroJoules};
 
 /// Points of a curve in a report, at most about so many; every evaluation stays.
 const MOST: usize = 300;
@@ -15,61 +20,55 @@ const FITTED: usize = 4;
 /// An extrapolation beyond so many times what was trained says nothing.
 const FARTHEST: f64 = 100.0;
 
-/// A baseline's course.
+/// The course of a run or of a baseline.
 #[derive(Debug, Default)]
-pub(super) struct Curve(Vec<CurvePoint>);
+pub(in crate::run) struct Curve(Vec<CurvePoint>);
 
 impl Curve {
-    /// A step was done, after which training had spent `energy_j`.
-    pub(super) fn step(&mut self, step: u64, energy_j: Joules, loss: f64) {
-        self.0.push(CurvePoint { step, energy_j, train_loss: Some(loss), val_loss: None });
-    }
-
-    /// An evaluation after `step` steps.
-    pub(super) fn evaluated(&mut self, step: u64, val_loss: f64) {
-        match self.0.last_mut() {
-            Some(point) => point.val_loss = Some(val_loss),
-            None => self.0.push(CurvePoint { step, energy_j: Joules::ZERO, train_loss: None, val_loss: Some(val_loss) }),
-        }
+    /// From a loop's steps and its ledger, on the meter `kind`; `before` is the validation loss before the first step. Of a step that was
+    /// done again after a crash the last time counts. What fills a counter's gap is in it.
+    pub(in crate::run) fn read(steps: &Path, ledger: &Path, before: Option<f64>, kind: MeterKind) -> Result<Self> {
+        let start = CurvePoint { step: 0, energy_j: Joules::ZERO, train_loss: None, val_loss: before };
+        let steps = if steps.exists() { read_steps(steps)? } else { Vec::new() };
+        let entries = read_entries(ledger)?;
+        let training = entries.iter().filter(|entry| entry.phase == Phase::Train);
+        let energies: BTreeMap<u64, MicroJoules> = training.map(|entry| (entry.step, entry.on(kind))).collect();
+        let mut spent = MicroJoules::ZERO;
+        let points = steps.iter().map(|step| {
+            spent += energies.get(&step.step).copied().unwrap_or_default();
+            CurvePoint { step: step.step, energy_j: spent.joules(), train_loss: step.loss, val_loss: step.val_loss }
+        });
+        Ok(Self(std::iter::once(start).chain(points).collect()))
     }
 
     fn evaluations(&self) -> impl Iterator<Item = (Joules, f64)> + '_ {
         self.0.iter().filter_map(|point| Some((point.energy_j, point.val_loss.filter(|loss| loss.is_finite())?)))
     }
 
+    /// The validation loss after `step` steps, where there was an evaluation.
+    pub(super) fn val_loss_at(&self, step: u64) -> Option<f64> {
+        self.0.iter().find(|point| point.step == step)?.val_loss
+    }
+
+    /// What its steps took.
+    pub(super) fn trained(&self) -> Joules {
+        self.0.last().map_or(Joules::ZERO, |point| point.energy_j)
+    }
+
     /// Few enough points for a report.
-    pub(super) fn thinned(self) -> Vec<CurvePoint> {
-        thinned(self.0)
+    pub(in crate::run) fn thinned(self) -> Vec<CurvePoint> {
+        let (stride, last) = (self.0.len().div_ceil(MOST).max(1), self.0.len().saturating_sub(1));
+        let kept = self.0.into_iter().enumerate();
+        kept.filter(|(index, point)| index % stride == 0 || *index == last || point.val_loss.is_some())
+            .map(|(_, point)| point)
+            .collect()
     }
 }
 
-fn thinned(points: Vec<CurvePoint>) -> Vec<CurvePoint> {
-    let (stride, last) = (points.len().div_ceil(MOST).max(1), points.len().saturating_sub(1));
-    let kept = points.into_iter().enumerate();
-    kept.filter(|(index, point)| index % stride == 0 || *index == last || point.val_loss.is_some())
-        .map(|(_, point)| point)
-        .collect()
-}
-
-/// The run's own curve, from its steps and its first validation loss, on `meter`.
-pub(in crate::run) fn of_steps(steps: &[StepRecord], before: Option<f64>, meter: Meter) -> Vec<CurvePoint> {
-    let start = CurvePoint { step: 0, energy_j: Joules::ZERO, train_loss: None, val_loss: before };
-    let energy = |step: &StepRecord| match meter {
-        Meter::Counted => Some(step.energy_j.counted),
-        Meter::Measured => step.energy_j.measured,
-        Meter::Timed => step.energy_j.timed,
-    };
-    let mut spent = Joules::ZERO;
-    let points = steps.iter().map(|step| {
-        spent += energy(step).unwrap_or_default();
-        CurvePoint { step: step.step, energy_j: spent, train_loss: step.loss, val_loss: step.val_loss }
-    });
-    thinned(std::iter::once(start).chain(points).collect())
-}
-
 /// The energy to `target`: where an evaluation was at or below it, else where the power law through the last evaluations would be, else
-/// nothing. `trained` joules were tried; `run` is what the run's training took.
-pub(super) fn to_equal_loss(curve: &Curve, target: f64, trained: Joules, run: Joules) -> EqualLoss {
+/// nothing. `run` is what the run's training took.
+pub(super) fn to_equal_loss(curve: &Curve, target: f64, run: Joules) -> EqualLoss {
+    let trained = curve.trained();
     let reached = curve.evaluations().find(|(_, loss)| *loss <= target).map(|(energy, _)| energy);
     let (how, energy_j) = match reached {
         Some(energy) => (Reached::Measured, Some(energy)),
@@ -102,14 +101,13 @@ fn power_law(evaluations: &[(Joules, f64)], target: f64) -> Option<Joules> {
 mod tests {
     use super::*;
 
+    fn point(step: u64, energy: f64, val_loss: Option<f64>) -> CurvePoint {
+        CurvePoint { step, energy_j: Joules(energy), train_loss: Some(5.0), val_loss }
+    }
+
     fn curve(evaluations: &[(f64, f64)]) -> Curve {
-        let mut curve = Curve::default();
-        curve.evaluated(0, 6.0);
-        for (index, (energy, loss)) in evaluations.iter().enumerate() {
-            curve.step(index as u64 + 1, Joules(*energy), 5.0);
-            curve.evaluated(index as u64 + 1, *loss);
-        }
-        curve
+        let points = (1..).zip(evaluations).map(|(step, (energy, loss))| point(step, *energy, Some(*loss)));
+        Curve(std::iter::once(point(0, 0.0, Some(6.0))).chain(points).collect())
     }
 
     /// loss = 8 energy^-1/2: 4, 2, 1, 1/2 at 4, 16, 64, 256 J. It comes to 1/4 at 1024 J, to 1/20 at 25 600 J = 100 times 256 J, and to
@@ -117,7 +115,7 @@ mod tests {
     const HALVING: [(f64, f64); 4] = [(4.0, 4.0), (16.0, 2.0), (64.0, 1.0), (256.0, 0.5)];
 
     fn to(target: f64) -> (Reached, Option<f64>) {
-        let equal = to_equal_loss(&curve(&HALVING), target, Joules(256.0), Joules(64.0));
+        let equal = to_equal_loss(&curve(&HALVING), target, Joules(64.0));
         assert_eq!(equal.times, equal.energy_j.map(|energy| energy.0 / 64.0));
         (equal.how, equal.energy_j.map(|energy| energy.0))
     }
@@ -132,28 +130,63 @@ mod tests {
         assert_eq!(to(0.0499), (Reached::No, None));
         // A loss that rises, and too few evaluations.
         let rising = curve(&[(1.0, 1.0), (2.0, 1.1), (3.0, 1.2), (4.0, 1.3)]);
-        assert_eq!(to_equal_loss(&rising, 0.5, Joules(4.0), Joules(4.0)).how, Reached::No);
-        assert_eq!(to_equal_loss(&curve(&[(1.0, 4.0)]), 0.5, Joules(1.0), Joules(4.0)).how, Reached::No);
+        assert_eq!(to_equal_loss(&rising, 0.5, Joules(4.0)).how, Reached::No);
+        assert_eq!(to_equal_loss(&curve(&[(1.0, 4.0)]), 0.5, Joules(4.0)).how, Reached::No);
     }
 
     #[test]
     fn an_extrapolation_is_never_less_than_what_was_tried() {
         // The last point lies above the fit, which would already be below the target there.
         let bent = curve(&[(1.0, 8.0), (2.0, 4.0), (4.0, 1.0), (8.0, 1.2)]);
-        let equal = to_equal_loss(&bent, 0.9, Joules(8.0), Joules(4.0));
+        let equal = to_equal_loss(&bent, 0.9, Joules(4.0));
         assert_eq!((equal.how, equal.energy_j), (Reached::Extrapolated, Some(Joules(8.0))));
+    }
+
+    /// A line of steps.jsonl, and an entry of the ledger for it.
+    fn line(step: u64) -> String {
+        format!(
+            "{{\"step\":{step},\"loss\":2.5,\"lr\":0.1,\"grad_norm\":1.0,\"tokens\":9,\"loss_tokens\":9,\"flops\":1,\
+             \"energy_j\":{{\"counted\":1.0,\"measured\":null,\"timed\":1.0}},\"wall_s\":1.0}}\n"
+        )
+    }
+
+    fn entry(phase: &str, step: u64, measured: &str, gap: &str) -> String {
+        format!(
+            "{{\"phase\":\"{phase}\",\"step\":{step},\"energy_j\":{{\"counted\":1.0,\"measured\":{measured},\"timed\":9.0}},\
+             \"flops\":1,\"bytes\":{{}},\"wall_s\":1.0,\"t\":0.0{gap}}}\n"
+        )
+    }
+
+    #[test]
+    fn a_curve_is_what_the_ledger_says_with_gaps_filled_and_steps_done_again_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (steps, ledger) = (folder.path().join("steps.jsonl"), folder.path().join("ledger.jsonl"));
+        std::fs::write(&steps, (1..=3).map(line).collect::<String>()).unwrap();
+        let gap = ",\"gap\":{\"reason\":\"reset\",\"filled\":\"counted\",\"times\":7.0,\"energy_j\":7.0}";
+        // Step 2 was done, lost with the process and done again; in step 3 the counter failed; an evaluation is no training.
+        let entries = [
+            entry("train", 1, "3.0", ""),
+            entry("train", 2, "100.0", ""),
+            entry("eval", 2, "50.0", ""),
+            entry("train", 2, "4.0", ""),
+            entry("train", 3, "null", gap),
+        ];
+        std::fs::write(&ledger, entries.concat()).unwrap();
+        let read = |kind| Curve::read(&steps, &ledger, Some(6.0), kind).unwrap();
+        let energies = |kind| read(kind).0.iter().map(|point| point.energy_j.0).collect::<Vec<_>>();
+        assert_eq!(energies(MeterKind::Measured), [0.0, 3.0, 7.0, 14.0]);
+        assert_eq!(energies(MeterKind::Counted), [0.0, 1.0, 2.0, 3.0]);
+        let curve = read(MeterKind::Measured);
+        assert_eq!((curve.trained(), curve.val_loss_at(0), curve.val_loss_at(1)), (Joules(14.0), Some(6.0), None));
+        // Without a step there is the beginning alone.
+        let none = Curve::read(&folder.path().join("none"), &ledger, None, MeterKind::Counted).unwrap();
+        assert_eq!((none.0.len(), none.trained()), (1, Joules::ZERO));
     }
 
     #[test]
     fn a_long_curve_keeps_its_evaluations_and_its_ends() {
-        let mut long = Curve::default();
-        long.evaluated(0, 6.0);
-        for step in 1..=1000 {
-            long.step(step, Joules(step as f64), 1.0);
-            if step % 100 == 7 {
-                long.evaluated(step, 0.5);
-            }
-        }
+        let evaluated = |step: u64| (step % 100 == 7).then_some(0.5);
+        let long = Curve((0..=1000).map(|step| point(step, step as f64, evaluated(step))).collect());
         let points = long.thinned();
         assert!(points.len() < 350, "{}", points.len());
         assert_eq!(points.iter().filter(|point| point.val_loss == Some(0.5)).count(), 10);

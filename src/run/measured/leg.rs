@@ -4,8 +4,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::NOTHING;
-use super::curve::Curve;
-use crate::energy::{Account, Budget, Limits, Phase};
+use crate::energy::{Account, Budget, Limits};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::report::types::BaselineKind;
@@ -15,6 +14,7 @@ use crate::run::trainee::{Trainee, load_work};
 use crate::run::watch::Watch;
 use crate::train::{self, Checkpoints, Costs, Job, Observer, Outcome, Schedule, Settings, Standing, StepRecord, forecast};
 use crate::units::MicroJoules;
+use crate::work::Work;
 
 /// Evaluations on the way to equal energy, at least: fewer would make no curve.
 const EVALUATIONS: u64 = 8;
@@ -103,11 +103,16 @@ impl<'a> Field<'a> {
         let Ok(unlimited) = Budget::new(Limits::default(), rates) else { return MicroJoules::ZERO };
         let standing = Standing { step: from, ..Standing::default() };
         let run = forecast(&costs, &settings, profile, &unlimited, NOTHING, &standing);
-        let load = (self.kind == BaselineKind::FullFineTuning)
-            .then(|| load_work(&self.prepared.architecture, self.prepared.recipe.model.dtype));
+        let load = self.load();
         let before = load.iter().chain(costs.evaluation()).filter(|_| from == 0).map(|work| profile.charge(work).energy);
         let before: MicroJoules = before.sum();
         before + run.total().energy
+    }
+
+    /// Loading the weights that it begins with; random ones are drawn at no cost.
+    pub(super) fn load(&self) -> Option<Work> {
+        let loads = self.kind == BaselineKind::FullFineTuning;
+        loads.then(|| load_work(&self.prepared.architecture, self.prepared.recipe.model.dtype))
     }
 }
 
@@ -123,21 +128,19 @@ pub(super) struct Leg<'a> {
 
 impl Leg<'_> {
     /// Trains from `standing`; `asked` is the person's flag, `stop` our own.
-    #[expect(clippy::too_many_arguments, reason = "the loop's own parts")]
     pub(super) fn run(
         &self,
         standing: Standing,
         account: &mut Account,
         checkpoints: &Checkpoints,
         folder: &Path,
-        curve: &mut Curve,
         [asked, stop]: [&AtomicBool; 2],
         screen: &mut dyn Screen,
     ) -> Result<Outcome> {
         let [equal, steps] = self.steps;
         let settings = self.field.settings(steps, equal);
         let watch = Watch::new(folder.join(crate::report::files::STEPS_JSONL), screen, steps, steps)?;
-        let mut observer = Racer { watch, curve, target: self.target, asked, stop };
+        let mut observer = Racer { watch, target: self.target, asked, stop };
         let prepared = self.field.prepared;
         let mut job = Job {
             decoder: &self.trainee.decoder,
@@ -158,10 +161,9 @@ impl Leg<'_> {
     }
 }
 
-/// Watches a leg: writes its curve, and stops it where the person or the loss says so.
+/// Watches a leg, and stops it where the person or the loss says so.
 struct Racer<'a> {
     watch: Watch<'a>,
-    curve: &'a mut Curve,
     target: Option<f64>,
     asked: &'a AtomicBool,
     stop: &'a AtomicBool,
@@ -169,7 +171,6 @@ struct Racer<'a> {
 
 impl Observer for Racer<'_> {
     fn step(&mut self, record: &StepRecord, account: &Account) -> Result<()> {
-        self.curve.step(record.step, account.spent_on(Phase::Train).energy.joules(), record.loss);
         if self.asked.load(Ordering::Relaxed) {
             self.stop.store(true, Ordering::Relaxed);
         }
@@ -181,7 +182,6 @@ impl Observer for Racer<'_> {
     }
 
     fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()> {
-        self.curve.evaluated(step, val_loss);
         if self.target.is_some_and(|target| val_loss <= target) {
             self.stop.store(true, Ordering::Relaxed);
         }
