@@ -7,7 +7,6 @@
 mod kernel;
 mod pack;
 
-use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T1, _mm_prefetch};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -234,41 +233,12 @@ impl<const P: usize> Pass<'_, P> {
             let packed = &mut buffer[..panels.len() * size];
             self.pack(panels.clone(), packed, size);
             let _tiles = Tiles::new();
-            for strip in strips.clone() {
-                for (index, (panel, packed)) in panels.clone().zip(packed.chunks(size)).enumerate() {
-                    if strip + 1 < strips.end {
-                        self.ask_for_strip(strip + 1, index, panels.len());
-                    }
-                    let next = if panel + 1 < panels.end { (strip, panel + 1) } else { (strip + 1, panels.start) };
-                    self.ask_for_tile(next.0, next.1);
+            for strip in strips {
+                for (panel, packed) in panels.clone().zip(packed.chunks(size)) {
                     self.tile(strip, panel, packed);
                 }
             }
         });
-    }
-
-    /// Asks for part `index` of `parts` of a strip of A: it comes from the last-level cache while others are multiplied.
-    fn ask_for_strip(&self, strip: usize, index: usize, parts: usize) {
-        for piece in self.pieces {
-            let lines = piece.steps.len() * P * PAIR;
-            let first = self.terms[piece.term].0.at(strip, piece.steps.start);
-            for line in lines * index / parts..lines * (index + 1) / parts {
-                // SAFETY: a prefetch reads nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(first.wrapping_add(line).cast()) };
-            }
-        }
-    }
-
-    /// Asks for the lines of the result that the next tile is written to.
-    fn ask_for_tile(&self, strip: usize, panel: usize) {
-        for row in strip * SIDE..((strip + 1) * SIDE).min(self.m) {
-            let at = self.out.0.wrapping_add(row * self.n + panel * SIDE);
-            // SAFETY: a prefetch reads and writes nothing.
-            unsafe {
-                _mm_prefetch::<_MM_HINT_ET0>(at.cast_const().cast());
-                _mm_prefetch::<_MM_HINT_ET0>(at.wrapping_add(16).cast_const().cast());
-            }
-        }
     }
 
     fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
