@@ -6,8 +6,8 @@ use rand::RngExt;
 use super::linears::{Linears, NAMES, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Context, Gradients, Linear, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments, SwigluSaved,
-    dropout_mask, swiglu, swiglu_again, swiglu_backward,
+    Attention, AttentionSaved, Context, Gradients, Linear, LinearInput, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments,
+    SwigluSaved, dropout_mask, swiglu, swiglu_again, swiglu_backward,
 };
 use crate::random::{self, Use};
 
@@ -67,6 +67,7 @@ impl Block {
     pub(super) fn forward(&self, pass: Pass<'_>, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
         let l = &self.linears;
         let (h, norm) = self.input_layernorm.forward(pass.context, x)?;
+        let h = LinearInput::new(pass.context, h)?;
         let (q, q_proj) = self.apply(pass, &l.q_proj, NAMES.q_proj, &h, None)?;
         let (k, k_proj) = self.apply(pass, &l.k_proj, NAMES.k_proj, &h, None)?;
         let (v, v_proj) = self.apply(pass, &l.v_proj, NAMES.v_proj, &h, None)?;
@@ -74,15 +75,16 @@ impl Block {
         let rotated = (pass.rope.forward(pass.context, &q)?, pass.rope.forward(pass.context, &k)?);
         drop((q, k));
         let (mixed, attention) = self.attention.forward(pass.context, rotated.0, rotated.1, v, pass.segments)?;
-        let (x1, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &mixed, Some(x))?;
-        drop(mixed);
+        let (x1, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &LinearInput::new(pass.context, mixed)?, Some(x))?;
         let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
+        let h = LinearInput::new(pass.context, h)?;
         let (gate, gate_proj) = self.apply(pass, &l.gate_proj, NAMES.gate_proj, &h, None)?;
         let (up, up_proj) = self.apply(pass, &l.up_proj, NAMES.up_proj, &h, None)?;
         drop(h);
         let (inner, swiglu) = swiglu(pass.context, &gate, &up)?;
         drop((gate, up));
-        let (y, down_proj) = self.apply(pass, &l.down_proj, NAMES.down_proj, &inner, Some(&x1))?;
+        let (y, down_proj) =
+            self.apply(pass, &l.down_proj, NAMES.down_proj, &LinearInput::new(pass.context, inner)?, Some(&x1))?;
         let linears = Linears { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj };
         Ok((y, BlockSaved { norm, attention, post_norm, swiglu, linears }))
     }
@@ -138,14 +140,14 @@ impl Block {
         pass: Pass<'_>,
         linear: &Linear,
         name: &str,
-        x: &Tensor,
+        x: &LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let mask = match pass.dropout {
-            Some(dropout) if linear.lora.is_some() => Some(self.mask(pass, dropout, name, x)?),
+            Some(dropout) if linear.lora.is_some() => Some(self.mask(pass, dropout, name, x.tensor())?),
             _ => None,
         };
-        linear.forward(pass.context, x, mask, base)
+        linear.forward_prepared(pass.context, x, mask, base)
     }
 
     fn mask(&self, pass: Pass<'_>, dropout: Dropout<'_>, name: &str, x: &Tensor) -> Result<Tensor> {

@@ -13,10 +13,10 @@ use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
-/// Numbers one chunk of logits holds at most (32 MiB of f32: W is packed once for each chunk, so that few rows cost time), but never
-/// fewer than `LEAST_ROWS` rows.
+/// Numbers one chunk of logits holds, about (32 MiB of f32: W is packed once for each chunk, so that few rows cost time), in whole
+/// tiles of rows.
 const CHUNK_NUMBERS: usize = 8 << 20;
-const LEAST_ROWS: usize = 16;
+const TILE_ROWS: usize = 32;
 
 /// The output embedding: W (V, C).
 #[derive(Debug, Clone)]
@@ -41,7 +41,7 @@ pub struct HeadShape {
 impl HeadShape {
     /// Rows of each chunk, in order.
     fn chunks(&self) -> impl Iterator<Item = usize> + use<> {
-        let rows = (CHUNK_NUMBERS / self.vocab.max(1)).max(LEAST_ROWS);
+        let rows = (CHUNK_NUMBERS / self.vocab.max(1)).max(1).next_multiple_of(TILE_ROWS);
         let total = self.loss_tokens;
         (0..total).step_by(rows).map(move |start| rows.min(total - start))
     }

@@ -5,8 +5,8 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::host::{Host, ROWS_PER_TASK, expect, f32_contiguous, tensor, uninitialized};
-use super::product::{Left, Matrix, Start, Term, product, products};
+use super::host::{Host, ROWS_PER_TASK, expect, f32_contiguous, restored, tensor, uninitialized};
+use super::product::{Left, Matrix, Prepared, Start, Term, product, products};
 use super::residual::residual_cost;
 use super::team::each;
 use super::{Context, Gradients, Weight, matmul};
@@ -33,6 +33,33 @@ pub struct Linear {
     pub bias: Option<Weight>,
     /// The adapter, where this layer is a target.
     pub lora: Option<Lora>,
+}
+
+/// What linear layers multiply, prepared once for all that read it.
+pub struct LinearInput {
+    /// (N, in).
+    x: Tensor,
+    prepared: Prepared,
+}
+
+impl LinearInput {
+    /// x (N, in).
+    pub fn new(context: Context<'_>, x: Tensor) -> Result<Self> {
+        let (n, i) = x.dims2()?;
+        if !context.fused(&x) {
+            return Ok(Self { x, prepared: Prepared::default() });
+        }
+        let x = x.contiguous()?;
+        let prepared = Prepared::new(context.precision, &Host::open_any(&x)?.matrix(n, i));
+        // Where nothing was packed it is read as f32, by every layer.
+        let x = if prepared.is_empty() { restored(context, &x)? } else { x };
+        Ok(Self { x, prepared })
+    }
+
+    /// x (N, in), in whatever type layers read it.
+    pub fn tensor(&self) -> &Tensor {
+        &self.x
+    }
 }
 
 /// What `backward` needs of a forward pass beside its input: the adapter's mask (where there is dropout) and masked input times A, (N, r).
@@ -140,11 +167,27 @@ impl Linear {
         mask: Option<Tensor>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
+        self.forward_prepared(context, &LinearInput::new(context, x.clone())?, mask, base)
+    }
+
+    /// The same for an input that other layers read too.
+    pub fn forward_prepared(
+        &self,
+        context: Context<'_>,
+        input: &LinearInput,
+        mask: Option<Tensor>,
+        base: Option<&Tensor>,
+    ) -> Result<(Tensor, LinearSaved)> {
+        let x = &input.x;
         let shape = self.shape(x.dims2()?.0, mask.is_some())?;
         expect("x", x, &[shape.tokens, shape.in_features])?;
         context.tally.add(shape.forward_cost(context.precision));
         count_base(context, base, &[shape.tokens, shape.out_features])?;
-        if context.fused(x) { self.forward_cpu(context, x, mask, base) } else { self.forward_reference(context, x, mask, base) }
+        if context.fused(x) {
+            self.forward_cpu(context, input, mask, base)
+        } else {
+            self.forward_reference(context, x, mask, base)
+        }
     }
 
     /// dy (N, out) and the forward pass's x (where `keeps_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
@@ -200,20 +243,20 @@ impl Linear {
     fn forward_cpu<'a>(
         &'a self,
         context: Context<'_>,
-        x: &Tensor,
+        input: &LinearInput,
         mask: Option<Tensor>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
+        let x = &input.x;
         let ((n, _), (o, i), precision) = (x.dims2()?, self.weight.tensor.dims2()?, context.precision);
-        let x = x.contiguous()?;
-        let (x_host, w) = (Host::open_any(&x)?, Host::open_any(&self.weight.tensor)?);
-        let left = Left::new(precision, x_host.matrix(n, i));
+        let (x_host, w) = (Host::open_any(x)?, Host::open_any(&self.weight.tensor)?);
+        let left = Left::of(x_host.matrix(n, i), input.prepared.clone());
         let through = |lora: &'a Lora| -> Result<_> {
             let (r, a, b) = (lora.a.tensor.dim(0)?, Host::open_any(&lora.a.tensor)?, Host::open_any(&lora.b.tensor)?);
             let xa = match &mask {
                 None => products(&[Term { a: &left, b: a.matrix(r, i).t() }], Start::Zero),
                 Some(_) => {
-                    let input = masked(&x, mask.as_ref())?;
+                    let input = masked(x, mask.as_ref())?;
                     let input = Host::open_any(&input)?;
                     product(precision, input.matrix(n, i), a.matrix(r, i).t())
                 }

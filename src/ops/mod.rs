@@ -25,7 +25,7 @@ pub use adamw::{AdamW, adamw_cost};
 pub use attention::{Attention, AttentionSaved, attention_backward_cost, attention_decode_cost, attention_forward_cost};
 pub use cross_entropy::{Head, HeadShape};
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
-pub use linear::{Linear, LinearSaved, LinearShape, Lora, dropout_mask};
+pub use linear::{Linear, LinearInput, LinearSaved, LinearShape, Lora, dropout_mask};
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};

@@ -15,6 +15,7 @@ mod tile;
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::bf16;
 
@@ -116,7 +117,27 @@ enum Form<'a> {
     /// f32 with strides.
     Wide { values: Cow<'a, [f32]>, row_stride: usize, column_stride: usize },
     /// Packed for tile registers.
-    Packed(amx::Packed),
+    Packed(Arc<amx::Packed>),
+}
+
+/// A packed for tile registers, where that is done: for all products of one input.
+#[derive(Clone, Default)]
+pub(super) struct Prepared(Option<Arc<amx::Packed>>);
+
+impl Prepared {
+    /// Packs A for products in `precision`.
+    pub(super) fn new(precision: Precision, a: &Matrix<'_>) -> Self {
+        Self::with(available()[0], precision, a)
+    }
+
+    /// Whether nothing was packed.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    fn with(isa: &Isa, precision: Precision, a: &Matrix<'_>) -> Self {
+        Self(if isa.amx { amx::Packed::new(a, precision).map(Arc::new) } else { None })
+    }
 }
 
 impl<'a> Left<'a> {
@@ -127,9 +148,13 @@ impl<'a> Left<'a> {
 
     /// The same for a given instruction set.
     pub(super) fn with(isa: &Isa, precision: Precision, a: Matrix<'a>) -> Self {
+        Self::of(a, Prepared::with(isa, precision, &a))
+    }
+
+    /// The same where it was packed before.
+    pub(super) fn of(a: Matrix<'a>, prepared: Prepared) -> Self {
         let Matrix { values, rows, columns, row_stride, column_stride } = a;
-        let packed = if isa.amx { amx::Packed::new(&a, precision) } else { None };
-        let form = match (packed, values) {
+        let form = match (prepared.0, values) {
             (Some(packed), _) => Form::Packed(packed),
             (None, Values::F32(values)) => Form::Wide { values: Cow::Borrowed(values), row_stride, column_stride },
             (None, Values::Bf16(values)) => Form::Wide { values: Cow::Owned(widen(values)), row_stride, column_stride },

@@ -265,46 +265,53 @@ impl<const P: usize> Pass<'_, P> {
         for (run, piece) in runs.iter_mut().zip(self.pieces) {
             *run = (self.terms[piece.term].0.at(strip, piece.steps.start), piece.steps.len());
         }
+        let start = match self.start {
+            Start::Zero => None,
+            Start::Row(values) => Some((&values[column..], 0)),
+            Start::Matrix(values) => Some((&values[row * self.n + column..], self.n)),
+        };
         // SAFETY: this task alone writes these rows and columns of `out`, which has m rows of n numbers; the runs' steps are packed, in A
         // from this strip on and in B in this order; `task` holds the registers.
         unsafe {
             let out = self.out.at(row * self.n + column);
-            if rows == SIDE && columns == SIDE {
-                kernel::<P>(runs, packed.as_ptr(), out, self.n, self.onto);
-            } else {
-                let mut scratch = [0.0f32; SIDE * SIDE];
-                if self.onto {
-                    (0..rows).for_each(|i| out.add(i * self.n).copy_to_nonoverlapping(&raw mut scratch[i * SIDE], columns));
-                }
-                kernel::<P>(runs, packed.as_ptr(), scratch.as_mut_ptr(), SIDE, self.onto);
-                (0..rows).for_each(|i| out.add(i * self.n).copy_from_nonoverlapping(&raw const scratch[i * SIDE], columns));
+            if rows == SIDE && columns == SIDE && start.is_none() {
+                return kernel::<P>(runs, packed.as_ptr(), out, self.n, self.onto);
             }
-            let (start, stride) = match self.start {
-                Start::Zero => return,
-                Start::Row(values) => (&values[column..], 0),
-                Start::Matrix(values) => (&values[row * self.n + column..], self.n),
-            };
-            add(out, self.n, start, stride, rows, columns);
+            let mut scratch = Scratch([0.0; SIDE * SIDE]);
+            let at = scratch.0.as_mut_ptr();
+            if self.onto {
+                (0..rows).for_each(|i| at.add(i * SIDE).copy_from_nonoverlapping(out.add(i * self.n), columns));
+            }
+            kernel::<P>(runs, packed.as_ptr(), at, SIDE, self.onto);
+            finish(at, (out, self.n), start, rows, columns);
         }
     }
 }
 
-/// out (rows, columns) += start, their rows `n` and `stride` numbers apart.
+/// A tile on its way to the result.
+#[repr(align(64))]
+struct Scratch([f32; SIDE * SIDE]);
+
+/// out (rows, columns) = a tile + start, `out.1` and `start.1` numbers from row to row.
 ///
 /// # Safety
-/// out's rows are writable; the processor has AVX-512 F.
+/// The tile is readable, out's rows are writable; the processor has AVX-512 F.
 #[target_feature(enable = "avx512f")]
-unsafe fn add(out: *mut f32, n: usize, start: &[f32], stride: usize, rows: usize, columns: usize) {
+unsafe fn finish(tile: *const f32, out: (*mut f32, usize), start: Option<(&[f32], usize)>, rows: usize, columns: usize) {
     use std::arch::x86_64::{_mm512_add_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps};
-    assert!(rows == 0 || (rows - 1) * stride + columns <= start.len(), "every number has something to be added to it");
+    if let Some((start, stride)) = start {
+        assert!(rows == 0 || (rows - 1) * stride + columns <= start.len(), "every number has something to be added to it");
+    }
     for row in 0..rows {
         for column in (0..columns).step_by(16) {
             let mask = if columns - column < 16 { (1 << (columns - column)) - 1 } else { u16::MAX };
-            // SAFETY: the mask names what lies inside both rows: the caller's promise, and asserted.
+            // SAFETY: the mask names what lies inside every row: the caller's promise, and asserted.
             unsafe {
-                let (out, start) = (out.add(row * n + column), start.as_ptr().add(row * stride + column));
-                let sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, out), _mm512_maskz_loadu_ps(mask, start));
-                _mm512_mask_storeu_ps(out, mask, sum);
+                let mut sum = _mm512_maskz_loadu_ps(mask, tile.add(row * SIDE + column));
+                if let Some((start, stride)) = start {
+                    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, start.as_ptr().add(row * stride + column)));
+                }
+                _mm512_mask_storeu_ps(out.0.add(row * out.1 + column), mask, sum);
             }
         }
     }
