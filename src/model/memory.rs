@@ -34,8 +34,8 @@ impl MemoryForecast {
 const PROGRAM: u64 = 44 << 20;
 /// Of what comes and goes within a step, the part that the allocator holds and cannot use again: one in so many (the same entry).
 const SLACK: u64 = 8;
-/// One chunk of logits, which becomes its gradient (see `ops::Head`): at most 32 MiB.
-const LOGITS: u64 = 32 << 20;
+/// One chunk of logits, which becomes its gradient (see `ops::Head`): about 24 MiB.
+const LOGITS: u64 = 24 << 20;
 
 /// The peak of a step with `tokens` tokens in a micro-batch, `trained` trained numbers beside (or instead of) the frozen ones.
 pub fn forecast_memory(shape: &ModelShape, trained: u64, tokens: usize, recompute: Recompute) -> MemoryForecast {

@@ -13,9 +13,9 @@ use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
-/// Numbers one chunk of logits holds, about (32 MiB of f32: W is packed once for each chunk, so that few rows cost time), in whole
+/// Numbers one chunk of logits holds, about (24 MiB of f32: W is packed once for each chunk, so that few rows cost time), in whole
 /// tiles of rows.
-const CHUNK_NUMBERS: usize = 8 << 20;
+const CHUNK_NUMBERS: usize = 6 << 20;
 const TILE_ROWS: usize = 32;
 
 /// The output embedding: W (V, C).
