@@ -1,6 +1,6 @@
 //! Text generation with a cache of keys and values: one token at a time after the prompt.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
 use rand::RngExt;
 
 use super::block::Pass;
@@ -85,8 +85,10 @@ impl<'a> Session<'a> {
             let apply =
                 |linear: &Linear, x: &Tensor, base: Option<&Tensor>| Ok::<_, Error>(linear.forward(context, x, None, base)?.0);
             let h = block.input_layernorm.forward(context, &x)?.0;
-            let q = rope.forward(context, &apply(&l.q_proj, &h, None)?)?;
-            let mut k = rope.forward(context, &apply(&l.k_proj, &h, None)?)?;
+            // The cache is f32, whatever products read.
+            let rotated = |x: &Tensor| Ok::<_, Error>(rope.forward(context, x)?.to_dtype(DType::F32)?);
+            let q = rotated(&apply(&l.q_proj, &h, None)?)?;
+            let mut k = rotated(&apply(&l.k_proj, &h, None)?)?;
             let mut v = apply(&l.v_proj, &h, None)?;
             if let Some((keys, values)) = cache.take() {
                 k = Tensor::cat(&[keys, k], 0)?;

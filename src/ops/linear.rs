@@ -6,7 +6,7 @@
 use candle_core::{D, DType, Tensor};
 
 use super::host::{Host, ROWS_PER_TASK, expect, f32_contiguous, restored, tensor, uninitialized};
-use super::product::{Left, Matrix, Prepared, Start, Term, product, products};
+use super::product::{Left, Matrix, Prepared, Start, Term, product, product_of_few, products};
 use super::residual::residual_cost;
 use super::team::each;
 use super::{Context, Gradients, Weight, matmul};
@@ -340,11 +340,11 @@ impl Backward<'_> {
             let mut d = products(&[Term { a: &left, b: b.matrix(o, r) }], Start::Zero);
             d.iter_mut().for_each(|d| *d *= scaling);
             // dB by its transpose: rows of r, so that B's long side lies along the vectors.
-            let db = product(precision, xa.matrix(n, r).t(), dy.matrix(n, o));
+            let db = product_of_few(precision, xa.matrix(n, r).t(), dy.matrix(n, o));
             gradients.add(&lora.b, tensor(transposed(&db, (r, o), scaling), (o, r))?)?;
             let x = masked(x, low.mask.as_ref())?;
             let x = Host::open_any(&x)?;
-            let da = product(precision, Matrix::of(&d, n, r).t(), x.matrix(n, i));
+            let da = product_of_few(precision, Matrix::of(&d, n, r).t(), x.matrix(n, i));
             gradients.add(&lora.a, tensor(da, (r, i))?)?;
             (d_low, mask) = (Some((d, r, Host::open_any(&lora.a.tensor)?)), low.mask.as_ref());
         }

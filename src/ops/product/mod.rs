@@ -32,6 +32,8 @@ const DEEPEST: usize = 6144;
 const PIECE: usize = 2048;
 /// Numbers of packed B that one task holds: half of a 1 MiB second-level cache.
 const PACKED: usize = 128 << 10;
+/// Rows of A that are few: four tiles'.
+const FEW: usize = 64;
 /// Rows of B that are packed for all of a task's panels before the next.
 const PACKED_ROWS: usize = 32;
 
@@ -188,6 +190,13 @@ pub(super) fn products(terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
 /// The product of two matrices in `precision`.
 pub(super) fn product(precision: Precision, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
     products(&[Term { a: &Left::new(precision, a), b }], Start::Zero)
+}
+
+/// The same for an A whose rows are an adapter's: in f32, splitting B for tile registers takes longer than multiplying a few rows by it.
+pub(super) fn product_of_few(precision: Precision, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    let few = precision == Precision::F32 && a.rows < FEW;
+    let left = if few { Left::of(a, Prepared::default()) } else { Left::new(precision, a) };
+    products(&[Term { a: &left, b }], Start::Zero)
 }
 
 /// The sum by a given instruction set, which every A was prepared for.

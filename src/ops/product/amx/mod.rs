@@ -24,9 +24,9 @@ const DEEPEST: usize = 128 << 10;
 /// Bytes of packed B of one task: half of that cache.
 const PACKED: usize = 1 << 20;
 
-/// Rows that repay packing: splitting B takes longer than multiplying an adapter's few rows by it as it is.
-const LEAST_ROWS: usize = 12;
-const LEAST_SPLIT_ROWS: usize = 64;
+/// Fewest rows that are packed. One alone is a generated token, which takes no longer than reading B; from two on what a row gives does not
+/// depend on how many there are.
+const LEAST_ROWS: usize = 2;
 
 /// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
 pub(super) fn permitted() -> bool {
@@ -136,12 +136,12 @@ pub(super) enum Packed {
 }
 
 impl Packed {
-    /// Packs `a` where tile registers gain by it: fewer rows are not worth their sixteen.
+    /// Packs `a` where it has rows enough.
     pub(super) fn new(a: &Matrix<'_>, precision: Precision) -> Option<Self> {
-        match precision {
-            Precision::F32 => (a.rows >= LEAST_SPLIT_ROWS).then(|| Self::Split(Operand::shared(&View::a(a)))),
-            Precision::Bf16 | Precision::F16 => (a.rows >= LEAST_ROWS).then(|| Self::Rounded(Operand::shared(&View::a(a)))),
-        }
+        (a.rows >= LEAST_ROWS).then(|| match precision {
+            Precision::F32 => Self::Split(Operand::shared(&View::a(a))),
+            Precision::Bf16 | Precision::F16 => Self::Rounded(Operand::shared(&View::a(a))),
+        })
     }
 }
 
