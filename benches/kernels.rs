@@ -3,7 +3,8 @@
 //!     cargo bench --bench kernels              every line
 //!     cargo bench --bench kernels -- linear    lines whose name holds `linear`
 //!
-//! The peaks are measured first, in the same process on the same threads: multiply-adds on registers, and a copy far beyond the caches.
+//! The peaks are measured first, in the same process on the same threads: a large product in each precision, or multiply-adds on registers
+//! where they are faster (tile registers multiply faster than they do), and a copy far beyond the caches.
 //! Sizes are SmolLM2-135M's at 4 x 256 tokens. The best of several runs counts: other work on the machine makes single runs slower.
 
 use std::time::Instant;
@@ -24,12 +25,15 @@ const RANK: usize = 16;
 
 fn main() {
     let wanted = std::env::args().skip(1).find(|word| !word.starts_with("--")).unwrap_or_default();
-    let peaks = Peaks { flops: multiply_adds(), bytes: copy() };
+    let (adds, [wide, narrow]) = (multiply_adds(), [Precision::F32, Precision::Bf16].map(large_product));
+    let peaks = Peaks { f32: adds.max(wide), bf16: adds.max(narrow), bytes: copy() };
     println!(
-        "{} threads, {}: {:.0} GFLOP/s of f32 multiply-adds, {:.1} GB/s of copying",
+        "{} threads, {}: GFLOP/s of f32 multiply-adds {:.0}, of large products {:.0} in f32 and {:.0} in bf16; {:.1} GB/s of copying",
         rayon::current_num_threads(),
         instruction_set(),
-        peaks.flops / 1e9,
+        adds / 1e9,
+        wide / 1e9,
+        narrow / 1e9,
         peaks.bytes / 1e9
     );
     println!("{:<34} {:>9} {:>9} {:>9} {:>7}", "", "ms", "GFLOP/s", "GB/s", "of peak");
@@ -42,10 +46,18 @@ fn main() {
 }
 
 struct Peaks {
-    /// FLOP/s.
-    flops: f64,
+    /// FLOP/s in f32.
+    f32: f64,
+    /// FLOP/s in bf16.
+    bf16: f64,
     /// Bytes/s.
     bytes: f64,
+}
+
+impl Peaks {
+    fn flops(&self, precision: Precision) -> f64 {
+        if precision == Precision::F32 { self.f32 } else { self.bf16 }
+    }
 }
 
 /// Times `run` and prints what it executed by its own tally, against the peak that binds it.
@@ -61,7 +73,7 @@ fn line(name: &str, precision: Precision, wanted: &str, peaks: &Peaks, mut run: 
     let seconds = best(|| run(context));
     let bytes: u64 = work.each_sweep().map(|(bytes, count)| bytes.0 * count).sum();
     let (flops, bytes) = (work.flops() as f64 / seconds, bytes as f64 / seconds);
-    let share = if flops > 0.0 { flops / peaks.flops } else { bytes / peaks.bytes };
+    let share = if flops > 0.0 { flops / peaks.flops(precision) } else { bytes / peaks.bytes };
     let show = |rate: f64| if rate > 0.0 { format!("{:.1}", rate / 1e9) } else { "-".into() };
     println!("{name:<34} {:>9.3} {:>9} {:>9} {:>6.0}%", 1e3 * seconds, show(flops), show(bytes), 100.0 * share);
 }
@@ -153,6 +165,18 @@ fn elementwise(precision: Precision, wanted: &str, peaks: &Peaks) {
     line("swiglu backward", precision, wanted, peaks, |context| {
         swiglu_backward(context, &gate, &saved).expect("backward");
     });
+}
+
+/// FLOP/s of a product of 2048 x 2048 matrices.
+fn large_product(precision: Precision) -> f64 {
+    const SIDE: usize = 2048;
+    let weight = Weight::frozen(random(&[SIDE, SIDE], wattune::ops::dtype(precision)));
+    let (linear, x) = (Linear { weight, bias: None, lora: None }, random(&[SIDE, SIDE], DType::F32));
+    let tally = Tally::default();
+    let seconds = best(|| {
+        linear.forward(Context::new(&tally, precision), &x, None, None).expect("a product");
+    });
+    (2 * SIDE * SIDE * SIDE) as f64 / seconds
 }
 
 /// FLOP/s of multiply-adds that never leave the registers, on every thread: eight chains of the widest vectors the compiler makes.
