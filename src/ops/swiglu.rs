@@ -34,7 +34,8 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
     if !context.fused(gate) {
         return Ok(((gate.silu()? * up)?, SwigluSaved { gate: kept(context, gate)?, up: kept(context, up)? }));
     }
-    (Host::open(gate)?, Host::open(up)?);
+    Host::open(gate)?;
+    Host::open(up)?;
     let n = gate.elem_count();
     if context.precision != Precision::Bf16 {
         // SAFETY: `forward` writes every number.
