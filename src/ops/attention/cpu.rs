@@ -12,7 +12,7 @@ use half::bf16;
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, TileArgs, Values, available, strip};
+use crate::ops::product::{Isa, TileArgs, Values, best, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -151,10 +151,10 @@ impl Panel {
 
 /// Returns what the pass in tile registers gives, `$planes` a constant of it, where the processor has them.
 macro_rules! by_tiles {
-    ($context:ident, $planes:ident => $pass:expr) => {
+    ($isa:ident, $precision:expr, $planes:ident => $pass:expr) => {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if available()[0].amx {
-            match $context.precision {
+        if $isa.amx {
+            match $precision {
                 Precision::F32 => {
                     const $planes: usize = 3;
                     $pass
@@ -166,7 +166,6 @@ macro_rules! by_tiles {
             }
             return;
         }
-        let _ = $context;
     };
 }
 
@@ -270,23 +269,25 @@ impl Attention {
             starts.map(move |start| (range.clone(), start..(start + QUERIES).min(range.len())))
         });
         let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
+        let isa = best();
         each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
-            by_tiles!(context, P => self.forward_tiles::<P, O>([q, k, v], &range, queries, head, at));
-            self.forward_task([q, k, v], &range, queries, head, at);
+            by_tiles!(isa, context.precision, P => self.forward_tiles::<P, O>([q, k, v], &range, queries, head, at));
+            self.forward_task(isa, [q, k, v], &range, queries, head, at);
         });
         tensor(lse, (n, self.heads))
     }
 
     fn forward_task<O: Stored>(
         &self,
+        isa: &Isa,
         x: [Values<'_>; 3],
         range: &Range<usize>,
         queries: Range<usize>,
         head: usize,
         at: (Shared<O>, Shared),
     ) {
-        let (isa, d, width, scale) = (available()[0], self.head_dim, self.heads * self.head_dim, self.scale() as f32);
+        let (d, width, scale) = (self.head_dim, self.heads * self.head_dim, self.scale() as f32);
         let rows = |rows: Range<usize>| range.start + rows.start..range.start + rows.end;
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
         let q = Head::of(isa, x[0], width, rows(queries.clone()), head * d, d);
@@ -348,17 +349,18 @@ impl Attention {
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
         let heads = 0..self.heads;
         let tasks: Vec<_> = segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range, head))).collect();
+        let isa = best();
         each(tasks.into_iter(), |(range, head)| {
-            by_tiles!(context, P => self.backward_tiles::<P>(&x, range, head, at));
-            self.backward_task(&x, range, head, at);
+            by_tiles!(isa, context.precision, P => self.backward_tiles::<P>(&x, range, head, at));
+            self.backward_task(isa, &x, range, head, at);
         });
         let [dq, dk, dv] = grads;
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
     }
 
-    fn backward_task(&self, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
-        let (isa, d, width) = (available()[0], self.head_dim, self.heads * self.head_dim);
+    fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
+        let (d, width) = (self.head_dim, self.heads * self.head_dim);
         let (kv, first, scale) = (self.kv_heads * d, head / self.group() * d, self.scale() as f32);
         let of = |values, stride, first| Head::of(isa, values, stride, range.clone(), first, d);
         let [q, k, v] = x.qkv;

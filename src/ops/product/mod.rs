@@ -24,7 +24,9 @@ use super::issue;
 use super::team::each;
 use crate::work::Precision;
 pub(super) use pack::Number;
-pub(super) use tile::{Isa, TileArgs, available};
+#[cfg(test)]
+pub(super) use tile::{CHOSEN, available};
+pub(super) use tile::{Isa, TileArgs, best};
 
 /// Numbers of k that one panel of B holds at most: 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
 const DEEPEST: usize = 6144;
@@ -129,7 +131,7 @@ pub(super) struct Prepared(Option<Arc<amx::Packed>>);
 impl Prepared {
     /// Packs A for products in `precision`.
     pub(super) fn new(precision: Precision, a: &Matrix<'_>) -> Self {
-        Self::with(available()[0], precision, a)
+        Self::with(best(), precision, a)
     }
 
     /// Whether nothing was packed.
@@ -145,7 +147,7 @@ impl Prepared {
 impl<'a> Left<'a> {
     /// Prepares A for products in `precision`, by the best instruction set.
     pub(super) fn new(precision: Precision, a: Matrix<'a>) -> Self {
-        Self::with(available()[0], precision, a)
+        Self::with(best(), precision, a)
     }
 
     /// The same for a given instruction set.
@@ -184,7 +186,7 @@ pub(super) enum Start<'a> {
 
 /// start + the sum of the terms, row-major (m, n), on all threads of the pool.
 pub(super) fn products(terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
-    products_with(available()[0], terms, start)
+    products_with(best(), terms, start)
 }
 
 /// The product of two matrices in `precision`.

@@ -120,6 +120,21 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
     })
 }
 
+/// The instruction set of whatever this thread begins: the best, unless a test has chosen another.
+pub(in crate::ops) fn best() -> &'static Isa {
+    #[cfg(test)]
+    if let Some(isa) = CHOSEN.get() {
+        return isa;
+    }
+    available()[0]
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What a test has `best` give on this thread.
+    pub(in crate::ops) static CHOSEN: std::cell::Cell<Option<&'static Isa>> = const { std::cell::Cell::new(None) };
+}
+
 /// The body of the tiles without intrinsics.
 #[inline(always)]
 unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs, multiply_add: impl Fn(f32, f32, f32) -> f32) {

@@ -1,4 +1,4 @@
-//! PyTorch's figures, made by `scripts/ops_reference.py` in f64: forward and backward to 1e-5 of a tensor's largest number, both ways.
+//! PyTorch's figures, made by `scripts/ops_reference.py` in f64: forward and backward to 1e-5 of a tensor's largest number, every way.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -6,10 +6,9 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::super::{
-    AdamW, Attention, Context, Gradients, Head, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight, swiglu, swiglu_backward,
+    AdamW, Attention, Gradients, Head, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight, swiglu, swiglu_backward,
 };
-use super::{flat, within};
-use crate::work::{Precision, Tally};
+use super::{every_way, flat, within};
 
 struct Golden(HashMap<String, Tensor>);
 
@@ -40,21 +39,13 @@ impl Golden {
     }
 }
 
-/// Runs `check` on the fused pass and on the reference.
-fn both_ways(check: impl Fn(Context<'_>)) {
-    let tally = Tally::default();
-    for reference in [false, true] {
-        check(Context { reference, ..Context::new(&tally, Precision::F32) });
-    }
-}
-
 #[test]
 fn attention_with_groups_window_and_segments() {
     let golden = Golden::open("attention");
     let [heads, kv_heads, head_dim, window] = golden.sizes("sizes").try_into().unwrap();
     let attention = Attention { heads, kv_heads, head_dim, window: Some(window) };
     let segments = Segments::of_lengths(golden.sizes("segments"));
-    both_ways(|context| {
+    every_way(|context| {
         let (q, k, v) = (golden.get("q"), golden.get("k"), golden.get("v"));
         let (y, saved) = attention.forward(context, q, k, v, &segments).unwrap();
         let (dq, dk, dv) = attention.backward(context, &golden.get("dy"), &saved, &segments).unwrap();
@@ -66,7 +57,7 @@ fn attention_with_groups_window_and_segments() {
 fn rms_norm() {
     let golden = Golden::open("rms_norm");
     let norm = RmsNorm { weight: golden.trained("weight"), eps: 1e-5 };
-    both_ways(|context| {
+    every_way(|context| {
         let mut gradients = Gradients::new(1);
         let (y, saved) = norm.forward(context, &golden.get("x")).unwrap();
         golden.holds("y", &y);
@@ -79,7 +70,7 @@ fn rms_norm() {
 fn swiglu_and_its_gradients() {
     let golden = Golden::open("swiglu");
     let (gate, up) = (golden.get("gate"), golden.get("up"));
-    both_ways(|context| {
+    every_way(|context| {
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         golden.holds("y", &y);
         let (dgate, dup) = swiglu_backward(context, &golden.get("dy"), &saved).unwrap();
@@ -93,7 +84,7 @@ fn cross_entropy() {
     let golden = Golden::open("head");
     let head = Head { weight: golden.trained("weight") };
     let targets: Vec<u32> = golden.sizes("targets").into_iter().map(|t| t as u32).collect();
-    both_ways(|context| {
+    every_way(|context| {
         let mut gradients = Gradients::new(1);
         let h = golden.get("h");
         let (losses, dh) = head.forward_backward(context, &h, &targets, 0.3, true, &mut gradients).unwrap();
@@ -126,7 +117,7 @@ fn rope_with_every_scaling() {
         let golden = Golden::open(&format!("rope_{name}"));
         let rope = Rope { head_dim: 16, theta, scaling };
         let tables = rope.tables(&Segments::of_lengths([70]), &Device::Cpu).unwrap();
-        both_ways(|context| {
+        every_way(|context| {
             golden.holds("y", &tables.forward(context, &golden.get("x")).unwrap());
             golden.holds("dx", &tables.backward(context, &golden.get("dy")).unwrap());
         });
@@ -140,7 +131,7 @@ fn adamw_with_decay_and_clipping() {
     let (gradients, after) = (golden.get("gradients"), golden.get("after"));
     let norms = flat(&golden.get("norms"));
     assert!(norms.iter().any(|norm| *norm < 1.5) && norms.iter().any(|norm| *norm > 1.5), "both sides of the limit");
-    both_ways(|context| {
+    every_way(|context| {
         let values = flat(&golden.get("values"));
         let parameters = Parameters::new(vec![("w".into(), vec![values.len()], values)], &Device::Cpu).unwrap();
         for (i, norm) in norms.iter().enumerate() {

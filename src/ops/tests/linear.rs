@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
 use super::super::{Context, Gradients, Linear, Lora, Parameters, Weight, dropout_mask};
-use super::{Pair, Passed, cases, flat, of, random, uniform, within};
+use super::{Pair, Passed, cases, every_way, flat, of, random, uniform, within};
 use crate::work::{Precision, Tally};
 
 const SCALING: f64 = 1.5;
@@ -71,7 +71,7 @@ proptest! {
     #![proptest_config(cases(48))]
 
     #[test]
-    fn linear_is_its_definition(n in 1usize..40, i in 1usize..70, o in 1usize..70, parts in parts(), seed: u64) {
+    fn linear_is_its_definition(n in 1usize..100, i in 1usize..70, o in 1usize..70, parts in parts(), seed: u64) {
         let mut inputs = vec![random(seed, &[n, i]), random(seed ^ 1, &[o, i])];
         inputs.extend(parts.bias.then(|| random(seed ^ 2, &[o])));
         if let Some(r) = parts.r {
@@ -142,9 +142,7 @@ fn a_base_is_added() {
         inputs.extend([a.clone(), b.clone()]);
         let (linear, _) = layer(parts, &inputs);
         let mask = dropout.then(|| mask.clone());
-        for reference in [false, true] {
-            let tally = Tally::default();
-            let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+        every_way(|context| {
             let run = |base: Option<&Tensor>, base_below: Option<&Tensor>| {
                 let mut gradients = Gradients::new(inputs.len());
                 let (y, saved) = linear.forward(context, &x, mask.clone(), base).unwrap();
@@ -154,7 +152,7 @@ fn a_base_is_added() {
             let ((y, dx), (with, dx_with)) = (run(None, None), run(Some(&base), Some(&base_below)));
             within("y", &with, &(y + &base).unwrap(), 1e-5);
             within("dx", &dx_with, &(dx + &base_below).unwrap(), 1e-5);
-        }
+        });
     }
 }
 

@@ -1,7 +1,8 @@
 //! Every op pair against outside opinions.
 //!
-//! `prove` holds one pair, over random shapes, to four of them: the other implementation, candle's autograd on a naive formulation in
-//! f64, central finite differences, and itself on another number of threads; and its tally to its cost and to the products issued.
+//! `prove` holds one pair, over random shapes and in every instruction set of this processor, to four of them: the other implementation,
+//! candle's autograd on a naive formulation in f64, central finite differences, and itself on another number of threads; and its tally to
+//! its cost and to the products issued.
 //! PyTorch's figures are in `golden`. Knows nothing of models.
 
 mod adamw;
@@ -17,6 +18,7 @@ mod rope;
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::test_runner::Config;
 
+use super::product::{CHOSEN, Isa, available};
 use super::{Context, ISSUED};
 use crate::work::{Precision, Tally, Work};
 
@@ -48,41 +50,41 @@ where
     Naive: Fn(&[Tensor]) -> Tensor + Sync,
 {
     fn prove(&self) {
-        let fused = self.run(false, 1);
-        let reference = self.run(true, 1);
-        let oracle = autograd(self.inputs, self.dy, &self.naive);
-        let passed = |(y, gradients): Passed| {
-            let gradients = gradients.into_iter().enumerate().map(|(i, gradient)| (format!("gradient {i}"), gradient));
-            std::iter::once(("y".to_string(), Some(y))).chain(gradients).collect::<Vec<_>>()
-        };
-        let others = passed(self.run(false, 2));
-        let (fused, reference, oracle) = (passed(fused), passed(reference), passed(oracle));
-        for (i, (name, ours)) in fused.iter().enumerate() {
-            let Some(ours) = ours else {
-                assert!(reference[i].1.is_none(), "{name}: only one implementation has it");
-                continue;
-            };
-            let want = oracle[i].1.as_ref().unwrap();
-            close(&format!("{name}, reference"), reference[i].1.as_ref().unwrap(), want, self.roundings);
-            close(&format!("{name}, fused"), ours, want, self.roundings);
-            assert_eq!(bits(ours), bits(others[i].1.as_ref().unwrap()), "{name} at one thread and at two");
-            if let Some(input) = i.checked_sub(1) {
-                self.differentiate(input, ours);
+        let reference = named(self.run(None, 1));
+        let oracle = named(autograd(self.inputs, self.dy, &self.naive));
+        for ((name, reference), (_, want)) in reference.iter().zip(&oracle) {
+            if let Some(reference) = reference {
+                close(&format!("{name}, reference"), reference, want.as_ref().unwrap(), self.roundings);
+            }
+        }
+        for isa in available() {
+            let (fused, others) = (named(self.run(Some(isa), 1)), named(self.run(Some(isa), 2)));
+            for (i, (name, ours)) in fused.iter().enumerate() {
+                assert_eq!(ours.is_some(), reference[i].1.is_some(), "{name}: only one implementation has it");
+                let Some(ours) = ours else { continue };
+                let name = format!("{name}, {}", isa.name);
+                close(&name, ours, oracle[i].1.as_ref().unwrap(), self.roundings);
+                assert_eq!(bits(ours), bits(others[i].1.as_ref().unwrap()), "{name} at one thread and at two");
+                if let Some(input) = i.checked_sub(1) {
+                    with(isa, || self.differentiate(input, ours));
+                }
             }
         }
     }
 
-    /// Runs the pair on a pool of `threads`; what it counted, and what one thread issued, must be the cost.
-    fn run(&self, reference: bool, threads: usize) -> Passed {
+    /// Runs the pair, the reference or fused in an instruction set, on a pool of `threads`; what it counted, and what one thread issued,
+    /// must be the cost.
+    fn run(&self, isa: Option<&'static Isa>, threads: usize) -> Passed {
         on(threads, || {
             let tally = Tally::default();
-            let context = Context { tally: &tally, precision: Precision::F32, reference };
+            let context = Context { tally: &tally, precision: Precision::F32, reference: isa.is_none() };
+            let name = isa.map_or("reference", |isa| isa.name);
             ISSUED.set(0);
-            let passed = (self.op)(context, self.inputs, self.dy);
+            let passed = with(isa.unwrap_or(available()[0]), || (self.op)(context, self.inputs, self.dy));
             let counted = tally.take();
-            assert_eq!(counted, self.cost, "tally and cost, reference: {reference}");
+            assert_eq!(counted, self.cost, "tally and cost, {name}");
             if threads == 1 {
-                assert_eq!(ISSUED.get(), counted.flops(), "products issued and counted, reference: {reference}");
+                assert_eq!(ISSUED.get(), counted.flops(), "products issued and counted, {name}");
             }
             passed
         })
@@ -115,6 +117,28 @@ fn autograd(inputs: &[Tensor], dy: &Tensor, naive: impl Fn(&[Tensor]) -> Tensor)
     let loss = (&y * dy.to_dtype(DType::F64).unwrap()).unwrap().sum_all().unwrap();
     let gradients = loss.backward().unwrap();
     (y.detach(), vars.iter().map(|v| Some(gradients.get(v).unwrap().detach())).collect())
+}
+
+/// What a pair gave, each with its name.
+fn named((y, gradients): Passed) -> Vec<(String, Option<Tensor>)> {
+    let gradients = gradients.into_iter().enumerate().map(|(i, gradient)| (format!("gradient {i}"), gradient));
+    std::iter::once(("y".to_string(), Some(y))).chain(gradients).collect()
+}
+
+/// Runs `work` with the fused passes that this thread begins in one instruction set.
+fn with<T>(isa: &'static Isa, work: impl FnOnce() -> T) -> T {
+    let before = CHOSEN.replace(Some(isa));
+    let done = work();
+    CHOSEN.set(before);
+    done
+}
+
+/// Runs `check` on the reference, then on the fused pass in every instruction set of this processor.
+fn every_way(check: impl Fn(Context<'_>)) {
+    let tally = Tally::default();
+    let fused = Context::new(&tally, Precision::F32);
+    check(Context { reference: true, ..fused });
+    available().iter().for_each(|isa| with(isa, || check(fused)));
 }
 
 /// Runs `work` on a rayon pool of its own.
