@@ -166,6 +166,7 @@ macro_rules! by_tiles {
             }
             return;
         }
+        let _ = $precision;
     };
 }
 
