@@ -60,7 +60,7 @@ fn tiles(range: &Range<usize>) -> Range<usize> {
     range.start / SIDE..range.end.div_ceil(SIDE)
 }
 
-/// Scores (keys, 32) as B's or A's operand, k along the keys.
+/// Scores (keys, 32) as A, queries as lanes, k along the keys.
 fn over_keys(scores: &[f32]) -> View<'_> {
     View::new(Side::A, Values::F32(scores), 0, (SIDE, 1), (scores.len() / SIDE, SIDE))
 }
@@ -134,7 +134,7 @@ impl Attention {
         let all = 0..range.len();
         let (k_rows, k_channels) = (Operand::<P>::of(&k.rows(Side::A, all.clone())), Operand::<P>::of(&k.channels(all.clone())));
         let v_rows = Operand::<P>::of(&v.rows(Side::A, all.clone()));
-        let [mut own, mut other, mut left] = [(); 3].map(|()| Operand::<P>::default());
+        let (mut own, mut left) = (Operand::<P>::default(), Operand::<P>::default());
         let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
         let (mut dk, mut dv, mut dq) = (vec![0.0f32; keys * room], vec![0.0f32; keys * room], vec![0.0f32; SIDE * room]);
         let (mut p, mut ds) = (Vec::new(), Vec::new());
@@ -167,8 +167,8 @@ impl Attention {
                 own.fill(&q.channels(queries.clone()));
                 left.fill(&over_queries(&ds));
                 multiply((&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dk[below..], room), true);
-                other.fill(&over_keys(&ds));
-                multiply((&other, 0..1, 0), (&k_channels, panels, keys.start), keys.len(), (&mut dq, room), false);
+                left.fill(&over_keys(&ds));
+                multiply((&left, 0..1, 0), (&k_channels, panels, keys.start), keys.len(), (&mut dq, room), false);
                 // SAFETY: these rows of this head belong to this task alone.
                 unsafe { write(&dq[..count * room], room, d, range.start + queries.start, (at[0], width, head * d)) };
             }

@@ -1,7 +1,7 @@
 //! Products in tile registers (Intel AMX): bf16 in, f32 sums, 32 x 32 numbers of the result at a time.
 //!
 //! In bf16 both operands are rounded to it once, while they are packed. In f32 each is split into three bf16 parts that add up to all of
-//! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, at up to twice their rate. Numbers
+//! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, and faster. Numbers
 //! below 2^-126 count as zero. The same order of summation whatever the threads and the other size of the product.
 
 mod kernel;

@@ -67,7 +67,7 @@ impl<'a> View<'a> {
         self.k_stride == 1
     }
 
-    /// Packs lanes `first..first + 32` for `steps` steps of k from number `k.start` on, zero beyond the matrix and beyond `k`.
+    /// Packs numbers `k` of lanes `first..first + 32`, step by step, zero beyond the matrix and beyond `k`.
     pub(super) fn pack<const P: usize>(&self, first: usize, k: Range<usize>, out: &mut [Line]) {
         assert!(k.end <= self.depth && first < self.lanes, "a strip lies inside its matrix");
         assert_eq!(out.len(), k.len().div_ceil(DEPTH) * P * PAIR, "room for every step");
