@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::rand_core::Rng;
+use safetensors::tensor::Dtype;
 
 use super::architecture::{Architecture, TensorShape};
 use super::stored::Source;
@@ -40,6 +41,11 @@ impl Weights {
     /// The tensor that the architecture calls `name`, as `dtype` on `device`: read and converted in one pass, nothing else is kept of it.
     pub fn get(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         self.source(name)?.tensor(dtype, device)
+    }
+
+    /// The type in which the tensor that the architecture calls `name` is stored.
+    pub fn dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.source(name)?.tensor.dtype)
     }
 
     /// The numbers of the tensor that the architecture calls `name`, row by row.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device};
+use safetensors::tensor::Dtype;
 
 use super::model::companions;
 use super::prepare::{Prepared, Target};
@@ -82,8 +83,14 @@ pub(super) fn decoder_with_adapter(
     device: &Device,
 ) -> Result<Decoder> {
     let weight = |name: &str, shape: &[usize]| {
-        // Norms and biases act on the f32 residual stream and stay f32; matrices take the compute type.
-        let kind = if shape.len() == 1 { DType::F32 } else { dtype(precision) };
+        // Norms and biases act on the f32 residual stream and stay f32; matrices take the compute type, or on a processor stay bf16 as
+        // they are stored: its products widen them number by number.
+        let stays = device.is_cpu() && weights.dtype(name)? == Dtype::BF16;
+        let kind = match shape.len() {
+            1 => DType::F32,
+            _ if stays => DType::BF16,
+            _ => dtype(precision),
+        };
         Ok(Weight::frozen(weights.get(name, kind, device)?))
     };
     let lora = |path: &str| adapter_on(path, sites, parameters);

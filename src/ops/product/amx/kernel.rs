@@ -1,6 +1,6 @@
 //! The innermost loop in tile registers: 32 x 32 numbers of a result, kept there over a run of k.
 //!
-//! Rust 1.95 has no stable intrinsics for tile registers, so that the loop is assembly: one block for each number of planes, which loads
+//! Rust 1.95 has no stable intrinsics for tile registers, so that the loop is assembly: one block for each way to multiply, which loads
 //! or clears the result, runs through k and stores it. Tile registers 0 to 3 hold the result, 4 and 5 A, 6 and 7 B.
 
 use std::arch::asm;
@@ -84,9 +84,43 @@ macro_rules! load {
     };
 }
 
-/// A function that runs both runs of k through the lines `$step`, which take `$bytes` of each operand.
+/// A step of numbers rounded to bf16.
+macro_rules! rounded_step {
+    () => {
+        concat!(load!(b 0), "\n", load!(a 0), "\n", four!(), "\n add {a}, 2048\n add {b}, 2048")
+    };
+}
+
+/// A step of f32: a = a0 + a1 + a2, each 8 bits of a's 24. The products left out are below 2^-24 of a b.
+macro_rules! split_step {
+    () => {
+        concat!(
+            load!(b 2), "\n", load!(a 0), "\n", four!(), "\n",
+            load!(b 1), "\n", four!(), "\n",
+            load!(a 1), "\n", four!(), "\n",
+            load!(b 0), "\n", four!(), "\n",
+            load!(a 2), "\n", four!(), "\n",
+            load!(a 0), "\n", four!(), "\n",
+            "add {a}, 6144\n add {b}, 6144"
+        )
+    };
+}
+
+/// A step of f32 times bf16, whose other parts are zero: what is left of `split_step`, in its order.
+macro_rules! mixed_step {
+    () => {
+        concat!(
+            load!(b 0), "\n", load!(a 1), "\n", four!(), "\n",
+            load!(a 2), "\n", four!(), "\n",
+            load!(a 0), "\n", four!(), "\n",
+            "add {a}, 6144\n add {b}, 2048"
+        )
+    };
+}
+
+/// A function that runs the first run of k through the steps `$first` and the second through `$second`.
 macro_rules! kernel {
-    ($name:ident, $bytes:literal, $($step:expr),*) => {
+    ($name:ident, $first:expr, $second:expr) => {
         /// out (32, 32), `out_row` numbers apart = [out where `onto`] + the runs' products with B's steps from `b` on.
         ///
         /// # Safety
@@ -112,17 +146,18 @@ macro_rules! kernel {
                     "test {steps}, {steps}",
                     "jz 5f",
                     "4:",
-                    $($step,)*
-                    concat!("add {a}, ", $bytes),
-                    concat!("add {b}, ", $bytes),
+                    $first,
                     "dec {steps}",
                     "jnz 4b",
                     "5:",
-                    "mov {steps}, {more}",
                     "mov {a}, {next}",
-                    "xor {more:e}, {more:e}",
-                    "test {steps}, {steps}",
-                    "jnz 4b",
+                    "test {more}, {more}",
+                    "jz 7f",
+                    "6:",
+                    $second,
+                    "dec {more}",
+                    "jnz 6b",
+                    "7:",
                     "tilestored [{out} + {out_row}*1], tmm0",
                     "tilestored [{out} + {out_row}*1 + 64], tmm1",
                     "tilestored [{low} + {out_row}*1], tmm2",
@@ -146,37 +181,32 @@ macro_rules! kernel {
     };
 }
 
-kernel!(rounded, "2048", load!(b 0), load!(a 0), four!());
-// a = a0 + a1 + a2, each 8 bits of a's 24: the products left out are below 2^-24 of a b.
-kernel!(
-    split,
-    "6144",
-    load!(b 2),
-    load!(a 0),
-    four!(),
-    load!(b 1),
-    four!(),
-    load!(a 1),
-    four!(),
-    load!(b 0),
-    four!(),
-    load!(a 2),
-    four!(),
-    load!(a 0),
-    four!()
-);
+kernel!(rounded, rounded_step!(), rounded_step!());
+kernel!(split, split_step!(), split_step!());
+kernel!(mixed, mixed_step!(), mixed_step!());
+kernel!(mixed_then_split, mixed_step!(), split_step!());
 
-/// The loop for `P` planes: 1 (numbers rounded to bf16) or 3 (f32 in three parts).
+/// The loop for A in `P` planes, 1 (numbers rounded to bf16) or 3 (f32 in three parts); in f32, B of a run has one plane where it is
+/// `narrow`, stored in bf16: none after one that is not.
 ///
 /// # Safety
 /// As the kernels': this thread has `Tiles`; A's and B's steps are readable, `out` is writable.
-pub(super) unsafe fn kernel<const P: usize>(runs: Runs, b: *const Line, out: *mut f32, out_row: usize, onto: bool) {
+pub(super) unsafe fn kernel<const P: usize>(
+    runs: Runs,
+    narrow: [bool; 2],
+    b: *const Line,
+    out: *mut f32,
+    out_row: usize,
+    onto: bool,
+) {
     const { assert!(P == 1 || P == 3, "one plane or three") };
     // SAFETY: the caller's promise.
     unsafe {
-        match P {
-            1 => rounded(runs, b, out, out_row, onto),
-            _ => split(runs, b, out, out_row, onto),
+        match (P, narrow) {
+            (1, _) => rounded(runs, b, out, out_row, onto),
+            (_, [false, _]) => split(runs, b, out, out_row, onto),
+            (_, [true, false]) => mixed_then_split(runs, b, out, out_row, onto),
+            (_, [true, true]) => mixed(runs, b, out, out_row, onto),
         }
     }
 }

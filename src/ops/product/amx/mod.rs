@@ -1,13 +1,14 @@
 //! Products in tile registers (Intel AMX): bf16 in, f32 sums, 32 x 32 numbers of the result at a time.
 //!
 //! In bf16 both operands are rounded to it once, while they are packed. In f32 each is split into three bf16 parts that add up to all of
-//! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, and faster. Numbers
-//! below 2^-126 count as zero. The same order of summation whatever the threads and the other size of the product.
+//! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, and faster. A B that is stored
+//! in bf16 is one such part, so that three products are left. Numbers below 2^-126 count as zero. The same order of summation whatever the threads and the other size of the product.
 
 mod kernel;
 mod pack;
 
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -123,7 +124,7 @@ pub(in crate::ops) fn multiply<const P: usize>(
             // SAFETY: all three asserted above.
             unsafe {
                 let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
-                kernel::<P>(runs, b.0.at(panel, b.2), at, out.1, onto);
+                kernel::<P>(runs, [false; 2], b.0.at(panel, b.2), at, out.1, onto);
             }
         }
     }
@@ -166,11 +167,11 @@ fn products_of<const P: usize>(terms: &[(&Operand<P>, View<'_>)], start: Start<'
     assert_eq!(out.len(), m * n, "a result is (m, n)");
     let passes = passes(terms, DEEPEST / (P * PAIR * size_of::<Line>()));
     for (index, pieces) in passes.iter().enumerate() {
-        let steps = pieces.iter().map(|piece| piece.steps.len()).sum::<usize>();
+        let lines = pieces.iter().map(Piece::lines::<P>).sum::<usize>();
         let last = index + 1 == passes.len();
         let start = if last { start } else { Start::Zero };
-        let pass = Pass { terms, pieces, steps, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
-        let panel = steps * P * PAIR * size_of::<Line>();
+        let pass = Pass { terms, pieces, lines, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
+        let panel = lines * size_of::<Line>();
         tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), m.div_ceil(SIDE), 4, |panels, strips| pass.task(panels, strips));
     }
 }
@@ -179,23 +180,34 @@ fn products_of<const P: usize>(terms: &[(&Operand<P>, View<'_>)], start: Start<'
 struct Piece {
     term: usize,
     steps: Range<usize>,
+    /// Whether B is bf16 as it is: one plane, whatever A has.
+    narrow: bool,
 }
 
-/// Which pieces are summed while a tile stays in registers: two at most, and about `most` steps.
+impl Piece {
+    /// Lines of B's panel.
+    fn lines<const P: usize>(&self) -> usize {
+        self.steps.len() * if self.narrow { 1 } else { P } * PAIR
+    }
+}
+
+/// Which pieces are summed while a tile stays in registers: two at most, the narrower first, and about `most` steps.
 fn passes<const P: usize>(terms: &[(&Operand<P>, View<'_>)], most: usize) -> Vec<Vec<Piece>> {
     let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
     let mut done = 0;
-    for (term, (a, _)) in terms.iter().enumerate() {
+    for (term, (a, b)) in terms.iter().enumerate() {
+        let narrow = b.is_narrow();
         for steps in even_parts(0..a.steps, most) {
             // An adapter's few steps join whatever is there.
-            let fits = passes.last().is_some_and(|pass| pass.len() < 2) && done + steps.len() <= most + most / 8;
+            let joins = |pass: &Vec<Piece>| pass.len() < 2 && pass.iter().all(|before| before.narrow || !narrow);
+            let fits = passes.last().is_some_and(joins) && done + steps.len() <= most + most / 8;
             if done > 0 && !fits {
                 passes.push(Vec::new());
                 done = 0;
             }
             done += steps.len();
             if let Some(pass) = passes.last_mut() {
-                pass.push(Piece { term, steps });
+                pass.push(Piece { term, steps, narrow });
             }
         }
     }
@@ -211,8 +223,8 @@ thread_local! {
 struct Pass<'a, const P: usize> {
     terms: &'a [(&'a Operand<P>, View<'a>)],
     pieces: &'a [Piece],
-    /// Steps of all pieces.
-    steps: usize,
+    /// Lines of a panel of B, over all pieces.
+    lines: usize,
     /// Whether it goes on from what the passes before left in `out`.
     onto: bool,
     start: Start<'a>,
@@ -225,7 +237,7 @@ impl<const P: usize> Pass<'_, P> {
     /// Packs these panels (of 32 columns of B) and multiplies these strips (of 32 rows of A) by them.
     fn task(&self, panels: Range<usize>, strips: Range<usize>) {
         PANELS.with_borrow_mut(|buffer| {
-            let size = (self.steps * P * PAIR).max(1);
+            let size = self.lines.max(1);
             if buffer.len() < panels.len() * size {
                 // SAFETY: `pack` writes every line of the panels before a tile reads them.
                 *buffer = unsafe { uninitialized(panels.len() * size) };
@@ -249,21 +261,27 @@ impl<const P: usize> Pass<'_, P> {
             let most = if view.along_k() { piece.steps.len() } else { 1 };
             for steps in even_parts(piece.steps.clone(), most.max(1)) {
                 let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
-                let at = (done + steps.start - piece.steps.start) * P * PAIR;
+                let planes = if piece.narrow { 1 } else { P };
+                let at = done + (steps.start - piece.steps.start) * planes * PAIR;
                 for (panel, packed) in panels.clone().zip(packed.chunks_mut(size)) {
-                    view.pack::<P>(panel * SIDE, k.clone(), &mut packed[at..][..steps.len() * P * PAIR]);
+                    let packed = &mut packed[at..][..steps.len() * planes * PAIR];
+                    match piece.narrow {
+                        true => view.pack::<1>(panel * SIDE, k.clone(), packed),
+                        false => view.pack::<P>(panel * SIDE, k.clone(), packed),
+                    }
                 }
             }
-            done += piece.steps.len();
+            done += piece.lines::<P>();
         }
     }
 
     fn tile(&self, strip: usize, panel: usize, packed: &[Line]) {
         let (row, column) = (strip * SIDE, panel * SIDE);
         let (rows, columns) = ((self.m - row).min(SIDE), (self.n - column).min(SIDE));
-        let mut runs: Runs = [(std::ptr::null(), 0); 2];
-        for (run, piece) in runs.iter_mut().zip(self.pieces) {
-            *run = (self.terms[piece.term].0.at(strip, piece.steps.start), piece.steps.len());
+        let (mut runs, mut narrow): (Runs, _) = ([(std::ptr::null(), 0); 2], [true; 2]);
+        for (index, piece) in self.pieces.iter().enumerate() {
+            runs[index] = (self.terms[piece.term].0.at(strip, piece.steps.start), piece.steps.len());
+            narrow[index] = piece.narrow;
         }
         let start = match self.start {
             Start::Zero => None,
@@ -275,14 +293,14 @@ impl<const P: usize> Pass<'_, P> {
         unsafe {
             let out = self.out.at(row * self.n + column);
             if rows == SIDE && columns == SIDE && start.is_none() {
-                return kernel::<P>(runs, packed.as_ptr(), out, self.n, self.onto);
+                return kernel::<P>(runs, narrow, packed.as_ptr(), out, self.n, self.onto);
             }
-            let mut scratch = Scratch([0.0; SIDE * SIDE]);
-            let at = scratch.0.as_mut_ptr();
+            let mut scratch = MaybeUninit::<Scratch>::uninit();
+            let at = scratch.as_mut_ptr().cast::<f32>();
             if self.onto {
                 (0..rows).for_each(|i| at.add(i * SIDE).copy_from_nonoverlapping(out.add(i * self.n), columns));
             }
-            kernel::<P>(runs, packed.as_ptr(), at, SIDE, self.onto);
+            kernel::<P>(runs, narrow, packed.as_ptr(), at, SIDE, self.onto);
             finish(at, (out, self.n), start, rows, columns);
         }
     }

@@ -62,6 +62,11 @@ impl<'a> View<'a> {
         Self::new(Side::B, m.values, 0, (m.columns, m.column_stride), (m.rows, m.row_stride))
     }
 
+    /// Whether the numbers are stored in bf16.
+    pub(super) fn is_narrow(&self) -> bool {
+        matches!(self.values, Values::Bf16(_))
+    }
+
     /// Whether a lane's numbers lie side by side.
     pub(super) fn along_k(&self) -> bool {
         self.k_stride == 1
