@@ -206,10 +206,10 @@ fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
             || {
                 let max = simd::max(z);
                 let sum = match scale {
-                    None => simd::sum(z.len(), |i| simd::exp(z[i] - max)),
+                    None => simd::sum_of(z, |z| simd::exp(z - max)),
                     Some(_) => {
                         z.iter_mut().for_each(|z| *z = simd::exp(*z - max));
-                        simd::sum(z.len(), |i| z[i])
+                        simd::sum_of(z, |z| z)
                     }
                 };
                 if let Some(scale) = scale {

@@ -111,13 +111,15 @@ impl Stored for bf16 {
 /// The same numbers in bf16, rounded to nearest even.
 #[inline(always)]
 pub(super) fn narrow_into(narrow: &mut [bf16], wide: &[f32]) {
-    narrow.iter_mut().zip(wide).for_each(|(narrow, x)| {
-        let bits = x.to_bits();
+    let n = narrow.len().min(wide.len());
+    let (narrow, wide) = (&mut narrow[..n], &wide[..n]);
+    for i in 0..n {
+        let bits = wide[i].to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
         // Rounding could carry a not-a-number into infinity.
-        let bits = if x.is_nan() { bits | 0x0040_0000 } else { rounded };
-        *narrow = bf16::from_bits((bits >> 16) as u16);
-    });
+        let bits = if wide[i].is_nan() { bits | 0x0040_0000 } else { rounded };
+        narrow[i] = bf16::from_bits((bits >> 16) as u16);
+    }
 }
 
 /// What a backward pass keeps of `x`: itself, or a bf16 copy where products are in bf16.

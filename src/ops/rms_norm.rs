@@ -143,15 +143,18 @@ impl RmsNorm {
             vectorized(
                 #[inline(always)]
                 || {
+                    let (wide, weight) = (&mut wide[..c], &weight[..c]);
                     for (row, y) in y.chunks_exact_mut(c).enumerate() {
                         let at = index * rows + row * c;
-                        x.widen_into(at..at + c, &mut wide);
+                        x.widen_into(at..at + c, wide);
                         if let Some(copy) = &mut copy {
-                            bf16::store(&mut copy[row * c..][..c], &wide);
+                            bf16::store(&mut copy[row * c..][..c], wide);
                         }
-                        let s = self.inverse_rms_of(&wide);
-                        (0..c).for_each(|i| wide[i] = wide[i] * s * weight[i]);
-                        Y::store(y, &wide);
+                        let s = self.inverse_rms_of(wide);
+                        for i in 0..c {
+                            wide[i] = wide[i] * s * weight[i];
+                        }
+                        Y::store(y, wide);
                     }
                 },
             );
@@ -168,21 +171,27 @@ impl RmsNorm {
         let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = c.max(1) * ROWS_PER_TASK;
         each(dx.chunks_mut(rows).zip(dy.chunks(rows)).enumerate(), |(index, (dx, dy))| {
-            let mut wide = vec![0.0; c];
+            let (mut wide, mut g) = (vec![0.0; c], vec![0.0; c]);
             vectorized(
                 #[inline(always)]
                 || {
+                    let (wide, g, weight) = (&mut wide[..c], &mut g[..c], &weight[..c]);
                     for (row, (dx, dy)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate() {
                         let at = index * rows + row * c;
-                        x.widen_into(at..at + c, &mut wide);
-                        let s = self.inverse_rms_of(&wide);
-                        let gx = simd::sum(c, |i| dy[i] * weight[i] * wide[i]) as f32;
-                        let along = gx / c as f32 * s * s * s;
-                        match &base {
-                            None => (0..c).for_each(|i| dx[i] = dy[i] * weight[i] * s - wide[i] * along),
-                            Some(base) => {
-                                let base = &base.slice()[at..at + c];
-                                (0..c).for_each(|i| dx[i] = dy[i] * weight[i] * s - wide[i] * along + base[i]);
+                        let (dx, dy) = (&mut dx[..c], &dy[..c]);
+                        x.widen_into(at..at + c, wide);
+                        let s = self.inverse_rms_of(wide);
+                        for i in 0..c {
+                            g[i] = dy[i] * weight[i];
+                        }
+                        let along = simd::dot(g, wide) as f32 / c as f32 * s * s * s;
+                        for i in 0..c {
+                            dx[i] = g[i] * s - wide[i] * along;
+                        }
+                        if let Some(base) = &base {
+                            let base = &base.slice()[at..at + c];
+                            for i in 0..c {
+                                dx[i] += base[i];
                             }
                         }
                     }
@@ -194,6 +203,6 @@ impl RmsNorm {
 
     #[inline(always)]
     fn inverse_rms_of(&self, x: &[f32]) -> f32 {
-        1.0 / (simd::dot(x, x) / x.len() as f32 + self.eps as f32).sqrt()
+        1.0 / (simd::dot(x, x) as f32 / x.len() as f32 + self.eps as f32).sqrt()
     }
 }

@@ -1,7 +1,13 @@
 //! Elementwise arithmetic for whichever vector instructions the processor has.
 //!
 //! `vectorized` compiles a loop once for each instruction set and picks one at run time. The loops hold plain multiplications and
-//! additions in a fixed order (sums in `LANES` partial sums), so every instruction set gives the same bytes.
+//! additions in a fixed order (sums in `LANES` partial sums), so every instruction set gives the same bytes. Loops here and in those who
+//! use this are plain indices over slices of one length, or chunks of a constant one: iterators side by side, or a `Vec` behind a
+//! reference, are compiled number by number.
+
+#![allow(clippy::needless_range_loop)]
+
+use super::product::Number;
 
 /// Partial sums of a reduction: one for each f32 of the widest vector in use.
 const LANES: usize = 16;
@@ -55,35 +61,50 @@ pub(super) fn max(row: &[f32]) -> f32 {
     lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// The sum of `of(i)` over `0..n`, in `LANES` partial sums of f32 by blocks, the blocks in f64.
+/// The sum of `of` of each number, in `LANES` partial sums of f32 by blocks, the blocks in f64.
 #[inline(always)]
-pub(super) fn sum(n: usize, mut of: impl FnMut(usize) -> f32) -> f64 {
+pub(super) fn sum_of(row: &[f32], of: impl Fn(f32) -> f32) -> f64 {
     let mut total = 0.0;
-    let mut start = 0;
-    while start < n {
-        let end = (start + BLOCK).min(n);
-        let whole = start + (end - start) / LANES * LANES;
+    for block in row.chunks(BLOCK) {
+        let (chunks, rest) = block.as_chunks::<LANES>();
         let mut lanes = [0.0f32; LANES];
-        for at in (start..whole).step_by(LANES) {
-            for (lane, slot) in lanes.iter_mut().enumerate() {
-                *slot += of(at + lane);
+        for chunk in chunks {
+            for lane in 0..LANES {
+                lanes[lane] += of(chunk[lane]);
             }
         }
-        for at in whole..end {
-            lanes[at - whole] += of(at);
+        for lane in 0..rest.len() {
+            lanes[lane] += of(rest[lane]);
         }
-        total += lanes.iter().map(|lane| f64::from(*lane)).sum::<f64>();
-        start = end;
+        total += in_f64(&lanes);
     }
     total
 }
 
-/// The sum of products of two rows of one length.
+/// The sum of products of two rows of one length, summed in the same way.
 #[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let n = a.len().min(b.len());
-    let (a, b) = (&a[..n], &b[..n]);
-    sum(n, |i| a[i] * b[i]) as f32
+pub(super) fn dot<T: Number>(a: &[f32], b: &[T]) -> f64 {
+    assert_eq!(a.len(), b.len(), "rows of one length");
+    let mut total = 0.0;
+    for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        let mut lanes = [0.0f32; LANES];
+        for i in 0..a.len() {
+            for lane in 0..LANES {
+                lanes[lane] += a[i][lane] * b[i][lane].widen();
+            }
+        }
+        for lane in 0..a_rest.len() {
+            lanes[lane] += a_rest[lane] * b_rest[lane].widen();
+        }
+        total += in_f64(&lanes);
+    }
+    total
+}
+
+#[inline(always)]
+fn in_f64(lanes: &[f32; LANES]) -> f64 {
+    lanes.iter().map(|lane| f64::from(*lane)).sum()
 }
 
 #[cfg(test)]
@@ -112,11 +133,12 @@ mod tests {
             assert_eq!(
                 vectorized(
                     #[inline(always)]
-                    || sum(n, |i| row[i])
+                    || sum_of(&row, |x| x)
                 ),
                 expected,
                 "sum of {n}"
             );
+            assert_eq!(dot(&row, &vec![1.0f32; n]), expected);
             assert_eq!(max(&row), row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         }
         assert_eq!(dot(&[1.0, 2.0], &[3.0, 4.0]), 11.0);

@@ -192,6 +192,6 @@ impl Attention {
 fn dot<T: Number>(a: &[f32], b: &[T]) -> f32 {
     vectorized(
         #[inline(always)]
-        || simd::sum(a.len(), |i| a[i] * b[i].widen()) as f32,
+        || simd::dot(a, b) as f32,
     )
 }

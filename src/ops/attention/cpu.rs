@@ -194,7 +194,7 @@ pub(super) fn softmax<const L: usize>(scores: &mut [f32], scale: f32, sums: &mut
             let mut total = [0.0f32; L];
             for rows in rows.chunks_mut(KEYS) {
                 let mut sum = [0.0f32; L];
-                for row in rows {
+                for row in rows.iter_mut() {
                     for lane in 0..L {
                         row[lane] = simd::exp(scale * (row[lane] - max[lane]));
                         sum[lane] += row[lane];
@@ -218,7 +218,9 @@ pub(super) fn gradients<const L: usize>(scores: &mut [f32], dp: &mut [f32], lse:
     vectorized(
         #[inline(always)]
         || {
-            for (p, ds) in scores.as_chunks_mut::<L>().0.iter_mut().zip(dp.as_chunks_mut::<L>().0) {
+            let (scores, dp) = (scores.as_chunks_mut::<L>().0, dp.as_chunks_mut::<L>().0);
+            for row in 0..scores.len() {
+                let (p, ds) = (&mut scores[row], &mut dp[row]);
                 for lane in 0..L {
                     p[lane] = simd::exp(scale * p[lane] - lses[lane]);
                     ds[lane] = p[lane] * (ds[lane] - inners[lane]) * scale;
@@ -385,7 +387,7 @@ impl Attention {
                     let of = |head: &Head| query * head.width..query * head.width + d;
                     inners[lane] = vectorized(
                         #[inline(always)]
-                        || simd::dot(&dout.values[of(&dout)], &out.values[of(&out)]),
+                        || simd::dot(&dout.values[of(&dout)], &out.values[of(&out)]) as f32,
                     );
                 }
                 let count = queries.len();

@@ -61,7 +61,11 @@ impl Values<'_> {
         match self {
             Values::F32(values) => wide.copy_from_slice(&values[range]),
             Values::Bf16(values) => {
-                wide.iter_mut().zip(&values[range]).for_each(|(wide, x)| *wide = x.widen());
+                let (values, n) = (&values[range], wide.len());
+                let values = &values[..n];
+                for i in 0..n {
+                    wide[i] = values[i].widen();
+                }
             }
         }
     }

@@ -246,8 +246,8 @@ impl<const P: usize> Pass<'_, P> {
             self.pack(panels.clone(), packed, size);
             let _tiles = Tiles::new();
             for strip in strips {
-                for (panel, packed) in panels.clone().zip(packed.chunks(size)) {
-                    self.tile(strip, panel, packed);
+                for panel in panels.clone() {
+                    self.tile(strip, panel, &packed[(panel - panels.start) * size..][..size]);
                 }
             }
         });
@@ -263,7 +263,8 @@ impl<const P: usize> Pass<'_, P> {
                 let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
                 let planes = if piece.narrow { 1 } else { P };
                 let at = done + (steps.start - piece.steps.start) * planes * PAIR;
-                for (panel, packed) in panels.clone().zip(packed.chunks_mut(size)) {
+                for panel in panels.clone() {
+                    let at = (panel - panels.start) * size + at;
                     let packed = &mut packed[at..][..steps.len() * planes * PAIR];
                     match piece.narrow {
                         true => view.pack::<1>(panel * SIDE, k.clone(), packed),
@@ -308,7 +309,7 @@ impl<const P: usize> Pass<'_, P> {
 
 /// A tile on its way to the result.
 #[repr(align(64))]
-struct Scratch([f32; SIDE * SIDE]);
+struct Scratch(#[allow(dead_code)] [f32; SIDE * SIDE]);
 
 /// out (rows, columns) = a tile + start, `out.1` and `start.1` numbers from row to row.
 ///
