@@ -6,8 +6,8 @@ use rand::RngExt;
 use super::linears::{Linears, NAMES, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Context, Gradients, Linear, LinearInput, LinearSaved, RmsNorm, RmsNormSaved, RopeTables, Segments,
-    SwigluSaved, dropout_mask, swiglu, swiglu_again, swiglu_backward,
+    Attention, AttentionSaved, Branch, Context, FeedForward, FeedForwardSaved, Gradients, Linear, LinearInput, LinearSaved, Part,
+    RmsNorm, RmsNormSaved, RopeTables, Segments, backward_together, dropout_mask,
 };
 use crate::random::{self, Use};
 
@@ -50,8 +50,10 @@ pub(super) struct BlockSaved {
     norm: RmsNormSaved,
     attention: AttentionSaved,
     post_norm: RmsNormSaved,
-    swiglu: SwigluSaved,
-    linears: Linears<LinearSaved>,
+    feed_forward: FeedForwardSaved,
+    /// Of q, k and v.
+    qkv: [LinearSaved; 3],
+    o: LinearSaved,
 }
 
 impl BlockSaved {
@@ -78,15 +80,28 @@ impl Block {
         let (x1, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &LinearInput::new(pass.context, mixed)?, Some(x))?;
         let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
         let h = LinearInput::new(pass.context, h)?;
-        let (gate, gate_proj) = self.apply(pass, &l.gate_proj, NAMES.gate_proj, &h, None)?;
-        let (up, up_proj) = self.apply(pass, &l.up_proj, NAMES.up_proj, &h, None)?;
-        drop(h);
-        let (inner, swiglu) = swiglu(pass.context, &gate, &up)?;
-        drop((gate, up));
-        let (y, down_proj) =
-            self.apply(pass, &l.down_proj, NAMES.down_proj, &LinearInput::new(pass.context, inner)?, Some(&x1))?;
-        let linears = Linears { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj };
-        Ok((y, BlockSaved { norm, attention, post_norm, swiglu, linears }))
+        let masks = |part: Part, x: &LinearInput| {
+            let (linear, name) = match part {
+                Part::Gate => (&l.gate_proj, NAMES.gate_proj),
+                Part::Up => (&l.up_proj, NAMES.up_proj),
+                Part::Down => (&l.down_proj, NAMES.down_proj),
+            };
+            self.mask(pass, linear, name, x)
+        };
+        let through = Needs::of(&self.trains(), false).gate;
+        let dropout = pass.dropout.is_some().then_some(&masks as _);
+        let (y, feed_forward) = self.feed_forward().forward(pass.context, h, dropout, &x1, through)?;
+        Ok((y, BlockSaved { norm, attention, post_norm, feed_forward, qkv: [q_proj, k_proj, v_proj], o: o_proj }))
+    }
+
+    fn feed_forward(&self) -> FeedForward<'_> {
+        let l = &self.linears;
+        FeedForward { gate: &l.gate_proj, up: &l.up_proj, down: &l.down_proj }
+    }
+
+    /// Which layers hold trained values.
+    fn trains(&self) -> Linears<bool> {
+        self.linears.map(Linear::keeps_input)
     }
 
     /// dy (N, C) -> dx (N, C) where `input_gradient`. Ends as soon as nothing before is trained.
@@ -98,39 +113,37 @@ impl Block {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let trains = self.linears.try_map(|linear| Ok(linear.keeps_input()))?;
+        let trains = self.trains();
         let needs = Needs::of(&trains, input_gradient);
-        let (context, l, s) = (pass.context, &self.linears, &saved.linears);
-        let inner = trains.down_proj.then(|| swiglu_again(context, &saved.swiglu)).transpose()?;
-        let down = (inner.as_ref(), &s.down_proj);
-        let Some(d_inner) = l.down_proj.backward(context, dy, down, (needs.gate, None), gradients)? else { return Ok(None) };
-        drop(inner);
-        let (d_gate, d_up) = swiglu_backward(context, &d_inner, &saved.swiglu)?;
-        drop(d_inner);
-        let h = (trains.gate_proj || trains.up_proj).then(|| self.post_attention_layernorm.again(context, &saved.post_norm));
-        let h = h.transpose()?;
-        let (gate, up) = ((h.as_ref(), &s.gate_proj), (h.as_ref(), &s.up_proj));
-        let dh = l.gate_proj.backward(context, &d_gate, gate, (needs.attention, None), gradients)?;
-        drop(d_gate);
-        let Some(dh) = l.up_proj.backward(context, &d_up, up, (needs.attention, dh.as_ref()), gradients)? else {
-            return Ok(None);
+        let (context, l) = (pass.context, &self.linears);
+        let again = |norm: &RmsNorm, saved: &RmsNormSaved, wanted: bool| -> Result<Option<LinearInput>> {
+            wanted.then(|| LinearInput::new(context, norm.again(context, saved)?)).transpose()
         };
-        drop((d_up, h));
+        let h = again(&self.post_attention_layernorm, &saved.post_norm, trains.gate_proj || trains.up_proj)?;
+        let (kept, wanted) = ((h.as_ref(), &saved.feed_forward), (needs.gate, needs.attention));
+        let Some(dh) = self.feed_forward().backward(context, dy, kept, wanted, gradients)? else { return Ok(None) };
+        drop(h);
         let dx1 = self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, Some(dy), gradients)?;
         drop(dh);
-        let o = (Some(saved.attention.output()), &s.o_proj);
+        let o = (Some(saved.attention.output()), &saved.o);
         let Some(d_mixed) = l.o_proj.backward(context, &dx1, o, (needs.qkv, None), gradients)? else { return Ok(None) };
         let (dq, dk, dv) = self.attention.backward(context, &d_mixed, &saved.attention, pass.segments)?;
         drop(d_mixed);
         let rotated = (dq, dk);
         let (dq, dk) = (pass.rope.backward(context, &rotated.0)?, pass.rope.backward(context, &rotated.1)?);
         drop(rotated);
-        let h = (trains.q_proj || trains.k_proj || trains.v_proj).then(|| self.input_layernorm.again(context, &saved.norm));
-        let h = h.transpose()?;
-        let (q, k, v) = ((h.as_ref(), &s.q_proj), (h.as_ref(), &s.k_proj), (h.as_ref(), &s.v_proj));
-        let dh = l.q_proj.backward(context, &dq, q, (needs.input, None), gradients)?;
-        let dh = l.k_proj.backward(context, &dk, k, (needs.input, dh.as_ref()), gradients)?;
-        let Some(dh) = l.v_proj.backward(context, &dv, v, (needs.input, dh.as_ref()), gradients)? else { return Ok(None) };
+        let h = again(&self.input_layernorm, &saved.norm, trains.q_proj || trains.k_proj || trains.v_proj)?;
+        let input = |dy: Tensor| LinearInput::new(context, dy);
+        let (dq, dk, dv) = (input(dq)?, input(dk)?, input(dv)?);
+        let [q, k, v] = &saved.qkv;
+        let branches = [
+            Branch { linear: &l.q_proj, dy: &dq, saved: q },
+            Branch { linear: &l.k_proj, dy: &dk, saved: k },
+            Branch { linear: &l.v_proj, dy: &dv, saved: v },
+        ];
+        let Some(dh) = backward_together(context, &branches, h.as_ref(), (needs.input, None), gradients)? else {
+            return Ok(None);
+        };
         Ok(Some(self.input_layernorm.backward(context, &dh, &saved.norm, Some(&dx1), gradients)?))
     }
 
@@ -143,14 +156,13 @@ impl Block {
         x: &LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let mask = match pass.dropout {
-            Some(dropout) if linear.lora.is_some() => Some(self.mask(pass, dropout, name, x.tensor())?),
-            _ => None,
-        };
-        linear.forward_prepared(pass.context, x, mask, base)
+        linear.forward_prepared(pass.context, x, self.mask(pass, linear, name, x)?, base)
     }
 
-    fn mask(&self, pass: Pass<'_>, dropout: Dropout<'_>, name: &str, x: &Tensor) -> Result<Tensor> {
+    /// What a layer's adapter's input is multiplied by, where there is dropout.
+    fn mask(&self, pass: Pass<'_>, linear: &Linear, name: &str, x: &LinearInput) -> Result<Option<Tensor>> {
+        let Some(dropout) = pass.dropout.filter(|_| linear.lora.is_some()) else { return Ok(None) };
+        let x = x.tensor()?;
         let width = x.dims2()?.1;
         let path = format!("{}.{name}", self.path);
         let mut u = Vec::with_capacity(x.elem_count());
@@ -158,6 +170,6 @@ impl Block {
             let mut stream = random::stream(dropout.seed, Use::Dropout, &[dropout.step, *example], &path);
             u.extend((0..range.len() * width).map(|_| stream.random::<f32>()));
         }
-        dropout_mask(u, dropout.p, x)
+        Ok(Some(dropout_mask(u, dropout.p, x)?))
     }
 }

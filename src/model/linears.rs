@@ -33,6 +33,20 @@ pub const NAMES: Linears<&str> = Linears {
 };
 
 impl<T> Linears<T> {
+    /// One value for each.
+    pub fn map<U>(&self, f: impl Fn(&T) -> U) -> Linears<U> {
+        let Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj } = self;
+        Linears {
+            q_proj: f(q_proj),
+            k_proj: f(k_proj),
+            v_proj: f(v_proj),
+            o_proj: f(o_proj),
+            gate_proj: f(gate_proj),
+            up_proj: f(up_proj),
+            down_proj: f(down_proj),
+        }
+    }
+
     /// One result for each, in model order.
     pub fn try_map<U>(&self, mut f: impl FnMut(&T) -> Result<U>) -> Result<Linears<U>> {
         Ok(Linears {

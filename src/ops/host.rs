@@ -179,6 +179,16 @@ pub(super) fn expect(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()>
         .rule(format!("{shape:?}")))
 }
 
+/// The same of what is no tensor.
+pub(super) fn expect_shape(name: &str, found: (usize, usize), shape: (usize, usize)) -> Result<()> {
+    if found == shape {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Tensor, format!("`{name}` has a shape that its op cannot take"))
+        .value(format!("{found:?}"))
+        .rule(format!("{shape:?}")))
+}
+
 /// Rows a parallel task takes at least: below this a task costs more than it saves.
 pub(super) const ROWS_PER_TASK: usize = 16;
 

@@ -5,8 +5,8 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::host::{Host, ROWS_PER_TASK, expect, f32_contiguous, restored, tensor, uninitialized};
-use super::product::{Left, Matrix, Prepared, Start, Term, product, product_of_few, products};
+use super::host::{Host, ROWS_PER_TASK, expect, expect_shape, f32_contiguous, restored, tensor, uninitialized};
+use super::product::{Left, Matrix, Prepared, Start, Term, product, product_by, product_of_few, products};
 use super::residual::residual_cost;
 use super::team::each;
 use super::{Context, Gradients, Weight, matmul};
@@ -35,35 +35,78 @@ pub struct Linear {
     pub lora: Option<Lora>,
 }
 
-/// What linear layers multiply, prepared once for all that read it.
+/// What linear layers multiply, x or dy, prepared once for all that read it.
 pub struct LinearInput {
     /// (N, in).
-    x: Tensor,
+    shape: (usize, usize),
+    /// None where only the packed form was made.
+    x: Option<Tensor>,
     prepared: Prepared,
 }
 
 impl LinearInput {
     /// x (N, in).
     pub fn new(context: Context<'_>, x: Tensor) -> Result<Self> {
-        let (n, i) = x.dims2()?;
+        let shape = x.dims2()?;
         if !context.fused(&x) {
-            return Ok(Self { x, prepared: Prepared::default() });
+            return Ok(Self { shape, x: Some(x), prepared: Prepared::default() });
         }
         let x = x.contiguous()?;
-        let prepared = Prepared::new(context.precision, &Host::open_any(&x)?.matrix(n, i));
+        let prepared = Prepared::new(context.precision, &Host::open_any(&x)?.matrix(shape.0, shape.1));
         // Where nothing was packed it is read as f32, by every layer.
-        let x = if prepared.is_empty() { restored(context, &x)? } else { x };
-        Ok(Self { x, prepared })
+        let x = if prepared.packed().is_none() { restored(context, &x)? } else { x };
+        Ok(Self { shape, x: Some(x), prepared })
+    }
+
+    /// What was packed, and nothing else.
+    pub(super) fn packed(shape: (usize, usize), prepared: Prepared) -> Self {
+        Self { shape, x: None, prepared }
+    }
+
+    /// N.
+    pub(super) fn rows(&self) -> usize {
+        self.shape.0
+    }
+
+    /// Its packed form, where there is one.
+    pub(super) fn prepared(&self) -> &Prepared {
+        &self.prepared
     }
 
     /// x (N, in), in whatever type layers read it.
-    pub fn tensor(&self) -> &Tensor {
-        &self.x
+    pub fn tensor(&self) -> Result<&Tensor> {
+        self.x.as_ref().ok_or_else(only_packed)
+    }
+
+    fn host(&self) -> Result<Option<Host<'_>>> {
+        self.x.as_ref().map(Host::open_any).transpose()
+    }
+
+    /// As the left side of products; `host` is its own.
+    pub(super) fn left<'a>(&self, host: &'a Option<Host<'_>>) -> Result<Left<'a>> {
+        let (rows, columns) = self.shape;
+        match Left::prepared(rows, columns, &self.prepared) {
+            Some(left) => Ok(left),
+            None => Ok(Left::of(host.as_ref().ok_or_else(only_packed)?.matrix(rows, columns), Prepared::default())),
+        }
+    }
+
+    /// The rows of an adapter, (r, N), times this.
+    fn product_of_few(&self, precision: Precision, few: Matrix<'_>) -> Result<Vec<f32>> {
+        let (rows, columns) = self.shape;
+        if let Some(packed) = self.prepared.packed() {
+            return Ok(product_by(few, packed, columns));
+        }
+        Ok(product_of_few(precision, few, Host::open_any(self.tensor()?)?.matrix(rows, columns)))
     }
 }
 
+fn only_packed() -> Error {
+    Error::new(Kind::Tensor, "only the packed form of these numbers was made")
+}
+
 /// What `backward` needs of a forward pass beside its input: the adapter's mask (where there is dropout) and masked input times A, (N, r).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct LinearSaved {
     low: Option<Low>,
 }
@@ -178,16 +221,18 @@ impl Linear {
         mask: Option<Tensor>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let x = &input.x;
-        let shape = self.shape(x.dims2()?.0, mask.is_some())?;
-        expect("x", x, &[shape.tokens, shape.in_features])?;
+        let shape = self.shape(input.shape.0, mask.is_some())?;
+        self.expect_input(input)?;
         context.tally.add(shape.forward_cost(context.precision));
         count_base(context, base, &[shape.tokens, shape.out_features])?;
-        if context.fused(x) {
-            self.forward_cpu(context, input, mask, base)
-        } else {
-            self.forward_reference(context, x, mask, base)
+        match &input.x {
+            Some(x) if !context.fused(x) => self.forward_reference(context, x, mask, base),
+            _ => self.forward_cpu(context, input, mask, base),
         }
+    }
+
+    pub(super) fn expect_input(&self, x: &LinearInput) -> Result<()> {
+        expect_shape("x", x.shape, (x.shape.0, self.weight.tensor.dims2()?.1))
     }
 
     /// dy (N, out) and the forward pass's x (where `keeps_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
@@ -200,19 +245,14 @@ impl Linear {
         (input_gradient, base): (bool, Option<&Tensor>),
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
-        let shape = self.shape(dy.dims2()?.0, dropout)?;
-        expect("dy", dy, &[shape.tokens, shape.out_features])?;
-        x.map_or(Ok(()), |x| expect("x", x, &[shape.tokens, shape.in_features]))?;
-        context.tally.add(shape.backward_cost(context.precision, input_gradient));
-        if input_gradient {
-            count_base(context, base, &[shape.tokens, shape.in_features])?;
-        }
-        if self.keeps_input() && x.is_none() {
-            return Err(Error::new(Kind::Tensor, "a linear layer that is trained needs its input in the backward pass"));
-        }
-        let pass = Backward { linear: self, context, dy, x, saved, base: base.filter(|_| input_gradient), input_gradient };
-        if context.fused(dy) { pass.cpu(gradients) } else { pass.reference(gradients) }
+        let dy = LinearInput::new(context, dy.clone())?;
+        let x = x.map(|x| LinearInput::new(context, x.clone())).transpose()?;
+        let branch = Branch { linear: self, dy: &dy, saved };
+        backward_together(context, &[branch], x.as_ref(), (input_gradient, base), gradients)
+    }
+
+    pub(super) fn expect_gradient(&self, dy: &LinearInput) -> Result<()> {
+        expect_shape("dy", dy.shape, (dy.shape.0, self.weight.tensor.dims2()?.0))
     }
 
     fn forward_reference(
@@ -240,33 +280,22 @@ impl Linear {
     }
 
     /// W and the adapter in one pass over y: the adapter lengthens the sum by r.
-    fn forward_cpu<'a>(
-        &'a self,
+    fn forward_cpu(
+        &self,
         context: Context<'_>,
         input: &LinearInput,
         mask: Option<Tensor>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let x = &input.x;
-        let ((n, _), (o, i), precision) = (x.dims2()?, self.weight.tensor.dims2()?, context.precision);
-        let (x_host, w) = (Host::open_any(x)?, Host::open_any(&self.weight.tensor)?);
-        let left = Left::of(x_host.matrix(n, i), input.prepared.clone());
-        let through = |lora: &'a Lora| -> Result<_> {
-            let (r, a, b) = (lora.a.tensor.dim(0)?, Host::open_any(&lora.a.tensor)?, Host::open_any(&lora.b.tensor)?);
-            let xa = match &mask {
-                None => products(&[Term { a: &left, b: a.matrix(r, i).t() }], Start::Zero),
-                Some(_) => {
-                    let input = masked(x, mask.as_ref())?;
-                    let input = Host::open_any(&input)?;
-                    product(precision, input.matrix(n, i), a.matrix(r, i).t())
-                }
-            };
-            let scaled: Vec<f32> = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
-            Ok((tensor(xa, (n, r))?, scaled, b, r))
-        };
-        let adapter = self.lora.as_ref().map(through).transpose()?;
-        let low =
-            adapter.as_ref().map(|(_, scaled, b, r)| (Left::new(precision, Matrix::of(scaled, n, *r)), b.matrix(o, *r).t()));
+        let ((n, _), (o, i), precision) = (input.shape, self.weight.tensor.dims2()?, context.precision);
+        let (host, w) = (input.host()?, Host::open_any(&self.weight.tensor)?);
+        let left = input.left(&host)?;
+        let adapter = self.low(context, input, &left, mask)?;
+        let b = self.lora.as_ref().map(|lora| Host::open_any(&lora.b.tensor)).transpose()?;
+        let low = adapter.as_ref().zip(b.as_ref()).map(|((_, scaled), b)| {
+            let r = scaled.len() / n.max(1);
+            (Left::new(precision, Matrix::of(scaled, n, r)), b.matrix(o, r).t())
+        });
         let mut terms = vec![Term { a: &left, b: w.matrix(o, i).t() }];
         terms.extend(low.as_ref().map(|(a, b)| Term { a, b: *b }));
         let bias = self.bias.as_ref().map(|bias| f32_contiguous(&bias.tensor)).transpose()?;
@@ -282,31 +311,101 @@ impl Linear {
             y = y.broadcast_add(bias)?;
         }
         drop(terms);
-        let low = adapter.map(|(xa, ..)| Low { mask, xa });
-        Ok((y, LinearSaved { low }))
+        Ok((y, adapter.map_or(LinearSaved { low: None }, |(saved, _)| saved)))
+    }
+
+    /// The adapter's first half, where there is one: what its backward pass needs, and `scaling` times masked x A^T, (N, r).
+    pub(super) fn low(
+        &self,
+        context: Context<'_>,
+        input: &LinearInput,
+        left: &Left<'_>,
+        mask: Option<Tensor>,
+    ) -> Result<Option<(LinearSaved, Vec<f32>)>> {
+        let Some(lora) = &self.lora else { return Ok(None) };
+        let ((n, i), (r, _), a) = (input.shape, lora.a.tensor.dims2()?, Host::open_any(&lora.a.tensor)?);
+        let xa = match &mask {
+            None => products(&[Term { a: left, b: a.matrix(r, i).t() }], Start::Zero),
+            Some(_) => {
+                let x = masked(input.tensor()?, mask.as_ref())?;
+                product(context.precision, Host::open_any(&x)?.matrix(n, i), a.matrix(r, i).t())
+            }
+        };
+        let scaled = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
+        Ok(Some((LinearSaved { low: Some(Low { mask, xa: tensor(xa, (n, r))? }) }, scaled)))
     }
 }
 
-/// One backward pass.
-struct Backward<'a> {
-    linear: &'a Linear,
-    context: Context<'a>,
-    dy: &'a Tensor,
-    x: Option<&'a Tensor>,
-    saved: &'a LinearSaved,
-    base: Option<&'a Tensor>,
-    input_gradient: bool,
+/// One of the layers that read an input: what its backward pass starts from.
+#[derive(Clone, Copy)]
+pub struct Branch<'a> {
+    /// The layer.
+    pub linear: &'a Linear,
+    /// (N, out).
+    pub dy: &'a LinearInput,
+    /// What its forward pass kept.
+    pub saved: &'a LinearSaved,
 }
 
-impl Backward<'_> {
-    fn reference(&self, gradients: &mut Gradients) -> Result<Option<Tensor>> {
-        let (context, dy, weight) = (self.context, self.dy, &self.linear.weight);
-        let mut dx = self.input_gradient.then(|| matmul(context, dy, &weight.tensor)).transpose()?;
-        if let (true, Some(x)) = (weight.is_trained(), self.x) {
+/// The backward passes of layers that read one input x: dx (N, in) where `input_gradient`, the sum of theirs, added to `base` (N, in) where
+/// there is one; the gradients of what is trained go to `gradients`.
+pub fn backward_together(
+    context: Context<'_>,
+    branches: &[Branch<'_>],
+    x: Option<&LinearInput>,
+    (input_gradient, base): (bool, Option<&Tensor>),
+    gradients: &mut Gradients,
+) -> Result<Option<Tensor>> {
+    for (index, Branch { linear, dy, saved }) in branches.iter().enumerate() {
+        let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
+        let shape = linear.shape(dy.shape.0, dropout)?;
+        expect_shape("dy", dy.shape, (shape.tokens, shape.out_features))?;
+        x.map_or(Ok(()), |x| expect_shape("x", x.shape, (shape.tokens, shape.in_features)))?;
+        context.tally.add(shape.backward_cost(context.precision, input_gradient));
+        match (input_gradient, index) {
+            (false, _) => {}
+            (true, 0) => count_base(context, base, &[shape.tokens, shape.in_features])?,
+            (true, _) => context.tally.add(residual_cost(shape.tokens, shape.in_features)),
+        }
+        if linear.keeps_input() && x.is_none() {
+            return Err(Error::new(Kind::Tensor, "a linear layer that is trained needs its input in the backward pass"));
+        }
+    }
+    let reference = branches.first().and_then(|branch| branch.dy.x.as_ref()).is_some_and(|dy| !context.fused(dy));
+    if !reference {
+        let lows = branches.iter().map(|branch| branch.parameters(context, x, gradients)).collect::<Result<Vec<_>>>()?;
+        return input_gradient.then(|| input_gradients(context, branches, &lows, base)).transpose();
+    }
+    let mut sum = base.cloned();
+    for branch in branches {
+        let dx = branch.reference(context, x, input_gradient, gradients)?;
+        sum = match (dx, sum) {
+            (Some(dx), Some(sum)) => Some((dx + sum)?),
+            (dx, _) => dx,
+        };
+    }
+    Ok(sum)
+}
+
+/// `scaling` times dy B, (N, r).
+pub(super) type DLow = Option<Vec<f32>>;
+
+impl Branch<'_> {
+    fn reference(
+        &self,
+        context: Context<'_>,
+        x: Option<&LinearInput>,
+        input_gradient: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let (dy, weight) = (self.dy.tensor()?, &self.linear.weight);
+        let x = x.map(LinearInput::tensor).transpose()?;
+        let mut dx = input_gradient.then(|| matmul(context, dy, &weight.tensor)).transpose()?;
+        if let (true, Some(x)) = (weight.is_trained(), x) {
             gradients.add(weight, matmul(context, &dy.t()?, x)?)?;
         }
         self.bias(gradients)?;
-        if let (Some(lora), Some(low), Some(x)) = (&self.linear.lora, &self.saved.low, self.x) {
+        if let (Some(lora), Some(low), Some(x)) = (&self.linear.lora, &self.saved.low, x) {
             let d_low = (matmul(context, dy, &lora.b.tensor)? * lora.scaling)?; // (N, r)
             gradients.add(&lora.b, (matmul(context, &dy.t()?, &low.xa)? * lora.scaling)?)?;
             gradients.add(&lora.a, matmul(context, &d_low.t()?, &masked(x, low.mask.as_ref())?)?)?;
@@ -315,65 +414,96 @@ impl Backward<'_> {
                 dx = Some((sum + through)?);
             }
         }
-        match (dx, self.base) {
-            (Some(dx), Some(base)) => Ok(Some((dx + base)?)),
-            (dx, _) => Ok(dx),
-        }
+        Ok(dx)
     }
 
-    fn cpu(&self, gradients: &mut Gradients) -> Result<Option<Tensor>> {
-        let ((n, o), (_, i)) = (self.dy.dims2()?, self.linear.weight.tensor.dims2()?);
-        let dy = self.dy.contiguous()?;
-        let (dy, w) = (Host::open_any(&dy)?, Host::open_any(&self.linear.weight.tensor)?);
-        let (precision, left) = (self.context.precision, Left::new(self.context.precision, dy.matrix(n, o)));
-        let x = self.x.map(Tensor::contiguous).transpose()?;
-        if let (true, Some(x)) = (self.linear.weight.is_trained(), &x) {
-            let x = Host::open_any(x)?;
+    /// The gradients of what is trained.
+    fn parameters(&self, context: Context<'_>, x: Option<&LinearInput>, gradients: &mut Gradients) -> Result<DLow> {
+        if let (true, Some(x)) = (self.linear.weight.is_trained(), x) {
+            let (precision, (n, o)) = (context.precision, self.dy.shape);
+            let (i, dy, x) = (x.shape.1, Host::open_any(self.dy.tensor()?)?, Host::open_any(x.tensor()?)?);
             let dw = product(precision, dy.matrix(n, o).t(), x.matrix(n, i));
             gradients.add(&self.linear.weight, tensor(dw, (o, i))?)?;
         }
         self.bias(gradients)?;
-        let (mut d_low, mut mask) = (None, None);
-        if let (Some(lora), Some(low), Some(x)) = (&self.linear.lora, &self.saved.low, &x) {
-            let (r, scaling) = (low.xa.dims2()?.1, lora.scaling as f32);
-            let (b, xa) = (Host::open_any(&lora.b.tensor)?, Host::open(&low.xa)?);
-            let mut d = products(&[Term { a: &left, b: b.matrix(o, r) }], Start::Zero);
-            d.iter_mut().for_each(|d| *d *= scaling);
-            // dB by its transpose: rows of r, so that B's long side lies along the vectors.
-            let db = product_of_few(precision, xa.matrix(n, r).t(), dy.matrix(n, o));
-            gradients.add(&lora.b, tensor(transposed(&db, (r, o), scaling), (o, r))?)?;
-            let x = masked(x, low.mask.as_ref())?;
-            let x = Host::open_any(&x)?;
-            let da = product_of_few(precision, Matrix::of(&d, n, r).t(), x.matrix(n, i));
-            gradients.add(&lora.a, tensor(da, (r, i))?)?;
-            (d_low, mask) = (Some((d, r, Host::open_any(&lora.a.tensor)?)), low.mask.as_ref());
-        }
-        if !self.input_gradient {
-            return Ok(None);
-        }
-        let low = d_low.as_ref().map(|(d, r, a)| (Left::new(precision, Matrix::of(d, n, *r)), a.matrix(*r, i)));
-        let through = low.as_ref().map(|(a, b)| Term { a, b: *b });
-        let mut terms = vec![Term { a: &left, b: w.matrix(o, i) }];
-        terms.extend(through.filter(|_| mask.is_none()));
-        let base = self.base.map(Tensor::contiguous).transpose()?;
-        let base = base.as_ref().map(Host::open).transpose()?;
-        let dx = products(&terms, base.as_ref().map_or(Start::Zero, |base| Start::Matrix(base.slice())));
-        let dx = tensor(dx, (n, i))?;
-        match (through, mask) {
-            (Some(through), Some(mask)) => {
-                let through = tensor(products(&[through], Start::Zero), (n, i))?;
-                Ok(Some((dx + (through * mask)?)?))
+        let (Some(x), Some(d_low)) = (x, self.outer_gradient(context, gradients)?) else { return Ok(None) };
+        self.inner_gradient(context, x, &d_low, gradients)?;
+        Ok(Some(d_low))
+    }
+
+    /// dB, where there is an adapter; returns `scaling` times dy B, (N, r).
+    pub(super) fn outer_gradient(&self, context: Context<'_>, gradients: &mut Gradients) -> Result<DLow> {
+        let (Some(lora), Some(low)) = (&self.linear.lora, &self.saved.low) else { return Ok(None) };
+        let ((n, o), (_, r), scaling) = (self.dy.shape, low.xa.dims2()?, lora.scaling as f32);
+        let (b, xa, host) = (Host::open_any(&lora.b.tensor)?, Host::open(&low.xa)?, self.dy.host()?);
+        let mut d_low = products(&[Term { a: &self.dy.left(&host)?, b: b.matrix(o, r) }], Start::Zero);
+        d_low.iter_mut().for_each(|d| *d *= scaling);
+        // By its transpose: rows of r, so that B's long side lies along the vectors.
+        let db = self.dy.product_of_few(context.precision, xa.matrix(n, r).t())?;
+        gradients.add(&lora.b, tensor(transposed(&db, (r, o), scaling), (o, r))?)?;
+        Ok(Some(d_low))
+    }
+
+    /// dA, from the layer's input and what `outer_gradient` returned.
+    pub(super) fn inner_gradient(
+        &self,
+        context: Context<'_>,
+        x: &LinearInput,
+        d_low: &[f32],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let (Some(lora), Some(low), (n, i)) = (&self.linear.lora, &self.saved.low, x.shape) else { return Ok(()) };
+        let r = d_low.len() / n.max(1);
+        let few = Matrix::of(d_low, n, r).t();
+        let da = match &low.mask {
+            None => x.product_of_few(context.precision, few)?,
+            Some(mask) => {
+                let x = masked(x.tensor()?, Some(mask))?;
+                product_of_few(context.precision, few, Host::open_any(&x)?.matrix(n, i))
             }
-            _ => Ok(Some(dx)),
-        }
+        };
+        gradients.add(&lora.a, tensor(da, (r, i))?)
     }
 
     fn bias(&self, gradients: &mut Gradients) -> Result<()> {
         match self.linear.bias.as_ref().filter(|bias| bias.is_trained()) {
-            Some(bias) => gradients.add(bias, self.dy.to_dtype(DType::F32)?.sum(0)?),
+            Some(bias) => gradients.add(bias, self.dy.tensor()?.to_dtype(DType::F32)?.sum(0)?),
             None => Ok(()),
         }
     }
+}
+
+/// The sum of the layers' dx, in one sum of products; what went through a dropout mask is added after it.
+fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow], base: Option<&Tensor>) -> Result<Tensor> {
+    let (n, precision) = (branches[0].dy.shape.0, context.precision);
+    let hosts = branches.iter().map(|branch| Ok((branch.dy.host()?, Host::open_any(&branch.linear.weight.tensor)?)));
+    let hosts = hosts.collect::<Result<Vec<_>>>()?;
+    let loras = branches.iter().map(|branch| branch.linear.lora.as_ref());
+    let factors = loras.map(|lora| lora.map(|lora| Host::open_any(&lora.a.tensor)).transpose()).collect::<Result<Vec<_>>>()?;
+    let i = branches[0].linear.weight.tensor.dims2()?.1;
+    let mut lefts = Vec::new();
+    for ((branch, (dy, _)), d_low) in branches.iter().zip(&hosts).zip(lows) {
+        let low = d_low.as_ref().map(|d_low| Left::new(precision, Matrix::of(d_low, n, d_low.len() / n.max(1))));
+        lefts.push((branch.dy.left(dy)?, low));
+    }
+    let (mut terms, mut apart) = (Vec::new(), Vec::new());
+    for (index, (dy, low)) in lefts.iter().enumerate() {
+        let Branch { linear, saved, .. } = &branches[index];
+        terms.push(Term { a: dy, b: hosts[index].1.matrix(linear.weight.tensor.dims2()?.0, i) });
+        let (Some(low), Some(a), Some(d_low)) = (low, &factors[index], &lows[index]) else { continue };
+        let term = Term { a: low, b: a.matrix(d_low.len() / n.max(1), i) };
+        match saved.low.as_ref().and_then(|low| low.mask.as_ref()) {
+            None => terms.push(term),
+            Some(mask) => apart.push((term, mask)),
+        }
+    }
+    let base = base.map(Tensor::contiguous).transpose()?;
+    let base = base.as_ref().map(Host::open).transpose()?;
+    let mut dx = tensor(products(&terms, base.as_ref().map_or(Start::Zero, |base| Start::Matrix(base.slice()))), (n, i))?;
+    for (term, mask) in apart {
+        dx = (dx + (tensor(products(&[term], Start::Zero), (n, i))? * mask)?)?;
+    }
+    Ok(dx)
 }
 
 /// Counts the addition of a `base` and refuses one of another shape.

@@ -9,6 +9,7 @@ mod adamw;
 mod attention;
 mod cross_entropy;
 mod embedding;
+mod feed_forward;
 mod host;
 mod linear;
 mod parameters;
@@ -25,13 +26,14 @@ pub use adamw::{AdamW, adamw_cost};
 pub use attention::{Attention, AttentionSaved, attention_backward_cost, attention_decode_cost, attention_forward_cost};
 pub use cross_entropy::{Head, HeadShape};
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
-pub use linear::{Linear, LinearInput, LinearSaved, LinearShape, Lora, dropout_mask};
+pub use feed_forward::{FeedForward, FeedForwardSaved, Masks, Part};
+pub use linear::{Branch, Linear, LinearInput, LinearSaved, LinearShape, Lora, backward_together, dropout_mask};
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;
-pub use swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward, swiglu_backward_cost, swiglu_cost};
+pub use swiglu::{swiglu, swiglu_backward_cost, swiglu_cost};
 
 use candle_core::{DType, Tensor};
 

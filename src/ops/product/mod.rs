@@ -129,7 +129,7 @@ enum Form<'a> {
     Packed(Arc<amx::Packed>),
 }
 
-/// A packed for tile registers, where that is done: for all products of one input.
+/// A packed for tile registers, where that is done: for all products of one matrix.
 #[derive(Clone, Default)]
 pub(super) struct Prepared(Option<Arc<amx::Packed>>);
 
@@ -139,9 +139,14 @@ impl Prepared {
         Self::with(best(), precision, a)
     }
 
-    /// Whether nothing was packed.
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_none()
+    /// What was packed already.
+    pub(super) fn of(packed: Option<amx::Packed>) -> Self {
+        Self(packed.map(Arc::new))
+    }
+
+    /// What was packed.
+    pub(super) fn packed(&self) -> Option<&amx::Packed> {
+        self.0.as_deref()
     }
 
     fn with(isa: &Isa, precision: Precision, a: &Matrix<'_>) -> Self {
@@ -158,6 +163,11 @@ impl<'a> Left<'a> {
     /// The same for a given instruction set.
     pub(super) fn with(isa: &Isa, precision: Precision, a: Matrix<'a>) -> Self {
         Self::of(a, Prepared::with(isa, precision, &a))
+    }
+
+    /// (rows, columns) that were packed before.
+    pub(super) fn prepared(rows: usize, columns: usize, prepared: &Prepared) -> Option<Self> {
+        prepared.0.clone().map(|packed| Self { rows, columns, form: Form::Packed(packed) })
     }
 
     /// The same where it was packed before.
@@ -204,6 +214,15 @@ pub(super) fn product_of_few(precision: Precision, a: Matrix<'_>, b: Matrix<'_>)
     let few = precision == Precision::F32 && a.rows < FEW;
     let left = if few { Left::of(a, Prepared::default()) } else { Left::new(precision, a) };
     products(&[Term { a: &left, b }], Start::Zero)
+}
+
+/// a times the rows of what was packed as A: (m, `columns`).
+pub(super) fn product_by(a: Matrix<'_>, b: &amx::Packed, columns: usize) -> Vec<f32> {
+    issue(1, a.rows, columns, a.columns);
+    // SAFETY: the product writes every number.
+    let mut out = unsafe { uninitialized(a.rows * columns) };
+    amx::product_by(&a, b, &mut out);
+    out
 }
 
 /// The sum by a given instruction set, which every A was prepared for.

@@ -8,12 +8,16 @@ pub(super) fn permitted() -> bool {
 }
 
 /// As `amx::Packed`, of which there is none.
-pub(super) enum Packed {}
+pub(in crate::ops) enum Packed {}
 
 impl Packed {
     pub(super) fn new(_: &Matrix<'_>, _: Precision) -> Option<Self> {
         None
     }
+}
+
+pub(super) fn product_by(_: &Matrix<'_>, b: &Packed, _: &mut [f32]) {
+    match *b {}
 }
 
 pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], _: Start<'_>, _: &mut [f32]) {

@@ -7,6 +7,7 @@
 mod kernel;
 mod pack;
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -15,6 +16,7 @@ use std::sync::OnceLock;
 use self::kernel::{DEPTH, Line, PAIR, Runs, kernel};
 pub(in crate::ops) use self::kernel::{SIDE, Tiles};
 pub(in crate::ops) use self::pack::{Side, View};
+use self::pack::{pack_block, turn, widen_block};
 use super::{Matrix, Start, even_parts, tasks};
 use crate::ops::host::{Shared, uninitialized};
 use crate::ops::team::each;
@@ -46,18 +48,20 @@ pub(super) fn permitted() -> bool {
     })
 }
 
-/// One side of a product, packed: strips of 32 lanes, each with all its steps of k.
+/// One side of a product, packed: strips of 32 lanes, each with all its steps of k. As A a step of a strip is a block of 32 rows by 32 k,
+/// row by row, each of its planes.
 #[derive(Default)]
 pub(in crate::ops) struct Operand<const P: usize> {
     lines: Vec<Line>,
     lanes: usize,
+    depth: usize,
     steps: usize,
 }
 
 impl<const P: usize> Operand<P> {
     /// Room for `lanes` of `depth`, with nothing in it yet.
     fn room(&mut self, lanes: usize, depth: usize) {
-        (self.lanes, self.steps) = (lanes, depth.div_ceil(DEPTH));
+        (self.lanes, self.depth, self.steps) = (lanes, depth, depth.div_ceil(DEPTH));
         let size = lanes.div_ceil(SIDE) * self.strip();
         if self.lines.len() < size {
             // SAFETY: who packs an operand writes every line of its strips before a tile reads them.
@@ -95,6 +99,31 @@ impl<const P: usize> Operand<P> {
         operand
     }
 
+    /// Room for an A of `rows` by `columns`, whose blocks `blocks` gives a place.
+    ///
+    /// # Safety
+    /// Every block must be written before it is read.
+    pub(in crate::ops) unsafe fn uninitialized(rows: usize, columns: usize) -> Self {
+        let mut operand = Self::default();
+        operand.room(rows, columns);
+        operand
+    }
+
+    /// Where blocks are written.
+    pub(in crate::ops) fn blocks(&mut self) -> Blocks<P> {
+        Blocks { at: Shared(self.lines.as_mut_ptr()), strip: self.strip() }
+    }
+
+    /// The lines of step `step` of a strip.
+    fn block(&self, strip: usize, step: usize) -> &[Line] {
+        &self.lines[strip * self.strip() + step * P * PAIR..][..P * PAIR]
+    }
+
+    /// The first plane of a block, as a tile.
+    pub(in crate::ops) fn read(&self, strip: usize, step: usize, tile: &mut Tile) {
+        widen_block(&self.block(strip, step)[..PAIR], tile);
+    }
+
     /// Steps of k.
     pub(in crate::ops) fn steps(&self) -> usize {
         self.steps
@@ -105,6 +134,88 @@ impl<const P: usize> Operand<P> {
         self.lines[strip * self.strip() + step * P * PAIR..].as_ptr()
     }
 }
+
+/// The blocks of an operand that several threads write.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Blocks<const P: usize> {
+    at: Shared<Line>,
+    strip: usize,
+}
+
+impl<const P: usize> Blocks<P> {
+    /// Packs a tile as step `step` of a strip.
+    ///
+    /// # Safety
+    /// The operand has this block, is still there, and no other thread touches the block.
+    pub(in crate::ops) unsafe fn write(self, strip: usize, step: usize, tile: &Tile) {
+        // SAFETY: the caller's promise.
+        unsafe { pack_block::<P>(tile, self.at.at(strip * self.strip + step * P * PAIR)) };
+    }
+}
+
+/// B of a sum: a matrix, or the rows of what was packed as A.
+#[derive(Clone, Copy)]
+pub(in crate::ops) enum Right<'a, const P: usize> {
+    View(View<'a>),
+    Packed(&'a Operand<P>),
+}
+
+impl<'a, const P: usize> Right<'a, P> {
+    /// A matrix (k, n).
+    pub(in crate::ops) fn of(b: &Matrix<'a>) -> Self {
+        Self::View(View::b(b))
+    }
+
+    fn lanes(&self) -> usize {
+        match self {
+            Self::View(view) => view.lanes,
+            Self::Packed(operand) => operand.depth,
+        }
+    }
+
+    fn depth(&self) -> usize {
+        match self {
+            Self::View(view) => view.depth,
+            Self::Packed(operand) => operand.lanes,
+        }
+    }
+
+    /// Whether it is bf16 as it is: one plane, whatever A has.
+    fn is_narrow(&self) -> bool {
+        matches!(self, Self::View(view) if view.is_narrow())
+    }
+
+    /// Steps that are packed for all of a task's panels before the next. A matrix whose rows lie far apart is read a step at a time: else
+    /// every row is another page, for each panel.
+    fn at_once(&self, steps: usize) -> usize {
+        match self {
+            Self::View(view) if !view.along_k() => 1,
+            _ => steps.max(1),
+        }
+    }
+
+    fn pack(&self, panel: usize, steps: Range<usize>, out: &mut [Line]) {
+        match self {
+            Self::View(view) => {
+                let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
+                match view.is_narrow() {
+                    true => view.pack::<1>(panel * SIDE, k, out),
+                    false => view.pack::<P>(panel * SIDE, k, out),
+                }
+            }
+            Self::Packed(operand) => {
+                for (step, out) in steps.zip(out.chunks_exact_mut(P * PAIR)) {
+                    for (block, out) in operand.block(step, panel).chunks_exact(PAIR).zip(out.chunks_exact_mut(PAIR)) {
+                        turn(block, out);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Terms of a sum.
+pub(in crate::ops) type Terms<'a, const P: usize> = [(&'a Operand<P>, Right<'a, P>)];
 
 /// out, rows of `out.1` numbers = [out where `onto`] + strips of A times strips of B, over `steps` of k from each one's step on: on
 /// this thread, which has `Tiles`.
@@ -131,18 +242,44 @@ pub(in crate::ops) fn multiply<const P: usize>(
 }
 
 /// A, packed.
-pub(super) enum Packed {
+pub(in crate::ops) enum Packed {
     Rounded(Operand<1>),
     Split(Operand<3>),
 }
 
 impl Packed {
     /// Packs `a` where it has rows enough.
-    pub(super) fn new(a: &Matrix<'_>, precision: Precision) -> Option<Self> {
+    pub(in crate::ops) fn new(a: &Matrix<'_>, precision: Precision) -> Option<Self> {
         (a.rows >= LEAST_ROWS).then(|| match precision {
             Precision::F32 => Self::Split(Operand::shared(&View::a(a))),
             Precision::Bf16 | Precision::F16 => Self::Rounded(Operand::shared(&View::a(a))),
         })
+    }
+
+    /// An operand that was written block by block, of 1 or 3 planes.
+    pub(in crate::ops) fn from_blocks<const P: usize>(operand: Operand<P>) -> Option<Self> {
+        let operand: Box<dyn Any> = Box::new(operand);
+        match operand.downcast::<Operand<1>>() {
+            Ok(rounded) => Some(Self::Rounded(*rounded)),
+            Err(operand) => operand.downcast::<Operand<3>>().ok().map(|split| Self::Split(*split)),
+        }
+    }
+
+    /// The operand, where it has `P` planes.
+    pub(in crate::ops) fn operand<const P: usize>(&self) -> Option<&Operand<P>> {
+        let operand: &dyn Any = match self {
+            Self::Rounded(operand) => operand,
+            Self::Split(operand) => operand,
+        };
+        operand.downcast_ref()
+    }
+}
+
+/// out (m, n) = a times the rows of what was packed as A, for any number of rows.
+pub(super) fn product_by(a: &Matrix<'_>, b: &Packed, out: &mut [f32]) {
+    match b {
+        Packed::Rounded(b) => products_of::<1>(&[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
+        Packed::Split(b) => products_of::<3>(&[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
     }
 }
 
@@ -151,8 +288,8 @@ pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &
     let (mut rounded, mut split) = (Vec::new(), Vec::new());
     for (a, b) in terms {
         match a {
-            Packed::Rounded(a) => rounded.push((a, View::b(b))),
-            Packed::Split(a) => split.push((a, View::b(b))),
+            Packed::Rounded(a) => rounded.push((a, Right::View(View::b(b)))),
+            Packed::Split(a) => split.push((a, Right::View(View::b(b)))),
         }
     }
     assert!(rounded.is_empty() || split.is_empty(), "operands of one sum are packed alike");
@@ -162,18 +299,64 @@ pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &
     }
 }
 
-fn products_of<const P: usize>(terms: &[(&Operand<P>, View<'_>)], start: Start<'_>, out: &mut [f32]) {
-    let (m, n) = (terms[0].0.lanes, terms[0].1.lanes);
+fn products_of<const P: usize>(terms: &Terms<'_, P>, start: Start<'_>, out: &mut [f32]) {
+    let (m, n) = (terms[0].0.lanes, terms[0].1.lanes());
     assert_eq!(out.len(), m * n, "a result is (m, n)");
-    let passes = passes(terms, DEEPEST / (P * PAIR * size_of::<Line>()));
-    for (index, pieces) in passes.iter().enumerate() {
-        let lines = pieces.iter().map(Piece::lines::<P>).sum::<usize>();
+    let passes = Sum::passes(terms);
+    for (index, sum) in passes.iter().enumerate() {
         let last = index + 1 == passes.len();
         let start = if last { start } else { Start::Zero };
-        let pass = Pass { terms, pieces, lines, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
-        let panel = lines * size_of::<Line>();
+        let pass = Pass { sum, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
+        let panel = sum.lines * size_of::<Line>();
         tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), m.div_ceil(SIDE), 4, |panels, strips| pass.task(panels, strips));
     }
+}
+
+/// Computes sums of one shape tile by tile, and gives `take` the tiles of each strip (of 32 rows) and panel (of 32 columns): zero beyond
+/// the last row and column.
+pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
+    sums: [&Terms<'_, P>; S],
+    take: impl Fn(usize, usize, &mut [Tile; S]) + Sync,
+) {
+    let (m, n) = (sums[0][0].0.lanes, sums[0][0].1.lanes());
+    let sums = sums.map(|terms| Sum::passes(terms));
+    let all = || sums.iter().flatten();
+    assert!(all().flat_map(|sum| sum.terms).all(|(a, b)| a.lanes == m && b.lanes() == n && a.depth == b.depth()), "one shape");
+    let size = all().map(|sum| sum.lines).sum::<usize>().max(1);
+    let most = (PACKED / (size * size_of::<Line>())).max(1);
+    tasks(n.div_ceil(SIDE), most, m.div_ceil(SIDE), 4, |panels, strips| {
+        with_room(panels.len() * size, |packed| {
+            let mut done = 0;
+            for sum in all() {
+                sum.pack(panels.clone(), &mut packed[done..], size);
+                done += sum.lines;
+            }
+            let _tiles = Tiles::new();
+            let mut tiles = [Tile::ZERO; S];
+            for strip in strips {
+                for panel in panels.clone() {
+                    let mut packed = &packed[(panel - panels.start) * size..][..size];
+                    for (tile, passes) in tiles.iter_mut().zip(&sums) {
+                        for (index, sum) in passes.iter().enumerate() {
+                            // SAFETY: the panel is packed, in this order; a tile is 32 rows of 32 numbers.
+                            unsafe { sum.tile(strip, packed, tile.0.as_mut_ptr(), SIDE, index > 0) };
+                            packed = &packed[sum.lines..];
+                        }
+                    }
+                    take(strip, panel, &mut tiles);
+                }
+            }
+        });
+    });
+}
+
+/// A tile on its way, row by row.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(in crate::ops) struct Tile(pub(in crate::ops) [f32; SIDE * SIDE]);
+
+impl Tile {
+    pub(in crate::ops) const ZERO: Self = Self([0.0; SIDE * SIDE]);
 }
 
 /// A run of k of one term.
@@ -191,27 +374,71 @@ impl Piece {
     }
 }
 
-/// Which pieces are summed while a tile stays in registers: two at most, the narrower first, and about `most` steps.
-fn passes<const P: usize>(terms: &[(&Operand<P>, View<'_>)], most: usize) -> Vec<Vec<Piece>> {
-    let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
-    let mut done = 0;
-    for (term, (a, b)) in terms.iter().enumerate() {
-        let narrow = b.is_narrow();
-        for steps in even_parts(0..a.steps, most) {
-            // An adapter's few steps join whatever is there.
-            let joins = |pass: &Vec<Piece>| pass.len() < 2 && pass.iter().all(|before| before.narrow || !narrow);
-            let fits = passes.last().is_some_and(joins) && done + steps.len() <= most + most / 8;
-            if done > 0 && !fits {
-                passes.push(Vec::new());
-                done = 0;
-            }
-            done += steps.len();
-            if let Some(pass) = passes.last_mut() {
-                pass.push(Piece { term, steps, narrow });
+/// What is summed while a tile stays in registers: two pieces at most, the narrower first.
+struct Sum<'a, const P: usize> {
+    terms: &'a Terms<'a, P>,
+    pieces: Vec<Piece>,
+    /// Lines of a panel of B, over all pieces.
+    lines: usize,
+}
+
+impl<'a, const P: usize> Sum<'a, P> {
+    /// The terms, in as many passes as it takes.
+    fn passes(terms: &'a Terms<'a, P>) -> Vec<Self> {
+        let most = DEEPEST / (P * PAIR * size_of::<Line>());
+        let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
+        let mut done = 0;
+        for (term, (a, b)) in terms.iter().enumerate() {
+            let narrow = b.is_narrow();
+            for steps in even_parts(0..a.steps, most) {
+                // An adapter's few steps join whatever is there.
+                let joins = |pass: &Vec<Piece>| pass.len() < 2 && pass.iter().all(|before| before.narrow || !narrow);
+                let fits = passes.last().is_some_and(joins) && done + steps.len() <= most + most / 8;
+                if done > 0 && !fits {
+                    passes.push(Vec::new());
+                    done = 0;
+                }
+                done += steps.len();
+                if let Some(pass) = passes.last_mut() {
+                    pass.push(Piece { term, steps, narrow });
+                }
             }
         }
+        let sum = |pieces: Vec<Piece>| Self { terms, lines: pieces.iter().map(Piece::lines::<P>).sum(), pieces };
+        passes.into_iter().map(sum).collect()
     }
-    passes
+
+    /// Packs these panels of B, `size` lines apart.
+    fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
+        let mut done = 0;
+        for piece in &self.pieces {
+            let b = &self.terms[piece.term].1;
+            for steps in even_parts(piece.steps.clone(), b.at_once(piece.steps.len())) {
+                let planes = if piece.narrow { 1 } else { P };
+                let at = done + (steps.start - piece.steps.start) * planes * PAIR;
+                for panel in panels.clone() {
+                    let packed = &mut packed[(panel - panels.start) * size + at..][..steps.len() * planes * PAIR];
+                    b.pack(panel, steps.clone(), packed);
+                }
+            }
+            done += piece.lines::<P>();
+        }
+    }
+
+    /// out (32, 32), `row` numbers from row to row = [out where `onto`] + a strip of A times a packed panel.
+    ///
+    /// # Safety
+    /// This thread has `Tiles`, the panel's lines are packed from `packed`'s first on, and `out` is writable.
+    unsafe fn tile(&self, strip: usize, packed: &[Line], out: *mut f32, row: usize, onto: bool) {
+        let (mut runs, mut narrow): (Runs, _) = ([(std::ptr::null(), 0); 2], [true; 2]);
+        for (index, piece) in self.pieces.iter().enumerate() {
+            runs[index] = (self.terms[piece.term].0.at(strip, piece.steps.start), piece.steps.len());
+            narrow[index] = piece.narrow;
+        }
+        assert!(packed.len() >= self.lines, "a panel holds every piece");
+        // SAFETY: the caller's promise; A's strips have all their steps.
+        unsafe { kernel::<P>(runs, narrow, packed.as_ptr(), out, row, onto) };
+    }
 }
 
 thread_local! {
@@ -219,12 +446,20 @@ thread_local! {
     static PANELS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Calls `work` with this thread's room for `lines` of packed B.
+fn with_room(lines: usize, work: impl FnOnce(&mut [Line])) {
+    PANELS.with_borrow_mut(|buffer| {
+        if buffer.len() < lines {
+            // SAFETY: panels are packed before a tile reads them.
+            *buffer = unsafe { uninitialized(lines) };
+        }
+        work(&mut buffer[..lines]);
+    });
+}
+
 /// One pass over the result.
 struct Pass<'a, const P: usize> {
-    terms: &'a [(&'a Operand<P>, View<'a>)],
-    pieces: &'a [Piece],
-    /// Lines of a panel of B, over all pieces.
-    lines: usize,
+    sum: &'a Sum<'a, P>,
     /// Whether it goes on from what the passes before left in `out`.
     onto: bool,
     start: Start<'a>,
@@ -236,14 +471,9 @@ struct Pass<'a, const P: usize> {
 impl<const P: usize> Pass<'_, P> {
     /// Packs these panels (of 32 columns of B) and multiplies these strips (of 32 rows of A) by them.
     fn task(&self, panels: Range<usize>, strips: Range<usize>) {
-        PANELS.with_borrow_mut(|buffer| {
-            let size = self.lines.max(1);
-            if buffer.len() < panels.len() * size {
-                // SAFETY: `pack` writes every line of the panels before a tile reads them.
-                *buffer = unsafe { uninitialized(panels.len() * size) };
-            }
-            let packed = &mut buffer[..panels.len() * size];
-            self.pack(panels.clone(), packed, size);
+        let size = self.sum.lines.max(1);
+        with_room(panels.len() * size, |packed| {
+            self.sum.pack(panels.clone(), packed, size);
             let _tiles = Tiles::new();
             for strip in strips {
                 for panel in panels.clone() {
@@ -253,63 +483,31 @@ impl<const P: usize> Pass<'_, P> {
         });
     }
 
-    fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
-        let mut done = 0;
-        for piece in self.pieces {
-            let view = &self.terms[piece.term].1;
-            // A B whose rows lie far apart is read a step at a time for all panels: else every row is another page, for each panel.
-            let most = if view.along_k() { piece.steps.len() } else { 1 };
-            for steps in even_parts(piece.steps.clone(), most.max(1)) {
-                let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
-                let planes = if piece.narrow { 1 } else { P };
-                let at = done + (steps.start - piece.steps.start) * planes * PAIR;
-                for panel in panels.clone() {
-                    let at = (panel - panels.start) * size + at;
-                    let packed = &mut packed[at..][..steps.len() * planes * PAIR];
-                    match piece.narrow {
-                        true => view.pack::<1>(panel * SIDE, k.clone(), packed),
-                        false => view.pack::<P>(panel * SIDE, k.clone(), packed),
-                    }
-                }
-            }
-            done += piece.lines::<P>();
-        }
-    }
-
     fn tile(&self, strip: usize, panel: usize, packed: &[Line]) {
         let (row, column) = (strip * SIDE, panel * SIDE);
         let (rows, columns) = ((self.m - row).min(SIDE), (self.n - column).min(SIDE));
-        let (mut runs, mut narrow): (Runs, _) = ([(std::ptr::null(), 0); 2], [true; 2]);
-        for (index, piece) in self.pieces.iter().enumerate() {
-            runs[index] = (self.terms[piece.term].0.at(strip, piece.steps.start), piece.steps.len());
-            narrow[index] = piece.narrow;
-        }
         let start = match self.start {
             Start::Zero => None,
             Start::Row(values) => Some((&values[column..], 0)),
             Start::Matrix(values) => Some((&values[row * self.n + column..], self.n)),
         };
-        // SAFETY: this task alone writes these rows and columns of `out`, which has m rows of n numbers; the runs' steps are packed, in A
-        // from this strip on and in B in this order; `task` holds the registers.
+        // SAFETY: this task alone writes these rows and columns of `out`, which has m rows of n numbers; `task` packed the panel and
+        // holds the registers.
         unsafe {
             let out = self.out.at(row * self.n + column);
             if rows == SIDE && columns == SIDE && start.is_none() {
-                return kernel::<P>(runs, narrow, packed.as_ptr(), out, self.n, self.onto);
+                return self.sum.tile(strip, packed, out, self.n, self.onto);
             }
-            let mut scratch = MaybeUninit::<Scratch>::uninit();
+            let mut scratch = MaybeUninit::<Tile>::uninit();
             let at = scratch.as_mut_ptr().cast::<f32>();
             if self.onto {
                 (0..rows).for_each(|i| at.add(i * SIDE).copy_from_nonoverlapping(out.add(i * self.n), columns));
             }
-            kernel::<P>(runs, narrow, packed.as_ptr(), at, SIDE, self.onto);
+            self.sum.tile(strip, packed, at, SIDE, self.onto);
             finish(at, (out, self.n), start, rows, columns);
         }
     }
 }
-
-/// A tile on its way to the result.
-#[repr(align(64))]
-struct Scratch(#[allow(dead_code)] [f32; SIDE * SIDE]);
 
 /// out (rows, columns) = a tile + start, `out.1` and `start.1` numbers from row to row.
 ///

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::super::pack::{Number, transpose_16};
 use super::super::{Matrix, Values};
+use super::Tile;
 use super::kernel::{DEPTH, Line, PAIR, SIDE};
 
 /// Lanes of a tile, and lines.
@@ -104,6 +105,67 @@ impl<'a> View<'a> {
                     }
                 }
             }
+        }
+    }
+}
+
+/// A tile as A's block: its rows as lanes, in `P` planes.
+///
+/// # Safety
+/// There must be room for P times 32 lines at `out`; the processor has AVX-512 F, BW, VL and BF16.
+pub(super) unsafe fn pack_block<const P: usize>(tile: &Tile, out: *mut Line) {
+    for half in 0..SIDE / LANES {
+        // SAFETY: the caller's promise; a tile is 32 rows of 32 numbers.
+        unsafe { along_k::<f32, P>(tile.0.as_ptr().add(half * LANES * SIDE), SIDE, LANES, DEPTH, out.add(half * LANES)) };
+    }
+}
+
+/// A plane of A's block as a tile.
+pub(super) fn widen_block(block: &[Line], tile: &mut Tile) {
+    assert_eq!(block.len(), PAIR, "a plane of a block");
+    // SAFETY: 32 lines are 32 rows of 32 bf16 numbers, as a tile's are f32; see `turn` for the processor.
+    unsafe { widen_lines(block.as_ptr(), tile.0.as_mut_ptr()) };
+}
+
+/// # Safety
+/// 32 lines must be readable, 32 rows of 32 numbers writable; the processor has AVX-512 F.
+#[target_feature(enable = "avx512f")]
+unsafe fn widen_lines(block: *const Line, tile: *mut f32) {
+    for row in 0..PAIR {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let line = _mm512_load_si512(block.add(row).cast());
+            for (half, narrow) in [_mm512_castsi512_si256(line), _mm512_extracti64x4_epi64::<1>(line)].into_iter().enumerate() {
+                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow));
+                _mm512_storeu_ps(tile.add(row * SIDE + half * LANES), _mm512_castsi512_ps(wide));
+            }
+        }
+    }
+}
+
+/// A plane of A's block, 32 rows of 32 numbers, as B's: its rows as k.
+pub(super) fn turn(block: &[Line], out: &mut [Line]) {
+    assert!(block.len() == PAIR && out.len() == PAIR, "a plane of a block");
+    // SAFETY: both are 32 lines; operands are only made where AMX is, which no processor has without these vectors.
+    unsafe { turn_lines(block.as_ptr(), out.as_mut_ptr()) };
+}
+
+/// # Safety
+/// 32 lines must be readable and 32 writable; the processor has AVX-512 F and BW.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn turn_lines(block: *const Line, out: *mut Line) {
+    // Number i of the first row, then number i of the second: the lower half of each row, and the upper.
+    let lower = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0,
+    );
+    let upper = _mm512_add_epi16(lower, _mm512_set1_epi16(LANES as i16));
+    for pair in 0..LANES {
+        // SAFETY: the caller's promise; lines are 64 bytes, aligned.
+        unsafe {
+            let first = _mm512_load_si512(block.add(2 * pair).cast());
+            let second = _mm512_load_si512(block.add(2 * pair + 1).cast());
+            _mm512_store_si512(out.add(pair).cast(), _mm512_permutex2var_epi16(first, lower, second));
+            _mm512_store_si512(out.add(LANES + pair).cast(), _mm512_permutex2var_epi16(first, upper, second));
         }
     }
 }

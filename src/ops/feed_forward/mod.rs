@@ -1,0 +1,123 @@
+//! `y = down(silu(gate(x)) * up(x))`: a block's gated feed-forward layers as one pair (Shazeer 2020, "GLU variants improve transformer").
+//!
+//! x and y are (N, C), what lies between (N, F). Layer by layer, or in tile registers with everything between the layers done while a tile
+//! is in the cache (`tiles`): what they read and write of memory takes longer than their products there.
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles;
+
+use candle_core::Tensor;
+
+use super::swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward};
+use super::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, backward_together};
+use crate::error::Result;
+
+/// The three layers.
+#[derive(Debug, Clone, Copy)]
+pub struct FeedForward<'a> {
+    /// C to F.
+    pub gate: &'a Linear,
+    /// C to F.
+    pub up: &'a Linear,
+    /// F to C.
+    pub down: &'a Linear,
+}
+
+/// What `backward` needs of a forward pass.
+pub struct FeedForwardSaved {
+    between: Between,
+    gate: LinearSaved,
+    up: LinearSaved,
+    down: LinearSaved,
+}
+
+/// What gate and up gave, in the compute type.
+enum Between {
+    Rows(SwigluSaved),
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Tiles(tiles::Saved),
+}
+
+/// Which of the layers a dropout mask is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// `gate_proj`
+    Gate,
+    /// `up_proj`
+    Up,
+    /// `down_proj`
+    Down,
+}
+
+/// The mask of a layer's adapter, (N, in), for its input.
+pub type Masks<'a> = &'a dyn Fn(Part, &LinearInput) -> Result<Option<Tensor>>;
+
+impl FeedForward<'_> {
+    /// x (N, C) -> base + y (N, C). `masks`: where adapters have dropout. `through`: whether a backward pass will ask for the gradients
+    /// of what lies between.
+    pub fn forward(
+        &self,
+        context: Context<'_>,
+        x: LinearInput,
+        masks: Option<Masks<'_>>,
+        base: &Tensor,
+        through: bool,
+    ) -> Result<(Tensor, FeedForwardSaved)> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if masks.is_none() && through && self.by_tiles(&x) {
+            return self.forward_tiles(context, x, base);
+        }
+        let _ = through;
+        let mask = |part: Part, x: &LinearInput| masks.map_or(Ok(None), |masks| masks(part, x));
+        let (gate, gate_saved) = self.gate.forward_prepared(context, &x, mask(Part::Gate, &x)?, None)?;
+        let (up, up_saved) = self.up.forward_prepared(context, &x, mask(Part::Up, &x)?, None)?;
+        drop(x);
+        let (inner, saved) = swiglu(context, &gate, &up)?;
+        drop((gate, up));
+        let inner = LinearInput::new(context, inner)?;
+        let (y, down) = self.down.forward_prepared(context, &inner, mask(Part::Down, &inner)?, Some(base))?;
+        Ok((y, FeedForwardSaved { between: Between::Rows(saved), gate: gate_saved, up: up_saved, down }))
+    }
+
+    /// dy (N, C) and the forward pass's x (where gate or up keeps it) -> dx (N, C) where `input_gradient`. `through`: whether anything is
+    /// wanted beyond the last layer's own gradients.
+    pub fn backward(
+        &self,
+        context: Context<'_>,
+        dy: &Tensor,
+        (x, saved): (Option<&LinearInput>, &FeedForwardSaved),
+        (through, input_gradient): (bool, bool),
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let rows = match &saved.between {
+            Between::Rows(rows) => rows,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Between::Tiles(tiles) => return self.backward_tiles(context, dy, (x, saved, tiles), input_gradient, gradients),
+        };
+        let inner = self.down.keeps_input().then(|| LinearInput::new(context, swiglu_again(context, rows)?)).transpose()?;
+        let d = LinearInput::new(context, dy.clone())?;
+        let down = Branch { linear: self.down, dy: &d, saved: &saved.down };
+        let Some(d_inner) = backward_together(context, &[down], inner.as_ref(), (through, None), gradients)? else {
+            return Ok(None);
+        };
+        drop((inner, d));
+        let (d_gate, d_up) = swiglu_backward(context, &d_inner, rows)?;
+        drop(d_inner);
+        let (d_gate, d_up) = (LinearInput::new(context, d_gate)?, LinearInput::new(context, d_up)?);
+        self.backward_outer(context, [&d_gate, &d_up], (x, saved), input_gradient, gradients)
+    }
+
+    /// Gate's and up's backward passes.
+    fn backward_outer(
+        &self,
+        context: Context<'_>,
+        [d_gate, d_up]: [&LinearInput; 2],
+        (x, saved): (Option<&LinearInput>, &FeedForwardSaved),
+        input_gradient: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let gate = Branch { linear: self.gate, dy: d_gate, saved: &saved.gate };
+        let up = Branch { linear: self.up, dy: d_up, saved: &saved.up };
+        backward_together(context, &[gate, up], x, (input_gradient, None), gradients)
+    }
+}
