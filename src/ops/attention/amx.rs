@@ -1,4 +1,6 @@
-//! The fused passes in tile registers: `cpu.rs`'s panels and loops over scores, with every product in tiles of 32 keys by 32 queries.
+//! The fused passes in tile registers, in bf16: `cpu.rs`'s panels and loops over scores, with every product in tiles of 32 keys by 32
+//! queries. (In f32 its vectors are as fast: what is done to each score takes longer than the products.) What a pass counts is
+//! `Attention::blocks`'s products, whatever whole tiles add to them or leave out.
 //!
 //! Operands are packed straight from the (N, H D) tensors: keys and values once for a task, queries for each panel. Scores lie as (keys,
 //! queries), so that what the backward pass sums over queries is packed as it lies; O = P V and dQ = dS K pack it transposed.
@@ -47,12 +49,12 @@ impl<'a> Head<'a> {
     }
 }
 
-/// A block's panels of up to 32 queries, with the keys of whole tiles: those that a query must not see are hidden anyway.
+/// A block's panels of up to 32 queries, with the keys up to their own in whole tiles: those that a query must not see are hidden anyway.
 fn panels(block: &Block) -> impl Iterator<Item = Panel> + use<> {
-    let (queries, keys) = (block.queries.clone(), block.keys.start / SIDE * SIDE..block.keys.end.next_multiple_of(SIDE));
+    let (queries, first) = (block.queries.clone(), block.keys.start / SIDE * SIDE);
     queries.clone().step_by(SIDE).map(move |start| {
         let queries = start..(start + SIDE).min(queries.end);
-        Panel { lanes: SIDE, keys: keys.clone(), queries }
+        Panel { lanes: SIDE, keys: first..queries.end.next_multiple_of(SIDE), queries }
     })
 }
 
@@ -71,13 +73,13 @@ fn over_queries(scores: &[f32]) -> View<'_> {
 }
 
 /// scores (keys, 32) = rows of `a` times the queries in `columns`.
-fn scores<const P: usize>(panel: &Panel, a: &Operand<P>, columns: &Operand<P>, out: &mut Vec<f32>) {
+fn scores(panel: &Panel, a: &Operand<1>, columns: &Operand<1>, out: &mut Vec<f32>) {
     out.resize(panel.keys.len() * SIDE, 0.0);
     multiply((a, tiles(&panel.keys), 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
 }
 
 impl Attention {
-    pub(super) fn forward_tiles<const P: usize, O: Stored>(
+    pub(super) fn forward_tiles<O: Stored>(
         &self,
         x: [Values<'_>; 3],
         range: &Range<usize>,
@@ -88,9 +90,9 @@ impl Attention {
         let _tiles = Tiles::new();
         let [q, k, v] = self.heads_in(x, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
-        let k = Operand::<P>::of(&k.rows(Side::A, 0..queries.end));
-        let v = Operand::<P>::of(&v.channels(0..queries.end));
-        let (mut own, mut p) = (Operand::<P>::default(), Operand::<P>::default());
+        let k = Operand::<1>::of(&k.rows(Side::A, 0..queries.end));
+        let v = Operand::<1>::of(&v.channels(0..queries.end));
+        let (mut own, mut p) = (Operand::<1>::default(), Operand::<1>::default());
         let room = d.next_multiple_of(SIDE);
         let (mut s, mut mixed) = (Vec::new(), vec![0.0f32; SIDE * room]);
         let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
@@ -126,15 +128,15 @@ impl Attention {
         }
     }
 
-    pub(super) fn backward_tiles<const P: usize>(&self, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
+    pub(super) fn backward_tiles(&self, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
         let _tiles = Tiles::new();
         let [q, k, v] = self.heads_in(x.qkv, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
         let (dout, out) = (Head { values: Values::F32(x.dout), ..q }, Head { values: x.out, ..q });
         let all = 0..range.len();
-        let (k_rows, k_channels) = (Operand::<P>::of(&k.rows(Side::A, all.clone())), Operand::<P>::of(&k.channels(all.clone())));
-        let v_rows = Operand::<P>::of(&v.rows(Side::A, all.clone()));
-        let (mut own, mut left) = (Operand::<P>::default(), Operand::<P>::default());
+        let (k_rows, k_channels) = (Operand::<1>::of(&k.rows(Side::A, all.clone())), Operand::<1>::of(&k.channels(all.clone())));
+        let v_rows = Operand::<1>::of(&v.rows(Side::A, all.clone()));
+        let (mut own, mut left) = (Operand::<1>::default(), Operand::<1>::default());
         let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
         let (mut dk, mut dv, mut dq) = (vec![0.0f32; keys * room], vec![0.0f32; keys * room], vec![0.0f32; SIDE * room]);
         let (mut p, mut ds) = (Vec::new(), Vec::new());

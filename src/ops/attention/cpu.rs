@@ -149,21 +149,12 @@ impl Panel {
     }
 }
 
-/// Returns what the pass in tile registers gives, `$planes` a constant of it, where the processor has them.
+/// Returns what the pass in tile registers gives, in bf16 where the processor has them.
 macro_rules! by_tiles {
-    ($isa:ident, $precision:expr, $planes:ident => $pass:expr) => {
+    ($isa:ident, $precision:expr, $pass:expr) => {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if $isa.amx {
-            match $precision {
-                Precision::F32 => {
-                    const $planes: usize = 3;
-                    $pass
-                }
-                Precision::Bf16 | Precision::F16 => {
-                    const $planes: usize = 1;
-                    $pass
-                }
-            }
+        if $isa.amx && $precision != Precision::F32 {
+            $pass;
             return;
         }
         let _ = $precision;
@@ -275,7 +266,7 @@ impl Attention {
         let isa = best();
         each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
-            by_tiles!(isa, context.precision, P => self.forward_tiles::<P, O>([q, k, v], &range, queries, head, at));
+            by_tiles!(isa, context.precision, self.forward_tiles([q, k, v], &range, queries, head, at));
             self.forward_task(isa, [q, k, v], &range, queries, head, at);
         });
         tensor(lse, (n, self.heads))
@@ -354,7 +345,7 @@ impl Attention {
         let tasks: Vec<_> = segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range, head))).collect();
         let isa = best();
         each(tasks.into_iter(), |(range, head)| {
-            by_tiles!(isa, context.precision, P => self.backward_tiles::<P>(&x, range, head, at));
+            by_tiles!(isa, context.precision, self.backward_tiles(&x, range, head, at));
             self.backward_task(isa, &x, range, head, at);
         });
         let [dq, dk, dv] = grads;
