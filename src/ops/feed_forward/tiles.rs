@@ -188,8 +188,7 @@ impl FeedForward<'_> {
         };
         let (w, mut inner) = (Host::open_any(&self.down.weight.tensor)?, None);
         // SAFETY: `tiles_of` gives every block, and each is written.
-        let (mut d_gate, mut d_up) =
-            unsafe { (Operand::<P>::uninitialized(n, f), Operand::<P>::uninitialized(n, f)) };
+        let (mut d_gate, mut d_up) = unsafe { (Operand::<P>::uninitialized(n, f), Operand::<P>::uninitialized(n, f)) };
         if d_low.is_some() {
             context.tally.add(swiglu_cost(n * f));
             // SAFETY: as above.

@@ -3,9 +3,10 @@
 use candle_core::{D, DType, Device, Tensor};
 use proptest::prelude::*;
 
+use super::super::swiglu::{swiglu, swiglu_again, swiglu_backward};
 use super::super::{
     Context, Gradients, Parameters, RmsNorm, Weight, embedding, embedding_backward, embedding_backward_cost, embedding_cost,
-    rms_norm_backward_cost, rms_norm_cost, swiglu, swiglu_again, swiglu_backward, swiglu_backward_cost, swiglu_cost,
+    rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
 };
 use super::{Pair, Passed, cases, close, flat, of, random, within};
 use crate::work::{Precision, Tally};

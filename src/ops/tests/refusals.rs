@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::super::swiglu::{swiglu, swiglu_backward};
 use super::super::{
     AdamW, Attention, Context, Gradients, Head, Linear, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight, embedding,
-    embedding_backward, swiglu, swiglu_backward,
+    embedding_backward,
 };
 use super::{flat, of, random};
 use crate::error::{Kind, Result};
