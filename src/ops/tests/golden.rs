@@ -5,9 +5,8 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use super::super::{
-    AdamW, Attention, Gradients, Head, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight, swiglu, swiglu_backward,
-};
+use super::super::swiglu::{swiglu, swiglu_backward};
+use super::super::{AdamW, Attention, Gradients, Head, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight};
 use super::{every_way, flat, within};
 
 struct Golden(HashMap<String, Tensor>);

@@ -319,7 +319,7 @@ pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
     take: impl Fn(usize, usize, &mut [Tile; S]) + Sync,
 ) {
     let (m, n) = (sums[0][0].0.lanes, sums[0][0].1.lanes());
-    let sums = sums.map(|terms| Sum::passes(terms));
+    let sums = sums.map(Sum::passes);
     let all = || sums.iter().flatten();
     assert!(all().flat_map(|sum| sum.terms).all(|(a, b)| a.lanes == m && b.lanes() == n && a.depth == b.depth()), "one shape");
     let size = all().map(|sum| sum.lines).sum::<usize>().max(1);
