@@ -39,6 +39,8 @@ pub struct Architecture {
     pub biases: Biases,
     /// Standard deviation of random weights.
     pub initializer_range: f64,
+    /// Whether config.json says that the weights are stored in bf16 (`dtype`, earlier `torch_dtype`).
+    pub stored_in_bf16: bool,
 }
 
 /// Which linear layers have a bias.
@@ -99,6 +101,7 @@ impl Architecture {
             tie_word_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
             biases: biases(&config, &model_type)?,
             initializer_range: config.number("initializer_range")?.unwrap_or(0.02),
+            stored_in_bf16: config.text("dtype").or(config.text("torch_dtype")) == Some("bfloat16"),
             model_type,
         })
     }

@@ -33,7 +33,7 @@ pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;
-pub use swiglu::{swiglu, swiglu_backward_cost, swiglu_cost};
+pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
 
 use candle_core::{DType, Tensor};
 
