@@ -177,6 +177,7 @@ impl<'a> Trial<'a> {
             label: Label::Measured,
             flops: Some(Flops(spent.flops as f64)),
             energy_j: Some(energy),
+            metered_over_counted: None,
             gco2e: Some(carbon.gco2e),
             ratio: Some(energy / self.finish.energy).filter(|ratio| ratio.is_finite()),
             low_j,
@@ -186,7 +187,7 @@ impl<'a> Trial<'a> {
             // Where it stopped was chosen: its ratio is no estimate that could be off.
             low_ratio: None,
             high_ratio: None,
-            source: format!("trained here: {steps} steps, every weight, {}", start_words(self.field.kind)),
+            source: format!("{steps} steps on every weight, {}", start_words(self.field.kind)),
             assumptions: self.assumptions(kind),
             val_loss_at_equal_energy: curve.val_loss_at(self.steps[0]),
             energy_to_equal_loss_j: equal.energy_j,
