@@ -86,10 +86,23 @@ impl<'a> Trial<'a> {
     }
 
     pub(super) fn run(mut self, screen: &mut dyn Screen) -> Result<types::Baseline> {
-        // An earlier process may have spent so much that nothing more fits, or all that there was to do.
-        let stop = if self.has_room() { self.train(screen)? } else { Stop::Budget(Limit::Energy) };
+        // An earlier process may have done all that there was to do and died before it told so, or spent so much that nothing more fits.
+        let stop = if self.finished() {
+            Stop::Steps
+        } else if self.has_room() {
+            self.train(screen)?
+        } else {
+            Stop::Budget(Limit::Energy)
+        };
         self.account.close()?;
         self.block(&stop)
+    }
+
+    /// Whether it stands, evaluated, where its training ends.
+    fn finished(&self) -> bool {
+        let (step, [equal, most]) = (self.standing.step, self.steps);
+        let evaluated = self.standing.val_loss_last.is_some_and(|last| last.step == step);
+        evaluated && (step == most || (step >= equal && !self.above_the_run()))
     }
 
     /// Whether its budget still holds loading, a step, and what follows the last one.
@@ -152,10 +165,10 @@ impl<'a> Trial<'a> {
     fn stop_reason(&self, stop: &Stop) -> BaselineStop {
         let (step, equal) = (self.standing.step, self.steps[0]);
         match stop {
-            Stop::Budget(_) => BaselineStop::Budget,
             Stop::Diverged(_) => BaselineStop::Diverged,
-            // Our own flag stopped it, or it came to the run's loss at its very last step.
+            // Our own flag stopped it, or it came to the run's loss at its very last step, whatever made that the last.
             _ if step > equal && !self.above_the_run() => BaselineStop::EqualLoss,
+            Stop::Budget(_) => BaselineStop::Budget,
             Stop::Interrupted => BaselineStop::Interrupted,
             Stop::Steps | Stop::Epochs if step == equal => BaselineStop::EqualEnergy,
             Stop::Steps | Stop::Epochs => BaselineStop::EnergyMultiple,
@@ -207,16 +220,17 @@ impl<'a> Trial<'a> {
 
     fn assumptions(&self, kind: MeterKind) -> Vec<String> {
         let recipe = &self.place.prepared.recipe;
+        let often = match self.field.eval_every(self.steps[0], self.steps[0]) {
+            1 => "after every step".to_string(),
+            steps => format!("every {steps} steps"),
+        };
         let rate = if recipe.baseline.learning_rate.is_some() { "`baseline.learning_rate`" } else { "the run's own" };
         let mut all = vec![
             format!(
                 "the same records in the same order, batches, optimizer and seed; peak learning rate {} ({rate})",
                 self.field.learning_rate()
             ),
-            format!(
-                "as much training energy as the run, on the counted meter; evaluated every {} steps",
-                self.field.eval_every(self.steps[0], self.steps[0])
-            ),
+            format!("as much training energy as the run, on the counted meter; evaluated {often}"),
             "one run with one seed".to_string(),
         ];
         if self.steps[1] > self.steps[0] {
