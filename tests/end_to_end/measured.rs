@@ -148,6 +148,23 @@ fn a_measured_run_is_held_against_baselines_as_its_counter_would_show_them() {
 }
 
 #[test]
+fn the_rate_of_a_measured_run_leaves_out_evaluations_that_it_will_never_reach() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    // What one step and the evaluations before and after it take here.
+    let one = machine.train(&lab, "one", &set(&["train.steps=1", "energy.meter=measured"]));
+    let phase = |phase: &str| number(&one, &format!("/energy/by_phase/{phase}"));
+    assert!(number(&one, "/energy/total_j") > 1.5 * number(&one, "/energy/meters/counted_j"), "{}", one["energy"]);
+    let budget = phase("load") + 20.0 * (phase("eval") + phase("train") + phase("save"));
+    // By count this budget holds thousands of steps, and more evaluations than it could pay for by the counter.
+    let keys = ["train.steps=4000", "train.eval_every=2", "energy.meter=measured", &format!("budget.energy={budget} J")];
+    let run = machine.train(&lab, "run", &set(&keys));
+    assert_eq!(word(&run, "/training/stop_reason"), "budget:energy");
+    let rates: Vec<f64> = lab.lines("run/steps.jsonl").iter().map(|step| number(step, "/lr")).collect();
+    assert!(rates[0] > 2.5e-3 && rates.len() > 2, "of a peak of 5e-3: {rates:?}");
+}
+
+#[test]
 fn a_calibration_asks_the_counter_of_a_machine_that_it_has_to_itself() {
     let lab = Lab::new();
     let machine = Machine::new(&lab);
