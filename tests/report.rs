@@ -16,6 +16,7 @@ use serde_json::Value;
 use wattune::report::compare::compare;
 use wattune::report::emissions::{COLUMNS, Emissions, EnergyParts};
 use wattune::report::model_card::{CardFacts, to_model_card};
+use wattune::report::parts::HostLeftOut;
 use wattune::report::types::{AdapterType, Meter, Phase, Report};
 use wattune::report::{StopReason, files, json, markdown, text};
 use wattune::units::{GramsCo2e, Joules, Seconds};
@@ -209,6 +210,28 @@ fn emissions_in_codecarbons_columns_and_units() {
     );
 }
 
+#[test]
+fn a_device_s_energy_is_not_taken_for_its_machine_s() {
+    let mut report = fixture();
+    let page = |report: &Report| markdown::to_markdown("run", report).unwrap();
+    let said = [
+        "| the device's energy | 3.582 kJ",
+        "The machine around the device is not in it",
+        "The device's energy is not its machine's",
+    ];
+    assert!(page(&report).contains("| the machine's energy | 3.582 kJ"));
+    assert!(said.iter().all(|words| !page(&report).contains(words)), "{}", page(&report));
+    // Three tenths of the machine's power beside seven: 3582 J x 3 / 7 = 1535.1 J, and 1 / 0.7 = 1.43 times as much.
+    report.energy.host_left_out = Some(HostLeftOut { share: Some(0.3) });
+    let with = page(&report);
+    let figures =
+        ["not included | about 1.535 kJ (0.4264 Wh): 30.0 % of a machine's power |", "with it, about 1.43 times as much."];
+    assert!(said.iter().chain(&figures).all(|words| with.contains(words)), "{with}");
+    report.energy.host_left_out = Some(HostLeftOut { share: None });
+    let with = page(&report);
+    assert!(said.iter().all(|words| with.contains(words)) && with.contains("not included | its share is not known |"), "{with}");
+}
+
 /// The fixture, half as long: 75 steps for 2,000 J and 1.0 nats: 0.5 per kJ, against 1.2 / 3.582 = 0.3350.
 fn half() -> Report {
     let mut report = fixture();
@@ -257,6 +280,21 @@ fn runs_on_different_meters_are_compared_on_the_counted_one() {
     let comparison = compare(&[("whole".to_string(), fixture()), ("measured".to_string(), measured)]);
     assert_eq!((comparison.meter, comparison.runs[1].energy_j), (Meter::Counted, Joules(2000.0)));
     assert!(comparison.notes[0].contains("different meters"), "{:?}", comparison.notes);
+}
+
+#[test]
+fn what_differs_is_named_once_with_all_its_runs() {
+    let mut other = half();
+    other.energy.device = "nvidia-a40".to_string();
+    other.energy.host_left_out = Some(HostLeftOut { share: Some(0.3) });
+    let runs = [("a", fixture()), ("b", other), ("c", half())].map(|(name, report)| (name.to_string(), report));
+    let expected = [
+        "the runs were charged to different device profiles (a, c: generic-laptop; b: nvidia-a40)",
+        "the machine around the device is in no joule of b",
+    ];
+    assert_eq!(compare(&runs).notes, expected);
+    // All alike, nothing is unfair.
+    assert_eq!(compare(&runs[1..2]).notes, Vec::<String>::new());
 }
 
 /// The fixture with everything that may be missing or not finite made so.

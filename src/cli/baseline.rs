@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
+use crate::report::show;
 use crate::run::{BaselineOf, BaselineRequest, Interval, Method, baseline_of};
 use crate::units::{Count, Flops, GramsCo2e, JOULES_PER_KWH, Joules, ParseQuantityError, Pue, Seconds, Watts, significant};
 
@@ -143,7 +144,7 @@ fn page(baseline: &BaselineOf) -> String {
     row("energy", shown(estimate.energy, energy));
     row("carbon", shown(estimate.carbon, |carbon: GramsCo2e| carbon.to_string()));
     if let Some(time) = estimate.device_time {
-        row("device hours", shown(time, |time| significant(time.0 / 3600.0)));
+        row("device hours", shown(time, |time| hours(time.0 / 3600.0)));
     }
     if let (Some(wall), Some(count)) = (estimate.wall, estimate.count) {
         row(
@@ -181,6 +182,11 @@ fn shown<T: Copy + PartialEq>(interval: Interval<T>, show: impl Fn(T) -> String)
         return show(central);
     }
     format!("{}, between {} and {}", show(central), show(low), show(high))
+}
+
+/// Thousands in groups: nobody reads seven digits in a row.
+fn hours(hours: f64) -> String {
+    if hours < 10_000.0 { significant(hours) } else { show::count(hours.round() as u64) }
 }
 
 /// In the unit electricity is sold in.

@@ -52,9 +52,15 @@ pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
             State::Absent(absent) => writeln!(text, "  {:<6} no: {}\n         {}", found.name, absent.reason, absent.remedy),
         };
     }
-    text += "\nProfiles (write one as `device` in [energy]):\n";
+    text += "\nProfiles (write one as `device` in [energy]; ~ before a power: assumed, or not read at its source; all sources: --json):\n";
     for profile in Profile::all() {
-        let _ = writeln!(text, "  {:<28} {} · idle {} · load {}", profile.name, profile.title, profile.idle_w, profile.load_w);
+        let mark = |field: &str| if profile.sources.get(field).is_some_and(|source| source.verified) { "" } else { "~" };
+        let (idle, load) = (mark("idle"), mark("load"));
+        let _ = writeln!(
+            text,
+            "  {:<28} {} · idle {idle}{} · load {load}{}",
+            profile.name, profile.title, profile.idle_w, profile.load_w
+        );
     }
     out(&text)
 }

@@ -11,6 +11,7 @@ use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::Result;
 use crate::recipe;
+use crate::report::show;
 use crate::run::{self, Screen};
 use crate::units::{Bytes, Flops, GramsCo2e, Joules, Money, Seconds, significant};
 
@@ -83,8 +84,8 @@ fn page(name: &str, plan: &Value) -> String {
     let plan = Document(plan);
     let (model, class, parameters) =
         (plan.words("/model/id"), plan.words("/model/architecture"), plan.whole("/model/parameters"));
-    let mut rows = vec![("model", format!("{model} ({class}, {parameters} parameters)"))];
-    rows.push(("trained", format!("{} parameters", plan.whole("/adapter/trainable_parameters"))));
+    let mut rows = vec![("model", format!("{model} ({class}, {} parameters)", show::count(parameters)))];
+    rows.push(("trained", format!("{} parameters", show::count(plan.whole("/adapter/trainable_parameters")))));
     // A plan without data or tokenizer has no forecast.
     if plan.0.get("forecast").is_some() {
         rows.extend(forecast(&plan));
@@ -103,10 +104,9 @@ fn page(name: &str, plan: &Value) -> String {
     for baseline in plan.list("/baselines").map(Document) {
         let kind = baseline.words("/kind").replace('_', " ");
         let (energy, ratio) = (baseline.number("/energy_j").unwrap_or_default(), baseline.number("/ratio").unwrap_or_default());
-        let bounds = baseline.number("/low_ratio").zip(baseline.number("/high_ratio"));
-        let bounds =
-            bounds.map_or(String::new(), |(low, high)| format!(", between {} and {}", significant(low), significant(high)));
-        rows.push(("against", format!("{kind}: {} ({} times{bounds})", Joules(energy), significant(ratio))));
+        let bounds = show::between(baseline.number("/low_ratio"), baseline.number("/high_ratio"), show::times);
+        let bounds = bounds.map_or(String::new(), |bounds| format!(", {bounds}"));
+        rows.push(("against", format!("{kind}: {} ({} times{bounds})", Joules(energy), show::times(ratio))));
     }
     for baseline in plan.list("/measured_baselines").map(Document) {
         let joules = |path: &str| Joules(baseline.number(path).unwrap_or_default());
@@ -134,16 +134,23 @@ fn page(name: &str, plan: &Value) -> String {
 fn forecast(plan: &Document<'_>) -> Vec<(&'static str, String)> {
     let whole = |path: &str| plan.whole(path);
     let (examples, tokens, loss_tokens) = (whole("/data/examples"), whole("/data/tokens"), whole("/data/loss_tokens"));
+    let [examples, tokens, loss_tokens] = [examples, tokens, loss_tokens].map(show::count);
     let mut rows = vec![("data", format!("{examples} examples, {tokens} tokens, {loss_tokens} with a loss"))];
     let (steps, reason, tokens) = (whole("/training/steps"), plan.words("/training/stop_reason"), whole("/training/tokens"));
-    rows.push(("steps", format!("{steps} (ends by {reason}), {tokens} tokens")));
+    rows.push(("steps", format!("{} (ends by {reason}), {} tokens", show::count(steps), show::count(tokens))));
     let (low, high) = (plan.number("/forecast/energy_j/low"), plan.number("/forecast/energy_j/high"));
     let interval = low.zip(high).map_or(String::new(), |(low, high)| format!(", between {} and {}", Joules(low), Joules(high)));
     let total = plan.number("/energy/total_j").map(Joules);
-    let total = total.map_or("unknown".into(), |total| format!("{total} ({:.3} Wh)", total.wh()));
+    let total = total.map_or("unknown".into(), show::energy);
     rows.push(("energy", format!("{total}{interval}")));
     for (phase, value) in plan.0.pointer("/energy/by_phase").and_then(Value::as_object).into_iter().flatten() {
         rows.push(("", format!("{phase:<6} {}", Joules(value.as_f64().unwrap_or_default()))));
+    }
+    if plan.0.pointer("/energy/host_left_out").is_some_and(|host| !host.is_null()) {
+        let share = plan.number("/energy/host_left_out/share");
+        let share =
+            share.map_or("its share is not known".into(), |share| format!("{} of a machine's power", show::share(share, 1.0)));
+        rows.push(("", format!("without the machine around the device: {share}")));
     }
     let carbon = plan.number("/carbon/gco2e").map(GramsCo2e).map_or("unknown".into(), |g| g.to_string());
     let bounds = plan.number("/forecast/carbon_gco2e/low").zip(plan.number("/forecast/carbon_gco2e/high"));

@@ -4,7 +4,8 @@
 //! returns a verdict; takes the work that was done, returns a reading and writes it down. Knows nothing of what a step is.
 //!
 //! On the counted meter a prediction is the charge itself. On the others it is the charge times a ratio learnt from the recent
-//! entries of its phase (the training steps' where a phase has none yet): mean plus three deviations; before there are any the ratio of
+//! entries of its phase (the training steps' where a phase has none yet): mean plus three deviations, each entry weighing as much as its
+//! charge, so that a small one with much around it makes no large one dear; before there are any the ratio of
 //! what the ledger holds from before, else 1. Time is always predicted that way, from wall time over roofline time.
 //!
 //! Where the counters fail inside a window, the entry says why, and its counted energy times the run's measured over counted stands in.
@@ -38,18 +39,21 @@ pub enum Verdict {
     Stop(Limit),
 }
 
-/// Ratios of what was seen to what was charged.
+/// A ratio of what was seen to what was charged, and what was charged.
+type Weighed = (f64, f64);
+
+/// What was seen of recent entries.
 #[derive(Debug, Clone, Default)]
 struct Recent {
-    energy: VecDeque<f64>,
-    time: VecDeque<f64>,
+    energy: VecDeque<Weighed>,
+    time: VecDeque<Weighed>,
 }
 
 impl Recent {
-    fn note(&mut self, energy: f64, time: f64) {
-        for (window, value) in [(&mut self.energy, energy), (&mut self.time, time)] {
-            if value.is_finite() {
-                window.push_back(value);
+    fn note(&mut self, energy: Weighed, time: Weighed) {
+        for (window, (ratio, charged)) in [(&mut self.energy, energy), (&mut self.time, time)] {
+            if ratio.is_finite() && charged > 0.0 {
+                window.push_back((ratio, charged));
             }
             if window.len() > RECENT {
                 window.pop_front();
@@ -59,11 +63,11 @@ impl Recent {
 }
 
 /// Mean plus three (population) deviations; `None` of nothing.
-fn cautious(values: &VecDeque<f64>) -> Option<f64> {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count;
-    (count > 0.0).then(|| mean + 3.0 * variance.sqrt())
+fn cautious(ratios: &VecDeque<Weighed>) -> Option<f64> {
+    let all: f64 = ratios.iter().map(|(_, charged)| charged).sum();
+    let mean = ratios.iter().map(|(ratio, charged)| ratio * charged).sum::<f64>() / all;
+    let variance = ratios.iter().map(|(ratio, charged)| (ratio - mean).powi(2) * charged).sum::<f64>() / all;
+    (all > 0.0).then(|| mean + 3.0 * variance.sqrt())
 }
 
 /// Budget, meters and ledger of one run.
@@ -158,6 +162,12 @@ impl Account {
         self.budget.largest_fraction(&self.spent())
     }
 
+    /// What the meter that decides showed so far over what was counted; one before anything was.
+    pub fn metered_over_counted(&self) -> f64 {
+        let ratio = self.spent.energy.joules() / self.totals().energy_j.counted.joules();
+        if ratio.is_finite() && ratio > 0.0 { ratio } else { 1.0 }
+    }
+
     /// What `works` will cost, each charged as an entry of its own: exact on the counted meter but for time.
     pub fn forecast(&self, works: &[(Phase, Work)]) -> Spent {
         works.iter().map(|(phase, work)| self.predict(*phase, &self.meters.profile().charge(work))).sum()
@@ -218,7 +228,7 @@ impl Account {
         self.spent += Spent { energy, flops, time: Seconds::ZERO };
         // What fills a gap is learnt already.
         let seen = if entry.gap.is_some() { f64::NAN } else { energy.joules() / energy_j.counted.joules() };
-        self.recent[phase as usize].note(seen, reading.wall / time);
+        self.recent[phase as usize].note((seen, energy_j.counted.joules().0), (reading.wall / time, time.0));
         Ok(reading)
     }
 
@@ -243,7 +253,7 @@ impl Account {
     }
 
     fn predict(&self, phase: Phase, charge: &Charge) -> Spent {
-        let seen = |of: fn(&Recent) -> &VecDeque<f64>| {
+        let seen = |of: fn(&Recent) -> &VecDeque<Weighed>| {
             [phase, Phase::Train].into_iter().find_map(|phase| cautious(of(&self.recent[phase as usize])))
         };
         let energy = match self.kind {
@@ -417,6 +427,17 @@ mod tests {
         assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, expected);
         assert_eq!(account.forecast(&[(Phase::Eval, step())]).energy, expected);
         assert_eq!(account.spent().energy, MicroJoules(6 * counted));
+    }
+
+    #[test]
+    fn a_small_entry_makes_no_large_one_dear() {
+        // 97 parts at ratio 28 and 3 at 100: the mean is 30.16, the variance 97 % of 2.16 squared + 3 % of 69.84 squared = 150.9.
+        let ratios = VecDeque::from([(28.0, 0.97), (100.0, 0.03)]);
+        let expected = 30.16 + 3.0 * (0.97 * 2.16_f64.powi(2) + 0.03 * 69.84_f64.powi(2)).sqrt();
+        assert!((cautious(&ratios).unwrap() - expected).abs() < 1e-9);
+        // Entries of one size weigh alike: 2 and 4 have the mean 3 and the deviation 1.
+        assert_eq!(cautious(&VecDeque::from([(2.0, 0.1), (4.0, 0.1)])), Some(6.0));
+        assert_eq!(cautious(&VecDeque::new()), None);
     }
 
     #[test]

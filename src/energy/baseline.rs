@@ -12,7 +12,7 @@ use super::entry::Parts;
 use super::interval::MODEL_FACTOR;
 use super::profile::Profile;
 use super::ratio;
-use crate::units::{Bytes, Flops, GramsCo2e, Joules};
+use crate::units::{Bytes, Flops, GramsCo2e, Joules, significant};
 use crate::work::{Precision, Work};
 
 /// What a run is compared with.
@@ -58,6 +58,8 @@ pub struct Baseline {
     /// What that energy is made of, where it was counted.
     #[serde(skip)]
     pub parts: Option<Parts>,
+    /// What its counted energy was multiplied with to stand beside a run on another meter.
+    pub metered_over_counted: Option<f64>,
     /// Its energy over the run's; `None` until held against one.
     pub ratio: Option<f64>,
     /// The least and the most that ratio may be.
@@ -73,12 +75,22 @@ impl Baseline {
     pub fn known(kind: BaselineKind, label: Label, flops: Flops, energy: Joules, rates: &Rates, source: &str) -> Baseline {
         let gco2e = carbon(energy, rates.pue, rates.grid);
         let source = source.to_string();
-        let (parts, ratio, ratio_bounds, assumptions) = (None, None, None, Vec::new());
-        Baseline { kind, label, flops, energy, gco2e, parts, ratio, ratio_bounds, source, assumptions }
+        let (parts, metered_over_counted, ratio, ratio_bounds, assumptions) = (None, None, None, None, Vec::new());
+        Baseline { kind, label, flops, energy, gco2e, parts, metered_over_counted, ratio, ratio_bounds, source, assumptions }
     }
 
-    /// The same, held against a run of `energy`; no ratio to a run that spent nothing. With the `parts` of a counted run the error
-    /// of the coefficients is shared (see [`ratio`]); a run that was metered otherwise is taken as exact, and the baseline is not.
+    /// The same as the meter of a run would show it that showed `factor` times the run's counted energy. Held against the run without it, a
+    /// baseline would be as much too cheap or too dear as the profile is wrong.
+    pub fn metered(mut self, factor: f64) -> Baseline {
+        (self.energy, self.gco2e) = (self.energy * factor, self.gco2e * factor);
+        self.metered_over_counted = Some(factor);
+        let said = "its counted energy times {}, what this run's meter showed over what was counted of it";
+        self.assumptions.push(said.replace("{}", &significant(factor)));
+        self
+    }
+
+    /// The same, held against a run of `energy`; no ratio to a run that spent nothing. With the `parts` of what was counted of the run the
+    /// error of the coefficients is shared (see [`ratio`]); a run without them is taken as exact, and the baseline is not.
     pub fn against(mut self, energy: Joules, parts: Option<&Parts>) -> Baseline {
         if energy.0 > 0.0 {
             let central = self.energy / energy;
@@ -186,6 +198,13 @@ const PUBLISHED: [Tokens; 40] = [
     row("microsoft/phi-2", 1.4e12, "Phi-2 model card", false),
 ];
 
+/// "2 trillion tokens".
+pub(super) fn worded(tokens: f64) -> String {
+    const WORDS: [(f64, &str); 3] = [(1e12, " trillion"), (1e9, " billion"), (1e6, " million")];
+    let (unit, word) = WORDS.into_iter().find(|(unit, _)| tokens >= *unit).unwrap_or((1.0, ""));
+    format!("{}{word} tokens", significant(tokens / unit))
+}
+
 /// Training the base model from nothing: 6ND for the published token count of `model_id`, else for the `tokens` given, else for
 /// 20 tokens a parameter (Hoffmann et al. 2022), which is said. `shape` adds attention.
 pub fn pretraining(
@@ -201,12 +220,12 @@ pub fn pretraining(
     let (label, tokens, source, caveat) = match (fits.max_by_key(|known| known.prefix.len()), tokens) {
         (Some(known), _) => {
             let caveat = (!known.verified).then_some("the published token count was not read again for this table");
-            (Label::Published, known.tokens, format!("{:.4e} tokens: {}", known.tokens, known.source), caveat)
+            (Label::Published, known.tokens, format!("{}: {}", worded(known.tokens), known.source), caveat)
         }
-        (None, Some(tokens)) => (Label::Counted, tokens, format!("{tokens:.4e} tokens, as given"), None),
+        (None, Some(tokens)) => (Label::Counted, tokens, format!("{}, as given", worded(tokens)), None),
         (None, None) => {
             let caveat = "no token count is known for this model: 20 for each parameter are assumed (Hoffmann et al. 2022)";
-            (Label::Assumed, 20.0 * params, format!("{:.4e} tokens, assumed", 20.0 * params), Some(caveat))
+            (Label::Assumed, 20.0 * params, format!("{}, assumed", worded(20.0 * params)), Some(caveat))
         }
     };
     let flops = training_flops(params, tokens, shape);
@@ -238,7 +257,9 @@ mod tests {
     fn a_token_count_is_published_or_given_or_assumed_and_says_so() {
         let published = of("HuggingFaceTB/SmolLM2-135M-Instruct", Some(1.0));
         assert_eq!((published.label, published.flops), (Label::Published, Flops(6.0 * 135e6 * 2e12)));
+        assert!(published.source.starts_with("2 trillion tokens: "), "{}", published.source);
         assert_eq!(of("my/model", Some(1e9)).flops, Flops(6.0 * 135e6 * 1e9));
+        assert_eq!(of("my/model", Some(6.0231e6)).source, "6.023 million tokens, as given");
         let assumed = of("my/model", None);
         assert_eq!((assumed.label, assumed.flops), (Label::Assumed, Flops(6.0 * 135e6 * 20.0 * 135e6)));
         assert!(assumed.assumptions.iter().any(|text| text.contains("20")));
@@ -276,6 +297,10 @@ mod tests {
         // Against a counted run of the same mix the error is shared.
         let [low, high] = baseline.clone().against(Joules(100.0), Some(&parts)).ratio_bounds.unwrap();
         assert!((low - 1.0).abs() < 1e-12 && (high - 1.0).abs() < 1e-12);
+        // On the meter of a run that showed twice what was counted of it: twice the energy and the gas, and no other ratio.
+        let metered = baseline.clone().metered(2.0).against(Joules(200.0), Some(&parts));
+        assert_eq!((metered.energy, metered.gco2e, metered.ratio), (Joules(600.0), baseline.gco2e * 2.0, Some(3.0)));
+        assert!(metered.assumptions[0].contains("times 2,") && metered.metered_over_counted == Some(2.0), "{metered:?}");
         assert_eq!(baseline.against(Joules(0.0), None).ratio, None);
     }
 }

@@ -215,6 +215,15 @@ impl Grid {
             .hint(did_you_mean(&near, otherwise)))
     }
 
+    /// The country it lies in: its own row, a state's or a province's country; `None` for larger places, cloud regions and numbers.
+    pub fn country(&self) -> Option<Grid> {
+        if self.iso3.is_some() {
+            return Some(self.clone());
+        }
+        let (country, _) = self.code.split_once('-').filter(|_| !self.code.contains(':'))?;
+        Grid::find(country).ok().filter(|grid| grid.iso3.is_some())
+    }
+
     /// A grid of the user's own intensity, zero or more gCO2e/kWh.
     pub fn custom(intensity: f64) -> Result<Grid> {
         if !(intensity.is_finite() && intensity >= 0.0) {
@@ -284,6 +293,14 @@ mod tests {
             [Grid::find("world"), Grid::find("US-CA"), Grid::find("aws:eu-west-3")].map(|g| g.unwrap().iso3),
             [None, None, None]
         );
+    }
+
+    #[test]
+    fn a_state_lies_in_its_country() {
+        let country = |text: &str| Grid::find(text).unwrap().country().and_then(|grid| grid.iso3);
+        let named = ["FR", "US-CA", "AU-NSW"].map(country);
+        assert_eq!(named.map(|iso3| iso3.unwrap()), ["FRA", "USA", "AUS"]);
+        assert_eq!(["world", "aws:us-east-1", "gcp:us-central1", "250"].map(country), [None, None, None, None]);
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //! machine inside it makes the whole window unknown. Knows nothing of work, profiles or what fills a gap.
 //!
 //! Where a sensor may not be left alone (power that must be sampled, a counter that may wrap within a step) a thread reads it. It sleeps
-//! `REST` times as long as its reading took, so that it never takes a thousandth of a core, and no thread starts where no sensor asks.
+//! until it has taken no more than a `REST`th of the time since it began, so that it never takes a thousandth of a core, and no thread starts
+//! where no sensor asks.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::sensor::{Gap, Sensor};
 use crate::units::MicroJoules;
 
-/// The sampling thread rests this many times as long as a reading took: at most half a thousandth of a core.
+/// The sampling thread rests until this many times its own processor time has passed: at most half a thousandth of a core.
 const REST: u32 = 2000;
 /// The name of the thread, as the system lists it.
 const THREAD: &str = "wattune-sampler";
@@ -173,12 +174,13 @@ impl Sampler {
         let (stop, stopped) = channel();
         let bank = Arc::clone(bank);
         let work = move || {
-            let mut rest = period;
+            let (begun, mut rest) = (Instant::now(), period);
             while stopped.recv_timeout(rest) == Err(RecvTimeoutError::Timeout) {
-                let mut bank = lock(&bank);
                 let started = Instant::now();
-                bank.sample();
-                rest = period.max(started.elapsed() * REST);
+                lock(&bank).sample();
+                // Waking and going to sleep cost as much as a reading of a file: the thread's own clock sees them, ours does not.
+                let own = thread_time().map_or(started.elapsed() * REST, |own| (own * REST).saturating_sub(begun.elapsed()));
+                rest = period.max(own);
             }
         };
         let thread = std::thread::Builder::new().name(THREAD.to_string()).spawn(work).ok()?;
@@ -192,6 +194,19 @@ impl Drop for Sampler {
         let _ = self.stop.send(());
         let _ = self.thread.take().map(JoinHandle::join);
     }
+}
+
+/// The processor time of this thread; `None` where the system does not tell.
+fn thread_time() -> Option<Duration> {
+    #[cfg(unix)]
+    {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the call writes to the one struct that it is given, which lives until it returns.
+        let told = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) } == 0;
+        told.then(|| Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.max(0) as u32))
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 /// The bank, also after a sensor's thread died in it: its numbers are whole, each is written at once.

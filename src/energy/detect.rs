@@ -65,7 +65,7 @@ pub fn allowed_cores() -> usize {
 }
 
 /// The CPUs this process may use and all that the system lists, where the first are fewer.
-pub(super) fn part_of_machine() -> Option<(usize, usize)> {
+pub fn part_of_machine() -> Option<(usize, usize)> {
     let allowed = std::thread::available_parallelism().ok()?.get();
     let all = listed(&cpuinfo());
     (allowed < all).then_some((allowed, all))

@@ -31,7 +31,7 @@ pub use budget::{Budget, Limit, Limits, Rates, Spent};
 pub use carbon::{Grid, carbon};
 pub use charge::Charge;
 pub use counters::Counters;
-pub use detect::allowed_cores;
+pub use detect::{allowed_cores, part_of_machine};
 pub use interval::Interval;
 pub use ledger::{Energies, Entry, Ledger, Parts, Phase};
 pub use meter::{MeterKind, Meters, Reading};

@@ -93,6 +93,8 @@ impl Raw {
 /// What was measured on a device.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Measured {
+    /// What the device is called; `None`: as the nearest profile calls its own.
+    pub title: Option<String>,
     /// FLOP/s that products reach, by precision.
     pub rates: BTreeMap<Precision, f64>,
     /// Bytes per second of a stream, read and written.
@@ -172,6 +174,7 @@ impl Profile {
     pub fn calibrated(&self, name: &str, measured: &Measured) -> Result<Profile> {
         let mut raw = Raw::of(self);
         raw.name = name.to_string();
+        raw.title = measured.title.clone().or(raw.title);
         // It was the factor of the figures that are replaced now.
         raw.measured_over_counted = None;
         raw.source.remove("measured_over_counted");

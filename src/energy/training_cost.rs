@@ -96,7 +96,8 @@ impl Job {
             (Some(tokens), _) => tokens,
             (None, Method::Pretraining) => {
                 let tokens = parameters * TOKENS_PER_PARAMETER;
-                self.assumptions.push(format!("tokens: {tokens}, 20 for each parameter (Hoffmann et al. 2022)"));
+                self.assumptions
+                    .push(format!("{}, 20 for each parameter (Hoffmann et al. 2022)", super::baseline::worded(tokens.0)));
                 tokens
             }
             (None, _) => {
@@ -206,7 +207,7 @@ fn device_time(job: &Job, notes: &mut Vec<String>) -> Result<Option<Interval<Sec
     let reached = achieved(device, job.published_name.as_deref());
     let tera = reached.fraction.map(|share| share * device.peak_flops / 1e12);
     notes.push(format!(
-        "achieved: {} TFLOP/s, {} to {} ({:.3} of the peak of {}, {:.3} to {:.3}; {}); `--achieved-tflops T` sets it",
+        "achieved: {} TFLOP/s, {} to {} ({:.3} of the peak of {} TFLOP/s, {:.3} to {:.3}; {}); `--achieved-tflops T` sets it",
         significant(tera.central),
         significant(tera.low),
         significant(tera.high),
@@ -229,7 +230,7 @@ fn within_peak(rate: f64, device: &Accelerator, notes: &mut Vec<String>) -> Resu
             .rule(format!("at most its dense peak of {peak} TFLOP/s"))
             .hint("check that `--hours` are added up over all devices, and that `--achieved-tflops` are of one device, without sparsity"));
     }
-    notes.push(format!("achieved: {rate} TFLOP/s on each device, {share:.3} of the peak of {peak} of {}", device.name));
+    notes.push(format!("achieved: {rate} TFLOP/s on each device, {share:.3} of the peak of {peak} TFLOP/s of {}", device.name));
     Ok(())
 }
 

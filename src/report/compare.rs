@@ -79,6 +79,11 @@ pub fn compare(runs: &[(String, Report)]) -> Comparison {
     notes.extend(differing(runs, "the runs were charged to different device profiles", |report| {
         Some(report.energy.device.clone())
     }));
+    let alone: Vec<&str> =
+        runs.iter().filter(|(_, report)| report.energy.host_left_out.is_some()).map(|(name, _)| name.as_str()).collect();
+    if !alone.is_empty() && alone.len() < runs.len() {
+        notes.push(format!("the machine around the device is in no joule of {}", alone.join(", ")));
+    }
     Comparison { meter, runs: rows, best, notes }
 }
 
@@ -122,14 +127,18 @@ fn unlike(runs: &[(String, Report)]) -> Vec<String> {
     notes
 }
 
-/// A note with each run's value, where the known values are not all equal.
+/// A note with each value and its runs, where the known values are not all equal.
 fn differing(runs: &[(String, Report)], what: &str, of: impl Fn(&Report) -> Option<String>) -> Vec<String> {
     let values: Vec<(&str, String)> = runs.iter().filter_map(|(name, report)| Some((name.as_str(), of(report)?))).collect();
     let distinct: BTreeSet<&String> = values.iter().map(|(_, value)| value).collect();
     if distinct.len() < 2 {
         return Vec::new();
     }
-    let each: Vec<String> = values.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    let runs_of = |value: &String| {
+        let names: Vec<&str> = values.iter().filter(|(_, own)| own == value).map(|(name, _)| *name).collect();
+        names.join(", ")
+    };
+    let each: Vec<String> = distinct.into_iter().map(|value| format!("{}: {value}", runs_of(value))).collect();
     vec![format!("{what} ({})", each.join("; "))]
 }
 

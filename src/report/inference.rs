@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::page::Block;
 use super::show;
 use super::table::Table;
-use crate::units::{GramsCo2e, Joules};
+use crate::units::{GramsCo2e, Joules, Seconds};
 
 /// What a request takes, counted on the run's device profile.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -190,8 +190,13 @@ fn payback(other: &Alternative) -> String {
     }
 }
 
+/// "12.5 days"; below two, "44 h 44 min" or less.
+fn days_or_less(days: f64) -> String {
+    if days < 2.0 { show::time(Seconds(days * 86_400.0)) } else { format!("{} days", show::number(days)) }
+}
+
 fn year(year: &Year) -> String {
-    let days = year.pays_after_days.map_or_else(String::new, |days| format!(", and {} days pay for it", show::number(days)));
+    let days = year.pays_after_days.map_or_else(String::new, |days| format!(", and {} of use pay for it", days_or_less(days)));
     format!(
         "At {} requests a day a year of use takes {}{} and {}{}: {} of the life cycle, fine-tuning {}{days}.",
         show::number(year.requests_per_day),
@@ -204,4 +209,15 @@ fn year(year: &Year) -> String {
         show::share(year.share_of_life_cycle, 1.0),
         show::share(year.fine_tuning_share, 1.0)
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_time_of_use_is_said_in_hours_and_minutes() {
+        // 0.0326 x 86,400 s = 2,816.6 s; 1.5 days are 36 hours.
+        assert_eq!([0.0326, 1.5, 12.5].map(days_or_less), ["46 min 57 s", "36 h 00 min", "12.5 days"]);
+    }
 }

@@ -69,11 +69,14 @@ pub fn limits(report: &Report) -> Vec<String> {
     let timed = "Power times wall time, without counters, has been found off by up to 40 % against wall meters \
                  (arXiv:2509.22092).";
     let carbon = "Emissions go by the grid's yearly average intensity, not by the hour of the run nor by the marginal plant.";
+    let host = "The device's energy is not its machine's: processor, memory and fans around it are in no counted or timed figure here, \
+                nor in what other ways of training take.";
     let scope = "Not in the energy: earlier attempts, downloads, the screen, and the use of the model afterwards.";
     let shown = [
         (true, counted),
         (meters.measured_j.is_some(), measured),
         (meters.timed_j.is_some(), timed),
+        (report.energy.host_left_out.is_some(), host),
         (true, carbon),
         (true, scope),
     ];

@@ -22,7 +22,7 @@ mod page;
 pub mod parts;
 pub mod reconciliation;
 mod seal;
-mod show;
+pub(crate) mod show;
 pub mod steps;
 pub mod stop;
 mod summary;

@@ -7,7 +7,7 @@ use super::budget::entries;
 use super::limits;
 use super::measured::at_equal;
 use super::memory;
-use super::parts;
+use super::parts::{self, HostLeftOut};
 use super::reconciliation;
 use super::show;
 use super::table::Table;
@@ -157,6 +157,7 @@ fn comparison(report: &Report) -> Vec<Block> {
     let mut beside: Vec<String> = baselines.iter().filter_map(|baseline| between(baseline)).collect();
     beside.extend(baselines.iter().flat_map(|baseline| at_equal(baseline)));
     let mut blocks = vec![Block::Table(table)];
+    blocks.extend(as_metered(&baselines, energy.meter));
     blocks.extend(list(beside));
     if baselines.iter().any(|baseline| baseline.kind == BaselineKind::Pretraining) {
         let yardstick = "Beside pretraining every fine-tuning looks cheap; the yardstick for an adapter is full fine-tuning.";
@@ -189,8 +190,22 @@ pub fn name(baseline: &Baseline) -> String {
 fn known_how(baseline: &Baseline, meter: Meter) -> String {
     match baseline.measured {
         Some(_) => format!("trained, its energy {}", show::word(meter)),
-        None => show::word(baseline.label),
+        None => {
+            let times =
+                baseline.metered_over_counted.map_or_else(String::new, |times| format!(", times {}", show::number(times)));
+            show::word(baseline.label) + &times
+        }
     }
+}
+
+/// What "counted, times 7.2" is, where a row says so.
+fn as_metered(baselines: &[&Baseline], meter: Meter) -> Option<Block> {
+    let times = baselines.iter().find_map(|baseline| baseline.metered_over_counted)?;
+    Some(Block::Paragraph(format!(
+        "This run is {} and took {} times what was counted of it; counted baselines are multiplied with that, to be held against it.",
+        show::word(meter),
+        show::number(times)
+    )))
 }
 
 /// The name of a kind of baseline.
@@ -247,12 +262,14 @@ fn money(report: &Report) -> Option<String> {
 fn emissions(report: &Report) -> Vec<Block> {
     let (carbon, total) = (&report.carbon, report.energy.total_j);
     let year = carbon.year.map_or_else(|| "year not known".to_string(), |year| year.to_string());
-    let mut rows = vec![
-        ("the machine's energy", show::energy(total)),
+    let host = report.energy.host_left_out;
+    let mut rows = vec![(if host.is_some() { "the device's energy" } else { "the machine's energy" }, show::energy(total))];
+    rows.extend(host.map(|host| ("the machine around it, not included", around(host, total))));
+    rows.extend([
         ("facility overhead", format!("{} (PUE {})", show::energy(carbon.pue * total - total), show::number(carbon.pue.value()))),
         ("facility energy", show::energy(carbon.pue * total)),
         ("grid", format!("`{}`, {} gCO2e/kWh, {year}", carbon.grid, show::number(carbon.gco2e_per_kwh.0))),
-    ];
+    ]);
     rows.extend(carbon.place.iter().map(|place| ("the grid's place", place.clone())));
     rows.extend(carbon.basis.iter().map(|basis| ("what its intensity counts", basis.clone())));
     rows.push(("emitted", show::carbon(carbon.gco2e)));
@@ -265,6 +282,17 @@ fn emissions(report: &Report) -> Vec<Block> {
     rows.push(("the device's manufacture, not included", made));
     rows.extend(carbon.dataset_sha256.iter().map(|hash| ("SHA-256 of the grid tables", format!("`{hash}`"))));
     vec![pairs(["emissions of the electricity", "value"], rows)]
+}
+
+/// What the machine around a device takes while the device takes `energy`.
+fn around(host: HostLeftOut, energy: Joules) -> String {
+    let known = host.share.zip(host.times());
+    known.map_or_else(
+        || "its share is not known".to_string(),
+        |(share, times)| {
+            format!("about {}: {} of a machine's power", show::energy(energy * (times - 1.0)), show::share(share, 1.0))
+        },
+    )
 }
 
 fn data(report: &Report) -> Vec<Block> {

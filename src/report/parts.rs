@@ -49,6 +49,20 @@ pub struct Factor {
     pub verified: bool,
 }
 
+/// The machine around an accelerator, which the run's figures leave out.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct HostLeftOut {
+    /// Its part of a machine's power, in 0..1; `None`: not known.
+    pub share: Option<f64>,
+}
+
+impl HostLeftOut {
+    /// How many times the device's energy the whole machine takes.
+    pub fn times(self) -> Option<f64> {
+        self.share.map(|share| 1.0 / (1.0 - share))
+    }
+}
+
 /// One share of the counted energy.
 pub(super) struct Share {
     /// What it went into.

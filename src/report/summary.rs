@@ -109,8 +109,13 @@ fn certainty(report: &Report) -> Option<String> {
     let others: Vec<String> =
         other_meters(report).into_iter().map(|(name, ratio)| format!("{ratio} times as much by the {name} meter")).collect();
     let beside = if others.is_empty() { String::new() } else { format!("; it is {}", others.join(" and ")) };
+    let host = energy.host_left_out.map_or_else(String::new, |host| {
+        let times =
+            host.times().map_or_else(String::new, |times| format!(": with it, about {} times as much", show::times(times)));
+        format!(" The machine around the device is not in it{times}.")
+    });
     let unread = if energy.meters.measured_j.is_none() { " No counter of the machine confirms it." } else { "" };
-    Some(format!("The energy is {source}{interval}{beside}.{unread}"))
+    Some(format!("The energy is {source}{interval}{beside}.{host}{unread}"))
 }
 
 /// The meters that `total_j` does not go by, each with its ratio to it.

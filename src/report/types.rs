@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::inference::Inference;
 use super::measured::{CurvePoint, MeasuredBaseline};
 use super::memory::Memory;
-use super::parts::{CountedParts, Factor};
+use super::parts::{CountedParts, Factor, HostLeftOut};
 use super::reconciliation::{ProfileFactor, Reconciliation};
 use super::stop::StopReason;
 use crate::units::{Bytes, Flops, GramsCo2e, GramsPerKwh, Joules, Money, Pue, Seconds};
@@ -249,6 +249,9 @@ pub struct Energy {
     /// The profile's coefficients, each with its source.
     #[serde(default)]
     pub factors: Vec<Factor>,
+    /// What `total_j` lacks of an accelerator's machine; `None` where the device is the machine, or the counters see it too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_left_out: Option<HostLeftOut>,
 }
 
 /// An amount of each thing a budget can limit; `None`: not limited, or not known.
@@ -370,8 +373,11 @@ pub struct Baseline {
     pub label: Label,
     /// Its FLOPs.
     pub flops: Option<Flops>,
-    /// Its energy on this run's device.
+    /// Its energy on this run's device and meter.
     pub energy_j: Option<Joules>,
+    /// What its counted energy was multiplied with to stand beside a run that was measured or timed: that run's meter over its count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metered_over_counted: Option<f64>,
     /// Its emissions on this run's grid.
     pub gco2e: Option<GramsCo2e>,
     /// Its energy over this run's.

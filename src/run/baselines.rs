@@ -13,23 +13,34 @@ use crate::recipe::{Compared, Init};
 use crate::units::{Flops, Joules};
 use crate::work::Work;
 
-/// Full fine-tuning over the same `steps` and `evaluations`, and pretraining; each against `spent`, which is made of `parts` where it
-/// was counted.
-pub(super) fn baselines(
-    prepared: &Prepared,
-    steps: u64,
-    evaluations: usize,
-    spent: Joules,
-    parts: Option<&Parts>,
-) -> Result<Vec<Baseline>> {
+/// What a run spent, for its baselines to be held against.
+pub(super) struct Run<'a> {
+    /// On the meter that decides.
+    pub(super) spent: Joules,
+    /// On the counted one.
+    pub(super) counted: Joules,
+    /// What the counted energy is made of.
+    pub(super) parts: &'a Parts,
+}
+
+/// Full fine-tuning over the same `steps` and `evaluations`, and pretraining; each on the meter of `run` and against it.
+pub(super) fn baselines(prepared: &Prepared, steps: u64, evaluations: usize, run: &Run<'_>) -> Result<Vec<Baseline>> {
     let mut all = Vec::new();
     if !prepared.whole_model() && prepared.recipe.baseline.full_fine_tuning != Compared::Off {
-        all.push(full_fine_tuning(prepared, steps, evaluations)?.against(spent, parts));
+        all.push(full_fine_tuning(prepared, steps, evaluations)?);
     }
     if prepared.recipe.baseline.from_scratch != Compared::Off {
-        all.push(pretraining(prepared)?.against(spent, parts));
+        all.push(pretraining(prepared)?);
     }
-    Ok(all)
+    let factor = Some(run.spent / run.counted).filter(|factor| factor.is_finite() && *factor != 1.0);
+    let held = |baseline: Baseline| {
+        let metered = match factor {
+            Some(factor) => baseline.metered(factor),
+            None => baseline,
+        };
+        metered.against(run.spent, Some(run.parts))
+    };
+    Ok(all.into_iter().map(held).collect())
 }
 
 /// The same batches with every weight trained.

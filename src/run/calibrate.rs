@@ -5,16 +5,19 @@
 //! no counter) stays as the nearest profile says, and a note says so. Writes nothing.
 
 mod levels;
+mod pace;
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 
+use self::pace::Pace;
 use super::Screen;
+use super::machine::environment;
 use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
-use crate::energy::{Counters, Measured, MeasuredCache, MeasuredPower, Profile};
+use crate::energy::{Counters, Measured, MeasuredCache, MeasuredPower, Profile, allowed_cores, part_of_machine};
 use crate::error::{Error, Result};
 use crate::ops::{Context, Linear, Weight, dtype};
 use crate::units::{Bytes, MicroJoules, Seconds, Watts};
@@ -30,12 +33,15 @@ pub struct Effort {
     pub each: Seconds,
     /// Bytes of the buffer whose copy measures main memory: several times the last cache. At most an eighth of free memory is taken.
     pub buffer: Bytes,
+    /// Time for all figures together: where it does not suffice, as on a busy machine, each gets less.
+    pub within: Seconds,
 }
 
 impl Effort {
-    /// `each` for a figure, and a buffer of 512 MiB: four times and more what any shipped processor's last cache holds.
+    /// `each` for a figure, a buffer of 512 MiB (four times and more what any shipped processor's last cache holds), and less than a minute
+    /// in all.
     pub fn of(each: Seconds) -> Self {
-        Self { each, buffer: Bytes(512 << 20) }
+        Self { each, buffer: Bytes(512 << 20), within: Seconds(45.0) }
     }
 }
 
@@ -89,19 +95,22 @@ impl Calibrator {
 
     /// Measures. Other work on the machine makes the figures too low; of each the best is taken.
     pub fn measure(mut self, effort: Effort, screen: &mut dyn Screen) -> Result<Calibration> {
-        let each = Duration::try_from_secs_f64(effort.each.0).unwrap_or(Duration::from_secs(2));
+        let precisions = precisions(&self.device);
+        let mut pace = Pace::new(effort.each, effort.within, self.figures(precisions));
         let mut idle = None;
         if self.counter.is_some() {
             screen.note("measuring idle power");
+            let each = pace.time();
             let nothing = || {
                 sleep(each);
                 Ok(())
             };
             idle = self.drawing(nothing)?.1;
         }
-        let (mut measured, mut load) = (Measured::default(), None::<Watts>);
-        for precision in precisions(&self.device) {
+        let (mut measured, mut load) = (Measured { title: self.title(), ..Measured::default() }, None::<Watts>);
+        for precision in precisions {
             screen.note(&format!("measuring {} products", precision.as_str()));
+            let each = pace.time();
             let device = self.device.clone();
             let best = warm_product(&device, *precision, each).and_then(|warm| self.drawing(|| warm.best(each)));
             match best {
@@ -113,24 +122,44 @@ impl Calibrator {
             }
         }
         screen.note("measuring memory bandwidth");
-        let (bandwidth, note) = levels::dram(&self.device, effort.buffer, each)?;
+        let (bandwidth, note) = levels::dram(&self.device, effort.buffer, pace.time())?;
         measured.bandwidth = bandwidth.round();
         self.notes.extend(note);
-        measured.caches = self.caches(each, screen)?;
+        measured.caches = self.caches(&mut pace, screen)?;
+        self.notes.extend(pace.note());
         measured.power = self.power(idle, load);
+        if let Some((power, why)) = measured.power.clone().zip(self.base.calibrated(&self.name, &measured).err()) {
+            let MeasuredPower { idle, load, counter } = power;
+            let why = first_line(&why);
+            self.notes
+                .push(format!("power is the nearest profile's: {counter} showed {idle} idle and {load} under load, but {why}"));
+            measured.power = None;
+        }
         let profile = self.base.calibrated(&self.name, &measured);
         let profile = profile.map_err(|e| e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`"))?;
         Ok(Calibration { base: self.base, profile, measured, notes: self.notes })
     }
 
+    /// What this machine's processor is called: the nearest profile may be of another.
+    fn title(&self) -> Option<String> {
+        let named = || format!("{}, measured with {} threads", environment().cpu, rayon::current_num_threads());
+        self.device.is_cpu().then(named)
+    }
+
+    /// How many figures there are to measure: power, rates, main memory and the caches behind the first.
+    fn figures(&self, precisions: &[Precision]) -> usize {
+        let caches = if self.device.is_cpu() { self.base.caches.len().saturating_sub(1) } else { 0 };
+        usize::from(self.counter.is_some()) + precisions.len() + 1 + caches
+    }
+
     /// What the caches serve; a graphics processor's are not measured.
-    fn caches(&mut self, each: Duration, screen: &mut dyn Screen) -> Result<Vec<MeasuredCache>> {
+    fn caches(&mut self, pace: &mut Pace, screen: &mut dyn Screen) -> Result<Vec<MeasuredCache>> {
         if !self.device.is_cpu() {
             self.notes.push("the caches are the nearest profile's: on this device only main memory is measured".to_string());
             return Ok(Vec::new());
         }
         screen.note("measuring the bandwidth of caches");
-        let (caches, notes) = levels::caches(&self.base, each)?;
+        let (caches, notes) = levels::caches(&self.base, || pace.time())?;
         self.notes.extend(notes);
         Ok(caches)
     }
@@ -173,14 +202,18 @@ fn mean_power(energy: MicroJoules, wall: Seconds) -> Watts {
 fn counter(base: &Profile, computing: Computing) -> Result<Box<dyn Sensor>, String> {
     let why = |absent: Absent| format!("{}; {}", absent.reason, absent.remedy);
     match computing {
-        // A share of a processor is charged a share of its power; the counter sees the whole.
-        Computing::Cpu if base.name.contains('@') => {
-            Err("this process may use some of the processor's cores, a counter would show all of them".to_string())
+        Computing::Cpu if part_of_machine().is_some() || is_part(base, allowed_cores()) => {
+            Err("a part of this machine's cores is measured, and its counter would show all of them".to_string())
         }
         Computing::Cpu => Ok(Box::new(RaplSensor::open_default().map_err(why)?)),
         Computing::Nvidia(index) => Ok(Box::new(NvmlSensor::open(index).map_err(why)?)),
         Computing::Other => Err("this device has no energy counter that can be read".to_string()),
     }
+}
+
+/// Whether the profile is a share of a processor that has `cores` of them here: it is charged a share of the power.
+fn is_part(base: &Profile, cores: usize) -> bool {
+    base.name.contains('@') && base.cores.is_some_and(|own| own < cores)
 }
 
 /// What the device computes in.
@@ -270,7 +303,7 @@ mod tests {
         }
     }
 
-    const QUICK: Effort = Effort { each: Seconds(0.01), buffer: Bytes(8 << 20) };
+    const QUICK: Effort = Effort { each: Seconds(0.01), buffer: Bytes(8 << 20), within: Seconds(60.0) };
 
     fn calibrator(script: Vec<Result<u64, Gap>>) -> Calibrator {
         let mut calibrator = Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Cpu).unwrap();
@@ -290,6 +323,8 @@ mod tests {
         assert_eq!((power.idle, power.counter.as_str()), (Watts(0.0), "scripted"));
         assert!(power.load > Watts(0.0) && power.load <= Watts(900.0), "{}", power.load);
         assert_eq!((done.profile.idle_w, done.profile.load_w), (power.idle, power.load));
+        // It is no Raspberry Pi that was measured.
+        assert_eq!(done.profile.title, format!("{}, measured with {} threads", environment().cpu, rayon::current_num_threads()));
         // Of power nothing is to be noted; of memory, what this machine's caches are like.
         assert!(
             done.notes.iter().all(|note| note.starts_with("memory: ") || note.contains("was not measured")),
@@ -306,7 +341,9 @@ mod tests {
         let failing = vec![Ok(0), gap(), gap(), Ok(0), gap(), gap(), Ok(0), gap(), gap()];
         // More power idle than under load.
         let upside_down = [0, 9_000_000, 9_000_000, 9_000_000, 9_000_000, 9_000_000].map(Ok).into();
-        for (script, words) in [(failing, "told to fail"), (upside_down, "idle")] {
+        // A microjoule under load: the profile's own traffic to memory takes more.
+        let tiny = [0, 0, 0, 1, 1, 2].map(Ok).into();
+        for (script, words) in [(failing, "told to fail"), (upside_down, "idle"), (tiny, "under load, but moving the operands")] {
             let done = calibrator(script).measure(QUICK, &mut Blank).unwrap();
             assert_eq!((done.measured.power, done.profile.load_w), (None, pi.load_w));
             assert!(done.notes.iter().any(|note| note.contains(words)), "{:?}", done.notes);
@@ -327,9 +364,23 @@ mod tests {
     }
 
     #[test]
+    fn a_calibration_keeps_to_its_time_and_says_so() {
+        // Half a minute for each of five figures, and next to nothing for all of them.
+        let effort = Effort { each: Seconds(30.0), within: Seconds(0.05), ..QUICK };
+        let start = Instant::now();
+        let calibrator = Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Other).unwrap();
+        let done = calibrator.measure(effort, &mut Blank).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+        assert!(done.notes.iter().any(|note| note.contains("instead of 30 s")), "{:?}", done.notes);
+        assert_eq!(done.measured.rates.len(), 2);
+    }
+
+    #[test]
     fn a_share_of_a_processor_is_not_measured_by_the_whole_one_s_counter() {
         let share = Profile::named("amd-epyc-7763@2").unwrap();
-        assert!(counter(&share, Computing::Cpu).err().unwrap().contains("cores"));
+        assert!(is_part(&share, 64) && is_part(&share, 3));
+        // All that this machine has, though the profile's processor has more; and a whole processor.
+        assert!(!is_part(&share, 2) && !is_part(&Profile::named("amd-epyc-7763").unwrap(), 128));
         let refused = Calibrator::new("generic-cpu", Some("My Machine"), Device::Cpu, Computing::Cpu).err().unwrap();
         assert!(refused.to_string().contains("--name"), "{refused}");
     }

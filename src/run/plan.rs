@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::baselines::baselines;
+use super::baselines::{Run, baselines};
 use super::choices::{Choice, choices};
 use super::machine;
 use super::measured::{asked, expected};
@@ -11,7 +11,7 @@ use super::prepare::Prepared;
 use super::reconcile::profile_factor;
 use super::reporting::{adapter_block, baseline_blocks, data_block, model_block, stop_reason};
 use super::sample::sample_prompt;
-use super::spending::{budget_block, carbon_block, counted_parts, interval, memory_block};
+use super::spending::{budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block};
 use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
@@ -160,7 +160,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
     let by_phase: serde_json::Map<String, Value> =
         phases.iter().map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules()))).collect();
     let evaluations = run.evaluations + usize::from(!prepared.validation_batches.is_empty());
-    let baselines = baselines(prepared, run.steps, evaluations, central, Some(&parts))?;
+    let baselines = baselines(prepared, run.steps, evaluations, &Run { spent: central, counted: central, parts: &parts })?;
     let spent = Spent { energy: total.energy, flops: total.flops, time: total.time };
     let pjoule = |energy: Joules| json!(energy);
     Ok(json!({
@@ -186,6 +186,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
             "counted_parts": counted_parts(&prepared.profile, &parts, &total.bytes, Joules::ZERO),
             "device": prepared.profile.name,
             "profile_factor": profile_factor(&prepared.profile),
+            "host_left_out": host_left_out(&prepared.profile, MeterKind::Counted),
         },
         "budget": budget_block(prepared, &spent, energy),
         "carbon": carbon_block(prepared, energy, total.time),

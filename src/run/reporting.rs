@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::baselines::baselines;
+use super::baselines::{Run, baselines};
 use super::directory::RunDirectory;
 use super::machine;
 use super::prepare::{Prepared, Target};
@@ -92,11 +92,11 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let spent = account.spent();
     let energy = interval(account.kind(), spent.energy.joules());
     let wall = spent.time.max(inputs.wall);
-    let counted = account.kind() == crate::energy::MeterKind::Counted;
     let evaluations = account.by_phase().find(|(phase, _)| *phase == Phase::Eval).map_or(0, |(_, totals)| totals.entries);
     let evaluated = evaluations as usize - 2 * usize::from(inputs.sample.is_some()).min(evaluations as usize / 2);
-    let parts = counted.then_some(&account.totals().parts);
-    let baselines = baselines(prepared, standing.step, evaluated, energy.central, parts)?;
+    let counted = account.totals().energy_j.counted.joules();
+    let run = Run { spent: energy.central, counted, parts: &account.totals().parts };
+    let baselines = baselines(prepared, standing.step, evaluated, &run)?;
     let mut warnings = prepared.warnings.clone();
     if let Stop::Diverged(what) = &outcome.stop {
         warnings.push(match inputs.checkpoints.steps()?.last() {
@@ -104,7 +104,7 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
             None => format!("{what}; no result is written, and no checkpoint was saved before"),
         });
     }
-    let inference = inference(prepared, energy.central)?.map_err(|why| warnings.push(why)).ok();
+    let inference = inference(prepared, counted, account.kind())?.map_err(|why| warnings.push(why)).ok();
     Ok(Report {
         model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
         adapter: adapter_block(&prepared.target, &prepared.architecture),
@@ -262,6 +262,7 @@ pub(super) fn baseline_blocks(baselines: &[Baseline], prepared: &Prepared) -> Ve
         },
         flops: Some(b.flops),
         energy_j: Some(b.energy),
+        metered_over_counted: b.metered_over_counted,
         gco2e: Some(b.gco2e),
         ratio: b.ratio,
         low_j: energy.map(|energy| energy.low),
@@ -318,14 +319,15 @@ fn emissions(prepared: &Prepared, total: Joules) -> Emissions {
     let total = Some(total);
     let grid = &prepared.grid;
     let (cloud_provider, cloud_region) = grid.code.split_once(':').map(|(p, r)| (p.to_string(), r.to_string())).unzip();
+    let country = grid.country();
     let state = grid.code.split_once('-').filter(|_| cloud_region.is_none()).map(|_| grid.name.clone());
     Emissions {
         timestamp: chrono::Local::now().format("%Y-%m-%dT%H:%M:%S").to_string(),
         project_name: prepared.recipe.name.clone(),
         run_id: prepared.digest()[..16].to_string(),
         parts: EnergyParts { cpu: total.filter(|_| cpu), gpu: total.filter(|_| !cpu), ram: None },
-        country_name: grid.iso3.as_ref().map(|_| grid.name.clone()),
-        country_iso_code: grid.iso3.clone(),
+        country_iso_code: country.as_ref().and_then(|country| country.iso3.clone()),
+        country_name: country.map(|country| country.name),
         region: state,
         cloud_provider,
         cloud_region,

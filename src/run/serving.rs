@@ -6,7 +6,7 @@
 
 use super::prepare::{Prepared, Target};
 use super::spending::carbon_block;
-use crate::energy::{Charge, Interval, carbon};
+use crate::energy::{Charge, Interval, MeterKind, carbon};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::recipe::LargerModel;
@@ -36,8 +36,13 @@ impl Request {
     }
 }
 
-/// The `inference` block of a run that spent `fine_tuning`; the inner error says why a request cannot be counted.
-pub(super) fn inference(prepared: &Prepared, fine_tuning: Joules) -> Result<std::result::Result<Inference, String>> {
+/// The `inference` block of a run of which `fine_tuning` was counted, whatever meter decided in it: requests are counted too. The inner
+/// error says why a request cannot be counted.
+pub(super) fn inference(
+    prepared: &Prepared,
+    fine_tuning: Joules,
+    meter: MeterKind,
+) -> Result<std::result::Result<Inference, String>> {
     let asked = &prepared.recipe.report;
     let (prompt, generated) = (asked.prompt_tokens, asked.generated_tokens);
     let most = prepared.architecture.max_position_embeddings;
@@ -77,7 +82,13 @@ pub(super) fn inference(prepared: &Prepared, fine_tuning: Joules) -> Result<std:
             pays_after_days: saved.map(|requests| requests as f64 / requests_per_day),
         }
     });
-    let assumptions = assumptions(prepared, alternative.as_ref());
+    let mut assumptions = assumptions(prepared, alternative.as_ref());
+    if meter != MeterKind::Counted {
+        assumptions.push(format!(
+            "requests are held against what was counted of the fine-tuning ({fine_tuning}), not against its {} energy",
+            meter.as_str()
+        ));
+    }
     Ok(Ok(Inference {
         device: prepared.profile.name.clone(),
         prompt_tokens: prompt as u64,

@@ -14,7 +14,7 @@ use crate::energy::profile::DeviceKind;
 use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent, carbon};
 use crate::model::MemoryForecast;
 use crate::report::memory::Memory;
-use crate::report::parts::{CountedParts, Factor};
+use crate::report::parts::{CountedParts, Factor, HostLeftOut};
 use crate::report::types::{self, Amounts};
 use crate::units::{Bytes, Flops, Joules, Per, Seconds};
 
@@ -68,6 +68,7 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
         bytes_by_level: totals.bytes.clone(),
         device: prepared.profile.name.clone(),
         factors: factors(&prepared.profile),
+        host_left_out: host_left_out(&prepared.profile, kind),
     }
 }
 
@@ -98,8 +99,8 @@ pub(super) fn counted_parts(profile: &Profile, parts: &Parts, bytes: &Traffic, l
 
 /// The profile's coefficients with their sources.
 pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
-    let rates = |of: &BTreeMap<crate::work::Precision, f64>, unit: &str, scale: f64| {
-        let each = of.iter().map(|(precision, value)| format!("{} {unit} in {}", round(value * scale), precision.as_str()));
+    let each = |of: &BTreeMap<crate::work::Precision, f64>, written: fn(f64) -> String| {
+        let each = of.iter().map(|(precision, value)| format!("{} in {}", written(*value), precision.as_str()));
         each.collect::<Vec<_>>().join(", ")
     };
     let caches = profile.caches.iter().map(|level| match level.pj_per_byte {
@@ -112,10 +113,10 @@ pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
     let rows = [
         ("idle", "idle power", profile.idle_w.to_string()),
         ("load", "power at full load", profile.load_w.to_string()),
-        ("peak_flops", "peak rate", rates(&profile.peak_flops, "GFLOP/s", 1e-9)),
+        ("peak_flops", "peak rate", each(&profile.peak_flops, |rate| format!("{}/s", Flops(rate)))),
         ("bandwidth", "memory bandwidth", format!("{} GB/s", round(profile.bandwidth * 1e-9))),
         ("achievable", "what tuned code reaches", achievable),
-        ("pj_per_flop", "energy of an operation", rates(&profile.pj_per_flop, "pJ", 1.0)),
+        ("pj_per_flop", "energy of an operation", each(&profile.pj_per_flop, |pj| format!("{} pJ", round(pj)))),
         ("caches", "caches", caches.collect::<Vec<_>>().join(", ")),
         ("dram", "energy of main memory", format!("{} pJ a byte", round(profile.dram_pj_per_byte))),
     ];
@@ -126,6 +127,12 @@ pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
     };
     let host = (profile.kind == DeviceKind::Gpu).then(|| ("host", "the machine around the device", host(profile)));
     rows.into_iter().chain(host).map(factor).collect()
+}
+
+/// The machine around an accelerator, where a figure of this meter is the device's alone.
+pub(super) fn host_left_out(profile: &Profile, kind: MeterKind) -> Option<HostLeftOut> {
+    let alone = profile.kind == DeviceKind::Gpu && kind != MeterKind::Measured;
+    alone.then_some(HostLeftOut { share: profile.host_share })
 }
 
 /// What the counted figures lack of an accelerator's machine.

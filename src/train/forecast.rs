@@ -183,7 +183,10 @@ impl Course {
         if !account.budget().is_limited() {
             return Self { steps, allowance: None };
         }
-        let plan = forecast(costs, settings, account.meters().profile(), account.budget(), account.spent(), standing);
+        // Where the meter shows more than is counted the budget ends the run sooner, before evaluations that only counting would reach.
+        let mut profile = account.meters().profile().clone();
+        profile.measured_over_counted = Some(profile.measured_over_counted.unwrap_or(1.0) * account.metered_over_counted());
+        let plan = forecast(costs, settings, &profile, account.budget(), account.spent(), standing);
         let evaluations =
             costs.evaluation.iter().flat_map(|work| std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations));
         let saves = std::iter::repeat_n((Phase::Save, costs.save.clone()), plan.saves);

@@ -258,6 +258,37 @@ fn a_baseline_s_budget_holds_however_often_it_is_killed() {
 }
 
 #[test]
+fn a_baseline_that_died_before_it_told_its_end_is_what_it_was() {
+    let lab = Lab::new();
+    let keys = |budget: f64| {
+        let budget = format!("baseline.budget={budget} J");
+        set(&["train.steps=12", "baseline.full_fine_tuning=measured", "baseline.energy_multiple=1", &budget])
+    };
+    let equal = number(&lab.plan(&keys(1000.0)), "/measured_baselines/0/energy_j/equal_energy");
+    // A budget that is spent to a microjoule at equal energy, and one that ends the baseline earlier: neither holds another step.
+    for (run, budget, reason) in [("whole", equal + 1e-6, "equal_energy"), ("short", equal * 0.7, "budget")] {
+        let flags: Vec<String> = keys(budget);
+        let begin = [&["train", "recipe.toml", "--out", run, "--quiet"], &super::lab::flags(&flags)[..]].concat();
+        let mut child = until_baseline(&lab, &begin, &format!("{run}/baselines/full_fine_tuning"), 1);
+        // Where its report belongs there is a folder: it dies with everything done and nothing told.
+        let (place, aside) = (lab.path(&format!("{run}/report.json")), lab.path(&format!("{run}/aside.json")));
+        std::fs::rename(&place, &aside).unwrap();
+        std::fs::create_dir(&place).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+        std::fs::remove_dir(&place).unwrap();
+        std::fs::rename(&aside, &place).unwrap();
+        let spent = lab.ledger(&format!("{run}/baselines/full_fine_tuning"));
+
+        let after = lab.json(&["train", "--resume", run, "--quiet"]);
+        let full = measured(&after, "full_fine_tuning");
+        assert_eq!(word(full, "/measured/stop_reason"), reason);
+        // Nothing was loaded or evaluated again.
+        assert_eq!((microjoules(&full["energy_j"]), lab.ledger(&format!("{run}/baselines/full_fine_tuning"))), (spent, spent));
+        assert_eq!(full["val_loss_at_equal_energy"].is_number(), reason == "equal_energy");
+    }
+}
+
+#[test]
 fn a_baseline_with_no_room_to_load_is_not_trained_further() {
     let lab = Lab::new();
     let keys = |budget: f64| {

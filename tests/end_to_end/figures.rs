@@ -52,7 +52,7 @@ fn a_run_says_what_its_joules_went_into() {
 #[test]
 fn bounds_are_carried_to_carbon_money_and_ratios() {
     let lab = Lab::new();
-    let report = lab.train("run", &keys());
+    let (plan, report) = (lab.plan(&keys()), lab.train("run", &keys()));
     let total = number(&report, "/energy/total_j");
     assert!(close(number(&report, "/energy/low_j"), total / 1.37) && close(number(&report, "/energy/high_j"), total * 1.37));
     // 467.51 g/kWh in 2024 (Our World in Data), PUE 1.5; the table has no range of years for the place.
@@ -74,7 +74,7 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
     let output = lab.output(&[&["plan", "recipe.toml"], &flags(&keys())[..]].concat());
     let page = String::from_utf8(output.stdout).unwrap();
     let carbon = |end: &str| wattune::units::GramsCo2e(number(&report, &format!("/carbon/{end}_gco2e"))).to_string();
-    let ratio = |end: &str| wattune::units::significant(number(&report, &format!("/baselines/0/{end}_ratio")));
+    let ratio = |end: &str| format!("{:.2}", number(&report, &format!("/baselines/0/{end}_ratio")));
     let bounds = [
         format!("on the grid of aws:me-central-1, between {} and {}", carbon("low"), carbon("high")),
         format!("times, between {} and {})", ratio("low"), ratio("high")),
@@ -85,6 +85,11 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
     let host = factors.iter().find(|factor| factor["name"] == "the machine around the device").unwrap();
     says(word(host, "/value"), &["not in the counted figures: 30 % of a machine's power, with it they are 1.429 times as much"]);
     says(word(host, "/source"), &["Dodge et al. 2022"]);
+    assert_eq!([&plan["energy"]["host_left_out"], &report["energy"]["host_left_out"]], [&serde_json::json!({ "share": 0.3 }); 2]);
+    says(&page, &["without the machine around the device: 30.0 % of a machine's power"]);
+    assert!(lab.plan(&[])["energy"]["host_left_out"].is_null(), "a processor's profile is its machine");
+    let peak = factors.iter().find(|factor| factor["name"] == "peak rate").unwrap();
+    says(word(peak, "/value"), &["TFLOP/s in f32, ", "TFLOP/s in bf16"]);
     // 164 kg (EcoLogits) over three years of 365.25 days.
     let share = 164_000.0 * number(&report, "/training/wall_s") / (3.0 * 365.25 * 86_400.0);
     assert!(close(number(&report, "/carbon/embodied_gco2e"), share));
@@ -96,13 +101,25 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
 }
 
 #[test]
+fn assumed_powers_are_marked_where_devices_are_listed() {
+    let lab = Lab::new();
+    let list = String::from_utf8(lab.output(&["devices"]).stdout).unwrap();
+    let row =
+        |name: &str| list.lines().find(|line| line.trim_start().starts_with(name)).unwrap_or_else(|| panic!("{name} in {list}"));
+    // A datasheet's rated power with a tenth of it for idle; a published idle power.
+    says(row("nvidia-a40 "), &["idle ~30 W", "load 300 W"]);
+    says(row("nvidia-t4 "), &["idle 8 W"]);
+}
+
+#[test]
 fn runs_are_compared_alike_in_every_form() {
     let lab = Lab::new();
-    lab.train("long", &set(&["train.steps=6"]));
+    lab.train("long", &set(&["train.steps=6", "energy.grid=US-CA"]));
     let short = lab.train("short", &set(&["train.steps=2", "energy.grid=FR", "energy.price=2.50 USD/h"]));
     // Hours are not joules: their price has no bounds.
     assert!(short["budget"]["spent"]["cost"].is_object() && short["budget"]["spent_low"]["cost"].is_null());
-    // CodeCarbon's columns name a country by its code of three letters.
+    // CodeCarbon's columns name a country by its code of three letters, also that of a state.
+    assert!(String::from_utf8(lab.read("long/emissions.csv")).unwrap().contains(",United States,USA,California,"));
     assert!(String::from_utf8(lab.read("short/emissions.csv")).unwrap().contains(",France,FRA,"));
     let document = lab.json(&["compare", "long", "short"]);
     let shown = |format: &str| {

@@ -124,6 +124,58 @@ fn a_measured_run_is_held_against_what_was_counted_and_a_profile_keeps_the_facto
 }
 
 #[test]
+fn a_measured_run_is_held_against_baselines_as_its_counter_would_show_them() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    let keys = |meter: &str| set(&["train.steps=8", &format!("energy.meter={meter}"), "report.requests_per_day=1000"]);
+    let (measured, counted) =
+        (machine.train(&lab, "measured", &keys("measured")), machine.train(&lab, "counted", &keys("counted")));
+    let times = number(&measured, "/energy/total_j") / number(&measured, "/energy/meters/counted_j");
+    for (own, other) in measured["baselines"].as_array().unwrap().iter().zip(counted["baselines"].as_array().unwrap()) {
+        // The same steps: the counter multiplies run and baseline alike, and what is dearer by count stays so.
+        let ratio = |entry: &Value, key: &str| number(entry, key);
+        for key in ["/ratio", "/low_ratio", "/high_ratio"] {
+            assert!((ratio(own, key) / ratio(other, key) - 1.0).abs() < 1e-4, "{key}: {own} {other}");
+        }
+        assert!((ratio(own, "/energy_j") / ratio(other, "/energy_j") / times - 1.0).abs() < 1e-4, "{own} {other}");
+        assert!((ratio(own, "/metered_over_counted") / times - 1.0).abs() < 1e-4 && other["metered_over_counted"].is_null());
+    }
+    // What requests save is counted; so is what they pay back.
+    let pays = |report: &Value| number(report, "/inference/alternative/pays_after_requests");
+    assert!((pays(&measured) - pays(&counted)).abs() <= 1.0, "{} {}", pays(&measured), pays(&counted));
+    let page = String::from_utf8(lab.read("measured/report.md")).unwrap();
+    says(&page, &["This run is measured and took ", "| counted, times ", "not against its measured energy"]);
+}
+
+#[test]
+fn the_rate_of_a_measured_run_leaves_out_evaluations_that_it_will_never_reach() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    // What one step and the evaluations before and after it take here.
+    let one = machine.train(&lab, "one", &set(&["train.steps=1", "energy.meter=measured"]));
+    let phase = |phase: &str| number(&one, &format!("/energy/by_phase/{phase}"));
+    assert!(number(&one, "/energy/total_j") > 1.5 * number(&one, "/energy/meters/counted_j"), "{}", one["energy"]);
+    let budget = phase("load") + 20.0 * (phase("eval") + phase("train") + phase("save"));
+    // By count this budget holds thousands of steps, and more evaluations than it could pay for by the counter.
+    let keys = ["train.steps=4000", "train.eval_every=2", "energy.meter=measured", &format!("budget.energy={budget} J")];
+    let run = machine.train(&lab, "run", &set(&keys));
+    assert_eq!(word(&run, "/training/stop_reason"), "budget:energy");
+    let rates: Vec<f64> = lab.lines("run/steps.jsonl").iter().map(|step| number(step, "/lr")).collect();
+    assert!(rates[0] > 2.5e-3 && rates.len() > 2, "of a peak of 5e-3: {rates:?}");
+}
+
+#[test]
+fn a_calibration_asks_the_counter_of_a_machine_that_it_has_to_itself() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    let found = machine.json(&lab, &["calibrate", "--each", "100 ms", "--name", "mine", "--quiet"]).to_string();
+    // Whatever is computed, this machine draws the same: that is measured, or noted where noise made idle power the higher.
+    says(&found, &[if share() < 1.0 { "its counter would show all of them" } else { "rapl (package-0)" }]);
+    let profile = String::from_utf8(lab.read("mine.toml")).unwrap();
+    says(&profile, &["threads\""]);
+}
+
+#[test]
 fn a_counter_that_is_reset_leaves_named_gaps_and_no_zero() {
     let lab = Lab::new();
     let machine = Machine::new(&lab);

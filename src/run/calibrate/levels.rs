@@ -57,14 +57,14 @@ fn too_small(copied: u64, caches: &[Cache]) -> Option<String> {
 }
 
 /// What each cache of `profile` serves to all threads together, and the sizes of a core's own ones; the notes say what could not be told.
-pub(super) fn caches(profile: &Profile, each: Duration) -> Result<(Vec<MeasuredCache>, Vec<String>)> {
+pub(super) fn caches(profile: &Profile, mut each: impl FnMut() -> Duration) -> Result<(Vec<MeasuredCache>, Vec<String>)> {
     let (levels, mut notes) = (levels(profile, &shown(Path::new(SYSFS))), Vec::new());
     let mut found = Vec::new();
     for (index, level) in levels.iter().enumerate() {
         // Nothing is counted that the innermost one serves: the registers' traffic is part of an operation.
         let set = index.checked_sub(1).map(|inner| working_set(levels[inner].of_a_thread, level.of_a_thread));
         let bandwidth = match set {
-            Some(Some(set)) => Some((cached(set, each)?.round(), set)),
+            Some(Some(set)) => Some((cached(set, each())?.round(), set)),
             Some(None) => {
                 notes.push(format!("{} was not measured: it is not {APART} times what is inside it", level.name));
                 None

@@ -86,10 +86,23 @@ impl<'a> Trial<'a> {
     }
 
     pub(super) fn run(mut self, screen: &mut dyn Screen) -> Result<types::Baseline> {
-        // An earlier process may have spent so much that nothing more fits, or all that there was to do.
-        let stop = if self.has_room() { self.train(screen)? } else { Stop::Budget(Limit::Energy) };
+        // An earlier process may have done all that there was to do and died before it told so, or spent so much that nothing more fits.
+        let stop = if self.finished() {
+            Stop::Steps
+        } else if self.has_room() {
+            self.train(screen)?
+        } else {
+            Stop::Budget(Limit::Energy)
+        };
         self.account.close()?;
         self.block(&stop)
+    }
+
+    /// Whether it stands, evaluated, where its training ends.
+    fn finished(&self) -> bool {
+        let (step, [equal, most]) = (self.standing.step, self.steps);
+        let evaluated = self.standing.val_loss_last.is_some_and(|last| last.step == step);
+        evaluated && (step == most || (step >= equal && !self.above_the_run()))
     }
 
     /// Whether its budget still holds loading, a step, and what follows the last one.
@@ -152,10 +165,10 @@ impl<'a> Trial<'a> {
     fn stop_reason(&self, stop: &Stop) -> BaselineStop {
         let (step, equal) = (self.standing.step, self.steps[0]);
         match stop {
-            Stop::Budget(_) => BaselineStop::Budget,
             Stop::Diverged(_) => BaselineStop::Diverged,
-            // Our own flag stopped it, or it came to the run's loss at its very last step.
+            // Our own flag stopped it, or it came to the run's loss at its very last step, whatever made that the last.
             _ if step > equal && !self.above_the_run() => BaselineStop::EqualLoss,
+            Stop::Budget(_) => BaselineStop::Budget,
             Stop::Interrupted => BaselineStop::Interrupted,
             Stop::Steps | Stop::Epochs if step == equal => BaselineStop::EqualEnergy,
             Stop::Steps | Stop::Epochs => BaselineStop::EnergyMultiple,
@@ -177,6 +190,7 @@ impl<'a> Trial<'a> {
             label: Label::Measured,
             flops: Some(Flops(spent.flops as f64)),
             energy_j: Some(energy),
+            metered_over_counted: None,
             gco2e: Some(carbon.gco2e),
             ratio: Some(energy / self.finish.energy).filter(|ratio| ratio.is_finite()),
             low_j,
@@ -186,7 +200,7 @@ impl<'a> Trial<'a> {
             // Where it stopped was chosen: its ratio is no estimate that could be off.
             low_ratio: None,
             high_ratio: None,
-            source: format!("trained here: {steps} steps, every weight, {}", start_words(self.field.kind)),
+            source: format!("{steps} steps on every weight, {}", start_words(self.field.kind)),
             assumptions: self.assumptions(kind),
             val_loss_at_equal_energy: curve.val_loss_at(self.steps[0]),
             energy_to_equal_loss_j: equal.energy_j,
@@ -206,16 +220,17 @@ impl<'a> Trial<'a> {
 
     fn assumptions(&self, kind: MeterKind) -> Vec<String> {
         let recipe = &self.place.prepared.recipe;
+        let often = match self.field.eval_every(self.steps[0], self.steps[0]) {
+            1 => "after every step".to_string(),
+            steps => format!("every {steps} steps"),
+        };
         let rate = if recipe.baseline.learning_rate.is_some() { "`baseline.learning_rate`" } else { "the run's own" };
         let mut all = vec![
             format!(
                 "the same records in the same order, batches, optimizer and seed; peak learning rate {} ({rate})",
                 self.field.learning_rate()
             ),
-            format!(
-                "as much training energy as the run, on the counted meter; evaluated every {} steps",
-                self.field.eval_every(self.steps[0], self.steps[0])
-            ),
+            format!("as much training energy as the run, on the counted meter; evaluated {often}"),
             "one run with one seed".to_string(),
         ];
         if self.steps[1] > self.steps[0] {
