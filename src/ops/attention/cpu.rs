@@ -68,11 +68,12 @@ pub(super) struct Panel {
     pub(super) lanes: usize,
 }
 
+/// A block's panels, each with the keys up to its last query: no later one is seen.
 fn panels(isa: &Isa, block: &Block) -> impl Iterator<Item = Panel> + use<> {
-    let (queries, keys, most, vector) = (block.queries.clone(), block.keys.clone(), isa.columns(), isa.lanes);
+    let (queries, first, most, vector) = (block.queries.clone(), block.keys.start, isa.columns(), isa.lanes);
     queries.clone().step_by(most).map(move |start| {
         let queries = start..(start + most).min(queries.end);
-        Panel { lanes: queries.len().next_multiple_of(vector), keys: keys.clone(), queries }
+        Panel { lanes: queries.len().next_multiple_of(vector), keys: first..queries.end, queries }
     })
 }
 
