@@ -38,6 +38,18 @@ enum Between {
     Tiles(tiles::Saved),
 }
 
+#[cfg(test)]
+impl FeedForwardSaved {
+    /// Whether the pass ran in tile registers.
+    pub(super) fn in_tiles(&self) -> bool {
+        match &self.between {
+            Between::Rows(_) => false,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Between::Tiles(_) => true,
+        }
+    }
+}
+
 /// Which of the layers a dropout mask is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 
 use super::{Between, FeedForward, FeedForwardSaved};
 use crate::error::{Error, Kind, Result};
-use crate::ops::host::{Host, Shared};
+use crate::ops::host::{Host, Shared, expect_shape};
 use crate::ops::product::amx::{Operand, Packed, Right, SIDE, Tile, tiles_of};
 use crate::ops::product::{Matrix, Prepared};
 use crate::ops::simd::{exp, vectorized};
@@ -13,8 +13,9 @@ use crate::ops::swiglu::{swiglu_backward_cost, swiglu_cost};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, issue};
 use crate::work::Precision;
 
-/// Gate and up, block by block.
+/// Gate and up (N, F), block by block.
 pub(super) struct Saved {
+    shape: (usize, usize),
     gate: Kept,
     up: Kept,
 }
@@ -113,6 +114,7 @@ impl FeedForward<'_> {
         base: &Tensor,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         let (n, f) = (x.rows(), self.gate.weight.tensor.dims2()?.0);
+        expect_shape("up", (n, self.up.weight.tensor.dims2()?.0), (n, f))?;
         let (gate_terms, gate_saved) = self.outer(context, self.gate, &x)?;
         let (up_terms, up_saved) = self.outer(context, self.up, &x)?;
         context.tally.add(swiglu_cost(n * f));
@@ -136,7 +138,10 @@ impl FeedForward<'_> {
         drop(x);
         let inner = LinearInput::packed((n, f), Prepared::of(Packed::from_blocks(inner)));
         let (y, down) = self.down.forward_prepared(context, &inner, None, Some(base))?;
-        Ok((y, FeedForwardSaved { between: Between::Tiles(Saved { gate, up }), gate: gate_saved, up: up_saved, down }))
+        Ok((
+            y,
+            FeedForwardSaved { between: Between::Tiles(Saved { shape: (n, f), gate, up }), gate: gate_saved, up: up_saved, down },
+        ))
     }
 
     /// Counts a layer that reads x, and runs the first half of its adapter.
@@ -176,6 +181,7 @@ impl FeedForward<'_> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let ((n, _), (c, f)) = (dy.dims2()?, self.down.weight.tensor.dims2()?);
+        expect_shape("dy", (n, f), between.shape)?;
         let dy = LinearInput::new(context, dy.clone())?;
         self.down.expect_gradient(&dy)?;
         context.tally.add(self.down.shape(n, false)?.backward_cost(context.precision, true));

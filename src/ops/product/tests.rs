@@ -52,7 +52,6 @@ fn check(isa: &Isa, precision: Precision, terms: &[(Stored, Stored)], start: Sta
     };
     let got = on(threads[0]);
     for more in &threads[1..] {
-        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&got), bits(&on(*more)), "{}: bytes at {} threads", isa.name, more);
     }
     let (m, n) = (terms[0].0.rows, terms[0].1.columns);
@@ -136,6 +135,111 @@ fn products_in_f32_keep_all_bits() {
         // Half of EPSILON an addition; tile registers make six where others make one, but round the sum of a pair once.
         assert!(worst < 8.0 * f64::from(f32::EPSILON), "{}: {worst:e} of the sum of sizes", isa.name);
         println!("{}: {worst:e}", isa.name);
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Numbers of all 24 bits.
+fn wide(seed: u64, n: usize) -> Vec<f32> {
+    uniform(seed, n).iter().map(|u| (2.0 * u - 1.0) * 1.234_567_9).collect()
+}
+
+/// One term of a sum in f32: A of all bits, B of numbers that bf16 holds.
+struct Half {
+    a: Vec<f32>,
+    b: Stored,
+}
+
+impl Half {
+    /// `stored`: whether B's rows and columns are exchanged, and whether it is stored in bf16.
+    fn new(seed: u64, (m, k, n): (usize, usize, usize), stored: (bool, bool)) -> Self {
+        Self { a: wide(seed, m * k), b: Stored::new(seed ^ 77, k, n, stored.0, stored.1) }
+    }
+}
+
+/// The sum of the terms in f32, whatever B is stored in, with each B in f32.
+fn check_half(terms: &mut [Half], m: usize, start: Start<'_>) {
+    for isa in available() {
+        let sum = |terms: &[Half], threads: usize| {
+            crate::ops::tests::on(threads, || {
+                let a = terms.iter().map(|term| Matrix::of(&term.a, m, term.b.rows));
+                let lefts: Vec<Left<'_>> = a.map(|a| Left::with(isa, Precision::F32, a)).collect();
+                let views: Vec<Term<'_>> = lefts.iter().zip(terms).map(|(a, term)| Term { a, b: term.b.matrix() }).collect();
+                bits(&products_with(isa, &views, start))
+            })
+        };
+        let got = [1, 2, 3].map(|threads| sum(terms, threads));
+        let stored: Vec<bool> = terms.iter().map(|term| term.b.bf16).collect();
+        terms.iter_mut().for_each(|term| term.b.bf16 = false);
+        let want = sum(terms, 1);
+        terms.iter_mut().zip(&stored).for_each(|(term, bf16)| term.b.bf16 = *bf16);
+        assert!(got.iter().all(|got| *got == want), "{}: {m} rows, B in bf16: {stored:?}", isa.name);
+    }
+}
+
+/// A (m, k) times the k rows of what was packed as A is the product of matrices, to the last bit.
+fn check_by(precision: Precision, (m, k, n): (usize, usize, usize), turned: bool, (b_bf16, seed): (bool, u64)) {
+    // One row more, so that a single one goes through tile registers here too: what a row gives does not depend on the others.
+    let (a, b) = (wide(seed, (m + 1) * k), Stored::new(seed ^ 1, k, n, false, b_bf16));
+    let b_wide = wide(seed ^ 2, k * n);
+    let b = if b_bf16 { b.matrix() } else { Matrix::of(&b_wide, k, n) };
+    let across: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
+    let few = if turned { Matrix::of(&across, k, m).t() } else { Matrix::of(&a[..m * k], m, k) };
+    for isa in available().iter().filter(|isa| isa.amx) {
+        let left = Left::with(isa, precision, Matrix::of(&a, m + 1, k));
+        let want = bits(&products_with(isa, &[Term { a: &left, b }], Start::Zero)[..m * n]);
+        for threads in [1, 2, 3] {
+            let got = crate::ops::tests::on(threads, || {
+                let packed = Prepared::with(isa, precision, &b);
+                packed.packed().map(|packed| bits(&product_by(few, packed, n)))
+            });
+            assert_eq!(got.is_some(), k > 1, "one row alone is not packed");
+            assert!(got.is_none_or(|got| got == want), "{precision:?}: ({m}, {k}) by ({k}, {n}) at {threads} threads");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(96))]
+
+    /// A B stored in bf16 is one plane of three, in any order of such terms and others: not a bit of the sum knows.
+    #[test]
+    fn bf16_in_an_f32_sum_is_its_f32(
+        (m, n) in (1usize..90, 1usize..100),
+        depths in prop::collection::vec(prop_oneof![4 => 1usize..70, 1 => 600usize..1500], 1..5),
+        flags in prop::array::uniform8(any::<bool>()),
+        start in 0usize..3,
+        seed: u64,
+    ) {
+        let term = |(index, k): (usize, &usize)| Half::new(seed ^ index as u64, (m, *k, n), (flags[index], flags[4 + index]));
+        let mut terms: Vec<Half> = depths.iter().enumerate().map(term).collect();
+        let (row, matrix) = (numbers(seed ^ 4, n), numbers(seed ^ 5, m * n));
+        check_half(&mut terms, m, [Start::Zero, Start::Row(&row), Start::Matrix(&matrix)][start]);
+    }
+
+    #[test]
+    fn a_product_by_packed_rows_is_a_product(
+        m in 1usize..70,
+        k in prop_oneof![4 => 1usize..100, 1 => 600usize..1500],
+        n in 1usize..140,
+        flags: (bool, bool),
+        seed: u64,
+    ) {
+        for precision in [Precision::F32, Precision::Bf16] {
+            check_by(precision, (m, k, n), flags.0, (flags.1, seed));
+        }
+    }
+}
+
+/// Several passes in bf16 too, and several tasks.
+#[test]
+fn deep_packed_rows_are_a_matrix() {
+    for shape in [(1, 4100, 33), (33, 2100, 700), (65, 700, 1900)] {
+        check_by(Precision::F32, shape, true, (true, 8));
+        check_by(Precision::Bf16, shape, true, (false, 8));
     }
 }
 

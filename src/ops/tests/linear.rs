@@ -3,8 +3,10 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::{Context, Gradients, Linear, Lora, Parameters, Weight, dropout_mask};
-use super::{Pair, Passed, cases, every_way, flat, of, random, uniform, within};
+use super::super::{
+    Branch, Context, Gradients, Linear, LinearInput, Lora, Parameters, Weight, backward_together, dropout_mask, residual_cost,
+};
+use super::{ISSUED, Pair, Passed, bits, cases, close, every_way, flat, of, random, uniform, within};
 use crate::work::{Precision, Tally};
 
 const SCALING: f64 = 1.5;
@@ -19,25 +21,25 @@ struct Parts {
     input_gradient: bool,
 }
 
-/// Inputs x, W, then bias, A, B where there are any -> the layer on them, W and bias trained or not, A and B always.
-fn layer(parts: Parts, inputs: &[Tensor]) -> (Linear, Parameters) {
+/// W, the `at`th of the inputs, then bias, A, B where there are any -> the layer on them, W and bias trained or not, A and B always.
+fn layer(parts: Parts, at: usize, inputs: &[Tensor]) -> (Linear, Parameters) {
     let named = |(i, x): (usize, &Tensor)| (i.to_string(), x.dims().to_vec(), flat(x));
     let parameters = Parameters::new(inputs.iter().enumerate().map(named).collect(), &Device::Cpu).unwrap();
     let weight = |i: usize, trained: bool| match trained {
         true => parameters.weight(i).unwrap(),
         false => Weight::frozen(inputs[i].clone()),
     };
-    let first = 2 + usize::from(parts.bias);
+    let first = at + 1 + usize::from(parts.bias);
     let linear = Linear {
-        weight: weight(1, parts.trained),
-        bias: parts.bias.then(|| weight(2, parts.trained)),
+        weight: weight(at, parts.trained),
+        bias: parts.bias.then(|| weight(at + 1, parts.trained)),
         lora: parts.r.map(|_| Lora { a: weight(first, true), b: weight(first + 1, true), scaling: SCALING }),
     };
     (linear, parameters)
 }
 
 fn run(parts: Parts, mask: Option<&Tensor>, context: Context<'_>, inputs: &[Tensor], dy: &Tensor) -> Passed {
-    let (linear, _) = layer(parts, inputs);
+    let (linear, _) = layer(parts, 1, inputs);
     let mut gradients = Gradients::new(inputs.len());
     let x = Some(&inputs[0]).filter(|_| linear.keeps_input());
     let (y, saved) = linear.forward(context, &inputs[0], mask.cloned(), None).unwrap();
@@ -62,6 +64,16 @@ fn naive(parts: Parts, mask: Option<&Tensor>, inputs: &[Tensor]) -> Tensor {
     y
 }
 
+/// W, then bias, A, B where there are any.
+fn weights(parts: Parts, (o, i): (usize, usize), seed: u64) -> Vec<Tensor> {
+    let mut weights = vec![random(seed ^ 1, &[o, i])];
+    weights.extend(parts.bias.then(|| random(seed ^ 2, &[o])));
+    if let Some(r) = parts.r {
+        weights.extend([random(seed ^ 3, &[r, i]), random(seed ^ 4, &[o, r])]);
+    }
+    weights
+}
+
 fn parts() -> impl Strategy<Value = Parts> {
     (any::<bool>(), prop::option::of(1usize..6), any::<bool>(), any::<bool>(), any::<bool>())
         .prop_map(|(bias, r, dropout, trained, input_gradient)| Parts { bias, r, dropout, trained, input_gradient })
@@ -72,13 +84,10 @@ proptest! {
 
     #[test]
     fn linear_is_its_definition(n in 1usize..100, i in 1usize..70, o in 1usize..70, parts in parts(), seed: u64) {
-        let mut inputs = vec![random(seed, &[n, i]), random(seed ^ 1, &[o, i])];
-        inputs.extend(parts.bias.then(|| random(seed ^ 2, &[o])));
-        if let Some(r) = parts.r {
-            inputs.extend([random(seed ^ 3, &[r, i]), random(seed ^ 4, &[o, r])]);
-        }
+        let mut inputs = vec![random(seed, &[n, i])];
+        inputs.extend(weights(parts, (o, i), seed));
         let mask = parts.dropout.then(|| dropout_mask(uniform(seed ^ 5, n * i), 0.3, &inputs[0]).unwrap());
-        let shape = layer(parts, &inputs).0.shape(n, parts.dropout).unwrap();
+        let shape = layer(parts, 1, &inputs).0.shape(n, parts.dropout).unwrap();
         Pair {
             inputs: &inputs,
             dy: &random(seed ^ 6, &[n, o]),
@@ -89,6 +98,71 @@ proptest! {
         }
         .prove();
     }
+
+    /// Three layers of one input go back together as they do one by one, their gradients of x added up.
+    #[test]
+    fn layers_go_back_together(
+        (n, i, o) in (1usize..100, 1usize..70, prop::array::uniform3(1usize..300)),
+        parts in prop::array::uniform3(parts()),
+        based: bool,
+        seed: u64,
+    ) {
+        together(parts, (n, i, o), based, seed);
+    }
+}
+
+fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: bool, seed: u64) {
+    let (mut inputs, mut at) = (vec![random(seed, &[n, i])], [0; 3]);
+    for (index, parts) in parts.iter().enumerate() {
+        at[index] = inputs.len();
+        inputs.extend(weights(*parts, (o[index], i), seed ^ (16 << index)));
+    }
+    let linears = [0, 1, 2].map(|index| layer(parts[index], at[index], &inputs).0);
+    let dys = [0, 1, 2].map(|index| random(seed ^ 5 ^ (16 << index), &[n, o[index]]));
+    let mask = |index: u64| dropout_mask(uniform(seed ^ 6 ^ index, n * i), 0.3, &inputs[0]).unwrap();
+    let (base, input_gradient) = (based.then(|| random(seed ^ 7, &[n, i])), parts[0].input_gradient);
+    let one_by_one = |context: Context<'_>| {
+        let (mut gradients, mut sum) = (Gradients::new(inputs.len()), base.clone());
+        let saved = [0, 1, 2].map(|index| {
+            let mask = parts[index].dropout.then(|| mask(index as u64));
+            linears[index].forward(context, &inputs[0], mask, None).unwrap().1
+        });
+        context.tally.take();
+        for (linear, (dy, saved)) in linears.iter().zip(dys.iter().zip(&saved)) {
+            let x = (Some(&inputs[0]), saved);
+            if let Some(dx) = linear.backward(context, dy, x, (input_gradient, None), &mut gradients).unwrap() {
+                sum = Some(sum.map_or(dx.clone(), |sum| (sum + dx).unwrap()));
+            }
+        }
+        (saved, sum.filter(|_| input_gradient), gradients)
+    };
+    let check = |context: Context<'_>| {
+        let (saved, want, gradients) = one_by_one(context);
+        let mut work = context.tally.take();
+        let additions = if input_gradient { 2 + usize::from(based) } else { 0 };
+        (0..additions).for_each(|_| work += &residual_cost(n, i));
+        let keeps = linears.iter().any(Linear::keeps_input);
+        let together = || {
+            let x = keeps.then(|| LinearInput::new(context, inputs[0].clone()).unwrap());
+            let dys = dys.each_ref().map(|dy| LinearInput::new(context, dy.clone()).unwrap());
+            let branch = |index: usize| Branch { linear: &linears[index], dy: &dys[index], saved: &saved[index] };
+            let (branches, mut gradients) = ([0, 1, 2].map(branch), Gradients::new(inputs.len()));
+            let asked = (input_gradient, base.as_ref());
+            (backward_together(context, &branches, x.as_ref(), asked, &mut gradients).unwrap(), gradients)
+        };
+        ISSUED.set(0);
+        let (got, together) = together();
+        assert_eq!(context.tally.take(), work, "work");
+        assert_eq!(ISSUED.get(), work.flops(), "products issued and counted");
+        assert_eq!(got.is_some(), input_gradient);
+        got.iter().zip(&want).for_each(|(got, want)| close("dx", got, want, o.iter().sum::<usize>() + 32));
+        for index in 0..inputs.len() {
+            let (got, want) = (together.get(index).map(bits), gradients.get(index).map(bits));
+            assert_eq!(got, want, "gradient {index}");
+        }
+    };
+    every_way(check);
+    every_way(|context| check(Context { precision: Precision::Bf16, ..context }));
 }
 
 /// N = 1, in = 2, out = 1, r = 1, by hand. W = [1, 2], A = [1, -1], B = [3], scaling 1.5, x = [4, 5], mask = [2, 0]:
@@ -140,7 +214,7 @@ fn a_base_is_added() {
         let mut inputs = vec![x.clone(), w.clone()];
         inputs.extend(bias.then(|| random(3, &[5])));
         inputs.extend([a.clone(), b.clone()]);
-        let (linear, _) = layer(parts, &inputs);
+        let (linear, _) = layer(parts, 1, &inputs);
         let mask = dropout.then(|| mask.clone());
         every_way(|context| {
             let run = |base: Option<&Tensor>, base_below: Option<&Tensor>| {

@@ -9,6 +9,7 @@ mod adamw;
 mod attention;
 mod costs;
 mod elementwise;
+mod feed_forward;
 mod golden;
 mod head;
 mod linear;

@@ -4,10 +4,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::super::swiglu::{swiglu, swiglu_backward};
 use super::super::{
-    AdamW, Attention, Context, Gradients, Head, Linear, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight, embedding,
-    embedding_backward,
+    AdamW, Attention, Context, FeedForward, Gradients, Head, Linear, LinearInput, Parameters, RmsNorm, Rope, RopeScaling,
+    Segments, Weight, embedding, embedding_backward,
 };
-use super::{flat, of, random};
+use super::{every_way, flat, of, random};
 use crate::error::{Kind, Result};
 use crate::work::{Precision, Tally};
 
@@ -112,6 +112,26 @@ fn shapes_that_contradict_each_other_are_refused() {
         says("below 5", head.forward_backward(context, &x, &[0, 1, 2, 5], 1.0, true, &mut Gradients::new(0)));
     }
     assert!(tally.take().flops() == 0, "what is refused is not counted");
+}
+
+/// In tile registers and without.
+#[test]
+fn feed_forward_layers_that_contradict_each_other_are_refused() {
+    let linear = |o: usize, i: usize| Linear { weight: Weight::frozen(random(1, &[o, i])), bias: None, lora: None };
+    let (up, down, wide) = (linear(5, 6), linear(6, 5), linear(7, 6));
+    every_way(|context| {
+        let layers = FeedForward { gate: &up, up: &up, down: &down };
+        let input = |rows: usize| LinearInput::new(context, random(2, &[rows, 6])).unwrap();
+        let base = random(3, &[4, 6]);
+        says("`up`", FeedForward { up: &wide, ..layers }.forward(context, input(4), None, &base, true));
+        says("`x`", FeedForward { down: &up, ..layers }.forward(context, input(4), None, &base, true));
+        says("`base`", layers.forward(context, input(3), None, &base, true));
+        let (_, saved) = layers.forward(context, input(4), None, &base, true).unwrap();
+        for dy in [[3, 6], [5, 6], [4, 5]] {
+            let gradients = &mut Gradients::new(0);
+            says("`dy`", layers.backward(context, &random(4, &dy), (None, &saved), (true, true), gradients));
+        }
+    });
 }
 
 /// The fused pass computes addresses from these sizes: a contradiction may not reach it.
