@@ -9,6 +9,7 @@ use super::linears::NAMES;
 use crate::adapter::Module;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Attention, Rope, RopeScaling};
+use crate::work::Precision;
 
 /// Every size and switch of a Llama-architecture decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,7 +40,7 @@ pub struct Architecture {
     pub biases: Biases,
     /// Standard deviation of random weights.
     pub initializer_range: f64,
-    /// Whether config.json says that the weights are stored in bf16 (`dtype`, earlier `torch_dtype`).
+    /// Whether its matrices are stored in bf16: what config.json says (`dtype`, earlier `torch_dtype`) until the files are looked at.
     pub stored_in_bf16: bool,
 }
 
@@ -104,6 +105,14 @@ impl Architecture {
             stored_in_bf16: config.text("dtype").or(config.text("torch_dtype")) == Some("bfloat16"),
             model_type,
         })
+    }
+
+    /// Format of frozen matrices for products in `precision`: the same, but what is stored in bf16 stays so for f32 products.
+    pub fn kept(&self, precision: Precision) -> Precision {
+        match precision {
+            Precision::F32 if self.stored_in_bf16 => Precision::Bf16,
+            precision => precision,
+        }
     }
 
     /// (out, in) of each linear layer of a block, by its name there.

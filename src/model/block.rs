@@ -89,7 +89,9 @@ impl Block {
             self.mask(pass, linear, name, x)
         };
         let through = Needs::of(&self.trains(), false).gate;
-        let dropout = pass.dropout.is_some().then_some(&masks as _);
+        let masked =
+            pass.dropout.is_some() && [&l.gate_proj, &l.up_proj, &l.down_proj].iter().any(|linear| linear.lora.is_some());
+        let dropout = masked.then_some(&masks as _);
         let (y, feed_forward) = self.feed_forward().forward(pass.context, h, dropout, &x1, through)?;
         Ok((y, BlockSaved { norm, attention, post_norm, feed_forward, qkv: [q_proj, k_proj, v_proj], o: o_proj }))
     }

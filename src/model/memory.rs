@@ -6,12 +6,11 @@
 use super::cost::{ModelShape, Recompute};
 use crate::ops::dtype;
 use crate::units::Bytes;
-use crate::work::Precision;
 
 /// The parts of a run's peak memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryForecast {
-    /// Frozen weights in the compute type; in f32 those that are stored in bf16 stay as they are.
+    /// Frozen weights as they are kept.
     pub weights: Bytes,
     /// Trained values, moments and gradients in f32.
     pub trained: Bytes,
@@ -50,8 +49,8 @@ pub fn forecast_memory(shape: &ModelShape, trained: u64, tokens: usize, recomput
     // Gradients are laid end to end for the optimizer when the activations are gone; what these leave free is in pieces that a large buffer
     // does not fit in.
     let flat = if 4 * trained > LOGITS { 4 * trained } else { 0 };
-    let precision = if a.stored_in_bf16 && shape.precision() == Precision::F32 { Precision::Bf16 } else { shape.precision() };
-    let weights = if shape.all_trained() { 0 } else { a.parameters() * dtype(precision).size_in_bytes() as u64 };
+    let kept = a.kept(shape.precision());
+    let weights = if shape.all_trained() { 0 } else { a.parameters() * dtype(kept).size_in_bytes() as u64 };
     MemoryForecast {
         weights: Bytes(weights),
         trained: Bytes(16 * trained + flat),
@@ -88,6 +87,7 @@ mod tests {
     use super::*;
     use crate::adapter::{Module, Site};
     use crate::model::Architecture;
+    use crate::work::Precision;
 
     /// SmolLM2-135M's shape with rank 16 on every linear layer of the layers from `first` on, bf16: 30 blocks.
     fn smollm2(first: usize, dropout: bool) -> (ModelShape, u64) {

@@ -59,16 +59,19 @@ impl LinearInput {
     }
 
     /// What was packed, and nothing else.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn packed(shape: (usize, usize), prepared: Prepared) -> Self {
         Self { shape, x: None, prepared }
     }
 
     /// N.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn rows(&self) -> usize {
         self.shape.0
     }
 
     /// Its packed form, where there is one.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn prepared(&self) -> &Prepared {
         &self.prepared
     }
@@ -246,11 +249,12 @@ impl Linear {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let dy = LinearInput::new(context, dy.clone())?;
-        let x = x.map(|x| LinearInput::new(context, x.clone())).transpose()?;
+        let x = x.filter(|_| self.keeps_input()).map(|x| LinearInput::new(context, x.clone())).transpose()?;
         let branch = Branch { linear: self, dy: &dy, saved };
         backward_together(context, &[branch], x.as_ref(), (input_gradient, base), gradients)
     }
 
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn expect_gradient(&self, dy: &LinearInput) -> Result<()> {
         expect_shape("dy", dy.shape, (dy.shape.0, self.weight.tensor.dims2()?.0))
     }
@@ -292,10 +296,9 @@ impl Linear {
         let left = input.left(&host)?;
         let adapter = self.low(context, input, &left, mask)?;
         let b = self.lora.as_ref().map(|lora| Host::open_any(&lora.b.tensor)).transpose()?;
-        let low = adapter.as_ref().zip(b.as_ref()).map(|((_, scaled), b)| {
-            let r = scaled.len() / n.max(1);
-            (Left::new(precision, Matrix::of(scaled, n, r)), b.matrix(o, r).t())
-        });
+        let r = shape_of_a(self)?.0;
+        let low = adapter.as_ref().zip(b.as_ref());
+        let low = low.map(|((_, scaled), b)| (Left::new(precision, Matrix::of(scaled, n, r)), b.matrix(o, r).t()));
         let mut terms = vec![Term { a: &left, b: w.matrix(o, i).t() }];
         terms.extend(low.as_ref().map(|(a, b)| Term { a, b: *b }));
         let bias = self.bias.as_ref().map(|bias| f32_contiguous(&bias.tensor)).transpose()?;
@@ -356,10 +359,12 @@ pub fn backward_together(
     (input_gradient, base): (bool, Option<&Tensor>),
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
+    let Some(tokens) = branches.first().map(|branch| branch.dy.shape.0) else { return Ok(None) };
     for (index, Branch { linear, dy, saved }) in branches.iter().enumerate() {
         let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
-        let shape = linear.shape(dy.shape.0, dropout)?;
+        let shape = linear.shape(tokens, dropout)?;
         expect_shape("dy", dy.shape, (shape.tokens, shape.out_features))?;
+        expect("weight", &linear.weight.tensor, &[shape.out_features, branches[0].linear.weight.tensor.dims2()?.1])?;
         x.map_or(Ok(()), |x| expect_shape("x", x.shape, (shape.tokens, shape.in_features)))?;
         context.tally.add(shape.backward_cost(context.precision, input_gradient));
         match (input_gradient, index) {
@@ -453,7 +458,7 @@ impl Branch<'_> {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let (Some(lora), Some(low), (n, i)) = (&self.linear.lora, &self.saved.low, x.shape) else { return Ok(()) };
-        let r = d_low.len() / n.max(1);
+        let r = low.xa.dims2()?.1;
         let few = Matrix::of(d_low, n, r).t();
         let da = match &low.mask {
             None => x.product_of_few(context.precision, few)?,
@@ -483,15 +488,16 @@ fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow],
     let i = branches[0].linear.weight.tensor.dims2()?.1;
     let mut lefts = Vec::new();
     for ((branch, (dy, _)), d_low) in branches.iter().zip(&hosts).zip(lows) {
-        let low = d_low.as_ref().map(|d_low| Left::new(precision, Matrix::of(d_low, n, d_low.len() / n.max(1))));
+        let r = shape_of_a(branch.linear)?.0;
+        let low = d_low.as_ref().map(|d_low| Left::new(precision, Matrix::of(d_low, n, r)));
         lefts.push((branch.dy.left(dy)?, low));
     }
     let (mut terms, mut apart) = (Vec::new(), Vec::new());
     for (index, (dy, low)) in lefts.iter().enumerate() {
         let Branch { linear, saved, .. } = &branches[index];
         terms.push(Term { a: dy, b: hosts[index].1.matrix(linear.weight.tensor.dims2()?.0, i) });
-        let (Some(low), Some(a), Some(d_low)) = (low, &factors[index], &lows[index]) else { continue };
-        let term = Term { a: low, b: a.matrix(d_low.len() / n.max(1), i) };
+        let (Some(low), Some(a)) = (low, &factors[index]) else { continue };
+        let term = Term { a: low, b: a.matrix(shape_of_a(linear)?.0, i) };
         match saved.low.as_ref().and_then(|low| low.mask.as_ref()) {
             None => terms.push(term),
             Some(mask) => apart.push((term, mask)),
@@ -504,6 +510,11 @@ fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow],
         dx = (dx + (tensor(products(&[term], Start::Zero), (n, i))? * mask)?)?;
     }
     Ok(dx)
+}
+
+/// (r, in) of a layer's adapter; (0, 0) where there is none.
+fn shape_of_a(linear: &Linear) -> Result<(usize, usize)> {
+    linear.lora.as_ref().map_or(Ok((0, 0)), |lora| Ok(lora.a.tensor.dims2()?))
 }
 
 /// Counts the addition of a `base` and refuses one of another shape.

@@ -90,7 +90,7 @@ fn forward<Y: Stored>(gate: &Tensor, up: &Tensor, y: &mut [Y], copies: [&mut [bf
                     narrow_into(up16, u);
                 }
                 for i in 0..n {
-                    g[i] = g[i] * sigmoid(g[i]) * u[i];
+                    g[i] = gated(g[i], u[i]);
                 }
                 Y::store(y, g);
             },
@@ -137,10 +137,7 @@ fn backward<Y: Stored>(dy: &Tensor, saved: &SwigluSaved, dgate: &mut [Y], dup: &
                 gate.widen_into(range.clone(), g);
                 up.widen_into(range, u);
                 for i in 0..n {
-                    let s = sigmoid(g[i]);
-                    let slope = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
-                    u[i] = dy[i] * g[i] * s;
-                    g[i] = slope;
+                    (g[i], u[i]) = gradients(dy[i], g[i], u[i]);
                 }
                 Y::store(dgate, g);
                 Y::store(dup, u);
@@ -152,6 +149,19 @@ fn backward<Y: Stored>(dy: &Tensor, saved: &SwigluSaved, dgate: &mut [Y], dup: &
 
 /// Numbers of a task: gate and up, in f32, fill half of a first-level cache of 32 KiB.
 const SWEEP: usize = 2048;
+
+/// silu(gate) up.
+#[inline(always)]
+pub(super) fn gated(gate: f32, up: f32) -> f32 {
+    gate * sigmoid(gate) * up
+}
+
+/// The gradients of gate and up, from that of silu(gate) up.
+#[inline(always)]
+pub(super) fn gradients(dy: f32, gate: f32, up: f32) -> (f32, f32) {
+    let s = sigmoid(gate);
+    (dy * up * s * (1.0 + gate * (1.0 - s)), dy * gate * s)
+}
 
 #[inline(always)]
 fn sigmoid(x: f32) -> f32 {

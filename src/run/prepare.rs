@@ -4,12 +4,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::Device;
+use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::machine;
 use super::measured::asked;
 use super::model::{cache_root, find_model, tokenizer_of};
 use super::options::{data_options, decided, limits, lora_settings, meter, sampler_options, settings};
+use crate::adapter::shards::read_headers;
 use crate::adapter::{self, Loaded, LoraSettings, Site};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::meter::Computing;
@@ -108,7 +110,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
     let budget = Budget::new(limits(&recipe.budget), rates)?;
 
     let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
-    let architecture = Architecture::from_file(&files.config)?;
+    let architecture = architecture_of(&files, device)?;
     let target = target(&recipe, &architecture)?;
     let tokenizer = tokenizer_of(&files)?;
     check_length(&recipe, &architecture)?;
@@ -157,6 +159,19 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         memory,
         warnings,
     })
+}
+
+/// A model's architecture, for computing on `device`: a graphics processor keeps weights in the compute type, however they are stored.
+pub(super) fn architecture_of(files: &ModelFiles, device: &Device) -> Result<Architecture> {
+    let mut architecture = Architecture::from_file(&files.config)?;
+    architecture.stored_in_bf16 = device.is_cpu() && in_bf16(files).unwrap_or(architecture.stored_in_bf16);
+    Ok(architecture)
+}
+
+/// Whether all matrices in the model's files are bf16; `None` where they are not there yet or cannot be read.
+fn in_bf16(files: &ModelFiles) -> Option<bool> {
+    let tensors = read_headers(files.require_weights().ok()?).ok()?;
+    Some(tensors.iter().filter(|tensor| tensor.shape.len() > 1).all(|tensor| tensor.dtype == Dtype::BF16))
 }
 
 /// What a step's work and memory depend on.

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::machine::{check_precision, free_memory, peak_rss};
 use super::model::find_model;
 use super::options::settings;
-use super::prepare::{Target, check_length, recompute, refuse_adapter_on_random_weights, shape_of, target};
+use super::prepare::{Target, architecture_of, check_length, recompute, refuse_adapter_on_random_weights, shape_of, target};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::trainee::{Trainee, adapter_on, decoder_of};
@@ -115,7 +115,7 @@ impl Trial {
         check_precision(device, recipe.model.dtype)?;
         refuse_adapter_on_random_weights(recipe)?;
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
-        let architecture = Architecture::from_file(&files.config)?;
+        let architecture = architecture_of(&files, device)?;
         let target = target(recipe, &architecture)?;
         check_length(recipe, &architecture)?;
         let mut warnings = Vec::new();
@@ -164,7 +164,7 @@ impl Trial {
         }
     }
 
-    /// The model with random weights: frozen ones in the compute type, each made once, in place.
+    /// The model with random weights: frozen ones as a run keeps them, each made once, in place.
     fn trainee(&self, device: &Device) -> Result<Trainee> {
         let (noise, architecture) = (Noise::new(self.settings.seed), &self.architecture);
         match &self.target {
@@ -176,7 +176,7 @@ impl Trial {
                 });
                 let values = |_, slot: &Slot| Ok(noise.values(&slot.name, &slot.shape));
                 let parameters = Parameters::made(pairs.collect(), values, device)?;
-                let precision = self.settings.precision;
+                let precision = architecture.kept(self.settings.precision);
                 let weight = |name: &str, shape: &[usize]| noise.tensor(name, shape, precision, device).map(Weight::frozen);
                 let lora = |path: &str| adapter_on(path, sites, &parameters);
                 let decoder = Decoder::assemble(architecture, &Parts { weight: &weight, lora: &lora }, device)?;

@@ -83,8 +83,8 @@ pub(super) fn decoder_with_adapter(
     device: &Device,
 ) -> Result<Decoder> {
     let weight = |name: &str, shape: &[usize]| {
-        // Norms and biases act on the f32 residual stream and stay f32; matrices take the compute type, or on a processor stay bf16 as
-        // they are stored: its products widen them number by number.
+        // Norms and biases act on the f32 residual stream and stay f32; matrices take the compute type, or on a CPU stay bf16 as they are
+        // stored: its products read them so, without a rounding.
         let stays = device.is_cpu() && weights.dtype(name)? == Dtype::BF16;
         let kind = match shape.len() {
             1 => DType::F32,
@@ -165,6 +165,10 @@ fn export_model(prepared: &Prepared, parameters: &Parameters, dir: &Path, traine
         config["pretraining_tokens"] = tokens.into();
     }
     config["torch_dtype"] = "float32".into();
+    // The later name of the same key.
+    if let Some(dtype) = config.get_mut("dtype") {
+        *dtype = "float32".into();
+    }
     let text = serde_json::to_string_pretty(&config).map_err(|e| Error::new(Kind::Model, e.to_string()))?;
     crate::report::files::write_whole(&dir.join("config.json"), &(text + "\n"))?;
     copy_companions(prepared, dir)

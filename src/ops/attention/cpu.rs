@@ -68,7 +68,7 @@ pub(super) struct Panel {
     pub(super) lanes: usize,
 }
 
-/// A block's panels, each with the keys up to its last query: no later one is seen.
+/// A block's panels, each with the keys up to its last query: no later one is seen. What a pass counts is the block's products all the same.
 fn panels(isa: &Isa, block: &Block) -> impl Iterator<Item = Panel> + use<> {
     let (queries, first, most, vector) = (block.queries.clone(), block.keys.start, isa.columns(), isa.lanes);
     queries.clone().step_by(most).map(move |start| {

@@ -11,6 +11,8 @@ use candle_core::Tensor;
 use super::swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward};
 use super::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, backward_together};
 use crate::error::Result;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::error::{Error, Kind};
 
 /// The three layers.
 #[derive(Debug, Clone, Copy)]
@@ -65,8 +67,8 @@ pub enum Part {
 pub type Masks<'a> = &'a dyn Fn(Part, &LinearInput) -> Result<Option<Tensor>>;
 
 impl FeedForward<'_> {
-    /// x (N, C) -> base + y (N, C). `masks`: where adapters have dropout. `through`: whether a backward pass will ask for the gradients
-    /// of what lies between.
+    /// x (N, C) -> base + y (N, C). `masks`: where adapters have dropout. `through`: whether a backward pass is sure to ask for
+    /// the gradients of what lies between.
     pub fn forward(
         &self,
         context: Context<'_>,
@@ -103,6 +105,10 @@ impl FeedForward<'_> {
     ) -> Result<Option<Tensor>> {
         let rows = match &saved.between {
             Between::Rows(rows) => rows,
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Between::Tiles(_) if !through => {
+                return Err(Error::new(Kind::Tensor, "a pass in tiles goes back through all of its layers"));
+            }
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             Between::Tiles(tiles) => return self.backward_tiles(context, dy, (x, saved, tiles), input_gradient, gradients),
         };

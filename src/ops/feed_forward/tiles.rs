@@ -6,10 +6,10 @@ use candle_core::Tensor;
 use super::{Between, FeedForward, FeedForwardSaved};
 use crate::error::{Error, Kind, Result};
 use crate::ops::host::{Host, Shared, expect_shape};
-use crate::ops::product::amx::{Operand, Packed, Right, SIDE, Tile, tiles_of};
+use crate::ops::product::amx::{Blocks, Operand, Packed, Right, SIDE, Tile, tiles_of};
 use crate::ops::product::{Matrix, Prepared};
-use crate::ops::simd::{exp, vectorized};
-use crate::ops::swiglu::{swiglu_backward_cost, swiglu_cost};
+use crate::ops::simd::vectorized;
+use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, issue};
 use crate::work::Precision;
 
@@ -43,20 +43,10 @@ impl Kept {
     }
 
     /// What writes its blocks.
-    fn writer(&mut self) -> impl Fn(usize, usize, &Tile) + Sync {
-        let place = match self {
-            Self::Narrow(operand) => (Some(operand.blocks()), None),
-            Self::Wide { tiles, panels } => (None, Some((Shared(tiles.as_mut_ptr()), *panels))),
-        };
-        move |strip, panel, tile| {
-            // SAFETY: `tiles_of` hands out each strip and panel of this shape once, and `self` outlives it.
-            unsafe {
-                match place {
-                    (Some(blocks), _) => blocks.write(strip, panel, tile),
-                    (None, Some((tiles, panels))) => *tiles.at(strip * panels + panel) = *tile,
-                    (None, None) => {}
-                }
-            }
+    fn writer(&mut self) -> Writer {
+        match self {
+            Self::Narrow(operand) => Writer::Narrow(operand.blocks()),
+            Self::Wide { tiles, panels } => Writer::Wide(Shared(tiles.as_mut_ptr()), *panels),
         }
     }
 
@@ -64,6 +54,27 @@ impl Kept {
         match self {
             Self::Narrow(operand) => operand.read(strip, panel, tile),
             Self::Wide { tiles, panels } => *tile = tiles[strip * panels + panel],
+        }
+    }
+}
+
+/// The blocks of a `Kept` that several threads write.
+#[derive(Clone, Copy)]
+enum Writer {
+    Narrow(Blocks<1>),
+    Wide(Shared<Tile>, usize),
+}
+
+impl Writer {
+    /// # Safety
+    /// As `Blocks::write`'s.
+    unsafe fn write(self, strip: usize, panel: usize, tile: &Tile) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Narrow(blocks) => blocks.write(strip, panel, tile),
+                Self::Wide(tiles, panels) => *tiles.at(strip * panels + panel) = *tile,
+            }
         }
     }
 }
@@ -76,8 +87,7 @@ struct Second<'a> {
 }
 
 impl<'a> Second<'a> {
-    fn new(context: Context<'_>, scaled: &[f32], n: usize, factor: &'a Tensor) -> Result<Self> {
-        let r = scaled.len() / n.max(1);
+    fn new(context: Context<'_>, scaled: &[f32], n: usize, (factor, r): (&'a Tensor, usize)) -> Result<Self> {
         let rows = Prepared::new(context.precision, &Matrix::of(scaled, n, r));
         Ok(Self { rows, factor: Host::open_any(factor)?, r })
     }
@@ -128,11 +138,13 @@ impl FeedForward<'_> {
             let (gate, up) = (gate_terms.terms::<P>(&x)?, up_terms.terms::<P>(&x)?);
             tiles_of::<P, 2>([&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
-                write_gate(strip, panel, gate);
-                write_up(strip, panel, up);
-                activate(gate, up);
-                // SAFETY: as `Kept::writer`'s.
-                unsafe { write_inner.write(strip, panel, gate) };
+                // SAFETY: `tiles_of` gives each strip and panel of this shape once, and what is written outlives it.
+                unsafe {
+                    write_gate.write(strip, panel, gate);
+                    write_up.write(strip, panel, up);
+                    activate(gate, up);
+                    write_inner.write(strip, panel, gate);
+                }
             });
         }
         drop(x);
@@ -152,7 +164,7 @@ impl FeedForward<'_> {
         let left = x.left(&None)?;
         let (mut second, mut kept) = (None, LinearSaved::default());
         if let (Some((saved, scaled)), Some(lora)) = (linear.low(context, x, &left, None)?, &linear.lora) {
-            second = Some(Second::new(context, &scaled, n, &lora.b.tensor)?);
+            second = Some(Second::new(context, &scaled, n, (&lora.b.tensor, lora.b.tensor.dims2()?.1))?);
             kept = saved;
         }
         Ok((Outer { weight: Host::open_any(&linear.weight.tensor)?, shape: linear.weight.tensor.dims2()?, second }, kept))
@@ -189,7 +201,7 @@ impl FeedForward<'_> {
         let down = Branch { linear: self.down, dy: &dy, saved: &saved.down };
         let d_low = down.outer_gradient(context, gradients)?;
         let second = match (&d_low, &self.down.lora) {
-            (Some(d_low), Some(lora)) => Some(Second::new(context, d_low, n, &lora.a.tensor)?),
+            (Some(d_low), Some(lora)) => Some(Second::new(context, d_low, n, (&lora.a.tensor, lora.a.tensor.dims2()?.0))?),
             _ => None,
         };
         let (w, mut inner) = (Host::open_any(&self.down.weight.tensor)?, None);
@@ -212,7 +224,7 @@ impl FeedForward<'_> {
                 let (mut gate, mut up) = (Tile::ZERO, Tile::ZERO);
                 between.gate.read(strip, panel, &mut gate);
                 between.up.read(strip, panel, &mut up);
-                // SAFETY: as `Kept::writer`'s.
+                // SAFETY: as in the forward pass.
                 unsafe {
                     if let Some(write_inner) = write_inner {
                         let mut inner = gate;
@@ -263,7 +275,7 @@ fn activate(gate: &mut Tile, up: &Tile) {
         #[inline(always)]
         || {
             for i in 0..SIDE * SIDE {
-                gate[i] = gate[i] * (1.0 / (1.0 + exp(-gate[i]))) * up[i];
+                gate[i] = gated(gate[i], up[i]);
             }
         },
     );
@@ -276,10 +288,7 @@ fn deactivate(d: &Tile, gate: &mut Tile, up: &mut Tile) {
         #[inline(always)]
         || {
             for i in 0..SIDE * SIDE {
-                let s = 1.0 / (1.0 + exp(-gate[i]));
-                let slope = d[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-                up[i] = d[i] * gate[i] * s;
-                gate[i] = slope;
+                (gate[i], up[i]) = gradients(d[i], gate[i], up[i]);
             }
         },
     );

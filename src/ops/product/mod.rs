@@ -140,6 +140,7 @@ impl Prepared {
     }
 
     /// What was packed already.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn of(packed: Option<amx::Packed>) -> Self {
         Self(packed.map(Arc::new))
     }

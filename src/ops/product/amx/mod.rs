@@ -2,7 +2,8 @@
 //!
 //! In bf16 both operands are rounded to it once, while they are packed. In f32 each is split into three bf16 parts that add up to all of
 //! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, and faster. A B that is stored
-//! in bf16 is one such part, so that three products are left. Numbers below 2^-126 count as zero. The same order of summation whatever the threads and the other size of the product.
+//! in bf16 is one such part, so that three products are left. Numbers below 2^-126 count as zero. The order of a sum is the same whatever the
+//! number of threads and the other size of the product.
 
 mod kernel;
 mod pack;
@@ -48,8 +49,8 @@ pub(super) fn permitted() -> bool {
     })
 }
 
-/// One side of a product, packed: strips of 32 lanes, each with all its steps of k. As A a step of a strip is a block of 32 rows by 32 k,
-/// row by row, each of its planes.
+/// One side of a product, packed: strips of 32 lanes, each with all its steps of k. As A a step of a strip is a block of 32 rows by 32 k:
+/// one plane after the other, each row by row.
 #[derive(Default)]
 pub(in crate::ops) struct Operand<const P: usize> {
     lines: Vec<Line>,
@@ -146,7 +147,7 @@ impl<const P: usize> Blocks<P> {
     /// Packs a tile as step `step` of a strip.
     ///
     /// # Safety
-    /// The operand has this block, is still there, and no other thread touches the block.
+    /// The operand has this block, is still there, and no other thread touches the block; the processor has AVX-512 F, BW, VL and BF16.
     pub(in crate::ops) unsafe fn write(self, strip: usize, step: usize, tile: &Tile) {
         // SAFETY: the caller's promise.
         unsafe { pack_block::<P>(tile, self.at.at(strip * self.strip + step * P * PAIR)) };
