@@ -199,6 +199,7 @@ fn shape() -> impl Strategy<Value = [usize; 3]> {
     (prop_oneof![1usize..4, 1usize..80], 1usize..80, 1usize..110).prop_map(|(n, c, f)| [n, c, f])
 }
 
+/// The root of the sum of squares.
 fn length(x: impl Iterator<Item = f32>) -> f32 {
     x.map(|x| x * x).sum::<f32>().sqrt()
 }
@@ -211,8 +212,8 @@ proptest! {
         parts.prove(shape, seed);
     }
 
-    /// In bf16, by every instruction set and the reference. What goes into a product is off by 2^-9 of itself at most, at random, and has
-    /// passed four more before the last gradient; a result's own numbers may cancel, so that all of them are held together.
+    /// In bf16, by every instruction set and the reference. Each of the products behind a result rounds what goes into it by 2^-9 at most,
+    /// at random; what is left of a single number may be little, so that all of them are held together.
     #[test]
     fn feed_forward_in_bf16_is_its_definition(
         parts in prop_oneof![plain(), parts()],
