@@ -3,10 +3,12 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
+use super::super::product::available;
 use super::super::{
-    Branch, Context, Gradients, Linear, LinearInput, Lora, Parameters, Weight, backward_together, dropout_mask, residual_cost,
+    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Parameters, Weight, backward_together, dropout_mask,
+    residual_cost,
 };
-use super::{ISSUED, Pair, Passed, bits, cases, close, every_way, flat, of, random, uniform, within};
+use super::{ISSUED, Pair, Passed, bits, cases, close, every_way, flat, of, on, random, uniform, with, within};
 use crate::work::{Precision, Tally};
 
 const SCALING: f64 = 1.5;
@@ -136,31 +138,43 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
         }
         (saved, sum.filter(|_| input_gradient), gradients)
     };
+    let at_once = |context: Context<'_>, saved: &[LinearSaved; 3]| {
+        let x = linears.iter().any(Linear::keeps_input).then(|| LinearInput::new(context, inputs[0].clone()).unwrap());
+        let dys = dys.each_ref().map(|dy| LinearInput::new(context, dy.clone()).unwrap());
+        let branch = |index: usize| Branch { linear: &linears[index], dy: &dys[index], saved: &saved[index] };
+        let (branches, mut gradients) = ([0, 1, 2].map(branch), Gradients::new(inputs.len()));
+        let asked = (input_gradient, base.as_ref());
+        let dx = backward_together(context, &branches, x.as_ref(), asked, &mut gradients).unwrap();
+        assert_eq!(dx.is_some(), input_gradient);
+        (dx, gradients)
+    };
+    let all_bits = |gradients: &Gradients| (0..inputs.len()).map(|i| gradients.get(i).map(bits)).collect::<Vec<_>>();
     let check = |context: Context<'_>| {
         let (saved, want, gradients) = one_by_one(context);
         let mut work = context.tally.take();
         let additions = if input_gradient { 2 + usize::from(based) } else { 0 };
         (0..additions).for_each(|_| work += &residual_cost(n, i));
-        let keeps = linears.iter().any(Linear::keeps_input);
-        let together = || {
-            let x = keeps.then(|| LinearInput::new(context, inputs[0].clone()).unwrap());
-            let dys = dys.each_ref().map(|dy| LinearInput::new(context, dy.clone()).unwrap());
-            let branch = |index: usize| Branch { linear: &linears[index], dy: &dys[index], saved: &saved[index] };
-            let (branches, mut gradients) = ([0, 1, 2].map(branch), Gradients::new(inputs.len()));
-            let asked = (input_gradient, base.as_ref());
-            (backward_together(context, &branches, x.as_ref(), asked, &mut gradients).unwrap(), gradients)
-        };
         ISSUED.set(0);
-        let (got, together) = together();
+        let (got, together) = at_once(context, &saved);
         assert_eq!(context.tally.take(), work, "work");
         assert_eq!(ISSUED.get(), work.flops(), "products issued and counted");
-        assert_eq!(got.is_some(), input_gradient);
         got.iter().zip(&want).for_each(|(got, want)| close("dx", got, want, o.iter().sum::<usize>() + 32));
-        for index in 0..inputs.len() {
-            let (got, want) = (together.get(index).map(bits), gradients.get(index).map(bits));
-            assert_eq!(got, want, "gradient {index}");
-        }
+        assert_eq!(all_bits(&together), all_bits(&gradients), "gradients of what is trained");
     };
+    for isa in available() {
+        let run = |threads: usize| {
+            on(threads, || {
+                with(isa, || {
+                    let tally = Tally::default();
+                    let context = Context::new(&tally, Precision::F32);
+                    let (dx, gradients) = at_once(context, &one_by_one(context).0);
+                    (dx.as_ref().map(bits), all_bits(&gradients))
+                })
+            })
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(3), "{}: bytes by the number of threads", isa.name);
+    }
     every_way(check);
     every_way(|context| check(Context { precision: Precision::Bf16, ..context }));
 }
