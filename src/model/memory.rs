@@ -42,7 +42,9 @@ pub fn forecast_memory(shape: &ModelShape, trained: u64, tokens: usize, recomput
     let (a, n) = (shape.architecture(), tokens as u64);
     let (c, f, v) = (a.hidden_size as u64, a.intermediate_size as u64, a.vocab_size as u64);
     let activations = activations(shape, tokens, recompute);
-    let fleeting = LOGITS.min(4 * n * v) + 4 * n * (4 * f + 4 * c);
+    // Where the table is trained a chunk is as large as its gradient.
+    let logits = if shape.all_trained() { LOGITS.max(4 * v * c) } else { LOGITS };
+    let fleeting = logits.min(4 * n * v) + 4 * n * (4 * f + 4 * c);
     // A trained table's gradient is made from the head's and the embedding's: three of its size at once, of which one stays.
     let tables = if shape.all_trained() { 8 * v * c } else { 0 };
     let temporaries = fleeting + (activations + fleeting) / SLACK + tables;

@@ -41,7 +41,9 @@ pub struct HeadShape {
 impl HeadShape {
     /// Rows of each chunk, in order.
     fn chunks(&self) -> impl Iterator<Item = usize> + use<> {
-        let rows = (CHUNK_NUMBERS / self.vocab.max(1)).max(1).next_multiple_of(TILE_ROWS);
+        // Where W is trained each chunk makes a gradient of W's size, and adds it to the last: few chunks, each of that size too.
+        let numbers = if self.trained { CHUNK_NUMBERS.max(self.vocab * self.hidden) } else { CHUNK_NUMBERS };
+        let rows = (numbers / self.vocab.max(1)).max(1).next_multiple_of(TILE_ROWS);
         let total = self.loss_tokens;
         (0..total).step_by(rows).map(move |start| rows.min(total - start))
     }
