@@ -3,6 +3,7 @@
 use super::{Matrix, Start};
 use crate::work::Precision;
 
+#[cfg(target_arch = "x86_64")]
 pub(super) fn permitted() -> bool {
     false
 }

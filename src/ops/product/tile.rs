@@ -1,12 +1,14 @@
 //! The innermost loops: one tile of a product, for each instruction set.
 //!
 //! A tile is `M` rows by `V` vectors of the result, kept in registers over the whole of k. A is read by broadcast through two strides, B
-//! row by row from a packed panel. Loops here are plain indices: an iterator's call that is not inlined leaves the registers. Every instruction set sums over k in the same order, once, with fused multiply-adds where it has them.
+//! row by row from a packed panel. Loops here are plain indices: an iterator's call that is not inlined leaves the registers. Every
+//! instruction set sums over k in the same order, once, with fused multiply-adds where it has them.
 
 #![allow(clippy::needless_range_loop)]
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
 use super::amx;
 
 /// out (m, V * lanes) = start + a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and may be `out` itself.
