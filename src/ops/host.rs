@@ -171,16 +171,11 @@ pub(super) fn f32_contiguous(tensor: &Tensor) -> Result<Tensor> {
 
 /// Refuses a tensor that is not of `shape`: fused passes walk their slices side by side and would stop at the shortest without a word.
 pub(super) fn expect(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
-    if tensor.dims() == shape {
-        return Ok(());
-    }
-    Err(Error::new(Kind::Tensor, format!("`{name}` has a shape that its op cannot take"))
-        .value(format!("{:?}", tensor.dims()))
-        .rule(format!("{shape:?}")))
+    expect_shape(name, tensor.dims(), shape)
 }
 
 /// The same of what is no tensor.
-pub(super) fn expect_shape(name: &str, found: (usize, usize), shape: (usize, usize)) -> Result<()> {
+pub(super) fn expect_shape(name: &str, found: &[usize], shape: &[usize]) -> Result<()> {
     if found == shape {
         return Ok(());
     }

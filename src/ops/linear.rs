@@ -235,7 +235,7 @@ impl Linear {
     }
 
     pub(super) fn expect_input(&self, x: &LinearInput) -> Result<()> {
-        expect_shape("x", x.shape, (x.shape.0, self.weight.tensor.dims2()?.1))
+        expect_shape("x", &[x.shape.0, x.shape.1], &[x.shape.0, self.weight.tensor.dims2()?.1])
     }
 
     /// dy (N, out) and the forward pass's x (where `keeps_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
@@ -252,11 +252,6 @@ impl Linear {
         let x = x.filter(|_| self.keeps_input()).map(|x| LinearInput::new(context, x.clone())).transpose()?;
         let branch = Branch { linear: self, dy: &dy, saved };
         backward_together(context, &[branch], x.as_ref(), (input_gradient, base), gradients)
-    }
-
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    pub(super) fn expect_gradient(&self, dy: &LinearInput) -> Result<()> {
-        expect_shape("dy", dy.shape, (dy.shape.0, self.weight.tensor.dims2()?.0))
     }
 
     fn forward_reference(
@@ -314,7 +309,7 @@ impl Linear {
             y = y.broadcast_add(bias)?;
         }
         drop(terms);
-        Ok((y, adapter.map_or(LinearSaved { low: None }, |(saved, _)| saved)))
+        Ok((y, adapter.map(|(saved, _)| saved).unwrap_or_default()))
     }
 
     /// The adapter's first half, where there is one: what its backward pass needs, and `scaling` times masked x A^T, (N, r).
@@ -359,24 +354,25 @@ pub fn backward_together(
     (input_gradient, base): (bool, Option<&Tensor>),
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let Some(tokens) = branches.first().map(|branch| branch.dy.shape.0) else { return Ok(None) };
+    let Some(first) = branches.first() else { return Ok(None) };
+    let (tokens, in_features) = (first.dy.shape.0, first.linear.weight.tensor.dims2()?.1);
     for (index, Branch { linear, dy, saved }) in branches.iter().enumerate() {
         let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
         let shape = linear.shape(tokens, dropout)?;
-        expect_shape("dy", dy.shape, (shape.tokens, shape.out_features))?;
-        expect("weight", &linear.weight.tensor, &[shape.out_features, branches[0].linear.weight.tensor.dims2()?.1])?;
-        x.map_or(Ok(()), |x| expect_shape("x", x.shape, (shape.tokens, shape.in_features)))?;
+        expect_shape("dy", &[dy.shape.0, dy.shape.1], &[tokens, shape.out_features])?;
+        expect("weight", &linear.weight.tensor, &[shape.out_features, in_features])?;
+        x.map_or(Ok(()), |x| expect_shape("x", &[x.shape.0, x.shape.1], &[tokens, in_features]))?;
         context.tally.add(shape.backward_cost(context.precision, input_gradient));
         match (input_gradient, index) {
             (false, _) => {}
-            (true, 0) => count_base(context, base, &[shape.tokens, shape.in_features])?,
-            (true, _) => context.tally.add(residual_cost(shape.tokens, shape.in_features)),
+            (true, 0) => count_base(context, base, &[tokens, in_features])?,
+            (true, _) => context.tally.add(residual_cost(tokens, in_features)),
         }
         if linear.keeps_input() && x.is_none() {
             return Err(Error::new(Kind::Tensor, "a linear layer that is trained needs its input in the backward pass"));
         }
     }
-    let reference = branches.first().and_then(|branch| branch.dy.x.as_ref()).is_some_and(|dy| !context.fused(dy));
+    let reference = first.dy.x.as_ref().is_some_and(|dy| !context.fused(dy));
     if !reference {
         let lows = branches.iter().map(|branch| branch.parameters(context, x, gradients)).collect::<Result<Vec<_>>>()?;
         return input_gradient.then(|| input_gradients(context, branches, &lows, base)).transpose();

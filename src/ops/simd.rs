@@ -64,26 +64,17 @@ pub(super) fn max(row: &[f32]) -> f32 {
 /// The sum of `of` of each number, in `LANES` partial sums of f32 by blocks, the blocks in f64.
 #[inline(always)]
 pub(super) fn sum_of(row: &[f32], of: impl Fn(f32) -> f32) -> f64 {
-    let mut total = 0.0;
-    for block in row.chunks(BLOCK) {
-        let (chunks, rest) = block.as_chunks::<LANES>();
-        let mut lanes = [0.0f32; LANES];
-        for chunk in chunks {
-            for lane in 0..LANES {
-                lanes[lane] += of(chunk[lane]);
-            }
-        }
-        for lane in 0..rest.len() {
-            lanes[lane] += of(rest[lane]);
-        }
-        total += in_f64(&lanes);
-    }
-    total
+    sum_of_pairs(row, row, |x, _| of(x))
 }
 
 /// The sum of products of two rows of one length, summed in the same way.
 #[inline(always)]
 pub(super) fn dot<T: Number>(a: &[f32], b: &[T]) -> f64 {
+    sum_of_pairs(a, b, |a, b| a * b.widen())
+}
+
+#[inline(always)]
+fn sum_of_pairs<T: Copy>(a: &[f32], b: &[T], of: impl Fn(f32, T) -> f32) -> f64 {
     assert_eq!(a.len(), b.len(), "rows of one length");
     let mut total = 0.0;
     for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
@@ -91,20 +82,15 @@ pub(super) fn dot<T: Number>(a: &[f32], b: &[T]) -> f64 {
         let mut lanes = [0.0f32; LANES];
         for i in 0..a.len() {
             for lane in 0..LANES {
-                lanes[lane] += a[i][lane] * b[i][lane].widen();
+                lanes[lane] += of(a[i][lane], b[i][lane]);
             }
         }
         for lane in 0..a_rest.len() {
-            lanes[lane] += a_rest[lane] * b_rest[lane].widen();
+            lanes[lane] += of(a_rest[lane], b_rest[lane]);
         }
-        total += in_f64(&lanes);
+        total += lanes.iter().map(|lane| f64::from(*lane)).sum::<f64>();
     }
     total
-}
-
-#[inline(always)]
-fn in_f64(lanes: &[f32; LANES]) -> f64 {
-    lanes.iter().map(|lane| f64::from(*lane)).sum()
 }
 
 #[cfg(test)]

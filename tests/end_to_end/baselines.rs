@@ -236,14 +236,21 @@ fn a_baseline_that_is_cut_off_goes_on_and_finds_the_same() {
     assert_eq!(lab.read("killed/baselines/full_fine_tuning/ledger.jsonl"), other);
 }
 
+/// A run of twelve steps beside one baseline that has a budget of its own, in joules.
+fn twelve_steps(baseline: &str, budget: f64) -> Vec<String> {
+    set(&["train.steps=12", baseline, "baseline.energy_multiple=1", &format!("baseline.budget={budget} J")])
+}
+
+/// What that baseline takes, in joules, where its budget lets it come to the run's energy.
+fn equal_energy(lab: &Lab, keys: impl Fn(f64) -> Vec<String>) -> f64 {
+    number(&lab.plan(&keys(1000.0)), "/measured_baselines/0/energy_j/equal_energy")
+}
+
 #[test]
 fn a_baseline_s_budget_holds_however_often_it_is_killed() {
     let lab = Lab::new();
-    let keys = |budget: f64| {
-        let budget = format!("baseline.budget={budget} J");
-        set(&["train.steps=12", SCRATCH, "baseline.energy_multiple=1", &budget])
-    };
-    let equal = number(&lab.plan(&keys(1000.0)), "/measured_baselines/0/energy_j/equal_energy");
+    let keys = |budget| twelve_steps(SCRATCH, budget);
+    let equal = equal_energy(&lab, keys);
     let budget = equal * 1.3;
     let keys = keys(budget);
     let flags: Vec<&str> = keys.iter().flat_map(|pair| ["--set", pair]).collect();
@@ -260,11 +267,8 @@ fn a_baseline_s_budget_holds_however_often_it_is_killed() {
 #[test]
 fn a_baseline_that_died_before_it_told_its_end_is_what_it_was() {
     let lab = Lab::new();
-    let keys = |budget: f64| {
-        let budget = format!("baseline.budget={budget} J");
-        set(&["train.steps=12", "baseline.full_fine_tuning=measured", "baseline.energy_multiple=1", &budget])
-    };
-    let equal = number(&lab.plan(&keys(1000.0)), "/measured_baselines/0/energy_j/equal_energy");
+    let keys = |budget| twelve_steps("baseline.full_fine_tuning=measured", budget);
+    let equal = equal_energy(&lab, keys);
     // A budget that is spent to a microjoule at equal energy, and one that ends the baseline earlier: neither holds another step.
     for (run, budget, reason) in [("whole", equal + 1e-6, "equal_energy"), ("short", equal * 0.7, "budget")] {
         let flags: Vec<String> = keys(budget);
@@ -291,11 +295,8 @@ fn a_baseline_that_died_before_it_told_its_end_is_what_it_was() {
 #[test]
 fn a_baseline_with_no_room_to_load_is_not_trained_further() {
     let lab = Lab::new();
-    let keys = |budget: f64| {
-        let budget = format!("baseline.budget={budget} J");
-        set(&["train.steps=12", "baseline.full_fine_tuning=measured", "baseline.energy_multiple=1", &budget])
-    };
-    let equal = number(&lab.plan(&keys(1000.0)), "/measured_baselines/0/energy_j/equal_energy");
+    let keys = |budget| twelve_steps("baseline.full_fine_tuning=measured", budget);
+    let equal = equal_energy(&lab, keys);
     let (budget, folder) = (equal * 1.5, "run/baselines/full_fine_tuning");
     let keys = keys(budget);
     let flags: Vec<&str> = keys.iter().flat_map(|pair| ["--set", pair]).collect();

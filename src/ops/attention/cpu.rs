@@ -150,18 +150,6 @@ impl Panel {
     }
 }
 
-/// Returns what the pass in tile registers gives, in bf16 where the processor has them.
-macro_rules! by_tiles {
-    ($isa:ident, $precision:expr, $pass:expr) => {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if $isa.amx && $precision != Precision::F32 {
-            $pass;
-            return;
-        }
-        let _ = $precision;
-    };
-}
-
 /// Calls `$name::<LANES>` with the number of lanes as a constant.
 macro_rules! by_lanes {
     ($lanes:expr, $name:ident($($argument:expr),*)) => {
@@ -267,7 +255,10 @@ impl Attention {
         let isa = best();
         each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
-            by_tiles!(isa, context.precision, self.forward_tiles([q, k, v], &range, queries, head, at));
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            if isa.amx && context.precision != Precision::F32 {
+                return self.forward_tiles([q, k, v], &range, queries, head, at);
+            }
             self.forward_task(isa, [q, k, v], &range, queries, head, at);
         });
         tensor(lse, (n, self.heads))
@@ -346,7 +337,10 @@ impl Attention {
         let tasks: Vec<_> = segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range, head))).collect();
         let isa = best();
         each(tasks.into_iter(), |(range, head)| {
-            by_tiles!(isa, context.precision, self.backward_tiles(&x, range, head, at));
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            if isa.amx && context.precision != Precision::F32 {
+                return self.backward_tiles(&x, range, head, at);
+            }
             self.backward_task(isa, &x, range, head, at);
         });
         let [dq, dk, dv] = grads;

@@ -5,12 +5,12 @@ use candle_core::Tensor;
 
 use super::{Between, FeedForward, FeedForwardSaved};
 use crate::error::{Error, Kind, Result};
-use crate::ops::host::{Host, Shared, expect_shape};
+use crate::ops::host::{Host, Shared, expect};
 use crate::ops::product::amx::{Blocks, Operand, Packed, Right, SIDE, Tile, tiles_of};
 use crate::ops::product::{Matrix, Prepared};
 use crate::ops::simd::vectorized;
 use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
-use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, issue};
+use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved};
 use crate::work::Precision;
 
 /// Gate and up (N, F), block by block.
@@ -50,10 +50,10 @@ impl Kept {
         }
     }
 
-    fn read(&self, strip: usize, panel: usize, tile: &mut Tile) {
+    fn read(&self, strip: usize, panel: usize) -> Tile {
         match self {
-            Self::Narrow(operand) => operand.read(strip, panel, tile),
-            Self::Wide { tiles, panels } => *tile = tiles[strip * panels + panel],
+            Self::Narrow(operand) => operand.read(strip, panel),
+            Self::Wide { tiles, panels } => tiles[strip * panels + panel],
         }
     }
 }
@@ -79,17 +79,50 @@ impl Writer {
     }
 }
 
-/// An adapter's first half and what it is multiplied by: the scaled rows, packed, and B or A.
-struct Second<'a> {
-    rows: Prepared,
-    factor: Host<'a>,
-    r: usize,
+/// What a sum is made of: W, and the second half of the adapter.
+struct Factors<'a> {
+    w: Factor<'a>,
+    /// The scaled rows of the first half, packed, and B or A.
+    low: Option<(Prepared, Factor<'a>)>,
 }
 
-impl<'a> Second<'a> {
-    fn new(context: Context<'_>, scaled: &[f32], n: usize, (factor, r): (&'a Tensor, usize)) -> Result<Self> {
-        let rows = Prepared::new(context.precision, &Matrix::of(scaled, n, r));
-        Ok(Self { rows, factor: Host::open_any(factor)?, r })
+/// The right side of a product: a weight as it is stored, or turned.
+struct Factor<'a> {
+    host: Host<'a>,
+    shape: (usize, usize),
+    turned: bool,
+}
+
+impl<'a> Factor<'a> {
+    fn new(weight: &'a Tensor, turned: bool) -> Result<Self> {
+        Ok(Self { host: Host::open_any(weight)?, shape: weight.dims2()?, turned })
+    }
+
+    fn right<const P: usize>(&self) -> Right<'_, P> {
+        let matrix = self.host.matrix(self.shape.0, self.shape.1);
+        Right::of(&if self.turned { matrix.t() } else { matrix })
+    }
+}
+
+impl<'a> Factors<'a> {
+    /// W, and where there is an adapter its scaled rows (N, r) and the weight that they are multiplied by.
+    fn new(context: Context<'_>, w: &'a Tensor, low: Option<(&[f32], &'a Tensor)>, turned: bool) -> Result<Self> {
+        let low = low.map(|(scaled, factor)| -> Result<_> {
+            let factor = Factor::new(factor, turned)?;
+            let r = if turned { factor.shape.1 } else { factor.shape.0 };
+            let rows = Matrix::of(scaled, scaled.len() / r.max(1), r);
+            Ok((Prepared::new(context.precision, &rows), factor))
+        });
+        Ok(Self { w: Factor::new(w, turned)?, low: low.transpose()? })
+    }
+
+    /// x times W, and the adapter's rows times theirs.
+    fn terms<'b, const P: usize>(&'b self, x: &'b LinearInput) -> Result<Vec<(&'b Operand<P>, Right<'b, P>)>> {
+        let mut terms = vec![(operand::<P>(x.prepared())?, self.w.right())];
+        if let Some((rows, factor)) = &self.low {
+            terms.push((operand::<P>(rows)?, factor.right()));
+        }
+        Ok(terms)
     }
 }
 
@@ -124,9 +157,9 @@ impl FeedForward<'_> {
         base: &Tensor,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         let (n, f) = (x.rows(), self.gate.weight.tensor.dims2()?.0);
-        expect_shape("up", (n, self.up.weight.tensor.dims2()?.0), (n, f))?;
-        let (gate_terms, gate_saved) = self.outer(context, self.gate, &x)?;
-        let (up_terms, up_saved) = self.outer(context, self.up, &x)?;
+        expect("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
+        let (gate_factors, gate_saved) = self.outer(context, self.gate, &x)?;
+        let (up_factors, up_saved) = self.outer(context, self.up, &x)?;
         context.tally.add(swiglu_cost(n * f));
         // SAFETY: `tiles_of` gives every block, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
@@ -135,7 +168,7 @@ impl FeedForward<'_> {
         };
         {
             let (write_gate, write_up, write_inner) = (gate.writer(), up.writer(), inner.blocks());
-            let (gate, up) = (gate_terms.terms::<P>(&x)?, up_terms.terms::<P>(&x)?);
+            let (gate, up) = (gate_factors.terms::<P>(&x)?, up_factors.terms::<P>(&x)?);
             tiles_of::<P, 2>([&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
                 // SAFETY: `tiles_of` gives each strip and panel of this shape once, and what is written outlives it.
@@ -157,17 +190,12 @@ impl FeedForward<'_> {
     }
 
     /// Counts a layer that reads x, and runs the first half of its adapter.
-    fn outer<'a>(&self, context: Context<'_>, linear: &'a Linear, x: &LinearInput) -> Result<(Outer<'a>, LinearSaved)> {
+    fn outer<'a>(&self, context: Context<'_>, linear: &'a Linear, x: &LinearInput) -> Result<(Factors<'a>, LinearSaved)> {
         linear.expect_input(x)?;
-        let n = x.rows();
-        context.tally.add(linear.shape(n, false)?.forward_cost(context.precision));
-        let left = x.left(&None)?;
-        let (mut second, mut kept) = (None, LinearSaved::default());
-        if let (Some((saved, scaled)), Some(lora)) = (linear.low(context, x, &left, None)?, &linear.lora) {
-            second = Some(Second::new(context, &scaled, n, (&lora.b.tensor, lora.b.tensor.dims2()?.1))?);
-            kept = saved;
-        }
-        Ok((Outer { weight: Host::open_any(&linear.weight.tensor)?, shape: linear.weight.tensor.dims2()?, second }, kept))
+        context.tally.add(linear.shape(x.rows(), false)?.forward_cost(context.precision));
+        let (saved, scaled) = linear.low(context, x, &x.left(&None)?, None)?.unzip();
+        let low = scaled.as_deref().zip(linear.lora.as_ref().map(|lora| &lora.b.tensor));
+        Ok((Factors::new(context, &linear.weight.tensor, low, true)?, saved.unwrap_or_default()))
     }
 
     pub(super) fn backward_tiles(
@@ -192,19 +220,17 @@ impl FeedForward<'_> {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let ((n, _), (c, f)) = (dy.dims2()?, self.down.weight.tensor.dims2()?);
-        expect_shape("dy", (n, f), between.shape)?;
+        let ((n, f), c) = (between.shape, self.down.weight.tensor.dims2()?.0);
+        expect("dy", dy, &[n, c])?;
+        expect("down", &self.down.weight.tensor, &[c, f])?;
         let dy = LinearInput::new(context, dy.clone())?;
-        self.down.expect_gradient(&dy)?;
         context.tally.add(self.down.shape(n, false)?.backward_cost(context.precision, true));
         context.tally.add(swiglu_backward_cost(n * f));
         let down = Branch { linear: self.down, dy: &dy, saved: &saved.down };
         let d_low = down.outer_gradient(context, gradients)?;
-        let second = match (&d_low, &self.down.lora) {
-            (Some(d_low), Some(lora)) => Some(Second::new(context, d_low, n, (&lora.a.tensor, lora.a.tensor.dims2()?.0))?),
-            _ => None,
-        };
-        let (w, mut inner) = (Host::open_any(&self.down.weight.tensor)?, None);
+        let low = d_low.as_deref().zip(self.down.lora.as_ref().map(|lora| &lora.a.tensor));
+        let factors = Factors::new(context, &self.down.weight.tensor, low, false)?;
+        let mut inner = None;
         // SAFETY: `tiles_of` gives every block, and each is written.
         let (mut d_gate, mut d_up) = unsafe { (Operand::<P>::uninitialized(n, f), Operand::<P>::uninitialized(n, f)) };
         if d_low.is_some() {
@@ -213,17 +239,10 @@ impl FeedForward<'_> {
             inner = Some(unsafe { Operand::<P>::uninitialized(n, f) });
         }
         {
-            let mut terms = vec![(operand::<P>(dy.prepared())?, Right::of(&w.matrix(c, f)))];
-            issue(1, n, f, c);
-            if let Some(second) = &second {
-                issue(1, n, f, second.r);
-                terms.push((operand::<P>(&second.rows)?, Right::of(&second.factor.matrix(second.r, f))));
-            }
+            let terms = factors.terms::<P>(&dy)?;
             let (write_gate, write_up, write_inner) = (d_gate.blocks(), d_up.blocks(), inner.as_mut().map(Operand::blocks));
             tiles_of::<P, 1>([&terms], |strip, panel, [d_inner]| {
-                let (mut gate, mut up) = (Tile::ZERO, Tile::ZERO);
-                between.gate.read(strip, panel, &mut gate);
-                between.up.read(strip, panel, &mut up);
+                let (mut gate, mut up) = (between.gate.read(strip, panel), between.up.read(strip, panel));
                 // SAFETY: as in the forward pass.
                 unsafe {
                     if let Some(write_inner) = write_inner {
@@ -244,27 +263,6 @@ impl FeedForward<'_> {
         drop(dy);
         let (d_gate, d_up) = (packed(d_gate), packed(d_up));
         self.backward_outer(context, [&d_gate, &d_up], (x, saved), input_gradient, gradients)
-    }
-}
-
-/// W (out, in) of a layer that reads x, and the second half of its adapter.
-struct Outer<'a> {
-    weight: Host<'a>,
-    shape: (usize, usize),
-    second: Option<Second<'a>>,
-}
-
-impl Outer<'_> {
-    /// x W^T and the adapter.
-    fn terms<'a, const P: usize>(&'a self, x: &'a LinearInput) -> Result<Vec<(&'a Operand<P>, Right<'a, P>)>> {
-        let (n, (o, i)) = (x.rows(), self.shape);
-        issue(1, n, o, i);
-        let mut terms = vec![(operand::<P>(x.prepared())?, Right::of(&self.weight.matrix(o, i).t()))];
-        if let Some(Second { rows, factor, r }) = &self.second {
-            issue(1, n, o, *r);
-            terms.push((operand::<P>(rows)?, Right::of(&factor.matrix(o, *r).t())));
-        }
-        Ok(terms)
     }
 }
 

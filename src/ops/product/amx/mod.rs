@@ -20,6 +20,7 @@ pub(in crate::ops) use self::pack::{Side, View};
 use self::pack::{pack_block, turn, widen_block};
 use super::{Matrix, Start, even_parts, tasks};
 use crate::ops::host::{Shared, uninitialized};
+use crate::ops::issue;
 use crate::ops::team::each;
 use crate::work::Precision;
 
@@ -121,8 +122,8 @@ impl<const P: usize> Operand<P> {
     }
 
     /// The first plane of a block, as a tile.
-    pub(in crate::ops) fn read(&self, strip: usize, step: usize, tile: &mut Tile) {
-        widen_block(&self.block(strip, step)[..PAIR], tile);
+    pub(in crate::ops) fn read(&self, strip: usize, step: usize) -> Tile {
+        widen_block(&self.block(strip, step)[..PAIR])
     }
 
     /// Steps of k.
@@ -220,9 +221,9 @@ pub(in crate::ops) type Terms<'a, const P: usize> = [(&'a Operand<P>, Right<'a, 
 
 /// out, rows of `out.1` numbers = [out where `onto`] + strips of A times strips of B, over `steps` of k from each one's step on: on
 /// this thread, which has `Tiles`.
-pub(in crate::ops) fn multiply<const P: usize>(
-    a: (&Operand<P>, Range<usize>, usize),
-    b: (&Operand<P>, Range<usize>, usize),
+pub(in crate::ops) fn multiply(
+    a: (&Operand<1>, Range<usize>, usize),
+    b: (&Operand<1>, Range<usize>, usize),
     steps: usize,
     out: (&mut [f32], usize),
     onto: bool,
@@ -236,7 +237,7 @@ pub(in crate::ops) fn multiply<const P: usize>(
             // SAFETY: all three asserted above.
             unsafe {
                 let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
-                kernel::<P>(runs, [false; 2], b.0.at(panel, b.2), at, out.1, onto);
+                kernel::<1>(runs, [false; 2], b.0.at(panel, b.2), at, out.1, onto);
             }
         }
     }
@@ -320,9 +321,12 @@ pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
     take: impl Fn(usize, usize, &mut [Tile; S]) + Sync,
 ) {
     let (m, n) = (sums[0][0].0.lanes, sums[0][0].1.lanes());
+    for (a, b) in sums.into_iter().flatten() {
+        assert!(a.lanes == m && b.lanes() == n && a.depth == b.depth(), "the sums and their terms have one shape");
+        issue(1, m, n, a.depth);
+    }
     let sums = sums.map(Sum::passes);
     let all = || sums.iter().flatten();
-    assert!(all().flat_map(|sum| sum.terms).all(|(a, b)| a.lanes == m && b.lanes() == n && a.depth == b.depth()), "one shape");
     let size = all().map(|sum| sum.lines).sum::<usize>().max(1);
     let most = (PACKED / (size * size_of::<Line>())).max(1);
     tasks(n.div_ceil(SIDE), most, m.div_ceil(SIDE), 4, |panels, strips| {

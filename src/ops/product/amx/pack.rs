@@ -6,6 +6,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::super::pack::{Number, transpose_16};
@@ -121,10 +122,14 @@ pub(super) unsafe fn pack_block<const P: usize>(tile: &Tile, out: *mut Line) {
 }
 
 /// A plane of A's block as a tile.
-pub(super) fn widen_block(block: &[Line], tile: &mut Tile) {
+pub(super) fn widen_block(block: &[Line]) -> Tile {
     assert_eq!(block.len(), PAIR, "a plane of a block");
-    // SAFETY: 32 lines are 32 rows of 32 bf16 numbers, as a tile's are f32; see `turn` for the processor.
-    unsafe { widen_lines(block.as_ptr(), tile.0.as_mut_ptr()) };
+    let mut tile = MaybeUninit::<Tile>::uninit();
+    // SAFETY: 32 lines are 32 rows of 32 bf16 numbers, as a tile's are f32, and each is written; see `turn` for the processor.
+    unsafe {
+        widen_lines(block.as_ptr(), tile.as_mut_ptr().cast());
+        tile.assume_init()
+    }
 }
 
 /// # Safety
