@@ -2,9 +2,11 @@
 //!
 //! rayon puts an idle thread to sleep after some microseconds and wakes it through the system, which takes longer than most loops of a
 //! small model last. Here the pool's threads stay with the thread that hands out work, and go back to rayon when there was nothing for
-//! `PATIENCE`. Which thread takes which item is chance; no result may depend on it.
+//! `PATIENCE`. Each thread takes its own run of the items first, the same part of every loop, so that what it wrote in one loop is still in its
+//! cache in the next, and then what others have left. Which thread takes which item is chance all the same; no result may depend on it.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -13,6 +15,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_millis(1);
 /// Looks between two looks at the clock, and between two offers of the processor to others.
 const LOOKS: usize = 256;
+/// Most runs that a loop is cut into; more threads share them.
+const MOST_RUNS: usize = 64;
 
 /// Calls `work` once for each item, on all threads of the current pool; returns when all are done.
 pub(super) fn each<I: Send>(items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
@@ -42,11 +46,10 @@ unsafe impl<I: Send> Sync for Slot<I> {}
 
 thread_local! {
     /// The threads that stay with this one.
-    static TEAM: Arc<Team> = Arc::new(Team::default());
+    static TEAM: Arc<Team> = Arc::new(Team::new());
 }
 
 /// What a thread shares with those that help it.
-#[derive(Default)]
 struct Team {
     /// Whether there is a loop to join.
     open: AtomicBool,
@@ -54,18 +57,31 @@ struct Team {
     inside: AtomicUsize,
     /// Threads that stay.
     helpers: AtomicUsize,
-    /// The next item.
-    next: AtomicUsize,
+    /// The next item of each run.
+    next: [Next; MOST_RUNS],
     /// Whether a helper's item panicked.
     failed: AtomicBool,
     work: UnsafeCell<Option<Loop>>,
 }
+
+/// A run's next item, on a cache line of its own.
+#[derive(Default)]
+#[repr(align(64))]
+struct Next(AtomicUsize);
 
 /// A loop on its owner's stack.
 #[derive(Clone, Copy)]
 struct Loop {
     task: *const (dyn Fn(usize) + Sync),
     count: usize,
+    runs: usize,
+}
+
+impl Loop {
+    /// The items of a run.
+    fn run(&self, index: usize) -> Range<usize> {
+        self.count * index / self.runs..self.count * (index + 1) / self.runs
+    }
 }
 
 // SAFETY: `work` is written while the loop is closed and nobody is inside, and points to a closure that is `Sync` and outlives the loop.
@@ -99,12 +115,24 @@ impl Drop for Inside<'_> {
 }
 
 impl Team {
+    fn new() -> Self {
+        Self {
+            open: AtomicBool::new(false),
+            inside: AtomicUsize::new(0),
+            helpers: AtomicUsize::new(0),
+            next: std::array::from_fn(|_| Next::default()),
+            failed: AtomicBool::new(false),
+            work: UnsafeCell::new(None),
+        }
+    }
+
     fn run<'a>(team: &Arc<Self>, threads: usize, count: usize, task: &'a (dyn Fn(usize) + Sync + 'a)) {
         // SAFETY: only the lifetime is forgotten, and `Open` waits for every user before `task` goes.
         let task: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
+        let work = Loop { task, count, runs: threads.min(MOST_RUNS) };
         // SAFETY: the loop before is closed and left, so that nobody reads.
-        unsafe { *team.work.get() = Some(Loop { task, count }) };
-        team.next.store(0, Ordering::SeqCst);
+        unsafe { *team.work.get() = Some(work) };
+        (0..work.runs).for_each(|run| team.next[run].0.store(work.run(run).start, Ordering::SeqCst));
         {
             let _open = Open(team);
             team.open.store(true, Ordering::SeqCst);
@@ -118,17 +146,21 @@ impl Team {
         assert!(!team.failed.swap(false, Ordering::SeqCst), "an item failed on another thread");
     }
 
-    /// Takes items until there are none.
+    /// Takes items until there are none: of this thread's run, then of the others.
     fn take(&self) {
         // SAFETY: the caller is the owner or inside, and the loop is open: nobody writes.
-        let Some(Loop { task, count }) = (unsafe { *self.work.get() }) else { return };
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
-                return;
+        let Some(work) = (unsafe { *self.work.get() }) else { return };
+        let own = rayon::current_thread_index().unwrap_or(0);
+        for run in (own..own + work.runs).map(|run| run % work.runs) {
+            let (next, end) = (&self.next[run].0, work.run(run).end);
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= end {
+                    break;
+                }
+                // SAFETY: the owner keeps the closure until everybody is out.
+                unsafe { (*work.task)(index) };
             }
-            // SAFETY: the owner keeps the closure until everybody is out.
-            unsafe { (*task)(index) };
         }
     }
 

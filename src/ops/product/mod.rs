@@ -37,6 +37,8 @@ const PIECE: usize = 2048;
 const PACKED: usize = 128 << 10;
 /// Rows of A that are few: four tiles'.
 const FEW: usize = 64;
+/// Strips of rows of one task, at least: fewer are not worth packing its panels again.
+const LEAST_STRIPS: usize = 4;
 /// Rows of B that are packed for all of a task's panels before the next.
 const PACKED_ROWS: usize = 32;
 
@@ -288,17 +290,19 @@ thread_local! {
     static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Cuts a result into tasks of whole panels, at most `most` each, and of rows where there are few panels, at least `least` each, and runs
-/// them: as many tasks for each thread, of nearly one size.
-fn tasks(panels: usize, most: usize, rows: usize, least: usize, task: impl Fn(Range<usize>, Range<usize>) + Sync) {
+/// Cuts a result into tasks of whole panels, at most `most` each, and of strips of rows, and runs them: as many tasks for each thread, of
+/// nearly one size.
+fn tasks(panels: usize, most: usize, strips: usize, task: impl Fn(Range<usize>, Range<usize>) + Sync) {
     let threads = rayon::current_num_threads();
-    // A few panels that do not come out even are better shared by rows, though each part then packs them for itself.
-    let by_rows = panels < 8 * threads && !panels.is_multiple_of(threads);
+    // A few panels that do not come out even are better shared by rows, though each part then packs them for itself; and so are panels
+    // fewer than the strips, which then are read by the thread that wrote them.
+    let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
+    let by_rows = uneven || panels <= strips && strips >= LEAST_STRIPS * threads;
     let groups = if by_rows { panels.div_ceil(most) } else { panels.div_ceil(most).next_multiple_of(threads) };
-    let splits = if by_rows { threads.min(rows.div_ceil(least)).max(1) } else { 1 };
+    let splits = if by_rows { threads.min(strips.div_ceil(LEAST_STRIPS)).max(1) } else { 1 };
     let cut = |index: usize| {
-        let (group, split) = (index / splits, index % splits);
-        task(panels * group / groups..panels * (group + 1) / groups, rows * split / splits..rows * (split + 1) / splits);
+        let (split, group) = (index / groups, index % groups);
+        task(panels * group / groups..panels * (group + 1) / groups, strips * split / splits..strips * (split + 1) / splits);
     };
     match groups * splits {
         1 => cut(0),
@@ -324,7 +328,9 @@ impl Pass<'_> {
         let depth: usize = self.pieces.iter().map(|piece| piece.k.len()).sum();
         let width = self.isa.columns();
         let most = (PACKED / (depth * width).max(1)).max(1);
-        tasks(self.n.div_ceil(width), most, self.m, 4 * self.isa.rows, |panels, rows| {
+        let height = self.isa.rows;
+        tasks(self.n.div_ceil(width), most, self.m.div_ceil(height), |panels, strips| {
+            let rows = strips.start * height..(strips.end * height).min(self.m);
             self.task(depth, panels.start * width..(panels.end * width).min(self.n), rows);
         });
     }
