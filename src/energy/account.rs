@@ -431,6 +431,19 @@ mod tests {
         }
     }
 
+    /// A counter that has not moved yet.
+    struct Still;
+
+    impl Sensor for Still {
+        fn name(&self) -> &str {
+            "still"
+        }
+
+        fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
+            Ok(MicroJoules::ZERO)
+        }
+    }
+
     #[test]
     fn on_a_sensor_a_step_is_predicted_from_the_recent_ones() {
         let dir = tempfile::tempdir().unwrap();
@@ -448,7 +461,17 @@ mod tests {
         let expected = MicroJoules(6 * counted);
         assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, expected);
         assert_eq!(account.forecast(&[(Phase::Eval, step())]).energy, expected);
-        assert_eq!(account.spent().energy, MicroJoules(6 * counted));
+        assert_eq!((account.spent().energy, account.metered_over_counted()), (MicroJoules(6 * counted), 3.0));
+    }
+
+    #[test]
+    fn a_meter_that_showed_nothing_makes_nothing_else_cost_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Still)], None);
+        let mut account = account(Limits::default(), &dir.path().join("l"), meters, MeterKind::Measured);
+        assert_eq!(account.metered_over_counted(), 1.0);
+        account.charge(Phase::Train, 1, &step()).unwrap();
+        assert_eq!((account.totals().energy_j.measured, account.metered_over_counted()), (Some(MicroJoules::ZERO), 1.0));
     }
 
     #[test]
