@@ -62,12 +62,17 @@ impl Recent {
     }
 }
 
+/// The mean; `None` of nothing.
+fn mean(ratios: &VecDeque<Weighed>) -> Option<f64> {
+    let all: f64 = ratios.iter().map(|(_, charged)| charged).sum();
+    (all > 0.0).then(|| ratios.iter().map(|(ratio, charged)| ratio * charged).sum::<f64>() / all)
+}
+
 /// Mean plus three (population) deviations; `None` of nothing.
 fn cautious(ratios: &VecDeque<Weighed>) -> Option<f64> {
-    let all: f64 = ratios.iter().map(|(_, charged)| charged).sum();
-    let mean = ratios.iter().map(|(ratio, charged)| ratio * charged).sum::<f64>() / all;
+    let (all, mean): (f64, f64) = (ratios.iter().map(|(_, charged)| charged).sum(), mean(ratios)?);
     let variance = ratios.iter().map(|(ratio, charged)| (ratio - mean).powi(2) * charged).sum::<f64>() / all;
-    (all > 0.0).then(|| mean + 3.0 * variance.sqrt())
+    Some(mean + 3.0 * variance.sqrt())
 }
 
 /// Budget, meters and ledger of one run.
@@ -185,9 +190,21 @@ impl Account {
         self.budget.allowance(&before, &self.forecast(reserved))
     }
 
-    /// The part of `allowance` that training has spent, in 0..=1: the schedule's progress.
-    pub fn progress(&self, allowance: &Allowance) -> f64 {
-        self.budget.fraction(&self.spent_on(Phase::Train), allowance)
+    /// Whether counting tells what everything to come will take: nothing but the counted meter's energy and FLOPs is limited.
+    pub fn foresees(&self) -> bool {
+        self.kind == MeterKind::Counted && self.budget.remaining(&Spent::default()).time.is_none()
+    }
+
+    /// How far training is, in 0..=1, where nobody foresees how much is still to come: what it has spent by the midpoint of the step whose
+    /// work is `next`, over that and its share of what is left when `ending` is kept back. Its share is that of such a step beside `between`,
+    /// works each with how often they come after one step. Where nothing more fits it is one.
+    pub fn progress(&self, next: &Work, between: &[(Phase, Work, f64)], ending: &[(Phase, Work)]) -> f64 {
+        let expected = |phase, work: &Work| self.estimate(phase, &self.meters.profile().charge(work), mean);
+        let step = expected(Phase::Train, next);
+        let beside: Spent = between.iter().map(|(phase, work, often)| expected(*phase, work).times(*often)).sum();
+        let left = self.budget.remaining(&(self.spent() + self.forecast(ending)));
+        let trained = self.spent_on(Phase::Train);
+        left.with_trained(&trained, &step, &beside).fraction(&(trained + step.times(0.5)))
     }
 
     /// Whether `next` fits with `reserve` still possible after it. Writes nothing: preflight asks this too.
@@ -253,8 +270,13 @@ impl Account {
     }
 
     fn predict(&self, phase: Phase, charge: &Charge) -> Spent {
-        let seen = |of: fn(&Recent) -> &VecDeque<Weighed>| {
-            [phase, Phase::Train].into_iter().find_map(|phase| cautious(of(&self.recent[phase as usize])))
+        self.estimate(phase, charge, cautious)
+    }
+
+    /// What `charge` will be on the meter that decides, by `of` the recent ratios.
+    fn estimate(&self, phase: Phase, charge: &Charge, of: fn(&VecDeque<Weighed>) -> Option<f64>) -> Spent {
+        let seen = |ratios: fn(&Recent) -> &VecDeque<Weighed>| {
+            [phase, Phase::Train].into_iter().find_map(|phase| of(ratios(&self.recent[phase as usize])))
         };
         let energy = match self.kind {
             MeterKind::Counted => charge.energy,
@@ -409,6 +431,19 @@ mod tests {
         }
     }
 
+    /// A counter that has not moved yet.
+    struct Still;
+
+    impl Sensor for Still {
+        fn name(&self) -> &str {
+            "still"
+        }
+
+        fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
+            Ok(MicroJoules::ZERO)
+        }
+    }
+
     #[test]
     fn on_a_sensor_a_step_is_predicted_from_the_recent_ones() {
         let dir = tempfile::tempdir().unwrap();
@@ -426,7 +461,17 @@ mod tests {
         let expected = MicroJoules(6 * counted);
         assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, expected);
         assert_eq!(account.forecast(&[(Phase::Eval, step())]).energy, expected);
-        assert_eq!(account.spent().energy, MicroJoules(6 * counted));
+        assert_eq!((account.spent().energy, account.metered_over_counted()), (MicroJoules(6 * counted), 3.0));
+    }
+
+    #[test]
+    fn a_meter_that_showed_nothing_makes_nothing_else_cost_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Still)], None);
+        let mut account = account(Limits::default(), &dir.path().join("l"), meters, MeterKind::Measured);
+        assert_eq!(account.metered_over_counted(), 1.0);
+        account.charge(Phase::Train, 1, &step()).unwrap();
+        assert_eq!((account.totals().energy_j.measured, account.metered_over_counted()), (Some(MicroJoules::ZERO), 1.0));
     }
 
     #[test]
@@ -438,6 +483,48 @@ mod tests {
         // Entries of one size weigh alike: 2 and 4 have the mean 3 and the deviation 1.
         assert_eq!(cautious(&VecDeque::from([(2.0, 0.1), (4.0, 0.1)])), Some(6.0));
         assert_eq!(cautious(&VecDeque::new()), None);
+    }
+
+    #[test]
+    fn the_rate_of_a_sensors_run_ends_when_its_budget_does() {
+        let dir = tempfile::tempdir().unwrap();
+        let counted = profile().charge(&step()).energy.0;
+        // A step takes four times what is counted; an evaluation twice, the first one three times.
+        let (evaluation, budget) = (step().times(4), 200 * counted);
+        let readings = (0..100).map(|entry| {
+            counted
+                * if entry == 0 {
+                    12
+                } else if entry % 6 == 0 {
+                    8
+                } else {
+                    4
+                }
+        });
+        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Steps(readings.collect(), 0, false))], None);
+        let limits = Limits { energy: Some(MicroJoules(budget).joules()), ..Limits::default() };
+        let mut account = account(limits, &dir.path().join("l"), meters, MeterKind::Measured);
+        let spend = |account: &mut Account, phase, number, work: &Work| {
+            account.begin();
+            account.charge(phase, number, work).unwrap();
+        };
+        spend(&mut account, Phase::Eval, 0, &evaluation);
+        let (ending, between) = ([(Phase::Eval, evaluation.clone())], [(Phase::Eval, evaluation.clone(), 0.2)]);
+        let (mut course, mut done) = (Vec::new(), 0);
+        while account.admit(Phase::Train, &step(), &ending).unwrap() == Verdict::Continue {
+            course.push(account.progress(&step(), &between, &ending));
+            done += 1;
+            spend(&mut account, Phase::Train, done, &step());
+            if done % 5 == 0 {
+                spend(&mut account, Phase::Eval, done, &evaluation);
+            }
+        }
+        assert!(account.spent().energy.0 + 8 * counted <= budget, "{}", account.spent().energy);
+        // Of 200, 12 for the first evaluation; then five steps and an evaluation take 28: some thirty steps. It begins at its
+        // beginning, is half way after half of the steps, and at its end only there.
+        assert!(done > 30 && course[0] < 0.03 && (course[course.len() / 2] - 0.5).abs() < 0.1, "{course:?}");
+        let [.., third, _, last] = course[..] else { panic!("{course:?}") };
+        assert!(third < 0.97 && last > 0.94, "{course:?}");
     }
 
     #[test]
@@ -476,14 +563,14 @@ mod tests {
         for number in 1..=3 {
             first.charge(Phase::Train, number, &step()).unwrap();
         }
-        let progress = first.progress(&allowance);
+        let progress = allowance.fraction(&first.spent_on(Phase::Train));
         first.close().unwrap();
         let second = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
         assert_eq!(second.allowance(&reserve), allowance);
         // Room for ten steps and a save, less loading (as dear as the save) and the save itself.
         let (one, save) = (profile().charge(&step()).energy.0 as f64, profile().charge(&save()).energy.0 as f64);
         assert!((progress - 3.0 * one / (10.0 * one - save)).abs() < 1e-12);
-        assert_eq!(second.progress(&allowance), progress);
+        assert_eq!(allowance.fraction(&second.spent_on(Phase::Train)), progress);
     }
 
     #[test]

@@ -144,6 +144,26 @@ impl Allowance {
         let caps = [self.energy.map(Cap::Energy), self.flops.map(Cap::Flops), self.time.map(Cap::Time)];
         caps.iter().flatten().map(|cap| cap.fraction(spent)).fold(0.0, f64::max).min(1.0)
     }
+
+    /// Where this is what a run has left: what training may have spent at its end, `trained` of it already. Of what is left it gets the part
+    /// that a step takes of `step` and what comes `beside` it, in each quantity.
+    pub fn with_trained(&self, trained: &Spent, step: &Spent, beside: &Spent) -> Allowance {
+        let share = |left: f64, step: f64, beside: f64| if step > 0.0 { left * step / (step + beside) } else { left };
+        let whole = |left: u64, step: u64, beside: u64| share(left as f64, step as f64, beside as f64).round() as u64;
+        Allowance {
+            energy: self.energy.map(|left| trained.energy + MicroJoules(whole(left.0, step.energy.0, beside.energy.0))),
+            flops: self.flops.map(|left| trained.flops.saturating_add(whole(left, step.flops, beside.flops))),
+            time: self.time.map(|left| trained.time + Seconds(share(left.0, step.time.0, beside.time.0))),
+        }
+    }
+}
+
+impl Spent {
+    /// This `often` times, or a part of it.
+    pub fn times(&self, often: f64) -> Spent {
+        let whole = |amount: u64| (amount as f64 * often).round() as u64;
+        Spent { energy: MicroJoules(whole(self.energy.0)), flops: whole(self.flops), time: self.time * often }
+    }
 }
 
 /// Limits with the rates that make them comparable.
@@ -375,6 +395,16 @@ mod tests {
             let error = result.unwrap_err();
             assert!(error.kind() == Kind::Budget && error.remedy().is_some(), "{error}");
         }
+    }
+
+    #[test]
+    fn what_is_left_is_shared_between_steps_and_what_comes_beside_them() {
+        // 60 uJ and 9 s are left; a step takes 2 uJ and 1 s, beside it 1 uJ and 0.5 s: two thirds of both go to training, which has spent 35.
+        let left = Allowance { energy: Some(MicroJoules(60)), flops: None, time: Some(Seconds(9.0)) };
+        let all = left.with_trained(&spent(35, 7, 4.0), &spent(2, 3, 1.0), &spent(1, 0, 0.5));
+        assert_eq!(all, Allowance { energy: Some(MicroJoules(75)), flops: None, time: Some(Seconds(10.0)) });
+        // A step that takes nothing, as far as is known, leaves nothing to share.
+        assert_eq!(left.with_trained(&spent(0, 0, 0.0), &Spent::default(), &spent(1, 0, 0.0)), left);
     }
 
     #[test]

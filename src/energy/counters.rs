@@ -126,8 +126,8 @@ impl Bank {
         self.notice_sleep();
         let mut lost = Vec::new();
         let mut once = |sensor: &mut Box<dyn Sensor>| {
-            let reading = sensor.read();
-            lost.extend(reading.as_ref().err().filter(|gap| gap.lost).map(|gap| format!("{}: {}", sensor.name(), gap.reason)));
+            let reading = named(sensor);
+            lost.extend(reading.as_ref().err().filter(|gap| gap.lost).map(|gap| gap.reason.clone()));
             reading
         };
         let readings: Vec<_> = self.sensors.iter_mut().map(|sensor| once(sensor).or_else(|_| once(sensor))).collect();
@@ -140,7 +140,7 @@ impl Bank {
         self.notice_sleep();
         let mut lost = Vec::new();
         for sensor in self.sensors.iter_mut().filter(|sensor| sensor.unread_at_most().is_some()) {
-            lost.extend(sensor.read().err().filter(|gap| gap.lost).map(|gap| format!("{}: {}", sensor.name(), gap.reason)));
+            lost.extend(named(sensor).err().filter(|gap| gap.lost).map(|gap| gap.reason));
         }
         lost.into_iter().for_each(|reason| self.lose(reason));
     }
@@ -165,6 +165,11 @@ impl Bank {
     fn period(&self) -> Option<Duration> {
         self.sensors.iter().filter_map(|sensor| sensor.unread_at_most()).min().map(|silence| silence / 3)
     }
+}
+
+/// A reading; a gap says whose it is.
+fn named(sensor: &mut Box<dyn Sensor>) -> Result<MicroJoules, Gap> {
+    sensor.read().map_err(|gap| Gap { reason: format!("{}: {}", sensor.name(), gap.reason), ..gap })
 }
 
 impl Sampler {
@@ -275,7 +280,7 @@ mod tests {
         // The window that could not be closed is unknown; the next one is whole.
         assert_eq!(
             windows(&mut counters(vec![Ok(5), bad(), bad(), Ok(25), Ok(26)]), 2),
-            [Err(Gap::unread("told to fail")), Ok(1)]
+            [Err(Gap::unread("scripted: told to fail")), Ok(1)]
         );
         // A sensor that is gone for good gives no window, and no zero.
         assert!(windows(&mut counters(vec![Ok(5), bad()]), 3).iter().all(Result::is_err));

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::files::write_whole;
 use crate::error::{Error, Kind, Result};
 use crate::units::{Joules, Seconds};
 
@@ -67,24 +68,39 @@ impl StepLog {
         Ok(Self { path: path.to_path_buf(), file: file.map_err(|source| Error::io("open", path, source))? })
     }
 
+    /// Puts a log of these lines in the place of the one at `path`, whole or not at all, and opens it to append to it.
+    ///
+    /// # Errors
+    /// Those of [`StepLog::write`].
+    pub fn replace(path: &Path, records: &[StepRecord]) -> Result<Self> {
+        let lines: Vec<String> = records.iter().map(line_of).collect::<Result<_>>()?;
+        write_whole(path, &lines.concat())?;
+        Self::append_to(path)
+    }
+
     /// Appends one line in a single write, so that another process reading along sees whole lines.
     ///
     /// # Errors
     /// [`Kind::Io`]; [`Kind::Run`] where the learning rate, an energy or the time is not finite.
     pub fn write(&mut self, record: &StepRecord) -> Result<()> {
-        let energy = record.energy_j;
-        let required = [record.lr, energy.counted.0, record.wall_s.0];
-        let meters = [energy.measured, energy.timed].into_iter().flatten().map(|joules| joules.0);
-        if let Some(bad) = required.into_iter().chain(meters).find(|number| !number.is_finite()) {
-            return Err(Error::new(Kind::Run, "a step's learning rate, energy and time must be finite")
-                .at(format!("step {}", record.step))
-                .value(bad.to_string())
-                .hint("check the recipe's `learning_rate` and the device profile"));
-        }
-        let line = serde_json::to_string(record)
-            .map_err(|source| Error::new(Kind::Run, format!("cannot put step {} into JSON: {source}", record.step)))?;
-        self.file.write_all((line + "\n").as_bytes()).map_err(|source| Error::io("write", &self.path, source))
+        self.file.write_all(line_of(record)?.as_bytes()).map_err(|source| Error::io("write", &self.path, source))
     }
+}
+
+/// A record as its line, the line end included.
+fn line_of(record: &StepRecord) -> Result<String> {
+    let energy = record.energy_j;
+    let required = [record.lr, energy.counted.0, record.wall_s.0];
+    let meters = [energy.measured, energy.timed].into_iter().flatten().map(|joules| joules.0);
+    if let Some(bad) = required.into_iter().chain(meters).find(|number| !number.is_finite()) {
+        return Err(Error::new(Kind::Run, "a step's learning rate, energy and time must be finite")
+            .at(format!("step {}", record.step))
+            .value(bad.to_string())
+            .hint("check the recipe's `learning_rate` and the device profile"));
+    }
+    let line = serde_json::to_string(record)
+        .map_err(|source| Error::new(Kind::Run, format!("cannot put step {} into JSON: {source}", record.step)))?;
+    Ok(line + "\n")
 }
 
 /// Reads every line of the log at `path`.
@@ -211,6 +227,18 @@ mod tests {
             assert_eq!(error.kind(), Kind::Run);
             assert!(error.to_string().contains("steps.jsonl, line 3"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_log_is_replaced_whole_and_goes_on() {
+        let (folder, path) = log_of(2);
+        // Whoever reads the old one while it is replaced misses no line of it.
+        std::fs::hard_link(&path, folder.path().join("old")).unwrap();
+        let amended = StepRecord { val_loss: Some(2.5), ..record(2) };
+        let mut log = StepLog::replace(&path, &[record(1), amended.clone()]).unwrap();
+        log.write(&record(3)).unwrap();
+        assert_eq!(read_steps(&path).unwrap(), [record(1), amended, record(3)]);
+        assert_eq!(read_steps(&folder.path().join("old")).unwrap(), [record(1), record(2)]);
     }
 
     #[test]

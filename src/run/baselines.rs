@@ -17,8 +17,8 @@ use crate::work::Work;
 pub(super) struct Run<'a> {
     /// On the meter that decides.
     pub(super) spent: Joules,
-    /// On the counted one.
-    pub(super) counted: Joules,
+    /// That meter over the counted one.
+    pub(super) metered_over_counted: f64,
     /// What the counted energy is made of.
     pub(super) parts: &'a Parts,
 }
@@ -32,12 +32,8 @@ pub(super) fn baselines(prepared: &Prepared, steps: u64, evaluations: usize, run
     if prepared.recipe.baseline.from_scratch != Compared::Off {
         all.push(pretraining(prepared)?);
     }
-    let factor = Some(run.spent / run.counted).filter(|factor| factor.is_finite() && *factor != 1.0);
     let held = |baseline: Baseline| {
-        let metered = match factor {
-            Some(factor) => baseline.metered(factor),
-            None => baseline,
-        };
+        let metered = if run.metered_over_counted == 1.0 { baseline } else { baseline.metered(run.metered_over_counted) };
         metered.against(run.spent, Some(run.parts))
     };
     Ok(all.into_iter().map(held).collect())

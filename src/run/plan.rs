@@ -160,7 +160,8 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phas
     let by_phase: serde_json::Map<String, Value> =
         phases.iter().map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules()))).collect();
     let evaluations = run.evaluations + usize::from(!prepared.validation_batches.is_empty());
-    let baselines = baselines(prepared, run.steps, evaluations, &Run { spent: central, counted: central, parts: &parts })?;
+    let baselines =
+        baselines(prepared, run.steps, evaluations, &Run { spent: central, metered_over_counted: 1.0, parts: &parts })?;
     let spent = Spent { energy: total.energy, flops: total.flops, time: total.time };
     let pjoule = |energy: Joules| json!(energy);
     Ok(json!({

@@ -95,7 +95,8 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let evaluations = account.by_phase().find(|(phase, _)| *phase == Phase::Eval).map_or(0, |(_, totals)| totals.entries);
     let evaluated = evaluations as usize - 2 * usize::from(inputs.sample.is_some()).min(evaluations as usize / 2);
     let counted = account.totals().energy_j.counted.joules();
-    let run = Run { spent: energy.central, counted, parts: &account.totals().parts };
+    let (metered_over_counted, parts) = (account.metered_over_counted(), &account.totals().parts);
+    let run = Run { spent: energy.central, metered_over_counted, parts };
     let baselines = baselines(prepared, standing.step, evaluated, &run)?;
     let mut warnings = prepared.warnings.clone();
     if let Stop::Diverged(what) = &outcome.stop {

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::{Screen, StepView};
 use crate::energy::Account;
 use crate::error::{Error, Result};
-use crate::report::steps::{read_steps, truncate_after};
+use crate::report::steps::read_steps;
 use crate::report::{StepEnergy, StepLog, StepRecord as StepLine};
 use crate::train::{Observer, StepRecord};
 use crate::units::{Joules, Seconds};
@@ -30,11 +30,14 @@ impl<'a> Watch<'a> {
         Ok(Self { path, log, pending: None, screen, view })
     }
 
-    /// The last step's line written again with its validation loss, where a checkpoint came between.
+    /// The last step's line with its validation loss, where a checkpoint came between. The log is replaced whole: the checkpoint needs its
+    /// line whenever the machine stops.
     fn amend(&mut self, step: u64, val_loss: f64) -> Result<()> {
-        let Some(line) = read_steps(&self.path)?.pop().filter(|line| line.step == step) else { return Ok(()) };
-        truncate_after(&self.path, step - 1)?;
-        self.log.write(&StepLine { val_loss: Some(val_loss), ..line })
+        let mut lines = read_steps(&self.path)?;
+        let Some(line) = lines.last_mut().filter(|line| line.step == step) else { return Ok(()) };
+        line.val_loss = Some(val_loss);
+        self.log = StepLog::replace(&self.path, &lines)?;
+        Ok(())
     }
 
     /// Writes the line that waits.

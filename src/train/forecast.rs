@@ -87,6 +87,15 @@ impl<'a> Costs<'a> {
         evaluations.chain(saves).chain(self.ending.clone()).collect()
     }
 
+    /// What comes between two steps, with how often it comes after one.
+    fn between(&self) -> Vec<(Phase, Work, f64)> {
+        let often = |every: u64| if every > 0 { 1.0 / every as f64 } else { 0.0 };
+        let evaluated = often(self.settings.eval_every);
+        let saved = often(self.settings.save_every) + if self.settings.keep_best { evaluated } else { 0.0 };
+        let evaluation = self.evaluation.iter().map(|work| (Phase::Eval, work.clone(), evaluated));
+        evaluation.chain([(Phase::Save, self.save.clone(), saved)]).collect()
+    }
+
     /// Work of a checkpoint.
     pub fn save(&self) -> &Work {
         &self.save
@@ -172,35 +181,54 @@ pub fn forecast(
 /// How far a run is: what the learning rate follows.
 pub struct Course {
     steps: u64,
-    /// What training may spend in the whole run, on the meter that decides; `None` without a budget.
-    allowance: Option<Allowance>,
+    spending: Spending,
+}
+
+/// What training may spend, on the meter that decides.
+enum Spending {
+    /// There is no budget.
+    Free,
+    /// All that comes beside training is known: so much in the whole run.
+    Planned(Allowance),
+    /// Only what was seen tells what will be: asked anew before every step.
+    Seen {
+        /// What comes between two steps, with how often it comes after one.
+        between: Vec<(Phase, Work, f64)>,
+        /// What ends the run.
+        ending: Vec<(Phase, Work)>,
+    },
 }
 
 impl Course {
     /// Of a run that goes on from `standing`; asked once, before the first step.
     pub fn new(costs: &Costs<'_>, settings: &Settings, account: &Account, standing: &Standing) -> Self {
-        let steps = settings.steps;
-        if !account.budget().is_limited() {
-            return Self { steps, allowance: None };
-        }
-        // Where the meter shows more than is counted the budget ends the run sooner, before evaluations that only counting would reach.
-        let mut profile = account.meters().profile().clone();
-        profile.measured_over_counted = Some(profile.measured_over_counted.unwrap_or(1.0) * account.metered_over_counted());
-        let plan = forecast(costs, settings, &profile, account.budget(), account.spent(), standing);
-        let evaluations =
-            costs.evaluation.iter().flat_map(|work| std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations));
-        let saves = std::iter::repeat_n((Phase::Save, costs.save.clone()), plan.saves);
-        let allowance = account.allowance(&evaluations.chain(saves).chain(costs.ending.clone()).collect::<Vec<_>>());
-        Self { steps, allowance: Some(allowance) }
+        let spending = if !account.budget().is_limited() {
+            Spending::Free
+        } else if account.foresees() {
+            let plan = forecast(costs, settings, account.meters().profile(), account.budget(), account.spent(), standing);
+            let evaluations =
+                costs.evaluation.iter().flat_map(|work| std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations));
+            let saves = std::iter::repeat_n((Phase::Save, costs.save.clone()), plan.saves);
+            let reserved: Vec<_> = evaluations.chain(saves).chain(costs.ending.clone()).collect();
+            Spending::Planned(account.allowance(&reserved))
+        } else {
+            Spending::Seen { between: costs.between(), ending: costs.after(Due { evaluation: false, save: false }) }
+        };
+        Self { steps: settings.steps, spending }
     }
 
     /// The larger of steps done over all steps and, where there is a budget, what training has spent at the midpoint of the step whose
     /// work is `next` over what training may spend. With no budget the rates are transformers' own.
     pub(super) fn progress(&self, standing: &Standing, account: &Account, next: &Work) -> f64 {
         let by_steps = standing.step as f64 / self.steps as f64;
-        let Some(allowance) = &self.allowance else { return by_steps };
-        let next = account.forecast(&[(Phase::Train, next.clone())]);
-        let half = Spent { energy: MicroJoules(next.energy.0 / 2), flops: next.flops / 2, time: next.time / 2.0 };
-        by_steps.max(allowance.fraction(&(account.spent_on(Phase::Train) + half)))
+        match &self.spending {
+            Spending::Free => by_steps,
+            Spending::Planned(allowance) => {
+                let next = account.forecast(&[(Phase::Train, next.clone())]);
+                let half = Spent { energy: MicroJoules(next.energy.0 / 2), flops: next.flops / 2, time: next.time / 2.0 };
+                by_steps.max(allowance.fraction(&(account.spent_on(Phase::Train) + half)))
+            }
+            Spending::Seen { between, ending } => by_steps.max(account.progress(next, between, ending)),
+        }
     }
 }

@@ -162,6 +162,8 @@ fn the_rate_of_a_measured_run_leaves_out_evaluations_that_it_will_never_reach() 
     assert_eq!(word(&run, "/training/stop_reason"), "budget:energy");
     let rates: Vec<f64> = lab.lines("run/steps.jsonl").iter().map(|step| number(step, "/lr")).collect();
     assert!(rates[0] > 2.5e-3 && rates.len() > 2, "of a peak of 5e-3: {rates:?}");
+    // At its end when the budget is, and not before.
+    assert!(rates.iter().filter(|rate| **rate < 5e-5).count() <= 3, "{rates:?}");
 }
 
 #[test]

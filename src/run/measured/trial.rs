@@ -162,19 +162,6 @@ impl<'a> Trial<'a> {
         Ok(trainee)
     }
 
-    fn stop_reason(&self, stop: &Stop) -> BaselineStop {
-        let (step, equal) = (self.standing.step, self.steps[0]);
-        match stop {
-            Stop::Diverged(_) => BaselineStop::Diverged,
-            // Our own flag stopped it, or it came to the run's loss at its very last step, whatever made that the last.
-            _ if step > equal && !self.above_the_run() => BaselineStop::EqualLoss,
-            Stop::Budget(_) => BaselineStop::Budget,
-            Stop::Interrupted => BaselineStop::Interrupted,
-            Stop::Steps | Stop::Epochs if step == equal => BaselineStop::EqualEnergy,
-            Stop::Steps | Stop::Epochs => BaselineStop::EnergyMultiple,
-        }
-    }
-
     fn block(&self, stop: &Stop) -> Result<types::Baseline> {
         let steps = self.standing.step;
         let (kind, spent) = (self.account.kind(), self.account.spent());
@@ -207,7 +194,7 @@ impl<'a> Trial<'a> {
             measured: Some(MeasuredBaseline {
                 steps,
                 steps_at_equal_energy: self.steps[0],
-                stop_reason: self.stop_reason(stop),
+                stop_reason: stop_reason(stop, self.standing.step, self.steps[0], self.above_the_run()),
                 learning_rate: self.field.learning_rate(),
                 run_training_j: run_training,
                 training_j: curve.trained(),
@@ -246,6 +233,19 @@ impl<'a> Trial<'a> {
     }
 }
 
+/// Why a baseline ended after `step` steps, of which `equal` take the run's training energy; `above`: its loss is still above the run's.
+fn stop_reason(stop: &Stop, step: u64, equal: u64, above: bool) -> BaselineStop {
+    match stop {
+        Stop::Diverged(_) => BaselineStop::Diverged,
+        // Our own flag stopped it, or it came to the run's loss at its very last step, whatever made that the last.
+        _ if step > equal && !above => BaselineStop::EqualLoss,
+        Stop::Budget(_) => BaselineStop::Budget,
+        Stop::Interrupted => BaselineStop::Interrupted,
+        Stop::Steps | Stop::Epochs if step == equal => BaselineStop::EqualEnergy,
+        Stop::Steps | Stop::Epochs => BaselineStop::EnergyMultiple,
+    }
+}
+
 fn start_words(kind: BaselineKind) -> &'static str {
     if kind == BaselineKind::FullFineTuning { "from the pretrained weights" } else { "from random weights" }
 }
@@ -256,4 +256,35 @@ const LEDGER: &str = "ledger.jsonl";
 /// A new ledger, or the one that an earlier process left: what it spent is spent.
 fn ledger(path: &Path) -> Result<Ledger> {
     if path.exists() { Ledger::resume(path) } else { Ledger::create(path) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_baseline_that_came_to_the_runs_loss_says_so_whatever_ended_it() {
+        let (diverged, budget) = (Stop::Diverged("the loss".to_string()), Stop::Budget(Limit::Energy));
+        // Ten steps take the run's energy.
+        let expected = [
+            // Beyond equal energy and no longer above the run's loss: only what is not finite says something else.
+            (&diverged, 12, false, BaselineStop::Diverged),
+            (&budget, 12, false, BaselineStop::EqualLoss),
+            (&Stop::Interrupted, 12, false, BaselineStop::EqualLoss),
+            (&Stop::Steps, 12, false, BaselineStop::EqualLoss),
+            // Beyond it and still above.
+            (&budget, 12, true, BaselineStop::Budget),
+            (&Stop::Interrupted, 12, true, BaselineStop::Interrupted),
+            (&Stop::Epochs, 12, true, BaselineStop::EnergyMultiple),
+            // At equal energy the loss is no matter; before it, its own budget or a person ended it.
+            (&Stop::Steps, 10, false, BaselineStop::EqualEnergy),
+            (&Stop::Steps, 10, true, BaselineStop::EqualEnergy),
+            (&budget, 10, false, BaselineStop::Budget),
+            (&budget, 7, false, BaselineStop::Budget),
+            (&Stop::Interrupted, 7, true, BaselineStop::Interrupted),
+        ];
+        for (stop, step, above, reason) in expected {
+            assert_eq!(stop_reason(stop, step, 10, above), reason, "{stop:?} after {step} steps, above: {above}");
+        }
+    }
 }
