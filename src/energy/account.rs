@@ -204,7 +204,7 @@ impl Account {
         let beside: Spent = between.iter().map(|(phase, work, often)| expected(*phase, work).times(*often)).sum();
         let left = self.budget.remaining(&(self.spent() + self.forecast(ending)));
         let trained = self.spent_on(Phase::Train);
-        left.with_trained(&trained, &step, &beside).fraction(&(trained + step.times(0.5)))
+        left.with_trained(&trained, &step, &beside).fraction(&(trained + step.half()))
     }
 
     /// Whether `next` fits with `reserve` still possible after it. Writes nothing: preflight asks this too.
@@ -491,16 +491,12 @@ mod tests {
         let counted = profile().charge(&step()).energy.0;
         // A step takes four times what is counted; an evaluation twice, the first one three times.
         let (evaluation, budget) = (step().times(4), 200 * counted);
-        let readings = (0..100).map(|entry| {
-            counted
-                * if entry == 0 {
-                    12
-                } else if entry % 6 == 0 {
-                    8
-                } else {
-                    4
-                }
-        });
+        let times = |entry| match entry {
+            0 => 12,
+            _ if entry % 6 == 0 => 8,
+            _ => 4,
+        };
+        let readings = (0..100).map(|entry| counted * times(entry));
         let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Steps(readings.collect(), 0, false))], None);
         let limits = Limits { energy: Some(MicroJoules(budget).joules()), ..Limits::default() };
         let mut account = account(limits, &dir.path().join("l"), meters, MeterKind::Measured);

@@ -69,6 +69,19 @@ impl std::iter::Sum for Spent {
     }
 }
 
+impl Spent {
+    /// This `often` times, or a part of it.
+    pub fn times(&self, often: f64) -> Spent {
+        let whole = |amount: u64| (amount as f64 * often).round() as u64;
+        Spent { energy: MicroJoules(whole(self.energy.0)), flops: whole(self.flops), time: self.time * often }
+    }
+
+    /// Half of it, whole microjoules and FLOPs rounded down.
+    pub fn half(&self) -> Spent {
+        Spent { energy: MicroJoules(self.energy.0 / 2), flops: self.flops / 2, time: self.time / 2.0 }
+    }
+}
+
 /// Which limit binds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -158,14 +171,6 @@ impl Allowance {
     }
 }
 
-impl Spent {
-    /// This `often` times, or a part of it.
-    pub fn times(&self, often: f64) -> Spent {
-        let whole = |amount: u64| (amount as f64 * often).round() as u64;
-        Spent { energy: MicroJoules(whole(self.energy.0)), flops: whole(self.flops), time: self.time * often }
-    }
-}
-
 /// Limits with the rates that make them comparable.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Budget {
@@ -241,11 +246,6 @@ impl Budget {
     /// every other evaluation and save still planned).
     pub fn allowance(&self, spent: &Spent, reserved: &Spent) -> Allowance {
         self.remaining(&(*spent + *reserved))
-    }
-
-    /// The part of `allowance` that training has spent, in 0..=1: the schedule's progress.
-    pub fn fraction(&self, spent_training: &Spent, allowance: &Allowance) -> f64 {
-        allowance.fraction(spent_training)
     }
 
     /// The limit nearest to its end and the part of it that is spent.
@@ -413,10 +413,10 @@ mod tests {
         let budget = Budget::new(Limits { energy: Some(Joules(1e-4)), ..Limits::default() }, rates(None)).unwrap();
         let allowance = budget.allowance(&spent(10, 0, 0.0), &spent(20, 0, 0.0));
         assert_eq!(allowance.energy, Some(MicroJoules(70)));
-        assert_eq!(budget.fraction(&spent(35, 0, 0.0), &allowance), 0.5);
-        assert_eq!(budget.fraction(&spent(90, 0, 0.0), &allowance), 1.0);
+        assert_eq!(allowance.fraction(&spent(35, 0, 0.0)), 0.5);
+        assert_eq!(allowance.fraction(&spent(90, 0, 0.0)), 1.0);
         let free = Budget::new(Limits::default(), rates(None)).unwrap();
-        assert_eq!(free.fraction(&spent(35, 9, 9.0), &free.allowance(&Spent::default(), &Spent::default())), 0.0);
+        assert_eq!(free.allowance(&Spent::default(), &Spent::default()).fraction(&spent(35, 9, 9.0)), 0.0);
         assert_eq!(budget.overshoot(&spent(103, 0, 0.0)), MicroJoules(3));
     }
 }

@@ -216,6 +216,20 @@ mod tests {
     }
 
     #[test]
+    fn a_thread_begins_with_its_own_run() {
+        on(2, || {
+            let (firsts, both) = ([const { AtomicUsize::new(usize::MAX) }; 2], std::sync::Barrier::new(2));
+            each(0..64, |item| {
+                let first = &firsts[rayon::current_thread_index().unwrap()];
+                if first.compare_exchange(usize::MAX, item, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                    both.wait();
+                }
+            });
+            assert_eq!(firsts.map(AtomicUsize::into_inner), [0, 32]);
+        });
+    }
+
+    #[test]
     fn loops_follow_each_other_and_pauses() {
         on(3, || {
             let total = AtomicUsize::new(0);

@@ -6,7 +6,6 @@ use crate::energy::budget::Allowance;
 use crate::energy::{Account, Budget, Charge, Phase, Profile, Spent};
 use crate::model::ModelShape;
 use crate::ops::adamw_cost;
-use crate::units::MicroJoules;
 use crate::work::Work;
 
 /// What is due after a step.
@@ -225,8 +224,7 @@ impl Course {
             Spending::Free => by_steps,
             Spending::Planned(allowance) => {
                 let next = account.forecast(&[(Phase::Train, next.clone())]);
-                let half = Spent { energy: MicroJoules(next.energy.0 / 2), flops: next.flops / 2, time: next.time / 2.0 };
-                by_steps.max(allowance.fraction(&(account.spent_on(Phase::Train) + half)))
+                by_steps.max(allowance.fraction(&(account.spent_on(Phase::Train) + next.half())))
             }
             Spending::Seen { between, ending } => by_steps.max(account.progress(next, between, ending)),
         }

@@ -295,7 +295,7 @@ thread_local! {
 fn tasks(panels: usize, most: usize, strips: usize, task: impl Fn(Range<usize>, Range<usize>) + Sync) {
     let threads = rayon::current_num_threads();
     // A few panels that do not come out even are better shared by rows, though each part then packs them for itself; and so are panels
-    // fewer than the strips, which then are read by the thread that wrote them.
+    // that are no more than the strips, which then are read by the thread that wrote them.
     let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
     let by_rows = uneven || panels <= strips && strips >= LEAST_STRIPS * threads;
     let groups = if by_rows { panels.div_ceil(most) } else { panels.div_ceil(most).next_multiple_of(threads) };
