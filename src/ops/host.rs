@@ -89,36 +89,36 @@ pub(super) fn widen(values: &[bf16]) -> Vec<f32> {
 }
 
 /// A number format that results are stored in.
-pub(super) trait Stored: Copy + Send {
-    /// Writes `wide`, rounded to nearest even.
-    fn store(out: &mut [Self], wide: &[f32]);
+pub(super) trait Stored: Number {
+    /// `wide`, rounded to nearest even.
+    fn of(wide: f32) -> Self;
 }
 
 impl Stored for f32 {
     #[inline(always)]
-    fn store(out: &mut [Self], wide: &[f32]) {
-        out.copy_from_slice(wide);
+    fn of(wide: f32) -> Self {
+        wide
     }
 }
 
 impl Stored for bf16 {
     #[inline(always)]
-    fn store(out: &mut [Self], wide: &[f32]) {
-        narrow_into(out, wide);
+    fn of(wide: f32) -> Self {
+        let bits = wide.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        // Rounding could carry a not-a-number into infinity.
+        let bits = if wide.is_nan() { bits | 0x0040_0000 } else { rounded };
+        bf16::from_bits((bits >> 16) as u16)
     }
 }
 
-/// The same numbers in bf16, rounded to nearest even.
+/// The same numbers in bf16.
 #[inline(always)]
-pub(super) fn narrow_into(narrow: &mut [bf16], wide: &[f32]) {
-    let n = narrow.len().min(wide.len());
-    let (narrow, wide) = (&mut narrow[..n], &wide[..n]);
+pub(super) fn narrow_into<T: Number>(narrow: &mut [bf16], x: &[T]) {
+    let n = narrow.len().min(x.len());
+    let (narrow, x) = (&mut narrow[..n], &x[..n]);
     for i in 0..n {
-        let bits = wide[i].to_bits();
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-        // Rounding could carry a not-a-number into infinity.
-        let bits = if wide[i].is_nan() { bits | 0x0040_0000 } else { rounded };
-        narrow[i] = bf16::from_bits((bits >> 16) as u16);
+        narrow[i] = bf16::of(x[i].widen());
     }
 }
 

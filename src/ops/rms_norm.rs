@@ -3,8 +3,8 @@
 use candle_core::{D, DType, Tensor};
 use half::bf16;
 
-use super::host::{Host, ROWS_PER_TASK, Stored, expect, kept, restored, tensor, uninitialized};
-use super::product::Values;
+use super::host::{Host, ROWS_PER_TASK, Stored, expect, kept, narrow_into, restored, tensor, uninitialized};
+use super::product::{Number, Values};
 use super::residual::residual_cost;
 use super::simd::{self, vectorized};
 use super::team::each;
@@ -135,26 +135,29 @@ impl RmsNorm {
 
     /// Writes y, and x itself where `copy` has room for it.
     fn rows<Y: Stored>(&self, x: Values<'_>, c: usize, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
+        match x {
+            Values::F32(x) => self.rows_of(x, c, y, copy),
+            Values::Bf16(x) => self.rows_of(x, c, y, copy),
+        }
+    }
+
+    fn rows_of<X: Number, Y: Stored>(&self, x: &[X], c: usize, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
         let weight = Host::open(&self.weight.tensor)?;
         let (weight, rows) = (weight.slice(), c.max(1) * ROWS_PER_TASK);
         let copies = copy.chunks_mut(rows).map(Some).chain(std::iter::repeat_with(|| None));
-        each(y.chunks_mut(rows).zip(copies).enumerate(), |(index, (y, mut copy))| {
-            let mut wide = vec![0.0; c];
+        each(y.chunks_mut(rows).zip(x.chunks(rows)).zip(copies), |((y, x), copy)| {
             vectorized(
                 #[inline(always)]
                 || {
-                    let (wide, weight) = (&mut wide[..c], &weight[..c]);
-                    for (row, y) in y.chunks_exact_mut(c).enumerate() {
-                        let at = index * rows + row * c;
-                        x.widen_into(at..at + c, wide);
-                        if let Some(copy) = &mut copy {
-                            bf16::store(&mut copy[row * c..][..c], wide);
-                        }
-                        let s = self.inverse_rms_of(wide);
+                    let weight = &weight[..c];
+                    for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                        let (y, s) = (&mut y[..c], self.inverse_rms_of(x));
                         for i in 0..c {
-                            wide[i] = wide[i] * s * weight[i];
+                            y[i] = Y::of(x[i].widen() * s * weight[i]);
                         }
-                        Y::store(y, wide);
+                    }
+                    if let Some(copy) = copy {
+                        narrow_into(copy, x);
                     }
                 },
             );
@@ -163,35 +166,44 @@ impl RmsNorm {
     }
 
     fn backward_cpu(&self, dy: &Tensor, x: &Tensor, base: Option<&Tensor>) -> Result<Tensor> {
-        let (n, c) = x.dims2()?;
-        let (dy, x, weight) = (Host::open(dy)?, Host::open_any(x)?, Host::open(&self.weight.tensor)?);
-        let (dy, x, weight) = (dy.slice(), x.values(), weight.slice());
+        let host = Host::open_any(x)?;
+        match host.values() {
+            Values::F32(values) => self.backward_of(dy, values, x.dims2()?, base),
+            Values::Bf16(values) => self.backward_of(dy, values, x.dims2()?, base),
+        }
+    }
+
+    fn backward_of<X: Number>(&self, dy: &Tensor, x: &[X], (n, c): (usize, usize), base: Option<&Tensor>) -> Result<Tensor> {
+        let (dy, weight) = (Host::open(dy)?, Host::open(&self.weight.tensor)?);
+        let (dy, weight) = (dy.slice(), weight.slice());
         let base = base.map(Host::open).transpose()?;
         // SAFETY: the loop writes every row, from `base` where there is one.
         let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = c.max(1) * ROWS_PER_TASK;
-        each(dx.chunks_mut(rows).zip(dy.chunks(rows)).enumerate(), |(index, (dx, dy))| {
-            let (mut wide, mut g) = (vec![0.0; c], vec![0.0; c]);
+        each(dx.chunks_mut(rows).zip(dy.chunks(rows)).zip(x.chunks(rows)).enumerate(), |(index, ((dx, dy), x))| {
+            let mut g = vec![0.0; c];
             vectorized(
                 #[inline(always)]
                 || {
-                    let (wide, g, weight) = (&mut wide[..c], &mut g[..c], &weight[..c]);
+                    let (g, weight) = (&mut g[..c], &weight[..c]);
                     for (row, (dx, dy)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate() {
-                        let at = index * rows + row * c;
-                        let (dx, dy) = (&mut dx[..c], &dy[..c]);
-                        x.widen_into(at..at + c, wide);
-                        let s = self.inverse_rms_of(wide);
+                        let (dx, dy, x) = (&mut dx[..c], &dy[..c], &x[row * c..][..c]);
+                        let s = self.inverse_rms_of(x);
                         for i in 0..c {
                             g[i] = dy[i] * weight[i];
                         }
-                        let along = simd::dot(g, wide) as f32 / c as f32 * s * s * s;
-                        for i in 0..c {
-                            dx[i] = g[i] * s - wide[i] * along;
-                        }
-                        if let Some(base) = &base {
-                            let base = &base.slice()[at..at + c];
-                            for i in 0..c {
-                                dx[i] += base[i];
+                        let along = simd::dot(g, x) as f32 / c as f32 * s * s * s;
+                        match &base {
+                            Some(base) => {
+                                let base = &base.slice()[index * rows + row * c..][..c];
+                                for i in 0..c {
+                                    dx[i] = g[i] * s - x[i].widen() * along + base[i];
+                                }
+                            }
+                            None => {
+                                for i in 0..c {
+                                    dx[i] = g[i] * s - x[i].widen() * along;
+                                }
                             }
                         }
                     }
@@ -202,7 +214,7 @@ impl RmsNorm {
     }
 
     #[inline(always)]
-    fn inverse_rms_of(&self, x: &[f32]) -> f32 {
-        1.0 / (simd::dot(x, x) as f32 / x.len() as f32 + self.eps as f32).sqrt()
+    fn inverse_rms_of<X: Number>(&self, x: &[X]) -> f32 {
+        1.0 / (simd::squares(x) as f32 / x.len() as f32 + self.eps as f32).sqrt()
     }
 }

@@ -235,21 +235,19 @@ impl RopeTables {
         let rows = |width: usize| width.max(1) * ROWS_PER_TASK;
         let angles = cos.chunks(rows(half)).zip(sin.chunks(rows(half)));
         each(y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles), |((y, x), (cos, sin))| {
-            let mut turned = vec![0.0f32; 2 * half];
             vectorized(
                 #[inline(always)]
                 || {
                     let heads = c / (2 * half);
                     for (head, (y, x)) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)).enumerate() {
                         let (cos, sin) = (&cos[head / heads * half..][..half], &sin[head / heads * half..][..half]);
-                        let ((y1, y2), (x1, x2)) = (turned.split_at_mut(half), x.split_at(half));
+                        let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
                         let (x1, x2, y2) = (&x1[..half], &x2[..half], &mut y2[..half]);
                         for i in 0..half {
                             let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
-                            y1[i] = a * cos[i] - b * s;
-                            y2[i] = b * cos[i] + a * s;
+                            y1[i] = Y::of(a * cos[i] - b * s);
+                            y2[i] = Y::of(b * cos[i] + a * s);
                         }
-                        Y::store(y, &turned);
                     }
                 },
             );

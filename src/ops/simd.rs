@@ -73,8 +73,14 @@ pub(super) fn dot<T: Number>(a: &[f32], b: &[T]) -> f64 {
     sum_of_pairs(a, b, |a, b| a * b.widen())
 }
 
+/// The sum of squares, in the same way.
 #[inline(always)]
-fn sum_of_pairs<T: Copy>(a: &[f32], b: &[T], of: impl Fn(f32, T) -> f32) -> f64 {
+pub(super) fn squares<T: Number>(row: &[T]) -> f64 {
+    sum_of_pairs(row, row, |x, _| x.widen() * x.widen())
+}
+
+#[inline(always)]
+fn sum_of_pairs<S: Copy, T: Copy>(a: &[S], b: &[T], of: impl Fn(S, T) -> f32) -> f64 {
     assert_eq!(a.len(), b.len(), "rows of one length");
     let mut total = 0.0;
     for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {

@@ -5,9 +5,10 @@ use half::bf16;
 
 use super::Context;
 use super::host::{Host, Stored, expect, kept, narrow_into, restored, tensor, uninitialized};
+use super::product::{Number, Values};
 use super::simd::{self, vectorized};
 use super::team::each;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
 /// What `backward` needs: gate and up (N, F), in the compute type.
@@ -74,29 +75,38 @@ pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor>
 /// Writes y, and gate and up themselves where `copies` have room for them.
 fn forward<Y: Stored>(gate: &Tensor, up: &Tensor, y: &mut [Y], copies: [&mut [bf16]; 2]) -> Result<()> {
     let (gate, up) = (Host::open_any(gate)?, Host::open_any(up)?);
-    let (gate, up) = (gate.values(), up.values());
+    match (gate.values(), up.values()) {
+        (Values::F32(gate), Values::F32(up)) => forward_of(gate, up, y, copies),
+        (Values::Bf16(gate), Values::Bf16(up)) => forward_of(gate, up, y, copies),
+        _ => return Err(unlike()),
+    }
+    Ok(())
+}
+
+fn forward_of<X: Number, Y: Stored>(gate: &[X], up: &[X], y: &mut [Y], copies: [&mut [bf16]; 2]) {
     let [gates, ups] = copies.map(|copy| copy.chunks_mut(SWEEP).map(Some).chain(std::iter::repeat_with(|| None)));
-    each(y.chunks_mut(SWEEP).zip(gates.zip(ups)).enumerate(), |(index, (y, (gate16, up16)))| {
-        let (mut g, mut u) = ([0.0f32; SWEEP], [0.0f32; SWEEP]);
-        let (range, n) = (index * SWEEP..index * SWEEP + y.len(), y.len());
+    let inputs = gate.chunks(SWEEP).zip(up.chunks(SWEEP));
+    each(y.chunks_mut(SWEEP).zip(inputs).zip(gates.zip(ups)), |((y, (gate, up)), (gate16, up16))| {
+        let n = y.len();
         vectorized(
             #[inline(always)]
             || {
-                let (g, u) = (&mut g[..n], &mut u[..n]);
-                gate.widen_into(range.clone(), g);
-                up.widen_into(range, u);
-                if let (Some(gate16), Some(up16)) = (gate16, up16) {
-                    narrow_into(gate16, g);
-                    narrow_into(up16, u);
-                }
+                let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
                 for i in 0..n {
-                    g[i] = gated(g[i], u[i]);
+                    y[i] = Y::of(gated(gate[i].widen(), up[i].widen()));
                 }
-                Y::store(y, g);
+                if let (Some(gate16), Some(up16)) = (gate16, up16) {
+                    narrow_into(gate16, gate);
+                    narrow_into(up16, up);
+                }
             },
         );
     });
-    Ok(())
+}
+
+/// What is said where one of two tensors is in f32 and the other in bf16.
+fn unlike() -> Error {
+    Error::new(Kind::Tensor, "gate and up are of one type").rule("both f32 or both bf16")
 }
 
 /// dy (N, F) -> (dgate, dup), in the compute type where the fused pass runs. With s = sigmoid(gate): dup = dy gate s,
@@ -126,28 +136,32 @@ pub fn swiglu_backward(context: Context<'_>, dy: &Tensor, saved: &SwigluSaved) -
 
 fn backward<Y: Stored>(dy: &Tensor, saved: &SwigluSaved, dgate: &mut [Y], dup: &mut [Y]) -> Result<()> {
     let (dy, gate, up) = (Host::open(dy)?, Host::open_any(&saved.gate)?, Host::open_any(&saved.up)?);
-    let (dy, gate, up) = (dy.slice().chunks(SWEEP), gate.values(), up.values());
-    each(dgate.chunks_mut(SWEEP).zip(dup.chunks_mut(SWEEP)).zip(dy).enumerate(), |(index, ((dgate, dup), dy))| {
-        let (mut g, mut u) = ([0.0f32; SWEEP], [0.0f32; SWEEP]);
-        let (range, n) = (index * SWEEP..index * SWEEP + dy.len(), dy.len());
-        vectorized(
-            #[inline(always)]
-            || {
-                let (g, u) = (&mut g[..n], &mut u[..n]);
-                gate.widen_into(range.clone(), g);
-                up.widen_into(range, u);
-                for i in 0..n {
-                    (g[i], u[i]) = gradients(dy[i], g[i], u[i]);
-                }
-                Y::store(dgate, g);
-                Y::store(dup, u);
-            },
-        );
-    });
+    match (gate.values(), up.values()) {
+        (Values::F32(gate), Values::F32(up)) => backward_of(dy.slice(), gate, up, dgate, dup),
+        (Values::Bf16(gate), Values::Bf16(up)) => backward_of(dy.slice(), gate, up, dgate, dup),
+        _ => return Err(unlike()),
+    }
     Ok(())
 }
 
-/// Numbers of a task: gate and up, in f32, fill half of a first-level cache of 32 KiB.
+fn backward_of<X: Number, Y: Stored>(dy: &[f32], gate: &[X], up: &[X], dgate: &mut [Y], dup: &mut [Y]) {
+    let inputs = dy.chunks(SWEEP).zip(gate.chunks(SWEEP)).zip(up.chunks(SWEEP));
+    each(dgate.chunks_mut(SWEEP).zip(dup.chunks_mut(SWEEP)).zip(inputs), |((dgate, dup), ((dy, gate), up))| {
+        let n = dy.len();
+        vectorized(
+            #[inline(always)]
+            || {
+                let (dgate, dup, dy, gate, up) = (&mut dgate[..n], &mut dup[..n], &dy[..n], &gate[..n], &up[..n]);
+                for i in 0..n {
+                    let (of_gate, of_up) = gradients(dy[i], gate[i].widen(), up[i].widen());
+                    (dgate[i], dup[i]) = (Y::of(of_gate), Y::of(of_up));
+                }
+            },
+        );
+    });
+}
+
+/// Numbers of a task.
 const SWEEP: usize = 2048;
 
 /// silu(gate) up.

@@ -1,8 +1,8 @@
 //! The fused passes: scores with queries along the vectors, so that softmax runs down columns and no tile is ever transposed.
 //!
 //! For up to a tile's width of queries, scores lie as (keys, queries): S^T = K Q^T. The same buffer is then read by broadcast in either
-//! direction: O = P V and dQ = dS K take its columns, dV += P^T dO and dK += dS^T Q its rows. One task is one query head of a segment (in
-//! the forward pass, of some of its query blocks); what the query heads of one key head add up to is summed afterwards, in order.
+//! direction: O = P V and dQ = dS K take its columns, dV += P^T dO and dK += dS^T Q its rows. One task is one query head of some of a
+//! segment's query blocks; what the query heads of one key head add up to, and both halves of a long segment, is summed afterwards, in order.
 
 use std::ops::Range;
 
@@ -11,8 +11,8 @@ use half::bf16;
 
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
-use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, TileArgs, Values, best, strip};
+use crate::ops::host::{CHUNK, Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
+use crate::ops::product::{Isa, Matrix, Number, TileArgs, Values, best, pack, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -20,43 +20,75 @@ use crate::work::Precision;
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
 const QUERIES: usize = 4 * BLOCK;
+/// Rows of a segment whose queries go back in two halves: below that there are segments enough for all threads.
+const LONG: usize = 1024;
 /// Keys whose probabilities are summed before the sum goes on in another: sums of thousands stay accurate in f32.
 const KEYS: usize = 256;
 
+/// Rows and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
+#[derive(Clone, Copy)]
+struct Head<'a> {
+    values: Values<'a>,
+    stride: usize,
+    d: usize,
+}
+
+impl<'a> Head<'a> {
+    fn new(values: Values<'a>, stride: usize, start: usize, first: usize, d: usize) -> Self {
+        Self { values: values.after(start * stride + first), stride, d }
+    }
+
+    /// Rows `rows` as columns, in f32: (d, `lanes`), zero beyond the last row.
+    fn columns(&self, isa: &Isa, rows: Range<usize>, lanes: usize, out: &mut Vec<f32>) {
+        out.resize(self.d * lanes, 0.0);
+        let matrix = Matrix::inside(self.values, rows.start * self.stride, (self.d, 1), (rows.len(), self.stride));
+        pack(isa, &matrix, 0..self.d, 0..rows.len(), out);
+    }
+
+    /// Rows `0..count`, one after the other.
+    fn rows(&self, isa: &Isa, count: usize) -> Rows {
+        let width = self.d.next_multiple_of(isa.lanes);
+        let mut rows = Rows { values: vec![0.0; count * width], width };
+        match self.values {
+            Values::F32(values) => self.copy(values, &mut rows),
+            Values::Bf16(values) => self.copy(values, &mut rows),
+        }
+        rows
+    }
+
+    fn copy<T: Number>(&self, values: &[T], rows: &mut Rows) {
+        /// Channels moved in registers; a copy of unknown length is a call.
+        const STEP: usize = 16;
+        let (stride, d, width) = (self.stride, self.d, rows.width);
+        vectorized(
+            #[inline(always)]
+            || {
+                for (row, out) in rows.values.chunks_exact_mut(width).enumerate() {
+                    let (from, out) = (&values[row * stride..][..d], &mut out[..d]);
+                    let ((from, from_rest), (out, out_rest)) = (from.as_chunks::<STEP>(), out.as_chunks_mut::<STEP>());
+                    for i in 0..out.len() {
+                        for j in 0..STEP {
+                            out[i][j] = from[i][j].widen();
+                        }
+                    }
+                    for i in 0..out_rest.len() {
+                        out_rest[i] = from_rest[i].widen();
+                    }
+                }
+            },
+        );
+    }
+}
+
 /// Rows of one head, in f32, as wide as a whole number of vectors (zero beyond the head's channels).
-struct Head {
+struct Rows {
     values: Vec<f32>,
     width: usize,
 }
 
-impl Head {
-    /// Channels `first..first + d` of `rows` of a (N, `stride`) tensor.
-    fn of(isa: &Isa, values: Values<'_>, stride: usize, rows: Range<usize>, first: usize, d: usize) -> Self {
-        let width = d.next_multiple_of(isa.lanes);
-        let mut own = vec![0.0; rows.len() * width];
-        vectorized(
-            #[inline(always)]
-            || {
-                for (out, row) in own.chunks_exact_mut(width).zip(rows) {
-                    values.widen_into(row * stride + first..row * stride + first + d, &mut out[..d]);
-                }
-            },
-        );
-        Self { values: own, width }
-    }
-
+impl Rows {
     fn row(&self, row: usize) -> *const f32 {
         self.values[row * self.width..].as_ptr()
-    }
-
-    /// Rows `rows` as columns: (d, `lanes`), zero beyond the last row.
-    fn transposed(&self, rows: Range<usize>, d: usize, lanes: usize) -> Vec<f32> {
-        let mut columns = vec![0.0; d * lanes];
-        for (lane, row) in rows.enumerate() {
-            let row = &self.values[row * self.width..][..d];
-            columns[lane..].iter_mut().step_by(lanes).zip(row).for_each(|(out, x)| *out = *x);
-        }
-        columns
     }
 }
 
@@ -79,7 +111,7 @@ fn panels(isa: &Isa, block: &Block) -> impl Iterator<Item = Panel> + use<> {
 
 impl Panel {
     /// out (keys, lanes) = rows of `head` times `columns` (d, lanes).
-    fn scores(&self, isa: &Isa, head: &Head, columns: &[f32], d: usize, out: &mut Vec<f32>) {
+    fn scores(&self, isa: &Isa, head: &Rows, columns: &[f32], d: usize, out: &mut Vec<f32>) {
         out.resize(self.keys.len() * self.lanes, 0.0);
         let (a_row, b_row, out_row) = (head.width, self.lanes, self.lanes);
         let (start, start_row) = (std::ptr::null(), 0);
@@ -90,7 +122,7 @@ impl Panel {
     }
 
     /// out (queries, head's width) = the columns of `scores` (keys, lanes) times the keys' rows of `head`.
-    fn mix(&self, isa: &Isa, scores: &[f32], head: &Head, out: &mut Vec<f32>) {
+    fn mix(&self, isa: &Isa, scores: &[f32], head: &Rows, out: &mut Vec<f32>) {
         out.resize(self.queries.len() * head.width, 0.0);
         assert!(scores.len() >= self.keys.len() * self.lanes, "every key has a score");
         for first in (0..head.width).step_by(isa.columns()) {
@@ -115,7 +147,7 @@ impl Panel {
     }
 
     /// The keys' rows of `sum` += the rows of `scores` (keys, lanes) times the queries' rows of `head`.
-    fn spread(&self, isa: &Isa, scores: &[f32], head: &Head, sum: &mut Head) {
+    fn spread(&self, isa: &Isa, scores: &[f32], head: &Rows, sum: &mut Rows) {
         assert!(scores.len() >= self.keys.len() * self.lanes && sum.values.len() >= self.keys.end * sum.width);
         for first in (0..head.width).step_by(isa.columns()) {
             let vectors = (head.width - first).min(isa.columns()) / isa.lanes;
@@ -274,19 +306,16 @@ impl Attention {
         at: (Shared<O>, Shared),
     ) {
         let (d, width, scale) = (self.head_dim, self.heads * self.head_dim, self.scale() as f32);
-        let rows = |rows: Range<usize>| range.start + rows.start..range.start + rows.end;
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
-        let q = Head::of(isa, x[0], width, rows(queries.clone()), head * d, d);
-        let k = Head::of(isa, x[1], kv, rows(0..queries.end), first, d);
-        let v = Head::of(isa, x[2], kv, rows(0..queries.end), first, d);
-        let (mut scores, mut mixed) = (Vec::new(), Vec::new());
+        let q = Head::new(x[0], width, range.start, head * d, d);
+        let [k, v] = [x[1], x[2]].map(|x| Head::new(x, kv, range.start, first, d).rows(isa, queries.end));
+        let (mut columns, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
         let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
         for block in self.blocks(range.len()).filter(within) {
             issue(1, block.queries.len(), block.keys.len(), d);
             issue(1, block.queries.len(), d, block.keys.len());
             for panel in panels(isa, &block) {
-                let own = panel.queries.start - queries.start..panel.queries.end - queries.start;
-                let columns = q.transposed(own, d, panel.lanes);
+                q.columns(isa, panel.queries.clone(), panel.lanes, &mut columns);
                 panel.scores(isa, &k, &columns, d, &mut scores);
                 panel.hide(self.window, &mut scores);
                 let (mut sums, mut lses) = ([0.0f32; 32], [0.0f32; 32]);
@@ -299,14 +328,7 @@ impl Attention {
                         *at.1.at(row * self.heads + head) = lses[lane];
                         std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
                     };
-                    let mixed = &mut mixed[lane * v.width..][..d];
-                    vectorized(
-                        #[inline(always)]
-                        || {
-                            mixed.iter_mut().for_each(|x| *x *= share);
-                            O::store(out, mixed);
-                        },
-                    );
+                    share_out(out, &mixed[lane * v.width..][..d], share);
                 }
             }
         }
@@ -330,47 +352,85 @@ impl Attention {
             dout: dout.slice(),
             lse: lse.slice(),
         };
+        let (parts, rows) = self.parts(segments, n);
         // SAFETY: every row and query head belongs to one task, which writes it.
-        let mut grads: [Vec<f32>; 3] = unsafe { [uninitialized(n * width), uninitialized(n * width), uninitialized(n * width)] };
+        let mut grads: [Vec<f32>; 3] =
+            unsafe { [uninitialized(n * width), uninitialized(rows * width), uninitialized(rows * width)] };
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
-        let heads = 0..self.heads;
-        let tasks: Vec<_> = segments.ranges().iter().flat_map(|range| heads.clone().map(move |head| (range, head))).collect();
+        let tasks = parts.iter().flat_map(|part| (0..self.heads).map(move |head| (part, head)));
         let isa = best();
-        each(tasks.into_iter(), |(range, head)| {
+        each(tasks, |(part, head)| {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             if isa.amx && context.precision != Precision::F32 {
-                return self.backward_tiles(&x, range, head, at);
+                return self.backward_tiles(&x, part, head, at);
             }
-            self.backward_task(isa, &x, range, head, at);
+            self.backward_task(isa, &x, part, head, at);
         });
-        let [dq, dk, dv] = grads;
+        let [dq, mut dk, mut dv] = grads;
+        for part in parts.iter().filter(|part| part.sums >= n) {
+            let (first, count) = (part.range.start * width, part.queries.len() * width);
+            for sums in [&mut dk, &mut dv] {
+                let (sums, halves) = sums.split_at_mut(n * width);
+                add(&mut sums[first..first + count], &halves[(part.sums - n) * width..][..count]);
+            }
+        }
+        dk.truncate(n * width);
+        dv.truncate(n * width);
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
     }
 
-    fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
+    /// What the tasks of one head take: each segment, or its halves; and the rows that sums over queries need for that, `n` and more.
+    fn parts(&self, segments: &Segments, n: usize) -> (Vec<Part>, usize) {
+        let (mut parts, mut rows) = (Vec::new(), n);
+        for range in segments.ranges() {
+            let half = self.half(range.len());
+            if half > 0 {
+                parts.push(Part { range: range.clone(), queries: 0..half, sums: rows });
+                rows += half;
+            }
+            parts.push(Part { range: range.clone(), queries: half..range.len(), sums: range.start });
+        }
+        (parts, rows)
+    }
+
+    /// Queries of a segment of `length` rows whose blocks are half of its work; none where it is not cut.
+    fn half(&self, length: usize) -> usize {
+        let work = |block: &Block| block.queries.len() * block.keys.len();
+        let whole: usize = self.blocks(length).map(|block| work(&block)).sum();
+        let before = |sum: &mut usize, block: Block| {
+            *sum += work(&block);
+            (2 * *sum <= whole).then_some(block.queries.end)
+        };
+        if length < LONG { 0 } else { self.blocks(length).scan(0, before).last().unwrap_or(0) }
+    }
+
+    fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, part: &Part, head: usize, at: [Shared; 3]) {
+        let (range, seen) = (&part.range, part.queries.end);
         let (d, width) = (self.head_dim, self.heads * self.head_dim);
         let (kv, first, scale) = (self.kv_heads * d, head / self.group() * d, self.scale() as f32);
-        let of = |values, stride, first| Head::of(isa, values, stride, range.clone(), first, d);
-        let [q, k, v] = x.qkv;
-        let (q, k, v) = (of(q, width, head * d), of(k, kv, first), of(v, kv, first));
-        let (out, dout) = (of(x.out, width, head * d), of(Values::F32(x.dout), width, head * d));
-        let zero = || Head { values: vec![0.0; k.values.len()], width: k.width };
+        let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
+        let [q_head, dout_head] = [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
+        let [k, v] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first).rows(isa, seen));
+        let [q, out, dout] = [q_head, of(x.out, width, head * d), dout_head].map(|head| head.rows(isa, seen));
+        let zero = || Rows { values: vec![0.0; k.values.len()], width: k.width };
         let (mut dk, mut dv) = (zero(), zero());
-        let (mut p, mut ds, mut dq) = (Vec::new(), Vec::new(), Vec::new());
-        for block in self.blocks(range.len()) {
+        let (mut columns, mut p, mut ds, mut dq) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for block in self.blocks(range.len()).filter(|block| part.takes(block)) {
             let (rows, cols) = (block.queries.len(), block.keys.len());
             issue(2, rows, cols, d);
             issue(3, rows, d, cols);
             for panel in panels(isa, &block) {
                 let queries = panel.queries.clone();
-                panel.scores(isa, &k, &q.transposed(queries.clone(), d, panel.lanes), d, &mut p);
+                q_head.columns(isa, queries.clone(), panel.lanes, &mut columns);
+                panel.scores(isa, &k, &columns, d, &mut p);
                 panel.hide(self.window, &mut p);
-                panel.scores(isa, &v, &dout.transposed(queries.clone(), d, panel.lanes), d, &mut ds);
+                dout_head.columns(isa, queries.clone(), panel.lanes, &mut columns);
+                panel.scores(isa, &v, &columns, d, &mut ds);
                 let (mut lses, mut inners) = ([0.0f32; 32], [0.0f32; 32]);
                 for (lane, query) in queries.clone().enumerate() {
                     lses[lane] = x.lse[(range.start + query) * self.heads + head];
-                    let of = |head: &Head| query * head.width..query * head.width + d;
+                    let of = |head: &Rows| query * head.width..query * head.width + d;
                     inners[lane] = vectorized(
                         #[inline(always)]
                         || simd::dot(&dout.values[of(&dout)], &out.values[of(&out)]) as f32,
@@ -385,10 +445,10 @@ impl Attention {
                 unsafe { write(&dq, q.width, d, range.start + queries.start, (at[0], width, head * d)) };
             }
         }
-        // SAFETY: the rows of this segment belong, in this head's columns, to this task alone.
+        // SAFETY: these rows of sums belong, in this head's columns, to this task alone.
         unsafe {
-            write(&dk.values, dk.width, d, range.start, (at[1], width, head * d));
-            write(&dv.values, dv.width, d, range.start, (at[2], width, head * d));
+            write(&dk.values, dk.width, d, part.sums, (at[1], width, head * d));
+            write(&dv.values, dv.width, d, part.sums, (at[2], width, head * d));
         }
     }
 
@@ -408,6 +468,51 @@ impl Attention {
             }
         });
         sums
+    }
+}
+
+/// out = share x.
+pub(super) fn share_out<O: Stored>(out: &mut [O], x: &[f32], share: f32) {
+    let n = out.len();
+    vectorized(
+        #[inline(always)]
+        || {
+            let (out, x) = (&mut out[..n], &x[..n]);
+            for i in 0..n {
+                out[i] = O::of(x[i] * share);
+            }
+        },
+    );
+}
+
+/// sums += x, on all threads.
+fn add(sums: &mut [f32], x: &[f32]) {
+    each(sums.chunks_mut(CHUNK).zip(x.chunks(CHUNK)), |(sums, x)| {
+        let n = sums.len();
+        vectorized(
+            #[inline(always)]
+            || {
+                let (sums, x) = (&mut sums[..n], &x[..n]);
+                for i in 0..n {
+                    sums[i] += x[i];
+                }
+            },
+        );
+    });
+}
+
+/// Some query blocks of a segment, on their way back.
+pub(super) struct Part {
+    pub(super) range: Range<usize>,
+    /// Of the segment, in whole blocks.
+    pub(super) queries: Range<usize>,
+    /// The row of dk and dv where the sums over these queries begin: the segment's own for the queries that see all of it.
+    pub(super) sums: usize,
+}
+
+impl Part {
+    pub(super) fn takes(&self, block: &Block) -> bool {
+        block.queries.start >= self.queries.start && block.queries.start < self.queries.end
     }
 }
 

@@ -15,6 +15,7 @@ mod tile;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -24,23 +25,21 @@ use super::host::{Shared, uninitialized, widen};
 use super::issue;
 use super::team::each;
 use crate::work::Precision;
-pub(super) use pack::Number;
+pub(super) use pack::{Number, pack};
 #[cfg(test)]
 pub(super) use tile::{CHOSEN, available};
 pub(super) use tile::{Isa, TileArgs, best};
 
-/// Numbers of k that one panel of B holds at most: 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
-const DEEPEST: usize = 6144;
-/// k is cut into pieces of this length where it is deeper.
-const PIECE: usize = 2048;
 /// Numbers of packed B that one task holds: half of a 1 MiB second-level cache.
 const PACKED: usize = 128 << 10;
 /// Rows of A that are few: four tiles'.
 const FEW: usize = 64;
 /// Strips of rows of one task, at least: fewer are not worth packing its panels again.
 const LEAST_STRIPS: usize = 4;
-/// Rows of B that are packed for all of a task's panels before the next.
-const PACKED_ROWS: usize = 32;
+/// Rows of B that are read for all of a task's panels before the next: they lie on as many pages.
+const NEAR_ROWS: usize = 32;
+/// Rows of A for which B is not packed, where it can be read as it lies: copying it takes longer than a few rows' product.
+const UNPACKED: usize = 16;
 
 /// Stored numbers.
 #[derive(Clone, Copy, Debug)]
@@ -49,26 +48,19 @@ pub(super) enum Values<'a> {
     Bf16(&'a [bf16]),
 }
 
-impl Values<'_> {
+impl<'a> Values<'a> {
+    /// The numbers from number `start` on.
+    pub(super) fn after(self, start: usize) -> Values<'a> {
+        match self {
+            Values::F32(values) => Values::F32(&values[start..]),
+            Values::Bf16(values) => Values::Bf16(&values[start..]),
+        }
+    }
+
     fn len(&self) -> usize {
         match self {
             Values::F32(values) => values.len(),
             Values::Bf16(values) => values.len(),
-        }
-    }
-
-    /// Writes the numbers of `range` to `wide`.
-    #[inline(always)]
-    pub(super) fn widen_into(&self, range: Range<usize>, wide: &mut [f32]) {
-        match self {
-            Values::F32(values) => wide.copy_from_slice(&values[range]),
-            Values::Bf16(values) => {
-                let (values, n) = (&values[range], wide.len());
-                let values = &values[..n];
-                for i in 0..n {
-                    wide[i] = values[i].widen();
-                }
-            }
         }
     }
 
@@ -101,6 +93,18 @@ impl<'a> Matrix<'a> {
     /// A row-major matrix of f32.
     pub(super) fn of(values: &'a [f32], rows: usize, columns: usize) -> Self {
         Self::new(Values::F32(values), rows, columns)
+    }
+
+    /// Rows and columns inside a larger matrix: each as how many there are and how far apart they lie, from number `start` on.
+    pub(super) fn inside(
+        values: Values<'a>,
+        start: usize,
+        (rows, row_stride): (usize, usize),
+        (columns, column_stride): (usize, usize),
+    ) -> Self {
+        let last = rows.saturating_sub(1) * row_stride + columns.saturating_sub(1) * column_stride;
+        assert!(rows * columns == 0 || start + last < values.len(), "every number lies inside the matrix");
+        Self { values: values.after(start), rows, columns, row_stride, column_stride }
     }
 
     /// Rows and columns exchanged.
@@ -251,7 +255,7 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
         amx::products(&packed, start, &mut out);
         return out;
     }
-    for (index, pieces) in passes(terms).iter().enumerate() {
+    for (index, pieces) in passes(isa, terms).iter().enumerate() {
         let start = if index == 0 { Some(start) } else { None };
         Pass { isa, terms, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
     }
@@ -265,14 +269,19 @@ struct Piece {
 }
 
 /// Which pieces of the terms are summed while a tile's B is packed: all at once where they fit.
-fn passes(terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
+fn passes(isa: &Isa, terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
     let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
     let mut depth = 0;
     for (term, Term { a, .. }) in terms.iter().enumerate() {
-        let length = if a.columns > DEEPEST { PIECE } else { a.columns.max(1) };
-        for start in (0..a.columns).step_by(length) {
+        let length = match a.rows <= UNPACKED {
+            true => NEAR_ROWS,
+            false if a.columns > isa.deepest => isa.piece,
+            false => a.columns.max(1),
+        };
+        // A sum of nothing is a piece too: its tiles write what it starts from.
+        for start in (0..a.columns.max(1)).step_by(length) {
             let k = start..(start + length).min(a.columns);
-            if depth > 0 && depth + k.len() > DEEPEST {
+            if depth > 0 && depth + k.len() > isa.deepest {
                 passes.push(Vec::new());
                 depth = 0;
             }
@@ -335,8 +344,54 @@ impl Pass<'_> {
         });
     }
 
-    /// Packs B's columns and runs every tile of these rows and columns.
+    /// Runs every tile of these rows and columns: whole ones of few rows with B as it lies, else packed.
     fn task(&self, depth: usize, columns: Range<usize>, rows: Range<usize>) {
+        let plain = |piece: &Piece| matches!(self.terms[piece.term].b, Matrix { values: Values::F32(_), column_stride: 1, .. });
+        let whole = match self.m <= UNPACKED && depth > 0 && self.pieces.iter().all(plain) {
+            true => columns.start + columns.len() / self.isa.lanes * self.isa.lanes,
+            false => columns.start,
+        };
+        self.unpacked(columns.start..whole, rows.clone());
+        if whole < columns.end {
+            self.packed(depth, whole..columns.end, rows);
+        }
+    }
+
+    /// Whole vectors of columns, the few rows of a piece of B at a time for all of them.
+    fn unpacked(&self, columns: Range<usize>, rows: Range<usize>) {
+        for (index, Piece { term, k }) in self.pieces.iter().enumerate() {
+            let Term { a, b } = &self.terms[*term];
+            let (Form::Wide { values: left, row_stride, column_stride }, Values::F32(right)) = (&a.form, b.values) else {
+                return;
+            };
+            for column in columns.clone().step_by(self.isa.columns()) {
+                let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
+                let start = if index == 0 { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
+                let (left, right) =
+                    (&left[rows.start * row_stride + k.start * column_stride..], &right[k.start * b.row_stride + column..]);
+                debug_assert!(k.len().saturating_sub(1) * b.row_stride + vectors * self.isa.lanes <= right.len());
+                // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
+                unsafe {
+                    let args = TileArgs {
+                        k: k.len(),
+                        a: left.as_ptr(),
+                        a_row: *row_stride,
+                        a_column: *column_stride,
+                        b: right.as_ptr(),
+                        b_row: b.row_stride,
+                        start: start.0,
+                        start_row: start.1,
+                        out: self.out.at(rows.start * self.n + column),
+                        out_row: self.n,
+                    };
+                    strip(self.isa, rows.len(), vectors, args);
+                }
+            }
+        }
+    }
+
+    /// Packs B's columns and runs the tiles.
+    fn packed(&self, depth: usize, columns: Range<usize>, rows: Range<usize>) {
         PANELS.with_borrow_mut(|buffer| {
             let width = self.isa.columns();
             let panels: Vec<Range<usize>> =
@@ -347,13 +402,12 @@ impl Pass<'_> {
             let mut done = 0;
             for Piece { term, k } in self.pieces {
                 let b = &self.terms[*term].b;
-                // A B whose rows lie far apart is read a few rows at a time for all panels: else every row is another page, for each panel.
-                let rows = if b.column_stride == 1 { PACKED_ROWS } else { k.len() };
+                let rows = if b.column_stride == 1 { NEAR_ROWS } else { k.len() };
                 for start in (k.start..k.end).step_by(rows.max(1)) {
                     let rows = start..(start + rows).min(k.end);
                     for (columns, panel) in panels.iter().zip(buffer.chunks_mut((depth * width).max(1))) {
                         let at = (done + start - k.start) * columns.len().next_multiple_of(self.isa.lanes);
-                        pack::pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
+                        pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
                     }
                 }
                 done += k.len();
@@ -371,18 +425,30 @@ impl Pass<'_> {
         let width = columns.len().next_multiple_of(self.isa.lanes);
         let tile = self.isa.tile(rows.len(), width / self.isa.lanes);
         let whole = width == columns.len();
-        let mut scratch = [0.0f32; SCRATCH];
         let at = rows.start * self.n + columns.start;
         // SAFETY: this task alone writes these rows and columns of `out`.
         let place = unsafe { self.out.at(at) };
-        let (out, out_row) = if whole { (place, self.n) } else { (scratch.as_mut_ptr(), width) };
-        let first = self.start_of(rows.start, columns.start);
-        let mut start = if whole { first } else { (std::ptr::null(), 0) };
+        let mut start = self.start_of(rows.start, columns.start);
+        // What is not whole vectors begins and ends in a tile of its own.
+        let mut scratch = [const { MaybeUninit::<f32>::uninit() }; SCRATCH];
+        let (out, out_row) = if whole { (place, self.n) } else { (scratch.as_mut_ptr().cast::<f32>(), width) };
+        if !whole && !start.0.is_null() {
+            for row in 0..rows.len() {
+                for column in 0..width {
+                    // SAFETY: `start` is as large as these rows and columns, `out` as `width`.
+                    unsafe {
+                        let before = if column < columns.len() { *start.0.add(row * start.1 + column) } else { 0.0 };
+                        out.add(row * width + column).write(before);
+                    }
+                }
+            }
+            start = (out.cast_const(), out_row);
+        }
         let mut b = panel;
         for piece in self.pieces {
             let Form::Wide { values, row_stride, column_stride } = &self.terms[piece.term].a.form else { return };
             let a = &values[rows.start * row_stride + piece.k.start * column_stride..];
-            debug_assert!((rows.len() - 1) * row_stride + (piece.k.len() - 1) * column_stride < a.len());
+            debug_assert!((rows.len() - 1) * row_stride + piece.k.len().saturating_sub(1) * column_stride <= a.len());
             let args = TileArgs {
                 k: piece.k.len(),
                 a: a.as_ptr(),
@@ -403,13 +469,8 @@ impl Pass<'_> {
         }
         if !whole {
             for row in 0..rows.len() {
-                for column in 0..columns.len() {
-                    // SAFETY: inside this task's rows and columns; `first` is null or as large as they are.
-                    unsafe {
-                        let before = if first.0.is_null() { 0.0 } else { *first.0.add(row * first.1 + column) };
-                        *place.add(row * self.n + column) = before + scratch[row * width + column];
-                    }
-                }
+                // SAFETY: inside this task's rows and columns; the tile wrote `out`.
+                unsafe { place.add(row * self.n).copy_from_nonoverlapping(out.add(row * width), columns.len()) };
             }
         }
     }
@@ -420,9 +481,14 @@ impl Pass<'_> {
             Some(Start::Zero) => (std::ptr::null(), 0),
             Some(Start::Row(values)) => (values[column..].as_ptr(), 0),
             Some(Start::Matrix(values)) => (values[row * self.n + column..].as_ptr(), self.n),
-            // SAFETY: (row, column) lies in `out`.
-            None => (unsafe { self.out.at(row * self.n + column) }.cast_const(), self.n),
+            None => self.so_far(row, column),
         }
+    }
+
+    /// The sum at (row, column) as it stands, and its row stride.
+    fn so_far(&self, row: usize, column: usize) -> (*const f32, usize) {
+        // SAFETY: (row, column) lies in `out`.
+        (unsafe { self.out.at(row * self.n + column) }.cast_const(), self.n)
     }
 }
 

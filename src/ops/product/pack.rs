@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::tile::Isa;
+use super::tile::{Isa, Transposes};
 use super::{Matrix, Values};
 use crate::ops::simd::vectorized;
 
 /// A number format that operands are stored in.
-pub(in crate::ops) trait Number: Copy {
+pub(in crate::ops) trait Number: Copy + Send + Sync {
     /// The same number in f32.
     fn widen(self) -> f32;
 
@@ -19,6 +19,13 @@ pub(in crate::ops) trait Number: Copy {
     /// The numbers that `mask` names must be readable; the processor has AVX-512 F, BW and VL.
     #[cfg(target_arch = "x86_64")]
     unsafe fn load(from: *const Self, mask: u16) -> std::arch::x86_64::__m512;
+
+    /// Eight numbers from `from`.
+    ///
+    /// # Safety
+    /// They must be readable; the processor has AVX2.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load_8(from: *const Self) -> std::arch::x86_64::__m256;
 
     /// The same pointers where the numbers are bf16 as they stand.
     #[cfg(target_arch = "x86_64")]
@@ -39,6 +46,13 @@ impl Number for f32 {
     unsafe fn load(from: *const Self, mask: u16) -> std::arch::x86_64::__m512 {
         // SAFETY: the caller's promise.
         unsafe { std::arch::x86_64::_mm512_maskz_loadu_ps(mask, from) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load_8(from: *const Self) -> std::arch::x86_64::__m256 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(from) }
     }
 }
 
@@ -62,13 +76,21 @@ impl Number for bf16 {
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
+    unsafe fn load_8(from: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; bf16 is a transparent u16.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
     fn bf16(low: *const Self, high: *const Self) -> Option<(*const bf16, *const bf16)> {
         Some((low, high))
     }
 }
 
 /// Packs rows `k` of b's columns `columns` into `panel`: (k, width), width the next whole number of vectors.
-pub(super) fn pack(isa: &Isa, b: &Matrix<'_>, k: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
+pub(in crate::ops) fn pack(isa: &Isa, b: &Matrix<'_>, k: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
     assert!(k.end <= b.rows && columns.end <= b.columns && !columns.is_empty(), "a panel lies inside its matrix");
     let width = columns.len().next_multiple_of(isa.lanes);
     let panel = &mut panel[..k.len() * width];
@@ -104,26 +126,36 @@ fn panel_of<T: Number>(
     width: usize,
 ) {
     if column_stride == 1 {
-        return vectorized(
-            #[inline(always)]
-            || {
-                for (row, out) in panel.chunks_exact_mut(width).enumerate() {
-                    prefetch(values, (row + AHEAD) * row_stride, columns);
-                    let (whole, rest) = out.split_at_mut(columns);
-                    let from = &values[row * row_stride..][..columns];
-                    whole.iter_mut().zip(from).for_each(|(out, x)| *out = x.widen());
-                    rest.fill(0.0);
-                }
-            },
-        );
+        // A row of a whole tile is moved in registers: a copy of unknown length is a call.
+        return match (columns == width, width) {
+            (true, 8) => rows::<T, 8>(values, row_stride, panel),
+            (true, 16) => rows::<T, 16>(values, row_stride, panel),
+            (true, 32) => rows::<T, 32>(values, row_stride, panel),
+            _ => vectorized(
+                #[inline(always)]
+                || {
+                    for (row, out) in panel.chunks_exact_mut(width).enumerate() {
+                        prefetch(values, (row + AHEAD) * row_stride, columns);
+                        let (whole, rest) = out.split_at_mut(columns);
+                        let from = &values[row * row_stride..][..columns];
+                        whole.iter_mut().zip(from).for_each(|(out, x)| *out = x.widen());
+                        rest.fill(0.0);
+                    }
+                },
+            ),
+        };
     }
-    #[cfg(target_arch = "x86_64")]
-    if isa.avx512 && row_stride == 1 {
+    if row_stride == 1 {
         assert!((columns - 1) * column_stride + panel.len() / width <= values.len(), "every column lies inside the matrix");
         // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the processor has it.
-        return unsafe { transposed(values.as_ptr(), column_stride, columns, panel, width) };
+        match isa.transposes {
+            Transposes::Portable => {}
+            #[cfg(target_arch = "x86_64")]
+            Transposes::Avx2 => return unsafe { transposed_by_8(values.as_ptr(), column_stride, columns, panel, width) },
+            #[cfg(target_arch = "x86_64")]
+            Transposes::Avx512 => return unsafe { transposed_by_16(values.as_ptr(), column_stride, columns, panel, width) },
+        }
     }
-    let _ = isa.avx512;
     for (row, out) in panel.chunks_exact_mut(width).enumerate() {
         let (whole, rest) = out.split_at_mut(columns);
         for (column, out) in whole.iter_mut().enumerate() {
@@ -133,6 +165,22 @@ fn panel_of<T: Number>(
     }
 }
 
+/// Rows of `W` numbers, `stride` apart.
+fn rows<T: Number, const W: usize>(values: &[T], stride: usize, panel: &mut [f32]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for (row, out) in panel.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+                prefetch(values, (row + AHEAD) * stride, W);
+                let from = &values[row * stride..][..W];
+                for i in 0..W {
+                    out[i] = from[i].widen();
+                }
+            }
+        },
+    );
+}
+
 /// The same for a B whose k lies contiguous in memory (a weight in its forward pass), by 16 x 16 transposes in registers.
 ///
 /// # Safety
@@ -140,7 +188,7 @@ fn panel_of<T: Number>(
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn transposed<T: Number>(values: *const T, stride: usize, columns: usize, panel: &mut [f32], width: usize) {
+unsafe fn transposed_by_16<T: Number>(values: *const T, stride: usize, columns: usize, panel: &mut [f32], width: usize) {
     use std::arch::x86_64::*;
     let k = panel.len() / width;
     for first in (0..width).step_by(16) {
@@ -194,5 +242,70 @@ pub(super) fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
         rows[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even, even_below);
         rows[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd, odd_below);
         rows[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd, odd_below);
+    }
+}
+
+/// The same by 8 x 8 transposes.
+///
+/// # Safety
+/// `columns` runs of `panel.len() / width` numbers, `stride` apart, must be readable; the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)]
+#[target_feature(enable = "avx2")]
+unsafe fn transposed_by_8<T: Number>(values: *const T, stride: usize, columns: usize, panel: &mut [f32], width: usize) {
+    use std::arch::x86_64::*;
+    let k = panel.len() / width;
+    for first in (0..width).step_by(8) {
+        for start in (0..k).step_by(8) {
+            let depth = (k - start).min(8);
+            let mut block = [_mm256_setzero_ps(); 8];
+            for row in 0..(columns - first).min(8) {
+                let from = values.wrapping_add((first + row) * stride + start);
+                // SAFETY: column `first + row` holds `depth` numbers from `start` on.
+                block[row] = unsafe { if depth == 8 { T::load_8(from) } else { first_of_8(from, depth) } };
+            }
+            transpose_8(&mut block);
+            for row in 0..depth {
+                // SAFETY: row `start + row` < k of the panel has 8 numbers from `first` on, for width is a multiple of 8.
+                unsafe { _mm256_storeu_ps(panel.as_mut_ptr().add((start + row) * width + first), block[row]) };
+            }
+        }
+    }
+}
+
+/// `count` < 8 numbers from `from`, and zeros.
+///
+/// # Safety
+/// They must be readable; the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn first_of_8<T: Number>(from: *const T, count: usize) -> std::arch::x86_64::__m256 {
+    let mut wide = [0.0f32; 8];
+    // SAFETY: the caller's promise.
+    (0..count).for_each(|index| wide[index] = unsafe { *from.add(index) }.widen());
+    // SAFETY: eight numbers of the array.
+    unsafe { std::arch::x86_64::_mm256_loadu_ps(wide.as_ptr()) }
+}
+
+/// Row i, lane j <-> row j, lane i: by pairs, by fours, then whole halves.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose_8(rows: &mut [std::arch::x86_64::__m256; 8]) {
+    use std::arch::x86_64::*;
+    // fours[j] and fours[4 + j]: rows 0..4 and 4..8, column j of each half.
+    let mut fours = [_mm256_setzero_ps(); 8];
+    for i in 0..2 {
+        let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
+        let (low, high) =
+            ([_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)], [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)]);
+        fours[4 * i] = _mm256_shuffle_ps::<0x44>(low[0], low[1]);
+        fours[4 * i + 1] = _mm256_shuffle_ps::<0xee>(low[0], low[1]);
+        fours[4 * i + 2] = _mm256_shuffle_ps::<0x44>(high[0], high[1]);
+        fours[4 * i + 3] = _mm256_shuffle_ps::<0xee>(high[0], high[1]);
+    }
+    for j in 0..4 {
+        rows[j] = _mm256_permute2f128_ps::<0x20>(fours[j], fours[4 + j]);
+        rows[4 + j] = _mm256_permute2f128_ps::<0x31>(fours[j], fours[4 + j]);
     }
 }

@@ -100,7 +100,9 @@ proptest! {
 /// Deeper than one panel, and beside another term, so that there are several passes.
 #[test]
 fn deep_products_are_sums() {
-    for (m, n, k) in [(3, 5, DEEPEST + 1), (15, 33, 2 * PIECE + 7), (2, 40, DEEPEST), (33, 64, PIECE)] {
+    let of =
+        |Isa { deepest, piece, .. }: &Isa| [(3, 5, deepest + 1), (15, 33, 2 * piece + 7), (2, 40, *deepest), (33, 64, *piece)];
+    for (m, n, k) in available().iter().flat_map(|isa| of(isa)) {
         let terms = [
             (Stored::new(1, m, k, false, false), Stored::new(2, k, n, true, true)),
             (Stored::new(3, m, 9, false, false), Stored::new(4, 9, n, false, false)),

@@ -42,8 +42,12 @@ pub(in crate::ops) struct Isa {
     pub(in crate::ops) lanes: usize,
     /// By vectors - 1, then rows - 1.
     tiles: [&'static [Tile]; 2],
-    /// Whether `pack` may use AVX-512.
-    pub(super) avx512: bool,
+    /// Numbers of k that one panel of B holds at most: more of them, and what the tiles of a strip read again falls out of the cache.
+    pub(super) deepest: usize,
+    /// k is cut into pieces of this length where it is deeper.
+    pub(super) piece: usize,
+    /// What `pack` transposes in.
+    pub(super) transposes: Transposes,
     /// Whether products of many rows go through tile registers instead.
     pub(in crate::ops) amx: bool,
 }
@@ -60,6 +64,19 @@ impl Isa {
     }
 }
 
+/// Registers in which blocks of a matrix are transposed.
+#[derive(Clone, Copy)]
+pub(super) enum Transposes {
+    /// None: number by number.
+    Portable,
+    /// 8 x 8 of AVX2.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// 16 x 16 of AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
 /// A list of tiles with 1, 2, ... rows.
 macro_rules! tiles {
     ($name:ident, $vectors:literal, $($rows:literal)*) => { &[$($name::<$rows, $vectors> as Tile),*] };
@@ -71,7 +88,9 @@ static PORTABLE: Isa = Isa {
     rows: 6,
     lanes: 8,
     tiles: [tiles!(portable, 1, 1 2 3 4 5 6), tiles!(portable, 2, 1 2 3 4 5 6)],
-    avx512: false,
+    deepest: 2048,
+    piece: 768,
+    transposes: Transposes::Portable,
     amx: false,
 };
 
@@ -81,7 +100,9 @@ static AVX2: Isa = Isa {
     rows: 6,
     lanes: 8,
     tiles: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)],
-    avx512: false,
+    deepest: 2048,
+    piece: 768,
+    transposes: Transposes::Avx2,
     amx: false,
 };
 
@@ -91,7 +112,10 @@ static AVX512: Isa = Isa {
     rows: 14,
     lanes: 16,
     tiles: [tiles!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14), tiles!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14)],
-    avx512: true,
+    // 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
+    deepest: 6144,
+    piece: 2048,
+    transposes: Transposes::Avx512,
     amx: false,
 };
 

@@ -44,10 +44,7 @@ impl<'a> View<'a> {
         (lanes, lane_stride): (usize, usize),
         (depth, k_stride): (usize, usize),
     ) -> Self {
-        let values = match values {
-            Values::F32(values) => Values::F32(&values[offset..]),
-            Values::Bf16(values) => Values::Bf16(&values[offset..]),
-        };
+        let values = values.after(offset);
         let last = lanes.saturating_sub(1) * lane_stride + depth.saturating_sub(1) * k_stride;
         assert!(lanes * depth == 0 || last < values.len(), "every number lies inside the matrix");
         assert!(lane_stride == 1 || k_stride == 1, "lanes or k lie side by side");
