@@ -179,7 +179,7 @@ fn large_product(precision: Precision) -> f64 {
     (2 * SIDE * SIDE * SIDE) as f64 / seconds
 }
 
-/// FLOP/s of multiply-adds that never leave the registers, on every thread: eight chains of the widest vectors the compiler makes.
+/// FLOP/s of multiply-adds that never leave the registers, on every thread.
 fn multiply_adds() -> f64 {
     const ROUNDS: usize = 2_000_000;
     struct Chains<const NUMBERS: usize>;
@@ -202,7 +202,7 @@ fn multiply_adds() -> f64 {
         });
         (2 * threads * ROUNDS * NUMBERS) as f64 / seconds
     }
-    // Twelve vectors of eight, then of sixteen: as many as half of AVX-512's registers, and no more than AVX2 has.
+    // Twelve vectors of eight numbers, then of sixteen: enough for every unit at once, and no more than the registers.
     rate::<96>().max(rate::<192>())
 }
 

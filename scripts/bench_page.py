@@ -96,7 +96,7 @@ favour. Both read one weights file and rows of random ids, full to the last toke
   of rounds, each the mean of both runs; the tokens are in its cache. torch: by its own clock, importing included.
 - **share of the peak**: executed FLOP/s (matrix products and attention, difference of the two runs) over the best rate of a large
   matrix product in that precision, with as many threads, measured in the same round: the higher of torch's (`scripts/torch_peak.py`: the
-  best single product of sides 1024 to 4096) and wattune's own (`wattune calibrate`: the same, by the product that `calibrate` uses).
+  best single product of sides 256 to 4096) and wattune's own (`wattune calibrate`: the same, by the product that `calibrate` uses).
 - **first loss**: before any update, on other random ids of the same kind: near to each other where both compute the same function."""
 
 

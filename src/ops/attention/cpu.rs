@@ -396,13 +396,16 @@ impl Attention {
 
     /// Queries of a segment of `length` rows whose blocks are half of its work; none where it is not cut.
     fn half(&self, length: usize) -> usize {
+        if length < LONG {
+            return 0;
+        }
         let work = |block: &Block| block.queries.len() * block.keys.len();
         let whole: usize = self.blocks(length).map(|block| work(&block)).sum();
         let before = |sum: &mut usize, block: Block| {
             *sum += work(&block);
             (2 * *sum <= whole).then_some(block.queries.end)
         };
-        if length < LONG { 0 } else { self.blocks(length).scan(0, before).last().unwrap_or(0) }
+        self.blocks(length).scan(0, before).last().unwrap_or(0)
     }
 
     fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, part: &Part, head: usize, at: [Shared; 3]) {

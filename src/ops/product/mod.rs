@@ -244,6 +244,13 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
         Start::Matrix(matrix) => assert_eq!(matrix.len(), m * n, "a matrix to start from is (m, n)"),
         Start::Zero => {}
     }
+    if terms.iter().all(|term| term.a.columns == 0) {
+        return match start {
+            Start::Zero => vec![0.0; m * n],
+            Start::Row(row) => row.repeat(m),
+            Start::Matrix(matrix) => matrix.to_vec(),
+        };
+    }
     // SAFETY: the tasks of the first pass write every number before anything reads one.
     let mut out = unsafe { uninitialized(m * n) };
     if out.is_empty() {
@@ -272,14 +279,13 @@ struct Piece {
 fn passes(isa: &Isa, terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
     let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
     let mut depth = 0;
-    for (term, Term { a, .. }) in terms.iter().enumerate() {
-        let length = match a.rows <= UNPACKED {
+    for (term, Term { a, b }) in terms.iter().enumerate() {
+        let length = match a.rows <= UNPACKED && b.column_stride == 1 {
             true => NEAR_ROWS,
             false if a.columns > isa.deepest => isa.piece,
             false => a.columns.max(1),
         };
-        // A sum of nothing is a piece too: its tiles write what it starts from.
-        for start in (0..a.columns.max(1)).step_by(length) {
+        for start in (0..a.columns).step_by(length) {
             let k = start..(start + length).min(a.columns);
             if depth > 0 && depth + k.len() > isa.deepest {
                 passes.push(Vec::new());
@@ -347,7 +353,7 @@ impl Pass<'_> {
     /// Runs every tile of these rows and columns: whole ones of few rows with B as it lies, else packed.
     fn task(&self, depth: usize, columns: Range<usize>, rows: Range<usize>) {
         let plain = |piece: &Piece| matches!(self.terms[piece.term].b, Matrix { values: Values::F32(_), column_stride: 1, .. });
-        let whole = match self.m <= UNPACKED && depth > 0 && self.pieces.iter().all(plain) {
+        let whole = match self.m <= UNPACKED && self.pieces.iter().all(plain) {
             true => columns.start + columns.len() / self.isa.lanes * self.isa.lanes,
             false => columns.start,
         };
@@ -369,7 +375,7 @@ impl Pass<'_> {
                 let start = if index == 0 { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
                 let (left, right) =
                     (&left[rows.start * row_stride + k.start * column_stride..], &right[k.start * b.row_stride + column..]);
-                debug_assert!(k.len().saturating_sub(1) * b.row_stride + vectors * self.isa.lanes <= right.len());
+                debug_assert!((k.len() - 1) * b.row_stride + vectors * self.isa.lanes <= right.len());
                 // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
                 unsafe {
                     let args = TileArgs {
@@ -448,7 +454,7 @@ impl Pass<'_> {
         for piece in self.pieces {
             let Form::Wide { values, row_stride, column_stride } = &self.terms[piece.term].a.form else { return };
             let a = &values[rows.start * row_stride + piece.k.start * column_stride..];
-            debug_assert!((rows.len() - 1) * row_stride + piece.k.len().saturating_sub(1) * column_stride <= a.len());
+            debug_assert!((rows.len() - 1) * row_stride + (piece.k.len() - 1) * column_stride < a.len());
             let args = TileArgs {
                 k: piece.k.len(),
                 a: a.as_ptr(),

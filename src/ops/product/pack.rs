@@ -147,11 +147,12 @@ fn panel_of<T: Number>(
     }
     if row_stride == 1 {
         assert!((columns - 1) * column_stride + panel.len() / width <= values.len(), "every column lies inside the matrix");
-        // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the processor has it.
         match isa.transposes {
             Transposes::Portable => {}
+            // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the processor has it.
             #[cfg(target_arch = "x86_64")]
             Transposes::Avx2 => return unsafe { transposed_by_8(values.as_ptr(), column_stride, columns, panel, width) },
+            // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Transposes::Avx512 => return unsafe { transposed_by_16(values.as_ptr(), column_stride, columns, panel, width) },
         }

@@ -267,6 +267,12 @@ fn nothing_is_a_product_too() {
     let none = Stored::new(1, 0, 4, false, false);
     let b = Stored::new(2, 4, 3, false, false);
     assert!(product(Precision::F32, none.matrix(), b.matrix()).is_empty());
+    // A sum of nothing is what it starts from.
+    let (start, left) = (numbers(3, 6), Left::of(Matrix::of(&[], 2, 0), Prepared::default()));
+    let terms = [Term { a: &left, b: Matrix::of(&[], 0, 3) }];
+    assert_eq!(products(&terms, Start::Matrix(&start)), start);
+    assert_eq!(products(&terms, Start::Row(&start[..3])), [&start[..3], &start[..3]].concat());
+    assert_eq!(products(&terms, Start::Zero), [0.0; 6]);
 }
 
 /// Every part of a range once, none longer than asked, none empty.
