@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::cpu::{Inputs, Panel, Part, gradients, share_out, softmax, write};
+use super::cpu::{Inputs, Panel, gradients, share_out, softmax, write};
 use super::{Attention, Block};
 use crate::ops::host::{Shared, Stored};
 use crate::ops::issue;
@@ -121,20 +121,19 @@ impl Attention {
         }
     }
 
-    pub(super) fn backward_tiles(&self, x: &Inputs<'_>, part: &Part, head: usize, at: [Shared; 3]) {
+    pub(super) fn backward_tiles(&self, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
         let _tiles = Tiles::new();
-        let range = &part.range;
         let [q, k, v] = self.heads_in(x.qkv, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
         let (dout, out) = (Head { values: Values::F32(x.dout), ..q }, Head { values: x.out, ..q });
-        let all = 0..part.queries.end;
+        let all = 0..range.len();
         let (k_rows, k_channels) = (Operand::<1>::of(&k.rows(Side::A, all.clone())), Operand::<1>::of(&k.channels(all.clone())));
         let v_rows = Operand::<1>::of(&v.rows(Side::A, all.clone()));
         let (mut own, mut left) = (Operand::<1>::default(), Operand::<1>::default());
         let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
         let (mut dk, mut dv, mut dq) = (vec![0.0f32; keys * room], vec![0.0f32; keys * room], vec![0.0f32; SIDE * room]);
         let (mut p, mut ds) = (Vec::new(), Vec::new());
-        for block in self.blocks(range.len()).filter(|block| part.takes(block)) {
+        for block in self.blocks(range.len()) {
             let (rows, cols) = (block.queries.len(), block.keys.len());
             issue(2, rows, cols, d);
             issue(3, rows, d, cols);
@@ -169,10 +168,10 @@ impl Attention {
                 unsafe { write(&dq[..count * room], room, d, range.start + queries.start, (at[0], width, head * d)) };
             }
         }
-        // SAFETY: these rows of sums belong, in this head's columns, to this task alone.
+        // SAFETY: the rows of this segment belong, in this head's columns, to this task alone.
         unsafe {
-            write(&dk[..all.len() * room], room, d, part.sums, (at[1], width, head * d));
-            write(&dv[..all.len() * room], room, d, part.sums, (at[2], width, head * d));
+            write(&dk[..all.len() * room], room, d, range.start, (at[1], width, head * d));
+            write(&dv[..all.len() * room], room, d, range.start, (at[2], width, head * d));
         }
     }
 

@@ -1,8 +1,8 @@
 //! The fused passes: scores with queries along the vectors, so that softmax runs down columns and no tile is ever transposed.
 //!
 //! For up to a tile's width of queries, scores lie as (keys, queries): S^T = K Q^T. The same buffer is then read by broadcast in either
-//! direction: O = P V and dQ = dS K take its columns, dV += P^T dO and dK += dS^T Q its rows. One task is one query head of some of a
-//! segment's query blocks; what the query heads of one key head add up to, and both halves of a long segment, is summed afterwards, in order.
+//! direction: O = P V and dQ = dS K take its columns, dV += P^T dO and dK += dS^T Q its rows. One task is one query head of a segment (in
+//! the forward pass, of some of its query blocks); what the query heads of one key head add up to is summed afterwards, in order.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use half::bf16;
 
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
-use crate::ops::host::{CHUNK, Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
+use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
 use crate::ops::product::{Isa, Matrix, Number, TileArgs, Values, best, pack, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
@@ -20,8 +20,6 @@ use crate::work::Precision;
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
 const QUERIES: usize = 4 * BLOCK;
-/// Rows of a segment whose queries go back in two halves: below that there are segments enough for all threads.
-const LONG: usize = 1024;
 /// Keys whose probabilities are summed before the sum goes on in another: sums of thousands stay accurate in f32.
 const KEYS: usize = 256;
 
@@ -352,74 +350,34 @@ impl Attention {
             dout: dout.slice(),
             lse: lse.slice(),
         };
-        let (parts, rows) = self.parts(segments, n);
         // SAFETY: every row and query head belongs to one task, which writes it.
-        let mut grads: [Vec<f32>; 3] =
-            unsafe { [uninitialized(n * width), uninitialized(rows * width), uninitialized(rows * width)] };
+        let mut grads: [Vec<f32>; 3] = unsafe { [uninitialized(n * width), uninitialized(n * width), uninitialized(n * width)] };
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
-        let tasks = parts.iter().flat_map(|part| (0..self.heads).map(move |head| (part, head)));
+        let tasks = segments.ranges().iter().flat_map(|range| (0..self.heads).map(move |head| (range, head)));
         let isa = best();
-        each(tasks, |(part, head)| {
+        each(tasks, |(range, head)| {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             if isa.amx && context.precision != Precision::F32 {
-                return self.backward_tiles(&x, part, head, at);
+                return self.backward_tiles(&x, range, head, at);
             }
-            self.backward_task(isa, &x, part, head, at);
+            self.backward_task(isa, &x, range, head, at);
         });
-        let [dq, mut dk, mut dv] = grads;
-        for part in parts.iter().filter(|part| part.sums >= n) {
-            let (first, count) = (part.range.start * width, part.queries.len() * width);
-            for sums in [&mut dk, &mut dv] {
-                let (sums, halves) = sums.split_at_mut(n * width);
-                add(&mut sums[first..first + count], &halves[(part.sums - n) * width..][..count]);
-            }
-        }
-        dk.truncate(n * width);
-        dv.truncate(n * width);
+        let [dq, dk, dv] = grads;
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
     }
 
-    /// What the tasks of one head take: each segment, or its halves; and the rows that sums over queries need for that, `n` and more.
-    fn parts(&self, segments: &Segments, n: usize) -> (Vec<Part>, usize) {
-        let (mut parts, mut rows) = (Vec::new(), n);
-        for range in segments.ranges() {
-            let half = self.half(range.len());
-            if half > 0 {
-                parts.push(Part { range: range.clone(), queries: 0..half, sums: rows });
-                rows += half;
-            }
-            parts.push(Part { range: range.clone(), queries: half..range.len(), sums: range.start });
-        }
-        (parts, rows)
-    }
-
-    /// Queries of a segment of `length` rows whose blocks are half of its work; none where it is not cut.
-    fn half(&self, length: usize) -> usize {
-        if length < LONG {
-            return 0;
-        }
-        let work = |block: &Block| block.queries.len() * block.keys.len();
-        let whole: usize = self.blocks(length).map(|block| work(&block)).sum();
-        let before = |sum: &mut usize, block: Block| {
-            *sum += work(&block);
-            (2 * *sum <= whole).then_some(block.queries.end)
-        };
-        self.blocks(length).scan(0, before).last().unwrap_or(0)
-    }
-
-    fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, part: &Part, head: usize, at: [Shared; 3]) {
-        let (range, seen) = (&part.range, part.queries.end);
+    fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
         let (d, width) = (self.head_dim, self.heads * self.head_dim);
         let (kv, first, scale) = (self.kv_heads * d, head / self.group() * d, self.scale() as f32);
         let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
         let [q_head, dout_head] = [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
-        let [k, v] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first).rows(isa, seen));
-        let [q, out, dout] = [q_head, of(x.out, width, head * d), dout_head].map(|head| head.rows(isa, seen));
+        let [k, v] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first).rows(isa, range.len()));
+        let [q, out, dout] = [q_head, of(x.out, width, head * d), dout_head].map(|head| head.rows(isa, range.len()));
         let zero = || Rows { values: vec![0.0; k.values.len()], width: k.width };
         let (mut dk, mut dv) = (zero(), zero());
         let (mut columns, mut p, mut ds, mut dq) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for block in self.blocks(range.len()).filter(|block| part.takes(block)) {
+        for block in self.blocks(range.len()) {
             let (rows, cols) = (block.queries.len(), block.keys.len());
             issue(2, rows, cols, d);
             issue(3, rows, d, cols);
@@ -448,10 +406,10 @@ impl Attention {
                 unsafe { write(&dq, q.width, d, range.start + queries.start, (at[0], width, head * d)) };
             }
         }
-        // SAFETY: these rows of sums belong, in this head's columns, to this task alone.
+        // SAFETY: the rows of this segment belong, in this head's columns, to this task alone.
         unsafe {
-            write(&dk.values, dk.width, d, part.sums, (at[1], width, head * d));
-            write(&dv.values, dv.width, d, part.sums, (at[2], width, head * d));
+            write(&dk.values, dk.width, d, range.start, (at[1], width, head * d));
+            write(&dv.values, dv.width, d, range.start, (at[2], width, head * d));
         }
     }
 
@@ -486,37 +444,6 @@ pub(super) fn share_out<O: Stored>(out: &mut [O], x: &[f32], share: f32) {
             }
         },
     );
-}
-
-/// sums += x, on all threads.
-fn add(sums: &mut [f32], x: &[f32]) {
-    each(sums.chunks_mut(CHUNK).zip(x.chunks(CHUNK)), |(sums, x)| {
-        let n = sums.len();
-        vectorized(
-            #[inline(always)]
-            || {
-                let (sums, x) = (&mut sums[..n], &x[..n]);
-                for i in 0..n {
-                    sums[i] += x[i];
-                }
-            },
-        );
-    });
-}
-
-/// Some query blocks of a segment, on their way back.
-pub(super) struct Part {
-    pub(super) range: Range<usize>,
-    /// Of the segment, in whole blocks.
-    pub(super) queries: Range<usize>,
-    /// The row of dk and dv where the sums over these queries begin: the segment's own for the queries that see all of it.
-    pub(super) sums: usize,
-}
-
-impl Part {
-    pub(super) fn takes(&self, block: &Block) -> bool {
-        block.queries.start >= self.queries.start && block.queries.start < self.queries.end
-    }
 }
 
 pub(super) struct Inputs<'a> {

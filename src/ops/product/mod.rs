@@ -1,9 +1,9 @@
 //! Matrix products of the fused CPU passes: sums of products in one pass over the result, f32 or bf16 in, f32 out.
 //!
 //! Takes views of slices with strides; returns f32. Sums are f32; bf16 is widened while it is packed, except for tile registers, which
-//! multiply bf16. The instruction set is chosen at run time; the order of a sum depends on it, on k and on the column alone (and on whether A
-//! has one row or few, which go by vectors), never on the number of threads or the shape of the tasks. Knows nothing of tensors, layers or
-//! gradients.
+//! multiply bf16. The instruction set is chosen at run time; the order of a sum depends on it, on k, on B's strides and on the column alone
+//! (and on whether A has one row or few, which go by vectors), never on the number of threads or the shape of the tasks. Knows nothing of
+//! tensors, layers or gradients.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(super) mod amx;

@@ -121,14 +121,6 @@ fn block_edges_do_not_show() {
     }
 }
 
-/// Long segments go back in two halves, behind a short one, with and without a window.
-#[test]
-fn the_halves_of_a_long_segment_do_not_show() {
-    let attention = |window| Attention { heads: 2, kv_heads: 1, head_dim: 3, window };
-    prove(attention(None), &[70, 1090], 13);
-    prove(attention(Some(100)), &[1024, 5], 14);
-}
-
 /// A segment gives the same bytes alone and between others: nothing is seen across its ends.
 #[test]
 fn a_segment_knows_nothing_of_its_neighbours() {
