@@ -12,7 +12,7 @@ use half::bf16;
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, Matrix, Number, TileArgs, Values, best, pack, strip};
+use crate::ops::product::{Isa, Matrix, TileArgs, Values, best, pack, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -46,35 +46,9 @@ impl<'a> Head<'a> {
     /// Rows `0..count`, one after the other.
     fn rows(&self, isa: &Isa, count: usize) -> Rows {
         let width = self.d.next_multiple_of(isa.lanes);
-        let mut rows = Rows { values: vec![0.0; count * width], width };
-        match self.values {
-            Values::F32(values) => self.copy(values, &mut rows),
-            Values::Bf16(values) => self.copy(values, &mut rows),
-        }
-        rows
-    }
-
-    fn copy<T: Number>(&self, values: &[T], rows: &mut Rows) {
-        /// Channels moved in registers; a copy of unknown length is a call.
-        const STEP: usize = 16;
-        let (stride, d, width) = (self.stride, self.d, rows.width);
-        vectorized(
-            #[inline(always)]
-            || {
-                for (row, out) in rows.values.chunks_exact_mut(width).enumerate() {
-                    let (from, out) = (&values[row * stride..][..d], &mut out[..d]);
-                    let ((from, from_rest), (out, out_rest)) = (from.as_chunks::<STEP>(), out.as_chunks_mut::<STEP>());
-                    for i in 0..out.len() {
-                        for j in 0..STEP {
-                            out[i][j] = from[i][j].widen();
-                        }
-                    }
-                    for i in 0..out_rest.len() {
-                        out_rest[i] = from_rest[i].widen();
-                    }
-                }
-            },
-        );
+        let mut values = vec![0.0; count * width];
+        pack(isa, &Matrix::inside(self.values, 0, (count, self.stride), (self.d, 1)), 0..count, 0..self.d, &mut values);
+        Rows { values, width }
     }
 }
 

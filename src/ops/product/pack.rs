@@ -126,11 +126,12 @@ fn panel_of<T: Number>(
     width: usize,
 ) {
     if column_stride == 1 {
-        // A row of a whole tile is moved in registers: a copy of unknown length is a call.
+        // A row of a whole tile, or of a usual head, is moved in registers: a copy of unknown length is a call.
         return match (columns == width, width) {
             (true, 8) => rows::<T, 8>(values, row_stride, panel),
             (true, 16) => rows::<T, 16>(values, row_stride, panel),
             (true, 32) => rows::<T, 32>(values, row_stride, panel),
+            (true, 64) => rows::<T, 64>(values, row_stride, panel),
             _ => vectorized(
                 #[inline(always)]
                 || {
