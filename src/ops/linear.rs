@@ -59,19 +59,19 @@ impl LinearInput {
     }
 
     /// What was packed, and nothing else.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn packed(shape: (usize, usize), prepared: Prepared) -> Self {
         Self { shape, x: None, prepared }
     }
 
     /// N.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn rows(&self) -> usize {
         self.shape.0
     }
 
     /// Its packed form, where there is one.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn prepared(&self) -> &Prepared {
         &self.prepared
     }

@@ -63,7 +63,7 @@ impl<'a> Context<'a> {
     }
 }
 
-/// The instruction set whose tiles this processor multiplies with: `amx`, `avx512`, `avx2` or `portable`.
+/// The instruction set whose tiles this processor multiplies with: `amx`, `avx512_bf16`, `avx512`, `avx2` or `portable`.
 pub fn instruction_set() -> &'static str {
     product::best().name
 }

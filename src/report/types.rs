@@ -423,7 +423,7 @@ pub struct Environment {
     pub version: String,
     /// The processor's name.
     pub cpu: String,
-    /// The instruction set of matrix products on the processor: `avx512`, `avx2` or `portable`.
+    /// The instruction set of matrix products on the processor: `amx`, `avx512_bf16`, `avx512`, `avx2` or `portable`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instructions: Option<String>,
     /// Threads used.

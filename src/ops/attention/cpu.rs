@@ -257,11 +257,13 @@ impl Attention {
         });
         let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
         let isa = best();
+        #[cfg(target_arch = "x86_64")]
+        let unit = isa.blocks.filter(|_| context.precision != Precision::F32);
         each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            if isa.amx && context.precision != Precision::F32 {
-                return self.forward_tiles([q, k, v], &range, queries, head, at);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(unit) = unit {
+                return self.forward_tiles(unit, [q, k, v], &range, queries, head, at);
             }
             self.forward_task(isa, [q, k, v], &range, queries, head, at);
         });
@@ -329,10 +331,12 @@ impl Attention {
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
         let tasks = segments.ranges().iter().flat_map(|range| (0..self.heads).map(move |head| (range, head)));
         let isa = best();
+        #[cfg(target_arch = "x86_64")]
+        let unit = isa.blocks.filter(|_| context.precision != Precision::F32);
         each(tasks, |(range, head)| {
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            if isa.amx && context.precision != Precision::F32 {
-                return self.backward_tiles(&x, range, head, at);
+            #[cfg(target_arch = "x86_64")]
+            if let Some(unit) = unit {
+                return self.backward_tiles(unit, &x, range, head, at);
             }
             self.backward_task(isa, &x, range, head, at);
         });

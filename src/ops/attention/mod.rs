@@ -5,9 +5,9 @@
 //! of the full square. The forward pass keeps each row's log-sum-exp; the backward pass computes the block's probabilities again from it
 //! (Dao et al. 2022, "FlashAttention", section 3.1, at this block size).
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod amx;
 mod cpu;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::ops::Range;
 

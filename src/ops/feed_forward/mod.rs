@@ -1,9 +1,9 @@
 //! `y = down(silu(gate(x)) * up(x))`: a block's gated feed-forward layers as one pair (Shazeer 2020, "GLU variants improve transformer").
 //!
-//! x and y are (N, C), what lies between (N, F). Layer by layer, or in tile registers with everything between the layers done while a tile
+//! x and y are (N, C), what lies between (N, F). Layer by layer, or in blocks with everything between the layers done while a tile
 //! is in the cache (`tiles`): what they read and write of memory takes longer than their products there.
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[cfg(target_arch = "x86_64")]
 mod tiles;
 
 use candle_core::Tensor;
@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use super::swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward};
 use super::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, backward_together};
 use crate::error::Result;
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[cfg(target_arch = "x86_64")]
 use crate::error::{Error, Kind};
 
 /// The three layers.
@@ -36,17 +36,17 @@ pub struct FeedForwardSaved {
 /// What gate and up gave, in the compute type.
 enum Between {
     Rows(SwigluSaved),
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    #[cfg(target_arch = "x86_64")]
     Tiles(tiles::Saved),
 }
 
 #[cfg(test)]
 impl FeedForwardSaved {
-    /// Whether the pass ran in tile registers.
+    /// Whether the pass ran in blocks.
     pub(super) fn in_tiles(&self) -> bool {
         match &self.between {
             Between::Rows(_) => false,
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            #[cfg(target_arch = "x86_64")]
             Between::Tiles(_) => true,
         }
     }
@@ -77,7 +77,7 @@ impl FeedForward<'_> {
         base: &Tensor,
         through: bool,
     ) -> Result<(Tensor, FeedForwardSaved)> {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        #[cfg(target_arch = "x86_64")]
         if masks.is_none() && through && self.by_tiles(&x) {
             return self.forward_tiles(context, x, base);
         }
@@ -105,11 +105,11 @@ impl FeedForward<'_> {
     ) -> Result<Option<Tensor>> {
         let rows = match &saved.between {
             Between::Rows(rows) => rows,
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            #[cfg(target_arch = "x86_64")]
             Between::Tiles(_) if !through => {
                 return Err(Error::new(Kind::Tensor, "a pass in tiles goes back through all of its layers"));
             }
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            #[cfg(target_arch = "x86_64")]
             Between::Tiles(tiles) => return self.backward_tiles(context, dy, (x, saved, tiles), input_gradient, gradients),
         };
         let inner = self.down.keeps_input().then(|| LinearInput::new(context, swiglu_again(context, rows)?)).transpose()?;

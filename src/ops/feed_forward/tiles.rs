@@ -1,4 +1,4 @@
-//! The layers in tile registers: 32 x 32 numbers of gate and up become a block of the last layer's input while they are in the cache, and
+//! The layers in blocks: 32 x 32 numbers of gate and up become a block of the last layer's input while they are in the cache, and
 //! on the way back a block of its gradient becomes blocks of theirs. Nothing between the layers is ever written in f32 rows.
 
 use candle_core::Tensor;
@@ -6,8 +6,8 @@ use candle_core::Tensor;
 use super::{Between, FeedForward, FeedForwardSaved};
 use crate::error::{Error, Kind, Result};
 use crate::ops::host::{Host, Shared, expect};
-use crate::ops::product::amx::{Blocks, Operand, Packed, Right, SIDE, Tile, tiles_of};
-use crate::ops::product::{Matrix, Prepared};
+use crate::ops::product::blocks::{Blocks, Operand, Packed, Right, SIDE, Tile, Unit, tiles_of};
+use crate::ops::product::{Matrix, Prepared, best};
 use crate::ops::simd::vectorized;
 use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved};
@@ -131,6 +131,11 @@ fn operand<const P: usize>(prepared: &Prepared) -> Result<&Operand<P>> {
     operand.ok_or_else(|| Error::new(Kind::Tensor, "operands of one sum are packed alike"))
 }
 
+/// What multiplies the blocks of what was packed.
+fn unit() -> Result<Unit> {
+    best().blocks.ok_or_else(|| Error::new(Kind::Tensor, "blocks are multiplied where they can be packed"))
+}
+
 impl FeedForward<'_> {
     /// Whether this pass runs: x is packed, and nothing but W and an adapter is to be added or trained.
     pub(super) fn by_tiles(&self, x: &LinearInput) -> bool {
@@ -169,7 +174,7 @@ impl FeedForward<'_> {
         {
             let (write_gate, write_up, write_inner) = (gate.writer(), up.writer(), inner.blocks());
             let (gate, up) = (gate_factors.terms::<P>(&x)?, up_factors.terms::<P>(&x)?);
-            tiles_of::<P, 2>([&gate, &up], |strip, panel, tiles| {
+            tiles_of::<P, 2>(unit()?, [&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
                 // SAFETY: `tiles_of` gives each strip and panel of this shape once, and what is written outlives it.
                 unsafe {
@@ -241,7 +246,7 @@ impl FeedForward<'_> {
         {
             let terms = factors.terms::<P>(&dy)?;
             let (write_gate, write_up, write_inner) = (d_gate.blocks(), d_up.blocks(), inner.as_mut().map(Operand::blocks));
-            tiles_of::<P, 1>([&terms], |strip, panel, [d_inner]| {
+            tiles_of::<P, 1>(unit()?, [&terms], |strip, panel, [d_inner]| {
                 let (mut gate, mut up) = (between.gate.read(strip, panel), between.up.read(strip, panel));
                 // SAFETY: as in the forward pass.
                 unsafe {

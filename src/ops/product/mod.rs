@@ -1,15 +1,15 @@
 //! Matrix products of the fused CPU passes: sums of products in one pass over the result, f32 or bf16 in, f32 out.
 //!
-//! Takes views of slices with strides; returns f32. Sums are f32; bf16 is widened while it is packed, except for tile registers, which
-//! multiply bf16. The instruction set is chosen at run time; the order of a sum depends on it, on k, on B's strides and on the column alone
+//! Takes views of slices with strides; returns f32. Sums are f32; bf16 is widened while it is packed, except for blocks, which multiply
+//! bf16. The instruction set is chosen at run time; the order of a sum depends on it, on k, on B's strides and on the column alone
 //! (and on whether A has one row or few, which go by vectors), never on the number of threads or the shape of the tasks. Knows nothing of
 //! tensors, layers or gradients.
 
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) mod amx;
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-#[path = "no_amx.rs"]
-mod amx;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod blocks;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "no_blocks.rs"]
+mod blocks;
 mod pack;
 mod tile;
 
@@ -131,13 +131,13 @@ pub(super) struct Left<'a> {
 enum Form<'a> {
     /// f32 with strides.
     Wide { values: Cow<'a, [f32]>, row_stride: usize, column_stride: usize },
-    /// Packed for tile registers.
-    Packed(Arc<amx::Packed>),
+    /// Packed for blocks.
+    Packed(Arc<blocks::Packed>),
 }
 
-/// A packed for tile registers, where that is done: for all products of one matrix.
+/// A packed for blocks, where that is done: for all products of one matrix.
 #[derive(Clone, Default)]
-pub(super) struct Prepared(Option<Arc<amx::Packed>>);
+pub(super) struct Prepared(Option<Arc<blocks::Packed>>);
 
 impl Prepared {
     /// Packs A for products in `precision`.
@@ -146,18 +146,18 @@ impl Prepared {
     }
 
     /// What was packed already.
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    pub(super) fn of(packed: Option<amx::Packed>) -> Self {
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn of(packed: Option<blocks::Packed>) -> Self {
         Self(packed.map(Arc::new))
     }
 
     /// What was packed.
-    pub(super) fn packed(&self) -> Option<&amx::Packed> {
+    pub(super) fn packed(&self) -> Option<&blocks::Packed> {
         self.0.as_deref()
     }
 
     fn with(isa: &Isa, precision: Precision, a: &Matrix<'_>) -> Self {
-        Self(if isa.amx { amx::Packed::new(a, precision).map(Arc::new) } else { None })
+        Self(isa.unit(precision).and_then(|_| blocks::Packed::new(a, precision)).map(Arc::new))
     }
 }
 
@@ -188,7 +188,7 @@ impl<'a> Left<'a> {
         Self { rows, columns, form }
     }
 
-    fn packed(&self) -> Option<&amx::Packed> {
+    fn packed(&self) -> Option<&blocks::Packed> {
         match &self.form {
             Form::Packed(packed) => Some(packed),
             Form::Wide { .. } => None,
@@ -224,11 +224,13 @@ pub(super) fn product_of_few(precision: Precision, a: Matrix<'_>, b: Matrix<'_>)
 }
 
 /// a times the rows of what was packed as A: (m, `columns`).
-pub(super) fn product_by(a: Matrix<'_>, b: &amx::Packed, columns: usize) -> Vec<f32> {
+pub(super) fn product_by(a: Matrix<'_>, b: &blocks::Packed, columns: usize) -> Vec<f32> {
     issue(1, a.rows, columns, a.columns);
     // SAFETY: the product writes every number.
     let mut out = unsafe { uninitialized(a.rows * columns) };
-    amx::product_by(&a, b, &mut out);
+    if let Some(unit) = best().blocks {
+        blocks::product_by(unit, &a, b, &mut out);
+    }
     out
 }
 
@@ -257,9 +259,9 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
         return out;
     }
     let packed: Vec<_> = terms.iter().filter_map(|term| Some((term.a.packed()?, term.b))).collect();
-    if !packed.is_empty() {
+    if let (Some(unit), false) = (isa.blocks, packed.is_empty()) {
         assert_eq!(packed.len(), terms.len(), "the terms of a sum are prepared alike");
-        amx::products(&packed, start, &mut out);
+        blocks::products(unit, &packed, start, &mut out);
         return out;
     }
     for (index, pieces) in passes(isa, terms).iter().enumerate() {

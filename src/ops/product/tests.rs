@@ -4,7 +4,7 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
-use crate::ops::tests::{cases, uniform};
+use crate::ops::tests::{cases, uniform, with};
 
 /// Numbers that bf16 holds exactly, so that both formats have one expected value.
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
@@ -184,22 +184,28 @@ fn check_half(terms: &mut [Half], m: usize, start: Start<'_>) {
 
 /// A (m, k) times the k rows of what was packed as A is the product of matrices, to the last bit.
 fn check_by(precision: Precision, (m, k, n): (usize, usize, usize), turned: bool, (b_bf16, seed): (bool, u64)) {
-    // One row more, so that a single one goes through tile registers here too: what a row gives does not depend on the others.
+    // One row more, so that a single one goes through blocks here too: what a row gives does not depend on the others.
     let (a, b) = (wide(seed, (m + 1) * k), Stored::new(seed ^ 1, k, n, false, b_bf16));
     let b_wide = wide(seed ^ 2, k * n);
     let b = if b_bf16 { b.matrix() } else { Matrix::of(&b_wide, k, n) };
     let across: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
     let few = if turned { Matrix::of(&across, k, m).t() } else { Matrix::of(&a[..m * k], m, k) };
-    for isa in available().iter().filter(|isa| isa.amx) {
+    for isa in available().iter().filter(|isa| isa.unit(precision).is_some()) {
         let left = Left::with(isa, precision, Matrix::of(&a, m + 1, k));
         let want = bits(&products_with(isa, &[Term { a: &left, b }], Start::Zero)[..m * n]);
         for threads in [1, 2, 3] {
             let got = crate::ops::tests::on(threads, || {
-                let packed = Prepared::with(isa, precision, &b);
-                packed.packed().map(|packed| bits(&product_by(few, packed, n)))
+                with(isa, || {
+                    let packed = Prepared::with(isa, precision, &b);
+                    packed.packed().map(|packed| bits(&product_by(few, packed, n)))
+                })
             });
             assert_eq!(got.is_some(), k > 1, "one row alone is not packed");
-            assert!(got.is_none_or(|got| got == want), "{precision:?}: ({m}, {k}) by ({k}, {n}) at {threads} threads");
+            assert!(
+                got.is_none_or(|got| got == want),
+                "{}, {precision:?}: ({m}, {k}) by ({k}, {n}) at {threads} threads",
+                isa.name
+            );
         }
     }
 }
@@ -245,13 +251,13 @@ fn deep_packed_rows_are_a_matrix() {
     }
 }
 
-/// In bf16 a tile register rounds factors to nearest, once; what is left is f32.
+/// In bf16 blocks round factors to nearest, once; what is left is f32.
 #[test]
-fn tile_registers_round_factors_to_bf16() {
+fn blocks_round_factors_to_bf16() {
     let (m, n, k) = (40, 70, 300);
     let (a, b) = (uniform(1, m * k), uniform(2, k * n));
     let rounded = |values: &[f32]| values.iter().map(|x| bf16::from_f32(*x).to_f32()).collect::<Vec<_>>();
-    for isa in available().iter().filter(|isa| isa.amx) {
+    for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
         let of = |a: &[f32], b: &[f32], precision| {
             let left = Left::with(isa, precision, Matrix::of(a, m, k));
             products_with(isa, &[Term { a: &left, b: Matrix::of(b, k, n) }], Start::Zero)

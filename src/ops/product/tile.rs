@@ -8,8 +8,10 @@
 
 use std::sync::OnceLock;
 
+use super::Precision;
+use super::blocks::Unit;
 #[cfg(target_arch = "x86_64")]
-use super::amx;
+use super::blocks::{amx, pairs};
 
 /// out (m, V * lanes) = start + a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and may be `out` itself.
 ///
@@ -48,14 +50,19 @@ pub(in crate::ops) struct Isa {
     pub(super) piece: usize,
     /// What `pack` transposes in.
     pub(super) transposes: Transposes,
-    /// Whether products of many rows go through tile registers instead.
-    pub(in crate::ops) amx: bool,
+    /// What multiplies products of many rows in blocks instead.
+    pub(in crate::ops) blocks: Option<Unit>,
 }
 
 impl Isa {
     /// The tile of `rows` by `vectors`.
     pub(super) fn tile(&self, rows: usize, vectors: usize) -> Tile {
         self.tiles[vectors - 1][rows - 1]
+    }
+
+    /// What multiplies products in `precision` in blocks.
+    pub(in crate::ops) fn unit(&self, precision: Precision) -> Option<Unit> {
+        self.blocks.filter(|unit| unit.takes(precision))
     }
 
     /// Columns of the widest tile.
@@ -91,7 +98,7 @@ static PORTABLE: Isa = Isa {
     deepest: 2048,
     piece: 768,
     transposes: Transposes::Portable,
-    amx: false,
+    blocks: None,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -103,7 +110,7 @@ static AVX2: Isa = Isa {
     deepest: 2048,
     piece: 768,
     transposes: Transposes::Avx2,
-    amx: false,
+    blocks: None,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -116,27 +123,35 @@ static AVX512: Isa = Isa {
     deepest: 6144,
     piece: 2048,
     transposes: Transposes::Avx512,
-    amx: false,
+    blocks: None,
 };
 
 /// AVX-512 for what has few rows.
 #[cfg(target_arch = "x86_64")]
-static AMX: Isa = Isa { name: "amx", amx: true, ..AVX512 };
+static AMX: Isa = Isa { name: "amx", blocks: Some(Unit::Tiles), ..AVX512 };
 
-/// Every instruction set that this processor has, best first.
+/// AVX-512 for f32 and for what has few rows.
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16: Isa = Isa { name: "avx512_bf16", blocks: Some(Unit::Pairs), ..AVX512 };
+
+/// Every instruction set that this processor has, best first, and those that are slower than others after these.
 pub(in crate::ops) fn available() -> &'static [&'static Isa] {
     static FOUND: OnceLock<Vec<&'static Isa>> = OnceLock::new();
     FOUND.get_or_init(|| {
         let mut found: Vec<&'static Isa> = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx512 = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
-            if avx512 && amx::permitted() {
-                found.push(&AMX);
-            }
-            if avx512 && is_x86_feature_detected!("avx512vl") {
-                found.push(&AVX512);
-            }
+            let wide = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl");
+            let pairs = wide && pairs::present();
+            let candidates = [
+                (wide && amx::permitted(), &AMX),
+                (pairs && pairs::fast(), &AVX512_BF16),
+                (wide, &AVX512),
+                (pairs && !pairs::fast(), &AVX512_BF16),
+            ];
+            found.extend(candidates.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 found.push(&AVX2);
             }

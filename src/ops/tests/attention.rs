@@ -70,7 +70,7 @@ fn prove_bf16(attention: Attention, lengths: &[usize], seed: u64) {
         for ((name, got), (_, want)) in got.iter().zip(&want) {
             let (got, want) = (got.as_ref().unwrap(), want.as_ref().unwrap());
             let size = flat(want).iter().fold(1.0f32, |a, b| a.max(b.abs()));
-            // Rounding is off by 2^-8 at most, at random. The output is rounded once more; tile registers round both factors of what they
+            // Rounding is off by 2^-8 at most, at random. The output is rounded once more; blocks round both factors of what they
             // multiply: P and dO, dS and Q or K.
             within(&format!("{name}, {}", isa.name), got, want, size / 128.0);
         }

@@ -1,4 +1,4 @@
-//! The feed-forward layers as one pair: every combination of biases, adapters, dropout and trained weights, in tile registers or not.
+//! The feed-forward layers as one pair: every combination of biases, adapters, dropout and trained weights, in blocks or not.
 
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
@@ -35,10 +35,10 @@ struct Parts {
 }
 
 impl Parts {
-    /// Whether `n` tokens go through tile registers.
+    /// Whether `n` tokens go through blocks.
     fn in_tiles(&self, context: Context<'_>, n: usize) -> bool {
         let plain = self.layers.iter().all(|layer| !layer.bias && !layer.trained);
-        !context.reference && best().amx && n > 1 && plain && self.known && !self.dropout
+        !context.reference && best().unit(context.precision).is_some() && n > 1 && plain && self.known && !self.dropout
     }
 
     /// Which of the inputs get a gradient.
@@ -99,7 +99,7 @@ impl Parts {
         let (layers, x) = (FeedForward { gate, up, down }, || LinearInput::new(context, inputs[0].clone()).unwrap());
         let (y, saved) = layers.forward(context, x(), masks, base, self.known).unwrap();
         let tiles = masks.is_none() && self.in_tiles(context, inputs[0].dims()[0]);
-        assert_eq!(saved.in_tiles(), tiles, "tile registers, where they should be");
+        assert_eq!(saved.in_tiles(), tiles, "blocks, where they should be");
         let (x, mut gradients) = ((gate.keeps_input() || up.keeps_input()).then(x), Gradients::new(inputs.len()));
         let asked = (self.through, self.input_gradient);
         let dx = layers.backward(context, dy, (x.as_ref(), &saved), asked, &mut gradients).unwrap();
@@ -178,7 +178,7 @@ fn rank() -> impl Strategy<Value = Option<usize>> {
     prop::option::of(1usize..40)
 }
 
-/// Nothing but W and adapters: what tile registers take, where the forward pass knows what is to come.
+/// Nothing but W and adapters: what blocks take, where the forward pass knows what is to come.
 fn plain() -> impl Strategy<Value = Parts> {
     (prop::array::uniform3(rank()), any::<bool>(), any::<bool>()).prop_map(|(r, narrow, input_gradient)| {
         let layers = r.map(|r| Layer { bias: false, r, trained: false });
@@ -249,19 +249,19 @@ proptest! {
         }
     }
 
-    /// Through tile registers or layer by layer: the same bytes and the same work, by any number of threads.
+    /// Through blocks or layer by layer: the same bytes and the same work, by any number of threads.
     #[test]
     fn tiles_change_no_byte(parts in plain(), shape in shape(), seed: u64) {
         same_in_tiles(parts, shape, seed);
     }
 }
 
-/// `parts` through tile registers, and layer by layer: as with dropout, but without a mask.
+/// `parts` through blocks, and layer by layer: as with dropout, but without a mask.
 fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
     let [n, c, _] = shape;
     let (inputs, base, dy) = (parts.inputs(shape, seed), random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
     let no_mask = |_: Part, _: &LinearInput| Ok(None);
-    for isa in available().iter().filter(|isa| isa.amx) {
+    for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
         for precision in [Precision::F32, Precision::Bf16] {
             let run = |threads: usize, tiles: bool| {
                 on(threads, || {
@@ -286,7 +286,7 @@ fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
     }
 }
 
-/// One layer with a bias, or trained, is enough for none to go through tile registers.
+/// One layer with a bias, or trained, is enough for none to go through blocks.
 #[test]
 fn tiles_take_adapters_alone() {
     for at in 0..3 {

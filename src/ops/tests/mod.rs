@@ -127,7 +127,7 @@ fn named((y, gradients): Passed) -> Vec<(String, Option<Tensor>)> {
 }
 
 /// Runs `work` with the fused passes that this thread begins in one instruction set.
-fn with<T>(isa: &'static Isa, work: impl FnOnce() -> T) -> T {
+pub(super) fn with<T>(isa: &'static Isa, work: impl FnOnce() -> T) -> T {
     let before = CHOSEN.replace(Some(isa));
     let done = work();
     CHOSEN.set(before);

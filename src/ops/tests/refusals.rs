@@ -114,7 +114,7 @@ fn shapes_that_contradict_each_other_are_refused() {
     assert!(tally.take().flops() == 0, "what is refused is not counted");
 }
 
-/// In tile registers and without.
+/// In blocks and without.
 #[test]
 fn feed_forward_layers_that_contradict_each_other_are_refused() {
     let linear = |o: usize, i: usize| Linear { weight: Weight::frozen(random(1, &[o, i])), bias: None, lora: None };

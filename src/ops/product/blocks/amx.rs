@@ -4,52 +4,53 @@
 //! or clears the result, runs through k and stores it. Tile registers 0 to 3 hold the result, 4 and 5 A, 6 and 7 B.
 
 use std::arch::asm;
+use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
 
-use super::permitted;
+use super::kernel::{DEPTH, Line, ROW, Runs};
 
-/// Bytes of a tile's row, and the stride of packed tiles.
-pub(super) const ROW: usize = 64;
-/// Rows and columns of the result that one call computes.
-pub(in crate::ops) const SIDE: usize = 32;
-/// Numbers of k of one step: what a tile's row holds in bf16.
-pub(super) const DEPTH: usize = 32;
-/// Cache lines of one operand's two tiles.
-pub(super) const PAIR: usize = 32;
-
-/// One line of a packed tile.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-pub(super) struct Line([u8; ROW]);
-
-/// Two runs of k, one after the other: where A's steps begin, and how many there are. The second may be empty.
-pub(super) type Runs = [(*const Line, usize); 2];
-
-/// The thread's tile registers, shaped for the loop; given back when dropped.
-pub(in crate::ops) struct Tiles(());
-
-impl Tiles {
-    /// Shapes all eight registers as 16 rows of 64 bytes (palette 1).
-    pub(in crate::ops) fn new() -> Self {
-        assert!(permitted(), "tile registers are used only where they are permitted");
-        // Layout: Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved bytes, then 16 row widths in
-        // bytes (u16) and 16 row counts (u8).
-        let mut shape = [0u8; 64];
-        shape[0] = 1;
-        for register in 0..8 {
-            shape[16 + 2 * register] = ROW as u8;
-            shape[48 + register] = 16;
-        }
-        // SAFETY: the instruction is permitted, and the 64 bytes are readable.
-        unsafe { asm!("ldtilecfg [{0}]", in(reg) shape.as_ptr(), options(nostack, readonly)) };
-        Self(())
-    }
+/// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
+pub(in crate::ops::product) fn permitted() -> bool {
+    static PERMITTED: OnceLock<bool> = OnceLock::new();
+    *PERMITTED.get_or_init(|| {
+        const TILES_AND_BF16: u32 = 1 << 24 | 1 << 22;
+        is_x86_feature_detected!("avx512bf16") && __cpuid_count(7, 0).edx & TILES_AND_BF16 == TILES_AND_BF16 && asked()
+    })
 }
 
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        // SAFETY: `new` was called, so that the instruction exists; nothing is read from the registers afterwards.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+#[cfg(target_os = "linux")]
+fn asked() -> bool {
+    // From the kernel's documentation of extended states: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
+    const REQUEST: usize = 0x1023;
+    const TILE_DATA: usize = 18;
+    // SAFETY: this call takes two numbers and touches no memory.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn asked() -> bool {
+    false
+}
+
+/// Shapes all eight of this thread's registers as 16 rows of 64 bytes (palette 1).
+pub(super) fn shape() {
+    assert!(permitted(), "tile registers are used only where they are permitted");
+    // Layout: Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved bytes, then 16 row widths in
+    // bytes (u16) and 16 row counts (u8).
+    let mut shape = [0u8; 64];
+    shape[0] = 1;
+    for register in 0..8 {
+        shape[16 + 2 * register] = ROW as u8;
+        shape[48 + register] = 16;
     }
+    // SAFETY: the instruction is permitted, and the 64 bytes are readable.
+    unsafe { asm!("ldtilecfg [{0}]", in(reg) shape.as_ptr(), options(nostack, readonly)) };
+}
+
+/// Gives them back, after `shape`.
+pub(super) fn release() {
+    // SAFETY: `shape` was called, so that the instruction exists; nothing is read from the registers afterwards.
+    unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
 /// The four products of A's rows (registers 4, 5) and B's columns (6, 7).
@@ -124,9 +125,9 @@ macro_rules! kernel {
         /// out (32, 32), `out_row` numbers apart = [out where `onto`] + the runs' products with B's steps from `b` on.
         ///
         /// # Safety
-        /// This thread has `Tiles`; every step of A and B is readable, out's rows are writable.
+        /// This thread's registers are shaped; every step of A and B is readable, out's rows are writable.
         unsafe fn $name(runs: Runs, b: *const Line, out: *mut f32, out_row: usize, onto: bool) {
-            let [(a, steps), (next, more)] = runs;
+            let [(a, steps), (next, more)] = runs.map(|(a, depth)| (a, depth.div_ceil(DEPTH)));
             // SAFETY: the caller's promise; the loops run `steps` and `more` times, both tested before they begin.
             unsafe {
                 asm!(
@@ -190,16 +191,14 @@ kernel!(mixed_then_split, mixed_step!(), split_step!());
 /// `narrow`, stored in bf16: none after one that is not.
 ///
 /// # Safety
-/// As the kernels': this thread has `Tiles`; A's and B's steps are readable, `out` is writable.
-pub(super) unsafe fn kernel<const P: usize>(
+/// As the kernels': this thread's registers are shaped; A's and B's steps are readable, `out` is writable.
+pub(super) unsafe fn multiply<const P: usize>(
     runs: Runs,
     narrow: [bool; 2],
     b: *const Line,
-    out: *mut f32,
-    out_row: usize,
+    (out, out_row): (*mut f32, usize),
     onto: bool,
 ) {
-    const { assert!(P == 1 || P == 3, "one plane or three") };
     // SAFETY: the caller's promise.
     unsafe {
         match (P, narrow) {

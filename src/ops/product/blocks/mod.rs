@@ -1,21 +1,23 @@
-//! Products in tile registers (Intel AMX): bf16 in, f32 sums, 32 x 32 numbers of the result at a time.
+//! Products in blocks: bf16 in, f32 sums, 32 x 32 numbers of the result at a time, in tile registers (Intel AMX) or in vectors of pairs
+//! (AVX512-BF16), which read one layout.
 //!
-//! In bf16 both operands are rounded to it once, while they are packed. In f32 each is split into three bf16 parts that add up to all of
+//! In bf16 both operands are rounded to it once, while they are packed. In f32, in tile registers alone, each is split into three bf16 parts that add up to all of
 //! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, and faster. A B that is stored
 //! in bf16 is one such part, so that three products are left. Numbers below 2^-126 count as zero. The order of a sum is the same whatever the
 //! number of threads and the other size of the product.
 
+pub(super) mod amx;
 mod kernel;
 mod pack;
+pub(super) mod pairs;
 
 use std::any::Any;
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::OnceLock;
 
-use self::kernel::{DEPTH, Line, PAIR, Runs, kernel};
-pub(in crate::ops) use self::kernel::{SIDE, Tiles};
+use self::kernel::{DEPTH, Line, PAIR, Runs};
+pub(in crate::ops) use self::kernel::{Ready, SIDE, Unit};
 pub(in crate::ops) use self::pack::{Side, View};
 use self::pack::{pack_block, turn, widen_block};
 use super::{Matrix, Start, even_parts, tasks};
@@ -32,23 +34,6 @@ const PACKED: usize = 1 << 20;
 /// Fewest rows that are packed. One alone is a generated token, which takes no longer than reading B; from two on what a row gives does not
 /// depend on how many there are.
 const LEAST_ROWS: usize = 2;
-
-/// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
-pub(super) fn permitted() -> bool {
-    static PERMITTED: OnceLock<bool> = OnceLock::new();
-    *PERMITTED.get_or_init(|| {
-        use std::arch::x86_64::__cpuid_count;
-        const TILES_AND_BF16: u32 = 1 << 24 | 1 << 22;
-        // From the kernel's documentation of extended states: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA.
-        const REQUEST: usize = 0x1023;
-        const TILE_DATA: usize = 18;
-        if !is_x86_feature_detected!("avx512bf16") || __cpuid_count(7, 0).edx & TILES_AND_BF16 != TILES_AND_BF16 {
-            return false;
-        }
-        // SAFETY: this call takes two numbers and touches no memory.
-        unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST, TILE_DATA) == 0 }
-    })
-}
 
 /// One side of a product, packed: strips of 32 lanes, each with all its steps of k. As A a step of a strip is a block of 32 rows by 32 k:
 /// one plane after the other, each row by row.
@@ -129,6 +114,11 @@ impl<const P: usize> Operand<P> {
     /// Steps of k.
     pub(in crate::ops) fn steps(&self) -> usize {
         self.steps
+    }
+
+    /// Numbers of k that these steps hold.
+    fn depth_of(&self, steps: Range<usize>) -> usize {
+        (steps.end * DEPTH).min(self.depth) - steps.start * DEPTH
     }
 
     /// A strip from step `step` on.
@@ -220,8 +210,9 @@ impl<'a, const P: usize> Right<'a, P> {
 pub(in crate::ops) type Terms<'a, const P: usize> = [(&'a Operand<P>, Right<'a, P>)];
 
 /// out, rows of `out.1` numbers = [out where `onto`] + strips of A times strips of B, over `steps` of k from each one's step on: on
-/// this thread, which has `Tiles`.
+/// this thread.
 pub(in crate::ops) fn multiply(
+    ready: &Ready,
     a: (&Operand<1>, Range<usize>, usize),
     b: (&Operand<1>, Range<usize>, usize),
     steps: usize,
@@ -233,11 +224,12 @@ pub(in crate::ops) fn multiply(
     assert!(b.1.len() * SIDE <= out.1 && a.1.len() * SIDE * out.1 <= out.0.len(), "the result has room for whole tiles");
     for (row, strip) in a.1.enumerate() {
         for (column, panel) in b.1.clone().enumerate() {
-            let runs = [(a.0.at(strip, a.2), steps), (std::ptr::null(), 0)];
+            let runs = [(a.0.at(strip, a.2), a.0.depth_of(a.2..a.2 + steps)), (std::ptr::null(), 0)];
+            let size = ((a.0.lanes - strip * SIDE).min(SIDE), SIDE);
             // SAFETY: all three asserted above.
             unsafe {
                 let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
-                kernel::<1>(runs, [false; 2], b.0.at(panel, b.2), at, out.1, onto);
+                ready.multiply::<1>(runs, [false; 2], b.0.at(panel, b.2), (at, out.1), size, onto);
             }
         }
     }
@@ -278,15 +270,15 @@ impl Packed {
 }
 
 /// out (m, n) = a times the rows of what was packed as A, for any number of rows.
-pub(super) fn product_by(a: &Matrix<'_>, b: &Packed, out: &mut [f32]) {
+pub(super) fn product_by(unit: Unit, a: &Matrix<'_>, b: &Packed, out: &mut [f32]) {
     match b {
-        Packed::Rounded(b) => products_of::<1>(&[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
-        Packed::Split(b) => products_of::<3>(&[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
+        Packed::Rounded(b) => products_of::<1>(unit, &[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
+        Packed::Split(b) => products_of::<3>(unit, &[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
     }
 }
 
 /// out (m, n) = start + the sum of the terms.
-pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
+pub(super) fn products(unit: Unit, terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
     let (mut rounded, mut split) = (Vec::new(), Vec::new());
     for (a, b) in terms {
         match a {
@@ -296,19 +288,19 @@ pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &
     }
     assert!(rounded.is_empty() || split.is_empty(), "operands of one sum are packed alike");
     match split.is_empty() {
-        true => products_of(&rounded, start, out),
-        false => products_of(&split, start, out),
+        true => products_of(unit, &rounded, start, out),
+        false => products_of(unit, &split, start, out),
     }
 }
 
-fn products_of<const P: usize>(terms: &Terms<'_, P>, start: Start<'_>, out: &mut [f32]) {
+fn products_of<const P: usize>(unit: Unit, terms: &Terms<'_, P>, start: Start<'_>, out: &mut [f32]) {
     let (m, n) = (terms[0].0.lanes, terms[0].1.lanes());
     assert_eq!(out.len(), m * n, "a result is (m, n)");
     let passes = Sum::passes(terms);
     for (index, sum) in passes.iter().enumerate() {
         let last = index + 1 == passes.len();
         let start = if last { start } else { Start::Zero };
-        let pass = Pass { sum, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
+        let pass = Pass { unit, sum, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
         let panel = sum.lines * size_of::<Line>();
         tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), m.div_ceil(SIDE), |panels, strips| pass.task(panels, strips));
     }
@@ -317,6 +309,7 @@ fn products_of<const P: usize>(terms: &Terms<'_, P>, start: Start<'_>, out: &mut
 /// Computes sums of one shape tile by tile, and gives `take` the tiles of each strip (of 32 rows) and panel (of 32 columns): zero beyond
 /// the last row and column.
 pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
+    unit: Unit,
     sums: [&Terms<'_, P>; S],
     take: impl Fn(usize, usize, &mut [Tile; S]) + Sync,
 ) {
@@ -336,7 +329,7 @@ pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
                 sum.pack(panels.clone(), &mut packed[done..], size);
                 done += sum.lines;
             }
-            let _tiles = Tiles::new();
+            let ready = Ready::new(unit);
             let mut tiles = [Tile::ZERO; S];
             for strip in strips {
                 for panel in panels.clone() {
@@ -344,7 +337,7 @@ pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
                     for (tile, passes) in tiles.iter_mut().zip(&sums) {
                         for (index, sum) in passes.iter().enumerate() {
                             // SAFETY: the panel is packed, in this order; a tile is 32 rows of 32 numbers.
-                            unsafe { sum.tile(strip, packed, tile.0.as_mut_ptr(), SIDE, index > 0) };
+                            unsafe { sum.tile(&ready, strip, packed, (tile.0.as_mut_ptr(), SIDE), (SIDE, SIDE), index > 0) };
                             packed = &packed[sum.lines..];
                         }
                     }
@@ -430,19 +423,28 @@ impl<'a, const P: usize> Sum<'a, P> {
         }
     }
 
-    /// out (32, 32), `row` numbers from row to row = [out where `onto`] + a strip of A times a packed panel.
+    /// out (32, 32), `out.1` numbers from row to row = [out where `onto`] + a strip of A times a packed panel; `size` as `Ready::multiply`'s.
     ///
     /// # Safety
-    /// This thread has `Tiles`, the panel's lines are packed from `packed`'s first on, and `out` is writable.
-    unsafe fn tile(&self, strip: usize, packed: &[Line], out: *mut f32, row: usize, onto: bool) {
+    /// The panel's lines are packed from `packed`'s first on, and `out` is writable.
+    unsafe fn tile(
+        &self,
+        ready: &Ready,
+        strip: usize,
+        packed: &[Line],
+        out: (*mut f32, usize),
+        size: (usize, usize),
+        onto: bool,
+    ) {
         let (mut runs, mut narrow): (Runs, _) = ([(std::ptr::null(), 0); 2], [true; 2]);
         for (index, piece) in self.pieces.iter().enumerate() {
-            runs[index] = (self.terms[piece.term].0.at(strip, piece.steps.start), piece.steps.len());
+            let a = self.terms[piece.term].0;
+            runs[index] = (a.at(strip, piece.steps.start), a.depth_of(piece.steps.clone()));
             narrow[index] = piece.narrow;
         }
         assert!(packed.len() >= self.lines, "a panel holds every piece");
         // SAFETY: the caller's promise; A's strips have all their steps.
-        unsafe { kernel::<P>(runs, narrow, packed.as_ptr(), out, row, onto) };
+        unsafe { ready.multiply::<P>(runs, narrow, packed.as_ptr(), out, size, onto) };
     }
 }
 
@@ -464,6 +466,7 @@ fn with_room(lines: usize, work: impl FnOnce(&mut [Line])) {
 
 /// One pass over the result.
 struct Pass<'a, const P: usize> {
+    unit: Unit,
     sum: &'a Sum<'a, P>,
     /// Whether it goes on from what the passes before left in `out`.
     onto: bool,
@@ -479,16 +482,16 @@ impl<const P: usize> Pass<'_, P> {
         let size = self.sum.lines.max(1);
         with_room(panels.len() * size, |packed| {
             self.sum.pack(panels.clone(), packed, size);
-            let _tiles = Tiles::new();
+            let ready = Ready::new(self.unit);
             for strip in strips {
                 for panel in panels.clone() {
-                    self.tile(strip, panel, &packed[(panel - panels.start) * size..][..size]);
+                    self.tile(&ready, strip, panel, &packed[(panel - panels.start) * size..][..size]);
                 }
             }
         });
     }
 
-    fn tile(&self, strip: usize, panel: usize, packed: &[Line]) {
+    fn tile(&self, ready: &Ready, strip: usize, panel: usize, packed: &[Line]) {
         let (row, column) = (strip * SIDE, panel * SIDE);
         let (rows, columns) = ((self.m - row).min(SIDE), (self.n - column).min(SIDE));
         let start = match self.start {
@@ -496,19 +499,19 @@ impl<const P: usize> Pass<'_, P> {
             Start::Row(values) => Some((&values[column..], 0)),
             Start::Matrix(values) => Some((&values[row * self.n + column..], self.n)),
         };
-        // SAFETY: this task alone writes these rows and columns of `out`, which has m rows of n numbers; `task` packed the panel and
-        // holds the registers.
+        // SAFETY: this task alone writes these rows and columns of `out`, which has m rows of n numbers; `task` packed the
+        // panel.
         unsafe {
             let out = self.out.at(row * self.n + column);
             if rows == SIDE && columns == SIDE && start.is_none() {
-                return self.sum.tile(strip, packed, out, self.n, self.onto);
+                return self.sum.tile(ready, strip, packed, (out, self.n), (SIDE, SIDE), self.onto);
             }
             let mut scratch = MaybeUninit::<Tile>::uninit();
             let at = scratch.as_mut_ptr().cast::<f32>();
             if self.onto {
                 (0..rows).for_each(|i| at.add(i * SIDE).copy_from_nonoverlapping(out.add(i * self.n), columns));
             }
-            self.sum.tile(strip, packed, at, SIDE, self.onto);
+            self.sum.tile(ready, strip, packed, (at, SIDE), (rows, columns), self.onto);
             finish(at, (out, self.n), start, rows, columns);
         }
     }

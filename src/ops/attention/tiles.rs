@@ -1,4 +1,4 @@
-//! The fused passes in tile registers, in bf16: `cpu.rs`'s panels and loops over scores, with every product in tiles of 32 keys by 32
+//! The fused passes in bf16 blocks: `cpu.rs`'s panels and loops over scores, with every product in tiles of 32 keys by 32
 //! queries. (In f32 its vectors are as fast: what is done to each score takes longer than the products.) What a pass counts is
 //! `Attention::blocks`'s products, whatever whole tiles add to them or leave out.
 //!
@@ -11,7 +11,7 @@ use super::cpu::{Inputs, Panel, gradients, share_out, softmax, write};
 use super::{Attention, Block};
 use crate::ops::host::{Shared, Stored};
 use crate::ops::issue;
-use crate::ops::product::amx::{Operand, SIDE, Side, Tiles, View, multiply};
+use crate::ops::product::blocks::{Operand, Ready, SIDE, Side, Unit, View, multiply};
 use crate::ops::product::{Number, Values};
 use crate::ops::simd::{self, vectorized};
 
@@ -73,21 +73,22 @@ fn over_queries(scores: &[f32]) -> View<'_> {
 }
 
 /// scores (keys, 32) = rows of `a` times the queries in `columns`.
-fn scores(panel: &Panel, a: &Operand<1>, columns: &Operand<1>, out: &mut Vec<f32>) {
+fn scores(ready: &Ready, panel: &Panel, a: &Operand<1>, columns: &Operand<1>, out: &mut Vec<f32>) {
     out.resize(panel.keys.len() * SIDE, 0.0);
-    multiply((a, tiles(&panel.keys), 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
+    multiply(ready, (a, tiles(&panel.keys), 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
 }
 
 impl Attention {
     pub(super) fn forward_tiles<O: Stored>(
         &self,
+        unit: Unit,
         x: [Values<'_>; 3],
         range: &Range<usize>,
         queries: Range<usize>,
         head: usize,
         at: (Shared<O>, Shared),
     ) {
-        let _tiles = Tiles::new();
+        let ready = Ready::new(unit);
         let [q, k, v] = self.heads_in(x, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
         let k = Operand::<1>::of(&k.rows(Side::A, 0..queries.end));
@@ -101,13 +102,13 @@ impl Attention {
             issue(1, block.queries.len(), d, block.keys.len());
             for panel in panels(&block) {
                 own.fill(&q.rows(Side::B, panel.queries.clone()));
-                scores(&panel, &k, &own, &mut s);
+                scores(&ready, &panel, &k, &own, &mut s);
                 panel.hide(self.window, &mut s);
                 let (mut sums, mut lses) = ([0.0f32; SIDE], [0.0f32; SIDE]);
                 softmax::<SIDE>(&mut s, scale, &mut sums, &mut lses);
                 p.fill(&over_keys(&s));
                 let keys = tiles(&panel.keys);
-                multiply((&p, 0..1, 0), (&v, 0..room / SIDE, keys.start), keys.len(), (&mut mixed, room), false);
+                multiply(&ready, (&p, 0..1, 0), (&v, 0..room / SIDE, keys.start), keys.len(), (&mut mixed, room), false);
                 for (lane, query) in panel.queries.clone().enumerate() {
                     let (row, share) = (range.start + query, 1.0 / sums[lane]);
                     // SAFETY: this row of this head belongs to this task alone.
@@ -121,8 +122,8 @@ impl Attention {
         }
     }
 
-    pub(super) fn backward_tiles(&self, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
-        let _tiles = Tiles::new();
+    pub(super) fn backward_tiles(&self, unit: Unit, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
+        let ready = Ready::new(unit);
         let [q, k, v] = self.heads_in(x.qkv, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
         let (dout, out) = (Head { values: Values::F32(x.dout), ..q }, Head { values: x.out, ..q });
@@ -140,10 +141,10 @@ impl Attention {
             for panel in panels(&block) {
                 let queries = panel.queries.clone();
                 own.fill(&q.rows(Side::B, queries.clone()));
-                scores(&panel, &k_rows, &own, &mut p);
+                scores(&ready, &panel, &k_rows, &own, &mut p);
                 panel.hide(self.window, &mut p);
                 own.fill(&dout.rows(Side::B, queries.clone()));
-                scores(&panel, &v_rows, &own, &mut ds);
+                scores(&ready, &panel, &v_rows, &own, &mut ds);
                 let (mut lses, mut inners) = ([0.0f32; SIDE], [0.0f32; SIDE]);
                 for (lane, query) in queries.clone().enumerate() {
                     lses[lane] = x.lse[(range.start + query) * self.heads + head];
@@ -158,12 +159,12 @@ impl Attention {
                 let below = keys.start * SIDE * room;
                 own.fill(&dout.channels(queries.clone()));
                 left.fill(&over_queries(&p));
-                multiply((&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dv[below..], room), true);
+                multiply(&ready, (&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dv[below..], room), true);
                 own.fill(&q.channels(queries.clone()));
                 left.fill(&over_queries(&ds));
-                multiply((&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dk[below..], room), true);
+                multiply(&ready, (&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dk[below..], room), true);
                 left.fill(&over_keys(&ds));
-                multiply((&left, 0..1, 0), (&k_channels, panels, keys.start), keys.len(), (&mut dq, room), false);
+                multiply(&ready, (&left, 0..1, 0), (&k_channels, panels, keys.start), keys.len(), (&mut dq, room), false);
                 // SAFETY: these rows of this head belong to this task alone.
                 unsafe { write(&dq[..count * room], room, d, range.start + queries.start, (at[0], width, head * d)) };
             }

@@ -178,6 +178,12 @@ fn first(count: usize) -> u16 {
     if count >= LANES { u16::MAX } else { (1 << count) - 1 }
 }
 
+#[inline(always)]
+fn ask<T>(at: *const T) {
+    // SAFETY: a prefetch reads nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+}
+
 /// Line i = 32 numbers of lane i.
 ///
 /// # Safety
@@ -187,6 +193,10 @@ unsafe fn along_k<T: Number, const P: usize>(from: *const T, stride: usize, lane
     let masks = (first(depth), first(depth.saturating_sub(LANES)));
     for lane in 0..LANES {
         let low = from.wrapping_add(lane * stride);
+        ask(low.wrapping_add(SIDE * stride));
+        if size_of::<T>() == 4 {
+            ask(low.wrapping_add(SIDE * stride + LANES));
+        }
         let masks = if lane < lanes { masks } else { (0, 0) };
         // SAFETY: the masks name what lies inside the lane.
         unsafe {
@@ -211,6 +221,8 @@ unsafe fn along_lanes<T: Number, const P: usize>(from: *const T, stride: usize, 
     let mask = first(lanes);
     for pair in 0..LANES {
         let low = from.wrapping_add(2 * pair * stride);
+        ask(low.wrapping_add(4 * SIDE));
+        ask(low.wrapping_add(stride + 4 * SIDE));
         let masks = (if 2 * pair < depth { mask } else { 0 }, if 2 * pair + 1 < depth { mask } else { 0 });
         // SAFETY: the masks name what lies inside these two rows.
         unsafe {
