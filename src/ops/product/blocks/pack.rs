@@ -88,18 +88,13 @@ impl<'a> View<'a> {
                 let (lanes, depth) = (self.lanes.saturating_sub(lane).min(LANES), (k.end - start).min(DEPTH));
                 let from = values.as_ptr().wrapping_add(lane * self.lane_stride + start * self.k_stride);
                 let at = step[half * LANES..].as_mut_ptr();
+                let turned = self.along_k() == (self.side == Side::B);
                 // SAFETY: these lanes and numbers lie inside the matrix (asserted by `pack`), and `step` has room for them; a view is only
-                // made where AMX is, which no processor has without the vectors used here.
+                // made where a unit multiplies blocks, which no processor has without the vectors used here.
                 unsafe {
-                    if self.along_k() {
-                        along_k::<T, P>(from, self.lane_stride, lanes, depth, at);
-                    } else {
-                        along_lanes::<T, P>(from, self.k_stride, lanes, depth, at);
-                    }
-                    if self.along_k() == (self.side == Side::B) {
-                        for plane in 0..P {
-                            transpose(at.add(plane * PAIR));
-                        }
+                    match self.along_k() {
+                        true => along_k::<T, P>(from, self.lane_stride, (lanes, depth), turned, at),
+                        false => along_lanes::<T, P>(from, self.k_stride, (lanes, depth), turned, at),
                     }
                 }
             }
@@ -114,7 +109,9 @@ impl<'a> View<'a> {
 pub(super) unsafe fn pack_block<const P: usize>(tile: &Tile, out: *mut Line) {
     for half in 0..SIDE / LANES {
         // SAFETY: the caller's promise; a tile is 32 rows of 32 numbers.
-        unsafe { along_k::<f32, P>(tile.0.as_ptr().add(half * LANES * SIDE), SIDE, LANES, DEPTH, out.add(half * LANES)) };
+        unsafe {
+            along_k::<f32, P>(tile.0.as_ptr().add(half * LANES * SIDE), SIDE, (LANES, DEPTH), false, out.add(half * LANES))
+        };
     }
 }
 
@@ -178,59 +175,110 @@ fn first(count: usize) -> u16 {
     if count >= LANES { u16::MAX } else { (1 << count) - 1 }
 }
 
-#[inline(always)]
-fn ask<T>(at: *const T) {
-    // SAFETY: a prefetch reads nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
-}
-
-/// Line i = 32 numbers of lane i.
+/// Line i = 32 numbers of lane i; where `turned`, words (two numbers each) and lines exchanged.
 ///
 /// # Safety
 /// `depth` numbers of `lanes` lanes, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn along_k<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: *mut Line) {
+unsafe fn along_k<T: Number, const P: usize>(
+    from: *const T,
+    stride: usize,
+    (lanes, depth): (usize, usize),
+    turned: bool,
+    out: *mut Line,
+) {
     let masks = (first(depth), first(depth.saturating_sub(LANES)));
-    for lane in 0..LANES {
-        let low = from.wrapping_add(lane * stride);
-        ask(low.wrapping_add(SIDE * stride));
-        if size_of::<T>() == 4 {
-            ask(low.wrapping_add(SIDE * stride + LANES));
-        }
-        let masks = if lane < lanes { masks } else { (0, 0) };
-        // SAFETY: the masks name what lies inside the lane.
-        unsafe {
-            let words = words::<T, P>(low, low.wrapping_add(LANES), masks);
-            for plane in 0..P {
-                _mm512_store_si512(out.add(plane * PAIR + lane).cast(), words[plane]);
-            }
-        }
+    // SAFETY: the masks name what lies inside each lane; `out` is the caller's promise.
+    unsafe {
+        let mut planes = match lanes == LANES && depth == DEPTH {
+            true => read::<T, P>(from, (stride, LANES), |_| ALL),
+            false => read::<T, P>(from, (stride, LANES), |lane| if lane < lanes { masks } else { (0, 0) }),
+        };
+        store(&mut planes, turned, out);
     }
 }
 
-/// Line i = numbers 2 i and 2 i + 1 of each lane.
+/// Line i = numbers 2 i and 2 i + 1 of each lane; where `turned`, words and lines exchanged.
 ///
 /// # Safety
 /// `depth` rows of `lanes` numbers, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn along_lanes<T: Number, const P: usize>(from: *const T, stride: usize, lanes: usize, depth: usize, out: *mut Line) {
+unsafe fn along_lanes<T: Number, const P: usize>(
+    from: *const T,
+    stride: usize,
+    (lanes, depth): (usize, usize),
+    turned: bool,
+    out: *mut Line,
+) {
     // Number i of the lower half, then number i of the upper half.
     let both = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
     );
     let mask = first(lanes);
-    for pair in 0..LANES {
-        let low = from.wrapping_add(2 * pair * stride);
-        ask(low.wrapping_add(4 * SIDE));
-        ask(low.wrapping_add(stride + 4 * SIDE));
-        let masks = (if 2 * pair < depth { mask } else { 0 }, if 2 * pair + 1 < depth { mask } else { 0 });
-        // SAFETY: the masks name what lies inside these two rows.
-        unsafe {
-            let words = words::<T, P>(low, low.wrapping_add(stride), masks);
-            for plane in 0..P {
-                let words = _mm512_permutexvar_epi16(both, words[plane]);
-                _mm512_store_si512(out.add(plane * PAIR + pair).cast(), words);
+    // SAFETY: the masks name what lies inside each two rows; `out` is the caller's promise.
+    unsafe {
+        let mut planes = match lanes == LANES && depth == DEPTH {
+            true => read::<T, P>(from, (2 * stride, stride), |_| ALL),
+            false => read::<T, P>(from, (2 * stride, stride), |pair| {
+                (if 2 * pair < depth { mask } else { 0 }, if 2 * pair + 1 < depth { mask } else { 0 })
+            }),
+        };
+        for plane in 0..P {
+            for pair in 0..LANES {
+                planes[plane][pair] = _mm512_permutexvar_epi16(both, planes[plane][pair]);
             }
+        }
+        store(&mut planes, turned, out);
+    }
+}
+
+/// Sixteen times sixteen numbers and sixteen more, `steps.1` further on, `steps.0` from one to the next; each plane of them.
+///
+/// # Safety
+/// As `words`', by the masks of each.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn read<T: Number, const P: usize>(
+    from: *const T,
+    steps: (usize, usize),
+    masks: impl Fn(usize) -> (u16, u16),
+) -> [[__m512i; LANES]; P] {
+    let mut planes = [[_mm512_setzero_si512(); LANES]; P];
+    for line in 0..LANES {
+        let low = from.wrapping_add(line * steps.0);
+        // SAFETY: the caller's promise.
+        let words = unsafe { words::<T, P>(low, low.wrapping_add(steps.1), masks(line)) };
+        for plane in 0..P {
+            planes[plane][line] = words[plane];
+        }
+    }
+    planes
+}
+
+/// Both masks where nothing is left out. A mask that is known is none.
+const ALL: (u16, u16) = (u16::MAX, u16::MAX);
+
+/// Writes sixteen lines of each plane; where `turned`, word j of line i as word i of line j.
+///
+/// # Safety
+/// They must be writable; the processor has AVX-512 F.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn store<const P: usize>(planes: &mut [[__m512i; LANES]; P], turned: bool, out: *mut Line) {
+    for plane in 0..P {
+        if turned {
+            let mut words = [_mm512_setzero_ps(); LANES];
+            for line in 0..LANES {
+                words[line] = _mm512_castsi512_ps(planes[plane][line]);
+            }
+            transpose_16(&mut words);
+            for line in 0..LANES {
+                planes[plane][line] = _mm512_castps_si512(words[line]);
+            }
+        }
+        for line in 0..LANES {
+            // SAFETY: a line is 64 bytes, aligned.
+            unsafe { _mm512_store_si512(out.add(plane * PAIR + line).cast(), planes[plane][line]) };
         }
     }
 }
@@ -271,22 +319,4 @@ fn parts<const P: usize>(x: __m512) -> [__m512; P] {
         parts[part] = _mm512_sub_ps(rest, parts[part - 1]);
     }
     parts
-}
-
-/// Line i, word j <-> line j, word i.
-///
-/// # Safety
-/// Sixteen lines must be readable and writable; the processor has AVX-512 F.
-#[target_feature(enable = "avx512f")]
-unsafe fn transpose(lines: *mut Line) {
-    let mut block = [_mm512_setzero_ps(); LANES];
-    for row in 0..LANES {
-        // SAFETY: a line is 64 bytes, aligned.
-        block[row] = unsafe { _mm512_load_ps(lines.add(row).cast()) };
-    }
-    transpose_16(&mut block);
-    for row in 0..LANES {
-        // SAFETY: as above.
-        unsafe { _mm512_store_ps(lines.add(row).cast(), block[row]) };
-    }
 }
