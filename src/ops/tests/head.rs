@@ -1,10 +1,11 @@
 //! The output embedding and its cross-entropy, chunk by chunk.
 
-use candle_core::{D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::{Context, Gradients, Head, HeadShape, Parameters, Weight};
-use super::{Pair, Passed, cases, close, every_way, flat, of, random, uniform, within};
+use super::super::product::available;
+use super::super::{Context, Gradients, Head, HeadShape, ISSUED, Parameters, Weight};
+use super::{Pair, Passed, bits, cases, close, every_way, flat, of, on, random, uniform, with, within};
 use crate::work::{Precision, Tally};
 
 const SCALE: f64 = 0.375;
@@ -93,6 +94,80 @@ fn chunks_do_not_show() {
     }
 }
 
+/// In bf16 against f64's softmax of the rounded numbers, by every instruction set and any number of threads.
+fn prove_bf16([n, c, v]: [usize; 3], size: f64, seed: u64) {
+    let targets: Vec<u32> = uniform(seed ^ 3, n).iter().map(|u| (u * v as f32) as u32).collect();
+    let rounded = |seed, shape: &[usize]| {
+        let x = random(seed, shape).affine(size, 0.0).unwrap();
+        x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap()
+    };
+    let inputs = [rounded(seed, &[n, c]), rounded(seed ^ 1, &[v, c])];
+    let (h, w) = (flat(&inputs[0]), flat(&inputs[1]));
+    let dot = |i: usize, word: usize| (0..c).map(|k| f64::from(h[i * c + k]) * f64::from(w[word * c + k])).sum::<f64>();
+    let (mut losses, mut dh) = (vec![0.0f64; n], vec![0.0f64; n * c]);
+    for (i, target) in targets.iter().enumerate() {
+        let z: Vec<f64> = (0..v).map(|word| dot(i, word) - dot(i, *target as usize)).collect();
+        let sum: f64 = z.iter().map(|z| z.exp()).sum();
+        losses[i] = sum.ln();
+        for (word, z) in z.iter().enumerate() {
+            let dz = SCALE * (z.exp() / sum - if word == *target as usize { 1.0 } else { 0.0 });
+            (0..c).for_each(|k| dh[i * c + k] += dz * f64::from(w[word * c + k]));
+        }
+    }
+    let largest = w.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+    let shape = HeadShape { loss_tokens: n, hidden: c, vocab: v, trained: false };
+    let stored = [inputs[0].clone(), inputs[1].to_dtype(DType::BF16).unwrap()];
+    for isa in available() {
+        let run = |threads: usize| {
+            on(threads, || {
+                with(isa, || {
+                    let tally = Tally::default();
+                    ISSUED.set(0);
+                    let got = run(Context::new(&tally, Precision::Bf16), &stored, &targets, false, true);
+                    assert_eq!(tally.take(), shape.backward_cost(Precision::Bf16, true));
+                    let may_say = threads == 1 && losses.iter().all(|loss| *loss < 59.0);
+                    assert!(!may_say || ISSUED.get() == shape.backward_cost(Precision::Bf16, true).flops(), "{}", isa.name);
+                    let head = Head { weight: Weight::frozen(stored[1].clone()) };
+                    let forward = head.forward(Context::new(&tally, Precision::Bf16), &stored[0], &targets).unwrap();
+                    assert_eq!(forward, flat(&got.0), "{}: losses alone", isa.name);
+                    got
+                })
+            })
+        };
+        let (got, gradients) = run(1);
+        let got_dh = gradients[0].as_ref().unwrap();
+        for threads in [2, 3] {
+            let (more, gradients) = run(threads);
+            assert_eq!((bits(&got), bits(got_dh)), (bits(&more), bits(gradients[0].as_ref().unwrap())), "{}", isa.name);
+        }
+        for (i, (got, want)) in flat(&got).iter().zip(&losses).enumerate() {
+            let within = 2e-5 * (1.0 + want.abs());
+            assert!((f64::from(*got) - want).abs() <= within, "{}: loss {i} is {got}, not {want}", isa.name);
+        }
+        // A probability, and a gradient of a logit, is rounded to bf16: 2^-8 of itself at most, and these add up to 2.
+        let within = 2.0 * SCALE * f64::from(largest) / 256.0;
+        for (i, (got, want)) in flat(got_dh).iter().zip(&dh).enumerate() {
+            assert!((f64::from(*got) - want).abs() <= within, "{}: dh {i} is {got}, not {want}", isa.name);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn cross_entropy_in_bf16_is_its_definition(n in 1usize..80, c in 1usize..50, v in 1usize..150, seed: u64) {
+        prove_bf16([n, c, v], 1.0, seed);
+    }
+}
+
+/// Several tasks and panels; and losses of up to hundreds of nats, which no sum of e^(z - z[target]) holds.
+#[test]
+fn losses_in_bf16_of_any_size() {
+    prove_bf16([70, 33, 1500], 1.0, 1);
+    prove_bf16([40, 40, 200], 4.0, 2);
+}
+
 /// Logits of 1e4 and -1e4: a loss of 0 for the winner, of their distance for the loser, and no overflow.
 #[test]
 fn large_logits_do_not_overflow() {
@@ -126,7 +201,7 @@ fn no_rows_are_no_work() {
     let tally = Tally::default();
     let context = Context::new(&tally, Precision::F32);
     let head = Head { weight: weight(&random(1, &[5, 2]), true) };
-    let h = Tensor::zeros((0, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let h = Tensor::zeros((0, 2), DType::F32, &Device::Cpu).unwrap();
     let mut gradients = Gradients::new(1);
     assert_eq!(head.forward(context, &h, &[]).unwrap(), [0.0f32; 0]);
     let (losses, dh) = head.forward_backward(context, &h, &[], 1.0, true, &mut gradients).unwrap();

@@ -29,7 +29,7 @@ use crate::work::Precision;
 /// Bytes of packed B of one run through k: with A's it streams through a second-level cache of 2 MiB, which every processor with AMX has.
 const DEEPEST: usize = 128 << 10;
 /// Bytes of packed B of one task: half of that cache.
-const PACKED: usize = 3 << 17;
+const PACKED: usize = 1 << 20;
 
 /// Fewest rows that are packed. One alone is a generated token, which takes no longer than reading B; from two on what a row gives does not
 /// depend on how many there are.

@@ -1,7 +1,11 @@
-//! Output embedding and negative log-likelihood together, in chunks of rows: a (tokens, vocabulary) matrix never exists.
+//! Output embedding and negative log-likelihood together, in chunks of rows: a (tokens, vocabulary) matrix never exists. In bf16 blocks
+//! logits never do (`tiles`).
 //!
 //! For row i with logits z = h W^T (+ adapter-free): loss = log sum exp z - z[target]; dz = (softmax z - onehot target) * scale. Only rows at
 //! loss positions are given in, so a prompt costs nothing here.
+
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use candle_core::{D, DType, Tensor};
 
@@ -70,6 +74,9 @@ impl HeadShape {
     }
 }
 
+/// Each row's loss, and dh (L, C) where it is wanted.
+type Losses = (Vec<f32>, Option<Tensor>);
+
 impl Head {
     fn shape(&self, loss_tokens: usize) -> Result<HeadShape> {
         let (vocab, hidden) = self.weight.tensor.dims2()?;
@@ -103,10 +110,12 @@ impl Head {
         let shape = self.checked(h, targets)?;
         context.tally.add(shape.forward_cost(context.precision));
         let mut losses = Vec::with_capacity(targets.len());
-        for rows in shape.chunks() {
+        for rows in self.chunks(context, &shape) {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
-            if context.fused(&h) {
+            if let Some((found, _)) = self.losses_in_tiles(context, &h, targets, None)? {
+                losses.extend(found);
+            } else if context.fused(&h) {
                 let mut logits = self.logits_cpu(context, &h)?;
                 losses.extend(self::losses(&mut logits, targets, None));
             } else {
@@ -131,9 +140,14 @@ impl Head {
         context.tally.add(shape.backward_cost(context.precision, input_gradient));
         let mut losses = Vec::with_capacity(targets.len());
         let mut parts = Vec::new();
-        for rows in shape.chunks() {
+        for rows in self.chunks(context, &shape) {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
+            if let Some((found, dh)) = self.losses_in_tiles(context, &h, targets, input_gradient.then_some(scale))? {
+                losses.extend(found);
+                parts.extend(dh);
+                continue;
+            }
             if context.fused(&h) {
                 let mut logits = self.logits_cpu(context, &h)?;
                 losses.extend(self::losses(&mut logits, targets, Some(scale as f32)));
@@ -155,6 +169,23 @@ impl Head {
             _ => Some(Tensor::cat(&parts, 0)?),
         };
         Ok((losses, dh))
+    }
+
+    /// Rows that are taken at once: twice a chunk's where what is kept of them takes half.
+    fn chunks(&self, context: Context<'_>, shape: &HeadShape) -> Vec<usize> {
+        let chunks: Vec<usize> = shape.chunks().collect();
+        let together = if self.takes_tiles(context) { 2 } else { 1 };
+        chunks.chunks(together).map(|chunks| chunks.iter().sum()).collect()
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn takes_tiles(&self, _: Context<'_>) -> bool {
+        false
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn losses_in_tiles(&self, _: Context<'_>, _: &Tensor, _: &[u32], _: Option<f64>) -> Result<Option<Losses>> {
+        Ok(None)
     }
 
     /// h (L, C) -> logits (L, V).
