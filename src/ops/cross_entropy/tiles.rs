@@ -42,7 +42,8 @@ impl Head {
         let (h, (l, c), v) = (h.contiguous()?, h.dims2()?, self.weight.tensor.dims2()?.0);
         let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
         let packed = Prepared::new(context.precision, &h.matrix(l, c));
-        let (Some(rows), Some(unit)) = (packed.packed().and_then(Packed::operand::<1>), best().blocks) else { return Ok(None) };
+        let Some(packed) = packed.packed() else { return Ok(None) };
+        let Some(rows) = packed.operand::<1>() else { return Ok(None) };
         let (panels, strips) = (v.div_ceil(SIDE), l.div_ceil(SIDE));
         // Beyond the last row every e is zero.
         let mut at_targets = vec![f32::INFINITY; strips * SIDE];
@@ -57,7 +58,7 @@ impl Head {
         };
         let (write_sums, write_e) = (Shared(sums.as_mut_ptr()), e.as_mut().map(Operand::blocks));
         let terms = [(rows, Right::of(&w.matrix(v, c).t()))];
-        tiles_of::<1, 1>(unit, [&terms], |strip, panel, [tile]| {
+        tiles_of::<1, 1>(packed.unit(), [&terms], |strip, panel, [tile]| {
             let sums = exponentials(tile, &at_targets[strip * SIDE..], v - panel * SIDE);
             // SAFETY: each strip and panel comes once, and what is written outlives the loop.
             unsafe {
@@ -68,7 +69,7 @@ impl Head {
             }
         });
         let mut totals = vec![[0.0f64; SIDE]; strips];
-        each(totals.iter_mut().zip(sums.chunks(panels)), |(total, sums)| {
+        each(totals.iter_mut().zip(sums.chunks(panels.max(1))), |(total, sums)| {
             sums.iter().for_each(|sums| (0..SIDE).for_each(|row| total[row] += f64::from(sums[row])));
         });
         let totals = &totals.as_flattened()[..l];
@@ -77,7 +78,7 @@ impl Head {
         }
         let losses = totals.iter().map(|total| total.ln() as f32).collect();
         let Some((scale, e)) = scale.zip(e) else { return Ok(Some((losses, None))) };
-        let e = Prepared::of(Packed::from_blocks(e));
+        let e = Prepared::of(Packed::from_blocks(packed.unit(), e));
         let Some(left) = Left::prepared(l, v, &e) else { return Ok(None) };
         let mut dh = products(&[Term { a: &left, b: w.matrix(v, c) }], Start::Zero);
         each(dh.chunks_mut(c).zip(targets).zip(totals), |((dh, target), total)| {

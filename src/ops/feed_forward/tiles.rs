@@ -7,7 +7,7 @@ use super::{Between, FeedForward, FeedForwardSaved};
 use crate::error::{Error, Kind, Result};
 use crate::ops::host::{Host, Shared, expect};
 use crate::ops::product::blocks::{Blocks, Operand, Packed, Right, SIDE, Tile, Unit, tiles_of};
-use crate::ops::product::{Matrix, Prepared, best};
+use crate::ops::product::{Matrix, Prepared};
 use crate::ops::simd::vectorized;
 use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved};
@@ -131,9 +131,8 @@ fn operand<const P: usize>(prepared: &Prepared) -> Result<&Operand<P>> {
     operand.ok_or_else(|| Error::new(Kind::Tensor, "operands of one sum are packed alike"))
 }
 
-/// What multiplies the blocks of what was packed.
-fn unit() -> Result<Unit> {
-    best().blocks.ok_or_else(|| Error::new(Kind::Tensor, "blocks are multiplied where they can be packed"))
+fn unit(prepared: &Prepared) -> Result<Unit> {
+    prepared.packed().map(Packed::unit).ok_or_else(|| Error::new(Kind::Tensor, "blocks are made of what is packed"))
 }
 
 impl FeedForward<'_> {
@@ -161,7 +160,7 @@ impl FeedForward<'_> {
         x: LinearInput,
         base: &Tensor,
     ) -> Result<(Tensor, FeedForwardSaved)> {
-        let (n, f) = (x.rows(), self.gate.weight.tensor.dims2()?.0);
+        let (n, f, unit) = (x.rows(), self.gate.weight.tensor.dims2()?.0, unit(x.prepared())?);
         expect("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
         let (gate_factors, gate_saved) = self.outer(context, self.gate, &x)?;
         let (up_factors, up_saved) = self.outer(context, self.up, &x)?;
@@ -174,7 +173,7 @@ impl FeedForward<'_> {
         {
             let (write_gate, write_up, write_inner) = (gate.writer(), up.writer(), inner.blocks());
             let (gate, up) = (gate_factors.terms::<P>(&x)?, up_factors.terms::<P>(&x)?);
-            tiles_of::<P, 2>(unit()?, [&gate, &up], |strip, panel, tiles| {
+            tiles_of::<P, 2>(unit, [&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
                 // SAFETY: `tiles_of` gives each strip and panel of this shape once, and what is written outlives it.
                 unsafe {
@@ -186,7 +185,7 @@ impl FeedForward<'_> {
             });
         }
         drop(x);
-        let inner = LinearInput::packed((n, f), Prepared::of(Packed::from_blocks(inner)));
+        let inner = LinearInput::packed((n, f), Prepared::of(Packed::from_blocks(unit, inner)));
         let (y, down) = self.down.forward_prepared(context, &inner, None, Some(base))?;
         Ok((
             y,
@@ -229,6 +228,7 @@ impl FeedForward<'_> {
         expect("dy", dy, &[n, c])?;
         expect("down", &self.down.weight.tensor, &[c, f])?;
         let dy = LinearInput::new(context, dy.clone())?;
+        let unit = unit(dy.prepared())?;
         context.tally.add(self.down.shape(n, false)?.backward_cost(context.precision, true));
         context.tally.add(swiglu_backward_cost(n * f));
         let down = Branch { linear: self.down, dy: &dy, saved: &saved.down };
@@ -246,7 +246,7 @@ impl FeedForward<'_> {
         {
             let terms = factors.terms::<P>(&dy)?;
             let (write_gate, write_up, write_inner) = (d_gate.blocks(), d_up.blocks(), inner.as_mut().map(Operand::blocks));
-            tiles_of::<P, 1>(unit()?, [&terms], |strip, panel, [d_inner]| {
+            tiles_of::<P, 1>(unit, [&terms], |strip, panel, [d_inner]| {
                 let (mut gate, mut up) = (between.gate.read(strip, panel), between.up.read(strip, panel));
                 // SAFETY: as in the forward pass.
                 unsafe {
@@ -261,7 +261,7 @@ impl FeedForward<'_> {
                 }
             });
         }
-        let packed = |operand: Operand<P>| LinearInput::packed((n, f), Prepared::of(Packed::from_blocks(operand)));
+        let packed = |operand: Operand<P>| LinearInput::packed((n, f), Prepared::of(Packed::from_blocks(unit, operand)));
         if let (Some(inner), Some(d_low)) = (inner, d_low) {
             down.inner_gradient(context, &packed(inner), &d_low, gradients)?;
         }

@@ -157,7 +157,7 @@ impl Prepared {
     }
 
     fn with(isa: &Isa, precision: Precision, a: &Matrix<'_>) -> Self {
-        Self(isa.unit(precision).and_then(|_| blocks::Packed::new(a, precision)).map(Arc::new))
+        Self(isa.unit(precision).and_then(|unit| blocks::Packed::new(unit, a, precision)).map(Arc::new))
     }
 }
 
@@ -228,9 +228,7 @@ pub(super) fn product_by(a: Matrix<'_>, b: &blocks::Packed, columns: usize) -> V
     issue(1, a.rows, columns, a.columns);
     // SAFETY: the product writes every number.
     let mut out = unsafe { uninitialized(a.rows * columns) };
-    if let Some(unit) = best().blocks {
-        blocks::product_by(unit, &a, b, &mut out);
-    }
+    blocks::product_by(&a, b, &mut out);
     out
 }
 
@@ -259,9 +257,9 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
         return out;
     }
     let packed: Vec<_> = terms.iter().filter_map(|term| Some((term.a.packed()?, term.b))).collect();
-    if let (Some(unit), false) = (isa.blocks, packed.is_empty()) {
+    if !packed.is_empty() {
         assert_eq!(packed.len(), terms.len(), "the terms of a sum are prepared alike");
-        blocks::products(unit, &packed, start, &mut out);
+        blocks::products(&packed, start, &mut out);
         return out;
     }
     for (index, pieces) in passes(isa, terms).iter().enumerate() {

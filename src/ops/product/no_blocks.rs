@@ -17,15 +17,15 @@ impl Unit {
 pub(in crate::ops) enum Packed {}
 
 impl Packed {
-    pub(super) fn new(_: &Matrix<'_>, _: Precision) -> Option<Self> {
-        None
+    pub(super) fn new(unit: Unit, _: &Matrix<'_>, _: Precision) -> Option<Self> {
+        match unit {}
     }
 }
 
-pub(super) fn product_by(unit: Unit, _: &Matrix<'_>, _: &Packed, _: &mut [f32]) {
-    match unit {}
+pub(super) fn product_by(_: &Matrix<'_>, b: &Packed, _: &mut [f32]) {
+    match *b {}
 }
 
-pub(super) fn products(unit: Unit, _: &[(&Packed, Matrix<'_>)], _: Start<'_>, _: &mut [f32]) {
-    match unit {}
+pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], _: Start<'_>, _: &mut [f32]) {
+    match *terms[0].0 {}
 }

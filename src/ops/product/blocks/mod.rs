@@ -235,55 +235,69 @@ pub(in crate::ops) fn multiply(
     }
 }
 
-/// A, packed.
-pub(in crate::ops) enum Packed {
+/// A, packed for a unit.
+pub(in crate::ops) struct Packed {
+    unit: Unit,
+    planes: Planes,
+}
+
+enum Planes {
     Rounded(Operand<1>),
     Split(Operand<3>),
 }
 
 impl Packed {
     /// Packs `a` where it has rows enough.
-    pub(in crate::ops) fn new(a: &Matrix<'_>, precision: Precision) -> Option<Self> {
-        (a.rows >= LEAST_ROWS).then(|| match precision {
-            Precision::F32 => Self::Split(Operand::shared(&View::a(a))),
-            Precision::Bf16 | Precision::F16 => Self::Rounded(Operand::shared(&View::a(a))),
-        })
+    pub(in crate::ops) fn new(unit: Unit, a: &Matrix<'_>, precision: Precision) -> Option<Self> {
+        let planes = || match precision {
+            Precision::F32 => Planes::Split(Operand::shared(&View::a(a))),
+            Precision::Bf16 | Precision::F16 => Planes::Rounded(Operand::shared(&View::a(a))),
+        };
+        (a.rows >= LEAST_ROWS).then(|| Self { unit, planes: planes() })
     }
 
     /// An operand that was written block by block, of 1 or 3 planes.
-    pub(in crate::ops) fn from_blocks<const P: usize>(operand: Operand<P>) -> Option<Self> {
+    pub(in crate::ops) fn from_blocks<const P: usize>(unit: Unit, operand: Operand<P>) -> Option<Self> {
         let operand: Box<dyn Any> = Box::new(operand);
-        match operand.downcast::<Operand<1>>() {
-            Ok(rounded) => Some(Self::Rounded(*rounded)),
-            Err(operand) => operand.downcast::<Operand<3>>().ok().map(|split| Self::Split(*split)),
-        }
+        let planes = match operand.downcast::<Operand<1>>() {
+            Ok(rounded) => Some(Planes::Rounded(*rounded)),
+            Err(operand) => operand.downcast::<Operand<3>>().ok().map(|split| Planes::Split(*split)),
+        };
+        planes.map(|planes| Self { unit, planes })
+    }
+
+    /// What multiplies it.
+    pub(in crate::ops) fn unit(&self) -> Unit {
+        self.unit
     }
 
     /// The operand, where it has `P` planes.
     pub(in crate::ops) fn operand<const P: usize>(&self) -> Option<&Operand<P>> {
-        let operand: &dyn Any = match self {
-            Self::Rounded(operand) => operand,
-            Self::Split(operand) => operand,
+        let operand: &dyn Any = match &self.planes {
+            Planes::Rounded(operand) => operand,
+            Planes::Split(operand) => operand,
         };
         operand.downcast_ref()
     }
 }
 
 /// out (m, n) = a times the rows of what was packed as A, for any number of rows.
-pub(super) fn product_by(unit: Unit, a: &Matrix<'_>, b: &Packed, out: &mut [f32]) {
-    match b {
-        Packed::Rounded(b) => products_of::<1>(unit, &[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
-        Packed::Split(b) => products_of::<3>(unit, &[(&Operand::shared(&View::a(a)), Right::Packed(b))], Start::Zero, out),
+pub(super) fn product_by(a: &Matrix<'_>, b: &Packed, out: &mut [f32]) {
+    let a = View::a(a);
+    match &b.planes {
+        Planes::Rounded(rows) => products_of::<1>(b.unit, &[(&Operand::shared(&a), Right::Packed(rows))], Start::Zero, out),
+        Planes::Split(rows) => products_of::<3>(b.unit, &[(&Operand::shared(&a), Right::Packed(rows))], Start::Zero, out),
     }
 }
 
-/// out (m, n) = start + the sum of the terms.
-pub(super) fn products(unit: Unit, terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
-    let (mut rounded, mut split) = (Vec::new(), Vec::new());
+/// out (m, n) = start + the sum of the terms, of which there is one at least.
+pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
+    let (mut rounded, mut split, unit) = (Vec::new(), Vec::new(), terms[0].0.unit);
     for (a, b) in terms {
-        match a {
-            Packed::Rounded(a) => rounded.push((a, Right::View(View::b(b)))),
-            Packed::Split(a) => split.push((a, Right::View(View::b(b)))),
+        assert_eq!(a.unit, unit, "operands of one sum are packed for one unit");
+        match &a.planes {
+            Planes::Rounded(a) => rounded.push((a, Right::View(View::b(b)))),
+            Planes::Split(a) => split.push((a, Right::View(View::b(b)))),
         }
     }
     assert!(rounded.is_empty() || split.is_empty(), "operands of one sum are packed alike");
