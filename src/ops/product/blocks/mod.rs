@@ -1,10 +1,10 @@
 //! Products in blocks: bf16 in, f32 sums, 32 x 32 numbers of the result at a time, in tile registers (Intel AMX) or in vectors of pairs
 //! (AVX512-BF16), which read one layout.
 //!
-//! In bf16 both operands are rounded to it once, while they are packed. In f32, in tile registers alone, each is split into three bf16 parts that add up to all of
-//! its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, and faster. A B that is stored
-//! in bf16 is one such part, so that three products are left. Numbers below 2^-126 count as zero. The order of a sum is the same whatever the
-//! number of threads and the other size of the product.
+//! In bf16 both operands are rounded to it once, while they are packed. In f32, in tile registers alone, each is split into three bf16
+//! parts that add up to all of its 24 bits, and the six products of parts that reach them are summed: as exact as f32 multiply-adds, and
+//! faster. A B that is stored in bf16 is one such part, so that three products are left. Numbers below 2^-126 count as zero. The order of
+//! a sum is the same whatever the number of threads and the other size of the product.
 
 pub(super) mod amx;
 mod kernel;
@@ -28,7 +28,8 @@ use crate::work::Precision;
 
 /// Bytes of packed B of one run through k: with A's it streams through a second-level cache of 2 MiB, which every processor with AMX has.
 const DEEPEST: usize = 128 << 10;
-/// Bytes of packed B of one task: half of that cache.
+/// Bytes of packed B of one task: half of that cache. (Where it is 1 MiB, less gained nothing: benches/LOG.md, "a processor with fast dot
+/// products of bf16 pairs".)
 const PACKED: usize = 1 << 20;
 
 /// Fewest rows that are packed. One alone is a generated token, which takes no longer than reading B; from two on what a row gives does not

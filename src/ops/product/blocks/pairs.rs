@@ -6,7 +6,8 @@ use std::arch::x86_64::*;
 
 use super::kernel::{DEPTH, Line, PAIR, Runs, SIDE};
 
-/// Rows that are summed in registers at a time: with two vectors of columns, 16 sums that wait for nothing.
+/// Rows that are summed in registers at a time: with two vectors of columns, 16 sums that wait for nothing. More rows gained nothing
+/// (benches/LOG.md, "a processor with fast dot products of bf16 pairs").
 const ROWS: usize = 8;
 /// f32 numbers of a vector.
 const LANES: usize = 16;
