@@ -257,15 +257,14 @@ impl Attention {
         });
         let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
         let isa = best();
-        #[cfg(target_arch = "x86_64")]
         let unit = isa.blocks.filter(|_| context.precision != Precision::F32);
         each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
-            #[cfg(target_arch = "x86_64")]
-            if let Some(unit) = unit {
-                return self.forward_tiles(unit, [q, k, v], &range, queries, head, at);
+            match unit {
+                #[cfg(target_arch = "x86_64")]
+                Some(unit) => self.forward_tiles(unit, [q, k, v], &range, queries, head, at),
+                _ => self.forward_task(isa, [q, k, v], &range, queries, head, at),
             }
-            self.forward_task(isa, [q, k, v], &range, queries, head, at);
         });
         tensor(lse, (n, self.heads))
     }
@@ -331,14 +330,11 @@ impl Attention {
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
         let tasks = segments.ranges().iter().flat_map(|range| (0..self.heads).map(move |head| (range, head)));
         let isa = best();
-        #[cfg(target_arch = "x86_64")]
         let unit = isa.blocks.filter(|_| context.precision != Precision::F32);
-        each(tasks, |(range, head)| {
+        each(tasks, |(range, head)| match unit {
             #[cfg(target_arch = "x86_64")]
-            if let Some(unit) = unit {
-                return self.backward_tiles(unit, &x, range, head, at);
-            }
-            self.backward_task(isa, &x, range, head, at);
+            Some(unit) => self.backward_tiles(unit, &x, range, head, at),
+            _ => self.backward_task(isa, &x, range, head, at),
         });
         let [dq, dk, dv] = grads;
         let kv = (n, self.kv_heads * self.head_dim);
