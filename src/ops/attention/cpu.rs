@@ -257,7 +257,7 @@ impl Attention {
         });
         let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
         let isa = best();
-        let unit = isa.blocks.filter(|_| context.precision != Precision::F32);
+        let unit = isa.narrow_unit(context.precision);
         each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
             match unit {
@@ -330,7 +330,7 @@ impl Attention {
         let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
         let tasks = segments.ranges().iter().flat_map(|range| (0..self.heads).map(move |head| (range, head)));
         let isa = best();
-        let unit = isa.blocks.filter(|_| context.precision != Precision::F32);
+        let unit = isa.narrow_unit(context.precision);
         each(tasks, |(range, head)| match unit {
             #[cfg(target_arch = "x86_64")]
             Some(unit) => self.backward_tiles(unit, &x, range, head, at),

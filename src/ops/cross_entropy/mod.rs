@@ -110,7 +110,7 @@ impl Head {
         let shape = self.checked(h, targets)?;
         context.tally.add(shape.forward_cost(context.precision));
         let mut losses = Vec::with_capacity(targets.len());
-        for rows in self.chunks(context, &shape) {
+        for rows in self.chunks(context, h, &shape) {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
             if let Some((found, _)) = self.losses_in_tiles(context, &h, targets, None)? {
@@ -140,7 +140,7 @@ impl Head {
         context.tally.add(shape.backward_cost(context.precision, input_gradient));
         let mut losses = Vec::with_capacity(targets.len());
         let mut parts = Vec::new();
-        for rows in self.chunks(context, &shape) {
+        for rows in self.chunks(context, h, &shape) {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
             if let Some((found, dh)) = self.losses_in_tiles(context, &h, targets, input_gradient.then_some(scale))? {
@@ -172,14 +172,14 @@ impl Head {
     }
 
     /// Rows that are taken at once: twice a chunk's where what is kept of them takes half.
-    fn chunks(&self, context: Context<'_>, shape: &HeadShape) -> Vec<usize> {
+    fn chunks(&self, context: Context<'_>, h: &Tensor, shape: &HeadShape) -> Vec<usize> {
         let chunks: Vec<usize> = shape.chunks().collect();
-        let together = if self.takes_tiles(context) { 2 } else { 1 };
+        let together = if self.takes_tiles(context, h) { 2 } else { 1 };
         chunks.chunks(together).map(|chunks| chunks.iter().sum()).collect()
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    fn takes_tiles(&self, _: Context<'_>) -> bool {
+    fn takes_tiles(&self, _: Context<'_>, _: &Tensor) -> bool {
         false
     }
 

@@ -13,18 +13,14 @@ use crate::ops::product::blocks::{Operand, Packed, Right, SIDE, Tile, tiles_of};
 use crate::ops::product::{Left, Prepared, Start, Term, Values, best, products};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
-use crate::work::Precision;
 
 /// e^60: a loss of 60 nats. The sums of e times W stay far below f32's largest number.
 const MOST: f64 = 1e26;
 
 impl Head {
-    /// Whether rows with a loss go through blocks.
-    pub(super) fn takes_tiles(&self, context: Context<'_>) -> bool {
-        !context.reference
-            && context.precision != Precision::F32
-            && best().unit(context.precision).is_some()
-            && !self.weight.is_trained()
+    /// Whether rows of h go through blocks.
+    pub(super) fn takes_tiles(&self, context: Context<'_>, h: &Tensor) -> bool {
+        context.fused(h) && best().narrow_unit(context.precision).is_some() && !self.weight.is_trained()
     }
 
     /// h (L, C), targets (L) -> the losses, and dh of `scale * sum of losses` where there is a scale. None where that takes logits: of one row
@@ -36,7 +32,7 @@ impl Head {
         targets: &[u32],
         scale: Option<f64>,
     ) -> Result<Option<Losses>> {
-        if !self.takes_tiles(context) || !context.fused(h) {
+        if !self.takes_tiles(context, h) {
             return Ok(None);
         }
         let (h, (l, c), v) = (h.contiguous()?, h.dims2()?, self.weight.tensor.dims2()?.0);

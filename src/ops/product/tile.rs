@@ -65,6 +65,11 @@ impl Isa {
         self.blocks.filter(|unit| unit.takes(precision))
     }
 
+    /// What multiplies products in `precision` in blocks where f32 goes by vectors, whatever a unit takes.
+    pub(in crate::ops) fn narrow_unit(&self, precision: Precision) -> Option<Unit> {
+        self.blocks.filter(|_| precision != Precision::F32)
+    }
+
     /// Columns of the widest tile.
     pub(in crate::ops) fn columns(&self) -> usize {
         2 * self.lanes
@@ -144,7 +149,7 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
             let wide = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl");
-            let pairs = wide && pairs::present();
+            let pairs = pairs::present();
             let candidates = [
                 (wide && amx::permitted(), &AMX),
                 (pairs && pairs::fast(), &AVX512_BF16),

@@ -12,16 +12,20 @@ const ROWS: usize = 8;
 /// f32 numbers of a vector.
 const LANES: usize = 16;
 
-/// Whether the processor has these dot products.
+/// Whether the processor has these dot products, and the vectors that pack for them.
 pub(in crate::ops::product) fn present() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512bf16")
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512bf16")
 }
 
-/// Whether they are faster than f32's multiply-adds: twice on AMD's processors, where one is issued as often; half on Intel's.
+/// Whether they are faster than f32's multiply-adds where there are any: twice on AMD's processors, where one is issued as often; half on
+/// Intel's.
 pub(in crate::ops::product) fn fast() -> bool {
     let vendor = __cpuid(0);
     // "AuthenticAMD"
-    present() && [vendor.ebx, vendor.edx, vendor.ecx] == [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes)
+    [vendor.ebx, vendor.edx, vendor.ecx] == [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes)
 }
 
 /// out (rows, columns) = [out where `onto`] + the runs' products with B's steps from `b` on; whole vectors and eights of rows are written.
