@@ -20,31 +20,28 @@ pub(super) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
 }
 
-/// e^x, within 2 units in the last place of f32 on [-87.3, 88.7]; 0 below, e^88.7 above.
+/// e^x, within 2 units in the last place of f32 on [-87.3, 88]; 0 below, e^88 above.
 ///
-/// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r by a polynomial of degree 6 (its Taylor terms: the first left out,
-/// r^7 / 5040, is at most 1.2e-7 of e^r). ln 2 is subtracted in two parts, the first exact in f32 times any n here (Cody and Waite 1980).
+/// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. ln 2 is subtracted in two parts, the first exact in f32 times any n here
+/// (Cody and Waite 1980). e^r by 1 + r + r^2 q(r), q of degree 3 with the least largest relative error on that interval, 1.05e-7.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    let held = x.clamp(-87.3, 88.7);
+    let held = x.clamp(-87.3, 88.0);
     let shifted = held * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = (held - n * LN_2_HIGH) - n * LN_2_LOW;
-    let p = 1.0 / 120.0 + r * (1.0 / 720.0);
-    let p = 1.0 / 24.0 + r * p;
-    let p = 1.0 / 6.0 + r * p;
-    let p = 0.5 + r * p;
+    let p = 0.041_890_33 + r * 0.008_312_501;
+    let p = 0.166_671_16 + r * p;
+    let p = 0.499_992_3 + r * p;
     let p = 1.0 + r * p;
     let p = 1.0 + r * p;
-    // n lies in -126..=128: half the power twice, because 2^128 alone is no f32.
-    let power = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let half = power >> 1;
-    let two_to = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    let value = p * two_to(half) * two_to(power - half);
+    // n lies in -126..=127: 2^n is a normal number.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits());
+    let value = p * f32::from_bits(n.wrapping_add(127) << 23);
     if x < -87.3 { 0.0 } else { value }
 }
 
@@ -109,12 +106,12 @@ mod tests {
         for i in -200_000..=200_000 {
             let x = i as f32 * 4.43e-4;
             let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
-            if x > -87.3 && x < 88.7 {
+            if x > -87.3 && x < 88.0 {
                 assert!((found / expected - 1.0).abs() < 2.5e-7, "exp({x}) = {found}, not {expected}");
             }
         }
         assert_eq!((exp(0.0), exp(-1000.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
-        assert!(exp(1000.0) > 3e38 && exp(f32::NAN).is_nan());
+        assert!(exp(1000.0) > 1e38 && exp(1000.0).is_finite() && exp(f32::NAN).is_nan());
     }
 
     #[test]

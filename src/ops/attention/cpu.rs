@@ -1,8 +1,9 @@
-//! The fused passes: scores with queries along the vectors, so that softmax runs down columns and no tile is ever transposed.
+//! The fused passes: a block of queries meets a run of keys at a time, so that what they read and add to stays in a second-level cache.
 //!
-//! For up to a tile's width of queries, scores lie as (keys, queries): S^T = K Q^T. The same buffer is then read by broadcast in either
-//! direction: O = P V and dQ = dS K take its columns, dV += P^T dO and dK += dS^T Q its rows. One task is one query head of a segment (in
-//! the forward pass, of some of its query blocks); what the query heads of one key head add up to is summed afterwards, in order.
+//! Scores lie as (keys, queries): S^T = K Q^T, with queries along the vectors, so that softmax runs down columns and no tile is ever
+//! transposed. The same buffer is then read by broadcast in either direction: O = P V and dQ = dS K take its columns, dV += P^T dO and
+//! dK += dS^T Q its rows. One task is one query head of a segment (in the forward pass, of some of its query blocks); what the query heads
+//! of one key head add up to is summed afterwards, in order.
 
 use std::ops::Range;
 
@@ -12,7 +13,7 @@ use half::bf16;
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, Matrix, TileArgs, Values, best, pack, strip};
+use crate::ops::product::{Isa, Matrix, TileArgs, Values, best, even_parts, pack};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -20,8 +21,12 @@ use crate::work::Precision;
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
 const QUERIES: usize = 4 * BLOCK;
+/// Keys of a run: their rows, the sums over them and a block's scores fill half of a second-level cache of 512 KiB.
+const RUN: usize = 128;
+/// Numbers from one key's scores to the next's: a block's, and a cache line that keeps a column of them out of the same few sets.
+const ROW: usize = BLOCK + 16;
 /// Keys whose probabilities are summed before the sum goes on in another: sums of thousands stay accurate in f32.
-const KEYS: usize = 256;
+const SUMMED: usize = 256;
 
 /// Rows and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
 #[derive(Clone, Copy)]
@@ -36,175 +41,282 @@ impl<'a> Head<'a> {
         Self { values: values.after(start * stride + first), stride, d }
     }
 
-    /// Rows `rows` as columns, in f32: (d, `lanes`), zero beyond the last row.
-    fn columns(&self, isa: &Isa, rows: Range<usize>, lanes: usize, out: &mut Vec<f32>) {
-        out.resize(self.d * lanes, 0.0);
+    /// Rows `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
+    fn columns(&self, isa: &Isa, rows: Range<usize>) -> Vec<f32> {
+        let mut out = vec![0.0; self.d * rows.len().next_multiple_of(isa.lanes)];
         let matrix = Matrix::inside(self.values, rows.start * self.stride, (self.d, 1), (rows.len(), self.stride));
-        pack(isa, &matrix, 0..self.d, 0..rows.len(), out);
+        for (index, panel) in out.chunks_mut(self.d * isa.columns()).enumerate() {
+            let first = index * isa.columns();
+            pack(isa, &matrix, 0..self.d, first..(first + isa.columns()).min(rows.len()), panel);
+        }
+        out
     }
 
-    /// Rows `0..count`, one after the other.
-    fn rows(&self, isa: &Isa, count: usize) -> Rows {
-        let width = self.d.next_multiple_of(isa.lanes);
-        let mut values = vec![0.0; count * width];
-        pack(isa, &Matrix::inside(self.values, 0, (count, self.stride), (self.d, 1)), 0..count, 0..self.d, &mut values);
-        Rows { values, width }
+    /// Rows `rows`, one after the other, into `out`.
+    fn rows(&self, isa: &Isa, rows: Range<usize>, out: &mut Rows) {
+        out.clear(isa, rows.clone(), self.d);
+        let matrix = Matrix::inside(self.values, rows.start * self.stride, (rows.len(), self.stride), (self.d, 1));
+        pack(isa, &matrix, 0..rows.len(), 0..self.d, &mut out.values);
     }
 }
 
 /// Rows of one head, in f32, as wide as a whole number of vectors (zero beyond the head's channels).
+#[derive(Default)]
 struct Rows {
     values: Vec<f32>,
     width: usize,
+    /// The first row's number in the segment.
+    first: usize,
 }
 
 impl Rows {
+    /// Zeros.
+    fn clear(&mut self, isa: &Isa, rows: Range<usize>, d: usize) {
+        self.width = d.next_multiple_of(isa.lanes);
+        self.first = rows.start;
+        self.values.clear();
+        self.values.resize(rows.len() * self.width, 0.0);
+    }
+
+    /// Zeros of their own.
+    fn zero(isa: &Isa, rows: Range<usize>, d: usize) -> Self {
+        let mut zero = Self::default();
+        zero.clear(isa, rows, d);
+        zero
+    }
+
+    fn holds(&self, rows: &Range<usize>) -> bool {
+        self.first <= rows.start && rows.end <= self.first + self.values.len() / self.width
+    }
+
     fn row(&self, row: usize) -> *const f32 {
-        self.values[row * self.width..].as_ptr()
+        self.values[(row - self.first) * self.width..].as_ptr()
+    }
+
+    fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.values[(row - self.first) * self.width..][..self.width]
+    }
+
+    /// The first column and the vectors of each part that a tile is as wide as.
+    fn parts(&self, isa: &Isa) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (width, most, lanes) = (self.width, isa.columns(), isa.lanes);
+        (0..width).step_by(most).map(move |first| (first, (width - first).min(most) / lanes))
     }
 }
 
-/// Up to a tile's width of queries of a block, and the keys they see: all counted from the segment's start.
+/// A block's queries and the keys of a run that they see, counted from the segment's start. Its scores are (keys, `ROW`); there are none
+/// where a whole tile of them would be hidden.
+struct Patch<'a> {
+    isa: &'a Isa,
+    queries: Range<usize>,
+    keys: Range<usize>,
+}
+
+/// Some queries of a block, and the keys that they have scores with.
 pub(super) struct Panel {
     pub(super) queries: Range<usize>,
     pub(super) keys: Range<usize>,
-    /// Lanes of its buffers: the queries, rounded up to whole vectors.
-    pub(super) lanes: usize,
+    /// Numbers from one key's scores to the next's.
+    pub(super) row: usize,
 }
 
-/// A block's panels, each with the keys up to its last query: no later one is seen. What a pass counts is the block's products all the same.
-fn panels(isa: &Isa, block: &Block) -> impl Iterator<Item = Panel> + use<> {
-    let (queries, first, most, vector) = (block.queries.clone(), block.keys.start, isa.columns(), isa.lanes);
-    queries.clone().step_by(most).map(move |start| {
-        let queries = start..(start + most).min(queries.end);
-        Panel { lanes: queries.len().next_multiple_of(vector), keys: first..queries.end, queries }
-    })
+impl<'a> Patch<'a> {
+    /// What the block sees of the run, if anything.
+    fn new(isa: &'a Isa, block: &Block, run: &Range<usize>) -> Option<Self> {
+        let keys = block.keys.start.max(run.start)..block.keys.end.min(run.end);
+        (!keys.is_empty()).then(|| Self { isa, queries: block.queries.clone(), keys })
+    }
+
+    /// The keys of a row of tiles each.
+    fn strips(&self) -> impl Iterator<Item = Range<usize>> + Clone + use<> {
+        even_parts(self.keys.clone(), self.isa.rows)
+    }
+
+    /// Queries as many as a tile is wide each, and the keys of the strips that begin before their last.
+    fn panels(&self) -> impl Iterator<Item = Panel> + use<> {
+        let (most, strips, end, first) = (self.isa.columns(), self.strips(), self.queries.end, self.keys.start);
+        self.queries.clone().step_by(most).map(move |start| {
+            let queries = start..(start + most).min(end);
+            let seen = strips.clone().take_while(|strip| strip.start < queries.end).last();
+            Panel { keys: first..seen.map_or(first, |strip| strip.end), queries, row: ROW }
+        })
+    }
+
+    /// The panel's first query of the block, and vectors that hold its queries.
+    fn lanes(&self, panel: &Panel) -> (usize, usize) {
+        (panel.queries.start - self.queries.start, panel.queries.len().div_ceil(self.isa.lanes))
+    }
+
+    /// out = the keys' rows of `head` times the block's `columns`, (d, lanes) of each panel.
+    fn scores(&self, head: &Rows, columns: &[f32], d: usize, out: &mut [f32]) {
+        let (isa, panels) = (self.isa, self.panels().collect::<Vec<_>>());
+        assert!(head.holds(&self.keys) && out.len() >= self.keys.len() * ROW);
+        assert!(columns.len() >= d * self.queries.len().next_multiple_of(isa.lanes));
+        for strip in self.strips() {
+            for panel in panels.iter().filter(|panel| strip.start < panel.queries.end) {
+                let (at, vectors) = self.lanes(panel);
+                // SAFETY: `head` holds every key's row, `columns` d vectors of each panel and `out` a row for each key (checked).
+                unsafe {
+                    let a = (head.row(strip.start), head.width, 1);
+                    let b = (columns.as_ptr().add(d * at), vectors * isa.lanes);
+                    let out = (out.as_mut_ptr().add((strip.start - self.keys.start) * ROW + at), ROW);
+                    isa.tile(strip.len(), vectors)(TileArgs { start: std::ptr::null(), ..sum_of(d, a, b, out) });
+                }
+            }
+        }
+    }
+
+    /// The queries' rows of `sum` += the columns of `scores` times the keys' rows of `head`.
+    fn mix(&self, scores: &[f32], head: &Rows, sum: &mut Rows) {
+        let isa = self.isa;
+        assert!(scores.len() >= self.keys.len() * ROW && head.holds(&self.keys));
+        assert!(sum.holds(&self.queries) && sum.width == head.width);
+        for panel in self.panels() {
+            for (first, vectors) in head.parts(isa) {
+                for strip in even_parts(panel.queries.clone(), isa.rows) {
+                    // SAFETY: scores are (keys, ROW), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
+                    unsafe {
+                        let a = (scores.as_ptr().add(strip.start - self.queries.start), 1, ROW);
+                        let b = (head.row(self.keys.start).add(first), head.width);
+                        let out = (sum.row_mut(strip.start).as_mut_ptr().add(first), sum.width);
+                        isa.tile(strip.len(), vectors)(sum_of(panel.keys.len(), a, b, out));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The keys' rows of `sum` += the rows of `scores` times the queries' rows of `head`.
+    fn spread(&self, scores: &[f32], head: &Rows, sum: &mut Rows) {
+        let isa = self.isa;
+        assert!(scores.len() >= self.keys.len() * ROW && head.holds(&self.queries));
+        assert!(sum.holds(&self.keys) && sum.width == head.width);
+        for strip in self.strips() {
+            // Panels before hold no scores of this strip.
+            let at = strip.start.saturating_sub(self.queries.start) / isa.columns() * isa.columns();
+            for (first, vectors) in head.parts(isa) {
+                // SAFETY: scores are (keys, ROW), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
+                unsafe {
+                    let a = (scores.as_ptr().add((strip.start - self.keys.start) * ROW + at), ROW, 1);
+                    let b = (head.row(self.queries.start + at).add(first), head.width);
+                    let out = (sum.row_mut(strip.start).as_mut_ptr().add(first), sum.width);
+                    isa.tile(strip.len(), vectors)(sum_of(self.queries.len() - at, a, b, out));
+                }
+            }
+        }
+    }
+}
+
+/// out += a (rows, k) b: each where it begins and its strides, which are in numbers.
+fn sum_of(
+    k: usize,
+    (a, a_row, a_column): (*const f32, usize, usize),
+    (b, b_row): (*const f32, usize),
+    (out, out_row): (*mut f32, usize),
+) -> TileArgs {
+    TileArgs { k, a, a_row, a_column, b, b_row, start: out, start_row: out_row, out, out_row }
 }
 
 impl Panel {
-    /// out (keys, lanes) = rows of `head` times `columns` (d, lanes).
-    fn scores(&self, isa: &Isa, head: &Rows, columns: &[f32], d: usize, out: &mut Vec<f32>) {
-        out.resize(self.keys.len() * self.lanes, 0.0);
-        let (a_row, b_row, out_row) = (head.width, self.lanes, self.lanes);
-        let (start, start_row) = (std::ptr::null(), 0);
-        let (a, b, out) = (head.row(self.keys.start), columns.as_ptr(), out.as_mut_ptr());
-        let args = TileArgs { k: d, a, a_row, a_column: 1, b, b_row, start, start_row, out, out_row };
-        // SAFETY: `head` holds every key's row, `columns` is (d, lanes), `out` (keys, lanes), just resized.
-        unsafe { strip(isa, self.keys.len(), self.lanes / isa.lanes, args) };
-    }
-
-    /// out (queries, head's width) = the columns of `scores` (keys, lanes) times the keys' rows of `head`.
-    fn mix(&self, isa: &Isa, scores: &[f32], head: &Rows, out: &mut Vec<f32>) {
-        out.resize(self.queries.len() * head.width, 0.0);
-        assert!(scores.len() >= self.keys.len() * self.lanes, "every key has a score");
-        for first in (0..head.width).step_by(isa.columns()) {
-            let vectors = (head.width - first).min(isa.columns()) / isa.lanes;
-            // SAFETY: scores are (keys, lanes) with a lane for each query, `head` holds every key's row of `width`, `out` (queries, width).
-            unsafe {
-                let args = TileArgs {
-                    k: self.keys.len(),
-                    a: scores.as_ptr(),
-                    a_row: 1,
-                    a_column: self.lanes,
-                    b: head.row(self.keys.start).add(first),
-                    b_row: head.width,
-                    start: std::ptr::null(),
-                    start_row: 0,
-                    out: out.as_mut_ptr().add(first),
-                    out_row: head.width,
-                };
-                strip(isa, self.queries.len(), vectors, args);
-            }
-        }
-    }
-
-    /// The keys' rows of `sum` += the rows of `scores` (keys, lanes) times the queries' rows of `head`.
-    fn spread(&self, isa: &Isa, scores: &[f32], head: &Rows, sum: &mut Rows) {
-        assert!(scores.len() >= self.keys.len() * self.lanes && sum.values.len() >= self.keys.end * sum.width);
-        for first in (0..head.width).step_by(isa.columns()) {
-            let vectors = (head.width - first).min(isa.columns()) / isa.lanes;
-            // SAFETY: scores are (keys, lanes), `head` holds every query's row, `sum` every key's (checked), both `width` wide.
-            unsafe {
-                let out = sum.values.as_mut_ptr().add(self.keys.start * sum.width + first);
-                let args = TileArgs {
-                    k: self.queries.len(),
-                    a: scores.as_ptr(),
-                    a_row: self.lanes,
-                    a_column: 1,
-                    b: head.row(self.queries.start).add(first),
-                    b_row: head.width,
-                    start: out,
-                    start_row: sum.width,
-                    out,
-                    out_row: sum.width,
-                };
-                strip(isa, self.keys.len(), vectors, args);
-            }
-        }
-    }
-
     /// Minus infinity where a query does not see a key: where it comes before the key, or `window` or more after it.
     pub(super) fn hide(&self, window: Option<usize>, scores: &mut [f32]) {
-        let (start, lanes) = (self.queries.start, self.queries.len());
-        for (key, row) in self.keys.clone().zip(scores.chunks_exact_mut(self.lanes)) {
-            row[..key.saturating_sub(start).min(lanes)].fill(f32::NEG_INFINITY);
-            let unseen = window.map_or(lanes, |window| (key + window).saturating_sub(start).min(lanes));
-            row[unseen..lanes].fill(f32::NEG_INFINITY);
+        let (first, queries, count) = (self.keys.start, &self.queries, self.queries.len());
+        for key in first.max(queries.start + 1)..self.keys.end {
+            scores[(key - first) * self.row..][..(key - queries.start).min(count)].fill(f32::NEG_INFINITY);
+        }
+        let unseen = window.and_then(|window| Some((window, queries.end.checked_sub(window)?)));
+        if let Some((window, end)) = unseen {
+            for key in first..self.keys.end.min(end) {
+                let seen = (key + window).saturating_sub(queries.start);
+                scores[(key - first) * self.row..][seen..count].fill(f32::NEG_INFINITY);
+            }
         }
     }
 }
 
-/// Calls `$name::<LANES>` with the number of lanes as a constant.
+/// Evaluates an expression with the number of lanes as a constant.
 macro_rules! by_lanes {
-    ($lanes:expr, $name:ident($($argument:expr),*)) => {
+    ($lanes:expr, |$name:ident| $value:expr) => {
         match $lanes {
-            8 => $name::<8>($($argument),*),
-            16 => $name::<16>($($argument),*),
-            _ => $name::<32>($($argument),*),
+            8 => {
+                const $name: usize = 8;
+                $value
+            }
+            16 => {
+                const $name: usize = 16;
+                $value
+            }
+            _ => {
+                const $name: usize = 32;
+                $value
+            }
         }
     };
 }
 
-/// Scores (keys, L) -> exp(scale (score - max)), not yet divided by their sum; each lane's sum, and log-sum-exp of `scale` times its scores.
-pub(super) fn softmax<const L: usize>(scores: &mut [f32], scale: f32, sums: &mut [f32], lse: &mut [f32]) {
-    let rows = scores.as_chunks_mut::<L>().0;
+/// Runs of keys up to `end`, from the first on that one of the blocks sees.
+fn runs(blocks: &[Block], end: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let first = blocks.iter().map(|block| block.keys.start).min().unwrap_or(end);
+    (first / RUN * RUN..end).step_by(RUN).map(move |start| start..(start + RUN).min(end))
+}
+
+/// Scores -> exp(scale (score - max)), not yet divided by their sum, of `L` queries, one key's `row` numbers after another's. Goes on from
+/// the largest scores and the sums of keys before (`f32::MIN` and zero, where there are none); what was summed with those counts as much as
+/// is returned.
+pub(super) fn softmax<const L: usize>(scores: &mut [f32], row: usize, scale: f32, max: &mut [f32], sums: &mut [f32]) -> [f32; L] {
     vectorized(
         #[inline(always)]
         || {
-            let mut max = [f32::NEG_INFINITY; L];
-            for row in rows.iter() {
-                max.iter_mut().zip(row).for_each(|(max, x)| *max = if *x > *max { *x } else { *max });
+            let (mut largest, mut total) = ([0.0f32; L], [0.0f32; L]);
+            largest.copy_from_slice(&max[..L]);
+            total.copy_from_slice(&sums[..L]);
+            for scores in scores.chunks(row) {
+                let scores = &scores[..L];
+                for lane in 0..L {
+                    largest[lane] = if scores[lane] > largest[lane] { scores[lane] } else { largest[lane] };
+                }
             }
-            let mut total = [0.0f32; L];
-            for rows in rows.chunks_mut(KEYS) {
+            let mut share = [0.0f32; L];
+            for lane in 0..L {
+                share[lane] = simd::exp(scale * (max[lane] - largest[lane]));
+                total[lane] *= share[lane];
+            }
+            for scores in scores.chunks_mut(SUMMED * row) {
                 let mut sum = [0.0f32; L];
-                for row in rows.iter_mut() {
+                for scores in scores.chunks_mut(row) {
+                    let scores = &mut scores[..L];
                     for lane in 0..L {
-                        row[lane] = simd::exp(scale * (row[lane] - max[lane]));
-                        sum[lane] += row[lane];
+                        scores[lane] = simd::exp(scale * (scores[lane] - largest[lane]));
+                        sum[lane] += scores[lane];
                     }
                 }
-                total.iter_mut().zip(sum).for_each(|(total, sum)| *total += sum);
+                for lane in 0..L {
+                    total[lane] += sum[lane];
+                }
             }
-            for lane in 0..L {
-                lse[lane] = scale * max[lane] + total[lane].ln();
-                sums[lane] = total[lane];
-            }
+            max[..L].copy_from_slice(&largest);
+            sums[..L].copy_from_slice(&total);
+            share
         },
-    );
+    )
 }
 
-/// Scores and dP (keys, L) -> P and dS, in place.
-pub(super) fn gradients<const L: usize>(scores: &mut [f32], dp: &mut [f32], lse: &[f32], inner: &[f32], scale: f32) {
+/// Scores and dP -> P and dS, in place, of `L` queries, one key's `row` numbers after another's.
+pub(super) fn gradients<const L: usize>(
+    scores: &mut [f32],
+    dp: &mut [f32],
+    row: usize,
+    (lse, inner): (&[f32], &[f32]),
+    scale: f32,
+) {
     let (mut lses, mut inners) = ([0.0; L], [0.0; L]);
     lses[..lse.len()].copy_from_slice(lse);
     inners[..inner.len()].copy_from_slice(inner);
     vectorized(
         #[inline(always)]
         || {
-            let (scores, dp) = (scores.as_chunks_mut::<L>().0, dp.as_chunks_mut::<L>().0);
-            for row in 0..scores.len() {
-                let (p, ds) = (&mut scores[row], &mut dp[row]);
+            for (p, ds) in scores.chunks_mut(row).zip(dp.chunks_mut(row)) {
+                let (p, ds) = (&mut p[..L], &mut ds[..L]);
                 for lane in 0..L {
                     p[lane] = simd::exp(scale * p[lane] - lses[lane]);
                     ds[lane] = p[lane] * (ds[lane] - inners[lane]) * scale;
@@ -280,30 +392,46 @@ impl Attention {
     ) {
         let (d, width, scale) = (self.head_dim, self.heads * self.head_dim, self.scale() as f32);
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
-        let q = Head::new(x[0], width, range.start, head * d, d);
-        let [k, v] = [x[1], x[2]].map(|x| Head::new(x, kv, range.start, first, d).rows(isa, queries.end));
-        let (mut columns, mut scores, mut mixed) = (Vec::new(), Vec::new(), Vec::new());
+        let columns = Head::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone());
+        let [k_head, v_head] = [x[1], x[2]].map(|x| Head::new(x, kv, range.start, first, d));
         let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
-        for block in self.blocks(range.len()).filter(within) {
+        let blocks: Vec<Block> = self.blocks(range.len()).filter(within).collect();
+        for block in &blocks {
             issue(1, block.queries.len(), block.keys.len(), d);
             issue(1, block.queries.len(), d, block.keys.len());
-            for panel in panels(isa, &block) {
-                q.columns(isa, panel.queries.clone(), panel.lanes, &mut columns);
-                panel.scores(isa, &k, &columns, d, &mut scores);
-                panel.hide(self.window, &mut scores);
-                let (mut sums, mut lses) = ([0.0f32; 32], [0.0f32; 32]);
-                by_lanes!(panel.lanes, softmax(&mut scores, scale, &mut sums, &mut lses));
-                panel.mix(isa, &scores, &v, &mut mixed);
-                for (lane, query) in panel.queries.clone().enumerate() {
-                    let (row, share) = (range.start + query, 1.0 / sums[lane]);
-                    // SAFETY: this row of this head belongs to this task alone.
-                    let out = unsafe {
-                        *at.1.at(row * self.heads + head) = lses[lane];
-                        std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
-                    };
-                    share_out(out, &mixed[lane * v.width..][..d], share);
+        }
+        let (mut k, mut v, mut out) = (Rows::default(), Rows::default(), Rows::zero(isa, queries.clone(), d));
+        let mut scores = vec![0.0; queries.end.min(RUN) * ROW];
+        let lanes = queries.len().next_multiple_of(isa.lanes);
+        let (mut max, mut sums) = (vec![f32::MIN; lanes], vec![0.0; lanes]);
+        for run in runs(&blocks, queries.end) {
+            k_head.rows(isa, run.clone(), &mut k);
+            v_head.rows(isa, run.clone(), &mut v);
+            for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
+                let before = patch.queries.start - queries.start;
+                patch.scores(&k, &columns[before * d..], d, &mut scores);
+                for panel in patch.panels() {
+                    let (lane, vectors) = patch.lanes(&panel);
+                    let scores = &mut scores[lane..panel.keys.len() * ROW];
+                    panel.hide(self.window, scores);
+                    let (max, sums) = (&mut max[before + lane..], &mut sums[before + lane..]);
+                    let mut shares = [0.0; 32];
+                    by_lanes!(vectors * isa.lanes, |L| shares[..L].copy_from_slice(&softmax::<L>(scores, ROW, scale, max, sums)));
+                    for (query, share) in panel.queries.zip(shares) {
+                        out.row_mut(query).iter_mut().for_each(|x| *x *= share);
+                    }
                 }
+                patch.mix(&scores, &v, &mut out);
             }
+        }
+        for (query, (max, sum)) in queries.zip(max.into_iter().zip(sums)) {
+            let row = range.start + query;
+            // SAFETY: this row of this head belongs to this task alone.
+            let to = unsafe {
+                *at.1.at(row * self.heads + head) = scale * max + sum.ln();
+                std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
+            };
+            share_out(to, &out.row_mut(query)[..d], 1.0 / sum);
         }
     }
 
@@ -342,49 +470,54 @@ impl Attention {
     }
 
     fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
-        let (d, width) = (self.head_dim, self.heads * self.head_dim);
+        let (d, width, all) = (self.head_dim, self.heads * self.head_dim, 0..range.len());
         let (kv, first, scale) = (self.kv_heads * d, head / self.group() * d, self.scale() as f32);
         let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
+        let [k_head, v_head] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first));
         let [q_head, dout_head] = [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
-        let [k, v] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first).rows(isa, range.len()));
-        let [q, out, dout] = [q_head, of(x.out, width, head * d), dout_head].map(|head| head.rows(isa, range.len()));
-        let zero = || Rows { values: vec![0.0; k.values.len()], width: k.width };
-        let (mut dk, mut dv) = (zero(), zero());
-        let (mut columns, mut p, mut ds, mut dq) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for block in self.blocks(range.len()) {
-            let (rows, cols) = (block.queries.len(), block.keys.len());
-            issue(2, rows, cols, d);
-            issue(3, rows, d, cols);
-            for panel in panels(isa, &block) {
-                let queries = panel.queries.clone();
-                q_head.columns(isa, queries.clone(), panel.lanes, &mut columns);
-                panel.scores(isa, &k, &columns, d, &mut p);
-                panel.hide(self.window, &mut p);
-                dout_head.columns(isa, queries.clone(), panel.lanes, &mut columns);
-                panel.scores(isa, &v, &columns, d, &mut ds);
-                let (mut lses, mut inners) = ([0.0f32; 32], [0.0f32; 32]);
-                for (lane, query) in queries.clone().enumerate() {
-                    lses[lane] = x.lse[(range.start + query) * self.heads + head];
-                    let of = |head: &Rows| query * head.width..query * head.width + d;
-                    inners[lane] = vectorized(
-                        #[inline(always)]
-                        || simd::dot(&dout.values[of(&dout)], &out.values[of(&out)]) as f32,
-                    );
+        let [q_columns, dout_columns] = [q_head, dout_head].map(|head| head.columns(isa, all.clone()));
+        let [mut q, mut dout, mut k, mut v, mut dk, mut dv]: [Rows; 6] = Default::default();
+        q_head.rows(isa, all.clone(), &mut q);
+        dout_head.rows(isa, all.clone(), &mut dout);
+        let mut dq = Rows::zero(isa, all.clone(), d);
+        let lses: Vec<f32> = range.clone().map(|row| x.lse[row * self.heads + head]).collect();
+        let inners: Vec<f32> = range.clone().map(|row| x.inner(row * width + head * d, d)).collect();
+        let blocks: Vec<Block> = self.blocks(range.len()).collect();
+        for block in &blocks {
+            issue(2, block.queries.len(), block.keys.len(), d);
+            issue(3, block.queries.len(), d, block.keys.len());
+        }
+        let room = range.len().min(RUN) * ROW;
+        let (mut p, mut ds) = (vec![0.0; room], vec![0.0; room]);
+        for run in runs(&blocks, range.len()) {
+            k_head.rows(isa, run.clone(), &mut k);
+            v_head.rows(isa, run.clone(), &mut v);
+            dk.clear(isa, run.clone(), d);
+            dv.clear(isa, run.clone(), d);
+            for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
+                let before = patch.queries.start * d;
+                patch.scores(&k, &q_columns[before..], d, &mut p);
+                patch.scores(&v, &dout_columns[before..], d, &mut ds);
+                for panel in patch.panels() {
+                    let (lane, vectors) = patch.lanes(&panel);
+                    let part = lane..panel.keys.len() * ROW;
+                    let (p, ds) = (&mut p[part.clone()], &mut ds[part]);
+                    panel.hide(self.window, p);
+                    let rows = (&lses[panel.queries.clone()], &inners[panel.queries]);
+                    by_lanes!(vectors * isa.lanes, |L| gradients::<L>(p, ds, ROW, rows, scale));
                 }
-                let count = queries.len();
-                by_lanes!(panel.lanes, gradients(&mut p, &mut ds, &lses[..count], &inners[..count], scale));
-                panel.spread(isa, &p, &dout, &mut dv);
-                panel.spread(isa, &ds, &q, &mut dk);
-                panel.mix(isa, &ds, &k, &mut dq);
-                // SAFETY: these rows of this head belong to this task alone.
-                unsafe { write(&dq, q.width, d, range.start + queries.start, (at[0], width, head * d)) };
+                patch.spread(&p, &dout, &mut dv);
+                patch.spread(&ds, &q, &mut dk);
+                patch.mix(&ds, &k, &mut dq);
+            }
+            // SAFETY: these rows of this head belong to this task alone.
+            unsafe {
+                write(&dk.values, dk.width, d, range.start + run.start, (at[1], width, head * d));
+                write(&dv.values, dv.width, d, range.start + run.start, (at[2], width, head * d));
             }
         }
-        // SAFETY: the rows of this segment belong, in this head's columns, to this task alone.
-        unsafe {
-            write(&dk.values, dk.width, d, range.start, (at[1], width, head * d));
-            write(&dv.values, dv.width, d, range.start, (at[2], width, head * d));
-        }
+        // SAFETY: as above.
+        unsafe { write(&dq.values, dq.width, d, range.start, (at[0], width, head * d)) };
     }
 
     /// (N, Hq D) -> (N, Hkv D): the sum over each key head's group.
@@ -425,6 +558,20 @@ pub(super) struct Inputs<'a> {
     pub(super) out: Values<'a>,
     pub(super) dout: &'a [f32],
     pub(super) lse: &'a [f32],
+}
+
+impl Inputs<'_> {
+    /// dout times out, summed over the `d` numbers from number `at` on.
+    pub(super) fn inner(&self, at: usize, d: usize) -> f32 {
+        let dout = &self.dout[at..at + d];
+        vectorized(
+            #[inline(always)]
+            || match self.out {
+                Values::F32(out) => simd::dot(dout, &out[at..at + d]) as f32,
+                Values::Bf16(out) => simd::dot(dout, &out[at..at + d]) as f32,
+            },
+        )
+    }
 }
 
 /// Copies rows of `d` numbers, `width` apart, to rows from `first` on of a (N, stride) buffer, from column `column` on.

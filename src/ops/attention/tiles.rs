@@ -12,8 +12,7 @@ use super::{Attention, Block};
 use crate::ops::host::{Shared, Stored};
 use crate::ops::issue;
 use crate::ops::product::blocks::{Operand, Ready, SIDE, Side, Unit, View, multiply};
-use crate::ops::product::{Number, Values};
-use crate::ops::simd::{self, vectorized};
+use crate::ops::product::Values;
 
 /// Rows and channels of one head inside a (N, width) tensor.
 #[derive(Clone, Copy)]
@@ -42,11 +41,6 @@ impl<'a> Head<'a> {
             (rows.len(), self.width),
         )
     }
-
-    fn row(&self, row: usize) -> Range<usize> {
-        let at = (self.start + row) * self.width + self.first;
-        at..at + self.d
-    }
 }
 
 /// A block's panels of up to 32 queries, with the keys up to their own in whole tiles: those that a query must not see are hidden anyway.
@@ -54,7 +48,7 @@ fn panels(block: &Block) -> impl Iterator<Item = Panel> + use<> {
     let (queries, first) = (block.queries.clone(), block.keys.start / SIDE * SIDE);
     queries.clone().step_by(SIDE).map(move |start| {
         let queries = start..(start + SIDE).min(queries.end);
-        Panel { lanes: SIDE, keys: first..queries.end.next_multiple_of(SIDE), queries }
+        Panel { keys: first..queries.end.next_multiple_of(SIDE), queries, row: SIDE }
     })
 }
 
@@ -104,8 +98,8 @@ impl Attention {
                 own.fill(&q.rows(Side::B, panel.queries.clone()));
                 scores(&ready, &panel, &k, &own, &mut s);
                 panel.hide(self.window, &mut s);
-                let (mut sums, mut lses) = ([0.0f32; SIDE], [0.0f32; SIDE]);
-                softmax::<SIDE>(&mut s, scale, &mut sums, &mut lses);
+                let (mut max, mut sums) = ([f32::MIN; SIDE], [0.0f32; SIDE]);
+                softmax::<SIDE>(&mut s, SIDE, scale, &mut max, &mut sums);
                 p.fill(&over_keys(&s));
                 let keys = tiles(&panel.keys);
                 multiply(&ready, (&p, 0..1, 0), (&v, 0..room / SIDE, keys.start), keys.len(), (&mut mixed, room), false);
@@ -113,7 +107,7 @@ impl Attention {
                     let (row, share) = (range.start + query, 1.0 / sums[lane]);
                     // SAFETY: this row of this head belongs to this task alone.
                     let out = unsafe {
-                        *at.1.at(row * self.heads + head) = lses[lane];
+                        *at.1.at(row * self.heads + head) = scale * max[lane] + sums[lane].ln();
                         std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
                     };
                     share_out(out, &mixed[lane * room..][..d], share);
@@ -126,7 +120,7 @@ impl Attention {
         let ready = Ready::new(unit);
         let [q, k, v] = self.heads_in(x.qkv, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
-        let (dout, out) = (Head { values: Values::F32(x.dout), ..q }, Head { values: x.out, ..q });
+        let dout = Head { values: Values::F32(x.dout), ..q };
         let all = 0..range.len();
         let (k_rows, k_channels) = (Operand::<1>::of(&k.rows(Side::A, all.clone())), Operand::<1>::of(&k.channels(all.clone())));
         let v_rows = Operand::<1>::of(&v.rows(Side::A, all.clone()));
@@ -145,16 +139,13 @@ impl Attention {
                 panel.hide(self.window, &mut p);
                 own.fill(&dout.rows(Side::B, queries.clone()));
                 scores(&ready, &panel, &v_rows, &own, &mut ds);
+                let count = queries.len();
                 let (mut lses, mut inners) = ([0.0f32; SIDE], [0.0f32; SIDE]);
                 for (lane, query) in queries.clone().enumerate() {
                     lses[lane] = x.lse[(range.start + query) * self.heads + head];
-                    inners[lane] = match x.out {
-                        Values::F32(values) => dot(&x.dout[dout.row(query)], &values[out.row(query)]),
-                        Values::Bf16(values) => dot(&x.dout[dout.row(query)], &values[out.row(query)]),
-                    };
+                    inners[lane] = x.inner((range.start + query) * width + head * d, d);
                 }
-                let count = queries.len();
-                gradients::<SIDE>(&mut p, &mut ds, &lses[..count], &inners[..count], scale);
+                gradients::<SIDE>(&mut p, &mut ds, SIDE, (&lses, &inners), scale);
                 let (keys, panels) = (tiles(&panel.keys), 0..room / SIDE);
                 let below = keys.start * SIDE * room;
                 own.fill(&dout.channels(queries.clone()));
@@ -182,12 +173,4 @@ impl Attention {
         let kv = head / self.group();
         [of(q, self.heads, head), of(k, self.kv_heads, kv), of(v, self.kv_heads, kv)]
     }
-}
-
-/// The sum of products of two rows.
-fn dot<T: Number>(a: &[f32], b: &[T]) -> f32 {
-    vectorized(
-        #[inline(always)]
-        || simd::dot(a, b) as f32,
-    )
 }

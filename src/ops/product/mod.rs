@@ -30,8 +30,6 @@ pub(super) use pack::{Number, pack};
 pub(super) use tile::{CHOSEN, available};
 pub(super) use tile::{Isa, TileArgs, best};
 
-/// Numbers of packed B that one task holds: half of a 1 MiB second-level cache.
-const PACKED: usize = 128 << 10;
 /// Rows of A that are few: four tiles'.
 const FEW: usize = 64;
 /// Strips of rows of one task, at least: fewer are not worth packing its panels again.
@@ -342,7 +340,7 @@ impl Pass<'_> {
     fn run(&self) {
         let depth: usize = self.pieces.iter().map(|piece| piece.k.len()).sum();
         let width = self.isa.columns();
-        let most = (PACKED / (depth * width).max(1)).max(1);
+        let most = (self.isa.packed / (depth * width).max(1)).max(1);
         let height = self.isa.rows;
         tasks(self.n.div_ceil(width), most, self.m.div_ceil(height), |panels, strips| {
             let rows = strips.start * height..(strips.end * height).min(self.m);

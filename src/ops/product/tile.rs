@@ -17,7 +17,7 @@ use super::blocks::{amx, pairs};
 ///
 /// # Safety
 /// `a` must be readable at `i * a_row + j * a_column` for i < m, j < k; `b`, `start` and `out` at V * lanes numbers in each of their rows.
-pub(super) type Tile = unsafe fn(TileArgs);
+pub(in crate::ops) type Tile = unsafe fn(TileArgs);
 
 /// Where a tile reads and writes.
 #[derive(Clone, Copy)]
@@ -48,6 +48,8 @@ pub(in crate::ops) struct Isa {
     pub(super) deepest: usize,
     /// k is cut into pieces of this length where it is deeper.
     pub(super) piece: usize,
+    /// Numbers of packed B that one task holds: half of a second-level cache.
+    pub(super) packed: usize,
     /// What `pack` transposes in.
     pub(super) transposes: Transposes,
     /// What multiplies products of many rows in blocks instead.
@@ -56,7 +58,7 @@ pub(in crate::ops) struct Isa {
 
 impl Isa {
     /// The tile of `rows` by `vectors`.
-    pub(super) fn tile(&self, rows: usize, vectors: usize) -> Tile {
+    pub(in crate::ops) fn tile(&self, rows: usize, vectors: usize) -> Tile {
         self.tiles[vectors - 1][rows - 1]
     }
 
@@ -102,6 +104,7 @@ static PORTABLE: Isa = Isa {
     tiles: [tiles!(portable, 1, 1 2 3 4 5 6), tiles!(portable, 2, 1 2 3 4 5 6)],
     deepest: 2048,
     piece: 768,
+    packed: 64 << 10,
     transposes: Transposes::Portable,
     blocks: None,
 };
@@ -114,6 +117,7 @@ static AVX2: Isa = Isa {
     tiles: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)],
     deepest: 2048,
     piece: 768,
+    packed: 64 << 10,
     transposes: Transposes::Avx2,
     blocks: None,
 };
@@ -127,6 +131,7 @@ static AVX512: Isa = Isa {
     // 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
     deepest: 6144,
     piece: 2048,
+    packed: 128 << 10,
     transposes: Transposes::Avx512,
     blocks: None,
 };

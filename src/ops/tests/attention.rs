@@ -109,15 +109,18 @@ proptest! {
     }
 }
 
-/// Around the block of 64 rows, alone and behind one another, with windows below, at and above a block.
+/// Around the block of 64 rows and the run of 128 keys, alone and behind one another, with windows below, at and above them.
 #[test]
 fn block_edges_do_not_show() {
     let attention = |window| Attention { heads: 2, kv_heads: 1, head_dim: 4, window };
-    for lengths in [&[1][..], &[63], &[64], &[65], &[130], &[1, 64, 1, 65, 63, 1]] {
+    for lengths in [&[1][..], &[63], &[64], &[65], &[130], &[257], &[1, 64, 1, 65, 63, 1]] {
         prove(attention(None), lengths, 11);
     }
     for window in [1, 16, 63, 64, 65, 1000] {
         prove(attention(Some(window)), &[130, 1], 12);
+    }
+    for window in [1, 63, 127, 128, 129, 200] {
+        prove(attention(Some(window)), &[300], 13);
     }
 }
 
