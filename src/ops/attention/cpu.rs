@@ -21,12 +21,9 @@ use crate::work::Precision;
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
 const QUERIES: usize = 4 * BLOCK;
-/// Keys of a run: their rows, the sums over them and a block's scores fill half of a second-level cache of 512 KiB.
-const RUN: usize = 128;
-/// Numbers from one key's scores to the next's: a block's, and a cache line that keeps a column of them out of the same few sets.
-const ROW: usize = BLOCK + 16;
-/// Keys whose probabilities are summed before the sum goes on in another: sums of thousands stay accurate in f32.
-const SUMMED: usize = 256;
+/// Keys of a run: while every block of queries meets them, their rows and the sums over them stay in a second-level cache. Their
+/// probabilities are summed before the sum goes on in another, which keeps sums of thousands accurate in f32.
+const RUN: usize = 256;
 
 /// Rows and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
 #[derive(Clone, Copy)]
@@ -42,19 +39,18 @@ impl<'a> Head<'a> {
     }
 
     /// Rows `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
-    fn columns(&self, isa: &Isa, rows: Range<usize>) -> Vec<f32> {
-        let mut out = vec![0.0; self.d * rows.len().next_multiple_of(isa.lanes)];
+    fn columns(&self, isa: &Isa, rows: Range<usize>, out: &mut Vec<f32>) {
+        out.resize(self.d * rows.len().next_multiple_of(isa.lanes), 0.0);
         let matrix = Matrix::inside(self.values, rows.start * self.stride, (self.d, 1), (rows.len(), self.stride));
         for (index, panel) in out.chunks_mut(self.d * isa.columns()).enumerate() {
             let first = index * isa.columns();
             pack(isa, &matrix, 0..self.d, first..(first + isa.columns()).min(rows.len()), panel);
         }
-        out
     }
 
     /// Rows `rows`, one after the other, into `out`.
     fn rows(&self, isa: &Isa, rows: Range<usize>, out: &mut Rows) {
-        out.clear(isa, rows.clone(), self.d);
+        out.shape(isa, rows.clone(), self.d);
         let matrix = Matrix::inside(self.values, rows.start * self.stride, (rows.len(), self.stride), (self.d, 1));
         pack(isa, &matrix, 0..rows.len(), 0..self.d, &mut out.values);
     }
@@ -70,23 +66,26 @@ struct Rows {
 }
 
 impl Rows {
-    /// Zeros.
-    fn clear(&mut self, isa: &Isa, rows: Range<usize>, d: usize) {
+    /// Room for these rows; what stood there stays.
+    fn shape(&mut self, isa: &Isa, rows: Range<usize>, d: usize) {
         self.width = d.next_multiple_of(isa.lanes);
         self.first = rows.start;
-        self.values.clear();
         self.values.resize(rows.len() * self.width, 0.0);
     }
 
-    /// Zeros of their own.
-    fn zero(isa: &Isa, rows: Range<usize>, d: usize) -> Self {
-        let mut zero = Self::default();
-        zero.clear(isa, rows, d);
-        zero
+    /// Zeros.
+    fn clear(&mut self, isa: &Isa, rows: Range<usize>, d: usize) {
+        self.values.clear();
+        self.shape(isa, rows, d);
     }
 
     fn holds(&self, rows: &Range<usize>) -> bool {
         self.first <= rows.start && rows.end <= self.first + self.values.len() / self.width
+    }
+
+    /// The first `d` channels of its rows, counted from its own first.
+    fn head(&self, d: usize) -> Head<'_> {
+        Head { values: Values::F32(&self.values), stride: self.width, d }
     }
 
     fn row(&self, row: usize) -> *const f32 {
@@ -97,6 +96,15 @@ impl Rows {
         &mut self.values[(row - self.first) * self.width..][..self.width]
     }
 
+    /// The row times `share`.
+    fn scale(&mut self, row: usize, share: f32) {
+        let row = self.row_mut(row);
+        vectorized(
+            #[inline(always)]
+            || row.iter_mut().for_each(|x| *x *= share),
+        );
+    }
+
     /// The first column and the vectors of each part that a tile is as wide as.
     fn parts(&self, isa: &Isa) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (width, most, lanes) = (self.width, isa.columns(), isa.lanes);
@@ -104,7 +112,7 @@ impl Rows {
     }
 }
 
-/// A block's queries and the keys of a run that they see, counted from the segment's start. Its scores are (keys, `ROW`); there are none
+/// A block's queries and the keys of a run that they see, counted from the segment's start. Its scores are (keys, `BLOCK`); there are none
 /// where a whole tile of them would be hidden.
 struct Patch<'a> {
     isa: &'a Isa,
@@ -138,7 +146,7 @@ impl<'a> Patch<'a> {
         self.queries.clone().step_by(most).map(move |start| {
             let queries = start..(start + most).min(end);
             let seen = strips.clone().take_while(|strip| strip.start < queries.end).last();
-            Panel { keys: first..seen.map_or(first, |strip| strip.end), queries, row: ROW }
+            Panel { keys: first..seen.map_or(first, |strip| strip.end), queries, row: BLOCK }
         })
     }
 
@@ -150,7 +158,7 @@ impl<'a> Patch<'a> {
     /// out = the keys' rows of `head` times the block's `columns`, (d, lanes) of each panel.
     fn scores(&self, head: &Rows, columns: &[f32], d: usize, out: &mut [f32]) {
         let (isa, panels) = (self.isa, self.panels().collect::<Vec<_>>());
-        assert!(head.holds(&self.keys) && out.len() >= self.keys.len() * ROW);
+        assert!(head.holds(&self.keys) && out.len() >= self.keys.len() * BLOCK);
         assert!(columns.len() >= d * self.queries.len().next_multiple_of(isa.lanes));
         for strip in self.strips() {
             for panel in panels.iter().filter(|panel| strip.start < panel.queries.end) {
@@ -159,7 +167,7 @@ impl<'a> Patch<'a> {
                 unsafe {
                     let a = (head.row(strip.start), head.width, 1);
                     let b = (columns.as_ptr().add(d * at), vectors * isa.lanes);
-                    let out = (out.as_mut_ptr().add((strip.start - self.keys.start) * ROW + at), ROW);
+                    let out = (out.as_mut_ptr().add((strip.start - self.keys.start) * BLOCK + at), BLOCK);
                     isa.tile(strip.len(), vectors)(TileArgs { start: std::ptr::null(), ..sum_of(d, a, b, out) });
                 }
             }
@@ -169,14 +177,14 @@ impl<'a> Patch<'a> {
     /// The queries' rows of `sum` += the columns of `scores` times the keys' rows of `head`.
     fn mix(&self, scores: &[f32], head: &Rows, sum: &mut Rows) {
         let isa = self.isa;
-        assert!(scores.len() >= self.keys.len() * ROW && head.holds(&self.keys));
+        assert!(scores.len() >= self.keys.len() * BLOCK && head.holds(&self.keys));
         assert!(sum.holds(&self.queries) && sum.width == head.width);
         for panel in self.panels() {
             for (first, vectors) in head.parts(isa) {
                 for strip in even_parts(panel.queries.clone(), isa.rows) {
-                    // SAFETY: scores are (keys, ROW), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
+                    // SAFETY: scores are (keys, BLOCK), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
                     unsafe {
-                        let a = (scores.as_ptr().add(strip.start - self.queries.start), 1, ROW);
+                        let a = (scores.as_ptr().add(strip.start - self.queries.start), 1, BLOCK);
                         let b = (head.row(self.keys.start).add(first), head.width);
                         let out = (sum.row_mut(strip.start).as_mut_ptr().add(first), sum.width);
                         isa.tile(strip.len(), vectors)(sum_of(panel.keys.len(), a, b, out));
@@ -189,15 +197,15 @@ impl<'a> Patch<'a> {
     /// The keys' rows of `sum` += the rows of `scores` times the queries' rows of `head`.
     fn spread(&self, scores: &[f32], head: &Rows, sum: &mut Rows) {
         let isa = self.isa;
-        assert!(scores.len() >= self.keys.len() * ROW && head.holds(&self.queries));
+        assert!(scores.len() >= self.keys.len() * BLOCK && head.holds(&self.queries));
         assert!(sum.holds(&self.keys) && sum.width == head.width);
         for strip in self.strips() {
             // Panels before hold no scores of this strip.
             let at = strip.start.saturating_sub(self.queries.start) / isa.columns() * isa.columns();
             for (first, vectors) in head.parts(isa) {
-                // SAFETY: scores are (keys, ROW), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
+                // SAFETY: scores are (keys, BLOCK), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
                 unsafe {
-                    let a = (scores.as_ptr().add((strip.start - self.keys.start) * ROW + at), ROW, 1);
+                    let a = (scores.as_ptr().add((strip.start - self.keys.start) * BLOCK + at), BLOCK, 1);
                     let b = (head.row(self.queries.start + at).add(first), head.width);
                     let out = (sum.row_mut(strip.start).as_mut_ptr().add(first), sum.width);
                     isa.tile(strip.len(), vectors)(sum_of(self.queries.len() - at, a, b, out));
@@ -281,7 +289,7 @@ pub(super) fn softmax<const L: usize>(scores: &mut [f32], row: usize, scale: f32
                 share[lane] = simd::exp(scale * (max[lane] - largest[lane]));
                 total[lane] *= share[lane];
             }
-            for scores in scores.chunks_mut(SUMMED * row) {
+            for scores in scores.chunks_mut(RUN * row) {
                 let mut sum = [0.0f32; L];
                 for scores in scores.chunks_mut(row) {
                     let scores = &mut scores[..L];
@@ -392,7 +400,8 @@ impl Attention {
     ) {
         let (d, width, scale) = (self.head_dim, self.heads * self.head_dim, self.scale() as f32);
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
-        let columns = Head::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone());
+        let mut columns = Vec::new();
+        Head::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone(), &mut columns);
         let [k_head, v_head] = [x[1], x[2]].map(|x| Head::new(x, kv, range.start, first, d));
         let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
         let blocks: Vec<Block> = self.blocks(range.len()).filter(within).collect();
@@ -400,8 +409,9 @@ impl Attention {
             issue(1, block.queries.len(), block.keys.len(), d);
             issue(1, block.queries.len(), d, block.keys.len());
         }
-        let (mut k, mut v, mut out) = (Rows::default(), Rows::default(), Rows::zero(isa, queries.clone(), d));
-        let mut scores = vec![0.0; queries.end.min(RUN) * ROW];
+        let [mut k, mut v, mut out]: [Rows; 3] = Default::default();
+        out.clear(isa, queries.clone(), d);
+        let mut scores = vec![0.0; queries.end.min(RUN) * BLOCK];
         let lanes = queries.len().next_multiple_of(isa.lanes);
         let (mut max, mut sums) = (vec![f32::MIN; lanes], vec![0.0; lanes]);
         for run in runs(&blocks, queries.end) {
@@ -412,14 +422,13 @@ impl Attention {
                 patch.scores(&k, &columns[before * d..], d, &mut scores);
                 for panel in patch.panels() {
                     let (lane, vectors) = patch.lanes(&panel);
-                    let scores = &mut scores[lane..panel.keys.len() * ROW];
+                    let scores = &mut scores[lane..panel.keys.len() * BLOCK];
                     panel.hide(self.window, scores);
                     let (max, sums) = (&mut max[before + lane..], &mut sums[before + lane..]);
                     let mut shares = [0.0; 32];
-                    by_lanes!(vectors * isa.lanes, |L| shares[..L].copy_from_slice(&softmax::<L>(scores, ROW, scale, max, sums)));
-                    for (query, share) in panel.queries.zip(shares) {
-                        out.row_mut(query).iter_mut().for_each(|x| *x *= share);
-                    }
+                    by_lanes!(vectors * isa.lanes, |L| shares[..L]
+                        .copy_from_slice(&softmax::<L>(scores, BLOCK, scale, max, sums)));
+                    panel.queries.zip(shares).for_each(|(query, share)| out.scale(query, share));
                 }
                 patch.mix(&scores, &v, &mut out);
             }
@@ -475,11 +484,10 @@ impl Attention {
         let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
         let [k_head, v_head] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first));
         let [q_head, dout_head] = [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
-        let [q_columns, dout_columns] = [q_head, dout_head].map(|head| head.columns(isa, all.clone()));
-        let [mut q, mut dout, mut k, mut v, mut dk, mut dv]: [Rows; 6] = Default::default();
+        let [mut q, mut dout, mut k, mut v, mut dq, mut dk, mut dv]: [Rows; 7] = Default::default();
         q_head.rows(isa, all.clone(), &mut q);
         dout_head.rows(isa, all.clone(), &mut dout);
-        let mut dq = Rows::zero(isa, all.clone(), d);
+        dq.clear(isa, all.clone(), d);
         let lses: Vec<f32> = range.clone().map(|row| x.lse[row * self.heads + head]).collect();
         let inners: Vec<f32> = range.clone().map(|row| x.inner(row * width + head * d, d)).collect();
         let blocks: Vec<Block> = self.blocks(range.len()).collect();
@@ -487,24 +495,25 @@ impl Attention {
             issue(2, block.queries.len(), block.keys.len(), d);
             issue(3, block.queries.len(), d, block.keys.len());
         }
-        let room = range.len().min(RUN) * ROW;
-        let (mut p, mut ds) = (vec![0.0; room], vec![0.0; room]);
+        let room = range.len().min(RUN) * BLOCK;
+        let (mut p, mut ds, mut columns) = (vec![0.0; room], vec![0.0; room], Vec::new());
         for run in runs(&blocks, range.len()) {
             k_head.rows(isa, run.clone(), &mut k);
             v_head.rows(isa, run.clone(), &mut v);
             dk.clear(isa, run.clone(), d);
             dv.clear(isa, run.clone(), d);
             for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
-                let before = patch.queries.start * d;
-                patch.scores(&k, &q_columns[before..], d, &mut p);
-                patch.scores(&v, &dout_columns[before..], d, &mut ds);
+                q.head(d).columns(isa, patch.queries.clone(), &mut columns);
+                patch.scores(&k, &columns, d, &mut p);
+                dout.head(d).columns(isa, patch.queries.clone(), &mut columns);
+                patch.scores(&v, &columns, d, &mut ds);
                 for panel in patch.panels() {
                     let (lane, vectors) = patch.lanes(&panel);
-                    let part = lane..panel.keys.len() * ROW;
+                    let part = lane..panel.keys.len() * BLOCK;
                     let (p, ds) = (&mut p[part.clone()], &mut ds[part]);
                     panel.hide(self.window, p);
                     let rows = (&lses[panel.queries.clone()], &inners[panel.queries]);
-                    by_lanes!(vectors * isa.lanes, |L| gradients::<L>(p, ds, ROW, rows, scale));
+                    by_lanes!(vectors * isa.lanes, |L| gradients::<L>(p, ds, BLOCK, rows, scale));
                 }
                 patch.spread(&p, &dout, &mut dv);
                 patch.spread(&ds, &q, &mut dk);

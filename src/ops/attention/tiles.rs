@@ -11,8 +11,8 @@ use super::cpu::{Inputs, Panel, gradients, share_out, softmax, write};
 use super::{Attention, Block};
 use crate::ops::host::{Shared, Stored};
 use crate::ops::issue;
-use crate::ops::product::blocks::{Operand, Ready, SIDE, Side, Unit, View, multiply};
 use crate::ops::product::Values;
+use crate::ops::product::blocks::{Operand, Ready, SIDE, Side, Unit, View, multiply};
 
 /// Rows and channels of one head inside a (N, width) tensor.
 #[derive(Clone, Copy)]

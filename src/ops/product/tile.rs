@@ -240,8 +240,16 @@ macro_rules! tile {
             use std::arch::x86_64::*;
             let mut sums = [[$zero(); V]; M];
             let (mut a, mut b) = (args.a, args.b);
-            // SAFETY: the caller's promise about every pointer.
+            // SAFETY: the caller's promise about every pointer; a prefetch reads nothing.
             unsafe {
+                if !args.start.is_null() {
+                    // What the sums start from is needed last: it comes while they are made.
+                    for m in 0..M {
+                        for v in (0..V).step_by(16 / $lanes) {
+                            _mm_prefetch::<_MM_HINT_T0>(args.start.wrapping_add(m * args.start_row + $lanes * v).cast());
+                        }
+                    }
+                }
                 for _ in 0..args.k {
                     let mut row = [$zero(); V];
                     for v in 0..V {
