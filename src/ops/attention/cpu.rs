@@ -92,13 +92,18 @@ impl Rows {
         self.values[(row - self.first) * self.width..].as_ptr()
     }
 
-    fn row_mut(&mut self, row: usize) -> &mut [f32] {
-        &mut self.values[(row - self.first) * self.width..][..self.width]
+    fn row_mut(&mut self, row: usize) -> *mut f32 {
+        self.values[(row - self.first) * self.width..].as_mut_ptr()
+    }
+
+    /// A row's first `d` channels.
+    fn channels(&self, row: usize, d: usize) -> &[f32] {
+        &self.values[(row - self.first) * self.width..][..d]
     }
 
     /// The row times `share`.
     fn scale(&mut self, row: usize, share: f32) {
-        let row = self.row_mut(row);
+        let row = &mut self.values[(row - self.first) * self.width..][..self.width];
         vectorized(
             #[inline(always)]
             || row.iter_mut().for_each(|x| *x *= share),
@@ -186,7 +191,7 @@ impl<'a> Patch<'a> {
                     unsafe {
                         let a = (scores.as_ptr().add(strip.start - self.queries.start), 1, BLOCK);
                         let b = (head.row(self.keys.start).add(first), head.width);
-                        let out = (sum.row_mut(strip.start).as_mut_ptr().add(first), sum.width);
+                        let out = (sum.row_mut(strip.start).add(first), sum.width);
                         isa.tile(strip.len(), vectors)(sum_of(panel.keys.len(), a, b, out));
                     }
                 }
@@ -207,7 +212,7 @@ impl<'a> Patch<'a> {
                 unsafe {
                     let a = (scores.as_ptr().add((strip.start - self.keys.start) * BLOCK + at), BLOCK, 1);
                     let b = (head.row(self.queries.start + at).add(first), head.width);
-                    let out = (sum.row_mut(strip.start).as_mut_ptr().add(first), sum.width);
+                    let out = (sum.row_mut(strip.start).add(first), sum.width);
                     isa.tile(strip.len(), vectors)(sum_of(self.queries.len() - at, a, b, out));
                 }
             }
@@ -440,7 +445,7 @@ impl Attention {
                 *at.1.at(row * self.heads + head) = scale * max + sum.ln();
                 std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
             };
-            share_out(to, &out.row_mut(query)[..d], 1.0 / sum);
+            share_out(to, out.channels(query, d), 1.0 / sum);
         }
     }
 
