@@ -13,7 +13,7 @@ use half::bf16;
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, Matrix, TileArgs, Values, best, even_parts, pack};
+use crate::ops::product::{Isa, Matrix, TileArgs, Values, best, even_parts, pack, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -88,22 +88,24 @@ impl Rows {
         Head { values: Values::F32(&self.values), stride: self.width, d }
     }
 
+    /// The number of a row's first number.
+    fn at(&self, row: usize) -> usize {
+        (row - self.first) * self.width
+    }
+
     fn row(&self, row: usize) -> *const f32 {
-        self.values[(row - self.first) * self.width..].as_ptr()
+        self.values[self.at(row)..].as_ptr()
     }
 
     fn row_mut(&mut self, row: usize) -> *mut f32 {
-        self.values[(row - self.first) * self.width..].as_mut_ptr()
-    }
-
-    /// A row's first `d` channels.
-    fn channels(&self, row: usize, d: usize) -> &[f32] {
-        &self.values[(row - self.first) * self.width..][..d]
+        let at = self.at(row);
+        self.values[at..].as_mut_ptr()
     }
 
     /// The row times `share`.
     fn scale(&mut self, row: usize, share: f32) {
-        let row = &mut self.values[(row - self.first) * self.width..][..self.width];
+        let at = self.at(row);
+        let row = &mut self.values[at..at + self.width];
         vectorized(
             #[inline(always)]
             || row.iter_mut().for_each(|x| *x *= share),
@@ -123,6 +125,10 @@ struct Patch<'a> {
     isa: &'a Isa,
     queries: Range<usize>,
     keys: Range<usize>,
+    /// The keys of a row of tiles each.
+    strips: Vec<Range<usize>>,
+    /// Queries as many as a tile is wide each, and the keys of the strips that begin before their last.
+    panels: Vec<Panel>,
 }
 
 /// Some queries of a block, and the keys that they have scores with.
@@ -136,23 +142,18 @@ pub(super) struct Panel {
 impl<'a> Patch<'a> {
     /// What the block sees of the run, if anything.
     fn new(isa: &'a Isa, block: &Block, run: &Range<usize>) -> Option<Self> {
-        let keys = block.keys.start.max(run.start)..block.keys.end.min(run.end);
-        (!keys.is_empty()).then(|| Self { isa, queries: block.queries.clone(), keys })
-    }
-
-    /// The keys of a row of tiles each.
-    fn strips(&self) -> impl Iterator<Item = Range<usize>> + Clone + use<> {
-        even_parts(self.keys.clone(), self.isa.rows)
-    }
-
-    /// Queries as many as a tile is wide each, and the keys of the strips that begin before their last.
-    fn panels(&self) -> impl Iterator<Item = Panel> + use<> {
-        let (most, strips, end, first) = (self.isa.columns(), self.strips(), self.queries.end, self.keys.start);
-        self.queries.clone().step_by(most).map(move |start| {
-            let queries = start..(start + most).min(end);
-            let seen = strips.clone().take_while(|strip| strip.start < queries.end).last();
-            Panel { keys: first..seen.map_or(first, |strip| strip.end), queries, row: BLOCK }
-        })
+        let (queries, keys) = (block.queries.clone(), block.keys.start.max(run.start)..block.keys.end.min(run.end));
+        if keys.is_empty() {
+            return None;
+        }
+        let strips: Vec<Range<usize>> = even_parts(keys.clone(), isa.rows).collect();
+        let panel = |start: usize| {
+            let queries = start..(start + isa.columns()).min(queries.end);
+            let seen = strips.iter().take_while(|strip| strip.start < queries.end).last();
+            Panel { keys: keys.start..seen.map_or(keys.start, |strip| strip.end), queries, row: BLOCK }
+        };
+        let panels = queries.clone().step_by(isa.columns()).map(panel).collect();
+        Some(Self { isa, queries, keys, strips, panels })
     }
 
     /// The panel's first query of the block, and vectors that hold its queries.
@@ -162,18 +163,19 @@ impl<'a> Patch<'a> {
 
     /// out = the keys' rows of `head` times the block's `columns`, (d, lanes) of each panel.
     fn scores(&self, head: &Rows, columns: &[f32], d: usize, out: &mut [f32]) {
-        let (isa, panels) = (self.isa, self.panels().collect::<Vec<_>>());
+        let isa = self.isa;
         assert!(head.holds(&self.keys) && out.len() >= self.keys.len() * BLOCK);
         assert!(columns.len() >= d * self.queries.len().next_multiple_of(isa.lanes));
-        for strip in self.strips() {
-            for panel in panels.iter().filter(|panel| strip.start < panel.queries.end) {
+        for keys in &self.strips {
+            for panel in self.panels.iter().filter(|panel| keys.start < panel.queries.end) {
                 let (at, vectors) = self.lanes(panel);
                 // SAFETY: `head` holds every key's row, `columns` d vectors of each panel and `out` a row for each key (checked).
                 unsafe {
-                    let a = (head.row(strip.start), head.width, 1);
+                    let a = (head.row(keys.start), head.width, 1);
                     let b = (columns.as_ptr().add(d * at), vectors * isa.lanes);
-                    let out = (out.as_mut_ptr().add((strip.start - self.keys.start) * BLOCK + at), BLOCK);
-                    isa.tile(strip.len(), vectors)(TileArgs { start: std::ptr::null(), ..sum_of(d, a, b, out) });
+                    let out = (out.as_mut_ptr().add((keys.start - self.keys.start) * BLOCK + at), BLOCK);
+                    let args = TileArgs { start: std::ptr::null(), ..sum_of(d, a, b, out) };
+                    isa.tile(keys.len(), vectors)(args);
                 }
             }
         }
@@ -184,16 +186,14 @@ impl<'a> Patch<'a> {
         let isa = self.isa;
         assert!(scores.len() >= self.keys.len() * BLOCK && head.holds(&self.keys));
         assert!(sum.holds(&self.queries) && sum.width == head.width);
-        for panel in self.panels() {
+        for panel in &self.panels {
             for (first, vectors) in head.parts(isa) {
-                for strip in even_parts(panel.queries.clone(), isa.rows) {
-                    // SAFETY: scores are (keys, BLOCK), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
-                    unsafe {
-                        let a = (scores.as_ptr().add(strip.start - self.queries.start), 1, BLOCK);
-                        let b = (head.row(self.keys.start).add(first), head.width);
-                        let out = (sum.row_mut(strip.start).add(first), sum.width);
-                        isa.tile(strip.len(), vectors)(sum_of(panel.keys.len(), a, b, out));
-                    }
+                // SAFETY: scores are (keys, BLOCK), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
+                unsafe {
+                    let a = (scores.as_ptr().add(self.lanes(panel).0), 1, BLOCK);
+                    let b = (head.row(self.keys.start).add(first), head.width);
+                    let out = (sum.row_mut(panel.queries.start).add(first), sum.width);
+                    strip(isa, panel.queries.len(), vectors, sum_of(panel.keys.len(), a, b, out));
                 }
             }
         }
@@ -204,16 +204,16 @@ impl<'a> Patch<'a> {
         let isa = self.isa;
         assert!(scores.len() >= self.keys.len() * BLOCK && head.holds(&self.queries));
         assert!(sum.holds(&self.keys) && sum.width == head.width);
-        for strip in self.strips() {
+        for keys in &self.strips {
             // Panels before hold no scores of this strip.
-            let at = strip.start.saturating_sub(self.queries.start) / isa.columns() * isa.columns();
+            let at = keys.start.saturating_sub(self.queries.start) / isa.columns() * isa.columns();
             for (first, vectors) in head.parts(isa) {
                 // SAFETY: scores are (keys, BLOCK), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
                 unsafe {
-                    let a = (scores.as_ptr().add((strip.start - self.keys.start) * BLOCK + at), BLOCK, 1);
+                    let a = (scores.as_ptr().add((keys.start - self.keys.start) * BLOCK + at), BLOCK, 1);
                     let b = (head.row(self.queries.start + at).add(first), head.width);
-                    let out = (sum.row_mut(strip.start).add(first), sum.width);
-                    isa.tile(strip.len(), vectors)(sum_of(self.queries.len() - at, a, b, out));
+                    let out = (sum.row_mut(keys.start).add(first), sum.width);
+                    isa.tile(keys.len(), vectors)(sum_of(self.queries.len() - at, a, b, out));
                 }
             }
         }
@@ -247,22 +247,13 @@ impl Panel {
     }
 }
 
-/// Evaluates an expression with the number of lanes as a constant.
+/// Calls `$name::<LANES>` with the number of lanes as a constant.
 macro_rules! by_lanes {
-    ($lanes:expr, |$name:ident| $value:expr) => {
+    ($lanes:expr, $name:ident($($argument:expr),*)) => {
         match $lanes {
-            8 => {
-                const $name: usize = 8;
-                $value
-            }
-            16 => {
-                const $name: usize = 16;
-                $value
-            }
-            _ => {
-                const $name: usize = 32;
-                $value
-            }
+            8 => $name::<8>($($argument),*),
+            16 => $name::<16>($($argument),*),
+            _ => $name::<32>($($argument),*),
         }
     };
 }
@@ -275,8 +266,14 @@ fn runs(blocks: &[Block], end: usize) -> impl Iterator<Item = Range<usize>> + us
 
 /// Scores -> exp(scale (score - max)), not yet divided by their sum, of `L` queries, one key's `row` numbers after another's. Goes on from
 /// the largest scores and the sums of keys before (`f32::MIN` and zero, where there are none); what was summed with those counts as much as
-/// is returned.
-pub(super) fn softmax<const L: usize>(scores: &mut [f32], row: usize, scale: f32, max: &mut [f32], sums: &mut [f32]) -> [f32; L] {
+/// `shares` then say.
+pub(super) fn softmax<const L: usize>(
+    scores: &mut [f32],
+    row: usize,
+    scale: f32,
+    (max, sums): (&mut [f32], &mut [f32]),
+    shares: &mut [f32],
+) {
     vectorized(
         #[inline(always)]
         || {
@@ -289,10 +286,9 @@ pub(super) fn softmax<const L: usize>(scores: &mut [f32], row: usize, scale: f32
                     largest[lane] = if scores[lane] > largest[lane] { scores[lane] } else { largest[lane] };
                 }
             }
-            let mut share = [0.0f32; L];
             for lane in 0..L {
-                share[lane] = simd::exp(scale * (max[lane] - largest[lane]));
-                total[lane] *= share[lane];
+                shares[lane] = simd::exp(scale * (max[lane] - largest[lane]));
+                total[lane] *= shares[lane];
             }
             for scores in scores.chunks_mut(RUN * row) {
                 let mut sum = [0.0f32; L];
@@ -309,9 +305,8 @@ pub(super) fn softmax<const L: usize>(scores: &mut [f32], row: usize, scale: f32
             }
             max[..L].copy_from_slice(&largest);
             sums[..L].copy_from_slice(&total);
-            share
         },
-    )
+    );
 }
 
 /// Scores and dP -> P and dS, in place, of `L` queries, one key's `row` numbers after another's.
@@ -425,15 +420,13 @@ impl Attention {
             for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
                 let before = patch.queries.start - queries.start;
                 patch.scores(&k, &columns[before * d..], d, &mut scores);
-                for panel in patch.panels() {
-                    let (lane, vectors) = patch.lanes(&panel);
+                for panel in &patch.panels {
+                    let (lane, vectors) = patch.lanes(panel);
                     let scores = &mut scores[lane..panel.keys.len() * BLOCK];
                     panel.hide(self.window, scores);
-                    let (max, sums) = (&mut max[before + lane..], &mut sums[before + lane..]);
-                    let mut shares = [0.0; 32];
-                    by_lanes!(vectors * isa.lanes, |L| shares[..L]
-                        .copy_from_slice(&softmax::<L>(scores, BLOCK, scale, max, sums)));
-                    panel.queries.zip(shares).for_each(|(query, share)| out.scale(query, share));
+                    let (so_far, mut shares) = ((&mut max[before + lane..], &mut sums[before + lane..]), [0.0; 32]);
+                    by_lanes!(vectors * isa.lanes, softmax(scores, BLOCK, scale, so_far, &mut shares));
+                    panel.queries.clone().zip(shares).for_each(|(query, share)| out.scale(query, share));
                 }
                 patch.mix(&scores, &v, &mut out);
             }
@@ -445,7 +438,7 @@ impl Attention {
                 *at.1.at(row * self.heads + head) = scale * max + sum.ln();
                 std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
             };
-            share_out(to, out.channels(query, d), 1.0 / sum);
+            share_out(to, &out.values[out.at(query)..][..d], 1.0 / sum);
         }
     }
 
@@ -512,13 +505,13 @@ impl Attention {
                 patch.scores(&k, &columns, d, &mut p);
                 dout.head(d).columns(isa, patch.queries.clone(), &mut columns);
                 patch.scores(&v, &columns, d, &mut ds);
-                for panel in patch.panels() {
-                    let (lane, vectors) = patch.lanes(&panel);
+                for panel in &patch.panels {
+                    let (lane, vectors) = patch.lanes(panel);
                     let part = lane..panel.keys.len() * BLOCK;
                     let (p, ds) = (&mut p[part.clone()], &mut ds[part]);
                     panel.hide(self.window, p);
-                    let rows = (&lses[panel.queries.clone()], &inners[panel.queries]);
-                    by_lanes!(vectors * isa.lanes, |L| gradients::<L>(p, ds, BLOCK, rows, scale));
+                    let rows = (&lses[panel.queries.clone()], &inners[panel.queries.clone()]);
+                    by_lanes!(vectors * isa.lanes, gradients(p, ds, BLOCK, rows, scale));
                 }
                 patch.spread(&p, &dout, &mut dv);
                 patch.spread(&ds, &q, &mut dk);

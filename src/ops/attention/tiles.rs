@@ -99,7 +99,7 @@ impl Attention {
                 scores(&ready, &panel, &k, &own, &mut s);
                 panel.hide(self.window, &mut s);
                 let (mut max, mut sums) = ([f32::MIN; SIDE], [0.0f32; SIDE]);
-                softmax::<SIDE>(&mut s, SIDE, scale, &mut max, &mut sums);
+                softmax::<SIDE>(&mut s, SIDE, scale, (&mut max, &mut sums), &mut [0.0; SIDE]);
                 p.fill(&over_keys(&s));
                 let keys = tiles(&panel.keys);
                 multiply(&ready, (&p, 0..1, 0), (&v, 0..room / SIDE, keys.start), keys.len(), (&mut mixed, room), false);

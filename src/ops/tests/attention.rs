@@ -109,7 +109,7 @@ proptest! {
     }
 }
 
-/// Around the block of 64 rows and the run of 128 keys, alone and behind one another, with windows below, at and above them.
+/// Around the block of 64 rows and the run of 256 keys, alone and behind one another, with windows below, at and above them.
 #[test]
 fn block_edges_do_not_show() {
     let attention = |window| Attention { heads: 2, kv_heads: 1, head_dim: 4, window };
@@ -119,7 +119,7 @@ fn block_edges_do_not_show() {
     for window in [1, 16, 63, 64, 65, 1000] {
         prove(attention(Some(window)), &[130, 1], 12);
     }
-    for window in [1, 63, 127, 128, 129, 200] {
+    for window in [1, 63, 127, 128, 129, 200, 255, 256, 257] {
         prove(attention(Some(window)), &[300], 13);
     }
 }
