@@ -1,11 +1,12 @@
-//! Output embedding and negative log-likelihood together, in chunks of rows: a (tokens, vocabulary) matrix never exists. In bf16 blocks
-//! logits never do (`tiles`).
+//! Output embedding and negative log-likelihood together, in chunks of rows: a (tokens, vocabulary) matrix never exists. Where W is frozen,
+//! vectors (`vectors`) and bf16 blocks (`tiles`) keep no logits at all.
 //!
 //! For row i with logits z = h W^T (+ adapter-free): loss = log sum exp z - z[target]; dz = (softmax z - onehot target) * scale. Only rows at
 //! loss positions are given in, so a prompt costs nothing here.
 
 #[cfg(target_arch = "x86_64")]
 mod tiles;
+mod vectors;
 
 use candle_core::{D, DType, Tensor};
 
@@ -113,7 +114,7 @@ impl Head {
         for rows in self.chunks(context, h, &shape) {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
-            if let Some((found, _)) = self.losses_in_tiles(context, &h, targets, None)? {
+            if let Some((found, _)) = self.losses_without_logits(context, &h, targets, None)? {
                 losses.extend(found);
             } else if context.fused(&h) {
                 let mut logits = self.logits_cpu(context, &h)?;
@@ -143,7 +144,7 @@ impl Head {
         for rows in self.chunks(context, h, &shape) {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
-            if let Some((found, dh)) = self.losses_in_tiles(context, &h, targets, input_gradient.then_some(scale))? {
+            if let Some((found, dh)) = self.losses_without_logits(context, &h, targets, input_gradient.then_some(scale))? {
                 losses.extend(found);
                 parts.extend(dh);
                 continue;
@@ -171,11 +172,29 @@ impl Head {
         Ok((losses, dh))
     }
 
-    /// Rows that are taken at once: twice a chunk's where what is kept of them takes half.
+    /// Rows that are taken at once: twice a chunk's where what is kept of them takes half, all where nothing is.
     fn chunks(&self, context: Context<'_>, h: &Tensor, shape: &HeadShape) -> Vec<usize> {
         let chunks: Vec<usize> = shape.chunks().collect();
-        let together = if self.takes_tiles(context, h) { 2 } else { 1 };
+        let together = match (self.goes_by_vectors(context, h), self.takes_tiles(context, h)) {
+            (true, _) => chunks.len().max(1),
+            (false, true) => 2,
+            (false, false) => 1,
+        };
         chunks.chunks(together).map(|chunks| chunks.iter().sum()).collect()
+    }
+
+    /// The losses, and dh of `scale * sum of losses` where there is a scale. None where that takes logits.
+    fn losses_without_logits(
+        &self,
+        context: Context<'_>,
+        h: &Tensor,
+        targets: &[u32],
+        scale: Option<f64>,
+    ) -> Result<Option<Losses>> {
+        match self.goes_by_vectors(context, h) {
+            true => Ok(Some(self.losses_by_vectors(h, targets, scale)?)),
+            false => self.losses_in_tiles(context, h, targets, scale),
+        }
     }
 
     #[cfg(not(target_arch = "x86_64"))]

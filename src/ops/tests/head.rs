@@ -60,6 +60,15 @@ proptest! {
     }
 }
 
+/// Words in several parts, each row's largest logit in any of them, and rows in several blocks.
+#[test]
+fn many_words_are_one_vocabulary() {
+    for (n, c, v) in [(1, 1, 1025), (70, 33, 1500), (200, 16, 1024)] {
+        prove(n, c, v, false, true, 7);
+        prove(n, c, v, false, false, 8);
+    }
+}
+
 /// 6 Mi numbers to a chunk, in whole tiles of 32 rows: with 600 000 words 65 rows are chunks of 32, 32 and 1.
 #[test]
 fn a_chunk_has_rows_enough() {
