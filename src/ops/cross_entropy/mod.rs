@@ -1,12 +1,10 @@
-//! Output embedding and negative log-likelihood together, in chunks of rows: a (tokens, vocabulary) matrix never exists. Where W is frozen,
-//! vectors (`vectors`) and bf16 blocks (`tiles`) keep no logits at all.
+//! Output embedding and negative log-likelihood together: a (tokens, vocabulary) matrix never exists. Where W is frozen, the fused pass keeps
+//! no logits (`words`); elsewhere they come in chunks of rows.
 //!
 //! For row i with logits z = h W^T (+ adapter-free): loss = log sum exp z - z[target]; dz = (softmax z - onehot target) * scale. Only rows at
 //! loss positions are given in, so a prompt costs nothing here.
 
-#[cfg(target_arch = "x86_64")]
-mod tiles;
-mod vectors;
+mod words;
 
 use candle_core::{D, DType, Tensor};
 
@@ -110,13 +108,14 @@ impl Head {
     pub fn forward(&self, context: Context<'_>, h: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
         let shape = self.checked(h, targets)?;
         context.tally.add(shape.forward_cost(context.precision));
+        if self.goes_by_words(context, h) {
+            return Ok(self.losses_by_words(context, h, targets, None)?.0);
+        }
         let mut losses = Vec::with_capacity(targets.len());
-        for rows in self.chunks(context, h, &shape) {
+        for rows in shape.chunks() {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
-            if let Some((found, _)) = self.losses_without_logits(context, &h, targets, None)? {
-                losses.extend(found);
-            } else if context.fused(&h) {
+            if context.fused(&h) {
                 let mut logits = self.logits_cpu(context, &h)?;
                 losses.extend(self::losses(&mut logits, targets, None));
             } else {
@@ -139,16 +138,14 @@ impl Head {
     ) -> Result<(Vec<f32>, Option<Tensor>)> {
         let shape = self.checked(h, targets)?;
         context.tally.add(shape.backward_cost(context.precision, input_gradient));
+        if self.goes_by_words(context, h) {
+            return self.losses_by_words(context, h, targets, input_gradient.then_some(scale));
+        }
         let mut losses = Vec::with_capacity(targets.len());
         let mut parts = Vec::new();
-        for rows in self.chunks(context, h, &shape) {
+        for rows in shape.chunks() {
             let start = losses.len();
             let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
-            if let Some((found, dh)) = self.losses_without_logits(context, &h, targets, input_gradient.then_some(scale))? {
-                losses.extend(found);
-                parts.extend(dh);
-                continue;
-            }
             if context.fused(&h) {
                 let mut logits = self.logits_cpu(context, &h)?;
                 losses.extend(self::losses(&mut logits, targets, Some(scale as f32)));
@@ -172,39 +169,9 @@ impl Head {
         Ok((losses, dh))
     }
 
-    /// Rows that are taken at once: twice a chunk's where what is kept of them takes half, all where nothing is.
-    fn chunks(&self, context: Context<'_>, h: &Tensor, shape: &HeadShape) -> Vec<usize> {
-        let chunks: Vec<usize> = shape.chunks().collect();
-        let together = match (self.goes_by_vectors(context, h), self.takes_tiles(context, h)) {
-            (true, _) => chunks.len().max(1),
-            (false, true) => 2,
-            (false, false) => 1,
-        };
-        chunks.chunks(together).map(|chunks| chunks.iter().sum()).collect()
-    }
-
-    /// The losses, and dh of `scale * sum of losses` where there is a scale. None where that takes logits.
-    fn losses_without_logits(
-        &self,
-        context: Context<'_>,
-        h: &Tensor,
-        targets: &[u32],
-        scale: Option<f64>,
-    ) -> Result<Option<Losses>> {
-        match self.goes_by_vectors(context, h) {
-            true => Ok(Some(self.losses_by_vectors(h, targets, scale)?)),
-            false => self.losses_in_tiles(context, h, targets, scale),
-        }
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn takes_tiles(&self, _: Context<'_>, _: &Tensor) -> bool {
-        false
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    fn losses_in_tiles(&self, _: Context<'_>, _: &Tensor, _: &[u32], _: Option<f64>) -> Result<Option<Losses>> {
-        Ok(None)
+    /// Whether rows of h meet the words without logits.
+    fn goes_by_words(&self, context: Context<'_>, h: &Tensor) -> bool {
+        context.fused(h) && !self.weight.is_trained()
     }
 
     /// h (L, C) -> logits (L, V).

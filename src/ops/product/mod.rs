@@ -10,6 +10,7 @@ pub(super) mod blocks;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "no_blocks.rs"]
 mod blocks;
+pub(super) mod held;
 mod pack;
 mod tile;
 
@@ -103,6 +104,11 @@ impl<'a> Matrix<'a> {
         let last = rows.saturating_sub(1) * row_stride + columns.saturating_sub(1) * column_stride;
         assert!(rows * columns == 0 || start + last < values.len(), "every number lies inside the matrix");
         Self { values: values.after(start), rows, columns, row_stride, column_stride }
+    }
+
+    /// These rows.
+    pub(super) fn rows(self, rows: Range<usize>) -> Self {
+        Self::inside(self.values, rows.start * self.row_stride, (rows.len(), self.row_stride), (self.columns, self.column_stride))
     }
 
     /// Rows and columns exchanged.

@@ -20,6 +20,27 @@ impl Packed {
     pub(super) fn new(unit: Unit, _: &Matrix<'_>, _: Precision) -> Option<Self> {
         match unit {}
     }
+
+    pub(super) fn held(&self) -> Held {
+        match *self {}
+    }
+}
+
+/// As `blocks::Held`, of which there is none.
+pub(in crate::ops) enum Held {}
+
+impl Held {
+    pub(super) fn fill(&mut self, _: &Matrix<'_>) {
+        match *self {}
+    }
+
+    pub(super) fn product(&self, _: &Packed, _: std::ops::Range<usize>, _: (&mut [f32], usize)) {
+        match *self {}
+    }
+
+    pub(super) fn add_product(&self, _: usize, _: (&[f32], usize), _: (&mut [f32], usize)) {
+        match *self {}
+    }
 }
 
 pub(super) fn product_by(_: &Matrix<'_>, b: &Packed, _: &mut [f32]) {

@@ -69,6 +69,22 @@ fn many_words_are_one_vocabulary() {
     }
 }
 
+/// Sums over more channels than any instruction set's panel holds at once.
+#[test]
+fn deep_rows_are_sums_of_their_parts() {
+    let (n, c, v) = (35, 6200, 40);
+    let small = |seed, shape: &[usize]| random(seed, shape).affine(0.1, 0.0).unwrap();
+    let (inputs, targets) = ([small(1, &[n, c]), small(2, &[v, c])], vec![3; n]);
+    let wanted = naive(&inputs, &targets);
+    let (_, reference) =
+        run(Context { reference: true, ..Context::new(&Tally::default(), Precision::F32) }, &inputs, &targets, false, true);
+    every_way(|context| {
+        let (losses, gradients) = run(context, &inputs, &targets, false, true);
+        within("losses", &losses, &wanted, 1e-5);
+        within("dh", gradients[0].as_ref().unwrap(), reference[0].as_ref().unwrap(), 1e-6);
+    });
+}
+
 /// 6 Mi numbers to a chunk, in whole tiles of 32 rows: with 600 000 words 65 rows are chunks of 32, 32 and 1.
 #[test]
 fn a_chunk_has_rows_enough() {

@@ -20,7 +20,7 @@ use self::kernel::{DEPTH, Line, PAIR, Runs};
 pub(in crate::ops) use self::kernel::{Ready, SIDE, Unit};
 pub(in crate::ops) use self::pack::{Side, View};
 use self::pack::{pack_block, turn, widen_block};
-use super::{Matrix, Start, even_parts, tasks};
+use super::{Matrix, Start, Values, even_parts, tasks};
 use crate::ops::host::{Shared, uninitialized};
 use crate::ops::issue;
 use crate::ops::team::each;
@@ -81,10 +81,16 @@ impl<const P: usize> Operand<P> {
     /// `view`, packed on all threads.
     fn shared(view: &View<'_>) -> Self {
         let mut operand = Self::default();
-        operand.room(view.lanes, view.depth);
-        let strip = operand.strip().max(1);
-        each(operand.lines.chunks_mut(strip).enumerate(), |(index, lines)| view.pack::<P>(index * SIDE, 0..view.depth, lines));
+        operand.refill(view);
         operand
+    }
+
+    /// Packs `view` on all threads.
+    fn refill(&mut self, view: &View<'_>) {
+        self.room(view.lanes, view.depth);
+        let (strip, strips) = (self.strip().max(1), self.lanes.div_ceil(SIDE));
+        let lines = self.lines.chunks_exact_mut(strip).take(strips).enumerate();
+        each(lines, |(index, lines)| view.pack::<P>(index * SIDE, 0..view.depth, lines));
     }
 
     /// Room for an A of `rows` by `columns`, whose blocks `blocks` gives a place.
@@ -211,18 +217,20 @@ impl<'a, const P: usize> Right<'a, P> {
 pub(in crate::ops) type Terms<'a, const P: usize> = [(&'a Operand<P>, Right<'a, P>)];
 
 /// out, rows of `out.1` numbers = [out where `onto`] + strips of A times strips of B, over `steps` of k from each one's step on: on
-/// this thread.
-pub(in crate::ops) fn multiply(
+/// this thread. B has A's planes, or is one of numbers stored in bf16.
+pub(in crate::ops) fn multiply<const P: usize, const Q: usize>(
     ready: &Ready,
-    a: (&Operand<1>, Range<usize>, usize),
-    b: (&Operand<1>, Range<usize>, usize),
+    a: (&Operand<P>, Range<usize>, usize),
+    b: (&Operand<Q>, Range<usize>, usize),
     steps: usize,
     out: (&mut [f32], usize),
     onto: bool,
 ) {
     assert!(a.2 + steps <= a.0.steps && b.2 + steps <= b.0.steps, "both operands have these steps");
     assert!(a.1.end * SIDE < a.0.lanes + SIDE && b.1.end * SIDE < b.0.lanes + SIDE, "both operands have these strips");
-    assert!(b.1.len() * SIDE <= out.1 && a.1.len() * SIDE * out.1 <= out.0.len(), "the result has room for whole tiles");
+    assert!(Q == P || Q == 1, "B has A's planes or one");
+    let (rows, columns) = (a.1.len() * SIDE, b.1.len() * SIDE);
+    assert!(columns <= out.1 && rows * out.1 + columns <= out.0.len() + out.1, "the result has room for whole tiles");
     for (row, strip) in a.1.enumerate() {
         for (column, panel) in b.1.clone().enumerate() {
             let runs = [(a.0.at(strip, a.2), a.0.depth_of(a.2..a.2 + steps)), (std::ptr::null(), 0)];
@@ -230,7 +238,7 @@ pub(in crate::ops) fn multiply(
             // SAFETY: all three asserted above.
             unsafe {
                 let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
-                ready.multiply::<1>(runs, [false; 2], b.0.at(panel, b.2), (at, out.1), size, onto);
+                ready.multiply::<P>(runs, [Q < P; 2], b.0.at(panel, b.2), (at, out.1), size, onto);
             }
         }
     }
@@ -267,6 +275,11 @@ impl Packed {
         planes.map(|planes| Self { unit, planes })
     }
 
+    /// What it can be multiplied by; holds nothing yet.
+    pub(super) fn held(&self) -> Held {
+        Held { unit: self.unit, split: matches!(self.planes, Planes::Split(_)), planes: Planes::Rounded(Operand::default()) }
+    }
+
     /// What multiplies it.
     pub(in crate::ops) fn unit(&self) -> Unit {
         self.unit
@@ -279,6 +292,78 @@ impl Packed {
             Planes::Split(operand) => operand,
         };
         operand.downcast_ref()
+    }
+}
+
+/// A B of many products.
+pub(in crate::ops) struct Held {
+    unit: Unit,
+    /// Whether A is split.
+    split: bool,
+    /// Rounded where A is, or where it is stored in bf16.
+    planes: Planes,
+}
+
+impl Held {
+    /// Packs `matrix` instead of what was held, on all threads.
+    pub(super) fn fill(&mut self, matrix: &Matrix<'_>) {
+        let view = View::b(matrix);
+        match (&mut self.planes, self.split && !view.is_narrow()) {
+            (Planes::Rounded(held), false) => held.refill(&view),
+            (Planes::Split(held), true) => held.refill(&view),
+            (planes, false) => *planes = Planes::Rounded(Operand::shared(&view)),
+            (planes, true) => *planes = Planes::Split(Operand::shared(&view)),
+        }
+    }
+
+    /// out = rows of `a`, from a whole strip on, times what is held.
+    pub(super) fn product(&self, a: &Packed, rows: Range<usize>, out: (&mut [f32], usize)) {
+        assert!(rows.start.is_multiple_of(SIDE), "rows begin with a strip");
+        let strips = rows.start / SIDE..rows.end.div_ceil(SIDE);
+        match &a.planes {
+            Planes::Rounded(a) => self.times(a, strips, out, false),
+            Planes::Split(a) => self.times(a, strips, out, false),
+        }
+    }
+
+    /// out += the first `rows` rows of `a`, `a.1` numbers apart, times what is held.
+    pub(super) fn add_product(&self, rows: usize, a: (&[f32], usize), out: (&mut [f32], usize)) {
+        let depth = match &self.planes {
+            Planes::Rounded(held) => held.depth,
+            Planes::Split(held) => held.depth,
+        };
+        let (view, strips) = (View::new(Side::A, Values::F32(a.0), 0, (rows, a.1), (depth, 1)), 0..rows.div_ceil(SIDE));
+        match self.split {
+            false => self.times(&Operand::<1>::of(&view), strips, out, true),
+            true => self.times(&Operand::<3>::of(&view), strips, out, true),
+        }
+    }
+
+    fn times<const P: usize>(&self, a: &Operand<P>, strips: Range<usize>, out: (&mut [f32], usize), add: bool) {
+        assert_eq!(self.split, P == 3, "a B is held for A's planes");
+        match &self.planes {
+            Planes::Rounded(held) => times(self.unit, (a, strips), held, out, add),
+            Planes::Split(held) => times(self.unit, (a, strips), held, out, add),
+        }
+    }
+}
+
+/// out = [out where it is to `add`] + strips of A times all of B, on this thread: as much of B at a time as a task packs elsewhere.
+fn times<const P: usize, const Q: usize>(
+    unit: Unit,
+    (a, strips): (&Operand<P>, Range<usize>),
+    b: &Operand<Q>,
+    (out, row): (&mut [f32], usize),
+    add: bool,
+) {
+    let ready = Ready::new(unit);
+    assert_eq!(a.depth, b.depth, "A's and B's k are one");
+    for steps in even_parts(0..a.steps, DEEPEST / (P * PAIR * size_of::<Line>())) {
+        let group = (PACKED / (steps.len() * Q * PAIR * size_of::<Line>())).max(1);
+        for panels in even_parts(0..b.lanes.div_ceil(SIDE), group) {
+            let (a, first) = ((a, strips.clone(), steps.start), panels.start * SIDE);
+            multiply(&ready, a, (b, panels, steps.start), steps.len(), (&mut out[first..], row), add || steps.start > 0);
+        }
     }
 }
 

@@ -1,0 +1,142 @@
+//! The head whose table is frozen: a block of rows meets some words at a time, forward and back, so that logits never leave the caches and
+//! W is packed once for all rows.
+//!
+//! Each row's largest logit so far is what its exponentials are held against; where a larger one comes, what was summed is scaled down. With
+//! s the sum of exponentials e, dh = scale (e W / s - W[target]).
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use super::{Head, Losses};
+use crate::error::Result;
+use crate::ops::host::{Host, tensor, uninitialized};
+use crate::ops::product::held::{Held, SIDE};
+use crate::ops::product::{Left, Number, Values};
+use crate::ops::simd::{self, vectorized};
+use crate::ops::team::each;
+use crate::ops::{Context, issue};
+
+/// Words that are packed at a time, for every block.
+const WORDS: usize = 512;
+
+impl Head {
+    /// h (L, C), targets (L) -> the losses, and dh of `scale * sum of losses` where there is a scale and a row.
+    pub(super) fn losses_by_words(
+        &self,
+        context: Context<'_>,
+        h: &Tensor,
+        targets: &[u32],
+        scale: Option<f64>,
+    ) -> Result<Losses> {
+        let (h, (l, c), v) = (h.contiguous()?, h.dims2()?, self.weight.tensor.dims2()?.0);
+        if l == 0 {
+            return Ok((Vec::new(), None));
+        }
+        let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
+        let (table, h) = (w.matrix(v, c), Left::new(context.precision, h.matrix(l, c)));
+        issue(1 + usize::from(scale.is_some()), l, v, c);
+        let (mut columns, mut rows) = (Held::beside(&h), Held::beside(&h));
+        // As many blocks for each thread; a row's sums do not depend on its block.
+        let parts = l.div_ceil(columns.rows()).next_multiple_of(rayon::current_num_threads());
+        let (size, width) = (l.div_ceil(parts).next_multiple_of(SIDE), c.next_multiple_of(SIDE));
+        let mut dh = vec![0.0; if scale.is_some() { l.next_multiple_of(size) * width } else { 0 }];
+        let mut outs = dh.chunks_mut(size * width);
+        let mut blocks: Vec<Block> = targets
+            .chunks(size)
+            .enumerate()
+            .map(|(index, targets)| Block::new(index * size, targets, outs.next().map(|dh| (dh, width))))
+            .collect();
+        for start in (0..v).step_by(WORDS) {
+            let words = start..(start + WORDS).min(v);
+            let table = table.rows(words.clone());
+            columns.fill(&table.t());
+            if scale.is_some() {
+                rows.fill(&table);
+            }
+            each(blocks.iter_mut(), |block| block.meet(&words, &h, &columns, &rows));
+        }
+        let losses = blocks.iter().flat_map(Block::losses).collect();
+        let Some(scale) = scale else { return Ok((losses, None)) };
+        each(blocks.iter_mut(), |block| match w.values() {
+            Values::F32(w) => block.finish(w, c, scale),
+            Values::Bf16(w) => block.finish(w, c, scale),
+        });
+        drop(blocks);
+        match width == c {
+            true => dh.truncate(l * c),
+            false => dh = dh.chunks(width).take(l).flat_map(|row| &row[..c]).copied().collect(),
+        }
+        Ok((losses, Some(tensor(dh, (l, c))?)))
+    }
+}
+
+/// Some rows, and what is summed for them over the words so far.
+struct Block<'a> {
+    /// The first row.
+    first: usize,
+    targets: &'a [u32],
+    max: Vec<f32>,
+    sums: Vec<f64>,
+    at_targets: Vec<f32>,
+    /// e W, and the numbers of a row.
+    dh: Option<(&'a mut [f32], usize)>,
+}
+
+impl<'a> Block<'a> {
+    fn new(first: usize, targets: &'a [u32], dh: Option<(&'a mut [f32], usize)>) -> Self {
+        let n = targets.len();
+        Self { first, targets, max: vec![f32::MIN; n], sums: vec![0.0; n], at_targets: vec![0.0; n], dh }
+    }
+
+    /// Goes on with `words`: `columns` is (C, words), `rows` (words, C).
+    fn meet(&mut self, words: &Range<usize>, h: &Left<'_>, columns: &Held, rows: &Held) {
+        let n = self.targets.len();
+        // SAFETY: the product writes every row's first numbers, and only these are read.
+        let mut z = unsafe { uninitialized(n.next_multiple_of(SIDE) * WORDS) };
+        columns.product(h, self.first..self.first + n, (&mut z, WORDS));
+        for (row, target) in self.targets.iter().enumerate() {
+            let (z, target) = (&mut z[row * WORDS..][..words.len()], *target as usize);
+            if words.contains(&target) {
+                self.at_targets[row] = z[target - words.start];
+            }
+            let before = self.max[row];
+            let (max, sum) = vectorized(
+                #[inline(always)]
+                || {
+                    let max = before.max(simd::max(z));
+                    z.iter_mut().for_each(|z| *z = simd::exp(*z - max));
+                    (max, simd::sum_of(z, |e| e))
+                },
+            );
+            if max > before {
+                let share = simd::exp(before - max);
+                self.max[row] = max;
+                self.sums[row] *= f64::from(share);
+                if let Some((dh, width)) = &mut self.dh {
+                    dh[row * *width..][..*width].iter_mut().for_each(|dh| *dh *= share);
+                }
+            }
+            self.sums[row] += sum;
+        }
+        if let Some((dh, width)) = &mut self.dh {
+            rows.add_product(n, (&z, WORDS), (dh, *width));
+        }
+    }
+
+    fn losses(&self) -> impl Iterator<Item = f32> + use<'_> {
+        (0..self.targets.len()).map(|row| self.max[row] + self.sums[row].ln() as f32 - self.at_targets[row])
+    }
+
+    /// e W -> dh, with W (V, `c`).
+    fn finish<T: Number>(&mut self, w: &[T], c: usize, scale: f64) {
+        let Some((dh, width)) = &mut self.dh else { return };
+        for ((row, target), dh) in self.targets.iter().enumerate().zip(dh.chunks_exact_mut(*width)) {
+            let (w, share, scale) = (&w[*target as usize * c..][..c], (scale / self.sums[row]) as f32, scale as f32);
+            vectorized(
+                #[inline(always)]
+                || dh.iter_mut().zip(w).for_each(|(dh, w)| *dh = share * *dh - scale * w.widen()),
+            );
+        }
+    }
+}
