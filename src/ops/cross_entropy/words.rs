@@ -38,8 +38,9 @@ impl Head {
         issue(1 + usize::from(scale.is_some()), l, v, c);
         let (mut columns, mut rows) = (Held::beside(&h), Held::beside(&h));
         // As many blocks for each thread; a row's sums do not depend on its block.
-        let parts = l.div_ceil(columns.rows()).next_multiple_of(rayon::current_num_threads());
-        let (size, width) = (l.div_ceil(parts).next_multiple_of(SIDE), c.next_multiple_of(SIDE));
+        let (most, multiple) = columns.rows();
+        let parts = l.div_ceil(most).next_multiple_of(rayon::current_num_threads());
+        let (size, width) = (l.div_ceil(parts).next_multiple_of(multiple), c.next_multiple_of(SIDE));
         let mut dh = vec![0.0; if scale.is_some() { l.next_multiple_of(size) * width } else { 0 }];
         let mut outs = dh.chunks_mut(size * width);
         let mut blocks: Vec<Block> = targets

@@ -6,7 +6,7 @@ use super::tile::{Isa, TileArgs, best};
 use super::{Form, Left, Matrix, blocks, even_parts, pack};
 use crate::ops::team::each;
 
-/// Results have rows of a multiple of this, and as many of them: the widest tile's, or a block's.
+/// Columns and rows of a result are padded to a multiple of this: the widest tile's, or a block's.
 pub(in crate::ops) const SIDE: usize = 32;
 
 /// A matrix (k, columns) as tiles read it.
@@ -30,11 +30,11 @@ impl Held {
         }
     }
 
-    /// Most rows of one product: they, and what they are multiplied by, share a second-level cache.
-    pub(in crate::ops) fn rows(&self) -> usize {
+    /// Rows of one product: most of them (they and what they are multiplied by share a second-level cache), and what they are a multiple of.
+    pub(in crate::ops) fn rows(&self) -> (usize, usize) {
         match self {
-            Self::Panels { .. } => 64,
-            Self::Blocks(_) => 128,
+            Self::Panels { .. } => (64, 1),
+            Self::Blocks(_) => (128, SIDE),
         }
     }
 
@@ -54,7 +54,7 @@ impl Held {
         }
     }
 
-    /// out = rows of `left` times what is held, from a multiple of `SIDE` on; `out.1` numbers from row to row. What lies beyond the rows and
+    /// out = rows of `left` times what is held, from a multiple of `rows` on; `out.1` numbers from row to row. What lies beyond the rows and
     /// columns, up to whole `SIDE`s, may be written or not.
     pub(in crate::ops) fn product(&self, left: &Left<'_>, rows: Range<usize>, out: (&mut [f32], usize)) {
         match (self, &left.form) {
