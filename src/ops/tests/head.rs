@@ -85,6 +85,24 @@ fn deep_rows_are_sums_of_their_parts() {
     });
 }
 
+/// A table that is stored in bf16 gives f32 products the same bits as its numbers in f32.
+#[test]
+fn a_table_in_bf16_is_its_f32() {
+    let (n, c, v) = (40, 100, 700);
+    let narrow = random(2, &[v, c]).to_dtype(DType::BF16).unwrap();
+    let (h, wide) = (random(1, &[n, c]), narrow.to_dtype(DType::F32).unwrap());
+    let targets: Vec<u32> = (0..n as u32).map(|i| 17 * i).collect();
+    for isa in available() {
+        let of = |table: &Tensor| {
+            let tally = Tally::default();
+            with(isa, || run(Context::new(&tally, Precision::F32), &[h.clone(), table.clone()], &targets, false, true))
+        };
+        let ((losses, gradients), (others, more)) = (of(&narrow), of(&wide));
+        assert_eq!(bits(&losses), bits(&others), "{}", isa.name);
+        assert_eq!(bits(gradients[0].as_ref().unwrap()), bits(more[0].as_ref().unwrap()), "{}", isa.name);
+    }
+}
+
 /// 6 Mi numbers to a chunk, in whole tiles of 32 rows: with 600 000 words 65 rows are chunks of 32, 32 and 1.
 #[test]
 fn a_chunk_has_rows_enough() {
