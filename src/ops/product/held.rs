@@ -24,8 +24,8 @@ pub(in crate::ops) enum Held {
 impl Held {
     /// What `left` can be multiplied by; holds nothing yet.
     pub(in crate::ops) fn beside(left: &Left<'_>) -> Self {
-        match left.packed() {
-            Some(packed) => Self::Blocks(packed.held()),
+        match left.packed().map(blocks::Packed::held) {
+            Some(held) => Self::Blocks(held),
             None => Self::Panels { isa: best(), values: Vec::new(), k: 0, columns: 0 },
         }
     }
