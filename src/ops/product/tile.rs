@@ -45,11 +45,11 @@ pub(in crate::ops) struct Isa {
     /// By vectors - 1, then rows - 1.
     tiles: [&'static [Tile]; 2],
     /// Numbers of k that one panel of B holds at most: more of them, and what the tiles of a strip read again falls out of the cache.
-    pub(in crate::ops) deepest: usize,
+    pub(super) deepest: usize,
     /// k is cut into pieces of this length where it is deeper.
-    pub(in crate::ops) piece: usize,
+    pub(super) piece: usize,
     /// Numbers of packed B that one task holds: half of a second-level cache.
-    pub(in crate::ops) packed: usize,
+    pub(super) packed: usize,
     /// What `pack` transposes in.
     pub(super) transposes: Transposes,
     /// What multiplies products of many rows in blocks instead.
