@@ -83,7 +83,7 @@ fn norm(gradient: &Tensor) -> Result<f64> {
     let square = |chunk: &[f32]| {
         vectorized(
             #[inline(always)]
-            || {
+            |_| {
                 let (chunks, rest) = chunk.as_chunks::<8>();
                 let mut lanes = [0.0f64; 8];
                 for chunk in chunks {
@@ -143,7 +143,7 @@ impl InplaceOp2 for Pass {
         each(rows.zip(gradient.chunks(CHUNK)), |(((value, first), second), gradient)| {
             vectorized(
                 #[inline(always)]
-                || {
+                |_| {
                     let numbers = value.iter_mut().zip(first).zip(second).zip(gradient);
                     numbers.for_each(|(((value, first), second), gradient)| self.update((value, first, second), *gradient));
                 },

@@ -82,7 +82,7 @@ pub(super) fn widen(values: &[bf16]) -> Vec<f32> {
     each(wide.chunks_mut(CHUNK).zip(values.chunks(CHUNK)), |(wide, narrow)| {
         vectorized(
             #[inline(always)]
-            || wide.iter_mut().zip(narrow).for_each(|(wide, x)| *wide = x.widen()),
+            |_| wide.iter_mut().zip(narrow).for_each(|(wide, x)| *wide = x.widen()),
         );
     });
     wide
@@ -136,7 +136,7 @@ pub(super) fn kept(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
     each(narrow.chunks_mut(CHUNK).zip(host.slice().chunks(CHUNK)), |(narrow, x)| {
         vectorized(
             #[inline(always)]
-            || narrow_into(narrow, x),
+            |_| narrow_into(narrow, x),
         )
     });
     Ok(Tensor::from_vec(narrow, x.shape(), &Device::Cpu)?)

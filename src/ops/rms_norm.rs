@@ -148,7 +148,7 @@ impl RmsNorm {
         each(y.chunks_mut(rows).zip(x.chunks(rows)).zip(copies), |((y, x), copy)| {
             vectorized(
                 #[inline(always)]
-                || {
+                |_| {
                     let weight = &weight[..c];
                     for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
                         let (y, s) = (&mut y[..c], self.inverse_rms_of(x));
@@ -184,7 +184,7 @@ impl RmsNorm {
             let mut g = vec![0.0; c];
             vectorized(
                 #[inline(always)]
-                || {
+                |_| {
                     let (g, weight) = (&mut g[..c], &weight[..c]);
                     for (row, (dx, dy)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate() {
                         let (dx, dy, x) = (&mut dx[..c], &dy[..c], &x[row * c..][..c]);

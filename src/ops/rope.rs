@@ -237,7 +237,7 @@ impl RopeTables {
         each(y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles), |((y, x), (cos, sin))| {
             vectorized(
                 #[inline(always)]
-                || {
+                |_| {
                     let heads = c / (2 * half);
                     for (head, (y, x)) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)).enumerate() {
                         let (cos, sin) = (&cos[head / heads * half..][..half], &sin[head / heads * half..][..half]);

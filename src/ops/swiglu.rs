@@ -6,7 +6,7 @@ use half::bf16;
 use super::Context;
 use super::host::{Host, Stored, expect, kept, narrow_into, restored, tensor, uninitialized};
 use super::product::{Number, Values};
-use super::simd::{self, vectorized};
+use super::simd::{Instructions, vectorized};
 use super::team::each;
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -90,10 +90,10 @@ fn forward_of<X: Number, Y: Stored>(gate: &[X], up: &[X], y: &mut [Y], copies: [
         let n = y.len();
         vectorized(
             #[inline(always)]
-            || {
+            |cpu| {
                 let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
                 for i in 0..n {
-                    y[i] = Y::of(gated(gate[i].widen(), up[i].widen()));
+                    y[i] = Y::of(gated(cpu, gate[i].widen(), up[i].widen()));
                 }
                 if let (Some(gate16), Some(up16)) = (gate16, up16) {
                     narrow_into(gate16, gate);
@@ -150,10 +150,10 @@ fn backward_of<X: Number, Y: Stored>(dy: &[f32], gate: &[X], up: &[X], dgate: &m
         let n = dy.len();
         vectorized(
             #[inline(always)]
-            || {
+            |cpu| {
                 let (dgate, dup, dy, gate, up) = (&mut dgate[..n], &mut dup[..n], &dy[..n], &gate[..n], &up[..n]);
                 for i in 0..n {
-                    let (of_gate, of_up) = gradients(dy[i], gate[i].widen(), up[i].widen());
+                    let (of_gate, of_up) = gradients(cpu, dy[i], gate[i].widen(), up[i].widen());
                     (dgate[i], dup[i]) = (Y::of(of_gate), Y::of(of_up));
                 }
             },
@@ -166,18 +166,18 @@ const SWEEP: usize = 2048;
 
 /// silu(gate) up.
 #[inline(always)]
-pub(super) fn gated(gate: f32, up: f32) -> f32 {
-    gate * sigmoid(gate) * up
+pub(super) fn gated(cpu: Instructions, gate: f32, up: f32) -> f32 {
+    gate * sigmoid(cpu, gate) * up
 }
 
 /// The gradients of gate and up, from that of silu(gate) up.
 #[inline(always)]
-pub(super) fn gradients(dy: f32, gate: f32, up: f32) -> (f32, f32) {
-    let s = sigmoid(gate);
+pub(super) fn gradients(cpu: Instructions, dy: f32, gate: f32, up: f32) -> (f32, f32) {
+    let s = sigmoid(cpu, gate);
     (dy * up * s * (1.0 + gate * (1.0 - s)), dy * gate * s)
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + simd::exp(-x))
+fn sigmoid(cpu: Instructions, x: f32) -> f32 {
+    1.0 / (1.0 + cpu.exp(-x))
 }

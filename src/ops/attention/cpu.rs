@@ -108,7 +108,7 @@ impl Rows {
         let row = &mut self.values[at..at + self.width];
         vectorized(
             #[inline(always)]
-            || row.iter_mut().for_each(|x| *x *= share),
+            |_| row.iter_mut().for_each(|x| *x *= share),
         );
     }
 
@@ -276,7 +276,7 @@ pub(super) fn softmax<const L: usize>(
 ) {
     vectorized(
         #[inline(always)]
-        || {
+        |cpu| {
             let (mut largest, mut total) = ([0.0f32; L], [0.0f32; L]);
             largest.copy_from_slice(&max[..L]);
             total.copy_from_slice(&sums[..L]);
@@ -287,7 +287,7 @@ pub(super) fn softmax<const L: usize>(
                 }
             }
             for lane in 0..L {
-                shares[lane] = simd::exp(scale * (max[lane] - largest[lane]));
+                shares[lane] = cpu.exp(scale * (max[lane] - largest[lane]));
                 total[lane] *= shares[lane];
             }
             for scores in scores.chunks_mut(RUN * row) {
@@ -295,7 +295,7 @@ pub(super) fn softmax<const L: usize>(
                 for scores in scores.chunks_mut(row) {
                     let scores = &mut scores[..L];
                     for lane in 0..L {
-                        scores[lane] = simd::exp(scale * (scores[lane] - largest[lane]));
+                        scores[lane] = cpu.exp(scale * (scores[lane] - largest[lane]));
                         sum[lane] += scores[lane];
                     }
                 }
@@ -322,11 +322,11 @@ pub(super) fn gradients<const L: usize>(
     inners[..inner.len()].copy_from_slice(inner);
     vectorized(
         #[inline(always)]
-        || {
+        |cpu| {
             for (p, ds) in scores.chunks_mut(row).zip(dp.chunks_mut(row)) {
                 let (p, ds) = (&mut p[..L], &mut ds[..L]);
                 for lane in 0..L {
-                    p[lane] = simd::exp(scale * p[lane] - lses[lane]);
+                    p[lane] = cpu.exp(scale * p[lane] - lses[lane]);
                     ds[lane] = p[lane] * (ds[lane] - inners[lane]) * scale;
                 }
             }
@@ -551,7 +551,7 @@ pub(super) fn share_out<O: Stored>(out: &mut [O], x: &[f32], share: f32) {
     let n = out.len();
     vectorized(
         #[inline(always)]
-        || {
+        |_| {
             let (out, x) = (&mut out[..n], &x[..n]);
             for i in 0..n {
                 out[i] = O::of(x[i] * share);
@@ -573,7 +573,7 @@ impl Inputs<'_> {
         let dout = &self.dout[at..at + d];
         vectorized(
             #[inline(always)]
-            || match self.out {
+            |_| match self.out {
                 Values::F32(out) => simd::dot(dout, &out[at..at + d]) as f32,
                 Values::Bf16(out) => simd::dot(dout, &out[at..at + d]) as f32,
             },

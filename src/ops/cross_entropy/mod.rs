@@ -222,12 +222,12 @@ fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
         let at_target = z[target];
         let (max, sum) = vectorized(
             #[inline(always)]
-            || {
+            |cpu| {
                 let max = simd::max(z);
                 let sum = match scale {
-                    None => simd::sum_of(z, |z| simd::exp(z - max)),
+                    None => simd::sum_of(z, |z| cpu.exp(z - max)),
                     Some(_) => {
-                        z.iter_mut().for_each(|z| *z = simd::exp(*z - max));
+                        z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
                         simd::sum_of(z, |z| z)
                     }
                 };

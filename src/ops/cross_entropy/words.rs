@@ -102,16 +102,15 @@ impl<'a> Block<'a> {
                 self.at_targets[row] = z[target - words.start];
             }
             let before = self.max[row];
-            let (max, sum) = vectorized(
+            let (max, share, sum) = vectorized(
                 #[inline(always)]
-                || {
+                |cpu| {
                     let max = before.max(simd::max(z));
-                    z.iter_mut().for_each(|z| *z = simd::exp(*z - max));
-                    (max, simd::sum_of(z, |e| e))
+                    z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
+                    (max, cpu.exp(before - max), simd::sum_of(z, |e| e))
                 },
             );
             if max > before {
-                let share = simd::exp(before - max);
                 self.max[row] = max;
                 self.sums[row] *= f64::from(share);
                 if let Some((dh, width)) = &mut self.dh {
@@ -136,7 +135,7 @@ impl<'a> Block<'a> {
             let (w, share, scale) = (&w[*target as usize * c..][..c], (scale / self.sums[row]) as f32, scale as f32);
             vectorized(
                 #[inline(always)]
-                || dh.iter_mut().zip(w).for_each(|(dh, w)| *dh = share * *dh - scale * w.widen()),
+                |_| dh.iter_mut().zip(w).for_each(|(dh, w)| *dh = share * *dh - scale * w.widen()),
             );
         }
     }

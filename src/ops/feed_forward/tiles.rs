@@ -276,9 +276,9 @@ fn activate(gate: &mut Tile, up: &Tile) {
     let (gate, up) = (&mut gate.0, &up.0);
     vectorized(
         #[inline(always)]
-        || {
+        |cpu| {
             for i in 0..SIDE * SIDE {
-                gate[i] = gated(gate[i], up[i]);
+                gate[i] = gated(cpu, gate[i], up[i]);
             }
         },
     );
@@ -289,9 +289,9 @@ fn deactivate(d: &Tile, gate: &mut Tile, up: &mut Tile) {
     let (d, gate, up) = (&d.0, &mut gate.0, &mut up.0);
     vectorized(
         #[inline(always)]
-        || {
+        |cpu| {
             for i in 0..SIDE * SIDE {
-                (gate[i], up[i]) = gradients(d[i], gate[i], up[i]);
+                (gate[i], up[i]) = gradients(cpu, d[i], gate[i], up[i]);
             }
         },
     );

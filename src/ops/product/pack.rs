@@ -134,7 +134,7 @@ fn panel_of<T: Number>(
             (true, 64) => rows::<T, 64>(values, row_stride, panel),
             _ => vectorized(
                 #[inline(always)]
-                || {
+                |_| {
                     for (row, out) in panel.chunks_exact_mut(width).enumerate() {
                         prefetch(values, (row + AHEAD) * row_stride, columns);
                         let (whole, rest) = out.split_at_mut(columns);
@@ -171,7 +171,7 @@ fn panel_of<T: Number>(
 fn rows<T: Number, const W: usize>(values: &[T], stride: usize, panel: &mut [f32]) {
     vectorized(
         #[inline(always)]
-        || {
+        |_| {
             for (row, out) in panel.as_chunks_mut::<W>().0.iter_mut().enumerate() {
                 prefetch(values, (row + AHEAD) * stride, W);
                 let from = &values[row * stride..][..W];
