@@ -13,7 +13,7 @@ use half::bf16;
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, Matrix, TileArgs, Values, best, even_parts, pack, strip};
+use crate::ops::product::{Isa, Matrix, Part, TileArgs, Values, best, even_parts, pack, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -171,11 +171,10 @@ impl<'a> Patch<'a> {
                 let (at, vectors) = self.lanes(panel);
                 // SAFETY: `head` holds every key's row, `columns` d vectors of each panel and `out` a row for each key (checked).
                 unsafe {
-                    let a = (head.row(keys.start), head.width, 1);
-                    let b = (columns.as_ptr().add(d * at), vectors * isa.lanes);
-                    let out = (out.as_mut_ptr().add((keys.start - self.keys.start) * BLOCK + at), BLOCK);
-                    let args = TileArgs { start: std::ptr::null(), ..sum_of(d, a, b, out) };
-                    isa.tile(keys.len(), vectors)(args);
+                    let (a, b) = (head.row(keys.start), columns.as_ptr().add(d * at));
+                    let part = Part { k: d, a, a_row: head.width, a_column: 1, b, b_row: vectors * isa.lanes };
+                    let out = out.as_mut_ptr().add((keys.start - self.keys.start) * BLOCK + at);
+                    isa.tile(keys.len(), vectors)(TileArgs::into(&[part], (out, BLOCK), false));
                 }
             }
         }
@@ -190,10 +189,10 @@ impl<'a> Patch<'a> {
             for (first, vectors) in head.parts(isa) {
                 // SAFETY: scores are (keys, BLOCK), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
                 unsafe {
-                    let a = (scores.as_ptr().add(self.lanes(panel).0), 1, BLOCK);
-                    let b = (head.row(self.keys.start).add(first), head.width);
+                    let (a, b) = (scores.as_ptr().add(self.lanes(panel).0), head.row(self.keys.start).add(first));
+                    let part = Part { k: panel.keys.len(), a, a_row: 1, a_column: BLOCK, b, b_row: head.width };
                     let out = (sum.row_mut(panel.queries.start).add(first), sum.width);
-                    strip(isa, panel.queries.len(), vectors, sum_of(panel.keys.len(), a, b, out));
+                    strip(isa, panel.queries.len(), vectors, TileArgs::into(&[part], out, true));
                 }
             }
         }
@@ -210,24 +209,15 @@ impl<'a> Patch<'a> {
             for (first, vectors) in head.parts(isa) {
                 // SAFETY: scores are (keys, BLOCK), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
                 unsafe {
-                    let a = (scores.as_ptr().add((keys.start - self.keys.start) * BLOCK + at), BLOCK, 1);
-                    let b = (head.row(self.queries.start + at).add(first), head.width);
+                    let a = scores.as_ptr().add((keys.start - self.keys.start) * BLOCK + at);
+                    let b = head.row(self.queries.start + at).add(first);
+                    let part = Part { k: self.queries.len() - at, a, a_row: BLOCK, a_column: 1, b, b_row: head.width };
                     let out = (sum.row_mut(keys.start).add(first), sum.width);
-                    isa.tile(keys.len(), vectors)(sum_of(self.queries.len() - at, a, b, out));
+                    isa.tile(keys.len(), vectors)(TileArgs::into(&[part], out, true));
                 }
             }
         }
     }
-}
-
-/// out += a (rows, k) b: each where it begins and its strides, which are in numbers.
-fn sum_of(
-    k: usize,
-    (a, a_row, a_column): (*const f32, usize, usize),
-    (b, b_row): (*const f32, usize),
-    (out, out_row): (*mut f32, usize),
-) -> TileArgs {
-    TileArgs { k, a, a_row, a_column, b, b_row, start: out, start_row: out_row, out, out_row }
 }
 
 impl Panel {

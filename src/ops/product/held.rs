@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::tile::{Isa, TileArgs, best};
+use super::tile::{Isa, Part, TileArgs, best};
 use super::{Form, Left, Matrix, blocks, even_parts, pack};
 use crate::ops::team::each;
 
@@ -91,22 +91,14 @@ impl Held {
                 for rows in even_parts(0..m, isa.rows) {
                     for column in (first..(first + group).min(columns)).step_by(width) {
                         let vectors = (columns - column).min(width).div_ceil(isa.lanes);
-                        let panel = &values[column * depth + start * vectors * isa.lanes..][..k * vectors * isa.lanes];
+                        let b_row = vectors * isa.lanes;
+                        let panel = &values[column * depth + start * b_row..][..k * b_row];
                         // SAFETY: these rows and columns lie inside `a` and `out` (checked), and the panel has k rows of whole vectors.
                         unsafe {
-                            let out = out.as_mut_ptr().add(rows.start * out_row + column);
-                            isa.tile(rows.len(), vectors)(TileArgs {
-                                k,
-                                a: a.as_ptr().add(rows.start * a_row + start),
-                                a_row,
-                                a_column: 1,
-                                b: panel.as_ptr(),
-                                b_row: vectors * isa.lanes,
-                                start: if add || start > 0 { out.cast_const() } else { std::ptr::null() },
-                                start_row: out_row,
-                                out,
-                                out_row,
-                            });
+                            let a = a.as_ptr().add(rows.start * a_row + start);
+                            let part = Part { k, a, a_row, a_column: 1, b: panel.as_ptr(), b_row };
+                            let out = (out.as_mut_ptr().add(rows.start * out_row + column), out_row);
+                            isa.tile(rows.len(), vectors)(TileArgs::into(&[part], out, add || start > 0));
                         }
                     }
                 }

@@ -16,7 +16,6 @@ mod tile;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -29,7 +28,7 @@ use crate::work::Precision;
 pub(super) use pack::{Number, pack};
 #[cfg(test)]
 pub(super) use tile::{CHOSEN, available};
-pub(super) use tile::{Isa, TileArgs, best};
+pub(super) use tile::{Isa, Part, TileArgs, best};
 
 /// Rows of A that are few: four tiles'.
 const FEW: usize = 64;
@@ -283,15 +282,12 @@ struct Piece {
 fn passes(isa: &Isa, terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
     let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
     let mut depth = 0;
-    for (term, Term { a, b }) in terms.iter().enumerate() {
-        let length = match a.rows <= UNPACKED && b.column_stride == 1 {
-            true => NEAR_ROWS,
-            false if a.columns > isa.deepest => isa.piece,
-            false => a.columns.max(1),
-        };
+    for (term, Term { a, .. }) in terms.iter().enumerate() {
+        let length = if a.columns > isa.deepest { isa.piece } else { a.columns.max(1) };
         for start in (0..a.columns).step_by(length) {
             let k = start..(start + length).min(a.columns);
-            if depth > 0 && depth + k.len() > isa.deepest {
+            let full = passes.last().is_some_and(|pass| pass.len() == MOST_PIECES);
+            if depth > 0 && depth + k.len() > isa.deepest || full {
                 passes.push(Vec::new());
                 depth = 0;
             }
@@ -367,37 +363,43 @@ impl Pass<'_> {
         }
     }
 
-    /// Whole vectors of columns, the few rows of a piece of B at a time for all of them.
+    /// Whole vectors of columns, a few rows of B at a time for all of them.
     fn unpacked(&self, columns: Range<usize>, rows: Range<usize>) {
-        for (index, Piece { term, k }) in self.pieces.iter().enumerate() {
-            let Term { a, b } = &self.terms[*term];
-            let (Form::Wide { values: left, row_stride, column_stride }, Values::F32(right)) = (&a.form, b.values) else {
-                return;
-            };
-            for column in columns.clone().step_by(self.isa.columns()) {
-                let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
-                let start = if index == 0 { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
-                let (left, right) =
-                    (&left[rows.start * row_stride + k.start * column_stride..], &right[k.start * b.row_stride + column..]);
-                debug_assert!((k.len() - 1) * b.row_stride + vectors * self.isa.lanes <= right.len());
-                // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
-                unsafe {
-                    let args = TileArgs {
-                        k: k.len(),
-                        a: left.as_ptr(),
-                        a_row: *row_stride,
-                        a_column: *column_stride,
-                        b: right.as_ptr(),
-                        b_row: b.row_stride,
-                        start: start.0,
-                        start_row: start.1,
-                        out: self.out.at(rows.start * self.n + column),
-                        out_row: self.n,
-                    };
-                    strip(self.isa, rows.len(), vectors, args);
+        let mut first = true;
+        for (piece, mut part) in self.pieces.iter().zip(self.parts(rows.start)) {
+            let Matrix { values: Values::F32(right), row_stride, .. } = self.terms[piece.term].b else { return };
+            part.b_row = row_stride;
+            for k in piece.k.clone().step_by(NEAR_ROWS) {
+                part.k = NEAR_ROWS.min(piece.k.end - k);
+                for column in columns.clone().step_by(self.isa.columns()) {
+                    let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
+                    let start = if first { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
+                    let right = &right[k * row_stride + column..];
+                    debug_assert!((part.k - 1) * row_stride + vectors * self.isa.lanes <= right.len());
+                    part.b = right.as_ptr();
+                    // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
+                    unsafe {
+                        let out = self.out.at(rows.start * self.n + column);
+                        let args = TileArgs { parts: &[part], start: start.0, start_row: start.1, out, out_row: self.n };
+                        strip(self.isa, rows.len(), vectors, args);
+                    }
                 }
+                // SAFETY: there are `part.k` more columns of A.
+                part.a = unsafe { part.a.add(part.k * part.a_column) };
+                first = false;
             }
         }
+    }
+
+    /// What the pieces multiply from this row of A on; where B lies is not told yet.
+    fn parts(&self, row: usize) -> [Part; MOST_PIECES] {
+        let mut parts = [Part { k: 0, a: std::ptr::null(), a_row: 0, a_column: 0, b: std::ptr::null(), b_row: 0 }; MOST_PIECES];
+        for (Piece { term, k }, part) in self.pieces.iter().zip(&mut parts) {
+            let Form::Wide { values, row_stride, column_stride } = &self.terms[*term].a.form else { continue };
+            let a = values[row * row_stride + k.start * column_stride..].as_ptr();
+            *part = Part { k: k.len(), a, a_row: *row_stride, a_column: *column_stride, ..*part };
+        }
+        parts
     }
 
     /// Packs B's columns and runs the tiles.
@@ -423,65 +425,45 @@ impl Pass<'_> {
                 done += k.len();
             }
             for rows in even_parts(rows, self.isa.rows) {
+                let mut parts = self.parts(rows.start);
                 for (columns, panel) in panels.iter().zip(buffer.chunks((depth * width).max(1))) {
-                    self.tile(rows.clone(), columns.clone(), panel);
+                    let width = columns.len().next_multiple_of(self.isa.lanes);
+                    let mut b = panel;
+                    for (piece, part) in self.pieces.iter().zip(&mut parts) {
+                        (part.b, part.b_row) = (b.as_ptr(), width);
+                        b = &b[piece.k.len() * width..];
+                    }
+                    self.tile(&rows, columns, &parts[..self.pieces.len()]);
                 }
             }
         });
     }
 
     /// One tile of the result, over all pieces.
-    fn tile(&self, rows: Range<usize>, columns: Range<usize>, panel: &[f32]) {
+    fn tile(&self, rows: &Range<usize>, columns: &Range<usize>, parts: &[Part]) {
         let width = columns.len().next_multiple_of(self.isa.lanes);
         let tile = self.isa.tile(rows.len(), width / self.isa.lanes);
-        let whole = width == columns.len();
-        let at = rows.start * self.n + columns.start;
         // SAFETY: this task alone writes these rows and columns of `out`.
-        let place = unsafe { self.out.at(at) };
-        let mut start = self.start_of(rows.start, columns.start);
+        let place = unsafe { self.out.at(rows.start * self.n + columns.start) };
+        let (start, start_row) = self.start_of(rows.start, columns.start);
+        if width == columns.len() {
+            // SAFETY: rows and k lie inside A, whose slice is the whole matrix; the panel holds k rows of `width`; `start` and `out` are rows
+            // of (m, n) buffers.
+            return unsafe { tile(TileArgs { parts, start, start_row, out: place, out_row: self.n }) };
+        }
         // What is not whole vectors begins and ends in a tile of its own.
-        let mut scratch = [const { MaybeUninit::<f32>::uninit() }; SCRATCH];
-        let (out, out_row) = if whole { (place, self.n) } else { (scratch.as_mut_ptr().cast::<f32>(), width) };
-        if !whole && !start.0.is_null() {
-            for row in 0..rows.len() {
-                for column in 0..width {
-                    // SAFETY: `start` is as large as these rows and columns, `out` as `width`.
-                    unsafe {
-                        let before = if column < columns.len() { *start.0.add(row * start.1 + column) } else { 0.0 };
-                        out.add(row * width + column).write(before);
-                    }
-                }
+        let mut scratch = [0.0f32; SCRATCH];
+        if !start.is_null() {
+            for (row, out) in scratch.chunks_exact_mut(width).take(rows.len()).enumerate() {
+                // SAFETY: `start` is as large as these rows and columns.
+                out[..columns.len()].copy_from_slice(unsafe { std::slice::from_raw_parts(start.add(row * start_row), columns.len()) });
             }
-            start = (out.cast_const(), out_row);
         }
-        let mut b = panel;
-        for piece in self.pieces {
-            let Form::Wide { values, row_stride, column_stride } = &self.terms[piece.term].a.form else { return };
-            let a = &values[rows.start * row_stride + piece.k.start * column_stride..];
-            debug_assert!((rows.len() - 1) * row_stride + (piece.k.len() - 1) * column_stride < a.len());
-            let args = TileArgs {
-                k: piece.k.len(),
-                a: a.as_ptr(),
-                a_row: *row_stride,
-                a_column: *column_stride,
-                b: b.as_ptr(),
-                b_row: width,
-                start: start.0,
-                start_row: start.1,
-                out,
-                out_row,
-            };
-            // SAFETY: rows and k lie inside A, whose slice is the whole matrix; the panel holds k rows of `width`; `start` and `out` are
-            // rows of (m, n) buffers or of `scratch`, wide enough because only whole tiles go to `out` directly.
-            unsafe { tile(args) };
-            start = (out.cast_const(), out_row);
-            b = &b[piece.k.len() * width..];
-        }
-        if !whole {
-            for row in 0..rows.len() {
-                // SAFETY: inside this task's rows and columns; the tile wrote `out`.
-                unsafe { place.add(row * self.n).copy_from_nonoverlapping(out.add(row * width), columns.len()) };
-            }
+        // SAFETY: as above; `scratch` is as large as the largest tile.
+        unsafe { tile(TileArgs { parts, start: scratch.as_ptr(), start_row: width, out: scratch.as_mut_ptr(), out_row: width }) };
+        for (row, sums) in scratch.chunks_exact(width).take(rows.len()).enumerate() {
+            // SAFETY: inside this task's rows and columns.
+            unsafe { place.add(row * self.n).copy_from_nonoverlapping(sums.as_ptr(), columns.len()) };
         }
     }
 
@@ -502,21 +484,24 @@ impl Pass<'_> {
     }
 }
 
+/// Most products that one tile sums.
+const MOST_PIECES: usize = 8;
 /// Numbers of the largest tile of any instruction set.
 const SCRATCH: usize = 14 * 32;
 
-/// One strip of a product on the calling thread: `args` tells of its first row and holds for all `m` of them.
+/// One strip of a product of one part on the calling thread: `args` tells of its first row and holds for all `m` of them.
 ///
 /// # Safety
 /// As `Tile`'s, for m rows of `vectors` vectors.
-pub(super) unsafe fn strip(isa: &Isa, m: usize, vectors: usize, args: TileArgs) {
+pub(super) unsafe fn strip(isa: &Isa, m: usize, vectors: usize, args: TileArgs<'_>) {
+    let [part] = args.parts else { return };
     for rows in even_parts(0..m, isa.rows) {
         let first = rows.start;
         let start = if args.start.is_null() { args.start } else { args.start.wrapping_add(first * args.start_row) };
         // SAFETY: the caller's promise; these rows are among the m.
         unsafe {
-            let (a, out) = (args.a.add(first * args.a_row), args.out.add(first * args.out_row));
-            isa.tile(rows.len(), vectors)(TileArgs { a, start, out, ..args });
+            let (part, out) = (Part { a: part.a.add(first * part.a_row), ..*part }, args.out.add(first * args.out_row));
+            isa.tile(rows.len(), vectors)(TileArgs { parts: &[part], start, out, ..args });
         }
     }
 }

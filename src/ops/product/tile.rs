@@ -13,25 +13,40 @@ use super::blocks::Unit;
 #[cfg(target_arch = "x86_64")]
 use super::blocks::{amx, pairs};
 
-/// out (m, V * lanes) = start + a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and may be `out` itself.
+/// out (m, V * lanes) = start + the sum over the parts of a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and
+/// may be `out` itself.
 ///
 /// # Safety
-/// `a` must be readable at `i * a_row + j * a_column` for i < m, j < k; `b`, `start` and `out` at V * lanes numbers in each of their rows.
-pub(in crate::ops) type Tile = unsafe fn(TileArgs);
+/// Each part's `a` must be readable at `i * a_row + j * a_column` for i < m, j < k; `b`, `start` and `out` at V * lanes numbers in each of
+/// their rows.
+pub(in crate::ops) type Tile = unsafe fn(TileArgs<'_>);
 
 /// Where a tile reads and writes.
 #[derive(Clone, Copy)]
-pub(in crate::ops) struct TileArgs {
+pub(in crate::ops) struct TileArgs<'a> {
+    pub(in crate::ops) parts: &'a [Part],
+    pub(in crate::ops) start: *const f32,
+    pub(in crate::ops) start_row: usize,
+    pub(in crate::ops) out: *mut f32,
+    pub(in crate::ops) out_row: usize,
+}
+
+impl<'a> TileArgs<'a> {
+    /// out = the sum, or out += the sum.
+    pub(in crate::ops) fn into(parts: &'a [Part], (out, out_row): (*mut f32, usize), add: bool) -> Self {
+        Self { parts, start: if add { out.cast_const() } else { std::ptr::null() }, start_row: out_row, out, out_row }
+    }
+}
+
+/// One of the products that a tile sums.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Part {
     pub(in crate::ops) k: usize,
     pub(in crate::ops) a: *const f32,
     pub(in crate::ops) a_row: usize,
     pub(in crate::ops) a_column: usize,
     pub(in crate::ops) b: *const f32,
     pub(in crate::ops) b_row: usize,
-    pub(in crate::ops) start: *const f32,
-    pub(in crate::ops) start_row: usize,
-    pub(in crate::ops) out: *mut f32,
-    pub(in crate::ops) out_row: usize,
 }
 
 /// One instruction set's tiles.
@@ -188,17 +203,19 @@ thread_local! {
 
 /// The body of the tiles without intrinsics.
 #[inline(always)]
-unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs, multiply_add: impl Fn(f32, f32, f32) -> f32) {
+unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs<'_>, multiply_add: impl Fn(f32, f32, f32) -> f32) {
     let mut sums = [[[0.0f32; 8]; V]; M];
     // SAFETY: the caller's promise about every pointer.
     unsafe {
-        for k in 0..args.k {
-            let b = args.b.add(k * args.b_row).cast::<[[f32; 8]; V]>().read_unaligned();
-            for m in 0..M {
-                let a = *args.a.add(m * args.a_row + k * args.a_column);
-                for v in 0..V {
-                    for lane in 0..8 {
-                        sums[m][v][lane] = multiply_add(a, b[v][lane], sums[m][v][lane]);
+        for part in args.parts {
+            for k in 0..part.k {
+                let b = part.b.add(k * part.b_row).cast::<[[f32; 8]; V]>().read_unaligned();
+                for m in 0..M {
+                    let a = *part.a.add(m * part.a_row + k * part.a_column);
+                    for v in 0..V {
+                        for lane in 0..8 {
+                            sums[m][v][lane] = multiply_add(a, b[v][lane], sums[m][v][lane]);
+                        }
                     }
                 }
             }
@@ -217,7 +234,7 @@ unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs, multiply_add: i
     }
 }
 
-unsafe fn portable<const M: usize, const V: usize>(args: TileArgs) {
+unsafe fn portable<const M: usize, const V: usize>(args: TileArgs<'_>) {
     // aarch64 always has a fused multiply-add; elsewhere it would be a library call.
     // SAFETY: the caller's promise.
     #[cfg(target_arch = "aarch64")]
@@ -236,10 +253,9 @@ unsafe fn portable<const M: usize, const V: usize>(args: TileArgs) {
 macro_rules! tile {
     ($name:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $set:ident, $fma:ident, $add:ident, $store:ident) => {
         #[target_feature(enable = $features)]
-        unsafe fn $name<const M: usize, const V: usize>(args: TileArgs) {
+        unsafe fn $name<const M: usize, const V: usize>(args: TileArgs<'_>) {
             use std::arch::x86_64::*;
             let mut sums = [[$zero(); V]; M];
-            let (mut a, mut b) = (args.a, args.b);
             // SAFETY: the caller's promise about every pointer; a prefetch reads nothing.
             unsafe {
                 if !args.start.is_null() {
@@ -250,18 +266,20 @@ macro_rules! tile {
                         }
                     }
                 }
-                for _ in 0..args.k {
-                    let mut row = [$zero(); V];
-                    for v in 0..V {
-                        row[v] = $load(b.add($lanes * v));
-                    }
-                    for m in 0..M {
-                        let a = $set(*a.add(m * args.a_row));
+                for &Part { k, mut a, a_row, a_column, mut b, b_row } in args.parts {
+                    for _ in 0..k {
+                        let mut row = [$zero(); V];
                         for v in 0..V {
-                            sums[m][v] = $fma(a, row[v], sums[m][v]);
+                            row[v] = $load(b.add($lanes * v));
                         }
+                        for m in 0..M {
+                            let a = $set(*a.add(m * a_row));
+                            for v in 0..V {
+                                sums[m][v] = $fma(a, row[v], sums[m][v]);
+                            }
+                        }
+                        (a, b) = (a.add(a_column), b.add(b_row));
                     }
-                    (a, b) = (a.add(args.a_column), b.add(args.b_row));
                 }
                 for m in 0..M {
                     for v in 0..V {
