@@ -5,6 +5,7 @@
 //! dK += dS^T Q its rows. One task is one query head of a segment (in the forward pass, of some of its query blocks); what the query heads
 //! of one key head add up to is summed afterwards, in order.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use candle_core::Tensor;
@@ -13,7 +14,7 @@ use half::bf16;
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, Matrix, Part, TileArgs, Values, best, even_parts, pack, strip};
+use crate::ops::product::{Isa, Matrix, Number, Part, TileArgs, Values, best, even_parts, pack, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -116,6 +117,37 @@ impl Rows {
     fn parts(&self, isa: &Isa) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (width, most, lanes) = (self.width, isa.columns(), isa.lanes);
         (0..width).step_by(most).map(move |first| (first, (width - first).min(most) / lanes))
+    }
+}
+
+/// What a task computes in: each thread keeps its own, for short segments are many.
+#[derive(Default)]
+struct Buffers {
+    /// Queries, keys and values, and dO.
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    dout: Rows,
+    /// What is summed over runs and over blocks.
+    sum: Rows,
+    dk: Rows,
+    dv: Rows,
+    /// A block's queries, or rows of dO, as columns.
+    columns: Vec<f32>,
+    /// Scores, then probabilities, and their gradients: what stands there is overwritten before it is read.
+    p: Vec<f32>,
+    ds: Vec<f32>,
+}
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
+}
+
+impl Buffers {
+    /// Room for the scores of a block with the first run of `keys`.
+    fn room(&mut self, keys: usize) {
+        let room = keys.min(RUN) * BLOCK;
+        [&mut self.p, &mut self.ds].into_iter().for_each(|scores| scores.resize(room.max(scores.len()), 0.0));
     }
 }
 
@@ -373,7 +405,7 @@ impl Attention {
             match unit {
                 #[cfg(target_arch = "x86_64")]
                 Some(unit) => self.forward_tiles(unit, [q, k, v], &range, queries, head, at),
-                _ => self.forward_task(isa, [q, k, v], &range, queries, head, at),
+                _ => BUFFERS.with_borrow_mut(|buffers| self.forward_task((isa, buffers), [q, k, v], &range, queries, head, at)),
             }
         });
         tensor(lse, (n, self.heads))
@@ -381,7 +413,7 @@ impl Attention {
 
     fn forward_task<O: Stored>(
         &self,
-        isa: &Isa,
+        (isa, buffers): (&Isa, &mut Buffers),
         x: [Values<'_>; 3],
         range: &Range<usize>,
         queries: Range<usize>,
@@ -390,8 +422,9 @@ impl Attention {
     ) {
         let (d, width, scale) = (self.head_dim, self.heads * self.head_dim, self.scale() as f32);
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
-        let mut columns = Vec::new();
-        Head::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone(), &mut columns);
+        buffers.room(queries.end);
+        let Buffers { k, v, sum: out, columns, p: scores, .. } = buffers;
+        Head::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone(), columns);
         let [k_head, v_head] = [x[1], x[2]].map(|x| Head::new(x, kv, range.start, first, d));
         let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
         let blocks: Vec<Block> = self.blocks(range.len()).filter(within).collect();
@@ -399,26 +432,26 @@ impl Attention {
             issue(1, block.queries.len(), block.keys.len(), d);
             issue(1, block.queries.len(), d, block.keys.len());
         }
-        let [mut k, mut v, mut out]: [Rows; 3] = Default::default();
         out.clear(isa, queries.clone(), d);
-        let mut scores = vec![0.0; queries.end.min(RUN) * BLOCK];
         let lanes = queries.len().next_multiple_of(isa.lanes);
         let (mut max, mut sums) = (vec![f32::MIN; lanes], vec![0.0; lanes]);
         for run in runs(&blocks, queries.end) {
-            k_head.rows(isa, run.clone(), &mut k);
-            v_head.rows(isa, run.clone(), &mut v);
-            for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
+            k_head.rows(isa, run.clone(), k);
+            v_head.rows(isa, run.clone(), v);
+            for (block, patch) in blocks.iter().filter_map(|block| Some((block, Patch::new(isa, block, &run)?))) {
                 let before = patch.queries.start - queries.start;
-                patch.scores(&k, &columns[before * d..], d, &mut scores);
+                patch.scores(k, &columns[before * d..], d, scores);
                 for panel in &patch.panels {
                     let (lane, vectors) = patch.lanes(panel);
                     let scores = &mut scores[lane..panel.keys.len() * BLOCK];
                     panel.hide(self.window, scores);
                     let (so_far, mut shares) = ((&mut max[before + lane..], &mut sums[before + lane..]), [0.0; 32]);
                     by_lanes!(vectors * isa.lanes, softmax(scores, BLOCK, scale, so_far, &mut shares));
-                    panel.queries.clone().zip(shares).for_each(|(query, share)| out.scale(query, share));
+                    if block.keys.start < run.start {
+                        panel.queries.clone().zip(shares).for_each(|(query, share)| out.scale(query, share));
+                    }
                 }
-                patch.mix(&scores, &v, &mut out);
+                patch.mix(scores, v, out);
             }
         }
         for (query, (max, sum)) in queries.zip(max.into_iter().zip(sums)) {
@@ -459,42 +492,49 @@ impl Attention {
         each(tasks, |(range, head)| match unit {
             #[cfg(target_arch = "x86_64")]
             Some(unit) => self.backward_tiles(unit, &x, range, head, at),
-            _ => self.backward_task(isa, &x, range, head, at),
+            _ => BUFFERS.with_borrow_mut(|buffers| self.backward_task((isa, buffers), &x, range, head, at)),
         });
         let [dq, dk, dv] = grads;
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
     }
 
-    fn backward_task(&self, isa: &Isa, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
+    fn backward_task(
+        &self,
+        (isa, buffers): (&Isa, &mut Buffers),
+        x: &Inputs<'_>,
+        range: &Range<usize>,
+        head: usize,
+        at: [Shared; 3],
+    ) {
         let (d, width, all) = (self.head_dim, self.heads * self.head_dim, 0..range.len());
         let (kv, first, scale) = (self.kv_heads * d, head / self.group() * d, self.scale() as f32);
         let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
         let [k_head, v_head] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first));
         let [q_head, dout_head] = [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
-        let [mut q, mut dout, mut k, mut v, mut dq, mut dk, mut dv]: [Rows; 7] = Default::default();
-        q_head.rows(isa, all.clone(), &mut q);
-        dout_head.rows(isa, all.clone(), &mut dout);
+        buffers.room(range.len());
+        let Buffers { q, k, v, dout, sum: dq, dk, dv, columns, p, ds } = buffers;
+        q_head.rows(isa, all.clone(), q);
+        dout_head.rows(isa, all.clone(), dout);
         dq.clear(isa, all.clone(), d);
         let lses: Vec<f32> = range.clone().map(|row| x.lse[row * self.heads + head]).collect();
-        let inners: Vec<f32> = range.clone().map(|row| x.inner(row * width + head * d, d)).collect();
+        let mut inners = vec![0.0; range.len()];
+        x.inners(range.start, (width, head * d, d), &mut inners);
         let blocks: Vec<Block> = self.blocks(range.len()).collect();
         for block in &blocks {
             issue(2, block.queries.len(), block.keys.len(), d);
             issue(3, block.queries.len(), d, block.keys.len());
         }
-        let room = range.len().min(RUN) * BLOCK;
-        let (mut p, mut ds, mut columns) = (vec![0.0; room], vec![0.0; room], Vec::new());
         for run in runs(&blocks, range.len()) {
-            k_head.rows(isa, run.clone(), &mut k);
-            v_head.rows(isa, run.clone(), &mut v);
+            k_head.rows(isa, run.clone(), k);
+            v_head.rows(isa, run.clone(), v);
             dk.clear(isa, run.clone(), d);
             dv.clear(isa, run.clone(), d);
             for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
-                q.head(d).columns(isa, patch.queries.clone(), &mut columns);
-                patch.scores(&k, &columns, d, &mut p);
-                dout.head(d).columns(isa, patch.queries.clone(), &mut columns);
-                patch.scores(&v, &columns, d, &mut ds);
+                q.head(d).columns(isa, patch.queries.clone(), columns);
+                patch.scores(k, columns, d, p);
+                dout.head(d).columns(isa, patch.queries.clone(), columns);
+                patch.scores(v, columns, d, ds);
                 for panel in &patch.panels {
                     let (lane, vectors) = patch.lanes(panel);
                     let part = lane..panel.keys.len() * BLOCK;
@@ -503,9 +543,9 @@ impl Attention {
                     let rows = (&lses[panel.queries.clone()], &inners[panel.queries.clone()]);
                     by_lanes!(vectors * isa.lanes, gradients(p, ds, BLOCK, rows, scale));
                 }
-                patch.spread(&p, &dout, &mut dv);
-                patch.spread(&ds, &q, &mut dk);
-                patch.mix(&ds, &k, &mut dq);
+                patch.spread(p, dout, dv);
+                patch.spread(ds, q, dk);
+                patch.mix(ds, k, dq);
             }
             // SAFETY: these rows of this head belong to this task alone.
             unsafe {
@@ -558,17 +598,25 @@ pub(super) struct Inputs<'a> {
 }
 
 impl Inputs<'_> {
-    /// dout times out, summed over the `d` numbers from number `at` on.
-    pub(super) fn inner(&self, at: usize, d: usize) -> f32 {
-        let dout = &self.dout[at..at + d];
-        vectorized(
-            #[inline(always)]
-            |_| match self.out {
-                Values::F32(out) => simd::dot(dout, &out[at..at + d]) as f32,
-                Values::Bf16(out) => simd::dot(dout, &out[at..at + d]) as f32,
-            },
-        )
+    /// dout times out, summed over the `d` channels from `first` on of rows of `width`, from row `row` on.
+    pub(super) fn inners(&self, row: usize, (width, first, d): (usize, usize, usize), inners: &mut [f32]) {
+        match self.out {
+            Values::F32(out) => inners_of(self.dout, out, row * width + first, (width, d), inners),
+            Values::Bf16(out) => inners_of(self.dout, out, row * width + first, (width, d), inners),
+        }
     }
+}
+
+fn inners_of<T: Number>(dout: &[f32], out: &[T], start: usize, (width, d): (usize, usize), inners: &mut [f32]) {
+    vectorized(
+        #[inline(always)]
+        |_| {
+            for (row, inner) in inners.iter_mut().enumerate() {
+                let at = start + row * width;
+                *inner = simd::dot(&dout[at..at + d], &out[at..at + d]) as f32;
+            }
+        },
+    );
 }
 
 /// Copies rows of `d` numbers, `width` apart, to rows from `first` on of a (N, stride) buffer, from column `column` on.

@@ -143,8 +143,8 @@ impl Attention {
                 let (mut lses, mut inners) = ([0.0f32; SIDE], [0.0f32; SIDE]);
                 for (lane, query) in queries.clone().enumerate() {
                     lses[lane] = x.lse[(range.start + query) * self.heads + head];
-                    inners[lane] = x.inner((range.start + query) * width + head * d, d);
                 }
+                x.inners(range.start + queries.start, (width, head * d, d), &mut inners[..count]);
                 gradients::<SIDE>(&mut p, &mut ds, SIDE, (&lses, &inners), scale);
                 let (keys, panels) = (tiles(&panel.keys), 0..room / SIDE);
                 let below = keys.start * SIDE * room;
