@@ -34,8 +34,11 @@ pub(super) use tile::{Isa, Part, TileArgs, best};
 const FEW: usize = 64;
 /// Strips of rows of one task, at least: fewer are not worth packing its panels again.
 const LEAST_STRIPS: usize = 4;
-/// Rows of B that are read for all of a task's panels before the next: they lie on as many pages.
-const NEAR_ROWS: usize = 32;
+/// Pages of B that are read for all of a task's panels before the next, and numbers of a page.
+const NEAR_PAGES: usize = 32;
+const PAGE: usize = 1024;
+/// Rows of B that are read so at most: a panel of them stays in a first-level cache.
+const MOST_NEAR: usize = 256;
 /// Rows of A for which B is not packed, where it can be read as it lies: copying it takes longer than a few rows' product.
 const UNPACKED: usize = 16;
 
@@ -369,8 +372,9 @@ impl Pass<'_> {
         for (piece, mut part) in self.pieces.iter().zip(self.parts(rows.start)) {
             let Matrix { values: Values::F32(right), row_stride, .. } = self.terms[piece.term].b else { return };
             part.b_row = row_stride;
-            for k in piece.k.clone().step_by(NEAR_ROWS) {
-                part.k = NEAR_ROWS.min(piece.k.end - k);
+            let near = near_rows(row_stride);
+            for k in piece.k.clone().step_by(near) {
+                part.k = near.min(piece.k.end - k);
                 for column in columns.clone().step_by(self.isa.columns()) {
                     let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
                     let start = if first { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
@@ -414,7 +418,7 @@ impl Pass<'_> {
             let mut done = 0;
             for Piece { term, k } in self.pieces {
                 let b = &self.terms[*term].b;
-                let rows = if b.column_stride == 1 { NEAR_ROWS } else { k.len() };
+                let rows = if b.column_stride == 1 { near_rows(b.row_stride) } else { k.len() };
                 for start in (k.start..k.end).step_by(rows.max(1)) {
                     let rows = start..(start + rows).min(k.end);
                     for (columns, panel) in panels.iter().zip(buffer.chunks_mut((depth * width).max(1))) {
@@ -486,6 +490,11 @@ impl Pass<'_> {
 
 /// Most products that one tile sums.
 const MOST_PIECES: usize = 8;
+/// Rows of B that lie on `NEAR_PAGES` pages.
+fn near_rows(row_stride: usize) -> usize {
+    (NEAR_PAGES * PAGE / row_stride.max(1)).clamp(NEAR_PAGES, MOST_NEAR)
+}
+
 /// Numbers of the largest tile of any instruction set.
 const SCRATCH: usize = 14 * 32;
 
