@@ -18,6 +18,7 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
 
@@ -32,6 +33,8 @@ pub(super) use tile::{Isa, Part, TileArgs, best};
 
 /// Rows of A that are few: four tiles'.
 const FEW: usize = 64;
+/// Tasks of one thread that share what it packed.
+const TURNS: usize = 8;
 /// Strips of rows of one task, at least: fewer are not worth packing its panels again.
 const LEAST_STRIPS: usize = 4;
 /// Pages of B that are read for all of a task's panels before the next, and numbers of a page.
@@ -270,7 +273,8 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
     }
     for (index, pieces) in passes(isa, terms).iter().enumerate() {
         let start = if index == 0 { Some(start) } else { None };
-        Pass { isa, terms, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
+        let number = PASSES.fetch_add(1, Ordering::Relaxed) + 1;
+        Pass { number, isa, terms, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
     }
     out
 }
@@ -303,14 +307,24 @@ fn passes(isa: &Isa, terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
     passes
 }
 
-thread_local! {
-    /// Where a thread packs its panels of B.
-    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+/// What a thread has packed of B, and for which pass and columns.
+#[derive(Default)]
+struct Panels {
+    values: Vec<f32>,
+    of: (u64, Range<usize>),
 }
 
+thread_local! {
+    static PANELS: RefCell<Panels> = RefCell::default();
+}
+
+/// Passes that were begun: what is packed for one is of no use to another.
+static PASSES: AtomicU64 = AtomicU64::new(0);
+
 /// Cuts a result into tasks of whole panels, at most `most` each, and of strips of rows, and runs them: as many tasks for each thread, of
-/// nearly one size.
-fn tasks(panels: usize, most: usize, strips: usize, task: impl Fn(Range<usize>, Range<usize>) + Sync) {
+/// nearly one size. Where a thread's tasks are rows, they come in `turns` for the same panels, one after the other, so that a thread that is
+/// held up leaves some to others.
+fn tasks(panels: usize, most: usize, (strips, turns): (usize, usize), task: impl Fn(Range<usize>, Range<usize>) + Sync) {
     let threads = rayon::current_num_threads();
     // A few panels that do not come out even are better shared by rows, though each part then packs them for itself; and so are panels
     // that are no more than the strips, which then are read by the thread that wrote them.
@@ -318,11 +332,14 @@ fn tasks(panels: usize, most: usize, strips: usize, task: impl Fn(Range<usize>, 
     let by_rows = uneven || panels <= strips && strips >= LEAST_STRIPS * threads;
     let groups = if by_rows { panels.div_ceil(most) } else { panels.div_ceil(most).next_multiple_of(threads) };
     let splits = if by_rows { threads.min(strips.div_ceil(LEAST_STRIPS)).max(1) } else { 1 };
+    let turns = if splits > 1 { turns.min(strips / splits / LEAST_STRIPS).max(1) } else { 1 };
     let cut = |index: usize| {
-        let (split, group) = (index / groups, index % groups);
-        task(panels * group / groups..panels * (group + 1) / groups, strips * split / splits..strips * (split + 1) / splits);
+        let (split, group, turn) = (index / turns / groups, index / turns % groups, index % turns);
+        let part = |index: usize| strips * index / (splits * turns);
+        let first = split * turns + turn;
+        task(panels * group / groups..panels * (group + 1) / groups, part(first)..part(first + 1));
     };
-    match groups * splits {
+    match groups * splits * turns {
         1 => cut(0),
         count => each(0..count, cut),
     }
@@ -330,6 +347,7 @@ fn tasks(panels: usize, most: usize, strips: usize, task: impl Fn(Range<usize>, 
 
 /// One pass over the result.
 struct Pass<'a> {
+    number: u64,
     isa: &'a Isa,
     terms: &'a [Term<'a>],
     pieces: &'a [Piece],
@@ -347,7 +365,7 @@ impl Pass<'_> {
         let width = self.isa.columns();
         let most = (self.isa.packed / (depth * width).max(1)).max(1);
         let height = self.isa.rows;
-        tasks(self.n.div_ceil(width), most, self.m.div_ceil(height), |panels, strips| {
+        tasks(self.n.div_ceil(width), most, (self.m.div_ceil(height), TURNS), |panels, strips| {
             let rows = strips.start * height..(strips.end * height).min(self.m);
             self.task(depth, panels.start * width..(panels.end * width).min(self.n), rows);
         });
@@ -406,31 +424,20 @@ impl Pass<'_> {
         parts
     }
 
-    /// Packs B's columns and runs the tiles.
+    /// Packs B's columns, unless the task before did, and runs the tiles.
     fn packed(&self, depth: usize, columns: Range<usize>, rows: Range<usize>) {
-        PANELS.with_borrow_mut(|buffer| {
+        PANELS.with_borrow_mut(|Panels { values, of }| {
             let width = self.isa.columns();
             let panels: Vec<Range<usize>> =
                 columns.clone().step_by(width).map(|first| first..(first + width).min(columns.end)).collect();
-            if buffer.len() < panels.len() * depth * width {
-                buffer.resize(panels.len() * depth * width, 0.0);
-            }
-            let mut done = 0;
-            for Piece { term, k } in self.pieces {
-                let b = &self.terms[*term].b;
-                let rows = if b.column_stride == 1 { near_rows(b.row_stride) } else { k.len() };
-                for start in (k.start..k.end).step_by(rows.max(1)) {
-                    let rows = start..(start + rows).min(k.end);
-                    for (columns, panel) in panels.iter().zip(buffer.chunks_mut((depth * width).max(1))) {
-                        let at = (done + start - k.start) * columns.len().next_multiple_of(self.isa.lanes);
-                        pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
-                    }
-                }
-                done += k.len();
+            let key = (self.number, columns);
+            if *of != key {
+                self.pack(depth, &panels, values);
+                *of = key;
             }
             for rows in even_parts(rows, self.isa.rows) {
                 let mut parts = self.parts(rows.start);
-                for (columns, panel) in panels.iter().zip(buffer.chunks((depth * width).max(1))) {
+                for (columns, panel) in panels.iter().zip(values.chunks((depth * width).max(1))) {
                     let width = columns.len().next_multiple_of(self.isa.lanes);
                     let mut b = panel;
                     for (piece, part) in self.pieces.iter().zip(&mut parts) {
@@ -441,6 +448,27 @@ impl Pass<'_> {
                 }
             }
         });
+    }
+
+    /// Packs these columns of B, piece after piece, a panel after the other.
+    fn pack(&self, depth: usize, panels: &[Range<usize>], values: &mut Vec<f32>) {
+        let size = depth * self.isa.columns();
+        if values.len() < panels.len() * size {
+            values.resize(panels.len() * size, 0.0);
+        }
+        let mut done = 0;
+        for Piece { term, k } in self.pieces {
+            let b = &self.terms[*term].b;
+            let rows = if b.column_stride == 1 { near_rows(b.row_stride) } else { k.len() };
+            for start in (k.start..k.end).step_by(rows.max(1)) {
+                let rows = start..(start + rows).min(k.end);
+                for (columns, panel) in panels.iter().zip(values.chunks_mut(size.max(1))) {
+                    let at = (done + start - k.start) * columns.len().next_multiple_of(self.isa.lanes);
+                    pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
+                }
+            }
+            done += k.len();
+        }
     }
 
     /// One tile of the result, over all pieces.
@@ -460,7 +488,8 @@ impl Pass<'_> {
         if !start.is_null() {
             for (row, out) in scratch.chunks_exact_mut(width).take(rows.len()).enumerate() {
                 // SAFETY: `start` is as large as these rows and columns.
-                out[..columns.len()].copy_from_slice(unsafe { std::slice::from_raw_parts(start.add(row * start_row), columns.len()) });
+                out[..columns.len()]
+                    .copy_from_slice(unsafe { std::slice::from_raw_parts(start.add(row * start_row), columns.len()) });
             }
         }
         // SAFETY: as above; `scratch` is as large as the largest tile.

@@ -402,7 +402,9 @@ fn products_of<const P: usize>(unit: Unit, terms: &Terms<'_, P>, start: Start<'_
         let start = if last { start } else { Start::Zero };
         let pass = Pass { unit, sum, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
         let panel = sum.lines * size_of::<Line>();
-        tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), m.div_ceil(SIDE), |panels, strips| pass.task(panels, strips));
+        tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), (m.div_ceil(SIDE), 1), |panels, strips| {
+            pass.task(panels, strips)
+        });
     }
 }
 
@@ -422,7 +424,7 @@ pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
     let all = || sums.iter().flatten();
     let size = all().map(|sum| sum.lines).sum::<usize>().max(1);
     let most = (PACKED / (size * size_of::<Line>())).max(1);
-    tasks(n.div_ceil(SIDE), most, m.div_ceil(SIDE), |panels, strips| {
+    tasks(n.div_ceil(SIDE), most, (m.div_ceil(SIDE), 1), |panels, strips| {
         with_room(panels.len() * size, |packed| {
             let mut done = 0;
             for sum in all() {
