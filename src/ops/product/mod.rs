@@ -16,6 +16,7 @@ mod tile;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -289,12 +290,15 @@ struct Piece {
 fn passes(isa: &Isa, terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
     let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
     let mut depth = 0;
-    for (term, Term { a, .. }) in terms.iter().enumerate() {
-        let length = if a.columns > isa.deepest { isa.piece } else { a.columns.max(1) };
+    for (term, Term { a, b }) in terms.iter().enumerate() {
+        let length = match a.rows <= UNPACKED && b.column_stride == 1 {
+            true => near_rows(b.row_stride),
+            false if a.columns > isa.deepest => isa.piece,
+            false => a.columns.max(1),
+        };
         for start in (0..a.columns).step_by(length) {
             let k = start..(start + length).min(a.columns);
-            let full = passes.last().is_some_and(|pass| pass.len() == MOST_PIECES);
-            if depth > 0 && depth + k.len() > isa.deepest || full {
+            if depth > 0 && depth + k.len() > isa.deepest {
                 passes.push(Vec::new());
                 depth = 0;
             }
@@ -384,44 +388,34 @@ impl Pass<'_> {
         }
     }
 
-    /// Whole vectors of columns, a few rows of B at a time for all of them.
+    /// Whole vectors of columns, the few rows of a piece of B at a time for all of them.
     fn unpacked(&self, columns: Range<usize>, rows: Range<usize>) {
-        let mut first = true;
-        for (piece, mut part) in self.pieces.iter().zip(self.parts(rows.start)) {
-            let Matrix { values: Values::F32(right), row_stride, .. } = self.terms[piece.term].b else { return };
+        for (index, (Piece { term, k }, mut part)) in self.pieces.iter().zip(self.parts(rows.start)).enumerate() {
+            let Matrix { values: Values::F32(right), row_stride, .. } = self.terms[*term].b else { return };
             part.b_row = row_stride;
-            let near = near_rows(row_stride);
-            for k in piece.k.clone().step_by(near) {
-                part.k = near.min(piece.k.end - k);
-                for column in columns.clone().step_by(self.isa.columns()) {
-                    let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
-                    let start = if first { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
-                    let right = &right[k * row_stride + column..];
-                    debug_assert!((part.k - 1) * row_stride + vectors * self.isa.lanes <= right.len());
-                    part.b = right.as_ptr();
-                    // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
-                    unsafe {
-                        let out = self.out.at(rows.start * self.n + column);
-                        let args = TileArgs { parts: &[part], start: start.0, start_row: start.1, out, out_row: self.n };
-                        strip(self.isa, rows.len(), vectors, args);
-                    }
+            for column in columns.clone().step_by(self.isa.columns()) {
+                let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
+                let start = if index == 0 { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
+                let right = &right[k.start * row_stride + column..];
+                debug_assert!((part.k - 1) * row_stride + vectors * self.isa.lanes <= right.len());
+                part.b = right.as_ptr();
+                // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
+                unsafe {
+                    let out = self.out.at(rows.start * self.n + column);
+                    let args = TileArgs { parts: &[part], start: start.0, start_row: start.1, out, out_row: self.n };
+                    strip(self.isa, rows.len(), vectors, args);
                 }
-                // SAFETY: there are `part.k` more columns of A.
-                part.a = unsafe { part.a.add(part.k * part.a_column) };
-                first = false;
             }
         }
     }
 
-    /// What the pieces multiply from this row of A on; where B lies is not told yet.
-    fn parts(&self, row: usize) -> [Part; MOST_PIECES] {
-        let mut parts = [Part { k: 0, a: std::ptr::null(), a_row: 0, a_column: 0, b: std::ptr::null(), b_row: 0 }; MOST_PIECES];
-        for (Piece { term, k }, part) in self.pieces.iter().zip(&mut parts) {
-            let Form::Wide { values, row_stride, column_stride } = &self.terms[*term].a.form else { continue };
+    /// What the pieces multiply, from this row of A on; where B lies is not told yet.
+    fn parts(&self, row: usize) -> impl Iterator<Item = Part> + '_ {
+        self.pieces.iter().filter_map(move |Piece { term, k }| {
+            let Form::Wide { values, row_stride, column_stride } = &self.terms[*term].a.form else { return None };
             let a = values[row * row_stride + k.start * column_stride..].as_ptr();
-            *part = Part { k: k.len(), a, a_row: *row_stride, a_column: *column_stride, ..*part };
-        }
-        parts
+            Some(Part { k: k.len(), a, a_row: *row_stride, a_column: *column_stride, b: std::ptr::null(), b_row: 0 })
+        })
     }
 
     /// Packs B's columns, unless the task before did, and runs the tiles.
@@ -435,16 +429,18 @@ impl Pass<'_> {
                 self.pack(depth, &panels, values);
                 *of = key;
             }
+            let mut parts = Vec::with_capacity(self.pieces.len());
             for rows in even_parts(rows, self.isa.rows) {
-                let mut parts = self.parts(rows.start);
+                parts.clear();
+                parts.extend(self.parts(rows.start));
                 for (columns, panel) in panels.iter().zip(values.chunks((depth * width).max(1))) {
                     let width = columns.len().next_multiple_of(self.isa.lanes);
                     let mut b = panel;
-                    for (piece, part) in self.pieces.iter().zip(&mut parts) {
+                    for part in &mut parts {
                         (part.b, part.b_row) = (b.as_ptr(), width);
-                        b = &b[piece.k.len() * width..];
+                        b = &b[part.k * width..];
                     }
-                    self.tile(&rows, columns, &parts[..self.pieces.len()]);
+                    self.tile(&rows, columns, &parts);
                 }
             }
         });
@@ -459,9 +455,9 @@ impl Pass<'_> {
         let mut done = 0;
         for Piece { term, k } in self.pieces {
             let b = &self.terms[*term].b;
-            let rows = if b.column_stride == 1 { near_rows(b.row_stride) } else { k.len() };
-            for start in (k.start..k.end).step_by(rows.max(1)) {
-                let rows = start..(start + rows).min(k.end);
+            let near = if b.column_stride == 1 { near_rows(b.row_stride) } else { k.len() };
+            for start in (k.start..k.end).step_by(near) {
+                let rows = start..(start + near).min(k.end);
                 for (columns, panel) in panels.iter().zip(values.chunks_mut(size.max(1))) {
                     let at = (done + start - k.start) * columns.len().next_multiple_of(self.isa.lanes);
                     pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
@@ -477,26 +473,35 @@ impl Pass<'_> {
         let tile = self.isa.tile(rows.len(), width / self.isa.lanes);
         // SAFETY: this task alone writes these rows and columns of `out`.
         let place = unsafe { self.out.at(rows.start * self.n + columns.start) };
-        let (start, start_row) = self.start_of(rows.start, columns.start);
-        if width == columns.len() {
-            // SAFETY: rows and k lie inside A, whose slice is the whole matrix; the panel holds k rows of `width`; `start` and `out` are rows
-            // of (m, n) buffers.
-            return unsafe { tile(TileArgs { parts, start, start_row, out: place, out_row: self.n }) };
-        }
+        let (mut start, mut start_row) = self.start_of(rows.start, columns.start);
         // What is not whole vectors begins and ends in a tile of its own.
-        let mut scratch = [0.0f32; SCRATCH];
-        if !start.is_null() {
-            for (row, out) in scratch.chunks_exact_mut(width).take(rows.len()).enumerate() {
-                // SAFETY: `start` is as large as these rows and columns.
-                out[..columns.len()]
-                    .copy_from_slice(unsafe { std::slice::from_raw_parts(start.add(row * start_row), columns.len()) });
+        let whole = width == columns.len();
+        let mut scratch = [const { MaybeUninit::<f32>::uninit() }; SCRATCH];
+        let (out, out_row) = if whole { (place, self.n) } else { (scratch.as_mut_ptr().cast::<f32>(), width) };
+        if !whole && !start.is_null() {
+            for row in 0..rows.len() {
+                for column in 0..width {
+                    // SAFETY: `start` is as large as these rows and columns, `out` as `width`.
+                    unsafe {
+                        let before = if column < columns.len() { *start.add(row * start_row + column) } else { 0.0 };
+                        out.add(row * width + column).write(before);
+                    }
+                }
             }
+            (start, start_row) = (out.cast_const(), out_row);
         }
-        // SAFETY: as above; `scratch` is as large as the largest tile.
-        unsafe { tile(TileArgs { parts, start: scratch.as_ptr(), start_row: width, out: scratch.as_mut_ptr(), out_row: width }) };
-        for (row, sums) in scratch.chunks_exact(width).take(rows.len()).enumerate() {
-            // SAFETY: inside this task's rows and columns.
-            unsafe { place.add(row * self.n).copy_from_nonoverlapping(sums.as_ptr(), columns.len()) };
+        // Few rows sum as where B is not packed, piece by piece.
+        for parts in parts.chunks(if self.m <= UNPACKED { 1 } else { parts.len().max(1) }) {
+            // SAFETY: rows and k lie inside A, whose slice is the whole matrix; the panel holds k rows of `width`; `start` and `out` are
+            // rows of (m, n) buffers or of `scratch`, wide enough because only whole tiles go to `out` directly.
+            unsafe { tile(TileArgs { parts, start, start_row, out, out_row }) };
+            (start, start_row) = (out.cast_const(), out_row);
+        }
+        if !whole {
+            for row in 0..rows.len() {
+                // SAFETY: inside this task's rows and columns; the tile wrote `out`.
+                unsafe { place.add(row * self.n).copy_from_nonoverlapping(out.add(row * width), columns.len()) };
+            }
         }
     }
 
@@ -517,8 +522,6 @@ impl Pass<'_> {
     }
 }
 
-/// Most products that one tile sums.
-const MOST_PIECES: usize = 8;
 /// Rows of B that lie on `NEAR_PAGES` pages.
 fn near_rows(row_stride: usize) -> usize {
     (NEAR_PAGES * PAGE / row_stride.max(1)).clamp(NEAR_PAGES, MOST_NEAR)
