@@ -1,13 +1,16 @@
 //! The decoder: embedding, blocks, norm, head; losses, and gradients by walking the blocks backwards.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use super::architecture::Architecture;
 use super::block::{Block, BlockSaved, Dropout, Pass};
 use super::cost::{Recompute, scatter_cost, select_cost};
 use super::linears::NAMES;
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding, embedding_backward};
+use crate::ops::{
+    Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding, embedding_backward, put_rows,
+    take_rows,
+};
 
 /// Where a decoder's tensors come from: `weight` by a tensor's name and shape, `lora` by a linear layer's path.
 pub struct Parts<'a> {
@@ -179,7 +182,7 @@ impl Decoder {
         let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
         drop((selected, h, norm, dh));
         context.tally.add(scatter_cost(rows.0, batch.targets.len(), rows.1));
-        let mut dx = Tensor::zeros(rows, DType::F32, &self.device)?.index_add(&batch.loss_positions, &dx, 0)?;
+        let mut dx = put_rows(context, &dx, &batch.loss_positions, rows.0)?;
         for (layer, kept) in kept.into_iter().enumerate().rev() {
             let block = &self.blocks[layer];
             let saved = match kept {
@@ -218,7 +221,7 @@ impl Decoder {
     /// The rows of x that predict a target.
     fn at_losses(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         context.tally.add(select_cost(batch.targets.len(), self.architecture.hidden_size));
-        Ok(x.index_select(&batch.loss_positions, 0)?)
+        take_rows(context, x, &batch.loss_positions)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Context, Gradients, Weight};
+use super::{Context, Gradients, Weight, put_rows, take_rows};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -20,7 +20,7 @@ pub fn embedding_backward_cost(n: usize, c: usize, v: usize) -> Work {
 pub fn embedding(context: Context<'_>, ids: &Tensor, table: &Weight) -> Result<Tensor> {
     let (n, c) = (ids.dims1()?, table.tensor.dims2()?.1);
     context.tally.add(embedding_cost(n, c));
-    Ok(table.tensor.index_select(ids, 0)?.to_dtype(DType::F32)?)
+    Ok(take_rows(context, &table.tensor, ids)?.to_dtype(DType::F32)?)
 }
 
 /// Adds dx (N, C) to the rows of the trained table that `ids` named.
@@ -33,6 +33,5 @@ pub fn embedding_backward(
 ) -> Result<()> {
     let (v, c) = table.tensor.dims2()?;
     context.tally.add(embedding_backward_cost(ids.dims1()?, c, v));
-    let zeros = Tensor::zeros((v, c), DType::F32, dx.device())?;
-    gradients.add(table, zeros.index_add(ids, dx, 0)?)
+    gradients.add(table, put_rows(context, dx, ids, v)?)
 }

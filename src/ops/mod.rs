@@ -17,6 +17,7 @@ mod product;
 mod residual;
 mod rms_norm;
 mod rope;
+mod rows;
 mod segments;
 mod simd;
 mod swiglu;
@@ -32,6 +33,7 @@ pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
+pub use rows::{put_rows, take_rows};
 pub use segments::Segments;
 pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::super::swiglu::{swiglu, swiglu_again, swiglu_backward};
 use super::super::{
     Context, Gradients, Parameters, RmsNorm, Weight, embedding, embedding_backward, embedding_backward_cost, embedding_cost,
-    rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
+    put_rows, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost, take_rows,
 };
 use super::{Pair, Passed, cases, close, flat, of, random, within};
 use crate::work::{Precision, Tally};
@@ -91,6 +91,24 @@ proptest! {
         }
         .prove();
     }
+}
+
+#[test]
+fn rows_are_taken_and_put_back_as_candle_does() {
+    let tally = Tally::default();
+    let fused = Context::new(&tally, Precision::F32);
+    let reference = Context { reference: true, ..fused };
+    for (n, numbers) in [(5, vec![3, 0, 4]), (100, (0..99).rev().collect()), (4, vec![2, 2, 1]), (3, vec![])] {
+        let (x, dx) = (random(1, &[n, 7]), random(2, &[numbers.len(), 7]));
+        let numbers = Tensor::from_vec(numbers.clone(), numbers.len(), &Device::Cpu).unwrap();
+        let [ours, candles] = [fused, reference].map(|context| flat(&take_rows(context, &x, &numbers).unwrap()));
+        assert_eq!(ours, candles);
+        let [ours, candles] = [fused, reference].map(|context| flat(&put_rows(context, &dx, &numbers, n).unwrap()));
+        assert_eq!(ours, candles);
+    }
+    let beyond = Tensor::from_vec(vec![5u32], 1, &Device::Cpu).unwrap();
+    assert!(take_rows(fused, &random(1, &[5, 2]), &beyond).is_err());
+    assert!(put_rows(fused, &random(1, &[1, 2]), &beyond, 5).is_err());
 }
 
 /// A row of zeros has rms sqrt(eps): y = 0 and dx = dy * weight / sqrt(eps).

@@ -1,0 +1,61 @@
+//! Rows of a matrix by their numbers, and back to their places.
+
+use candle_core::{DType, Tensor};
+
+use super::Context;
+use super::host::{Host, ROWS_PER_TASK, tensor, uninitialized};
+use super::team::each;
+use crate::error::Result;
+
+/// x (N, C) and row numbers (L) u32 -> (L, C).
+pub fn take_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<Tensor> {
+    let (n, c) = x.dims2()?;
+    let plain = context.fused(x) && x.dtype() == DType::F32 && x.is_contiguous();
+    let Some(numbers) = inside(numbers, n)?.filter(|_| plain) else { return Ok(x.index_select(numbers, 0)?) };
+    let host = Host::open(x)?;
+    // SAFETY: the loop writes every row.
+    let mut out: Vec<f32> = unsafe { uninitialized(numbers.len() * c) };
+    each(out.chunks_mut((c * ROWS_PER_TASK).max(1)).zip(numbers.chunks(ROWS_PER_TASK)), |(out, numbers)| {
+        for (out, number) in out.chunks_exact_mut(c).zip(numbers) {
+            out.copy_from_slice(&host.slice()[*number as usize * c..][..c]);
+        }
+    });
+    tensor(out, (numbers.len(), c))
+}
+
+/// dx (L, C) and the numbers (L) u32 of its rows -> (n, C), the sum of each number's rows, zero where there are none.
+pub fn put_rows(context: Context<'_>, dx: &Tensor, numbers: &Tensor, n: usize) -> Result<Tensor> {
+    let c = dx.dims2()?.1;
+    let places = inside(numbers, n)?.filter(|_| context.fused(dx) && dx.is_contiguous()).and_then(|numbers| places(&numbers, n));
+    let Some(places) = places else {
+        return Ok(Tensor::zeros((n, c), DType::F32, dx.device())?.index_add(numbers, dx, 0)?);
+    };
+    let host = Host::open(dx)?;
+    // SAFETY: the loop writes every row.
+    let mut out: Vec<f32> = unsafe { uninitialized(n * c) };
+    each(out.chunks_mut((c * ROWS_PER_TASK).max(1)).zip(places.chunks(ROWS_PER_TASK)), |(out, places)| {
+        for (out, place) in out.chunks_exact_mut(c).zip(places) {
+            match place {
+                Some(row) => out.copy_from_slice(&host.slice()[row * c..][..c]),
+                None => out.fill(0.0),
+            }
+        }
+    });
+    tensor(out, (n, c))
+}
+
+/// The numbers, where all are below n: others are candle's to refuse.
+fn inside(numbers: &Tensor, n: usize) -> Result<Option<Vec<u32>>> {
+    let numbers = numbers.to_vec1::<u32>()?;
+    Ok(numbers.iter().all(|number| (*number as usize) < n).then_some(numbers))
+}
+
+/// Which row goes to each of n places; none where two go to one.
+fn places(numbers: &[u32], n: usize) -> Option<Vec<Option<usize>>> {
+    let mut places = vec![None; n];
+    let mut distinct = true;
+    for (row, number) in numbers.iter().enumerate() {
+        distinct &= places[*number as usize].replace(row).is_none();
+    }
+    distinct.then_some(places)
+}
