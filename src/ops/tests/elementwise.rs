@@ -98,7 +98,7 @@ fn rows_are_taken_and_put_back_as_candle_does() {
     let tally = Tally::default();
     let fused = Context::new(&tally, Precision::F32);
     let reference = Context { reference: true, ..fused };
-    for (n, numbers) in [(5, vec![3, 0, 4]), (100, (0..99).rev().collect()), (4, vec![2, 2, 1]), (3, vec![])] {
+    for (n, numbers) in [(5, vec![3u32, 0, 4]), (100, (0..99).rev().collect()), (4, vec![2, 2, 1]), (3, vec![])] {
         let (x, dx) = (random(1, &[n, 7]), random(2, &[numbers.len(), 7]));
         let numbers = Tensor::from_vec(numbers.clone(), numbers.len(), &Device::Cpu).unwrap();
         let [ours, candles] = [fused, reference].map(|context| flat(&take_rows(context, &x, &numbers).unwrap()));
