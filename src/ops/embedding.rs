@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Context, Gradients, Weight, put_rows, take_rows};
+use super::{Context, Gradients, Weight, take_rows};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -33,5 +33,6 @@ pub fn embedding_backward(
 ) -> Result<()> {
     let (v, c) = table.tensor.dims2()?;
     context.tally.add(embedding_backward_cost(ids.dims1()?, c, v));
-    gradients.add(table, put_rows(context, dx, ids, v)?)
+    let zeros = Tensor::zeros((v, c), DType::F32, dx.device())?;
+    gradients.add(table, zeros.index_add(ids, dx, 0)?)
 }

@@ -10,8 +10,7 @@ use crate::error::Result;
 /// x (N, C) and row numbers (L) u32 -> (L, C).
 pub fn take_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<Tensor> {
     let (n, c) = x.dims2()?;
-    let plain = context.fused(x) && x.dtype() == DType::F32 && x.is_contiguous();
-    let Some(numbers) = inside(numbers, n)?.filter(|_| plain) else { return Ok(x.index_select(numbers, 0)?) };
+    let Some(numbers) = on_host(context, x, numbers, n)? else { return Ok(x.index_select(numbers, 0)?) };
     let host = Host::open(x)?;
     // SAFETY: the loop writes every row.
     let mut out: Vec<f32> = unsafe { uninitialized(numbers.len() * c) };
@@ -23,11 +22,11 @@ pub fn take_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<T
     tensor(out, (numbers.len(), c))
 }
 
-/// dx (L, C) and the numbers (L) u32 of its rows -> (n, C), the sum of each number's rows, zero where there are none.
+/// dx (L, C) and the numbers (L) u32 of its rows -> (n, C), the sum of each number's rows, zero where there are none. Fast where no number
+/// comes twice.
 pub fn put_rows(context: Context<'_>, dx: &Tensor, numbers: &Tensor, n: usize) -> Result<Tensor> {
     let c = dx.dims2()?.1;
-    let places = inside(numbers, n)?.filter(|_| context.fused(dx) && dx.is_contiguous()).and_then(|numbers| places(&numbers, n));
-    let Some(places) = places else {
+    let Some(places) = on_host(context, dx, numbers, n)?.and_then(|numbers| places(&numbers, n)) else {
         return Ok(Tensor::zeros((n, c), DType::F32, dx.device())?.index_add(numbers, dx, 0)?);
     };
     let host = Host::open(dx)?;
@@ -44,8 +43,11 @@ pub fn put_rows(context: Context<'_>, dx: &Tensor, numbers: &Tensor, n: usize) -
     tensor(out, (n, c))
 }
 
-/// The numbers, where all are below n: others are candle's to refuse.
-fn inside(numbers: &Tensor, n: usize) -> Result<Option<Vec<u32>>> {
+/// The numbers, where the loops here run on x: elsewhere they stay on their device. A number that is not below n is candle's to refuse.
+fn on_host(context: Context<'_>, x: &Tensor, numbers: &Tensor, n: usize) -> Result<Option<Vec<u32>>> {
+    if !context.fused(x) || x.dtype() != DType::F32 || !x.is_contiguous() {
+        return Ok(None);
+    }
     let numbers = numbers.to_vec1::<u32>()?;
     Ok(numbers.iter().all(|number| (*number as usize) < n).then_some(numbers))
 }
@@ -53,9 +55,6 @@ fn inside(numbers: &Tensor, n: usize) -> Result<Option<Vec<u32>>> {
 /// Which row goes to each of n places; none where two go to one.
 fn places(numbers: &[u32], n: usize) -> Option<Vec<Option<usize>>> {
     let mut places = vec![None; n];
-    let mut distinct = true;
-    for (row, number) in numbers.iter().enumerate() {
-        distinct &= places[*number as usize].replace(row).is_none();
-    }
+    let distinct = numbers.iter().enumerate().all(|(row, number)| places[*number as usize].replace(row).is_none());
     distinct.then_some(places)
 }

@@ -223,8 +223,8 @@ impl<'a> Patch<'a> {
                 unsafe {
                     let (a, b) = (scores.as_ptr().add(self.lanes(panel).0), head.row(self.keys.start).add(first));
                     let part = Part { k: panel.keys.len(), a, a_row: 1, a_column: BLOCK, b, b_row: head.width };
-                    let out = (sum.row_mut(panel.queries.start).add(first), sum.width);
-                    strip(isa, panel.queries.len(), vectors, TileArgs::into(&[part], out, true));
+                    let out = sum.row_mut(panel.queries.start).add(first);
+                    strip(isa, (panel.queries.len(), vectors), part, (out.cast_const(), sum.width), (out, sum.width));
                 }
             }
         }

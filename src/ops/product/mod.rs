@@ -402,8 +402,7 @@ impl Pass<'_> {
                 // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
                 unsafe {
                     let out = self.out.at(rows.start * self.n + column);
-                    let args = TileArgs { parts: &[part], start: start.0, start_row: start.1, out, out_row: self.n };
-                    strip(self.isa, rows.len(), vectors, args);
+                    strip(self.isa, (rows.len(), vectors), part, start, (out, self.n));
                 }
             }
         }
@@ -530,19 +529,25 @@ fn near_rows(row_stride: usize) -> usize {
 /// Numbers of the largest tile of any instruction set.
 const SCRATCH: usize = 14 * 32;
 
-/// One strip of a product of one part on the calling thread: `args` tells of its first row and holds for all `m` of them.
+/// One strip of a product on the calling thread, m rows of `vectors`: `part`, `start` (null for zero) and `out` tell of its first row, the
+/// latter two with their row strides.
 ///
 /// # Safety
 /// As `Tile`'s, for m rows of `vectors` vectors.
-pub(super) unsafe fn strip(isa: &Isa, m: usize, vectors: usize, args: TileArgs<'_>) {
-    let [part] = args.parts else { return };
+pub(super) unsafe fn strip(
+    isa: &Isa,
+    (m, vectors): (usize, usize),
+    part: Part,
+    (start, start_row): (*const f32, usize),
+    (out, out_row): (*mut f32, usize),
+) {
     for rows in even_parts(0..m, isa.rows) {
         let first = rows.start;
-        let start = if args.start.is_null() { args.start } else { args.start.wrapping_add(first * args.start_row) };
+        let start = if start.is_null() { start } else { start.wrapping_add(first * start_row) };
         // SAFETY: the caller's promise; these rows are among the m.
         unsafe {
-            let (part, out) = (Part { a: part.a.add(first * part.a_row), ..*part }, args.out.add(first * args.out_row));
-            isa.tile(rows.len(), vectors)(TileArgs { parts: &[part], start, out, ..args });
+            let (part, out) = (Part { a: part.a.add(first * part.a_row), ..part }, out.add(first * out_row));
+            isa.tile(rows.len(), vectors)(TileArgs { parts: &[part], start, start_row, out, out_row });
         }
     }
 }

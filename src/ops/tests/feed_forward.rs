@@ -213,11 +213,11 @@ proptest! {
     }
 
     /// In bf16, by every instruction set and the reference. Each of the products behind a result rounds what goes into it by 2^-9 at most,
-    /// at random; what is left of a single number may be little, so that all of them are held together, and of no fewer than eight rows.
+    /// at random; what is left of a single number may be little, so that all of them are held together, where there are eight rows or more.
     #[test]
     fn feed_forward_in_bf16_is_its_definition(
         parts in prop_oneof![plain(), parts()],
-        (n, c, f) in (8usize..80, 16usize..80, 16usize..110),
+        (n, c, f) in (1usize..80, 16usize..80, 16usize..110),
         seed: u64,
     ) {
         let shape = [n, c, f];
@@ -243,7 +243,7 @@ proptest! {
                 let (got_all, want_all) = (flat(got), flat(want));
                 assert_eq!(got.dims(), want.dims(), "{name}");
                 let off = length(got_all.iter().zip(&want_all).map(|(got, want)| got - want)) / length(want_all.iter().copied());
-                assert!(off < 1.0 / 32.0, "{name} is off by {off}");
+                assert!(n < 8 || off < 1.0 / 32.0, "{name} is off by {off}");
                 assert_eq!(bits(got), bits(others.as_ref().unwrap()), "{name} at one thread and at two");
             }
         }
