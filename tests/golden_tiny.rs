@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use wattune::adapter::Site;
-use wattune::model::{Architecture, Batch, Decoder, ModelShape, Parts, Recompute, Weights};
+use wattune::model::{Architecture, Batch, Decoder, ModelShape, Parts, Recompute, Session, Weights};
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters, Weight};
 use wattune::work::{Precision, Tally};
 
@@ -159,6 +159,27 @@ fn logits_equal_those_of_transformers() {
             for s in 0..golden.lengths().len() {
                 let logits = decoder.logits(context, &golden.batch(&[s])).unwrap();
                 close(&format!("{name}: logits {s}"), &logits, &golden.tensors[&format!("base.logits.{s}")]);
+            }
+        }
+    }
+}
+
+/// Read token by token, with the adapter, past any room that the cache of keys and values had at first.
+#[test]
+fn a_text_read_token_by_token_has_the_logits_of_the_whole() {
+    for name in FULL {
+        let golden = Golden::open(name);
+        let tally = Tally::default();
+        for context in contexts(&tally) {
+            let (decoder, _) = golden.adapted();
+            let tokens: Vec<u32> = golden.list("input_ids").into_iter().cycle().take(240).collect();
+            let batch = Batch::new(&tokens, &[tokens.len()], vec![0], &[0], vec![tokens[1]], &Device::Cpu).unwrap();
+            let whole = decoder.logits(context, &batch).unwrap();
+            let mut session = Session::new(&decoder, context);
+            session.read(&tokens[..5]).unwrap();
+            for t in 5..tokens.len() {
+                let logits = Tensor::new(session.read(&tokens[t..t + 1]).unwrap(), &Device::Cpu).unwrap();
+                close(&format!("{name}: logits of token {t}"), &logits, &whole.get(t).unwrap());
             }
         }
     }

@@ -26,15 +26,45 @@ pub struct Sampling {
 pub struct Session<'a> {
     decoder: &'a Decoder,
     context: Context<'a>,
-    /// Keys and values (T, Hkv D) of each block so far.
-    cache: Vec<Option<(Tensor, Tensor)>>,
+    /// Keys and values of each block so far.
+    cache: Vec<[Rows; 2]>,
     length: usize,
 }
+
+/// Rows (T, C) of f32, with room for more.
+struct Rows {
+    values: Tensor,
+    length: usize,
+}
+
+impl Rows {
+    /// As many rows as `first` has.
+    fn new(first: Tensor) -> Result<Self> {
+        let length = first.dims2()?.0;
+        Ok(Self { values: first.contiguous()?, length })
+    }
+
+    /// All rows, with `x` (1, C) behind them. Whatever is short of room gets half as much again.
+    fn push(&mut self, x: &Tensor) -> Result<Tensor> {
+        let (room, width) = self.values.dims2()?;
+        if self.length == room {
+            let larger = Tensor::zeros((room + (room / 2).max(MORE), width), x.dtype(), x.device())?;
+            larger.slice_set(&self.values, 0, 0)?;
+            self.values = larger;
+        }
+        self.values.slice_set(&x.contiguous()?, 0, self.length)?;
+        self.length += 1;
+        Ok(self.values.narrow(0, 0, self.length)?)
+    }
+}
+
+/// Rows that are added at least.
+const MORE: usize = 64;
 
 impl<'a> Session<'a> {
     /// An empty text.
     pub fn new(decoder: &'a Decoder, context: Context<'a>) -> Self {
-        Self { decoder, context, cache: vec![None; decoder.architecture().num_hidden_layers], length: 0 }
+        Self { decoder, context, cache: Vec::with_capacity(decoder.architecture().num_hidden_layers), length: 0 }
     }
 
     /// Tokens read so far.
@@ -66,9 +96,11 @@ impl<'a> Session<'a> {
         let pass = Pass { context: self.context, segments: &segments, rope: &rope, dropout: None };
         let ids = Tensor::from_slice(tokens, tokens.len(), self.decoder.device())?;
         let mut x = self.decoder.embed(self.context, &ids)?;
-        for (block, cache) in self.decoder.blocks.iter().zip(&mut self.cache) {
+        self.cache.clear();
+        for block in &self.decoder.blocks {
             let (y, saved) = block.forward(pass, &x)?;
-            *cache = Some(saved.keys_and_values()?);
+            let (keys, values) = saved.keys_and_values()?;
+            self.cache.push([Rows::new(keys)?, Rows::new(values)?]);
             x = y;
         }
         self.length = tokens.len();
@@ -80,7 +112,7 @@ impl<'a> Session<'a> {
         let context = self.context;
         let rope = self.decoder.architecture().rope.tables_from(self.length, 1, self.decoder.device())?;
         let mut x = self.decoder.embed(context, &Tensor::from_slice(&[token], 1, self.decoder.device())?)?;
-        for (block, cache) in self.decoder.blocks.iter().zip(&mut self.cache) {
+        for (block, [keys, values]) in self.decoder.blocks.iter().zip(&mut self.cache) {
             let l = &block.linears;
             let apply =
                 |linear: &Linear, x: &Tensor, base: Option<&Tensor>| Ok::<_, Error>(linear.forward(context, x, None, base)?.0);
@@ -88,14 +120,9 @@ impl<'a> Session<'a> {
             // The cache is f32, whatever products read.
             let rotated = |x: &Tensor| Ok::<_, Error>(rope.forward(context, x)?.to_dtype(DType::F32)?);
             let q = rotated(&apply(&l.q_proj, &h, None)?)?;
-            let mut k = rotated(&apply(&l.k_proj, &h, None)?)?;
-            let mut v = apply(&l.v_proj, &h, None)?;
-            if let Some((keys, values)) = cache.take() {
-                k = Tensor::cat(&[keys, k], 0)?;
-                v = Tensor::cat(&[values, v], 0)?;
-            }
+            let k = keys.push(&rotated(&apply(&l.k_proj, &h, None)?)?)?;
+            let v = values.push(&apply(&l.v_proj, &h, None)?)?;
             let mixed = block.attention.decode(context, &q, &k, &v)?;
-            *cache = Some((k, v));
             let x1 = apply(&l.o_proj, &mixed, Some(&x))?;
             let h = block.post_attention_layernorm.forward(context, &x1)?.0;
             let (inner, _) = swiglu(context, &apply(&l.gate_proj, &h, None)?, &apply(&l.up_proj, &h, None)?)?;

@@ -1,8 +1,8 @@
 //! Elementwise arithmetic for whichever vector instructions the processor has.
 //!
 //! `vectorized` compiles a loop once for each instruction set and picks one at run time. The loops multiply and add in a fixed order (sums
-//! in `LANES` partial sums), so every instruction set gives the same bytes, but for e^x, which rounds once where a multiply-add is one
-//! instruction. Loops here and in those who use this are plain indices over slices of one length, or chunks of a constant one: iterators
+//! in `LANES` partial sums), so every instruction set gives the same bytes, but for what `Instructions` multiply and add: that rounds once where
+//! it is one instruction. Loops here and in those who use this are plain indices over slices of one length, or chunks of a constant one: iterators
 //! side by side, or a `Vec` behind a reference, are compiled number by number.
 
 #![allow(clippy::needless_range_loop)]
@@ -41,6 +41,39 @@ impl Instructions {
     #[inline(always)]
     fn multiply_add(self, a: f32, b: f32, c: f32) -> f32 {
         if self.fused { a.mul_add(b, c) } else { a * b + c }
+    }
+
+    /// The sum of products of two rows of one length, in `LANES` partial sums of f32: for rows of a few thousand numbers at most.
+    #[inline(always)]
+    pub(super) fn dot<T: Number>(self, a: &[f32], b: &[T]) -> f32 {
+        assert_eq!(a.len(), b.len(), "rows of one length");
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        let mut lanes = [0.0f32; LANES];
+        for i in 0..a.len() {
+            for lane in 0..LANES {
+                lanes[lane] = self.multiply_add(a[i][lane], b[i][lane].widen(), lanes[lane]);
+            }
+        }
+        for lane in 0..a_rest.len() {
+            lanes[lane] = self.multiply_add(a_rest[lane], b_rest[lane].widen(), lanes[lane]);
+        }
+        let mut width = LANES;
+        while width > 1 {
+            width /= 2;
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+        }
+        lanes[0]
+    }
+
+    /// out += share x, of one length.
+    #[inline(always)]
+    pub(super) fn add_scaled(self, out: &mut [f32], share: f32, x: &[f32]) {
+        assert_eq!(out.len(), x.len(), "rows of one length");
+        for i in 0..out.len() {
+            out[i] = self.multiply_add(share, x[i], out[i]);
+        }
     }
 
     /// e^x, within 2.5 units in the last place of f32 on [-87.3, 88]; 0 below, e^88 above.
@@ -156,6 +189,13 @@ mod tests {
                 "sum of {n}"
             );
             assert_eq!(dot(&row, &vec![1.0f32; n]), expected);
+            for fused in [false, true] {
+                let mut twice = row.clone();
+                Instructions { fused }.add_scaled(&mut twice, 2.0, &row);
+                assert!(twice.iter().zip(&row).all(|(twice, x)| *twice == 3.0 * x));
+                // Whole numbers below 2^24: f32 sums them exactly.
+                assert_eq!(f64::from(Instructions { fused }.dot(&row, &vec![1.0f32; n])), expected);
+            }
             assert_eq!(max(&row), row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         }
         assert_eq!(dot(&[1.0, 2.0], &[3.0, 4.0]), 11.0);

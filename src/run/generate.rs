@@ -60,7 +60,8 @@ pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn
     let mut session = Session::new(&loaded.decoder, Context::new(&tally, job.model.precision));
     let mut logits = session.read(&prompt)?;
     let (mut tokens, mut text, mut shown) = (Vec::new(), String::new(), 0);
-    for index in 0..job.max_new_tokens.min(room - prompt.len()) {
+    let most = job.max_new_tokens.min(room - prompt.len());
+    for index in 0..most {
         let token = job.sampling.choose(&logits, index as u64);
         tokens.push(token);
         if tokenizer.eos_id() == Some(token) {
@@ -72,7 +73,7 @@ pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn
         let sure = cut.unwrap_or_else(|| all.trim_end_matches('\u{fffd}').len().min(all.len() - held_back(&all, job.stop)));
         shown = advance(&all[..sure], shown, show);
         text = all[..cut.unwrap_or(all.len())].to_string();
-        if cut.is_some() {
+        if cut.is_some() || index + 1 == most {
             break;
         }
         logits = session.read(&[token])?;

@@ -6,6 +6,7 @@
 //! (Dao et al. 2022, "FlashAttention", section 3.1, at this block size).
 
 mod cpu;
+mod decode;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
@@ -13,7 +14,7 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::host::{expect, kept, restored};
+use super::host::{Host, expect, f32_contiguous, kept, restored, tensor};
 use super::{Context, Segments, batched};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -170,6 +171,12 @@ impl Attention {
         self.check(keys, &[("k", k, self.kv_heads), ("v", v, self.kv_heads)])?;
         context.tally.add(attention_decode_cost(self, keys));
         let seen = self.visible(keys - 1);
+        if context.fused(q) {
+            let (q, k, v) = (f32_contiguous(q)?, f32_contiguous(k)?, f32_contiguous(v)?);
+            let hosts = (Host::open(&q)?, Host::open(&k)?, Host::open(&v)?);
+            let out = self.decode_cpu(hosts.0.slice(), [hosts.1.slice(), hosts.2.slice()], seen);
+            return tensor(out, (1, self.heads * self.head_dim));
+        }
         let (d, hkv) = (self.head_dim, self.kv_heads);
         let heads_first = |t: &Tensor| -> Result<Tensor> {
             Ok(t.narrow(0, seen.start, seen.len())?.reshape((seen.len(), hkv, d))?.transpose(0, 1)?.contiguous()?)

@@ -2,8 +2,8 @@
 //!
 //! Takes views of slices with strides; returns f32. Sums are f32; bf16 is widened while it is packed, except for blocks, which multiply
 //! bf16. The instruction set is chosen at run time; the order of a sum depends on it, on k, on B's strides and on the column alone
-//! (and on whether A has one row or few, which go by vectors), never on the number of threads or the shape of the tasks. Knows nothing of
-//! tensors, layers or gradients.
+//! (and on whether A has one row, which meets whole columns as they lie, or few, which go by vectors), never on the number of threads or
+//! the shape of the tasks. Knows nothing of tensors, layers or gradients.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod blocks;
@@ -12,6 +12,7 @@ pub(super) mod blocks;
 mod blocks;
 pub(super) mod held;
 mod pack;
+mod row;
 mod tile;
 
 use std::borrow::Cow;
@@ -270,6 +271,10 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
     if !packed.is_empty() {
         assert_eq!(packed.len(), terms.len(), "the terms of a sum are prepared alike");
         blocks::products(&packed, start, &mut out);
+        return out;
+    }
+    if row::takes(terms) {
+        row::products(terms, start, &mut out);
         return out;
     }
     for (index, pieces) in passes(isa, terms).iter().enumerate() {

@@ -97,6 +97,27 @@ proptest! {
     }
 }
 
+/// A B whose columns are whole is read where it lies, by one row; its other cases go as those of many rows.
+#[test]
+fn one_row_times_columns_is_a_product() {
+    for (index, (n, k, r)) in
+        [(1, 1, 1), (5, 15, 3), (300, 16, 16), (33, 600, 8), (1, 70_000, 2), (40, 33, 0)].into_iter().enumerate()
+    {
+        let seed = 10 * index as u64;
+        for bf16 in [false, true] {
+            let adapter = (r > 0).then(|| (Stored::new(seed + 2, 1, r, true, bf16), Stored::new(seed + 3, r, n, true, false)));
+            let w = (Stored::new(seed, 1, k, false, !bf16), Stored::new(seed + 1, k, n, true, bf16));
+            let terms: Vec<_> = std::iter::once(w).chain(adapter).collect();
+            assert!(n == 1 || k == 1 || terms[0].1.matrix().row_stride == 1);
+            let row = numbers(seed + 4, n);
+            for start in [Start::Zero, Start::Row(&row), Start::Matrix(&row)] {
+                check(best(), Precision::F32, &terms, start, &[1, 2, 3]);
+                check(best(), Precision::Bf16, &terms, start, &[1, 2, 3]);
+            }
+        }
+    }
+}
+
 /// Deeper than one panel, and beside another term, so that there are several passes.
 #[test]
 fn deep_products_are_sums() {

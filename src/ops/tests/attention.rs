@@ -168,29 +168,45 @@ fn large_logits_do_not_overflow() {
     });
 }
 
-/// Decoding token by token over a cache equals the forward pass over the whole, window or not.
+/// Decoding token by token over a cache equals the forward pass over the whole, window or not, in one run of keys or several.
 #[test]
 fn decoding_continues_the_forward_pass() {
-    for window in [None, Some(3)] {
+    for (tokens, window, read) in [(9, None, 0..9), (9, Some(3), 0..9), (600, None, 254..258), (600, Some(300), 597..600)] {
         let attention = Attention { heads: 6, kv_heads: 2, head_dim: 4, window };
-        let (q, k, v) = (random(1, &[9, 24]), random(2, &[9, 8]), random(3, &[9, 8]));
-        let tally = Tally::default();
-        let context = Context::new(&tally, Precision::F32);
-        let segments = Segments::of_lengths([9]);
-        let (whole, _) = attention.forward(context, q.clone(), k.clone(), v.clone(), &segments).unwrap();
-        tally.take();
-        for t in 0..9 {
-            let (row, seen) = (q.narrow(0, t, 1).unwrap(), |x: &Tensor| x.narrow(0, 0, t + 1).unwrap());
-            super::ISSUED.set(0);
-            let y = attention.decode(context, &row, &seen(&k), &seen(&v)).unwrap();
-            close("token", &y, &whole.narrow(0, t, 1).unwrap(), 32);
-            let counted = tally.take();
-            assert_eq!(counted, attention_decode_cost(&attention, t + 1));
-            // Two products of (1, 4) by (4, keys) in each of six heads.
-            let keys = (t + 1).min(window.unwrap_or(9)) as u64;
-            assert_eq!((counted.flops(), super::ISSUED.get()), (2 * 6 * 2 * 4 * keys, counted.flops()));
-        }
+        let (q, k, v) = (random(1, &[tokens, 24]), random(2, &[tokens, 8]), random(3, &[tokens, 8]));
+        every_way(|context| {
+            let segments = Segments::of_lengths([tokens]);
+            let (whole, _) = attention.forward(context, q.clone(), k.clone(), v.clone(), &segments).unwrap();
+            context.tally.take();
+            for t in read.clone() {
+                let (row, seen) = (q.narrow(0, t, 1).unwrap(), |x: &Tensor| x.narrow(0, 0, t + 1).unwrap());
+                super::ISSUED.set(0);
+                let y = attention.decode(context, &row, &seen(&k), &seen(&v)).unwrap();
+                // Averages of values below 1 over as many keys as are seen, with scores of four products each.
+                close("token", &y, &whole.narrow(0, t, 1).unwrap(), 32 + (t + 1).min(window.unwrap_or(tokens)));
+                let counted = context.tally.take();
+                assert_eq!(counted, attention_decode_cost(&attention, t + 1));
+                // Two products of (1, 4) by (4, keys) in each of six heads.
+                let keys = (t + 1).min(window.unwrap_or(tokens)) as u64;
+                assert_eq!((counted.flops(), super::ISSUED.get()), (2 * 6 * 2 * 4 * keys, counted.flops()));
+            }
+        });
     }
+}
+
+/// Which thread took which keys leaves no trace.
+#[test]
+fn decoded_bytes_do_not_depend_on_the_threads() {
+    let attention = Attention { heads: 6, kv_heads: 3, head_dim: 5, window: None };
+    let (q, k, v) = (random(1, &[1, 30]), random(2, &[1000, 15]), random(3, &[1000, 15]));
+    let bytes = |threads: usize| {
+        super::on(threads, || {
+            let tally = Tally::default();
+            super::bits(&attention.decode(Context::new(&tally, Precision::F32), &q, &k, &v).unwrap())
+        })
+    };
+    assert_eq!(bytes(1), bytes(2));
+    assert_eq!(bytes(1), bytes(3));
 }
 
 /// The reference runs on what the fused pass refuses: a tensor that is not contiguous.

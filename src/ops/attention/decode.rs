@@ -1,0 +1,87 @@
+//! One new token against the keys and values of those before it, read once where they lie: each key head meets all of its query heads, by runs
+//! of keys, and the runs' sums are put together as those of one softmax (Dao et al. 2023, "Flash-Decoding").
+
+#![allow(clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use super::Attention;
+use crate::ops::simd::{Instructions, max, vectorized};
+use crate::ops::team::each;
+use crate::ops::{host::uninitialized, issue};
+
+/// Keys of one task: few enough to share a long text among threads.
+const KEYS: usize = 256;
+
+impl Attention {
+    /// q (Hq D) against rows `seen` of k, v (T, Hkv D) -> (Hq D).
+    pub(super) fn decode_cpu(&self, q: &[f32], [k, v]: [&[f32]; 2], seen: Range<usize>) -> Vec<f32> {
+        issue(self.heads, 1, seen.len(), self.head_dim);
+        issue(self.heads, 1, self.head_dim, seen.len());
+        let (d, group, runs) = (self.head_dim, self.group(), seen.len().div_ceil(KEYS));
+        // SAFETY: `run` writes all of its part: of each query head the largest score, the sum of the exponentials against it, and their product
+        // with the values.
+        let mut parts: Vec<f32> = unsafe { uninitialized(runs * self.heads * (2 + d)) };
+        each(parts.chunks_mut(group * (2 + d)).enumerate(), |(index, part)| {
+            let (run, head) = (index / self.kv_heads, index % self.kv_heads);
+            let start = seen.start + run * KEYS;
+            let x = [k, v].map(|x| Rows { values: x, stride: self.kv_heads * d, first: head * d, d });
+            let q = &q[head * group * d..][..group * d];
+            vectorized(
+                #[inline(always)]
+                |cpu| self.run(cpu, q, x, start..(start + KEYS).min(seen.end), part),
+            );
+        });
+        let mut out = vec![0.0; self.heads * d];
+        for (head, out) in out.chunks_mut(d).enumerate() {
+            let parts = || parts.chunks(2 + d).skip(head).step_by(self.heads);
+            let most = parts().map(|part| part[0]).fold(f32::NEG_INFINITY, f32::max);
+            let share = |part: &[f32]| (part[0] - most).exp();
+            let sum: f32 = parts().map(|part| share(part) * part[1]).sum();
+            for part in parts() {
+                let share = share(part) / sum;
+                out.iter_mut().zip(&part[2..]).for_each(|(out, x)| *out += share * x);
+            }
+        }
+        out
+    }
+
+    /// One key head's query heads against a run of keys.
+    #[inline(always)]
+    fn run(&self, cpu: Instructions, q: &[f32], [k, v]: [Rows<'_>; 2], keys: Range<usize>, part: &mut [f32]) {
+        let (scale, n) = (self.scale() as f32, keys.len());
+        for (q, part) in q.chunks_exact(self.head_dim).zip(part.chunks_exact_mut(2 + self.head_dim)) {
+            let mut scores = [0.0; KEYS];
+            let scores = &mut scores[..n];
+            for key in 0..n {
+                scores[key] = scale * cpu.dot(q, k.row(keys.start + key));
+            }
+            let most = max(scores);
+            for key in 0..n {
+                scores[key] = cpu.exp(scores[key] - most);
+            }
+            let (head, mix) = part.split_at_mut(2);
+            head.copy_from_slice(&[most, scores.iter().sum()]);
+            mix.fill(0.0);
+            for key in 0..n {
+                cpu.add_scaled(mix, scores[key], v.row(keys.start + key));
+            }
+        }
+    }
+}
+
+/// One head's rows of `d` numbers, `stride` apart.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    values: &'a [f32],
+    stride: usize,
+    first: usize,
+    d: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn row(self, index: usize) -> &'a [f32] {
+        &self.values[index * self.stride + self.first..][..self.d]
+    }
+}
