@@ -9,6 +9,9 @@ use crate::error::{Error, Kind, Result};
 use crate::ops::{Context, Linear, Segments, swiglu};
 use crate::random::{Use, stream};
 
+/// Rows that a cache without room gets at least.
+const MORE: usize = 64;
+
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
@@ -44,7 +47,7 @@ impl Rows {
         Ok(Self { values: first.contiguous()?, length })
     }
 
-    /// All rows, with `x` (1, C) behind them. Whatever is short of room gets half as much again.
+    /// All rows, with `x` (1, C) behind them. Where there is no room, half as much is added.
     fn push(&mut self, x: &Tensor) -> Result<Tensor> {
         let (room, width) = self.values.dims2()?;
         if self.length == room {
@@ -57,9 +60,6 @@ impl Rows {
         Ok(self.values.narrow(0, 0, self.length)?)
     }
 }
-
-/// Rows that are added at least.
-const MORE: usize = 64;
 
 impl<'a> Session<'a> {
     /// An empty text.

@@ -2,8 +2,8 @@
 //!
 //! Scores lie as (keys, queries): S^T = K Q^T, with queries along the vectors, so that softmax runs down columns and no tile is ever
 //! transposed. The same buffer is then read by broadcast in either direction: O = P V and dQ = dS K take its columns, dV += P^T dO and
-//! dK += dS^T Q its rows. One task is one query head of a segment (in the forward pass, of some of its query blocks); what the query heads
-//! of one key head add up to is summed afterwards, in order.
+//! dK += dS^T Q its rows. One task is one query head of a segment: forward with some of its query blocks, back with some of its keys. What
+//! the query heads of one key head, and the keys of one query, add up to is summed afterwards, in order.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use half::bf16;
 
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
-use crate::ops::host::{Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
+use crate::ops::host::{CHUNK, Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
 use crate::ops::product::{Isa, Matrix, Number, Part, TileArgs, Values, best, even_parts, pack, strip};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
@@ -25,6 +25,11 @@ const QUERIES: usize = 4 * BLOCK;
 /// Keys of a run: while every block of queries meets them, their rows and the sums over them stay in a second-level cache. Their
 /// probabilities are summed before the sum goes on in another, which keeps sums of thousands accurate in f32.
 const RUN: usize = 256;
+
+/// Keys of a backward task, at least and in whole runs, and tasks that a segment's keys are cut into at most: tasks enough for more threads
+/// than there are heads, and dQ of long segments no more than one and a half times beside itself.
+const KEYS: usize = 2 * RUN;
+const MOST_PARTS: usize = 4;
 
 /// Rows and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
 #[derive(Clone, Copy)]
@@ -82,6 +87,11 @@ impl Rows {
 
     fn holds(&self, rows: &Range<usize>) -> bool {
         self.first <= rows.start && rows.end <= self.first + self.values.len() / self.width
+    }
+
+    /// These rows, counted from its own first.
+    fn own(&self, rows: &Range<usize>) -> Range<usize> {
+        rows.start - self.first..rows.end - self.first
     }
 
     /// The first `d` channels of its rows, counted from its own first.
@@ -278,6 +288,54 @@ macro_rules! by_lanes {
             _ => $name::<32>($($argument),*),
         }
     };
+}
+
+/// Some keys of a segment, for the backward pass: with all queries that come no earlier.
+pub(super) struct KeyPart {
+    pub(super) segment: Range<usize>,
+    /// Counted from the segment's start.
+    pub(super) keys: Range<usize>,
+    /// The first of its rows of what is added to dQ; none where it writes to dQ itself.
+    beside: Option<usize>,
+}
+
+impl KeyPart {
+    /// Every segment's parts, and the rows that are added to dQ.
+    fn of(segments: &[Range<usize>]) -> (Vec<Self>, usize) {
+        let (mut parts, mut rows) = (Vec::new(), 0);
+        for segment in segments {
+            let size = segment.len().div_ceil(MOST_PARTS).next_multiple_of(RUN).max(KEYS);
+            for start in (0..segment.len()).step_by(size) {
+                let part = Self {
+                    segment: segment.clone(),
+                    keys: start..(start + size).min(segment.len()),
+                    beside: (start > 0).then_some(rows),
+                };
+                rows += if start > 0 { part.queries().len() } else { 0 };
+                parts.push(part);
+            }
+        }
+        (parts, rows)
+    }
+
+    /// The queries that may see the keys, and others whose window ends before them.
+    pub(super) fn queries(&self) -> Range<usize> {
+        self.keys.start..self.segment.len()
+    }
+
+    /// The block's keys among these.
+    pub(super) fn seen(&self, block: &Block) -> Range<usize> {
+        let start = block.keys.start.max(self.keys.start);
+        start..block.keys.end.min(self.keys.end).max(start)
+    }
+}
+
+/// Where a backward task writes: rows of dQ, or of what is added to it, from its first query on; dK and dV.
+#[derive(Clone, Copy)]
+pub(super) struct Destination {
+    pub(super) dq: (Shared, usize),
+    pub(super) dk: Shared,
+    pub(super) dv: Shared,
 }
 
 /// Runs of keys up to `end`, from the first on that one of the blocks sees.
@@ -483,64 +541,72 @@ impl Attention {
             dout: dout.slice(),
             lse: lse.slice(),
         };
+        let (parts, rows) = KeyPart::of(segments.ranges());
         // SAFETY: every row and query head belongs to one task, which writes it.
-        let mut grads: [Vec<f32>; 3] = unsafe { [uninitialized(n * width), uninitialized(n * width), uninitialized(n * width)] };
-        let at = grads.each_mut().map(|values| Shared(values.as_mut_ptr()));
-        let tasks = segments.ranges().iter().flat_map(|range| (0..self.heads).map(move |head| (range, head)));
+        let room = |rows: usize| unsafe { uninitialized::<f32>(rows * width) };
+        let (mut dq, mut beside, mut dk, mut dv) = (room(n), room(rows), room(n), room(n));
+        let at = [&mut dq, &mut beside, &mut dk, &mut dv].map(|values| Shared(values.as_mut_ptr()));
+        let tasks = parts.iter().flat_map(|part| (0..self.heads).map(move |head| (part, head)));
         let isa = best();
         let unit = isa.narrow_unit(context.precision);
-        each(tasks, |(range, head)| match unit {
-            #[cfg(target_arch = "x86_64")]
-            Some(unit) => self.backward_tiles(unit, &x, range, head, at),
-            _ => BUFFERS.with_borrow_mut(|buffers| self.backward_task((isa, buffers), &x, range, head, at)),
+        each(tasks, |(part, head)| {
+            let dq = part.beside.map_or((at[0], part.segment.start), |first| (at[1], first));
+            let to = Destination { dq, dk: at[2], dv: at[3] };
+            match unit {
+                #[cfg(target_arch = "x86_64")]
+                Some(unit) => self.backward_tiles(unit, &x, part, head, to),
+                _ => BUFFERS.with_borrow_mut(|buffers| self.backward_task((isa, buffers), &x, part, head, to)),
+            }
         });
-        let [dq, dk, dv] = grads;
+        for (part, first) in parts.iter().filter_map(|part| Some((part, part.beside?))) {
+            let (queries, start) = (part.queries(), part.segment.start);
+            let to = &mut dq[(start + queries.start) * width..(start + queries.end) * width];
+            each(to.chunks_mut(CHUNK).zip(beside[first * width..].chunks(CHUNK)), |(to, from)| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+            });
+        }
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
     }
 
-    fn backward_task(
-        &self,
-        (isa, buffers): (&Isa, &mut Buffers),
-        x: &Inputs<'_>,
-        range: &Range<usize>,
-        head: usize,
-        at: [Shared; 3],
-    ) {
-        let (d, width, all) = (self.head_dim, self.heads * self.head_dim, 0..range.len());
+    fn backward_task(&self, (isa, buffers): (&Isa, &mut Buffers), x: &Inputs<'_>, part: &KeyPart, head: usize, to: Destination) {
+        let (range, queries) = (&part.segment, part.queries());
+        let (d, width) = (self.head_dim, self.heads * self.head_dim);
         let (kv, first, scale) = (self.kv_heads * d, head / self.group() * d, self.scale() as f32);
         let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
         let [k_head, v_head] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first));
         let [q_head, dout_head] = [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
-        buffers.room(range.len());
+        buffers.room(part.keys.len());
         let Buffers { q, k, v, dout, sum: dq, dk, dv, columns, p, ds } = buffers;
-        q_head.rows(isa, all.clone(), q);
-        dout_head.rows(isa, all.clone(), dout);
-        dq.clear(isa, all.clone(), d);
-        let lses: Vec<f32> = range.clone().map(|row| x.lse[row * self.heads + head]).collect();
-        let mut inners = vec![0.0; range.len()];
-        x.inners(range.start, (width, head * d, d), &mut inners);
-        let blocks: Vec<Block> = self.blocks(range.len()).collect();
+        q_head.rows(isa, queries.clone(), q);
+        dout_head.rows(isa, queries.clone(), dout);
+        dq.clear(isa, queries.clone(), d);
+        let row = range.start + queries.start;
+        let lses: Vec<f32> = (row..range.end).map(|row| x.lse[row * self.heads + head]).collect();
+        let mut inners = vec![0.0; queries.len()];
+        x.inners(row, (width, head * d, d), &mut inners);
+        let blocks: Vec<Block> = self.blocks(range.len()).filter(|block| !part.seen(block).is_empty()).collect();
         for block in &blocks {
-            issue(2, block.queries.len(), block.keys.len(), d);
-            issue(3, block.queries.len(), d, block.keys.len());
+            let keys = part.seen(block).len();
+            issue(2, block.queries.len(), keys, d);
+            issue(3, block.queries.len(), d, keys);
         }
-        for run in runs(&blocks, range.len()) {
+        for run in part.keys.clone().step_by(RUN).map(|start| start..(start + RUN).min(part.keys.end)) {
             k_head.rows(isa, run.clone(), k);
             v_head.rows(isa, run.clone(), v);
             dk.clear(isa, run.clone(), d);
             dv.clear(isa, run.clone(), d);
             for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
-                q.head(d).columns(isa, patch.queries.clone(), columns);
+                q.head(d).columns(isa, q.own(&patch.queries), columns);
                 patch.scores(k, columns, d, p);
-                dout.head(d).columns(isa, patch.queries.clone(), columns);
+                dout.head(d).columns(isa, dout.own(&patch.queries), columns);
                 patch.scores(v, columns, d, ds);
                 for panel in &patch.panels {
                     let (lane, vectors) = patch.lanes(panel);
-                    let part = lane..panel.keys.len() * BLOCK;
-                    let (p, ds) = (&mut p[part.clone()], &mut ds[part]);
+                    let scores = lane..panel.keys.len() * BLOCK;
+                    let (p, ds, rows) = (&mut p[scores.clone()], &mut ds[scores], q.own(&panel.queries));
                     panel.hide(self.window, p);
-                    let rows = (&lses[panel.queries.clone()], &inners[panel.queries.clone()]);
+                    let rows = (&lses[rows.clone()], &inners[rows]);
                     by_lanes!(vectors * isa.lanes, gradients(p, ds, BLOCK, rows, scale));
                 }
                 patch.spread(p, dout, dv);
@@ -549,12 +615,12 @@ impl Attention {
             }
             // SAFETY: these rows of this head belong to this task alone.
             unsafe {
-                write(&dk.values, dk.width, d, range.start + run.start, (at[1], width, head * d));
-                write(&dv.values, dv.width, d, range.start + run.start, (at[2], width, head * d));
+                write(&dk.values, dk.width, d, range.start + run.start, (to.dk, width, head * d));
+                write(&dv.values, dv.width, d, range.start + run.start, (to.dv, width, head * d));
             }
         }
         // SAFETY: as above.
-        unsafe { write(&dq.values, dq.width, d, range.start, (at[0], width, head * d)) };
+        unsafe { write(&dq.values, dq.width, d, to.dq.1, (to.dq.0, width, head * d)) };
     }
 
     /// (N, Hq D) -> (N, Hkv D): the sum over each key head's group.

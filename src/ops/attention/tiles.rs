@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::cpu::{Inputs, Panel, gradients, share_out, softmax, write};
+use super::cpu::{Destination, Inputs, KeyPart, Panel, gradients, share_out, softmax, write};
 use super::{Attention, Block};
 use crate::ops::host::{Shared, Stored};
 use crate::ops::issue;
@@ -66,10 +66,10 @@ fn over_queries(scores: &[f32]) -> View<'_> {
     View::new(Side::A, Values::F32(scores), 0, (scores.len() / SIDE, SIDE), (SIDE, 1))
 }
 
-/// scores (keys, 32) = rows of `a` times the queries in `columns`.
-fn scores(ready: &Ready, panel: &Panel, a: &Operand<1>, columns: &Operand<1>, out: &mut Vec<f32>) {
-    out.resize(panel.keys.len() * SIDE, 0.0);
-    multiply(ready, (a, tiles(&panel.keys), 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
+/// scores (keys, 32) = the rows of `a` in these tiles times the queries in `columns`.
+fn scores(ready: &Ready, keys: Range<usize>, a: &Operand<1>, columns: &Operand<1>, out: &mut Vec<f32>) {
+    out.resize(keys.len() * SIDE * SIDE, 0.0);
+    multiply(ready, (a, keys, 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
 }
 
 impl Attention {
@@ -96,7 +96,7 @@ impl Attention {
             issue(1, block.queries.len(), d, block.keys.len());
             for panel in panels(&block) {
                 own.fill(&q.rows(Side::B, panel.queries.clone()));
-                scores(&ready, &panel, &k, &own, &mut s);
+                scores(&ready, tiles(&panel.keys), &k, &own, &mut s);
                 panel.hide(self.window, &mut s);
                 let (mut max, mut sums) = ([f32::MIN; SIDE], [0.0f32; SIDE]);
                 softmax::<SIDE>(&mut s, SIDE, scale, (&mut max, &mut sums), &mut [0.0; SIDE]);
@@ -116,54 +116,62 @@ impl Attention {
         }
     }
 
-    pub(super) fn backward_tiles(&self, unit: Unit, x: &Inputs<'_>, range: &Range<usize>, head: usize, at: [Shared; 3]) {
+    pub(super) fn backward_tiles(&self, unit: Unit, x: &Inputs<'_>, part: &KeyPart, head: usize, to: Destination) {
         let ready = Ready::new(unit);
+        let (range, all) = (&part.segment, &part.keys);
         let [q, k, v] = self.heads_in(x.qkv, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
         let dout = Head { values: Values::F32(x.dout), ..q };
-        let all = 0..range.len();
         let (k_rows, k_channels) = (Operand::<1>::of(&k.rows(Side::A, all.clone())), Operand::<1>::of(&k.channels(all.clone())));
         let v_rows = Operand::<1>::of(&v.rows(Side::A, all.clone()));
         let (mut own, mut left) = (Operand::<1>::default(), Operand::<1>::default());
         let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
         let (mut dk, mut dv, mut dq) = (vec![0.0f32; keys * room], vec![0.0f32; keys * room], vec![0.0f32; SIDE * room]);
         let (mut p, mut ds) = (Vec::new(), Vec::new());
-        for block in self.blocks(range.len()) {
-            let (rows, cols) = (block.queries.len(), block.keys.len());
+        for block in self.blocks(range.len()).filter(|block| block.queries.start >= all.start) {
+            let (rows, cols) = (block.queries.len(), part.seen(&block).len());
             issue(2, rows, cols, d);
             issue(3, rows, d, cols);
-            for panel in panels(&block) {
+            for mut panel in panels(&block) {
                 let queries = panel.queries.clone();
-                own.fill(&q.rows(Side::B, queries.clone()));
-                scores(&ready, &panel, &k_rows, &own, &mut p);
-                panel.hide(self.window, &mut p);
-                own.fill(&dout.rows(Side::B, queries.clone()));
-                scores(&ready, &panel, &v_rows, &own, &mut ds);
                 let count = queries.len();
-                let (mut lses, mut inners) = ([0.0f32; SIDE], [0.0f32; SIDE]);
-                for (lane, query) in queries.clone().enumerate() {
-                    lses[lane] = x.lse[(range.start + query) * self.heads + head];
+                let start = panel.keys.start.max(all.start);
+                panel.keys = start..panel.keys.end.min(all.start + keys).max(start);
+                if panel.keys.is_empty() {
+                    dq.fill(0.0);
+                } else {
+                    // Counted from the part's first key.
+                    let seen = tiles(&(start - all.start..panel.keys.end - all.start));
+                    own.fill(&q.rows(Side::B, queries.clone()));
+                    scores(&ready, seen.clone(), &k_rows, &own, &mut p);
+                    panel.hide(self.window, &mut p);
+                    own.fill(&dout.rows(Side::B, queries.clone()));
+                    scores(&ready, seen.clone(), &v_rows, &own, &mut ds);
+                    let (mut lses, mut inners) = ([0.0f32; SIDE], [0.0f32; SIDE]);
+                    for (lane, query) in queries.clone().enumerate() {
+                        lses[lane] = x.lse[(range.start + query) * self.heads + head];
+                    }
+                    x.inners(range.start + queries.start, (width, head * d, d), &mut inners[..count]);
+                    gradients::<SIDE>(&mut p, &mut ds, SIDE, (&lses, &inners), scale);
+                    let (panels, below) = (0..room / SIDE, seen.start * SIDE * room);
+                    own.fill(&dout.channels(queries.clone()));
+                    left.fill(&over_queries(&p));
+                    multiply(&ready, (&left, 0..seen.len(), 0), (&own, panels.clone(), 0), 1, (&mut dv[below..], room), true);
+                    own.fill(&q.channels(queries.clone()));
+                    left.fill(&over_queries(&ds));
+                    multiply(&ready, (&left, 0..seen.len(), 0), (&own, panels.clone(), 0), 1, (&mut dk[below..], room), true);
+                    left.fill(&over_keys(&ds));
+                    multiply(&ready, (&left, 0..1, 0), (&k_channels, panels, seen.start), seen.len(), (&mut dq, room), false);
                 }
-                x.inners(range.start + queries.start, (width, head * d, d), &mut inners[..count]);
-                gradients::<SIDE>(&mut p, &mut ds, SIDE, (&lses, &inners), scale);
-                let (keys, panels) = (tiles(&panel.keys), 0..room / SIDE);
-                let below = keys.start * SIDE * room;
-                own.fill(&dout.channels(queries.clone()));
-                left.fill(&over_queries(&p));
-                multiply(&ready, (&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dv[below..], room), true);
-                own.fill(&q.channels(queries.clone()));
-                left.fill(&over_queries(&ds));
-                multiply(&ready, (&left, 0..keys.len(), 0), (&own, panels.clone(), 0), 1, (&mut dk[below..], room), true);
-                left.fill(&over_keys(&ds));
-                multiply(&ready, (&left, 0..1, 0), (&k_channels, panels, keys.start), keys.len(), (&mut dq, room), false);
+                let row = to.dq.1 + queries.start - all.start;
                 // SAFETY: these rows of this head belong to this task alone.
-                unsafe { write(&dq[..count * room], room, d, range.start + queries.start, (at[0], width, head * d)) };
+                unsafe { write(&dq[..count * room], room, d, row, (to.dq.0, width, head * d)) };
             }
         }
-        // SAFETY: the rows of this segment belong, in this head's columns, to this task alone.
+        // SAFETY: the rows of these keys belong, in this head's columns, to this task alone.
         unsafe {
-            write(&dk[..all.len() * room], room, d, range.start, (at[1], width, head * d));
-            write(&dv[..all.len() * room], room, d, range.start, (at[2], width, head * d));
+            write(&dk[..all.len() * room], room, d, range.start + all.start, (to.dk, width, head * d));
+            write(&dv[..all.len() * room], room, d, range.start + all.start, (to.dv, width, head * d));
         }
     }
 

@@ -124,6 +124,16 @@ fn block_edges_do_not_show() {
     }
 }
 
+/// Keys of long segments go back in several parts, whose dQ are summed; with windows that end before, in and behind the next part.
+#[test]
+fn parts_of_the_keys_do_not_show() {
+    let attention = |window| Attention { heads: 2, kv_heads: 1, head_dim: 4, window };
+    for (window, lengths) in [(None, &[513][..]), (Some(40), &[1100]), (Some(600), &[3, 1030, 700])] {
+        prove(attention(window), lengths, 14);
+        prove_bf16(attention(window), lengths, 15);
+    }
+}
+
 /// A segment gives the same bytes alone and between others: nothing is seen across its ends.
 #[test]
 fn a_segment_knows_nothing_of_its_neighbours() {
