@@ -10,7 +10,6 @@ processes, for transformers of two calls in this one. The weights are those of `
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import statistics
@@ -89,11 +88,12 @@ def main():
                 who, dtype, prompt = case
                 run = wattune(args, directory, dtype, prompt) if who == "wattune" else reference(args, load[dtype], prompt)
                 few, many = run
+                if many <= few:
+                    sys.exit(f"{' '.join(map(str, case))} before: {args.many} tokens took no longer than {args.few}: give a larger --many")
                 found[case].append((many - few) / (args.many - args.few))
                 print(f"round {number + 1}: {who} {dtype}, {prompt} before: {1e3 * found[case][-1]:.1f} ms a token", file=sys.stderr, flush=True)
-    version = subprocess.run([args.binary, "--version"], capture_output=True, text=True).stdout.strip()
-    facts = [*page.machine(), ("wattune", f"{version}, binary sha256 {hashlib.sha256(args.binary.read_bytes()).hexdigest()[:12]}"),
-             ("torch", torch.__version__), ("transformers", transformers.__version__)]
+    reference_versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts = [*page.machine(), *page.versions(args, ROOT, reference_versions)]
     print(f"# generating with {Path(args.model).name}'s shape: {datetime.date.today()}\n")
     print(__doc__.strip().split("\n\n")[-1] + "\n")
     print(page.table(["machine and versions", ""], facts) + "\n")

@@ -29,36 +29,21 @@ pub struct Sampling {
 pub struct Session<'a> {
     decoder: &'a Decoder,
     context: Context<'a>,
-    /// Keys and values of each block so far.
-    cache: Vec<[Rows; 2]>,
+    /// Keys and values (room, Hkv D) of each block: `length` rows of f32, and room for more.
+    cache: Vec<[Tensor; 2]>,
     length: usize,
 }
 
-/// Rows (T, C) of f32, with room for more.
-struct Rows {
-    values: Tensor,
-    length: usize,
-}
-
-impl Rows {
-    /// As many rows as `first` has.
-    fn new(first: Tensor) -> Result<Self> {
-        let length = first.dims2()?.0;
-        Ok(Self { values: first.contiguous()?, length })
+/// The first `length` of `rows` (room, C) with `x` (1, C) behind them. Where there is no room, half as much is added.
+fn push(rows: &mut Tensor, length: usize, x: &Tensor) -> Result<Tensor> {
+    let (room, width) = rows.dims2()?;
+    if length == room {
+        let larger = Tensor::zeros((room + (room / 2).max(MORE), width), x.dtype(), x.device())?;
+        larger.slice_set(rows, 0, 0)?;
+        *rows = larger;
     }
-
-    /// All rows, with `x` (1, C) behind them. Where there is no room, half as much is added.
-    fn push(&mut self, x: &Tensor) -> Result<Tensor> {
-        let (room, width) = self.values.dims2()?;
-        if self.length == room {
-            let larger = Tensor::zeros((room + (room / 2).max(MORE), width), x.dtype(), x.device())?;
-            larger.slice_set(&self.values, 0, 0)?;
-            self.values = larger;
-        }
-        self.values.slice_set(&x.contiguous()?, 0, self.length)?;
-        self.length += 1;
-        Ok(self.values.narrow(0, 0, self.length)?)
-    }
+    rows.slice_set(&x.contiguous()?, 0, length)?;
+    Ok(rows.narrow(0, 0, length + 1)?)
 }
 
 impl<'a> Session<'a> {
@@ -100,7 +85,7 @@ impl<'a> Session<'a> {
         for block in &self.decoder.blocks {
             let (y, saved) = block.forward(pass, &x)?;
             let (keys, values) = saved.keys_and_values()?;
-            self.cache.push([Rows::new(keys)?, Rows::new(values)?]);
+            self.cache.push([keys.contiguous()?, values.contiguous()?]);
             x = y;
         }
         self.length = tokens.len();
@@ -120,8 +105,8 @@ impl<'a> Session<'a> {
             // The cache is f32, whatever products read.
             let rotated = |x: &Tensor| Ok::<_, Error>(rope.forward(context, x)?.to_dtype(DType::F32)?);
             let q = rotated(&apply(&l.q_proj, &h, None)?)?;
-            let k = keys.push(&rotated(&apply(&l.k_proj, &h, None)?)?)?;
-            let v = values.push(&apply(&l.v_proj, &h, None)?)?;
+            let k = push(keys, self.length, &rotated(&apply(&l.k_proj, &h, None)?)?)?;
+            let v = push(values, self.length, &apply(&l.v_proj, &h, None)?)?;
             let mixed = block.attention.decode(context, &q, &k, &v)?;
             let x1 = apply(&l.o_proj, &mixed, Some(&x))?;
             let h = block.post_attention_layernorm.forward(context, &x1)?.0;

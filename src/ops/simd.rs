@@ -1,9 +1,9 @@
 //! Elementwise arithmetic for whichever vector instructions the processor has.
 //!
 //! `vectorized` compiles a loop once for each instruction set and picks one at run time. The loops multiply and add in a fixed order (sums
-//! in `LANES` partial sums), so every instruction set gives the same bytes, but for what `Instructions` multiply and add: that rounds once where
-//! it is one instruction. Loops here and in those who use this are plain indices over slices of one length, or chunks of a constant one: iterators
-//! side by side, or a `Vec` behind a reference, are compiled number by number.
+//! in `LANES` partial sums), so every instruction set gives the same bytes, but for what `Instructions` multiply and add: that rounds once
+//! where it is one instruction. Loops here and in those who use this are plain indices over slices of one length, or chunks of a constant
+//! one: iterators side by side, or a `Vec` behind a reference, are compiled number by number.
 
 #![allow(clippy::needless_range_loop)]
 

@@ -338,10 +338,9 @@ pub(super) struct Destination {
     pub(super) dv: Shared,
 }
 
-/// Runs of keys up to `end`, from the first on that one of the blocks sees.
-fn runs(blocks: &[Block], end: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-    let first = blocks.iter().map(|block| block.keys.start).min().unwrap_or(end);
-    (first / RUN * RUN..end).step_by(RUN).map(move |start| start..(start + RUN).min(end))
+/// Runs of keys that hold these.
+fn runs(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    (keys.start / RUN * RUN..keys.end).step_by(RUN).map(move |start| start..(start + RUN).min(keys.end))
 }
 
 /// Scores -> exp(scale (score - max)), not yet divided by their sum, of `L` queries, one key's `row` numbers after another's. Goes on from
@@ -493,7 +492,8 @@ impl Attention {
         out.clear(isa, queries.clone(), d);
         let lanes = queries.len().next_multiple_of(isa.lanes);
         let (mut max, mut sums) = (vec![f32::MIN; lanes], vec![0.0; lanes]);
-        for run in runs(&blocks, queries.end) {
+        let first = blocks.iter().map(|block| block.keys.start).min().unwrap_or(queries.end);
+        for run in runs(first..queries.end) {
             k_head.rows(isa, run.clone(), k);
             v_head.rows(isa, run.clone(), v);
             for (block, patch) in blocks.iter().filter_map(|block| Some((block, Patch::new(isa, block, &run)?))) {
@@ -591,7 +591,7 @@ impl Attention {
             issue(2, block.queries.len(), keys, d);
             issue(3, block.queries.len(), d, keys);
         }
-        for run in part.keys.clone().step_by(RUN).map(|start| start..(start + RUN).min(part.keys.end)) {
+        for run in runs(part.keys.clone()) {
             k_head.rows(isa, run.clone(), k);
             v_head.rows(isa, run.clone(), v);
             dk.clear(isa, run.clone(), d);

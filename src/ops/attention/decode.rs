@@ -25,11 +25,11 @@ impl Attention {
         each(parts.chunks_mut(group * (2 + d)).enumerate(), |(index, part)| {
             let (run, head) = (index / self.kv_heads, index % self.kv_heads);
             let start = seen.start + run * KEYS;
-            let x = [k, v].map(|x| Rows { values: x, stride: self.kv_heads * d, first: head * d, d });
+            let x = [k, v].map(|x| &x[(start * self.kv_heads + head) * d..]);
             let q = &q[head * group * d..][..group * d];
             vectorized(
                 #[inline(always)]
-                |cpu| self.run(cpu, q, x, start..(start + KEYS).min(seen.end), part),
+                |cpu| self.run(cpu, q, x, KEYS.min(seen.end - start), part),
             );
         });
         let mut out = vec![0.0; self.heads * d];
@@ -46,15 +46,15 @@ impl Attention {
         out
     }
 
-    /// One key head's query heads against a run of keys.
+    /// One key head's query heads against a run of `n` keys, whose first row k and v begin with.
     #[inline(always)]
-    fn run(&self, cpu: Instructions, q: &[f32], [k, v]: [Rows<'_>; 2], keys: Range<usize>, part: &mut [f32]) {
-        let (scale, n) = (self.scale() as f32, keys.len());
-        for (q, part) in q.chunks_exact(self.head_dim).zip(part.chunks_exact_mut(2 + self.head_dim)) {
+    fn run(&self, cpu: Instructions, q: &[f32], [k, v]: [&[f32]; 2], n: usize, part: &mut [f32]) {
+        let (scale, d, stride) = (self.scale() as f32, self.head_dim, self.kv_heads * self.head_dim);
+        for (q, part) in q.chunks_exact(d).zip(part.chunks_exact_mut(2 + d)) {
             let mut scores = [0.0; KEYS];
             let scores = &mut scores[..n];
             for key in 0..n {
-                scores[key] = scale * cpu.dot(q, k.row(keys.start + key));
+                scores[key] = scale * cpu.dot(q, &k[key * stride..][..d]);
             }
             let most = max(scores);
             for key in 0..n {
@@ -64,24 +64,8 @@ impl Attention {
             head.copy_from_slice(&[most, scores.iter().sum()]);
             mix.fill(0.0);
             for key in 0..n {
-                cpu.add_scaled(mix, scores[key], v.row(keys.start + key));
+                cpu.add_scaled(mix, scores[key], &v[key * stride..][..d]);
             }
         }
-    }
-}
-
-/// One head's rows of `d` numbers, `stride` apart.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    values: &'a [f32],
-    stride: usize,
-    first: usize,
-    d: usize,
-}
-
-impl<'a> Rows<'a> {
-    #[inline(always)]
-    fn row(self, index: usize) -> &'a [f32] {
-        &self.values[index * self.stride + self.first..][..self.d]
     }
 }

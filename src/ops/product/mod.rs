@@ -273,8 +273,8 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
         blocks::products(&packed, start, &mut out);
         return out;
     }
-    if row::takes(terms) {
-        row::products(terms, start, &mut out);
+    if let Some(rows) = row::rows(terms) {
+        row::products(&rows, start, &mut out);
         return out;
     }
     for (index, pieces) in passes(isa, terms).iter().enumerate() {

@@ -9,14 +9,18 @@ use super::{Form, Matrix, Number, Start, Term, Values};
 /// Numbers of B that a task reads, about: long runs for the processor to read ahead, and tasks enough for every thread.
 const READ: usize = 32 << 10;
 
-/// Whether `products` takes these terms: one row, and B's columns whole.
-pub(super) fn takes(terms: &[Term<'_>]) -> bool {
-    terms.iter().all(|Term { a, b }| a.rows == 1 && b.row_stride == 1 && matches!(a.form, Form::Wide { column_stride: 1, .. }))
+/// Each term's row and its B, where every A is one row and every B's columns are whole.
+pub(super) fn rows<'a>(terms: &'a [Term<'_>]) -> Option<Vec<(&'a [f32], &'a Matrix<'a>)>> {
+    let row = |Term { a, b }: &'a Term<'_>| match &a.form {
+        Form::Wide { values, column_stride: 1, .. } if a.rows == 1 && b.row_stride == 1 => Some((&values[..a.columns], b)),
+        _ => None,
+    };
+    terms.iter().map(row).collect()
 }
 
-/// out (n) = start + the sum of the terms.
-pub(super) fn products(terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]) {
-    let depth: usize = terms.iter().map(|term| term.a.columns).sum();
+/// out (n) = start + the sum of the rows times their B.
+pub(super) fn products(rows: &[(&[f32], &Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
+    let depth: usize = rows.iter().map(|(a, _)| a.len()).sum();
     let columns = (READ / depth.max(1)).max(1);
     each(out.chunks_mut(columns).enumerate(), |(task, out)| {
         let first = task * columns;
@@ -24,11 +28,10 @@ pub(super) fn products(terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]) {
             Start::Zero => out.fill(0.0),
             Start::Row(row) | Start::Matrix(row) => out.copy_from_slice(&row[first..first + out.len()]),
         }
-        for Term { a, b } in terms {
-            let Form::Wide { values, .. } = &a.form else { continue };
+        for (a, b) in rows {
             match b.values {
-                Values::F32(right) => add(&values[..a.columns], (right, b), first, out),
-                Values::Bf16(right) => add(&values[..a.columns], (right, b), first, out),
+                Values::F32(right) => add(a, (right, b), first, out),
+                Values::Bf16(right) => add(a, (right, b), first, out),
             }
         }
     });
