@@ -308,6 +308,46 @@ fn the_forecast_is_what_was_executed() {
     }
 }
 
+/// A small model's batch is cut into parts, which threads take side by side: what it gives is the whole's, its work is counted as the
+/// whole's, and the bytes are the same on any number of threads.
+#[test]
+fn parts_of_a_batch_give_what_the_whole_gives() {
+    let golden = Golden::open("gqa");
+    let which: Vec<usize> = (0..).map(|i| i % 2).take(2000 / golden.lengths().iter().sum::<usize>() * 2).collect();
+    let batch = golden.batch(&which);
+    let lengths: Vec<usize> = which.iter().map(|s| golden.lengths()[*s]).collect();
+    assert!(lengths.iter().sum::<usize>() > 1500);
+    let (tally, p) = (Tally::default(), 0.3);
+    for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())] {
+        let slots = parameters.slots();
+        for dropout in [None, Some((p, 5, 2))] {
+            let run = |threads: usize, reference: bool| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+                    let (mut gradients, nothing) = (Gradients::new(slots.len()), Recompute::NOTHING);
+                    let losses = decoder.losses_and_gradients(context, &batch, 1e-3, nothing, dropout, &mut gradients).unwrap();
+                    let work = tally.take();
+                    assert_eq!(decoder.losses(context, &batch).unwrap().len(), losses.len());
+                    (losses, gradients, (work, tally.take()))
+                })
+            };
+            let (whole, [one, two, three]) = (run(1, true), [1, 2, 3].map(|threads| run(threads, false)));
+            for parts in [&two, &three] {
+                assert_eq!(parts.0, one.0, "{kind}: losses");
+                assert!(bits(&parts.1, slots.len()) == bits(&one.1, slots.len()), "{kind}: gradients");
+                assert_eq!(parts.2, one.2, "{kind}: work");
+            }
+            assert_eq!(one.2, whole.2, "{kind}: work");
+            let of = |losses: &[f32]| Tensor::new(losses, &Device::Cpu).unwrap();
+            close(&format!("{kind}: losses"), &of(&one.0), &of(&whole.0));
+            for (i, slot) in slots.iter().enumerate() {
+                close(&slot.name, one.1.get(i).unwrap(), whole.1.get(i).unwrap());
+            }
+        }
+    }
+}
+
 /// The bits of every gradient.
 fn bits(gradients: &Gradients, slots: usize) -> Vec<Vec<u32>> {
     let bits = |i| gradients.get(i).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits);

@@ -176,7 +176,16 @@ impl Architecture {
     pub fn parameters(&self) -> u64 {
         self.tensors().iter().map(|t| t.shape.iter().map(|n| *n as u64).product::<u64>()).sum()
     }
+
+    /// Whether a layer's products are over before threads that share one have met again. On a processor each thread then walks through the
+    /// whole model with a part of the batch, and frozen weights stay packed in both directions.
+    pub fn is_small(&self) -> bool {
+        self.parameters() <= SMALL
+    }
 }
+
+/// Parameters of a small model, at most: packed in both directions they take 32 MB, or 48 in tile registers.
+const SMALL: u64 = 4_000_000;
 
 fn shape(name: &str, shape: &[usize]) -> TensorShape {
     TensorShape { name: name.to_string(), shape: shape.to_vec() }

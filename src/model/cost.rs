@@ -56,7 +56,18 @@ impl ModelShape {
         };
         let ranks =
             (0..architecture.num_hidden_layers).map(|layer| NAMES.try_map(|name| rank_at(layer, name))).collect::<Result<_>>()?;
-        Ok(Self { architecture: architecture.clone(), ranks, all_trained: false, dropout, precision })
+        Ok(Self::new(architecture, ranks, false, dropout, precision))
+    }
+
+    /// The shape with adapters of these ranks, by block, or with every weight trained.
+    pub(super) fn new(
+        architecture: &Architecture,
+        ranks: Vec<Linears<Option<usize>>>,
+        all_trained: bool,
+        dropout: bool,
+        precision: Precision,
+    ) -> Self {
+        Self { architecture: architecture.clone(), ranks, all_trained, dropout, precision }
     }
 
     /// The shape with every weight trained.

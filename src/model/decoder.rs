@@ -3,14 +3,16 @@
 use candle_core::{Device, Tensor};
 
 use super::architecture::Architecture;
+use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
-use super::cost::{Recompute, scatter_cost, select_cost};
+use super::cost::{ModelShape, Recompute, scatter_cost, select_cost};
 use super::linears::NAMES;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::ops::{
     Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding, embedding_backward, put_rows,
-    take_rows,
+    side_by_side, take_rows,
 };
+use crate::work::{Precision, Tally, Work};
 
 /// Where a decoder's tensors come from: `weight` by a tensor's name and shape, `lora` by a linear layer's path.
 pub struct Parts<'a> {
@@ -18,6 +20,14 @@ pub struct Parts<'a> {
     pub weight: &'a dyn Fn(&str, &[usize]) -> Result<Weight>,
     /// The adapter on a layer, if it is a target.
     pub lora: &'a dyn Fn(&str) -> Result<Option<Lora>>,
+}
+
+impl Parts<'_> {
+    /// A matrix that products read; `keeps`: whether it keeps its packed forms.
+    fn matrix(&self, name: &str, shape: &[usize; 2], keeps: bool) -> Result<Weight> {
+        let weight = (self.weight)(name, shape)?;
+        Ok(if keeps { weight.keeping_packed() } else { weight })
+    }
 }
 
 /// A model ready to compute.
@@ -29,52 +39,10 @@ pub struct Decoder {
     norm: RmsNorm,
     head: Head,
     device: Device,
+    /// Whether threads take parts of a batch.
+    in_parts: bool,
     /// The first block whose backward pass runs, and whether its input gradient is wanted.
     walk_end: (usize, bool),
-}
-
-/// One forward pass's input on the device.
-#[derive(Debug, Clone)]
-pub struct Batch {
-    ids: Tensor,
-    segments: Segments,
-    examples: Vec<u64>,
-    loss_positions: Tensor,
-    targets: Vec<u32>,
-}
-
-impl Batch {
-    /// `tokens` of segments with the given lengths and example numbers, laid end to end; the logits at `loss_positions` predict `targets`.
-    pub fn new(
-        tokens: &[u32],
-        lengths: &[usize],
-        examples: Vec<u64>,
-        loss_positions: &[u32],
-        targets: Vec<u32>,
-        device: &Device,
-    ) -> Result<Self> {
-        let segments = Segments::of_lengths(lengths.iter().copied());
-        let ids = Tensor::from_slice(tokens, tokens.len(), device)?;
-        let loss_positions = Tensor::from_slice(loss_positions, loss_positions.len(), device)?;
-        Ok(Self { ids, segments, examples, loss_positions, targets })
-    }
-
-    /// Targets in all.
-    pub fn loss_tokens(&self) -> usize {
-        self.targets.len()
-    }
-
-    /// Refuses token ids beyond the embedding.
-    fn check(&self, vocab_size: usize) -> Result<()> {
-        let highest = self.ids.max(0)?.to_scalar::<u32>()?.max(self.targets.iter().copied().max().unwrap_or(0));
-        if (highest as usize) < vocab_size {
-            return Ok(());
-        }
-        Err(Error::new(Kind::Tokenizer, "a token id lies beyond the model's embedding")
-            .value(highest.to_string())
-            .rule(format!("below vocab_size = {vocab_size}"))
-            .hint("use the tokenizer that was published with the model"))
-    }
 }
 
 impl Decoder {
@@ -83,28 +51,30 @@ impl Decoder {
         let a = architecture;
         let eps = a.rms_norm_eps;
         let norm = |name: &str| Ok::<_, Error>(RmsNorm { weight: (parts.weight)(name, &[a.hidden_size])?, eps });
-        let embed_tokens = (parts.weight)("model.embed_tokens.weight", &[a.vocab_size, a.hidden_size])?;
+        let in_parts = device.is_cpu() && a.is_small();
+        let matrix = |name: &str| parts.matrix(name, &[a.vocab_size, a.hidden_size], in_parts);
+        let embed_tokens = matrix("model.embed_tokens.weight")?;
         let mut blocks = Vec::with_capacity(a.num_hidden_layers);
         for layer in 0..a.num_hidden_layers {
             let path = format!("model.layers.{layer}");
             blocks.push(Block {
                 input_layernorm: norm(&format!("{path}.input_layernorm.weight"))?,
                 post_attention_layernorm: norm(&format!("{path}.post_attention_layernorm.weight"))?,
-                linears: NAMES.try_map(|name| linear(a, parts, &path, name))?,
+                linears: NAMES.try_map(|name| linear(a, parts, (&path, name), in_parts))?,
                 attention: a.attention,
                 path,
             });
         }
         let weight = match a.tie_word_embeddings {
             true => embed_tokens.clone(),
-            false => (parts.weight)("lm_head.weight", &[a.vocab_size, a.hidden_size])?,
+            false => matrix("lm_head.weight")?,
         };
         let norm = norm("model.norm.weight")?;
         let trains = |block: &Block| block.linears.each().iter().any(|l| l.lora.is_some() || l.weight.is_trained());
         let first = blocks.iter().position(trains).unwrap_or(blocks.len());
         let walk_end = if embed_tokens.is_trained() { (0, true) } else { (first, false) };
         let (architecture, head, device) = (a.clone(), Head { weight }, device.clone());
-        Ok(Self { architecture, embed_tokens, blocks, norm, head, device, walk_end })
+        Ok(Self { architecture, embed_tokens, blocks, norm, head, device, in_parts, walk_end })
     }
 
     /// What it was made from.
@@ -145,6 +115,15 @@ impl Decoder {
     /// The loss of each target in nats. Nothing is kept for a backward pass.
     pub fn losses(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
+        let parts = self.parts(context, batch)?;
+        if parts.is_empty() {
+            return self.losses_of(context, batch);
+        }
+        let work = self.shape(context.precision, false)?.evaluation(&batch.lengths(), batch.loss_tokens());
+        Ok(together(context, &parts, work, |context, part| self.losses_of(context, part))?.concat())
+    }
+
+    fn losses_of(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
         let rope = self.rope(&batch.segments)?;
         let pass = Pass { context, segments: &batch.segments, rope: &rope, dropout: None };
         let mut x = self.embed(context, &batch.ids)?;
@@ -167,6 +146,51 @@ impl Decoder {
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
+        let parts = self.parts(context, batch)?;
+        if parts.is_empty() {
+            return self.walk(context, batch, scale, recompute, dropout, gradients);
+        }
+        let shape = self.shape(context.precision, dropout.is_some())?;
+        let work = shape.training(&batch.lengths(), batch.loss_tokens(), recompute);
+        let of_parts = together(context, &parts, work, |context, part| {
+            let mut gradients = gradients.none();
+            let losses = self.walk(context, part, scale, recompute, dropout, &mut gradients)?;
+            Ok((losses, gradients))
+        })?;
+        let mut losses = Vec::with_capacity(batch.loss_tokens());
+        for (of_part, added) in of_parts {
+            losses.extend(of_part);
+            gradients.merge(added)?;
+        }
+        Ok(losses)
+    }
+
+    /// The parts that threads take of a batch: none where it stays whole. A part without a loss has no way back, so that the work would not be
+    /// the whole's.
+    fn parts(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<Batch>> {
+        if !self.in_parts || context.reference {
+            return Ok(Vec::new());
+        }
+        let parts = batch.split()?;
+        Ok(if parts.len() > 1 && parts.iter().all(|part| part.loss_tokens() > 0) { parts } else { Vec::new() })
+    }
+
+    /// What the work of a pass depends on, beside the batch.
+    fn shape(&self, precision: Precision, dropout: bool) -> Result<ModelShape> {
+        let rank = |linear: &Linear| Ok(linear.shape(0, false)?.r);
+        let ranks = self.blocks.iter().map(|block| block.linears.try_map(rank)).collect::<Result<_>>()?;
+        Ok(ModelShape::new(&self.architecture, ranks, self.embed_tokens.is_trained(), dropout, precision))
+    }
+
+    fn walk(
+        &self,
+        context: Context<'_>,
+        batch: &Batch,
+        scale: f64,
+        recompute: Recompute,
+        dropout: Option<(f64, u64, u64)>,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f32>> {
         let rope = self.rope(&batch.segments)?;
         let dropout = dropout.map(|(p, seed, step)| Dropout { p, seed, step, examples: &batch.examples });
         let pass = Pass { context, segments: &batch.segments, rope: &rope, dropout };
@@ -225,6 +249,21 @@ impl Decoder {
     }
 }
 
+/// What `run` makes of each part. Counts `work`, that of the whole: how a batch is cut is no part of it.
+fn together<T: Send>(
+    context: Context<'_>,
+    parts: &[Batch],
+    work: Work,
+    run: impl Fn(Context<'_>, &Batch) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let tally = Tally::default();
+    let own = Context { tally: &tally, ..context };
+    let results = side_by_side(parts.iter(), |part| run(own, part)).into_iter().collect();
+    debug_assert_eq!(work.flops(), tally.take().flops(), "parts execute the products of the whole");
+    context.tally.add(work);
+    results
+}
+
 /// What a block's backward pass starts from.
 enum Kept {
     /// It has none: nothing at or below it is trained.
@@ -235,12 +274,13 @@ enum Kept {
     Input(Tensor),
 }
 
-fn linear(a: &Architecture, parts: &Parts<'_>, block: &str, name: &str) -> Result<Linear> {
+/// The linear layer `name` of `block`; `keeps`: whether it keeps its packed forms.
+fn linear(a: &Architecture, parts: &Parts<'_>, (block, name): (&str, &str), keeps: bool) -> Result<Linear> {
     let (out_features, in_features) = a.linear_sizes(name);
     let path = format!("{block}.{name}");
     let bias = a.linear_bias(name).then(|| (parts.weight)(&format!("{path}.bias"), &[out_features])).transpose()?;
     Ok(Linear {
-        weight: (parts.weight)(&format!("{path}.weight"), &[out_features, in_features])?,
+        weight: parts.matrix(&format!("{path}.weight"), &[out_features, in_features], keeps)?,
         bias,
         lora: (parts.lora)(&path)?,
     })

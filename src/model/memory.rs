@@ -3,6 +3,7 @@
 //! Takes a model's shape, how many numbers are trained and the tokens of a micro-batch; returns bytes by what they hold. Reads nothing of
 //! the machine.
 
+use super::batch::parts_of;
 use super::cost::{ModelShape, Recompute};
 use crate::ops::dtype;
 use crate::units::Bytes;
@@ -10,7 +11,7 @@ use crate::units::Bytes;
 /// The parts of a run's peak memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryForecast {
-    /// Frozen weights as they are kept.
+    /// Frozen weights as they are kept; those of a small model packed for either direction, too.
     pub weights: Bytes,
     /// Trained values, moments and gradients in f32.
     pub trained: Bytes,
@@ -52,11 +53,13 @@ pub fn forecast_memory(shape: &ModelShape, trained: u64, tokens: usize, recomput
     // Gradients are laid end to end for the optimizer when the activations are gone; what these leave free is in pieces that a large buffer
     // does not fit in.
     let flat = if 4 * trained > LOGITS { 4 * trained } else { 0 };
-    let kept = a.kept(shape.precision());
-    let weights = if shape.all_trained() { 0 } else { a.parameters() * dtype(kept).size_in_bytes() as u64 };
+    let kept = dtype(a.kept(shape.precision())).size_in_bytes() as u64;
+    // Packed forms are f32, or three parts of bf16; each part of a batch has gradients of its own until they are summed.
+    let (packed, parts) = if a.is_small() { (2 * 6, parts_of(tokens) as u64) } else { (0, 1) };
+    let weights = if shape.all_trained() { 0 } else { a.parameters() * (kept + packed) };
     MemoryForecast {
         weights: Bytes(weights),
-        trained: Bytes(16 * trained + flat),
+        trained: Bytes((12 + 4 * parts) * trained + flat),
         activations: Bytes(activations),
         temporaries: Bytes(temporaries),
         program: Bytes(PROGRAM),
@@ -127,6 +130,20 @@ mod tests {
         // The last block's input stands beside what it keeps when it is computed again.
         assert_eq!(of(30), block + 30 * input);
         assert_eq!(forecast_memory(&shape, trained, 100, Recompute::ALL).activations.0, of(30));
+    }
+
+    /// By hand: 64 x 8 numbers of the table, tied, a block's four of 8 x 8 and three of 16 x 8, three norms of 8; of four bytes, and twice six
+    /// for the packed forms. 600 tokens are two parts, each with gradients.
+    #[test]
+    fn a_small_model_is_packed_beside_itself_and_its_parts_have_gradients() {
+        let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 8,
+            "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64,
+            "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true}"#;
+        let architecture = Architecture::from_config(&serde_json::from_str(config).unwrap()).unwrap();
+        let shape = ModelShape::with_adapters(&architecture, &[], false, Precision::F32).unwrap();
+        let memory = |tokens| forecast_memory(&shape, 1000, tokens, Recompute::NOTHING);
+        assert_eq!(memory(600).weights.0, (512 + 4 * 64 + 3 * 128 + 3 * 8) * (4 + 12));
+        assert_eq!((memory(500).trained.0, memory(600).trained.0), (16_000, 20_000));
     }
 
     /// Blocks below the lowest adapter keep nothing, and are never computed again.

@@ -2,9 +2,11 @@
 //!
 //! Owns what a Llama-architecture decoder is: sizes, tensor names, layers, forward and backward through them, generation. Knows nothing of
 //! files on the hub, data sets, optimizers or energy. The decoder walks its layers forward keeping each one's `Saved`, and backwards
-//! freeing it; where nothing below a layer is trained the walk ends.
+//! freeing it; where nothing below a layer is trained the walk ends. On a processor threads share the products of a large model, and take parts
+//! of a small one's batch.
 
 mod architecture;
+mod batch;
 mod block;
 mod config;
 mod cost;
@@ -16,9 +18,10 @@ mod stored;
 mod weights;
 
 pub use architecture::{Architecture, Biases, TensorShape};
+pub use batch::Batch;
 pub use block::Dropout;
 pub use cost::{ModelShape, Recompute};
-pub use decoder::{Batch, Decoder, Parts};
+pub use decoder::{Decoder, Parts};
 pub use generate::{Sampling, Session};
 pub use linears::Linears;
 pub use memory::{MemoryForecast, forecast_memory, least_recompute};

@@ -286,7 +286,7 @@ impl Linear {
         mask: Option<Tensor>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let ((n, _), (o, i), precision) = (input.shape, self.weight.tensor.dims2()?, context.precision);
+        let ((n, _), o, precision) = (input.shape, self.weight.tensor.dims2()?.0, context.precision);
         let (host, w) = (input.host()?, Host::open_any(&self.weight.tensor)?);
         let left = input.left(&host)?;
         let adapter = self.low(context, input, &left, mask)?;
@@ -294,7 +294,7 @@ impl Linear {
         let r = shape_of_a(self)?.0;
         let low = adapter.as_ref().zip(b.as_ref());
         let low = low.map(|((_, scaled), b)| (Left::new(precision, Matrix::of(scaled, n, r)), b.matrix(o, r).t()));
-        let mut terms = vec![Term { a: &left, b: w.matrix(o, i).t() }];
+        let mut terms = vec![Term { a: &left, b: self.weight.matrix(&w)?.t() }];
         terms.extend(low.as_ref().map(|(a, b)| Term { a, b: *b }));
         let bias = self.bias.as_ref().map(|bias| f32_contiguous(&bias.tensor)).transpose()?;
         let base = base.map(Tensor::contiguous).transpose()?;
@@ -491,7 +491,7 @@ fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow],
     let (mut terms, mut apart) = (Vec::new(), Vec::new());
     for (index, (dy, low)) in lefts.iter().enumerate() {
         let Branch { linear, saved, .. } = &branches[index];
-        terms.push(Term { a: dy, b: hosts[index].1.matrix(linear.weight.tensor.dims2()?.0, i) });
+        terms.push(Term { a: dy, b: linear.weight.matrix(&hosts[index].1)? });
         let (Some(low), Some(a)) = (low, &factors[index]) else { continue };
         let term = Term { a: low, b: a.matrix(shape_of_a(linear)?.0, i) };
         match saved.low.as_ref().and_then(|low| low.mask.as_ref()) {

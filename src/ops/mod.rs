@@ -36,6 +36,7 @@ pub use rope::{Rope, RopeScaling, RopeTables};
 pub use rows::{put_rows, take_rows};
 pub use segments::Segments;
 pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
+pub use team::side_by_side;
 
 use candle_core::{DType, Tensor};
 

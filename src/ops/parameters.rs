@@ -4,10 +4,12 @@
 //! are one pass each. A frozen weight has no slot, so a gradient for it cannot exist.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
 use super::host::{Host, expect};
+use super::product::{Matrix, Packings};
 use crate::error::{Error, Kind, Result};
 
 /// A weight that ops read: frozen, or a view of a trained slot.
@@ -17,12 +19,27 @@ pub struct Weight {
     pub tensor: Tensor,
     /// Which slot of the parameters it is; `None` where it is frozen.
     pub slot: Option<usize>,
+    /// Its packed forms, where they stay.
+    pub(super) packings: Option<Arc<Packings>>,
 }
 
 impl Weight {
     /// A weight that is never trained.
     pub fn frozen(tensor: Tensor) -> Self {
-        Self { tensor, slot: None }
+        Self { tensor, slot: None, packings: None }
+    }
+
+    /// A frozen weight keeps what fused passes pack of it, one form for each direction: twice its size in f32. Nothing for a trained one, whose
+    /// values change.
+    pub fn keeping_packed(self) -> Self {
+        let packings = (!self.is_trained()).then(Arc::default);
+        Self { packings, ..self }
+    }
+
+    /// Its numbers, (rows, columns), from `host`, which is its own.
+    pub(super) fn matrix<'a>(&'a self, host: &'a Host<'_>) -> Result<Matrix<'a>> {
+        let (rows, columns) = self.tensor.dims2()?;
+        Ok(host.matrix(rows, columns).keeping(self.packings.as_deref()))
     }
 
     /// Whether a gradient is wanted.
@@ -122,7 +139,7 @@ impl Parameters {
     pub fn weight(&self, index: usize) -> Result<Weight> {
         let slot = &self.slots[index];
         let view = self.row(0)?.narrow(0, slot.offset, slot.len())?.reshape(slot.shape.as_slice())?;
-        Ok(Weight { tensor: view, slot: Some(index) })
+        Ok(Weight { tensor: view, slot: Some(index), packings: None })
     }
 
     /// The (3, n) buffer itself, for the optimizer.
@@ -184,16 +201,26 @@ impl Gradients {
         Self { by_slot: vec![None; slots] }
     }
 
+    /// None yet, for as many trained tensors.
+    pub fn none(&self) -> Self {
+        Self::new(self.by_slot.len())
+    }
+
+    /// Adds those of other micro-batches, or of other parts of one.
+    pub fn merge(&mut self, others: Self) -> Result<()> {
+        for (sum, gradient) in self.by_slot.iter_mut().zip(others.by_slot) {
+            let Some(gradient) = gradient else { continue };
+            add(sum, gradient)?;
+        }
+        Ok(())
+    }
+
     /// Adds `gradient` to that of `weight`; a frozen weight's gradient is a programming error and refused.
     pub fn add(&mut self, weight: &Weight, gradient: Tensor) -> Result<()> {
         let Some(entry) = weight.slot.and_then(|slot| self.by_slot.get_mut(slot)) else {
             return Err(Error::new(Kind::Tensor, "a gradient was computed for a weight that is not trained"));
         };
-        *entry = Some(match entry.take() {
-            Some(sum) => (sum + gradient)?,
-            None => gradient,
-        });
-        Ok(())
+        add(entry, gradient)
     }
 
     /// The gradient of slot `index`, if one was computed.
@@ -213,4 +240,12 @@ impl Gradients {
         }
         Ok(Tensor::cat(&parts, 0)?)
     }
+}
+
+fn add(sum: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
+    *sum = Some(match sum.take() {
+        Some(sum) => (sum + gradient)?,
+        None => gradient,
+    });
+    Ok(())
 }

@@ -5,7 +5,7 @@
 //! `PATIENCE`. Each thread takes its own run of the items first, the same part of every loop, so that what it wrote in one loop is still in its
 //! cache in the next, and then what others have left. Which thread takes which item is chance all the same; no result may depend on it.
 
-use std::cell::UnsafeCell;
+use std::cell::{RefCell, UnsafeCell};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -20,34 +20,144 @@ const MOST_RUNS: usize = 64;
 
 /// Calls `work` once for each item, on all threads of the current pool; returns when all are done.
 pub(super) fn each<I: Send>(items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
-    let threads = rayon::current_num_threads();
+    let threads = threads();
     if threads == 1 {
         return items.for_each(work);
     }
-    let items: Vec<Slot<I>> = items.map(|item| Slot(UnsafeCell::new(Some(item)))).collect();
+    let items: Vec<Slot<I>> = items.map(Slot::of).collect();
     let take = |index: usize| {
         // SAFETY: every index is handed out once.
-        if let Some(item) = unsafe { (*items[index].0.get()).take() } {
+        if let Some(item) = unsafe { items[index].take() } {
             work(item);
         }
     };
     match items.len() {
         0 => {}
         1 => take(0),
-        count => TEAM.with(|team| Team::run(team, threads, count, &take)),
+        count => match LANE.with_borrow(Option::clone) {
+            Some(Lane { all, own }) => all.teams[own].run(threads, count, &take, || {}),
+            None => TEAM.with(|team| team.run(threads, count, &take, || team.summon(threads - 1))),
+        },
+    }
+}
+
+/// Threads that a loop of this thread runs on.
+pub(super) fn threads() -> usize {
+    LANE.with_borrow(|lane| match lane {
+        Some(lane) => 1 + lane.all.idle.load(Ordering::Relaxed),
+        None => rayon::current_num_threads(),
+    })
+}
+
+/// Calls `work` once for each item; returns the results in the items' order. Each thread of the current pool takes whole items, and runs their
+/// loops itself: threads meet once for all, not in every loop. One that finds no item left helps the others in theirs.
+pub fn side_by_side<I: Send, T: Send>(items: impl ExactSizeIterator<Item = I>, work: impl Fn(I) -> T + Sync) -> Vec<T> {
+    let mut results: Vec<Option<T>> = std::iter::repeat_with(|| None).take(items.len()).collect();
+    let slots: Vec<_> = items.zip(&mut results).map(Slot::of).collect();
+    let lanes = Arc::new(Lanes::new(threads(), slots.len()));
+    each(0..lanes.teams.len(), |own| {
+        lanes.run(own, |index| {
+            // SAFETY: every index is handed out once.
+            if let Some((item, result)) = unsafe { slots[index].take() } {
+                *result = Some(work(item));
+            }
+        });
+    });
+    drop(slots);
+    results.into_iter().flatten().collect()
+}
+
+thread_local! {
+    /// The threads that stay with this one.
+    static TEAM: Arc<Team> = Arc::new(Team::new());
+    /// Where this thread has items of its own, side by side with others.
+    static LANE: RefCell<Option<Lane>> = const { RefCell::new(None) };
+}
+
+/// Threads side by side.
+struct Lanes {
+    /// Of each, those that help it.
+    teams: Vec<Team>,
+    /// The next item.
+    next: AtomicUsize,
+    count: usize,
+    /// Items that are not done.
+    left: AtomicUsize,
+    /// Threads that have no item and may help.
+    idle: AtomicUsize,
+}
+
+/// One of them.
+#[derive(Clone)]
+struct Lane {
+    all: Arc<Lanes>,
+    own: usize,
+}
+
+impl Lanes {
+    fn new(threads: usize, count: usize) -> Self {
+        let (next, left, idle) = (AtomicUsize::new(0), AtomicUsize::new(count), AtomicUsize::new(0));
+        Self { teams: (0..threads).map(|_| Team::new()).collect(), next, count, left, idle }
+    }
+
+    /// Takes items until there are none, then helps others until all are done.
+    fn run(self: &Arc<Self>, own: usize, task: impl Fn(usize)) {
+        /// Puts back where the thread was when dropped, also when an item panics.
+        struct Within(Option<Lane>);
+        impl Drop for Within {
+            fn drop(&mut self) {
+                LANE.set(self.0.take());
+            }
+        }
+        let within = Within(LANE.replace(Some(Lane { all: Arc::clone(self), own })));
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.count {
+                break;
+            }
+            let _done = Less(&self.left);
+            task(index);
+        }
+        drop(within);
+        self.idle.fetch_add(1, Ordering::Relaxed);
+        let _idle = Less(&self.idle);
+        let mut looks = 0;
+        while self.left.load(Ordering::SeqCst) > 0 {
+            self.teams.iter().for_each(|team| {
+                team.join();
+            });
+            look(&mut looks);
+        }
+    }
+}
+
+/// One less when dropped, also when an item panics.
+struct Less<'a>(&'a AtomicUsize);
+
+impl Drop for Less<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 /// An item that one thread takes.
 struct Slot<I>(UnsafeCell<Option<I>>);
 
+impl<I> Slot<I> {
+    fn of(item: I) -> Self {
+        Self(UnsafeCell::new(Some(item)))
+    }
+
+    /// # Safety
+    /// One thread calls it, once.
+    unsafe fn take(&self) -> Option<I> {
+        // SAFETY: the caller's promise.
+        unsafe { (*self.0.get()).take() }
+    }
+}
+
 // SAFETY: a slot is touched by the one thread that its index was handed to.
 unsafe impl<I: Send> Sync for Slot<I> {}
-
-thread_local! {
-    /// The threads that stay with this one.
-    static TEAM: Arc<Team> = Arc::new(Team::new());
-}
 
 /// What a thread shares with those that help it.
 struct Team {
@@ -126,24 +236,30 @@ impl Team {
         }
     }
 
-    fn run<'a>(team: &Arc<Self>, threads: usize, count: usize, task: &'a (dyn Fn(usize) + Sync + 'a)) {
+    /// Runs the loop with whoever joins; `summon` calls others once it is open.
+    fn run<'a>(&self, threads: usize, count: usize, task: &'a (dyn Fn(usize) + Sync + 'a), summon: impl FnOnce()) {
         // SAFETY: only the lifetime is forgotten, and `Open` waits for every user before `task` goes.
         let task: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
         let work = Loop { task, count, runs: threads.min(MOST_RUNS) };
         // SAFETY: the loop before is closed and left, so that nobody reads.
-        unsafe { *team.work.get() = Some(work) };
-        (0..work.runs).for_each(|run| team.next[run].0.store(work.run(run).start, Ordering::SeqCst));
+        unsafe { *self.work.get() = Some(work) };
+        (0..work.runs).for_each(|run| self.next[run].0.store(work.run(run).start, Ordering::SeqCst));
         {
-            let _open = Open(team);
-            team.open.store(true, Ordering::SeqCst);
-            while team.helpers.load(Ordering::SeqCst) < threads - 1 {
-                team.helpers.fetch_add(1, Ordering::SeqCst);
-                let team = Arc::clone(team);
-                rayon::spawn(move || team.help());
-            }
-            team.take();
+            let _open = Open(self);
+            self.open.store(true, Ordering::SeqCst);
+            summon();
+            self.take();
         }
-        assert!(!team.failed.swap(false, Ordering::SeqCst), "an item failed on another thread");
+        assert!(!self.failed.swap(false, Ordering::SeqCst), "an item failed on another thread");
+    }
+
+    /// Has as many threads of the pool come and stay.
+    fn summon(self: &Arc<Self>, helpers: usize) {
+        while self.helpers.load(Ordering::SeqCst) < helpers {
+            self.helpers.fetch_add(1, Ordering::SeqCst);
+            let team = Arc::clone(self);
+            rayon::spawn(move || team.help());
+        }
     }
 
     /// Takes items until there are none: of this thread's run, then of the others.
@@ -164,17 +280,24 @@ impl Team {
         }
     }
 
+    /// Takes items of the loop, if it is open.
+    fn join(&self) -> bool {
+        if !self.open.load(Ordering::Relaxed) {
+            return false;
+        }
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        let _inside = Inside(self);
+        if self.open.load(Ordering::SeqCst) {
+            self.take();
+        }
+        true
+    }
+
     /// Stays until there was nothing to do for a while.
     fn help(&self) {
         let (mut since, mut looks) = (Instant::now(), 0);
         loop {
-            if self.open.load(Ordering::Relaxed) {
-                self.inside.fetch_add(1, Ordering::SeqCst);
-                let inside = Inside(self);
-                if self.open.load(Ordering::SeqCst) {
-                    self.take();
-                }
-                drop(inside);
+            if self.join() {
                 (since, looks) = (Instant::now(), 0);
             }
             look(&mut looks);
@@ -274,6 +397,62 @@ mod tests {
                 total.fetch_add(item, Ordering::Relaxed);
             });
             assert_eq!(total.into_inner(), 45);
+        });
+    }
+
+    #[test]
+    fn side_by_side_every_item_has_its_result_and_its_loops() {
+        for threads in [1, 2, 3, 5] {
+            on(threads, || {
+                for count in [0, 1, 2, 7, 50] {
+                    let results = side_by_side(0..count, |item| {
+                        let mut values = vec![0; 20 * (item % 3)];
+                        each(values.iter_mut().enumerate(), |(index, value)| *value = index * item);
+                        values.iter().sum::<usize>()
+                    });
+                    let sum = |length: usize| (0..length).sum::<usize>();
+                    assert!(results.iter().enumerate().all(|(item, result)| *result == item * sum(20 * (item % 3))));
+                    assert_eq!(results.len(), count);
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn side_by_side_a_thread_runs_its_own_loops_until_others_are_idle() {
+        on(2, || {
+            let both = std::sync::Barrier::new(2);
+            let threads = side_by_side(0..2, |item| {
+                both.wait();
+                let seen = |milliseconds| {
+                    let threads = std::sync::Mutex::new(std::collections::HashSet::new());
+                    each(0..8, |_| {
+                        threads.lock().unwrap().insert(std::thread::current().id());
+                        std::thread::sleep(Duration::from_millis(milliseconds));
+                    });
+                    threads.into_inner().unwrap().len()
+                };
+                let alone = seen(0);
+                both.wait();
+                if item == 1 {
+                    return (alone, 0);
+                }
+                std::thread::sleep(Duration::from_millis(20));
+                (alone, seen(5))
+            });
+            assert_eq!(threads, [(1, 2), (1, 0)]);
+        });
+    }
+
+    #[test]
+    fn side_by_side_a_failed_item_fails_the_call_and_the_next_works() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).panic_handler(|_| {}).build().unwrap();
+        pool.install(|| {
+            for failing in [0, 5, 9] {
+                let failed = std::panic::catch_unwind(|| side_by_side(0..10, |item| assert_ne!(item, failing, "on purpose")));
+                assert!(failed.is_err(), "{failing}");
+                assert_eq!(side_by_side(0..3, |item| item), [0, 1, 2]);
+            }
         });
     }
 }

@@ -14,7 +14,7 @@ use crate::ops::host::{Host, tensor, uninitialized};
 use crate::ops::product::held::{Held, SIDE};
 use crate::ops::product::{Left, Number, Values};
 use crate::ops::simd::{self, vectorized};
-use crate::ops::team::each;
+use crate::ops::team::{each, threads};
 use crate::ops::{Context, issue};
 
 /// Words that are packed at a time, for every block.
@@ -39,7 +39,7 @@ impl Head {
         let (mut columns, mut rows) = (Held::beside(&h), Held::beside(&h));
         // As many blocks for each thread; a row's sums do not depend on its block.
         let (most, multiple) = columns.rows();
-        let parts = l.div_ceil(most).next_multiple_of(rayon::current_num_threads());
+        let parts = l.div_ceil(most).next_multiple_of(threads());
         let (size, width) = (l.div_ceil(parts).next_multiple_of(multiple), c.next_multiple_of(SIDE));
         let mut dh = vec![0.0; if scale.is_some() { l.next_multiple_of(size) * width } else { 0 }];
         let mut outs = dh.chunks_mut(size * width);
@@ -48,9 +48,14 @@ impl Head {
             .enumerate()
             .map(|(index, targets)| Block::new(index * size, targets, outs.next().map(|dh| (dh, width))))
             .collect();
-        for start in (0..v).step_by(WORDS) {
+        let kept = self.weight.packings.as_ref().and_then(|packings| packings.words(&table, WORDS, &|| Held::beside(&h)));
+        for (index, start) in (0..v).step_by(WORDS).enumerate() {
             let words = start..(start + WORDS).min(v);
             let table = table.rows(words.clone());
+            if let Some([columns, rows]) = kept.map(|kept| &kept[index]) {
+                each(blocks.iter_mut(), |block| block.meet(&words, &h, columns, rows));
+                continue;
+            }
             columns.fill(&table.t());
             if scale.is_some() {
                 rows.fill(&table);

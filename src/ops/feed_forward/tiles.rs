@@ -10,7 +10,7 @@ use crate::ops::product::blocks::{Blocks, Operand, Packed, Right, SIDE, Tile, Un
 use crate::ops::product::{Matrix, Prepared};
 use crate::ops::simd::vectorized;
 use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
-use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved};
+use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Weight};
 use crate::work::Precision;
 
 /// Gate and up (N, F), block by block.
@@ -88,39 +88,39 @@ struct Factors<'a> {
 
 /// The right side of a product: a weight as it is stored, or turned.
 struct Factor<'a> {
+    weight: &'a Weight,
     host: Host<'a>,
-    shape: (usize, usize),
     turned: bool,
 }
 
 impl<'a> Factor<'a> {
-    fn new(weight: &'a Tensor, turned: bool) -> Result<Self> {
-        Ok(Self { host: Host::open_any(weight)?, shape: weight.dims2()?, turned })
+    fn new(weight: &'a Weight, turned: bool) -> Result<Self> {
+        Ok(Self { weight, host: Host::open_any(&weight.tensor)?, turned })
     }
 
-    fn right<const P: usize>(&self) -> Right<'_, P> {
-        let matrix = self.host.matrix(self.shape.0, self.shape.1);
-        Right::of(&if self.turned { matrix.t() } else { matrix })
+    fn right<const P: usize>(&self, unit: Unit) -> Result<Right<'_, P>> {
+        let matrix = self.weight.matrix(&self.host)?;
+        Ok(Right::of(unit, &if self.turned { matrix.t() } else { matrix }))
     }
 }
 
 impl<'a> Factors<'a> {
     /// W, and where there is an adapter its scaled rows (N, r) and the weight that they are multiplied by.
-    fn new(context: Context<'_>, w: &'a Tensor, low: Option<(&[f32], &'a Tensor)>, turned: bool) -> Result<Self> {
-        let low = low.map(|(scaled, factor)| -> Result<_> {
-            let factor = Factor::new(factor, turned)?;
-            let r = if turned { factor.shape.1 } else { factor.shape.0 };
+    fn new(context: Context<'_>, w: &'a Weight, low: Option<(&[f32], &'a Weight)>, turned: bool) -> Result<Self> {
+        let low = low.map(|(scaled, weight)| -> Result<_> {
+            let (rows, columns) = weight.tensor.dims2()?;
+            let r = if turned { columns } else { rows };
             let rows = Matrix::of(scaled, scaled.len() / r.max(1), r);
-            Ok((Prepared::new(context.precision, &rows), factor))
+            Ok((Prepared::new(context.precision, &rows), Factor::new(weight, turned)?))
         });
         Ok(Self { w: Factor::new(w, turned)?, low: low.transpose()? })
     }
 
     /// x times W, and the adapter's rows times theirs.
-    fn terms<'b, const P: usize>(&'b self, x: &'b LinearInput) -> Result<Vec<(&'b Operand<P>, Right<'b, P>)>> {
-        let mut terms = vec![(operand::<P>(x.prepared())?, self.w.right())];
+    fn terms<'b, const P: usize>(&'b self, unit: Unit, x: &'b LinearInput) -> Result<Vec<(&'b Operand<P>, Right<'b, P>)>> {
+        let mut terms = vec![(operand::<P>(x.prepared())?, self.w.right(unit)?)];
         if let Some((rows, factor)) = &self.low {
-            terms.push((operand::<P>(rows)?, factor.right()));
+            terms.push((operand::<P>(rows)?, factor.right(unit)?));
         }
         Ok(terms)
     }
@@ -172,7 +172,7 @@ impl FeedForward<'_> {
         };
         {
             let (write_gate, write_up, write_inner) = (gate.writer(), up.writer(), inner.blocks());
-            let (gate, up) = (gate_factors.terms::<P>(&x)?, up_factors.terms::<P>(&x)?);
+            let (gate, up) = (gate_factors.terms::<P>(unit, &x)?, up_factors.terms::<P>(unit, &x)?);
             tiles_of::<P, 2>(unit, [&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
                 // SAFETY: `tiles_of` gives each strip and panel of this shape once, and what is written outlives it.
@@ -198,8 +198,8 @@ impl FeedForward<'_> {
         linear.expect_input(x)?;
         context.tally.add(linear.shape(x.rows(), false)?.forward_cost(context.precision));
         let (saved, scaled) = linear.low(context, x, &x.left(&None)?, None)?.unzip();
-        let low = scaled.as_deref().zip(linear.lora.as_ref().map(|lora| &lora.b.tensor));
-        Ok((Factors::new(context, &linear.weight.tensor, low, true)?, saved.unwrap_or_default()))
+        let low = scaled.as_deref().zip(linear.lora.as_ref().map(|lora| &lora.b));
+        Ok((Factors::new(context, &linear.weight, low, true)?, saved.unwrap_or_default()))
     }
 
     pub(super) fn backward_tiles(
@@ -233,8 +233,8 @@ impl FeedForward<'_> {
         context.tally.add(swiglu_backward_cost(n * f));
         let down = Branch { linear: self.down, dy: &dy, saved: &saved.down };
         let d_low = down.outer_gradient(context, gradients)?;
-        let low = d_low.as_deref().zip(self.down.lora.as_ref().map(|lora| &lora.a.tensor));
-        let factors = Factors::new(context, &self.down.weight.tensor, low, false)?;
+        let low = d_low.as_deref().zip(self.down.lora.as_ref().map(|lora| &lora.a));
+        let factors = Factors::new(context, &self.down.weight, low, false)?;
         let mut inner = None;
         // SAFETY: `tiles_of` gives every block, and each is written.
         let (mut d_gate, mut d_up) = unsafe { (Operand::<P>::uninitialized(n, f), Operand::<P>::uninitialized(n, f)) };
@@ -244,7 +244,7 @@ impl FeedForward<'_> {
             inner = Some(unsafe { Operand::<P>::uninitialized(n, f) });
         }
         {
-            let terms = factors.terms::<P>(&dy)?;
+            let terms = factors.terms::<P>(unit, &dy)?;
             let (write_gate, write_up, write_inner) = (d_gate.blocks(), d_up.blocks(), inner.as_mut().map(Operand::blocks));
             tiles_of::<P, 1>(unit, [&terms], |strip, panel, [d_inner]| {
                 let (mut gate, mut up) = (between.gate.read(strip, panel), between.up.read(strip, panel));

@@ -12,6 +12,7 @@ pub(super) mod blocks;
 mod blocks;
 pub(super) mod held;
 mod pack;
+mod panels;
 mod row;
 mod tile;
 
@@ -24,10 +25,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
 
+use self::held::Held;
+use self::panels::Panels;
 use super::host::{Shared, uninitialized, widen};
 use super::issue;
-use super::team::each;
+use super::team::{each, threads};
 use crate::work::Precision;
+pub(super) use held::Packings;
 pub(super) use pack::{Number, pack};
 #[cfg(test)]
 pub(super) use tile::{CHOSEN, available};
@@ -87,13 +91,26 @@ pub(super) struct Matrix<'a> {
     columns: usize,
     row_stride: usize,
     column_stride: usize,
+    /// Where packed forms of the whole stay, and whether this is the one with rows and columns exchanged.
+    packings: Option<(&'a Packings, bool)>,
 }
 
 impl<'a> Matrix<'a> {
     /// A row-major matrix.
     pub(super) fn new(values: Values<'a>, rows: usize, columns: usize) -> Self {
         assert_eq!(values.len(), rows * columns, "a matrix is its slice");
-        Self { values, rows, columns, row_stride: columns, column_stride: 1 }
+        Self { values, rows, columns, row_stride: columns, column_stride: 1, packings: None }
+    }
+
+    /// The same for a matrix whose packed forms stay in `packings`, if anywhere.
+    pub(super) fn keeping(self, packings: Option<&'a Packings>) -> Self {
+        Self { packings: packings.map(|packings| (packings, false)), ..self }
+    }
+
+    /// Its packed form that stays, packed now where it is the first of its kind; none where nothing stays, or for others than `empty` is.
+    fn held(&self, empty: &dyn Fn() -> Held) -> Option<&'a Held> {
+        let (packings, turned) = self.packings?;
+        packings.of(turned, self, empty)
     }
 
     /// A row-major matrix of f32.
@@ -110,7 +127,7 @@ impl<'a> Matrix<'a> {
     ) -> Self {
         let last = rows.saturating_sub(1) * row_stride + columns.saturating_sub(1) * column_stride;
         assert!(rows * columns == 0 || start + last < values.len(), "every number lies inside the matrix");
-        Self { values: values.after(start), rows, columns, row_stride, column_stride }
+        Self { values: values.after(start), rows, columns, row_stride, column_stride, packings: None }
     }
 
     /// These rows.
@@ -120,8 +137,14 @@ impl<'a> Matrix<'a> {
 
     /// Rows and columns exchanged.
     pub(super) fn t(self) -> Self {
-        let Self { values, rows, columns, row_stride, column_stride } = self;
-        Self { values, rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride }
+        Self {
+            values: self.values,
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            packings: self.packings.map(|(packings, turned)| (packings, !turned)),
+        }
     }
 }
 
@@ -190,7 +213,7 @@ impl<'a> Left<'a> {
 
     /// The same where it was packed before.
     pub(super) fn of(a: Matrix<'a>, prepared: Prepared) -> Self {
-        let Matrix { values, rows, columns, row_stride, column_stride } = a;
+        let Matrix { values, rows, columns, row_stride, column_stride, .. } = a;
         let form = match (prepared.0, values) {
             (Some(packed), _) => Form::Packed(packed),
             (None, Values::F32(values)) => Form::Wide { values: Cow::Borrowed(values), row_stride, column_stride },
@@ -244,7 +267,7 @@ pub(super) fn product_by(a: Matrix<'_>, b: &blocks::Packed, columns: usize) -> V
 }
 
 /// The sum by a given instruction set, which every A was prepared for.
-pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
+pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
     let (m, n) = (terms[0].a.rows, terms[0].b.columns);
     for Term { a, b } in terms {
         assert!(a.rows == m && b.columns == n && a.columns == b.rows, "the terms of a sum have one shape");
@@ -277,10 +300,13 @@ pub(super) fn products_with(isa: &Isa, terms: &[Term<'_>], start: Start<'_>) -> 
         row::products(&rows, start, &mut out);
         return out;
     }
+    // Where A has few rows, tasks begin at any vector, and not at a panel.
+    let kept = terms.iter().map(|term| if m > UNPACKED { Panels::kept(isa, &term.b) } else { None });
+    let kept: Vec<Option<&Panels>> = kept.collect();
     for (index, pieces) in passes(isa, terms).iter().enumerate() {
         let start = if index == 0 { Some(start) } else { None };
         let number = PASSES.fetch_add(1, Ordering::Relaxed) + 1;
-        Pass { number, isa, terms, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
+        Pass { number, isa, terms, kept: &kept, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
     }
     out
 }
@@ -318,13 +344,13 @@ fn passes(isa: &Isa, terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
 
 /// What a thread has packed of B, and for which pass and columns.
 #[derive(Default)]
-struct Panels {
+struct Packed {
     values: Vec<f32>,
     of: (u64, Range<usize>),
 }
 
 thread_local! {
-    static PANELS: RefCell<Panels> = RefCell::default();
+    static PACKED: RefCell<Packed> = RefCell::default();
 }
 
 /// Passes that were begun: what is packed for one is of no use to another.
@@ -334,7 +360,7 @@ static PASSES: AtomicU64 = AtomicU64::new(0);
 /// nearly one size. Where a thread's tasks are rows, they come in `turns` for the same panels, one after the other, so that a thread that is
 /// held up leaves some to others.
 fn tasks(panels: usize, most: usize, (strips, turns): (usize, usize), task: impl Fn(Range<usize>, Range<usize>) + Sync) {
-    let threads = rayon::current_num_threads();
+    let threads = threads();
     // A few panels that do not come out even are better shared by rows, though each part then packs them for itself; and so are panels
     // that are no more than the strips, which then are read by the thread that wrote them.
     let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
@@ -359,6 +385,8 @@ struct Pass<'a> {
     number: u64,
     isa: &'a Isa,
     terms: &'a [Term<'a>],
+    /// Of each term, what was packed of its B before.
+    kept: &'a [Option<&'a Panels>],
     pieces: &'a [Piece],
     /// `None`: goes on from what the passes before left in `out`.
     start: Option<Start<'a>>,
@@ -376,12 +404,12 @@ impl Pass<'_> {
         let height = self.isa.rows;
         tasks(self.n.div_ceil(width), most, (self.m.div_ceil(height), TURNS), |panels, strips| {
             let rows = strips.start * height..(strips.end * height).min(self.m);
-            self.task(depth, panels.start * width..(panels.end * width).min(self.n), rows);
+            self.task(panels.start * width..(panels.end * width).min(self.n), rows);
         });
     }
 
     /// Runs every tile of these rows and columns: whole ones of few rows with B as it lies, else packed.
-    fn task(&self, depth: usize, columns: Range<usize>, rows: Range<usize>) {
+    fn task(&self, columns: Range<usize>, rows: Range<usize>) {
         let plain = |piece: &Piece| matches!(self.terms[piece.term].b, Matrix { values: Values::F32(_), column_stride: 1, .. });
         let whole = match self.m <= UNPACKED && self.pieces.iter().all(plain) {
             true => columns.start + columns.len() / self.isa.lanes * self.isa.lanes,
@@ -389,7 +417,7 @@ impl Pass<'_> {
         };
         self.unpacked(columns.start..whole, rows.clone());
         if whole < columns.end {
-            self.packed(depth, whole..columns.end, rows);
+            self.packed(whole..columns.end, rows);
         }
     }
 
@@ -422,12 +450,13 @@ impl Pass<'_> {
         })
     }
 
-    /// Packs B's columns, unless the task before did, and runs the tiles.
-    fn packed(&self, depth: usize, columns: Range<usize>, rows: Range<usize>) {
-        PANELS.with_borrow_mut(|Panels { values, of }| {
+    /// Packs B's columns, unless they are kept or the task before did, and runs the tiles.
+    fn packed(&self, columns: Range<usize>, rows: Range<usize>) {
+        PACKED.with_borrow_mut(|Packed { values, of }| {
             let width = self.isa.columns();
             let panels: Vec<Range<usize>> =
                 columns.clone().step_by(width).map(|first| first..(first + width).min(columns.end)).collect();
+            let depth: usize = self.unkept().map(|piece| piece.k.len()).sum();
             let key = (self.number, columns);
             if *of != key {
                 self.pack(depth, &panels, values);
@@ -437,17 +466,29 @@ impl Pass<'_> {
             for rows in even_parts(rows, self.isa.rows) {
                 parts.clear();
                 parts.extend(self.parts(rows.start));
-                for (columns, panel) in panels.iter().zip(values.chunks((depth * width).max(1))) {
-                    let width = columns.len().next_multiple_of(self.isa.lanes);
-                    let mut b = panel;
-                    for part in &mut parts {
-                        (part.b, part.b_row) = (b.as_ptr(), width);
-                        b = &b[part.k * width..];
+                for (index, columns) in panels.iter().enumerate() {
+                    let mut own = &values[index * depth * width..];
+                    for (part, Piece { term, k }) in parts.iter_mut().zip(self.pieces) {
+                        let (panel, row) = match self.kept[*term] {
+                            Some(kept) => kept.panel(columns, k),
+                            None => {
+                                let row = columns.len().next_multiple_of(self.isa.lanes);
+                                let (panel, others) = own.split_at(k.len() * row);
+                                own = others;
+                                (panel, row)
+                            }
+                        };
+                        (part.b, part.b_row) = (panel.as_ptr(), row);
                     }
                     self.tile(&rows, columns, &parts);
                 }
             }
         });
+    }
+
+    /// Pieces of terms whose B is packed for this pass.
+    fn unkept(&self) -> impl Iterator<Item = &Piece> {
+        self.pieces.iter().filter(|piece| self.kept[piece.term].is_none())
     }
 
     /// Packs these columns of B, piece after piece, a panel after the other.
@@ -457,7 +498,7 @@ impl Pass<'_> {
             values.resize(panels.len() * size, 0.0);
         }
         let mut done = 0;
-        for Piece { term, k } in self.pieces {
+        for Piece { term, k } in self.unkept() {
             let b = &self.terms[*term].b;
             let near = if b.column_stride == 1 { near_rows(b.row_stride) } else { k.len() };
             for start in (k.start..k.end).step_by(near) {

@@ -29,10 +29,15 @@ impl Stored {
     }
 
     fn matrix(&self) -> Matrix<'_> {
+        self.keeping(None)
+    }
+
+    /// The same with packed forms in `packings`.
+    fn keeping<'a>(&'a self, packings: Option<&'a Packings>) -> Matrix<'a> {
         let values = if self.bf16 { Values::Bf16(&self.narrow) } else { Values::F32(&self.wide) };
         match self.transposed {
-            true => Matrix::new(values, self.columns, self.rows).t(),
-            false => Matrix::new(values, self.rows, self.columns),
+            true => Matrix::new(values, self.columns, self.rows).keeping(packings).t(),
+            false => Matrix::new(values, self.rows, self.columns).keeping(packings),
         }
     }
 
@@ -41,18 +46,20 @@ impl Stored {
     }
 }
 
-/// `precision`'s product of numbers that bf16 holds: exact factors in either.
-fn check(isa: &Isa, precision: Precision, terms: &[(Stored, Stored)], start: Start<'_>, threads: &[usize]) {
-    let on = |threads: usize| {
+/// `precision`'s product of numbers that bf16 holds: exact factors in either. The first term's B is packed for good, too, which changes no byte.
+fn check(isa: &'static Isa, precision: Precision, terms: &[(Stored, Stored)], start: Start<'_>, threads: &[usize]) {
+    let on = |threads: usize, packings: Option<&Packings>| {
         crate::ops::tests::on(threads, || {
             let lefts: Vec<Left<'_>> = terms.iter().map(|(a, _)| Left::with(isa, precision, a.matrix())).collect();
-            let views: Vec<Term<'_>> = lefts.iter().zip(terms).map(|(a, (_, b))| Term { a, b: b.matrix() }).collect();
-            products_with(isa, &views, start)
+            let kept = std::iter::once(packings).chain(std::iter::repeat(None));
+            let views = lefts.iter().zip(terms).zip(kept).map(|((a, (_, b)), kept)| Term { a, b: b.keeping(kept) });
+            products_with(isa, &views.collect::<Vec<_>>(), start)
         })
     };
-    let got = on(threads[0]);
+    let (got, packings) = (on(threads[0], None), Packings::default());
     for more in &threads[1..] {
-        assert_eq!(bits(&got), bits(&on(*more)), "{}: bytes at {} threads", isa.name, more);
+        assert_eq!(bits(&got), bits(&on(*more, None)), "{}: bytes at {} threads", isa.name, more);
+        assert_eq!(bits(&got), bits(&on(*more, Some(&packings))), "{}: bytes with B packed for good", isa.name);
     }
     let (m, n) = (terms[0].0.rows, terms[0].1.columns);
     let depth: usize = terms.iter().map(|(a, _)| a.columns).sum();

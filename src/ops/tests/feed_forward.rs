@@ -27,6 +27,8 @@ struct Parts {
     layers: [Layer; 3],
     /// Whether what is frozen is stored in bf16.
     narrow: bool,
+    /// Whether its packed forms stay.
+    kept: bool,
     dropout: bool,
     /// Whether the forward pass knows that the backward pass goes through.
     known: bool,
@@ -83,6 +85,7 @@ impl Parts {
         self.layers.map(|layer| {
             let mut weight = |trained: bool| match (trained, next.next().unwrap()) {
                 (true, i) => parameters.weight(i).unwrap(),
+                (false, i) if self.kept && inputs[i].dims().len() == 2 => Weight::frozen(frozen(&inputs[i])).keeping_packed(),
                 (false, i) => Weight::frozen(frozen(&inputs[i])),
             };
             Linear {
@@ -180,18 +183,18 @@ fn rank() -> impl Strategy<Value = Option<usize>> {
 
 /// Nothing but W and adapters: what blocks take, where the forward pass knows what is to come.
 fn plain() -> impl Strategy<Value = Parts> {
-    (prop::array::uniform3(rank()), any::<bool>(), any::<bool>()).prop_map(|(r, narrow, input_gradient)| {
+    (prop::array::uniform3(rank()), prop::array::uniform3(any::<bool>())).prop_map(|(r, [narrow, kept, input_gradient])| {
         let layers = r.map(|r| Layer { bias: false, r, trained: false });
-        Parts { layers, narrow, dropout: false, known: true, through: true, input_gradient }
+        Parts { layers, narrow, kept, dropout: false, known: true, through: true, input_gradient }
     })
 }
 
 fn parts() -> impl Strategy<Value = Parts> {
     let layer = (any::<bool>(), rank(), any::<bool>()).prop_map(|(bias, r, trained)| Layer { bias, r, trained });
-    (prop::array::uniform3(layer), prop::array::uniform5(any::<bool>())).prop_map(|(layers, flags)| {
-        let [narrow, dropout, known, through, input_gradient] = flags;
+    (prop::array::uniform3(layer), prop::array::uniform6(any::<bool>())).prop_map(|(layers, flags)| {
+        let [narrow, kept, dropout, known, through, input_gradient] = flags;
         let through = known || through;
-        Parts { layers, narrow, dropout, known, through, input_gradient: through && input_gradient }
+        Parts { layers, narrow, kept, dropout, known, through, input_gradient: through && input_gradient }
     })
 }
 
@@ -256,30 +259,31 @@ proptest! {
     }
 }
 
-/// `parts` through blocks, and layer by layer: as with dropout, but without a mask.
+/// `parts` through blocks, with W packed for good and not, and layer by layer: as with dropout, but without a mask.
 fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
     let [n, c, _] = shape;
     let (inputs, base, dy) = (parts.inputs(shape, seed), random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
     let no_mask = |_: Part, _: &LinearInput| Ok(None);
     for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
         for precision in [Precision::F32, Precision::Bf16] {
-            let run = |threads: usize, tiles: bool| {
+            let run = |threads: usize, tiles: bool, kept: bool| {
                 on(threads, || {
                     with(isa, || {
                         let tally = Tally::default();
                         let context = Context::new(&tally, precision);
                         let masks: Option<Masks<'_>> = if tiles { None } else { Some(&no_mask) };
+                        let parts = Parts { kept, ..parts };
                         (named(parts.run(context, &inputs, (&base, &dy), masks)), tally.take())
                     })
                 })
             };
-            let (want, work) = run(1, false);
-            for threads in [1, 2, 3] {
-                let (got, counted) = run(threads, true);
+            let (want, work) = run(1, false, false);
+            for (threads, kept) in [(1, false), (2, false), (3, false), (1, true), (3, true)] {
+                let (got, counted) = run(threads, true, kept);
                 assert_eq!(counted, work, "work of {precision:?}");
                 for ((name, got), (_, want)) in got.iter().zip(&want) {
                     let same = got.as_ref().map(bits) == want.as_ref().map(bits);
-                    assert!(same, "{name} in {precision:?} at {threads} threads");
+                    assert!(same, "{name} in {precision:?} at {threads} threads, W packed for good: {kept}");
                 }
             }
         }
@@ -293,7 +297,8 @@ fn tiles_take_adapters_alone() {
         for (bias, trained) in [(true, false), (false, true)] {
             let mut layers = [Layer { bias: false, r: Some(2), trained: false }; 3];
             layers[at] = Layer { bias, trained, ..layers[at] };
-            let parts = Parts { layers, narrow: true, dropout: false, known: true, through: true, input_gradient: true };
+            let parts =
+                Parts { layers, narrow: true, kept: false, dropout: false, known: true, through: true, input_gradient: true };
             parts.prove([5, 7, 40], at as u64);
         }
     }
@@ -305,7 +310,7 @@ fn deep_layers_change_no_byte_in_tiles() {
     let layer = |r| Layer { bias: false, r, trained: false };
     for narrow in [false, true] {
         let layers = [layer(Some(16)), layer(None), layer(Some(40))];
-        let parts = Parts { layers, narrow, dropout: false, known: true, through: true, input_gradient: true };
+        let parts = Parts { layers, narrow, kept: false, dropout: false, known: true, through: true, input_gradient: true };
         same_in_tiles(parts, [70, 710, 1500], 3);
         same_in_tiles(parts, [33, 2100, 740], 4);
         same_in_tiles(parts, [710, 50, 90], 5);

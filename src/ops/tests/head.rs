@@ -103,6 +103,31 @@ fn a_table_in_bf16_is_its_f32() {
     }
 }
 
+/// A table that is packed for good gives the bits of one that is packed as it is read, whatever it was packed for first.
+#[test]
+fn a_table_that_stays_packed_changes_no_byte() {
+    let (n, c, v) = (70, 33, 1500);
+    let (h, targets): (_, Vec<u32>) = (random(1, &[n, c]), (0..n as u32).map(|i| 21 * i).collect());
+    for table in [random(2, &[v, c]), random(2, &[v, c]).to_dtype(DType::BF16).unwrap()] {
+        let heads = [Weight::frozen(table.clone()), Weight::frozen(table).keeping_packed()].map(|weight| Head { weight });
+        for isa in available().iter().chain(available()) {
+            for (precision, threads) in [(Precision::F32, 1), (Precision::Bf16, 2), (Precision::F32, 3)] {
+                let [want, got] = heads.each_ref().map(|head| {
+                    on(threads, || {
+                        with(isa, || {
+                            let (tally, mut gradients) = (Tally::default(), Gradients::new(0));
+                            let context = Context::new(&tally, precision);
+                            let passed = head.forward_backward(context, &h, &targets, SCALE, true, &mut gradients).unwrap();
+                            (passed.0, bits(&passed.1.unwrap()), head.forward(context, &h, &targets).unwrap())
+                        })
+                    })
+                });
+                assert_eq!(got, want, "{}, {precision:?}", isa.name);
+            }
+        }
+    }
+}
+
 /// 6 Mi numbers to a chunk, in whole tiles of 32 rows: with 600 000 words 65 rows are chunks of 32, 32 and 1.
 #[test]
 fn a_chunk_has_rows_enough() {

@@ -15,7 +15,7 @@ pub(super) const PAIR: usize = 32;
 /// One line of a packed tile.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Line([u8; ROW]);
+pub(in crate::ops) struct Line([u8; ROW]);
 
 /// Two runs of k, one after the other: where A's steps begin, and how many numbers of k there are. The second may be empty. A run begins
 /// with a step of its own.

@@ -152,36 +152,41 @@ impl<const P: usize> Blocks<P> {
     }
 }
 
-/// B of a sum: a matrix, or the rows of what was packed as A.
+/// B of a sum: a matrix, the packed form of one that stays, or the rows of what was packed as A.
 #[derive(Clone, Copy)]
 pub(in crate::ops) enum Right<'a, const P: usize> {
     View(View<'a>),
+    Kept(View<'a>, &'a [Line]),
     Packed(&'a Operand<P>),
 }
 
 impl<'a, const P: usize> Right<'a, P> {
     /// A matrix (k, n).
-    pub(in crate::ops) fn of(b: &Matrix<'a>) -> Self {
-        Self::View(View::b(b))
+    pub(in crate::ops) fn of(unit: Unit, b: &Matrix<'a>) -> Self {
+        let (view, held) = (View::b(b), b.held(&|| super::held::Held::Blocks(Held::empty(unit, P == 3))));
+        match held {
+            Some(super::held::Held::Blocks(held)) => Self::Kept(view, held.lines()),
+            _ => Self::View(view),
+        }
     }
 
     fn lanes(&self) -> usize {
         match self {
-            Self::View(view) => view.lanes,
+            Self::View(view) | Self::Kept(view, _) => view.lanes,
             Self::Packed(operand) => operand.depth,
         }
     }
 
     fn depth(&self) -> usize {
         match self {
-            Self::View(view) => view.depth,
+            Self::View(view) | Self::Kept(view, _) => view.depth,
             Self::Packed(operand) => operand.lanes,
         }
     }
 
     /// Whether it is bf16 as it is: one plane, whatever A has.
     fn is_narrow(&self) -> bool {
-        matches!(self, Self::View(view) if view.is_narrow())
+        matches!(self, Self::View(view) | Self::Kept(view, _) if view.is_narrow())
     }
 
     /// Steps that are packed for all of a task's panels before the next. A matrix whose rows lie far apart is read a step at a time: else
@@ -195,6 +200,11 @@ impl<'a, const P: usize> Right<'a, P> {
 
     fn pack(&self, panel: usize, steps: Range<usize>, out: &mut [Line]) {
         match self {
+            Self::Kept(view, lines) => {
+                let step = if view.is_narrow() { 1 } else { P } * PAIR;
+                let first = (panel * view.depth.div_ceil(DEPTH) + steps.start) * step;
+                out.copy_from_slice(&lines[first..first + steps.len() * step]);
+            }
             Self::View(view) => {
                 let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
                 match view.is_narrow() {
@@ -277,7 +287,7 @@ impl Packed {
 
     /// What it can be multiplied by; holds nothing yet.
     pub(super) fn held(&self) -> Held {
-        Held { unit: self.unit, split: matches!(self.planes, Planes::Split(_)), planes: Planes::Rounded(Operand::default()) }
+        Held::empty(self.unit, matches!(self.planes, Planes::Split(_)))
     }
 
     /// What multiplies it.
@@ -305,6 +315,24 @@ pub(in crate::ops) struct Held {
 }
 
 impl Held {
+    /// For an A of this unit, split or not; holds nothing yet.
+    fn empty(unit: Unit, split: bool) -> Self {
+        Self { unit, split, planes: Planes::Rounded(Operand::default()) }
+    }
+
+    /// Whether both are for the same A's.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        (self.unit, self.split) == (other.unit, other.split)
+    }
+
+    /// Strip after strip.
+    fn lines(&self) -> &[Line] {
+        match &self.planes {
+            Planes::Rounded(held) => &held.lines,
+            Planes::Split(held) => &held.lines,
+        }
+    }
+
     /// Packs `matrix` instead of what was held, on all threads.
     pub(super) fn fill(&mut self, matrix: &Matrix<'_>) {
         let view = View::b(matrix);
@@ -382,8 +410,8 @@ pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &
     for (a, b) in terms {
         assert_eq!(a.unit, unit, "operands of one sum are packed for one unit");
         match &a.planes {
-            Planes::Rounded(a) => rounded.push((a, Right::View(View::b(b)))),
-            Planes::Split(a) => split.push((a, Right::View(View::b(b)))),
+            Planes::Rounded(a) => rounded.push((a, Right::of(unit, b))),
+            Planes::Split(a) => split.push((a, Right::of(unit, b))),
         }
     }
     assert!(rounded.is_empty() || split.is_empty(), "operands of one sum are packed alike");

@@ -1,0 +1,85 @@
+//! B as tiles of vectors read it, for more than one product.
+
+use std::ops::Range;
+
+use super::held::Held;
+use super::tile::{Isa, Part, TileArgs};
+use super::{Matrix, even_parts, pack};
+use crate::ops::team::each;
+
+/// A matrix (k, columns) in panels as wide as a tile of vectors, the last as wide as whole vectors that hold its columns.
+pub(in crate::ops) struct Panels {
+    isa: &'static Isa,
+    values: Vec<f32>,
+    k: usize,
+    columns: usize,
+}
+
+impl Panels {
+    /// Holds nothing yet.
+    pub(super) fn new(isa: &'static Isa) -> Self {
+        Self { isa, values: Vec::new(), k: 0, columns: 0 }
+    }
+
+    /// Those of `matrix` that stay.
+    pub(super) fn kept<'a>(isa: &'static Isa, matrix: &Matrix<'a>) -> Option<&'a Self> {
+        match matrix.held(&|| Held::Panels(Self::new(isa)))? {
+            Held::Panels(panels) => Some(panels),
+            Held::Blocks(_) => None,
+        }
+    }
+
+    /// Whether they are for one instruction set.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        std::ptr::eq(self.isa, other.isa)
+    }
+
+    /// Packs `matrix` instead of what was held, on all threads.
+    pub(super) fn fill(&mut self, matrix: &Matrix<'_>) {
+        (self.k, self.columns) = (matrix.rows, matrix.columns);
+        let width = self.isa.columns();
+        self.values.resize(matrix.columns.div_ceil(width) * width * matrix.rows, 0.0);
+        each(self.values.chunks_mut((width * matrix.rows).max(1)).enumerate(), |(index, panel)| {
+            let columns = index * width..((index + 1) * width).min(matrix.columns);
+            pack(self.isa, matrix, 0..matrix.rows, columns, panel);
+        });
+    }
+
+    /// The first `m` rows of `a` times this, into `out` or added to it.
+    pub(super) fn product(&self, m: usize, (a, a_row): (&[f32], usize), add: bool, (out, out_row): (&mut [f32], usize)) {
+        let &Self { isa, k: depth, columns, .. } = self;
+        let width = isa.columns();
+        assert!(m == 0 || a.len() >= (m - 1) * a_row + depth, "every row of a has k numbers");
+        assert!(
+            m == 0 || out.len() >= (m - 1) * out_row + columns.next_multiple_of(isa.lanes),
+            "every row of out has whole vectors"
+        );
+        let piece = if depth > isa.deepest { isa.piece } else { depth.max(1) };
+        for start in (0..depth).step_by(piece) {
+            let k = piece.min(depth - start);
+            // Half of what a task packs elsewhere: the other half of the cache holds the rows.
+            let group = width * (isa.packed / 2 / (k * width)).max(1);
+            for first in (0..columns).step_by(group) {
+                for rows in even_parts(0..m, isa.rows) {
+                    for column in (first..(first + group).min(columns)).step_by(width) {
+                        let vectors = (columns - column).min(width).div_ceil(isa.lanes);
+                        let (panel, b_row) = self.panel(&(column..(column + width).min(columns)), &(start..start + k));
+                        // SAFETY: these rows and columns lie inside `a` and `out` (checked), and the panel has k rows of whole vectors.
+                        unsafe {
+                            let a = a.as_ptr().add(rows.start * a_row + start);
+                            let part = Part { k, a, a_row, a_column: 1, b: panel.as_ptr(), b_row };
+                            let out = (out.as_mut_ptr().add(rows.start * out_row + column), out_row);
+                            isa.tile(rows.len(), vectors)(TileArgs::into(&[part], out, add || start > 0));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The rows `k` of the panel of `columns`, and numbers from row to row.
+    pub(super) fn panel(&self, columns: &Range<usize>, k: &Range<usize>) -> (&[f32], usize) {
+        let row = columns.len().next_multiple_of(self.isa.lanes);
+        (&self.values[columns.start * self.k + k.start * row..][..k.len() * row], row)
+    }
+}
