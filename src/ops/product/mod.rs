@@ -462,28 +462,38 @@ impl Pass<'_> {
                 self.pack(depth, &panels, values);
                 *of = key;
             }
-            let mut parts = Vec::with_capacity(self.pieces.len());
+            let mut parts = self.panel_parts(depth, &panels, values, rows.start);
+            let count = self.pieces.len().max(1);
             for rows in even_parts(rows, self.isa.rows) {
-                parts.clear();
-                parts.extend(self.parts(rows.start));
-                for (index, columns) in panels.iter().enumerate() {
-                    let mut own = &values[index * depth * width..];
-                    for (part, Piece { term, k }) in parts.iter_mut().zip(self.pieces) {
-                        let (panel, row) = match self.kept[*term] {
-                            Some(kept) => kept.panel(columns, k),
-                            None => {
-                                let row = columns.len().next_multiple_of(self.isa.lanes);
-                                let (panel, others) = own.split_at(k.len() * row);
-                                own = others;
-                                (panel, row)
-                            }
-                        };
-                        (part.b, part.b_row) = (panel.as_ptr(), row);
-                    }
-                    self.tile(&rows, columns, &parts);
+                for (columns, parts) in panels.iter().zip(parts.chunks_mut(count)) {
+                    self.tile(&rows, columns, parts);
+                    // The same rows of A further on.
+                    parts.iter_mut().for_each(|part| part.a = part.a.wrapping_add(rows.len() * part.a_row));
                 }
             }
         });
+    }
+
+    /// What the pieces multiply, from this row of A on, for each panel: kept, or among `values`, where `pack` put it.
+    fn panel_parts(&self, depth: usize, panels: &[Range<usize>], values: &[f32], row: usize) -> Vec<Part> {
+        let mut all = Vec::with_capacity(panels.len() * self.pieces.len());
+        for (index, columns) in panels.iter().enumerate() {
+            let mut own = &values[index * depth * self.isa.columns()..];
+            for (mut part, Piece { term, k }) in self.parts(row).zip(self.pieces) {
+                let (panel, width) = self.kept[*term].map_or_else(
+                    || {
+                        let width = columns.len().next_multiple_of(self.isa.lanes);
+                        let (panel, others) = own.split_at(k.len() * width);
+                        own = others;
+                        (panel, width)
+                    },
+                    |kept| kept.panel(columns, k),
+                );
+                (part.b, part.b_row) = (panel.as_ptr(), width);
+                all.push(part);
+            }
+        }
+        all
     }
 
     /// Pieces of terms whose B is packed for this pass.
