@@ -317,10 +317,10 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
     let batch = golden.batch(&which);
     let lengths: Vec<usize> = which.iter().map(|s| golden.lengths()[*s]).collect();
     assert!(lengths.iter().sum::<usize>() > 1500);
-    let (tally, p) = (Tally::default(), 0.3);
+    let tally = Tally::default();
     for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())] {
         let slots = parameters.slots();
-        for dropout in [None, Some((p, 5, 2))] {
+        for dropout in [None, Some((0.3, 5, 2))] {
             let run = |threads: usize, reference: bool| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 pool.install(|| {

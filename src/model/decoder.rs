@@ -147,14 +147,15 @@ impl Decoder {
     ) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
         let parts = self.parts(context, batch)?;
+        let asked = Asked { scale, recompute, dropout };
         if parts.is_empty() {
-            return self.walk(context, batch, scale, recompute, dropout, gradients);
+            return self.walk(context, batch, asked, gradients);
         }
         let shape = self.shape(context.precision, dropout.is_some())?;
         let work = shape.training(&batch.lengths(), batch.loss_tokens(), recompute);
         let of_parts = together(context, &parts, work, |context, part| {
             let mut gradients = gradients.none();
-            let losses = self.walk(context, part, scale, recompute, dropout, &mut gradients)?;
+            let losses = self.walk(context, part, asked, &mut gradients)?;
             Ok((losses, gradients))
         })?;
         let mut losses = Vec::with_capacity(batch.loss_tokens());
@@ -182,15 +183,8 @@ impl Decoder {
         Ok(ModelShape::new(&self.architecture, ranks, self.embed_tokens.is_trained(), dropout, precision))
     }
 
-    fn walk(
-        &self,
-        context: Context<'_>,
-        batch: &Batch,
-        scale: f64,
-        recompute: Recompute,
-        dropout: Option<(f64, u64, u64)>,
-        gradients: &mut Gradients,
-    ) -> Result<Vec<f32>> {
+    fn walk(&self, context: Context<'_>, batch: &Batch, asked: Asked, gradients: &mut Gradients) -> Result<Vec<f32>> {
+        let Asked { scale, recompute, dropout } = asked;
         let rope = self.rope(&batch.segments)?;
         let dropout = dropout.map(|(p, seed, step)| Dropout { p, seed, step, examples: &batch.examples });
         let pass = Pass { context, segments: &batch.segments, rope: &rope, dropout };
@@ -247,6 +241,14 @@ impl Decoder {
         context.tally.add(select_cost(batch.targets.len(), self.architecture.hidden_size));
         take_rows(context, x, &batch.loss_positions)
     }
+}
+
+/// What is asked of a walk, whatever its batch.
+#[derive(Clone, Copy)]
+struct Asked {
+    scale: f64,
+    recompute: Recompute,
+    dropout: Option<(f64, u64, u64)>,
 }
 
 /// What `run` makes of each part. Counts `work`, that of the whole: how a batch is cut is no part of it.

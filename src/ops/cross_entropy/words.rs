@@ -36,9 +36,9 @@ impl Head {
         let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
         let (table, h) = (w.matrix(v, c), Left::new(context.precision, h.matrix(l, c)));
         issue(1 + usize::from(scale.is_some()), l, v, c);
-        let (mut columns, mut rows) = (Held::beside(&h), Held::beside(&h));
+        let mut own = [Held::beside(&h), Held::beside(&h)];
         // As many blocks for each thread; a row's sums do not depend on its block.
-        let (most, multiple) = columns.rows();
+        let (most, multiple) = own[0].rows();
         let parts = l.div_ceil(most).next_multiple_of(threads());
         let (size, width) = (l.div_ceil(parts).next_multiple_of(multiple), c.next_multiple_of(SIDE));
         let mut dh = vec![0.0; if scale.is_some() { l.next_multiple_of(size) * width } else { 0 }];
@@ -52,15 +52,17 @@ impl Head {
         for (index, start) in (0..v).step_by(WORDS).enumerate() {
             let words = start..(start + WORDS).min(v);
             let table = table.rows(words.clone());
-            if let Some([columns, rows]) = kept.map(|kept| &kept[index]) {
-                each(blocks.iter_mut(), |block| block.meet(&words, &h, columns, rows));
-                continue;
-            }
-            columns.fill(&table.t());
-            if scale.is_some() {
-                rows.fill(&table);
-            }
-            each(blocks.iter_mut(), |block| block.meet(&words, &h, &columns, &rows));
+            let [columns, rows] = match kept {
+                Some(kept) => &kept[index],
+                None => {
+                    own[0].fill(&table.t());
+                    if scale.is_some() {
+                        own[1].fill(&table);
+                    }
+                    &own
+                }
+            };
+            each(blocks.iter_mut(), |block| block.meet(&words, &h, columns, rows));
         }
         let losses = blocks.iter().flat_map(Block::losses).collect();
         let Some(scale) = scale else { return Ok((losses, None)) };

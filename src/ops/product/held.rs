@@ -40,7 +40,8 @@ impl Packings {
             [rows.t(), rows].map(|rows| Held::of(empty, &rows))
         };
         let words = self.words.get_or_init(|| (0..weight.rows).step_by(count).map(both).collect());
-        words.iter().flatten().all(|held| held.is_like(&empty())).then_some(words)
+        let like = empty();
+        words.iter().flatten().all(|held| held.is_like(&like)).then_some(words)
     }
 }
 

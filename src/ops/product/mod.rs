@@ -479,16 +479,16 @@ impl Pass<'_> {
         let mut all = Vec::with_capacity(panels.len() * self.pieces.len());
         for (index, columns) in panels.iter().enumerate() {
             let mut own = &values[index * depth * self.isa.columns()..];
+            let width = columns.len().next_multiple_of(self.isa.lanes);
             for (mut part, Piece { term, k }) in self.parts(row).zip(self.pieces) {
-                let (panel, width) = self.kept[*term].map_or_else(
-                    || {
-                        let width = columns.len().next_multiple_of(self.isa.lanes);
+                let panel = match self.kept[*term] {
+                    Some(kept) => kept.panel(columns, k),
+                    None => {
                         let (panel, others) = own.split_at(k.len() * width);
                         own = others;
-                        (panel, width)
-                    },
-                    |kept| kept.panel(columns, k),
-                );
+                        panel
+                    }
+                };
                 (part.b, part.b_row) = (panel.as_ptr(), width);
                 all.push(part);
             }

@@ -63,11 +63,11 @@ impl Panels {
                 for rows in even_parts(0..m, isa.rows) {
                     for column in (first..(first + group).min(columns)).step_by(width) {
                         let vectors = (columns - column).min(width).div_ceil(isa.lanes);
-                        let (panel, b_row) = self.panel(&(column..(column + width).min(columns)), &(start..start + k));
+                        let panel = self.panel(&(column..(column + width).min(columns)), &(start..start + k));
                         // SAFETY: these rows and columns lie inside `a` and `out` (checked), and the panel has k rows of whole vectors.
                         unsafe {
                             let a = a.as_ptr().add(rows.start * a_row + start);
-                            let part = Part { k, a, a_row, a_column: 1, b: panel.as_ptr(), b_row };
+                            let part = Part { k, a, a_row, a_column: 1, b: panel.as_ptr(), b_row: vectors * isa.lanes };
                             let out = (out.as_mut_ptr().add(rows.start * out_row + column), out_row);
                             isa.tile(rows.len(), vectors)(TileArgs::into(&[part], out, add || start > 0));
                         }
@@ -77,9 +77,9 @@ impl Panels {
         }
     }
 
-    /// The rows `k` of the panel of `columns`, and numbers from row to row.
-    pub(super) fn panel(&self, columns: &Range<usize>, k: &Range<usize>) -> (&[f32], usize) {
+    /// The rows `k` of the panel of `columns`, each as wide as whole vectors.
+    pub(super) fn panel(&self, columns: &Range<usize>, k: &Range<usize>) -> &[f32] {
         let row = columns.len().next_multiple_of(self.isa.lanes);
-        (&self.values[columns.start * self.k + k.start * row..][..k.len() * row], row)
+        &self.values[columns.start * self.k + k.start * row..][..k.len() * row]
     }
 }
