@@ -1,6 +1,6 @@
 //! `y = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, equation 4).
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use half::bf16;
 
 use super::host::{Host, ROWS_PER_TASK, Stored, expect, kept, narrow_into, restored, tensor, uninitialized};
@@ -83,15 +83,15 @@ impl RmsNorm {
             expect("base", base, &[n, c])?;
             context.tally.add(residual_cost(n, c));
         }
+        if context.fused(dy) {
+            return self.backward_cpu(dy, &saved.x, base, gradients);
+        }
+        let x = restored(context, &saved.x)?;
         if self.weight.is_trained() {
-            let x = restored(context, &saved.x)?;
             let normed = x.broadcast_mul(&self.inverse_rms(&x)?)?;
             gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
         }
-        if context.fused(dy) {
-            return self.backward_cpu(dy, &saved.x, base);
-        }
-        let dx = self.backward_reference(dy, &restored(context, &saved.x)?)?;
+        let dx = self.backward_reference(dy, &x)?;
         Ok(match base {
             Some(base) => (dx + base)?,
             None => dx,
@@ -165,51 +165,75 @@ impl RmsNorm {
         Ok(())
     }
 
-    fn backward_cpu(&self, dy: &Tensor, x: &Tensor, base: Option<&Tensor>) -> Result<Tensor> {
+    fn backward_cpu(&self, dy: &Tensor, x: &Tensor, base: Option<&Tensor>, gradients: &mut Gradients) -> Result<Tensor> {
         let host = Host::open_any(x)?;
         match host.values() {
-            Values::F32(values) => self.backward_of(dy, values, x.dims2()?, base),
-            Values::Bf16(values) => self.backward_of(dy, values, x.dims2()?, base),
+            Values::F32(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
+            Values::Bf16(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
         }
     }
 
-    fn backward_of<X: Number>(&self, dy: &Tensor, x: &[X], (n, c): (usize, usize), base: Option<&Tensor>) -> Result<Tensor> {
+    fn backward_of<X: Number>(
+        &self,
+        dy: &Tensor,
+        x: &[X],
+        (n, c): (usize, usize),
+        base: Option<&Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
         let (dy, weight) = (Host::open(dy)?, Host::open(&self.weight.tensor)?);
         let (dy, weight) = (dy.slice(), weight.slice());
         let base = base.map(Host::open).transpose()?;
         // SAFETY: the loop writes every row, from `base` where there is one.
         let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = c.max(1) * ROWS_PER_TASK;
-        each(dx.chunks_mut(rows).zip(dy.chunks(rows)).zip(x.chunks(rows)).enumerate(), |(index, ((dx, dy), x))| {
-            let mut g = vec![0.0; c];
-            vectorized(
-                #[inline(always)]
-                |_| {
-                    let (g, weight) = (&mut g[..c], &weight[..c]);
-                    for (row, (dx, dy)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate() {
-                        let (dx, dy, x) = (&mut dx[..c], &dy[..c], &x[row * c..][..c]);
-                        let s = self.inverse_rms_of(x);
-                        for i in 0..c {
-                            g[i] = dy[i] * weight[i];
-                        }
-                        let along = simd::dot(g, x) as f32 / c as f32 * s * s * s;
-                        match &base {
-                            Some(base) => {
-                                let base = &base.slice()[index * rows + row * c..][..c];
+        // What each task adds to a trained weight's gradient.
+        let mut sums = vec![0.0; if self.weight.is_trained() { n.div_ceil(ROWS_PER_TASK) * c } else { 0 }];
+        let own = sums.chunks_mut(c.max(1)).map(Some).chain(std::iter::repeat_with(|| None));
+        each(
+            dx.chunks_mut(rows).zip(dy.chunks(rows)).zip(x.chunks(rows)).zip(own).enumerate(),
+            |(index, (((dx, dy), x), mut own))| {
+                let mut g = vec![0.0; c];
+                vectorized(
+                    #[inline(always)]
+                    |_| {
+                        let (g, weight) = (&mut g[..c], &weight[..c]);
+                        for (row, (dx, dy)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate() {
+                            let (dx, dy, x) = (&mut dx[..c], &dy[..c], &x[row * c..][..c]);
+                            let s = self.inverse_rms_of(x);
+                            for i in 0..c {
+                                g[i] = dy[i] * weight[i];
+                            }
+                            if let Some(own) = &mut own {
+                                let own = &mut own[..c];
                                 for i in 0..c {
-                                    dx[i] = g[i] * s - x[i].widen() * along + base[i];
+                                    own[i] += dy[i] * (x[i].widen() * s);
                                 }
                             }
-                            None => {
-                                for i in 0..c {
-                                    dx[i] = g[i] * s - x[i].widen() * along;
+                            let along = simd::dot(g, x) as f32 / c as f32 * s * s * s;
+                            match &base {
+                                Some(base) => {
+                                    let base = &base.slice()[index * rows + row * c..][..c];
+                                    for i in 0..c {
+                                        dx[i] = g[i] * s - x[i].widen() * along + base[i];
+                                    }
+                                }
+                                None => {
+                                    for i in 0..c {
+                                        dx[i] = g[i] * s - x[i].widen() * along;
+                                    }
                                 }
                             }
                         }
-                    }
-                },
-            );
-        });
+                    },
+                );
+            },
+        );
+        if self.weight.is_trained() {
+            let mut sum = vec![0.0; c];
+            sums.chunks(c.max(1)).for_each(|own| sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own));
+            gradients.add(&self.weight, Tensor::from_vec(sum, c, &Device::Cpu)?)?;
+        }
         tensor(dx, (n, c))
     }
 

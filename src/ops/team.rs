@@ -8,6 +8,7 @@
 
 use std::cell::{RefCell, UnsafeCell};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -123,10 +124,11 @@ impl Lanes {
         self.idle.fetch_add(1, Ordering::Relaxed);
         let _idle = Less(&self.idle);
         let mut looks = 0;
+        let mut seen = vec![0; self.teams.len()];
         while self.left.load(Ordering::SeqCst) > 0 {
-            self.teams.iter().for_each(|team| {
-                team.join();
-            });
+            for (team, seen) in self.teams.iter().zip(&mut seen) {
+                team.join(seen);
+            }
             look(&mut looks);
         }
     }
@@ -162,8 +164,8 @@ unsafe impl<I: Send> Sync for Slot<I> {}
 
 /// What a thread shares with those that help it.
 struct Team {
-    /// Whether there is a loop to join.
-    open: AtomicBool,
+    /// The number of the loop that others may join, an odd one; even while there is none.
+    open: AtomicUsize,
     /// Threads that may look at the loop.
     inside: AtomicUsize,
     /// Threads that stay.
@@ -205,7 +207,7 @@ struct Open<'a>(&'a Team);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.open.store(false, Ordering::SeqCst);
+        self.0.open.fetch_add(1, Ordering::SeqCst);
         let mut looks = 0;
         while self.0.inside.load(Ordering::SeqCst) != 0 {
             look(&mut looks);
@@ -228,7 +230,7 @@ impl Drop for Inside<'_> {
 impl Team {
     fn new() -> Self {
         Self {
-            open: AtomicBool::new(false),
+            open: AtomicUsize::new(0),
             inside: AtomicUsize::new(0),
             helpers: AtomicUsize::new(0),
             next: std::array::from_fn(|_| Next::default()),
@@ -237,8 +239,11 @@ impl Team {
         }
     }
 
-    /// Runs the loop with whoever joins; `summon` calls others once it is open.
+    /// Runs the loop with whoever joins; `summon` calls others once it is open. A loop inside an item of the owner's is the owner's alone.
     fn run<'a>(&self, threads: usize, count: usize, task: &'a (dyn Fn(usize) + Sync + 'a), summon: impl FnOnce()) {
+        if is_open(self.open.load(Ordering::Relaxed)) {
+            return (0..count).for_each(task);
+        }
         // SAFETY: only the lifetime is forgotten, and `Open` waits for every user before `task` goes.
         let task: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
         let work = Loop { task, count, runs: threads.min(MOST_RUNS) };
@@ -247,11 +252,12 @@ impl Team {
         (0..work.runs).for_each(|run| self.next[run].0.store(work.run(run).start, Ordering::SeqCst));
         {
             let _open = Open(self);
-            self.open.store(true, Ordering::SeqCst);
+            self.failed.store(false, Ordering::SeqCst);
+            self.open.fetch_add(1, Ordering::SeqCst);
             summon();
             self.take();
         }
-        assert!(!self.failed.swap(false, Ordering::SeqCst), "an item failed on another thread");
+        assert!(!self.failed.load(Ordering::SeqCst), "an item failed on another thread");
     }
 
     /// Has as many threads of the pool come and stay.
@@ -259,7 +265,11 @@ impl Team {
         while self.helpers.load(Ordering::SeqCst) < helpers {
             self.helpers.fetch_add(1, Ordering::SeqCst);
             let team = Arc::clone(self);
-            rayon::spawn(move || team.help());
+            rayon::spawn(move || {
+                // Whoever owns the loop tells of an item that panicked.
+                let _ = catch_unwind(AssertUnwindSafe(|| team.help()));
+                team.helpers.fetch_sub(1, Ordering::SeqCst);
+            });
         }
     }
 
@@ -270,7 +280,7 @@ impl Team {
         let own = rayon::current_thread_index().unwrap_or(0);
         for run in (own..own + work.runs).map(|run| run % work.runs) {
             let (next, end) = (&self.next[run].0, work.run(run).end);
-            loop {
+            while next.load(Ordering::Relaxed) < end {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= end {
                     break;
@@ -281,33 +291,38 @@ impl Team {
         }
     }
 
-    /// Takes items of the loop, if it is open.
-    fn join(&self) -> bool {
-        if !self.open.load(Ordering::Relaxed) {
-            return false;
+    /// Takes items of the loop, if one is open that is not `seen`: there are none left in one that was. Returns whether one is open.
+    fn join(&self, seen: &mut usize) -> bool {
+        let open = self.open.load(Ordering::Relaxed);
+        if is_open(open) && open != *seen {
+            self.inside.fetch_add(1, Ordering::SeqCst);
+            let _inside = Inside(self);
+            if self.open.load(Ordering::SeqCst) == open {
+                *seen = open;
+                self.take();
+            }
         }
-        self.inside.fetch_add(1, Ordering::SeqCst);
-        let _inside = Inside(self);
-        if self.open.load(Ordering::SeqCst) {
-            self.take();
-        }
-        true
+        is_open(open)
     }
 
     /// Stays until there was nothing to do for a while.
     fn help(&self) {
-        let (mut since, mut looks) = (Instant::now(), 0);
+        let (mut since, mut looks, mut seen) = (Instant::now(), 0, 0);
         loop {
-            if self.join() {
+            if self.join(&mut seen) {
                 (since, looks) = (Instant::now(), 0);
             }
             look(&mut looks);
             if looks.is_multiple_of(LOOKS) && since.elapsed() > PATIENCE {
-                self.helpers.fetch_sub(1, Ordering::SeqCst);
                 return;
             }
         }
     }
+}
+
+/// Whether `Team::open` names a loop.
+fn is_open(open: usize) -> bool {
+    open % 2 == 1
 }
 
 /// A moment between two looks.
@@ -399,6 +414,38 @@ mod tests {
             });
             assert_eq!(total.into_inner(), 45);
         });
+    }
+
+    #[test]
+    fn where_every_item_fails_the_threads_stay() {
+        // Without a handler of panics a pool ends the program at the first that reaches it.
+        on(3, || {
+            for _ in 0..20 {
+                let failed = catch_unwind(|| each(0..64, |_| panic!("on purpose")));
+                assert!(failed.is_err());
+                let total = AtomicUsize::new(0);
+                each(0..10, |item| {
+                    total.fetch_add(item, Ordering::Relaxed);
+                });
+                assert_eq!(total.into_inner(), 45);
+            }
+            assert!(TEAM.with(|team| team.helpers.load(Ordering::SeqCst)) <= 2);
+        });
+    }
+
+    #[test]
+    fn a_loop_inside_an_item_is_done_whole() {
+        for threads in [1, 2, 3] {
+            on(threads, || {
+                let total = AtomicUsize::new(0);
+                each(0..20, |_| {
+                    each(0..10, |item| {
+                        total.fetch_add(item, Ordering::Relaxed);
+                    });
+                });
+                assert_eq!(total.into_inner(), 20 * 45);
+            });
+        }
     }
 
     #[test]

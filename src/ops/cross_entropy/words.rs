@@ -48,7 +48,9 @@ impl Head {
             .enumerate()
             .map(|(index, targets)| Block::new(index * size, targets, outs.next().map(|dh| (dh, width))))
             .collect();
-        let kept = self.weight.packings.as_ref().and_then(|packings| packings.words(&table, WORDS, &|| Held::beside(&h)));
+        // A single row is not packed as others are, and what is kept is for those.
+        let packings = self.weight.packings.as_ref().filter(|_| l > 1);
+        let kept = packings.and_then(|packings| packings.words(&table, WORDS, &|| Held::beside(&h)));
         for (index, start) in (0..v).step_by(WORDS).enumerate() {
             let words = start..(start + WORDS).min(v);
             let table = table.rows(words.clone());

@@ -365,8 +365,8 @@ fn tasks(panels: usize, most: usize, (strips, turns): (usize, usize), task: impl
     // that are no more than the strips, which then are read by the thread that wrote them.
     let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
     let by_rows = uneven || panels <= strips && strips >= LEAST_STRIPS * threads;
-    let groups = if by_rows { panels.div_ceil(most) } else { panels.div_ceil(most).next_multiple_of(threads) };
     let splits = if by_rows { threads.min(strips.div_ceil(LEAST_STRIPS)).max(1) } else { 1 };
+    let groups = panels.div_ceil(most).next_multiple_of(threads.div_ceil(splits)).min(panels);
     let turns = if splits > 1 { turns.min(strips / splits / LEAST_STRIPS).max(1) } else { 1 };
     let cut = |index: usize| {
         let (split, group, turn) = (index / turns / groups, index / turns % groups, index % turns);

@@ -309,6 +309,24 @@ fn nothing_is_a_product_too() {
     assert_eq!(products(&terms, Start::Zero), [0.0; 6]);
 }
 
+/// Every strip of every panel once, and no thread without a task where there are panels enough.
+#[test]
+fn tasks_are_for_all_threads() {
+    for (panels, strips, threads) in
+        [(18, 1, 4), (18, 32, 16), (18, 32, 2), (17, 1, 2), (6, 8, 8), (1, 1, 3), (64, 1, 3), (5, 0, 2)]
+    {
+        let (count, done) = (AtomicU64::new(0), std::sync::Mutex::new(vec![0; panels * strips]));
+        crate::ops::tests::on(threads, || {
+            tasks(panels, usize::MAX, (strips, TURNS), |panels, rows| {
+                count.fetch_add(1, Ordering::Relaxed);
+                panels.for_each(|panel| rows.clone().for_each(|row| done.lock().unwrap()[panel * strips + row] += 1));
+            });
+        });
+        assert!(done.into_inner().unwrap().iter().all(|times| *times == 1), "{panels} panels, {strips} strips");
+        assert!(count.into_inner() >= panels.min(threads) as u64, "{panels} panels, {strips} strips on {threads}");
+    }
+}
+
 /// Every part of a range once, none longer than asked, none empty.
 #[test]
 fn parts_are_even() {

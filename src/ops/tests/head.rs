@@ -193,8 +193,7 @@ fn prove_bf16([n, c, v]: [usize; 3], size: f64, seed: u64) {
                     ISSUED.set(0);
                     let got = run(Context::new(&tally, Precision::Bf16), &stored, &targets, false, true);
                     assert_eq!(tally.take(), shape.backward_cost(Precision::Bf16, true));
-                    let may_say = threads == 1 && losses.iter().all(|loss| *loss < 59.0);
-                    assert!(!may_say || ISSUED.get() == shape.backward_cost(Precision::Bf16, true).flops(), "{}", isa.name);
+                    assert!(threads > 1 || ISSUED.get() == shape.backward_cost(Precision::Bf16, true).flops(), "{}", isa.name);
                     let head = Head { weight: Weight::frozen(stored[1].clone()) };
                     let forward = head.forward(Context::new(&tally, Precision::Bf16), &stored[0], &targets).unwrap();
                     assert_eq!(forward, flat(&got.0), "{}: losses alone", isa.name);
