@@ -2,6 +2,8 @@
 //!
 //! Sums the very cost functions that the running ops add to the tally, so that forecast and execution are equal, not close.
 
+use std::ops::Range;
+
 use super::architecture::Architecture;
 use super::linears::{Linears, NAMES, Needs};
 use crate::adapter::Site;
@@ -204,11 +206,18 @@ impl ModelShape {
 
     fn trunk_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
         let c = self.architecture.hidden_size;
-        let mut work = embedding_cost(segments.iter().sum(), c) + select_cost(loss_tokens, c) + rms_norm_cost(loss_tokens, c);
-        for layer in 0..self.architecture.num_hidden_layers {
-            work += &self.block_forward(layer, segments, dropout);
-        }
-        work
+        let around = embedding_cost(segments.iter().sum(), c) + select_cost(loss_tokens, c) + rms_norm_cost(loss_tokens, c);
+        around + self.over(0..self.architecture.num_hidden_layers, |layer| self.block_forward(layer, segments, dropout))
+    }
+
+    /// The sum over these blocks, of which neighbours with the same adapters have the same `work`.
+    fn over(&self, blocks: Range<usize>, work: impl Fn(usize) -> Work) -> Work {
+        let mut first = blocks.start;
+        let alike = self.ranks[blocks].chunk_by(|a, b| a == b).map(|run| {
+            first += run.len();
+            work(first - run.len()).times(run.len() as u64)
+        });
+        alike.sum()
     }
 
     /// Work of the losses of one micro-batch.
@@ -227,11 +236,11 @@ impl ModelShape {
         if any {
             work += &(rms_norm_backward_cost(loss_tokens, c, self.all_trained) + scatter_cost(n, loss_tokens, c));
         }
-        for layer in end..self.architecture.num_hidden_layers {
-            if layer - end < recompute.of(self.walked()) {
-                work += &self.block_forward(layer, segments, self.dropout);
-            }
-            work += &self.block_backward(layer, segments, layer > end || input);
+        let (blocks, again) = (self.architecture.num_hidden_layers, end + recompute.of(self.walked()));
+        work += &self.over(end..again, |layer| self.block_forward(layer, segments, self.dropout));
+        if end < blocks {
+            work += &self.block_backward(end, segments, input);
+            work += &self.over(end + 1..blocks, |layer| self.block_backward(layer, segments, true));
         }
         if input {
             work += &embedding_backward_cost(n, c, self.architecture.vocab_size);
@@ -243,9 +252,7 @@ impl ModelShape {
     pub fn prefill(&self, tokens: usize) -> Work {
         let a = &self.architecture;
         let mut work = embedding_cost(tokens, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
-        for layer in 0..a.num_hidden_layers {
-            work += &self.block_forward(layer, &[tokens], false);
-        }
+        work += &self.over(0..a.num_hidden_layers, |layer| self.block_forward(layer, &[tokens], false));
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
     }
 
@@ -253,9 +260,8 @@ impl ModelShape {
     pub fn decoding(&self, before: usize) -> Work {
         let a = &self.architecture;
         let mut work = embedding_cost(1, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
-        for layer in 0..a.num_hidden_layers {
-            work += &(self.block_but_attention(layer, 1, false) + attention_decode_cost(&a.attention, before + 1));
-        }
+        let attention = attention_decode_cost(&a.attention, before + 1);
+        work += &self.over(0..a.num_hidden_layers, |layer| self.block_but_attention(layer, 1, false) + attention.clone());
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
     }
 }

@@ -3,7 +3,7 @@
 use crate::error::Result;
 
 /// One value for each linear layer of a block: a layer, its saved tensors, its shape.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Linears<T> {
     /// `self_attn.q_proj`
     pub q_proj: T,

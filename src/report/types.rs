@@ -14,6 +14,10 @@ use super::memory::Memory;
 use super::parts::{CountedParts, Factor, HostLeftOut};
 use super::reconciliation::{ProfileFactor, Reconciliation};
 use super::stop::StopReason;
+pub use crate::energy::Phase;
+pub use crate::energy::baseline::{BaselineKind, Label};
+pub use crate::energy::meter::MeterKind as Meter;
+pub use crate::energy::sensor::Absent;
 use crate::units::{Bytes, Flops, GramsCo2e, GramsPerKwh, Joules, Money, Pue, Seconds};
 
 /// All that a run reports.
@@ -160,34 +164,6 @@ pub struct Training {
     pub curve: Vec<CurvePoint>,
 }
 
-/// Which of the three meters a figure comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Meter {
-    /// Executed work times the device profile.
-    Counted,
-    /// The hardware's own counters.
-    Measured,
-    /// Profile power times wall time.
-    Timed,
-}
-
-/// What the energy was spent on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// Reading the model and the data.
-    Load,
-    /// Optimizer steps.
-    Train,
-    /// Validation.
-    Eval,
-    /// Checkpoints and the adapter.
-    Save,
-    /// Charged before a crash and never accounted for.
-    Lost,
-}
-
 /// The three meters side by side.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Meters {
@@ -197,15 +173,6 @@ pub struct Meters {
     pub measured_j: Option<Joules>,
     /// Where the profile has a power.
     pub timed_j: Option<Joules>,
-}
-
-/// Why a meter is not there, and what would bring it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Absent {
-    /// Why.
-    pub reason: String,
-    /// What to type or change.
-    pub remedy: String,
 }
 
 /// The `energy` block: the machine's own, before the facility's overhead.
@@ -336,32 +303,6 @@ pub struct Carbon {
 fn at_least_one<'de, D: Deserializer<'de>>(input: D) -> Result<Pue, D::Error> {
     let value = f64::deserialize(input)?;
     Pue::new(value).ok_or_else(|| serde::de::Error::custom(format!("pue: {value} is below 1")))
-}
-
-/// What a run is compared with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum BaselineKind {
-    /// Every weight trained on the same data.
-    FullFineTuning,
-    /// The same architecture from random weights, on the same data.
-    FromScratchSameTask,
-    /// The model's own pretraining.
-    Pretraining,
-}
-
-/// How a baseline is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Label {
-    /// It was run.
-    Measured,
-    /// Its work was counted and charged to this run's profile.
-    Counted,
-    /// Somebody published it.
-    Published,
-    /// It rests on a stated assumption.
-    Assumed,
 }
 
 /// One entry of `baselines`.

@@ -6,7 +6,6 @@
 use std::path::Path;
 
 use super::directory::RunDirectory;
-use super::spending::phase;
 use crate::energy::ledger::{Gapped, Totals};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, Phase, Profile};
@@ -48,8 +47,8 @@ pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
     let phases: Vec<_> = account.by_phase().filter(|(phase, _)| *phase != Phase::Lost).collect();
     let sums = phases.iter().filter_map(|(_, totals)| compared(totals)).reduce(|a, b| (a.0 + b.0, a.1 + b.1));
     let of = |(counted, measured): (MicroJoules, MicroJoules)| Compared::of(counted.joules(), measured.joules());
-    let gap = |(gap_phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
-        phase: phase(gap_phase),
+    let gap = |(phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
+        phase,
         reason: reason.to_string(),
         entries: gapped.entries,
         wall_s: gapped.wall_s,
@@ -58,7 +57,7 @@ pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
     };
     Some(Reconciliation {
         measured_by,
-        by_phase: phases.iter().filter_map(|(of_phase, totals)| Some((phase(*of_phase), of(compared(totals)?)))).collect(),
+        by_phase: phases.iter().filter_map(|(phase, totals)| Some((*phase, of(compared(totals)?)))).collect(),
         all: sums.map(of),
         gaps: account.gaps().map(gap).collect(),
     })

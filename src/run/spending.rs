@@ -37,19 +37,12 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
     let (kind, totals) = (account.kind(), account.totals());
     let total = account.spent().energy.joules();
     let present = |totals: &Totals| totals.entries > 0;
-    let by_phase: BTreeMap<types::Phase, Joules> = account
-        .by_phase()
-        .filter(|(_, totals)| present(totals))
-        .map(|(p, totals)| (phase(p), totals.on(kind).joules()))
-        .collect();
+    let by_phase: BTreeMap<Phase, Joules> =
+        account.by_phase().filter(|(_, totals)| present(totals)).map(|(p, totals)| (p, totals.on(kind).joules())).collect();
     let (low_j, high_j) = bounds(interval(kind, total));
     let absent = account.meters().absent();
     types::Energy {
-        meter: match kind {
-            MeterKind::Counted => types::Meter::Counted,
-            MeterKind::Measured => types::Meter::Measured,
-            MeterKind::Timed => types::Meter::Timed,
-        },
+        meter: kind,
         total_j: total,
         low_j,
         high_j,
@@ -59,7 +52,7 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
             measured_j: totals.energy_j.measured.map(|energy| energy.joules()),
             timed_j: Some(totals.energy_j.timed.joules()),
         },
-        measured_absent: absent.map(|absent| types::Absent { reason: absent.reason.clone(), remedy: absent.remedy.clone() }),
+        measured_absent: absent.cloned(),
         counted_parts: counted_parts(&prepared.profile, &totals.parts, &totals.bytes, totals.unparted.joules()),
         profile_factor: profile_factor(&prepared.profile),
         reconciliation: reconciliation(account),
@@ -69,17 +62,6 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
         device: prepared.profile.name.clone(),
         factors: factors(&prepared.profile),
         host_left_out: host_left_out(&prepared.profile, kind),
-    }
-}
-
-/// The report's word for a phase.
-pub(super) fn phase(phase: Phase) -> types::Phase {
-    match phase {
-        Phase::Load => types::Phase::Load,
-        Phase::Train => types::Phase::Train,
-        Phase::Eval => types::Phase::Eval,
-        Phase::Save => types::Phase::Save,
-        Phase::Lost => types::Phase::Lost,
     }
 }
 

@@ -73,7 +73,10 @@ impl<'a> Costs<'a> {
 
     /// Work of the step after `step` done ones: its micro-batches and the optimizer.
     pub fn step(&self, step: u64) -> Work {
-        let batches = self.sampler.step_shape(step);
+        self.step_of(&self.sampler.step_shape(step))
+    }
+
+    fn step_of(&self, batches: &[BatchShape]) -> Work {
         let of = |batch: &BatchShape| self.shape.training(&batch.segments, batch.loss_tokens, self.settings.recompute);
         batches.iter().map(of).sum::<Work>() + adamw_cost(self.trained)
     }
@@ -150,7 +153,8 @@ pub fn forecast(
             break if settings.by_epochs { Stop::Epochs } else { Stop::Steps };
         }
         let due = settings.due_after(step + 1);
-        let charge = profile.charge(&costs.step(step));
+        let shapes = costs.sampler.step_shape(step);
+        let charge = profile.charge(&costs.step_of(&shapes));
         let mut next = spent(&charge);
         next += evaluation.iter().filter(|_| due.evaluation).map(spent).sum();
         next += due.save.then(|| spent(&save)).into_iter().sum();
@@ -161,7 +165,6 @@ pub fn forecast(
         training += &charge;
         evaluations += usize::from(due.evaluation && evaluation.is_some());
         saves += usize::from(due.save);
-        let shapes = costs.sampler.step_shape(step);
         tokens.0 += shapes.iter().map(|s| s.tokens() as u64).sum::<u64>();
         tokens.1 += shapes.iter().map(|s| s.loss_tokens as u64).sum::<u64>();
         (step, last) = (step + 1, due);

@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use crate::energy::Spent;
 use crate::energy::ledger::{Entry, Phase, read_entries};
-use crate::energy::{MeterKind, Spent};
 use crate::error::Result;
 use crate::report::steps::{StepRecord, read_steps};
 use crate::report::types::{Meter, Report};
@@ -65,7 +65,6 @@ impl History {
     /// The steps that both files and the report know, on this meter.
     pub(super) fn course(&self, report: &Report, meter: Meter) -> Course {
         let (mut sum, mut before, mut after) = (Spent::default(), None, BTreeMap::new());
-        let meter = kind(meter);
         for entry in &self.entries {
             if entry.phase == Phase::Train {
                 before.get_or_insert(sum.energy);
@@ -83,14 +82,6 @@ impl History {
             Some(Point { step, spent, flops, wall, loss: record.loss, lr: record.lr, val_loss: record.val_loss })
         });
         Course { before: before.unwrap_or(sum.energy).joules(), points: points.collect() }
-    }
-}
-
-fn kind(meter: Meter) -> MeterKind {
-    match meter {
-        Meter::Counted => MeterKind::Counted,
-        Meter::Measured => MeterKind::Measured,
-        Meter::Timed => MeterKind::Timed,
     }
 }
 
