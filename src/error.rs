@@ -84,7 +84,7 @@ impl Error {
     pub fn io(doing: &str, path: &Path, source: std::io::Error) -> Self {
         let error = Self::new(Kind::Io, format!("cannot {doing} `{}`: {source}", path.display()));
         match source.kind() {
-            std::io::ErrorKind::NotFound => error.hint("check the path; paths in a recipe are relative to the recipe file"),
+            std::io::ErrorKind::NotFound => error.hint("check the path (in a recipe it is relative to the recipe file)"),
             std::io::ErrorKind::PermissionDenied => error.hint("check the file's owner and permissions"),
             std::io::ErrorKind::StorageFull => error.hint("free some space, or choose another place with `--out DIR`"),
             _ => error,

@@ -181,7 +181,7 @@ quantity!(
     units [("J", 1.0), ("mJ", 1e-3), ("uJ", 1e-6), ("µJ", 1e-6), ("kJ", 1e3), ("MJ", 1e6), ("GJ", 1e9), ("Wh", 3600.0), ("mWh", 3.6),
         ("kWh", 3.6e6), ("MWh", 3.6e9), ("GWh", 3.6e12)],
     shown [(1e-6, "µJ"), (1e-3, "mJ"), (1.0, "J"), (1e3, "kJ"), (1e6, "MJ"), (1e9, "GJ"), (1e12, "TJ")],
-    rule "a number and one of J, kJ, MJ, GJ, Wh, kWh, MWh, as in \"5 Wh\" or \"18 kJ\""
+    rule "a number and one of J, kJ, MJ, GJ, mWh, Wh, kWh, MWh, as in \"5 Wh\" or \"18 kJ\""
 );
 
 quantity!(

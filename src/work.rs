@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Bytes, Flops};
+use crate::units::Bytes;
 
 /// The number format of a product's inputs (accumulation is f32 in all of them).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -128,11 +128,6 @@ impl Work {
     /// FLOPs of matrix products and attention; vector operations are kept apart.
     pub fn flops(&self) -> u64 {
         self.products.iter().map(|(product, count)| product.flops() * count).sum()
-    }
-
-    /// The same as a quantity.
-    pub fn total_flops(&self) -> Flops {
-        Flops(self.flops() as f64)
     }
 
     /// Elementwise operations.

@@ -210,8 +210,8 @@ fn the_starter_reads_and_says_what_the_contract_says() {
     let recipe = read(&starter());
     assert_eq!(recipe.model.id, ModelId::Hub("HuggingFaceTB/SmolLM2-135M".into()));
     assert_eq!((recipe.train.length, recipe.budget.energy), (Length::Steps(200), Some(Joules(18_000.0))));
-    // Each commented line is a line that could stand there.
-    let optional = ["epochs", "warmup_steps", "validation_fraction"];
+    // Each commented line is a line that could stand there, but for what excludes another.
+    let optional = ["epochs", "warmup_steps", "validation_fraction", "layers_to_transform"];
     let everything: Vec<&str> = starter()
         .lines()
         .map(|line| match line.strip_prefix("# ") {
@@ -285,12 +285,12 @@ prop_compose! {
         init_from in prop::option::of(word().prop_map(|name| Path::new("/a b").join(name))),
         written in prop::sample::subsequence(vec!["r", "lora_alpha", "use_rslora"], 0..=3),
     ) -> Lora {
-        let regex = matches!(target_modules, Targets::Regex(_));
+        let names = matches!(target_modules, Targets::Names(_));
         let mut lora = Lora {
             r, lora_alpha, lora_dropout, target_modules, exclude_modules, use_rslora,
             rank_pattern: ranks.into_iter().rev().collect(),
             alpha_pattern: alphas.into_iter().collect(),
-            layers_to_transform: layers.filter(|_| !regex),
+            layers_to_transform: layers.filter(|_| names),
             init_from, written: Vec::new(),
         };
         if lora.init_from.is_some() {

@@ -18,6 +18,8 @@ use crate::units::Bytes;
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// The longest header that is read; the format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
+/// Numbers that are written at once.
+const PART: usize = 1 << 18;
 /// The length field before the header.
 const LENGTH_FIELD: u64 = 8;
 
@@ -73,8 +75,11 @@ pub(crate) fn write_f32s(path: &Path, mut tensors: Vec<F32s<'_>>, marked: bool) 
     let write = || {
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
         file.write_all(&header)?;
-        for value in tensors.iter().flat_map(|tensor| tensor.values) {
-            file.write_all(&value.to_le_bytes())?;
+        for part in tensors.iter().flat_map(|tensor| tensor.values.chunks(PART)) {
+            match cfg!(target_endian = "little") {
+                true => file.write_all(bytemuck::cast_slice(part))?,
+                false => part.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))?,
+            }
         }
         file.flush()
     };

@@ -49,6 +49,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     if !(arguments.top_p > 0.0 && arguments.top_p <= 1.0) {
         return refuse("--top-p", arguments.top_p, "above 0, at most 1");
     }
+    if arguments.stop.iter().any(String::is_empty) {
+        return Err(Error::new(Kind::Usage, "`--stop` is empty")
+            .rule("a text of at least one character")
+            .hint("leave `--stop` out to end at the end-of-text token or after --max-new-tokens"));
+    }
     let (device, _) = run::device(&arguments.model.device)?;
     let job = GenerationJob {
         model: arguments.model.request(&device)?,
@@ -66,9 +71,9 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let mut screen = Terminal::new(common.quiet);
     let mut show = |piece: &str| {
         if !common.json {
-            print!("{piece}");
             // A reader that went away ends the text, not the program.
-            let _ = std::io::stdout().flush();
+            let mut stdout = std::io::stdout().lock();
+            let _ = write!(stdout, "{piece}").and_then(|()| stdout.flush());
         }
     };
     let result = run::generate(&job, &mut screen, &mut show)?;

@@ -27,13 +27,8 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
-    let request = MergeRequest {
-        model: &arguments.model,
-        revision: &arguments.revision,
-        adapter: &arguments.adapter,
-        out: &arguments.out,
-        max_shard: None,
-    };
+    let request =
+        MergeRequest { model: &arguments.model, revision: &arguments.revision, adapter: &arguments.adapter, out: &arguments.out };
     let summary = run::merge_model(&request, &mut Terminal::new(common.quiet))?;
     let path = arguments.out.display().to_string();
     if common.json {

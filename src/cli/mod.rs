@@ -141,12 +141,15 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Calibrate(arguments) => calibrate::run(&arguments, common),
         Command::Recipe(command) => recipe::run(&command, common),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "wattune", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "wattune", &mut script);
+            out(&String::from_utf8_lossy(&script))
         }
     }
 }
 
+/// Threads for each core, at most: beyond, they only keep each other waiting.
+const MOST_THREADS: usize = 16;
 /// Bytes of stack of a pool's thread: as much as a process's first thread has.
 const STACK: usize = 8 << 20;
 
@@ -159,8 +162,23 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
     if threads == Some(0) {
         return Err(Error::new(Kind::Usage, "`--threads` must be at least one").value("0"));
     }
-    let given = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|threads| *threads > 0);
-    let threads = threads.or(given).unwrap_or_else(run::allowed_threads);
+    let cores = run::allowed_threads();
+    let threads = match (threads, std::env::var("RAYON_NUM_THREADS")) {
+        (Some(threads), _) => threads,
+        (None, Ok(text)) if !text.is_empty() => text.parse().ok().filter(|threads| *threads > 0).ok_or_else(|| {
+            Error::new(Kind::Usage, "RAYON_NUM_THREADS is not a number of threads")
+                .value(text)
+                .rule("a whole number of at least one")
+                .hint("unset it, or write `--threads 2`")
+        })?,
+        _ => cores,
+    };
+    if threads > MOST_THREADS * cores {
+        return Err(Error::new(Kind::Usage, "more threads than the machine has use for")
+            .value(threads.to_string())
+            .rule(format!("at most {MOST_THREADS} for each of {cores} cores"))
+            .hint(format!("write `--threads {cores}`, or leave it out")));
+    }
     // SAFETY: this is the program's first act: no other thread exists that could read the environment meanwhile.
     unsafe {
         std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
@@ -174,7 +192,9 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
 fn out(text: &str) -> Result<ExitCode> {
     let mut stdout = std::io::stdout().lock();
     match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::new(Kind::Io, format!("cannot write: {e}"))),
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::new(Kind::Io, format!("cannot write to standard output: {e}")).while_running())
+        }
         _ => Ok(ExitCode::SUCCESS),
     }
 }

@@ -105,7 +105,7 @@ fn stop_when_asked(quiet: bool) -> Result<()> {
         if quiet {
             return;
         }
-        eprintln!("\nstopping after this step and saving; press Ctrl-C again to leave at once");
+        eprintln!("\nstopping and saving as soon as what is under way is done; press Ctrl-C again to leave at once");
     };
     let hangup_ignored = ignores_hangup();
     ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Usage, format!("Ctrl-C cannot be watched: {e}")))?;

@@ -26,8 +26,16 @@ pub(super) struct Outcome {
     pub glued: bool,
 }
 
-/// Encodes one record.
+/// Encodes one record. One without any text is dropped: it would teach nothing but to stop at once.
 pub(super) fn encode(shaped: &Shaped, tokenizer: &Tokenizer, max_length: usize) -> Result<Outcome> {
+    let empty = match shaped {
+        Shaped::Text(text) => text.is_empty(),
+        Shaped::Completion { prompt, completion } => prompt.is_empty() && completion.is_empty(),
+        Shaped::Chat(_) => false,
+    };
+    if empty {
+        return Ok(Outcome { dropped: true, ..Outcome::default() });
+    }
     let (example, end, glued) = match shaped {
         Shaped::Text(text) => return Ok(text_outcome(text_example(text, tokenizer)?, tokenizer, max_length)),
         Shaped::Completion { prompt, completion } => {

@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result};
 /// Records encoded side by side before their outcomes are gathered in order.
 const CHUNK: usize = 4096;
 /// Raise it when encoding changes: caches of other versions are then ignored.
-const ENCODING_VERSION: u32 = 1;
+const ENCODING_VERSION: u32 = 2;
 
 /// What a record that cannot be read does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -203,7 +203,10 @@ impl Gathered {
             return Err(Error::new(Kind::Data, "the data hold nothing to learn")
                 .at(paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))
                 .value(format!("{records} records, {skipped} skipped, {dropped} dropped for want of a loss token"))
-                .hint("raise `data.max_length` if prompts fill it, and check `data.format` and `data.columns`"));
+                .hint(match records {
+                    0 => "the file holds no record: check that it is the right one",
+                    _ => "raise `data.max_length` if prompts fill it, and check `data.format` and `data.columns`",
+                }));
         }
         let counts = with_sizes(counts, &examples);
         Ok(Dataset { examples: examples.into(), records: records.into(), counts, eos_trained, fingerprint, first })

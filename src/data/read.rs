@@ -52,6 +52,8 @@ pub enum TxtUnit {
 /// Records in file order; a bad one is an error in its place and does not end the iteration.
 pub type Records = Box<dyn Iterator<Item = Result<Record>>>;
 
+/// What to do with another encoding.
+const RECODE: &str = "convert the file, as with `iconv -f latin1 -t utf-8`";
 /// What may be read, for messages.
 const EXTENSIONS: &str = ".jsonl, .json, .csv, .tsv, .txt or .parquet";
 
@@ -107,6 +109,9 @@ fn json_lines(file: Arc<str>, source: impl BufRead + 'static) -> impl Iterator<I
 }
 
 fn json_record(place: Place, line: &[u8]) -> Result<Record> {
+    if let Err(e) = std::str::from_utf8(line) {
+        return Err(bad(&place, format!("not valid UTF-8, from byte {} of it on", e.valid_up_to() + 1)).hint(RECODE));
+    }
     let value = serde_json::from_slice(line).map_err(|e| {
         bad(&place, format!("not a JSON object: {}, column {}", reason(&e), e.column()))
             .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")
@@ -199,8 +204,7 @@ fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let text = String::from_utf8(bytes).map_err(|e| {
         let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
-        bad(&Place { file: file.clone(), unit: "line", number: line as u64 }, "not valid UTF-8")
-            .hint("convert the file, as with `iconv -f latin1 -t utf-8`")
+        bad(&Place { file: file.clone(), unit: "line", number: line as u64 }, "not valid UTF-8").hint(RECODE)
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let texts = match unit {

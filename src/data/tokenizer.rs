@@ -104,19 +104,9 @@ impl Tokenizer {
         self.eos.as_ref().map(|(_, id)| *id)
     }
 
-    /// The id of one token, by its exact text.
-    pub fn token_id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
-    }
-
     /// Tokens in all, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
-    }
-
-    /// Whether the model has a chat template.
-    pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
     }
 
     /// Renders `messages` (a list of `{role, content, ...}`) by the model's chat template, as transformers' `apply_chat_template`.

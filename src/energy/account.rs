@@ -561,6 +561,7 @@ mod tests {
         }
         let progress = allowance.fraction(&first.spent_on(Phase::Train));
         first.close().unwrap();
+        drop(first);
         let second = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
         assert_eq!(second.allowance(&reserve), allowance);
         // Room for ten steps and a save, less loading (as dear as the save) and the save itself.

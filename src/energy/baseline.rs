@@ -4,7 +4,7 @@
 //! profile, returns a labelled `Baseline` that names its source and every assumption. Knows nothing of the run it is held against
 //! but its joules.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::budget::Rates;
 use super::carbon::carbon;
@@ -16,19 +16,19 @@ use crate::units::{Bytes, Flops, GramsCo2e, Joules, significant};
 use crate::work::{Precision, Work};
 
 /// What a run is compared with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BaselineKind {
-    /// Training the base model, from nothing, on all its tokens.
-    Pretraining,
     /// The same data, every weight trained.
     FullFineTuning,
     /// The same architecture with random weights, on the same data.
     FromScratchSameTask,
+    /// Training the base model, from nothing, on all its tokens.
+    Pretraining,
 }
 
 /// How a figure was come by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Label {
     /// Run, and metered.
@@ -97,7 +97,7 @@ impl Baseline {
             self.ratio = Some(central);
             self.ratio_bounds = match (parts, &self.parts) {
                 (_, None) => None,
-                (Some(own), Some(other)) => ratio::bounds(own, other),
+                (Some(own), Some(other)) => ratio::bounds(own, other).map(|bounds| bounds.map(|bound| bound * central)),
                 (None, Some(_)) => Some([central / MODEL_FACTOR, central * MODEL_FACTOR]),
             };
         }
@@ -296,7 +296,7 @@ mod tests {
         assert_eq!((held.ratio, held.ratio_bounds), (Some(3.0), Some([3.0 / 1.37, 3.0 * 1.37])));
         // Against a counted run of the same mix the error is shared.
         let [low, high] = baseline.clone().against(Joules(100.0), Some(&parts)).ratio_bounds.unwrap();
-        assert!((low - 1.0).abs() < 1e-12 && (high - 1.0).abs() < 1e-12);
+        assert!((low - 3.0).abs() < 1e-12 && (high - 3.0).abs() < 1e-12);
         // On the meter of a run that showed twice what was counted of it: twice the energy and the gas, and no other ratio.
         let metered = baseline.clone().metered(2.0).against(Joules(200.0), Some(&parts));
         assert_eq!((metered.energy, metered.gco2e, metered.ratio), (Joules(600.0), baseline.gco2e * 2.0, Some(3.0)));

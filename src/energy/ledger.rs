@@ -17,7 +17,7 @@
 //! lease in that line: on resume, lease less the entries after it becomes an entry of phase "lost".
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -42,15 +42,38 @@ enum Line {
 /// # Errors
 /// [`Kind::Io`]; [`Kind::Run`] naming file and line of a whole line that is none.
 pub fn read_entries(path: &Path) -> Result<Vec<Entry>> {
-    let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     let mut entries = Vec::new();
-    for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
-        if let Line::Entry(entry) = serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))? {
+    read_lines(path, |line| {
+        if let Line::Entry(entry) = line {
             entries.push(entry);
         }
-    }
+    })?;
     Ok(entries)
+}
+
+/// Gives `take` every whole line, in order; returns the bytes of whole lines, and of the file.
+fn read_lines(path: &Path, mut take: impl FnMut(Line)) -> Result<[usize; 2]> {
+    let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+        take(serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))?);
+    }
+    Ok([whole, text.len()])
+}
+
+/// Keeps the ledger to this process until it ends, however it does.
+///
+/// # Errors
+/// [`Kind::Run`] where another process has it.
+fn lock(file: &File, path: &Path) -> Result<()> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Error::new(Kind::Run, "another process is at work in this run")
+            .at(path.display().to_string())
+            .rule("one process at a time trains in a run directory")
+            .hint("wait until it has ended, or stop it and resume the run then")),
+        // Some file systems have no locks.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
+    }
 }
 
 /// The file and its sums.
@@ -80,6 +103,7 @@ impl Ledger {
     /// A new ledger; a file already there is refused.
     pub fn create(path: &Path) -> Result<Ledger> {
         let file = OpenOptions::new().create_new(true).append(true).open(path).map_err(|e| Error::io("create", path, e))?;
+        lock(&file, path)?;
         Ok(Self::on(path, file))
     }
 
@@ -91,23 +115,20 @@ impl Ledger {
     /// The ledger of a run to be continued: a half-written last line is cut off, and a lease that was never settled is entered
     /// as lost, on disk, before anything else.
     pub fn resume(path: &Path) -> Result<Ledger> {
-        let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
-        if whole < text.len() {
-            file.set_len(whole as u64).map_err(|e| Error::io("cut the half-written last line of", path, e))?;
-        }
+        lock(&file, path)?;
         let mut ledger = Self::on(path, file);
         let mut step = 0;
-        for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
-            match serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))? {
-                Line::Entry(entry) => {
-                    step = entry.step;
-                    ledger.note(&entry);
-                }
-                Line::Lease { lease, .. } => ledger.lease = lease,
-                Line::Settled { .. } => ledger.lease = Lease::default(),
+        let [whole, all] = read_lines(path, |line| match line {
+            Line::Entry(entry) => {
+                step = entry.step;
+                ledger.note(&entry);
             }
+            Line::Lease { lease, .. } => ledger.lease = lease,
+            Line::Settled { .. } => ledger.lease = Lease::default(),
+        })?;
+        if whole < all {
+            ledger.file.set_len(whole as u64).map_err(|e| Error::io("cut the half-written last line of", path, e))?;
         }
         ledger.enter_what_was_lost(step)?;
         Ok(ledger)
@@ -270,13 +291,16 @@ mod tests {
                 Filled { reason: "rapl: reset".to_string(), filled: MeterKind::Counted, times: 2.0, energy_j: MicroJoules(22) };
             ledger.append(&Entry { gap: Some(filled), ..entry(Phase::Train, step, energies(11, None, 5)) }).unwrap();
         }
-        for ledger in [ledger, Ledger::resume(&path).unwrap()] {
+        let check = |ledger: &Ledger| {
             // 20 measured and twice 22 filled; the ratio is of what was measured alone.
             assert_eq!(ledger.total().on(MeterKind::Measured), MicroJoules(64));
             assert_eq!((ledger.ratio(Phase::Train), ledger.ratio(Phase::Eval)), (Some(2.0), Some(2.0)));
             let gapped = Gapped { entries: 2, wall_s: Seconds(1.0), energy: MicroJoules(44) };
             assert_eq!(ledger.gaps().collect::<Vec<_>>(), [(Phase::Train, "rapl: reset", &gapped)]);
-        }
+        };
+        check(&ledger);
+        drop(ledger);
+        check(&Ledger::resume(&path).unwrap());
     }
 
     #[test]
@@ -311,6 +335,7 @@ mod tests {
         ledger.lease(Lease { steps: 9, energy_j: energies(90, Some(90), 90), flops: 9, time_s: Seconds(9.0) }).unwrap();
         ledger.append(&entry(Phase::Train, 1, energies(10, Some(9), 20))).unwrap();
         ledger.settle().unwrap();
+        drop(ledger);
         let again = Ledger::resume(&path).unwrap();
         assert_eq!(again.total().energy_j, energies(10, Some(9), 20));
     }
@@ -322,7 +347,22 @@ mod tests {
         let odd = energies(123_456_789_012_345, Some(1), 999_999_999_999);
         let mut ledger = Ledger::create(&path).unwrap();
         ledger.append(&entry(Phase::Save, 3, odd)).unwrap();
+        drop(ledger);
         assert_eq!(Ledger::resume(&path).unwrap().total().energy_j, odd);
+    }
+
+    #[test]
+    fn one_process_at_a_time_spends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut ledger = Ledger::create(&path).unwrap();
+        ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
+        let error = Ledger::resume(&path).unwrap_err();
+        assert!(error.kind() == Kind::Run && error.to_string().contains("another process"), "{error}");
+        // Reading is free.
+        assert_eq!(read_entries(&path).unwrap().len(), 1);
+        drop(ledger);
+        Ledger::resume(&path).unwrap();
     }
 
     #[test]
@@ -332,6 +372,7 @@ mod tests {
         let mut ledger = Ledger::create(&path).unwrap();
         ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
         ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
+        drop(ledger);
         let text = std::fs::read_to_string(&path).unwrap().replacen("load", "lunch", 1);
         std::fs::write(&path, text).unwrap();
         let error = Ledger::resume(&path).unwrap_err();

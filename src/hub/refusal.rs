@@ -76,8 +76,10 @@ pub(super) fn unreachable(source: &reqwest::Error, address: &str, subject: &Subj
         false => format!("cannot reach {address}: {}", cause(source)),
     };
     let error = Error::new(Kind::Hub, what).at(subject.place()).hint(format!(
-        "check the network, and HTTPS_PROXY or HF_ENDPOINT if you use them; a {} that is in the cache works with HF_HUB_OFFLINE=1",
-        subject.repo.kind.word()
+        "check the network, and HTTPS_PROXY or HF_ENDPOINT if you use them; a {} that is in the cache works with HF_HUB_OFFLINE=1; if \
+         `{}` is meant as a path, there is nothing at it",
+        subject.repo.kind.word(),
+        subject.repo.id
     ));
     let again = if source.is_builder() { Again::Never } else { Again::Soon };
     Failure { error, again }

@@ -52,11 +52,6 @@ impl<'a> Session<'a> {
         Self { decoder, context, cache: Vec::with_capacity(decoder.architecture().num_hidden_layers), length: 0 }
     }
 
-    /// Tokens read so far.
-    pub fn length(&self) -> usize {
-        self.length
-    }
-
     /// Reads `tokens` and returns the logits (V) that follow the last of them.
     pub fn read(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         if tokens.is_empty() {
@@ -125,15 +120,17 @@ impl Sampling {
 
     /// Chooses the token number `index` of a text from its logits (V).
     pub fn choose(&self, logits: &[f32], index: u64) -> u32 {
-        let mut ranked: Vec<u32> = (0..logits.len() as u32).collect();
         let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let ids = 0..logits.len() as u32;
         if self.temperature == 0.0 {
-            return ranked.into_iter().min_by(by_logit).unwrap_or(0);
+            return ids.min_by(by_logit).unwrap_or(0);
         }
-        ranked.sort_by(by_logit);
-        if self.top_k > 0 {
+        let mut ranked: Vec<u32> = ids.collect();
+        if (1..ranked.len()).contains(&self.top_k) {
+            ranked.select_nth_unstable_by(self.top_k, by_logit);
             ranked.truncate(self.top_k);
         }
+        ranked.sort_unstable_by(by_logit);
         let max = ranked.first().map_or(0.0, |id| f64::from(logits[*id as usize]));
         let weight = |id: &u32| ((f64::from(logits[*id as usize]) - max) / self.temperature).exp();
         let total: f64 = ranked.iter().map(weight).sum();

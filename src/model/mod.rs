@@ -25,4 +25,5 @@ pub use decoder::{Decoder, Parts};
 pub use generate::{Sampling, Session};
 pub use linears::Linears;
 pub use memory::{MemoryForecast, forecast_memory, least_recompute};
+pub(crate) use stored::Source;
 pub use weights::{Weights, random_tensor};

@@ -20,10 +20,13 @@ use crate::error::{Error, Kind, Result};
 const PART: usize = 1 << 18;
 
 /// A tensor in an open file.
-pub(super) struct Source<'a> {
-    pub(super) path: &'a Path,
-    pub(super) file: &'a File,
-    pub(super) tensor: &'a Stored,
+pub(crate) struct Source<'a> {
+    /// Named in errors.
+    pub(crate) path: &'a Path,
+    /// The open file.
+    pub(crate) file: &'a File,
+    /// Where the tensor lies in it.
+    pub(crate) tensor: &'a Stored,
 }
 
 impl Source<'_> {
@@ -45,7 +48,7 @@ impl Source<'_> {
     }
 
     /// In f32, row by row.
-    pub(super) fn f32s(&self) -> Result<Vec<f32>> {
+    pub(crate) fn f32s(&self) -> Result<Vec<f32>> {
         self.numbers(Dtype::F32, |wide| wide)
     }
 
@@ -110,13 +113,13 @@ fn convert<T>(dtype: Dtype, bytes: &[u8], into: &mut [T], narrow: impl Fn(f32) -
 
 /// Fills `bytes` from the place `at`, whatever other threads read meanwhile.
 #[cfg(unix)]
-fn read_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
+pub(super) fn read_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
 }
 
 /// Fills `bytes` from the place `at`, whatever other threads read meanwhile.
 #[cfg(windows)]
-fn read_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
+pub(super) fn read_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
     while !bytes.is_empty() {
         match std::os::windows::fs::FileExt::seek_read(file, bytes, at)? {
             0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),

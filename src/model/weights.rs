@@ -7,13 +7,16 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::rand_core::Rng;
 use safetensors::tensor::Dtype;
+use sha2::{Digest, Sha256};
 
 use super::architecture::{Architecture, TensorShape};
-use super::stored::Source;
+use super::stored::{Source, read_at};
 use crate::adapter::shards::{Stored, read_headers};
 use crate::error::{Error, Kind, Result};
 use crate::random::{Use, stream};
 
+/// Bytes at either end of a tensor that a fingerprint holds.
+const SAMPLE: usize = 4096;
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
@@ -36,6 +39,23 @@ impl Weights {
         let places = places.collect();
         let open = |path: &PathBuf| Ok((path.clone(), File::open(path).map_err(|source| Error::io("read", path, source))?));
         Ok(Self { files: paths.iter().map(open).collect::<Result<_>>()?, places })
+    }
+
+    /// Tells these weights from others of the same shapes: a digest of every tensor's place, type and first and last bytes.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        for (name, tensor) in &self.places {
+            hash.update(format!("{name} {:?} {:?} ", tensor.dtype, tensor.shape));
+            let (path, file) = &self.files[tensor.file];
+            let length = tensor.size.min(SAMPLE as u64);
+            for start in [tensor.start, tensor.start + tensor.size - length] {
+                let mut bytes = [0; SAMPLE];
+                let bytes = &mut bytes[..length as usize];
+                read_at(file, bytes, start).map_err(|e| Error::io("read", path, e))?;
+                hash.update(bytes);
+            }
+        }
+        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The tensor that the architecture calls `name`, as `dtype` on `device`: read and converted in one pass, nothing else is kept of it.

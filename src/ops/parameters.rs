@@ -174,18 +174,20 @@ impl Parameters {
 
     /// Puts a checkpoint's rows back; each must hold `len()` numbers.
     pub fn restore(&self, rows: [&[f32]; 3]) -> Result<()> {
-        for (index, row) in rows.into_iter().enumerate() {
-            if row.len() != self.len() {
-                let (found, wanted) = (row.len(), self.len());
-                return Err(Error::new(
-                    Kind::Run,
-                    format!("a checkpoint holds {found} trained numbers where this recipe has {wanted}"),
-                ));
-            }
-            let row = Tensor::from_slice(row, (1, self.len()), self.state.device())?;
-            self.state.slice_set(&row, 0, index)?;
+        rows.into_iter().enumerate().try_for_each(|(index, row)| self.restore_row(index, row))
+    }
+
+    /// Puts row `index` back, of `values`, `exp_avg` and `exp_avg_sq`.
+    pub fn restore_row(&self, index: usize, row: &[f32]) -> Result<()> {
+        if row.len() != self.len() {
+            let (found, wanted) = (row.len(), self.len());
+            return Err(Error::new(
+                Kind::Run,
+                format!("a checkpoint holds {found} trained numbers where this recipe has {wanted}"),
+            ));
         }
-        Ok(())
+        let row = Tensor::from_slice(row, (1, self.len()), self.state.device())?;
+        Ok(self.state.slice_set(&row, 0, index)?)
     }
 }
 

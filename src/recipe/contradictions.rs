@@ -72,14 +72,19 @@ fn measured_baselines(given: &Given, mistakes: &mut Mistakes) {
     }
 }
 
-/// PEFT refuses the pair too: a regex says the layers itself.
+/// PEFT refuses the pair too: layers are chosen among names.
 fn layers_need_names(given: &Given, mistakes: &mut Mistakes) {
-    let regex = given.get("adapter.target_modules").and_then(|value| targets(value, true));
-    if let (Some(Targets::Regex(_)), Some(place)) = (regex, given.written("adapter.layers_to_transform")) {
-        let hint = "name modules in a list, as in `target_modules = [\"q_proj\", \"v_proj\"]`, or put the layers into the regex";
-        let what = "`adapter.layers_to_transform` cannot stand beside a regex in `adapter.target_modules`";
-        mistakes.add(place, what, "layers are chosen for a list of names or for \"all-linear\"", hint);
-    }
+    let path = "adapter.layers_to_transform";
+    let (Some(_), Some(place)) = (given.get(path), given.written(path)) else { return };
+    let what = match given.get("adapter.target_modules").map(|value| targets(value, true)) {
+        Some(Some(Targets::Names(_)) | None) => return,
+        Some(Some(Targets::Regex(_))) => "a regex in `adapter.target_modules`",
+        _ if given.text("adapter.type") == Some("none") => return,
+        _ => "`target_modules = \"all-linear\"`, which holds where nothing is written",
+    };
+    let hint = "name modules in a list, as in `target_modules = [\"q_proj\", \"v_proj\"]`";
+    let what = format!("`{path}` cannot stand beside {what}");
+    mistakes.add(place, what, "layers are chosen for a list of names", hint);
 }
 
 fn cost_needs_a_price(given: &Given, mistakes: &mut Mistakes) {

@@ -172,7 +172,7 @@ pub(super) const ADAPTER_TYPES: [&str; 2] = ["lora", "none"];
 /// The words for "every linear layer but the output embedding".
 pub(super) const ALL_LINEAR: &str = "all-linear";
 /// The fields that `data.columns` may map: those the formats are made of.
-pub(super) const FIELDS: [&str; 7] = ["text", "prompt", "completion", "messages", "instruction", "input", "output"];
+pub(super) const FIELDS: [&str; 8] = ["text", "prompt", "completion", "messages", "tools", "instruction", "input", "output"];
 
 /// The tables in the order they are written, each with what it is about.
 pub(super) const TABLES: [(&str, &str); 8] = [
@@ -260,7 +260,7 @@ pub(super) static KEYS: &[Key] = &[
     key("adapter.use_rslora", Flag, Defaulted, "false", "Scaling is lora_alpha / sqrt(r)").known_as(&["rslora"]),
     key("adapter.rank_pattern", Ranks, Optional, "{ q_proj = 32 }", "Module pattern -> rank; the first that matches holds"),
     key("adapter.alpha_pattern", Alphas, Optional, "{ q_proj = 64 }", "Module pattern -> alpha; the first that matches holds"),
-    key("adapter.layers_to_transform", Layers, Optional, "[0, 1, 2]", "Only these layers"),
+    key("adapter.layers_to_transform", Layers, Optional, "[0, 1, 2]", "Only these layers, for a list of target_modules"),
     key("adapter.init_from", Text, Optional, "\"path-to-adapter\"", "Continue from a PEFT adapter: its r, alpha and targets hold")
         .known_as(&["resume_from", "adapter_path"]),
 

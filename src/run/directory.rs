@@ -11,15 +11,24 @@ pub struct RunDirectory(PathBuf);
 impl RunDirectory {
     /// A new directory; an existing one that holds anything is refused.
     pub fn create(path: &Path) -> Result<Self> {
-        let occupied = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
-        if occupied || path.is_file() {
-            return Err(Error::new(Kind::Run, "the run directory exists already")
+        let taken = || {
+            Error::new(Kind::Run, "the run directory exists already")
                 .at(path.display().to_string())
                 .rule("a run never overwrites another")
-                .hint(format!("choose another with `--out DIR`, or continue that run with `--resume {}`", path.display())));
+                .hint(format!("choose another with `--out DIR`, or continue that run with `--resume {}`", path.display()))
+        };
+        let occupied = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
+        if occupied || path.is_file() {
+            return Err(taken());
         }
         std::fs::create_dir_all(path).map_err(|e| Error::io("create", path, e))?;
-        Ok(Self(path.to_path_buf()))
+        let run = Self(path.to_path_buf());
+        // Of two that start at once, one makes the recipe's file.
+        match std::fs::File::create_new(run.recipe()) {
+            Ok(_) => Ok(run),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Err(taken()),
+            Err(e) => Err(Error::io("create", &run.recipe(), e)),
+        }
     }
 
     /// An existing run's directory: one that holds a recipe and its forecast (a recipe alone may be anybody's).

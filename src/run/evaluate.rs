@@ -67,7 +67,17 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
         tokens += batch.tokens.len() as u64;
     }
     let loss = sum / loss_tokens as f64;
+    if !loss.is_finite() {
+        return Err(not_finite("loss").value(loss.to_string()).while_running());
+    }
     Ok(Evaluation { loss, perplexity: loss.exp(), tokens, loss_tokens, examples: count as u64, flops: tally.take().flops() })
+}
+
+/// What a model gives whose weights hold infinities, or what is not a number.
+pub(super) fn not_finite(what: &str) -> Error {
+    Error::new(Kind::Model, format!("the model's {what} is not finite"))
+        .rule("weights are finite numbers")
+        .hint("the weights may be damaged: fetch or convert them again; with `--adapter`, try the model without it")
 }
 
 /// Refuses what has no loss, and records longer than the model's `positions`.

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::Screen;
+use super::evaluate::not_finite;
 use super::inference::{ModelRequest, load};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Sampling, Session};
@@ -58,10 +59,17 @@ pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn
     }
     let tally = Tally::default();
     let mut session = Session::new(&loaded.decoder, Context::new(&tally, job.model.precision));
+    if job.max_new_tokens > room - prompt.len() {
+        let most = room - prompt.len();
+        screen.note(&format!("warning: after this prompt the model has positions for {most} tokens: no more are generated"));
+    }
     let mut logits = session.read(&prompt)?;
     let (mut tokens, mut text, mut shown) = (Vec::new(), String::new(), 0);
     let most = job.max_new_tokens.min(room - prompt.len());
     for index in 0..most {
+        if logits.iter().any(|logit| !logit.is_finite()) {
+            return Err(not_finite("output").while_running());
+        }
         let token = job.sampling.choose(&logits, index as u64);
         tokens.push(token);
         if tokenizer.eos_id() == Some(token) {

@@ -15,6 +15,7 @@ pub fn device(name: &str) -> Result<(Device, Computing)> {
     let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
     let index: usize = index.parse().map_err(|_| unknown(name))?;
     match kind {
+        "cpu" | "auto" if name != kind => Err(unknown(name)),
         "cpu" => Ok((Device::Cpu, Computing::Cpu)),
         "auto" => automatic(),
         "cuda" if cfg!(feature = "cuda") => Ok((Device::new_cuda(index).map_err(unusable)?, Computing::Nvidia(index as u32))),
@@ -42,7 +43,10 @@ fn automatic() -> Result<(Device, Computing)> {
 }
 
 fn unknown(name: &str) -> Error {
-    Error::new(Kind::Usage, "there is no such device").value(name).rule("cpu, cuda, cuda:N, metal or auto")
+    Error::new(Kind::Usage, "there is no such device")
+        .value(name)
+        .rule("cpu, cuda, cuda:N, metal, metal:N or auto")
+        .hint("write `--device cpu`, or leave the option out")
 }
 
 fn unusable(source: candle_core::Error) -> Error {
@@ -55,7 +59,7 @@ pub(super) fn check_precision(device: &Device, precision: Precision) -> Result<(
         return Err(Error::new(Kind::Device, "f16 cannot be computed in on a CPU")
             .at("model.dtype")
             .rule("f32 or bf16 on a CPU")
-            .hint("write `dtype = \"bf16\"` in [model], or run with `--set model.dtype=bf16`"));
+            .hint("take bf16: `dtype = \"bf16\"` in [model] of a recipe, `--dtype bf16` without one"));
     }
     Ok(())
 }
@@ -91,7 +95,8 @@ pub(super) fn free_memory() -> Option<Bytes> {
 
 /// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not say.
 pub(super) fn free_disk(path: &Path) -> Option<Bytes> {
-    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/")).canonicalize().ok()?;
+    let path = std::path::absolute(path).ok()?;
+    let existing = path.ancestors().find(|p| p.exists())?.canonicalize().ok()?;
     let disks = sysinfo::Disks::new_with_refreshed_list().ok()?;
     let holds = disks.iter().filter(|disk| existing.starts_with(disk.mount_point()));
     holds.max_by_key(|disk| disk.mount_point().as_os_str().len()).map(|disk| Bytes(disk.available_space()))

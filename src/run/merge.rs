@@ -10,7 +10,6 @@ use super::model::companions;
 use crate::adapter::{self, MergeJob, MergeSummary};
 use crate::error::Result;
 use crate::model::{Architecture, Weights};
-use crate::units::Bytes;
 use crate::work::Precision;
 
 /// What is merged into what.
@@ -23,8 +22,6 @@ pub struct MergeRequest<'a> {
     pub adapter: &'a Path,
     /// The directory to make.
     pub out: &'a Path,
-    /// The most bytes in one weight file.
-    pub max_shard: Option<Bytes>,
 }
 
 /// Merges: `W + scaling B A` in f32, rounded once to the file's own format.
@@ -57,6 +54,6 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
         tied: &tied,
         copy: &copy,
         out: request.out,
-        max_shard: request.max_shard.unwrap_or(adapter::merge::DEFAULT_MAX_SHARD),
+        max_shard: adapter::merge::DEFAULT_MAX_SHARD,
     })
 }

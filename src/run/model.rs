@@ -11,7 +11,10 @@ use crate::recipe::ModelId;
 pub fn find_model(id: &ModelId, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
     match id {
         ModelId::Directory(dir) => hub::local_model(dir),
-        ModelId::Embedded(name) => hub::embedded(name, &cache_root()?.join("embedded")),
+        ModelId::Embedded(name) => hub::embedded(name, &cache_root()?.join("embedded")).map_err(|e| match e.kind() {
+            Kind::Io => e.hint("set WATTUNE_CACHE to a folder you may write to"),
+            _ => e,
+        }),
         ModelId::Hub(id) => Hub::new(Settings::from_env()?)?.model_metadata(id, revision, progress),
     }
 }

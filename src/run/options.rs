@@ -111,7 +111,7 @@ pub(super) fn settings(recipe: &Recipe, steps_per_epoch: u64, recompute: Recompu
         max_grad_norm: train.max_grad_norm,
         eval_every: train.eval_every,
         save_every: train.save_every,
-        keep_best: train.keep_best,
+        keep_best: train.keep_best && recipe.data.validation != recipe::Validation::None,
         recompute,
         dropout: match &recipe.adapter {
             recipe::Adapter::Lora(lora) => lora.lora_dropout,

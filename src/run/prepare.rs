@@ -1,6 +1,6 @@
 //! Preflight: a recipe -> everything a run needs before weights are read, or the reason why it cannot run.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
@@ -18,10 +18,13 @@ use crate::energy::meter::Computing;
 use crate::energy::{Budget, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Kind, Result};
 use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
-use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory, least_recompute};
+use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, Weights, forecast_memory, least_recompute};
 use crate::recipe::{self, Adapter, Checkpointing, DataSource, Init, Recipe, Validation};
 use crate::train::{self, checkpoint_bytes};
 use crate::units::Bytes;
+
+/// Steps of a run, at most.
+const MOST_STEPS: u64 = 10_000_000;
 
 /// What is trained.
 pub enum Target {
@@ -94,7 +97,7 @@ impl Prepared {
         self.target.parameters(&self.architecture)
     }
 
-    /// Names the resolved recipe: a checkpoint goes on only under it.
+    /// Names the resolved recipe, the model's commit and the data's contents: a checkpoint goes on only under them.
     pub fn digest(&self) -> &str {
         &self.settings.recipe
     }
@@ -112,6 +115,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
     let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
     let architecture = architecture_of(&files, device)?;
     let target = target(&recipe, &architecture)?;
+    let weights = weights_name(&recipe, &files, &architecture)?;
     let tokenizer = tokenizer_of(&files)?;
     check_length(&recipe, &architecture)?;
 
@@ -136,8 +140,10 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         recipe.energy.device.clone_from(&profile.name);
     }
     recipe.energy.meter = decided(Meters::open(profile.clone(), computing).resolve(meter(recipe.energy.meter))?);
-    let digest = Sha256::digest(recipe.to_toml()).iter().map(|byte| format!("{byte:02x}")).collect();
+    let seen = [Some(&train), validation.as_ref()].into_iter().flatten().map(|set| set.fingerprint.as_str());
+    let digest = digest_of(&recipe, weights.as_deref().into_iter().chain(seen));
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
+    check_steps(&settings)?;
     warnings.extend(profile.note.clone());
     Ok(Prepared {
         recipe,
@@ -159,6 +165,24 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         memory,
         warnings,
     })
+}
+
+/// What tells the pretrained weights from others: a hub model's commit, else what the files hold, which are checked; none where there are none
+/// yet.
+fn weights_name(recipe: &Recipe, files: &ModelFiles, architecture: &Architecture) -> Result<Option<String>> {
+    match (&files.commit, files.require_weights()) {
+        _ if recipe.model.init == Init::Random => Ok(None),
+        (Some(commit), _) => Ok(Some(commit.clone())),
+        (None, Ok(weights)) => Weights::open(weights, architecture)?.fingerprint().map(Some),
+        (None, Err(_)) => Ok(None),
+    }
+}
+
+/// Names a resolved recipe with what it was found to read.
+fn digest_of<'a>(recipe: &Recipe, read: impl Iterator<Item = &'a str>) -> String {
+    let mut hash = Sha256::new_with_prefix(recipe.to_toml());
+    read.for_each(|name| hash.update(format!(" {name}")));
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A model's architecture, for computing on `device`: a graphics processor keeps weights in the compute type, however they are stored.
@@ -249,6 +273,18 @@ pub(super) fn check_length(recipe: &Recipe, architecture: &Architecture) -> Resu
         .hint(format!("write `max_length = {most}` in [data]")))
 }
 
+/// A run is played through step by step before it starts.
+fn check_steps(settings: &train::Settings) -> Result<()> {
+    match settings.steps > MOST_STEPS {
+        false => Ok(()),
+        true => Err(Error::new(Kind::Recipe, "these are more steps than a run can have")
+            .at(if settings.by_epochs { "train.epochs" } else { "train.steps" })
+            .value(format!("{} steps", settings.steps))
+            .rule(format!("at most {MOST_STEPS}"))
+            .hint("write fewer: a budget in [budget] ends a run earlier than its steps")),
+    }
+}
+
 /// Training and validation records, and where they came from.
 fn datasets(recipe: &Recipe, tokenizer: &Tokenizer, progress: &dyn Progress) -> Result<(Dataset, Option<Dataset>, Vec<String>)> {
     let options = data_options(&recipe.data);
@@ -291,6 +327,7 @@ fn note_counts(which: &str, set: &Dataset, warnings: &mut Vec<String>) {
     note(counts.truncated, "are longer than max_length and were cut at the end");
     note(counts.dropped, "have no loss token left and were dropped");
     note(counts.skipped, "could not be read and were skipped");
+    note(counts.glued, "have no space between prompt and completion");
     if !set.eos_trained {
         warnings.push(format!("no {which} record ends with the end-of-text token: the model will not learn to stop"));
     }
@@ -336,7 +373,6 @@ pub(super) fn recompute(
         warnings.push(format!("not all activations fit in memory: those of {blocks} of {walked} blocks are computed again"));
     }
     let memory = forecast_memory(shape, trained as u64, tokens, chosen);
-    check_disk(recipe, trained)?;
     match free.filter(|free| memory.peak() > *free) {
         None => Ok((chosen, memory)),
         Some(free) => Err(Error::new(Kind::Resources, "this run does not fit in memory")
@@ -362,14 +398,17 @@ fn too_many_blocks(blocks: usize, walked: usize) -> Error {
         .hint("write `activation_checkpointing = \"always\"` for all of them")
 }
 
-/// Refuses a run whose checkpoints the disk cannot hold.
-fn check_disk(recipe: &Recipe, trained: usize) -> Result<()> {
-    let disk = Bytes(checkpoint_bytes(trained) as u64 * (recipe.train.save_total_limit as u64 + 2));
-    match machine::free_disk(&std::env::current_dir().unwrap_or_default()).filter(|space| *space < disk) {
+/// Refuses a run into `out` where its disk cannot hold the checkpoints: its own, and that of a baseline that is trained after it.
+pub(super) fn check_disk(prepared: &Prepared, out: &Path) -> Result<()> {
+    let (recipe, of) = (&prepared.recipe, |trained: usize, keep: usize| (checkpoint_bytes(trained) * (keep + 2)) as u64);
+    let baseline = asked(recipe).next().map_or(0, |_| of(Target::All.parameters(&prepared.architecture), 1));
+    let disk = Bytes(of(prepared.trained(), recipe.train.save_total_limit) + baseline);
+    match machine::free_disk(out).filter(|space| *space < disk) {
         None => Ok(()),
         Some(space) => Err(Error::new(Kind::Resources, "the disk has no room for the checkpoints")
+            .at(out.display().to_string())
             .value(format!("{disk} needed, {space} free"))
-            .hint("free some space, or lower `save_total_limit` in [train]")),
+            .hint("free some space, lower `save_total_limit` in [train], or choose another disk with `--out`")),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::types;
 use crate::report::{CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown, model_card};
-use crate::train::{Checkpoints, Outcome, Stop};
+use crate::train::{Checkpoints, Outcome, Stop, put_in_place, remove_directory};
 use crate::units::{Bytes, Joules, Seconds};
 
 /// What a report is made of.
@@ -68,22 +68,14 @@ fn write_result(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Para
     let prepared = inputs.prepared;
     let place = directory.result(prepared.whole_model());
     let draft = place.with_extension("partial");
-    remove(&draft)?;
+    remove_directory(&draft)?;
     std::fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
     trainee::export(prepared, parameters, &draft, Some(inputs.outcome.standing.tokens))?;
     if !prepared.whole_model() {
         copy_companions(prepared, &draft)?;
     }
     write_card(prepared, &draft, report)?;
-    remove(&place)?;
-    std::fs::rename(&draft, &place).map_err(|e| Error::io("rename", &draft, e))
-}
-
-fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
-        _ => Ok(()),
-    }
+    put_in_place(&draft, &place)
 }
 
 fn report(inputs: &Inputs<'_>) -> Result<Report> {
@@ -93,7 +85,8 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let energy = interval(account.kind(), spent.energy.joules());
     let wall = spent.time.max(inputs.wall);
     let evaluations = account.by_phase().find(|(phase, _)| *phase == Phase::Eval).map_or(0, |(_, totals)| totals.entries);
-    let evaluated = evaluations as usize - 2 * usize::from(inputs.sample.is_some()).min(evaluations as usize / 2);
+    let samples = usize::from(standing.sample_before.is_some()) + usize::from(inputs.sample.is_some());
+    let evaluated = (evaluations as usize).saturating_sub(samples);
     let counted = account.totals().energy_j.counted.joules();
     let (metered_over_counted, parts) = (account.metered_over_counted(), &account.totals().parts);
     let run = Run { spent: energy.central, metered_over_counted, parts };
@@ -104,6 +97,15 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
             Some(step) => format!("{what}; no result is written, the last checkpoint is `{}`", checkpoint_name(inputs, *step)),
             None => format!("{what}; no result is written, and no checkpoint was saved before"),
         });
+    }
+    if let (Some(before), Some(last)) = (standing.val_loss_before, standing.val_loss_last)
+        && last.val_loss > before
+    {
+        warnings.push(format!(
+            "the validation loss rose from {before:.4} to {:.4}: the model is worse at these data than before, and a lower `learning_rate` \
+             in [train] may help",
+            last.val_loss
+        ));
     }
     let inference = inference(prepared, counted, account.kind())?.map_err(|why| warnings.push(why)).ok();
     Ok(Report {
@@ -243,24 +245,15 @@ pub(super) fn stop_of(reason: StopReason) -> Stop {
 
 /// Each baseline with its bounds: its energy is as uncertain as its label says, its emissions also by the grid's years.
 pub(super) fn baseline_blocks(baselines: &[Baseline], prepared: &Prepared) -> Vec<types::Baseline> {
-    use baseline::{BaselineKind, Label};
+    use baseline::Label;
     let bounds = |b: &Baseline| {
         let energy = if b.label == Label::Measured { Interval::exact(b.energy) } else { Interval::counted(b.energy) };
         let carbon = carbon_block(prepared, energy, Seconds::ZERO);
         (Some(energy).filter(|energy| energy.low != energy.high), carbon)
     };
     let block = |(b, (energy, carbon)): (&Baseline, (Option<Interval<Joules>>, types::Carbon))| types::Baseline {
-        kind: match b.kind {
-            BaselineKind::Pretraining => types::BaselineKind::Pretraining,
-            BaselineKind::FullFineTuning => types::BaselineKind::FullFineTuning,
-            BaselineKind::FromScratchSameTask => types::BaselineKind::FromScratchSameTask,
-        },
-        label: match b.label {
-            Label::Measured => types::Label::Measured,
-            Label::Counted => types::Label::Counted,
-            Label::Published => types::Label::Published,
-            Label::Assumed => types::Label::Assumed,
-        },
+        kind: b.kind,
+        label: b.label,
         flops: Some(b.flops),
         energy_j: Some(b.energy),
         metered_over_counted: b.metered_over_counted,

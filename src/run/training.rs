@@ -1,14 +1,14 @@
 //! A training run from recipe to report, in its directory.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Device;
 
 use super::directory::RunDirectory;
 use super::model::fetch_weights;
 use super::options::meter;
-use super::prepare::{Prepared, Target, prepare};
+use super::prepare::{Prepared, Target, check_disk, prepare};
 use super::reporting::{Inputs, finished, stop_of, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::trainee::{self, Trainee};
@@ -70,6 +70,7 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         let id = prepared.recipe.model.id.clone();
         fetch_weights(&id, &mut prepared.files, screen.downloads())?;
     }
+    check_disk(&prepared, request.resume.unwrap_or(&request.out))?;
     let directory = match request.resume {
         Some(run) => RunDirectory::open(run)?,
         None => {
@@ -145,8 +146,14 @@ struct Start {
 
 impl Start {
     fn find(request: &TrainRequest<'_>, prepared: &Prepared, directory: RunDirectory) -> Result<Self> {
-        let account = open_account(request, prepared, &directory)?;
         let checkpoints = Checkpoints::new(directory.checkpoints(), prepared.recipe.train.save_total_limit);
+        if request.resume.is_some() && !directory.ledger().exists() && !checkpoints.steps()?.is_empty() {
+            return Err(Error::new(Kind::Run, "the ledger of this run is gone: what it has spent is not known")
+                .at(directory.ledger().display().to_string())
+                .rule("a run that was begun goes on with what is left of its budget")
+                .hint("put the file back, or start a new run with another `--out`"));
+        }
+        let account = open_account(request, prepared, &directory)?;
         let found = match request.resume {
             Some(_) => checkpoints.newest(prepared.digest())?,
             None => None,
@@ -221,7 +228,8 @@ fn run_in(
         truncate_after(&directory.steps(), standing.step)?;
         screen.note(&format!("resuming after step {}", standing.step));
     }
-    if standing.step == 0 && standing.sample_before.is_none() {
+    // Who asked to stop before the first step has both before the first step of the resumed run.
+    if standing.step == 0 && standing.sample_before.is_none() && !request.interrupted.load(Ordering::Relaxed) {
         standing.sample_before = sample(prepared, &decoder, prompt.as_ref(), &mut account, 0)?;
     }
     let outcome = {
@@ -245,7 +253,7 @@ fn run_in(
         outcome
     };
     let after = match outcome.stop {
-        Stop::Diverged(_) => None,
+        Stop::Diverged(_) | Stop::Interrupted => None,
         _ => sample(prepared, &decoder, prompt.as_ref(), &mut account, outcome.standing.step)?,
     };
     account.close()?;

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::shards::{F32s, write_f32s};
+use crate::adapter::shards::{F32s, read_headers, write_f32s};
 use crate::error::{Error, Kind, Result};
+use crate::model::Source;
 use crate::ops::Parameters;
 
 const STATE: &str = "state.json";
@@ -37,7 +38,7 @@ pub struct Standing {
     pub loss_tokens: u64,
     /// Wall time of training steps, in seconds.
     pub train_wall_s: f64,
-    /// A digest of the resolved recipe: a run is resumed under the recipe it began with.
+    /// A digest of the resolved recipe and of what it read: a run is resumed under what it began with.
     pub recipe: String,
     /// What the model wrote before the first step, if the caller asked it: a resumed model no longer can.
     #[serde(default)]
@@ -84,24 +85,25 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// Saves; `export` adds the model's own files to the new directory. Older checkpoints beyond the limit are removed, never `best`.
+    /// Saves; `export` adds the model's own files to the new directory. Where this step was saved already, its values are those of then, and
+    /// only where the run stands is written anew. Older checkpoints beyond the limit are removed, never `best`.
     pub fn save(&self, standing: &Standing, parameters: &Parameters, export: &dyn Fn(&Path) -> Result<()>) -> Result<PathBuf> {
         let place = self.path(standing.step);
         let draft = self.dir.join(format!(".step-{:06}.partial", standing.step));
-        if draft.exists() {
-            fs::remove_dir_all(&draft).map_err(|e| Error::io("remove", &draft, e))?;
-        }
+        remove_directory(&draft)?;
         fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
-        write_rows(&draft.join(TRAINER), parameters)?;
-        export(&draft)?;
         let state = serde_json::to_vec_pretty(standing).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
         fs::write(draft.join(STATE), state).map_err(|e| Error::io("write", &draft, e))?;
-        sync_files(&draft)?;
         if place.exists() {
-            fs::remove_dir_all(&place).map_err(|e| Error::io("remove", &place, e))?;
+            sync_files(&draft)?;
+            fs::rename(draft.join(STATE), place.join(STATE)).map_err(|e| Error::io("rename", &draft, e))?;
+            sync(&place)?;
+            remove_directory(&draft)?;
+        } else {
+            write_rows(&draft.join(TRAINER), parameters)?;
+            export(&draft)?;
+            put_in_place(&draft, &place)?;
         }
-        fs::rename(&draft, &place).map_err(|e| Error::io("rename", &draft, e))?;
-        sync(&self.dir)?;
         self.prune(standing.best.map(|best| best.step))?;
         Ok(place)
     }
@@ -110,8 +112,7 @@ impl Checkpoints {
         let steps = self.steps()?;
         let old = steps.len().saturating_sub(self.keep);
         for step in steps[..old].iter().filter(|step| Some(**step) != best) {
-            let path = self.path(*step);
-            fs::remove_dir_all(&path).map_err(|e| Error::io("remove", &path, e))?;
+            remove_directory(&self.path(*step))?;
         }
         Ok(())
     }
@@ -123,9 +124,9 @@ impl Checkpoints {
         let state = fs::read(path.join(STATE)).map_err(|e| damaged(&path, &format!("{STATE}: {e}")))?;
         let standing: Standing = serde_json::from_slice(&state).map_err(|e| damaged(&path, &e.to_string()))?;
         if standing.recipe != recipe {
-            return Err(Error::new(Kind::Run, "this checkpoint belongs to another recipe")
+            return Err(Error::new(Kind::Run, "the recipe, the model or the data are no longer those that this run began with")
                 .at(path.display().to_string())
-                .hint("resume with the run's own `recipe.toml`, or start a new run with another `--out`"));
+                .hint("put back what was changed (`recipe.toml` in the run directory, data files, a moved branch of the hub), or start a new run with another `--out`"));
         }
         match standing.step == step {
             true => Ok(Some(standing)),
@@ -133,21 +134,24 @@ impl Checkpoints {
         }
     }
 
-    /// The trained values of the checkpoint after `step`, put back into `parameters`.
+    /// The trained values of the checkpoint after `step`, put back into `parameters` row by row: one is in memory beside them.
     pub fn restore(&self, step: u64, parameters: &Parameters) -> Result<()> {
         let path = self.path(step);
-        let bytes = fs::read(path.join(TRAINER)).map_err(|e| damaged(&path, &format!("{TRAINER}: {e}")))?;
-        let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| damaged(&path, &e.to_string()))?;
-        let row = |name: &str| -> Result<Vec<f32>> {
-            let view = file.tensor(name).map_err(|e| damaged(&path, &e.to_string()))?;
-            if view.dtype() != Dtype::F32 || view.shape() != [parameters.len()] {
-                let found = format!("`{name}` holds {:?} {:?}", view.dtype(), view.shape());
+        let file = path.join(TRAINER);
+        let stored = read_headers(std::slice::from_ref(&file)).map_err(|e| damaged(&path, &e.to_string()))?;
+        let open = File::open(&file).map_err(|e| damaged(&path, &format!("{TRAINER}: {e}")))?;
+        for (index, name) in ROWS.into_iter().enumerate() {
+            let row = stored.iter().find(|tensor| tensor.name == name);
+            let row = row.ok_or_else(|| damaged(&path, &format!("{TRAINER} holds no `{name}`")))?;
+            if row.dtype != Dtype::F32 || row.shape != [parameters.len()] {
+                let found = format!("`{name}` holds {:?} {:?}", row.dtype, row.shape);
                 return Err(damaged(&path, &found).rule(format!("F32 [{}]", parameters.len())));
             }
-            Ok(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
-        };
-        let rows = [row(ROWS[0])?, row(ROWS[1])?, row(ROWS[2])?];
-        parameters.restore([&rows[0], &rows[1], &rows[2]])
+            let source = Source { path: &file, file: &open, tensor: row };
+            let values = source.f32s().map_err(|e| damaged(&path, &e.to_string()))?;
+            parameters.restore_row(index, &values)?;
+        }
+        Ok(())
     }
 }
 
@@ -167,6 +171,27 @@ fn damaged(path: &Path, why: &str) -> Error {
 fn write_rows(path: &Path, parameters: &Parameters) -> Result<()> {
     parameters
         .with_rows(|rows| write_f32s(path, ROWS.into_iter().zip(rows).map(|(name, row)| F32s::flat(name, row)).collect(), false))
+}
+
+/// Makes the directory `draft` the one at `place`, which is whole at any moment or absent: what was there goes once the new one stands.
+pub fn put_in_place(draft: &Path, place: &Path) -> Result<()> {
+    sync_files(draft)?;
+    let before = place.with_extension("before");
+    remove_directory(&before)?;
+    match fs::rename(place, &before) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("rename", place, e)),
+        _ => fs::rename(draft, place).map_err(|e| Error::io("rename", draft, e))?,
+    }
+    sync(place.parent().unwrap_or(place))?;
+    remove_directory(&before)
+}
+
+/// Removes a directory, if it is there.
+pub fn remove_directory(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        _ => Ok(()),
+    }
 }
 
 /// Flushes every file below `dir`, and `dir` itself, to the disk.
@@ -205,6 +230,34 @@ mod tests {
         checkpoints.restore(7, &other).unwrap();
         assert_eq!(other.snapshot().unwrap(), saved.snapshot().unwrap());
         assert_eq!(checkpoints.newest("another").unwrap_err().kind(), Kind::Run);
+    }
+
+    #[test]
+    fn a_step_saved_again_stays_whole_and_tells_the_newer_standing() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 1);
+        let first = Standing { step: 4, recipe: "r".into(), ..Standing::default() };
+        checkpoints.save(&first, &parameters(0.5), &|_| Ok(())).unwrap();
+        let second = Standing { best: Some(Evaluated { step: 4, val_loss: 0.25 }), ..first };
+        let path = checkpoints.save(&second, &parameters(0.5), &|_| panic!("the values are there")).unwrap();
+        assert_eq!(checkpoints.newest("r").unwrap(), Some(second));
+        checkpoints.restore(4, &parameters(0.0)).unwrap();
+        assert_eq!((fs::read_dir(dir.path()).unwrap().count(), fs::read_dir(path).unwrap().count()), (1, 2));
+    }
+
+    #[test]
+    fn a_directory_is_replaced_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let [draft, place] = ["a.partial", "a"].map(|name| dir.path().join(name));
+        for text in ["first", "second"] {
+            fs::create_dir(&draft).unwrap();
+            fs::write(draft.join(text), text).unwrap();
+            put_in_place(&draft, &place).unwrap();
+            assert!(place.join(text).exists());
+            assert_eq!((fs::read_dir(dir.path()).unwrap().count(), fs::read_dir(&place).unwrap().count()), (1, 1));
+        }
+        assert!(put_in_place(&draft, &place).is_err(), "there is no draft");
+        assert!(place.exists(), "what was there stays");
     }
 
     #[test]

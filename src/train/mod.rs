@@ -12,7 +12,7 @@ mod step;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use checkpoint::{Checkpoints, Evaluated, Standing, checkpoint_bytes};
+pub use checkpoint::{Checkpoints, Evaluated, Standing, checkpoint_bytes, put_in_place, remove_directory};
 pub use forecast::{Costs, Course, Due, Forecast, forecast};
 pub use schedule::{Decay, Schedule};
 pub use step::{StepRecord, backpropagate, batch_on, descend};
@@ -124,7 +124,8 @@ pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Obser
     let tally = Tally::default();
     let context = Context::new(&tally, job.settings.precision);
     let costs = Costs::new(job.shape, job.sampler, job.validation, job.parameters.len(), job.settings, job.ending.clone());
-    if standing.step == 0 && standing.val_loss_before.is_none() && costs.evaluates() {
+    let at_once = job.interrupted.load(Ordering::Relaxed);
+    if standing.step == 0 && standing.val_loss_before.is_none() && costs.evaluates() && !at_once {
         let val_loss = evaluate(job, context, &costs, 0, observer)?;
         if !val_loss.is_finite() {
             return Ok(Outcome {

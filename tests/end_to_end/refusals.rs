@@ -51,12 +51,14 @@ fn devices_that_are_not_there_are_named() {
     let lab = Lab::new();
     says(
         &lab.refused(2, &["train", "recipe.toml", "--device", "gpu"]),
-        &["there is no such device", "gpu", "cpu, cuda, cuda:N, metal or auto"],
+        &["there is no such device", "gpu", "cpu, cuda, cuda:N, metal, metal:N or auto", "--device cpu"],
     );
+    says(&lab.refused(2, &["train", "recipe.toml", "--device", "cpu:3"]), &["there is no such device", "cpu:3"]);
     if !cfg!(feature = "cuda") {
         says(&lab.refused(2, &["train", "recipe.toml", "--device", "cuda"]), &["no cuda support", "--features cuda"]);
     }
     says(&lab.refused(2, &["train", "recipe.toml", "--threads", "0"]), &["--threads"]);
+    says(&lab.refused(2, &["train", "recipe.toml", "--threads", "99999"]), &["99999", "at most 16 for each", "--threads "]);
     says(&lab.refused(2, &["train"]), &["RECIPE"]);
 }
 

@@ -130,7 +130,7 @@ fn an_interrupted_run_saves_and_goes_on() {
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130), "{name}");
         let resume_with = format!("wattune train --resume {name}");
-        let words = ["stopping after this step", "a checkpoint is saved", &resume_with];
+        let words = ["stopping and saving", "a checkpoint is saved", &resume_with];
         says(&String::from_utf8(output.stderr).unwrap(), &words);
         let report: Value = serde_json::from_slice(&lab.read(&format!("{name}/report.json"))).unwrap();
         assert_eq!(word(&report, "/training/stop_reason"), "interrupted");
@@ -200,6 +200,18 @@ fn what_cannot_be_resumed_says_why() {
     says(&message, &["not the one that this run began with", "wattune train --resume run"]);
     // Overrides without a recipe would be lost: refused.
     says(&lab.refused(2, &["train", "--resume", "run", "--set", "train.steps=7"]), &["RECIPE"]);
+    // Other data under the same name.
+    let records = lab.read("train.jsonl");
+    lab.records("train.jsonl", "recipes/quickstart/train.jsonl", 23);
+    says(&lab.refused(2, &["train", "--resume", "run"]), &["no longer those that this run began with", "put back"]);
+    std::fs::write(lab.path("train.jsonl"), records).unwrap();
+    // A lost ledger: with it the budget would begin anew.
+    std::fs::rename(lab.path("run/ledger.jsonl"), lab.path("ledger")).unwrap();
+    says(
+        &lab.refused(2, &["train", "--resume", "run"]),
+        &["the ledger of this run is gone", "run/ledger.jsonl", "put the file back"],
+    );
+    std::fs::rename(lab.path("ledger"), lab.path("run/ledger.jsonl")).unwrap();
     // A damaged checkpoint: named, with the way out.
     let newest = "run/checkpoints/step-000004";
     cut(&lab, &format!("{newest}/trainer.safetensors"), 100);
@@ -212,6 +224,18 @@ fn what_cannot_be_resumed_says_why() {
     let report = lab.json(&[&["train", "recipe.toml", "--resume", "run", "--quiet"], &flags(&keys[..3])[..]].concat());
     assert!(String::from_utf8(lab.read("run/recipe.toml")).unwrap().contains("\nactivation_checkpointing = 2 "));
     assert_as_uninterrupted(&lab, "run", &report);
+}
+
+#[test]
+fn a_run_that_is_still_going_is_left_alone() {
+    let lab = Lab::new();
+    let mut child = start(&lab, &["train", "recipe.toml", "--out", "run", "--quiet", "--set", "train.steps=200"]);
+    assert!(reached(&lab, &mut child, "run", 2));
+    says(&lab.refused(2, &["train", "--resume", "run"]), &["another process is at work in this run", "run/ledger.jsonl"]);
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let steps = lab.lines("run/steps.jsonl").len();
+    assert_eq!(steps, lab.lines("run/ledger.jsonl").iter().filter(|line| line["phase"] == "train").count());
 }
 
 #[test]

@@ -14,7 +14,7 @@ mod zones;
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use attributed::Attributed;
 pub use nvml::{NvmlSensor, gpu_name};
@@ -71,7 +71,7 @@ impl Gap {
 }
 
 /// Why a sensor cannot be used, and what to do about it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Absent {
     /// What was found.
     pub reason: String,
