@@ -44,9 +44,7 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     stop_when_asked(common.quiet)?;
     let out_dir = match (&arguments.out, &recipe) {
         (Some(out), _) => out.clone(),
-        (None, Some(recipe)) => {
-            PathBuf::from("runs").join(format!("{}-{}", recipe.name, chrono::Local::now().format("%Y%m%d-%H%M%S")))
-        }
+        (None, Some(recipe)) => free_directory(&format!("{}-{}", recipe.name, chrono::Local::now().format("%Y%m%d-%H%M%S"))),
         (None, None) => PathBuf::new(),
     };
     let request = TrainRequest {
@@ -93,6 +91,19 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         }
         _ => Ok(ExitCode::SUCCESS),
     }
+}
+
+/// A directory for a run that is not there yet: of runs begun in one second the later ones have a number.
+fn free_directory(name: &str) -> PathBuf {
+    let folder = PathBuf::from("runs");
+    let mut path = folder.join(name);
+    for number in 2u32.. {
+        if !path.exists() {
+            break;
+        }
+        path = folder.join(format!("{name}-{number}"));
+    }
+    path
 }
 
 /// The first Ctrl-C, or a plain `kill` (SIGTERM) as batch systems send it before they take a machine back, asks the loop to stop; the

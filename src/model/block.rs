@@ -1,13 +1,13 @@
 //! One decoder block: `x1 = x + o(attention(norm x))`, `y = x1 + down(swiglu(gate, up)(norm x1))`, forward and backward.
 
 use candle_core::Tensor;
-use rand::RngExt;
+use rand_chacha::rand_core::Rng;
 
 use super::linears::{Linears, NAMES, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Branch, Context, FeedForward, FeedForwardSaved, Gradients, Linear, LinearInput, LinearSaved, Part,
-    RmsNorm, RmsNormSaved, RopeTables, Segments, backward_together, dropout_mask,
+    Attention, AttentionSaved, Branch, Context, FeedForward, FeedForwardSaved, Gradients, Linear, LinearInput, LinearSaved, Mask,
+    Part, RmsNorm, RmsNormSaved, RopeTables, Segments, backward_together,
 };
 use crate::random::{self, Use};
 
@@ -158,20 +158,20 @@ impl Block {
         x: &LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        linear.forward_prepared(pass.context, x, self.mask(pass, linear, name, x)?, base)
+        linear.forward_prepared(pass.context, x, self.mask(pass, linear, name, x), base)
     }
 
-    /// What a layer's adapter's input is multiplied by, where there is dropout.
-    fn mask(&self, pass: Pass<'_>, linear: &Linear, name: &str, x: &LinearInput) -> Result<Option<Tensor>> {
-        let Some(dropout) = pass.dropout.filter(|_| linear.lora.is_some()) else { return Ok(None) };
-        let x = x.tensor()?;
-        let width = x.dims2()?.1;
-        let path = format!("{}.{name}", self.path);
-        let mut u = Vec::with_capacity(x.elem_count());
-        for (range, example) in pass.segments.ranges().iter().zip(dropout.examples) {
-            let mut stream = random::stream(dropout.seed, Use::Dropout, &[dropout.step, *example], &path);
-            u.extend((0..range.len() * width).map(|_| stream.random::<f32>()));
-        }
-        Ok(Some(dropout_mask(u, dropout.p, x)?))
+    /// What dropout leaves of a layer's adapter's input, where there is any.
+    fn mask(&self, pass: Pass<'_>, linear: &Linear, name: &str, x: &LinearInput) -> Option<Mask> {
+        let dropout = pass.dropout.filter(|_| linear.lora.is_some())?;
+        let (ranges, path, (rows, width)) = (pass.segments.ranges(), format!("{}.{name}", self.path), x.shape());
+        let stream = |example: &u64| random::stream(dropout.seed, Use::Dropout, &[dropout.step, *example], &path);
+        let streams: Vec<_> = dropout.examples.iter().map(stream).collect();
+        Some(Mask::draw((rows, width), dropout.p, |row, numbers| {
+            let segment = ranges.partition_point(|range| range.end <= row);
+            let mut stream = streams[segment].clone();
+            stream.set_word_pos(((row - ranges[segment].start) * width) as u128);
+            numbers.iter_mut().for_each(|number| *number = stream.next_u32());
+        }))
     }
 }

@@ -107,12 +107,14 @@ impl ModelShape {
     }
 
     /// Bytes that the block `layer` keeps of `tokens` tokens for its backward pass. In the compute type: its input, q, k, v, the mix, x1, gate,
-    /// up. In f32: what each adapter's A makes, and its mask.
+    /// up. In f32: what each adapter's A makes. A mask has a bit for
+    /// each number.
     pub(super) fn kept_by_block(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
         let (q, kv) = (a.attention.heads * a.attention.head_dim, a.attention.kv_heads * a.attention.head_dim);
         let narrow = 2 * (a.hidden_size + q + kv + a.intermediate_size);
-        let wide = |shape: &LinearShape| shape.r.map_or(0, |r| r + if shape.dropout { shape.in_features } else { 0 });
+        let wide =
+            |shape: &LinearShape| shape.r.map_or(0, |r| r + if shape.dropout { shape.in_features.div_ceil(32) } else { 0 });
         let wide: usize = self.linears(layer, tokens, self.dropout).each().into_iter().map(wide).sum();
         (tokens * (narrow * dtype(self.precision).size_in_bytes() + 4 * wide)) as u64
     }

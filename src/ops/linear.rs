@@ -3,8 +3,9 @@
 //! x is (N, in), W (out, in), A (r, in), B (out, r), y (N, out). A frozen W costs two products a token (forward and input gradient);
 //! its own gradient is computed only where W is trained. Source of the pair: Hu et al. 2021, "LoRA", section 4.1.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 
+use super::dropout::Mask;
 use super::host::{Host, ROWS_PER_TASK, expect, expect_shape, f32_contiguous, restored, tensor, uninitialized};
 use super::product::{Left, Matrix, Prepared, Start, Term, product, product_by, product_of_few, products};
 use super::residual::residual_cost;
@@ -64,6 +65,11 @@ impl LinearInput {
         Self { shape, x: None, prepared }
     }
 
+    /// (N, in).
+    pub fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
     /// N.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn rows(&self) -> usize {
@@ -116,7 +122,7 @@ pub struct LinearSaved {
 
 #[derive(Debug, Clone)]
 struct Low {
-    mask: Option<Tensor>,
+    mask: Option<Mask>,
     xa: Tensor,
 }
 
@@ -204,13 +210,13 @@ impl Linear {
         self.lora.is_some() || self.weight.is_trained()
     }
 
-    /// x (N, in) -> y (N, out), added to `base` (N, out) where there is one. `mask` (N, in) multiplies the adapter's input: zero or
-    /// `1 / (1 - p)`.
+    /// x (N, in) -> y (N, out), added to `base` (N, out) where there is one. `mask` (N, in): where dropout is on the
+    /// adapter's input.
     pub fn forward(
         &self,
         context: Context<'_>,
         x: &Tensor,
-        mask: Option<Tensor>,
+        mask: Option<Mask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         self.forward_prepared(context, &LinearInput::new(context, x.clone())?, mask, base)
@@ -221,7 +227,7 @@ impl Linear {
         &self,
         context: Context<'_>,
         input: &LinearInput,
-        mask: Option<Tensor>,
+        mask: Option<Mask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let shape = self.shape(input.shape.0, mask.is_some())?;
@@ -258,7 +264,7 @@ impl Linear {
         &self,
         context: Context<'_>,
         x: &Tensor,
-        mask: Option<Tensor>,
+        mask: Option<Mask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let mut y = matmul(context, x, &self.weight.tensor.t()?)?;
@@ -283,7 +289,7 @@ impl Linear {
         &self,
         context: Context<'_>,
         input: &LinearInput,
-        mask: Option<Tensor>,
+        mask: Option<Mask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let ((n, _), o, precision) = (input.shape, self.weight.tensor.dims2()?.0, context.precision);
@@ -318,16 +324,13 @@ impl Linear {
         context: Context<'_>,
         input: &LinearInput,
         left: &Left<'_>,
-        mask: Option<Tensor>,
+        mask: Option<Mask>,
     ) -> Result<Option<(LinearSaved, Vec<f32>)>> {
         let Some(lora) = &self.lora else { return Ok(None) };
         let ((n, i), (r, _), a) = (input.shape, lora.a.tensor.dims2()?, Host::open_any(&lora.a.tensor)?);
         let xa = match &mask {
             None => products(&[Term { a: left, b: a.matrix(r, i).t() }], Start::Zero),
-            Some(_) => {
-                let x = masked(input.tensor()?, mask.as_ref())?;
-                product(context.precision, Host::open_any(&x)?.matrix(n, i), a.matrix(r, i).t())
-            }
+            Some(mask) => product(context.precision, Matrix::of(&mask.of(input.tensor()?)?, n, i), a.matrix(r, i).t()),
         };
         let scaled = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
         Ok(Some((LinearSaved { low: Some(Low { mask, xa: tensor(xa, (n, r))? }) }, scaled)))
@@ -458,10 +461,7 @@ impl Branch<'_> {
         let few = Matrix::of(d_low, n, r).t();
         let da = match &low.mask {
             None => x.product_of_few(context.precision, few)?,
-            Some(mask) => {
-                let x = masked(x.tensor()?, Some(mask))?;
-                product_of_few(context.precision, few, Host::open_any(&x)?.matrix(n, i))
-            }
+            Some(mask) => product_of_few(context.precision, few, Matrix::of(&mask.of(x.tensor()?)?, n, i)),
         };
         gradients.add(&lora.a, tensor(da, (r, i))?)
     }
@@ -501,11 +501,11 @@ fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow],
     }
     let base = base.map(Tensor::contiguous).transpose()?;
     let base = base.as_ref().map(Host::open).transpose()?;
-    let mut dx = tensor(products(&terms, base.as_ref().map_or(Start::Zero, |base| Start::Matrix(base.slice()))), (n, i))?;
+    let mut dx = products(&terms, base.as_ref().map_or(Start::Zero, |base| Start::Matrix(base.slice())));
     for (term, mask) in apart {
-        dx = (dx + (tensor(products(&[term], Start::Zero), (n, i))? * mask)?)?;
+        mask.add(&products(&[term], Start::Zero), &mut dx);
     }
-    Ok(dx)
+    tensor(dx, (n, i))
 }
 
 /// (r, in) of a layer's adapter; (0, 0) where there is none.
@@ -534,17 +534,9 @@ fn transposed(x: &[f32], (rows, columns): (usize, usize), scale: f32) -> Vec<f32
     out
 }
 
-fn masked(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+fn masked(x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
     Ok(match mask {
-        Some(mask) => (x.to_dtype(DType::F32)? * mask)?,
+        Some(mask) => (x.to_dtype(DType::F32)? * mask.tensor(x.device())?)?,
         None => x.clone(),
     })
-}
-
-/// A dropout mask of x's shape from uniform numbers `u` in [0, 1): zero where u < p, else `1 / (1 - p)`.
-pub fn dropout_mask(mut u: Vec<f32>, p: f64, like: &Tensor) -> Result<Tensor> {
-    let keep = (1.0 / (1.0 - p)) as f32;
-    u.iter_mut().for_each(|u| *u = if f64::from(*u) < p { 0.0 } else { keep });
-    debug_assert_eq!(u.len() % like.dim(D::Minus1)?, 0);
-    Ok(Tensor::from_vec(u, like.shape(), like.device())?)
 }

@@ -1,6 +1,6 @@
 //! Primitives with an explicit forward and backward.
 //!
-//! Each op is one file and one pair on plain tensors: `forward(x) -> (y, Saved)` and `backward(dy, Saved) -> (dx, gradients)`,
+//! Each op is one file or folder and one pair on plain tensors: `forward(x) -> (y, Saved)` and `backward(dy, Saved) -> (dx, gradients)`,
 //! as candle primitives (the reference, on any device), as a fused CPU pass where that pays, and with its cost. A running op adds
 //! to the context's tally the very value that its cost function predicts. Activations are (N, C): N tokens of all segments laid
 //! end to end, C channels. Knows nothing of models.
@@ -8,6 +8,7 @@
 mod adamw;
 mod attention;
 mod cross_entropy;
+mod dropout;
 mod embedding;
 mod feed_forward;
 mod host;
@@ -26,9 +27,10 @@ mod team;
 pub use adamw::{AdamW, adamw_cost};
 pub use attention::{Attention, AttentionSaved, attention_backward_cost, attention_decode_cost, attention_forward_cost};
 pub use cross_entropy::{Head, HeadShape};
+pub use dropout::Mask;
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
 pub use feed_forward::{FeedForward, FeedForwardSaved, Masks, Part};
-pub use linear::{Branch, Linear, LinearInput, LinearSaved, LinearShape, Lora, backward_together, dropout_mask};
+pub use linear::{Branch, Linear, LinearInput, LinearSaved, LinearShape, Lora, backward_together};
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};

@@ -1,8 +1,8 @@
 //! Causal grouped-query attention over segments, without a (T, T) matrix.
 //!
 //! q (N, Hq * D), k and v (N, Hkv * D), output (N, Hq * D); query head h reads key head h / (Hq / Hkv). Queries go in blocks of
-//! `BLOCK` rows against the keys up to the block's end, so memory is `BLOCK x T` and the executed work is that of the blocks, not
-//! of the full square. The forward pass keeps each row's log-sum-exp; the backward pass computes the block's probabilities again from it
+//! `BLOCK` rows against the keys up to the block's end, a run of keys at a time, so that memory does not grow with T squared and the
+//! executed work is that of the blocks, not of the full square. The forward pass keeps each row's log-sum-exp; the backward pass computes the block's probabilities again from it
 //! (Dao et al. 2022, "FlashAttention", section 3.1, at this block size).
 
 mod cpu;

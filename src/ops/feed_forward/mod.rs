@@ -9,7 +9,7 @@ mod tiles;
 use candle_core::Tensor;
 
 use super::swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward};
-use super::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, backward_together};
+use super::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Mask, backward_together};
 use crate::error::Result;
 #[cfg(target_arch = "x86_64")]
 use crate::error::{Error, Kind};
@@ -64,7 +64,7 @@ pub enum Part {
 }
 
 /// The mask of a layer's adapter, (N, in), for its input.
-pub type Masks<'a> = &'a dyn Fn(Part, &LinearInput) -> Result<Option<Tensor>>;
+pub type Masks<'a> = &'a dyn Fn(Part, &LinearInput) -> Option<Mask>;
 
 impl FeedForward<'_> {
     /// x (N, C) -> base + y (N, C). `masks`: where adapters have dropout. `through`: whether a backward pass is sure to ask for
@@ -82,14 +82,14 @@ impl FeedForward<'_> {
             return self.forward_tiles(context, x, base);
         }
         let _ = through;
-        let mask = |part: Part, x: &LinearInput| masks.map_or(Ok(None), |masks| masks(part, x));
-        let (gate, gate_saved) = self.gate.forward_prepared(context, &x, mask(Part::Gate, &x)?, None)?;
-        let (up, up_saved) = self.up.forward_prepared(context, &x, mask(Part::Up, &x)?, None)?;
+        let mask = |part: Part, x: &LinearInput| masks.and_then(|masks| masks(part, x));
+        let (gate, gate_saved) = self.gate.forward_prepared(context, &x, mask(Part::Gate, &x), None)?;
+        let (up, up_saved) = self.up.forward_prepared(context, &x, mask(Part::Up, &x), None)?;
         drop(x);
         let (inner, saved) = swiglu(context, &gate, &up)?;
         drop((gate, up));
         let inner = LinearInput::new(context, inner)?;
-        let (y, down) = self.down.forward_prepared(context, &inner, mask(Part::Down, &inner)?, Some(base))?;
+        let (y, down) = self.down.forward_prepared(context, &inner, mask(Part::Down, &inner), Some(base))?;
         Ok((y, FeedForwardSaved { between: Between::Rows(saved), gate: gate_saved, up: up_saved, down }))
     }
 

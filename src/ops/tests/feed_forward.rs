@@ -5,10 +5,10 @@ use proptest::prelude::*;
 
 use super::super::product::{available, best};
 use super::super::{
-    Context, FeedForward, Gradients, Linear, LinearInput, Lora, Masks, Parameters, Part, Weight, dropout_mask, residual_cost,
+    Context, FeedForward, Gradients, Linear, LinearInput, Lora, Mask, Masks, Parameters, Part, Weight, residual_cost,
     swiglu_backward_cost, swiglu_cost,
 };
-use super::{Pair, Passed, autograd, bits, cases, flat, named, on, random, uniform, with};
+use super::{Pair, Passed, autograd, bits, cases, flat, mask, named, on, random, with};
 use crate::work::{Precision, Tally, Work};
 
 const SCALING: f64 = 1.5;
@@ -111,7 +111,7 @@ impl Parts {
         (y, all)
     }
 
-    fn naive(&self, inputs: &[Tensor], base: &Tensor, masks: Option<&[Tensor; 3]>) -> Tensor {
+    fn naive(&self, inputs: &[Tensor], base: &Tensor, masks: Option<&[Mask; 3]>) -> Tensor {
         let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
         let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
         let mut next = inputs[1..].iter();
@@ -122,7 +122,7 @@ impl Parts {
                 y = y.broadcast_add(next.next().unwrap()).unwrap();
             }
             if r.is_some() {
-                let x = masks.map_or(x.clone(), |masks| (x * wide(&masks[index])).unwrap());
+                let x = masks.map_or(x.clone(), |masks| (x * wide(&masks[index].tensor(&Device::Cpu).unwrap())).unwrap());
                 let low = product(&x, next.next().unwrap());
                 y = (y + (product(&low, next.next().unwrap()) * SCALING).unwrap()).unwrap();
             }
@@ -153,8 +153,8 @@ impl Parts {
         cost
     }
 
-    fn masks(&self, [n, c, f]: [usize; 3], seed: u64) -> Option<[Tensor; 3]> {
-        let mask = |columns: usize, seed: u64| dropout_mask(uniform(seed, n * columns), 0.3, &random(0, &[n, columns])).unwrap();
+    fn masks(&self, [n, c, f]: [usize; 3], seed: u64) -> Option<[Mask; 3]> {
+        let mask = |columns: usize, seed: u64| mask(seed, (n, columns), 0.3);
         self.dropout.then(|| [mask(c, seed), mask(c, seed ^ 1), mask(f, seed ^ 2)])
     }
 
@@ -162,7 +162,7 @@ impl Parts {
     fn prove(&self, shape: [usize; 3], seed: u64) {
         let [n, c, f] = shape;
         let (inputs, masks, base) = (self.inputs(shape, seed), self.masks(shape, seed ^ 20), random(seed ^ 30, &[n, c]));
-        let mask = |part: Part, _: &LinearInput| Ok(masks.as_ref().map(|masks| masks[part as usize].clone()));
+        let mask = |part: Part, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
         Pair {
             inputs: &inputs,
             dy: &random(seed ^ 31, &[n, c]),
@@ -226,7 +226,7 @@ proptest! {
         let shape = [n, c, f];
         let (inputs, masks) = (parts.inputs(shape, seed), parts.masks(shape, seed ^ 20));
         let (base, dy) = (random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
-        let mask = |part: Part, _: &LinearInput| Ok(masks.as_ref().map(|masks| masks[part as usize].clone()));
+        let mask = |part: Part, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
         let want = named(autograd(&inputs, &dy, |inputs| parts.naive(inputs, &base, masks.as_ref())));
         let run = |threads: usize, reference: bool, isa| on(threads, || with(isa, || {
             let tally = Tally::default();
@@ -263,7 +263,7 @@ proptest! {
 fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
     let [n, c, _] = shape;
     let (inputs, base, dy) = (parts.inputs(shape, seed), random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
-    let no_mask = |_: Part, _: &LinearInput| Ok(None);
+    let no_mask = |_: Part, _: &LinearInput| None;
     for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
         for precision in [Precision::F32, Precision::Bf16] {
             let run = |threads: usize, tiles: bool, kept: bool| {

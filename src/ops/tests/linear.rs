@@ -5,10 +5,10 @@ use proptest::prelude::*;
 
 use super::super::product::available;
 use super::super::{
-    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Parameters, Weight, backward_together, dropout_mask,
+    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Mask, Parameters, Weight, backward_together,
     residual_cost,
 };
-use super::{ISSUED, Pair, Passed, bits, cases, close, every_way, flat, of, on, random, uniform, with, within};
+use super::{ISSUED, Pair, Passed, bits, cases, close, every_way, flat, mask, of, on, random, with, within};
 use crate::work::{Precision, Tally};
 
 const SCALING: f64 = 1.5;
@@ -40,7 +40,7 @@ fn layer(parts: Parts, at: usize, inputs: &[Tensor]) -> (Linear, Parameters) {
     (linear, parameters)
 }
 
-fn run(parts: Parts, mask: Option<&Tensor>, context: Context<'_>, inputs: &[Tensor], dy: &Tensor) -> Passed {
+fn run(parts: Parts, mask: Option<&Mask>, context: Context<'_>, inputs: &[Tensor], dy: &Tensor) -> Passed {
     let (linear, _) = layer(parts, 1, inputs);
     let mut gradients = Gradients::new(inputs.len());
     let x = Some(&inputs[0]).filter(|_| linear.keeps_input());
@@ -50,7 +50,7 @@ fn run(parts: Parts, mask: Option<&Tensor>, context: Context<'_>, inputs: &[Tens
     (y, std::iter::once(dx).chain((1..inputs.len()).map(|i| gradients.get(i).cloned())).collect())
 }
 
-fn naive(parts: Parts, mask: Option<&Tensor>, inputs: &[Tensor]) -> Tensor {
+fn naive(parts: Parts, mask: Option<&Mask>, inputs: &[Tensor]) -> Tensor {
     let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
     let x = &inputs[0];
     let mut y = product(x, &inputs[1]);
@@ -59,7 +59,7 @@ fn naive(parts: Parts, mask: Option<&Tensor>, inputs: &[Tensor]) -> Tensor {
         y = y.broadcast_add(&inputs[2]).unwrap();
     }
     if parts.r.is_some() {
-        let x = mask.map_or(x.clone(), |mask| (x * mask.to_dtype(DType::F64).unwrap()).unwrap());
+        let x = mask.map_or(x.clone(), |mask| (x * mask.tensor(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap()).unwrap());
         let low = product(&product(&x, &inputs[first]), &inputs[first + 1]);
         y = (y + (low * SCALING).unwrap()).unwrap();
     }
@@ -88,7 +88,7 @@ proptest! {
     fn linear_is_its_definition(n in 1usize..100, i in 1usize..70, o in 1usize..70, parts in parts(), seed: u64) {
         let mut inputs = vec![random(seed, &[n, i])];
         inputs.extend(weights(parts, (o, i), seed));
-        let mask = parts.dropout.then(|| dropout_mask(uniform(seed ^ 5, n * i), 0.3, &inputs[0]).unwrap());
+        let mask = parts.dropout.then(|| mask(seed ^ 5, (n, i), 0.3));
         let shape = layer(parts, 1, &inputs).0.shape(n, parts.dropout).unwrap();
         Pair {
             inputs: &inputs,
@@ -121,7 +121,7 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
     }
     let linears = [0, 1, 2].map(|index| layer(parts[index], at[index], &inputs).0);
     let dys = [0, 1, 2].map(|index| random(seed ^ 5 ^ (16 << index), &[n, o[index]]));
-    let mask = |index: u64| dropout_mask(uniform(seed ^ 6 ^ index, n * i), 0.3, &inputs[0]).unwrap();
+    let mask = |index: u64| mask(seed ^ 6 ^ index, (n, i), 0.3);
     let (base, input_gradient) = (based.then(|| random(seed ^ 7, &[n, i])), parts[0].input_gradient);
     let one_by_one = |context: Context<'_>| {
         let (mut gradients, mut sum) = (Gradients::new(inputs.len()), base.clone());
@@ -187,7 +187,7 @@ fn one_adapter_by_hand() {
     let inputs = [of(&[4.0, 5.0], &[1, 2]), of(&[1.0, 2.0], &[1, 2]), of(&[1.0, -1.0], &[1, 2]), of(&[3.0], &[1, 1])];
     let parts = Parts { bias: false, r: Some(1), dropout: true, trained: false, input_gradient: true };
     let tally = Tally::default();
-    let mask = of(&[2.0, 0.0], &[1, 2]);
+    let mask = Mask::draw((1, 2), 0.5, |_, numbers| numbers.copy_from_slice(&[u32::MAX, 0]));
     let (y, gradients) = run(parts, Some(&mask), Context::new(&tally, Precision::F32), &inputs, &of(&[1.0], &[1, 1]));
     let gradient = |i: usize| flat(gradients[i].as_ref().unwrap());
     assert_eq!((flat(&y), gradient(0)), (vec![50.0], vec![10.0, 2.0]));
@@ -222,7 +222,7 @@ fn bf16_products_sum_in_f32() {
 fn a_base_is_added() {
     let (x, w, a, b) = (random(1, &[4, 6]), random(2, &[5, 6]), random(4, &[2, 6]), random(6, &[5, 2]));
     let (base, base_below, dy) = (random(7, &[4, 5]), random(8, &[4, 6]), random(9, &[4, 5]));
-    let mask = dropout_mask(uniform(5, 24), 0.3, &x).unwrap();
+    let mask = mask(5, (4, 6), 0.3);
     for (bias, dropout) in [(false, false), (true, false), (false, true), (true, true)] {
         let parts = Parts { bias, r: Some(2), dropout, trained: false, input_gradient: true };
         let mut inputs = vec![x.clone(), w.clone()];
@@ -242,16 +242,4 @@ fn a_base_is_added() {
             within("dx", &dx_with, &(dx + &base_below).unwrap(), 1e-5);
         });
     }
-}
-
-/// u < p is dropped, u = p is kept; what is kept grows by 1 / (1 - p), so that the mean stays.
-#[test]
-fn a_dropout_mask_keeps_the_mean() {
-    let like = of(&[0.0; 4], &[2, 2]);
-    let mask = dropout_mask(vec![0.0, 0.2499, 0.25, 0.99], 0.25, &like).unwrap();
-    assert_eq!(flat(&mask), [0.0, 0.0, 4.0 / 3.0, 4.0 / 3.0]);
-    assert_eq!(flat(&dropout_mask(vec![0.0, 0.5, 0.7, 0.9], 0.0, &like).unwrap()), [1.0; 4]);
-    let many = dropout_mask(uniform(7, 40_000), 0.25, &of(&[0.0; 40_000], &[200, 200])).unwrap();
-    // The standard error of the mean is sqrt(p / (1 - p) / 40000) = 0.0029.
-    within("mean", &many.mean_all().unwrap(), &Tensor::new(1.0f32, &Device::Cpu).unwrap(), 0.012);
 }

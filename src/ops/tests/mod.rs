@@ -8,6 +8,7 @@
 mod adamw;
 mod attention;
 mod costs;
+mod dropout;
 mod elementwise;
 mod feed_forward;
 mod golden;
@@ -20,7 +21,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use proptest::test_runner::Config;
 
 use super::product::{CHOSEN, Isa, available};
-use super::{Context, ISSUED};
+use super::{Context, ISSUED, Mask};
 use crate::work::{Precision, Tally, Work};
 
 /// Half the width of a central difference: its error is this squared times a third derivative, 6e-5, and rounding adds as much.
@@ -145,6 +146,15 @@ fn every_way(check: impl Fn(Context<'_>)) {
 /// Runs `work` on a rayon pool of its own.
 pub(super) fn on<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+}
+
+/// A mask of random numbers.
+fn mask(seed: u64, (rows, columns): (usize, usize), p: f64) -> Mask {
+    let drawn = uniform(seed, rows * columns);
+    let bits = |u: &f32| ((f64::from(*u) * f64::from(1u32 << 24)) as u32) << 8;
+    Mask::draw((rows, columns), p, |row, numbers| {
+        numbers.iter_mut().zip(&drawn[row * columns..]).for_each(|(number, u)| *number = bits(u));
+    })
 }
 
 /// Two ways to a number, each of at most `roundings` f32 operations on numbers no larger than `size`, end within
