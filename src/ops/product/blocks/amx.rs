@@ -7,7 +7,7 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::kernel::{DEPTH, Line, ROW, Runs};
+use super::kernel::{DEPTH, Line, ROUNDED, ROW, Runs, SPLIT};
 
 /// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
 pub(in crate::ops::product) fn permitted() -> bool {
@@ -187,25 +187,24 @@ kernel!(split, split_step!(), split_step!());
 kernel!(mixed, mixed_step!(), mixed_step!());
 kernel!(mixed_then_split, mixed_step!(), split_step!());
 
-/// The loop for A in `P` planes, 1 (numbers rounded to bf16) or 3 (f32 in three parts); in f32, B of a run has one plane where it is
-/// `narrow`, stored in bf16: none after one that is not.
+/// The loop for these planes, as `Ready::multiply`'s.
 ///
 /// # Safety
 /// As the kernels': this thread's registers are shaped; A's and B's steps are readable, `out` is writable.
-pub(super) unsafe fn multiply<const P: usize>(
+pub(super) unsafe fn multiply(
+    planes: (usize, [usize; 2]),
     runs: Runs,
-    narrow: [bool; 2],
     b: *const Line,
     (out, out_row): (*mut f32, usize),
     onto: bool,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        match (P, narrow) {
-            (1, _) => rounded(runs, b, out, out_row, onto),
-            (_, [false, _]) => split(runs, b, out, out_row, onto),
-            (_, [true, false]) => mixed_then_split(runs, b, out, out_row, onto),
-            (_, [true, true]) => mixed(runs, b, out, out_row, onto),
+        match planes {
+            (ROUNDED, _) => rounded(runs, b, out, out_row, onto),
+            (_, [SPLIT, _]) => split(runs, b, out, out_row, onto),
+            (_, [_, SPLIT]) => mixed_then_split(runs, b, out, out_row, onto),
+            _ => mixed(runs, b, out, out_row, onto),
         }
     }
 }

@@ -11,6 +11,10 @@ pub(in crate::ops) const SIDE: usize = 32;
 pub(super) const DEPTH: usize = 32;
 /// Cache lines of one operand's two tiles.
 pub(super) const PAIR: usize = 32;
+/// Planes of numbers rounded to bf16.
+pub(in crate::ops) const ROUNDED: usize = 1;
+/// Planes of f32 in three parts.
+pub(super) const SPLIT: usize = 3;
 
 /// One line of a packed tile.
 #[derive(Clone, Copy)]
@@ -49,28 +53,27 @@ impl Ready {
         Self(unit)
     }
 
-    /// out (rows, columns), `out_row` numbers from row to row = [out where `onto`] + the runs' products with B's steps from `b` on, for A in `P`
-    /// planes, 1 (numbers rounded to bf16) or 3 (f32 in three parts); in f32, B of a run has one plane where it is `narrow`, stored in
-    /// bf16: none after one that is not. What lies beyond `size` (rows, columns) in the (32, 32) numbers may be written or not.
+    /// out (rows, columns), `out_row` numbers from row to row = [out where `onto`] + the runs' products with B's steps from `b` on; `planes`
+    /// are A's, and B's of each run: as many or one, and none of one after a run of more. What lies beyond `size` (rows, columns) in the
+    /// (32, 32) numbers may be written or not.
     ///
     /// # Safety
     /// A's and B's steps are readable, `out` is writable as (32, 32) numbers.
-    pub(super) unsafe fn multiply<const P: usize>(
+    pub(super) unsafe fn multiply(
         &self,
+        planes: (usize, [usize; 2]),
         runs: Runs,
-        narrow: [bool; 2],
         b: *const Line,
         out: (*mut f32, usize),
         size: (usize, usize),
         onto: bool,
     ) {
-        const { assert!(P == 1 || P == 3, "one plane or three") };
         // SAFETY: the caller's promise; this thread is `Ready`.
         unsafe {
             match self.0 {
-                Unit::Tiles => amx::multiply::<P>(runs, narrow, b, out, onto),
+                Unit::Tiles => amx::multiply(planes, runs, b, out, onto),
                 Unit::Pairs => {
-                    assert_eq!(P, 1, "f32 is not split into parts for pairs");
+                    assert_eq!(planes.0, ROUNDED, "f32 is not split into parts for pairs");
                     pairs::multiply(runs, b, out, size, onto);
                 }
             }
