@@ -15,7 +15,7 @@ use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use self::kernel::{DEPTH, Line, PAIR, Runs, SPLIT};
+use self::kernel::{DEPTH, Line, PAIR, Run, SPLIT};
 pub(in crate::ops) use self::kernel::{ROUNDED, Ready, SIDE, Unit};
 pub(in crate::ops) use self::pack::{Side, View};
 use self::pack::{pack_block, turn, widen_block};
@@ -219,16 +219,14 @@ impl<'a> Right<'a> {
         }
     }
 
+    /// Packs these steps of a panel, unless they are kept.
     fn pack(&self, planes: usize, panel: usize, steps: Range<usize>, out: &mut [Line]) {
         match self {
             Self::View(view) => {
                 let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
                 view.pack(planes, panel * SIDE, k, out);
             }
-            Self::Kept(operand) => {
-                let first = panel * operand.strip() + steps.start * operand.step();
-                out.copy_from_slice(&operand.lines[first..first + steps.len() * operand.step()]);
-            }
+            Self::Kept(_) => {}
             Self::Packed(operand) => {
                 for (step, out) in steps.zip(out.chunks_exact_mut(operand.step())) {
                     for (block, out) in operand.block(step, panel).chunks_exact(PAIR).zip(out.chunks_exact_mut(PAIR)) {
@@ -255,18 +253,18 @@ pub(in crate::ops) fn multiply(
 ) {
     assert!(a.2 + steps <= a.0.steps && b.2 + steps <= b.0.steps, "both operands have these steps");
     assert!(a.1.end * SIDE < a.0.lanes + SIDE && b.1.end * SIDE < b.0.lanes + SIDE, "both operands have these strips");
-    let planes = (a.0.planes, [b.0.planes; 2]);
-    assert!(planes.1[0] == planes.0 || planes.1[0] == ROUNDED, "B has A's planes or one");
+    assert!(b.0.planes == a.0.planes || b.0.planes == ROUNDED, "B has A's planes or one");
     let (rows, columns) = (a.1.len() * SIDE, b.1.len() * SIDE);
     assert!(columns <= out.1 && rows * out.1 + columns <= out.0.len() + out.1, "the result has room for whole tiles");
     for (row, strip) in a.1.enumerate() {
         for (column, panel) in b.1.clone().enumerate() {
-            let runs = [(a.0.at(strip, a.2), a.0.depth_of(a.2..a.2 + steps)), (std::ptr::null(), 0)];
+            let depth = a.0.depth_of(a.2..a.2 + steps);
+            let run = Run { a: a.0.at(strip, a.2), b: b.0.at(panel, b.2), planes: b.0.planes, depth };
             let size = ((a.0.lanes - strip * SIDE).min(SIDE), SIDE);
             // SAFETY: all asserted above.
             unsafe {
                 let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
-                ready.multiply(planes, runs, b.0.at(panel, b.2), (at, out.1), size, onto);
+                ready.multiply(a.0.planes, [run, Run::EMPTY], (at, out.1), size, onto);
             }
         }
     }
@@ -344,8 +342,7 @@ impl Held {
         assert_eq!(a.planes, self.planes, "a B is held for A's planes");
         assert_eq!(a.depth, b.depth, "A's and B's k are one");
         for steps in even_parts(0..a.steps, deepest(a.planes)) {
-            let group = (PACKED / (steps.len() * b.step() * size_of::<Line>())).max(1);
-            for panels in even_parts(0..b.strips(), group) {
+            for panels in even_parts(0..b.strips(), together(steps.len() * b.step())) {
                 let (a, first) = ((a, strips.clone(), steps.start), panels.start * SIDE);
                 multiply(&ready, a, (b, panels, steps.start), steps.len(), (&mut out[first..], row), add || steps.start > 0);
             }
@@ -356,6 +353,11 @@ impl Held {
 /// Steps of one run through k.
 fn deepest(planes: usize) -> usize {
     DEEPEST / (planes * PAIR * size_of::<Line>())
+}
+
+/// Panels of one task, of so many lines each.
+fn together(lines: usize) -> usize {
+    (PACKED / (lines * size_of::<Line>()).max(1)).max(1)
 }
 
 /// out (m, n) = a times the rows of what was packed as A, for any number of rows.
@@ -384,10 +386,7 @@ fn products_of(unit: Unit, terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]
         let last = index + 1 == passes.len();
         let start = if last { start } else { Start::Zero };
         let pass = Pass { unit, sum, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
-        let panel = sum.lines * size_of::<Line>();
-        tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), (m.div_ceil(SIDE), 1), |panels, strips| {
-            pass.task(panels, strips)
-        });
+        tasks(n.div_ceil(SIDE), together(sum.lines), (m.div_ceil(SIDE), 1), |panels, strips| pass.task(panels, strips));
     }
 }
 
@@ -403,14 +402,13 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
     sums.iter().flatten().for_each(|(a, _)| issue(1, m, n, a.depth));
     let sums = sums.map(|terms| Sum::passes(&terms, (m, n)));
     let all = || sums.iter().flatten();
-    let size = all().map(|sum| sum.lines).sum::<usize>().max(1);
-    let most = (PACKED / (size * size_of::<Line>())).max(1);
+    let (size, most) = (all().map(|sum| sum.packed).sum(), together(all().map(|sum| sum.lines).sum()));
     tasks(n.div_ceil(SIDE), most, (m.div_ceil(SIDE), 1), |panels, strips| {
         with_room(panels.len() * size, |packed| {
             let mut done = 0;
             for sum in all() {
                 sum.pack(panels.clone(), &mut packed[done..], size);
-                done += sum.lines;
+                done += sum.packed;
             }
             let ready = Ready::new(unit);
             let mut tiles = [Tile::ZERO; S];
@@ -420,8 +418,10 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
                     for (tile, passes) in tiles.iter_mut().zip(&sums) {
                         for (index, sum) in passes.iter().enumerate() {
                             // SAFETY: the panel is packed, in this order; a tile is 32 rows of 32 numbers.
-                            unsafe { sum.tile(&ready, strip, packed, (tile.0.as_mut_ptr(), SIDE), (SIDE, SIDE), index > 0) };
-                            packed = &packed[sum.lines..];
+                            unsafe {
+                                sum.tile(&ready, (strip, panel), packed, (tile.0.as_mut_ptr(), SIDE), (SIDE, SIDE), index > 0)
+                            };
+                            packed = &packed[sum.packed..];
                         }
                     }
                     take(strip, panel, &mut tiles);
@@ -454,6 +454,11 @@ impl Piece<'_> {
     fn lines(&self) -> usize {
         self.steps.len() * self.planes * PAIR
     }
+
+    /// Those of them that are not kept.
+    fn packed(&self) -> usize {
+        if matches!(self.b, Right::Kept(_)) { 0 } else { self.lines() }
+    }
 }
 
 /// What is summed while a tile stays in registers: two pieces at most, the one of fewer planes first.
@@ -461,8 +466,9 @@ struct Sum<'a> {
     /// A's.
     planes: usize,
     pieces: Vec<Piece<'a>>,
-    /// Lines of a panel of B, over all pieces.
+    /// Lines of a panel of B, over all pieces, and those of them that are packed for this product.
     lines: usize,
+    packed: usize,
 }
 
 impl<'a> Sum<'a> {
@@ -490,14 +496,17 @@ impl<'a> Sum<'a> {
                 }
             }
         }
-        let sum = |pieces: Vec<Piece<'a>>| Self { planes, lines: pieces.iter().map(Piece::lines).sum(), pieces };
+        let sum = |pieces: Vec<Piece<'a>>| {
+            let of = |lines: fn(&Piece<'a>) -> usize| pieces.iter().map(lines).sum();
+            Self { planes, lines: of(Piece::lines), packed: of(Piece::packed), pieces }
+        };
         passes.into_iter().map(sum).collect()
     }
 
-    /// Packs these panels of B, `size` lines apart.
+    /// Packs these panels of B, `size` lines apart, where they are not kept.
     fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
         let mut done = 0;
-        for Piece { b, steps: all, planes, .. } in &self.pieces {
+        for piece @ Piece { b, steps: all, planes, .. } in self.pieces.iter().filter(|piece| piece.packed() > 0) {
             for steps in even_parts(all.clone(), b.at_once(all.len())) {
                 let at = done + (steps.start - all.start) * planes * PAIR;
                 for panel in panels.clone() {
@@ -505,31 +514,36 @@ impl<'a> Sum<'a> {
                     b.pack(*planes, panel, steps.clone(), packed);
                 }
             }
-            done += all.len() * planes * PAIR;
+            done += piece.packed();
         }
     }
 
-    /// out (32, 32), `out.1` numbers from row to row = [out where `onto`] + a strip of A times a packed panel; `size` as `Ready::multiply`'s.
+    /// out (32, 32), `out.1` numbers from row to row = [out where `onto`] + a strip of A times a panel; `size` as `Ready::multiply`'s.
     ///
     /// # Safety
-    /// The panel's lines are packed from `packed`'s first on, and `out` is writable.
+    /// What is not kept of the panel is packed from `packed`'s first line on, and `out` is writable.
     unsafe fn tile(
         &self,
         ready: &Ready,
-        strip: usize,
+        (strip, panel): (usize, usize),
         packed: &[Line],
         out: (*mut f32, usize),
         size: (usize, usize),
         onto: bool,
     ) {
-        let (mut runs, mut planes): (Runs, _) = ([(std::ptr::null(), 0); 2], [ROUNDED; 2]);
-        for (index, piece) in self.pieces.iter().enumerate() {
-            runs[index] = (piece.a.at(strip, piece.steps.start), piece.a.depth_of(piece.steps.clone()));
-            planes[index] = piece.planes;
+        assert!(packed.len() >= self.packed, "a panel holds every piece that is packed");
+        let (mut runs, mut done) = ([Run::EMPTY; 2], 0);
+        for (run, piece) in runs.iter_mut().zip(&self.pieces) {
+            let Piece { a, steps, planes, .. } = piece;
+            let b = match piece.b {
+                Right::Kept(operand) => operand.at(panel, steps.start),
+                Right::View(_) | Right::Packed(_) => packed[done..].as_ptr(),
+            };
+            *run = Run { a: a.at(strip, steps.start), b, planes: *planes, depth: a.depth_of(steps.clone()) };
+            done += piece.packed();
         }
-        assert!(packed.len() >= self.lines, "a panel holds every piece");
-        // SAFETY: the caller's promise; A's strips have all their steps.
-        unsafe { ready.multiply((self.planes, planes), runs, packed.as_ptr(), out, size, onto) };
+        // SAFETY: the caller's promise; A's strips and what is kept have all their steps.
+        unsafe { ready.multiply(self.planes, runs, out, size, onto) };
     }
 }
 
@@ -564,7 +578,7 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// Packs these panels (of 32 columns of B) and multiplies these strips (of 32 rows of A) by them.
     fn task(&self, panels: Range<usize>, strips: Range<usize>) {
-        let size = self.sum.lines.max(1);
+        let size = self.sum.packed;
         with_room(panels.len() * size, |packed| {
             self.sum.pack(panels.clone(), packed, size);
             let ready = Ready::new(self.unit);
@@ -589,14 +603,14 @@ impl Pass<'_> {
         unsafe {
             let out = self.out.at(row * self.n + column);
             if rows == SIDE && columns == SIDE && start.is_none() {
-                return self.sum.tile(ready, strip, packed, (out, self.n), (SIDE, SIDE), self.onto);
+                return self.sum.tile(ready, (strip, panel), packed, (out, self.n), (SIDE, SIDE), self.onto);
             }
             let mut scratch = MaybeUninit::<Tile>::uninit();
             let at = scratch.as_mut_ptr().cast::<f32>();
             if self.onto {
                 (0..rows).for_each(|i| at.add(i * SIDE).copy_from_nonoverlapping(out.add(i * self.n), columns));
             }
-            self.sum.tile(ready, strip, packed, (at, SIDE), (rows, columns), self.onto);
+            self.sum.tile(ready, (strip, panel), packed, (at, SIDE), (rows, columns), self.onto);
             finish(at, (out, self.n), start, rows, columns);
         }
     }
