@@ -12,7 +12,7 @@ use super::{Attention, Block};
 use crate::ops::host::{Shared, Stored};
 use crate::ops::issue;
 use crate::ops::product::Values;
-use crate::ops::product::blocks::{Operand, Ready, SIDE, Side, Unit, View, multiply};
+use crate::ops::product::blocks::{Operand, ROUNDED, Ready, SIDE, Side, Unit, View, multiply};
 
 /// Rows and channels of one head inside a (N, width) tensor.
 #[derive(Clone, Copy)]
@@ -67,7 +67,7 @@ fn over_queries(scores: &[f32]) -> View<'_> {
 }
 
 /// scores (keys, 32) = the rows of `a` in these tiles times the queries in `columns`.
-fn scores(ready: &Ready, keys: Range<usize>, a: &Operand<1>, columns: &Operand<1>, out: &mut Vec<f32>) {
+fn scores(ready: &Ready, keys: Range<usize>, a: &Operand, columns: &Operand, out: &mut Vec<f32>) {
     out.resize(keys.len() * SIDE * SIDE, 0.0);
     multiply(ready, (a, keys, 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
 }
@@ -85,9 +85,9 @@ impl Attention {
         let ready = Ready::new(unit);
         let [q, k, v] = self.heads_in(x, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
-        let k = Operand::<1>::of(&k.rows(Side::A, 0..queries.end));
-        let v = Operand::<1>::of(&v.channels(0..queries.end));
-        let (mut own, mut p) = (Operand::<1>::default(), Operand::<1>::default());
+        let k = Operand::of(ROUNDED, &k.rows(Side::A, 0..queries.end));
+        let v = Operand::of(ROUNDED, &v.channels(0..queries.end));
+        let (mut own, mut p) = (Operand::new(ROUNDED), Operand::new(ROUNDED));
         let room = d.next_multiple_of(SIDE);
         let (mut s, mut mixed) = (Vec::new(), vec![0.0f32; SIDE * room]);
         let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
@@ -122,9 +122,10 @@ impl Attention {
         let [q, k, v] = self.heads_in(x.qkv, range, head);
         let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
         let dout = Head { values: Values::F32(x.dout), ..q };
-        let (k_rows, k_channels) = (Operand::<1>::of(&k.rows(Side::A, all.clone())), Operand::<1>::of(&k.channels(all.clone())));
-        let v_rows = Operand::<1>::of(&v.rows(Side::A, all.clone()));
-        let (mut own, mut left) = (Operand::<1>::default(), Operand::<1>::default());
+        let (k_rows, k_channels) =
+            (Operand::of(ROUNDED, &k.rows(Side::A, all.clone())), Operand::of(ROUNDED, &k.channels(all.clone())));
+        let v_rows = Operand::of(ROUNDED, &v.rows(Side::A, all.clone()));
+        let (mut own, mut left) = (Operand::new(ROUNDED), Operand::new(ROUNDED));
         let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
         let (mut dk, mut dv, mut dq) = (vec![0.0f32; keys * room], vec![0.0f32; keys * room], vec![0.0f32; SIDE * room]);
         let (mut p, mut ds) = (Vec::new(), Vec::new());

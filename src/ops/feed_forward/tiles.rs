@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::{Between, FeedForward, FeedForwardSaved};
 use crate::error::{Error, Kind, Result};
 use crate::ops::host::{Host, Shared, expect};
-use crate::ops::product::blocks::{Blocks, Operand, Packed, Right, SIDE, Tile, Unit, tiles_of};
+use crate::ops::product::blocks::{Blocks, Operand, Packed, ROUNDED, SIDE, Tile, tiles_of};
 use crate::ops::product::{Matrix, Prepared};
 use crate::ops::simd::vectorized;
 use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
@@ -22,7 +22,7 @@ pub(super) struct Saved {
 
 /// The numbers of a matrix in the compute type, in blocks of 32 x 32, zero beyond its last row and column.
 enum Kept {
-    Narrow(Operand<1>),
+    Narrow(Operand),
     Wide { tiles: Vec<Tile>, panels: usize },
 }
 
@@ -38,7 +38,7 @@ impl Kept {
                 Self::Wide { tiles, panels }
             }
             // SAFETY: the caller's promise.
-            Precision::Bf16 | Precision::F16 => Self::Narrow(unsafe { Operand::uninitialized(rows, columns) }),
+            Precision::Bf16 | Precision::F16 => Self::Narrow(unsafe { Operand::uninitialized(ROUNDED, rows, columns) }),
         }
     }
 
@@ -61,7 +61,7 @@ impl Kept {
 /// The blocks of a `Kept` that several threads write.
 #[derive(Clone, Copy)]
 enum Writer {
-    Narrow(Blocks<1>),
+    Narrow(Blocks),
     Wide(Shared<Tile>, usize),
 }
 
@@ -98,9 +98,9 @@ impl<'a> Factor<'a> {
         Ok(Self { weight, host: Host::open_any(&weight.tensor)?, turned })
     }
 
-    fn right<const P: usize>(&self, unit: Unit) -> Result<Right<'_, P>> {
+    fn matrix(&self) -> Result<Matrix<'_>> {
         let matrix = self.weight.matrix(&self.host)?;
-        Ok(Right::of(unit, &if self.turned { matrix.t() } else { matrix }))
+        Ok(if self.turned { matrix.t() } else { matrix })
     }
 }
 
@@ -117,22 +117,17 @@ impl<'a> Factors<'a> {
     }
 
     /// x times W, and the adapter's rows times theirs.
-    fn terms<'b, const P: usize>(&'b self, unit: Unit, x: &'b LinearInput) -> Result<Vec<(&'b Operand<P>, Right<'b, P>)>> {
-        let mut terms = vec![(operand::<P>(x.prepared())?, self.w.right(unit)?)];
+    fn terms<'b>(&'b self, x: &'b LinearInput) -> Result<Vec<(&'b Packed, Matrix<'b>)>> {
+        let mut terms = vec![(packed(x.prepared())?, self.w.matrix()?)];
         if let Some((rows, factor)) = &self.low {
-            terms.push((operand::<P>(rows)?, factor.right(unit)?));
+            terms.push((packed(rows)?, factor.matrix()?));
         }
         Ok(terms)
     }
 }
 
-fn operand<const P: usize>(prepared: &Prepared) -> Result<&Operand<P>> {
-    let operand = prepared.packed().and_then(Packed::operand::<P>);
-    operand.ok_or_else(|| Error::new(Kind::Tensor, "operands of one sum are packed alike"))
-}
-
-fn unit(prepared: &Prepared) -> Result<Unit> {
-    prepared.packed().map(Packed::unit).ok_or_else(|| Error::new(Kind::Tensor, "blocks are made of what is packed"))
+fn packed(prepared: &Prepared) -> Result<&Packed> {
+    prepared.packed().ok_or_else(|| Error::new(Kind::Tensor, "blocks are made of what is packed"))
 }
 
 impl FeedForward<'_> {
@@ -148,19 +143,7 @@ impl FeedForward<'_> {
         x: LinearInput,
         base: &Tensor,
     ) -> Result<(Tensor, FeedForwardSaved)> {
-        match context.precision {
-            Precision::F32 => self.forward_planes::<3>(context, x, base),
-            Precision::Bf16 | Precision::F16 => self.forward_planes::<1>(context, x, base),
-        }
-    }
-
-    fn forward_planes<const P: usize>(
-        &self,
-        context: Context<'_>,
-        x: LinearInput,
-        base: &Tensor,
-    ) -> Result<(Tensor, FeedForwardSaved)> {
-        let (n, f, unit) = (x.rows(), self.gate.weight.tensor.dims2()?.0, unit(x.prepared())?);
+        let (n, f) = (x.rows(), self.gate.weight.tensor.dims2()?.0);
         expect("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
         let (gate_factors, gate_saved) = self.outer(context, self.gate, &x)?;
         let (up_factors, up_saved) = self.outer(context, self.up, &x)?;
@@ -168,12 +151,12 @@ impl FeedForward<'_> {
         // SAFETY: `tiles_of` gives every block, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
             let kept = || Kept::uninitialized(context.precision, n, f);
-            (kept(), kept(), Operand::<P>::uninitialized(n, f))
+            (kept(), kept(), packed(x.prepared())?.alike(n, f))
         };
         {
             let (write_gate, write_up, write_inner) = (gate.writer(), up.writer(), inner.blocks());
-            let (gate, up) = (gate_factors.terms::<P>(unit, &x)?, up_factors.terms::<P>(unit, &x)?);
-            tiles_of::<P, 2>(unit, [&gate, &up], |strip, panel, tiles| {
+            let (gate, up) = (gate_factors.terms(&x)?, up_factors.terms(&x)?);
+            tiles_of([&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
                 // SAFETY: `tiles_of` gives each strip and panel of this shape once, and what is written outlives it.
                 unsafe {
@@ -185,7 +168,7 @@ impl FeedForward<'_> {
             });
         }
         drop(x);
-        let inner = LinearInput::packed((n, f), Prepared::of(Packed::from_blocks(unit, inner)));
+        let inner = LinearInput::packed((n, f), Prepared::of(inner));
         let (y, down) = self.down.forward_prepared(context, &inner, None, Some(base))?;
         Ok((
             y,
@@ -206,20 +189,6 @@ impl FeedForward<'_> {
         &self,
         context: Context<'_>,
         dy: &Tensor,
-        saved: (Option<&LinearInput>, &FeedForwardSaved, &Saved),
-        input_gradient: bool,
-        gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
-        match context.precision {
-            Precision::F32 => self.backward_planes::<3>(context, dy, saved, input_gradient, gradients),
-            Precision::Bf16 | Precision::F16 => self.backward_planes::<1>(context, dy, saved, input_gradient, gradients),
-        }
-    }
-
-    fn backward_planes<const P: usize>(
-        &self,
-        context: Context<'_>,
-        dy: &Tensor,
         (x, saved, between): (Option<&LinearInput>, &FeedForwardSaved, &Saved),
         input_gradient: bool,
         gradients: &mut Gradients,
@@ -228,25 +197,24 @@ impl FeedForward<'_> {
         expect("dy", dy, &[n, c])?;
         expect("down", &self.down.weight.tensor, &[c, f])?;
         let dy = LinearInput::new(context, dy.clone())?;
-        let unit = unit(dy.prepared())?;
         context.tally.add(self.down.shape(n, false)?.backward_cost(context.precision, true));
         context.tally.add(swiglu_backward_cost(n * f));
         let down = Branch { linear: self.down, dy: &dy, saved: &saved.down };
         let d_low = down.outer_gradient(context, gradients)?;
         let low = d_low.as_deref().zip(self.down.lora.as_ref().map(|lora| &lora.a));
         let factors = Factors::new(context, &self.down.weight, low, false)?;
-        let mut inner = None;
         // SAFETY: `tiles_of` gives every block, and each is written.
-        let (mut d_gate, mut d_up) = unsafe { (Operand::<P>::uninitialized(n, f), Operand::<P>::uninitialized(n, f)) };
+        let room = || packed(dy.prepared()).map(|dy| unsafe { dy.alike(n, f) });
+        let (mut d_gate, mut d_up) = (room()?, room()?);
+        let mut inner = None;
         if d_low.is_some() {
             context.tally.add(swiglu_cost(n * f));
-            // SAFETY: as above.
-            inner = Some(unsafe { Operand::<P>::uninitialized(n, f) });
+            inner = Some(room()?);
         }
         {
-            let terms = factors.terms::<P>(unit, &dy)?;
-            let (write_gate, write_up, write_inner) = (d_gate.blocks(), d_up.blocks(), inner.as_mut().map(Operand::blocks));
-            tiles_of::<P, 1>(unit, [&terms], |strip, panel, [d_inner]| {
+            let terms = factors.terms(&dy)?;
+            let (write_gate, write_up, write_inner) = (d_gate.blocks(), d_up.blocks(), inner.as_mut().map(Packed::blocks));
+            tiles_of([&terms], |strip, panel, [d_inner]| {
                 let (mut gate, mut up) = (between.gate.read(strip, panel), between.up.read(strip, panel));
                 // SAFETY: as in the forward pass.
                 unsafe {
@@ -261,7 +229,7 @@ impl FeedForward<'_> {
                 }
             });
         }
-        let packed = |operand: Operand<P>| LinearInput::packed((n, f), Prepared::of(Packed::from_blocks(unit, operand)));
+        let packed = |blocks: Packed| LinearInput::packed((n, f), Prepared::of(blocks));
         if let (Some(inner), Some(d_low)) = (inner, d_low) {
             down.inner_gradient(context, &packed(inner), &d_low, gradients)?;
         }

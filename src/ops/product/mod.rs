@@ -181,8 +181,8 @@ impl Prepared {
 
     /// What was packed already.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn of(packed: Option<blocks::Packed>) -> Self {
-        Self(packed.map(Arc::new))
+    pub(super) fn of(packed: blocks::Packed) -> Self {
+        Self(Some(Arc::new(packed)))
     }
 
     /// What was packed.

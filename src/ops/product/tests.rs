@@ -46,20 +46,24 @@ impl Stored {
     }
 }
 
-/// `precision`'s product of numbers that bf16 holds: exact factors in either. The first term's B is packed for good, too, which changes no byte.
+/// `precision`'s product of numbers that bf16 holds: exact factors in either. Some of the B's are packed for good, too, which changes no byte.
 fn check(isa: &'static Isa, precision: Precision, terms: &[(Stored, Stored)], start: Start<'_>, threads: &[usize]) {
-    let on = |threads: usize, packings: Option<&Packings>| {
+    let packings: Vec<Packings> = terms.iter().map(|_| Packings::default()).collect();
+    let on = |threads: usize, kept: Range<usize>| {
         crate::ops::tests::on(threads, || {
             let lefts: Vec<Left<'_>> = terms.iter().map(|(a, _)| Left::with(isa, precision, a.matrix())).collect();
-            let kept = std::iter::once(packings).chain(std::iter::repeat(None));
-            let views = lefts.iter().zip(terms).zip(kept).map(|((a, (_, b)), kept)| Term { a, b: b.keeping(kept) });
+            let kept = |index: usize| kept.contains(&index).then(|| &packings[index]);
+            let views = lefts.iter().zip(terms).enumerate().map(|(index, (a, (_, b)))| Term { a, b: b.keeping(kept(index)) });
             products_with(isa, &views.collect::<Vec<_>>(), start)
         })
     };
-    let (got, packings) = (on(threads[0], None), Packings::default());
+    let got = on(threads[0], 0..0);
     for more in &threads[1..] {
-        assert_eq!(bits(&got), bits(&on(*more, None)), "{}: bytes at {} threads", isa.name, more);
-        assert_eq!(bits(&got), bits(&on(*more, Some(&packings))), "{}: bytes with B packed for good", isa.name);
+        assert_eq!(bits(&got), bits(&on(*more, 0..0)), "{}: bytes at {} threads", isa.name, more);
+    }
+    for kept in [0..1, 0..terms.len(), 1..terms.len()] {
+        let again = on(threads[threads.len() - 1], kept.clone());
+        assert_eq!(bits(&got), bits(&again), "{}: bytes with B of terms {kept:?} packed for good", isa.name);
     }
     let (m, n) = (terms[0].0.rows, terms[0].1.columns);
     let depth: usize = terms.iter().map(|(a, _)| a.columns).sum();

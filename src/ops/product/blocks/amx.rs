@@ -7,7 +7,7 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::kernel::{DEPTH, Line, ROW, Runs};
+use super::kernel::{DEPTH, ROUNDED, ROW, Runs, SPLIT};
 
 /// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
 pub(in crate::ops::product) fn permitted() -> bool {
@@ -122,12 +122,12 @@ macro_rules! mixed_step {
 /// A function that runs the first run of k through the steps `$first` and the second through `$second`.
 macro_rules! kernel {
     ($name:ident, $first:expr, $second:expr) => {
-        /// out (32, 32), `out_row` numbers apart = [out where `onto`] + the runs' products with B's steps from `b` on.
+        /// out (32, 32), `out_row` numbers apart = [out where `onto`] + the runs' products.
         ///
         /// # Safety
         /// This thread's registers are shaped; every step of A and B is readable, out's rows are writable.
-        unsafe fn $name(runs: Runs, b: *const Line, out: *mut f32, out_row: usize, onto: bool) {
-            let [(a, steps), (next, more)] = runs.map(|(a, depth)| (a, depth.div_ceil(DEPTH)));
+        unsafe fn $name(runs: Runs, out: *mut f32, out_row: usize, onto: bool) {
+            let [(a, b, steps), (next_a, next_b, more)] = runs.map(|run| (run.a, run.b, run.depth.div_ceil(DEPTH)));
             // SAFETY: the caller's promise; the loops run `steps` and `more` times, both tested before they begin.
             unsafe {
                 asm!(
@@ -151,7 +151,8 @@ macro_rules! kernel {
                     "dec {steps}",
                     "jnz 4b",
                     "5:",
-                    "mov {a}, {next}",
+                    "mov {a}, {next_a}",
+                    "mov {b}, {next_b}",
                     "test {more}, {more}",
                     "jz 7f",
                     "6:",
@@ -166,7 +167,8 @@ macro_rules! kernel {
                     a = inout(reg) a => _,
                     b = inout(reg) b => _,
                     steps = inout(reg) steps => _,
-                    next = in(reg) next,
+                    next_a = in(reg) next_a,
+                    next_b = in(reg) next_b,
                     more = inout(reg) more => _,
                     onto = in(reg) usize::from(onto),
                     row = in(reg) ROW,
@@ -187,25 +189,18 @@ kernel!(split, split_step!(), split_step!());
 kernel!(mixed, mixed_step!(), mixed_step!());
 kernel!(mixed_then_split, mixed_step!(), split_step!());
 
-/// The loop for A in `P` planes, 1 (numbers rounded to bf16) or 3 (f32 in three parts); in f32, B of a run has one plane where it is
-/// `narrow`, stored in bf16: none after one that is not.
+/// The loop for these planes, as `Ready::multiply`'s.
 ///
 /// # Safety
 /// As the kernels': this thread's registers are shaped; A's and B's steps are readable, `out` is writable.
-pub(super) unsafe fn multiply<const P: usize>(
-    runs: Runs,
-    narrow: [bool; 2],
-    b: *const Line,
-    (out, out_row): (*mut f32, usize),
-    onto: bool,
-) {
+pub(super) unsafe fn multiply(planes: usize, runs: Runs, (out, out_row): (*mut f32, usize), onto: bool) {
     // SAFETY: the caller's promise.
     unsafe {
-        match (P, narrow) {
-            (1, _) => rounded(runs, b, out, out_row, onto),
-            (_, [false, _]) => split(runs, b, out, out_row, onto),
-            (_, [true, false]) => mixed_then_split(runs, b, out, out_row, onto),
-            (_, [true, true]) => mixed(runs, b, out, out_row, onto),
+        match (planes, runs.map(|run| run.planes)) {
+            (ROUNDED, _) => rounded(runs, out, out_row, onto),
+            (_, [SPLIT, _]) => split(runs, out, out_row, onto),
+            (_, [_, SPLIT]) => mixed_then_split(runs, out, out_row, onto),
+            _ => mixed(runs, out, out_row, onto),
         }
     }
 }

@@ -11,15 +11,31 @@ pub(in crate::ops) const SIDE: usize = 32;
 pub(super) const DEPTH: usize = 32;
 /// Cache lines of one operand's two tiles.
 pub(super) const PAIR: usize = 32;
+/// Planes of numbers rounded to bf16.
+pub(in crate::ops) const ROUNDED: usize = 1;
+/// Planes of f32 in three parts.
+pub(super) const SPLIT: usize = 3;
 
 /// One line of a packed tile.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(in crate::ops) struct Line([u8; ROW]);
 
-/// Two runs of k, one after the other: where A's steps begin, and how many numbers of k there are. The second may be empty. A run begins
-/// with a step of its own.
-pub(super) type Runs = [(*const Line, usize); 2];
+/// A run of k, which begins with a step of its own: where A's and B's steps begin, B's planes, and how many numbers of k there are.
+#[derive(Clone, Copy)]
+pub(super) struct Run {
+    pub(super) a: *const Line,
+    pub(super) b: *const Line,
+    pub(super) planes: usize,
+    pub(super) depth: usize,
+}
+
+impl Run {
+    pub(super) const EMPTY: Self = Self { a: std::ptr::null(), b: std::ptr::null(), planes: ROUNDED, depth: 0 };
+}
+
+/// Two runs of k, one after the other. The second may be empty.
+pub(super) type Runs = [Run; 2];
 
 /// What multiplies bf16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,29 +65,20 @@ impl Ready {
         Self(unit)
     }
 
-    /// out (rows, columns), `out_row` numbers from row to row = [out where `onto`] + the runs' products with B's steps from `b` on, for A in `P`
-    /// planes, 1 (numbers rounded to bf16) or 3 (f32 in three parts); in f32, B of a run has one plane where it is `narrow`, stored in
-    /// bf16: none after one that is not. What lies beyond `size` (rows, columns) in the (32, 32) numbers may be written or not.
+    /// out (rows, columns), `out_row` numbers from row to row = [out where `onto`] + the runs' products, for an A in `planes`: B has
+    /// as many or one, and none one after a run of more. What lies beyond `size` (rows, columns) in the (32, 32) numbers may be written or
+    /// not.
     ///
     /// # Safety
     /// A's and B's steps are readable, `out` is writable as (32, 32) numbers.
-    pub(super) unsafe fn multiply<const P: usize>(
-        &self,
-        runs: Runs,
-        narrow: [bool; 2],
-        b: *const Line,
-        out: (*mut f32, usize),
-        size: (usize, usize),
-        onto: bool,
-    ) {
-        const { assert!(P == 1 || P == 3, "one plane or three") };
+    pub(super) unsafe fn multiply(&self, planes: usize, runs: Runs, out: (*mut f32, usize), size: (usize, usize), onto: bool) {
         // SAFETY: the caller's promise; this thread is `Ready`.
         unsafe {
             match self.0 {
-                Unit::Tiles => amx::multiply::<P>(runs, narrow, b, out, onto),
+                Unit::Tiles => amx::multiply(planes, runs, out, onto),
                 Unit::Pairs => {
-                    assert_eq!(P, 1, "f32 is not split into parts for pairs");
-                    pairs::multiply(runs, b, out, size, onto);
+                    assert_eq!(planes, ROUNDED, "f32 is not split into parts for pairs");
+                    pairs::multiply(runs, out, size, onto);
                 }
             }
         }

@@ -11,13 +11,12 @@ mod kernel;
 mod pack;
 pub(super) mod pairs;
 
-use std::any::Any;
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use self::kernel::{DEPTH, Line, PAIR, Runs};
-pub(in crate::ops) use self::kernel::{Ready, SIDE, Unit};
+use self::kernel::{DEPTH, Line, PAIR, Run, SPLIT};
+pub(in crate::ops) use self::kernel::{ROUNDED, Ready, SIDE, Unit};
 pub(in crate::ops) use self::pack::{Side, View};
 use self::pack::{pack_block, turn, widen_block};
 use super::{Matrix, Start, Values, even_parts, tasks};
@@ -38,49 +37,66 @@ const LEAST_ROWS: usize = 2;
 
 /// One side of a product, packed: strips of 32 lanes, each with all its steps of k. As A a step of a strip is a block of 32 rows by 32 k:
 /// one plane after the other, each row by row.
-#[derive(Default)]
-pub(in crate::ops) struct Operand<const P: usize> {
+pub(in crate::ops) struct Operand {
     lines: Vec<Line>,
+    /// 1 (numbers rounded to bf16) or 3 (f32 in three parts).
+    planes: usize,
     lanes: usize,
     depth: usize,
     steps: usize,
 }
 
-impl<const P: usize> Operand<P> {
+impl Operand {
+    /// Holds nothing yet.
+    pub(in crate::ops) fn new(planes: usize) -> Self {
+        assert!(planes == ROUNDED || planes == SPLIT, "one plane or three");
+        Self { lines: Vec::new(), planes, lanes: 0, depth: 0, steps: 0 }
+    }
+
     /// Room for `lanes` of `depth`, with nothing in it yet.
     fn room(&mut self, lanes: usize, depth: usize) {
         (self.lanes, self.depth, self.steps) = (lanes, depth, depth.div_ceil(DEPTH));
-        let size = lanes.div_ceil(SIDE) * self.strip();
+        let size = self.strips() * self.strip();
         if self.lines.len() < size {
             // SAFETY: who packs an operand writes every line of its strips before a tile reads them.
             self.lines = unsafe { uninitialized(size) };
         }
     }
 
+    /// Strips of lanes.
+    fn strips(&self) -> usize {
+        self.lanes.div_ceil(SIDE)
+    }
+
     /// Lines of a strip.
     fn strip(&self) -> usize {
-        self.steps * P * PAIR
+        self.steps * self.step()
+    }
+
+    /// Lines of a step of a strip.
+    fn step(&self) -> usize {
+        self.planes * PAIR
     }
 
     /// Packs `view` on this thread.
     pub(in crate::ops) fn fill(&mut self, view: &View<'_>) {
         self.room(view.lanes, view.depth);
-        let (strip, strips) = (self.strip().max(1), self.lanes.div_ceil(SIDE));
+        let (planes, strip, strips) = (self.planes, self.strip().max(1), self.strips());
         for (index, lines) in self.lines.chunks_exact_mut(strip).take(strips).enumerate() {
-            view.pack::<P>(index * SIDE, 0..view.depth, lines);
+            view.pack(planes, index * SIDE, 0..view.depth, lines);
         }
     }
 
     /// `view`, packed on this thread.
-    pub(in crate::ops) fn of(view: &View<'_>) -> Self {
-        let mut operand = Self::default();
+    pub(in crate::ops) fn of(planes: usize, view: &View<'_>) -> Self {
+        let mut operand = Self::new(planes);
         operand.fill(view);
         operand
     }
 
     /// `view`, packed on all threads.
-    fn shared(view: &View<'_>) -> Self {
-        let mut operand = Self::default();
+    fn shared(planes: usize, view: &View<'_>) -> Self {
+        let mut operand = Self::new(planes);
         operand.refill(view);
         operand
     }
@@ -88,29 +104,29 @@ impl<const P: usize> Operand<P> {
     /// Packs `view` on all threads.
     fn refill(&mut self, view: &View<'_>) {
         self.room(view.lanes, view.depth);
-        let (strip, strips) = (self.strip().max(1), self.lanes.div_ceil(SIDE));
+        let (planes, strip, strips) = (self.planes, self.strip().max(1), self.strips());
         let lines = self.lines.chunks_exact_mut(strip).take(strips).enumerate();
-        each(lines, |(index, lines)| view.pack::<P>(index * SIDE, 0..view.depth, lines));
+        each(lines, |(index, lines)| view.pack(planes, index * SIDE, 0..view.depth, lines));
     }
 
     /// Room for an A of `rows` by `columns`, whose blocks `blocks` gives a place.
     ///
     /// # Safety
     /// Every block must be written before it is read.
-    pub(in crate::ops) unsafe fn uninitialized(rows: usize, columns: usize) -> Self {
-        let mut operand = Self::default();
+    pub(in crate::ops) unsafe fn uninitialized(planes: usize, rows: usize, columns: usize) -> Self {
+        let mut operand = Self::new(planes);
         operand.room(rows, columns);
         operand
     }
 
     /// Where blocks are written.
-    pub(in crate::ops) fn blocks(&mut self) -> Blocks<P> {
-        Blocks { at: Shared(self.lines.as_mut_ptr()), strip: self.strip() }
+    pub(in crate::ops) fn blocks(&mut self) -> Blocks {
+        Blocks { at: Shared(self.lines.as_mut_ptr()), planes: self.planes, strip: self.strip() }
     }
 
     /// The lines of step `step` of a strip.
     fn block(&self, strip: usize, step: usize) -> &[Line] {
-        &self.lines[strip * self.strip() + step * P * PAIR..][..P * PAIR]
+        &self.lines[strip * self.strip() + step * self.step()..][..self.step()]
     }
 
     /// The first plane of a block, as a tile.
@@ -130,63 +146,68 @@ impl<const P: usize> Operand<P> {
 
     /// A strip from step `step` on.
     fn at(&self, strip: usize, step: usize) -> *const Line {
-        self.lines[strip * self.strip() + step * P * PAIR..].as_ptr()
+        self.lines[strip * self.strip() + step * self.step()..].as_ptr()
     }
 }
 
 /// The blocks of an operand that several threads write.
 #[derive(Clone, Copy)]
-pub(in crate::ops) struct Blocks<const P: usize> {
+pub(in crate::ops) struct Blocks {
     at: Shared<Line>,
+    planes: usize,
     strip: usize,
 }
 
-impl<const P: usize> Blocks<P> {
+impl Blocks {
     /// Packs a tile as step `step` of a strip.
     ///
     /// # Safety
     /// The operand has this block, is still there, and no other thread touches the block; the processor has AVX-512 F, BW, VL and BF16.
     pub(in crate::ops) unsafe fn write(self, strip: usize, step: usize, tile: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { pack_block::<P>(tile, self.at.at(strip * self.strip + step * P * PAIR)) };
+        unsafe { pack_block(self.planes, tile, self.at.at(strip * self.strip + step * self.planes * PAIR)) };
     }
 }
 
 /// B of a sum: a matrix, the packed form of one that stays, or the rows of what was packed as A.
 #[derive(Clone, Copy)]
-pub(in crate::ops) enum Right<'a, const P: usize> {
+enum Right<'a> {
     View(View<'a>),
-    Kept(View<'a>, &'a [Line]),
-    Packed(&'a Operand<P>),
+    Kept(&'a Operand),
+    Packed(&'a Operand),
 }
 
-impl<'a, const P: usize> Right<'a, P> {
-    /// A matrix (k, n).
-    pub(in crate::ops) fn of(unit: Unit, b: &Matrix<'a>) -> Self {
-        let (view, held) = (View::b(b), b.held(&|| super::held::Held::Blocks(Held::empty(unit, P == 3))));
-        match held {
-            Some(super::held::Held::Blocks(held)) => Self::Kept(view, held.lines()),
-            _ => Self::View(view),
+impl<'a> Right<'a> {
+    /// A matrix (k, n) that `a` is multiplied by.
+    fn of(a: &Packed, b: &Matrix<'a>) -> Self {
+        match b.held(&|| super::held::Held::Blocks(a.held())) {
+            Some(super::held::Held::Blocks(held)) => Self::Kept(&held.operand),
+            _ => Self::View(View::b(b)),
         }
     }
 
     fn lanes(&self) -> usize {
         match self {
-            Self::View(view) | Self::Kept(view, _) => view.lanes,
+            Self::View(view) => view.lanes,
+            Self::Kept(operand) => operand.lanes,
             Self::Packed(operand) => operand.depth,
         }
     }
 
     fn depth(&self) -> usize {
         match self {
-            Self::View(view) | Self::Kept(view, _) => view.depth,
+            Self::View(view) => view.depth,
+            Self::Kept(operand) => operand.depth,
             Self::Packed(operand) => operand.lanes,
         }
     }
 
-    /// Whether it is bf16 as it is: one plane, whatever A has.
-    fn is_narrow(&self) -> bool {
-        matches!(self, Self::View(view) | Self::Kept(view, _) if view.is_narrow())
+    /// Planes beside an A of `planes`.
+    fn planes(&self, planes: usize) -> usize {
+        match self {
+            Self::View(view) => view.planes(planes),
+            Self::Kept(operand) | Self::Packed(operand) => operand.planes,
+        }
     }
 
     /// Steps that are packed for all of a task's panels before the next. A matrix whose rows lie far apart is read a step at a time: else
@@ -198,22 +219,16 @@ impl<'a, const P: usize> Right<'a, P> {
         }
     }
 
-    fn pack(&self, panel: usize, steps: Range<usize>, out: &mut [Line]) {
+    /// Packs these steps of a panel, unless they are kept.
+    fn pack(&self, planes: usize, panel: usize, steps: Range<usize>, out: &mut [Line]) {
         match self {
-            Self::Kept(view, lines) => {
-                let step = if view.is_narrow() { 1 } else { P } * PAIR;
-                let first = (panel * view.depth.div_ceil(DEPTH) + steps.start) * step;
-                out.copy_from_slice(&lines[first..first + steps.len() * step]);
-            }
             Self::View(view) => {
                 let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
-                match view.is_narrow() {
-                    true => view.pack::<1>(panel * SIDE, k, out),
-                    false => view.pack::<P>(panel * SIDE, k, out),
-                }
+                view.pack(planes, panel * SIDE, k, out);
             }
+            Self::Kept(_) => {}
             Self::Packed(operand) => {
-                for (step, out) in steps.zip(out.chunks_exact_mut(P * PAIR)) {
+                for (step, out) in steps.zip(out.chunks_exact_mut(operand.step())) {
                     for (block, out) in operand.block(step, panel).chunks_exact(PAIR).zip(out.chunks_exact_mut(PAIR)) {
                         turn(block, out);
                     }
@@ -223,32 +238,33 @@ impl<'a, const P: usize> Right<'a, P> {
     }
 }
 
-/// Terms of a sum.
-pub(in crate::ops) type Terms<'a, const P: usize> = [(&'a Operand<P>, Right<'a, P>)];
+/// A term of a sum.
+type Term<'a> = (&'a Operand, Right<'a>);
 
 /// out, rows of `out.1` numbers = [out where `onto`] + strips of A times strips of B, over `steps` of k from each one's step on: on
 /// this thread. B has A's planes, or is one of numbers stored in bf16.
-pub(in crate::ops) fn multiply<const P: usize, const Q: usize>(
+pub(in crate::ops) fn multiply(
     ready: &Ready,
-    a: (&Operand<P>, Range<usize>, usize),
-    b: (&Operand<Q>, Range<usize>, usize),
+    a: (&Operand, Range<usize>, usize),
+    b: (&Operand, Range<usize>, usize),
     steps: usize,
     out: (&mut [f32], usize),
     onto: bool,
 ) {
     assert!(a.2 + steps <= a.0.steps && b.2 + steps <= b.0.steps, "both operands have these steps");
     assert!(a.1.end * SIDE < a.0.lanes + SIDE && b.1.end * SIDE < b.0.lanes + SIDE, "both operands have these strips");
-    assert!(Q == P || Q == 1, "B has A's planes or one");
+    assert!(b.0.planes == a.0.planes || b.0.planes == ROUNDED, "B has A's planes or one");
     let (rows, columns) = (a.1.len() * SIDE, b.1.len() * SIDE);
     assert!(columns <= out.1 && rows * out.1 + columns <= out.0.len() + out.1, "the result has room for whole tiles");
     for (row, strip) in a.1.enumerate() {
         for (column, panel) in b.1.clone().enumerate() {
-            let runs = [(a.0.at(strip, a.2), a.0.depth_of(a.2..a.2 + steps)), (std::ptr::null(), 0)];
+            let depth = a.0.depth_of(a.2..a.2 + steps);
+            let run = Run { a: a.0.at(strip, a.2), b: b.0.at(panel, b.2), planes: b.0.planes, depth };
             let size = ((a.0.lanes - strip * SIDE).min(SIDE), SIDE);
-            // SAFETY: all three asserted above.
+            // SAFETY: all asserted above.
             unsafe {
                 let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
-                ready.multiply::<P>(runs, [Q < P; 2], b.0.at(panel, b.2), (at, out.1), size, onto);
+                ready.multiply(a.0.planes, [run, Run::EMPTY], (at, out.1), size, onto);
             }
         }
     }
@@ -257,207 +273,142 @@ pub(in crate::ops) fn multiply<const P: usize, const Q: usize>(
 /// A, packed for a unit.
 pub(in crate::ops) struct Packed {
     unit: Unit,
-    planes: Planes,
-}
-
-enum Planes {
-    Rounded(Operand<1>),
-    Split(Operand<3>),
+    operand: Operand,
 }
 
 impl Packed {
     /// Packs `a` where it has rows enough.
     pub(in crate::ops) fn new(unit: Unit, a: &Matrix<'_>, precision: Precision) -> Option<Self> {
-        let planes = || match precision {
-            Precision::F32 => Planes::Split(Operand::shared(&View::a(a))),
-            Precision::Bf16 | Precision::F16 => Planes::Rounded(Operand::shared(&View::a(a))),
-        };
-        (a.rows >= LEAST_ROWS).then(|| Self { unit, planes: planes() })
+        let planes = if precision == Precision::F32 { SPLIT } else { ROUNDED };
+        (a.rows >= LEAST_ROWS).then(|| Self { unit, operand: Operand::shared(planes, &View::a(a)) })
     }
 
-    /// An operand that was written block by block, of 1 or 3 planes.
-    pub(in crate::ops) fn from_blocks<const P: usize>(unit: Unit, operand: Operand<P>) -> Option<Self> {
-        let operand: Box<dyn Any> = Box::new(operand);
-        let planes = match operand.downcast::<Operand<1>>() {
-            Ok(rounded) => Some(Planes::Rounded(*rounded)),
-            Err(operand) => operand.downcast::<Operand<3>>().ok().map(|split| Planes::Split(*split)),
-        };
-        planes.map(|planes| Self { unit, planes })
+    /// Room for an A of `rows` by `columns` that is packed as this one is.
+    ///
+    /// # Safety
+    /// Every block must be written before it is read.
+    pub(in crate::ops) unsafe fn alike(&self, rows: usize, columns: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Self { unit: self.unit, operand: unsafe { Operand::uninitialized(self.operand.planes, rows, columns) } }
+    }
+
+    /// Where blocks are written.
+    pub(in crate::ops) fn blocks(&mut self) -> Blocks {
+        self.operand.blocks()
     }
 
     /// What it can be multiplied by; holds nothing yet.
     pub(super) fn held(&self) -> Held {
-        Held::empty(self.unit, matches!(self.planes, Planes::Split(_)))
-    }
-
-    /// What multiplies it.
-    pub(in crate::ops) fn unit(&self) -> Unit {
-        self.unit
-    }
-
-    /// The operand, where it has `P` planes.
-    pub(in crate::ops) fn operand<const P: usize>(&self) -> Option<&Operand<P>> {
-        let operand: &dyn Any = match &self.planes {
-            Planes::Rounded(operand) => operand,
-            Planes::Split(operand) => operand,
-        };
-        operand.downcast_ref()
+        Held { unit: self.unit, planes: self.operand.planes, operand: Operand::new(ROUNDED) }
     }
 }
 
 /// A B of many products.
 pub(in crate::ops) struct Held {
     unit: Unit,
-    /// Whether A is split.
-    split: bool,
-    /// Rounded where A is, or where it is stored in bf16.
-    planes: Planes,
+    /// A's.
+    planes: usize,
+    operand: Operand,
 }
 
 impl Held {
-    /// For an A of this unit, split or not; holds nothing yet.
-    fn empty(unit: Unit, split: bool) -> Self {
-        Self { unit, split, planes: Planes::Rounded(Operand::default()) }
-    }
-
     /// Whether both are for the same A's.
     pub(super) fn is_like(&self, other: &Self) -> bool {
-        (self.unit, self.split) == (other.unit, other.split)
-    }
-
-    /// Strip after strip.
-    fn lines(&self) -> &[Line] {
-        match &self.planes {
-            Planes::Rounded(held) => &held.lines,
-            Planes::Split(held) => &held.lines,
-        }
+        (self.unit, self.planes) == (other.unit, other.planes)
     }
 
     /// Packs `matrix` instead of what was held, on all threads.
     pub(super) fn fill(&mut self, matrix: &Matrix<'_>) {
         let view = View::b(matrix);
-        match (&mut self.planes, self.split && !view.is_narrow()) {
-            (Planes::Rounded(held), false) => held.refill(&view),
-            (Planes::Split(held), true) => held.refill(&view),
-            (planes, false) => *planes = Planes::Rounded(Operand::shared(&view)),
-            (planes, true) => *planes = Planes::Split(Operand::shared(&view)),
-        }
+        self.operand.planes = view.planes(self.planes);
+        self.operand.refill(&view);
     }
 
     /// out = rows of `a`, from a whole strip on, times what is held.
     pub(super) fn product(&self, a: &Packed, rows: Range<usize>, out: (&mut [f32], usize)) {
         assert!(rows.start.is_multiple_of(SIDE), "rows begin with a strip");
-        let strips = rows.start / SIDE..rows.end.div_ceil(SIDE);
-        match &a.planes {
-            Planes::Rounded(a) => self.times(a, strips, out, false),
-            Planes::Split(a) => self.times(a, strips, out, false),
-        }
+        self.times(&a.operand, rows.start / SIDE..rows.end.div_ceil(SIDE), out, false);
     }
 
     /// out += the first `rows` rows of `a`, `a.1` numbers apart, times what is held.
     pub(super) fn add_product(&self, rows: usize, a: (&[f32], usize), out: (&mut [f32], usize)) {
-        let depth = match &self.planes {
-            Planes::Rounded(held) => held.depth,
-            Planes::Split(held) => held.depth,
-        };
-        let (view, strips) = (View::new(Side::A, Values::F32(a.0), 0, (rows, a.1), (depth, 1)), 0..rows.div_ceil(SIDE));
-        match self.split {
-            false => self.times(&Operand::<1>::of(&view), strips, out, true),
-            true => self.times(&Operand::<3>::of(&view), strips, out, true),
-        }
+        let view = View::new(Side::A, Values::F32(a.0), 0, (rows, a.1), (self.operand.depth, 1));
+        self.times(&Operand::of(self.planes, &view), 0..rows.div_ceil(SIDE), out, true);
     }
 
-    fn times<const P: usize>(&self, a: &Operand<P>, strips: Range<usize>, out: (&mut [f32], usize), add: bool) {
-        assert_eq!(self.split, P == 3, "a B is held for A's planes");
-        match &self.planes {
-            Planes::Rounded(held) => times(self.unit, (a, strips), held, out, add),
-            Planes::Split(held) => times(self.unit, (a, strips), held, out, add),
+    /// out = [out where it is to `add`] + strips of A times all of B, on this thread: as much of B at a time as a task packs elsewhere.
+    fn times(&self, a: &Operand, strips: Range<usize>, (out, row): (&mut [f32], usize), add: bool) {
+        let (b, ready) = (&self.operand, Ready::new(self.unit));
+        assert_eq!(a.planes, self.planes, "a B is held for A's planes");
+        assert_eq!(a.depth, b.depth, "A's and B's k are one");
+        for steps in even_parts(0..a.steps, deepest(a.planes)) {
+            for panels in even_parts(0..b.strips(), together(steps.len() * b.step())) {
+                let (a, first) = ((a, strips.clone(), steps.start), panels.start * SIDE);
+                multiply(&ready, a, (b, panels, steps.start), steps.len(), (&mut out[first..], row), add || steps.start > 0);
+            }
         }
     }
 }
 
-/// out = [out where it is to `add`] + strips of A times all of B, on this thread: as much of B at a time as a task packs elsewhere.
-fn times<const P: usize, const Q: usize>(
-    unit: Unit,
-    (a, strips): (&Operand<P>, Range<usize>),
-    b: &Operand<Q>,
-    (out, row): (&mut [f32], usize),
-    add: bool,
-) {
-    let ready = Ready::new(unit);
-    assert_eq!(a.depth, b.depth, "A's and B's k are one");
-    for steps in even_parts(0..a.steps, DEEPEST / (P * PAIR * size_of::<Line>())) {
-        let group = (PACKED / (steps.len() * Q * PAIR * size_of::<Line>())).max(1);
-        for panels in even_parts(0..b.lanes.div_ceil(SIDE), group) {
-            let (a, first) = ((a, strips.clone(), steps.start), panels.start * SIDE);
-            multiply(&ready, a, (b, panels, steps.start), steps.len(), (&mut out[first..], row), add || steps.start > 0);
-        }
-    }
+/// Steps of one run through k.
+fn deepest(planes: usize) -> usize {
+    DEEPEST / (planes * PAIR * size_of::<Line>())
+}
+
+/// Panels of one task, of so many lines each.
+fn together(lines: usize) -> usize {
+    (PACKED / (lines * size_of::<Line>()).max(1)).max(1)
 }
 
 /// out (m, n) = a times the rows of what was packed as A, for any number of rows.
 pub(super) fn product_by(a: &Matrix<'_>, b: &Packed, out: &mut [f32]) {
-    let a = View::a(a);
-    match &b.planes {
-        Planes::Rounded(rows) => products_of::<1>(b.unit, &[(&Operand::shared(&a), Right::Packed(rows))], Start::Zero, out),
-        Planes::Split(rows) => products_of::<3>(b.unit, &[(&Operand::shared(&a), Right::Packed(rows))], Start::Zero, out),
-    }
+    let a = Operand::shared(b.operand.planes, &View::a(a));
+    products_of(b.unit, &[(&a, Right::Packed(&b.operand))], Start::Zero, out);
 }
 
 /// out (m, n) = start + the sum of the terms, of which there is one at least.
 pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
-    let (mut rounded, mut split, unit) = (Vec::new(), Vec::new(), terms[0].0.unit);
-    for (a, b) in terms {
-        assert_eq!(a.unit, unit, "operands of one sum are packed for one unit");
-        match &a.planes {
-            Planes::Rounded(a) => rounded.push((a, Right::of(unit, b))),
-            Planes::Split(a) => split.push((a, Right::of(unit, b))),
-        }
-    }
-    assert!(rounded.is_empty() || split.is_empty(), "operands of one sum are packed alike");
-    match split.is_empty() {
-        true => products_of(unit, &rounded, start, out),
-        false => products_of(unit, &split, start, out),
-    }
+    let unit = terms[0].0.unit;
+    products_of(unit, &terms_by(unit, terms), start, out);
 }
 
-fn products_of<const P: usize>(unit: Unit, terms: &Terms<'_, P>, start: Start<'_>, out: &mut [f32]) {
+/// The terms, each B as its form that stays where there is one.
+fn terms_by<'a>(unit: Unit, terms: &[(&'a Packed, Matrix<'a>)]) -> Vec<Term<'a>> {
+    assert!(terms.iter().all(|(a, _)| a.unit == unit), "operands of one sum are packed for one unit");
+    terms.iter().map(|(a, b)| (&a.operand, Right::of(a, b))).collect()
+}
+
+fn products_of(unit: Unit, terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]) {
     let (m, n) = (terms[0].0.lanes, terms[0].1.lanes());
     assert_eq!(out.len(), m * n, "a result is (m, n)");
-    let passes = Sum::passes(terms);
+    let passes = Sum::passes(terms, (m, n));
     for (index, sum) in passes.iter().enumerate() {
         let last = index + 1 == passes.len();
         let start = if last { start } else { Start::Zero };
         let pass = Pass { unit, sum, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
-        let panel = sum.lines * size_of::<Line>();
-        tasks(n.div_ceil(SIDE), (PACKED / panel.max(1)).max(1), (m.div_ceil(SIDE), 1), |panels, strips| {
-            pass.task(panels, strips)
-        });
+        tasks(n.div_ceil(SIDE), together(sum.lines), (m.div_ceil(SIDE), 1), |panels, strips| pass.task(panels, strips));
     }
 }
 
 /// Computes sums of one shape tile by tile, and gives `take` the tiles of each strip (of 32 rows) and panel (of 32 columns): zero beyond
 /// the last row and column.
-pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
-    unit: Unit,
-    sums: [&Terms<'_, P>; S],
+pub(in crate::ops) fn tiles_of<const S: usize>(
+    sums: [&[(&Packed, Matrix<'_>)]; S],
     take: impl Fn(usize, usize, &mut [Tile; S]) + Sync,
 ) {
+    let unit = sums[0][0].0.unit;
+    let sums = sums.map(|terms| terms_by(unit, terms));
     let (m, n) = (sums[0][0].0.lanes, sums[0][0].1.lanes());
-    for (a, b) in sums.into_iter().flatten() {
-        assert!(a.lanes == m && b.lanes() == n && a.depth == b.depth(), "the sums and their terms have one shape");
-        issue(1, m, n, a.depth);
-    }
-    let sums = sums.map(Sum::passes);
+    sums.iter().flatten().for_each(|(a, _)| issue(1, m, n, a.depth));
+    let sums = sums.map(|terms| Sum::passes(&terms, (m, n)));
     let all = || sums.iter().flatten();
-    let size = all().map(|sum| sum.lines).sum::<usize>().max(1);
-    let most = (PACKED / (size * size_of::<Line>())).max(1);
+    let (size, most) = (all().map(|sum| sum.packed).sum(), together(all().map(|sum| sum.lines).sum()));
     tasks(n.div_ceil(SIDE), most, (m.div_ceil(SIDE), 1), |panels, strips| {
         with_room(panels.len() * size, |packed| {
             let mut done = 0;
             for sum in all() {
                 sum.pack(panels.clone(), &mut packed[done..], size);
-                done += sum.lines;
+                done += sum.packed;
             }
             let ready = Ready::new(unit);
             let mut tiles = [Tile::ZERO; S];
@@ -467,8 +418,10 @@ pub(in crate::ops) fn tiles_of<const P: usize, const S: usize>(
                     for (tile, passes) in tiles.iter_mut().zip(&sums) {
                         for (index, sum) in passes.iter().enumerate() {
                             // SAFETY: the panel is packed, in this order; a tile is 32 rows of 32 numbers.
-                            unsafe { sum.tile(&ready, strip, packed, (tile.0.as_mut_ptr(), SIDE), (SIDE, SIDE), index > 0) };
-                            packed = &packed[sum.lines..];
+                            unsafe {
+                                sum.tile(&ready, (strip, panel), packed, (tile.0.as_mut_ptr(), SIDE), (SIDE, SIDE), index > 0)
+                            };
+                            packed = &packed[sum.packed..];
                         }
                     }
                     take(strip, panel, &mut tiles);
@@ -488,93 +441,109 @@ impl Tile {
 }
 
 /// A run of k of one term.
-struct Piece {
-    term: usize,
+struct Piece<'a> {
+    a: &'a Operand,
+    b: Right<'a>,
     steps: Range<usize>,
-    /// Whether B is bf16 as it is: one plane, whatever A has.
-    narrow: bool,
+    /// B's: A's, or one.
+    planes: usize,
 }
 
-impl Piece {
+impl Piece<'_> {
     /// Lines of B's panel.
-    fn lines<const P: usize>(&self) -> usize {
-        self.steps.len() * if self.narrow { 1 } else { P } * PAIR
+    fn lines(&self) -> usize {
+        self.steps.len() * self.planes * PAIR
+    }
+
+    /// Those of them that are not kept.
+    fn packed(&self) -> usize {
+        if matches!(self.b, Right::Kept(_)) { 0 } else { self.lines() }
     }
 }
 
-/// What is summed while a tile stays in registers: two pieces at most, the narrower first.
-struct Sum<'a, const P: usize> {
-    terms: &'a Terms<'a, P>,
-    pieces: Vec<Piece>,
-    /// Lines of a panel of B, over all pieces.
+/// What is summed while a tile stays in registers: two pieces at most, the one of fewer planes first.
+struct Sum<'a> {
+    /// A's.
+    planes: usize,
+    pieces: Vec<Piece<'a>>,
+    /// Lines of a panel of B, over all pieces, and those of them that are packed for this product.
     lines: usize,
+    packed: usize,
 }
 
-impl<'a, const P: usize> Sum<'a, P> {
-    /// The terms, in as many passes as it takes.
-    fn passes(terms: &'a Terms<'a, P>) -> Vec<Self> {
-        let most = DEEPEST / (P * PAIR * size_of::<Line>());
-        let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
+impl<'a> Sum<'a> {
+    /// The terms of a result (m, n), in as many passes as it takes.
+    fn passes(terms: &[Term<'a>], (m, n): (usize, usize)) -> Vec<Self> {
+        let planes = terms[0].0.planes;
+        let most = deepest(planes);
+        let mut passes: Vec<Vec<Piece<'a>>> = vec![Vec::new()];
         let mut done = 0;
-        for (term, (a, b)) in terms.iter().enumerate() {
-            let narrow = b.is_narrow();
+        for &(a, b) in terms {
+            assert!(a.lanes == m && b.lanes() == n && a.depth == b.depth(), "the terms of a sum have one shape");
+            assert_eq!(a.planes, planes, "operands of one sum are packed alike");
             for steps in even_parts(0..a.steps, most) {
+                let piece = Piece { a, b, steps, planes: b.planes(planes) };
                 // An adapter's few steps join whatever is there.
-                let joins = |pass: &Vec<Piece>| pass.len() < 2 && pass.iter().all(|before| before.narrow || !narrow);
-                let fits = passes.last().is_some_and(joins) && done + steps.len() <= most + most / 8;
+                let joins = |pass: &Vec<Piece<'_>>| pass.len() < 2 && pass.iter().all(|before| before.planes <= piece.planes);
+                let fits = passes.last().is_some_and(joins) && done + piece.steps.len() <= most + most / 8;
                 if done > 0 && !fits {
                     passes.push(Vec::new());
                     done = 0;
                 }
-                done += steps.len();
+                done += piece.steps.len();
                 if let Some(pass) = passes.last_mut() {
-                    pass.push(Piece { term, steps, narrow });
+                    pass.push(piece);
                 }
             }
         }
-        let sum = |pieces: Vec<Piece>| Self { terms, lines: pieces.iter().map(Piece::lines::<P>).sum(), pieces };
+        let sum = |pieces: Vec<Piece<'a>>| {
+            let of = |lines: fn(&Piece<'a>) -> usize| pieces.iter().map(lines).sum();
+            Self { planes, lines: of(Piece::lines), packed: of(Piece::packed), pieces }
+        };
         passes.into_iter().map(sum).collect()
     }
 
-    /// Packs these panels of B, `size` lines apart.
+    /// Packs these panels of B, `size` lines apart, where they are not kept.
     fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
         let mut done = 0;
-        for piece in &self.pieces {
-            let b = &self.terms[piece.term].1;
-            for steps in even_parts(piece.steps.clone(), b.at_once(piece.steps.len())) {
-                let planes = if piece.narrow { 1 } else { P };
-                let at = done + (steps.start - piece.steps.start) * planes * PAIR;
+        for piece @ Piece { b, steps: all, planes, .. } in self.pieces.iter().filter(|piece| piece.packed() > 0) {
+            for steps in even_parts(all.clone(), b.at_once(all.len())) {
+                let at = done + (steps.start - all.start) * planes * PAIR;
                 for panel in panels.clone() {
                     let packed = &mut packed[(panel - panels.start) * size + at..][..steps.len() * planes * PAIR];
-                    b.pack(panel, steps.clone(), packed);
+                    b.pack(*planes, panel, steps.clone(), packed);
                 }
             }
-            done += piece.lines::<P>();
+            done += piece.packed();
         }
     }
 
-    /// out (32, 32), `out.1` numbers from row to row = [out where `onto`] + a strip of A times a packed panel; `size` as `Ready::multiply`'s.
+    /// out (32, 32), `out.1` numbers from row to row = [out where `onto`] + a strip of A times a panel; `size` as `Ready::multiply`'s.
     ///
     /// # Safety
-    /// The panel's lines are packed from `packed`'s first on, and `out` is writable.
+    /// What is not kept of the panel is packed from `packed`'s first line on, and `out` is writable.
     unsafe fn tile(
         &self,
         ready: &Ready,
-        strip: usize,
+        (strip, panel): (usize, usize),
         packed: &[Line],
         out: (*mut f32, usize),
         size: (usize, usize),
         onto: bool,
     ) {
-        let (mut runs, mut narrow): (Runs, _) = ([(std::ptr::null(), 0); 2], [true; 2]);
-        for (index, piece) in self.pieces.iter().enumerate() {
-            let a = self.terms[piece.term].0;
-            runs[index] = (a.at(strip, piece.steps.start), a.depth_of(piece.steps.clone()));
-            narrow[index] = piece.narrow;
+        assert!(packed.len() >= self.packed, "a panel holds every piece that is packed");
+        let (mut runs, mut done) = ([Run::EMPTY; 2], 0);
+        for (run, piece) in runs.iter_mut().zip(&self.pieces) {
+            let Piece { a, steps, planes, .. } = piece;
+            let b = match piece.b {
+                Right::Kept(operand) => operand.at(panel, steps.start),
+                Right::View(_) | Right::Packed(_) => packed[done..].as_ptr(),
+            };
+            *run = Run { a: a.at(strip, steps.start), b, planes: *planes, depth: a.depth_of(steps.clone()) };
+            done += piece.packed();
         }
-        assert!(packed.len() >= self.lines, "a panel holds every piece");
-        // SAFETY: the caller's promise; A's strips have all their steps.
-        unsafe { ready.multiply::<P>(runs, narrow, packed.as_ptr(), out, size, onto) };
+        // SAFETY: the caller's promise; A's strips and what is kept have all their steps.
+        unsafe { ready.multiply(self.planes, runs, out, size, onto) };
     }
 }
 
@@ -595,9 +564,9 @@ fn with_room(lines: usize, work: impl FnOnce(&mut [Line])) {
 }
 
 /// One pass over the result.
-struct Pass<'a, const P: usize> {
+struct Pass<'a> {
     unit: Unit,
-    sum: &'a Sum<'a, P>,
+    sum: &'a Sum<'a>,
     /// Whether it goes on from what the passes before left in `out`.
     onto: bool,
     start: Start<'a>,
@@ -606,10 +575,10 @@ struct Pass<'a, const P: usize> {
     n: usize,
 }
 
-impl<const P: usize> Pass<'_, P> {
+impl Pass<'_> {
     /// Packs these panels (of 32 columns of B) and multiplies these strips (of 32 rows of A) by them.
     fn task(&self, panels: Range<usize>, strips: Range<usize>) {
-        let size = self.sum.lines.max(1);
+        let size = self.sum.packed;
         with_room(panels.len() * size, |packed| {
             self.sum.pack(panels.clone(), packed, size);
             let ready = Ready::new(self.unit);
@@ -634,14 +603,14 @@ impl<const P: usize> Pass<'_, P> {
         unsafe {
             let out = self.out.at(row * self.n + column);
             if rows == SIDE && columns == SIDE && start.is_none() {
-                return self.sum.tile(ready, strip, packed, (out, self.n), (SIDE, SIDE), self.onto);
+                return self.sum.tile(ready, (strip, panel), packed, (out, self.n), (SIDE, SIDE), self.onto);
             }
             let mut scratch = MaybeUninit::<Tile>::uninit();
             let at = scratch.as_mut_ptr().cast::<f32>();
             if self.onto {
                 (0..rows).for_each(|i| at.add(i * SIDE).copy_from_nonoverlapping(out.add(i * self.n), columns));
             }
-            self.sum.tile(ready, strip, packed, (at, SIDE), (rows, columns), self.onto);
+            self.sum.tile(ready, (strip, panel), packed, (at, SIDE), (rows, columns), self.onto);
             finish(at, (out, self.n), start, rows, columns);
         }
     }

@@ -12,7 +12,7 @@ use std::ops::Range;
 use super::super::pack::{Number, transpose_16};
 use super::super::{Matrix, Values};
 use super::Tile;
-use super::kernel::{DEPTH, Line, PAIR, SIDE};
+use super::kernel::{DEPTH, Line, PAIR, ROUNDED, SIDE, SPLIT};
 
 /// Lanes of a tile, and lines.
 const LANES: usize = 16;
@@ -61,9 +61,12 @@ impl<'a> View<'a> {
         Self::new(Side::B, m.values, 0, (m.columns, m.column_stride), (m.rows, m.row_stride))
     }
 
-    /// Whether the numbers are stored in bf16.
-    pub(super) fn is_narrow(&self) -> bool {
-        matches!(self.values, Values::Bf16(_))
+    /// Planes of a B beside an A of `planes`: one where its numbers are stored in bf16.
+    pub(super) fn planes(&self, planes: usize) -> usize {
+        match self.values {
+            Values::F32(_) => planes,
+            Values::Bf16(_) => ROUNDED,
+        }
     }
 
     /// Whether a lane's numbers lie side by side.
@@ -71,13 +74,15 @@ impl<'a> View<'a> {
         self.k_stride == 1
     }
 
-    /// Packs numbers `k` of lanes `first..first + 32`, step by step, zero beyond the matrix and beyond `k`.
-    pub(super) fn pack<const P: usize>(&self, first: usize, k: Range<usize>, out: &mut [Line]) {
+    /// Packs numbers `k` of lanes `first..first + 32` in so many planes, step by step, zero beyond the matrix and beyond `k`.
+    pub(super) fn pack(&self, planes: usize, first: usize, k: Range<usize>, out: &mut [Line]) {
         assert!(k.end <= self.depth && first < self.lanes, "a strip lies inside its matrix");
-        assert_eq!(out.len(), k.len().div_ceil(DEPTH) * P * PAIR, "room for every step");
-        match self.values {
-            Values::F32(values) => self.pack_of::<f32, P>(values, first, k, out),
-            Values::Bf16(values) => self.pack_of::<half::bf16, P>(values, first, k, out),
+        assert_eq!(out.len(), k.len().div_ceil(DEPTH) * planes * PAIR, "room for every step");
+        match (self.values, planes) {
+            (Values::F32(values), ROUNDED) => self.pack_of::<f32, ROUNDED>(values, first, k, out),
+            (Values::F32(values), _) => self.pack_of::<f32, SPLIT>(values, first, k, out),
+            (Values::Bf16(values), ROUNDED) => self.pack_of::<half::bf16, ROUNDED>(values, first, k, out),
+            (Values::Bf16(values), _) => self.pack_of::<half::bf16, SPLIT>(values, first, k, out),
         }
     }
 
@@ -102,15 +107,19 @@ impl<'a> View<'a> {
     }
 }
 
-/// A tile as A's block: its rows as lanes, in `P` planes.
+/// A tile as A's block: its rows as lanes, in so many planes.
 ///
 /// # Safety
-/// There must be room for P times 32 lines at `out`; the processor has AVX-512 F, BW, VL and BF16.
-pub(super) unsafe fn pack_block<const P: usize>(tile: &Tile, out: *mut Line) {
+/// There must be room for 32 lines of each plane at `out`; the processor has AVX-512 F, BW, VL and BF16.
+pub(super) unsafe fn pack_block(planes: usize, tile: &Tile, out: *mut Line) {
     for half in 0..SIDE / LANES {
         // SAFETY: the caller's promise; a tile is 32 rows of 32 numbers.
         unsafe {
-            along_k::<f32, P>(tile.0.as_ptr().add(half * LANES * SIDE), SIDE, (LANES, DEPTH), false, out.add(half * LANES))
+            let (rows, out) = (tile.0.as_ptr().add(half * LANES * SIDE), out.add(half * LANES));
+            match planes {
+                ROUNDED => along_k::<f32, ROUNDED>(rows, SIDE, (LANES, DEPTH), false, out),
+                _ => along_k::<f32, SPLIT>(rows, SIDE, (LANES, DEPTH), false, out),
+            }
         };
     }
 }

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::kernel::{DEPTH, Line, PAIR, Runs, SIDE};
+use super::kernel::{DEPTH, PAIR, Run, Runs, SIDE};
 
 /// Rows that are summed in registers at a time: with two vectors of columns, 16 sums that wait for nothing. More rows gained nothing
 /// (benches/LOG.md, "a processor with fast dot products of bf16 pairs").
@@ -28,25 +28,19 @@ pub(in crate::ops::product) fn fast() -> bool {
     [vendor.ebx, vendor.edx, vendor.ecx] == [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes)
 }
 
-/// out (rows, columns) = [out where `onto`] + the runs' products with B's steps from `b` on; whole vectors and eights of rows are written.
+/// out (rows, columns) = [out where `onto`] + the runs' products; whole vectors and eights of rows are written.
 ///
 /// # Safety
 /// A's and B's steps are readable, `out` is writable as (32, 32) numbers, `out.1` from row to row; the processor has AVX512-BF16.
-pub(super) unsafe fn multiply(
-    runs: Runs,
-    b: *const Line,
-    (out, out_row): (*mut f32, usize),
-    (rows, columns): (usize, usize),
-    onto: bool,
-) {
+pub(super) unsafe fn multiply(runs: Runs, (out, out_row): (*mut f32, usize), (rows, columns): (usize, usize), onto: bool) {
     for first in (0..rows.min(SIDE)).step_by(ROWS) {
-        let runs = runs.map(|(a, depth)| (a.wrapping_add(first), depth));
+        let runs = runs.map(|run| Run { a: run.a.wrapping_add(first), ..run });
         // SAFETY: the caller's promise; these rows are among the 32.
         unsafe {
             let out = out.add(first * out_row);
             match columns > LANES {
-                true => strip::<2>(runs, b, out, out_row, onto),
-                false => strip::<1>(runs, b, out, out_row, onto),
+                true => strip::<2>(runs, out, out_row, onto),
+                false => strip::<1>(runs, out, out_row, onto),
             }
         }
     }
@@ -57,7 +51,7 @@ pub(super) unsafe fn multiply(
 /// # Safety
 /// As `multiply`'s, from these rows on.
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn strip<const V: usize>(runs: Runs, mut b: *const Line, out: *mut f32, out_row: usize, onto: bool) {
+unsafe fn strip<const V: usize>(runs: Runs, out: *mut f32, out_row: usize, onto: bool) {
     let mut sums = [[_mm512_setzero_ps(); V]; ROWS];
     // SAFETY: the caller's promise.
     unsafe {
@@ -68,7 +62,7 @@ unsafe fn strip<const V: usize>(runs: Runs, mut b: *const Line, out: *mut f32, o
                 }
             }
         }
-        for (mut a, depth) in runs {
+        for Run { mut a, mut b, depth, .. } in runs {
             for start in (0..depth).step_by(DEPTH) {
                 for pair in 0..(depth - start).min(DEPTH).div_ceil(2) {
                     let mut columns = [_mm512_setzero_si512(); V];
