@@ -153,7 +153,7 @@ fn backward_of<X: Number, Y: Stored>(dy: &[f32], gate: &[X], up: &[X], dgate: &m
             |cpu| {
                 let (dgate, dup, dy, gate, up) = (&mut dgate[..n], &mut dup[..n], &dy[..n], &gate[..n], &up[..n]);
                 for i in 0..n {
-                    let (of_gate, of_up) = gradients(cpu, dy[i], gate[i].widen(), up[i].widen());
+                    let [of_gate, of_up, _] = gradients(cpu, dy[i], gate[i].widen(), up[i].widen());
                     (dgate[i], dup[i]) = (Y::of(of_gate), Y::of(of_up));
                 }
             },
@@ -170,11 +170,11 @@ pub(super) fn gated(cpu: Instructions, gate: f32, up: f32) -> f32 {
     gate * sigmoid(cpu, gate) * up
 }
 
-/// The gradients of gate and up, from that of silu(gate) up.
+/// The gradients of gate and up, from that of y = silu(gate) up; and y again.
 #[inline(always)]
-pub(super) fn gradients(cpu: Instructions, dy: f32, gate: f32, up: f32) -> (f32, f32) {
+pub(super) fn gradients(cpu: Instructions, dy: f32, gate: f32, up: f32) -> [f32; 3] {
     let s = sigmoid(cpu, gate);
-    (dy * up * s * (1.0 + gate * (1.0 - s)), dy * gate * s)
+    [dy * up * s * (1.0 + gate * (1.0 - s)), dy * gate * s, gate * s * up]
 }
 
 #[inline(always)]

@@ -218,14 +218,12 @@ impl FeedForward<'_> {
                 let (mut gate, mut up) = (between.gate.read(strip, panel), between.up.read(strip, panel));
                 // SAFETY: as in the forward pass.
                 unsafe {
-                    if let Some(write_inner) = write_inner {
-                        let mut inner = gate;
-                        activate(&mut inner, &up);
-                        write_inner.write(strip, panel, &inner);
-                    }
                     deactivate(d_inner, &mut gate, &mut up);
                     write_gate.write(strip, panel, &gate);
                     write_up.write(strip, panel, &up);
+                    if let Some(write_inner) = write_inner {
+                        write_inner.write(strip, panel, d_inner);
+                    }
                 }
             });
         }
@@ -252,14 +250,14 @@ fn activate(gate: &mut Tile, up: &Tile) {
     );
 }
 
-/// gate and up become their gradients, from that of silu(gate) up.
-fn deactivate(d: &Tile, gate: &mut Tile, up: &mut Tile) {
-    let (d, gate, up) = (&d.0, &mut gate.0, &mut up.0);
+/// gate and up become their gradients, from that of silu(gate) up, and d becomes silu(gate) up itself.
+fn deactivate(d: &mut Tile, gate: &mut Tile, up: &mut Tile) {
+    let (d, gate, up) = (&mut d.0, &mut gate.0, &mut up.0);
     vectorized(
         #[inline(always)]
         |cpu| {
             for i in 0..SIDE * SIDE {
-                (gate[i], up[i]) = gradients(cpu, d[i], gate[i], up[i]);
+                [gate[i], up[i], d[i]] = gradients(cpu, d[i], gate[i], up[i]);
             }
         },
     );
