@@ -415,7 +415,7 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         let mut rows = parameters.snapshot().unwrap();
         let at = parameters.slots()[1].offset + 1;
         rows[0][at] += h;
-        parameters.restore([&rows[0], &rows[1], &rows[2]]).unwrap();
+        rows.iter().enumerate().for_each(|(index, row)| parameters.restore_row(index, row).unwrap());
         let (moved, _) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
         let slope = (moved - loss) / f64::from(h);
         let gradient = gradients.get(1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()[1];

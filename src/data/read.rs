@@ -109,10 +109,9 @@ fn json_lines(file: Arc<str>, source: impl BufRead + 'static) -> impl Iterator<I
 }
 
 fn json_record(place: Place, line: &[u8]) -> Result<Record> {
-    if let Err(e) = std::str::from_utf8(line) {
-        return Err(bad(&place, format!("not valid UTF-8, from byte {} of it on", e.valid_up_to() + 1)).hint(RECODE));
-    }
-    let value = serde_json::from_slice(line).map_err(|e| {
+    let text = std::str::from_utf8(line)
+        .map_err(|e| bad(&place, format!("not valid UTF-8, from byte {} of it on", e.valid_up_to() + 1)).hint(RECODE))?;
+    let value = serde_json::from_str(text).map_err(|e| {
         bad(&place, format!("not a JSON object: {}, column {}", reason(&e), e.column()))
             .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")
     })?;

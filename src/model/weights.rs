@@ -42,7 +42,7 @@ impl Weights {
     }
 
     /// Tells these weights from others of the same shapes: a digest of every tensor's place, type and first and last bytes.
-    pub fn fingerprint(&self) -> Result<String> {
+    pub fn fingerprint(&self) -> Result<Vec<u8>> {
         let mut hash = Sha256::new();
         for (name, tensor) in &self.places {
             hash.update(format!("{name} {:?} {:?} ", tensor.dtype, tensor.shape));
@@ -55,7 +55,7 @@ impl Weights {
                 hash.update(bytes);
             }
         }
-        Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(hash.finalize().to_vec())
     }
 
     /// The tensor that the architecture calls `name`, as `dtype` on `device`: read and converted in one pass, nothing else is kept of it.

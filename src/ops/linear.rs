@@ -70,12 +70,6 @@ impl LinearInput {
         self.shape
     }
 
-    /// N.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn rows(&self) -> usize {
-        self.shape.0
-    }
-
     /// Its packed form, where there is one.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn prepared(&self) -> &Prepared {

@@ -172,12 +172,7 @@ impl Parameters {
         self.with_rows(|rows| Ok(rows.map(<[f32]>::to_vec)))
     }
 
-    /// Puts a checkpoint's rows back; each must hold `len()` numbers.
-    pub fn restore(&self, rows: [&[f32]; 3]) -> Result<()> {
-        rows.into_iter().enumerate().try_for_each(|(index, row)| self.restore_row(index, row))
-    }
-
-    /// Puts row `index` back, of `values`, `exp_avg` and `exp_avg_sq`.
+    /// Puts a checkpoint's row back: 0 (values), 1 (first moments) or 2 (second moments), of `len()` numbers.
     pub fn restore_row(&self, index: usize, row: &[f32]) -> Result<()> {
         if row.len() != self.len() {
             let (found, wanted) = (row.len(), self.len());

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::Screen;
-use super::inference::{ModelRequest, load};
+use super::inference::{ModelRequest, load, not_finite};
 use crate::data::{self, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Context;
@@ -71,13 +71,6 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
         return Err(not_finite("loss").value(loss.to_string()).while_running());
     }
     Ok(Evaluation { loss, perplexity: loss.exp(), tokens, loss_tokens, examples: count as u64, flops: tally.take().flops() })
-}
-
-/// What a model gives whose weights hold infinities, or what is not a number.
-pub(super) fn not_finite(what: &str) -> Error {
-    Error::new(Kind::Model, format!("the model's {what} is not finite"))
-        .rule("weights are finite numbers")
-        .hint("the weights may be damaged: fetch or convert them again; with `--adapter`, try the model without it")
 }
 
 /// Refuses what has no loss, and records longer than the model's `positions`.

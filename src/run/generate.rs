@@ -3,8 +3,7 @@
 use serde::Serialize;
 
 use super::Screen;
-use super::evaluate::not_finite;
-use super::inference::{ModelRequest, load};
+use super::inference::{ModelRequest, load, not_finite};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Sampling, Session};
 use crate::ops::Context;

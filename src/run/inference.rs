@@ -69,6 +69,13 @@ pub(super) fn load(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resul
     Ok(Loadout { architecture, tokenizer, decoder, _parameters: parameters })
 }
 
+/// What a model gives whose weights hold infinities, or what is not a number.
+pub(super) fn not_finite(what: &str) -> Error {
+    Error::new(Kind::Model, format!("the model's {what} is not finite"))
+        .rule("weights are finite numbers")
+        .hint("the weights may be damaged: fetch or convert them again; with `--adapter`, try the model without it")
+}
+
 fn adapter_values(loaded: Option<&Loaded>, architecture: &Architecture, device: &Device) -> Result<(Vec<Site>, Parameters)> {
     let mut tensors = Vec::new();
     let mut sites = Vec::new();

@@ -140,7 +140,7 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
         recipe.energy.device.clone_from(&profile.name);
     }
     recipe.energy.meter = decided(Meters::open(profile.clone(), computing).resolve(meter(recipe.energy.meter))?);
-    let seen = [Some(&train), validation.as_ref()].into_iter().flatten().map(|set| set.fingerprint.as_str());
+    let seen = [Some(&train), validation.as_ref()].into_iter().flatten().map(|set| set.fingerprint.as_bytes());
     let digest = digest_of(&recipe, weights.as_deref().into_iter().chain(seen));
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     check_steps(&settings)?;
@@ -169,19 +169,22 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
 
 /// What tells the pretrained weights from others: a hub model's commit, else what the files hold, which are checked; none where there are none
 /// yet.
-fn weights_name(recipe: &Recipe, files: &ModelFiles, architecture: &Architecture) -> Result<Option<String>> {
+fn weights_name(recipe: &Recipe, files: &ModelFiles, architecture: &Architecture) -> Result<Option<Vec<u8>>> {
     match (&files.commit, files.require_weights()) {
         _ if recipe.model.init == Init::Random => Ok(None),
-        (Some(commit), _) => Ok(Some(commit.clone())),
+        (Some(commit), _) => Ok(Some(commit.clone().into_bytes())),
         (None, Ok(weights)) => Weights::open(weights, architecture)?.fingerprint().map(Some),
         (None, Err(_)) => Ok(None),
     }
 }
 
 /// Names a resolved recipe with what it was found to read.
-fn digest_of<'a>(recipe: &Recipe, read: impl Iterator<Item = &'a str>) -> String {
+fn digest_of<'a>(recipe: &Recipe, read: impl Iterator<Item = &'a [u8]>) -> String {
     let mut hash = Sha256::new_with_prefix(recipe.to_toml());
-    read.for_each(|name| hash.update(format!(" {name}")));
+    for name in read {
+        hash.update(" ");
+        hash.update(name);
+    }
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -222,7 +222,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().join("checkpoints"), 2);
         let saved = parameters(0.1);
-        saved.restore([&[0.1, f32::MIN_POSITIVE, -0.0, 7.0], &[1.0, 2.0, 3.0, 4.0], &[0.5; 4]]).unwrap();
+        for (index, row) in [[0.1, f32::MIN_POSITIVE, -0.0, 7.0], [1.0, 2.0, 3.0, 4.0], [0.5; 4]].iter().enumerate() {
+            saved.restore_row(index, row).unwrap();
+        }
         let standing = Standing { step: 7, tokens: 99, recipe: "r".into(), ..Standing::default() };
         checkpoints.save(&standing, &saved, &|_| Ok(())).unwrap();
         let other = parameters(9.0);

@@ -143,7 +143,7 @@ impl FeedForward<'_> {
         x: LinearInput,
         base: &Tensor,
     ) -> Result<(Tensor, FeedForwardSaved)> {
-        let (n, f) = (x.rows(), self.gate.weight.tensor.dims2()?.0);
+        let (n, f) = (x.shape().0, self.gate.weight.tensor.dims2()?.0);
         expect("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
         let (gate_factors, gate_saved) = self.outer(context, self.gate, &x)?;
         let (up_factors, up_saved) = self.outer(context, self.up, &x)?;
@@ -179,7 +179,7 @@ impl FeedForward<'_> {
     /// Counts a layer that reads x, and runs the first half of its adapter.
     fn outer<'a>(&self, context: Context<'_>, linear: &'a Linear, x: &LinearInput) -> Result<(Factors<'a>, LinearSaved)> {
         linear.expect_input(x)?;
-        context.tally.add(linear.shape(x.rows(), false)?.forward_cost(context.precision));
+        context.tally.add(linear.shape(x.shape().0, false)?.forward_cost(context.precision));
         let (saved, scaled) = linear.low(context, x, &x.left(&None)?, None)?.unzip();
         let low = scaled.as_deref().zip(linear.lora.as_ref().map(|lora| &lora.b));
         Ok((Factors::new(context, &linear.weight, low, true)?, saved.unwrap_or_default()))

@@ -182,9 +182,11 @@ fn parameters_hold_what_their_shapes_say() {
     says("`layer.lora_A` holds 5 numbers where its shape wants 6", new(vec![0.0; 5]));
     let parameters = new(vec![1.0; 6]).unwrap();
     let (row, short) = (vec![2.0; 6], vec![2.0; 5]);
-    let message = refused(Kind::Run, parameters.restore([&row, &row, &short]));
+    let message = refused(Kind::Run, parameters.restore_row(2, &short));
     assert!(message.contains("5 trained numbers where this recipe has 6"), "{message}");
-    parameters.restore([&row, &[3.0; 6], &[4.0; 6]]).unwrap();
+    for (index, row) in [&row[..], &[3.0; 6], &[4.0; 6]].into_iter().enumerate() {
+        parameters.restore_row(index, row).unwrap();
+    }
     assert_eq!(parameters.snapshot().unwrap(), [vec![2.0; 6], vec![3.0; 6], vec![4.0; 6]]);
     assert_eq!(parameters.values(0).unwrap(), row);
     let empty = Parameters::new(vec![], &Device::Cpu).unwrap();
