@@ -12,8 +12,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use wattune::ops::{
-    Attention, Context, Gradients, Head, Linear, Lora, Parameters, RmsNorm, Segments, Weight, instruction_set, swiglu,
-    swiglu_backward,
+    Attention, Context, Gradients, Head, Linear, Lora, Parameters, RmsNorm, Segments, Weight,
+    instruction_set, swiglu, swiglu_backward,
 };
 use wattune::work::{Precision, Tally};
 
@@ -24,9 +24,19 @@ const VOCABULARY: usize = 49152;
 const RANK: usize = 16;
 
 fn main() {
-    let wanted = std::env::args().skip(1).find(|word| !word.starts_with("--")).unwrap_or_default();
-    let (adds, [wide, narrow]) = (multiply_adds(), [Precision::F32, Precision::Bf16].map(large_product));
-    let peaks = Peaks { f32: adds.max(wide), bf16: adds.max(narrow), bytes: copy() };
+    let wanted = std::env::args()
+        .skip(1)
+        .find(|word| !word.starts_with("--"))
+        .unwrap_or_default();
+    let (adds, [wide, narrow]) = (
+        multiply_adds(),
+        [Precision::F32, Precision::Bf16].map(large_product),
+    );
+    let peaks = Peaks {
+        f32: adds.max(wide),
+        bf16: adds.max(narrow),
+        bytes: copy(),
+    };
     println!(
         "{} threads, {}: GFLOP/s of f32 multiply-adds {:.0}, of large products {:.0} in f32 and {:.0} in bf16; {:.1} GB/s of copying",
         rayon::current_num_threads(),
@@ -36,7 +46,10 @@ fn main() {
         narrow / 1e9,
         peaks.bytes / 1e9
     );
-    println!("{:<34} {:>9} {:>9} {:>9} {:>7}", "", "ms", "GFLOP/s", "GB/s", "of peak");
+    println!(
+        "{:<34} {:>9} {:>9} {:>9} {:>7}",
+        "", "ms", "GFLOP/s", "GB/s", "of peak"
+    );
     for precision in [Precision::F32, Precision::Bf16] {
         linears(precision, &wanted, &peaks);
         attentions(precision, &wanted, &peaks);
@@ -56,12 +69,22 @@ struct Peaks {
 
 impl Peaks {
     fn flops(&self, precision: Precision) -> f64 {
-        if precision == Precision::F32 { self.f32 } else { self.bf16 }
+        if precision == Precision::F32 {
+            self.f32
+        } else {
+            self.bf16
+        }
     }
 }
 
 /// Times `run` and prints what it executed by its own tally, against the peak that binds it.
-fn line(name: &str, precision: Precision, wanted: &str, peaks: &Peaks, mut run: impl FnMut(Context<'_>)) {
+fn line(
+    name: &str,
+    precision: Precision,
+    wanted: &str,
+    peaks: &Peaks,
+    mut run: impl FnMut(Context<'_>),
+) {
     let name = format!("{name} {}", precision.as_str());
     if !name.contains(wanted) {
         return;
@@ -71,11 +94,30 @@ fn line(name: &str, precision: Precision, wanted: &str, peaks: &Peaks, mut run: 
     run(context);
     let work = tally.take();
     let seconds = best(|| run(context));
-    let bytes: u64 = work.each_sweep().map(|(bytes, count)| bytes.0 * count).sum();
+    let bytes: u64 = work
+        .each_sweep()
+        .map(|(bytes, count)| bytes.0 * count)
+        .sum();
     let (flops, bytes) = (work.flops() as f64 / seconds, bytes as f64 / seconds);
-    let share = if flops > 0.0 { flops / peaks.flops(precision) } else { bytes / peaks.bytes };
-    let show = |rate: f64| if rate > 0.0 { format!("{:.1}", rate / 1e9) } else { "-".into() };
-    println!("{name:<34} {:>9.3} {:>9} {:>9} {:>6.0}%", 1e3 * seconds, show(flops), show(bytes), 100.0 * share);
+    let share = if flops > 0.0 {
+        flops / peaks.flops(precision)
+    } else {
+        bytes / peaks.bytes
+    };
+    let show = |rate: f64| {
+        if rate > 0.0 {
+            format!("{:.1}", rate / 1e9)
+        } else {
+            "-".into()
+        }
+    };
+    println!(
+        "{name:<34} {:>9.3} {:>9} {:>9} {:>6.0}%",
+        1e3 * seconds,
+        show(flops),
+        show(bytes),
+        100.0 * share
+    );
 }
 
 /// The shortest of at least five runs and half a second.
@@ -91,14 +133,22 @@ fn best(mut run: impl FnMut()) -> f64 {
 }
 
 fn random(shape: &[usize], dtype: DType) -> Tensor {
-    Tensor::rand(-1.0f32, 1.0, shape, &Device::Cpu).and_then(|x| x.to_dtype(dtype)).expect("a tensor")
+    Tensor::rand(-1.0f32, 1.0, shape, &Device::Cpu)
+        .and_then(|x| x.to_dtype(dtype))
+        .expect("a tensor")
 }
 
 fn linears(precision: Precision, wanted: &str, peaks: &Peaks) {
-    for (name, input, output) in
-        [("q_proj", HIDDEN, HIDDEN), ("k_proj", HIDDEN, 192), ("up_proj", HIDDEN, INNER), ("down_proj", INNER, HIDDEN)]
-    {
-        let lora = [("a".to_string(), vec![RANK, input]), ("b".to_string(), vec![output, RANK])];
+    for (name, input, output) in [
+        ("q_proj", HIDDEN, HIDDEN),
+        ("k_proj", HIDDEN, 192),
+        ("up_proj", HIDDEN, INNER),
+        ("down_proj", INNER, HIDDEN),
+    ] {
+        let lora = [
+            ("a".to_string(), vec![RANK, input]),
+            ("b".to_string(), vec![output, RANK]),
+        ];
         let values = lora.map(|(name, shape)| {
             let values = vec![0.01; shape.iter().product()];
             (name, shape, values)
@@ -108,54 +158,134 @@ fn linears(precision: Precision, wanted: &str, peaks: &Peaks) {
         let linear = Linear {
             weight: Weight::frozen(random(&[output, input], wattune::ops::dtype(precision))),
             bias: None,
-            lora: Some(Lora { a: weight(0), b: weight(1), scaling: 2.0 }),
+            lora: Some(Lora {
+                a: weight(0),
+                b: weight(1),
+                scaling: 2.0,
+            }),
         };
-        let (x, dy) = (random(&[TOKENS, input], DType::F32), random(&[TOKENS, output], DType::F32));
-        line(&format!("linear {name} forward"), precision, wanted, peaks, |context| {
-            linear.forward(context, &x, None, None).expect("forward");
-        });
-        let (_, saved) = linear.forward(Context::new(&Tally::default(), precision), &x, None, None).expect("forward");
-        line(&format!("linear {name} backward"), precision, wanted, peaks, |context| {
-            linear.backward(context, &dy, (Some(&x), &saved), (true, None), &mut Gradients::new(2)).expect("backward");
-        });
+        let (x, dy) = (
+            random(&[TOKENS, input], DType::F32),
+            random(&[TOKENS, output], DType::F32),
+        );
+        line(
+            &format!("linear {name} forward"),
+            precision,
+            wanted,
+            peaks,
+            |context| {
+                linear.forward(context, &x, None, None).expect("forward");
+            },
+        );
+        let (_, saved) = linear
+            .forward(Context::new(&Tally::default(), precision), &x, None, None)
+            .expect("forward");
+        line(
+            &format!("linear {name} backward"),
+            precision,
+            wanted,
+            peaks,
+            |context| {
+                linear
+                    .backward(
+                        context,
+                        &dy,
+                        (Some(&x), &saved),
+                        (true, None),
+                        &mut Gradients::new(2),
+                    )
+                    .expect("backward");
+            },
+        );
     }
 }
 
 fn attentions(precision: Precision, wanted: &str, peaks: &Peaks) {
-    let attention = Attention { heads: 9, kv_heads: 3, head_dim: 64, window: None };
+    let attention = Attention {
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        window: None,
+    };
     for length in [256, 1024] {
         let segments = Segments::of_lengths(vec![length; TOKENS / length]);
-        let (q, kv) = (random(&[TOKENS, HIDDEN], DType::F32), random(&[TOKENS, 192], DType::F32));
-        line(&format!("attention {length} forward"), precision, wanted, peaks, |context| {
-            attention.forward(context, q.clone(), kv.clone(), kv.clone(), &segments).expect("forward");
-        });
+        let (q, kv) = (
+            random(&[TOKENS, HIDDEN], DType::F32),
+            random(&[TOKENS, 192], DType::F32),
+        );
+        line(
+            &format!("attention {length} forward"),
+            precision,
+            wanted,
+            peaks,
+            |context| {
+                attention
+                    .forward(context, q.clone(), kv.clone(), kv.clone(), &segments)
+                    .expect("forward");
+            },
+        );
         let tally = Tally::default();
-        let (_, saved) =
-            attention.forward(Context::new(&tally, precision), q.clone(), kv.clone(), kv, &segments).expect("forward");
-        line(&format!("attention {length} backward"), precision, wanted, peaks, |context| {
-            attention.backward(context, &q, &saved, &segments).expect("backward");
-        });
+        let (_, saved) = attention
+            .forward(
+                Context::new(&tally, precision),
+                q.clone(),
+                kv.clone(),
+                kv,
+                &segments,
+            )
+            .expect("forward");
+        line(
+            &format!("attention {length} backward"),
+            precision,
+            wanted,
+            peaks,
+            |context| {
+                attention
+                    .backward(context, &q, &saved, &segments)
+                    .expect("backward");
+            },
+        );
     }
 }
 
 fn head(precision: Precision, wanted: &str, peaks: &Peaks) {
-    let head = Head { weight: Weight::frozen(random(&[VOCABULARY, HIDDEN], wattune::ops::dtype(precision))) };
+    let head = Head {
+        weight: Weight::frozen(random(
+            &[VOCABULARY, HIDDEN],
+            wattune::ops::dtype(precision),
+        )),
+    };
     let (h, targets) = (random(&[256, HIDDEN], DType::F32), vec![7u32; 256]);
-    line("head forward and backward", precision, wanted, peaks, |context| {
-        head.forward_backward(context, &h, &targets, 1.0, true, &mut Gradients::new(0)).expect("a loss");
-    });
+    line(
+        "head forward and backward",
+        precision,
+        wanted,
+        peaks,
+        |context| {
+            head.forward_backward(context, &h, &targets, 1.0, true, &mut Gradients::new(0))
+                .expect("a loss");
+        },
+    );
 }
 
 fn elementwise(precision: Precision, wanted: &str, peaks: &Peaks) {
-    let (x, norm) =
-        (random(&[TOKENS, HIDDEN], DType::F32), RmsNorm { weight: Weight::frozen(random(&[HIDDEN], DType::F32)), eps: 1e-5 });
+    let (x, norm) = (
+        random(&[TOKENS, HIDDEN], DType::F32),
+        RmsNorm {
+            weight: Weight::frozen(random(&[HIDDEN], DType::F32)),
+            eps: 1e-5,
+        },
+    );
     line("rms_norm forward", precision, wanted, peaks, |context| {
         norm.forward(context, &x).expect("forward");
     });
     let tally = Tally::default();
-    let (_, saved) = norm.forward(Context::new(&tally, precision), &x).expect("forward");
+    let (_, saved) = norm
+        .forward(Context::new(&tally, precision), &x)
+        .expect("forward");
     line("rms_norm backward", precision, wanted, peaks, |context| {
-        norm.backward(context, &x, &saved, None, &mut Gradients::new(0)).expect("backward");
+        norm.backward(context, &x, &saved, None, &mut Gradients::new(0))
+            .expect("backward");
     });
     let gate = random(&[TOKENS, INNER], DType::F32);
     line("swiglu forward", precision, wanted, peaks, |context| {
@@ -171,10 +301,19 @@ fn elementwise(precision: Precision, wanted: &str, peaks: &Peaks) {
 fn large_product(precision: Precision) -> f64 {
     const SIDE: usize = 2048;
     let weight = Weight::frozen(random(&[SIDE, SIDE], wattune::ops::dtype(precision)));
-    let (linear, x) = (Linear { weight, bias: None, lora: None }, random(&[SIDE, SIDE], DType::F32));
+    let (linear, x) = (
+        Linear {
+            weight,
+            bias: None,
+            lora: None,
+        },
+        random(&[SIDE, SIDE], DType::F32),
+    );
     let tally = Tally::default();
     let seconds = best(|| {
-        linear.forward(Context::new(&tally, precision), &x, None, None).expect("a product");
+        linear
+            .forward(Context::new(&tally, precision), &x, None, None)
+            .expect("a product");
     });
     (2 * SIDE * SIDE * SIDE) as f64 / seconds
 }
@@ -189,7 +328,8 @@ fn multiply_adds() -> f64 {
         fn call(self) -> f32 {
             let mut sums = [0.5f32; NUMBERS];
             for _ in 0..ROUNDS {
-                sums.iter_mut().for_each(|sum| *sum = sum.mul_add(0.999, 0.001));
+                sums.iter_mut()
+                    .for_each(|sum| *sum = sum.mul_add(0.999, 0.001));
             }
             sums.iter().sum()
         }
@@ -198,7 +338,13 @@ fn multiply_adds() -> f64 {
         let threads = rayon::current_num_threads();
         let seconds = best(|| {
             let chains = |_| pulp::Arch::new().dispatch(Chains::<NUMBERS>);
-            std::hint::black_box((0..threads).into_par_iter().with_max_len(1).map(chains).sum::<f32>());
+            std::hint::black_box(
+                (0..threads)
+                    .into_par_iter()
+                    .with_max_len(1)
+                    .map(chains)
+                    .sum::<f32>(),
+            );
         });
         (2 * threads * ROUNDS * NUMBERS) as f64 / seconds
     }
@@ -210,7 +356,10 @@ fn multiply_adds() -> f64 {
 fn copy() -> f64 {
     let from = vec![1u64; 32 << 20];
     let mut to = vec![0u64; 32 << 20];
-    let seconds =
-        best(|| to.par_chunks_mut(1 << 20).zip(from.par_chunks(1 << 20)).for_each(|(to, from)| to.copy_from_slice(from)));
+    let seconds = best(|| {
+        to.par_chunks_mut(1 << 20)
+            .zip(from.par_chunks(1 << 20))
+            .for_each(|(to, from)| to.copy_from_slice(from))
+    });
     (2 * 8 * from.len()) as f64 / seconds
 }

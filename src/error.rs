@@ -77,16 +77,33 @@ impl Error {
     /// A failure of `kind`; `what` is one sentence without a final full stop.
     pub fn new(kind: Kind, what: impl Into<String>) -> Self {
         let what = what.into();
-        Self(Box::new(Parts { kind, stage: Stage::Preflight, what, place: None, value: None, rule: None, hint: None }))
+        Self(Box::new(Parts {
+            kind,
+            stage: Stage::Preflight,
+            what,
+            place: None,
+            value: None,
+            rule: None,
+            hint: None,
+        }))
     }
 
     /// A failed file operation: `doing` is what was tried ("read", "write", "create").
     pub fn io(doing: &str, path: &Path, source: std::io::Error) -> Self {
-        let error = Self::new(Kind::Io, format!("cannot {doing} `{}`: {source}", path.display()));
+        let error = Self::new(
+            Kind::Io,
+            format!("cannot {doing} `{}`: {source}", path.display()),
+        );
         match source.kind() {
-            std::io::ErrorKind::NotFound => error.hint("check the path (in a recipe it is relative to the recipe file)"),
-            std::io::ErrorKind::PermissionDenied => error.hint("check the file's owner and permissions"),
-            std::io::ErrorKind::StorageFull => error.hint("free some space, or choose another place with `--out DIR`"),
+            std::io::ErrorKind::NotFound => {
+                error.hint("check the path (in a recipe it is relative to the recipe file)")
+            }
+            std::io::ErrorKind::PermissionDenied => {
+                error.hint("check the file's owner and permissions")
+            }
+            std::io::ErrorKind::StorageFull => {
+                error.hint("free some space, or choose another place with `--out DIR`")
+            }
             _ => error,
         }
     }
@@ -144,7 +161,11 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let parts = &self.0;
         f.write_str(&parts.what)?;
-        for (label, text) in [("at", &parts.place), ("value:", &parts.value), ("rule:", &parts.rule)] {
+        for (label, text) in [
+            ("at", &parts.place),
+            ("value:", &parts.value),
+            ("rule:", &parts.rule),
+        ] {
             if let Some(text) = text {
                 write!(f, "\n  {label} {text}")?;
             }

@@ -17,7 +17,13 @@
 //! - `ops` know nothing of models; `train` does not print; only `cli` prints; only `run` knows every room;
 //! - gradients are written, not recorded: no candle `Var`, graph or `GradStore` outside tests.
 
-#![deny(missing_docs, clippy::panic, clippy::print_stderr, clippy::print_stdout, clippy::unwrap_used)]
+#![deny(
+    missing_docs,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used
+)]
 
 pub mod adapter;
 pub mod cli;

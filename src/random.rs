@@ -82,7 +82,10 @@ mod tests {
             // Eight bytes of name must not pass for a word.
             (1, Use::Dropout, &[7], "\u{3}\0\0\0\0\0\0\0q"),
         ];
-        let mut first: Vec<u64> = keys.iter().map(|(s, u, w, n)| stream(*s, *u, w, n).next_u64()).collect();
+        let mut first: Vec<u64> = keys
+            .iter()
+            .map(|(s, u, w, n)| stream(*s, *u, w, n).next_u64())
+            .collect();
         first.sort_unstable();
         first.dedup();
         assert_eq!(first.len(), keys.len());
@@ -91,6 +94,9 @@ mod tests {
     #[test]
     fn the_numbers_are_chacha8_of_the_hashed_key() {
         // From scripts/random_stream.py, which holds a ChaCha8 of its own.
-        assert_eq!(stream(42, Use::Shuffle, &[1], "x").next_u64(), 0xb236_03e3_2c59_32ec);
+        assert_eq!(
+            stream(42, Use::Shuffle, &[1], "x").next_u64(),
+            0xb236_03e3_2c59_32ec
+        );
     }
 }

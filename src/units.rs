@@ -35,14 +35,24 @@ impl std::error::Error for ParseQuantityError {}
 
 /// Splits "5 Wh" into its number and its unit; the number must be finite and not negative.
 fn number_and_unit<'a>(text: &'a str, rule: &str) -> Result<(f64, &'a str), ParseQuantityError> {
-    let refuse = || ParseQuantityError { value: text.to_string(), rule: rule.to_string() };
+    let refuse = || ParseQuantityError {
+        value: text.to_string(),
+        rule: rule.to_string(),
+    };
     let trimmed = text.trim();
     // The longest prefix that reads as a number: an `e` of an exponent belongs to it, the `E` of "EFLOP" does not.
     let end = (1..=trimmed.len())
         .rev()
-        .find(|&i| trimmed.is_char_boundary(i) && !trimmed[..i].ends_with(' ') && is_plain_number(&trimmed[..i]))
+        .find(|&i| {
+            trimmed.is_char_boundary(i)
+                && !trimmed[..i].ends_with(' ')
+                && is_plain_number(&trimmed[..i])
+        })
         .ok_or_else(refuse)?;
-    let number: f64 = trimmed[..end].replace('_', "").parse().map_err(|_| refuse())?;
+    let number: f64 = trimmed[..end]
+        .replace('_', "")
+        .parse()
+        .map_err(|_| refuse())?;
     if !number.is_finite() || number < 0.0 {
         return Err(refuse());
     }
@@ -50,24 +60,36 @@ fn number_and_unit<'a>(text: &'a str, rule: &str) -> Result<(f64, &'a str), Pars
 }
 
 fn is_plain_number(text: &str) -> bool {
-    text.chars().all(|c| c.is_ascii_digit() || matches!(c, '.' | '_' | 'e' | 'E' | '+' | '-'))
+    text.chars()
+        .all(|c| c.is_ascii_digit() || matches!(c, '.' | '_' | 'e' | 'E' | '+' | '-'))
         && text.replace('_', "").parse::<f64>().is_ok()
 }
 
 /// Parses `text` against a table of (unit, factor to the base unit).
 fn parse_with(text: &str, units: &[(&str, f64)], rule: &str) -> Result<f64, ParseQuantityError> {
     let (number, unit) = number_and_unit(text, rule)?;
-    let factor = units.iter().find(|(name, _)| *name == unit).map(|(_, factor)| factor);
+    let factor = units
+        .iter()
+        .find(|(name, _)| *name == unit)
+        .map(|(_, factor)| factor);
     match factor {
         Some(factor) => Ok(number * factor),
-        None => Err(ParseQuantityError { value: text.to_string(), rule: rule.to_string() }),
+        None => Err(ParseQuantityError {
+            value: text.to_string(),
+            rule: rule.to_string(),
+        }),
     }
 }
 
 /// Writes `value` with three or four significant digits in the largest unit that keeps it at or above one.
 fn scaled(f: &mut fmt::Formatter<'_>, value: f64, units: &[(f64, &str)]) -> fmt::Result {
-    let (factor, unit) =
-        units.iter().rev().find(|(factor, _)| value.abs() >= *factor).or(units.first()).copied().unwrap_or((1.0, ""));
+    let (factor, unit) = units
+        .iter()
+        .rev()
+        .find(|(factor, _)| value.abs() >= *factor)
+        .or(units.first())
+        .copied()
+        .unwrap_or((1.0, ""));
     write!(f, "{} {unit}", significant(value / factor))
 }
 
@@ -82,7 +104,11 @@ pub fn significant(value: f64) -> String {
     }
     let decimals = (3 - magnitude).clamp(0, 8) as usize;
     let text = format!("{value:.decimals$}");
-    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_string() } else { text }
+    if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.').to_string()
+    } else {
+        text
+    }
 }
 
 macro_rules! quantity {
@@ -276,7 +302,9 @@ impl Seconds {
 }
 
 /// Energy as a whole number of microjoules: the unit of the ledger, where sums must be exact.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct MicroJoules(pub u64);
 
@@ -340,8 +368,13 @@ impl AddAssign for Bytes {
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(f64, &str); 5] =
-            [(1.0, "B"), (1024.0, "KiB"), (1048576.0, "MiB"), (1073741824.0, "GiB"), (1099511627776.0, "TiB")];
+        const UNITS: [(f64, &str); 5] = [
+            (1.0, "B"),
+            (1024.0, "KiB"),
+            (1048576.0, "MiB"),
+            (1073741824.0, "GiB"),
+            (1099511627776.0, "TiB"),
+        ];
         scaled(f, self.0 as f64, &UNITS)
     }
 }
@@ -388,9 +421,15 @@ impl FromStr for Money {
         let rule = "an amount and a currency of three capital letters, as in \"0.05 USD\"";
         let (amount, currency) = number_and_unit(text, rule)?;
         if !is_currency(currency) {
-            return Err(ParseQuantityError { value: text.to_string(), rule: rule.to_string() });
+            return Err(ParseQuantityError {
+                value: text.to_string(),
+                rule: rule.to_string(),
+            });
         }
-        Ok(Self { amount, currency: currency.to_string() })
+        Ok(Self {
+            amount,
+            currency: currency.to_string(),
+        })
     }
 }
 
@@ -430,7 +469,10 @@ impl Price {
             Per::KilowattHour => energy.kwh(),
             Per::DeviceHour => time.0 / 3600.0,
         };
-        Money { amount: self.money.amount * units, currency: self.money.currency.clone() }
+        Money {
+            amount: self.money.amount * units,
+            currency: self.money.currency.clone(),
+        }
     }
 }
 
@@ -438,14 +480,20 @@ impl FromStr for Price {
     type Err = ParseQuantityError;
     fn from_str(text: &str) -> Result<Self, ParseQuantityError> {
         let rule = "an amount, a currency and /kWh or /h, as in \"0.30 USD/kWh\" or \"2.50 USD/h\"";
-        let refuse = || ParseQuantityError { value: text.to_string(), rule: rule.to_string() };
+        let refuse = || ParseQuantityError {
+            value: text.to_string(),
+            rule: rule.to_string(),
+        };
         let (money, unit) = text.split_once('/').ok_or_else(refuse)?;
         let per = match unit.trim() {
             "kWh" => Per::KilowattHour,
             "h" => Per::DeviceHour,
             _ => return Err(refuse()),
         };
-        Ok(Self { money: money.parse().map_err(|_| refuse())?, per })
+        Ok(Self {
+            money: money.parse().map_err(|_| refuse())?,
+            per,
+        })
     }
 }
 
@@ -472,14 +520,29 @@ mod tests {
         assert_eq!("3 EFLOP".parse(), Ok(Flops(3e18)));
         assert_eq!("3EFLOP".parse(), Ok(Flops(3e18)));
         assert_eq!("10 min".parse(), Ok(Seconds(600.0)));
-        assert_eq!(["1.75e11", "175B", "175 b"].map(str::parse), [Ok(Count(1.75e11)), Ok(Count(1.75e11)), Ok(Count(1.75e11))]);
-        assert_eq!(["7M", "1.4T"].map(str::parse), [Ok(Count(7e6)), Ok(Count(1.4e12))]);
+        assert_eq!(
+            ["1.75e11", "175B", "175 b"].map(str::parse),
+            [Ok(Count(1.75e11)), Ok(Count(1.75e11)), Ok(Count(1.75e11))]
+        );
+        assert_eq!(
+            ["7M", "1.4T"].map(str::parse),
+            [Ok(Count(7e6)), Ok(Count(1.4e12))]
+        );
         assert_eq!("2 g".parse(), Ok(GramsCo2e(2.0)));
     }
 
     #[test]
     fn what_is_no_quantity_is_refused_with_its_rule() {
-        for bad in ["", "5", "Wh", "-5 Wh", "5 wh", "inf J", "nan J", "5 Wh extra"] {
+        for bad in [
+            "",
+            "5",
+            "Wh",
+            "-5 Wh",
+            "5 wh",
+            "inf J",
+            "nan J",
+            "5 Wh extra",
+        ] {
             let error = bad.parse::<Joules>().unwrap_err();
             assert!(error.rule.contains("\"5 Wh\""), "{bad}: {error}");
         }
@@ -506,7 +569,10 @@ mod tests {
 
     #[test]
     fn a_gram_is_intensity_times_energy() {
-        assert_eq!(GramsPerKwh(429.0) * (Pue::new(1.1).unwrap() * Joules(3.6e6)), GramsCo2e(429.0 * 1.1));
+        assert_eq!(
+            GramsPerKwh(429.0) * (Pue::new(1.1).unwrap() * Joules(3.6e6)),
+            GramsCo2e(429.0 * 1.1)
+        );
         assert_eq!(Pue::new(0.9), None);
     }
 }

@@ -91,7 +91,12 @@ impl Work {
     pub fn products(count: usize, m: usize, n: usize, k: usize, precision: Precision) -> Self {
         let mut work = Self::default();
         if count * m * n * k > 0 {
-            let product = Product { m: m as u64, n: n as u64, k: k as u64, precision };
+            let product = Product {
+                m: m as u64,
+                n: n as u64,
+                k: k as u64,
+                precision,
+            };
             work.products.insert(product, count as u64);
         }
         work
@@ -109,7 +114,10 @@ impl Work {
 
     /// Bytes read from a file or written to one: they pass every cache by.
     pub fn file(bytes: usize) -> Self {
-        Self { uncached: bytes as u64, ..Self::default() }
+        Self {
+            uncached: bytes as u64,
+            ..Self::default()
+        }
     }
 
     /// This work `count` times.
@@ -127,7 +135,10 @@ impl Work {
 
     /// FLOPs of matrix products and attention; vector operations are kept apart.
     pub fn flops(&self) -> u64 {
-        self.products.iter().map(|(product, count)| product.flops() * count).sum()
+        self.products
+            .iter()
+            .map(|(product, count)| product.flops() * count)
+            .sum()
     }
 
     /// Elementwise operations.
@@ -137,7 +148,9 @@ impl Work {
 
     /// Each distinct product and how often it ran.
     pub fn each_product(&self) -> impl Iterator<Item = (Product, u64)> + '_ {
-        self.products.iter().map(|(product, count)| (*product, *count))
+        self.products
+            .iter()
+            .map(|(product, count)| (*product, *count))
     }
 
     /// Bytes read from files or written to them.
@@ -147,7 +160,9 @@ impl Work {
 
     /// Each distinct memory pass (its bytes) and how often it ran.
     pub fn each_sweep(&self) -> impl Iterator<Item = (Bytes, u64)> + '_ {
-        self.sweeps.iter().map(|(bytes, count)| (Bytes(*bytes), *count))
+        self.sweeps
+            .iter()
+            .map(|(bytes, count)| (Bytes(*bytes), *count))
     }
 }
 
@@ -195,7 +210,9 @@ impl Tally {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Work> {
         // A panic in another thread cannot leave a half-added sum behind that matters: the run is over by then.
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 

@@ -20,15 +20,28 @@ fn root() -> &'static Path {
 
 /// Every file of the checkout but what `.gitignore` names, as paths from the root with `/`, sorted. A pattern counts by its last part.
 fn tracked() -> Vec<String> {
-    let ignore = fs::read_to_string(root().join(".gitignore")).expect("the checkout has a .gitignore");
-    let mut names: Vec<&str> = ignore.lines().filter_map(|line| line.trim_end_matches('/').rsplit('/').next()).collect();
+    let ignore =
+        fs::read_to_string(root().join(".gitignore")).expect("the checkout has a .gitignore");
+    let mut names: Vec<&str> = ignore
+        .lines()
+        .filter_map(|line| line.trim_end_matches('/').rsplit('/').next())
+        .collect();
     names.push(".git");
-    let ignored = |name: &str| names.iter().any(|n| *n == name || n.strip_prefix('*').is_some_and(|end| name.ends_with(end)));
+    let ignored = |name: &str| {
+        names
+            .iter()
+            .any(|n| *n == name || n.strip_prefix('*').is_some_and(|end| name.ends_with(end)))
+    };
     let (mut files, mut folders) = (Vec::new(), vec![PathBuf::new()]);
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(root().join(&folder)).expect("a folder of the checkout can be listed").flatten() {
+        for entry in fs::read_dir(root().join(&folder))
+            .expect("a folder of the checkout can be listed")
+            .flatten()
+        {
             let name = entry.file_name().to_string_lossy().into_owned();
-            let kind = entry.file_type().expect("an entry of the checkout has a type");
+            let kind = entry
+                .file_type()
+                .expect("an entry of the checkout has a type");
             match folder.join(&name) {
                 _ if ignored(&name) || kind.is_symlink() => {}
                 path if kind.is_dir() => folders.push(path),
@@ -46,10 +59,17 @@ fn read(path: &str) -> Option<String> {
 }
 
 fn rust_files(folder: &str) -> Vec<(String, String)> {
-    let rust = tracked().into_iter().filter(|path| path.starts_with(folder) && path.ends_with(".rs"));
-    rust.map(|path| (read(&path).unwrap_or_else(|| panic!("{path} is not UTF-8")), path))
-        .map(|(text, path)| (path, text))
-        .collect()
+    let rust = tracked()
+        .into_iter()
+        .filter(|path| path.starts_with(folder) && path.ends_with(".rs"));
+    rust.map(|path| {
+        (
+            read(&path).unwrap_or_else(|| panic!("{path} is not UTF-8")),
+            path,
+        )
+    })
+    .map(|(text, path)| (path, text))
+    .collect()
 }
 
 /// Files of `src/` that tests alone compile.
@@ -59,15 +79,25 @@ fn is_test_file(path: &str) -> bool {
 
 /// Fails with every finding, one a line, in the form editors jump to.
 fn none(found: impl IntoIterator<Item = (String, Vec<Finding>)>) {
-    let lines =
-        found.into_iter().flat_map(|(path, found)| found.into_iter().map(move |f| format!("{path}:{}: {}", f.line, f.rule)));
+    let lines = found.into_iter().flat_map(|(path, found)| {
+        found
+            .into_iter()
+            .map(move |f| format!("{path}:{}: {}", f.line, f.rule))
+    });
     let lines: Vec<String> = lines.collect();
-    assert!(lines.is_empty(), "{} broken rules\n{}\n", lines.len(), lines.join("\n"));
+    assert!(
+        lines.is_empty(),
+        "{} broken rules\n{}\n",
+        lines.len(),
+        lines.join("\n")
+    );
 }
 
 /// Applies a rule to the code of `src/` outside tests.
 fn every_source(rule: fn(&str, &str) -> Vec<Finding>) {
-    let sources = rust_files("src/").into_iter().filter(|(path, _)| !is_test_file(path));
+    let sources = rust_files("src/")
+        .into_iter()
+        .filter(|(path, _)| !is_test_file(path));
     none(sources.map(|(path, text)| {
         let found = rule(&path, &without_tests(&code(&text)));
         (path, found)
@@ -96,41 +126,77 @@ fn nothing_panics_on_input_and_no_gradient_is_recorded() {
 
 #[test]
 fn files_are_short_and_say_what_they_are() {
-    let files: Vec<_> = ["src/", "tests/", "benches/", "fuzz/"].into_iter().flat_map(rust_files).collect();
-    for (path, text) in files.iter().filter(|(_, text)| text.lines().count() > rules::NOTED) {
-        eprintln!("note: {path} has {} lines; aim at {}", text.lines().count(), rules::NOTED);
+    let files: Vec<_> = ["src/", "tests/", "benches/", "fuzz/"]
+        .into_iter()
+        .flat_map(rust_files)
+        .collect();
+    for (path, text) in files
+        .iter()
+        .filter(|(_, text)| text.lines().count() > rules::NOTED)
+    {
+        eprintln!(
+            "note: {path} has {} lines; aim at {}",
+            text.lines().count(),
+            rules::NOTED
+        );
     }
-    none(files.into_iter().map(|(path, text)| (path.clone(), rules::file_shape(&path, &text))));
+    none(
+        files
+            .into_iter()
+            .map(|(path, text)| (path.clone(), rules::file_shape(&path, &text))),
+    );
 }
 
 #[test]
 fn functions_are_short() {
-    let files = ["src/", "tests/", "benches/", "fuzz/"].into_iter().flat_map(rust_files);
+    let files = ["src/", "tests/", "benches/", "fuzz/"]
+        .into_iter()
+        .flat_map(rust_files);
     none(files.map(|(path, text)| (path.clone(), rules::long_functions(&path, &code(&text)))));
 }
 
 #[test]
 fn the_project_speaks_of_the_project_alone() {
     // Data is not ours to word, and these two must name what they refuse or ignore.
-    let data = |path: &String| [".jsonl", ".safetensors", "/tokenizer.json"].iter().any(|end| path.ends_with(end));
-    let files = tracked()
-        .into_iter()
-        .filter(|path| !data(path) && !["tests/architecture/rules.rs", ".gitignore"].contains(&path.as_str()));
+    let data = |path: &String| {
+        [".jsonl", ".safetensors", "/tokenizer.json"]
+            .iter()
+            .any(|end| path.ends_with(end))
+    };
+    let files = tracked().into_iter().filter(|path| {
+        !data(path) && !["tests/architecture/rules.rs", ".gitignore"].contains(&path.as_str())
+    });
     none(files.filter_map(|path| read(&path).map(|text| (path, rules::not_of_the_project(&text)))));
 }
 
 #[test]
 fn every_package_comes_from_the_public_registry() {
-    none([("Cargo.lock".to_string(), rules::foreign_packages(&read("Cargo.lock").expect("Cargo.lock is text")))]);
-    let found: Vec<_> = tracked().into_iter().filter(|path| path.ends_with(".cargo/config.toml")).collect();
-    assert!(found.is_empty(), "{found:?}: where cargo finds its packages is the machine's matter");
+    none([(
+        "Cargo.lock".to_string(),
+        rules::foreign_packages(&read("Cargo.lock").expect("Cargo.lock is text")),
+    )]);
+    let found: Vec<_> = tracked()
+        .into_iter()
+        .filter(|path| path.ends_with(".cargo/config.toml"))
+        .collect();
+    assert!(
+        found.is_empty(),
+        "{found:?}: where cargo finds its packages is the machine's matter"
+    );
 }
 
 #[test]
 fn every_recipe_loads() {
-    let recipes: Vec<_> = tracked().into_iter().filter(|path| path.starts_with("recipes/") && path.ends_with(".toml")).collect();
+    let recipes: Vec<_> = tracked()
+        .into_iter()
+        .filter(|path| path.starts_with("recipes/") && path.ends_with(".toml"))
+        .collect();
     assert!(!recipes.is_empty(), "recipes/ holds no recipe");
-    let refused = |path: &String| wattune::recipe::load(&root().join(path), &[]).err().map(|e| format!("{path}: {e}"));
+    let refused = |path: &String| {
+        wattune::recipe::load(&root().join(path), &[])
+            .err()
+            .map(|e| format!("{path}: {e}"))
+    };
     let refused: Vec<_> = recipes.iter().filter_map(refused).collect();
     assert!(refused.is_empty(), "{}", refused.join("\n\n"));
 }

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 use wattune::energy::budget::Allowance;
 use wattune::energy::ledger::Lease;
 use wattune::energy::{
-    Account, Budget, Energies, Ledger, Limit, Limits, MeterKind, Meters, Phase, Profile, Rates, Spent, Verdict, carbon,
+    Account, Budget, Energies, Ledger, Limit, Limits, MeterKind, Meters, Phase, Profile, Rates,
+    Spent, Verdict, carbon,
 };
 use wattune::units::{Flops, GramsCo2e, GramsPerKwh, Joules, MicroJoules, Pue, Seconds, Watts};
 use wattune::work::{Precision, Work};
@@ -12,12 +13,24 @@ use wattune::work::{Precision, Work};
 /// Patterson et al. 2021 (arXiv:2104.10350), table 4: model, FLOPs, achieved FLOP/s a chip, watts a chip, PUE, gCO2e/kWh net,
 /// MWh, tonnes. Energy and tonnes are the paper's printed (rounded) figures.
 const PATTERSON: [(&str, [f64; 7]); 6] = [
-    ("Evolved Transformer NAS", [2.91e21, 24.8e12, 208.0, 1.10, 431.0, 7.5, 3.2]),
+    (
+        "Evolved Transformer NAS",
+        [2.91e21, 24.8e12, 208.0, 1.10, 431.0, 7.5, 3.2],
+    ),
     ("T5-11B", [4.05e22, 45.6e12, 310.0, 1.12, 545.0, 85.7, 46.7]),
     ("Meena", [1.12e23, 42.3e12, 289.0, 1.09, 415.0, 232.0, 96.4]),
-    ("GShard-600B", [1.33e22, 48.0e12, 288.0, 1.09, 177.0, 24.1, 4.3]),
-    ("Switch Transformer", [8.22e22, 34.4e12, 245.0, 1.10, 330.0, 179.0, 59.1]),
-    ("GPT-3", [3.14e23, 24.6e12, 330.0, 1.10, 429.0, 1287.0, 552.1]),
+    (
+        "GShard-600B",
+        [1.33e22, 48.0e12, 288.0, 1.09, 177.0, 24.1, 4.3],
+    ),
+    (
+        "Switch Transformer",
+        [8.22e22, 34.4e12, 245.0, 1.10, 330.0, 179.0, 59.1],
+    ),
+    (
+        "GPT-3",
+        [3.14e23, 24.6e12, 330.0, 1.10, 429.0, 1287.0, 552.1],
+    ),
 ];
 
 #[test]
@@ -27,8 +40,14 @@ fn published_runs_are_recomputed() {
         let pue = Pue::new(pue).unwrap();
         let facility = (pue * machine).kwh() / 1000.0;
         let grams = carbon(machine, pue, GramsPerKwh(grid));
-        assert!((facility / mwh - 1.0).abs() < 0.01, "{model}: {facility} MWh of {mwh}");
-        assert!((grams.0 / 1e6 / tonnes - 1.0).abs() < 0.015, "{model}: {grams} of {tonnes} t");
+        assert!(
+            (facility / mwh - 1.0).abs() < 0.01,
+            "{model}: {facility} MWh of {mwh}"
+        );
+        assert!(
+            (grams.0 / 1e6 / tonnes - 1.0).abs() < 0.015,
+            "{model}: {grams} of {tonnes} t"
+        );
     }
 }
 
@@ -47,31 +66,75 @@ fn limited(which: usize, size: f64) -> (Budget, Rule) {
     let none = Limits::default();
     match which {
         0 => {
-            let budget = Budget::new(Limits { energy: Some(Joules(size)), ..none }, rates(None)).unwrap();
+            let budget = Budget::new(
+                Limits {
+                    energy: Some(Joules(size)),
+                    ..none
+                },
+                rates(None),
+            )
+            .unwrap();
             (budget, Box::new(move |s| s.energy.0 as f64 / 1e6 <= size))
         }
         1 => {
             let grams = size * 1e-4;
-            let budget = Budget::new(Limits { carbon: Some(GramsCo2e(grams)), ..none }, rates(None)).unwrap();
+            let budget = Budget::new(
+                Limits {
+                    carbon: Some(GramsCo2e(grams)),
+                    ..none
+                },
+                rates(None),
+            )
+            .unwrap();
             // A hair of room: the rule here multiplies in another order than the code.
-            (budget, Box::new(move |s| kwh(s) * pue * grid <= grams * (1.0 + 1e-12)))
+            (
+                budget,
+                Box::new(move |s| kwh(s) * pue * grid <= grams * (1.0 + 1e-12)),
+            )
         }
         2 => {
             let flops = size * 1e3;
-            let budget = Budget::new(Limits { flops: Some(Flops(flops)), ..none }, rates(None)).unwrap();
+            let budget = Budget::new(
+                Limits {
+                    flops: Some(Flops(flops)),
+                    ..none
+                },
+                rates(None),
+            )
+            .unwrap();
             (budget, Box::new(move |s| s.flops as f64 <= flops))
         }
         3 => {
             let cost = format!("{} EUR", size * 1e-6);
             let amount = size * 1e-6;
-            let budget = Budget::new(Limits { cost: Some(cost.parse().unwrap()), ..none }, rates(Some("0.31 EUR/kWh"))).unwrap();
-            (budget, Box::new(move |s| kwh(s) * pue * 0.31 <= amount * (1.0 + 1e-12)))
+            let budget = Budget::new(
+                Limits {
+                    cost: Some(cost.parse().unwrap()),
+                    ..none
+                },
+                rates(Some("0.31 EUR/kWh")),
+            )
+            .unwrap();
+            (
+                budget,
+                Box::new(move |s| kwh(s) * pue * 0.31 <= amount * (1.0 + 1e-12)),
+            )
         }
         _ => {
             let cost = format!("{} EUR", size * 1e-6);
             let amount = size * 1e-6;
-            let budget = Budget::new(Limits { cost: Some(cost.parse().unwrap()), ..none }, rates(Some("2.5 EUR/h"))).unwrap();
-            (budget, Box::new(move |s| s.time.0 / 3600.0 * 2.5 <= amount * (1.0 + 1e-12)))
+            let budget = Budget::new(
+                Limits {
+                    cost: Some(cost.parse().unwrap()),
+                    ..none
+                },
+                rates(Some("2.5 EUR/h")),
+            )
+            .unwrap();
+            (
+                budget,
+                Box::new(move |s| s.time.0 / 3600.0 * 2.5 <= amount * (1.0 + 1e-12)),
+            )
         }
     }
 }
@@ -160,8 +223,19 @@ fn a_power_cut_that_takes_unsynced_entries_is_covered_by_the_lease() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ledger.jsonl");
     let mut ledger = Ledger::create(&path).unwrap();
-    let energy_j = Energies { counted: MicroJoules(50), measured: None, timed: MicroJoules(60) };
-    ledger.lease(Lease { steps: 5, energy_j, flops: 500, time_s: Seconds(5.0) }).unwrap();
+    let energy_j = Energies {
+        counted: MicroJoules(50),
+        measured: None,
+        timed: MicroJoules(60),
+    };
+    ledger
+        .lease(Lease {
+            steps: 5,
+            energy_j,
+            flops: 500,
+            time_s: Seconds(5.0),
+        })
+        .unwrap();
     let synced = std::fs::read(&path).unwrap();
     drop(ledger);
     // Five steps ran, none of their lines reached the disk.
@@ -175,10 +249,29 @@ fn a_power_cut_that_takes_unsynced_entries_is_covered_by_the_lease() {
 fn a_run_that_cannot_hold_one_step_is_refused_before_it_starts() {
     let dir = tempfile::tempdir().unwrap();
     let profile = Profile::named("raspberry-pi-5").unwrap();
-    let rates = Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None };
-    let budget = Budget::new(Limits { carbon: Some("1 mg".parse().unwrap()), ..Limits::default() }, rates).unwrap();
+    let rates = Rates {
+        grid: GramsPerKwh(473.0),
+        pue: Pue::ONE,
+        price: None,
+    };
+    let budget = Budget::new(
+        Limits {
+            carbon: Some("1 mg".parse().unwrap()),
+            ..Limits::default()
+        },
+        rates,
+    )
+    .unwrap();
     let ledger = Ledger::create(&dir.path().join("ledger.jsonl")).unwrap();
-    let account = Account::new(budget, Meters::without_counters(profile), ledger, MeterKind::Counted);
+    let account = Account::new(
+        budget,
+        Meters::without_counters(profile),
+        ledger,
+        MeterKind::Counted,
+    );
     let step = Work::product(4096, 4096, 4096, Precision::F32).times(10);
-    assert_eq!(account.fits(Phase::Train, &step, &[]), Verdict::Stop(Limit::Carbon));
+    assert_eq!(
+        account.fits(Phase::Train, &step, &[]),
+        Verdict::Stop(Limit::Carbon)
+    );
 }

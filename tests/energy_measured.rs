@@ -7,7 +7,9 @@ use std::path::Path;
 use proptest::prelude::*;
 use replay::Device;
 use serde_json::Value;
-use wattune::energy::{Account, Budget, Ledger, Limits, MeterKind, Meters, Phase, Profile, Rates, Verdict};
+use wattune::energy::{
+    Account, Budget, Ledger, Limits, MeterKind, Meters, Phase, Profile, Rates, Verdict,
+};
 use wattune::units::{GramsPerKwh, Joules, MicroJoules, Pue, Seconds, Watts};
 use wattune::work::{Precision, Work};
 
@@ -25,9 +27,21 @@ fn counted(work: &Work) -> u64 {
 
 /// A new process on this ledger: a new one, or what an earlier process left.
 fn account(path: &Path, device: &Device, limit: Option<MicroJoules>, kind: MeterKind) -> Account {
-    let ledger = if path.exists() { Ledger::resume(path) } else { Ledger::create(path) }.unwrap();
-    let rates = Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None };
-    let limits = Limits { energy: limit.map(|limit| limit.joules()), ..Limits::default() };
+    let ledger = if path.exists() {
+        Ledger::resume(path)
+    } else {
+        Ledger::create(path)
+    }
+    .unwrap();
+    let rates = Rates {
+        grid: GramsPerKwh(473.0),
+        pue: Pue::ONE,
+        price: None,
+    };
+    let limits = Limits {
+        energy: limit.map(|limit| limit.joules()),
+        ..Limits::default()
+    };
     let meters = Meters::without_counters(profile()).with_counters(vec![device.sensor()], None);
     Account::new(Budget::new(limits, rates).unwrap(), meters, ledger, kind)
 }
@@ -36,26 +50,41 @@ fn account(path: &Path, device: &Device, limit: Option<MicroJoules>, kind: Meter
 fn summed(path: &Path) -> (u64, u64) {
     let micro = |value: &Value| (value.as_f64().unwrap() * 1e6).round() as u64;
     let text = std::fs::read_to_string(path).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let entries = lines.filter(|line| line.get("phase").is_some()).map(|line| {
-        let energy = &line["energy_j"];
-        let measured = if energy["measured"].is_null() {
-            line.pointer("/gap/energy_j").unwrap_or(&energy["counted"])
-        } else {
-            &energy["measured"]
-        };
-        (micro(measured), micro(&energy["counted"]))
-    });
+    let lines = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let entries = lines
+        .filter(|line| line.get("phase").is_some())
+        .map(|line| {
+            let energy = &line["energy_j"];
+            let measured = if energy["measured"].is_null() {
+                line.pointer("/gap/energy_j").unwrap_or(&energy["counted"])
+            } else {
+                &energy["measured"]
+            };
+            (micro(measured), micro(&energy["counted"]))
+        });
     entries.fold((0, 0), |sum, entry| (sum.0 + entry.0, sum.1 + entry.1))
 }
 
 #[test]
 fn a_replayed_epoch_costs_what_was_measured() {
-    let Some(folder) = replay::traces("a_replayed_epoch_costs_what_was_measured") else { return };
+    let Some(folder) = replay::traces("a_replayed_epoch_costs_what_was_measured") else {
+        return;
+    };
     // BERT-base on SQuAD, one epoch at the card's highest power limit: kWh as the published summary of these traces has them.
-    let published = [("v100", 12, 0.100), ("a40", 32, 0.067), ("rtx6000", 12, 0.115), ("p100", 12, 0.139)];
+    let published = [
+        ("v100", 12, 0.100),
+        ("a40", 32, 0.067),
+        ("rtx6000", 12, 0.115),
+        ("p100", 12, 0.139),
+    ];
     for (card, batch, kwh) in published {
-        let epochs = replay::epochs(&folder, card, &format!("squad,bert_base_uncased,{batch},adamw"));
+        let epochs = replay::epochs(
+            &folder,
+            card,
+            &format!("squad,bert_base_uncased,{batch},adamw"),
+        );
         let (power, time) = *epochs.last().unwrap_or_else(|| panic!("{card}: no row"));
         let (dir, device) = (tempfile::tempdir().unwrap(), Device::default());
         let mut account = account(&dir.path().join("l"), &device, None, MeterKind::Measured);
@@ -70,14 +99,22 @@ fn a_replayed_epoch_costs_what_was_measured() {
         }
         let measured = account.totals().energy_j.measured.unwrap();
         assert_eq!(measured, device.spent(), "{card}");
-        assert!((measured.joules().kwh() - kwh).abs() < 0.0006, "{card}: {} kWh of {kwh}", measured.joules().kwh());
+        assert!(
+            (measured.joules().kwh() - kwh).abs() < 0.0006,
+            "{card}: {} kWh of {kwh}",
+            measured.joules().kwh()
+        );
         assert_eq!(account.gaps().count(), 0);
     }
 }
 
 #[test]
 fn a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named() {
-    let Some(folder) = replay::traces("a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named") else { return };
+    let Some(folder) =
+        replay::traces("a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named")
+    else {
+        return;
+    };
     let epochs = replay::epochs(&folder, "a40", "squad,bert_base_uncased,32,adamw");
     assert_eq!(epochs.len(), 9);
     let (dir, device) = (tempfile::tempdir().unwrap(), Device::default());
@@ -94,13 +131,27 @@ fn a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named() {
     // The first four are measured: what they drew over what was counted fills the fifth, whatever it drew.
     let joules = |(power, time): &(Watts, Seconds)| (*power * *time).rounded().0;
     let four: u64 = epochs[..4].iter().map(joules).sum();
-    let filled = (counted(&step()) as f64 * (four as f64 / (4 * counted(&step())) as f64)).round() as u64;
+    let filled =
+        (counted(&step()) as f64 * (four as f64 / (4 * counted(&step())) as f64)).round() as u64;
     let gaps: Vec<_> = account.gaps().collect();
-    assert_eq!((gaps.len(), gaps[0].0, gaps[0].1, gaps[0].2.entries), (1, Phase::Train, "replay: the counter was reset", 1));
-    assert!(gaps[0].2.energy.0.abs_diff(filled) <= 4, "{} of {filled}", gaps[0].2.energy);
+    assert_eq!(
+        (gaps.len(), gaps[0].0, gaps[0].1, gaps[0].2.entries),
+        (1, Phase::Train, "replay: the counter was reset", 1)
+    );
+    assert!(
+        gaps[0].2.energy.0.abs_diff(filled) <= 4,
+        "{} of {filled}",
+        gaps[0].2.energy
+    );
     let measured: u64 = device.spent().0 - joules(&epochs[4]);
-    assert_eq!(account.totals().energy_j.measured, Some(MicroJoules(measured)));
-    assert_eq!(account.spent().energy, MicroJoules(measured) + gaps[0].2.energy);
+    assert_eq!(
+        account.totals().energy_j.measured,
+        Some(MicroJoules(measured))
+    );
+    assert_eq!(
+        account.spent().energy,
+        MicroJoules(measured) + gaps[0].2.energy
+    );
     assert!(account.totals().unmeasured == 1 && summed(&path).0 == account.spent().energy.0);
 }
 
@@ -170,11 +221,22 @@ impl Sim<'_> {
         self.course = self
             .course
             .by_ref()
-            .map(|(ratio, fault)| (ratio, if fault == Fault::Death { Fault::None } else { fault }))
+            .map(|(ratio, fault)| {
+                (
+                    ratio,
+                    if fault == Fault::Death {
+                        Fault::None
+                    } else {
+                        fault
+                    },
+                )
+            })
             .collect::<Vec<_>>()
             .into_iter();
         if self.steps > 0 {
-            ending.iter().for_each(|(phase, work)| assert!(self.spend(account, *phase, work)));
+            ending
+                .iter()
+                .for_each(|(phase, work)| assert!(self.spend(account, *phase, work)));
         }
         account.close().unwrap();
         true
@@ -248,11 +310,20 @@ proptest! {
 /// The processor time of this process's thread of that name; `None` where the system does not say.
 #[cfg(target_os = "linux")]
 fn thread_time(name: &str) -> Option<std::time::Duration> {
-    let tasks = std::fs::read_dir("/proc/self/task").ok()?.filter_map(Result::ok).map(|task| task.path());
-    let thread =
-        tasks.into_iter().find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name))?;
+    let tasks = std::fs::read_dir("/proc/self/task")
+        .ok()?
+        .filter_map(Result::ok)
+        .map(|task| task.path());
+    let thread = tasks.into_iter().find(|task| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name)
+    })?;
     let on_cpu = std::fs::read_to_string(thread.join("schedstat")).ok()?;
-    on_cpu.split_whitespace().next()?.parse().ok().map(std::time::Duration::from_nanos)
+    on_cpu
+        .split_whitespace()
+        .next()?
+        .parse()
+        .ok()
+        .map(std::time::Duration::from_nanos)
 }
 
 /// `cargo test --test energy_measured sampling -- --nocapture` shows the number.
@@ -282,18 +353,33 @@ fn the_sampling_thread_takes_less_than_a_thousandth_of_a_core() {
     let tree = tempfile::tempdir().unwrap();
     let zone = tree.path().join("intel-rapl:0");
     std::fs::create_dir(&zone).unwrap();
-    for (file, text) in [("name", "package-0"), ("energy_uj", "5"), ("max_energy_range_uj", "262143328850")] {
+    for (file, text) in [
+        ("name", "package-0"),
+        ("energy_uj", "5"),
+        ("max_energy_range_uj", "262143328850"),
+    ] {
         std::fs::write(zone.join(file), text).unwrap();
     }
-    let mut counters = Counters::new(vec![Box::new(Eager(RaplSensor::open(tree.path()).unwrap()))]);
+    let mut counters = Counters::new(vec![Box::new(Eager(
+        RaplSensor::open(tree.path()).unwrap(),
+    ))]);
     counters.mark();
     let start = std::time::Instant::now();
     std::thread::sleep(std::time::Duration::from_secs(3));
     let Some(time) = thread_time("wattune-sampler") else {
-        eprintln!("skipped: the_sampling_thread_takes_less_than_a_thousandth_of_a_core needs /proc/self/task/*/schedstat");
+        eprintln!(
+            "skipped: the_sampling_thread_takes_less_than_a_thousandth_of_a_core needs /proc/self/task/*/schedstat"
+        );
         return;
     };
     let share = time.as_secs_f64() / start.elapsed().as_secs_f64();
-    println!("sampling took {time:?} of processor time in 3 s: {:.4} % of a core", share * 100.0);
-    assert!(time.as_nanos() > 0 && share < 1e-3, "{:.4} %", share * 100.0);
+    println!(
+        "sampling took {time:?} of processor time in 3 s: {:.4} % of a core",
+        share * 100.0
+    );
+    assert!(
+        time.as_nanos() > 0 && share < 1e-3,
+        "{:.4} %",
+        share * 100.0
+    );
 }

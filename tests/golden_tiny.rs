@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use wattune::adapter::Site;
-use wattune::model::{Architecture, Batch, Decoder, ModelShape, Parts, Recompute, Session, Weights};
+use wattune::model::{
+    Architecture, Batch, Decoder, ModelShape, Parts, Recompute, Session, Weights,
+};
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters, Weight};
 use wattune::work::{Precision, Tally};
 
@@ -26,25 +28,48 @@ struct Golden {
 
 impl Golden {
     fn open(name: &str) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny").join(name);
-        let tensors = candle_core::safetensors::load(dir.join("golden.safetensors"), &Device::Cpu).unwrap();
-        let json = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden/tiny")
+            .join(name);
+        let tensors =
+            candle_core::safetensors::load(dir.join("golden.safetensors"), &Device::Cpu).unwrap();
+        let json =
+            serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
         let architecture = Architecture::from_file(&dir.join("config.json")).unwrap();
-        Self { dir, tensors, json, architecture }
+        Self {
+            dir,
+            tensors,
+            json,
+            architecture,
+        }
     }
 
     fn lengths(&self) -> Vec<usize> {
-        self.json["segments"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as usize).collect()
+        self.json["segments"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_u64().unwrap() as usize)
+            .collect()
     }
 
     fn list(&self, key: &str) -> Vec<u32> {
-        self.json[key].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+        self.json[key]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_u64().unwrap() as u32)
+            .collect()
     }
 
     /// The golden sequences `which` as one batch.
     fn batch(&self, which: &[usize]) -> Batch {
         let (ids, lengths) = (self.list("input_ids"), self.lengths());
-        let mask = if self.json.get("loss_mask").is_some() { self.list("loss_mask") } else { vec![0; ids.len()] };
+        let mask = if self.json.get("loss_mask").is_some() {
+            self.list("loss_mask")
+        } else {
+            vec![0; ids.len()]
+        };
         let (mut tokens, mut positions, mut targets) = (vec![], vec![], vec![]);
         for s in which {
             let start: usize = lengths[..*s].iter().sum();
@@ -58,17 +83,34 @@ impl Golden {
             }
         }
         let chosen: Vec<usize> = which.iter().map(|s| lengths[*s]).collect();
-        Batch::new(&tokens, &chosen, vec![0; which.len()], &positions, targets, &Device::Cpu).unwrap()
+        Batch::new(
+            &tokens,
+            &chosen,
+            vec![0; which.len()],
+            &positions,
+            targets,
+            &Device::Cpu,
+        )
+        .unwrap()
     }
 
     fn base(&self, name: &str) -> Tensor {
-        let weights = Weights::open(&[self.dir.join("model.safetensors")], &self.architecture).unwrap();
+        let weights =
+            Weights::open(&[self.dir.join("model.safetensors")], &self.architecture).unwrap();
         weights.get(name, DType::F32, &Device::Cpu).unwrap()
     }
 
     fn frozen(&self) -> Decoder {
         let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(self.base(name)));
-        Decoder::assemble(&self.architecture, &Parts { weight: &weight, lora: &|_| Ok(None) }, &Device::Cpu).unwrap()
+        Decoder::assemble(
+            &self.architecture,
+            &Parts {
+                weight: &weight,
+                lora: &|_| Ok(None),
+            },
+            &Device::Cpu,
+        )
+        .unwrap()
     }
 
     fn sites(&self) -> Vec<Site> {
@@ -87,7 +129,11 @@ impl Golden {
 
     /// The model with PEFT's adapter, and the names of its tensors in slot order.
     fn adapted(&self) -> (Decoder, Parameters) {
-        let file = candle_core::safetensors::load(self.dir.join("adapter/adapter_model.safetensors"), &Device::Cpu).unwrap();
+        let file = candle_core::safetensors::load(
+            self.dir.join("adapter/adapter_model.safetensors"),
+            &Device::Cpu,
+        )
+        .unwrap();
         let mut tensors = Vec::new();
         for site in self.sites() {
             for half in ["lora_A", "lora_B"] {
@@ -101,12 +147,26 @@ impl Golden {
         let slot = |name: String| parameters.slots().iter().position(|s| s.name == name);
         let lora = |path: &str| {
             let name = |half: &str| format!("base_model.model.{path}.{half}.weight");
-            let Some(a) = slot(name("lora_A")) else { return Ok(None) };
+            let Some(a) = slot(name("lora_A")) else {
+                return Ok(None);
+            };
             let b = slot(name("lora_B")).unwrap();
-            Ok(Some(Lora { a: parameters.weight(a)?, b: parameters.weight(b)?, scaling: SCALING }))
+            Ok(Some(Lora {
+                a: parameters.weight(a)?,
+                b: parameters.weight(b)?,
+                scaling: SCALING,
+            }))
         };
         let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(self.base(name)));
-        let decoder = Decoder::assemble(&self.architecture, &Parts { weight: &weight, lora: &lora }, &Device::Cpu).unwrap();
+        let decoder = Decoder::assemble(
+            &self.architecture,
+            &Parts {
+                weight: &weight,
+                lora: &lora,
+            },
+            &Device::Cpu,
+        )
+        .unwrap();
         (decoder, parameters)
     }
 
@@ -117,9 +177,24 @@ impl Golden {
             (t.name, t.shape, values)
         });
         let parameters = Parameters::new(tensors.collect(), &Device::Cpu).unwrap();
-        let weight = |name: &str, _: &[usize]| parameters.weight(parameters.slots().iter().position(|s| s.name == name).unwrap());
-        let decoder =
-            Decoder::assemble(&self.architecture, &Parts { weight: &weight, lora: &|_| Ok(None) }, &Device::Cpu).unwrap();
+        let weight = |name: &str, _: &[usize]| {
+            parameters.weight(
+                parameters
+                    .slots()
+                    .iter()
+                    .position(|s| s.name == name)
+                    .unwrap(),
+            )
+        };
+        let decoder = Decoder::assemble(
+            &self.architecture,
+            &Parts {
+                weight: &weight,
+                lora: &|_| Ok(None),
+            },
+            &Device::Cpu,
+        )
+        .unwrap();
         (decoder, parameters)
     }
 
@@ -131,19 +206,49 @@ impl Golden {
 fn close(what: &str, found: &Tensor, golden: &Tensor) {
     let golden = golden.to_dtype(DType::F32).unwrap();
     assert_eq!(found.dims(), golden.dims(), "{what}");
-    let scale = golden.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap().max(1.0);
-    let difference = (found - golden).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-    assert!(difference <= TOLERANCE * scale, "{what}: differs by {difference} at a scale of {scale}");
+    let scale = golden
+        .abs()
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .max(0)
+        .unwrap()
+        .to_scalar::<f32>()
+        .unwrap()
+        .max(1.0);
+    let difference = (found - golden)
+        .unwrap()
+        .abs()
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .max(0)
+        .unwrap()
+        .to_scalar::<f32>()
+        .unwrap();
+    assert!(
+        difference <= TOLERANCE * scale,
+        "{what}: differs by {difference} at a scale of {scale}"
+    );
 }
 
 fn near(what: &str, found: f64, golden: f64) {
-    assert!((found - golden).abs() <= f64::from(TOLERANCE) * golden.abs().max(1.0), "{what}: {found}, golden {golden}");
+    assert!(
+        (found - golden).abs() <= f64::from(TOLERANCE) * golden.abs().max(1.0),
+        "{what}: {found}, golden {golden}"
+    );
 }
 
 /// Both ways every op can run.
 fn contexts(tally: &Tally) -> [Context<'_>; 2] {
     let fused = Context::new(tally, Precision::F32);
-    [fused, Context { reference: true, ..fused }]
+    [
+        fused,
+        Context {
+            reference: true,
+            ..fused
+        },
+    ]
 }
 
 const FULL: [&str; 5] = ["gqa", "tied", "biases", "qwen2", "llama3rope"];
@@ -158,7 +263,11 @@ fn logits_equal_those_of_transformers() {
             let decoder = golden.frozen();
             for s in 0..golden.lengths().len() {
                 let logits = decoder.logits(context, &golden.batch(&[s])).unwrap();
-                close(&format!("{name}: logits {s}"), &logits, &golden.tensors[&format!("base.logits.{s}")]);
+                close(
+                    &format!("{name}: logits {s}"),
+                    &logits,
+                    &golden.tensors[&format!("base.logits.{s}")],
+                );
             }
         }
     }
@@ -172,14 +281,32 @@ fn a_text_read_token_by_token_has_the_logits_of_the_whole() {
         let tally = Tally::default();
         for context in contexts(&tally) {
             let (decoder, _) = golden.adapted();
-            let tokens: Vec<u32> = golden.list("input_ids").into_iter().cycle().take(240).collect();
-            let batch = Batch::new(&tokens, &[tokens.len()], vec![0], &[0], vec![tokens[1]], &Device::Cpu).unwrap();
+            let tokens: Vec<u32> = golden
+                .list("input_ids")
+                .into_iter()
+                .cycle()
+                .take(240)
+                .collect();
+            let batch = Batch::new(
+                &tokens,
+                &[tokens.len()],
+                vec![0],
+                &[0],
+                vec![tokens[1]],
+                &Device::Cpu,
+            )
+            .unwrap();
             let whole = decoder.logits(context, &batch).unwrap();
             let mut session = Session::new(&decoder, context);
             session.read(&tokens[..5]).unwrap();
             for t in 5..tokens.len() {
-                let logits = Tensor::new(session.read(&tokens[t..t + 1]).unwrap(), &Device::Cpu).unwrap();
-                close(&format!("{name}: logits of token {t}"), &logits, &whole.get(t).unwrap());
+                let logits =
+                    Tensor::new(session.read(&tokens[t..t + 1]).unwrap(), &Device::Cpu).unwrap();
+                close(
+                    &format!("{name}: logits of token {t}"),
+                    &logits,
+                    &whole.get(t).unwrap(),
+                );
             }
         }
     }
@@ -203,8 +330,13 @@ fn loss_and_gradients(
 ) -> (f64, Gradients) {
     let mut gradients = Gradients::new(slots);
     let scale = 1.0 / batch.loss_tokens() as f64;
-    let losses = decoder.losses_and_gradients(context, batch, scale, recompute, None, &mut gradients).unwrap();
-    (losses.iter().map(|l| f64::from(*l)).sum::<f64>() * scale, gradients)
+    let losses = decoder
+        .losses_and_gradients(context, batch, scale, recompute, None, &mut gradients)
+        .unwrap();
+    (
+        losses.iter().map(|l| f64::from(*l)).sum::<f64>() * scale,
+        gradients,
+    )
 }
 
 #[test]
@@ -213,13 +345,27 @@ fn losses_and_every_gradient_equal_those_of_peft() {
         let golden = Golden::open(name);
         let tally = Tally::default();
         for context in contexts(&tally) {
-            for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())] {
+            for (kind, (decoder, parameters)) in
+                [("adapter", golden.adapted()), ("base", golden.trained())]
+            {
                 for recompute in [Recompute::NOTHING, Recompute::lowest(1), Recompute::ALL] {
                     let slots = parameters.slots();
-                    let (loss, gradients) = loss_and_gradients(context, &decoder, &golden.batch(&[0, 1]), slots.len(), recompute);
-                    near(&format!("{name}: {kind} loss"), loss, golden.number(&format!("{kind}_loss")));
+                    let (loss, gradients) = loss_and_gradients(
+                        context,
+                        &decoder,
+                        &golden.batch(&[0, 1]),
+                        slots.len(),
+                        recompute,
+                    );
+                    near(
+                        &format!("{name}: {kind} loss"),
+                        loss,
+                        golden.number(&format!("{kind}_loss")),
+                    );
                     for (i, slot) in slots.iter().enumerate() {
-                        let gradient = gradients.get(i).unwrap_or_else(|| panic!("{name}: `{}` has no gradient", slot.name));
+                        let gradient = gradients
+                            .get(i)
+                            .unwrap_or_else(|| panic!("{name}: `{}` has no gradient", slot.name));
                         close(
                             &format!("{name}: {}", slot.name),
                             gradient,
@@ -241,9 +387,18 @@ fn ten_adamw_steps_equal_those_of_torch() {
             let (decoder, parameters) = golden.adapted();
             let batch = golden.batch(&[0, 1]);
             for (i, expected) in golden.json["steps"].as_array().unwrap().iter().enumerate() {
-                let (loss, gradients) =
-                    loss_and_gradients(context, &decoder, &batch, parameters.slots().len(), Recompute::NOTHING);
-                near(&format!("{name}: loss of step {i}"), loss, expected["loss"].as_f64().unwrap());
+                let (loss, gradients) = loss_and_gradients(
+                    context,
+                    &decoder,
+                    &batch,
+                    parameters.slots().len(),
+                    Recompute::NOTHING,
+                );
+                near(
+                    &format!("{name}: loss of step {i}"),
+                    loss,
+                    expected["loss"].as_f64().unwrap(),
+                );
                 let adamw = AdamW {
                     learning_rate: expected["lr"].as_f64().unwrap(),
                     beta1: 0.9,
@@ -252,7 +407,14 @@ fn ten_adamw_steps_equal_those_of_torch() {
                     weight_decay: 0.01,
                     max_grad_norm: 1.0,
                 };
-                let norm = adamw.step(context, &parameters, &gradients.flat(&parameters).unwrap(), i as u64 + 1).unwrap();
+                let norm = adamw
+                    .step(
+                        context,
+                        &parameters,
+                        &gradients.flat(&parameters).unwrap(),
+                        i as u64 + 1,
+                    )
+                    .unwrap();
                 // Ten steps at a rate of 1e-2 amplify rounding: two of transformers' own attention variants differ by 2.4e-4 here.
                 let golden_norm = expected["grad_norm"].as_f64().unwrap();
                 assert!(
@@ -262,7 +424,11 @@ fn ten_adamw_steps_equal_those_of_torch() {
             }
             for (i, slot) in parameters.slots().iter().enumerate() {
                 let found = parameters.weight(i).unwrap().tensor;
-                close(&format!("{name}: final {}", slot.name), &found, &golden.tensors[&format!("adapter.final.{}", slot.name)]);
+                close(
+                    &format!("{name}: final {}", slot.name),
+                    &found,
+                    &golden.tensors[&format!("adapter.final.{}", slot.name)],
+                );
             }
         }
     }
@@ -275,14 +441,33 @@ fn eight_rows_at_once_and_one_by_one_give_the_same_gradients() {
     let context = Context::new(&tally, Precision::F32);
     let (decoder, parameters) = golden.adapted();
     let slots = parameters.slots().len();
-    let (_, together) = loss_and_gradients(context, &decoder, &golden.batch(&[0, 1]), slots, Recompute::NOTHING);
+    let (_, together) = loss_and_gradients(
+        context,
+        &decoder,
+        &golden.batch(&[0, 1]),
+        slots,
+        Recompute::NOTHING,
+    );
     let mut apart = Gradients::new(slots);
     let scale = 1.0 / golden.batch(&[0, 1]).loss_tokens() as f64;
     for s in [0, 1] {
-        decoder.losses_and_gradients(context, &golden.batch(&[s]), scale, Recompute::NOTHING, None, &mut apart).unwrap();
+        decoder
+            .losses_and_gradients(
+                context,
+                &golden.batch(&[s]),
+                scale,
+                Recompute::NOTHING,
+                None,
+                &mut apart,
+            )
+            .unwrap();
     }
     for i in 0..slots {
-        close(&parameters.slots()[i].name, together.get(i).unwrap(), apart.get(i).unwrap());
+        close(
+            &parameters.slots()[i].name,
+            together.get(i).unwrap(),
+            apart.get(i).unwrap(),
+        );
     }
 }
 
@@ -293,16 +478,34 @@ fn the_forecast_is_what_was_executed() {
         let tally = Tally::default();
         let (lengths, batch) = (golden.lengths(), golden.batch(&[0, 1]));
         let loss_tokens = batch.loss_tokens();
-        let lora = ModelShape::with_adapters(&golden.architecture, &golden.sites(), false, Precision::F32).unwrap();
+        let lora =
+            ModelShape::with_adapters(&golden.architecture, &golden.sites(), false, Precision::F32)
+                .unwrap();
         let full = ModelShape::fully_trained(&golden.architecture, Precision::F32).unwrap();
         for context in contexts(&tally) {
-            for (shape, (decoder, parameters)) in [(&lora, golden.adapted()), (&full, golden.trained())] {
+            for (shape, (decoder, parameters)) in
+                [(&lora, golden.adapted()), (&full, golden.trained())]
+            {
                 for recompute in [Recompute::NOTHING, Recompute::lowest(1), Recompute::ALL] {
-                    loss_and_gradients(context, &decoder, &batch, parameters.slots().len(), recompute);
-                    assert_eq!(tally.take(), shape.training(&lengths, loss_tokens, recompute), "{name} {recompute:?}");
+                    loss_and_gradients(
+                        context,
+                        &decoder,
+                        &batch,
+                        parameters.slots().len(),
+                        recompute,
+                    );
+                    assert_eq!(
+                        tally.take(),
+                        shape.training(&lengths, loss_tokens, recompute),
+                        "{name} {recompute:?}"
+                    );
                 }
                 decoder.losses(context, &batch).unwrap();
-                assert_eq!(tally.take(), shape.evaluation(&lengths, loss_tokens), "{name}");
+                assert_eq!(
+                    tally.take(),
+                    shape.evaluation(&lengths, loss_tokens),
+                    "{name}"
+                );
             }
         }
     }
@@ -313,29 +516,53 @@ fn the_forecast_is_what_was_executed() {
 #[test]
 fn parts_of_a_batch_give_what_the_whole_gives() {
     let golden = Golden::open("gqa");
-    let which: Vec<usize> = (0..).map(|i| i % 2).take(2000 / golden.lengths().iter().sum::<usize>() * 2).collect();
+    let which: Vec<usize> = (0..)
+        .map(|i| i % 2)
+        .take(2000 / golden.lengths().iter().sum::<usize>() * 2)
+        .collect();
     let batch = golden.batch(&which);
     let lengths: Vec<usize> = which.iter().map(|s| golden.lengths()[*s]).collect();
     assert!(lengths.iter().sum::<usize>() > 1500);
     let tally = Tally::default();
-    for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())] {
+    for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())]
+    {
         let slots = parameters.slots();
         for dropout in [None, Some((0.3, 5, 2))] {
             let run = |threads: usize, reference: bool| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
                 pool.install(|| {
-                    let context = Context { reference, ..Context::new(&tally, Precision::F32) };
-                    let (mut gradients, nothing) = (Gradients::new(slots.len()), Recompute::NOTHING);
-                    let losses = decoder.losses_and_gradients(context, &batch, 1e-3, nothing, dropout, &mut gradients).unwrap();
+                    let context = Context {
+                        reference,
+                        ..Context::new(&tally, Precision::F32)
+                    };
+                    let (mut gradients, nothing) =
+                        (Gradients::new(slots.len()), Recompute::NOTHING);
+                    let losses = decoder
+                        .losses_and_gradients(
+                            context,
+                            &batch,
+                            1e-3,
+                            nothing,
+                            dropout,
+                            &mut gradients,
+                        )
+                        .unwrap();
                     let work = tally.take();
                     assert_eq!(decoder.losses(context, &batch).unwrap().len(), losses.len());
                     (losses, gradients, (work, tally.take()))
                 })
             };
-            let (whole, [one, two, three]) = (run(1, true), [1, 2, 3].map(|threads| run(threads, false)));
+            let (whole, [one, two, three]) =
+                (run(1, true), [1, 2, 3].map(|threads| run(threads, false)));
             for parts in [&two, &three] {
                 assert_eq!(parts.0, one.0, "{kind}: losses");
-                assert!(bits(&parts.1, slots.len()) == bits(&one.1, slots.len()), "{kind}: gradients");
+                assert!(
+                    bits(&parts.1, slots.len()) == bits(&one.1, slots.len()),
+                    "{kind}: gradients"
+                );
                 assert_eq!(parts.2, one.2, "{kind}: work");
             }
             assert_eq!(one.2, whole.2, "{kind}: work");
@@ -350,7 +577,17 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
 
 /// The bits of every gradient.
 fn bits(gradients: &Gradients, slots: usize) -> Vec<Vec<u32>> {
-    let bits = |i| gradients.get(i).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits);
+    let bits = |i| {
+        gradients
+            .get(i)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap()
+            .into_iter()
+            .map(f32::to_bits)
+    };
     (0..slots).map(|i| bits(i).collect()).collect()
 }
 
@@ -358,13 +595,19 @@ fn bits(gradients: &Gradients, slots: usize) -> Vec<Vec<u32>> {
 fn gradients_are_the_same_bytes_however_many_blocks_are_computed_again() {
     let golden = Golden::open("gqa");
     let (decoder, parameters) = golden.adapted();
-    let (batch, slots, tally) = (golden.batch(&[0, 1]), parameters.slots().len(), Tally::default());
+    let (batch, slots, tally) = (
+        golden.batch(&[0, 1]),
+        parameters.slots().len(),
+        Tally::default(),
+    );
     for precision in [Precision::F32, Precision::Bf16] {
         for dropout in [None, Some((0.3, 5, 2))] {
             let of = |recompute| {
                 let mut gradients = Gradients::new(slots);
                 let context = Context::new(&tally, precision);
-                decoder.losses_and_gradients(context, &batch, 0.1, recompute, dropout, &mut gradients).unwrap();
+                decoder
+                    .losses_and_gradients(context, &batch, 0.1, recompute, dropout, &mut gradients)
+                    .unwrap();
                 bits(&gradients, slots)
             };
             let kept = of(Recompute::NOTHING);
@@ -386,39 +629,85 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         "layers.1.self_attn.v_proj",
         "layers.0.self_attn.q_proj",
     ] {
-        let sites: Vec<Site> = all.iter().filter(|s| s.path.ends_with(keep)).cloned().collect();
+        let sites: Vec<Site> = all
+            .iter()
+            .filter(|s| s.path.ends_with(keep))
+            .cloned()
+            .collect();
         let tensors = sites.iter().flat_map(|s| {
-            [("lora_A", [s.r, s.in_features]), ("lora_B", [s.out_features, s.r])].map(|(half, shape)| {
-                let values = (0..shape[0] * shape[1]).map(|i| ((i * 37 % 11) as f32 - 5.0) / 20.0).collect();
+            [
+                ("lora_A", [s.r, s.in_features]),
+                ("lora_B", [s.out_features, s.r]),
+            ]
+            .map(|(half, shape)| {
+                let values = (0..shape[0] * shape[1])
+                    .map(|i| ((i * 37 % 11) as f32 - 5.0) / 20.0)
+                    .collect();
                 (format!("{}.{half}", s.path), shape.to_vec(), values)
             })
         });
         let parameters = Parameters::new(tensors.collect(), &Device::Cpu).unwrap();
         let lora = |path: &str| match sites.iter().any(|s| s.path == path) {
-            true => Ok(Some(Lora { a: parameters.weight(0)?, b: parameters.weight(1)?, scaling: 0.5 })),
+            true => Ok(Some(Lora {
+                a: parameters.weight(0)?,
+                b: parameters.weight(1)?,
+                scaling: 0.5,
+            })),
             false => Ok(None),
         };
         let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(golden.base(name)));
-        let decoder = Decoder::assemble(&golden.architecture, &Parts { weight: &weight, lora: &lora }, &Device::Cpu).unwrap();
-        let shape = ModelShape::with_adapters(&golden.architecture, &sites, false, Precision::F32).unwrap();
+        let decoder = Decoder::assemble(
+            &golden.architecture,
+            &Parts {
+                weight: &weight,
+                lora: &lora,
+            },
+            &Device::Cpu,
+        )
+        .unwrap();
+        let shape =
+            ModelShape::with_adapters(&golden.architecture, &sites, false, Precision::F32).unwrap();
         let tally = Tally::default();
         let batch = golden.batch(&[0, 1]);
         let context = Context::new(&tally, Precision::F32);
-        let (loss, gradients) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
-        assert_eq!(tally.take(), shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NOTHING), "{keep}");
+        let (loss, gradients) =
+            loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
+        assert_eq!(
+            tally.take(),
+            shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NOTHING),
+            "{keep}"
+        );
         // One block is computed again: the lowest that the walk comes to, and with it all of the work that is done twice.
         let (again, same) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::lowest(1));
-        assert_eq!(tally.take(), shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::lowest(1)), "{keep}");
-        assert!(again == loss && bits(&same, 2) == bits(&gradients, 2), "{keep}");
+        assert_eq!(
+            tally.take(),
+            shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::lowest(1)),
+            "{keep}"
+        );
+        assert!(
+            again == loss && bits(&same, 2) == bits(&gradients, 2),
+            "{keep}"
+        );
         // A finite difference on one element of B: the gradient did arrive.
         let h = 1e-2;
         let mut rows = parameters.snapshot().unwrap();
         let at = parameters.slots()[1].offset + 1;
         rows[0][at] += h;
-        rows.iter().enumerate().for_each(|(index, row)| parameters.restore_row(index, row).unwrap());
+        rows.iter()
+            .enumerate()
+            .for_each(|(index, row)| parameters.restore_row(index, row).unwrap());
         let (moved, _) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
         let slope = (moved - loss) / f64::from(h);
-        let gradient = gradients.get(1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()[1];
-        assert!((slope - f64::from(gradient)).abs() < 2e-3 + 0.05 * slope.abs(), "{keep}: slope {slope}, gradient {gradient}");
+        let gradient = gradients
+            .get(1)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap()[1];
+        assert!(
+            (slope - f64::from(gradient)).abs() < 2e-3 + 0.05 * slope.abs(),
+            "{keep}: slope {slope}, gradient {gradient}"
+        );
     }
 }

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use wattune::energy::meter::Computing;
 use wattune::energy::sensor::{NvmlSensor, Sensor, gpu_name};
-use wattune::energy::{Account, Budget, Counters, Ledger, Limits, MeterKind, Meters, Phase, Profile, Rates};
+use wattune::energy::{
+    Account, Budget, Counters, Ledger, Limits, MeterKind, Meters, Phase, Profile, Rates,
+};
 use wattune::units::{GramsPerKwh, Joules, MicroJoules, Pue};
 use wattune::work::{Precision, Work};
 
@@ -33,9 +35,24 @@ fn library() -> &'static Path {
         let beside = folder.join(format!("{}.so", std::process::id()));
         let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
         let mut command = Command::new(rustc);
-        command.args(["--edition", "2024", "--crate-type", "cdylib", "--crate-name", "nvml", "-o"]).arg(&beside).arg(source);
+        command
+            .args([
+                "--edition",
+                "2024",
+                "--crate-type",
+                "cdylib",
+                "--crate-name",
+                "nvml",
+                "-o",
+            ])
+            .arg(&beside)
+            .arg(source);
         let built = command.output().unwrap();
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        assert!(
+            built.status.success(),
+            "{}",
+            String::from_utf8_lossy(&built.stderr)
+        );
         std::fs::rename(beside, folder.join("libnvidia-ml.so.1")).unwrap();
         folder
     })
@@ -46,8 +63,13 @@ fn with_cards(program: impl AsRef<std::ffi::OsStr>, folder: &Path, cards: &str) 
     let file = folder.join("cards");
     std::fs::write(&file, cards).unwrap();
     let mut command = Command::new(program);
-    CHOICE.iter().for_each(|variable| _ = command.env_remove(variable));
-    command.env("LD_LIBRARY_PATH", library()).env(CARDS, file).env("WATTUNE_POWERCAP", folder.join("no-powercap"));
+    CHOICE
+        .iter()
+        .for_each(|variable| _ = command.env_remove(variable));
+    command
+        .env("LD_LIBRARY_PATH", library())
+        .env(CARDS, file)
+        .env("WATTUNE_POWERCAP", folder.join("no-powercap"));
     command
 }
 
@@ -62,9 +84,19 @@ impl Driver {
         }
         let folder = tempfile::tempdir().unwrap();
         let mut again = with_cards(std::env::current_exe().unwrap(), folder.path(), cards);
-        let output = again.args(["--exact", test, "--nocapture"]).envs(variables.iter().copied()).output().unwrap();
-        let (told, failed) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success() && told.contains("1 passed"), "{told}\n{failed}");
+        let output = again
+            .args(["--exact", test, "--nocapture"])
+            .envs(variables.iter().copied())
+            .output()
+            .unwrap();
+        let (told, failed) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert!(
+            output.status.success() && told.contains("1 passed"),
+            "{told}\n{failed}"
+        );
         None
     }
 
@@ -84,15 +116,26 @@ fn open(ordinal: u32) -> NvmlSensor {
 fn wattune(cards: &str, arguments: &[&str]) -> Output {
     let folder = tempfile::tempdir().unwrap();
     let mut command = with_cards(env!("CARGO_BIN_EXE_wattune"), folder.path(), cards);
-    command.args(arguments).current_dir(folder.path()).output().unwrap()
+    command
+        .args(arguments)
+        .current_dir(folder.path())
+        .output()
+        .unwrap()
 }
 
 fn sensors(cards: &str) -> Vec<Value> {
     let output = wattune(cards, &["devices", "--json"]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let document: Value = serde_json::from_slice(&output.stdout).unwrap();
     let all = document["sensors"].as_array().unwrap();
-    all.iter().filter(|sensor| sensor["name"].as_str().unwrap().starts_with("nvml")).cloned().collect()
+    all.iter()
+        .filter(|sensor| sensor["name"].as_str().unwrap().starts_with("nvml"))
+        .cloned()
+        .collect()
 }
 
 #[test]
@@ -101,42 +144,98 @@ fn devices_lists_every_card_with_what_it_can_show_and_why_not() {
     let cards = "GPU-a;NVIDIA H100 80GB HBM3;7000;90000\nGPU-b;Tesla P100;!3;40000\nGPU-c;Tesla K80;!3;!4\n!15;NVIDIA T4;1;1\n";
     let found = sensors(cards);
     assert_eq!(found.len(), 4, "{found:?}");
-    assert_eq!((&found[0]["available"], &found[0]["covers"]), (&true.into(), &"NVIDIA H100 80GB HBM3, energy counter".into()));
+    assert_eq!(
+        (&found[0]["available"], &found[0]["covers"]),
+        (
+            &true.into(),
+            &"NVIDIA H100 80GB HBM3, energy counter".into()
+        )
+    );
     let covers = "Tesla P100, no energy counter: its power is sampled";
     assert_eq!(
-        (&found[1]["available"], &found[1]["covers"], &found[1]["name"]),
+        (
+            &found[1]["available"],
+            &found[1]["covers"],
+            &found[1]["name"]
+        ),
         (&true.into(), &covers.into(), &"nvml:1".into())
     );
-    let why = |at: usize| (found[at]["available"].as_bool().unwrap(), found[at]["reason"].as_str().unwrap());
+    let why = |at: usize| {
+        (
+            found[at]["available"].as_bool().unwrap(),
+            found[at]["reason"].as_str().unwrap(),
+        )
+    };
     let (available, reason) = why(2);
-    assert!(!available && reason.contains("not available on the target device") && reason.contains("permission"), "{reason}");
+    assert!(
+        !available
+            && reason.contains("not available on the target device")
+            && reason.contains("permission"),
+        "{reason}"
+    );
     let (available, reason) = why(3);
-    assert!(!available && reason.starts_with("the driver knows no device 3: "), "{reason}");
+    assert!(
+        !available && reason.starts_with("the driver knows no device 3: "),
+        "{reason}"
+    );
     // A library without its driver (NVML_ERROR_DRIVER_NOT_LOADED, 9).
     let found = sensors("!9\n");
     let (name, available) = (&found[0]["name"], &found[0]["available"]);
-    assert_eq!((found.len(), name, available), (1, &"nvml".into(), &false.into()));
-    assert!(found[0]["reason"].as_str().unwrap().starts_with("no NVIDIA driver: "), "{found:?}");
+    assert_eq!(
+        (found.len(), name, available),
+        (1, &"nvml".into(), &false.into())
+    );
+    assert!(
+        found[0]["reason"]
+            .as_str()
+            .unwrap()
+            .starts_with("no NVIDIA driver: "),
+        "{found:?}"
+    );
 }
 
 #[test]
 fn a_run_on_the_processor_does_not_take_the_cards_counter_for_its_own() {
     let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/recipes/quickstart.toml");
-    let arguments = ["train", recipe, "--device", "cpu", "--set", "energy.meter=measured", "--out", "run"];
+    let arguments = [
+        "train",
+        recipe,
+        "--device",
+        "cpu",
+        "--set",
+        "energy.meter=measured",
+        "--out",
+        "run",
+    ];
     let output = wattune("GPU-a;NVIDIA T4;1000;30000\n", &arguments);
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{message}");
-    assert!(message.contains("energy cannot be measured here") && message.contains("powercap"), "{message}");
+    assert!(
+        message.contains("energy cannot be measured here") && message.contains("powercap"),
+        "{message}"
+    );
 }
 
 #[test]
 fn a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once() {
     let test = "a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once";
-    let Some(driver) = Driver::of(test, "GPU-a;NVIDIA T4;1000;1\nGPU-b;NVIDIA T4;50000;1\n", &[]) else { return };
+    let Some(driver) = Driver::of(
+        test,
+        "GPU-a;NVIDIA T4;1000;1\nGPU-b;NVIDIA T4;50000;1\n",
+        &[],
+    ) else {
+        return;
+    };
     // As four ranks on two cards would open them.
     let ranks = [0, 1, 0, 1].map(|ordinal| Box::new(open(ordinal)) as Box<dyn Sensor>);
     let mut counters = Counters::new(ranks.into());
-    assert_eq!(counters.names(), ["nvml:0 (NVIDIA T4, energy counter)", "nvml:1 (NVIDIA T4, energy counter)"]);
+    assert_eq!(
+        counters.names(),
+        [
+            "nvml:0 (NVIDIA T4, energy counter)",
+            "nvml:1 (NVIDIA T4, energy counter)"
+        ]
+    );
     let mark = counters.mark();
     // 2.5 J on the one, 4 J on the other.
     driver.show("GPU-a;NVIDIA T4;3500;1\nGPU-b;NVIDIA T4;54000;1\n");
@@ -144,43 +243,77 @@ fn a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once
     // The first card's driver was loaded anew: its counter began at zero.
     driver.show("GPU-a;NVIDIA T4;10;1\nGPU-b;NVIDIA T4;54001;1\n");
     let gap = counters.since(&mark).unwrap_err();
-    assert!(gap.lost && gap.reason.starts_with("nvml:0: ") && gap.reason.contains("reset"), "{gap:?}");
+    assert!(
+        gap.lost && gap.reason.starts_with("nvml:0: ") && gap.reason.contains("reset"),
+        "{gap:?}"
+    );
 }
 
 #[test]
 fn a_card_without_a_counter_has_its_power_sampled() {
     let test = "a_card_without_a_counter_has_its_power_sampled";
-    let Some(driver) = Driver::of(test, "GPU-a;Tesla P100;!3;100000\n", &[]) else { return };
+    let Some(driver) = Driver::of(test, "GPU-a;Tesla P100;!3;100000\n", &[]) else {
+        return;
+    };
     let mut counters = Counters::new(vec![Box::new(open(0))]);
-    assert_eq!(counters.names(), ["nvml:0 (Tesla P100, no energy counter: its power is sampled)"]);
+    assert_eq!(
+        counters.names(),
+        ["nvml:0 (Tesla P100, no energy counter: its power is sampled)"]
+    );
     // A steady 100 W: the time between the two readings lies between these two.
     let (outer, mark, inner) = (Instant::now(), counters.mark(), Instant::now());
     std::thread::sleep(Duration::from_millis(100));
     let least = inner.elapsed().as_secs_f64();
     let energy = counters.since(&mark).unwrap().joules().0;
     let most = outer.elapsed().as_secs_f64();
-    assert!((100.0 * least..=100.0 * most).contains(&energy), "{energy} J in {least} to {most} s");
+    assert!(
+        (100.0 * least..=100.0 * most).contains(&energy),
+        "{energy} J in {least} to {most} s"
+    );
     // 300 W that are over before anybody asks: only the thread has seen them.
     let mark = counters.mark();
     driver.show("GPU-a;Tesla P100;!3;300000\n");
     let start = Instant::now();
     std::thread::sleep(Duration::from_millis(900));
     driver.show("GPU-a;Tesla P100;!3;100000\n");
-    let (energy, wall) = (counters.since(&mark).unwrap().joules().0, start.elapsed().as_secs_f64());
-    assert!(energy > 150.0 * wall && energy < 300.0 * wall, "{energy} J in {wall} s");
+    let (energy, wall) = (
+        counters.since(&mark).unwrap().joules().0,
+        start.elapsed().as_secs_f64(),
+    );
+    assert!(
+        energy > 150.0 * wall && energy < 300.0 * wall,
+        "{energy} J in {wall} s"
+    );
 }
 
 #[test]
 fn a_card_that_is_lost_on_the_way_leaves_named_gaps_and_no_zero() {
     let test = "a_card_that_is_lost_on_the_way_leaves_named_gaps_and_no_zero";
-    let Some(driver) = Driver::of(test, "GPU-a;NVIDIA T4;1000;1\n", &[]) else { return };
+    let Some(driver) = Driver::of(test, "GPU-a;NVIDIA T4;1000;1\n", &[]) else {
+        return;
+    };
     let profile = Profile::named("nvidia-t4").unwrap();
     let step = Work::product(2048, 2048, 2048, Precision::F32);
     let counted = profile.charge(&step).energy.0;
     let meters = Meters::without_counters(profile).with_counters(vec![Box::new(open(0))], None);
-    let (rates, folder) = (Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None }, tempfile::tempdir().unwrap());
-    let (budget, path) = (Budget::new(Limits::default(), rates).unwrap(), folder.path().join("ledger.jsonl"));
-    let mut account = Account::new(budget, meters, Ledger::create(&path).unwrap(), MeterKind::Measured);
+    let (rates, folder) = (
+        Rates {
+            grid: GramsPerKwh(473.0),
+            pue: Pue::ONE,
+            price: None,
+        },
+        tempfile::tempdir().unwrap(),
+    );
+    let (budget, path) = (
+        Budget::new(Limits::default(), rates).unwrap(),
+        folder.path().join("ledger.jsonl"),
+    );
+    let mut account = Account::new(
+        budget,
+        meters,
+        Ledger::create(&path).unwrap(),
+        MeterKind::Measured,
+    );
     // 5 J; then the card is gone within a step, and for a whole one; then it is back, with 3 J more than it had before that step.
     let shown = ["6000", "!15", "!15", "20000", "23000"];
     for (number, millijoules) in (1..).zip(shown) {
@@ -191,28 +324,59 @@ fn a_card_that_is_lost_on_the_way_leaves_named_gaps_and_no_zero() {
     // The fourth step's window began while the card was gone: it is unknown too. Each is filled with what the first one shows.
     let gaps: Vec<_> = account.gaps().collect();
     let reason = "nvml:0: the driver gave no reading: ";
-    assert!(gaps.len() == 1 && gaps[0].1.starts_with(reason) && gaps[0].2.entries == 3, "{gaps:?}");
-    assert!(gaps[0].2.energy.0.abs_diff(15_000_000) <= 3, "{gaps:?} of {counted}");
-    assert_eq!(account.totals().energy_j.measured, Some(MicroJoules(8_000_000)));
-    assert_eq!(account.spent().energy, MicroJoules(8_000_000) + gaps[0].2.energy);
+    assert!(
+        gaps.len() == 1 && gaps[0].1.starts_with(reason) && gaps[0].2.entries == 3,
+        "{gaps:?}"
+    );
+    assert!(
+        gaps[0].2.energy.0.abs_diff(15_000_000) <= 3,
+        "{gaps:?} of {counted}"
+    );
+    assert_eq!(
+        account.totals().energy_j.measured,
+        Some(MicroJoules(8_000_000))
+    );
+    assert_eq!(
+        account.spent().energy,
+        MicroJoules(8_000_000) + gaps[0].2.energy
+    );
     let text = std::fs::read_to_string(&path).unwrap();
     let entry: Value = serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
-    assert!(entry["energy_j"]["measured"].is_null() && entry["gap"]["filled"] == "counted", "{entry}");
-    assert!(entry["gap"]["reason"].as_str().unwrap().starts_with(reason), "{entry}");
+    assert!(
+        entry["energy_j"]["measured"].is_null() && entry["gap"]["filled"] == "counted",
+        "{entry}"
+    );
+    assert!(
+        entry["gap"]["reason"].as_str().unwrap().starts_with(reason),
+        "{entry}"
+    );
 }
 
 #[test]
 fn the_card_that_computes_is_the_one_that_is_metered() {
     let test = "the_card_that_computes_is_the_one_that_is_metered";
     let cards = "GPU-a1;NVIDIA T4;1000;1\nGPU-b2;NVIDIA H100 80GB HBM3;2000;1\n";
-    let Some(driver) = Driver::of(test, cards, &[("CUDA_VISIBLE_DEVICES", "GPU-b")]) else { return };
-    assert_eq!((gpu_name(0).unwrap().as_str(), open(0).device()), ("NVIDIA H100 80GB HBM3", "GPU-b2"));
-    assert_eq!(Profile::of_machine(Computing::Nvidia(0)).unwrap().name, "nvidia-h100-sxm5-80gb");
+    let Some(driver) = Driver::of(test, cards, &[("CUDA_VISIBLE_DEVICES", "GPU-b")]) else {
+        return;
+    };
+    assert_eq!(
+        (gpu_name(0).unwrap().as_str(), open(0).device()),
+        ("NVIDIA H100 80GB HBM3", "GPU-b2")
+    );
+    assert_eq!(
+        Profile::of_machine(Computing::Nvidia(0)).unwrap().name,
+        "nvidia-h100-sxm5-80gb"
+    );
     // The whole of a run's meters: the card, and its host by name where the host has no counter.
-    let mut meters = Meters::open(Profile::of_machine(Computing::Nvidia(0)).unwrap(), Computing::Nvidia(0));
+    let mut meters = Meters::open(
+        Profile::of_machine(Computing::Nvidia(0)).unwrap(),
+        Computing::Nvidia(0),
+    );
     let by = meters.measured_by();
     assert!(
-        by.len() == 2 && by[0] == "nvml:1 (NVIDIA H100 80GB HBM3, energy counter)" && by[1].contains("modelled at"),
+        by.len() == 2
+            && by[0] == "nvml:1 (NVIDIA H100 80GB HBM3, energy counter)"
+            && by[1].contains("modelled at"),
         "{by:?}"
     );
     assert_eq!(meters.resolve(None).unwrap(), MeterKind::Measured);
@@ -221,16 +385,37 @@ fn the_card_that_computes_is_the_one_that_is_metered() {
     let reading = meters.end(window, &Work::default());
     let measured = reading.energies().measured.unwrap().joules();
     // 2 J of the card; a host draws less than a kilowatt.
-    assert!(measured >= Joules(2.0) && measured.0 < 2.0 + 1000.0 * reading.wall.0, "{measured} in {:?}", reading.wall);
-    assert!(NvmlSensor::open(1).err().unwrap().reason.contains("no entry 1"));
+    assert!(
+        measured >= Joules(2.0) && measured.0 < 2.0 + 1000.0 * reading.wall.0,
+        "{measured} in {:?}",
+        reading.wall
+    );
+    assert!(
+        NvmlSensor::open(1)
+            .err()
+            .unwrap()
+            .reason
+            .contains("no entry 1")
+    );
 }
 
 #[test]
 fn a_slice_of_a_card_and_cards_that_differ_are_not_taken_for_one_another() {
     let test = "a_slice_of_a_card_and_cards_that_differ_are_not_taken_for_one_another";
     let cards = "GPU-a;NVIDIA T4;1000;1\nGPU-b;NVIDIA A40;2000;1\n";
-    let Some(_) = Driver::of(test, cards, &[("CUDA_VISIBLE_DEVICES", "MIG-5c89,1")]) else { return };
+    let Some(_) = Driver::of(test, cards, &[("CUDA_VISIBLE_DEVICES", "MIG-5c89,1")]) else {
+        return;
+    };
     let meters = Meters::open(Profile::named("nvidia-t4").unwrap(), Computing::Nvidia(0));
-    assert!(meters.absent().unwrap().reason.contains("slice of a card") && meters.measured_by().is_empty());
-    assert!(NvmlSensor::open(1).err().unwrap().remedy.contains("PCI_BUS_ID"));
+    assert!(
+        meters.absent().unwrap().reason.contains("slice of a card")
+            && meters.measured_by().is_empty()
+    );
+    assert!(
+        NvmlSensor::open(1)
+            .err()
+            .unwrap()
+            .remedy
+            .contains("PCI_BUS_ID")
+    );
 }

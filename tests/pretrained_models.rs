@@ -13,12 +13,31 @@ use wattune::work::{Precision, Tally};
 fn load(dir: &Path) -> Decoder {
     let architecture = Architecture::from_file(&dir.join("config.json")).unwrap();
     let weights = Weights::open(&[dir.join("model.safetensors")], &architecture).unwrap();
-    let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(weights.get(name, DType::F32, &Device::Cpu)?));
-    Decoder::assemble(&architecture, &Parts { weight: &weight, lora: &|_| Ok(None) }, &Device::Cpu).unwrap()
+    let weight = |name: &str, _: &[usize]| {
+        Ok(Weight::frozen(weights.get(
+            name,
+            DType::F32,
+            &Device::Cpu,
+        )?))
+    };
+    Decoder::assemble(
+        &architecture,
+        &Parts {
+            weight: &weight,
+            lora: &|_| Ok(None),
+        },
+        &Device::Cpu,
+    )
+    .unwrap()
 }
 
 fn numbers<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Vec<T> {
-    value.as_array().unwrap().iter().map(|v| read(v).unwrap()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| read(v).unwrap())
+        .collect()
 }
 
 fn id(value: &Value) -> Option<u32> {
@@ -26,12 +45,18 @@ fn id(value: &Value) -> Option<u32> {
 }
 
 fn check(model: &str, reference: bool) {
-    let Some(assets) = common::assets(&format!("pretrained_models::{model}")) else { return };
+    let Some(assets) = common::assets(&format!("pretrained_models::{model}")) else {
+        return;
+    };
     let dir = assets.join("models").join(model);
-    let golden: Value = serde_json::from_slice(&std::fs::read(dir.join("reference/golden.json")).unwrap()).unwrap();
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(dir.join("reference/golden.json")).unwrap()).unwrap();
     let decoder = load(&dir);
     let tally = Tally::default();
-    let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+    let context = Context {
+        reference,
+        ..Context::new(&tally, Precision::F32)
+    };
 
     let stories = golden["stories"].as_array().unwrap();
     let ids: Vec<Vec<u32>> = stories.iter().map(|s| numbers(&s["ids"], id)).collect();
@@ -43,18 +68,36 @@ fn check(model: &str, reference: bool) {
     }
     let lengths: Vec<usize> = ids.iter().map(Vec::len).collect();
     let examples = (0..ids.len() as u64).collect();
-    let batch = Batch::new(&tokens, &lengths, examples, &positions, targets, &Device::Cpu).unwrap();
+    let batch = Batch::new(
+        &tokens,
+        &lengths,
+        examples,
+        &positions,
+        targets,
+        &Device::Cpu,
+    )
+    .unwrap();
     let losses = decoder.losses(context, &batch).unwrap();
     let mut left = losses.as_slice();
     for (s, story) in stories.iter().enumerate() {
         let (own, rest) = left.split_at(ids[s].len() - 1);
         left = rest;
-        for (i, (loss, expected)) in own.iter().zip(numbers(&story["nll_first32"], Value::as_f64)).enumerate() {
-            assert!((f64::from(*loss) - expected).abs() < 1e-4, "{model}: story {s}, token {i}: {loss}, golden {expected}");
+        for (i, (loss, expected)) in own
+            .iter()
+            .zip(numbers(&story["nll_first32"], Value::as_f64))
+            .enumerate()
+        {
+            assert!(
+                (f64::from(*loss) - expected).abs() < 1e-4,
+                "{model}: story {s}, token {i}: {loss}, golden {expected}"
+            );
         }
         let mean = own.iter().map(|loss| f64::from(*loss)).sum::<f64>() / own.len() as f64;
         let expected = story["mean_nll"].as_f64().unwrap();
-        assert!((mean - expected).abs() < 1e-4, "{model}: story {s}: mean {mean}, golden {expected}");
+        assert!(
+            (mean - expected).abs() < 1e-4,
+            "{model}: story {s}: mean {mean}, golden {expected}"
+        );
     }
 
     let greedy = numbers(&golden["greedy_ids"], id);

@@ -29,20 +29,32 @@ fn folder() -> (tempfile::TempDir, PathBuf) {
 }
 
 fn wattune(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_wattune")).args(arguments).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_wattune"))
+        .args(arguments)
+        .output()
+        .unwrap()
 }
 
 /// The document of a command that must succeed.
 fn json(arguments: &[&str]) -> Value {
     let output = wattune(&[arguments, &["--json", "--quiet"]].concat());
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
 /// Exit status and error of a command that must be refused.
 fn refused(arguments: &[&str]) -> String {
     let output = wattune(arguments);
-    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(
+        output.status.code(),
+        Some(2),
+        "{}",
+        String::from_utf8_lossy(&output.stdout)
+    );
     String::from_utf8(output.stderr).unwrap()
 }
 
@@ -51,14 +63,20 @@ fn path(path: &Path) -> &str {
 }
 
 fn number(value: &Value, pointer: &str) -> f64 {
-    value.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("no number at {pointer} in {value}"))
+    value
+        .pointer(pointer)
+        .and_then(Value::as_f64)
+        .unwrap_or_else(|| panic!("no number at {pointer} in {value}"))
 }
 
 /// FLOPs of one step of `RECIPE`, every weight trained: counted from the architecture, not executed.
 fn counted(precision: Precision) -> u64 {
     let architecture = Architecture::from_config(&serde_json::from_str(CONFIG).unwrap()).unwrap();
     let shape = ModelShape::fully_trained(&architecture, precision).unwrap();
-    let step = shape.training(&[16, 16, 16], 45, Recompute::NOTHING).times(2) + adamw_cost(architecture.parameters() as usize);
+    let step = shape
+        .training(&[16, 16, 16], 45, Recompute::NOTHING)
+        .times(2)
+        + adamw_cost(architecture.parameters() as usize);
     step.flops()
 }
 
@@ -73,13 +91,28 @@ fn a_configuration_alone_is_enough_and_the_figures_fit_together() {
     assert_eq!(plan["model"]["parameters"], 96 * 32 + 2 * 7744 + 32);
     assert!(plan["memory"]["peak_bytes"].as_u64().unwrap() > 0);
     let keys: Vec<&String> = plan["probe"].as_object().unwrap().keys().collect();
-    assert_eq!(keys, ["steps", "tokens_per_second", "step_s", "peak_rss_bytes", "flops_per_second"]);
+    assert_eq!(
+        keys,
+        [
+            "steps",
+            "tokens_per_second",
+            "step_s",
+            "peak_rss_bytes",
+            "flops_per_second"
+        ]
+    );
     assert_eq!(plan["probe"]["steps"], 3);
     // Two micro-batches of three rows of 16 tokens.
-    let (step, speed) = (number(&plan, "/probe/step_s"), number(&plan, "/probe/tokens_per_second"));
+    let (step, speed) = (
+        number(&plan, "/probe/step_s"),
+        number(&plan, "/probe/tokens_per_second"),
+    );
     assert!((step * speed - 96.0).abs() < 1e-6, "{step} {speed}");
     let warnings = plan["warnings"].to_string();
-    assert!(warnings.contains("no tokenizer") && warnings.contains("not-there.jsonl"), "{warnings}");
+    assert!(
+        warnings.contains("no tokenizer") && warnings.contains("not-there.jsonl"),
+        "{warnings}"
+    );
     assert!(plan.get("forecast").is_none() && plan.get("data").is_none());
 }
 
@@ -91,8 +124,14 @@ fn what_a_probe_executes_is_what_a_step_is_counted_at() {
         let dtype = format!("model.dtype={dtype}");
         let plan = json(&["plan", path(&recipe), "--probe", "1", "--set", &dtype]);
         let executed = number(&plan, "/probe/flops_per_second") * number(&plan, "/probe/step_s");
-        assert!((executed / counted(precision) as f64 - 1.0).abs() < 1e-9, "{executed}");
-        assert_eq!(plan["adapter"]["trainable_parameters"], plan["model"]["parameters"]);
+        assert!(
+            (executed / counted(precision) as f64 - 1.0).abs() < 1e-9,
+            "{executed}"
+        );
+        assert_eq!(
+            plan["adapter"]["trainable_parameters"],
+            plan["model"]["parameters"]
+        );
     }
 }
 
@@ -101,15 +140,29 @@ fn frozen_weights_lie_in_memory_once() {
     // 32,768 x 1024 tied embedding and one thin block: 33.6 M parameters, 134 MB in f32. One row of two tokens: only
     // one chunk of logits and the program itself weigh beside it (54 MB measured). Weights kept twice would pass the bound.
     let (dir, recipe) = folder();
-    let config =
-        CONFIG.replace("\"hidden_size\": 32", "\"hidden_size\": 1024").replace("\"vocab_size\": 96", "\"vocab_size\": 32768");
-    std::fs::write(dir.path().join("model/config.json"), config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1"))
-        .unwrap();
-    let small =
-        ["--set", "data.max_length=2", "--set", "train.micro_batch_size=1", "--set", "adapter.target_modules=[\"v_proj\"]"];
+    let config = CONFIG
+        .replace("\"hidden_size\": 32", "\"hidden_size\": 1024")
+        .replace("\"vocab_size\": 96", "\"vocab_size\": 32768");
+    std::fs::write(
+        dir.path().join("model/config.json"),
+        config.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1"),
+    )
+    .unwrap();
+    let small = [
+        "--set",
+        "data.max_length=2",
+        "--set",
+        "train.micro_batch_size=1",
+        "--set",
+        "adapter.target_modules=[\"v_proj\"]",
+    ];
     let plan = json(&[&["plan", path(&recipe), "--probe", "1"], small.as_slice()].concat());
     let Some(peak) = plan["probe"]["peak_rss_bytes"].as_u64() else {
-        assert_ne!(std::env::consts::OS, "linux", "Linux says how much memory a process took");
+        assert_ne!(
+            std::env::consts::OS,
+            "linux",
+            "Linux says how much memory a process took"
+        );
         return;
     };
     assert!(peak < 134_000_000 + 110_000_000, "{peak}");
@@ -118,7 +171,12 @@ fn frozen_weights_lie_in_memory_once() {
 #[test]
 fn a_whole_plan_gains_a_probe() {
     let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart.toml");
-    let small = ["--set", "data.max_length=64", "--set", "train.micro_batch_size=1"];
+    let small = [
+        "--set",
+        "data.max_length=64",
+        "--set",
+        "train.micro_batch_size=1",
+    ];
     let plain = json(&[&["plan", path(&recipe)], small.as_slice()].concat());
     let probed = json(&[&["plan", path(&recipe), "--probe", "1"], small.as_slice()].concat());
     assert_eq!(plain["forecast"], probed["forecast"]);
@@ -126,7 +184,10 @@ fn a_whole_plan_gains_a_probe() {
     assert!(plain.get("probe").is_none() && number(&probed, "/probe/tokens_per_second") > 0.0);
     let page = wattune(&[&["plan", path(&recipe), "--probe", "1"], small.as_slice()].concat());
     let page = String::from_utf8(page.stdout).unwrap();
-    assert!(page.contains("tokens/s") && page.contains("energy"), "{page}");
+    assert!(
+        page.contains("tokens/s") && page.contains("energy"),
+        "{page}"
+    );
 }
 
 #[test]
@@ -147,29 +208,91 @@ fn what_cannot_be_probed_is_refused_before_it_runs() {
 fn a_calibrated_profile_is_one_that_recipes_take() {
     let (dir, recipe) = folder();
     let out = dir.path().join("mine.toml");
-    let arguments =
-        ["calibrate", "--out", path(&out), "--name", "mine", "--like", "generic-cpu", "--device", "cpu", "--each", "20 ms"];
+    let arguments = [
+        "calibrate",
+        "--out",
+        path(&out),
+        "--name",
+        "mine",
+        "--like",
+        "generic-cpu",
+        "--device",
+        "cpu",
+        "--each",
+        "20 ms",
+    ];
     let found = json(&arguments);
-    let (nearest, profile) = (Profile::named("generic-cpu").unwrap(), Profile::from_file(&out).unwrap());
-    assert_eq!((found["name"].as_str(), found["nearest"].as_str()), (Some("mine"), Some("generic-cpu")));
+    let (nearest, profile) = (
+        Profile::named("generic-cpu").unwrap(),
+        Profile::from_file(&out).unwrap(),
+    );
+    assert_eq!(
+        (found["name"].as_str(), found["nearest"].as_str()),
+        (Some("mine"), Some("generic-cpu"))
+    );
     // What was measured is what a run is charged by; what was not stays.
-    assert_eq!(profile.rate(Precision::F32), number(&found, "/flops_per_second/f32/measured"));
-    assert_eq!(profile.rate(Precision::Bf16), number(&found, "/flops_per_second/bf16/measured"));
-    assert_eq!(profile.bandwidth * profile.achievable_bandwidth, number(&found, "/bytes_per_second/measured"));
+    assert_eq!(
+        profile.rate(Precision::F32),
+        number(&found, "/flops_per_second/f32/measured")
+    );
+    assert_eq!(
+        profile.rate(Precision::Bf16),
+        number(&found, "/flops_per_second/bf16/measured")
+    );
+    assert_eq!(
+        profile.bandwidth * profile.achievable_bandwidth,
+        number(&found, "/bytes_per_second/measured")
+    );
     let caches = found["caches"].as_array().unwrap();
     for ((level, before), cache) in profile.caches.iter().zip(&nearest.caches).zip(caches) {
-        assert_eq!((level.name.as_str(), level.bandwidth), (cache["name"].as_str().unwrap(), cache["bytes_per_second"].as_f64()));
-        assert_eq!((&level.name, level.shared, level.pj_per_byte), (&before.name, before.shared, before.pj_per_byte));
-        assert!(level.bytes.0 == cache["bytes"].as_u64().unwrap_or(before.bytes.0) || level.shared, "{cache}");
+        assert_eq!(
+            (level.name.as_str(), level.bandwidth),
+            (
+                cache["name"].as_str().unwrap(),
+                cache["bytes_per_second"].as_f64()
+            )
+        );
+        assert_eq!(
+            (&level.name, level.shared, level.pj_per_byte),
+            (&before.name, before.shared, before.pj_per_byte)
+        );
+        assert!(
+            level.bytes.0 == cache["bytes"].as_u64().unwrap_or(before.bytes.0) || level.shared,
+            "{cache}"
+        );
     }
-    assert_eq!((profile.dram_pj_per_byte, profile.caches.len()), (nearest.dram_pj_per_byte, caches.len()));
+    assert_eq!(
+        (profile.dram_pj_per_byte, profile.caches.len()),
+        (nearest.dram_pj_per_byte, caches.len())
+    );
     // Between a slow single core and any one machine's best.
-    assert!((1e7..1e15).contains(&profile.rate(Precision::F32)), "{}", profile.rate(Precision::F32));
+    assert!(
+        (1e7..1e15).contains(&profile.rate(Precision::F32)),
+        "{}",
+        profile.rate(Precision::F32)
+    );
     assert!(refused(&arguments).contains("exists already"));
-    let device =
-        ["--set", "energy.device=./mine.toml", "--set", "model.id=embedded:tiny", "--set", "data.max_length=64", "--set"];
-    let data = format!("data.train={}/recipes/quickstart/train.jsonl", env!("CARGO_MANIFEST_DIR"));
-    let plan = json(&[&["plan", path(&recipe)], device.as_slice(), &[data.as_str()]].concat());
+    let device = [
+        "--set",
+        "energy.device=./mine.toml",
+        "--set",
+        "model.id=embedded:tiny",
+        "--set",
+        "data.max_length=64",
+        "--set",
+    ];
+    let data = format!(
+        "data.train={}/recipes/quickstart/train.jsonl",
+        env!("CARGO_MANIFEST_DIR")
+    );
+    let plan = json(
+        &[
+            &["plan", path(&recipe)],
+            device.as_slice(),
+            &[data.as_str()],
+        ]
+        .concat(),
+    );
     assert_eq!(plan["energy"]["device"], "mine");
 }
 

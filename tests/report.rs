@@ -54,23 +54,38 @@ fn emissions() -> Emissions {
         timestamp: "2026-01-31T12:00:00".to_string(),
         project_name: "e2e, small".to_string(),
         run_id: "e2e-20260131-120000".to_string(),
-        parts: EnergyParts { cpu: Some(Joules(3582.0)), gpu: Some(Joules::ZERO), ram: None },
+        parts: EnergyParts {
+            cpu: Some(Joules(3582.0)),
+            gpu: Some(Joules::ZERO),
+            ram: None,
+        },
         cpu_count: Some(4),
         ..Emissions::default()
     }
 }
 
 fn keys(value: &Value) -> Vec<&str> {
-    value.as_object().unwrap().keys().map(String::as_str).collect()
+    value
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect()
 }
 
 #[test]
 fn the_fixture_adds_up() {
     let report = fixture();
     let energy = &report.energy;
-    assert_eq!(energy.by_phase.values().copied().sum::<Joules>(), energy.total_j);
+    assert_eq!(
+        energy.by_phase.values().copied().sum::<Joules>(),
+        energy.total_j
+    );
     let parts = energy.counted_parts.as_ref().unwrap();
-    assert_eq!(parts.arithmetic_j + parts.movement_j + parts.idle_j, energy.meters.counted_j);
+    assert_eq!(
+        parts.arithmetic_j + parts.movement_j + parts.idle_j,
+        energy.meters.counted_j
+    );
     let grams = report.carbon.gco2e_per_kwh * (report.carbon.pue * energy.total_j);
     assert!((grams - report.carbon.gco2e).0.abs() < 1e-9);
 }
@@ -80,10 +95,19 @@ fn the_keys_are_the_contracts() {
     let written: Value = serde_json::from_str(&json::to_json(&fixture()).unwrap()).unwrap();
     // Typed out from the contract; after the bar, what it adds.
     let contract = [
-        ("", "model adapter data training energy budget carbon baselines environment | memory warnings sample"),
+        (
+            "",
+            "model adapter data training energy budget carbon baselines environment | memory warnings sample",
+        ),
         ("/model", "id revision architecture parameters |"),
-        ("/adapter", "type r lora_alpha target_modules trainable_parameters |"),
-        ("/data", "examples tokens loss_tokens truncated dropped | skipped sources fingerprint"),
+        (
+            "/adapter",
+            "type r lora_alpha target_modules trainable_parameters |",
+        ),
+        (
+            "/data",
+            "examples tokens loss_tokens truncated dropped | skipped sources fingerprint",
+        ),
         (
             "/training",
             "steps stop_reason val_loss_before val_loss_after train_loss_last tokens_per_second wall_s peak_rss_bytes \
@@ -99,10 +123,19 @@ fn the_keys_are_the_contracts() {
             "/energy/counted_parts",
             "| arithmetic_j movement_j idle_j lost_j movement_by_level_j levels_left_out movement_without_reuse_j",
         ),
-        ("/memory", "| peak_bytes weights trained activations temporaries program"),
+        (
+            "/memory",
+            "| peak_bytes weights trained activations temporaries program",
+        ),
         ("/energy/by_phase", "load train eval save |"),
-        ("/budget", "limits spent overshoot_j | spent_low spent_high margin_j"),
-        ("/budget/limits", "energy_j carbon_gco2e flops time_s cost |"),
+        (
+            "/budget",
+            "limits spent overshoot_j | spent_low spent_high margin_j",
+        ),
+        (
+            "/budget/limits",
+            "energy_j carbon_gco2e flops time_s cost |",
+        ),
         (
             "/carbon",
             "gco2e grid gco2e_per_kwh pue | low_gco2e high_gco2e embodied_gco2e embodied_source year source place basis licence dataset_sha256",
@@ -114,7 +147,10 @@ fn the_keys_are_the_contracts() {
         ("/environment", "version cpu threads os |"),
     ];
     for (block, words) in contract {
-        let mut expected: Vec<&str> = words.split_whitespace().filter(|word| *word != "|").collect();
+        let mut expected: Vec<&str> = words
+            .split_whitespace()
+            .filter(|word| *word != "|")
+            .collect();
         let mut found = keys(written.pointer(block).unwrap());
         expected.sort_unstable();
         found.sort_unstable();
@@ -131,7 +167,10 @@ fn a_report_comes_back_from_its_file() {
     assert_eq!(json::read_report(&path).unwrap(), fixture());
     // Neither more nor less than the fixture's own document.
     let written: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-    assert_eq!(written, serde_json::from_str::<Value>(include_str!("fixtures/report.json")).unwrap());
+    assert_eq!(
+        written,
+        serde_json::from_str::<Value>(include_str!("fixtures/report.json")).unwrap()
+    );
 }
 
 #[test]
@@ -140,12 +179,19 @@ fn a_file_that_is_no_report_is_named() {
     fs::write(&path, "{\n  \"model\": 3\n}\n").unwrap();
     let message = json::read_report(&path).unwrap_err().to_string();
     assert!(message.contains("broken.json, line 2"), "{message}");
-    let message = json::read_report(&out("absent.json")).unwrap_err().to_string();
+    let message = json::read_report(&out("absent.json"))
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("--resume"), "{message}");
     let mut low = serde_json::to_value(fixture()).unwrap();
     low["carbon"]["pue"] = 0.9.into();
     fs::write(&path, low.to_string()).unwrap();
-    assert!(json::read_report(&path).unwrap_err().to_string().contains("pue: 0.9 is below 1"));
+    assert!(
+        json::read_report(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("pue: 0.9 is below 1")
+    );
 }
 
 #[test]
@@ -166,7 +212,10 @@ fn a_models_output_is_shown_as_text_alone() {
     report.sample.as_mut().unwrap().after = "\u{1b}[2J```\n# heading".to_string();
     assert!(!text::to_text("run", &report).unwrap().contains('\u{1b}'));
     let page = markdown::to_markdown("run", &report).unwrap();
-    assert!(page.contains("````text\n") && page.ends_with(".\n"), "{page}");
+    assert!(
+        page.contains("````text\n") && page.ends_with(".\n"),
+        "{page}"
+    );
 }
 
 #[test]
@@ -180,12 +229,31 @@ fn the_model_card() {
 fn a_card_leaves_out_what_is_not_known() {
     let mut report = fixture();
     report.adapter.r#type = AdapterType::None;
-    let card = to_model_card(&CardFacts { name: "plain".to_string(), ..CardFacts::default() }, &report).unwrap();
+    let card = to_model_card(
+        &CardFacts {
+            name: "plain".to_string(),
+            ..CardFacts::default()
+        },
+        &report,
+    )
+    .unwrap();
     let front = card.split("---\n").nth(1).unwrap();
-    for absent in ["base_model", "license", "datasets", "geographical_location", "hardware_used", "peft", "lora"] {
+    for absent in [
+        "base_model",
+        "license",
+        "datasets",
+        "geographical_location",
+        "hardware_used",
+        "peft",
+        "lora",
+    ] {
         assert!(!front.contains(absent), "{absent} in {front}");
     }
-    assert!(front.contains("library_name: \"transformers\"") && front.contains("  emissions: 0.564762\n"), "{front}");
+    assert!(
+        front.contains("library_name: \"transformers\"")
+            && front.contains("  emissions: 0.564762\n"),
+        "{front}"
+    );
 }
 
 #[test]
@@ -203,9 +271,22 @@ fn emissions_in_codecarbons_columns_and_units() {
     assert!((number("emissions_rate") - 4.344_323_077e-6).abs() < 1e-14);
     assert!((number("energy_consumed") - 0.001_194).abs() < 1e-12);
     assert!((number("cpu_power") - 33.064_615).abs() < 1e-6);
-    assert_eq!((cell("gpu_energy"), cell("ram_energy"), cell("wue"), cell("country_name")), ("0", "", "", ""));
     assert_eq!(
-        (cell("project_name"), cell("tracking_mode"), cell("pue"), cell("cpu_count")),
+        (
+            cell("gpu_energy"),
+            cell("ram_energy"),
+            cell("wue"),
+            cell("country_name")
+        ),
+        ("0", "", "", "")
+    );
+    assert_eq!(
+        (
+            cell("project_name"),
+            cell("tracking_mode"),
+            cell("pue"),
+            cell("cpu_count")
+        ),
         ("e2e, small", "process", "1.2", "4")
     );
 }
@@ -220,16 +301,31 @@ fn a_device_s_energy_is_not_taken_for_its_machine_s() {
         "The device's energy is not its machine's",
     ];
     assert!(page(&report).contains("| the machine's energy | 3.582 kJ"));
-    assert!(said.iter().all(|words| !page(&report).contains(words)), "{}", page(&report));
+    assert!(
+        said.iter().all(|words| !page(&report).contains(words)),
+        "{}",
+        page(&report)
+    );
     // Three tenths of the machine's power beside seven: 3582 J x 3 / 7 = 1535.1 J, and 1 / 0.7 = 1.43 times as much.
     report.energy.host_left_out = Some(HostLeftOut { share: Some(0.3) });
     let with = page(&report);
-    let figures =
-        ["not included | about 1.535 kJ (0.4264 Wh): 30.0 % of a machine's power |", "with it, about 1.43 times as much."];
-    assert!(said.iter().chain(&figures).all(|words| with.contains(words)), "{with}");
+    let figures = [
+        "not included | about 1.535 kJ (0.4264 Wh): 30.0 % of a machine's power |",
+        "with it, about 1.43 times as much.",
+    ];
+    assert!(
+        said.iter()
+            .chain(&figures)
+            .all(|words| with.contains(words)),
+        "{with}"
+    );
     report.energy.host_left_out = Some(HostLeftOut { share: None });
     let with = page(&report);
-    assert!(said.iter().all(|words| with.contains(words)) && with.contains("not included | its share is not known |"), "{with}");
+    assert!(
+        said.iter().all(|words| with.contains(words))
+            && with.contains("not included | its share is not known |"),
+        "{with}"
+    );
 }
 
 /// The fixture, half as long: 75 steps for 2,000 J and 1.0 nats: 0.5 per kJ, against 1.2 / 3.582 = 0.3350.
@@ -247,28 +343,55 @@ fn half() -> Report {
 
 #[test]
 fn runs_side_by_side() {
-    let comparison = compare(&[("whole".to_string(), fixture()), ("half".to_string(), half())]);
+    let comparison = compare(&[
+        ("whole".to_string(), fixture()),
+        ("half".to_string(), half()),
+    ]);
     assert_eq!(comparison.best.as_deref(), Some("half"));
     assert_eq!(comparison.runs[1].loss_per_kj, Some(0.5));
     assert_eq!(comparison.notes, Vec::<String>::new());
     insta::assert_snapshot!(comparison.text());
-    insta::assert_snapshot!("compare_json", serde_json::to_string_pretty(&comparison.json()).unwrap());
+    insta::assert_snapshot!(
+        "compare_json",
+        serde_json::to_string_pretty(&comparison.json()).unwrap()
+    );
 }
 
 #[test]
 fn unlike_runs_have_no_winner() {
     let mut other = half();
     other.data.fingerprint = Some("sha256:000000".to_string());
-    let comparison = compare(&[("whole".to_string(), fixture()), ("other".to_string(), other.clone())]);
+    let comparison = compare(&[
+        ("whole".to_string(), fixture()),
+        ("other".to_string(), other.clone()),
+    ]);
     assert_eq!(comparison.best, None);
-    assert!(comparison.notes[0].contains("different data"), "{:?}", comparison.notes);
+    assert!(
+        comparison.notes[0].contains("different data"),
+        "{:?}",
+        comparison.notes
+    );
     other.data.fingerprint = None;
-    let comparison = compare(&[("whole".to_string(), fixture()), ("other".to_string(), other.clone())]);
-    assert!(comparison.best.is_none() && comparison.notes[0].contains("not known"), "{:?}", comparison.notes);
+    let comparison = compare(&[
+        ("whole".to_string(), fixture()),
+        ("other".to_string(), other.clone()),
+    ]);
+    assert!(
+        comparison.best.is_none() && comparison.notes[0].contains("not known"),
+        "{:?}",
+        comparison.notes
+    );
     other = half();
     other.model.id = "another".to_string();
-    let comparison = compare(&[("whole".to_string(), fixture()), ("other".to_string(), other)]);
-    assert!(comparison.best.is_none() && comparison.notes[0].contains("different models"), "{:?}", comparison.notes);
+    let comparison = compare(&[
+        ("whole".to_string(), fixture()),
+        ("other".to_string(), other),
+    ]);
+    assert!(
+        comparison.best.is_none() && comparison.notes[0].contains("different models"),
+        "{:?}",
+        comparison.notes
+    );
 }
 
 #[test]
@@ -277,9 +400,19 @@ fn runs_on_different_meters_are_compared_on_the_counted_one() {
     measured.energy.meter = Meter::Measured;
     measured.energy.total_j = Joules(9000.0);
     measured.energy.meters.measured_j = Some(Joules(9000.0));
-    let comparison = compare(&[("whole".to_string(), fixture()), ("measured".to_string(), measured)]);
-    assert_eq!((comparison.meter, comparison.runs[1].energy_j), (Meter::Counted, Joules(2000.0)));
-    assert!(comparison.notes[0].contains("different meters"), "{:?}", comparison.notes);
+    let comparison = compare(&[
+        ("whole".to_string(), fixture()),
+        ("measured".to_string(), measured),
+    ]);
+    assert_eq!(
+        (comparison.meter, comparison.runs[1].energy_j),
+        (Meter::Counted, Joules(2000.0))
+    );
+    assert!(
+        comparison.notes[0].contains("different meters"),
+        "{:?}",
+        comparison.notes
+    );
 }
 
 #[test]
@@ -287,7 +420,8 @@ fn what_differs_is_named_once_with_all_its_runs() {
     let mut other = half();
     other.energy.device = "nvidia-a40".to_string();
     other.energy.host_left_out = Some(HostLeftOut { share: Some(0.3) });
-    let runs = [("a", fixture()), ("b", other), ("c", half())].map(|(name, report)| (name.to_string(), report));
+    let runs = [("a", fixture()), ("b", other), ("c", half())]
+        .map(|(name, report)| (name.to_string(), report));
     let expected = [
         "the runs were charged to different device profiles (a, c: generic-laptop; b: nvidia-a40)",
         "the machine around the device is in no joule of b",
@@ -328,13 +462,26 @@ fn no_page_shows_a_number_that_is_none() {
         let named = report.clone().sealed().unwrap();
         assert_eq!(named.training.train_loss_last, None);
         assert!(
-            named.warnings.iter().any(|warning| warning.starts_with("training.train_loss_last was not")),
+            named
+                .warnings
+                .iter()
+                .any(|warning| warning.starts_with("training.train_loss_last was not")),
             "{:?}",
             named.warnings
         );
-        assert!(named.warnings.iter().any(|warning| warning.starts_with("baselines.2.ratio was not")), "{:?}", named.warnings);
+        assert!(
+            named
+                .warnings
+                .iter()
+                .any(|warning| warning.starts_with("baselines.2.ratio was not")),
+            "{:?}",
+            named.warnings
+        );
         assert_eq!(named.warnings.len(), 1 + 11 + 9);
-        let comparison = compare(&[("a".to_string(), report.clone()), ("b".to_string(), fixture())]);
+        let comparison = compare(&[
+            ("a".to_string(), report.clone()),
+            ("b".to_string(), fixture()),
+        ]);
         let pages = [
             json::to_json(&report).unwrap(),
             markdown::to_markdown("run", &report).unwrap(),
@@ -346,7 +493,10 @@ fn no_page_shows_a_number_that_is_none() {
         ];
         for page in pages {
             let mut words = page.split(|c: char| !c.is_ascii_alphanumeric());
-            assert!(!words.any(|word| ["nan", "inf"].contains(&word.to_lowercase().as_str())), "{page}");
+            assert!(
+                !words.any(|word| ["nan", "inf"].contains(&word.to_lowercase().as_str())),
+                "{page}"
+            );
         }
     }
 }
@@ -354,22 +504,45 @@ fn no_page_shows_a_number_that_is_none() {
 #[test]
 fn a_total_that_is_not_finite_is_refused_by_name() {
     let mut report = fixture();
-    report.energy.by_phase.insert(Phase::Train, Joules(f64::NAN));
+    report
+        .energy
+        .by_phase
+        .insert(Phase::Train, Joules(f64::NAN));
     let error = json::to_json(&report).unwrap_err();
-    assert!(error.to_string().contains("energy.by_phase.train"), "{error}");
+    assert!(
+        error.to_string().contains("energy.by_phase.train"),
+        "{error}"
+    );
 }
 
 #[test]
 fn the_summary_names_the_budget_that_bound() {
     let mut report = fixture();
-    let summary = |report: &Report| text::to_text("run", report).unwrap().split("\nRESULT").next().unwrap().replace('\n', " ");
+    let summary = |report: &Report| {
+        text::to_text("run", report)
+            .unwrap()
+            .split("\nRESULT")
+            .next()
+            .unwrap()
+            .replace('\n', " ")
+    };
     report.training.stop_reason = StopReason::BudgetTime;
-    assert!(summary(&report).contains("The time budget of 10 min 00 s stopped it."), "{}", summary(&report));
+    assert!(
+        summary(&report).contains("The time budget of 10 min 00 s stopped it."),
+        "{}",
+        summary(&report)
+    );
     assert!(!summary(&report).contains("passed the energy budget"));
     report.energy.meter = Meter::Measured;
     report.budget.overshoot_j = Some(Joules(36.0));
-    assert!(summary(&report).contains("It passed the energy budget by 36 J (10 mWh)."), "{}", summary(&report));
-    report.baselines.retain(|baseline| baseline.kind != wattune::report::types::BaselineKind::FullFineTuning);
+    assert!(
+        summary(&report).contains("It passed the energy budget by 36 J (10 mWh)."),
+        "{}",
+        summary(&report)
+    );
+    report
+        .baselines
+        .retain(|baseline| baseline.kind != wattune::report::types::BaselineKind::FullFineTuning);
     let page = markdown::to_markdown("run", &report).unwrap();
     assert!(page.contains("| full fine-tuning | not known |"), "{page}");
 }

@@ -13,11 +13,12 @@ use wattune::report::compare::{Comparison, compare};
 use wattune::report::html::to_html;
 use wattune::report::measured::{BaselineStop, CurvePoint, EqualLoss, MeasuredBaseline, Reached};
 use wattune::report::types::{BaselineKind, Report};
-use wattune::report::{History, StepEnergy, StepLog, StepRecord, comparison_page, files, json, markdown};
+use wattune::report::{
+    History, StepEnergy, StepLog, StepRecord, comparison_page, files, json, markdown,
+};
 use wattune::units::{GramsCo2e, Joules, Seconds};
 
-const HOSTILE: &str =
-    "</pre></title><script>alert(1)</script>\"' onload=x <img src=\"https://example.org/a.png\"> & `<b>`\u{0}\u{1b}[2J";
+const HOSTILE: &str = "</pre></title><script>alert(1)</script>\"' onload=x <img src=\"https://example.org/a.png\"> & `<b>`\u{0}\u{1b}[2J";
 
 fn fixture() -> Report {
     serde_json::from_str(include_str!("fixtures/report.json")).unwrap()
@@ -39,7 +40,11 @@ fn step(step: u64) -> StepRecord {
         tokens: 2048,
         loss_tokens: 1024,
         flops: 1,
-        energy_j: StepEnergy { counted: Joules(22.0), measured: None, timed: Some(Joules(36.0)) },
+        energy_j: StepEnergy {
+            counted: Joules(22.0),
+            measured: None,
+            timed: Some(Joules(36.0)),
+        },
         wall_s: Seconds(0.8),
         val_loss,
     }
@@ -47,15 +52,38 @@ fn step(step: u64) -> StepRecord {
 
 fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
     let energy = Joules(joules).rounded();
-    let energy_j = Energies { counted: energy, measured: None, timed: energy };
-    Entry { phase, step, energy_j, flops: 1, bytes: Default::default(), parts: None, wall_s: Seconds(0.1), t: 0.0, gap: None }
+    let energy_j = Energies {
+        counted: energy,
+        measured: None,
+        timed: energy,
+    };
+    Entry {
+        phase,
+        step,
+        energy_j,
+        flops: 1,
+        bytes: Default::default(),
+        parts: None,
+        wall_s: Seconds(0.1),
+        t: 0.0,
+        gap: None,
+    }
 }
 
 fn history() -> History {
     let start = [entry(Phase::Load, 0, 40.0), entry(Phase::Eval, 0, 111.0)];
-    let end = [entry(Phase::Eval, 150, 111.0), entry(Phase::Save, 150, 20.0)];
-    let entries = start.into_iter().chain((1..=150).map(|step| entry(Phase::Train, step, 22.0))).chain(end);
-    History { steps: (1..=150).map(step).collect(), entries: entries.collect() }
+    let end = [
+        entry(Phase::Eval, 150, 111.0),
+        entry(Phase::Save, 150, 20.0),
+    ];
+    let entries = start
+        .into_iter()
+        .chain((1..=150).map(|step| entry(Phase::Train, step, 22.0)))
+        .chain(end);
+    History {
+        steps: (1..=150).map(step).collect(),
+        entries: entries.collect(),
+    }
 }
 
 fn page() -> String {
@@ -65,13 +93,25 @@ fn page() -> String {
 /// Every tag as (name, the rest of it); fails where one is not closed in order.
 fn tags(page: &str) -> Vec<(String, String)> {
     let (mut open, mut found) = (Vec::new(), Vec::new());
-    let document = page.strip_prefix("<!DOCTYPE html>\n").expect("a document type");
+    let document = page
+        .strip_prefix("<!DOCTYPE html>\n")
+        .expect("a document type");
     for piece in document.split('<').skip(1) {
-        let (tag, text) = piece.split_once('>').unwrap_or_else(|| panic!("`<{piece}` has no end"));
+        let (tag, text) = piece
+            .split_once('>')
+            .unwrap_or_else(|| panic!("`<{piece}` has no end"));
         assert!(!text.contains('>'), "a bare > in {text}");
-        let name: String = tag.trim_start_matches('/').chars().take_while(|c| c.is_ascii_alphanumeric()).collect();
+        let name: String = tag
+            .trim_start_matches('/')
+            .chars()
+            .take_while(|c| c.is_ascii_alphanumeric())
+            .collect();
         if tag.starts_with('/') {
-            assert_eq!(open.pop().as_ref(), Some(&name), "</{name}> closes another tag");
+            assert_eq!(
+                open.pop().as_ref(),
+                Some(&name),
+                "</{name}> closes another tag"
+            );
             continue;
         }
         if !tag.ends_with('/') {
@@ -85,7 +125,10 @@ fn tags(page: &str) -> Vec<(String, String)> {
 
 /// The values of an attribute.
 fn values<'a>(page: &'a str, attribute: &str) -> Vec<&'a str> {
-    page.split(&format!(" {attribute}=\"")).skip(1).filter_map(|rest| rest.split('"').next()).collect()
+    page.split(&format!(" {attribute}=\""))
+        .skip(1)
+        .filter_map(|rest| rest.split('"').next())
+        .collect()
 }
 
 #[test]
@@ -102,7 +145,10 @@ fn the_page_is_well_formed_and_its_pictures_have_names() {
     let mut ids = values(&page, "id");
     for (_, attributes) in pictures {
         let named = values(attributes, "aria-labelledby")[0];
-        assert!(attributes.contains("role=\"img\"") && named.split(' ').all(|id| ids.contains(&id)), "{attributes}");
+        assert!(
+            attributes.contains("role=\"img\"") && named.split(' ').all(|id| ids.contains(&id)),
+            "{attributes}"
+        );
     }
     let count = ids.len();
     ids.sort_unstable();
@@ -113,12 +159,26 @@ fn the_page_is_well_formed_and_its_pictures_have_names() {
 #[test]
 fn nothing_is_loaded_and_nothing_runs() {
     let page = page();
-    for way in ["src=", "href=", "url(", "@import", "://", "<script", "<link", "<iframe", " on"] {
-        let found = tags(&page).into_iter().any(|(name, rest)| format!("<{name}{rest}").contains(way));
+    for way in [
+        "src=", "href=", "url(", "@import", "://", "<script", "<link", "<iframe", " on",
+    ] {
+        let found = tags(&page)
+            .into_iter()
+            .any(|(name, rest)| format!("<{name}{rest}").contains(way));
         assert!(!found, "{way}");
     }
-    let style = page.split("<style>").nth(1).unwrap().split("</style>").next().unwrap();
-    assert!(!["url(", "@import", "://"].iter().any(|way| style.contains(way)));
+    let style = page
+        .split("<style>")
+        .nth(1)
+        .unwrap()
+        .split("</style>")
+        .next()
+        .unwrap();
+    assert!(
+        !["url(", "@import", "://"]
+            .iter()
+            .any(|way| style.contains(way))
+    );
     assert!(page.contains("content=\"default-src 'none'; style-src 'unsafe-inline'\""));
 }
 
@@ -128,15 +188,32 @@ fn texts_from_outside_stay_texts() {
     let mut report = fixture();
     let sample = report.sample.as_mut().unwrap();
     (sample.prompt, sample.before, sample.after) = (text(), text(), text());
-    (report.model.id, report.model.architecture, report.carbon.grid) = (text(), text(), text());
-    (report.environment.cpu, report.environment.version, report.energy.device) = (text(), text(), text());
+    (
+        report.model.id,
+        report.model.architecture,
+        report.carbon.grid,
+    ) = (text(), text(), text());
+    (
+        report.environment.cpu,
+        report.environment.version,
+        report.energy.device,
+    ) = (text(), text(), text());
     report.carbon.source = Some(text());
-    (report.carbon.place, report.carbon.basis, report.carbon.licence) = (Some(text()), Some(text()), Some(text()));
+    (
+        report.carbon.place,
+        report.carbon.basis,
+        report.carbon.licence,
+    ) = (Some(text()), Some(text()), Some(text()));
     report.carbon.dataset_sha256 = Some(text());
     for factor in &mut report.energy.factors {
         (factor.name, factor.value, factor.source) = (text(), text(), text());
     }
-    report.energy.counted_parts.as_mut().unwrap().levels_left_out = vec![text()];
+    report
+        .energy
+        .counted_parts
+        .as_mut()
+        .unwrap()
+        .levels_left_out = vec![text()];
     report.data.sources = vec![text()];
     report.warnings = vec![text()];
     report.baselines[0].source = text();
@@ -144,24 +221,45 @@ fn texts_from_outside_stay_texts() {
     let hostile = to_html(HOSTILE, &report, &history()).unwrap();
     // Code in backticks is the only markup that a text may bring.
     let shape = |page: &str| {
-        let all = tags(page).into_iter().map(|(name, rest)| format!("{name}{rest}"));
-        all.filter(|tag| tag != "code" && !tag.starts_with("data ")).collect::<Vec<_>>()
+        let all = tags(page)
+            .into_iter()
+            .map(|(name, rest)| format!("{name}{rest}"));
+        all.filter(|tag| tag != "code" && !tag.starts_with("data "))
+            .collect::<Vec<_>>()
     };
     assert_eq!(shape(&hostile), shape(&page()));
-    assert!(hostile.contains("&lt;/pre&gt;&lt;/title&gt;&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#39; onload=x"));
+    assert!(hostile.contains(
+        "&lt;/pre&gt;&lt;/title&gt;&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#39; onload=x"
+    ));
     assert!(!hostile.contains(['\u{0}', '\u{1b}']));
 }
 
 #[test]
 fn the_figures_are_those_of_the_other_files() {
     let page = page();
-    let written: serde_json::Value = serde_json::from_str(&json::to_json(&fixture()).unwrap()).unwrap();
-    let paths = ["/energy/total_j", "/carbon/gco2e", "/training/val_loss_before", "/training/val_loss_after", "/training/steps"];
-    let exact: Vec<f64> =
-        page.split("<data value=\"").skip(1).map(|rest| rest.split('"').next().unwrap().parse().unwrap()).collect();
-    assert_eq!(exact, paths.map(|path| written.pointer(path).unwrap().as_f64().unwrap()));
+    let written: serde_json::Value =
+        serde_json::from_str(&json::to_json(&fixture()).unwrap()).unwrap();
+    let paths = [
+        "/energy/total_j",
+        "/carbon/gco2e",
+        "/training/val_loss_before",
+        "/training/val_loss_after",
+        "/training/steps",
+    ];
+    let exact: Vec<f64> = page
+        .split("<data value=\"")
+        .skip(1)
+        .map(|rest| rest.split('"').next().unwrap().parse().unwrap())
+        .collect();
+    assert_eq!(
+        exact,
+        paths.map(|path| written.pointer(path).unwrap().as_f64().unwrap())
+    );
     // Every row of the Markdown tables stands in the page, cell by cell.
-    let mut plain = page.replace("<code>", "`").replace("</code>", "`").replace('\u{a0}', " ");
+    let mut plain = page
+        .replace("<code>", "`")
+        .replace("</code>", "`")
+        .replace('\u{a0}', " ");
     // The name of the column that a phone shows in each cell of a wide table.
     while let Some(at) = plain.find(" data-head=\"") {
         let end = at + plain[at..].find("\">").unwrap() + 1;
@@ -171,24 +269,49 @@ fn the_figures_are_those_of_the_other_files() {
         .unwrap()
         .lines()
         .filter(|line| line.starts_with("| ") && !line.starts_with("| ---"))
-        .map(|line| line.trim_matches(['|', ' ']).replace(" | ", "|").replace('\'', "&#39;"))
+        .map(|line| {
+            line.trim_matches(['|', ' '])
+                .replace(" | ", "|")
+                .replace('\'', "&#39;")
+        })
         .collect();
     assert!(rows.len() > 40);
     for row in rows {
         let cells: Vec<&str> = row.split('|').collect();
-        let (first, rest) = (format!("<th scope=\"row\">{}</th>", cells[0]), cells[1..].iter().map(|c| format!("<td>{c}</td>")));
+        let (first, rest) = (
+            format!("<th scope=\"row\">{}</th>", cells[0]),
+            cells[1..].iter().map(|c| format!("<td>{c}</td>")),
+        );
         let body = format!("<tr>{first}{}</tr>", rest.collect::<String>());
-        let head = cells.iter().map(|c| format!("<th scope=\"col\">{c}</th>")).collect::<String>();
-        assert!(plain.contains(&body) || plain.contains(&format!("<tr>{head}</tr>")), "{row}");
+        let head = cells
+            .iter()
+            .map(|c| format!("<th scope=\"col\">{c}</th>"))
+            .collect::<String>();
+        assert!(
+            plain.contains(&body) || plain.contains(&format!("<tr>{head}</tr>")),
+            "{row}"
+        );
     }
 }
 
 /// The picture with this id, and from it the numbers in the attributes of the first tag of a class.
 fn numbers(page: &str, id: &str, class: &str) -> Vec<f64> {
-    let picture = page.split(&format!("aria-labelledby=\"{id}-t")).nth(1).unwrap().split("</svg>").next().unwrap();
-    let tag = picture.split(&format!("class=\"{class}\"")).nth(1).unwrap_or_else(|| panic!("no {class} in {picture}"));
+    let picture = page
+        .split(&format!("aria-labelledby=\"{id}-t"))
+        .nth(1)
+        .unwrap()
+        .split("</svg>")
+        .next()
+        .unwrap();
+    let tag = picture
+        .split(&format!("class=\"{class}\""))
+        .nth(1)
+        .unwrap_or_else(|| panic!("no {class} in {picture}"));
     let attributes = tag.split('>').next().unwrap();
-    attributes.split(|c: char| !(c.is_ascii_digit() || c == '.' || c == '-')).filter_map(|n| n.parse().ok()).collect()
+    attributes
+        .split(|c: char| !(c.is_ascii_digit() || c == '.' || c == '-'))
+        .filter_map(|n| n.parse().ok())
+        .collect()
 }
 
 #[test]
@@ -196,18 +319,32 @@ fn losses_stand_where_their_energy_was_spent() {
     let page = page();
     // 151 J = 41.94 mWh; 3,451 J = 0.9586 Wh.
     assert!(page.contains("<title>step 0: validation loss 3.25 after 151 J (41.94 mWh)</title>"));
-    assert!(page.contains("<title>step 150: validation loss 2.05 after 3.451 kJ (0.9586 Wh)</title>"));
+    assert!(
+        page.contains("<title>step 150: validation loss 2.05 after 3.451 kJ (0.9586 Wh)</title>")
+    );
     // The axis begins at nothing spent and the budget of 3,600 J fixes its scale; "x1" and "y1" leave a 1 before each number.
     let base = numbers(&page, "loss-wide", "base");
     let rule = numbers(&page, "loss-wide", "rule");
     let first = numbers(&page, "loss-wide", "mark validation");
     let (zero, budget) = (base[1], rule[1]);
     let expected = zero + (budget - zero) * 151.0 / 3600.0;
-    assert!((first[0] - expected).abs() < 0.2, "{zero} {budget} {first:?}");
+    assert!(
+        (first[0] - expected).abs() < 0.2,
+        "{zero} {budget} {first:?}"
+    );
     assert!(page.contains(">budget 3.6 kJ</text>"));
     // Step 75 has no loss: the line is in two parts.
-    let line = page.split("class=\"line training\" d=\"").nth(1).unwrap().split('"').next().unwrap();
-    assert_eq!((line.matches('M').count(), line.matches('L').count()), (2, 147));
+    let line = page
+        .split("class=\"line training\" d=\"")
+        .nth(1)
+        .unwrap()
+        .split('"')
+        .next()
+        .unwrap();
+    assert_eq!(
+        (line.matches('M').count(), line.matches('L').count()),
+        (2, 147)
+    );
 }
 
 #[test]
@@ -217,7 +354,11 @@ fn a_wide_range_of_losses_is_drawn_by_ratios() {
     report.training.val_loss_before = Some(3.7);
     let mut history = history();
     history.steps[149].val_loss = Some(0.0037);
-    assert!(to_html("run", &report, &history).unwrap().contains(">loss, nats per loss token (logarithmic)</text>"));
+    assert!(
+        to_html("run", &report, &history)
+            .unwrap()
+            .contains(">loss, nats per loss token (logarithmic)</text>")
+    );
 }
 
 #[test]
@@ -246,11 +387,18 @@ fn no_chart_shows_a_number_that_is_none() {
         report.energy.meters.timed_j = Some(Joules(bad));
         report.budget.limits.energy_j = Some(Joules(bad));
         report.budget.limits.carbon_gco2e = Some(GramsCo2e(bad));
-        report.baselines.iter_mut().for_each(|baseline| baseline.energy_j = Some(Joules(bad)));
+        report
+            .baselines
+            .iter_mut()
+            .for_each(|baseline| baseline.energy_j = Some(Joules(bad)));
         if bad == 0.0 {
             report.energy.total_j = Joules(0.0);
             report.carbon.gco2e = GramsCo2e(0.0);
-            report.energy.by_phase.values_mut().for_each(|joules| *joules = Joules(0.0));
+            report
+                .energy
+                .by_phase
+                .values_mut()
+                .for_each(|joules| *joules = Joules(0.0));
         }
         for step in &mut history.steps {
             (step.loss, step.val_loss, step.lr) = (Some(bad), Some(bad), bad);
@@ -258,7 +406,10 @@ fn no_chart_shows_a_number_that_is_none() {
         let page = to_html("run", &report, &history).unwrap();
         tags(&page);
         let mut words = page.split(|c: char| !c.is_ascii_alphanumeric());
-        assert!(!words.any(|word| ["nan", "inf"].contains(&word.to_lowercase().as_str())), "{bad}: {page}");
+        assert!(
+            !words.any(|word| ["nan", "inf"].contains(&word.to_lowercase().as_str())),
+            "{bad}: {page}"
+        );
     }
 }
 
@@ -275,9 +426,15 @@ fn run_directory() -> (tempfile::TempDir, PathBuf) {
     let mut log = StepLog::append_to(&run.join(files::STEPS_JSONL)).unwrap();
     let mut ledger = Ledger::create(&run.join("ledger.jsonl")).unwrap();
     let history = history();
-    history.steps.iter().for_each(|record| log.write(record).unwrap());
+    history
+        .steps
+        .iter()
+        .for_each(|record| log.write(record).unwrap());
     ledger.lease(Lease::default()).unwrap();
-    history.entries.iter().for_each(|entry| ledger.append(entry).unwrap());
+    history
+        .entries
+        .iter()
+        .for_each(|entry| ledger.append(entry).unwrap());
     ledger.settle().unwrap();
     (folder, run)
 }
@@ -286,18 +443,39 @@ fn run_directory() -> (tempfile::TempDir, PathBuf) {
 fn the_command_prints_every_form() {
     let (_folder, run) = run_directory();
     let shown = |arguments: &[&str]| {
-        let output = Command::cargo_bin("wattune").unwrap().arg("report").arg(&run).args(arguments).output().unwrap();
-        (output.status.code(), String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap())
+        let output = Command::cargo_bin("wattune")
+            .unwrap()
+            .arg("report")
+            .arg(&run)
+            .args(arguments)
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap(),
+        )
     };
     let name = "run".to_string();
     // What is read back from the files is what was written to them.
-    assert_eq!(shown(&["--format", "html"]), (Some(0), to_html(&name, &fixture(), &history()).unwrap()));
-    assert_eq!(shown(&["--format", "md"]), (Some(0), markdown::to_markdown(&name, &fixture()).unwrap()));
-    assert_eq!(shown(&["--format", "csv"]), (Some(0), "timestamp\nnow\n".to_string()));
+    assert_eq!(
+        shown(&["--format", "html"]),
+        (Some(0), to_html(&name, &fixture(), &history()).unwrap())
+    );
+    assert_eq!(
+        shown(&["--format", "md"]),
+        (Some(0), markdown::to_markdown(&name, &fixture()).unwrap())
+    );
+    assert_eq!(
+        shown(&["--format", "csv"]),
+        (Some(0), "timestamp\nnow\n".to_string())
+    );
     assert_eq!(shown(&["--format", "json"]), shown(&["--json"]));
     assert_eq!(shown(&["--format", "text"]), shown(&[]));
     let (code, message) = shown(&["--json", "--format", "md"]);
-    assert!(code == Some(2) && message.contains("contradict"), "{message}");
+    assert!(
+        code == Some(2) && message.contains("contradict"),
+        "{message}"
+    );
 }
 
 /// Two runs: the fixture, and one that stopped half-way with two thirds of the gain.
@@ -309,13 +487,22 @@ fn two_runs() -> Vec<(String, Report, History)> {
     let mut course = history();
     course.steps.truncate(75);
     course.entries.truncate(2 + 75);
-    vec![("runs/whole".to_string(), fixture(), history()), ("runs/half".to_string(), half, course)]
+    vec![
+        ("runs/whole".to_string(), fixture(), history()),
+        ("runs/half".to_string(), half, course),
+    ]
 }
 
 fn comparison_of(runs: Vec<(String, Report, History)>) -> (Comparison, String) {
-    let named: Vec<(String, Report)> = runs.iter().map(|(name, report, _)| (name.clone(), report.clone())).collect();
+    let named: Vec<(String, Report)> = runs
+        .iter()
+        .map(|(name, report, _)| (name.clone(), report.clone()))
+        .collect();
     let comparison = compare(&named);
-    let courses: Vec<(Report, History)> = runs.into_iter().map(|(_, report, history)| (report, history)).collect();
+    let courses: Vec<(Report, History)> = runs
+        .into_iter()
+        .map(|(_, report, history)| (report, history))
+        .collect();
     let page = comparison_page(&comparison, &courses);
     (comparison, page)
 }
@@ -327,31 +514,64 @@ fn the_page_of_several_runs_says_what_the_other_forms_say() {
     // 1.2 / 3.582 = 0.3350 against 0.8 / 1.801 = 0.4442 nats a kilojoule.
     assert_eq!(comparison.json()["best"], "runs/half");
     assert!(
-        page.contains("runs/half bought the most loss per joule.") && comparison.text().contains("runs/half bought the most")
+        page.contains("runs/half bought the most loss per joule.")
+            && comparison.text().contains("runs/half bought the most")
     );
     let plain = page.replace('\u{a0}', " ");
     for row in comparison.table().rows() {
-        assert!(row.iter().all(|cell| plain.contains(&format!(">{cell}</t"))), "{row:?}");
+        assert!(
+            row.iter()
+                .all(|cell| plain.contains(&format!(">{cell}</t"))),
+            "{row:?}"
+        );
     }
-    assert!(page.contains(">half (the most)</text>") && page.contains(">0.4442</text>") && page.contains(">0.335</text>"));
+    assert!(
+        page.contains(">half (the most)</text>")
+            && page.contains(">0.4442</text>")
+            && page.contains(">0.335</text>")
+    );
     // Both courses end where their runs did: 3,451 J and 151 + 75 x 22 = 1,801 J of an axis to 3,582 J.
-    let ends: Vec<f64> = ["run-0", "run-1"].map(|class| last_x(&page, "losses-wide", class)).to_vec();
+    let ends: Vec<f64> = ["run-0", "run-1"]
+        .map(|class| last_x(&page, "losses-wide", class))
+        .to_vec();
     let zero = numbers(&page, "losses-wide", "base")[1];
-    assert!(((ends[1] - zero) / (ends[0] - zero) - 1801.0 / 3451.0).abs() < 2e-3, "{zero} {ends:?}");
+    assert!(
+        ((ends[1] - zero) / (ends[0] - zero) - 1801.0 / 3451.0).abs() < 2e-3,
+        "{zero} {ends:?}"
+    );
 }
 
 /// Where the line of this class ends.
 fn last_x(page: &str, id: &str, class: &str) -> f64 {
-    let picture = page.split(&format!("aria-labelledby=\"{id}-t")).nth(1).unwrap();
-    let line = picture.split(&format!("class=\"line {class}\" d=\"")).nth(1).unwrap().split('"').next().unwrap();
-    line.rsplit(['M', 'L']).next().unwrap().split(' ').next().unwrap().parse().unwrap()
+    let picture = page
+        .split(&format!("aria-labelledby=\"{id}-t"))
+        .nth(1)
+        .unwrap();
+    let line = picture
+        .split(&format!("class=\"line {class}\" d=\""))
+        .nth(1)
+        .unwrap()
+        .split('"')
+        .next()
+        .unwrap();
+    line.rsplit(['M', 'L'])
+        .next()
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap()
 }
 
 #[test]
 fn a_comparison_of_what_is_not_known_draws_nothing_false() {
     let mut runs = two_runs();
     for (_, report, history) in &mut runs {
-        (report.training.val_loss_before, report.training.val_loss_after) = (None, None);
+        (
+            report.training.val_loss_before,
+            report.training.val_loss_after,
+        ) = (None, None);
         *history = History::default();
     }
     runs[1].0 = "else/<whole>&".to_string();
@@ -379,7 +599,10 @@ fn bounds_are_drawn_over_the_bars_of_the_comparison() {
     let span = numbers(&page, "comparison-wide", "span");
     let bar = numbers(&page, "comparison-wide", "bar energy");
     let (left, length) = (bar[0], bar[2]);
-    assert!(span[1] < left + length && left + length < span[5], "{span:?} {bar:?}");
+    assert!(
+        span[1] < left + length && left + length < span[5],
+        "{span:?} {bar:?}"
+    );
     let share = (left + length - span[1]) / (span[5] - span[1]);
     // ln(3582 / 2865.6) / ln(1.5) = 0.5503.
     assert!((share - 0.5503).abs() < 0.02, "{share}");
@@ -388,9 +611,17 @@ fn bounds_are_drawn_over_the_bars_of_the_comparison() {
 #[test]
 fn a_baseline_that_was_trained_stands_beside_the_run() {
     assert!(!page().contains("equal energy"));
-    let point = |step, joules, train_loss, val_loss| CurvePoint { step, energy_j: Joules(joules), train_loss, val_loss };
+    let point = |step, joules, train_loss, val_loss| CurvePoint {
+        step,
+        energy_j: Joules(joules),
+        train_loss,
+        val_loss,
+    };
     let mut report = fixture();
-    report.training.curve = vec![point(0, 0.0, None, Some(3.25)), point(150, 3300.0, Some(1.98), Some(2.05))];
+    report.training.curve = vec![
+        point(0, 0.0, None, Some(3.25)),
+        point(150, 3300.0, Some(1.98), Some(2.05)),
+    ];
     let scratch = &mut report.baselines[1];
     assert_eq!(scratch.kind, BaselineKind::FromScratchSameTask);
     scratch.measured = Some(MeasuredBaseline {
@@ -401,13 +632,24 @@ fn a_baseline_that_was_trained_stands_beside_the_run() {
         run_training_j: Joules(3300.0),
         training_j: Joules(1650.0),
         run_val_loss: 2.05,
-        equal_loss: EqualLoss { how: Reached::No, energy_j: None, times: None, tried_j: Joules(1650.0) },
-        curve: vec![point(0, 0.0, None, Some(7.0)), point(75, 1650.0, Some(6.9), Some(6.9))],
+        equal_loss: EqualLoss {
+            how: Reached::No,
+            energy_j: None,
+            times: None,
+            tried_j: Joules(1650.0),
+        },
+        curve: vec![
+            point(0, 0.0, None, Some(7.0)),
+            point(75, 1650.0, Some(6.9), Some(6.9)),
+        ],
     });
     let page = to_html("run", &report, &history()).unwrap();
     tags(&page);
     // Half of the run's training energy is half-way to the line of equal energy, where the run itself ends.
-    let (zero, equal) = (numbers(&page, "beside-wide", "base")[1], numbers(&page, "beside-wide", "rule")[1]);
+    let (zero, equal) = (
+        numbers(&page, "beside-wide", "base")[1],
+        numbers(&page, "beside-wide", "rule")[1],
+    );
     assert!((last_x(&page, "beside-wide", "run-0") - equal).abs() < 0.2);
     assert!((last_x(&page, "beside-wide", "run-1") - (zero + equal) / 2.0).abs() < 0.2);
     assert!(page.contains("<li class=\"key line run-1\">from scratch, same task</li>"));

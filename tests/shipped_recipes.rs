@@ -20,7 +20,10 @@ fn recipes(folder: &Path) -> Vec<PathBuf> {
         let path = entry.unwrap().path();
         if path.is_dir() {
             found.extend(recipes(&path));
-        } else if path.extension().is_some_and(|extension| extension == "toml") {
+        } else if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
             found.push(path);
         }
     }
@@ -44,13 +47,22 @@ fn every_recipe_is_planned_or_says_what_it_needs() {
             .env("WATTUNE_CACHE", copy.path().join("cache"))
             .output()
             .unwrap();
-        let (shown, refusal) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        let (shown, refusal) = (
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        );
         let needs = NEEDS.iter().find(|(recipe, _)| *recipe == name);
         match (output.status.code(), needs) {
             (Some(0), _) => {
                 let plan: Value = serde_json::from_str(&shown).unwrap();
-                assert!(plan["forecast"]["steps_affordable"].as_u64().unwrap() > 0, "{name}: {plan}");
-                assert!(plan["forecast"]["energy_j"]["central"].as_f64().unwrap() > 0.0, "{name}");
+                assert!(
+                    plan["forecast"]["steps_affordable"].as_u64().unwrap() > 0,
+                    "{name}: {plan}"
+                );
+                assert!(
+                    plan["forecast"]["energy_j"]["central"].as_f64().unwrap() > 0.0,
+                    "{name}"
+                );
             }
             (Some(2), Some((_, word))) => assert!(refusal.contains(word), "{name}: {refusal}"),
             other => panic!("{name}: {other:?}\n{refusal}"),

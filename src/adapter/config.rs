@@ -179,17 +179,28 @@ impl PeftConfig {
         };
         let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
         let (target_modules, exclude_modules) = match &settings.targets {
-            Targets::Names(names) => (Names::Many(names.clone()), settings.exclude.as_ref().and_then(listed)),
+            Targets::Names(names) => (
+                Names::Many(names.clone()),
+                settings.exclude.as_ref().and_then(listed),
+            ),
             // What was excluded is not among the sites: it needs no mention.
-            Targets::AllLinear | Targets::Regex(_) => (Names::Many(shortest_names(modules, &paths)), None),
+            Targets::AllLinear | Targets::Regex(_) => {
+                (Names::Many(shortest_names(modules, &paths)), None)
+            }
         };
-        let alphas: Vec<(String, Number)> =
-            settings.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), Number(*alpha))).collect();
+        let alphas: Vec<(String, Number)> = settings
+            .alpha_pattern
+            .iter()
+            .map(|(key, alpha)| (key.clone(), Number(*alpha)))
+            .collect();
         Ok(Self {
-            alpha_pattern: sortable(&alphas, sites, Number(settings.lora_alpha), |site| Number(site.lora_alpha))?,
+            alpha_pattern: sortable(&alphas, sites, Number(settings.lora_alpha), |site| {
+                Number(site.lora_alpha)
+            })?,
             base_model_name_or_path: Some(base_model.to_string()),
             exclude_modules,
-            layers_pattern: (!settings.layers_pattern.is_empty()).then(|| Names::Many(settings.layers_pattern.clone())),
+            layers_pattern: (!settings.layers_pattern.is_empty())
+                .then(|| Names::Many(settings.layers_pattern.clone())),
             layers_to_transform: settings.layers_to_transform.clone().map(LayerNumbers::Many),
             lora_alpha: Number(settings.lora_alpha),
             lora_dropout: settings.lora_dropout,
@@ -224,15 +235,26 @@ impl PeftConfig {
             r: self.r,
             lora_alpha: self.lora_alpha.0,
             lora_dropout: self.lora_dropout,
-            targets: self.target_modules.as_ref().map_or(Targets::Names(Vec::new()), targets),
+            targets: self
+                .target_modules
+                .as_ref()
+                .map_or(Targets::Names(Vec::new()), targets),
             exclude: self.exclude_modules.as_ref().map(exclude),
             use_rslora: self.use_rslora,
             rank_pattern: self.rank_pattern.0.clone(),
-            alpha_pattern: self.alpha_pattern.0.iter().map(|(key, alpha)| (key.clone(), alpha.0)).collect(),
-            layers_to_transform: self.layers_to_transform.as_ref().map(|layers| match layers {
-                LayerNumbers::One(layer) => vec![*layer],
-                LayerNumbers::Many(layers) => layers.clone(),
-            }),
+            alpha_pattern: self
+                .alpha_pattern
+                .0
+                .iter()
+                .map(|(key, alpha)| (key.clone(), alpha.0))
+                .collect(),
+            layers_to_transform: self
+                .layers_to_transform
+                .as_ref()
+                .map(|layers| match layers {
+                    LayerNumbers::One(layer) => vec![*layer],
+                    LayerNumbers::Many(layers) => layers.clone(),
+                }),
             layers_pattern: self.layers_pattern.as_ref().map(list).unwrap_or_default(),
         }
     }
@@ -266,7 +288,10 @@ fn sortable<T: Copy + PartialEq>(
 ) -> Result<Pattern<T>> {
     let mut sorted = pattern.to_vec();
     sorted.sort_by(|a, b| a.0.cmp(&b.0));
-    let compiled = sorted.iter().map(|(key, value)| Ok((pattern_key(key, "pattern")?, *value))).collect::<Result<Vec<_>>>()?;
+    let compiled = sorted
+        .iter()
+        .map(|(key, value)| Ok((pattern_key(key, "pattern")?, *value)))
+        .collect::<Result<Vec<_>>>()?;
     for site in sites {
         let mut meant = default;
         for (regex, value) in &compiled {
@@ -277,7 +302,11 @@ fn sortable<T: Copy + PartialEq>(
         }
         if meant != of_site(site) {
             let differing = sites.iter().filter(|site| of_site(site) != default);
-            return Ok(Pattern(differing.map(|site| (regex::escape(&site.path), of_site(site))).collect()));
+            return Ok(Pattern(
+                differing
+                    .map(|site| (regex::escape(&site.path), of_site(site)))
+                    .collect(),
+            ));
         }
     }
     Ok(Pattern(sorted))
@@ -303,14 +332,23 @@ mod tests {
     }
 
     fn site(path: &str, r: usize) -> Site {
-        Site { path: path.into(), in_features: 4, out_features: 4, r, lora_alpha: 32.0, scaling: 32.0 / r as f64 }
+        Site {
+            path: path.into(),
+            in_features: 4,
+            out_features: 4,
+            r,
+            lora_alpha: 32.0,
+            scaling: 32.0 / r as f64,
+        }
     }
 
     #[test]
     fn a_plain_lora_is_written_as_peft_writes_it() {
         // scripts/peft_targets.py: LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]).
         let golden = include_str!("../../tests/golden/peft_adapter_config.json");
-        let config = PeftConfig::for_sites(&settings(), &[], &[], "HuggingFaceTB/SmolLM2-135M", None).unwrap();
+        let config =
+            PeftConfig::for_sites(&settings(), &[], &[], "HuggingFaceTB/SmolLM2-135M", None)
+                .unwrap();
         assert_eq!(config.to_text(), golden);
         assert_eq!(PeftConfig::parse(golden, Path::new("x")).unwrap(), config);
         assert_eq!(config.settings(), settings());
@@ -318,28 +356,54 @@ mod tests {
 
     #[test]
     fn an_expression_is_saved_as_names() {
-        let module = |path: &str| Module { path: path.into(), out_features: 4, in_features: 4 };
+        let module = |path: &str| Module {
+            path: path.into(),
+            out_features: 4,
+            in_features: 4,
+        };
         let modules = ["m.0.a", "m.0.b", "m.1.a", "m.1.b", "lm_head"].map(module);
-        let settings = LoraSettings { targets: Targets::Regex(r"m\.(0\.[ab]|1\.b)".into()), ..settings() };
+        let settings = LoraSettings {
+            targets: Targets::Regex(r"m\.(0\.[ab]|1\.b)".into()),
+            ..settings()
+        };
         let sites = [site("m.0.a", 16), site("m.0.b", 16), site("m.1.b", 16)];
         let config = PeftConfig::for_sites(&settings, &sites, &modules, "x", Some("main")).unwrap();
-        assert_eq!(config.target_modules, Some(Names::Many(vec!["0.a".into(), "b".into()])));
+        assert_eq!(
+            config.target_modules,
+            Some(Names::Many(vec!["0.a".into(), "b".into()]))
+        );
         assert_eq!(config.revision.as_deref(), Some("main"));
     }
 
     #[test]
     fn patterns_that_sorting_would_turn_around_are_spelled_out() {
         // `v_proj` is meant first; sorted, `layers.0.*` would take layer 0's v_proj.
-        let settings = LoraSettings { rank_pattern: vec![("v_proj".into(), 4), ("layers.0.*".into(), 2)], ..settings() };
-        let sites = [site("m.layers.0.q_proj", 2), site("m.layers.0.v_proj", 4), site("m.layers.1.q_proj", 16)];
+        let settings = LoraSettings {
+            rank_pattern: vec![("v_proj".into(), 4), ("layers.0.*".into(), 2)],
+            ..settings()
+        };
+        let sites = [
+            site("m.layers.0.q_proj", 2),
+            site("m.layers.0.v_proj", 4),
+            site("m.layers.1.q_proj", 16),
+        ];
         let config = PeftConfig::for_sites(&settings, &sites, &[], "x", None).unwrap();
-        let spelled = [(r"m\.layers\.0\.q_proj".to_string(), 2), (r"m\.layers\.0\.v_proj".to_string(), 4)];
+        let spelled = [
+            (r"m\.layers\.0\.q_proj".to_string(), 2),
+            (r"m\.layers\.0\.v_proj".to_string(), 4),
+        ];
         assert_eq!(config.rank_pattern.0, spelled);
         // And left alone where sorting changes nothing.
-        let settings = LoraSettings { rank_pattern: vec![("v_proj".into(), 4), ("q_proj".into(), 2)], ..settings };
+        let settings = LoraSettings {
+            rank_pattern: vec![("v_proj".into(), 4), ("q_proj".into(), 2)],
+            ..settings
+        };
         let sites = [site("m.layers.0.q_proj", 2), site("m.layers.0.v_proj", 4)];
         let config = PeftConfig::for_sites(&settings, &sites, &[], "x", None).unwrap();
-        assert_eq!(config.rank_pattern.0, [("q_proj".to_string(), 2), ("v_proj".to_string(), 4)]);
+        assert_eq!(
+            config.rank_pattern.0,
+            [("q_proj".to_string(), 2), ("v_proj".to_string(), 4)]
+        );
     }
 
     #[test]
@@ -352,9 +416,24 @@ mod tests {
         .unwrap();
         let settings = config.settings();
         assert_eq!(settings.targets, Targets::AllLinear);
-        assert_eq!(settings.rank_pattern, [("b".to_string(), 2), ("a".to_string(), 4)]);
-        assert_eq!((settings.r, settings.lora_alpha, settings.layers_to_transform), (8, 1.5, Some(vec![3])));
+        assert_eq!(
+            settings.rank_pattern,
+            [("b".to_string(), 2), ("a".to_string(), 4)]
+        );
+        assert_eq!(
+            (
+                settings.r,
+                settings.lora_alpha,
+                settings.layers_to_transform
+            ),
+            (8, 1.5, Some(vec![3]))
+        );
         assert!(config.to_text().contains("\"lora_alpha\": 1.5,\n"));
-        assert!(PeftConfig::parse(r#"{"r":"eight"}"#, Path::new("x")).unwrap_err().to_string().contains("line 1"));
+        assert!(
+            PeftConfig::parse(r#"{"r":"eight"}"#, Path::new("x"))
+                .unwrap_err()
+                .to_string()
+                .contains("line 1")
+        );
     }
 }

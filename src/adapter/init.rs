@@ -16,7 +16,9 @@ pub fn kaiming_uniform(in_features: usize, r: usize, seed: u64, path: &str) -> V
     let mut random = stream(seed, Use::AdapterInit, &[], path);
     // 24 bits: as many as an f32 holds exactly.
     let unit = |bits: u32| (bits >> 8) as f32 / (1 << 24) as f32;
-    (0..r * in_features).map(|_| (2.0 * unit(random.next_u32()) - 1.0) * bound).collect()
+    (0..r * in_features)
+        .map(|_| (2.0 * unit(random.next_u32()) - 1.0) * bound)
+        .collect()
 }
 
 #[cfg(test)]

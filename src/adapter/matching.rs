@@ -12,7 +12,8 @@ use super::targets::Targets;
 
 /// Whether `path` is `name` or ends with `.name`.
 pub fn is_suffix(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|head| head.is_empty() || head.ends_with('.'))
+    path.strip_suffix(name)
+        .is_some_and(|head| head.is_empty() || head.ends_with('.'))
 }
 
 /// A regular expression that must match a whole path: Python's `re.fullmatch`.
@@ -40,10 +41,13 @@ fn compile(pattern: &str, key: &str) -> Result<Regex> {
 /// Whether `regex` matches `path`. An expression that backtracks without end is an error.
 pub fn matches(regex: &Regex, path: &str) -> Result<bool> {
     regex.is_match(path).map_err(|source| {
-        Error::new(Kind::Adapter, format!("a regular expression cannot be decided: {source}"))
-            .at(format!("module `{path}`"))
-            .value(format!("`{}`", regex.as_str()))
-            .hint("simplify the expression: no repetition inside a repetition")
+        Error::new(
+            Kind::Adapter,
+            format!("a regular expression cannot be decided: {source}"),
+        )
+        .at(format!("module `{path}`"))
+        .value(format!("`{}`", regex.as_str()))
+        .hint("simplify the expression: no repetition inside a repetition")
     })
 }
 
@@ -104,9 +108,17 @@ impl Layers {
     pub fn new(layers_pattern: &[String]) -> Result<Self> {
         let patterns = if layers_pattern.is_empty() {
             // The first number, not the last: `layers.1.experts.0` is layer 1.
-            vec![compile(r"\A.*?\.[^.]*\.(?P<idx>\d+)\.", "layers_to_transform")?]
+            vec![compile(
+                r"\A.*?\.[^.]*\.(?P<idx>\d+)\.",
+                "layers_to_transform",
+            )?]
         } else {
-            let one = |name: &String| compile(&format!(r"\A(?:^|.*?\.){name}\.(?P<idx>\d+)\."), "layers_pattern");
+            let one = |name: &String| {
+                compile(
+                    &format!(r"\A(?:^|.*?\.){name}\.(?P<idx>\d+)\."),
+                    "layers_pattern",
+                )
+            };
             layers_pattern.iter().map(one).collect::<Result<_>>()?
         };
         Ok(Self { patterns })
@@ -116,7 +128,11 @@ impl Layers {
     pub fn index(&self, path: &str) -> Result<Option<usize>> {
         for regex in &self.patterns {
             let captures = regex.captures(path).map_err(|source| {
-                Error::new(Kind::Adapter, format!("`layers_pattern` cannot be decided: {source}")).at(format!("module `{path}`"))
+                Error::new(
+                    Kind::Adapter,
+                    format!("`layers_pattern` cannot be decided: {source}"),
+                )
+                .at(format!("module `{path}`"))
             })?;
             if let Some(found) = captures {
                 // The first pattern that matches decides, even where its number is too large to be one.
@@ -159,10 +175,19 @@ mod tests {
     #[test]
     fn the_first_number_is_the_layer() {
         let layers = Layers::new(&[]).unwrap();
-        assert_eq!(layers.index("model.layers.12.experts.0.w1").unwrap(), Some(12));
+        assert_eq!(
+            layers.index("model.layers.12.experts.0.w1").unwrap(),
+            Some(12)
+        );
         assert_eq!(layers.index("lm_head").unwrap(), None);
         // No parent before the list: PEFT's expression wants two segments before the number.
         assert_eq!(layers.index("h.3.attn").unwrap(), None);
-        assert_eq!(Layers::new(&["h".into()]).unwrap().index("h.3.attn").unwrap(), Some(3));
+        assert_eq!(
+            Layers::new(&["h".into()])
+                .unwrap()
+                .index("h.3.attn")
+                .unwrap(),
+            Some(3)
+        );
     }
 }

@@ -58,9 +58,12 @@ pub struct MergeSummary {
 /// type cannot hold; a file that cannot be read or written. Nothing is left behind then.
 pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     if job.out.exists() {
-        return Err(Error::new(Kind::Usage, "the directory for the merged model exists already")
-            .at(job.out.display().to_string())
-            .hint("choose another with `--out DIR`, or remove it"));
+        return Err(Error::new(
+            Kind::Usage,
+            "the directory for the merged model exists already",
+        )
+        .at(job.out.display().to_string())
+        .hint("choose another with `--out DIR`, or remove it"));
     }
     let tensors = read_headers(job.weights)?;
     let pairs = assign(&tensors, job)?;
@@ -68,18 +71,32 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     check_copies(job.copy)?;
     let partial = Partial::create(job.out)?;
     for (number, shard) in shards.iter().enumerate() {
-        write_shard(&partial.path.join(file_name(number, shards.len())), shard, &tensors, &pairs, job)?;
+        write_shard(
+            &partial.path.join(file_name(number, shards.len())),
+            shard,
+            &tensors,
+            &pairs,
+            job,
+        )?;
     }
     if shards.len() > 1 {
-        write_synced(&partial.path.join(INDEX_FILE), index_text(&tensors, &shards).as_bytes())?;
+        write_synced(
+            &partial.path.join(INDEX_FILE),
+            index_text(&tensors, &shards).as_bytes(),
+        )?;
     }
     for path in job.copy {
         let content = fs::read(path).map_err(|source| Error::io("read", path, source))?;
-        write_synced(&partial.path.join(path.file_name().unwrap_or_default()), &content)?;
+        write_synced(
+            &partial.path.join(path.file_name().unwrap_or_default()),
+            &content,
+        )?;
     }
     partial.finish(job.out)?;
     Ok(MergeSummary {
-        files: (0..shards.len()).map(|number| file_name(number, shards.len())).collect(),
+        files: (0..shards.len())
+            .map(|number| file_name(number, shards.len()))
+            .collect(),
         merged: pairs.len(),
         kept: tensors.len() - pairs.len(),
         size: Bytes(tensors.iter().map(|tensor| tensor.size).sum()),
@@ -88,14 +105,21 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
 
 /// The pair of each tensor that has one, by the tensor's index. Every pair that has no place is named in one error.
 fn assign<'a>(tensors: &[Stored], job: &MergeJob<'a>) -> Result<BTreeMap<usize, &'a Fitted<'a>>> {
-    let by_name: BTreeMap<&str, usize> = tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.as_str(), i)).collect();
+    let by_name: BTreeMap<&str, usize> = tensors
+        .iter()
+        .enumerate()
+        .map(|(i, tensor)| (tensor.name.as_str(), i))
+        .collect();
     let mut offences = Vec::new();
     let mut assigned = BTreeMap::new();
     for pair in job.pairs {
         let path = &pair.site.path;
         let wanted = format!("{path}.weight");
         if let Some(tie) = job.tied.iter().find(|tie| tie.contains(&wanted)) {
-            offences.push(format!("`{path}`: `{}` and `{}` are one tensor, and merging would change both", tie[0], tie[1]));
+            offences.push(format!(
+                "`{path}`: `{}` and `{}` are one tensor, and merging would change both",
+                tie[0], tie[1]
+            ));
             continue;
         }
         // A file saved from the bare base model lacks the first segment (`model.`, `transformer.`); transformers adds it.
@@ -108,14 +132,22 @@ fn assign<'a>(tensors: &[Stored], job: &MergeJob<'a>) -> Result<BTreeMap<usize, 
             },
         }
     }
-    refuse(offences, "cannot be merged", None, "merge it into the model it was trained on, unquantised and as safetensors")?;
+    refuse(
+        offences,
+        "cannot be merged",
+        None,
+        "merge it into the model it was trained on, unquantised and as safetensors",
+    )?;
     Ok(assigned)
 }
 
 fn misfit(tensor: &Stored, pair: &Fitted) -> Option<String> {
     let wanted = [pair.site.out_features, pair.site.in_features];
     if tensor.shape != wanted {
-        return Some(format!("`{}` has the shape {:?}, not {wanted:?}", tensor.name, tensor.shape));
+        return Some(format!(
+            "`{}` has the shape {:?}, not {wanted:?}",
+            tensor.name, tensor.shape
+        ));
     }
     if pair.a.len() != pair.site.r * wanted[1] || pair.b.len() != pair.site.r * wanted[0] {
         return Some(format!(
@@ -127,17 +159,30 @@ fn misfit(tensor: &Stored, pair: &Fitted) -> Option<String> {
     }
     match tensor.dtype {
         Dtype::F32 | Dtype::F16 | Dtype::BF16 => None,
-        other => Some(format!("`{}` is stored as {other:?}; F32, F16 and BF16 can be merged", tensor.name)),
+        other => Some(format!(
+            "`{}` is stored as {other:?}; F32, F16 and BF16 can be merged",
+            tensor.name
+        )),
     }
 }
 
 fn check_copies(copies: &[PathBuf]) -> Result<()> {
     let mut names = BTreeSet::new();
     for path in copies {
-        let refuse =
-            |why: &str| Err(Error::new(Kind::Adapter, format!("a file cannot be copied: {why}")).at(path.display().to_string()));
-        let Some(name) = path.file_name() else { return refuse("it has no name") };
-        if name == INDEX_FILE || path.extension().is_some_and(|extension| extension == "safetensors") {
+        let refuse = |why: &str| {
+            Err(
+                Error::new(Kind::Adapter, format!("a file cannot be copied: {why}"))
+                    .at(path.display().to_string()),
+            )
+        };
+        let Some(name) = path.file_name() else {
+            return refuse("it has no name");
+        };
+        if name == INDEX_FILE
+            || path
+                .extension()
+                .is_some_and(|extension| extension == "safetensors")
+        {
             return refuse("it is one of the model's weights, which are written anew");
         }
         if !names.insert(name) {
@@ -156,13 +201,23 @@ struct Partial {
 impl Partial {
     fn create(out: &Path) -> Result<Self> {
         let Some(name) = out.file_name() else {
-            return Err(Error::new(Kind::Usage, "the merged model needs a directory with a name")
-                .value(out.display().to_string())
-                .hint("write it as in `--out merged`"));
+            return Err(Error::new(
+                Kind::Usage,
+                "the merged model needs a directory with a name",
+            )
+            .value(out.display().to_string())
+            .hint("write it as in `--out merged`"));
         };
-        let path = out.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        let path = out.with_file_name(format!(
+            ".{}.partial-{}",
+            name.to_string_lossy(),
+            std::process::id()
+        ));
         fs::create_dir_all(&path).map_err(|source| Error::io("create", &path, source))?;
-        Ok(Self { path, finished: false })
+        Ok(Self {
+            path,
+            finished: false,
+        })
     }
 
     fn finish(mut self, out: &Path) -> Result<()> {
@@ -189,7 +244,13 @@ fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
     written.map_err(|source| Error::io("write", path, source))
 }
 
-fn write_shard(path: &Path, shard: &[usize], tensors: &[Stored], pairs: &BTreeMap<usize, &Fitted>, job: &MergeJob) -> Result<()> {
+fn write_shard(
+    path: &Path,
+    shard: &[usize],
+    tensors: &[Stored],
+    pairs: &BTreeMap<usize, &Fitted>,
+    job: &MergeJob,
+) -> Result<()> {
     let failed = |source| Error::io("write", path, source);
     let listed: Vec<&Stored> = shard.iter().map(|index| &tensors[*index]).collect();
     let mut writer = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed)?);
@@ -201,13 +262,17 @@ fn write_shard(path: &Path, shard: &[usize], tensors: &[Stored], pairs: &BTreeMa
             None => drop(std::io::copy(&mut values, &mut writer).map_err(failed)?),
             Some(pair) => {
                 let mut bytes = Vec::with_capacity(tensor.size as usize);
-                values.read_to_end(&mut bytes).map_err(|source| Error::io("read", &job.weights[tensor.file], source))?;
+                values
+                    .read_to_end(&mut bytes)
+                    .map_err(|source| Error::io("read", &job.weights[tensor.file], source))?;
                 add_pair(&mut bytes, tensor, pair)?;
                 writer.write_all(&bytes).map_err(failed)?;
             }
         }
     }
-    let file = writer.into_inner().map_err(|source| failed(source.into_error()))?;
+    let file = writer
+        .into_inner()
+        .map_err(|source| failed(source.into_error()))?;
     file.sync_all().map_err(failed)
 }
 
@@ -227,15 +292,19 @@ fn add_pair(bytes: &mut [u8], tensor: &Stored, pair: &Fitted) -> Result<()> {
         return Ok(());
     }
     let row_bytes = bytes.len() / pair.site.out_features;
-    bytes.par_chunks_mut(row_bytes).enumerate().try_for_each(|(row, bytes)| {
-        let mut delta = vec![0.0f32; columns];
-        for (k, b) in pair.b[row * r..(row + 1) * r].iter().enumerate() {
-            for (delta, a) in delta.iter_mut().zip(&pair.a[k * columns..]) {
-                *delta += b * a;
+    bytes
+        .par_chunks_mut(row_bytes)
+        .enumerate()
+        .try_for_each(|(row, bytes)| {
+            let mut delta = vec![0.0f32; columns];
+            for (k, b) in pair.b[row * r..(row + 1) * r].iter().enumerate() {
+                for (delta, a) in delta.iter_mut().zip(&pair.a[k * columns..]) {
+                    *delta += b * a;
+                }
             }
-        }
-        add_row(bytes, tensor.dtype, &delta, pair.site.scaling as f32).ok_or_else(|| overflow(tensor, row))
-    })
+            add_row(bytes, tensor.dtype, &delta, pair.site.scaling as f32)
+                .ok_or_else(|| overflow(tensor, row))
+        })
 }
 
 /// Adds `scale * delta` to a row of stored values; none if a finite value does not stay finite.

@@ -67,9 +67,12 @@ pub fn load(dir: &Path) -> Result<Loaded> {
     let path = dir.join(WEIGHTS_FILE);
     let bytes = fs::read(&path).map_err(|source| missing_weights(dir, &path, source))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|source| {
-        Error::new(Kind::Adapter, format!("`{WEIGHTS_FILE}` is damaged or no safetensors file: {source}"))
-            .at(path.display().to_string())
-            .hint("fetch the file again")
+        Error::new(
+            Kind::Adapter,
+            format!("`{WEIGHTS_FILE}` is damaged or no safetensors file: {source}"),
+        )
+        .at(path.display().to_string())
+        .hint("fetch the file again")
     })?;
     let mut offences = config_reasons(&config);
     let mut tensors = BTreeMap::new();
@@ -101,10 +104,16 @@ pub fn load_config(dir: &Path) -> Result<PeftConfig> {
         if source.kind() != std::io::ErrorKind::NotFound {
             return Error::io("read", &path, source);
         }
-        let error = Error::new(Kind::Adapter, format!("there is no `{CONFIG_FILE}`")).at(dir.display().to_string());
+        let error = Error::new(Kind::Adapter, format!("there is no `{CONFIG_FILE}`"))
+            .at(dir.display().to_string());
         match adapter_below(dir) {
-            Some(inner) => error.hint(format!("there is one in `{}`: name that directory", inner.display())),
-            None => error.hint("name the directory that PEFT's save_pretrained, or a run's `adapter/`, wrote"),
+            Some(inner) => error.hint(format!(
+                "there is one in `{}`: name that directory",
+                inner.display()
+            )),
+            None => error.hint(
+                "name the directory that PEFT's save_pretrained, or a run's `adapter/`, wrote",
+            ),
         }
     })?;
     PeftConfig::parse(&text, &path)
@@ -112,9 +121,15 @@ pub fn load_config(dir: &Path) -> Result<PeftConfig> {
 
 /// The first directory below `dir` that holds an adapter: PEFT saves one that is not called "default" in its own.
 fn adapter_below(dir: &Path) -> Option<std::path::PathBuf> {
-    let mut inner: Vec<_> = fs::read_dir(dir).ok()?.flatten().map(|entry| entry.path()).collect();
+    let mut inner: Vec<_> = fs::read_dir(dir)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
     inner.sort();
-    inner.into_iter().find(|path| path.join(CONFIG_FILE).is_file())
+    inner
+        .into_iter()
+        .find(|path| path.join(CONFIG_FILE).is_file())
 }
 
 fn missing_weights(dir: &Path, path: &Path, source: std::io::Error) -> Error {
@@ -141,11 +156,18 @@ fn read_matrix(name: &str, view: &TensorView) -> Result<Matrix, String> {
     let &[rows, columns] = view.shape() else {
         return Err(format!("its shape is {:?}, not two numbers", view.shape()));
     };
-    let values = to_f32(view.dtype(), view.data())
-        .ok_or_else(|| format!("its type is {:?}; F32, F16 and BF16 can be read", view.dtype()))?;
+    let values = to_f32(view.dtype(), view.data()).ok_or_else(|| {
+        format!(
+            "its type is {:?}; F32, F16 and BF16 can be read",
+            view.dtype()
+        )
+    })?;
     match values.iter().find(|value| !value.is_finite()) {
         Some(value) => Err(format!("it holds {value}, which is not a finite number")),
-        None => Ok(Matrix { shape: [rows, columns], values }),
+        None => Ok(Matrix {
+            shape: [rows, columns],
+            values,
+        }),
     }
 }
 
@@ -153,9 +175,22 @@ fn read_matrix(name: &str, view: &TensorView) -> Result<Matrix, String> {
 pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     match dtype {
-        Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-        Dtype::F16 => Some(pairs().map(|b| half::f16::from_le_bytes(b).to_f32()).collect()),
-        Dtype::BF16 => Some(pairs().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect()),
+        Dtype::F32 => Some(
+            bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+        ),
+        Dtype::F16 => Some(
+            pairs()
+                .map(|b| half::f16::from_le_bytes(b).to_f32())
+                .collect(),
+        ),
+        Dtype::BF16 => Some(
+            pairs()
+                .map(|b| half::bf16::from_le_bytes(b).to_f32())
+                .collect(),
+        ),
         _ => None,
     }
 }
@@ -167,14 +202,20 @@ fn pair_offences(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Res
     for path in paths(tensors) {
         let [a, b] = [Half::A, Half::B].map(|half| tensor_name(path, half));
         let (Some(a_matrix), Some(b_matrix)) = (tensors.get(&a), tensors.get(&b)) else {
-            let (there, missing) = if tensors.contains_key(&a) { (&a, &b) } else { (&b, &a) };
+            let (there, missing) = if tensors.contains_key(&a) {
+                (&a, &b)
+            } else {
+                (&b, &a)
+            };
             offences.push(format!("`{there}`: its other half `{missing}` is missing"));
             continue;
         };
         let r = strength.rank(path)?;
         if a_matrix.shape[0] != r {
             let shape = a_matrix.shape;
-            offences.push(format!("`{a}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} rows"));
+            offences.push(format!(
+                "`{a}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} rows"
+            ));
         }
         if b_matrix.shape[1] != r {
             let shape = b_matrix.shape;
@@ -186,16 +227,29 @@ fn pair_offences(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Res
 
 /// The module paths that have a tensor, sorted, once each.
 fn paths(tensors: &BTreeMap<String, Matrix>) -> BTreeSet<&str> {
-    tensors.keys().filter_map(|name| parse_name(name).ok()).map(|(path, _)| path).collect()
+    tensors
+        .keys()
+        .filter_map(|name| parse_name(name).ok())
+        .map(|(path, _)| path)
+        .collect()
 }
 
 /// One error for all `offences`, or none. Long lists are cut, with their count.
-pub(super) fn refuse(offences: Vec<String>, verdict: &str, dir: Option<&Path>, hint: &str) -> Result<()> {
+pub(super) fn refuse(
+    offences: Vec<String>,
+    verdict: &str,
+    dir: Option<&Path>,
+    hint: &str,
+) -> Result<()> {
     const SHOWN: usize = 20;
     if offences.is_empty() {
         return Ok(());
     }
-    let mut list = offences.iter().take(SHOWN).map(|offence| format!("\n  - {offence}")).collect::<String>();
+    let mut list = offences
+        .iter()
+        .take(SHOWN)
+        .map(|offence| format!("\n  - {offence}"))
+        .collect::<String>();
     if offences.len() > SHOWN {
         list.push_str(&format!("\n  - and {} more", offences.len() - SHOWN));
     }
@@ -218,25 +272,50 @@ impl Loaded {
         let mut offences = self.misfits(modules);
         let present = paths(&self.tensors);
         // `all-linear` in a file written by hand: which layer is the output embedding is not known here.
-        let named = if settings.targets == super::Targets::AllLinear { Vec::new() } else { choose(modules, "", &settings)? };
-        for module in named.into_iter().filter(|module| !present.contains(module.path.as_str())) {
+        let named = if settings.targets == super::Targets::AllLinear {
+            Vec::new()
+        } else {
+            choose(modules, "", &settings)?
+        };
+        for module in named
+            .into_iter()
+            .filter(|module| !present.contains(module.path.as_str()))
+        {
             offences
                 .push(format!("`{}`: `{CONFIG_FILE}` names this module, but `{WEIGHTS_FILE}` has no tensor for it", module.path));
         }
-        let base = self.config.base_model_name_or_path.as_deref().unwrap_or("a model it does not name");
+        let base = self
+            .config
+            .base_model_name_or_path
+            .as_deref()
+            .unwrap_or("a model it does not name");
         let hint = format!("the adapter was trained on {base}: choose that model");
         refuse(offences, "does not fit the model", None, &hint)?;
         let mut fitted = Vec::new();
-        for module in modules.iter().filter(|module| present.contains(module.path.as_str())) {
-            let [a, b] = [Half::A, Half::B].map(|half| self.tensors[&tensor_name(&module.path, half)].values.as_slice());
-            fitted.push(Fitted { site: strength.site(module)?, a, b });
+        for module in modules
+            .iter()
+            .filter(|module| present.contains(module.path.as_str()))
+        {
+            let [a, b] = [Half::A, Half::B].map(|half| {
+                self.tensors[&tensor_name(&module.path, half)]
+                    .values
+                    .as_slice()
+            });
+            fitted.push(Fitted {
+                site: strength.site(module)?,
+                a,
+                b,
+            });
         }
         Ok(fitted)
     }
 
     /// Tensors that do not land on a module of `modules`, or not with its sizes.
     fn misfits(&self, modules: &[Module]) -> Vec<String> {
-        let by_path: BTreeMap<&str, &Module> = modules.iter().map(|module| (module.path.as_str(), module)).collect();
+        let by_path: BTreeMap<&str, &Module> = modules
+            .iter()
+            .map(|module| (module.path.as_str(), module))
+            .collect();
         let mut offences = Vec::new();
         for (name, matrix) in &self.tensors {
             let Ok((path, half)) = parse_name(name) else {
@@ -247,10 +326,16 @@ impl Loaded {
             match (by_path.get(path), half) {
                 (None, _) => offences.push(format!("`{name}`: {}", no_module(path, modules))),
                 (Some(module), Half::A) if columns != module.in_features => {
-                    offences.push(format!("`{name}`: {columns} columns, but the module has {} inputs", module.in_features));
+                    offences.push(format!(
+                        "`{name}`: {columns} columns, but the module has {} inputs",
+                        module.in_features
+                    ));
                 }
                 (Some(module), Half::B) if rows != module.out_features => {
-                    offences.push(format!("`{name}`: {rows} rows, but the module has {} outputs", module.out_features));
+                    offences.push(format!(
+                        "`{name}`: {rows} rows, but the module has {} outputs",
+                        module.out_features
+                    ));
                 }
                 _ => {}
             }
@@ -264,12 +349,31 @@ fn no_module(path: &str, modules: &[Module]) -> String {
     let last = path.rsplit('.').next().unwrap_or(path);
     // The longest common end first: what differs is most often what stands before the layers.
     let alike = |module: &&Module| {
-        let common = module.path.bytes().rev().zip(path.bytes().rev()).take_while(|(a, b)| a == b).count();
-        (std::cmp::Reverse(common), strsim::levenshtein(&module.path, path))
+        let common = module
+            .path
+            .bytes()
+            .rev()
+            .zip(path.bytes().rev())
+            .take_while(|(a, b)| a == b)
+            .count();
+        (
+            std::cmp::Reverse(common),
+            strsim::levenshtein(&module.path, path),
+        )
     };
-    match modules.iter().filter(|module| super::matching::is_suffix(&module.path, last)).min_by_key(alike) {
-        Some(module) => format!("the model has no linear layer `{path}`; nearest is `{}`", module.path),
-        None => format!("the model has no linear layer `{last}`; it has {}", short_names(modules).join(", ")),
+    match modules
+        .iter()
+        .filter(|module| super::matching::is_suffix(&module.path, last))
+        .min_by_key(alike)
+    {
+        Some(module) => format!(
+            "the model has no linear layer `{path}`; nearest is `{}`",
+            module.path
+        ),
+        None => format!(
+            "the model has no linear layer `{last}`; it has {}",
+            short_names(modules).join(", ")
+        ),
     }
 }
 
@@ -278,12 +382,18 @@ fn no_module(path: &str, modules: &[Module]) -> String {
 ///
 /// # Errors
 /// A file that cannot be written; a name, shape or count that is not a LoRA half's.
-pub fn save(dir: &Path, config: &PeftConfig, tensors: &[(String, [usize; 2], &[f32])]) -> Result<()> {
+pub fn save(
+    dir: &Path,
+    config: &PeftConfig,
+    tensors: &[(String, [usize; 2], &[f32])],
+) -> Result<()> {
     let mut views = Vec::with_capacity(tensors.len());
     let mut seen = BTreeSet::new();
     for (name, shape, values) in tensors {
-        let refuse =
-            |why: String| Error::new(Kind::Adapter, format!("`{name}` cannot be saved: {why}")).value(format!("{shape:?}"));
+        let refuse = |why: String| {
+            Error::new(Kind::Adapter, format!("`{name}` cannot be saved: {why}"))
+                .value(format!("{shape:?}"))
+        };
         parse_name(name).map_err(|why| refuse(why.to_string()))?;
         if !seen.insert(name) {
             return Err(refuse("the name occurs twice".to_string()));
@@ -292,7 +402,9 @@ pub fn save(dir: &Path, config: &PeftConfig, tensors: &[(String, [usize; 2], &[f
         views.push(view.ok_or_else(|| refuse(format!("it has {} values", values.len())))?);
     }
     fs::create_dir_all(dir).map_err(|source| Error::io("create", dir, source))?;
-    write_whole(&dir.join(WEIGHTS_FILE), |path| write_f32s(path, views, true))?;
+    write_whole(&dir.join(WEIGHTS_FILE), |path| {
+        write_f32s(path, views, true)
+    })?;
     write_whole(&dir.join(CONFIG_FILE), |path| {
         fs::write(path, config.to_text()).map_err(|source| Error::io("write", path, source))
     })
@@ -303,7 +415,9 @@ fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<(
     let partial = path.with_extension("partial");
     let written = write(&partial).and_then(|()| {
         let synced = fs::File::open(&partial).and_then(|file| file.sync_all());
-        synced.and_then(|()| fs::rename(&partial, path)).map_err(|source| Error::io("write", path, source))
+        synced
+            .and_then(|()| fs::rename(&partial, path))
+            .map_err(|source| Error::io("write", path, source))
     });
     if written.is_err() {
         // What is left of it is of no use; that it cannot be removed either changes nothing for the reader of the error.

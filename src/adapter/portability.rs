@@ -25,10 +25,16 @@ pub fn portability(config: &PeftConfig) -> Vec<String> {
         );
     }
     if !config.alpha_pattern.0.is_empty() {
-        warnings.push("llama.cpp and vLLM ignore `alpha_pattern` and scale every module by `lora_alpha`".to_string());
+        warnings.push(
+            "llama.cpp and vLLM ignore `alpha_pattern` and scale every module by `lora_alpha`"
+                .to_string(),
+        );
     }
     if !config.rank_pattern.0.is_empty() {
-        warnings.push("vLLM ignores `rank_pattern` and scales every module by `lora_alpha` and `r`".to_string());
+        warnings.push(
+            "vLLM ignores `rank_pattern` and scales every module by `lora_alpha` and `r`"
+                .to_string(),
+        );
     }
     warnings.extend(rank_warnings(config));
     warnings.extend(target_warnings(config));
@@ -36,28 +42,48 @@ pub fn portability(config: &PeftConfig) -> Vec<String> {
 }
 
 fn rank_warnings(config: &PeftConfig) -> Vec<String> {
-    let rank = config.rank_pattern.0.iter().map(|(_, r)| *r).fold(config.r, usize::max);
+    let rank = config
+        .rank_pattern
+        .0
+        .iter()
+        .map(|(_, r)| *r)
+        .fold(config.r, usize::max);
     let mut warnings = Vec::new();
     if rank > VLLM_MAX_RANK {
-        warnings.push(format!("vLLM refuses rank {rank}: it accepts {VLLM_MAX_RANK} at most"));
+        warnings.push(format!(
+            "vLLM refuses rank {rank}: it accepts {VLLM_MAX_RANK} at most"
+        ));
     } else if rank > VLLM_DEFAULT_RANK {
         // The ranks it can be told.
-        let told = [32, 64, 128, 256, 320, 512].into_iter().find(|told| rank <= *told).unwrap_or(VLLM_MAX_RANK);
-        warnings.push(format!("vLLM refuses rank {rank} unless it is started with `--max-lora-rank {told}`"));
+        let told = [32, 64, 128, 256, 320, 512]
+            .into_iter()
+            .find(|told| rank <= *told)
+            .unwrap_or(VLLM_MAX_RANK);
+        warnings.push(format!(
+            "vLLM refuses rank {rank} unless it is started with `--max-lora-rank {told}`"
+        ));
     }
     if rank > MISTRALRS_MAX_RANK {
-        warnings.push(format!("mistral.rs refuses rank {rank}: it accepts {MISTRALRS_MAX_RANK} at most"));
+        warnings.push(format!(
+            "mistral.rs refuses rank {rank}: it accepts {MISTRALRS_MAX_RANK} at most"
+        ));
     }
     warnings
 }
 
 fn target_warnings(config: &PeftConfig) -> Vec<String> {
     match &config.target_modules {
-        Some(Names::Many(names)) if names.iter().any(|name| is_suffix(name, "lm_head") || is_suffix(name, "embed_tokens")) => {
+        Some(Names::Many(names))
+            if names
+                .iter()
+                .any(|name| is_suffix(name, "lm_head") || is_suffix(name, "embed_tokens")) =>
+        {
             vec!["mistral.rs refuses LoRA on `lm_head` and `embed_tokens`; llama.cpp does where the two are tied".to_string()]
         }
         Some(Names::Many(_)) => Vec::new(),
-        Some(Names::One(_)) | None => vec!["vLLM wants `target_modules` as a list of names".to_string()],
+        Some(Names::One(_)) | None => {
+            vec!["vLLM wants `target_modules` as a list of names".to_string()]
+        }
     }
 }
 
@@ -67,7 +93,11 @@ mod tests {
     use crate::adapter::config::{Number, Pattern};
 
     fn plain() -> PeftConfig {
-        PeftConfig { r: 16, target_modules: Some(Names::Many(vec!["q_proj".into()])), ..PeftConfig::default() }
+        PeftConfig {
+            r: 16,
+            target_modules: Some(Names::Many(vec!["q_proj".into()])),
+            ..PeftConfig::default()
+        }
     }
 
     #[test]
@@ -84,15 +114,45 @@ mod tests {
                 assert!(warning.contains(word), "{warning}");
             }
         };
-        named(PeftConfig { use_rslora: true, ..plain() }, &["llama.cpp"]);
-        named(PeftConfig { alpha_pattern: Pattern(vec![("q_proj".into(), Number(3.0))]), ..plain() }, &["llama.cpp and vLLM"]);
         named(
-            PeftConfig { rank_pattern: Pattern(vec![("q_proj".into(), 65)]), ..plain() },
+            PeftConfig {
+                use_rslora: true,
+                ..plain()
+            },
+            &["llama.cpp"],
+        );
+        named(
+            PeftConfig {
+                alpha_pattern: Pattern(vec![("q_proj".into(), Number(3.0))]),
+                ..plain()
+            },
+            &["llama.cpp and vLLM"],
+        );
+        named(
+            PeftConfig {
+                rank_pattern: Pattern(vec![("q_proj".into(), 65)]),
+                ..plain()
+            },
             &["vLLM ignores", "--max-lora-rank 128"],
         );
         named(PeftConfig { r: 17, ..plain() }, &["--max-lora-rank 32"]);
-        named(PeftConfig { r: 513, ..plain() }, &["512 at most", "256 at most"]);
-        named(PeftConfig { target_modules: Some(Names::Many(vec!["lm_head".into()])), ..plain() }, &["lm_head"]);
-        named(PeftConfig { target_modules: Some(Names::One(".*q".into())), ..plain() }, &["vLLM wants"]);
+        named(
+            PeftConfig { r: 513, ..plain() },
+            &["512 at most", "256 at most"],
+        );
+        named(
+            PeftConfig {
+                target_modules: Some(Names::Many(vec!["lm_head".into()])),
+                ..plain()
+            },
+            &["lm_head"],
+        );
+        named(
+            PeftConfig {
+                target_modules: Some(Names::One(".*q".into())),
+                ..plain()
+            },
+            &["vLLM wants"],
+        );
     }
 }

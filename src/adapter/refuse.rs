@@ -18,20 +18,35 @@ pub fn config_reasons(config: &PeftConfig) -> Vec<String> {
     let mut reasons = Vec::new();
     match config.peft_type.as_deref() {
         Some("LORA") => {}
-        Some(other) => reasons.push(format!("`peft_type` is `{other}`: only `LORA` adapters are supported")),
+        Some(other) => reasons.push(format!(
+            "`peft_type` is `{other}`: only `LORA` adapters are supported"
+        )),
         None => reasons.push("`peft_type` is missing: it must be `LORA`".to_string()),
     }
-    if let Some(task) = config.task_type.as_deref().filter(|task| *task != "CAUSAL_LM") {
-        reasons.push(format!("`task_type` is `{task}`: only `CAUSAL_LM` is supported"));
+    if let Some(task) = config
+        .task_type
+        .as_deref()
+        .filter(|task| *task != "CAUSAL_LM")
+    {
+        reasons.push(format!(
+            "`task_type` is `{task}`: only `CAUSAL_LM` is supported"
+        ));
     }
     if config.bias != "none" {
-        reasons.push(format!("`bias` is `{}`: trained biases are not supported, only `none`", config.bias));
+        reasons.push(format!(
+            "`bias` is `{}`: trained biases are not supported, only `none`",
+            config.bias
+        ));
     }
     if config.target_modules.is_none() {
-        reasons.push("`target_modules` is missing: which modules it means depends on PEFT's version".to_string());
+        reasons.push(
+            "`target_modules` is missing: which modules it means depends on PEFT's version"
+                .to_string(),
+        );
     }
     if config.r == 0 || config.rank_pattern.0.iter().any(|(_, r)| *r == 0) {
-        reasons.push("a rank is 0: `r` and every rank of `rank_pattern` are at least 1".to_string());
+        reasons
+            .push("a rank is 0: `r` and every rank of `rank_pattern` are at least 1".to_string());
     }
     reasons.extend(switches(config));
     reasons.extend(blocks(config));
@@ -42,29 +57,91 @@ pub fn config_reasons(config: &PeftConfig) -> Vec<String> {
 /// Boolean fields that must be false.
 fn switches(config: &PeftConfig) -> impl Iterator<Item = String> {
     let switches = [
-        (config.fan_in_fan_out, "fan_in_fan_out", "layers that store (in, out), as GPT-2's Conv1D, are not supported"),
-        (config.use_dora, "use_dora", "DoRA rescales each row of the weight, which is not plain LoRA"),
-        (config.lora_bias, "lora_bias", "a bias on B is not supported"),
-        (config.use_qalora, "use_qalora", "QALoRA pools the input, which is not plain LoRA"),
+        (
+            config.fan_in_fan_out,
+            "fan_in_fan_out",
+            "layers that store (in, out), as GPT-2's Conv1D, are not supported",
+        ),
+        (
+            config.use_dora,
+            "use_dora",
+            "DoRA rescales each row of the weight, which is not plain LoRA",
+        ),
+        (
+            config.lora_bias,
+            "lora_bias",
+            "a bias on B is not supported",
+        ),
+        (
+            config.use_qalora,
+            "use_qalora",
+            "QALoRA pools the input, which is not plain LoRA",
+        ),
     ];
-    switches.into_iter().filter(|(on, ..)| *on).map(|(_, key, why)| format!("`{key}` is true: {why}"))
+    switches
+        .into_iter()
+        .filter(|(on, ..)| *on)
+        .map(|(_, key, why)| format!("`{key}` is true: {why}"))
 }
 
 /// Fields that must be null or empty.
 fn blocks(config: &PeftConfig) -> impl Iterator<Item = String> {
     let blocks = [
-        (&config.modules_to_save, "modules_to_save", "modules trained in full cannot be loaded beside LoRA"),
-        (&config.trainable_token_indices, "trainable_token_indices", "trained token rows cannot be loaded"),
-        (&config.target_parameters, "target_parameters", "LoRA on bare parameters (experts) is not supported"),
-        (&config.alora_invocation_tokens, "alora_invocation_tokens", "activated LoRA acts on some tokens only"),
-        (&config.layer_replication, "layer_replication", "the model would have more layers than its files"),
-        (&config.use_bdlora, "use_bdlora", "block-diagonal LoRA is not supported"),
-        (&config.arrow_config, "arrow_config", "Arrow routes between several adapters"),
-        (&config.kasa_config, "kasa_config", "KaSA truncates the base weights"),
-        (&config.monteclora_config, "monteclora_config", "variational LoRA is not supported"),
-        (&config.megatron_config, "megatron_config", "Megatron's parallel layers are not supported"),
+        (
+            &config.modules_to_save,
+            "modules_to_save",
+            "modules trained in full cannot be loaded beside LoRA",
+        ),
+        (
+            &config.trainable_token_indices,
+            "trainable_token_indices",
+            "trained token rows cannot be loaded",
+        ),
+        (
+            &config.target_parameters,
+            "target_parameters",
+            "LoRA on bare parameters (experts) is not supported",
+        ),
+        (
+            &config.alora_invocation_tokens,
+            "alora_invocation_tokens",
+            "activated LoRA acts on some tokens only",
+        ),
+        (
+            &config.layer_replication,
+            "layer_replication",
+            "the model would have more layers than its files",
+        ),
+        (
+            &config.use_bdlora,
+            "use_bdlora",
+            "block-diagonal LoRA is not supported",
+        ),
+        (
+            &config.arrow_config,
+            "arrow_config",
+            "Arrow routes between several adapters",
+        ),
+        (
+            &config.kasa_config,
+            "kasa_config",
+            "KaSA truncates the base weights",
+        ),
+        (
+            &config.monteclora_config,
+            "monteclora_config",
+            "variational LoRA is not supported",
+        ),
+        (
+            &config.megatron_config,
+            "megatron_config",
+            "Megatron's parallel layers are not supported",
+        ),
     ];
-    blocks.into_iter().filter(|(value, ..)| is_set(value)).map(|(value, key, why)| format!("`{key}` is {value}: {why}"))
+    blocks
+        .into_iter()
+        .filter(|(value, ..)| is_set(value))
+        .map(|(value, key, why)| format!("`{key}` is {value}: {why}"))
 }
 
 fn is_set(value: &Value) -> bool {
@@ -79,7 +156,11 @@ fn is_set(value: &Value) -> bool {
 fn init_reason(init: &InitWeights) -> Option<String> {
     match init {
         InitWeights::Plain(_) => None,
-        InitWeights::Named(name) if INITS_ON_THE_SAME_BASE.contains(&name.to_lowercase().as_str()) => None,
+        InitWeights::Named(name)
+            if INITS_ON_THE_SAME_BASE.contains(&name.to_lowercase().as_str()) =>
+        {
+            None
+        }
         InitWeights::Named(name) => Some(format!(
             "`init_lora_weights` is `{name}`: it changed the base weights, so the adapter alone is wrong on the original \
              model; save it again with PEFT's `path_initial_model_for_weight_conversion`"
@@ -99,7 +180,9 @@ pub enum Half {
 /// The module path and half that a tensor's name stands for, or why it cannot be loaded.
 pub fn parse_name(name: &str) -> Result<(&str, Half), &'static str> {
     let Some(inner) = name.strip_prefix(PREFIX) else {
-        return Err("its name does not begin with `base_model.model.`: it was not written by PEFT's save_pretrained");
+        return Err(
+            "its name does not begin with `base_model.model.`: it was not written by PEFT's save_pretrained",
+        );
     };
     for (suffix, half) in [(".lora_A.weight", Half::A), (".lora_B.weight", Half::B)] {
         if let Some(path) = inner.strip_suffix(suffix).filter(|path| !path.is_empty()) {
@@ -119,7 +202,9 @@ fn why_not(inner: &str) -> &'static str {
     match () {
         _ if has(".lora_magnitude_vector") => "a DoRA magnitude, which plain LoRA has not",
         _ if has(".lora_embedding_") => "LoRA on an embedding is not supported",
-        _ if has(".lora_A.") && has(".bias") || has(".lora_B.") && has(".bias") => "a bias on a LoRA matrix is not supported",
+        _ if has(".lora_A.") && has(".bias") || has(".lora_B.") && has(".bias") => {
+            "a bias on a LoRA matrix is not supported"
+        }
         _ if has(".lora_A.") || has(".lora_B.") => {
             "the adapter's name is part of it: the file is a raw state dict; save it again with PEFT's save_pretrained"
         }
@@ -129,7 +214,9 @@ fn why_not(inner: &str) -> &'static str {
             "an embedding saved in full; save it again with PEFT's `save_embedding_layers=False` if it was not trained"
         }
         _ if inner.ends_with(".bias") => "a trained bias is not supported",
-        _ => "a weight saved in full (as `modules_to_save` does), which cannot be loaded beside LoRA",
+        _ => {
+            "a weight saved in full (as `modules_to_save` does), which cannot be loaded beside LoRA"
+        }
     }
 }
 
@@ -140,8 +227,14 @@ mod tests {
     #[test]
     fn names_of_a_pair_are_taken_apart() {
         let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
-        assert_eq!(parse_name(name), Ok(("model.layers.0.self_attn.q_proj", Half::A)));
-        assert_eq!(parse_name("base_model.model.x.lora_B.weight"), Ok(("x", Half::B)));
+        assert_eq!(
+            parse_name(name),
+            Ok(("model.layers.0.self_attn.q_proj", Half::A))
+        );
+        assert_eq!(
+            parse_name("base_model.model.x.lora_B.weight"),
+            Ok(("x", Half::B))
+        );
     }
 
     #[test]
@@ -150,15 +243,33 @@ mod tests {
             ("model.layers.0.q.lora_A.weight", "base_model.model."),
             ("base_model.model.m.q.lora_magnitude_vector", "DoRA"),
             ("base_model.model.m.q.lora_magnitude_vector.weight", "DoRA"),
-            ("base_model.model.m.q.lora_A.default.weight", "raw state dict"),
+            (
+                "base_model.model.m.q.lora_A.default.weight",
+                "raw state dict",
+            ),
             ("base_model.model.m.q.lora_B.bias", "bias on a LoRA"),
-            ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on an embedding"),
-            ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "token rows"),
-            ("base_model.model.model.embed_tokens.weight", "embedding saved in full"),
-            ("base_model.model.lm_head.base_layer.weight", "embedding saved in full"),
+            (
+                "base_model.model.model.embed_tokens.lora_embedding_A",
+                "LoRA on an embedding",
+            ),
+            (
+                "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+                "token rows",
+            ),
+            (
+                "base_model.model.model.embed_tokens.weight",
+                "embedding saved in full",
+            ),
+            (
+                "base_model.model.lm_head.base_layer.weight",
+                "embedding saved in full",
+            ),
             ("base_model.model.m.q.base_layer.bias", "trained bias"),
             ("base_model.model.score.weight", "modules_to_save"),
-            ("base_model.model.m.experts.base_layer.lora_A.weight", "bare parameters"),
+            (
+                "base_model.model.m.experts.base_layer.lora_A.weight",
+                "bare parameters",
+            ),
             ("base_model.model.m.q.lora_diag", "variant"),
         ] {
             let reason = parse_name(name).unwrap_err();
@@ -173,8 +284,17 @@ mod tests {
             let text = format!("{},{extra}}}", plain.trim_end_matches('}'));
             PeftConfig::parse(&text, std::path::Path::new("x")).unwrap()
         };
-        for harmless in ["\"r\":4", "\"init_lora_weights\":\"gaussian\"", "\"modules_to_save\":[]", "\"loftq_config\":{}"] {
-            assert_eq!(config_reasons(&with(harmless)), Vec::<String>::new(), "{harmless}");
+        for harmless in [
+            "\"r\":4",
+            "\"init_lora_weights\":\"gaussian\"",
+            "\"modules_to_save\":[]",
+            "\"loftq_config\":{}",
+        ] {
+            assert_eq!(
+                config_reasons(&with(harmless)),
+                Vec::<String>::new(),
+                "{harmless}"
+            );
         }
         for (extra, word) in [
             (r#""fan_in_fan_out":true"#, "Conv1D"),
@@ -198,9 +318,16 @@ mod tests {
             (r#""init_lora_weights":"lora_ga""#, "lora_ga"),
         ] {
             let reasons = config_reasons(&with(extra));
-            assert!(reasons.len() == 1 && reasons[0].contains(word), "{extra}: {reasons:?}");
+            assert!(
+                reasons.len() == 1 && reasons[0].contains(word),
+                "{extra}: {reasons:?}"
+            );
         }
         let wrong_kind = r#"{"peft_type":"IA3","task_type":"SEQ_CLS"}"#;
-        assert_eq!(config_reasons(&PeftConfig::parse(wrong_kind, std::path::Path::new("x")).unwrap()).len(), 3);
+        assert_eq!(
+            config_reasons(&PeftConfig::parse(wrong_kind, std::path::Path::new("x")).unwrap())
+                .len(),
+            3
+        );
     }
 }

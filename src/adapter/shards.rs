@@ -51,12 +51,20 @@ pub(crate) struct F32s<'a> {
 impl<'a> F32s<'a> {
     /// `values` row by row; `None` where `shape` wants another count.
     pub(crate) fn new(name: &'a str, shape: Vec<usize>, values: &'a [f32]) -> Option<Self> {
-        (shape.iter().product::<usize>() == values.len()).then_some(Self { name, shape, values })
+        (shape.iter().product::<usize>() == values.len()).then_some(Self {
+            name,
+            shape,
+            values,
+        })
     }
 
     /// A vector.
     pub(crate) fn flat(name: &'a str, values: &'a [f32]) -> Self {
-        Self { name, shape: vec![values.len()], values }
+        Self {
+            name,
+            shape: vec![values.len()],
+            values,
+        }
     }
 }
 
@@ -68,7 +76,11 @@ pub(crate) fn write_f32s(path: &Path, mut tensors: Vec<F32s<'_>>, marked: bool) 
     let infos = tensors.iter().map(|tensor| {
         let start = end;
         end += size_of_val(tensor.values);
-        let info = TensorInfo { dtype: Dtype::F32, shape: tensor.shape.clone(), data_offsets: (start, end) };
+        let info = TensorInfo {
+            dtype: Dtype::F32,
+            shape: tensor.shape.clone(),
+            data_offsets: (start, end),
+        };
         (tensor.name.to_string(), info)
     });
     let header = header_of(infos.collect(), marked)?;
@@ -78,7 +90,9 @@ pub(crate) fn write_f32s(path: &Path, mut tensors: Vec<F32s<'_>>, marked: bool) 
         for part in tensors.iter().flat_map(|tensor| tensor.values.chunks(PART)) {
             match cfg!(target_endian = "little") {
                 true => file.write_all(bytemuck::cast_slice(part))?,
-                false => part.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))?,
+                false => part
+                    .iter()
+                    .try_for_each(|value| file.write_all(&value.to_le_bytes()))?,
             }
         }
         file.flush()
@@ -93,9 +107,12 @@ pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<Stored>> {
     for (file, path) in files.iter().enumerate() {
         for tensor in read_header(path, file)? {
             if let Some(first) = owner.insert(tensor.name.clone(), file) {
-                return Err(Error::new(Kind::Model, format!("the tensor `{}` is in two files", tensor.name))
-                    .at(format!("{} and {}", files[first].display(), path.display()))
-                    .hint("name the files of one model only"));
+                return Err(Error::new(
+                    Kind::Model,
+                    format!("the tensor `{}` is in two files", tensor.name),
+                )
+                .at(format!("{} and {}", files[first].display(), path.display()))
+                .hint("name the files of one model only"));
             }
             tensors.push(tensor);
         }
@@ -106,9 +123,12 @@ pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<Stored>> {
 fn read_header(path: &Path, file: usize) -> Result<Vec<Stored>> {
     let failed = |source| Error::io("read", path, source);
     let damaged = |why: String| {
-        Error::new(Kind::Model, format!("the file is damaged or no safetensors file: {why}"))
-            .at(path.display().to_string())
-            .hint("fetch the file again")
+        Error::new(
+            Kind::Model,
+            format!("the file is damaged or no safetensors file: {why}"),
+        )
+        .at(path.display().to_string())
+        .hint("fetch the file again")
     };
     let mut reader = File::open(path).map_err(failed)?;
     let total = reader.metadata().map_err(failed)?.len();
@@ -124,18 +144,33 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<Stored>> {
     let mut header = vec![0; length as usize];
     reader.read_exact(&mut header).map_err(failed)?;
     // Deserialisation checks that places follow each other without gaps and agree with shapes.
-    let metadata: Metadata = serde_json::from_slice(&header).map_err(|source| damaged(source.to_string()))?;
+    let metadata: Metadata =
+        serde_json::from_slice(&header).map_err(|source| damaged(source.to_string()))?;
     let data = LENGTH_FIELD + length;
     if data + metadata.data_len() as u64 != total {
-        return Err(damaged(format!("it has {total} bytes where its header asks for {}", data + metadata.data_len() as u64)));
+        return Err(damaged(format!(
+            "it has {total} bytes where its header asks for {}",
+            data + metadata.data_len() as u64
+        )));
     }
     let stored = |name: String| {
         let info = metadata.info(&name)?;
         let (start, end) = info.data_offsets;
         let (start, size) = (data + start as u64, (end - start) as u64);
-        Some(Stored { dtype: info.dtype, shape: info.shape.clone(), name, file, start, size })
+        Some(Stored {
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            name,
+            file,
+            start,
+            size,
+        })
     };
-    Ok(metadata.offset_keys().into_iter().filter_map(stored).collect())
+    Ok(metadata
+        .offset_keys()
+        .into_iter()
+        .filter_map(stored)
+        .collect())
 }
 
 /// Which tensors (by index) share a file of at most `max` bytes of values: in order, as huggingface_hub's
@@ -169,7 +204,11 @@ pub(super) fn split(tensors: &[Stored], max: Bytes) -> Vec<Vec<usize>> {
 
 /// The name of file `index` of `count`.
 pub(super) fn file_name(index: usize, count: usize) -> String {
-    if count == 1 { "model.safetensors".to_string() } else { format!("model-{:05}-of-{count:05}.safetensors", index + 1) }
+    if count == 1 {
+        "model.safetensors".to_string()
+    } else {
+        format!("model-{:05}-of-{count:05}.safetensors", index + 1)
+    }
 }
 
 /// The start of a file that holds `tensors` in this order: length field and header, padded to eight bytes.
@@ -179,7 +218,11 @@ pub(super) fn header(tensors: &[&Stored]) -> Result<Vec<u8>> {
     for tensor in tensors {
         let start = end;
         end += tensor.size as usize;
-        let info = TensorInfo { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (start, end) };
+        let info = TensorInfo {
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            data_offsets: (start, end),
+        };
         infos.push((tensor.name.clone(), info));
     }
     header_of(infos, true)
@@ -187,8 +230,17 @@ pub(super) fn header(tensors: &[&Stored]) -> Result<Vec<u8>> {
 
 fn header_of(infos: Vec<(String, TensorInfo)>, marked: bool) -> Result<Vec<u8>> {
     // One key: nothing depends on a map's order.
-    let mark = marked.then(|| [("format".to_string(), "pt".to_string())].into_iter().collect());
-    let failed = |why: String| Error::new(Kind::Model, format!("these tensors have no valid header: {why}"));
+    let mark = marked.then(|| {
+        [("format".to_string(), "pt".to_string())]
+            .into_iter()
+            .collect()
+    });
+    let failed = |why: String| {
+        Error::new(
+            Kind::Model,
+            format!("these tensors have no valid header: {why}"),
+        )
+    };
     let metadata = Metadata::new(mark, infos).map_err(|source| failed(source.to_string()))?;
     let mut text = serde_json::to_vec(&metadata).map_err(|source| failed(source.to_string()))?;
     text.resize(text.len().next_multiple_of(LENGTH_FIELD as usize), b' ');
@@ -203,7 +255,10 @@ pub(super) fn index_text(tensors: &[Stored], shards: &[Vec<usize>]) -> String {
     let mut places = BTreeMap::new();
     for (number, shard) in shards.iter().enumerate() {
         for index in shard {
-            places.insert(tensors[*index].name.clone(), file_name(number, shards.len()));
+            places.insert(
+                tensors[*index].name.clone(),
+                file_name(number, shards.len()),
+            );
         }
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": places });
@@ -215,24 +270,45 @@ mod tests {
     use super::*;
 
     fn stored(name: &str, dtype: Dtype, size: u64) -> Stored {
-        Stored { name: name.into(), dtype, shape: vec![size as usize], file: 0, start: 0, size }
+        Stored {
+            name: name.into(),
+            dtype,
+            shape: vec![size as usize],
+            file: 0,
+            start: 0,
+            size,
+        }
     }
 
     #[test]
     fn files_are_cut_as_the_hub_library_cuts_them() {
         // Its own example: [6, 6, 2, 6, 2, 2] in files of 10 become [6], [6 + 2], [6 + 2 + 2].
         let sizes = [6, 6, 2, 6, 2, 2];
-        let tensors: Vec<Stored> = sizes.iter().enumerate().map(|(i, size)| stored(&i.to_string(), Dtype::U8, *size)).collect();
-        assert_eq!(split(&tensors, Bytes(10)), [vec![0], vec![1, 2], vec![3, 4, 5]]);
+        let tensors: Vec<Stored> = sizes
+            .iter()
+            .enumerate()
+            .map(|(i, size)| stored(&i.to_string(), Dtype::U8, *size))
+            .collect();
+        assert_eq!(
+            split(&tensors, Bytes(10)),
+            [vec![0], vec![1, 2], vec![3, 4, 5]]
+        );
         // One that is too large stands alone; the file begun before it goes on.
-        assert_eq!(split(&tensors, Bytes(5)), [vec![0], vec![1], vec![3], vec![2, 4], vec![5]]);
+        assert_eq!(
+            split(&tensors, Bytes(5)),
+            [vec![0], vec![1], vec![3], vec![2, 4], vec![5]]
+        );
         assert_eq!(split(&tensors, Bytes(24)).len(), 1);
         assert_eq!(split(&tensors, Bytes(23)).len(), 2);
     }
 
     #[test]
     fn wide_types_come_first_in_a_file() {
-        let tensors = [stored("a", Dtype::U8, 1), stored("c", Dtype::F32, 4), stored("b", Dtype::F32, 4)];
+        let tensors = [
+            stored("a", Dtype::U8, 1),
+            stored("c", Dtype::F32, 4),
+            stored("b", Dtype::F32, 4),
+        ];
         assert_eq!(split(&tensors, Bytes(100)), [vec![2, 1, 0]]);
     }
 
@@ -243,11 +319,20 @@ mod tests {
         let gap = br#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
         let short = br#"{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#;
         let with_length = |text: &[u8]| [&(text.len() as u64).to_le_bytes()[..], text].concat();
-        for content in
-            [b"abc".to_vec(), u64::MAX.to_le_bytes().to_vec(), with_length(gap), with_length(short), with_length(b"[]")]
-        {
+        for content in [
+            b"abc".to_vec(),
+            u64::MAX.to_le_bytes().to_vec(),
+            with_length(gap),
+            with_length(short),
+            with_length(b"[]"),
+        ] {
             std::fs::write(&path, content).unwrap();
-            assert_eq!(read_headers(std::slice::from_ref(&path)).unwrap_err().kind(), Kind::Model);
+            assert_eq!(
+                read_headers(std::slice::from_ref(&path))
+                    .unwrap_err()
+                    .kind(),
+                Kind::Model
+            );
         }
     }
 }

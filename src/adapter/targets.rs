@@ -33,7 +33,11 @@ pub enum Targets {
 impl Targets {
     /// A single text as PEFT reads it: `all-linear` in any case, else a regular expression.
     pub fn from_text(text: &str) -> Self {
-        if text.eq_ignore_ascii_case("all-linear") { Self::AllLinear } else { Self::Regex(text.to_string()) }
+        if text.eq_ignore_ascii_case("all-linear") {
+            Self::AllLinear
+        } else {
+            Self::Regex(text.to_string())
+        }
     }
 }
 
@@ -91,7 +95,11 @@ impl Site {
 ///
 /// # Errors
 /// An illegal setting, or an entry of a list or pattern that matches no module: the error lists the names that exist.
-pub fn select(modules: &[Module], output_embedding: &str, settings: &LoraSettings) -> Result<Vec<Site>> {
+pub fn select(
+    modules: &[Module],
+    output_embedding: &str,
+    settings: &LoraSettings,
+) -> Result<Vec<Site>> {
     check_values(settings)?;
     check_entries(modules, output_embedding, settings)?;
     let chosen = choose(modules, output_embedding, settings)?;
@@ -99,14 +107,28 @@ pub fn select(modules: &[Module], output_embedding: &str, settings: &LoraSetting
         return Err(nothing_left(modules, settings));
     }
     let strength = Strength::new(settings)?;
-    chosen.into_iter().map(|module| strength.site(module)).collect()
+    chosen
+        .into_iter()
+        .map(|module| strength.site(module))
+        .collect()
 }
 
 /// The modules meant by targets, exclusions and layers, in model order.
-pub(super) fn choose<'m>(modules: &'m [Module], output_embedding: &str, settings: &LoraSettings) -> Result<Vec<&'m Module>> {
+pub(super) fn choose<'m>(
+    modules: &'m [Module],
+    output_embedding: &str,
+    settings: &LoraSettings,
+) -> Result<Vec<&'m Module>> {
     let targets = Matcher::new(&settings.targets, "target_modules")?;
-    let exclude = settings.exclude.as_ref().map(|exclude| Matcher::new(exclude, "exclude_modules")).transpose()?;
-    let wanted = settings.layers_to_transform.as_deref().filter(|wanted| !wanted.is_empty());
+    let exclude = settings
+        .exclude
+        .as_ref()
+        .map(|exclude| Matcher::new(exclude, "exclude_modules"))
+        .transpose()?;
+    let wanted = settings
+        .layers_to_transform
+        .as_deref()
+        .filter(|wanted| !wanted.is_empty());
     let layers = Layers::new(&settings.layers_pattern)?;
     let mut chosen = Vec::new();
     for module in modules {
@@ -120,7 +142,9 @@ pub(super) fn choose<'m>(modules: &'m [Module], output_embedding: &str, settings
         }
         let keep = match (targets.find(&module.path)?, wanted) {
             (Found::No, _) => false,
-            (Found::BySuffix, Some(wanted)) => layers.index(&module.path)?.is_some_and(|index| wanted.contains(&index)),
+            (Found::BySuffix, Some(wanted)) => layers
+                .index(&module.path)?
+                .is_some_and(|index| wanted.contains(&index)),
             _ => true,
         };
         if keep {
@@ -142,8 +166,14 @@ pub(super) struct Strength {
 impl Strength {
     /// Compiles the patterns of `settings`.
     pub(super) fn new(settings: &LoraSettings) -> Result<Self> {
-        let ranks = settings.rank_pattern.iter().map(|(key, r)| Ok((pattern_key(key, "rank_pattern")?, *r)));
-        let alphas = settings.alpha_pattern.iter().map(|(key, alpha)| Ok((pattern_key(key, "alpha_pattern")?, *alpha)));
+        let ranks = settings
+            .rank_pattern
+            .iter()
+            .map(|(key, r)| Ok((pattern_key(key, "rank_pattern")?, *r)));
+        let alphas = settings
+            .alpha_pattern
+            .iter()
+            .map(|(key, alpha)| Ok((pattern_key(key, "alpha_pattern")?, *alpha)));
         Ok(Self {
             r: settings.r,
             lora_alpha: settings.lora_alpha,
@@ -162,9 +192,24 @@ impl Strength {
     pub(super) fn site(&self, module: &Module) -> Result<Site> {
         let r = self.rank(&module.path)?;
         let lora_alpha = first_match(&self.alpha_pattern, &module.path)?.unwrap_or(self.lora_alpha);
-        let scaling = if self.use_rslora { lora_alpha / (r as f64).sqrt() } else { lora_alpha / r as f64 };
-        let Module { path, out_features, in_features } = module.clone();
-        Ok(Site { path, in_features, out_features, r, lora_alpha, scaling })
+        let scaling = if self.use_rslora {
+            lora_alpha / (r as f64).sqrt()
+        } else {
+            lora_alpha / r as f64
+        };
+        let Module {
+            path,
+            out_features,
+            in_features,
+        } = module.clone();
+        Ok(Site {
+            path,
+            in_features,
+            out_features,
+            r,
+            lora_alpha,
+            scaling,
+        })
     }
 }
 
@@ -181,13 +226,19 @@ fn first_match<T: Copy>(patterns: &[(fancy_regex::Regex, T)], path: &str) -> Res
 /// `target_modules` in place of a long list (`tuners_utils.py: _find_minimal_target_modules`). `modules` are linear layers: PEFT
 /// compares with all modules, which differs only where a container ends like a layer.
 pub fn shortest_names(modules: &[Module], chosen: &[&str]) -> Vec<String> {
-    let others: Vec<&str> = modules.iter().map(|module| module.path.as_str()).filter(|path| !chosen.contains(path)).collect();
+    let others: Vec<&str> = modules
+        .iter()
+        .map(|module| module.path.as_str())
+        .filter(|path| !chosen.contains(path))
+        .collect();
     let mut names: Vec<String> = Vec::new();
     for path in chosen {
         if names.iter().any(|name| is_suffix(path, name)) {
             continue;
         }
-        let name = suffixes(path).find(|suffix| !others.iter().any(|other| is_suffix(other, suffix))).unwrap_or(path);
+        let name = suffixes(path)
+            .find(|suffix| !others.iter().any(|other| is_suffix(other, suffix)))
+            .unwrap_or(path);
         names.push(name.to_string());
     }
     names
@@ -195,27 +246,47 @@ pub fn shortest_names(modules: &[Module], chosen: &[&str]) -> Vec<String> {
 
 /// `c`, `b.c`, `a.b.c` of `a.b.c`.
 fn suffixes(path: &str) -> impl Iterator<Item = &str> {
-    path.rmatch_indices('.').map(|(dot, _)| &path[dot + 1..]).chain(std::iter::once(path))
+    path.rmatch_indices('.')
+        .map(|(dot, _)| &path[dot + 1..])
+        .chain(std::iter::once(path))
 }
 
 fn check_values(settings: &LoraSettings) -> Result<()> {
     let refuse = |key: &str, value: String, rule: &str| {
-        Err(Error::new(Kind::Adapter, format!("`{key}` is not usable")).value(value).rule(rule.to_string()))
+        Err(Error::new(Kind::Adapter, format!("`{key}` is not usable"))
+            .value(value)
+            .rule(rule.to_string()))
     };
-    let ranks = settings.rank_pattern.iter().map(|(key, r)| (format!("rank_pattern.\"{key}\""), *r));
+    let ranks = settings
+        .rank_pattern
+        .iter()
+        .map(|(key, r)| (format!("rank_pattern.\"{key}\""), *r));
     for (key, r) in std::iter::once(("r".to_string(), settings.r)).chain(ranks) {
         if r == 0 {
             return refuse(&key, r.to_string(), "a rank is at least 1");
         }
     }
-    let alphas = settings.alpha_pattern.iter().map(|(key, alpha)| (format!("alpha_pattern.\"{key}\""), *alpha));
-    for (key, alpha) in std::iter::once(("lora_alpha".to_string(), settings.lora_alpha)).chain(alphas) {
+    let alphas = settings
+        .alpha_pattern
+        .iter()
+        .map(|(key, alpha)| (format!("alpha_pattern.\"{key}\""), *alpha));
+    for (key, alpha) in
+        std::iter::once(("lora_alpha".to_string(), settings.lora_alpha)).chain(alphas)
+    {
         if !alpha.is_finite() || alpha == 0.0 {
-            return refuse(&key, alpha.to_string(), "a finite number other than 0, which would switch the adapter off");
+            return refuse(
+                &key,
+                alpha.to_string(),
+                "a finite number other than 0, which would switch the adapter off",
+            );
         }
     }
     if !(0.0..1.0).contains(&settings.lora_dropout) {
-        return refuse("lora_dropout", settings.lora_dropout.to_string(), "a probability from 0 up to, not including, 1");
+        return refuse(
+            "lora_dropout",
+            settings.lora_dropout.to_string(),
+            "a probability from 0 up to, not including, 1",
+        );
     }
     check_layers_are_usable(settings)
 }
@@ -237,14 +308,34 @@ fn check_layers_are_usable(settings: &LoraSettings) -> Result<()> {
 }
 
 /// Every entry that matches nothing, in one error.
-fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraSettings) -> Result<()> {
+fn check_entries(
+    modules: &[Module],
+    output_embedding: &str,
+    settings: &LoraSettings,
+) -> Result<()> {
     let mut dead = Vec::new();
-    dead.extend(dead_targets(modules, "target_modules", &settings.targets, "")?);
+    dead.extend(dead_targets(
+        modules,
+        "target_modules",
+        &settings.targets,
+        "",
+    )?);
     if let Some(exclude) = &settings.exclude {
-        dead.extend(dead_targets(modules, "exclude_modules", exclude, output_embedding)?);
+        dead.extend(dead_targets(
+            modules,
+            "exclude_modules",
+            exclude,
+            output_embedding,
+        )?);
     }
-    let ranks = settings.rank_pattern.iter().map(|(key, _)| ("rank_pattern", key));
-    let alphas = settings.alpha_pattern.iter().map(|(key, _)| ("alpha_pattern", key));
+    let ranks = settings
+        .rank_pattern
+        .iter()
+        .map(|(key, _)| ("rank_pattern", key));
+    let alphas = settings
+        .alpha_pattern
+        .iter()
+        .map(|(key, _)| ("alpha_pattern", key));
     for (setting, key) in ranks.chain(alphas) {
         let regex = pattern_key(key, setting)?;
         if !any(modules, |path| matches(&regex, path))? {
@@ -257,7 +348,11 @@ fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraSett
             dead.push(("layers_to_transform", layer.to_string()));
         }
     }
-    if dead.is_empty() { Ok(()) } else { Err(no_such_module(modules, &dead)) }
+    if dead.is_empty() {
+        Ok(())
+    } else {
+        Err(no_such_module(modules, &dead))
+    }
 }
 
 /// The entries of `targets` that match no module; `absent_is_fine` may be named without being there.
@@ -276,7 +371,10 @@ fn dead_targets(
     let mut dead = Vec::new();
     for entry in entries {
         let alive = match matcher {
-            Matcher::Names(_) => entry == absent_is_fine || modules.iter().any(|module| is_suffix(&module.path, &entry)),
+            Matcher::Names(_) => {
+                entry == absent_is_fine
+                    || modules.iter().any(|module| is_suffix(&module.path, &entry))
+            }
             _ => any(modules, |path| Ok(matcher.find(path)? != Found::No))?,
         };
         if !alive {
@@ -309,17 +407,24 @@ pub(super) fn short_names(modules: &[Module]) -> Vec<&str> {
 
 fn no_such_module(modules: &[Module], dead: &[(&'static str, String)]) -> Error {
     let names = short_names(modules);
-    let written: Vec<String> = dead.iter().map(|(setting, entry)| format!("`{entry}` of `{setting}`")).collect();
+    let written: Vec<String> = dead
+        .iter()
+        .map(|(setting, entry)| format!("`{entry}` of `{setting}`"))
+        .collect();
     let verb = if dead.len() == 1 { "matches" } else { "match" };
-    let error = Error::new(Kind::Adapter, format!("{} {verb} no linear layer of the model", written.join(", ")))
-        .rule(format!("the linear layers are {}", names.join(", ")));
+    let error = Error::new(
+        Kind::Adapter,
+        format!("{} {verb} no linear layer of the model", written.join(", ")),
+    )
+    .rule(format!("the linear layers are {}", names.join(", ")));
     let (setting, entry) = &dead[0];
     match nearest(entry, &names) {
         Some(name) => error.hint(format!("`{name}` is nearest to `{entry}`")),
         None if *setting == "layers_to_transform" => error.hint("layers are counted from 0"),
-        None => {
-            error.hint(format!("write names of that list, as in `target_modules = [\"{}\"]`", names.first().unwrap_or(&"q_proj")))
-        }
+        None => error.hint(format!(
+            "write names of that list, as in `target_modules = [\"{}\"]`",
+            names.first().unwrap_or(&"q_proj")
+        )),
     }
 }
 
@@ -327,14 +432,32 @@ fn no_such_module(modules: &[Module], dead: &[(&'static str, String)]) -> Error 
 fn nearest<'a>(entry: &str, names: &[&'a str]) -> Option<&'a str> {
     let last = entry.rsplit('.').next().unwrap_or(entry);
     let alike = |name: &&str| strsim::jaro_winkler(last, name);
-    names.iter().copied().max_by(|a, b| alike(a).total_cmp(&alike(b))).filter(|name| alike(name) > 0.7)
+    names
+        .iter()
+        .copied()
+        .max_by(|a, b| alike(a).total_cmp(&alike(b)))
+        .filter(|name| alike(name) > 0.7)
 }
 
 fn nothing_left(modules: &[Module], settings: &LoraSettings) -> Error {
     let mut narrowing = vec!["`target_modules`"];
     narrowing.extend(settings.exclude.as_ref().map(|_| "`exclude_modules`"));
-    narrowing.extend(settings.layers_to_transform.as_ref().map(|_| "`layers_to_transform`"));
-    Error::new(Kind::Adapter, format!("no linear layer is left to adapt by {}", narrowing.join(" and ")))
-        .rule(format!("the linear layers are {}", short_names(modules).join(", ")))
-        .hint("name at least one of them, as in `target_modules = \"all-linear\"`")
+    narrowing.extend(
+        settings
+            .layers_to_transform
+            .as_ref()
+            .map(|_| "`layers_to_transform`"),
+    );
+    Error::new(
+        Kind::Adapter,
+        format!(
+            "no linear layer is left to adapt by {}",
+            narrowing.join(" and ")
+        ),
+    )
+    .rule(format!(
+        "the linear layers are {}",
+        short_names(modules).join(", ")
+    ))
+    .hint("name at least one of them, as in `target_modules = \"all-linear\"`")
 }

@@ -8,7 +8,10 @@ use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::report::show;
 use crate::run::{BaselineOf, BaselineRequest, Interval, Method, baseline_of};
-use crate::units::{Count, Flops, GramsCo2e, JOULES_PER_KWH, Joules, ParseQuantityError, Pue, Seconds, Watts, significant};
+use crate::units::{
+    Count, Flops, GramsCo2e, JOULES_PER_KWH, Joules, ParseQuantityError, Pue, Seconds, Watts,
+    significant,
+};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -17,10 +20,20 @@ pub(super) struct Arguments {
     #[arg(conflicts_with_all = ["params", "tokens", "flops", "method"])]
     name: Option<String>,
     /// Parameters that compute on a token (a mixture of experts: the active ones): 1.75e11, 175B, 7M
-    #[arg(long, value_name = "N", conflicts_with = "flops", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "flops",
+        allow_hyphen_values = true
+    )]
     params: Option<String>,
     /// Training tokens, over all epochs: 1.4T; pretraining without them takes 20 a parameter
-    #[arg(long, value_name = "D", requires = "params", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "D",
+        requires = "params",
+        allow_hyphen_values = true
+    )]
     tokens: Option<String>,
     /// FLOPs, in place of parameters and tokens
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
@@ -35,7 +48,12 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     count: Option<String>,
     /// TFLOP/s that one device reaches, averaged over the training
-    #[arg(long, value_name = "T", allow_hyphen_values = true, conflicts_with = "hours")]
+    #[arg(
+        long,
+        value_name = "T",
+        allow_hyphen_values = true,
+        conflicts_with = "hours"
+    )]
     achieved_tflops: Option<String>,
     /// Watts of one device, averaged over the training
     #[arg(long, value_name = "W", allow_hyphen_values = true)]
@@ -79,13 +97,22 @@ impl From<MethodName> for Method {
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let baseline = baseline_of(&request(arguments)?)?;
-    if common.json { out_json(&baseline) } else { out(&page(&baseline)) }
+    if common.json {
+        out_json(&baseline)
+    } else {
+        out(&page(&baseline))
+    }
 }
 
 fn request(arguments: &Arguments) -> Result<BaselineRequest> {
     let count = quantity::<Count>("--count", arguments.count.as_deref())?;
     if let Some(count) = count.filter(|count| count.0.fract() != 0.0) {
-        return Err(refused("--count", &count.0.to_string(), "a whole number of devices", "write `--count 8`"));
+        return Err(refused(
+            "--count",
+            &count.0.to_string(),
+            "a whole number of devices",
+            "write `--count 8`",
+        ));
     }
     let tera = quantity::<Count>("--achieved-tflops", arguments.achieved_tflops.as_deref())?;
     let hours = quantity::<Count>("--hours", arguments.hours.as_deref())?;
@@ -106,11 +133,17 @@ fn request(arguments: &Arguments) -> Result<BaselineRequest> {
 }
 
 fn refused(flag: &str, value: &str, rule: &str, hint: &str) -> Error {
-    Error::new(Kind::Usage, format!("`{flag}` cannot be this")).value(value).rule(rule).hint(hint)
+    Error::new(Kind::Usage, format!("`{flag}` cannot be this"))
+        .value(value)
+        .rule(rule)
+        .hint(hint)
 }
 
 /// A quantity of more than zero.
-fn quantity<T: FromStr<Err = ParseQuantityError> + PartialOrd + Default>(flag: &str, text: Option<&str>) -> Result<Option<T>> {
+fn quantity<T: FromStr<Err = ParseQuantityError> + PartialOrd + Default>(
+    flag: &str,
+    text: Option<&str>,
+) -> Result<Option<T>> {
     let Some(text) = text else { return Ok(None) };
     let hint = format!("`wattune baseline --help` shows `{flag}` in examples");
     match text.parse::<T>() {
@@ -122,13 +155,26 @@ fn quantity<T: FromStr<Err = ParseQuantityError> + PartialOrd + Default>(flag: &
 
 /// Watts, with the unit or without.
 fn watts(text: Option<&str>) -> Result<Option<Watts>> {
-    let with_unit = text.map(|text| if text.trim().parse::<f64>().is_ok() { format!("{text} W") } else { text.to_string() });
+    let with_unit = text.map(|text| {
+        if text.trim().parse::<f64>().is_ok() {
+            format!("{text} W")
+        } else {
+            text.to_string()
+        }
+    });
     quantity("--power", with_unit.as_deref())
 }
 
 fn pue(text: &str) -> Result<Pue> {
     let parsed = text.trim().parse().ok().and_then(Pue::new);
-    parsed.ok_or_else(|| refused("--pue", text, "a number of one or more", "write `--pue 1.1`; 1 is no overhead"))
+    parsed.ok_or_else(|| {
+        refused(
+            "--pue",
+            text,
+            "a number of one or more",
+            "write `--pue 1.1`; 1 is no overhead",
+        )
+    })
 }
 
 /// The estimate for people.
@@ -142,7 +188,10 @@ fn page(baseline: &BaselineOf) -> String {
         let _ = writeln!(text, "  {label:<14} {value}");
     };
     row("energy", shown(estimate.energy, energy));
-    row("carbon", shown(estimate.carbon, |carbon: GramsCo2e| carbon.to_string()));
+    row(
+        "carbon",
+        shown(estimate.carbon, |carbon: GramsCo2e| carbon.to_string()),
+    );
     if let Some(time) = estimate.device_time {
         row("device hours", shown(time, |time| hours(time.0 / 3600.0)));
     }
@@ -156,22 +205,49 @@ fn page(baseline: &BaselineOf) -> String {
             ),
         );
     }
-    estimate.power_w.iter().for_each(|power| row("device power", shown(*power, |power| format!("{} W", significant(power.0)))));
+    estimate.power_w.iter().for_each(|power| {
+        row(
+            "device power",
+            shown(*power, |power| format!("{} W", significant(power.0))),
+        )
+    });
     row("PUE", shown(estimate.pue, |pue| significant(pue.value())));
-    estimate.device.iter().for_each(|device| row("device", device.clone()));
-    estimate.flops.iter().for_each(|flops| row("work", format!("{:.3e} FLOPs", flops.0)));
+    estimate
+        .device
+        .iter()
+        .for_each(|device| row("device", device.clone()));
+    estimate
+        .flops
+        .iter()
+        .for_each(|flops| row("work", format!("{:.3e} FLOPs", flops.0)));
     if let Some(printed) = &baseline.published {
         let scope = |has| match has {
             Some(true) => "with PUE",
             Some(false) => "without PUE",
             None => "PUE not stated",
         };
-        printed.energy_mwh.iter().for_each(|mwh| row("published", format!("{mwh} MWh, {}", scope(printed.energy_has_pue))));
-        printed.tco2e.iter().for_each(|tonnes| row("published", format!("{tonnes} tCO2e, {}", scope(printed.tco2e_has_pue))));
-        printed.remark.iter().for_each(|remark| row("note", remark.clone()));
+        printed.energy_mwh.iter().for_each(|mwh| {
+            row(
+                "published",
+                format!("{mwh} MWh, {}", scope(printed.energy_has_pue)),
+            )
+        });
+        printed.tco2e.iter().for_each(|tonnes| {
+            row(
+                "published",
+                format!("{tonnes} tCO2e, {}", scope(printed.tco2e_has_pue)),
+            )
+        });
+        printed
+            .remark
+            .iter()
+            .for_each(|remark| row("note", remark.clone()));
     }
     text += "\nTaken for granted:\n";
-    estimate.assumptions.iter().for_each(|assumption| text += &format!("  {assumption}\n"));
+    estimate
+        .assumptions
+        .iter()
+        .for_each(|assumption| text += &format!("  {assumption}\n"));
     text
 }
 
@@ -181,12 +257,21 @@ fn shown<T: Copy + PartialEq>(interval: Interval<T>, show: impl Fn(T) -> String)
     if low == high {
         return show(central);
     }
-    format!("{}, between {} and {}", show(central), show(low), show(high))
+    format!(
+        "{}, between {} and {}",
+        show(central),
+        show(low),
+        show(high)
+    )
 }
 
 /// Thousands in groups: nobody reads seven digits in a row.
 fn hours(hours: f64) -> String {
-    if hours < 10_000.0 { significant(hours) } else { show::count(hours.round() as u64) }
+    if hours < 10_000.0 {
+        significant(hours)
+    } else {
+        show::count(hours.round() as u64)
+    }
 }
 
 /// In the unit electricity is sold in.

@@ -61,7 +61,10 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
 /// Keeps a run's factor in the profile it was charged to.
 fn keep(arguments: &Arguments, run: &Path, common: Common) -> Result<ExitCode> {
     let found = run::reconcile(run, arguments.name.as_deref())?;
-    let path = arguments.out.clone().unwrap_or_else(|| PathBuf::from(format!("{}.toml", found.profile.name)));
+    let path = arguments
+        .out
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(format!("{}.toml", found.profile.name)));
     check(&path)?;
     write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
     let (factor, source) = found.profile.factor().unwrap_or((1.0, ""));
@@ -76,7 +79,12 @@ fn keep(arguments: &Arguments, run: &Path, common: Common) -> Result<ExitCode> {
             "profile": found.profile,
         }));
     }
-    let mut text = format!("{} · {} with counted joules times {}\n", found.profile.name, found.base.name, significant(factor));
+    let mut text = format!(
+        "{} · {} with counted joules times {}\n",
+        found.profile.name,
+        found.base.name,
+        significant(factor)
+    );
     let _ = writeln!(text, "\n  {source}");
     out(&(text + &ending(&path, &found.notes)))
 }
@@ -84,17 +92,32 @@ fn keep(arguments: &Arguments, run: &Path, common: Common) -> Result<ExitCode> {
 /// Measures the machine.
 fn measure(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     if arguments.each <= Seconds::ZERO || arguments.each > LONGEST {
-        let error = Error::new(Kind::Usage, "`--each` is out of range").value(arguments.each.to_string());
+        let error =
+            Error::new(Kind::Usage, "`--each` is out of range").value(arguments.each.to_string());
         return Err(error.rule(format!("more than nothing, at most {LONGEST}")));
     }
     let (device, computing) = run::device(&arguments.device)?;
-    let calibrator = Calibrator::new(&arguments.like, arguments.name.as_deref(), device, computing)?;
-    let path = arguments.out.clone().unwrap_or_else(|| PathBuf::from(format!("{}.toml", calibrator.name())));
+    let calibrator = Calibrator::new(
+        &arguments.like,
+        arguments.name.as_deref(),
+        device,
+        computing,
+    )?;
+    let path = arguments
+        .out
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(format!("{}.toml", calibrator.name())));
     check(&path)?;
     let mut screen = Terminal::new(common.quiet);
-    let found = calibrator.measure(Effort::of(arguments.each), &mut screen).map_err(Error::while_running)?;
+    let found = calibrator
+        .measure(Effort::of(arguments.each), &mut screen)
+        .map_err(Error::while_running)?;
     write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
-    if common.json { out_json(&document(&path, &found)) } else { out(&page(&path, &found)) }
+    if common.json {
+        out_json(&document(&path, &found))
+    } else {
+        out(&page(&path, &found))
+    }
 }
 
 /// Refuses, before anything is measured, a file that no recipe could name or that is there already.
@@ -114,11 +137,21 @@ fn check(path: &Path) -> Result<()> {
 }
 
 fn document(path: &Path, found: &Calibration) -> Value {
-    let Calibration { base, profile, measured, notes } = found;
+    let Calibration {
+        base,
+        profile,
+        measured,
+        notes,
+    } = found;
     let rates: serde_json::Map<String, Value> = measured
         .rates
         .iter()
-        .map(|(precision, rate)| (precision.as_str().to_string(), json!({ "measured": rate, "nearest": base.rate(*precision) })))
+        .map(|(precision, rate)| {
+            (
+                precision.as_str().to_string(),
+                json!({ "measured": rate, "nearest": base.rate(*precision) }),
+            )
+        })
         .collect();
     let power = measured.power.as_ref();
     json!({
@@ -144,26 +177,53 @@ fn document(path: &Path, found: &Calibration) -> Value {
 }
 
 fn page(path: &Path, found: &Calibration) -> String {
-    let Calibration { base, profile, measured, notes } = found;
-    let mut text = format!("{} · measured, and in brackets what {} says\n\n", profile.name, base.name);
+    let Calibration {
+        base,
+        profile,
+        measured,
+        notes,
+    } = found;
+    let mut text = format!(
+        "{} · measured, and in brackets what {} says\n\n",
+        profile.name, base.name
+    );
     let mut row = |label: &str, value: String| {
         let _ = writeln!(text, "  {label:<10} {value}");
     };
     for (precision, rate) in &measured.rates {
-        row(precision.as_str(), format!("{}/s ({}/s)", Flops(*rate), Flops(base.rate(*precision))));
+        row(
+            precision.as_str(),
+            format!("{}/s ({}/s)", Flops(*rate), Flops(base.rate(*precision))),
+        );
     }
     let gigabytes = |rate: f64| significant(rate / 1e9);
-    row("memory", format!("{} GB/s ({})", gigabytes(measured.bandwidth), gigabytes(base.bandwidth * base.achievable_bandwidth)));
+    row(
+        "memory",
+        format!(
+            "{} GB/s ({})",
+            gigabytes(measured.bandwidth),
+            gigabytes(base.bandwidth * base.achievable_bandwidth)
+        ),
+    );
     for cache in &measured.caches {
         if let Some((rate, set)) = cache.bandwidth {
-            row(&cache.name, format!("{} GB/s, copied within {set} a thread", gigabytes(rate)));
+            row(
+                &cache.name,
+                format!("{} GB/s, copied within {set} a thread", gigabytes(rate)),
+            );
         }
     }
     let power = match &measured.power {
         Some(power) => {
-            format!("idle {} ({}), load {} ({}), by {}", power.idle, base.idle_w, power.load, base.load_w, power.counter)
+            format!(
+                "idle {} ({}), load {} ({}), by {}",
+                power.idle, base.idle_w, power.load, base.load_w, power.counter
+            )
         }
-        None => format!("not measured: idle {}, load {} as {} has it", profile.idle_w, profile.load_w, base.name),
+        None => format!(
+            "not measured: idle {}, load {} as {} has it",
+            profile.idle_w, profile.load_w, base.name
+        ),
     };
     row("power", power);
     text + &ending(path, notes)
@@ -171,8 +231,14 @@ fn page(path: &Path, found: &Calibration) -> String {
 
 /// The notes, and how a recipe names the file.
 fn ending(path: &Path, notes: &[String]) -> String {
-    let notes: String = notes.iter().map(|note| format!("\n  note: {note}\n")).collect();
-    format!("{notes}\nWrote {0}. In a recipe: `device = \"{0}\"` in [energy], the path as seen from the recipe.", shown(path))
+    let notes: String = notes
+        .iter()
+        .map(|note| format!("\n  note: {note}\n"))
+        .collect();
+    format!(
+        "{notes}\nWrote {0}. In a recipe: `device = \"{0}\"` in [energy], the path as seen from the recipe.",
+        shown(path)
+    )
 }
 
 /// A relative path with `./` before it, so that a recipe reads it as a path.

@@ -12,9 +12,24 @@ pub(super) fn table(choices: &[Value]) -> String {
     if choices.is_empty() {
         return String::new();
     }
-    let head = ["choice", "a step", "same tokens", "times", "time, at least", "peak memory"].map(String::from);
-    let rows: Vec<[String; 6]> = std::iter::once(head).chain(choices.iter().map(cells)).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let head = [
+        "choice",
+        "a step",
+        "same tokens",
+        "times",
+        "time, at least",
+        "peak memory",
+    ]
+    .map(String::from);
+    let rows: Vec<[String; 6]> = std::iter::once(head)
+        .chain(choices.iter().map(cells))
+        .collect();
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
     let widths: [usize; 6] = std::array::from_fn(width);
     let mut text =
         "\nWhat each choice would cost, all else as in the recipe (training alone; the same tokens as planned)\n\n".to_string();
@@ -22,9 +37,16 @@ pub(super) fn table(choices: &[Value]) -> String {
     for (index, row) in rows.iter().enumerate() {
         let choice = index.checked_sub(1).map(|index| &choices[index]);
         let own = choice.is_some_and(|choice| choice["own"] == true);
-        let next = choice.and_then(|choice| choice["kind"].as_str()).unwrap_or_default();
+        let next = choice
+            .and_then(|choice| choice["kind"].as_str())
+            .unwrap_or_default();
         // A line apart between ranks, targets and devices; single rows stand together.
-        if [kind, next].iter().any(|kind| ["recipe", "rank", "targets", "device"].contains(kind)) && next != kind && index > 1 {
+        if [kind, next]
+            .iter()
+            .any(|kind| ["recipe", "rank", "targets", "device"].contains(kind))
+            && next != kind
+            && index > 1
+        {
             text.push('\n');
         }
         kind = next;
@@ -55,7 +77,11 @@ fn cells(choice: &Value) -> [String; 6] {
 }
 
 fn times(ratio: f64) -> String {
-    if ratio >= 0.01 { format!("{ratio:.2}") } else { significant(ratio) }
+    if ratio >= 0.01 {
+        format!("{ratio:.2}")
+    } else {
+        significant(ratio)
+    }
 }
 
 #[cfg(test)]

@@ -41,20 +41,40 @@ pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
         return out_json(&json!({ "here": here, "profiles": Profile::all(), "sensors": sensors }));
     }
     let mut text = format!("This machine counts as {} ({}).\n", here.name, here.title);
-    here.note.iter().for_each(|note| text += &format!("  {note}\n"));
+    here.note
+        .iter()
+        .for_each(|note| text += &format!("  {note}\n"));
     text += "\nWhat can be measured here:\n";
     for found in &sensors {
         let _ = match &found.state {
             State::Available => {
-                let left_out: String = found.left_out.iter().map(|zone| format!("\n         without {zone}")).collect();
+                let left_out: String = found
+                    .left_out
+                    .iter()
+                    .map(|zone| format!("\n         without {zone}"))
+                    .collect();
                 writeln!(text, "  {:<6} yes: {}{left_out}", found.name, found.covers)
             }
-            State::Absent(absent) => writeln!(text, "  {:<6} no: {}\n         {}", found.name, absent.reason, absent.remedy),
+            State::Absent(absent) => writeln!(
+                text,
+                "  {:<6} no: {}\n         {}",
+                found.name, absent.reason, absent.remedy
+            ),
         };
     }
     text += "\nProfiles (write one as `device` in [energy]; ~ before a power: assumed, or not read at its source; all sources: --json):\n";
     for profile in Profile::all() {
-        let mark = |field: &str| if profile.sources.get(field).is_some_and(|source| source.verified) { "" } else { "~" };
+        let mark = |field: &str| {
+            if profile
+                .sources
+                .get(field)
+                .is_some_and(|source| source.verified)
+            {
+                ""
+            } else {
+                "~"
+            }
+        };
         let (idle, load) = (mark("idle"), mark("load"));
         let _ = writeln!(
             text,

@@ -36,7 +36,9 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     if arguments.micro_batch_size == 0 || arguments.max_length == 0 {
         let rule = "`--micro-batch-size` and `--max-length` are at least 1";
-        return Err(Error::new(Kind::Usage, "a forward pass holds no tokens").value("0").rule(rule));
+        return Err(Error::new(Kind::Usage, "a forward pass holds no tokens")
+            .value("0")
+            .rule(rule));
     }
     let (device, _) = run::device(&arguments.model.device)?;
     let job = EvaluationJob {
@@ -67,14 +69,29 @@ fn options(arguments: &Arguments) -> Result<DataOptions> {
         "auto" => Format::Auto,
         other => {
             let rule = "text, completion, messages, alpaca or auto";
-            return Err(Error::new(Kind::Usage, "there is no such format").at("--format").value(other).rule(rule));
+            return Err(Error::new(Kind::Usage, "there is no such format")
+                .at("--format")
+                .value(other)
+                .rule(rule));
         }
     };
     let pair = |text: &String| {
-        let split = text.split_once('=').map(|(field, column)| (field.to_string(), column.to_string()));
-        split.ok_or_else(|| Error::new(Kind::Usage, "a column is given as FIELD=COLUMN").at("--column").value(text.clone()))
+        let split = text
+            .split_once('=')
+            .map(|(field, column)| (field.to_string(), column.to_string()));
+        split.ok_or_else(|| {
+            Error::new(Kind::Usage, "a column is given as FIELD=COLUMN")
+                .at("--column")
+                .value(text.clone())
+        })
     };
     let columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;
     let (on_bad_record, txt_unit) = (OnBadRecord::Stop, TxtUnit::Paragraph);
-    Ok(DataOptions { format, columns, max_length: arguments.max_length, on_bad_record, txt_unit })
+    Ok(DataOptions {
+        format,
+        columns,
+        max_length: arguments.max_length,
+        on_bad_record,
+        txt_unit,
+    })
 }

@@ -41,10 +41,16 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let refuse = |flag: &str, value: f64, rule: &str| {
-        Err(Error::new(Kind::Usage, format!("`{flag}` is out of range")).value(value.to_string()).rule(rule))
+        Err(Error::new(Kind::Usage, format!("`{flag}` is out of range"))
+            .value(value.to_string())
+            .rule(rule))
     };
     if !(arguments.temperature >= 0.0 && arguments.temperature.is_finite()) {
-        return refuse("--temperature", arguments.temperature, "a number of at least 0");
+        return refuse(
+            "--temperature",
+            arguments.temperature,
+            "a number of at least 0",
+        );
     }
     if !(arguments.top_p > 0.0 && arguments.top_p <= 1.0) {
         return refuse("--top-p", arguments.top_p, "above 0, at most 1");
@@ -77,5 +83,9 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         }
     };
     let result = run::generate(&job, &mut screen, &mut show)?;
-    if common.json { out_json(&result) } else { out("") }
+    if common.json {
+        out_json(&result)
+    } else {
+        out("")
+    }
 }

@@ -27,13 +27,24 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
-    let request =
-        MergeRequest { model: &arguments.model, revision: &arguments.revision, adapter: &arguments.adapter, out: &arguments.out };
+    let request = MergeRequest {
+        model: &arguments.model,
+        revision: &arguments.revision,
+        adapter: &arguments.adapter,
+        out: &arguments.out,
+    };
     let summary = run::merge_model(&request, &mut Terminal::new(common.quiet))?;
     let path = arguments.out.display().to_string();
     if common.json {
         let (merged, kept) = (summary.merged, summary.kept);
-        return out_json(&json!({ "out": path, "files": summary.files, "merged": merged, "kept": kept, "bytes": summary.size }));
+        return out_json(
+            &json!({ "out": path, "files": summary.files, "merged": merged, "kept": kept, "bytes": summary.size }),
+        );
     }
-    out(&format!("Merged {} of {} tensors into `{path}` ({}).", summary.merged, summary.merged + summary.kept, summary.size))
+    out(&format!(
+        "Merged {} of {} tensors into `{path}` ({}).",
+        summary.merged,
+        summary.merged + summary.kept,
+        summary.size
+    ))
 }

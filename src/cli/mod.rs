@@ -165,36 +165,52 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
     let cores = run::allowed_threads();
     let threads = match (threads, std::env::var("RAYON_NUM_THREADS")) {
         (Some(threads), _) => threads,
-        (None, Ok(text)) if !text.is_empty() => text.parse().ok().filter(|threads| *threads > 0).ok_or_else(|| {
-            Error::new(Kind::Usage, "RAYON_NUM_THREADS is not a number of threads")
-                .value(text)
-                .rule("a whole number of at least one")
-                .hint("unset it, or write `--threads 2`")
-        })?,
+        (None, Ok(text)) if !text.is_empty() => text
+            .parse()
+            .ok()
+            .filter(|threads| *threads > 0)
+            .ok_or_else(|| {
+                Error::new(Kind::Usage, "RAYON_NUM_THREADS is not a number of threads")
+                    .value(text)
+                    .rule("a whole number of at least one")
+                    .hint("unset it, or write `--threads 2`")
+            })?,
         _ => cores,
     };
     if threads > MOST_THREADS * cores {
-        return Err(Error::new(Kind::Usage, "more threads than the machine has use for")
-            .value(threads.to_string())
-            .rule(format!("at most {MOST_THREADS} for each of {cores} cores"))
-            .hint(format!("write `--threads {cores}`, or leave it out")));
+        return Err(
+            Error::new(Kind::Usage, "more threads than the machine has use for")
+                .value(threads.to_string())
+                .rule(format!("at most {MOST_THREADS} for each of {cores} cores"))
+                .hint(format!("write `--threads {cores}`, or leave it out")),
+        );
     }
     // SAFETY: this is the program's first act: no other thread exists that could read the environment meanwhile.
     unsafe {
         std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
         std::env::set_var("CANDLE_NUM_THREADS", "1");
     }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK).build_global();
-    pool.map_err(|e| Error::new(Kind::Usage, format!("the thread pool cannot be set up: {e}")))
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .stack_size(STACK)
+        .build_global();
+    pool.map_err(|e| {
+        Error::new(
+            Kind::Usage,
+            format!("the thread pool cannot be set up: {e}"),
+        )
+    })
 }
 
 /// Writes data to standard output; a reader that went away is no error.
 fn out(text: &str) -> Result<ExitCode> {
     let mut stdout = std::io::stdout().lock();
     match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::new(Kind::Io, format!("cannot write to standard output: {e}")).while_running())
-        }
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::new(
+            Kind::Io,
+            format!("cannot write to standard output: {e}"),
+        )
+        .while_running()),
         _ => Ok(ExitCode::SUCCESS),
     }
 }

@@ -38,7 +38,17 @@ impl ModelArguments {
                     .rule("f32, bf16 or f16"));
             }
         };
-        let (model, revision, adapter) = (self.model.as_str(), self.revision.as_str(), self.adapter.as_deref());
-        Ok(ModelRequest { model, revision, adapter, device, precision })
+        let (model, revision, adapter) = (
+            self.model.as_str(),
+            self.revision.as_str(),
+            self.adapter.as_deref(),
+        );
+        Ok(ModelRequest {
+            model,
+            revision,
+            adapter,
+            device,
+            precision,
+        })
     }
 }

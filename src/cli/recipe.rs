@@ -35,15 +35,19 @@ pub(super) enum Command {
 pub(super) fn run(command: &Command, common: Common) -> Result<ExitCode> {
     match command {
         Command::Schema => out_json(&recipe::json_schema()),
-        Command::Init { path } if path.exists() => Err(Error::new(Kind::Usage, "the file exists already")
-            .at(path.display().to_string())
-            .hint("give another name: `wattune recipe init OTHER.toml`")),
+        Command::Init { path } if path.exists() => {
+            Err(Error::new(Kind::Usage, "the file exists already")
+                .at(path.display().to_string())
+                .hint("give another name: `wattune recipe init OTHER.toml`"))
+        }
         Command::Init { path } => {
             write_whole(path, &recipe::starter())?;
             let written = path.display().to_string();
             match common.json {
                 true => out_json(&json!({ "written": written })),
-                false => out(&format!("Wrote {written}. Next: edit it, then `wattune recipe check {written}`.")),
+                false => out(&format!(
+                    "Wrote {written}. Next: edit it, then `wattune recipe check {written}`."
+                )),
             }
         }
         Command::Check { recipe, overrides } => check(recipe, overrides, common),
@@ -62,20 +66,38 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     let sample = prepared.train.first.as_ref();
     if common.json {
         let pieces = |sample: &RenderedSample| -> Vec<_> {
-            sample.pieces.iter().map(|piece| json!({ "text": piece.text, "loss": piece.loss })).collect()
+            sample
+                .pieces
+                .iter()
+                .map(|piece| json!({ "text": piece.text, "loss": piece.loss }))
+                .collect()
         };
         let first = sample.map(|sample| json!({ "place": sample.place, "pieces": pieces(sample) }));
-        return out_json(&json!({ "ok": true, "steps": plan.steps, "eos_trained": prepared.train.eos_trained,
-            "warnings": prepared.warnings, "first": first, "data": plan.json["data"] }));
+        return out_json(
+            &json!({ "ok": true, "steps": plan.steps, "eos_trained": prepared.train.eos_trained,
+            "warnings": prepared.warnings, "first": first, "data": plan.json["data"] }),
+        );
     }
-    let mut text = format!("{} is ready: {} steps, about {}.\n", path.display(), plan.steps, plan.energy);
+    let mut text = format!(
+        "{} is ready: {} steps, about {}.\n",
+        path.display(),
+        plan.steps,
+        plan.energy
+    );
     for warning in &prepared.warnings {
         text += &format!("warning: {warning}\n");
     }
     if let Some(sample) = sample {
-        text += &format!("\nThe first record ({}); what is learned stands in »«:\n\n", sample.place);
+        text += &format!(
+            "\nThe first record ({}); what is learned stands in »«:\n\n",
+            sample.place
+        );
         for piece in &sample.pieces {
-            text += &if piece.loss { format!("»{}«", piece.text) } else { piece.text.clone() };
+            text += &if piece.loss {
+                format!("»{}«", piece.text)
+            } else {
+                piece.text.clone()
+            };
         }
     }
     out(&text)

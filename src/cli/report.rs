@@ -75,15 +75,20 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
 
 /// What a page calls the run: its directory's own name, so that a page handed on says nothing of the machine's folders.
 fn directory_name(run: &Path) -> String {
-    run.file_name().map_or_else(|| run.display().to_string(), |name| name.to_string_lossy().into_owned())
+    run.file_name().map_or_else(
+        || run.display().to_string(),
+        |name| name.to_string_lossy().into_owned(),
+    )
 }
 
 /// The form asked for; `--json` is one of them.
 fn form<F: PartialEq>(format: Option<F>, json: bool, as_json: F, otherwise: F) -> Result<F> {
     match (format, json) {
-        (Some(other), true) if other != as_json => {
-            Err(Error::new(Kind::Usage, "`--json` and another `--format` contradict each other").hint("give one of them"))
-        }
+        (Some(other), true) if other != as_json => Err(Error::new(
+            Kind::Usage,
+            "`--json` and another `--format` contradict each other",
+        )
+        .hint("give one of them")),
         (None, true) => Ok(as_json),
         (format, _) => Ok(format.unwrap_or(otherwise)),
     }
@@ -91,14 +96,31 @@ fn form<F: PartialEq>(format: Option<F>, json: bool, as_json: F, otherwise: F) -
 
 pub(super) fn compare(arguments: &CompareArguments, common: Common) -> Result<ExitCode> {
     let named = |run: &PathBuf| Ok((run.display().to_string(), read(run)?));
-    let runs = arguments.runs.iter().map(named).collect::<Result<Vec<_>>>()?;
+    let runs = arguments
+        .runs
+        .iter()
+        .map(named)
+        .collect::<Result<Vec<_>>>()?;
     let comparison = compare_reports(&runs);
-    match form(arguments.format, common.json, CompareFormat::Json, CompareFormat::Text)? {
+    match form(
+        arguments.format,
+        common.json,
+        CompareFormat::Json,
+        CompareFormat::Text,
+    )? {
         CompareFormat::Json => out_json(&comparison.json()),
         CompareFormat::Text => out(&comparison.text()),
         CompareFormat::Html => {
-            let courses = arguments.runs.iter().map(|run| history(run)).collect::<Result<Vec<_>>>()?;
-            let runs: Vec<(Report, History)> = runs.into_iter().map(|(_, report)| report).zip(courses).collect();
+            let courses = arguments
+                .runs
+                .iter()
+                .map(|run| history(run))
+                .collect::<Result<Vec<_>>>()?;
+            let runs: Vec<(Report, History)> = runs
+                .into_iter()
+                .map(|(_, report)| report)
+                .zip(courses)
+                .collect();
             out(&comparison_page(&comparison, &runs))
         }
     }

@@ -24,7 +24,14 @@ impl Terminal {
     pub(super) fn new(quiet: bool) -> Self {
         use std::io::IsTerminal;
         let live = std::io::stderr().is_terminal() && !quiet;
-        Self { quiet, live, bar: None, last_line: None, val_loss: None, downloads: Downloads::new(quiet) }
+        Self {
+            quiet,
+            live,
+            bar: None,
+            last_line: None,
+            val_loss: None,
+            downloads: Downloads::new(quiet),
+        }
     }
 
     /// Takes the live line away.
@@ -44,9 +51,10 @@ impl Terminal {
 
     fn bar(&mut self, steps: u64) -> &ProgressBar {
         let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr_with_hz(8));
-            let style =
-                ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar =
+                ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr_with_hz(8));
+            let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style.progress_chars("=> "));
             bar
         });
@@ -70,9 +78,15 @@ impl Screen for Terminal {
             let bar = self.bar(view.expected_steps.max(record.step));
             bar.set_position(record.step);
             bar.set_message(text);
-        } else if self.last_line.is_none_or(|last| last.elapsed() >= LOG_EVERY) {
+        } else if self
+            .last_line
+            .is_none_or(|last| last.elapsed() >= LOG_EVERY)
+        {
             self.last_line = Some(Instant::now());
-            self.line(&format!("step {}/{} {text}", record.step, view.expected_steps));
+            self.line(&format!(
+                "step {}/{} {text}",
+                record.step, view.expected_steps
+            ));
         }
     }
 
@@ -84,8 +98,12 @@ impl Screen for Terminal {
 
     fn evaluated(&mut self, step: u64, val_loss: f64) {
         let before = self.val_loss.replace(val_loss).filter(|_| step > 0);
-        let change = before.map_or(String::new(), |before| format!(" ({:+.4})", val_loss - before));
-        self.line(&format!("step {step}: validation loss {val_loss:.4}{change}"));
+        let change = before.map_or(String::new(), |before| {
+            format!(" ({:+.4})", val_loss - before)
+        });
+        self.line(&format!(
+            "step {step}: validation loss {val_loss:.4}{change}"
+        ));
     }
 
     fn downloads(&self) -> &dyn Progress {
@@ -101,9 +119,15 @@ fn progress(record: &StepRecord, view: &StepView) -> String {
         None => String::new(),
     };
     let per_step = Seconds(view.train_wall.0 / view.done.max(1) as f64);
-    let left = Seconds((per_step.0 * view.expected_steps.saturating_sub(record.step) as f64).ceil());
+    let left =
+        Seconds((per_step.0 * view.expected_steps.saturating_sub(record.step) as f64).ceil());
     let spent: Joules = view.spent;
-    format!("loss {:.4} · lr {:.2e} · {rate:.0} tok/s · {spent}{budget} · {} left", record.loss, record.lr, left.spoken())
+    format!(
+        "loss {:.4} · lr {:.2e} · {rate:.0} tok/s · {spent}{budget} · {} left",
+        record.loss,
+        record.lr,
+        left.spoken()
+    )
 }
 
 /// Download progress: one bar a file on a terminal, one line a file in a log.
@@ -124,11 +148,17 @@ impl Progress for Downloads {
         if self.quiet {
             return;
         }
-        self.bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(4));
+        self.bar
+            .set_draw_target(ProgressDrawTarget::stderr_with_hz(4));
         self.bar.set_length(bytes.unwrap_or(0));
         self.bar.set_position(0);
-        let style = ProgressStyle::with_template("{msg} {bar:24} {bytes}/{total_bytes} {bytes_per_sec}");
-        self.bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+        let style =
+            ProgressStyle::with_template("{msg} {bar:24} {bytes}/{total_bytes} {bytes_per_sec}");
+        self.bar.set_style(
+            style
+                .unwrap_or_else(|_| ProgressStyle::default_bar())
+                .progress_chars("=> "),
+        );
         self.bar.set_message(file.to_string());
     }
 

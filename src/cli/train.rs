@@ -44,7 +44,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     stop_when_asked(common.quiet)?;
     let out_dir = match (&arguments.out, &recipe) {
         (Some(out), _) => out.clone(),
-        (None, Some(recipe)) => free_directory(&format!("{}-{}", recipe.name, chrono::Local::now().format("%Y%m%d-%H%M%S"))),
+        (None, Some(recipe)) => free_directory(&format!(
+            "{}-{}",
+            recipe.name,
+            chrono::Local::now().format("%Y%m%d-%H%M%S")
+        )),
         (None, None) => PathBuf::new(),
     };
     let request = TrainRequest {
@@ -64,7 +68,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         out_json(&finished.report)?;
     } else if !common.quiet {
         out(&to_brief(&path.display().to_string(), &finished.report)?)?;
-        eprintln!("\nThe result is in `{}`; the whole report: `wattune report {}`.", finished.result().display(), path.display());
+        eprintln!(
+            "\nThe result is in `{}`; the whole report: `wattune report {}`.",
+            finished.result().display(),
+            path.display()
+        );
     }
     match finished.stop {
         Stop::Interrupted => {
@@ -116,10 +124,13 @@ fn stop_when_asked(quiet: bool) -> Result<()> {
         if quiet {
             return;
         }
-        eprintln!("\nstopping and saving as soon as what is under way is done; press Ctrl-C again to leave at once");
+        eprintln!(
+            "\nstopping and saving as soon as what is under way is done; press Ctrl-C again to leave at once"
+        );
     };
     let hangup_ignored = ignores_hangup();
-    ctrlc::set_handler(handler).map_err(|e| Error::new(Kind::Usage, format!("Ctrl-C cannot be watched: {e}")))?;
+    ctrlc::set_handler(handler)
+        .map_err(|e| Error::new(Kind::Usage, format!("Ctrl-C cannot be watched: {e}")))?;
     if hangup_ignored {
         ignore_hangup();
     }

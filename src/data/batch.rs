@@ -40,8 +40,16 @@ impl MicroBatch {
         for (index, example) in examples {
             let start = batch.tokens.len();
             batch.tokens.extend_from_slice(&example.tokens);
-            batch.segments.push(Segment { range: start..batch.tokens.len(), example: index });
-            for (i, _) in example.loss.iter().enumerate().filter(|(i, is_loss)| **is_loss && *i > 0) {
+            batch.segments.push(Segment {
+                range: start..batch.tokens.len(),
+                example: index,
+            });
+            for (i, _) in example
+                .loss
+                .iter()
+                .enumerate()
+                .filter(|(i, is_loss)| **is_loss && *i > 0)
+            {
                 batch.loss_positions.push((start + i - 1) as u32);
                 batch.targets.push(example.tokens[i]);
             }
@@ -51,7 +59,10 @@ impl MicroBatch {
 
     /// What its cost depends on.
     pub fn shape(&self) -> BatchShape {
-        BatchShape { segments: self.segments.iter().map(|s| s.range.len()).collect(), loss_tokens: self.targets.len() }
+        BatchShape {
+            segments: self.segments.iter().map(|s| s.range.len()).collect(),
+            loss_tokens: self.targets.len(),
+        }
     }
 }
 

@@ -56,15 +56,29 @@ pub(super) fn save(folder: &Path, dataset: &Dataset) -> std::io::Result<()> {
 }
 
 fn body(dataset: &Dataset) -> std::io::Result<Vec<u8>> {
-    let Dataset { counts, eos_trained, fingerprint, first, .. } = dataset.clone();
-    let header = serde_json::to_vec(&Header { fingerprint, counts, eos_trained, first })?;
+    let Dataset {
+        counts,
+        eos_trained,
+        fingerprint,
+        first,
+        ..
+    } = dataset.clone();
+    let header = serde_json::to_vec(&Header {
+        fingerprint,
+        counts,
+        eos_trained,
+        first,
+    })?;
     let mut out = MAGIC.to_vec();
     out.extend_from_slice(&(header.len() as u64).to_le_bytes());
     out.extend_from_slice(&header);
     for (example, record) in dataset.examples.iter().zip(&*dataset.records) {
         out.extend_from_slice(&record.to_le_bytes());
         out.extend_from_slice(&(example.tokens.len() as u64).to_le_bytes());
-        example.tokens.iter().for_each(|token| out.extend_from_slice(&token.to_le_bytes()));
+        example
+            .tokens
+            .iter()
+            .for_each(|token| out.extend_from_slice(&token.to_le_bytes()));
         out.extend(example.loss.iter().map(|loss| u8::from(*loss)));
     }
     Ok(out)
@@ -73,17 +87,32 @@ fn body(dataset: &Dataset) -> std::io::Result<Vec<u8>> {
 fn parse(body: &[u8]) -> Option<Dataset> {
     let mut rest = body.strip_prefix(MAGIC)?;
     let header_length = usize::try_from(number(&mut rest)?).ok()?;
-    let Header { fingerprint, counts, eos_trained, first } = serde_json::from_slice(take(&mut rest, header_length)?).ok()?;
+    let Header {
+        fingerprint,
+        counts,
+        eos_trained,
+        first,
+    } = serde_json::from_slice(take(&mut rest, header_length)?).ok()?;
     let (mut examples, mut records) = (Vec::new(), Vec::new());
     while !rest.is_empty() {
         records.push(number(&mut rest)?);
         let length = usize::try_from(number(&mut rest)?).ok()?;
         let tokens = take(&mut rest, length.checked_mul(4)?)?;
-        let tokens = tokens.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes"))).collect();
+        let tokens = tokens
+            .chunks_exact(4)
+            .map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")))
+            .collect();
         let loss = take(&mut rest, length)?.iter().map(|b| *b != 0).collect();
         examples.push(Example { tokens, loss });
     }
-    Some(Dataset { examples: examples.into(), records: records.into(), counts, eos_trained, fingerprint, first })
+    Some(Dataset {
+        examples: examples.into(),
+        records: records.into(),
+        counts,
+        eos_trained,
+        fingerprint,
+        first,
+    })
 }
 
 fn take<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
@@ -103,12 +132,34 @@ mod tests {
     #[test]
     fn what_was_saved_is_loaded_and_damage_is_seen() {
         let folder = tempfile::tempdir().unwrap();
-        let examples =
-            vec![Example { tokens: vec![7, 70_000], loss: vec![false, true] }, Example { tokens: vec![], loss: vec![] }];
-        let first = Some(Sample { place: "f, line 1".into(), pieces: vec![] });
-        let counts = Counts { records: 3, glued: 1, ..Counts::default() };
+        let examples = vec![
+            Example {
+                tokens: vec![7, 70_000],
+                loss: vec![false, true],
+            },
+            Example {
+                tokens: vec![],
+                loss: vec![],
+            },
+        ];
+        let first = Some(Sample {
+            place: "f, line 1".into(),
+            pieces: vec![],
+        });
+        let counts = Counts {
+            records: 3,
+            glued: 1,
+            ..Counts::default()
+        };
         let records = [0, 2].as_slice().into();
-        let dataset = Dataset { examples: examples.into(), records, counts, eos_trained: true, fingerprint: "ab".into(), first };
+        let dataset = Dataset {
+            examples: examples.into(),
+            records,
+            counts,
+            eos_trained: true,
+            fingerprint: "ab".into(),
+            first,
+        };
         save(folder.path(), &dataset).unwrap();
         assert_eq!(load(folder.path(), "ab"), Some(dataset));
         assert_eq!(load(folder.path(), "cd"), None);

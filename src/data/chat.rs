@@ -63,8 +63,13 @@ struct Mark {
 
 fn mark(kind: char, message: usize) -> String {
     let number = message.to_string();
-    let digits = number.bytes().map(|d| char::from_u32(ZERO + u32::from(d - b'0')).expect("a private-use character"));
-    std::iter::once(kind).chain(digits).chain(std::iter::once(END)).collect::<String>()
+    let digits = number
+        .bytes()
+        .map(|d| char::from_u32(ZERO + u32::from(d - b'0')).expect("a private-use character"));
+    std::iter::once(kind)
+        .chain(digits)
+        .chain(std::iter::once(END))
+        .collect::<String>()
 }
 
 fn is_mark(c: char) -> bool {
@@ -88,28 +93,42 @@ fn strip(text: &str) -> Option<(String, Vec<Mark>)> {
             match chars.next()? {
                 END => break,
                 d if (ZERO..ZERO + 10).contains(&(d as u32)) => {
-                    message = Some(message.unwrap_or(0_usize).checked_mul(10)? + (d as u32 - ZERO) as usize);
+                    message = Some(
+                        message.unwrap_or(0_usize).checked_mul(10)? + (d as u32 - ZERO) as usize,
+                    );
                 }
                 _ => return None,
             }
         }
-        marks.push(Mark { kind: c, message, at: plain.len() });
+        marks.push(Mark {
+            kind: c,
+            message,
+            at: plain.len(),
+        });
     }
     Some((plain, marks))
 }
 
 /// Renders a conversation of one question and one answer to see how the template frames the answer.
-pub(super) fn learn_turn_marks(template: &ChatTemplate, added_tokens: &[(String, u32)]) -> TurnMarks {
+pub(super) fn learn_turn_marks(
+    template: &ChatTemplate,
+    added_tokens: &[(String, u32)],
+) -> TurnMarks {
     let user = json!({"role": "user", "content": "x"});
-    let answer = json!({"role": "assistant", "content": format!("{}y{}", mark(OPEN, 1), mark(CLOSE, 1))});
-    let render = |messages: Value, prompt: bool| template.render(&messages, None, prompt, false).ok();
-    let Some((text, marks)) = render(json!([user, answer]), false).and_then(|text| strip(&text)) else {
+    let answer =
+        json!({"role": "assistant", "content": format!("{}y{}", mark(OPEN, 1), mark(CLOSE, 1))});
+    let render =
+        |messages: Value, prompt: bool| template.render(&messages, None, prompt, false).ok();
+    let Some((text, marks)) = render(json!([user, answer]), false).and_then(|text| strip(&text))
+    else {
         return TurnMarks::default();
     };
-    let header = render(json!([user]), true).zip(render(json!([user]), false)).and_then(|(with, without)| {
-        let header = &with[common_prefix(&with, &without)..];
-        (text.starts_with(&with) && !header.is_empty()).then(|| header.to_string())
-    });
+    let header = render(json!([user]), true)
+        .zip(render(json!([user]), false))
+        .and_then(|(with, without)| {
+            let header = &with[common_prefix(&with, &without)..];
+            (text.starts_with(&with) && !header.is_empty()).then(|| header.to_string())
+        });
     let end = marks.iter().find(|m| m.kind == CLOSE).and_then(|close| {
         let rest = text[close.at..].trim_start();
         added_tokens
@@ -117,11 +136,17 @@ pub(super) fn learn_turn_marks(template: &ChatTemplate, added_tokens: &[(String,
             .filter(|(token, _)| !token.is_empty() && rest.starts_with(token.as_str()))
             .max_by_key(|(token, _)| token.len())
     });
-    TurnMarks { header, end: end.cloned() }
+    TurnMarks {
+        header,
+        end: end.cloned(),
+    }
 }
 
 fn common_prefix(a: &str, b: &str) -> usize {
-    a.char_indices().zip(b.chars()).find(|((_, x), y)| x != y).map_or(a.len().min(b.len()), |((at, _), _)| at)
+    a.char_indices()
+        .zip(b.chars())
+        .find(|((_, x), y)| x != y)
+        .map_or(a.len().min(b.len()), |((at, _), _)| at)
 }
 
 /// Renders `chat` and locates what is learned.
@@ -129,25 +154,39 @@ pub(super) fn render(template: &ChatTemplate, turns: &TurnMarks, chat: &Chat) ->
     let messages = Value::Array(chat.messages.clone());
     let text = template.render(&messages, chat.tools.as_ref(), false, false)?;
     if text.contains(is_mark) {
-        return Err(refuse("the conversation holds characters from U+10FE00 to U+10FE1F, which are reserved here")
-            .hint("remove them from the record"));
+        return Err(refuse(
+            "the conversation holds characters from U+10FE00 to U+10FE1F, which are reserved here",
+        )
+        .hint("remove them from the record"));
     }
     let by_tags = template.has_generation_tags() && chat.learned == by_role(&chat.messages);
     let marked = match by_tags {
         true => template.render(&messages, chat.tools.as_ref(), false, true)?,
-        false => template.render(&Value::Array(marked_messages(chat)), chat.tools.as_ref(), false, false)?,
+        false => template.render(
+            &Value::Array(marked_messages(chat)),
+            chat.tools.as_ref(),
+            false,
+            false,
+        )?,
     };
     let (stripped, marks) = strip(&marked).ok_or_else(changed)?;
     if stripped != text {
         return Err(changed());
     }
-    let spans = if by_tags { tagged_spans(&marks)? } else { located_spans(chat, turns, &text, &marks)? };
+    let spans = if by_tags {
+        tagged_spans(&marks)?
+    } else {
+        located_spans(chat, turns, &text, &marks)?
+    };
     Ok(Rendered { text, spans })
 }
 
 /// What is learned where a record says nothing: the assistant's messages.
 pub(super) fn by_role(messages: &[Value]) -> Vec<bool> {
-    messages.iter().map(|m| m.get("role").and_then(Value::as_str) == Some("assistant")).collect()
+    messages
+        .iter()
+        .map(|m| m.get("role").and_then(Value::as_str) == Some("assistant"))
+        .collect()
 }
 
 fn refuse(what: &str) -> Error {
@@ -164,11 +203,19 @@ fn changed() -> Error {
 /// of called functions.
 fn marked_messages(chat: &Chat) -> Vec<Value> {
     let mut messages = chat.messages.clone();
-    for (i, message) in messages.iter_mut().enumerate().filter(|(i, _)| chat.learned[*i]) {
+    for (i, message) in messages
+        .iter_mut()
+        .enumerate()
+        .filter(|(i, _)| chat.learned[*i])
+    {
         let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
         let called = calls.is_some();
         for call in calls.into_iter().flatten() {
-            let function = if call.get("function").is_some() { &mut call["function"] } else { call };
+            let function = if call.get("function").is_some() {
+                &mut call["function"]
+            } else {
+                call
+            };
             if let Some(Value::String(name)) = function.get_mut("name") {
                 name.insert_str(0, &mark(CALL, i));
             }
@@ -191,17 +238,30 @@ fn tagged_spans(marks: &[Mark]) -> Result<Vec<Range<usize>>> {
     let mut spans = Vec::new();
     for pair in marks.chunks(2) {
         match pair {
-            [open, close] if open.kind == OPEN && close.kind == CLOSE => spans.push(open.at..close.at),
+            [open, close] if open.kind == OPEN && close.kind == CLOSE => {
+                spans.push(open.at..close.at)
+            }
             _ => return Err(changed()),
         }
     }
     Ok(spans)
 }
 
-fn located_spans(chat: &Chat, turns: &TurnMarks, text: &str, marks: &[Mark]) -> Result<Vec<Range<usize>>> {
+fn located_spans(
+    chat: &Chat,
+    turns: &TurnMarks,
+    text: &str,
+    marks: &[Mark],
+) -> Result<Vec<Range<usize>>> {
     let mut spans: Vec<Range<usize>> = Vec::new();
     for i in (0..chat.messages.len()).filter(|i| chat.learned[*i]) {
-        let of = |kind: char| marks.iter().filter(|m| m.kind == kind && m.message == Some(i)).map(|m| m.at).collect::<Vec<_>>();
+        let of = |kind: char| {
+            marks
+                .iter()
+                .filter(|m| m.kind == kind && m.message == Some(i))
+                .map(|m| m.at)
+                .collect::<Vec<_>>()
+        };
         let (open, close, calls) = (of(OPEN), of(CLOSE), of(CALL));
         let span = match (open.as_slice(), close.as_slice(), calls.as_slice()) {
             ([start], [end], []) => *start..after_turn_end(text, *end, turns),
@@ -213,7 +273,10 @@ fn located_spans(chat: &Chat, turns: &TurnMarks, text: &str, marks: &[Mark]) -> 
             }
             _ => return Err(changed()),
         };
-        if spans.last().is_some_and(|previous| previous.end > span.start) {
+        if spans
+            .last()
+            .is_some_and(|previous| previous.end > span.start)
+        {
             return Err(changed());
         }
         spans.push(span);
@@ -225,7 +288,9 @@ fn located_spans(chat: &Chat, turns: &TurnMarks, text: &str, marks: &[Mark]) -> 
 fn after_turn_end(text: &str, at: usize, turns: &TurnMarks) -> usize {
     let rest = text[at..].trim_start();
     match &turns.end {
-        Some((token, _)) if rest.starts_with(token.as_str()) => text.len() - rest.len() + token.len(),
+        Some((token, _)) if rest.starts_with(token.as_str()) => {
+            text.len() - rest.len() + token.len()
+        }
         _ => at,
     }
 }
@@ -270,17 +335,41 @@ mod tests {
         let (template, turns) = compiled(source);
         let messages = messages.as_array().unwrap().clone();
         let learned = weights.unwrap_or_else(|| by_role(&messages));
-        let out = render(&template, &turns, &Chat { messages, tools: None, learned })?;
-        Ok(out.spans.iter().map(|s| out.text[s.clone()].to_string()).collect())
+        let out = render(
+            &template,
+            &turns,
+            &Chat {
+                messages,
+                tools: None,
+                learned,
+            },
+        )?;
+        Ok(out
+            .spans
+            .iter()
+            .map(|s| out.text[s.clone()].to_string())
+            .collect())
     }
 
     #[test]
     fn content_and_the_token_that_ends_the_turn_are_learned() {
-        assert_eq!(compiled(CHATML).1, TurnMarks { header: Some("<s>assistant\n".into()), end: Some(("<e>".into(), 2)) });
+        assert_eq!(
+            compiled(CHATML).1,
+            TurnMarks {
+                header: Some("<s>assistant\n".into()),
+                end: Some(("<e>".into(), 2))
+            }
+        );
         let chat = json!([{"role": "user", "content": "q<e>"}, {"role": "assistant", "content": " a1 "},
             {"role": "user", "content": "q"}, {"role": "assistant", "content": "a2"}]);
-        assert_eq!(learned(CHATML, chat.clone(), None).unwrap(), ["a1<e>", "a2<e>"]);
-        assert_eq!(learned(CHATML, chat, Some(vec![true, false, false, true])).unwrap(), ["q<e><e>", "a2<e>"]);
+        assert_eq!(
+            learned(CHATML, chat.clone(), None).unwrap(),
+            ["a1<e>", "a2<e>"]
+        );
+        assert_eq!(
+            learned(CHATML, chat, Some(vec![true, false, false, true])).unwrap(),
+            ["q<e><e>", "a2<e>"]
+        );
     }
 
     #[test]
@@ -288,7 +377,10 @@ mod tests {
         let chat = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "",
             "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}, {"function": {"name": "g", "arguments": {}}}]},
             {"role": "tool", "content": "r"}, {"role": "assistant", "content": "a"}]);
-        assert_eq!(learned(CHATML, chat, None).unwrap(), ["(f{\"x\": 1})(g{})<e>", "a<e>"]);
+        assert_eq!(
+            learned(CHATML, chat, None).unwrap(),
+            ["(f{\"x\": 1})(g{})<e>", "a<e>"]
+        );
     }
 
     #[test]
@@ -301,7 +393,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_located_is_refused() {
-        let chat = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}]);
+        let chat =
+            json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}]);
         for source in [
             "{{ messages[1].content | upper }}x{{ messages[1].content }}",
             "{{ messages[1].content[:2] }}",
@@ -309,10 +402,19 @@ mod tests {
             "{{ messages[1].content|length }}{{ messages[1].content }}",
             "nothing",
         ] {
-            assert_eq!(learned(source, chat.clone(), None).unwrap_err().kind(), Kind::Data, "{source}");
+            assert_eq!(
+                learned(source, chat.clone(), None).unwrap_err().kind(),
+                Kind::Data,
+                "{source}"
+            );
         }
         let reserved = json!([{"role": "assistant", "content": "\u{10FE00}"}]);
-        assert!(learned(CHATML, reserved, None).unwrap_err().to_string().contains("U+10FE00"));
+        assert!(
+            learned(CHATML, reserved, None)
+                .unwrap_err()
+                .to_string()
+                .contains("U+10FE00")
+        );
     }
 
     #[test]

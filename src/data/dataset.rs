@@ -79,30 +79,50 @@ impl Dataset {
     /// `Kind::Data` where the fraction is not in (0, 1) or there are fewer than two examples.
     pub fn split(&self, fraction: f64, seed: u64) -> Result<(Dataset, Dataset)> {
         if !(fraction > 0.0 && fraction < 1.0) {
-            return Err(Error::new(Kind::Data, "the validation fraction is out of range")
-                .value(fraction.to_string())
-                .rule("above 0 and below 1")
-                .hint("set validation_fraction = 0.05"));
+            return Err(
+                Error::new(Kind::Data, "the validation fraction is out of range")
+                    .value(fraction.to_string())
+                    .rule("above 0 and below 1")
+                    .hint("set validation_fraction = 0.05"),
+            );
         }
         if self.examples.len() < 2 {
-            return Err(Error::new(Kind::Data, "the data set is too small to set validation records aside")
-                .value(format!("{} examples", self.examples.len()))
-                .rule("at least 2")
-                .hint("add records, or give `data.validation` a file of its own"));
+            return Err(Error::new(
+                Kind::Data,
+                "the data set is too small to set validation records aside",
+            )
+            .value(format!("{} examples", self.examples.len()))
+            .rule("at least 2")
+            .hint("add records, or give `data.validation` a file of its own"));
         }
         let mut units: Vec<u64> = self.records.to_vec();
         units.dedup();
         let by_record = units.len() > 1;
-        let unit_count = if by_record { units.len() } else { self.examples.len() };
+        let unit_count = if by_record {
+            units.len()
+        } else {
+            self.examples.len()
+        };
         let wanted = ((unit_count as f64 * fraction).round() as usize).clamp(1, unit_count - 1);
         let mut chosen = vec![false; unit_count];
-        permutation(unit_count, seed, Use::Split, 0).into_iter().take(wanted).for_each(|unit| chosen[unit as usize] = true);
+        permutation(unit_count, seed, Use::Split, 0)
+            .into_iter()
+            .take(wanted)
+            .for_each(|unit| chosen[unit as usize] = true);
         let position: BTreeMap<u64, usize> = units.into_iter().zip(0..).collect();
-        let (validation, train): (Vec<usize>, Vec<usize>) = (0..self.examples.len()).partition(|i| {
-            let unit = if by_record { position[&self.records[*i]] } else { *i };
-            chosen[unit]
-        });
-        Ok((self.part(&train, "train", self.counts), self.part(&validation, "validation", Counts::default())))
+        let (validation, train): (Vec<usize>, Vec<usize>) =
+            (0..self.examples.len()).partition(|i| {
+                let unit = if by_record {
+                    position[&self.records[*i]]
+                } else {
+                    *i
+                };
+                chosen[unit]
+            });
+        Ok((
+            self.part(&train, "train", self.counts),
+            self.part(&validation, "validation", Counts::default()),
+        ))
     }
 
     fn part(&self, indices: &[usize], name: &str, counts: Counts) -> Dataset {
@@ -111,17 +131,36 @@ impl Dataset {
         let mut distinct = records.clone();
         distinct.dedup();
         let left_out = counts.dropped + counts.skipped;
-        let windows = if self.counts.windows == 0 { 0 } else { windows(&records) };
-        let counts = Counts { records: distinct.len() as u64 + left_out, windows, ..with_sizes(counts, &examples) };
+        let windows = if self.counts.windows == 0 {
+            0
+        } else {
+            windows(&records)
+        };
+        let counts = Counts {
+            records: distinct.len() as u64 + left_out,
+            windows,
+            ..with_sizes(counts, &examples)
+        };
         let fingerprint = format!("{}-{name}-{}", self.fingerprint, examples.len());
         let first = self.first.clone().filter(|_| indices.first() == Some(&0));
-        Dataset { examples: examples.into(), records: records.into(), counts, eos_trained: self.eos_trained, fingerprint, first }
+        Dataset {
+            examples: examples.into(),
+            records: records.into(),
+            counts,
+            eos_trained: self.eos_trained,
+            fingerprint,
+            first,
+        }
     }
 }
 
 /// Examples that share their record with another.
 fn windows(records: &[u64]) -> u64 {
-    records.chunk_by(|a, b| a == b).map(<[u64]>::len).filter(|n| *n > 1).sum::<usize>() as u64
+    records
+        .chunk_by(|a, b| a == b)
+        .map(<[u64]>::len)
+        .filter(|n| *n > 1)
+        .sum::<usize>() as u64
 }
 
 /// `counts` with examples, tokens and loss tokens counted anew.
@@ -129,7 +168,10 @@ pub(super) fn with_sizes(counts: Counts, examples: &[Example]) -> Counts {
     Counts {
         examples: examples.len() as u64,
         tokens: examples.iter().map(|e| e.tokens.len() as u64).sum(),
-        loss_tokens: examples.iter().map(|e| e.loss.iter().filter(|l| **l).count() as u64).sum(),
+        loss_tokens: examples
+            .iter()
+            .map(|e| e.loss.iter().filter(|l| **l).count() as u64)
+            .sum(),
         ..counts
     }
 }
@@ -139,11 +181,29 @@ mod tests {
     use super::*;
 
     fn dataset(records: &[u64]) -> Dataset {
-        let examples: Vec<Example> =
-            (0..records.len() as u32).map(|i| Example { tokens: vec![i, i], loss: vec![false, true] }).collect();
-        let counts = with_sizes(Counts { records: 20, skipped: 2, ..Counts::default() }, &examples);
+        let examples: Vec<Example> = (0..records.len() as u32)
+            .map(|i| Example {
+                tokens: vec![i, i],
+                loss: vec![false, true],
+            })
+            .collect();
+        let counts = with_sizes(
+            Counts {
+                records: 20,
+                skipped: 2,
+                ..Counts::default()
+            },
+            &examples,
+        );
         let records = records.into();
-        Dataset { examples: examples.into(), records, counts, eos_trained: true, fingerprint: "f".into(), first: None }
+        Dataset {
+            examples: examples.into(),
+            records,
+            counts,
+            eos_trained: true,
+            fingerprint: "f".into(),
+            first: None,
+        }
     }
 
     #[test]
@@ -151,14 +211,24 @@ mod tests {
         let whole = dataset(&(0..20).collect::<Vec<_>>());
         let (train, validation) = whole.split(0.25, 7).unwrap();
         assert_eq!((train.examples.len(), validation.examples.len()), (15, 5));
-        let mut ids: Vec<u32> = train.examples.iter().chain(&*validation.examples).map(|e| e.tokens[0]).collect();
+        let mut ids: Vec<u32> = train
+            .examples
+            .iter()
+            .chain(&*validation.examples)
+            .map(|e| e.tokens[0])
+            .collect();
         assert!(ids[..15].is_sorted() && ids[15..].is_sorted());
         ids.sort_unstable();
         assert_eq!(ids, (0..20).collect::<Vec<_>>());
         assert_eq!(whole.split(0.25, 7).unwrap().1, validation);
         assert_ne!(whole.split(0.25, 8).unwrap().1, validation);
         assert_eq!(
-            (train.counts.loss_tokens, train.counts.skipped, validation.counts.tokens, validation.counts.skipped),
+            (
+                train.counts.loss_tokens,
+                train.counts.skipped,
+                validation.counts.tokens,
+                validation.counts.skipped
+            ),
             (15, 2, 10, 0)
         );
     }
@@ -166,7 +236,13 @@ mod tests {
     #[test]
     fn windows_of_one_text_stay_together() {
         let (train, validation) = dataset(&[0, 0, 0, 1, 1, 2, 2, 2]).split(0.34, 1).unwrap();
-        assert!(validation.records.iter().all(|r| !train.records.contains(r)) && !validation.records.is_empty());
+        assert!(
+            validation
+                .records
+                .iter()
+                .all(|r| !train.records.contains(r))
+                && !validation.records.is_empty()
+        );
         let (train, validation) = dataset(&[4, 4, 4]).split(0.01, 1).unwrap();
         assert_eq!((train.examples.len(), validation.examples.len()), (2, 1));
         assert!(dataset(&[0]).split(0.5, 1).is_err() && dataset(&[0, 1]).split(1.0, 1).is_err());

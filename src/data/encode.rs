@@ -34,13 +34,24 @@ pub(super) fn encode(shaped: &Shaped, tokenizer: &Tokenizer, max_length: usize) 
         Shaped::Chat(_) => false,
     };
     if empty {
-        return Ok(Outcome { dropped: true, ..Outcome::default() });
+        return Ok(Outcome {
+            dropped: true,
+            ..Outcome::default()
+        });
     }
     let (example, end, glued) = match shaped {
-        Shaped::Text(text) => return Ok(text_outcome(text_example(text, tokenizer)?, tokenizer, max_length)),
-        Shaped::Completion { prompt, completion } => {
-            (completion_example(prompt, completion, tokenizer)?, tokenizer.eos_id(), glued(prompt, completion))
+        Shaped::Text(text) => {
+            return Ok(text_outcome(
+                text_example(text, tokenizer)?,
+                tokenizer,
+                max_length,
+            ));
         }
+        Shaped::Completion { prompt, completion } => (
+            completion_example(prompt, completion, tokenizer)?,
+            tokenizer.eos_id(),
+            glued(prompt, completion),
+        ),
         Shaped::Chat(conversation) => {
             let turns = tokenizer.turn_marks()?;
             let rendered = chat::render(tokenizer.template()?, turns, conversation)?;
@@ -75,7 +86,11 @@ fn text_example(text: &str, tokenizer: &Tokenizer) -> Result<Example> {
 fn completion_example(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> Result<Example> {
     let encoded = tokenizer.encode(&format!("{prompt}{completion}"), true)?;
     let mut tokens = encoded.ids;
-    let mut loss: Vec<bool> = encoded.offsets.iter().map(|(_, end)| *end > prompt.len()).collect();
+    let mut loss: Vec<bool> = encoded
+        .offsets
+        .iter()
+        .map(|(_, end)| *end > prompt.len())
+        .collect();
     if let Some(eos) = tokenizer.eos_id() {
         match loss.last_mut() {
             Some(last) if tokens.last() == Some(&eos) => *last = true,
@@ -106,7 +121,9 @@ fn in_spans(encoded: &Encoded, spans: &[Range<usize>]) -> Vec<bool> {
             while spans.get(at).is_some_and(|span| span.end <= start) {
                 at += 1;
             }
-            spans.get(at).is_some_and(|span| *end > span.start && start < span.end)
+            spans
+                .get(at)
+                .is_some_and(|span| *end > span.start && start < span.end)
         })
         .collect()
 }
@@ -118,11 +135,21 @@ fn cut(mut example: Example, end: Option<u32>, max_length: usize, glued: bool) -
     example.loss.truncate(max_length);
     let dropped = !example.loss.contains(&true);
     let ends = ends(&example, end);
-    Outcome { examples: if dropped { vec![] } else { vec![example] }, truncated, dropped, ends, glued }
+    Outcome {
+        examples: if dropped { vec![] } else { vec![example] },
+        truncated,
+        dropped,
+        ends,
+        glued,
+    }
 }
 
 fn ends(example: &Example, end: Option<u32>) -> bool {
-    example.tokens.iter().zip(&example.loss).any(|(token, loss)| *loss && Some(*token) == end)
+    example
+        .tokens
+        .iter()
+        .zip(&example.loss)
+        .any(|(token, loss)| *loss && Some(*token) == end)
 }
 
 /// Splits a long text into windows that share one token, so that every token but the first is learned exactly once.
@@ -132,12 +159,19 @@ fn text_outcome(example: Example, tokenizer: &Tokenizer, max_length: usize) -> O
     let windows = example.tokens.len().saturating_sub(1).div_ceil(stride);
     let examples: Vec<Example> = (0..windows)
         .map(|w| {
-            let tokens = example.tokens[w * stride..(w * stride + stride + 1).min(example.tokens.len())].to_vec();
+            let tokens = example.tokens
+                [w * stride..(w * stride + stride + 1).min(example.tokens.len())]
+                .to_vec();
             let loss = vec![true; tokens.len()];
             masked(tokens, loss)
         })
         .collect();
-    Outcome { dropped: examples.is_empty(), examples, ends, ..Outcome::default() }
+    Outcome {
+        dropped: examples.is_empty(),
+        examples,
+        ends,
+        ..Outcome::default()
+    }
 }
 
 #[cfg(test)]
@@ -147,20 +181,36 @@ mod tests {
     use proptest::prelude::*;
 
     const WORDS: [&str; 9] = ["<unk>", "<eos>", "a", " b", " c", "\n", "<u>", "<m>", "d"];
-    const TEMPLATE: &str =
-        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<m>' }}{{ m.content + '<eos>\\n' }}{% endfor %}";
+    const TEMPLATE: &str = "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<m>' }}{{ m.content + '<eos>\\n' }}{% endfor %}";
 
     fn tokenizer() -> Tokenizer {
         word_tokenizer(&WORDS, "<eos>", Some(TEMPLATE))
     }
 
     fn completion(prompt: &str, completion: &str, max_length: usize) -> Outcome {
-        encode(&Shaped::Completion { prompt: prompt.into(), completion: completion.into() }, &tokenizer(), max_length).unwrap()
+        encode(
+            &Shaped::Completion {
+                prompt: prompt.into(),
+                completion: completion.into(),
+            },
+            &tokenizer(),
+            max_length,
+        )
+        .unwrap()
     }
 
     fn one(outcome: &Outcome) -> (Vec<u32>, String) {
-        let [example] = outcome.examples.as_slice() else { panic!("one example: {outcome:?}") };
-        (example.tokens.clone(), example.loss.iter().map(|l| if *l { '1' } else { '0' }).collect())
+        let [example] = outcome.examples.as_slice() else {
+            panic!("one example: {outcome:?}")
+        };
+        (
+            example.tokens.clone(),
+            example
+                .loss
+                .iter()
+                .map(|l| if *l { '1' } else { '0' })
+                .collect(),
+        )
     }
 
     #[test]
@@ -169,9 +219,18 @@ mod tests {
         assert_eq!(one(&outcome), (vec![2, 3, 4, 1], "0011".into()));
         assert!(outcome.ends && !outcome.truncated && !outcome.glued);
         // " b" straddles the prompt's end: it ends past it, so it is learned.
-        assert_eq!(one(&completion("a ", "b", 9)), (vec![2, 3, 1], "011".into()));
-        assert_eq!(one(&completion("a", " b<eos>", 9)), (vec![2, 3, 1], "011".into()));
-        assert_eq!(one(&completion("", "a b", 9)), (vec![2, 3, 1], "011".into()));
+        assert_eq!(
+            one(&completion("a ", "b", 9)),
+            (vec![2, 3, 1], "011".into())
+        );
+        assert_eq!(
+            one(&completion("a", " b<eos>", 9)),
+            (vec![2, 3, 1], "011".into())
+        );
+        assert_eq!(
+            one(&completion("", "a b", 9)),
+            (vec![2, 3, 1], "011".into())
+        );
         assert!(completion("a", "d", 9).glued);
     }
 
@@ -186,10 +245,19 @@ mod tests {
 
     #[test]
     fn the_assistants_turn_and_its_end_are_learned() {
-        let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
-        let messages =
-            vec![message("user", "a<eos>"), message("assistant", "a b"), message("user", "d"), message("assistant", "")];
-        let chat = chat::Chat { learned: chat::by_role(&messages), messages, tools: None };
+        let message =
+            |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+        let messages = vec![
+            message("user", "a<eos>"),
+            message("assistant", "a b"),
+            message("user", "d"),
+            message("assistant", ""),
+        ];
+        let chat = chat::Chat {
+            learned: chat::by_role(&messages),
+            messages,
+            tools: None,
+        };
         let outcome = encode(&Shaped::Chat(chat), &tokenizer(), 99).unwrap();
         let tokens = vec![6, 2, 1, 1, 5, 7, 2, 3, 1, 5, 6, 8, 1, 5, 7, 1, 5];
         assert_eq!(one(&outcome), (tokens, "00000011100000010".into()));
@@ -199,11 +267,23 @@ mod tests {
     #[test]
     fn offsets_that_tokenizers_trim_or_share_are_covered() {
         // "x" | "\n" trimmed to an empty range | three byte tokens of one emoji; the span is "\n😀" = 1..6.
-        let encoded = Encoded { ids: vec![0; 6], offsets: vec![(0, 1), (2, 2), (2, 6), (2, 6), (2, 6), (6, 7)] };
-        assert_eq!(in_spans(&encoded, std::slice::from_ref(&(1..6))), [false, true, true, true, true, false]);
+        let encoded = Encoded {
+            ids: vec![0; 6],
+            offsets: vec![(0, 1), (2, 2), (2, 6), (2, 6), (2, 6), (6, 7)],
+        };
+        assert_eq!(
+            in_spans(&encoded, std::slice::from_ref(&(1..6))),
+            [false, true, true, true, true, false]
+        );
         // A trimmed token at a span's end still lies in it.
-        assert_eq!(in_spans(&encoded, std::slice::from_ref(&(0..2))), [true, true, false, false, false, false]);
-        assert_eq!(in_spans(&encoded, &[0..1, 6..7]), [true, false, false, false, false, true]);
+        assert_eq!(
+            in_spans(&encoded, std::slice::from_ref(&(0..2))),
+            [true, true, false, false, false, false]
+        );
+        assert_eq!(
+            in_spans(&encoded, &[0..1, 6..7]),
+            [true, false, false, false, false, true]
+        );
     }
 
     #[test]

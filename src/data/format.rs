@@ -42,7 +42,16 @@ pub(super) enum Shaped {
 pub(super) struct Columns<'a>(pub &'a [(String, String)]);
 
 /// The fields a recipe may map to columns.
-const WANTED: [&str; 8] = ["text", "prompt", "completion", "messages", "tools", "instruction", "input", "output"];
+const WANTED: [&str; 8] = [
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "tools",
+    "instruction",
+    "input",
+    "output",
+];
 /// Of these, the fields a record may lack.
 const OPTIONAL: [&str; 2] = ["tools", "input"];
 /// Names of the pair that `Completion` reads, in order of preference.
@@ -63,7 +72,10 @@ impl<'a> Columns<'a> {
     }
 
     fn mapped(&self, wanted: &str) -> Option<&'a str> {
-        self.0.iter().find(|(name, _)| name == wanted).map(|(_, column)| column.as_str())
+        self.0
+            .iter()
+            .find(|(name, _)| name == wanted)
+            .map(|(_, column)| column.as_str())
     }
 
     /// The value of `wanted`; JSON null counts as absent.
@@ -72,22 +84,31 @@ impl<'a> Columns<'a> {
         let found = record.get(column).or_else(|| {
             let mut parts = column.split('.');
             let first = record.get(parts.next()?)?;
-            if column.contains('.') { parts.try_fold(first, |value, part| value.get(part)) } else { None }
+            if column.contains('.') {
+                parts.try_fold(first, |value, part| value.get(part))
+            } else {
+                None
+            }
         });
         found.filter(|value| !value.is_null())
     }
 
     /// Refuses a map to columns that the first record lacks: another column must not step in unnoticed.
     pub fn check_first(&self, record: &Record) -> Result<()> {
-        let absent = |wanted: &str| !OPTIONAL.contains(&wanted) && self.get(&record.fields, wanted).is_none();
+        let absent = |wanted: &str| {
+            !OPTIONAL.contains(&wanted) && self.get(&record.fields, wanted).is_none()
+        };
         match self.0.iter().find(|(wanted, _)| absent(wanted)) {
             None => Ok(()),
-            Some((wanted, column)) => {
-                Err(Error::new(Kind::Data, format!("the first record has no `{column}`, which `columns` names"))
-                    .at(record.place.to_string())
-                    .value(format!("its fields: {}", names(&record.fields)))
-                    .hint(format!("correct the map: columns = {{ {wanted} = \"COLUMN\" }}")))
-            }
+            Some((wanted, column)) => Err(Error::new(
+                Kind::Data,
+                format!("the first record has no `{column}`, which `columns` names"),
+            )
+            .at(record.place.to_string())
+            .value(format!("its fields: {}", names(&record.fields)))
+            .hint(format!(
+                "correct the map: columns = {{ {wanted} = \"COLUMN\" }}"
+            ))),
         }
     }
 
@@ -95,17 +116,20 @@ impl<'a> Columns<'a> {
     fn pair(&self, record: &Map<String, Value>) -> Option<(&'static str, &'static str)> {
         let mapped = self.mapped(PAIRS[0].0).is_some() || self.mapped(PAIRS[0].1).is_some();
         let pairs = if mapped { &PAIRS[..1] } else { &PAIRS };
-        pairs
-            .iter()
-            .copied()
-            .find(|(prompt, completion)| self.get(record, prompt).is_some() && self.get(record, completion).is_some())
+        pairs.iter().copied().find(|(prompt, completion)| {
+            self.get(record, prompt).is_some() && self.get(record, completion).is_some()
+        })
     }
 }
 
 /// The format of a data set, by its first record.
 pub(super) fn detect(record: &Record, columns: Columns) -> Result<Format> {
     let has = |name: &str| columns.get(&record.fields, name).is_some();
-    if CONVERSATIONS.iter().any(|name| columns.get(&record.fields, name).is_some_and(Value::is_array)) {
+    if CONVERSATIONS.iter().any(|name| {
+        columns
+            .get(&record.fields, name)
+            .is_some_and(Value::is_array)
+    }) {
         Ok(Format::Messages)
     } else if has("instruction") && has("output") {
         Ok(Format::Alpaca)
@@ -135,7 +159,11 @@ pub(super) fn shape(record: &Record, format: Format, columns: Columns) -> Result
 }
 
 fn names(record: &Map<String, Value>) -> String {
-    record.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+    record
+        .keys()
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn missing(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Error {
@@ -147,13 +175,18 @@ fn missing(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Error
 
 /// A field as text: a string, or a number as written.
 fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<String> {
-    match columns.get(record, wanted).ok_or_else(|| missing(record, columns, wanted))? {
+    match columns
+        .get(record, wanted)
+        .ok_or_else(|| missing(record, columns, wanted))?
+    {
         Value::String(text) => Ok(text.clone()),
         Value::Number(number) => Ok(number.to_string()),
-        other => Err(Error::new(Kind::Data, format!("a record's `{wanted}` is not text"))
-            .value(other.to_string().chars().take(80).collect::<String>())
-            .rule("a string or a number")
-            .hint("correct the record or the `columns` map")),
+        other => Err(
+            Error::new(Kind::Data, format!("a record's `{wanted}` is not text"))
+                .value(other.to_string().chars().take(80).collect::<String>())
+                .rule("a string or a number")
+                .hint("correct the record or the `columns` map"),
+        ),
     }
 }
 
@@ -164,7 +197,10 @@ fn completion(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> {
         let tools = columns.get(record, "tools");
         return messages::from_prompt_and_completion(asked, answered, tools).map(Shaped::Chat);
     }
-    Ok(Shaped::Completion { prompt: text(record, columns, prompt)?, completion: text(record, columns, completion)? })
+    Ok(Shaped::Completion {
+        prompt: text(record, columns, prompt)?,
+        completion: text(record, columns, completion)?,
+    })
 }
 
 fn instruction(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> {
@@ -175,23 +211,39 @@ fn instruction(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> 
             _ => false,
         };
         if filled {
-            return Err(Error::new(Kind::Data, format!("Alpaca's prompt has no place for a record's `{unread}`"))
-                .rule("instruction, input, output")
-                .hint("write the record as `messages`"));
+            return Err(Error::new(
+                Kind::Data,
+                format!("Alpaca's prompt has no place for a record's `{unread}`"),
+            )
+            .rule("instruction, input, output")
+            .hint("write the record as `messages`"));
         }
     }
-    let input = if columns.get(record, "input").is_some() { text(record, columns, "input")? } else { String::new() };
+    let input = if columns.get(record, "input").is_some() {
+        text(record, columns, "input")?
+    } else {
+        String::new()
+    };
     let prompt = alpaca::prompt(&text(record, columns, "instruction")?, &input);
-    Ok(Shaped::Completion { prompt, completion: text(record, columns, "output")? })
+    Ok(Shaped::Completion {
+        prompt,
+        completion: text(record, columns, "output")?,
+    })
 }
 
 fn conversation(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> {
-    let list = CONVERSATIONS.iter().find_map(|name| columns.get(record, name));
+    let list = CONVERSATIONS
+        .iter()
+        .find_map(|name| columns.get(record, name));
     let list = list.ok_or_else(|| missing(record, columns, "messages"))?;
     let list = list.as_array().ok_or_else(|| {
-        Error::new(Kind::Data, "a record's `messages` is not a list").rule("[{\"role\": \"user\", \"content\": \"...\"}, ...]")
+        Error::new(Kind::Data, "a record's `messages` is not a list")
+            .rule("[{\"role\": \"user\", \"content\": \"...\"}, ...]")
     })?;
-    let system = record.get("system").and_then(Value::as_str).filter(|text| !text.is_empty());
+    let system = record
+        .get("system")
+        .and_then(Value::as_str)
+        .filter(|text| !text.is_empty());
     messages::from_list(list, system, columns.get(record, "tools")).map(Shaped::Chat)
 }
 
@@ -202,8 +254,17 @@ mod tests {
     use serde_json::json;
 
     fn record(value: Value) -> Record {
-        let Value::Object(fields) = value else { panic!("an object") };
-        Record { place: Place { file: "f.jsonl".into(), unit: "line", number: 7 }, fields }
+        let Value::Object(fields) = value else {
+            panic!("an object")
+        };
+        Record {
+            place: Place {
+                file: "f.jsonl".into(),
+                unit: "line",
+                number: 7,
+            },
+            fields,
+        }
     }
 
     fn detected(value: Value, columns: &[(String, String)]) -> Result<Format> {
@@ -214,31 +275,74 @@ mod tests {
     fn the_fields_tell_the_format() {
         for (fields, format) in [
             (json!({"text": "a"}), Format::Text),
-            (json!({"prompt": "a", "completion": "b", "text": "ab"}), Format::Completion),
+            (
+                json!({"prompt": "a", "completion": "b", "text": "ab"}),
+                Format::Completion,
+            ),
             (json!({"question": "a", "answer": "b"}), Format::Completion),
-            (json!({"instruction": "a", "input": "", "output": "b", "text": "ab"}), Format::Alpaca),
+            (
+                json!({"instruction": "a", "input": "", "output": "b", "text": "ab"}),
+                Format::Alpaca,
+            ),
             (json!({"messages": [], "prompt": "a"}), Format::Messages),
             (json!({"conversations": []}), Format::Messages),
         ] {
             assert_eq!(detected(fields.clone(), &[]).unwrap(), format, "{fields}");
         }
-        let error = detected(json!({"sentence": "a", "label": 1}), &[]).unwrap_err().to_string();
-        assert!(error.contains("sentence, label") && error.contains("f.jsonl, line 7"), "{error}");
-        let columns = [("prompt".to_string(), "sentence".to_string()), ("completion".to_string(), "label".to_string())];
-        assert_eq!(detected(json!({"sentence": "a", "label": 1}), &columns).unwrap(), Format::Completion);
+        let error = detected(json!({"sentence": "a", "label": 1}), &[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("sentence, label") && error.contains("f.jsonl, line 7"),
+            "{error}"
+        );
+        let columns = [
+            ("prompt".to_string(), "sentence".to_string()),
+            ("completion".to_string(), "label".to_string()),
+        ];
+        assert_eq!(
+            detected(json!({"sentence": "a", "label": 1}), &columns).unwrap(),
+            Format::Completion
+        );
     }
 
     #[test]
     fn columns_reach_into_nested_fields_and_numbers_are_text() {
-        let columns = [("prompt".to_string(), "extra.q".to_string()), ("completion".to_string(), "label".to_string())];
-        let shaped = shape(&record(json!({"extra": {"q": "Q"}, "label": 1})), Format::Completion, Columns(&columns)).unwrap();
-        assert_eq!(shaped, Shaped::Completion { prompt: "Q".into(), completion: "1".into() });
+        let columns = [
+            ("prompt".to_string(), "extra.q".to_string()),
+            ("completion".to_string(), "label".to_string()),
+        ];
+        let shaped = shape(
+            &record(json!({"extra": {"q": "Q"}, "label": 1})),
+            Format::Completion,
+            Columns(&columns),
+        )
+        .unwrap();
+        assert_eq!(
+            shaped,
+            Shaped::Completion {
+                prompt: "Q".into(),
+                completion: "1".into()
+            }
+        );
         // `question` and `answer` are there, but the map asks for something else.
         let other = record(json!({"question": "a", "answer": "b"}));
-        assert!(Columns(&columns).check_first(&other).unwrap_err().to_string().contains("`extra.q`"));
+        assert!(
+            Columns(&columns)
+                .check_first(&other)
+                .unwrap_err()
+                .to_string()
+                .contains("`extra.q`")
+        );
         assert!(shape(&other, Format::Completion, Columns(&columns)).is_err());
         let wrong = [("promt".to_string(), "a".to_string())];
-        assert!(Columns(&wrong).check().unwrap_err().to_string().contains("promt"));
+        assert!(
+            Columns(&wrong)
+                .check()
+                .unwrap_err()
+                .to_string()
+                .contains("promt")
+        );
     }
 
     #[test]
@@ -249,21 +353,30 @@ mod tests {
             (json!({"text": [1]}), Format::Text),
         ] {
             let error = shape(&record(fields), format, Columns(&[])).unwrap_err();
-            assert!(error.kind() == Kind::Data && error.to_string().contains("f.jsonl, line 7"), "{error}");
+            assert!(
+                error.kind() == Kind::Data && error.to_string().contains("f.jsonl, line 7"),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn alpaca_has_two_prompts_and_refuses_what_it_cannot_place() {
         let shaped = |value| shape(&record(value), Format::Alpaca, Columns(&[]));
-        let Ok(Shaped::Completion { prompt, .. }) = shaped(json!({"instruction": "I", "input": "X", "output": "O"})) else {
+        let Ok(Shaped::Completion { prompt, .. }) =
+            shaped(json!({"instruction": "I", "input": "X", "output": "O"}))
+        else {
             panic!()
         };
         assert!(prompt.ends_with("### Instruction:\nI\n\n### Input:\nX\n\n### Response:\n"));
-        let Ok(Shaped::Completion { prompt, .. }) = shaped(json!({"instruction": "I", "input": "", "output": "O"})) else {
+        let Ok(Shaped::Completion { prompt, .. }) =
+            shaped(json!({"instruction": "I", "input": "", "output": "O"}))
+        else {
             panic!()
         };
         assert!(prompt.ends_with("request.\n\n### Instruction:\nI\n\n### Response:\n"));
-        assert!(shaped(json!({"instruction": "I", "output": "O", "history": [["a", "b"]]})).is_err());
+        assert!(
+            shaped(json!({"instruction": "I", "output": "O", "history": [["a", "b"]]})).is_err()
+        );
     }
 }

@@ -51,7 +51,12 @@ pub struct Options {
 /// # Errors
 /// `Kind::Io` and `Kind::Data` for files and records that cannot be read (with `OnBadRecord::Skip`: only where all are bad);
 /// `Kind::Tokenizer` where the format needs a chat template that the model lacks.
-pub fn load(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer, cache: Option<&Path>) -> Result<Dataset> {
+pub fn load(
+    paths: &[PathBuf],
+    options: &Options,
+    tokenizer: &Tokenizer,
+    cache: Option<&Path>,
+) -> Result<Dataset> {
     check(paths, options)?;
     let fingerprint = fingerprint(paths, options, tokenizer)?;
     if let Some(dataset) = cache.and_then(|folder| cache::load(folder, &fingerprint)) {
@@ -78,13 +83,17 @@ pub fn load(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer, cache: 
 
 fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
     if paths.is_empty() {
-        return Err(Error::new(Kind::Data, "there are no data files").hint("set data.train to a file"));
+        return Err(
+            Error::new(Kind::Data, "there are no data files").hint("set data.train to a file")
+        );
     }
     if options.max_length < 2 {
-        return Err(Error::new(Kind::Data, "`max_length` leaves nothing to predict")
-            .value(options.max_length.to_string())
-            .rule("at least 2")
-            .hint("set data.max_length = 512"));
+        return Err(
+            Error::new(Kind::Data, "`max_length` leaves nothing to predict")
+                .value(options.max_length.to_string())
+                .rule("at least 2")
+                .hint("set data.max_length = 512"),
+        );
     }
     Columns(&options.columns).check()
 }
@@ -92,7 +101,13 @@ fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
 /// Sha256 of everything the encoded data set depends on; file names count by extension alone.
 fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> Result<String> {
     let mut hash = Sha256::new();
-    let Options { format, columns, max_length, on_bad_record, txt_unit } = options;
+    let Options {
+        format,
+        columns,
+        max_length,
+        on_bad_record,
+        txt_unit,
+    } = options;
     let words = format!(
         "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {}",
         tokenizer.fingerprint()
@@ -101,7 +116,8 @@ fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> R
     for path in paths {
         let mut file = std::fs::File::open(path).map_err(|e| Error::io("read", path, e))?;
         let mut content = Sha256::new();
-        std::io::copy(&mut file, &mut HashWriter(&mut content)).map_err(|e| Error::io("read", path, e))?;
+        std::io::copy(&mut file, &mut HashWriter(&mut content))
+            .map_err(|e| Error::io("read", path, e))?;
         hash.update(format!(" {} {}", extension(path), hex(&content.finalize())));
     }
     Ok(hex(&hash.finalize()))
@@ -134,14 +150,23 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn add(&mut self, chunk: Vec<Result<Record>>, options: &Options, tokenizer: &Tokenizer) -> Result<()> {
+    fn add(
+        &mut self,
+        chunk: Vec<Result<Record>>,
+        options: &Options,
+        tokenizer: &Tokenizer,
+    ) -> Result<()> {
         let columns = Columns(&options.columns);
         let first = chunk.iter().flatten().next();
         let format = match (self.format, first) {
             (Some(format), _) => format,
             (None, Some(first)) => {
                 columns.check_first(first)?;
-                *self.format.insert(if options.format == Format::Auto { detect(first, columns)? } else { options.format })
+                *self.format.insert(if options.format == Format::Auto {
+                    detect(first, columns)?
+                } else {
+                    options.format
+                })
             }
             (None, None) => options.format,
         };
@@ -154,8 +179,10 @@ impl Gathered {
             .map(|record| match record {
                 Ok(record) => {
                     let place = record.place.to_string();
-                    let outcome = shape(&record, format, columns)
-                        .and_then(|shaped| encode(&shaped, tokenizer, options.max_length).map_err(|e| e.at(place.clone())));
+                    let outcome = shape(&record, format, columns).and_then(|shaped| {
+                        encode(&shaped, tokenizer, options.max_length)
+                            .map_err(|e| e.at(place.clone()))
+                    });
                     (place, outcome)
                 }
                 Err(error) => (String::new(), Err(error)),
@@ -165,7 +192,11 @@ impl Gathered {
             self.counts.records += 1;
             match outcome {
                 Ok(outcome) => self.add_outcome(&place, outcome, tokenizer)?,
-                Err(error) if options.on_bad_record == OnBadRecord::Stop || error.kind() != Kind::Data => return Err(error),
+                Err(error)
+                    if options.on_bad_record == OnBadRecord::Stop || error.kind() != Kind::Data =>
+                {
+                    return Err(error);
+                }
                 Err(error) => {
                     self.counts.skipped += 1;
                     self.first_bad.get_or_insert(error);
@@ -194,12 +225,25 @@ impl Gathered {
     }
 
     fn finish(self, fingerprint: String, paths: &[PathBuf]) -> Result<Dataset> {
-        let Gathered { examples, records, counts, eos_trained, first, first_bad, .. } = self;
+        let Gathered {
+            examples,
+            records,
+            counts,
+            eos_trained,
+            first,
+            first_bad,
+            ..
+        } = self;
         if let (true, Some(error)) = (counts.skipped == counts.records, first_bad) {
             return Err(error.rule("at least one record can be read; all of them are bad"));
         }
         if examples.is_empty() {
-            let Counts { records, skipped, dropped, .. } = counts;
+            let Counts {
+                records,
+                skipped,
+                dropped,
+                ..
+            } = counts;
             return Err(Error::new(Kind::Data, "the data hold nothing to learn")
                 .at(paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))
                 .value(format!("{records} records, {skipped} skipped, {dropped} dropped for want of a loss token"))
@@ -209,7 +253,14 @@ impl Gathered {
                 }));
         }
         let counts = with_sizes(counts, &examples);
-        Ok(Dataset { examples: examples.into(), records: records.into(), counts, eos_trained, fingerprint, first })
+        Ok(Dataset {
+            examples: examples.into(),
+            records: records.into(),
+            counts,
+            eos_trained,
+            fingerprint,
+            first,
+        })
     }
 }
 
@@ -219,10 +270,16 @@ fn sample(place: &str, example: &Example, tokenizer: &Tokenizer) -> Result<Sampl
     let mut start = 0;
     for run in example.loss.chunk_by(|a, b| a == b) {
         let tokens = &example.tokens[start..start + run.len()];
-        pieces.push(Piece { text: tokenizer.decode(tokens)?, loss: run[0] });
+        pieces.push(Piece {
+            text: tokenizer.decode(tokens)?,
+            loss: run[0],
+        });
         start += run.len();
     }
-    Ok(Sample { place: place.to_string(), pieces })
+    Ok(Sample {
+        place: place.to_string(),
+        pieces,
+    })
 }
 
 #[cfg(test)]
@@ -258,7 +315,15 @@ mod tests {
     fn everything_is_counted() {
         let error = load_lines(LINES, &options(), None).unwrap_err();
         assert!(error.to_string().contains("d.jsonl, line 2"), "{error}");
-        let dataset = load_lines(LINES, &Options { on_bad_record: OnBadRecord::Skip, ..options() }, None).unwrap();
+        let dataset = load_lines(
+            LINES,
+            &Options {
+                on_bad_record: OnBadRecord::Skip,
+                ..options()
+            },
+            None,
+        )
+        .unwrap();
         let counts = Counts {
             records: 4,
             examples: 2,
@@ -273,36 +338,97 @@ mod tests {
         assert!(dataset.eos_trained);
         let first = dataset.first.unwrap();
         assert!(first.place.ends_with("d.jsonl, line 1"));
-        let piece = |text: &str, loss| Piece { text: text.into(), loss };
+        let piece = |text: &str, loss| Piece {
+            text: text.into(),
+            loss,
+        };
         assert_eq!(first.pieces, [piece("a", false), piece(" b<eos>", true)]);
     }
 
     #[test]
     fn the_cache_is_used_until_something_changes() {
         let folder = tempfile::tempdir().unwrap();
-        let skip = Options { on_bad_record: OnBadRecord::Skip, ..options() };
+        let skip = Options {
+            on_bad_record: OnBadRecord::Skip,
+            ..options()
+        };
         let fresh = load_lines(LINES, &skip, Some(folder.path())).unwrap();
         let file = folder.path().join(format!("{}.tokens", fresh.fingerprint));
         assert!(file.exists());
-        assert_eq!(load_lines(LINES, &skip, Some(folder.path())).unwrap().examples, fresh.examples);
+        assert_eq!(
+            load_lines(LINES, &skip, Some(folder.path()))
+                .unwrap()
+                .examples,
+            fresh.examples
+        );
         std::fs::write(&file, "damaged").unwrap();
-        assert_eq!(load_lines(LINES, &skip, Some(folder.path())).unwrap().examples, fresh.examples);
-        let longer = load_lines(LINES, &Options { max_length: 9, ..skip.clone() }, None).unwrap();
+        assert_eq!(
+            load_lines(LINES, &skip, Some(folder.path()))
+                .unwrap()
+                .examples,
+            fresh.examples
+        );
+        let longer = load_lines(
+            LINES,
+            &Options {
+                max_length: 9,
+                ..skip.clone()
+            },
+            None,
+        )
+        .unwrap();
         let other = load_lines(&LINES.replace(" b b b b", " c"), &skip, None).unwrap();
         assert!(longer.fingerprint != fresh.fingerprint && other.fingerprint != fresh.fingerprint);
     }
 
     #[test]
     fn nothing_to_learn_says_why() {
-        let skip = Options { on_bad_record: OnBadRecord::Skip, format: Format::Text, ..options() };
-        assert!(load_lines("{}\n{}\n", &skip, None).unwrap_err().to_string().contains("all of them are bad"));
-        assert!(load_lines("{\"text\": \"\"}", &skip, None).unwrap_err().to_string().contains("1 dropped"));
-        assert!(load_lines("", &options(), None).unwrap_err().to_string().contains("0 records"));
+        let skip = Options {
+            on_bad_record: OnBadRecord::Skip,
+            format: Format::Text,
+            ..options()
+        };
+        assert!(
+            load_lines("{}\n{}\n", &skip, None)
+                .unwrap_err()
+                .to_string()
+                .contains("all of them are bad")
+        );
+        assert!(
+            load_lines("{\"text\": \"\"}", &skip, None)
+                .unwrap_err()
+                .to_string()
+                .contains("1 dropped")
+        );
+        assert!(
+            load_lines("", &options(), None)
+                .unwrap_err()
+                .to_string()
+                .contains("0 records")
+        );
         let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
         assert_eq!(error.kind(), Kind::Tokenizer);
         // A mapped column that is not there is an error, even where other fields would fit a format.
-        let mapped = Options { columns: vec![("text".into(), "body".into())], ..options() };
-        assert!(load_lines(LINES, &mapped, None).unwrap_err().to_string().contains("has no `body`"));
-        assert!(load_lines("{}", &Options { max_length: 1, ..options() }, None).is_err());
+        let mapped = Options {
+            columns: vec![("text".into(), "body".into())],
+            ..options()
+        };
+        assert!(
+            load_lines(LINES, &mapped, None)
+                .unwrap_err()
+                .to_string()
+                .contains("has no `body`")
+        );
+        assert!(
+            load_lines(
+                "{}",
+                &Options {
+                    max_length: 1,
+                    ..options()
+                },
+                None
+            )
+            .is_err()
+        );
     }
 }

@@ -19,11 +19,16 @@ fn refuse(what: impl Into<String>) -> Error {
 }
 
 /// `messages` or `conversations`; `system` is put in front where the list has no system message.
-pub(super) fn from_list(list: &[Value], system: Option<&str>, tools: Option<&Value>) -> Result<Chat> {
+pub(super) fn from_list(
+    list: &[Value],
+    system: Option<&str>,
+    tools: Option<&Value>,
+) -> Result<Chat> {
     let mut messages = Vec::with_capacity(list.len() + 1);
     let mut weights = Vec::with_capacity(list.len() + 1);
     for (i, item) in list.iter().enumerate() {
-        let (message, weight) = message(item).map_err(|e| e.value(format!("message {}: {}", i + 1, shown(item))))?;
+        let (message, weight) =
+            message(item).map_err(|e| e.value(format!("message {}: {}", i + 1, shown(item))))?;
         messages.push(Value::Object(message));
         weights.push(weight);
     }
@@ -31,15 +36,30 @@ pub(super) fn from_list(list: &[Value], system: Option<&str>, tools: Option<&Val
         messages.insert(0, json!({"role": "system", "content": text}));
         weights.insert(0, None);
     }
-    let learned = by_role(&messages).into_iter().zip(weights).map(|(by_role, weight)| weight.unwrap_or(by_role)).collect();
-    Ok(Chat { learned, messages, tools: tools.map(functions).transpose()?.flatten() })
+    let learned = by_role(&messages)
+        .into_iter()
+        .zip(weights)
+        .map(|(by_role, weight)| weight.unwrap_or(by_role))
+        .collect();
+    Ok(Chat {
+        learned,
+        messages,
+        tools: tools.map(functions).transpose()?.flatten(),
+    })
 }
 
 /// TRL's conversational prompt and completion: only the completion's assistant turns are learned.
-pub(super) fn from_prompt_and_completion(prompt: &[Value], completion: &[Value], tools: Option<&Value>) -> Result<Chat> {
+pub(super) fn from_prompt_and_completion(
+    prompt: &[Value],
+    completion: &[Value],
+    tools: Option<&Value>,
+) -> Result<Chat> {
     let all: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
     let mut chat = from_list(&all, None, tools)?;
-    chat.learned.iter_mut().take(prompt.len()).for_each(|learned| *learned = false);
+    chat.learned
+        .iter_mut()
+        .take(prompt.len())
+        .for_each(|learned| *learned = false);
     Ok(chat)
 }
 
@@ -49,17 +69,22 @@ fn shown(value: &Value) -> String {
 
 /// One message and its own word on whether it is learned.
 fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
-    let fields =
-        item.as_object().ok_or_else(|| refuse("a message is not an object").rule("{\"role\": ..., \"content\": ...}"))?;
+    let fields = item.as_object().ok_or_else(|| {
+        refuse("a message is not an object").rule("{\"role\": ..., \"content\": ...}")
+    })?;
     // Columnar files fill absent keys with null.
-    let mut fields: Map<String, Value> =
-        fields.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
+    let mut fields: Map<String, Value> = fields
+        .iter()
+        .filter(|(_, v)| !v.is_null())
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect();
     let weight = take_weight(&mut fields)?;
     if !fields.contains_key("role") && fields.contains_key("from") {
         fields = from_sharegpt(&fields)?;
     }
     if fields.get("role").and_then(Value::as_str).is_none() {
-        return Err(refuse("a message has no role").rule("{\"role\": ..., \"content\": ...} or {\"from\": ..., \"value\": ...}"));
+        return Err(refuse("a message has no role")
+            .rule("{\"role\": ..., \"content\": ...} or {\"from\": ..., \"value\": ...}"));
     }
     let content = content(fields.get("content"), fields.contains_key("tool_calls"))?;
     fields.insert("content".into(), Value::String(content));
@@ -70,7 +95,9 @@ fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
         }
     }
     if let Some(reasoning) = REASONING.iter().find_map(|name| fields.get(*name).cloned()) {
-        fields.entry("thinking").or_insert_with(|| reasoning.clone());
+        fields
+            .entry("thinking")
+            .or_insert_with(|| reasoning.clone());
         fields.insert(REASONING[0].into(), reasoning);
     }
     Ok((fields, weight))
@@ -79,7 +106,9 @@ fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
 fn take_weight(fields: &mut Map<String, Value>) -> Result<Option<bool>> {
     let mut weight = None;
     for key in WEIGHTS {
-        let Some(value) = fields.shift_remove(key) else { continue };
+        let Some(value) = fields.shift_remove(key) else {
+            continue;
+        };
         let read = match &value {
             Value::Bool(learned) => Some(*learned),
             Value::Number(n) if n.as_f64() == Some(0.0) => Some(false),
@@ -98,7 +127,10 @@ fn take_weight(fields: &mut Map<String, Value>) -> Result<Option<bool>> {
 
 /// `{from, value}` -> `{role, content}`; a function call becomes a turn with tool calls.
 fn from_sharegpt(fields: &Map<String, Value>) -> Result<Map<String, Value>> {
-    let from = fields.get("from").and_then(Value::as_str).unwrap_or_default();
+    let from = fields
+        .get("from")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
     let value = fields.get("value").cloned().unwrap_or(Value::Null);
     let role = match from {
         "human" | "user" => "user",
@@ -107,7 +139,10 @@ fn from_sharegpt(fields: &Map<String, Value>) -> Result<Map<String, Value>> {
         "observation" | "tool" | "function_response" => "tool",
         "function_call" => {
             let calls = parse_calls(value.as_str().unwrap_or_default())?;
-            return Ok(Map::from_iter([("role".to_string(), json!("assistant")), ("tool_calls".to_string(), calls)]));
+            return Ok(Map::from_iter([
+                ("role".to_string(), json!("assistant")),
+                ("tool_calls".to_string(), calls),
+            ]));
         }
         _ => {
             return Err(refuse("a message is from somebody unknown")
@@ -115,26 +150,39 @@ fn from_sharegpt(fields: &Map<String, Value>) -> Result<Map<String, Value>> {
                 .hint("rename the speaker, or write the record as `messages`"));
         }
     };
-    Ok(Map::from_iter([("role".to_string(), json!(role)), ("content".to_string(), value)]))
+    Ok(Map::from_iter([
+        ("role".to_string(), json!(role)),
+        ("content".to_string(), value),
+    ]))
 }
 
 /// `{"name", "arguments"}`, or a list of them, written as text.
 fn parse_calls(text: &str) -> Result<Value> {
-    let parsed: Value = serde_json::from_str(text).map_err(|e| refuse(format!("a function call is not JSON: {e}")).rule(CALL))?;
+    let parsed: Value = serde_json::from_str(text)
+        .map_err(|e| refuse(format!("a function call is not JSON: {e}")).rule(CALL))?;
     let calls = match parsed {
         Value::Array(calls) => calls,
         one => vec![one],
     };
-    Ok(calls.into_iter().map(|function| json!({"type": "function", "function": function})).collect())
+    Ok(calls
+        .into_iter()
+        .map(|function| json!({"type": "function", "function": function}))
+        .collect())
 }
 
 const CALL: &str = "{\"name\": \"...\", \"arguments\": {...}}";
 
 /// Checks each call and parses its arguments where they are text (OpenAI's form; templates want the object).
 fn tool_calls(calls: &mut Value) -> Result<()> {
-    let list = calls.as_array_mut().ok_or_else(|| refuse("`tool_calls` is not a list").rule("[{\"function\": {...}}, ...]"))?;
+    let list = calls
+        .as_array_mut()
+        .ok_or_else(|| refuse("`tool_calls` is not a list").rule("[{\"function\": {...}}, ...]"))?;
     for call in list {
-        let function = if call.get("function").is_some() { &mut call["function"] } else { call };
+        let function = if call.get("function").is_some() {
+            &mut call["function"]
+        } else {
+            call
+        };
         if function.get("name").and_then(Value::as_str).is_none() {
             return Err(refuse("a tool call names no function").rule(CALL));
         }
@@ -142,7 +190,9 @@ fn tool_calls(calls: &mut Value) -> Result<()> {
             let parsed: Value = serde_json::from_str(text)
                 .ok()
                 .filter(Value::is_object)
-                .ok_or_else(|| refuse("a tool call's arguments are not a JSON object").rule(CALL))?;
+                .ok_or_else(|| {
+                    refuse("a tool call's arguments are not a JSON object").rule(CALL)
+                })?;
             function["arguments"] = parsed;
         }
     }
@@ -155,12 +205,16 @@ fn content(value: Option<&Value>, has_calls: bool) -> Result<String> {
         Some(Value::String(text)) => Ok(text.clone()),
         Some(Value::Array(parts)) => parts.iter().map(part).collect(),
         None | Some(Value::Null) if has_calls => Ok(String::new()),
-        _ => Err(refuse("a message has no text").rule("content: a string, or a list of {\"type\": \"text\", \"text\": ...}")),
+        _ => Err(refuse("a message has no text")
+            .rule("content: a string, or a list of {\"type\": \"text\", \"text\": ...}")),
     }
 }
 
 fn part(part: &Value) -> Result<String> {
-    let text = part.get("text").or_else(|| part.get("value")).and_then(Value::as_str);
+    let text = part
+        .get("text")
+        .or_else(|| part.get("value"))
+        .and_then(Value::as_str);
     match (part.get("type").and_then(Value::as_str), text) {
         (Some("text"), Some(text)) => Ok(text.to_string()),
         _ => Err(refuse("a message holds a part that is not text")
@@ -174,7 +228,8 @@ fn functions(tools: &Value) -> Result<Option<Value>> {
     let rule = "a list of functions, {\"name\": ..., \"description\": ..., \"parameters\": ...}, or its JSON text";
     let parsed = match tools {
         Value::String(text) if text.trim().is_empty() => return Ok(None),
-        Value::String(text) => serde_json::from_str(text).map_err(|e| refuse(format!("`tools` is not JSON: {e}")).rule(rule))?,
+        Value::String(text) => serde_json::from_str(text)
+            .map_err(|e| refuse(format!("`tools` is not JSON: {e}")).rule(rule))?,
         other => other.clone(),
     };
     let list = match parsed {
@@ -213,39 +268,73 @@ mod tests {
             {"from": "observation", "value": "{}"}, {"from": "gpt", "value": "a"}]);
         let tools = json!("[{\"name\": \"f\"}]");
         let chat = from_list(list.as_array().unwrap(), Some("S"), Some(&tools)).unwrap();
-        let roles: Vec<_> = chat.messages.iter().map(|m| m["role"].as_str().unwrap()).collect();
+        let roles: Vec<_> = chat
+            .messages
+            .iter()
+            .map(|m| m["role"].as_str().unwrap())
+            .collect();
         assert_eq!(roles, ["system", "user", "assistant", "tool", "assistant"]);
         assert_eq!(
             chat.messages[2].to_string(),
             r#"{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"f","arguments":{"b":1,"a":2}}}],"content":""}"#
         );
         assert_eq!(chat.learned, [false, false, true, false, true]);
-        assert_eq!(chat.tools, Some(json!([{"type": "function", "function": {"name": "f"}}])));
+        assert_eq!(
+            chat.tools,
+            Some(json!([{"type": "function", "function": {"name": "f"}}]))
+        );
     }
 
     #[test]
     fn what_has_no_meaning_is_refused() {
         for (bad, word) in [
-            (json!([{"role": "user", "content": "a", "loss_weight": 0.5}]), "neither 0 nor 1"),
-            (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "not text"),
-            (json!([{"from": "stranger", "value": "a"}]), "somebody unknown"),
-            (json!([{"from": "function_call", "value": "f(x)"}]), "not JSON"),
-            (json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]), "JSON object"),
+            (
+                json!([{"role": "user", "content": "a", "loss_weight": 0.5}]),
+                "neither 0 nor 1",
+            ),
+            (
+                json!([{"role": "user", "content": [{"type": "image_url"}]}]),
+                "not text",
+            ),
+            (
+                json!([{"from": "stranger", "value": "a"}]),
+                "somebody unknown",
+            ),
+            (
+                json!([{"from": "function_call", "value": "f(x)"}]),
+                "not JSON",
+            ),
+            (
+                json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "x"}}]}]),
+                "JSON object",
+            ),
             (json!([{"role": "assistant"}]), "no text"),
             (json!([{"content": "a"}]), "no role"),
             (json!(["a"]), "not an object"),
         ] {
             let error = chat(bad).unwrap_err().to_string();
-            assert!(error.contains(word) && error.contains("message 1"), "{error}");
+            assert!(
+                error.contains(word) && error.contains("message 1"),
+                "{error}"
+            );
         }
     }
 
     #[test]
     fn arguments_as_text_are_parsed_and_the_prompt_is_not_learned() {
-        let prompt = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]);
+        let prompt =
+            json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]);
         let completion = json!([{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f", "arguments": "{\"x\": 1}"}}]}]);
-        let chat = from_prompt_and_completion(prompt.as_array().unwrap(), completion.as_array().unwrap(), None).unwrap();
+        let chat = from_prompt_and_completion(
+            prompt.as_array().unwrap(),
+            completion.as_array().unwrap(),
+            None,
+        )
+        .unwrap();
         assert_eq!(chat.learned, [false, false, true]);
-        assert_eq!(chat.messages[2]["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
+        assert_eq!(
+            chat.messages[2]["tool_calls"][0]["function"]["arguments"],
+            json!({"x": 1})
+        );
     }
 }

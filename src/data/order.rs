@@ -44,8 +44,11 @@ mod tests {
     #[test]
     fn every_word_of_the_key_matters_and_every_index_stays() {
         let base = permutation(100, 1, Use::Epoch, 0);
-        for other in [permutation(100, 2, Use::Epoch, 0), permutation(100, 1, Use::Split, 0), permutation(100, 1, Use::Epoch, 1)]
-        {
+        for other in [
+            permutation(100, 2, Use::Epoch, 0),
+            permutation(100, 1, Use::Split, 0),
+            permutation(100, 1, Use::Epoch, 1),
+        ] {
             assert_ne!(base, other);
         }
         assert_eq!(base, permutation(100, 1, Use::Epoch, 0));
@@ -60,6 +63,9 @@ mod tests {
         // 6000 permutations of 3: each of the 6 is expected 1000 times, with a deviation of 29.
         let mut seen = std::collections::BTreeMap::new();
         (0..6000).for_each(|i| *seen.entry(permutation(3, i, Use::Epoch, 0)).or_insert(0) += 1);
-        assert!(seen.len() == 6 && seen.values().all(|n| (850..1150).contains(n)), "{seen:?}");
+        assert!(
+            seen.len() == 6 && seen.values().all(|n| (850..1150).contains(n)),
+            "{seen:?}"
+        );
     }
 }

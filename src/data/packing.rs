@@ -29,7 +29,10 @@ pub(super) fn next_fit(order: &[u32], lengths: &[usize], max_length: usize) -> V
 
 /// Best-fit decreasing within windows of the order: the longest record first, each into the fullest row that still holds it.
 pub(super) fn best_fit(order: &[u32], lengths: &[usize], max_length: usize) -> Vec<Vec<u32>> {
-    order.chunks(WINDOW).flat_map(|window| best_fit_window(window, lengths, max_length)).collect()
+    order
+        .chunks(WINDOW)
+        .flat_map(|window| best_fit_window(window, lengths, max_length))
+        .collect()
 }
 
 fn best_fit_window(window: &[u32], lengths: &[usize], max_length: usize) -> Vec<Vec<u32>> {
@@ -70,8 +73,14 @@ mod tests {
     #[test]
     fn the_tightest_row_is_filled_first() {
         // Lengths 6 5 4 3 2 into rows of 10: 6+4, 5+3+2.
-        assert_eq!(best_fit(&[4, 3, 2, 1, 0], &[6, 5, 4, 3, 2], 10), [vec![0, 2], vec![1, 3, 4]]);
-        assert_eq!(next_fit(&[0, 1, 2, 3, 4], &[6, 5, 4, 3, 2], 10), [vec![0], vec![1, 2], vec![3, 4]]);
+        assert_eq!(
+            best_fit(&[4, 3, 2, 1, 0], &[6, 5, 4, 3, 2], 10),
+            [vec![0, 2], vec![1, 3, 4]]
+        );
+        assert_eq!(
+            next_fit(&[0, 1, 2, 3, 4], &[6, 5, 4, 3, 2], 10),
+            [vec![0], vec![1, 2], vec![3, 4]]
+        );
         assert!(best_fit(&[], &[], 10).is_empty());
     }
 

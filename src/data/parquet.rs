@@ -16,10 +16,13 @@ use crate::error::{Error, Kind, Result};
 /// The rows of `source` in order.
 pub(super) fn records(file: Arc<str>, source: File) -> Result<Records> {
     let refuse = |e: parquet::errors::ParquetError| {
-        Error::new(Kind::Data, format!("not a Parquet file that can be read: {e}"))
-            .at(file.as_ref())
-            .rule("compression none, snappy, gzip or zstd")
-            .hint("write it again, as with pandas' `to_parquet(path, compression=\"zstd\")`")
+        Error::new(
+            Kind::Data,
+            format!("not a Parquet file that can be read: {e}"),
+        )
+        .at(file.as_ref())
+        .rule("compression none, snappy, gzip or zstd")
+        .hint("write it again, as with pandas' `to_parquet(path, compression=\"zstd\")`")
     };
     let reader = SerializedFileReader::new(source).map_err(refuse)?;
     // Fails now, not at the first row, where the schema has no rows as records.
@@ -27,17 +30,26 @@ pub(super) fn records(file: Arc<str>, source: File) -> Result<Records> {
     let rows = parquet::record::reader::RowIter::from_file_into(Box::new(reader));
     let mut failed = false;
     Ok(Box::new(rows.enumerate().map_while(move |(i, row)| {
-        let place = Place { file: file.clone(), unit: "row", number: i as u64 + 1 };
+        let place = Place {
+            file: file.clone(),
+            unit: "row",
+            number: i as u64 + 1,
+        };
         let result = match row {
             _ if failed => return None,
-            Ok(row) => fields(&row).map(|fields| Record { place: place.clone(), fields }),
+            Ok(row) => fields(&row).map(|fields| Record {
+                place: place.clone(),
+                fields,
+            }),
             // A page that cannot be decoded ends the file: the rows after it cannot be found.
             Err(e) => {
                 failed = true;
                 Err(e.to_string())
             }
         };
-        Some(result.map_err(|e| Error::new(Kind::Data, format!("a row cannot be read: {e}")).at(place.to_string())))
+        Some(result.map_err(|e| {
+            Error::new(Kind::Data, format!("a row cannot be read: {e}")).at(place.to_string())
+        }))
     })))
 }
 
@@ -76,17 +88,30 @@ mod tests {
             "message m { optional binary text; required group messages (LIST) { repeated group list { required group element {
             required binary role (UTF8); optional binary content (UTF8); } } } }";
         let schema = Arc::new(parse_message_type(schema).unwrap());
-        let properties = Arc::new(WriterProperties::builder().set_compression(compression).build());
-        let mut file = SerializedFileWriter::new(std::fs::File::create(path).unwrap(), schema, properties).unwrap();
+        let properties = Arc::new(
+            WriterProperties::builder()
+                .set_compression(compression)
+                .build(),
+        );
+        let mut file =
+            SerializedFileWriter::new(std::fs::File::create(path).unwrap(), schema, properties)
+                .unwrap();
         let mut group = file.next_row_group().unwrap();
         // Per column: values, definition levels, repetition levels, by Dremel's rules.
-        let columns: [(&[&str], &[i16], &[i16]); 3] =
-            [(&["a"], &[1, 0], &[0, 0]), (&["u", "v"], &[1, 1, 0], &[0, 1, 0]), (&["x"], &[2, 1, 0], &[0, 1, 0])];
+        let columns: [(&[&str], &[i16], &[i16]); 3] = [
+            (&["a"], &[1, 0], &[0, 0]),
+            (&["u", "v"], &[1, 1, 0], &[0, 1, 0]),
+            (&["x"], &[2, 1, 0], &[0, 1, 0]),
+        ];
         for (values, definition, repetition) in columns {
             let mut column = group.next_column().unwrap().unwrap();
-            let ColumnWriter::ByteArrayColumnWriter(writer) = column.untyped() else { panic!("bytes") };
+            let ColumnWriter::ByteArrayColumnWriter(writer) = column.untyped() else {
+                panic!("bytes")
+            };
             let values: Vec<ByteArray> = values.iter().map(|v| ByteArray::from(*v)).collect();
-            writer.write_batch(&values, Some(definition), Some(repetition)).unwrap();
+            writer
+                .write_batch(&values, Some(definition), Some(repetition))
+                .unwrap();
             column.close().unwrap();
         }
         group.close().unwrap();
@@ -104,13 +129,34 @@ mod tests {
             Compression::ZSTD(Default::default()),
         ] {
             write(&path, compression);
-            let rows: Vec<_> = read(&path, TxtUnit::File).unwrap().map(Result::unwrap).collect();
-            assert_eq!(rows[0].place.to_string(), format!("{}, row 1", path.display()));
-            let fields: Vec<_> = rows.into_iter().map(|r| serde_json::Value::Object(r.fields)).collect();
+            let rows: Vec<_> = read(&path, TxtUnit::File)
+                .unwrap()
+                .map(Result::unwrap)
+                .collect();
+            assert_eq!(
+                rows[0].place.to_string(),
+                format!("{}, row 1", path.display())
+            );
+            let fields: Vec<_> = rows
+                .into_iter()
+                .map(|r| serde_json::Value::Object(r.fields))
+                .collect();
             let messages = json!([{"role": "u", "content": "x"}, {"role": "v", "content": null}]);
-            assert_eq!(fields, [json!({"text": "a", "messages": messages}), json!({"text": null, "messages": []})]);
+            assert_eq!(
+                fields,
+                [
+                    json!({"text": "a", "messages": messages}),
+                    json!({"text": null, "messages": []})
+                ]
+            );
         }
         std::fs::write(&path, "PAR1 no").unwrap();
-        assert!(read(&path, TxtUnit::File).err().unwrap().to_string().contains("not a Parquet file"));
+        assert!(
+            read(&path, TxtUnit::File)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("not a Parquet file")
+        );
     }
 }

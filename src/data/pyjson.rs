@@ -41,7 +41,10 @@ fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) {
             write_items(out, ('[', ']'), &items, style, depth);
         }
         Value::Object(map) => {
-            let mut items: Vec<_> = map.iter().map(|(key, item)| (Some(key.as_str()), item)).collect();
+            let mut items: Vec<_> = map
+                .iter()
+                .map(|(key, item)| (Some(key.as_str()), item))
+                .collect();
             if style.sort_keys {
                 items.sort_by_key(|(key, _)| *key);
             }
@@ -50,7 +53,13 @@ fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) {
     }
 }
 
-fn write_items(out: &mut String, (open, close): (char, char), items: &[(Option<&str>, &Value)], style: &Style, depth: usize) {
+fn write_items(
+    out: &mut String,
+    (open, close): (char, char),
+    items: &[(Option<&str>, &Value)],
+    style: &Style,
+    depth: usize,
+) {
     let (between, colon) = match &style.separators {
         Some((between, colon)) => (between.as_str(), colon.as_str()),
         // Python drops the space after the comma when it indents.
@@ -109,7 +118,9 @@ fn float(value: f64) -> String {
     if magnitude != 0.0 && !(1e-4..1e16).contains(&magnitude) {
         let text = format!("{value:e}");
         let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-        let (sign, exponent) = exponent.strip_prefix('-').map_or(('+', exponent), |rest| ('-', rest));
+        let (sign, exponent) = exponent
+            .strip_prefix('-')
+            .map_or(('+', exponent), |rest| ('-', rest));
         return format!("{digits}e{sign}{exponent:0>2}");
     }
     format!("{value:?}")
@@ -126,9 +137,25 @@ mod tests {
         let value = json!({"a": [1, 2.0, 1e16, 1e-5, -0.0001], "é\u{1}": {"x": null, "y": []}, "t\"": true});
         let plain = "{\"a\": [1, 2.0, 1e+16, 1e-05, -0.0001], \"é\\u0001\": {\"x\": null, \"y\": []}, \"t\\\"\": true}";
         assert_eq!(dumps(&value, &Style::default()), plain);
-        let indented = dumps(&json!({"a": [1, {}], "b": 2}), &Style { indent: Some(2), ..Style::default() });
-        assert_eq!(indented, "{\n  \"a\": [\n    1,\n    {}\n  ],\n  \"b\": 2\n}");
-        let ascii = dumps(&json!({"b": "😀é", "a": 1}), &Style { ensure_ascii: true, sort_keys: true, ..Style::default() });
+        let indented = dumps(
+            &json!({"a": [1, {}], "b": 2}),
+            &Style {
+                indent: Some(2),
+                ..Style::default()
+            },
+        );
+        assert_eq!(
+            indented,
+            "{\n  \"a\": [\n    1,\n    {}\n  ],\n  \"b\": 2\n}"
+        );
+        let ascii = dumps(
+            &json!({"b": "😀é", "a": 1}),
+            &Style {
+                ensure_ascii: true,
+                sort_keys: true,
+                ..Style::default()
+            },
+        );
         assert_eq!(ascii, "{\"a\": 1, \"b\": \"\\ud83d\\ude00\\u00e9\"}");
     }
 }

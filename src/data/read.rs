@@ -82,25 +82,40 @@ pub fn read(path: &Path, txt_unit: TxtUnit) -> Result<Records> {
 
 /// The extension in lower case.
 pub(super) fn extension(path: &Path) -> String {
-    path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
+    path.extension()
+        .map(|e| e.to_string_lossy().to_lowercase())
+        .unwrap_or_default()
 }
 
 fn bad(place: &Place, what: impl Into<String>) -> Error {
     Error::new(Kind::Data, what).at(place.to_string())
 }
 
-fn json_lines(file: Arc<str>, source: impl BufRead + 'static) -> impl Iterator<Item = Result<Record>> {
+fn json_lines(
+    file: Arc<str>,
+    source: impl BufRead + 'static,
+) -> impl Iterator<Item = Result<Record>> {
     let mut number = 0;
     let mut lines = source.split(b'\n');
     std::iter::from_fn(move || {
         loop {
             number += 1;
-            let place = Place { file: file.clone(), unit: "line", number };
+            let place = Place {
+                file: file.clone(),
+                unit: "line",
+                number,
+            };
             let line = match lines.next()? {
                 Ok(line) => line,
-                Err(e) => return Some(Err(bad(&place, format!("the file cannot be read on: {e}")))),
+                Err(e) => {
+                    return Some(Err(bad(&place, format!("the file cannot be read on: {e}"))));
+                }
             };
-            let line = if number == 1 { line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line) } else { &line };
+            let line = if number == 1 {
+                line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line)
+            } else {
+                &line
+            };
             if !line.iter().all(u8::is_ascii_whitespace) {
                 return Some(json_record(place, line));
             }
@@ -109,11 +124,22 @@ fn json_lines(file: Arc<str>, source: impl BufRead + 'static) -> impl Iterator<I
 }
 
 fn json_record(place: Place, line: &[u8]) -> Result<Record> {
-    let text = std::str::from_utf8(line)
-        .map_err(|e| bad(&place, format!("not valid UTF-8, from byte {} of it on", e.valid_up_to() + 1)).hint(RECODE))?;
+    let text = std::str::from_utf8(line).map_err(|e| {
+        bad(
+            &place,
+            format!(
+                "not valid UTF-8, from byte {} of it on",
+                e.valid_up_to() + 1
+            ),
+        )
+        .hint(RECODE)
+    })?;
     let value = serde_json::from_str(text).map_err(|e| {
-        bad(&place, format!("not a JSON object: {}, column {}", reason(&e), e.column()))
-            .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")
+        bad(
+            &place,
+            format!("not a JSON object: {}, column {}", reason(&e), e.column()),
+        )
+        .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")
     })?;
     object(place, value)
 }
@@ -121,7 +147,8 @@ fn json_record(place: Place, line: &[u8]) -> Result<Record> {
 /// serde_json's message without its own line and column.
 fn reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    text.split_once(" at line ").map_or(text.clone(), |(reason, _)| reason.to_string())
+    text.split_once(" at line ")
+        .map_or(text.clone(), |(reason, _)| reason.to_string())
 }
 
 fn object(place: Place, value: Value) -> Result<Record> {
@@ -139,7 +166,16 @@ fn json(file: Arc<str>, path: &Path) -> Result<Records> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let numbered = move |items: Vec<Value>| {
-        let record = move |(i, value)| object(Place { file: file.clone(), unit: "record", number: i as u64 + 1 }, value);
+        let record = move |(i, value)| {
+            object(
+                Place {
+                    file: file.clone(),
+                    unit: "record",
+                    number: i as u64 + 1,
+                },
+                value,
+            )
+        };
         Box::new(items.into_iter().enumerate().map(record)) as Records
     };
     match serde_json::from_str(text) {
@@ -168,10 +204,23 @@ fn json(file: Arc<str>, path: &Path) -> Result<Records> {
 }
 
 fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Records> {
-    let mut reader = ::csv::ReaderBuilder::new().delimiter(delimiter).quoting(quoting).from_reader(source);
-    let at = |unit, number| Place { file: file.clone(), unit, number };
-    let header = reader.headers().map_err(|e| bad(&at("line", 1), format!("the header cannot be read: {e}")))?.clone();
-    let names: Vec<String> = header.iter().map(|name| name.trim_start_matches('\u{feff}').to_string()).collect();
+    let mut reader = ::csv::ReaderBuilder::new()
+        .delimiter(delimiter)
+        .quoting(quoting)
+        .from_reader(source);
+    let at = |unit, number| Place {
+        file: file.clone(),
+        unit,
+        number,
+    };
+    let header = reader
+        .headers()
+        .map_err(|e| bad(&at("line", 1), format!("the header cannot be read: {e}")))?
+        .clone();
+    let names: Vec<String> = header
+        .iter()
+        .map(|name| name.trim_start_matches('\u{feff}').to_string())
+        .collect();
     let mut rows = reader.into_records();
     Ok(Box::new(std::iter::from_fn(move || {
         let row = rows.next()?;
@@ -179,20 +228,31 @@ fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Rec
             Ok(row) => row.position().map_or(0, ::csv::Position::line),
             Err(e) => e.position().map_or(0, ::csv::Position::line),
         };
-        let place = Place { file: file.clone(), unit: "line", number: line };
+        let place = Place {
+            file: file.clone(),
+            unit: "line",
+            number: line,
+        };
         Some(match row {
             Ok(row) => {
-                let fields = names.iter().cloned().zip(row.iter().map(|cell| Value::String(cell.to_string()))).collect();
+                let fields = names
+                    .iter()
+                    .cloned()
+                    .zip(row.iter().map(|cell| Value::String(cell.to_string())))
+                    .collect();
                 Ok(Record { place, fields })
             }
-            Err(e) => Err(bad(&place, csv_reason(&e)).hint("correct or remove the line, or set `on_bad_record = \"skip\"`")),
+            Err(e) => Err(bad(&place, csv_reason(&e))
+                .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")),
         })
     })))
 }
 
 fn csv_reason(error: &::csv::Error) -> String {
     match error.kind() {
-        ::csv::ErrorKind::UnequalLengths { expected_len, len, .. } => format!("{len} cells where the header has {expected_len}"),
+        ::csv::ErrorKind::UnequalLengths {
+            expected_len, len, ..
+        } => format!("{len} cells where the header has {expected_len}"),
         ::csv::ErrorKind::Utf8 { .. } => "not valid UTF-8".to_string(),
         _ => error.to_string(),
     }
@@ -202,8 +262,20 @@ fn csv_reason(error: &::csv::Error) -> String {
 fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let text = String::from_utf8(bytes).map_err(|e| {
-        let line = e.as_bytes()[..e.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
-        bad(&Place { file: file.clone(), unit: "line", number: line as u64 }, "not valid UTF-8").hint(RECODE)
+        let line = e.as_bytes()[..e.utf8_error().valid_up_to()]
+            .iter()
+            .filter(|b| **b == b'\n')
+            .count()
+            + 1;
+        bad(
+            &Place {
+                file: file.clone(),
+                unit: "line",
+                number: line as u64,
+            },
+            "not valid UTF-8",
+        )
+        .hint(RECODE)
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let texts = match unit {
@@ -212,7 +284,14 @@ fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
     };
     Ok(Box::new(texts.into_iter().map(move |(number, text)| {
         let fields = Map::from_iter([("text".to_string(), Value::String(text))]);
-        Ok(Record { place: Place { file: file.clone(), unit: "line", number }, fields })
+        Ok(Record {
+            place: Place {
+                file: file.clone(),
+                unit: "line",
+                number,
+            },
+            fields,
+        })
     })))
 }
 
@@ -250,12 +329,20 @@ mod tests {
     }
 
     fn texts(records: &[Result<Record, String>]) -> Vec<(u64, &str)> {
-        records.iter().flatten().map(|r| (r.place.number, r.fields["text"].as_str().unwrap())).collect()
+        records
+            .iter()
+            .flatten()
+            .map(|r| (r.place.number, r.fields["text"].as_str().unwrap()))
+            .collect()
     }
 
     #[test]
     fn a_bad_line_is_named_and_the_rest_is_read() {
-        let records = all("a.jsonl", b"\xef\xbb\xbf{\"text\": \"x\"}\n\n{bad\n[1]\n{\"text\": \"y\"}\r\n\xff\n", TxtUnit::File);
+        let records = all(
+            "a.jsonl",
+            b"\xef\xbb\xbf{\"text\": \"x\"}\n\n{bad\n[1]\n{\"text\": \"y\"}\r\n\xff\n",
+            TxtUnit::File,
+        );
         assert_eq!(texts(&records), [(1, "x"), (5, "y")]);
         let errors: Vec<_> = records.iter().filter_map(|r| r.as_ref().err()).collect();
         assert_eq!(errors.len(), 3);
@@ -271,27 +358,60 @@ mod tests {
             "{\"text\": \"x\"}\n{\"text\": \"y\"}",
             "{\"data\": [{\"text\": \"x\"}, {\"text\": \"y\"}]}",
         ] {
-            assert_eq!(texts(&all("a.json", content.as_bytes(), TxtUnit::File)), [(1, "x"), (2, "y")], "{content}");
+            assert_eq!(
+                texts(&all("a.json", content.as_bytes(), TxtUnit::File)),
+                [(1, "x"), (2, "y")],
+                "{content}"
+            );
         }
         let errors = all("a.json", b"[{\"text\": 1},\n {]", TxtUnit::File);
-        assert!(errors[0].as_ref().unwrap_err().contains("line 2, column 3"), "{errors:?}");
+        assert!(
+            errors[0].as_ref().unwrap_err().contains("line 2, column 3"),
+            "{errors:?}"
+        );
     }
 
     #[test]
     fn csv_quotes_and_tsv_does_not() {
-        let records = all("a.csv", b"text,n\n\"x,\n\"\"y\"\"\",1\nz\nw,2\n", TxtUnit::File);
+        let records = all(
+            "a.csv",
+            b"text,n\n\"x,\n\"\"y\"\"\",1\nz\nw,2\n",
+            TxtUnit::File,
+        );
         assert_eq!(texts(&records), [(2, "x,\n\"y\""), (5, "w")]);
         let error = records[1].as_ref().unwrap_err();
-        assert!(error.contains("1 cells where the header has 2") && error.contains("line 4"), "{error}");
-        assert_eq!(texts(&all("a.tsv", b"text\tlabel\n\"open\t1\n", TxtUnit::File)), [(2, "\"open")]);
+        assert!(
+            error.contains("1 cells where the header has 2") && error.contains("line 4"),
+            "{error}"
+        );
+        assert_eq!(
+            texts(&all("a.tsv", b"text\tlabel\n\"open\t1\n", TxtUnit::File)),
+            [(2, "\"open")]
+        );
     }
 
     #[test]
     fn paragraphs_end_at_blank_lines() {
         let content = b"a\nb\n\n \n\nc\r\nd\n";
-        assert_eq!(texts(&all("a.txt", content, TxtUnit::Paragraph)), [(1, "a\nb"), (6, "c\nd")]);
-        assert_eq!(texts(&all("a.txt", b"a\n\nb\n", TxtUnit::File)), [(1, "a\n\nb\n")]);
-        assert!(all("a.doc", b"", TxtUnit::File)[0].as_ref().unwrap_err().contains(".parquet"));
-        assert!(all("a.txt", b"a\n\xff", TxtUnit::File)[0].as_ref().unwrap_err().contains("line 2"));
+        assert_eq!(
+            texts(&all("a.txt", content, TxtUnit::Paragraph)),
+            [(1, "a\nb"), (6, "c\nd")]
+        );
+        assert_eq!(
+            texts(&all("a.txt", b"a\n\nb\n", TxtUnit::File)),
+            [(1, "a\n\nb\n")]
+        );
+        assert!(
+            all("a.doc", b"", TxtUnit::File)[0]
+                .as_ref()
+                .unwrap_err()
+                .contains(".parquet")
+        );
+        assert!(
+            all("a.txt", b"a\n\xff", TxtUnit::File)[0]
+                .as_ref()
+                .unwrap_err()
+                .contains("line 2")
+        );
     }
 }

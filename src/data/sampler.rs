@@ -55,23 +55,43 @@ impl Sampler {
                 .rule("at least one example with a loss token")
                 .hint("check `data.format` and `data.max_length`; `wattune recipe check` shows what was dropped and why"));
         }
-        if options.micro_batch_size == 0 || options.gradient_accumulation_steps == 0 || options.max_length == 0 {
-            return Err(Error::new(Kind::Data, "a step holds no tokens")
-                .rule("micro_batch_size, gradient_accumulation_steps and max_length are at least 1"));
+        if options.micro_batch_size == 0
+            || options.gradient_accumulation_steps == 0
+            || options.max_length == 0
+        {
+            return Err(Error::new(Kind::Data, "a step holds no tokens").rule(
+                "micro_batch_size, gradient_accumulation_steps and max_length are at least 1",
+            ));
         }
         let lengths: Vec<usize> = examples.iter().map(|e| e.tokens.len()).collect();
         let count = examples.len();
         let rows = match (options.packing, options.shuffle) {
-            (true, true) => best_fit(&permutation(count, options.seed, Use::Packing, 0), &lengths, options.max_length),
-            (true, false) => next_fit(&(0..count as u32).collect::<Vec<_>>(), &lengths, options.max_length),
+            (true, true) => best_fit(
+                &permutation(count, options.seed, Use::Packing, 0),
+                &lengths,
+                options.max_length,
+            ),
+            (true, false) => next_fit(
+                &(0..count as u32).collect::<Vec<_>>(),
+                &lengths,
+                options.max_length,
+            ),
             (false, _) => (0..count as u32).map(|i| vec![i]).collect(),
         };
-        Ok(Self { examples, options, rows, drawn: Mutex::new(None) })
+        Ok(Self {
+            examples,
+            options,
+            rows,
+            drawn: Mutex::new(None),
+        })
     }
 
     /// Steps in one pass over the data; the last may be smaller than the others, and no step crosses into the next epoch.
     pub fn steps_per_epoch(&self) -> u64 {
-        self.rows.len().div_ceil(self.options.micro_batch_size).div_ceil(self.options.gradient_accumulation_steps) as u64
+        self.rows
+            .len()
+            .div_ceil(self.options.micro_batch_size)
+            .div_ceil(self.options.gradient_accumulation_steps) as u64
     }
 
     /// Rows in one pass over the data.
@@ -81,15 +101,27 @@ impl Sampler {
 
     /// The micro-batches of `step`, counted from 0 over all epochs.
     pub fn step(&self, step: u64) -> Vec<MicroBatch> {
-        self.on_step(step, |batch| MicroBatch::new(batch.iter().map(|i| (u64::from(*i), &self.examples[*i as usize]))))
+        self.on_step(step, |batch| {
+            MicroBatch::new(
+                batch
+                    .iter()
+                    .map(|i| (u64::from(*i), &self.examples[*i as usize])),
+            )
+        })
     }
 
     /// Their sizes, without copying tokens.
     pub fn step_shape(&self, step: u64) -> Vec<BatchShape> {
         self.on_step(step, |batch| {
             let of = |i: &u32| &self.examples[*i as usize];
-            let loss_tokens = batch.iter().map(|i| of(i).loss.iter().skip(1).filter(|l| **l).count()).sum();
-            BatchShape { segments: batch.iter().map(|i| of(i).tokens.len()).collect(), loss_tokens }
+            let loss_tokens = batch
+                .iter()
+                .map(|i| of(i).loss.iter().skip(1).filter(|l| **l).count())
+                .sum();
+            BatchShape {
+                segments: batch.iter().map(|i| of(i).tokens.len()).collect(),
+                loss_tokens,
+            }
         })
     }
 
@@ -97,7 +129,10 @@ impl Sampler {
         let per_epoch = self.steps_per_epoch();
         let epoch = self.epoch(step / per_epoch);
         let per_step = self.options.gradient_accumulation_steps;
-        let batches = epoch.chunks(per_step).nth((step % per_epoch) as usize).unwrap_or_default();
+        let batches = epoch
+            .chunks(per_step)
+            .nth((step % per_epoch) as usize)
+            .unwrap_or_default();
         batches.iter().map(|batch| make(batch)).collect()
     }
 
@@ -115,28 +150,49 @@ impl Sampler {
     }
 
     fn draw(&self, number: u64) -> Epoch {
-        let SamplerOptions { micro_batch_size, packing, shuffle, seed, .. } = self.options;
+        let SamplerOptions {
+            micro_batch_size,
+            packing,
+            shuffle,
+            seed,
+            ..
+        } = self.options;
         let order = match shuffle {
             true => permutation(self.rows.len(), seed, Use::Epoch, number),
             false => (0..self.rows.len() as u32).collect(),
         };
-        let order = if shuffle && !packing { self.group_by_length(order) } else { order };
-        let batch = |rows: &[u32]| rows.iter().flat_map(|row| self.rows[*row as usize].iter().copied()).collect();
+        let order = if shuffle && !packing {
+            self.group_by_length(order)
+        } else {
+            order
+        };
+        let batch = |rows: &[u32]| {
+            rows.iter()
+                .flat_map(|row| self.rows[*row as usize].iter().copied())
+                .collect()
+        };
         let batches: Epoch = order.chunks(micro_batch_size).map(batch).collect();
         if !shuffle || packing {
             return batches;
         }
         // Sorting put the long ones of each megabatch first; only a smaller last micro-batch keeps its place.
         let whole = self.rows.len() / micro_batch_size;
-        let mut mixed: Epoch =
-            permutation(whole, seed, Use::MicroBatches, number).into_iter().map(|i| batches[i as usize].clone()).collect();
+        let mut mixed: Epoch = permutation(whole, seed, Use::MicroBatches, number)
+            .into_iter()
+            .map(|i| batches[i as usize].clone())
+            .collect();
         mixed.extend_from_slice(&batches[whole..]);
         mixed
     }
 
     /// Sorts by length within megabatches, so that a micro-batch holds records of like length.
     fn group_by_length(&self, mut order: Vec<u32>) -> Vec<u32> {
-        let length = |row: &u32| self.rows[*row as usize].iter().map(|i| self.examples[*i as usize].tokens.len()).sum::<usize>();
+        let length = |row: &u32| {
+            self.rows[*row as usize]
+                .iter()
+                .map(|i| self.examples[*i as usize].tokens.len())
+                .sum::<usize>()
+        };
         for megabatch in order.chunks_mut(self.options.micro_batch_size.saturating_mul(MEGABATCH)) {
             megabatch.sort_by_key(|row| std::cmp::Reverse(length(row)));
         }
@@ -150,7 +206,10 @@ impl Sampler {
 /// Where `micro_batch_size` is 0.
 pub fn evaluation_batches(examples: &[Example], micro_batch_size: usize) -> Vec<MicroBatch> {
     let numbered: Vec<(u64, &Example)> = (0..).zip(examples).collect();
-    numbered.chunks(micro_batch_size).map(|batch| MicroBatch::new(batch.iter().copied())).collect()
+    numbered
+        .chunks(micro_batch_size)
+        .map(|batch| MicroBatch::new(batch.iter().copied()))
+        .collect()
 }
 
 #[cfg(test)]
@@ -159,17 +218,30 @@ mod tests {
     use proptest::prelude::*;
 
     fn examples(lengths: &[usize]) -> Arc<[Example]> {
-        let one =
-            |length: usize| Example { tokens: (0..length as u32).collect(), loss: (0..length).map(|i| i > length / 2).collect() };
+        let one = |length: usize| Example {
+            tokens: (0..length as u32).collect(),
+            loss: (0..length).map(|i| i > length / 2).collect(),
+        };
         lengths.iter().map(|length| one(*length)).collect()
     }
 
     fn options(packing: bool, shuffle: bool) -> SamplerOptions {
-        SamplerOptions { micro_batch_size: 2, gradient_accumulation_steps: 2, max_length: 16, packing, shuffle, seed: 3 }
+        SamplerOptions {
+            micro_batch_size: 2,
+            gradient_accumulation_steps: 2,
+            max_length: 16,
+            packing,
+            shuffle,
+            seed: 3,
+        }
     }
 
     fn seen(sampler: &Sampler, step: u64) -> Vec<Vec<u64>> {
-        sampler.step(step).iter().map(|b| b.segments.iter().map(|s| s.example).collect()).collect()
+        sampler
+            .step(step)
+            .iter()
+            .map(|b| b.segments.iter().map(|s| s.example).collect())
+            .collect()
     }
 
     #[test]
@@ -192,8 +264,19 @@ mod tests {
             let fresh = Sampler::new(examples(&lengths), options(packing, true)).unwrap();
             assert_eq!(fresh.step(37), forward[37]);
             assert_eq!(fresh.step(2), forward[2]);
-            assert_ne!(fresh.step(sampler.steps_per_epoch()), forward[0], "a new epoch has a new order");
-            let other = Sampler::new(examples(&lengths), SamplerOptions { seed: 4, ..options(packing, true) }).unwrap();
+            assert_ne!(
+                fresh.step(sampler.steps_per_epoch()),
+                forward[0],
+                "a new epoch has a new order"
+            );
+            let other = Sampler::new(
+                examples(&lengths),
+                SamplerOptions {
+                    seed: 4,
+                    ..options(packing, true)
+                },
+            )
+            .unwrap();
             assert_ne!(other.step(0), forward[0]);
         }
     }
@@ -202,25 +285,53 @@ mod tests {
     fn records_of_like_length_share_a_micro_batch() {
         let lengths: Vec<usize> = (0..40).map(|i| 2 + (i * 17) % 40).collect();
         let sampler = Sampler::new(examples(&lengths), options(false, true)).unwrap();
-        let spread = |shape: &BatchShape| shape.segments.iter().max().unwrap() - shape.segments.iter().min().unwrap();
+        let spread = |shape: &BatchShape| {
+            shape.segments.iter().max().unwrap() - shape.segments.iter().min().unwrap()
+        };
         // All 40 lengths differ by one and stand in one megabatch: neighbours are paired.
-        assert!((0..sampler.steps_per_epoch()).flat_map(|s| sampler.step_shape(s)).all(|shape| spread(&shape) == 1));
-        let firsts: Vec<usize> = (0..10).map(|s| sampler.step_shape(s)[0].segments[0]).collect();
-        assert!(!firsts.is_sorted_by(|a, b| a >= b), "long ones do not come first: {firsts:?}");
+        assert!(
+            (0..sampler.steps_per_epoch())
+                .flat_map(|s| sampler.step_shape(s))
+                .all(|shape| spread(&shape) == 1)
+        );
+        let firsts: Vec<usize> = (0..10)
+            .map(|s| sampler.step_shape(s)[0].segments[0])
+            .collect();
+        assert!(
+            !firsts.is_sorted_by(|a, b| a >= b),
+            "long ones do not come first: {firsts:?}"
+        );
     }
 
     #[test]
     fn nothing_to_learn_is_refused() {
-        assert_eq!(Sampler::new(examples(&[]), options(true, true)).unwrap_err().kind(), Kind::Data);
-        let zero = SamplerOptions { micro_batch_size: 0, ..options(true, true) };
-        assert_eq!(Sampler::new(examples(&[3]), zero).unwrap_err().kind(), Kind::Data);
+        assert_eq!(
+            Sampler::new(examples(&[]), options(true, true))
+                .unwrap_err()
+                .kind(),
+            Kind::Data
+        );
+        let zero = SamplerOptions {
+            micro_batch_size: 0,
+            ..options(true, true)
+        };
+        assert_eq!(
+            Sampler::new(examples(&[3]), zero).unwrap_err().kind(),
+            Kind::Data
+        );
     }
 
     #[test]
     fn evaluation_keeps_the_order() {
         let batches = evaluation_batches(&examples(&[2, 3, 4]), 2);
         assert_eq!(batches.len(), 2);
-        assert_eq!(batches[1].segments, [super::super::batch::Segment { range: 0..4, example: 2 }]);
+        assert_eq!(
+            batches[1].segments,
+            [super::super::batch::Segment {
+                range: 0..4,
+                example: 2
+            }]
+        );
     }
 
     proptest! {

@@ -66,32 +66,58 @@ impl Tokenizer {
                 byte_level::tokenizer(&vocab, &merges, config.as_ref())?
             }
             _ => {
-                return Err(Error::new(Kind::Tokenizer, "the model has no tokenizer that can be read")
-                    .rule("`tokenizer.json`, or `vocab.json` with `merges.txt`")
-                    .hint(CONVERT));
+                return Err(Error::new(
+                    Kind::Tokenizer,
+                    "the model has no tokenizer that can be read",
+                )
+                .rule("`tokenizer.json`, or `vocab.json` with `merges.txt`")
+                .hint(CONVERT));
             }
         };
         // A published tokenizer.json may carry the padding and truncation of somebody's last run.
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| Error::new(Kind::Tokenizer, e.to_string()))?;
+        inner
+            .with_truncation(None)
+            .map_err(|e| Error::new(Kind::Tokenizer, e.to_string()))?;
         let eos = eos(config.as_ref(), map.as_ref(), model_config.as_ref(), &inner)?;
-        let jinja = files.chat_template.as_deref().map(|path| read_text(path, &mut hash)).transpose()?;
-        let template = template(jinja, config.as_ref(), special_tokens(config.as_ref(), map.as_ref()))?;
-        Ok(Self { inner, template, eos, fingerprint: hex(&hash.finalize()), turn_marks: OnceLock::new() })
+        let jinja = files
+            .chat_template
+            .as_deref()
+            .map(|path| read_text(path, &mut hash))
+            .transpose()?;
+        let template = template(
+            jinja,
+            config.as_ref(),
+            special_tokens(config.as_ref(), map.as_ref()),
+        )?;
+        Ok(Self {
+            inner,
+            template,
+            eos,
+            fingerprint: hex(&hash.finalize()),
+            turn_marks: OnceLock::new(),
+        })
     }
 
     /// Encodes `text`; `special` adds the tokenizer's own special tokens (bos, or whatever its files say).
     pub fn encode(&self, text: &str, special: bool) -> Result<Encoded> {
-        let encoding = self
-            .inner
-            .encode(text, special)
-            .map_err(|e| Error::new(Kind::Tokenizer, format!("the tokenizer cannot encode a text: {e}")))?;
-        Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+        let encoding = self.inner.encode(text, special).map_err(|e| {
+            Error::new(
+                Kind::Tokenizer,
+                format!("the tokenizer cannot encode a text: {e}"),
+            )
+        })?;
+        Ok(Encoded {
+            ids: encoding.get_ids().to_vec(),
+            offsets: encoding.get_offsets().to_vec(),
+        })
     }
 
     /// The text of `ids`, special tokens included.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, false).map_err(|e| Error::new(Kind::Tokenizer, format!("the tokenizer cannot decode: {e}")))
+        self.inner
+            .decode(ids, false)
+            .map_err(|e| Error::new(Kind::Tokenizer, format!("the tokenizer cannot decode: {e}")))
     }
 
     /// The token that ends a text, and its id, where the model names one.
@@ -110,8 +136,14 @@ impl Tokenizer {
     }
 
     /// Renders `messages` (a list of `{role, content, ...}`) by the model's chat template, as transformers' `apply_chat_template`.
-    pub fn render_chat(&self, messages: &Value, tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
-        self.template()?.render(messages, tools, add_generation_prompt, false)
+    pub fn render_chat(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        self.template()?
+            .render(messages, tools, add_generation_prompt, false)
     }
 
     /// Sha256 (hex) of the files it was made from.
@@ -131,8 +163,12 @@ impl Tokenizer {
     pub(super) fn turn_marks(&self) -> Result<&TurnMarks> {
         let template = self.template()?;
         Ok(self.turn_marks.get_or_init(|| {
-            let added: Vec<(String, u32)> =
-                self.inner.get_added_tokens_decoder().into_iter().map(|(id, t)| (t.content, id)).collect();
+            let added: Vec<(String, u32)> = self
+                .inner
+                .get_added_tokens_decoder()
+                .into_iter()
+                .map(|(id, t)| (t.content, id))
+                .collect();
             learn_turn_marks(template, &added)
         }))
     }
@@ -145,10 +181,13 @@ const CONVERT: &str = "convert it once: python -c \"from transformers import Aut
 fn from_tokenizer_json(path: &Path, hash: &mut Sha256) -> Result<tokenizers::Tokenizer> {
     let text = read_text(path, hash)?;
     tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|e| {
-        Error::new(Kind::Tokenizer, format!("tokenizer.json cannot be read: {e}"))
-            .at(path.display().to_string())
-            .rule("the layout that tokenizers 0.14 and later write")
-            .hint(CONVERT)
+        Error::new(
+            Kind::Tokenizer,
+            format!("tokenizer.json cannot be read: {e}"),
+        )
+        .at(path.display().to_string())
+        .rule("the layout that tokenizers 0.14 and later write")
+        .hint(CONVERT)
     })
 }
 
@@ -167,7 +206,9 @@ fn read_json(path: Option<&Path>, hash: &mut Sha256) -> Result<Option<Value>> {
     hash.update([1]);
     let text = read_text(path, hash)?;
     let value = serde_json::from_str(&text).map_err(|e| {
-        Error::new(Kind::Tokenizer, format!("not valid JSON: {e}")).at(path.display().to_string()).hint("download the file again")
+        Error::new(Kind::Tokenizer, format!("not valid JSON: {e}"))
+            .at(path.display().to_string())
+            .hint("download the file again")
     })?;
     Ok(Some(value))
 }
@@ -189,16 +230,24 @@ fn eos(
     model_config: Option<&Value>,
     inner: &tokenizers::Tokenizer,
 ) -> Result<Option<(String, u32)>> {
-    let named = |file: Option<&Value>| file.and_then(|c| token_text(c.get("eos_token")?)).map(str::to_string);
+    let named = |file: Option<&Value>| {
+        file.and_then(|c| token_text(c.get("eos_token")?))
+            .map(str::to_string)
+    };
     if let Some(token) = named(config) {
         return with_id(token, inner).map(Some);
     }
     if let Some(id) = model_config.and_then(|c| c.get("eos_token_id")?.as_u64()) {
-        let token = u32::try_from(id).ok().and_then(|id| Some((inner.id_to_token(id)?, id)));
+        let token = u32::try_from(id)
+            .ok()
+            .and_then(|id| Some((inner.id_to_token(id)?, id)));
         return token.map(Some).ok_or_else(|| {
-            Error::new(Kind::Tokenizer, "config.json's `eos_token_id` is no token of the tokenizer")
-                .value(id.to_string())
-                .hint("name the token as `eos_token` in tokenizer_config.json")
+            Error::new(
+                Kind::Tokenizer,
+                "config.json's `eos_token_id` is no token of the tokenizer",
+            )
+            .value(id.to_string())
+            .hint("name the token as `eos_token` in tokenizer_config.json")
         });
     }
     named(map).map(|token| with_id(token, inner)).transpose()
@@ -206,39 +255,67 @@ fn eos(
 
 fn with_id(token: String, inner: &tokenizers::Tokenizer) -> Result<(String, u32)> {
     let id = inner.token_to_id(&token).ok_or_else(|| {
-        Error::new(Kind::Tokenizer, "the `eos_token` is no token of the tokenizer")
-            .value(token.clone())
-            .hint("correct `eos_token` in tokenizer_config.json")
+        Error::new(
+            Kind::Tokenizer,
+            "the `eos_token` is no token of the tokenizer",
+        )
+        .value(token.clone())
+        .hint("correct `eos_token` in tokenizer_config.json")
     })?;
     Ok((token, id))
 }
 
 /// `bos_token`, `eos_token` and the like: variables of the chat template.
 fn special_tokens(config: Option<&Value>, map: Option<&Value>) -> Vec<(String, String)> {
-    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
-        .into_iter()
-        .filter_map(|name| {
-            let token = [config, map].into_iter().flatten().find_map(|file| token_text(file.get(name)?))?;
-            Some((name.to_string(), token.to_string()))
-        })
-        .collect()
+    [
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "sep_token",
+        "cls_token",
+        "mask_token",
+    ]
+    .into_iter()
+    .filter_map(|name| {
+        let token = [config, map]
+            .into_iter()
+            .flatten()
+            .find_map(|file| token_text(file.get(name)?))?;
+        Some((name.to_string(), token.to_string()))
+    })
+    .collect()
 }
 
 /// chat_template.jinja, else tokenizer_config.json's `chat_template`: a string, or a list of named ones.
-fn template(jinja: Option<String>, config: Option<&Value>, special: Vec<(String, String)>) -> Result<Option<ChatTemplate>> {
-    let written = config.and_then(|c| c.get("chat_template")).filter(|t| !t.is_null());
+fn template(
+    jinja: Option<String>,
+    config: Option<&Value>,
+    special: Vec<(String, String)>,
+) -> Result<Option<ChatTemplate>> {
+    let written = config
+        .and_then(|c| c.get("chat_template"))
+        .filter(|t| !t.is_null());
     if let Some(source) = jinja.as_deref().or_else(|| written?.as_str()) {
         return ChatTemplate::new(source, None, special).map(Some);
     }
-    let Some(written) = written else { return Ok(None) };
+    let Some(written) = written else {
+        return Ok(None);
+    };
     let named = |name: &str| {
         let list = written.as_array()?;
-        list.iter().find(|t| t.get("name").and_then(Value::as_str) == Some(name))?.get("template")?.as_str()
+        list.iter()
+            .find(|t| t.get("name").and_then(Value::as_str) == Some(name))?
+            .get("template")?
+            .as_str()
     };
     let default = named("default").ok_or_else(|| {
-        Error::new(Kind::Tokenizer, "tokenizer_config.json's `chat_template` has no template named `default`")
-            .rule("a string, or a list of {name, template} with one named `default`")
-            .hint("name one of the templates `default`")
+        Error::new(
+            Kind::Tokenizer,
+            "tokenizer_config.json's `chat_template` has no template named `default`",
+        )
+        .rule("a string, or a list of {name, template} with one named `default`")
+        .hint("name one of the templates `default`")
     })?;
     ChatTemplate::new(default, named("tool_use"), special).map(Some)
 }
@@ -249,9 +326,17 @@ pub(super) mod tests {
     use serde_json::json;
 
     /// A tokenizer of whole words for tests: ids are the order of `words`; `<s>`-like words are added tokens.
-    pub(in super::super) fn word_tokenizer(words: &[&str], eos: &str, chat_template: Option<&str>) -> Tokenizer {
+    pub(in super::super) fn word_tokenizer(
+        words: &[&str],
+        eos: &str,
+        chat_template: Option<&str>,
+    ) -> Tokenizer {
         let folder = tempfile::tempdir().unwrap();
-        let vocab: serde_json::Map<String, Value> = words.iter().enumerate().map(|(i, w)| (w.to_string(), json!(i))).collect();
+        let vocab: serde_json::Map<String, Value> = words
+            .iter()
+            .enumerate()
+            .map(|(i, w)| (w.to_string(), json!(i)))
+            .collect();
         let added: Vec<Value> = words
             .iter()
             .enumerate()
@@ -270,7 +355,11 @@ pub(super) mod tests {
             tokenizer_config: Some(folder.path().join("tokenizer_config.json")),
             ..TokenizerFiles::default()
         };
-        std::fs::write(files.tokenizer_json.as_ref().unwrap(), tokenizer.to_string()).unwrap();
+        std::fs::write(
+            files.tokenizer_json.as_ref().unwrap(),
+            tokenizer.to_string(),
+        )
+        .unwrap();
         std::fs::write(files.tokenizer_config.as_ref().unwrap(), config.to_string()).unwrap();
         Tokenizer::load(&files).unwrap()
     }
@@ -281,23 +370,51 @@ pub(super) mod tests {
         assert_eq!(tokenizer.eos(), Some(("<eos>".into(), 1)));
         assert_eq!(tokenizer.vocab_size(), 4);
         let encoded = tokenizer.encode("a b<eos>", false).unwrap();
-        assert_eq!(encoded, Encoded { ids: vec![2, 3, 1], offsets: vec![(0, 1), (1, 3), (3, 8)] });
+        assert_eq!(
+            encoded,
+            Encoded {
+                ids: vec![2, 3, 1],
+                offsets: vec![(0, 1), (1, 3), (3, 8)]
+            }
+        );
         assert_eq!(tokenizer.decode(&encoded.ids).unwrap(), "a b<eos>");
     }
 
     #[test]
     fn a_model_without_a_tokenizer_or_template_is_told_so() {
         let error = Tokenizer::load(&TokenizerFiles::default()).unwrap_err();
-        assert!(error.kind() == Kind::Tokenizer && error.remedy().unwrap().contains("save_pretrained"));
+        assert!(
+            error.kind() == Kind::Tokenizer && error.remedy().unwrap().contains("save_pretrained")
+        );
         let tokenizer = word_tokenizer(&["<unk>", "<eos>"], "<eos>", None);
-        assert!(tokenizer.render_chat(&json!([]), None, false).unwrap_err().to_string().contains("no chat template"));
+        assert!(
+            tokenizer
+                .render_chat(&json!([]), None, false)
+                .unwrap_err()
+                .to_string()
+                .contains("no chat template")
+        );
     }
 
     #[test]
     fn named_templates_are_found_by_name() {
         let config = json!({"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D{{ eos_token }}"}]});
-        let template = template(None, Some(&config), vec![("eos_token".into(), "<e>".into())]).unwrap().unwrap();
-        assert_eq!(template.render(&json!([]), None, false, false).unwrap(), "D<e>");
-        assert_eq!(template.render(&json!([]), Some(&json!([])), false, false).unwrap(), "T");
+        let template = template(
+            None,
+            Some(&config),
+            vec![("eos_token".into(), "<e>".into())],
+        )
+        .unwrap()
+        .unwrap();
+        assert_eq!(
+            template.render(&json!([]), None, false, false).unwrap(),
+            "D<e>"
+        );
+        assert_eq!(
+            template
+                .render(&json!([]), Some(&json!([])), false, false)
+                .unwrap(),
+            "T"
+        );
     }
 }

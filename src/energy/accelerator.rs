@@ -91,7 +91,10 @@ const CPU_BASIS: &str = "power at full load; 0.71 (Xeon E5-2620 v3) to 1.40 of i
 impl Power {
     /// Known watts.
     pub fn exact(watts: Watts, basis: impl Into<String>) -> Self {
-        Self { watts: Interval::exact(watts), basis: basis.into() }
+        Self {
+            watts: Interval::exact(watts),
+            basis: basis.into(),
+        }
     }
 }
 
@@ -112,48 +115,85 @@ impl Accelerator {
             "auto" => Ok(Self::of(&Profile::detect())),
             _ if name.ends_with(".toml") => Ok(Self::of(&Profile::from_file(Path::new(name))?)),
             _ if name.contains('@') => Ok(Self::of(&Profile::named(name)?)),
-            _ => Profile::named(name).map(|profile| Self::of(&profile)).map_err(|error| {
-                let near = near_matches(name, Profile::names().chain(KNOWN.iter().map(|known| known.name)));
-                error.hint(did_you_mean(&near, "`wattune devices` lists every profile"))
-            }),
+            _ => Profile::named(name)
+                .map(|profile| Self::of(&profile))
+                .map_err(|error| {
+                    let near = near_matches(
+                        name,
+                        Profile::names().chain(KNOWN.iter().map(|known| known.name)),
+                    );
+                    error.hint(did_you_mean(&near, "`wattune devices` lists every profile"))
+                }),
         }
     }
 
     /// A profile as estimates see it.
     pub fn of(profile: &Profile) -> Accelerator {
         let peak = |precision| profile.peak_flops.get(&precision);
-        let peak = peak(Precision::Bf16).or(peak(Precision::F16)).or(peak(Precision::F32));
+        let peak = peak(Precision::Bf16)
+            .or(peak(Precision::F16))
+            .or(peak(Precision::F32));
         let gpu = profile.kind == DeviceKind::Gpu;
-        let ((low, high), basis) = if gpu { (GPU_RATED, GPU_BASIS) } else { (CPU_RATED, CPU_BASIS) };
+        let ((low, high), basis) = if gpu {
+            (GPU_RATED, GPU_BASIS)
+        } else {
+            (CPU_RATED, CPU_BASIS)
+        };
         Accelerator {
             name: profile.name.clone(),
             peak_flops: *peak.expect("a profile has a peak for f32"),
             achievable: profile.achievable_flops,
             power: Power {
-                watts: Interval { low, central: 1.0, high }.map(|share| profile.load_w * share),
-                basis: if gpu { format!("{basis}; {}", host_not_added(profile)) } else { basis.to_string() },
+                watts: Interval {
+                    low,
+                    central: 1.0,
+                    high,
+                }
+                .map(|share| profile.load_w * share),
+                basis: if gpu {
+                    format!("{basis}; {}", host_not_added(profile))
+                } else {
+                    basis.to_string()
+                },
             },
         }
     }
 
     /// A published rated power of this device with the interval of its kind.
     pub fn at_rated(&self, rated: Watts) -> Power {
-        let watts = self.power.watts.map(|watts| rated * (watts / self.power.watts.central));
-        Power { watts, basis: self.power.basis.clone() }
+        let watts = self
+            .power
+            .watts
+            .map(|watts| rated * (watts / self.power.watts.central));
+        Power {
+            watts,
+            basis: self.power.basis.clone(),
+        }
     }
 
     /// What tells its generation: the first two words of its name ("nvidia-a100", "tpu-v3").
     pub fn family(&self) -> &str {
-        let end = self.name.match_indices('-').nth(1).map_or(self.name.len(), |(at, _)| at);
+        let end = self
+            .name
+            .match_indices('-')
+            .nth(1)
+            .map_or(self.name.len(), |(at, _)| at);
         &self.name[..end]
     }
 }
 
 /// What an accelerator's figures lack of its machine.
 fn host_not_added(profile: &Profile) -> String {
-    let times =
-        profile.whole_machine().map(|times| format!(": with it the energy is about {} times as much", significant(times)));
-    format!("the machine around it is not added{}", times.unwrap_or_default())
+    let times = profile.whole_machine().map(|times| {
+        format!(
+            ": with it the energy is about {} times as much",
+            significant(times)
+        )
+    });
+    format!(
+        "the machine around it is not added{}",
+        times.unwrap_or_default()
+    )
 }
 
 impl Known {
@@ -163,7 +203,11 @@ impl Known {
             peak_flops: self.peak_flops,
             achievable: 1.0,
             power: Power {
-                watts: Interval { low: Watts(self.low_w), central: Watts(self.power_w), high: Watts(self.high_w) },
+                watts: Interval {
+                    low: Watts(self.low_w),
+                    central: Watts(self.power_w),
+                    high: Watts(self.high_w),
+                },
                 basis: self.basis.to_string(),
             },
         }
@@ -177,21 +221,39 @@ mod tests {
     #[test]
     fn a_device_has_the_peak_of_the_precision_models_are_trained_in() {
         // Vendor figures: V100 125 TFLOPS in f16 (it has no bf16), A100 312 in bf16, Raspberry Pi in f32 alone.
-        assert_eq!(Accelerator::named("nvidia-v100-sxm2").unwrap().peak_flops, 125e12);
+        assert_eq!(
+            Accelerator::named("nvidia-v100-sxm2").unwrap().peak_flops,
+            125e12
+        );
         let a100 = Accelerator::named("nvidia-a100-sxm4-80gb").unwrap();
         assert_eq!((a100.peak_flops, a100.family()), (312e12, "nvidia-a100"));
-        assert!((a100.power.watts.low.0 - 304.0).abs() < 1e-9 && (a100.power.watts.high.0 - 440.0).abs() < 1e-9);
+        assert!(
+            (a100.power.watts.low.0 - 304.0).abs() < 1e-9
+                && (a100.power.watts.high.0 - 440.0).abs() < 1e-9
+        );
         assert_eq!(a100.at_rated(Watts(350.0)).watts.low, Watts(266.0));
         // A host of 30 % of the whole: 1 / 0.7.
-        assert!(a100.power.basis.contains("is not added: with it the energy is about 1.429 times"), "{}", a100.power.basis);
-        assert_eq!(Accelerator::named("raspberry-pi-5@2").unwrap().peak_flops, 1.536e11 / 2.0);
+        assert!(
+            a100.power
+                .basis
+                .contains("is not added: with it the energy is about 1.429 times"),
+            "{}",
+            a100.power.basis
+        );
+        assert_eq!(
+            Accelerator::named("raspberry-pi-5@2").unwrap().peak_flops,
+            1.536e11 / 2.0
+        );
         assert_eq!(Accelerator::named("tpu-v3").unwrap().family(), "tpu-v3");
     }
 
     #[test]
     fn an_unknown_device_is_refused_with_what_is_near() {
         let error = Accelerator::named("nvidia-a100").unwrap_err();
-        assert!(error.remedy().unwrap().contains("nvidia-a100-sxm4-80gb"), "{error}");
+        assert!(
+            error.remedy().unwrap().contains("nvidia-a100-sxm4-80gb"),
+            "{error}"
+        );
         assert!(Accelerator::named("nvidia-t4@2").is_err() && Accelerator::named("").is_err());
     }
 }

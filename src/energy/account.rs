@@ -65,13 +65,26 @@ impl Recent {
 /// The mean; `None` of nothing.
 fn mean(ratios: &VecDeque<Weighed>) -> Option<f64> {
     let all: f64 = ratios.iter().map(|(_, charged)| charged).sum();
-    (all > 0.0).then(|| ratios.iter().map(|(ratio, charged)| ratio * charged).sum::<f64>() / all)
+    (all > 0.0).then(|| {
+        ratios
+            .iter()
+            .map(|(ratio, charged)| ratio * charged)
+            .sum::<f64>()
+            / all
+    })
 }
 
 /// Mean plus three (population) deviations; `None` of nothing.
 fn cautious(ratios: &VecDeque<Weighed>) -> Option<f64> {
-    let (all, mean): (f64, f64) = (ratios.iter().map(|(_, charged)| charged).sum(), mean(ratios)?);
-    let variance = ratios.iter().map(|(ratio, charged)| (ratio - mean).powi(2) * charged).sum::<f64>() / all;
+    let (all, mean): (f64, f64) = (
+        ratios.iter().map(|(_, charged)| charged).sum(),
+        mean(ratios)?,
+    );
+    let variance = ratios
+        .iter()
+        .map(|(ratio, charged)| (ratio - mean).powi(2) * charged)
+        .sum::<f64>()
+        / all;
     Some(mean + 3.0 * variance.sqrt())
 }
 
@@ -128,7 +141,10 @@ impl Account {
 
     /// What was spent so far on the meter that decides; time is wall time since the run began, earlier runs included.
     pub fn spent(&self) -> Spent {
-        Spent { time: self.elapsed(), ..self.spent }
+        Spent {
+            time: self.elapsed(),
+            ..self.spent
+        }
     }
 
     /// What one phase spent.
@@ -154,7 +170,8 @@ impl Account {
     /// What the last step and everything after it cost more than predicted: no energy budget is passed by more. `None` before anything was
     /// admitted; zero on the counted meter.
     pub fn margin(&self) -> Option<MicroJoules> {
-        self.promised.map(|promised| self.spent.energy.saturating_sub(promised))
+        self.promised
+            .map(|promised| self.spent.energy.saturating_sub(promised))
     }
 
     /// The entries whose counters failed, by phase and reason.
@@ -170,12 +187,19 @@ impl Account {
     /// What the meter that decides showed so far over what was counted; one before anything was.
     pub fn metered_over_counted(&self) -> f64 {
         let ratio = self.spent.energy.joules() / self.totals().energy_j.counted.joules();
-        if ratio.is_finite() && ratio > 0.0 { ratio } else { 1.0 }
+        if ratio.is_finite() && ratio > 0.0 {
+            ratio
+        } else {
+            1.0
+        }
     }
 
     /// What `works` will cost, each charged as an entry of its own: exact on the counted meter but for time.
     pub fn forecast(&self, works: &[(Phase, Work)]) -> Spent {
-        works.iter().map(|(phase, work)| self.predict(*phase, &self.meters.profile().charge(work))).sum()
+        works
+            .iter()
+            .map(|(phase, work)| self.predict(*phase, &self.meters.profile().charge(work)))
+            .sum()
     }
 
     /// What training may spend, in this run and in the earlier ones of a resumed ledger, when `reserved` (final evaluation and
@@ -198,13 +222,25 @@ impl Account {
     /// How far training is, in 0..=1, where nobody foresees how much is still to come: what it has spent by the midpoint of the step whose
     /// work is `next`, over that and its share of what is left when `ending` is kept back. Its share is that of such a step beside `between`,
     /// works each with how often they come after one step. Where nothing more fits it is one.
-    pub fn progress(&self, next: &Work, between: &[(Phase, Work, f64)], ending: &[(Phase, Work)]) -> f64 {
-        let expected = |phase, work: &Work| self.estimate(phase, &self.meters.profile().charge(work), mean);
+    pub fn progress(
+        &self,
+        next: &Work,
+        between: &[(Phase, Work, f64)],
+        ending: &[(Phase, Work)],
+    ) -> f64 {
+        let expected =
+            |phase, work: &Work| self.estimate(phase, &self.meters.profile().charge(work), mean);
         let step = expected(Phase::Train, next);
-        let beside: Spent = between.iter().map(|(phase, work, often)| expected(*phase, work).times(*often)).sum();
-        let left = self.budget.remaining(&(self.spent() + self.forecast(ending)));
+        let beside: Spent = between
+            .iter()
+            .map(|(phase, work, often)| expected(*phase, work).times(*often))
+            .sum();
+        let left = self
+            .budget
+            .remaining(&(self.spent() + self.forecast(ending)));
         let trained = self.spent_on(Phase::Train);
-        left.with_trained(&trained, &step, &beside).fraction(&(trained + step.half()))
+        left.with_trained(&trained, &step, &beside)
+            .fraction(&(trained + step.half()))
     }
 
     /// Whether `next` fits with `reserve` still possible after it. Writes nothing: preflight asks this too.
@@ -214,7 +250,12 @@ impl Account {
     }
 
     /// The same, asked just before `next` runs: when the answer is to go on, the ledger holds a lease that covers it.
-    pub fn admit(&mut self, phase: Phase, next: &Work, reserve: &[(Phase, Work)]) -> Result<Verdict> {
+    pub fn admit(
+        &mut self,
+        phase: Phase,
+        next: &Work,
+        reserve: &[(Phase, Work)],
+    ) -> Result<Verdict> {
         let charge = self.meters.profile().charge(next);
         let (predicted, reserve) = (self.predict(phase, &charge), self.forecast(reserve));
         let verdict = self.verdict(&predicted, &reserve);
@@ -236,16 +277,46 @@ impl Account {
     pub fn charge(&mut self, phase: Phase, step: u64, work: &Work) -> Result<Reading> {
         let window = self.window.take().unwrap_or_else(|| self.meters.begin());
         let reading = self.meters.end(window, work);
-        let Charge { time, flops, ref bytes, .. } = reading.charge;
+        let Charge {
+            time,
+            flops,
+            ref bytes,
+            ..
+        } = reading.charge;
         let energy_j = reading.energies();
-        let (parts, bytes, gap) = (Some(reading.charge.parts()), bytes.clone(), self.filled(phase, &reading));
-        let entry = Entry { phase, step, energy_j, flops, bytes, parts, wall_s: reading.wall, t: now(), gap };
+        let (parts, bytes, gap) = (
+            Some(reading.charge.parts()),
+            bytes.clone(),
+            self.filled(phase, &reading),
+        );
+        let entry = Entry {
+            phase,
+            step,
+            energy_j,
+            flops,
+            bytes,
+            parts,
+            wall_s: reading.wall,
+            t: now(),
+            gap,
+        };
         self.ledger.append(&entry)?;
         let energy = entry.on(self.kind);
-        self.spent += Spent { energy, flops, time: Seconds::ZERO };
+        self.spent += Spent {
+            energy,
+            flops,
+            time: Seconds::ZERO,
+        };
         // What fills a gap is learnt already.
-        let seen = if entry.gap.is_some() { f64::NAN } else { energy.joules() / energy_j.counted.joules() };
-        self.recent[phase as usize].note((seen, energy_j.counted.joules().0), (reading.wall / time, time.0));
+        let seen = if entry.gap.is_some() {
+            f64::NAN
+        } else {
+            energy.joules() / energy_j.counted.joules()
+        };
+        self.recent[phase as usize].note(
+            (seen, energy_j.counted.joules().0),
+            (reading.wall / time, time.0),
+        );
         Ok(reading)
     }
 
@@ -258,7 +329,12 @@ impl Account {
     fn filled(&self, phase: Phase, reading: &Reading) -> Option<Filled> {
         let reason = reading.measured.as_ref()?.as_ref().err()?.reason.clone();
         let times = self.ledger.ratio(phase).unwrap_or(1.0);
-        Some(Filled { reason, filled: MeterKind::Counted, times, energy_j: (reading.counted.joules() * times).rounded() })
+        Some(Filled {
+            reason,
+            filled: MeterKind::Counted,
+            times,
+            energy_j: (reading.counted.joules() * times).rounded(),
+        })
     }
 
     fn elapsed(&self) -> Seconds {
@@ -266,7 +342,9 @@ impl Account {
     }
 
     fn verdict(&self, next: &Spent, reserve: &Spent) -> Verdict {
-        self.budget.admits(&self.spent(), next, reserve).map_or_else(Verdict::Stop, |()| Verdict::Continue)
+        self.budget
+            .admits(&self.spent(), next, reserve)
+            .map_or_else(Verdict::Stop, |()| Verdict::Continue)
     }
 
     fn predict(&self, phase: Phase, charge: &Charge) -> Spent {
@@ -274,40 +352,70 @@ impl Account {
     }
 
     /// What `charge` will be on the meter that decides, by `of` the recent ratios.
-    fn estimate(&self, phase: Phase, charge: &Charge, of: fn(&VecDeque<Weighed>) -> Option<f64>) -> Spent {
+    fn estimate(
+        &self,
+        phase: Phase,
+        charge: &Charge,
+        of: fn(&VecDeque<Weighed>) -> Option<f64>,
+    ) -> Spent {
         let seen = |ratios: fn(&Recent) -> &VecDeque<Weighed>| {
-            [phase, Phase::Train].into_iter().find_map(|phase| of(ratios(&self.recent[phase as usize])))
+            [phase, Phase::Train]
+                .into_iter()
+                .find_map(|phase| of(ratios(&self.recent[phase as usize])))
         };
         let energy = match self.kind {
             MeterKind::Counted => charge.energy,
-            MeterKind::Timed => (charge.energy.joules() * seen(|recent| &recent.energy).unwrap_or(1.0)).rounded(),
+            MeterKind::Timed => {
+                (charge.energy.joules() * seen(|recent| &recent.energy).unwrap_or(1.0)).rounded()
+            }
             MeterKind::Measured => {
-                let ratio = seen(|recent| &recent.energy).or_else(|| self.ledger.ratio(phase)).unwrap_or(1.0);
+                let ratio = seen(|recent| &recent.energy)
+                    .or_else(|| self.ledger.ratio(phase))
+                    .unwrap_or(1.0);
                 (charge.energy.joules() * ratio).rounded()
             }
         };
-        Spent { energy, flops: charge.flops, time: charge.time * seen(|recent| &recent.time).unwrap_or(1.0) }
+        Spent {
+            energy,
+            flops: charge.flops,
+            time: charge.time * seen(|recent| &recent.time).unwrap_or(1.0),
+        }
     }
 
     /// Leases as many steps like this one as run in about a second and fit the budget, unless the last lease still covers it.
     /// Until a step's wall time is known, one: the roofline may be far from it.
     fn cover(&mut self, charge: &Charge, predicted: &Spent, reserve: &Spent) -> Result<()> {
         let held = self.ledger.leased();
-        if held.steps > 0 && held.energy_j.on(self.kind) >= predicted.energy && held.flops >= predicted.flops {
+        if held.steps > 0
+            && held.energy_j.on(self.kind) >= predicted.energy
+            && held.flops >= predicted.flops
+        {
             return Ok(());
         }
         let known = !self.recent[Phase::Train as usize].time.is_empty();
-        let mut steps = if known { (LEASE_S / predicted.time.0.max(1e-3)).ceil() as u64 } else { 1 };
+        let mut steps = if known {
+            (LEASE_S / predicted.time.0.max(1e-3)).ceil() as u64
+        } else {
+            1
+        };
         while steps > 1 && self.verdict(&times(predicted, steps), reserve) != Verdict::Continue {
             steps /= 2;
         }
         let counted = MicroJoules(charge.energy.0.saturating_mul(steps));
         let total = times(predicted, steps);
-        let timed = if self.kind == MeterKind::Timed { total.energy } else { (self.meters.timed_power() * total.time).rounded() };
+        let timed = if self.kind == MeterKind::Timed {
+            total.energy
+        } else {
+            (self.meters.timed_power() * total.time).rounded()
+        };
         let measured = (self.kind == MeterKind::Measured).then_some(total.energy);
         self.ledger.lease(Lease {
             steps,
-            energy_j: Energies { counted, measured, timed },
+            energy_j: Energies {
+                counted,
+                measured,
+                timed,
+            },
             flops: total.flops,
             time_s: total.time,
         })
@@ -316,7 +424,11 @@ impl Account {
 
 fn times(spent: &Spent, count: u64) -> Spent {
     let energy = MicroJoules(spent.energy.0.saturating_mul(count));
-    Spent { energy, flops: spent.flops.saturating_mul(count), time: spent.time * count as f64 }
+    Spent {
+        energy,
+        flops: spent.flops.saturating_mul(count),
+        time: spent.time * count as f64,
+    }
 }
 
 #[cfg(test)]
@@ -331,7 +443,11 @@ mod tests {
     use crate::work::Precision;
 
     fn rates() -> Rates {
-        Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None }
+        Rates {
+            grid: GramsPerKwh(473.0),
+            pue: Pue::ONE,
+            price: None,
+        }
     }
 
     fn profile() -> Profile {
@@ -347,21 +463,39 @@ mod tests {
     }
 
     fn account(limits: Limits, ledger: &Path, meters: Meters, kind: MeterKind) -> Account {
-        let ledger = if ledger.exists() { Ledger::resume(ledger) } else { Ledger::create(ledger) };
-        Account::new(Budget::new(limits, rates()).unwrap(), meters, ledger.unwrap(), kind)
+        let ledger = if ledger.exists() {
+            Ledger::resume(ledger)
+        } else {
+            Ledger::create(ledger)
+        };
+        Account::new(
+            Budget::new(limits, rates()).unwrap(),
+            meters,
+            ledger.unwrap(),
+            kind,
+        )
     }
 
     /// A budget of exactly `count` steps and one save on the counted meter.
     fn room_for(count: u64) -> Limits {
-        let energy = profile().charge(&step()).energy.0 * count + profile().charge(&save()).energy.0;
-        Limits { energy: Some(MicroJoules(energy).joules()), ..Limits::default() }
+        let energy =
+            profile().charge(&step()).energy.0 * count + profile().charge(&save()).energy.0;
+        Limits {
+            energy: Some(MicroJoules(energy).joules()),
+            ..Limits::default()
+        }
     }
 
     #[test]
     fn a_counted_budget_holds_the_steps_it_was_made_for() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
-        let mut account = account(room_for(5), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        let mut account = account(
+            room_for(5),
+            &path,
+            Meters::without_counters(profile()),
+            MeterKind::Counted,
+        );
         let reserve = [(Phase::Save, save())];
         let mut done = 0;
         while account.admit(Phase::Train, &step(), &reserve).unwrap() == Verdict::Continue {
@@ -369,13 +503,19 @@ mod tests {
             done += 1;
             account.charge(Phase::Train, done, &step()).unwrap();
         }
-        assert_eq!((done, account.fits(Phase::Train, &step(), &reserve)), (5, Verdict::Stop(Limit::Energy)));
+        assert_eq!(
+            (done, account.fits(Phase::Train, &step(), &reserve)),
+            (5, Verdict::Stop(Limit::Energy))
+        );
         account.charge(Phase::Save, done, &save()).unwrap();
         account.close().unwrap();
         // Spent to the last microjoule, and not one more.
         assert_eq!(account.largest_fraction(), Some((Limit::Energy, 1.0)));
         assert_eq!(account.overshoot(), MicroJoules::ZERO);
-        let phases: MicroJoules = account.by_phase().map(|(_, totals)| totals.on(MeterKind::Counted)).sum();
+        let phases: MicroJoules = account
+            .by_phase()
+            .map(|(_, totals)| totals.on(MeterKind::Counted))
+            .sum();
         assert_eq!(phases, account.totals().energy_j.counted);
     }
 
@@ -383,7 +523,12 @@ mod tests {
     fn a_reserve_is_charged_entry_by_entry() {
         // A product and a save in one entry would overlap on the roofline and reserve too little.
         let dir = tempfile::tempdir().unwrap();
-        let account = account(Limits::default(), &dir.path().join("l"), Meters::without_counters(profile()), MeterKind::Counted);
+        let account = account(
+            Limits::default(),
+            &dir.path().join("l"),
+            Meters::without_counters(profile()),
+            MeterKind::Counted,
+        );
         let apart = account.forecast(&[(Phase::Eval, step()), (Phase::Save, save())]);
         let energy = profile().charge(&step()).energy + profile().charge(&save()).energy;
         assert_eq!(apart.energy, energy);
@@ -393,18 +538,37 @@ mod tests {
     fn a_crashed_run_resumes_from_what_it_leased() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
-        let mut first = account(room_for(50), &path, Meters::without_counters(profile()), MeterKind::Counted);
-        assert_eq!(first.admit(Phase::Train, &step(), &[]).unwrap(), Verdict::Continue);
+        let mut first = account(
+            room_for(50),
+            &path,
+            Meters::without_counters(profile()),
+            MeterKind::Counted,
+        );
+        assert_eq!(
+            first.admit(Phase::Train, &step(), &[]).unwrap(),
+            Verdict::Continue
+        );
         assert_eq!(first.ledger.leased().steps, 1);
         first.begin();
         first.charge(Phase::Train, 1, &step()).unwrap();
-        assert_eq!(first.admit(Phase::Train, &step(), &[]).unwrap(), Verdict::Continue);
+        assert_eq!(
+            first.admit(Phase::Train, &step(), &[]).unwrap(),
+            Verdict::Continue
+        );
         let leased = *first.ledger.leased();
         drop(first);
-        let second = account(room_for(50), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        let second = account(
+            room_for(50),
+            &path,
+            Meters::without_counters(profile()),
+            MeterKind::Counted,
+        );
         // The step that is entered, and every step of the second lease: none of them is.
         assert!(leased.steps > 1);
-        assert_eq!(second.spent().energy.0, (1 + leased.steps) * profile().charge(&step()).energy.0);
+        assert_eq!(
+            second.spent().energy.0,
+            (1 + leased.steps) * profile().charge(&step()).energy.0
+        );
         // A lease never reaches past the budget, so neither does what a crash may lose.
         assert_eq!(second.overshoot(), MicroJoules::ZERO);
     }
@@ -449,10 +613,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let counted = profile().charge(&step()).energy.0;
         let sensor = Steps(vec![2 * counted, 4 * counted], 0, false);
-        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(sensor)], None);
-        let mut account = account(Limits::default(), &dir.path().join("l"), meters, MeterKind::Measured);
+        let meters =
+            Meters::without_counters(profile()).with_counters(vec![Box::new(sensor)], None);
+        let mut account = account(
+            Limits::default(),
+            &dir.path().join("l"),
+            meters,
+            MeterKind::Measured,
+        );
         // Before any step: the counted estimate.
-        assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, MicroJoules(counted));
+        assert_eq!(
+            account.forecast(&[(Phase::Train, step())]).energy,
+            MicroJoules(counted)
+        );
         for number in 1..=2 {
             account.begin();
             account.charge(Phase::Train, number, &step()).unwrap();
@@ -461,17 +634,31 @@ mod tests {
         let expected = MicroJoules(6 * counted);
         assert_eq!(account.forecast(&[(Phase::Train, step())]).energy, expected);
         assert_eq!(account.forecast(&[(Phase::Eval, step())]).energy, expected);
-        assert_eq!((account.spent().energy, account.metered_over_counted()), (MicroJoules(6 * counted), 3.0));
+        assert_eq!(
+            (account.spent().energy, account.metered_over_counted()),
+            (MicroJoules(6 * counted), 3.0)
+        );
     }
 
     #[test]
     fn a_meter_that_showed_nothing_makes_nothing_else_cost_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Still)], None);
-        let mut account = account(Limits::default(), &dir.path().join("l"), meters, MeterKind::Measured);
+        let mut account = account(
+            Limits::default(),
+            &dir.path().join("l"),
+            meters,
+            MeterKind::Measured,
+        );
         assert_eq!(account.metered_over_counted(), 1.0);
         account.charge(Phase::Train, 1, &step()).unwrap();
-        assert_eq!((account.totals().energy_j.measured, account.metered_over_counted()), (Some(MicroJoules::ZERO), 1.0));
+        assert_eq!(
+            (
+                account.totals().energy_j.measured,
+                account.metered_over_counted()
+            ),
+            (Some(MicroJoules::ZERO), 1.0)
+        );
     }
 
     #[test]
@@ -481,7 +668,10 @@ mod tests {
         let expected = 30.16 + 3.0 * (0.97 * 2.16_f64.powi(2) + 0.03 * 69.84_f64.powi(2)).sqrt();
         assert!((cautious(&ratios).unwrap() - expected).abs() < 1e-9);
         // Entries of one size weigh alike: 2 and 4 have the mean 3 and the deviation 1.
-        assert_eq!(cautious(&VecDeque::from([(2.0, 0.1), (4.0, 0.1)])), Some(6.0));
+        assert_eq!(
+            cautious(&VecDeque::from([(2.0, 0.1), (4.0, 0.1)])),
+            Some(6.0)
+        );
         assert_eq!(cautious(&VecDeque::new()), None);
     }
 
@@ -497,15 +687,22 @@ mod tests {
             _ => 4,
         };
         let readings = (0..100).map(|entry| counted * times(entry));
-        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Steps(readings.collect(), 0, false))], None);
-        let limits = Limits { energy: Some(MicroJoules(budget).joules()), ..Limits::default() };
+        let meters = Meters::without_counters(profile())
+            .with_counters(vec![Box::new(Steps(readings.collect(), 0, false))], None);
+        let limits = Limits {
+            energy: Some(MicroJoules(budget).joules()),
+            ..Limits::default()
+        };
         let mut account = account(limits, &dir.path().join("l"), meters, MeterKind::Measured);
         let spend = |account: &mut Account, phase, number, work: &Work| {
             account.begin();
             account.charge(phase, number, work).unwrap();
         };
         spend(&mut account, Phase::Eval, 0, &evaluation);
-        let (ending, between) = ([(Phase::Eval, evaluation.clone())], [(Phase::Eval, evaluation.clone(), 0.2)]);
+        let (ending, between) = (
+            [(Phase::Eval, evaluation.clone())],
+            [(Phase::Eval, evaluation.clone(), 0.2)],
+        );
         let (mut course, mut done) = (Vec::new(), 0);
         while account.admit(Phase::Train, &step(), &ending).unwrap() == Verdict::Continue {
             course.push(account.progress(&step(), &between, &ending));
@@ -515,11 +712,20 @@ mod tests {
                 spend(&mut account, Phase::Eval, done, &evaluation);
             }
         }
-        assert!(account.spent().energy.0 + 8 * counted <= budget, "{}", account.spent().energy);
+        assert!(
+            account.spent().energy.0 + 8 * counted <= budget,
+            "{}",
+            account.spent().energy
+        );
         // Of 200, 12 for the first evaluation; then five steps and an evaluation take 28: some thirty steps. It begins at its
         // beginning, is half way after half of the steps, and at its end only there.
-        assert!(done > 30 && course[0] < 0.03 && (course[course.len() / 2] - 0.5).abs() < 0.1, "{course:?}");
-        let [.., third, _, last] = course[..] else { panic!("{course:?}") };
+        assert!(
+            done > 30 && course[0] < 0.03 && (course[course.len() / 2] - 0.5).abs() < 0.1,
+            "{course:?}"
+        );
+        let [.., third, _, last] = course[..] else {
+            panic!("{course:?}")
+        };
         assert!(third < 0.97 && last > 0.94, "{course:?}");
     }
 
@@ -530,7 +736,8 @@ mod tests {
         let counted = profile().charge(&step()).energy.0;
         // Three times the counted energy, a reset, and twice.
         let sensor = Steps(vec![3 * counted, 0, 2 * counted], 0, false);
-        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(sensor)], None);
+        let meters =
+            Meters::without_counters(profile()).with_counters(vec![Box::new(sensor)], None);
         let mut first = account(Limits::default(), &path, meters, MeterKind::Measured);
         for number in 1..=3 {
             first.begin();
@@ -538,21 +745,40 @@ mod tests {
             assert_eq!(reading.energies().measured.is_none(), number == 2);
         }
         assert_eq!(first.spent().energy, MicroJoules((3 + 3 + 2) * counted));
-        let gaps: Vec<_> = first.gaps().map(|(phase, reason, gapped)| (phase, reason.to_string(), gapped.energy.0)).collect();
-        assert_eq!(gaps, [(Phase::Train, "steps: told to be reset".to_string(), 3 * counted)]);
+        let gaps: Vec<_> = first
+            .gaps()
+            .map(|(phase, reason, gapped)| (phase, reason.to_string(), gapped.energy.0))
+            .collect();
+        assert_eq!(
+            gaps,
+            [(
+                Phase::Train,
+                "steps: told to be reset".to_string(),
+                3 * counted
+            )]
+        );
         first.close().unwrap();
         drop(first);
         // A resumed run predicts with what the ledger shows: 5 over 2 of the measured steps.
-        let meters = Meters::without_counters(profile()).with_counters(vec![Box::new(Steps(vec![], 0, false))], None);
+        let meters = Meters::without_counters(profile())
+            .with_counters(vec![Box::new(Steps(vec![], 0, false))], None);
         let second = account(Limits::default(), &path, meters, MeterKind::Measured);
-        assert_eq!(second.forecast(&[(Phase::Train, step())]).energy.0, (counted as f64 * 2.5).round() as u64);
+        assert_eq!(
+            second.forecast(&[(Phase::Train, step())]).energy.0,
+            (counted as f64 * 2.5).round() as u64
+        );
     }
 
     #[test]
     fn a_resumed_run_has_the_allowance_of_the_first() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
-        let mut first = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        let mut first = account(
+            room_for(10),
+            &path,
+            Meters::without_counters(profile()),
+            MeterKind::Counted,
+        );
         first.charge(Phase::Load, 0, &save()).unwrap();
         let reserve = [(Phase::Save, save())];
         let allowance = first.allowance(&reserve);
@@ -562,10 +788,18 @@ mod tests {
         let progress = allowance.fraction(&first.spent_on(Phase::Train));
         first.close().unwrap();
         drop(first);
-        let second = account(room_for(10), &path, Meters::without_counters(profile()), MeterKind::Counted);
+        let second = account(
+            room_for(10),
+            &path,
+            Meters::without_counters(profile()),
+            MeterKind::Counted,
+        );
         assert_eq!(second.allowance(&reserve), allowance);
         // Room for ten steps and a save, less loading (as dear as the save) and the save itself.
-        let (one, save) = (profile().charge(&step()).energy.0 as f64, profile().charge(&save()).energy.0 as f64);
+        let (one, save) = (
+            profile().charge(&step()).energy.0 as f64,
+            profile().charge(&save()).energy.0 as f64,
+        );
         assert!((progress - 3.0 * one / (10.0 * one - save)).abs() < 1e-12);
         assert_eq!(allowance.fraction(&second.spent_on(Phase::Train)), progress);
     }
@@ -573,8 +807,19 @@ mod tests {
     #[test]
     fn wall_time_ends_a_run_whatever_the_meter() {
         let dir = tempfile::tempdir().unwrap();
-        let limits = Limits { time: Some(Seconds(1e-9)), ..Limits::default() };
-        let account = account(limits, &dir.path().join("l"), Meters::without_counters(profile()), MeterKind::Counted);
-        assert_eq!(account.fits(Phase::Train, &step(), &[]), Verdict::Stop(Limit::Time));
+        let limits = Limits {
+            time: Some(Seconds(1e-9)),
+            ..Limits::default()
+        };
+        let account = account(
+            limits,
+            &dir.path().join("l"),
+            Meters::without_counters(profile()),
+            MeterKind::Counted,
+        );
+        assert_eq!(
+            account.fits(Phase::Train, &step(), &[]),
+            Verdict::Stop(Limit::Time)
+        );
     }
 }

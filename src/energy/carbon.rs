@@ -45,7 +45,9 @@ pub fn embodied_share(manufacture: GramsCo2e, time: Seconds) -> GramsCo2e {
 /// The SHA-256 of both tables as shipped (`grid.csv`, then `cloud_grids.csv`), in hexadecimal: equal where two reports looked a
 /// place up in the same data.
 pub fn dataset_sha256() -> String {
-    let digest = Sha256::new_with_prefix(GRID_TABLE).chain_update(cloud::TABLE).finalize();
+    let digest = Sha256::new_with_prefix(GRID_TABLE)
+        .chain_update(cloud::TABLE)
+        .finalize();
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -123,7 +125,12 @@ pub const DATASETS: [Dataset; 4] = [
         licence: "Apache-2.0",
         basis: "location-based, consumption, hourly average",
     },
-    Dataset { key: "custom", source: "a number given by the user", licence: "none", basis: "as given" },
+    Dataset {
+        key: "custom",
+        source: "a number given by the user",
+        licence: "none",
+        basis: "as given",
+    },
 ];
 
 struct Entry {
@@ -134,9 +141,15 @@ struct Entry {
 
 static GRIDS: LazyLock<Vec<Entry>> = LazyLock::new(|| {
     let mut reader = csv::Reader::from_reader(GRID_TABLE.as_bytes());
-    let rows = reader.deserialize::<Row>().map(|row| row.expect("the shipped table is valid: a test reads it").entry());
+    let rows = reader.deserialize::<Row>().map(|row| {
+        row.expect("the shipped table is valid: a test reads it")
+            .entry()
+    });
     let mut entries: Vec<Entry> = rows.collect();
-    let regions: Vec<Entry> = Region::all().into_iter().map(|region| on_its_place(&region, &entries)).collect();
+    let regions: Vec<Entry> = Region::all()
+        .into_iter()
+        .map(|region| on_its_place(&region, &entries))
+        .collect();
     entries.extend(regions);
     entries
 });
@@ -144,25 +157,44 @@ static GRIDS: LazyLock<Vec<Entry>> = LazyLock::new(|| {
 /// The grid of the place where a region lies, under the region's names.
 fn on_its_place(region: &Region, places: &[Entry]) -> Entry {
     let place = places.iter().find(|entry| entry.grid.code == region.grid);
-    let place = &place.expect("the shipped table names grids: a test reads it").grid;
+    let place = &place
+        .expect("the shipped table names grids: a test reads it")
+        .grid;
     let code = format!("{}:{}", region.provider, region.region);
     let grid = Grid {
         name: format!("{} on the grid of {}", region.name(), place.name),
-        basis: format!("{}; of the place where the region lies, not of what its provider buys", place.basis),
+        basis: format!(
+            "{}; of the place where the region lies, not of what its provider buys",
+            place.basis
+        ),
         iso3: None,
         code: code.clone(),
         ..place.clone()
     };
-    Entry { grid, keys: vec![code, region.region.clone()] }
+    Entry {
+        grid,
+        keys: vec![code, region.region.clone()],
+    }
 }
 
 impl Row {
     fn entry(self) -> Entry {
-        let dataset =
-            DATASETS.iter().find(|d| d.key == self.dataset).expect("the shipped table names its sources: a test reads it");
+        let dataset = DATASETS
+            .iter()
+            .find(|d| d.key == self.dataset)
+            .expect("the shipped table names its sources: a test reads it");
         let mut keys = vec![self.code.to_lowercase(), self.name.to_lowercase()];
-        keys.extend(self.aliases.split('|').filter(|alias| !alias.is_empty()).map(str::to_lowercase));
-        let iso3 = self.aliases.split('|').find(|alias| alias.len() == 3 && self.code.len() == 2).map(str::to_string);
+        keys.extend(
+            self.aliases
+                .split('|')
+                .filter(|alias| !alias.is_empty())
+                .map(str::to_lowercase),
+        );
+        let iso3 = self
+            .aliases
+            .split('|')
+            .find(|alias| alias.len() == 3 && self.code.len() == 2)
+            .map(str::to_string);
         let grid = Grid {
             code: self.code,
             iso3,
@@ -201,18 +233,29 @@ impl Grid {
         if let Some(entry) = GRIDS.iter().find(|entry| entry.keys.contains(&wanted)) {
             return Ok(entry.grid.clone());
         }
-        let near = near_matches(&wanted, GRIDS.iter().flat_map(|entry| &entry.keys).map(String::as_str));
+        let near = near_matches(
+            &wanted,
+            GRIDS
+                .iter()
+                .flat_map(|entry| &entry.keys)
+                .map(String::as_str),
+        );
         let otherwise = match wanted.split_once(':') {
-            Some(("aws" | "azure" | "gcp", _)) => "write the country or US state of the region instead",
+            Some(("aws" | "azure" | "gcp", _)) => {
+                "write the country or US state of the region instead"
+            }
             _ => {
                 "write an ISO code, a US state (`US-CA`), a cloud region (`gcp:us-central1`, `aws:eu-west-1`, `azure:uaenorth`), `world`, \
                  or a number in gCO2e/kWh"
             }
         };
-        Err(Error::new(Kind::Energy, "no grid of this name is known, and none is assumed")
-            .at("energy.grid")
-            .value(text)
-            .hint(did_you_mean(&near, otherwise)))
+        Err(Error::new(
+            Kind::Energy,
+            "no grid of this name is known, and none is assumed",
+        )
+        .at("energy.grid")
+        .value(text)
+        .hint(did_you_mean(&near, otherwise)))
     }
 
     /// The country it lies in: its own row, a state's or a province's country; `None` for larger places, cloud regions and numbers.
@@ -220,7 +263,10 @@ impl Grid {
         if self.iso3.is_some() {
             return Some(self.clone());
         }
-        let (country, _) = self.code.split_once('-').filter(|_| !self.code.contains(':'))?;
+        let (country, _) = self
+            .code
+            .split_once('-')
+            .filter(|_| !self.code.contains(':'))?;
         Grid::find(country).ok().filter(|grid| grid.iso3.is_some())
     }
 
@@ -230,7 +276,9 @@ impl Grid {
             let error = Error::new(Kind::Energy, "a grid's intensity is a number of gCO2e/kWh")
                 .at("energy.grid")
                 .value(intensity.to_string());
-            return Err(error.rule("zero or more").hint("write `grid = \"world\"`, or a number such as 250"));
+            return Err(error
+                .rule("zero or more")
+                .hint("write `grid = \"world\"`, or a number such as 250"));
         }
         let [.., dataset] = DATASETS;
         let words = |text: &str| text.to_string();
@@ -258,7 +306,10 @@ mod tests {
         for text in ["FR", "fra", "France", " fr "] {
             let grid = Grid::find(text).unwrap();
             // Our World in Data, 2024: 44.2 g/kWh.
-            assert!((grid.gco2e_per_kwh.0 - 44.2).abs() < 0.05 && grid.year == Some(2024), "{text}: {grid:?}");
+            assert!(
+                (grid.gco2e_per_kwh.0 - 44.2).abs() < 0.05 && grid.year == Some(2024),
+                "{text}: {grid:?}"
+            );
         }
         // World 2024 and US 2024 of the same table; California 2020 of Green Algorithms; Iowa's region 2024 of Google.
         for (text, grams) in [
@@ -272,50 +323,100 @@ mod tests {
             ("UAE", 467.51),
         ] {
             let grid = Grid::find(text).unwrap();
-            assert!((grid.gco2e_per_kwh.0 - grams).abs() < 0.06, "{text}: {grid:?}");
+            assert!(
+                (grid.gco2e_per_kwh.0 - grams).abs() < 0.06,
+                "{text}: {grid:?}"
+            );
         }
         let world = Grid::find("world").unwrap();
-        assert!(world.low.unwrap() <= world.gco2e_per_kwh && world.gco2e_per_kwh <= world.high.unwrap());
+        assert!(
+            world.low.unwrap() <= world.gco2e_per_kwh && world.gco2e_per_kwh <= world.high.unwrap()
+        );
     }
 
     #[test]
     fn a_region_stands_on_the_grid_of_its_place_and_says_so() {
-        for (region, place) in
-            [("aws:us-east-1", "US-VA"), ("me-central-1", "ARE"), ("azure:uaenorth", "AE"), ("eu-west-3", "FR")]
-        {
+        for (region, place) in [
+            ("aws:us-east-1", "US-VA"),
+            ("me-central-1", "ARE"),
+            ("azure:uaenorth", "AE"),
+            ("eu-west-3", "FR"),
+        ] {
             let (found, at) = (Grid::find(region).unwrap(), Grid::find(place).unwrap());
-            assert_eq!((found.gco2e_per_kwh, found.year, &found.source), (at.gco2e_per_kwh, at.year, &at.source), "{region}");
-            assert!(found.basis.contains("place where the region lies") && found.name.ends_with(&at.name), "{found:?}");
+            assert_eq!(
+                (found.gco2e_per_kwh, found.year, &found.source),
+                (at.gco2e_per_kwh, at.year, &at.source),
+                "{region}"
+            );
+            assert!(
+                found.basis.contains("place where the region lies")
+                    && found.name.ends_with(&at.name),
+                "{found:?}"
+            );
         }
         assert_eq!(Grid::find("Azure:UAENorth").unwrap().code, "azure:uaenorth");
         assert_eq!(Grid::find("fr").unwrap().iso3.as_deref(), Some("FRA"));
         assert_eq!(
-            [Grid::find("world"), Grid::find("US-CA"), Grid::find("aws:eu-west-3")].map(|g| g.unwrap().iso3),
+            [
+                Grid::find("world"),
+                Grid::find("US-CA"),
+                Grid::find("aws:eu-west-3")
+            ]
+            .map(|g| g.unwrap().iso3),
             [None, None, None]
         );
     }
 
     #[test]
     fn a_state_lies_in_its_country() {
-        let country = |text: &str| Grid::find(text).unwrap().country().and_then(|grid| grid.iso3);
+        let country = |text: &str| {
+            Grid::find(text)
+                .unwrap()
+                .country()
+                .and_then(|grid| grid.iso3)
+        };
         let named = ["FR", "US-CA", "AU-NSW"].map(country);
         assert_eq!(named.map(|iso3| iso3.unwrap()), ["FRA", "USA", "AUS"]);
-        assert_eq!(["world", "aws:us-east-1", "gcp:us-central1", "250"].map(country), [None, None, None, None]);
+        assert_eq!(
+            ["world", "aws:us-east-1", "gcp:us-central1", "250"].map(country),
+            [None, None, None, None]
+        );
     }
 
     #[test]
     fn the_hash_is_that_of_the_files() {
         // cat src/energy/grid.csv src/energy/cloud_grids.csv | sha256sum
-        assert_eq!(dataset_sha256(), "c3b5069920d3ee00bf62ad081098ab5b89ff05450692192ce82d651d3d9cf5b8");
+        assert_eq!(
+            dataset_sha256(),
+            "c3b5069920d3ee00bf62ad081098ab5b89ff05450692192ce82d651d3d9cf5b8"
+        );
     }
 
     #[test]
     fn an_unknown_place_is_an_error_with_near_matches() {
         let error = Grid::find("Germny").unwrap_err();
-        assert!(error.kind() == Kind::Energy && error.remedy().unwrap().contains("`germany`"), "{error}");
-        assert!(Grid::find("us-centrl1").unwrap_err().to_string().contains("us-central1"));
-        assert!(Grid::find("aws:us-east-9").unwrap_err().to_string().contains("`aws:us-east-1`"));
-        assert!(Grid::find("azure:uae").unwrap_err().to_string().contains("`azure:uaenorth`"));
+        assert!(
+            error.kind() == Kind::Energy && error.remedy().unwrap().contains("`germany`"),
+            "{error}"
+        );
+        assert!(
+            Grid::find("us-centrl1")
+                .unwrap_err()
+                .to_string()
+                .contains("us-central1")
+        );
+        assert!(
+            Grid::find("aws:us-east-9")
+                .unwrap_err()
+                .to_string()
+                .contains("`aws:us-east-1`")
+        );
+        assert!(
+            Grid::find("azure:uae")
+                .unwrap_err()
+                .to_string()
+                .contains("`azure:uaenorth`")
+        );
         for bad in ["", "-5", "nan", "inf", "Atlantis"] {
             assert_eq!(Grid::find(bad).unwrap_err().kind(), Kind::Energy, "{bad}");
         }
@@ -323,7 +424,11 @@ mod tests {
 
     #[test]
     fn every_row_has_a_key_of_its_own_a_year_and_a_plausible_figure() {
-        let mut keys: Vec<&str> = GRIDS.iter().flat_map(|entry| &entry.keys).map(String::as_str).collect();
+        let mut keys: Vec<&str> = GRIDS
+            .iter()
+            .flat_map(|entry| &entry.keys)
+            .map(String::as_str)
+            .collect();
         let all = keys.len();
         keys.sort_unstable();
         keys.dedup();

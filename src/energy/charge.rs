@@ -75,7 +75,16 @@ impl Profile {
         let arithmetic = arithmetic(self, work) * factor;
         let movement = movement(self, &bytes) * factor;
         let energy = (idle + arithmetic + movement).rounded();
-        Charge { energy, time, flops: work.flops(), bytes, arithmetic, movement, idle, unreused: unreused(work) }
+        Charge {
+            energy,
+            time,
+            flops: work.flops(),
+            bytes,
+            arithmetic,
+            movement,
+            idle,
+            unreused: unreused(work),
+        }
     }
 }
 
@@ -111,13 +120,23 @@ impl std::iter::Sum for Charge {
 impl Charge {
     /// What its energy is made of.
     pub fn parts(&self) -> Parts {
-        Parts { arithmetic_j: self.arithmetic, movement_j: self.movement, idle_j: self.idle, unreused_bytes: self.unreused }
+        Parts {
+            arithmetic_j: self.arithmetic,
+            movement_j: self.movement,
+            idle_j: self.idle,
+            unreused_bytes: self.unreused,
+        }
     }
 }
 
 /// Bytes by the level that serves them, for every product and sweep of `work`.
 pub(super) fn traffic(profile: &Profile, work: &Work) -> Traffic {
-    let servers = profile.caches.iter().skip(1).map(|level| level.name.as_str()).chain([DRAM]);
+    let servers = profile
+        .caches
+        .iter()
+        .skip(1)
+        .map(|level| level.name.as_str())
+        .chain([DRAM]);
     let mut served = Traffic::new();
     for (level, server) in profile.caches.iter().zip(servers) {
         served.insert(server.to_string(), crossing(Some(level.bytes.0), work));
@@ -130,10 +149,19 @@ pub(super) fn traffic(profile: &Profile, work: &Work) -> Traffic {
 
 /// Bytes that cross a cache of `capacity`; every operand and sweep in full where there is no cache at all.
 fn crossing(capacity: Option<u64>, work: &Work) -> Bytes {
-    let products = work.each_product().map(|(product, count)| product_crossing(capacity, &product).saturating_mul(count));
-    let sweeps = work.each_sweep().filter(|(bytes, _)| capacity.is_none_or(|capacity| bytes.0 > capacity));
+    let products = work
+        .each_product()
+        .map(|(product, count)| product_crossing(capacity, &product).saturating_mul(count));
+    let sweeps = work
+        .each_sweep()
+        .filter(|(bytes, _)| capacity.is_none_or(|capacity| bytes.0 > capacity));
     let sweeps = sweeps.map(|(bytes, count)| bytes.0.saturating_mul(count));
-    Bytes(products.chain(sweeps).chain([work.file_bytes().0]).fold(0, u64::saturating_add))
+    Bytes(
+        products
+            .chain(sweeps)
+            .chain([work.file_bytes().0])
+            .fold(0, u64::saturating_add),
+    )
 }
 
 fn product_crossing(capacity: Option<u64>, product: &Product) -> u64 {
@@ -151,31 +179,52 @@ fn product_crossing(capacity: Option<u64>, product: &Product) -> u64 {
 
 /// Blocks of side one: an operand is fetched anew for each of its multiply-adds. Files and sweeps as they are.
 fn unreused(work: &Work) -> Bytes {
-    let products = work.each_product().map(|(Product { m, n, k, precision }, count)| {
-        let fetched = (2 * precision.size()).saturating_mul(m).saturating_mul(n).saturating_mul(k);
-        fetched.saturating_add(4 * m * n).saturating_mul(count)
-    });
-    let sweeps = work.each_sweep().map(|(bytes, count)| bytes.0.saturating_mul(count));
-    Bytes(products.chain(sweeps).chain([work.file_bytes().0]).fold(0, u64::saturating_add))
+    let products = work
+        .each_product()
+        .map(|(Product { m, n, k, precision }, count)| {
+            let fetched = (2 * precision.size())
+                .saturating_mul(m)
+                .saturating_mul(n)
+                .saturating_mul(k);
+            fetched.saturating_add(4 * m * n).saturating_mul(count)
+        });
+    let sweeps = work
+        .each_sweep()
+        .map(|(bytes, count)| bytes.0.saturating_mul(count));
+    Bytes(
+        products
+            .chain(sweeps)
+            .chain([work.file_bytes().0])
+            .fold(0, u64::saturating_add),
+    )
 }
 
 /// The time of `work` when the slowest of arithmetic, DRAM and each cache of known bandwidth decides.
 pub(super) fn roofline(profile: &Profile, work: &Work, bytes: &Traffic) -> Seconds {
-    let products: f64 = work.each_product().map(|(p, count)| p.flops() as f64 * count as f64 / profile.rate(p.precision)).sum();
+    let products: f64 = work
+        .each_product()
+        .map(|(p, count)| p.flops() as f64 * count as f64 / profile.rate(p.precision))
+        .sum();
     let compute = products + work.vector_flops() as f64 / profile.rate(Precision::F32);
-    let served = bytes.iter().filter_map(|(level, bytes)| Some(bytes.0 as f64 / profile.bandwidth_of(level)?));
+    let served = bytes
+        .iter()
+        .filter_map(|(level, bytes)| Some(bytes.0 as f64 / profile.bandwidth_of(level)?));
     Seconds(served.fold(compute, f64::max))
 }
 
 fn arithmetic(profile: &Profile, work: &Work) -> Joules {
-    let products: f64 =
-        work.each_product().map(|(p, count)| p.flops() as f64 * count as f64 * profile.pj_per_flop(p.precision)).sum();
+    let products: f64 = work
+        .each_product()
+        .map(|(p, count)| p.flops() as f64 * count as f64 * profile.pj_per_flop(p.precision))
+        .sum();
     Joules((products + work.vector_flops() as f64 * profile.pj_per_flop(Precision::F32)) * 1e-12)
 }
 
 /// The energy of bytes moved; a cache level without a figure of its own adds none.
 pub(super) fn movement(profile: &Profile, bytes: &Traffic) -> Joules {
-    let picojoules = bytes.iter().map(|(level, bytes)| profile.pj_per_byte(level).unwrap_or(0.0) * bytes.0 as f64);
+    let picojoules = bytes
+        .iter()
+        .map(|(level, bytes)| profile.pj_per_byte(level).unwrap_or(0.0) * bytes.0 as f64);
     Joules(picojoules.sum::<f64>() * 1e-12)
 }
 
@@ -189,7 +238,12 @@ impl Profile {
     fn bandwidth_of(&self, level: &str) -> Option<f64> {
         match level {
             DRAM => Some(self.bandwidth * self.achievable_bandwidth),
-            _ => self.caches.iter().find(|cache| cache.name == level)?.bandwidth,
+            _ => {
+                self.caches
+                    .iter()
+                    .find(|cache| cache.name == level)?
+                    .bandwidth
+            }
         }
     }
 
@@ -197,7 +251,12 @@ impl Profile {
     fn pj_per_byte(&self, level: &str) -> Option<f64> {
         match level {
             DRAM => Some(self.dram_pj_per_byte),
-            _ => self.caches.iter().find(|cache| cache.name == level)?.pj_per_byte,
+            _ => {
+                self.caches
+                    .iter()
+                    .find(|cache| cache.name == level)?
+                    .pj_per_byte
+            }
         }
     }
 
@@ -212,15 +271,24 @@ impl Profile {
     /// assert_eq!(t4.unknown_levels(&bytes), ["L2"]);
     /// ```
     pub fn movement_by_level(&self, bytes: &Traffic) -> BTreeMap<String, Joules> {
-        let known = bytes
-            .iter()
-            .filter_map(|(level, bytes)| Some((level, self.pj_per_byte(level)? * bytes.0 as f64 * 1e-12 * self.times())));
-        known.map(|(level, joules)| (level.clone(), Joules(joules))).collect()
+        let known = bytes.iter().filter_map(|(level, bytes)| {
+            Some((
+                level,
+                self.pj_per_byte(level)? * bytes.0 as f64 * 1e-12 * self.times(),
+            ))
+        });
+        known
+            .map(|(level, joules)| (level.clone(), Joules(joules)))
+            .collect()
     }
 
     /// The levels of `bytes` whose energy per byte the profile does not know: it is part of its pJ/FLOP.
     pub fn unknown_levels(&self, bytes: &Traffic) -> Vec<String> {
-        bytes.keys().filter(|level| self.pj_per_byte(level).is_none()).cloned().collect()
+        bytes
+            .keys()
+            .filter(|level| self.pj_per_byte(level).is_none())
+            .cloned()
+            .collect()
     }
 
     /// The energy of `bytes` if DRAM served every one.
@@ -257,7 +325,10 @@ mod tests {
         // flops = 2*300*200*400 = 48e6. t = max(48e6/1e12, 1.04e6/1e10) = max(48, 104) us = 104 us.
         // idle 10 W * 104 us = 1040 uJ; arithmetic 48e6 * 5 pJ = 240 uJ; movement 2.16e6*2 + 1.04e6*100 pJ = 4.32 + 104 uJ.
         let charge = desk().charge(&Work::product(300, 200, 400, Precision::F32));
-        assert_eq!((bytes(&charge, "LLC"), bytes(&charge, "dram")), (2_160_000, 1_040_000));
+        assert_eq!(
+            (bytes(&charge, "LLC"), bytes(&charge, "dram")),
+            (2_160_000, 1_040_000)
+        );
         assert!((charge.time.0 - 104e-6).abs() < 1e-12);
         assert_eq!(charge.energy, MicroJoules(1388)); // 1040 + 240 + 108.32 = 1388.32
         assert_eq!(charge.flops, 48_000_000);
@@ -271,25 +342,58 @@ mod tests {
         let charge = profile.charge(&Work::product(300, 200, 400, Precision::F32));
         let parts = charge.parts();
         let micro = |joules: Joules| (joules.0 * 1e9).round() / 1e3;
-        assert_eq!([parts.arithmetic_j, parts.movement_j, parts.idle_j].map(micro), [240.0, 108.32, 1040.0]);
+        assert_eq!(
+            [parts.arithmetic_j, parts.movement_j, parts.idle_j].map(micro),
+            [240.0, 108.32, 1040.0]
+        );
         let levels = profile.movement_by_level(&charge.bytes);
         assert_eq!(
-            levels.into_iter().map(|(name, j)| (name, micro(j))).collect::<Vec<_>>(),
+            levels
+                .into_iter()
+                .map(|(name, j)| (name, micro(j)))
+                .collect::<Vec<_>>(),
             [("LLC".to_string(), 4.32), ("dram".to_string(), 104.0)]
         );
         assert_eq!(parts.unreused_bytes, Bytes(192_240_000));
         assert_eq!(micro(profile.from_dram(parts.unreused_bytes)), 19_224.0);
         // A sweep and a file have nothing to use twice.
-        assert_eq!(profile.charge(&(Work::sweep(100, 7) + Work::file(11))).unreused, Bytes(111));
+        assert_eq!(
+            profile
+                .charge(&(Work::sweep(100, 7) + Work::file(11)))
+                .unreused,
+            Bytes(111)
+        );
         // A factor of the profile's own multiplies every part alike.
-        let doubled = Profile { measured_over_counted: Some(2.0), ..desk() };
+        let doubled = Profile {
+            measured_over_counted: Some(2.0),
+            ..desk()
+        };
         let twice = doubled.charge(&Work::product(300, 200, 400, Precision::F32));
-        assert_eq!(doubled.movement_by_level(&twice.bytes).into_values().map(micro).sum::<f64>(), 2.0 * 108.32);
-        assert_eq!((micro(twice.movement), micro(doubled.from_dram(twice.unreused))), (2.0 * 108.32, 2.0 * 19_224.0));
+        assert_eq!(
+            doubled
+                .movement_by_level(&twice.bytes)
+                .into_values()
+                .map(micro)
+                .sum::<f64>(),
+            2.0 * 108.32
+        );
+        assert_eq!(
+            (
+                micro(twice.movement),
+                micro(doubled.from_dram(twice.unreused))
+            ),
+            (2.0 * 108.32, 2.0 * 19_224.0)
+        );
         let mut unknown = desk();
         unknown.caches[1].pj_per_byte = None;
         assert_eq!(unknown.unknown_levels(&charge.bytes), ["LLC"]);
-        assert_eq!(unknown.movement_by_level(&charge.bytes).into_keys().collect::<Vec<_>>(), ["dram"]);
+        assert_eq!(
+            unknown
+                .movement_by_level(&charge.bytes)
+                .into_keys()
+                .collect::<Vec<_>>(),
+            ["dram"]
+        );
     }
 
     #[test]
@@ -297,16 +401,31 @@ mod tests {
         // The same in bf16: operands 2*200000 + 240000 = 640 000; L2: b = floor(sqrt(120000/6)) = 141;
         // 2*(120000*2 + 80000*3) + 240000 = 1 200 000. t = max(48e6/2e12, 64e-6) = 64 us: 640 + 144 + 2.4 + 64 = 850.4 uJ.
         let charge = desk().charge(&Work::product(300, 200, 400, Precision::Bf16));
-        assert_eq!((bytes(&charge, "LLC"), bytes(&charge, "dram")), (1_200_000, 640_000));
+        assert_eq!(
+            (bytes(&charge, "LLC"), bytes(&charge, "dram")),
+            (1_200_000, 640_000)
+        );
         assert_eq!(charge.energy, MicroJoules(850));
         // f16 has no unit here: f32's rate and energy, two bytes an element. 640 + 240 + 2.4 + 64 = 946.4 uJ.
-        assert_eq!(desk().charge(&Work::product(300, 200, 400, Precision::F16)).energy, MicroJoules(946));
+        assert_eq!(
+            desk()
+                .charge(&Work::product(300, 200, 400, Precision::F16))
+                .energy,
+            MicroJoules(946)
+        );
     }
 
     #[test]
     fn a_sweep_crosses_the_levels_that_cannot_hold_it() {
         let profile = desk();
-        let of = |size: usize| profile.charge(&Work::sweep(size, 0)).bytes.into_values().map(|b| b.0).collect::<Vec<_>>();
+        let of = |size: usize| {
+            profile
+                .charge(&Work::sweep(size, 0))
+                .bytes
+                .into_values()
+                .map(|b| b.0)
+                .collect::<Vec<_>>()
+        };
         // Order of names: LLC, dram.
         assert_eq!(of(120_000), [0, 0]);
         assert_eq!(of(120_001), [120_001, 0]);
@@ -315,7 +434,12 @@ mod tests {
 
     #[test]
     fn what_comes_from_a_file_crosses_every_level() {
-        let bytes = desk().charge(&Work::file(7)).bytes.into_values().map(|b| b.0).collect::<Vec<_>>();
+        let bytes = desk()
+            .charge(&Work::file(7))
+            .bytes
+            .into_values()
+            .map(|b| b.0)
+            .collect::<Vec<_>>();
         assert_eq!(bytes, [7, 7]);
     }
 
@@ -334,6 +458,9 @@ mod tests {
         let apart = profile.charge(&a) + profile.charge(&b);
         let together = profile.charge(&(a + b));
         assert!(together.energy < apart.energy);
-        assert_eq!((together.flops, together.bytes.clone()), (apart.flops, apart.bytes));
+        assert_eq!(
+            (together.flops, together.bytes.clone()),
+            (apart.flops, apart.bytes)
+        );
     }
 }

@@ -26,12 +26,19 @@ impl Region {
     /// Every region of the table.
     pub(super) fn all() -> Vec<Region> {
         let mut reader = csv::Reader::from_reader(TABLE.as_bytes());
-        reader.deserialize().map(|row| row.expect("the shipped table is valid: a test reads it")).collect()
+        reader
+            .deserialize()
+            .map(|row| row.expect("the shipped table is valid: a test reads it"))
+            .collect()
     }
 
     /// "AWS us-east-1 (Northern Virginia)".
     pub(super) fn name(&self) -> String {
-        let provider = if self.provider == "aws" { "AWS" } else { "Azure" };
+        let provider = if self.provider == "aws" {
+            "AWS"
+        } else {
+            "Azure"
+        };
         format!("{provider} {} ({})", self.region, self.location)
     }
 }

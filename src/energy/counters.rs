@@ -69,7 +69,9 @@ impl Counters {
         let start = Instant::now();
         let clock = move || Moment {
             running: start.elapsed(),
-            wall: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default(),
+            wall: SystemTime::now()
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default(),
         };
         Self::with_clock(sensors, Box::new(clock))
     }
@@ -77,10 +79,22 @@ impl Counters {
     /// The same with a clock of one's own.
     pub fn with_clock(sensors: Vec<Box<dyn Sensor>>, mut clock: Clock) -> Counters {
         let mut known = BTreeSet::new();
-        let sensors = sensors.into_iter().filter(|sensor| known.insert(sensor.device().to_string())).collect();
+        let sensors = sensors
+            .into_iter()
+            .filter(|sensor| known.insert(sensor.device().to_string()))
+            .collect();
         let last = clock();
-        let bank = Bank { sensors, clock, last, losses: 0, reason: String::new() };
-        Counters { bank: Arc::new(Mutex::new(bank)), sampler: None }
+        let bank = Bank {
+            sensors,
+            clock,
+            last,
+            losses: 0,
+            reason: String::new(),
+        };
+        Counters {
+            bank: Arc::new(Mutex::new(bank)),
+            sampler: None,
+        }
     }
 
     /// Whether there is no sensor at all.
@@ -94,7 +108,11 @@ impl Counters {
             covers if covers.is_empty() => sensor.name().to_string(),
             covers => format!("{} ({covers})", sensor.name()),
         };
-        lock(&self.bank).sensors.iter().map(|sensor| name(sensor.as_ref())).collect()
+        lock(&self.bank)
+            .sensors
+            .iter()
+            .map(|sensor| name(sensor.as_ref()))
+            .collect()
     }
 
     /// Where the counters stand now. The first mark starts the sampling thread where a sensor needs one.
@@ -105,7 +123,10 @@ impl Counters {
         let mut bank = lock(&self.bank);
         // What was lost before the mark is no matter of the window that it opens.
         let energy = bank.read();
-        Mark { energy, losses: bank.losses }
+        Mark {
+            energy,
+            losses: bank.losses,
+        }
     }
 
     /// The joules since `mark`, or why they are unknown.
@@ -127,10 +148,20 @@ impl Bank {
         let mut lost = Vec::new();
         let mut once = |sensor: &mut Box<dyn Sensor>| {
             let reading = named(sensor);
-            lost.extend(reading.as_ref().err().filter(|gap| gap.lost).map(|gap| gap.reason.clone()));
+            lost.extend(
+                reading
+                    .as_ref()
+                    .err()
+                    .filter(|gap| gap.lost)
+                    .map(|gap| gap.reason.clone()),
+            );
             reading
         };
-        let readings: Vec<_> = self.sensors.iter_mut().map(|sensor| once(sensor).or_else(|_| once(sensor))).collect();
+        let readings: Vec<_> = self
+            .sensors
+            .iter_mut()
+            .map(|sensor| once(sensor).or_else(|_| once(sensor)))
+            .collect();
         lost.into_iter().for_each(|reason| self.lose(reason));
         readings.into_iter().sum()
     }
@@ -139,8 +170,17 @@ impl Bank {
     fn sample(&mut self) {
         self.notice_sleep();
         let mut lost = Vec::new();
-        for sensor in self.sensors.iter_mut().filter(|sensor| sensor.unread_at_most().is_some()) {
-            lost.extend(named(sensor).err().filter(|gap| gap.lost).map(|gap| gap.reason));
+        for sensor in self
+            .sensors
+            .iter_mut()
+            .filter(|sensor| sensor.unread_at_most().is_some())
+        {
+            lost.extend(
+                named(sensor)
+                    .err()
+                    .filter(|gap| gap.lost)
+                    .map(|gap| gap.reason),
+            );
         }
         lost.into_iter().for_each(|reason| self.lose(reason));
     }
@@ -149,10 +189,16 @@ impl Bank {
     fn notice_sleep(&mut self) {
         let (now, last) = ((self.clock)(), self.last);
         self.last = now;
-        let (ran, passed) = (now.running.saturating_sub(last.running), now.wall.saturating_sub(last.wall));
+        let (ran, passed) = (
+            now.running.saturating_sub(last.running),
+            now.wall.saturating_sub(last.wall),
+        );
         let ahead = passed.saturating_sub(ran);
         if ahead > DRIFT.max(ran / 100) {
-            self.lose(format!("the machine slept for {} s, or its clock was set forward by that", ahead.as_secs()));
+            self.lose(format!(
+                "the machine slept for {} s, or its clock was set forward by that",
+                ahead.as_secs()
+            ));
         }
     }
 
@@ -163,13 +209,20 @@ impl Bank {
 
     /// How often the thread must read: three times within the shortest silence that a sensor bears.
     fn period(&self) -> Option<Duration> {
-        self.sensors.iter().filter_map(|sensor| sensor.unread_at_most()).min().map(|silence| silence / 3)
+        self.sensors
+            .iter()
+            .filter_map(|sensor| sensor.unread_at_most())
+            .min()
+            .map(|silence| silence / 3)
     }
 }
 
 /// A reading; a gap says whose it is.
 fn named(sensor: &mut Box<dyn Sensor>) -> Result<MicroJoules, Gap> {
-    sensor.read().map_err(|gap| Gap { reason: format!("{}: {}", sensor.name(), gap.reason), ..gap })
+    sensor.read().map_err(|gap| Gap {
+        reason: format!("{}: {}", sensor.name(), gap.reason),
+        ..gap
+    })
 }
 
 impl Sampler {
@@ -184,12 +237,20 @@ impl Sampler {
                 let started = Instant::now();
                 lock(&bank).sample();
                 // Waking and going to sleep cost as much as a reading of a file: the thread's own clock sees them, ours does not.
-                let own = thread_time().map_or(started.elapsed() * REST, |own| (own * REST).saturating_sub(begun.elapsed()));
+                let own = thread_time().map_or(started.elapsed() * REST, |own| {
+                    (own * REST).saturating_sub(begun.elapsed())
+                });
                 rest = period.max(own);
             }
         };
-        let thread = std::thread::Builder::new().name(THREAD.to_string()).spawn(work).ok()?;
-        Some(Sampler { stop, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name(THREAD.to_string())
+            .spawn(work)
+            .ok()?;
+        Some(Sampler {
+            stop,
+            thread: Some(thread),
+        })
     }
 }
 
@@ -205,9 +266,13 @@ impl Drop for Sampler {
 fn thread_time() -> Option<Duration> {
     #[cfg(unix)]
     {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         // SAFETY: the call writes to the one struct that it is given, which lives until it returns.
-        let told = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) } == 0;
+        let told =
+            unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) } == 0;
         told.then(|| Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.max(0) as u32))
     }
     #[cfg(not(unix))]
@@ -238,13 +303,20 @@ mod tests {
         }
 
         fn read(&mut self) -> Result<MicroJoules, Gap> {
-            let reading = if self.0.len() > 1 { self.0.remove(0) } else { self.0[0].clone() };
+            let reading = if self.0.len() > 1 {
+                self.0.remove(0)
+            } else {
+                self.0[0].clone()
+            };
             reading.map(MicroJoules)
         }
     }
 
     fn still() -> Clock {
-        Box::new(|| Moment { running: Duration::ZERO, wall: Duration::ZERO })
+        Box::new(|| Moment {
+            running: Duration::ZERO,
+            wall: Duration::ZERO,
+        })
     }
 
     fn counters(script: Vec<Result<u64, Gap>>) -> Counters {
@@ -262,13 +334,24 @@ mod tests {
 
     #[test]
     fn a_window_is_the_difference_of_its_ends() {
-        assert_eq!(windows(&mut counters(vec![Ok(100), Ok(350), Ok(350), Ok(360)]), 2), [Ok(250), Ok(10)]);
+        assert_eq!(
+            windows(&mut counters(vec![Ok(100), Ok(350), Ok(350), Ok(360)]), 2),
+            [Ok(250), Ok(10)]
+        );
     }
 
     #[test]
     fn a_device_is_counted_once_however_many_handles_it_has() {
         let handle = |device| Box::new(Scripted(vec![Ok(0), Ok(7)], device)) as Box<dyn Sensor>;
-        let mut two = Counters::with_clock(vec![handle("GPU-1"), handle("GPU-1"), handle("GPU-2"), handle("GPU-1")], still());
+        let mut two = Counters::with_clock(
+            vec![
+                handle("GPU-1"),
+                handle("GPU-1"),
+                handle("GPU-2"),
+                handle("GPU-1"),
+            ],
+            still(),
+        );
         assert_eq!(windows(&mut two, 1), [Ok(14)]);
         assert_eq!(two.names().len(), 2);
     }
@@ -276,14 +359,21 @@ mod tests {
     #[test]
     fn a_reading_that_fails_once_is_tried_again_and_one_that_fails_twice_is_a_gap() {
         let bad = || Err(Gap::unread("told to fail"));
-        assert_eq!(windows(&mut counters(vec![Ok(5), bad(), Ok(25)]), 1), [Ok(20)]);
+        assert_eq!(
+            windows(&mut counters(vec![Ok(5), bad(), Ok(25)]), 1),
+            [Ok(20)]
+        );
         // The window that could not be closed is unknown; the next one is whole.
         assert_eq!(
             windows(&mut counters(vec![Ok(5), bad(), bad(), Ok(25), Ok(26)]), 2),
             [Err(Gap::unread("scripted: told to fail")), Ok(1)]
         );
         // A sensor that is gone for good gives no window, and no zero.
-        assert!(windows(&mut counters(vec![Ok(5), bad()]), 3).iter().all(Result::is_err));
+        assert!(
+            windows(&mut counters(vec![Ok(5), bad()]), 3)
+                .iter()
+                .all(Result::is_err)
+        );
     }
 
     #[test]
@@ -291,22 +381,45 @@ mod tests {
         let lost = || Err(Gap::lost("reset"));
         let inside = windows(&mut counters(vec![Ok(5), lost(), Ok(9), Ok(9), Ok(10)]), 2);
         assert_eq!(inside, [Err(Gap::lost("scripted: reset")), Ok(1)]);
-        assert_eq!(windows(&mut counters(vec![lost(), Ok(9), Ok(10)]), 1), [Ok(1)]);
+        assert_eq!(
+            windows(&mut counters(vec![lost(), Ok(9), Ok(10)]), 1),
+            [Ok(1)]
+        );
     }
 
     #[test]
     fn a_sleeping_machine_is_noticed() {
         // One second runs while 3601 pass on the wall; then both run alike; then the wall clock is set back, which loses nothing.
-        let mut moments = [(0, 0), (1, 1), (2, 3602), (3, 3603), (4, 3604), (5, 100), (6, 101)].into_iter();
+        let mut moments = [
+            (0, 0),
+            (1, 1),
+            (2, 3602),
+            (3, 3603),
+            (4, 3604),
+            (5, 100),
+            (6, 101),
+        ]
+        .into_iter();
         let mut last = (6, 101);
         let clock = move || {
             last = moments.next().unwrap_or(last);
-            Moment { running: Duration::from_secs(last.0), wall: Duration::from_secs(last.1) }
+            Moment {
+                running: Duration::from_secs(last.0),
+                wall: Duration::from_secs(last.1),
+            }
         };
         let script = (0..8).map(|n| Ok(n * 10)).collect();
-        let mut counters = Counters::with_clock(vec![Box::new(Scripted(script, "a"))], Box::new(clock));
+        let mut counters =
+            Counters::with_clock(vec![Box::new(Scripted(script, "a"))], Box::new(clock));
         let found = windows(&mut counters, 3);
-        assert!(found[0].as_ref().unwrap_err().reason.contains("slept for 3600 s"), "{found:?}");
+        assert!(
+            found[0]
+                .as_ref()
+                .unwrap_err()
+                .reason
+                .contains("slept for 3600 s"),
+            "{found:?}"
+        );
         assert_eq!(found[1..], [Ok(10), Ok(10)]);
     }
 
@@ -340,11 +453,18 @@ mod tests {
         while readings.load(Ordering::Relaxed) < 4 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(10));
         }
-        assert!(readings.load(Ordering::Relaxed) >= 4, "one reading by the mark, the others by the thread");
+        assert!(
+            readings.load(Ordering::Relaxed) >= 4,
+            "one reading by the mark, the others by the thread"
+        );
         drop(counters);
         let after = readings.load(Ordering::Relaxed);
         std::thread::sleep(Duration::from_millis(120));
-        assert_eq!(readings.load(Ordering::Relaxed), after, "it ends with the counters");
+        assert_eq!(
+            readings.load(Ordering::Relaxed),
+            after,
+            "it ends with the counters"
+        );
         let mut patient = Counters::new(vec![Box::new(Scripted(vec![Ok(0)], "a"))]);
         patient.mark();
         assert!(patient.sampler.is_none());

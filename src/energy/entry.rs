@@ -30,7 +30,13 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in the order of a run.
-    pub const ALL: [Phase; 5] = [Phase::Load, Phase::Train, Phase::Eval, Phase::Save, Phase::Lost];
+    pub const ALL: [Phase; 5] = [
+        Phase::Load,
+        Phase::Train,
+        Phase::Eval,
+        Phase::Save,
+        Phase::Lost,
+    ];
 
     /// The word in the ledger and in reports.
     pub fn as_str(self) -> &'static str {
@@ -187,7 +193,9 @@ impl Lease {
             steps: self.steps.saturating_sub(1),
             energy_j: Energies {
                 counted: mine.counted.saturating_sub(spent.counted),
-                measured: mine.measured.map(|measured| measured.saturating_sub(entry.on(MeterKind::Measured))),
+                measured: mine
+                    .measured
+                    .map(|measured| measured.saturating_sub(entry.on(MeterKind::Measured))),
                 timed: mine.timed.saturating_sub(spent.timed),
             },
             flops: self.flops.saturating_sub(entry.flops),
@@ -230,7 +238,8 @@ impl Totals {
         self.measured_or_filled += entry.on(MeterKind::Measured);
         match entry.energy_j.measured {
             Some(measured) => {
-                self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + measured);
+                self.energy_j.measured =
+                    Some(self.energy_j.measured.unwrap_or_default() + measured);
                 self.counted_where_measured += entry.energy_j.counted;
             }
             None => self.unmeasured += 1,
@@ -249,7 +258,11 @@ impl Totals {
 
     /// Adds what was measured, and what was counted beside it.
     pub(super) fn add_measured(&mut self, other: &Totals) {
-        let measured = self.energy_j.measured.into_iter().chain(other.energy_j.measured);
+        let measured = self
+            .energy_j
+            .measured
+            .into_iter()
+            .chain(other.energy_j.measured);
         self.energy_j.measured = measured.reduce(std::ops::Add::add);
         self.counted_where_measured += other.counted_where_measured;
     }
@@ -271,6 +284,10 @@ impl Totals {
 
     /// The total as a budget sees it.
     pub fn spent(&self, kind: MeterKind) -> Spent {
-        Spent { energy: self.on(kind), flops: self.flops, time: self.wall_s }
+        Spent {
+            energy: self.on(kind),
+            flops: self.flops,
+            time: self.wall_s,
+        }
     }
 }

@@ -54,8 +54,15 @@ pub fn read_entries(path: &Path) -> Result<Vec<Entry>> {
 /// Gives `take` every whole line, in order; returns the bytes of whole lines, and of the file.
 fn read_lines(path: &Path, mut take: impl FnMut(Line)) -> Result<[usize; 2]> {
     let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
-    for (number, line) in text[..whole].split(|byte| *byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty()) {
+    let whole = text
+        .iter()
+        .rposition(|byte| *byte == b'\n')
+        .map_or(0, |end| end + 1);
+    for (number, line) in text[..whole]
+        .split(|byte| *byte == b'\n')
+        .enumerate()
+        .filter(|(_, line)| !line.is_empty())
+    {
         take(serde_json::from_slice(line).map_err(|e| damaged(path, number + 1, &e))?);
     }
     Ok([whole, text.len()])
@@ -67,10 +74,13 @@ fn read_lines(path: &Path, mut take: impl FnMut(Line)) -> Result<[usize; 2]> {
 /// [`Kind::Run`] where another process has it.
 fn lock(file: &File, path: &Path) -> Result<()> {
     match file.try_lock() {
-        Err(TryLockError::WouldBlock) => Err(Error::new(Kind::Run, "another process is at work in this run")
-            .at(path.display().to_string())
-            .rule("one process at a time trains in a run directory")
-            .hint("wait until it has ended, or stop it and resume the run then")),
+        Err(TryLockError::WouldBlock) => Err(Error::new(
+            Kind::Run,
+            "another process is at work in this run",
+        )
+        .at(path.display().to_string())
+        .rule("one process at a time trains in a run directory")
+        .hint("wait until it has ended, or stop it and resume the run then")),
         // Some file systems have no locks.
         Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
     }
@@ -102,20 +112,34 @@ pub struct Gapped {
 impl Ledger {
     /// A new ledger; a file already there is refused.
     pub fn create(path: &Path) -> Result<Ledger> {
-        let file = OpenOptions::new().create_new(true).append(true).open(path).map_err(|e| Error::io("create", path, e))?;
+        let file = OpenOptions::new()
+            .create_new(true)
+            .append(true)
+            .open(path)
+            .map_err(|e| Error::io("create", path, e))?;
         lock(&file, path)?;
         Ok(Self::on(path, file))
     }
 
     fn on(path: &Path, file: File) -> Ledger {
         let (phases, total) = (Default::default(), Totals::default());
-        Ledger { path: path.to_path_buf(), file, lease: Lease::default(), phases, total, gaps: BTreeMap::new() }
+        Ledger {
+            path: path.to_path_buf(),
+            file,
+            lease: Lease::default(),
+            phases,
+            total,
+            gaps: BTreeMap::new(),
+        }
     }
 
     /// The ledger of a run to be continued: a half-written last line is cut off, and a lease that was never settled is entered
     /// as lost, on disk, before anything else.
     pub fn resume(path: &Path) -> Result<Ledger> {
-        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
+        let file = OpenOptions::new()
+            .append(true)
+            .open(path)
+            .map_err(|e| Error::io("open", path, e))?;
         lock(&file, path)?;
         let mut ledger = Self::on(path, file);
         let mut step = 0;
@@ -128,7 +152,10 @@ impl Ledger {
             Line::Settled { .. } => ledger.lease = Lease::default(),
         })?;
         if whole < all {
-            ledger.file.set_len(whole as u64).map_err(|e| Error::io("cut the half-written last line of", path, e))?;
+            ledger
+                .file
+                .set_len(whole as u64)
+                .map_err(|e| Error::io("cut the half-written last line of", path, e))?;
         }
         ledger.enter_what_was_lost(step)?;
         Ok(ledger)
@@ -156,7 +183,10 @@ impl Ledger {
 
     /// Ends a run in order: the lease is released, and everything is on disk.
     pub fn settle(&mut self) -> Result<()> {
-        self.write(&Line::Settled { settled: true, t: now() })?;
+        self.write(&Line::Settled {
+            settled: true,
+            t: now(),
+        })?;
         self.sync()?;
         self.lease = Lease::default();
         Ok(())
@@ -179,21 +209,28 @@ impl Ledger {
 
     /// The entries whose counters failed, by phase and reason.
     pub fn gaps(&self) -> impl Iterator<Item = (Phase, &str, &Gapped)> {
-        self.gaps.iter().map(|((phase, reason), gapped)| (*phase, reason.as_str(), gapped))
+        self.gaps
+            .iter()
+            .map(|((phase, reason), gapped)| (*phase, reason.as_str(), gapped))
     }
 
     /// Measured over counted, of everything that was measured: of the phase, else of the whole run. What a crash took was never measured.
     pub fn ratio(&self, phase: Phase) -> Option<f64> {
         self.phase(phase).ratio().or_else(|| {
             let mut measured = Totals::default();
-            self.by_phase().filter(|(phase, _)| *phase != Phase::Lost).for_each(|(_, totals)| measured.add_measured(totals));
+            self.by_phase()
+                .filter(|(phase, _)| *phase != Phase::Lost)
+                .for_each(|(_, totals)| measured.add_measured(totals));
             measured.ratio()
         })
     }
 
     fn note(&mut self, entry: &Entry) {
         if let Some(filled) = &entry.gap {
-            let gapped = self.gaps.entry((entry.phase, filled.reason.clone())).or_default();
+            let gapped = self
+                .gaps
+                .entry((entry.phase, filled.reason.clone()))
+                .or_default();
             gapped.entries += 1;
             gapped.wall_s += entry.wall_s;
             gapped.energy += filled.energy_j;
@@ -204,7 +241,12 @@ impl Ledger {
     }
 
     fn enter_what_was_lost(&mut self, step: u64) -> Result<()> {
-        let Lease { steps, energy_j, flops, time_s } = self.lease;
+        let Lease {
+            steps,
+            energy_j,
+            flops,
+            time_s,
+        } = self.lease;
         if steps == 0 || energy_j == Energies::default() && flops == 0 {
             self.lease = Lease::default();
             return Ok(());
@@ -227,24 +269,33 @@ impl Ledger {
     fn write(&mut self, line: &Line) -> Result<()> {
         let mut text = serde_json::to_string(line).expect("a line holds numbers and words only");
         text.push('\n');
-        self.file.write_all(text.as_bytes()).map_err(|e| Error::io("write", &self.path, e).while_running())
+        self.file
+            .write_all(text.as_bytes())
+            .map_err(|e| Error::io("write", &self.path, e).while_running())
     }
 
     fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(|e| Error::io("sync", &self.path, e).while_running())
+        self.file
+            .sync_data()
+            .map_err(|e| Error::io("sync", &self.path, e).while_running())
     }
 }
 
 fn damaged(path: &Path, line: usize, source: &serde_json::Error) -> Error {
-    Error::new(Kind::Run, format!("the ledger holds a line that is none: {source}"))
-        .at(format!("{}, line {line}", path.display()))
-        .rule("only the last line may be cut short, by a crash")
-        .hint("the file was edited or the disk is damaged: restore it, or start a new run")
+    Error::new(
+        Kind::Run,
+        format!("the ledger holds a line that is none: {source}"),
+    )
+    .at(format!("{}, line {line}", path.display()))
+    .rule("only the last line may be cut short, by a crash")
+    .hint("the file was edited or the disk is damaged: restore it, or start a new run")
 }
 
 /// Unix seconds.
 pub(super) fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0.0, |since| since.as_secs_f64())
 }
 
 #[cfg(test)]
@@ -255,28 +306,57 @@ mod tests {
     use crate::units::Bytes;
 
     fn energies(counted: u64, measured: Option<u64>, timed: u64) -> Energies {
-        Energies { counted: MicroJoules(counted), measured: measured.map(MicroJoules), timed: MicroJoules(timed) }
+        Energies {
+            counted: MicroJoules(counted),
+            measured: measured.map(MicroJoules),
+            timed: MicroJoules(timed),
+        }
     }
 
     fn entry(phase: Phase, step: u64, energy_j: Energies) -> Entry {
         let bytes = Traffic::from([("dram".to_string(), Bytes(5))]);
-        Entry { phase, step, energy_j, flops: 100, bytes, parts: None, wall_s: Seconds(0.5), t: now(), gap: None }
+        Entry {
+            phase,
+            step,
+            energy_j,
+            flops: 100,
+            bytes,
+            parts: None,
+            wall_s: Seconds(0.5),
+            t: now(),
+            gap: None,
+        }
     }
 
     #[test]
     fn phases_add_up_to_the_total_on_every_meter() {
         let dir = tempfile::tempdir().unwrap();
         let mut ledger = Ledger::create(&dir.path().join("ledger.jsonl")).unwrap();
-        ledger.append(&entry(Phase::Load, 0, energies(3, Some(4), 5))).unwrap();
-        ledger.append(&entry(Phase::Train, 1, energies(10, None, 20))).unwrap();
-        ledger.append(&entry(Phase::Train, 2, energies(10, Some(7), 20))).unwrap();
+        ledger
+            .append(&entry(Phase::Load, 0, energies(3, Some(4), 5)))
+            .unwrap();
+        ledger
+            .append(&entry(Phase::Train, 1, energies(10, None, 20)))
+            .unwrap();
+        ledger
+            .append(&entry(Phase::Train, 2, energies(10, Some(7), 20)))
+            .unwrap();
         assert_eq!(ledger.total().energy_j, energies(23, Some(11), 45));
         for kind in [MeterKind::Counted, MeterKind::Measured, MeterKind::Timed] {
-            assert_eq!(ledger.by_phase().map(|(_, t)| t.on(kind)).sum::<MicroJoules>(), ledger.total().on(kind));
+            assert_eq!(
+                ledger
+                    .by_phase()
+                    .map(|(_, t)| t.on(kind))
+                    .sum::<MicroJoules>(),
+                ledger.total().on(kind)
+            );
         }
         // The unmeasured step counts its 10 counted microjoules on a measured budget.
         assert_eq!(ledger.total().on(MeterKind::Measured), MicroJoules(21));
-        assert_eq!((ledger.total().unmeasured, ledger.phase(Phase::Train).flops), (1, 200));
+        assert_eq!(
+            (ledger.total().unmeasured, ledger.phase(Phase::Train).flops),
+            (1, 200)
+        );
         assert!(Ledger::create(&dir.path().join("ledger.jsonl")).is_err());
     }
 
@@ -285,18 +365,39 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
         let mut ledger = Ledger::create(&path).unwrap();
-        ledger.append(&entry(Phase::Train, 1, energies(10, Some(20), 5))).unwrap();
+        ledger
+            .append(&entry(Phase::Train, 1, energies(10, Some(20), 5)))
+            .unwrap();
         for step in 2..4 {
-            let filled =
-                Filled { reason: "rapl: reset".to_string(), filled: MeterKind::Counted, times: 2.0, energy_j: MicroJoules(22) };
-            ledger.append(&Entry { gap: Some(filled), ..entry(Phase::Train, step, energies(11, None, 5)) }).unwrap();
+            let filled = Filled {
+                reason: "rapl: reset".to_string(),
+                filled: MeterKind::Counted,
+                times: 2.0,
+                energy_j: MicroJoules(22),
+            };
+            ledger
+                .append(&Entry {
+                    gap: Some(filled),
+                    ..entry(Phase::Train, step, energies(11, None, 5))
+                })
+                .unwrap();
         }
         let check = |ledger: &Ledger| {
             // 20 measured and twice 22 filled; the ratio is of what was measured alone.
             assert_eq!(ledger.total().on(MeterKind::Measured), MicroJoules(64));
-            assert_eq!((ledger.ratio(Phase::Train), ledger.ratio(Phase::Eval)), (Some(2.0), Some(2.0)));
-            let gapped = Gapped { entries: 2, wall_s: Seconds(1.0), energy: MicroJoules(44) };
-            assert_eq!(ledger.gaps().collect::<Vec<_>>(), [(Phase::Train, "rapl: reset", &gapped)]);
+            assert_eq!(
+                (ledger.ratio(Phase::Train), ledger.ratio(Phase::Eval)),
+                (Some(2.0), Some(2.0))
+            );
+            let gapped = Gapped {
+                entries: 2,
+                wall_s: Seconds(1.0),
+                energy: MicroJoules(44),
+            };
+            assert_eq!(
+                ledger.gaps().collect::<Vec<_>>(),
+                [(Phase::Train, "rapl: reset", &gapped)]
+            );
         };
         check(&ledger);
         drop(ledger);
@@ -308,9 +409,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
         let mut ledger = Ledger::create(&path).unwrap();
-        let lease = Lease { steps: 4, energy_j: energies(40, None, 80), flops: 400, time_s: Seconds(2.0) };
+        let lease = Lease {
+            steps: 4,
+            energy_j: energies(40, None, 80),
+            flops: 400,
+            time_s: Seconds(2.0),
+        };
         ledger.lease(lease).unwrap();
-        ledger.append(&entry(Phase::Train, 1, energies(10, None, 20))).unwrap();
+        ledger
+            .append(&entry(Phase::Train, 1, energies(10, None, 20)))
+            .unwrap();
         drop(ledger);
         // The power cut comes in the middle of the second entry.
         let mut torn = std::fs::read(&path).unwrap();
@@ -322,7 +430,11 @@ mod tests {
             assert_eq!(ledger.phase(Phase::Lost).energy_j, energies(30, None, 60));
             assert_eq!(
                 ledger.total().spent(MeterKind::Counted),
-                Spent { energy: MicroJoules(40), flops: 400, time: Seconds(2.0) }
+                Spent {
+                    energy: MicroJoules(40),
+                    flops: 400,
+                    time: Seconds(2.0)
+                }
             );
         }
     }
@@ -332,8 +444,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
         let mut ledger = Ledger::create(&path).unwrap();
-        ledger.lease(Lease { steps: 9, energy_j: energies(90, Some(90), 90), flops: 9, time_s: Seconds(9.0) }).unwrap();
-        ledger.append(&entry(Phase::Train, 1, energies(10, Some(9), 20))).unwrap();
+        ledger
+            .lease(Lease {
+                steps: 9,
+                energy_j: energies(90, Some(90), 90),
+                flops: 9,
+                time_s: Seconds(9.0),
+            })
+            .unwrap();
+        ledger
+            .append(&entry(Phase::Train, 1, energies(10, Some(9), 20)))
+            .unwrap();
         ledger.settle().unwrap();
         drop(ledger);
         let again = Ledger::resume(&path).unwrap();
@@ -356,9 +477,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
         let mut ledger = Ledger::create(&path).unwrap();
-        ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
+        ledger
+            .append(&entry(Phase::Load, 0, energies(1, None, 1)))
+            .unwrap();
         let error = Ledger::resume(&path).unwrap_err();
-        assert!(error.kind() == Kind::Run && error.to_string().contains("another process"), "{error}");
+        assert!(
+            error.kind() == Kind::Run && error.to_string().contains("another process"),
+            "{error}"
+        );
         // Reading is free.
         assert_eq!(read_entries(&path).unwrap().len(), 1);
         drop(ledger);
@@ -370,12 +496,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
         let mut ledger = Ledger::create(&path).unwrap();
-        ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
-        ledger.append(&entry(Phase::Load, 0, energies(1, None, 1))).unwrap();
+        ledger
+            .append(&entry(Phase::Load, 0, energies(1, None, 1)))
+            .unwrap();
+        ledger
+            .append(&entry(Phase::Load, 0, energies(1, None, 1)))
+            .unwrap();
         drop(ledger);
-        let text = std::fs::read_to_string(&path).unwrap().replacen("load", "lunch", 1);
+        let text = std::fs::read_to_string(&path)
+            .unwrap()
+            .replacen("load", "lunch", 1);
         std::fs::write(&path, text).unwrap();
         let error = Ledger::resume(&path).unwrap_err();
-        assert!(error.kind() == Kind::Run && error.to_string().contains("line 1"), "{error}");
+        assert!(
+            error.kind() == Kind::Run && error.to_string().contains("line 1"),
+            "{error}"
+        );
     }
 }

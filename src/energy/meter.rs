@@ -69,8 +69,16 @@ pub struct Reading {
 impl Reading {
     /// The amounts as the ledger holds them.
     pub fn energies(&self) -> Energies {
-        let measured = self.measured.as_ref().and_then(|measured| measured.as_ref().ok()).copied();
-        Energies { counted: self.counted, measured, timed: self.timed }
+        let measured = self
+            .measured
+            .as_ref()
+            .and_then(|measured| measured.as_ref().ok())
+            .copied();
+        Energies {
+            counted: self.counted,
+            measured,
+            timed: self.timed,
+        }
     }
 }
 
@@ -105,20 +113,32 @@ impl Meters {
             reason: "no hardware counter was asked for".to_string(),
             remedy: "write `meter = \"auto\"` in [energy]".to_string(),
         };
-        Meters { profile, timed_power, counters: Counters::new(Vec::new()), host: None, absent: Some(absent), attributed: false }
+        Meters {
+            profile,
+            timed_power,
+            counters: Counters::new(Vec::new()),
+            host: None,
+            absent: Some(absent),
+            attributed: false,
+        }
     }
 
     /// Counted and timed, and whatever counters this machine lets this process read. Where the process may use a part of the machine's
     /// processors, theirs is attributed by share.
     pub fn open(profile: Profile, computing: Computing) -> Meters {
         let rapl = RaplSensor::open_default().map(|sensor| match part_of_machine() {
-            Some((allowed, all)) => Box::new(Attributed::new(Box::new(sensor), allowed, all)) as Box<dyn Sensor>,
+            Some((allowed, all)) => {
+                Box::new(Attributed::new(Box::new(sensor), allowed, all)) as Box<dyn Sensor>
+            }
             None => Box::new(sensor),
         });
         let mut meters = Self::without_counters(profile);
         match computing {
             Computing::Cpu => match rapl {
-                Ok(sensor) => Meters { attributed: part_of_machine().is_some(), ..meters.with_counters(vec![sensor], None) },
+                Ok(sensor) => Meters {
+                    attributed: part_of_machine().is_some(),
+                    ..meters.with_counters(vec![sensor], None)
+                },
                 Err(absent) => meters.explained(absent),
             },
             Computing::Nvidia(index) => match (NvmlSensor::open(index), rapl) {
@@ -137,7 +157,11 @@ impl Meters {
     }
 
     /// These counters, which together cover the computing device; `host` is a modelled host's name and power.
-    pub fn with_counters(mut self, sensors: Vec<Box<dyn Sensor>>, host: Option<(String, Watts)>) -> Meters {
+    pub fn with_counters(
+        mut self,
+        sensors: Vec<Box<dyn Sensor>>,
+        host: Option<(String, Watts)>,
+    ) -> Meters {
         self.absent = None;
         self.counters = Counters::new(sensors);
         self.host = host;
@@ -161,7 +185,10 @@ impl Meters {
 
     /// What `measured` consists of ("rapl (package-0)", "generic-cpu modelled at 17 W"); empty where there is no counter.
     pub fn measured_by(&self) -> Vec<String> {
-        let modelled = self.host.iter().map(|(name, power)| format!("{name} modelled at {power}"));
+        let modelled = self
+            .host
+            .iter()
+            .map(|(name, power)| format!("{name} modelled at {power}"));
         self.counters.names().into_iter().chain(modelled).collect()
     }
 
@@ -173,11 +200,12 @@ impl Meters {
     /// The meter that decides: the one asked for, or (`None`) measured where complete, else counted.
     pub fn resolve(&self, asked: Option<MeterKind>) -> Result<MeterKind> {
         match (asked, &self.absent) {
-            (Some(MeterKind::Measured), Some(absent)) => {
-                Err(Error::new(Kind::Energy, format!("energy cannot be measured here: {}", absent.reason))
-                    .at("energy.meter")
-                    .hint(format!("{}; or write `meter = \"counted\"`", absent.remedy)))
-            }
+            (Some(MeterKind::Measured), Some(absent)) => Err(Error::new(
+                Kind::Energy,
+                format!("energy cannot be measured here: {}", absent.reason),
+            )
+            .at("energy.meter")
+            .hint(format!("{}; or write `meter = \"counted\"`", absent.remedy))),
             (Some(kind), _) => Ok(kind),
             (None, None) if !self.attributed => Ok(MeterKind::Measured),
             (None, _) => Ok(MeterKind::Counted),
@@ -187,16 +215,30 @@ impl Meters {
     /// Opens a window.
     pub fn begin(&mut self) -> Window {
         let mark = (!self.counters.is_empty()).then(|| self.counters.mark());
-        Window { start: Instant::now(), mark }
+        Window {
+            start: Instant::now(),
+            mark,
+        }
     }
 
     /// Closes `window` and charges `work` to it.
     pub fn end(&mut self, window: Window, work: &Work) -> Reading {
         let wall = Seconds(window.start.elapsed().as_secs_f64());
-        let host = self.host.as_ref().map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded());
-        let measured = window.mark.map(|mark| self.counters.since(&mark).map(|energy| energy + host));
+        let host = self
+            .host
+            .as_ref()
+            .map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded());
+        let measured = window
+            .mark
+            .map(|mark| self.counters.since(&mark).map(|energy| energy + host));
         let charge = self.profile.charge(work);
-        Reading { counted: charge.energy, timed: (self.timed_power * wall).rounded(), measured, wall, charge }
+        Reading {
+            counted: charge.energy,
+            timed: (self.timed_power * wall).rounded(),
+            measured,
+            wall,
+            charge,
+        }
     }
 }
 
@@ -226,7 +268,8 @@ mod tests {
     }
 
     fn with(script: Vec<std::result::Result<u64, Gap>>, host: Option<(String, Watts)>) -> Meters {
-        Meters::without_counters(Profile::named("nvidia-t4").unwrap()).with_counters(vec![Box::new(Scripted(script))], host)
+        Meters::without_counters(Profile::named("nvidia-t4").unwrap())
+            .with_counters(vec![Box::new(Scripted(script))], host)
     }
 
     #[test]
@@ -250,27 +293,51 @@ mod tests {
         assert!(reading.measured.as_ref().unwrap().is_err());
         assert_eq!(reading.energies().measured, None);
         let window = meters.begin();
-        assert_eq!(meters.end(window, &Work::default()).energies().measured, Some(MicroJoules(100)));
+        assert_eq!(
+            meters.end(window, &Work::default()).energies().measured,
+            Some(MicroJoules(100))
+        );
     }
 
     #[test]
     fn a_host_without_a_counter_is_modelled_by_name() {
-        let mut meters = with(vec![Ok(0), Ok(10)], Some(("generic-cpu".to_string(), Watts(1e6))));
+        let mut meters = with(
+            vec![Ok(0), Ok(10)],
+            Some(("generic-cpu".to_string(), Watts(1e6))),
+        );
         let window = meters.begin();
         let reading = meters.end(window, &Work::default());
-        assert_eq!(reading.energies().measured.unwrap(), MicroJoules(10) + (Watts(1e6) * reading.wall).rounded());
-        assert_eq!(meters.measured_by(), ["scripted", "generic-cpu modelled at 1 MW"]);
+        assert_eq!(
+            reading.energies().measured.unwrap(),
+            MicroJoules(10) + (Watts(1e6) * reading.wall).rounded()
+        );
+        assert_eq!(
+            meters.measured_by(),
+            ["scripted", "generic-cpu modelled at 1 MW"]
+        );
     }
 
     #[test]
     fn auto_is_measured_where_complete_and_counted_elsewhere() {
-        assert_eq!(with(vec![], None).resolve(None).unwrap(), MeterKind::Measured);
-        let share = Meters { attributed: true, ..with(vec![], None) };
+        assert_eq!(
+            with(vec![], None).resolve(None).unwrap(),
+            MeterKind::Measured
+        );
+        let share = Meters {
+            attributed: true,
+            ..with(vec![], None)
+        };
         assert_eq!(share.resolve(None).unwrap(), MeterKind::Counted);
-        assert_eq!(share.resolve(Some(MeterKind::Measured)).unwrap(), MeterKind::Measured);
+        assert_eq!(
+            share.resolve(Some(MeterKind::Measured)).unwrap(),
+            MeterKind::Measured
+        );
         let none = Meters::without_counters(Profile::named("generic-cpu").unwrap());
         assert_eq!(none.resolve(None).unwrap(), MeterKind::Counted);
-        assert_eq!(none.resolve(Some(MeterKind::Timed)).unwrap(), MeterKind::Timed);
+        assert_eq!(
+            none.resolve(Some(MeterKind::Timed)).unwrap(),
+            MeterKind::Timed
+        );
         let error = none.resolve(Some(MeterKind::Measured)).unwrap_err();
         assert!(error.kind() == Kind::Energy && error.remedy().unwrap().contains("counted"));
     }

@@ -45,10 +45,17 @@ fn near_matches<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a
     let wanted = text.to_lowercase();
     let likeness = |name: &str| {
         let name = name.to_lowercase();
-        let part = if name.contains(&wanted) || wanted.contains(&name) { 0.2 } else { 0.0 };
+        let part = if name.contains(&wanted) || wanted.contains(&name) {
+            0.2
+        } else {
+            0.0
+        };
         strsim::jaro_winkler(&wanted, &name) + part
     };
-    let mut scored: Vec<(f64, &str)> = names.map(|name| (likeness(name), name)).filter(|(score, _)| *score > 0.75).collect();
+    let mut scored: Vec<(f64, &str)> = names
+        .map(|name| (likeness(name), name))
+        .filter(|(score, _)| *score > 0.75)
+        .collect();
     scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
     scored.dedup_by(|a, b| a.1 == b.1);
     scored.into_iter().take(5).map(|(_, name)| name).collect()

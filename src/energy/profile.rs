@@ -129,8 +129,13 @@ impl Profile {
             Some((slug, cores)) => (slug, Some(cores)),
             None => (name, None),
         };
-        let profile = Self::all().iter().find(|profile| profile.name == slug).ok_or_else(|| unknown(slug))?;
-        let Some(cores) = cores else { return Ok(profile.clone()) };
+        let profile = Self::all()
+            .iter()
+            .find(|profile| profile.name == slug)
+            .ok_or_else(|| unknown(slug))?;
+        let Some(cores) = cores else {
+            return Ok(profile.clone());
+        };
         let refuse = || {
             Error::new(Kind::Energy, "a profile cannot be scaled to these cores")
                 .value(name)
@@ -139,7 +144,9 @@ impl Profile {
         };
         let cores: usize = cores.parse().map_err(|_| refuse())?;
         match profile.cores {
-            Some(all) if profile.kind == DeviceKind::Cpu && (1..=all).contains(&cores) => Ok(profile.scaled_to(cores)),
+            Some(all) if profile.kind == DeviceKind::Cpu && (1..=all).contains(&cores) => {
+                Ok(profile.scaled_to(cores))
+            }
             _ => Err(refuse()),
         }
     }
@@ -158,20 +165,41 @@ impl Profile {
     /// Other devices, and a number of cores it does not exceed, are returned unchanged.
     pub fn scaled_to(&self, cores: usize) -> Profile {
         let mut scaled = self.clone();
-        let Some(all) = self.cores.filter(|all| self.kind == DeviceKind::Cpu && cores > 0 && cores < *all) else {
+        let Some(all) = self
+            .cores
+            .filter(|all| self.kind == DeviceKind::Cpu && cores > 0 && cores < *all)
+        else {
             return scaled;
         };
         let share = cores as f64 / all as f64;
-        scaled.name = format!("{}@{cores}", self.name.split('@').next().unwrap_or(&self.name));
+        scaled.name = format!(
+            "{}@{cores}",
+            self.name.split('@').next().unwrap_or(&self.name)
+        );
         scaled.cores = Some(cores);
         scaled.idle_w = self.idle_w * share;
         scaled.load_w = self.load_w * share;
-        scaled.load_points.iter_mut().for_each(|(_, watts)| *watts = *watts * share);
-        scaled.peak_flops.values_mut().for_each(|peak| *peak *= share);
+        scaled
+            .load_points
+            .iter_mut()
+            .for_each(|(_, watts)| *watts = *watts * share);
+        scaled
+            .peak_flops
+            .values_mut()
+            .for_each(|peak| *peak *= share);
         scaled.bandwidth *= share;
         scaled.embodied = self.embodied.map(|grams| grams * share);
-        let own = self.caches.iter().filter(|level| !level.shared).map(|level| level.bytes).max().unwrap_or_default();
-        scaled.caches.iter_mut().for_each(|level| level.bandwidth = level.bandwidth.map(|rate| rate * share));
+        let own = self
+            .caches
+            .iter()
+            .filter(|level| !level.shared)
+            .map(|level| level.bytes)
+            .max()
+            .unwrap_or_default();
+        scaled
+            .caches
+            .iter_mut()
+            .for_each(|level| level.bandwidth = level.bandwidth.map(|rate| rate * share));
         for level in scaled.caches.iter_mut().filter(|level| level.shared) {
             // A level never holds less than the one inside it.
             level.bytes = Bytes((level.bytes.0 as f64 * share) as u64).max(own);
@@ -192,8 +220,12 @@ impl Profile {
 
     /// The factor of every counted joule, with its source; `None` where the profile has none.
     pub fn factor(&self) -> Option<(f64, &str)> {
-        let source =
-            self.sources.get("measured_over_counted").map_or("the profile file does not say", |source| source.title.as_str());
+        let source = self
+            .sources
+            .get("measured_over_counted")
+            .map_or("the profile file does not say", |source| {
+                source.title.as_str()
+            });
         self.measured_over_counted.map(|factor| (factor, source))
     }
 
@@ -204,24 +236,38 @@ impl Profile {
     pub fn reconciled(&self, name: &str, ratio: f64, source: &str) -> Result<Profile> {
         let mut profile = self.renamed(name)?;
         if !(ratio.is_finite() && ratio > 0.0) {
-            let error = Error::new(Kind::Energy, "measured over counted is no factor").value(ratio.to_string());
+            let error = Error::new(Kind::Energy, "measured over counted is no factor")
+                .value(ratio.to_string());
             return Err(error.rule("a number above zero"));
         }
         profile.measured_over_counted = Some(ratio * self.measured_over_counted.unwrap_or(1.0));
-        let source = Source { title: source.to_string(), year: 0, licence: "user".to_string(), verified: true };
-        profile.sources.insert("measured_over_counted".to_string(), source);
+        let source = Source {
+            title: source.to_string(),
+            year: 0,
+            licence: "user".to_string(),
+            verified: true,
+        };
+        profile
+            .sources
+            .insert("measured_over_counted".to_string(), source);
         Ok(profile)
     }
 
     /// FLOP/s that tuned products of this precision reach.
     pub fn rate(&self, precision: Precision) -> f64 {
-        let peak = self.peak_flops.get(&precision).or(self.peak_flops.get(&Precision::F32));
+        let peak = self
+            .peak_flops
+            .get(&precision)
+            .or(self.peak_flops.get(&Precision::F32));
         peak.expect("build requires a peak for f32") * self.achievable_flops
     }
 
     /// Picojoules of one FLOP of this precision; f32's where the device has no unit for it.
     pub fn pj_per_flop(&self, precision: Precision) -> f64 {
-        let energy = self.pj_per_flop.get(&precision).or(self.pj_per_flop.get(&Precision::F32));
+        let energy = self
+            .pj_per_flop
+            .get(&precision)
+            .or(self.pj_per_flop.get(&Precision::F32));
         *energy.expect("build fills in f32")
     }
 
@@ -231,7 +277,11 @@ impl Profile {
         let mut below = (0.0, self.idle_w);
         for &(at, watts) in self.load_points.iter().chain([&(1.0, self.load_w)]) {
             if load <= at {
-                let share = if at > below.0 { (load - below.0) / (at - below.0) } else { 1.0 };
+                let share = if at > below.0 {
+                    (load - below.0) / (at - below.0)
+                } else {
+                    1.0
+                };
                 return below.1 + (watts - below.1) * share;
             }
             below = (at, watts);
@@ -258,11 +308,23 @@ mod tests {
         assert_eq!(two.name, "amd-epyc-7763@2");
         assert!((two.load_w.0 - 280.0 * 2.0 / 64.0).abs() < 1e-9);
         assert!((two.rate(Precision::F32) - whole.rate(Precision::F32) / 32.0).abs() < 1.0);
-        assert_eq!((two.caches[1].bytes, two.caches[2].bytes), (whole.caches[1].bytes, Bytes(8 << 20)));
+        assert_eq!(
+            (two.caches[1].bytes, two.caches[2].bytes),
+            (whole.caches[1].bytes, Bytes(8 << 20))
+        );
         assert_eq!(whole.scaled_to(64), whole);
         assert_eq!(whole.scaled_to(1000), whole);
-        for bad in ["amd-epyc-7763@0", "amd-epyc-7763@65", "amd-epyc-7763@x", "nvidia-t4@2"] {
-            assert_eq!(Profile::named(bad).unwrap_err().kind(), Kind::Energy, "{bad}");
+        for bad in [
+            "amd-epyc-7763@0",
+            "amd-epyc-7763@65",
+            "amd-epyc-7763@x",
+            "nvidia-t4@2",
+        ] {
+            assert_eq!(
+                Profile::named(bad).unwrap_err().kind(),
+                Kind::Energy,
+                "{bad}"
+            );
         }
     }
 

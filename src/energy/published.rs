@@ -71,7 +71,10 @@ pub struct PublishedRun {
     pub source: String,
 }
 
-fn scaled<'de, D: Deserializer<'de>, T>(d: D, f: impl Fn(f64) -> T) -> std::result::Result<Option<T>, D::Error> {
+fn scaled<'de, D: Deserializer<'de>, T>(
+    d: D,
+    f: impl Fn(f64) -> T,
+) -> std::result::Result<Option<T>, D::Error> {
     Ok(Option::<f64>::deserialize(d)?.map(f))
 }
 
@@ -100,7 +103,9 @@ fn yes_or_no<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<Option<bool
         "" => Ok(None),
         "yes" => Ok(Some(true)),
         "no" => Ok(Some(false)),
-        other => Err(serde::de::Error::custom(format!("`{other}` is neither yes nor no"))),
+        other => Err(serde::de::Error::custom(format!(
+            "`{other}` is neither yes nor no"
+        ))),
     }
 }
 
@@ -110,12 +115,18 @@ fn yes<'de, D: Deserializer<'de>>(d: D) -> std::result::Result<bool, D::Error> {
 
 static RUNS: LazyLock<Vec<PublishedRun>> = LazyLock::new(|| {
     let mut reader = csv::Reader::from_reader(include_bytes!("published_runs.csv").as_slice());
-    reader.deserialize().map(|row| row.expect("the shipped table is valid: a test reads it")).collect()
+    reader
+        .deserialize()
+        .map(|row| row.expect("the shipped table is valid: a test reads it"))
+        .collect()
 });
 
 /// Lower case, letters and digits alone: "GPT-3 175B" and "gpt3_175b" are one name.
 fn plain(name: &str) -> String {
-    name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+    name.chars()
+        .filter(|c| c.is_alphanumeric())
+        .flat_map(char::to_lowercase)
+        .collect()
 }
 
 impl PublishedRun {
@@ -141,7 +152,13 @@ impl PublishedRun {
         if run.inconsistent.is_empty() {
             return Ok(run);
         }
-        let error = Error::new(Kind::Energy, format!("the published figures of {} contradict each other", run.name));
+        let error = Error::new(
+            Kind::Energy,
+            format!(
+                "the published figures of {} contradict each other",
+                run.name
+            ),
+        );
         Err(error
             .at(run.source.clone())
             .value(run.inconsistent.clone())
@@ -175,7 +192,9 @@ fn only_beginning_with(name: &str, wanted: &str) -> Result<&'static PublishedRun
         "several published training runs begin so"
     };
     let otherwise = "for another model give `--params N --tokens D --device NAME`";
-    Err(Error::new(Kind::Energy, what).value(name).hint(did_you_mean(&names, otherwise)))
+    Err(Error::new(Kind::Energy, what)
+        .value(name)
+        .hint(did_you_mean(&names, otherwise)))
 }
 
 /// The share of the peak that training reaches.
@@ -198,24 +217,52 @@ const FOR_ENDS: usize = 9;
 pub fn achieved(device: &Accelerator, except: Option<&str>) -> Achieved {
     let own = shares(Some(device.family()), except);
     let all = shares(None, except);
-    let central = if own.len() >= FOR_A_MEDIAN { &own } else { &all };
+    let central = if own.len() >= FOR_A_MEDIAN {
+        &own
+    } else {
+        &all
+    };
     let ends = if own.len() >= FOR_ENDS { &own } else { &all };
     let median = (central[(central.len() - 1) / 2] + central[central.len() / 2]) / 2.0;
-    let fraction = Interval { low: ends[0], central: median, high: ends[ends.len() - 1] };
-    let whose =
-        |runs: &[f64]| format!("{} published runs on {}", runs.len(), if runs == own { device.family() } else { "all devices" });
+    let fraction = Interval {
+        low: ends[0],
+        central: median,
+        high: ends[ends.len() - 1],
+    };
+    let whose = |runs: &[f64]| {
+        format!(
+            "{} published runs on {}",
+            runs.len(),
+            if runs == own {
+                device.family()
+            } else {
+                "all devices"
+            }
+        )
+    };
     let basis = format!("median of {}, ends of {}", whose(central), whose(ends));
-    Achieved { fraction: fraction.map(|share| share.min(device.achievable)), basis }
+    Achieved {
+        fraction: fraction.map(|share| share.min(device.achievable)),
+        basis,
+    }
 }
 
 /// Shares of the peak, rising, of the runs on a family of devices, or of all.
 fn shares(family: Option<&str>, except: Option<&str>) -> Vec<f64> {
     let of_family = |run: &PublishedRun| {
         let rest = |family| run.device.strip_prefix(family);
-        family.is_none_or(|family| rest(family).is_some_and(|rest: &str| rest.is_empty() || rest.starts_with('-')))
+        family.is_none_or(|family| {
+            rest(family).is_some_and(|rest: &str| rest.is_empty() || rest.starts_with('-'))
+        })
     };
-    let usable = |run: &&PublishedRun| run.inconsistent.is_empty() && Some(run.name.as_str()) != except && of_family(run);
-    let mut shares: Vec<f64> = RUNS.iter().filter(usable).filter_map(PublishedRun::fraction).collect();
+    let usable = |run: &&PublishedRun| {
+        run.inconsistent.is_empty() && Some(run.name.as_str()) != except && of_family(run)
+    };
+    let mut shares: Vec<f64> = RUNS
+        .iter()
+        .filter(usable)
+        .filter_map(PublishedRun::fraction)
+        .collect();
     shares.sort_by(f64::total_cmp);
     shares
 }
@@ -227,16 +274,40 @@ mod tests {
     #[test]
     fn a_run_is_found_by_its_name_or_its_beginning() {
         for name in ["GPT-3 175B", "gpt-3", "gpt3", "GPT 3 175b"] {
-            assert_eq!(PublishedRun::find(name).unwrap().carbon, Some(GramsCo2e(552.1e6)), "{name}");
+            assert_eq!(
+                PublishedRun::find(name).unwrap().carbon,
+                Some(GramsCo2e(552.1e6)),
+                "{name}"
+            );
         }
-        assert!(PublishedRun::find("GPT-3 175B (as restated)").unwrap().restated);
+        assert!(
+            PublishedRun::find("GPT-3 175B (as restated)")
+                .unwrap()
+                .restated
+        );
         // The name itself holds before longer ones that begin so.
-        assert_eq!(PublishedRun::find("llama-3.2-1b").unwrap().name, "Llama-3.2-1B");
+        assert_eq!(
+            PublishedRun::find("llama-3.2-1b").unwrap().name,
+            "Llama-3.2-1B"
+        );
         let several = PublishedRun::find("llama-3.1").unwrap_err().to_string();
-        assert!(several.contains("`Llama-3.1-405B`") && several.contains("`Llama-3.1-8B`"), "{several}");
-        assert!(PublishedRun::find("GTP-3").unwrap_err().remedy().unwrap().contains("GPT-3 175B"));
+        assert!(
+            several.contains("`Llama-3.1-405B`") && several.contains("`Llama-3.1-8B`"),
+            "{several}"
+        );
+        assert!(
+            PublishedRun::find("GTP-3")
+                .unwrap_err()
+                .remedy()
+                .unwrap()
+                .contains("GPT-3 175B")
+        );
         for bad in ["", "zzz", "-"] {
-            assert_eq!(PublishedRun::find(bad).unwrap_err().kind(), Kind::Energy, "{bad}");
+            assert_eq!(
+                PublishedRun::find(bad).unwrap_err().kind(),
+                Kind::Energy,
+                "{bad}"
+            );
         }
     }
 
@@ -244,23 +315,66 @@ mod tests {
     fn what_contradicts_itself_is_refused_with_the_reason() {
         let llama = PublishedRun::find("Llama-3.3-70B").unwrap_err().to_string();
         assert!(llama.contains("12.9") && llama.contains("2,040"), "{llama}");
-        let opt = PublishedRun::find("OPT-175B (as restated)").unwrap_err().to_string();
+        let opt = PublishedRun::find("OPT-175B (as restated)")
+            .unwrap_err()
+            .to_string();
         assert!(opt.contains("74.8"), "{opt}");
-        assert_eq!(PublishedRun::all().iter().filter(|run| !run.inconsistent.is_empty()).count(), 2);
+        assert_eq!(
+            PublishedRun::all()
+                .iter()
+                .filter(|run| !run.inconsistent.is_empty())
+                .count(),
+            2
+        );
     }
 
     #[test]
     fn every_row_is_sound() {
         for (i, run) in RUNS.iter().enumerate() {
-            assert!(RUNS[..i].iter().all(|other| plain(&other.name) != plain(&run.name)), "{}", run.name);
-            assert!(run.device.is_empty() || Accelerator::named(&run.device).is_ok(), "{}", run.device);
-            assert!(["published", "6ND", ""].contains(&run.flops_basis.as_str()) && !run.source.is_empty());
-            assert_eq!(run.flops.is_some(), !run.flops_basis.is_empty(), "{}", run.name);
-            assert_eq!(run.power_w.is_some(), ["measured", "rated"].contains(&run.power_is.as_str()), "{}", run.name);
-            assert!(run.fraction().is_none_or(|share| (0.02..0.6).contains(&share)), "{} {:?}", run.name, run.fraction());
-            if let (Some(n), Some(d), "6ND") = (run.parameters, run.tokens, run.flops_basis.as_str()) {
+            assert!(
+                RUNS[..i]
+                    .iter()
+                    .all(|other| plain(&other.name) != plain(&run.name)),
+                "{}",
+                run.name
+            );
+            assert!(
+                run.device.is_empty() || Accelerator::named(&run.device).is_ok(),
+                "{}",
+                run.device
+            );
+            assert!(
+                ["published", "6ND", ""].contains(&run.flops_basis.as_str())
+                    && !run.source.is_empty()
+            );
+            assert_eq!(
+                run.flops.is_some(),
+                !run.flops_basis.is_empty(),
+                "{}",
+                run.name
+            );
+            assert_eq!(
+                run.power_w.is_some(),
+                ["measured", "rated"].contains(&run.power_is.as_str()),
+                "{}",
+                run.name
+            );
+            assert!(
+                run.fraction()
+                    .is_none_or(|share| (0.02..0.6).contains(&share)),
+                "{} {:?}",
+                run.name,
+                run.fraction()
+            );
+            if let (Some(n), Some(d), "6ND") =
+                (run.parameters, run.tokens, run.flops_basis.as_str())
+            {
                 let counted = super::super::baseline::training_flops(n.0, d.0, None);
-                assert!((counted / run.flops.unwrap() - 1.0).abs() < 1e-4, "{}", run.name);
+                assert!(
+                    (counted / run.flops.unwrap() - 1.0).abs() < 1e-4,
+                    "{}",
+                    run.name
+                );
             }
         }
     }
@@ -270,15 +384,27 @@ mod tests {
         // TPU v3, TFLOP/s of Patterson et al. 2021 over 123: 45.6, 42.3, 48.0, 34.4; Gopher 5.04e23 / (3768320 h x 3600) = 37.15.
         // The median is 42.3 / 123. Five are too few for ends: all runs', from Llama 3.1 8B to the search on TPU v2 (24.8 of 46).
         let tpu = achieved(&Accelerator::named("tpu-v3").unwrap(), None);
-        assert_eq!((tpu.fraction.central, tpu.fraction.high), (42.3e12 / 123e12, 24.8e12 / 46e12));
+        assert_eq!(
+            (tpu.fraction.central, tpu.fraction.high),
+            (42.3e12 / 123e12, 24.8e12 / 46e12)
+        );
         assert!((tpu.fraction.low / (7.2e23 / (1.46e6 * 3600.0) / 989.4e12) - 1.0).abs() < 1e-9);
-        assert!(tpu.basis.contains("5 published runs on tpu-v3"), "{}", tpu.basis);
+        assert!(
+            tpu.basis.contains("5 published runs on tpu-v3"),
+            "{}",
+            tpu.basis
+        );
         // The A100 has ends of its own: Pythia 70M, 1.26723e20 / (510 h x 3600) = 69.02 TFLOP/s, and LLaMA-13B,
         // 7.8e22 / (135168 h x 3600) = 160.30, of 312.
         let a100 = achieved(&Accelerator::named("nvidia-a100-sxm4-80gb").unwrap(), None).fraction;
-        assert!((a100.low * 312.0 - 69.02).abs() < 0.01 && (a100.high * 312.0 - 160.30).abs() < 0.01, "{a100:?}");
+        assert!(
+            (a100.low * 312.0 - 69.02).abs() < 0.01 && (a100.high * 312.0 - 160.30).abs() < 0.01,
+            "{a100:?}"
+        );
         // Without Meena: the mean of 37.15 and 45.6.
-        let without = achieved(&Accelerator::named("tpu-v3").unwrap(), Some("Meena")).fraction.central;
+        let without = achieved(&Accelerator::named("tpu-v3").unwrap(), Some("Meena"))
+            .fraction
+            .central;
         assert!((without * 123.0 - 41.376).abs() < 0.01, "{without}");
         // A device without three runs takes all of them.
         assert!(

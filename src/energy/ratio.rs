@@ -21,16 +21,25 @@ use crate::units::Joules;
 /// ```
 pub fn bounds(own: &Parts, other: &Parts) -> Option<[f64; 2]> {
     let ends = [1.0 / MODEL_FACTOR, MODEL_FACTOR];
-    let corners = ends.into_iter().flat_map(|a| ends.into_iter().flat_map(move |m| ends.map(|i| [a, m, i])));
+    let corners = ends
+        .into_iter()
+        .flat_map(|a| ends.into_iter().flat_map(move |m| ends.map(|i| [a, m, i])));
     let of = |factors| at(other, factors) / at(own, factors);
     let ratios: Vec<f64> = corners.map(|factors| of(factors) / of([1.0; 3])).collect();
-    let [least, most] =
-        [ratios.iter().copied().fold(f64::INFINITY, f64::min), ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max)];
+    let [least, most] = [
+        ratios.iter().copied().fold(f64::INFINITY, f64::min),
+        ratios.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+    ];
     (least.is_finite() && most.is_finite()).then_some([least, most])
 }
 
 fn at(parts: &Parts, [a, m, i]: [f64; 3]) -> f64 {
-    let Parts { arithmetic_j, movement_j, idle_j, .. } = parts;
+    let Parts {
+        arithmetic_j,
+        movement_j,
+        idle_j,
+        ..
+    } = parts;
     let sum: Joules = *arithmetic_j * a + *movement_j * m + *idle_j * i;
     sum.0
 }
@@ -40,17 +49,28 @@ mod tests {
     use super::*;
 
     fn of(a: f64, m: f64, i: f64) -> Parts {
-        Parts { arithmetic_j: Joules(a), movement_j: Joules(m), idle_j: Joules(i), ..Parts::default() }
+        Parts {
+            arithmetic_j: Joules(a),
+            movement_j: Joules(m),
+            idle_j: Joules(i),
+            ..Parts::default()
+        }
     }
 
     #[test]
     fn a_shared_error_cancels_and_an_unshared_one_does_not() {
         // All arithmetic against all movement: the factors are independent, 1.37 squared = 1.8769 either way.
         let [low, high] = bounds(&of(1.0, 0.0, 0.0), &of(0.0, 4.0, 0.0)).unwrap();
-        assert!((low - 1.0 / 1.8769).abs() < 1e-12 && (high - 1.8769).abs() < 1e-12, "{low} {high}");
+        assert!(
+            (low - 1.0 / 1.8769).abs() < 1e-12 && (high - 1.8769).abs() < 1e-12,
+            "{low} {high}"
+        );
         // Half of own is shared: most at a = 1/f, m = f, that is 4 f / (1/f + f) with f = 1.37: 5.48 / 2.0999270 = 2.6096146, where it is 2.
         let [low, high] = bounds(&of(1.0, 1.0, 0.0), &of(0.0, 4.0, 0.0)).unwrap();
-        assert!((high - 2.609_614_6 / 2.0).abs() < 1e-6 && (low - 2.0 / 1.37 / 2.099_927).abs() < 1e-6, "{low} {high}");
+        assert!(
+            (high - 2.609_614_6 / 2.0).abs() < 1e-6 && (low - 2.0 / 1.37 / 2.099_927).abs() < 1e-6,
+            "{low} {high}"
+        );
         assert_eq!(bounds(&of(0.0, 0.0, 0.0), &of(1.0, 1.0, 1.0)), None);
     }
 }

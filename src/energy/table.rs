@@ -60,8 +60,11 @@ impl Raw {
     /// A profile as its file; derived figures are left out, to be derived again.
     fn of(profile: &Profile) -> Raw {
         let published = |precision: &Precision| !profile.derived.contains(precision);
-        let mut source =
-            profile.sources.iter().map(|(field, source)| (field.clone(), source.title.clone())).collect::<BTreeMap<_, _>>();
+        let mut source = profile
+            .sources
+            .iter()
+            .map(|(field, source)| (field.clone(), source.title.clone()))
+            .collect::<BTreeMap<_, _>>();
         if !profile.derived.is_empty() {
             source.remove("pj_per_flop");
         }
@@ -74,9 +77,18 @@ impl Raw {
             cpuid: Vec::new(),
             idle_w: profile.idle_w.0,
             load_w: profile.load_w.0,
-            load_points: profile.load_points.iter().map(|(load, watts)| (*load, watts.0)).collect(),
+            load_points: profile
+                .load_points
+                .iter()
+                .map(|(load, watts)| (*load, watts.0))
+                .collect(),
             peak_flops: profile.peak_flops.clone(),
-            pj_per_flop: profile.pj_per_flop.iter().filter(|(p, _)| published(p)).map(|(p, pj)| (*p, *pj)).collect(),
+            pj_per_flop: profile
+                .pj_per_flop
+                .iter()
+                .filter(|(p, _)| published(p))
+                .map(|(p, pj)| (*p, *pj))
+                .collect(),
             bandwidth: profile.bandwidth,
             achievable_flops: profile.achievable_flops,
             achievable_bandwidth: profile.achievable_bandwidth,
@@ -140,10 +152,12 @@ struct Table {
 }
 
 static TABLE: LazyLock<Vec<Profile>> = LazyLock::new(|| {
-    let table: Table = toml::from_str(include_str!("profiles.toml")).expect("the shipped table is valid: a test reads it");
+    let table: Table = toml::from_str(include_str!("profiles.toml"))
+        .expect("the shipped table is valid: a test reads it");
     let build = |raw: Raw| {
         let name = raw.name.clone();
-        Profile::build(raw, &table.sources, None).unwrap_or_else(|e| unreachable!("shipped profile {name}: {e}"))
+        Profile::build(raw, &table.sources, None)
+            .unwrap_or_else(|e| unreachable!("shipped profile {name}: {e}"))
     };
     table.profile.into_iter().map(build).collect()
 });
@@ -178,12 +192,19 @@ impl Profile {
         // It was the factor of the figures that are replaced now.
         raw.measured_over_counted = None;
         raw.source.remove("measured_over_counted");
-        raw.peak_flops = self.peak_flops.keys().map(|precision| (*precision, self.rate(*precision))).collect();
+        raw.peak_flops = self
+            .peak_flops
+            .keys()
+            .map(|precision| (*precision, self.rate(*precision)))
+            .collect();
         raw.peak_flops.extend(&measured.rates);
         raw.bandwidth = measured.bandwidth;
         (raw.achievable_flops, raw.achievable_bandwidth) = (1.0, 1.0);
         for field in ["peak_flops", "bandwidth", "achievable"] {
-            raw.source.insert(field.to_string(), format!("measured on this machine; the rest as {}", self.name));
+            raw.source.insert(
+                field.to_string(),
+                format!("measured on this machine; the rest as {}", self.name),
+            );
         }
         note_caches(&mut raw, &measured.caches);
         if let Some(power) = &measured.power {
@@ -191,7 +212,10 @@ impl Profile {
             raw.load_points.clear();
             raw.pj_per_flop.clear();
             for field in ["idle", "load", "pj_per_flop"] {
-                raw.source.insert(field.to_string(), format!("measured on this machine with {}", power.counter));
+                raw.source.insert(
+                    field.to_string(),
+                    format!("measured on this machine with {}", power.counter),
+                );
             }
         }
         Self::build(raw, &BTreeMap::new(), Some("calibrate"))
@@ -199,9 +223,15 @@ impl Profile {
 
     /// The same profile under another name, as a file of its own.
     pub(super) fn renamed(&self, name: &str) -> Result<Profile> {
-        let raw = Raw { name: name.to_string(), ..Raw::of(self) };
+        let raw = Raw {
+            name: name.to_string(),
+            ..Raw::of(self)
+        };
         check(&raw, None)?;
-        Ok(Profile { name: raw.name, ..self.clone() })
+        Ok(Profile {
+            name: raw.name,
+            ..self.clone()
+        })
     }
 
     /// The profile as a file that `from_file` reads.
@@ -213,7 +243,12 @@ impl Profile {
         check(&raw, None)?;
         let source = |text: &String| match sources.get(text) {
             Some(source) => source.clone(),
-            None => Source { title: text.clone(), year: 0, licence: "user".to_string(), verified: false },
+            None => Source {
+                title: text.clone(),
+                year: 0,
+                licence: "user".to_string(),
+                verified: false,
+            },
         };
         let mut profile = Profile {
             title: raw.title.unwrap_or_else(|| raw.name.clone()),
@@ -222,7 +257,11 @@ impl Profile {
             cores: raw.cores,
             idle_w: Watts(raw.idle_w),
             load_w: Watts(raw.load_w),
-            load_points: raw.load_points.into_iter().map(|(load, watts)| (load, Watts(watts))).collect(),
+            load_points: raw
+                .load_points
+                .into_iter()
+                .map(|(load, watts)| (load, Watts(watts)))
+                .collect(),
             peak_flops: raw.peak_flops,
             achievable_flops: raw.achievable_flops,
             bandwidth: raw.bandwidth,
@@ -234,12 +273,18 @@ impl Profile {
             measured_over_counted: raw.measured_over_counted,
             host_share: raw.host_share,
             embodied: raw.embodied_kgco2e.map(|kg| GramsCo2e(kg * 1000.0)),
-            sources: raw.source.iter().map(|(field, text)| (field.clone(), source(text))).collect(),
+            sources: raw
+                .source
+                .iter()
+                .map(|(field, text)| (field.clone(), source(text)))
+                .collect(),
             matches: raw.matches,
             cpuid: raw.cpuid,
             note: file.map(|file| format!("from the profile file {file}")),
         };
-        let factor = profile.factor().map(|(factor, source)| format!("; counted joules times {}: {source}", significant(factor)));
+        let factor = profile.factor().map(|(factor, source)| {
+            format!("; counted joules times {}: {source}", significant(factor))
+        });
         profile.note = profile.note.map(|note| note + &factor.unwrap_or_default());
         profile.derive_energy_of_flops()?;
         Ok(profile)
@@ -247,7 +292,12 @@ impl Profile {
 
     /// Fills in pJ/FLOP for every precision that has a peak but no published figure (see the module's documentation).
     fn derive_energy_of_flops(&mut self) -> Result<()> {
-        let missing: Vec<Precision> = self.peak_flops.keys().copied().filter(|p| !self.pj_per_flop.contains_key(p)).collect();
+        let missing: Vec<Precision> = self
+            .peak_flops
+            .keys()
+            .copied()
+            .filter(|p| !self.pj_per_flop.contains_key(p))
+            .collect();
         for precision in missing {
             let product = Work::product(4096, 4096, 4096, precision);
             let flops = product.flops() as f64;
@@ -264,12 +314,19 @@ impl Profile {
                 .rule("(load_w - idle_w) must cover memory traffic and arithmetic")
                 .hint("lower `dram_pj_per_byte`, raise `load_w`, or give `pj_per_flop`"));
             }
-            self.pj_per_flop.insert(precision, arithmetic.0 / flops * 1e12);
+            self.pj_per_flop
+                .insert(precision, arithmetic.0 / flops * 1e12);
             self.derived.push(precision);
         }
         if !self.derived.is_empty() {
-            let title = "derived: a 4096-cube product at the achievable rate draws load_w".to_string();
-            let source = Source { title, year: 2026, licence: "facts".to_string(), verified: false };
+            let title =
+                "derived: a 4096-cube product at the achievable rate draws load_w".to_string();
+            let source = Source {
+                title,
+                year: 2026,
+                licence: "facts".to_string(),
+                verified: false,
+            };
             self.sources.insert("pj_per_flop".to_string(), source);
         }
         Ok(())
@@ -280,7 +337,9 @@ impl Profile {
 fn note_caches(raw: &mut Raw, found: &[MeasuredCache]) {
     let (mut sizes, mut rates) = (Vec::new(), Vec::new());
     for cache in found {
-        let Some(level) = raw.caches.iter_mut().find(|level| level.name == cache.name) else { continue };
+        let Some(level) = raw.caches.iter_mut().find(|level| level.name == cache.name) else {
+            continue;
+        };
         if let Some(bytes) = cache.bytes {
             level.bytes = bytes;
             sizes.push(cache.name.clone());
@@ -296,11 +355,23 @@ fn note_caches(raw: &mut Raw, found: &[MeasuredCache]) {
         level.bytes = level.bytes.max(inner);
         inner = level.bytes;
     }
-    let said = [("sizes as the system shows them: ", sizes), ("bandwidth measured on this machine: ", rates)];
-    let said = said.iter().filter(|(_, of)| !of.is_empty()).map(|(what, of)| format!("{what}{}", of.join(", ")));
-    let rest = raw.source.get("caches").map(|source| format!("the rest: {source}"));
+    let said = [
+        ("sizes as the system shows them: ", sizes),
+        ("bandwidth measured on this machine: ", rates),
+    ];
+    let said = said
+        .iter()
+        .filter(|(_, of)| !of.is_empty())
+        .map(|(what, of)| format!("{what}{}", of.join(", ")));
+    let rest = raw
+        .source
+        .get("caches")
+        .map(|source| format!("the rest: {source}"));
     if !found.is_empty() {
-        raw.source.insert("caches".to_string(), said.chain(rest).collect::<Vec<_>>().join("; "));
+        raw.source.insert(
+            "caches".to_string(),
+            said.chain(rest).collect::<Vec<_>>().join("; "),
+        );
     }
 }
 
@@ -312,45 +383,121 @@ fn check(raw: &Raw, text: Option<&str>) -> Result<()> {
     let fraction = |value: f64| value > 0.0 && value <= 1.0;
     let point = |&(load, watts): &(f64, f64)| (0.0..=1.0).contains(&load) && positive(watts);
     let rising = raw.load_points.windows(2).all(|pair| pair[0].0 < pair[1].0);
-    let growing = raw.caches.windows(2).all(|pair| pair[0].bytes <= pair[1].bytes);
-    let level =
-        |level: &Level| level.bytes.0 > 0 && level.pj_per_byte.is_none_or(not_negative) && level.bandwidth.is_none_or(positive);
+    let growing = raw
+        .caches
+        .windows(2)
+        .all(|pair| pair[0].bytes <= pair[1].bytes);
+    let level = |level: &Level| {
+        level.bytes.0 > 0
+            && level.pj_per_byte.is_none_or(not_negative)
+            && level.bandwidth.is_none_or(positive)
+    };
     let cores = raw.cores != Some(0) && (raw.kind != DeviceKind::Cpu || raw.cores.is_some());
 
-    let mut rules = Rules { text, broken: Vec::new() };
-    rules.keep("name", !raw.name.is_empty() && raw.name.chars().all(slug), "lower-case letters, digits and hyphens", &raw.name);
-    rules.keep("cores", cores, "one or more; a processor says how many physical cores it has", &raw.cores);
-    rules.keep("idle_w", not_negative(raw.idle_w), "watts, zero or more", &raw.idle_w);
-    rules.keep("load_w", positive(raw.load_w) && raw.load_w > raw.idle_w, "watts, more than `idle_w`", &raw.load_w);
+    let mut rules = Rules {
+        text,
+        broken: Vec::new(),
+    };
+    rules.keep(
+        "name",
+        !raw.name.is_empty() && raw.name.chars().all(slug),
+        "lower-case letters, digits and hyphens",
+        &raw.name,
+    );
+    rules.keep(
+        "cores",
+        cores,
+        "one or more; a processor says how many physical cores it has",
+        &raw.cores,
+    );
+    rules.keep(
+        "idle_w",
+        not_negative(raw.idle_w),
+        "watts, zero or more",
+        &raw.idle_w,
+    );
+    rules.keep(
+        "load_w",
+        positive(raw.load_w) && raw.load_w > raw.idle_w,
+        "watts, more than `idle_w`",
+        &raw.load_w,
+    );
     rules.keep(
         "load_points",
         raw.load_points.iter().all(point) && rising,
         "[load in 0..1, watts], load rising",
         &raw.load_points,
     );
-    rules.keep("peak_flops", raw.peak_flops.contains_key(&Precision::F32), "a peak for `f32` at least", &raw.peak_flops);
-    rules.keep("peak_flops", raw.peak_flops.values().all(|v| positive(*v)), "FLOP/s, more than zero", &raw.peak_flops);
-    rules.keep("pj_per_flop", raw.pj_per_flop.values().all(|v| positive(*v)), "picojoules, more than zero", &raw.pj_per_flop);
-    rules.keep("bandwidth", positive(raw.bandwidth), "bytes per second, more than zero", &raw.bandwidth);
-    rules.keep("achievable_flops", fraction(raw.achievable_flops), "above 0, at most 1", &raw.achievable_flops);
-    rules.keep("achievable_bandwidth", fraction(raw.achievable_bandwidth), "above 0, at most 1", &raw.achievable_bandwidth);
+    rules.keep(
+        "peak_flops",
+        raw.peak_flops.contains_key(&Precision::F32),
+        "a peak for `f32` at least",
+        &raw.peak_flops,
+    );
+    rules.keep(
+        "peak_flops",
+        raw.peak_flops.values().all(|v| positive(*v)),
+        "FLOP/s, more than zero",
+        &raw.peak_flops,
+    );
+    rules.keep(
+        "pj_per_flop",
+        raw.pj_per_flop.values().all(|v| positive(*v)),
+        "picojoules, more than zero",
+        &raw.pj_per_flop,
+    );
+    rules.keep(
+        "bandwidth",
+        positive(raw.bandwidth),
+        "bytes per second, more than zero",
+        &raw.bandwidth,
+    );
+    rules.keep(
+        "achievable_flops",
+        fraction(raw.achievable_flops),
+        "above 0, at most 1",
+        &raw.achievable_flops,
+    );
+    rules.keep(
+        "achievable_bandwidth",
+        fraction(raw.achievable_bandwidth),
+        "above 0, at most 1",
+        &raw.achievable_bandwidth,
+    );
     rules.keep(
         "caches",
         raw.caches.iter().all(level) && growing,
         "from the inside out, none smaller than the one before",
         &raw.caches,
     );
-    rules.keep("dram_pj_per_byte", not_negative(raw.dram_pj_per_byte), "picojoules, zero or more", &raw.dram_pj_per_byte);
+    rules.keep(
+        "dram_pj_per_byte",
+        not_negative(raw.dram_pj_per_byte),
+        "picojoules, zero or more",
+        &raw.dram_pj_per_byte,
+    );
     let factor = raw.measured_over_counted.is_none_or(positive);
-    rules.keep("measured_over_counted", factor, "measured joules over counted ones, more than zero", &raw.measured_over_counted);
-    let host = raw.host_share.is_none_or(|share| (0.0..1.0).contains(&share));
+    rules.keep(
+        "measured_over_counted",
+        factor,
+        "measured joules over counted ones, more than zero",
+        &raw.measured_over_counted,
+    );
+    let host = raw
+        .host_share
+        .is_none_or(|share| (0.0..1.0).contains(&share));
     rules.keep(
         "host_share",
         host,
         "the part of the machine's power that is not the device's, from 0 to below 1",
         &raw.host_share,
     );
-    rules.keep("embodied_kgco2e", raw.embodied_kgco2e.is_none_or(not_negative), "kilograms, zero or more", &raw.embodied_kgco2e);
+    rules.keep(
+        "embodied_kgco2e",
+        raw.embodied_kgco2e.is_none_or(not_negative),
+        "kilograms, zero or more",
+        &raw.embodied_kgco2e,
+    );
     rules.verdict()
 }
 
@@ -364,22 +511,37 @@ struct Rules<'a> {
 impl Rules<'_> {
     fn keep(&mut self, key: &str, kept: bool, rule: &str, value: &impl std::fmt::Debug) {
         if !kept {
-            let line = self.text.and_then(|text| text.lines().position(|line| names(line, key)));
+            let line = self
+                .text
+                .and_then(|text| text.lines().position(|line| names(line, key)));
             let line = line.map_or_else(String::new, |at| format!(" in line {}", at + 1));
-            self.broken.push((format!("`{key}`{line}"), format!("{value:?}"), rule.to_string()));
+            self.broken.push((
+                format!("`{key}`{line}"),
+                format!("{value:?}"),
+                rule.to_string(),
+            ));
         }
     }
 
     fn verdict(self) -> Result<()> {
         match self.broken.as_slice() {
             [] => Ok(()),
-            [(place, value, rule)] => {
-                Err(Error::new(Kind::Energy, format!("the profile's {place} breaks a rule")).value(value).rule(rule))
-            }
+            [(place, value, rule)] => Err(Error::new(
+                Kind::Energy,
+                format!("the profile's {place} breaks a rule"),
+            )
+            .value(value)
+            .rule(rule)),
             many => {
-                let each = many.iter().map(|(place, value, rule)| format!("{place} is {value}; the rule: {rule}"));
+                let each = many
+                    .iter()
+                    .map(|(place, value, rule)| format!("{place} is {value}; the rule: {rule}"));
                 let each: Vec<String> = each.collect();
-                Err(Error::new(Kind::Energy, format!("the profile breaks {} rules", many.len())).value(each.join("\n         ")))
+                Err(Error::new(
+                    Kind::Energy,
+                    format!("the profile breaks {} rules", many.len()),
+                )
+                .value(each.join("\n         ")))
             }
         }
     }
@@ -405,12 +567,19 @@ mod tests {
             let profile = Profile::named(name).unwrap();
             std::fs::write(&path, profile.to_toml()).unwrap();
             let back = Profile::from_file(&path).unwrap();
-            assert_eq!((back.charge(&work), back.load_points), (profile.charge(&work), profile.load_points));
+            assert_eq!(
+                (back.charge(&work), back.load_points),
+                (profile.charge(&work), profile.load_points)
+            );
         }
         // Half the rate at the same watts: twice the energy of a FLOP, idle time included.
         let pi = Profile::named("raspberry-pi-5").unwrap();
         let rates = BTreeMap::from([(Precision::F32, pi.rate(Precision::F32) / 2.0)]);
-        let measured = Measured { rates, bandwidth: 1.5e10, ..Measured::default() };
+        let measured = Measured {
+            rates,
+            bandwidth: 1.5e10,
+            ..Measured::default()
+        };
         let slow = pi.calibrated("my-pi", &measured).unwrap();
         let work = Work::product(4096, 4096, 4096, Precision::F32);
         let ratio = slow.charge(&work).energy.joules() / pi.charge(&work).energy.joules();
@@ -426,23 +595,53 @@ mod tests {
             bytes: bytes.map(Bytes),
             bandwidth: bandwidth.map(|rate| (rate, Bytes(4096))),
         };
-        let caches = vec![cache("L2", Some(4 << 20), Some(1e9)), cache("LLC", None, None), cache("L9", Some(1), Some(1.0))];
-        let measured = Measured { bandwidth: pi.bandwidth, caches, ..Measured::default() };
+        let caches = vec![
+            cache("L2", Some(4 << 20), Some(1e9)),
+            cache("LLC", None, None),
+            cache("L9", Some(1), Some(1.0)),
+        ];
+        let measured = Measured {
+            bandwidth: pi.bandwidth,
+            caches,
+            ..Measured::default()
+        };
         let mine = pi.calibrated("mine", &measured).unwrap();
-        let levels: Vec<_> = mine.caches.iter().map(|level| (level.name.as_str(), level.bytes.0, level.bandwidth)).collect();
+        let levels: Vec<_> = mine
+            .caches
+            .iter()
+            .map(|level| (level.name.as_str(), level.bytes.0, level.bandwidth))
+            .collect();
         // The last level, of which only 2 MiB were known, holds at least what the one inside it does.
-        assert_eq!(levels, [("L1", 64 << 10, None), ("L2", 4 << 20, Some(1e9)), ("LLC", 4 << 20, None)]);
+        assert_eq!(
+            levels,
+            [
+                ("L1", 64 << 10, None),
+                ("L2", 4 << 20, Some(1e9)),
+                ("LLC", 4 << 20, None)
+            ]
+        );
         let source = &mine.sources["caches"].title;
-        assert!(source.contains("shows them: L2; bandwidth measured on this machine: L2 by copies within 4 KiB"), "{source}");
+        assert!(
+            source.contains(
+                "shows them: L2; bandwidth measured on this machine: L2 by copies within 4 KiB"
+            ),
+            "{source}"
+        );
         // From its own file it is the same profile, also scaled: half the cores are served half as much.
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mine.toml");
         std::fs::write(&path, mine.to_toml()).unwrap();
         let again = Profile::from_file(&path).unwrap();
-        assert_eq!((&again.caches, again.scaled_to(2).caches[1].bandwidth), (&mine.caches, Some(5e8)));
+        assert_eq!(
+            (&again.caches, again.scaled_to(2).caches[1].bandwidth),
+            (&mine.caches, Some(5e8))
+        );
         // L2 serves what L1 cannot hold at 1 GB/s: slower than arithmetic and memory, so it is what the time is.
         let charge = mine.charge(&Work::product(512, 512, 512, Precision::F32));
-        assert!((charge.time.0 - charge.bytes["L2"].0 as f64 / 1e9).abs() < 1e-12, "{charge:?}");
+        assert!(
+            (charge.time.0 - charge.bytes["L2"].0 as f64 / 1e9).abs() < 1e-12,
+            "{charge:?}"
+        );
     }
 
     #[test]
@@ -450,14 +649,29 @@ mod tests {
         // The definition of the derivation: a 4096-cube product draws `load` on average over its roofline time; and idle is idle.
         let h100 = Profile::named("nvidia-h100-sxm5-80gb").unwrap();
         let rates = BTreeMap::from([(Precision::Bf16, 6e14)]);
-        let power = MeasuredPower { idle: Watts(71.0), load: Watts(655.0), counter: "nvml:0".to_string() };
-        let measured = Measured { rates, bandwidth: 2.9e12, power: Some(power), ..Measured::default() };
+        let power = MeasuredPower {
+            idle: Watts(71.0),
+            load: Watts(655.0),
+            counter: "nvml:0".to_string(),
+        };
+        let measured = Measured {
+            rates,
+            bandwidth: 2.9e12,
+            power: Some(power),
+            ..Measured::default()
+        };
         let profile = h100.calibrated("mine", &measured).unwrap();
         for precision in [Precision::Bf16, Precision::F32] {
             let charge = profile.charge(&Work::product(4096, 4096, 4096, precision));
-            assert!((charge.energy.joules().0 / charge.time.0 - 655.0).abs() < 0.1, "{precision:?}");
+            assert!(
+                (charge.energy.joules().0 / charge.time.0 - 655.0).abs() < 0.1,
+                "{precision:?}"
+            );
         }
-        assert_eq!((profile.power_at(0.0), profile.power_at(1.0)), (Watts(71.0), Watts(655.0)));
+        assert_eq!(
+            (profile.power_at(0.0), profile.power_at(1.0)),
+            (Watts(71.0), Watts(655.0))
+        );
         assert!(profile.sources["load"].title.contains("nvml:0"));
         assert_eq!(profile.rate(Precision::Bf16), 6e14);
     }
@@ -470,17 +684,41 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), Profile::all().len());
         for profile in Profile::all() {
-            for field in ["idle", "load", "peak_flops", "bandwidth", "achievable", "caches", "dram"] {
-                let source = profile.sources.get(field).unwrap_or_else(|| panic!("{}: no source for {field}", profile.name));
+            for field in [
+                "idle",
+                "load",
+                "peak_flops",
+                "bandwidth",
+                "achievable",
+                "caches",
+                "dram",
+            ] {
+                let source = profile
+                    .sources
+                    .get(field)
+                    .unwrap_or_else(|| panic!("{}: no source for {field}", profile.name));
                 // A key that is no source of the table would have become its own title with no year.
-                assert!(source.year > 2000, "{}: {field} names no source of the table", profile.name);
+                assert!(
+                    source.year > 2000,
+                    "{}: {field} names no source of the table",
+                    profile.name
+                );
             }
             assert!(profile.pj_per_flop(Precision::F32) > 0.0);
-            assert!(profile.idle_w.0 < 0.4 * profile.load_w.0, "{}", profile.name);
+            assert!(
+                profile.idle_w.0 < 0.4 * profile.load_w.0,
+                "{}",
+                profile.name
+            );
         }
-        for wanted in
-            ["nvidia-h100-sxm5-80gb", "raspberry-pi-5", "generic-cpu", "generic-laptop", "amd-mi300x", "nvidia-b200-sxm-180gb"]
-        {
+        for wanted in [
+            "nvidia-h100-sxm5-80gb",
+            "raspberry-pi-5",
+            "generic-cpu",
+            "generic-laptop",
+            "amd-mi300x",
+            "nvidia-b200-sxm-180gb",
+        ] {
             assert!(Profile::named(wanted).is_ok(), "{wanted}");
         }
     }
@@ -488,11 +726,19 @@ mod tests {
     #[test]
     fn a_derived_flop_makes_a_large_product_draw_the_rated_power() {
         // The definition of the derivation: joules over roofline seconds of the 4096-cube product is load_w.
-        for name in ["nvidia-a100-sxm4-80gb", "raspberry-pi-5", "intel-xeon-platinum-8480plus"] {
+        for name in [
+            "nvidia-a100-sxm4-80gb",
+            "raspberry-pi-5",
+            "intel-xeon-platinum-8480plus",
+        ] {
             let profile = Profile::named(name).unwrap();
             let charge = profile.charge(&Work::product(4096, 4096, 4096, Precision::F32));
             let watts = charge.energy.joules().0 / charge.time.0;
-            assert!((watts / profile.load_w.0 - 1.0).abs() < 1e-4, "{name}: {watts} W of {}", profile.load_w);
+            assert!(
+                (watts / profile.load_w.0 - 1.0).abs() < 1e-4,
+                "{name}: {watts} W of {}",
+                profile.load_w
+            );
         }
         // LLaMA's own A100 runs spent 2.5-3.0 pJ/FLOP at 400 W and a utilisation of 0.43-0.51 (arXiv:2302.13971, table 15);
         // at the achievable 0.869 the same 400 W give 400 / (312e12 * 0.869) = 1.475 pJ/FLOP, idle and memory included.
@@ -509,7 +755,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("desk.toml");
         std::fs::write(&path, good).unwrap();
-        assert_eq!(Profile::resolve("desk.toml", dir.path(), Computing::Cpu).unwrap().name, "desk");
+        assert_eq!(
+            Profile::resolve("desk.toml", dir.path(), Computing::Cpu)
+                .unwrap()
+                .name,
+            "desk"
+        );
         let bad = [
             ("load_w = 60", "load_w = 5", "`load_w`"),
             ("cores = 4", "", "`cores`"),
@@ -517,20 +768,38 @@ mod tests {
             ("idle_w", "idle", "line 4"),
             ("cores = 4", "cores = 4\nhost_share = 1.0", "`host_share`"),
             ("bytes = 1000000", "bytes = 0", "`caches`"),
-            ("bytes = 1000000", "bytes = 1000000, bandwidth = 0.0", "`caches`"),
-            ("dram_pj_per_byte = 100", "dram_pj_per_byte = 1e9", "memory traffic"),
+            (
+                "bytes = 1000000",
+                "bytes = 1000000, bandwidth = 0.0",
+                "`caches`",
+            ),
+            (
+                "dram_pj_per_byte = 100",
+                "dram_pj_per_byte = 1e9",
+                "memory traffic",
+            ),
         ];
         for (from, to, word) in bad {
             std::fs::write(&path, good.replace(from, to)).unwrap();
             let error = Profile::from_file(&path).unwrap_err();
-            assert!(error.kind() == Kind::Energy && error.to_string().contains(word), "{to}: {error}");
+            assert!(
+                error.kind() == Kind::Energy && error.to_string().contains(word),
+                "{to}: {error}"
+            );
         }
         // All mistakes at once, each with its line; what is not there has none.
-        let three = good.replace("cores = 4\n", "").replace("idle_w = 10", "idle_w = -1").replace("bytes = 1000000", "bytes = 0");
+        let three = good
+            .replace("cores = 4\n", "")
+            .replace("idle_w = 10", "idle_w = -1")
+            .replace("bytes = 1000000", "bytes = 0");
         std::fs::write(&path, three).unwrap();
         let error = Profile::from_file(&path).unwrap_err().to_string();
-        for words in ["breaks 3 rules", "`cores` is None", "`idle_w` in line 3 is -1.0; the rule: watts", "`caches` in line 7 is"]
-        {
+        for words in [
+            "breaks 3 rules",
+            "`cores` is None",
+            "`idle_w` in line 3 is -1.0; the rule: watts",
+            "`caches` in line 7 is",
+        ] {
             assert!(error.contains(words), "{words}: {error}");
         }
     }

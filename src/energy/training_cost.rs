@@ -39,13 +39,19 @@ impl Method {
     /// recomputation are left out.
     pub fn flops(self, parameters: Count, tokens: Count) -> Flops {
         let all = training_flops(parameters.0, tokens.0, None);
-        if self == Method::Lora { all * (4.0 / 6.0) } else { all }
+        if self == Method::Lora {
+            all * (4.0 / 6.0)
+        } else {
+            all
+        }
     }
 
     /// What `flops` leaves out.
     fn formula(self) -> &'static str {
         match self {
-            Method::Pretraining | Method::FullFineTuning => "FLOPs: 6ND; attention and recomputation left out",
+            Method::Pretraining | Method::FullFineTuning => {
+                "FLOPs: 6ND; attention and recomputation left out"
+            }
             Method::Lora => {
                 "FLOPs: 4ND (no gradients of frozen weights); attention, the adapters themselves and recomputation left out"
             }
@@ -91,13 +97,20 @@ pub struct Job {
 
 impl Job {
     /// Sets the FLOPs from parameters and tokens; pretraining without tokens takes 20 a parameter and says so.
-    pub fn count_flops(&mut self, method: Method, parameters: Count, tokens: Option<Count>) -> Result<()> {
+    pub fn count_flops(
+        &mut self,
+        method: Method,
+        parameters: Count,
+        tokens: Option<Count>,
+    ) -> Result<()> {
         let tokens = match (tokens, method) {
             (Some(tokens), _) => tokens,
             (None, Method::Pretraining) => {
                 let tokens = parameters * TOKENS_PER_PARAMETER;
-                self.assumptions
-                    .push(format!("{}, 20 for each parameter (Hoffmann et al. 2022)", super::baseline::worded(tokens.0)));
+                self.assumptions.push(format!(
+                    "{}, 20 for each parameter (Hoffmann et al. 2022)",
+                    super::baseline::worded(tokens.0)
+                ));
                 tokens
             }
             (None, _) => {
@@ -143,15 +156,22 @@ pub struct Estimate {
     pub assumptions: Vec<String>,
 }
 
-fn hours<S: Serializer>(time: &Option<Interval<Seconds>>, s: S) -> std::result::Result<S::Ok, S::Error> {
-    time.map(|time| time.map(|time| time.0 / 3600.0)).serialize(s)
+fn hours<S: Serializer>(
+    time: &Option<Interval<Seconds>>,
+    s: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    time.map(|time| time.map(|time| time.0 / 3600.0))
+        .serialize(s)
 }
 
 fn mwh<S: Serializer>(energy: &Interval<Joules>, s: S) -> std::result::Result<S::Ok, S::Error> {
     energy.map(|energy| energy.kwh() / 1000.0).serialize(s)
 }
 
-fn tonnes<S: Serializer>(carbon: &Interval<GramsCo2e>, s: S) -> std::result::Result<S::Ok, S::Error> {
+fn tonnes<S: Serializer>(
+    carbon: &Interval<GramsCo2e>,
+    s: S,
+) -> std::result::Result<S::Ok, S::Error> {
     carbon.map(|carbon| carbon.0 / 1e6).serialize(s)
 }
 
@@ -163,17 +183,23 @@ pub fn estimate(mut job: Job) -> Result<Estimate> {
     let (machines, power_w) = machine_energy(&job, time, &mut notes)?;
     let pue = job.pue.map(Interval::exact).unwrap_or_else(|| {
         let (low, central, high) = PUE;
-        notes.push(format!("PUE: {central}, {low:.1} to {high}, where published runs lie; `--pue P` sets it"));
-        Interval { low, central, high }.map(|pue| Pue::new(pue).expect("the shipped values are one or more"))
+        notes.push(format!(
+            "PUE: {central}, {low:.1} to {high}, where published runs lie; `--pue P` sets it"
+        ));
+        Interval { low, central, high }
+            .map(|pue| Pue::new(pue).expect("the shipped values are one or more"))
     });
     let energy = pue.with(machines, |pue, energy| pue * energy);
     if !energy.high.0.is_finite() {
         return Err(
-            Error::new(Kind::Usage, "this is more energy than a number can hold").hint("check the counts that were given")
+            Error::new(Kind::Usage, "this is more energy than a number can hold")
+                .hint("check the counts that were given"),
         );
     }
     let (carbon, grid) = greenhouse_gas(&job, energy, &mut notes);
-    let wall = time.zip(job.count).map(|(time, count)| time.map(|time| time / count as f64));
+    let wall = time
+        .zip(job.count)
+        .map(|(time, count)| time.map(|time| time / count as f64));
     Ok(Estimate {
         flops: job.flops,
         device: job.device.map(|device| device.name),
@@ -203,9 +229,13 @@ fn device_time(job: &Job, notes: &mut Vec<String>) -> Result<Option<Interval<Sec
         }
         return Ok(Some(Interval::exact(time)));
     }
-    let (Some(flops), Some(device)) = (job.flops, &job.device) else { return Ok(None) };
+    let (Some(flops), Some(device)) = (job.flops, &job.device) else {
+        return Ok(None);
+    };
     let reached = achieved(device, job.published_name.as_deref());
-    let tera = reached.fraction.map(|share| share * device.peak_flops / 1e12);
+    let tera = reached
+        .fraction
+        .map(|share| share * device.peak_flops / 1e12);
     notes.push(format!(
         "achieved: {} TFLOP/s, {} to {} ({:.3} of the peak of {} TFLOP/s, {:.3} to {:.3}; {}); `--achieved-tflops T` sets it",
         significant(tera.central),
@@ -217,20 +247,28 @@ fn device_time(job: &Job, notes: &mut Vec<String>) -> Result<Option<Interval<Sec
         reached.fraction.high,
         reached.basis,
     ));
-    Ok(Some(reached.fraction.map_falling(|share| at_rate(flops, share * device.peak_flops))))
+    Ok(Some(reached.fraction.map_falling(|share| {
+        at_rate(flops, share * device.peak_flops)
+    })))
 }
 
 /// Refuses a rate above the device's peak, else notes its share.
 fn within_peak(rate: f64, device: &Accelerator, notes: &mut Vec<String>) -> Result<()> {
     let share = rate / device.peak_flops;
-    let (rate, peak) = (significant(rate / 1e12), significant(device.peak_flops / 1e12));
+    let (rate, peak) = (
+        significant(rate / 1e12),
+        significant(device.peak_flops / 1e12),
+    );
     if share > 1.0 {
         return Err(Error::new(Kind::Usage, "one device would compute faster than it can")
             .value(format!("{rate} TFLOP/s on one {}", device.name))
             .rule(format!("at most its dense peak of {peak} TFLOP/s"))
             .hint("check that `--hours` are added up over all devices, and that `--achieved-tflops` are of one device, without sparsity"));
     }
-    notes.push(format!("achieved: {rate} TFLOP/s on each device, {share:.3} of the peak of {peak} TFLOP/s of {}", device.name));
+    notes.push(format!(
+        "achieved: {rate} TFLOP/s on each device, {share:.3} of the peak of {peak} TFLOP/s of {}",
+        device.name
+    ));
     Ok(())
 }
 
@@ -252,18 +290,29 @@ fn machine_energy(
     };
     let time = time.ok_or_else(|| unknown_cost(job))?;
     let Power { watts, basis } = power;
-    notes.push(format!("power: {}{} a device: {basis}", watts.central, range(watts.map(|watts| watts.to_string()))));
+    notes.push(format!(
+        "power: {}{} a device: {basis}",
+        watts.central,
+        range(watts.map(|watts| watts.to_string()))
+    ));
     Ok((watts.with(time, |watts, time| watts * time), Some(*watts)))
 }
 
 /// ", 304 W to 440 W" where the ends differ.
 fn range(shown: Interval<String>) -> String {
-    if shown.low == shown.high { String::new() } else { format!(", {} to {}", shown.low, shown.high) }
+    if shown.low == shown.high {
+        String::new()
+    } else {
+        format!(", {} to {}", shown.low, shown.high)
+    }
 }
 
 fn unknown_cost(job: &Job) -> Error {
-    let error = Error::new(Kind::Usage, "too little is known to say what this training costs")
-        .rule("device hours and a device or its power; or parameters (or FLOPs) and a device");
+    let error = Error::new(
+        Kind::Usage,
+        "too little is known to say what this training costs",
+    )
+    .rule("device hours and a device or its power; or parameters (or FLOPs) and a device");
     match (&job.published_name, job.carbon) {
         (None, _) => error.hint("add `--device NAME` (`wattune devices` lists them), or `--hours DEVICE_HOURS --power W`"),
         (Some(name), carbon) => {
@@ -276,7 +325,11 @@ fn unknown_cost(job: &Job) -> Error {
 }
 
 /// Greenhouse gas of `energy`: by the grid that is known, else as published, else on the world's grid.
-fn greenhouse_gas(job: &Job, energy: Interval<Joules>, notes: &mut Vec<String>) -> (Interval<GramsCo2e>, Option<Grid>) {
+fn greenhouse_gas(
+    job: &Job,
+    energy: Interval<Joules>,
+    notes: &mut Vec<String>,
+) -> (Interval<GramsCo2e>, Option<Grid>) {
     let grid = match (&job.grid, job.carbon) {
         (Some(grid), _) => grid.clone(),
         (None, Some(carbon)) => {
@@ -289,11 +342,24 @@ fn greenhouse_gas(job: &Job, energy: Interval<Joules>, notes: &mut Vec<String>) 
             world
         }
     };
-    let (central, year) = (grid.gco2e_per_kwh, grid.year.map_or(String::new(), |year| format!(", {year}")));
-    let ends = Interval { low: grid.low.unwrap_or(central), central, high: grid.high.unwrap_or(central) };
+    let (central, year) = (
+        grid.gco2e_per_kwh,
+        grid.year.map_or(String::new(), |year| format!(", {year}")),
+    );
+    let ends = Interval {
+        low: grid.low.unwrap_or(central),
+        central,
+        high: grid.high.unwrap_or(central),
+    };
     let shown = range(ends.map(|grid| significant(grid.0)));
-    notes.push(format!("grid: {central}{shown} ({}, {}{year})", grid.name, grid.basis));
-    (energy.with(ends, |energy, grid| carbon(energy, Pue::ONE, grid)), Some(grid))
+    notes.push(format!(
+        "grid: {central}{shown} ({}, {}{year})",
+        grid.name, grid.basis
+    ));
+    (
+        energy.with(ends, |energy, grid| carbon(energy, Pue::ONE, grid)),
+        Some(grid),
+    )
 }
 
 #[cfg(test)]
@@ -301,7 +367,11 @@ mod tests {
     use super::*;
 
     fn on(device: &str, flops: f64) -> Job {
-        Job { flops: Some(Flops(flops)), device: Some(Accelerator::named(device).unwrap()), ..Job::default() }
+        Job {
+            flops: Some(Flops(flops)),
+            device: Some(Accelerator::named(device).unwrap()),
+            ..Job::default()
+        }
     }
 
     #[test]
@@ -324,9 +394,20 @@ mod tests {
             ..on("nvidia-v100-sxm2", 3.14e23)
         };
         let cost = estimate(job).unwrap();
-        assert_eq!((cost.energy.low, cost.energy.high), (cost.energy.central, cost.energy.central));
-        assert!((cost.energy.central.kwh() / 1.287e6 - 1.0).abs() < 0.001, "{:?}", cost.energy);
-        assert!((cost.carbon.central.0 / 552.1e6 - 1.0).abs() < 0.001, "{:?}", cost.carbon);
+        assert_eq!(
+            (cost.energy.low, cost.energy.high),
+            (cost.energy.central, cost.energy.central)
+        );
+        assert!(
+            (cost.energy.central.kwh() / 1.287e6 - 1.0).abs() < 0.001,
+            "{:?}",
+            cost.energy
+        );
+        assert!(
+            (cost.carbon.central.0 / 552.1e6 - 1.0).abs() < 0.001,
+            "{:?}",
+            cost.carbon
+        );
         // 14.8 days on 10 000 devices.
         assert!((cost.wall.unwrap().central.0 / 86_400.0 - 14.8).abs() < 0.05);
     }
@@ -339,12 +420,27 @@ mod tests {
         // high 1e18 / (0.138454 x 123e12) x 311.3 x 1.2 = 21.93563 MJ.
         let cost = estimate(on("tpu-v3", 1e18)).unwrap();
         let off = |value: Joules, expected: f64| (value.0 / expected - 1.0).abs();
-        assert!(off(cost.energy.low, 3.84087e6) < 1e-5 && off(cost.energy.central, 7.35934e6) < 1e-5, "{:?}", cost.energy);
-        assert!(off(cost.energy.high, 21.93563e6) < 1e-5, "{:?}", cost.energy);
+        assert!(
+            off(cost.energy.low, 3.84087e6) < 1e-5 && off(cost.energy.central, 7.35934e6) < 1e-5,
+            "{:?}",
+            cost.energy
+        );
+        assert!(
+            off(cost.energy.high, 21.93563e6) < 1e-5,
+            "{:?}",
+            cost.energy
+        );
         // The world in 2024: 473 g/kWh, up to 505.5 since 2019.
-        assert!((cost.carbon.high / cost.carbon.central / (21.93563 / 7.35934) - 505.5 / 473.0).abs() < 1e-4);
+        assert!(
+            (cost.carbon.high / cost.carbon.central / (21.93563 / 7.35934) - 505.5 / 473.0).abs()
+                < 1e-4
+        );
         for word in ["achieved", "power", "PUE", "grid"] {
-            assert!(cost.assumptions.iter().any(|text| text.starts_with(word)), "{word}: {:?}", cost.assumptions);
+            assert!(
+                cost.assumptions.iter().any(|text| text.starts_with(word)),
+                "{word}: {:?}",
+                cost.assumptions
+            );
         }
     }
 
@@ -362,20 +458,46 @@ mod tests {
     #[test]
     fn the_impossible_and_the_unknown_are_refused() {
         // An A100 has a peak of 312 TFLOP/s: 1e18 FLOPs in 1000 s are 1000.
-        let fast = Job { device_time: Some(Seconds(1000.0)), ..on("nvidia-a100-sxm4-80gb", 1e18) };
-        assert!(estimate(fast).unwrap_err().to_string().contains("312 TFLOP/s"));
-        let fast = Job { achieved: Some(313e12), ..on("nvidia-a100-sxm4-80gb", 1e18) };
+        let fast = Job {
+            device_time: Some(Seconds(1000.0)),
+            ..on("nvidia-a100-sxm4-80gb", 1e18)
+        };
+        assert!(
+            estimate(fast)
+                .unwrap_err()
+                .to_string()
+                .contains("312 TFLOP/s")
+        );
+        let fast = Job {
+            achieved: Some(313e12),
+            ..on("nvidia-a100-sxm4-80gb", 1e18)
+        };
         assert!(estimate(fast).is_err());
-        let error = estimate(Job { flops: Some(Flops(1e18)), ..Job::default() }).unwrap_err();
+        let error = estimate(Job {
+            flops: Some(Flops(1e18)),
+            ..Job::default()
+        })
+        .unwrap_err();
         assert!(error.remedy().unwrap().contains("--device"));
         // What 6ND of 1e200 parameters and 1e200 tokens comes to.
         assert!(estimate(on("tpu-v3", f64::INFINITY)).is_err());
-        assert!(Job::default().count_flops(Method::Lora, Count(1e9), None).unwrap_err().remedy().unwrap().contains("--tokens"));
+        assert!(
+            Job::default()
+                .count_flops(Method::Lora, Count(1e9), None)
+                .unwrap_err()
+                .remedy()
+                .unwrap()
+                .contains("--tokens")
+        );
     }
 
     #[test]
     fn published_overheads_lie_where_the_assumed_one_does() {
-        let known: Vec<f64> = super::super::PublishedRun::all().iter().filter_map(|run| run.pue).map(Pue::value).collect();
+        let known: Vec<f64> = super::super::PublishedRun::all()
+            .iter()
+            .filter_map(|run| run.pue)
+            .map(Pue::value)
+            .collect();
         assert!(known.len() > 15 && known.iter().all(|pue| (PUE.0..=PUE.2).contains(pue)));
         assert!(known.iter().filter(|pue| **pue == PUE.1).count() * 2 > known.len());
     }

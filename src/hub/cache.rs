@@ -28,7 +28,10 @@ pub(super) struct RepoCache {
 
 impl RepoCache {
     pub(super) fn new(root: &Path, repo: &Repo) -> Self {
-        Self { folder: root.join(repo.folder()), locks: root.join(".locks").join(repo.folder()) }
+        Self {
+            folder: root.join(repo.folder()),
+            locks: root.join(".locks").join(repo.folder()),
+        }
     }
 
     /// The folder of a commit's files.
@@ -91,7 +94,11 @@ impl RepoCache {
     pub(super) fn lock(&self, etag: &str) -> Result<Option<File>> {
         let path = self.locks.join(format!("{etag}.lock"));
         make_parent(&path)?;
-        let file = File::options().create(true).truncate(false).write(true).open(&path);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path);
         let file = file.map_err(|source| Error::io("create", &path, source))?;
         // The kernel lets go of the lock when the file is closed, a crash included; Python's lock is the same flock.
         Ok(file.lock().is_ok().then_some(file))
@@ -112,17 +119,20 @@ fn symlink(_target: &Path, _link: &Path) -> std::io::Result<()> {
 pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     make_parent(path)?;
     let beside = unique_beside(path);
-    fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, path)).map_err(|source| {
-        let _ = fs::remove_file(&beside);
-        Error::io("write", path, source)
-    })
+    fs::write(&beside, bytes)
+        .and_then(|()| fs::rename(&beside, path))
+        .map_err(|source| {
+            let _ = fs::remove_file(&beside);
+            Error::io("write", path, source)
+        })
 }
 
 /// Creates the folder that `path` is to stand in.
 pub(super) fn make_parent(path: &Path) -> Result<()> {
     match path.parent() {
         Some(parent) => fs::create_dir_all(parent).map_err(|source| {
-            Error::io("create", parent, source).hint("set HF_HOME to a directory you may write to, on a disk with room")
+            Error::io("create", parent, source)
+                .hint("set HF_HOME to a directory you may write to, on a disk with room")
         }),
         None => Ok(()),
     }
@@ -137,9 +147,13 @@ pub(super) fn unique_beside(path: &Path) -> PathBuf {
 }
 
 fn walk(folder: &Path, prefix: &str, files: &mut Vec<String>) {
-    let Ok(entries) = fs::read_dir(folder) else { return };
+    let Ok(entries) = fs::read_dir(folder) else {
+        return;
+    };
     for entry in entries.flatten() {
-        let Ok(name) = entry.file_name().into_string() else { continue };
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
         let path = format!("{prefix}{name}");
         match fs::metadata(entry.path()) {
             Ok(found) if found.is_dir() => walk(&entry.path(), &format!("{path}/"), files),
@@ -158,7 +172,10 @@ mod tests {
 
     fn cache() -> (tempfile::TempDir, RepoCache) {
         let root = tempfile::tempdir().unwrap();
-        let cache = RepoCache::new(root.path(), &Repo::new(RepoKind::Model, "owner/name", "main").unwrap());
+        let cache = RepoCache::new(
+            root.path(),
+            &Repo::new(RepoKind::Model, "owner/name", "main").unwrap(),
+        );
         (root, cache)
     }
 
@@ -173,10 +190,19 @@ mod tests {
         cache.link(COMMIT, "sub/dir/x.json", "etag1").unwrap();
         cache.record("main", COMMIT).unwrap();
         let snapshot = folder.join("snapshots").join(COMMIT);
-        assert_eq!(fs::read_link(snapshot.join("config.json")).unwrap(), Path::new("../../blobs/etag1"));
-        assert_eq!(fs::read_link(snapshot.join("sub/dir/x.json")).unwrap(), Path::new("../../../../blobs/etag1"));
+        assert_eq!(
+            fs::read_link(snapshot.join("config.json")).unwrap(),
+            Path::new("../../blobs/etag1")
+        );
+        assert_eq!(
+            fs::read_link(snapshot.join("sub/dir/x.json")).unwrap(),
+            Path::new("../../../../blobs/etag1")
+        );
         assert_eq!(fs::read(snapshot.join("sub/dir/x.json")).unwrap(), b"bytes");
-        assert_eq!(fs::read_to_string(folder.join("refs/main")).unwrap(), COMMIT);
+        assert_eq!(
+            fs::read_to_string(folder.join("refs/main")).unwrap(),
+            COMMIT
+        );
         assert_eq!(cache.files_of(COMMIT), ["config.json", "sub/dir/x.json"]);
     }
 

@@ -34,14 +34,28 @@ impl Hub {
     /// # Errors
     /// When the id or revision is none, the hub refuses or cannot be reached, offline when the files are not in the cache, or
     /// when no file, or more than one set of files, is named for the split: the error lists what is there.
-    pub fn dataset(&self, id: &str, revision: &str, split: &str, progress: &dyn Progress) -> Result<DatasetFiles> {
+    pub fn dataset(
+        &self,
+        id: &str,
+        revision: &str,
+        split: &str,
+        progress: &dyn Progress,
+    ) -> Result<DatasetFiles> {
         let repo = Repo::new(RepoKind::Dataset, id, revision)?;
         let listing = self.listing(&repo)?;
-        let wanted = split::files_of(&listing.files, split).map_err(|reason| self.no_split(&listing, split, reason))?;
-        let files = wanted.iter().map(|file| self.file(&listing, file, progress)).collect::<Result<_>>()?;
+        let wanted = split::files_of(&listing.files, split)
+            .map_err(|reason| self.no_split(&listing, split, reason))?;
+        let files = wanted
+            .iter()
+            .map(|file| self.file(&listing, file, progress))
+            .collect::<Result<_>>()?;
         // Recorded only now: offline, a split that was fetched in part does not pass for a whole one.
         self.cache(&repo).record(revision, &listing.commit)?;
-        Ok(DatasetFiles { id: repo.id, commit: listing.commit, files })
+        Ok(DatasetFiles {
+            id: repo.id,
+            commit: listing.commit,
+            files,
+        })
     }
 
     fn no_split(&self, listing: &Listing, split: &str, reason: NoSplit) -> Error {
@@ -75,7 +89,12 @@ impl Hub {
 
 /// The first of these names, and how many more there are.
 fn some(names: &[String]) -> String {
-    let shown = names.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
+    let shown = names
+        .iter()
+        .take(SHOWN)
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .join(", ");
     match names.len().saturating_sub(SHOWN) {
         0 => shown,
         more => format!("{shown} and {more} more"),

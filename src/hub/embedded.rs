@@ -20,11 +20,26 @@ type EmbeddedFile = (&'static str, &'static [u8]);
 const MODELS: &[(&str, &[EmbeddedFile])] = &[(
     "tiny",
     &[
-        ("config.json", include_bytes!("../../recipes/quickstart/tiny/config.json")),
-        ("model.safetensors", include_bytes!("../../recipes/quickstart/tiny/model.safetensors")),
-        ("tokenizer.json", include_bytes!("../../recipes/quickstart/tiny/tokenizer.json")),
-        ("tokenizer_config.json", include_bytes!("../../recipes/quickstart/tiny/tokenizer_config.json")),
-        ("README.md", include_bytes!("../../recipes/quickstart/tiny/README.md")),
+        (
+            "config.json",
+            include_bytes!("../../recipes/quickstart/tiny/config.json"),
+        ),
+        (
+            "model.safetensors",
+            include_bytes!("../../recipes/quickstart/tiny/model.safetensors"),
+        ),
+        (
+            "tokenizer.json",
+            include_bytes!("../../recipes/quickstart/tiny/tokenizer.json"),
+        ),
+        (
+            "tokenizer_config.json",
+            include_bytes!("../../recipes/quickstart/tiny/tokenizer_config.json"),
+        ),
+        (
+            "README.md",
+            include_bytes!("../../recipes/quickstart/tiny/README.md"),
+        ),
     ],
 )];
 
@@ -38,15 +53,21 @@ pub fn embedded(name: &str, cache_root: &Path) -> Result<ModelFiles> {
 
 fn unpack(models: &[(&str, &[EmbeddedFile])], name: &str, cache_root: &Path) -> Result<ModelFiles> {
     let Some((_, files)) = models.iter().find(|(known, _)| *known == name) else {
-        let names: Vec<String> = models.iter().map(|(known, _)| format!("\"embedded:{known}\"")).collect();
-        let error = Error::new(Kind::Hub, "no such model is inside the program").value(format!("embedded:{name}"));
+        let names: Vec<String> = models
+            .iter()
+            .map(|(known, _)| format!("\"embedded:{known}\""))
+            .collect();
+        let error = Error::new(Kind::Hub, "no such model is inside the program")
+            .value(format!("embedded:{name}"));
         return Err(match names.is_empty() {
             true => error.hint("this build holds none: set model.id to a hub id or a directory"),
             false => error.hint(format!("set model.id to {}", names.join(" or "))),
         });
     };
     // A folder named by its content: two versions of the program never share one.
-    let dir = cache_root.join(format!("embedded--{name}")).join(content_hash(files));
+    let dir = cache_root
+        .join(format!("embedded--{name}"))
+        .join(content_hash(files));
     for (file, bytes) in *files {
         let path = dir.join(file);
         if !fs::read(&path).is_ok_and(|found| found == *bytes) {
@@ -63,35 +84,62 @@ fn content_hash(files: &[EmbeddedFile]) -> String {
         hash.update(format!("{name}\0{}\0", bytes.len()));
         hash.update(bytes);
     }
-    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    hash.finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const TWO: &[(&str, &[EmbeddedFile])] =
-        &[("one", &[("config.json", b"{}"), ("model.safetensors", b"w")]), ("two", &[("config.json", b"{ }")])];
+    const TWO: &[(&str, &[EmbeddedFile])] = &[
+        (
+            "one",
+            &[("config.json", b"{}"), ("model.safetensors", b"w")],
+        ),
+        ("two", &[("config.json", b"{ }")]),
+    ];
 
     #[test]
     fn a_model_is_written_once_and_mended_when_damaged() {
         let root = tempfile::tempdir().unwrap();
         let model = unpack(TWO, "one", root.path()).unwrap();
         assert_eq!(model.id, "embedded:one");
-        assert_eq!(fs::read(&model.require_weights().unwrap()[0]).unwrap(), b"w");
+        assert_eq!(
+            fs::read(&model.require_weights().unwrap()[0]).unwrap(),
+            b"w"
+        );
         let written = fs::metadata(&model.config).unwrap().modified().unwrap();
         fs::write(&model.weights[0], "damaged").unwrap();
         let again = unpack(TWO, "one", root.path()).unwrap();
         assert_eq!(again, model);
         assert_eq!(fs::read(&again.weights[0]).unwrap(), b"w");
-        assert_eq!(fs::metadata(&model.config).unwrap().modified().unwrap(), written);
-        assert_ne!(unpack(TWO, "two", root.path()).unwrap().dir.file_name(), model.dir.file_name());
+        assert_eq!(
+            fs::metadata(&model.config).unwrap().modified().unwrap(),
+            written
+        );
+        assert_ne!(
+            unpack(TWO, "two", root.path()).unwrap().dir.file_name(),
+            model.dir.file_name()
+        );
     }
 
     #[test]
     fn an_unknown_name_lists_the_known_ones() {
         let error = unpack(TWO, "three", Path::new("unused")).unwrap_err();
-        assert_eq!(error.remedy(), Some("set model.id to \"embedded:one\" or \"embedded:two\""));
-        assert!(unpack(&[], "three", Path::new("unused")).unwrap_err().remedy().unwrap().contains("holds none"));
+        assert_eq!(
+            error.remedy(),
+            Some("set model.id to \"embedded:one\" or \"embedded:two\"")
+        );
+        assert!(
+            unpack(&[], "three", Path::new("unused"))
+                .unwrap_err()
+                .remedy()
+                .unwrap()
+                .contains("holds none")
+        );
     }
 }

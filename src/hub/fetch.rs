@@ -54,8 +54,15 @@ impl Hub {
     /// # Errors
     /// As [`Hub::new`].
     pub fn with_patience(settings: Settings, patience: Patience) -> Result<Self> {
-        let client = if settings.offline { None } else { Some(Client::new(&settings, patience)?) };
-        Ok(Self { cache: settings.cache, client })
+        let client = if settings.offline {
+            None
+        } else {
+            Some(Client::new(&settings, patience)?)
+        };
+        Ok(Self {
+            cache: settings.cache,
+            client,
+        })
     }
 
     /// The repository's folder in the cache.
@@ -77,14 +84,26 @@ impl Hub {
     }
 
     /// The local path of a listed file, fetched unless it is here.
-    pub(super) fn file(&self, listing: &Listing, file: &str, progress: &dyn Progress) -> Result<PathBuf> {
+    pub(super) fn file(
+        &self,
+        listing: &Listing,
+        file: &str,
+        progress: &dyn Progress,
+    ) -> Result<PathBuf> {
         let cache = self.cache(&listing.repo);
         let pointer = cache.snapshot(&listing.commit).join(file);
         if pointer.is_file() {
             return Ok(pointer);
         }
-        let Some(client) = &self.client else { return Err(not_cached(&listing.repo, Some(file))) };
-        let transfer = Transfer { client, listing, file, progress };
+        let Some(client) = &self.client else {
+            return Err(not_cached(&listing.repo, Some(file)));
+        };
+        let transfer = Transfer {
+            client,
+            listing,
+            file,
+            progress,
+        };
         let (etag, size) = transfer.name_and_size()?;
         if !is_complete(&cache.blob(&etag), size) {
             transfer.fill_blob(&cache, &etag, size)?;
@@ -101,7 +120,11 @@ impl Transfer<'_> {
 
     /// The name of the file's blob and its size, from a HEAD.
     fn name_and_size(&self) -> Result<(String, Option<u64>)> {
-        let request = Request::head(self.client.file_url(&self.listing.repo, &self.listing.commit, self.file));
+        let request = Request::head(self.client.file_url(
+            &self.listing.repo,
+            &self.listing.commit,
+            self.file,
+        ));
         let mut tries = Tries::new(self.client.patience);
         let facts = loop {
             match self.client.send(&request, &self.listing.subject(self.file)) {
@@ -114,11 +137,18 @@ impl Transfer<'_> {
             error.hint("check HF_ENDPOINT and the proxy: this does not answer as the hub does")
         };
         match facts {
-            Facts { commit: Some(commit), .. } if commit != self.listing.commit => {
+            Facts {
+                commit: Some(commit),
+                ..
+            } if commit != self.listing.commit => {
                 Err(odd("the hub answers with another commit").value(commit))
             }
             Facts { commit: None, .. } => Err(odd("the hub's answer names no commit")),
-            Facts { etag: Some(etag), size, .. } => Ok((etag, size)),
+            Facts {
+                etag: Some(etag),
+                size,
+                ..
+            } => Ok((etag, size)),
             Facts { etag: None, .. } => Err(odd("the hub's answer has no ETag")),
         }
     }
@@ -137,7 +167,10 @@ impl Transfer<'_> {
         };
         let mut part = Part::open(path.clone(), etag, size)?;
         let taken_up = part.len > 0;
-        let receive = |part: &mut Part| self.receive_all(part, size).and_then(|()| part.finish(&self.place(), etag, size));
+        let receive = |part: &mut Part| {
+            self.receive_all(part, size)
+                .and_then(|()| part.finish(&self.place(), etag, size))
+        };
         let mut outcome = receive(&mut part);
         if taken_up && outcome.is_err() && part.len == 0 {
             // What was there was not this file's beginning: once more without it.
@@ -162,7 +195,9 @@ impl Transfer<'_> {
         let mut furthest = part.len;
         let mut tries = Tries::new(self.client.patience);
         while size.is_none_or(|size| part.len < size) {
-            let Err(failure) = self.receive(part, size) else { break };
+            let Err(failure) = self.receive(part, size) else {
+                break;
+            };
             if part.len > furthest {
                 furthest = part.len;
                 tries.succeeded_partly();
@@ -174,20 +209,30 @@ impl Transfer<'_> {
 
     /// One GET, from the first byte that is missing.
     fn receive(&self, part: &mut Part, size: Option<u64>) -> Result<(), Failure> {
-        let url = self.client.file_url(&self.listing.repo, &self.listing.commit, self.file);
-        let (mut response, _) = self.client.send(&Request::get(url, part.len), &self.listing.subject(self.file))?;
+        let url = self
+            .client
+            .file_url(&self.listing.repo, &self.listing.commit, self.file);
+        let (mut response, _) = self.client.send(
+            &Request::get(url, part.len),
+            &self.listing.subject(self.file),
+        )?;
         if part.len > 0 && !continues_at(&response, part.len) {
             part.restart()?;
             self.progress.start(self.file, size);
             if response.status() != StatusCode::OK {
-                let error = Error::new(Kind::Hub, "the hub does not continue a broken transfer").at(self.place());
+                let error = Error::new(Kind::Hub, "the hub does not continue a broken transfer")
+                    .at(self.place());
                 return Err(Failure::soon(error.hint("run the same command again")));
             }
         }
         let mut chunk = vec![0; CHUNK];
         loop {
             let got = response.read(&mut chunk).map_err(|source| {
-                let error = Error::new(Kind::Hub, format!("the connection broke: {}", cause(&source))).at(self.place());
+                let error = Error::new(
+                    Kind::Hub,
+                    format!("the connection broke: {}", cause(&source)),
+                )
+                .at(self.place());
                 Failure::soon(error.hint("check the network and run the same command again"))
             })?;
             if got == 0 {
@@ -200,7 +245,9 @@ impl Transfer<'_> {
             }
         }
         match size {
-            Some(size) if part.len < size => Err(Failure::soon(wrong_size(&self.place(), part.len, size))),
+            Some(size) if part.len < size => {
+                Err(Failure::soon(wrong_size(&self.place(), part.len, size)))
+            }
             _ => Ok(()),
         }
     }
@@ -208,11 +255,16 @@ impl Transfer<'_> {
 
 /// Whether a blob is there in full; where the hub said no size, whether it is there.
 fn is_complete(blob: &Path, size: Option<u64>) -> bool {
-    fs::metadata(blob).is_ok_and(|found| found.is_file() && size.is_none_or(|size| found.len() == size))
+    fs::metadata(blob)
+        .is_ok_and(|found| found.is_file() && size.is_none_or(|size| found.len() == size))
 }
 
 /// Whether a response holds the bytes from `from` on.
 fn continues_at(response: &Response, from: u64) -> bool {
-    let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
-    response.status() == StatusCode::PARTIAL_CONTENT && range.is_some_and(|range| range.starts_with(&format!("bytes {from}-")))
+    let range = response
+        .headers()
+        .get(CONTENT_RANGE)
+        .and_then(|value| value.to_str().ok());
+    response.status() == StatusCode::PARTIAL_CONTENT
+        && range.is_some_and(|range| range.starts_with(&format!("bytes {from}-")))
 }

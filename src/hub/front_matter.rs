@@ -18,13 +18,18 @@ pub(super) fn license(card: &str) -> Option<String> {
 
 /// The value of a top-level key; a list's items joined by commas.
 fn field(head: &[&str], key: &str) -> Option<String> {
-    let at = head.iter().position(|line| line.strip_prefix(key).is_some_and(|rest| rest.starts_with(':')))?;
+    let at = head.iter().position(|line| {
+        line.strip_prefix(key)
+            .is_some_and(|rest| rest.starts_with(':'))
+    })?;
     let value = plain(&head[at][key.len() + 1..]);
     let items: Vec<String> = match value.strip_prefix('[') {
         Some(list) => list.trim_end_matches(']').split(',').map(plain).collect(),
-        None if value.is_empty() => {
-            head[at + 1..].iter().map_while(|line| line.trim_start().strip_prefix("- ")).map(plain).collect()
-        }
+        None if value.is_empty() => head[at + 1..]
+            .iter()
+            .map_while(|line| line.trim_start().strip_prefix("- "))
+            .map(plain)
+            .collect(),
         None => vec![value],
     };
     let items: Vec<String> = items.into_iter().filter(|item| !item.is_empty()).collect();
@@ -45,14 +50,32 @@ mod tests {
     #[test]
     fn the_licence_is_read_in_every_form_a_card_has() {
         let of = |card: &str| license(card);
-        assert_eq!(of("---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# X").as_deref(), Some("apache-2.0"));
-        assert_eq!(of("---\nlicense: \"mit\" # fine\n---\n").as_deref(), Some("mit"));
-        assert_eq!(of("---\nlicense: other\nlicense_name: qwen-research\n---\n").as_deref(), Some("qwen-research"));
+        assert_eq!(
+            of("---\nlibrary_name: transformers\nlicense: apache-2.0\n---\n# X").as_deref(),
+            Some("apache-2.0")
+        );
+        assert_eq!(
+            of("---\nlicense: \"mit\" # fine\n---\n").as_deref(),
+            Some("mit")
+        );
+        assert_eq!(
+            of("---\nlicense: other\nlicense_name: qwen-research\n---\n").as_deref(),
+            Some("qwen-research")
+        );
         assert_eq!(of("---\nlicense: other\n---\n").as_deref(), Some("other"));
-        assert_eq!(of("---\r\nlicense:\r\n- mit\r\n- cc-by-4.0\r\ntags: x\r\n---\r\n").as_deref(), Some("mit, cc-by-4.0"));
-        assert_eq!(of("---\nlicense: [mit, apache-2.0]\n---\n").as_deref(), Some("mit, apache-2.0"));
+        assert_eq!(
+            of("---\r\nlicense:\r\n- mit\r\n- cc-by-4.0\r\ntags: x\r\n---\r\n").as_deref(),
+            Some("mit, cc-by-4.0")
+        );
+        assert_eq!(
+            of("---\nlicense: [mit, apache-2.0]\n---\n").as_deref(),
+            Some("mit, apache-2.0")
+        );
         assert_eq!(of("---\ntags: [x]\n---\nlicense: mit\n"), None);
         assert_eq!(of("# X\nlicense: mit\n"), None);
-        assert_eq!(of("---\nlicense_name: x\nlicense:\ntags:\n- y\n---\n"), None);
+        assert_eq!(
+            of("---\nlicense_name: x\nlicense:\ntags:\n- y\n---\n"),
+            None
+        );
     }
 }

@@ -41,7 +41,10 @@ struct Sibling {
 
 impl Listing {
     pub(super) fn subject<'a>(&'a self, file: &'a str) -> Subject<'a> {
-        Subject { repo: &self.repo, file: Some(file) }
+        Subject {
+            repo: &self.repo,
+            file: Some(file),
+        }
     }
 
     /// Asks the hub.
@@ -50,7 +53,10 @@ impl Listing {
         let request = Request::get(client.listing_url(repo), 0);
         let mut tries = Tries::new(client.patience);
         let body = loop {
-            match client.send(&request, &subject).and_then(|(response, _)| read(response, &subject)) {
+            match client
+                .send(&request, &subject)
+                .and_then(|(response, _)| read(response, &subject))
+            {
                 Ok(body) => break body,
                 Err(failure) => tries.wait(failure)?,
             }
@@ -60,17 +66,26 @@ impl Listing {
                 .at(subject.place())
                 .hint("check HF_ENDPOINT and the proxy: this does not answer as the hub does")
         };
-        let answer: Answer =
-            serde_json::from_slice(&body).map_err(|source| odd("the hub's listing cannot be read").value(source.to_string()))?;
+        let answer: Answer = serde_json::from_slice(&body)
+            .map_err(|source| odd("the hub's listing cannot be read").value(source.to_string()))?;
         if !names::is_commit(&answer.sha) {
             return Err(odd("the hub's listing names no commit"));
         }
-        let files: Vec<String> = answer.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
+        let files: Vec<String> = answer
+            .siblings
+            .into_iter()
+            .map(|sibling| sibling.rfilename)
+            .collect();
         match files.iter().find(|file| !names::is_relative_path(file)) {
-            Some(file) => {
-                Err(odd("the hub's listing holds a file name that leads elsewhere").value(file.escape_debug().to_string()))
-            }
-            None => Ok(Self { repo: repo.clone(), commit: answer.sha, files }),
+            Some(file) => Err(
+                odd("the hub's listing holds a file name that leads elsewhere")
+                    .value(file.escape_debug().to_string()),
+            ),
+            None => Ok(Self {
+                repo: repo.clone(),
+                commit: answer.sha,
+                files,
+            }),
         }
     }
 
@@ -79,7 +94,15 @@ impl Listing {
         let absent = || not_cached(repo, None);
         let commit = cache.commit_of(&repo.revision).ok_or_else(absent)?;
         let files = cache.files_of(&commit);
-        if files.is_empty() { Err(absent()) } else { Ok(Self { repo: repo.clone(), commit, files }) }
+        if files.is_empty() {
+            Err(absent())
+        } else {
+            Ok(Self {
+                repo: repo.clone(),
+                commit,
+                files,
+            })
+        }
     }
 }
 
@@ -99,8 +122,14 @@ fn read(response: reqwest::blocking::Response, subject: &Subject<'_>) -> Result<
     match response.take(MAX_LISTING).read_to_end(&mut body) {
         Ok(_) => Ok(body),
         Err(source) => {
-            let error = Error::new(Kind::Hub, format!("the connection to the hub broke: {}", cause(&source))).at(subject.place());
-            Err(Failure::soon(error.hint("check the network and run the same command again")))
+            let error = Error::new(
+                Kind::Hub,
+                format!("the connection to the hub broke: {}", cause(&source)),
+            )
+            .at(subject.place());
+            Err(Failure::soon(
+                error.hint("check the network and run the same command again"),
+            ))
         }
     }
 }

@@ -75,7 +75,11 @@ pub struct ModelFiles {
 /// When there is no such directory, no `config.json` in it, or an index whose shards are not all there.
 pub fn local_model(dir: &Path) -> Result<ModelFiles> {
     if !dir.is_dir() {
-        let what = if dir.exists() { "the model is a file, not a directory" } else { "there is no such model directory" };
+        let what = if dir.exists() {
+            "the model is a file, not a directory"
+        } else {
+            "there is no such model directory"
+        };
         let error = Error::new(Kind::Hub, what).at(dir.display().to_string());
         return Err(error.hint("set model.id to a hub id as in `owner/name`, or to a directory with `config.json` in it"));
     }
@@ -84,17 +88,35 @@ pub fn local_model(dir: &Path) -> Result<ModelFiles> {
     if !listing.iter().any(|name| name == CONFIG) {
         return Err(no_config(&dir.display().to_string(), &listing));
     }
-    let mut model = ModelFiles::gather(dir.display().to_string(), LOCAL.to_string(), None, dir, listing);
+    let mut model = ModelFiles::gather(
+        dir.display().to_string(),
+        LOCAL.to_string(),
+        None,
+        dir,
+        listing,
+    );
     match model.layout() {
         Layout::Single => model.weights = vec![dir.join(SINGLE)],
         Layout::Sharded => {
             let index = dir.join(INDEX);
-            model.weights = weights::shards(&index)?.iter().map(|shard| dir.join(shard)).collect();
+            model.weights = weights::shards(&index)?
+                .iter()
+                .map(|shard| dir.join(shard))
+                .collect();
             model.weight_map = Some(index);
-            let missing: Vec<String> = model.weights.iter().filter(|path| !path.is_file()).map(|path| name_of(path)).collect();
+            let missing: Vec<String> = model
+                .weights
+                .iter()
+                .filter(|path| !path.is_file())
+                .map(|path| name_of(path))
+                .collect();
             if !missing.is_empty() {
-                let error = Error::new(Kind::Hub, "weights are missing").at(dir.display().to_string()).value(missing.join(", "));
-                return Err(error.rule(format!("every file that `{INDEX}` names")).hint("copy the missing files there"));
+                let error = Error::new(Kind::Hub, "weights are missing")
+                    .at(dir.display().to_string())
+                    .value(missing.join(", "));
+                return Err(error
+                    .rule(format!("every file that `{INDEX}` names"))
+                    .hint("copy the missing files there"));
             }
         }
         Layout::Absent => {}
@@ -110,19 +132,32 @@ impl ModelFiles {
     pub fn require_weights(&self) -> Result<&[PathBuf]> {
         if self.weights.is_empty() {
             let hub = format!("model `{}` at revision `{}`", self.id, self.revision);
-            let place = if self.commit.is_some() { hub } else { self.id.clone() };
+            let place = if self.commit.is_some() {
+                hub
+            } else {
+                self.id.clone()
+            };
             if self.layout() != Layout::Absent {
-                let error = Error::new(Kind::Hub, "the model's weights are not fetched yet").at(place);
+                let error =
+                    Error::new(Kind::Hub, "the model's weights are not fetched yet").at(place);
                 return Err(error.hint("run `wattune train` with a network: it fetches them"));
             }
             return Err(weights::absent(&place, &self.id, &self.listing));
         }
-        self.weights.iter().try_for_each(|path| weights::check(path))?;
+        self.weights
+            .iter()
+            .try_for_each(|path| weights::check(path))?;
         Ok(&self.weights)
     }
 
     /// What `dir` holds of a model's small files.
-    fn gather(id: String, revision: String, commit: Option<String>, dir: &Path, listing: Vec<String>) -> Self {
+    fn gather(
+        id: String,
+        revision: String,
+        commit: Option<String>,
+        dir: &Path,
+        listing: Vec<String>,
+    ) -> Self {
         let found = |name: &str| Some(dir.join(name)).filter(|path| path.is_file());
         // A card that is no UTF-8 still names its licence in ASCII.
         let card = found(CARD).and_then(|path| std::fs::read(path).ok());
@@ -163,7 +198,12 @@ impl Hub {
     /// # Errors
     /// When the id or revision is none, the hub refuses or cannot be reached, offline when the files are not in the cache, or
     /// when the model has no `config.json`.
-    pub fn model_metadata(&self, id: &str, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
+    pub fn model_metadata(
+        &self,
+        id: &str,
+        revision: &str,
+        progress: &dyn Progress,
+    ) -> Result<ModelFiles> {
         let repo = Repo::new(RepoKind::Model, id, revision)?;
         let listing = self.listing(&repo)?;
         let cache = self.cache(&repo);
@@ -174,12 +214,21 @@ impl Hub {
                 no_config(&repo.called(), &listing.files)
             });
         }
-        for file in SMALL.iter().filter(|file| listing.files.iter().any(|listed| listed == *file)) {
+        for file in SMALL
+            .iter()
+            .filter(|file| listing.files.iter().any(|listed| listed == *file))
+        {
             self.file(&listing, file, progress)?;
         }
         cache.record(revision, &listing.commit)?;
         let dir = cache.snapshot(&listing.commit);
-        Ok(ModelFiles::gather(repo.id, repo.revision, Some(listing.commit), &dir, listing.files))
+        Ok(ModelFiles::gather(
+            repo.id,
+            repo.revision,
+            Some(listing.commit),
+            &dir,
+            listing.files,
+        ))
     }
 
     /// Fetches a model's weights: one safetensors file, or the index and the shards it names. A model from a directory has them.
@@ -187,16 +236,25 @@ impl Hub {
     /// # Errors
     /// When the model has no safetensors weights, or as [`Hub::model_metadata`].
     pub fn model_weights(&self, model: &mut ModelFiles, progress: &dyn Progress) -> Result<()> {
-        let Some(commit) = model.commit.clone() else { return model.require_weights().map(drop) };
+        let Some(commit) = model.commit.clone() else {
+            return model.require_weights().map(drop);
+        };
         let repo = Repo::new(RepoKind::Model, &model.id, &model.revision)?;
-        let listing = Listing { repo, commit, files: model.listing.clone() };
+        let listing = Listing {
+            repo,
+            commit,
+            files: model.listing.clone(),
+        };
         match model.layout() {
             Layout::Single => model.weights = vec![self.file(&listing, SINGLE, progress)?],
             Layout::Sharded => {
                 let index = self.file(&listing, INDEX, progress)?;
                 let shards = weights::shards(&index)?;
                 self.require_listed(&listing, &shards)?;
-                model.weights = shards.iter().map(|shard| self.file(&listing, shard, progress)).collect::<Result<_>>()?;
+                model.weights = shards
+                    .iter()
+                    .map(|shard| self.file(&listing, shard, progress))
+                    .collect::<Result<_>>()?;
                 model.weight_map = Some(index);
             }
             Layout::Absent if self.is_offline() && !self.has_other_weights(&listing) => {
@@ -209,22 +267,38 @@ impl Hub {
 
     /// Refuses before the first byte of a large file when one of its companions is not there.
     fn require_listed(&self, listing: &Listing, shards: &[String]) -> Result<()> {
-        let missing: Vec<&str> =
-            shards.iter().map(String::as_str).filter(|shard| !listing.files.iter().any(|file| file == shard)).collect();
+        let missing: Vec<&str> = shards
+            .iter()
+            .map(String::as_str)
+            .filter(|shard| !listing.files.iter().any(|file| file == shard))
+            .collect();
         match missing.first() {
             None => Ok(()),
             Some(file) if self.is_offline() => Err(not_cached(&listing.repo, Some(file))),
             Some(_) => {
-                let place = Subject { repo: &listing.repo, file: Some(INDEX) }.place();
-                let error = Error::new(Kind::Hub, "the index names weights that the model does not have").at(place);
-                Err(error.value(missing.join(", ")).hint("choose another revision"))
+                let place = Subject {
+                    repo: &listing.repo,
+                    file: Some(INDEX),
+                }
+                .place();
+                let error = Error::new(
+                    Kind::Hub,
+                    "the index names weights that the model does not have",
+                )
+                .at(place);
+                Err(error
+                    .value(missing.join(", "))
+                    .hint("choose another revision"))
             }
         }
     }
 
     /// Offline, weights in another format say more about a model than "not in the cache".
     fn has_other_weights(&self, listing: &Listing) -> bool {
-        listing.files.iter().any(|file| file.ends_with(".bin") || file.ends_with(".gguf"))
+        listing
+            .files
+            .iter()
+            .any(|file| file.ends_with(".bin") || file.ends_with(".gguf"))
     }
 }
 
@@ -236,7 +310,9 @@ fn no_config(place: &str, files: &[String]) -> Error {
             .hint("this is an adapter: name it with `--adapter` or init_from under [adapter], and its base model as the model");
     }
     if has("snapshots") {
-        return error.hint("this is the hub's cache folder: use the model's id, or a directory under `snapshots`");
+        return error.hint(
+            "this is the hub's cache folder: use the model's id, or a directory under `snapshots`",
+        );
     }
     match files.iter().find(|file| file.ends_with(".gguf")) {
         Some(file) => error.value(format!("a GGUF file: {file}")).hint("choose the repository it was converted from"),
@@ -246,11 +322,17 @@ fn no_config(place: &str, files: &[String]) -> Error {
 
 fn names_in(dir: &Path) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(dir).map_err(|source| Error::io("read", dir, source))?;
-    Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+    Ok(entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect())
 }
 
 fn name_of(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    path.file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned()
 }
 
 #[cfg(test)]
@@ -261,11 +343,14 @@ mod tests {
 
     fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
-        files.iter().for_each(|(name, text)| fs::write(folder.path().join(name), text).unwrap());
+        files
+            .iter()
+            .for_each(|(name, text)| fs::write(folder.path().join(name), text).unwrap());
         folder
     }
 
-    const INDEX_TEXT: &str = r#"{"weight_map": {"b": "model-2.safetensors", "a": "model-1.safetensors"}}"#;
+    const INDEX_TEXT: &str =
+        r#"{"weight_map": {"b": "model-2.safetensors", "a": "model-1.safetensors"}}"#;
 
     #[test]
     fn a_directory_with_one_weight_file_is_a_model() {
@@ -281,19 +366,38 @@ mod tests {
         assert_eq!(model.require_weights().unwrap(), [dir.path().join(SINGLE)]);
         assert_eq!(model.config, dir.path().join(CONFIG));
         assert_eq!(model.merges, Some(dir.path().join("merges.txt")));
-        assert_eq!(model.chat_template, Some(dir.path().join("chat_template.jinja")));
-        assert_eq!((model.vocab_json, model.tokenizer_json, model.commit), (None, None, None));
-        assert_eq!((model.license.as_deref(), model.revision.as_str()), (Some("mit"), "local"));
+        assert_eq!(
+            model.chat_template,
+            Some(dir.path().join("chat_template.jinja"))
+        );
+        assert_eq!(
+            (model.vocab_json, model.tokenizer_json, model.commit),
+            (None, None, None)
+        );
+        assert_eq!(
+            (model.license.as_deref(), model.revision.as_str()),
+            (Some("mit"), "local")
+        );
     }
 
     #[test]
     fn shards_must_all_be_there() {
-        let dir = folder(&[(CONFIG, "{}"), (INDEX, INDEX_TEXT), ("model-2.safetensors", "w")]);
+        let dir = folder(&[
+            (CONFIG, "{}"),
+            (INDEX, INDEX_TEXT),
+            ("model-2.safetensors", "w"),
+        ]);
         let error = local_model(dir.path()).unwrap_err().to_string();
         assert!(error.contains("value: model-1.safetensors\n"), "{error}");
         fs::write(dir.path().join("model-1.safetensors"), "w").unwrap();
         let model = local_model(dir.path()).unwrap();
-        assert_eq!(model.weights, [dir.path().join("model-2.safetensors"), dir.path().join("model-1.safetensors")]);
+        assert_eq!(
+            model.weights,
+            [
+                dir.path().join("model-2.safetensors"),
+                dir.path().join("model-1.safetensors")
+            ]
+        );
         assert_eq!(model.weight_map, Some(dir.path().join(INDEX)));
     }
 
@@ -302,29 +406,64 @@ mod tests {
         let dir = folder(&[(CONFIG, "{}")]);
         let model = local_model(dir.path()).unwrap();
         assert!(model.weights.is_empty());
-        assert!(model.require_weights().unwrap_err().to_string().contains("init = \"random\""));
+        assert!(
+            model
+                .require_weights()
+                .unwrap_err()
+                .to_string()
+                .contains("init = \"random\"")
+        );
         let dir = folder(&[(CONFIG, "{}"), ("pytorch_model.bin", "w")]);
-        let error = local_model(dir.path()).unwrap().require_weights().unwrap_err();
-        assert!(error.remedy().unwrap().contains("save_pretrained"), "{error}");
+        let error = local_model(dir.path())
+            .unwrap()
+            .require_weights()
+            .unwrap_err();
+        assert!(
+            error.remedy().unwrap().contains("save_pretrained"),
+            "{error}"
+        );
         assert!(error.to_string().contains("pytorch_model.bin"), "{error}");
     }
 
     #[test]
     fn what_is_no_model_says_what_it_is() {
-        let remedy = |files: &[(&str, &str)]| local_model(folder(files).path()).unwrap_err().remedy().unwrap().to_string();
+        let remedy = |files: &[(&str, &str)]| {
+            local_model(folder(files).path())
+                .unwrap_err()
+                .remedy()
+                .unwrap()
+                .to_string()
+        };
         assert!(remedy(&[("adapter_config.json", "{}")]).contains("--adapter"));
         assert!(remedy(&[("snapshots", "")]).contains("snapshots"));
         assert!(remedy(&[("m.gguf", "")]).contains("converted from"));
         assert!(remedy(&[]).contains("config.json"));
-        assert_eq!(local_model(Path::new("no/such/dir")).unwrap_err().kind(), Kind::Hub);
+        assert_eq!(
+            local_model(Path::new("no/such/dir")).unwrap_err().kind(),
+            Kind::Hub
+        );
         let file = folder(&[("x", "")]);
-        assert!(local_model(&file.path().join("x")).unwrap_err().to_string().contains("a file, not a directory"));
+        assert!(
+            local_model(&file.path().join("x"))
+                .unwrap_err()
+                .to_string()
+                .contains("a file, not a directory")
+        );
     }
 
     #[test]
     fn a_git_lfs_pointer_is_no_weight_file() {
-        let dir = folder(&[(CONFIG, "{}"), (SINGLE, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")]);
-        let error = local_model(dir.path()).unwrap().require_weights().unwrap_err();
+        let dir = folder(&[
+            (CONFIG, "{}"),
+            (
+                SINGLE,
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            ),
+        ]);
+        let error = local_model(dir.path())
+            .unwrap()
+            .require_weights()
+            .unwrap_err();
         assert!(error.remedy().unwrap().contains("git lfs pull"), "{error}");
         let dir = folder(&[(CONFIG, "{}"), (SINGLE, "")]);
         assert!(local_model(dir.path()).unwrap().require_weights().is_err());

@@ -26,10 +26,20 @@ impl Part {
     /// Opens what an earlier run left, or begins. Without a known size and hash nothing is taken up: another program may have
     /// left a file with holes.
     pub(super) fn open(path: PathBuf, etag: &str, size: Option<u64>) -> Result<Self> {
-        let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open(&path);
         let file = file.map_err(|source| Error::io("create", &path, source))?;
         let hash = is_sha256(etag).then(Sha256::new);
-        let mut part = Self { path, file, len: 0, hash };
+        let mut part = Self {
+            path,
+            file,
+            len: 0,
+            hash,
+        };
         let len = part.file.metadata().map_or(0, |found| found.len());
         if part.hash.is_some() && size.is_some_and(|size| len <= size) {
             part.take_up()?
@@ -43,7 +53,10 @@ impl Part {
     fn take_up(&mut self) -> Result<()> {
         let mut chunk = vec![0; CHUNK];
         loop {
-            let got = self.file.read(&mut chunk).map_err(|source| Error::io("read", &self.path, source))?;
+            let got = self
+                .file
+                .read(&mut chunk)
+                .map_err(|source| Error::io("read", &self.path, source))?;
             if got == 0 {
                 return Ok(());
             }
@@ -52,7 +65,10 @@ impl Part {
     }
 
     pub(super) fn restart(&mut self) -> Result<()> {
-        let emptied = self.file.set_len(0).and_then(|()| self.file.seek(SeekFrom::Start(0)));
+        let emptied = self
+            .file
+            .set_len(0)
+            .and_then(|()| self.file.seek(SeekFrom::Start(0)));
         emptied.map_err(|source| Error::io("write", &self.path, source))?;
         self.len = 0;
         self.hash = self.hash.as_ref().map(|_| Sha256::new());
@@ -61,7 +77,8 @@ impl Part {
 
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<()> {
         self.file.write_all(bytes).map_err(|source| {
-            Error::io("write", &self.path, source).hint("free some space, or set HF_HOME to a directory on another disk")
+            Error::io("write", &self.path, source)
+                .hint("free some space, or set HF_HOME to a directory on another disk")
         })?;
         self.count(bytes);
         Ok(())
@@ -81,7 +98,12 @@ impl Part {
             self.restart()?;
             return Err(error);
         }
-        let hash = self.hash.clone().map(|hash| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+        let hash = self.hash.clone().map(|hash| {
+            hash.finalize()
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<String>()
+        });
         if let Some(hash) = hash.filter(|hash| !hash.eq_ignore_ascii_case(etag)) {
             self.restart()?;
             let error = Error::new(Kind::Hub, "the bytes received are not the file's").at(place);
@@ -90,14 +112,23 @@ impl Part {
                 .rule(format!("SHA-256 {etag}"))
                 .hint("run the same command again"));
         }
-        self.file.sync_data().map_err(|source| Error::io("write", &self.path, source))
+        self.file
+            .sync_data()
+            .map_err(|source| Error::io("write", &self.path, source))
     }
 }
 
 pub(super) fn wrong_size(place: &str, got: u64, size: u64) -> Error {
-    let what = if got < size { "the hub sent less than it promised" } else { "the hub sent more than it promised" };
+    let what = if got < size {
+        "the hub sent less than it promised"
+    } else {
+        "the hub sent more than it promised"
+    };
     let error = Error::new(Kind::Hub, what).at(place);
-    error.value(format!("{got} bytes")).rule(format!("{size} bytes")).hint("run the same command again")
+    error
+        .value(format!("{got} bytes"))
+        .rule(format!("{size} bytes"))
+        .hint("run the same command again")
 }
 
 /// Large files are named by their content's SHA-256; small ones by git's SHA-1 of a header and the content, which is not checked.

@@ -47,7 +47,10 @@ pub(super) fn refused(
     endpoint: &str,
     token: Option<&Token>,
 ) -> Failure {
-    let code = headers.get("x-error-code").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let code = headers
+        .get("x-error-code")
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     let page = subject.page(endpoint);
     let failure = match (status.as_u16(), code) {
         (401 | 403, "GatedRepo") | (403, _) => Failure::from(gated(&page, token.is_some())),
@@ -57,20 +60,28 @@ pub(super) fn refused(
         }
         (429, _) => rate_limited(headers, token.is_some()),
         (408 | 500..=599, _) => busy(status, headers),
-        _ => {
-            Failure::from(Error::new(Kind::Hub, format!("the hub refuses the request: {status}")).hint(format!("look at {page}")))
-        }
+        _ => Failure::from(
+            Error::new(Kind::Hub, format!("the hub refuses the request: {status}"))
+                .hint(format!("look at {page}")),
+        ),
     };
     let error = failure.error.at(subject.place());
     let error = match said(headers, token) {
         Some(said) => error.value(said),
         None => error,
     };
-    Failure { error, again: failure.again }
+    Failure {
+        error,
+        again: failure.again,
+    }
 }
 
 /// The failure that no answer means.
-pub(super) fn unreachable(source: &reqwest::Error, address: &str, subject: &Subject<'_>) -> Failure {
+pub(super) fn unreachable(
+    source: &reqwest::Error,
+    address: &str,
+    subject: &Subject<'_>,
+) -> Failure {
     let what = match source.is_timeout() {
         true => format!("no answer from {address} in time"),
         false => format!("cannot reach {address}: {}", cause(source)),
@@ -81,14 +92,27 @@ pub(super) fn unreachable(source: &reqwest::Error, address: &str, subject: &Subj
         subject.repo.kind.word(),
         subject.repo.id
     ));
-    let again = if source.is_builder() { Again::Never } else { Again::Soon };
+    let again = if source.is_builder() {
+        Again::Never
+    } else {
+        Again::Soon
+    };
     Failure { error, again }
 }
 
 fn gated(page: &str, has_token: bool) -> Error {
-    let token = if has_token { "HF_TOKEN must belong to that account" } else { "set HF_TOKEN to that account's token" };
-    Error::new(Kind::Hub, "the hub gives this only to accounts that were granted access")
-        .hint(format!("accept the licence on {page} while signed in; {token}"))
+    let token = if has_token {
+        "HF_TOKEN must belong to that account"
+    } else {
+        "set HF_TOKEN to that account's token"
+    };
+    Error::new(
+        Kind::Hub,
+        "the hub gives this only to accounts that were granted access",
+    )
+    .hint(format!(
+        "accept the licence on {page} while signed in; {token}"
+    ))
 }
 
 fn unauthorised(subject: &Subject<'_>, endpoint: &str, has_token: bool) -> Error {
@@ -108,29 +132,61 @@ fn unauthorised(subject: &Subject<'_>, endpoint: &str, has_token: bool) -> Error
 fn missing(code: &str, subject: &Subject<'_>, page: &str) -> Error {
     let (word, id) = (subject.repo.kind.word(), &subject.repo.id);
     match (code, subject.file) {
-        ("RevisionNotFound", _) => Error::new(Kind::Hub, format!("{word} `{id}` has no revision `{}`", subject.repo.revision))
-            .hint(format!("choose a branch, tag or commit listed on {page}/tree/main")),
-        ("EntryNotFound", Some(file)) => Error::new(Kind::Hub, format!("{word} `{id}` has no file `{file}`"))
-            .hint(format!("look at its files on {page}/tree/{}", subject.repo.revision)),
-        ("RepoNotFound", _) | (_, None) => Error::new(Kind::Hub, format!("the hub has no {word} `{id}`"))
-            .hint(format!("check the id ({}): it is `owner/name` as on {page}", subject.repo.kind.key())),
-        (_, Some(file)) => Error::new(Kind::Hub, format!("the hub does not find `{file}` of {word} `{id}`"))
-            .hint(format!("check the id, the revision and the files on {page}/tree/{}", subject.repo.revision)),
+        ("RevisionNotFound", _) => Error::new(
+            Kind::Hub,
+            format!("{word} `{id}` has no revision `{}`", subject.repo.revision),
+        )
+        .hint(format!(
+            "choose a branch, tag or commit listed on {page}/tree/main"
+        )),
+        ("EntryNotFound", Some(file)) => {
+            Error::new(Kind::Hub, format!("{word} `{id}` has no file `{file}`")).hint(format!(
+                "look at its files on {page}/tree/{}",
+                subject.repo.revision
+            ))
+        }
+        ("RepoNotFound", _) | (_, None) => {
+            Error::new(Kind::Hub, format!("the hub has no {word} `{id}`")).hint(format!(
+                "check the id ({}): it is `owner/name` as on {page}",
+                subject.repo.kind.key()
+            ))
+        }
+        (_, Some(file)) => Error::new(
+            Kind::Hub,
+            format!("the hub does not find `{file}` of {word} `{id}`"),
+        )
+        .hint(format!(
+            "check the id, the revision and the files on {page}/tree/{}",
+            subject.repo.revision
+        )),
     }
 }
 
 fn rate_limited(headers: &HeaderMap, has_token: bool) -> Failure {
     let wait = retry_after(headers);
-    let spoken = wait.map_or("some minutes".to_string(), |wait| format!("{} s", wait.as_secs()));
-    let more = if has_token { "" } else { ", or set HF_TOKEN: an account may ask more often" };
-    let error = Error::new(Kind::Hub, "the hub limits how often it is asked").hint(format!("wait {spoken} and try again{more}"));
-    Failure { error, again: wait.map_or(Again::Soon, Again::After) }
+    let spoken = wait.map_or("some minutes".to_string(), |wait| {
+        format!("{} s", wait.as_secs())
+    });
+    let more = if has_token {
+        ""
+    } else {
+        ", or set HF_TOKEN: an account may ask more often"
+    };
+    let error = Error::new(Kind::Hub, "the hub limits how often it is asked")
+        .hint(format!("wait {spoken} and try again{more}"));
+    Failure {
+        error,
+        again: wait.map_or(Again::Soon, Again::After),
+    }
 }
 
 fn busy(status: StatusCode, headers: &HeaderMap) -> Failure {
     let error = Error::new(Kind::Hub, format!("the hub is out of order: {status}"))
         .hint("try again later; https://status.huggingface.co says how the hub is");
-    Failure { error, again: retry_after(headers).map_or(Again::Soon, Again::After) }
+    Failure {
+        error,
+        again: retry_after(headers).map_or(Again::Soon, Again::After),
+    }
 }
 
 /// The wait that a server asks for: seconds, or a date (RFC 9110, section 10.2.3).
@@ -140,7 +196,11 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
         return Some(Duration::from_secs(seconds));
     }
     let date = chrono::DateTime::parse_from_rfc2822(text).ok()?;
-    Some((date.to_utc() - chrono::Utc::now()).to_std().unwrap_or_default())
+    Some(
+        (date.to_utc() - chrono::Utc::now())
+            .to_std()
+            .unwrap_or_default(),
+    )
 }
 
 /// The server's own message: one line, at most 200 characters, without the token.
@@ -157,10 +217,17 @@ mod tests {
 
     #[test]
     fn a_wait_is_read_as_seconds_or_as_a_date() {
-        let after = |text: &str| retry_after(&HeaderMap::from_iter([(RETRY_AFTER, text.parse().unwrap())]));
+        let after = |text: &str| {
+            retry_after(&HeaderMap::from_iter([(
+                RETRY_AFTER,
+                text.parse().unwrap(),
+            )]))
+        };
         assert_eq!(after("7"), Some(Duration::from_secs(7)));
         assert_eq!(after("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
-        let soon = (chrono::Utc::now() + chrono::Duration::seconds(30)).format("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        let soon = (chrono::Utc::now() + chrono::Duration::seconds(30))
+            .format("%a, %d %b %Y %H:%M:%S GMT")
+            .to_string();
         assert!((28..=30).contains(&after(&soon).unwrap().as_secs()));
         assert_eq!(after("tomorrow"), None);
     }
@@ -168,8 +235,13 @@ mod tests {
     #[test]
     fn a_servers_words_are_short_plain_and_without_the_token() {
         let token = Token::new("hf_secret").unwrap();
-        let headers = |text: &str| HeaderMap::from_iter([("x-error-message".parse().unwrap(), text.parse().unwrap())]);
-        assert_eq!(said(&headers("your hf_secret\tis bad"), Some(&token)).unwrap(), "your <token>is bad");
+        let headers = |text: &str| {
+            HeaderMap::from_iter([("x-error-message".parse().unwrap(), text.parse().unwrap())])
+        };
+        assert_eq!(
+            said(&headers("your hf_secret\tis bad"), Some(&token)).unwrap(),
+            "your <token>is bad"
+        );
         assert_eq!(said(&headers(&"x".repeat(900)), None).unwrap().len(), 200);
         assert_eq!(said(&HeaderMap::new(), None), None);
     }

@@ -25,7 +25,10 @@ impl Token {
     pub fn new(text: &str) -> Result<Self> {
         let text = text.trim();
         if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            let error = Error::new(Kind::Hub, "the hub token is empty or holds a character that no token has");
+            let error = Error::new(
+                Kind::Hub,
+                "the hub token is empty or holds a character that no token has",
+            );
             return Err(error.hint("set HF_TOKEN to a token from https://huggingface.co/settings/tokens, or run `hf auth login`"));
         }
         Ok(Self(text.to_string()))
@@ -33,7 +36,8 @@ impl Token {
 
     /// The header's value, marked so that no log of the HTTP client shows it.
     pub(super) fn bearer(&self) -> HeaderValue {
-        let mut value = HeaderValue::try_from(format!("Bearer {}", self.0)).expect("a token is printable ASCII");
+        let mut value = HeaderValue::try_from(format!("Bearer {}", self.0))
+            .expect("a token is printable ASCII");
         value.set_sensitive(true);
         value
     }
@@ -82,18 +86,33 @@ impl Settings {
     /// The same over any source of variables.
     fn from_lookup(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         // An empty path variable counts as absent: Python would use the current directory, which nobody means.
-        let path = |name: &str| variable(name).filter(|text| !text.is_empty()).map(|text| expanded(&text, variable));
-        let home = path("HF_HOME").or_else(|| path("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")));
-        let home = home.or_else(|| path("HOME").or_else(|| path("USERPROFILE")).map(|home| home.join(".cache/huggingface")));
+        let path = |name: &str| {
+            variable(name)
+                .filter(|text| !text.is_empty())
+                .map(|text| expanded(&text, variable))
+        };
+        let home = path("HF_HOME")
+            .or_else(|| path("XDG_CACHE_HOME").map(|cache| cache.join("huggingface")));
+        let home = home.or_else(|| {
+            path("HOME")
+                .or_else(|| path("USERPROFILE"))
+                .map(|home| home.join(".cache/huggingface"))
+        });
         let cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
-        let cache = cache.or_else(|| home.as_ref().map(|home| home.join("hub"))).ok_or_else(|| {
-            Error::new(Kind::Hub, "no place for downloaded models: neither HF_HOME nor HOME is set")
+        let cache = cache
+            .or_else(|| home.as_ref().map(|home| home.join("hub")))
+            .ok_or_else(|| {
+                Error::new(
+                    Kind::Hub,
+                    "no place for downloaded models: neither HF_HOME nor HOME is set",
+                )
                 .hint("set HF_HOME=/a/directory")
-        })?;
+            })?;
         let endpoint = variable("HF_ENDPOINT").filter(|text| !text.trim().is_empty());
         let endpoint = endpoint.unwrap_or_else(|| DEFAULT_ENDPOINT.to_string());
-        let offline =
-            ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"].iter().find_map(|name| variable(name).filter(|text| !text.is_empty()));
+        let offline = ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"]
+            .iter()
+            .find_map(|name| variable(name).filter(|text| !text.is_empty()));
         let token_file = path("HF_TOKEN_PATH").or_else(|| home.map(|home| home.join("token")));
         Ok(Self {
             cache,
@@ -109,16 +128,22 @@ fn token(variable: &dyn Fn(&str) -> Option<String>, file: Option<&Path>) -> Resu
     if variable("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some_and(|text| is_true(&text)) {
         return Ok(None);
     }
-    let named =
-        ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].iter().find_map(|name| variable(name).filter(|text| !text.trim().is_empty()));
+    let named = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]
+        .iter()
+        .find_map(|name| variable(name).filter(|text| !text.trim().is_empty()));
     // A token file that is absent or unreadable is no token, as in Python: public models need none.
-    let text = named.or_else(|| std::fs::read_to_string(file?).ok()).filter(|text| !text.trim().is_empty());
+    let text = named
+        .or_else(|| std::fs::read_to_string(file?).ok())
+        .filter(|text| !text.trim().is_empty());
     text.map(|text| Token::new(&text)).transpose()
 }
 
 /// The words `huggingface_hub` reads as yes.
 fn is_true(text: &str) -> bool {
-    matches!(text.to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE")
+    matches!(
+        text.to_ascii_uppercase().as_str(),
+        "1" | "ON" | "YES" | "TRUE"
+    )
 }
 
 /// `~` and `$NAME` or `${NAME}` replaced, as Python's `expanduser` and `expandvars` do; an unknown name stays as it is.
@@ -126,11 +151,16 @@ fn expanded(text: &str, variable: &dyn Fn(&str) -> Option<String>) -> PathBuf {
     let name = regex::Regex::new(r"\$(?:(\w+)|\{([^}]*)\})").expect("the pattern is valid");
     let home = variable("HOME").or_else(|| variable("USERPROFILE"));
     let text = match (text.strip_prefix('~'), home) {
-        (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => format!("{home}{rest}"),
+        (Some(rest), Some(home)) if rest.is_empty() || rest.starts_with('/') => {
+            format!("{home}{rest}")
+        }
         _ => text.to_string(),
     };
     let whole = name.replace_all(&text, |found: &regex::Captures<'_>| {
-        let wanted = found.get(1).or_else(|| found.get(2)).map_or("", |name| name.as_str());
+        let wanted = found
+            .get(1)
+            .or_else(|| found.get(2))
+            .map_or("", |name| name.as_str());
         variable(wanted).unwrap_or_else(|| found[0].to_string())
     });
     PathBuf::from(whole.into_owned())
@@ -145,19 +175,52 @@ mod tests {
     }
 
     fn read(variables: &[(&str, &str)]) -> Result<Settings> {
-        Settings::from_lookup(&|name| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_string()))
+        Settings::from_lookup(&|name| {
+            variables
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| value.to_string())
+        })
     }
 
     // Expected values: the order of precedence in huggingface_hub's src/huggingface_hub/constants.py.
     #[test]
     fn the_cache_is_where_python_looks_for_it() {
-        assert_eq!(settings(&[("HOME", "/h")]).cache, Path::new("/h/.cache/huggingface/hub"));
-        assert_eq!(settings(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]).cache, Path::new("/x/huggingface/hub"));
-        assert_eq!(settings(&[("HOME", "/h"), ("HF_HOME", "~/hf"), ("XDG_CACHE_HOME", "/x")]).cache, Path::new("/h/hf/hub"));
-        assert_eq!(settings(&[("HF_HOME", "/hf"), ("HUGGINGFACE_HUB_CACHE", "/old")]).cache, Path::new("/old"));
-        let both = [("HF_HOME", "/hf"), ("HUGGINGFACE_HUB_CACHE", "/old"), ("HF_HUB_CACHE", "${S}/$S$U/c"), ("S", "/s")];
+        assert_eq!(
+            settings(&[("HOME", "/h")]).cache,
+            Path::new("/h/.cache/huggingface/hub")
+        );
+        assert_eq!(
+            settings(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]).cache,
+            Path::new("/x/huggingface/hub")
+        );
+        assert_eq!(
+            settings(&[
+                ("HOME", "/h"),
+                ("HF_HOME", "~/hf"),
+                ("XDG_CACHE_HOME", "/x")
+            ])
+            .cache,
+            Path::new("/h/hf/hub")
+        );
+        assert_eq!(
+            settings(&[("HF_HOME", "/hf"), ("HUGGINGFACE_HUB_CACHE", "/old")]).cache,
+            Path::new("/old")
+        );
+        let both = [
+            ("HF_HOME", "/hf"),
+            ("HUGGINGFACE_HUB_CACHE", "/old"),
+            ("HF_HUB_CACHE", "${S}/$S$U/c"),
+            ("S", "/s"),
+        ];
         assert_eq!(settings(&both).cache, Path::new("/s//s$U/c"));
-        assert!(read(&[]).unwrap_err().remedy().unwrap().contains("HF_HOME="));
+        assert!(
+            read(&[])
+                .unwrap_err()
+                .remedy()
+                .unwrap()
+                .contains("HF_HOME=")
+        );
     }
 
     #[test]
@@ -165,34 +228,81 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         std::fs::write(home.path().join("token"), "hf_file\n").unwrap();
         let home = home.path().to_str().unwrap();
-        assert_eq!(settings(&[("HF_HOME", home)]).token, Some(Token("hf_file".into())));
-        assert_eq!(settings(&[("HF_HOME", home), ("HF_TOKEN", " hf_env\n")]).token, Some(Token("hf_env".into())));
-        assert_eq!(settings(&[("HF_HOME", home), ("HUGGING_FACE_HUB_TOKEN", "hf_old")]).token, Some(Token("hf_old".into())));
-        assert_eq!(settings(&[("HF_HOME", home), ("HF_TOKEN_PATH", "/nowhere")]).token, None);
-        assert_eq!(settings(&[("HF_HOME", home), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token, None);
+        assert_eq!(
+            settings(&[("HF_HOME", home)]).token,
+            Some(Token("hf_file".into()))
+        );
+        assert_eq!(
+            settings(&[("HF_HOME", home), ("HF_TOKEN", " hf_env\n")]).token,
+            Some(Token("hf_env".into()))
+        );
+        assert_eq!(
+            settings(&[("HF_HOME", home), ("HUGGING_FACE_HUB_TOKEN", "hf_old")]).token,
+            Some(Token("hf_old".into()))
+        );
+        assert_eq!(
+            settings(&[("HF_HOME", home), ("HF_TOKEN_PATH", "/nowhere")]).token,
+            None
+        );
+        assert_eq!(
+            settings(&[("HF_HOME", home), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")]).token,
+            None
+        );
     }
 
     #[test]
     fn offline_is_what_python_reads_as_true() {
-        for (text, offline) in [("1", true), ("on", true), ("Yes", true), ("TRUE", true), ("0", false), ("", false), ("2", false)]
-        {
-            assert_eq!(settings(&[("HOME", "/h"), ("HF_HUB_OFFLINE", text)]).offline, offline, "{text}");
+        for (text, offline) in [
+            ("1", true),
+            ("on", true),
+            ("Yes", true),
+            ("TRUE", true),
+            ("0", false),
+            ("", false),
+            ("2", false),
+        ] {
+            assert_eq!(
+                settings(&[("HOME", "/h"), ("HF_HUB_OFFLINE", text)]).offline,
+                offline,
+                "{text}"
+            );
         }
         assert!(settings(&[("HOME", "/h"), ("TRANSFORMERS_OFFLINE", "1")]).offline);
-        assert!(!settings(&[("HOME", "/h"), ("HF_HUB_OFFLINE", "0"), ("TRANSFORMERS_OFFLINE", "1")]).offline);
-        assert_eq!(settings(&[("HOME", "/h"), ("HF_ENDPOINT", "https://mirror.example/")]).endpoint, "https://mirror.example");
-        assert_eq!(settings(&[("HOME", "/h")]).endpoint, "https://huggingface.co");
+        assert!(
+            !settings(&[
+                ("HOME", "/h"),
+                ("HF_HUB_OFFLINE", "0"),
+                ("TRANSFORMERS_OFFLINE", "1")
+            ])
+            .offline
+        );
+        assert_eq!(
+            settings(&[("HOME", "/h"), ("HF_ENDPOINT", "https://mirror.example/")]).endpoint,
+            "https://mirror.example"
+        );
+        assert_eq!(
+            settings(&[("HOME", "/h")]).endpoint,
+            "https://huggingface.co"
+        );
     }
 
     #[test]
     fn a_token_is_never_shown() {
         let with = settings(&[("HOME", "/h"), ("HF_TOKEN", "hf_secret")]);
         let token = with.token.clone().unwrap();
-        for shown in [format!("{with:?}"), format!("{token:?}"), format!("{token}"), format!("{:?}", token.bearer())] {
+        for shown in [
+            format!("{with:?}"),
+            format!("{token:?}"),
+            format!("{token}"),
+            format!("{:?}", token.bearer()),
+        ] {
             assert!(!shown.contains("secret"), "{shown}");
         }
         let bad = read(&[("HOME", "/h"), ("HF_TOKEN", "hf_sec ret")]).unwrap_err();
-        assert!(!bad.to_string().contains("ret\n") && !bad.to_string().contains("hf_sec"), "{bad}");
+        assert!(
+            !bad.to_string().contains("ret\n") && !bad.to_string().contains("hf_sec"),
+            "{bad}"
+        );
         assert_eq!(token.scrub("x hf_secret y"), "x <token> y");
     }
 }

@@ -40,24 +40,38 @@ pub(super) fn files_of(files: &[String], split: &str) -> Result<Vec<String>, NoS
     if files.iter().any(|file| file == split) {
         return Ok(vec![split.to_string()]);
     }
-    let mut data: Vec<&str> = files.iter().map(String::as_str).filter(|file| holds_records(file)).collect();
+    let mut data: Vec<&str> = files
+        .iter()
+        .map(String::as_str)
+        .filter(|file| holds_records(file))
+        .collect();
     data.sort();
-    let (folder, word) = split.rsplit_once('/').map_or((None, split), |(folder, word)| (Some(folder), word));
+    let (folder, word) = split
+        .rsplit_once('/')
+        .map_or((None, split), |(folder, word)| (Some(folder), word));
     let (word, format) = match word.rsplit_once('.') {
         Some((word, format)) if EXTENSIONS.contains(&format) => (word, Some(format)),
         _ => (word, None),
     };
-    let asked =
-        |file: &str| folder.is_none_or(|folder| is_inside(file, folder)) && format.is_none_or(|format| extension(file) == format);
+    let asked = |file: &str| {
+        folder.is_none_or(|folder| is_inside(file, folder))
+            && format.is_none_or(|format| extension(file) == format)
+    };
     let inside: Vec<&str> = data.iter().copied().filter(|file| asked(file)).collect();
     let found = named_for(&inside, word);
     if found.is_empty() {
-        return Err(NoSplit::Absent(data.into_iter().map(str::to_string).collect()));
+        return Err(NoSplit::Absent(
+            data.into_iter().map(str::to_string).collect(),
+        ));
     }
     let sets = sets_of(&found);
     match sets.as_slice() {
         [(_, set)] => complete(set),
-        sets => Err(NoSplit::Ambiguous(sets.iter().map(|(name, set)| ask_for(name, set, &found, word)).collect())),
+        sets => Err(NoSplit::Ambiguous(
+            sets.iter()
+                .map(|(name, set)| ask_for(name, set, &found, word))
+                .collect(),
+        )),
     }
 }
 
@@ -71,28 +85,51 @@ fn holds_records(file: &str) -> bool {
 /// has any split in its path, all of them, for "train".
 fn named_for<'a>(data: &[&'a str], split: &str) -> Vec<&'a str> {
     let words = words_of(split);
-    let exact: Vec<&str> = data.iter().copied().filter(|file| stem(file).eq_ignore_ascii_case(split)).collect();
+    let exact: Vec<&str> = data
+        .iter()
+        .copied()
+        .filter(|file| stem(file).eq_ignore_ascii_case(split))
+        .collect();
     if !exact.is_empty() {
         return exact;
     }
     // A numbered file's split is what stands before the number, whatever words are in it: `train_sft` is not `train`.
     let says = |file: &str, words: &[&str]| match shard(file) {
-        Some(_) => words.contains(&stem(file)) || folder_words(file).iter().any(|word| words.contains(&word.as_str())),
-        None => path_words(file).iter().any(|word| words.contains(&word.as_str())),
+        Some(_) => {
+            words.contains(&stem(file))
+                || folder_words(file)
+                    .iter()
+                    .any(|word| words.contains(&word.as_str()))
+        }
+        None => path_words(file)
+            .iter()
+            .any(|word| words.contains(&word.as_str())),
     };
-    let by_word: Vec<&str> = data.iter().copied().filter(|file| says(file, &words)).collect();
+    let by_word: Vec<&str> = data
+        .iter()
+        .copied()
+        .filter(|file| says(file, &words))
+        .collect();
     if !by_word.is_empty() || split != "train" {
         return by_word;
     }
-    let every_word: Vec<&str> = WORDS.iter().flat_map(|(_, words)| words.iter().copied()).collect();
-    match data.iter().any(|file| says(file, &every_word) || shard(file).is_some()) {
+    let every_word: Vec<&str> = WORDS
+        .iter()
+        .flat_map(|(_, words)| words.iter().copied())
+        .collect();
+    match data
+        .iter()
+        .any(|file| says(file, &every_word) || shard(file).is_some())
+    {
         true => Vec::new(),
         false => data.to_vec(),
     }
 }
 
 fn words_of(split: &str) -> Vec<&str> {
-    let known = WORDS.iter().find(|(name, words)| *name == split || words.contains(&split));
+    let known = WORDS
+        .iter()
+        .find(|(name, words)| *name == split || words.contains(&split));
     known.map_or(vec![split], |(_, words)| words.to_vec())
 }
 
@@ -112,7 +149,11 @@ fn sets_of<'a>(files: &[&'a str]) -> Vec<((&'a str, &'a str), Vec<&'a str>)> {
 /// What to write in place of the split to mean this set and no other.
 fn ask_for((folder, format): &(&str, &str), set: &[&str], found: &[&str], word: &str) -> String {
     let slash = if folder.is_empty() { "" } else { "/" };
-    let alone = found.iter().filter(|file| folder_of(file) == *folder).count() == set.len();
+    let alone = found
+        .iter()
+        .filter(|file| folder_of(file) == *folder)
+        .count()
+        == set.len();
     match set {
         [file] => file.to_string(),
         _ if alone && !folder.is_empty() => format!("{folder}/{word}"),
@@ -124,9 +165,16 @@ fn ask_for((folder, format): &(&str, &str), set: &[&str], found: &[&str], word: 
 fn complete(set: &[&str]) -> Result<Vec<String>, NoSplit> {
     for file in set {
         let Some(of) = shard(file) else { continue };
-        let here = set.iter().filter(|other| stem(other) == stem(file) && shard(other) == Some(of)).count();
+        let here = set
+            .iter()
+            .filter(|other| stem(other) == stem(file) && shard(other) == Some(of))
+            .count();
         if here != of {
-            return Err(NoSplit::Incomplete(format!("{}/{}", folder_of(file), stem(file)), here, of));
+            return Err(NoSplit::Incomplete(
+                format!("{}/{}", folder_of(file), stem(file)),
+                here,
+                of,
+            ));
         }
     }
     Ok(set.iter().map(|file| file.to_string()).collect())
@@ -141,7 +189,8 @@ fn folder_of(file: &str) -> &str {
 }
 
 fn is_inside(file: &str, folder: &str) -> bool {
-    file.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'))
+    file.strip_prefix(folder)
+        .is_some_and(|rest| rest.starts_with('/'))
 }
 
 fn extension(file: &str) -> &str {
@@ -155,21 +204,31 @@ fn shard(file: &str) -> Option<usize> {
     let digits = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
     // What follows the count is a fingerprint in older files: `train-00000-of-00002-0123456789abcdef`.
     let of = of.split('-').next().filter(|of| digits(of))?;
-    digits(before.rsplit_once('-')?.1).then(|| of.parse().ok()).flatten()
+    digits(before.rsplit_once('-')?.1)
+        .then(|| of.parse().ok())
+        .flatten()
 }
 
 /// A file's name without extension and, when it is numbered, without its number.
 fn stem(file: &str) -> &str {
     let name = file_name(file);
     let name = match shard(file) {
-        Some(_) => name.rsplit_once("-of-").and_then(|(before, _)| before.rsplit_once('-')).map_or(name, |(before, _)| before),
+        Some(_) => name
+            .rsplit_once("-of-")
+            .and_then(|(before, _)| before.rsplit_once('-'))
+            .map_or(name, |(before, _)| before),
         None => name,
     };
-    name.rsplit_once('.').filter(|_| shard(file).is_none()).map_or(name, |(stem, _)| stem)
+    name.rsplit_once('.')
+        .filter(|_| shard(file).is_none())
+        .map_or(name, |(stem, _)| stem)
 }
 
 fn path_words(path: &str) -> Vec<String> {
-    path.to_ascii_lowercase().split(|c: char| "/-._ ".contains(c) || c.is_ascii_digit()).map(str::to_string).collect()
+    path.to_ascii_lowercase()
+        .split(|c: char| "/-._ ".contains(c) || c.is_ascii_digit())
+        .map(str::to_string)
+        .collect()
 }
 
 fn folder_words(file: &str) -> Vec<String> {
@@ -181,7 +240,13 @@ mod tests {
     use super::*;
 
     fn of(files: &[&str], split: &str) -> Result<Vec<String>, NoSplit> {
-        files_of(&files.iter().map(|file| file.to_string()).collect::<Vec<_>>(), split)
+        files_of(
+            &files
+                .iter()
+                .map(|file| file.to_string())
+                .collect::<Vec<_>>(),
+            split,
+        )
     }
 
     fn ok(files: &[&str], split: &str) -> Vec<String> {
@@ -191,8 +256,15 @@ mod tests {
     // Listings in the forms of SQuAD, UltraChat, Alpaca, TinyStories and the hub's own conversion to Parquet.
     #[test]
     fn splits_are_found_where_data_sets_keep_them() {
-        let squad = ["README.md", "plain_text/train-00000-of-00001.parquet", "plain_text/validation-00000-of-00001.parquet"];
-        assert_eq!(ok(&squad, "train"), ["plain_text/train-00000-of-00001.parquet"]);
+        let squad = [
+            "README.md",
+            "plain_text/train-00000-of-00001.parquet",
+            "plain_text/validation-00000-of-00001.parquet",
+        ];
+        assert_eq!(
+            ok(&squad, "train"),
+            ["plain_text/train-00000-of-00001.parquet"]
+        );
         let ultrachat = [
             "data/train_sft-00001-of-00002-f7dfac4afe5b93f4.parquet",
             "data/train_sft-00000-of-00002-a3ecf92756993583.parquet",
@@ -200,15 +272,25 @@ mod tests {
         ];
         assert_eq!(ok(&ultrachat, "train_sft"), [ultrachat[1], ultrachat[0]]);
         assert!(matches!(of(&ultrachat, "train"), Err(NoSplit::Absent(files)) if files.len() == 3));
-        let alpaca = ["README.md", "alpaca_data_cleaned.json", "dataset_infos.json"];
+        let alpaca = [
+            "README.md",
+            "alpaca_data_cleaned.json",
+            "dataset_infos.json",
+        ];
         assert_eq!(ok(&alpaca, "train"), ["alpaca_data_cleaned.json"]);
-        assert!(matches!(of(&alpaca, "test"), Err(NoSplit::Absent(files)) if files == ["alpaca_data_cleaned.json"]));
+        assert!(
+            matches!(of(&alpaca, "test"), Err(NoSplit::Absent(files)) if files == ["alpaca_data_cleaned.json"])
+        );
         let hh = ["dev.csv", "train.csv", "eval/data.csv"];
         assert_eq!(ok(&hh, "validation"), ["dev.csv"]);
         assert_eq!(ok(&hh, "test"), ["eval/data.csv"]);
         let stories = ["TinyStories-train.txt", "TinyStories-valid.txt"];
         assert_eq!(ok(&stories, "validation"), ["TinyStories-valid.txt"]);
-        let converted = ["default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"];
+        let converted = [
+            "default/train/0000.parquet",
+            "default/train/0001.parquet",
+            "default/test/0000.parquet",
+        ];
         assert_eq!(ok(&converted, "train"), converted[..2]);
     }
 
@@ -220,14 +302,20 @@ mod tests {
             "socratic/train-00000-of-00002.parquet",
             "socratic/train-00001-of-00002.parquet",
         ];
-        let both = vec!["main/train-00000-of-00001.parquet".to_string(), "socratic/train".to_string()];
+        let both = vec![
+            "main/train-00000-of-00001.parquet".to_string(),
+            "socratic/train".to_string(),
+        ];
         assert_eq!(of(&gsm8k, "train"), Err(NoSplit::Ambiguous(both.clone())));
         assert_eq!(ok(&gsm8k, &both[0]), [gsm8k[1]]);
         assert_eq!(ok(&gsm8k, &both[1]), gsm8k[2..]);
         assert_eq!(ok(&gsm8k, "main/train"), [gsm8k[1]]);
         assert_eq!(ok(&gsm8k, "test"), [gsm8k[0]]);
         let formats = ["train.csv", "train.jsonl"];
-        assert_eq!(of(&formats, "train"), Err(NoSplit::Ambiguous(formats.map(str::to_string).to_vec())));
+        assert_eq!(
+            of(&formats, "train"),
+            Err(NoSplit::Ambiguous(formats.map(str::to_string).to_vec()))
+        );
         assert_eq!(ok(&formats, "train.csv"), ["train.csv"]);
         let many = ["d/train-a.csv", "d/train-b.csv", "d/train-c.json"];
         let both = vec!["d/train.csv".to_string(), "d/train-c.json".to_string()];
@@ -237,14 +325,29 @@ mod tests {
 
     #[test]
     fn a_numbered_set_must_be_whole() {
-        let part = ["data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet"];
-        assert_eq!(of(&part, "train"), Err(NoSplit::Incomplete("data/train".into(), 2, 3)));
+        let part = [
+            "data/train-00000-of-00003.parquet",
+            "data/train-00002-of-00003.parquet",
+        ];
+        assert_eq!(
+            of(&part, "train"),
+            Err(NoSplit::Incomplete("data/train".into(), 2, 3))
+        );
     }
 
     #[test]
     fn what_holds_no_records_is_no_data() {
         assert_eq!(
-            of(&[".gitattributes", "README.md", "config.json", ".x/train.csv", "train.jsonl.gz"], "train"),
+            of(
+                &[
+                    ".gitattributes",
+                    "README.md",
+                    "config.json",
+                    ".x/train.csv",
+                    "train.jsonl.gz"
+                ],
+                "train"
+            ),
             Err(NoSplit::Absent(vec![]))
         );
     }

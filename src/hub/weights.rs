@@ -52,8 +52,12 @@ struct Index {
 pub(super) fn shards(index: &Path) -> Result<Vec<String>> {
     let text = std::fs::read(index).map_err(|source| Error::io("read", index, source))?;
     let wrong = |what: String| {
-        let error = Error::new(Kind::Hub, "the index of the weights cannot be used").at(index.display().to_string()).value(what);
-        error.rule("`weight_map` names a safetensors file beside the index for each tensor").hint("fetch the model's files again")
+        let error = Error::new(Kind::Hub, "the index of the weights cannot be used")
+            .at(index.display().to_string())
+            .value(what);
+        error
+            .rule("`weight_map` names a safetensors file beside the index for each tensor")
+            .hint("fetch the model's files again")
     };
     let index: Index = serde_json::from_slice(&text).map_err(|source| wrong(source.to_string()))?;
     let mut shards: Vec<String> = Vec::new();
@@ -62,17 +66,27 @@ pub(super) fn shards(index: &Path) -> Result<Vec<String>> {
             Some(shard) if !names::is_relative_path(shard) || !shard.ends_with(".safetensors") => {
                 return Err(wrong(shard.escape_debug().to_string()));
             }
-            Some(shard) if shards.last().is_some_and(|last| last == shard) || shards.iter().any(|known| known == shard) => {}
+            Some(shard)
+                if shards.last().is_some_and(|last| last == shard)
+                    || shards.iter().any(|known| known == shard) => {}
             Some(shard) => shards.push(shard.to_string()),
             None => return Err(wrong(format!("{tensor}: {shard}"))),
         }
     }
-    if shards.is_empty() { Err(wrong("an empty `weight_map`".to_string())) } else { Ok(shards) }
+    if shards.is_empty() {
+        Err(wrong("an empty `weight_map`".to_string()))
+    } else {
+        Ok(shards)
+    }
 }
 
 /// No weights that can be loaded: says what is there instead and how to get from it to safetensors.
 pub(super) fn absent(place: &str, source: &str, files: &[String]) -> Error {
-    let with = |extensions: &[&str]| files.iter().find(|file| extensions.iter().any(|extension| file.ends_with(extension)));
+    let with = |extensions: &[&str]| {
+        files
+            .iter()
+            .find(|file| extensions.iter().any(|extension| file.ends_with(extension)))
+    };
     let error = Error::new(Kind::Hub, "the model has no weights in safetensors format").at(place);
     let error = error.rule(format!("`{SINGLE}`, or `{INDEX}` and the shards it names"));
     let convert = format!(
@@ -80,13 +94,17 @@ pub(super) fn absent(place: &str, source: &str, files: &[String]) -> Error {
          .save_pretrained('converted'); T.from_pretrained('{source}').save_pretrained('converted')\", and set model.id to that directory"
     );
     if let Some(file) = with(&[".bin", ".pt", ".pth", ".ckpt"]) {
-        return error.value(format!("only PyTorch weights: {file}")).hint(convert);
+        return error
+            .value(format!("only PyTorch weights: {file}"))
+            .hint(convert);
     }
     match with(&[".gguf", ".h5", ".msgpack", ".onnx"]) {
-        Some(file) => {
-            error.value(format!("only weights in another format: {file}")).hint("choose the repository these were converted from")
-        }
-        None => error.hint(format!("put `{SINGLE}` there, or set init = \"random\" under [model] to train from scratch")),
+        Some(file) => error
+            .value(format!("only weights in another format: {file}"))
+            .hint("choose the repository these were converted from"),
+        None => error.hint(format!(
+            "put `{SINGLE}` there, or set init = \"random\" under [model] to train from scratch"
+        )),
     }
 }
 
@@ -96,7 +114,8 @@ pub(super) fn check(path: &Path) -> Result<()> {
     let read = File::open(path).and_then(|file| file.take(start.len() as u64).read(&mut start));
     let read = read.map_err(|source| Error::io("read", path, source))?;
     if start[..read] == *LFS_POINTER {
-        let error = Error::new(Kind::Hub, "this is a Git LFS pointer, not the weights").at(path.display().to_string());
+        let error = Error::new(Kind::Hub, "this is a Git LFS pointer, not the weights")
+            .at(path.display().to_string());
         return Err(error.hint("run `git lfs install && git lfs pull` in that directory"));
     }
     match read {

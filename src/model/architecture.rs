@@ -68,14 +68,18 @@ impl Architecture {
     /// Reads a config.json file.
     pub fn from_file(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let value: Value = serde_json::from_str(&text)
-            .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")).at(path.display().to_string()))?;
+        let value: Value = serde_json::from_str(&text).map_err(|e| {
+            Error::new(Kind::Model, format!("config.json is not JSON: {e}"))
+                .at(path.display().to_string())
+        })?;
         Self::from_config(&value).map_err(|e| e.at(path.display().to_string()))
     }
 
     /// Reads a parsed config.json.
     pub fn from_config(value: &Value) -> Result<Self> {
-        let object = value.as_object().ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
+        let object = value
+            .as_object()
+            .ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
         let config = Config(object);
         let model_type = config.text("model_type").unwrap_or("llama").to_string();
         refuse_what_is_not_llama(&model_type, &config)?;
@@ -83,7 +87,10 @@ impl Architecture {
         let attention = attention(&config, &model_type, hidden_size)?;
         let max_position_embeddings = config.size("max_position_embeddings")?.unwrap_or(2048);
         let table = config.rope_table();
-        let scaling = table.as_ref().map(|t| rope_scaling(t, max_position_embeddings)).transpose()?;
+        let scaling = table
+            .as_ref()
+            .map(|t| rope_scaling(t, max_position_embeddings))
+            .transpose()?;
         let theta = match (config.number("rope_theta")?, &table) {
             (Some(theta), _) => theta,
             (None, Some(table)) => table.number("rope_theta")?.unwrap_or(10_000.0),
@@ -98,7 +105,11 @@ impl Architecture {
             vocab_size: config.required_size("vocab_size")?,
             max_position_embeddings,
             rms_norm_eps: config.number("rms_norm_eps")?.unwrap_or(1e-6),
-            rope: Rope { head_dim: attention.head_dim, theta, scaling: scaling.unwrap_or(RopeScaling::None) },
+            rope: Rope {
+                head_dim: attention.head_dim,
+                theta,
+                scaling: scaling.unwrap_or(RopeScaling::None),
+            },
             tie_word_embeddings: config.flag("tie_word_embeddings")?.unwrap_or(false),
             biases: biases(&config, &model_type)?,
             initializer_range: config.number("initializer_range")?.unwrap_or(0.02),
@@ -118,7 +129,10 @@ impl Architecture {
     /// (out, in) of each linear layer of a block, by its name there.
     pub fn linear_sizes(&self, name: &str) -> (usize, usize) {
         let (c, f) = (self.hidden_size, self.intermediate_size);
-        let (q, kv) = (self.attention.heads * self.attention.head_dim, self.attention.kv_heads * self.attention.head_dim);
+        let (q, kv) = (
+            self.attention.heads * self.attention.head_dim,
+            self.attention.kv_heads * self.attention.head_dim,
+        );
         match name {
             "self_attn.q_proj" => (q, c),
             "self_attn.k_proj" | "self_attn.v_proj" => (kv, c),
@@ -143,38 +157,64 @@ impl Architecture {
         for layer in 0..self.num_hidden_layers {
             for name in NAMES.each() {
                 let (out_features, in_features) = self.linear_sizes(name);
-                modules.push(Module { path: format!("model.layers.{layer}.{name}"), out_features, in_features });
+                modules.push(Module {
+                    path: format!("model.layers.{layer}.{name}"),
+                    out_features,
+                    in_features,
+                });
             }
         }
-        modules.push(Module { path: "lm_head".into(), out_features: self.vocab_size, in_features: self.hidden_size });
+        modules.push(Module {
+            path: "lm_head".into(),
+            out_features: self.vocab_size,
+            in_features: self.hidden_size,
+        });
         modules
     }
 
     /// Every tensor of the model in order; a tied output embedding is not one of its own.
     pub fn tensors(&self) -> Vec<TensorShape> {
-        let mut tensors = vec![shape("model.embed_tokens.weight", &[self.vocab_size, self.hidden_size])];
+        let mut tensors = vec![shape(
+            "model.embed_tokens.weight",
+            &[self.vocab_size, self.hidden_size],
+        )];
         for layer in 0..self.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
-            tensors.push(shape(&format!("{prefix}.input_layernorm.weight"), &[self.hidden_size]));
+            tensors.push(shape(
+                &format!("{prefix}.input_layernorm.weight"),
+                &[self.hidden_size],
+            ));
             for name in NAMES.each() {
                 let (out_features, in_features) = self.linear_sizes(name);
-                tensors.push(shape(&format!("{prefix}.{name}.weight"), &[out_features, in_features]));
+                tensors.push(shape(
+                    &format!("{prefix}.{name}.weight"),
+                    &[out_features, in_features],
+                ));
                 if self.linear_bias(name) {
                     tensors.push(shape(&format!("{prefix}.{name}.bias"), &[out_features]));
                 }
             }
-            tensors.push(shape(&format!("{prefix}.post_attention_layernorm.weight"), &[self.hidden_size]));
+            tensors.push(shape(
+                &format!("{prefix}.post_attention_layernorm.weight"),
+                &[self.hidden_size],
+            ));
         }
         tensors.push(shape("model.norm.weight", &[self.hidden_size]));
         if !self.tie_word_embeddings {
-            tensors.push(shape("lm_head.weight", &[self.vocab_size, self.hidden_size]));
+            tensors.push(shape(
+                "lm_head.weight",
+                &[self.vocab_size, self.hidden_size],
+            ));
         }
         tensors
     }
 
     /// Numbers in all tensors.
     pub fn parameters(&self) -> u64 {
-        self.tensors().iter().map(|t| t.shape.iter().map(|n| *n as u64).product::<u64>()).sum()
+        self.tensors()
+            .iter()
+            .map(|t| t.shape.iter().map(|n| *n as u64).product::<u64>())
+            .sum()
     }
 
     /// Whether a layer's products are over before threads that share one have met again. On a processor each thread then walks through the
@@ -188,25 +228,38 @@ impl Architecture {
 const SMALL: u64 = 4_000_000;
 
 fn shape(name: &str, shape: &[usize]) -> TensorShape {
-    TensorShape { name: name.to_string(), shape: shape.to_vec() }
+    TensorShape {
+        name: name.to_string(),
+        shape: shape.to_vec(),
+    }
 }
 
 fn refuse_what_is_not_llama(model_type: &str, config: &Config<'_>) -> Result<()> {
     const SUPPORTED: [&str; 3] = ["llama", "mistral", "qwen2"];
     if !SUPPORTED.contains(&model_type) {
-        return Err(Error::new(Kind::Model, "config.json: this model type is not supported")
-            .value(model_type)
-            .rule(format!("one of {}", SUPPORTED.join(", ")))
-            .hint("choose a Llama-architecture decoder such as `HuggingFaceTB/SmolLM2-135M`"));
+        return Err(
+            Error::new(Kind::Model, "config.json: this model type is not supported")
+                .value(model_type)
+                .rule(format!("one of {}", SUPPORTED.join(", ")))
+                .hint("choose a Llama-architecture decoder such as `HuggingFaceTB/SmolLM2-135M`"),
+        );
     }
     if let Some(quantization) = config.get("quantization_config") {
-        return Err(Error::new(Kind::Model, "config.json: quantised weights cannot be trained on yet")
-            .value(quantization.to_string())
-            .hint("use the model's original, unquantised repository"));
+        return Err(Error::new(
+            Kind::Model,
+            "config.json: quantised weights cannot be trained on yet",
+        )
+        .value(quantization.to_string())
+        .hint("use the model's original, unquantised repository"));
     }
     match config.text("hidden_act").unwrap_or("silu") {
         "silu" | "swish" => Ok(()),
-        other => Err(Error::new(Kind::Model, "config.json: this `hidden_act` is not supported").value(other).rule("silu")),
+        other => Err(Error::new(
+            Kind::Model,
+            "config.json: this `hidden_act` is not supported",
+        )
+        .value(other)
+        .rule("silu")),
     }
 }
 
@@ -214,9 +267,14 @@ fn attention(config: &Config<'_>, model_type: &str, hidden_size: usize) -> Resul
     let heads = config.required_size("num_attention_heads")?;
     let kv_heads = config.size("num_key_value_heads")?.unwrap_or(heads);
     let head_dim = config.size("head_dim")?.unwrap_or(hidden_size / heads);
-    let refuse = |what: &str, value: String| Err(Error::new(Kind::Model, format!("config.json: {what}")).value(value));
+    let refuse = |what: &str, value: String| {
+        Err(Error::new(Kind::Model, format!("config.json: {what}")).value(value))
+    };
     if heads % kv_heads != 0 {
-        return refuse("`num_key_value_heads` must divide `num_attention_heads`", format!("{heads} and {kv_heads}"));
+        return refuse(
+            "`num_key_value_heads` must divide `num_attention_heads`",
+            format!("{heads} and {kv_heads}"),
+        );
     }
     if config.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
         return refuse(
@@ -230,25 +288,45 @@ fn attention(config: &Config<'_>, model_type: &str, hidden_size: usize) -> Resul
     let window = match model_type {
         "mistral" => config.size("sliding_window")?,
         "qwen2" if config.flag("use_sliding_window")?.unwrap_or(false) => {
-            return refuse("a sliding window on some layers only is not supported", "use_sliding_window = true".into());
+            return refuse(
+                "a sliding window on some layers only is not supported",
+                "use_sliding_window = true".into(),
+            );
         }
         _ => None,
     };
-    Ok(Attention { heads, kv_heads, head_dim, window })
+    Ok(Attention {
+        heads,
+        kv_heads,
+        head_dim,
+        window,
+    })
 }
 
 fn biases(config: &Config<'_>, model_type: &str) -> Result<Biases> {
     let attention = config.flag("attention_bias")?.unwrap_or(false);
     let mlp = config.flag("mlp_bias")?.unwrap_or(false);
     Ok(match model_type {
-        "qwen2" => Biases { qkv: true, o: false, mlp: false },
+        "qwen2" => Biases {
+            qkv: true,
+            o: false,
+            mlp: false,
+        },
         "mistral" => Biases::default(),
-        _ => Biases { qkv: attention, o: attention, mlp },
+        _ => Biases {
+            qkv: attention,
+            o: attention,
+            mlp,
+        },
     })
 }
 
 fn class(config: &Config<'_>, model_type: &str) -> String {
-    let listed = config.get("architectures").and_then(Value::as_array).and_then(|a| a.first()).and_then(Value::as_str);
+    let listed = config
+        .get("architectures")
+        .and_then(Value::as_array)
+        .and_then(|a| a.first())
+        .and_then(Value::as_str);
     let made = match model_type {
         "mistral" => "MistralForCausalLM",
         "qwen2" => "Qwen2ForCausalLM",

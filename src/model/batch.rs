@@ -35,7 +35,13 @@ impl Batch {
         let segments = Segments::of_lengths(lengths.iter().copied());
         let ids = Tensor::from_slice(tokens, tokens.len(), device)?;
         let loss_positions = Tensor::from_slice(loss_positions, loss_positions.len(), device)?;
-        Ok(Self { ids, segments, examples, loss_positions, targets })
+        Ok(Self {
+            ids,
+            segments,
+            examples,
+            loss_positions,
+            targets,
+        })
     }
 
     /// Targets in all.
@@ -50,28 +56,49 @@ impl Batch {
 
     /// Refuses token ids beyond the embedding.
     pub(super) fn check(&self, vocab_size: usize) -> Result<()> {
-        let highest = self.ids.max(0)?.to_scalar::<u32>()?.max(self.targets.iter().copied().max().unwrap_or(0));
+        let highest = self
+            .ids
+            .max(0)?
+            .to_scalar::<u32>()?
+            .max(self.targets.iter().copied().max().unwrap_or(0));
         if (highest as usize) < vocab_size {
             return Ok(());
         }
-        Err(Error::new(Kind::Tokenizer, "a token id lies beyond the model's embedding")
-            .value(highest.to_string())
-            .rule(format!("below vocab_size = {vocab_size}"))
-            .hint("use the tokenizer that was published with the model"))
+        Err(Error::new(
+            Kind::Tokenizer,
+            "a token id lies beyond the model's embedding",
+        )
+        .value(highest.to_string())
+        .rule(format!("below vocab_size = {vocab_size}"))
+        .hint("use the tokenizer that was published with the model"))
     }
 
     /// Whole segments in parts of nearly one size, in order: a function of the segments' lengths alone.
     pub(super) fn split(&self) -> Result<Vec<Self>> {
-        let (ids, positions) = (self.ids.to_vec1::<u32>()?, self.loss_positions.to_vec1::<u32>()?);
+        let (ids, positions) = (
+            self.ids.to_vec1::<u32>()?,
+            self.loss_positions.to_vec1::<u32>()?,
+        );
         let ranges = self.segments.ranges();
         let part = |part: Range<usize>| {
             let tokens = ranges[part.start].start..ranges[part.end - 1].end;
-            let before = |token: usize| positions.partition_point(|position| (*position as usize) < token);
+            let before =
+                |token: usize| positions.partition_point(|position| (*position as usize) < token);
             let losses = before(tokens.start)..before(tokens.end);
-            let own: Vec<u32> = positions[losses.clone()].iter().map(|position| position - tokens.start as u32).collect();
+            let own: Vec<u32> = positions[losses.clone()]
+                .iter()
+                .map(|position| position - tokens.start as u32)
+                .collect();
             let lengths: Vec<usize> = ranges[part.clone()].iter().map(Range::len).collect();
             let targets = self.targets[losses].to_vec();
-            Self::new(&ids[tokens], &lengths, self.examples[part].to_vec(), &own, targets, self.ids.device())
+            Self::new(
+                &ids[tokens],
+                &lengths,
+                self.examples[part].to_vec(),
+                &own,
+                targets,
+                self.ids.device(),
+            )
         };
         cuts(ranges).into_iter().map(part).collect()
     }
@@ -86,7 +113,8 @@ pub(super) fn parts_of(tokens: usize) -> usize {
 fn cuts(segments: &[Range<usize>]) -> Vec<Range<usize>> {
     let tokens = segments.last().map_or(0, |last| last.end);
     let parts = parts_of(tokens);
-    let ends = (1..=parts).map(|part| segments.partition_point(|segment| segment.end * parts < tokens * part) + 1);
+    let ends = (1..=parts)
+        .map(|part| segments.partition_point(|segment| segment.end * parts < tokens * part) + 1);
     let mut start = 0;
     let part = |end: usize| {
         let part = start..end.min(segments.len());
@@ -117,14 +145,37 @@ mod tests {
     #[test]
     fn a_part_is_what_its_segments_were_in_the_batch() {
         let (lengths, tokens): (_, Vec<u32>) = ([200, 100, 300], (0..600).collect());
-        let batch = Batch::new(&tokens, &lengths, vec![7, 8, 9], &[5, 299, 300, 598], vec![6, 1, 2, 3], &Device::Cpu).unwrap();
+        let batch = Batch::new(
+            &tokens,
+            &lengths,
+            vec![7, 8, 9],
+            &[5, 299, 300, 598],
+            vec![6, 1, 2, 3],
+            &Device::Cpu,
+        )
+        .unwrap();
         let parts = batch.split().unwrap();
         let of = |part: &Batch| {
-            let (ids, positions) = (part.ids.to_vec1::<u32>().unwrap(), part.loss_positions.to_vec1::<u32>().unwrap());
-            (ids[0], part.lengths(), part.examples.clone(), positions, part.targets.clone())
+            let (ids, positions) = (
+                part.ids.to_vec1::<u32>().unwrap(),
+                part.loss_positions.to_vec1::<u32>().unwrap(),
+            );
+            (
+                ids[0],
+                part.lengths(),
+                part.examples.clone(),
+                positions,
+                part.targets.clone(),
+            )
         };
         assert_eq!(parts.len(), 2);
-        assert_eq!(of(&parts[0]), (0, vec![200, 100], vec![7, 8], vec![5, 299], vec![6, 1]));
-        assert_eq!(of(&parts[1]), (300, vec![300], vec![9], vec![0, 298], vec![2, 3]));
+        assert_eq!(
+            of(&parts[0]),
+            (0, vec![200, 100], vec![7, 8], vec![5, 299], vec![6, 1])
+        );
+        assert_eq!(
+            of(&parts[1]),
+            (300, vec![300], vec![9], vec![0, 298], vec![2, 3])
+        );
     }
 }

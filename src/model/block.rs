@@ -6,8 +6,9 @@ use rand_chacha::rand_core::Rng;
 use super::linears::{Linears, NAMES, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Branch, Context, FeedForward, FeedForwardSaved, Gradients, Linear, LinearInput, LinearSaved, Mask,
-    Part, RmsNorm, RmsNormSaved, RopeTables, Segments, backward_together,
+    Attention, AttentionSaved, Branch, Context, FeedForward, FeedForwardSaved, Gradients, Linear,
+    LinearInput, LinearSaved, Mask, Part, RmsNorm, RmsNormSaved, RopeTables, Segments,
+    backward_together,
 };
 use crate::random::{self, Use};
 
@@ -74,10 +75,21 @@ impl Block {
         let (k, k_proj) = self.apply(pass, &l.k_proj, NAMES.k_proj, &h, None)?;
         let (v, v_proj) = self.apply(pass, &l.v_proj, NAMES.v_proj, &h, None)?;
         drop(h);
-        let rotated = (pass.rope.forward(pass.context, &q)?, pass.rope.forward(pass.context, &k)?);
+        let rotated = (
+            pass.rope.forward(pass.context, &q)?,
+            pass.rope.forward(pass.context, &k)?,
+        );
         drop((q, k));
-        let (mixed, attention) = self.attention.forward(pass.context, rotated.0, rotated.1, v, pass.segments)?;
-        let (x1, o_proj) = self.apply(pass, &l.o_proj, NAMES.o_proj, &LinearInput::new(pass.context, mixed)?, Some(x))?;
+        let (mixed, attention) =
+            self.attention
+                .forward(pass.context, rotated.0, rotated.1, v, pass.segments)?;
+        let (x1, o_proj) = self.apply(
+            pass,
+            &l.o_proj,
+            NAMES.o_proj,
+            &LinearInput::new(pass.context, mixed)?,
+            Some(x),
+        )?;
         let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
         let h = LinearInput::new(pass.context, h)?;
         let masks = |part: Part, x: &LinearInput| {
@@ -89,16 +101,34 @@ impl Block {
             self.mask(pass, linear, name, x)
         };
         let through = Needs::of(&self.trains(), false).gate;
-        let masked =
-            pass.dropout.is_some() && [&l.gate_proj, &l.up_proj, &l.down_proj].iter().any(|linear| linear.lora.is_some());
+        let masked = pass.dropout.is_some()
+            && [&l.gate_proj, &l.up_proj, &l.down_proj]
+                .iter()
+                .any(|linear| linear.lora.is_some());
         let dropout = masked.then_some(&masks as _);
-        let (y, feed_forward) = self.feed_forward().forward(pass.context, h, dropout, &x1, through)?;
-        Ok((y, BlockSaved { norm, attention, post_norm, feed_forward, qkv: [q_proj, k_proj, v_proj], o: o_proj }))
+        let (y, feed_forward) =
+            self.feed_forward()
+                .forward(pass.context, h, dropout, &x1, through)?;
+        Ok((
+            y,
+            BlockSaved {
+                norm,
+                attention,
+                post_norm,
+                feed_forward,
+                qkv: [q_proj, k_proj, v_proj],
+                o: o_proj,
+            },
+        ))
     }
 
     fn feed_forward(&self) -> FeedForward<'_> {
         let l = &self.linears;
-        FeedForward { gate: &l.gate_proj, up: &l.up_proj, down: &l.down_proj }
+        FeedForward {
+            gate: &l.gate_proj,
+            up: &l.up_proj,
+            down: &l.down_proj,
+        }
     }
 
     /// Which layers hold trained values.
@@ -118,35 +148,95 @@ impl Block {
         let trains = self.trains();
         let needs = Needs::of(&trains, input_gradient);
         let (context, l) = (pass.context, &self.linears);
-        let again = |norm: &RmsNorm, saved: &RmsNormSaved, wanted: bool| -> Result<Option<LinearInput>> {
-            wanted.then(|| LinearInput::new(context, norm.again(context, saved)?)).transpose()
+        let again =
+            |norm: &RmsNorm, saved: &RmsNormSaved, wanted: bool| -> Result<Option<LinearInput>> {
+                wanted
+                    .then(|| LinearInput::new(context, norm.again(context, saved)?))
+                    .transpose()
+            };
+        let h = again(
+            &self.post_attention_layernorm,
+            &saved.post_norm,
+            trains.gate_proj || trains.up_proj,
+        )?;
+        let (kept, wanted) = (
+            (h.as_ref(), &saved.feed_forward),
+            (needs.gate, needs.attention),
+        );
+        let Some(dh) = self
+            .feed_forward()
+            .backward(context, dy, kept, wanted, gradients)?
+        else {
+            return Ok(None);
         };
-        let h = again(&self.post_attention_layernorm, &saved.post_norm, trains.gate_proj || trains.up_proj)?;
-        let (kept, wanted) = ((h.as_ref(), &saved.feed_forward), (needs.gate, needs.attention));
-        let Some(dh) = self.feed_forward().backward(context, dy, kept, wanted, gradients)? else { return Ok(None) };
         drop(h);
-        let dx1 = self.post_attention_layernorm.backward(context, &dh, &saved.post_norm, Some(dy), gradients)?;
+        let dx1 = self.post_attention_layernorm.backward(
+            context,
+            &dh,
+            &saved.post_norm,
+            Some(dy),
+            gradients,
+        )?;
         drop(dh);
         let o = (Some(saved.attention.output()), &saved.o);
-        let Some(d_mixed) = l.o_proj.backward(context, &dx1, o, (needs.qkv, None), gradients)? else { return Ok(None) };
-        let (dq, dk, dv) = self.attention.backward(context, &d_mixed, &saved.attention, pass.segments)?;
+        let Some(d_mixed) = l
+            .o_proj
+            .backward(context, &dx1, o, (needs.qkv, None), gradients)?
+        else {
+            return Ok(None);
+        };
+        let (dq, dk, dv) =
+            self.attention
+                .backward(context, &d_mixed, &saved.attention, pass.segments)?;
         drop(d_mixed);
         let rotated = (dq, dk);
-        let (dq, dk) = (pass.rope.backward(context, &rotated.0)?, pass.rope.backward(context, &rotated.1)?);
+        let (dq, dk) = (
+            pass.rope.backward(context, &rotated.0)?,
+            pass.rope.backward(context, &rotated.1)?,
+        );
         drop(rotated);
-        let h = again(&self.input_layernorm, &saved.norm, trains.q_proj || trains.k_proj || trains.v_proj)?;
+        let h = again(
+            &self.input_layernorm,
+            &saved.norm,
+            trains.q_proj || trains.k_proj || trains.v_proj,
+        )?;
         let input = |dy: Tensor| LinearInput::new(context, dy);
         let (dq, dk, dv) = (input(dq)?, input(dk)?, input(dv)?);
         let [q, k, v] = &saved.qkv;
         let branches = [
-            Branch { linear: &l.q_proj, dy: &dq, saved: q },
-            Branch { linear: &l.k_proj, dy: &dk, saved: k },
-            Branch { linear: &l.v_proj, dy: &dv, saved: v },
+            Branch {
+                linear: &l.q_proj,
+                dy: &dq,
+                saved: q,
+            },
+            Branch {
+                linear: &l.k_proj,
+                dy: &dk,
+                saved: k,
+            },
+            Branch {
+                linear: &l.v_proj,
+                dy: &dv,
+                saved: v,
+            },
         ];
-        let Some(dh) = backward_together(context, &branches, h.as_ref(), (needs.input, None), gradients)? else {
+        let Some(dh) = backward_together(
+            context,
+            &branches,
+            h.as_ref(),
+            (needs.input, None),
+            gradients,
+        )?
+        else {
             return Ok(None);
         };
-        Ok(Some(self.input_layernorm.backward(context, &dh, &saved.norm, Some(&dx1), gradients)?))
+        Ok(Some(self.input_layernorm.backward(
+            context,
+            &dh,
+            &saved.norm,
+            Some(&dx1),
+            gradients,
+        )?))
     }
 
     /// One linear layer, its adapter's input masked where there is dropout; added to `base` where there is one.
@@ -164,14 +254,22 @@ impl Block {
     /// What dropout leaves of a layer's adapter's input, where there is any.
     fn mask(&self, pass: Pass<'_>, linear: &Linear, name: &str, x: &LinearInput) -> Option<Mask> {
         let dropout = pass.dropout.filter(|_| linear.lora.is_some())?;
-        let (ranges, path, (rows, width)) = (pass.segments.ranges(), format!("{}.{name}", self.path), x.shape());
-        let stream = |example: &u64| random::stream(dropout.seed, Use::Dropout, &[dropout.step, *example], &path);
+        let (ranges, path, (rows, width)) = (
+            pass.segments.ranges(),
+            format!("{}.{name}", self.path),
+            x.shape(),
+        );
+        let stream = |example: &u64| {
+            random::stream(dropout.seed, Use::Dropout, &[dropout.step, *example], &path)
+        };
         let streams: Vec<_> = dropout.examples.iter().map(stream).collect();
         Some(Mask::draw((rows, width), dropout.p, |row, numbers| {
             let segment = ranges.partition_point(|range| range.end <= row);
             let mut stream = streams[segment].clone();
             stream.set_word_pos(((row - ranges[segment].start) * width) as u128);
-            numbers.iter_mut().for_each(|number| *number = stream.next_u32());
+            numbers
+                .iter_mut()
+                .for_each(|number| *number = stream.next_u32());
         }))
     }
 }

@@ -20,9 +20,12 @@ impl Config<'_> {
 
     /// A whole number of at least one.
     pub(super) fn size(&self, key: &str) -> Result<Option<usize>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
         let size = value.as_u64().filter(|n| *n > 0 && *n < 1 << 32);
-        size.map(|n| Some(n as usize)).ok_or_else(|| wrong(key, value, "a whole number of at least one"))
+        size.map(|n| Some(n as usize))
+            .ok_or_else(|| wrong(key, value, "a whole number of at least one"))
     }
 
     pub(super) fn required_size(&self, key: &str) -> Result<usize> {
@@ -30,8 +33,13 @@ impl Config<'_> {
     }
 
     pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_f64().map(Some).ok_or_else(|| wrong(key, value, "a number"))
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        value
+            .as_f64()
+            .map(Some)
+            .ok_or_else(|| wrong(key, value, "a number"))
     }
 
     fn required_number(&self, key: &str) -> Result<f64> {
@@ -39,18 +47,31 @@ impl Config<'_> {
     }
 
     pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| wrong(key, value, "true or false"))
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        value
+            .as_bool()
+            .map(Some)
+            .ok_or_else(|| wrong(key, value, "true or false"))
     }
 
     /// The rope table: `rope_parameters` (transformers 5) or `rope_scaling`, if there is one.
     pub(super) fn rope_table(&self) -> Option<Config<'_>> {
-        self.get("rope_parameters").or_else(|| self.get("rope_scaling")).and_then(Value::as_object).map(Config)
+        self.get("rope_parameters")
+            .or_else(|| self.get("rope_scaling"))
+            .and_then(Value::as_object)
+            .map(Config)
     }
 }
 
 fn wrong(key: &str, value: &Value, rule: &str) -> Error {
-    Error::new(Kind::Model, format!("config.json: `{key}` is not what it must be")).value(value.to_string()).rule(rule)
+    Error::new(
+        Kind::Model,
+        format!("config.json: `{key}` is not what it must be"),
+    )
+    .value(value.to_string())
+    .rule(rule)
 }
 
 fn missing(key: &str) -> Error {
@@ -60,13 +81,23 @@ fn missing(key: &str) -> Error {
 
 /// Reads a rope table; `max_position` is the model's own limit, `theta`'s stretching is returned.
 pub(super) fn rope_scaling(table: &Config<'_>, max_position: usize) -> Result<RopeScaling> {
-    let kind = table.text("rope_type").or_else(|| table.text("type")).unwrap_or("default");
-    let original = table.size("original_max_position_embeddings")?.unwrap_or(max_position);
+    let kind = table
+        .text("rope_type")
+        .or_else(|| table.text("type"))
+        .unwrap_or("default");
+    let original = table
+        .size("original_max_position_embeddings")?
+        .unwrap_or(max_position);
     let number = |key: &str, default: f64| Ok::<f64, Error>(table.number(key)?.unwrap_or(default));
     Ok(match kind {
         "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: table.required_number("factor")? },
-        "dynamic" => RopeScaling::Dynamic { factor: table.required_number("factor")?, original },
+        "linear" => RopeScaling::Linear {
+            factor: table.required_number("factor")?,
+        },
+        "dynamic" => RopeScaling::Dynamic {
+            factor: table.required_number("factor")?,
+            original,
+        },
         "llama3" => RopeScaling::Llama3 {
             factor: table.required_number("factor")?,
             low: table.required_number("low_freq_factor")?,
@@ -82,9 +113,12 @@ pub(super) fn rope_scaling(table: &Config<'_>, max_position: usize) -> Result<Ro
             truncate: table.flag("truncate")?.unwrap_or(true),
         },
         other => {
-            return Err(Error::new(Kind::Model, "config.json: this kind of rope scaling is not supported")
-                .value(other)
-                .rule("default, linear, dynamic, llama3 or yarn"));
+            return Err(Error::new(
+                Kind::Model,
+                "config.json: this kind of rope scaling is not supported",
+            )
+            .value(other)
+            .rule("default, linear, dynamic, llama3 or yarn"));
         }
     })
 }
@@ -95,9 +129,17 @@ fn yarn_attention_factor(table: &Config<'_>) -> Result<f64> {
         return Ok(given);
     }
     let factor = table.required_number("factor")?;
-    let of = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
-    Ok(match (table.number("mscale")?, table.number("mscale_all_dim")?) {
-        (Some(a), Some(b)) if a != 0.0 && b != 0.0 => of(a) / of(b),
-        _ => of(1.0),
-    })
+    let of = |mscale: f64| {
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * mscale * factor.ln() + 1.0
+        }
+    };
+    Ok(
+        match (table.number("mscale")?, table.number("mscale_all_dim")?) {
+            (Some(a), Some(b)) if a != 0.0 && b != 0.0 => of(a) / of(b),
+            _ => of(1.0),
+        },
+    )
 }

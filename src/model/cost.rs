@@ -9,9 +9,9 @@ use super::linears::{Linears, NAMES, Needs};
 use crate::adapter::Site;
 use crate::error::Result;
 use crate::ops::{
-    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost, attention_forward_cost, dtype,
-    embedding_backward_cost, embedding_cost, residual_cost, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost,
-    swiglu_cost,
+    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost,
+    attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, residual_cost,
+    rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -51,13 +51,22 @@ pub struct ModelShape {
 
 impl ModelShape {
     /// The shape with adapters on `sites`.
-    pub fn with_adapters(architecture: &Architecture, sites: &[Site], dropout: bool, precision: Precision) -> Result<Self> {
+    pub fn with_adapters(
+        architecture: &Architecture,
+        sites: &[Site],
+        dropout: bool,
+        precision: Precision,
+    ) -> Result<Self> {
         let rank_at = |layer: usize, name: &&str| {
             let path = format!("model.layers.{layer}.{name}");
-            Ok(sites.iter().find(|site| site.path == path).map(|site| site.r))
+            Ok(sites
+                .iter()
+                .find(|site| site.path == path)
+                .map(|site| site.r))
         };
-        let ranks =
-            (0..architecture.num_hidden_layers).map(|layer| NAMES.try_map(|name| rank_at(layer, name))).collect::<Result<_>>()?;
+        let ranks = (0..architecture.num_hidden_layers)
+            .map(|layer| NAMES.try_map(|name| rank_at(layer, name)))
+            .collect::<Result<_>>()?;
         Ok(Self::new(architecture, ranks, false, dropout, precision))
     }
 
@@ -69,12 +78,21 @@ impl ModelShape {
         dropout: bool,
         precision: Precision,
     ) -> Self {
-        Self { architecture: architecture.clone(), ranks, all_trained, dropout, precision }
+        Self {
+            architecture: architecture.clone(),
+            ranks,
+            all_trained,
+            dropout,
+            precision,
+        }
     }
 
     /// The shape with every weight trained.
     pub fn fully_trained(architecture: &Architecture, precision: Precision) -> Result<Self> {
-        Ok(Self { all_trained: true, ..Self::with_adapters(architecture, &[], false, precision)? })
+        Ok(Self {
+            all_trained: true,
+            ..Self::with_adapters(architecture, &[], false, precision)?
+        })
     }
 
     /// The architecture it was made from.
@@ -87,7 +105,13 @@ impl ModelShape {
         let trains = |ranks: &Linears<Option<usize>>| ranks.each().iter().any(|r| r.is_some());
         match self.all_trained {
             true => (0, true),
-            false => (self.ranks.iter().position(trains).unwrap_or(self.ranks.len()), false),
+            false => (
+                self.ranks
+                    .iter()
+                    .position(trains)
+                    .unwrap_or(self.ranks.len()),
+                false,
+            ),
         }
     }
 
@@ -111,11 +135,26 @@ impl ModelShape {
     /// each number.
     pub(super) fn kept_by_block(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
-        let (q, kv) = (a.attention.heads * a.attention.head_dim, a.attention.kv_heads * a.attention.head_dim);
+        let (q, kv) = (
+            a.attention.heads * a.attention.head_dim,
+            a.attention.kv_heads * a.attention.head_dim,
+        );
         let narrow = 2 * (a.hidden_size + q + kv + a.intermediate_size);
-        let wide =
-            |shape: &LinearShape| shape.r.map_or(0, |r| r + if shape.dropout { shape.in_features.div_ceil(32) } else { 0 });
-        let wide: usize = self.linears(layer, tokens, self.dropout).each().into_iter().map(wide).sum();
+        let wide = |shape: &LinearShape| {
+            shape.r.map_or(0, |r| {
+                r + if shape.dropout {
+                    shape.in_features.div_ceil(32)
+                } else {
+                    0
+                }
+            })
+        };
+        let wide: usize = self
+            .linears(layer, tokens, self.dropout)
+            .each()
+            .into_iter()
+            .map(wide)
+            .sum();
         (tokens * (narrow * dtype(self.precision).size_in_bytes() + 4 * wide)) as u64
     }
 
@@ -124,7 +163,15 @@ impl ModelShape {
         let of = |name: &str, r: Option<usize>| {
             let (out_features, in_features) = self.architecture.linear_sizes(name);
             let (bias, trained) = (self.architecture.linear_bias(name), self.all_trained);
-            LinearShape { tokens, in_features, out_features, r, bias, trained, dropout: dropout && r.is_some() }
+            LinearShape {
+                tokens,
+                in_features,
+                out_features,
+                r,
+                bias,
+                trained,
+                dropout: dropout && r.is_some(),
+            }
         };
         Linears {
             q_proj: of(NAMES.q_proj, ranks.q_proj),
@@ -144,9 +191,16 @@ impl ModelShape {
 
     fn block_but_attention(&self, layer: usize, n: usize, dropout: bool) -> Work {
         let a = &self.architecture;
-        let (q, kv) = (a.attention.heads * a.attention.head_dim, a.attention.kv_heads * a.attention.head_dim);
+        let (q, kv) = (
+            a.attention.heads * a.attention.head_dim,
+            a.attention.kv_heads * a.attention.head_dim,
+        );
         let linears = self.linears(layer, n, dropout);
-        let mut work: Work = linears.each().iter().map(|shape| shape.forward_cost(self.precision)).sum();
+        let mut work: Work = linears
+            .each()
+            .iter()
+            .map(|shape| shape.forward_cost(self.precision))
+            .sum();
         work += &rms_norm_cost(n, a.hidden_size).times(2);
         work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
         work += &swiglu_cost(n * a.intermediate_size);
@@ -156,7 +210,10 @@ impl ModelShape {
     fn block_backward(&self, layer: usize, segments: &[usize], input: bool) -> Work {
         let a = &self.architecture;
         let n: usize = segments.iter().sum();
-        let (q, kv) = (a.attention.heads * a.attention.head_dim, a.attention.kv_heads * a.attention.head_dim);
+        let (q, kv) = (
+            a.attention.heads * a.attention.head_dim,
+            a.attention.kv_heads * a.attention.head_dim,
+        );
         let shapes = self.linears(layer, n, self.dropout);
         let trains = Linears {
             q_proj: trains(&shapes.q_proj),
@@ -176,13 +233,15 @@ impl ModelShape {
         }
         if needs.gate {
             work += &swiglu_backward_cost(n * a.intermediate_size);
-            work += &(linear(&shapes.gate_proj, needs.attention) + linear(&shapes.up_proj, needs.attention));
+            work += &(linear(&shapes.gate_proj, needs.attention)
+                + linear(&shapes.up_proj, needs.attention));
             if trains.gate_proj || trains.up_proj {
                 work += &rms_norm_cost(n, a.hidden_size);
             }
         }
         if needs.attention {
-            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained) + residual_cost(n, a.hidden_size).times(2));
+            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained)
+                + residual_cost(n, a.hidden_size).times(2));
             work += &linear(&shapes.o_proj, needs.qkv);
         }
         if needs.qkv {
@@ -196,20 +255,31 @@ impl ModelShape {
             }
         }
         if needs.input {
-            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained) + residual_cost(n, a.hidden_size).times(3));
+            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained)
+                + residual_cost(n, a.hidden_size).times(3));
         }
         work
     }
 
     fn head(&self, loss_tokens: usize) -> HeadShape {
         let (hidden, vocab) = (self.architecture.hidden_size, self.architecture.vocab_size);
-        HeadShape { loss_tokens, hidden, vocab, trained: self.all_trained }
+        HeadShape {
+            loss_tokens,
+            hidden,
+            vocab,
+            trained: self.all_trained,
+        }
     }
 
     fn trunk_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
         let c = self.architecture.hidden_size;
-        let around = embedding_cost(segments.iter().sum(), c) + select_cost(loss_tokens, c) + rms_norm_cost(loss_tokens, c);
-        around + self.over(0..self.architecture.num_hidden_layers, |layer| self.block_forward(layer, segments, dropout))
+        let around = embedding_cost(segments.iter().sum(), c)
+            + select_cost(loss_tokens, c)
+            + rms_norm_cost(loss_tokens, c);
+        around
+            + self.over(0..self.architecture.num_hidden_layers, |layer| {
+                self.block_forward(layer, segments, dropout)
+            })
     }
 
     /// The sum over these blocks, of which neighbours with the same adapters have the same `work`.
@@ -224,7 +294,8 @@ impl ModelShape {
 
     /// Work of the losses of one micro-batch.
     pub fn evaluation(&self, segments: &[usize], loss_tokens: usize) -> Work {
-        self.trunk_forward(segments, loss_tokens, false) + self.head(loss_tokens).forward_cost(self.precision)
+        self.trunk_forward(segments, loss_tokens, false)
+            + self.head(loss_tokens).forward_cost(self.precision)
     }
 
     /// Work of the losses and gradients of one micro-batch.
@@ -236,13 +307,21 @@ impl ModelShape {
         let mut work = self.trunk_forward(segments, loss_tokens, self.dropout);
         work += &self.head(loss_tokens).backward_cost(self.precision, any);
         if any {
-            work += &(rms_norm_backward_cost(loss_tokens, c, self.all_trained) + scatter_cost(n, loss_tokens, c));
+            work += &(rms_norm_backward_cost(loss_tokens, c, self.all_trained)
+                + scatter_cost(n, loss_tokens, c));
         }
-        let (blocks, again) = (self.architecture.num_hidden_layers, end + recompute.of(self.walked()));
-        work += &self.over(end..again, |layer| self.block_forward(layer, segments, self.dropout));
+        let (blocks, again) = (
+            self.architecture.num_hidden_layers,
+            end + recompute.of(self.walked()),
+        );
+        work += &self.over(end..again, |layer| {
+            self.block_forward(layer, segments, self.dropout)
+        });
         if end < blocks {
             work += &self.block_backward(end, segments, input);
-            work += &self.over(end + 1..blocks, |layer| self.block_backward(layer, segments, true));
+            work += &self.over(end + 1..blocks, |layer| {
+                self.block_backward(layer, segments, true)
+            });
         }
         if input {
             work += &embedding_backward_cost(n, c, self.architecture.vocab_size);
@@ -254,7 +333,9 @@ impl ModelShape {
     pub fn prefill(&self, tokens: usize) -> Work {
         let a = &self.architecture;
         let mut work = embedding_cost(tokens, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
-        work += &self.over(0..a.num_hidden_layers, |layer| self.block_forward(layer, &[tokens], false));
+        work += &self.over(0..a.num_hidden_layers, |layer| {
+            self.block_forward(layer, &[tokens], false)
+        });
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
     }
 
@@ -263,7 +344,9 @@ impl ModelShape {
         let a = &self.architecture;
         let mut work = embedding_cost(1, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
         let attention = attention_decode_cost(&a.attention, before + 1);
-        work += &self.over(0..a.num_hidden_layers, |layer| self.block_but_attention(layer, 1, false) + attention.clone());
+        work += &self.over(0..a.num_hidden_layers, |layer| {
+            self.block_but_attention(layer, 1, false) + attention.clone()
+        });
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
     }
 }

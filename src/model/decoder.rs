@@ -9,8 +9,8 @@ use super::cost::{ModelShape, Recompute, scatter_cost, select_cost};
 use super::linears::NAMES;
 use crate::error::{Error, Result};
 use crate::ops::{
-    Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding, embedding_backward, put_rows,
-    side_by_side, take_rows,
+    Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding,
+    embedding_backward, put_rows, side_by_side, take_rows,
 };
 use crate::work::{Precision, Tally, Work};
 
@@ -26,7 +26,11 @@ impl Parts<'_> {
     /// A matrix that products read; `keeps`: whether it keeps its packed forms.
     fn matrix(&self, name: &str, shape: &[usize; 2], keeps: bool) -> Result<Weight> {
         let weight = (self.weight)(name, shape)?;
-        Ok(if keeps { weight.keeping_packed() } else { weight })
+        Ok(if keeps {
+            weight.keeping_packed()
+        } else {
+            weight
+        })
     }
 }
 
@@ -47,10 +51,19 @@ pub struct Decoder {
 
 impl Decoder {
     /// Puts a decoder together from its parts.
-    pub fn assemble(architecture: &Architecture, parts: &Parts<'_>, device: &Device) -> Result<Self> {
+    pub fn assemble(
+        architecture: &Architecture,
+        parts: &Parts<'_>,
+        device: &Device,
+    ) -> Result<Self> {
         let a = architecture;
         let eps = a.rms_norm_eps;
-        let norm = |name: &str| Ok::<_, Error>(RmsNorm { weight: (parts.weight)(name, &[a.hidden_size])?, eps });
+        let norm = |name: &str| {
+            Ok::<_, Error>(RmsNorm {
+                weight: (parts.weight)(name, &[a.hidden_size])?,
+                eps,
+            })
+        };
         let in_parts = device.is_cpu() && a.is_small();
         let matrix = |name: &str| parts.matrix(name, &[a.vocab_size, a.hidden_size], in_parts);
         let embed_tokens = matrix("model.embed_tokens.weight")?;
@@ -70,11 +83,30 @@ impl Decoder {
             false => matrix("lm_head.weight")?,
         };
         let norm = norm("model.norm.weight")?;
-        let trains = |block: &Block| block.linears.each().iter().any(|l| l.lora.is_some() || l.weight.is_trained());
+        let trains = |block: &Block| {
+            block
+                .linears
+                .each()
+                .iter()
+                .any(|l| l.lora.is_some() || l.weight.is_trained())
+        };
         let first = blocks.iter().position(trains).unwrap_or(blocks.len());
-        let walk_end = if embed_tokens.is_trained() { (0, true) } else { (first, false) };
+        let walk_end = if embed_tokens.is_trained() {
+            (0, true)
+        } else {
+            (first, false)
+        };
         let (architecture, head, device) = (a.clone(), Head { weight }, device.clone());
-        Ok(Self { architecture, embed_tokens, blocks, norm, head, device, in_parts, walk_end })
+        Ok(Self {
+            architecture,
+            embed_tokens,
+            blocks,
+            norm,
+            head,
+            device,
+            in_parts,
+            walk_end,
+        })
     }
 
     /// What it was made from.
@@ -104,7 +136,12 @@ impl Decoder {
     /// Logits (N, V) of every token: tests and small inputs only.
     pub fn logits(&self, context: Context<'_>, batch: &Batch) -> Result<Tensor> {
         let rope = self.rope(&batch.segments)?;
-        let pass = Pass { context, segments: &batch.segments, rope: &rope, dropout: None };
+        let pass = Pass {
+            context,
+            segments: &batch.segments,
+            rope: &rope,
+            dropout: None,
+        };
         let mut x = self.embed(context, &batch.ids)?;
         for block in &self.blocks {
             x = block.forward(pass, &x)?.0;
@@ -119,13 +156,23 @@ impl Decoder {
         if parts.is_empty() {
             return self.losses_of(context, batch);
         }
-        let work = self.shape(context.precision, false)?.evaluation(&batch.lengths(), batch.loss_tokens());
-        Ok(together(context, &parts, work, |context, part| self.losses_of(context, part))?.concat())
+        let work = self
+            .shape(context.precision, false)?
+            .evaluation(&batch.lengths(), batch.loss_tokens());
+        Ok(together(context, &parts, work, |context, part| {
+            self.losses_of(context, part)
+        })?
+        .concat())
     }
 
     fn losses_of(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
         let rope = self.rope(&batch.segments)?;
-        let pass = Pass { context, segments: &batch.segments, rope: &rope, dropout: None };
+        let pass = Pass {
+            context,
+            segments: &batch.segments,
+            rope: &rope,
+            dropout: None,
+        };
         let mut x = self.embed(context, &batch.ids)?;
         for block in &self.blocks {
             x = block.forward(pass, &x)?.0;
@@ -147,7 +194,11 @@ impl Decoder {
     ) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
         let parts = self.parts(context, batch)?;
-        let asked = Asked { scale, recompute, dropout };
+        let asked = Asked {
+            scale,
+            recompute,
+            dropout,
+        };
         if parts.is_empty() {
             return self.walk(context, batch, asked, gradients);
         }
@@ -173,21 +224,57 @@ impl Decoder {
             return Ok(Vec::new());
         }
         let parts = batch.split()?;
-        Ok(if parts.len() > 1 && parts.iter().all(|part| part.loss_tokens() > 0) { parts } else { Vec::new() })
+        Ok(
+            if parts.len() > 1 && parts.iter().all(|part| part.loss_tokens() > 0) {
+                parts
+            } else {
+                Vec::new()
+            },
+        )
     }
 
     /// What the work of a pass depends on, beside the batch.
     fn shape(&self, precision: Precision, dropout: bool) -> Result<ModelShape> {
         let rank = |linear: &Linear| Ok(linear.shape(0, false)?.r);
-        let ranks = self.blocks.iter().map(|block| block.linears.try_map(rank)).collect::<Result<_>>()?;
-        Ok(ModelShape::new(&self.architecture, ranks, self.embed_tokens.is_trained(), dropout, precision))
+        let ranks = self
+            .blocks
+            .iter()
+            .map(|block| block.linears.try_map(rank))
+            .collect::<Result<_>>()?;
+        Ok(ModelShape::new(
+            &self.architecture,
+            ranks,
+            self.embed_tokens.is_trained(),
+            dropout,
+            precision,
+        ))
     }
 
-    fn walk(&self, context: Context<'_>, batch: &Batch, asked: Asked, gradients: &mut Gradients) -> Result<Vec<f32>> {
-        let Asked { scale, recompute, dropout } = asked;
+    fn walk(
+        &self,
+        context: Context<'_>,
+        batch: &Batch,
+        asked: Asked,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<f32>> {
+        let Asked {
+            scale,
+            recompute,
+            dropout,
+        } = asked;
         let rope = self.rope(&batch.segments)?;
-        let dropout = dropout.map(|(p, seed, step)| Dropout { p, seed, step, examples: &batch.examples });
-        let pass = Pass { context, segments: &batch.segments, rope: &rope, dropout };
+        let dropout = dropout.map(|(p, seed, step)| Dropout {
+            p,
+            seed,
+            step,
+            examples: &batch.examples,
+        });
+        let pass = Pass {
+            context,
+            segments: &batch.segments,
+            rope: &rope,
+            dropout,
+        };
         let (x, kept) = self.forward_keeping(pass, &batch.ids, recompute)?;
         let (end, input) = self.walk_end;
         let any = end < self.blocks.len() || input;
@@ -195,11 +282,15 @@ impl Decoder {
         let rows = x.dims2()?;
         drop(x);
         let (h, norm) = self.norm.forward(context, &selected)?;
-        let (losses, dh) = self.head.forward_backward(context, &h, &batch.targets, scale, any, gradients)?;
+        let (losses, dh) =
+            self.head
+                .forward_backward(context, &h, &batch.targets, scale, any, gradients)?;
         let Some(dh) = dh else { return Ok(losses) };
         let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
         drop((selected, h, norm, dh));
-        context.tally.add(scatter_cost(rows.0, batch.targets.len(), rows.1));
+        context
+            .tally
+            .add(scatter_cost(rows.0, batch.targets.len(), rows.1));
         let mut dx = put_rows(context, &dx, &batch.loss_positions, rows.0)?;
         for (layer, kept) in kept.into_iter().enumerate().rev() {
             let block = &self.blocks[layer];
@@ -220,7 +311,12 @@ impl Decoder {
     }
 
     /// Runs the blocks; each block's `Kept` holds what its backward pass starts from.
-    fn forward_keeping(&self, pass: Pass<'_>, ids: &Tensor, recompute: Recompute) -> Result<(Tensor, Vec<Kept>)> {
+    fn forward_keeping(
+        &self,
+        pass: Pass<'_>,
+        ids: &Tensor,
+        recompute: Recompute,
+    ) -> Result<(Tensor, Vec<Kept>)> {
         let mut x = self.embed(pass.context, ids)?;
         let (end, mut kept) = (self.walk_end.0, Vec::with_capacity(self.blocks.len()));
         let again = end + recompute.of(self.blocks.len() - end);
@@ -238,7 +334,10 @@ impl Decoder {
 
     /// The rows of x that predict a target.
     fn at_losses(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        context.tally.add(select_cost(batch.targets.len(), self.architecture.hidden_size));
+        context.tally.add(select_cost(
+            batch.targets.len(),
+            self.architecture.hidden_size,
+        ));
         take_rows(context, x, &batch.loss_positions)
     }
 }
@@ -259,9 +358,18 @@ fn together<T: Send>(
     run: impl Fn(Context<'_>, &Batch) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
     let tally = Tally::default();
-    let own = Context { tally: &tally, ..context };
-    let results = side_by_side(parts.iter(), |part| run(own, part)).into_iter().collect();
-    debug_assert_eq!(work.flops(), tally.take().flops(), "parts execute the products of the whole");
+    let own = Context {
+        tally: &tally,
+        ..context
+    };
+    let results = side_by_side(parts.iter(), |part| run(own, part))
+        .into_iter()
+        .collect();
+    debug_assert_eq!(
+        work.flops(),
+        tally.take().flops(),
+        "parts execute the products of the whole"
+    );
     context.tally.add(work);
     results
 }
@@ -277,12 +385,24 @@ enum Kept {
 }
 
 /// The linear layer `name` of `block`; `keeps`: whether it keeps its packed forms.
-fn linear(a: &Architecture, parts: &Parts<'_>, (block, name): (&str, &str), keeps: bool) -> Result<Linear> {
+fn linear(
+    a: &Architecture,
+    parts: &Parts<'_>,
+    (block, name): (&str, &str),
+    keeps: bool,
+) -> Result<Linear> {
     let (out_features, in_features) = a.linear_sizes(name);
     let path = format!("{block}.{name}");
-    let bias = a.linear_bias(name).then(|| (parts.weight)(&format!("{path}.bias"), &[out_features])).transpose()?;
+    let bias = a
+        .linear_bias(name)
+        .then(|| (parts.weight)(&format!("{path}.bias"), &[out_features]))
+        .transpose()?;
     Ok(Linear {
-        weight: parts.matrix(&format!("{path}.weight"), &[out_features, in_features], keeps)?,
+        weight: parts.matrix(
+            &format!("{path}.weight"),
+            &[out_features, in_features],
+            keeps,
+        )?,
         bias,
         lora: (parts.lora)(&path)?,
     })

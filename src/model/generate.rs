@@ -49,13 +49,19 @@ fn push(rows: &mut Tensor, length: usize, x: &Tensor) -> Result<Tensor> {
 impl<'a> Session<'a> {
     /// An empty text.
     pub fn new(decoder: &'a Decoder, context: Context<'a>) -> Self {
-        Self { decoder, context, cache: Vec::with_capacity(decoder.architecture().num_hidden_layers), length: 0 }
+        Self {
+            decoder,
+            context,
+            cache: Vec::with_capacity(decoder.architecture().num_hidden_layers),
+            length: 0,
+        }
     }
 
     /// Reads `tokens` and returns the logits (V) that follow the last of them.
     pub fn read(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         if tokens.is_empty() {
-            return Err(Error::new(Kind::Usage, "the prompt holds no token").hint("give a prompt that is not empty"));
+            return Err(Error::new(Kind::Usage, "the prompt holds no token")
+                .hint("give a prompt that is not empty"));
         }
         let mut x = None;
         if self.length == 0 {
@@ -66,14 +72,27 @@ impl<'a> Session<'a> {
             }
         }
         let x = x.ok_or_else(|| Error::new(Kind::Tensor, "nothing was read"))?;
-        Ok(self.decoder.head_logits(self.context, &x)?.squeeze(0)?.to_vec1()?)
+        Ok(self
+            .decoder
+            .head_logits(self.context, &x)?
+            .squeeze(0)?
+            .to_vec1()?)
     }
 
     /// The whole prompt at once; returns the last token's (1, C).
     fn prefill(&mut self, tokens: &[u32]) -> Result<Tensor> {
         let segments = Segments::of_lengths([tokens.len()]);
-        let rope = self.decoder.architecture().rope.tables(&segments, self.decoder.device())?;
-        let pass = Pass { context: self.context, segments: &segments, rope: &rope, dropout: None };
+        let rope = self
+            .decoder
+            .architecture()
+            .rope
+            .tables(&segments, self.decoder.device())?;
+        let pass = Pass {
+            context: self.context,
+            segments: &segments,
+            rope: &rope,
+            dropout: None,
+        };
         let ids = Tensor::from_slice(tokens, tokens.len(), self.decoder.device())?;
         let mut x = self.decoder.embed(self.context, &ids)?;
         self.cache.clear();
@@ -90,22 +109,35 @@ impl<'a> Session<'a> {
     /// One more token; returns its (1, C).
     fn advance(&mut self, token: u32) -> Result<Tensor> {
         let context = self.context;
-        let rope = self.decoder.architecture().rope.tables_from(self.length, 1, self.decoder.device())?;
-        let mut x = self.decoder.embed(context, &Tensor::from_slice(&[token], 1, self.decoder.device())?)?;
+        let rope =
+            self.decoder
+                .architecture()
+                .rope
+                .tables_from(self.length, 1, self.decoder.device())?;
+        let mut x = self.decoder.embed(
+            context,
+            &Tensor::from_slice(&[token], 1, self.decoder.device())?,
+        )?;
         for (block, [keys, values]) in self.decoder.blocks.iter().zip(&mut self.cache) {
             let l = &block.linears;
-            let apply =
-                |linear: &Linear, x: &Tensor, base: Option<&Tensor>| Ok::<_, Error>(linear.forward(context, x, None, base)?.0);
+            let apply = |linear: &Linear, x: &Tensor, base: Option<&Tensor>| {
+                Ok::<_, Error>(linear.forward(context, x, None, base)?.0)
+            };
             let h = block.input_layernorm.forward(context, &x)?.0;
             // The cache is f32, whatever products read.
-            let rotated = |x: &Tensor| Ok::<_, Error>(rope.forward(context, x)?.to_dtype(DType::F32)?);
+            let rotated =
+                |x: &Tensor| Ok::<_, Error>(rope.forward(context, x)?.to_dtype(DType::F32)?);
             let q = rotated(&apply(&l.q_proj, &h, None)?)?;
             let k = push(keys, self.length, &rotated(&apply(&l.k_proj, &h, None)?)?)?;
             let v = push(values, self.length, &apply(&l.v_proj, &h, None)?)?;
             let mixed = block.attention.decode(context, &q, &k, &v)?;
             let x1 = apply(&l.o_proj, &mixed, Some(&x))?;
             let h = block.post_attention_layernorm.forward(context, &x1)?.0;
-            let (inner, _) = swiglu(context, &apply(&l.gate_proj, &h, None)?, &apply(&l.up_proj, &h, None)?)?;
+            let (inner, _) = swiglu(
+                context,
+                &apply(&l.gate_proj, &h, None)?,
+                &apply(&l.up_proj, &h, None)?,
+            )?;
             x = apply(&l.down_proj, &inner, Some(&x1))?;
         }
         self.length += 1;
@@ -116,11 +148,20 @@ impl<'a> Session<'a> {
 
 impl Sampling {
     /// The likeliest token, always.
-    pub const GREEDY: Self = Self { temperature: 0.0, top_p: 1.0, top_k: 0, seed: 0 };
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        seed: 0,
+    };
 
     /// Chooses the token number `index` of a text from its logits (V).
     pub fn choose(&self, logits: &[f32], index: u64) -> u32 {
-        let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let by_logit = |a: &u32, b: &u32| {
+            logits[*b as usize]
+                .total_cmp(&logits[*a as usize])
+                .then(a.cmp(b))
+        };
         let ids = 0..logits.len() as u32;
         if self.temperature == 0.0 {
             return ids.min_by(by_logit).unwrap_or(0);
@@ -131,7 +172,9 @@ impl Sampling {
             ranked.truncate(self.top_k);
         }
         ranked.sort_unstable_by(by_logit);
-        let max = ranked.first().map_or(0.0, |id| f64::from(logits[*id as usize]));
+        let max = ranked
+            .first()
+            .map_or(0.0, |id| f64::from(logits[*id as usize]));
         let weight = |id: &u32| ((f64::from(logits[*id as usize]) - max) / self.temperature).exp();
         let total: f64 = ranked.iter().map(weight).sum();
         let mut reached = 0.0;

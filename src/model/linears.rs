@@ -35,7 +35,15 @@ pub const NAMES: Linears<&str> = Linears {
 impl<T> Linears<T> {
     /// One value for each.
     pub fn map<U>(&self, f: impl Fn(&T) -> U) -> Linears<U> {
-        let Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj } = self;
+        let Self {
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            gate_proj,
+            up_proj,
+            down_proj,
+        } = self;
         Linears {
             q_proj: f(q_proj),
             k_proj: f(k_proj),
@@ -62,7 +70,15 @@ impl<T> Linears<T> {
 
     /// Each value, in model order.
     pub fn each(&self) -> [&T; 7] {
-        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj]
+        [
+            &self.q_proj,
+            &self.k_proj,
+            &self.v_proj,
+            &self.o_proj,
+            &self.gate_proj,
+            &self.up_proj,
+            &self.down_proj,
+        ]
     }
 }
 
@@ -86,6 +102,11 @@ impl Needs {
     pub fn of(trains: &Linears<bool>, input: bool) -> Self {
         let qkv = input || trains.q_proj || trains.k_proj || trains.v_proj;
         let attention = qkv || trains.o_proj;
-        Self { input, qkv, attention, gate: attention || trains.gate_proj || trains.up_proj }
+        Self {
+            input,
+            qkv,
+            attention,
+            gate: attention || trains.gate_proj || trains.up_proj,
+        }
     }
 }

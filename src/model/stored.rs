@@ -43,7 +43,12 @@ impl Source<'_> {
                 let bits = self.numbers(Dtype::F16, |wide| f16::from_f32(wide).to_bits())?;
                 Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, device)?
             }
-            other => return Err(Error::new(Kind::Model, "no weight is computed with in this type").value(format!("{other:?}"))),
+            other => {
+                return Err(
+                    Error::new(Kind::Model, "no weight is computed with in this type")
+                        .value(format!("{other:?}")),
+                );
+            }
         })
     }
 
@@ -60,7 +65,10 @@ impl Source<'_> {
         let Some(size) = size_in_file(self.tensor.dtype) else {
             return Err(Error::new(
                 Kind::Model,
-                format!("the weights of `{}` are stored in a type that cannot be read", self.tensor.name),
+                format!(
+                    "the weights of `{}` are stored in a type that cannot be read",
+                    self.tensor.name
+                ),
             )
             .at(self.path.display().to_string())
             .value(format!("{:?}", self.tensor.dtype))
@@ -70,16 +78,19 @@ impl Source<'_> {
         let as_it_is = self.tensor.dtype == kept && cfg!(target_endian = "little");
         // Fresh zeroes come from the system untouched: a page is first written when its part is read.
         let mut numbers = vec![T::default(); self.tensor.size as usize / size];
-        numbers.par_chunks_mut(PART).enumerate().try_for_each_init(Vec::new, |buffer, (index, part)| {
-            let at = self.tensor.start + (index * PART * size) as u64;
-            if as_it_is {
-                return self.read(bytemuck::cast_slice_mut(part), at);
-            }
-            buffer.resize(part.len() * size, 0);
-            self.read(buffer, at)?;
-            convert(self.tensor.dtype, buffer, part, narrow);
-            Ok(())
-        })?;
+        numbers.par_chunks_mut(PART).enumerate().try_for_each_init(
+            Vec::new,
+            |buffer, (index, part)| {
+                let at = self.tensor.start + (index * PART * size) as u64;
+                if as_it_is {
+                    return self.read(bytemuck::cast_slice_mut(part), at);
+                }
+                buffer.resize(part.len() * size, 0);
+                self.read(buffer, at)?;
+                convert(self.tensor.dtype, buffer, part, narrow);
+                Ok(())
+            },
+        )?;
         Ok(numbers)
     }
 
@@ -101,12 +112,22 @@ fn size_in_file(dtype: Dtype) -> Option<usize> {
 /// Little-endian numbers of `dtype`, each through f32 to what `narrow` makes of it.
 fn convert<T>(dtype: Dtype, bytes: &[u8], into: &mut [T], narrow: impl Fn(f32) -> T) {
     fn each<const N: usize, T>(bytes: &[u8], into: &mut [T], number: impl Fn([u8; N]) -> T) {
-        into.iter_mut().zip(bytes.as_chunks::<N>().0).for_each(|(into, bytes)| *into = number(*bytes));
+        into.iter_mut()
+            .zip(bytes.as_chunks::<N>().0)
+            .for_each(|(into, bytes)| *into = number(*bytes));
     }
     match dtype {
-        Dtype::F64 => each(bytes, into, |bytes| narrow(f64::from_le_bytes(bytes) as f32)),
-        Dtype::F16 => each(bytes, into, |bytes| narrow(f16::from_le_bytes(bytes).to_f32())),
-        Dtype::BF16 => each(bytes, into, |bytes| narrow(bf16::from_le_bytes(bytes).to_f32())),
+        Dtype::F64 => each(
+            bytes,
+            into,
+            |bytes| narrow(f64::from_le_bytes(bytes) as f32),
+        ),
+        Dtype::F16 => each(bytes, into, |bytes| {
+            narrow(f16::from_le_bytes(bytes).to_f32())
+        }),
+        Dtype::BF16 => each(bytes, into, |bytes| {
+            narrow(bf16::from_le_bytes(bytes).to_f32())
+        }),
         _ => each(bytes, into, |bytes| narrow(f32::from_le_bytes(bytes))),
     }
 }
@@ -139,7 +160,8 @@ mod tests {
 
     /// Two whole parts and a rest, in a shape that is not square; numbers that each type rounds its own way, and both kinds of nothing.
     fn numbers() -> Tensor {
-        let values = (0..2 * PART as u32 + 6).map(|i| (f64::from(i) * 0.317).sin() * 10f64.powi((i % 9) as i32 - 5));
+        let values = (0..2 * PART as u32 + 6)
+            .map(|i| (f64::from(i) * 0.317).sin() * 10f64.powi((i % 9) as i32 - 5));
         let mut values: Vec<f64> = values.collect();
         (values[0], values[PART], values[PART + 1]) = (0.0, -0.0, f64::INFINITY);
         Tensor::from_vec(values, (2, PART + 3), &Device::Cpu).unwrap()
@@ -149,8 +171,16 @@ mod tests {
     fn written(x: &Tensor, dir: &Path) -> (PathBuf, File, Stored) {
         let path = dir.join("x.safetensors");
         let other = Tensor::new(&[1u8, 2, 3], &Device::Cpu).unwrap();
-        candle_core::safetensors::save(&[("other", other), ("x", x.clone())].into_iter().collect(), &path).unwrap();
-        let stored = read_headers(std::slice::from_ref(&path)).unwrap().into_iter().find(|tensor| tensor.name == "x").unwrap();
+        candle_core::safetensors::save(
+            &[("other", other), ("x", x.clone())].into_iter().collect(),
+            &path,
+        )
+        .unwrap();
+        let stored = read_headers(std::slice::from_ref(&path))
+            .unwrap()
+            .into_iter()
+            .find(|tensor| tensor.name == "x")
+            .unwrap();
         let file = File::open(&path).unwrap();
         (path, file, stored)
     }
@@ -162,12 +192,25 @@ mod tests {
         for stored_as in [DType::F64, DType::F32, DType::F16, DType::BF16] {
             let (path, file, tensor) = written(&numbers().to_dtype(stored_as).unwrap(), dir.path());
             let whole = candle_core::safetensors::load(&path, &Device::Cpu).unwrap()["x"].clone();
-            let source = Source { path: &path, file: &file, tensor: &tensor };
+            let source = Source {
+                path: &path,
+                file: &file,
+                tensor: &tensor,
+            };
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let read = source.tensor(dtype, &Device::Cpu).unwrap();
-                assert_eq!((read.dtype(), read.dims()), (dtype, [2, PART + 3].as_slice()));
+                assert_eq!(
+                    (read.dtype(), read.dims()),
+                    (dtype, [2, PART + 3].as_slice())
+                );
                 let bits = |x: &Tensor| {
-                    let x = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                    let x = x
+                        .to_dtype(DType::F32)
+                        .unwrap()
+                        .flatten_all()
+                        .unwrap()
+                        .to_vec1::<f32>()
+                        .unwrap();
                     x.into_iter().map(f32::to_bits).collect::<Vec<_>>()
                 };
                 // Both ways round by way of f32.
@@ -180,14 +223,37 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let (path, file, tensor) = written(&Tensor::new(&[1i64, 2], &Device::Cpu).unwrap(), dir.path());
-        let error = Source { path: &path, file: &file, tensor: &tensor }.f32s().unwrap_err();
+        let (path, file, tensor) =
+            written(&Tensor::new(&[1i64, 2], &Device::Cpu).unwrap(), dir.path());
+        let error = Source {
+            path: &path,
+            file: &file,
+            tensor: &tensor,
+        }
+        .f32s()
+        .unwrap_err();
         assert_eq!(error.kind(), Kind::Model);
-        assert!(error.to_string().contains("I64") && error.to_string().contains("`x`") && error.remedy().is_some(), "{error}");
+        assert!(
+            error.to_string().contains("I64")
+                && error.to_string().contains("`x`")
+                && error.remedy().is_some(),
+            "{error}"
+        );
         // Cut short after it was opened.
         let (path, file, tensor) = written(&numbers(), dir.path());
-        File::options().write(true).open(&path).unwrap().set_len(1 << 20).unwrap();
-        let error = Source { path: &path, file: &file, tensor: &tensor }.f32s().unwrap_err();
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        let error = Source {
+            path: &path,
+            file: &file,
+            tensor: &tensor,
+        }
+        .f32s()
+        .unwrap_err();
         assert_eq!(error.kind(), Kind::Io);
         assert!(error.to_string().contains("x.safetensors"), "{error}");
     }

@@ -31,14 +31,28 @@ impl Weights {
     /// Opens the files and checks their headers: a file that is damaged or cut short is refused; missing, mis-shaped and surplus tensors
     /// are all named in one error. No number is read yet.
     pub fn open(paths: &[PathBuf], architecture: &Architecture) -> Result<Self> {
-        let mut stored: BTreeMap<String, Stored> =
-            read_headers(paths)?.into_iter().map(|tensor| (tensor.name.clone(), tensor)).collect();
-        let found = stored.iter().map(|(name, tensor)| (name.clone(), tensor.shape.clone())).collect();
-        let places =
-            names(architecture, &found)?.into_iter().filter_map(|(name, in_file)| Some((name, stored.remove(&in_file)?)));
+        let mut stored: BTreeMap<String, Stored> = read_headers(paths)?
+            .into_iter()
+            .map(|tensor| (tensor.name.clone(), tensor))
+            .collect();
+        let found = stored
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.shape.clone()))
+            .collect();
+        let places = names(architecture, &found)?
+            .into_iter()
+            .filter_map(|(name, in_file)| Some((name, stored.remove(&in_file)?)));
         let places = places.collect();
-        let open = |path: &PathBuf| Ok((path.clone(), File::open(path).map_err(|source| Error::io("read", path, source))?));
-        Ok(Self { files: paths.iter().map(open).collect::<Result<_>>()?, places })
+        let open = |path: &PathBuf| {
+            Ok((
+                path.clone(),
+                File::open(path).map_err(|source| Error::io("read", path, source))?,
+            ))
+        };
+        Ok(Self {
+            files: paths.iter().map(open).collect::<Result<_>>()?,
+            places,
+        })
     }
 
     /// Tells these weights from others of the same shapes: a digest of every tensor's place, type and first and last bytes.
@@ -75,7 +89,10 @@ impl Weights {
 
     fn source(&self, name: &str) -> Result<Source<'_>> {
         let Some(tensor) = self.places.get(name) else {
-            return Err(Error::new(Kind::Model, format!("the model has no tensor `{name}`")));
+            return Err(Error::new(
+                Kind::Model,
+                format!("the model has no tensor `{name}`"),
+            ));
         };
         let (path, file) = &self.files[tensor.file];
         Ok(Source { path, file, tensor })
@@ -83,7 +100,10 @@ impl Weights {
 }
 
 /// Finds each tensor of the architecture among those found in the files.
-fn names(architecture: &Architecture, found: &BTreeMap<String, Vec<usize>>) -> Result<BTreeMap<String, String>> {
+fn names(
+    architecture: &Architecture,
+    found: &BTreeMap<String, Vec<usize>>,
+) -> Result<BTreeMap<String, String>> {
     // Files saved from the bare decoder lack the prefix `model.`.
     let bare = !found.keys().any(|name| name.starts_with("model."));
     let mut names = BTreeMap::new();
@@ -93,7 +113,9 @@ fn names(architecture: &Architecture, found: &BTreeMap<String, Vec<usize>>) -> R
         match found.get(&stored) {
             None => problems.push(format!("missing: `{name}` {shape:?}")),
             Some(other) if *other != shape => {
-                problems.push(format!("`{stored}` has shape {other:?}, config.json says {shape:?}"));
+                problems.push(format!(
+                    "`{stored}` has shape {other:?}, config.json says {shape:?}"
+                ));
             }
             Some(_) => {
                 names.insert(name, stored);
@@ -106,7 +128,10 @@ fn names(architecture: &Architecture, found: &BTreeMap<String, Vec<usize>>) -> R
             || (architecture.tie_word_embeddings && (name == HEAD || name == EMBEDDING))
     };
     problems.extend(
-        found.keys().filter(|name| !known(name)).map(|name| format!("surplus: `{name}` is not part of this architecture")),
+        found
+            .keys()
+            .filter(|name| !known(name))
+            .map(|name| format!("surplus: `{name}` is not part of this architecture")),
     );
     if problems.is_empty() {
         return Ok(names);
@@ -117,14 +142,34 @@ fn names(architecture: &Architecture, found: &BTreeMap<String, Vec<usize>>) -> R
     if more > 0 {
         problems.push(format!("and {more} more"));
     }
-    Err(Error::new(Kind::Model, format!("the weight files do not fit config.json:\n  {}", problems.join("\n  ")))
-        .hint("config.json and the weights must come from the same revision of the same model"))
+    Err(Error::new(
+        Kind::Model,
+        format!(
+            "the weight files do not fit config.json:\n  {}",
+            problems.join("\n  ")
+        ),
+    )
+    .hint("config.json and the weights must come from the same revision of the same model"))
 }
 
-fn stored_name(architecture: &Architecture, found: &BTreeMap<String, Vec<usize>>, name: &str, bare: bool) -> String {
-    let stored = if bare { name.strip_prefix("model.").unwrap_or(name) } else { name };
-    let tied_alias = architecture.tie_word_embeddings && name == EMBEDDING && !found.contains_key(stored);
-    if tied_alias { HEAD.to_string() } else { stored.to_string() }
+fn stored_name(
+    architecture: &Architecture,
+    found: &BTreeMap<String, Vec<usize>>,
+    name: &str,
+    bare: bool,
+) -> String {
+    let stored = if bare {
+        name.strip_prefix("model.").unwrap_or(name)
+    } else {
+        name
+    };
+    let tied_alias =
+        architecture.tie_word_embeddings && name == EMBEDDING && !found.contains_key(stored);
+    if tied_alias {
+        HEAD.to_string()
+    } else {
+        stored.to_string()
+    }
 }
 
 /// A tensor of a model trained from scratch, as transformers draws it: norms one, biases zero, all else normal with
@@ -141,9 +186,16 @@ pub fn random_tensor(name: &str, shape: &[usize], initializer_range: f64, seed: 
     let mut uniform = move || (f64::from(random.next_u32()) + 0.5) / 4_294_967_296.0;
     // Box and Muller 1958: two independent normal numbers from two uniform ones.
     let mut pairs = std::iter::repeat_with(move || {
-        let (radius, angle) = ((-2.0 * uniform().ln()).sqrt(), std::f64::consts::TAU * uniform());
+        let (radius, angle) = (
+            (-2.0 * uniform().ln()).sqrt(),
+            std::f64::consts::TAU * uniform(),
+        );
         [radius * angle.cos(), radius * angle.sin()]
     })
     .flatten();
-    pairs.by_ref().take(count).map(|z| (z * initializer_range) as f32).collect()
+    pairs
+        .by_ref()
+        .take(count)
+        .map(|z| (z * initializer_range) as f32)
+        .collect()
 }

@@ -48,14 +48,24 @@ struct Pass {
 
 impl AdamW {
     /// Updates `parameters` by the flat `gradient` (n); `step` counts from 1. Returns the gradient's norm before clipping.
-    pub fn step(&self, context: Context<'_>, parameters: &Parameters, gradient: &Tensor, step: u64) -> Result<f64> {
+    pub fn step(
+        &self,
+        context: Context<'_>,
+        parameters: &Parameters,
+        gradient: &Tensor,
+        step: u64,
+    ) -> Result<f64> {
         expect("gradient", gradient, &[parameters.len()])?;
         context.tally.add(adamw_cost(parameters.len()));
         let norm = norm(gradient)?;
         if !norm.is_finite() {
             return Ok(norm);
         }
-        let clip = if self.max_grad_norm > 0.0 { (self.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let clip = if self.max_grad_norm > 0.0 {
+            (self.max_grad_norm / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
         let pass = Pass {
             clip: clip as f32,
             decay: (1.0 - self.learning_rate * self.weight_decay) as f32,
@@ -87,14 +97,24 @@ fn norm(gradient: &Tensor) -> Result<f64> {
                 let (chunks, rest) = chunk.as_chunks::<8>();
                 let mut lanes = [0.0f64; 8];
                 for chunk in chunks {
-                    lanes.iter_mut().zip(chunk).for_each(|(lane, g)| *lane += f64::from(*g) * f64::from(*g));
+                    lanes
+                        .iter_mut()
+                        .zip(chunk)
+                        .for_each(|(lane, g)| *lane += f64::from(*g) * f64::from(*g));
                 }
-                lanes.iter().sum::<f64>() + rest.iter().map(|g| f64::from(*g) * f64::from(*g)).sum::<f64>()
+                lanes.iter().sum::<f64>()
+                    + rest
+                        .iter()
+                        .map(|g| f64::from(*g) * f64::from(*g))
+                        .sum::<f64>()
             },
         )
     };
     let mut partial = vec![0.0; host.slice().len().div_ceil(CHUNK)];
-    each(partial.iter_mut().zip(host.slice().chunks(CHUNK)), |(partial, chunk)| *partial = square(chunk));
+    each(
+        partial.iter_mut().zip(host.slice().chunks(CHUNK)),
+        |(partial, chunk)| *partial = square(chunk),
+    );
     Ok(partial.iter().sum::<f64>().sqrt())
 }
 
@@ -114,9 +134,12 @@ impl Pass {
         let (value, first, second) = (row(0)?, row(1)?, row(2)?);
         let gradient = (gradient * f64::from(self.clip))?;
         let first = (&first + ((&gradient - &first)? * f64::from(self.rate1))?)?;
-        let second = ((second * f64::from(self.beta2))? + (gradient.sqr()? * f64::from(self.rate2))?)?;
-        let denominator = ((second.sqrt()? / f64::from(self.root_correction))? + f64::from(self.epsilon))?;
-        let value = ((value * f64::from(self.decay))? - ((&first / denominator)? * f64::from(self.step_size))?)?;
+        let second =
+            ((second * f64::from(self.beta2))? + (gradient.sqr()? * f64::from(self.rate2))?)?;
+        let denominator =
+            ((second.sqrt()? / f64::from(self.root_correction))? + f64::from(self.epsilon))?;
+        let value = ((value * f64::from(self.decay))?
+            - ((&first / denominator)? * f64::from(self.step_size))?)?;
         for (i, row) in [value, first, second].iter().enumerate() {
             state.slice_set(&row.unsqueeze(0)?, 0, i)?;
         }
@@ -129,26 +152,44 @@ impl InplaceOp2 for Pass {
         "adamw"
     }
 
-    fn cpu_fwd(&self, state: &mut CpuStorage, _: &Layout, gradient: &CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+    fn cpu_fwd(
+        &self,
+        state: &mut CpuStorage,
+        _: &Layout,
+        gradient: &CpuStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<()> {
         let (CpuStorage::F32(state), CpuStorage::F32(gradient)) = (state, gradient) else {
-            return Err(candle_core::Error::Msg("adamw keeps its state and gradient in f32".into()));
+            return Err(candle_core::Error::Msg(
+                "adamw keeps its state and gradient in f32".into(),
+            ));
         };
         let Some((start, end)) = layout.contiguous_offsets() else {
-            return Err(candle_core::Error::Msg("adamw needs a contiguous gradient".into()));
+            return Err(candle_core::Error::Msg(
+                "adamw needs a contiguous gradient".into(),
+            ));
         };
         let gradient = &gradient[start..end];
         let (value, moments) = state.split_at_mut(gradient.len());
         let (first, second) = moments.split_at_mut(gradient.len());
-        let rows = value.chunks_mut(CHUNK).zip(first.chunks_mut(CHUNK)).zip(second.chunks_mut(CHUNK));
-        each(rows.zip(gradient.chunks(CHUNK)), |(((value, first), second), gradient)| {
-            vectorized(
-                #[inline(always)]
-                |_| {
-                    let numbers = value.iter_mut().zip(first).zip(second).zip(gradient);
-                    numbers.for_each(|(((value, first), second), gradient)| self.update((value, first, second), *gradient));
-                },
-            );
-        });
+        let rows = value
+            .chunks_mut(CHUNK)
+            .zip(first.chunks_mut(CHUNK))
+            .zip(second.chunks_mut(CHUNK));
+        each(
+            rows.zip(gradient.chunks(CHUNK)),
+            |(((value, first), second), gradient)| {
+                vectorized(
+                    #[inline(always)]
+                    |_| {
+                        let numbers = value.iter_mut().zip(first).zip(second).zip(gradient);
+                        numbers.for_each(|(((value, first), second), gradient)| {
+                            self.update((value, first, second), *gradient)
+                        });
+                    },
+                );
+            },
+        );
         Ok(())
     }
 }

@@ -35,25 +35,32 @@ impl Mask {
         let least = (p * f64::from(1 << 24)).ceil() as u32;
         let words = width.div_ceil(WORD).max(1);
         let mut kept = vec![0; rows * words];
-        each(kept.chunks_mut(words * ROWS_PER_TASK).enumerate(), |(task, kept)| {
-            let mut drawn = vec![0; words * WORD];
-            for (row, kept) in kept.chunks_exact_mut(words).enumerate() {
-                draw(task * ROWS_PER_TASK + row, &mut drawn[..width]);
-                vectorized(
-                    #[inline(always)]
-                    |_| {
-                        for (kept, drawn) in kept.iter_mut().zip(drawn.as_chunks::<WORD>().0) {
-                            let mut bits = 0;
-                            for (i, drawn) in drawn.iter().enumerate() {
-                                bits |= u32::from(drawn >> 8 >= least) << i;
+        each(
+            kept.chunks_mut(words * ROWS_PER_TASK).enumerate(),
+            |(task, kept)| {
+                let mut drawn = vec![0; words * WORD];
+                for (row, kept) in kept.chunks_exact_mut(words).enumerate() {
+                    draw(task * ROWS_PER_TASK + row, &mut drawn[..width]);
+                    vectorized(
+                        #[inline(always)]
+                        |_| {
+                            for (kept, drawn) in kept.iter_mut().zip(drawn.as_chunks::<WORD>().0) {
+                                let mut bits = 0;
+                                for (i, drawn) in drawn.iter().enumerate() {
+                                    bits |= u32::from(drawn >> 8 >= least) << i;
+                                }
+                                *kept = bits;
                             }
-                            *kept = bits;
-                        }
-                    },
-                );
-            }
-        });
-        Self { kept: kept.into(), shape, scale: (1.0 / (1.0 - p)) as f32 }
+                        },
+                    );
+                }
+            },
+        );
+        Self {
+            kept: kept.into(),
+            shape,
+            scale: (1.0 / (1.0 - p)) as f32,
+        }
     }
 
     /// The mask as numbers (N, in): zero, or `1 / (1 - p)`.
@@ -84,30 +91,41 @@ impl Mask {
 
     fn apply<const ADD: bool, T: Number>(&self, x: &[T], out: &mut [f32]) {
         let (rows, width) = self.shape;
-        assert!(x.len() == rows * width && out.len() == x.len(), "a mask has its input's shape");
+        assert!(
+            x.len() == rows * width && out.len() == x.len(),
+            "a mask has its input's shape"
+        );
         let (words, part) = (width.div_ceil(WORD), (width * ROWS_PER_TASK).max(1));
-        each(out.chunks_mut(part).zip(x.chunks(part)).enumerate(), |(task, (out, x))| {
-            let kept = &self.kept[task * ROWS_PER_TASK * words..];
-            vectorized(
-                #[inline(always)]
-                |_| {
-                    for (row, (out, x)) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
-                        let kept = &kept[row * words..][..words];
-                        let ((out, out_rest), (x, x_rest)) = (out.as_chunks_mut::<WORD>(), x.as_chunks::<WORD>());
-                        for (word, (out, x)) in out.iter_mut().zip(x).enumerate() {
-                            for i in 0..WORD {
-                                let x = x[i].widen() * self.factor(kept[word], i);
-                                out[i] = if ADD { out[i] + x } else { x };
+        each(
+            out.chunks_mut(part).zip(x.chunks(part)).enumerate(),
+            |(task, (out, x))| {
+                let kept = &self.kept[task * ROWS_PER_TASK * words..];
+                vectorized(
+                    #[inline(always)]
+                    |_| {
+                        for (row, (out, x)) in out
+                            .chunks_exact_mut(width)
+                            .zip(x.chunks_exact(width))
+                            .enumerate()
+                        {
+                            let kept = &kept[row * words..][..words];
+                            let ((out, out_rest), (x, x_rest)) =
+                                (out.as_chunks_mut::<WORD>(), x.as_chunks::<WORD>());
+                            for (word, (out, x)) in out.iter_mut().zip(x).enumerate() {
+                                for i in 0..WORD {
+                                    let x = x[i].widen() * self.factor(kept[word], i);
+                                    out[i] = if ADD { out[i] + x } else { x };
+                                }
+                            }
+                            for i in 0..out_rest.len() {
+                                let x = x_rest[i].widen() * self.factor(kept[words - 1], i);
+                                out_rest[i] = if ADD { out_rest[i] + x } else { x };
                             }
                         }
-                        for i in 0..out_rest.len() {
-                            let x = x_rest[i].widen() * self.factor(kept[words - 1], i);
-                            out_rest[i] = if ADD { out_rest[i] + x } else { x };
-                        }
-                    }
-                },
-            );
-        });
+                    },
+                );
+            },
+        );
     }
 
     /// What number `i` of a word is multiplied by.

@@ -32,7 +32,9 @@ pub fn embedding_backward(
     gradients: &mut Gradients,
 ) -> Result<()> {
     let (v, c) = table.tensor.dims2()?;
-    context.tally.add(embedding_backward_cost(ids.dims1()?, c, v));
+    context
+        .tally
+        .add(embedding_backward_cost(ids.dims1()?, c, v));
     let zeros = Tensor::zeros((v, c), DType::F32, dx.device())?;
     gradients.add(table, zeros.index_add(ids, dx, 0)?)
 }

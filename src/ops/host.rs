@@ -22,7 +22,10 @@ impl<'a> Host<'a> {
     pub(super) fn open(tensor: &'a Tensor) -> Result<Self> {
         match tensor.dtype() {
             DType::F32 => Self::open_any(tensor),
-            other => Err(Error::new(Kind::Tensor, "a fused CPU pass needs f32 tensors").value(format!("{other:?}"))),
+            other => Err(
+                Error::new(Kind::Tensor, "a fused CPU pass needs f32 tensors")
+                    .value(format!("{other:?}")),
+            ),
         }
     }
 
@@ -30,12 +33,22 @@ impl<'a> Host<'a> {
     pub(super) fn open_any(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else {
-            return Err(Error::new(Kind::Tensor, "a fused pass needs contiguous tensors").value(format!("{layout:?}")));
+            return Err(
+                Error::new(Kind::Tensor, "a fused pass needs contiguous tensors")
+                    .value(format!("{layout:?}")),
+            );
         };
         match &*storage {
-            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(Self { storage, start, len: end - start }),
-            _ => Err(Error::new(Kind::Tensor, "a fused CPU pass needs f32 or bf16 tensors on the CPU")
-                .value(format!("{:?}", tensor.dtype()))),
+            Storage::Cpu(CpuStorage::F32(_) | CpuStorage::BF16(_)) => Ok(Self {
+                storage,
+                start,
+                len: end - start,
+            }),
+            _ => Err(Error::new(
+                Kind::Tensor,
+                "a fused CPU pass needs f32 or bf16 tensors on the CPU",
+            )
+            .value(format!("{:?}", tensor.dtype()))),
         }
     }
 
@@ -79,12 +92,19 @@ pub(super) unsafe fn uninitialized<T: Copy>(n: usize) -> Vec<T> {
 pub(super) fn widen(values: &[bf16]) -> Vec<f32> {
     // SAFETY: the loop writes every number.
     let mut wide = unsafe { uninitialized(values.len()) };
-    each(wide.chunks_mut(CHUNK).zip(values.chunks(CHUNK)), |(wide, narrow)| {
-        vectorized(
-            #[inline(always)]
-            |_| wide.iter_mut().zip(narrow).for_each(|(wide, x)| *wide = x.widen()),
-        );
-    });
+    each(
+        wide.chunks_mut(CHUNK).zip(values.chunks(CHUNK)),
+        |(wide, narrow)| {
+            vectorized(
+                #[inline(always)]
+                |_| {
+                    wide.iter_mut()
+                        .zip(narrow)
+                        .for_each(|(wide, x)| *wide = x.widen())
+                },
+            );
+        },
+    );
     wide
 }
 
@@ -107,7 +127,11 @@ impl Stored for bf16 {
         let bits = wide.to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
         // Rounding could carry a not-a-number into infinity.
-        let bits = if wide.is_nan() { bits | 0x0040_0000 } else { rounded };
+        let bits = if wide.is_nan() {
+            bits | 0x0040_0000
+        } else {
+            rounded
+        };
         bf16::from_bits((bits >> 16) as u16)
     }
 }
@@ -133,12 +157,15 @@ pub(super) fn kept(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
     let host = Host::open(x)?;
     // SAFETY: the loop writes every number.
     let mut narrow = unsafe { uninitialized(host.len) };
-    each(narrow.chunks_mut(CHUNK).zip(host.slice().chunks(CHUNK)), |(narrow, x)| {
-        vectorized(
-            #[inline(always)]
-            |_| narrow_into(narrow, x),
-        )
-    });
+    each(
+        narrow.chunks_mut(CHUNK).zip(host.slice().chunks(CHUNK)),
+        |(narrow, x)| {
+            vectorized(
+                #[inline(always)]
+                |_| narrow_into(narrow, x),
+            )
+        },
+    );
     Ok(Tensor::from_vec(narrow, x.shape(), &Device::Cpu)?)
 }
 
@@ -179,9 +206,12 @@ pub(super) fn expect_shape(name: &str, found: &[usize], shape: &[usize]) -> Resu
     if found == shape {
         return Ok(());
     }
-    Err(Error::new(Kind::Tensor, format!("`{name}` has a shape that its op cannot take"))
-        .value(format!("{found:?}"))
-        .rule(format!("{shape:?}")))
+    Err(Error::new(
+        Kind::Tensor,
+        format!("`{name}` has a shape that its op cannot take"),
+    )
+    .value(format!("{found:?}"))
+    .rule(format!("{shape:?}")))
 }
 
 /// Rows a parallel task takes at least: below this a task costs more than it saves.

@@ -6,8 +6,12 @@
 use candle_core::{DType, Tensor};
 
 use super::dropout::Mask;
-use super::host::{Host, ROWS_PER_TASK, expect, expect_shape, f32_contiguous, restored, tensor, uninitialized};
-use super::product::{Left, Matrix, Prepared, Start, Term, product, product_by, product_of_few, products};
+use super::host::{
+    Host, ROWS_PER_TASK, expect, expect_shape, f32_contiguous, restored, tensor, uninitialized,
+};
+use super::product::{
+    Left, Matrix, Prepared, Start, Term, product, product_by, product_of_few, products,
+};
 use super::residual::residual_cost;
 use super::team::each;
 use super::{Context, Gradients, Weight, matmul};
@@ -50,19 +54,38 @@ impl LinearInput {
     pub fn new(context: Context<'_>, x: Tensor) -> Result<Self> {
         let shape = x.dims2()?;
         if !context.fused(&x) {
-            return Ok(Self { shape, x: Some(x), prepared: Prepared::default() });
+            return Ok(Self {
+                shape,
+                x: Some(x),
+                prepared: Prepared::default(),
+            });
         }
         let x = x.contiguous()?;
-        let prepared = Prepared::new(context.precision, &Host::open_any(&x)?.matrix(shape.0, shape.1));
+        let prepared = Prepared::new(
+            context.precision,
+            &Host::open_any(&x)?.matrix(shape.0, shape.1),
+        );
         // Where nothing was packed it is read as f32, by every layer.
-        let x = if prepared.packed().is_none() { restored(context, &x)? } else { x };
-        Ok(Self { shape, x: Some(x), prepared })
+        let x = if prepared.packed().is_none() {
+            restored(context, &x)?
+        } else {
+            x
+        };
+        Ok(Self {
+            shape,
+            x: Some(x),
+            prepared,
+        })
     }
 
     /// What was packed, and nothing else.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn packed(shape: (usize, usize), prepared: Prepared) -> Self {
-        Self { shape, x: None, prepared }
+        Self {
+            shape,
+            x: None,
+            prepared,
+        }
     }
 
     /// (N, in).
@@ -90,7 +113,10 @@ impl LinearInput {
         let (rows, columns) = self.shape;
         match Left::prepared(rows, columns, &self.prepared) {
             Some(left) => Ok(left),
-            None => Ok(Left::of(host.as_ref().ok_or_else(only_packed)?.matrix(rows, columns), Prepared::default())),
+            None => Ok(Left::of(
+                host.as_ref().ok_or_else(only_packed)?.matrix(rows, columns),
+                Prepared::default(),
+            )),
         }
     }
 
@@ -100,12 +126,19 @@ impl LinearInput {
         if let Some(packed) = self.prepared.packed() {
             return Ok(product_by(few, packed, columns));
         }
-        Ok(product_of_few(precision, few, Host::open_any(self.tensor()?)?.matrix(rows, columns)))
+        Ok(product_of_few(
+            precision,
+            few,
+            Host::open_any(self.tensor()?)?.matrix(rows, columns),
+        ))
     }
 }
 
 fn only_packed() -> Error {
-    Error::new(Kind::Tensor, "only the packed form of these numbers was made")
+    Error::new(
+        Kind::Tensor,
+        "only the packed form of these numbers was made",
+    )
 }
 
 /// What `backward` needs of a forward pass beside its input: the adapter's mask (where there is dropout) and masked input times A, (N, r).
@@ -142,7 +175,12 @@ pub struct LinearShape {
 impl LinearShape {
     /// Work of `forward`.
     pub fn forward_cost(&self, precision: Precision) -> Work {
-        let &Self { tokens: n, in_features: i, out_features: o, .. } = self;
+        let &Self {
+            tokens: n,
+            in_features: i,
+            out_features: o,
+            ..
+        } = self;
         let mut work = Work::product(n, o, i, precision);
         if let Some(r) = self.r {
             work += &Work::product(n, r, i, precision);
@@ -160,7 +198,12 @@ impl LinearShape {
 
     /// Work of `backward`; `input_gradient`: whether dx is wanted.
     pub fn backward_cost(&self, precision: Precision, input_gradient: bool) -> Work {
-        let &Self { tokens: n, in_features: i, out_features: o, .. } = self;
+        let &Self {
+            tokens: n,
+            in_features: i,
+            out_features: o,
+            ..
+        } = self;
         let mut work = Work::default();
         if input_gradient {
             work += &Work::product(n, i, o, precision);
@@ -194,9 +237,22 @@ impl Linear {
     /// The layer's shape for `tokens` rows.
     pub fn shape(&self, tokens: usize, dropout: bool) -> Result<LinearShape> {
         let (out_features, in_features) = self.weight.tensor.dims2()?;
-        let r = self.lora.as_ref().map(|lora| lora.a.tensor.dims2()).transpose()?.map(|(r, _)| r);
+        let r = self
+            .lora
+            .as_ref()
+            .map(|lora| lora.a.tensor.dims2())
+            .transpose()?
+            .map(|(r, _)| r);
         let (bias, trained) = (self.bias.is_some(), self.weight.is_trained());
-        Ok(LinearShape { tokens, in_features, out_features, r, bias, trained, dropout })
+        Ok(LinearShape {
+            tokens,
+            in_features,
+            out_features,
+            r,
+            bias,
+            trained,
+            dropout,
+        })
     }
 
     /// Whether `backward` wants x.
@@ -235,7 +291,11 @@ impl Linear {
     }
 
     pub(super) fn expect_input(&self, x: &LinearInput) -> Result<()> {
-        expect_shape("x", &[x.shape.0, x.shape.1], &[x.shape.0, self.weight.tensor.dims2()?.1])
+        expect_shape(
+            "x",
+            &[x.shape.0, x.shape.1],
+            &[x.shape.0, self.weight.tensor.dims2()?.1],
+        )
     }
 
     /// dy (N, out) and the forward pass's x (where `keeps_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
@@ -249,9 +309,22 @@ impl Linear {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let dy = LinearInput::new(context, dy.clone())?;
-        let x = x.filter(|_| self.keeps_input()).map(|x| LinearInput::new(context, x.clone())).transpose()?;
-        let branch = Branch { linear: self, dy: &dy, saved };
-        backward_together(context, &[branch], x.as_ref(), (input_gradient, base), gradients)
+        let x = x
+            .filter(|_| self.keeps_input())
+            .map(|x| LinearInput::new(context, x.clone()))
+            .transpose()?;
+        let branch = Branch {
+            linear: self,
+            dy: &dy,
+            saved,
+        };
+        backward_together(
+            context,
+            &[branch],
+            x.as_ref(),
+            (input_gradient, base),
+            gradients,
+        )
     }
 
     fn forward_reference(
@@ -286,19 +359,42 @@ impl Linear {
         mask: Option<Mask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let ((n, _), o, precision) = (input.shape, self.weight.tensor.dims2()?.0, context.precision);
+        let ((n, _), o, precision) = (
+            input.shape,
+            self.weight.tensor.dims2()?.0,
+            context.precision,
+        );
         let (host, w) = (input.host()?, Host::open_any(&self.weight.tensor)?);
         let left = input.left(&host)?;
         let adapter = self.low(context, input, &left, mask)?;
-        let b = self.lora.as_ref().map(|lora| Host::open_any(&lora.b.tensor)).transpose()?;
+        let b = self
+            .lora
+            .as_ref()
+            .map(|lora| Host::open_any(&lora.b.tensor))
+            .transpose()?;
         let r = shape_of_a(self)?.0;
         let low = adapter.as_ref().zip(b.as_ref());
-        let low = low.map(|((_, scaled), b)| (Left::new(precision, Matrix::of(scaled, n, r)), b.matrix(o, r).t()));
-        let mut terms = vec![Term { a: &left, b: self.weight.matrix(&w)?.t() }];
+        let low = low.map(|((_, scaled), b)| {
+            (
+                Left::new(precision, Matrix::of(scaled, n, r)),
+                b.matrix(o, r).t(),
+            )
+        });
+        let mut terms = vec![Term {
+            a: &left,
+            b: self.weight.matrix(&w)?.t(),
+        }];
         terms.extend(low.as_ref().map(|(a, b)| Term { a, b: *b }));
-        let bias = self.bias.as_ref().map(|bias| f32_contiguous(&bias.tensor)).transpose()?;
+        let bias = self
+            .bias
+            .as_ref()
+            .map(|bias| f32_contiguous(&bias.tensor))
+            .transpose()?;
         let base = base.map(Tensor::contiguous).transpose()?;
-        let (bias_host, base_host) = (bias.as_ref().map(Host::open).transpose()?, base.as_ref().map(Host::open).transpose()?);
+        let (bias_host, base_host) = (
+            bias.as_ref().map(Host::open).transpose()?,
+            base.as_ref().map(Host::open).transpose()?,
+        );
         let start = match (&base_host, &bias_host) {
             (Some(base), _) => Start::Matrix(base.slice()),
             (None, Some(bias)) => Start::Row(bias.slice()),
@@ -320,14 +416,38 @@ impl Linear {
         left: &Left<'_>,
         mask: Option<Mask>,
     ) -> Result<Option<(LinearSaved, Vec<f32>)>> {
-        let Some(lora) = &self.lora else { return Ok(None) };
-        let ((n, i), (r, _), a) = (input.shape, lora.a.tensor.dims2()?, Host::open_any(&lora.a.tensor)?);
+        let Some(lora) = &self.lora else {
+            return Ok(None);
+        };
+        let ((n, i), (r, _), a) = (
+            input.shape,
+            lora.a.tensor.dims2()?,
+            Host::open_any(&lora.a.tensor)?,
+        );
         let xa = match &mask {
-            None => products(&[Term { a: left, b: a.matrix(r, i).t() }], Start::Zero),
-            Some(mask) => product(context.precision, Matrix::of(&mask.of(input.tensor()?)?, n, i), a.matrix(r, i).t()),
+            None => products(
+                &[Term {
+                    a: left,
+                    b: a.matrix(r, i).t(),
+                }],
+                Start::Zero,
+            ),
+            Some(mask) => product(
+                context.precision,
+                Matrix::of(&mask.of(input.tensor()?)?, n, i),
+                a.matrix(r, i).t(),
+            ),
         };
         let scaled = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
-        Ok(Some((LinearSaved { low: Some(Low { mask, xa: tensor(xa, (n, r))? }) }, scaled)))
+        Ok(Some((
+            LinearSaved {
+                low: Some(Low {
+                    mask,
+                    xa: tensor(xa, (n, r))?,
+                }),
+            },
+            scaled,
+        )))
     }
 }
 
@@ -351,28 +471,50 @@ pub fn backward_together(
     (input_gradient, base): (bool, Option<&Tensor>),
     gradients: &mut Gradients,
 ) -> Result<Option<Tensor>> {
-    let Some(first) = branches.first() else { return Ok(None) };
+    let Some(first) = branches.first() else {
+        return Ok(None);
+    };
     let (tokens, in_features) = (first.dy.shape.0, first.linear.weight.tensor.dims2()?.1);
     for (index, Branch { linear, dy, saved }) in branches.iter().enumerate() {
         let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
         let shape = linear.shape(tokens, dropout)?;
-        expect_shape("dy", &[dy.shape.0, dy.shape.1], &[tokens, shape.out_features])?;
-        expect("weight", &linear.weight.tensor, &[shape.out_features, in_features])?;
-        x.map_or(Ok(()), |x| expect_shape("x", &[x.shape.0, x.shape.1], &[tokens, in_features]))?;
-        context.tally.add(shape.backward_cost(context.precision, input_gradient));
+        expect_shape(
+            "dy",
+            &[dy.shape.0, dy.shape.1],
+            &[tokens, shape.out_features],
+        )?;
+        expect(
+            "weight",
+            &linear.weight.tensor,
+            &[shape.out_features, in_features],
+        )?;
+        x.map_or(Ok(()), |x| {
+            expect_shape("x", &[x.shape.0, x.shape.1], &[tokens, in_features])
+        })?;
+        context
+            .tally
+            .add(shape.backward_cost(context.precision, input_gradient));
         match (input_gradient, index) {
             (false, _) => {}
             (true, 0) => count_base(context, base, &[tokens, in_features])?,
             (true, _) => context.tally.add(residual_cost(tokens, in_features)),
         }
         if linear.keeps_input() && x.is_none() {
-            return Err(Error::new(Kind::Tensor, "a linear layer that is trained needs its input in the backward pass"));
+            return Err(Error::new(
+                Kind::Tensor,
+                "a linear layer that is trained needs its input in the backward pass",
+            ));
         }
     }
     let reference = first.dy.x.as_ref().is_some_and(|dy| !context.fused(dy));
     if !reference {
-        let lows = branches.iter().map(|branch| branch.parameters(context, x, gradients)).collect::<Result<Vec<_>>>()?;
-        return input_gradient.then(|| input_gradients(context, branches, &lows, base)).transpose();
+        let lows = branches
+            .iter()
+            .map(|branch| branch.parameters(context, x, gradients))
+            .collect::<Result<Vec<_>>>()?;
+        return input_gradient
+            .then(|| input_gradients(context, branches, &lows, base))
+            .transpose();
     }
     let mut sum = base.cloned();
     for branch in branches {
@@ -398,15 +540,23 @@ impl Branch<'_> {
     ) -> Result<Option<Tensor>> {
         let (dy, weight) = (self.dy.tensor()?, &self.linear.weight);
         let x = x.map(LinearInput::tensor).transpose()?;
-        let mut dx = input_gradient.then(|| matmul(context, dy, &weight.tensor)).transpose()?;
+        let mut dx = input_gradient
+            .then(|| matmul(context, dy, &weight.tensor))
+            .transpose()?;
         if let (true, Some(x)) = (weight.is_trained(), x) {
             gradients.add(weight, matmul(context, &dy.t()?, x)?)?;
         }
         self.bias(gradients)?;
         if let (Some(lora), Some(low), Some(x)) = (&self.linear.lora, &self.saved.low, x) {
             let d_low = (matmul(context, dy, &lora.b.tensor)? * lora.scaling)?; // (N, r)
-            gradients.add(&lora.b, (matmul(context, &dy.t()?, &low.xa)? * lora.scaling)?)?;
-            gradients.add(&lora.a, matmul(context, &d_low.t()?, &masked(x, low.mask.as_ref())?)?)?;
+            gradients.add(
+                &lora.b,
+                (matmul(context, &dy.t()?, &low.xa)? * lora.scaling)?,
+            )?;
+            gradients.add(
+                &lora.a,
+                matmul(context, &d_low.t()?, &masked(x, low.mask.as_ref())?)?,
+            )?;
             if let Some(sum) = dx {
                 let through = masked(&matmul(context, &d_low, &lora.a.tensor)?, low.mask.as_ref())?;
                 dx = Some((sum + through)?);
@@ -416,28 +566,57 @@ impl Branch<'_> {
     }
 
     /// The gradients of what is trained.
-    fn parameters(&self, context: Context<'_>, x: Option<&LinearInput>, gradients: &mut Gradients) -> Result<DLow> {
+    fn parameters(
+        &self,
+        context: Context<'_>,
+        x: Option<&LinearInput>,
+        gradients: &mut Gradients,
+    ) -> Result<DLow> {
         if let (true, Some(x)) = (self.linear.weight.is_trained(), x) {
             let (precision, (n, o)) = (context.precision, self.dy.shape);
-            let (i, dy, x) = (x.shape.1, Host::open_any(self.dy.tensor()?)?, Host::open_any(x.tensor()?)?);
+            let (i, dy, x) = (
+                x.shape.1,
+                Host::open_any(self.dy.tensor()?)?,
+                Host::open_any(x.tensor()?)?,
+            );
             let dw = product(precision, dy.matrix(n, o).t(), x.matrix(n, i));
             gradients.add(&self.linear.weight, tensor(dw, (o, i))?)?;
         }
         self.bias(gradients)?;
-        let (Some(x), Some(d_low)) = (x, self.outer_gradient(context, gradients)?) else { return Ok(None) };
+        let (Some(x), Some(d_low)) = (x, self.outer_gradient(context, gradients)?) else {
+            return Ok(None);
+        };
         self.inner_gradient(context, x, &d_low, gradients)?;
         Ok(Some(d_low))
     }
 
     /// dB, where there is an adapter; returns `scaling` times dy B, (N, r).
-    pub(super) fn outer_gradient(&self, context: Context<'_>, gradients: &mut Gradients) -> Result<DLow> {
-        let (Some(lora), Some(low)) = (&self.linear.lora, &self.saved.low) else { return Ok(None) };
+    pub(super) fn outer_gradient(
+        &self,
+        context: Context<'_>,
+        gradients: &mut Gradients,
+    ) -> Result<DLow> {
+        let (Some(lora), Some(low)) = (&self.linear.lora, &self.saved.low) else {
+            return Ok(None);
+        };
         let ((n, o), (_, r), scaling) = (self.dy.shape, low.xa.dims2()?, lora.scaling as f32);
-        let (b, xa, host) = (Host::open_any(&lora.b.tensor)?, Host::open(&low.xa)?, self.dy.host()?);
-        let mut d_low = products(&[Term { a: &self.dy.left(&host)?, b: b.matrix(o, r) }], Start::Zero);
+        let (b, xa, host) = (
+            Host::open_any(&lora.b.tensor)?,
+            Host::open(&low.xa)?,
+            self.dy.host()?,
+        );
+        let mut d_low = products(
+            &[Term {
+                a: &self.dy.left(&host)?,
+                b: b.matrix(o, r),
+            }],
+            Start::Zero,
+        );
         d_low.iter_mut().for_each(|d| *d *= scaling);
         // By its transpose: rows of r, so that B's long side lies along the vectors.
-        let db = self.dy.product_of_few(context.precision, xa.matrix(n, r).t())?;
+        let db = self
+            .dy
+            .product_of_few(context.precision, xa.matrix(n, r).t())?;
         gradients.add(&lora.b, tensor(transposed(&db, (r, o), scaling), (o, r))?)?;
         Ok(Some(d_low))
     }
@@ -450,12 +629,18 @@ impl Branch<'_> {
         d_low: &[f32],
         gradients: &mut Gradients,
     ) -> Result<()> {
-        let (Some(lora), Some(low), (n, i)) = (&self.linear.lora, &self.saved.low, x.shape) else { return Ok(()) };
+        let (Some(lora), Some(low), (n, i)) = (&self.linear.lora, &self.saved.low, x.shape) else {
+            return Ok(());
+        };
         let r = low.xa.dims2()?.1;
         let few = Matrix::of(d_low, n, r).t();
         let da = match &low.mask {
             None => x.product_of_few(context.precision, few)?,
-            Some(mask) => product_of_few(context.precision, few, Matrix::of(&mask.of(x.tensor()?)?, n, i)),
+            Some(mask) => product_of_few(
+                context.precision,
+                few,
+                Matrix::of(&mask.of(x.tensor()?)?, n, i),
+            ),
         };
         gradients.add(&lora.a, tensor(da, (r, i))?)
     }
@@ -469,25 +654,47 @@ impl Branch<'_> {
 }
 
 /// The sum of the layers' dx, in one sum of products; what went through a dropout mask is added after it.
-fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow], base: Option<&Tensor>) -> Result<Tensor> {
+fn input_gradients(
+    context: Context<'_>,
+    branches: &[Branch<'_>],
+    lows: &[DLow],
+    base: Option<&Tensor>,
+) -> Result<Tensor> {
     let (n, precision) = (branches[0].dy.shape.0, context.precision);
-    let hosts = branches.iter().map(|branch| Ok((branch.dy.host()?, Host::open_any(&branch.linear.weight.tensor)?)));
+    let hosts = branches.iter().map(|branch| {
+        Ok((
+            branch.dy.host()?,
+            Host::open_any(&branch.linear.weight.tensor)?,
+        ))
+    });
     let hosts = hosts.collect::<Result<Vec<_>>>()?;
     let loras = branches.iter().map(|branch| branch.linear.lora.as_ref());
-    let factors = loras.map(|lora| lora.map(|lora| Host::open_any(&lora.a.tensor)).transpose()).collect::<Result<Vec<_>>>()?;
+    let factors = loras
+        .map(|lora| lora.map(|lora| Host::open_any(&lora.a.tensor)).transpose())
+        .collect::<Result<Vec<_>>>()?;
     let i = branches[0].linear.weight.tensor.dims2()?.1;
     let mut lefts = Vec::new();
     for ((branch, (dy, _)), d_low) in branches.iter().zip(&hosts).zip(lows) {
         let r = shape_of_a(branch.linear)?.0;
-        let low = d_low.as_ref().map(|d_low| Left::new(precision, Matrix::of(d_low, n, r)));
+        let low = d_low
+            .as_ref()
+            .map(|d_low| Left::new(precision, Matrix::of(d_low, n, r)));
         lefts.push((branch.dy.left(dy)?, low));
     }
     let (mut terms, mut apart) = (Vec::new(), Vec::new());
     for (index, (dy, low)) in lefts.iter().enumerate() {
         let Branch { linear, saved, .. } = &branches[index];
-        terms.push(Term { a: dy, b: linear.weight.matrix(&hosts[index].1)? });
-        let (Some(low), Some(a)) = (low, &factors[index]) else { continue };
-        let term = Term { a: low, b: a.matrix(shape_of_a(linear)?.0, i) };
+        terms.push(Term {
+            a: dy,
+            b: linear.weight.matrix(&hosts[index].1)?,
+        });
+        let (Some(low), Some(a)) = (low, &factors[index]) else {
+            continue;
+        };
+        let term = Term {
+            a: low,
+            b: a.matrix(shape_of_a(linear)?.0, i),
+        };
         match saved.low.as_ref().and_then(|low| low.mask.as_ref()) {
             None => terms.push(term),
             Some(mask) => apart.push((term, mask)),
@@ -495,7 +702,11 @@ fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow],
     }
     let base = base.map(Tensor::contiguous).transpose()?;
     let base = base.as_ref().map(Host::open).transpose()?;
-    let mut dx = products(&terms, base.as_ref().map_or(Start::Zero, |base| Start::Matrix(base.slice())));
+    let mut dx = products(
+        &terms,
+        base.as_ref()
+            .map_or(Start::Zero, |base| Start::Matrix(base.slice())),
+    );
     for (term, mask) in apart {
         mask.add(&products(&[term], Start::Zero), &mut dx);
     }
@@ -504,7 +715,10 @@ fn input_gradients(context: Context<'_>, branches: &[Branch<'_>], lows: &[DLow],
 
 /// (r, in) of a layer's adapter; (0, 0) where there is none.
 fn shape_of_a(linear: &Linear) -> Result<(usize, usize)> {
-    linear.lora.as_ref().map_or(Ok((0, 0)), |lora| Ok(lora.a.tensor.dims2()?))
+    linear
+        .lora
+        .as_ref()
+        .map_or(Ok((0, 0)), |lora| Ok(lora.a.tensor.dims2()?))
 }
 
 /// Counts the addition of a `base` and refuses one of another shape.
@@ -519,12 +733,18 @@ fn count_base(context: Context<'_>, base: Option<&Tensor>, shape: &[usize; 2]) -
 fn transposed(x: &[f32], (rows, columns): (usize, usize), scale: f32) -> Vec<f32> {
     // SAFETY: the loop writes every number.
     let mut out: Vec<f32> = unsafe { uninitialized(x.len()) };
-    each(out.chunks_mut((rows * 4 * ROWS_PER_TASK).max(1)).enumerate(), |(index, out)| {
-        for (column, out) in out.chunks_exact_mut(rows).enumerate() {
-            let column = index * 4 * ROWS_PER_TASK + column;
-            out.iter_mut().enumerate().for_each(|(row, out)| *out = scale * x[row * columns + column]);
-        }
-    });
+    each(
+        out.chunks_mut((rows * 4 * ROWS_PER_TASK).max(1))
+            .enumerate(),
+        |(index, out)| {
+            for (column, out) in out.chunks_exact_mut(rows).enumerate() {
+                let column = index * 4 * ROWS_PER_TASK + column;
+                out.iter_mut()
+                    .enumerate()
+                    .for_each(|(row, out)| *out = scale * x[row * columns + column]);
+            }
+        },
+    );
     out
 }
 

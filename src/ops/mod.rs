@@ -25,7 +25,10 @@ mod swiglu;
 mod team;
 
 pub use adamw::{AdamW, adamw_cost};
-pub use attention::{Attention, AttentionSaved, attention_backward_cost, attention_decode_cost, attention_forward_cost};
+pub use attention::{
+    Attention, AttentionSaved, attention_backward_cost, attention_decode_cost,
+    attention_forward_cost,
+};
 pub use cross_entropy::{Head, HeadShape};
 pub use dropout::Mask;
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
@@ -59,7 +62,11 @@ pub struct Context<'a> {
 impl<'a> Context<'a> {
     /// The context of a normal run.
     pub fn new(tally: &'a Tally, precision: Precision) -> Self {
-        Self { tally, precision, reference: false }
+        Self {
+            tally,
+            precision,
+            reference: false,
+        }
     }
 
     /// Whether the fused CPU pass runs on this tensor.

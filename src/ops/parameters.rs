@@ -26,7 +26,11 @@ pub struct Weight {
 impl Weight {
     /// A weight that is never trained.
     pub fn frozen(tensor: Tensor) -> Self {
-        Self { tensor, slot: None, packings: None }
+        Self {
+            tensor,
+            slot: None,
+            packings: None,
+        }
     }
 
     /// A frozen weight keeps what fused passes pack of it, one form for each direction: twice its size in f32. Nothing for a trained one, whose
@@ -86,7 +90,10 @@ pub struct Parameters {
 impl Parameters {
     /// Lays the named tensors out in the given order; moments start at zero.
     pub fn new(tensors: Vec<(String, Vec<usize>, Vec<f32>)>, device: &Device) -> Result<Self> {
-        let (shapes, data): (Vec<_>, Vec<_>) = tensors.into_iter().map(|(name, shape, data)| ((name, shape), data)).unzip();
+        let (shapes, data): (Vec<_>, Vec<_>) = tensors
+            .into_iter()
+            .map(|(name, shape, data)| ((name, shape), data))
+            .unzip();
         let mut data = data.into_iter();
         Self::made(shapes, |_, _| Ok(data.next().unwrap_or_default()), device)
     }
@@ -99,17 +106,27 @@ impl Parameters {
         device: &Device,
     ) -> Result<Self> {
         let mut slots = Vec::with_capacity(shapes.len());
-        let count: usize = shapes.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        let count: usize = shapes
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum();
         // Room for the moments at once: to grow later would be to copy.
         let mut values = Vec::with_capacity(3 * count);
         for (index, (name, shape)) in shapes.into_iter().enumerate() {
-            let slot = Slot { name, shape, offset: values.len() };
+            let slot = Slot {
+                name,
+                shape,
+                offset: values.len(),
+            };
             let data = make(index, &slot)?;
             if slot.len() != data.len() {
                 let (found, wanted) = (data.len(), slot.len());
                 return Err(Error::new(
                     Kind::Tensor,
-                    format!("`{}` holds {found} numbers where its shape wants {wanted}", slot.name),
+                    format!(
+                        "`{}` holds {found} numbers where its shape wants {wanted}",
+                        slot.name
+                    ),
                 ));
             }
             values.extend_from_slice(&data);
@@ -117,7 +134,10 @@ impl Parameters {
         }
         let n = values.len();
         values.resize(3 * n, 0.0);
-        Ok(Self { slots, state: Tensor::from_vec(values, (3, n), device)? })
+        Ok(Self {
+            slots,
+            state: Tensor::from_vec(values, (3, n), device)?,
+        })
     }
 
     /// The trained tensors' places, in order.
@@ -138,8 +158,15 @@ impl Parameters {
     /// A view of slot `index`; it follows every later step.
     pub fn weight(&self, index: usize) -> Result<Weight> {
         let slot = &self.slots[index];
-        let view = self.row(0)?.narrow(0, slot.offset, slot.len())?.reshape(slot.shape.as_slice())?;
-        Ok(Weight { tensor: view, slot: Some(index), packings: None })
+        let view = self
+            .row(0)?
+            .narrow(0, slot.offset, slot.len())?
+            .reshape(slot.shape.as_slice())?;
+        Ok(Weight {
+            tensor: view,
+            slot: Some(index),
+            packings: None,
+        })
     }
 
     /// The (3, n) buffer itself, for the optimizer.
@@ -178,7 +205,9 @@ impl Parameters {
             let (found, wanted) = (row.len(), self.len());
             return Err(Error::new(
                 Kind::Run,
-                format!("a checkpoint holds {found} trained numbers where this recipe has {wanted}"),
+                format!(
+                    "a checkpoint holds {found} trained numbers where this recipe has {wanted}"
+                ),
             ));
         }
         let row = Tensor::from_slice(row, (1, self.len()), self.state.device())?;
@@ -195,7 +224,9 @@ pub struct Gradients {
 impl Gradients {
     /// No gradients yet, for `slots` trained tensors.
     pub fn new(slots: usize) -> Self {
-        Self { by_slot: vec![None; slots] }
+        Self {
+            by_slot: vec![None; slots],
+        }
     }
 
     /// None yet, for as many trained tensors.
@@ -215,7 +246,10 @@ impl Gradients {
     /// Adds `gradient` to that of `weight`; a frozen weight's gradient is a programming error and refused.
     pub fn add(&mut self, weight: &Weight, gradient: Tensor) -> Result<()> {
         let Some(entry) = weight.slot.and_then(|slot| self.by_slot.get_mut(slot)) else {
-            return Err(Error::new(Kind::Tensor, "a gradient was computed for a weight that is not trained"));
+            return Err(Error::new(
+                Kind::Tensor,
+                "a gradient was computed for a weight that is not trained",
+            ));
         };
         add(entry, gradient)
     }
@@ -230,7 +264,10 @@ impl Gradients {
         let mut parts = Vec::with_capacity(self.by_slot.len());
         for (index, slot) in parameters.slots().iter().enumerate() {
             let Some(gradient) = self.get(index) else {
-                return Err(Error::new(Kind::Diverged, format!("`{}` is trained but received no gradient", slot.name)));
+                return Err(Error::new(
+                    Kind::Diverged,
+                    format!("`{}` is trained but received no gradient", slot.name),
+                ));
             };
             expect(&slot.name, gradient, &slot.shape)?;
             parts.push(gradient.flatten_all()?.to_dtype(DType::F32)?);

@@ -3,7 +3,9 @@
 use candle_core::{D, DType, Device, Tensor};
 use half::bf16;
 
-use super::host::{Host, ROWS_PER_TASK, Stored, expect, kept, narrow_into, restored, tensor, uninitialized};
+use super::host::{
+    Host, ROWS_PER_TASK, Stored, expect, kept, narrow_into, restored, tensor, uninitialized,
+};
 use super::product::{Number, Values};
 use super::residual::residual_cost;
 use super::simd::{self, vectorized};
@@ -47,7 +49,12 @@ impl RmsNorm {
                 Host::open(x)?;
                 self.forward_cpu(context, x)
             }
-            false => Ok((self.forward_reference(x)?, RmsNormSaved { x: kept(context, x)? })),
+            false => Ok((
+                self.forward_reference(x)?,
+                RmsNormSaved {
+                    x: kept(context, x)?,
+                },
+            )),
         }
     }
 
@@ -78,7 +85,9 @@ impl RmsNorm {
     ) -> Result<Tensor> {
         let (n, c) = saved.x.dims2()?;
         expect("dy", dy, &[n, c])?;
-        context.tally.add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
+        context
+            .tally
+            .add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
         if let Some(base) = base {
             expect("base", base, &[n, c])?;
             context.tally.add(residual_cost(n, c));
@@ -100,11 +109,14 @@ impl RmsNorm {
 
     /// 1 / sqrt(mean(x^2) + eps), (N, 1).
     fn inverse_rms(&self, x: &Tensor) -> Result<Tensor> {
-        Ok((x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?.recip()?)
+        Ok((x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?
+            .sqrt()?
+            .recip()?)
     }
 
     fn forward_reference(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.broadcast_mul(&self.inverse_rms(x)?)?.broadcast_mul(&self.weight.tensor)?)
+        Ok(x.broadcast_mul(&self.inverse_rms(x)?)?
+            .broadcast_mul(&self.weight.tensor)?)
     }
 
     /// With s = inverse rms and g = dy * weight: dx = s g - x s^3 mean(g x).
@@ -126,46 +138,78 @@ impl RmsNorm {
             return Ok((tensor(y, shape)?, RmsNormSaved { x: x.clone() }));
         }
         // SAFETY: as above, and of the copy where it is as long.
-        let (mut y, mut copy): (Vec<bf16>, Vec<bf16>) =
-            unsafe { (uninitialized(n), uninitialized(if x.dtype() == DType::BF16 { 0 } else { n })) };
+        let (mut y, mut copy): (Vec<bf16>, Vec<bf16>) = unsafe {
+            (
+                uninitialized(n),
+                uninitialized(if x.dtype() == DType::BF16 { 0 } else { n }),
+            )
+        };
         self.rows(host.values(), shape.1, &mut y, &mut copy)?;
-        let x = if copy.is_empty() { x.clone() } else { Tensor::from_vec(copy, shape, x.device())? };
+        let x = if copy.is_empty() {
+            x.clone()
+        } else {
+            Tensor::from_vec(copy, shape, x.device())?
+        };
         Ok((Tensor::from_vec(y, shape, x.device())?, RmsNormSaved { x }))
     }
 
     /// Writes y, and x itself where `copy` has room for it.
-    fn rows<Y: Stored>(&self, x: Values<'_>, c: usize, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
+    fn rows<Y: Stored>(
+        &self,
+        x: Values<'_>,
+        c: usize,
+        y: &mut [Y],
+        copy: &mut [bf16],
+    ) -> Result<()> {
         match x {
             Values::F32(x) => self.rows_of(x, c, y, copy),
             Values::Bf16(x) => self.rows_of(x, c, y, copy),
         }
     }
 
-    fn rows_of<X: Number, Y: Stored>(&self, x: &[X], c: usize, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
+    fn rows_of<X: Number, Y: Stored>(
+        &self,
+        x: &[X],
+        c: usize,
+        y: &mut [Y],
+        copy: &mut [bf16],
+    ) -> Result<()> {
         let weight = Host::open(&self.weight.tensor)?;
         let (weight, rows) = (weight.slice(), c.max(1) * ROWS_PER_TASK);
-        let copies = copy.chunks_mut(rows).map(Some).chain(std::iter::repeat_with(|| None));
-        each(y.chunks_mut(rows).zip(x.chunks(rows)).zip(copies), |((y, x), copy)| {
-            vectorized(
-                #[inline(always)]
-                |_| {
-                    let weight = &weight[..c];
-                    for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                        let (y, s) = (&mut y[..c], self.inverse_rms_of(x));
-                        for i in 0..c {
-                            y[i] = Y::of(x[i].widen() * s * weight[i]);
+        let copies = copy
+            .chunks_mut(rows)
+            .map(Some)
+            .chain(std::iter::repeat_with(|| None));
+        each(
+            y.chunks_mut(rows).zip(x.chunks(rows)).zip(copies),
+            |((y, x), copy)| {
+                vectorized(
+                    #[inline(always)]
+                    |_| {
+                        let weight = &weight[..c];
+                        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                            let (y, s) = (&mut y[..c], self.inverse_rms_of(x));
+                            for i in 0..c {
+                                y[i] = Y::of(x[i].widen() * s * weight[i]);
+                            }
                         }
-                    }
-                    if let Some(copy) = copy {
-                        narrow_into(copy, x);
-                    }
-                },
-            );
-        });
+                        if let Some(copy) = copy {
+                            narrow_into(copy, x);
+                        }
+                    },
+                );
+            },
+        );
         Ok(())
     }
 
-    fn backward_cpu(&self, dy: &Tensor, x: &Tensor, base: Option<&Tensor>, gradients: &mut Gradients) -> Result<Tensor> {
+    fn backward_cpu(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        base: Option<&Tensor>,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
         let host = Host::open_any(x)?;
         match host.values() {
             Values::F32(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
@@ -188,17 +232,33 @@ impl RmsNorm {
         let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
         let rows = c.max(1) * ROWS_PER_TASK;
         // What each task adds to a trained weight's gradient.
-        let mut sums = vec![0.0; if self.weight.is_trained() { n.div_ceil(ROWS_PER_TASK) * c } else { 0 }];
-        let own = sums.chunks_mut(c.max(1)).map(Some).chain(std::iter::repeat_with(|| None));
+        let mut sums = vec![
+            0.0;
+            if self.weight.is_trained() {
+                n.div_ceil(ROWS_PER_TASK) * c
+            } else {
+                0
+            }
+        ];
+        let own = sums
+            .chunks_mut(c.max(1))
+            .map(Some)
+            .chain(std::iter::repeat_with(|| None));
         each(
-            dx.chunks_mut(rows).zip(dy.chunks(rows)).zip(x.chunks(rows)).zip(own).enumerate(),
+            dx.chunks_mut(rows)
+                .zip(dy.chunks(rows))
+                .zip(x.chunks(rows))
+                .zip(own)
+                .enumerate(),
             |(index, (((dx, dy), x), mut own))| {
                 let mut g = vec![0.0; c];
                 vectorized(
                     #[inline(always)]
                     |_| {
                         let (g, weight) = (&mut g[..c], &weight[..c]);
-                        for (row, (dx, dy)) in dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate() {
+                        for (row, (dx, dy)) in
+                            dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate()
+                        {
                             let (dx, dy, x) = (&mut dx[..c], &dy[..c], &x[row * c..][..c]);
                             let s = self.inverse_rms_of(x);
                             for i in 0..c {
@@ -231,7 +291,8 @@ impl RmsNorm {
         );
         if self.weight.is_trained() {
             let mut sum = vec![0.0; c];
-            sums.chunks(c.max(1)).for_each(|own| sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own));
+            sums.chunks(c.max(1))
+                .for_each(|own| sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own));
             gradients.add(&self.weight, Tensor::from_vec(sum, c, &Device::Cpu)?)?;
         }
         tensor(dx, (n, c))

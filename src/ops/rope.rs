@@ -82,28 +82,53 @@ impl Rope {
     /// Inverse frequencies (head_dim / 2) for a sequence of `length` tokens.
     fn inverse_frequencies(&self, length: usize) -> Vec<f64> {
         let dim = self.head_dim as f64;
-        let plain = |base: f64| (0..self.head_dim / 2).map(move |i| base.powf(-2.0 * i as f64 / dim));
+        let plain =
+            |base: f64| (0..self.head_dim / 2).map(move |i| base.powf(-2.0 * i as f64 / dim));
         match &self.scaling {
             RopeScaling::None => plain(self.theta).collect(),
             RopeScaling::Linear { factor } => plain(self.theta).map(|f| f / factor).collect(),
             RopeScaling::Dynamic { factor, original } => {
                 let stretch = length.max(*original) as f64 / *original as f64;
-                plain(self.theta * (factor * stretch - (factor - 1.0)).powf(dim / (dim - 2.0))).collect()
+                plain(self.theta * (factor * stretch - (factor - 1.0)).powf(dim / (dim - 2.0)))
+                    .collect()
             }
-            RopeScaling::Llama3 { factor, low, high, original } => {
-                plain(self.theta).map(|f| llama3(f, *factor, *low, *high, *original as f64)).collect()
-            }
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original, truncate, .. } => {
+            RopeScaling::Llama3 {
+                factor,
+                low,
+                high,
+                original,
+            } => plain(self.theta)
+                .map(|f| llama3(f, *factor, *low, *high, *original as f64))
+                .collect(),
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original,
+                truncate,
+                ..
+            } => {
                 let ramp = self.yarn_ramp(*beta_fast, *beta_slow, *original as f64, *truncate);
-                plain(self.theta).enumerate().map(|(i, f)| ramp(i) * f / factor + (1.0 - ramp(i)) * f).collect()
+                plain(self.theta)
+                    .enumerate()
+                    .map(|(i, f)| ramp(i) * f / factor + (1.0 - ramp(i)) * f)
+                    .collect()
             }
         }
     }
 
     /// The share of interpolation in dimension pair `i`.
-    fn yarn_ramp(&self, beta_fast: f64, beta_slow: f64, original: f64, truncate: bool) -> impl Fn(usize) -> f64 {
+    fn yarn_ramp(
+        &self,
+        beta_fast: f64,
+        beta_slow: f64,
+        original: f64,
+        truncate: bool,
+    ) -> impl Fn(usize) -> f64 {
         let dim = self.head_dim as f64;
-        let pair = |rotations: f64| dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
+        let pair = |rotations: f64| {
+            dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
+        };
         let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
         if truncate {
             (low, high) = (low.floor(), high.ceil());
@@ -118,7 +143,9 @@ impl Rope {
 
     fn attention_factor(&self) -> f64 {
         match self.scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor,
             _ => 1.0,
         }
     }
@@ -127,14 +154,23 @@ impl Rope {
     fn angles(&self, first: usize, length: usize, whole: usize) -> (Vec<f32>, Vec<f32>) {
         let frequencies = self.inverse_frequencies(whole);
         let factor = self.attention_factor();
-        let each = || (first..first + length).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-        (each().map(|a| (a.cos() * factor) as f32).collect(), each().map(|a| (a.sin() * factor) as f32).collect())
+        let each =
+            || (first..first + length).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        (
+            each().map(|a| (a.cos() * factor) as f32).collect(),
+            each().map(|a| (a.sin() * factor) as f32).collect(),
+        )
     }
 
     /// Tables for every token of `segments`; positions restart in each.
     pub fn tables(&self, segments: &Segments, device: &Device) -> Result<RopeTables> {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        let longest = segments.ranges().iter().map(|range| range.len()).max().unwrap_or(0);
+        let longest = segments
+            .ranges()
+            .iter()
+            .map(|range| range.len())
+            .max()
+            .unwrap_or(0);
         let by_length = matches!(self.scaling, RopeScaling::Dynamic { .. });
         let shared = self.angles(0, longest, longest);
         for range in segments.ranges() {
@@ -155,7 +191,10 @@ impl Rope {
 
     fn upload(&self, cos: Vec<f32>, sin: Vec<f32>, device: &Device) -> Result<RopeTables> {
         let shape = (cos.len() / (self.head_dim / 2), self.head_dim / 2);
-        Ok(RopeTables { cos: Tensor::from_vec(cos, shape, device)?, sin: Tensor::from_vec(sin, shape, device)? })
+        Ok(RopeTables {
+            cos: Tensor::from_vec(cos, shape, device)?,
+            sin: Tensor::from_vec(sin, shape, device)?,
+        })
     }
 }
 
@@ -193,12 +232,18 @@ impl RopeTables {
         let half = self.cos.dims2()?.1;
         expect("cos", &self.cos, &[n, half])?;
         if !c.is_multiple_of(2 * half) {
-            return Err(Error::new(Kind::Tensor, "rotated rows must hold whole heads")
-                .value(c.to_string())
-                .rule(format!("a multiple of head_dim = {}", 2 * half)));
+            return Err(
+                Error::new(Kind::Tensor, "rotated rows must hold whole heads")
+                    .value(c.to_string())
+                    .rule(format!("a multiple of head_dim = {}", 2 * half)),
+            );
         }
         context.tally.add(Self::cost(n, c));
-        if context.fused(x) { self.rotate_cpu(context, x, direction) } else { self.rotate_reference(x, direction) }
+        if context.fused(x) {
+            self.rotate_cpu(context, x, direction)
+        } else {
+            self.rotate_reference(x, direction)
+        }
     }
 
     fn rotate_reference(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
@@ -230,28 +275,42 @@ impl RopeTables {
 
     fn rotate_into<Y: Stored>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
         let (c, half) = (x.dims2()?.1, self.cos.dims2()?.1);
-        let (x, cos, sin) = (Host::open(x)?, Host::open(&self.cos)?, Host::open(&self.sin)?);
+        let (x, cos, sin) = (
+            Host::open(x)?,
+            Host::open(&self.cos)?,
+            Host::open(&self.sin)?,
+        );
         let (x, cos, sin) = (x.slice(), cos.slice(), sin.slice());
         let rows = |width: usize| width.max(1) * ROWS_PER_TASK;
         let angles = cos.chunks(rows(half)).zip(sin.chunks(rows(half)));
-        each(y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles), |((y, x), (cos, sin))| {
-            vectorized(
-                #[inline(always)]
-                |_| {
-                    let heads = c / (2 * half);
-                    for (head, (y, x)) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)).enumerate() {
-                        let (cos, sin) = (&cos[head / heads * half..][..half], &sin[head / heads * half..][..half]);
-                        let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
-                        let (x1, x2, y2) = (&x1[..half], &x2[..half], &mut y2[..half]);
-                        for i in 0..half {
-                            let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
-                            y1[i] = Y::of(a * cos[i] - b * s);
-                            y2[i] = Y::of(b * cos[i] + a * s);
+        each(
+            y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles),
+            |((y, x), (cos, sin))| {
+                vectorized(
+                    #[inline(always)]
+                    |_| {
+                        let heads = c / (2 * half);
+                        for (head, (y, x)) in y
+                            .chunks_exact_mut(2 * half)
+                            .zip(x.chunks_exact(2 * half))
+                            .enumerate()
+                        {
+                            let (cos, sin) = (
+                                &cos[head / heads * half..][..half],
+                                &sin[head / heads * half..][..half],
+                            );
+                            let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
+                            let (x1, x2, y2) = (&x1[..half], &x2[..half], &mut y2[..half]);
+                            for i in 0..half {
+                                let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
+                                y1[i] = Y::of(a * cos[i] - b * s);
+                                y2[i] = Y::of(b * cos[i] + a * s);
+                            }
                         }
-                    }
-                },
-            );
-        });
+                    },
+                );
+            },
+        );
         Ok(())
     }
 }

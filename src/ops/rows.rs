@@ -10,15 +10,21 @@ use crate::error::Result;
 /// x (N, C) and row numbers (L) u32 -> (L, C).
 pub fn take_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<Tensor> {
     let (n, c) = x.dims2()?;
-    let Some(numbers) = on_host(context, x, numbers, n)? else { return Ok(x.index_select(numbers, 0)?) };
+    let Some(numbers) = on_host(context, x, numbers, n)? else {
+        return Ok(x.index_select(numbers, 0)?);
+    };
     let host = Host::open(x)?;
     // SAFETY: the loop writes every row.
     let mut out: Vec<f32> = unsafe { uninitialized(numbers.len() * c) };
-    each(out.chunks_mut((c * ROWS_PER_TASK).max(1)).zip(numbers.chunks(ROWS_PER_TASK)), |(out, numbers)| {
-        for (out, number) in out.chunks_exact_mut(c).zip(numbers) {
-            out.copy_from_slice(&host.slice()[*number as usize * c..][..c]);
-        }
-    });
+    each(
+        out.chunks_mut((c * ROWS_PER_TASK).max(1))
+            .zip(numbers.chunks(ROWS_PER_TASK)),
+        |(out, numbers)| {
+            for (out, number) in out.chunks_exact_mut(c).zip(numbers) {
+                out.copy_from_slice(&host.slice()[*number as usize * c..][..c]);
+            }
+        },
+    );
     tensor(out, (numbers.len(), c))
 }
 
@@ -26,35 +32,51 @@ pub fn take_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<T
 /// comes twice.
 pub fn put_rows(context: Context<'_>, dx: &Tensor, numbers: &Tensor, n: usize) -> Result<Tensor> {
     let c = dx.dims2()?.1;
-    let Some(places) = on_host(context, dx, numbers, n)?.and_then(|numbers| places(&numbers, n)) else {
+    let Some(places) = on_host(context, dx, numbers, n)?.and_then(|numbers| places(&numbers, n))
+    else {
         return Ok(Tensor::zeros((n, c), DType::F32, dx.device())?.index_add(numbers, dx, 0)?);
     };
     let host = Host::open(dx)?;
     // SAFETY: the loop writes every row.
     let mut out: Vec<f32> = unsafe { uninitialized(n * c) };
-    each(out.chunks_mut((c * ROWS_PER_TASK).max(1)).zip(places.chunks(ROWS_PER_TASK)), |(out, places)| {
-        for (out, place) in out.chunks_exact_mut(c).zip(places) {
-            match place {
-                Some(row) => out.copy_from_slice(&host.slice()[row * c..][..c]),
-                None => out.fill(0.0),
+    each(
+        out.chunks_mut((c * ROWS_PER_TASK).max(1))
+            .zip(places.chunks(ROWS_PER_TASK)),
+        |(out, places)| {
+            for (out, place) in out.chunks_exact_mut(c).zip(places) {
+                match place {
+                    Some(row) => out.copy_from_slice(&host.slice()[row * c..][..c]),
+                    None => out.fill(0.0),
+                }
             }
-        }
-    });
+        },
+    );
     tensor(out, (n, c))
 }
 
 /// The numbers, where the loops here run on x: elsewhere they stay on their device. A number that is not below n is candle's to refuse.
-fn on_host(context: Context<'_>, x: &Tensor, numbers: &Tensor, n: usize) -> Result<Option<Vec<u32>>> {
+fn on_host(
+    context: Context<'_>,
+    x: &Tensor,
+    numbers: &Tensor,
+    n: usize,
+) -> Result<Option<Vec<u32>>> {
     if !context.fused(x) || x.dtype() != DType::F32 || !x.is_contiguous() {
         return Ok(None);
     }
     let numbers = numbers.to_vec1::<u32>()?;
-    Ok(numbers.iter().all(|number| (*number as usize) < n).then_some(numbers))
+    Ok(numbers
+        .iter()
+        .all(|number| (*number as usize) < n)
+        .then_some(numbers))
 }
 
 /// Which row goes to each of n places; none where two go to one.
 fn places(numbers: &[u32], n: usize) -> Option<Vec<Option<usize>>> {
     let mut places = vec![None; n];
-    let distinct = numbers.iter().enumerate().all(|(row, number)| places[*number as usize].replace(row).is_none());
+    let distinct = numbers
+        .iter()
+        .enumerate()
+        .all(|(row, number)| places[*number as usize].replace(row).is_none());
     distinct.then_some(places)
 }

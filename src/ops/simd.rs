@@ -40,7 +40,11 @@ impl Instructions {
     /// a b + c.
     #[inline(always)]
     fn multiply_add(self, a: f32, b: f32, c: f32) -> f32 {
-        if self.fused { a.mul_add(b, c) } else { a * b + c }
+        if self.fused {
+            a.mul_add(b, c)
+        } else {
+            a * b + c
+        }
     }
 
     /// The sum of products of two rows of one length, in `LANES` partial sums of f32: for rows of a few thousand numbers at most.
@@ -111,7 +115,11 @@ pub(super) fn max(row: &[f32]) -> f32 {
             *lane = if *x > *lane { *x } else { *lane };
         }
     }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+    lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// The sum of `of` of each number, in `LANES` partial sums of f32 by blocks, the blocks in f64.
@@ -165,12 +173,27 @@ mod tests {
                 let x = i as f32 * 4.43e-4;
                 let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
                 if (-87.3..88.0).contains(&x) {
-                    assert!((found / expected - 1.0).abs() < 2.5e-7, "exp({x}) = {found}, not {expected}");
+                    assert!(
+                        (found / expected - 1.0).abs() < 2.5e-7,
+                        "exp({x}) = {found}, not {expected}"
+                    );
                 }
             }
-            assert_eq!((exp(0.0), exp(-1000.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
-            assert!(exp(-87.3) > 1.17e-38 && exp(-87.3) < 1.22e-38, "{}", exp(-87.3));
-            assert!(exp(1000.0) > 1e38 && exp(1000.0).is_finite() && exp(f32::NAN).is_nan() && exp(-f32::NAN).is_nan());
+            assert_eq!(
+                (exp(0.0), exp(-1000.0), exp(f32::NEG_INFINITY)),
+                (1.0, 0.0, 0.0)
+            );
+            assert!(
+                exp(-87.3) > 1.17e-38 && exp(-87.3) < 1.22e-38,
+                "{}",
+                exp(-87.3)
+            );
+            assert!(
+                exp(1000.0) > 1e38
+                    && exp(1000.0).is_finite()
+                    && exp(f32::NAN).is_nan()
+                    && exp(-f32::NAN).is_nan()
+            );
             assert_eq!(exp(1000.0), exp(88.0));
         }
     }
@@ -194,9 +217,15 @@ mod tests {
                 Instructions { fused }.add_scaled(&mut twice, 2.0, &row);
                 assert!(twice.iter().zip(&row).all(|(twice, x)| *twice == 3.0 * x));
                 // Whole numbers below 2^24: f32 sums them exactly.
-                assert_eq!(f64::from(Instructions { fused }.dot(&row, &vec![1.0f32; n])), expected);
+                assert_eq!(
+                    f64::from(Instructions { fused }.dot(&row, &vec![1.0f32; n])),
+                    expected
+                );
             }
-            assert_eq!(max(&row), row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            assert_eq!(
+                max(&row),
+                row.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+            );
         }
         assert_eq!(dot(&[1.0, 2.0], &[3.0, 4.0]), 11.0);
     }

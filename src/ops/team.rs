@@ -53,7 +53,10 @@ pub(super) fn threads() -> usize {
 
 /// Calls `work` once for each item; returns the results in the items' order. Each thread of the current pool takes whole items, and runs their
 /// loops itself: threads meet once for all, not in every loop. One that finds no item left helps the others in theirs.
-pub fn side_by_side<I: Send, T: Send>(items: impl ExactSizeIterator<Item = I>, work: impl Fn(I) -> T + Sync) -> Vec<T> {
+pub fn side_by_side<I: Send, T: Send>(
+    items: impl ExactSizeIterator<Item = I>,
+    work: impl Fn(I) -> T + Sync,
+) -> Vec<T> {
     let mut results: Vec<Option<T>> = std::iter::repeat_with(|| None).take(items.len()).collect();
     let slots: Vec<_> = items.zip(&mut results).map(Slot::of).collect();
     let lanes = Arc::new(Lanes::new(threads(), slots.len()));
@@ -98,8 +101,18 @@ struct Lane {
 
 impl Lanes {
     fn new(threads: usize, count: usize) -> Self {
-        let (next, left, idle) = (AtomicUsize::new(0), AtomicUsize::new(count), AtomicUsize::new(0));
-        Self { teams: (0..threads).map(|_| Team::new()).collect(), next, count, left, idle }
+        let (next, left, idle) = (
+            AtomicUsize::new(0),
+            AtomicUsize::new(count),
+            AtomicUsize::new(0),
+        );
+        Self {
+            teams: (0..threads).map(|_| Team::new()).collect(),
+            next,
+            count,
+            left,
+            idle,
+        }
     }
 
     /// Takes items until there are none, then helps others until all are done.
@@ -111,7 +124,10 @@ impl Lanes {
                 LANE.set(self.0.take());
             }
         }
-        let within = Within(LANE.replace(Some(Lane { all: Arc::clone(self), own })));
+        let within = Within(LANE.replace(Some(Lane {
+            all: Arc::clone(self),
+            own,
+        })));
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             if index >= self.count {
@@ -240,16 +256,31 @@ impl Team {
     }
 
     /// Runs the loop with whoever joins; `summon` calls others once it is open. A loop inside an item of the owner's is the owner's alone.
-    fn run<'a>(&self, threads: usize, count: usize, task: &'a (dyn Fn(usize) + Sync + 'a), summon: impl FnOnce()) {
+    fn run<'a>(
+        &self,
+        threads: usize,
+        count: usize,
+        task: &'a (dyn Fn(usize) + Sync + 'a),
+        summon: impl FnOnce(),
+    ) {
         if is_open(self.open.load(Ordering::Relaxed)) {
             return (0..count).for_each(task);
         }
         // SAFETY: only the lifetime is forgotten, and `Open` waits for every user before `task` goes.
-        let task: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
-        let work = Loop { task, count, runs: threads.min(MOST_RUNS) };
+        let task: *const (dyn Fn(usize) + Sync) =
+            unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
+        let work = Loop {
+            task,
+            count,
+            runs: threads.min(MOST_RUNS),
+        };
         // SAFETY: the loop before is closed and left, so that nobody reads.
         unsafe { *self.work.get() = Some(work) };
-        (0..work.runs).for_each(|run| self.next[run].0.store(work.run(run).start, Ordering::SeqCst));
+        (0..work.runs).for_each(|run| {
+            self.next[run]
+                .0
+                .store(work.run(run).start, Ordering::SeqCst)
+        });
         {
             let _open = Open(self);
             self.failed.store(false, Ordering::SeqCst);
@@ -257,7 +288,10 @@ impl Team {
             summon();
             self.take();
         }
-        assert!(!self.failed.load(Ordering::SeqCst), "an item failed on another thread");
+        assert!(
+            !self.failed.load(Ordering::SeqCst),
+            "an item failed on another thread"
+        );
     }
 
     /// Has as many threads of the pool come and stay.
@@ -276,7 +310,9 @@ impl Team {
     /// Takes items until there are none: of this thread's run, then of the others.
     fn take(&self) {
         // SAFETY: the caller is the owner or inside, and the loop is open: nobody writes.
-        let Some(work) = (unsafe { *self.work.get() }) else { return };
+        let Some(work) = (unsafe { *self.work.get() }) else {
+            return;
+        };
         let own = rayon::current_thread_index().unwrap_or(0);
         for run in (own..own + work.runs).map(|run| run % work.runs) {
             let (next, end) = (&self.next[run].0, work.run(run).end);
@@ -347,8 +383,16 @@ mod tests {
             on(threads, || {
                 for count in [0, 1, 2, 3, 7, 100, 1000] {
                     let mut values = vec![0usize; count];
-                    each(values.iter_mut().enumerate(), |(index, value)| *value += index + 1);
-                    assert!(values.iter().enumerate().all(|(index, value)| *value == index + 1), "{count} on {threads}");
+                    each(values.iter_mut().enumerate(), |(index, value)| {
+                        *value += index + 1
+                    });
+                    assert!(
+                        values
+                            .iter()
+                            .enumerate()
+                            .all(|(index, value)| *value == index + 1),
+                        "{count} on {threads}"
+                    );
                 }
             });
         }
@@ -357,10 +401,16 @@ mod tests {
     #[test]
     fn a_thread_begins_with_its_own_run() {
         on(2, || {
-            let (firsts, both) = ([const { AtomicUsize::new(usize::MAX) }; 2], std::sync::Barrier::new(2));
+            let (firsts, both) = (
+                [const { AtomicUsize::new(usize::MAX) }; 2],
+                std::sync::Barrier::new(2),
+            );
             each(0..64, |item| {
                 let first = &firsts[rayon::current_thread_index().unwrap()];
-                if first.compare_exchange(usize::MAX, item, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                if first
+                    .compare_exchange(usize::MAX, item, Ordering::SeqCst, Ordering::SeqCst)
+                    .is_ok()
+                {
                     both.wait();
                 }
             });
@@ -391,7 +441,10 @@ mod tests {
             let others = AtomicUsize::new(0);
             each(0..64, |_| {
                 std::thread::sleep(Duration::from_millis(1));
-                others.fetch_add(usize::from(std::thread::current().id() != main), Ordering::Relaxed);
+                others.fetch_add(
+                    usize::from(std::thread::current().id() != main),
+                    Ordering::Relaxed,
+                );
             });
             assert!(others.into_inner() > 0, "all was done by one thread");
         });
@@ -399,7 +452,11 @@ mod tests {
 
     #[test]
     fn a_failed_item_fails_the_loop_and_the_next_loop_works() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).panic_handler(|_| {}).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(2)
+            .panic_handler(|_| {})
+            .build()
+            .unwrap();
         pool.install(|| {
             let failed = std::panic::catch_unwind(|| {
                 each(0..64, |item| {
@@ -455,11 +512,18 @@ mod tests {
                 for count in [0, 1, 2, 7, 50] {
                     let results = side_by_side(0..count, |item| {
                         let mut values = vec![0; 20 * (item % 3)];
-                        each(values.iter_mut().enumerate(), |(index, value)| *value = index * item);
+                        each(values.iter_mut().enumerate(), |(index, value)| {
+                            *value = index * item
+                        });
                         values.iter().sum::<usize>()
                     });
                     let sum = |length: usize| (0..length).sum::<usize>();
-                    assert!(results.iter().enumerate().all(|(item, result)| *result == item * sum(20 * (item % 3))));
+                    assert!(
+                        results
+                            .iter()
+                            .enumerate()
+                            .all(|(item, result)| *result == item * sum(20 * (item % 3)))
+                    );
                     assert_eq!(results.len(), count);
                 }
             });
@@ -473,7 +537,13 @@ mod tests {
             side_by_side(0..2, |item| {
                 both.wait();
                 let own = std::thread::current().id();
-                each(0..64, |_| assert_eq!(std::thread::current().id(), own, "the other has an item of its own"));
+                each(0..64, |_| {
+                    assert_eq!(
+                        std::thread::current().id(),
+                        own,
+                        "the other has an item of its own"
+                    )
+                });
                 both.wait();
                 if item == 0 {
                     while threads() == 1 {
@@ -493,10 +563,16 @@ mod tests {
 
     #[test]
     fn side_by_side_a_failed_item_fails_the_call_and_the_next_works() {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).panic_handler(|_| {}).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(3)
+            .panic_handler(|_| {})
+            .build()
+            .unwrap();
         pool.install(|| {
             for failing in [0, 5, 9] {
-                let failed = std::panic::catch_unwind(|| side_by_side(0..10, |item| assert_ne!(item, failing, "on purpose")));
+                let failed = std::panic::catch_unwind(|| {
+                    side_by_side(0..10, |item| assert_ne!(item, failing, "on purpose"))
+                });
                 assert!(failed.is_err(), "{failing}");
                 assert_eq!(side_by_side(0..3, |item| item), [0, 1, 2]);
             }

@@ -21,9 +21,17 @@ pub(super) const EMBEDDED: &str = "embedded:";
 /// Builds the recipe; `folder` is absolute, `stem` names a run that has no name.
 pub(super) fn build(given: &Given, folder: &Path, stem: &str, mistakes: &mut Mistakes) -> Recipe {
     contradictions::note(given, mistakes);
-    let mut reader = Reader { given, folder, mistakes };
+    let mut reader = Reader {
+        given,
+        folder,
+        mistakes,
+    };
     Recipe {
-        name: given.text("name").filter(|name| !name.is_empty()).unwrap_or(stem).to_string(),
+        name: given
+            .text("name")
+            .filter(|name| !name.is_empty())
+            .unwrap_or(stem)
+            .to_string(),
         seed: given.count("seed"),
         model: reader.model(),
         adapter: reader.adapter(),
@@ -60,7 +68,11 @@ impl Reader<'_, '_, '_> {
         let id = self.given.text("model.id").unwrap_or_default();
         Model {
             id: self.model_id(id),
-            revision: self.given.text("model.revision").unwrap_or_default().to_string(),
+            revision: self
+                .given
+                .text("model.revision")
+                .unwrap_or_default()
+                .to_string(),
             dtype: self.given.word("model.dtype"),
             init: self.given.word("model.init"),
         }
@@ -88,10 +100,17 @@ impl Reader<'_, '_, '_> {
         if given.text("adapter.type") == Some("none") {
             return Adapter::None;
         }
-        let init_from = given.text("adapter.init_from").map(|path| self.resolve("adapter.init_from", path));
+        let init_from = given
+            .text("adapter.init_from")
+            .map(|path| self.resolve("adapter.init_from", path));
         // Without an adapter to contradict, who wrote a key makes no difference, and equal recipes are equal.
-        let written = given.written_in("adapter").filter(|(key, _)| init_from.is_some() && key.is_of_lora());
-        let written = written.map(|(key, _)| key.name().to_string()).filter(|name| name != "init_from").collect();
+        let written = given
+            .written_in("adapter")
+            .filter(|(key, _)| init_from.is_some() && key.is_of_lora());
+        let written = written
+            .map(|(key, _)| key.name().to_string())
+            .filter(|name| name != "init_from")
+            .collect();
         Adapter::Lora(self.lora(init_from, written))
     }
 
@@ -105,10 +124,15 @@ impl Reader<'_, '_, '_> {
                 .get("adapter.target_modules")
                 .and_then(|value| targets(value, true))
                 .unwrap_or(Targets::AllLinear),
-            exclude_modules: given.get("adapter.exclude_modules").and_then(|value| targets(value, false)),
+            exclude_modules: given
+                .get("adapter.exclude_modules")
+                .and_then(|value| targets(value, false)),
             use_rslora: given.flag("adapter.use_rslora"),
             rank_pattern: match given.get("adapter.rank_pattern") {
-                Some(Value::Ranks(ranks)) => ranks.iter().map(|(pattern, rank)| (pattern.clone(), *rank as usize)).collect(),
+                Some(Value::Ranks(ranks)) => ranks
+                    .iter()
+                    .map(|(pattern, rank)| (pattern.clone(), *rank as usize))
+                    .collect(),
                 _ => Vec::new(),
             },
             alpha_pattern: match given.get("adapter.alpha_pattern") {
@@ -116,7 +140,9 @@ impl Reader<'_, '_, '_> {
                 _ => Vec::new(),
             },
             layers_to_transform: match given.get("adapter.layers_to_transform") {
-                Some(Value::Counts(layers)) => Some(layers.iter().map(|layer| *layer as usize).collect()),
+                Some(Value::Counts(layers)) => {
+                    Some(layers.iter().map(|layer| *layer as usize).collect())
+                }
                 _ => None,
             },
             init_from,
@@ -126,7 +152,12 @@ impl Reader<'_, '_, '_> {
 
     fn data(&mut self) -> Data {
         let given = self.given;
-        let validation = match (given.text("data.validation"), given.get("data.validation_fraction").and_then(Value::number)) {
+        let validation = match (
+            given.text("data.validation"),
+            given
+                .get("data.validation_fraction")
+                .and_then(Value::number),
+        ) {
             (Some(source), _) => Validation::Source(self.source("data.validation", source)),
             (None, Some(fraction)) => Validation::Fraction(fraction),
             (None, None) => Validation::None,
@@ -149,16 +180,20 @@ impl Reader<'_, '_, '_> {
 
     /// A file if it says so by its extension, by how it starts or by being there; else a hub id with an optional split.
     fn source(&mut self, path: &str, text: &str) -> DataSource {
-        let has_extension = Path::new(text)
-            .extension()
-            .is_some_and(|extension| DATA_EXTENSIONS.iter().any(|known| extension.eq_ignore_ascii_case(known)));
+        let has_extension = Path::new(text).extension().is_some_and(|extension| {
+            DATA_EXTENSIONS
+                .iter()
+                .any(|known| extension.eq_ignore_ascii_case(known))
+        });
         if has_extension || says_path(text) || self.folder.join(text).exists() {
             return DataSource::File(self.resolve(path, text));
         }
         let (id, split) = text.split_once(':').unwrap_or((text, "train"));
         if !is_hub_id(id) || split.is_empty() || split.contains(char::is_whitespace) {
-            let rule =
-                format!("a file that ends in .{}, or a hub id `owner/name` or `owner/name:split`", DATA_EXTENSIONS.join(" ."));
+            let rule = format!(
+                "a file that ends in .{}, or a hub id `owner/name` or `owner/name:split`",
+                DATA_EXTENSIONS.join(" .")
+            );
             let name = path.rsplit('.').next().unwrap_or(path);
             self.refuse(
                 path,
@@ -166,18 +201,30 @@ impl Reader<'_, '_, '_> {
                 &format!("write for example `{name} = \"./{name}.jsonl\"` or `{name} = \"owner/name:train\"`"),
             );
         }
-        DataSource::Hub { id: id.to_string(), split: split.to_string() }
+        DataSource::Hub {
+            id: id.to_string(),
+            split: split.to_string(),
+        }
     }
 
     fn energy(&mut self) -> Energy {
         let given = self.given;
         let device = given.text("energy.device").unwrap_or_default();
         // A profile's own name may hold a slash ("NVIDIA A10 / A10G").
-        let is_file = says_path(device) || device.ends_with(".toml") || self.folder.join(device).is_file();
+        let is_file =
+            says_path(device) || device.ends_with(".toml") || self.folder.join(device).is_file();
         Energy {
-            device: if is_file { self.resolve("energy.device", device).display().to_string() } else { device.to_string() },
+            device: if is_file {
+                self.resolve("energy.device", device).display().to_string()
+            } else {
+                device.to_string()
+            },
             meter: given.word("energy.meter"),
-            grid: given.text("energy.grid").unwrap_or_default().trim().to_string(),
+            grid: given
+                .text("energy.grid")
+                .unwrap_or_default()
+                .trim()
+                .to_string(),
             pue: Pue::new(given.number("energy.pue")).unwrap_or(Pue::ONE),
             price: given.quantity("energy.price"),
         }
@@ -208,10 +255,17 @@ impl Reader<'_, '_, '_> {
             Some(rest) => rest.strip_prefix('/'),
             None => return tidy(&self.folder.join(text)),
         };
-        match (rest, std::env::home_dir().filter(|home| home.is_absolute() && home.to_str().is_some())) {
+        match (
+            rest,
+            std::env::home_dir().filter(|home| home.is_absolute() && home.to_str().is_some()),
+        ) {
             (Some(rest), Some(home)) => tidy(&home.join(rest)),
             _ => {
-                self.refuse(key, "`~` alone or `~/...`, with a home folder that is known", "write the whole path, from `/` on");
+                self.refuse(
+                    key,
+                    "`~` alone or `~/...`, with a home folder that is known",
+                    "write the whole path, from `/` on",
+                );
                 PathBuf::from(text)
             }
         }
@@ -258,7 +312,10 @@ fn train(given: &Given) -> Train {
         save_every: given.count("train.save_every"),
         save_total_limit: given.size("train.save_total_limit"),
         keep_best: given.flag("train.keep_best"),
-        activation_checkpointing: match given.get("train.activation_checkpointing").and_then(Value::count) {
+        activation_checkpointing: match given
+            .get("train.activation_checkpointing")
+            .and_then(Value::count)
+        {
             Some(blocks) => Checkpointing::Blocks(blocks as usize),
             None => given.word("train.activation_checkpointing"),
         },
@@ -294,7 +351,8 @@ fn says_path(text: &str) -> bool {
 
 /// `owner/name`.
 pub(super) fn is_hub_id(text: &str) -> bool {
-    text.split_once('/').is_some_and(|(owner, name)| is_hub_name(owner) && is_hub_name(name))
+    text.split_once('/')
+        .is_some_and(|(owner, name)| is_hub_name(owner) && is_hub_name(name))
 }
 
 /// The hub's rule for a part of an id (`huggingface_hub.utils.validate_repo_id`): at most 96 of letters, digits, `-`, `_`, `.`;
@@ -302,7 +360,9 @@ pub(super) fn is_hub_id(text: &str) -> bool {
 fn is_hub_name(text: &str) -> bool {
     let ends_well = |c: char| !matches!(c, '-' | '.');
     (1..=96).contains(&text.len())
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         && text.starts_with(ends_well)
         && text.ends_with(ends_well)
         && !text.contains("--")
@@ -320,7 +380,18 @@ mod tests {
         for good in ["Foo-BAR_foo.bar123", "x", &"a".repeat(96)] {
             assert!(is_hub_name(good), "{good}");
         }
-        for bad in ["", "foo--bar", "foo..bar", ".foo", "foo-", "foo.git", "foo bar", "foo/bar", "é", &"a".repeat(97)] {
+        for bad in [
+            "",
+            "foo--bar",
+            "foo..bar",
+            ".foo",
+            "foo-",
+            "foo.git",
+            "foo bar",
+            "foo/bar",
+            "é",
+            &"a".repeat(97),
+        ] {
             assert!(!is_hub_name(bad), "{bad}");
         }
         assert!(is_hub_id("owner/name") && !is_hub_id("name") && !is_hub_id("owner/name/more"));

@@ -41,7 +41,10 @@ impl Given {
     }
 
     /// The paths of `table` that the recipe wrote, in the order of the table of keys.
-    pub fn written_in<'a>(&'a self, table: &'a str) -> impl Iterator<Item = (&'static Key, Place)> + 'a {
+    pub fn written_in<'a>(
+        &'a self,
+        table: &'a str,
+    ) -> impl Iterator<Item = (&'static Key, Place)> + 'a {
         keys::of_table(table).filter_map(|key| Some((key, self.written(key.path)?)))
     }
 
@@ -60,12 +63,20 @@ impl Given {
 
     /// The value of a key that always has one, taken out by `pick`.
     fn sure<T>(&self, path: &str, pick: impl Fn(&Value) -> Option<T>) -> T {
-        self.get(path).and_then(pick).expect("a key with a default has a value of its kind")
+        self.get(path)
+            .and_then(pick)
+            .expect("a key with a default has a value of its kind")
     }
 
     /// A flag with a default.
     pub fn flag(&self, path: &str) -> bool {
-        self.sure(path, |value| if let Value::Flag(flag) = value { Some(*flag) } else { None })
+        self.sure(path, |value| {
+            if let Value::Flag(flag) = value {
+                Some(*flag)
+            } else {
+                None
+            }
+        })
     }
 
     /// A count with a default.
@@ -85,7 +96,13 @@ impl Given {
 
     /// A choice with a default.
     pub fn word<W: Word>(&self, path: &str) -> W {
-        self.sure(path, |value| if let Value::Text(word) = value { W::from_word(word) } else { None })
+        self.sure(path, |value| {
+            if let Value::Text(word) = value {
+                W::from_word(word)
+            } else {
+                None
+            }
+        })
     }
 
     /// A quantity, if given; its rule has made sure that it reads.
@@ -95,7 +112,10 @@ impl Given {
 
     /// Where something missing from `table` is best shown: at the table's name, else at the end of the file.
     pub fn place_of_table(&self, table: &str, mistakes: &Mistakes) -> Place {
-        self.tables.get(table).copied().unwrap_or_else(|| mistakes.end_of_file())
+        self.tables
+            .get(table)
+            .copied()
+            .unwrap_or_else(|| mistakes.end_of_file())
     }
 
     /// How to add `key` to the recipe.
@@ -111,11 +131,19 @@ impl Given {
 impl Value {
     /// The whole number in it.
     pub fn count(&self) -> Option<u64> {
-        if let Value::Count(count) = self { Some(*count) } else { None }
+        if let Value::Count(count) = self {
+            Some(*count)
+        } else {
+            None
+        }
     }
 
     /// The number in it.
     pub fn number(&self) -> Option<f64> {
-        if let Value::Number(number) = self { Some(*number) } else { None }
+        if let Value::Number(number) = self {
+            Some(*number)
+        } else {
+            None
+        }
     }
 }

@@ -104,7 +104,11 @@ impl Range {
 
     /// In words.
     pub fn rule(&self) -> String {
-        let low = if self.with_low { format!("of at least {}", self.low) } else { format!("above {}", self.low) };
+        let low = if self.with_low {
+            format!("of at least {}", self.low)
+        } else {
+            format!("above {}", self.low)
+        };
         match self.below {
             Some(end) => format!("a number {low} and below {end}"),
             None => format!("a finite number {low}"),
@@ -130,13 +134,39 @@ pub(super) const MANY: u64 = u32::MAX as u64;
 /// TOML's integers end here.
 const LARGEST: u64 = i64::MAX as u64;
 
-const SIZE: Kind = Kind::Count { least: 1, most: MANY };
-const EVERY: Kind = Kind::Count { least: 0, most: MANY };
-const POSITIVE: Kind = Kind::Number(Range { low: 0.0, with_low: false, below: None });
-const NOT_NEGATIVE: Kind = Kind::Number(Range { low: 0.0, with_low: true, below: None });
-const AT_LEAST_ONE: Kind = Kind::Number(Range { low: 1.0, with_low: true, below: None });
-const SHARE: Kind = Kind::Number(Range { low: 0.0, with_low: true, below: Some(1.0) });
-const PART: Kind = Kind::Number(Range { low: 0.0, with_low: false, below: Some(1.0) });
+const SIZE: Kind = Kind::Count {
+    least: 1,
+    most: MANY,
+};
+const EVERY: Kind = Kind::Count {
+    least: 0,
+    most: MANY,
+};
+const POSITIVE: Kind = Kind::Number(Range {
+    low: 0.0,
+    with_low: false,
+    below: None,
+});
+const NOT_NEGATIVE: Kind = Kind::Number(Range {
+    low: 0.0,
+    with_low: true,
+    below: None,
+});
+const AT_LEAST_ONE: Kind = Kind::Number(Range {
+    low: 1.0,
+    with_low: true,
+    below: None,
+});
+const SHARE: Kind = Kind::Number(Range {
+    low: 0.0,
+    with_low: true,
+    below: Some(1.0),
+});
+const PART: Kind = Kind::Number(Range {
+    low: 0.0,
+    with_low: false,
+    below: Some(1.0),
+});
 
 const ENERGY: Quantity = Quantity {
     read: |text| text.parse().map(|energy: Joules| energy.0),
@@ -156,10 +186,18 @@ const FLOPS: Quantity = Quantity {
     bare: true,
     zero: false,
 };
-const TIME: Quantity =
-    Quantity { read: |text| text.parse().map(|time: Seconds| time.0), units: "s|ms|min|h|d", bare: false, zero: false };
-const COST: Quantity =
-    Quantity { read: |text| text.parse().map(|money: Money| money.amount), units: "[A-Z]{3}", bare: false, zero: false };
+const TIME: Quantity = Quantity {
+    read: |text| text.parse().map(|time: Seconds| time.0),
+    units: "s|ms|min|h|d",
+    bare: false,
+    zero: false,
+};
+const COST: Quantity = Quantity {
+    read: |text| text.parse().map(|money: Money| money.amount),
+    units: "[A-Z]{3}",
+    bare: false,
+    zero: false,
+};
 const PRICE: Quantity = Quantity {
     read: |text| text.parse().map(|price: Price| price.money.amount),
     units: "[A-Z]{3}\\s*/\\s*(kWh|h)",
@@ -172,7 +210,16 @@ pub(super) const ADAPTER_TYPES: [&str; 2] = ["lora", "none"];
 /// The words for "every linear layer but the output embedding".
 pub(super) const ALL_LINEAR: &str = "all-linear";
 /// The fields that `data.columns` may map: those the formats are made of.
-pub(super) const FIELDS: [&str; 8] = ["text", "prompt", "completion", "messages", "tools", "instruction", "input", "output"];
+pub(super) const FIELDS: [&str; 8] = [
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "tools",
+    "instruction",
+    "input",
+    "output",
+];
 
 /// The tables in the order they are written, each with what it is about.
 pub(super) const TABLES: [(&str, &str); 8] = [
@@ -180,14 +227,31 @@ pub(super) const TABLES: [(&str, &str); 8] = [
     ("adapter", "What is trained; names and meaning are PEFT's"),
     ("data", "What it is trained on"),
     ("train", "How it is trained"),
-    ("budget", "What it may spend; the first limit to bind stops the run"),
+    (
+        "budget",
+        "What it may spend; the first limit to bind stops the run",
+    ),
     ("energy", "How energy, carbon and cost are counted"),
     ("baseline", "What it is compared with"),
     ("report", "What the report says of the time after training"),
 ];
 
-const fn key(path: &'static str, kind: Kind, presence: Presence, value: &'static str, doc: &'static str) -> Key {
-    Key { path, kind, presence, value, doc, known_as: &[], in_starter: false }
+const fn key(
+    path: &'static str,
+    kind: Kind,
+    presence: Presence,
+    value: &'static str,
+    doc: &'static str,
+) -> Key {
+    Key {
+        path,
+        kind,
+        presence,
+        value,
+        doc,
+        known_as: &[],
+        in_starter: false,
+    }
 }
 
 impl Key {
@@ -232,7 +296,10 @@ pub(super) fn of_table(table: &str) -> impl Iterator<Item = &'static Key> + '_ {
     KEYS.iter().filter(move |key| key.split().0 == table)
 }
 
-use Kind::{Alphas, Choice, ChoiceOrCount, Columns, Count, Flag, Grid, Layers, Modules, Name, Quantity as Of, Ranks, Text};
+use Kind::{
+    Alphas, Choice, ChoiceOrCount, Columns, Count, Flag, Grid, Layers, Modules, Name,
+    Quantity as Of, Ranks, Text,
+};
 use Presence::{Defaulted, Needed, Optional};
 
 /// Every key, in the order they are written.
@@ -353,10 +420,24 @@ mod tests {
 
     #[test]
     fn a_range_holds_what_its_rule_says() {
-        let share = Range { low: 0.0, with_low: true, below: Some(1.0) };
-        assert!(share.holds(0.0) && share.holds(0.999) && !share.holds(1.0) && !share.holds(-1e-9) && !share.holds(f64::NAN));
+        let share = Range {
+            low: 0.0,
+            with_low: true,
+            below: Some(1.0),
+        };
+        assert!(
+            share.holds(0.0)
+                && share.holds(0.999)
+                && !share.holds(1.0)
+                && !share.holds(-1e-9)
+                && !share.holds(f64::NAN)
+        );
         assert_eq!(share.rule(), "a number of at least 0 and below 1");
-        let positive = Range { low: 0.0, with_low: false, below: None };
+        let positive = Range {
+            low: 0.0,
+            with_low: false,
+            below: None,
+        };
         assert!(positive.holds(1e-300) && !positive.holds(0.0) && !positive.holds(f64::INFINITY));
         assert_eq!(positive.rule(), "a finite number above 0");
     }
@@ -364,10 +445,22 @@ mod tests {
     #[test]
     fn no_key_is_named_twice_and_every_table_is_known() {
         for (index, key) in KEYS.iter().enumerate() {
-            assert!(KEYS[..index].iter().all(|other| other.path != key.path), "{}", key.path);
+            assert!(
+                KEYS[..index].iter().all(|other| other.path != key.path),
+                "{}",
+                key.path
+            );
             let (table, _) = key.split();
-            assert!(table.is_empty() || TABLES.iter().any(|(known, _)| *known == table), "{}", key.path);
-            assert!(!key.doc.is_empty() && !key.doc.ends_with('.'), "{}", key.path);
+            assert!(
+                table.is_empty() || TABLES.iter().any(|(known, _)| *known == table),
+                "{}",
+                key.path
+            );
+            assert!(
+                !key.doc.is_empty() && !key.doc.ends_with('.'),
+                "{}",
+                key.path
+            );
         }
     }
 }

@@ -12,7 +12,8 @@ use crate::units::Count;
 /// What may be written.
 pub(super) const RULE: &str = "a number of parameters, or a hub id `owner/name` whose name says it";
 /// An example of each.
-pub(super) const HINT: &str = "write for example `larger_model = \"7B\"` or `larger_model = \"Qwen/Qwen2.5-7B\"`";
+pub(super) const HINT: &str =
+    "write for example `larger_model = \"7B\"` or `larger_model = \"Qwen/Qwen2.5-7B\"`";
 
 /// A model of which nothing but its size is known.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,17 +35,31 @@ impl LargerModel {
     /// ```
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim();
-        let size = if is_hub_id(text) { size_in(text) } else { text.parse().ok() };
+        let size = if is_hub_id(text) {
+            size_in(text)
+        } else {
+            text.parse().ok()
+        };
         let parameters = size.filter(|size: &Count| size.0 >= 1.0 && size.0.is_finite())?;
-        Some(Self { name: text.to_string(), parameters })
+        Some(Self {
+            name: text.to_string(),
+            parameters,
+        })
     }
 }
 
 /// The part of a model's name that is a number and `M` or `B`, between its dashes, underscores or dots.
 fn size_in(id: &str) -> Option<Count> {
-    static SIZE: LazyLock<Regex> =
-        LazyLock::new(|| Regex::new(r"(?i)(?:^|[-_/])([0-9]+(?:\.[0-9]+)?[mb])(?:$|[-_.])").expect("the pattern is a regex"));
-    SIZE.captures(id)?.get(1)?.as_str().to_uppercase().parse().ok()
+    static SIZE: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"(?i)(?:^|[-_/])([0-9]+(?:\.[0-9]+)?[mb])(?:$|[-_.])")
+            .expect("the pattern is a regex")
+    });
+    SIZE.captures(id)?
+        .get(1)?
+        .as_str()
+        .to_uppercase()
+        .parse()
+        .ok()
 }
 
 #[cfg(test)]
@@ -66,7 +81,16 @@ mod tests {
         ] {
             assert_eq!(parameters(id), Some(size), "{id}");
         }
-        for none in ["", "large", "-7B", "0", "openai-community/gpt2", "mistralai/Mixtral-8x7B-v0.1", "microsoft/phi-2", "inf"] {
+        for none in [
+            "",
+            "large",
+            "-7B",
+            "0",
+            "openai-community/gpt2",
+            "mistralai/Mixtral-8x7B-v0.1",
+            "microsoft/phi-2",
+            "inf",
+        ] {
             assert_eq!(parameters(none), None, "{none}");
         }
     }

@@ -39,21 +39,43 @@ pub(super) struct Mistakes<'a> {
 impl<'a> Mistakes<'a> {
     /// None yet.
     pub fn new(sources: &'a [Source]) -> Self {
-        Self { sources, found: Vec::new() }
+        Self {
+            sources,
+            found: Vec::new(),
+        }
     }
 
     /// Notes one.
-    pub fn add(&mut self, place: Place, what: impl Into<String>, rule: impl Into<String>, hint: impl Into<String>) {
+    pub fn add(
+        &mut self,
+        place: Place,
+        what: impl Into<String>,
+        rule: impl Into<String>,
+        hint: impl Into<String>,
+    ) {
         let source = &self.sources[place.source];
         let spot = Spot::of(&source.text, place);
         let (name, line, column) = match source.is_override {
             true => (source.name.clone(), None, None),
-            false => {
-                (format!("line {}, column {} of {}", spot.line, spot.column, source.name), Some(spot.line), Some(spot.column))
-            }
+            false => (
+                format!(
+                    "line {}, column {} of {}",
+                    spot.line, spot.column, source.name
+                ),
+                Some(spot.line),
+                Some(spot.column),
+            ),
         };
         let picture = spot.picture(line);
-        let mistake = Mistake { place: name, line, column, what: what.into(), rule: rule.into(), hint: hint.into(), picture };
+        let mistake = Mistake {
+            place: name,
+            line,
+            column,
+            what: what.into(),
+            rule: rule.into(),
+            hint: hint.into(),
+            picture,
+        };
         self.found.push((place, mistake));
     }
 
@@ -64,7 +86,10 @@ impl<'a> Mistakes<'a> {
 
     /// The source's own words at `place`.
     pub fn words(&self, place: Place) -> &'a str {
-        self.sources[place.source].text.get(place.start..place.end).unwrap_or("")
+        self.sources[place.source]
+            .text
+            .get(place.start..place.end)
+            .unwrap_or("")
     }
 
     /// Whether `place` is on the command line.
@@ -75,13 +100,21 @@ impl<'a> Mistakes<'a> {
     /// How another mistake refers to `place`.
     pub fn name(&self, place: Place) -> String {
         let source = &self.sources[place.source];
-        if source.is_override { format!("`{}`", source.name) } else { format!("line {}", Spot::of(&source.text, place).line) }
+        if source.is_override {
+            format!("`{}`", source.name)
+        } else {
+            format!("line {}", Spot::of(&source.text, place).line)
+        }
     }
 
     /// Just past the last thing written in the file.
     pub fn end_of_file(&self) -> Place {
         let end = self.sources[0].text.trim_end().len();
-        Place { source: 0, start: end, end }
+        Place {
+            source: 0,
+            start: end,
+            end,
+        }
     }
 
     /// All of them in reading order: the file's, then the overrides'.
@@ -98,8 +131,19 @@ pub(super) fn shown(mistakes: &[Mistake]) -> String {
         n => format!("the recipe has {n} mistakes"),
     };
     mistakes.iter().fold(title, |text, mistake| {
-        let Mistake { place, what, rule, hint, picture, .. } = mistake;
-        let rule = if rule.is_empty() { String::new() } else { format!("\n  rule: {rule}") };
+        let Mistake {
+            place,
+            what,
+            rule,
+            hint,
+            picture,
+            ..
+        } = mistake;
+        let rule = if rule.is_empty() {
+            String::new()
+        } else {
+            format!("\n  rule: {rule}")
+        };
         format!("{text}\n\n{what}\n  at {place}\n{picture}{rule}\n  hint: {hint}")
     })
 }
@@ -120,12 +164,20 @@ impl Spot {
         let end = floor_boundary(text, place.end.max(start));
         let line_start = text[..start].rfind('\n').map_or(0, |at| at + 1);
         let line_end = text[start..].find('\n').map_or(text.len(), |at| start + at);
-        let characters = text[line_start..line_end].trim_end().chars().map(shown_char).collect();
+        let characters = text[line_start..line_end]
+            .trim_end()
+            .chars()
+            .map(shown_char)
+            .collect();
         Self {
             line: text[..line_start].matches('\n').count() + 1,
             column: text[line_start..start].chars().count() + 1,
             characters,
-            width: text[start..end.min(line_end)].trim_end().chars().count().max(1),
+            width: text[start..end.min(line_end)]
+                .trim_end()
+                .chars()
+                .count()
+                .max(1),
         }
     }
 
@@ -133,15 +185,26 @@ impl Spot {
     fn picture(&self, line: Option<usize>) -> String {
         let number = line.map(|n| n.to_string()).unwrap_or_default();
         let gutter = " ".repeat(number.len());
-        let first = if self.column > SHOWN { self.column - SHOWN / 2 } else { 0 };
+        let first = if self.column > SHOWN {
+            self.column - SHOWN / 2
+        } else {
+            0
+        };
         let cut: String = self.characters.iter().skip(first).take(SHOWN).collect();
         let before = if first > 0 { "…" } else { "" };
-        let after = if self.characters.len() > first + SHOWN { "…" } else { "" };
+        let after = if self.characters.len() > first + SHOWN {
+            "…"
+        } else {
+            ""
+        };
         let indent = self.column - 1 - first + before.chars().count();
         let width = self.width.min(SHOWN + 1 - (indent.min(SHOWN)));
         let carets = format!("{}{}", " ".repeat(indent), "^".repeat(width));
         let written = format!("{number} | {before}{cut}{after}");
-        format!("  {gutter} |\n  {}\n  {gutter} | {carets}", written.trim_end())
+        format!(
+            "  {gutter} |\n  {}\n  {gutter} | {carets}",
+            written.trim_end()
+        )
     }
 }
 
@@ -163,7 +226,11 @@ mod tests {
     use super::*;
 
     fn file(text: &str) -> Vec<Source> {
-        vec![Source { name: "r.toml".into(), text: text.into(), is_override: false }]
+        vec![Source {
+            name: "r.toml".into(),
+            text: text.into(),
+            is_override: false,
+        }]
     }
 
     #[test]
@@ -171,10 +238,22 @@ mod tests {
         // "é" is two bytes but one character: the value's first quote is byte 13 of the text and character 7 of its line.
         let sources = file("a = 1\n\"é\" = \"xyz\"\n");
         let mut mistakes = Mistakes::new(&sources);
-        mistakes.add(Place { source: 0, start: 13, end: 18 }, "w", "", "h");
+        mistakes.add(
+            Place {
+                source: 0,
+                start: 13,
+                end: 18,
+            },
+            "w",
+            "",
+            "h",
+        );
         let found = mistakes.into_sorted();
         assert_eq!((found[0].line, found[0].column), (Some(2), Some(7)));
-        assert_eq!(found[0].picture, "    |\n  2 | \"é\" = \"xyz\"\n    |       ^^^^^");
+        assert_eq!(
+            found[0].picture,
+            "    |\n  2 | \"é\" = \"xyz\"\n    |       ^^^^^"
+        );
     }
 
     #[test]
@@ -182,11 +261,24 @@ mod tests {
         let text = format!("x = \"{}\" # {}", "a".repeat(300), "b".repeat(300));
         let sources = file(&text);
         let mut mistakes = Mistakes::new(&sources);
-        mistakes.add(Place { source: 0, start: 307, end: 308 }, "w", "", "h");
+        mistakes.add(
+            Place {
+                source: 0,
+                start: 307,
+                end: 308,
+            },
+            "w",
+            "",
+            "h",
+        );
         let picture = mistakes.into_sorted().remove(0).picture;
         let lines: Vec<&str> = picture.lines().collect();
         let caret = lines[2].chars().position(|c| c == '^');
-        assert_eq!(caret.and_then(|at| lines[1].chars().nth(at)), Some('#'), "{picture}");
+        assert_eq!(
+            caret.and_then(|at| lines[1].chars().nth(at)),
+            Some('#'),
+            "{picture}"
+        );
         assert!(lines[1].chars().count() < SHOWN + 12, "{picture}");
     }
 
@@ -195,12 +287,27 @@ mod tests {
         let sources = file("a = 1\nb = 2");
         let mut mistakes = Mistakes::new(&sources);
         mistakes.add(mistakes.end_of_file(), "last", "", "h");
-        mistakes.add(Place { source: 0, start: 0, end: 1 }, "first", "", "h");
+        mistakes.add(
+            Place {
+                source: 0,
+                start: 0,
+                end: 1,
+            },
+            "first",
+            "",
+            "h",
+        );
         let found = mistakes.into_sorted();
-        assert_eq!((found[0].what.as_str(), found[1].column), ("first", Some(6)));
+        assert_eq!(
+            (found[0].what.as_str(), found[1].column),
+            ("first", Some(6))
+        );
         let empty = file("");
         let mut mistakes = Mistakes::new(&empty);
         mistakes.add(mistakes.end_of_file(), "missing", "", "h");
-        assert_eq!(mistakes.into_sorted()[0].place, "line 1, column 1 of r.toml");
+        assert_eq!(
+            mistakes.into_sorted()[0].place,
+            "line 1, column 1 of r.toml"
+        );
     }
 }

@@ -33,7 +33,11 @@ pub(super) struct Place {
 
 impl Place {
     fn new(source: usize, offset: usize, span: Range<usize>) -> Self {
-        Self { source, start: offset + span.start, end: offset + span.end }
+        Self {
+            source,
+            start: offset + span.start,
+            end: offset + span.end,
+        }
     }
 }
 
@@ -83,7 +87,9 @@ pub(super) struct Entry {
 pub(super) fn read(sources: &[Source], mistakes: &mut Mistakes) -> Option<Vec<Entry>> {
     let mut entries = read_file(&sources[0].text, mistakes);
     for (index, source) in sources.iter().enumerate().skip(1) {
-        let Some((keys, key_place, node)) = read_override(index, &source.text, mistakes) else { continue };
+        let Some((keys, key_place, node)) = read_override(index, &source.text, mistakes) else {
+            continue;
+        };
         if let Some(entries) = &mut entries {
             set(entries, &keys, key_place, node);
         }
@@ -96,13 +102,24 @@ fn read_file(text: &str, mistakes: &mut Mistakes) -> Option<Vec<Entry>> {
     let (table, errors) = DeTable::parse_recoverable(text);
     for error in &errors {
         let place = Place::new(0, 0, error.span().unwrap_or(0..0));
-        mistakes.add(place, format!("this is not TOML: {}", one_line(error.message())), "", syntax_hint(error.message()));
+        mistakes.add(
+            place,
+            format!("this is not TOML: {}", one_line(error.message())),
+            "",
+            syntax_hint(error.message()),
+        );
     }
-    errors.is_empty().then(|| entries_of(0, 0, table.into_inner()))
+    errors
+        .is_empty()
+        .then(|| entries_of(0, 0, table.into_inner()))
 }
 
 fn one_line(message: &str) -> String {
-    message.lines().map(str::trim).collect::<Vec<_>>().join(", ")
+    message
+        .lines()
+        .map(str::trim)
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 /// The commonest slips have a remedy of their own.
@@ -117,12 +134,25 @@ fn syntax_hint(message: &str) -> &'static str {
 }
 
 /// One `KEY=VALUE`: its keys, their place and the value; text that is not TOML is a bare string.
-fn read_override(source: usize, text: &str, mistakes: &mut Mistakes) -> Option<(Vec<String>, Place, Node)> {
+fn read_override(
+    source: usize,
+    text: &str,
+    mistakes: &mut Mistakes,
+) -> Option<(Vec<String>, Place, Node)> {
     // A quoted key may hold `=`: the first one that leaves a whole key before it is the separator.
-    let parsed = text.match_indices('=').find_map(|(at, _)| toml_edit::Key::parse(text[..at].trim()).ok().map(|keys| (at, keys)));
+    let parsed = text.match_indices('=').find_map(|(at, _)| {
+        toml_edit::Key::parse(text[..at].trim())
+            .ok()
+            .map(|keys| (at, keys))
+    });
     let Some((at, keys)) = parsed else {
         let hint = "write KEY=VALUE, as in `--set train.steps=100`";
-        mistakes.add(Place::new(source, 0, 0..text.len()), "`--set` needs a key and a value", "KEY=VALUE with dots in KEY", hint);
+        mistakes.add(
+            Place::new(source, 0, 0..text.len()),
+            "`--set` needs a key and a value",
+            "KEY=VALUE with dots in KEY",
+            hint,
+        );
         return None;
     };
     let value = text[at + 1..].trim();
@@ -133,22 +163,40 @@ fn read_override(source: usize, text: &str, mistakes: &mut Mistakes) -> Option<(
         // What opens a list, a table or a quoted text was meant as TOML: as a bare string it would say something else.
         Err(error) if value.starts_with(['[', '{', '"', '\'']) => {
             let hint = "quote the whole for the shell and each text inside, as in `--set 'adapter.target_modules=[\"q_proj\"]'`";
-            mistakes.add(place, format!("this value is not TOML: {}", one_line(error.message())), "", hint);
+            mistakes.add(
+                place,
+                format!("this value is not TOML: {}", one_line(error.message())),
+                "",
+                hint,
+            );
             return None;
         }
-        Err(_) => Node { place, raw: Raw::Text(value.to_string()) },
+        Err(_) => Node {
+            place,
+            raw: Raw::Text(value.to_string()),
+        },
     };
     let key_end = text[..at].trim_end().len();
-    Some((keys.iter().map(|key| key.get().to_string()).collect(), Place::new(source, 0, 0..key_end), node))
+    Some((
+        keys.iter().map(|key| key.get().to_string()).collect(),
+        Place::new(source, 0, 0..key_end),
+        node,
+    ))
 }
 
 /// Puts `node` at the path `keys`, making tables on the way. Where something else than a table stands in the way, that is
 /// the file's own mistake and is reported as such.
 fn set(entries: &mut Vec<Entry>, keys: &[String], key_place: Place, node: Node) {
-    let Some((key, rest)) = keys.split_first() else { return };
+    let Some((key, rest)) = keys.split_first() else {
+        return;
+    };
     let at = entries.iter().position(|entry| entry.key == *key);
     if rest.is_empty() {
-        let entry = Entry { key: key.clone(), key_place, node };
+        let entry = Entry {
+            key: key.clone(),
+            key_place,
+            node,
+        };
         match at {
             Some(at) => entries[at] = entry,
             None => entries.push(entry),
@@ -156,8 +204,15 @@ fn set(entries: &mut Vec<Entry>, keys: &[String], key_place: Place, node: Node) 
         return;
     }
     let at = at.unwrap_or_else(|| {
-        let table = Node { place: key_place, raw: Raw::Table(Vec::new()) };
-        entries.push(Entry { key: key.clone(), key_place, node: table });
+        let table = Node {
+            place: key_place,
+            raw: Raw::Table(Vec::new()),
+        };
+        entries.push(Entry {
+            key: key.clone(),
+            key_place,
+            node: table,
+        });
         entries.len() - 1
     });
     if let Raw::Table(inner) = &mut entries[at].node.raw {
@@ -187,13 +242,22 @@ fn node_of(source: usize, offset: usize, value: Spanned<DeValue<'_>>) -> Node {
         DeValue::Float(number) => Raw::Float(number.as_str().parse().unwrap_or(f64::NAN)),
         DeValue::Boolean(flag) => Raw::Flag(flag),
         DeValue::Datetime(_) => Raw::Date,
-        DeValue::Array(items) => Raw::List(items.into_iter().map(|item| node_of(source, offset, item)).collect()),
+        DeValue::Array(items) => Raw::List(
+            items
+                .into_iter()
+                .map(|item| node_of(source, offset, item))
+                .collect(),
+        ),
         DeValue::Table(table) => Raw::Table(entries_of(source, offset, table)),
     };
     Node { place, raw }
 }
 
 fn integer(digits: &str, radix: u32) -> i128 {
-    let end_of_range = if digits.starts_with('-') { i128::MIN } else { i128::MAX };
+    let end_of_range = if digits.starts_with('-') {
+        i128::MIN
+    } else {
+        i128::MAX
+    };
     i128::from_str_radix(digits, radix).unwrap_or(end_of_range)
 }

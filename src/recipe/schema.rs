@@ -39,7 +39,10 @@ fn table_schema(table: &str, about: &str) -> Value {
         "additionalProperties": false,
         "properties": properties_of(table),
     });
-    let needed: Vec<&str> = keys::of_table(table).filter(|key| key.presence == Presence::Needed).map(Key::name).collect();
+    let needed: Vec<&str> = keys::of_table(table)
+        .filter(|key| key.presence == Presence::Needed)
+        .map(Key::name)
+        .collect();
     if !needed.is_empty() {
         schema["required"] = json!(needed);
     }
@@ -50,7 +53,8 @@ fn table_schema(table: &str, about: &str) -> Value {
         }
         "data" => schema["not"] = json!({ "required": ["validation", "validation_fraction"] }),
         "adapter" => {
-            schema["if"] = json!({ "properties": { "type": { "const": "none" } }, "required": ["type"] });
+            schema["if"] =
+                json!({ "properties": { "type": { "const": "none" } }, "required": ["type"] });
             schema["then"] = json!({ "maxProperties": 1 });
         }
         _ => {}
@@ -59,12 +63,16 @@ fn table_schema(table: &str, about: &str) -> Value {
 }
 
 fn properties_of(table: &str) -> Map<String, Value> {
-    keys::of_table(table).map(|key| (key.name().to_string(), key_schema(key))).collect()
+    keys::of_table(table)
+        .map(|key| (key.name().to_string(), key_schema(key)))
+        .collect()
 }
 
 fn key_schema(key: &Key) -> Value {
     let mut schema = json!({ "description": key.doc });
-    let Value::Object(of_kind) = kind_schema(&key.kind) else { return schema };
+    let Value::Object(of_kind) = kind_schema(&key.kind) else {
+        return schema;
+    };
     for (word, value) in of_kind {
         schema[word] = value;
     }
@@ -85,10 +93,16 @@ fn kind_schema(kind: &Kind) -> Value {
             json!({ "anyOf": [{ "enum": words() }, { "type": "integer", "minimum": 0, "maximum": keys::MANY }] })
         }
         Kind::Flag => json!({ "type": "boolean" }),
-        Kind::Count { least, most } => json!({ "type": "integer", "minimum": least, "maximum": most }),
+        Kind::Count { least, most } => {
+            json!({ "type": "integer", "minimum": least, "maximum": most })
+        }
         Kind::Number(range) => number_schema(range),
         Kind::Quantity(quantity) => {
-            let kinds = if quantity.bare { json!(["string", "number"]) } else { json!("string") };
+            let kinds = if quantity.bare {
+                json!(["string", "number"])
+            } else {
+                json!("string")
+            };
             json!({ "type": kinds, "pattern": format!("^\\s*[0-9.][0-9._]*([eE][+-]?[0-9]+)?\\s*({})\\s*$", quantity.units) })
         }
         Kind::Grid => json!({ "type": ["string", "number"], "minLength": 1, "minimum": 0 }),
@@ -105,18 +119,33 @@ fn kind_schema(kind: &Kind) -> Value {
             let layer = json!({ "type": "integer", "minimum": 0 });
             json!({ "anyOf": [{ "type": "array", "items": layer, "minItems": 1 }, layer] })
         }
-        Kind::Ranks => json!({ "type": "object", "additionalProperties": { "type": "integer", "minimum": 1 } }),
-        Kind::Alphas => json!({ "type": "object", "additionalProperties": { "type": "number", "exclusiveMinimum": 0 } }),
+        Kind::Ranks => {
+            json!({ "type": "object", "additionalProperties": { "type": "integer", "minimum": 1 } })
+        }
+        Kind::Alphas => {
+            json!({ "type": "object", "additionalProperties": { "type": "number", "exclusiveMinimum": 0 } })
+        }
         Kind::Columns => {
-            let fields: Map<String, Value> =
-                FIELDS.iter().map(|field| (field.to_string(), json!({ "type": "string", "minLength": 1 }))).collect();
+            let fields: Map<String, Value> = FIELDS
+                .iter()
+                .map(|field| {
+                    (
+                        field.to_string(),
+                        json!({ "type": "string", "minLength": 1 }),
+                    )
+                })
+                .collect();
             json!({ "type": "object", "properties": fields, "additionalProperties": false })
         }
     }
 }
 
 fn number_schema(range: &Range) -> Value {
-    let low = if range.with_low { "minimum" } else { "exclusiveMinimum" };
+    let low = if range.with_low {
+        "minimum"
+    } else {
+        "exclusiveMinimum"
+    };
     let mut schema = json!({ "type": "number", low: range.low });
     if let Some(end) = range.below {
         schema["exclusiveMaximum"] = json!(end);
@@ -126,6 +155,7 @@ fn number_schema(range: &Range) -> Value {
 
 /// A value of the table of keys in JSON.
 fn toml_as_json(value: &str) -> Value {
-    let document: toml::Table = toml::from_str(&format!("x = {value}")).expect("the table's values are TOML");
+    let document: toml::Table =
+        toml::from_str(&format!("x = {value}")).expect("the table's values are TOML");
     serde_json::to_value(&document["x"]).expect("every TOML value of the table has a JSON form")
 }

@@ -27,19 +27,40 @@ const VERY_ALIKE: f64 = 0.92;
 /// Reports a key that `table` (empty: the top) does not have.
 pub(super) fn unknown_key(table: &str, entry: &Entry, mistakes: &mut Mistakes) {
     let is_table = table.is_empty() && matches!(entry.node.raw, Raw::Table(_));
-    let shown = if is_table { format!("[{}]", entry.key) } else { entry.key.clone() };
-    let whole = if table.is_empty() { "a recipe".to_string() } else { format!("`[{table}]`") };
+    let shown = if is_table {
+        format!("[{}]", entry.key)
+    } else {
+        entry.key.clone()
+    };
+    let whole = if table.is_empty() {
+        "a recipe".to_string()
+    } else {
+        format!("`[{table}]`")
+    };
     let meant = match is_table {
-        true => nearest(&entry.key, TABLES.iter().map(|(name, _)| *name), ALIKE).map(|name| format!("did you mean `[{name}]`?")),
-        false => nearest_key(table, &entry.key).map(|key| remedy(table, key, mistakes.is_override(entry.key_place))),
+        true => nearest(&entry.key, TABLES.iter().map(|(name, _)| *name), ALIKE)
+            .map(|name| format!("did you mean `[{name}]`?")),
+        false => nearest_key(table, &entry.key)
+            .map(|key| remedy(table, key, mistakes.is_override(entry.key_place))),
     };
     let hint = meant.unwrap_or_else(|| format!("remove it; {whole} has {}", listed(table)));
-    mistakes.add(entry.key_place, format!("`{shown}` is no part of {whole}"), "", hint);
+    mistakes.add(
+        entry.key_place,
+        format!("`{shown}` is no part of {whole}"),
+        "",
+        hint,
+    );
 }
 
 fn listed(table: &str) -> String {
-    let tables = TABLES.iter().filter(|_| table.is_empty()).map(|(name, _)| format!("`[{name}]`"));
-    let names: Vec<String> = keys::of_table(table).map(|key| format!("`{}`", key.name())).chain(tables).collect();
+    let tables = TABLES
+        .iter()
+        .filter(|_| table.is_empty())
+        .map(|(name, _)| format!("`[{name}]`"));
+    let names: Vec<String> = keys::of_table(table)
+        .map(|key| format!("`{}`", key.name()))
+        .chain(tables)
+        .collect();
     names.join(", ")
 }
 
@@ -64,13 +85,19 @@ fn remedy(table: &str, key: &Key, on_command_line: bool) -> String {
     match () {
         () if on_command_line => format!("did you mean `--set {}=...`?", key.path),
         () if home == table => format!("did you mean `{name}`?"),
-        () if home.is_empty() => format!("did you mean `{name}`, at the top of the file above the first `[table]`?"),
+        () if home.is_empty() => {
+            format!("did you mean `{name}`, at the top of the file above the first `[table]`?")
+        }
         () => format!("did you mean `{name}`, under `[{home}]`?"),
     }
 }
 
 /// The candidate most like `word`, if it is at least so much alike. Case and `-` for `_` do not count.
-pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>, least: f64) -> Option<&'a str> {
+pub(super) fn nearest<'a>(
+    word: &str,
+    candidates: impl Iterator<Item = &'a str>,
+    least: f64,
+) -> Option<&'a str> {
     let word = word.to_lowercase().replace('-', "_");
     candidates
         .map(|candidate| (strsim::jaro_winkler(&word, candidate), candidate))
@@ -81,8 +108,13 @@ pub(super) fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>,
 
 /// `did you mean` for a choice, if one of `words` is near.
 pub(super) fn nearest_word(written: &str, words: &[&'static str]) -> Option<&'static str> {
-    let foreign = FOREIGN_WORDS.iter().find(|(foreign, _)| *foreign == written).map(|(_, word)| *word);
-    foreign.filter(|word| words.contains(word)).or_else(|| nearest(written, words.iter().copied(), 0.7))
+    let foreign = FOREIGN_WORDS
+        .iter()
+        .find(|(foreign, _)| *foreign == written)
+        .map(|(_, word)| *word);
+    foreign
+        .filter(|word| words.contains(word))
+        .or_else(|| nearest(written, words.iter().copied(), 0.7))
 }
 
 #[cfg(test)]
@@ -91,7 +123,11 @@ mod tests {
 
     #[track_caller]
     fn meant(table: &str, name: &str, path: &str) {
-        assert_eq!(nearest_key(table, name).map(|key| key.path), Some(path), "[{table}] {name}");
+        assert_eq!(
+            nearest_key(table, name).map(|key| key.path),
+            Some(path),
+            "[{table}] {name}"
+        );
     }
 
     #[test]

@@ -12,12 +12,18 @@ pub(super) trait Word: Copy + PartialEq + 'static {
 
     /// The meaning of `word`.
     fn from_word(word: &str) -> Option<Self> {
-        Self::WORDS.iter().find(|(known, _)| *known == word).map(|(_, meaning)| *meaning)
+        Self::WORDS
+            .iter()
+            .find(|(known, _)| *known == word)
+            .map(|(_, meaning)| *meaning)
     }
 
     /// The word for it.
     fn word(self) -> &'static str {
-        Self::WORDS.iter().find(|(_, meaning)| *meaning == self).map_or("", |(word, _)| word)
+        Self::WORDS
+            .iter()
+            .find(|(_, meaning)| *meaning == self)
+            .map_or("", |(word, _)| word)
     }
 
     /// Every word.
@@ -52,8 +58,11 @@ macro_rules! words {
 
 /// A number of blocks is written as a number.
 impl Word for Checkpointing {
-    const WORDS: &'static [(&'static str, Self)] =
-        &[("auto", Checkpointing::Auto), ("always", Checkpointing::Always), ("never", Checkpointing::Never)];
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("auto", Checkpointing::Auto),
+        ("always", Checkpointing::Always),
+        ("never", Checkpointing::Never),
+    ];
 }
 
 words! {

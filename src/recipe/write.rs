@@ -32,7 +32,8 @@ impl Recipe {
     /// With `adapter.init_from`, keys that the adapter decides and the recipe did not write stand as comments: written out they
     /// would contradict the adapter.
     pub fn to_toml(&self) -> String {
-        let head = "# As resolved by wattune: every default is written out, paths are absolute.\n".to_string();
+        let head = "# As resolved by wattune: every default is written out, paths are absolute.\n"
+            .to_string();
         lay_out(head, |key| match self.value(key.path) {
             Some(value) if self.is_left_to_the_adapter(key) => Line::Commented(value.to_string()),
             Some(value) => Line::Written(value.to_string()),
@@ -82,11 +83,15 @@ pub fn starter() -> String {
 fn lay_out(mut text: String, line: impl Fn(&Key) -> Line) -> String {
     let tables = std::iter::once(("", "")).chain(TABLES);
     for (table, about) in tables {
-        let lines: Vec<String> = keys::of_table(table).filter_map(|key| laid_out(key, line(key))).collect();
+        let lines: Vec<String> = keys::of_table(table)
+            .filter_map(|key| laid_out(key, line(key)))
+            .collect();
         if !table.is_empty() && !lines.is_empty() {
             let _ = write!(text, "\n# {about}.\n[{table}]\n");
         }
-        lines.iter().for_each(|line| text.extend([line.as_str(), "\n"]));
+        lines
+            .iter()
+            .for_each(|line| text.extend([line.as_str(), "\n"]));
     }
     text
 }
@@ -97,7 +102,11 @@ fn laid_out(key: &Key, line: Line) -> Option<String> {
         Line::Commented(value) => ("# ", value),
         Line::Absent => return None,
     };
-    let optional = if key.presence == Presence::Optional && !mark.is_empty() { "; none unless given" } else { "" };
+    let optional = if key.presence == Presence::Optional && !mark.is_empty() {
+        "; none unless given"
+    } else {
+        ""
+    };
     let words = match key.kind {
         Kind::Choice(words) => format!(" ({})", words().join(" | ")),
         Kind::ChoiceOrCount { words, of } => format!(" ({} | number of {of})", words().join(" | ")),
@@ -143,11 +152,18 @@ impl Lora {
             "target_modules" => Some(targets(&self.target_modules)),
             "exclude_modules" => self.exclude_modules.as_ref().map(targets),
             "use_rslora" => Some(self.use_rslora.into()),
-            "rank_pattern" => map(self.rank_pattern.iter().map(|(pattern, rank)| (pattern, count(*rank as u64)))),
-            "alpha_pattern" => map(self.alpha_pattern.iter().map(|(pattern, alpha)| (pattern, number(*alpha)))),
-            "layers_to_transform" => {
-                self.layers_to_transform.as_ref().map(|layers| layers.iter().map(|layer| count(*layer as u64)).collect())
-            }
+            "rank_pattern" => map(self
+                .rank_pattern
+                .iter()
+                .map(|(pattern, rank)| (pattern, count(*rank as u64)))),
+            "alpha_pattern" => map(self
+                .alpha_pattern
+                .iter()
+                .map(|(pattern, alpha)| (pattern, number(*alpha)))),
+            "layers_to_transform" => self
+                .layers_to_transform
+                .as_ref()
+                .map(|layers| layers.iter().map(|layer| count(*layer as u64)).collect()),
             "init_from" => self.init_from.as_deref().map(path_value),
             _ => None,
         }
@@ -161,7 +177,10 @@ impl Data {
             ("validation", Validation::Source(records)) => Some(source(records)),
             ("validation_fraction", Validation::Fraction(fraction)) => Some(number(*fraction)),
             ("format", _) => Some(self.format.word().into()),
-            ("columns", _) => map(self.columns.iter().map(|(field, column)| (field, column.as_str().into()))),
+            ("columns", _) => map(self
+                .columns
+                .iter()
+                .map(|(field, column)| (field, column.as_str().into()))),
             ("max_length", _) => Some(count(self.max_length as u64)),
             ("packing", _) => Some(self.packing.into()),
             ("shuffle", _) => Some(self.shuffle.into()),
@@ -180,7 +199,9 @@ impl Train {
             ("warmup_ratio", _, Warmup::Ratio(ratio)) => Some(number(ratio)),
             ("warmup_steps", _, Warmup::Steps(steps)) => Some(count(steps)),
             ("micro_batch_size", ..) => Some(count(self.micro_batch_size as u64)),
-            ("gradient_accumulation_steps", ..) => Some(count(self.gradient_accumulation_steps as u64)),
+            ("gradient_accumulation_steps", ..) => {
+                Some(count(self.gradient_accumulation_steps as u64))
+            }
             ("learning_rate", ..) => Some(number(self.learning_rate)),
             ("schedule", ..) => Some(self.schedule.word().into()),
             ("adam_beta1", ..) => Some(number(self.adam_beta1)),
@@ -204,11 +225,20 @@ impl Train {
 impl Budget {
     fn value(&self, name: &str) -> Option<Value> {
         match name {
-            "energy" => self.energy.map(|energy| exact(&energy, format!("{} J", energy.0))),
-            "carbon" => self.carbon.map(|carbon| exact(&carbon, format!("{} g", carbon.0))),
-            "flops" => self.flops.map(|flops| exact(&flops, format!("{:e}", flops.0))),
+            "energy" => self
+                .energy
+                .map(|energy| exact(&energy, format!("{} J", energy.0))),
+            "carbon" => self
+                .carbon
+                .map(|carbon| exact(&carbon, format!("{} g", carbon.0))),
+            "flops" => self
+                .flops
+                .map(|flops| exact(&flops, format!("{:e}", flops.0))),
             "time" => self.time.map(|time| exact(&time, format!("{} s", time.0))),
-            "cost" => self.cost.as_ref().map(|cost| exact(cost, format!("{} {}", cost.amount, cost.currency))),
+            "cost" => self
+                .cost
+                .as_ref()
+                .map(|cost| exact(cost, format!("{} {}", cost.amount, cost.currency))),
             _ => None,
         }
     }
@@ -222,8 +252,15 @@ impl Energy {
             "grid" => Some(self.grid.as_str().into()),
             "pue" => Some(number(self.pue.value())),
             "price" => self.price.as_ref().map(|price| {
-                let per = if price.per == Per::KilowattHour { "kWh" } else { "h" };
-                exact(price, format!("{} {}/{per}", price.money.amount, price.money.currency))
+                let per = if price.per == Per::KilowattHour {
+                    "kWh"
+                } else {
+                    "h"
+                };
+                exact(
+                    price,
+                    format!("{} {}/{per}", price.money.amount, price.money.currency),
+                )
             }),
             _ => None,
         }
@@ -237,7 +274,9 @@ impl Baseline {
             "full_fine_tuning" => Some(self.full_fine_tuning.word().into()),
             "energy_multiple" => Some(number(self.energy_multiple)),
             "learning_rate" => self.learning_rate.map(number),
-            "budget" => self.budget.map(|energy| exact(&energy, format!("{} J", energy.0))),
+            "budget" => self
+                .budget
+                .map(|energy| exact(&energy, format!("{} J", energy.0))),
             _ => None,
         }
     }
@@ -249,7 +288,10 @@ impl Report {
             "requests_per_day" => self.requests_per_day.map(number),
             "prompt_tokens" => Some(count(self.prompt_tokens as u64)),
             "generated_tokens" => Some(count(self.generated_tokens as u64)),
-            "larger_model" => self.larger_model.as_ref().map(|model| model.name.as_str().into()),
+            "larger_model" => self
+                .larger_model
+                .as_ref()
+                .map(|model| model.name.as_str().into()),
             "few_shot_examples" => Some(count(self.few_shot_examples as u64)),
             _ => None,
         }
@@ -257,10 +299,17 @@ impl Report {
 }
 
 /// A quantity as it is shown to people where that loses nothing, else in its base unit with every digit.
-fn exact<Q: std::fmt::Display + std::str::FromStr + PartialEq>(quantity: &Q, in_base_unit: String) -> Value {
+fn exact<Q: std::fmt::Display + std::str::FromStr + PartialEq>(
+    quantity: &Q,
+    in_base_unit: String,
+) -> Value {
     let shown = quantity.to_string();
     let reads_back = shown.parse::<Q>().is_ok_and(|read| read == *quantity);
-    if reads_back { shown.into() } else { in_base_unit.into() }
+    if reads_back {
+        shown.into()
+    } else {
+        in_base_unit.into()
+    }
 }
 
 /// A count; those of a recipe end where TOML's integers do.
@@ -270,7 +319,9 @@ fn count(count: u64) -> Value {
 
 /// A number with the fewest digits that read back as the same, and an exponent where it is far from one (`1e-8`).
 fn number(number: f64) -> Value {
-    format!("{number:?}").parse().unwrap_or_else(|_| number.into())
+    format!("{number:?}")
+        .parse()
+        .unwrap_or_else(|_| number.into())
 }
 
 /// Paths of a recipe come from its UTF-8 text and a folder that has been checked to be UTF-8.

@@ -24,11 +24,41 @@ pub fn entries(budget: &Budget) -> Vec<Entry> {
     let (limits, spent) = (&budget.limits, &budget.spent);
     let money = |money: Money| money.to_string();
     let all = [
-        entry("energy", limits.energy_j, spent.energy_j, |joules| joules.0, show::energy),
-        entry("carbon", limits.carbon_gco2e, spent.carbon_gco2e, |grams| grams.0, show::carbon),
-        entry("flops", limits.flops, spent.flops, |flops| flops.0, show::flops),
-        entry("time", limits.time_s, spent.time_s, |seconds| seconds.0, show::time),
-        entry("cost", limits.cost.clone(), spent.cost.clone(), |money| money.amount, money),
+        entry(
+            "energy",
+            limits.energy_j,
+            spent.energy_j,
+            |joules| joules.0,
+            show::energy,
+        ),
+        entry(
+            "carbon",
+            limits.carbon_gco2e,
+            spent.carbon_gco2e,
+            |grams| grams.0,
+            show::carbon,
+        ),
+        entry(
+            "flops",
+            limits.flops,
+            spent.flops,
+            |flops| flops.0,
+            show::flops,
+        ),
+        entry(
+            "time",
+            limits.time_s,
+            spent.time_s,
+            |seconds| seconds.0,
+            show::time,
+        ),
+        entry(
+            "cost",
+            limits.cost.clone(),
+            spent.cost.clone(),
+            |money| money.amount,
+            money,
+        ),
     ];
     all.into_iter().flatten().collect()
 }
@@ -41,6 +71,13 @@ fn entry<T: Clone>(
     form: impl Fn(T) -> String,
 ) -> Option<Entry> {
     let limit = limit?;
-    let used = show::or_unknown(spent.as_ref(), |spent| show::share(size(spent), size(&limit)));
-    Some(Entry { name, allowed: form(limit), spent: show::or_unknown(spent, form), used })
+    let used = show::or_unknown(spent.as_ref(), |spent| {
+        show::share(size(spent), size(&limit))
+    });
+    Some(Entry {
+        name,
+        allowed: form(limit),
+        spent: show::or_unknown(spent, form),
+        used,
+    })
 }

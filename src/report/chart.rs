@@ -34,7 +34,10 @@ fn picture(id: &str, title: &str, desc: &str, [width, height]: [f64; 2], body: &
 
 /// A label; `anchor` is SVG's: start, middle or end.
 fn label(class: &str, anchor: &str, [x, y]: [f64; 2], text: &str) -> String {
-    format!("<text class=\"{class}\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>\n", escape(text))
+    format!(
+        "<text class=\"{class}\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>\n",
+        escape(text)
+    )
 }
 
 /// The labels under a horizontal axis, each in the middle of its place and inside `width`; one that would touch the label before it is
@@ -53,7 +56,9 @@ fn tick_row(ticks: impl Iterator<Item = (f64, String)>, width: f64, y: f64) -> S
 }
 
 fn segment(class: &str, [x1, y1]: [f64; 2], [x2, y2]: [f64; 2]) -> String {
-    format!("<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>\n")
+    format!(
+        "<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>\n"
+    )
 }
 
 #[cfg(test)]
@@ -63,8 +68,18 @@ mod tests {
     #[test]
     fn labels_that_would_touch_are_left_out() {
         // Four characters of 7.7 px are 30.8 wide: at 10 the first is moved to 15.4 and ends at 30.8, so the next begins at 38.5 or later.
-        let row = tick_row([10.0, 53.0, 54.0, 95.0].map(|x| (x, "1234".to_string())).into_iter(), 100.0, 5.0);
-        let places: Vec<&str> = row.split(" x=\"").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
+        let row = tick_row(
+            [10.0, 53.0, 54.0, 95.0]
+                .map(|x| (x, "1234".to_string()))
+                .into_iter(),
+            100.0,
+            5.0,
+        );
+        let places: Vec<&str> = row
+            .split(" x=\"")
+            .skip(1)
+            .map(|rest| rest.split('"').next().unwrap())
+            .collect();
         assert_eq!(places, ["15.4", "54.0"]);
     }
 }

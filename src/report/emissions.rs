@@ -103,11 +103,20 @@ impl Emissions {
     /// As [`Report::sealed`].
     pub fn to_csv(&self, report: &Report) -> Result<String> {
         let report = report.clone().sealed()?;
-        let failed = |why: String| Error::new(Kind::Run, format!("cannot put the emissions into CSV: {why}"));
+        let failed = |why: String| {
+            Error::new(
+                Kind::Run,
+                format!("cannot put the emissions into CSV: {why}"),
+            )
+        };
         let mut csv = csv::Writer::from_writer(Vec::new());
         let row = COLUMNS.map(|column| self.cell(column, &report));
-        csv.write_record(COLUMNS).and_then(|()| csv.write_record(&row)).map_err(|source| failed(source.to_string()))?;
-        let bytes = csv.into_inner().map_err(|source| failed(source.to_string()))?;
+        csv.write_record(COLUMNS)
+            .and_then(|()| csv.write_record(&row))
+            .map_err(|source| failed(source.to_string()))?;
+        let bytes = csv
+            .into_inner()
+            .map_err(|source| failed(source.to_string()))?;
         String::from_utf8(bytes).map_err(|source| failed(source.to_string()))
     }
 
@@ -115,7 +124,8 @@ impl Emissions {
         let (carbon, wall) = (&report.carbon, report.training.wall_s);
         let facility = |energy: Option<Joules>| energy.map(|energy| carbon.pue * energy);
         let kwh = |energy: Option<Joules>| facility(energy).map(Joules::kwh);
-        let watts = |energy: Option<Joules>| facility(energy).and_then(|energy| mean_power(energy, wall));
+        let watts =
+            |energy: Option<Joules>| facility(energy).and_then(|energy| mean_power(energy, wall));
         let kilograms = carbon.gco2e.0 / 1000.0;
         let words = |text: &Option<String>| text.clone().unwrap_or_default();
         match column {
@@ -138,13 +148,23 @@ impl Emissions {
             "cloud_provider" => words(&self.cloud_provider),
             "cloud_region" => words(&self.cloud_region),
             "os" => report.environment.os.clone(),
-            "cpu_count" => self.cpu_count.map(|count| count.to_string()).unwrap_or_default(),
+            "cpu_count" => self
+                .cpu_count
+                .map(|count| count.to_string())
+                .unwrap_or_default(),
             "cpu_model" => report.environment.cpu.clone(),
-            "gpu_count" => self.gpu_count.map(|count| count.to_string()).unwrap_or_default(),
+            "gpu_count" => self
+                .gpu_count
+                .map(|count| count.to_string())
+                .unwrap_or_default(),
             "gpu_model" => words(&self.gpu_model),
             "ram_total_size" => decimal(self.ram_total.map(|bytes| bytes.0 as f64 / BYTES_PER_GB)),
             "tracking_mode" => tracking_mode(report.energy.meter).to_string(),
-            "on_cloud" => self.cloud_provider.as_ref().map(|_| "Y".to_string()).unwrap_or_default(),
+            "on_cloud" => self
+                .cloud_provider
+                .as_ref()
+                .map(|_| "Y".to_string())
+                .unwrap_or_default(),
             "pue" => decimal(Some(carbon.pue.value())),
             // Python, CodeCarbon itself, water, coordinates, utilisation: not known here.
             _ => String::new(),
@@ -166,5 +186,8 @@ fn mean_power(energy: Joules, time: Seconds) -> Option<f64> {
 
 /// A finite number as plain decimals, else an empty cell.
 fn decimal(value: Option<f64>) -> String {
-    value.filter(|value| value.is_finite()).map(|value| value.to_string()).unwrap_or_default()
+    value
+        .filter(|value| value.is_finite())
+        .map(|value| value.to_string())
+        .unwrap_or_default()
 }

@@ -30,7 +30,10 @@ pub const MODEL_CARD: &str = "README.md";
 /// [`crate::error::Kind::Io`] where the folder cannot be written to.
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let beside = beside(path);
-    let written = File::create(&beside).and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()));
+    let written = File::create(&beside).and_then(|mut file| {
+        file.write_all(text.as_bytes())
+            .and_then(|()| file.sync_all())
+    });
     let placed = written.and_then(|()| fs::rename(&beside, path));
     placed.map_err(|source| {
         // The half-written neighbour is of no use; that it cannot be removed either changes nothing about the failure.

@@ -34,11 +34,20 @@ pub fn to_html(name: &str, report: &Report, history: &History) -> Result<String>
     let name = name.split_whitespace().collect::<Vec<_>>().join(" ");
     let course = history.course(&report, report.energy.meter);
     let lead = inline(&summary(&report));
-    let mut body = format!("<header>\n<h1>{}</h1>\n<p class=\"lead\">{lead}</p>\n{}</header>\n", escape(&name), facts(&report));
+    let mut body = format!(
+        "<header>\n<h1>{}</h1>\n<p class=\"lead\">{lead}</p>\n{}</header>\n",
+        escape(&name),
+        facts(&report)
+    );
     body += &progress(&report, &course);
-    body += &sections(&report).into_iter().map(|section| laid_out(&report, section)).collect::<String>();
+    body += &sections(&report)
+        .into_iter()
+        .map(|section| laid_out(&report, section))
+        .collect::<String>();
     let version = escape(&report.environment.version);
-    let footer = format!("Written by wattune {version}. The same figures for programs: <code>report.json</code>.");
+    let footer = format!(
+        "Written by wattune {version}. The same figures for programs: <code>report.json</code>."
+    );
     Ok(document(&format!("{name}: energy report"), &body, &footer))
 }
 
@@ -46,13 +55,21 @@ pub fn to_html(name: &str, report: &Report, history: &History) -> Result<String>
 fn facts(report: &Report) -> String {
     let (energy, carbon, training) = (&report.energy, &report.carbon, &report.training);
     let fact = |name: &str, figures: String, beside: String| {
-        format!("<div><dt>{name}</dt><dd>{figures}<small>{}</small></dd></div>\n", escape(&beside))
+        format!(
+            "<div><dt>{name}</dt><dd>{figures}<small>{}</small></dd></div>\n",
+            escape(&beside)
+        )
     };
     let between = |low: Option<String>, high: Option<String>| match (low, high) {
         (Some(low), Some(high)) => format!("{low} to {high}"),
         _ => String::new(),
     };
-    let loss = |loss: Option<f64>| loss.map_or_else(|| show::UNKNOWN.to_string(), |loss| data(loss, &show::number(loss)));
+    let loss = |loss: Option<f64>| {
+        loss.map_or_else(
+            || show::UNKNOWN.to_string(),
+            |loss| data(loss, &show::number(loss)),
+        )
+    };
     let plain = |joules: Joules| joules.to_string();
     let mut facts = fact(
         "energy",
@@ -67,7 +84,10 @@ fn facts(report: &Report) -> String {
     facts += &fact(
         "emissions",
         data(carbon.gco2e.0, &show::carbon(carbon.gco2e)),
-        between(carbon.low_gco2e.map(show::carbon), carbon.high_gco2e.map(show::carbon)),
+        between(
+            carbon.low_gco2e.map(show::carbon),
+            carbon.high_gco2e.map(show::carbon),
+        ),
     );
     facts += &fact(
         "validation loss",
@@ -79,8 +99,15 @@ fn facts(report: &Report) -> String {
     );
     facts += &fact(
         "training",
-        data(training.steps as f64, &show::counted(training.steps, "step")),
-        format!("{} in all, stopped by {}", show::time(training.wall_s), training.stop_reason),
+        data(
+            training.steps as f64,
+            &show::counted(training.steps, "step"),
+        ),
+        format!(
+            "{} in all, stopped by {}",
+            show::time(training.wall_s),
+            training.stop_reason
+        ),
     );
     format!("<dl class=\"facts\">\n{facts}</dl>\n")
 }
@@ -93,14 +120,37 @@ fn data(value: f64, shown: &str) -> String {
 /// The charts over the run's course.
 fn progress(report: &Report, course: &history::Course) -> String {
     if course.points.is_empty() {
-        return section("Course of the run", "<p>No step was recorded, so there is no course to draw.</p>\n");
+        return section(
+            "Course of the run",
+            "<p>No step was recorded, so there is no course to draw.</p>\n",
+        );
     }
-    let along = [figures::loss(report, course), figures::learning_rate(report, course), figures::budget_used(report, course)];
-    let grown = [figures::energy(report, course), figures::emissions(report, course)];
+    let along = [
+        figures::loss(report, course),
+        figures::learning_rate(report, course),
+        figures::budget_used(report, course),
+    ];
+    let grown = [
+        figures::energy(report, course),
+        figures::emissions(report, course),
+    ];
     let beside = beside::beside(report);
-    let along: String = along.iter().chain([&beside]).flatten().map(|figure| figure_html(figure, &FULL)).collect();
-    let grown: String = grown.iter().flatten().map(|figure| figure_html(figure, &HALF)).collect();
-    section("What the energy bought", &along) + &section("How it was spent", &format!("<div class=\"pair\">\n{grown}</div>\n"))
+    let along: String = along
+        .iter()
+        .chain([&beside])
+        .flatten()
+        .map(|figure| figure_html(figure, &FULL))
+        .collect();
+    let grown: String = grown
+        .iter()
+        .flatten()
+        .map(|figure| figure_html(figure, &HALF))
+        .collect();
+    section("What the energy bought", &along)
+        + &section(
+            "How it was spent",
+            &format!("<div class=\"pair\">\n{grown}</div>\n"),
+        )
 }
 
 /// A section with the chart that belongs to it.

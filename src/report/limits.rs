@@ -12,7 +12,10 @@ use crate::energy::interval::{MODEL_FACTOR, TIMED_FACTOR};
 pub fn assumptions(report: &Report) -> Vec<String> {
     let carbon = &report.carbon;
     let grid_source = carbon.source.as_deref().unwrap_or("source not known");
-    let licence = carbon.licence.as_ref().map_or_else(String::new, |licence| format!(" ({licence})"));
+    let licence = carbon
+        .licence
+        .as_ref()
+        .map_or_else(String::new, |licence| format!(" ({licence})"));
     let mut found = vec![match &report.energy.profile_factor {
         Some(factor) => format!(
             "energy coefficients: device profile `{}`, its counted joules times {}: {}",
@@ -20,15 +23,32 @@ pub fn assumptions(report: &Report) -> Vec<String> {
             show::number(factor.value),
             factor.source
         ),
-        None => format!("energy coefficients: device profile `{}`", report.energy.device),
+        None => format!(
+            "energy coefficients: device profile `{}`",
+            report.energy.device
+        ),
     }];
     found.extend(report.energy.factors.iter().map(|factor| {
-        let doubt = if factor.verified { "" } else { "; not verified" };
-        format!("{}: {}. Source: {}{doubt}", factor.name, factor.value, factor.source)
+        let doubt = if factor.verified {
+            ""
+        } else {
+            "; not verified"
+        };
+        format!(
+            "{}: {}. Source: {}{doubt}",
+            factor.name, factor.value, factor.source
+        )
     }));
     found.extend([
-        format!("grid `{}`: {} gCO2e/kWh, {grid_source}{licence}", carbon.grid, show::number(carbon.gco2e_per_kwh.0)),
-        format!("facility overhead: PUE {}, from the recipe", show::number(carbon.pue.value())),
+        format!(
+            "grid `{}`: {} gCO2e/kWh, {grid_source}{licence}",
+            carbon.grid,
+            show::number(carbon.gco2e_per_kwh.0)
+        ),
+        format!(
+            "facility overhead: PUE {}, from the recipe",
+            show::number(carbon.pue.value())
+        ),
     ]);
     found.extend(carbon.embodied_source.iter().map(|source| {
         format!("the device's manufacture: {source}; in use day and night for that long, the machine around it left out")
@@ -37,7 +57,12 @@ pub fn assumptions(report: &Report) -> Vec<String> {
     for baseline in &report.baselines {
         let name = name(baseline);
         found.push(format!("{name}: {}", baseline.source));
-        found.extend(baseline.assumptions.iter().map(|assumption| format!("{name}: {assumption}")));
+        found.extend(
+            baseline
+                .assumptions
+                .iter()
+                .map(|assumption| format!("{name}: {assumption}")),
+        );
     }
     found
 }
@@ -80,5 +105,9 @@ pub fn limits(report: &Report) -> Vec<String> {
         (true, carbon),
         (true, scope),
     ];
-    shown.into_iter().filter(|(holds, _)| *holds).map(|(_, text)| text.to_string()).collect()
+    shown
+        .into_iter()
+        .filter(|(holds, _)| *holds)
+        .map(|(_, text)| text.to_string())
+        .collect()
 }

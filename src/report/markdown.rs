@@ -15,21 +15,31 @@ use crate::error::Result;
 pub fn to_markdown(name: &str, report: &Report) -> Result<String> {
     let report = report.clone().sealed()?;
     let head = format!("# {}\n\n{}\n", one_line(name), one_line(&summary(&report)));
-    let body = sections(&report).into_iter().map(|section| format!("\n## {}\n\n{}", section.title, body(section.blocks)));
+    let body = sections(&report)
+        .into_iter()
+        .map(|section| format!("\n## {}\n\n{}", section.title, body(section.blocks)));
     Ok(head + &body.collect::<String>())
 }
 
 /// The sections with these titles, one after another and without their headings.
 pub fn to_markdown_body(report: &Report, titles: &[&str]) -> String {
-    let wanted = sections(report).into_iter().filter(|section| titles.contains(&section.title));
-    wanted.map(|section| body(section.blocks)).collect::<Vec<_>>().join("\n")
+    let wanted = sections(report)
+        .into_iter()
+        .filter(|section| titles.contains(&section.title));
+    wanted
+        .map(|section| body(section.blocks))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn body(blocks: Vec<Block>) -> String {
     let texts = blocks.into_iter().map(|block| match block {
         Block::Paragraph(text) => one_line(&text) + "\n",
         Block::Table(table) => table.markdown(),
-        Block::Bullets(items) => items.iter().map(|item| format!("- {}\n", one_line(item))).collect(),
+        Block::Bullets(items) => items
+            .iter()
+            .map(|item| format!("- {}\n", one_line(item)))
+            .collect(),
         Block::Verbatim(caption, text) => format!("{caption}:\n\n{}", fenced(&text, "text")),
     });
     texts.collect::<Vec<_>>().join("\n")
@@ -44,7 +54,10 @@ pub fn one_line(text: &str) -> String {
 pub fn fenced(text: &str, language: &str) -> String {
     let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
     let fence = "`".repeat(longest.max(2) + 1);
-    format!("{fence}{language}\n{}\n{fence}\n", text.trim_end_matches('\n'))
+    format!(
+        "{fence}{language}\n{}\n{fence}\n",
+        text.trim_end_matches('\n')
+    )
 }
 
 #[cfg(test)]
@@ -54,7 +67,10 @@ mod tests {
     #[test]
     fn a_text_cannot_close_its_fence() {
         assert_eq!(fenced("a", "text"), "```text\na\n```\n");
-        assert_eq!(fenced("x\n````\ny\n", "text"), "`````text\nx\n````\ny\n`````\n");
+        assert_eq!(
+            fenced("x\n````\ny\n", "text"),
+            "`````text\nx\n````\ny\n`````\n"
+        );
         assert_eq!(one_line("a\n# b"), "a # b");
     }
 }

@@ -43,13 +43,19 @@ mod tests {
 
     #[test]
     fn nothing_opens_a_tag_or_ends_an_attribute() {
-        assert_eq!(escape("<b class=\"x\">&'\u{1b}[2J\u{0}</b>"), "&lt;b class=&quot;x&quot;&gt;&amp;&#39;[2J&lt;/b&gt;");
+        assert_eq!(
+            escape("<b class=\"x\">&'\u{1b}[2J\u{0}</b>"),
+            "&lt;b class=&quot;x&quot;&gt;&amp;&#39;[2J&lt;/b&gt;"
+        );
         assert_eq!(escape("a\n\tb"), "a\n\tb");
     }
 
     #[test]
     fn backticks_become_code_in_pairs_alone() {
-        assert_eq!(inline("run `a<b` on `c`"), "run <code>a&lt;b</code> on <code>c</code>");
+        assert_eq!(
+            inline("run `a<b` on `c`"),
+            "run <code>a&lt;b</code> on <code>c</code>"
+        );
         assert_eq!(inline("one ` alone\nhere"), "one ` alone here");
     }
 }

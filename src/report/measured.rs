@@ -93,31 +93,46 @@ pub struct CurvePoint {
 pub(super) fn at_equal(baseline: &Baseline) -> Vec<String> {
     let name = name(baseline);
     let loss = baseline.val_loss_at_equal_energy.map(|loss| {
-        let against =
-            baseline.measured.as_ref().map_or_else(String::new, |it| format!(" (this run: {})", show::number(it.run_val_loss)));
-        format!("{name}: validation loss {} after the same training energy{against}", show::number(loss))
+        let against = baseline.measured.as_ref().map_or_else(String::new, |it| {
+            format!(" (this run: {})", show::number(it.run_val_loss))
+        });
+        format!(
+            "{name}: validation loss {} after the same training energy{against}",
+            show::number(loss)
+        )
     });
     let energy = match &baseline.measured {
         Some(measured) => Some(format!("{name}: {}", equal_loss(&measured.equal_loss))),
-        None => {
-            baseline.energy_to_equal_loss_j.map(|joules| format!("{name}: {} to the same validation loss", show::energy(joules)))
-        }
+        None => baseline.energy_to_equal_loss_j.map(|joules| {
+            format!(
+                "{name}: {} to the same validation loss",
+                show::energy(joules)
+            )
+        }),
     };
-    let cut_short = baseline.measured.as_ref().and_then(|measured| cut_short(measured.stop_reason));
+    let cut_short = baseline
+        .measured
+        .as_ref()
+        .and_then(|measured| cut_short(measured.stop_reason));
     let cut_short = cut_short.map(|why| format!("{name}: {why}"));
     loss.into_iter().chain(energy).chain(cut_short).collect()
 }
 
 fn equal_loss(equal: &EqualLoss) -> String {
-    let times =
-        equal.times.map_or_else(String::new, |times| format!(", {} times this run's training energy,", show::times(times)));
+    let times = equal.times.map_or_else(String::new, |times| {
+        format!(", {} times this run's training energy,", show::times(times))
+    });
     let tried = show::energy(equal.tried_j);
     match (equal.how, equal.energy_j.map(show::energy)) {
         (Reached::Measured, Some(energy)) => format!("{energy}{times} to the same validation loss"),
         (Reached::Extrapolated, Some(energy)) => {
-            format!("the same validation loss was not reached in {tried}; extrapolated, not measured: {energy}{times} to it")
+            format!(
+                "the same validation loss was not reached in {tried}; extrapolated, not measured: {energy}{times} to it"
+            )
         }
-        _ => format!("the same validation loss was not reached in {tried}, and its curve does not lead there"),
+        _ => format!(
+            "the same validation loss was not reached in {tried}, and its curve does not lead there"
+        ),
     }
 }
 
@@ -125,7 +140,9 @@ fn cut_short(stop: BaselineStop) -> Option<&'static str> {
     match stop {
         BaselineStop::EqualEnergy | BaselineStop::EqualLoss | BaselineStop::EnergyMultiple => None,
         BaselineStop::Budget => Some("cut short by `baseline.budget`"),
-        BaselineStop::Interrupted => Some("cut short by whoever ran it; `wattune train --resume RUN` goes on with it"),
+        BaselineStop::Interrupted => {
+            Some("cut short by whoever ran it; `wattune train --resume RUN` goes on with it")
+        }
         BaselineStop::Diverged => Some("it diverged: a loss or a gradient was not finite"),
     }
 }
@@ -137,11 +154,20 @@ mod tests {
 
     /// The report of the tests, its from-scratch baseline ended by `stop` and `how` at 3.582 kJ of training.
     fn sentences(stop_reason: BaselineStop, how: Reached, energy_j: Option<f64>) -> Vec<String> {
-        let report: Report = serde_json::from_str(include_str!("../../tests/fixtures/report.json")).expect("a report");
-        let scratch =
-            report.baselines.into_iter().find(|baseline| baseline.val_loss_at_equal_energy.is_some()).expect("a baseline");
+        let report: Report = serde_json::from_str(include_str!("../../tests/fixtures/report.json"))
+            .expect("a report");
+        let scratch = report
+            .baselines
+            .into_iter()
+            .find(|baseline| baseline.val_loss_at_equal_energy.is_some())
+            .expect("a baseline");
         let energy_j = energy_j.map(Joules);
-        let equal_loss = EqualLoss { how, energy_j, times: energy_j.map(|energy| energy.0 / 1800.0), tried_j: Joules(3582.0) };
+        let equal_loss = EqualLoss {
+            how,
+            energy_j,
+            times: energy_j.map(|energy| energy.0 / 1800.0),
+            tried_j: Joules(3582.0),
+        };
         let measured = MeasuredBaseline {
             steps: 20,
             steps_at_equal_energy: 10,
@@ -153,28 +179,53 @@ mod tests {
             equal_loss,
             curve: Vec::new(),
         };
-        at_equal(&Baseline { measured: Some(measured), ..scratch })
+        at_equal(&Baseline {
+            measured: Some(measured),
+            ..scratch
+        })
     }
 
     #[test]
     fn an_extrapolation_never_reads_as_a_measurement() {
         let name = "from scratch, same task, trained here";
         let reached = sentences(BaselineStop::EqualLoss, Reached::Measured, Some(3600.0));
-        let after = format!("{name}: validation loss 6.9 after the same training energy (this run: 2.5)");
+        let after =
+            format!("{name}: validation loss 6.9 after the same training energy (this run: 2.5)");
         assert_eq!(
             reached,
-            [after.clone(), format!("{name}: 3.6 kJ (1 Wh), 2.00 times this run's training energy, to the same validation loss")]
+            [
+                after.clone(),
+                format!(
+                    "{name}: 3.6 kJ (1 Wh), 2.00 times this run's training energy, to the same validation loss"
+                )
+            ]
         );
-        let beyond = sentences(BaselineStop::EnergyMultiple, Reached::Extrapolated, Some(18_000.0));
+        let beyond = sentences(
+            BaselineStop::EnergyMultiple,
+            Reached::Extrapolated,
+            Some(18_000.0),
+        );
         let tried = "the same validation loss was not reached in 3.582 kJ (0.995 Wh)";
         assert_eq!(
             beyond[1],
-            format!("{name}: {tried}; extrapolated, not measured: 18 kJ (5 Wh), 10.0 times this run's training energy, to it")
+            format!(
+                "{name}: {tried}; extrapolated, not measured: 18 kJ (5 Wh), 10.0 times this run's training energy, to it"
+            )
         );
         let cut = sentences(BaselineStop::Budget, Reached::No, None);
         let lost = format!("{name}: {tried}, and its curve does not lead there");
         let stopped = sentences(BaselineStop::Interrupted, Reached::No, None);
-        assert!(stopped[2].contains("`wattune train --resume RUN` goes on with it"), "{stopped:?}");
-        assert_eq!(cut, [after, lost, format!("{name}: cut short by `baseline.budget`")]);
+        assert!(
+            stopped[2].contains("`wattune train --resume RUN` goes on with it"),
+            "{stopped:?}"
+        );
+        assert_eq!(
+            cut,
+            [
+                after,
+                lost,
+                format!("{name}: cut short by `baseline.budget`")
+            ]
+        );
     }
 }

@@ -32,9 +32,18 @@ pub struct Memory {
 
 /// The section: the peak that was seen beside the forecast and its parts.
 pub(super) fn blocks(report: &Report) -> Vec<Block> {
-    let seen = ("peak of the process", show::or_unknown(report.training.peak_rss_bytes, |bytes| bytes.to_string()));
+    let seen = (
+        "peak of the process",
+        show::or_unknown(report.training.peak_rss_bytes, |bytes| bytes.to_string()),
+    );
     let mut rows = vec![seen];
-    rows.extend(report.memory.iter().flat_map(named).map(|(name, bytes)| (name, bytes.to_string())));
+    rows.extend(
+        report
+            .memory
+            .iter()
+            .flat_map(named)
+            .map(|(name, bytes)| (name, bytes.to_string())),
+    );
     vec![pairs(["memory", "size"], rows)]
 }
 

@@ -41,9 +41,16 @@ pub fn to_model_card(facts: &CardFacts, report: &Report) -> Result<String> {
     report.energy.measured_absent = None;
     let sections = [
         front_matter(facts, &report),
-        format!("# {}\n\n{}\n", one_line(&facts.name), one_line(&summary(&report))),
+        format!(
+            "# {}\n\n{}\n",
+            one_line(&facts.name),
+            one_line(&summary(&report))
+        ),
         how_trained(facts, &report),
-        format!("## Energy and emissions\n\n{}", to_markdown_body(&report, &["Energy by meter", "Comparison", "Emissions"])),
+        format!(
+            "## Energy and emissions\n\n{}",
+            to_markdown_body(&report, &["Energy by meter", "Comparison", "Emissions"])
+        ),
         loading(facts, &report),
     ];
     Ok(sections.join("\n"))
@@ -53,19 +60,35 @@ pub fn to_model_card(facts: &CardFacts, report: &Report) -> Result<String> {
 fn front_matter(facts: &CardFacts, report: &Report) -> String {
     let mut lines = vec!["---".to_string()];
     let mut field = |name: &str, value: &Option<String>| {
-        lines.extend(value.as_ref().map(|value| format!("{name}: {}", yaml::quoted(value))));
+        lines.extend(
+            value
+                .as_ref()
+                .map(|value| format!("{name}: {}", yaml::quoted(value))),
+        );
     };
     let lora = report.adapter.r#type == AdapterType::Lora;
     field("base_model", &facts.base_model);
-    field("library_name", &Some(if lora { "peft" } else { "transformers" }.to_string()));
+    field(
+        "library_name",
+        &Some(if lora { "peft" } else { "transformers" }.to_string()),
+    );
     field("license", &facts.license);
     field("pipeline_tag", &Some("text-generation".to_string()));
     if !facts.datasets.is_empty() {
         lines.push("datasets:".to_string());
-        lines.extend(facts.datasets.iter().map(|id| format!("  - {}", yaml::quoted(id))));
+        lines.extend(
+            facts
+                .datasets
+                .iter()
+                .map(|id| format!("  - {}", yaml::quoted(id))),
+        );
     }
     lines.push("tags:".to_string());
-    let tags: &[&str] = if lora { &["lora", "wattune"] } else { &["wattune"] };
+    let tags: &[&str] = if lora {
+        &["lora", "wattune"]
+    } else {
+        &["wattune"]
+    };
     lines.extend(tags.iter().map(|tag| format!("  - {}", yaml::quoted(tag))));
     lines.extend(emissions(facts, report));
     lines.push("---\n".to_string());
@@ -74,7 +97,9 @@ fn front_matter(facts: &CardFacts, report: &Report) -> String {
 
 /// The hub's `co2_eq_emissions` mapping; empty where the grams are not a number.
 fn emissions(facts: &CardFacts, report: &Report) -> Vec<String> {
-    let Some(grams) = yaml::number(report.carbon.gco2e.0) else { return Vec::new() };
+    let Some(grams) = yaml::number(report.carbon.gco2e.0) else {
+        return Vec::new();
+    };
     let grid = &report.carbon.grid;
     let source = format!(
         "wattune {}: {} energy, grid {grid} at {} gCO2e/kWh, PUE {}",
@@ -89,8 +114,15 @@ fn emissions(facts: &CardFacts, report: &Report) -> Vec<String> {
         format!("  source: {}", yaml::quoted(&source)),
         format!("  training_type: {}", yaml::quoted("fine-tuning")),
     ];
-    let known = [("geographical_location", &facts.location), ("hardware_used", &facts.hardware)];
-    lines.extend(known.iter().filter_map(|(name, value)| Some(format!("  {name}: {}", yaml::quoted(value.as_ref()?)))));
+    let known = [
+        ("geographical_location", &facts.location),
+        ("hardware_used", &facts.hardware),
+    ];
+    lines.extend(
+        known.iter().filter_map(|(name, value)| {
+            Some(format!("  {name}: {}", yaml::quoted(value.as_ref()?)))
+        }),
+    );
     lines
 }
 
@@ -106,13 +138,23 @@ fn how_trained(facts: &CardFacts, report: &Report) -> String {
         show::counted(data.tokens, "token"),
         show::count(data.loss_tokens)
     );
-    let hyperparameters = if facts.hyperparameters.is_empty() { String::new() } else { format!("\n{}", table.markdown()) };
+    let hyperparameters = if facts.hyperparameters.is_empty() {
+        String::new()
+    } else {
+        format!("\n{}", table.markdown())
+    };
     format!("## How it was trained\n\n{records}\n{hyperparameters}")
 }
 
 /// Code that loads it, `.` standing for the card's own folder.
 fn loading(facts: &CardFacts, report: &Report) -> String {
-    let base = serde_json::Value::from(facts.base_model.clone().unwrap_or_else(|| report.model.id.clone())).to_string();
+    let base = serde_json::Value::from(
+        facts
+            .base_model
+            .clone()
+            .unwrap_or_else(|| report.model.id.clone()),
+    )
+    .to_string();
     let code = match report.adapter.r#type {
         AdapterType::Lora => format!(
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n\
@@ -127,10 +169,16 @@ fn loading(facts: &CardFacts, report: &Report) -> String {
     };
     let missing = match facts.base_model {
         None if report.adapter.r#type == AdapterType::Lora => {
-            format!("The base model `{}` is not on the hub: put the path of its folder there.\n\n", one_line(&report.model.id))
+            format!(
+                "The base model `{}` is not on the hub: put the path of its folder there.\n\n",
+                one_line(&report.model.id)
+            )
         }
         _ => String::new(),
     };
     let where_it_is = "In this folder, with `\".\"` replaced by its path elsewhere:";
-    format!("## How to load it\n\n{where_it_is}\n\n{missing}{}", fenced(&code, "python"))
+    format!(
+        "## How to load it\n\n{where_it_is}\n\n{missing}{}",
+        fenced(&code, "python")
+    )
 }

@@ -42,29 +42,46 @@ pub fn sections(report: &Report) -> Vec<Section> {
         ("Energy by phase", by_phase(report)),
         ("What the energy went into", parts::blocks(&report.energy)),
         ("Energy by meter", by_meter(report)),
-        ("Measured against counted", reconciliation::section(report.energy.reconciliation.as_ref())),
+        (
+            "Measured against counted",
+            reconciliation::section(report.energy.reconciliation.as_ref()),
+        ),
         ("Comparison", comparison(report)),
         ("Budget", budget(report)),
         ("Emissions", emissions(report)),
-        ("In use", super::inference::section(report.inference.as_ref())),
+        (
+            "In use",
+            super::inference::section(report.inference.as_ref()),
+        ),
         ("Data", data(report)),
         ("Warnings", list(report.warnings.clone())),
         ("Sample", sample(report)),
         ("Assumptions and sources", list(limits::assumptions(report))),
-        ("What these numbers cannot say", list(limits::limits(report))),
+        (
+            "What these numbers cannot say",
+            list(limits::limits(report)),
+        ),
         ("Environment", environment(report)),
     ];
-    all.into_iter().filter(|(_, blocks)| !blocks.is_empty()).map(|(title, blocks)| Section { title, blocks }).collect()
+    all.into_iter()
+        .filter(|(_, blocks)| !blocks.is_empty())
+        .map(|(title, blocks)| Section { title, blocks })
+        .collect()
 }
 
 fn list(items: Vec<String>) -> Vec<Block> {
-    if items.is_empty() { Vec::new() } else { vec![Block::Bullets(items)] }
+    if items.is_empty() {
+        Vec::new()
+    } else {
+        vec![Block::Bullets(items)]
+    }
 }
 
 /// A table of names and values.
 pub fn pairs(head: [&str; 2], rows: Vec<(&str, String)>) -> Block {
     let mut table = Table::new(&head);
-    rows.into_iter().for_each(|(name, value)| table.row([name.to_string(), value]));
+    rows.into_iter()
+        .for_each(|(name, value)| table.row([name.to_string(), value]));
     Block::Table(table)
 }
 
@@ -72,24 +89,58 @@ fn result(report: &Report) -> Vec<Block> {
     let (training, adapter, model) = (&report.training, &report.adapter, &report.model);
     let trained = show::share(adapter.trainable_parameters as f64, model.parameters as f64);
     let mut rows = vec![
-        ("model", format!("`{}`, {}, {} weights", model.id, model.architecture, show::count(model.parameters))),
-        ("trained weights", format!("{} ({trained} of the model's number)", show::count(adapter.trainable_parameters))),
+        (
+            "model",
+            format!(
+                "`{}`, {}, {} weights",
+                model.id,
+                model.architecture,
+                show::count(model.parameters)
+            ),
+        ),
+        (
+            "trained weights",
+            format!(
+                "{} ({trained} of the model's number)",
+                show::count(adapter.trainable_parameters)
+            ),
+        ),
         ("steps", show::count(training.steps)),
         ("stopped by", format!("`{}`", training.stop_reason)),
-        ("validation loss before", show::or_unknown(training.val_loss_before, show::number)),
-        ("validation loss after", show::or_unknown(training.val_loss_after, show::number)),
-        ("last training loss", show::or_unknown(training.train_loss_last, show::number)),
-        ("tokens per second", show::or_unknown(training.tokens_per_second, show::number)),
+        (
+            "validation loss before",
+            show::or_unknown(training.val_loss_before, show::number),
+        ),
+        (
+            "validation loss after",
+            show::or_unknown(training.val_loss_after, show::number),
+        ),
+        (
+            "last training loss",
+            show::or_unknown(training.train_loss_last, show::number),
+        ),
+        (
+            "tokens per second",
+            show::or_unknown(training.tokens_per_second, show::number),
+        ),
         ("wall time", show::time(training.wall_s)),
     ];
     if let Some(tokens) = training.tokens {
         rows.insert(3, ("tokens trained on", show::count(tokens)));
     }
     if let Some(best) = &training.best {
-        let place = format!("step {}, loss {}, `{}`", show::count(best.step), show::number(best.val_loss), best.path);
+        let place = format!(
+            "step {}, loss {}, `{}`",
+            show::count(best.step),
+            show::number(best.val_loss),
+            best.path
+        );
         rows.push(("best checkpoint", place));
     }
-    vec![pairs(["result", "value"], rows), Block::Paragraph("Losses are in nats per loss token.".to_string())]
+    vec![
+        pairs(["result", "value"], rows),
+        Block::Paragraph("Losses are in nats per loss token.".to_string()),
+    ]
 }
 
 fn by_phase(report: &Report) -> Vec<Block> {
@@ -97,9 +148,17 @@ fn by_phase(report: &Report) -> Vec<Block> {
     let mut table = Table::new(&["phase", "energy", "share"]);
     for (phase, joules) in &energy.by_phase {
         let name = show::word(phase);
-        table.row([name, show::energy(*joules), show::share(joules.0, energy.total_j.0)]);
+        table.row([
+            name,
+            show::energy(*joules),
+            show::share(joules.0, energy.total_j.0),
+        ]);
     }
-    table.row(["all".to_string(), show::energy(energy.total_j), show::share(energy.total_j.0, energy.total_j.0)]);
+    table.row([
+        "all".to_string(),
+        show::energy(energy.total_j),
+        show::share(energy.total_j.0, energy.total_j.0),
+    ]);
     vec![Block::Table(table)]
 }
 
@@ -107,13 +166,20 @@ fn by_meter(report: &Report) -> Vec<Block> {
     let energy = &report.energy;
     let meters = &energy.meters;
     let mut table = Table::new(&["meter", "energy", "to counted", "is"]);
-    let counters = energy.reconciliation.as_ref().map(|found| found.measured_by.join("; "));
+    let counters = energy
+        .reconciliation
+        .as_ref()
+        .map(|found| found.measured_by.join("; "));
     let counters = counters.unwrap_or_else(|| "the hardware's energy counters".to_string());
     let counted = "executed FLOPs and bytes times the device profile, plus idle power".to_string();
     let rows = [
         (Meter::Counted, Some(meters.counted_j), counted),
         (Meter::Measured, meters.measured_j, counters),
-        (Meter::Timed, meters.timed_j, "profile power times wall time".to_string()),
+        (
+            Meter::Timed,
+            meters.timed_j,
+            "profile power times wall time".to_string(),
+        ),
     ];
     for (meter, joules, is) in rows {
         let used = if meter == energy.meter { " (used)" } else { "" };
@@ -123,7 +189,10 @@ fn by_meter(report: &Report) -> Vec<Block> {
     }
     let mut blocks = vec![Block::Table(table)];
     if let Some(absent) = &energy.measured_absent {
-        blocks.push(Block::Paragraph(format!("Not measured: {}. To measure: {}", absent.reason, absent.remedy)));
+        blocks.push(Block::Paragraph(format!(
+            "Not measured: {}. To measure: {}",
+            absent.reason, absent.remedy
+        )));
     }
     blocks
 }
@@ -132,11 +201,25 @@ fn comparison(report: &Report) -> Vec<Block> {
     if report.baselines.is_empty() {
         return vec![Block::Paragraph("No baseline was counted.".to_string())];
     }
-    let mut table = Table::new(&["way of training", "FLOPs", "energy", "emissions", "times this run", "known how"]);
+    let mut table = Table::new(&[
+        "way of training",
+        "FLOPs",
+        "energy",
+        "emissions",
+        "times this run",
+        "known how",
+    ]);
     let (energy, own) = (&report.energy, "this run".to_string());
     let flops = show::flops(Flops(energy.flops as f64));
     let how = show::word(energy.meter);
-    table.row([own, flops, show::energy(energy.total_j), show::carbon(report.carbon.gco2e), "1".to_string(), how]);
+    table.row([
+        own,
+        flops,
+        show::energy(energy.total_j),
+        show::carbon(report.carbon.gco2e),
+        "1".to_string(),
+        how,
+    ]);
     let mut baselines: Vec<&Baseline> = report.baselines.iter().collect();
     baselines.sort_by_key(|baseline| baseline.kind);
     if baselines[0].kind != BaselineKind::FullFineTuning {
@@ -154,12 +237,18 @@ fn comparison(report: &Report) -> Vec<Block> {
             known_how(baseline, energy.meter),
         ]);
     }
-    let mut beside: Vec<String> = baselines.iter().filter_map(|baseline| between(baseline)).collect();
+    let mut beside: Vec<String> = baselines
+        .iter()
+        .filter_map(|baseline| between(baseline))
+        .collect();
     beside.extend(baselines.iter().flat_map(|baseline| at_equal(baseline)));
     let mut blocks = vec![Block::Table(table)];
     blocks.extend(as_metered(&baselines, energy.meter));
     blocks.extend(list(beside));
-    if baselines.iter().any(|baseline| baseline.kind == BaselineKind::Pretraining) {
+    if baselines
+        .iter()
+        .any(|baseline| baseline.kind == BaselineKind::Pretraining)
+    {
         let yardstick = "Beside pretraining every fine-tuning looks cheap; the yardstick for an adapter is full fine-tuning.";
         blocks.push(Block::Paragraph(yardstick.to_string()));
     }
@@ -168,8 +257,13 @@ fn comparison(report: &Report) -> Vec<Block> {
 
 /// " (1.2 to 1.3)"; nothing where it is not known or does not show.
 fn ratio_bounds(baseline: &Baseline) -> String {
-    let bounds = baseline.low_ratio.map(show::times).zip(baseline.high_ratio.map(show::times));
-    bounds.filter(|(low, high)| low != high).map_or_else(String::new, |(low, high)| format!(" ({low} to {high})"))
+    let bounds = baseline
+        .low_ratio
+        .map(show::times)
+        .zip(baseline.high_ratio.map(show::times));
+    bounds
+        .filter(|(low, high)| low != high)
+        .map_or_else(String::new, |(low, high)| format!(" ({low} to {high})"))
 }
 
 /// How far a baseline's energy and emissions may be off.
@@ -182,7 +276,11 @@ fn between(baseline: &Baseline) -> Option<String> {
 
 /// A baseline's name on a page; one that was trained stands beside the counted one of its kind.
 pub fn name(baseline: &Baseline) -> String {
-    let trained = if baseline.measured.is_some() { ", trained here" } else { "" };
+    let trained = if baseline.measured.is_some() {
+        ", trained here"
+    } else {
+        ""
+    };
     format!("{}{trained}", kind_words(baseline.kind))
 }
 
@@ -191,8 +289,11 @@ fn known_how(baseline: &Baseline, meter: Meter) -> String {
     match baseline.measured {
         Some(_) => format!("trained, its energy {}", show::word(meter)),
         None => {
-            let times =
-                baseline.metered_over_counted.map_or_else(String::new, |times| format!(", times {}", show::number(times)));
+            let times = baseline
+                .metered_over_counted
+                .map_or_else(String::new, |times| {
+                    format!(", times {}", show::number(times))
+                });
             show::word(baseline.label) + &times
         }
     }
@@ -200,7 +301,9 @@ fn known_how(baseline: &Baseline, meter: Meter) -> String {
 
 /// What "counted, times 7.2" is, where a row says so.
 fn as_metered(baselines: &[&Baseline], meter: Meter) -> Option<Block> {
-    let times = baselines.iter().find_map(|baseline| baseline.metered_over_counted)?;
+    let times = baselines
+        .iter()
+        .find_map(|baseline| baseline.metered_over_counted)?;
     Some(Block::Paragraph(format!(
         "This run is {} and took {} times what was counted of it; counted baselines are multiplied with that, to be held against it.",
         show::word(meter),
@@ -221,16 +324,34 @@ fn budget(report: &Report) -> Vec<Block> {
     let entries = entries(&report.budget);
     if entries.is_empty() {
         let none = Block::Paragraph("The recipe set no budget.".to_string());
-        return [none].into_iter().chain(money(report).map(Block::Paragraph)).collect();
+        return [none]
+            .into_iter()
+            .chain(money(report).map(Block::Paragraph))
+            .collect();
     }
     let mut table = Table::new(&["budget", "allowed", "spent", "used", "stopped the run"]);
     for entry in entries {
-        let stopped = if report.training.stop_reason.budget() == Some(entry.name) { "yes" } else { "no" };
-        table.row([entry.name.to_string(), entry.allowed, entry.spent, entry.used, stopped.to_string()]);
+        let stopped = if report.training.stop_reason.budget() == Some(entry.name) {
+            "yes"
+        } else {
+            "no"
+        };
+        table.row([
+            entry.name.to_string(),
+            entry.allowed,
+            entry.spent,
+            entry.used,
+            stopped.to_string(),
+        ]);
     }
     let mut blocks = vec![Block::Table(table)];
     blocks.extend(money(report).map(Block::Paragraph));
-    blocks.extend(report.budget.overshoot_j.map(|over| Block::Paragraph(passed(over, report.budget.margin_j))));
+    blocks.extend(
+        report
+            .budget
+            .overshoot_j
+            .map(|over| Block::Paragraph(passed(over, report.budget.margin_j))),
+    );
     blocks
 }
 
@@ -254,24 +375,67 @@ fn passed(over: Joules, margin: Option<Joules>) -> String {
 /// What the run cost, where there was a price.
 fn money(report: &Report) -> Option<String> {
     let budget = &report.budget;
-    let between = show::between(budget.spent_low.cost.clone(), budget.spent_high.cost.clone(), |money| money.to_string());
-    let between = between.map_or_else(String::new, |between| format!(", {between} with the coefficients at their bounds"));
-    budget.spent.cost.as_ref().map(|cost| format!("At the recipe's price the run cost {cost}{between}."))
+    let between = show::between(
+        budget.spent_low.cost.clone(),
+        budget.spent_high.cost.clone(),
+        |money| money.to_string(),
+    );
+    let between = between.map_or_else(String::new, |between| {
+        format!(", {between} with the coefficients at their bounds")
+    });
+    budget
+        .spent
+        .cost
+        .as_ref()
+        .map(|cost| format!("At the recipe's price the run cost {cost}{between}."))
 }
 
 fn emissions(report: &Report) -> Vec<Block> {
     let (carbon, total) = (&report.carbon, report.energy.total_j);
-    let year = carbon.year.map_or_else(|| "year not known".to_string(), |year| year.to_string());
+    let year = carbon
+        .year
+        .map_or_else(|| "year not known".to_string(), |year| year.to_string());
     let host = report.energy.host_left_out;
-    let mut rows = vec![(if host.is_some() { "the device's energy" } else { "the machine's energy" }, show::energy(total))];
+    let mut rows = vec![(
+        if host.is_some() {
+            "the device's energy"
+        } else {
+            "the machine's energy"
+        },
+        show::energy(total),
+    )];
     rows.extend(host.map(|host| ("the machine around it, not included", around(host, total))));
     rows.extend([
-        ("facility overhead", format!("{} (PUE {})", show::energy(carbon.pue * total - total), show::number(carbon.pue.value()))),
+        (
+            "facility overhead",
+            format!(
+                "{} (PUE {})",
+                show::energy(carbon.pue * total - total),
+                show::number(carbon.pue.value())
+            ),
+        ),
         ("facility energy", show::energy(carbon.pue * total)),
-        ("grid", format!("`{}`, {} gCO2e/kWh, {year}", carbon.grid, show::number(carbon.gco2e_per_kwh.0))),
+        (
+            "grid",
+            format!(
+                "`{}`, {} gCO2e/kWh, {year}",
+                carbon.grid,
+                show::number(carbon.gco2e_per_kwh.0)
+            ),
+        ),
     ]);
-    rows.extend(carbon.place.iter().map(|place| ("the grid's place", place.clone())));
-    rows.extend(carbon.basis.iter().map(|basis| ("what its intensity counts", basis.clone())));
+    rows.extend(
+        carbon
+            .place
+            .iter()
+            .map(|place| ("the grid's place", place.clone())),
+    );
+    rows.extend(
+        carbon
+            .basis
+            .iter()
+            .map(|basis| ("what its intensity counts", basis.clone())),
+    );
     rows.push(("emitted", show::carbon(carbon.gco2e)));
     let bounds = show::between(carbon.low_gco2e, carbon.high_gco2e, show::carbon);
     rows.extend(bounds.map(|bounds| ("with the coefficients at their bounds", bounds)));
@@ -280,7 +444,12 @@ fn emissions(report: &Report) -> Vec<Block> {
         None => "not known for this device".to_string(),
     };
     rows.push(("the device's manufacture, not included", made));
-    rows.extend(carbon.dataset_sha256.iter().map(|hash| ("SHA-256 of the grid tables", format!("`{hash}`"))));
+    rows.extend(
+        carbon
+            .dataset_sha256
+            .iter()
+            .map(|hash| ("SHA-256 of the grid tables", format!("`{hash}`"))),
+    );
     vec![pairs(["emissions of the electricity", "value"], rows)]
 }
 
@@ -290,7 +459,11 @@ fn around(host: HostLeftOut, energy: Joules) -> String {
     known.map_or_else(
         || "its share is not known".to_string(),
         |(share, times)| {
-            format!("about {}: {} of a machine's power", show::energy(energy * (times - 1.0)), show::share(share, 1.0))
+            format!(
+                "about {}: {} of a machine's power",
+                show::energy(energy * (times - 1.0)),
+                show::share(share, 1.0)
+            )
         },
     )
 }
@@ -306,7 +479,11 @@ fn data(report: &Report) -> Vec<Block> {
         ("skipped, could not be read", show::count(data.skipped)),
     ];
     if !data.sources.is_empty() {
-        let sources: Vec<String> = data.sources.iter().map(|source| format!("`{source}`")).collect();
+        let sources: Vec<String> = data
+            .sources
+            .iter()
+            .map(|source| format!("`{source}`"))
+            .collect();
         rows.push(("from", sources.join(", ")));
     }
     if let Some(fingerprint) = &data.fingerprint {
@@ -316,9 +493,18 @@ fn data(report: &Report) -> Vec<Block> {
 }
 
 fn sample(report: &Report) -> Vec<Block> {
-    let Some(sample) = &report.sample else { return Vec::new() };
-    let texts = [("Prompt", &sample.prompt), ("Before", &sample.before), ("After", &sample.after)];
-    texts.into_iter().map(|(caption, text)| Block::Verbatim(caption, text.clone())).collect()
+    let Some(sample) = &report.sample else {
+        return Vec::new();
+    };
+    let texts = [
+        ("Prompt", &sample.prompt),
+        ("Before", &sample.before),
+        ("After", &sample.after),
+    ];
+    texts
+        .into_iter()
+        .map(|(caption, text)| Block::Verbatim(caption, text.clone()))
+        .collect()
 }
 
 fn environment(report: &Report) -> Vec<Block> {

@@ -74,9 +74,19 @@ pub(super) struct Share {
 /// The shares, the largest kinds first as listed: arithmetic, each memory level from the inside out, idle, lost.
 pub(super) fn shares(parts: &CountedParts) -> Vec<Share> {
     let mut shares = vec![share("arithmetic", parts.arithmetic_j)];
-    let inner = parts.movement_by_level_j.iter().filter(|(level, _)| !is_dram(level));
-    let outer = parts.movement_by_level_j.iter().filter(|(level, _)| is_dram(level));
-    shares.extend(inner.chain(outer).map(|(level, joules)| share(&format!("moving data, {}", level_words(level)), *joules)));
+    let inner = parts
+        .movement_by_level_j
+        .iter()
+        .filter(|(level, _)| !is_dram(level));
+    let outer = parts
+        .movement_by_level_j
+        .iter()
+        .filter(|(level, _)| is_dram(level));
+    shares.extend(
+        inner
+            .chain(outer)
+            .map(|(level, joules)| share(&format!("moving data, {}", level_words(level)), *joules)),
+    );
     if parts.movement_by_level_j.is_empty() {
         shares.push(share("moving data", parts.movement_j));
     }
@@ -88,7 +98,10 @@ pub(super) fn shares(parts: &CountedParts) -> Vec<Share> {
 }
 
 fn share(name: &str, joules: Joules) -> Share {
-    Share { name: name.to_string(), joules }
+    Share {
+        name: name.to_string(),
+        joules,
+    }
 }
 
 fn is_dram(level: &str) -> bool {
@@ -106,13 +119,23 @@ pub(super) fn level_words(level: &str) -> String {
 
 /// The section: a table of shares, what was moved, what has no figure, and what reuse saved; empty where nothing is known.
 pub(super) fn blocks(energy: &Energy) -> Vec<Block> {
-    let Some(parts) = &energy.counted_parts else { return vec![Block::Paragraph(work(energy))] };
+    let Some(parts) = &energy.counted_parts else {
+        return vec![Block::Paragraph(work(energy))];
+    };
     let whole = energy.meters.counted_j;
     let mut table = Table::new(&["counted energy went into", "energy", "share"]);
     for share in shares(parts) {
-        table.row([share.name, show::energy(share.joules), show::share(share.joules.0, whole.0)]);
+        table.row([
+            share.name,
+            show::energy(share.joules),
+            show::share(share.joules.0, whole.0),
+        ]);
     }
-    table.row(["all".to_string(), show::energy(whole), show::share(whole.0, whole.0)]);
+    table.row([
+        "all".to_string(),
+        show::energy(whole),
+        show::share(whole.0, whole.0),
+    ]);
     let mut blocks = vec![Block::Table(table), Block::Paragraph(work(energy))];
     blocks.extend(left_out(energy, parts).map(Block::Paragraph));
     blocks.extend(saved(parts).map(Block::Paragraph));
@@ -124,14 +147,25 @@ fn work(energy: &Energy) -> String {
     let level = |(name, bytes): (&String, &Bytes)| format!("{bytes} from {}", level_words(name));
     let moved: Vec<String> = energy.bytes_by_level.iter().map(level).collect();
     match moved.as_slice() {
-        [] => format!("The run executed {flops} and moved {} to and from memory.", energy.bytes),
+        [] => format!(
+            "The run executed {flops} and moved {} to and from memory.",
+            energy.bytes
+        ),
         moved => format!("The run executed {flops} and fetched {}.", moved.join(", ")),
     }
 }
 
 fn left_out(energy: &Energy, parts: &CountedParts) -> Option<String> {
-    let levels: Vec<String> = parts.levels_left_out.iter().map(|level| level_words(level)).collect();
-    let (them, takes) = if levels.len() == 1 { ("it", "it takes") } else { ("them", "they take") };
+    let levels: Vec<String> = parts
+        .levels_left_out
+        .iter()
+        .map(|level| level_words(level))
+        .collect();
+    let (them, takes) = if levels.len() == 1 {
+        ("it", "it takes")
+    } else {
+        ("them", "they take")
+    };
     (!levels.is_empty()).then(|| {
         format!(
             "Left out: {}. The profile `{}` knows no energy per byte for {them}, so what {takes} is part of the arithmetic.",
@@ -142,7 +176,9 @@ fn left_out(energy: &Energy, parts: &CountedParts) -> Option<String> {
 }
 
 fn saved(parts: &CountedParts) -> Option<String> {
-    let without = parts.movement_without_reuse_j.filter(|without| *without > parts.movement_j)?;
+    let without = parts
+        .movement_without_reuse_j
+        .filter(|without| *without > parts.movement_j)?;
     Some(format!(
         "Had every operand come from main memory each time it was used, moving data would have taken {} instead of {}: reuse in \
          registers and caches saved {} of it.",
@@ -159,22 +195,40 @@ mod tests {
 
     #[test]
     fn every_joule_has_a_name_and_the_unknown_level_has_none() {
-        let report: Report = serde_json::from_str(include_str!("../../tests/fixtures/report.json")).unwrap();
+        let report: Report =
+            serde_json::from_str(include_str!("../../tests/fixtures/report.json")).unwrap();
         let mut parts = report.energy.counted_parts.unwrap();
         parts.lost_j = Joules(5.0);
         let shares = shares(&parts);
         // 1,800 + 600 + 1,182 of the fixture, and 5 lost.
-        assert_eq!(shares.iter().map(|share| share.joules).sum::<Joules>(), Joules(3587.0));
+        assert_eq!(
+            shares.iter().map(|share| share.joules).sum::<Joules>(),
+            Joules(3587.0)
+        );
         let names: Vec<&str> = shares.iter().map(|share| share.name.as_str()).collect();
-        assert_eq!(names, ["arithmetic", "moving data, main memory (DRAM)", "idle power", "lost in a crash, kind not known"]);
+        assert_eq!(
+            names,
+            [
+                "arithmetic",
+                "moving data, main memory (DRAM)",
+                "idle power",
+                "lost in a crash, kind not known"
+            ]
+        );
     }
 
     #[test]
     fn reuse_that_saved_nothing_is_not_said() {
-        let parts =
-            CountedParts { movement_j: Joules(2.0), movement_without_reuse_j: Some(Joules(2.0)), ..CountedParts::default() };
+        let parts = CountedParts {
+            movement_j: Joules(2.0),
+            movement_without_reuse_j: Some(Joules(2.0)),
+            ..CountedParts::default()
+        };
         assert_eq!(saved(&parts), None);
-        let parts = CountedParts { movement_without_reuse_j: Some(Joules(8.0)), ..parts };
+        let parts = CountedParts {
+            movement_without_reuse_j: Some(Joules(8.0)),
+            ..parts
+        };
         assert!(saved(&parts).unwrap().contains("saved 75.0 %"));
     }
 }

@@ -43,7 +43,12 @@ impl Compared {
     /// The comparison of two sums.
     pub fn of(counted_j: Joules, measured_j: Joules) -> Self {
         let ratio = Some(measured_j / counted_j).filter(|ratio| ratio.is_finite());
-        Self { counted_j, measured_j, residual_j: measured_j - counted_j, ratio }
+        Self {
+            counted_j,
+            measured_j,
+            residual_j: measured_j - counted_j,
+            ratio,
+        }
     }
 }
 
@@ -75,16 +80,40 @@ pub struct ProfileFactor {
 
 /// The section; nothing where there was no counter.
 pub(super) fn section(found: Option<&Reconciliation>) -> Vec<Block> {
-    let Some(found) = found else { return Vec::new() };
-    let mut blocks = vec![Block::Paragraph(format!("Measured by {}.", found.measured_by.join("; ")))];
+    let Some(found) = found else {
+        return Vec::new();
+    };
+    let mut blocks = vec![Block::Paragraph(format!(
+        "Measured by {}.",
+        found.measured_by.join("; ")
+    ))];
     if let Some(all) = found.all {
-        let mut table = Table::new(&["phase", "counted", "measured", "measured less counted", "ratio"]);
+        let mut table = Table::new(&[
+            "phase",
+            "counted",
+            "measured",
+            "measured less counted",
+            "ratio",
+        ]);
         let mut row = |name: String, compared: &Compared| {
-            let Compared { counted_j, measured_j, residual_j, ratio } = *compared;
+            let Compared {
+                counted_j,
+                measured_j,
+                residual_j,
+                ratio,
+            } = *compared;
             let joules = [counted_j, measured_j, residual_j].map(show::energy);
-            table.row([name].into_iter().chain(joules).chain([show::or_unknown(ratio, show::number)]));
+            table.row(
+                [name]
+                    .into_iter()
+                    .chain(joules)
+                    .chain([show::or_unknown(ratio, show::number)]),
+            );
         };
-        found.by_phase.iter().for_each(|(phase, compared)| row(show::word(phase), compared));
+        found
+            .by_phase
+            .iter()
+            .for_each(|(phase, compared)| row(show::word(phase), compared));
         row("all that was measured".to_string(), &all);
         blocks.push(Block::Table(table));
     }
@@ -94,7 +123,13 @@ pub(super) fn section(found: Option<&Reconciliation>) -> Vec<Block> {
     let mut table = Table::new(&["gap", "entries", "how long", "filled", "why"]);
     for gap in &found.gaps {
         let filled = format!("{}: {}", show::word(gap.filled), show::energy(gap.energy_j));
-        table.row([show::word(gap.phase), show::count(gap.entries), show::time(gap.wall_s), filled, gap.reason.clone()]);
+        table.row([
+            show::word(gap.phase),
+            show::count(gap.entries),
+            show::time(gap.wall_s),
+            filled,
+            gap.reason.clone(),
+        ]);
     }
     blocks.push(Block::Table(table));
     let how = "A gap is filled with its counted energy times what measured over counted was in the run by then.";

@@ -19,13 +19,21 @@ impl Report {
             return Ok(self);
         }
         // JSON writes what is not finite as null, which an optional field reads as absent and any other refuses.
-        let mut sealed: Self = serde_json::to_value(&self).and_then(serde_json::from_value).map_err(|_| {
-            Error::new(Kind::Run, "the report holds a figure that is not a finite number")
+        let mut sealed: Self = serde_json::to_value(&self)
+            .and_then(serde_json::from_value)
+            .map_err(|_| {
+                Error::new(
+                    Kind::Run,
+                    "the report holds a figure that is not a finite number",
+                )
                 .at(lost.join(", "))
                 .rule("an energy, a carbon figure and a ratio must be finite")
                 .hint("check the device profile and the grid's intensity with `wattune devices`")
-        })?;
-        sealed.warnings.extend(lost.iter().map(|path| format!("{path} was not a finite number and is left out")));
+            })?;
+        sealed.warnings.extend(
+            lost.iter()
+                .map(|path| format!("{path} was not a finite number and is left out")),
+        );
         Ok(sealed)
     }
 }
@@ -34,21 +42,36 @@ impl Report {
 /// the two counts that may pass that stand aside.
 fn not_finite(report: &Report) -> Result<Vec<String>> {
     fn walk(value: &toml::Value, path: &str, found: &mut Vec<String>) {
-        let under = |name: &str| if path.is_empty() { name.to_string() } else { format!("{path}.{name}") };
+        let under = |name: &str| {
+            if path.is_empty() {
+                name.to_string()
+            } else {
+                format!("{path}.{name}")
+            }
+        };
         match value {
             toml::Value::Float(number) if !number.is_finite() => found.push(path.to_string()),
             toml::Value::Array(items) => {
-                items.iter().enumerate().for_each(|(index, item)| walk(item, &under(&index.to_string()), found));
+                items
+                    .iter()
+                    .enumerate()
+                    .for_each(|(index, item)| walk(item, &under(&index.to_string()), found));
             }
-            toml::Value::Table(table) => table.iter().for_each(|(key, item)| walk(item, &under(key), found)),
+            toml::Value::Table(table) => table
+                .iter()
+                .for_each(|(key, item)| walk(item, &under(key), found)),
             _ => {}
         }
     }
     let mut figures = report.clone();
     (figures.energy.flops, figures.energy.bytes) = (0, Bytes(0));
     figures.energy.bytes_by_level.clear();
-    let tree = toml::Value::try_from(&figures)
-        .map_err(|source| Error::new(Kind::Run, format!("the report holds a count that no file can: {source}")))?;
+    let tree = toml::Value::try_from(&figures).map_err(|source| {
+        Error::new(
+            Kind::Run,
+            format!("the report holds a count that no file can: {source}"),
+        )
+    })?;
     let mut found = Vec::new();
     walk(&tree, "", &mut found);
     Ok(found)
@@ -60,10 +83,14 @@ mod tests {
 
     #[test]
     fn the_largest_counts_can_be_sealed() {
-        let mut report: Report = serde_json::from_str(include_str!("../../tests/fixtures/report.json")).unwrap();
+        let mut report: Report =
+            serde_json::from_str(include_str!("../../tests/fixtures/report.json")).unwrap();
         report.energy.flops = u64::MAX;
         report.energy.bytes = Bytes(u64::MAX);
-        report.energy.bytes_by_level.insert("l2".to_string(), Bytes(u64::MAX));
+        report
+            .energy
+            .bytes_by_level
+            .insert("l2".to_string(), Bytes(u64::MAX));
         assert_eq!(report.clone().sealed().unwrap(), report);
     }
 }

@@ -14,21 +14,36 @@ pub const UNKNOWN: &str = "not known";
 
 /// `text` where `value` is finite.
 fn finite(value: f64, text: impl FnOnce() -> String) -> String {
-    if value.is_finite() { text() } else { UNKNOWN.to_string() }
+    if value.is_finite() {
+        text()
+    } else {
+        UNKNOWN.to_string()
+    }
 }
 
 /// Joules with watt-hours beside them: "18 kJ (5 Wh)".
 pub fn energy(value: Joules) -> String {
-    or_none(value.0, "0 J", || format!("{value} ({})", watt_hours(value)))
+    or_none(value.0, "0 J", || {
+        format!("{value} ({})", watt_hours(value))
+    })
 }
 
 /// Watt-hours alone: "17.98 mWh".
 pub fn watt_hours(value: Joules) -> String {
     /// From how many Wh a unit is used, how many Wh it is, and its name.
-    const UNITS: [(f64, f64, &str); 6] =
-        [(1e9, 1e9, "GWh"), (1e6, 1e6, "MWh"), (1e3, 1e3, "kWh"), (0.1, 1.0, "Wh"), (1e-3, 1e-3, "mWh"), (0.0, 1e-6, "µWh")];
+    const UNITS: [(f64, f64, &str); 6] = [
+        (1e9, 1e9, "GWh"),
+        (1e6, 1e6, "MWh"),
+        (1e3, 1e3, "kWh"),
+        (0.1, 1.0, "Wh"),
+        (1e-3, 1e-3, "mWh"),
+        (0.0, 1e-6, "µWh"),
+    ];
     let wh = value.wh();
-    let (_, factor, unit) = UNITS.into_iter().find(|(floor, ..)| wh.abs() >= *floor).unwrap_or((0.1, 1.0, "Wh"));
+    let (_, factor, unit) = UNITS
+        .into_iter()
+        .find(|(floor, ..)| wh.abs() >= *floor)
+        .unwrap_or((0.1, 1.0, "Wh"));
     format!("{} {unit}", significant(wh / factor))
 }
 
@@ -49,7 +64,11 @@ pub fn time(value: Seconds) -> String {
 
 /// `text` where `value` is finite, in the plain unit where it is nothing.
 fn or_none(value: f64, nothing: &str, text: impl FnOnce() -> String) -> String {
-    if value == 0.0 { nothing.to_string() } else { finite(value, text) }
+    if value == 0.0 {
+        nothing.to_string()
+    } else {
+        finite(value, text)
+    }
 }
 
 /// A plain number of four digits.
@@ -70,11 +89,13 @@ pub fn share(part: f64, whole: f64) -> String {
 /// How many times: "1.5", "8.07 million"; beyond trillions in powers of ten.
 pub fn times(ratio: f64) -> String {
     const WORDS: [(f64, &str); 3] = [(1e12, " trillion"), (1e9, " billion"), (1e6, " million")];
-    finite(ratio, || match WORDS.into_iter().find(|(floor, _)| ratio >= *floor) {
-        Some((floor, word)) if ratio < 1e15 => format!("{}{word}", three_digits(ratio / floor)),
-        Some(_) => format!("{ratio:.2e}"),
-        None if ratio >= 1000.0 => count(ratio.round() as u64),
-        None => three_digits(ratio),
+    finite(ratio, || {
+        match WORDS.into_iter().find(|(floor, _)| ratio >= *floor) {
+            Some((floor, word)) if ratio < 1e15 => format!("{}{word}", three_digits(ratio / floor)),
+            Some(_) => format!("{ratio:.2e}"),
+            None if ratio >= 1000.0 => count(ratio.round() as u64),
+            None => three_digits(ratio),
+        }
     })
 }
 
@@ -90,14 +111,20 @@ fn three_digits(value: f64) -> String {
 
 /// The word that `report.json` has for a meter, a phase or a label.
 pub fn word(value: impl Serialize) -> String {
-    let word = serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_string));
+    let word = serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(str::to_string));
     word.unwrap_or_else(|| UNKNOWN.to_string())
 }
 
 /// A count in groups of three: "134,515,008".
 pub fn count(value: u64) -> String {
     let digits = value.to_string();
-    let groups = digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy);
+    let groups = digits
+        .as_bytes()
+        .rchunks(3)
+        .rev()
+        .map(String::from_utf8_lossy);
     groups.collect::<Vec<_>>().join(",")
 }
 
@@ -139,7 +166,12 @@ mod tests {
         assert_eq!(counted(1, "record"), "1 record");
         assert_eq!(share(1.0, 8.0), "12.5 %");
         assert_eq!(
-            [share(0.0, 8.0), share(1.0, 9999.0), share(9998.0, 9999.0), share(8.0, 8.0)],
+            [
+                share(0.0, 8.0),
+                share(1.0, 9999.0),
+                share(9998.0, 9999.0),
+                share(8.0, 8.0)
+            ],
             ["0.0 %", "under 0.1 %", "over 99.9 %", "100.0 %"]
         );
     }
@@ -147,7 +179,13 @@ mod tests {
     #[test]
     fn what_is_not_finite_is_not_known() {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            let shown = [energy(Joules(bad)), carbon(GramsCo2e(bad)), number(bad), times(bad), time(Seconds(bad))];
+            let shown = [
+                energy(Joules(bad)),
+                carbon(GramsCo2e(bad)),
+                number(bad),
+                times(bad),
+                time(Seconds(bad)),
+            ];
             assert!(shown.iter().all(|text| text == UNKNOWN), "{shown:?}");
         }
         assert_eq!(share(0.0, 0.0), UNKNOWN);

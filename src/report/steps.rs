@@ -65,7 +65,10 @@ impl StepLog {
     /// [`Kind::Io`].
     pub fn append_to(path: &Path) -> Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path);
-        Ok(Self { path: path.to_path_buf(), file: file.map_err(|source| Error::io("open", path, source))? })
+        Ok(Self {
+            path: path.to_path_buf(),
+            file: file.map_err(|source| Error::io("open", path, source))?,
+        })
     }
 
     /// Puts a log of these lines in the place of the one at `path`, whole or not at all, and opens it to append to it.
@@ -83,7 +86,9 @@ impl StepLog {
     /// # Errors
     /// [`Kind::Io`]; [`Kind::Run`] where the learning rate, an energy or the time is not finite.
     pub fn write(&mut self, record: &StepRecord) -> Result<()> {
-        self.file.write_all(line_of(record)?.as_bytes()).map_err(|source| Error::io("write", &self.path, source))
+        self.file
+            .write_all(line_of(record)?.as_bytes())
+            .map_err(|source| Error::io("write", &self.path, source))
     }
 }
 
@@ -91,15 +96,29 @@ impl StepLog {
 fn line_of(record: &StepRecord) -> Result<String> {
     let energy = record.energy_j;
     let required = [record.lr, energy.counted.0, record.wall_s.0];
-    let meters = [energy.measured, energy.timed].into_iter().flatten().map(|joules| joules.0);
-    if let Some(bad) = required.into_iter().chain(meters).find(|number| !number.is_finite()) {
-        return Err(Error::new(Kind::Run, "a step's learning rate, energy and time must be finite")
-            .at(format!("step {}", record.step))
-            .value(bad.to_string())
-            .hint("check the recipe's `learning_rate` and the device profile"));
+    let meters = [energy.measured, energy.timed]
+        .into_iter()
+        .flatten()
+        .map(|joules| joules.0);
+    if let Some(bad) = required
+        .into_iter()
+        .chain(meters)
+        .find(|number| !number.is_finite())
+    {
+        return Err(Error::new(
+            Kind::Run,
+            "a step's learning rate, energy and time must be finite",
+        )
+        .at(format!("step {}", record.step))
+        .value(bad.to_string())
+        .hint("check the recipe's `learning_rate` and the device profile"));
     }
-    let line = serde_json::to_string(record)
-        .map_err(|source| Error::new(Kind::Run, format!("cannot put step {} into JSON: {source}", record.step)))?;
+    let line = serde_json::to_string(record).map_err(|source| {
+        Error::new(
+            Kind::Run,
+            format!("cannot put step {} into JSON: {source}", record.step),
+        )
+    })?;
     Ok(line + "\n")
 }
 
@@ -128,7 +147,10 @@ pub fn truncate_after(path: &Path, step: u64) -> Result<()> {
         }
         kept += line.bytes.len();
     }
-    let cut = OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(kept as u64).and_then(|()| file.sync_all()));
+    let cut = OpenOptions::new()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.set_len(kept as u64).and_then(|()| file.sync_all()));
     cut.map_err(|source| Error::io("cut", path, source))
 }
 
@@ -156,14 +178,23 @@ impl Line<'_> {
         };
         match self.whole {
             true => serde_json::from_slice(self.bytes).map_err(|source| refuse(source.to_string())),
-            false => Err(refuse(String::from_utf8_lossy(self.bytes).chars().take(80).collect())),
+            false => Err(refuse(
+                String::from_utf8_lossy(self.bytes)
+                    .chars()
+                    .take(80)
+                    .collect(),
+            )),
         }
     }
 }
 
 fn lines(text: &[u8]) -> impl Iterator<Item = Line<'_>> {
     let pieces = text.split_inclusive(|byte| *byte == b'\n').enumerate();
-    pieces.map(|(index, bytes)| Line { number: index + 1, bytes, whole: bytes.ends_with(b"\n") })
+    pieces.map(|(index, bytes)| Line {
+        number: index + 1,
+        bytes,
+        whole: bytes.ends_with(b"\n"),
+    })
 }
 
 #[cfg(test)]
@@ -171,7 +202,11 @@ mod tests {
     use super::*;
 
     fn record(step: u64) -> StepRecord {
-        let energy_j = StepEnergy { counted: Joules(22.0), measured: None, timed: Some(Joules(36.0)) };
+        let energy_j = StepEnergy {
+            counted: Joules(22.0),
+            measured: None,
+            timed: Some(Joules(36.0)),
+        };
         StepRecord {
             step,
             loss: Some(3.5),
@@ -208,7 +243,12 @@ mod tests {
     fn a_loss_that_is_not_finite_is_null_and_an_energy_is_refused() {
         let (_folder, path) = log_of(0);
         let mut log = StepLog::append_to(&path).unwrap();
-        log.write(&StepRecord { loss: Some(f64::NAN), grad_norm: Some(f64::INFINITY), ..record(1) }).unwrap();
+        log.write(&StepRecord {
+            loss: Some(f64::NAN),
+            grad_norm: Some(f64::INFINITY),
+            ..record(1)
+        })
+        .unwrap();
         let back = read_steps(&path).unwrap();
         assert_eq!((back[0].loss, back[0].grad_norm), (None, None));
         let mut bad = record(2);
@@ -223,7 +263,10 @@ mod tests {
         let mut text = std::fs::read_to_string(&path).unwrap();
         text.push_str("{\"step\": 3}\n");
         std::fs::write(&path, &text).unwrap();
-        for error in [read_steps(&path).unwrap_err(), truncate_after(&path, 9).unwrap_err()] {
+        for error in [
+            read_steps(&path).unwrap_err(),
+            truncate_after(&path, 9).unwrap_err(),
+        ] {
             assert_eq!(error.kind(), Kind::Run);
             assert!(error.to_string().contains("steps.jsonl, line 3"), "{error}");
         }
@@ -234,11 +277,17 @@ mod tests {
         let (folder, path) = log_of(2);
         // Whoever reads the old one while it is replaced misses no line of it.
         std::fs::hard_link(&path, folder.path().join("old")).unwrap();
-        let amended = StepRecord { val_loss: Some(2.5), ..record(2) };
+        let amended = StepRecord {
+            val_loss: Some(2.5),
+            ..record(2)
+        };
         let mut log = StepLog::replace(&path, &[record(1), amended.clone()]).unwrap();
         log.write(&record(3)).unwrap();
         assert_eq!(read_steps(&path).unwrap(), [record(1), amended, record(3)]);
-        assert_eq!(read_steps(&folder.path().join("old")).unwrap(), [record(1), record(2)]);
+        assert_eq!(
+            read_steps(&folder.path().join("old")).unwrap(),
+            [record(1), record(2)]
+        );
     }
 
     #[test]
@@ -247,12 +296,23 @@ mod tests {
         let mut text = std::fs::read_to_string(&path).unwrap();
         text.push_str("{\"step\": 4, \"lo");
         std::fs::write(&path, &text).unwrap();
-        assert!(read_steps(&path).unwrap_err().to_string().contains("line 4"));
+        assert!(
+            read_steps(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("line 4")
+        );
         truncate_after(&path, 9).unwrap();
         assert_eq!(read_steps(&path).unwrap().len(), 3);
         truncate_after(&path, 2).unwrap();
-        StepLog::append_to(&path).unwrap().write(&record(3)).unwrap();
-        assert_eq!(read_steps(&path).unwrap(), [record(1), record(2), record(3)]);
+        StepLog::append_to(&path)
+            .unwrap()
+            .write(&record(3))
+            .unwrap();
+        assert_eq!(
+            read_steps(&path).unwrap(),
+            [record(1), record(2), record(3)]
+        );
         truncate_after(&path, 0).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"");
         truncate_after(&path.with_file_name("absent.jsonl"), 0).unwrap();

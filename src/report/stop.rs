@@ -47,7 +47,10 @@ const WORDS: [(StopReason, &str); 9] = [
 impl StopReason {
     /// The contract's word.
     pub fn as_str(self) -> &'static str {
-        WORDS.iter().find(|(reason, _)| *reason == self).map_or("", |(_, word)| word)
+        WORDS
+            .iter()
+            .find(|(reason, _)| *reason == self)
+            .map_or("", |(_, word)| word)
     }
 
     /// Which budget stopped the run (`energy`, `carbon`, `flops`, `time`, `cost`), if one did.
@@ -73,7 +76,9 @@ impl FromStr for StopReason {
     fn from_str(text: &str) -> Result<Self, String> {
         let known = || WORDS.map(|(_, word)| word).join(", ");
         let found = WORDS.iter().find(|(_, word)| *word == text);
-        found.map(|(reason, _)| *reason).ok_or_else(|| format!("`{text}` is not a stop reason: one of {}", known()))
+        found
+            .map(|(reason, _)| *reason)
+            .ok_or_else(|| format!("`{text}` is not a stop reason: one of {}", known()))
     }
 }
 
@@ -92,10 +97,16 @@ mod tests {
     fn every_word_is_the_contracts_and_comes_back() {
         // Typed from the contract, in its order.
         let contract = "steps epochs budget:energy budget:carbon budget:flops budget:time budget:cost interrupted diverged";
-        let ours: Vec<_> = WORDS.iter().map(|(reason, _)| serde_json::to_value(reason).unwrap()).collect();
+        let ours: Vec<_> = WORDS
+            .iter()
+            .map(|(reason, _)| serde_json::to_value(reason).unwrap())
+            .collect();
         assert_eq!(ours, contract.split(' ').collect::<Vec<_>>());
         for (reason, word) in WORDS {
-            assert_eq!(serde_json::from_value::<StopReason>(word.into()).unwrap(), reason);
+            assert_eq!(
+                serde_json::from_value::<StopReason>(word.into()).unwrap(),
+                reason
+            );
         }
         assert!(serde_json::from_value::<StopReason>("budget:joules".into()).is_err());
         assert_eq!(StopReason::BudgetTime.budget(), Some("time"));

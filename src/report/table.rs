@@ -20,7 +20,10 @@ pub struct Table {
 impl Table {
     /// An empty table with these column names.
     pub fn new(head: &[&str]) -> Self {
-        Self { head: head.iter().map(|name| name.to_string()).collect(), rows: Vec::new() }
+        Self {
+            head: head.iter().map(|name| name.to_string()).collect(),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row; a short one is filled with empty cells, a long one is cut.
@@ -42,8 +45,16 @@ impl Table {
 
     /// A GitHub table.
     pub fn markdown(&self) -> String {
-        let line =
-            |cells: &[String]| format!("| {} |\n", cells.iter().map(|cell| cell_text(cell)).collect::<Vec<_>>().join(" | "));
+        let line = |cells: &[String]| {
+            format!(
+                "| {} |\n",
+                cells
+                    .iter()
+                    .map(|cell| cell_text(cell))
+                    .collect::<Vec<_>>()
+                    .join(" | ")
+            )
+        };
         let rule = vec!["---".to_string(); self.head.len()];
         let body: String = self.rows.iter().map(|row| line(row)).collect();
         line(&self.head) + &line(&rule) + &body
@@ -52,7 +63,11 @@ impl Table {
     /// Aligned columns, at most [`WIDTH`] wide, each line after `indent` spaces.
     pub fn text(&self, indent: usize) -> String {
         let plain_row = |row: &Vec<String>| row.iter().map(|cell| plain(cell)).collect();
-        Self { head: plain_row(&self.head), rows: self.rows.iter().map(plain_row).collect() }.aligned(indent)
+        Self {
+            head: plain_row(&self.head),
+            rows: self.rows.iter().map(plain_row).collect(),
+        }
+        .aligned(indent)
     }
 
     fn aligned(&self, indent: usize) -> String {
@@ -60,11 +75,18 @@ impl Table {
         let rule: Vec<String> = widths.iter().map(|width| "-".repeat(*width)).collect();
         let mut out = String::new();
         for row in [&self.head, &rule].into_iter().chain(&self.rows) {
-            let cells: Vec<Vec<String>> = row.iter().zip(&widths).map(|(cell, width)| wrapped(cell, *width)).collect();
+            let cells: Vec<Vec<String>> = row
+                .iter()
+                .zip(&widths)
+                .map(|(cell, width)| wrapped(cell, *width))
+                .collect();
             for line in 0..cells.iter().map(Vec::len).max().unwrap_or(0) {
                 let parts = cells.iter().zip(&widths).map(|(cell, width)| {
                     let text = cell.get(line).map_or("", String::as_str);
-                    format!("{text}{}", " ".repeat(width.saturating_sub(columns(text)) + GAP))
+                    format!(
+                        "{text}{}",
+                        " ".repeat(width.saturating_sub(columns(text)) + GAP)
+                    )
                 });
                 let text: String = parts.collect();
                 out += &format!("{}{}\n", " ".repeat(indent), text.trim_end());
@@ -76,7 +98,11 @@ impl Table {
     /// The widest cell of each column, the widest column narrowed until all fit.
     fn widths(&self, room: usize) -> Vec<usize> {
         let widest = |column: usize| {
-            let cells = self.rows.iter().chain([&self.head]).map(|row| columns(&row[column]));
+            let cells = self
+                .rows
+                .iter()
+                .chain([&self.head])
+                .map(|row| columns(&row[column]));
             cells.max().unwrap_or(0).max(1)
         };
         let mut widths: Vec<usize> = (0..self.head.len()).map(widest).collect();
@@ -93,7 +119,11 @@ impl Table {
 
 /// One line of Markdown that ends no cell and opens no markup of its own.
 fn cell_text(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('|', "\\|").split_whitespace().collect::<Vec<_>>().join(" ")
+    text.replace('\\', "\\\\")
+        .replace('|', "\\|")
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Without the backticks that Markdown needs.
@@ -141,7 +171,10 @@ mod tests {
     fn a_cell_cannot_end_itself() {
         let mut table = Table::new(&["a", "b"]);
         table.row(["x|y".to_string(), "two\nlines \\| z".to_string()]);
-        assert_eq!(table.markdown(), "| a | b |\n| --- | --- |\n| x\\|y | two lines \\\\\\| z |\n");
+        assert_eq!(
+            table.markdown(),
+            "| a | b |\n| --- | --- |\n| x\\|y | two lines \\\\\\| z |\n"
+        );
     }
 
     #[test]
@@ -152,6 +185,9 @@ mod tests {
         let text = table.text(2);
         assert!(text.lines().all(|line| columns(line) <= WIDTH), "{text}");
         assert_eq!(text.matches("word").count(), 60);
-        assert_eq!(text.matches('n').count(), 300 + "name".matches('n').count() + "end".matches('n').count());
+        assert_eq!(
+            text.matches('n').count(),
+            300 + "name".matches('n').count() + "end".matches('n').count()
+        );
     }
 }

@@ -34,7 +34,10 @@ pub fn to_brief(name: &str, report: &Report) -> Result<String> {
 fn lines(name: &str, report: &Report, shown: impl Fn(&str) -> bool) -> Result<String> {
     let report = report.clone().sealed()?;
     let mut out = paragraph(name, 0) + "\n" + &paragraph(&plain(&summary(&report)), 0);
-    for section in sections(&report).into_iter().filter(|section| shown(section.title)) {
+    for section in sections(&report)
+        .into_iter()
+        .filter(|section| shown(section.title))
+    {
         out += &format!("\n{}\n", section.title.to_uppercase());
         for block in section.blocks {
             out += &match block {
@@ -50,23 +53,33 @@ fn lines(name: &str, report: &Report, shown: impl Fn(&str) -> bool) -> Result<St
 
 /// Wrapped lines, each after `indent` spaces.
 pub fn paragraph(text: &str, indent: usize) -> String {
-    wrapped(text, WIDTH - indent).iter().map(|line| format!("{}{line}\n", " ".repeat(indent))).collect()
+    wrapped(text, WIDTH - indent)
+        .iter()
+        .map(|line| format!("{}{line}\n", " ".repeat(indent)))
+        .collect()
 }
 
 /// A list item whose later lines stand under its first.
 pub fn bullet(text: &str) -> String {
     let lines = wrapped(text, WIDTH - INDENT - 2);
-    let marked = lines.iter().enumerate().map(|(i, line)| format!("  {} {line}\n", if i == 0 { '-' } else { ' ' }));
+    let marked = lines
+        .iter()
+        .enumerate()
+        .map(|(i, line)| format!("  {} {line}\n", if i == 0 { '-' } else { ' ' }));
     marked.collect()
 }
 
 fn verbatim(text: &str) -> String {
-    text.lines().map(|line| paragraph(line, INDENT * 2)).collect()
+    text.lines()
+        .map(|line| paragraph(line, INDENT * 2))
+        .collect()
 }
 
 /// Without control characters, so that a model's output moves no cursor.
 pub fn printable(text: &str) -> String {
-    text.chars().filter(|c| *c == '\n' || !c.is_control()).collect()
+    text.chars()
+        .filter(|c| *c == '\n' || !c.is_control())
+        .collect()
 }
 
 #[cfg(test)]
@@ -82,7 +95,10 @@ mod tests {
     fn later_lines_of_an_item_stand_under_its_first() {
         let item = bullet(&"word ".repeat(30));
         let lines: Vec<&str> = item.lines().collect();
-        assert!(lines[0].starts_with("  - word") && lines[1].starts_with("    word"), "{item}");
+        assert!(
+            lines[0].starts_with("  - word") && lines[1].starts_with("    word"),
+            "{item}"
+        );
         assert!(lines.iter().all(|line| line.len() <= WIDTH), "{item}");
     }
 }

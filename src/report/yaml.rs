@@ -42,9 +42,15 @@ mod tests {
     #[test]
     fn strings_survive() {
         // A JSON string is the same subset: serde_json is the other reader.
-        for text in
-            ["no", "24_700_000", "a: b #c", "two\nlines\r\n\ttab", "\"quoted\" \\", "\u{85}\u{2028}\u{FEFF}\u{7F}\u{1}", "é😀"]
-        {
+        for text in [
+            "no",
+            "24_700_000",
+            "a: b #c",
+            "two\nlines\r\n\ttab",
+            "\"quoted\" \\",
+            "\u{85}\u{2028}\u{FEFF}\u{7F}\u{1}",
+            "é😀",
+        ] {
             assert_eq!(serde_json::from_str::<String>(&quoted(text)).unwrap(), text);
         }
         assert_eq!(quoted("\u{85}x\u{1}"), "\"\\u0085x\\u0001\"");

@@ -73,7 +73,11 @@ pub struct BaselineOf {
 
 /// The cost of a published run, or of a training as typed.
 pub fn baseline_of(request: &BaselineRequest) -> Result<BaselineOf> {
-    let run = request.name.as_deref().map(PublishedRun::find).transpose()?;
+    let run = request
+        .name
+        .as_deref()
+        .map(PublishedRun::find)
+        .transpose()?;
     let mut job = run.map_or_else(|| Ok(Job::default()), published_job)?;
     override_with(&mut job, request)?;
     let estimate = estimate(job)?;
@@ -98,7 +102,9 @@ fn printed(run: &PublishedRun) -> Printed {
 
 /// A published run as a job: energy brought to the machines' side and tCO2e to the facility's, so that the overhead counts once.
 fn published_job(run: &PublishedRun) -> Result<Job> {
-    let device = (!run.device.is_empty()).then(|| Accelerator::named(&run.device)).transpose()?;
+    let device = (!run.device.is_empty())
+        .then(|| Accelerator::named(&run.device))
+        .transpose()?;
     let overhead = run.pue.map_or(1.0, Pue::value);
     let power = run.power_w.map(|watts| match &device {
         Some(device) if run.power_is == "rated" => device.at_rated(watts),
@@ -106,7 +112,10 @@ fn published_job(run: &PublishedRun) -> Result<Job> {
     });
     let mut assumptions = vec![format!("published: {}", run.source)];
     if run.energy.is_some() && run.energy_has_pue.is_none() {
-        assumptions.push("the source does not say whether its energy contains the overhead: taken as without".to_string());
+        assumptions.push(
+            "the source does not say whether its energy contains the overhead: taken as without"
+                .to_string(),
+        );
     }
     Ok(Job {
         published_name: Some(run.name.clone()),
@@ -116,14 +125,30 @@ fn published_job(run: &PublishedRun) -> Result<Job> {
         power,
         device_time: run.device_time,
         pue: run.pue,
-        grid: run.gco2e_per_kwh.map(|grid| Grid::custom(grid.0)).transpose()?.map(|grid| Grid {
-            name: run.source.clone(),
-            source: run.source.clone(),
-            basis: "as published".to_string(),
-            ..grid
+        grid: run
+            .gco2e_per_kwh
+            .map(|grid| Grid::custom(grid.0))
+            .transpose()?
+            .map(|grid| Grid {
+                name: run.source.clone(),
+                source: run.source.clone(),
+                basis: "as published".to_string(),
+                ..grid
+            }),
+        energy: run.energy.map(|energy| {
+            if run.energy_has_pue == Some(true) {
+                energy / overhead
+            } else {
+                energy
+            }
         }),
-        energy: run.energy.map(|energy| if run.energy_has_pue == Some(true) { energy / overhead } else { energy }),
-        carbon: run.carbon.map(|carbon| if run.tco2e_has_pue == Some(false) { carbon * overhead } else { carbon }),
+        carbon: run.carbon.map(|carbon| {
+            if run.tco2e_has_pue == Some(false) {
+                carbon * overhead
+            } else {
+                carbon
+            }
+        }),
         assumptions,
         device,
     })
@@ -133,15 +158,25 @@ fn published_job(run: &PublishedRun) -> Result<Job> {
 fn override_with(job: &mut Job, request: &BaselineRequest) -> Result<()> {
     if let Some(device) = &request.device {
         job.device = Some(Accelerator::named(device).map_err(|error| error.at("--device"))?);
-        (job.device_time, job.achieved, job.power, job.energy, job.carbon) = (None, None, None, None, None);
+        (
+            job.device_time,
+            job.achieved,
+            job.power,
+            job.energy,
+            job.carbon,
+        ) = (None, None, None, None, None);
         if job.published_name.is_some() {
-            job.assumptions.push(format!("the published work on {device} instead of its own device"));
+            job.assumptions.push(format!(
+                "the published work on {device} instead of its own device"
+            ));
         }
     }
     match (request.flops, request.parameters) {
         (Some(flops), _) => job.flops = Some(flops),
         (None, Some(parameters)) => job.count_flops(request.method, parameters, request.tokens)?,
-        (None, None) if request.name.is_none() && request.device_time.is_none() => return Err(no_work()),
+        (None, None) if request.name.is_none() && request.device_time.is_none() => {
+            return Err(no_work());
+        }
         (None, None) => {}
     }
     if let Some(time) = request.device_time {

@@ -24,7 +24,12 @@ pub(super) struct Run<'a> {
 }
 
 /// Full fine-tuning over the same `steps` and `evaluations`, and pretraining; each on the meter of `run` and against it.
-pub(super) fn baselines(prepared: &Prepared, steps: u64, evaluations: usize, run: &Run<'_>) -> Result<Vec<Baseline>> {
+pub(super) fn baselines(
+    prepared: &Prepared,
+    steps: u64,
+    evaluations: usize,
+    run: &Run<'_>,
+) -> Result<Vec<Baseline>> {
     let mut all = Vec::new();
     if !prepared.whole_model() && prepared.recipe.baseline.full_fine_tuning != Compared::Off {
         all.push(full_fine_tuning(prepared, steps, evaluations)?);
@@ -33,7 +38,11 @@ pub(super) fn baselines(prepared: &Prepared, steps: u64, evaluations: usize, run
         all.push(pretraining(prepared)?);
     }
     let held = |baseline: Baseline| {
-        let metered = if run.metered_over_counted == 1.0 { baseline } else { baseline.metered(run.metered_over_counted) };
+        let metered = if run.metered_over_counted == 1.0 {
+            baseline
+        } else {
+            baseline.metered(run.metered_over_counted)
+        };
         metered.against(run.spent, Some(run.parts))
     };
     Ok(all.into_iter().map(held).collect())
@@ -46,25 +55,46 @@ fn full_fine_tuning(prepared: &Prepared, steps: u64, evaluations: usize) -> Resu
     let recompute = prepared.settings.recompute;
     let step_work = |step: u64| -> Work {
         let batches = prepared.sampler.step_shape(step);
-        batches.iter().map(|batch| shape.training(&batch.segments, batch.loss_tokens, recompute)).sum::<Work>()
+        batches
+            .iter()
+            .map(|batch| shape.training(&batch.segments, batch.loss_tokens, recompute))
+            .sum::<Work>()
             + adamw_cost(parameters)
     };
-    let trained: Charge = (0..steps).map(|step| prepared.profile.charge(&step_work(step))).sum();
+    let trained: Charge = (0..steps)
+        .map(|step| prepared.profile.charge(&step_work(step)))
+        .sum();
     let evaluation: Work = prepared
         .validation_batches
         .iter()
         .map(|batch| batch.shape())
         .map(|batch| shape.evaluation(&batch.segments, batch.loss_tokens))
         .sum();
-    let evaluated: Charge = std::iter::repeat_n(prepared.profile.charge(&evaluation), evaluations).sum();
+    let evaluated: Charge =
+        std::iter::repeat_n(prepared.profile.charge(&evaluation), evaluations).sum();
     let total = trained + evaluated;
-    let (flops, energy, rates) = (Flops(total.flops as f64), total.energy.joules(), prepared.budget.rates());
+    let (flops, energy, rates) = (
+        Flops(total.flops as f64),
+        total.energy.joules(),
+        prepared.budget.rates(),
+    );
     let source = "counted: the same batches and evaluations, every weight trained";
-    let mut baseline = Baseline::known(BaselineKind::FullFineTuning, Label::Counted, flops, energy, rates, source);
+    let mut baseline = Baseline::known(
+        BaselineKind::FullFineTuning,
+        Label::Counted,
+        flops,
+        energy,
+        rates,
+        source,
+    );
     baseline.parts = Some(total.parts());
     baseline.assumptions = vec![
-        format!("{steps} steps on the same records, the same device ({})", prepared.profile.name),
-        "as many steps as this run; full fine-tuning may need fewer or more to the same loss".to_string(),
+        format!(
+            "{steps} steps on the same records, the same device ({})",
+            prepared.profile.name
+        ),
+        "as many steps as this run; full fine-tuning may need fewer or more to the same loss"
+            .to_string(),
     ];
     Ok(baseline)
 }
@@ -80,15 +110,28 @@ fn pretraining(prepared: &Prepared) -> Result<Baseline> {
     };
     let (parameters, rates) = (architecture.parameters() as f64, prepared.budget.rates());
     let name = base_name(&prepared.recipe.model.id);
-    let mut baseline = baseline::pretraining(&name, parameters, tokens, Some(shape), &prepared.profile, rates);
+    let mut baseline = baseline::pretraining(
+        &name,
+        parameters,
+        tokens,
+        Some(shape),
+        &prepared.profile,
+        rates,
+    );
     if prepared.recipe.model.init == Init::Random {
-        baseline.assumptions.push("this run itself trains from random weights".into());
+        baseline
+            .assumptions
+            .push("this run itself trains from random weights".into());
     }
     Ok(baseline)
 }
 
 /// The token count that a model trained by wattune carries in its configuration.
 fn pretraining_tokens(prepared: &Prepared) -> Result<Option<f64>> {
-    let config: Option<Value> = serde_json::from_str(&super::read_text(&prepared.files.config)?).ok();
-    Ok(config.as_ref().and_then(|config| config.get("pretraining_tokens")).and_then(Value::as_f64))
+    let config: Option<Value> =
+        serde_json::from_str(&super::read_text(&prepared.files.config)?).ok();
+    Ok(config
+        .as_ref()
+        .and_then(|config| config.get("pretraining_tokens"))
+        .and_then(Value::as_f64))
 }

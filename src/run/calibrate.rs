@@ -17,7 +17,9 @@ use super::Screen;
 use super::machine::environment;
 use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
-use crate::energy::{Counters, Measured, MeasuredCache, MeasuredPower, Profile, allowed_cores, part_of_machine};
+use crate::energy::{
+    Counters, Measured, MeasuredCache, MeasuredPower, Profile, allowed_cores, part_of_machine,
+};
 use crate::error::{Error, Result};
 use crate::ops::{Context, Linear, Weight, dtype};
 use crate::units::{Bytes, MicroJoules, Seconds, Watts};
@@ -41,7 +43,11 @@ impl Effort {
     /// `each` for a figure, a buffer of 512 MiB (four times and more what any shipped processor's last cache holds), and less than a minute
     /// in all.
     pub fn of(each: Seconds) -> Self {
-        Self { each, buffer: Bytes(512 << 20), within: Seconds(45.0) }
+        Self {
+            each,
+            buffer: Bytes(512 << 20),
+            within: Seconds(45.0),
+        }
     }
 }
 
@@ -73,19 +79,40 @@ impl Calibrator {
     ///
     /// # Errors
     /// An unknown device, and a name that no profile may have.
-    pub fn new(like: &str, name: Option<&str>, device: Device, computing: Computing) -> Result<Self> {
+    pub fn new(
+        like: &str,
+        name: Option<&str>,
+        device: Device,
+        computing: Computing,
+    ) -> Result<Self> {
         let base = Profile::resolve(like, std::path::Path::new(""), computing)?;
         let name = match name {
             Some(name) => name.to_string(),
             None => format!("{}-calibrated", base.name.replace('@', "-cores-")),
         };
         // Built once before anything is measured: a name that breaks the rules is refused at once.
-        let as_it_is = Measured { bandwidth: base.bandwidth, ..Measured::default() };
-        base.calibrated(&name, &as_it_is).map_err(|e| e.hint("give another name: `--name my-machine`"))?;
-        let mut notes: Vec<String> = base.note.iter().map(|note| format!("nearest profile {}: {note}", base.name)).collect();
-        let counter = counter(&base, computing).map_err(|why| notes.push(format!("power is the nearest profile's: {why}"))).ok();
+        let as_it_is = Measured {
+            bandwidth: base.bandwidth,
+            ..Measured::default()
+        };
+        base.calibrated(&name, &as_it_is)
+            .map_err(|e| e.hint("give another name: `--name my-machine`"))?;
+        let mut notes: Vec<String> = base
+            .note
+            .iter()
+            .map(|note| format!("nearest profile {}: {note}", base.name))
+            .collect();
+        let counter = counter(&base, computing)
+            .map_err(|why| notes.push(format!("power is the nearest profile's: {why}")))
+            .ok();
         let counter = counter.map(|counter| Counters::new(vec![counter]));
-        Ok(Self { base, name, device, counter, notes })
+        Ok(Self {
+            base,
+            name,
+            device,
+            counter,
+            notes,
+        })
     }
 
     /// The name of the profile to be.
@@ -107,18 +134,29 @@ impl Calibrator {
             };
             idle = self.drawing(nothing)?.1;
         }
-        let (mut measured, mut load) = (Measured { title: self.title(), ..Measured::default() }, None::<Watts>);
+        let (mut measured, mut load) = (
+            Measured {
+                title: self.title(),
+                ..Measured::default()
+            },
+            None::<Watts>,
+        );
         for precision in precisions {
             screen.note(&format!("measuring {} products", precision.as_str()));
             let each = pace.time();
             let device = self.device.clone();
-            let best = warm_product(&device, *precision, each).and_then(|warm| self.drawing(|| warm.best(each)));
+            let best = warm_product(&device, *precision, each)
+                .and_then(|warm| self.drawing(|| warm.best(each)));
             match best {
                 Ok((rate, watts)) => {
                     measured.rates.insert(*precision, rate.round());
                     load = load.into_iter().chain(watts).reduce(Watts::max);
                 }
-                Err(e) => self.notes.push(format!("{} keeps the nearest profile's rate: {}", precision.as_str(), first_line(&e))),
+                Err(e) => self.notes.push(format!(
+                    "{} keeps the nearest profile's rate: {}",
+                    precision.as_str(),
+                    first_line(&e)
+                )),
             }
         }
         screen.note("measuring memory bandwidth");
@@ -128,34 +166,62 @@ impl Calibrator {
         measured.caches = self.caches(&mut pace, screen)?;
         self.notes.extend(pace.note());
         measured.power = self.power(idle, load);
-        if let Some((power, why)) = measured.power.clone().zip(self.base.calibrated(&self.name, &measured).err()) {
-            let MeasuredPower { idle, load, counter } = power;
+        if let Some((power, why)) = measured
+            .power
+            .clone()
+            .zip(self.base.calibrated(&self.name, &measured).err())
+        {
+            let MeasuredPower {
+                idle,
+                load,
+                counter,
+            } = power;
             let why = first_line(&why);
             self.notes
                 .push(format!("power is the nearest profile's: {counter} showed {idle} idle and {load} under load, but {why}"));
             measured.power = None;
         }
         let profile = self.base.calibrated(&self.name, &measured);
-        let profile = profile.map_err(|e| e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`"))?;
-        Ok(Calibration { base: self.base, profile, measured, notes: self.notes })
+        let profile = profile.map_err(|e| {
+            e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`")
+        })?;
+        Ok(Calibration {
+            base: self.base,
+            profile,
+            measured,
+            notes: self.notes,
+        })
     }
 
     /// What this machine's processor is called: the nearest profile may be of another.
     fn title(&self) -> Option<String> {
-        let named = || format!("{}, measured with {} threads", environment().cpu, rayon::current_num_threads());
+        let named = || {
+            format!(
+                "{}, measured with {} threads",
+                environment().cpu,
+                rayon::current_num_threads()
+            )
+        };
         self.device.is_cpu().then(named)
     }
 
     /// How many figures there are to measure: power, rates, main memory and the caches behind the first.
     fn figures(&self, precisions: &[Precision]) -> usize {
-        let caches = if self.device.is_cpu() { self.base.caches.len().saturating_sub(1) } else { 0 };
+        let caches = if self.device.is_cpu() {
+            self.base.caches.len().saturating_sub(1)
+        } else {
+            0
+        };
         usize::from(self.counter.is_some()) + precisions.len() + 1 + caches
     }
 
     /// What the caches serve; a graphics processor's are not measured.
     fn caches(&mut self, pace: &mut Pace, screen: &mut dyn Screen) -> Result<Vec<MeasuredCache>> {
         if !self.device.is_cpu() {
-            self.notes.push("the caches are the nearest profile's: on this device only main memory is measured".to_string());
+            self.notes.push(
+                "the caches are the nearest profile's: on this device only main memory is measured"
+                    .to_string(),
+            );
             return Ok(Vec::new());
         }
         screen.note("measuring the bandwidth of caches");
@@ -170,11 +236,16 @@ impl Calibrator {
         let start = Instant::now();
         let done = work()?;
         let wall = Seconds(start.elapsed().as_secs_f64());
-        let energy = self.counter.as_mut().zip(mark).map(|(counter, mark)| counter.since(&mark));
+        let energy = self
+            .counter
+            .as_mut()
+            .zip(mark)
+            .map(|(counter, mark)| counter.since(&mark));
         let watts = match energy {
             Some(Ok(energy)) => Some(mean_power(energy, wall)),
             Some(Err(gap)) => {
-                self.notes.push(format!("a reading of power is missing: {}", gap.reason));
+                self.notes
+                    .push(format!("a reading of power is missing: {}", gap.reason));
                 None
             }
             None => None,
@@ -187,9 +258,15 @@ impl Calibrator {
         let counter = self.counter.as_ref()?.names().join(", ");
         let (idle, load) = idle.zip(load)?;
         if load > idle {
-            return Some(MeasuredPower { idle, load, counter });
+            return Some(MeasuredPower {
+                idle,
+                load,
+                counter,
+            });
         }
-        self.notes.push(format!("power is the nearest profile's: {counter} showed {idle} idle and {load} under load"));
+        self.notes.push(format!(
+            "power is the nearest profile's: {counter} showed {idle} idle and {load} under load"
+        ));
         None
     }
 }
@@ -202,9 +279,10 @@ fn mean_power(energy: MicroJoules, wall: Seconds) -> Watts {
 fn counter(base: &Profile, computing: Computing) -> Result<Box<dyn Sensor>, String> {
     let why = |absent: Absent| format!("{}; {}", absent.reason, absent.remedy);
     match computing {
-        Computing::Cpu if part_of_machine().is_some() || is_part(base, allowed_cores()) => {
-            Err("a part of this machine's cores is measured, and its counter would show all of them".to_string())
-        }
+        Computing::Cpu if part_of_machine().is_some() || is_part(base, allowed_cores()) => Err(
+            "a part of this machine's cores is measured, and its counter would show all of them"
+                .to_string(),
+        ),
         Computing::Cpu => Ok(Box::new(RaplSensor::open_default().map_err(why)?)),
         Computing::Nvidia(index) => Ok(Box::new(NvmlSensor::open(index).map_err(why)?)),
         Computing::Other => Err("this device has no energy counter that can be read".to_string()),
@@ -225,7 +303,12 @@ fn precisions(device: &Device) -> &'static [Precision] {
 }
 
 fn first_line(error: &Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_string()
+    error
+        .to_string()
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_string()
 }
 
 /// A square product that ran before, and the best rate so far.
@@ -245,9 +328,19 @@ fn warm_product(device: &Device, precision: Precision, each: Duration) -> Result
         // Random numbers: zeros and ones draw less power than real data.
         let draw = || Tensor::rand(-1f32, 1f32, (side, side), device);
         let (m, n, k) = (side as u64, side as u64, side as u64);
-        let linear = Linear { weight: Weight::frozen(draw()?.to_dtype(dtype(precision))?), bias: None, lora: None };
+        let linear = Linear {
+            weight: Weight::frozen(draw()?.to_dtype(dtype(precision))?),
+            bias: None,
+            lora: None,
+        };
         let flops = Product { m, n, k, precision }.flops() as f64;
-        let mut product = WarmProduct { x: draw()?, linear, precision, flops, rate: best };
+        let mut product = WarmProduct {
+            x: draw()?,
+            linear,
+            precision,
+            flops,
+            rate: best,
+        };
         product.seconds(1)?;
         let seconds = product.seconds(1)?;
         best = best.max(product.flops / seconds);
@@ -266,7 +359,8 @@ impl WarmProduct {
         let tally = Tally::default();
         let start = Instant::now();
         for _ in 0..count {
-            self.linear.forward(Context::new(&tally, self.precision), &self.x, None, None)?;
+            self.linear
+                .forward(Context::new(&tally, self.precision), &self.x, None, None)?;
         }
         self.x.device().synchronize()?;
         Ok(start.elapsed().as_secs_f64())
@@ -303,10 +397,15 @@ mod tests {
         }
     }
 
-    const QUICK: Effort = Effort { each: Seconds(0.01), buffer: Bytes(8 << 20), within: Seconds(60.0) };
+    const QUICK: Effort = Effort {
+        each: Seconds(0.01),
+        buffer: Bytes(8 << 20),
+        within: Seconds(60.0),
+    };
 
     fn calibrator(script: Vec<Result<u64, Gap>>) -> Calibrator {
-        let mut calibrator = Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Cpu).unwrap();
+        let mut calibrator =
+            Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Cpu).unwrap();
         calibrator.counter = Some(Counters::new(vec![Box::new(Scripted(script))]));
         calibrator.notes.clear();
         calibrator
@@ -318,16 +417,37 @@ mod tests {
         assert_eq!(mean_power(MicroJoules(6_000_000), Seconds(2.0)), Watts(3.0));
         // Idle, then f32, then bf16: nothing, 5 J, 9 J. Load is the higher power of the two; both windows are at least 10 ms long.
         let readings = [0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok);
-        let done = calibrator(readings.into()).measure(QUICK, &mut Blank).unwrap();
+        let done = calibrator(readings.into())
+            .measure(QUICK, &mut Blank)
+            .unwrap();
         let power = done.measured.power.unwrap();
-        assert_eq!((power.idle, power.counter.as_str()), (Watts(0.0), "scripted"));
-        assert!(power.load > Watts(0.0) && power.load <= Watts(900.0), "{}", power.load);
-        assert_eq!((done.profile.idle_w, done.profile.load_w), (power.idle, power.load));
+        assert_eq!(
+            (power.idle, power.counter.as_str()),
+            (Watts(0.0), "scripted")
+        );
+        assert!(
+            power.load > Watts(0.0) && power.load <= Watts(900.0),
+            "{}",
+            power.load
+        );
+        assert_eq!(
+            (done.profile.idle_w, done.profile.load_w),
+            (power.idle, power.load)
+        );
         // It is no Raspberry Pi that was measured.
-        assert_eq!(done.profile.title, format!("{}, measured with {} threads", environment().cpu, rayon::current_num_threads()));
+        assert_eq!(
+            done.profile.title,
+            format!(
+                "{}, measured with {} threads",
+                environment().cpu,
+                rayon::current_num_threads()
+            )
+        );
         // Of power nothing is to be noted; of memory, what this machine's caches are like.
         assert!(
-            done.notes.iter().all(|note| note.starts_with("memory: ") || note.contains("was not measured")),
+            done.notes
+                .iter()
+                .all(|note| note.starts_with("memory: ") || note.contains("was not measured")),
             "{:?}",
             done.notes
         );
@@ -338,26 +458,60 @@ mod tests {
         let pi = Profile::named("raspberry-pi-5").unwrap();
         let gap = || Err(Gap::unread("told to fail"));
         // Each window's end is read twice before it is given up.
-        let failing = vec![Ok(0), gap(), gap(), Ok(0), gap(), gap(), Ok(0), gap(), gap()];
+        let failing = vec![
+            Ok(0),
+            gap(),
+            gap(),
+            Ok(0),
+            gap(),
+            gap(),
+            Ok(0),
+            gap(),
+            gap(),
+        ];
         // More power idle than under load.
-        let upside_down = [0, 9_000_000, 9_000_000, 9_000_000, 9_000_000, 9_000_000].map(Ok).into();
+        let upside_down = [0, 9_000_000, 9_000_000, 9_000_000, 9_000_000, 9_000_000]
+            .map(Ok)
+            .into();
         // A microjoule under load: the profile's own traffic to memory takes more.
         let tiny = [0, 0, 0, 1, 1, 2].map(Ok).into();
-        for (script, words) in [(failing, "told to fail"), (upside_down, "idle"), (tiny, "under load, but moving the operands")] {
+        for (script, words) in [
+            (failing, "told to fail"),
+            (upside_down, "idle"),
+            (tiny, "under load, but moving the operands"),
+        ] {
             let done = calibrator(script).measure(QUICK, &mut Blank).unwrap();
-            assert_eq!((done.measured.power, done.profile.load_w), (None, pi.load_w));
-            assert!(done.notes.iter().any(|note| note.contains(words)), "{:?}", done.notes);
+            assert_eq!(
+                (done.measured.power, done.profile.load_w),
+                (None, pi.load_w)
+            );
+            assert!(
+                done.notes.iter().any(|note| note.contains(words)),
+                "{:?}",
+                done.notes
+            );
         }
     }
 
     #[test]
     fn each_cache_behind_the_first_is_measured_or_said_not_to_be() {
-        let done = calibrator([0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok).into()).measure(QUICK, &mut Blank).unwrap();
+        let done = calibrator([0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok).into())
+            .measure(QUICK, &mut Blank)
+            .unwrap();
         let caches = &done.measured.caches;
-        assert_eq!(caches.iter().map(|cache| cache.name.as_str()).collect::<Vec<_>>(), ["L1", "L2", "LLC"]);
+        assert_eq!(
+            caches
+                .iter()
+                .map(|cache| cache.name.as_str())
+                .collect::<Vec<_>>(),
+            ["L1", "L2", "LLC"]
+        );
         assert_eq!(caches[0].bandwidth, None);
         for (cache, level) in caches.iter().zip(&done.profile.caches).skip(1) {
-            let noted = done.notes.iter().any(|note| note.starts_with(&format!("{} was not measured", cache.name)));
+            let noted = done
+                .notes
+                .iter()
+                .any(|note| note.starts_with(&format!("{} was not measured", cache.name)));
             assert!(cache.bandwidth.is_some() != noted, "{cache:?}");
             assert_eq!(level.bandwidth, cache.bandwidth.map(|(rate, _)| rate));
         }
@@ -366,12 +520,27 @@ mod tests {
     #[test]
     fn a_calibration_keeps_to_its_time_and_says_so() {
         // Half a minute for each of five figures, and next to nothing for all of them.
-        let effort = Effort { each: Seconds(30.0), within: Seconds(0.05), ..QUICK };
+        let effort = Effort {
+            each: Seconds(30.0),
+            within: Seconds(0.05),
+            ..QUICK
+        };
         let start = Instant::now();
-        let calibrator = Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Other).unwrap();
+        let calibrator =
+            Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Other).unwrap();
         let done = calibrator.measure(effort, &mut Blank).unwrap();
-        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
-        assert!(done.notes.iter().any(|note| note.contains("instead of 30 s")), "{:?}", done.notes);
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "{:?}",
+            start.elapsed()
+        );
+        assert!(
+            done.notes
+                .iter()
+                .any(|note| note.contains("instead of 30 s")),
+            "{:?}",
+            done.notes
+        );
         assert_eq!(done.measured.rates.len(), 2);
     }
 
@@ -381,7 +550,14 @@ mod tests {
         assert!(is_part(&share, 64) && is_part(&share, 3));
         // All that this machine has, though the profile's processor has more; and a whole processor.
         assert!(!is_part(&share, 2) && !is_part(&Profile::named("amd-epyc-7763").unwrap(), 128));
-        let refused = Calibrator::new("generic-cpu", Some("My Machine"), Device::Cpu, Computing::Cpu).err().unwrap();
+        let refused = Calibrator::new(
+            "generic-cpu",
+            Some("My Machine"),
+            Device::Cpu,
+            Computing::Cpu,
+        )
+        .err()
+        .unwrap();
         assert!(refused.to_string().contains("--name"), "{refused}");
     }
 }

@@ -25,8 +25,15 @@ const SAMPLED: u64 = 4;
 /// Ranks that people choose.
 const RANKS: [usize; 5] = [4, 8, 16, 32, 64];
 /// Devices from a desk to a data centre.
-const DEVICES: [&str; 7] =
-    ["raspberry-pi-5", "generic-laptop", "apple-m4", "nvidia-t4", "nvidia-l4", "nvidia-rtx-4090", "nvidia-h100-sxm5-80gb"];
+const DEVICES: [&str; 7] = [
+    "raspberry-pi-5",
+    "generic-laptop",
+    "apple-m4",
+    "nvidia-t4",
+    "nvidia-l4",
+    "nvidia-rtx-4090",
+    "nvidia-h100-sxm5-80gb",
+];
 
 /// One row: what training would cost under one choice, all else as the recipe has it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -62,8 +69,16 @@ struct Label {
     set: Vec<String>,
 }
 
-fn label(kind: &'static str, choice: impl Into<String>, set: impl IntoIterator<Item = String>) -> Label {
-    Label { kind, choice: choice.into(), set: set.into_iter().collect() }
+fn label(
+    kind: &'static str,
+    choice: impl Into<String>,
+    set: impl IntoIterator<Item = String>,
+) -> Label {
+    Label {
+        kind,
+        choice: choice.into(),
+        set: set.into_iter().collect(),
+    }
 }
 
 /// What a step's cost depends on beside its batches.
@@ -76,7 +91,10 @@ struct Setup {
 
 impl Setup {
     fn work(&self, step: &[BatchShape]) -> Work {
-        let of = |batch: &BatchShape| self.shape.training(&batch.segments, batch.loss_tokens, self.recompute);
+        let of = |batch: &BatchShape| {
+            self.shape
+                .training(&batch.segments, batch.loss_tokens, self.recompute)
+        };
         step.iter().map(of).sum::<Work>() + adamw_cost(self.trained)
     }
 }
@@ -99,10 +117,25 @@ struct Maker<'a> {
 /// that holds none, one step stands for it.
 pub(super) fn choices(prepared: &Prepared, count: u64, planned: &Charge) -> Result<Vec<Choice>> {
     let steps = sampled(prepared, count.max(1));
-    let own = Setup { shape: prepared.shape.clone(), trained: prepared.trained(), recompute: prepared.settings.recompute };
+    let own = Setup {
+        shape: prepared.shape.clone(),
+        trained: prepared.trained(),
+        recompute: prepared.settings.recompute,
+    };
     let charge = charged(&own, &steps, &prepared.profile);
-    let planned = if count == 0 { charge.clone() } else { planned.clone() };
-    let maker = Maker { prepared, own, steps, charge, planned, count: count.max(1) };
+    let planned = if count == 0 {
+        charge.clone()
+    } else {
+        planned.clone()
+    };
+    let maker = Maker {
+        prepared,
+        own,
+        steps,
+        charge,
+        planned,
+        count: count.max(1),
+    };
     let mut rows = vec![maker.row(label("recipe", "this recipe", None), &maker.own)];
     rows[0].own = true;
     rows.extend(maker.ranks()?);
@@ -119,21 +152,39 @@ pub(super) fn choices(prepared: &Prepared, count: u64, planned: &Charge) -> Resu
 /// The batches of some steps of a run of `count`.
 fn sampled(prepared: &Prepared, count: u64) -> Vec<Vec<BatchShape>> {
     let some = count.min(SAMPLED);
-    (0..some).map(|index| prepared.sampler.step_shape(index * count / some)).collect()
+    (0..some)
+        .map(|index| prepared.sampler.step_shape(index * count / some))
+        .collect()
 }
 
 fn charged(setup: &Setup, steps: &[Vec<BatchShape>], profile: &Profile) -> Charge {
-    steps.iter().map(|step| profile.charge(&setup.work(step))).sum()
+    steps
+        .iter()
+        .map(|step| profile.charge(&setup.work(step)))
+        .sum()
 }
 
 impl Maker<'_> {
     fn row(&self, label: Label, setup: &Setup) -> Choice {
         let charge = charged(setup, &self.steps, &self.prepared.profile);
-        self.row_of(label, setup, &charge, self.prepared.longest_batch, self.count as f64)
+        self.row_of(
+            label,
+            setup,
+            &charge,
+            self.prepared.longest_batch,
+            self.count as f64,
+        )
     }
 
     /// A row from the `charge` of the sampled tokens, the `tokens` of its largest micro-batch and its number of `steps`.
-    fn row_of(&self, label: Label, setup: &Setup, charge: &Charge, tokens: usize, steps: f64) -> Choice {
+    fn row_of(
+        &self,
+        label: Label,
+        setup: &Setup,
+        charge: &Charge,
+        tokens: usize,
+        steps: f64,
+    ) -> Choice {
         let ratio = charge.energy.joules() / self.charge.energy.joules();
         let same_tokens_j = self.planned.energy.joules() * ratio;
         let trained = setup.trained;
@@ -146,7 +197,8 @@ impl Maker<'_> {
             trainable_parameters: trained,
             step_j: same_tokens_j / steps,
             same_tokens_j,
-            same_tokens_flops: self.planned.flops as f64 * (charge.flops as f64 / self.charge.flops as f64),
+            same_tokens_flops: self.planned.flops as f64
+                * (charge.flops as f64 / self.charge.flops as f64),
             same_tokens_s: self.planned.time * (charge.time / self.charge.time),
             peak_bytes: memory.peak(),
             ratio,
@@ -156,7 +208,11 @@ impl Maker<'_> {
     /// The adapter's settings, where a person may still choose them: an adapter that is continued has its own.
     fn settings(&self) -> Option<&LoraSettings> {
         match &self.prepared.target {
-            Target::Lora { settings, from: None, .. } => Some(settings),
+            Target::Lora {
+                settings,
+                from: None,
+                ..
+            } => Some(settings),
             _ => None,
         }
     }
@@ -166,8 +222,17 @@ impl Maker<'_> {
     }
 
     fn with_sites(&self, sites: &[Site]) -> Result<Setup> {
-        let shape = ModelShape::with_adapters(&self.prepared.architecture, sites, self.dropout(), self.own.shape.precision())?;
-        Ok(Setup { shape, trained: sites.iter().map(Site::parameters).sum(), ..self.own.clone() })
+        let shape = ModelShape::with_adapters(
+            &self.prepared.architecture,
+            sites,
+            self.dropout(),
+            self.own.shape.precision(),
+        )?;
+        Ok(Setup {
+            shape,
+            trained: sites.iter().map(Site::parameters).sum(),
+            ..self.own.clone()
+        })
     }
 
     fn sites(&self, settings: &LoraSettings) -> Result<Vec<Site>> {
@@ -175,25 +240,54 @@ impl Maker<'_> {
     }
 
     fn ranks(&self) -> Result<Vec<Choice>> {
-        let Some(settings) = self.settings() else { return Ok(Vec::new()) };
-        let other = RANKS.iter().filter(|r| **r != settings.r || !settings.rank_pattern.is_empty());
+        let Some(settings) = self.settings() else {
+            return Ok(Vec::new());
+        };
+        let other = RANKS
+            .iter()
+            .filter(|r| **r != settings.r || !settings.rank_pattern.is_empty());
         let row = |r: &usize| {
-            let sites = self.sites(&LoraSettings { r: *r, rank_pattern: Vec::new(), ..settings.clone() })?;
+            let sites = self.sites(&LoraSettings {
+                r: *r,
+                rank_pattern: Vec::new(),
+                ..settings.clone()
+            })?;
             // A pattern would go on holding beside the key.
-            let set = settings.rank_pattern.is_empty().then(|| format!("adapter.r={r}"));
-            Ok(self.row(label("rank", format!("rank {r}"), set), &self.with_sites(&sites)?))
+            let set = settings
+                .rank_pattern
+                .is_empty()
+                .then(|| format!("adapter.r={r}"));
+            Ok(self.row(
+                label("rank", format!("rank {r}"), set),
+                &self.with_sites(&sites)?,
+            ))
         };
         other.map(row).collect()
     }
 
     fn targets(&self) -> Result<Vec<Choice>> {
-        let Some(settings) = self.settings() else { return Ok(Vec::new()) };
-        let names = |names: &[&str]| Targets::Names(names.iter().map(|name| name.to_string()).collect());
+        let Some(settings) = self.settings() else {
+            return Ok(Vec::new());
+        };
+        let names =
+            |names: &[&str]| Targets::Names(names.iter().map(|name| name.to_string()).collect());
         let attention = ["q_proj", "k_proj", "v_proj", "o_proj"];
         let all = [
-            ("targets q_proj, v_proj", names(&["q_proj", "v_proj"]), listed(&["q_proj", "v_proj"])),
-            ("targets the attention", names(&attention), listed(&attention)),
-            ("targets all-linear", Targets::AllLinear, "all-linear".to_string()),
+            (
+                "targets q_proj, v_proj",
+                names(&["q_proj", "v_proj"]),
+                listed(&["q_proj", "v_proj"]),
+            ),
+            (
+                "targets the attention",
+                names(&attention),
+                listed(&attention),
+            ),
+            (
+                "targets all-linear",
+                Targets::AllLinear,
+                "all-linear".to_string(),
+            ),
         ];
         let own = self.sites(settings)?;
         let mut rows = Vec::new();
@@ -202,10 +296,22 @@ impl Maker<'_> {
             if targets == Targets::AllLinear && settings.layers_to_transform.is_some() {
                 continue;
             }
-            let sites = self.sites(&LoraSettings { targets, rank_pattern: Vec::new(), ..settings.clone() })?;
-            let places = |sites: &[Site]| sites.iter().map(|site| site.path.clone()).collect::<Vec<_>>();
+            let sites = self.sites(&LoraSettings {
+                targets,
+                rank_pattern: Vec::new(),
+                ..settings.clone()
+            })?;
+            let places = |sites: &[Site]| {
+                sites
+                    .iter()
+                    .map(|site| site.path.clone())
+                    .collect::<Vec<_>>()
+            };
             if places(&sites) != places(&own) {
-                let set = settings.rank_pattern.is_empty().then(|| format!("adapter.target_modules={value}"));
+                let set = settings
+                    .rank_pattern
+                    .is_empty()
+                    .then(|| format!("adapter.target_modules={value}"));
                 rows.push(self.row(label("targets", choice, set), &self.with_sites(&sites)?));
             }
         }
@@ -214,7 +320,10 @@ impl Maker<'_> {
 
     /// Adapters on the upper half of the layers alone: the backward pass ends there.
     fn upper_half(&self) -> Result<Vec<Choice>> {
-        let (Some(settings), layers) = (self.settings(), self.prepared.architecture.num_hidden_layers) else {
+        let (Some(settings), layers) = (
+            self.settings(),
+            self.prepared.architecture.num_hidden_layers,
+        ) else {
             return Ok(Vec::new());
         };
         if settings.layers_to_transform.is_some() || layers < 2 {
@@ -222,7 +331,10 @@ impl Maker<'_> {
         }
         let upper: Vec<usize> = (layers / 2..layers).collect();
         let in_upper = |site: &Site| {
-            let index = site.path.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+            let index = site
+                .path
+                .strip_prefix("model.layers.")
+                .and_then(|rest| rest.split('.').next()?.parse().ok());
             index.is_some_and(|index: usize| upper.contains(&index))
         };
         let sites: Vec<Site> = self.sites(settings)?.into_iter().filter(in_upper).collect();
@@ -233,28 +345,55 @@ impl Maker<'_> {
         let set = match &settings.targets {
             Targets::Names(_) => vec![numbers],
             // PEFT wants names beside a list of layers.
-            Targets::AllLinear => vec![format!("adapter.target_modules={}", listed(&LINEARS)), numbers],
+            Targets::AllLinear => vec![
+                format!("adapter.target_modules={}", listed(&LINEARS)),
+                numbers,
+            ],
             Targets::Regex(_) => Vec::new(),
         };
         let choice = format!("layers {} to {} of {layers}", upper[0], layers - 1);
-        Ok(vec![self.row(label("layers", choice, set), &self.with_sites(&sites)?)])
+        Ok(vec![self.row(
+            label("layers", choice, set),
+            &self.with_sites(&sites)?,
+        )])
     }
 
     /// Half and twice the length, where that changes anything.
     fn lengths(&self) -> Vec<Choice> {
-        let (data, rows) = (&self.prepared.recipe.data, self.prepared.recipe.train.micro_batch_size);
+        let (data, rows) = (
+            &self.prepared.recipe.data,
+            self.prepared.recipe.train.micro_batch_size,
+        );
         let most = self.prepared.architecture.max_position_embeddings;
-        let lengths = [data.max_length / 2, data.max_length * 2].into_iter().filter(|length| (2..=most).contains(length));
+        let lengths = [data.max_length / 2, data.max_length * 2]
+            .into_iter()
+            .filter(|length| (2..=most).contains(length));
         let row = |length: usize| {
-            let again = regrouped(&self.steps, data.max_length, length, data.packing.then_some(rows))?;
+            let again = regrouped(
+                &self.steps,
+                data.max_length,
+                length,
+                data.packing.then_some(rows),
+            )?;
             let accumulated = self.steps.first().map_or(1, Vec::len).max(1);
-            let steps: Vec<Vec<BatchShape>> = again.chunks(accumulated).map(<[BatchShape]>::to_vec).collect();
+            let steps: Vec<Vec<BatchShape>> = again
+                .chunks(accumulated)
+                .map(<[BatchShape]>::to_vec)
+                .collect();
             let charge = charged(&self.own, &steps, &self.prepared.profile);
             // Windows of one record stay in its micro-batch where rows are not packed.
             let longest = self.prepared.longest_batch;
-            let tokens = if data.packing { longest * length / data.max_length } else { longest };
+            let tokens = if data.packing {
+                longest * length / data.max_length
+            } else {
+                longest
+            };
             let count = self.count as f64 * steps.len() as f64 / self.steps.len() as f64;
-            let label = label("max_length", format!("max_length {length}"), [format!("data.max_length={length}")]);
+            let label = label(
+                "max_length",
+                format!("max_length {length}"),
+                [format!("data.max_length={length}")],
+            );
             Some(self.row_of(label, &self.own, &charge, tokens, count))
         };
         lengths.filter_map(row).collect()
@@ -263,26 +402,51 @@ impl Maker<'_> {
     /// Every block's activations kept, and every block's computed again.
     fn checkpointing(&self) -> Vec<Choice> {
         let walked = self.own.shape.walked();
-        let all = [(Recompute::NOTHING, "activations kept", "never"), (Recompute::ALL, "activations computed again", "always")];
-        let others = all.into_iter().filter(|(recompute, ..)| recompute.of(walked) != self.own.recompute.of(walked));
+        let all = [
+            (Recompute::NOTHING, "activations kept", "never"),
+            (Recompute::ALL, "activations computed again", "always"),
+        ];
+        let others = all
+            .into_iter()
+            .filter(|(recompute, ..)| recompute.of(walked) != self.own.recompute.of(walked));
         let row = |(recompute, choice, word): (Recompute, &str, &str)| {
             let set = [format!("train.activation_checkpointing={word}")];
-            self.row(label("activation_checkpointing", choice, set), &Setup { recompute, ..self.own.clone() })
+            self.row(
+                label("activation_checkpointing", choice, set),
+                &Setup {
+                    recompute,
+                    ..self.own.clone()
+                },
+            )
         };
         others.map(row).collect()
     }
 
     fn precisions(&self) -> Result<Vec<Choice>> {
-        let others = [Precision::F32, Precision::Bf16].into_iter().filter(|precision| *precision != self.own.shape.precision());
+        let others = [Precision::F32, Precision::Bf16]
+            .into_iter()
+            .filter(|precision| *precision != self.own.shape.precision());
         let row = |precision: Precision| {
             let word = precision.as_str();
             let architecture = &self.prepared.architecture;
             let shape = match &self.prepared.target {
-                Target::Lora { sites, .. } => ModelShape::with_adapters(architecture, sites, self.dropout(), precision)?,
+                Target::Lora { sites, .. } => {
+                    ModelShape::with_adapters(architecture, sites, self.dropout(), precision)?
+                }
                 Target::All => ModelShape::fully_trained(architecture, precision)?,
             };
-            let setup = Setup { shape, ..self.own.clone() };
-            Ok(self.row(label("dtype", format!("dtype {word}"), [format!("model.dtype={word}")]), &setup))
+            let setup = Setup {
+                shape,
+                ..self.own.clone()
+            };
+            Ok(self.row(
+                label(
+                    "dtype",
+                    format!("dtype {word}"),
+                    [format!("model.dtype={word}")],
+                ),
+                &setup,
+            ))
         };
         others.map(row).collect()
     }
@@ -294,26 +458,61 @@ impl Maker<'_> {
         }
         let architecture = &self.prepared.architecture;
         let shape = ModelShape::fully_trained(architecture, self.own.shape.precision())?;
-        let setup = Setup { shape, trained: architecture.parameters() as usize, ..self.own.clone() };
-        Ok(vec![self.row(label("trained", "every weight trained", None), &setup)])
+        let setup = Setup {
+            shape,
+            trained: architecture.parameters() as usize,
+            ..self.own.clone()
+        };
+        Ok(vec![self.row(
+            label("trained", "every weight trained", None),
+            &setup,
+        )])
     }
 
     /// The same work on other devices, in the same precision.
     fn devices(&self) -> Result<Vec<Choice>> {
-        let own = self.prepared.profile.name.split('@').next().unwrap_or_default();
+        let own = self
+            .prepared
+            .profile
+            .name
+            .split('@')
+            .next()
+            .unwrap_or_default();
         let works: Vec<Work> = self.steps.iter().map(|step| self.own.work(step)).collect();
         let row = |name: &str| {
             let profile = Profile::named(name)?;
             let charge: Charge = works.iter().map(|work| profile.charge(work)).sum();
-            let label = label("device", format!("device {name}"), [format!("energy.device={name}")]);
-            Ok(self.row_of(label, &self.own, &charge, self.prepared.longest_batch, self.count as f64))
+            let label = label(
+                "device",
+                format!("device {name}"),
+                [format!("energy.device={name}")],
+            );
+            Ok(self.row_of(
+                label,
+                &self.own,
+                &charge,
+                self.prepared.longest_batch,
+                self.count as f64,
+            ))
         };
-        DEVICES.into_iter().filter(|name| *name != own).map(row).collect()
+        DEVICES
+            .into_iter()
+            .filter(|name| *name != own)
+            .map(row)
+            .collect()
     }
 }
 
 /// The linear layers of a block, as a recipe names them.
-const LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+const LINEARS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
 
 /// `["a","b"]`, as `--set` takes a list.
 fn listed(names: &[&str]) -> String {

@@ -15,7 +15,10 @@ impl RunDirectory {
             Error::new(Kind::Run, "the run directory exists already")
                 .at(path.display().to_string())
                 .rule("a run never overwrites another")
-                .hint(format!("choose another with `--out DIR`, or continue that run with `--resume {}`", path.display()))
+                .hint(format!(
+                    "choose another with `--out DIR`, or continue that run with `--resume {}`",
+                    path.display()
+                ))
         };
         let occupied = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some());
         if occupied || path.is_file() {
@@ -80,7 +83,11 @@ impl RunDirectory {
 
     /// `adapter/`, or `model/` where every weight was trained.
     pub fn result(&self, whole_model: bool) -> PathBuf {
-        self.0.join(if whole_model { "model" } else { crate::report::files::ADAPTER_DIR })
+        self.0.join(if whole_model {
+            "model"
+        } else {
+            crate::report::files::ADAPTER_DIR
+        })
     }
 
     /// `report.json`.

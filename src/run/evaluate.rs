@@ -48,9 +48,17 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     let loaded = load(&job.model, screen.downloads())?;
     let set = data::load(&job.data, &job.options, &loaded.tokenizer, None)?;
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
-    check(&set.examples[..count], loaded.architecture.max_position_embeddings)?;
+    check(
+        &set.examples[..count],
+        loaded.architecture.max_position_embeddings,
+    )?;
     if set.counts.truncated + set.counts.dropped > 0 {
-        let data::Counts { records, truncated, dropped, .. } = set.counts;
+        let data::Counts {
+            records,
+            truncated,
+            dropped,
+            ..
+        } = set.counts;
         screen.note(&format!(
             "warning: of {records} records, {truncated} were cut at --max-length and {dropped} had no loss token left"
         ));
@@ -61,7 +69,9 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     let (mut sum, mut loss_tokens, mut tokens) = (0.0, 0, 0);
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
-        let losses = loaded.decoder.losses(context, &batch_on(batch, job.model.device)?)?;
+        let losses = loaded
+            .decoder
+            .losses(context, &batch_on(batch, job.model.device)?)?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         loss_tokens += losses.len() as u64;
         tokens += batch.tokens.len() as u64;
@@ -70,21 +80,37 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     if !loss.is_finite() {
         return Err(not_finite("loss").value(loss.to_string()).while_running());
     }
-    Ok(Evaluation { loss, perplexity: loss.exp(), tokens, loss_tokens, examples: count as u64, flops: tally.take().flops() })
+    Ok(Evaluation {
+        loss,
+        perplexity: loss.exp(),
+        tokens,
+        loss_tokens,
+        examples: count as u64,
+        flops: tally.take().flops(),
+    })
 }
 
 /// Refuses what has no loss, and records longer than the model's `positions`.
 fn check(examples: &[data::Example], positions: usize) -> Result<()> {
     if examples.iter().all(|example| !example.loss.contains(&true)) {
-        return Err(Error::new(Kind::Data, "there is nothing to evaluate: no record with a loss token")
-            .hint("check `--data`, `--format`, `--max-length` and `--limit`"));
+        return Err(Error::new(
+            Kind::Data,
+            "there is nothing to evaluate: no record with a loss token",
+        )
+        .hint("check `--data`, `--format`, `--max-length` and `--limit`"));
     }
-    let longest = examples.iter().map(|example| example.tokens.len()).max().unwrap_or(0);
+    let longest = examples
+        .iter()
+        .map(|example| example.tokens.len())
+        .max()
+        .unwrap_or(0);
     match longest > positions {
-        true => Err(Error::new(Kind::Data, "a record is longer than the model's positions")
-            .value(format!("{longest} tokens"))
-            .rule(format!("at most max_position_embeddings = {positions}"))
-            .hint(format!("add `--max-length {positions}`"))),
+        true => Err(
+            Error::new(Kind::Data, "a record is longer than the model's positions")
+                .value(format!("{longest} tokens"))
+                .rule(format!("at most max_position_embeddings = {positions}"))
+                .hint(format!("add `--max-length {positions}`")),
+        ),
         false => Ok(()),
     }
 }

@@ -39,22 +39,31 @@ pub struct Generated {
 }
 
 /// Generates; `show` is given each new piece of text as it comes.
-pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn FnMut(&str)) -> Result<Generated> {
+pub fn generate(
+    job: &GenerationJob<'_>,
+    screen: &mut dyn Screen,
+    show: &mut dyn FnMut(&str),
+) -> Result<Generated> {
     let loaded = load(&job.model, screen.downloads())?;
     let tokenizer = &loaded.tokenizer;
     let prompt = match job.chat {
         true => {
             let messages = serde_json::json!([{ "role": "user", "content": job.prompt }]);
-            tokenizer.encode(&tokenizer.render_chat(&messages, None, true)?, false)?.ids
+            tokenizer
+                .encode(&tokenizer.render_chat(&messages, None, true)?, false)?
+                .ids
         }
         false => tokenizer.encode(job.prompt, true)?.ids,
     };
     let room = loaded.architecture.max_position_embeddings;
     if prompt.len() >= room {
-        return Err(Error::new(Kind::Usage, "the prompt is longer than the model's positions")
-            .value(format!("{} tokens", prompt.len()))
-            .rule(format!("below {room}"))
-            .hint("shorten the prompt"));
+        return Err(Error::new(
+            Kind::Usage,
+            "the prompt is longer than the model's positions",
+        )
+        .value(format!("{} tokens", prompt.len()))
+        .rule(format!("below {room}"))
+        .hint("shorten the prompt"));
     }
     let tally = Tally::default();
     let mut session = Session::new(&loaded.decoder, Context::new(&tally, job.model.precision));
@@ -75,9 +84,17 @@ pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn
             break;
         }
         let all = continuation(tokenizer, &prompt, &tokens)?;
-        let cut = job.stop.iter().filter_map(|stop| all.find(stop.as_str())).min();
+        let cut = job
+            .stop
+            .iter()
+            .filter_map(|stop| all.find(stop.as_str()))
+            .min();
         // A token may hold half a character, or the beginning of a stop text: both are shown once they are known to stay.
-        let sure = cut.unwrap_or_else(|| all.trim_end_matches('\u{fffd}').len().min(all.len() - held_back(&all, job.stop)));
+        let sure = cut.unwrap_or_else(|| {
+            all.trim_end_matches('\u{fffd}')
+                .len()
+                .min(all.len() - held_back(&all, job.stop))
+        });
         shown = advance(&all[..sure], shown, show);
         text = all[..cut.unwrap_or(all.len())].to_string();
         if cut.is_some() || index + 1 == most {
@@ -86,7 +103,12 @@ pub fn generate(job: &GenerationJob<'_>, screen: &mut dyn Screen, show: &mut dyn
         logits = session.read(&[token])?;
     }
     advance(&text, shown, show);
-    Ok(Generated { prompt_tokens: prompt, tokens, text, flops: tally.take().flops() })
+    Ok(Generated {
+        prompt_tokens: prompt,
+        tokens,
+        text,
+        flops: tally.take().flops(),
+    })
 }
 
 /// Shows what `text` has beyond its first `shown` bytes; returns how many are shown then.
@@ -102,14 +124,26 @@ fn advance(text: &str, shown: usize, show: &mut dyn FnMut(&str)) -> usize {
 
 /// Bytes at the end of `text` that begin one of `stops`: the next token may complete it.
 fn held_back(text: &str, stops: &[String]) -> usize {
-    let begins = |stop: &String| stop.char_indices().map(|(end, _)| end).filter(|end| text.ends_with(&stop[..*end])).max();
+    let begins = |stop: &String| {
+        stop.char_indices()
+            .map(|(end, _)| end)
+            .filter(|end| text.ends_with(&stop[..*end]))
+            .max()
+    };
     stops.iter().filter_map(begins).max().unwrap_or(0)
 }
 
 /// The text of `tokens` after `prompt`: decoded together, because a tokenizer may strip the first token's space.
-fn continuation(tokenizer: &crate::data::Tokenizer, prompt: &[u32], tokens: &[u32]) -> Result<String> {
+fn continuation(
+    tokenizer: &crate::data::Tokenizer,
+    prompt: &[u32],
+    tokens: &[u32],
+) -> Result<String> {
     let last = &prompt[prompt.len() - 1..];
-    let (head, whole) = (tokenizer.decode(last)?, tokenizer.decode(&[last, tokens].concat())?);
+    let (head, whole) = (
+        tokenizer.decode(last)?,
+        tokenizer.decode(&[last, tokens].concat())?,
+    );
     match whole.strip_prefix(head.as_str()) {
         Some(rest) => Ok(rest.to_string()),
         None => tokenizer.decode(tokens),
@@ -123,7 +157,13 @@ mod tests {
     #[test]
     fn what_may_begin_a_stop_text_is_held_back() {
         let stops = ["END".to_string(), "\n\n".to_string()];
-        let cases = [("a story", 0), ("the E", 1), ("the EN", 2), ("line\n", 1), ("the ENd", 0)];
+        let cases = [
+            ("a story", 0),
+            ("the E", 1),
+            ("the EN", 2),
+            ("line\n", 1),
+            ("the ENd", 0),
+        ];
         for (text, expected) in cases {
             assert_eq!(held_back(text, &stops), expected, "{text:?}");
         }
@@ -135,7 +175,9 @@ mod tests {
         let mut pieces = Vec::new();
         let mut shown = 0;
         for sure in ["on", "once", "once", "once é"] {
-            shown = advance(sure, shown, &mut |piece: &str| pieces.push(piece.to_string()));
+            shown = advance(sure, shown, &mut |piece: &str| {
+                pieces.push(piece.to_string())
+            });
         }
         assert_eq!((pieces.join("|").as_str(), shown), ("on|ce| é", 7));
     }

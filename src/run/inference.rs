@@ -65,8 +65,20 @@ pub(super) fn load(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resul
     let weights = Weights::open(&files.weights, &architecture)?;
     let loaded = request.adapter.map(adapter::load).transpose()?;
     let (sites, parameters) = adapter_values(loaded.as_ref(), &architecture, request.device)?;
-    let decoder = decoder_with_adapter(&architecture, &weights, request.precision, &sites, &parameters, request.device)?;
-    Ok(Loadout { architecture, tokenizer, decoder, _parameters: parameters })
+    let decoder = decoder_with_adapter(
+        &architecture,
+        &weights,
+        request.precision,
+        &sites,
+        &parameters,
+        request.device,
+    )?;
+    Ok(Loadout {
+        architecture,
+        tokenizer,
+        decoder,
+        _parameters: parameters,
+    })
 }
 
 /// What a model gives whose weights hold infinities, or what is not a number.
@@ -76,13 +88,29 @@ pub(super) fn not_finite(what: &str) -> Error {
         .hint("the weights may be damaged: fetch or convert them again; with `--adapter`, try the model without it")
 }
 
-fn adapter_values(loaded: Option<&Loaded>, architecture: &Architecture, device: &Device) -> Result<(Vec<Site>, Parameters)> {
+fn adapter_values(
+    loaded: Option<&Loaded>,
+    architecture: &Architecture,
+    device: &Device,
+) -> Result<(Vec<Site>, Parameters)> {
     let mut tensors = Vec::new();
     let mut sites = Vec::new();
-    for fitted in loaded.map(|loaded| loaded.fit(&architecture.modules())).transpose()?.unwrap_or_default() {
+    for fitted in loaded
+        .map(|loaded| loaded.fit(&architecture.modules()))
+        .transpose()?
+        .unwrap_or_default()
+    {
         let site = fitted.site;
-        tensors.push((format!("{}.a", site.path), vec![site.r, site.in_features], fitted.a.to_vec()));
-        tensors.push((format!("{}.b", site.path), vec![site.out_features, site.r], fitted.b.to_vec()));
+        tensors.push((
+            format!("{}.a", site.path),
+            vec![site.r, site.in_features],
+            fitted.a.to_vec(),
+        ));
+        tensors.push((
+            format!("{}.b", site.path),
+            vec![site.out_features, site.r],
+            fitted.b.to_vec(),
+        ));
         sites.push(site);
     }
     if tensors.is_empty() {

@@ -18,11 +18,22 @@ pub fn device(name: &str) -> Result<(Device, Computing)> {
         "cpu" | "auto" if name != kind => Err(unknown(name)),
         "cpu" => Ok((Device::Cpu, Computing::Cpu)),
         "auto" => automatic(),
-        "cuda" if cfg!(feature = "cuda") => Ok((Device::new_cuda(index).map_err(unusable)?, Computing::Nvidia(index as u32))),
-        "metal" if cfg!(feature = "metal") => Ok((Device::new_metal(index).map_err(unusable)?, Computing::Other)),
-        "cuda" | "metal" => Err(Error::new(Kind::Device, format!("this build of wattune has no {kind} support"))
-            .value(name)
-            .hint(format!("compile it in with `cargo build --release --features {kind}`, or use `--device cpu`"))),
+        "cuda" if cfg!(feature = "cuda") => Ok((
+            Device::new_cuda(index).map_err(unusable)?,
+            Computing::Nvidia(index as u32),
+        )),
+        "metal" if cfg!(feature = "metal") => Ok((
+            Device::new_metal(index).map_err(unusable)?,
+            Computing::Other,
+        )),
+        "cuda" | "metal" => Err(Error::new(
+            Kind::Device,
+            format!("this build of wattune has no {kind} support"),
+        )
+        .value(name)
+        .hint(format!(
+            "compile it in with `cargo build --release --features {kind}`, or use `--device cpu`"
+        ))),
         _ => Err(unknown(name)),
     }
 }
@@ -50,7 +61,8 @@ fn unknown(name: &str) -> Error {
 }
 
 fn unusable(source: candle_core::Error) -> Error {
-    Error::new(Kind::Device, format!("the device cannot be used: {source}")).hint("use `--device cpu`")
+    Error::new(Kind::Device, format!("the device cannot be used: {source}"))
+        .hint("use `--device cpu`")
 }
 
 /// Refuses a precision that the device cannot compute in.
@@ -82,7 +94,10 @@ pub(super) fn memory() -> Option<(Bytes, Bytes)> {
     let mut system = sysinfo::System::new().ok()?;
     system.refresh_memory();
     let (free, all) = match system.cgroup_limits() {
-        Some(limits) if limits.total_memory > 0 => (limits.free_memory.min(system.available_memory()), limits.total_memory),
+        Some(limits) if limits.total_memory > 0 => (
+            limits.free_memory.min(system.available_memory()),
+            limits.total_memory,
+        ),
         _ => (system.available_memory(), system.total_memory()),
     };
     (all > 0).then_some((Bytes(free), Bytes(all)))
@@ -98,15 +113,22 @@ pub(super) fn free_disk(path: &Path) -> Option<Bytes> {
     let path = std::path::absolute(path).ok()?;
     let existing = path.ancestors().find(|p| p.exists())?.canonicalize().ok()?;
     let disks = sysinfo::Disks::new_with_refreshed_list().ok()?;
-    let holds = disks.iter().filter(|disk| existing.starts_with(disk.mount_point()));
-    holds.max_by_key(|disk| disk.mount_point().as_os_str().len()).map(|disk| Bytes(disk.available_space()))
+    let holds = disks
+        .iter()
+        .filter(|disk| existing.starts_with(disk.mount_point()));
+    holds
+        .max_by_key(|disk| disk.mount_point().as_os_str().len())
+        .map(|disk| Bytes(disk.available_space()))
 }
 
 /// What the report says about where it ran.
 pub(super) fn environment() -> Environment {
     let brand = sysinfo::System::new().ok().and_then(|mut system| {
         system.refresh_cpu_all();
-        system.cpus().first().map(|cpu| cpu.brand().trim().to_string())
+        system
+            .cpus()
+            .first()
+            .map(|cpu| cpu.brand().trim().to_string())
     });
     Environment {
         version: env!("CARGO_PKG_VERSION").to_string(),

@@ -38,24 +38,43 @@ use crate::units::{Joules, MicroJoules, Seconds};
 /// The baselines that `recipe` wants trained, in the order in which they are.
 pub(super) fn asked(recipe: &Recipe) -> impl Iterator<Item = BaselineKind> + '_ {
     let wanted = [
-        (BaselineKind::FullFineTuning, recipe.baseline.full_fine_tuning),
-        (BaselineKind::FromScratchSameTask, recipe.baseline.from_scratch),
+        (
+            BaselineKind::FullFineTuning,
+            recipe.baseline.full_fine_tuning,
+        ),
+        (
+            BaselineKind::FromScratchSameTask,
+            recipe.baseline.from_scratch,
+        ),
     ];
-    wanted.into_iter().filter(|(_, how)| *how == Compared::Measured).map(|(kind, _)| kind)
+    wanted
+        .into_iter()
+        .filter(|(_, how)| *how == Compared::Measured)
+        .map(|(kind, _)| kind)
 }
 
 /// The report of a run that ended as it was meant to, of whose measured baselines some are not whole; `None` of any other.
 pub(super) fn unfinished(recipe: &Recipe, directory: &RunDirectory) -> Option<Report> {
     let report = read_report(&directory.report()).ok()?;
-    let comparable = finished(report.training.stop_reason) && report.training.val_loss_after.is_some();
+    let comparable =
+        finished(report.training.stop_reason) && report.training.val_loss_after.is_some();
     (comparable && asked(recipe).any(|kind| !settled(&report, kind))).then_some(report)
 }
 
 /// Whether a baseline is done with: trained to its end, or found to be impossible.
 fn settled(report: &Report, kind: BaselineKind) -> bool {
-    let measured = report.baselines.iter().filter(|block| block.kind == kind).find_map(|block| block.measured.as_ref());
-    let impossible = report.warnings.iter().any(|warning| warning.starts_with(&not_trained(kind)));
-    measured.map_or(impossible, |measured| measured.stop_reason != BaselineStop::Interrupted)
+    let measured = report
+        .baselines
+        .iter()
+        .filter(|block| block.kind == kind)
+        .find_map(|block| block.measured.as_ref());
+    let impossible = report
+        .warnings
+        .iter()
+        .any(|warning| warning.starts_with(&not_trained(kind)));
+    measured.map_or(impossible, |measured| {
+        measured.stop_reason != BaselineStop::Interrupted
+    })
 }
 
 /// How the warning about a baseline begins that could not be trained.
@@ -84,11 +103,19 @@ pub(super) struct Place<'a> {
 }
 
 /// What a baseline is expected to spend, all phases: for its equal-energy run, and at most.
-pub(super) fn expected(prepared: &Prepared, kind: BaselineKind, training: MicroJoules) -> Result<(Joules, Joules)> {
+pub(super) fn expected(
+    prepared: &Prepared,
+    kind: BaselineKind,
+    training: MicroJoules,
+) -> Result<(Joules, Joules)> {
     let field = Field::new(prepared, kind)?;
     let [equal, most] = field.steps(training);
     let first = field.forecast(0, equal, equal);
-    let second = if most > equal { field.forecast(equal, most, equal) } else { MicroJoules::ZERO };
+    let second = if most > equal {
+        field.forecast(equal, most, equal)
+    } else {
+        MicroJoules::ZERO
+    };
     Ok((first.joules(), (first + second).joules()))
 }
 
@@ -100,13 +127,28 @@ pub(super) fn measure(
     mut report: Report,
     screen: &mut dyn Screen,
 ) -> Result<(Report, bool)> {
-    let Place { prepared, directory, .. } = place;
-    let Some(val_loss) = report.training.val_loss_after.filter(|_| finished(report.training.stop_reason)) else {
+    let Place {
+        prepared,
+        directory,
+        ..
+    } = place;
+    let Some(val_loss) = report
+        .training
+        .val_loss_after
+        .filter(|_| finished(report.training.stop_reason))
+    else {
         return Ok((report, false));
     };
-    let training =
-        account.by_phase().find(|(phase, _)| *phase == Phase::Train).map(|(_, totals)| totals.clone()).unwrap_or_default();
-    let finish = Finish { training, val_loss, energy: account.spent().energy.joules() };
+    let training = account
+        .by_phase()
+        .find(|(phase, _)| *phase == Phase::Train)
+        .map(|(_, totals)| totals.clone())
+        .unwrap_or_default();
+    let finish = Finish {
+        training,
+        val_loss,
+        energy: account.spent().energy.joules(),
+    };
     let mut spent = Joules::ZERO;
     for kind in asked(&prepared.recipe) {
         if !settled(&report, kind) {
@@ -124,7 +166,10 @@ pub(super) fn measure(
         }
         // The checkpoints served to go on; a baseline has no result but its figures.
         let _ = std::fs::remove_dir_all(folder(directory, kind).join("checkpoints"));
-        let block = report.baselines.iter().find(|block| block.kind == kind && block.measured.is_some());
+        let block = report
+            .baselines
+            .iter()
+            .find(|block| block.kind == kind && block.measured.is_some());
         spent += block.and_then(|block| block.energy_j).unwrap_or_default();
     }
     Ok((report, false))
@@ -139,9 +184,13 @@ fn with_baseline(
     mut report: Report,
     screen: &mut dyn Screen,
 ) -> Result<Report> {
-    report.baselines.retain(|block| block.kind != kind || block.measured.is_none());
+    report
+        .baselines
+        .retain(|block| block.kind != kind || block.measured.is_none());
     match Trial::begin(place, kind, finish, limit)? {
-        Err(why) => report.warnings.push(format!("{}: {why}", not_trained(kind))),
+        Err(why) => report
+            .warnings
+            .push(format!("{}: {why}", not_trained(kind))),
         Ok(trial) => {
             screen.note(&trial.announcement());
             report.baselines.push(trial.run(screen)?);
@@ -151,14 +200,27 @@ fn with_baseline(
 }
 
 /// The run's own loss against its training energy.
-fn own_curve(directory: &RunDirectory, account: &Account, report: &Report) -> Result<Vec<CurvePoint>> {
-    let curve = Curve::read(&directory.steps(), &directory.ledger(), report.training.val_loss_before, account.kind())?;
+fn own_curve(
+    directory: &RunDirectory,
+    account: &Account,
+    report: &Report,
+) -> Result<Vec<CurvePoint>> {
+    let curve = Curve::read(
+        &directory.steps(),
+        &directory.ledger(),
+        report.training.val_loss_before,
+        account.kind(),
+    )?;
     Ok(curve.thinned())
 }
 
 /// Where a baseline's ledger, steps and checkpoints are.
 fn folder(directory: &RunDirectory, kind: BaselineKind) -> PathBuf {
-    directory.baseline(if kind == BaselineKind::FullFineTuning { "full_fine_tuning" } else { "from_scratch" })
+    directory.baseline(if kind == BaselineKind::FullFineTuning {
+        "full_fine_tuning"
+    } else {
+        "from_scratch"
+    })
 }
 
 fn words(kind: BaselineKind) -> &'static str {
@@ -170,4 +232,8 @@ fn words(kind: BaselineKind) -> &'static str {
 }
 
 /// What an account that has spent nothing has spent.
-const NOTHING: Spent = Spent { energy: MicroJoules::ZERO, flops: 0, time: Seconds::ZERO };
+const NOTHING: Spent = Spent {
+    energy: MicroJoules::ZERO,
+    flops: 0,
+    time: Seconds::ZERO,
+};

@@ -41,7 +41,10 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     let loaded = adapter::load(request.adapter)?;
     let pairs = loaded.fit(&architecture.modules())?;
     let tied = if architecture.tie_word_embeddings {
-        vec![["lm_head.weight".to_string(), "model.embed_tokens.weight".to_string()]]
+        vec![[
+            "lm_head.weight".to_string(),
+            "model.embed_tokens.weight".to_string(),
+        ]]
     } else {
         Vec::new()
     };

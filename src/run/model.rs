@@ -11,16 +11,22 @@ use crate::recipe::ModelId;
 pub fn find_model(id: &ModelId, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
     match id {
         ModelId::Directory(dir) => hub::local_model(dir),
-        ModelId::Embedded(name) => hub::embedded(name, &cache_root()?.join("embedded")).map_err(|e| match e.kind() {
-            Kind::Io => e.hint("set WATTUNE_CACHE to a folder you may write to"),
-            _ => e,
-        }),
+        ModelId::Embedded(name) => {
+            hub::embedded(name, &cache_root()?.join("embedded")).map_err(|e| match e.kind() {
+                Kind::Io => e.hint("set WATTUNE_CACHE to a folder you may write to"),
+                _ => e,
+            })
+        }
         ModelId::Hub(id) => Hub::new(Settings::from_env()?)?.model_metadata(id, revision, progress),
     }
 }
 
 /// Fetches a hub model's weights; checks that another model's are there.
-pub(super) fn fetch_weights(id: &ModelId, files: &mut ModelFiles, progress: &dyn Progress) -> Result<()> {
+pub(super) fn fetch_weights(
+    id: &ModelId,
+    files: &mut ModelFiles,
+    progress: &dyn Progress,
+) -> Result<()> {
     match id {
         ModelId::Hub(_) => Hub::new(Settings::from_env()?)?.model_weights(files, progress),
         _ => files.require_weights().map(|_| ()),
@@ -59,9 +65,19 @@ pub(super) fn cache_root() -> Result<PathBuf> {
         return Ok(PathBuf::from(folder));
     }
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let home = || Some(PathBuf::from(std::env::var_os("HOME").or_else(|| std::env::var_os("USERPROFILE"))?).join(".cache"));
-    base.or_else(home).map(|base| base.join("wattune")).ok_or_else(|| {
-        Error::new(Kind::Io, "there is no cache folder: neither HOME nor XDG_CACHE_HOME is set")
+    let home = || {
+        Some(
+            PathBuf::from(std::env::var_os("HOME").or_else(|| std::env::var_os("USERPROFILE"))?)
+                .join(".cache"),
+        )
+    };
+    base.or_else(home)
+        .map(|base| base.join("wattune"))
+        .ok_or_else(|| {
+            Error::new(
+                Kind::Io,
+                "there is no cache folder: neither HOME nor XDG_CACHE_HOME is set",
+            )
             .hint("set WATTUNE_CACHE to a folder")
-    })
+        })
 }

@@ -64,7 +64,13 @@ pub(super) fn lora_settings(lora: &recipe::Lora) -> LoraSettings {
 }
 
 pub(super) fn limits(budget: &recipe::Budget) -> Limits {
-    Limits { energy: budget.energy, carbon: budget.carbon, flops: budget.flops, time: budget.time, cost: budget.cost.clone() }
+    Limits {
+        energy: budget.energy,
+        carbon: budget.carbon,
+        flops: budget.flops,
+        time: budget.time,
+        cost: budget.cost.clone(),
+    }
 }
 
 /// The meter asked for; `None`: measured where complete, else counted.
@@ -87,11 +93,19 @@ pub(super) fn decided(meter: MeterKind) -> recipe::Meter {
 }
 
 /// The loop's settings; `digest` names the resolved recipe.
-pub(super) fn settings(recipe: &Recipe, steps_per_epoch: u64, recompute: Recompute, digest: String) -> Settings {
+pub(super) fn settings(
+    recipe: &Recipe,
+    steps_per_epoch: u64,
+    recompute: Recompute,
+    digest: String,
+) -> Settings {
     let train = &recipe.train;
     let (steps, by_epochs) = match train.length {
         recipe::Length::Steps(steps) => (steps, false),
-        recipe::Length::Epochs(epochs) => ((epochs * steps_per_epoch as f64).ceil().max(1.0) as u64, true),
+        recipe::Length::Epochs(epochs) => (
+            (epochs * steps_per_epoch as f64).ceil().max(1.0) as u64,
+            true,
+        ),
     };
     let warmup_steps = match train.warmup {
         recipe::Warmup::Steps(steps) => steps,
@@ -105,7 +119,12 @@ pub(super) fn settings(recipe: &Recipe, steps_per_epoch: u64, recompute: Recompu
     Settings {
         steps,
         by_epochs,
-        schedule: Schedule { peak: train.learning_rate, decay, steps, warmup_steps },
+        schedule: Schedule {
+            peak: train.learning_rate,
+            decay,
+            steps,
+            warmup_steps,
+        },
         adam: (train.adam_beta1, train.adam_beta2, train.adam_epsilon),
         weight_decay: train.weight_decay,
         max_grad_norm: train.max_grad_norm,

@@ -11,7 +11,9 @@ use super::prepare::Prepared;
 use super::reconcile::profile_factor;
 use super::reporting::{adapter_block, baseline_blocks, data_block, model_block, stop_reason};
 use super::sample::sample_prompt;
-use super::spending::{budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block};
+use super::spending::{
+    budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block,
+};
 use super::trainee::load_work;
 use crate::energy::meter::Computing;
 use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
@@ -43,15 +45,39 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
     let meters = Meters::open(prepared.profile.clone(), computing);
     let kind = meters.resolve(meter(prepared.recipe.energy.meter))?;
     let sample = sample_prompt(prepared)?.map(|prompt| prompt.work(&prepared.shape));
-    let ending: Vec<(Phase, Work)> = sample.iter().map(|work| (Phase::Eval, work.clone())).collect();
+    let ending: Vec<(Phase, Work)> = sample
+        .iter()
+        .map(|work| (Phase::Eval, work.clone()))
+        .collect();
     let trained = prepared.trained();
-    let costs = Costs::new(&prepared.shape, &prepared.sampler, &prepared.validation_batches, trained, &prepared.settings, ending);
+    let costs = Costs::new(
+        &prepared.shape,
+        &prepared.sampler,
+        &prepared.validation_batches,
+        trained,
+        &prepared.settings,
+        ending,
+    );
     let charge = |work: &Work| prepared.profile.charge(work);
-    let load = charge(&load_work(&prepared.architecture, prepared.recipe.model.dtype));
+    let load = charge(&load_work(
+        &prepared.architecture,
+        prepared.recipe.model.dtype,
+    ));
     // Before the first step: a sample and an evaluation.
-    let opening: Vec<Charge> = sample.iter().chain(costs.evaluation()).map(charge).collect();
+    let opening: Vec<Charge> = sample
+        .iter()
+        .chain(costs.evaluation())
+        .map(charge)
+        .collect();
     let before: Spent = opening.iter().chain([&load]).map(spent).sum();
-    let run = forecast(&costs, &prepared.settings, &prepared.profile, &prepared.budget, before, &Standing::default());
+    let run = forecast(
+        &costs,
+        &prepared.settings,
+        &prepared.profile,
+        &prepared.budget,
+        before,
+        &Standing::default(),
+    );
     let mut phases = vec![(Phase::Load, load)];
     for (phase, mut sum) in run.phases.clone() {
         if phase == Phase::Eval {
@@ -61,20 +87,38 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
     }
     let total: Charge = phases.iter().map(|(_, charge)| charge.clone()).sum();
     let least = match &run.stop {
-        Stop::Budget(limit) if run.steps == 0 => Some((*limit, least_needed(&costs, prepared, before))),
+        Stop::Budget(limit) if run.steps == 0 => {
+            Some((*limit, least_needed(&costs, prepared, before)))
+        }
         _ => None,
     };
-    let training: Charge = run.phases.iter().filter(|(phase, _)| *phase == Phase::Train).map(|(_, charge)| charge.clone()).sum();
+    let training: Charge = run
+        .phases
+        .iter()
+        .filter(|(phase, _)| *phase == Phase::Train)
+        .map(|(_, charge)| charge.clone())
+        .sum();
     let choices = choices(prepared, run.steps, &training)?;
     let mut json = to_json(prepared, kind, &run, &phases, &total)?;
     json["choices"] = json!(choices);
     json["recomputation"] = recomputation(prepared, run.steps, &training);
     json["measured_baselines"] = measured_baselines(prepared, training.energy)?;
-    Ok(Plan { steps: run.steps, stop: run.stop, energy: total.energy.joules(), choices, json, least })
+    Ok(Plan {
+        steps: run.steps,
+        stop: run.stop,
+        energy: total.energy.joules(),
+        choices,
+        json,
+        least,
+    })
 }
 
 fn spent(charge: &Charge) -> Spent {
-    Spent { energy: charge.energy, flops: charge.flops, time: charge.time }
+    Spent {
+        energy: charge.energy,
+        flops: charge.flops,
+        time: charge.time,
+    }
 }
 
 /// What the shortest run needs: everything before the first step, one step, and what ends a run.
@@ -83,7 +127,11 @@ fn least_needed(costs: &Costs<'_>, prepared: &Prepared, before: Spent) -> String
     let due = prepared.settings.due_after(1);
     let ending: Spent = costs.after(due).iter().map(|(_, work)| charge(work)).sum();
     let least = before + charge(&costs.step(0)) + ending;
-    format!("{} and {}", least.energy, crate::units::Flops(least.flops as f64))
+    format!(
+        "{} and {}",
+        least.energy,
+        crate::units::Flops(least.flops as f64)
+    )
 }
 
 impl Plan {
@@ -98,7 +146,9 @@ impl Plan {
 
     /// The forecast as a file's text.
     pub(super) fn to_json_text(&self) -> Result<String> {
-        serde_json::to_string_pretty(&self.json).map(|text| text + "\n").map_err(|e| Error::new(Kind::Io, e.to_string()))
+        serde_json::to_string_pretty(&self.json)
+            .map(|text| text + "\n")
+            .map_err(|e| Error::new(Kind::Io, e.to_string()))
     }
 }
 
@@ -106,12 +156,24 @@ impl Plan {
 fn recomputation(prepared: &Prepared, steps: u64, training: &Charge) -> Value {
     let walked = prepared.shape.walked();
     let blocks = prepared.settings.recompute.of(walked);
-    let settings = Settings { recompute: Recompute::NOTHING, ..prepared.settings.clone() };
+    let settings = Settings {
+        recompute: Recompute::NOTHING,
+        ..prepared.settings.clone()
+    };
     let (trained, tokens) = (prepared.trained(), prepared.longest_batch);
-    let costs = Costs::new(&prepared.shape, &prepared.sampler, &[], trained, &settings, Vec::new());
+    let costs = Costs::new(
+        &prepared.shape,
+        &prepared.sampler,
+        &[],
+        trained,
+        &settings,
+        Vec::new(),
+    );
     let kept: Charge = match blocks {
         0 => training.clone(),
-        _ => (0..steps).map(|step| prepared.profile.charge(&costs.step(step))).sum(),
+        _ => (0..steps)
+            .map(|step| prepared.profile.charge(&costs.step(step)))
+            .sum(),
     };
     let peak = forecast_memory(&prepared.shape, trained as u64, tokens, Recompute::NOTHING).peak();
     json!({
@@ -128,7 +190,9 @@ fn measured_baselines(prepared: &Prepared, training: MicroJoules) -> Result<Valu
     let block = |kind: BaselineKind| -> Result<Value> {
         let (least, most) = expected(prepared, kind, training)?;
         let budget = prepared.recipe.baseline.budget;
-        Ok(json!({ "kind": kind, "energy_j": { "equal_energy": least, "most": most }, "budget_j": budget }))
+        Ok(
+            json!({ "kind": kind, "energy_j": { "equal_energy": least, "most": most }, "budget_j": budget }),
+        )
     };
     asked(&prepared.recipe).map(block).collect()
 }
@@ -137,7 +201,10 @@ fn measured_baselines(prepared: &Prepared, training: MicroJoules) -> Result<Valu
 fn forecast_block(prepared: &Prepared, run: &Forecast, total: &Charge) -> Value {
     let central = total.energy.joules();
     let energy = interval(MeterKind::Counted, central);
-    let (grams, rates) = (carbon_block(prepared, energy, total.time), prepared.budget.rates());
+    let (grams, rates) = (
+        carbon_block(prepared, energy, total.time),
+        prepared.budget.rates(),
+    );
     let cost = rates.price.as_ref().map(|price| {
         let of = |energy: Joules| price.of(rates.pue * energy, total.time);
         json!({ "low": of(energy.low), "central": of(central), "high": of(energy.high) })
@@ -152,17 +219,37 @@ fn forecast_block(prepared: &Prepared, run: &Forecast, total: &Charge) -> Value 
     })
 }
 
-fn to_json(prepared: &Prepared, kind: MeterKind, run: &Forecast, phases: &[(Phase, Charge)], total: &Charge) -> Result<Value> {
+fn to_json(
+    prepared: &Prepared,
+    kind: MeterKind,
+    run: &Forecast,
+    phases: &[(Phase, Charge)],
+    total: &Charge,
+) -> Result<Value> {
     let central = total.energy.joules();
     // A plan is counted, whatever meter the run will go by.
     let energy = interval(MeterKind::Counted, central);
     let parts = total.parts();
-    let by_phase: serde_json::Map<String, Value> =
-        phases.iter().map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules()))).collect();
+    let by_phase: serde_json::Map<String, Value> = phases
+        .iter()
+        .map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules())))
+        .collect();
     let evaluations = run.evaluations + usize::from(!prepared.validation_batches.is_empty());
-    let baselines =
-        baselines(prepared, run.steps, evaluations, &Run { spent: central, metered_over_counted: 1.0, parts: &parts })?;
-    let spent = Spent { energy: total.energy, flops: total.flops, time: total.time };
+    let baselines = baselines(
+        prepared,
+        run.steps,
+        evaluations,
+        &Run {
+            spent: central,
+            metered_over_counted: 1.0,
+            parts: &parts,
+        },
+    )?;
+    let spent = Spent {
+        energy: total.energy,
+        flops: total.flops,
+        time: total.time,
+    };
     let pjoule = |energy: Joules| json!(energy);
     Ok(json!({
         "model": model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),

@@ -10,7 +10,9 @@ use sha2::{Digest, Sha256};
 use super::machine;
 use super::measured::asked;
 use super::model::{cache_root, find_model, tokenizer_of};
-use super::options::{data_options, decided, limits, lora_settings, meter, sampler_options, settings};
+use super::options::{
+    data_options, decided, limits, lora_settings, meter, sampler_options, settings,
+};
 use crate::adapter::shards::read_headers;
 use crate::adapter::{self, Loaded, LoraSettings, Site};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
@@ -18,7 +20,9 @@ use crate::energy::meter::Computing;
 use crate::energy::{Budget, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Kind, Result};
 use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
-use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, Weights, forecast_memory, least_recompute};
+use crate::model::{
+    Architecture, MemoryForecast, ModelShape, Recompute, Weights, forecast_memory, least_recompute,
+};
 use crate::recipe::{self, Adapter, Checkpointing, DataSource, Init, Recipe, Validation};
 use crate::train::{self, checkpoint_bytes};
 use crate::units::Bytes;
@@ -104,12 +108,21 @@ impl Prepared {
 }
 
 /// Runs the whole preflight of `recipe` for `device`.
-pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progress: &dyn Progress) -> Result<Prepared> {
+pub fn prepare(
+    mut recipe: Recipe,
+    device: &Device,
+    computing: Computing,
+    progress: &dyn Progress,
+) -> Result<Prepared> {
     machine::check_precision(device, recipe.model.dtype)?;
     refuse_adapter_on_random_weights(&recipe)?;
     let profile = Profile::resolve(&recipe.energy.device, std::path::Path::new(""), computing)?;
     let grid = Grid::find(&recipe.energy.grid)?;
-    let rates = Rates { grid: grid.gco2e_per_kwh, pue: recipe.energy.pue, price: recipe.energy.price.clone() };
+    let rates = Rates {
+        grid: grid.gco2e_per_kwh,
+        pue: recipe.energy.pue,
+        price: recipe.energy.price.clone(),
+    };
     let budget = Budget::new(limits(&recipe.budget), rates)?;
 
     let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
@@ -122,7 +135,9 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
     let mut warnings = Vec::new();
     let (train, validation, sources) = datasets(&recipe, &tokenizer, progress)?;
     note_counts("training", &train, &mut warnings);
-    validation.iter().for_each(|set| note_counts("validation", set, &mut warnings));
+    validation
+        .iter()
+        .for_each(|set| note_counts("validation", set, &mut warnings));
     let sampler = Sampler::new(Arc::clone(&train.examples), sampler_options(&recipe))?;
     let validation_batches = match &validation {
         Some(set) => evaluation_batches(&set.examples, recipe.train.micro_batch_size),
@@ -139,8 +154,12 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
     if recipe.energy.device == "auto" {
         recipe.energy.device.clone_from(&profile.name);
     }
-    recipe.energy.meter = decided(Meters::open(profile.clone(), computing).resolve(meter(recipe.energy.meter))?);
-    let seen = [Some(&train), validation.as_ref()].into_iter().flatten().map(|set| set.fingerprint.as_bytes());
+    recipe.energy.meter =
+        decided(Meters::open(profile.clone(), computing).resolve(meter(recipe.energy.meter))?);
+    let seen = [Some(&train), validation.as_ref()]
+        .into_iter()
+        .flatten()
+        .map(|set| set.fingerprint.as_bytes());
     let digest = digest_of(&recipe, weights.as_deref().into_iter().chain(seen));
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     check_steps(&settings)?;
@@ -169,11 +188,17 @@ pub fn prepare(mut recipe: Recipe, device: &Device, computing: Computing, progre
 
 /// What tells the pretrained weights from others: a hub model's commit, else what the files hold, which are checked; none where there are none
 /// yet.
-fn weights_name(recipe: &Recipe, files: &ModelFiles, architecture: &Architecture) -> Result<Option<Vec<u8>>> {
+fn weights_name(
+    recipe: &Recipe,
+    files: &ModelFiles,
+    architecture: &Architecture,
+) -> Result<Option<Vec<u8>>> {
     match (&files.commit, files.require_weights()) {
         _ if recipe.model.init == Init::Random => Ok(None),
         (Some(commit), _) => Ok(Some(commit.clone().into_bytes())),
-        (None, Ok(weights)) => Weights::open(weights, architecture)?.fingerprint().map(Some),
+        (None, Ok(weights)) => Weights::open(weights, architecture)?
+            .fingerprint()
+            .map(Some),
         (None, Err(_)) => Ok(None),
     }
 }
@@ -185,27 +210,42 @@ fn digest_of<'a>(recipe: &Recipe, read: impl Iterator<Item = &'a [u8]>) -> Strin
         hash.update(" ");
         hash.update(name);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// A model's architecture, for computing on `device`: a graphics processor keeps weights in the compute type, however they are stored.
 pub(super) fn architecture_of(files: &ModelFiles, device: &Device) -> Result<Architecture> {
     let mut architecture = Architecture::from_file(&files.config)?;
-    architecture.stored_in_bf16 = device.is_cpu() && in_bf16(files).unwrap_or(architecture.stored_in_bf16);
+    architecture.stored_in_bf16 =
+        device.is_cpu() && in_bf16(files).unwrap_or(architecture.stored_in_bf16);
     Ok(architecture)
 }
 
 /// Whether all matrices in the model's files are bf16; `None` where they are not there yet or cannot be read.
 fn in_bf16(files: &ModelFiles) -> Option<bool> {
     let tensors = read_headers(files.require_weights().ok()?).ok()?;
-    Some(tensors.iter().filter(|tensor| tensor.shape.len() > 1).all(|tensor| tensor.dtype == Dtype::BF16))
+    Some(
+        tensors
+            .iter()
+            .filter(|tensor| tensor.shape.len() > 1)
+            .all(|tensor| tensor.dtype == Dtype::BF16),
+    )
 }
 
 /// What a step's work and memory depend on.
-pub(super) fn shape_of(recipe: &Recipe, architecture: &Architecture, target: &Target) -> Result<ModelShape> {
+pub(super) fn shape_of(
+    recipe: &Recipe,
+    architecture: &Architecture,
+    target: &Target,
+) -> Result<ModelShape> {
     let dropout = matches!(&recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0);
     match target {
-        Target::Lora { sites, .. } => ModelShape::with_adapters(architecture, sites, dropout, recipe.model.dtype),
+        Target::Lora { sites, .. } => {
+            ModelShape::with_adapters(architecture, sites, dropout, recipe.model.dtype)
+        }
         Target::All => ModelShape::fully_trained(architecture, recipe.model.dtype),
     }
 }
@@ -222,7 +262,9 @@ pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
 
 /// What the recipe trains, every target found in the model.
 pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
-    let Adapter::Lora(lora) = &recipe.adapter else { return Ok(Target::All) };
+    let Adapter::Lora(lora) = &recipe.adapter else {
+        return Ok(Target::All);
+    };
     let modules = architecture.modules();
     let mut settings = lora_settings(lora);
     let mut from = None;
@@ -230,38 +272,69 @@ pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Tar
         let loaded = adapter::load(path)?;
         let held = loaded.config.settings();
         contradictions(lora, &settings, &held)?;
-        settings = LoraSettings { lora_dropout: settings.lora_dropout, ..held };
+        settings = LoraSettings {
+            lora_dropout: settings.lora_dropout,
+            ..held
+        };
         from = Some(Box::new(loaded));
     }
     let sites = match &from {
-        Some(loaded) => loaded.fit(&modules)?.into_iter().map(|fitted| fitted.site).collect(),
+        Some(loaded) => loaded
+            .fit(&modules)?
+            .into_iter()
+            .map(|fitted| fitted.site)
+            .collect(),
         None => adapter::select(&modules, "lm_head", &settings)?,
     };
     if let Some(site) = sites.iter().find(|site| site.path == "lm_head") {
-        return Err(Error::new(Kind::Adapter, "an adapter on the output embedding is not supported")
-            .value(site.path.clone())
-            .hint("leave `lm_head` out of target_modules"));
+        return Err(Error::new(
+            Kind::Adapter,
+            "an adapter on the output embedding is not supported",
+        )
+        .value(site.path.clone())
+        .hint("leave `lm_head` out of target_modules"));
     }
-    Ok(Target::Lora { settings: Box::new(settings), sites, from })
+    Ok(Target::Lora {
+        settings: Box::new(settings),
+        sites,
+        from,
+    })
 }
 
 /// With `init_from` the adapter's own settings hold; what the recipe wrote may repeat them, not contradict them.
 fn contradictions(lora: &recipe::Lora, written: &LoraSettings, held: &LoraSettings) -> Result<()> {
     let differs = |key: &str| match key {
         "r" => (written.r != held.r).then(|| held.r.to_string()),
-        "lora_alpha" => (written.lora_alpha != held.lora_alpha).then(|| held.lora_alpha.to_string()),
-        "use_rslora" => (written.use_rslora != held.use_rslora).then(|| held.use_rslora.to_string()),
-        "target_modules" => (written.targets != held.targets).then(|| format!("{:?}", held.targets)),
-        "rank_pattern" => (written.rank_pattern != held.rank_pattern).then(|| format!("{:?}", held.rank_pattern)),
-        "alpha_pattern" => (written.alpha_pattern != held.alpha_pattern).then(|| format!("{:?}", held.alpha_pattern)),
+        "lora_alpha" => {
+            (written.lora_alpha != held.lora_alpha).then(|| held.lora_alpha.to_string())
+        }
+        "use_rslora" => {
+            (written.use_rslora != held.use_rslora).then(|| held.use_rslora.to_string())
+        }
+        "target_modules" => {
+            (written.targets != held.targets).then(|| format!("{:?}", held.targets))
+        }
+        "rank_pattern" => {
+            (written.rank_pattern != held.rank_pattern).then(|| format!("{:?}", held.rank_pattern))
+        }
+        "alpha_pattern" => (written.alpha_pattern != held.alpha_pattern)
+            .then(|| format!("{:?}", held.alpha_pattern)),
         _ => None,
     };
-    let found = lora.written.iter().find_map(|key| Some((key, differs(key)?)));
-    let Some((key, value)) = found else { return Ok(()) };
-    Err(Error::new(Kind::Recipe, format!("`adapter.{key}` contradicts the adapter that `init_from` continues"))
-        .at(format!("adapter.{key}"))
-        .rule(format!("the adapter holds {value}"))
-        .hint(format!("leave `{key}` out of [adapter]")))
+    let found = lora
+        .written
+        .iter()
+        .find_map(|key| Some((key, differs(key)?)));
+    let Some((key, value)) = found else {
+        return Ok(());
+    };
+    Err(Error::new(
+        Kind::Recipe,
+        format!("`adapter.{key}` contradicts the adapter that `init_from` continues"),
+    )
+    .at(format!("adapter.{key}"))
+    .rule(format!("the adapter holds {value}"))
+    .hint(format!("leave `{key}` out of [adapter]")))
 }
 
 pub(super) fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {
@@ -269,32 +342,48 @@ pub(super) fn check_length(recipe: &Recipe, architecture: &Architecture) -> Resu
     if wanted <= most {
         return Ok(());
     }
-    Err(Error::new(Kind::Recipe, "records may be longer than the model's positions")
-        .at("data.max_length")
-        .value(wanted.to_string())
-        .rule(format!("at most max_position_embeddings = {most}"))
-        .hint(format!("write `max_length = {most}` in [data]")))
+    Err(Error::new(
+        Kind::Recipe,
+        "records may be longer than the model's positions",
+    )
+    .at("data.max_length")
+    .value(wanted.to_string())
+    .rule(format!("at most max_position_embeddings = {most}"))
+    .hint(format!("write `max_length = {most}` in [data]")))
 }
 
 /// A run is played through step by step before it starts.
 fn check_steps(settings: &train::Settings) -> Result<()> {
     match settings.steps > MOST_STEPS {
         false => Ok(()),
-        true => Err(Error::new(Kind::Recipe, "these are more steps than a run can have")
-            .at(if settings.by_epochs { "train.epochs" } else { "train.steps" })
-            .value(format!("{} steps", settings.steps))
-            .rule(format!("at most {MOST_STEPS}"))
-            .hint("write fewer: a budget in [budget] ends a run earlier than its steps")),
+        true => Err(
+            Error::new(Kind::Recipe, "these are more steps than a run can have")
+                .at(if settings.by_epochs {
+                    "train.epochs"
+                } else {
+                    "train.steps"
+                })
+                .value(format!("{} steps", settings.steps))
+                .rule(format!("at most {MOST_STEPS}"))
+                .hint("write fewer: a budget in [budget] ends a run earlier than its steps"),
+        ),
     }
 }
 
 /// Training and validation records, and where they came from.
-fn datasets(recipe: &Recipe, tokenizer: &Tokenizer, progress: &dyn Progress) -> Result<(Dataset, Option<Dataset>, Vec<String>)> {
+fn datasets(
+    recipe: &Recipe,
+    tokenizer: &Tokenizer,
+    progress: &dyn Progress,
+) -> Result<(Dataset, Option<Dataset>, Vec<String>)> {
     let options = data_options(&recipe.data);
     let cache = cache_root().ok().map(|root| root.join("tokens"));
     let load = |source: &DataSource| -> Result<(Dataset, String)> {
         let (paths, name) = locate(source, progress)?;
-        Ok((data::load(&paths, &options, tokenizer, cache.as_deref())?, name))
+        Ok((
+            data::load(&paths, &options, tokenizer, cache.as_deref())?,
+            name,
+        ))
     };
     let (train, name) = load(&recipe.data.train)?;
     match &recipe.data.validation {
@@ -324,15 +413,23 @@ fn note_counts(which: &str, set: &Dataset, warnings: &mut Vec<String>) {
     let counts = &set.counts;
     let mut note = |count: u64, what: &str| {
         if count > 0 {
-            warnings.push(format!("{count} of {} {which} records {what}", counts.records));
+            warnings.push(format!(
+                "{count} of {} {which} records {what}",
+                counts.records
+            ));
         }
     };
-    note(counts.truncated, "are longer than max_length and were cut at the end");
+    note(
+        counts.truncated,
+        "are longer than max_length and were cut at the end",
+    );
     note(counts.dropped, "have no loss token left and were dropped");
     note(counts.skipped, "could not be read and were skipped");
     note(counts.glued, "have no space between prompt and completion");
     if !set.eos_trained {
-        warnings.push(format!("no {which} record ends with the end-of-text token: the model will not learn to stop"));
+        warnings.push(format!(
+            "no {which} record ends with the end-of-text token: the model will not learn to stop"
+        ));
     }
 }
 
@@ -340,19 +437,36 @@ fn note_counts(which: &str, set: &Dataset, warnings: &mut Vec<String>) {
 fn longest_batch(sampler: &Sampler, validation: &[MicroBatch]) -> usize {
     const LOOKED_AT: u64 = 2000;
     let steps = 0..sampler.steps_per_epoch().min(LOOKED_AT);
-    let trained = steps.flat_map(|step| sampler.step_shape(step)).map(|shape| shape.tokens());
-    trained.chain(validation.iter().map(|batch| batch.tokens.len())).max().unwrap_or(0)
+    let trained = steps
+        .flat_map(|step| sampler.step_shape(step))
+        .map(|shape| shape.tokens());
+    trained
+        .chain(validation.iter().map(|batch| batch.tokens.len()))
+        .max()
+        .unwrap_or(0)
 }
 
 /// A baseline trains every weight after the run, in the run's own way with activations: it must fit in memory too. The recipe's
 /// `activation_checkpointing` is resolved.
-fn check_measured_baselines(recipe: &Recipe, architecture: &Architecture, tokens: usize) -> Result<()> {
+fn check_measured_baselines(
+    recipe: &Recipe,
+    architecture: &Architecture,
+    tokens: usize,
+) -> Result<()> {
     if asked(recipe).next().is_none() {
         return Ok(());
     }
     let shape = ModelShape::fully_trained(architecture, recipe.model.dtype)?;
-    let fitted = recompute(recipe, &shape, Target::All.parameters(architecture), tokens, &mut Vec::new());
-    fitted.map(|_| ()).map_err(|e| e.at("[baseline]: a measured baseline trains every weight"))
+    let fitted = recompute(
+        recipe,
+        &shape,
+        Target::All.parameters(architecture),
+        tokens,
+        &mut Vec::new(),
+    );
+    fitted
+        .map(|_| ())
+        .map_err(|e| e.at("[baseline]: a measured baseline trains every weight"))
 }
 
 /// In which blocks activations are recomputed (`auto`: in as few as memory allows), and the memory forecast; refused where it does not fit.
@@ -367,11 +481,16 @@ pub(super) fn recompute(
     let chosen = match recipe.train.activation_checkpointing {
         Checkpointing::Always => Recompute::ALL,
         Checkpointing::Never => Recompute::NOTHING,
-        Checkpointing::Blocks(blocks) if blocks > walked => return Err(too_many_blocks(blocks, walked)),
+        Checkpointing::Blocks(blocks) if blocks > walked => {
+            return Err(too_many_blocks(blocks, walked));
+        }
         Checkpointing::Blocks(blocks) => Recompute::lowest(blocks),
-        Checkpointing::Auto => free.map_or(Recompute::NOTHING, |free| least_recompute(shape, trained as u64, tokens, free)),
+        Checkpointing::Auto => free.map_or(Recompute::NOTHING, |free| {
+            least_recompute(shape, trained as u64, tokens, free)
+        }),
     };
-    if recipe.train.activation_checkpointing == Checkpointing::Auto && chosen != Recompute::NOTHING {
+    if recipe.train.activation_checkpointing == Checkpointing::Auto && chosen != Recompute::NOTHING
+    {
         let blocks = chosen.of(walked);
         warnings.push(format!("not all activations fit in memory: those of {blocks} of {walked} blocks are computed again"));
     }
@@ -394,17 +513,26 @@ fn resolved(recompute: Recompute, walked: usize) -> Checkpointing {
 }
 
 fn too_many_blocks(blocks: usize, walked: usize) -> Error {
-    Error::new(Kind::Recipe, "activations cannot be computed again in more blocks than the backward pass walks")
-        .at("train.activation_checkpointing")
-        .value(blocks.to_string())
-        .rule(format!("at most {walked}, the blocks from the lowest trained layer up"))
-        .hint("write `activation_checkpointing = \"always\"` for all of them")
+    Error::new(
+        Kind::Recipe,
+        "activations cannot be computed again in more blocks than the backward pass walks",
+    )
+    .at("train.activation_checkpointing")
+    .value(blocks.to_string())
+    .rule(format!(
+        "at most {walked}, the blocks from the lowest trained layer up"
+    ))
+    .hint("write `activation_checkpointing = \"always\"` for all of them")
 }
 
 /// Refuses a run into `out` where its disk cannot hold the checkpoints: its own, and that of a baseline that is trained after it.
 pub(super) fn check_disk(prepared: &Prepared, out: &Path) -> Result<()> {
-    let (recipe, of) = (&prepared.recipe, |trained: usize, keep: usize| (checkpoint_bytes(trained) * (keep + 2)) as u64);
-    let baseline = asked(recipe).next().map_or(0, |_| of(Target::All.parameters(&prepared.architecture), 1));
+    let (recipe, of) = (&prepared.recipe, |trained: usize, keep: usize| {
+        (checkpoint_bytes(trained) * (keep + 2)) as u64
+    });
+    let baseline = asked(recipe)
+        .next()
+        .map_or(0, |_| of(Target::All.parameters(&prepared.architecture), 1));
     let disk = Bytes(of(prepared.trained(), recipe.train.save_total_limit) + baseline);
     match machine::free_disk(out).filter(|space| *space < disk) {
         None => Ok(()),
@@ -422,7 +550,17 @@ mod tests {
     #[test]
     fn auto_is_written_as_what_it_became() {
         let of = |blocks: usize| resolved(Recompute::lowest(blocks), 22);
-        assert_eq!([of(0), of(1), of(21)], [Checkpointing::Never, Checkpointing::Blocks(1), Checkpointing::Blocks(21)]);
-        assert_eq!([of(22), resolved(Recompute::ALL, 22)], [Checkpointing::Always; 2]);
+        assert_eq!(
+            [of(0), of(1), of(21)],
+            [
+                Checkpointing::Never,
+                Checkpointing::Blocks(1),
+                Checkpointing::Blocks(21)
+            ]
+        );
+        assert_eq!(
+            [of(22), resolved(Recompute::ALL, 22)],
+            [Checkpointing::Always; 2]
+        );
     }
 }

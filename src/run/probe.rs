@@ -16,7 +16,10 @@ use serde_json::{Value, json};
 use super::machine::{check_precision, free_memory, peak_rss};
 use super::model::find_model;
 use super::options::settings;
-use super::prepare::{Target, architecture_of, check_length, recompute, refuse_adapter_on_random_weights, shape_of, target};
+use super::prepare::{
+    Target, architecture_of, check_length, recompute, refuse_adapter_on_random_weights, shape_of,
+    target,
+};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::trainee::{Trainee, adapter_on, decoder_of};
@@ -65,7 +68,13 @@ pub fn plan_with_probe(
     let warnings = [trial.warnings.as_slice(), missing.as_slice()].concat();
     let (rows, length) = (recipe.train.micro_batch_size, recipe.data.max_length);
     let mut document = match missing.is_empty() {
-        true => plan(&prepare(recipe, device, computing, screen.downloads())?, computing)?.json,
+        true => {
+            plan(
+                &prepare(recipe, device, computing, screen.downloads())?,
+                computing,
+            )?
+            .json
+        }
         false => json!({
             "model": model_block(&recipe.model.id, &trial.files, &trial.architecture),
             "adapter": adapter_block(&trial.target, &trial.architecture),
@@ -73,7 +82,10 @@ pub fn plan_with_probe(
             "warnings": warnings,
         }),
     };
-    screen.note(&format!("probing: {steps} steps of {} x {rows} x {length} tokens on random weights", trial.batches.len()));
+    screen.note(&format!(
+        "probing: {steps} steps of {} x {rows} x {length} tokens on random weights",
+        trial.batches.len()
+    ));
     document["probe"] = json!(trial.run(steps, device).map_err(Error::while_running)?);
     Ok(document)
 }
@@ -82,7 +94,10 @@ pub fn plan_with_probe(
 fn missing(recipe: &Recipe, files: &ModelFiles) -> Vec<String> {
     let mut missing = Vec::new();
     if files.tokenizer_json.is_none() && (files.vocab_json.is_none() || files.merges.is_none()) {
-        missing.push(format!("`{}` holds no tokenizer: data, energy and time are not forecast", files.id));
+        missing.push(format!(
+            "`{}` holds no tokenizer: data, energy and time are not forecast",
+            files.id
+        ));
     }
     let validation = match &recipe.data.validation {
         Validation::Source(source) => Some(source),
@@ -92,7 +107,10 @@ fn missing(recipe: &Recipe, files: &ModelFiles) -> Vec<String> {
         if let DataSource::File(path) = source
             && !path.exists()
         {
-            missing.push(format!("there is no file `{}`: data, energy and time are not forecast", path.display()));
+            missing.push(format!(
+                "there is no file `{}`: data, energy and time are not forecast",
+                path.display()
+            ));
         }
     }
     missing
@@ -121,16 +139,33 @@ impl Trial {
         let mut warnings = Vec::new();
         let tokens = recipe.train.micro_batch_size * recipe.data.max_length;
         let shape = shape_of(recipe, &architecture, &target)?;
-        let (recompute, memory) = recompute(recipe, &shape, target.parameters(&architecture), tokens, &mut warnings)?;
+        let (recompute, memory) = recompute(
+            recipe,
+            &shape,
+            target.parameters(&architecture),
+            tokens,
+            &mut warnings,
+        )?;
         // Neither steps nor epochs matter: the probe has a count of its own.
         let settings = settings(recipe, 1, recompute, String::new());
         let batches = random_batches(recipe, architecture.vocab_size);
-        Ok(Self { files, architecture, target, settings, memory, batches, warnings })
+        Ok(Self {
+            files,
+            architecture,
+            target,
+            settings,
+            memory,
+            batches,
+            warnings,
+        })
     }
 
     /// Times `steps` steps after one that warms up caches, allocator and thread pool.
     fn run(&self, steps: NonZeroUsize, device: &Device) -> Result<Probe> {
-        let Trainee { decoder, parameters } = self.trainee(device)?;
+        let Trainee {
+            decoder,
+            parameters,
+        } = self.trainee(device)?;
         let tally = Tally::default();
         let context = Context::new(&tally, self.settings.precision);
         self.step(context, &decoder, &parameters, 0)?;
@@ -147,20 +182,42 @@ impl Trial {
         let tokens: usize = self.batches.iter().map(|batch| batch.tokens.len()).sum();
         let step_s = median(walls);
         let (tokens_per_second, flops_per_second) = (tokens as f64 / step_s, flops as f64 / step_s);
-        Ok(Probe { steps, tokens_per_second, step_s: Seconds(step_s), peak_rss_bytes: peak_rss(), flops_per_second })
+        Ok(Probe {
+            steps,
+            tokens_per_second,
+            step_s: Seconds(step_s),
+            peak_rss_bytes: peak_rss(),
+            flops_per_second,
+        })
     }
 
     /// One step of the training loop. Its rate is zero: AdamW takes as long, and random weights cannot diverge.
-    fn step(&self, context: Context<'_>, decoder: &Decoder, parameters: &Parameters, step: u64) -> Result<()> {
+    fn step(
+        &self,
+        context: Context<'_>,
+        decoder: &Decoder,
+        parameters: &Parameters,
+        step: u64,
+    ) -> Result<()> {
         let mut gradients = Gradients::new(parameters.slots().len());
-        let losses = backpropagate(context, decoder, &self.settings, step, &self.batches, &mut gradients)?;
+        let losses = backpropagate(
+            context,
+            decoder,
+            &self.settings,
+            step,
+            &self.batches,
+            &mut gradients,
+        )?;
         let norm = descend(context, parameters, &self.settings, &gradients, 0.0, step)?;
         decoder.device().synchronize()?;
         match losses {
             Ok(_) if norm.is_finite() => Ok(()),
-            _ => Err(Error::new(Kind::Diverged, "a probe's loss or gradient is not finite: its time would mean nothing")
-                .at(format!("probe step {step}"))
-                .hint("try `--set model.dtype=f32`")),
+            _ => Err(Error::new(
+                Kind::Diverged,
+                "a probe's loss or gradient is not finite: its time would mean nothing",
+            )
+            .at(format!("probe step {step}"))
+            .hint("try `--set model.dtype=f32`")),
         }
     }
 
@@ -170,23 +227,54 @@ impl Trial {
         match &self.target {
             Target::Lora { sites, .. } => {
                 let pairs = sites.iter().flat_map(|site| {
-                    let a = (format!("{}.lora_A", site.path), vec![site.r, site.in_features]);
-                    let b = (format!("{}.lora_B", site.path), vec![site.out_features, site.r]);
+                    let a = (
+                        format!("{}.lora_A", site.path),
+                        vec![site.r, site.in_features],
+                    );
+                    let b = (
+                        format!("{}.lora_B", site.path),
+                        vec![site.out_features, site.r],
+                    );
                     [a, b]
                 });
                 let values = |_, slot: &Slot| Ok(noise.values(&slot.name, &slot.shape));
                 let parameters = Parameters::made(pairs.collect(), values, device)?;
                 let precision = architecture.kept(self.settings.precision);
-                let weight = |name: &str, shape: &[usize]| noise.tensor(name, shape, precision, device).map(Weight::frozen);
+                let weight = |name: &str, shape: &[usize]| {
+                    noise
+                        .tensor(name, shape, precision, device)
+                        .map(Weight::frozen)
+                };
                 let lora = |path: &str| adapter_on(path, sites, &parameters);
-                let decoder = Decoder::assemble(architecture, &Parts { weight: &weight, lora: &lora }, device)?;
-                Ok(Trainee { decoder, parameters })
+                let decoder = Decoder::assemble(
+                    architecture,
+                    &Parts {
+                        weight: &weight,
+                        lora: &lora,
+                    },
+                    device,
+                )?;
+                Ok(Trainee {
+                    decoder,
+                    parameters,
+                })
             }
             Target::All => {
-                let shapes = architecture.tensors().into_iter().map(|tensor| (tensor.name, tensor.shape)).collect();
-                let parameters = Parameters::made(shapes, |_, slot| Ok(noise.values(&slot.name, &slot.shape)), device)?;
+                let shapes = architecture
+                    .tensors()
+                    .into_iter()
+                    .map(|tensor| (tensor.name, tensor.shape))
+                    .collect();
+                let parameters = Parameters::made(
+                    shapes,
+                    |_, slot| Ok(noise.values(&slot.name, &slot.shape)),
+                    device,
+                )?;
                 let decoder = decoder_of(architecture, &parameters, device)?;
-                Ok(Trainee { decoder, parameters })
+                Ok(Trainee {
+                    decoder,
+                    parameters,
+                })
             }
         }
     }
@@ -202,10 +290,18 @@ fn random_batches(recipe: &Recipe, vocab_size: usize) -> Vec<MicroBatch> {
         Example { tokens, loss }
     };
     let mut batch = || {
-        let rows: Vec<Example> = (0..recipe.train.micro_batch_size).map(|_| example()).collect();
-        MicroBatch::new(rows.iter().enumerate().map(|(index, row)| (index as u64, row)))
+        let rows: Vec<Example> = (0..recipe.train.micro_batch_size)
+            .map(|_| example())
+            .collect();
+        MicroBatch::new(
+            rows.iter()
+                .enumerate()
+                .map(|(index, row)| (index as u64, row)),
+        )
     };
-    (0..recipe.train.gradient_accumulation_steps).map(|_| batch()).collect()
+    (0..recipe.train.gradient_accumulation_steps)
+        .map(|_| batch())
+        .collect()
 }
 
 /// Random numbers for weights: one block, drawn once and repeated, because a ChaCha draw for each of a billion weights takes longer than
@@ -220,26 +316,44 @@ impl Noise {
 
     fn new(seed: u64) -> Self {
         let mut random = stream(seed, Use::Probe, &[], "weights");
-        let mut draw = || (random.next_u32() as f32 / u32::MAX as f32 * 2.0 - 1.0) * Self::HALF_WIDTH;
+        let mut draw =
+            || (random.next_u32() as f32 / u32::MAX as f32 * 2.0 - 1.0) * Self::HALF_WIDTH;
         Self((0..Self::BLOCK).map(|_| draw()).collect())
     }
 
     /// A trained tensor's values: norms one, biases zero, matrices from the block.
     fn values(&self, name: &str, shape: &[usize]) -> Vec<f32> {
         match shape {
-            [n] => vec![if name.ends_with("norm.weight") { 1.0 } else { 0.0 }; *n],
+            [n] => vec![
+                if name.ends_with("norm.weight") {
+                    1.0
+                } else {
+                    0.0
+                };
+                *n
+            ],
             _ => repeat(&self.0, shape.iter().product()),
         }
     }
 
     /// A frozen tensor: matrices in `precision`, norms and biases in f32.
-    fn tensor(&self, name: &str, shape: &[usize], precision: Precision, device: &Device) -> Result<Tensor> {
+    fn tensor(
+        &self,
+        name: &str,
+        shape: &[usize],
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Tensor> {
         let count = shape.iter().product();
         Ok(match precision {
             _ if shape.len() == 1 => Tensor::from_vec(self.values(name, shape), shape, device)?,
             Precision::F32 => Tensor::from_vec(repeat(&self.0, count), shape, device)?,
-            Precision::Bf16 => Tensor::from_vec(repeat(&self.each(bf16::from_f32), count), shape, device)?,
-            Precision::F16 => Tensor::from_vec(repeat(&self.each(f16::from_f32), count), shape, device)?,
+            Precision::Bf16 => {
+                Tensor::from_vec(repeat(&self.each(bf16::from_f32), count), shape, device)?
+            }
+            Precision::F16 => {
+                Tensor::from_vec(repeat(&self.each(f16::from_f32), count), shape, device)?
+            }
         })
     }
 
@@ -261,7 +375,11 @@ fn repeat<T: Copy>(block: &[T], count: usize) -> Vec<T> {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
-    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+    if values.len() % 2 == 1 {
+        values[middle]
+    } else {
+        (values[middle - 1] + values[middle]) / 2.0
+    }
 }
 
 #[cfg(test)]
@@ -280,15 +398,29 @@ mod tests {
         let (rows, columns) = (3, 40_000);
         let values = noise.values("x", &[rows, columns]);
         assert_eq!(values.len(), rows * columns);
-        assert!(values.chunks(columns).collect::<Vec<_>>().windows(2).all(|pair| pair[0] != pair[1]));
+        assert!(
+            values
+                .chunks(columns)
+                .collect::<Vec<_>>()
+                .windows(2)
+                .all(|pair| pair[0] != pair[1])
+        );
         // A uniform distribution on (-w, w) has variance w^2 / 3: 0.034641^2 / 3 = 0.0004 = 0.02^2.
-        let variance = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64;
+        let variance =
+            values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64;
         assert!((variance.sqrt() - 0.02).abs() < 2e-4, "{variance}");
         assert_eq!(noise.values("model.norm.weight", &[2]), [1.0, 1.0]);
         assert_eq!(noise.values("q_proj.bias", &[2]), [0.0, 0.0]);
-        let tensor = noise.tensor("x", &[4, 4], Precision::Bf16, &Device::Cpu).unwrap();
-        assert_eq!((tensor.dtype(), tensor.dims()), (candle_core::DType::BF16, [4, 4].as_slice()));
-        let norm = noise.tensor("norm.weight", &[4], Precision::Bf16, &Device::Cpu).unwrap();
+        let tensor = noise
+            .tensor("x", &[4, 4], Precision::Bf16, &Device::Cpu)
+            .unwrap();
+        assert_eq!(
+            (tensor.dtype(), tensor.dims()),
+            (candle_core::DType::BF16, [4, 4].as_slice())
+        );
+        let norm = noise
+            .tensor("norm.weight", &[4], Precision::Bf16, &Device::Cpu)
+            .unwrap();
         assert_eq!(norm.dtype(), candle_core::DType::F32);
     }
 }

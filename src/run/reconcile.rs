@@ -31,7 +31,10 @@ pub struct Reconciled {
 
 /// The factor that the profile keeps.
 pub(super) fn profile_factor(profile: &Profile) -> Option<ProfileFactor> {
-    profile.factor().map(|(value, source)| ProfileFactor { value, source: source.to_string() })
+    profile.factor().map(|(value, source)| ProfileFactor {
+        value,
+        source: source.to_string(),
+    })
 }
 
 /// Measured against counted, where there are counters. What a crash took was predicted, not measured: it is not compared.
@@ -44,9 +47,17 @@ pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
         let measured = totals.energy_j.measured?;
         Some((totals.counted_where_measured, measured))
     };
-    let phases: Vec<_> = account.by_phase().filter(|(phase, _)| *phase != Phase::Lost).collect();
-    let sums = phases.iter().filter_map(|(_, totals)| compared(totals)).reduce(|a, b| (a.0 + b.0, a.1 + b.1));
-    let of = |(counted, measured): (MicroJoules, MicroJoules)| Compared::of(counted.joules(), measured.joules());
+    let phases: Vec<_> = account
+        .by_phase()
+        .filter(|(phase, _)| *phase != Phase::Lost)
+        .collect();
+    let sums = phases
+        .iter()
+        .filter_map(|(_, totals)| compared(totals))
+        .reduce(|a, b| (a.0 + b.0, a.1 + b.1));
+    let of = |(counted, measured): (MicroJoules, MicroJoules)| {
+        Compared::of(counted.joules(), measured.joules())
+    };
     let gap = |(phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
         phase,
         reason: reason.to_string(),
@@ -57,7 +68,10 @@ pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
     };
     Some(Reconciliation {
         measured_by,
-        by_phase: phases.iter().filter_map(|(phase, totals)| Some((*phase, of(compared(totals)?)))).collect(),
+        by_phase: phases
+            .iter()
+            .filter_map(|(phase, totals)| Some((*phase, of(compared(totals)?))))
+            .collect(),
         all: sums.map(of),
         gaps: account.gaps().map(gap).collect(),
     })
@@ -75,48 +89,88 @@ pub fn reconcile(directory: &Path, name: Option<&str>) -> Result<Reconciled> {
     let recipe = recipe::load(&run.recipe(), &[])?;
     // A resolved recipe names its device: what computes here does not matter.
     let base = Profile::resolve(&recipe.energy.device, Path::new(""), Computing::Other)?;
-    let factor = report.energy.profile_factor.as_ref().map(|factor| factor.value);
+    let factor = report
+        .energy
+        .profile_factor
+        .as_ref()
+        .map(|factor| factor.value);
     if base.name != report.energy.device || base.measured_over_counted != factor {
-        return Err(Error::new(Kind::Run, "the device profile is no longer what this run was charged to")
-            .at(recipe.energy.device)
-            .value(format!("then `{}`, now `{}`", report.energy.device, base.name))
-            .hint("run it again with the profile as it is now, then reconcile that run"));
+        return Err(Error::new(
+            Kind::Run,
+            "the device profile is no longer what this run was charged to",
+        )
+        .at(recipe.energy.device)
+        .value(format!(
+            "then `{}`, now `{}`",
+            report.energy.device, base.name
+        ))
+        .hint("run it again with the profile as it is now, then reconcile that run"));
     }
     let name = name.map_or_else(|| default_name(&base.name), str::to_string);
-    let of = directory.file_name().map_or_else(|| recipe.name.clone(), |name| name.display().to_string());
+    let of = directory
+        .file_name()
+        .map_or_else(|| recipe.name.clone(), |name| name.display().to_string());
     let source = format!(
         "{} measured over {} counted in the run {of}, by {}",
         compared.measured_j,
         compared.counted_j,
         found.measured_by.join(", ")
     );
-    let profile = base.reconciled(&name, ratio, &source).map_err(|e| e.hint("give another name: `--name my-machine`"))?;
+    let profile = base
+        .reconciled(&name, ratio, &source)
+        .map_err(|e| e.hint("give another name: `--name my-machine`"))?;
     let notes = notes(found);
-    Ok(Reconciled { base, profile, compared, notes })
+    Ok(Reconciled {
+        base,
+        profile,
+        compared,
+        notes,
+    })
 }
 
-fn compared<'a>(directory: &Path, report: &'a Report) -> Result<(&'a Reconciliation, Compared, f64)> {
+fn compared<'a>(
+    directory: &Path,
+    report: &'a Report,
+) -> Result<(&'a Reconciliation, Compared, f64)> {
     let found = report.energy.reconciliation.as_ref();
     let compared = found.and_then(|found| Some((found, found.all?, found.all?.ratio?)));
     compared.ok_or_else(|| {
         let why = report.energy.measured_absent.as_ref();
-        let remedy =
-            why.map_or("let a run be measured first: `wattune devices` shows what can be", |absent| absent.remedy.as_str());
-        let error = Error::new(Kind::Run, "this run's energy was not measured").at(directory.display().to_string());
-        let error = if let Some(absent) = why { error.value(absent.reason.clone()) } else { error };
-        error.rule("a factor is measured joules over counted ones").hint(remedy)
+        let remedy = why.map_or(
+            "let a run be measured first: `wattune devices` shows what can be",
+            |absent| absent.remedy.as_str(),
+        );
+        let error = Error::new(Kind::Run, "this run's energy was not measured")
+            .at(directory.display().to_string());
+        let error = if let Some(absent) = why {
+            error.value(absent.reason.clone())
+        } else {
+            error
+        };
+        error
+            .rule("a factor is measured joules over counted ones")
+            .hint(remedy)
     })
 }
 
 fn notes(found: &Reconciliation) -> Vec<String> {
     let phases = found.by_phase.iter().filter_map(|(phase, compared)| {
         let word = serde_json::to_value(phase).ok()?;
-        Some(format!("{} {}", word.as_str()?, significant(compared.ratio?)))
+        Some(format!(
+            "{} {}",
+            word.as_str()?,
+            significant(compared.ratio?)
+        ))
     });
-    let mut notes = vec![format!("measured over counted by phase: {}", phases.collect::<Vec<_>>().join(", "))];
+    let mut notes = vec![format!(
+        "measured over counted by phase: {}",
+        phases.collect::<Vec<_>>().join(", ")
+    )];
     let gaps: u64 = found.gaps.iter().map(|gap| gap.entries).sum();
     if gaps > 0 {
-        notes.push(format!("in {gaps} entries the counters failed: these are not in the factor"));
+        notes.push(format!(
+            "in {gaps} entries the counters failed: these are not in the factor"
+        ));
     }
     notes
 }
@@ -124,5 +178,8 @@ fn notes(found: &Reconciliation) -> Vec<String> {
 /// "generic-cpu@2" -> "generic-cpu-cores-2-reconciled"; a profile that was reconciled before keeps its name.
 fn default_name(base: &str) -> String {
     let base = base.replace('@', "-cores-");
-    format!("{}-reconciled", base.strip_suffix("-reconciled").unwrap_or(&base))
+    format!(
+        "{}-reconciled",
+        base.strip_suffix("-reconciled").unwrap_or(&base)
+    )
 }

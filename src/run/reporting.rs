@@ -17,7 +17,10 @@ use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::types;
-use crate::report::{CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown, model_card};
+use crate::report::{
+    CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown,
+    model_card,
+};
 use crate::train::{Checkpoints, Outcome, Stop, put_in_place, remove_directory};
 use crate::units::{Bytes, Joules, Seconds};
 
@@ -34,23 +37,46 @@ pub(super) struct Inputs<'a> {
 
 /// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. A diverged run's values are not
 /// exported: its last checkpoint is the result.
-pub(super) fn write_reports(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters) -> Result<Report> {
+pub(super) fn write_reports(
+    inputs: &Inputs<'_>,
+    directory: &RunDirectory,
+    parameters: &Parameters,
+) -> Result<Report> {
     let report = report(inputs)?.sealed()?;
     if !matches!(inputs.outcome.stop, Stop::Diverged(_)) {
         write_result(inputs, directory, parameters, &report)?;
     }
-    write_pages(inputs.prepared, inputs.account.spent().energy.joules(), directory, &report)?;
+    write_pages(
+        inputs.prepared,
+        inputs.account.spent().energy.joules(),
+        directory,
+        &report,
+    )?;
     Ok(report)
 }
 
 /// Every file that shows `report`, of a run that spent `total`; the model card only where there is a result for it to stand in.
-pub(super) fn write_pages(prepared: &Prepared, total: Joules, directory: &RunDirectory, report: &Report) -> Result<()> {
+pub(super) fn write_pages(
+    prepared: &Prepared,
+    total: Joules,
+    directory: &RunDirectory,
+    report: &Report,
+) -> Result<()> {
     let write = crate::report::files::write_whole;
     json::write_report(&directory.report(), report)?;
-    write(&directory.page(), &markdown::to_markdown(&prepared.recipe.name, report)?)?;
+    write(
+        &directory.page(),
+        &markdown::to_markdown(&prepared.recipe.name, report)?,
+    )?;
     let history = History::read(&directory.steps(), &directory.ledger())?;
-    write(&directory.html_page(), &html::to_html(&prepared.recipe.name, report, &history)?)?;
-    write(&directory.emissions(), &emissions(prepared, total).to_csv(report)?)?;
+    write(
+        &directory.html_page(),
+        &html::to_html(&prepared.recipe.name, report, &history)?,
+    )?;
+    write(
+        &directory.emissions(),
+        &emissions(prepared, total).to_csv(report)?,
+    )?;
     let result = directory.result(prepared.whole_model());
     if result.is_dir() {
         write_card(prepared, &result, report)?;
@@ -64,13 +90,23 @@ fn write_card(prepared: &Prepared, dir: &Path, report: &Report) -> Result<()> {
 }
 
 /// The adapter or model directory, complete or absent.
-fn write_result(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Parameters, report: &Report) -> Result<()> {
+fn write_result(
+    inputs: &Inputs<'_>,
+    directory: &RunDirectory,
+    parameters: &Parameters,
+    report: &Report,
+) -> Result<()> {
     let prepared = inputs.prepared;
     let place = directory.result(prepared.whole_model());
     let draft = place.with_extension("partial");
     remove_directory(&draft)?;
     std::fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
-    trainee::export(prepared, parameters, &draft, Some(inputs.outcome.standing.tokens))?;
+    trainee::export(
+        prepared,
+        parameters,
+        &draft,
+        Some(inputs.outcome.standing.tokens),
+    )?;
     if !prepared.whole_model() {
         copy_companions(prepared, &draft)?;
     }
@@ -79,22 +115,38 @@ fn write_result(inputs: &Inputs<'_>, directory: &RunDirectory, parameters: &Para
 }
 
 fn report(inputs: &Inputs<'_>) -> Result<Report> {
-    let Inputs { prepared, outcome, account, .. } = inputs;
+    let Inputs {
+        prepared,
+        outcome,
+        account,
+        ..
+    } = inputs;
     let standing = &outcome.standing;
     let spent = account.spent();
     let energy = interval(account.kind(), spent.energy.joules());
     let wall = spent.time.max(inputs.wall);
-    let evaluations = account.by_phase().find(|(phase, _)| *phase == Phase::Eval).map_or(0, |(_, totals)| totals.entries);
-    let samples = usize::from(standing.sample_before.is_some()) + usize::from(inputs.sample.is_some());
+    let evaluations = account
+        .by_phase()
+        .find(|(phase, _)| *phase == Phase::Eval)
+        .map_or(0, |(_, totals)| totals.entries);
+    let samples =
+        usize::from(standing.sample_before.is_some()) + usize::from(inputs.sample.is_some());
     let evaluated = (evaluations as usize).saturating_sub(samples);
     let counted = account.totals().energy_j.counted.joules();
     let (metered_over_counted, parts) = (account.metered_over_counted(), &account.totals().parts);
-    let run = Run { spent: energy.central, metered_over_counted, parts };
+    let run = Run {
+        spent: energy.central,
+        metered_over_counted,
+        parts,
+    };
     let baselines = baselines(prepared, standing.step, evaluated, &run)?;
     let mut warnings = prepared.warnings.clone();
     if let Stop::Diverged(what) = &outcome.stop {
         warnings.push(match inputs.checkpoints.steps()?.last() {
-            Some(step) => format!("{what}; no result is written, the last checkpoint is `{}`", checkpoint_name(inputs, *step)),
+            Some(step) => format!(
+                "{what}; no result is written, the last checkpoint is `{}`",
+                checkpoint_name(inputs, *step)
+            ),
             None => format!("{what}; no result is written, and no checkpoint was saved before"),
         });
     }
@@ -107,9 +159,15 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
             last.val_loss
         ));
     }
-    let inference = inference(prepared, counted, account.kind())?.map_err(|why| warnings.push(why)).ok();
+    let inference = inference(prepared, counted, account.kind())?
+        .map_err(|why| warnings.push(why))
+        .ok();
     Ok(Report {
-        model: model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
+        model: model_block(
+            &prepared.recipe.model.id,
+            &prepared.files,
+            &prepared.architecture,
+        ),
         adapter: adapter_block(&prepared.target, &prepared.architecture),
         data: data_block(prepared),
         training: training_block(inputs, wall),
@@ -125,14 +183,28 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
         environment: machine::environment(),
         inference,
         warnings,
-        sample: inputs.sample.clone().map(|((prompt, before), after)| types::Sample { prompt, before, after }),
+        sample: inputs
+            .sample
+            .clone()
+            .map(|((prompt, before), after)| types::Sample {
+                prompt,
+                before,
+                after,
+            }),
     })
 }
 
-pub(super) fn model_block(id: &ModelId, files: &ModelFiles, architecture: &Architecture) -> types::Model {
+pub(super) fn model_block(
+    id: &ModelId,
+    files: &ModelFiles,
+    architecture: &Architecture,
+) -> types::Model {
     types::Model {
         id: base_name(id),
-        revision: files.commit.clone().or_else(|| Some(files.revision.clone())),
+        revision: files
+            .commit
+            .clone()
+            .or_else(|| Some(files.revision.clone())),
         architecture: architecture.class.clone(),
         parameters: architecture.parameters(),
     }
@@ -141,7 +213,9 @@ pub(super) fn model_block(id: &ModelId, files: &ModelFiles, architecture: &Archi
 pub(super) fn adapter_block(target: &Target, architecture: &Architecture) -> types::Adapter {
     let trainable_parameters = target.parameters(architecture) as u64;
     match target {
-        Target::Lora { settings, sites, .. } => {
+        Target::Lora {
+            settings, sites, ..
+        } => {
             let modules = architecture.modules();
             let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
             types::Adapter {
@@ -178,7 +252,9 @@ pub(super) fn data_block(prepared: &Prepared) -> types::Data {
 
 fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
     let (prepared, standing) = (inputs.prepared, &inputs.outcome.standing);
-    let after = standing.val_loss_last.filter(|last| last.step == standing.step && last.step > 0);
+    let after = standing
+        .val_loss_last
+        .filter(|last| last.step == standing.step && last.step > 0);
     let rate = standing.tokens as f64 / standing.train_wall_s;
     types::Training {
         steps: standing.step,
@@ -192,11 +268,14 @@ fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
         tokens_per_second: rate.is_finite().then_some(rate),
         wall_s: wall,
         peak_rss_bytes: machine::peak_rss(),
-        best: standing.best.filter(|best| inputs.checkpoints.path(best.step).is_dir()).map(|best| types::Best {
-            step: best.step,
-            val_loss: best.val_loss,
-            path: checkpoint_name(inputs, best.step),
-        }),
+        best: standing
+            .best
+            .filter(|best| inputs.checkpoints.path(best.step).is_dir())
+            .map(|best| types::Best {
+                step: best.step,
+                val_loss: best.val_loss,
+                path: checkpoint_name(inputs, best.step),
+            }),
         curve: Vec::new(),
     }
 }
@@ -204,7 +283,9 @@ fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
 /// A checkpoint's path in the run directory.
 fn checkpoint_name(inputs: &Inputs<'_>, step: u64) -> String {
     let path = inputs.checkpoints.path(step);
-    path.file_name().map_or(String::new(), |name| format!("checkpoints/{}", name.display()))
+    path.file_name().map_or(String::new(), |name| {
+        format!("checkpoints/{}", name.display())
+    })
 }
 
 pub(super) fn stop_reason(stop: &Stop) -> StopReason {
@@ -247,31 +328,44 @@ pub(super) fn stop_of(reason: StopReason) -> Stop {
 pub(super) fn baseline_blocks(baselines: &[Baseline], prepared: &Prepared) -> Vec<types::Baseline> {
     use baseline::Label;
     let bounds = |b: &Baseline| {
-        let energy = if b.label == Label::Measured { Interval::exact(b.energy) } else { Interval::counted(b.energy) };
+        let energy = if b.label == Label::Measured {
+            Interval::exact(b.energy)
+        } else {
+            Interval::counted(b.energy)
+        };
         let carbon = carbon_block(prepared, energy, Seconds::ZERO);
-        (Some(energy).filter(|energy| energy.low != energy.high), carbon)
+        (
+            Some(energy).filter(|energy| energy.low != energy.high),
+            carbon,
+        )
     };
-    let block = |(b, (energy, carbon)): (&Baseline, (Option<Interval<Joules>>, types::Carbon))| types::Baseline {
-        kind: b.kind,
-        label: b.label,
-        flops: Some(b.flops),
-        energy_j: Some(b.energy),
-        metered_over_counted: b.metered_over_counted,
-        gco2e: Some(b.gco2e),
-        ratio: b.ratio,
-        low_j: energy.map(|energy| energy.low),
-        high_j: energy.map(|energy| energy.high),
-        low_gco2e: carbon.low_gco2e,
-        high_gco2e: carbon.high_gco2e,
-        low_ratio: b.ratio_bounds.map(|[low, _]| low),
-        high_ratio: b.ratio_bounds.map(|[_, high]| high),
-        source: b.source.clone(),
-        assumptions: b.assumptions.clone(),
-        val_loss_at_equal_energy: None,
-        energy_to_equal_loss_j: None,
-        measured: None,
+    let block = |(b, (energy, carbon)): (&Baseline, (Option<Interval<Joules>>, types::Carbon))| {
+        types::Baseline {
+            kind: b.kind,
+            label: b.label,
+            flops: Some(b.flops),
+            energy_j: Some(b.energy),
+            metered_over_counted: b.metered_over_counted,
+            gco2e: Some(b.gco2e),
+            ratio: b.ratio,
+            low_j: energy.map(|energy| energy.low),
+            high_j: energy.map(|energy| energy.high),
+            low_gco2e: carbon.low_gco2e,
+            high_gco2e: carbon.high_gco2e,
+            low_ratio: b.ratio_bounds.map(|[low, _]| low),
+            high_ratio: b.ratio_bounds.map(|[_, high]| high),
+            source: b.source.clone(),
+            assumptions: b.assumptions.clone(),
+            val_loss_at_equal_energy: None,
+            energy_to_equal_loss_j: None,
+            measured: None,
+        }
     };
-    baselines.iter().map(|b| (b, bounds(b))).map(block).collect()
+    baselines
+        .iter()
+        .map(|b| (b, bounds(b)))
+        .map(block)
+        .collect()
 }
 
 fn card_facts(prepared: &Prepared) -> CardFacts {
@@ -279,21 +373,38 @@ fn card_facts(prepared: &Prepared) -> CardFacts {
     let pair = |key: &str, value: String| (key.to_string(), value);
     let mut hyperparameters = vec![
         pair("learning_rate", recipe.train.learning_rate.to_string()),
-        pair("micro_batch_size", recipe.train.micro_batch_size.to_string()),
-        pair("gradient_accumulation_steps", recipe.train.gradient_accumulation_steps.to_string()),
+        pair(
+            "micro_batch_size",
+            recipe.train.micro_batch_size.to_string(),
+        ),
+        pair(
+            "gradient_accumulation_steps",
+            recipe.train.gradient_accumulation_steps.to_string(),
+        ),
         pair("max_length", recipe.data.max_length.to_string()),
         pair("seed", recipe.seed.to_string()),
     ];
-    if let Target::Lora { settings, sites, .. } = &prepared.target {
+    if let Target::Lora {
+        settings, sites, ..
+    } = &prepared.target
+    {
         hyperparameters.push(pair("r", settings.r.to_string()));
         hyperparameters.push(pair("lora_alpha", settings.lora_alpha.to_string()));
         let modules = prepared.architecture.modules();
         let base = base_name(&recipe.model.id);
         if let Ok(config) = PeftConfig::for_sites(settings, sites, &modules, &base, None) {
-            hyperparameters.extend(crate::adapter::portability(&config).into_iter().map(|note| pair("portability", note)));
+            hyperparameters.extend(
+                crate::adapter::portability(&config)
+                    .into_iter()
+                    .map(|note| pair("portability", note)),
+            );
         }
     }
-    let hub_sources = prepared.sources.iter().filter_map(|source| source.split_once(':')).map(|(id, _)| id.to_string());
+    let hub_sources = prepared
+        .sources
+        .iter()
+        .filter_map(|source| source.split_once(':'))
+        .map(|(id, _)| id.to_string());
     CardFacts {
         name: recipe.name.clone(),
         base_model: match &recipe.model.id {
@@ -301,7 +412,9 @@ fn card_facts(prepared: &Prepared) -> CardFacts {
             _ => None,
         },
         license: prepared.files.license.clone(),
-        datasets: hub_sources.filter(|id| id.contains('/') && !id.starts_with('/')).collect(),
+        datasets: hub_sources
+            .filter(|id| id.contains('/') && !id.starts_with('/'))
+            .collect(),
         location: Some(prepared.grid.name.clone()),
         hardware: Some(prepared.profile.title.clone()),
         hyperparameters,
@@ -312,14 +425,26 @@ fn emissions(prepared: &Prepared, total: Joules) -> Emissions {
     let cpu = prepared.profile.kind != crate::energy::profile::DeviceKind::Gpu;
     let total = Some(total);
     let grid = &prepared.grid;
-    let (cloud_provider, cloud_region) = grid.code.split_once(':').map(|(p, r)| (p.to_string(), r.to_string())).unzip();
+    let (cloud_provider, cloud_region) = grid
+        .code
+        .split_once(':')
+        .map(|(p, r)| (p.to_string(), r.to_string()))
+        .unzip();
     let country = grid.country();
-    let state = grid.code.split_once('-').filter(|_| cloud_region.is_none()).map(|_| grid.name.clone());
+    let state = grid
+        .code
+        .split_once('-')
+        .filter(|_| cloud_region.is_none())
+        .map(|_| grid.name.clone());
     Emissions {
         timestamp: chrono::Local::now().format("%Y-%m-%dT%H:%M:%S").to_string(),
         project_name: prepared.recipe.name.clone(),
         run_id: prepared.digest()[..16].to_string(),
-        parts: EnergyParts { cpu: total.filter(|_| cpu), gpu: total.filter(|_| !cpu), ram: None },
+        parts: EnergyParts {
+            cpu: total.filter(|_| cpu),
+            gpu: total.filter(|_| !cpu),
+            ram: None,
+        },
         country_iso_code: country.as_ref().and_then(|country| country.iso3.clone()),
         country_name: country.map(|country| country.name),
         region: state,

@@ -23,13 +23,26 @@ pub(super) struct SamplePrompt {
 
 /// Chosen from the validation records, else the training records; `None` where no record begins with a prompt.
 pub(super) fn sample_prompt(prepared: &Prepared) -> Result<Option<SamplePrompt>> {
-    let validation = prepared.validation.iter().flat_map(|set| set.examples.iter());
-    let limit = prepared.architecture.max_position_embeddings.saturating_sub(TOKENS).min(LONGEST_PROMPT);
+    let validation = prepared
+        .validation
+        .iter()
+        .flat_map(|set| set.examples.iter());
+    let limit = prepared
+        .architecture
+        .max_position_embeddings
+        .saturating_sub(TOKENS)
+        .min(LONGEST_PROMPT);
     let prompt = |example: &Example| {
         let length = example.loss.iter().position(|loss| *loss)?;
         (length > 1 && length <= limit).then(|| example.tokens[..length].to_vec())
     };
-    let Some(ids) = validation.chain(prepared.train.examples.iter()).take(100).find_map(prompt) else { return Ok(None) };
+    let Some(ids) = validation
+        .chain(prepared.train.examples.iter())
+        .take(100)
+        .find_map(prompt)
+    else {
+        return Ok(None);
+    };
     let text = prepared.tokenizer.decode(&ids)?;
     Ok(Some(SamplePrompt { ids, text }))
 }
@@ -42,7 +55,11 @@ impl SamplePrompt {
     }
 
     /// Generates greedily; returns the text up to the end-of-text token and the work that was executed.
-    pub(super) fn generate(&self, prepared: &Prepared, decoder: &Decoder) -> Result<(String, Work)> {
+    pub(super) fn generate(
+        &self,
+        prepared: &Prepared,
+        decoder: &Decoder,
+    ) -> Result<(String, Work)> {
         let tally = Tally::default();
         let mut session = Session::new(decoder, Context::new(&tally, prepared.recipe.model.dtype));
         let mut logits = session.read(&self.ids)?;
@@ -55,7 +72,10 @@ impl SamplePrompt {
             logits = session.read(&ids[ids.len() - 1..])?;
         }
         let eos = prepared.tokenizer.eos_id();
-        let end = ids.iter().position(|id| Some(*id) == eos).unwrap_or(ids.len());
+        let end = ids
+            .iter()
+            .position(|id| Some(*id) == eos)
+            .unwrap_or(ids.len());
         Ok((prepared.tokenizer.decode(&ids[..end])?, tally.take()))
     }
 }

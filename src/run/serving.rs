@@ -10,7 +10,9 @@ use crate::energy::{Charge, Interval, MeterKind, carbon};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::recipe::LargerModel;
-use crate::report::inference::{Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year};
+use crate::report::inference::{
+    Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year,
+};
 use crate::units::{Joules, MicroJoules, Seconds};
 use crate::work::Work;
 
@@ -28,11 +30,18 @@ impl Request {
     /// Of the charges of a prompt and of each further token.
     fn of(prompt: Charge, tokens: impl Iterator<Item = Charge>) -> Self {
         let (energy, flops) = (prompt.energy, prompt.flops);
-        tokens.fold(Self { prompt: energy, whole: energy, flops }, |sum, token| Self {
-            whole: sum.whole + token.energy,
-            flops: sum.flops + token.flops,
-            ..sum
-        })
+        tokens.fold(
+            Self {
+                prompt: energy,
+                whole: energy,
+                flops,
+            },
+            |sum, token| Self {
+                whole: sum.whole + token.energy,
+                flops: sum.flops + token.flops,
+                ..sum
+            },
+        )
     }
 }
 
@@ -52,20 +61,33 @@ pub(super) fn inference(
              positions; set `prompt_tokens` and `generated_tokens` in [report]"
         )));
     }
-    let base = ModelShape::with_adapters(&prepared.architecture, &[], false, prepared.recipe.model.dtype)?;
+    let base = ModelShape::with_adapters(
+        &prepared.architecture,
+        &[],
+        false,
+        prepared.recipe.model.dtype,
+    )?;
     let before = request(prepared, &base, prompt);
     let shown = |model, request: Request| served(prepared, model, request);
     let models = match &prepared.target {
         Target::Lora { .. } => vec![
             shown(ServedModel::Base, before),
-            shown(ServedModel::Adapter, request(prepared, &prepared.shape, prompt)),
+            shown(
+                ServedModel::Adapter,
+                request(prepared, &prepared.shape, prompt),
+            ),
             shown(ServedModel::Merged, before),
         ],
-        Target::All => vec![shown(ServedModel::Base, before), shown(ServedModel::Trained, before)],
+        Target::All => vec![
+            shown(ServedModel::Base, before),
+            shown(ServedModel::Trained, before),
+        ],
     };
     let own = before.whole.joules();
     let alternative = alternative(prepared, &base, own, fine_tuning);
-    let saved = alternative.as_ref().and_then(|other| other.pays_after_requests);
+    let saved = alternative
+        .as_ref()
+        .and_then(|other| other.pays_after_requests);
     let rates = prepared.budget.rates();
     let year = asked.requests_per_day.map(|requests_per_day| {
         let requests = requests_per_day * DAYS;
@@ -104,7 +126,10 @@ pub(super) fn inference(
 fn request(prepared: &Prepared, shape: &ModelShape, prompt: usize) -> Request {
     let profile = &prepared.profile;
     let further = prompt..prompt + prepared.recipe.report.generated_tokens - 1;
-    Request::of(profile.charge(&shape.prefill(prompt)), further.map(|before| profile.charge(&shape.decoding(before))))
+    Request::of(
+        profile.charge(&shape.prefill(prompt)),
+        further.map(|before| profile.charge(&shape.decoding(before))),
+    )
 }
 
 /// A model of which only the size is known: every weight in one product, attention left out.
@@ -113,7 +138,10 @@ fn larger_request(prepared: &Prepared, model: &LargerModel) -> Request {
     let side = model.parameters.0.sqrt().round().max(1.0) as usize;
     let charge = |tokens| profile.charge(&Work::product(tokens, side, side, precision));
     let further = prepared.recipe.report.generated_tokens - 1;
-    Request::of(charge(prepared.recipe.report.prompt_tokens), std::iter::repeat_n(charge(1), further))
+    Request::of(
+        charge(prepared.recipe.report.prompt_tokens),
+        std::iter::repeat_n(charge(1), further),
+    )
 }
 
 fn served(prepared: &Prepared, model: ServedModel, request: Request) -> Served {
@@ -134,8 +162,16 @@ fn served(prepared: &Prepared, model: ServedModel, request: Request) -> Served {
 fn bounds_of(prepared: &Prepared, energy: Joules) -> Bounds {
     let energy = Interval::counted(energy);
     let carbon = carbon_block(prepared, energy, Seconds::ZERO);
-    let (low_gco2e, high_gco2e) = (carbon.low_gco2e.unwrap_or(carbon.gco2e), carbon.high_gco2e.unwrap_or(carbon.gco2e));
-    Bounds { low_j: energy.low, high_j: energy.high, low_gco2e, high_gco2e }
+    let (low_gco2e, high_gco2e) = (
+        carbon.low_gco2e.unwrap_or(carbon.gco2e),
+        carbon.high_gco2e.unwrap_or(carbon.gco2e),
+    );
+    Bounds {
+        low_j: energy.low,
+        high_j: energy.high,
+        low_gco2e,
+        high_gco2e,
+    }
 }
 
 fn per_1000(prepared: &Prepared, request: Request) -> Joules {
@@ -143,7 +179,12 @@ fn per_1000(prepared: &Prepared, request: Request) -> Joules {
 }
 
 /// The larger model of the recipe; else the base model with examples before its prompt, as many as fit. `None` where not one fits.
-fn alternative(prepared: &Prepared, base: &ModelShape, own: Joules, fine_tuning: Joules) -> Option<Alternative> {
+fn alternative(
+    prepared: &Prepared,
+    base: &ModelShape,
+    own: Joules,
+    fine_tuning: Joules,
+) -> Option<Alternative> {
     let asked = &prepared.recipe.report;
     let (kind, name, parameters, prompt, request) = match &asked.larger_model {
         Some(model) => {
@@ -153,10 +194,18 @@ fn alternative(prepared: &Prepared, base: &ModelShape, own: Joules, fine_tuning:
                 false => format!("a model of {} parameters", model.parameters),
             };
             let request = larger_request(prepared, model);
-            (AlternativeKind::LargerModel, name, model.parameters.0 as u64, asked.prompt_tokens, request)
+            (
+                AlternativeKind::LargerModel,
+                name,
+                model.parameters.0 as u64,
+                asked.prompt_tokens,
+                request,
+            )
         }
         None => {
-            let room = prepared.architecture.max_position_embeddings - asked.prompt_tokens - asked.generated_tokens;
+            let room = prepared.architecture.max_position_embeddings
+                - asked.prompt_tokens
+                - asked.generated_tokens;
             let example = example_tokens(prepared);
             let examples = asked.few_shot_examples.min(room / example);
             if examples == 0 {
@@ -166,7 +215,13 @@ fn alternative(prepared: &Prepared, base: &ModelShape, own: Joules, fine_tuning:
             let plural = if examples == 1 { "example" } else { "examples" };
             let name = format!("the base model with {examples} {plural} in its prompt");
             let request = request(prepared, base, prompt);
-            (AlternativeKind::FewShot, name, prepared.architecture.parameters(), prompt, request)
+            (
+                AlternativeKind::FewShot,
+                name,
+                prepared.architecture.parameters(),
+                prompt,
+                request,
+            )
         }
     };
     let saved = request.whole.joules() - own;
@@ -215,7 +270,9 @@ fn assumptions(prepared: &Prepared, alternative: Option<&Alternative>) -> Vec<St
         )),
         None => all.push("no `larger_model` is given in [report], and not one example fits the base model's prompt".into()),
     }
-    all.push("that the other answers as well as the fine-tuned model is taken for granted".to_string());
+    all.push(
+        "that the other answers as well as the fine-tuned model is taken for granted".to_string(),
+    );
     if asked.requests_per_day.is_some() {
         all.push(
             "the life cycle is fine-tuning and a year of use; pretraining and the device's manufacture are not in it".to_string(),

@@ -29,7 +29,10 @@ pub(super) fn interval(kind: MeterKind, energy: Joules) -> Interval<Joules> {
 
 /// The bounds that differ from the central figure.
 pub(super) fn bounds<T: Copy + PartialEq>(of: Interval<T>) -> (Option<T>, Option<T>) {
-    (Some(of.low).filter(|low| *low != of.central), Some(of.high).filter(|high| *high != of.central))
+    (
+        Some(of.low).filter(|low| *low != of.central),
+        Some(of.high).filter(|high| *high != of.central),
+    )
 }
 
 /// The run's energy by phase, by meter and by what it is made of.
@@ -37,8 +40,11 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
     let (kind, totals) = (account.kind(), account.totals());
     let total = account.spent().energy.joules();
     let present = |totals: &Totals| totals.entries > 0;
-    let by_phase: BTreeMap<Phase, Joules> =
-        account.by_phase().filter(|(_, totals)| present(totals)).map(|(p, totals)| (p, totals.on(kind).joules())).collect();
+    let by_phase: BTreeMap<Phase, Joules> = account
+        .by_phase()
+        .filter(|(_, totals)| present(totals))
+        .map(|(p, totals)| (p, totals.on(kind).joules()))
+        .collect();
     let (low_j, high_j) = bounds(interval(kind, total));
     let absent = account.meters().absent();
     types::Energy {
@@ -53,7 +59,12 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
             timed_j: Some(totals.energy_j.timed.joules()),
         },
         measured_absent: absent.cloned(),
-        counted_parts: counted_parts(&prepared.profile, &totals.parts, &totals.bytes, totals.unparted.joules()),
+        counted_parts: counted_parts(
+            &prepared.profile,
+            &totals.parts,
+            &totals.bytes,
+            totals.unparted.joules(),
+        ),
         profile_factor: profile_factor(&prepared.profile),
         reconciliation: reconciliation(account),
         flops: totals.flops,
@@ -66,7 +77,12 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
 }
 
 /// `parts` as the report shows them, movement by the level that served the bytes; `None` where no entry knew its parts.
-pub(super) fn counted_parts(profile: &Profile, parts: &Parts, bytes: &Traffic, lost: Joules) -> Option<CountedParts> {
+pub(super) fn counted_parts(
+    profile: &Profile,
+    parts: &Parts,
+    bytes: &Traffic,
+    lost: Joules,
+) -> Option<CountedParts> {
     let known = parts.arithmetic_j + parts.movement_j + parts.idle_j;
     (known > Joules::ZERO).then(|| CountedParts {
         arithmetic_j: parts.arithmetic_j,
@@ -82,7 +98,9 @@ pub(super) fn counted_parts(profile: &Profile, parts: &Parts, bytes: &Traffic, l
 /// The profile's coefficients with their sources.
 pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
     let each = |of: &BTreeMap<crate::work::Precision, f64>, written: fn(f64) -> String| {
-        let each = of.iter().map(|(precision, value)| format!("{} in {}", written(*value), precision.as_str()));
+        let each = of
+            .iter()
+            .map(|(precision, value)| format!("{} in {}", written(*value), precision.as_str()));
         each.collect::<Vec<_>>().join(", ")
     };
     let caches = profile.caches.iter().map(|level| match level.pj_per_byte {
@@ -90,31 +108,58 @@ pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
         None => format!("{} {}", level.name, level.bytes),
     });
     let percent = |share: f64| format!("{} %", round(share * 100.0));
-    let achievable =
-        format!("{} of the peak, {} of the bandwidth", percent(profile.achievable_flops), percent(profile.achievable_bandwidth));
+    let achievable = format!(
+        "{} of the peak, {} of the bandwidth",
+        percent(profile.achievable_flops),
+        percent(profile.achievable_bandwidth)
+    );
     let rows = [
         ("idle", "idle power", profile.idle_w.to_string()),
         ("load", "power at full load", profile.load_w.to_string()),
-        ("peak_flops", "peak rate", each(&profile.peak_flops, |rate| format!("{}/s", Flops(rate)))),
-        ("bandwidth", "memory bandwidth", format!("{} GB/s", round(profile.bandwidth * 1e-9))),
+        (
+            "peak_flops",
+            "peak rate",
+            each(&profile.peak_flops, |rate| format!("{}/s", Flops(rate))),
+        ),
+        (
+            "bandwidth",
+            "memory bandwidth",
+            format!("{} GB/s", round(profile.bandwidth * 1e-9)),
+        ),
         ("achievable", "what tuned code reaches", achievable),
-        ("pj_per_flop", "energy of an operation", each(&profile.pj_per_flop, |pj| format!("{} pJ", round(pj)))),
+        (
+            "pj_per_flop",
+            "energy of an operation",
+            each(&profile.pj_per_flop, |pj| format!("{} pJ", round(pj))),
+        ),
         ("caches", "caches", caches.collect::<Vec<_>>().join(", ")),
-        ("dram", "energy of main memory", format!("{} pJ a byte", round(profile.dram_pj_per_byte))),
+        (
+            "dram",
+            "energy of main memory",
+            format!("{} pJ a byte", round(profile.dram_pj_per_byte)),
+        ),
     ];
     let factor = |(field, name, value): (&str, &str, String)| {
         let known = profile.sources.get(field);
         let source = known.map_or_else(|| "source not known".to_string(), written);
-        Factor { name: name.to_string(), value, source, verified: known.is_some_and(|source| source.verified) }
+        Factor {
+            name: name.to_string(),
+            value,
+            source,
+            verified: known.is_some_and(|source| source.verified),
+        }
     };
-    let host = (profile.kind == DeviceKind::Gpu).then(|| ("host", "the machine around the device", host(profile)));
+    let host = (profile.kind == DeviceKind::Gpu)
+        .then(|| ("host", "the machine around the device", host(profile)));
     rows.into_iter().chain(host).map(factor).collect()
 }
 
 /// The machine around an accelerator, where a figure of this meter is the device's alone.
 pub(super) fn host_left_out(profile: &Profile, kind: MeterKind) -> Option<HostLeftOut> {
     let alone = profile.kind == DeviceKind::Gpu && kind != MeterKind::Measured;
-    alone.then_some(HostLeftOut { share: profile.host_share })
+    alone.then_some(HostLeftOut {
+        share: profile.host_share,
+    })
 }
 
 /// What the counted figures lack of an accelerator's machine.
@@ -145,20 +190,38 @@ fn round(value: f64) -> String {
 }
 
 /// The emissions of `energy` and the device's share of its manufacture over `time`.
-pub(super) fn carbon_block(prepared: &Prepared, energy: Interval<Joules>, time: Seconds) -> types::Carbon {
+pub(super) fn carbon_block(
+    prepared: &Prepared,
+    energy: Interval<Joules>,
+    time: Seconds,
+) -> types::Carbon {
     let (grid, rates) = (&prepared.grid, prepared.budget.rates());
-    let intensity = Interval { low: grid.low.unwrap_or(rates.grid), central: rates.grid, high: grid.high.unwrap_or(rates.grid) };
-    let gco2e = energy.with(intensity, |energy, intensity| carbon(energy, rates.pue, intensity));
+    let intensity = Interval {
+        low: grid.low.unwrap_or(rates.grid),
+        central: rates.grid,
+        high: grid.high.unwrap_or(rates.grid),
+    };
+    let gco2e = energy.with(intensity, |energy, intensity| {
+        carbon(energy, rates.pue, intensity)
+    });
     let (low_gco2e, high_gco2e) = bounds(gco2e);
     let manufacture = prepared.profile.embodied;
-    let source = prepared.profile.sources.get("embodied").map_or_else(|| "source not known".to_string(), written);
+    let source = prepared
+        .profile
+        .sources
+        .get("embodied")
+        .map_or_else(|| "source not known".to_string(), written);
     types::Carbon {
         gco2e: gco2e.central,
         low_gco2e,
         high_gco2e,
         embodied_gco2e: manufacture.map(|grams| embodied_share(grams, time)),
-        embodied_source: manufacture
-            .map(|grams| format!("{grams} for making {}, spread over {LIFE_YEARS} years: {source}", prepared.profile.title)),
+        embodied_source: manufacture.map(|grams| {
+            format!(
+                "{grams} for making {}, spread over {LIFE_YEARS} years: {source}",
+                prepared.profile.title
+            )
+        }),
         grid: grid.code.clone(),
         gco2e_per_kwh: rates.grid,
         pue: rates.pue,
@@ -172,10 +235,22 @@ pub(super) fn carbon_block(prepared: &Prepared, energy: Interval<Joules>, time: 
 }
 
 /// The `budget` block without an overshoot: limits, and what was spent with its bounds.
-pub(super) fn budget_block(prepared: &Prepared, spent: &Spent, energy: Interval<Joules>) -> types::Budget {
+pub(super) fn budget_block(
+    prepared: &Prepared,
+    spent: &Spent,
+    energy: Interval<Joules>,
+) -> types::Budget {
     let rates = prepared.budget.rates();
-    let by_energy = rates.price.as_ref().is_none_or(|price| price.per == Per::KilowattHour);
-    let cost = |energy: Joules| rates.price.as_ref().map(|price| price.of(rates.pue * energy, spent.time));
+    let by_energy = rates
+        .price
+        .as_ref()
+        .is_none_or(|price| price.per == Per::KilowattHour);
+    let cost = |energy: Joules| {
+        rates
+            .price
+            .as_ref()
+            .map(|price| price.of(rates.pue * energy, spent.time))
+    };
     let carbon = carbon_block(prepared, energy, spent.time);
     let end = |energy_j: Option<Joules>, carbon_gco2e| Amounts {
         energy_j,

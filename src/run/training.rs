@@ -56,15 +56,24 @@ pub struct Finished {
 impl Finished {
     /// Where the adapter (or the whole model) is.
     pub fn result(&self) -> PathBuf {
-        self.directory.result(self.report.adapter.r#type == crate::report::types::AdapterType::None)
+        self.directory
+            .result(self.report.adapter.r#type == crate::report::types::AdapterType::None)
     }
 }
 
 /// Trains, and writes the report whatever ended the run.
 pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finished> {
     let recipe = the_recipe(&request)?;
-    let mut prepared = prepare(recipe, &request.device, request.computing, screen.downloads())?;
-    prepared.warnings.iter().for_each(|warning| screen.note(&format!("warning: {warning}")));
+    let mut prepared = prepare(
+        recipe,
+        &request.device,
+        request.computing,
+        screen.downloads(),
+    )?;
+    prepared
+        .warnings
+        .iter()
+        .for_each(|warning| screen.note(&format!("warning: {warning}")));
     let forecast = plan::plan(&prepared, request.computing)?;
     if prepared.recipe.model.init == Init::Pretrained {
         let id = prepared.recipe.model.id.clone();
@@ -83,8 +92,12 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
             directory
         }
     };
-    if let Some(report) = request.resume.and_then(|_| measured::unfinished(&prepared.recipe, &directory)) {
-        return go_on_with_baselines(&request, &prepared, directory, report, screen).map_err(Error::while_running);
+    if let Some(report) = request
+        .resume
+        .and_then(|_| measured::unfinished(&prepared.recipe, &directory))
+    {
+        return go_on_with_baselines(&request, &prepared, directory, report, screen)
+            .map_err(Error::while_running);
     }
     let start = Start::find(&request, &prepared, directory)?;
     run_in(&request, &prepared, start, forecast.steps, screen).map_err(Error::while_running)
@@ -93,12 +106,16 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
 /// The recipe asked for; a resumed run's own, which a given one must equal but for every `auto` that the run resolved.
 fn the_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
     let Some(run) = request.resume else {
-        return request.recipe.clone().ok_or_else(|| Error::new(Kind::Usage, "no recipe was given").hint("wattune train RECIPE"));
+        return request.recipe.clone().ok_or_else(|| {
+            Error::new(Kind::Usage, "no recipe was given").hint("wattune train RECIPE")
+        });
     };
     let directory = RunDirectory::open(run)?;
     let own = recipe::load(&directory.recipe(), &[])?;
     refuse_finished(&directory, &own)?;
-    let Some(mut given) = request.recipe.clone() else { return Ok(own) };
+    let Some(mut given) = request.recipe.clone() else {
+        return Ok(own);
+    };
     if given.energy.device == "auto" {
         given.energy.device.clone_from(&own.energy.device);
     }
@@ -111,17 +128,25 @@ fn the_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
     if given.to_toml() == own.to_toml() {
         return Ok(own);
     }
-    Err(Error::new(Kind::Run, "the recipe is not the one that this run began with")
-        .at(directory.recipe().display().to_string())
-        .rule("a run goes on under its own recipe")
-        .hint(format!("leave the recipe out: `wattune train --resume {}`", run.display())))
+    Err(Error::new(
+        Kind::Run,
+        "the recipe is not the one that this run began with",
+    )
+    .at(directory.recipe().display().to_string())
+    .rule("a run goes on under its own recipe")
+    .hint(format!(
+        "leave the recipe out: `wattune train --resume {}`",
+        run.display()
+    )))
 }
 
 /// A run that ended as it was meant to, and whose measured baselines did, has nothing to go on with. One whose report cannot be read is
 /// taken as cut off.
 fn refuse_finished(directory: &RunDirectory, recipe: &Recipe) -> Result<()> {
     let run = directory.path().display();
-    let Ok(report) = read_report(&directory.report()) else { return Ok(()) };
+    let Ok(report) = read_report(&directory.report()) else {
+        return Ok(());
+    };
     let reason = report.training.stop_reason;
     if !finished(reason) || measured::unfinished(recipe, directory).is_some() {
         return Ok(());
@@ -145,13 +170,26 @@ struct Start {
 }
 
 impl Start {
-    fn find(request: &TrainRequest<'_>, prepared: &Prepared, directory: RunDirectory) -> Result<Self> {
-        let checkpoints = Checkpoints::new(directory.checkpoints(), prepared.recipe.train.save_total_limit);
-        if request.resume.is_some() && !directory.ledger().exists() && !checkpoints.steps()?.is_empty() {
-            return Err(Error::new(Kind::Run, "the ledger of this run is gone: what it has spent is not known")
-                .at(directory.ledger().display().to_string())
-                .rule("a run that was begun goes on with what is left of its budget")
-                .hint("put the file back, or start a new run with another `--out`"));
+    fn find(
+        request: &TrainRequest<'_>,
+        prepared: &Prepared,
+        directory: RunDirectory,
+    ) -> Result<Self> {
+        let checkpoints = Checkpoints::new(
+            directory.checkpoints(),
+            prepared.recipe.train.save_total_limit,
+        );
+        if request.resume.is_some()
+            && !directory.ledger().exists()
+            && !checkpoints.steps()?.is_empty()
+        {
+            return Err(Error::new(
+                Kind::Run,
+                "the ledger of this run is gone: what it has spent is not known",
+            )
+            .at(directory.ledger().display().to_string())
+            .rule("a run that was begun goes on with what is left of its budget")
+            .hint("put the file back, or start a new run with another `--out`"));
         }
         let account = open_account(request, prepared, &directory)?;
         let found = match request.resume {
@@ -159,7 +197,14 @@ impl Start {
             None => None,
         };
         let load = trainee::load_work(&prepared.architecture, prepared.recipe.model.dtype);
-        let start = Self { directory, account, checkpoints, found, prompt: sample_prompt(prepared)?, load };
+        let start = Self {
+            directory,
+            account,
+            checkpoints,
+            found,
+            prompt: sample_prompt(prepared)?,
+            load,
+        };
         if request.resume.is_some() {
             start.check_room(prepared)?;
         }
@@ -168,34 +213,57 @@ impl Start {
 
     /// What the loop's caller does after the loop, within the same budget.
     fn ending(&self, prepared: &Prepared) -> Vec<(Phase, Work)> {
-        self.prompt.iter().map(|prompt| (Phase::Eval, prompt.work(&prepared.shape))).collect()
+        self.prompt
+            .iter()
+            .map(|prompt| (Phase::Eval, prompt.work(&prepared.shape)))
+            .collect()
     }
 
     /// Refuses to go on where the budget cannot hold loading again and everything that ends a run.
     fn check_room(&self, prepared: &Prepared) -> Result<()> {
         let (trained, ending) = (prepared.trained(), self.ending(prepared));
-        let costs =
-            Costs::new(&prepared.shape, &prepared.sampler, &prepared.validation_batches, trained, &prepared.settings, ending);
-        let mut rest = costs.after(Due { evaluation: false, save: false });
-        if self.found.as_ref().is_none_or(|standing| standing.step == 0) {
+        let costs = Costs::new(
+            &prepared.shape,
+            &prepared.sampler,
+            &prepared.validation_batches,
+            trained,
+            &prepared.settings,
+            ending,
+        );
+        let mut rest = costs.after(Due {
+            evaluation: false,
+            save: false,
+        });
+        if self
+            .found
+            .as_ref()
+            .is_none_or(|standing| standing.step == 0)
+        {
             rest.extend(self.ending(prepared));
             rest.extend(costs.evaluation().map(|work| (Phase::Eval, work.clone())));
         }
-        let Verdict::Stop(limit) = self.account.fits(Phase::Load, &self.load, &rest) else { return Ok(()) };
+        let Verdict::Stop(limit) = self.account.fits(Phase::Load, &self.load, &rest) else {
+            return Ok(());
+        };
         let error = Error::new(Kind::Budget, format!("the {} budget of this run has no room left to go on", limit.as_str()))
             .at(self.directory.path().display().to_string())
             .rule("loading, the last evaluation and the save must fit; what a run that was cut off had spent is spent");
         Err(match &self.found {
-            Some(standing) => {
-                error.hint(format!("its last checkpoint is whole: `{}`", self.checkpoints.path(standing.step).display()))
-            }
+            Some(standing) => error.hint(format!(
+                "its last checkpoint is whole: `{}`",
+                self.checkpoints.path(standing.step).display()
+            )),
             None => error.hint("start a new run with a larger budget and another `--out`"),
         })
     }
 }
 
 /// Meters and ledger opened; what an earlier process spent is spent.
-fn open_account(request: &TrainRequest<'_>, prepared: &Prepared, directory: &RunDirectory) -> Result<Account> {
+fn open_account(
+    request: &TrainRequest<'_>,
+    prepared: &Prepared,
+    directory: &RunDirectory,
+) -> Result<Account> {
     let meters = Meters::open(prepared.profile.clone(), request.computing);
     let kind = meters.resolve(meter(prepared.recipe.energy.meter))?;
     // A run cut off before its first entry has no ledger yet.
@@ -215,26 +283,47 @@ fn run_in(
 ) -> Result<Finished> {
     let started = std::time::Instant::now();
     let ending = start.ending(prepared);
-    let Start { directory, mut account, checkpoints, found, prompt, load } = start;
+    let Start {
+        directory,
+        mut account,
+        checkpoints,
+        found,
+        prompt,
+        load,
+    } = start;
     account.admit(Phase::Load, &load, &[])?;
     account.begin();
-    let Trainee { decoder, parameters } = trainee::assemble(prepared, &request.device)?;
+    let Trainee {
+        decoder,
+        parameters,
+    } = trainee::assemble(prepared, &request.device)?;
     if let Some(standing) = &found {
         checkpoints.restore(standing.step, &parameters)?;
     }
-    let mut standing = Standing { recipe: prepared.digest().to_string(), ..found.unwrap_or_default() };
+    let mut standing = Standing {
+        recipe: prepared.digest().to_string(),
+        ..found.unwrap_or_default()
+    };
     account.charge(Phase::Load, standing.step, &load)?;
     if request.resume.is_some() {
         truncate_after(&directory.steps(), standing.step)?;
         screen.note(&format!("resuming after step {}", standing.step));
     }
     // Who asked to stop before the first step has both before the first step of the resumed run.
-    if standing.step == 0 && standing.sample_before.is_none() && !request.interrupted.load(Ordering::Relaxed) {
+    if standing.step == 0
+        && standing.sample_before.is_none()
+        && !request.interrupted.load(Ordering::Relaxed)
+    {
         standing.sample_before = sample(prepared, &decoder, prompt.as_ref(), &mut account, 0)?;
     }
     let outcome = {
         let export = |dir: &Path| trainee::export(prepared, &parameters, dir, None);
-        let mut observer = Watch::new(directory.steps(), screen, prepared.settings.steps, expected_steps)?;
+        let mut observer = Watch::new(
+            directory.steps(),
+            screen,
+            prepared.settings.steps,
+            expected_steps,
+        )?;
         let mut job = Job {
             decoder: &decoder,
             parameters: &parameters,
@@ -254,7 +343,13 @@ fn run_in(
     };
     let after = match outcome.stop {
         Stop::Diverged(_) | Stop::Interrupted => None,
-        _ => sample(prepared, &decoder, prompt.as_ref(), &mut account, outcome.standing.step)?,
+        _ => sample(
+            prepared,
+            &decoder,
+            prompt.as_ref(),
+            &mut account,
+            outcome.standing.step,
+        )?,
     };
     account.close()?;
     let inputs = Inputs {
@@ -262,15 +357,24 @@ fn run_in(
         outcome: &outcome,
         account: &account,
         checkpoints: &checkpoints,
-        sample: prompt.map(|prompt| prompt.text).zip(outcome.standing.sample_before.clone()).zip(after),
+        sample: prompt
+            .map(|prompt| prompt.text)
+            .zip(outcome.standing.sample_before.clone())
+            .zip(after),
         wall: Seconds(started.elapsed().as_secs_f64()),
     };
     let report = write_reports(&inputs, &directory, &parameters)?;
     // A baseline needs the memory that the run no longer does.
     drop((decoder, parameters));
-    let (report, baselines_interrupted) = add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
+    let (report, baselines_interrupted) =
+        add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
     let Outcome { stop, .. } = outcome;
-    Ok(Finished { directory, report, stop, baselines_interrupted })
+    Ok(Finished {
+        directory,
+        report,
+        stop,
+        baselines_interrupted,
+    })
 }
 
 /// Trains the baselines that the recipe asks for once the run's own report is whole, and writes its pages again with them.
@@ -282,8 +386,19 @@ fn add_measured_baselines(
     report: Report,
     screen: &mut dyn Screen,
 ) -> Result<(Report, bool)> {
-    let TrainRequest { ref device, computing, interrupted, .. } = *request;
-    let place = measured::Place { prepared, directory, device, computing, interrupted };
+    let TrainRequest {
+        ref device,
+        computing,
+        interrupted,
+        ..
+    } = *request;
+    let place = measured::Place {
+        prepared,
+        directory,
+        device,
+        computing,
+        interrupted,
+    };
     measured::measure(&place, account, report, screen)
 }
 
@@ -297,8 +412,14 @@ fn go_on_with_baselines(
 ) -> Result<Finished> {
     let account = open_account(request, prepared, &directory)?;
     let stop = stop_of(report.training.stop_reason);
-    let (report, baselines_interrupted) = add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
-    Ok(Finished { directory, report, stop, baselines_interrupted })
+    let (report, baselines_interrupted) =
+        add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
+    Ok(Finished {
+        directory,
+        report,
+        stop,
+        baselines_interrupted,
+    })
 }
 
 /// One sample, charged as evaluation; `None` where there is no prompt.
@@ -309,7 +430,9 @@ fn sample(
     account: &mut Account,
     step: u64,
 ) -> Result<Option<String>> {
-    let Some(prompt) = prompt else { return Ok(None) };
+    let Some(prompt) = prompt else {
+        return Ok(None);
+    };
     account.admit(Phase::Eval, &prompt.work(&prepared.shape), &[])?;
     account.begin();
     let (text, work) = prompt.generate(prepared, decoder)?;

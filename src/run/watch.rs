@@ -23,18 +23,39 @@ pub(super) struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     /// Of a run of `steps` steps, of which `expected_steps` fit what may be spent; appends to the log at `path`.
-    pub(super) fn new(path: PathBuf, screen: &'a mut dyn Screen, steps: u64, expected_steps: u64) -> Result<Self> {
+    pub(super) fn new(
+        path: PathBuf,
+        screen: &'a mut dyn Screen,
+        steps: u64,
+        expected_steps: u64,
+    ) -> Result<Self> {
         let (spent, train_wall) = (Joules::ZERO, Seconds::ZERO);
         let log = StepLog::append_to(&path)?;
-        let view = StepView { steps, expected_steps, spent, budget: None, done: 0, tokens: 0, train_wall };
-        Ok(Self { path, log, pending: None, screen, view })
+        let view = StepView {
+            steps,
+            expected_steps,
+            spent,
+            budget: None,
+            done: 0,
+            tokens: 0,
+            train_wall,
+        };
+        Ok(Self {
+            path,
+            log,
+            pending: None,
+            screen,
+            view,
+        })
     }
 
     /// The last step's line with its validation loss, where a checkpoint came between. The log is replaced whole: the checkpoint needs its
     /// line whenever the machine stops.
     fn amend(&mut self, step: u64, val_loss: f64) -> Result<()> {
         let mut lines = read_steps(&self.path)?;
-        let Some(line) = lines.last_mut().filter(|line| line.step == step) else { return Ok(()) };
+        let Some(line) = lines.last_mut().filter(|line| line.step == step) else {
+            return Ok(());
+        };
         line.val_loss = Some(val_loss);
         self.log = StepLog::replace(&self.path, &lines)?;
         Ok(())
@@ -53,7 +74,9 @@ impl Observer for Watch<'_> {
     fn step(&mut self, record: &StepRecord, account: &Account) -> Result<()> {
         self.flush()?;
         self.view.spent = account.spent().energy.joules();
-        self.view.budget = account.largest_fraction().map(|(limit, part)| (limit.as_str(), part));
+        self.view.budget = account
+            .largest_fraction()
+            .map(|(limit, part)| (limit.as_str(), part));
         self.view.done += 1;
         self.view.tokens += record.tokens;
         self.view.train_wall += record.reading.wall;

@@ -80,23 +80,32 @@ impl Checkpoints {
             Err(e) => return Err(Error::io("read", &self.dir, e)),
         };
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let mut steps: Vec<u64> = names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).collect();
+        let mut steps: Vec<u64> = names
+            .filter_map(|name| name.strip_prefix("step-")?.parse().ok())
+            .collect();
         steps.sort_unstable();
         Ok(steps)
     }
 
     /// Saves; `export` adds the model's own files to the new directory. Where this step was saved already, its values are those of then, and
     /// only where the run stands is written anew. Older checkpoints beyond the limit are removed, never `best`.
-    pub fn save(&self, standing: &Standing, parameters: &Parameters, export: &dyn Fn(&Path) -> Result<()>) -> Result<PathBuf> {
+    pub fn save(
+        &self,
+        standing: &Standing,
+        parameters: &Parameters,
+        export: &dyn Fn(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
         let place = self.path(standing.step);
         let draft = self.dir.join(format!(".step-{:06}.partial", standing.step));
         remove_directory(&draft)?;
         fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
-        let state = serde_json::to_vec_pretty(standing).map_err(|e| Error::new(Kind::Run, e.to_string()))?;
+        let state = serde_json::to_vec_pretty(standing)
+            .map_err(|e| Error::new(Kind::Run, e.to_string()))?;
         fs::write(draft.join(STATE), state).map_err(|e| Error::io("write", &draft, e))?;
         if place.exists() {
             sync_files(&draft)?;
-            fs::rename(draft.join(STATE), place.join(STATE)).map_err(|e| Error::io("rename", &draft, e))?;
+            fs::rename(draft.join(STATE), place.join(STATE))
+                .map_err(|e| Error::io("rename", &draft, e))?;
             sync(&place)?;
             remove_directory(&draft)?;
         } else {
@@ -119,10 +128,14 @@ impl Checkpoints {
 
     /// The newest whole checkpoint's standing; `None` where there is none.
     pub fn newest(&self, recipe: &str) -> Result<Option<Standing>> {
-        let Some(step) = self.steps()?.last().copied() else { return Ok(None) };
+        let Some(step) = self.steps()?.last().copied() else {
+            return Ok(None);
+        };
         let path = self.path(step);
-        let state = fs::read(path.join(STATE)).map_err(|e| damaged(&path, &format!("{STATE}: {e}")))?;
-        let standing: Standing = serde_json::from_slice(&state).map_err(|e| damaged(&path, &e.to_string()))?;
+        let state =
+            fs::read(path.join(STATE)).map_err(|e| damaged(&path, &format!("{STATE}: {e}")))?;
+        let standing: Standing =
+            serde_json::from_slice(&state).map_err(|e| damaged(&path, &e.to_string()))?;
         if standing.recipe != recipe {
             return Err(Error::new(Kind::Run, "the recipe, the model or the data are no longer those that this run began with")
                 .at(path.display().to_string())
@@ -130,7 +143,10 @@ impl Checkpoints {
         }
         match standing.step == step {
             true => Ok(Some(standing)),
-            false => Err(damaged(&path, &format!("{STATE} tells of step {}", standing.step))),
+            false => Err(damaged(
+                &path,
+                &format!("{STATE} tells of step {}", standing.step),
+            )),
         }
     }
 
@@ -138,7 +154,8 @@ impl Checkpoints {
     pub fn restore(&self, step: u64, parameters: &Parameters) -> Result<()> {
         let path = self.path(step);
         let file = path.join(TRAINER);
-        let stored = read_headers(std::slice::from_ref(&file)).map_err(|e| damaged(&path, &e.to_string()))?;
+        let stored = read_headers(std::slice::from_ref(&file))
+            .map_err(|e| damaged(&path, &e.to_string()))?;
         let open = File::open(&file).map_err(|e| damaged(&path, &format!("{TRAINER}: {e}")))?;
         for (index, name) in ROWS.into_iter().enumerate() {
             let row = stored.iter().find(|tensor| tensor.name == name);
@@ -147,7 +164,11 @@ impl Checkpoints {
                 let found = format!("`{name}` holds {:?} {:?}", row.dtype, row.shape);
                 return Err(damaged(&path, &found).rule(format!("F32 [{}]", parameters.len())));
             }
-            let source = Source { path: &file, file: &open, tensor: row };
+            let source = Source {
+                path: &file,
+                file: &open,
+                tensor: row,
+            };
             let values = source.f32s().map_err(|e| damaged(&path, &e.to_string()))?;
             parameters.restore_row(index, &values)?;
         }
@@ -169,8 +190,16 @@ fn damaged(path: &Path, why: &str) -> Error {
 
 /// Writes the three rows one after the other: their bytes are never all in memory beside the rows themselves.
 fn write_rows(path: &Path, parameters: &Parameters) -> Result<()> {
-    parameters
-        .with_rows(|rows| write_f32s(path, ROWS.into_iter().zip(rows).map(|(name, row)| F32s::flat(name, row)).collect(), false))
+    parameters.with_rows(|rows| {
+        write_f32s(
+            path,
+            ROWS.into_iter()
+                .zip(rows)
+                .map(|(name, row)| F32s::flat(name, row))
+                .collect(),
+            false,
+        )
+    })
 }
 
 /// Makes the directory `draft` the one at `place`, which is whole at any moment or absent: what was there goes once the new one stands.
@@ -179,7 +208,9 @@ pub fn put_in_place(draft: &Path, place: &Path) -> Result<()> {
     let before = place.with_extension("before");
     remove_directory(&before)?;
     match fs::rename(place, &before) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("rename", place, e)),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("rename", place, e));
+        }
         _ => fs::rename(draft, place).map_err(|e| Error::io("rename", draft, e))?,
     }
     sync(place.parent().unwrap_or(place))?;
@@ -198,13 +229,19 @@ pub fn remove_directory(path: &Path) -> Result<()> {
 fn sync_files(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
         let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
-        if path.is_dir() { sync_files(&path)? } else { sync(&path)? }
+        if path.is_dir() {
+            sync_files(&path)?
+        } else {
+            sync(&path)?
+        }
     }
     sync(dir)
 }
 
 fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(|e| Error::io("sync", path, e))
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(|e| Error::io("sync", path, e))
 }
 
 #[cfg(test)]
@@ -222,10 +259,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().join("checkpoints"), 2);
         let saved = parameters(0.1);
-        for (index, row) in [[0.1, f32::MIN_POSITIVE, -0.0, 7.0], [1.0, 2.0, 3.0, 4.0], [0.5; 4]].iter().enumerate() {
+        for (index, row) in [
+            [0.1, f32::MIN_POSITIVE, -0.0, 7.0],
+            [1.0, 2.0, 3.0, 4.0],
+            [0.5; 4],
+        ]
+        .iter()
+        .enumerate()
+        {
             saved.restore_row(index, row).unwrap();
         }
-        let standing = Standing { step: 7, tokens: 99, recipe: "r".into(), ..Standing::default() };
+        let standing = Standing {
+            step: 7,
+            tokens: 99,
+            recipe: "r".into(),
+            ..Standing::default()
+        };
         checkpoints.save(&standing, &saved, &|_| Ok(())).unwrap();
         let other = parameters(9.0);
         assert_eq!(checkpoints.newest("r").unwrap(), Some(standing));
@@ -238,13 +287,35 @@ mod tests {
     fn a_step_saved_again_stays_whole_and_tells_the_newer_standing() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 1);
-        let first = Standing { step: 4, recipe: "r".into(), ..Standing::default() };
-        checkpoints.save(&first, &parameters(0.5), &|_| Ok(())).unwrap();
-        let second = Standing { best: Some(Evaluated { step: 4, val_loss: 0.25 }), ..first };
-        let path = checkpoints.save(&second, &parameters(0.5), &|_| panic!("the values are there")).unwrap();
+        let first = Standing {
+            step: 4,
+            recipe: "r".into(),
+            ..Standing::default()
+        };
+        checkpoints
+            .save(&first, &parameters(0.5), &|_| Ok(()))
+            .unwrap();
+        let second = Standing {
+            best: Some(Evaluated {
+                step: 4,
+                val_loss: 0.25,
+            }),
+            ..first
+        };
+        let path = checkpoints
+            .save(&second, &parameters(0.5), &|_| {
+                panic!("the values are there")
+            })
+            .unwrap();
         assert_eq!(checkpoints.newest("r").unwrap(), Some(second));
         checkpoints.restore(4, &parameters(0.0)).unwrap();
-        assert_eq!((fs::read_dir(dir.path()).unwrap().count(), fs::read_dir(path).unwrap().count()), (1, 2));
+        assert_eq!(
+            (
+                fs::read_dir(dir.path()).unwrap().count(),
+                fs::read_dir(path).unwrap().count()
+            ),
+            (1, 2)
+        );
     }
 
     #[test]
@@ -256,7 +327,13 @@ mod tests {
             fs::write(draft.join(text), text).unwrap();
             put_in_place(&draft, &place).unwrap();
             assert!(place.join(text).exists());
-            assert_eq!((fs::read_dir(dir.path()).unwrap().count(), fs::read_dir(&place).unwrap().count()), (1, 1));
+            assert_eq!(
+                (
+                    fs::read_dir(dir.path()).unwrap().count(),
+                    fs::read_dir(&place).unwrap().count()
+                ),
+                (1, 1)
+            );
         }
         assert!(put_in_place(&draft, &place).is_err(), "there is no draft");
         assert!(place.exists(), "what was there stays");
@@ -266,9 +343,19 @@ mod tests {
     fn a_damaged_checkpoint_is_named_with_the_way_out() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
-        let path = checkpoints.save(&Standing { step: 3, ..Standing::default() }, &parameters(0.0), &|_| Ok(())).unwrap();
+        let path = checkpoints
+            .save(
+                &Standing {
+                    step: 3,
+                    ..Standing::default()
+                },
+                &parameters(0.0),
+                &|_| Ok(()),
+            )
+            .unwrap();
         // Another model's values; a file cut short; none at all.
-        let other = Parameters::new(vec![("a".into(), vec![3], vec![0.0; 3])], &Device::Cpu).unwrap();
+        let other =
+            Parameters::new(vec![("a".into(), vec![3], vec![0.0; 3])], &Device::Cpu).unwrap();
         let whole = fs::read(path.join(TRAINER)).unwrap();
         let mut refusals = vec![checkpoints.restore(3, &other).unwrap_err()];
         fs::write(path.join(TRAINER), &whole[..whole.len() - 5]).unwrap();
@@ -278,7 +365,11 @@ mod tests {
         fs::remove_file(path.join(STATE)).unwrap();
         refusals.push(checkpoints.newest("").unwrap_err());
         for error in refusals {
-            assert!(error.to_string().contains("step-000003") && error.remedy().unwrap().contains("delete"), "{error}");
+            assert!(
+                error.to_string().contains("step-000003")
+                    && error.remedy().unwrap().contains("delete"),
+                "{error}"
+            );
         }
     }
 
@@ -287,7 +378,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
         let fail = |_: &Path| Err(Error::new(Kind::Io, "disk full"));
-        checkpoints.save(&Standing::default(), &parameters(0.0), &fail).unwrap_err();
+        checkpoints
+            .save(&Standing::default(), &parameters(0.0), &fail)
+            .unwrap_err();
         assert_eq!(checkpoints.steps().unwrap(), Vec::<u64>::new());
         assert!(checkpoints.newest("").unwrap().is_none());
     }
@@ -297,9 +390,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
         for step in 1..=5 {
-            let best = Some(Evaluated { step: step.min(2), val_loss: 1.0 });
-            let standing = Standing { step, best, ..Standing::default() };
-            checkpoints.save(&standing, &parameters(0.0), &|_| Ok(())).unwrap();
+            let best = Some(Evaluated {
+                step: step.min(2),
+                val_loss: 1.0,
+            });
+            let standing = Standing {
+                step,
+                best,
+                ..Standing::default()
+            };
+            checkpoints
+                .save(&standing, &parameters(0.0), &|_| Ok(()))
+                .unwrap();
         }
         assert_eq!(checkpoints.steps().unwrap(), [2, 4, 5]);
     }

@@ -22,7 +22,10 @@ impl Settings {
     pub fn due_after(&self, step: u64) -> Due {
         let every = |n: u64| n > 0 && step.is_multiple_of(n) && step < self.steps;
         let evaluation = every(self.eval_every);
-        Due { evaluation, save: every(self.save_every) || (evaluation && self.keep_best) }
+        Due {
+            evaluation,
+            save: every(self.save_every) || (evaluation && self.keep_best),
+        }
     }
 }
 
@@ -54,11 +57,22 @@ impl<'a> Costs<'a> {
         ending: Vec<(Phase, Work)>,
     ) -> Self {
         let of = |batch: &MicroBatch| {
-            let BatchShape { segments, loss_tokens } = batch.shape();
+            let BatchShape {
+                segments,
+                loss_tokens,
+            } = batch.shape();
             shape.evaluation(&segments, loss_tokens)
         };
         let evaluation = (!validation.is_empty()).then(|| validation.iter().map(of).sum());
-        Self { shape, sampler, settings, trained, evaluation, save: save_work(trained), ending }
+        Self {
+            shape,
+            sampler,
+            settings,
+            trained,
+            evaluation,
+            save: save_work(trained),
+            ending,
+        }
     }
 
     /// Whether there is anything to evaluate on.
@@ -77,25 +91,49 @@ impl<'a> Costs<'a> {
     }
 
     fn step_of(&self, batches: &[BatchShape]) -> Work {
-        let of = |batch: &BatchShape| self.shape.training(&batch.segments, batch.loss_tokens, self.settings.recompute);
+        let of = |batch: &BatchShape| {
+            self.shape
+                .training(&batch.segments, batch.loss_tokens, self.settings.recompute)
+        };
         batches.iter().map(of).sum::<Work>() + adamw_cost(self.trained)
     }
 
     /// What must still be possible after a step: what is due after it, and the entries that end the run.
     pub fn after(&self, due: Due) -> Vec<(Phase, Work)> {
         let due_evaluation = self.evaluation.as_ref().filter(|_| due.evaluation);
-        let evaluations = due_evaluation.into_iter().chain(&self.evaluation).map(|work| (Phase::Eval, work.clone()));
-        let saves = due.save.then_some(&self.save).into_iter().chain([&self.save]).map(|work| (Phase::Save, work.clone()));
-        evaluations.chain(saves).chain(self.ending.clone()).collect()
+        let evaluations = due_evaluation
+            .into_iter()
+            .chain(&self.evaluation)
+            .map(|work| (Phase::Eval, work.clone()));
+        let saves = due
+            .save
+            .then_some(&self.save)
+            .into_iter()
+            .chain([&self.save])
+            .map(|work| (Phase::Save, work.clone()));
+        evaluations
+            .chain(saves)
+            .chain(self.ending.clone())
+            .collect()
     }
 
     /// What comes between two steps, with how often it comes after one.
     fn between(&self) -> Vec<(Phase, Work, f64)> {
         let often = |every: u64| if every > 0 { 1.0 / every as f64 } else { 0.0 };
         let evaluated = often(self.settings.eval_every);
-        let saved = often(self.settings.save_every) + if self.settings.keep_best { evaluated } else { 0.0 };
-        let evaluation = self.evaluation.iter().map(|work| (Phase::Eval, work.clone(), evaluated));
-        evaluation.chain([(Phase::Save, self.save.clone(), saved)]).collect()
+        let saved = often(self.settings.save_every)
+            + if self.settings.keep_best {
+                evaluated
+            } else {
+                0.0
+            };
+        let evaluation = self
+            .evaluation
+            .iter()
+            .map(|work| (Phase::Eval, work.clone(), evaluated));
+        evaluation
+            .chain([(Phase::Save, self.save.clone(), saved)])
+            .collect()
     }
 
     /// Work of a checkpoint.
@@ -129,7 +167,11 @@ impl Forecast {
 }
 
 fn spent(charge: &Charge) -> Spent {
-    Spent { energy: charge.energy, flops: charge.flops, time: charge.time }
+    Spent {
+        energy: charge.energy,
+        flops: charge.flops,
+        time: charge.time,
+    }
 }
 
 /// Plays the run through from `standing` on the counted meter: every step, evaluation and checkpoint that `budget` admits after `before`.
@@ -143,20 +185,40 @@ pub fn forecast(
 ) -> Forecast {
     let evaluation = costs.evaluation.as_ref().map(|work| profile.charge(work));
     let save = profile.charge(&costs.save);
-    let ending: Vec<(Phase, Charge)> = costs.ending.iter().map(|(phase, work)| (*phase, profile.charge(work))).collect();
-    let reserve: Spent = evaluation.iter().chain([&save]).chain(ending.iter().map(|(_, charge)| charge)).map(spent).sum();
+    let ending: Vec<(Phase, Charge)> = costs
+        .ending
+        .iter()
+        .map(|(phase, work)| (*phase, profile.charge(work)))
+        .collect();
+    let reserve: Spent = evaluation
+        .iter()
+        .chain([&save])
+        .chain(ending.iter().map(|(_, charge)| charge))
+        .map(spent)
+        .sum();
     let (mut so_far, mut step, mut tokens) = (before, standing.step, (0, 0));
     let (mut training, mut evaluations, mut saves) = (Charge::default(), 0, 0);
-    let mut last = Due { evaluation: false, save: false };
+    let mut last = Due {
+        evaluation: false,
+        save: false,
+    };
     let stop = loop {
         if step == settings.steps {
-            break if settings.by_epochs { Stop::Epochs } else { Stop::Steps };
+            break if settings.by_epochs {
+                Stop::Epochs
+            } else {
+                Stop::Steps
+            };
         }
         let due = settings.due_after(step + 1);
         let shapes = costs.sampler.step_shape(step);
         let charge = profile.charge(&costs.step_of(&shapes));
         let mut next = spent(&charge);
-        next += evaluation.iter().filter(|_| due.evaluation).map(spent).sum();
+        next += evaluation
+            .iter()
+            .filter(|_| due.evaluation)
+            .map(spent)
+            .sum();
         next += due.save.then(|| spent(&save)).into_iter().sum();
         if let Err(limit) = budget.admits(&so_far, &next, &reserve) {
             break Stop::Budget(limit);
@@ -171,13 +233,28 @@ pub fn forecast(
     };
     evaluations += usize::from(!last.evaluation && evaluation.is_some());
     saves += usize::from(!(last.save && (last.evaluation || evaluation.is_none())));
-    let times = |charge: &Charge, count: usize| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
+    let times =
+        |charge: &Charge, count: usize| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
     let evaluated = evaluation.map_or_else(Charge::default, |charge| times(&charge, evaluations));
-    let mut phases = vec![(Phase::Train, training), (Phase::Eval, evaluated), (Phase::Save, times(&save, saves))];
+    let mut phases = vec![
+        (Phase::Train, training),
+        (Phase::Eval, evaluated),
+        (Phase::Save, times(&save, saves)),
+    ];
     for (phase, charge) in ending {
-        phases.iter_mut().filter(|(other, _)| *other == phase).for_each(|(_, sum)| *sum += &charge);
+        phases
+            .iter_mut()
+            .filter(|(other, _)| *other == phase)
+            .for_each(|(_, sum)| *sum += &charge);
     }
-    Forecast { steps: step, stop, phases, evaluations, saves, tokens }
+    Forecast {
+        steps: step,
+        stop,
+        phases,
+        evaluations,
+        saves,
+        tokens,
+    }
 }
 
 /// How far a run is: what the learning rate follows.
@@ -203,20 +280,45 @@ enum Spending {
 
 impl Course {
     /// Of a run that goes on from `standing`; asked once, before the first step.
-    pub fn new(costs: &Costs<'_>, settings: &Settings, account: &Account, standing: &Standing) -> Self {
+    pub fn new(
+        costs: &Costs<'_>,
+        settings: &Settings,
+        account: &Account,
+        standing: &Standing,
+    ) -> Self {
         let spending = if !account.budget().is_limited() {
             Spending::Free
         } else if account.foresees() {
-            let plan = forecast(costs, settings, account.meters().profile(), account.budget(), account.spent(), standing);
-            let evaluations =
-                costs.evaluation.iter().flat_map(|work| std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations));
+            let plan = forecast(
+                costs,
+                settings,
+                account.meters().profile(),
+                account.budget(),
+                account.spent(),
+                standing,
+            );
+            let evaluations = costs.evaluation.iter().flat_map(|work| {
+                std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations)
+            });
             let saves = std::iter::repeat_n((Phase::Save, costs.save.clone()), plan.saves);
-            let reserved: Vec<_> = evaluations.chain(saves).chain(costs.ending.clone()).collect();
+            let reserved: Vec<_> = evaluations
+                .chain(saves)
+                .chain(costs.ending.clone())
+                .collect();
             Spending::Planned(account.allowance(&reserved))
         } else {
-            Spending::Seen { between: costs.between(), ending: costs.after(Due { evaluation: false, save: false }) }
+            Spending::Seen {
+                between: costs.between(),
+                ending: costs.after(Due {
+                    evaluation: false,
+                    save: false,
+                }),
+            }
         };
-        Self { steps: settings.steps, spending }
+        Self {
+            steps: settings.steps,
+            spending,
+        }
     }
 
     /// The larger of steps done over all steps and, where there is a budget, what training has spent at the midpoint of the step whose
@@ -229,7 +331,9 @@ impl Course {
                 let next = account.forecast(&[(Phase::Train, next.clone())]);
                 by_steps.max(allowance.fraction(&(account.spent_on(Phase::Train) + next.half())))
             }
-            Spending::Seen { between, ending } => by_steps.max(account.progress(next, between, ending)),
+            Spending::Seen { between, ending } => {
+                by_steps.max(account.progress(next, between, ending))
+            }
         }
     }
 }

@@ -12,7 +12,9 @@ mod step;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use checkpoint::{Checkpoints, Evaluated, Standing, checkpoint_bytes, put_in_place, remove_directory};
+pub use checkpoint::{
+    Checkpoints, Evaluated, Standing, checkpoint_bytes, put_in_place, remove_directory,
+};
 pub use forecast::{Costs, Course, Due, Forecast, forecast};
 pub use schedule::{Decay, Schedule};
 pub use step::{StepRecord, backpropagate, batch_on, descend};
@@ -120,16 +122,29 @@ pub trait Observer {
 }
 
 /// Trains from `standing` until the steps are done, a budget binds, the person interrupts or a number is not finite.
-pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Observer) -> Result<Outcome> {
+pub fn train(
+    job: &mut Job<'_>,
+    mut standing: Standing,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
     let tally = Tally::default();
     let context = Context::new(&tally, job.settings.precision);
-    let costs = Costs::new(job.shape, job.sampler, job.validation, job.parameters.len(), job.settings, job.ending.clone());
+    let costs = Costs::new(
+        job.shape,
+        job.sampler,
+        job.validation,
+        job.parameters.len(),
+        job.settings,
+        job.ending.clone(),
+    );
     let at_once = job.interrupted.load(Ordering::Relaxed);
     if standing.step == 0 && standing.val_loss_before.is_none() && costs.evaluates() && !at_once {
         let val_loss = evaluate(job, context, &costs, 0, observer)?;
         if !val_loss.is_finite() {
             return Ok(Outcome {
-                stop: Stop::Diverged("the validation loss is not finite before the first step".into()),
+                stop: Stop::Diverged(
+                    "the validation loss is not finite before the first step".into(),
+                ),
                 standing,
             });
         }
@@ -139,7 +154,11 @@ pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Obser
     let course = Course::new(&costs, job.settings, job.account, &standing);
     let stop = loop {
         if standing.step == job.settings.steps {
-            break if job.settings.by_epochs { Stop::Epochs } else { Stop::Steps };
+            break if job.settings.by_epochs {
+                Stop::Epochs
+            } else {
+                Stop::Steps
+            };
         }
         if job.interrupted.load(Ordering::Relaxed) {
             break Stop::Interrupted;
@@ -149,23 +168,44 @@ pub fn train(job: &mut Job<'_>, mut standing: Standing, observer: &mut dyn Obser
         if let Verdict::Stop(limit) = job.account.admit(Phase::Train, &work, &costs.after(due))? {
             break Stop::Budget(limit);
         }
-        let lr = job.settings.schedule.lr(course.progress(&standing, job.account, &work));
+        let lr = job
+            .settings
+            .schedule
+            .lr(course.progress(&standing, job.account, &work));
         match step::optimizer_step(job, context, &mut standing, lr)? {
             Ok(record) => observer.step(&record, job.account)?,
-            Err(diverged) => return Ok(Outcome { stop: Stop::Diverged(diverged), standing }),
+            Err(diverged) => {
+                return Ok(Outcome {
+                    stop: Stop::Diverged(diverged),
+                    standing,
+                });
+            }
         }
         if due.evaluation
             && costs.evaluates()
             && let Some(diverged) = evaluate_into(job, context, &costs, &mut standing, observer)?
         {
-            return Ok(Outcome { stop: diverged, standing });
+            return Ok(Outcome {
+                stop: diverged,
+                standing,
+            });
         }
         if due.save {
             save(job, context, &costs, &standing, observer)?;
         }
     };
-    let diverged = finish(job, context, &costs, &mut standing, observer, stop != Stop::Interrupted)?;
-    Ok(Outcome { stop: diverged.unwrap_or(stop), standing })
+    let diverged = finish(
+        job,
+        context,
+        &costs,
+        &mut standing,
+        observer,
+        stop != Stop::Interrupted,
+    )?;
+    Ok(Outcome {
+        stop: diverged.unwrap_or(stop),
+        standing,
+    })
 }
 
 /// The last evaluation (unless one was just made, or the person is waiting) and the last checkpoint; none where the model diverged.
@@ -177,7 +217,9 @@ fn finish(
     observer: &mut dyn Observer,
     evaluate: bool,
 ) -> Result<Option<Stop>> {
-    let evaluated = standing.val_loss_last.is_some_and(|last| last.step == standing.step);
+    let evaluated = standing
+        .val_loss_last
+        .is_some_and(|last| last.step == standing.step);
     if evaluate && costs.evaluates() && !evaluated {
         let diverged = evaluate_into(job, context, costs, standing, observer)?;
         if diverged.is_some() {
@@ -200,9 +242,15 @@ fn evaluate_into(
 ) -> Result<Option<Stop>> {
     let val_loss = evaluate(job, context, costs, standing.step, observer)?;
     if !val_loss.is_finite() {
-        return Ok(Some(Stop::Diverged(format!("the validation loss is not finite after step {}", standing.step))));
+        return Ok(Some(Stop::Diverged(format!(
+            "the validation loss is not finite after step {}",
+            standing.step
+        ))));
     }
-    let evaluated = Evaluated { step: standing.step, val_loss };
+    let evaluated = Evaluated {
+        step: standing.step,
+        val_loss,
+    };
     standing.val_loss_last = Some(evaluated);
     if standing.best.is_none_or(|best| val_loss < best.val_loss) {
         standing.best = Some(evaluated);
@@ -213,7 +261,13 @@ fn evaluate_into(
 /// Validation loss in nats per loss token, charged as one entry.
 ///
 /// Its energy was held in reserve, so the verdict is not asked again: admission only leases it, in case of a crash.
-fn evaluate(job: &mut Job<'_>, context: Context<'_>, costs: &Costs<'_>, step: u64, observer: &mut dyn Observer) -> Result<f64> {
+fn evaluate(
+    job: &mut Job<'_>,
+    context: Context<'_>,
+    costs: &Costs<'_>,
+    step: u64,
+    observer: &mut dyn Observer,
+) -> Result<f64> {
     if let Some(work) = costs.evaluation() {
         job.account.admit(Phase::Eval, work, &[])?;
     }
@@ -221,11 +275,14 @@ fn evaluate(job: &mut Job<'_>, context: Context<'_>, costs: &Costs<'_>, step: u6
     let (mut sum, mut count) = (0.0, 0);
     for (done, batch) in job.validation.iter().enumerate() {
         observer.evaluating(done, job.validation.len());
-        let losses = job.decoder.losses(context, &batch_on(batch, job.decoder.device())?)?;
+        let losses = job
+            .decoder
+            .losses(context, &batch_on(batch, job.decoder.device())?)?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         count += losses.len();
     }
-    job.account.charge(Phase::Eval, step, &context.tally.take())?;
+    job.account
+        .charge(Phase::Eval, step, &context.tally.take())?;
     let val_loss = sum / count as f64;
     observer.evaluated(step, val_loss)?;
     Ok(val_loss)
@@ -243,6 +300,7 @@ fn save(
     job.account.begin();
     context.tally.add(costs.save().clone());
     job.checkpoints.save(standing, job.parameters, job.export)?;
-    job.account.charge(Phase::Save, standing.step, &context.tally.take())?;
+    job.account
+        .charge(Phase::Save, standing.step, &context.tally.take())?;
     Ok(())
 }

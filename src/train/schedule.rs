@@ -39,7 +39,11 @@ impl Schedule {
             return self.peak * position / warmup;
         }
         let left = self.steps as f64 - warmup;
-        let share = if left > 0.0 { ((position - warmup) / left).min(1.0) } else { 1.0 };
+        let share = if left > 0.0 {
+            ((position - warmup) / left).min(1.0)
+        } else {
+            1.0
+        };
         match self.decay {
             Decay::Linear => self.peak * (1.0 - share),
             Decay::Cosine => self.peak * 0.5 * (1.0 + (std::f64::consts::PI * share).cos()),
@@ -70,19 +74,38 @@ mod tests {
             2.0 / 9.0,
             1.0 / 9.0,
         ];
-        let cosine = [0.0, 0.333333, 0.666667, 1.0, 0.969846, 0.883022, 0.75, 0.586824, 0.413176, 0.25, 0.116978, 0.030154];
+        let cosine = [
+            0.0, 0.333333, 0.666667, 1.0, 0.969846, 0.883022, 0.75, 0.586824, 0.413176, 0.25,
+            0.116978, 0.030154,
+        ];
         for (decay, expected) in [(Decay::Linear, linear), (Decay::Cosine, cosine)] {
-            let schedule = Schedule { peak: 1.0, decay, steps: 12, warmup_steps: 3 };
+            let schedule = Schedule {
+                peak: 1.0,
+                decay,
+                steps: 12,
+                warmup_steps: 3,
+            };
             for (step, expected) in expected.iter().enumerate() {
                 let lr = schedule.lr(step as f64 / 12.0);
-                assert!((lr - expected).abs() < 1e-6, "{decay:?} step {step}: {lr}, expected {expected}");
+                assert!(
+                    (lr - expected).abs() < 1e-6,
+                    "{decay:?} step {step}: {lr}, expected {expected}"
+                );
             }
         }
     }
 
     #[test]
     fn a_constant_rate_only_rises() {
-        let schedule = Schedule { peak: 2.0, decay: Decay::Constant, steps: 4, warmup_steps: 2 };
-        assert_eq!([0.0, 0.25, 0.5, 1.0].map(|p| schedule.lr(p)), [0.0, 1.0, 2.0, 2.0]);
+        let schedule = Schedule {
+            peak: 2.0,
+            decay: Decay::Constant,
+            steps: 4,
+            warmup_steps: 2,
+        };
+        assert_eq!(
+            [0.0, 0.25, 0.5, 1.0].map(|p| schedule.lr(p)),
+            [0.0, 1.0, 2.0, 2.0]
+        );
     }
 }

@@ -30,9 +30,24 @@ pub struct StepRecord {
 
 /// A micro-batch's tensors on `device`.
 pub fn batch_on(batch: &MicroBatch, device: &Device) -> Result<Batch> {
-    let lengths: Vec<usize> = batch.segments.iter().map(|segment| segment.range.len()).collect();
-    let examples = batch.segments.iter().map(|segment| segment.example).collect();
-    Batch::new(&batch.tokens, &lengths, examples, &batch.loss_positions, batch.targets.clone(), device)
+    let lengths: Vec<usize> = batch
+        .segments
+        .iter()
+        .map(|segment| segment.range.len())
+        .collect();
+    let examples = batch
+        .segments
+        .iter()
+        .map(|segment| segment.example)
+        .collect();
+    Batch::new(
+        &batch.tokens,
+        &lengths,
+        examples,
+        &batch.loss_positions,
+        batch.targets.clone(),
+        device,
+    )
 }
 
 /// Runs the step after `standing.step` done ones at rate `lr`, charges it and moves `standing` on. The inner error is a number that is
@@ -49,15 +64,25 @@ pub(super) fn optimizer_step(
     let loss_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
     let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
     let mut gradients = Gradients::new(job.parameters.slots().len());
-    let sum = match backpropagate(context, job.decoder, settings, step, &batches, &mut gradients)? {
+    let sum = match backpropagate(
+        context,
+        job.decoder,
+        settings,
+        step,
+        &batches,
+        &mut gradients,
+    )? {
         Ok(sum) => sum,
         Err(index) => {
-            job.account.charge(Phase::Train, step + 1, &context.tally.take())?;
+            job.account
+                .charge(Phase::Train, step + 1, &context.tally.take())?;
             return Ok(Err(place("the loss", step, Some(index), &batches[index])));
         }
     };
     let grad_norm = descend(context, job.parameters, settings, &gradients, lr, step)?;
-    let reading = job.account.charge(Phase::Train, step + 1, &context.tally.take())?;
+    let reading = job
+        .account
+        .charge(Phase::Train, step + 1, &context.tally.take())?;
     if !grad_norm.is_finite() {
         let culprit = first_not_finite(job, &gradients)?;
         return Ok(Err(place(
@@ -74,7 +99,15 @@ pub(super) fn optimizer_step(
     standing.loss_tokens += loss_tokens as u64;
     standing.train_wall_s += reading.wall.0;
     let (tokens, loss_tokens) = (tokens as u64, loss_tokens as u64);
-    Ok(Ok(StepRecord { step: step + 1, loss, lr, grad_norm, tokens, loss_tokens, reading }))
+    Ok(Ok(StepRecord {
+        step: step + 1,
+        loss,
+        lr,
+        grad_norm,
+        tokens,
+        loss_tokens,
+        reading,
+    }))
 }
 
 /// Adds the gradients of the mean loss over `batches`, the step after `step` done ones, to `gradients`; returns the sum of the losses of
@@ -93,7 +126,14 @@ pub fn backpropagate(
     let mut sum = 0.0;
     for (index, batch) in batches.iter().enumerate() {
         let input = batch_on(batch, decoder.device())?;
-        let losses = decoder.losses_and_gradients(context, &input, scale, settings.recompute, dropout, gradients)?;
+        let losses = decoder.losses_and_gradients(
+            context,
+            &input,
+            scale,
+            settings.recompute,
+            dropout,
+            gradients,
+        )?;
         let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
         if !loss.is_finite() {
             return Ok(Err(index));
@@ -115,25 +155,54 @@ pub fn descend(
 ) -> Result<f64> {
     let flat = gradients.flat(parameters).map_err(Error::while_running)?;
     let ((beta1, beta2, epsilon), weight_decay) = (settings.adam, settings.weight_decay);
-    let adamw = AdamW { learning_rate: lr, beta1, beta2, epsilon, weight_decay, max_grad_norm: settings.max_grad_norm };
+    let adamw = AdamW {
+        learning_rate: lr,
+        beta1,
+        beta2,
+        epsilon,
+        weight_decay,
+        max_grad_norm: settings.max_grad_norm,
+    };
     adamw.step(context, parameters, &flat, step + 1)
 }
 
 /// The first trained tensor whose gradient holds a number that is not finite.
 fn first_not_finite(job: &Job<'_>, gradients: &Gradients) -> Result<String> {
     for (index, slot) in job.parameters.slots().iter().enumerate() {
-        let sum = gradients.get(index).map(|g| g.sqr()?.sum_all()?.to_scalar::<f32>()).transpose()?;
+        let sum = gradients
+            .get(index)
+            .map(|g| g.sqr()?.sum_all()?.to_scalar::<f32>())
+            .transpose()?;
         if sum.is_none_or(|sum| !sum.is_finite()) {
             return Ok(slot.name.clone());
         }
     }
-    Err(Error::new(Kind::Diverged, "the gradient norm is not finite though every gradient is").while_running())
+    Err(Error::new(
+        Kind::Diverged,
+        "the gradient norm is not finite though every gradient is",
+    )
+    .while_running())
 }
 
 fn place(what: &str, step: u64, micro_step: Option<usize>, batch: &MicroBatch) -> String {
     const SHOWN: usize = 8;
-    let examples: Vec<String> = batch.segments.iter().take(SHOWN).map(|segment| segment.example.to_string()).collect();
-    let micro = micro_step.map_or(String::new(), |index| format!(", micro-batch {}", index + 1));
-    let more = if batch.segments.len() > SHOWN { ", ..." } else { "" };
-    format!("{what} is not finite in step {}{micro} (records {}{more})", step + 1, examples.join(", "))
+    let examples: Vec<String> = batch
+        .segments
+        .iter()
+        .take(SHOWN)
+        .map(|segment| segment.example.to_string())
+        .collect();
+    let micro = micro_step.map_or(String::new(), |index| {
+        format!(", micro-batch {}", index + 1)
+    });
+    let more = if batch.segments.len() > SHOWN {
+        ", ..."
+    } else {
+        ""
+    };
+    format!(
+        "{what} is not finite in step {}{micro} (records {}{more})",
+        step + 1,
+        examples.join(", ")
+    )
 }

@@ -43,7 +43,10 @@ fn is_word(c: char) -> bool {
 }
 
 fn line_end(chars: &[char], at: usize) -> usize {
-    chars[at..].iter().position(|&c| c == '\n').map_or(chars.len(), |n| at + n)
+    chars[at..]
+        .iter()
+        .position(|&c| c == '\n')
+        .map_or(chars.len(), |n| at + n)
 }
 
 /// Block comments nest.
@@ -77,14 +80,22 @@ fn raw_string_end(chars: &[char], start: usize) -> Option<usize> {
     if chars.get(open) != Some(&'"') {
         return None;
     }
-    let closes = |at: &usize| chars[*at] == '"' && chars[at + 1..].iter().take_while(|&&c| c == '#').count() >= hashes;
-    Some((open + 1..chars.len()).find(closes).map_or(chars.len(), |at| at + 1 + hashes))
+    let closes = |at: &usize| {
+        chars[*at] == '"' && chars[at + 1..].iter().take_while(|&&c| c == '#').count() >= hashes
+    };
+    Some(
+        (open + 1..chars.len())
+            .find(closes)
+            .map_or(chars.len(), |at| at + 1 + hashes),
+    )
 }
 
 /// Past the end of `'x'` or `'\n'`; `None` for a lifetime.
 fn character_end(chars: &[char], start: usize) -> Option<usize> {
     if next(chars, start)? == '\\' {
-        return (start + 3..chars.len()).find(|&at| chars[at] == '\'').map(|at| at + 1);
+        return (start + 3..chars.len())
+            .find(|&at| chars[at] == '\'')
+            .map(|at| at + 1);
     }
     (chars.get(start + 2) == Some(&'\'')).then_some(start + 3)
 }
@@ -96,10 +107,18 @@ pub fn without_tests(code: &str) -> String {
     while let Some(start) = rest.find("#[cfg(") {
         let (before, item) = rest.split_at(start);
         let condition = item.find(']').map_or(item.len(), |n| n + 1);
-        let of_tests = has_word(&item[..condition], "test") && !item[..condition].contains("not(test)");
-        let (item, after) = item.split_at(if of_tests { item_end(item, condition) } else { condition });
+        let of_tests =
+            has_word(&item[..condition], "test") && !item[..condition].contains("not(test)");
+        let (item, after) = item.split_at(if of_tests {
+            item_end(item, condition)
+        } else {
+            condition
+        });
         out.push_str(before);
-        out.extend(item.chars().map(|c| if of_tests && c != '\n' { ' ' } else { c }));
+        out.extend(
+            item.chars()
+                .map(|c| if of_tests && c != '\n' { ' ' } else { c }),
+        );
         rest = after;
     }
     out + rest
@@ -128,7 +147,8 @@ fn item_end(text: &str, at: usize) -> usize {
 pub fn words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = (usize, &'a str)> {
     text.match_indices(word).filter_map(move |(at, _)| {
         let after = &text[at + word.len()..];
-        let before_ok = !text[..at].chars().next_back().is_some_and(is_word) || !word.starts_with(is_word);
+        let before_ok =
+            !text[..at].chars().next_back().is_some_and(is_word) || !word.starts_with(is_word);
         let after_ok = !after.chars().next().is_some_and(is_word) || !word.ends_with(is_word);
         (before_ok && after_ok).then(|| (line(text, at), after))
     })
@@ -148,7 +168,11 @@ pub fn line(text: &str, at: usize) -> usize {
 pub fn functions(code: &str) -> Vec<(String, usize, usize)> {
     let mut found = Vec::new();
     for (first, after) in words(code, "fn") {
-        let name: String = after.trim_start().chars().take_while(|&c| is_word(c)).collect();
+        let name: String = after
+            .trim_start()
+            .chars()
+            .take_while(|&c| is_word(c))
+            .collect();
         let end = item_end(after, 0);
         if !name.is_empty() && after[..end].ends_with('}') {
             found.push((name, first, after[..end].matches('\n').count() + 1));

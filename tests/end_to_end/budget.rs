@@ -24,14 +24,20 @@ fn assert_executed_as_planned(plan: &Value, report: &Value) {
     ];
     for key in keys {
         let (planned, executed) = (plan.pointer(key), report.pointer(key));
-        assert!(planned.is_some() && planned == executed, "{key}: planned {planned:?}, executed {executed:?}");
+        assert!(
+            planned.is_some() && planned == executed,
+            "{key}: planned {planned:?}, executed {executed:?}"
+        );
     }
 }
 
 /// Energy, carbon and FLOPs spent lie within their limits.
 fn assert_within(report: &Value) {
     for key in ["energy_j", "carbon_gco2e", "flops"] {
-        if let Some(limit) = report.pointer(&format!("/budget/limits/{key}")).and_then(Value::as_f64) {
+        if let Some(limit) = report
+            .pointer(&format!("/budget/limits/{key}"))
+            .and_then(Value::as_f64)
+        {
             let spent = number(report, &format!("/budget/spent/{key}"));
             assert!(spent <= limit, "{key}: {spent} of {limit}");
         }
@@ -50,8 +56,14 @@ fn run(lab: &Lab, out: &str, keys: &[String], reason: &str) -> Value {
     assert_eq!(lab.ledger(out), microjoules(&report["energy"]["total_j"]));
     // The last step's line carries the last validation loss, whether a checkpoint came between or not.
     let steps = lab.lines(&format!("{out}/steps.jsonl"));
-    assert_eq!(steps.last().unwrap()["val_loss"], report["training"]["val_loss_after"]);
-    assert_eq!(steps.len() as u64, report["training"]["steps"].as_u64().unwrap());
+    assert_eq!(
+        steps.last().unwrap()["val_loss"],
+        report["training"]["val_loss_after"]
+    );
+    assert_eq!(
+        steps.len() as u64,
+        report["training"]["steps"].as_u64().unwrap()
+    );
     report
 }
 
@@ -60,7 +72,12 @@ fn an_energy_budget_binds_to_the_microjoule() {
     let lab = Lab::new();
     let four = lab.plan(&set(&["train.steps=4"]));
     let exact = microjoules(&four["energy"]["total_j"]);
-    let with = |microjoules: u64| set(&["train.steps=50", &format!("budget.energy={} J", microjoules as f64 / 1e6)]);
+    let with = |microjoules: u64| {
+        set(&[
+            "train.steps=50",
+            &format!("budget.energy={} J", microjoules as f64 / 1e6),
+        ])
+    };
     let report = run(&lab, "exact", &with(exact), "budget:energy");
     // Room for four steps and what goes with them: four are done, and nothing is left.
     assert_eq!(report["training"]["steps"], 4);
@@ -72,11 +89,21 @@ fn an_energy_budget_binds_to_the_microjoule() {
     assert_eq!(lab.lines("less/steps.jsonl").len(), 3);
     // What the run left is whole.
     assert!(lab.adapter("less").len() > 8 * 1024);
-    let config: Value = serde_json::from_slice(&lab.read("less/adapter/adapter_config.json")).unwrap();
-    assert_eq!((config["r"].as_u64(), config["lora_alpha"].as_f64()), (Some(2), Some(6.0)));
-    for file in
-        ["recipe.toml", "plan.json", "report.json", "report.md", "emissions.csv", "adapter/README.md", "adapter/tokenizer.json"]
-    {
+    let config: Value =
+        serde_json::from_slice(&lab.read("less/adapter/adapter_config.json")).unwrap();
+    assert_eq!(
+        (config["r"].as_u64(), config["lora_alpha"].as_f64()),
+        (Some(2), Some(6.0))
+    );
+    for file in [
+        "recipe.toml",
+        "plan.json",
+        "report.json",
+        "report.md",
+        "emissions.csv",
+        "adapter/README.md",
+        "adapter/tokenizer.json",
+    ] {
         assert!(!lab.read(&format!("less/{file}")).is_empty(), "{file}");
     }
 }
@@ -87,35 +114,64 @@ fn a_report_holds_every_key_of_the_contract() {
     let report = lab.train("run", &set(&["train.steps=2", "budget.energy=5 Wh"]));
     let keys = [
         ("model", "id revision architecture parameters"),
-        ("adapter", "type r lora_alpha target_modules trainable_parameters"),
+        (
+            "adapter",
+            "type r lora_alpha target_modules trainable_parameters",
+        ),
         ("data", "examples tokens loss_tokens truncated dropped"),
-        ("training", "steps stop_reason val_loss_before val_loss_after train_loss_last tokens_per_second wall_s peak_rss_bytes"),
+        (
+            "training",
+            "steps stop_reason val_loss_before val_loss_after train_loss_last tokens_per_second wall_s peak_rss_bytes",
+        ),
         ("energy", "meter total_j by_phase meters flops bytes device"),
         ("energy/meters", "counted_j measured_j timed_j"),
         ("budget", "limits spent overshoot_j"),
         ("carbon", "gco2e grid gco2e_per_kwh pue"),
-        ("baselines/0", "kind label flops energy_j gco2e ratio source"),
+        (
+            "baselines/0",
+            "kind label flops energy_j gco2e ratio source",
+        ),
         ("environment", "version cpu threads os"),
     ];
     for (block, names) in keys {
         for name in names.split(' ') {
-            assert!(report.pointer(&format!("/{block}/{name}")).is_some(), "{block}.{name}");
+            assert!(
+                report.pointer(&format!("/{block}/{name}")).is_some(),
+                "{block}.{name}"
+            );
         }
     }
     let file: Value = serde_json::from_slice(&lab.read("run/report.json")).unwrap();
     assert_eq!(file, report);
     let line = &lab.lines("run/steps.jsonl")[0];
-    for name in ["step", "loss", "lr", "grad_norm", "tokens", "loss_tokens", "flops", "energy_j", "wall_s"] {
+    for name in [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "loss_tokens",
+        "flops",
+        "energy_j",
+        "wall_s",
+    ] {
         assert!(line.get(name).is_some(), "steps.jsonl: {name}");
     }
     // Before and after, by the same 3 records: the loss fell.
-    assert!(number(&report, "/training/val_loss_after") < number(&report, "/training/val_loss_before"));
+    assert!(
+        number(&report, "/training/val_loss_after") < number(&report, "/training/val_loss_before")
+    );
 }
 
 #[test]
 fn runs_that_end_by_steps_or_epochs_execute_their_plan() {
     let lab = Lab::new();
-    let every = set(&["train.steps=5", "train.eval_every=2", "train.save_every=3", "train.keep_best=false"]);
+    let every = set(&[
+        "train.steps=5",
+        "train.eval_every=2",
+        "train.save_every=3",
+        "train.keep_best=false",
+    ]);
     let report = run(&lab, "steps", &every, "steps");
     // Evaluations before, after 2 and 4, and at the end; validation losses stand in the steps' lines.
     let losses: Vec<u64> = lab
@@ -125,26 +181,54 @@ fn runs_that_end_by_steps_or_epochs_execute_their_plan() {
         .map(|l| l["step"].as_u64().unwrap())
         .collect();
     assert_eq!(losses, [2, 4, 5]);
-    assert!(lab.path("steps").join(word(&report, "/training/best/path")).is_dir());
+    assert!(
+        lab.path("steps")
+            .join(word(&report, "/training/best/path"))
+            .is_dir()
+    );
     // A quarter of 12 steps an epoch.
     lab.edit("steps = 4\n", "epochs = 0.25\n");
     let report = run(&lab, "epochs", &set(&["train.eval_every=1"]), "epochs");
-    assert_eq!((report["training"]["steps"].as_u64(), number(&report, "/training/epochs")), (Some(3), 0.25));
+    assert_eq!(
+        (
+            report["training"]["steps"].as_u64(),
+            number(&report, "/training/epochs")
+        ),
+        (Some(3), 0.25)
+    );
     lab.edit("r = 2\nlora_alpha = 6\n", "type = \"none\"\n");
     let report = run(&lab, "full", &[], "epochs");
-    assert_eq!(report["adapter"]["trainable_parameters"], report["model"]["parameters"]);
+    assert_eq!(
+        report["adapter"]["trainable_parameters"],
+        report["model"]["parameters"]
+    );
 }
 
 #[test]
 fn a_best_checkpoint_is_named_only_if_it_was_kept() {
     let lab = Lab::new();
     // The rate rises from 0 to far too much: the last loss is not the best, and without keep_best only it is saved.
-    let keys = ["train.steps=3", "train.warmup_steps=2", "train.learning_rate=0.5", "train.eval_every=1"];
+    let keys = [
+        "train.steps=3",
+        "train.warmup_steps=2",
+        "train.learning_rate=0.5",
+        "train.eval_every=1",
+    ];
     let report = lab.train("kept", &set(&keys));
     let best = word(&report, "/training/best/path");
-    assert!(best != "checkpoints/step-000003" && lab.path("kept").join(best).is_dir(), "{best}");
-    let report = lab.train("unkept", &set(&[&keys[..], &["train.keep_best=false"]].concat()));
-    assert!(report["training"].get("best").is_none_or(Value::is_null), "{}", report["training"]);
+    assert!(
+        best != "checkpoints/step-000003" && lab.path("kept").join(best).is_dir(),
+        "{best}"
+    );
+    let report = lab.train(
+        "unkept",
+        &set(&[&keys[..], &["train.keep_best=false"]].concat()),
+    );
+    assert!(
+        report["training"].get("best").is_none_or(Value::is_null),
+        "{}",
+        report["training"]
+    );
 }
 
 #[test]
@@ -152,25 +236,49 @@ fn carbon_and_flop_budgets_bind_where_the_plan_says() {
     let lab = Lab::new();
     let whole = lab.plan(&set(&["train.steps=6"]));
     let carbon = format!("budget.carbon={} g", 0.7 * number(&whole, "/carbon/gco2e"));
-    let report = run(&lab, "carbon", &set(&["train.steps=6", "train.eval_every=2", &carbon]), "budget:carbon");
+    let report = run(
+        &lab,
+        "carbon",
+        &set(&["train.steps=6", "train.eval_every=2", &carbon]),
+        "budget:carbon",
+    );
     assert!((1..6).contains(&report["training"]["steps"].as_u64().unwrap()));
     let flops = format!("budget.flops={}", 0.7 * number(&whole, "/energy/flops"));
-    let report = run(&lab, "flops", &set(&["train.steps=6", "train.save_every=1", &flops]), "budget:flops");
+    let report = run(
+        &lab,
+        "flops",
+        &set(&["train.steps=6", "train.save_every=1", &flops]),
+        "budget:flops",
+    );
     assert!((1..6).contains(&report["training"]["steps"].as_u64().unwrap()));
     // The rate follows what may be spent, not the six steps: after the last step that fits it is nearly at its end.
-    let rates: Vec<f64> = lab.lines("flops/steps.jsonl").iter().map(|line| number(line, "/lr")).collect();
+    let rates: Vec<f64> = lab
+        .lines("flops/steps.jsonl")
+        .iter()
+        .map(|line| number(line, "/lr"))
+        .collect();
     assert!(rates.is_sorted_by(|a, b| a > b), "{rates:?}");
     let steps = rates.len() as f64;
-    assert!(rates[rates.len() - 1] < 5e-3 * (1.0 - (steps - 1.0) / 6.0), "{rates:?}");
+    assert!(
+        rates[rates.len() - 1] < 5e-3 * (1.0 - (steps - 1.0) / 6.0),
+        "{rates:?}"
+    );
 }
 
 /// Keys of a random small run, and which counted budget at which part of the unlimited run.
 fn anything() -> impl Strategy<Value = (Vec<String>, Option<&'static str>, f64)> {
     let sizes = (1..4u32, 1..7u32, 1..4u32, 1..3u32, 0..4u32, 0..4u32);
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), 0..6usize);
-    let budget = (proptest::sample::select(vec![None, Some("energy"), Some("carbon"), Some("flops")]), 0.05..1.2f64);
+    let budget = (
+        proptest::sample::select(vec![None, Some("energy"), Some("carbon"), Some("flops")]),
+        0.05..1.2f64,
+    );
     (sizes, flags, budget).prop_map(
-        |((r, steps, rows, accumulated, eval, save), (best, packing, dropout, again), (kind, part))| {
+        |(
+            (r, steps, rows, accumulated, eval, save),
+            (best, packing, dropout, again),
+            (kind, part),
+        )| {
             let keys = set(&[
                 &format!("adapter.r={r}"),
                 &format!("train.steps={steps}"),
@@ -181,7 +289,10 @@ fn anything() -> impl Strategy<Value = (Vec<String>, Option<&'static str>, f64)>
                 &format!("train.keep_best={best}"),
                 &format!("data.packing={packing}"),
                 &format!("adapter.lora_dropout={}", if dropout { 0.1 } else { 0.0 }),
-                &format!("train.activation_checkpointing={}", ["never", "0", "1", "3", "4", "always"][again]),
+                &format!(
+                    "train.activation_checkpointing={}",
+                    ["never", "0", "1", "3", "4", "always"][again]
+                ),
             ]);
             (keys, kind, part)
         },
@@ -192,11 +303,18 @@ fn anything() -> impl Strategy<Value = (Vec<String>, Option<&'static str>, f64)>
 fn no_recipe_passes_a_counted_budget_or_leaves_its_plan() {
     let lab = Lab::new();
     lab.records("validation.jsonl", "recipes/quickstart/validation.jsonl", 1);
-    let config = Config { cases: 12, failure_persistence: None, max_shrink_iters: 8, ..Config::default() };
+    let config = Config {
+        cases: 12,
+        failure_persistence: None,
+        max_shrink_iters: 8,
+        ..Config::default()
+    };
     let (case, bound, refused) = (Cell::new(0), Cell::new(0), Cell::new(0));
     let mut runner = TestRunner::new_with_rng(
         config,
-        proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+        proptest::test_runner::TestRng::deterministic_rng(
+            proptest::test_runner::RngAlgorithm::ChaCha,
+        ),
     );
     let checked = runner.run(&anything(), |(mut keys, kind, part)| {
         case.set(case.get() + 1);
@@ -207,11 +325,18 @@ fn no_recipe_passes_a_counted_budget_or_leaves_its_plan() {
                 "carbon" => ("/carbon/gco2e", " g"),
                 _ => ("/energy/flops", ""),
             };
-            keys.push(format!("budget.{kind}={}{unit}", part * number(&free, pointer)));
+            keys.push(format!(
+                "budget.{kind}={}{unit}",
+                part * number(&free, pointer)
+            ));
         }
         let plan = lab.plan(&keys);
         let out = format!("run-{}", case.get());
-        let arguments = [&["train", "recipe.toml", "--out", &out, "--quiet"], &flags(&keys)[..]].concat();
+        let arguments = [
+            &["train", "recipe.toml", "--out", &out, "--quiet"],
+            &flags(&keys)[..],
+        ]
+        .concat();
         if plan["training"]["steps"] == 0 {
             let message = lab.refused(2, &arguments);
             says(&message, &["the budget cannot hold one step", "hint:"]);
@@ -222,10 +347,16 @@ fn no_recipe_passes_a_counted_budget_or_leaves_its_plan() {
         let report = lab.json(&arguments);
         assert_executed_as_planned(&plan, &report);
         assert_within(&report);
-        bound.set(bound.get() + usize::from(word(&report, "/training/stop_reason").starts_with("budget:")));
+        bound.set(
+            bound.get()
+                + usize::from(word(&report, "/training/stop_reason").starts_with("budget:")),
+        );
         Ok(())
     });
     checked.unwrap();
     // The cases are always the same: some of each kind are among them.
-    assert!(bound.get() > 0 && refused.get() > 0, "{bound:?} bound, {refused:?} refused of {case:?}");
+    assert!(
+        bound.get() > 0 && refused.get() > 0,
+        "{bound:?} bound, {refused:?} refused of {case:?}"
+    );
 }

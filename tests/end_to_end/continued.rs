@@ -5,10 +5,24 @@ use super::lab::{Lab, number, set};
 #[test]
 fn the_thread_count_changes_no_byte() {
     let lab = Lab::new();
-    let keys = set(&["train.steps=3", "adapter.lora_dropout=0.2", "train.micro_batch_size=4"]);
+    let keys = set(&[
+        "train.steps=3",
+        "adapter.lora_dropout=0.2",
+        "train.micro_batch_size=4",
+    ]);
     for threads in ["1", "2"] {
-        let arguments =
-            [&["train", "recipe.toml", "--quiet", "--threads", threads, "--out", threads], &super::lab::flags(&keys)[..]];
+        let arguments = [
+            &[
+                "train",
+                "recipe.toml",
+                "--quiet",
+                "--threads",
+                threads,
+                "--out",
+                threads,
+            ],
+            &super::lab::flags(&keys)[..],
+        ];
         let report = lab.json(&arguments.concat());
         assert_eq!(report["environment"]["threads"].to_string(), threads);
     }
@@ -29,15 +43,31 @@ fn one_micro_batch_of_eight_equals_eight_of_one() {
             &format!("train.gradient_accumulation_steps={times}"),
         ])
     };
-    let (wide, deep) = (lab.train("wide", &keys(8, 1)), lab.train("deep", &keys(1, 8)));
-    for (one, other) in lab.lines("wide/steps.jsonl").iter().zip(&lab.lines("deep/steps.jsonl")) {
+    let (wide, deep) = (
+        lab.train("wide", &keys(8, 1)),
+        lab.train("deep", &keys(1, 8)),
+    );
+    for (one, other) in lab
+        .lines("wide/steps.jsonl")
+        .iter()
+        .zip(&lab.lines("deep/steps.jsonl"))
+    {
         assert_eq!(one["loss_tokens"], other["loss_tokens"]);
-        let (loss, norm) =
-            (number(one, "/loss") - number(other, "/loss"), number(one, "/grad_norm") / number(other, "/grad_norm"));
-        assert!(loss.abs() < 1e-6 && (norm - 1.0).abs() < 1e-5, "step {}: loss by {loss}, norm by {norm}", one["step"]);
+        let (loss, norm) = (
+            number(one, "/loss") - number(other, "/loss"),
+            number(one, "/grad_norm") / number(other, "/grad_norm"),
+        );
+        assert!(
+            loss.abs() < 1e-6 && (norm - 1.0).abs() < 1e-5,
+            "step {}: loss by {loss}, norm by {norm}",
+            one["step"]
+        );
     }
     // Without dropout the losses are others: the masks do something.
-    let dry = lab.train("dry", &[keys(8, 1), set(&["adapter.lora_dropout=0.0"])].concat());
+    let dry = lab.train(
+        "dry",
+        &[keys(8, 1), set(&["adapter.lora_dropout=0.0"])].concat(),
+    );
     let last = |report| number(report, "/training/train_loss_last");
     assert!((last(&wide) - last(&dry)).abs() > 1e-4 && (last(&wide) - last(&deep)).abs() < 1e-6);
 }
@@ -46,13 +76,27 @@ fn one_micro_batch_of_eight_equals_eight_of_one() {
 fn recomputed_activations_change_no_loss() {
     let lab = Lab::new();
     for mode in ["always", "never", "1", "3"] {
-        lab.train(mode, &set(&["train.steps=3", "adapter.lora_dropout=0.2", &format!("train.activation_checkpointing={mode}")]));
+        lab.train(
+            mode,
+            &set(&[
+                "train.steps=3",
+                "adapter.lora_dropout=0.2",
+                &format!("train.activation_checkpointing={mode}"),
+            ]),
+        );
     }
-    let losses =
-        |run: &str| lab.lines(&format!("{run}/steps.jsonl")).iter().map(|line| number(line, "/loss")).collect::<Vec<_>>();
+    let losses = |run: &str| {
+        lab.lines(&format!("{run}/steps.jsonl"))
+            .iter()
+            .map(|line| number(line, "/loss"))
+            .collect::<Vec<_>>()
+    };
     for mode in ["always", "1", "3"] {
         assert_eq!(losses(mode), losses("never"), "{mode}");
-        assert!(lab.adapter(mode) == lab.adapter("never"), "the adapters of {mode} and never differ");
+        assert!(
+            lab.adapter(mode) == lab.adapter("never"),
+            "the adapters of {mode} and never differ"
+        );
     }
 }
 
@@ -65,16 +109,42 @@ fn a_merged_model_is_the_base_with_its_adapter() {
     let eval = |model: &[&str]| number(&lab.json(&[&["eval"], model, &data].concat()), "/loss");
     let base = eval(&["--model", "embedded:tiny"]);
     let adapted = eval(&["--model", "embedded:tiny", "--adapter", "run/adapter"]);
-    lab.json(&["merge", "--model", "embedded:tiny", "--adapter", "run/adapter", "--out", "merged", "--quiet"]);
+    lab.json(&[
+        "merge",
+        "--model",
+        "embedded:tiny",
+        "--adapter",
+        "run/adapter",
+        "--out",
+        "merged",
+        "--quiet",
+    ]);
     let merged = eval(&["--model", "./merged"]);
-    assert!((merged - adapted).abs() < 1e-5, "merged {merged}, with adapter {adapted}");
-    assert!((base - adapted).abs() > 0.05, "base {base}, with adapter {adapted}");
+    assert!(
+        (merged - adapted).abs() < 1e-5,
+        "merged {merged}, with adapter {adapted}"
+    );
+    assert!(
+        (base - adapted).abs() > 0.05,
+        "base {base}, with adapter {adapted}"
+    );
     // What eval says is what the run saw after its last step.
     let report = lab.json(&["report", "run"]);
     assert!((number(&report, "/training/val_loss_after") - adapted).abs() < 1e-6);
     assert!((number(&report, "/training/val_loss_before") - base).abs() < 1e-6);
     // A second merge does not overwrite the first.
-    let message = lab.refused(2, &["merge", "--model", "embedded:tiny", "--adapter", "run/adapter", "--out", "merged"]);
+    let message = lab.refused(
+        2,
+        &[
+            "merge",
+            "--model",
+            "embedded:tiny",
+            "--adapter",
+            "run/adapter",
+            "--out",
+            "merged",
+        ],
+    );
     super::lab::says(&message, &["merged"]);
 }
 
@@ -84,8 +154,25 @@ fn an_untrained_adapter_changes_nothing() {
     // One step of warm-up: the first rate is 0, so B stays 0.
     lab.train("run", &set(&["train.steps=1", "train.warmup_steps=1"]));
     assert_eq!(number(&lab.lines("run/steps.jsonl")[0], "/lr"), 0.0);
-    let eval = |model: &[&str]| lab.json(&[&["eval", "--data", "validation.jsonl", "--model", "embedded:tiny"], model].concat());
-    assert_eq!(eval(&[])["loss"], eval(&["--adapter", "run/adapter"])["loss"]);
+    let eval = |model: &[&str]| {
+        lab.json(
+            &[
+                &[
+                    "eval",
+                    "--data",
+                    "validation.jsonl",
+                    "--model",
+                    "embedded:tiny",
+                ],
+                model,
+            ]
+            .concat(),
+        )
+    };
+    assert_eq!(
+        eval(&[])["loss"],
+        eval(&["--adapter", "run/adapter"])["loss"]
+    );
 }
 
 #[test]
@@ -95,8 +182,29 @@ fn an_adapter_can_be_continued() {
     lab.edit("r = 2\nlora_alpha = 6\n", "init_from = \"first/adapter\"\n");
     let second = lab.train("second", &[]);
     assert_eq!(second["adapter"], first["adapter"]);
-    assert!((number(&second, "/training/val_loss_before") - number(&first, "/training/val_loss_after")).abs() < 1e-6);
+    assert!(
+        (number(&second, "/training/val_loss_before") - number(&first, "/training/val_loss_after"))
+            .abs()
+            < 1e-6
+    );
     // What the adapter holds cannot be contradicted.
-    let message = lab.refused(2, &["train", "recipe.toml", "--set", "adapter.r=5", "--out", "third"]);
-    super::lab::says(&message, &["`adapter.r` contradicts", "the adapter holds 2", "leave `r` out"]);
+    let message = lab.refused(
+        2,
+        &[
+            "train",
+            "recipe.toml",
+            "--set",
+            "adapter.r=5",
+            "--out",
+            "third",
+        ],
+    );
+    super::lab::says(
+        &message,
+        &[
+            "`adapter.r` contradicts",
+            "the adapter holds 2",
+            "leave `r` out",
+        ],
+    );
 }

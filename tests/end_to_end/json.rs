@@ -8,16 +8,42 @@ fn every_command_prints_one_document_and_can_be_quiet() {
     let short = ["--set", "train.steps=1"];
     let model = ["--model", "embedded:tiny"];
     let commands: Vec<(Vec<&str>, &[&str])> = vec![
-        ([&["train", "recipe.toml", "--out", "one"], &short[..]].concat(), &["training", "energy", "budget"]),
-        ([&["train", "recipe.toml", "--out", "two"], &short[..]].concat(), &["carbon"]),
-        ([&["plan", "recipe.toml"], &short[..]].concat(), &["memory", "forecast", "training"]),
+        (
+            [&["train", "recipe.toml", "--out", "one"], &short[..]].concat(),
+            &["training", "energy", "budget"],
+        ),
+        (
+            [&["train", "recipe.toml", "--out", "two"], &short[..]].concat(),
+            &["carbon"],
+        ),
+        (
+            [&["plan", "recipe.toml"], &short[..]].concat(),
+            &["memory", "forecast", "training"],
+        ),
         (
             [&["eval", "--data", "validation.jsonl"], &model[..]].concat(),
             &["loss", "perplexity", "tokens", "loss_tokens", "examples"],
         ),
-        ([&["generate", "--prompt", "Once", "--max-new-tokens", "2"], &model[..]].concat(), &["prompt_tokens", "tokens", "text"]),
-        ([&["merge", "--adapter", "one/adapter", "--out", "merged"], &model[..]].concat(), &["out", "merged"]),
-        (vec!["report", "one"], &["model", "baselines", "environment"]),
+        (
+            [
+                &["generate", "--prompt", "Once", "--max-new-tokens", "2"],
+                &model[..],
+            ]
+            .concat(),
+            &["prompt_tokens", "tokens", "text"],
+        ),
+        (
+            [
+                &["merge", "--adapter", "one/adapter", "--out", "merged"],
+                &model[..],
+            ]
+            .concat(),
+            &["out", "merged"],
+        ),
+        (
+            vec!["report", "one"],
+            &["model", "baselines", "environment"],
+        ),
         (vec!["compare", "one", "two"], &[]),
         (vec!["devices"], &["here", "profiles", "sensors"]),
         (vec!["recipe", "init", "new.toml"], &["written"]),
@@ -26,9 +52,18 @@ fn every_command_prints_one_document_and_can_be_quiet() {
     ];
     for (arguments, keys) in commands {
         let output = lab.output(&[&arguments[..], &["--json", "--quiet"]].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        assert!(output.stderr.is_empty(), "{arguments:?} is not quiet: {}", String::from_utf8_lossy(&output.stderr));
-        let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{arguments:?}: {e}"));
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        assert!(
+            output.stderr.is_empty(),
+            "{arguments:?} is not quiet: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let document: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{arguments:?}: {e}"));
         for key in keys {
             assert!(document.get(key).is_some(), "{arguments:?}: no `{key}`");
         }
@@ -38,12 +73,16 @@ fn every_command_prints_one_document_and_can_be_quiet() {
 #[test]
 fn a_refusal_keeps_standard_output_empty() {
     let lab = Lab::new();
-    for arguments in
-        [&["train", "absent.toml", "--json"][..], &["plan", "absent.toml", "--json"], &["report", "absent", "--json"]]
-    {
+    for arguments in [
+        &["train", "absent.toml", "--json"][..],
+        &["plan", "absent.toml", "--json"],
+        &["report", "absent", "--json"],
+    ] {
         let output = lab.output(arguments);
         assert!(
-            output.status.code() == Some(2) && output.stdout.is_empty() && output.stderr.starts_with(b"error: "),
+            output.status.code() == Some(2)
+                && output.stdout.is_empty()
+                && output.stderr.starts_with(b"error: "),
             "{arguments:?}"
         );
     }

@@ -61,7 +61,8 @@ impl Lab {
 
     /// The first `count` lines of a file of the checkout (or an absolute path).
     pub fn records(&self, name: &str, from: impl AsRef<Path>, count: usize) {
-        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(from)).unwrap();
+        let text =
+            std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(from)).unwrap();
         let lines: Vec<&str> = text.lines().take(count).collect();
         assert_eq!(lines.len(), count);
         self.write(name, &(lines.join("\n") + "\n"));
@@ -70,11 +71,13 @@ impl Lab {
     /// The program in this folder.
     pub fn wattune(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wattune"));
+        command.args(arguments).current_dir(self.0.path()).env(
+            "WATTUNE_CACHE",
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"),
+        );
         command
-            .args(arguments)
-            .current_dir(self.0.path())
-            .env("WATTUNE_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"));
-        command.env("HF_HUB_OFFLINE", "1").env_remove("RAYON_NUM_THREADS");
+            .env("HF_HUB_OFFLINE", "1")
+            .env_remove("RAYON_NUM_THREADS");
         command
     }
 
@@ -86,13 +89,24 @@ impl Lab {
     /// Runs a command that must succeed and print one JSON document and nothing else.
     pub fn json(&self, arguments: &[&str]) -> Value {
         let output = self.output(&[arguments, &["--json"]].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{arguments:?} printed no single JSON document: {e}"))
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|e| panic!("{arguments:?} printed no single JSON document: {e}"))
     }
 
     /// Trains the recipe with these keys set; returns the report.
     pub fn train(&self, out: &str, set: &[String]) -> Value {
-        self.json(&[&["train", "recipe.toml", "--out", out, "--quiet"], &flags(set)[..]].concat())
+        self.json(
+            &[
+                &["train", "recipe.toml", "--out", out, "--quiet"],
+                &flags(set)[..],
+            ]
+            .concat(),
+        )
     }
 
     /// Plans the recipe with these keys set.
@@ -104,7 +118,11 @@ impl Lab {
     pub fn refused(&self, status: i32, arguments: &[&str]) -> String {
         let output = self.output(arguments);
         let message = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(status), "{arguments:?}: {message}");
+        assert_eq!(
+            output.status.code(),
+            Some(status),
+            "{arguments:?}: {message}"
+        );
         message
     }
 
@@ -120,7 +138,10 @@ impl Lab {
     pub fn lines(&self, name: &str) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path(name)).unwrap_or_default();
         let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
-        whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        whole
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
     }
 
     /// What each step of a run learned: everything in steps.jsonl but the clock and its meter.
@@ -137,13 +158,19 @@ impl Lab {
     /// Counted microjoules of every entry in a run's ledger.
     pub fn ledger(&self, run: &str) -> u64 {
         let entries = self.lines(&format!("{run}/ledger.jsonl"));
-        entries.iter().filter_map(|line| line.pointer("/energy_j/counted")).map(microjoules).sum()
+        entries
+            .iter()
+            .filter_map(|line| line.pointer("/energy_j/counted"))
+            .map(microjoules)
+            .sum()
     }
 }
 
 /// `--set` for each.
 pub fn flags(set: &[String]) -> Vec<&str> {
-    set.iter().flat_map(|pair| ["--set", pair.as_str()]).collect()
+    set.iter()
+        .flat_map(|pair| ["--set", pair.as_str()])
+        .collect()
 }
 
 /// `["a=1"]` as `--set` takes it.
@@ -152,11 +179,17 @@ pub fn set(pairs: &[&str]) -> Vec<String> {
 }
 
 pub fn number(value: &Value, pointer: &str) -> f64 {
-    value.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("no number at {pointer}"))
+    value
+        .pointer(pointer)
+        .and_then(Value::as_f64)
+        .unwrap_or_else(|| panic!("no number at {pointer}"))
 }
 
 pub fn word<'a>(value: &'a Value, pointer: &str) -> &'a str {
-    value.pointer(pointer).and_then(Value::as_str).unwrap_or_else(|| panic!("no word at {pointer}"))
+    value
+        .pointer(pointer)
+        .and_then(Value::as_str)
+        .unwrap_or_else(|| panic!("no word at {pointer}"))
 }
 
 /// Joules as whole microjoules.

@@ -16,31 +16,50 @@ fn large_model(lab: &Lab) -> u64 {
         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
         "torch_dtype": "bfloat16",
     });
-    let words: serde_json::Map<String, serde_json::Value> =
-        ["</s>", "a", "b", "c", "d"].into_iter().enumerate().map(|(id, word)| (word.to_string(), id.into())).collect();
+    let words: serde_json::Map<String, serde_json::Value> = ["</s>", "a", "b", "c", "d"]
+        .into_iter()
+        .enumerate()
+        .map(|(id, word)| (word.to_string(), id.into()))
+        .collect();
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": { "type": "WhitespaceSplit" }, "post_processor": null, "decoder": null,
         "model": { "type": "WordLevel", "unk_token": "</s>", "vocab": words },
     });
-    let mut tensors =
-        vec![("model.embed_tokens.weight".to_string(), vec![vocab, hidden]), ("model.norm.weight".to_string(), vec![hidden])];
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_string(), vec![vocab, hidden]),
+        ("model.norm.weight".to_string(), vec![hidden]),
+    ];
     for layer in 0..layers {
-        let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| (name, vec![hidden]));
-        let square = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"];
+        let norms =
+            ["input_layernorm", "post_attention_layernorm"].map(|name| (name, vec![hidden]));
+        let square = [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+        ];
         let mlp = [
             ("mlp.gate_proj", vec![inner, hidden]),
             ("mlp.up_proj", vec![inner, hidden]),
             ("mlp.down_proj", vec![hidden, inner]),
         ];
-        let all = norms.into_iter().chain(square.map(|name| (name, vec![hidden, hidden]))).chain(mlp);
-        tensors.extend(all.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)));
+        let all = norms
+            .into_iter()
+            .chain(square.map(|name| (name, vec![hidden, hidden])))
+            .chain(mlp);
+        tensors.extend(
+            all.map(|(name, shape)| (format!("model.layers.{layer}.{name}.weight"), shape)),
+        );
     }
     let (mut header, mut end) = (serde_json::Map::new(), 0);
     for (name, shape) in tensors {
         let start = end;
         end += 2 * shape.iter().product::<u64>();
-        header.insert(name, json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }));
+        header.insert(
+            name,
+            json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }),
+        );
     }
     let header = serde_json::to_vec(&header).unwrap();
     std::fs::create_dir(lab.path("model")).unwrap();
@@ -48,7 +67,8 @@ fn large_model(lab: &Lab) -> u64 {
     lab.write("model/tokenizer.json", &tokenizer.to_string());
     lab.write("model/tokenizer_config.json", "{\"eos_token\": \"</s>\"}");
     let mut file = File::create(lab.path("model/model.safetensors")).unwrap();
-    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes())
+        .unwrap();
     file.write_all(&header).unwrap();
     file.set_len(8 + header.len() as u64 + end).unwrap();
     end
@@ -71,8 +91,18 @@ fn the_peak_is_what_was_forecast() {
             "train.micro_batch_size=1",
         ];
         let report = lab.train(dtype, &set(&keys));
-        let (peak, forecast) = (number(&report, "/training/peak_rss_bytes"), number(&report, "/memory/peak_bytes"));
-        assert_eq!(number(&report, "/memory/weights"), bf16 as f64, "{dtype}: what is stored in bf16 stays so");
-        assert!((peak / forecast - 1.0).abs() < 0.25, "{dtype}: {peak} bytes at the peak, {forecast} forecast");
+        let (peak, forecast) = (
+            number(&report, "/training/peak_rss_bytes"),
+            number(&report, "/memory/peak_bytes"),
+        );
+        assert_eq!(
+            number(&report, "/memory/weights"),
+            bf16 as f64,
+            "{dtype}: what is stored in bf16 stays so"
+        );
+        assert!(
+            (peak / forecast - 1.0).abs() < 0.25,
+            "{dtype}: {peak} bytes at the peak, {forecast} forecast"
+        );
     }
 }

@@ -6,7 +6,10 @@ use super::lab::{Lab, says, word};
 
 fn train<'a>(set: &'a [&'a str]) -> Vec<&'a str> {
     let flags = set.iter().flat_map(|pair| ["--set", *pair]);
-    ["train", "recipe.toml", "--out", "run"].into_iter().chain(flags).collect()
+    ["train", "recipe.toml", "--out", "run"]
+        .into_iter()
+        .chain(flags)
+        .collect()
 }
 
 #[test]
@@ -14,22 +17,58 @@ fn preflight_refuses_with_status_2_and_leaves_nothing() {
     let lab = Lab::new();
     let cases: [(&[&str], &[&str]); 13] = [
         (&["data.train=absent.jsonl"], &["absent.jsonl", "hint:"]),
-        (&["adapter.target_modules=[\"q_prj\"]"], &["q_prj", "q_proj", "down_proj"]),
-        (&["budget.energy=1 uJ"], &["the budget cannot hold one step", "budget.energy", "hint: raise the budget"]),
-        (&["budget.flops=1000"], &["the budget cannot hold one step", "budget.flops"]),
-        (&["model.dtype=f16"], &["f16 cannot be computed in on a CPU", "bf16"]),
-        (&["energy.device=raspbery-pi-5"], &["raspbery-pi-5", "raspberry-pi-5"]),
+        (
+            &["adapter.target_modules=[\"q_prj\"]"],
+            &["q_prj", "q_proj", "down_proj"],
+        ),
+        (
+            &["budget.energy=1 uJ"],
+            &[
+                "the budget cannot hold one step",
+                "budget.energy",
+                "hint: raise the budget",
+            ],
+        ),
+        (
+            &["budget.flops=1000"],
+            &["the budget cannot hold one step", "budget.flops"],
+        ),
+        (
+            &["model.dtype=f16"],
+            &["f16 cannot be computed in on a CPU", "bf16"],
+        ),
+        (
+            &["energy.device=raspbery-pi-5"],
+            &["raspbery-pi-5", "raspberry-pi-5"],
+        ),
         (&["energy.grid=Germny"], &["Germny", "hint:"]),
-        (&["energy.meter=measured", "energy.device=raspberry-pi-5"], &["energy cannot be measured here", "meter = \"counted\""]),
+        (
+            &["energy.meter=measured", "energy.device=raspberry-pi-5"],
+            &["energy cannot be measured here", "meter = \"counted\""],
+        ),
         (&["model.id=./absent"], &["absent", "hint:"]),
-        (&["model.id=embedded:huge"], &["embedded:huge", "embedded:tiny"]),
-        (&["data.max_length=4096"], &["max_position_embeddings = 512", "max_length = 512"]),
-        (&["model.init=random"], &["an adapter cannot be trained on random weights", "type = \"none\""]),
+        (
+            &["model.id=embedded:huge"],
+            &["embedded:huge", "embedded:tiny"],
+        ),
+        (
+            &["data.max_length=4096"],
+            &["max_position_embeddings = 512", "max_length = 512"],
+        ),
+        (
+            &["model.init=random"],
+            &[
+                "an adapter cannot be trained on random weights",
+                "type = \"none\"",
+            ],
+        ),
         (&["train.stepz=3"], &["stepz", "steps"]),
     ];
     for (set, texts) in cases {
         // A machine that can measure refuses nothing there.
-        if set[0] == "energy.meter=measured" && lab.json(&["devices"])["sensors"][0]["available"] == true {
+        if set[0] == "energy.meter=measured"
+            && lab.json(&["devices"])["sensors"][0]["available"] == true
+        {
             continue;
         }
         says(&lab.refused(2, &train(set)), texts);
@@ -41,9 +80,18 @@ fn preflight_refuses_with_status_2_and_leaves_nothing() {
 fn a_recipe_is_refused_by_line() {
     let lab = Lab::new();
     lab.edit("steps = 4", "stepz = 4");
-    says(&lab.refused(2, &["train", "recipe.toml"]), &["line 16", "column 1", "stepz", "steps"]);
-    says(&lab.refused(2, &["recipe", "check", "recipe.toml"]), &["line 16"]);
-    says(&lab.refused(2, &["plan", "absent.toml"]), &["absent.toml", "hint:"]);
+    says(
+        &lab.refused(2, &["train", "recipe.toml"]),
+        &["line 16", "column 1", "stepz", "steps"],
+    );
+    says(
+        &lab.refused(2, &["recipe", "check", "recipe.toml"]),
+        &["line 16"],
+    );
+    says(
+        &lab.refused(2, &["plan", "absent.toml"]),
+        &["absent.toml", "hint:"],
+    );
 }
 
 #[test]
@@ -51,14 +99,31 @@ fn devices_that_are_not_there_are_named() {
     let lab = Lab::new();
     says(
         &lab.refused(2, &["train", "recipe.toml", "--device", "gpu"]),
-        &["there is no such device", "gpu", "cpu, cuda, cuda:N, metal, metal:N or auto", "--device cpu"],
+        &[
+            "there is no such device",
+            "gpu",
+            "cpu, cuda, cuda:N, metal, metal:N or auto",
+            "--device cpu",
+        ],
     );
-    says(&lab.refused(2, &["train", "recipe.toml", "--device", "cpu:3"]), &["there is no such device", "cpu:3"]);
+    says(
+        &lab.refused(2, &["train", "recipe.toml", "--device", "cpu:3"]),
+        &["there is no such device", "cpu:3"],
+    );
     if !cfg!(feature = "cuda") {
-        says(&lab.refused(2, &["train", "recipe.toml", "--device", "cuda"]), &["no cuda support", "--features cuda"]);
+        says(
+            &lab.refused(2, &["train", "recipe.toml", "--device", "cuda"]),
+            &["no cuda support", "--features cuda"],
+        );
     }
-    says(&lab.refused(2, &["train", "recipe.toml", "--threads", "0"]), &["--threads"]);
-    says(&lab.refused(2, &["train", "recipe.toml", "--threads", "99999"]), &["99999", "at most 16 for each", "--threads "]);
+    says(
+        &lab.refused(2, &["train", "recipe.toml", "--threads", "0"]),
+        &["--threads"],
+    );
+    says(
+        &lab.refused(2, &["train", "recipe.toml", "--threads", "99999"]),
+        &["99999", "at most 16 for each", "--threads "],
+    );
     says(&lab.refused(2, &["train"]), &["RECIPE"]);
 }
 
@@ -67,7 +132,14 @@ fn a_run_is_never_overwritten() {
     let lab = Lab::new();
     lab.train("run", &["train.steps=1".to_string()]);
     let before = lab.read("run/report.json");
-    says(&lab.refused(2, &train(&[])), &["the run directory exists already", "--out DIR", "--resume run"]);
+    says(
+        &lab.refused(2, &train(&[])),
+        &[
+            "the run directory exists already",
+            "--out DIR",
+            "--resume run",
+        ],
+    );
     assert_eq!(lab.read("run/report.json"), before);
 }
 
@@ -78,17 +150,39 @@ fn a_bad_record_stops_by_file_and_line_or_is_counted() {
     let mut lines: Vec<&str> = records.lines().collect();
     lines.insert(4, "{\"prompt\": \"half a rec");
     lab.write("train.jsonl", &(lines.join("\n") + "\n"));
-    says(&lab.refused(2, &train(&[])), &["train.jsonl", "line 5", "on_bad_record"]);
-    let report = lab.train("run", &super::lab::set(&["data.on_bad_record=skip", "train.steps=1"]));
-    assert_eq!((report["data"]["skipped"].as_u64(), report["data"]["examples"].as_u64()), (Some(1), Some(24)));
-    assert!(report["warnings"].to_string().contains("1 of 25 training records could not be read and were skipped"));
+    says(
+        &lab.refused(2, &train(&[])),
+        &["train.jsonl", "line 5", "on_bad_record"],
+    );
+    let report = lab.train(
+        "run",
+        &super::lab::set(&["data.on_bad_record=skip", "train.steps=1"]),
+    );
+    assert_eq!(
+        (
+            report["data"]["skipped"].as_u64(),
+            report["data"]["examples"].as_u64()
+        ),
+        (Some(1), Some(24))
+    );
+    assert!(
+        report["warnings"]
+            .to_string()
+            .contains("1 of 25 training records could not be read and were skipped")
+    );
 }
 
 #[test]
 fn a_diverged_run_fails_and_keeps_its_last_good_checkpoint() {
     let lab = Lab::new();
     // The rate rises from 0: the first step is harmless and saved; after the second every value is near 1e30.
-    let set = ["train.learning_rate=1e30", "train.warmup_steps=1", "train.steps=6", "train.save_every=1", "train.eval_every=1"];
+    let set = [
+        "train.learning_rate=1e30",
+        "train.warmup_steps=1",
+        "train.steps=6",
+        "train.save_every=1",
+        "train.eval_every=1",
+    ];
     let output = lab.output(&[&train(&set)[..], &["--json"]].concat());
     let message = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{message}");
@@ -99,23 +193,50 @@ fn a_diverged_run_fails_and_keeps_its_last_good_checkpoint() {
     assert_eq!(file, report);
     // What was learned until then is there; what came after is nowhere.
     assert!(
-        report["warnings"].to_string().contains("the last checkpoint is `checkpoints/step-000001`"),
+        report["warnings"]
+            .to_string()
+            .contains("the last checkpoint is `checkpoints/step-000001`"),
         "{}",
         report["warnings"]
     );
-    let checkpoints: Vec<_> = std::fs::read_dir(lab.path("run/checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let checkpoints: Vec<_> = std::fs::read_dir(lab.path("run/checkpoints"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
     assert_eq!(checkpoints, ["step-000001"]);
     assert!(!lab.path("run/adapter").exists());
-    let good =
-        lab.json(&["eval", "--model", "embedded:tiny", "--adapter", "run/checkpoints/step-000001", "--data", "validation.jsonl"]);
+    let good = lab.json(&[
+        "eval",
+        "--model",
+        "embedded:tiny",
+        "--adapter",
+        "run/checkpoints/step-000001",
+        "--data",
+        "validation.jsonl",
+    ]);
     assert_eq!(good["loss"], report["training"]["val_loss_before"]);
 }
 
 #[test]
 fn an_evaluation_of_nothing_is_refused() {
     let lab = Lab::new();
-    let eval = ["eval", "--model", "embedded:tiny", "--data", "validation.jsonl"];
-    says(&lab.refused(2, &[&eval[..], &["--limit", "0"]].concat()), &["nothing to evaluate", "--limit"]);
-    says(&lab.refused(2, &[&eval[..], &["--micro-batch-size", "0"]].concat()), &["at least 1"]);
-    says(&lab.refused(2, &[&eval[..], &["--format", "prose"]].concat()), &["prose", "completion"]);
+    let eval = [
+        "eval",
+        "--model",
+        "embedded:tiny",
+        "--data",
+        "validation.jsonl",
+    ];
+    says(
+        &lab.refused(2, &[&eval[..], &["--limit", "0"]].concat()),
+        &["nothing to evaluate", "--limit"],
+    );
+    says(
+        &lab.refused(2, &[&eval[..], &["--micro-batch-size", "0"]].concat()),
+        &["at least 1"],
+    );
+    says(
+        &lab.refused(2, &[&eval[..], &["--format", "prose"]].concat()),
+        &["prose", "completion"],
+    );
 }

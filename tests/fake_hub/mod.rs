@@ -28,20 +28,36 @@ pub struct Reply {
 
 impl Reply {
     pub fn new(status: u16, headers: &[(&'static str, &str)]) -> Self {
-        let headers = headers.iter().map(|(name, value)| (*name, value.to_string())).collect();
-        Self { status, headers, ..Self::default() }
+        let headers = headers
+            .iter()
+            .map(|(name, value)| (*name, value.to_string()))
+            .collect();
+        Self {
+            status,
+            headers,
+            ..Self::default()
+        }
     }
 
     pub fn body(self, body: &[u8]) -> Self {
-        Self { body: body.to_vec(), ..self }
+        Self {
+            body: body.to_vec(),
+            ..self
+        }
     }
 
     pub fn cut(self, at: usize) -> Self {
-        Self { cut: Some(at), ..self }
+        Self {
+            cut: Some(at),
+            ..self
+        }
     }
 
     pub fn ranged(self) -> Self {
-        Self { ranged: true, ..self }
+        Self {
+            ranged: true,
+            ..self
+        }
     }
 }
 
@@ -69,7 +85,10 @@ pub struct FakeHub {
 impl FakeHub {
     pub fn new() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let hub = Self { address: format!("http://{}", listener.local_addr().unwrap()), script: Arc::default() };
+        let hub = Self {
+            address: format!("http://{}", listener.local_addr().unwrap()),
+            script: Arc::default(),
+        };
         let script = hub.script.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -81,7 +100,11 @@ impl FakeHub {
     }
 
     pub fn on(&self, line: &str, replies: &[Reply]) {
-        self.script.lock().unwrap().replies.insert(line.to_string(), replies.to_vec());
+        self.script
+            .lock()
+            .unwrap()
+            .replies
+            .insert(line.to_string(), replies.to_vec());
     }
 
     /// The next reply to a line.
@@ -91,16 +114,28 @@ impl FakeHub {
 
     /// A repository with these files, all stored in git: served by the hub itself.
     pub fn repository(&self, plural: &str, files: &[(&str, &str)]) {
-        let siblings: Vec<String> = files.iter().map(|(name, _)| format!("{{\"rfilename\": \"{name}\"}}")).collect();
-        let listing = format!("{{\"sha\": \"{COMMIT}\", \"siblings\": [{}]}}", siblings.join(", "));
-        self.on(&format!("GET /api/{plural}/{ID}/revision/main"), &[Reply::new(200, &[]).body(listing.as_bytes())]);
-        files.iter().for_each(|(name, text)| self.small(plural, name, text));
+        let siblings: Vec<String> = files
+            .iter()
+            .map(|(name, _)| format!("{{\"rfilename\": \"{name}\"}}"))
+            .collect();
+        let listing = format!(
+            "{{\"sha\": \"{COMMIT}\", \"siblings\": [{}]}}",
+            siblings.join(", ")
+        );
+        self.on(
+            &format!("GET /api/{plural}/{ID}/revision/main"),
+            &[Reply::new(200, &[]).body(listing.as_bytes())],
+        );
+        files
+            .iter()
+            .for_each(|(name, text)| self.small(plural, name, text));
     }
 
     /// A file stored in git. The ETag stands for git's hash; the hub never sends one with a path in it.
     pub fn small(&self, plural: &str, name: &str, text: &str) {
         let etag = format!("\"git-{}\"", name.replace('/', "-"));
-        let reply = Reply::new(200, &[("ETag", &etag), ("X-Repo-Commit", COMMIT)]).body(text.as_bytes());
+        let reply =
+            Reply::new(200, &[("ETag", &etag), ("X-Repo-Commit", COMMIT)]).body(text.as_bytes());
         let path = path_of(plural, name);
         self.on(&format!("HEAD {path}"), std::slice::from_ref(&reply));
         self.on(&format!("GET {path}"), &[reply]);
@@ -110,8 +145,12 @@ impl FakeHub {
     pub fn large(&self, name: &str, bytes: &[u8], store: &FakeHub, replies: &[Reply]) {
         let (etag, size) = (format!("\"{}\"", sha256(bytes)), bytes.len().to_string());
         let location = format!("{}/store/{name}?signature=secret", store.address);
-        let headers =
-            [("Location", location.as_str()), ("X-Linked-Etag", &etag), ("X-Linked-Size", &size), ("X-Repo-Commit", COMMIT)];
+        let headers = [
+            ("Location", location.as_str()),
+            ("X-Linked-Etag", &etag),
+            ("X-Linked-Size", &size),
+            ("X-Repo-Commit", COMMIT),
+        ];
         let redirect = Reply::new(302, &headers).body(b"Found. Redirecting");
         let path = path_of("models", name);
         self.on(&format!("HEAD {path}"), std::slice::from_ref(&redirect));
@@ -133,7 +172,11 @@ impl FakeHub {
 }
 
 pub fn path_of(plural: &str, name: &str) -> String {
-    let prefix = if plural == "datasets" { "/datasets" } else { "" };
+    let prefix = if plural == "datasets" {
+        "/datasets"
+    } else {
+        ""
+    };
     format!("{prefix}/{ID}/resolve/{COMMIT}/{name}")
 }
 
@@ -142,11 +185,25 @@ fn answer(stream: TcpStream, script: &Mutex<Script>) {
     let mut text = String::new();
     while reader.read_line(&mut text).is_ok_and(|read| read > 2) {}
     let mut lines = text.lines();
-    let line = lines.next().unwrap_or_default().trim_end_matches(" HTTP/1.1").to_string();
-    let headers = lines.filter_map(|line| line.split_once(": ")).map(|(name, value)| (name.to_lowercase(), value.to_string()));
-    let asked = Asked { line: line.clone(), headers: headers.collect() };
-    let from =
-        asked.headers.get("range").and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+    let line = lines
+        .next()
+        .unwrap_or_default()
+        .trim_end_matches(" HTTP/1.1")
+        .to_string();
+    let headers = lines
+        .filter_map(|line| line.split_once(": "))
+        .map(|(name, value)| (name.to_lowercase(), value.to_string()));
+    let asked = Asked {
+        line: line.clone(),
+        headers: headers.collect(),
+    };
+    let from = asked.headers.get("range").and_then(|range| {
+        range
+            .strip_prefix("bytes=")?
+            .strip_suffix('-')?
+            .parse::<usize>()
+            .ok()
+    });
     let reply = {
         let mut script = script.lock().unwrap();
         script.asked.push(asked);
@@ -159,13 +216,26 @@ fn answer(stream: TcpStream, script: &Mutex<Script>) {
     let _ = send(stream, &line, reply, from);
 }
 
-fn send(mut stream: TcpStream, line: &str, mut reply: Reply, from: Option<usize>) -> std::io::Result<()> {
+fn send(
+    mut stream: TcpStream,
+    line: &str,
+    mut reply: Reply,
+    from: Option<usize>,
+) -> std::io::Result<()> {
     if let Some(from) = from.filter(|_| reply.ranged && reply.status == 200) {
-        reply.headers.push(("Content-Range", format!("bytes {from}-{}/{}", reply.body.len() - 1, reply.body.len())));
+        reply.headers.push((
+            "Content-Range",
+            format!("bytes {from}-{}/{}", reply.body.len() - 1, reply.body.len()),
+        ));
         reply.body.drain(..from);
         reply.status = 206;
     }
-    write!(stream, "HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n", reply.status, reply.body.len())?;
+    write!(
+        stream,
+        "HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n",
+        reply.status,
+        reply.body.len()
+    )?;
     for (name, value) in &reply.headers {
         write!(stream, "{name}: {value}\r\n")?;
     }
@@ -177,5 +247,8 @@ fn send(mut stream: TcpStream, line: &str, mut reply: Reply, from: Option<usize>
 }
 
 pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }

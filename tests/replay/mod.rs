@@ -57,7 +57,12 @@ impl Device {
             let state = self.state();
             (state.spent, state.resets)
         };
-        Box::new(Replay { device: self.clone(), last, resets, total: 0 })
+        Box::new(Replay {
+            device: self.clone(),
+            last,
+            resets,
+            total: 0,
+        })
     }
 }
 
@@ -90,14 +95,19 @@ impl Sensor for Replay {
 /// The folder of recorded traces, or `None` with a visible line that names the skipped test.
 pub fn traces(test: &str) -> Option<PathBuf> {
     let shared = match std::env::var_os("WATTUNE_ASSETS") {
-        Some(assets) => PathBuf::from(assets).parent().map(Path::to_path_buf).unwrap_or_default(),
+        Some(assets) => PathBuf::from(assets)
+            .parent()
+            .map(Path::to_path_buf)
+            .unwrap_or_default(),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
     };
     let folder = shared.join("facts/energy/zeus_traces");
     if folder.is_dir() {
         return Some(folder);
     }
-    eprintln!("skipped: {test} needs the Zeus power traces beside the assets folder (set WATTUNE_ASSETS)");
+    eprintln!(
+        "skipped: {test} needs the Zeus power traces beside the assets folder (set WATTUNE_ASSETS)"
+    );
     None
 }
 
@@ -106,13 +116,19 @@ pub fn epochs(folder: &Path, card: &str, job: &str) -> Vec<(Watts, Seconds)> {
     let path = folder.join(format!("summary_power_{card}.csv"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     assert!(
-        text.starts_with("dataset,network,batch_size,optimizer,power_limit,time_per_epoch,average_power"),
+        text.starts_with(
+            "dataset,network,batch_size,optimizer,power_limit,time_per_epoch,average_power"
+        ),
         "{}",
         path.display()
     );
     let row = |line: &str| {
-        let numbers: Vec<f64> =
-            line.strip_prefix(job)?.strip_prefix(',')?.split(',').map(|n| n.trim().parse().unwrap()).collect();
+        let numbers: Vec<f64> = line
+            .strip_prefix(job)?
+            .strip_prefix(',')?
+            .split(',')
+            .map(|n| n.trim().parse().unwrap())
+            .collect();
         Some((numbers[0], (Watts(numbers[2]), Seconds(numbers[1]))))
     };
     let mut rows: Vec<_> = text.lines().filter_map(row).collect();

@@ -18,7 +18,11 @@ pub struct Attributed {
 impl Attributed {
     /// `allowed` of `all` CPUs of what `sensor` shows; at least one of them, and no more than all.
     pub fn new(sensor: Box<dyn Sensor>, allowed: usize, all: usize) -> Attributed {
-        Attributed { sensor, allowed: allowed.clamp(1, all.max(1)), all: all.max(1) }
+        Attributed {
+            sensor,
+            allowed: allowed.clamp(1, all.max(1)),
+            all: all.max(1),
+        }
     }
 }
 
@@ -28,13 +32,22 @@ impl Sensor for Attributed {
     }
 
     fn read(&mut self) -> Result<MicroJoules, Gap> {
-        let share = |energy: MicroJoules| (u128::from(energy.0) * self.allowed as u128 / self.all as u128) as u64;
+        let share = |energy: MicroJoules| {
+            (u128::from(energy.0) * self.allowed as u128 / self.all as u128) as u64
+        };
         self.sensor.read().map(share).map(MicroJoules)
     }
 
     fn covers(&self) -> String {
-        let Attributed { sensor, allowed, all } = self;
-        format!("{}; attributed, not measured: the share of {allowed} of {all} CPUs", sensor.covers())
+        let Attributed {
+            sensor,
+            allowed,
+            all,
+        } = self;
+        format!(
+            "{}; attributed, not measured: the share of {allowed} of {all} CPUs",
+            sensor.covers()
+        )
     }
 
     fn device(&self) -> &str {
@@ -73,8 +86,14 @@ mod tests {
         assert_eq!(share.read(), Ok(MicroJoules(u64::MAX / 32)));
         assert_eq!(
             (share.name(), share.covers().as_str()),
-            ("rapl", "package-0; attributed, not measured: the share of 2 of 64 CPUs")
+            (
+                "rapl",
+                "package-0; attributed, not measured: the share of 2 of 64 CPUs"
+            )
         );
-        assert_eq!(Attributed::new(Box::new(Fixed(10)), 9, 4).read(), Ok(MicroJoules(10)));
+        assert_eq!(
+            Attributed::new(Box::new(Fixed(10)), 9, 4).read(),
+            Ok(MicroJoules(10))
+        );
     }
 }

@@ -26,7 +26,8 @@ impl Bounds {
 
     /// How long it may be left unread before it may wrap unseen; `None` for one that does not wrap.
     pub fn silence(&self) -> Option<Duration> {
-        self.range.map(|range| Duration::from_secs_f64(range as f64 / 1e6 / self.ceiling))
+        self.range
+            .map(|range| Duration::from_secs_f64(range as f64 / 1e6 / self.ceiling))
     }
 }
 
@@ -42,7 +43,12 @@ pub(super) struct Counter {
 
 impl Counter {
     pub fn new(bounds: Bounds, first: u64, at: Duration) -> Counter {
-        Counter { bounds, last: first, at, total: 0 }
+        Counter {
+            bounds,
+            last: first,
+            at,
+            total: 0,
+        }
     }
 
     pub fn bounds(&self) -> &Bounds {
@@ -59,8 +65,13 @@ impl Counter {
         self.at = at;
         if self.bounds.silence().is_some_and(|silence| since > silence) {
             // In whole seconds: gaps of one reason are added up.
-            let silence = if since.as_secs() == 0 { "under a second".to_string() } else { format!("{} s", since.as_secs()) };
-            let reason = format!("the counter was not read for {silence}: it may have wrapped around");
+            let silence = if since.as_secs() == 0 {
+                "under a second".to_string()
+            } else {
+                format!("{} s", since.as_secs())
+            };
+            let reason =
+                format!("the counter was not read for {silence}: it may have wrapped around");
             return Err(Gap::lost(reason));
         }
         let risen = match range {
@@ -97,7 +108,15 @@ mod tests {
 
     /// At most 20 W.
     fn counter(range: Option<u64>, first: u64) -> Counter {
-        Counter::new(Bounds { range, ceiling: 20.0, lag: Duration::from_millis(10) }, first, seconds(0))
+        Counter::new(
+            Bounds {
+                range,
+                ceiling: 20.0,
+                lag: Duration::from_millis(10),
+            },
+            first,
+            seconds(0),
+        )
     }
 
     #[test]
@@ -115,14 +134,26 @@ mod tests {
         assert!(wrapping.advance(1_000_000, seconds(1)).unwrap_err().lost);
         assert_eq!(wrapping.advance(3_000_000, seconds(2)), Ok(2_000_000));
         let mut unwrapping = counter(None, 50);
-        assert!(unwrapping.advance(1, seconds(1)).unwrap_err().reason.contains("reset"));
+        assert!(
+            unwrapping
+                .advance(1, seconds(1))
+                .unwrap_err()
+                .reason
+                .contains("reset")
+        );
     }
 
     #[test]
     fn a_rise_that_nothing_draws_is_not_believed() {
         // 40 J in a second at most 20 W: read wrongly, or reset and set. One J more after that is one J.
         let mut counter = counter(None, 0);
-        assert!(counter.advance(40_000_000, seconds(1)).unwrap_err().reason.contains("40 J in 1.0 s"));
+        assert!(
+            counter
+                .advance(40_000_000, seconds(1))
+                .unwrap_err()
+                .reason
+                .contains("40 J in 1.0 s")
+        );
         assert_eq!(counter.advance(41_000_000, seconds(2)), Ok(1_000_000));
         // What it lags behind may come at once: 0.2 J within 10 ms at 20 W.
         assert_eq!(counter.advance(41_200_000, seconds(2)), Ok(1_200_000));
@@ -133,7 +164,13 @@ mod tests {
         // 20 W for 6 s is 120 J: the 100 J counter may have gone round. It may be silent for 5 s.
         let mut counter = counter(Some(100_000_000), 0);
         assert_eq!(counter.bounds().silence(), Some(seconds(5)));
-        assert!(counter.advance(5_000_000, seconds(6)).unwrap_err().reason.contains("wrapped"));
+        assert!(
+            counter
+                .advance(5_000_000, seconds(6))
+                .unwrap_err()
+                .reason
+                .contains("wrapped")
+        );
         assert_eq!(counter.advance(6_000_000, seconds(7)), Ok(1_000_000));
     }
 }

@@ -61,12 +61,18 @@ pub struct Gap {
 impl Gap {
     /// A gap whose energy is lost.
     pub fn lost(reason: impl Into<String>) -> Gap {
-        Gap { reason: reason.into(), lost: true }
+        Gap {
+            reason: reason.into(),
+            lost: true,
+        }
     }
 
     /// A reading that failed; the counter went on.
     pub fn unread(reason: impl Into<String>) -> Gap {
-        Gap { reason: reason.into(), lost: false }
+        Gap {
+            reason: reason.into(),
+            lost: false,
+        }
     }
 }
 
@@ -104,7 +110,12 @@ pub struct Availability {
 
 impl Availability {
     fn absent(name: impl Into<String>, covers: &str, absent: Absent) -> Availability {
-        Availability { name: name.into(), covers: covers.to_string(), left_out: Vec::new(), state: State::Absent(absent) }
+        Availability {
+            name: name.into(),
+            covers: covers.to_string(),
+            left_out: Vec::new(),
+            state: State::Absent(absent),
+        }
     }
 }
 
@@ -130,7 +141,10 @@ mod tests {
     fn every_sensor_is_there_or_says_why_not() {
         for Availability { name, state, .. } in probe() {
             if let State::Absent(absent) = state {
-                assert!(!absent.reason.is_empty() && !absent.remedy.is_empty(), "{name}");
+                assert!(
+                    !absent.reason.is_empty() && !absent.remedy.is_empty(),
+                    "{name}"
+                );
             }
         }
     }

@@ -60,31 +60,63 @@ impl NvmlSensor {
             .map_err(|e| unknown_device(index, &e))?;
         let shared = Arc::clone(&nvml);
         let energy = Box::new(move || {
-            let energy = shared.device_by_index(index).and_then(|device| device.total_energy_consumption());
+            let energy = shared
+                .device_by_index(index)
+                .and_then(|device| device.total_energy_consumption());
             energy.map_err(|e| e.to_string())
         });
         let power = Box::new(move || {
-            let power = nvml.device_by_index(index).and_then(|device| device.power_usage());
+            let power = nvml
+                .device_by_index(index)
+                .and_then(|device| device.power_usage());
             power.map(u64::from).map_err(|e| e.to_string())
         });
         Self::start(index, title, uuid, energy, power)
     }
 
     /// The counter where the device has one, else its power.
-    fn start(index: u32, title: String, uuid: String, mut energy: Ask, mut power: Ask) -> Result<NvmlSensor, Absent> {
-        let bounds = Bounds { range: None, ceiling: CEILING_W, lag: LAG };
+    fn start(
+        index: u32,
+        title: String,
+        uuid: String,
+        mut energy: Ask,
+        mut power: Ask,
+    ) -> Result<NvmlSensor, Absent> {
+        let bounds = Bounds {
+            range: None,
+            ceiling: CEILING_W,
+            lag: LAG,
+        };
         let (ask, source) = match energy() {
-            Ok(first) => (energy, Source::Counter(Counter::new(bounds, first.saturating_mul(1000), Duration::ZERO))),
+            Ok(first) => (
+                energy,
+                Source::Counter(Counter::new(
+                    bounds,
+                    first.saturating_mul(1000),
+                    Duration::ZERO,
+                )),
+            ),
             Err(counter) => match power() {
-                Ok(first) => (power, Source::Power(Integral::new(first as f64 / 1000.0, Duration::ZERO))),
+                Ok(first) => (
+                    power,
+                    Source::Power(Integral::new(first as f64 / 1000.0, Duration::ZERO)),
+                ),
                 Err(power) => return Err(no_figure(index, &counter, &power)),
             },
         };
-        Ok(NvmlSensor { name: format!("nvml:{index}"), title, uuid, ask, source, opened: Instant::now() })
+        Ok(NvmlSensor {
+            name: format!("nvml:{index}"),
+            title,
+            uuid,
+            ask,
+            source,
+            opened: Instant::now(),
+        })
     }
 
     fn read_at(&mut self, since: Duration) -> Result<MicroJoules, Gap> {
-        let value = (self.ask)().map_err(|e| Gap::unread(format!("the driver gave no reading: {e}")))?;
+        let value =
+            (self.ask)().map_err(|e| Gap::unread(format!("the driver gave no reading: {e}")))?;
         let energy = match &mut self.source {
             Source::Counter(counter) => counter.advance(value.saturating_mul(1000), since),
             Source::Power(integral) => integral.advance(value as f64 / 1000.0, since),
@@ -123,21 +155,41 @@ impl Sensor for NvmlSensor {
 pub fn gpu_name(ordinal: u32) -> Result<String, Absent> {
     let nvml = driver()?;
     let index = locate(&nvml, ordinal)?;
-    nvml.device_by_index(index).and_then(|device| device.name()).map_err(|e| unknown_device(index, &e))
+    nvml.device_by_index(index)
+        .and_then(|device| device.name())
+        .map_err(|e| unknown_device(index, &e))
 }
 
 /// Every device of the driver, or the reason why there is none.
 pub(super) fn probe() -> Vec<Availability> {
-    let found = driver().and_then(|nvml| Ok((nvml.device_count().map_err(|e| no_driver(&e))?, Arc::new(nvml))));
+    let found = driver().and_then(|nvml| {
+        Ok((
+            nvml.device_count().map_err(|e| no_driver(&e))?,
+            Arc::new(nvml),
+        ))
+    });
     let (count, nvml) = match found {
         Ok(found) => found,
-        Err(absent) => return vec![Availability::absent("nvml", "NVIDIA graphics processors", absent)],
+        Err(absent) => {
+            return vec![Availability::absent(
+                "nvml",
+                "NVIDIA graphics processors",
+                absent,
+            )];
+        }
     };
     let each = |index| match NvmlSensor::of_driver(Arc::clone(&nvml), index) {
-        Ok(sensor) => {
-            Availability { name: sensor.name.clone(), covers: sensor.covers(), left_out: Vec::new(), state: State::Available }
-        }
-        Err(absent) => Availability::absent(format!("nvml:{index}"), "an NVIDIA graphics processor", absent),
+        Ok(sensor) => Availability {
+            name: sensor.name.clone(),
+            covers: sensor.covers(),
+            left_out: Vec::new(),
+            state: State::Available,
+        },
+        Err(absent) => Availability::absent(
+            format!("nvml:{index}"),
+            "an NVIDIA graphics processor",
+            absent,
+        ),
     };
     (0..count).map(each).collect()
 }
@@ -148,25 +200,39 @@ fn driver() -> Result<Nvml, Absent> {
 
 /// The driver's index of the card that the computing library calls by `ordinal`.
 fn locate(nvml: &Nvml, ordinal: u32) -> Result<u32, Absent> {
-    let wanted = wanted(ordinal, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref()).map_err(|reason| Absent {
+    let wanted = wanted(
+        ordinal,
+        std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref(),
+    )
+    .map_err(|reason| Absent {
         reason,
-        remedy: "`nvidia-smi -L` lists the devices; CUDA_VISIBLE_DEVICES takes their numbers or UUIDs".to_string(),
+        remedy:
+            "`nvidia-smi -L` lists the devices; CUDA_VISIBLE_DEVICES takes their numbers or UUIDs"
+                .to_string(),
     })?;
     let devices = || -> Result<Vec<(String, String)>, NvmlError> {
-        let each = |index| nvml.device_by_index(index).and_then(|device| Ok((device.uuid()?, device.name()?)));
+        let each = |index| {
+            nvml.device_by_index(index)
+                .and_then(|device| Ok((device.uuid()?, device.name()?)))
+        };
         (0..nvml.device_count()?).map(each).collect()
     };
     match wanted {
         Wanted::Uuid(start) => {
             let devices = devices().map_err(|e| no_driver(&e))?;
-            let found = devices.iter().position(|(uuid, _)| uuid.starts_with(&start));
+            let found = devices
+                .iter()
+                .position(|(uuid, _)| uuid.starts_with(&start));
             found.map(|index| index as u32).ok_or_else(|| Absent {
-                reason: format!("the driver knows no device `{start}`, which CUDA_VISIBLE_DEVICES names"),
+                reason: format!(
+                    "the driver knows no device `{start}`, which CUDA_VISIBLE_DEVICES names"
+                ),
                 remedy: "`nvidia-smi -L` lists the devices".to_string(),
             })
         }
         Wanted::Index(index) => {
-            let ordered = std::env::var("CUDA_DEVICE_ORDER").is_ok_and(|order| order == "PCI_BUS_ID");
+            let ordered =
+                std::env::var("CUDA_DEVICE_ORDER").is_ok_and(|order| order == "PCI_BUS_ID");
             let devices = devices().unwrap_or_default();
             if !ordered && devices.iter().any(|(_, name)| *name != devices[0].1) {
                 return Err(Absent {
@@ -207,22 +273,41 @@ mod tests {
 
     /// A device that answers with each of these in turn.
     fn answers(values: &[Result<u64, &str>]) -> Ask {
-        let mut values: Vec<_> = values.iter().map(|value| value.map_err(str::to_string)).rev().collect();
+        let mut values: Vec<_> = values
+            .iter()
+            .map(|value| value.map_err(str::to_string))
+            .rev()
+            .collect();
         Box::new(move || values.pop().unwrap_or(Err("asked too often".to_string())))
     }
 
-    fn sensor(energy: &[Result<u64, &str>], power: &[Result<u64, &str>]) -> Result<NvmlSensor, Absent> {
-        NvmlSensor::start(3, "NVIDIA Test".to_string(), "GPU-1".to_string(), answers(energy), answers(power))
+    fn sensor(
+        energy: &[Result<u64, &str>],
+        power: &[Result<u64, &str>],
+    ) -> Result<NvmlSensor, Absent> {
+        NvmlSensor::start(
+            3,
+            "NVIDIA Test".to_string(),
+            "GPU-1".to_string(),
+            answers(energy),
+            answers(power),
+        )
     }
 
     #[test]
     fn the_counter_is_used_where_there_is_one() {
         // Millijoules since the driver was loaded: 5 J went by.
         let mut volta = sensor(&[Ok(7_000), Ok(12_000), Err("busy"), Ok(12_500)], &[]).unwrap();
-        assert_eq!(volta.read_at(Duration::from_secs(1)), Ok(MicroJoules(5_000_000)));
+        assert_eq!(
+            volta.read_at(Duration::from_secs(1)),
+            Ok(MicroJoules(5_000_000))
+        );
         // What a failed reading missed is in the next one.
         assert!(!volta.read_at(Duration::from_secs(2)).unwrap_err().lost);
-        assert_eq!(volta.read_at(Duration::from_secs(3)), Ok(MicroJoules(5_500_000)));
+        assert_eq!(
+            volta.read_at(Duration::from_secs(3)),
+            Ok(MicroJoules(5_500_000))
+        );
         assert_eq!((volta.unread_at_most(), volta.device()), (None, "GPU-1"));
     }
 
@@ -230,22 +315,41 @@ mod tests {
     fn a_driver_that_was_loaded_anew_is_a_gap() {
         let mut sensor = sensor(&[Ok(9_000), Ok(10), Ok(20)], &[]).unwrap();
         assert!(sensor.read_at(Duration::from_secs(1)).unwrap_err().lost);
-        assert_eq!(sensor.read_at(Duration::from_secs(2)), Ok(MicroJoules(10_000)));
+        assert_eq!(
+            sensor.read_at(Duration::from_secs(2)),
+            Ok(MicroJoules(10_000))
+        );
     }
 
     #[test]
     fn an_older_card_has_its_power_integrated() {
         // 100 W, then 200 W a second later: 150 J; then 200 W for a second more.
-        let mut pascal = sensor(&[Err("not supported")], &[Ok(100_000), Ok(200_000), Ok(200_000)]).unwrap();
+        let mut pascal = sensor(
+            &[Err("not supported")],
+            &[Ok(100_000), Ok(200_000), Ok(200_000)],
+        )
+        .unwrap();
         assert!(pascal.covers().contains("sampled"));
         assert_eq!(pascal.unread_at_most(), Some(SAMPLE));
-        assert_eq!(pascal.read_at(Duration::from_secs(1)), Ok(MicroJoules(150_000_000)));
-        assert_eq!(pascal.read_at(Duration::from_secs(2)), Ok(MicroJoules(350_000_000)));
+        assert_eq!(
+            pascal.read_at(Duration::from_secs(1)),
+            Ok(MicroJoules(150_000_000))
+        );
+        assert_eq!(
+            pascal.read_at(Duration::from_secs(2)),
+            Ok(MicroJoules(350_000_000))
+        );
     }
 
     #[test]
     fn a_card_that_gives_nothing_is_absent_with_both_reasons() {
-        let absent = sensor(&[Err("not supported")], &[Err("no permission")]).err().unwrap();
-        assert!(absent.reason.contains("not supported") && absent.reason.contains("no permission"), "{}", absent.reason);
+        let absent = sensor(&[Err("not supported")], &[Err("no permission")])
+            .err()
+            .unwrap();
+        assert!(
+            absent.reason.contains("not supported") && absent.reason.contains("no permission"),
+            "{}",
+            absent.reason
+        );
     }
 }

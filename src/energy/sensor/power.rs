@@ -22,7 +22,11 @@ pub(super) struct Integral {
 impl Integral {
     /// Begins with a first sample.
     pub fn new(watts: f64, at: Duration) -> Integral {
-        Integral { at, watts, total: 0.0 }
+        Integral {
+            at,
+            watts,
+            total: 0.0,
+        }
     }
 
     /// The energy up to a new sample, in microjoules.
@@ -31,7 +35,10 @@ impl Integral {
         let mean = (std::mem::replace(&mut self.watts, watts) + watts) / 2.0;
         self.at = at;
         if since > SILENCE {
-            return Err(Gap::lost(format!("the power was not sampled for {} s", since.as_secs())));
+            return Err(Gap::lost(format!(
+                "the power was not sampled for {} s",
+                since.as_secs()
+            )));
         }
         self.total += mean * since.as_secs_f64() * 1e6;
         Ok(self.total.round() as u64)
@@ -47,20 +54,32 @@ mod tests {
         // 250 W for 4 s is 1000 J; then a line from 250 W to 350 W in 2 s has the mean 300 W: 600 J more.
         let mut integral = Integral::new(250.0, Duration::ZERO);
         for quarter in 1..=16 {
-            integral.advance(250.0, Duration::from_millis(250 * quarter)).unwrap();
+            integral
+                .advance(250.0, Duration::from_millis(250 * quarter))
+                .unwrap();
         }
         for tenth in 1..=20 {
             let watts = 250.0 + 5.0 * tenth as f64;
-            integral.advance(watts, Duration::from_millis(4000 + 100 * tenth)).unwrap();
+            integral
+                .advance(watts, Duration::from_millis(4000 + 100 * tenth))
+                .unwrap();
         }
-        assert_eq!(integral.advance(350.0, Duration::from_secs(6)), Ok(1_600_000_000));
+        assert_eq!(
+            integral.advance(350.0, Duration::from_secs(6)),
+            Ok(1_600_000_000)
+        );
     }
 
     #[test]
     fn nothing_is_drawn_over_a_silence() {
         let mut integral = Integral::new(100.0, Duration::ZERO);
-        let gap = integral.advance(100.0, Duration::from_secs(31)).unwrap_err();
+        let gap = integral
+            .advance(100.0, Duration::from_secs(31))
+            .unwrap_err();
         assert!(gap.lost && gap.reason.contains("31 s"));
-        assert_eq!(integral.advance(100.0, Duration::from_secs(32)), Ok(100_000_000));
+        assert_eq!(
+            integral.advance(100.0, Duration::from_secs(32)),
+            Ok(100_000_000)
+        );
     }
 }

@@ -37,7 +37,8 @@ struct Domain {
 impl RaplSensor {
     /// The sensor of this machine: `/sys/class/powercap`, or the tree that `WATTUNE_POWERCAP` names.
     pub fn open_default() -> Result<RaplSensor, Absent> {
-        let root = std::env::var_os(ROOT_VARIABLE).map_or_else(|| PathBuf::from(ROOT), PathBuf::from);
+        let root =
+            std::env::var_os(ROOT_VARIABLE).map_or_else(|| PathBuf::from(ROOT), PathBuf::from);
         Self::open(&root)
     }
 
@@ -52,8 +53,16 @@ impl RaplSensor {
                         .to_string(),
             });
         }
-        let domains = found.counted.into_iter().map(Domain::open).collect::<Result<_, _>>()?;
-        Ok(RaplSensor { domains, left_out: found.left_out, opened: Instant::now() })
+        let domains = found
+            .counted
+            .into_iter()
+            .map(Domain::open)
+            .collect::<Result<_, _>>()?;
+        Ok(RaplSensor {
+            domains,
+            left_out: found.left_out,
+            opened: Instant::now(),
+        })
     }
 
     /// The zones that are not, each with its reason.
@@ -64,9 +73,23 @@ impl RaplSensor {
     /// Energy since the sensor was opened, at `since` after that.
     fn read_at(&mut self, since: Duration) -> Result<MicroJoules, Gap> {
         // Every domain is followed, even after one failed; a loss outweighs a reading that merely failed.
-        let readings: Vec<_> = self.domains.iter_mut().map(|domain| domain.read(since)).collect();
-        let lost = readings.iter().find_map(|reading| reading.as_ref().err().filter(|gap| gap.lost).cloned());
-        lost.map_or_else(|| readings.into_iter().sum::<Result<u64, Gap>>().map(MicroJoules), Err)
+        let readings: Vec<_> = self
+            .domains
+            .iter_mut()
+            .map(|domain| domain.read(since))
+            .collect();
+        let lost = readings
+            .iter()
+            .find_map(|reading| reading.as_ref().err().filter(|gap| gap.lost).cloned());
+        lost.map_or_else(
+            || {
+                readings
+                    .into_iter()
+                    .sum::<Result<u64, Gap>>()
+                    .map(MicroJoules)
+            },
+            Err,
+        )
     }
 }
 
@@ -81,11 +104,18 @@ impl Sensor for RaplSensor {
 
     /// The zones that are summed ("package-0, dram of package-0").
     fn covers(&self) -> String {
-        self.domains.iter().map(|domain| domain.label.as_str()).collect::<Vec<_>>().join(", ")
+        self.domains
+            .iter()
+            .map(|domain| domain.label.as_str())
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 
     fn unread_at_most(&self) -> Option<Duration> {
-        self.domains.iter().filter_map(|domain| domain.counter.bounds().silence()).min()
+        self.domains
+            .iter()
+            .filter_map(|domain| domain.counter.bounds().silence())
+            .min()
     }
 }
 
@@ -96,21 +126,37 @@ impl Domain {
         let range_file = dir.join("max_energy_range_uj");
         let range = read_number(&range_file).map_err(|e| unreadable(&range_file, &e))?;
         // The long-term limit is the rated power; twice that is out of reach for seconds on end.
-        let rated = read_number(&dir.join("constraint_0_max_power_uw")).ok().filter(|uw| *uw > 0);
+        let rated = read_number(&dir.join("constraint_0_max_power_uw"))
+            .ok()
+            .filter(|uw| *uw > 0);
         let ceiling = rated.map_or(CEILING_W, |uw| 2.0 * uw as f64 / 1e6);
-        let bounds = Bounds { range: Some(range), ceiling, lag: LAG };
-        Ok(Domain { label, energy, counter: Counter::new(bounds, first, Duration::ZERO) })
+        let bounds = Bounds {
+            range: Some(range),
+            ceiling,
+            lag: LAG,
+        };
+        Ok(Domain {
+            label,
+            energy,
+            counter: Counter::new(bounds, first, Duration::ZERO),
+        })
     }
 
     fn read(&mut self, since: Duration) -> Result<u64, Gap> {
-        let raw = read_number(&self.energy).map_err(|e| Gap::unread(format!("cannot read {}: {e}", self.energy.display())))?;
+        let raw = read_number(&self.energy)
+            .map_err(|e| Gap::unread(format!("cannot read {}: {e}", self.energy.display())))?;
         self.counter.advance(raw, since)
     }
 }
 
 fn read_number(path: &Path) -> std::io::Result<u64> {
     let text = std::fs::read_to_string(path)?;
-    text.trim().parse().map_err(|_| std::io::Error::new(ErrorKind::InvalidData, format!("`{}` is no number", text.trim())))
+    text.trim().parse().map_err(|_| {
+        std::io::Error::new(
+            ErrorKind::InvalidData,
+            format!("`{}` is no number", text.trim()),
+        )
+    })
 }
 
 fn no_tree(root: &Path, source: &std::io::Error) -> Absent {
@@ -155,10 +201,20 @@ mod tests {
     fn server() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         for package in 0..2 {
-            domain(dir.path(), &format!("intel-rapl:{package}"), &format!("package-{package}"), 1000);
+            domain(
+                dir.path(),
+                &format!("intel-rapl:{package}"),
+                &format!("package-{package}"),
+                1000,
+            );
             domain(dir.path(), &format!("intel-rapl:{package}:0"), "core", 1000);
             domain(dir.path(), &format!("intel-rapl:{package}:1"), "dram", 1000);
-            domain(dir.path(), &format!("intel-rapl:{package}/intel-rapl:{package}:1"), "dram", 1000);
+            domain(
+                dir.path(),
+                &format!("intel-rapl:{package}/intel-rapl:{package}:1"),
+                "dram",
+                1000,
+            );
         }
         domain(dir.path(), "intel-rapl:2", "psys", 1000);
         domain(dir.path(), "intel-rapl-mmio:0", "package-0", 1000);
@@ -173,11 +229,20 @@ mod tests {
     fn packages_and_their_memory_are_summed_once() {
         let root = server();
         let mut sensor = RaplSensor::open(root.path()).unwrap();
-        assert_eq!(sensor.covers(), "package-0, dram of package-0, package-1, dram of package-1");
+        assert_eq!(
+            sensor.covers(),
+            "package-0, dram of package-0, package-1, dram of package-1"
+        );
         assert_eq!(sensor.left_out().len(), 4);
         // 262 kJ at 1000 W.
         assert_eq!(sensor.unread_at_most().unwrap().as_secs(), 262);
-        for at in ["intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0", "intel-rapl:2", "intel-rapl-mmio:0"] {
+        for at in [
+            "intel-rapl:0",
+            "intel-rapl:1",
+            "intel-rapl:0:0",
+            "intel-rapl:2",
+            "intel-rapl-mmio:0",
+        ] {
             set(root.path(), at, "1100");
         }
         for at in ["intel-rapl:0:1", "intel-rapl:0/intel-rapl:0:1"] {
@@ -210,7 +275,13 @@ mod tests {
         assert_eq!(sensor.read_at(after(2)), Ok(MicroJoules(40_000)));
         // A reset to 1 J is no wrap: 258 kJ cannot go by in a second.
         set(root.path(), "intel-rapl:0", "1000000");
-        assert!(sensor.read_at(after(3)).unwrap_err().reason.contains("reset"));
+        assert!(
+            sensor
+                .read_at(after(3))
+                .unwrap_err()
+                .reason
+                .contains("reset")
+        );
         set(root.path(), "intel-rapl:0", "1000005");
         assert_eq!(sensor.read_at(after(4)), Ok(MicroJoules(40_005)));
         std::fs::remove_file(root.path().join("intel-rapl:0/energy_uj")).unwrap();
@@ -223,9 +294,21 @@ mod tests {
         let nothing = RaplSensor::open(&root.path().join("none")).unwrap_err();
         assert!(nothing.reason.contains("no powercap tree") && nothing.remedy.contains("modprobe"));
         domain(root.path(), "intel-rapl:0", "mystery", 1);
-        assert!(RaplSensor::open(root.path()).unwrap_err().reason.contains("no processor package"));
-        let denied = unreadable(Path::new("energy_uj"), &std::io::Error::from(ErrorKind::PermissionDenied));
-        assert!(denied.remedy.contains("sudo chmod a+r"), "{}", denied.remedy);
+        assert!(
+            RaplSensor::open(root.path())
+                .unwrap_err()
+                .reason
+                .contains("no processor package")
+        );
+        let denied = unreadable(
+            Path::new("energy_uj"),
+            &std::io::Error::from(ErrorKind::PermissionDenied),
+        );
+        assert!(
+            denied.remedy.contains("sudo chmod a+r"),
+            "{}",
+            denied.remedy
+        );
     }
 
     /// Root may read anything, so this one says nothing there.
@@ -240,6 +323,11 @@ mod tests {
         if std::fs::read(&file).is_ok() {
             return;
         }
-        assert!(RaplSensor::open(root.path()).unwrap_err().remedy.contains("chmod"));
+        assert!(
+            RaplSensor::open(root.path())
+                .unwrap_err()
+                .remedy
+                .contains("chmod")
+        );
     }
 }

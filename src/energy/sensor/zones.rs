@@ -51,11 +51,22 @@ pub(super) fn find(root: &Path) -> std::io::Result<Zones> {
     for (entry, dir) in rapl_dirs(root)? {
         let nested = rapl_dirs(&dir).unwrap_or_default();
         for (entry, dir) in std::iter::once((entry, dir)).chain(nested) {
-            let Ok(name) = std::fs::read_to_string(dir.join("name")) else { continue };
-            let Some(way) = WAYS.iter().position(|way| entry.starts_with(way)) else { continue };
+            let Ok(name) = std::fs::read_to_string(dir.join("name")) else {
+                continue;
+            };
+            let Some(way) = WAYS.iter().position(|way| entry.starts_with(way)) else {
+                continue;
+            };
             let numbers = &entry[WAYS[way].len()..];
-            let parent = numbers.rsplit_once(':').map(|(parent, _)| format!("{}{parent}", WAYS[way]));
-            listed.entry(entry).or_insert(Listed { way, parent, name: name.trim().to_string(), dir });
+            let parent = numbers
+                .rsplit_once(':')
+                .map(|(parent, _)| format!("{}{parent}", WAYS[way]));
+            listed.entry(entry).or_insert(Listed {
+                way,
+                parent,
+                name: name.trim().to_string(),
+                dir,
+            });
         }
     }
     Ok(choose(&listed))
@@ -67,8 +78,14 @@ fn choose(listed: &BTreeMap<String, Listed>) -> Zones {
     let packages = listed.values().any(is_package);
     for (way, prefix) in WAYS.iter().enumerate() {
         for zone in listed.values().filter(|zone| zone.way == way) {
-            let parent = zone.parent.as_ref().and_then(|parent| listed.get(parent)).map(|parent| parent.name.as_str());
-            let label = parent.map_or(zone.name.clone(), |parent| format!("{} of {parent}", zone.name));
+            let parent = zone
+                .parent
+                .as_ref()
+                .and_then(|parent| listed.get(parent))
+                .map(|parent| parent.name.as_str());
+            let label = parent.map_or(zone.name.clone(), |parent| {
+                format!("{} of {parent}", zone.name)
+            });
             let reason = match (zone.name.as_str(), parent) {
                 _ if is_package(zone) => None,
                 ("dram", Some(_)) => None,
@@ -79,14 +96,25 @@ fn choose(listed: &BTreeMap<String, Listed>) -> Zones {
             };
             let twice = taken.contains_key(&label);
             match reason.or(twice.then_some("the same counter by another way")) {
-                Some(reason) => zones.left_out.push(format!("{label} ({}): {reason}", prefix.trim_end_matches(':'))),
+                Some(reason) => zones.left_out.push(format!(
+                    "{label} ({}): {reason}",
+                    prefix.trim_end_matches(':')
+                )),
                 None => drop(taken.insert(label, zone.dir.clone())),
             }
         }
     }
-    zones.counted = taken.into_iter().map(|(label, dir)| Zone { label, dir }).collect();
+    zones.counted = taken
+        .into_iter()
+        .map(|(label, dir)| Zone { label, dir })
+        .collect();
     // A package, then its memory.
-    zones.counted.sort_by_key(|zone| zone.label.rsplit(' ').next().map(|package| (package.to_string(), zone.label.len())));
+    zones.counted.sort_by_key(|zone| {
+        zone.label
+            .rsplit(' ')
+            .next()
+            .map(|package| (package.to_string(), zone.label.len()))
+    });
     zones
 }
 
@@ -97,8 +125,15 @@ fn is_package(zone: &Listed) -> bool {
 /// Entries called `intel-rapl:...` or `intel-rapl-mmio:...`, by name.
 fn rapl_dirs(dir: &Path) -> std::io::Result<BTreeMap<String, PathBuf>> {
     let entries = std::fs::read_dir(dir)?.filter_map(Result::ok);
-    let named = entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()));
-    Ok(named.filter(|(name, _)| WAYS.iter().any(|way| name.starts_with(way))).collect())
+    let named = entries.map(|entry| {
+        (
+            entry.file_name().to_string_lossy().into_owned(),
+            entry.path(),
+        )
+    });
+    Ok(named
+        .filter(|(name, _)| WAYS.iter().any(|way| name.starts_with(way)))
+        .collect())
 }
 
 #[cfg(test)]
@@ -117,7 +152,10 @@ mod tests {
 
     fn labels(zones: &[(&str, &str)]) -> (Vec<String>, Vec<String>) {
         let found = find(tree(zones).path()).unwrap();
-        (found.counted.into_iter().map(|zone| zone.label).collect(), found.left_out)
+        (
+            found.counted.into_iter().map(|zone| zone.label).collect(),
+            found.left_out,
+        )
     }
 
     #[test]
@@ -155,33 +193,65 @@ mod tests {
             ("intel-rapl:1", "package-1"),
             ("intel-rapl:1/intel-rapl:1:0", "dram"),
         ]);
-        assert_eq!(counted, ["package-0", "dram of package-0", "package-1", "dram of package-1"]);
+        assert_eq!(
+            counted,
+            [
+                "package-0",
+                "dram of package-0",
+                "package-1",
+                "dram of package-1"
+            ]
+        );
         // Two dies of one processor are two counters.
-        let (dies, _) = labels(&[("intel-rapl:0", "package-0-die-0"), ("intel-rapl:1", "package-0-die-1")]);
+        let (dies, _) = labels(&[
+            ("intel-rapl:0", "package-0-die-0"),
+            ("intel-rapl:1", "package-0-die-1"),
+        ]);
         assert_eq!(dies, ["package-0-die-0", "package-0-die-1"]);
     }
 
     #[test]
     fn an_amd_machine_has_its_package_and_not_one_core_of_it() {
-        let (counted, left_out) = labels(&[("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core")]);
-        assert_eq!((counted, left_out.len()), (vec!["package-0".to_string()], 1));
+        let (counted, left_out) =
+            labels(&[("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core")]);
+        assert_eq!(
+            (counted, left_out.len()),
+            (vec!["package-0".to_string()], 1)
+        );
     }
 
     #[test]
     fn what_the_trusted_way_lacks_is_taken_from_the_other() {
-        let (counted, left_out) = labels(&[("intel-rapl-mmio:0", "package-0"), ("intel-rapl:0", "psys")]);
+        let (counted, left_out) =
+            labels(&[("intel-rapl-mmio:0", "package-0"), ("intel-rapl:0", "psys")]);
         assert_eq!(counted, ["package-0"]);
-        assert_eq!(left_out, ["psys (intel-rapl): it holds the packages, which are counted"]);
+        assert_eq!(
+            left_out,
+            ["psys (intel-rapl): it holds the packages, which are counted"]
+        );
         // The memory is listed by mmio alone.
-        let (counted, _) =
-            labels(&[("intel-rapl:0", "package-0"), ("intel-rapl-mmio:0", "package-0"), ("intel-rapl-mmio:0:0", "dram")]);
+        let (counted, _) = labels(&[
+            ("intel-rapl:0", "package-0"),
+            ("intel-rapl-mmio:0", "package-0"),
+            ("intel-rapl-mmio:0:0", "dram"),
+        ]);
         assert_eq!(counted, ["package-0", "dram of package-0"]);
     }
 
     #[test]
     fn the_platform_alone_is_better_than_nothing() {
         assert_eq!(labels(&[("intel-rapl:0", "psys")]).0, ["psys"]);
-        let (none, left_out) = labels(&[("intel-rapl:0", "mystery"), ("dtpm", "cpu0"), ("intel-rapl", "")]);
-        assert_eq!((none.len(), left_out), (0, vec!["mystery (intel-rapl): what it covers is not known".to_string()]));
+        let (none, left_out) = labels(&[
+            ("intel-rapl:0", "mystery"),
+            ("dtpm", "cpu0"),
+            ("intel-rapl", ""),
+        ]);
+        assert_eq!(
+            (none.len(), left_out),
+            (
+                0,
+                vec!["mystery (intel-rapl): what it covers is not known".to_string()]
+            )
+        );
     }
 }

@@ -14,7 +14,9 @@ use half::bf16;
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
 use crate::ops::host::{CHUNK, Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{Isa, Matrix, Number, Part, TileArgs, Values, best, even_parts, pack, strip};
+use crate::ops::product::{
+    Isa, Matrix, Number, Part, TileArgs, Values, best, even_parts, pack, strip,
+};
 use crate::ops::simd::{self, vectorized};
 use crate::ops::team::each;
 use crate::ops::{Context, Segments, issue};
@@ -41,23 +43,43 @@ struct Head<'a> {
 
 impl<'a> Head<'a> {
     fn new(values: Values<'a>, stride: usize, start: usize, first: usize, d: usize) -> Self {
-        Self { values: values.after(start * stride + first), stride, d }
+        Self {
+            values: values.after(start * stride + first),
+            stride,
+            d,
+        }
     }
 
     /// Rows `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
     fn columns(&self, isa: &Isa, rows: Range<usize>, out: &mut Vec<f32>) {
         out.resize(self.d * rows.len().next_multiple_of(isa.lanes), 0.0);
-        let matrix = Matrix::inside(self.values, rows.start * self.stride, (self.d, 1), (rows.len(), self.stride));
+        let matrix = Matrix::inside(
+            self.values,
+            rows.start * self.stride,
+            (self.d, 1),
+            (rows.len(), self.stride),
+        );
         for (index, panel) in out.chunks_mut(self.d * isa.columns()).enumerate() {
             let first = index * isa.columns();
-            pack(isa, &matrix, 0..self.d, first..(first + isa.columns()).min(rows.len()), panel);
+            pack(
+                isa,
+                &matrix,
+                0..self.d,
+                first..(first + isa.columns()).min(rows.len()),
+                panel,
+            );
         }
     }
 
     /// Rows `rows`, one after the other, into `out`.
     fn rows(&self, isa: &Isa, rows: Range<usize>, out: &mut Rows) {
         out.shape(isa, rows.clone(), self.d);
-        let matrix = Matrix::inside(self.values, rows.start * self.stride, (rows.len(), self.stride), (self.d, 1));
+        let matrix = Matrix::inside(
+            self.values,
+            rows.start * self.stride,
+            (rows.len(), self.stride),
+            (self.d, 1),
+        );
         pack(isa, &matrix, 0..rows.len(), 0..self.d, &mut out.values);
     }
 }
@@ -96,7 +118,11 @@ impl Rows {
 
     /// The first `d` channels of its rows, counted from its own first.
     fn head(&self, d: usize) -> Head<'_> {
-        Head { values: Values::F32(&self.values), stride: self.width, d }
+        Head {
+            values: Values::F32(&self.values),
+            stride: self.width,
+            d,
+        }
     }
 
     /// The number of a row's first number.
@@ -126,7 +152,9 @@ impl Rows {
     /// The first column and the vectors of each part that a tile is as wide as.
     fn parts(&self, isa: &Isa) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (width, most, lanes) = (self.width, isa.columns(), isa.lanes);
-        (0..width).step_by(most).map(move |first| (first, (width - first).min(most) / lanes))
+        (0..width)
+            .step_by(most)
+            .map(move |first| (first, (width - first).min(most) / lanes))
     }
 }
 
@@ -157,7 +185,9 @@ impl Buffers {
     /// Room for the scores of a block with the first run of `keys`.
     fn room(&mut self, keys: usize) {
         let room = keys.min(RUN) * BLOCK;
-        [&mut self.p, &mut self.ds].into_iter().for_each(|scores| scores.resize(room.max(scores.len()), 0.0));
+        [&mut self.p, &mut self.ds]
+            .into_iter()
+            .for_each(|scores| scores.resize(room.max(scores.len()), 0.0));
     }
 }
 
@@ -184,23 +214,42 @@ pub(super) struct Panel {
 impl<'a> Patch<'a> {
     /// What the block sees of the run, if anything.
     fn new(isa: &'a Isa, block: &Block, run: &Range<usize>) -> Option<Self> {
-        let (queries, keys) = (block.queries.clone(), block.keys.start.max(run.start)..block.keys.end.min(run.end));
+        let (queries, keys) = (
+            block.queries.clone(),
+            block.keys.start.max(run.start)..block.keys.end.min(run.end),
+        );
         if keys.is_empty() {
             return None;
         }
         let strips: Vec<Range<usize>> = even_parts(keys.clone(), isa.rows).collect();
         let panel = |start: usize| {
             let queries = start..(start + isa.columns()).min(queries.end);
-            let seen = strips.iter().take_while(|strip| strip.start < queries.end).last();
-            Panel { keys: keys.start..seen.map_or(keys.start, |strip| strip.end), queries, row: BLOCK }
+            let seen = strips
+                .iter()
+                .take_while(|strip| strip.start < queries.end)
+                .last();
+            Panel {
+                keys: keys.start..seen.map_or(keys.start, |strip| strip.end),
+                queries,
+                row: BLOCK,
+            }
         };
         let panels = queries.clone().step_by(isa.columns()).map(panel).collect();
-        Some(Self { isa, queries, keys, strips, panels })
+        Some(Self {
+            isa,
+            queries,
+            keys,
+            strips,
+            panels,
+        })
     }
 
     /// The panel's first query of the block, and vectors that hold its queries.
     fn lanes(&self, panel: &Panel) -> (usize, usize) {
-        (panel.queries.start - self.queries.start, panel.queries.len().div_ceil(self.isa.lanes))
+        (
+            panel.queries.start - self.queries.start,
+            panel.queries.len().div_ceil(self.isa.lanes),
+        )
     }
 
     /// out = the keys' rows of `head` times the block's `columns`, (d, lanes) of each panel.
@@ -209,13 +258,26 @@ impl<'a> Patch<'a> {
         assert!(head.holds(&self.keys) && out.len() >= self.keys.len() * BLOCK);
         assert!(columns.len() >= d * self.queries.len().next_multiple_of(isa.lanes));
         for keys in &self.strips {
-            for panel in self.panels.iter().filter(|panel| keys.start < panel.queries.end) {
+            for panel in self
+                .panels
+                .iter()
+                .filter(|panel| keys.start < panel.queries.end)
+            {
                 let (at, vectors) = self.lanes(panel);
                 // SAFETY: `head` holds every key's row, `columns` d vectors of each panel and `out` a row for each key (checked).
                 unsafe {
                     let (a, b) = (head.row(keys.start), columns.as_ptr().add(d * at));
-                    let part = Part { k: d, a, a_row: head.width, a_column: 1, b, b_row: vectors * isa.lanes };
-                    let out = out.as_mut_ptr().add((keys.start - self.keys.start) * BLOCK + at);
+                    let part = Part {
+                        k: d,
+                        a,
+                        a_row: head.width,
+                        a_column: 1,
+                        b,
+                        b_row: vectors * isa.lanes,
+                    };
+                    let out = out
+                        .as_mut_ptr()
+                        .add((keys.start - self.keys.start) * BLOCK + at);
                     isa.tile(keys.len(), vectors)(TileArgs::into(&[part], (out, BLOCK), false));
                 }
             }
@@ -231,10 +293,26 @@ impl<'a> Patch<'a> {
             for (first, vectors) in head.parts(isa) {
                 // SAFETY: scores are (keys, BLOCK), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
                 unsafe {
-                    let (a, b) = (scores.as_ptr().add(self.lanes(panel).0), head.row(self.keys.start).add(first));
-                    let part = Part { k: panel.keys.len(), a, a_row: 1, a_column: BLOCK, b, b_row: head.width };
+                    let (a, b) = (
+                        scores.as_ptr().add(self.lanes(panel).0),
+                        head.row(self.keys.start).add(first),
+                    );
+                    let part = Part {
+                        k: panel.keys.len(),
+                        a,
+                        a_row: 1,
+                        a_column: BLOCK,
+                        b,
+                        b_row: head.width,
+                    };
                     let out = sum.row_mut(panel.queries.start).add(first);
-                    strip(isa, (panel.queries.len(), vectors), part, (out.cast_const(), sum.width), (out, sum.width));
+                    strip(
+                        isa,
+                        (panel.queries.len(), vectors),
+                        part,
+                        (out.cast_const(), sum.width),
+                        (out, sum.width),
+                    );
                 }
             }
         }
@@ -251,9 +329,18 @@ impl<'a> Patch<'a> {
             for (first, vectors) in head.parts(isa) {
                 // SAFETY: scores are (keys, BLOCK), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
                 unsafe {
-                    let a = scores.as_ptr().add((keys.start - self.keys.start) * BLOCK + at);
+                    let a = scores
+                        .as_ptr()
+                        .add((keys.start - self.keys.start) * BLOCK + at);
                     let b = head.row(self.queries.start + at).add(first);
-                    let part = Part { k: self.queries.len() - at, a, a_row: BLOCK, a_column: 1, b, b_row: head.width };
+                    let part = Part {
+                        k: self.queries.len() - at,
+                        a,
+                        a_row: BLOCK,
+                        a_column: 1,
+                        b,
+                        b_row: head.width,
+                    };
                     let out = (sum.row_mut(keys.start).add(first), sum.width);
                     isa.tile(keys.len(), vectors)(TileArgs::into(&[part], out, true));
                 }
@@ -267,7 +354,8 @@ impl Panel {
     pub(super) fn hide(&self, window: Option<usize>, scores: &mut [f32]) {
         let (first, queries, count) = (self.keys.start, &self.queries, self.queries.len());
         for key in first.max(queries.start + 1)..self.keys.end {
-            scores[(key - first) * self.row..][..(key - queries.start).min(count)].fill(f32::NEG_INFINITY);
+            scores[(key - first) * self.row..][..(key - queries.start).min(count)]
+                .fill(f32::NEG_INFINITY);
         }
         let unseen = window.and_then(|window| Some((window, queries.end.checked_sub(window)?)));
         if let Some((window, end)) = unseen {
@@ -304,7 +392,11 @@ impl KeyPart {
     fn of(segments: &[Range<usize>]) -> (Vec<Self>, usize) {
         let (mut parts, mut rows) = (Vec::new(), 0);
         for segment in segments {
-            let size = segment.len().div_ceil(MOST_PARTS).next_multiple_of(RUN).max(KEYS);
+            let size = segment
+                .len()
+                .div_ceil(MOST_PARTS)
+                .next_multiple_of(RUN)
+                .max(KEYS);
             for start in (0..segment.len()).step_by(size) {
                 let part = Self {
                     segment: segment.clone(),
@@ -340,7 +432,9 @@ pub(super) struct Destination {
 
 /// Runs of keys that hold these.
 fn runs(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    (keys.start / RUN * RUN..keys.end).step_by(RUN).map(move |start| start..(start + RUN).min(keys.end))
+    (keys.start / RUN * RUN..keys.end)
+        .step_by(RUN)
+        .map(move |start| start..(start + RUN).min(keys.end))
 }
 
 /// Scores -> exp(scale (score - max)), not yet divided by their sum, of `L` queries, one key's `row` numbers after another's. Goes on from
@@ -362,7 +456,11 @@ pub(super) fn softmax<const L: usize>(
             for scores in scores.chunks(row) {
                 let scores = &scores[..L];
                 for lane in 0..L {
-                    largest[lane] = if scores[lane] > largest[lane] { scores[lane] } else { largest[lane] };
+                    largest[lane] = if scores[lane] > largest[lane] {
+                        scores[lane]
+                    } else {
+                        largest[lane]
+                    };
                 }
             }
             for lane in 0..L {
@@ -445,7 +543,11 @@ impl Attention {
         out: &mut [O],
     ) -> Result<Tensor> {
         let n = x[0].dims2()?.0;
-        let hosts = (Host::open_any(x[0])?, Host::open_any(x[1])?, Host::open_any(x[2])?);
+        let hosts = (
+            Host::open_any(x[0])?,
+            Host::open_any(x[1])?,
+            Host::open_any(x[2])?,
+        );
         let (q, k, v) = (hosts.0.values(), hosts.1.values(), hosts.2.values());
         // SAFETY: every row and head belongs to one task, which writes it.
         let mut lse: Vec<f32> = unsafe { uninitialized(n * self.heads) };
@@ -454,7 +556,9 @@ impl Attention {
             let starts = (0..range.len()).step_by(QUERIES);
             starts.map(move |start| (range.clone(), start..(start + QUERIES).min(range.len())))
         });
-        let tasks: Vec<_> = parts.flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head))).collect();
+        let tasks: Vec<_> = parts
+            .flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head)))
+            .collect();
         let isa = best();
         let unit = isa.narrow_unit(context.precision);
         each(tasks.into_iter(), |((range, queries), head)| {
@@ -462,7 +566,9 @@ impl Attention {
             match unit {
                 #[cfg(target_arch = "x86_64")]
                 Some(unit) => self.forward_tiles(unit, [q, k, v], &range, queries, head, at),
-                _ => BUFFERS.with_borrow_mut(|buffers| self.forward_task((isa, buffers), [q, k, v], &range, queries, head, at)),
+                _ => BUFFERS.with_borrow_mut(|buffers| {
+                    self.forward_task((isa, buffers), [q, k, v], &range, queries, head, at)
+                }),
             }
         });
         tensor(lse, (n, self.heads))
@@ -477,13 +583,26 @@ impl Attention {
         head: usize,
         at: (Shared<O>, Shared),
     ) {
-        let (d, width, scale) = (self.head_dim, self.heads * self.head_dim, self.scale() as f32);
+        let (d, width, scale) = (
+            self.head_dim,
+            self.heads * self.head_dim,
+            self.scale() as f32,
+        );
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
         buffers.room(queries.end);
-        let Buffers { k, v, sum: out, columns, p: scores, .. } = buffers;
+        let Buffers {
+            k,
+            v,
+            sum: out,
+            columns,
+            p: scores,
+            ..
+        } = buffers;
         Head::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone(), columns);
         let [k_head, v_head] = [x[1], x[2]].map(|x| Head::new(x, kv, range.start, first, d));
-        let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
+        let within = |block: &Block| {
+            block.queries.start >= queries.start && block.queries.start < queries.end
+        };
         let blocks: Vec<Block> = self.blocks(range.len()).filter(within).collect();
         for block in &blocks {
             issue(1, block.queries.len(), block.keys.len(), d);
@@ -492,21 +611,38 @@ impl Attention {
         out.clear(isa, queries.clone(), d);
         let lanes = queries.len().next_multiple_of(isa.lanes);
         let (mut max, mut sums) = (vec![f32::MIN; lanes], vec![0.0; lanes]);
-        let first = blocks.iter().map(|block| block.keys.start).min().unwrap_or(queries.end);
+        let first = blocks
+            .iter()
+            .map(|block| block.keys.start)
+            .min()
+            .unwrap_or(queries.end);
         for run in runs(first..queries.end) {
             k_head.rows(isa, run.clone(), k);
             v_head.rows(isa, run.clone(), v);
-            for (block, patch) in blocks.iter().filter_map(|block| Some((block, Patch::new(isa, block, &run)?))) {
+            for (block, patch) in blocks
+                .iter()
+                .filter_map(|block| Some((block, Patch::new(isa, block, &run)?)))
+            {
                 let before = patch.queries.start - queries.start;
                 patch.scores(k, &columns[before * d..], d, scores);
                 for panel in &patch.panels {
                     let (lane, vectors) = patch.lanes(panel);
                     let scores = &mut scores[lane..panel.keys.len() * BLOCK];
                     panel.hide(self.window, scores);
-                    let (so_far, mut shares) = ((&mut max[before + lane..], &mut sums[before + lane..]), [0.0; 32]);
-                    by_lanes!(vectors * isa.lanes, softmax(scores, BLOCK, scale, so_far, &mut shares));
+                    let (so_far, mut shares) = (
+                        (&mut max[before + lane..], &mut sums[before + lane..]),
+                        [0.0; 32],
+                    );
+                    by_lanes!(
+                        vectors * isa.lanes,
+                        softmax(scores, BLOCK, scale, so_far, &mut shares)
+                    );
                     if block.keys.start < run.start {
-                        panel.queries.clone().zip(shares).for_each(|(query, share)| out.scale(query, share));
+                        panel
+                            .queries
+                            .clone()
+                            .zip(shares)
+                            .for_each(|(query, share)| out.scale(query, share));
                     }
                 }
                 patch.mix(scores, v, out);
@@ -533,8 +669,16 @@ impl Attention {
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let (n, width) = (dout.dims2()?.0, self.heads * self.head_dim);
         let dout = dout.contiguous()?;
-        let hosts = (Host::open_any(&saved.q)?, Host::open_any(&saved.k)?, Host::open_any(&saved.v)?);
-        let (out, dout, lse) = (Host::open_any(&saved.out)?, Host::open(&dout)?, Host::open(&saved.lse)?);
+        let hosts = (
+            Host::open_any(&saved.q)?,
+            Host::open_any(&saved.k)?,
+            Host::open_any(&saved.v)?,
+        );
+        let (out, dout, lse) = (
+            Host::open_any(&saved.out)?,
+            Host::open(&dout)?,
+            Host::open(&saved.lse)?,
+        );
         let x = Inputs {
             qkv: [hosts.0.values(), hosts.1.values(), hosts.2.values()],
             out: out.values(),
@@ -546,46 +690,92 @@ impl Attention {
         let room = |rows: usize| unsafe { uninitialized::<f32>(rows * width) };
         let (mut dq, mut beside, mut dk, mut dv) = (room(n), room(rows), room(n), room(n));
         let at = [&mut dq, &mut beside, &mut dk, &mut dv].map(|values| Shared(values.as_mut_ptr()));
-        let tasks = parts.iter().flat_map(|part| (0..self.heads).map(move |head| (part, head)));
+        let tasks = parts
+            .iter()
+            .flat_map(|part| (0..self.heads).map(move |head| (part, head)));
         let isa = best();
         let unit = isa.narrow_unit(context.precision);
         each(tasks, |(part, head)| {
-            let dq = part.beside.map_or((at[0], part.segment.start), |first| (at[1], first));
-            let to = Destination { dq, dk: at[2], dv: at[3] };
+            let dq = part
+                .beside
+                .map_or((at[0], part.segment.start), |first| (at[1], first));
+            let to = Destination {
+                dq,
+                dk: at[2],
+                dv: at[3],
+            };
             match unit {
                 #[cfg(target_arch = "x86_64")]
                 Some(unit) => self.backward_tiles(unit, &x, part, head, to),
-                _ => BUFFERS.with_borrow_mut(|buffers| self.backward_task((isa, buffers), &x, part, head, to)),
+                _ => BUFFERS.with_borrow_mut(|buffers| {
+                    self.backward_task((isa, buffers), &x, part, head, to)
+                }),
             }
         });
         for (part, first) in parts.iter().filter_map(|part| Some((part, part.beside?))) {
             let (queries, start) = (part.queries(), part.segment.start);
             let to = &mut dq[(start + queries.start) * width..(start + queries.end) * width];
-            each(to.chunks_mut(CHUNK).zip(beside[first * width..].chunks(CHUNK)), |(to, from)| {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
-            });
+            each(
+                to.chunks_mut(CHUNK)
+                    .zip(beside[first * width..].chunks(CHUNK)),
+                |(to, from)| {
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+                },
+            );
         }
         let kv = (n, self.kv_heads * self.head_dim);
-        Ok((tensor(dq, (n, width))?, tensor(self.grouped(dk), kv)?, tensor(self.grouped(dv), kv)?))
+        Ok((
+            tensor(dq, (n, width))?,
+            tensor(self.grouped(dk), kv)?,
+            tensor(self.grouped(dv), kv)?,
+        ))
     }
 
-    fn backward_task(&self, (isa, buffers): (&Isa, &mut Buffers), x: &Inputs<'_>, part: &KeyPart, head: usize, to: Destination) {
+    fn backward_task(
+        &self,
+        (isa, buffers): (&Isa, &mut Buffers),
+        x: &Inputs<'_>,
+        part: &KeyPart,
+        head: usize,
+        to: Destination,
+    ) {
         let (range, queries) = (&part.segment, part.queries());
         let (d, width) = (self.head_dim, self.heads * self.head_dim);
-        let (kv, first, scale) = (self.kv_heads * d, head / self.group() * d, self.scale() as f32);
+        let (kv, first, scale) = (
+            self.kv_heads * d,
+            head / self.group() * d,
+            self.scale() as f32,
+        );
         let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
         let [k_head, v_head] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first));
-        let [q_head, dout_head] = [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
+        let [q_head, dout_head] =
+            [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
         buffers.room(part.keys.len());
-        let Buffers { q, k, v, dout, sum: dq, dk, dv, columns, p, ds } = buffers;
+        let Buffers {
+            q,
+            k,
+            v,
+            dout,
+            sum: dq,
+            dk,
+            dv,
+            columns,
+            p,
+            ds,
+        } = buffers;
         q_head.rows(isa, queries.clone(), q);
         dout_head.rows(isa, queries.clone(), dout);
         dq.clear(isa, queries.clone(), d);
         let row = range.start + queries.start;
-        let lses: Vec<f32> = (row..range.end).map(|row| x.lse[row * self.heads + head]).collect();
+        let lses: Vec<f32> = (row..range.end)
+            .map(|row| x.lse[row * self.heads + head])
+            .collect();
         let mut inners = vec![0.0; queries.len()];
         x.inners(row, (width, head * d, d), &mut inners);
-        let blocks: Vec<Block> = self.blocks(range.len()).filter(|block| !part.seen(block).is_empty()).collect();
+        let blocks: Vec<Block> = self
+            .blocks(range.len())
+            .filter(|block| !part.seen(block).is_empty())
+            .collect();
         for block in &blocks {
             let keys = part.seen(block).len();
             issue(2, block.queries.len(), keys, d);
@@ -596,7 +786,10 @@ impl Attention {
             v_head.rows(isa, run.clone(), v);
             dk.clear(isa, run.clone(), d);
             dv.clear(isa, run.clone(), d);
-            for patch in blocks.iter().filter_map(|block| Patch::new(isa, block, &run)) {
+            for patch in blocks
+                .iter()
+                .filter_map(|block| Patch::new(isa, block, &run))
+            {
                 q.head(d).columns(isa, q.own(&patch.queries), columns);
                 patch.scores(k, columns, d, p);
                 dout.head(d).columns(isa, dout.own(&patch.queries), columns);
@@ -604,7 +797,11 @@ impl Attention {
                 for panel in &patch.panels {
                     let (lane, vectors) = patch.lanes(panel);
                     let scores = lane..panel.keys.len() * BLOCK;
-                    let (p, ds, rows) = (&mut p[scores.clone()], &mut ds[scores], q.own(&panel.queries));
+                    let (p, ds, rows) = (
+                        &mut p[scores.clone()],
+                        &mut ds[scores],
+                        q.own(&panel.queries),
+                    );
                     panel.hide(self.window, p);
                     let rows = (&lses[rows.clone()], &inners[rows]);
                     by_lanes!(vectors * isa.lanes, gradients(p, ds, BLOCK, rows, scale));
@@ -615,8 +812,20 @@ impl Attention {
             }
             // SAFETY: these rows of this head belong to this task alone.
             unsafe {
-                write(&dk.values, dk.width, d, range.start + run.start, (to.dk, width, head * d));
-                write(&dv.values, dv.width, d, range.start + run.start, (to.dv, width, head * d));
+                write(
+                    &dk.values,
+                    dk.width,
+                    d,
+                    range.start + run.start,
+                    (to.dk, width, head * d),
+                );
+                write(
+                    &dv.values,
+                    dv.width,
+                    d,
+                    range.start + run.start,
+                    (to.dv, width, head * d),
+                );
             }
         }
         // SAFETY: as above.
@@ -632,12 +841,17 @@ impl Attention {
         // SAFETY: the loop writes every head of every row.
         let mut sums: Vec<f32> = unsafe { uninitialized(values.len() / group) };
         let size = ROWS_PER_TASK * self.kv_heads * d;
-        each(sums.chunks_mut(size).zip(values.chunks(group * size)), |(sums, values)| {
-            for (sum, heads) in sums.chunks_exact_mut(d).zip(values.chunks_exact(group * d)) {
-                sum.copy_from_slice(&heads[..d]);
-                heads[d..].chunks_exact(d).for_each(|head| sum.iter_mut().zip(head).for_each(|(sum, x)| *sum += x));
-            }
-        });
+        each(
+            sums.chunks_mut(size).zip(values.chunks(group * size)),
+            |(sums, values)| {
+                for (sum, heads) in sums.chunks_exact_mut(d).zip(values.chunks_exact(group * d)) {
+                    sum.copy_from_slice(&heads[..d]);
+                    heads[d..]
+                        .chunks_exact(d)
+                        .for_each(|head| sum.iter_mut().zip(head).for_each(|(sum, x)| *sum += x));
+                }
+            },
+        );
         sums
     }
 }
@@ -665,7 +879,12 @@ pub(super) struct Inputs<'a> {
 
 impl Inputs<'_> {
     /// dout times out, summed over the `d` channels from `first` on of rows of `width`, from row `row` on.
-    pub(super) fn inners(&self, row: usize, (width, first, d): (usize, usize, usize), inners: &mut [f32]) {
+    pub(super) fn inners(
+        &self,
+        row: usize,
+        (width, first, d): (usize, usize, usize),
+        inners: &mut [f32],
+    ) {
         match self.out {
             Values::F32(out) => inners_of(self.dout, out, row * width + first, (width, d), inners),
             Values::Bf16(out) => inners_of(self.dout, out, row * width + first, (width, d), inners),
@@ -673,7 +892,13 @@ impl Inputs<'_> {
     }
 }
 
-fn inners_of<T: Number>(dout: &[f32], out: &[T], start: usize, (width, d): (usize, usize), inners: &mut [f32]) {
+fn inners_of<T: Number>(
+    dout: &[f32],
+    out: &[T],
+    start: usize,
+    (width, d): (usize, usize),
+    inners: &mut [f32],
+) {
     vectorized(
         #[inline(always)]
         |_| {
@@ -689,9 +914,16 @@ fn inners_of<T: Number>(dout: &[f32], out: &[T], start: usize, (width, d): (usiz
 ///
 /// # Safety
 /// Those rows and columns lie inside the buffer, and no other task touches them.
-pub(super) unsafe fn write(from: &[f32], width: usize, d: usize, first: usize, (at, stride, column): (Shared, usize, usize)) {
+pub(super) unsafe fn write(
+    from: &[f32],
+    width: usize,
+    d: usize,
+    first: usize,
+    (at, stride, column): (Shared, usize, usize),
+) {
     for (row, from) in from.chunks_exact(width).enumerate() {
         // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(at.at((first + row) * stride + column), d) }.copy_from_slice(&from[..d]);
+        unsafe { std::slice::from_raw_parts_mut(at.at((first + row) * stride + column), d) }
+            .copy_from_slice(&from[..d]);
     }
 }

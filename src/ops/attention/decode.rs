@@ -15,32 +15,44 @@ const KEYS: usize = 256;
 
 impl Attention {
     /// q (Hq D) against rows `seen` of k, v (T, Hkv D) -> (Hq D).
-    pub(super) fn decode_cpu(&self, q: &[f32], [k, v]: [&[f32]; 2], seen: Range<usize>) -> Vec<f32> {
+    pub(super) fn decode_cpu(
+        &self,
+        q: &[f32],
+        [k, v]: [&[f32]; 2],
+        seen: Range<usize>,
+    ) -> Vec<f32> {
         issue(self.heads, 1, seen.len(), self.head_dim);
         issue(self.heads, 1, self.head_dim, seen.len());
         let (d, group, runs) = (self.head_dim, self.group(), seen.len().div_ceil(KEYS));
         // SAFETY: `run` writes all of its part: of each query head the largest score, the sum of the exponentials against it, and their product
         // with the values.
         let mut parts: Vec<f32> = unsafe { uninitialized(runs * self.heads * (2 + d)) };
-        each(parts.chunks_mut(group * (2 + d)).enumerate(), |(index, part)| {
-            let (run, head) = (index / self.kv_heads, index % self.kv_heads);
-            let start = seen.start + run * KEYS;
-            let x = [k, v].map(|x| &x[(start * self.kv_heads + head) * d..]);
-            let q = &q[head * group * d..][..group * d];
-            vectorized(
-                #[inline(always)]
-                |cpu| self.run(cpu, q, x, KEYS.min(seen.end - start), part),
-            );
-        });
+        each(
+            parts.chunks_mut(group * (2 + d)).enumerate(),
+            |(index, part)| {
+                let (run, head) = (index / self.kv_heads, index % self.kv_heads);
+                let start = seen.start + run * KEYS;
+                let x = [k, v].map(|x| &x[(start * self.kv_heads + head) * d..]);
+                let q = &q[head * group * d..][..group * d];
+                vectorized(
+                    #[inline(always)]
+                    |cpu| self.run(cpu, q, x, KEYS.min(seen.end - start), part),
+                );
+            },
+        );
         let mut out = vec![0.0; self.heads * d];
         for (head, out) in out.chunks_mut(d).enumerate() {
             let parts = || parts.chunks(2 + d).skip(head).step_by(self.heads);
-            let most = parts().map(|part| part[0]).fold(f32::NEG_INFINITY, f32::max);
+            let most = parts()
+                .map(|part| part[0])
+                .fold(f32::NEG_INFINITY, f32::max);
             let share = |part: &[f32]| (part[0] - most).exp();
             let sum: f32 = parts().map(|part| share(part) * part[1]).sum();
             for part in parts() {
                 let share = share(part) / sum;
-                out.iter_mut().zip(&part[2..]).for_each(|(out, x)| *out += share * x);
+                out.iter_mut()
+                    .zip(&part[2..])
+                    .for_each(|(out, x)| *out += share * x);
             }
         }
         out
@@ -49,7 +61,11 @@ impl Attention {
     /// One key head's query heads against a run of `n` keys, whose first row k and v begin with.
     #[inline(always)]
     fn run(&self, cpu: Instructions, q: &[f32], [k, v]: [&[f32]; 2], n: usize, part: &mut [f32]) {
-        let (scale, d, stride) = (self.scale() as f32, self.head_dim, self.kv_heads * self.head_dim);
+        let (scale, d, stride) = (
+            self.scale() as f32,
+            self.head_dim,
+            self.kv_heads * self.head_dim,
+        );
         for (q, part) in q.chunks_exact(d).zip(part.chunks_exact_mut(2 + d)) {
             let mut scores = [0.0; KEYS];
             let scores = &mut scores[..n];

@@ -46,7 +46,10 @@ impl Attention {
         let window = self.window.unwrap_or(usize::MAX);
         (0..length).step_by(BLOCK).map(move |start| {
             let end = (start + BLOCK).min(length);
-            Block { queries: start..end, keys: (start + 1).saturating_sub(window)..end }
+            Block {
+                queries: start..end,
+                keys: (start + 1).saturating_sub(window)..end,
+            }
         })
     }
 
@@ -66,7 +69,13 @@ impl Attention {
 }
 
 /// Work of `count` products per block: (queries, keys, D) or its permutations.
-fn blocks_cost(attention: &Attention, segments: &[usize], scores: usize, mixes: usize, precision: Precision) -> Work {
+fn blocks_cost(
+    attention: &Attention,
+    segments: &[usize],
+    scores: usize,
+    mixes: usize,
+    precision: Precision,
+) -> Work {
     let mut work = Work::default();
     let (heads, d) = (attention.heads, attention.head_dim);
     for length in segments {
@@ -81,21 +90,32 @@ fn blocks_cost(attention: &Attention, segments: &[usize], scores: usize, mixes: 
 
 /// Work of a forward pass over segments of these lengths.
 pub fn attention_forward_cost(attention: &Attention, segments: &[usize]) -> Work {
-    let pairs: usize = segments.iter().flat_map(|t| attention.blocks(*t)).map(|b| b.queries.len() * b.keys.len()).sum();
-    blocks_cost(attention, segments, 1, 1, Precision::F32) + Work::sweep(4 * attention.heads * pairs, 4 * attention.heads * pairs)
+    let pairs: usize = segments
+        .iter()
+        .flat_map(|t| attention.blocks(*t))
+        .map(|b| b.queries.len() * b.keys.len())
+        .sum();
+    blocks_cost(attention, segments, 1, 1, Precision::F32)
+        + Work::sweep(4 * attention.heads * pairs, 4 * attention.heads * pairs)
 }
 
 /// Work of a backward pass: scores again, dP = dO V^T; dQ = dS K; dK = dS^T Q and dV = P^T dO cost as much as a mix each.
 pub fn attention_backward_cost(attention: &Attention, segments: &[usize]) -> Work {
-    let pairs: usize = segments.iter().flat_map(|t| attention.blocks(*t)).map(|b| b.queries.len() * b.keys.len()).sum();
-    blocks_cost(attention, segments, 2, 3, Precision::F32) + Work::sweep(8 * attention.heads * pairs, 6 * attention.heads * pairs)
+    let pairs: usize = segments
+        .iter()
+        .flat_map(|t| attention.blocks(*t))
+        .map(|b| b.queries.len() * b.keys.len())
+        .sum();
+    blocks_cost(attention, segments, 2, 3, Precision::F32)
+        + Work::sweep(8 * attention.heads * pairs, 6 * attention.heads * pairs)
 }
 
 /// Work of one new token against `keys` cached ones (itself included).
 pub fn attention_decode_cost(attention: &Attention, keys: usize) -> Work {
     let seen = keys.min(attention.window.unwrap_or(usize::MAX));
     let (heads, d) = (attention.heads, attention.head_dim);
-    Work::products(heads, 1, seen, d, Precision::F32) + Work::products(heads, 1, d, seen, Precision::F32)
+    Work::products(heads, 1, seen, d, Precision::F32)
+        + Work::products(heads, 1, d, seen, Precision::F32)
 }
 
 /// What `backward` needs: inputs and output in the compute type, and each row's log-sum-exp (N, Hq).
@@ -130,8 +150,17 @@ impl Attention {
         v: Tensor,
         segments: &Segments,
     ) -> Result<(Tensor, AttentionSaved)> {
-        self.check(segments.tokens(), &[("q", &q, self.heads), ("k", &k, self.kv_heads), ("v", &v, self.kv_heads)])?;
-        context.tally.add(attention_forward_cost(self, &lengths(segments)));
+        self.check(
+            segments.tokens(),
+            &[
+                ("q", &q, self.heads),
+                ("k", &k, self.kv_heads),
+                ("v", &v, self.kv_heads),
+            ],
+        )?;
+        context
+            .tally
+            .add(attention_forward_cost(self, &lengths(segments)));
         let (q, k, v) = (kept(context, &q)?, kept(context, &k)?, kept(context, &v)?);
         let (out, lse) = if context.fused(&q) {
             self.forward_cpu(context, &q, &k, &v, segments)?
@@ -139,7 +168,16 @@ impl Attention {
             let wide = |x: &Tensor| restored(context, x);
             self.forward_reference(&wide(&q)?, &wide(&k)?, &wide(&v)?, segments)?
         };
-        Ok((out.clone(), AttentionSaved { q, k, v, out: kept(context, &out)?, lse }))
+        Ok((
+            out.clone(),
+            AttentionSaved {
+                q,
+                k,
+                v,
+                out: kept(context, &out)?,
+                lse,
+            },
+        ))
     }
 
     /// dout (N, Hq D) -> (dq, dk, dv).
@@ -151,21 +189,50 @@ impl Attention {
         segments: &Segments,
     ) -> Result<(Tensor, Tensor, Tensor)> {
         let (q, kv) = (self.heads, self.kv_heads);
-        let all = [("q", &saved.q, q), ("k", &saved.k, kv), ("v", &saved.v, kv), ("out", &saved.out, q), ("dout", dout, q)];
+        let all = [
+            ("q", &saved.q, q),
+            ("k", &saved.k, kv),
+            ("v", &saved.v, kv),
+            ("out", &saved.out, q),
+            ("dout", dout, q),
+        ];
         self.check(segments.tokens(), &all)?;
         expect("lse", &saved.lse, &[segments.tokens(), self.heads])?;
-        context.tally.add(attention_backward_cost(self, &lengths(segments)));
+        context
+            .tally
+            .add(attention_backward_cost(self, &lengths(segments)));
         if context.fused(dout) {
             self.backward_cpu(context, dout, saved, segments)
         } else {
             let wide = |x: &Tensor| restored(context, x);
-            let (q, k, v, out) = (wide(&saved.q)?, wide(&saved.k)?, wide(&saved.v)?, wide(&saved.out)?);
-            self.backward_reference(dout, &AttentionSaved { q, k, v, out, lse: saved.lse.clone() }, segments)
+            let (q, k, v, out) = (
+                wide(&saved.q)?,
+                wide(&saved.k)?,
+                wide(&saved.v)?,
+                wide(&saved.out)?,
+            );
+            self.backward_reference(
+                dout,
+                &AttentionSaved {
+                    q,
+                    k,
+                    v,
+                    out,
+                    lse: saved.lse.clone(),
+                },
+                segments,
+            )
         }
     }
 
     /// One new token: q (1, Hq D) against k, v (T, Hkv D), all of them visible unless a window cuts them -> (1, Hq D).
-    pub fn decode(&self, context: Context<'_>, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    pub fn decode(
+        &self,
+        context: Context<'_>,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
         let keys = k.dims2()?.0.max(1);
         self.check(1, &[("q", q, self.heads)])?;
         self.check(keys, &[("k", k, self.kv_heads), ("v", v, self.kv_heads)])?;
@@ -179,7 +246,10 @@ impl Attention {
         }
         let (d, hkv) = (self.head_dim, self.kv_heads);
         let heads_first = |t: &Tensor| -> Result<Tensor> {
-            Ok(t.narrow(0, seen.start, seen.len())?.reshape((seen.len(), hkv, d))?.transpose(0, 1)?.contiguous()?)
+            Ok(t.narrow(0, seen.start, seen.len())?
+                .reshape((seen.len(), hkv, d))?
+                .transpose(0, 1)?
+                .contiguous()?)
         };
         let q = q.reshape((hkv, self.group(), d))?;
         let scores = (batched(&q, &heads_first(k)?.t()?)? * self.scale())?;
@@ -189,13 +259,18 @@ impl Attention {
 
     /// Refuses sizes that cannot be and tensors, each of so many heads, that contradict them: the fused pass computes addresses from both.
     fn check(&self, tokens: usize, tensors: &[(&str, &Tensor, usize)]) -> Result<()> {
-        let divides = self.kv_heads > 0 && self.heads > 0 && self.heads.is_multiple_of(self.kv_heads);
+        let divides =
+            self.kv_heads > 0 && self.heads > 0 && self.heads.is_multiple_of(self.kv_heads);
         if !divides || self.head_dim == 0 || self.window == Some(0) {
-            return Err(Error::new(Kind::Tensor, "attention cannot have these sizes")
-                .value(format!("{self:?}"))
-                .rule("all are at least 1, and kv_heads divides heads"));
+            return Err(
+                Error::new(Kind::Tensor, "attention cannot have these sizes")
+                    .value(format!("{self:?}"))
+                    .rule("all are at least 1, and kv_heads divides heads"),
+            );
         }
-        tensors.iter().try_for_each(|(name, tensor, heads)| expect(name, tensor, &[tokens, heads * self.head_dim]))
+        tensors.iter().try_for_each(|(name, tensor, heads)| {
+            expect(name, tensor, &[tokens, heads * self.head_dim])
+        })
     }
 
     // ---- reference: candle primitives on (H, T, D), any device ----
@@ -205,7 +280,10 @@ impl Attention {
         let (t, d) = (range.len(), self.head_dim);
         let x = x.narrow(0, range.start, t)?.reshape((t, heads, 1, d))?;
         let repeats = self.heads / heads;
-        Ok(x.broadcast_as((t, heads, repeats, d))?.reshape((t, self.heads, d))?.transpose(0, 1)?.contiguous()?)
+        Ok(x.broadcast_as((t, heads, repeats, d))?
+            .reshape((t, self.heads, d))?
+            .transpose(0, 1)?
+            .contiguous()?)
     }
 
     /// Zero where visible, minus infinity elsewhere: (queries, keys).
@@ -213,9 +291,14 @@ impl Attention {
         let mut mask = vec![f32::NEG_INFINITY; block.queries.len() * block.keys.len()];
         for (row, i) in mask.chunks_mut(block.keys.len()).zip(block.queries.clone()) {
             let seen = self.visible(i);
-            row[seen.start.max(block.keys.start) - block.keys.start..seen.end - block.keys.start].fill(0.0);
+            row[seen.start.max(block.keys.start) - block.keys.start..seen.end - block.keys.start]
+                .fill(0.0);
         }
-        Ok(Tensor::from_vec(mask, (block.queries.len(), block.keys.len()), device)?)
+        Ok(Tensor::from_vec(
+            mask,
+            (block.queries.len(), block.keys.len()),
+            device,
+        )?)
     }
 
     fn block_scores(&self, q: &Tensor, k: &Tensor, block: &Block) -> Result<Tensor> {
@@ -225,7 +308,13 @@ impl Attention {
         Ok(scores.broadcast_add(&self.mask(block, scores.device())?)?)
     }
 
-    fn forward_reference(&self, q: &Tensor, k: &Tensor, v: &Tensor, segments: &Segments) -> Result<(Tensor, Tensor)> {
+    fn forward_reference(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        segments: &Segments,
+    ) -> Result<(Tensor, Tensor)> {
         let (mut outs, mut lses) = (Vec::new(), Vec::new());
         for range in segments.ranges() {
             let (q, k, v) = (
@@ -235,35 +324,66 @@ impl Attention {
             );
             for block in self.blocks(range.len()) {
                 let (p, lse) = softmax(&self.block_scores(&q, &k, &block)?)?;
-                let v = v.narrow(1, block.keys.start, block.keys.len())?.contiguous()?;
+                let v = v
+                    .narrow(1, block.keys.start, block.keys.len())?
+                    .contiguous()?;
                 let rows = block.queries.len();
-                outs.push(batched(&p, &v)?.transpose(0, 1)?.contiguous()?.reshape((rows, self.heads * self.head_dim))?);
+                outs.push(
+                    batched(&p, &v)?
+                        .transpose(0, 1)?
+                        .contiguous()?
+                        .reshape((rows, self.heads * self.head_dim))?,
+                );
                 lses.push(lse.squeeze(2)?.t()?.contiguous()?);
             }
         }
         Ok((Tensor::cat(&outs, 0)?, Tensor::cat(&lses, 0)?))
     }
 
-    fn backward_reference(&self, dout: &Tensor, saved: &AttentionSaved, segments: &Segments) -> Result<(Tensor, Tensor, Tensor)> {
+    fn backward_reference(
+        &self,
+        dout: &Tensor,
+        saved: &AttentionSaved,
+        segments: &Segments,
+    ) -> Result<(Tensor, Tensor, Tensor)> {
         let (mut dqs, mut dks, mut dvs) = (Vec::new(), Vec::new(), Vec::new());
         for range in segments.ranges() {
             let t = range.len();
             let of = |x: &Tensor, heads: usize| self.heads_of(x, range, heads);
-            let (q, k, v) = (of(&saved.q, self.heads)?, of(&saved.k, self.kv_heads)?, of(&saved.v, self.kv_heads)?);
+            let (q, k, v) = (
+                of(&saved.q, self.heads)?,
+                of(&saved.k, self.kv_heads)?,
+                of(&saved.v, self.kv_heads)?,
+            );
             let (dout, out) = (of(dout, self.heads)?, of(&saved.out, self.heads)?);
-            let lse = saved.lse.narrow(0, range.start, t)?.t()?.contiguous()?.unsqueeze(2)?; // (H, T, 1)
+            let lse = saved
+                .lse
+                .narrow(0, range.start, t)?
+                .t()?
+                .contiguous()?
+                .unsqueeze(2)?; // (H, T, 1)
             let inner = (&dout * &out)?.sum_keepdim(D::Minus1)?; // (H, T, 1)
             let (mut dk, mut dv) = (k.zeros_like()?, v.zeros_like()?);
             let mut dq = Vec::new();
             for block in self.blocks(t) {
-                let rows =
-                    |x: &Tensor| -> Result<Tensor> { Ok(x.narrow(1, block.queries.start, block.queries.len())?.contiguous()?) };
-                let cols = |x: &Tensor| -> Result<Tensor> { Ok(x.narrow(1, block.keys.start, block.keys.len())?.contiguous()?) };
-                let p = self.block_scores(&q, &k, &block)?.broadcast_sub(&rows(&lse)?)?.exp()?;
+                let rows = |x: &Tensor| -> Result<Tensor> {
+                    Ok(x.narrow(1, block.queries.start, block.queries.len())?
+                        .contiguous()?)
+                };
+                let cols = |x: &Tensor| -> Result<Tensor> {
+                    Ok(x.narrow(1, block.keys.start, block.keys.len())?
+                        .contiguous()?)
+                };
+                let p = self
+                    .block_scores(&q, &k, &block)?
+                    .broadcast_sub(&rows(&lse)?)?
+                    .exp()?;
                 let dp = batched(&rows(&dout)?, &cols(&v)?.t()?)?;
                 let ds = ((p.clone() * dp.broadcast_sub(&rows(&inner)?)?)? * self.scale())?;
                 dq.push(batched(&ds, &cols(&k)?)?);
-                let pad = |x: Tensor| -> Result<Tensor> { Ok(x.pad_with_zeros(1, block.keys.start, t - block.keys.end)?) };
+                let pad = |x: Tensor| -> Result<Tensor> {
+                    Ok(x.pad_with_zeros(1, block.keys.start, t - block.keys.end)?)
+                };
                 dk = (dk + pad(batched(&ds.t()?, &rows(&q)?)?)?)?;
                 dv = (dv + pad(batched(&p.t()?, &rows(&dout)?)?)?)?;
             }
@@ -271,7 +391,11 @@ impl Attention {
             dks.push(self.tokens_first(&dk, self.kv_heads)?);
             dvs.push(self.tokens_first(&dv, self.kv_heads)?);
         }
-        Ok((Tensor::cat(&dqs, 0)?, Tensor::cat(&dks, 0)?, Tensor::cat(&dvs, 0)?))
+        Ok((
+            Tensor::cat(&dqs, 0)?,
+            Tensor::cat(&dks, 0)?,
+            Tensor::cat(&dvs, 0)?,
+        ))
     }
 
     /// (Hq, T, D) -> (T, heads * D), summing over each key head's group.

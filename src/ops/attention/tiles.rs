@@ -28,7 +28,13 @@ struct Head<'a> {
 impl<'a> Head<'a> {
     /// `rows` (of the segment) as lanes, their channels as k.
     fn rows(&self, side: Side, rows: Range<usize>) -> View<'a> {
-        View::new(side, self.values, (self.start + rows.start) * self.width + self.first, (rows.len(), self.width), (self.d, 1))
+        View::new(
+            side,
+            self.values,
+            (self.start + rows.start) * self.width + self.first,
+            (rows.len(), self.width),
+            (self.d, 1),
+        )
     }
 
     /// Channels as B's lanes, `rows` as k.
@@ -48,7 +54,11 @@ fn panels(block: &Block) -> impl Iterator<Item = Panel> + use<> {
     let (queries, first) = (block.queries.clone(), block.keys.start / SIDE * SIDE);
     queries.clone().step_by(SIDE).map(move |start| {
         let queries = start..(start + SIDE).min(queries.end);
-        Panel { keys: first..queries.end.next_multiple_of(SIDE), queries, row: SIDE }
+        Panel {
+            keys: first..queries.end.next_multiple_of(SIDE),
+            queries,
+            row: SIDE,
+        }
     })
 }
 
@@ -58,18 +68,37 @@ fn tiles(range: &Range<usize>) -> Range<usize> {
 
 /// Scores (keys, 32) as A, queries as lanes, k along the keys.
 fn over_keys(scores: &[f32]) -> View<'_> {
-    View::new(Side::A, Values::F32(scores), 0, (SIDE, 1), (scores.len() / SIDE, SIDE))
+    View::new(
+        Side::A,
+        Values::F32(scores),
+        0,
+        (SIDE, 1),
+        (scores.len() / SIDE, SIDE),
+    )
 }
 
 /// Scores (keys, 32) as A, keys as lanes, k along the queries.
 fn over_queries(scores: &[f32]) -> View<'_> {
-    View::new(Side::A, Values::F32(scores), 0, (scores.len() / SIDE, SIDE), (SIDE, 1))
+    View::new(
+        Side::A,
+        Values::F32(scores),
+        0,
+        (scores.len() / SIDE, SIDE),
+        (SIDE, 1),
+    )
 }
 
 /// scores (keys, 32) = the rows of `a` in these tiles times the queries in `columns`.
 fn scores(ready: &Ready, keys: Range<usize>, a: &Operand, columns: &Operand, out: &mut Vec<f32>) {
     out.resize(keys.len() * SIDE * SIDE, 0.0);
-    multiply(ready, (a, keys, 0), (columns, 0..1, 0), columns.steps(), (out, SIDE), false);
+    multiply(
+        ready,
+        (a, keys, 0),
+        (columns, 0..1, 0),
+        columns.steps(),
+        (out, SIDE),
+        false,
+    );
 }
 
 impl Attention {
@@ -84,13 +113,19 @@ impl Attention {
     ) {
         let ready = Ready::new(unit);
         let [q, k, v] = self.heads_in(x, range, head);
-        let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
+        let (width, d, scale) = (
+            self.heads * self.head_dim,
+            self.head_dim,
+            self.scale() as f32,
+        );
         let k = Operand::of(ROUNDED, &k.rows(Side::A, 0..queries.end));
         let v = Operand::of(ROUNDED, &v.channels(0..queries.end));
         let (mut own, mut p) = (Operand::new(ROUNDED), Operand::new(ROUNDED));
         let room = d.next_multiple_of(SIDE);
         let (mut s, mut mixed) = (Vec::new(), vec![0.0f32; SIDE * room]);
-        let within = |block: &Block| block.queries.start >= queries.start && block.queries.start < queries.end;
+        let within = |block: &Block| {
+            block.queries.start >= queries.start && block.queries.start < queries.end
+        };
         for block in self.blocks(range.len()).filter(within) {
             issue(1, block.queries.len(), block.keys.len(), d);
             issue(1, block.queries.len(), d, block.keys.len());
@@ -102,7 +137,14 @@ impl Attention {
                 softmax::<SIDE>(&mut s, SIDE, scale, (&mut max, &mut sums), &mut [0.0; SIDE]);
                 p.fill(&over_keys(&s));
                 let keys = tiles(&panel.keys);
-                multiply(&ready, (&p, 0..1, 0), (&v, 0..room / SIDE, keys.start), keys.len(), (&mut mixed, room), false);
+                multiply(
+                    &ready,
+                    (&p, 0..1, 0),
+                    (&v, 0..room / SIDE, keys.start),
+                    keys.len(),
+                    (&mut mixed, room),
+                    false,
+                );
                 for (lane, query) in panel.queries.clone().enumerate() {
                     let (row, share) = (range.start + query, 1.0 / sums[lane]);
                     // SAFETY: this row of this head belongs to this task alone.
@@ -116,20 +158,43 @@ impl Attention {
         }
     }
 
-    pub(super) fn backward_tiles(&self, unit: Unit, x: &Inputs<'_>, part: &KeyPart, head: usize, to: Destination) {
+    pub(super) fn backward_tiles(
+        &self,
+        unit: Unit,
+        x: &Inputs<'_>,
+        part: &KeyPart,
+        head: usize,
+        to: Destination,
+    ) {
         let ready = Ready::new(unit);
         let (range, all) = (&part.segment, &part.keys);
         let [q, k, v] = self.heads_in(x.qkv, range, head);
-        let (width, d, scale) = (self.heads * self.head_dim, self.head_dim, self.scale() as f32);
-        let dout = Head { values: Values::F32(x.dout), ..q };
-        let (k_rows, k_channels) =
-            (Operand::of(ROUNDED, &k.rows(Side::A, all.clone())), Operand::of(ROUNDED, &k.channels(all.clone())));
+        let (width, d, scale) = (
+            self.heads * self.head_dim,
+            self.head_dim,
+            self.scale() as f32,
+        );
+        let dout = Head {
+            values: Values::F32(x.dout),
+            ..q
+        };
+        let (k_rows, k_channels) = (
+            Operand::of(ROUNDED, &k.rows(Side::A, all.clone())),
+            Operand::of(ROUNDED, &k.channels(all.clone())),
+        );
         let v_rows = Operand::of(ROUNDED, &v.rows(Side::A, all.clone()));
         let (mut own, mut left) = (Operand::new(ROUNDED), Operand::new(ROUNDED));
         let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
-        let (mut dk, mut dv, mut dq) = (vec![0.0f32; keys * room], vec![0.0f32; keys * room], vec![0.0f32; SIDE * room]);
+        let (mut dk, mut dv, mut dq) = (
+            vec![0.0f32; keys * room],
+            vec![0.0f32; keys * room],
+            vec![0.0f32; SIDE * room],
+        );
         let (mut p, mut ds) = (Vec::new(), Vec::new());
-        for block in self.blocks(range.len()).filter(|block| block.queries.start >= all.start) {
+        for block in self
+            .blocks(range.len())
+            .filter(|block| block.queries.start >= all.start)
+        {
             let (rows, cols) = (block.queries.len(), part.seen(&block).len());
             issue(2, rows, cols, d);
             issue(3, rows, d, cols);
@@ -152,34 +217,94 @@ impl Attention {
                     for (lane, query) in queries.clone().enumerate() {
                         lses[lane] = x.lse[(range.start + query) * self.heads + head];
                     }
-                    x.inners(range.start + queries.start, (width, head * d, d), &mut inners[..count]);
+                    x.inners(
+                        range.start + queries.start,
+                        (width, head * d, d),
+                        &mut inners[..count],
+                    );
                     gradients::<SIDE>(&mut p, &mut ds, SIDE, (&lses, &inners), scale);
                     let (panels, below) = (0..room / SIDE, seen.start * SIDE * room);
                     own.fill(&dout.channels(queries.clone()));
                     left.fill(&over_queries(&p));
-                    multiply(&ready, (&left, 0..seen.len(), 0), (&own, panels.clone(), 0), 1, (&mut dv[below..], room), true);
+                    multiply(
+                        &ready,
+                        (&left, 0..seen.len(), 0),
+                        (&own, panels.clone(), 0),
+                        1,
+                        (&mut dv[below..], room),
+                        true,
+                    );
                     own.fill(&q.channels(queries.clone()));
                     left.fill(&over_queries(&ds));
-                    multiply(&ready, (&left, 0..seen.len(), 0), (&own, panels.clone(), 0), 1, (&mut dk[below..], room), true);
+                    multiply(
+                        &ready,
+                        (&left, 0..seen.len(), 0),
+                        (&own, panels.clone(), 0),
+                        1,
+                        (&mut dk[below..], room),
+                        true,
+                    );
                     left.fill(&over_keys(&ds));
-                    multiply(&ready, (&left, 0..1, 0), (&k_channels, panels, seen.start), seen.len(), (&mut dq, room), false);
+                    multiply(
+                        &ready,
+                        (&left, 0..1, 0),
+                        (&k_channels, panels, seen.start),
+                        seen.len(),
+                        (&mut dq, room),
+                        false,
+                    );
                 }
                 let row = to.dq.1 + queries.start - all.start;
                 // SAFETY: these rows of this head belong to this task alone.
-                unsafe { write(&dq[..count * room], room, d, row, (to.dq.0, width, head * d)) };
+                unsafe {
+                    write(
+                        &dq[..count * room],
+                        room,
+                        d,
+                        row,
+                        (to.dq.0, width, head * d),
+                    )
+                };
             }
         }
         // SAFETY: the rows of these keys belong, in this head's columns, to this task alone.
         unsafe {
-            write(&dk[..all.len() * room], room, d, range.start + all.start, (to.dk, width, head * d));
-            write(&dv[..all.len() * room], room, d, range.start + all.start, (to.dv, width, head * d));
+            write(
+                &dk[..all.len() * room],
+                room,
+                d,
+                range.start + all.start,
+                (to.dk, width, head * d),
+            );
+            write(
+                &dv[..all.len() * room],
+                room,
+                d,
+                range.start + all.start,
+                (to.dv, width, head * d),
+            );
         }
     }
 
-    fn heads_in<'a>(&self, [q, k, v]: [Values<'a>; 3], range: &Range<usize>, head: usize) -> [Head<'a>; 3] {
+    fn heads_in<'a>(
+        &self,
+        [q, k, v]: [Values<'a>; 3],
+        range: &Range<usize>,
+        head: usize,
+    ) -> [Head<'a>; 3] {
         let (d, start) = (self.head_dim, range.start);
-        let of = |values, heads: usize, head: usize| Head { values, width: heads * d, start, first: head * d, d };
+        let of = |values, heads: usize, head: usize| Head {
+            values,
+            width: heads * d,
+            start,
+            first: head * d,
+            d,
+        };
         let kv = head / self.group();
-        [of(q, self.heads, head), of(k, self.kv_heads, kv), of(v, self.kv_heads, kv)]
+        [
+            of(q, self.heads, head),
+            of(k, self.kv_heads, kv),
+            of(v, self.kv_heads, kv),
+        ]
     }
 }

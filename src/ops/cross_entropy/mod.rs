@@ -45,16 +45,26 @@ impl HeadShape {
     /// Rows of each chunk, in order.
     fn chunks(&self) -> impl Iterator<Item = usize> + use<> {
         // Where W is trained each chunk makes a gradient of W's size, and adds it to the last: few chunks, each of that size too.
-        let numbers = if self.trained { CHUNK_NUMBERS.max(self.vocab * self.hidden) } else { CHUNK_NUMBERS };
-        let rows = (numbers / self.vocab.max(1)).max(1).next_multiple_of(TILE_ROWS);
+        let numbers = if self.trained {
+            CHUNK_NUMBERS.max(self.vocab * self.hidden)
+        } else {
+            CHUNK_NUMBERS
+        };
+        let rows = (numbers / self.vocab.max(1))
+            .max(1)
+            .next_multiple_of(TILE_ROWS);
         let total = self.loss_tokens;
-        (0..total).step_by(rows).map(move |start| rows.min(total - start))
+        (0..total)
+            .step_by(rows)
+            .map(move |start| rows.min(total - start))
     }
 
     /// Work of losses alone.
     pub fn forward_cost(&self, precision: Precision) -> Work {
         let sweep = |rows: usize| Work::sweep(4 * rows * self.vocab, 3 * rows * self.vocab);
-        self.chunks().map(|rows| Work::product(rows, self.vocab, self.hidden, precision) + sweep(rows)).sum()
+        self.chunks()
+            .map(|rows| Work::product(rows, self.vocab, self.hidden, precision) + sweep(rows))
+            .sum()
     }
 
     /// Work of losses and gradients; `input_gradient`: whether dh is wanted.
@@ -79,17 +89,27 @@ type Losses = (Vec<f32>, Option<Tensor>);
 impl Head {
     fn shape(&self, loss_tokens: usize) -> Result<HeadShape> {
         let (vocab, hidden) = self.weight.tensor.dims2()?;
-        Ok(HeadShape { loss_tokens, hidden, vocab, trained: self.weight.is_trained() })
+        Ok(HeadShape {
+            loss_tokens,
+            hidden,
+            vocab,
+            trained: self.weight.is_trained(),
+        })
     }
 
     /// The shape for these rows; refuses rows without a target and targets beyond the vocabulary.
     fn checked(&self, h: &Tensor, targets: &[u32]) -> Result<HeadShape> {
         let shape = self.shape(targets.len())?;
         expect("h", h, &[shape.loss_tokens, shape.hidden])?;
-        if let Some(beyond) = targets.iter().find(|target| **target as usize >= shape.vocab) {
-            return Err(Error::new(Kind::Tensor, "a target lies beyond the vocabulary")
-                .value(beyond.to_string())
-                .rule(format!("below {}", shape.vocab)));
+        if let Some(beyond) = targets
+            .iter()
+            .find(|target| **target as usize >= shape.vocab)
+        {
+            return Err(
+                Error::new(Kind::Tensor, "a target lies beyond the vocabulary")
+                    .value(beyond.to_string())
+                    .rule(format!("below {}", shape.vocab)),
+            );
         }
         Ok(shape)
     }
@@ -97,9 +117,17 @@ impl Head {
     /// h (N, C) -> logits (N, V), for generation and tests.
     pub fn logits(&self, context: Context<'_>, h: &Tensor) -> Result<Tensor> {
         let shape = self.shape(h.dims2()?.0)?;
-        context.tally.add(Work::product(shape.loss_tokens, shape.vocab, shape.hidden, context.precision));
+        context.tally.add(Work::product(
+            shape.loss_tokens,
+            shape.vocab,
+            shape.hidden,
+            context.precision,
+        ));
         match context.fused(h) {
-            true => tensor(self.logits_cpu(context, h)?, (shape.loss_tokens, shape.vocab)),
+            true => tensor(
+                self.logits_cpu(context, h)?,
+                (shape.loss_tokens, shape.vocab),
+            ),
             false => matmul(context, h, &self.weight.tensor.t()?),
         }
     }
@@ -119,7 +147,10 @@ impl Head {
                 let mut logits = self.logits_cpu(context, &h)?;
                 losses.extend(self::losses(&mut logits, targets, None));
             } else {
-                losses.extend(row_losses(&matmul(context, &h, &self.weight.tensor.t()?)?, targets)?);
+                losses.extend(row_losses(
+                    &matmul(context, &h, &self.weight.tensor.t()?)?,
+                    targets,
+                )?);
             }
         }
         Ok(losses)
@@ -137,7 +168,9 @@ impl Head {
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Option<Tensor>)> {
         let shape = self.checked(h, targets)?;
-        context.tally.add(shape.backward_cost(context.precision, input_gradient));
+        context
+            .tally
+            .add(shape.backward_cost(context.precision, input_gradient));
         if self.goes_by_words(context, h) {
             return self.losses_by_words(context, h, targets, input_gradient.then_some(scale));
         }
@@ -178,7 +211,11 @@ impl Head {
     fn logits_cpu(&self, context: Context<'_>, h: &Tensor) -> Result<Vec<f32>> {
         let (h, l, (v, c)) = (h.contiguous()?, h.dims2()?.0, self.weight.tensor.dims2()?);
         let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
-        Ok(product(context.precision, h.matrix(l, c), w.matrix(v, c).t()))
+        Ok(product(
+            context.precision,
+            h.matrix(l, c),
+            w.matrix(v, c).t(),
+        ))
     }
 
     /// dz (L, V) -> dh (L, C) where wanted; W's gradient where it is trained.
@@ -216,7 +253,10 @@ fn row_losses(logits: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
 fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
     let vocab = logits.len() / targets.len().max(1);
     let mut losses = vec![0.0; targets.len()];
-    let rows = logits.chunks_mut(vocab.max(1)).zip(targets).zip(&mut losses);
+    let rows = logits
+        .chunks_mut(vocab.max(1))
+        .zip(targets)
+        .zip(&mut losses);
     each(rows, |((z, target), loss)| {
         let target = *target as usize;
         let at_target = z[target];

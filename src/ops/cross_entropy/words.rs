@@ -40,17 +40,30 @@ impl Head {
         // As many blocks for each thread; a row's sums do not depend on its block.
         let (most, multiple) = own[0].rows();
         let parts = l.div_ceil(most).next_multiple_of(threads());
-        let (size, width) = (l.div_ceil(parts).next_multiple_of(multiple), c.next_multiple_of(SIDE));
-        let mut dh = vec![0.0; if scale.is_some() { l.next_multiple_of(size) * width } else { 0 }];
+        let (size, width) = (
+            l.div_ceil(parts).next_multiple_of(multiple),
+            c.next_multiple_of(SIDE),
+        );
+        let mut dh = vec![
+            0.0;
+            if scale.is_some() {
+                l.next_multiple_of(size) * width
+            } else {
+                0
+            }
+        ];
         let mut outs = dh.chunks_mut(size * width);
         let mut blocks: Vec<Block> = targets
             .chunks(size)
             .enumerate()
-            .map(|(index, targets)| Block::new(index * size, targets, outs.next().map(|dh| (dh, width))))
+            .map(|(index, targets)| {
+                Block::new(index * size, targets, outs.next().map(|dh| (dh, width)))
+            })
             .collect();
         // A single row is not packed as others are, and what is kept is for those.
         let packings = self.weight.packings.as_ref().filter(|_| l > 1);
-        let kept = packings.and_then(|packings| packings.words(&table, WORDS, &|| Held::beside(&h)));
+        let kept =
+            packings.and_then(|packings| packings.words(&table, WORDS, &|| Held::beside(&h)));
         for (index, start) in (0..v).step_by(WORDS).enumerate() {
             let words = start..(start + WORDS).min(v);
             let table = table.rows(words.clone());
@@ -64,10 +77,14 @@ impl Head {
                     &own
                 }
             };
-            each(blocks.iter_mut(), |block| block.meet(&words, &h, columns, rows));
+            each(blocks.iter_mut(), |block| {
+                block.meet(&words, &h, columns, rows)
+            });
         }
         let losses = blocks.iter().flat_map(Block::losses).collect();
-        let Some(scale) = scale else { return Ok((losses, None)) };
+        let Some(scale) = scale else {
+            return Ok((losses, None));
+        };
         each(blocks.iter_mut(), |block| match w.values() {
             Values::F32(w) => block.finish(w, c, scale),
             Values::Bf16(w) => block.finish(w, c, scale),
@@ -75,7 +92,14 @@ impl Head {
         drop(blocks);
         match width == c {
             true => dh.truncate(l * c),
-            false => dh = dh.chunks(width).take(l).flat_map(|row| &row[..c]).copied().collect(),
+            false => {
+                dh = dh
+                    .chunks(width)
+                    .take(l)
+                    .flat_map(|row| &row[..c])
+                    .copied()
+                    .collect()
+            }
         }
         Ok((losses, Some(tensor(dh, (l, c))?)))
     }
@@ -96,7 +120,14 @@ struct Block<'a> {
 impl<'a> Block<'a> {
     fn new(first: usize, targets: &'a [u32], dh: Option<(&'a mut [f32], usize)>) -> Self {
         let n = targets.len();
-        Self { first, targets, max: vec![f32::MIN; n], sums: vec![0.0; n], at_targets: vec![0.0; n], dh }
+        Self {
+            first,
+            targets,
+            max: vec![f32::MIN; n],
+            sums: vec![0.0; n],
+            at_targets: vec![0.0; n],
+            dh,
+        }
     }
 
     /// Goes on with `words`: `columns` is (C, words), `rows` (words, C).
@@ -123,7 +154,9 @@ impl<'a> Block<'a> {
                 self.max[row] = max;
                 self.sums[row] *= f64::from(share);
                 if let Some((dh, width)) = &mut self.dh {
-                    dh[row * *width..][..*width].iter_mut().for_each(|dh| *dh *= share);
+                    dh[row * *width..][..*width]
+                        .iter_mut()
+                        .for_each(|dh| *dh *= share);
                 }
             }
             self.sums[row] += sum;
@@ -134,17 +167,33 @@ impl<'a> Block<'a> {
     }
 
     fn losses(&self) -> impl Iterator<Item = f32> + use<'_> {
-        (0..self.targets.len()).map(|row| self.max[row] + self.sums[row].ln() as f32 - self.at_targets[row])
+        (0..self.targets.len())
+            .map(|row| self.max[row] + self.sums[row].ln() as f32 - self.at_targets[row])
     }
 
     /// e W -> dh, with W (V, `c`).
     fn finish<T: Number>(&mut self, w: &[T], c: usize, scale: f64) {
-        let Some((dh, width)) = &mut self.dh else { return };
-        for ((row, target), dh) in self.targets.iter().enumerate().zip(dh.chunks_exact_mut(*width)) {
-            let (w, share, scale) = (&w[*target as usize * c..][..c], (scale / self.sums[row]) as f32, scale as f32);
+        let Some((dh, width)) = &mut self.dh else {
+            return;
+        };
+        for ((row, target), dh) in self
+            .targets
+            .iter()
+            .enumerate()
+            .zip(dh.chunks_exact_mut(*width))
+        {
+            let (w, share, scale) = (
+                &w[*target as usize * c..][..c],
+                (scale / self.sums[row]) as f32,
+                scale as f32,
+            );
             vectorized(
                 #[inline(always)]
-                |_| dh.iter_mut().zip(w).for_each(|(dh, w)| *dh = share * *dh - scale * w.widen()),
+                |_| {
+                    dh.iter_mut()
+                        .zip(w)
+                        .for_each(|(dh, w)| *dh = share * *dh - scale * w.widen())
+                },
             );
         }
     }

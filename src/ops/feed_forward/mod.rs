@@ -9,7 +9,9 @@ mod tiles;
 use candle_core::Tensor;
 
 use super::swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward};
-use super::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Mask, backward_together};
+use super::{
+    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Mask, backward_together,
+};
 use crate::error::Result;
 #[cfg(target_arch = "x86_64")]
 use crate::error::{Error, Kind};
@@ -83,14 +85,28 @@ impl FeedForward<'_> {
         }
         let _ = through;
         let mask = |part: Part, x: &LinearInput| masks.and_then(|masks| masks(part, x));
-        let (gate, gate_saved) = self.gate.forward_prepared(context, &x, mask(Part::Gate, &x), None)?;
-        let (up, up_saved) = self.up.forward_prepared(context, &x, mask(Part::Up, &x), None)?;
+        let (gate, gate_saved) =
+            self.gate
+                .forward_prepared(context, &x, mask(Part::Gate, &x), None)?;
+        let (up, up_saved) = self
+            .up
+            .forward_prepared(context, &x, mask(Part::Up, &x), None)?;
         drop(x);
         let (inner, saved) = swiglu(context, &gate, &up)?;
         drop((gate, up));
         let inner = LinearInput::new(context, inner)?;
-        let (y, down) = self.down.forward_prepared(context, &inner, mask(Part::Down, &inner), Some(base))?;
-        Ok((y, FeedForwardSaved { between: Between::Rows(saved), gate: gate_saved, up: up_saved, down }))
+        let (y, down) =
+            self.down
+                .forward_prepared(context, &inner, mask(Part::Down, &inner), Some(base))?;
+        Ok((
+            y,
+            FeedForwardSaved {
+                between: Between::Rows(saved),
+                gate: gate_saved,
+                up: up_saved,
+                down,
+            },
+        ))
     }
 
     /// dy (N, C) and the forward pass's x (where gate or up keeps it) -> dx (N, C) where `input_gradient`. `through`: whether anything is
@@ -107,22 +123,52 @@ impl FeedForward<'_> {
             Between::Rows(rows) => rows,
             #[cfg(target_arch = "x86_64")]
             Between::Tiles(_) if !through => {
-                return Err(Error::new(Kind::Tensor, "a pass in tiles goes back through all of its layers"));
+                return Err(Error::new(
+                    Kind::Tensor,
+                    "a pass in tiles goes back through all of its layers",
+                ));
             }
             #[cfg(target_arch = "x86_64")]
-            Between::Tiles(tiles) => return self.backward_tiles(context, dy, (x, saved, tiles), input_gradient, gradients),
+            Between::Tiles(tiles) => {
+                return self.backward_tiles(
+                    context,
+                    dy,
+                    (x, saved, tiles),
+                    input_gradient,
+                    gradients,
+                );
+            }
         };
-        let inner = self.down.keeps_input().then(|| LinearInput::new(context, swiglu_again(context, rows)?)).transpose()?;
+        let inner = self
+            .down
+            .keeps_input()
+            .then(|| LinearInput::new(context, swiglu_again(context, rows)?))
+            .transpose()?;
         let d = LinearInput::new(context, dy.clone())?;
-        let down = Branch { linear: self.down, dy: &d, saved: &saved.down };
-        let Some(d_inner) = backward_together(context, &[down], inner.as_ref(), (through, None), gradients)? else {
+        let down = Branch {
+            linear: self.down,
+            dy: &d,
+            saved: &saved.down,
+        };
+        let Some(d_inner) =
+            backward_together(context, &[down], inner.as_ref(), (through, None), gradients)?
+        else {
             return Ok(None);
         };
         drop((inner, d));
         let (d_gate, d_up) = swiglu_backward(context, &d_inner, rows)?;
         drop(d_inner);
-        let (d_gate, d_up) = (LinearInput::new(context, d_gate)?, LinearInput::new(context, d_up)?);
-        self.backward_outer(context, [&d_gate, &d_up], (x, saved), input_gradient, gradients)
+        let (d_gate, d_up) = (
+            LinearInput::new(context, d_gate)?,
+            LinearInput::new(context, d_up)?,
+        );
+        self.backward_outer(
+            context,
+            [&d_gate, &d_up],
+            (x, saved),
+            input_gradient,
+            gradients,
+        )
     }
 
     /// Gate's and up's backward passes.
@@ -134,8 +180,16 @@ impl FeedForward<'_> {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let gate = Branch { linear: self.gate, dy: d_gate, saved: &saved.gate };
-        let up = Branch { linear: self.up, dy: d_up, saved: &saved.up };
+        let gate = Branch {
+            linear: self.gate,
+            dy: d_gate,
+            saved: &saved.gate,
+        };
+        let up = Branch {
+            linear: self.up,
+            dy: d_up,
+            saved: &saved.up,
+        };
         backward_together(context, &[gate, up], x, (input_gradient, None), gradients)
     }
 }

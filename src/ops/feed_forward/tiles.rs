@@ -34,11 +34,14 @@ impl Kept {
             Precision::F32 => {
                 let panels = columns.div_ceil(SIDE);
                 // SAFETY: the caller's promise.
-                let tiles = unsafe { crate::ops::host::uninitialized(rows.div_ceil(SIDE) * panels) };
+                let tiles =
+                    unsafe { crate::ops::host::uninitialized(rows.div_ceil(SIDE) * panels) };
                 Self::Wide { tiles, panels }
             }
             // SAFETY: the caller's promise.
-            Precision::Bf16 | Precision::F16 => Self::Narrow(unsafe { Operand::uninitialized(ROUNDED, rows, columns) }),
+            Precision::Bf16 | Precision::F16 => {
+                Self::Narrow(unsafe { Operand::uninitialized(ROUNDED, rows, columns) })
+            }
         }
     }
 
@@ -95,7 +98,11 @@ struct Factor<'a> {
 
 impl<'a> Factor<'a> {
     fn new(weight: &'a Weight, turned: bool) -> Result<Self> {
-        Ok(Self { weight, host: Host::open_any(&weight.tensor)?, turned })
+        Ok(Self {
+            weight,
+            host: Host::open_any(&weight.tensor)?,
+            turned,
+        })
     }
 
     fn matrix(&self) -> Result<Matrix<'_>> {
@@ -106,14 +113,25 @@ impl<'a> Factor<'a> {
 
 impl<'a> Factors<'a> {
     /// W, and where there is an adapter its scaled rows (N, r) and the weight that they are multiplied by.
-    fn new(context: Context<'_>, w: &'a Weight, low: Option<(&[f32], &'a Weight)>, turned: bool) -> Result<Self> {
+    fn new(
+        context: Context<'_>,
+        w: &'a Weight,
+        low: Option<(&[f32], &'a Weight)>,
+        turned: bool,
+    ) -> Result<Self> {
         let low = low.map(|(scaled, weight)| -> Result<_> {
             let (rows, columns) = weight.tensor.dims2()?;
             let r = if turned { columns } else { rows };
             let rows = Matrix::of(scaled, scaled.len() / r.max(1), r);
-            Ok((Prepared::new(context.precision, &rows), Factor::new(weight, turned)?))
+            Ok((
+                Prepared::new(context.precision, &rows),
+                Factor::new(weight, turned)?,
+            ))
         });
-        Ok(Self { w: Factor::new(w, turned)?, low: low.transpose()? })
+        Ok(Self {
+            w: Factor::new(w, turned)?,
+            low: low.transpose()?,
+        })
     }
 
     /// x times W, and the adapter's rows times theirs.
@@ -127,7 +145,9 @@ impl<'a> Factors<'a> {
 }
 
 fn packed(prepared: &Prepared) -> Result<&Packed> {
-    prepared.packed().ok_or_else(|| Error::new(Kind::Tensor, "blocks are made of what is packed"))
+    prepared
+        .packed()
+        .ok_or_else(|| Error::new(Kind::Tensor, "blocks are made of what is packed"))
 }
 
 impl FeedForward<'_> {
@@ -169,20 +189,45 @@ impl FeedForward<'_> {
         }
         drop(x);
         let inner = LinearInput::packed((n, f), Prepared::of(inner));
-        let (y, down) = self.down.forward_prepared(context, &inner, None, Some(base))?;
+        let (y, down) = self
+            .down
+            .forward_prepared(context, &inner, None, Some(base))?;
         Ok((
             y,
-            FeedForwardSaved { between: Between::Tiles(Saved { shape: (n, f), gate, up }), gate: gate_saved, up: up_saved, down },
+            FeedForwardSaved {
+                between: Between::Tiles(Saved {
+                    shape: (n, f),
+                    gate,
+                    up,
+                }),
+                gate: gate_saved,
+                up: up_saved,
+                down,
+            },
         ))
     }
 
     /// Counts a layer that reads x, and runs the first half of its adapter.
-    fn outer<'a>(&self, context: Context<'_>, linear: &'a Linear, x: &LinearInput) -> Result<(Factors<'a>, LinearSaved)> {
+    fn outer<'a>(
+        &self,
+        context: Context<'_>,
+        linear: &'a Linear,
+        x: &LinearInput,
+    ) -> Result<(Factors<'a>, LinearSaved)> {
         linear.expect_input(x)?;
-        context.tally.add(linear.shape(x.shape().0, false)?.forward_cost(context.precision));
+        context.tally.add(
+            linear
+                .shape(x.shape().0, false)?
+                .forward_cost(context.precision),
+        );
         let (saved, scaled) = linear.low(context, x, &x.left(&None)?, None)?.unzip();
-        let low = scaled.as_deref().zip(linear.lora.as_ref().map(|lora| &lora.b));
-        Ok((Factors::new(context, &linear.weight, low, true)?, saved.unwrap_or_default()))
+        let low = scaled
+            .as_deref()
+            .zip(linear.lora.as_ref().map(|lora| &lora.b));
+        Ok((
+            Factors::new(context, &linear.weight, low, true)?,
+            saved.unwrap_or_default(),
+        ))
     }
 
     pub(super) fn backward_tiles(
@@ -197,11 +242,21 @@ impl FeedForward<'_> {
         expect("dy", dy, &[n, c])?;
         expect("down", &self.down.weight.tensor, &[c, f])?;
         let dy = LinearInput::new(context, dy.clone())?;
-        context.tally.add(self.down.shape(n, false)?.backward_cost(context.precision, true));
+        context.tally.add(
+            self.down
+                .shape(n, false)?
+                .backward_cost(context.precision, true),
+        );
         context.tally.add(swiglu_backward_cost(n * f));
-        let down = Branch { linear: self.down, dy: &dy, saved: &saved.down };
+        let down = Branch {
+            linear: self.down,
+            dy: &dy,
+            saved: &saved.down,
+        };
         let d_low = down.outer_gradient(context, gradients)?;
-        let low = d_low.as_deref().zip(self.down.lora.as_ref().map(|lora| &lora.a));
+        let low = d_low
+            .as_deref()
+            .zip(self.down.lora.as_ref().map(|lora| &lora.a));
         let factors = Factors::new(context, &self.down.weight, low, false)?;
         // SAFETY: `tiles_of` gives every block, and each is written.
         let room = || packed(dy.prepared()).map(|dy| unsafe { dy.alike(n, f) });
@@ -213,9 +268,16 @@ impl FeedForward<'_> {
         }
         {
             let terms = factors.terms(&dy)?;
-            let (write_gate, write_up, write_inner) = (d_gate.blocks(), d_up.blocks(), inner.as_mut().map(Packed::blocks));
+            let (write_gate, write_up, write_inner) = (
+                d_gate.blocks(),
+                d_up.blocks(),
+                inner.as_mut().map(Packed::blocks),
+            );
             tiles_of([&terms], |strip, panel, [d_inner]| {
-                let (mut gate, mut up) = (between.gate.read(strip, panel), between.up.read(strip, panel));
+                let (mut gate, mut up) = (
+                    between.gate.read(strip, panel),
+                    between.up.read(strip, panel),
+                );
                 // SAFETY: as in the forward pass.
                 unsafe {
                     deactivate(d_inner, &mut gate, &mut up);
@@ -233,7 +295,13 @@ impl FeedForward<'_> {
         }
         drop(dy);
         let (d_gate, d_up) = (packed(d_gate), packed(d_up));
-        self.backward_outer(context, [&d_gate, &d_up], (x, saved), input_gradient, gradients)
+        self.backward_outer(
+            context,
+            [&d_gate, &d_up],
+            (x, saved),
+            input_gradient,
+            gradients,
+        )
     }
 }
 

@@ -28,20 +28,36 @@ pub(in crate::ops) struct Packings {
 
 impl Packings {
     /// The form of `matrix`, which is the whole weight or the whole `turned`; none where it was packed for others than `empty` is.
-    pub(super) fn of(&self, turned: bool, matrix: &Matrix<'_>, empty: &dyn Fn() -> Held) -> Option<&Held> {
+    pub(super) fn of(
+        &self,
+        turned: bool,
+        matrix: &Matrix<'_>,
+        empty: &dyn Fn() -> Held,
+    ) -> Option<&Held> {
         let held = self.forms[usize::from(turned)].get_or_init(|| Held::of(empty, matrix));
         held.is_like(&empty()).then_some(held)
     }
 
     /// `count` rows of the weight after others, each turned and as they lie; none as above.
-    pub(in crate::ops) fn words(&self, weight: &Matrix<'_>, count: usize, empty: &dyn Fn() -> Held) -> Option<&[[Held; 2]]> {
+    pub(in crate::ops) fn words(
+        &self,
+        weight: &Matrix<'_>,
+        count: usize,
+        empty: &dyn Fn() -> Held,
+    ) -> Option<&[[Held; 2]]> {
         let both = |start: usize| {
             let rows = weight.rows(start..(start + count).min(weight.rows));
             [rows.t(), rows].map(|rows| Held::of(empty, &rows))
         };
-        let words = self.words.get_or_init(|| (0..weight.rows).step_by(count).map(both).collect());
+        let words = self
+            .words
+            .get_or_init(|| (0..weight.rows).step_by(count).map(both).collect());
         let like = empty();
-        words.iter().flatten().all(|held| held.is_like(&like)).then_some(words)
+        words
+            .iter()
+            .flatten()
+            .all(|held| held.is_like(&like))
+            .then_some(words)
     }
 }
 
@@ -93,18 +109,42 @@ impl Held {
 
     /// out = rows of `left` times what is held, from a multiple of `rows` on; `out.1` numbers from row to row. What lies beyond the rows and
     /// columns, up to whole `SIDE`s, may be written or not.
-    pub(in crate::ops) fn product(&self, left: &Left<'_>, rows: Range<usize>, out: (&mut [f32], usize)) {
+    pub(in crate::ops) fn product(
+        &self,
+        left: &Left<'_>,
+        rows: Range<usize>,
+        out: (&mut [f32], usize),
+    ) {
         match (self, &left.form) {
-            (Self::Panels(panels), Form::Wide { values, row_stride, column_stride: 1 }) => {
-                panels.product(rows.len(), (&values[rows.start * row_stride..], *row_stride), false, out);
+            (
+                Self::Panels(panels),
+                Form::Wide {
+                    values,
+                    row_stride,
+                    column_stride: 1,
+                },
+            ) => {
+                panels.product(
+                    rows.len(),
+                    (&values[rows.start * row_stride..], *row_stride),
+                    false,
+                    out,
+                );
             }
             (Self::Blocks(held), Form::Packed(packed)) => held.product(packed, rows, out),
-            _ => unreachable!("what is held is packed for its left side, whose rows lie side by side"),
+            _ => unreachable!(
+                "what is held is packed for its left side, whose rows lie side by side"
+            ),
         }
     }
 
     /// out += the first `rows` rows of `a` times what is held; `a.1` and `out.1` numbers from row to row.
-    pub(in crate::ops) fn add_product(&self, rows: usize, a: (&[f32], usize), out: (&mut [f32], usize)) {
+    pub(in crate::ops) fn add_product(
+        &self,
+        rows: usize,
+        a: (&[f32], usize),
+        out: (&mut [f32], usize),
+    ) {
         match self {
             Self::Panels(panels) => panels.product(rows, a, true, out),
             Self::Blocks(held) => held.add_product(rows, a, out),

@@ -99,12 +99,22 @@ impl<'a> Matrix<'a> {
     /// A row-major matrix.
     pub(super) fn new(values: Values<'a>, rows: usize, columns: usize) -> Self {
         assert_eq!(values.len(), rows * columns, "a matrix is its slice");
-        Self { values, rows, columns, row_stride: columns, column_stride: 1, packings: None }
+        Self {
+            values,
+            rows,
+            columns,
+            row_stride: columns,
+            column_stride: 1,
+            packings: None,
+        }
     }
 
     /// The same for a matrix whose packed forms stay in `packings`, if anywhere.
     pub(super) fn keeping(self, packings: Option<&'a Packings>) -> Self {
-        Self { packings: packings.map(|packings| (packings, false)), ..self }
+        Self {
+            packings: packings.map(|packings| (packings, false)),
+            ..self
+        }
     }
 
     /// Its packed form that stays, packed now where it is the first of its kind; none where nothing stays, or for others than `empty` is.
@@ -126,13 +136,28 @@ impl<'a> Matrix<'a> {
         (columns, column_stride): (usize, usize),
     ) -> Self {
         let last = rows.saturating_sub(1) * row_stride + columns.saturating_sub(1) * column_stride;
-        assert!(rows * columns == 0 || start + last < values.len(), "every number lies inside the matrix");
-        Self { values: values.after(start), rows, columns, row_stride, column_stride, packings: None }
+        assert!(
+            rows * columns == 0 || start + last < values.len(),
+            "every number lies inside the matrix"
+        );
+        Self {
+            values: values.after(start),
+            rows,
+            columns,
+            row_stride,
+            column_stride,
+            packings: None,
+        }
     }
 
     /// These rows.
     pub(super) fn rows(self, rows: Range<usize>) -> Self {
-        Self::inside(self.values, rows.start * self.row_stride, (rows.len(), self.row_stride), (self.columns, self.column_stride))
+        Self::inside(
+            self.values,
+            rows.start * self.row_stride,
+            (rows.len(), self.row_stride),
+            (self.columns, self.column_stride),
+        )
     }
 
     /// Rows and columns exchanged.
@@ -164,7 +189,11 @@ pub(super) struct Left<'a> {
 
 enum Form<'a> {
     /// f32 with strides.
-    Wide { values: Cow<'a, [f32]>, row_stride: usize, column_stride: usize },
+    Wide {
+        values: Cow<'a, [f32]>,
+        row_stride: usize,
+        column_stride: usize,
+    },
     /// Packed for blocks.
     Packed(Arc<blocks::Packed>),
 }
@@ -191,7 +220,11 @@ impl Prepared {
     }
 
     fn with(isa: &Isa, precision: Precision, a: &Matrix<'_>) -> Self {
-        Self(isa.unit(precision).and_then(|unit| blocks::Packed::new(unit, a, precision)).map(Arc::new))
+        Self(
+            isa.unit(precision)
+                .and_then(|unit| blocks::Packed::new(unit, a, precision))
+                .map(Arc::new),
+        )
     }
 }
 
@@ -208,18 +241,41 @@ impl<'a> Left<'a> {
 
     /// (rows, columns) that were packed before.
     pub(super) fn prepared(rows: usize, columns: usize, prepared: &Prepared) -> Option<Self> {
-        prepared.0.clone().map(|packed| Self { rows, columns, form: Form::Packed(packed) })
+        prepared.0.clone().map(|packed| Self {
+            rows,
+            columns,
+            form: Form::Packed(packed),
+        })
     }
 
     /// The same where it was packed before.
     pub(super) fn of(a: Matrix<'a>, prepared: Prepared) -> Self {
-        let Matrix { values, rows, columns, row_stride, column_stride, .. } = a;
+        let Matrix {
+            values,
+            rows,
+            columns,
+            row_stride,
+            column_stride,
+            ..
+        } = a;
         let form = match (prepared.0, values) {
             (Some(packed), _) => Form::Packed(packed),
-            (None, Values::F32(values)) => Form::Wide { values: Cow::Borrowed(values), row_stride, column_stride },
-            (None, Values::Bf16(values)) => Form::Wide { values: Cow::Owned(widen(values)), row_stride, column_stride },
+            (None, Values::F32(values)) => Form::Wide {
+                values: Cow::Borrowed(values),
+                row_stride,
+                column_stride,
+            },
+            (None, Values::Bf16(values)) => Form::Wide {
+                values: Cow::Owned(widen(values)),
+                row_stride,
+                column_stride,
+            },
         };
-        Self { rows, columns, form }
+        Self {
+            rows,
+            columns,
+            form,
+        }
     }
 
     fn packed(&self) -> Option<&blocks::Packed> {
@@ -247,13 +303,23 @@ pub(super) fn products(terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
 
 /// The product of two matrices in `precision`.
 pub(super) fn product(precision: Precision, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    products(&[Term { a: &Left::new(precision, a), b }], Start::Zero)
+    products(
+        &[Term {
+            a: &Left::new(precision, a),
+            b,
+        }],
+        Start::Zero,
+    )
 }
 
 /// The same for an A whose rows are an adapter's: in f32, splitting B for tile registers takes longer than multiplying a few rows by it.
 pub(super) fn product_of_few(precision: Precision, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
     let few = precision == Precision::F32 && a.rows < FEW;
-    let left = if few { Left::of(a, Prepared::default()) } else { Left::new(precision, a) };
+    let left = if few {
+        Left::of(a, Prepared::default())
+    } else {
+        Left::new(precision, a)
+    };
     products(&[Term { a: &left, b }], Start::Zero)
 }
 
@@ -270,12 +336,17 @@ pub(super) fn product_by(a: Matrix<'_>, b: &blocks::Packed, columns: usize) -> V
 pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
     let (m, n) = (terms[0].a.rows, terms[0].b.columns);
     for Term { a, b } in terms {
-        assert!(a.rows == m && b.columns == n && a.columns == b.rows, "the terms of a sum have one shape");
+        assert!(
+            a.rows == m && b.columns == n && a.columns == b.rows,
+            "the terms of a sum have one shape"
+        );
         issue(1, m, n, a.columns);
     }
     match start {
         Start::Row(row) => assert_eq!(row.len(), n, "a row to start from has n numbers"),
-        Start::Matrix(matrix) => assert_eq!(matrix.len(), m * n, "a matrix to start from is (m, n)"),
+        Start::Matrix(matrix) => {
+            assert_eq!(matrix.len(), m * n, "a matrix to start from is (m, n)")
+        }
         Start::Zero => {}
     }
     if terms.iter().all(|term| term.a.columns == 0) {
@@ -290,9 +361,16 @@ pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<
     if out.is_empty() {
         return out;
     }
-    let packed: Vec<_> = terms.iter().filter_map(|term| Some((term.a.packed()?, term.b))).collect();
+    let packed: Vec<_> = terms
+        .iter()
+        .filter_map(|term| Some((term.a.packed()?, term.b)))
+        .collect();
     if !packed.is_empty() {
-        assert_eq!(packed.len(), terms.len(), "the terms of a sum are prepared alike");
+        assert_eq!(
+            packed.len(),
+            terms.len(),
+            "the terms of a sum are prepared alike"
+        );
         blocks::products(&packed, start, &mut out);
         return out;
     }
@@ -301,12 +379,29 @@ pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<
         return out;
     }
     // Where A has few rows, tasks begin at any vector, and not at a panel.
-    let kept = terms.iter().map(|term| if m > UNPACKED { Panels::kept(isa, &term.b) } else { None });
+    let kept = terms.iter().map(|term| {
+        if m > UNPACKED {
+            Panels::kept(isa, &term.b)
+        } else {
+            None
+        }
+    });
     let kept: Vec<Option<&Panels>> = kept.collect();
     for (index, pieces) in passes(isa, terms).iter().enumerate() {
         let start = if index == 0 { Some(start) } else { None };
         let number = PASSES.fetch_add(1, Ordering::Relaxed) + 1;
-        Pass { number, isa, terms, kept: &kept, pieces, start, out: Shared(out.as_mut_ptr()), m, n }.run();
+        Pass {
+            number,
+            isa,
+            terms,
+            kept: &kept,
+            pieces,
+            start,
+            out: Shared(out.as_mut_ptr()),
+            m,
+            n,
+        }
+        .run();
     }
     out
 }
@@ -359,20 +454,43 @@ static PASSES: AtomicU64 = AtomicU64::new(0);
 /// Cuts a result into tasks of whole panels, at most `most` each, and of strips of rows, and runs them: as many tasks for each thread, of
 /// nearly one size. Where a thread's tasks are rows, they come in `turns` for the same panels, one after the other, so that a thread that is
 /// held up leaves some to others.
-fn tasks(panels: usize, most: usize, (strips, turns): (usize, usize), task: impl Fn(Range<usize>, Range<usize>) + Sync) {
+fn tasks(
+    panels: usize,
+    most: usize,
+    (strips, turns): (usize, usize),
+    task: impl Fn(Range<usize>, Range<usize>) + Sync,
+) {
     let threads = threads();
     // A few panels that do not come out even are better shared by rows, though each part then packs them for itself; and so are panels
     // that are no more than the strips, which then are read by the thread that wrote them.
     let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
     let by_rows = uneven || panels <= strips && strips >= LEAST_STRIPS * threads;
-    let splits = if by_rows { threads.min(strips.div_ceil(LEAST_STRIPS)).max(1) } else { 1 };
-    let groups = panels.div_ceil(most).next_multiple_of(threads.div_ceil(splits)).min(panels);
-    let turns = if splits > 1 { turns.min(strips / splits / LEAST_STRIPS).max(1) } else { 1 };
+    let splits = if by_rows {
+        threads.min(strips.div_ceil(LEAST_STRIPS)).max(1)
+    } else {
+        1
+    };
+    let groups = panels
+        .div_ceil(most)
+        .next_multiple_of(threads.div_ceil(splits))
+        .min(panels);
+    let turns = if splits > 1 {
+        turns.min(strips / splits / LEAST_STRIPS).max(1)
+    } else {
+        1
+    };
     let cut = |index: usize| {
-        let (split, group, turn) = (index / turns / groups, index / turns % groups, index % turns);
+        let (split, group, turn) = (
+            index / turns / groups,
+            index / turns % groups,
+            index % turns,
+        );
         let part = |index: usize| strips * index / (splits * turns);
         let first = split * turns + turn;
-        task(panels * group / groups..panels * (group + 1) / groups, part(first)..part(first + 1));
+        task(
+            panels * group / groups..panels * (group + 1) / groups,
+            part(first)..part(first + 1),
+        );
     };
     match groups * splits * turns {
         1 => cut(0),
@@ -402,15 +520,29 @@ impl Pass<'_> {
         let width = self.isa.columns();
         let most = (self.isa.packed / (depth * width).max(1)).max(1);
         let height = self.isa.rows;
-        tasks(self.n.div_ceil(width), most, (self.m.div_ceil(height), TURNS), |panels, strips| {
-            let rows = strips.start * height..(strips.end * height).min(self.m);
-            self.task(panels.start * width..(panels.end * width).min(self.n), rows);
-        });
+        tasks(
+            self.n.div_ceil(width),
+            most,
+            (self.m.div_ceil(height), TURNS),
+            |panels, strips| {
+                let rows = strips.start * height..(strips.end * height).min(self.m);
+                self.task(panels.start * width..(panels.end * width).min(self.n), rows);
+            },
+        );
     }
 
     /// Runs every tile of these rows and columns: whole ones of few rows with B as it lies, else packed.
     fn task(&self, columns: Range<usize>, rows: Range<usize>) {
-        let plain = |piece: &Piece| matches!(self.terms[piece.term].b, Matrix { values: Values::F32(_), column_stride: 1, .. });
+        let plain = |piece: &Piece| {
+            matches!(
+                self.terms[piece.term].b,
+                Matrix {
+                    values: Values::F32(_),
+                    column_stride: 1,
+                    ..
+                }
+            )
+        };
         let whole = match self.m <= UNPACKED && self.pieces.iter().all(plain) {
             true => columns.start + columns.len() / self.isa.lanes * self.isa.lanes,
             false => columns.start,
@@ -423,12 +555,25 @@ impl Pass<'_> {
 
     /// Whole vectors of columns, the few rows of a piece of B at a time for all of them.
     fn unpacked(&self, columns: Range<usize>, rows: Range<usize>) {
-        for (index, (Piece { term, k }, mut part)) in self.pieces.iter().zip(self.parts(rows.start)).enumerate() {
-            let Matrix { values: Values::F32(right), row_stride, .. } = self.terms[*term].b else { return };
+        for (index, (Piece { term, k }, mut part)) in
+            self.pieces.iter().zip(self.parts(rows.start)).enumerate()
+        {
+            let Matrix {
+                values: Values::F32(right),
+                row_stride,
+                ..
+            } = self.terms[*term].b
+            else {
+                return;
+            };
             part.b_row = row_stride;
             for column in columns.clone().step_by(self.isa.columns()) {
                 let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
-                let start = if index == 0 { self.start_of(rows.start, column) } else { self.so_far(rows.start, column) };
+                let start = if index == 0 {
+                    self.start_of(rows.start, column)
+                } else {
+                    self.so_far(rows.start, column)
+                };
                 let right = &right[k.start * row_stride + column..];
                 debug_assert!((part.k - 1) * row_stride + vectors * self.isa.lanes <= right.len());
                 part.b = right.as_ptr();
@@ -444,9 +589,23 @@ impl Pass<'_> {
     /// What the pieces multiply, from this row of A on; where B lies is not told yet.
     fn parts(&self, row: usize) -> impl Iterator<Item = Part> + '_ {
         self.pieces.iter().filter_map(move |Piece { term, k }| {
-            let Form::Wide { values, row_stride, column_stride } = &self.terms[*term].a.form else { return None };
+            let Form::Wide {
+                values,
+                row_stride,
+                column_stride,
+            } = &self.terms[*term].a.form
+            else {
+                return None;
+            };
             let a = values[row * row_stride + k.start * column_stride..].as_ptr();
-            Some(Part { k: k.len(), a, a_row: *row_stride, a_column: *column_stride, b: std::ptr::null(), b_row: 0 })
+            Some(Part {
+                k: k.len(),
+                a,
+                a_row: *row_stride,
+                a_column: *column_stride,
+                b: std::ptr::null(),
+                b_row: 0,
+            })
         })
     }
 
@@ -454,8 +613,11 @@ impl Pass<'_> {
     fn packed(&self, columns: Range<usize>, rows: Range<usize>) {
         PACKED.with_borrow_mut(|Packed { values, of }| {
             let width = self.isa.columns();
-            let panels: Vec<Range<usize>> =
-                columns.clone().step_by(width).map(|first| first..(first + width).min(columns.end)).collect();
+            let panels: Vec<Range<usize>> = columns
+                .clone()
+                .step_by(width)
+                .map(|first| first..(first + width).min(columns.end))
+                .collect();
             let depth: usize = self.unkept().map(|piece| piece.k.len()).sum();
             let key = (self.number, columns);
             if *of != key {
@@ -468,14 +630,22 @@ impl Pass<'_> {
                 for (columns, parts) in panels.iter().zip(parts.chunks_mut(count)) {
                     self.tile(&rows, columns, parts);
                     // The same rows of A further on.
-                    parts.iter_mut().for_each(|part| part.a = part.a.wrapping_add(rows.len() * part.a_row));
+                    parts
+                        .iter_mut()
+                        .for_each(|part| part.a = part.a.wrapping_add(rows.len() * part.a_row));
                 }
             }
         });
     }
 
     /// What the pieces multiply, from this row of A on, for each panel: kept, or among `values`, where `pack` put it.
-    fn panel_parts(&self, depth: usize, panels: &[Range<usize>], values: &[f32], row: usize) -> Vec<Part> {
+    fn panel_parts(
+        &self,
+        depth: usize,
+        panels: &[Range<usize>],
+        values: &[f32],
+        row: usize,
+    ) -> Vec<Part> {
         let mut all = Vec::with_capacity(panels.len() * self.pieces.len());
         for (index, columns) in panels.iter().enumerate() {
             let mut own = &values[index * depth * self.isa.columns()..];
@@ -498,7 +668,9 @@ impl Pass<'_> {
 
     /// Pieces of terms whose B is packed for this pass.
     fn unkept(&self) -> impl Iterator<Item = &Piece> {
-        self.pieces.iter().filter(|piece| self.kept[piece.term].is_none())
+        self.pieces
+            .iter()
+            .filter(|piece| self.kept[piece.term].is_none())
     }
 
     /// Packs these columns of B, piece after piece, a panel after the other.
@@ -510,11 +682,16 @@ impl Pass<'_> {
         let mut done = 0;
         for Piece { term, k } in self.unkept() {
             let b = &self.terms[*term].b;
-            let near = if b.column_stride == 1 { near_rows(b.row_stride) } else { k.len() };
+            let near = if b.column_stride == 1 {
+                near_rows(b.row_stride)
+            } else {
+                k.len()
+            };
             for start in (k.start..k.end).step_by(near) {
                 let rows = start..(start + near).min(k.end);
                 for (columns, panel) in panels.iter().zip(values.chunks_mut(size.max(1))) {
-                    let at = (done + start - k.start) * columns.len().next_multiple_of(self.isa.lanes);
+                    let at =
+                        (done + start - k.start) * columns.len().next_multiple_of(self.isa.lanes);
                     pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
                 }
             }
@@ -532,13 +709,21 @@ impl Pass<'_> {
         // What is not whole vectors begins and ends in a tile of its own.
         let whole = width == columns.len();
         let mut scratch = [const { MaybeUninit::<f32>::uninit() }; SCRATCH];
-        let (out, out_row) = if whole { (place, self.n) } else { (scratch.as_mut_ptr().cast::<f32>(), width) };
+        let (out, out_row) = if whole {
+            (place, self.n)
+        } else {
+            (scratch.as_mut_ptr().cast::<f32>(), width)
+        };
         if !whole && !start.is_null() {
             for row in 0..rows.len() {
                 for column in 0..width {
                     // SAFETY: `start` is as large as these rows and columns, `out` as `width`.
                     unsafe {
-                        let before = if column < columns.len() { *start.add(row * start_row + column) } else { 0.0 };
+                        let before = if column < columns.len() {
+                            *start.add(row * start_row + column)
+                        } else {
+                            0.0
+                        };
                         out.add(row * width + column).write(before);
                     }
                 }
@@ -546,16 +731,32 @@ impl Pass<'_> {
             (start, start_row) = (out.cast_const(), out_row);
         }
         // Few rows sum as where B is not packed, piece by piece.
-        for parts in parts.chunks(if self.m <= UNPACKED { 1 } else { parts.len().max(1) }) {
+        for parts in parts.chunks(if self.m <= UNPACKED {
+            1
+        } else {
+            parts.len().max(1)
+        }) {
             // SAFETY: rows and k lie inside A, whose slice is the whole matrix; the panel holds k rows of `width`; `start` and `out` are
             // rows of (m, n) buffers or of `scratch`, wide enough because only whole tiles go to `out` directly.
-            unsafe { tile(TileArgs { parts, start, start_row, out, out_row }) };
+            unsafe {
+                tile(TileArgs {
+                    parts,
+                    start,
+                    start_row,
+                    out,
+                    out_row,
+                })
+            };
             (start, start_row) = (out.cast_const(), out_row);
         }
         if !whole {
             for row in 0..rows.len() {
                 // SAFETY: inside this task's rows and columns; the tile wrote `out`.
-                unsafe { place.add(row * self.n).copy_from_nonoverlapping(out.add(row * width), columns.len()) };
+                unsafe {
+                    place
+                        .add(row * self.n)
+                        .copy_from_nonoverlapping(out.add(row * width), columns.len())
+                };
             }
         }
     }
@@ -573,7 +774,10 @@ impl Pass<'_> {
     /// The sum at (row, column) as it stands, and its row stride.
     fn so_far(&self, row: usize, column: usize) -> (*const f32, usize) {
         // SAFETY: (row, column) lies in `out`.
-        (unsafe { self.out.at(row * self.n + column) }.cast_const(), self.n)
+        (
+            unsafe { self.out.at(row * self.n + column) }.cast_const(),
+            self.n,
+        )
     }
 }
 
@@ -599,17 +803,36 @@ pub(super) unsafe fn strip(
 ) {
     for rows in even_parts(0..m, isa.rows) {
         let first = rows.start;
-        let start = if start.is_null() { start } else { start.wrapping_add(first * start_row) };
+        let start = if start.is_null() {
+            start
+        } else {
+            start.wrapping_add(first * start_row)
+        };
         // SAFETY: the caller's promise; these rows are among the m.
         unsafe {
-            let (part, out) = (Part { a: part.a.add(first * part.a_row), ..part }, out.add(first * out_row));
-            isa.tile(rows.len(), vectors)(TileArgs { parts: &[part], start, start_row, out, out_row });
+            let (part, out) = (
+                Part {
+                    a: part.a.add(first * part.a_row),
+                    ..part
+                },
+                out.add(first * out_row),
+            );
+            isa.tile(rows.len(), vectors)(TileArgs {
+                parts: &[part],
+                start,
+                start_row,
+                out,
+                out_row,
+            });
         }
     }
 }
 
 /// `range` in the fewest parts of at most `most`, whose lengths differ by one at most.
-pub(super) fn even_parts(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+pub(super) fn even_parts(
+    range: Range<usize>,
+    most: usize,
+) -> impl Iterator<Item = Range<usize>> + Clone {
     let (start, length) = (range.start, range.len());
     let parts = length.div_ceil(most);
     (0..parts).map(move |part| start + part * length / parts..start + (part + 1) * length / parts)

@@ -79,7 +79,11 @@ impl Number for bf16 {
     unsafe fn load_8(from: *const Self) -> std::arch::x86_64::__m256 {
         use std::arch::x86_64::*;
         // SAFETY: the caller's promise; bf16 is a transparent u16.
-        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))) }
+        unsafe {
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                _mm_loadu_si128(from.cast()),
+            )))
+        }
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -90,15 +94,28 @@ impl Number for bf16 {
 }
 
 /// Packs rows `k` of b's columns `columns` into `panel`: (k, width), width the next whole number of vectors.
-pub(in crate::ops) fn pack(isa: &Isa, b: &Matrix<'_>, k: Range<usize>, columns: Range<usize>, panel: &mut [f32]) {
-    assert!(k.end <= b.rows && columns.end <= b.columns && !columns.is_empty(), "a panel lies inside its matrix");
+pub(in crate::ops) fn pack(
+    isa: &Isa,
+    b: &Matrix<'_>,
+    k: Range<usize>,
+    columns: Range<usize>,
+    panel: &mut [f32],
+) {
+    assert!(
+        k.end <= b.rows && columns.end <= b.columns && !columns.is_empty(),
+        "a panel lies inside its matrix"
+    );
     let width = columns.len().next_multiple_of(isa.lanes);
     let panel = &mut panel[..k.len() * width];
     let start = k.start * b.row_stride + columns.start * b.column_stride;
     let strides = (b.row_stride, b.column_stride);
     match b.values {
-        Values::F32(values) => panel_of(isa, &values[start..], strides, columns.len(), panel, width),
-        Values::Bf16(values) => panel_of(isa, &values[start..], strides, columns.len(), panel, width),
+        Values::F32(values) => {
+            panel_of(isa, &values[start..], strides, columns.len(), panel, width)
+        }
+        Values::Bf16(values) => {
+            panel_of(isa, &values[start..], strides, columns.len(), panel, width)
+        }
     }
 }
 
@@ -111,7 +128,11 @@ fn prefetch<T: Number>(values: &[T], start: usize, count: usize) {
     #[cfg(target_arch = "x86_64")]
     for number in (start..(start + count).min(values.len())).step_by(64 / size_of::<T>()) {
         // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(values.as_ptr().add(number).cast()) };
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
+                values.as_ptr().add(number).cast(),
+            )
+        };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (values, start, count);
@@ -139,7 +160,10 @@ fn panel_of<T: Number>(
                         prefetch(values, (row + AHEAD) * row_stride, columns);
                         let (whole, rest) = out.split_at_mut(columns);
                         let from = &values[row * row_stride..][..columns];
-                        whole.iter_mut().zip(from).for_each(|(out, x)| *out = x.widen());
+                        whole
+                            .iter_mut()
+                            .zip(from)
+                            .for_each(|(out, x)| *out = x.widen());
                         rest.fill(0.0);
                     }
                 },
@@ -147,15 +171,26 @@ fn panel_of<T: Number>(
         };
     }
     if row_stride == 1 {
-        assert!((columns - 1) * column_stride + panel.len() / width <= values.len(), "every column lies inside the matrix");
+        assert!(
+            (columns - 1) * column_stride + panel.len() / width <= values.len(),
+            "every column lies inside the matrix"
+        );
         match isa.transposes {
             Transposes::Portable => {}
             // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the processor has it.
             #[cfg(target_arch = "x86_64")]
-            Transposes::Avx2 => return unsafe { transposed_by_8(values.as_ptr(), column_stride, columns, panel, width) },
+            Transposes::Avx2 => {
+                return unsafe {
+                    transposed_by_8(values.as_ptr(), column_stride, columns, panel, width)
+                };
+            }
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Transposes::Avx512 => return unsafe { transposed_by_16(values.as_ptr(), column_stride, columns, panel, width) },
+            Transposes::Avx512 => {
+                return unsafe {
+                    transposed_by_16(values.as_ptr(), column_stride, columns, panel, width)
+                };
+            }
         }
     }
     for (row, out) in panel.chunks_exact_mut(width).enumerate() {
@@ -190,7 +225,13 @@ fn rows<T: Number, const W: usize>(values: &[T], stride: usize, panel: &mut [f32
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn transposed_by_16<T: Number>(values: *const T, stride: usize, columns: usize, panel: &mut [f32], width: usize) {
+unsafe fn transposed_by_16<T: Number>(
+    values: *const T,
+    stride: usize,
+    columns: usize,
+    panel: &mut [f32],
+    width: usize,
+) {
     use std::arch::x86_64::*;
     let k = panel.len() / width;
     for first in (0..width).step_by(16) {
@@ -201,13 +242,19 @@ unsafe fn transposed_by_16<T: Number>(values: *const T, stride: usize, columns: 
             for row in 0..16 {
                 let mask = if first + row < columns { mask } else { 0 };
                 // SAFETY: column `first + row` holds what the mask names; beyond the last column it names nothing.
-                block[row] = unsafe { T::load(values.wrapping_add((first + row) * stride + start), mask) };
+                block[row] =
+                    unsafe { T::load(values.wrapping_add((first + row) * stride + start), mask) };
             }
             transpose_16(&mut block);
             for row in 0..16 {
                 if row < depth {
                     // SAFETY: row `start + row` < k of the panel has 16 numbers from `first` on, for width is a multiple of 16.
-                    unsafe { _mm512_storeu_ps(panel.as_mut_ptr().add((start + row) * width + first), block[row]) };
+                    unsafe {
+                        _mm512_storeu_ps(
+                            panel.as_mut_ptr().add((start + row) * width + first),
+                            block[row],
+                        )
+                    };
                 }
             }
         }
@@ -229,7 +276,10 @@ pub(super) fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
     let mut fours = [_mm512_setzero_ps(); 16];
     for i in 0..4 {
         for j in 0..2 {
-            let (a, b) = (_mm512_castps_pd(pairs[4 * i + j]), _mm512_castps_pd(pairs[4 * i + j + 2]));
+            let (a, b) = (
+                _mm512_castps_pd(pairs[4 * i + j]),
+                _mm512_castps_pd(pairs[4 * i + j + 2]),
+            );
             fours[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
             fours[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
         }
@@ -254,7 +304,13 @@ pub(super) fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx2")]
-unsafe fn transposed_by_8<T: Number>(values: *const T, stride: usize, columns: usize, panel: &mut [f32], width: usize) {
+unsafe fn transposed_by_8<T: Number>(
+    values: *const T,
+    stride: usize,
+    columns: usize,
+    panel: &mut [f32],
+    width: usize,
+) {
     use std::arch::x86_64::*;
     let k = panel.len() / width;
     for first in (0..width).step_by(8) {
@@ -264,12 +320,23 @@ unsafe fn transposed_by_8<T: Number>(values: *const T, stride: usize, columns: u
             for row in 0..(columns - first).min(8) {
                 let from = values.wrapping_add((first + row) * stride + start);
                 // SAFETY: column `first + row` holds `depth` numbers from `start` on.
-                block[row] = unsafe { if depth == 8 { T::load_8(from) } else { first_of_8(from, depth) } };
+                block[row] = unsafe {
+                    if depth == 8 {
+                        T::load_8(from)
+                    } else {
+                        first_of_8(from, depth)
+                    }
+                };
             }
             transpose_8(&mut block);
             for row in 0..depth {
                 // SAFETY: row `start + row` < k of the panel has 8 numbers from `first` on, for width is a multiple of 8.
-                unsafe { _mm256_storeu_ps(panel.as_mut_ptr().add((start + row) * width + first), block[row]) };
+                unsafe {
+                    _mm256_storeu_ps(
+                        panel.as_mut_ptr().add((start + row) * width + first),
+                        block[row],
+                    )
+                };
             }
         }
     }
@@ -298,9 +365,16 @@ fn transpose_8(rows: &mut [std::arch::x86_64::__m256; 8]) {
     // fours[j] and fours[4 + j]: rows 0..4 and 4..8, column j of each half.
     let mut fours = [_mm256_setzero_ps(); 8];
     for i in 0..2 {
-        let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
-        let (low, high) =
-            ([_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)], [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)]);
+        let [a, b, c, d] = [
+            rows[4 * i],
+            rows[4 * i + 1],
+            rows[4 * i + 2],
+            rows[4 * i + 3],
+        ];
+        let (low, high) = (
+            [_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)],
+            [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)],
+        );
         fours[4 * i] = _mm256_shuffle_ps::<0x44>(low[0], low[1]);
         fours[4 * i + 1] = _mm256_shuffle_ps::<0xee>(low[0], low[1]);
         fours[4 * i + 2] = _mm256_shuffle_ps::<0x44>(high[0], high[1]);

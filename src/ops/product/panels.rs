@@ -18,7 +18,12 @@ pub(in crate::ops) struct Panels {
 impl Panels {
     /// Holds nothing yet.
     pub(super) fn new(isa: &'static Isa) -> Self {
-        Self { isa, values: Vec::new(), k: 0, columns: 0 }
+        Self {
+            isa,
+            values: Vec::new(),
+            k: 0,
+            columns: 0,
+        }
     }
 
     /// Those of `matrix` that stay.
@@ -38,23 +43,47 @@ impl Panels {
     pub(super) fn fill(&mut self, matrix: &Matrix<'_>) {
         (self.k, self.columns) = (matrix.rows, matrix.columns);
         let width = self.isa.columns();
-        self.values.resize(matrix.columns.div_ceil(width) * width * matrix.rows, 0.0);
-        each(self.values.chunks_mut((width * matrix.rows).max(1)).enumerate(), |(index, panel)| {
-            let columns = index * width..((index + 1) * width).min(matrix.columns);
-            pack(self.isa, matrix, 0..matrix.rows, columns, panel);
-        });
+        self.values
+            .resize(matrix.columns.div_ceil(width) * width * matrix.rows, 0.0);
+        each(
+            self.values
+                .chunks_mut((width * matrix.rows).max(1))
+                .enumerate(),
+            |(index, panel)| {
+                let columns = index * width..((index + 1) * width).min(matrix.columns);
+                pack(self.isa, matrix, 0..matrix.rows, columns, panel);
+            },
+        );
     }
 
     /// The first `m` rows of `a` times this, into `out` or added to it.
-    pub(super) fn product(&self, m: usize, (a, a_row): (&[f32], usize), add: bool, (out, out_row): (&mut [f32], usize)) {
-        let &Self { isa, k: depth, columns, .. } = self;
+    pub(super) fn product(
+        &self,
+        m: usize,
+        (a, a_row): (&[f32], usize),
+        add: bool,
+        (out, out_row): (&mut [f32], usize),
+    ) {
+        let &Self {
+            isa,
+            k: depth,
+            columns,
+            ..
+        } = self;
         let width = isa.columns();
-        assert!(m == 0 || a.len() >= (m - 1) * a_row + depth, "every row of a has k numbers");
+        assert!(
+            m == 0 || a.len() >= (m - 1) * a_row + depth,
+            "every row of a has k numbers"
+        );
         assert!(
             m == 0 || out.len() >= (m - 1) * out_row + columns.next_multiple_of(isa.lanes),
             "every row of out has whole vectors"
         );
-        let piece = if depth > isa.deepest { isa.piece } else { depth.max(1) };
+        let piece = if depth > isa.deepest {
+            isa.piece
+        } else {
+            depth.max(1)
+        };
         for start in (0..depth).step_by(piece) {
             let k = piece.min(depth - start);
             // Half of what a task packs elsewhere: the other half of the cache holds the rows.
@@ -63,13 +92,28 @@ impl Panels {
                 for rows in even_parts(0..m, isa.rows) {
                     for column in (first..(first + group).min(columns)).step_by(width) {
                         let vectors = (columns - column).min(width).div_ceil(isa.lanes);
-                        let panel = self.panel(&(column..(column + width).min(columns)), &(start..start + k));
+                        let panel = self.panel(
+                            &(column..(column + width).min(columns)),
+                            &(start..start + k),
+                        );
                         // SAFETY: these rows and columns lie inside `a` and `out` (checked), and the panel has k rows of whole vectors.
                         unsafe {
                             let a = a.as_ptr().add(rows.start * a_row + start);
-                            let part = Part { k, a, a_row, a_column: 1, b: panel.as_ptr(), b_row: vectors * isa.lanes };
-                            let out = (out.as_mut_ptr().add(rows.start * out_row + column), out_row);
-                            isa.tile(rows.len(), vectors)(TileArgs::into(&[part], out, add || start > 0));
+                            let part = Part {
+                                k,
+                                a,
+                                a_row,
+                                a_column: 1,
+                                b: panel.as_ptr(),
+                                b_row: vectors * isa.lanes,
+                            };
+                            let out =
+                                (out.as_mut_ptr().add(rows.start * out_row + column), out_row);
+                            isa.tile(rows.len(), vectors)(TileArgs::into(
+                                &[part],
+                                out,
+                                add || start > 0,
+                            ));
                         }
                     }
                 }

@@ -12,7 +12,11 @@ const READ: usize = 32 << 10;
 /// Each term's row and its B, where every A is one row and every B's columns are whole.
 pub(super) fn rows<'a>(terms: &'a [Term<'_>]) -> Option<Vec<(&'a [f32], &'a Matrix<'a>)>> {
     let row = |Term { a, b }: &'a Term<'_>| match &a.form {
-        Form::Wide { values, column_stride: 1, .. } if a.rows == 1 && b.row_stride == 1 => Some((&values[..a.columns], b)),
+        Form::Wide {
+            values,
+            column_stride: 1,
+            ..
+        } if a.rows == 1 && b.row_stride == 1 => Some((&values[..a.columns], b)),
         _ => None,
     };
     terms.iter().map(row).collect()
@@ -26,7 +30,9 @@ pub(super) fn products(rows: &[(&[f32], &Matrix<'_>)], start: Start<'_>, out: &m
         let first = task * columns;
         match start {
             Start::Zero => out.fill(0.0),
-            Start::Row(row) | Start::Matrix(row) => out.copy_from_slice(&row[first..first + out.len()]),
+            Start::Row(row) | Start::Matrix(row) => {
+                out.copy_from_slice(&row[first..first + out.len()])
+            }
         }
         for (a, b) in rows {
             match b.values {

@@ -8,7 +8,10 @@ use crate::ops::tests::{cases, uniform, with};
 
 /// Numbers that bf16 holds exactly, so that both formats have one expected value.
 fn numbers(seed: u64, n: usize) -> Vec<f32> {
-    uniform(seed, n).iter().map(|u| bf16::from_f32(2.0 * u - 1.0).to_f32()).collect()
+    uniform(seed, n)
+        .iter()
+        .map(|u| bf16::from_f32(2.0 * u - 1.0).to_f32())
+        .collect()
 }
 
 /// A matrix's numbers in both formats, stored as they stand or transposed.
@@ -25,7 +28,14 @@ impl Stored {
     fn new(seed: u64, rows: usize, columns: usize, transposed: bool, bf16: bool) -> Self {
         let wide = numbers(seed, rows * columns);
         let narrow = wide.iter().map(|x| half::bf16::from_f32(*x)).collect();
-        Self { wide, narrow, rows, columns, transposed, bf16 }
+        Self {
+            wide,
+            narrow,
+            rows,
+            columns,
+            transposed,
+            bf16,
+        }
     }
 
     fn matrix(&self) -> Matrix<'_> {
@@ -34,36 +44,75 @@ impl Stored {
 
     /// The same with packed forms in `packings`.
     fn keeping<'a>(&'a self, packings: Option<&'a Packings>) -> Matrix<'a> {
-        let values = if self.bf16 { Values::Bf16(&self.narrow) } else { Values::F32(&self.wide) };
+        let values = if self.bf16 {
+            Values::Bf16(&self.narrow)
+        } else {
+            Values::F32(&self.wide)
+        };
         match self.transposed {
-            true => Matrix::new(values, self.columns, self.rows).keeping(packings).t(),
+            true => Matrix::new(values, self.columns, self.rows)
+                .keeping(packings)
+                .t(),
             false => Matrix::new(values, self.rows, self.columns).keeping(packings),
         }
     }
 
     fn at(&self, row: usize, column: usize) -> f64 {
-        f64::from(self.wide[if self.transposed { column * self.rows + row } else { row * self.columns + column }])
+        f64::from(
+            self.wide[if self.transposed {
+                column * self.rows + row
+            } else {
+                row * self.columns + column
+            }],
+        )
     }
 }
 
 /// `precision`'s product of numbers that bf16 holds: exact factors in either. Some of the B's are packed for good, too, which changes no byte.
-fn check(isa: &'static Isa, precision: Precision, terms: &[(Stored, Stored)], start: Start<'_>, threads: &[usize]) {
+fn check(
+    isa: &'static Isa,
+    precision: Precision,
+    terms: &[(Stored, Stored)],
+    start: Start<'_>,
+    threads: &[usize],
+) {
     let packings: Vec<Packings> = terms.iter().map(|_| Packings::default()).collect();
     let on = |threads: usize, kept: Range<usize>| {
         crate::ops::tests::on(threads, || {
-            let lefts: Vec<Left<'_>> = terms.iter().map(|(a, _)| Left::with(isa, precision, a.matrix())).collect();
+            let lefts: Vec<Left<'_>> = terms
+                .iter()
+                .map(|(a, _)| Left::with(isa, precision, a.matrix()))
+                .collect();
             let kept = |index: usize| kept.contains(&index).then(|| &packings[index]);
-            let views = lefts.iter().zip(terms).enumerate().map(|(index, (a, (_, b)))| Term { a, b: b.keeping(kept(index)) });
+            let views = lefts
+                .iter()
+                .zip(terms)
+                .enumerate()
+                .map(|(index, (a, (_, b)))| Term {
+                    a,
+                    b: b.keeping(kept(index)),
+                });
             products_with(isa, &views.collect::<Vec<_>>(), start)
         })
     };
     let got = on(threads[0], 0..0);
     for more in &threads[1..] {
-        assert_eq!(bits(&got), bits(&on(*more, 0..0)), "{}: bytes at {} threads", isa.name, more);
+        assert_eq!(
+            bits(&got),
+            bits(&on(*more, 0..0)),
+            "{}: bytes at {} threads",
+            isa.name,
+            more
+        );
     }
     for kept in [0..1, 0..terms.len(), 1..terms.len()] {
         let again = on(threads[threads.len() - 1], kept.clone());
-        assert_eq!(bits(&got), bits(&again), "{}: bytes with B of terms {kept:?} packed for good", isa.name);
+        assert_eq!(
+            bits(&got),
+            bits(&again),
+            "{}: bytes with B of terms {kept:?} packed for good",
+            isa.name
+        );
     }
     let (m, n) = (terms[0].0.rows, terms[0].1.columns);
     let depth: usize = terms.iter().map(|(a, _)| a.columns).sum();
@@ -74,12 +123,23 @@ fn check(isa: &'static Isa, precision: Precision, terms: &[(Stored, Stored)], st
                 Start::Row(values) => f64::from(values[column]),
                 Start::Matrix(values) => f64::from(values[row * n + column]),
             };
-            let sum = |(a, b): &(Stored, Stored)| (0..a.columns).map(|k| a.at(row, k) * b.at(k, column)).sum::<f64>();
+            let sum = |(a, b): &(Stored, Stored)| {
+                (0..a.columns)
+                    .map(|k| a.at(row, k) * b.at(k, column))
+                    .sum::<f64>()
+            };
             let want = start + terms.iter().map(sum).sum::<f64>();
             // Every factor is below 1, so that each of the additions is off by half of EPSILON times the largest partial sum at most.
-            let (got, off) = (f64::from(got[row * n + column]), (depth + 2) as f64 * (depth + 1) as f64 / 2.0);
+            let (got, off) = (
+                f64::from(got[row * n + column]),
+                (depth + 2) as f64 * (depth + 1) as f64 / 2.0,
+            );
             let bound = (off * f64::from(f32::EPSILON)).min(2e-3);
-            assert!((got - want).abs() <= bound, "{}: ({row}, {column}) of ({m}, {n}) is {got}, not {want}", isa.name);
+            assert!(
+                (got - want).abs() <= bound,
+                "{}: ({row}, {column}) of ({m}, {n}) is {got}, not {want}",
+                isa.name
+            );
         }
     }
 }
@@ -111,13 +171,29 @@ proptest! {
 /// A B whose columns are whole is read where it lies, by one row; its other cases go as those of many rows.
 #[test]
 fn one_row_times_columns_is_a_product() {
-    for (index, (n, k, r)) in
-        [(1, 1, 1), (5, 15, 3), (300, 16, 16), (33, 600, 8), (1, 70_000, 2), (40, 33, 0)].into_iter().enumerate()
+    for (index, (n, k, r)) in [
+        (1, 1, 1),
+        (5, 15, 3),
+        (300, 16, 16),
+        (33, 600, 8),
+        (1, 70_000, 2),
+        (40, 33, 0),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let seed = 10 * index as u64;
         for bf16 in [false, true] {
-            let adapter = (r > 0).then(|| (Stored::new(seed + 2, 1, r, true, bf16), Stored::new(seed + 3, r, n, true, false)));
-            let w = (Stored::new(seed, 1, k, false, !bf16), Stored::new(seed + 1, k, n, true, bf16));
+            let adapter = (r > 0).then(|| {
+                (
+                    Stored::new(seed + 2, 1, r, true, bf16),
+                    Stored::new(seed + 3, r, n, true, false),
+                )
+            });
+            let w = (
+                Stored::new(seed, 1, k, false, !bf16),
+                Stored::new(seed + 1, k, n, true, bf16),
+            );
             let terms: Vec<_> = std::iter::once(w).chain(adapter).collect();
             assert!(n == 1 || k == 1 || terms[0].1.matrix().row_stride == 1);
             let row = numbers(seed + 4, n);
@@ -132,17 +208,35 @@ fn one_row_times_columns_is_a_product() {
 /// Deeper than one panel, and beside another term, so that there are several passes.
 #[test]
 fn deep_products_are_sums() {
-    let of =
-        |Isa { deepest, piece, .. }: &Isa| [(3, 5, deepest + 1), (15, 33, 2 * piece + 7), (2, 40, *deepest), (33, 64, *piece)];
+    let of = |Isa { deepest, piece, .. }: &Isa| {
+        [
+            (3, 5, deepest + 1),
+            (15, 33, 2 * piece + 7),
+            (2, 40, *deepest),
+            (33, 64, *piece),
+        ]
+    };
     for (m, n, k) in available().iter().flat_map(|isa| of(isa)) {
         let terms = [
-            (Stored::new(1, m, k, false, false), Stored::new(2, k, n, true, true)),
-            (Stored::new(3, m, 9, false, false), Stored::new(4, 9, n, false, false)),
+            (
+                Stored::new(1, m, k, false, false),
+                Stored::new(2, k, n, true, true),
+            ),
+            (
+                Stored::new(3, m, 9, false, false),
+                Stored::new(4, 9, n, false, false),
+            ),
         ];
         let matrix = numbers(5, m * n);
         for isa in available() {
             check(isa, Precision::F32, &terms, Start::Matrix(&matrix), &[1, 2]);
-            check(isa, Precision::Bf16, &terms, Start::Matrix(&matrix), &[1, 2]);
+            check(
+                isa,
+                Precision::Bf16,
+                &terms,
+                Start::Matrix(&matrix),
+                &[1, 2],
+            );
         }
     }
 }
@@ -154,20 +248,36 @@ fn products_in_f32_keep_all_bits() {
     let (m, n, k) = (40, 70, 300);
     let spread = |seed: u64, n: usize| -> Vec<f32> {
         let (u, powers) = (uniform(seed, n), uniform(seed ^ 9, n));
-        u.iter().zip(powers).map(|(u, power)| (2.0 * u - 1.0) * 10f32.powf(8.0 * power - 4.0)).collect()
+        u.iter()
+            .zip(powers)
+            .map(|(u, power)| (2.0 * u - 1.0) * 10f32.powf(8.0 * power - 4.0))
+            .collect()
     };
     let (a, b) = (spread(1, m * k), spread(2, k * n));
     for isa in available() {
         let left = Left::with(isa, Precision::F32, Matrix::of(&a, m, k));
-        let got = products_with(isa, &[Term { a: &left, b: Matrix::of(&b, k, n) }], Start::Zero);
+        let got = products_with(
+            isa,
+            &[Term {
+                a: &left,
+                b: Matrix::of(&b, k, n),
+            }],
+            Start::Zero,
+        );
         let mut worst = 0.0f64;
         for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
             let terms = (0..k).map(|i| f64::from(a[row * k + i]) * f64::from(b[i * n + column]));
-            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), term| {
+                (sum + term, size + term.abs())
+            });
             worst = worst.max((f64::from(got[row * n + column]) - sum).abs() / size);
         }
         // Half of EPSILON an addition; tile registers make six where others make one, but round the sum of a pair once.
-        assert!(worst < 8.0 * f64::from(f32::EPSILON), "{}: {worst:e} of the sum of sizes", isa.name);
+        assert!(
+            worst < 8.0 * f64::from(f32::EPSILON),
+            "{}: {worst:e} of the sum of sizes",
+            isa.name
+        );
         println!("{}: {worst:e}", isa.name);
     }
 }
@@ -178,7 +288,10 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 /// Numbers of all 24 bits.
 fn wide(seed: u64, n: usize) -> Vec<f32> {
-    uniform(seed, n).iter().map(|u| (2.0 * u - 1.0) * 1.234_567_9).collect()
+    uniform(seed, n)
+        .iter()
+        .map(|u| (2.0 * u - 1.0) * 1.234_567_9)
+        .collect()
 }
 
 /// One term of a sum in f32: A of all bits, B of numbers that bf16 holds.
@@ -190,7 +303,10 @@ struct Half {
 impl Half {
     /// `stored`: whether B's rows and columns are exchanged, and whether it is stored in bf16.
     fn new(seed: u64, (m, k, n): (usize, usize, usize), stored: (bool, bool)) -> Self {
-        Self { a: wide(seed, m * k), b: Stored::new(seed ^ 77, k, n, stored.0, stored.1) }
+        Self {
+            a: wide(seed, m * k),
+            b: Stored::new(seed ^ 77, k, n, stored.0, stored.1),
+        }
     }
 }
 
@@ -201,7 +317,14 @@ fn check_half(terms: &mut [Half], m: usize, start: Start<'_>) {
             crate::ops::tests::on(threads, || {
                 let a = terms.iter().map(|term| Matrix::of(&term.a, m, term.b.rows));
                 let lefts: Vec<Left<'_>> = a.map(|a| Left::with(isa, Precision::F32, a)).collect();
-                let views: Vec<Term<'_>> = lefts.iter().zip(terms).map(|(a, term)| Term { a, b: term.b.matrix() }).collect();
+                let views: Vec<Term<'_>> = lefts
+                    .iter()
+                    .zip(terms)
+                    .map(|(a, term)| Term {
+                        a,
+                        b: term.b.matrix(),
+                    })
+                    .collect();
                 bits(&products_with(isa, &views, start))
             })
         };
@@ -209,27 +332,55 @@ fn check_half(terms: &mut [Half], m: usize, start: Start<'_>) {
         let stored: Vec<bool> = terms.iter().map(|term| term.b.bf16).collect();
         terms.iter_mut().for_each(|term| term.b.bf16 = false);
         let want = sum(terms, 1);
-        terms.iter_mut().zip(&stored).for_each(|(term, bf16)| term.b.bf16 = *bf16);
-        assert!(got.iter().all(|got| *got == want), "{}: {m} rows, B in bf16: {stored:?}", isa.name);
+        terms
+            .iter_mut()
+            .zip(&stored)
+            .for_each(|(term, bf16)| term.b.bf16 = *bf16);
+        assert!(
+            got.iter().all(|got| *got == want),
+            "{}: {m} rows, B in bf16: {stored:?}",
+            isa.name
+        );
     }
 }
 
 /// A (m, k) times the k rows of what was packed as A is the product of matrices, to the last bit.
-fn check_by(precision: Precision, (m, k, n): (usize, usize, usize), turned: bool, (b_bf16, seed): (bool, u64)) {
+fn check_by(
+    precision: Precision,
+    (m, k, n): (usize, usize, usize),
+    turned: bool,
+    (b_bf16, seed): (bool, u64),
+) {
     // One row more, so that a single one goes through blocks here too: what a row gives does not depend on the others.
-    let (a, b) = (wide(seed, (m + 1) * k), Stored::new(seed ^ 1, k, n, false, b_bf16));
+    let (a, b) = (
+        wide(seed, (m + 1) * k),
+        Stored::new(seed ^ 1, k, n, false, b_bf16),
+    );
     let b_wide = wide(seed ^ 2, k * n);
-    let b = if b_bf16 { b.matrix() } else { Matrix::of(&b_wide, k, n) };
+    let b = if b_bf16 {
+        b.matrix()
+    } else {
+        Matrix::of(&b_wide, k, n)
+    };
     let across: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
-    let few = if turned { Matrix::of(&across, k, m).t() } else { Matrix::of(&a[..m * k], m, k) };
-    for isa in available().iter().filter(|isa| isa.unit(precision).is_some()) {
+    let few = if turned {
+        Matrix::of(&across, k, m).t()
+    } else {
+        Matrix::of(&a[..m * k], m, k)
+    };
+    for isa in available()
+        .iter()
+        .filter(|isa| isa.unit(precision).is_some())
+    {
         let left = Left::with(isa, precision, Matrix::of(&a, m + 1, k));
         let want = bits(&products_with(isa, &[Term { a: &left, b }], Start::Zero)[..m * n]);
         for threads in [1, 2, 3] {
             let got = crate::ops::tests::on(threads, || {
                 with(isa, || {
                     let packed = Prepared::with(isa, precision, &b);
-                    packed.packed().map(|packed| bits(&product_by(few, packed, n)))
+                    packed
+                        .packed()
+                        .map(|packed| bits(&product_by(few, packed, n)))
                 })
             });
             assert_eq!(got.is_some(), k > 1, "one row alone is not packed");
@@ -288,15 +439,41 @@ fn deep_packed_rows_are_a_matrix() {
 fn blocks_round_factors_to_bf16() {
     let (m, n, k) = (40, 70, 300);
     let (a, b) = (uniform(1, m * k), uniform(2, k * n));
-    let rounded = |values: &[f32]| values.iter().map(|x| bf16::from_f32(*x).to_f32()).collect::<Vec<_>>();
+    let rounded = |values: &[f32]| {
+        values
+            .iter()
+            .map(|x| bf16::from_f32(*x).to_f32())
+            .collect::<Vec<_>>()
+    };
     for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
         let of = |a: &[f32], b: &[f32], precision| {
             let left = Left::with(isa, precision, Matrix::of(a, m, k));
-            products_with(isa, &[Term { a: &left, b: Matrix::of(b, k, n) }], Start::Zero)
+            products_with(
+                isa,
+                &[Term {
+                    a: &left,
+                    b: Matrix::of(b, k, n),
+                }],
+                Start::Zero,
+            )
         };
-        let (got, want) = (of(&a, &b, Precision::Bf16), of(&rounded(&a), &rounded(&b), Precision::F32));
-        assert!(got.iter().zip(&want).all(|(got, want)| (got - want).abs() < 1e-4), "{}", isa.name);
-        assert!(got.iter().zip(of(&a, &b, Precision::F32)).any(|(got, exact)| (got - exact).abs() > 1e-3), "rounding shows");
+        let (got, want) = (
+            of(&a, &b, Precision::Bf16),
+            of(&rounded(&a), &rounded(&b), Precision::F32),
+        );
+        assert!(
+            got.iter()
+                .zip(&want)
+                .all(|(got, want)| (got - want).abs() < 1e-4),
+            "{}",
+            isa.name
+        );
+        assert!(
+            got.iter()
+                .zip(of(&a, &b, Precision::F32))
+                .any(|(got, exact)| (got - exact).abs() > 1e-3),
+            "rounding shows"
+        );
     }
 }
 
@@ -306,38 +483,80 @@ fn nothing_is_a_product_too() {
     let b = Stored::new(2, 4, 3, false, false);
     assert!(product(Precision::F32, none.matrix(), b.matrix()).is_empty());
     // A sum of nothing is what it starts from.
-    let (start, left) = (numbers(3, 6), Left::of(Matrix::of(&[], 2, 0), Prepared::default()));
-    let terms = [Term { a: &left, b: Matrix::of(&[], 0, 3) }];
+    let (start, left) = (
+        numbers(3, 6),
+        Left::of(Matrix::of(&[], 2, 0), Prepared::default()),
+    );
+    let terms = [Term {
+        a: &left,
+        b: Matrix::of(&[], 0, 3),
+    }];
     assert_eq!(products(&terms, Start::Matrix(&start)), start);
-    assert_eq!(products(&terms, Start::Row(&start[..3])), [&start[..3], &start[..3]].concat());
+    assert_eq!(
+        products(&terms, Start::Row(&start[..3])),
+        [&start[..3], &start[..3]].concat()
+    );
     assert_eq!(products(&terms, Start::Zero), [0.0; 6]);
 }
 
 /// Every strip of every panel once, and no thread without a task where there are panels enough.
 #[test]
 fn tasks_are_for_all_threads() {
-    for (panels, strips, threads) in
-        [(18, 1, 4), (18, 32, 16), (18, 32, 2), (17, 1, 2), (6, 8, 8), (1, 1, 3), (64, 1, 3), (5, 0, 2)]
-    {
-        let (count, done) = (AtomicU64::new(0), std::sync::Mutex::new(vec![0; panels * strips]));
+    for (panels, strips, threads) in [
+        (18, 1, 4),
+        (18, 32, 16),
+        (18, 32, 2),
+        (17, 1, 2),
+        (6, 8, 8),
+        (1, 1, 3),
+        (64, 1, 3),
+        (5, 0, 2),
+    ] {
+        let (count, done) = (
+            AtomicU64::new(0),
+            std::sync::Mutex::new(vec![0; panels * strips]),
+        );
         crate::ops::tests::on(threads, || {
             tasks(panels, usize::MAX, (strips, TURNS), |panels, rows| {
                 count.fetch_add(1, Ordering::Relaxed);
-                panels.for_each(|panel| rows.clone().for_each(|row| done.lock().unwrap()[panel * strips + row] += 1));
+                panels.for_each(|panel| {
+                    rows.clone()
+                        .for_each(|row| done.lock().unwrap()[panel * strips + row] += 1)
+                });
             });
         });
-        assert!(done.into_inner().unwrap().iter().all(|times| *times == 1), "{panels} panels, {strips} strips");
-        assert!(count.into_inner() >= panels.min(threads) as u64, "{panels} panels, {strips} strips on {threads}");
+        assert!(
+            done.into_inner().unwrap().iter().all(|times| *times == 1),
+            "{panels} panels, {strips} strips"
+        );
+        assert!(
+            count.into_inner() >= panels.min(threads) as u64,
+            "{panels} panels, {strips} strips on {threads}"
+        );
     }
 }
 
 /// Every part of a range once, none longer than asked, none empty.
 #[test]
 fn parts_are_even() {
-    for (length, most) in [(0, 14), (1, 14), (14, 14), (15, 14), (64, 14), (1024, 14), (29, 6)] {
+    for (length, most) in [
+        (0, 14),
+        (1, 14),
+        (14, 14),
+        (15, 14),
+        (64, 14),
+        (1024, 14),
+        (29, 6),
+    ] {
         let parts: Vec<_> = even_parts(7..7 + length, most).collect();
-        assert_eq!(parts.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (7..7 + length).collect::<Vec<_>>());
-        let (longest, shortest) = (parts.iter().map(Range::len).max(), parts.iter().map(Range::len).min());
+        assert_eq!(
+            parts.iter().flat_map(Clone::clone).collect::<Vec<_>>(),
+            (7..7 + length).collect::<Vec<_>>()
+        );
+        let (longest, shortest) = (
+            parts.iter().map(Range::len).max(),
+            parts.iter().map(Range::len).min(),
+        );
         assert!(longest.unwrap_or(0) <= most && longest.unwrap_or(0) <= shortest.unwrap_or(0) + 1);
     }
 }

@@ -33,8 +33,22 @@ pub(in crate::ops) struct TileArgs<'a> {
 
 impl<'a> TileArgs<'a> {
     /// out = the sum, or out += the sum.
-    pub(in crate::ops) fn into(parts: &'a [Part], (out, out_row): (*mut f32, usize), add: bool) -> Self {
-        Self { parts, start: if add { out.cast_const() } else { std::ptr::null() }, start_row: out_row, out, out_row }
+    pub(in crate::ops) fn into(
+        parts: &'a [Part],
+        (out, out_row): (*mut f32, usize),
+        add: bool,
+    ) -> Self {
+        Self {
+            parts,
+            start: if add {
+                out.cast_const()
+            } else {
+                std::ptr::null()
+            },
+            start_row: out_row,
+            out,
+            out_row,
+        }
     }
 }
 
@@ -116,7 +130,10 @@ static PORTABLE: Isa = Isa {
     name: "portable",
     rows: 6,
     lanes: 8,
-    tiles: [tiles!(portable, 1, 1 2 3 4 5 6), tiles!(portable, 2, 1 2 3 4 5 6)],
+    tiles: [
+        tiles!(portable, 1, 1 2 3 4 5 6),
+        tiles!(portable, 2, 1 2 3 4 5 6),
+    ],
     deepest: 2048,
     piece: 768,
     packed: 64 << 10,
@@ -142,7 +159,10 @@ static AVX512: Isa = Isa {
     name: "avx512",
     rows: 14,
     lanes: 16,
-    tiles: [tiles!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14), tiles!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14)],
+    tiles: [
+        tiles!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+        tiles!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+    ],
     // 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
     deepest: 6144,
     piece: 2048,
@@ -153,11 +173,19 @@ static AVX512: Isa = Isa {
 
 /// AVX-512 for what has few rows.
 #[cfg(target_arch = "x86_64")]
-static AMX: Isa = Isa { name: "amx", blocks: Some(Unit::Tiles), ..AVX512 };
+static AMX: Isa = Isa {
+    name: "amx",
+    blocks: Some(Unit::Tiles),
+    ..AVX512
+};
 
 /// AVX-512 for f32 and for what has few rows.
 #[cfg(target_arch = "x86_64")]
-static AVX512_BF16: Isa = Isa { name: "avx512_bf16", blocks: Some(Unit::Pairs), ..AVX512 };
+static AVX512_BF16: Isa = Isa {
+    name: "avx512_bf16",
+    blocks: Some(Unit::Pairs),
+    ..AVX512
+};
 
 /// Every instruction set that this processor has, best first, and those that are slower than others after these.
 pub(in crate::ops) fn available() -> &'static [&'static Isa] {
@@ -176,7 +204,11 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
                 (wide, &AVX512),
                 (pairs && !pairs::fast(), &AVX512_BF16),
             ];
-            found.extend(candidates.into_iter().filter_map(|(has, isa)| has.then_some(isa)));
+            found.extend(
+                candidates
+                    .into_iter()
+                    .filter_map(|(has, isa)| has.then_some(isa)),
+            );
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 found.push(&AVX2);
             }
@@ -203,13 +235,20 @@ thread_local! {
 
 /// The body of the tiles without intrinsics.
 #[inline(always)]
-unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs<'_>, multiply_add: impl Fn(f32, f32, f32) -> f32) {
+unsafe fn arrays<const M: usize, const V: usize>(
+    args: TileArgs<'_>,
+    multiply_add: impl Fn(f32, f32, f32) -> f32,
+) {
     let mut sums = [[[0.0f32; 8]; V]; M];
     // SAFETY: the caller's promise about every pointer.
     unsafe {
         for part in args.parts {
             for k in 0..part.k {
-                let b = part.b.add(k * part.b_row).cast::<[[f32; 8]; V]>().read_unaligned();
+                let b = part
+                    .b
+                    .add(k * part.b_row)
+                    .cast::<[[f32; 8]; V]>()
+                    .read_unaligned();
                 for m in 0..M {
                     let a = *part.a.add(m * part.a_row + k * part.a_column);
                     for v in 0..V {
@@ -222,14 +261,21 @@ unsafe fn arrays<const M: usize, const V: usize>(args: TileArgs<'_>, multiply_ad
         }
         for m in 0..M {
             if !args.start.is_null() {
-                let start = args.start.add(m * args.start_row).cast::<[[f32; 8]; V]>().read_unaligned();
+                let start = args
+                    .start
+                    .add(m * args.start_row)
+                    .cast::<[[f32; 8]; V]>()
+                    .read_unaligned();
                 for v in 0..V {
                     for lane in 0..8 {
                         sums[m][v][lane] += start[v][lane];
                     }
                 }
             }
-            args.out.add(m * args.out_row).cast::<[[f32; 8]; V]>().write_unaligned(sums[m]);
+            args.out
+                .add(m * args.out_row)
+                .cast::<[[f32; 8]; V]>()
+                .write_unaligned(sums[m]);
         }
     }
 }
@@ -262,11 +308,23 @@ macro_rules! tile {
                     // What the sums start from is needed last: it comes while they are made.
                     for m in 0..M {
                         for v in (0..V).step_by(16 / $lanes) {
-                            _mm_prefetch::<_MM_HINT_T0>(args.start.wrapping_add(m * args.start_row + $lanes * v).cast());
+                            _mm_prefetch::<_MM_HINT_T0>(
+                                args.start
+                                    .wrapping_add(m * args.start_row + $lanes * v)
+                                    .cast(),
+                            );
                         }
                     }
                 }
-                for &Part { k, mut a, a_row, a_column, mut b, b_row } in args.parts {
+                for &Part {
+                    k,
+                    mut a,
+                    a_row,
+                    a_column,
+                    mut b,
+                    b_row,
+                } in args.parts
+                {
                     for _ in 0..k {
                         let mut row = [$zero(); V];
                         for v in 0..V {
@@ -296,7 +354,17 @@ macro_rules! tile {
 }
 
 #[cfg(target_arch = "x86_64")]
-tile!(avx2, "avx2,fma", 8, _mm256_setzero_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_add_ps, _mm256_storeu_ps);
+tile!(
+    avx2,
+    "avx2,fma",
+    8,
+    _mm256_setzero_ps,
+    _mm256_loadu_ps,
+    _mm256_set1_ps,
+    _mm256_fmadd_ps,
+    _mm256_add_ps,
+    _mm256_storeu_ps
+);
 #[cfg(target_arch = "x86_64")]
 tile!(
     avx512,

@@ -14,9 +14,16 @@ fn naive(adamw: &AdamW, mut values: Vec<f64>, gradients: &[Vec<f64>]) -> ([Vec<f
     let (mut m, mut v, mut norms) = (vec![0.0; values.len()], vec![0.0; values.len()], vec![]);
     for (t, gradient) in gradients.iter().enumerate() {
         let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
-        let clip = if adamw.max_grad_norm > 0.0 { (adamw.max_grad_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let clip = if adamw.max_grad_norm > 0.0 {
+            (adamw.max_grad_norm / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
         norms.push(norm);
-        let (c1, c2) = (1.0 - adamw.beta1.powi(t as i32 + 1), 1.0 - adamw.beta2.powi(t as i32 + 1));
+        let (c1, c2) = (
+            1.0 - adamw.beta1.powi(t as i32 + 1),
+            1.0 - adamw.beta2.powi(t as i32 + 1),
+        );
         for i in 0..values.len() {
             let g = gradient[i] * clip;
             m[i] = adamw.beta1 * m[i] + (1.0 - adamw.beta1) * g;
@@ -30,30 +37,56 @@ fn naive(adamw: &AdamW, mut values: Vec<f64>, gradients: &[Vec<f64>]) -> ([Vec<f
 
 fn run(adamw: &AdamW, reference: bool, n: usize, seed: u64) -> ([Vec<f32>; 3], Vec<f64>) {
     let tally = Tally::default();
-    let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+    let context = Context {
+        reference,
+        ..Context::new(&tally, Precision::F32)
+    };
     let half = n / 2; // two slots: the pass must not care
     let values = flat(&random(seed, &[n]));
     let slots = [("a", &values[..half]), ("b", &values[half..])];
-    let named = slots.map(|(name, values)| (name.to_string(), vec![values.len()], values.to_vec())).to_vec();
+    let named = slots
+        .map(|(name, values)| (name.to_string(), vec![values.len()], values.to_vec()))
+        .to_vec();
     let parameters = Parameters::new(named, &Device::Cpu).unwrap();
-    let norms = (1..=STEPS).map(|step| adamw.step(context, &parameters, &random(seed + step, &[n]), step).unwrap()).collect();
+    let norms = (1..=STEPS)
+        .map(|step| {
+            adamw
+                .step(context, &parameters, &random(seed + step, &[n]), step)
+                .unwrap()
+        })
+        .collect();
     assert_eq!(tally.take(), adamw_cost(n).times(STEPS));
     (parameters.snapshot().unwrap(), norms)
 }
 
 fn prove(adamw: &AdamW, n: usize, seed: u64) {
-    let wide = |seed: u64| flat(&random(seed, &[n])).into_iter().map(f64::from).collect::<Vec<_>>();
+    let wide = |seed: u64| {
+        flat(&random(seed, &[n]))
+            .into_iter()
+            .map(f64::from)
+            .collect::<Vec<_>>()
+    };
     let gradients: Vec<_> = (1..=STEPS).map(|step| wide(seed + step)).collect();
     let (want, want_norms) = naive(adamw, wide(seed), &gradients);
     let ours = on(1, || run(adamw, false, n, seed));
-    assert_eq!(ours, on(2, || run(adamw, false, n, seed)), "one thread and two");
+    assert_eq!(
+        ours,
+        on(2, || run(adamw, false, n, seed)),
+        "one thread and two"
+    );
     for (rows, norms) in [&ours, &run(adamw, true, n, seed)] {
-        for (name, (row, want)) in ["value", "first moment", "second moment"].iter().zip(rows.iter().zip(&want)) {
+        for (name, (row, want)) in ["value", "first moment", "second moment"]
+            .iter()
+            .zip(rows.iter().zip(&want))
+        {
             let want: Vec<f32> = want.iter().map(|x| *x as f32).collect();
             close(name, &of(row, &[n]), &of(&want, &[n]), 16 * STEPS as usize);
         }
         for (norm, want) in norms.iter().zip(&want_norms) {
-            assert!((norm - want).abs() <= 1e-12 * want, "norm {norm} is not {want}");
+            assert!(
+                (norm - want).abs() <= 1e-12 * want,
+                "norm {norm} is not {want}"
+            );
         }
     }
 }
@@ -79,15 +112,36 @@ proptest! {
 /// direction is 2 / (2 + eps) = 1 and the value 1 - 0.1 * (1 + 0.5 * 1) = 0.85. The returned norm is the one before clipping.
 #[test]
 fn one_step_by_hand() {
-    let adamw = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5, max_grad_norm: 2.0 };
+    let adamw = AdamW {
+        learning_rate: 0.1,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.5,
+        max_grad_norm: 2.0,
+    };
     let tally = Tally::default();
     for reference in [false, true] {
-        let context = Context { reference, ..Context::new(&tally, Precision::F32) };
-        let parameters = Parameters::new(vec![("w".into(), vec![1], vec![1.0])], &Device::Cpu).unwrap();
+        let context = Context {
+            reference,
+            ..Context::new(&tally, Precision::F32)
+        };
+        let parameters =
+            Parameters::new(vec![("w".into(), vec![1], vec![1.0])], &Device::Cpu).unwrap();
         let view = parameters.weight(0).unwrap();
-        assert_eq!(adamw.step(context, &parameters, &of(&[4.0], &[1]), 1).unwrap(), 4.0);
+        assert_eq!(
+            adamw
+                .step(context, &parameters, &of(&[4.0], &[1]), 1)
+                .unwrap(),
+            4.0
+        );
         let [value, first, second] = parameters.snapshot().unwrap();
-        close("state", &of(&[value[0], first[0], second[0]], &[3]), &of(&[0.85, 0.2, 0.004], &[3]), 8);
+        close(
+            "state",
+            &of(&[value[0], first[0], second[0]], &[3]),
+            &of(&[0.85, 0.2, 0.004], &[3]),
+            8,
+        );
         assert_eq!(flat(&view.tensor), value, "a view follows the step");
     }
 }
@@ -95,19 +149,42 @@ fn one_step_by_hand() {
 /// 64 Ki numbers to a task: the tasks and the norm's partial sums meet without a seam.
 #[test]
 fn more_numbers_than_a_task_takes() {
-    let adamw = AdamW { learning_rate: 0.05, beta1: 0.9, beta2: 0.99, epsilon: 1e-6, weight_decay: 0.1, max_grad_norm: 1.0 };
+    let adamw = AdamW {
+        learning_rate: 0.05,
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-6,
+        weight_decay: 0.1,
+        max_grad_norm: 1.0,
+    };
     prove(&adamw, 64 * 1024 + 3, 9);
 }
 
 /// A gradient that is not finite changes nothing: the caller sees the norm and stops.
 #[test]
 fn a_broken_gradient_changes_nothing() {
-    let adamw = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.5, max_grad_norm: 1.0 };
+    let adamw = AdamW {
+        learning_rate: 0.1,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.5,
+        max_grad_norm: 1.0,
+    };
     let tally = Tally::default();
     for broken in [f32::NAN, f32::INFINITY] {
-        let parameters = Parameters::new(vec![("w".into(), vec![2], vec![1.0, 2.0])], &Device::Cpu).unwrap();
+        let parameters =
+            Parameters::new(vec![("w".into(), vec![2], vec![1.0, 2.0])], &Device::Cpu).unwrap();
         let context = Context::new(&tally, Precision::F32);
-        assert!(!adamw.step(context, &parameters, &of(&[0.0, broken], &[2]), 1).unwrap().is_finite());
-        assert_eq!(parameters.snapshot().unwrap(), [vec![1.0, 2.0], vec![0.0; 2], vec![0.0; 2]]);
+        assert!(
+            !adamw
+                .step(context, &parameters, &of(&[0.0, broken], &[2]), 1)
+                .unwrap()
+                .is_finite()
+        );
+        assert_eq!(
+            parameters.snapshot().unwrap(),
+            [vec![1.0, 2.0], vec![0.0; 2], vec![0.0; 2]]
+        );
     }
 }

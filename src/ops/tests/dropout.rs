@@ -13,14 +13,21 @@ fn a_mask_keeps_the_mean() {
     // u is the upper 24 bits: 0, just below a quarter, a quarter, almost 1.
     let drawn = [0, (1 << 30) - 1, 1 << 30, u32::MAX];
     let numbers = |p: f64| {
-        let mask = Mask::draw((2, 2), p, |row, numbers| numbers.copy_from_slice(&drawn[2 * row..2 * row + 2]));
+        let mask = Mask::draw((2, 2), p, |row, numbers| {
+            numbers.copy_from_slice(&drawn[2 * row..2 * row + 2])
+        });
         flat(&mask.tensor(&Device::Cpu).unwrap())
     };
     assert_eq!(numbers(0.25), [0.0, 0.0, 4.0 / 3.0, 4.0 / 3.0]);
     assert_eq!(numbers(0.0), [1.0; 4]);
     let many = mask(7, (200, 200), 0.25).tensor(&Device::Cpu).unwrap();
     // The standard error of the mean is sqrt(p / (1 - p) / 40000) = 0.0029.
-    within("mean", &many.mean_all().unwrap(), &candle_core::Tensor::new(1.0f32, &Device::Cpu).unwrap(), 0.012);
+    within(
+        "mean",
+        &many.mean_all().unwrap(),
+        &candle_core::Tensor::new(1.0f32, &Device::Cpu).unwrap(),
+        0.012,
+    );
 }
 
 proptest! {

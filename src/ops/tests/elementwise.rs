@@ -5,24 +5,41 @@ use proptest::prelude::*;
 
 use super::super::swiglu::{swiglu, swiglu_again, swiglu_backward};
 use super::super::{
-    Context, Gradients, Parameters, RmsNorm, Weight, embedding, embedding_backward, embedding_backward_cost, embedding_cost,
-    put_rows, rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost, take_rows,
+    Context, Gradients, Parameters, RmsNorm, Weight, embedding, embedding_backward,
+    embedding_backward_cost, embedding_cost, put_rows, rms_norm_backward_cost, rms_norm_cost,
+    swiglu_backward_cost, swiglu_cost, take_rows,
 };
 use super::{Pair, Passed, cases, close, flat, of, random, within};
 use crate::work::{Precision, Tally};
 
 /// `tensor` as the only trained one, and a place for its gradient.
 fn trained(tensor: &Tensor) -> (Weight, Gradients) {
-    let parameters = Parameters::new(vec![("w".into(), tensor.dims().to_vec(), flat(tensor))], &Device::Cpu).unwrap();
+    let parameters = Parameters::new(
+        vec![("w".into(), tensor.dims().to_vec(), flat(tensor))],
+        &Device::Cpu,
+    )
+    .unwrap();
     (parameters.weight(0).unwrap(), Gradients::new(1))
 }
 
-fn run_rms_norm(context: Context<'_>, inputs: &[Tensor], dy: &Tensor, eps: f64, trains: bool) -> Passed {
+fn run_rms_norm(
+    context: Context<'_>,
+    inputs: &[Tensor],
+    dy: &Tensor,
+    eps: f64,
+    trains: bool,
+) -> Passed {
     let (weight, mut gradients) = trained(&inputs[1]);
-    let weight = if trains { weight } else { Weight::frozen(inputs[1].clone()) };
+    let weight = if trains {
+        weight
+    } else {
+        Weight::frozen(inputs[1].clone())
+    };
     let norm = RmsNorm { weight, eps };
     let (y, saved) = norm.forward(context, &inputs[0]).unwrap();
-    let dx = norm.backward(context, dy, &saved, None, &mut gradients).unwrap();
+    let dx = norm
+        .backward(context, dy, &saved, None, &mut gradients)
+        .unwrap();
     (y, vec![Some(dx), gradients.get(0).cloned()])
 }
 
@@ -97,13 +114,23 @@ proptest! {
 fn rows_are_taken_and_put_back_as_candle_does() {
     let tally = Tally::default();
     let fused = Context::new(&tally, Precision::F32);
-    let reference = Context { reference: true, ..fused };
-    for (n, numbers) in [(5, vec![3u32, 0, 4]), (100, (0..99).rev().collect()), (4, vec![2, 2, 1]), (3, vec![])] {
+    let reference = Context {
+        reference: true,
+        ..fused
+    };
+    for (n, numbers) in [
+        (5, vec![3u32, 0, 4]),
+        (100, (0..99).rev().collect()),
+        (4, vec![2, 2, 1]),
+        (3, vec![]),
+    ] {
         let (x, dx) = (random(1, &[n, 7]), random(2, &[numbers.len(), 7]));
         let numbers = Tensor::from_vec(numbers.clone(), numbers.len(), &Device::Cpu).unwrap();
-        let [ours, candles] = [fused, reference].map(|context| flat(&take_rows(context, &x, &numbers).unwrap()));
+        let [ours, candles] =
+            [fused, reference].map(|context| flat(&take_rows(context, &x, &numbers).unwrap()));
         assert_eq!(ours, candles);
-        let [ours, candles] = [fused, reference].map(|context| flat(&put_rows(context, &dx, &numbers, n).unwrap()));
+        let [ours, candles] =
+            [fused, reference].map(|context| flat(&put_rows(context, &dx, &numbers, n).unwrap()));
         assert_eq!(ours, candles);
     }
     let beyond = Tensor::from_vec(vec![5u32], 1, &Device::Cpu).unwrap();
@@ -116,11 +143,25 @@ fn rows_are_taken_and_put_back_as_candle_does() {
 fn rms_norm_of_zeros_is_held_up_by_eps() {
     let tally = Tally::default();
     for reference in [false, true] {
-        let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+        let context = Context {
+            reference,
+            ..Context::new(&tally, Precision::F32)
+        };
         let inputs = [of(&[0.0; 4], &[2, 2]), of(&[3.0, -1.0], &[2])];
-        let (y, gradients) = run_rms_norm(context, &inputs, &of(&[1.0, 2.0, 0.0, 4.0], &[2, 2]), 1e-6, true);
+        let (y, gradients) = run_rms_norm(
+            context,
+            &inputs,
+            &of(&[1.0, 2.0, 0.0, 4.0], &[2, 2]),
+            1e-6,
+            true,
+        );
         assert_eq!(flat(&y), [0.0; 4]);
-        within("dx", gradients[0].as_ref().unwrap(), &of(&[3e3, -2e3, 0.0, -4e3], &[2, 2]), 1e-2);
+        within(
+            "dx",
+            gradients[0].as_ref().unwrap(),
+            &of(&[3e3, -2e3, 0.0, -4e3], &[2, 2]),
+            1e-2,
+        );
         assert_eq!(flat(gradients[1].as_ref().unwrap()), [0.0; 2]);
     }
 }
@@ -128,10 +169,16 @@ fn rms_norm_of_zeros_is_held_up_by_eps() {
 /// y = 0 far below and gate * up far above; the slope is 0 or up. exp overflows on the way and must do no harm.
 #[test]
 fn swiglu_saturates_without_overflow() {
-    let (gate, up) = (of(&[-1e4, -200.0, 200.0, 1e4], &[1, 4]), of(&[2.0; 4], &[1, 4]));
+    let (gate, up) = (
+        of(&[-1e4, -200.0, 200.0, 1e4], &[1, 4]),
+        of(&[2.0; 4], &[1, 4]),
+    );
     let tally = Tally::default();
     for reference in [false, true] {
-        let context = Context { reference, ..Context::new(&tally, Precision::F32) };
+        let context = Context {
+            reference,
+            ..Context::new(&tally, Precision::F32)
+        };
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         close("y", &y, &of(&[0.0, 0.0, 400.0, 2e4], &[1, 4]), 1);
         let (dgate, dup) = swiglu_backward(context, &of(&[1.0; 4], &[1, 4]), &saved).unwrap();
@@ -146,32 +193,60 @@ fn swiglu_beyond_one_task_is_the_reference() {
     let [gate, up, dy] = [1, 2, 3].map(|seed| random(seed, &[3, 16 * 1024 / 2 + 5]));
     let tally = Tally::default();
     let fused = Context::new(&tally, Precision::F32);
-    let reference = Context { reference: true, ..fused };
+    let reference = Context {
+        reference: true,
+        ..fused
+    };
     let run = |context: Context<'_>| {
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         let (dgate, dup) = swiglu_backward(context, &dy, &saved).unwrap();
         [y, dgate, dup, swiglu_again(context, &saved).unwrap()]
     };
     let names = ["y", "dgate", "dup", "y again"];
-    run(fused).iter().zip(&run(reference)).zip(names).for_each(|((ours, theirs), name)| close(name, ours, theirs, 16));
+    run(fused)
+        .iter()
+        .zip(&run(reference))
+        .zip(names)
+        .for_each(|((ours, theirs), name)| close(name, ours, theirs, 16));
 }
 
 /// In bf16 what is kept and what goes into products is rounded (at most 2^-8 of itself); what is computed is f32, by both implementations alike.
 #[test]
 fn what_bf16_keeps_is_rounded_once() {
-    let [gate, up, dy, weight] = [1, 2, 3, 4].map(|seed| random(seed, if seed == 4 { &[37] } else { &[5, 37] }));
-    let norm = RmsNorm { weight: Weight::frozen(weight), eps: 1e-3 };
+    let [gate, up, dy, weight] =
+        [1, 2, 3, 4].map(|seed| random(seed, if seed == 4 { &[37] } else { &[5, 37] }));
+    let norm = RmsNorm {
+        weight: Weight::frozen(weight),
+        eps: 1e-3,
+    };
     let tally = Tally::default();
     let run = |precision: Precision, reference: bool| {
-        let context = Context { reference, ..Context::new(&tally, precision) };
+        let context = Context {
+            reference,
+            ..Context::new(&tally, precision)
+        };
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         let (dgate, dup) = swiglu_backward(context, &dy, &saved).unwrap();
         let (h, kept) = norm.forward(context, &gate).unwrap();
-        let dx = norm.backward(context, &dy, &kept, None, &mut Gradients::new(0)).unwrap();
-        let all = [y, h, dgate, dup, swiglu_again(context, &saved).unwrap(), norm.again(context, &kept).unwrap(), dx];
+        let dx = norm
+            .backward(context, &dy, &kept, None, &mut Gradients::new(0))
+            .unwrap();
+        let all = [
+            y,
+            h,
+            dgate,
+            dup,
+            swiglu_again(context, &saved).unwrap(),
+            norm.again(context, &kept).unwrap(),
+            dx,
+        ];
         all.map(|x| (x.dtype(), x.to_dtype(DType::F32).unwrap()))
     };
-    let (wide, fused, reference) = (run(Precision::F32, false), run(Precision::Bf16, false), run(Precision::Bf16, true));
+    let (wide, fused, reference) = (
+        run(Precision::F32, false),
+        run(Precision::Bf16, false),
+        run(Precision::Bf16, true),
+    );
     for (i, ((wide, fused), reference)) in wide.iter().zip(&fused).zip(&reference).enumerate() {
         let ((wide, (dtype, fused)), reference) = ((&wide.1, fused), &reference.1);
         // The last goes on along the residual stream; all others go into products.
@@ -180,7 +255,13 @@ fn what_bf16_keeps_is_rounded_once() {
             close("both ways", fused, reference, 64);
         }
         let near = |x: &f32, y: &f32| (x - y).abs() <= y.abs() / 255.0 + 1e-6;
-        assert!(flat(fused).iter().zip(&flat(reference)).all(|(x, y)| i == 6 || near(x, y)), "{i}, both ways");
+        assert!(
+            flat(fused)
+                .iter()
+                .zip(&flat(reference))
+                .all(|(x, y)| i == 6 || near(x, y)),
+            "{i}, both ways"
+        );
         // Slopes of what follows rounded inputs are below 8.
         within(&format!("{i}"), fused, wide, 8.0 / 512.0);
         assert!(flat(fused) != flat(wide), "{i} was kept in f32");

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 
 use super::super::product::{available, best};
 use super::super::{
-    Context, FeedForward, Gradients, Linear, LinearInput, Lora, Mask, Masks, Parameters, Part, Weight, residual_cost,
-    swiglu_backward_cost, swiglu_cost,
+    Context, FeedForward, Gradients, Linear, LinearInput, Lora, Mask, Masks, Parameters, Part,
+    Weight, residual_cost, swiglu_backward_cost, swiglu_cost,
 };
 use super::{Pair, Passed, autograd, bits, cases, flat, mask, named, on, random, with};
 use crate::work::{Precision, Tally, Work};
@@ -39,8 +39,16 @@ struct Parts {
 impl Parts {
     /// Whether `n` tokens go through blocks.
     fn in_tiles(&self, context: Context<'_>, n: usize) -> bool {
-        let plain = self.layers.iter().all(|layer| !layer.bias && !layer.trained);
-        !context.reference && best().unit(context.precision).is_some() && n > 1 && plain && self.known && !self.dropout
+        let plain = self
+            .layers
+            .iter()
+            .all(|layer| !layer.bias && !layer.trained);
+        !context.reference
+            && best().unit(context.precision).is_some()
+            && n > 1
+            && plain
+            && self.known
+            && !self.dropout
     }
 
     /// Which of the inputs get a gradient.
@@ -59,8 +67,14 @@ impl Parts {
         let mut inputs = vec![random(seed, &[n, c])];
         for (layer, (o, i)) in self.layers.iter().zip([(f, c), (f, c), (c, f)]) {
             let mut push = |shape: &[usize], scale: f64, trained: bool| {
-                let x = random(seed ^ inputs.len() as u64, shape).affine(scale, 0.0).unwrap();
-                let x = if self.narrow && !trained { x.to_dtype(DType::BF16).unwrap() } else { x };
+                let x = random(seed ^ inputs.len() as u64, shape)
+                    .affine(scale, 0.0)
+                    .unwrap();
+                let x = if self.narrow && !trained {
+                    x.to_dtype(DType::BF16).unwrap()
+                } else {
+                    x
+                };
                 inputs.push(x.to_dtype(DType::F32).unwrap());
             };
             let scale = 2.0 / (i as f64).sqrt();
@@ -79,35 +93,66 @@ impl Parts {
     /// The layers on these inputs.
     fn linears(&self, inputs: &[Tensor]) -> [Linear; 3] {
         let slots = |(i, x): (usize, &Tensor)| (i.to_string(), x.dims().to_vec(), flat(x));
-        let parameters = Parameters::new(inputs.iter().enumerate().map(slots).collect(), &Device::Cpu).unwrap();
-        let frozen = |x: &Tensor| x.to_dtype(if self.narrow { DType::BF16 } else { DType::F32 }).unwrap();
+        let parameters =
+            Parameters::new(inputs.iter().enumerate().map(slots).collect(), &Device::Cpu).unwrap();
+        let frozen = |x: &Tensor| {
+            x.to_dtype(if self.narrow { DType::BF16 } else { DType::F32 })
+                .unwrap()
+        };
         let mut next = 1..;
         self.layers.map(|layer| {
             let mut weight = |trained: bool| match (trained, next.next().unwrap()) {
                 (true, i) => parameters.weight(i).unwrap(),
-                (false, i) if self.kept && inputs[i].dims().len() == 2 => Weight::frozen(frozen(&inputs[i])).keeping_packed(),
+                (false, i) if self.kept && inputs[i].dims().len() == 2 => {
+                    Weight::frozen(frozen(&inputs[i])).keeping_packed()
+                }
                 (false, i) => Weight::frozen(frozen(&inputs[i])),
             };
             Linear {
                 weight: weight(layer.trained),
                 bias: layer.bias.then(|| weight(layer.trained)),
-                lora: layer.r.map(|_| Lora { a: weight(true), b: weight(true), scaling: SCALING }),
+                lora: layer.r.map(|_| Lora {
+                    a: weight(true),
+                    b: weight(true),
+                    scaling: SCALING,
+                }),
             }
         })
     }
 
     /// `masks`: one for each layer, where there is dropout.
-    fn run(&self, context: Context<'_>, inputs: &[Tensor], (base, dy): (&Tensor, &Tensor), masks: Option<Masks<'_>>) -> Passed {
+    fn run(
+        &self,
+        context: Context<'_>,
+        inputs: &[Tensor],
+        (base, dy): (&Tensor, &Tensor),
+        masks: Option<Masks<'_>>,
+    ) -> Passed {
         let [gate, up, down] = &self.linears(inputs);
-        let (layers, x) = (FeedForward { gate, up, down }, || LinearInput::new(context, inputs[0].clone()).unwrap());
-        let (y, saved) = layers.forward(context, x(), masks, base, self.known).unwrap();
+        let (layers, x) = (FeedForward { gate, up, down }, || {
+            LinearInput::new(context, inputs[0].clone()).unwrap()
+        });
+        let (y, saved) = layers
+            .forward(context, x(), masks, base, self.known)
+            .unwrap();
         let tiles = masks.is_none() && self.in_tiles(context, inputs[0].dims()[0]);
         assert_eq!(saved.in_tiles(), tiles, "blocks, where they should be");
-        let (x, mut gradients) = ((gate.keeps_input() || up.keeps_input()).then(x), Gradients::new(inputs.len()));
+        let (x, mut gradients) = (
+            (gate.keeps_input() || up.keeps_input()).then(x),
+            Gradients::new(inputs.len()),
+        );
         let asked = (self.through, self.input_gradient);
-        let dx = layers.backward(context, dy, (x.as_ref(), &saved), asked, &mut gradients).unwrap();
-        let all: Vec<_> = std::iter::once(dx).chain((1..inputs.len()).map(|i| gradients.get(i).cloned())).collect();
-        assert_eq!(all.iter().map(Option::is_some).collect::<Vec<_>>(), self.wanted(), "gradients of what is asked for");
+        let dx = layers
+            .backward(context, dy, (x.as_ref(), &saved), asked, &mut gradients)
+            .unwrap();
+        let all: Vec<_> = std::iter::once(dx)
+            .chain((1..inputs.len()).map(|i| gradients.get(i).cloned()))
+            .collect();
+        assert_eq!(
+            all.iter().map(Option::is_some).collect::<Vec<_>>(),
+            self.wanted(),
+            "gradients of what is asked for"
+        );
         (y, all)
     }
 
@@ -122,7 +167,9 @@ impl Parts {
                 y = y.broadcast_add(next.next().unwrap()).unwrap();
             }
             if r.is_some() {
-                let x = masks.map_or(x.clone(), |masks| (x * wide(&masks[index].tensor(&Device::Cpu).unwrap())).unwrap());
+                let x = masks.map_or(x.clone(), |masks| {
+                    (x * wide(&masks[index].tensor(&Device::Cpu).unwrap())).unwrap()
+                });
                 let low = product(&x, next.next().unwrap());
                 y = (y + (product(&low, next.next().unwrap()) * SCALING).unwrap()).unwrap();
             }
@@ -137,15 +184,24 @@ impl Parts {
     /// Both passes: the layers, SwiGLU (again where the last layer's gradient needs it), the base, and what gate and up give back added up.
     fn cost(&self, [n, c, f]: [usize; 3], inputs: &[Tensor], precision: Precision) -> Work {
         let linears = self.linears(inputs);
-        let [gate, up, down] = linears.each_ref().map(|linear| linear.shape(n, self.dropout).unwrap());
-        let mut cost = gate.forward_cost(precision) + up.forward_cost(precision) + down.forward_cost(precision);
-        cost += &(swiglu_cost(n * f) + residual_cost(n, c) + down.backward_cost(precision, self.through));
+        let [gate, up, down] = linears
+            .each_ref()
+            .map(|linear| linear.shape(n, self.dropout).unwrap());
+        let mut cost = gate.forward_cost(precision)
+            + up.forward_cost(precision)
+            + down.forward_cost(precision);
+        cost += &(swiglu_cost(n * f)
+            + residual_cost(n, c)
+            + down.backward_cost(precision, self.through));
         if linears[2].keeps_input() {
             cost += &swiglu_cost(n * f);
         }
         if self.through {
             let outer = [gate, up].map(|shape| shape.backward_cost(precision, self.input_gradient));
-            outer.iter().chain([&swiglu_backward_cost(n * f)]).for_each(|work| cost += work);
+            outer
+                .iter()
+                .chain([&swiglu_backward_cost(n * f)])
+                .for_each(|work| cost += work);
         }
         if self.input_gradient {
             cost += &residual_cost(n, c);
@@ -155,19 +211,30 @@ impl Parts {
 
     fn masks(&self, [n, c, f]: [usize; 3], seed: u64) -> Option<[Mask; 3]> {
         let mask = |columns: usize, seed: u64| mask(seed, (n, columns), 0.3);
-        self.dropout.then(|| [mask(c, seed), mask(c, seed ^ 1), mask(f, seed ^ 2)])
+        self.dropout
+            .then(|| [mask(c, seed), mask(c, seed ^ 1), mask(f, seed ^ 2)])
     }
 
     /// In f32, as a pair.
     fn prove(&self, shape: [usize; 3], seed: u64) {
         let [n, c, f] = shape;
-        let (inputs, masks, base) = (self.inputs(shape, seed), self.masks(shape, seed ^ 20), random(seed ^ 30, &[n, c]));
-        let mask = |part: Part, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
+        let (inputs, masks, base) = (
+            self.inputs(shape, seed),
+            self.masks(shape, seed ^ 20),
+            random(seed ^ 30, &[n, c]),
+        );
+        let mask =
+            |part: Part, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
         Pair {
             inputs: &inputs,
             dy: &random(seed ^ 31, &[n, c]),
             op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| {
-                self.run(context, inputs, (&base, dy), self.dropout.then_some(&mask as _))
+                self.run(
+                    context,
+                    inputs,
+                    (&base, dy),
+                    self.dropout.then_some(&mask as _),
+                )
             },
             naive: |inputs: &[Tensor]| self.naive(inputs, &base, masks.as_ref()),
             cost: self.cost(shape, &inputs, Precision::F32),
@@ -183,19 +250,51 @@ fn rank() -> impl Strategy<Value = Option<usize>> {
 
 /// Nothing but W and adapters: what blocks take, where the forward pass knows what is to come.
 fn plain() -> impl Strategy<Value = Parts> {
-    (prop::array::uniform3(rank()), prop::array::uniform3(any::<bool>())).prop_map(|(r, [narrow, kept, input_gradient])| {
-        let layers = r.map(|r| Layer { bias: false, r, trained: false });
-        Parts { layers, narrow, kept, dropout: false, known: true, through: true, input_gradient }
-    })
+    (
+        prop::array::uniform3(rank()),
+        prop::array::uniform3(any::<bool>()),
+    )
+        .prop_map(|(r, [narrow, kept, input_gradient])| {
+            let layers = r.map(|r| Layer {
+                bias: false,
+                r,
+                trained: false,
+            });
+            Parts {
+                layers,
+                narrow,
+                kept,
+                dropout: false,
+                known: true,
+                through: true,
+                input_gradient,
+            }
+        })
 }
 
 fn parts() -> impl Strategy<Value = Parts> {
-    let layer = (any::<bool>(), rank(), any::<bool>()).prop_map(|(bias, r, trained)| Layer { bias, r, trained });
-    (prop::array::uniform3(layer), prop::array::uniform6(any::<bool>())).prop_map(|(layers, flags)| {
-        let [narrow, kept, dropout, known, through, input_gradient] = flags;
-        let through = known || through;
-        Parts { layers, narrow, kept, dropout, known, through, input_gradient: through && input_gradient }
-    })
+    let layer = (any::<bool>(), rank(), any::<bool>()).prop_map(|(bias, r, trained)| Layer {
+        bias,
+        r,
+        trained,
+    });
+    (
+        prop::array::uniform3(layer),
+        prop::array::uniform6(any::<bool>()),
+    )
+        .prop_map(|(layers, flags)| {
+            let [narrow, kept, dropout, known, through, input_gradient] = flags;
+            let through = known || through;
+            Parts {
+                layers,
+                narrow,
+                kept,
+                dropout,
+                known,
+                through,
+                input_gradient: through && input_gradient,
+            }
+        })
 }
 
 fn shape() -> impl Strategy<Value = [usize; 3]> {
@@ -262,7 +361,11 @@ proptest! {
 /// `parts` through blocks, with W packed for good and not, and layer by layer: as with dropout, but without a mask.
 fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
     let [n, c, _] = shape;
-    let (inputs, base, dy) = (parts.inputs(shape, seed), random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
+    let (inputs, base, dy) = (
+        parts.inputs(shape, seed),
+        random(seed ^ 30, &[n, c]),
+        random(seed ^ 31, &[n, c]),
+    );
     let no_mask = |_: Part, _: &LinearInput| None;
     for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
         for precision in [Precision::F32, Precision::Bf16] {
@@ -273,7 +376,10 @@ fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
                         let context = Context::new(&tally, precision);
                         let masks: Option<Masks<'_>> = if tiles { None } else { Some(&no_mask) };
                         let parts = Parts { kept, ..parts };
-                        (named(parts.run(context, &inputs, (&base, &dy), masks)), tally.take())
+                        (
+                            named(parts.run(context, &inputs, (&base, &dy), masks)),
+                            tally.take(),
+                        )
                     })
                 })
             };
@@ -283,7 +389,10 @@ fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
                 assert_eq!(counted, work, "work of {precision:?}");
                 for ((name, got), (_, want)) in got.iter().zip(&want) {
                     let same = got.as_ref().map(bits) == want.as_ref().map(bits);
-                    assert!(same, "{name} in {precision:?} at {threads} threads, W packed for good: {kept}");
+                    assert!(
+                        same,
+                        "{name} in {precision:?} at {threads} threads, W packed for good: {kept}"
+                    );
                 }
             }
         }
@@ -295,10 +404,25 @@ fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
 fn tiles_take_adapters_alone() {
     for at in 0..3 {
         for (bias, trained) in [(true, false), (false, true)] {
-            let mut layers = [Layer { bias: false, r: Some(2), trained: false }; 3];
-            layers[at] = Layer { bias, trained, ..layers[at] };
-            let parts =
-                Parts { layers, narrow: true, kept: false, dropout: false, known: true, through: true, input_gradient: true };
+            let mut layers = [Layer {
+                bias: false,
+                r: Some(2),
+                trained: false,
+            }; 3];
+            layers[at] = Layer {
+                bias,
+                trained,
+                ..layers[at]
+            };
+            let parts = Parts {
+                layers,
+                narrow: true,
+                kept: false,
+                dropout: false,
+                known: true,
+                through: true,
+                input_gradient: true,
+            };
             parts.prove([5, 7, 40], at as u64);
         }
     }
@@ -307,10 +431,22 @@ fn tiles_take_adapters_alone() {
 /// Deep enough for several passes through k in every product, wide enough for several tasks.
 #[test]
 fn deep_layers_change_no_byte_in_tiles() {
-    let layer = |r| Layer { bias: false, r, trained: false };
+    let layer = |r| Layer {
+        bias: false,
+        r,
+        trained: false,
+    };
     for narrow in [false, true] {
         let layers = [layer(Some(16)), layer(None), layer(Some(40))];
-        let parts = Parts { layers, narrow, kept: false, dropout: false, known: true, through: true, input_gradient: true };
+        let parts = Parts {
+            layers,
+            narrow,
+            kept: false,
+            dropout: false,
+            known: true,
+            through: true,
+            input_gradient: true,
+        };
         same_in_tiles(parts, [70, 710, 1500], 3);
         same_in_tiles(parts, [33, 2100, 740], 4);
         same_in_tiles(parts, [710, 50, 90], 5);

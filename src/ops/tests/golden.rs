@@ -6,14 +6,18 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::super::swiglu::{swiglu, swiglu_backward};
-use super::super::{AdamW, Attention, Gradients, Head, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight};
+use super::super::{
+    AdamW, Attention, Gradients, Head, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight,
+};
 use super::{every_way, flat, within};
 
 struct Golden(HashMap<String, Tensor>);
 
 impl Golden {
     fn open(name: &str) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/ops").join(format!("{name}.safetensors"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden/ops")
+            .join(format!("{name}.safetensors"));
         Self(candle_core::safetensors::load(path, &Device::Cpu).unwrap())
     }
 
@@ -22,13 +26,21 @@ impl Golden {
     }
 
     fn sizes(&self, name: &str) -> Vec<usize> {
-        self.0[name].to_vec1::<i64>().unwrap().into_iter().map(|n| n as usize).collect()
+        self.0[name]
+            .to_vec1::<i64>()
+            .unwrap()
+            .into_iter()
+            .map(|n| n as usize)
+            .collect()
     }
 
     /// `name` as the only trained tensor.
     fn trained(&self, name: &str) -> Weight {
         let (shape, values) = (self.0[name].dims().to_vec(), flat(&self.0[name]));
-        Parameters::new(vec![(name.into(), shape, values)], &Device::Cpu).unwrap().weight(0).unwrap()
+        Parameters::new(vec![(name.into(), shape, values)], &Device::Cpu)
+            .unwrap()
+            .weight(0)
+            .unwrap()
     }
 
     fn holds(&self, name: &str, got: &Tensor) {
@@ -42,25 +54,42 @@ impl Golden {
 fn attention_with_groups_window_and_segments() {
     let golden = Golden::open("attention");
     let [heads, kv_heads, head_dim, window] = golden.sizes("sizes").try_into().unwrap();
-    let attention = Attention { heads, kv_heads, head_dim, window: Some(window) };
+    let attention = Attention {
+        heads,
+        kv_heads,
+        head_dim,
+        window: Some(window),
+    };
     let segments = Segments::of_lengths(golden.sizes("segments"));
     every_way(|context| {
         let (q, k, v) = (golden.get("q"), golden.get("k"), golden.get("v"));
         let (y, saved) = attention.forward(context, q, k, v, &segments).unwrap();
-        let (dq, dk, dv) = attention.backward(context, &golden.get("dy"), &saved, &segments).unwrap();
-        [("y", y), ("dq", dq), ("dk", dk), ("dv", dv)].iter().for_each(|(name, x)| golden.holds(name, x));
+        let (dq, dk, dv) = attention
+            .backward(context, &golden.get("dy"), &saved, &segments)
+            .unwrap();
+        [("y", y), ("dq", dq), ("dk", dk), ("dv", dv)]
+            .iter()
+            .for_each(|(name, x)| golden.holds(name, x));
     });
 }
 
 #[test]
 fn rms_norm() {
     let golden = Golden::open("rms_norm");
-    let norm = RmsNorm { weight: golden.trained("weight"), eps: 1e-5 };
+    let norm = RmsNorm {
+        weight: golden.trained("weight"),
+        eps: 1e-5,
+    };
     every_way(|context| {
         let mut gradients = Gradients::new(1);
         let (y, saved) = norm.forward(context, &golden.get("x")).unwrap();
         golden.holds("y", &y);
-        golden.holds("dx", &norm.backward(context, &golden.get("dy"), &saved, None, &mut gradients).unwrap());
+        golden.holds(
+            "dx",
+            &norm
+                .backward(context, &golden.get("dy"), &saved, None, &mut gradients)
+                .unwrap(),
+        );
         golden.holds("dweight", gradients.get(0).unwrap());
     });
 }
@@ -81,14 +110,25 @@ fn swiglu_and_its_gradients() {
 #[test]
 fn cross_entropy() {
     let golden = Golden::open("head");
-    let head = Head { weight: golden.trained("weight") };
-    let targets: Vec<u32> = golden.sizes("targets").into_iter().map(|t| t as u32).collect();
+    let head = Head {
+        weight: golden.trained("weight"),
+    };
+    let targets: Vec<u32> = golden
+        .sizes("targets")
+        .into_iter()
+        .map(|t| t as u32)
+        .collect();
     every_way(|context| {
         let mut gradients = Gradients::new(1);
         let h = golden.get("h");
-        let (losses, dh) = head.forward_backward(context, &h, &targets, 0.3, true, &mut gradients).unwrap();
+        let (losses, dh) = head
+            .forward_backward(context, &h, &targets, 0.3, true, &mut gradients)
+            .unwrap();
         golden.holds("losses", &Tensor::new(losses, &Device::Cpu).unwrap());
-        golden.holds("losses", &Tensor::new(head.forward(context, &h, &targets).unwrap(), &Device::Cpu).unwrap());
+        golden.holds(
+            "losses",
+            &Tensor::new(head.forward(context, &h, &targets).unwrap(), &Device::Cpu).unwrap(),
+        );
         golden.holds("dh", &dh.unwrap());
         golden.holds("dweight", gradients.get(0).unwrap());
     });
@@ -108,14 +148,36 @@ fn rope_with_every_scaling() {
     let cases = [
         ("default", 10_000.0, RopeScaling::None),
         ("linear", 10_000.0, RopeScaling::Linear { factor: 4.0 }),
-        ("dynamic", 10_000.0, RopeScaling::Dynamic { factor: 4.0, original: 32 }),
-        ("llama3", 500_000.0, RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 64 }),
+        (
+            "dynamic",
+            10_000.0,
+            RopeScaling::Dynamic {
+                factor: 4.0,
+                original: 32,
+            },
+        ),
+        (
+            "llama3",
+            500_000.0,
+            RopeScaling::Llama3 {
+                factor: 8.0,
+                low: 1.0,
+                high: 4.0,
+                original: 64,
+            },
+        ),
         ("yarn", 10_000.0, yarn),
     ];
     for (name, theta, scaling) in cases {
         let golden = Golden::open(&format!("rope_{name}"));
-        let rope = Rope { head_dim: 16, theta, scaling };
-        let tables = rope.tables(&Segments::of_lengths([70]), &Device::Cpu).unwrap();
+        let rope = Rope {
+            head_dim: 16,
+            theta,
+            scaling,
+        };
+        let tables = rope
+            .tables(&Segments::of_lengths([70]), &Device::Cpu)
+            .unwrap();
         every_way(|context| {
             golden.holds("y", &tables.forward(context, &golden.get("x")).unwrap());
             golden.holds("dx", &tables.backward(context, &golden.get("dy")).unwrap());
@@ -126,18 +188,34 @@ fn rope_with_every_scaling() {
 #[test]
 fn adamw_with_decay_and_clipping() {
     let golden = Golden::open("adamw");
-    let adamw = AdamW { learning_rate: 0.02, beta1: 0.9, beta2: 0.99, epsilon: 1e-6, weight_decay: 0.1, max_grad_norm: 1.5 };
+    let adamw = AdamW {
+        learning_rate: 0.02,
+        beta1: 0.9,
+        beta2: 0.99,
+        epsilon: 1e-6,
+        weight_decay: 0.1,
+        max_grad_norm: 1.5,
+    };
     let (gradients, after) = (golden.get("gradients"), golden.get("after"));
     let norms = flat(&golden.get("norms"));
-    assert!(norms.iter().any(|norm| *norm < 1.5) && norms.iter().any(|norm| *norm > 1.5), "both sides of the limit");
+    assert!(
+        norms.iter().any(|norm| *norm < 1.5) && norms.iter().any(|norm| *norm > 1.5),
+        "both sides of the limit"
+    );
     every_way(|context| {
         let values = flat(&golden.get("values"));
-        let parameters = Parameters::new(vec![("w".into(), vec![values.len()], values)], &Device::Cpu).unwrap();
+        let parameters =
+            Parameters::new(vec![("w".into(), vec![values.len()], values)], &Device::Cpu).unwrap();
         for (i, norm) in norms.iter().enumerate() {
             let gradient = gradients.get(i).unwrap();
-            let ours = adamw.step(context, &parameters, &gradient, i as u64 + 1).unwrap() as f32;
+            let ours = adamw
+                .step(context, &parameters, &gradient, i as u64 + 1)
+                .unwrap() as f32;
             assert!((ours - norm).abs() <= 1e-6 * norm, "{ours} is not {norm}");
-            let (got, want) = (Tensor::new(parameters.values(0).unwrap(), &Device::Cpu).unwrap(), after.get(i).unwrap());
+            let (got, want) = (
+                Tensor::new(parameters.values(0).unwrap(), &Device::Cpu).unwrap(),
+                after.get(i).unwrap(),
+            );
             within("values", &got, &want, 1e-5);
         }
     });

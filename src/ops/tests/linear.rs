@@ -5,10 +5,12 @@ use proptest::prelude::*;
 
 use super::super::product::available;
 use super::super::{
-    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Mask, Parameters, Weight, backward_together,
-    residual_cost,
+    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Mask, Parameters, Weight,
+    backward_together, residual_cost,
 };
-use super::{ISSUED, Pair, Passed, bits, cases, close, every_way, flat, mask, of, on, random, with, within};
+use super::{
+    ISSUED, Pair, Passed, bits, cases, close, every_way, flat, mask, of, on, random, with, within,
+};
 use crate::work::{Precision, Tally};
 
 const SCALING: f64 = 1.5;
@@ -26,7 +28,8 @@ struct Parts {
 /// W, the `at`th of the inputs, then bias, A, B where there are any -> the layer on them, W and bias trained or not, A and B always.
 fn layer(parts: Parts, at: usize, inputs: &[Tensor]) -> (Linear, Parameters) {
     let named = |(i, x): (usize, &Tensor)| (i.to_string(), x.dims().to_vec(), flat(x));
-    let parameters = Parameters::new(inputs.iter().enumerate().map(named).collect(), &Device::Cpu).unwrap();
+    let parameters =
+        Parameters::new(inputs.iter().enumerate().map(named).collect(), &Device::Cpu).unwrap();
     let weight = |i: usize, trained: bool| match trained {
         true => parameters.weight(i).unwrap(),
         false => Weight::frozen(inputs[i].clone()),
@@ -35,19 +38,44 @@ fn layer(parts: Parts, at: usize, inputs: &[Tensor]) -> (Linear, Parameters) {
     let linear = Linear {
         weight: weight(at, parts.trained),
         bias: parts.bias.then(|| weight(at + 1, parts.trained)),
-        lora: parts.r.map(|_| Lora { a: weight(first, true), b: weight(first + 1, true), scaling: SCALING }),
+        lora: parts.r.map(|_| Lora {
+            a: weight(first, true),
+            b: weight(first + 1, true),
+            scaling: SCALING,
+        }),
     };
     (linear, parameters)
 }
 
-fn run(parts: Parts, mask: Option<&Mask>, context: Context<'_>, inputs: &[Tensor], dy: &Tensor) -> Passed {
+fn run(
+    parts: Parts,
+    mask: Option<&Mask>,
+    context: Context<'_>,
+    inputs: &[Tensor],
+    dy: &Tensor,
+) -> Passed {
     let (linear, _) = layer(parts, 1, inputs);
     let mut gradients = Gradients::new(inputs.len());
     let x = Some(&inputs[0]).filter(|_| linear.keeps_input());
-    let (y, saved) = linear.forward(context, &inputs[0], mask.cloned(), None).unwrap();
-    let dx = linear.backward(context, dy, (x, &saved), (parts.input_gradient, None), &mut gradients).unwrap();
+    let (y, saved) = linear
+        .forward(context, &inputs[0], mask.cloned(), None)
+        .unwrap();
+    let dx = linear
+        .backward(
+            context,
+            dy,
+            (x, &saved),
+            (parts.input_gradient, None),
+            &mut gradients,
+        )
+        .unwrap();
     assert_eq!(dx.is_some(), parts.input_gradient);
-    (y, std::iter::once(dx).chain((1..inputs.len()).map(|i| gradients.get(i).cloned())).collect())
+    (
+        y,
+        std::iter::once(dx)
+            .chain((1..inputs.len()).map(|i| gradients.get(i).cloned()))
+            .collect(),
+    )
 }
 
 fn naive(parts: Parts, mask: Option<&Mask>, inputs: &[Tensor]) -> Tensor {
@@ -59,7 +87,14 @@ fn naive(parts: Parts, mask: Option<&Mask>, inputs: &[Tensor]) -> Tensor {
         y = y.broadcast_add(&inputs[2]).unwrap();
     }
     if parts.r.is_some() {
-        let x = mask.map_or(x.clone(), |mask| (x * mask.tensor(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap()).unwrap());
+        let x = mask.map_or(x.clone(), |mask| {
+            (x * mask
+                .tensor(&Device::Cpu)
+                .unwrap()
+                .to_dtype(DType::F64)
+                .unwrap())
+            .unwrap()
+        });
         let low = product(&product(&x, &inputs[first]), &inputs[first + 1]);
         y = (y + (low * SCALING).unwrap()).unwrap();
     }
@@ -77,8 +112,20 @@ fn weights(parts: Parts, (o, i): (usize, usize), seed: u64) -> Vec<Tensor> {
 }
 
 fn parts() -> impl Strategy<Value = Parts> {
-    (any::<bool>(), prop::option::of(1usize..6), any::<bool>(), any::<bool>(), any::<bool>())
-        .prop_map(|(bias, r, dropout, trained, input_gradient)| Parts { bias, r, dropout, trained, input_gradient })
+    (
+        any::<bool>(),
+        prop::option::of(1usize..6),
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+    )
+        .prop_map(|(bias, r, dropout, trained, input_gradient)| Parts {
+            bias,
+            r,
+            dropout,
+            trained,
+            input_gradient,
+        })
 }
 
 proptest! {
@@ -122,44 +169,76 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
     let linears = [0, 1, 2].map(|index| layer(parts[index], at[index], &inputs).0);
     let dys = [0, 1, 2].map(|index| random(seed ^ 5 ^ (16 << index), &[n, o[index]]));
     let mask = |index: u64| mask(seed ^ 6 ^ index, (n, i), 0.3);
-    let (base, input_gradient) = (based.then(|| random(seed ^ 7, &[n, i])), parts[0].input_gradient);
+    let (base, input_gradient) = (
+        based.then(|| random(seed ^ 7, &[n, i])),
+        parts[0].input_gradient,
+    );
     let one_by_one = |context: Context<'_>| {
         let (mut gradients, mut sum) = (Gradients::new(inputs.len()), base.clone());
         let saved = [0, 1, 2].map(|index| {
             let mask = parts[index].dropout.then(|| mask(index as u64));
-            linears[index].forward(context, &inputs[0], mask, None).unwrap().1
+            linears[index]
+                .forward(context, &inputs[0], mask, None)
+                .unwrap()
+                .1
         });
         context.tally.take();
         for (linear, (dy, saved)) in linears.iter().zip(dys.iter().zip(&saved)) {
             let x = (Some(&inputs[0]), saved);
-            if let Some(dx) = linear.backward(context, dy, x, (input_gradient, None), &mut gradients).unwrap() {
+            if let Some(dx) = linear
+                .backward(context, dy, x, (input_gradient, None), &mut gradients)
+                .unwrap()
+            {
                 sum = Some(sum.map_or(dx.clone(), |sum| (sum + dx).unwrap()));
             }
         }
         (saved, sum.filter(|_| input_gradient), gradients)
     };
     let at_once = |context: Context<'_>, saved: &[LinearSaved; 3]| {
-        let x = linears.iter().any(Linear::keeps_input).then(|| LinearInput::new(context, inputs[0].clone()).unwrap());
-        let dys = dys.each_ref().map(|dy| LinearInput::new(context, dy.clone()).unwrap());
-        let branch = |index: usize| Branch { linear: &linears[index], dy: &dys[index], saved: &saved[index] };
+        let x = linears
+            .iter()
+            .any(Linear::keeps_input)
+            .then(|| LinearInput::new(context, inputs[0].clone()).unwrap());
+        let dys = dys
+            .each_ref()
+            .map(|dy| LinearInput::new(context, dy.clone()).unwrap());
+        let branch = |index: usize| Branch {
+            linear: &linears[index],
+            dy: &dys[index],
+            saved: &saved[index],
+        };
         let (branches, mut gradients) = ([0, 1, 2].map(branch), Gradients::new(inputs.len()));
         let asked = (input_gradient, base.as_ref());
         let dx = backward_together(context, &branches, x.as_ref(), asked, &mut gradients).unwrap();
         assert_eq!(dx.is_some(), input_gradient);
         (dx, gradients)
     };
-    let all_bits = |gradients: &Gradients| (0..inputs.len()).map(|i| gradients.get(i).map(bits)).collect::<Vec<_>>();
+    let all_bits = |gradients: &Gradients| {
+        (0..inputs.len())
+            .map(|i| gradients.get(i).map(bits))
+            .collect::<Vec<_>>()
+    };
     let check = |context: Context<'_>| {
         let (saved, want, gradients) = one_by_one(context);
         let mut work = context.tally.take();
-        let additions = if input_gradient { 2 + usize::from(based) } else { 0 };
+        let additions = if input_gradient {
+            2 + usize::from(based)
+        } else {
+            0
+        };
         (0..additions).for_each(|_| work += &residual_cost(n, i));
         ISSUED.set(0);
         let (got, together) = at_once(context, &saved);
         assert_eq!(context.tally.take(), work, "work");
         assert_eq!(ISSUED.get(), work.flops(), "products issued and counted");
-        got.iter().zip(&want).for_each(|(got, want)| close("dx", got, want, o.iter().sum::<usize>() + 32));
-        assert_eq!(all_bits(&together), all_bits(&gradients), "gradients of what is trained");
+        got.iter()
+            .zip(&want)
+            .for_each(|(got, want)| close("dx", got, want, o.iter().sum::<usize>() + 32));
+        assert_eq!(
+            all_bits(&together),
+            all_bits(&gradients),
+            "gradients of what is trained"
+        );
     };
     for isa in available() {
         let run = |threads: usize| {
@@ -173,10 +252,19 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
             })
         };
         let one = run(1);
-        assert!(one == run(2) && one == run(3), "{}: bytes by the number of threads", isa.name);
+        assert!(
+            one == run(2) && one == run(3),
+            "{}: bytes by the number of threads",
+            isa.name
+        );
     }
     every_way(check);
-    every_way(|context| check(Context { precision: Precision::Bf16, ..context }));
+    every_way(|context| {
+        check(Context {
+            precision: Precision::Bf16,
+            ..context
+        })
+    });
 }
 
 /// N = 1, in = 2, out = 1, r = 1, by hand. W = [1, 2], A = [1, -1], B = [3], scaling 1.5, x = [4, 5], mask = [2, 0]:
@@ -184,11 +272,30 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
 /// dx = [1, 2] + 4.5 * [1, -1] * [2, 0] = [10, 2].
 #[test]
 fn one_adapter_by_hand() {
-    let inputs = [of(&[4.0, 5.0], &[1, 2]), of(&[1.0, 2.0], &[1, 2]), of(&[1.0, -1.0], &[1, 2]), of(&[3.0], &[1, 1])];
-    let parts = Parts { bias: false, r: Some(1), dropout: true, trained: false, input_gradient: true };
+    let inputs = [
+        of(&[4.0, 5.0], &[1, 2]),
+        of(&[1.0, 2.0], &[1, 2]),
+        of(&[1.0, -1.0], &[1, 2]),
+        of(&[3.0], &[1, 1]),
+    ];
+    let parts = Parts {
+        bias: false,
+        r: Some(1),
+        dropout: true,
+        trained: false,
+        input_gradient: true,
+    };
     let tally = Tally::default();
-    let mask = Mask::draw((1, 2), 0.5, |_, numbers| numbers.copy_from_slice(&[u32::MAX, 0]));
-    let (y, gradients) = run(parts, Some(&mask), Context::new(&tally, Precision::F32), &inputs, &of(&[1.0], &[1, 1]));
+    let mask = Mask::draw((1, 2), 0.5, |_, numbers| {
+        numbers.copy_from_slice(&[u32::MAX, 0])
+    });
+    let (y, gradients) = run(
+        parts,
+        Some(&mask),
+        Context::new(&tally, Precision::F32),
+        &inputs,
+        &of(&[1.0], &[1, 1]),
+    );
     let gradient = |i: usize| flat(gradients[i].as_ref().unwrap());
     assert_eq!((flat(&y), gradient(0)), (vec![50.0], vec![10.0, 2.0]));
     assert!(gradients[1].is_none(), "W is frozen");
@@ -200,31 +307,59 @@ fn one_adapter_by_hand() {
 /// In bf16 both factors are bf16 (x is here, so that rounding it changes nothing) and sums are f32. The reference rounds the result too.
 #[test]
 fn bf16_products_sum_in_f32() {
-    let [x, w] = [random(1, &[7, 300]), random(2, &[5, 300])].map(|x| x.to_dtype(DType::BF16).unwrap());
+    let [x, w] =
+        [random(1, &[7, 300]), random(2, &[5, 300])].map(|x| x.to_dtype(DType::BF16).unwrap());
     let x = x.to_dtype(DType::F32).unwrap();
-    let want = x.to_dtype(DType::F64).unwrap().matmul(&w.to_dtype(DType::F64).unwrap().t().unwrap()).unwrap();
-    let linear = Linear { weight: Weight::frozen(w), bias: None, lora: None };
+    let want = x
+        .to_dtype(DType::F64)
+        .unwrap()
+        .matmul(&w.to_dtype(DType::F64).unwrap().t().unwrap())
+        .unwrap();
+    let linear = Linear {
+        weight: Weight::frozen(w),
+        bias: None,
+        lora: None,
+    };
     for reference in [false, true] {
         let tally = Tally::default();
-        let context = Context { reference, ..Context::new(&tally, Precision::Bf16) };
+        let context = Context {
+            reference,
+            ..Context::new(&tally, Precision::Bf16)
+        };
         let (y, _) = linear.forward(context, &x, None, None).unwrap();
         assert_eq!(y.dtype(), DType::F32);
         // 300 f32 additions of products no larger than 1; the reference's result is off by 2^-8 of itself.
-        let size = flat(&want.to_dtype(DType::F32).unwrap()).iter().fold(0.0f32, |size, y| size.max(y.abs()));
+        let size = flat(&want.to_dtype(DType::F32).unwrap())
+            .iter()
+            .fold(0.0f32, |size, y| size.max(y.abs()));
         let off = 300.0 * f32::EPSILON + if reference { size / 256.0 } else { 0.0 };
         within("y", &y, &want.to_dtype(DType::F32).unwrap(), off);
-        assert_eq!(tally.take().each_product().next().unwrap().0.precision, Precision::Bf16);
+        assert_eq!(
+            tally.take().each_product().next().unwrap().0.precision,
+            Precision::Bf16
+        );
     }
 }
 
 /// What a product starts from is added once, in both directions, with a bias and with dropout too.
 #[test]
 fn a_base_is_added() {
-    let (x, w, a, b) = (random(1, &[4, 6]), random(2, &[5, 6]), random(4, &[2, 6]), random(6, &[5, 2]));
+    let (x, w, a, b) = (
+        random(1, &[4, 6]),
+        random(2, &[5, 6]),
+        random(4, &[2, 6]),
+        random(6, &[5, 2]),
+    );
     let (base, base_below, dy) = (random(7, &[4, 5]), random(8, &[4, 6]), random(9, &[4, 5]));
     let mask = mask(5, (4, 6), 0.3);
     for (bias, dropout) in [(false, false), (true, false), (false, true), (true, true)] {
-        let parts = Parts { bias, r: Some(2), dropout, trained: false, input_gradient: true };
+        let parts = Parts {
+            bias,
+            r: Some(2),
+            dropout,
+            trained: false,
+            input_gradient: true,
+        };
         let mut inputs = vec![x.clone(), w.clone()];
         inputs.extend(bias.then(|| random(3, &[5])));
         inputs.extend([a.clone(), b.clone()]);
@@ -234,7 +369,15 @@ fn a_base_is_added() {
             let run = |base: Option<&Tensor>, base_below: Option<&Tensor>| {
                 let mut gradients = Gradients::new(inputs.len());
                 let (y, saved) = linear.forward(context, &x, mask.clone(), base).unwrap();
-                let dx = linear.backward(context, &dy, (Some(&x), &saved), (true, base_below), &mut gradients).unwrap();
+                let dx = linear
+                    .backward(
+                        context,
+                        &dy,
+                        (Some(&x), &saved),
+                        (true, base_below),
+                        &mut gradients,
+                    )
+                    .unwrap();
                 (y, dx.unwrap())
             };
             let ((y, dx), (with, dx_with)) = (run(None, None), run(Some(&base), Some(&base_below)));

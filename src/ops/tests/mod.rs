@@ -56,17 +56,30 @@ where
         let oracle = named(autograd(self.inputs, self.dy, &self.naive));
         for ((name, reference), (_, want)) in reference.iter().zip(&oracle) {
             if let Some(reference) = reference {
-                close(&format!("{name}, reference"), reference, want.as_ref().unwrap(), self.roundings);
+                close(
+                    &format!("{name}, reference"),
+                    reference,
+                    want.as_ref().unwrap(),
+                    self.roundings,
+                );
             }
         }
         for isa in available() {
             let (fused, others) = (named(self.run(Some(isa), 1)), named(self.run(Some(isa), 2)));
             for (i, (name, ours)) in fused.iter().enumerate() {
-                assert_eq!(ours.is_some(), reference[i].1.is_some(), "{name}: only one implementation has it");
+                assert_eq!(
+                    ours.is_some(),
+                    reference[i].1.is_some(),
+                    "{name}: only one implementation has it"
+                );
                 let Some(ours) = ours else { continue };
                 let name = format!("{name}, {}", isa.name);
                 close(&name, ours, oracle[i].1.as_ref().unwrap(), self.roundings);
-                assert_eq!(bits(ours), bits(others[i].1.as_ref().unwrap()), "{name} at one thread and at two");
+                assert_eq!(
+                    bits(ours),
+                    bits(others[i].1.as_ref().unwrap()),
+                    "{name} at one thread and at two"
+                );
                 if let Some(input) = i.checked_sub(1) {
                     with(isa, || self.differentiate(input, ours));
                 }
@@ -79,14 +92,24 @@ where
     fn run(&self, isa: Option<&'static Isa>, threads: usize) -> Passed {
         on(threads, || {
             let tally = Tally::default();
-            let context = Context { tally: &tally, precision: Precision::F32, reference: isa.is_none() };
+            let context = Context {
+                tally: &tally,
+                precision: Precision::F32,
+                reference: isa.is_none(),
+            };
             let name = isa.map_or("reference", |isa| isa.name);
             ISSUED.set(0);
-            let passed = with(isa.unwrap_or(available()[0]), || (self.op)(context, self.inputs, self.dy));
+            let passed = with(isa.unwrap_or(available()[0]), || {
+                (self.op)(context, self.inputs, self.dy)
+            });
             let counted = tally.take();
             assert_eq!(counted, self.cost, "tally and cost, {name}");
             if threads == 1 {
-                assert_eq!(ISSUED.get(), counted.flops(), "products issued and counted, {name}");
+                assert_eq!(
+                    ISSUED.get(),
+                    counted.flops(),
+                    "products issued and counted, {name}"
+                );
             }
             passed
         })
@@ -101,30 +124,66 @@ where
                 let mut values = values.clone();
                 values[at] += by;
                 let mut inputs = self.inputs.to_vec();
-                inputs[input] = Tensor::from_vec(values, inputs[input].shape(), &Device::Cpu).unwrap();
-                let y = flat(&(self.op)(Context::new(&Tally::default(), Precision::F32), &inputs, self.dy).0);
-                y.iter().zip(flat(self.dy)).map(|(y, dy)| f64::from(*y) * f64::from(dy)).sum::<f64>()
+                inputs[input] =
+                    Tensor::from_vec(values, inputs[input].shape(), &Device::Cpu).unwrap();
+                let y = flat(
+                    &(self.op)(
+                        Context::new(&Tally::default(), Precision::F32),
+                        &inputs,
+                        self.dy,
+                    )
+                    .0,
+                );
+                y.iter()
+                    .zip(flat(self.dy))
+                    .map(|(y, dy)| f64::from(*y) * f64::from(dy))
+                    .sum::<f64>()
             };
             let slope = ((moved(STEP) - moved(-STEP)) / f64::from(2.0 * STEP)) as f32;
             let distance = (slope - gradient[at]).abs();
-            assert!(distance <= 4e-3 * largest, "gradient {input} at {at}: {} but the slope is {slope}", gradient[at]);
+            assert!(
+                distance <= 4e-3 * largest,
+                "gradient {input} at {at}: {} but the slope is {slope}",
+                gradient[at]
+            );
         }
     }
 }
 
 /// Value and gradients by candle's autograd, in f64.
 fn autograd(inputs: &[Tensor], dy: &Tensor, naive: impl Fn(&[Tensor]) -> Tensor) -> Passed {
-    let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap()).collect();
-    let y = naive(&vars.iter().map(|v| v.as_tensor().clone()).collect::<Vec<_>>());
-    let loss = (&y * dy.to_dtype(DType::F64).unwrap()).unwrap().sum_all().unwrap();
+    let vars: Vec<Var> = inputs
+        .iter()
+        .map(|x| Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap())
+        .collect();
+    let y = naive(
+        &vars
+            .iter()
+            .map(|v| v.as_tensor().clone())
+            .collect::<Vec<_>>(),
+    );
+    let loss = (&y * dy.to_dtype(DType::F64).unwrap())
+        .unwrap()
+        .sum_all()
+        .unwrap();
     let gradients = loss.backward().unwrap();
-    (y.detach(), vars.iter().map(|v| Some(gradients.get(v).unwrap().detach())).collect())
+    (
+        y.detach(),
+        vars.iter()
+            .map(|v| Some(gradients.get(v).unwrap().detach()))
+            .collect(),
+    )
 }
 
 /// What a pair gave, each with its name.
 fn named((y, gradients): Passed) -> Vec<(String, Option<Tensor>)> {
-    let gradients = gradients.into_iter().enumerate().map(|(i, gradient)| (format!("gradient {i}"), gradient));
-    std::iter::once(("y".to_string(), Some(y))).chain(gradients).collect()
+    let gradients = gradients
+        .into_iter()
+        .enumerate()
+        .map(|(i, gradient)| (format!("gradient {i}"), gradient));
+    std::iter::once(("y".to_string(), Some(y)))
+        .chain(gradients)
+        .collect()
 }
 
 /// Runs `work` with the fused passes that this thread begins in one instruction set.
@@ -139,13 +198,22 @@ pub(super) fn with<T>(isa: &'static Isa, work: impl FnOnce() -> T) -> T {
 fn every_way(check: impl Fn(Context<'_>)) {
     let tally = Tally::default();
     let fused = Context::new(&tally, Precision::F32);
-    check(Context { reference: true, ..fused });
-    available().iter().for_each(|isa| with(isa, || check(fused)));
+    check(Context {
+        reference: true,
+        ..fused
+    });
+    available()
+        .iter()
+        .for_each(|isa| with(isa, || check(fused)));
 }
 
 /// Runs `work` on a rayon pool of its own.
 pub(super) fn on<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .unwrap()
+        .install(work)
 }
 
 /// A mask of random numbers.
@@ -153,7 +221,10 @@ fn mask(seed: u64, (rows, columns): (usize, usize), p: f64) -> Mask {
     let drawn = uniform(seed, rows * columns);
     let bits = |u: &f32| ((f64::from(*u) * f64::from(1u32 << 24)) as u32) << 8;
     Mask::draw((rows, columns), p, |row, numbers| {
-        numbers.iter_mut().zip(&drawn[row * columns..]).for_each(|(number, u)| *number = bits(u));
+        numbers
+            .iter_mut()
+            .zip(&drawn[row * columns..])
+            .for_each(|(number, u)| *number = bits(u));
     })
 }
 
@@ -168,12 +239,20 @@ fn close(name: &str, got: &Tensor, want: &Tensor, roundings: usize) {
 fn within(name: &str, got: &Tensor, want: &Tensor, distance: f32) {
     assert_eq!(got.dims(), want.dims(), "{name}");
     for (i, (got, want)) in flat(got).into_iter().zip(flat(want)).enumerate() {
-        assert!((got - want).abs() <= distance, "{name}: number {i} is {got}, not {want} (within {distance:e})");
+        assert!(
+            (got - want).abs() <= distance,
+            "{name}: number {i} is {got}, not {want} (within {distance:e})"
+        );
     }
 }
 
 fn flat(x: &Tensor) -> Vec<f32> {
-    x.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+    x.flatten_all()
+        .unwrap()
+        .to_dtype(DType::F32)
+        .unwrap()
+        .to_vec1()
+        .unwrap()
 }
 
 fn bits(x: &Tensor) -> Vec<u32> {
@@ -194,7 +273,10 @@ pub(super) fn uniform(seed: u64, n: usize) -> Vec<f32> {
 
 /// A tensor of uniform numbers in [-1, 1).
 fn random(seed: u64, shape: &[usize]) -> Tensor {
-    let values = uniform(seed, shape.iter().product()).iter().map(|u| 2.0 * u - 1.0).collect();
+    let values = uniform(seed, shape.iter().product())
+        .iter()
+        .map(|u| 2.0 * u - 1.0)
+        .collect();
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
@@ -204,6 +286,13 @@ fn of(values: &[f32], shape: &[usize]) -> Tensor {
 
 /// `cases` random cases, or as many as PROPTEST_CASES says.
 pub(super) fn cases(cases: u32) -> Config {
-    let default = Config { failure_persistence: None, ..Config::default() };
-    if std::env::var_os("PROPTEST_CASES").is_some() { default } else { Config { cases, ..default } }
+    let default = Config {
+        failure_persistence: None,
+        ..Config::default()
+    };
+    if std::env::var_os("PROPTEST_CASES").is_some() {
+        default
+    } else {
+        Config { cases, ..default }
+    }
 }

@@ -9,7 +9,12 @@ use crate::work::{Precision, Tally};
 
 /// Channel i and i + D/2 as the complex number x_i + i x_(i + D/2), turned by position * frequency. `frequency`: of a pair, in a
 /// segment of a length.
-fn naive(x: &Tensor, lengths: &[usize], head_dim: usize, frequency: impl Fn(usize, usize) -> f64) -> Tensor {
+fn naive(
+    x: &Tensor,
+    lengths: &[usize],
+    head_dim: usize,
+    frequency: impl Fn(usize, usize) -> f64,
+) -> Tensor {
     let (n, c) = x.dims2().unwrap();
     let half = head_dim / 2;
     let at = |length: &usize| (0..*length).map(|p| (p, *length)).collect::<Vec<_>>();
@@ -20,15 +25,31 @@ fn naive(x: &Tensor, lengths: &[usize], head_dim: usize, frequency: impl Fn(usiz
     let angles = Tensor::from_vec(angles.collect(), (n, 1, half), &Device::Cpu).unwrap();
     let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
     let x = x.reshape((n, c / head_dim, head_dim)).unwrap();
-    let (re, im) = (x.narrow(2, 0, half).unwrap(), x.narrow(2, half, half).unwrap());
-    let turned = |a: &Tensor, b: &Tensor| (a.broadcast_mul(&cos).unwrap(), b.broadcast_mul(&sin).unwrap());
+    let (re, im) = (
+        x.narrow(2, 0, half).unwrap(),
+        x.narrow(2, half, half).unwrap(),
+    );
+    let turned = |a: &Tensor, b: &Tensor| {
+        (
+            a.broadcast_mul(&cos).unwrap(),
+            b.broadcast_mul(&sin).unwrap(),
+        )
+    };
     let ((re_cos, im_sin), (im_cos, re_sin)) = (turned(&re, &im), turned(&im, &re));
     let y = Tensor::cat(&[(re_cos - im_sin).unwrap(), (im_cos + re_sin).unwrap()], 2).unwrap();
     y.reshape((n, c)).unwrap()
 }
 
-fn prove(rope: &Rope, lengths: &[usize], heads: usize, seed: u64, frequency: impl Fn(usize, usize) -> f64 + Sync) {
-    let tables = rope.tables(&Segments::of_lengths(lengths.iter().copied()), &Device::Cpu).unwrap();
+fn prove(
+    rope: &Rope,
+    lengths: &[usize],
+    heads: usize,
+    seed: u64,
+    frequency: impl Fn(usize, usize) -> f64 + Sync,
+) {
+    let tables = rope
+        .tables(&Segments::of_lengths(lengths.iter().copied()), &Device::Cpu)
+        .unwrap();
     let shape = [lengths.iter().sum(), heads * rope.head_dim];
     Pair {
         inputs: &[random(seed, &shape)],
@@ -76,8 +97,17 @@ proptest! {
 /// (256 / 100.53 - 1) / 3 = 0.515493 kept: 2^-4 * (0.515493 + 0.484507 / 8) = 2^-4 * 0.576056.
 #[test]
 fn llama3_has_three_zones() {
-    let scaling = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 256 };
-    let rope = Rope { head_dim: 8, theta: 65536.0, scaling };
+    let scaling = RopeScaling::Llama3 {
+        factor: 8.0,
+        low: 1.0,
+        high: 4.0,
+        original: 256,
+    };
+    let rope = Rope {
+        head_dim: 8,
+        theta: 65536.0,
+        scaling,
+    };
     let frequencies = [1.0, 0.576056 / 16.0, 1.0 / 256.0 / 8.0, 1.0 / 4096.0 / 8.0];
     prove(&rope, &[3, 2], 1, 5, |i, _| frequencies[i]);
 }
@@ -87,15 +117,36 @@ fn llama3_has_three_zones() {
 #[test]
 fn yarn_ramps_over_dimensions() {
     for (truncate, share) in [(true, 0.5), (false, 0.730299)] {
-        let scaling =
-            RopeScaling::Yarn { factor: 4.0, beta_fast: 32.0, beta_slow: 1.0, attention_factor: 1.25, original: 256, truncate };
-        let rope = Rope { head_dim: 8, theta: 65536.0, scaling };
-        let frequencies = [1.0, (share / 4.0 + 1.0 - share) / 16.0, 1.0 / 256.0 / 4.0, 1.0 / 4096.0 / 4.0];
+        let scaling = RopeScaling::Yarn {
+            factor: 4.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: 1.25,
+            original: 256,
+            truncate,
+        };
+        let rope = Rope {
+            head_dim: 8,
+            theta: 65536.0,
+            scaling,
+        };
+        let frequencies = [
+            1.0,
+            (share / 4.0 + 1.0 - share) / 16.0,
+            1.0 / 256.0 / 4.0,
+            1.0 / 4096.0 / 4.0,
+        ];
         let x = random(3, &[4, 16]);
         let tally = Tally::default();
         let context = Context::new(&tally, Precision::F32);
-        let y = rope.tables(&Segments::of_lengths([4]), &Device::Cpu).unwrap().forward(context, &x).unwrap();
-        let want = naive(&x.to_dtype(DType::F64).unwrap(), &[4], 8, |i, _| frequencies[i]);
+        let y = rope
+            .tables(&Segments::of_lengths([4]), &Device::Cpu)
+            .unwrap()
+            .forward(context, &x)
+            .unwrap();
+        let want = naive(&x.to_dtype(DType::F64).unwrap(), &[4], 8, |i, _| {
+            frequencies[i]
+        });
         close("y", &y, &(want * 1.25).unwrap(), 16);
     }
 }
@@ -103,22 +154,46 @@ fn yarn_ramps_over_dimensions() {
 /// Positions restart in every segment; `tables_from` goes on where a cache ends; rotating back undoes a rotation.
 #[test]
 fn positions_restart_and_go_on() {
-    let rope = Rope { head_dim: 4, theta: 100.0, scaling: RopeScaling::None };
+    let rope = Rope {
+        head_dim: 4,
+        theta: 100.0,
+        scaling: RopeScaling::None,
+    };
     let tally = Tally::default();
     let context = Context::new(&tally, Precision::F32);
     let row = random(1, &[1, 8]);
     let x = row.repeat((7, 1)).unwrap();
-    let tables = rope.tables(&Segments::of_lengths([3, 4]), &Device::Cpu).unwrap();
+    let tables = rope
+        .tables(&Segments::of_lengths([3, 4]), &Device::Cpu)
+        .unwrap();
     let y = tables.forward(context, &x).unwrap();
     let rows = |t: usize| flat(&y.narrow(0, t, 1).unwrap());
     assert_eq!([rows(0), rows(1), rows(2)], [rows(3), rows(4), rows(5)]);
     assert_eq!(rows(0), flat(&row));
     assert_ne!(rows(6), rows(2));
-    let later = rope.tables_from(3, 1, &Device::Cpu).unwrap().forward(context, &row).unwrap();
+    let later = rope
+        .tables_from(3, 1, &Device::Cpu)
+        .unwrap()
+        .forward(context, &row)
+        .unwrap();
     assert_eq!(flat(&later), rows(6));
-    close("there and back", &tables.backward(context, &y).unwrap(), &x, 8);
+    close(
+        "there and back",
+        &tables.backward(context, &y).unwrap(),
+        &x,
+        8,
+    );
     // A quarter turn by hand: theta ^ 0 = 1, so at position p channels 0 and 2 turn by p radians.
     let unit = of(&[1.0, 0.0, 0.0, 0.0], &[1, 4]);
-    let turned = rope.tables_from(2, 1, &Device::Cpu).unwrap().forward(context, &unit).unwrap();
-    close("two radians", &turned, &of(&[-0.416_146_84, 0.0, 0.909_297_4, 0.0], &[1, 4]), 4);
+    let turned = rope
+        .tables_from(2, 1, &Device::Cpu)
+        .unwrap()
+        .forward(context, &unit)
+        .unwrap();
+    close(
+        "two radians",
+        &turned,
+        &of(&[-0.416_146_84, 0.0, 0.909_297_4, 0.0], &[1, 4]),
+        4,
+    );
 }

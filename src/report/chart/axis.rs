@@ -41,21 +41,44 @@ pub struct Ticks {
 
 impl Axis {
     /// An axis that covers `values`; `None` where no value has a place on it.
-    pub fn over(label: &str, scale: Scale, form: fn(f64) -> String, values: impl IntoIterator<Item = f64>) -> Option<Self> {
+    pub fn over(
+        label: &str,
+        scale: Scale,
+        form: fn(f64) -> String,
+        values: impl IntoIterator<Item = f64>,
+    ) -> Option<Self> {
         let usable = |value: &f64| value.is_finite() && (scale == Scale::Linear || *value > 0.0);
-        let bounds = values.into_iter().filter(usable).map(|value| (value, value));
-        let (low, high) = bounds.reduce(|(low, high), (value, _)| (low.min(value), high.max(value)))?;
-        Some(Self { label: label.to_string(), scale, form, whole: false, tight: false, low, high })
+        let bounds = values
+            .into_iter()
+            .filter(usable)
+            .map(|value| (value, value));
+        let (low, high) =
+            bounds.reduce(|(low, high), (value, _)| (low.min(value), high.max(value)))?;
+        Some(Self {
+            label: label.to_string(),
+            scale,
+            form,
+            whole: false,
+            tight: false,
+            low,
+            high,
+        })
     }
 
     /// The same axis, ending at its values where it is linear.
     pub fn tight(self) -> Self {
-        Self { tight: true, ..self }
+        Self {
+            tight: true,
+            ..self
+        }
     }
 
     /// The same axis with ticks at whole numbers alone where it is linear.
     pub fn whole(self) -> Self {
-        Self { whole: true, ..self }
+        Self {
+            whole: true,
+            ..self
+        }
     }
 
     /// Ends and about `count` labelled values.
@@ -76,27 +99,63 @@ impl Axis {
         let first = (self.low / step).floor();
         let last = (self.high / step).ceil().max(first + 1.0);
         // Products of whole numbers, so that no rounding error adds up along the axis.
-        let marks: Vec<f64> = (0..=(last - first) as u64).map(|index| (first + index as f64) * step).collect();
+        let marks: Vec<f64> = (0..=(last - first) as u64)
+            .map(|index| (first + index as f64) * step)
+            .collect();
         if self.tight && self.high > self.low {
-            let inside = marks.into_iter().filter(|mark| (self.low..=self.high).contains(mark)).collect();
-            return Ticks { scale: Scale::Linear, low: self.low, high: self.high, marks: inside };
+            let inside = marks
+                .into_iter()
+                .filter(|mark| (self.low..=self.high).contains(mark))
+                .collect();
+            return Ticks {
+                scale: Scale::Linear,
+                low: self.low,
+                high: self.high,
+                marks: inside,
+            };
         }
-        Ticks { scale: Scale::Linear, low: first * step, high: last * step, marks }
+        Ticks {
+            scale: Scale::Linear,
+            low: first * step,
+            high: last * step,
+            marks,
+        }
     }
 
     fn log(&self, count: usize) -> Ticks {
-        let (bottom, top) = (self.low.log10().floor() as i32 - 1, self.high.log10().ceil() as i32 + 1);
-        let fine: Vec<f64> = (bottom..=top).flat_map(|decade| [1.0, 2.0, 5.0].map(|m| m * power_of_ten(decade))).collect();
-        let low = fine.iter().copied().rfind(|tick| *tick <= self.low).unwrap_or(self.low);
-        let high = fine.iter().copied().find(|tick| *tick >= self.high && *tick > low).unwrap_or(self.high);
+        let (bottom, top) = (
+            self.low.log10().floor() as i32 - 1,
+            self.high.log10().ceil() as i32 + 1,
+        );
+        let fine: Vec<f64> = (bottom..=top)
+            .flat_map(|decade| [1.0, 2.0, 5.0].map(|m| m * power_of_ten(decade)))
+            .collect();
+        let low = fine
+            .iter()
+            .copied()
+            .rfind(|tick| *tick <= self.low)
+            .unwrap_or(self.low);
+        let high = fine
+            .iter()
+            .copied()
+            .find(|tick| *tick >= self.high && *tick > low)
+            .unwrap_or(self.high);
         let inside = |tick: &f64| (low..=high).contains(tick);
         let decades: Vec<f64> = (bottom..=top).map(power_of_ten).filter(inside).collect();
         let marks: Vec<f64> = match decades.len() {
             // Powers of ten alone would leave most of the axis bare.
             0..=2 => fine.into_iter().filter(inside).collect(),
-            found => decades.into_iter().step_by(found.div_ceil(count + 1)).collect(),
+            found => decades
+                .into_iter()
+                .step_by(found.div_ceil(count + 1))
+                .collect(),
         };
-        Ticks { scale: Scale::Log, low, high, marks }
+        Ticks {
+            scale: Scale::Log,
+            low,
+            high,
+            marks,
+        }
     }
 }
 
@@ -115,7 +174,10 @@ impl Ticks {
 fn nice_step(rough: f64) -> f64 {
     let decade = rough.log10().floor() as i32;
     let steps = [1.0, 2.0, 5.0, 10.0].map(|mantissa| mantissa * power_of_ten(decade));
-    steps.into_iter().find(|step| *step >= rough * (1.0 - 1e-9)).unwrap_or(rough)
+    steps
+        .into_iter()
+        .find(|step| *step >= rough * (1.0 - 1e-9))
+        .unwrap_or(rough)
 }
 
 /// Read from text, which is the nearest double; `powi` is off by a bit below one.
@@ -128,13 +190,19 @@ mod tests {
     use super::*;
 
     fn marks(scale: Scale, values: &[f64], count: usize) -> Vec<f64> {
-        Axis::over("", scale, |v| v.to_string(), values.iter().copied()).unwrap().ticks(count).marks
+        Axis::over("", scale, |v| v.to_string(), values.iter().copied())
+            .unwrap()
+            .ticks(count)
+            .marks
     }
 
     #[test]
     fn ticks_are_round_and_cover_the_values() {
         // 65 over 6 is 10.8; the next of 1, 2, 5 times a power of ten is 20.
-        assert_eq!(marks(Scale::Linear, &[0.0, 65.0], 6), [0.0, 20.0, 40.0, 60.0, 80.0]);
+        assert_eq!(
+            marks(Scale::Linear, &[0.0, 65.0], 6),
+            [0.0, 20.0, 40.0, 60.0, 80.0]
+        );
         assert_eq!(marks(Scale::Linear, &[2.05, 3.25], 4), [2.0, 2.5, 3.0, 3.5]);
         assert_eq!(
             marks(Scale::Linear, &[0.0, 0.0003], 3),
@@ -147,30 +215,54 @@ mod tests {
     fn log_ticks_are_decades_or_one_two_five() {
         assert_eq!(marks(Scale::Log, &[0.0036, 3.9], 5), [0.01, 0.1, 1.0]);
         assert_eq!(marks(Scale::Log, &[30.0, 80.0], 5), [20.0, 50.0, 100.0]);
-        assert_eq!(marks(Scale::Log, &[1.0, 1e10], 5), [1.0, 1e2, 1e4, 1e6, 1e8, 1e10]);
+        assert_eq!(
+            marks(Scale::Log, &[1.0, 1e10], 5),
+            [1.0, 1e2, 1e4, 1e6, 1e8, 1e10]
+        );
     }
 
     #[test]
     fn places_run_from_end_to_end() {
         let axis = |scale| Axis::over("", scale, |v| v.to_string(), [1.0, 100.0]).unwrap();
         let ticks = axis(Scale::Log).ticks(4);
-        assert_eq!([1.0, 10.0, 100.0].map(|v| ticks.place(v).unwrap()), [0.0, 0.5, 1.0]);
-        assert_eq!((ticks.place(0.0), ticks.place(-1.0), ticks.place(f64::NAN)), (None, None, None));
+        assert_eq!(
+            [1.0, 10.0, 100.0].map(|v| ticks.place(v).unwrap()),
+            [0.0, 0.5, 1.0]
+        );
+        assert_eq!(
+            (ticks.place(0.0), ticks.place(-1.0), ticks.place(f64::NAN)),
+            (None, None, None)
+        );
         let ticks = axis(Scale::Linear).ticks(4);
-        assert_eq!([0.0, 50.0, 100.0].map(|v| ticks.place(v).unwrap()), [0.0, 0.5, 1.0]);
+        assert_eq!(
+            [0.0, 50.0, 100.0].map(|v| ticks.place(v).unwrap()),
+            [0.0, 0.5, 1.0]
+        );
     }
 
     #[test]
     fn what_has_no_place_makes_no_axis() {
-        let over = |scale, values: &[f64]| Axis::over("", scale, |v| v.to_string(), values.iter().copied()).is_some();
-        assert!(!over(Scale::Linear, &[f64::NAN, f64::INFINITY]) && !over(Scale::Log, &[0.0, -1.0]) && !over(Scale::Linear, &[]));
+        let over = |scale, values: &[f64]| {
+            Axis::over("", scale, |v| v.to_string(), values.iter().copied()).is_some()
+        };
+        assert!(
+            !over(Scale::Linear, &[f64::NAN, f64::INFINITY])
+                && !over(Scale::Log, &[0.0, -1.0])
+                && !over(Scale::Linear, &[])
+        );
         assert!(over(Scale::Log, &[0.0, 2.0]));
     }
 
     #[test]
     fn a_tight_axis_ends_with_its_values() {
-        let ticks = Axis::over("", Scale::Linear, |v| v.to_string(), [0.0, 161.0]).unwrap().tight().ticks(4);
-        assert_eq!((ticks.marks.as_slice(), ticks.place(161.0)), ([0.0, 50.0, 100.0, 150.0].as_slice(), Some(1.0)));
+        let ticks = Axis::over("", Scale::Linear, |v| v.to_string(), [0.0, 161.0])
+            .unwrap()
+            .tight()
+            .ticks(4);
+        assert_eq!(
+            (ticks.marks.as_slice(), ticks.place(161.0)),
+            ([0.0, 50.0, 100.0, 150.0].as_slice(), Some(1.0))
+        );
     }
 
     #[test]

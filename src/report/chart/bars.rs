@@ -50,34 +50,61 @@ impl Bars {
         let (left, right) = (2.0, width - 14.0);
         let ticks = self.axis.ticks((width / TICK) as usize);
         // Where one name and its figure do not fit side by side, every figure stands below its name.
-        let tight = |bar: &Bar| (text_width(&bar.name) + text_width(&bar.figure)) * LARGER > right - left - 8.0;
-        let lower = if self.bars.iter().any(tight) { STACKED } else { 0.0 };
-        let (row, anchor, figure_x) =
-            (ROW + lower, if lower > 0.0 { "start" } else { "end" }, if lower > 0.0 { left } else { right });
+        let tight = |bar: &Bar| {
+            (text_width(&bar.name) + text_width(&bar.figure)) * LARGER > right - left - 8.0
+        };
+        let lower = if self.bars.iter().any(tight) {
+            STACKED
+        } else {
+            0.0
+        };
+        let (row, anchor, figure_x) = (
+            ROW + lower,
+            if lower > 0.0 { "start" } else { "end" },
+            if lower > 0.0 { left } else { right },
+        );
         let foot = self.bars.len() as f64 * row + 4.0;
         let mut body = String::new();
         let places: Vec<(f64, String)> = ticks
             .marks
             .iter()
-            .filter_map(|mark| Some((left + ticks.place(*mark)? * (right - left), (self.axis.form)(*mark))))
+            .filter_map(|mark| {
+                Some((
+                    left + ticks.place(*mark)? * (right - left),
+                    (self.axis.form)(*mark),
+                ))
+            })
             .collect();
-        body.extend(places.iter().map(|(x, _)| segment("grid", [*x, 0.0], [*x, foot + 4.0])));
+        body.extend(
+            places
+                .iter()
+                .map(|(x, _)| segment("grid", [*x, 0.0], [*x, foot + 4.0])),
+        );
         body += &tick_row(places.into_iter(), width, foot + 18.0);
         for (index, bar) in self.bars.iter().enumerate() {
             let top = index as f64 * row;
             body += &label("name", "start", [left, top + 14.0], &bar.name);
             body += &label("value", anchor, [figure_x, top + 14.0 + lower], &bar.figure);
-            let length = ticks.place(bar.value).map_or(0.0, |place| place * (right - left));
+            let length = ticks
+                .place(bar.value)
+                .map_or(0.0, |place| place * (right - left));
             body += &format!(
                 "<rect class=\"bar {}\" x=\"{left:.1}\" y=\"{:.1}\" width=\"{length:.1}\" height=\"{BAR:.1}\"/>\n",
                 bar.class,
                 top + lower + BAR_TOP
             );
-            let place = |value: f64| ticks.place(value).map(|place| left + place * (right - left));
-            if let Some((low, high)) = bar.span.and_then(|[low, high]| place(low).zip(place(high))) {
+            let place = |value: f64| {
+                ticks
+                    .place(value)
+                    .map(|place| left + place * (right - left))
+            };
+            if let Some((low, high)) = bar.span.and_then(|[low, high]| place(low).zip(place(high)))
+            {
                 let middle = top + lower + BAR_TOP + BAR / 2.0;
                 body += &segment("span", [low, middle], [high, middle]);
-                body += &[low, high].map(|x| segment("span", [x, middle - 4.0], [x, middle + 4.0])).concat();
+                body += &[low, high]
+                    .map(|x| segment("span", [x, middle - 4.0], [x, middle + 4.0]))
+                    .concat();
             }
         }
         body += &label("axis", "end", [right, foot + 36.0], &self.axis.label);
@@ -92,23 +119,60 @@ mod tests {
 
     #[test]
     fn a_bar_is_as_long_as_its_value_says() {
-        let bar = |name: &str, value| Bar { name: name.to_string(), value, figure: format!("{value} J"), class: "a", span: None };
+        let bar = |name: &str, value| Bar {
+            name: name.to_string(),
+            value,
+            figure: format!("{value} J"),
+            class: "a",
+            span: None,
+        };
         let axis = Axis::over("energy", Scale::Log, |v| v.to_string(), [1.0, 100.0]).unwrap();
         let bars = vec![bar("one", 10.0), bar("<two>", 100.0), bar("none", 0.0)];
-        let svg = Bars { title: String::new(), desc: String::new(), axis, bars }.svg("b", 216.0);
+        let svg = Bars {
+            title: String::new(),
+            desc: String::new(),
+            axis,
+            bars,
+        }
+        .svg("b", 216.0);
         // 200 px for two decades.
-        let lengths: Vec<&str> = svg.split("<rect").skip(1).map(|bar| bar.split('"').nth(7).unwrap()).collect();
+        let lengths: Vec<&str> = svg
+            .split("<rect")
+            .skip(1)
+            .map(|bar| bar.split('"').nth(7).unwrap())
+            .collect();
         assert_eq!(lengths, ["100.0", "200.0", "0.0"]);
         assert!(svg.contains("&lt;two&gt;") && !svg.contains("<two>"));
         // From 1 to 10 on two decades of 200 px: the left half.
-        let spanned = Bar { span: Some([1.0, 10.0]), ..bar("one", 5.0) };
+        let spanned = Bar {
+            span: Some([1.0, 10.0]),
+            ..bar("one", 5.0)
+        };
         let axis = Axis::over("energy", Scale::Log, |v| v.to_string(), [1.0, 100.0]).unwrap();
-        let svg = Bars { title: String::new(), desc: String::new(), axis, bars: vec![spanned] }.svg("b", 216.0);
-        assert!(svg.contains("<line class=\"span\" x1=\"2.0\" y1=\"27.0\" x2=\"102.0\" y2=\"27.0\"/>"), "{svg}");
+        let svg = Bars {
+            title: String::new(),
+            desc: String::new(),
+            axis,
+            bars: vec![spanned],
+        }
+        .svg("b", 216.0);
+        assert!(
+            svg.contains("<line class=\"span\" x1=\"2.0\" y1=\"27.0\" x2=\"102.0\" y2=\"27.0\"/>"),
+            "{svg}"
+        );
         // A name of 22 characters takes 22 x 7.7 x 1.15 = 195 px of 200: its figure goes below.
         let axis = Axis::over("energy", Scale::Linear, |v| v.to_string(), [0.0, 100.0]).unwrap();
         let bars = vec![bar("a name of 22 character", 10.0)];
-        let svg = Bars { title: String::new(), desc: String::new(), axis, bars }.svg("b", 216.0);
-        assert!(svg.contains("text-anchor=\"start\" x=\"2.0\" y=\"31.0\">10 J<"), "{svg}");
+        let svg = Bars {
+            title: String::new(),
+            desc: String::new(),
+            axis,
+            bars,
+        }
+        .svg("b", 216.0);
+        assert!(
+            svg.contains("text-anchor=\"start\" x=\"2.0\" y=\"31.0\">10 J<"),
+            "{svg}"
+        );
     }
 }

@@ -52,7 +52,10 @@ impl Series {
         match &self.shape {
             Shape::Line(points) => points.clone(),
             Shape::Marks(marks) => marks.iter().map(|mark| mark.at).collect(),
-            Shape::Band(edges) => edges.iter().flat_map(|[x, low, high]| [[*x, *low], [*x, *high]]).collect(),
+            Shape::Band(edges) => edges
+                .iter()
+                .flat_map(|[x, low, high]| [[*x, *low], [*x, *high]])
+                .collect(),
         }
     }
 
@@ -132,39 +135,81 @@ impl Plot {
     fn frame(&self, width: f64) -> Frame {
         let (top, bottom) = (LINE + 8.0, self.height - 2.0 * LINE - 6.0);
         let y = self.y.ticks(((bottom - top) / TICK_Y) as usize);
-        let widest = y.marks.iter().map(|mark| text_width(&(self.y.form)(*mark))).fold(text_width("0000000"), f64::max);
+        let widest = y
+            .marks
+            .iter()
+            .map(|mark| text_width(&(self.y.form)(*mark)))
+            .fold(text_width("0000000"), f64::max);
         let (left, right) = (widest + 8.0, width - 14.0);
-        Frame { left, right, top, bottom, x: self.x.ticks(((right - left) / TICK_X) as usize), y }
+        Frame {
+            left,
+            right,
+            top,
+            bottom,
+            x: self.x.ticks(((right - left) / TICK_X) as usize),
+            y,
+        }
     }
 
     fn grid(&self, frame: &Frame) -> String {
         let mut body = label("axis", "start", [0.0, 12.0], &self.y.label);
-        body += &label("axis", "end", [frame.right, self.height - 4.0], &self.x.label);
+        body += &label(
+            "axis",
+            "end",
+            [frame.right, self.height - 4.0],
+            &self.x.label,
+        );
         for mark in &frame.y.marks {
             let Some(y) = frame.y(*mark) else { continue };
             body += &segment("grid", [frame.left, y], [frame.right, y]);
-            body += &label("tick", "end", [frame.left - 6.0, y + 4.0], &(self.y.form)(*mark));
+            body += &label(
+                "tick",
+                "end",
+                [frame.left - 6.0, y + 4.0],
+                &(self.y.form)(*mark),
+            );
         }
-        let places: Vec<(f64, String)> =
-            frame.x.marks.iter().filter_map(|mark| Some((frame.x(*mark)?, (self.x.form)(*mark)))).collect();
-        body.extend(places.iter().map(|(x, _)| segment("grid", [*x, frame.bottom], [*x, frame.bottom + 4.0])));
+        let places: Vec<(f64, String)> = frame
+            .x
+            .marks
+            .iter()
+            .filter_map(|mark| Some((frame.x(*mark)?, (self.x.form)(*mark))))
+            .collect();
+        body.extend(
+            places
+                .iter()
+                .map(|(x, _)| segment("grid", [*x, frame.bottom], [*x, frame.bottom + 4.0])),
+        );
         // The last label ends with the picture.
         body += &tick_row(places.into_iter(), frame.right + 13.0, frame.bottom + LINE);
-        body + &segment("base", [frame.left, frame.bottom], [frame.right, frame.bottom])
+        body + &segment(
+            "base",
+            [frame.left, frame.bottom],
+            [frame.right, frame.bottom],
+        )
     }
 }
 
 fn draw_rule(frame: &Frame, rule: &Rule) -> String {
     let drawn = match rule {
         Rule::X(at, text) => frame.x(*at).map(|x| {
-            let (anchor, beside) = if x > (frame.left + frame.right) / 2.0 { ("end", x - 5.0) } else { ("start", x + 5.0) };
+            let (anchor, beside) = if x > (frame.left + frame.right) / 2.0 {
+                ("end", x - 5.0)
+            } else {
+                ("start", x + 5.0)
+            };
             let line = segment("rule", [x, frame.top - 4.0], [x, frame.bottom]);
             line + &label("limit", anchor, [beside, frame.top + 8.0], text)
         }),
         Rule::Y(at, text) => frame.y(*at).map(|y| {
             // Under the line where the axis's name stands above it.
-            let baseline = if y < frame.top + LINE { y + 14.0 } else { y - 5.0 };
-            segment("rule", [frame.left, y], [frame.right, y]) + &label("limit", "start", [frame.left + 5.0, baseline], text)
+            let baseline = if y < frame.top + LINE {
+                y + 14.0
+            } else {
+                y - 5.0
+            };
+            segment("rule", [frame.left, y], [frame.right, y])
+                + &label("limit", "start", [frame.left + 5.0, baseline], text)
         }),
     };
     drawn.unwrap_or_default()
@@ -173,13 +218,25 @@ fn draw_rule(frame: &Frame, rule: &Rule) -> String {
 fn draw(frame: &Frame, series: &Series) -> String {
     let class = series.class;
     match &series.shape {
-        Shape::Line(points) => format!("<path class=\"line {class}\" d=\"{}\"/>\n", path(points.iter().map(|p| frame.point(*p)))),
-        Shape::Marks(marks) => marks.iter().filter_map(|mark| draw_mark(frame, class, mark)).collect(),
+        Shape::Line(points) => format!(
+            "<path class=\"line {class}\" d=\"{}\"/>\n",
+            path(points.iter().map(|p| frame.point(*p)))
+        ),
+        Shape::Marks(marks) => marks
+            .iter()
+            .filter_map(|mark| draw_mark(frame, class, mark))
+            .collect(),
         Shape::Band(edges) => {
             let high = edges.iter().map(|[x, _, high]| frame.point([*x, *high]));
-            let low = edges.iter().rev().map(|[x, low, _]| frame.point([*x, *low]));
+            let low = edges
+                .iter()
+                .rev()
+                .map(|[x, low, _]| frame.point([*x, *low]));
             let outline: Vec<_> = high.chain(low).flatten().map(Some).collect();
-            format!("<path class=\"band {class}\" d=\"{}Z\"/>\n", path(outline.into_iter()))
+            format!(
+                "<path class=\"band {class}\" d=\"{}Z\"/>\n",
+                path(outline.into_iter())
+            )
         }
     }
 }
@@ -192,7 +249,11 @@ fn draw_mark(frame: &Frame, class: &str, mark: &Mark) -> Option<String> {
         escape(&mark.says)
     );
     let beside = mark.label.as_ref().map(|text| {
-        let (anchor, x) = if x > (frame.left + frame.right) / 2.0 { ("end", x - 8.0) } else { ("start", x + 9.0) };
+        let (anchor, x) = if x > (frame.left + frame.right) / 2.0 {
+            ("end", x - 8.0)
+        } else {
+            ("start", x + 9.0)
+        };
         label("value", anchor, [x, (y - 8.0).max(frame.top + 8.0)], text)
     });
     Some(diamond + &beside.unwrap_or_default())
@@ -216,20 +277,46 @@ mod tests {
     use super::*;
 
     fn plot(series: Vec<Series>, rules: Vec<Rule>) -> Plot {
-        let axis = |label: &str| Axis::over(label, Scale::Linear, |v| v.to_string(), [0.0, 10.0]).unwrap();
+        let axis =
+            |label: &str| Axis::over(label, Scale::Linear, |v| v.to_string(), [0.0, 10.0]).unwrap();
         let (title, desc) = ("a <title>".to_string(), "what \"it\" shows".to_string());
-        Plot { title, desc, x: axis("across"), y: axis("up"), series, rules, height: 200.0 }
+        Plot {
+            title,
+            desc,
+            x: axis("across"),
+            y: axis("up"),
+            series,
+            rules,
+            height: 200.0,
+        }
     }
 
     #[test]
     fn points_lie_where_the_axes_say() {
         // Left edge: seven characters of 7.7 px and 8 px; right: 14 px from 300; top 16 + 8; bottom 200 - 2 x 16 - 6.
         let line = Shape::Line(vec![[0.0, 0.0], [10.0, 10.0]]);
-        let svg = plot(vec![Series { name: String::new(), class: "a", shape: line }], Vec::new()).svg("p", 300.0);
-        assert!(svg.contains("<path class=\"line a\" d=\"M61.9 162.0L286.0 24.0\"/>"), "{svg}");
+        let svg = plot(
+            vec![Series {
+                name: String::new(),
+                class: "a",
+                shape: line,
+            }],
+            Vec::new(),
+        )
+        .svg("p", 300.0);
+        assert!(
+            svg.contains("<path class=\"line a\" d=\"M61.9 162.0L286.0 24.0\"/>"),
+            "{svg}"
+        );
         let svg = plot(Vec::new(), vec![Rule::Y(5.0, "half & half".to_string())]).svg("p", 300.0);
-        assert!(svg.contains("<line class=\"rule\" x1=\"61.9\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"), "{svg}");
-        assert!(svg.contains(">half &amp; half<") && svg.contains(">a &lt;title&gt;<"), "{svg}");
+        assert!(
+            svg.contains("<line class=\"rule\" x1=\"61.9\" y1=\"93.0\" x2=\"286.0\" y2=\"93.0\"/>"),
+            "{svg}"
+        );
+        assert!(
+            svg.contains(">half &amp; half<") && svg.contains(">a &lt;title&gt;<"),
+            "{svg}"
+        );
     }
 
     #[test]
@@ -237,7 +324,10 @@ mod tests {
         // The line of 10 lies on the top edge, 24 px down, where the axis's name ends; that of 5 at 93 px has room above.
         for (at, baseline) in [(10.0, "38.0"), (5.0, "88.0")] {
             let svg = plot(Vec::new(), vec![Rule::Y(at, "the limit".to_string())]).svg("p", 300.0);
-            let text = svg.lines().find(|line| line.contains(">the limit<")).unwrap();
+            let text = svg
+                .lines()
+                .find(|line| line.contains(">the limit<"))
+                .unwrap();
             assert!(text.contains(&format!("y=\"{baseline}\"")), "{text}");
         }
     }
@@ -247,7 +337,18 @@ mod tests {
         let broken = [Some([1.0, 2.0]), None, Some([3.0, 4.0]), Some([5.0, 6.0])];
         assert_eq!(path(broken.into_iter()), "M1.0 2.0M3.0 4.0L5.0 6.0");
         let line = Shape::Line(vec![[0.0, f64::NAN], [f64::INFINITY, 1.0]]);
-        let svg = plot(vec![Series { name: String::new(), class: "a", shape: line }], Vec::new()).svg("p", 300.0);
-        assert!(svg.contains("d=\"\"") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        let svg = plot(
+            vec![Series {
+                name: String::new(),
+                class: "a",
+                shape: line,
+            }],
+            Vec::new(),
+        )
+        .svg("p", 300.0);
+        assert!(
+            svg.contains("d=\"\"") && !svg.contains("NaN") && !svg.contains("inf"),
+            "{svg}"
+        );
     }
 }

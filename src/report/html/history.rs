@@ -57,8 +57,16 @@ impl History {
     /// # Errors
     /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] naming the line that is none.
     pub fn read(steps: &Path, ledger: &Path) -> Result<Self> {
-        let steps = if steps.exists() { read_steps(steps)? } else { Vec::new() };
-        let entries = if ledger.exists() { read_entries(ledger)? } else { Vec::new() };
+        let steps = if steps.exists() {
+            read_steps(steps)?
+        } else {
+            Vec::new()
+        };
+        let entries = if ledger.exists() {
+            read_entries(ledger)?
+        } else {
+            Vec::new()
+        };
         Ok(Self { steps, entries })
     }
 
@@ -69,19 +77,41 @@ impl History {
             if entry.phase == Phase::Train {
                 before.get_or_insert(sum.energy);
             }
-            sum += Spent { energy: entry.on(meter), flops: entry.flops, time: entry.wall_s };
+            sum += Spent {
+                energy: entry.on(meter),
+                flops: entry.flops,
+                time: entry.wall_s,
+            };
             if entry.phase == Phase::Train {
                 // A step done again after a crash stands where it was done last.
                 after.insert(entry.step, sum);
             }
         }
-        let known = self.steps.iter().filter(|record| record.step <= report.training.steps);
+        let known = self
+            .steps
+            .iter()
+            .filter(|record| record.step <= report.training.steps);
         let points = known.filter_map(|record| {
-            let Spent { energy, flops, time } = *after.get(&record.step)?;
+            let Spent {
+                energy,
+                flops,
+                time,
+            } = *after.get(&record.step)?;
             let (step, spent, wall) = (record.step, energy.joules(), time);
-            Some(Point { step, spent, flops, wall, loss: record.loss, lr: record.lr, val_loss: record.val_loss })
+            Some(Point {
+                step,
+                spent,
+                flops,
+                wall,
+                loss: record.loss,
+                lr: record.lr,
+                val_loss: record.val_loss,
+            })
         });
-        Course { before: before.unwrap_or(sum.energy).joules(), points: points.collect() }
+        Course {
+            before: before.unwrap_or(sum.energy).joules(),
+            points: points.collect(),
+        }
     }
 }
 
@@ -92,8 +122,22 @@ mod tests {
 
     fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
         let energy = Joules(joules).rounded();
-        let energy_j = Energies { counted: energy, measured: None, timed: energy };
-        Entry { phase, step, energy_j, flops: 0, bytes: Default::default(), parts: None, wall_s: Seconds(0.0), t: 0.0, gap: None }
+        let energy_j = Energies {
+            counted: energy,
+            measured: None,
+            timed: energy,
+        };
+        Entry {
+            phase,
+            step,
+            energy_j,
+            flops: 0,
+            bytes: Default::default(),
+            parts: None,
+            wall_s: Seconds(0.0),
+            t: 0.0,
+            gap: None,
+        }
     }
 
     fn record(step: u64) -> StepRecord {
@@ -106,7 +150,8 @@ mod tests {
 
     #[test]
     fn evaluations_and_lost_steps_are_in_what_was_spent() {
-        let mut report: Report = serde_json::from_str(include_str!("../../../tests/fixtures/report.json")).unwrap();
+        let mut report: Report =
+            serde_json::from_str(include_str!("../../../tests/fixtures/report.json")).unwrap();
         report.training.steps = 2;
         let entries = vec![
             entry(Phase::Load, 0, 1.0),
@@ -118,10 +163,20 @@ mod tests {
             entry(Phase::Eval, 2, 2.0),
         ];
         // Step 3 is of a continuation that the report does not know yet.
-        let history = History { steps: vec![record(1), record(2), record(3)], entries };
+        let history = History {
+            steps: vec![record(1), record(2), record(3)],
+            entries,
+        };
         let course = history.course(&report, Meter::Counted);
         assert_eq!(course.before, Joules(3.0));
         // 1 + 2 + 10 = 13; 13 + 10 + 5 + 10 = 38: the first try of step 2 was spent too.
-        assert_eq!(course.points.iter().map(|p| (p.step, p.spent)).collect::<Vec<_>>(), [(1, Joules(13.0)), (2, Joules(38.0))]);
+        assert_eq!(
+            course
+                .points
+                .iter()
+                .map(|p| (p.step, p.spent))
+                .collect::<Vec<_>>(),
+            [(1, Joules(13.0)), (2, Joules(38.0))]
+        );
     }
 }

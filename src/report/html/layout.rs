@@ -44,16 +44,24 @@ pub fn figure_html(figure: &Figure, widths: &[(&str, f64)]) -> String {
         };
         format!("<div class=\"chart {class}\">{svg}</div>\n")
     });
-    let key = |(form, class, name): &(&str, &str, String)| format!("<li class=\"key {form} {class}\">{}</li>\n", escape(name));
+    let key = |(form, class, name): &(&str, &str, String)| {
+        format!("<li class=\"key {form} {class}\">{}</li>\n", escape(name))
+    };
     let legend = match figure.legend.len() {
         0 | 1 => String::new(),
-        _ => format!("<ul class=\"legend\">\n{}</ul>\n", figure.legend.iter().map(key).collect::<String>()),
+        _ => format!(
+            "<ul class=\"legend\">\n{}</ul>\n",
+            figure.legend.iter().map(key).collect::<String>()
+        ),
     };
     let caption = match figure.caption.as_str() {
         "" => String::new(),
         text => format!("<figcaption>{}</figcaption>\n", inline(text)),
     };
-    format!("<figure>\n{legend}{}{caption}</figure>\n", drawn.collect::<String>())
+    format!(
+        "<figure>\n{legend}{}{caption}</figure>\n",
+        drawn.collect::<String>()
+    )
 }
 
 /// One block of a section.
@@ -62,7 +70,10 @@ pub fn block(block: Block) -> String {
         Block::Paragraph(text) => format!("<p>{}</p>\n", inline(&text)),
         Block::Table(table) => table_html(&table),
         Block::Bullets(items) => {
-            let items: String = items.iter().map(|item| format!("<li>{}</li>\n", inline(item))).collect();
+            let items: String = items
+                .iter()
+                .map(|item| format!("<li>{}</li>\n", inline(item)))
+                .collect();
             format!("<ul>\n{items}</ul>\n")
         }
         Block::Verbatim(caption, text) => {
@@ -77,14 +88,27 @@ pub fn block(block: Block) -> String {
 
 /// A table of more than three columns has, in each cell, the name of its column: on a phone every row becomes a list of its own.
 fn table_html(table: &Table) -> String {
-    let head: String = table.head().iter().map(|name| format!("<th scope=\"col\">{}</th>", inline(name))).collect();
+    let head: String = table
+        .head()
+        .iter()
+        .map(|name| format!("<th scope=\"col\">{}</th>", inline(name)))
+        .collect();
     let many = table.head().len() > 3;
     let cell = |(index, cell): (usize, &String)| match (index, many) {
         (0, _) => format!("<th scope=\"row\">{}</th>", unbroken(&inline(cell))),
-        (_, true) => format!("<td data-head=\"{}\">{}</td>", escape(&table.head()[index]), unbroken(&inline(cell))),
+        (_, true) => format!(
+            "<td data-head=\"{}\">{}</td>",
+            escape(&table.head()[index]),
+            unbroken(&inline(cell))
+        ),
         (_, false) => format!("<td>{}</td>", unbroken(&inline(cell))),
     };
-    let row = |row: &Vec<String>| format!("<tr>{}</tr>\n", row.iter().enumerate().map(cell).collect::<String>());
+    let row = |row: &Vec<String>| {
+        format!(
+            "<tr>{}</tr>\n",
+            row.iter().enumerate().map(cell).collect::<String>()
+        )
+    };
     let class = if many { "table many" } else { "table" };
     let rows: String = table.rows().iter().map(row).collect();
     format!(
@@ -96,8 +120,8 @@ fn table_html(table: &Table) -> String {
 fn unbroken(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for (index, word) in text.split(' ').enumerate() {
-        let unit =
-            word.starts_with(|c: char| c.is_alphabetic() || c == '%') && !["and", "to", "of", "on", "in", "at"].contains(&word);
+        let unit = word.starts_with(|c: char| c.is_alphabetic() || c == '%')
+            && !["and", "to", "of", "on", "in", "at"].contains(&word);
         let joined = unit && out.ends_with(|c: char| c.is_ascii_digit());
         out += if index == 0 {
             ""
@@ -117,7 +141,10 @@ mod tests {
 
     #[test]
     fn a_number_keeps_its_unit() {
-        assert_eq!(unbroken("64.73 J (17.98 mWh), 85.2 %"), "64.73\u{a0}J (17.98\u{a0}mWh), 85.2\u{a0}%");
+        assert_eq!(
+            unbroken("64.73 J (17.98 mWh), 85.2 %"),
+            "64.73\u{a0}J (17.98\u{a0}mWh), 85.2\u{a0}%"
+        );
         assert_eq!(unbroken("between 2 and 3"), "between 2 and 3");
         assert_eq!(unbroken("a b"), "a b");
     }

@@ -7,12 +7,20 @@ use crate::units::{GramsCo2e, Joules};
 
 /// "20 J".
 pub fn energy_tick(value: f64) -> String {
-    if value == 0.0 { "0".to_string() } else { Joules(value).to_string() }
+    if value == 0.0 {
+        "0".to_string()
+    } else {
+        Joules(value).to_string()
+    }
 }
 
 /// "2 mg": that it is of CO2e stands beside the axis.
 pub fn mass_tick(value: f64) -> String {
-    if value == 0.0 { "0".to_string() } else { GramsCo2e(value).to_string().replace("CO2e", "") }
+    if value == 0.0 {
+        "0".to_string()
+    } else {
+        GramsCo2e(value).to_string().replace("CO2e", "")
+    }
 }
 
 /// "0.05", "2e-4".
@@ -22,7 +30,10 @@ pub fn number_tick(value: f64) -> String {
         _ => {
             let text = format!("{value:.2e}");
             let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-            format!("{}e{exponent}", digits.trim_end_matches('0').trim_end_matches('.'))
+            format!(
+                "{}e{exponent}",
+                digits.trim_end_matches('0').trim_end_matches('.')
+            )
         }
     }
 }
@@ -45,7 +56,10 @@ mod tests {
     fn ticks_are_short() {
         assert_eq!([0.0, 20.0, 1e9].map(energy_tick), ["0", "20 J", "1 GJ"]);
         assert_eq!([0.0, 0.002, 1000.0].map(mass_tick), ["0", "2 mg", "1 kg"]);
-        assert_eq!([0.0, 0.05, 2e-4, 1.5e-5, 1e6].map(number_tick), ["0", "0.05", "2e-4", "1.5e-5", "1e6"]);
+        assert_eq!(
+            [0.0, 0.05, 2e-4, 1.5e-5, 1e6].map(number_tick),
+            ["0", "0.05", "2e-4", "1.5e-5", "1e6"]
+        );
         assert_eq!([0.2, 0.9961].map(percent_tick), ["20 %", "99.6 %"]);
         assert_eq!(step_tick(1500.0), "1,500");
     }

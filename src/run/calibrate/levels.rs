@@ -28,7 +28,11 @@ const SYSFS: &str = "/sys/devices/system/cpu/cpu0/cache";
 
 /// Bytes read and written in a second by a copy of `buffer`: the best within `each`, and what to keep in mind of it. As in STREAM (McCalpin
 /// 1995), what a cache reads of the target before it overwrites it is not counted.
-pub(super) fn dram(device: &Device, buffer: Bytes, each: Duration) -> Result<(f64, Option<String>)> {
+pub(super) fn dram(
+    device: &Device,
+    buffer: Bytes,
+    each: Duration,
+) -> Result<(f64, Option<String>)> {
     let room = memory().map_or(buffer.0, |(free, _)| free.0 / 8);
     let bytes = buffer.0.min(room).max(CHUNK as u64) as usize;
     if device.is_cpu() {
@@ -38,10 +42,15 @@ pub(super) fn dram(device: &Device, buffer: Bytes, each: Duration) -> Result<(f6
             parts.for_each(|(target, source)| target.copy_from_slice(source));
             Ok(())
         };
-        return Ok((best_copy(2.0 * bytes as f64, each, copy)?, too_small(2 * bytes as u64, &shown(Path::new(SYSFS)))));
+        return Ok((
+            best_copy(2.0 * bytes as f64, each, copy)?,
+            too_small(2 * bytes as u64, &shown(Path::new(SYSFS))),
+        ));
     }
-    let (source, target) =
-        (Tensor::ones(bytes / 4, dtype(Precision::F32), device)?, Tensor::zeros(bytes / 4, dtype(Precision::F32), device)?);
+    let (source, target) = (
+        Tensor::ones(bytes / 4, dtype(Precision::F32), device)?,
+        Tensor::zeros(bytes / 4, dtype(Precision::F32), device)?,
+    );
     let copy = || {
         target.slice_set(&source, 0, 0)?;
         Ok(device.synchronize()?)
@@ -53,25 +62,39 @@ pub(super) fn dram(device: &Device, buffer: Bytes, each: Duration) -> Result<(f6
 fn too_small(copied: u64, caches: &[Cache]) -> Option<String> {
     let last = caches.last().filter(|last| copied < APART * last.bytes)?;
     let (copied, last) = (Bytes(copied), Bytes(last.bytes));
-    Some(format!("memory: {copied} were copied, and the system shows a last cache of {last}: it may have served a part of them"))
+    Some(format!(
+        "memory: {copied} were copied, and the system shows a last cache of {last}: it may have served a part of them"
+    ))
 }
 
 /// What each cache of `profile` serves to all threads together, and the sizes of a core's own ones; the notes say what could not be told.
-pub(super) fn caches(profile: &Profile, mut each: impl FnMut() -> Duration) -> Result<(Vec<MeasuredCache>, Vec<String>)> {
+pub(super) fn caches(
+    profile: &Profile,
+    mut each: impl FnMut() -> Duration,
+) -> Result<(Vec<MeasuredCache>, Vec<String>)> {
     let (levels, mut notes) = (levels(profile, &shown(Path::new(SYSFS))), Vec::new());
     let mut found = Vec::new();
     for (index, level) in levels.iter().enumerate() {
         // Nothing is counted that the innermost one serves: the registers' traffic is part of an operation.
-        let set = index.checked_sub(1).map(|inner| working_set(levels[inner].of_a_thread, level.of_a_thread));
+        let set = index
+            .checked_sub(1)
+            .map(|inner| working_set(levels[inner].of_a_thread, level.of_a_thread));
         let bandwidth = match set {
             Some(Some(set)) => Some((cached(set, each())?.round(), set)),
             Some(None) => {
-                notes.push(format!("{} was not measured: it is not {APART} times what is inside it", level.name));
+                notes.push(format!(
+                    "{} was not measured: it is not {APART} times what is inside it",
+                    level.name
+                ));
                 None
             }
             None => None,
         };
-        found.push(MeasuredCache { name: level.name.clone(), bytes: level.own, bandwidth });
+        found.push(MeasuredCache {
+            name: level.name.clone(),
+            bytes: level.own,
+            bandwidth,
+        });
     }
     Ok((found, notes))
 }
@@ -93,11 +116,17 @@ fn levels(profile: &Profile, shown: &[Cache]) -> Vec<Sized> {
         let numbered = |cache: &&Cache| level.name == format!("L{}", cache.level);
         let outermost = shown.last().filter(|cache| level.shared && cache.level > 2);
         let cache = shown.iter().find(numbered).or(outermost);
-        let cores = if level.shared { profile.cores.unwrap_or(1) as u64 } else { 1 };
+        let cores = if level.shared {
+            profile.cores.unwrap_or(1) as u64
+        } else {
+            1
+        };
         Sized {
             name: level.name.clone(),
             of_a_thread: cache.map_or(level.bytes.0 / cores, |cache| cache.bytes / cache.cpus),
-            own: cache.filter(|_| !level.shared).map(|cache| Bytes(cache.bytes * siblings / cache.cpus)),
+            own: cache
+                .filter(|_| !level.shared)
+                .map(|cache| Bytes(cache.bytes * siblings / cache.cpus)),
         }
     };
     profile.caches.iter().map(sized).collect()
@@ -112,12 +141,16 @@ fn working_set(inner: u64, own: u64) -> Option<Bytes> {
 /// Bytes read and written in a second by all threads, each copying back and forth within `set` bytes of its own.
 fn cached(set: Bytes, each: Duration) -> Result<f64> {
     let half = (set.0 / 2).max(1) as usize;
-    let buffers: Vec<_> = (0..rayon::current_num_threads()).map(|_| Mutex::new((vec![1u8; half], vec![0u8; half]))).collect();
+    let buffers: Vec<_> = (0..rayon::current_num_threads())
+        .map(|_| Mutex::new((vec![1u8; half], vec![0u8; half])))
+        .collect();
     let times = (BETWEEN_LOOKS / half).max(1);
     let copy = || {
         rayon::broadcast(|context| {
             // Nobody else takes this thread's lock, and nothing panics while it is held.
-            let Ok(mut held) = buffers[context.index()].lock() else { return };
+            let Ok(mut held) = buffers[context.index()].lock() else {
+                return;
+            };
             let (source, target) = &mut *held;
             for _ in 0..times {
                 target.copy_from_slice(std::hint::black_box(source));
@@ -154,19 +187,37 @@ struct Cache {
 
 /// The caches that hold data, from the inside out; none where the system does not tell.
 fn shown(folder: &Path) -> Vec<Cache> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut caches: Vec<Cache> = entries.filter_map(|entry| cache(&entry.ok()?.path())).collect();
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    let mut caches: Vec<Cache> = entries
+        .filter_map(|entry| cache(&entry.ok()?.path()))
+        .collect();
     caches.sort_by_key(|cache| cache.level);
     caches
 }
 
 fn cache(folder: &Path) -> Option<Cache> {
-    let read = |name: &str| std::fs::read_to_string(folder.join(name)).ok().map(|text| text.trim().to_string());
+    let read = |name: &str| {
+        std::fs::read_to_string(folder.join(name))
+            .ok()
+            .map(|text| text.trim().to_string())
+    };
     let size = read("size")?;
-    let (digits, unit) = size.split_at(size.find(|c: char| !c.is_ascii_digit()).unwrap_or(size.len()));
-    let times = [("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30)].iter().find(|(name, _)| *name == unit)?.1;
+    let (digits, unit) = size.split_at(
+        size.find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(size.len()),
+    );
+    let times = [("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30)]
+        .iter()
+        .find(|(name, _)| *name == unit)?
+        .1;
     let bytes = digits.parse::<u64>().ok()?.checked_mul(times)?;
-    let cache = Cache { level: read("level")?.parse().ok()?, bytes, cpus: listed(&read("shared_cpu_list")?)? };
+    let cache = Cache {
+        level: read("level")?.parse().ok()?,
+        bytes,
+        cpus: listed(&read("shared_cpu_list")?)?,
+    };
     (read("type")? != "Instruction" && bytes > 0 && cache.cpus > 0).then_some(cache)
 }
 
@@ -191,8 +242,15 @@ mod tests {
         for (index, (level, kind, size, cpus)) in caches.iter().enumerate() {
             let own = folder.path().join(format!("index{index}"));
             std::fs::create_dir(&own).unwrap();
-            let files = [("level", level), ("type", kind), ("size", size), ("shared_cpu_list", cpus)];
-            files.iter().for_each(|(name, text)| std::fs::write(own.join(name), format!("{text}\n")).unwrap());
+            let files = [
+                ("level", level),
+                ("type", kind),
+                ("size", size),
+                ("shared_cpu_list", cpus),
+            ];
+            files.iter().for_each(|(name, text)| {
+                std::fs::write(own.join(name), format!("{text}\n")).unwrap()
+            });
         }
         folder
     }
@@ -209,28 +267,62 @@ mod tests {
         ]);
         let shown = shown(folder.path());
         let cache = |level, bytes, cpus| Cache { level, bytes, cpus };
-        assert_eq!(shown, [cache(1, 48 << 10, 2), cache(2, 2 << 20, 2), cache(3, 32 << 20, 16)]);
+        assert_eq!(
+            shown,
+            [
+                cache(1, 48 << 10, 2),
+                cache(2, 2 << 20, 2),
+                cache(3, 32 << 20, 16)
+            ]
+        );
         let profile = Profile::named("generic-cpu@2").unwrap();
-        let sized = |name: &str, of_a_thread, own: Option<u64>| Sized { name: name.into(), of_a_thread, own: own.map(Bytes) };
-        let own = [sized("L1", 24 << 10, Some(48 << 10)), sized("L2", 1 << 20, Some(2 << 20)), sized("LLC", 2 << 20, None)];
+        let sized = |name: &str, of_a_thread, own: Option<u64>| Sized {
+            name: name.into(),
+            of_a_thread,
+            own: own.map(Bytes),
+        };
+        let own = [
+            sized("L1", 24 << 10, Some(48 << 10)),
+            sized("L2", 1 << 20, Some(2 << 20)),
+            sized("LLC", 2 << 20, None),
+        ];
         assert_eq!(levels(&profile, &shown), own);
         // 2 MiB of the last level are not four times the MiB of L2 that a thread has.
         assert_eq!(working_set(1 << 20, 2 << 20), None);
         assert_eq!(working_set(16 << 10, 1 << 20), Some(Bytes(128 << 10)));
         // Where the system says nothing, the sizes are the profile's, a shared one by its cores.
-        let own = [sized("L1", 32 << 10, None), sized("L2", 1 << 20, None), sized("LLC", 2 << 20, None)];
-        assert_eq!(levels(&profile, &super::shown(&folder.path().join("none"))), own);
+        let own = [
+            sized("L1", 32 << 10, None),
+            sized("L2", 1 << 20, None),
+            sized("LLC", 2 << 20, None),
+        ];
+        assert_eq!(
+            levels(&profile, &super::shown(&folder.path().join("none"))),
+            own
+        );
     }
 
     #[test]
     fn processors_are_listed_as_linux_lists_them() {
-        assert_eq!((listed("0"), listed("0-1"), listed("0-3,8,10-11")), (Some(1), Some(2), Some(7)));
-        assert_eq!((listed(""), listed("3-1"), listed("a-b")), (None, None, None));
+        assert_eq!(
+            (listed("0"), listed("0-1"), listed("0-3,8,10-11")),
+            (Some(1), Some(2), Some(7))
+        );
+        assert_eq!(
+            (listed(""), listed("3-1"), listed("a-b")),
+            (None, None, None)
+        );
     }
 
     #[test]
     fn a_copy_that_the_last_cache_may_have_served_is_noted() {
-        let last = |bytes| [Cache { level: 3, bytes, cpus: 2 }];
+        let last = |bytes| {
+            [Cache {
+                level: 3,
+                bytes,
+                cpus: 2,
+            }]
+        };
         assert_eq!(too_small(400, &last(100)), None);
         let note = too_small(399, &last(100)).unwrap();
         assert!(note.contains("399 B") && note.contains("100 B"), "{note}");

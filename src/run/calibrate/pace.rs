@@ -22,7 +22,12 @@ impl Pace {
     pub fn new(each: Seconds, within: Seconds, figures: usize) -> Pace {
         let duration = |time: Seconds| Duration::try_from_secs_f64(time.0).unwrap_or_default();
         let end = Instant::now() + duration(within);
-        Pace { each: duration(each), end, left: figures, shortest: None }
+        Pace {
+            each: duration(each),
+            end,
+            left: figures,
+            shortest: None,
+        }
     }
 
     /// How long the next figure is timed: at most half of its part of what is left, for what is tried and mapped before it takes time too.
@@ -32,9 +37,18 @@ impl Pace {
 
     /// What to say of figures that got less than was asked for.
     pub fn note(&self) -> Option<String> {
-        let (shortest, each) = (Seconds(self.shortest?.as_secs_f64()), Seconds(self.each.as_secs_f64()));
-        let got = if shortest == Seconds::ZERO { "a single try".to_string() } else { shortest.to_string() };
-        Some(format!("the machine is busy or `--each` is long: a figure got {got} instead of {each}, to be done within a minute"))
+        let (shortest, each) = (
+            Seconds(self.shortest?.as_secs_f64()),
+            Seconds(self.each.as_secs_f64()),
+        );
+        let got = if shortest == Seconds::ZERO {
+            "a single try".to_string()
+        } else {
+            shortest.to_string()
+        };
+        Some(format!(
+            "the machine is busy or `--each` is long: a figure got {got} instead of {each}, to be done within a minute"
+        ))
     }
 
     fn time_at(&mut self, now: Instant) -> Duration {
@@ -66,6 +80,12 @@ mod tests {
         assert_eq!(pace.time_at(start + seconds(37.0)), seconds(0.5));
         assert_eq!(pace.time_at(start + seconds(38.0)), seconds(0.5));
         assert_eq!(pace.time_at(start + seconds(41.0)), Duration::ZERO);
-        assert!(pace.note().unwrap().contains("a figure got a single try instead of 2 s"), "{:?}", pace.note());
+        assert!(
+            pace.note()
+                .unwrap()
+                .contains("a figure got a single try instead of 2 s"),
+            "{:?}",
+            pace.note()
+        );
     }
 }

@@ -7,18 +7,39 @@ use crate::data::BatchShape;
 
 /// The batches of `steps` with `length` in place of `old` tokens to a row, packed rows of which `rows` make a micro-batch; where rows are
 /// single records (`rows` is `None`) a micro-batch keeps its records. `None` where nothing would change.
-pub(super) fn regrouped(steps: &[Vec<BatchShape>], old: usize, length: usize, rows: Option<usize>) -> Option<Vec<BatchShape>> {
+pub(super) fn regrouped(
+    steps: &[Vec<BatchShape>],
+    old: usize,
+    length: usize,
+    rows: Option<usize>,
+) -> Option<Vec<BatchShape>> {
     let batches = || steps.iter().flatten();
-    let cut: Vec<Vec<usize>> = batches().map(|batch| cut(&batch.segments, old, length)).collect();
+    let cut: Vec<Vec<usize>> = batches()
+        .map(|batch| cut(&batch.segments, old, length))
+        .collect();
     let loss: usize = batches().map(|batch| batch.loss_tokens).sum();
     let share = loss as f64 / batches().map(BatchShape::tokens).sum::<usize>().max(1) as f64;
     let shape = |segments: Vec<usize>| {
         let tokens: usize = segments.iter().sum();
-        BatchShape { segments, loss_tokens: (share * tokens as f64).round() as usize }
+        BatchShape {
+            segments,
+            loss_tokens: (share * tokens as f64).round() as usize,
+        }
     };
     match rows {
-        Some(rows) => Some(filled(&cut.concat(), rows * length).into_iter().map(shape).collect()),
-        None if cut.iter().zip(batches()).all(|(segments, batch)| *segments == batch.segments) => None,
+        Some(rows) => Some(
+            filled(&cut.concat(), rows * length)
+                .into_iter()
+                .map(shape)
+                .collect(),
+        ),
+        None if cut
+            .iter()
+            .zip(batches())
+            .all(|(segments, batch)| *segments == batch.segments) =>
+        {
+            None
+        }
         None => Some(cut.into_iter().map(shape).collect()),
     }
 }
@@ -26,12 +47,24 @@ pub(super) fn regrouped(steps: &[Vec<BatchShape>], old: usize, length: usize, ro
 /// Segments of at most `length` tokens; where `length` is more than `old`, those cut at `old` are joined two by two.
 fn cut(segments: &[usize], old: usize, length: usize) -> Vec<usize> {
     if length < old {
-        let windows = |segment: usize| (0..segment).step_by(length).map(move |start| length.min(segment - start));
-        return segments.iter().flat_map(|segment| windows(*segment)).collect();
+        let windows = |segment: usize| {
+            (0..segment)
+                .step_by(length)
+                .map(move |start| length.min(segment - start))
+        };
+        return segments
+            .iter()
+            .flat_map(|segment| windows(*segment))
+            .collect();
     }
     let whole = segments.iter().filter(|segment| **segment == old).count();
     let joined = std::iter::repeat_n(2 * old, whole / 2).chain(std::iter::repeat_n(old, whole % 2));
-    segments.iter().copied().filter(|segment| *segment != old).chain(joined).collect()
+    segments
+        .iter()
+        .copied()
+        .filter(|segment| *segment != old)
+        .chain(joined)
+        .collect()
 }
 
 /// `segments` in micro-batches of at most `tokens` tokens, in order.
@@ -54,7 +87,10 @@ mod tests {
     use super::*;
 
     fn step(segments: &[usize], loss_tokens: usize) -> Vec<Vec<BatchShape>> {
-        vec![vec![BatchShape { segments: segments.to_vec(), loss_tokens }]]
+        vec![vec![BatchShape {
+            segments: segments.to_vec(),
+            loss_tokens,
+        }]]
     }
 
     #[test]
@@ -65,14 +101,31 @@ mod tests {
         let shorter = regrouped(&steps, 8, 4, Some(2)).unwrap();
         assert_eq!(
             shorter,
-            [([4, 4].to_vec(), 4), ([4, 1, 3].to_vec(), 4)].map(|(segments, loss_tokens)| BatchShape { segments, loss_tokens })
+            [([4, 4].to_vec(), 4), ([4, 1, 3].to_vec(), 4)].map(|(segments, loss_tokens)| {
+                BatchShape {
+                    segments,
+                    loss_tokens,
+                }
+            })
         );
         // Rows of 16: all in one; the record of 8 was cut, but has no other to go on with.
         let longer = regrouped(&steps, 8, 16, Some(2)).unwrap();
-        assert_eq!(longer, [BatchShape { segments: vec![5, 3, 8], loss_tokens: 8 }]);
+        assert_eq!(
+            longer,
+            [BatchShape {
+                segments: vec![5, 3, 8],
+                loss_tokens: 8
+            }]
+        );
         // Unpacked rows: only what is cut changes anything.
         assert_eq!(regrouped(&step(&[3, 4], 2), 8, 4, None), None);
-        assert_eq!(regrouped(&step(&[8, 8], 4), 8, 16, None).unwrap()[0].segments, [16]);
-        assert_eq!(regrouped(&step(&[7], 7), 8, 4, None).unwrap()[0].segments, [4, 3]);
+        assert_eq!(
+            regrouped(&step(&[8, 8], 4), 8, 16, None).unwrap()[0].segments,
+            [16]
+        );
+        assert_eq!(
+            regrouped(&step(&[7], 7), 8, 4, None).unwrap()[0].segments,
+            [4, 3]
+        );
     }
 }

@@ -27,22 +27,47 @@ pub(in crate::run) struct Curve(Vec<CurvePoint>);
 impl Curve {
     /// From a loop's steps and its ledger, on the meter `kind`; `before` is the validation loss before the first step. Of a step that was
     /// done again after a crash the last time counts. What fills a counter's gap is in it.
-    pub(in crate::run) fn read(steps: &Path, ledger: &Path, before: Option<f64>, kind: MeterKind) -> Result<Self> {
-        let start = CurvePoint { step: 0, energy_j: Joules::ZERO, train_loss: None, val_loss: before };
-        let steps = if steps.exists() { read_steps(steps)? } else { Vec::new() };
+    pub(in crate::run) fn read(
+        steps: &Path,
+        ledger: &Path,
+        before: Option<f64>,
+        kind: MeterKind,
+    ) -> Result<Self> {
+        let start = CurvePoint {
+            step: 0,
+            energy_j: Joules::ZERO,
+            train_loss: None,
+            val_loss: before,
+        };
+        let steps = if steps.exists() {
+            read_steps(steps)?
+        } else {
+            Vec::new()
+        };
         let entries = read_entries(ledger)?;
         let training = entries.iter().filter(|entry| entry.phase == Phase::Train);
-        let energies: BTreeMap<u64, MicroJoules> = training.map(|entry| (entry.step, entry.on(kind))).collect();
+        let energies: BTreeMap<u64, MicroJoules> =
+            training.map(|entry| (entry.step, entry.on(kind))).collect();
         let mut spent = MicroJoules::ZERO;
         let points = steps.iter().map(|step| {
             spent += energies.get(&step.step).copied().unwrap_or_default();
-            CurvePoint { step: step.step, energy_j: spent.joules(), train_loss: step.loss, val_loss: step.val_loss }
+            CurvePoint {
+                step: step.step,
+                energy_j: spent.joules(),
+                train_loss: step.loss,
+                val_loss: step.val_loss,
+            }
         });
         Ok(Self(std::iter::once(start).chain(points).collect()))
     }
 
     fn evaluations(&self) -> impl Iterator<Item = (Joules, f64)> + '_ {
-        self.0.iter().filter_map(|point| Some((point.energy_j, point.val_loss.filter(|loss| loss.is_finite())?)))
+        self.0.iter().filter_map(|point| {
+            Some((
+                point.energy_j,
+                point.val_loss.filter(|loss| loss.is_finite())?,
+            ))
+        })
     }
 
     /// The validation loss after `step` steps, where there was an evaluation.
@@ -57,11 +82,16 @@ impl Curve {
 
     /// Few enough points for a report.
     pub(in crate::run) fn thinned(self) -> Vec<CurvePoint> {
-        let (stride, last) = (self.0.len().div_ceil(MOST).max(1), self.0.len().saturating_sub(1));
+        let (stride, last) = (
+            self.0.len().div_ceil(MOST).max(1),
+            self.0.len().saturating_sub(1),
+        );
         let kept = self.0.into_iter().enumerate();
-        kept.filter(|(index, point)| index % stride == 0 || *index == last || point.val_loss.is_some())
-            .map(|(_, point)| point)
-            .collect()
+        kept.filter(|(index, point)| {
+            index % stride == 0 || *index == last || point.val_loss.is_some()
+        })
+        .map(|(_, point)| point)
+        .collect()
     }
 }
 
@@ -69,16 +99,28 @@ impl Curve {
 /// nothing. `run` is what the run's training took.
 pub(super) fn to_equal_loss(curve: &Curve, target: f64, run: Joules) -> EqualLoss {
     let trained = curve.trained();
-    let reached = curve.evaluations().find(|(_, loss)| *loss <= target).map(|(energy, _)| energy);
+    let reached = curve
+        .evaluations()
+        .find(|(_, loss)| *loss <= target)
+        .map(|(energy, _)| energy);
     let (how, energy_j) = match reached {
         Some(energy) => (Reached::Measured, Some(energy)),
         None => match power_law(&curve.evaluations().collect::<Vec<_>>(), target) {
-            Some(energy) if energy <= trained * FARTHEST => (Reached::Extrapolated, Some(energy.max(trained))),
+            Some(energy) if energy <= trained * FARTHEST => {
+                (Reached::Extrapolated, Some(energy.max(trained)))
+            }
             _ => (Reached::No, None),
         },
     };
-    let times = energy_j.map(|energy| energy / run).filter(|times| times.is_finite());
-    EqualLoss { how, energy_j, times, tried_j: trained }
+    let times = energy_j
+        .map(|energy| energy / run)
+        .filter(|times| times.is_finite());
+    EqualLoss {
+        how,
+        energy_j,
+        times,
+        tried_j: trained,
+    }
 }
 
 /// The energy at which `loss = a energy^b` through the last evaluations, by least squares in logarithms, comes to `target`; `None` where
@@ -91,8 +133,12 @@ fn power_law(evaluations: &[(Joules, f64)], target: f64) -> Option<Joules> {
         .collect();
     let last = &logs[logs.len().checked_sub(FITTED)?..];
     let count = last.len() as f64;
-    let (x, y) = (last.iter().map(|p| p.0).sum::<f64>() / count, last.iter().map(|p| p.1).sum::<f64>() / count);
-    let slope = last.iter().map(|p| (p.0 - x) * (p.1 - y)).sum::<f64>() / last.iter().map(|p| (p.0 - x).powi(2)).sum::<f64>();
+    let (x, y) = (
+        last.iter().map(|p| p.0).sum::<f64>() / count,
+        last.iter().map(|p| p.1).sum::<f64>() / count,
+    );
+    let slope = last.iter().map(|p| (p.0 - x) * (p.1 - y)).sum::<f64>()
+        / last.iter().map(|p| (p.0 - x).powi(2)).sum::<f64>();
     let energy = (x + (target.ln() - y) / slope).exp();
     (slope < 0.0 && energy.is_finite()).then_some(Joules(energy))
 }
@@ -102,12 +148,23 @@ mod tests {
     use super::*;
 
     fn point(step: u64, energy: f64, val_loss: Option<f64>) -> CurvePoint {
-        CurvePoint { step, energy_j: Joules(energy), train_loss: Some(5.0), val_loss }
+        CurvePoint {
+            step,
+            energy_j: Joules(energy),
+            train_loss: Some(5.0),
+            val_loss,
+        }
     }
 
     fn curve(evaluations: &[(f64, f64)]) -> Curve {
-        let points = (1..).zip(evaluations).map(|(step, (energy, loss))| point(step, *energy, Some(*loss)));
-        Curve(std::iter::once(point(0, 0.0, Some(6.0))).chain(points).collect())
+        let points = (1..)
+            .zip(evaluations)
+            .map(|(step, (energy, loss))| point(step, *energy, Some(*loss)));
+        Curve(
+            std::iter::once(point(0, 0.0, Some(6.0)))
+                .chain(points)
+                .collect(),
+        )
     }
 
     /// loss = 8 energy^-1/2: 4, 2, 1, 1/2 at 4, 16, 64, 256 J. It comes to 1/4 at 1024 J, to 1/20 at 25 600 J = 100 times 256 J, and to
@@ -125,13 +182,19 @@ mod tests {
         assert_eq!(to(1.0), (Reached::Measured, Some(64.0)));
         assert_eq!(to(1.5), (Reached::Measured, Some(64.0)));
         let (how, energy) = to(0.25);
-        assert!(how == Reached::Extrapolated && (energy.unwrap() - 1024.0).abs() < 1e-6, "{energy:?}");
+        assert!(
+            how == Reached::Extrapolated && (energy.unwrap() - 1024.0).abs() < 1e-6,
+            "{energy:?}"
+        );
         assert_eq!(to(0.0501).0, Reached::Extrapolated);
         assert_eq!(to(0.0499), (Reached::No, None));
         // A loss that rises, and too few evaluations.
         let rising = curve(&[(1.0, 1.0), (2.0, 1.1), (3.0, 1.2), (4.0, 1.3)]);
         assert_eq!(to_equal_loss(&rising, 0.5, Joules(4.0)).how, Reached::No);
-        assert_eq!(to_equal_loss(&curve(&[(1.0, 4.0)]), 0.5, Joules(4.0)).how, Reached::No);
+        assert_eq!(
+            to_equal_loss(&curve(&[(1.0, 4.0)]), 0.5, Joules(4.0)).how,
+            Reached::No
+        );
     }
 
     #[test]
@@ -139,7 +202,10 @@ mod tests {
         // The last point lies above the fit, which would already be below the target there.
         let bent = curve(&[(1.0, 8.0), (2.0, 4.0), (4.0, 1.0), (8.0, 1.2)]);
         let equal = to_equal_loss(&bent, 0.9, Joules(4.0));
-        assert_eq!((equal.how, equal.energy_j), (Reached::Extrapolated, Some(Joules(8.0))));
+        assert_eq!(
+            (equal.how, equal.energy_j),
+            (Reached::Extrapolated, Some(Joules(8.0)))
+        );
     }
 
     /// A line of steps.jsonl, and an entry of the ledger for it.
@@ -160,9 +226,13 @@ mod tests {
     #[test]
     fn a_curve_is_what_the_ledger_says_with_gaps_filled_and_steps_done_again_once() {
         let folder = tempfile::tempdir().unwrap();
-        let (steps, ledger) = (folder.path().join("steps.jsonl"), folder.path().join("ledger.jsonl"));
+        let (steps, ledger) = (
+            folder.path().join("steps.jsonl"),
+            folder.path().join("ledger.jsonl"),
+        );
         std::fs::write(&steps, (1..=3).map(line).collect::<String>()).unwrap();
-        let gap = ",\"gap\":{\"reason\":\"reset\",\"filled\":\"counted\",\"times\":7.0,\"energy_j\":7.0}";
+        let gap =
+            ",\"gap\":{\"reason\":\"reset\",\"filled\":\"counted\",\"times\":7.0,\"energy_j\":7.0}";
         // Step 2 was done, lost with the process and done again; in step 3 the counter failed; an evaluation is no training.
         let entries = [
             entry("train", 1, "3.0", ""),
@@ -173,23 +243,48 @@ mod tests {
         ];
         std::fs::write(&ledger, entries.concat()).unwrap();
         let read = |kind| Curve::read(&steps, &ledger, Some(6.0), kind).unwrap();
-        let energies = |kind| read(kind).0.iter().map(|point| point.energy_j.0).collect::<Vec<_>>();
+        let energies = |kind| {
+            read(kind)
+                .0
+                .iter()
+                .map(|point| point.energy_j.0)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(energies(MeterKind::Measured), [0.0, 3.0, 7.0, 14.0]);
         assert_eq!(energies(MeterKind::Counted), [0.0, 1.0, 2.0, 3.0]);
         let curve = read(MeterKind::Measured);
-        assert_eq!((curve.trained(), curve.val_loss_at(0), curve.val_loss_at(1)), (Joules(14.0), Some(6.0), None));
+        assert_eq!(
+            (curve.trained(), curve.val_loss_at(0), curve.val_loss_at(1)),
+            (Joules(14.0), Some(6.0), None)
+        );
         // Without a step there is the beginning alone.
-        let none = Curve::read(&folder.path().join("none"), &ledger, None, MeterKind::Counted).unwrap();
+        let none = Curve::read(
+            &folder.path().join("none"),
+            &ledger,
+            None,
+            MeterKind::Counted,
+        )
+        .unwrap();
         assert_eq!((none.0.len(), none.trained()), (1, Joules::ZERO));
     }
 
     #[test]
     fn a_long_curve_keeps_its_evaluations_and_its_ends() {
         let evaluated = |step: u64| (step % 100 == 7).then_some(0.5);
-        let long = Curve((0..=1000).map(|step| point(step, step as f64, evaluated(step))).collect());
+        let long = Curve(
+            (0..=1000)
+                .map(|step| point(step, step as f64, evaluated(step)))
+                .collect(),
+        );
         let points = long.thinned();
         assert!(points.len() < 350, "{}", points.len());
-        assert_eq!(points.iter().filter(|point| point.val_loss == Some(0.5)).count(), 10);
+        assert_eq!(
+            points
+                .iter()
+                .filter(|point| point.val_loss == Some(0.5))
+                .count(),
+            10
+        );
         // The point of step 0 counts as the first.
         assert_eq!((points[0].step, points[points.len() - 1].step), (0, 1000));
     }

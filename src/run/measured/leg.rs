@@ -12,7 +12,10 @@ use crate::run::Screen;
 use crate::run::prepare::Prepared;
 use crate::run::trainee::{Trainee, load_work};
 use crate::run::watch::Watch;
-use crate::train::{self, Checkpoints, Costs, Job, Observer, Outcome, Schedule, Settings, Standing, StepRecord, forecast};
+use crate::train::{
+    self, Checkpoints, Costs, Job, Observer, Outcome, Schedule, Settings, Standing, StepRecord,
+    forecast,
+};
 use crate::units::MicroJoules;
 use crate::work::Work;
 
@@ -32,7 +35,12 @@ pub(super) struct Field<'a> {
 impl<'a> Field<'a> {
     pub(super) fn new(prepared: &'a Prepared, kind: BaselineKind) -> Result<Self> {
         let shape = ModelShape::fully_trained(&prepared.architecture, prepared.recipe.model.dtype)?;
-        Ok(Self { prepared, kind, shape, trained: prepared.architecture.parameters() as usize })
+        Ok(Self {
+            prepared,
+            kind,
+            shape,
+            trained: prepared.architecture.parameters() as usize,
+        })
     }
 
     /// Names the baseline in its checkpoints.
@@ -41,7 +49,11 @@ impl<'a> Field<'a> {
     }
 
     pub(super) fn learning_rate(&self) -> f64 {
-        self.prepared.recipe.baseline.learning_rate.unwrap_or(self.prepared.recipe.train.learning_rate)
+        self.prepared
+            .recipe
+            .baseline
+            .learning_rate
+            .unwrap_or(self.prepared.recipe.train.learning_rate)
     }
 
     /// How often a baseline of `steps` steps, of which `equal` are those to equal energy, is evaluated: as the run, but often enough for a
@@ -50,7 +62,11 @@ impl<'a> Field<'a> {
         let often = equal.div_ceil(EVALUATIONS).max(1);
         let own = self.prepared.settings.eval_every;
         let every = if own > 0 { own.min(often) } else { often };
-        if steps > equal { every.max(steps.div_ceil(FURTHER_EVALUATIONS)) } else { every }
+        if steps > equal {
+            every.max(steps.div_ceil(FURTHER_EVALUATIONS))
+        } else {
+            every
+        }
     }
 
     /// The run's settings for a schedule over `steps` steps, of which `equal` are those to equal energy. The rise of the rate takes the same
@@ -62,7 +78,12 @@ impl<'a> Field<'a> {
         Settings {
             steps,
             by_epochs: false,
-            schedule: Schedule { peak: self.learning_rate(), steps, warmup_steps, ..own.schedule },
+            schedule: Schedule {
+                peak: self.learning_rate(),
+                steps,
+                warmup_steps,
+                ..own.schedule
+            },
             eval_every: self.eval_every(steps, equal),
             save_every: 0,
             keep_best: false,
@@ -74,14 +95,23 @@ impl<'a> Field<'a> {
 
     fn costs<'s>(&'s self, settings: &'s Settings) -> Costs<'s> {
         let prepared = self.prepared;
-        Costs::new(&self.shape, &prepared.sampler, &prepared.validation_batches, self.trained, settings, Vec::new())
+        Costs::new(
+            &self.shape,
+            &prepared.sampler,
+            &prepared.validation_batches,
+            self.trained,
+            settings,
+            Vec::new(),
+        )
     }
 
     /// Steps whose counted energy is at most `training`, and at most `energy_multiple` times as much.
     pub(super) fn steps(&self, training: MicroJoules) -> [u64; 2] {
         let settings = self.settings(1, 1);
         let costs = self.costs(&settings);
-        let most = (training.joules() * self.prepared.recipe.baseline.energy_multiple).rounded().max(training);
+        let most = (training.joules() * self.prepared.recipe.baseline.energy_multiple)
+            .rounded()
+            .max(training);
         let (mut spent, mut step, mut equal) = (MicroJoules::ZERO, 0, 0);
         loop {
             spent += self.prepared.profile.charge(&costs.step(step)).energy;
@@ -100,11 +130,20 @@ impl<'a> Field<'a> {
         let settings = self.settings(to, equal);
         let costs = self.costs(&settings);
         let (profile, rates) = (&self.prepared.profile, self.prepared.budget.rates().clone());
-        let Ok(unlimited) = Budget::new(Limits::default(), rates) else { return MicroJoules::ZERO };
-        let standing = Standing { step: from, ..Standing::default() };
+        let Ok(unlimited) = Budget::new(Limits::default(), rates) else {
+            return MicroJoules::ZERO;
+        };
+        let standing = Standing {
+            step: from,
+            ..Standing::default()
+        };
         let run = forecast(&costs, &settings, profile, &unlimited, NOTHING, &standing);
         let load = self.load();
-        let before = load.iter().chain(costs.evaluation()).filter(|_| from == 0).map(|work| profile.charge(work).energy);
+        let before = load
+            .iter()
+            .chain(costs.evaluation())
+            .filter(|_| from == 0)
+            .map(|work| profile.charge(work).energy);
         let before: MicroJoules = before.sum();
         before + run.total().energy
     }
@@ -112,7 +151,12 @@ impl<'a> Field<'a> {
     /// Loading the weights that it begins with; random ones are drawn at no cost.
     pub(super) fn load(&self) -> Option<Work> {
         let loads = self.kind == BaselineKind::FullFineTuning;
-        loads.then(|| load_work(&self.prepared.architecture, self.prepared.recipe.model.dtype))
+        loads.then(|| {
+            load_work(
+                &self.prepared.architecture,
+                self.prepared.recipe.model.dtype,
+            )
+        })
     }
 }
 
@@ -139,8 +183,18 @@ impl Leg<'_> {
     ) -> Result<Outcome> {
         let [equal, steps] = self.steps;
         let settings = self.field.settings(steps, equal);
-        let watch = Watch::new(folder.join(crate::report::files::STEPS_JSONL), screen, steps, steps)?;
-        let mut observer = Racer { watch, target: self.target, asked, stop };
+        let watch = Watch::new(
+            folder.join(crate::report::files::STEPS_JSONL),
+            screen,
+            steps,
+            steps,
+        )?;
+        let mut observer = Racer {
+            watch,
+            target: self.target,
+            asked,
+            stop,
+        };
         let prepared = self.field.prepared;
         let mut job = Job {
             decoder: &self.trainee.decoder,

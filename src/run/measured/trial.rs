@@ -50,29 +50,55 @@ impl<'a> Trial<'a> {
         let field = Field::new(prepared, kind)?;
         let steps = field.steps(finish.training.energy_j.counted);
         if steps[0] == 0 {
-            return Ok(Err("one of its steps takes more energy than all the training of the run".into()));
+            return Ok(Err(
+                "one of its steps takes more energy than all the training of the run".into(),
+            ));
         }
         let folder = folder(place.directory, kind);
         let least = field.forecast(0, 1, steps[0]).joules();
         if let Some(limit) = limit.filter(|limit| *limit < least && !folder.exists()) {
             let left = limit.max(Joules::ZERO);
-            return Ok(Err(format!("`baseline.budget` leaves {left}, and one step with its evaluations takes {least}")));
+            return Ok(Err(format!(
+                "`baseline.budget` leaves {left}, and one step with its evaluations takes {least}"
+            )));
         }
         std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-        let budget = Budget::new(Limits { energy: limit, ..Limits::default() }, prepared.budget.rates().clone())?;
+        let budget = Budget::new(
+            Limits {
+                energy: limit,
+                ..Limits::default()
+            },
+            prepared.budget.rates().clone(),
+        )?;
         let meters = Meters::open(prepared.profile.clone(), place.computing);
         let meter = meters.resolve(meter(prepared.recipe.energy.meter))?;
         let account = Account::new(budget, meters, ledger(&folder.join(LEDGER))?, meter);
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
         let found = checkpoints.newest(&field.name())?;
-        let standing = found.unwrap_or_else(|| Standing { recipe: field.name(), ..Standing::default() });
+        let standing = found.unwrap_or_else(|| Standing {
+            recipe: field.name(),
+            ..Standing::default()
+        });
         truncate_after(&folder.join(STEPS_JSONL), standing.step)?;
-        Ok(Ok(Self { place, field, finish, account, checkpoints, folder, steps, standing }))
+        Ok(Ok(Self {
+            place,
+            field,
+            finish,
+            account,
+            checkpoints,
+            folder,
+            steps,
+            standing,
+        }))
     }
 
     pub(super) fn announcement(&self) -> String {
         let [equal, most] = self.steps;
-        let further = if most > equal { format!(", then up to step {most} to the run's loss") } else { String::new() };
+        let further = if most > equal {
+            format!(", then up to step {most} to the run's loss")
+        } else {
+            String::new()
+        };
         let plural = if equal == 1 { "step" } else { "steps" };
         let energy = self.finish.training.energy_j.counted.joules();
         let from = match self.standing.step {
@@ -101,14 +127,21 @@ impl<'a> Trial<'a> {
     /// Whether it stands, evaluated, where its training ends.
     fn finished(&self) -> bool {
         let (step, [equal, most]) = (self.standing.step, self.steps);
-        let evaluated = self.standing.val_loss_last.is_some_and(|last| last.step == step);
+        let evaluated = self
+            .standing
+            .val_loss_last
+            .is_some_and(|last| last.step == step);
         evaluated && (step == most || (step >= equal && !self.above_the_run()))
     }
 
     /// Whether its budget still holds loading, a step, and what follows the last one.
     fn has_room(&self) -> bool {
         let step = self.standing.step;
-        let again = self.field.load().filter(|_| step > 0).map(|work| self.account.forecast(&[(Phase::Load, work)]).energy);
+        let again = self
+            .field
+            .load()
+            .filter(|_| step > 0)
+            .map(|work| self.account.forecast(&[(Phase::Load, work)]).energy);
         let least = self.field.forecast(step, step + 1, self.steps[0]) + again.unwrap_or_default();
         let limit = self.account.budget().limits().energy;
         limit.is_none_or(|limit| self.account.spent().energy.joules() + least.joules() <= limit)
@@ -128,18 +161,38 @@ impl<'a> Trial<'a> {
         Ok(stop)
     }
 
-    fn leg(&mut self, trainee: &Trainee, steps: [u64; 2], target: Option<f64>, screen: &mut dyn Screen) -> Result<Stop> {
+    fn leg(
+        &mut self,
+        trainee: &Trainee,
+        steps: [u64; 2],
+        target: Option<f64>,
+        screen: &mut dyn Screen,
+    ) -> Result<Stop> {
         let stop = AtomicBool::new(false);
-        let leg = Leg { field: &self.field, trainee, steps, target };
+        let leg = Leg {
+            field: &self.field,
+            trainee,
+            steps,
+            target,
+        };
         let flags = [self.place.interrupted, &stop];
-        let outcome = leg.run(self.standing.clone(), &mut self.account, &self.checkpoints, &self.folder, flags, screen)?;
+        let outcome = leg.run(
+            self.standing.clone(),
+            &mut self.account,
+            &self.checkpoints,
+            &self.folder,
+            flags,
+            screen,
+        )?;
         self.standing = outcome.standing;
         Ok(outcome.stop)
     }
 
     /// Whether its last evaluation was above the run's loss.
     fn above_the_run(&self) -> bool {
-        self.standing.val_loss_last.is_some_and(|last| last.val_loss > self.finish.val_loss)
+        self.standing
+            .val_loss_last
+            .is_some_and(|last| last.val_loss > self.finish.val_loss)
     }
 
     /// Random weights, or the pretrained ones, which are loaded at their cost; then those of the checkpoint, where there is one.
@@ -150,14 +203,17 @@ impl<'a> Trial<'a> {
             Some(load) => {
                 self.account.admit(Phase::Load, &load, &[])?;
                 self.account.begin();
-                let weights = Weights::open(prepared.files.require_weights()?, &prepared.architecture)?;
+                let weights =
+                    Weights::open(prepared.files.require_weights()?, &prepared.architecture)?;
                 let trainee = fully_trained(prepared, Some(&weights), self.place.device)?;
-                self.account.charge(Phase::Load, self.standing.step, &load)?;
+                self.account
+                    .charge(Phase::Load, self.standing.step, &load)?;
                 trainee
             }
         };
         if self.standing.step > 0 {
-            self.checkpoints.restore(self.standing.step, &trainee.parameters)?;
+            self.checkpoints
+                .restore(self.standing.step, &trainee.parameters)?;
         }
         Ok(trainee)
     }
@@ -167,7 +223,10 @@ impl<'a> Trial<'a> {
         let (kind, spent) = (self.account.kind(), self.account.spent());
         let energy = spent.energy.joules();
         let within = interval(kind, energy);
-        let ((low_j, high_j), carbon) = (bounds(within), carbon_block(self.place.prepared, within, spent.time));
+        let ((low_j, high_j), carbon) = (
+            bounds(within),
+            carbon_block(self.place.prepared, within, spent.time),
+        );
         let run_training = self.finish.training.on(kind).joules();
         let (log, before) = (self.folder.join(STEPS_JSONL), self.standing.val_loss_before);
         let curve = Curve::read(&log, &self.folder.join(LEDGER), before, kind)?;
@@ -187,14 +246,22 @@ impl<'a> Trial<'a> {
             // Where it stopped was chosen: its ratio is no estimate that could be off.
             low_ratio: None,
             high_ratio: None,
-            source: format!("{steps} steps on every weight, {}", start_words(self.field.kind)),
+            source: format!(
+                "{steps} steps on every weight, {}",
+                start_words(self.field.kind)
+            ),
             assumptions: self.assumptions(kind),
             val_loss_at_equal_energy: curve.val_loss_at(self.steps[0]),
             energy_to_equal_loss_j: equal.energy_j,
             measured: Some(MeasuredBaseline {
                 steps,
                 steps_at_equal_energy: self.steps[0],
-                stop_reason: stop_reason(stop, self.standing.step, self.steps[0], self.above_the_run()),
+                stop_reason: stop_reason(
+                    stop,
+                    self.standing.step,
+                    self.steps[0],
+                    self.above_the_run(),
+                ),
                 learning_rate: self.field.learning_rate(),
                 run_training_j: run_training,
                 training_j: curve.trained(),
@@ -211,7 +278,11 @@ impl<'a> Trial<'a> {
             1 => "after every step".to_string(),
             steps => format!("every {steps} steps"),
         };
-        let rate = if recipe.baseline.learning_rate.is_some() { "`baseline.learning_rate`" } else { "the run's own" };
+        let rate = if recipe.baseline.learning_rate.is_some() {
+            "`baseline.learning_rate`"
+        } else {
+            "the run's own"
+        };
         let mut all = vec![
             format!(
                 "the same records in the same order, batches, optimizer and seed; peak learning rate {} ({rate})",
@@ -247,7 +318,11 @@ fn stop_reason(stop: &Stop, step: u64, equal: u64, above: bool) -> BaselineStop 
 }
 
 fn start_words(kind: BaselineKind) -> &'static str {
-    if kind == BaselineKind::FullFineTuning { "from the pretrained weights" } else { "from random weights" }
+    if kind == BaselineKind::FullFineTuning {
+        "from the pretrained weights"
+    } else {
+        "from random weights"
+    }
 }
 
 /// A baseline's own ledger.
@@ -255,7 +330,11 @@ const LEDGER: &str = "ledger.jsonl";
 
 /// A new ledger, or the one that an earlier process left: what it spent is spent.
 fn ledger(path: &Path) -> Result<Ledger> {
-    if path.exists() { Ledger::resume(path) } else { Ledger::create(path) }
+    if path.exists() {
+        Ledger::resume(path)
+    } else {
+        Ledger::create(path)
+    }
 }
 
 #[cfg(test)]
@@ -264,7 +343,10 @@ mod tests {
 
     #[test]
     fn a_baseline_that_came_to_the_runs_loss_says_so_whatever_ended_it() {
-        let (diverged, budget) = (Stop::Diverged("the loss".to_string()), Stop::Budget(Limit::Energy));
+        let (diverged, budget) = (
+            Stop::Diverged("the loss".to_string()),
+            Stop::Budget(Limit::Energy),
+        );
         // Ten steps take the run's energy.
         let expected = [
             // Beyond equal energy and no longer above the run's loss: only what is not finite says something else.
@@ -284,7 +366,11 @@ mod tests {
             (&Stop::Interrupted, 7, true, BaselineStop::Interrupted),
         ];
         for (stop, step, above, reason) in expected {
-            assert_eq!(stop_reason(stop, step, 10, above), reason, "{stop:?} after {step} steps, above: {above}");
+            assert_eq!(
+                stop_reason(stop, step, 10, above),
+                reason,
+                "{stop:?} after {step} steps, above: {above}"
+            );
         }
     }
 }

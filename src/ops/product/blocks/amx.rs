@@ -14,7 +14,9 @@ pub(in crate::ops::product) fn permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
         const TILES_AND_BF16: u32 = 1 << 24 | 1 << 22;
-        is_x86_feature_detected!("avx512bf16") && __cpuid_count(7, 0).edx & TILES_AND_BF16 == TILES_AND_BF16 && asked()
+        is_x86_feature_detected!("avx512bf16")
+            && __cpuid_count(7, 0).edx & TILES_AND_BF16 == TILES_AND_BF16
+            && asked()
     })
 }
 
@@ -34,7 +36,10 @@ fn asked() -> bool {
 
 /// Shapes all eight of this thread's registers as 16 rows of 64 bytes (palette 1).
 pub(super) fn shape() {
-    assert!(permitted(), "tile registers are used only where they are permitted");
+    assert!(
+        permitted(),
+        "tile registers are used only where they are permitted"
+    );
     // Layout: Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved bytes, then 16 row widths in
     // bytes (u16) and 16 row counts (u8).
     let mut shape = [0u8; 64];
@@ -193,7 +198,12 @@ kernel!(mixed_then_split, mixed_step!(), split_step!());
 ///
 /// # Safety
 /// As the kernels': this thread's registers are shaped; A's and B's steps are readable, `out` is writable.
-pub(super) unsafe fn multiply(planes: usize, runs: Runs, (out, out_row): (*mut f32, usize), onto: bool) {
+pub(super) unsafe fn multiply(
+    planes: usize,
+    runs: Runs,
+    (out, out_row): (*mut f32, usize),
+    onto: bool,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         match (planes, runs.map(|run| run.planes)) {

@@ -31,7 +31,12 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub(super) const EMPTY: Self = Self { a: std::ptr::null(), b: std::ptr::null(), planes: ROUNDED, depth: 0 };
+    pub(super) const EMPTY: Self = Self {
+        a: std::ptr::null(),
+        b: std::ptr::null(),
+        planes: ROUNDED,
+        depth: 0,
+    };
 }
 
 /// Two runs of k, one after the other. The second may be empty.
@@ -60,7 +65,10 @@ impl Ready {
     pub(in crate::ops) fn new(unit: Unit) -> Self {
         match unit {
             Unit::Tiles => amx::shape(),
-            Unit::Pairs => assert!(pairs::present(), "dot products of pairs are used only where there are any"),
+            Unit::Pairs => assert!(
+                pairs::present(),
+                "dot products of pairs are used only where there are any"
+            ),
         }
         Self(unit)
     }
@@ -71,7 +79,14 @@ impl Ready {
     ///
     /// # Safety
     /// A's and B's steps are readable, `out` is writable as (32, 32) numbers.
-    pub(super) unsafe fn multiply(&self, planes: usize, runs: Runs, out: (*mut f32, usize), size: (usize, usize), onto: bool) {
+    pub(super) unsafe fn multiply(
+        &self,
+        planes: usize,
+        runs: Runs,
+        out: (*mut f32, usize),
+        size: (usize, usize),
+        onto: bool,
+    ) {
         // SAFETY: the caller's promise; this thread is `Ready`.
         unsafe {
             match self.0 {

@@ -50,7 +50,13 @@ impl Operand {
     /// Holds nothing yet.
     pub(in crate::ops) fn new(planes: usize) -> Self {
         assert!(planes == ROUNDED || planes == SPLIT, "one plane or three");
-        Self { lines: Vec::new(), planes, lanes: 0, depth: 0, steps: 0 }
+        Self {
+            lines: Vec::new(),
+            planes,
+            lanes: 0,
+            depth: 0,
+            steps: 0,
+        }
     }
 
     /// Room for `lanes` of `depth`, with nothing in it yet.
@@ -106,7 +112,9 @@ impl Operand {
         self.room(view.lanes, view.depth);
         let (planes, strip, strips) = (self.planes, self.strip().max(1), self.strips());
         let lines = self.lines.chunks_exact_mut(strip).take(strips).enumerate();
-        each(lines, |(index, lines)| view.pack(planes, index * SIDE, 0..view.depth, lines));
+        each(lines, |(index, lines)| {
+            view.pack(planes, index * SIDE, 0..view.depth, lines)
+        });
     }
 
     /// Room for an A of `rows` by `columns`, whose blocks `blocks` gives a place.
@@ -121,7 +129,11 @@ impl Operand {
 
     /// Where blocks are written.
     pub(in crate::ops) fn blocks(&mut self) -> Blocks {
-        Blocks { at: Shared(self.lines.as_mut_ptr()), planes: self.planes, strip: self.strip() }
+        Blocks {
+            at: Shared(self.lines.as_mut_ptr()),
+            planes: self.planes,
+            strip: self.strip(),
+        }
     }
 
     /// The lines of step `step` of a strip.
@@ -165,7 +177,13 @@ impl Blocks {
     /// The operand has this block, is still there, and no other thread touches the block; the processor has AVX-512 F, BW, VL and BF16.
     pub(in crate::ops) unsafe fn write(self, strip: usize, step: usize, tile: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { pack_block(self.planes, tile, self.at.at(strip * self.strip + step * self.planes * PAIR)) };
+        unsafe {
+            pack_block(
+                self.planes,
+                tile,
+                self.at.at(strip * self.strip + step * self.planes * PAIR),
+            )
+        };
     }
 }
 
@@ -229,7 +247,11 @@ impl<'a> Right<'a> {
             Self::Kept(_) => {}
             Self::Packed(operand) => {
                 for (step, out) in steps.zip(out.chunks_exact_mut(operand.step())) {
-                    for (block, out) in operand.block(step, panel).chunks_exact(PAIR).zip(out.chunks_exact_mut(PAIR)) {
+                    for (block, out) in operand
+                        .block(step, panel)
+                        .chunks_exact(PAIR)
+                        .zip(out.chunks_exact_mut(PAIR))
+                    {
                         turn(block, out);
                     }
                 }
@@ -251,15 +273,32 @@ pub(in crate::ops) fn multiply(
     out: (&mut [f32], usize),
     onto: bool,
 ) {
-    assert!(a.2 + steps <= a.0.steps && b.2 + steps <= b.0.steps, "both operands have these steps");
-    assert!(a.1.end * SIDE < a.0.lanes + SIDE && b.1.end * SIDE < b.0.lanes + SIDE, "both operands have these strips");
-    assert!(b.0.planes == a.0.planes || b.0.planes == ROUNDED, "B has A's planes or one");
+    assert!(
+        a.2 + steps <= a.0.steps && b.2 + steps <= b.0.steps,
+        "both operands have these steps"
+    );
+    assert!(
+        a.1.end * SIDE < a.0.lanes + SIDE && b.1.end * SIDE < b.0.lanes + SIDE,
+        "both operands have these strips"
+    );
+    assert!(
+        b.0.planes == a.0.planes || b.0.planes == ROUNDED,
+        "B has A's planes or one"
+    );
     let (rows, columns) = (a.1.len() * SIDE, b.1.len() * SIDE);
-    assert!(columns <= out.1 && rows * out.1 + columns <= out.0.len() + out.1, "the result has room for whole tiles");
+    assert!(
+        columns <= out.1 && rows * out.1 + columns <= out.0.len() + out.1,
+        "the result has room for whole tiles"
+    );
     for (row, strip) in a.1.enumerate() {
         for (column, panel) in b.1.clone().enumerate() {
             let depth = a.0.depth_of(a.2..a.2 + steps);
-            let run = Run { a: a.0.at(strip, a.2), b: b.0.at(panel, b.2), planes: b.0.planes, depth };
+            let run = Run {
+                a: a.0.at(strip, a.2),
+                b: b.0.at(panel, b.2),
+                planes: b.0.planes,
+                depth,
+            };
             let size = ((a.0.lanes - strip * SIDE).min(SIDE), SIDE);
             // SAFETY: all asserted above.
             unsafe {
@@ -279,8 +318,15 @@ pub(in crate::ops) struct Packed {
 impl Packed {
     /// Packs `a` where it has rows enough.
     pub(in crate::ops) fn new(unit: Unit, a: &Matrix<'_>, precision: Precision) -> Option<Self> {
-        let planes = if precision == Precision::F32 { SPLIT } else { ROUNDED };
-        (a.rows >= LEAST_ROWS).then(|| Self { unit, operand: Operand::shared(planes, &View::a(a)) })
+        let planes = if precision == Precision::F32 {
+            SPLIT
+        } else {
+            ROUNDED
+        };
+        (a.rows >= LEAST_ROWS).then(|| Self {
+            unit,
+            operand: Operand::shared(planes, &View::a(a)),
+        })
     }
 
     /// Room for an A of `rows` by `columns` that is packed as this one is.
@@ -289,7 +335,10 @@ impl Packed {
     /// Every block must be written before it is read.
     pub(in crate::ops) unsafe fn alike(&self, rows: usize, columns: usize) -> Self {
         // SAFETY: the caller's promise.
-        Self { unit: self.unit, operand: unsafe { Operand::uninitialized(self.operand.planes, rows, columns) } }
+        Self {
+            unit: self.unit,
+            operand: unsafe { Operand::uninitialized(self.operand.planes, rows, columns) },
+        }
     }
 
     /// Where blocks are written.
@@ -299,7 +348,11 @@ impl Packed {
 
     /// What it can be multiplied by; holds nothing yet.
     pub(super) fn held(&self) -> Held {
-        Held { unit: self.unit, planes: self.operand.planes, operand: Operand::new(ROUNDED) }
+        Held {
+            unit: self.unit,
+            planes: self.operand.planes,
+            operand: Operand::new(ROUNDED),
+        }
     }
 }
 
@@ -327,13 +380,29 @@ impl Held {
     /// out = rows of `a`, from a whole strip on, times what is held.
     pub(super) fn product(&self, a: &Packed, rows: Range<usize>, out: (&mut [f32], usize)) {
         assert!(rows.start.is_multiple_of(SIDE), "rows begin with a strip");
-        self.times(&a.operand, rows.start / SIDE..rows.end.div_ceil(SIDE), out, false);
+        self.times(
+            &a.operand,
+            rows.start / SIDE..rows.end.div_ceil(SIDE),
+            out,
+            false,
+        );
     }
 
     /// out += the first `rows` rows of `a`, `a.1` numbers apart, times what is held.
     pub(super) fn add_product(&self, rows: usize, a: (&[f32], usize), out: (&mut [f32], usize)) {
-        let view = View::new(Side::A, Values::F32(a.0), 0, (rows, a.1), (self.operand.depth, 1));
-        self.times(&Operand::of(self.planes, &view), 0..rows.div_ceil(SIDE), out, true);
+        let view = View::new(
+            Side::A,
+            Values::F32(a.0),
+            0,
+            (rows, a.1),
+            (self.operand.depth, 1),
+        );
+        self.times(
+            &Operand::of(self.planes, &view),
+            0..rows.div_ceil(SIDE),
+            out,
+            true,
+        );
     }
 
     /// out = [out where it is to `add`] + strips of A times all of B, on this thread: as much of B at a time as a task packs elsewhere.
@@ -344,7 +413,14 @@ impl Held {
         for steps in even_parts(0..a.steps, deepest(a.planes)) {
             for panels in even_parts(0..b.strips(), together(steps.len() * b.step())) {
                 let (a, first) = ((a, strips.clone(), steps.start), panels.start * SIDE);
-                multiply(&ready, a, (b, panels, steps.start), steps.len(), (&mut out[first..], row), add || steps.start > 0);
+                multiply(
+                    &ready,
+                    a,
+                    (b, panels, steps.start),
+                    steps.len(),
+                    (&mut out[first..], row),
+                    add || steps.start > 0,
+                );
             }
         }
     }
@@ -374,8 +450,14 @@ pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &
 
 /// The terms, each B as its form that stays where there is one.
 fn terms_by<'a>(unit: Unit, terms: &[(&'a Packed, Matrix<'a>)]) -> Vec<Term<'a>> {
-    assert!(terms.iter().all(|(a, _)| a.unit == unit), "operands of one sum are packed for one unit");
-    terms.iter().map(|(a, b)| (&a.operand, Right::of(a, b))).collect()
+    assert!(
+        terms.iter().all(|(a, _)| a.unit == unit),
+        "operands of one sum are packed for one unit"
+    );
+    terms
+        .iter()
+        .map(|(a, b)| (&a.operand, Right::of(a, b)))
+        .collect()
 }
 
 fn products_of(unit: Unit, terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]) {
@@ -385,8 +467,21 @@ fn products_of(unit: Unit, terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]
     for (index, sum) in passes.iter().enumerate() {
         let last = index + 1 == passes.len();
         let start = if last { start } else { Start::Zero };
-        let pass = Pass { unit, sum, onto: index > 0, start, out: Shared(out.as_mut_ptr()), m, n };
-        tasks(n.div_ceil(SIDE), together(sum.lines), (m.div_ceil(SIDE), 1), |panels, strips| pass.task(panels, strips));
+        let pass = Pass {
+            unit,
+            sum,
+            onto: index > 0,
+            start,
+            out: Shared(out.as_mut_ptr()),
+            m,
+            n,
+        };
+        tasks(
+            n.div_ceil(SIDE),
+            together(sum.lines),
+            (m.div_ceil(SIDE), 1),
+            |panels, strips| pass.task(panels, strips),
+        );
     }
 }
 
@@ -399,36 +494,53 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
     let unit = sums[0][0].0.unit;
     let sums = sums.map(|terms| terms_by(unit, terms));
     let (m, n) = (sums[0][0].0.lanes, sums[0][0].1.lanes());
-    sums.iter().flatten().for_each(|(a, _)| issue(1, m, n, a.depth));
+    sums.iter()
+        .flatten()
+        .for_each(|(a, _)| issue(1, m, n, a.depth));
     let sums = sums.map(|terms| Sum::passes(&terms, (m, n)));
     let all = || sums.iter().flatten();
-    let (size, most) = (all().map(|sum| sum.packed).sum(), together(all().map(|sum| sum.lines).sum()));
-    tasks(n.div_ceil(SIDE), most, (m.div_ceil(SIDE), 1), |panels, strips| {
-        with_room(panels.len() * size, |packed| {
-            let mut done = 0;
-            for sum in all() {
-                sum.pack(panels.clone(), &mut packed[done..], size);
-                done += sum.packed;
-            }
-            let ready = Ready::new(unit);
-            let mut tiles = [Tile::ZERO; S];
-            for strip in strips {
-                for panel in panels.clone() {
-                    let mut packed = &packed[(panel - panels.start) * size..][..size];
-                    for (tile, passes) in tiles.iter_mut().zip(&sums) {
-                        for (index, sum) in passes.iter().enumerate() {
-                            // SAFETY: the panel is packed, in this order; a tile is 32 rows of 32 numbers.
-                            unsafe {
-                                sum.tile(&ready, (strip, panel), packed, (tile.0.as_mut_ptr(), SIDE), (SIDE, SIDE), index > 0)
-                            };
-                            packed = &packed[sum.packed..];
-                        }
-                    }
-                    take(strip, panel, &mut tiles);
+    let (size, most) = (
+        all().map(|sum| sum.packed).sum(),
+        together(all().map(|sum| sum.lines).sum()),
+    );
+    tasks(
+        n.div_ceil(SIDE),
+        most,
+        (m.div_ceil(SIDE), 1),
+        |panels, strips| {
+            with_room(panels.len() * size, |packed| {
+                let mut done = 0;
+                for sum in all() {
+                    sum.pack(panels.clone(), &mut packed[done..], size);
+                    done += sum.packed;
                 }
-            }
-        });
-    });
+                let ready = Ready::new(unit);
+                let mut tiles = [Tile::ZERO; S];
+                for strip in strips {
+                    for panel in panels.clone() {
+                        let mut packed = &packed[(panel - panels.start) * size..][..size];
+                        for (tile, passes) in tiles.iter_mut().zip(&sums) {
+                            for (index, sum) in passes.iter().enumerate() {
+                                // SAFETY: the panel is packed, in this order; a tile is 32 rows of 32 numbers.
+                                unsafe {
+                                    sum.tile(
+                                        &ready,
+                                        (strip, panel),
+                                        packed,
+                                        (tile.0.as_mut_ptr(), SIDE),
+                                        (SIDE, SIDE),
+                                        index > 0,
+                                    )
+                                };
+                                packed = &packed[sum.packed..];
+                            }
+                        }
+                        take(strip, panel, &mut tiles);
+                    }
+                }
+            });
+        },
+    );
 }
 
 /// A tile on its way, row by row.
@@ -457,7 +569,11 @@ impl Piece<'_> {
 
     /// Those of them that are not kept.
     fn packed(&self) -> usize {
-        if matches!(self.b, Right::Kept(_)) { 0 } else { self.lines() }
+        if matches!(self.b, Right::Kept(_)) {
+            0
+        } else {
+            self.lines()
+        }
     }
 }
 
@@ -479,13 +595,24 @@ impl<'a> Sum<'a> {
         let mut passes: Vec<Vec<Piece<'a>>> = vec![Vec::new()];
         let mut done = 0;
         for &(a, b) in terms {
-            assert!(a.lanes == m && b.lanes() == n && a.depth == b.depth(), "the terms of a sum have one shape");
+            assert!(
+                a.lanes == m && b.lanes() == n && a.depth == b.depth(),
+                "the terms of a sum have one shape"
+            );
             assert_eq!(a.planes, planes, "operands of one sum are packed alike");
             for steps in even_parts(0..a.steps, most) {
-                let piece = Piece { a, b, steps, planes: b.planes(planes) };
+                let piece = Piece {
+                    a,
+                    b,
+                    steps,
+                    planes: b.planes(planes),
+                };
                 // An adapter's few steps join whatever is there.
-                let joins = |pass: &Vec<Piece<'_>>| pass.len() < 2 && pass.iter().all(|before| before.planes <= piece.planes);
-                let fits = passes.last().is_some_and(joins) && done + piece.steps.len() <= most + most / 8;
+                let joins = |pass: &Vec<Piece<'_>>| {
+                    pass.len() < 2 && pass.iter().all(|before| before.planes <= piece.planes)
+                };
+                let fits =
+                    passes.last().is_some_and(joins) && done + piece.steps.len() <= most + most / 8;
                 if done > 0 && !fits {
                     passes.push(Vec::new());
                     done = 0;
@@ -498,7 +625,12 @@ impl<'a> Sum<'a> {
         }
         let sum = |pieces: Vec<Piece<'a>>| {
             let of = |lines: fn(&Piece<'a>) -> usize| pieces.iter().map(lines).sum();
-            Self { planes, lines: of(Piece::lines), packed: of(Piece::packed), pieces }
+            Self {
+                planes,
+                lines: of(Piece::lines),
+                packed: of(Piece::packed),
+                pieces,
+            }
         };
         passes.into_iter().map(sum).collect()
     }
@@ -506,11 +638,18 @@ impl<'a> Sum<'a> {
     /// Packs these panels of B, `size` lines apart, where they are not kept.
     fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
         let mut done = 0;
-        for piece @ Piece { b, steps: all, planes, .. } in self.pieces.iter().filter(|piece| piece.packed() > 0) {
+        for piece @ Piece {
+            b,
+            steps: all,
+            planes,
+            ..
+        } in self.pieces.iter().filter(|piece| piece.packed() > 0)
+        {
             for steps in even_parts(all.clone(), b.at_once(all.len())) {
                 let at = done + (steps.start - all.start) * planes * PAIR;
                 for panel in panels.clone() {
-                    let packed = &mut packed[(panel - panels.start) * size + at..][..steps.len() * planes * PAIR];
+                    let packed = &mut packed[(panel - panels.start) * size + at..]
+                        [..steps.len() * planes * PAIR];
                     b.pack(*planes, panel, steps.clone(), packed);
                 }
             }
@@ -531,15 +670,25 @@ impl<'a> Sum<'a> {
         size: (usize, usize),
         onto: bool,
     ) {
-        assert!(packed.len() >= self.packed, "a panel holds every piece that is packed");
+        assert!(
+            packed.len() >= self.packed,
+            "a panel holds every piece that is packed"
+        );
         let (mut runs, mut done) = ([Run::EMPTY; 2], 0);
         for (run, piece) in runs.iter_mut().zip(&self.pieces) {
-            let Piece { a, steps, planes, .. } = piece;
+            let Piece {
+                a, steps, planes, ..
+            } = piece;
             let b = match piece.b {
                 Right::Kept(operand) => operand.at(panel, steps.start),
                 Right::View(_) | Right::Packed(_) => packed[done..].as_ptr(),
             };
-            *run = Run { a: a.at(strip, steps.start), b, planes: *planes, depth: a.depth_of(steps.clone()) };
+            *run = Run {
+                a: a.at(strip, steps.start),
+                b,
+                planes: *planes,
+                depth: a.depth_of(steps.clone()),
+            };
             done += piece.packed();
         }
         // SAFETY: the caller's promise; A's strips and what is kept have all their steps.
@@ -584,7 +733,12 @@ impl Pass<'_> {
             let ready = Ready::new(self.unit);
             for strip in strips {
                 for panel in panels.clone() {
-                    self.tile(&ready, strip, panel, &packed[(panel - panels.start) * size..][..size]);
+                    self.tile(
+                        &ready,
+                        strip,
+                        panel,
+                        &packed[(panel - panels.start) * size..][..size],
+                    );
                 }
             }
         });
@@ -603,14 +757,31 @@ impl Pass<'_> {
         unsafe {
             let out = self.out.at(row * self.n + column);
             if rows == SIDE && columns == SIDE && start.is_none() {
-                return self.sum.tile(ready, (strip, panel), packed, (out, self.n), (SIDE, SIDE), self.onto);
+                return self.sum.tile(
+                    ready,
+                    (strip, panel),
+                    packed,
+                    (out, self.n),
+                    (SIDE, SIDE),
+                    self.onto,
+                );
             }
             let mut scratch = MaybeUninit::<Tile>::uninit();
             let at = scratch.as_mut_ptr().cast::<f32>();
             if self.onto {
-                (0..rows).for_each(|i| at.add(i * SIDE).copy_from_nonoverlapping(out.add(i * self.n), columns));
+                (0..rows).for_each(|i| {
+                    at.add(i * SIDE)
+                        .copy_from_nonoverlapping(out.add(i * self.n), columns)
+                });
             }
-            self.sum.tile(ready, (strip, panel), packed, (at, SIDE), (rows, columns), self.onto);
+            self.sum.tile(
+                ready,
+                (strip, panel),
+                packed,
+                (at, SIDE),
+                (rows, columns),
+                self.onto,
+            );
             finish(at, (out, self.n), start, rows, columns);
         }
     }
@@ -621,19 +792,35 @@ impl Pass<'_> {
 /// # Safety
 /// The tile is readable, out's rows are writable; the processor has AVX-512 F.
 #[target_feature(enable = "avx512f")]
-unsafe fn finish(tile: *const f32, out: (*mut f32, usize), start: Option<(&[f32], usize)>, rows: usize, columns: usize) {
+unsafe fn finish(
+    tile: *const f32,
+    out: (*mut f32, usize),
+    start: Option<(&[f32], usize)>,
+    rows: usize,
+    columns: usize,
+) {
     use std::arch::x86_64::{_mm512_add_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps};
     if let Some((start, stride)) = start {
-        assert!(rows == 0 || (rows - 1) * stride + columns <= start.len(), "every number has something to be added to it");
+        assert!(
+            rows == 0 || (rows - 1) * stride + columns <= start.len(),
+            "every number has something to be added to it"
+        );
     }
     for row in 0..rows {
         for column in (0..columns).step_by(16) {
-            let mask = if columns - column < 16 { (1 << (columns - column)) - 1 } else { u16::MAX };
+            let mask = if columns - column < 16 {
+                (1 << (columns - column)) - 1
+            } else {
+                u16::MAX
+            };
             // SAFETY: the mask names what lies inside every row: the caller's promise, and asserted.
             unsafe {
                 let mut sum = _mm512_maskz_loadu_ps(mask, tile.add(row * SIDE + column));
                 if let Some((start, stride)) = start {
-                    sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, start.as_ptr().add(row * stride + column)));
+                    sum = _mm512_add_ps(
+                        sum,
+                        _mm512_maskz_loadu_ps(mask, start.as_ptr().add(row * stride + column)),
+                    );
                 }
                 _mm512_mask_storeu_ps(out.0.add(row * out.1 + column), mask, sum);
             }

@@ -46,19 +46,44 @@ impl<'a> View<'a> {
     ) -> Self {
         let values = values.after(offset);
         let last = lanes.saturating_sub(1) * lane_stride + depth.saturating_sub(1) * k_stride;
-        assert!(lanes * depth == 0 || last < values.len(), "every number lies inside the matrix");
-        assert!(lane_stride == 1 || k_stride == 1, "lanes or k lie side by side");
-        Self { side, values, lanes, depth, lane_stride, k_stride }
+        assert!(
+            lanes * depth == 0 || last < values.len(),
+            "every number lies inside the matrix"
+        );
+        assert!(
+            lane_stride == 1 || k_stride == 1,
+            "lanes or k lie side by side"
+        );
+        Self {
+            side,
+            values,
+            lanes,
+            depth,
+            lane_stride,
+            k_stride,
+        }
     }
 
     /// A's lanes are its rows.
     pub(super) fn a(m: &Matrix<'a>) -> Self {
-        Self::new(Side::A, m.values, 0, (m.rows, m.row_stride), (m.columns, m.column_stride))
+        Self::new(
+            Side::A,
+            m.values,
+            0,
+            (m.rows, m.row_stride),
+            (m.columns, m.column_stride),
+        )
     }
 
     /// B's lanes are its columns.
     pub(super) fn b(m: &Matrix<'a>) -> Self {
-        Self::new(Side::B, m.values, 0, (m.columns, m.column_stride), (m.rows, m.row_stride))
+        Self::new(
+            Side::B,
+            m.values,
+            0,
+            (m.columns, m.column_stride),
+            (m.rows, m.row_stride),
+        )
     }
 
     /// Planes of a B beside an A of `planes`: one where its numbers are stored in bf16.
@@ -76,22 +101,42 @@ impl<'a> View<'a> {
 
     /// Packs numbers `k` of lanes `first..first + 32` in so many planes, step by step, zero beyond the matrix and beyond `k`.
     pub(super) fn pack(&self, planes: usize, first: usize, k: Range<usize>, out: &mut [Line]) {
-        assert!(k.end <= self.depth && first < self.lanes, "a strip lies inside its matrix");
-        assert_eq!(out.len(), k.len().div_ceil(DEPTH) * planes * PAIR, "room for every step");
+        assert!(
+            k.end <= self.depth && first < self.lanes,
+            "a strip lies inside its matrix"
+        );
+        assert_eq!(
+            out.len(),
+            k.len().div_ceil(DEPTH) * planes * PAIR,
+            "room for every step"
+        );
         match (self.values, planes) {
             (Values::F32(values), ROUNDED) => self.pack_of::<f32, ROUNDED>(values, first, k, out),
             (Values::F32(values), _) => self.pack_of::<f32, SPLIT>(values, first, k, out),
-            (Values::Bf16(values), ROUNDED) => self.pack_of::<half::bf16, ROUNDED>(values, first, k, out),
+            (Values::Bf16(values), ROUNDED) => {
+                self.pack_of::<half::bf16, ROUNDED>(values, first, k, out)
+            }
             (Values::Bf16(values), _) => self.pack_of::<half::bf16, SPLIT>(values, first, k, out),
         }
     }
 
-    fn pack_of<T: Number, const P: usize>(&self, values: &[T], first: usize, k: Range<usize>, out: &mut [Line]) {
+    fn pack_of<T: Number, const P: usize>(
+        &self,
+        values: &[T],
+        first: usize,
+        k: Range<usize>,
+        out: &mut [Line],
+    ) {
         for (start, step) in k.clone().step_by(DEPTH).zip(out.chunks_exact_mut(P * PAIR)) {
             for half in 0..SIDE / LANES {
                 let lane = first + half * LANES;
-                let (lanes, depth) = (self.lanes.saturating_sub(lane).min(LANES), (k.end - start).min(DEPTH));
-                let from = values.as_ptr().wrapping_add(lane * self.lane_stride + start * self.k_stride);
+                let (lanes, depth) = (
+                    self.lanes.saturating_sub(lane).min(LANES),
+                    (k.end - start).min(DEPTH),
+                );
+                let from = values
+                    .as_ptr()
+                    .wrapping_add(lane * self.lane_stride + start * self.k_stride);
                 let at = step[half * LANES..].as_mut_ptr();
                 let turned = self.along_k() == (self.side == Side::B);
                 // SAFETY: these lanes and numbers lie inside the matrix (asserted by `pack`), and `step` has room for them; a view is only
@@ -99,7 +144,9 @@ impl<'a> View<'a> {
                 unsafe {
                     match self.along_k() {
                         true => along_k::<T, P>(from, self.lane_stride, (lanes, depth), turned, at),
-                        false => along_lanes::<T, P>(from, self.k_stride, (lanes, depth), turned, at),
+                        false => {
+                            along_lanes::<T, P>(from, self.k_stride, (lanes, depth), turned, at)
+                        }
                     }
                 }
             }
@@ -115,7 +162,10 @@ pub(super) unsafe fn pack_block(planes: usize, tile: &Tile, out: *mut Line) {
     for half in 0..SIDE / LANES {
         // SAFETY: the caller's promise; a tile is 32 rows of 32 numbers.
         unsafe {
-            let (rows, out) = (tile.0.as_ptr().add(half * LANES * SIDE), out.add(half * LANES));
+            let (rows, out) = (
+                tile.0.as_ptr().add(half * LANES * SIDE),
+                out.add(half * LANES),
+            );
             match planes {
                 ROUNDED => along_k::<f32, ROUNDED>(rows, SIDE, (LANES, DEPTH), false, out),
                 _ => along_k::<f32, SPLIT>(rows, SIDE, (LANES, DEPTH), false, out),
@@ -143,9 +193,18 @@ unsafe fn widen_lines(block: *const Line, tile: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe {
             let line = _mm512_load_si512(block.add(row).cast());
-            for (half, narrow) in [_mm512_castsi512_si256(line), _mm512_extracti64x4_epi64::<1>(line)].into_iter().enumerate() {
+            for (half, narrow) in [
+                _mm512_castsi512_si256(line),
+                _mm512_extracti64x4_epi64::<1>(line),
+            ]
+            .into_iter()
+            .enumerate()
+            {
                 let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow));
-                _mm512_storeu_ps(tile.add(row * SIDE + half * LANES), _mm512_castsi512_ps(wide));
+                _mm512_storeu_ps(
+                    tile.add(row * SIDE + half * LANES),
+                    _mm512_castsi512_ps(wide),
+                );
             }
         }
     }
@@ -153,7 +212,10 @@ unsafe fn widen_lines(block: *const Line, tile: *mut f32) {
 
 /// A plane of A's block, 32 rows of 32 numbers, as B's: its rows as k.
 pub(super) fn turn(block: &[Line], out: &mut [Line]) {
-    assert!(block.len() == PAIR && out.len() == PAIR, "a plane of a block");
+    assert!(
+        block.len() == PAIR && out.len() == PAIR,
+        "a plane of a block"
+    );
     // SAFETY: both are 32 lines; operands are only made where AMX is, which no processor has without these vectors.
     unsafe { turn_lines(block.as_ptr(), out.as_mut_ptr()) };
 }
@@ -164,7 +226,8 @@ pub(super) fn turn(block: &[Line], out: &mut [Line]) {
 unsafe fn turn_lines(block: *const Line, out: *mut Line) {
     // Number i of the first row, then number i of the second: the lower half of each row, and the upper.
     let lower = _mm512_set_epi16(
-        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0,
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+        35, 3, 34, 2, 33, 1, 32, 0,
     );
     let upper = _mm512_add_epi16(lower, _mm512_set1_epi16(LANES as i16));
     for pair in 0..LANES {
@@ -172,8 +235,14 @@ unsafe fn turn_lines(block: *const Line, out: *mut Line) {
         unsafe {
             let first = _mm512_load_si512(block.add(2 * pair).cast());
             let second = _mm512_load_si512(block.add(2 * pair + 1).cast());
-            _mm512_store_si512(out.add(pair).cast(), _mm512_permutex2var_epi16(first, lower, second));
-            _mm512_store_si512(out.add(LANES + pair).cast(), _mm512_permutex2var_epi16(first, upper, second));
+            _mm512_store_si512(
+                out.add(pair).cast(),
+                _mm512_permutex2var_epi16(first, lower, second),
+            );
+            _mm512_store_si512(
+                out.add(LANES + pair).cast(),
+                _mm512_permutex2var_epi16(first, upper, second),
+            );
         }
     }
 }
@@ -181,7 +250,11 @@ unsafe fn turn_lines(block: *const Line, out: *mut Line) {
 /// The first `count` of sixteen lanes.
 #[inline(always)]
 fn first(count: usize) -> u16 {
-    if count >= LANES { u16::MAX } else { (1 << count) - 1 }
+    if count >= LANES {
+        u16::MAX
+    } else {
+        (1 << count) - 1
+    }
 }
 
 /// Line i = 32 numbers of lane i; where `turned`, words (two numbers each) and lines exchanged.
@@ -201,7 +274,9 @@ unsafe fn along_k<T: Number, const P: usize>(
     unsafe {
         let mut planes = match lanes == LANES && depth == DEPTH {
             true => read::<T, P>(from, (stride, LANES), |_| ALL),
-            false => read::<T, P>(from, (stride, LANES), |lane| if lane < lanes { masks } else { (0, 0) }),
+            false => read::<T, P>(from, (stride, LANES), |lane| {
+                if lane < lanes { masks } else { (0, 0) }
+            }),
         };
         store(&mut planes, turned, out);
     }
@@ -221,7 +296,8 @@ unsafe fn along_lanes<T: Number, const P: usize>(
 ) {
     // Number i of the lower half, then number i of the upper half.
     let both = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0,
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+        19, 3, 18, 2, 17, 1, 16, 0,
     );
     let mask = first(lanes);
     // SAFETY: the masks name what lies inside each two rows; `out` is the caller's promise.
@@ -229,7 +305,10 @@ unsafe fn along_lanes<T: Number, const P: usize>(
         let mut planes = match lanes == LANES && depth == DEPTH {
             true => read::<T, P>(from, (2 * stride, stride), |_| ALL),
             false => read::<T, P>(from, (2 * stride, stride), |pair| {
-                (if 2 * pair < depth { mask } else { 0 }, if 2 * pair + 1 < depth { mask } else { 0 })
+                (
+                    if 2 * pair < depth { mask } else { 0 },
+                    if 2 * pair + 1 < depth { mask } else { 0 },
+                )
             }),
         };
         for plane in 0..P {
@@ -298,20 +377,34 @@ unsafe fn store<const P: usize>(planes: &mut [[__m512i; LANES]; P], turned: bool
 /// The numbers that the masks name must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-unsafe fn words<T: Number, const P: usize>(low: *const T, high: *const T, masks: (u16, u16)) -> [__m512i; P] {
+unsafe fn words<T: Number, const P: usize>(
+    low: *const T,
+    high: *const T,
+    masks: (u16, u16),
+) -> [__m512i; P] {
     if let (Some((low, high)), 1) = (T::bf16(low, high), P) {
         // SAFETY: the caller's promise; bf16 is a transparent u16.
         return unsafe {
-            let (low, high) = (_mm256_maskz_loadu_epi16(masks.0, low.cast()), _mm256_maskz_loadu_epi16(masks.1, high.cast()));
+            let (low, high) = (
+                _mm256_maskz_loadu_epi16(masks.0, low.cast()),
+                _mm256_maskz_loadu_epi16(masks.1, high.cast()),
+            );
             [_mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high); P]
         };
     }
     // SAFETY: the caller's promise.
-    let (low, high) = unsafe { (parts::<P>(T::load(low, masks.0)), parts::<P>(T::load(high, masks.1))) };
+    let (low, high) = unsafe {
+        (
+            parts::<P>(T::load(low, masks.0)),
+            parts::<P>(T::load(high, masks.1)),
+        )
+    };
     let mut words = [_mm512_setzero_si512(); P];
     for plane in 0..P {
         // SAFETY: both are 512 bits without a meaning of their own.
-        words[plane] = unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high[plane], low[plane])) };
+        words[plane] = unsafe {
+            std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high[plane], low[plane]))
+        };
     }
     words
 }
@@ -324,7 +417,10 @@ fn parts<const P: usize>(x: __m512) -> [__m512; P] {
     for part in 1..P {
         let rest = parts[part - 1];
         let bits = _mm512_add_epi32(_mm512_castps_si512(rest), _mm512_set1_epi32(0x8000));
-        parts[part - 1] = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32.cast_signed())));
+        parts[part - 1] = _mm512_castsi512_ps(_mm512_and_si512(
+            bits,
+            _mm512_set1_epi32(0xffff_0000_u32.cast_signed()),
+        ));
         parts[part] = _mm512_sub_ps(rest, parts[part - 1]);
     }
     parts

@@ -32,9 +32,17 @@ pub(in crate::ops::product) fn fast() -> bool {
 ///
 /// # Safety
 /// A's and B's steps are readable, `out` is writable as (32, 32) numbers, `out.1` from row to row; the processor has AVX512-BF16.
-pub(super) unsafe fn multiply(runs: Runs, (out, out_row): (*mut f32, usize), (rows, columns): (usize, usize), onto: bool) {
+pub(super) unsafe fn multiply(
+    runs: Runs,
+    (out, out_row): (*mut f32, usize),
+    (rows, columns): (usize, usize),
+    onto: bool,
+) {
     for first in (0..rows.min(SIDE)).step_by(ROWS) {
-        let runs = runs.map(|run| Run { a: run.a.wrapping_add(first), ..run });
+        let runs = runs.map(|run| Run {
+            a: run.a.wrapping_add(first),
+            ..run
+        });
         // SAFETY: the caller's promise; these rows are among the 32.
         unsafe {
             let out = out.add(first * out_row);
@@ -62,7 +70,13 @@ unsafe fn strip<const V: usize>(runs: Runs, out: *mut f32, out_row: usize, onto:
                 }
             }
         }
-        for Run { mut a, mut b, depth, .. } in runs {
+        for Run {
+            mut a,
+            mut b,
+            depth,
+            ..
+        } in runs
+        {
             for start in (0..depth).step_by(DEPTH) {
                 for pair in 0..(depth - start).min(DEPTH).div_ceil(2) {
                     let mut columns = [_mm512_setzero_si512(); V];
@@ -72,7 +86,8 @@ unsafe fn strip<const V: usize>(runs: Runs, out: *mut f32, out_row: usize, onto:
                     for row in 0..ROWS {
                         let both = _mm512_set1_epi32(*a.add(row).cast::<i32>().add(pair));
                         for v in 0..V {
-                            sums[row][v] = _mm512_dpbf16_ps(sums[row][v], of_bf16(both), of_bf16(columns[v]));
+                            sums[row][v] =
+                                _mm512_dpbf16_ps(sums[row][v], of_bf16(both), of_bf16(columns[v]));
                         }
                     }
                 }
