@@ -38,8 +38,8 @@ impl Kept {
                     unsafe { crate::ops::host::uninitialized(rows.div_ceil(SIDE) * panels) };
                 Self::Wide { tiles, panels }
             }
-            // SAFETY: the caller's promise.
             Precision::Bf16 | Precision::F16 => {
+                // SAFETY: the caller's promise.
                 Self::Narrow(unsafe { Operand::uninitialized(ROUNDED, rows, columns) })
             }
         }

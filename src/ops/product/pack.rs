@@ -177,16 +177,16 @@ fn panel_of<T: Number>(
         );
         match isa.transposes {
             Transposes::Portable => {}
-            // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the processor has it.
             #[cfg(target_arch = "x86_64")]
             Transposes::Avx2 => {
+                // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the processor has it.
                 return unsafe {
                     transposed_by_8(values.as_ptr(), column_stride, columns, panel, width)
                 };
             }
-            // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Transposes::Avx512 => {
+                // SAFETY: as above.
                 return unsafe {
                     transposed_by_16(values.as_ptr(), column_stride, columns, panel, width)
                 };

@@ -334,9 +334,9 @@ impl Packed {
     /// # Safety
     /// Every block must be written before it is read.
     pub(in crate::ops) unsafe fn alike(&self, rows: usize, columns: usize) -> Self {
-        // SAFETY: the caller's promise.
         Self {
             unit: self.unit,
+            // SAFETY: the caller's promise.
             operand: unsafe { Operand::uninitialized(self.operand.planes, rows, columns) },
         }
     }
