@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use wattune::adapter::Site;
 use wattune::model::{
-    Architecture, Batch, Decoder, ModelShape, Parts, Recompute, Session, Weights,
+    Architecture, Batch, Decoder, ModelShape, Recompute, Session, WeightSource, Weights,
 };
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters, Weight};
 use wattune::work::{Precision, Tally};
@@ -104,7 +104,7 @@ impl Golden {
         let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(self.base(name)));
         Decoder::assemble(
             &self.architecture,
-            &Parts {
+            &WeightSource {
                 weight: &weight,
                 lora: &|_| Ok(None),
             },
@@ -160,7 +160,7 @@ impl Golden {
         let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(self.base(name)));
         let decoder = Decoder::assemble(
             &self.architecture,
-            &Parts {
+            &WeightSource {
                 weight: &weight,
                 lora: &lora,
             },
@@ -188,7 +188,7 @@ impl Golden {
         };
         let decoder = Decoder::assemble(
             &self.architecture,
-            &Parts {
+            &WeightSource {
                 weight: &weight,
                 lora: &|_| Ok(None),
             },
@@ -348,7 +348,7 @@ fn losses_and_every_gradient_equal_those_of_peft() {
             for (kind, (decoder, parameters)) in
                 [("adapter", golden.adapted()), ("base", golden.trained())]
             {
-                for recompute in [Recompute::NOTHING, Recompute::lowest(1), Recompute::ALL] {
+                for recompute in [Recompute::NONE, Recompute::lowest(1), Recompute::ALL] {
                     let slots = parameters.slots();
                     let (loss, gradients) = loss_and_gradients(
                         context,
@@ -392,7 +392,7 @@ fn ten_adamw_steps_equal_those_of_torch() {
                     &decoder,
                     &batch,
                     parameters.slots().len(),
-                    Recompute::NOTHING,
+                    Recompute::NONE,
                 );
                 near(
                     &format!("{name}: loss of step {i}"),
@@ -446,7 +446,7 @@ fn eight_rows_at_once_and_one_by_one_give_the_same_gradients() {
         &decoder,
         &golden.batch(&[0, 1]),
         slots,
-        Recompute::NOTHING,
+        Recompute::NONE,
     );
     let mut apart = Gradients::new(slots);
     let scale = 1.0 / golden.batch(&[0, 1]).loss_tokens() as f64;
@@ -456,7 +456,7 @@ fn eight_rows_at_once_and_one_by_one_give_the_same_gradients() {
                 context,
                 &golden.batch(&[s]),
                 scale,
-                Recompute::NOTHING,
+                Recompute::NONE,
                 None,
                 &mut apart,
             )
@@ -486,7 +486,7 @@ fn the_forecast_is_what_was_executed() {
             for (shape, (decoder, parameters)) in
                 [(&lora, golden.adapted()), (&full, golden.trained())]
             {
-                for recompute in [Recompute::NOTHING, Recompute::lowest(1), Recompute::ALL] {
+                for recompute in [Recompute::NONE, Recompute::lowest(1), Recompute::ALL] {
                     loss_and_gradients(
                         context,
                         &decoder,
@@ -538,8 +538,7 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
                         reference,
                         ..Context::new(&tally, Precision::F32)
                     };
-                    let (mut gradients, nothing) =
-                        (Gradients::new(slots.len()), Recompute::NOTHING);
+                    let (mut gradients, nothing) = (Gradients::new(slots.len()), Recompute::NONE);
                     let losses = decoder
                         .losses_and_gradients(
                             context,
@@ -610,7 +609,7 @@ fn gradients_are_the_same_bytes_however_many_blocks_are_computed_again() {
                     .unwrap();
                 bits(&gradients, slots)
             };
-            let kept = of(Recompute::NOTHING);
+            let kept = of(Recompute::NONE);
             for again in [Recompute::lowest(1), Recompute::lowest(2), Recompute::ALL] {
                 assert!(of(again) == kept, "{precision:?} {dropout:?} {again:?}");
             }
@@ -658,7 +657,7 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(golden.base(name)));
         let decoder = Decoder::assemble(
             &golden.architecture,
-            &Parts {
+            &WeightSource {
                 weight: &weight,
                 lora: &lora,
             },
@@ -670,11 +669,10 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         let tally = Tally::default();
         let batch = golden.batch(&[0, 1]);
         let context = Context::new(&tally, Precision::F32);
-        let (loss, gradients) =
-            loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
+        let (loss, gradients) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NONE);
         assert_eq!(
             tally.take(),
-            shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NOTHING),
+            shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NONE),
             "{keep}"
         );
         // One block is computed again: the lowest that the walk comes to, and with it all of the work that is done twice.
@@ -696,7 +694,7 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         rows.iter()
             .enumerate()
             .for_each(|(index, row)| parameters.restore_row(index, row).unwrap());
-        let (moved, _) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NOTHING);
+        let (moved, _) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NONE);
         let slope = (moved - loss) / f64::from(h);
         let gradient = gradients
             .get(1)

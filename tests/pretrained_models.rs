@@ -6,7 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use serde_json::Value;
-use wattune::model::{Architecture, Batch, Decoder, Parts, Sampling, Session, Weights};
+use wattune::model::{Architecture, Batch, Decoder, Sampling, Session, WeightSource, Weights};
 use wattune::ops::{Context, Weight};
 use wattune::work::{Precision, Tally};
 
@@ -22,7 +22,7 @@ fn load(dir: &Path) -> Decoder {
     };
     Decoder::assemble(
         &architecture,
-        &Parts {
+        &WeightSource {
             weight: &weight,
             lora: &|_| Ok(None),
         },

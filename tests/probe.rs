@@ -73,9 +73,7 @@ fn number(value: &Value, pointer: &str) -> f64 {
 fn counted(precision: Precision) -> u64 {
     let architecture = Architecture::from_config(&serde_json::from_str(CONFIG).unwrap()).unwrap();
     let shape = ModelShape::fully_trained(&architecture, precision).unwrap();
-    let step = shape
-        .training(&[16, 16, 16], 45, Recompute::NOTHING)
-        .times(2)
+    let step = shape.training(&[16, 16, 16], 45, Recompute::NONE).times(2)
         + adamw_cost(architecture.parameters() as usize);
     step.flops()
 }

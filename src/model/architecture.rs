@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::config::{Config, rope_scaling};
-use super::linears::NAMES;
+use super::linears::LINEAR_NAMES;
 use crate::adapter::Module;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Attention, Rope, RopeScaling};
@@ -119,7 +119,7 @@ impl Architecture {
     }
 
     /// Format of frozen matrices for products in `precision`: the same, but what is stored in bf16 stays so for f32 products.
-    pub fn kept(&self, precision: Precision) -> Precision {
+    pub fn frozen_precision(&self, precision: Precision) -> Precision {
         match precision {
             Precision::F32 if self.stored_in_bf16 => Precision::Bf16,
             precision => precision,
@@ -155,7 +155,7 @@ impl Architecture {
     pub fn modules(&self) -> Vec<Module> {
         let mut modules = Vec::new();
         for layer in 0..self.num_hidden_layers {
-            for name in NAMES.each() {
+            for name in LINEAR_NAMES.each() {
                 let (out_features, in_features) = self.linear_sizes(name);
                 modules.push(Module {
                     path: format!("model.layers.{layer}.{name}"),
@@ -184,7 +184,7 @@ impl Architecture {
                 &format!("{prefix}.input_layernorm.weight"),
                 &[self.hidden_size],
             ));
-            for name in NAMES.each() {
+            for name in LINEAR_NAMES.each() {
                 let (out_features, in_features) = self.linear_sizes(name);
                 tensors.push(shape(
                     &format!("{prefix}.{name}.weight"),

@@ -8,8 +8,8 @@ use crate::error::{Error, Kind, Result};
 use crate::ops::Segments;
 
 /// Tokens of a part, on average at least; and parts of a batch, at most: each has gradients of its own until they are summed.
-const PART: usize = 256;
-const MOST_PARTS: usize = 8;
+const MIN_SHARD_TOKENS: usize = 256;
+const MAX_SHARDS: usize = 8;
 
 /// One forward pass's input on the device.
 #[derive(Debug, Clone)]
@@ -100,19 +100,19 @@ impl Batch {
                 self.ids.device(),
             )
         };
-        cuts(ranges).into_iter().map(part).collect()
+        shard_ranges(ranges).into_iter().map(part).collect()
     }
 }
 
 /// Parts of a batch of `tokens` tokens, at most.
-pub(super) fn parts_of(tokens: usize) -> usize {
-    (tokens / PART).clamp(1, MOST_PARTS)
+pub(super) fn max_shards(tokens: usize) -> usize {
+    (tokens / MIN_SHARD_TOKENS).clamp(1, MAX_SHARDS)
 }
 
 /// Which segments each part holds: it ends with the first that reaches its share of the tokens.
-fn cuts(segments: &[Range<usize>]) -> Vec<Range<usize>> {
+fn shard_ranges(segments: &[Range<usize>]) -> Vec<Range<usize>> {
     let tokens = segments.last().map_or(0, |last| last.end);
-    let parts = parts_of(tokens);
+    let parts = max_shards(tokens);
     let ends = (1..=parts)
         .map(|part| segments.partition_point(|segment| segment.end * parts < tokens * part) + 1);
     let mut start = 0;
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     fn cut(lengths: &[usize]) -> Vec<Range<usize>> {
-        cuts(Segments::of_lengths(lengths.iter().copied()).ranges())
+        shard_ranges(Segments::of_lengths(lengths.iter().copied()).ranges())
     }
 
     #[test]
@@ -138,7 +138,7 @@ mod tests {
         assert_eq!((cut(&[511]).len(), cut(&[2048]).len()), (1, 1));
         assert_eq!(cut(&[1000, 10, 10, 1000]), [0..1, 1..4]);
         assert_eq!(cut(&[1; 600]), [0..300, 300..600]);
-        assert_eq!(cut(&[64; 100]).len(), MOST_PARTS);
+        assert_eq!(cut(&[64; 100]).len(), MAX_SHARDS);
         assert!(cut(&[]).is_empty());
     }
 

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use rand_chacha::rand_core::Rng;
 
-use super::linears::{Linears, NAMES, Needs};
+use super::linears::{LINEAR_NAMES, Linears, Needs};
 use crate::error::Result;
 use crate::ops::{
     Attention, AttentionSaved, Branch, Context, FeedForward, FeedForwardSaved, Gradients, Linear,
@@ -71,9 +71,9 @@ impl Block {
         let l = &self.linears;
         let (h, norm) = self.input_layernorm.forward(pass.context, x)?;
         let h = LinearInput::new(pass.context, h)?;
-        let (q, q_proj) = self.apply(pass, &l.q_proj, NAMES.q_proj, &h, None)?;
-        let (k, k_proj) = self.apply(pass, &l.k_proj, NAMES.k_proj, &h, None)?;
-        let (v, v_proj) = self.apply(pass, &l.v_proj, NAMES.v_proj, &h, None)?;
+        let (q, q_proj) = self.apply(pass, &l.q_proj, LINEAR_NAMES.q_proj, &h, None)?;
+        let (k, k_proj) = self.apply(pass, &l.k_proj, LINEAR_NAMES.k_proj, &h, None)?;
+        let (v, v_proj) = self.apply(pass, &l.v_proj, LINEAR_NAMES.v_proj, &h, None)?;
         drop(h);
         let rotated = (
             pass.rope.forward(pass.context, &q)?,
@@ -86,7 +86,7 @@ impl Block {
         let (x1, o_proj) = self.apply(
             pass,
             &l.o_proj,
-            NAMES.o_proj,
+            LINEAR_NAMES.o_proj,
             &LinearInput::new(pass.context, mixed)?,
             Some(x),
         )?;
@@ -94,13 +94,13 @@ impl Block {
         let h = LinearInput::new(pass.context, h)?;
         let masks = |part: Part, x: &LinearInput| {
             let (linear, name) = match part {
-                Part::Gate => (&l.gate_proj, NAMES.gate_proj),
-                Part::Up => (&l.up_proj, NAMES.up_proj),
-                Part::Down => (&l.down_proj, NAMES.down_proj),
+                Part::Gate => (&l.gate_proj, LINEAR_NAMES.gate_proj),
+                Part::Up => (&l.up_proj, LINEAR_NAMES.up_proj),
+                Part::Down => (&l.down_proj, LINEAR_NAMES.down_proj),
             };
             self.mask(pass, linear, name, x)
         };
-        let through = Needs::of(&self.trains(), false).gate;
+        let through = Needs::new(&self.trains(), false).gate;
         let masked = pass.dropout.is_some()
             && [&l.gate_proj, &l.up_proj, &l.down_proj]
                 .iter()
@@ -146,7 +146,7 @@ impl Block {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let trains = self.trains();
-        let needs = Needs::of(&trains, input_gradient);
+        let needs = Needs::new(&trains, input_gradient);
         let (context, l) = (pass.context, &self.linears);
         let again =
             |norm: &RmsNorm, saved: &RmsNormSaved, wanted: bool| -> Result<Option<LinearInput>> {

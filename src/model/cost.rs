@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::architecture::Architecture;
-use super::linears::{Linears, NAMES, Needs};
+use super::linears::{LINEAR_NAMES, Linears, Needs};
 use crate::adapter::Site;
 use crate::error::Result;
 use crate::ops::{
@@ -23,7 +23,7 @@ pub struct Recompute(usize);
 
 impl Recompute {
     /// In no block.
-    pub const NOTHING: Self = Self(0);
+    pub const NONE: Self = Self(0);
     /// In every block.
     pub const ALL: Self = Self(usize::MAX);
 
@@ -33,8 +33,8 @@ impl Recompute {
     }
 
     /// In how many of `walked` blocks.
-    pub fn of(self, walked: usize) -> usize {
-        self.0.min(walked)
+    pub fn count(self, backward_blocks: usize) -> usize {
+        self.0.min(backward_blocks)
     }
 }
 
@@ -65,7 +65,7 @@ impl ModelShape {
                 .map(|site| site.r))
         };
         let ranks = (0..architecture.num_hidden_layers)
-            .map(|layer| NAMES.try_map(|name| rank_at(layer, name)))
+            .map(|layer| LINEAR_NAMES.try_map(|name| rank_at(layer, name)))
             .collect::<Result<_>>()?;
         Ok(Self::new(architecture, ranks, false, dropout, precision))
     }
@@ -101,7 +101,7 @@ impl ModelShape {
     }
 
     /// The first block whose backward pass runs, and whether its input gradient is wanted (only where the embedding is trained).
-    pub(super) fn walk_end(&self) -> (usize, bool) {
+    pub(super) fn first_trainable_layer(&self) -> (usize, bool) {
         let trains = |ranks: &Linears<Option<usize>>| ranks.each().iter().any(|r| r.is_some());
         match self.all_trained {
             true => (0, true),
@@ -116,8 +116,8 @@ impl ModelShape {
     }
 
     /// Blocks whose backward pass runs.
-    pub fn walked(&self) -> usize {
-        self.architecture.num_hidden_layers - self.walk_end().0
+    pub fn backward_blocks(&self) -> usize {
+        self.architecture.num_hidden_layers - self.first_trainable_layer().0
     }
 
     /// Format of matrix-product inputs.
@@ -133,7 +133,7 @@ impl ModelShape {
     /// Bytes that the block `layer` keeps of `tokens` tokens for its backward pass. In the compute type: its input, q, k, v, the mix, x1, gate,
     /// up. In f32: what each adapter's A makes. A mask has a bit for
     /// each number.
-    pub(super) fn kept_by_block(&self, layer: usize, tokens: usize) -> u64 {
+    pub(super) fn saved_bytes(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
         let (q, kv) = (
             a.attention.heads * a.attention.head_dim,
@@ -174,22 +174,22 @@ impl ModelShape {
             }
         };
         Linears {
-            q_proj: of(NAMES.q_proj, ranks.q_proj),
-            k_proj: of(NAMES.k_proj, ranks.k_proj),
-            v_proj: of(NAMES.v_proj, ranks.v_proj),
-            o_proj: of(NAMES.o_proj, ranks.o_proj),
-            gate_proj: of(NAMES.gate_proj, ranks.gate_proj),
-            up_proj: of(NAMES.up_proj, ranks.up_proj),
-            down_proj: of(NAMES.down_proj, ranks.down_proj),
+            q_proj: of(LINEAR_NAMES.q_proj, ranks.q_proj),
+            k_proj: of(LINEAR_NAMES.k_proj, ranks.k_proj),
+            v_proj: of(LINEAR_NAMES.v_proj, ranks.v_proj),
+            o_proj: of(LINEAR_NAMES.o_proj, ranks.o_proj),
+            gate_proj: of(LINEAR_NAMES.gate_proj, ranks.gate_proj),
+            up_proj: of(LINEAR_NAMES.up_proj, ranks.up_proj),
+            down_proj: of(LINEAR_NAMES.down_proj, ranks.down_proj),
         }
     }
 
     fn block_forward(&self, layer: usize, segments: &[usize], dropout: bool) -> Work {
         let attention = attention_forward_cost(&self.architecture.attention, segments);
-        self.block_but_attention(layer, segments.iter().sum(), dropout) + attention
+        self.block_without_attention(layer, segments.iter().sum(), dropout) + attention
     }
 
-    fn block_but_attention(&self, layer: usize, n: usize, dropout: bool) -> Work {
+    fn block_without_attention(&self, layer: usize, n: usize, dropout: bool) -> Work {
         let a = &self.architecture;
         let (q, kv) = (
             a.attention.heads * a.attention.head_dim,
@@ -224,7 +224,7 @@ impl ModelShape {
             up_proj: trains(&shapes.up_proj),
             down_proj: trains(&shapes.down_proj),
         };
-        let needs = Needs::of(&trains, input);
+        let needs = Needs::new(&trains, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
         let mut work = linear(&shapes.down_proj, needs.gate);
         // What a trained layer read is made again from what was kept.
@@ -271,19 +271,19 @@ impl ModelShape {
         }
     }
 
-    fn trunk_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
+    fn blocks_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
         let c = self.architecture.hidden_size;
         let around = embedding_cost(segments.iter().sum(), c)
-            + select_cost(loss_tokens, c)
+            + gather_cost(loss_tokens, c)
             + rms_norm_cost(loss_tokens, c);
         around
-            + self.over(0..self.architecture.num_hidden_layers, |layer| {
+            + self.sum_over_blocks(0..self.architecture.num_hidden_layers, |layer| {
                 self.block_forward(layer, segments, dropout)
             })
     }
 
     /// The sum over these blocks, of which neighbours with the same adapters have the same `work`.
-    fn over(&self, blocks: Range<usize>, work: impl Fn(usize) -> Work) -> Work {
+    fn sum_over_blocks(&self, blocks: Range<usize>, work: impl Fn(usize) -> Work) -> Work {
         let mut first = blocks.start;
         let alike = self.ranks[blocks].chunk_by(|a, b| a == b).map(|run| {
             first += run.len();
@@ -294,7 +294,7 @@ impl ModelShape {
 
     /// Work of the losses of one micro-batch.
     pub fn evaluation(&self, segments: &[usize], loss_tokens: usize) -> Work {
-        self.trunk_forward(segments, loss_tokens, false)
+        self.blocks_forward(segments, loss_tokens, false)
             + self.head(loss_tokens).forward_cost(self.precision)
     }
 
@@ -302,9 +302,9 @@ impl ModelShape {
     pub fn training(&self, segments: &[usize], loss_tokens: usize, recompute: Recompute) -> Work {
         let c = self.architecture.hidden_size;
         let n = segments.iter().sum();
-        let (end, input) = self.walk_end();
+        let (end, input) = self.first_trainable_layer();
         let any = end < self.architecture.num_hidden_layers || input;
-        let mut work = self.trunk_forward(segments, loss_tokens, self.dropout);
+        let mut work = self.blocks_forward(segments, loss_tokens, self.dropout);
         work += &self.head(loss_tokens).backward_cost(self.precision, any);
         if any {
             work += &(rms_norm_backward_cost(loss_tokens, c, self.all_trained)
@@ -312,14 +312,14 @@ impl ModelShape {
         }
         let (blocks, again) = (
             self.architecture.num_hidden_layers,
-            end + recompute.of(self.walked()),
+            end + recompute.count(self.backward_blocks()),
         );
-        work += &self.over(end..again, |layer| {
+        work += &self.sum_over_blocks(end..again, |layer| {
             self.block_forward(layer, segments, self.dropout)
         });
         if end < blocks {
             work += &self.block_backward(end, segments, input);
-            work += &self.over(end + 1..blocks, |layer| {
+            work += &self.sum_over_blocks(end + 1..blocks, |layer| {
                 self.block_backward(layer, segments, true)
             });
         }
@@ -333,7 +333,7 @@ impl ModelShape {
     pub fn prefill(&self, tokens: usize) -> Work {
         let a = &self.architecture;
         let mut work = embedding_cost(tokens, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
-        work += &self.over(0..a.num_hidden_layers, |layer| {
+        work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_forward(layer, &[tokens], false)
         });
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
@@ -344,8 +344,8 @@ impl ModelShape {
         let a = &self.architecture;
         let mut work = embedding_cost(1, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
         let attention = attention_decode_cost(&a.attention, before + 1);
-        work += &self.over(0..a.num_hidden_layers, |layer| {
-            self.block_but_attention(layer, 1, false) + attention.clone()
+        work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
+            self.block_without_attention(layer, 1, false) + attention.clone()
         });
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
     }
@@ -356,7 +356,7 @@ fn trains(shape: &LinearShape) -> bool {
 }
 
 /// Work of picking n rows of c.
-pub(super) fn select_cost(n: usize, c: usize) -> Work {
+pub(super) fn gather_cost(n: usize, c: usize) -> Work {
     Work::sweep(8 * n * c, 0)
 }
 

@@ -5,8 +5,8 @@ use candle_core::{Device, Tensor};
 use super::architecture::Architecture;
 use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
-use super::cost::{ModelShape, Recompute, scatter_cost, select_cost};
-use super::linears::NAMES;
+use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
+use super::linears::LINEAR_NAMES;
 use crate::error::{Error, Result};
 use crate::ops::{
     Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding,
@@ -15,14 +15,14 @@ use crate::ops::{
 use crate::work::{Precision, Tally, Work};
 
 /// Where a decoder's tensors come from: `weight` by a tensor's name and shape, `lora` by a linear layer's path.
-pub struct Parts<'a> {
+pub struct WeightSource<'a> {
     /// A weight, frozen or trained.
     pub weight: &'a dyn Fn(&str, &[usize]) -> Result<Weight>,
     /// The adapter on a layer, if it is a target.
     pub lora: &'a dyn Fn(&str) -> Result<Option<Lora>>,
 }
 
-impl Parts<'_> {
+impl WeightSource<'_> {
     /// A matrix that products read; `keeps`: whether it keeps its packed forms.
     fn matrix(&self, name: &str, shape: &[usize; 2], keeps: bool) -> Result<Weight> {
         let weight = (self.weight)(name, shape)?;
@@ -44,28 +44,29 @@ pub struct Decoder {
     head: Head,
     device: Device,
     /// Whether threads take parts of a batch.
-    in_parts: bool,
+    data_parallel: bool,
     /// The first block whose backward pass runs, and whether its input gradient is wanted.
-    walk_end: (usize, bool),
+    first_trainable_layer: (usize, bool),
 }
 
 impl Decoder {
     /// Puts a decoder together from its parts.
     pub fn assemble(
         architecture: &Architecture,
-        parts: &Parts<'_>,
+        source: &WeightSource<'_>,
         device: &Device,
     ) -> Result<Self> {
         let a = architecture;
         let eps = a.rms_norm_eps;
         let norm = |name: &str| {
             Ok::<_, Error>(RmsNorm {
-                weight: (parts.weight)(name, &[a.hidden_size])?,
+                weight: (source.weight)(name, &[a.hidden_size])?,
                 eps,
             })
         };
-        let in_parts = device.is_cpu() && a.is_small();
-        let matrix = |name: &str| parts.matrix(name, &[a.vocab_size, a.hidden_size], in_parts);
+        let data_parallel = device.is_cpu() && a.is_small();
+        let matrix =
+            |name: &str| source.matrix(name, &[a.vocab_size, a.hidden_size], data_parallel);
         let embed_tokens = matrix("model.embed_tokens.weight")?;
         let mut blocks = Vec::with_capacity(a.num_hidden_layers);
         for layer in 0..a.num_hidden_layers {
@@ -73,7 +74,8 @@ impl Decoder {
             blocks.push(Block {
                 input_layernorm: norm(&format!("{path}.input_layernorm.weight"))?,
                 post_attention_layernorm: norm(&format!("{path}.post_attention_layernorm.weight"))?,
-                linears: NAMES.try_map(|name| linear(a, parts, (&path, name), in_parts))?,
+                linears: LINEAR_NAMES
+                    .try_map(|name| linear(a, source, (&path, name), data_parallel))?,
                 attention: a.attention,
                 path,
             });
@@ -91,7 +93,7 @@ impl Decoder {
                 .any(|l| l.lora.is_some() || l.weight.is_trained())
         };
         let first = blocks.iter().position(trains).unwrap_or(blocks.len());
-        let walk_end = if embed_tokens.is_trained() {
+        let first_trainable_layer = if embed_tokens.is_trained() {
             (0, true)
         } else {
             (first, false)
@@ -104,8 +106,8 @@ impl Decoder {
             norm,
             head,
             device,
-            in_parts,
-            walk_end,
+            data_parallel,
+            first_trainable_layer,
         })
     }
 
@@ -152,20 +154,20 @@ impl Decoder {
     /// The loss of each target in nats. Nothing is kept for a backward pass.
     pub fn losses(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
-        let parts = self.parts(context, batch)?;
-        if parts.is_empty() {
-            return self.losses_of(context, batch);
+        let shards = self.shards(context, batch)?;
+        if shards.is_empty() {
+            return self.shard_losses(context, batch);
         }
         let work = self
             .shape(context.precision, false)?
             .evaluation(&batch.lengths(), batch.loss_tokens());
-        Ok(together(context, &parts, work, |context, part| {
-            self.losses_of(context, part)
+        Ok(data_parallel(context, &shards, work, |context, shard| {
+            self.shard_losses(context, shard)
         })?
         .concat())
     }
 
-    fn losses_of(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
+    fn shard_losses(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
         let rope = self.rope(&batch.segments)?;
         let pass = Pass {
             context,
@@ -177,7 +179,7 @@ impl Decoder {
         for block in &self.blocks {
             x = block.forward(pass, &x)?.0;
         }
-        let selected = self.at_losses(context, &x, batch)?;
+        let selected = self.gather_loss_rows(context, &x, batch)?;
         let (h, _) = self.norm.forward(context, &selected)?;
         self.head.forward(context, &h, &batch.targets)
     }
@@ -193,40 +195,40 @@ impl Decoder {
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
-        let parts = self.parts(context, batch)?;
-        let asked = Asked {
+        let shards = self.shards(context, batch)?;
+        let options = BackwardOptions {
             scale,
             recompute,
             dropout,
         };
-        if parts.is_empty() {
-            return self.walk(context, batch, asked, gradients);
+        if shards.is_empty() {
+            return self.forward_backward(context, batch, options, gradients);
         }
         let shape = self.shape(context.precision, dropout.is_some())?;
         let work = shape.training(&batch.lengths(), batch.loss_tokens(), recompute);
-        let of_parts = together(context, &parts, work, |context, part| {
+        let results = data_parallel(context, &shards, work, |context, shard| {
             let mut gradients = gradients.none();
-            let losses = self.walk(context, part, asked, &mut gradients)?;
+            let losses = self.forward_backward(context, shard, options, &mut gradients)?;
             Ok((losses, gradients))
         })?;
         let mut losses = Vec::with_capacity(batch.loss_tokens());
-        for (of_part, added) in of_parts {
-            losses.extend(of_part);
+        for (shard_losses, added) in results {
+            losses.extend(shard_losses);
             gradients.merge(added)?;
         }
         Ok(losses)
     }
 
-    /// The parts that threads take of a batch: none where it stays whole. A part without a loss has no way back, so that the work would not be
+    /// The parts that threads take of a batch: none where it stays whole. A shard without a loss has no way back, so that the work would not be
     /// the whole's.
-    fn parts(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<Batch>> {
-        if !self.in_parts || context.reference {
+    fn shards(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<Batch>> {
+        if !self.data_parallel || context.reference {
             return Ok(Vec::new());
         }
-        let parts = batch.split()?;
+        let shards = batch.split()?;
         Ok(
-            if parts.len() > 1 && parts.iter().all(|part| part.loss_tokens() > 0) {
-                parts
+            if shards.len() > 1 && shards.iter().all(|shard| shard.loss_tokens() > 0) {
+                shards
             } else {
                 Vec::new()
             },
@@ -250,18 +252,18 @@ impl Decoder {
         ))
     }
 
-    fn walk(
+    fn forward_backward(
         &self,
         context: Context<'_>,
         batch: &Batch,
-        asked: Asked,
+        options: BackwardOptions,
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let Asked {
+        let BackwardOptions {
             scale,
             recompute,
             dropout,
-        } = asked;
+        } = options;
         let rope = self.rope(&batch.segments)?;
         let dropout = dropout.map(|(p, seed, step)| Dropout {
             p,
@@ -275,10 +277,10 @@ impl Decoder {
             rope: &rope,
             dropout,
         };
-        let (x, kept) = self.forward_keeping(pass, &batch.ids, recompute)?;
-        let (end, input) = self.walk_end;
+        let (x, kept) = self.forward_saving(pass, &batch.ids, recompute)?;
+        let (end, input) = self.first_trainable_layer;
         let any = end < self.blocks.len() || input;
-        let selected = self.at_losses(context, &x, batch)?;
+        let selected = self.gather_loss_rows(context, &x, batch)?;
         let rows = x.dims2()?;
         drop(x);
         let (h, norm) = self.norm.forward(context, &selected)?;
@@ -295,9 +297,9 @@ impl Decoder {
         for (layer, kept) in kept.into_iter().enumerate().rev() {
             let block = &self.blocks[layer];
             let saved = match kept {
-                Kept::Nothing => break,
-                Kept::All(saved) => *saved,
-                Kept::Input(x) => block.forward(pass, &x)?.1,
+                SavedActivations::Nothing => break,
+                SavedActivations::All(saved) => *saved,
+                SavedActivations::Input(x) => block.forward(pass, &x)?.1,
             };
             match block.backward(pass, &dx, &saved, layer > end || input, gradients)? {
                 Some(below) => dx = below,
@@ -310,22 +312,25 @@ impl Decoder {
         Ok(losses)
     }
 
-    /// Runs the blocks; each block's `Kept` holds what its backward pass starts from.
-    fn forward_keeping(
+    /// Runs the blocks; each block's `SavedActivations` holds what its backward pass starts from.
+    fn forward_saving(
         &self,
         pass: Pass<'_>,
         ids: &Tensor,
         recompute: Recompute,
-    ) -> Result<(Tensor, Vec<Kept>)> {
+    ) -> Result<(Tensor, Vec<SavedActivations>)> {
         let mut x = self.embed(pass.context, ids)?;
-        let (end, mut kept) = (self.walk_end.0, Vec::with_capacity(self.blocks.len()));
-        let again = end + recompute.of(self.blocks.len() - end);
+        let (end, mut kept) = (
+            self.first_trainable_layer.0,
+            Vec::with_capacity(self.blocks.len()),
+        );
+        let again = end + recompute.count(self.blocks.len() - end);
         for (layer, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(pass, &x)?;
             kept.push(match layer {
-                _ if layer < end => Kept::Nothing,
-                _ if layer < again => Kept::Input(x),
-                _ => Kept::All(Box::new(saved)),
+                _ if layer < end => SavedActivations::Nothing,
+                _ if layer < again => SavedActivations::Input(x),
+                _ => SavedActivations::All(Box::new(saved)),
             });
             x = y;
         }
@@ -333,8 +338,8 @@ impl Decoder {
     }
 
     /// The rows of x that predict a target.
-    fn at_losses(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        context.tally.add(select_cost(
+    fn gather_loss_rows(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
+        context.tally.add(gather_cost(
             batch.targets.len(),
             self.architecture.hidden_size,
         ));
@@ -342,18 +347,18 @@ impl Decoder {
     }
 }
 
-/// What is asked of a walk, whatever its batch.
+/// What is options of a walk, whatever its batch.
 #[derive(Clone, Copy)]
-struct Asked {
+struct BackwardOptions {
     scale: f64,
     recompute: Recompute,
     dropout: Option<(f64, u64, u64)>,
 }
 
-/// What `run` makes of each part. Counts `work`, that of the whole: how a batch is cut is no part of it.
-fn together<T: Send>(
+/// What `run` makes of each shard. Counts `work`, that of the whole: how a batch is cut is no shard of it.
+fn data_parallel<T: Send>(
     context: Context<'_>,
-    parts: &[Batch],
+    shards: &[Batch],
     work: Work,
     run: impl Fn(Context<'_>, &Batch) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
@@ -362,7 +367,7 @@ fn together<T: Send>(
         tally: &tally,
         ..context
     };
-    let results = side_by_side(parts.iter(), |part| run(own, part))
+    let results = side_by_side(shards.iter(), |shard| run(own, shard))
         .into_iter()
         .collect();
     debug_assert_eq!(
@@ -375,7 +380,7 @@ fn together<T: Send>(
 }
 
 /// What a block's backward pass starts from.
-enum Kept {
+enum SavedActivations {
     /// It has none: nothing at or below it is trained.
     Nothing,
     /// Its activations.
@@ -387,7 +392,7 @@ enum Kept {
 /// The linear layer `name` of `block`; `keeps`: whether it keeps its packed forms.
 fn linear(
     a: &Architecture,
-    parts: &Parts<'_>,
+    source: &WeightSource<'_>,
     (block, name): (&str, &str),
     keeps: bool,
 ) -> Result<Linear> {
@@ -395,15 +400,15 @@ fn linear(
     let path = format!("{block}.{name}");
     let bias = a
         .linear_bias(name)
-        .then(|| (parts.weight)(&format!("{path}.bias"), &[out_features]))
+        .then(|| (source.weight)(&format!("{path}.bias"), &[out_features]))
         .transpose()?;
     Ok(Linear {
-        weight: parts.matrix(
+        weight: source.matrix(
             &format!("{path}.weight"),
             &[out_features, in_features],
             keeps,
         )?,
         bias,
-        lora: (parts.lora)(&path)?,
+        lora: (source.lora)(&path)?,
     })
 }

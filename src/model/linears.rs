@@ -22,7 +22,7 @@ pub struct Linears<T> {
 }
 
 /// Their names inside a layer, in model order.
-pub const NAMES: Linears<&str> = Linears {
+pub const LINEAR_NAMES: Linears<&str> = Linears {
     q_proj: "self_attn.q_proj",
     k_proj: "self_attn.k_proj",
     v_proj: "self_attn.v_proj",
@@ -99,7 +99,7 @@ pub struct Needs {
 
 impl Needs {
     /// What is needed when `trains` says which layers hold trained values and `input` whether anything before the block does.
-    pub fn of(trains: &Linears<bool>, input: bool) -> Self {
+    pub fn new(trains: &Linears<bool>, input: bool) -> Self {
         let qkv = input || trains.q_proj || trains.k_proj || trains.v_proj;
         let attention = qkv || trains.o_proj;
         Self {

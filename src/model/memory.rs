@@ -3,7 +3,7 @@
 //! Takes a model's shape, how many numbers are trained and the tokens of a micro-batch; returns bytes by what they hold. Reads nothing of
 //! the machine.
 
-use super::batch::parts_of;
+use super::batch::max_shards;
 use super::cost::{ModelShape, Recompute};
 use crate::ops::dtype;
 use crate::units::Bytes;
@@ -66,10 +66,10 @@ pub fn forecast_memory(
     // Gradients are laid end to end for the optimizer when the activations are gone; what these leave free is in pieces that a large buffer
     // does not fit in.
     let flat = if 4 * trained > LOGITS { 4 * trained } else { 0 };
-    let kept = dtype(a.kept(shape.precision())).size_in_bytes() as u64;
+    let kept = dtype(a.frozen_precision(shape.precision())).size_in_bytes() as u64;
     // Packed forms are f32, or three parts of bf16; each part of a batch has gradients of its own until they are summed.
     let (packed, parts) = if a.is_small() {
-        (2 * 6, parts_of(tokens) as u64)
+        (2 * 6, max_shards(tokens) as u64)
     } else {
         (0, 1)
     };
@@ -90,10 +90,10 @@ pub fn forecast_memory(
 /// The most that is kept at once. A block that is computed again holds its input, in f32, until the walk comes to it, and then for a moment
 /// what any block keeps: by then the blocks above it hold nothing any more.
 fn activations(shape: &ModelShape, tokens: usize, recompute: Recompute) -> u64 {
-    let walked = shape.walked();
+    let walked = shape.backward_blocks();
     let first = shape.architecture().num_hidden_layers - walked;
-    let again = recompute.of(walked);
-    let kept = |layer: usize| shape.kept_by_block(layer, tokens);
+    let again = recompute.count(walked);
+    let kept = |layer: usize| shape.saved_bytes(layer, tokens);
     let input = 4 * (tokens * shape.architecture().hidden_size) as u64;
     let whole: u64 = (first + again..first + walked).map(kept).sum();
     let at_head = again as u64 * input + whole;
@@ -106,7 +106,7 @@ fn activations(shape: &ModelShape, tokens: usize, recompute: Recompute) -> u64 {
 /// The fewest blocks whose activations must be computed again for a run to fit in `free`; where nothing makes it fit, what takes least.
 pub fn least_recompute(shape: &ModelShape, trained: u64, tokens: usize, free: Bytes) -> Recompute {
     let peak = |recompute: &Recompute| forecast_memory(shape, trained, tokens, *recompute).peak();
-    let counts = || (0..=shape.walked()).map(Recompute::lowest);
+    let counts = || (0..=shape.backward_blocks()).map(Recompute::lowest);
     let least = || counts().min_by_key(peak).unwrap_or(Recompute::ALL);
     counts()
         .find(|recompute| peak(recompute) <= free)
@@ -191,7 +191,7 @@ mod tests {
         let architecture =
             Architecture::from_config(&serde_json::from_str(config).unwrap()).unwrap();
         let shape = ModelShape::with_adapters(&architecture, &[], false, Precision::F32).unwrap();
-        let memory = |tokens| forecast_memory(&shape, 1000, tokens, Recompute::NOTHING);
+        let memory = |tokens| forecast_memory(&shape, 1000, tokens, Recompute::NONE);
         assert_eq!(
             memory(600).weights.0,
             (512 + 4 * 64 + 3 * 128 + 3 * 8) * (4 + 12)
@@ -209,10 +209,7 @@ mod tests {
         let of = |shape: &ModelShape, recompute| {
             forecast_memory(shape, trained, 64, recompute).activations.0
         };
-        assert_eq!(
-            3 * of(&upper, Recompute::NOTHING),
-            of(&all, Recompute::NOTHING)
-        );
+        assert_eq!(3 * of(&upper, Recompute::NONE), of(&all, Recompute::NONE));
         assert_eq!(
             of(&upper, Recompute::lowest(10)),
             of(&upper, Recompute::ALL)
@@ -223,7 +220,7 @@ mod tests {
     #[test]
     fn masks_are_kept() {
         let of = |dropout| {
-            forecast_memory(&smollm2(0, dropout).0, 0, 100, Recompute::NOTHING)
+            forecast_memory(&smollm2(0, dropout).0, 0, 100, Recompute::NONE)
                 .activations
                 .0
         };
@@ -236,7 +233,7 @@ mod tests {
         let peak = |blocks: usize| {
             forecast_memory(&shape, trained, 1024, Recompute::lowest(blocks)).peak()
         };
-        let least = |free: Bytes| least_recompute(&shape, trained, 1024, free).of(30);
+        let least = |free: Bytes| least_recompute(&shape, trained, 1024, free).count(30);
         assert_eq!(least(peak(0)), 0);
         assert_eq!(least(Bytes(peak(0).0 - 1)), 1);
         for blocks in [1, 8, 29] {

@@ -17,10 +17,10 @@ use crate::adapter::shards::Stored;
 use crate::error::{Error, Kind, Result};
 
 /// Numbers that one task reads at once: in f32 they fill a 1 MiB second-level cache.
-const PART: usize = 1 << 18;
+const CHUNK: usize = 1 << 18;
 
 /// A tensor in an open file.
-pub(crate) struct Source<'a> {
+pub(crate) struct StoredTensor<'a> {
     /// Named in errors.
     pub(crate) path: &'a Path,
     /// The open file.
@@ -29,18 +29,18 @@ pub(crate) struct Source<'a> {
     pub(crate) tensor: &'a Stored,
 }
 
-impl Source<'_> {
+impl StoredTensor<'_> {
     /// As a tensor of `dtype` on `device`.
     pub(super) fn tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
         let shape = self.tensor.shape.as_slice();
         Ok(match dtype {
             DType::F32 => Tensor::from_vec(self.f32s()?, shape, device)?,
             DType::BF16 => {
-                let bits = self.numbers(Dtype::BF16, |wide| bf16::from_f32(wide).to_bits())?;
+                let bits = self.read_as(Dtype::BF16, |wide| bf16::from_f32(wide).to_bits())?;
                 Tensor::from_vec(bits.reinterpret_into::<bf16>(), shape, device)?
             }
             DType::F16 => {
-                let bits = self.numbers(Dtype::F16, |wide| f16::from_f32(wide).to_bits())?;
+                let bits = self.read_as(Dtype::F16, |wide| f16::from_f32(wide).to_bits())?;
                 Tensor::from_vec(bits.reinterpret_into::<f16>(), shape, device)?
             }
             other => {
@@ -54,15 +54,15 @@ impl Source<'_> {
 
     /// In f32, row by row.
     pub(crate) fn f32s(&self) -> Result<Vec<f32>> {
-        self.numbers(Dtype::F32, |wide| wide)
+        self.read_as(Dtype::F32, |wide| wide)
     }
 
     /// As what `narrow` makes of each number; `kept` is the stored type that is the same bits already.
-    fn numbers<T>(&self, kept: Dtype, narrow: impl Fn(f32) -> T + Copy + Sync) -> Result<Vec<T>>
+    fn read_as<T>(&self, kept: Dtype, narrow: impl Fn(f32) -> T + Copy + Sync) -> Result<Vec<T>>
     where
         T: bytemuck::Pod + Default + Send,
     {
-        let Some(size) = size_in_file(self.tensor.dtype) else {
+        let Some(size) = element_size(self.tensor.dtype) else {
             return Err(Error::new(
                 Kind::Model,
                 format!(
@@ -78,10 +78,11 @@ impl Source<'_> {
         let as_it_is = self.tensor.dtype == kept && cfg!(target_endian = "little");
         // Fresh zeroes come from the system untouched: a page is first written when its part is read.
         let mut numbers = vec![T::default(); self.tensor.size as usize / size];
-        numbers.par_chunks_mut(PART).enumerate().try_for_each_init(
-            Vec::new,
-            |buffer, (index, part)| {
-                let at = self.tensor.start + (index * PART * size) as u64;
+        numbers
+            .par_chunks_mut(CHUNK)
+            .enumerate()
+            .try_for_each_init(Vec::new, |buffer, (index, part)| {
+                let at = self.tensor.start + (index * CHUNK * size) as u64;
                 if as_it_is {
                     return self.read(bytemuck::cast_slice_mut(part), at);
                 }
@@ -89,8 +90,7 @@ impl Source<'_> {
                 self.read(buffer, at)?;
                 convert(self.tensor.dtype, buffer, part, narrow);
                 Ok(())
-            },
-        )?;
+            })?;
         Ok(numbers)
     }
 
@@ -100,7 +100,7 @@ impl Source<'_> {
 }
 
 /// Bytes of a number of a type that weights are stored in; `None` for any other.
-fn size_in_file(dtype: Dtype) -> Option<usize> {
+fn element_size(dtype: Dtype) -> Option<usize> {
     match dtype {
         Dtype::F64 => Some(8),
         Dtype::F32 => Some(4),
@@ -160,11 +160,11 @@ mod tests {
 
     /// Two whole parts and a rest, in a shape that is not square; numbers that each type rounds its own way, and both kinds of nothing.
     fn numbers() -> Tensor {
-        let values = (0..2 * PART as u32 + 6)
+        let values = (0..2 * CHUNK as u32 + 6)
             .map(|i| (f64::from(i) * 0.317).sin() * 10f64.powi((i % 9) as i32 - 5));
         let mut values: Vec<f64> = values.collect();
-        (values[0], values[PART], values[PART + 1]) = (0.0, -0.0, f64::INFINITY);
-        Tensor::from_vec(values, (2, PART + 3), &Device::Cpu).unwrap()
+        (values[0], values[CHUNK], values[CHUNK + 1]) = (0.0, -0.0, f64::INFINITY);
+        Tensor::from_vec(values, (2, CHUNK + 3), &Device::Cpu).unwrap()
     }
 
     /// A file that holds `x` beside another tensor, opened.
@@ -192,7 +192,7 @@ mod tests {
         for stored_as in [DType::F64, DType::F32, DType::F16, DType::BF16] {
             let (path, file, tensor) = written(&numbers().to_dtype(stored_as).unwrap(), dir.path());
             let whole = candle_core::safetensors::load(&path, &Device::Cpu).unwrap()["x"].clone();
-            let source = Source {
+            let source = StoredTensor {
                 path: &path,
                 file: &file,
                 tensor: &tensor,
@@ -201,7 +201,7 @@ mod tests {
                 let read = source.tensor(dtype, &Device::Cpu).unwrap();
                 assert_eq!(
                     (read.dtype(), read.dims()),
-                    (dtype, [2, PART + 3].as_slice())
+                    (dtype, [2, CHUNK + 3].as_slice())
                 );
                 let bits = |x: &Tensor| {
                     let x = x
@@ -225,7 +225,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (path, file, tensor) =
             written(&Tensor::new(&[1i64, 2], &Device::Cpu).unwrap(), dir.path());
-        let error = Source {
+        let error = StoredTensor {
             path: &path,
             file: &file,
             tensor: &tensor,
@@ -247,7 +247,7 @@ mod tests {
             .unwrap()
             .set_len(1 << 20)
             .unwrap();
-        let error = Source {
+        let error = StoredTensor {
             path: &path,
             file: &file,
             tensor: &tensor,

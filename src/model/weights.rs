@@ -10,7 +10,7 @@ use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::architecture::{Architecture, TensorShape};
-use super::stored::{Source, read_at};
+use super::stored::{StoredTensor, read_at};
 use crate::adapter::shards::{Stored, read_headers};
 use crate::error::{Error, Kind, Result};
 use crate::random::{Use, stream};
@@ -87,7 +87,7 @@ impl Weights {
         self.source(name)?.f32s()
     }
 
-    fn source(&self, name: &str) -> Result<Source<'_>> {
+    fn source(&self, name: &str) -> Result<StoredTensor<'_>> {
         let Some(tensor) = self.places.get(name) else {
             return Err(Error::new(
                 Kind::Model,
@@ -95,7 +95,7 @@ impl Weights {
             ));
         };
         let (path, file) = &self.files[tensor.file];
-        Ok(Source { path, file, tensor })
+        Ok(StoredTensor { path, file, tensor })
     }
 }
 

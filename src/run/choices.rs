@@ -401,14 +401,14 @@ impl Maker<'_> {
 
     /// Every block's activations kept, and every block's computed again.
     fn checkpointing(&self) -> Vec<Choice> {
-        let walked = self.own.shape.walked();
+        let walked = self.own.shape.backward_blocks();
         let all = [
-            (Recompute::NOTHING, "activations kept", "never"),
+            (Recompute::NONE, "activations kept", "never"),
             (Recompute::ALL, "activations computed again", "always"),
         ];
         let others = all
             .into_iter()
-            .filter(|(recompute, ..)| recompute.of(walked) != self.own.recompute.of(walked));
+            .filter(|(recompute, ..)| recompute.count(walked) != self.own.recompute.count(walked));
         let row = |(recompute, choice, word): (Recompute, &str, &str)| {
             let set = [format!("train.activation_checkpointing={word}")];
             self.row(

@@ -9,7 +9,7 @@ use super::inference::{ModelRequest, load, not_finite};
 use crate::data::{self, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Context;
-use crate::train::batch_on;
+use crate::train::batch_to_device;
 use crate::work::Tally;
 
 /// What is evaluated on what.
@@ -71,7 +71,7 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
         screen.evaluating(done, batches.len());
         let losses = loaded
             .decoder
-            .losses(context, &batch_on(batch, job.model.device)?)?;
+            .losses(context, &batch_to_device(batch, job.model.device)?)?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         loss_tokens += losses.len() as u64;
         tokens += batch.tokens.len() as u64;

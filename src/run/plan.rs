@@ -20,7 +20,7 @@ use crate::energy::{Charge, Limit, MeterKind, Meters, Phase, Spent};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Recompute, forecast_memory};
 use crate::report::types::BaselineKind;
-use crate::train::{Costs, Forecast, Settings, Standing, Stop, forecast};
+use crate::train::{Forecast, Settings, StepCosts, Stop, TrainState, forecast};
 use crate::units::{Bytes, Joules, MicroJoules};
 use crate::work::Work;
 
@@ -50,7 +50,7 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
         .map(|work| (Phase::Eval, work.clone()))
         .collect();
     let trained = prepared.trained();
-    let costs = Costs::new(
+    let costs = StepCosts::new(
         &prepared.shape,
         &prepared.sampler,
         &prepared.validation_batches,
@@ -76,7 +76,7 @@ pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
         &prepared.profile,
         &prepared.budget,
         before,
-        &Standing::default(),
+        &TrainState::default(),
     );
     let mut phases = vec![(Phase::Load, load)];
     for (phase, mut sum) in run.phases.clone() {
@@ -122,10 +122,14 @@ fn spent(charge: &Charge) -> Spent {
 }
 
 /// What the shortest run needs: everything before the first step, one step, and what ends a run.
-fn least_needed(costs: &Costs<'_>, prepared: &Prepared, before: Spent) -> String {
+fn least_needed(costs: &StepCosts<'_>, prepared: &Prepared, before: Spent) -> String {
     let charge = |work: &Work| spent(&prepared.profile.charge(work));
-    let due = prepared.settings.due_after(1);
-    let ending: Spent = costs.after(due).iter().map(|(_, work)| charge(work)).sum();
+    let due = prepared.settings.scheduled_after(1);
+    let ending: Spent = costs
+        .reserve(due)
+        .iter()
+        .map(|(_, work)| charge(work))
+        .sum();
     let least = before + charge(&costs.step(0)) + ending;
     format!(
         "{} and {}",
@@ -154,14 +158,14 @@ impl Plan {
 
 /// What computing activations again costs in the plan's `steps` training steps, whose charge is `training`, and what it saves.
 fn recomputation(prepared: &Prepared, steps: u64, training: &Charge) -> Value {
-    let walked = prepared.shape.walked();
-    let blocks = prepared.settings.recompute.of(walked);
+    let walked = prepared.shape.backward_blocks();
+    let blocks = prepared.settings.recompute.count(walked);
     let settings = Settings {
-        recompute: Recompute::NOTHING,
+        recompute: Recompute::NONE,
         ..prepared.settings.clone()
     };
     let (trained, tokens) = (prepared.trained(), prepared.longest_batch);
-    let costs = Costs::new(
+    let costs = StepCosts::new(
         &prepared.shape,
         &prepared.sampler,
         &[],
@@ -175,7 +179,7 @@ fn recomputation(prepared: &Prepared, steps: u64, training: &Charge) -> Value {
             .map(|step| prepared.profile.charge(&costs.step(step)))
             .sum(),
     };
-    let peak = forecast_memory(&prepared.shape, trained as u64, tokens, Recompute::NOTHING).peak();
+    let peak = forecast_memory(&prepared.shape, trained as u64, tokens, Recompute::NONE).peak();
     json!({
         "blocks": blocks,
         "of": walked,

@@ -148,7 +148,7 @@ pub fn prepare(
     let trained = target.parameters(&architecture);
     let (recompute, memory) = recompute(&recipe, &shape, trained, tokens, &mut warnings)?;
     if recipe.train.activation_checkpointing == Checkpointing::Auto {
-        recipe.train.activation_checkpointing = resolved(recompute, shape.walked());
+        recipe.train.activation_checkpointing = resolved(recompute, shape.backward_blocks());
     }
     check_measured_baselines(&recipe, &architecture, tokens)?;
     if recipe.energy.device == "auto" {
@@ -477,21 +477,20 @@ pub(super) fn recompute(
     tokens: usize,
     warnings: &mut Vec<String>,
 ) -> Result<(Recompute, MemoryForecast)> {
-    let (free, walked) = (machine::free_memory(), shape.walked());
+    let (free, walked) = (machine::free_memory(), shape.backward_blocks());
     let chosen = match recipe.train.activation_checkpointing {
         Checkpointing::Always => Recompute::ALL,
-        Checkpointing::Never => Recompute::NOTHING,
+        Checkpointing::Never => Recompute::NONE,
         Checkpointing::Blocks(blocks) if blocks > walked => {
             return Err(too_many_blocks(blocks, walked));
         }
         Checkpointing::Blocks(blocks) => Recompute::lowest(blocks),
-        Checkpointing::Auto => free.map_or(Recompute::NOTHING, |free| {
+        Checkpointing::Auto => free.map_or(Recompute::NONE, |free| {
             least_recompute(shape, trained as u64, tokens, free)
         }),
     };
-    if recipe.train.activation_checkpointing == Checkpointing::Auto && chosen != Recompute::NOTHING
-    {
-        let blocks = chosen.of(walked);
+    if recipe.train.activation_checkpointing == Checkpointing::Auto && chosen != Recompute::NONE {
+        let blocks = chosen.count(walked);
         warnings.push(format!("not all activations fit in memory: those of {blocks} of {walked} blocks are computed again"));
     }
     let memory = forecast_memory(shape, trained as u64, tokens, chosen);
@@ -505,7 +504,7 @@ pub(super) fn recompute(
 
 /// What a recipe says instead of `auto`.
 fn resolved(recompute: Recompute, walked: usize) -> Checkpointing {
-    match recompute.of(walked) {
+    match recompute.count(walked) {
         0 => Checkpointing::Never,
         blocks if blocks == walked => Checkpointing::Always,
         blocks => Checkpointing::Blocks(blocks),

@@ -28,11 +28,11 @@ use crate::data::{Example, MicroBatch};
 use crate::energy::meter::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
-use crate::model::{Architecture, Decoder, MemoryForecast, Parts};
+use crate::model::{Architecture, Decoder, MemoryForecast, WeightSource};
 use crate::ops::{Context, Gradients, Parameters, Slot, Weight};
 use crate::random::{Use, stream};
 use crate::recipe::{DataSource, Recipe, Validation};
-use crate::train::{self, backpropagate, descend};
+use crate::train::{self, accumulate_gradients, optimizer_update};
 use crate::units::{Bytes, Seconds};
 use crate::work::{Precision, Tally};
 
@@ -200,7 +200,7 @@ impl Trial {
         step: u64,
     ) -> Result<()> {
         let mut gradients = Gradients::new(parameters.slots().len());
-        let losses = backpropagate(
+        let losses = accumulate_gradients(
             context,
             decoder,
             &self.settings,
@@ -208,7 +208,7 @@ impl Trial {
             &self.batches,
             &mut gradients,
         )?;
-        let norm = descend(context, parameters, &self.settings, &gradients, 0.0, step)?;
+        let norm = optimizer_update(context, parameters, &self.settings, &gradients, 0.0, step)?;
         decoder.device().synchronize()?;
         match losses {
             Ok(_) if norm.is_finite() => Ok(()),
@@ -239,7 +239,7 @@ impl Trial {
                 });
                 let values = |_, slot: &Slot| Ok(noise.values(&slot.name, &slot.shape));
                 let parameters = Parameters::made(pairs.collect(), values, device)?;
-                let precision = architecture.kept(self.settings.precision);
+                let precision = architecture.frozen_precision(self.settings.precision);
                 let weight = |name: &str, shape: &[usize]| {
                     noise
                         .tensor(name, shape, precision, device)
@@ -248,7 +248,7 @@ impl Trial {
                 let lora = |path: &str| adapter_on(path, sites, &parameters);
                 let decoder = Decoder::assemble(
                     architecture,
-                    &Parts {
+                    &WeightSource {
                         weight: &weight,
                         lora: &lora,
                     },

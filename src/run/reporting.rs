@@ -105,7 +105,7 @@ fn write_result(
         prepared,
         parameters,
         &draft,
-        Some(inputs.outcome.standing.tokens),
+        Some(inputs.outcome.state.tokens),
     )?;
     if !prepared.whole_model() {
         copy_companions(prepared, &draft)?;
@@ -121,7 +121,7 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
         account,
         ..
     } = inputs;
-    let standing = &outcome.standing;
+    let standing = &outcome.state;
     let spent = account.spent();
     let energy = interval(account.kind(), spent.energy.joules());
     let wall = spent.time.max(inputs.wall);
@@ -251,7 +251,7 @@ pub(super) fn data_block(prepared: &Prepared) -> types::Data {
 }
 
 fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
-    let (prepared, standing) = (inputs.prepared, &inputs.outcome.standing);
+    let (prepared, standing) = (inputs.prepared, &inputs.outcome.state);
     let after = standing
         .val_loss_last
         .filter(|last| last.step == standing.step && last.step > 0);

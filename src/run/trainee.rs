@@ -10,7 +10,7 @@ use super::prepare::{Prepared, Target};
 use crate::adapter::shards::{F32s, write_f32s};
 use crate::adapter::{self, PeftConfig, Site, kaiming_uniform};
 use crate::error::{Error, Kind, Result};
-use crate::model::{Architecture, Decoder, Parts, Weights, random_tensor};
+use crate::model::{Architecture, Decoder, WeightSource, Weights, random_tensor};
 use crate::ops::{Lora, Parameters, Slot, Weight, dtype};
 use crate::recipe::{Init, ModelId};
 use crate::work::{Precision, Work};
@@ -122,7 +122,7 @@ pub(super) fn decoder_with_adapter(
     let lora = |path: &str| adapter_on(path, sites, parameters);
     Decoder::assemble(
         architecture,
-        &Parts {
+        &WeightSource {
             weight: &weight,
             lora: &lora,
         },
@@ -194,7 +194,7 @@ pub(super) fn decoder_of(
         };
     Decoder::assemble(
         architecture,
-        &Parts {
+        &WeightSource {
             weight: &weight,
             lora: &|_| Ok(None),
         },

@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::recipe::{self, Checkpointing, Init, Meter, Recipe};
 use crate::report::steps::truncate_after;
 use crate::report::{Report, json::read_report};
-use crate::train::{self, Checkpoints, Costs, Due, Job, Outcome, Standing, Stop};
+use crate::train::{self, Checkpoints, Outcome, Scheduled, StepCosts, Stop, TrainState, Trainer};
 use crate::units::Seconds;
 use crate::work::Work;
 
@@ -164,7 +164,7 @@ struct Start {
     directory: RunDirectory,
     account: Account,
     checkpoints: Checkpoints,
-    found: Option<Standing>,
+    found: Option<TrainState>,
     prompt: Option<SamplePrompt>,
     load: Work,
 }
@@ -222,7 +222,7 @@ impl Start {
     /// Refuses to go on where the budget cannot hold loading again and everything that ends a run.
     fn check_room(&self, prepared: &Prepared) -> Result<()> {
         let (trained, ending) = (prepared.trained(), self.ending(prepared));
-        let costs = Costs::new(
+        let costs = StepCosts::new(
             &prepared.shape,
             &prepared.sampler,
             &prepared.validation_batches,
@@ -230,7 +230,7 @@ impl Start {
             &prepared.settings,
             ending,
         );
-        let mut rest = costs.after(Due {
+        let mut rest = costs.reserve(Scheduled {
             evaluation: false,
             save: false,
         });
@@ -300,7 +300,7 @@ fn run_in(
     if let Some(standing) = &found {
         checkpoints.restore(standing.step, &parameters)?;
     }
-    let mut standing = Standing {
+    let mut standing = TrainState {
         recipe: prepared.digest().to_string(),
         ..found.unwrap_or_default()
     };
@@ -324,7 +324,7 @@ fn run_in(
             prepared.settings.steps,
             expected_steps,
         )?;
-        let mut job = Job {
+        let mut trainer = Trainer {
             decoder: &decoder,
             parameters: &parameters,
             shape: &prepared.shape,
@@ -337,7 +337,7 @@ fn run_in(
             interrupted: request.interrupted,
             ending,
         };
-        let outcome = train::train(&mut job, standing, &mut observer)?;
+        let outcome = train::train(&mut trainer, standing, &mut observer)?;
         observer.flush()?;
         outcome
     };
@@ -348,7 +348,7 @@ fn run_in(
             &decoder,
             prompt.as_ref(),
             &mut account,
-            outcome.standing.step,
+            outcome.state.step,
         )?,
     };
     account.close()?;
@@ -359,7 +359,7 @@ fn run_in(
         checkpoints: &checkpoints,
         sample: prompt
             .map(|prompt| prompt.text)
-            .zip(outcome.standing.sample_before.clone())
+            .zip(outcome.state.sample_before.clone())
             .zip(after),
         wall: Seconds(started.elapsed().as_secs_f64()),
     };

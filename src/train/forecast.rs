@@ -1,6 +1,6 @@
 //! What a run will execute and where its budget will stop it, before it starts; and how far it is, while it runs.
 
-use super::{Settings, Standing, Stop, checkpoint_bytes};
+use super::{Settings, Stop, TrainState, checkpoint_bytes};
 use crate::data::{BatchShape, MicroBatch, Sampler};
 use crate::energy::budget::Allowance;
 use crate::energy::{Account, Budget, Charge, Phase, Profile, Spent};
@@ -10,7 +10,7 @@ use crate::work::Work;
 
 /// What is due after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Due {
+pub struct Scheduled {
     /// An evaluation.
     pub evaluation: bool,
     /// A checkpoint.
@@ -19,10 +19,10 @@ pub struct Due {
 
 impl Settings {
     /// What is due once `step` steps are done. The end of the run brings its own evaluation and checkpoint.
-    pub fn due_after(&self, step: u64) -> Due {
+    pub fn scheduled_after(&self, step: u64) -> Scheduled {
         let every = |n: u64| n > 0 && step.is_multiple_of(n) && step < self.steps;
         let evaluation = every(self.eval_every);
-        Due {
+        Scheduled {
             evaluation,
             save: every(self.save_every) || (evaluation && self.keep_best),
         }
@@ -30,7 +30,7 @@ impl Settings {
 }
 
 /// The work of each thing a run does.
-pub struct Costs<'a> {
+pub struct StepCosts<'a> {
     shape: &'a ModelShape,
     sampler: &'a Sampler,
     settings: &'a Settings,
@@ -46,7 +46,7 @@ pub(super) fn save_work(trained: usize) -> Work {
     Work::file(checkpoint_bytes(trained))
 }
 
-impl<'a> Costs<'a> {
+impl<'a> StepCosts<'a> {
     /// Of a run with these parts.
     pub fn new(
         shape: &'a ModelShape,
@@ -76,7 +76,7 @@ impl<'a> Costs<'a> {
     }
 
     /// Whether there is anything to evaluate on.
-    pub fn evaluates(&self) -> bool {
+    pub fn has_validation(&self) -> bool {
         self.evaluation.is_some()
     }
 
@@ -99,7 +99,7 @@ impl<'a> Costs<'a> {
     }
 
     /// What must still be possible after a step: what is due after it, and the entries that end the run.
-    pub fn after(&self, due: Due) -> Vec<(Phase, Work)> {
+    pub fn reserve(&self, due: Scheduled) -> Vec<(Phase, Work)> {
         let due_evaluation = self.evaluation.as_ref().filter(|_| due.evaluation);
         let evaluations = due_evaluation
             .into_iter()
@@ -117,8 +117,8 @@ impl<'a> Costs<'a> {
             .collect()
     }
 
-    /// What comes between two steps, with how often it comes after one.
-    fn between(&self) -> Vec<(Phase, Work, f64)> {
+    /// Work amortised per step (evaluation, checkpoint), with its frequency per step.
+    fn amortized(&self) -> Vec<(Phase, Work, f64)> {
         let often = |every: u64| if every > 0 { 1.0 / every as f64 } else { 0.0 };
         let evaluated = often(self.settings.eval_every);
         let saved = often(self.settings.save_every)
@@ -174,14 +174,14 @@ fn spent(charge: &Charge) -> Spent {
     }
 }
 
-/// Plays the run through from `standing` on the counted meter: every step, evaluation and checkpoint that `budget` admits after `before`.
+/// Plays the run through from `state` on the counted meter: every step, evaluation and checkpoint that `budget` admits after `before`.
 pub fn forecast(
-    costs: &Costs<'_>,
+    costs: &StepCosts<'_>,
     settings: &Settings,
     profile: &Profile,
     budget: &Budget,
     before: Spent,
-    standing: &Standing,
+    state: &TrainState,
 ) -> Forecast {
     let evaluation = costs.evaluation.as_ref().map(|work| profile.charge(work));
     let save = profile.charge(&costs.save);
@@ -196,9 +196,9 @@ pub fn forecast(
         .chain(ending.iter().map(|(_, charge)| charge))
         .map(spent)
         .sum();
-    let (mut so_far, mut step, mut tokens) = (before, standing.step, (0, 0));
+    let (mut so_far, mut step, mut tokens) = (before, state.step, (0, 0));
     let (mut training, mut evaluations, mut saves) = (Charge::default(), 0, 0);
-    let mut last = Due {
+    let mut last = Scheduled {
         evaluation: false,
         save: false,
     };
@@ -210,7 +210,7 @@ pub fn forecast(
                 Stop::Steps
             };
         }
-        let due = settings.due_after(step + 1);
+        let due = settings.scheduled_after(step + 1);
         let shapes = costs.sampler.step_shape(step);
         let charge = profile.charge(&costs.step_of(&shapes));
         let mut next = spent(&charge);
@@ -258,7 +258,7 @@ pub fn forecast(
 }
 
 /// How far a run is: what the learning rate follows.
-pub struct Course {
+pub struct BudgetProgress {
     steps: u64,
     spending: Spending,
 }
@@ -266,28 +266,28 @@ pub struct Course {
 /// What training may spend, on the meter that decides.
 enum Spending {
     /// There is no budget.
-    Free,
+    Unlimited,
     /// All that comes beside training is known: so much in the whole run.
     Planned(Allowance),
     /// Only what was seen tells what will be: asked anew before every step.
-    Seen {
-        /// What comes between two steps, with how often it comes after one.
-        between: Vec<(Phase, Work, f64)>,
+    Observed {
+        /// Work amortised per step (evaluation, checkpoint), with its frequency per step.
+        amortized: Vec<(Phase, Work, f64)>,
         /// What ends the run.
         ending: Vec<(Phase, Work)>,
     },
 }
 
-impl Course {
-    /// Of a run that goes on from `standing`; asked once, before the first step.
+impl BudgetProgress {
+    /// Of a run that goes on from `state`; asked once, before the first step.
     pub fn new(
-        costs: &Costs<'_>,
+        costs: &StepCosts<'_>,
         settings: &Settings,
         account: &Account,
-        standing: &Standing,
+        state: &TrainState,
     ) -> Self {
         let spending = if !account.budget().is_limited() {
-            Spending::Free
+            Spending::Unlimited
         } else if account.foresees() {
             let plan = forecast(
                 costs,
@@ -295,7 +295,7 @@ impl Course {
                 account.meters().profile(),
                 account.budget(),
                 account.spent(),
-                standing,
+                state,
             );
             let evaluations = costs.evaluation.iter().flat_map(|work| {
                 std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations)
@@ -307,9 +307,9 @@ impl Course {
                 .collect();
             Spending::Planned(account.allowance(&reserved))
         } else {
-            Spending::Seen {
-                between: costs.between(),
-                ending: costs.after(Due {
+            Spending::Observed {
+                amortized: costs.amortized(),
+                ending: costs.reserve(Scheduled {
                     evaluation: false,
                     save: false,
                 }),
@@ -323,16 +323,16 @@ impl Course {
 
     /// The larger of steps done over all steps and, where there is a budget, what training has spent at the midpoint of the step whose
     /// work is `next` over what training may spend. With no budget the rates are transformers' own.
-    pub(super) fn progress(&self, standing: &Standing, account: &Account, next: &Work) -> f64 {
-        let by_steps = standing.step as f64 / self.steps as f64;
+    pub(super) fn progress(&self, state: &TrainState, account: &Account, next: &Work) -> f64 {
+        let by_steps = state.step as f64 / self.steps as f64;
         match &self.spending {
-            Spending::Free => by_steps,
+            Spending::Unlimited => by_steps,
             Spending::Planned(allowance) => {
                 let next = account.forecast(&[(Phase::Train, next.clone())]);
                 by_steps.max(allowance.fraction(&(account.spent_on(Phase::Train) + next.half())))
             }
-            Spending::Seen { between, ending } => {
-                by_steps.max(account.progress(next, between, ending))
+            Spending::Observed { amortized, ending } => {
+                by_steps.max(account.progress(next, amortized, ending))
             }
         }
     }

@@ -13,11 +13,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use checkpoint::{
-    Checkpoints, Evaluated, Standing, checkpoint_bytes, put_in_place, remove_directory,
+    Checkpoints, Evaluated as Evaluation, Standing as TrainState, checkpoint_bytes, put_in_place,
+    remove_directory,
 };
-pub use forecast::{Costs, Course, Due, Forecast, forecast};
+pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast};
 pub use schedule::{Decay, Schedule};
-pub use step::{StepRecord, backpropagate, batch_on, descend};
+pub use step::{StepRecord, accumulate_gradients, batch_to_device, optimizer_update};
 
 use crate::data::{MicroBatch, Sampler};
 use crate::energy::{Account, Limit, Phase, Verdict};
@@ -27,7 +28,7 @@ use crate::ops::{Context, Parameters};
 use crate::work::{Precision, Tally, Work};
 
 /// Everything the loop works on.
-pub struct Job<'a> {
+pub struct Trainer<'a> {
     /// The model.
     pub decoder: &'a Decoder,
     /// Its trained values.
@@ -59,7 +60,7 @@ pub struct Settings {
     pub steps: u64,
     /// Whether `steps` was given in epochs.
     pub by_epochs: bool,
-    /// The learning rate's course.
+    /// The learning rate over the run.
     pub schedule: Schedule,
     /// AdamW's beta1, beta2, epsilon.
     pub adam: (f64, f64, f64),
@@ -106,7 +107,7 @@ pub struct Outcome {
     /// Why.
     pub stop: Stop,
     /// Where it stood.
-    pub standing: Standing,
+    pub state: TrainState,
 }
 
 /// Told what happens, as it happens.
@@ -121,139 +122,145 @@ pub trait Observer {
     fn saving(&mut self) -> Result<()>;
 }
 
-/// Trains from `standing` until the steps are done, a budget binds, the person interrupts or a number is not finite.
+/// Trains from `state` until the steps are done, a budget binds, the person interrupts or a number is not finite.
 pub fn train(
-    job: &mut Job<'_>,
-    mut standing: Standing,
+    trainer: &mut Trainer<'_>,
+    mut state: TrainState,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let tally = Tally::default();
-    let context = Context::new(&tally, job.settings.precision);
-    let costs = Costs::new(
-        job.shape,
-        job.sampler,
-        job.validation,
-        job.parameters.len(),
-        job.settings,
-        job.ending.clone(),
+    let context = Context::new(&tally, trainer.settings.precision);
+    let costs = StepCosts::new(
+        trainer.shape,
+        trainer.sampler,
+        trainer.validation,
+        trainer.parameters.len(),
+        trainer.settings,
+        trainer.ending.clone(),
     );
-    let at_once = job.interrupted.load(Ordering::Relaxed);
-    if standing.step == 0 && standing.val_loss_before.is_none() && costs.evaluates() && !at_once {
-        let val_loss = evaluate(job, context, &costs, 0, observer)?;
+    let at_once = trainer.interrupted.load(Ordering::Relaxed);
+    if state.step == 0 && state.val_loss_before.is_none() && costs.has_validation() && !at_once {
+        let val_loss = evaluate(trainer, context, &costs, 0, observer)?;
         if !val_loss.is_finite() {
             return Ok(Outcome {
                 stop: Stop::Diverged(
                     "the validation loss is not finite before the first step".into(),
                 ),
-                standing,
+                state,
             });
         }
-        standing.val_loss_before = Some(val_loss);
-        standing.val_loss_last = Some(Evaluated { step: 0, val_loss });
+        state.val_loss_before = Some(val_loss);
+        state.val_loss_last = Some(Evaluation { step: 0, val_loss });
     }
-    let course = Course::new(&costs, job.settings, job.account, &standing);
+    let budget_progress = BudgetProgress::new(&costs, trainer.settings, trainer.account, &state);
     let stop = loop {
-        if standing.step == job.settings.steps {
-            break if job.settings.by_epochs {
+        if state.step == trainer.settings.steps {
+            break if trainer.settings.by_epochs {
                 Stop::Epochs
             } else {
                 Stop::Steps
             };
         }
-        if job.interrupted.load(Ordering::Relaxed) {
+        if trainer.interrupted.load(Ordering::Relaxed) {
             break Stop::Interrupted;
         }
-        let work = costs.step(standing.step);
-        let due = job.settings.due_after(standing.step + 1);
-        if let Verdict::Stop(limit) = job.account.admit(Phase::Train, &work, &costs.after(due))? {
+        let work = costs.step(state.step);
+        let due = trainer.settings.scheduled_after(state.step + 1);
+        if let Verdict::Stop(limit) =
+            trainer
+                .account
+                .admit(Phase::Train, &work, &costs.reserve(due))?
+        {
             break Stop::Budget(limit);
         }
-        let lr = job
-            .settings
-            .schedule
-            .lr(course.progress(&standing, job.account, &work));
-        match step::optimizer_step(job, context, &mut standing, lr)? {
-            Ok(record) => observer.step(&record, job.account)?,
+        let lr =
+            trainer
+                .settings
+                .schedule
+                .lr(budget_progress.progress(&state, trainer.account, &work));
+        match step::optimizer_step(trainer, context, &mut state, lr)? {
+            Ok(record) => observer.step(&record, trainer.account)?,
             Err(diverged) => {
                 return Ok(Outcome {
                     stop: Stop::Diverged(diverged),
-                    standing,
+                    state,
                 });
             }
         }
         if due.evaluation
-            && costs.evaluates()
-            && let Some(diverged) = evaluate_into(job, context, &costs, &mut standing, observer)?
+            && costs.has_validation()
+            && let Some(diverged) =
+                evaluate_and_record(trainer, context, &costs, &mut state, observer)?
         {
             return Ok(Outcome {
                 stop: diverged,
-                standing,
+                state,
             });
         }
         if due.save {
-            save(job, context, &costs, &standing, observer)?;
+            save(trainer, context, &costs, &state, observer)?;
         }
     };
     let diverged = finish(
-        job,
+        trainer,
         context,
         &costs,
-        &mut standing,
+        &mut state,
         observer,
         stop != Stop::Interrupted,
     )?;
     Ok(Outcome {
         stop: diverged.unwrap_or(stop),
-        standing,
+        state,
     })
 }
 
 /// The last evaluation (unless one was just made, or the person is waiting) and the last checkpoint; none where the model diverged.
 fn finish(
-    job: &mut Job<'_>,
+    trainer: &mut Trainer<'_>,
     context: Context<'_>,
-    costs: &Costs<'_>,
-    standing: &mut Standing,
+    costs: &StepCosts<'_>,
+    state: &mut TrainState,
     observer: &mut dyn Observer,
     evaluate: bool,
 ) -> Result<Option<Stop>> {
-    let evaluated = standing
+    let evaluated = state
         .val_loss_last
-        .is_some_and(|last| last.step == standing.step);
-    if evaluate && costs.evaluates() && !evaluated {
-        let diverged = evaluate_into(job, context, costs, standing, observer)?;
+        .is_some_and(|last| last.step == state.step);
+    if evaluate && costs.has_validation() && !evaluated {
+        let diverged = evaluate_and_record(trainer, context, costs, state, observer)?;
         if diverged.is_some() {
             return Ok(diverged);
         }
-    } else if job.checkpoints.steps()?.last() == Some(&standing.step) {
+    } else if trainer.checkpoints.steps()?.last() == Some(&state.step) {
         return Ok(None);
     }
-    save(job, context, costs, standing, observer)?;
+    save(trainer, context, costs, state, observer)?;
     Ok(None)
 }
 
 /// Evaluates and notes the result. A loss that is not finite is a divergence, told before such values overwrite a good checkpoint.
-fn evaluate_into(
-    job: &mut Job<'_>,
+fn evaluate_and_record(
+    trainer: &mut Trainer<'_>,
     context: Context<'_>,
-    costs: &Costs<'_>,
-    standing: &mut Standing,
+    costs: &StepCosts<'_>,
+    state: &mut TrainState,
     observer: &mut dyn Observer,
 ) -> Result<Option<Stop>> {
-    let val_loss = evaluate(job, context, costs, standing.step, observer)?;
+    let val_loss = evaluate(trainer, context, costs, state.step, observer)?;
     if !val_loss.is_finite() {
         return Ok(Some(Stop::Diverged(format!(
             "the validation loss is not finite after step {}",
-            standing.step
+            state.step
         ))));
     }
-    let evaluated = Evaluated {
-        step: standing.step,
+    let evaluated = Evaluation {
+        step: state.step,
         val_loss,
     };
-    standing.val_loss_last = Some(evaluated);
-    if standing.best.is_none_or(|best| val_loss < best.val_loss) {
-        standing.best = Some(evaluated);
+    state.val_loss_last = Some(evaluated);
+    if state.best.is_none_or(|best| val_loss < best.val_loss) {
+        state.best = Some(evaluated);
     }
     Ok(None)
 }
@@ -262,26 +269,27 @@ fn evaluate_into(
 ///
 /// Its energy was held in reserve, so the verdict is not asked again: admission only leases it, in case of a crash.
 fn evaluate(
-    job: &mut Job<'_>,
+    trainer: &mut Trainer<'_>,
     context: Context<'_>,
-    costs: &Costs<'_>,
+    costs: &StepCosts<'_>,
     step: u64,
     observer: &mut dyn Observer,
 ) -> Result<f64> {
     if let Some(work) = costs.evaluation() {
-        job.account.admit(Phase::Eval, work, &[])?;
+        trainer.account.admit(Phase::Eval, work, &[])?;
     }
-    job.account.begin();
+    trainer.account.begin();
     let (mut sum, mut count) = (0.0, 0);
-    for (done, batch) in job.validation.iter().enumerate() {
-        observer.evaluating(done, job.validation.len());
-        let losses = job
+    for (done, batch) in trainer.validation.iter().enumerate() {
+        observer.evaluating(done, trainer.validation.len());
+        let losses = trainer
             .decoder
-            .losses(context, &batch_on(batch, job.decoder.device())?)?;
+            .losses(context, &batch_to_device(batch, trainer.decoder.device())?)?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         count += losses.len();
     }
-    job.account
+    trainer
+        .account
         .charge(Phase::Eval, step, &context.tally.take())?;
     let val_loss = sum / count as f64;
     observer.evaluated(step, val_loss)?;
@@ -289,18 +297,21 @@ fn evaluate(
 }
 
 fn save(
-    job: &mut Job<'_>,
+    trainer: &mut Trainer<'_>,
     context: Context<'_>,
-    costs: &Costs<'_>,
-    standing: &Standing,
+    costs: &StepCosts<'_>,
+    state: &TrainState,
     observer: &mut dyn Observer,
 ) -> Result<()> {
     observer.saving()?;
-    job.account.admit(Phase::Save, costs.save(), &[])?;
-    job.account.begin();
+    trainer.account.admit(Phase::Save, costs.save(), &[])?;
+    trainer.account.begin();
     context.tally.add(costs.save().clone());
-    job.checkpoints.save(standing, job.parameters, job.export)?;
-    job.account
-        .charge(Phase::Save, standing.step, &context.tally.take())?;
+    trainer
+        .checkpoints
+        .save(state, trainer.parameters, trainer.export)?;
+    trainer
+        .account
+        .charge(Phase::Save, state.step, &context.tally.take())?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use super::{Job, Settings, Standing};
+use super::{Settings, TrainState, Trainer};
 use crate::data::MicroBatch;
 use crate::energy::{Phase, Reading};
 use crate::error::{Error, Kind, Result};
@@ -29,7 +29,7 @@ pub struct StepRecord {
 }
 
 /// A micro-batch's tensors on `device`.
-pub fn batch_on(batch: &MicroBatch, device: &Device) -> Result<Batch> {
+pub fn batch_to_device(batch: &MicroBatch, device: &Device) -> Result<Batch> {
     let lengths: Vec<usize> = batch
         .segments
         .iter()
@@ -50,23 +50,23 @@ pub fn batch_on(batch: &MicroBatch, device: &Device) -> Result<Batch> {
     )
 }
 
-/// Runs the step after `standing.step` done ones at rate `lr`, charges it and moves `standing` on. The inner error is a number that is
+/// Runs the step after `state.step` done ones at rate `lr`, charges it and moves `state` on. The inner error is a number that is
 /// not finite: the step's place and the records in it; nothing was updated then.
 pub(super) fn optimizer_step(
-    job: &mut Job<'_>,
+    trainer: &mut Trainer<'_>,
     context: Context<'_>,
-    standing: &mut Standing,
+    state: &mut TrainState,
     lr: f64,
 ) -> Result<Result<StepRecord, String>> {
-    job.account.begin();
-    let (settings, step) = (job.settings, standing.step);
-    let batches = job.sampler.step(step);
+    trainer.account.begin();
+    let (settings, step) = (trainer.settings, state.step);
+    let batches = trainer.sampler.step(step);
     let loss_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
     let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
-    let mut gradients = Gradients::new(job.parameters.slots().len());
-    let sum = match backpropagate(
+    let mut gradients = Gradients::new(trainer.parameters.slots().len());
+    let sum = match accumulate_gradients(
         context,
-        job.decoder,
+        trainer.decoder,
         settings,
         step,
         &batches,
@@ -74,18 +74,24 @@ pub(super) fn optimizer_step(
     )? {
         Ok(sum) => sum,
         Err(index) => {
-            job.account
+            trainer
+                .account
                 .charge(Phase::Train, step + 1, &context.tally.take())?;
-            return Ok(Err(place("the loss", step, Some(index), &batches[index])));
+            return Ok(Err(describe_batch(
+                "the loss",
+                step,
+                Some(index),
+                &batches[index],
+            )));
         }
     };
-    let grad_norm = descend(context, job.parameters, settings, &gradients, lr, step)?;
-    let reading = job
+    let grad_norm = optimizer_update(context, trainer.parameters, settings, &gradients, lr, step)?;
+    let reading = trainer
         .account
         .charge(Phase::Train, step + 1, &context.tally.take())?;
     if !grad_norm.is_finite() {
-        let culprit = first_not_finite(job, &gradients)?;
-        return Ok(Err(place(
+        let culprit = first_not_finite(trainer, &gradients)?;
+        return Ok(Err(describe_batch(
             &format!("the gradient of `{culprit}`"),
             step,
             None,
@@ -93,11 +99,11 @@ pub(super) fn optimizer_step(
         )));
     }
     let loss = sum / loss_tokens as f64;
-    standing.step += 1;
-    standing.train_loss_last = Some(loss);
-    standing.tokens += tokens as u64;
-    standing.loss_tokens += loss_tokens as u64;
-    standing.train_wall_s += reading.wall.0;
+    state.step += 1;
+    state.train_loss_last = Some(loss);
+    state.tokens += tokens as u64;
+    state.loss_tokens += loss_tokens as u64;
+    state.train_wall_s += reading.wall.0;
     let (tokens, loss_tokens) = (tokens as u64, loss_tokens as u64);
     Ok(Ok(StepRecord {
         step: step + 1,
@@ -112,7 +118,7 @@ pub(super) fn optimizer_step(
 
 /// Adds the gradients of the mean loss over `batches`, the step after `step` done ones, to `gradients`; returns the sum of the losses of
 /// their loss tokens. The inner error is the index of the micro-batch whose loss is not finite.
-pub fn backpropagate(
+pub fn accumulate_gradients(
     context: Context<'_>,
     decoder: &Decoder,
     settings: &Settings,
@@ -125,7 +131,7 @@ pub fn backpropagate(
     let dropout = (settings.dropout > 0.0).then_some((settings.dropout, settings.seed, step));
     let mut sum = 0.0;
     for (index, batch) in batches.iter().enumerate() {
-        let input = batch_on(batch, decoder.device())?;
+        let input = batch_to_device(batch, decoder.device())?;
         let losses = decoder.losses_and_gradients(
             context,
             &input,
@@ -145,7 +151,7 @@ pub fn backpropagate(
 
 /// One AdamW pass at rate `lr`, the step after `step` done ones; returns the gradients' norm before clipping. Nothing is updated where
 /// it is not finite.
-pub fn descend(
+pub fn optimizer_update(
     context: Context<'_>,
     parameters: &Parameters,
     settings: &Settings,
@@ -167,8 +173,8 @@ pub fn descend(
 }
 
 /// The first trained tensor whose gradient holds a number that is not finite.
-fn first_not_finite(job: &Job<'_>, gradients: &Gradients) -> Result<String> {
-    for (index, slot) in job.parameters.slots().iter().enumerate() {
+fn first_not_finite(trainer: &Trainer<'_>, gradients: &Gradients) -> Result<String> {
+    for (index, slot) in trainer.parameters.slots().iter().enumerate() {
         let sum = gradients
             .get(index)
             .map(|g| g.sqr()?.sum_all()?.to_scalar::<f32>())
@@ -184,7 +190,7 @@ fn first_not_finite(job: &Job<'_>, gradients: &Gradients) -> Result<String> {
     .while_running())
 }
 
-fn place(what: &str, step: u64, micro_step: Option<usize>, batch: &MicroBatch) -> String {
+fn describe_batch(what: &str, step: u64, micro_step: Option<usize>, batch: &MicroBatch) -> String {
     const SHOWN: usize = 8;
     let examples: Vec<String> = batch
         .segments

@@ -13,8 +13,8 @@ use crate::run::prepare::Prepared;
 use crate::run::trainee::{Trainee, load_work};
 use crate::run::watch::Watch;
 use crate::train::{
-    self, Checkpoints, Costs, Job, Observer, Outcome, Schedule, Settings, Standing, StepRecord,
-    forecast,
+    self, Checkpoints, Observer, Outcome, Schedule, Settings, StepCosts, StepRecord, TrainState,
+    Trainer, forecast,
 };
 use crate::units::MicroJoules;
 use crate::work::Work;
@@ -93,9 +93,9 @@ impl<'a> Field<'a> {
         }
     }
 
-    fn costs<'s>(&'s self, settings: &'s Settings) -> Costs<'s> {
+    fn costs<'s>(&'s self, settings: &'s Settings) -> StepCosts<'s> {
         let prepared = self.prepared;
-        Costs::new(
+        StepCosts::new(
             &self.shape,
             &prepared.sampler,
             &prepared.validation_batches,
@@ -133,9 +133,9 @@ impl<'a> Field<'a> {
         let Ok(unlimited) = Budget::new(Limits::default(), rates) else {
             return MicroJoules::ZERO;
         };
-        let standing = Standing {
+        let standing = TrainState {
             step: from,
-            ..Standing::default()
+            ..TrainState::default()
         };
         let run = forecast(&costs, &settings, profile, &unlimited, NOTHING, &standing);
         let load = self.load();
@@ -174,7 +174,7 @@ impl Leg<'_> {
     /// Trains from `standing`; `asked` is the person's flag, `stop` our own.
     pub(super) fn run(
         &self,
-        standing: Standing,
+        standing: TrainState,
         account: &mut Account,
         checkpoints: &Checkpoints,
         folder: &Path,
@@ -196,7 +196,7 @@ impl Leg<'_> {
             stop,
         };
         let prepared = self.field.prepared;
-        let mut job = Job {
+        let mut trainer = Trainer {
             decoder: &self.trainee.decoder,
             parameters: &self.trainee.parameters,
             shape: &self.field.shape,
@@ -209,7 +209,7 @@ impl Leg<'_> {
             interrupted: stop,
             ending: Vec::new(),
         };
-        let outcome = train::train(&mut job, standing, &mut observer)?;
+        let outcome = train::train(&mut trainer, standing, &mut observer)?;
         observer.watch.flush()?;
         Ok(outcome)
     }

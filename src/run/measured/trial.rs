@@ -20,7 +20,7 @@ use crate::run::Screen;
 use crate::run::options::meter;
 use crate::run::spending::{bounds, carbon_block, interval};
 use crate::run::trainee::{Trainee, fully_trained};
-use crate::train::{Checkpoints, Standing, Stop};
+use crate::train::{Checkpoints, Stop, TrainState};
 use crate::units::{Flops, Joules};
 
 /// One baseline in training.
@@ -34,7 +34,7 @@ pub(super) struct Trial<'a> {
     folder: PathBuf,
     /// Steps for the run's training energy, and for `energy_multiple` times as much.
     steps: [u64; 2],
-    standing: Standing,
+    standing: TrainState,
 }
 
 impl<'a> Trial<'a> {
@@ -75,9 +75,9 @@ impl<'a> Trial<'a> {
         let account = Account::new(budget, meters, ledger(&folder.join(LEDGER))?, meter);
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
         let found = checkpoints.newest(&field.name())?;
-        let standing = found.unwrap_or_else(|| Standing {
+        let standing = found.unwrap_or_else(|| TrainState {
             recipe: field.name(),
-            ..Standing::default()
+            ..TrainState::default()
         });
         truncate_after(&folder.join(STEPS_JSONL), standing.step)?;
         Ok(Ok(Self {
@@ -184,7 +184,7 @@ impl<'a> Trial<'a> {
             flags,
             screen,
         )?;
-        self.standing = outcome.standing;
+        self.standing = outcome.state;
         Ok(outcome.stop)
     }
 
