@@ -345,7 +345,7 @@ fn the_sampling_thread_takes_less_than_a_thousandth_of_a_core() {
             self.0.read()
         }
 
-        fn unread_at_most(&self) -> Option<std::time::Duration> {
+        fn max_read_interval(&self) -> Option<std::time::Duration> {
             Some(std::time::Duration::from_millis(60))
         }
     }
@@ -363,7 +363,7 @@ fn the_sampling_thread_takes_less_than_a_thousandth_of_a_core() {
     let mut counters = Counters::new(vec![Box::new(Eager(
         RaplSensor::open(tree.path()).unwrap(),
     ))]);
-    counters.mark();
+    counters.snapshot();
     let start = std::time::Instant::now();
     std::thread::sleep(std::time::Duration::from_secs(3));
     let Some(time) = thread_time("wattune-sampler") else {

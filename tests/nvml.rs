@@ -236,13 +236,13 @@ fn a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once
             "nvml:1 (NVIDIA T4, energy counter)"
         ]
     );
-    let mark = counters.mark();
+    let snapshot = counters.snapshot();
     // 2.5 J on the one, 4 J on the other.
     driver.show("GPU-a;NVIDIA T4;3500;1\nGPU-b;NVIDIA T4;54000;1\n");
-    assert_eq!(counters.since(&mark), Ok(MicroJoules(6_500_000)));
+    assert_eq!(counters.energy_since(&snapshot), Ok(MicroJoules(6_500_000)));
     // The first card's driver was loaded anew: its counter began at zero.
     driver.show("GPU-a;NVIDIA T4;10;1\nGPU-b;NVIDIA T4;54001;1\n");
-    let gap = counters.since(&mark).unwrap_err();
+    let gap = counters.energy_since(&snapshot).unwrap_err();
     assert!(
         gap.lost && gap.reason.starts_with("nvml:0: ") && gap.reason.contains("reset"),
         "{gap:?}"
@@ -261,23 +261,23 @@ fn a_card_without_a_counter_has_its_power_sampled() {
         ["nvml:0 (Tesla P100, no energy counter: its power is sampled)"]
     );
     // A steady 100 W: the time between the two readings lies between these two.
-    let (outer, mark, inner) = (Instant::now(), counters.mark(), Instant::now());
+    let (outer, snapshot, inner) = (Instant::now(), counters.snapshot(), Instant::now());
     std::thread::sleep(Duration::from_millis(100));
     let least = inner.elapsed().as_secs_f64();
-    let energy = counters.since(&mark).unwrap().joules().0;
+    let energy = counters.energy_since(&snapshot).unwrap().joules().0;
     let most = outer.elapsed().as_secs_f64();
     assert!(
         (100.0 * least..=100.0 * most).contains(&energy),
         "{energy} J in {least} to {most} s"
     );
     // 300 W that are over before anybody asks: only the thread has seen them.
-    let mark = counters.mark();
+    let snapshot = counters.snapshot();
     driver.show("GPU-a;Tesla P100;!3;300000\n");
     let start = Instant::now();
     std::thread::sleep(Duration::from_millis(900));
     driver.show("GPU-a;Tesla P100;!3;100000\n");
     let (energy, wall) = (
-        counters.since(&mark).unwrap().joules().0,
+        counters.energy_since(&snapshot).unwrap().joules().0,
         start.elapsed().as_secs_f64(),
     );
     assert!(
@@ -408,7 +408,7 @@ fn a_slice_of_a_card_and_cards_that_differ_are_not_taken_for_one_another() {
     };
     let meters = Meters::open(Profile::named("nvidia-t4").unwrap(), Computing::Nvidia(0));
     assert!(
-        meters.absent().unwrap().reason.contains("slice of a card")
+        meters.absent().unwrap().reason.contains("slice of a GPU")
             && meters.measured_by().is_empty()
     );
     assert!(

@@ -1,12 +1,13 @@
-//! The counters of one run, read together.
+//! The hardware counters of one run, read together.
 //!
-//! Owns every sensor of a run, each device once, and the memory of what was lost. Takes sensors, returns the joules between two marks, or
-//! the reason why nobody knows them. A reading that fails inside a window does no harm; a reset, an unseen wrap-around or a sleep of the
-//! machine inside it makes the whole window unknown. Knows nothing of work, profiles or what fills a gap.
+//! Takes sensors, each device once; returns the energy between two snapshots, or why it is unknown. A
+//! reading that fails inside a window has no effect; a counter reset, a wrap-around that went
+//! unnoticed or a suspend of the machine makes the energy of the window unknown. Independent of work,
+//! profiles and the way gaps are filled.
 //!
-//! Where a sensor may not be left alone (power that must be sampled, a counter that may wrap within a step) a thread reads it. It sleeps
-//! until it has taken no more than a `REST`th of the time since it began, so that it never takes a thousandth of a core, and no thread starts
-//! where no sensor asks.
+//! A background thread reads sensors with a `max_read_interval` (power that must be sampled, a counter
+//! that may wrap within a step). It sleeps until it has used at most 1/`MIN_IDLE_RATIO` of the time
+//! since it started: less than a thousandth of a core. Without such a sensor no thread starts.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -17,45 +18,47 @@ use std::time::{Duration, Instant, SystemTime};
 use super::sensor::{Gap, Sensor};
 use crate::units::MicroJoules;
 
-/// The sampling thread rests until this many times its own processor time has passed: at most half a thousandth of a core.
-const REST: u32 = 2000;
-/// The name of the thread, as the system lists it.
-const THREAD: &str = "wattune-sampler";
-/// How far the clock on the wall may run ahead of the running clock, which stands still while the machine sleeps.
-const DRIFT: Duration = Duration::from_secs(2);
+/// Elapsed time over CPU time of the sampling thread, at least: half a thousandth of a core.
+const MIN_IDLE_RATIO: u32 = 2000;
+/// Name of the sampling thread.
+const THREAD_NAME: &str = "wattune-sampler";
+/// How far the wall clock may advance beyond the monotonic clock, which stops while the machine is
+/// suspended.
+const MAX_CLOCK_DRIFT: Duration = Duration::from_secs(2);
 
-/// What the two clocks showed.
+/// Simultaneous readings of two clocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Moment {
-    /// Since some start; stands still while the machine sleeps.
-    pub running: Duration,
-    /// Since 1970; goes on, and can be set.
+pub struct ClockReading {
+    /// Since some start; stops while the machine is suspended.
+    pub monotonic: Duration,
+    /// Since 1970; continues while suspended, and can be set.
     pub wall: Duration,
 }
 
-/// Shows the time.
-pub type Clock = Box<dyn FnMut() -> Moment + Send>;
+/// Reads both clocks.
+pub type Clock = Box<dyn FnMut() -> ClockReading + Send>;
 
 /// The sensors of one run.
 pub struct Counters {
-    bank: Arc<Mutex<Bank>>,
+    sensors: Arc<Mutex<SensorSet>>,
     sampler: Option<Sampler>,
 }
 
-/// Where the counters stood.
+/// The counters at one moment.
 #[derive(Debug, Clone)]
-pub struct Mark {
+pub struct Snapshot {
     energy: Result<MicroJoules, Gap>,
     losses: u64,
 }
 
-struct Bank {
+struct SensorSet {
     sensors: Vec<Box<dyn Sensor>>,
     clock: Clock,
-    last: Moment,
-    /// How often energy was lost, and why it was the last time.
+    last_reading: ClockReading,
+    /// Number of times energy was lost.
     losses: u64,
-    reason: String,
+    /// Reason of the last loss.
+    loss_reason: String,
 }
 
 struct Sampler {
@@ -64,11 +67,11 @@ struct Sampler {
 }
 
 impl Counters {
-    /// The sensors, and no second one of a device.
+    /// The counters of `sensors`; further sensors of the same device are dropped.
     pub fn new(sensors: Vec<Box<dyn Sensor>>) -> Counters {
         let start = Instant::now();
-        let clock = move || Moment {
-            running: start.elapsed(),
+        let clock = move || ClockReading {
+            monotonic: start.elapsed(),
             wall: SystemTime::now()
                 .duration_since(SystemTime::UNIX_EPOCH)
                 .unwrap_or_default(),
@@ -76,194 +79,170 @@ impl Counters {
         Self::with_clock(sensors, Box::new(clock))
     }
 
-    /// The same with a clock of one's own.
-    pub fn with_clock(sensors: Vec<Box<dyn Sensor>>, mut clock: Clock) -> Counters {
-        let mut known = BTreeSet::new();
-        let sensors = sensors
-            .into_iter()
-            .filter(|sensor| known.insert(sensor.device().to_string()))
-            .collect();
-        let last = clock();
-        let bank = Bank {
+    /// As `new`, with a given clock.
+    pub fn with_clock(mut sensors: Vec<Box<dyn Sensor>>, mut clock: Clock) -> Counters {
+        let mut devices = BTreeSet::new();
+        sensors.retain(|sensor| devices.insert(sensor.device().to_string()));
+        let last_reading = clock();
+        let set = SensorSet {
             sensors,
             clock,
-            last,
+            last_reading,
             losses: 0,
-            reason: String::new(),
+            loss_reason: String::new(),
         };
         Counters {
-            bank: Arc::new(Mutex::new(bank)),
+            sensors: Arc::new(Mutex::new(set)),
             sampler: None,
         }
     }
 
-    /// Whether there is no sensor at all.
+    /// Whether there is no sensor.
     pub fn is_empty(&self) -> bool {
-        lock(&self.bank).sensors.is_empty()
+        lock(&self.sensors).sensors.is_empty()
     }
 
-    /// The sensors' names, each with what it covers: "rapl (package-0, dram of package-0)".
+    /// The sensors' names with the parts they sum: "rapl (package-0, dram of package-0)".
     pub fn names(&self) -> Vec<String> {
+        let set = lock(&self.sensors);
         let name = |sensor: &dyn Sensor| match sensor.covers() {
             covers if covers.is_empty() => sensor.name().to_string(),
             covers => format!("{} ({covers})", sensor.name()),
         };
-        lock(&self.bank)
-            .sensors
+        set.sensors
             .iter()
             .map(|sensor| name(sensor.as_ref()))
             .collect()
     }
 
-    /// Where the counters stand now. The first mark starts the sampling thread where a sensor needs one.
-    pub fn mark(&mut self) -> Mark {
+    /// Reads every counter. The first snapshot starts the sampling thread if a sensor needs it.
+    pub fn snapshot(&mut self) -> Snapshot {
         if self.sampler.is_none() {
-            self.sampler = Sampler::start(&self.bank);
+            self.sampler = Sampler::start(&self.sensors);
         }
-        let mut bank = lock(&self.bank);
-        // What was lost before the mark is no matter of the window that it opens.
-        let energy = bank.read();
-        Mark {
-            energy,
-            losses: bank.losses,
-        }
+        let mut set = lock(&self.sensors);
+        let energy = set.read();
+        // Counted after the read: earlier losses do not affect a window that starts here.
+        let losses = set.losses;
+        Snapshot { energy, losses }
     }
 
-    /// The joules since `mark`, or why they are unknown.
-    pub fn since(&mut self, mark: &Mark) -> Result<MicroJoules, Gap> {
-        let mut bank = lock(&self.bank);
-        let now = bank.read();
-        if bank.losses > mark.losses {
-            return Err(Gap::lost(bank.reason.clone()));
+    /// The energy since `start`, or why it is unknown.
+    pub fn energy_since(&mut self, start: &Snapshot) -> Result<MicroJoules, Gap> {
+        let mut set = lock(&self.sensors);
+        let now = set.read();
+        if set.losses > start.losses {
+            return Err(Gap::lost(set.loss_reason.clone()));
         }
-        Ok(now?.saturating_sub(mark.energy.clone()?))
+        Ok(now?.saturating_sub(start.energy.clone()?))
     }
 }
 
-impl Bank {
-    /// The sum over every sensor. Each is read even where another failed, and once more where it failed itself: after a loss it counts
-    /// again from there, and a reading that failed may succeed a moment later.
+impl SensorSet {
+    /// The sum over every sensor. Reads all of them even if one fails, and retries a failed one once:
+    /// after a loss it counts from there, and other failures may be transient.
     fn read(&mut self) -> Result<MicroJoules, Gap> {
-        self.notice_sleep();
-        let mut lost = Vec::new();
-        let mut once = |sensor: &mut Box<dyn Sensor>| {
-            let reading = named(sensor);
-            lost.extend(
-                reading
-                    .as_ref()
-                    .err()
-                    .filter(|gap| gap.lost)
-                    .map(|gap| gap.reason.clone()),
-            );
-            reading
-        };
-        let readings: Vec<_> = self
-            .sensors
-            .iter_mut()
-            .map(|sensor| once(sensor).or_else(|_| once(sensor)))
-            .collect();
-        lost.into_iter().for_each(|reason| self.lose(reason));
+        self.detect_suspend();
+        let mut readings = Vec::new();
+        for i in 0..self.sensors.len() {
+            readings.push(self.read_sensor(i).or_else(|_| self.read_sensor(i)));
+        }
         readings.into_iter().sum()
     }
 
-    /// Reads the sensors that may not be left alone; what is lost thereby is remembered.
+    /// Reads the sensors with a `max_read_interval`, for their side effects.
     fn sample(&mut self) {
-        self.notice_sleep();
-        let mut lost = Vec::new();
-        for sensor in self
-            .sensors
-            .iter_mut()
-            .filter(|sensor| sensor.unread_at_most().is_some())
-        {
-            lost.extend(
-                named(sensor)
-                    .err()
-                    .filter(|gap| gap.lost)
-                    .map(|gap| gap.reason),
-            );
+        self.detect_suspend();
+        for i in 0..self.sensors.len() {
+            if self.sensors[i].max_read_interval().is_some() {
+                let _ = self.read_sensor(i);
+            }
         }
-        lost.into_iter().for_each(|reason| self.lose(reason));
     }
 
-    /// A wall clock that ran ahead: the machine slept, and what its counters did meanwhile is not this run's work.
-    fn notice_sleep(&mut self) {
-        let (now, last) = ((self.clock)(), self.last);
-        self.last = now;
-        let (ran, passed) = (
-            now.running.saturating_sub(last.running),
-            now.wall.saturating_sub(last.wall),
-        );
-        let ahead = passed.saturating_sub(ran);
-        if ahead > DRIFT.max(ran / 100) {
-            self.lose(format!(
-                "the machine slept for {} s, or its clock was set forward by that",
-                ahead.as_secs()
+    /// Reads one sensor and records a loss; a gap's reason starts with the sensor's name.
+    fn read_sensor(&mut self, index: usize) -> Result<MicroJoules, Gap> {
+        let sensor = &mut self.sensors[index];
+        let reading = sensor.read().map_err(|gap| Gap {
+            reason: format!("{}: {}", sensor.name(), gap.reason),
+            ..gap
+        });
+        if let Err(gap) = &reading
+            && gap.lost
+        {
+            self.record_loss(gap.reason.clone());
+        }
+        reading
+    }
+
+    /// Records a loss if the wall clock advanced beyond the monotonic clock: the machine was
+    /// suspended, and its consumption meanwhile does not belong to this run.
+    fn detect_suspend(&mut self) {
+        let now = (self.clock)();
+        let last = std::mem::replace(&mut self.last_reading, now);
+        let monotonic = now.monotonic.saturating_sub(last.monotonic);
+        let wall = now.wall.saturating_sub(last.wall);
+        let drift = wall.saturating_sub(monotonic);
+        if drift > MAX_CLOCK_DRIFT.max(monotonic / 100) {
+            let seconds = drift.as_secs();
+            self.record_loss(format!(
+                "the machine slept for {seconds} s, or its clock was set forward by that"
             ));
         }
     }
 
-    fn lose(&mut self, reason: String) {
+    fn record_loss(&mut self, reason: String) {
         self.losses += 1;
-        self.reason = reason;
+        self.loss_reason = reason;
     }
 
-    /// How often the thread must read: three times within the shortest silence that a sensor bears.
-    fn period(&self) -> Option<Duration> {
-        self.sensors
+    /// Period of the sampling thread: a third of the shortest `max_read_interval`.
+    fn sampling_period(&self) -> Option<Duration> {
+        let intervals = self
+            .sensors
             .iter()
-            .filter_map(|sensor| sensor.unread_at_most())
-            .min()
-            .map(|silence| silence / 3)
+            .filter_map(|sensor| sensor.max_read_interval());
+        intervals.min().map(|shortest| shortest / 3)
     }
-}
-
-/// A reading; a gap says whose it is.
-fn named(sensor: &mut Box<dyn Sensor>) -> Result<MicroJoules, Gap> {
-    sensor.read().map_err(|gap| Gap {
-        reason: format!("{}: {}", sensor.name(), gap.reason),
-        ..gap
-    })
 }
 
 impl Sampler {
-    /// Starts the thread where a sensor needs it. Where the system gives no thread, the sensors themselves notice the silence.
-    fn start(bank: &Arc<Mutex<Bank>>) -> Option<Sampler> {
-        let period = lock(bank).period()?;
+    /// Starts the thread if a sensor needs it. If the thread cannot be spawned, the sensors report the
+    /// exceeded read interval.
+    fn start(sensors: &Arc<Mutex<SensorSet>>) -> Option<Sampler> {
+        let period = lock(sensors).sampling_period()?;
         let (stop, stopped) = channel();
-        let bank = Arc::clone(bank);
+        let sensors = Arc::clone(sensors);
         let work = move || {
-            let (begun, mut rest) = (Instant::now(), period);
-            while stopped.recv_timeout(rest) == Err(RecvTimeoutError::Timeout) {
-                let started = Instant::now();
-                lock(&bank).sample();
-                // Waking and going to sleep cost as much as a reading of a file: the thread's own clock sees them, ours does not.
-                let own = thread_time().map_or(started.elapsed() * REST, |own| {
-                    (own * REST).saturating_sub(begun.elapsed())
-                });
-                rest = period.max(own);
+            let start = Instant::now();
+            let mut pause = period;
+            while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                let sample_start = Instant::now();
+                lock(&sensors).sample();
+                // Waking up costs as much as reading a file: only the thread's CPU clock includes it.
+                let idle = match thread_cpu_time() {
+                    Some(cpu) => (cpu * MIN_IDLE_RATIO).saturating_sub(start.elapsed()),
+                    None => sample_start.elapsed() * MIN_IDLE_RATIO,
+                };
+                pause = period.max(idle);
             }
         };
-        let thread = std::thread::Builder::new()
-            .name(THREAD.to_string())
-            .spawn(work)
-            .ok()?;
-        Some(Sampler {
-            stop,
-            thread: Some(thread),
-        })
+        let builder = std::thread::Builder::new().name(THREAD_NAME.to_string());
+        let thread = Some(builder.spawn(work).ok()?);
+        Some(Sampler { stop, thread })
     }
 }
 
 impl Drop for Sampler {
     fn drop(&mut self) {
-        // A thread that is gone already has nobody to tell.
+        // Fails only if the thread has ended already.
         let _ = self.stop.send(());
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
-/// The processor time of this thread; `None` where the system does not tell.
-fn thread_time() -> Option<Duration> {
+/// CPU time of this thread; `None` if the system does not provide it.
+fn thread_cpu_time() -> Option<Duration> {
     #[cfg(unix)]
     {
         let mut time = libc::timespec {
@@ -271,17 +250,17 @@ fn thread_time() -> Option<Duration> {
             tv_nsec: 0,
         };
         // SAFETY: the call writes to the one struct that it is given, which lives until it returns.
-        let told =
-            unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) } == 0;
-        told.then(|| Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.max(0) as u32))
+        let status = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+        let cpu = Duration::new(time.tv_sec.max(0) as u64, time.tv_nsec.max(0) as u32);
+        (status == 0).then_some(cpu)
     }
     #[cfg(not(unix))]
     None
 }
 
-/// The bank, also after a sensor's thread died in it: its numbers are whole, each is written at once.
-fn lock(bank: &Mutex<Bank>) -> MutexGuard<'_, Bank> {
-    bank.lock().unwrap_or_else(PoisonError::into_inner)
+/// Ignores poisoning: every update of the set is a single write.
+fn lock(sensors: &Mutex<SensorSet>) -> MutexGuard<'_, SensorSet> {
+    sensors.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -290,8 +269,10 @@ mod tests {
 
     use super::*;
 
-    /// A counter that gives what it is told, the last for ever; it belongs to a device.
-    struct Scripted(Vec<Result<u64, Gap>>, &'static str);
+    type Reading = Result<u64, Gap>;
+
+    /// Returns these readings one after another, the last for ever; second: the device.
+    struct Scripted(Vec<Reading>, &'static str);
 
     impl Sensor for Scripted {
         fn name(&self) -> &str {
@@ -312,85 +293,74 @@ mod tests {
         }
     }
 
-    fn still() -> Clock {
-        Box::new(|| Moment {
-            running: Duration::ZERO,
-            wall: Duration::ZERO,
-        })
+    fn clock_at(monotonic: u64, wall: u64) -> ClockReading {
+        ClockReading {
+            monotonic: Duration::from_secs(monotonic),
+            wall: Duration::from_secs(wall),
+        }
     }
 
-    fn counters(script: Vec<Result<u64, Gap>>) -> Counters {
-        Counters::with_clock(vec![Box::new(Scripted(script, "a"))], still())
+    fn stopped_clock() -> Clock {
+        Box::new(|| clock_at(0, 0))
     }
 
-    /// The joules of one window after another.
-    fn windows(counters: &mut Counters, count: usize) -> Vec<Result<u64, Gap>> {
+    fn counters(script: Vec<Reading>) -> Counters {
+        Counters::with_clock(vec![Box::new(Scripted(script, "a"))], stopped_clock())
+    }
+
+    /// The energy of consecutive windows.
+    fn windows(counters: &mut Counters, count: usize) -> Vec<Reading> {
         let mut window = || {
-            let mark = counters.mark();
-            counters.since(&mark).map(|energy| energy.0)
+            let start = counters.snapshot();
+            counters.energy_since(&start).map(|energy| energy.0)
         };
         (0..count).map(|_| window()).collect()
     }
 
     #[test]
-    fn a_window_is_the_difference_of_its_ends() {
-        assert_eq!(
-            windows(&mut counters(vec![Ok(100), Ok(350), Ok(350), Ok(360)]), 2),
-            [Ok(250), Ok(10)]
-        );
+    fn a_window_is_the_difference_of_two_snapshots() {
+        let mut counters = counters(vec![Ok(100), Ok(350), Ok(350), Ok(360)]);
+        assert_eq!(windows(&mut counters, 2), [Ok(250), Ok(10)]);
     }
 
     #[test]
-    fn a_device_is_counted_once_however_many_handles_it_has() {
-        let handle = |device| Box::new(Scripted(vec![Ok(0), Ok(7)], device)) as Box<dyn Sensor>;
-        let mut two = Counters::with_clock(
-            vec![
-                handle("GPU-1"),
-                handle("GPU-1"),
-                handle("GPU-2"),
-                handle("GPU-1"),
-            ],
-            still(),
-        );
+    fn two_sensors_of_a_device_are_counted_once() {
+        let sensor = |device| Box::new(Scripted(vec![Ok(0), Ok(7)], device)) as Box<dyn Sensor>;
+        let sensors = ["GPU-1", "GPU-1", "GPU-2", "GPU-1"].map(sensor);
+        let mut two = Counters::with_clock(sensors.into(), stopped_clock());
         assert_eq!(windows(&mut two, 1), [Ok(14)]);
         assert_eq!(two.names().len(), 2);
     }
 
     #[test]
-    fn a_reading_that_fails_once_is_tried_again_and_one_that_fails_twice_is_a_gap() {
-        let bad = || Err(Gap::unread("told to fail"));
-        assert_eq!(
-            windows(&mut counters(vec![Ok(5), bad(), Ok(25)]), 1),
-            [Ok(20)]
-        );
-        // The window that could not be closed is unknown; the next one is whole.
-        assert_eq!(
-            windows(&mut counters(vec![Ok(5), bad(), bad(), Ok(25), Ok(26)]), 2),
-            [Err(Gap::unread("scripted: told to fail")), Ok(1)]
-        );
-        // A sensor that is gone for good gives no window, and no zero.
-        assert!(
-            windows(&mut counters(vec![Ok(5), bad()]), 3)
-                .iter()
-                .all(Result::is_err)
-        );
+    fn a_failed_reading_is_retried_once() {
+        let failed = || Err(Gap::unread("told to fail"));
+        let mut once = counters(vec![Ok(5), failed(), Ok(25)]);
+        assert_eq!(windows(&mut once, 1), [Ok(20)]);
+        // A second failure leaves the window unknown, and the next one known.
+        let mut twice = counters(vec![Ok(5), failed(), failed(), Ok(25), Ok(26)]);
+        let gap = Gap::unread("scripted: told to fail");
+        assert_eq!(windows(&mut twice, 2), [Err(gap), Ok(1)]);
+        // A permanent failure never reads as zero.
+        let mut dead = counters(vec![Ok(5), failed()]);
+        assert!(windows(&mut dead, 3).iter().all(Result::is_err));
     }
 
     #[test]
-    fn what_is_lost_inside_a_window_makes_it_unknown_and_before_it_does_not() {
+    fn a_loss_affects_only_the_window_it_is_in() {
         let lost = || Err(Gap::lost("reset"));
-        let inside = windows(&mut counters(vec![Ok(5), lost(), Ok(9), Ok(9), Ok(10)]), 2);
-        assert_eq!(inside, [Err(Gap::lost("scripted: reset")), Ok(1)]);
-        assert_eq!(
-            windows(&mut counters(vec![lost(), Ok(9), Ok(10)]), 1),
-            [Ok(1)]
-        );
+        let mut inside = counters(vec![Ok(5), lost(), Ok(9), Ok(9), Ok(10)]);
+        let gap = Gap::lost("scripted: reset");
+        assert_eq!(windows(&mut inside, 2), [Err(gap), Ok(1)]);
+        let mut before = counters(vec![lost(), Ok(9), Ok(10)]);
+        assert_eq!(windows(&mut before, 1), [Ok(1)]);
     }
 
     #[test]
-    fn a_sleeping_machine_is_noticed() {
-        // One second runs while 3601 pass on the wall; then both run alike; then the wall clock is set back, which loses nothing.
-        let mut moments = [
+    fn a_suspended_machine_is_detected() {
+        // 3601 s of wall time during one second; then both clocks agree; then the wall clock is set
+        // back, which loses nothing.
+        let readings = [
             (0, 0),
             (1, 1),
             (2, 3602),
@@ -398,32 +368,23 @@ mod tests {
             (4, 3604),
             (5, 100),
             (6, 101),
-        ]
-        .into_iter();
+        ];
+        let mut readings = readings.into_iter();
         let mut last = (6, 101);
         let clock = move || {
-            last = moments.next().unwrap_or(last);
-            Moment {
-                running: Duration::from_secs(last.0),
-                wall: Duration::from_secs(last.1),
-            }
+            last = readings.next().unwrap_or(last);
+            clock_at(last.0, last.1)
         };
         let script = (0..8).map(|n| Ok(n * 10)).collect();
         let mut counters =
             Counters::with_clock(vec![Box::new(Scripted(script, "a"))], Box::new(clock));
         let found = windows(&mut counters, 3);
-        assert!(
-            found[0]
-                .as_ref()
-                .unwrap_err()
-                .reason
-                .contains("slept for 3600 s"),
-            "{found:?}"
-        );
+        let gap = found[0].as_ref().unwrap_err();
+        assert!(gap.reason.contains("slept for 3600 s"), "{found:?}");
         assert_eq!(found[1..], [Ok(10), Ok(10)]);
     }
 
-    /// A meter of 1 W and a tenth of a second's patience, which burns 20 us at every reading and counts them.
+    /// Spins for 20 us at every reading, counts its readings, and must be read every 0.1 s.
     struct Busy(Arc<AtomicU64>);
 
     impl Sensor for Busy {
@@ -439,34 +400,31 @@ mod tests {
             Ok(MicroJoules(self.0.fetch_add(1, Ordering::Relaxed)))
         }
 
-        fn unread_at_most(&self) -> Option<Duration> {
+        fn max_read_interval(&self) -> Option<Duration> {
             Some(Duration::from_millis(100))
         }
     }
 
     #[test]
-    fn the_thread_reads_what_may_not_be_left_alone_and_nothing_else() {
+    fn the_thread_reads_only_sensors_with_a_read_interval() {
         let readings = Arc::new(AtomicU64::new(0));
+        let count = || readings.load(Ordering::Relaxed);
         let mut counters = Counters::new(vec![Box::new(Busy(Arc::clone(&readings)))]);
-        counters.mark();
+        counters.snapshot();
         let deadline = Instant::now() + Duration::from_secs(20);
-        while readings.load(Ordering::Relaxed) < 4 && Instant::now() < deadline {
+        while count() < 4 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(10));
         }
         assert!(
-            readings.load(Ordering::Relaxed) >= 4,
-            "one reading by the mark, the others by the thread"
+            count() >= 4,
+            "one reading by the snapshot, the others by the thread"
         );
         drop(counters);
-        let after = readings.load(Ordering::Relaxed);
+        let after = count();
         std::thread::sleep(Duration::from_millis(120));
-        assert_eq!(
-            readings.load(Ordering::Relaxed),
-            after,
-            "it ends with the counters"
-        );
-        let mut patient = Counters::new(vec![Box::new(Scripted(vec![Ok(0)], "a"))]);
-        patient.mark();
-        assert!(patient.sampler.is_none());
+        assert_eq!(count(), after, "the thread ends with the counters");
+        let mut without = Counters::new(vec![Box::new(Scripted(vec![Ok(0)], "a"))]);
+        without.snapshot();
+        assert!(without.sampler.is_none());
     }
 }

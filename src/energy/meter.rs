@@ -8,11 +8,11 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::charge::Charge;
-use super::counters::{Counters, Mark};
+use super::counters::{Counters, Snapshot};
 use super::detect::{allowed_cores, part_of_machine};
 use super::ledger::Energies;
 use super::profile::{DeviceKind, Profile};
-use super::sensor::{Absent, Attributed, Gap, NvmlSensor, RaplSensor, Sensor};
+use super::sensor::{Absent, AttributedSensor, Gap, NvmlSensor, RaplSensor, Sensor};
 use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds, Watts};
 use crate::work::Work;
@@ -86,7 +86,7 @@ impl Reading {
 #[derive(Debug)]
 pub struct Window {
     start: Instant,
-    mark: Option<Mark>,
+    start_snapshot: Option<Snapshot>,
 }
 
 /// The meters of one run.
@@ -128,7 +128,7 @@ impl Meters {
     pub fn open(profile: Profile, computing: Computing) -> Meters {
         let rapl = RaplSensor::open_default().map(|sensor| match part_of_machine() {
             Some((allowed, all)) => {
-                Box::new(Attributed::new(Box::new(sensor), allowed, all)) as Box<dyn Sensor>
+                Box::new(AttributedSensor::new(Box::new(sensor), allowed, all)) as Box<dyn Sensor>
             }
             None => Box::new(sensor),
         });
@@ -214,10 +214,10 @@ impl Meters {
 
     /// Opens a window.
     pub fn begin(&mut self) -> Window {
-        let mark = (!self.counters.is_empty()).then(|| self.counters.mark());
+        let start_snapshot = (!self.counters.is_empty()).then(|| self.counters.snapshot());
         Window {
             start: Instant::now(),
-            mark,
+            start_snapshot,
         }
     }
 
@@ -228,9 +228,11 @@ impl Meters {
             .host
             .as_ref()
             .map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded());
-        let measured = window
-            .mark
-            .map(|mark| self.counters.since(&mark).map(|energy| energy + host));
+        let measured = window.start_snapshot.map(|start| {
+            self.counters
+                .energy_since(&start)
+                .map(|energy| energy + host)
+        });
         let charge = self.profile.charge(work);
         Reading {
             counted: charge.energy,

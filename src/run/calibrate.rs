@@ -232,7 +232,7 @@ impl Calibrator {
 
     /// Runs `work`; the second value is the mean power meanwhile, where there is a counter that can be read.
     fn drawing<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Option<Watts>)> {
-        let mark = self.counter.as_mut().map(Counters::mark);
+        let mark = self.counter.as_mut().map(Counters::snapshot);
         let start = Instant::now();
         let done = work()?;
         let wall = Seconds(start.elapsed().as_secs_f64());
@@ -240,7 +240,7 @@ impl Calibrator {
             .counter
             .as_mut()
             .zip(mark)
-            .map(|(counter, mark)| counter.since(&mark));
+            .map(|(counter, mark)| counter.energy_since(&mark));
         let watts = match energy {
             Some(Ok(energy)) => Some(mean_power(energy, wall)),
             Some(Err(gap)) => {

@@ -1,52 +1,51 @@
-//! A counter of the whole machine, for a process that may use a part of it.
+//! Attribution of a machine-wide counter to a process that may use some of its CPUs.
 //!
-//! Owns the share: CPUs that the process may use over CPUs there are. Takes a sensor, returns its joules times that share. An attribution,
-//! not a measurement: it gives idle and busy neighbours alike their part by head, and it says so in what it covers.
+//! Scales a sensor's energy by allowed CPUs over all CPUs. This is an attribution, not a
+//! measurement: load of other processes is shared out alike, and `covers` says so.
 
 use std::time::Duration;
 
 use super::{Gap, Sensor};
 use crate::units::MicroJoules;
 
-/// A sensor and the part of its joules that is this process's.
-pub struct Attributed {
+/// A sensor and the share of its energy attributed to this process.
+pub struct AttributedSensor {
     sensor: Box<dyn Sensor>,
     allowed: usize,
     all: usize,
 }
 
-impl Attributed {
-    /// `allowed` of `all` CPUs of what `sensor` shows; at least one of them, and no more than all.
-    pub fn new(sensor: Box<dyn Sensor>, allowed: usize, all: usize) -> Attributed {
-        Attributed {
+impl AttributedSensor {
+    /// Attributes `allowed` of `all` CPUs, clamped to 1..=all.
+    pub fn new(sensor: Box<dyn Sensor>, allowed: usize, all: usize) -> AttributedSensor {
+        let all = all.max(1);
+        let allowed = allowed.clamp(1, all);
+        AttributedSensor {
             sensor,
-            allowed: allowed.clamp(1, all.max(1)),
-            all: all.max(1),
+            allowed,
+            all,
         }
     }
 }
 
-impl Sensor for Attributed {
+impl Sensor for AttributedSensor {
     fn name(&self) -> &str {
         self.sensor.name()
     }
 
     fn read(&mut self) -> Result<MicroJoules, Gap> {
-        let share = |energy: MicroJoules| {
-            (u128::from(energy.0) * self.allowed as u128 / self.all as u128) as u64
-        };
-        self.sensor.read().map(share).map(MicroJoules)
+        let energy = u128::from(self.sensor.read()?.0);
+        Ok(MicroJoules(
+            (energy * self.allowed as u128 / self.all as u128) as u64,
+        ))
     }
 
     fn covers(&self) -> String {
-        let Attributed {
-            sensor,
-            allowed,
-            all,
-        } = self;
         format!(
-            "{}; attributed, not measured: the share of {allowed} of {all} CPUs",
-            sensor.covers()
+            "{}; attributed, not measured: the share of {} of {} CPUs",
+            self.sensor.covers(),
+            self.allowed,
+            self.all
         )
     }
 
@@ -54,8 +53,8 @@ impl Sensor for Attributed {
         self.sensor.device()
     }
 
-    fn unread_at_most(&self) -> Option<Duration> {
-        self.sensor.unread_at_most()
+    fn max_read_interval(&self) -> Option<Duration> {
+        self.sensor.max_read_interval()
     }
 }
 
@@ -80,20 +79,16 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_the_processors_gets_its_part_of_the_joules() {
-        // 2 of 64: a thirty-second. Large counters do not overflow on the way.
-        let mut share = Attributed::new(Box::new(Fixed(u64::MAX)), 2, 64);
+    fn energy_is_shared_by_cpu_count() {
+        // 2 of 64 CPUs: 1/32, without overflow for large counters.
+        let mut share = AttributedSensor::new(Box::new(Fixed(u64::MAX)), 2, 64);
         assert_eq!(share.read(), Ok(MicroJoules(u64::MAX / 32)));
+        assert_eq!(share.name(), "rapl");
         assert_eq!(
-            (share.name(), share.covers().as_str()),
-            (
-                "rapl",
-                "package-0; attributed, not measured: the share of 2 of 64 CPUs"
-            )
+            share.covers(),
+            "package-0; attributed, not measured: the share of 2 of 64 CPUs"
         );
-        assert_eq!(
-            Attributed::new(Box::new(Fixed(10)), 9, 4).read(),
-            Ok(MicroJoules(10))
-        );
+        let mut all = AttributedSensor::new(Box::new(Fixed(10)), 9, 4);
+        assert_eq!(all.read(), Ok(MicroJoules(10)));
     }
 }

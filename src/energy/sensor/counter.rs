@@ -1,86 +1,83 @@
-//! A raw hardware counter as energy since it was first read.
+//! A raw hardware counter as energy since its first reading.
 //!
-//! Owns wrap-around, reset and implausible rises. Takes raw values with the time of their reading, returns microjoules that never
-//! fall, or a `Gap` after which counting goes on from the new value. Knows nothing of where the values come from.
+//! Handles wrap-around, resets and implausible increments. Takes raw values with their read times,
+//! returns monotonic microjoules, or a [`Gap`] after which counting continues from the new value.
 
 use std::time::Duration;
 
 use super::Gap;
 
-/// What a counter cannot do, by which its readings are judged.
+/// Limits by which a counter's readings are judged.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Bounds {
-    /// The value at which it wraps; `None` for one that does not.
-    pub range: Option<u64>,
-    /// Power that the device never draws, in watts: twice its limit.
-    pub ceiling: f64,
-    /// How far its value may lag behind the device.
-    pub lag: Duration,
+pub(super) struct CounterLimits {
+    /// Value at which the counter wraps around; `None` if it never does.
+    pub wrap_range: Option<u64>,
+    /// Watts the device never draws: twice its power limit.
+    pub max_power_w: f64,
+    /// Longest delay between consumption and the counter's update.
+    pub update_lag: Duration,
 }
 
-impl Bounds {
-    /// The most it can rise in `time`, in microjoules.
-    fn most(&self, time: Duration) -> f64 {
-        self.ceiling * time.as_secs_f64() * 1e6
+impl CounterLimits {
+    /// Largest plausible increment over `time`, in microjoules.
+    fn max_increment(&self, time: Duration) -> f64 {
+        self.max_power_w * time.as_secs_f64() * 1e6
     }
 
-    /// How long it may be left unread before it may wrap unseen; `None` for one that does not wrap.
-    pub fn silence(&self) -> Option<Duration> {
-        self.range
-            .map(|range| Duration::from_secs_f64(range as f64 / 1e6 / self.ceiling))
+    /// Longest read interval in which it cannot wrap unnoticed; `None` if it never wraps.
+    pub fn max_read_interval(&self) -> Option<Duration> {
+        let range = self.wrap_range?;
+        Some(Duration::from_secs_f64(
+            range as f64 / 1e6 / self.max_power_w,
+        ))
     }
 }
 
-/// A counter that rises, may wrap, and may be reset: turns raw readings into energy since the first.
+/// Accumulates raw readings into energy since the first.
 #[derive(Debug, Clone)]
 pub(super) struct Counter {
-    bounds: Bounds,
+    limits: CounterLimits,
     last: u64,
-    /// When `last` was read.
-    at: Duration,
+    last_read: Duration,
     total: u64,
 }
 
 impl Counter {
-    pub fn new(bounds: Bounds, first: u64, at: Duration) -> Counter {
+    pub fn new(limits: CounterLimits, first: u64, at: Duration) -> Counter {
         Counter {
-            bounds,
+            limits,
             last: first,
-            at,
+            last_read: at,
             total: 0,
         }
     }
 
-    pub fn bounds(&self) -> &Bounds {
-        &self.bounds
+    pub fn limits(&self) -> &CounterLimits {
+        &self.limits
     }
 
-    /// Follows the counter to `raw`, read at `at`. A fall that is no plausible wrap is a reset; a rise that no device could draw is one
-    /// too, or a misreading. After so long a silence that it may have wrapped unseen nothing is known. In each of these cases the energy
-    /// since the last reading is lost, and counting goes on from `raw`.
-    pub fn advance(&mut self, raw: u64, at: Duration) -> Result<u64, Gap> {
-        let Bounds { range, lag, .. } = self.bounds;
-        let since = at.saturating_sub(self.at);
+    /// Adds the increment up to `raw`, read at `at`. A decrease that is no plausible wrap-around is
+    /// a reset; so is, or is misread, an increment above `max_power_w`. After a read interval in which
+    /// it may have wrapped unnoticed, the increment is unknown. In each case the energy since the
+    /// last reading is lost and counting continues from `raw`.
+    pub fn update(&mut self, raw: u64, at: Duration) -> Result<u64, Gap> {
+        let interval = at.saturating_sub(self.last_read);
         let last = std::mem::replace(&mut self.last, raw);
-        self.at = at;
-        if self.bounds.silence().is_some_and(|silence| since > silence) {
-            // In whole seconds: gaps of one reason are added up.
-            let silence = if since.as_secs() == 0 {
-                "under a second".to_string()
-            } else {
-                format!("{} s", since.as_secs())
-            };
-            let reason =
-                format!("the counter was not read for {silence}: it may have wrapped around");
-            return Err(Gap::lost(reason));
+        self.last_read = at;
+        if self
+            .limits
+            .max_read_interval()
+            .is_some_and(|max| interval > max)
+        {
+            return Err(unread_too_long(interval));
         }
-        let risen = match range {
+        let increment = match self.limits.wrap_range {
             _ if raw >= last => raw - last,
             Some(range) if last <= range => (range - last).saturating_add(raw),
             _ => return Err(reset()),
         };
-        if risen as f64 <= self.bounds.most(since + lag) {
-            self.total = self.total.saturating_add(risen);
+        if increment as f64 <= self.limits.max_increment(interval + self.limits.update_lag) {
+            self.total = self.total.saturating_add(increment);
             return Ok(self.total);
         }
         if raw < last {
@@ -88,14 +85,25 @@ impl Counter {
         }
         Err(Gap::lost(format!(
             "the counter rose by {} J in {:.1} s, which the device cannot draw",
-            risen / 1_000_000,
-            since.as_secs_f64()
+            increment / 1_000_000,
+            interval.as_secs_f64()
         )))
     }
 }
 
+/// Whole seconds only, so that gaps of one cause have equal reasons and are summed.
+fn unread_too_long(interval: Duration) -> Gap {
+    let interval = match interval.as_secs() {
+        0 => "under a second".to_string(),
+        seconds => format!("{seconds} s"),
+    };
+    Gap::lost(format!(
+        "the counter was not read for {interval}: it may have wrapped around"
+    ))
+}
+
 fn reset() -> Gap {
-    Gap::lost("the counter fell back and was not at its end: it was reset")
+    Gap::lost("the counter decreased without wrapping around: it was reset")
 }
 
 #[cfg(test)]
@@ -107,70 +115,52 @@ mod tests {
     }
 
     /// At most 20 W.
-    fn counter(range: Option<u64>, first: u64) -> Counter {
-        Counter::new(
-            Bounds {
-                range,
-                ceiling: 20.0,
-                lag: Duration::from_millis(10),
-            },
-            first,
-            seconds(0),
-        )
+    fn counter(wrap_range: Option<u64>, first: u64) -> Counter {
+        let update_lag = Duration::from_millis(10);
+        let limits = CounterLimits {
+            wrap_range,
+            max_power_w: 20.0,
+            update_lag,
+        };
+        Counter::new(limits, first, seconds(0))
     }
 
     #[test]
-    fn it_wraps_at_its_range() {
-        // 100 J range. 95 J -> 3 J in one second: 8 J went by (5 J to the end, 3 J after).
+    fn a_wrap_around_is_counted() {
+        // Range 100 J; 95 J -> 3 J in one second: 5 J to the end and 3 J after.
         let mut counter = counter(Some(100_000_000), 95_000_000);
-        assert_eq!(counter.advance(3_000_000, seconds(1)), Ok(8_000_000));
-        assert_eq!(counter.advance(4_000_000, seconds(2)), Ok(9_000_000));
+        assert_eq!(counter.update(3_000_000, seconds(1)), Ok(8_000_000));
+        assert_eq!(counter.update(4_000_000, seconds(2)), Ok(9_000_000));
     }
 
     #[test]
-    fn a_reset_loses_what_was_spent_and_counting_goes_on() {
-        // 50 J -> 1 J in one second would be 51 J at most 20 W: no wrap, a reset.
+    fn a_reset_loses_its_interval_only() {
+        // 50 J -> 1 J in one second would be 51 J at no more than 20 W: not a wrap-around.
         let mut wrapping = counter(Some(100_000_000), 50_000_000);
-        assert!(wrapping.advance(1_000_000, seconds(1)).unwrap_err().lost);
-        assert_eq!(wrapping.advance(3_000_000, seconds(2)), Ok(2_000_000));
-        let mut unwrapping = counter(None, 50);
-        assert!(
-            unwrapping
-                .advance(1, seconds(1))
-                .unwrap_err()
-                .reason
-                .contains("reset")
-        );
+        assert!(wrapping.update(1_000_000, seconds(1)).unwrap_err().lost);
+        assert_eq!(wrapping.update(3_000_000, seconds(2)), Ok(2_000_000));
+        let gap = counter(None, 50).update(1, seconds(1)).unwrap_err();
+        assert!(gap.reason.contains("reset"));
     }
 
     #[test]
-    fn a_rise_that_nothing_draws_is_not_believed() {
-        // 40 J in a second at most 20 W: read wrongly, or reset and set. One J more after that is one J.
+    fn an_implausible_increment_is_rejected() {
+        // 40 J in a second at no more than 20 W; one more joule after it is one joule.
         let mut counter = counter(None, 0);
-        assert!(
-            counter
-                .advance(40_000_000, seconds(1))
-                .unwrap_err()
-                .reason
-                .contains("40 J in 1.0 s")
-        );
-        assert_eq!(counter.advance(41_000_000, seconds(2)), Ok(1_000_000));
-        // What it lags behind may come at once: 0.2 J within 10 ms at 20 W.
-        assert_eq!(counter.advance(41_200_000, seconds(2)), Ok(1_200_000));
+        let gap = counter.update(40_000_000, seconds(1)).unwrap_err();
+        assert!(gap.reason.contains("40 J in 1.0 s"));
+        assert_eq!(counter.update(41_000_000, seconds(2)), Ok(1_000_000));
+        // A delayed update may come at once: 0.2 J within 10 ms at 20 W.
+        assert_eq!(counter.update(41_200_000, seconds(2)), Ok(1_200_000));
     }
 
     #[test]
-    fn a_long_silence_loses_what_was_spent() {
-        // 20 W for 6 s is 120 J: the 100 J counter may have gone round. It may be silent for 5 s.
+    fn a_long_read_interval_loses_its_energy() {
+        // 20 W for 6 s is 120 J: a 100 J counter may have wrapped. It must be read every 5 s.
         let mut counter = counter(Some(100_000_000), 0);
-        assert_eq!(counter.bounds().silence(), Some(seconds(5)));
-        assert!(
-            counter
-                .advance(5_000_000, seconds(6))
-                .unwrap_err()
-                .reason
-                .contains("wrapped")
-        );
-        assert_eq!(counter.advance(6_000_000, seconds(7)), Ok(1_000_000));
+        assert_eq!(counter.limits().max_read_interval(), Some(seconds(5)));
+        let gap = counter.update(5_000_000, seconds(6)).unwrap_err();
+        assert!(gap.reason.contains("wrapped"));
+        assert_eq!(counter.update(6_000_000, seconds(7)), Ok(1_000_000));
     }
 }

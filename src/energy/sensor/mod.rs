@@ -1,26 +1,27 @@
 //! Hardware energy counters.
 //!
-//! Owns the one seam to the machine: a `Sensor` gives microjoules since it was opened, or says that it cannot (`Gap`), and a
-//! sensor that cannot be opened is `Absent` with a reason and a remedy. Never returns a zero for what it could not read. Knows
-//! nothing of windows, work or budgets.
+//! The only access to the machine's counters: a [`Sensor`] returns the microjoules since it was
+//! opened, or a [`Gap`] when it cannot. A sensor that cannot be opened is [`Absent`], with a reason
+//! and a remedy. An unreadable counter never reads as zero. Independent of measurement windows, work
+//! and budgets.
 
 mod attributed;
 mod counter;
 mod nvml;
+mod nvml_device;
 mod power;
 mod rapl;
-mod visible;
 mod zones;
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use attributed::Attributed;
+pub use attributed::AttributedSensor;
 pub use nvml::{NvmlSensor, gpu_name};
 pub use rapl::RaplSensor;
 
-use counter::{Bounds, Counter};
+use counter::{Counter, CounterLimits};
 
 use crate::units::MicroJoules;
 
@@ -29,57 +30,57 @@ pub trait Sensor: Send {
     /// "rapl", "nvml:0".
     fn name(&self) -> &str;
 
-    /// Energy since the sensor was opened; it never falls. What a `Gap` calls lost is in no later reading; after any other gap the next
-    /// reading holds everything again.
+    /// Energy since the sensor was opened; monotonic. Energy lost in a [`Gap::lost`] appears in no
+    /// later reading; after any other gap the next reading includes it.
     fn read(&mut self) -> Result<MicroJoules, Gap>;
 
-    /// What it adds up, in words ("package-0, dram of package-0").
+    /// The parts it sums ("package-0, dram of package-0").
     fn covers(&self) -> String {
         String::new()
     }
 
-    /// What it measures, as the device itself is known ("GPU-5f1b..."): two sensors of one device are one meter.
+    /// Identifier of the device ("GPU-5f1b..."): two sensors of one device are counted once.
     fn device(&self) -> &str {
         self.name()
     }
 
-    /// The longest it may be left unread without losing anything; `None` where that does not matter.
-    fn unread_at_most(&self) -> Option<Duration> {
+    /// Longest time between two readings without loss of energy; `None` if unlimited.
+    fn max_read_interval(&self) -> Option<Duration> {
         None
     }
 }
 
-/// A reading that could not be had, or not be trusted.
+/// A failed or implausible reading.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gap {
-    /// Why.
+    /// Cause.
     pub reason: String,
-    /// What was spent since the last good reading will never be known. Else the next good reading holds it.
+    /// True if the energy since the last good reading is unknown for good; false if the next good
+    /// reading includes it.
     pub lost: bool,
 }
 
 impl Gap {
     /// A gap whose energy is lost.
     pub fn lost(reason: impl Into<String>) -> Gap {
-        Gap {
-            reason: reason.into(),
-            lost: true,
-        }
+        let reason = reason.into();
+        Gap { reason, lost: true }
     }
 
-    /// A reading that failed; the counter went on.
+    /// A failed reading of a counter that continues to count.
     pub fn unread(reason: impl Into<String>) -> Gap {
+        let reason = reason.into();
         Gap {
-            reason: reason.into(),
+            reason,
             lost: false,
         }
     }
 }
 
-/// Why a sensor cannot be used, and what to do about it.
+/// Why a sensor cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Absent {
-    /// What was found.
+    /// Cause.
     pub reason: String,
     /// What to type or change.
     pub remedy: String,
@@ -89,20 +90,20 @@ pub struct Absent {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// It was opened and read.
+    /// Opened and read.
     Available,
-    /// It was not.
+    /// Not usable.
     Absent(Absent),
 }
 
-/// One line of `devices`.
+/// A sensor as listed by `devices`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Availability {
     /// "rapl", "nvml:0".
     pub name: String,
-    /// What it measures ("package-0, dram of package-0", "NVIDIA T4, energy counter").
+    /// Parts it sums ("package-0, dram of package-0", "NVIDIA T4, energy counter").
     pub covers: String,
-    /// What was found beside that and is not added, each with its reason.
+    /// Further counters that are not summed, each with its reason.
     pub left_out: Vec<String>,
     /// Whether it can be used.
     pub state: State,
@@ -119,7 +120,7 @@ impl Availability {
     }
 }
 
-/// Every sensor this program knows of, tried on this machine.
+/// Tries every supported sensor on this machine.
 pub fn probe() -> Vec<Availability> {
     let rapl = match RaplSensor::open_default() {
         Ok(sensor) => Availability {
@@ -138,13 +139,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_sensor_is_there_or_says_why_not() {
+    fn an_absent_sensor_has_a_reason_and_a_remedy() {
         for Availability { name, state, .. } in probe() {
-            if let State::Absent(absent) = state {
-                assert!(
-                    !absent.reason.is_empty() && !absent.remedy.is_empty(),
-                    "{name}"
-                );
+            if let State::Absent(Absent { reason, remedy }) = state {
+                assert!(!reason.is_empty() && !remedy.is_empty(), "{name}");
             }
         }
     }

@@ -1,8 +1,9 @@
-//! Energy of an NVIDIA graphics processor, from its driver.
+//! Energy of an NVIDIA GPU, from its driver (NVML).
 //!
-//! Owns the driver's total-energy counter (millijoules since the driver was loaded, Volta and newer) and, on older cards, the integral
-//! of sampled power. The library is loaded at run time: without it the sensor is absent, with the reason. A counter that falls was reset
-//! with its driver: a gap. Knows nothing of which process draws the power; `visible` knows which card the computing library means.
+//! Reads the driver's total-energy counter (millijoules since the driver was loaded, Volta and newer)
+//! or, on older GPUs, integrates sampled power. Without the library the sensor is absent, with the
+//! reason. A decreasing counter was reset with its driver: a gap. The counter covers the GPU, not one
+//! process; `nvml_device` finds the GPU that CUDA uses.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,116 +11,109 @@ use std::time::{Duration, Instant};
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
 
-use super::power::Integral;
-use super::visible::{Wanted, wanted};
-use super::{Absent, Availability, Bounds, Counter, Gap, Sensor, State};
+use super::nvml_device::{driver, no_driver, nvml_index};
+use super::power::PowerIntegral;
+use super::{Absent, Availability, Counter, CounterLimits, Gap, Sensor, State};
 use crate::units::MicroJoules;
 
-/// Watts that no device draws.
-const CEILING_W: f64 = 3000.0;
-/// The driver refreshes the counter some ten to fifty times a second, and now and then later.
-const LAG: Duration = Duration::from_secs(1);
-/// How long power may go unsampled where there is no counter: it is read every fifth of a second, three times within that.
-const SAMPLE: Duration = Duration::from_millis(600);
+/// Watts no device draws.
+const MAX_POWER_W: f64 = 3000.0;
+/// The driver updates the counter ten to fifty times a second, occasionally later.
+const UPDATE_LAG: Duration = Duration::from_secs(1);
+/// Longest interval between power samples; the sampler reads three times within it, every 200 ms.
+const MAX_SAMPLE_INTERVAL: Duration = Duration::from_millis(600);
 
-/// Asks a device for one number: millijoules or milliwatts.
-type Ask = Box<dyn FnMut() -> Result<u64, String> + Send>;
+/// Reads millijoules or milliwatts from a device.
+type ReadFn = Box<dyn FnMut() -> Result<u64, String> + Send>;
 
-/// One graphics processor.
+/// The energy of one GPU.
 pub struct NvmlSensor {
     name: String,
     title: String,
     uuid: String,
-    ask: Ask,
+    read_raw: ReadFn,
     source: Source,
     opened: Instant,
 }
 
-/// What its numbers are.
+/// What `read_raw` returns.
 #[derive(Debug)]
 enum Source {
     /// Millijoules of the driver's counter.
     Counter(Counter),
     /// Milliwatts, to be integrated.
-    Power(Integral),
+    Power(PowerIntegral),
 }
 
 impl NvmlSensor {
-    /// The device that the computing library calls by this ordinal.
+    /// The GPU that CUDA calls `ordinal`.
     pub fn open(ordinal: u32) -> Result<NvmlSensor, Absent> {
         let nvml = driver()?;
-        let index = locate(&nvml, ordinal)?;
-        Self::of_driver(Arc::new(nvml), index)
+        let index = nvml_index(&nvml, ordinal)?;
+        Self::open_index(Arc::new(nvml), index)
     }
 
-    /// The device of this index, in the driver's order.
-    fn of_driver(nvml: Arc<Nvml>, index: u32) -> Result<NvmlSensor, Absent> {
+    /// The GPU of this NVML index.
+    fn open_index(nvml: Arc<Nvml>, index: u32) -> Result<NvmlSensor, Absent> {
         let (title, uuid) = nvml
             .device_by_index(index)
             .and_then(|device| Ok((device.name()?, device.uuid()?)))
             .map_err(|e| unknown_device(index, &e))?;
         let shared = Arc::clone(&nvml);
         let energy = Box::new(move || {
-            let energy = shared
-                .device_by_index(index)
-                .and_then(|device| device.total_energy_consumption());
+            let device = shared.device_by_index(index);
+            let energy = device.and_then(|device| device.total_energy_consumption());
             energy.map_err(|e| e.to_string())
         });
         let power = Box::new(move || {
-            let power = nvml
-                .device_by_index(index)
-                .and_then(|device| device.power_usage());
+            let device = nvml.device_by_index(index);
+            let power = device.and_then(|device| device.power_usage());
             power.map(u64::from).map_err(|e| e.to_string())
         });
         Self::start(index, title, uuid, energy, power)
     }
 
-    /// The counter where the device has one, else its power.
+    /// Uses the energy counter if the device has one, else sampled power.
     fn start(
         index: u32,
         title: String,
         uuid: String,
-        mut energy: Ask,
-        mut power: Ask,
+        mut energy: ReadFn,
+        mut power: ReadFn,
     ) -> Result<NvmlSensor, Absent> {
-        let bounds = Bounds {
-            range: None,
-            ceiling: CEILING_W,
-            lag: LAG,
+        let limits = CounterLimits {
+            wrap_range: None,
+            max_power_w: MAX_POWER_W,
+            update_lag: UPDATE_LAG,
         };
-        let (ask, source) = match energy() {
-            Ok(first) => (
-                energy,
-                Source::Counter(Counter::new(
-                    bounds,
-                    first.saturating_mul(1000),
-                    Duration::ZERO,
-                )),
-            ),
-            Err(counter) => match power() {
-                Ok(first) => (
-                    power,
-                    Source::Power(Integral::new(first as f64 / 1000.0, Duration::ZERO)),
-                ),
-                Err(power) => return Err(no_figure(index, &counter, &power)),
-            },
+        let (read_raw, source) = match energy() {
+            Ok(first) => {
+                let counter = Counter::new(limits, first.saturating_mul(1000), Duration::ZERO);
+                (energy, Source::Counter(counter))
+            }
+            Err(no_energy) => {
+                let first = power().map_err(|no_power| no_reading(index, &no_energy, &no_power))?;
+                let integral = PowerIntegral::new(first as f64 / 1000.0, Duration::ZERO);
+                (power, Source::Power(integral))
+            }
         };
         Ok(NvmlSensor {
             name: format!("nvml:{index}"),
             title,
             uuid,
-            ask,
+            read_raw,
             source,
             opened: Instant::now(),
         })
     }
 
-    fn read_at(&mut self, since: Duration) -> Result<MicroJoules, Gap> {
-        let value =
-            (self.ask)().map_err(|e| Gap::unread(format!("the driver gave no reading: {e}")))?;
+    /// Energy since the sensor was opened; `elapsed` is the time since then.
+    fn read_at(&mut self, elapsed: Duration) -> Result<MicroJoules, Gap> {
+        let raw = (self.read_raw)()
+            .map_err(|e| Gap::unread(format!("the driver gave no reading: {e}")))?;
         let energy = match &mut self.source {
-            Source::Counter(counter) => counter.advance(value.saturating_mul(1000), since),
-            Source::Power(integral) => integral.advance(value as f64 / 1000.0, since),
+            Source::Counter(counter) => counter.update(raw.saturating_mul(1000), elapsed),
+            Source::Power(integral) => integral.add_sample(raw as f64 / 1000.0, elapsed),
         };
         energy.map(MicroJoules)
     }
@@ -135,121 +129,58 @@ impl Sensor for NvmlSensor {
     }
 
     fn covers(&self) -> String {
-        let how = match self.source {
+        let source = match self.source {
             Source::Counter(_) => "energy counter",
             Source::Power(_) => "no energy counter: its power is sampled",
         };
-        format!("{}, {how}", self.title)
+        format!("{}, {source}", self.title)
     }
 
     fn device(&self) -> &str {
         &self.uuid
     }
 
-    fn unread_at_most(&self) -> Option<Duration> {
-        matches!(self.source, Source::Power(_)).then_some(SAMPLE)
+    fn max_read_interval(&self) -> Option<Duration> {
+        matches!(self.source, Source::Power(_)).then_some(MAX_SAMPLE_INTERVAL)
     }
 }
 
-/// The name the driver gives the device that the computing library calls by this ordinal, whether or not it has a counter.
+/// The driver's name for the GPU that CUDA calls `ordinal`, with or without an energy counter.
 pub fn gpu_name(ordinal: u32) -> Result<String, Absent> {
     let nvml = driver()?;
-    let index = locate(&nvml, ordinal)?;
+    let index = nvml_index(&nvml, ordinal)?;
     nvml.device_by_index(index)
         .and_then(|device| device.name())
         .map_err(|e| unknown_device(index, &e))
 }
 
-/// Every device of the driver, or the reason why there is none.
+/// Every GPU of the driver, or one entry that says why there is none.
 pub(super) fn probe() -> Vec<Availability> {
-    let found = driver().and_then(|nvml| {
-        Ok((
-            nvml.device_count().map_err(|e| no_driver(&e))?,
-            Arc::new(nvml),
-        ))
-    });
-    let (count, nvml) = match found {
-        Ok(found) => found,
-        Err(absent) => {
-            return vec![Availability::absent(
-                "nvml",
-                "NVIDIA graphics processors",
-                absent,
-            )];
-        }
-    };
-    let each = |index| match NvmlSensor::of_driver(Arc::clone(&nvml), index) {
+    list_gpus().unwrap_or_else(|absent| {
+        vec![Availability::absent(
+            "nvml",
+            "NVIDIA graphics processors",
+            absent,
+        )]
+    })
+}
+
+fn list_gpus() -> Result<Vec<Availability>, Absent> {
+    let nvml = Arc::new(driver()?);
+    let count = nvml.device_count().map_err(|e| no_driver(&e))?;
+    let gpu = |index| match NvmlSensor::open_index(Arc::clone(&nvml), index) {
         Ok(sensor) => Availability {
             name: sensor.name.clone(),
             covers: sensor.covers(),
             left_out: Vec::new(),
             state: State::Available,
         },
-        Err(absent) => Availability::absent(
-            format!("nvml:{index}"),
-            "an NVIDIA graphics processor",
-            absent,
-        ),
-    };
-    (0..count).map(each).collect()
-}
-
-fn driver() -> Result<Nvml, Absent> {
-    Nvml::init().map_err(|e| no_driver(&e))
-}
-
-/// The driver's index of the card that the computing library calls by `ordinal`.
-fn locate(nvml: &Nvml, ordinal: u32) -> Result<u32, Absent> {
-    let wanted = wanted(
-        ordinal,
-        std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref(),
-    )
-    .map_err(|reason| Absent {
-        reason,
-        remedy:
-            "`nvidia-smi -L` lists the devices; CUDA_VISIBLE_DEVICES takes their numbers or UUIDs"
-                .to_string(),
-    })?;
-    let devices = || -> Result<Vec<(String, String)>, NvmlError> {
-        let each = |index| {
-            nvml.device_by_index(index)
-                .and_then(|device| Ok((device.uuid()?, device.name()?)))
-        };
-        (0..nvml.device_count()?).map(each).collect()
-    };
-    match wanted {
-        Wanted::Uuid(start) => {
-            let devices = devices().map_err(|e| no_driver(&e))?;
-            let found = devices
-                .iter()
-                .position(|(uuid, _)| uuid.starts_with(&start));
-            found.map(|index| index as u32).ok_or_else(|| Absent {
-                reason: format!(
-                    "the driver knows no device `{start}`, which CUDA_VISIBLE_DEVICES names"
-                ),
-                remedy: "`nvidia-smi -L` lists the devices".to_string(),
-            })
+        Err(absent) => {
+            let name = format!("nvml:{index}");
+            Availability::absent(name, "an NVIDIA graphics processor", absent)
         }
-        Wanted::Index(index) => {
-            let ordered =
-                std::env::var("CUDA_DEVICE_ORDER").is_ok_and(|order| order == "PCI_BUS_ID");
-            let devices = devices().unwrap_or_default();
-            if !ordered && devices.iter().any(|(_, name)| *name != devices[0].1) {
-                return Err(Absent {
-                    reason: "the cards differ, and CUDA numbers them by speed where the driver numbers them by place".to_string(),
-                    remedy: "`export CUDA_DEVICE_ORDER=PCI_BUS_ID`, then choose the card again".to_string(),
-                });
-            }
-            Ok(index)
-        }
-    }
-}
-
-fn no_driver(source: &NvmlError) -> Absent {
-    Absent {
-        reason: format!("no NVIDIA driver: {source}"),
-        remedy: "install the NVIDIA driver (libnvidia-ml.so.1), or start the container with `--gpus all`".to_string(),
-    }
+    };
+    Ok((0..count).map(gpu).collect())
 }
 
 fn unknown_device(index: u32, source: &NvmlError) -> Absent {
@@ -259,10 +190,10 @@ fn unknown_device(index: u32, source: &NvmlError) -> Absent {
     }
 }
 
-fn no_figure(index: u32, counter: &str, power: &str) -> Absent {
+fn no_reading(index: u32, energy: &str, power: &str) -> Absent {
     Absent {
-        reason: format!("device {index} gives neither its energy ({counter}) nor its power ({power})"),
-        remedy: "counters exist on Volta and newer, power on most cards; a slice of a card has neither: use the counted meter"
+        reason: format!("device {index} gives neither its energy ({energy}) nor its power ({power})"),
+        remedy: "counters exist on Volta and newer, power on most GPUs; a MIG slice has neither: use the counted meter"
             .to_string(),
     }
 }
@@ -271,85 +202,71 @@ fn no_figure(index: u32, counter: &str, power: &str) -> Absent {
 mod tests {
     use super::*;
 
-    /// A device that answers with each of these in turn.
-    fn answers(values: &[Result<u64, &str>]) -> Ask {
-        let mut values: Vec<_> = values
-            .iter()
-            .map(|value| value.map_err(str::to_string))
-            .rev()
-            .collect();
-        Box::new(move || values.pop().unwrap_or(Err("asked too often".to_string())))
+    /// Returns these readings one after another.
+    fn scripted(readings: &[Result<u64, &str>]) -> ReadFn {
+        let readings: Vec<_> = readings.iter().map(|r| r.map_err(str::to_string)).collect();
+        let mut readings = readings.into_iter();
+        Box::new(move || {
+            readings
+                .next()
+                .unwrap_or(Err("no more readings".to_string()))
+        })
     }
 
     fn sensor(
         energy: &[Result<u64, &str>],
         power: &[Result<u64, &str>],
     ) -> Result<NvmlSensor, Absent> {
+        let title = "NVIDIA Test".to_string();
         NvmlSensor::start(
             3,
-            "NVIDIA Test".to_string(),
+            title,
             "GPU-1".to_string(),
-            answers(energy),
-            answers(power),
+            scripted(energy),
+            scripted(power),
         )
     }
 
+    fn read(sensor: &mut NvmlSensor, seconds: u64) -> Result<MicroJoules, Gap> {
+        sensor.read_at(Duration::from_secs(seconds))
+    }
+
     #[test]
-    fn the_counter_is_used_where_there_is_one() {
-        // Millijoules since the driver was loaded: 5 J went by.
+    fn the_energy_counter_is_preferred() {
+        // Millijoules since the driver was loaded: 5 J.
         let mut volta = sensor(&[Ok(7_000), Ok(12_000), Err("busy"), Ok(12_500)], &[]).unwrap();
-        assert_eq!(
-            volta.read_at(Duration::from_secs(1)),
-            Ok(MicroJoules(5_000_000))
-        );
-        // What a failed reading missed is in the next one.
-        assert!(!volta.read_at(Duration::from_secs(2)).unwrap_err().lost);
-        assert_eq!(
-            volta.read_at(Duration::from_secs(3)),
-            Ok(MicroJoules(5_500_000))
-        );
-        assert_eq!((volta.unread_at_most(), volta.device()), (None, "GPU-1"));
+        assert_eq!(read(&mut volta, 1), Ok(MicroJoules(5_000_000)));
+        // The reading after a failed one includes its energy.
+        assert!(!read(&mut volta, 2).unwrap_err().lost);
+        assert_eq!(read(&mut volta, 3), Ok(MicroJoules(5_500_000)));
+        assert_eq!((volta.max_read_interval(), volta.device()), (None, "GPU-1"));
     }
 
     #[test]
-    fn a_driver_that_was_loaded_anew_is_a_gap() {
+    fn a_reloaded_driver_is_a_gap() {
         let mut sensor = sensor(&[Ok(9_000), Ok(10), Ok(20)], &[]).unwrap();
-        assert!(sensor.read_at(Duration::from_secs(1)).unwrap_err().lost);
-        assert_eq!(
-            sensor.read_at(Duration::from_secs(2)),
-            Ok(MicroJoules(10_000))
-        );
+        assert!(read(&mut sensor, 1).unwrap_err().lost);
+        assert_eq!(read(&mut sensor, 2), Ok(MicroJoules(10_000)));
     }
 
     #[test]
-    fn an_older_card_has_its_power_integrated() {
+    fn power_is_integrated_without_a_counter() {
         // 100 W, then 200 W a second later: 150 J; then 200 W for a second more.
-        let mut pascal = sensor(
-            &[Err("not supported")],
-            &[Ok(100_000), Ok(200_000), Ok(200_000)],
-        )
-        .unwrap();
+        let samples = [Ok(100_000), Ok(200_000), Ok(200_000)];
+        let mut pascal = sensor(&[Err("not supported")], &samples).unwrap();
         assert!(pascal.covers().contains("sampled"));
-        assert_eq!(pascal.unread_at_most(), Some(SAMPLE));
-        assert_eq!(
-            pascal.read_at(Duration::from_secs(1)),
-            Ok(MicroJoules(150_000_000))
-        );
-        assert_eq!(
-            pascal.read_at(Duration::from_secs(2)),
-            Ok(MicroJoules(350_000_000))
-        );
+        assert_eq!(pascal.max_read_interval(), Some(MAX_SAMPLE_INTERVAL));
+        assert_eq!(read(&mut pascal, 1), Ok(MicroJoules(150_000_000)));
+        assert_eq!(read(&mut pascal, 2), Ok(MicroJoules(350_000_000)));
     }
 
     #[test]
-    fn a_card_that_gives_nothing_is_absent_with_both_reasons() {
-        let absent = sensor(&[Err("not supported")], &[Err("no permission")])
-            .err()
-            .unwrap();
+    fn a_gpu_without_readings_is_absent_with_both_reasons() {
+        let absent = sensor(&[Err("not supported")], &[Err("no permission")]);
+        let reason = absent.err().unwrap().reason;
         assert!(
-            absent.reason.contains("not supported") && absent.reason.contains("no permission"),
-            "{}",
-            absent.reason
+            reason.contains("not supported") && reason.contains("no permission"),
+            "{reason}"
         );
     }
 }
