@@ -13,12 +13,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
+use wattune::energy::Limit;
 use wattune::report::compare::compare;
 use wattune::report::emissions::{COLUMNS, Emissions, EnergyParts};
 use wattune::report::model_card::{CardFacts, to_model_card};
 use wattune::report::parts::HostLeftOut;
 use wattune::report::types::{AdapterType, Meter, Phase, Report};
-use wattune::report::{StopReason, files, json, markdown, text};
+use wattune::report::{files, json, markdown, text};
+use wattune::train::Stop;
 use wattune::units::{GramsCo2e, Joules, Seconds};
 
 fn fixture() -> Report {
@@ -333,7 +335,7 @@ fn half() -> Report {
     let mut report = fixture();
     report.training.steps = 75;
     report.training.tokens = Some(153_600);
-    report.training.stop_reason = StopReason::Steps;
+    report.training.stop_reason = Stop::Steps;
     report.training.val_loss_after = Some(2.25);
     report.energy.total_j = Joules(2000.0);
     report.energy.meters.counted_j = Joules(2000.0);
@@ -435,7 +437,7 @@ fn what_differs_is_named_once_with_all_its_runs() {
 fn poisoned(bad: f64) -> Report {
     let mut report = fixture();
     let training = &mut report.training;
-    training.stop_reason = StopReason::Diverged;
+    training.stop_reason = Stop::Diverged(String::new());
     training.val_loss_before = Some(bad);
     training.val_loss_after = Some(bad);
     training.train_loss_last = Some(bad);
@@ -526,7 +528,7 @@ fn the_summary_names_the_budget_that_bound() {
             .unwrap()
             .replace('\n', " ")
     };
-    report.training.stop_reason = StopReason::BudgetTime;
+    report.training.stop_reason = Stop::Budget(Limit::Time);
     assert!(
         summary(&report).contains("The time budget of 10 min 00 s stopped it."),
         "{}",

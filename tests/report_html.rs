@@ -13,9 +13,8 @@ use wattune::report::compare::{Comparison, compare};
 use wattune::report::html::to_html;
 use wattune::report::measured::{BaselineStop, CurvePoint, EqualLoss, MeasuredBaseline, Reached};
 use wattune::report::types::{BaselineKind, Report};
-use wattune::report::{
-    History, StepEnergy, StepLog, StepRecord, comparison_page, files, json, markdown,
-};
+use wattune::report::{History, StepLog, comparison_page, files, json, markdown};
+use wattune::train::{StepEnergy, StepRecord};
 use wattune::units::{GramsCo2e, Joules, Seconds};
 
 const HOSTILE: &str = "</pre></title><script>alert(1)</script>\"' onload=x <img src=\"https://example.org/a.png\"> & `<b>`\u{0}\u{1b}[2J";

@@ -123,8 +123,10 @@ fn progress(record: &StepRecord, view: &StepView) -> String {
         Seconds((per_step.0 * view.expected_steps.saturating_sub(record.step) as f64).ceil());
     let spent: Joules = view.spent;
     format!(
-        "loss {:.4} · lr {:.2e} · {rate:.0} tok/s · {spent}{budget} · {} left",
-        record.loss,
+        "loss {} · lr {:.2e} · {rate:.0} tok/s · {spent}{budget} · {} left",
+        record
+            .loss
+            .map_or_else(|| "not finite".to_string(), |loss| format!("{loss:.4}")),
         record.lr,
         left.spoken()
     )

@@ -12,6 +12,7 @@ use super::reconciliation;
 use super::show;
 use super::table::Table;
 use super::types::{Baseline, BaselineKind, Meter, Report};
+use crate::energy::Limit;
 use crate::units::{Flops, Joules};
 
 /// A part of a section.
@@ -331,7 +332,8 @@ fn budget(report: &Report) -> Vec<Block> {
     }
     let mut table = Table::new(&["budget", "allowed", "spent", "used", "stopped the run"]);
     for entry in entries {
-        let stopped = if report.training.stop_reason.budget() == Some(entry.name) {
+        let stopped = if report.training.stop_reason.budget().map(Limit::as_str) == Some(entry.name)
+        {
             "yes"
         } else {
             "no"

@@ -7,48 +7,9 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
 use super::files::write_whole;
 use crate::error::{Error, Kind, Result};
-use crate::units::{Joules, Seconds};
-
-/// Energy of one step by meter.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct StepEnergy {
-    /// Executed work times the device profile.
-    pub counted: Joules,
-    /// The hardware's counters, where there are any.
-    pub measured: Option<Joules>,
-    /// Profile power times wall time, where the profile has a power.
-    pub timed: Option<Joules>,
-}
-
-/// One line of `steps.jsonl`. A loss or norm that is not finite becomes `null`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StepRecord {
-    /// The step, from 1.
-    pub step: u64,
-    /// Nats per loss token over the step's batch.
-    pub loss: Option<f64>,
-    /// The learning rate used.
-    pub lr: f64,
-    /// Global gradient norm before clipping.
-    pub grad_norm: Option<f64>,
-    /// Tokens in the batch.
-    pub tokens: u64,
-    /// Those of them with a loss.
-    pub loss_tokens: u64,
-    /// Executed FLOPs of matrix products and attention.
-    pub flops: u64,
-    /// Joules by meter.
-    pub energy_j: StepEnergy,
-    /// Wall time of the step.
-    pub wall_s: Seconds,
-    /// Validation loss, on the steps after which there was an evaluation.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub val_loss: Option<f64>,
-}
+use crate::train::StepRecord;
 
 /// The open log of a run.
 #[derive(Debug)]
@@ -200,6 +161,8 @@ fn lines(text: &[u8]) -> impl Iterator<Item = Line<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::StepEnergy;
+    use crate::units::{Joules, Seconds};
 
     fn record(step: u64) -> StepRecord {
         let energy_j = StepEnergy {

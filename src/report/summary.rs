@@ -6,6 +6,7 @@
 use super::budget::entries;
 use super::show;
 use super::types::{AdapterType, Baseline, BaselineKind, Meter, Report};
+use crate::energy::Limit;
 use crate::units::Joules;
 
 /// The paragraph.
@@ -140,11 +141,11 @@ fn clause(baseline: &Baseline) -> Option<String> {
 }
 
 fn bound(report: &Report) -> Option<String> {
-    let reason = report.training.stop_reason;
+    let reason = &report.training.stop_reason;
     let budget = entries(&report.budget)
         .into_iter()
-        .find(|entry| reason.budget() == Some(entry.name));
-    let end = match (reason.as_str(), budget) {
+        .find(|entry| reason.budget().map(Limit::as_str) == Some(entry.name));
+    let end = match (reason.to_string().as_str(), budget) {
         (_, Some(entry)) => format!("The {} budget of {} stopped it.", entry.name, entry.allowed),
         ("steps", _) => "It ended with the last step the recipe asked for.".to_string(),
         ("epochs", _) => "It ended with the last epoch the recipe asked for.".to_string(),

@@ -13,11 +13,11 @@ use super::measured::{CurvePoint, MeasuredBaseline};
 use super::memory::Memory;
 use super::parts::{CountedParts, Factor, HostLeftOut};
 use super::reconciliation::{ProfileFactor, Reconciliation};
-use super::stop::StopReason;
 pub use crate::energy::Phase;
 pub use crate::energy::baseline::{BaselineKind, Label};
 pub use crate::energy::meter::MeterKind as Meter;
 pub use crate::energy::sensor::Absent;
+use crate::train::Stop;
 use crate::units::{Bytes, Flops, GramsCo2e, GramsPerKwh, Joules, Money, Pue, Seconds};
 
 /// All that a run reports.
@@ -143,7 +143,7 @@ pub struct Training {
     #[serde(default)]
     pub loss_tokens: Option<u64>,
     /// Why it ended.
-    pub stop_reason: StopReason,
+    pub stop_reason: Stop,
     /// Nats per loss token before the first step.
     pub val_loss_before: Option<f64>,
     /// Nats per loss token after the last step.

@@ -24,7 +24,7 @@ use self::trial::Trial;
 use super::Screen;
 use super::directory::RunDirectory;
 use super::prepare::Prepared;
-use super::reporting::{finished, write_pages};
+use super::reporting::write_pages;
 use crate::energy::ledger::Totals;
 use crate::energy::meter::Computing;
 use crate::energy::{Account, Phase, Spent};
@@ -57,7 +57,7 @@ pub(super) fn asked(recipe: &Recipe) -> impl Iterator<Item = BaselineKind> + '_ 
 pub(super) fn unfinished(recipe: &Recipe, directory: &RunDirectory) -> Option<Report> {
     let report = read_report(&directory.report()).ok()?;
     let comparable =
-        finished(report.training.stop_reason) && report.training.val_loss_after.is_some();
+        report.training.stop_reason.is_regular() && report.training.val_loss_after.is_some();
     (comparable && asked(recipe).any(|kind| !settled(&report, kind))).then_some(report)
 }
 
@@ -135,7 +135,7 @@ pub(super) fn measure(
     let Some(val_loss) = report
         .training
         .val_loss_after
-        .filter(|_| finished(report.training.stop_reason))
+        .filter(|_| report.training.stop_reason.is_regular())
     else {
         return Ok((report, false));
     };

@@ -9,7 +9,7 @@ use super::measured::{asked, expected};
 use super::options::meter;
 use super::prepare::Prepared;
 use super::reconcile::profile_factor;
-use super::reporting::{adapter_block, baseline_blocks, data_block, model_block, stop_reason};
+use super::reporting::{adapter_block, baseline_blocks, data_block, model_block};
 use super::sample::sample_prompt;
 use super::spending::{
     budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block,
@@ -261,7 +261,7 @@ fn to_json(
         "data": data_block(prepared),
         "training": {
             "steps": run.steps,
-            "stop_reason": stop_reason(&run.stop),
+            "stop_reason": run.stop,
             "tokens": run.tokens.0,
             "loss_tokens": run.tokens.1,
             "steps_per_epoch": prepared.sampler.steps_per_epoch(),

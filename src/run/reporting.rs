@@ -18,8 +18,7 @@ use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::types;
 use crate::report::{
-    CardFacts, Emissions, EnergyParts, History, Report, StopReason, html, json, markdown,
-    model_card,
+    CardFacts, Emissions, EnergyParts, History, Report, html, json, markdown, model_card,
 };
 use crate::train::{Checkpoints, Outcome, Stop, put_in_place, remove_directory};
 use crate::units::{Bytes, Joules, Seconds};
@@ -261,7 +260,7 @@ fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
         epochs: Some(standing.step as f64 / prepared.sampler.steps_per_epoch() as f64),
         tokens: Some(standing.tokens),
         loss_tokens: Some(standing.loss_tokens),
-        stop_reason: stop_reason(&inputs.outcome.stop),
+        stop_reason: inputs.outcome.stop.clone(),
         val_loss_before: standing.val_loss_before,
         val_loss_after: after.map(|last| last.val_loss),
         train_loss_last: standing.train_loss_last,
@@ -286,42 +285,6 @@ fn checkpoint_name(inputs: &Inputs<'_>, step: u64) -> String {
     path.file_name().map_or(String::new(), |name| {
         format!("checkpoints/{}", name.display())
     })
-}
-
-pub(super) fn stop_reason(stop: &Stop) -> StopReason {
-    use crate::energy::Limit;
-    match stop {
-        Stop::Steps => StopReason::Steps,
-        Stop::Epochs => StopReason::Epochs,
-        Stop::Budget(Limit::Energy) => StopReason::BudgetEnergy,
-        Stop::Budget(Limit::Carbon) => StopReason::BudgetCarbon,
-        Stop::Budget(Limit::Flops) => StopReason::BudgetFlops,
-        Stop::Budget(Limit::Time) => StopReason::BudgetTime,
-        Stop::Budget(Limit::Cost) => StopReason::BudgetCost,
-        Stop::Interrupted => StopReason::Interrupted,
-        Stop::Diverged(_) => StopReason::Diverged,
-    }
-}
-
-/// Whether a run that stopped so ended as it was meant to.
-pub(super) fn finished(reason: StopReason) -> bool {
-    !matches!(reason, StopReason::Interrupted | StopReason::Diverged)
-}
-
-/// Why a finished run ended, from its report.
-pub(super) fn stop_of(reason: StopReason) -> Stop {
-    use crate::energy::Limit;
-    match reason {
-        StopReason::Steps => Stop::Steps,
-        StopReason::Epochs => Stop::Epochs,
-        StopReason::BudgetEnergy => Stop::Budget(Limit::Energy),
-        StopReason::BudgetCarbon => Stop::Budget(Limit::Carbon),
-        StopReason::BudgetFlops => Stop::Budget(Limit::Flops),
-        StopReason::BudgetTime => Stop::Budget(Limit::Time),
-        StopReason::BudgetCost => Stop::Budget(Limit::Cost),
-        StopReason::Interrupted => Stop::Interrupted,
-        StopReason::Diverged => Stop::Diverged("the run diverged".to_string()),
-    }
 }
 
 /// Each baseline with its bounds: its energy is as uncertain as its label says, its emissions also by the grid's years.

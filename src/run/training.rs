@@ -9,7 +9,7 @@ use super::directory::RunDirectory;
 use super::model::fetch_weights;
 use super::options::meter;
 use super::prepare::{Prepared, Target, check_disk, prepare};
-use super::reporting::{Inputs, finished, stop_of, write_reports};
+use super::reporting::{Inputs, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::trainee::{self, Trainee};
 use super::watch::Watch;
@@ -147,13 +147,13 @@ fn refuse_finished(directory: &RunDirectory, recipe: &Recipe) -> Result<()> {
     let Ok(report) = read_report(&directory.report()) else {
         return Ok(());
     };
-    let reason = report.training.stop_reason;
-    if !finished(reason) || measured::unfinished(recipe, directory).is_some() {
+    let reason = &report.training.stop_reason;
+    if !reason.is_regular() || measured::unfinished(recipe, directory).is_some() {
         return Ok(());
     }
     Err(Error::new(Kind::Run, "this run is finished: there is nothing to resume")
         .at(run.to_string())
-        .value(format!("stop_reason {}, {} steps", reason.as_str(), report.training.steps))
+        .value(format!("stop_reason {reason}, {} steps", report.training.steps))
         .hint(format!(
             "`wattune report {run}` shows it; to train on, start a new run with `init_from = \"{run}/adapter\"` in [adapter]"
         )))
@@ -411,7 +411,7 @@ fn go_on_with_baselines(
     screen: &mut dyn Screen,
 ) -> Result<Finished> {
     let account = open_account(request, prepared, &directory)?;
-    let stop = stop_of(report.training.stop_reason);
+    let stop = report.training.stop_reason.clone();
     let (report, baselines_interrupted) =
         add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
     Ok(Finished {

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use super::{Screen, StepView};
 use crate::energy::Account;
 use crate::error::{Error, Result};
+use crate::report::StepLog;
 use crate::report::steps::read_steps;
-use crate::report::{StepEnergy, StepLog, StepRecord as StepLine};
 use crate::train::{Observer, StepRecord};
 use crate::units::{Joules, Seconds};
 
@@ -16,7 +16,7 @@ use crate::units::{Joules, Seconds};
 pub(super) struct Watch<'a> {
     path: PathBuf,
     log: StepLog,
-    pending: Option<StepLine>,
+    pending: Option<StepRecord>,
     screen: &'a mut dyn Screen,
     view: StepView,
 }
@@ -79,25 +79,9 @@ impl Observer for Watch<'_> {
             .map(|(limit, part)| (limit.as_str(), part));
         self.view.done += 1;
         self.view.tokens += record.tokens;
-        self.view.train_wall += record.reading.wall;
+        self.view.train_wall += record.wall_s;
         self.screen.step(record, &self.view);
-        let energies = record.reading.energies();
-        self.pending = Some(StepLine {
-            step: record.step,
-            loss: Some(record.loss),
-            lr: record.lr,
-            grad_norm: Some(record.grad_norm),
-            tokens: record.tokens,
-            loss_tokens: record.loss_tokens,
-            flops: record.reading.charge.flops,
-            energy_j: StepEnergy {
-                counted: energies.counted.joules(),
-                measured: energies.measured.map(|energy| energy.joules()),
-                timed: Some(energies.timed.joules()),
-            },
-            wall_s: record.reading.wall,
-            val_loss: None,
-        });
+        self.pending = Some(record.clone());
         Ok(())
     }
 

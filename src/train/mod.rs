@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod forecast;
+mod record;
 mod schedule;
 mod step;
 
@@ -17,11 +18,12 @@ pub use checkpoint::{
     remove_directory,
 };
 pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast};
+pub use record::{StepEnergy, StepRecord, Stop};
 pub use schedule::{Decay, Schedule};
-pub use step::{StepRecord, accumulate_gradients, batch_to_device, optimizer_update};
+pub use step::{accumulate_gradients, batch_to_device, optimizer_update};
 
 use crate::data::{MicroBatch, Sampler};
-use crate::energy::{Account, Limit, Phase, Verdict};
+use crate::energy::{Account, Phase, Verdict};
 use crate::error::Result;
 use crate::model::{Decoder, ModelShape, Recompute};
 use crate::ops::{Context, Parameters};
@@ -84,21 +86,6 @@ pub struct Settings {
     pub precision: Precision,
     /// Names the recipe in checkpoints.
     pub recipe: String,
-}
-
-/// Why a run ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Stop {
-    /// All steps were done.
-    Steps,
-    /// All epochs were done.
-    Epochs,
-    /// A budget binds: the next step would pass it.
-    Budget(Limit),
-    /// The person asked.
-    Interrupted,
-    /// A loss or gradient was not finite; the text names step and place.
-    Diverged(String),
 }
 
 /// How a run ended.

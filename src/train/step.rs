@@ -2,31 +2,12 @@
 
 use candle_core::Device;
 
-use super::{Settings, TrainState, Trainer};
+use super::{Settings, StepEnergy, StepRecord, TrainState, Trainer};
 use crate::data::MicroBatch;
-use crate::energy::{Phase, Reading};
+use crate::energy::Phase;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Batch, Decoder};
 use crate::ops::{AdamW, Context, Gradients, Parameters};
-
-/// What one step did.
-#[derive(Debug)]
-pub struct StepRecord {
-    /// Its number, from 1.
-    pub step: u64,
-    /// Nats per loss token, before the update.
-    pub loss: f64,
-    /// The learning rate used.
-    pub lr: f64,
-    /// Global norm before clipping.
-    pub grad_norm: f64,
-    /// Tokens in its micro-batches.
-    pub tokens: u64,
-    /// Those with a loss.
-    pub loss_tokens: u64,
-    /// What it cost, by meter.
-    pub reading: Reading,
-}
 
 /// A micro-batch's tensors on `device`.
 pub fn batch_to_device(batch: &MicroBatch, device: &Device) -> Result<Batch> {
@@ -104,15 +85,17 @@ pub(super) fn optimizer_step(
     state.tokens += tokens as u64;
     state.loss_tokens += loss_tokens as u64;
     state.train_wall_s += reading.wall.0;
-    let (tokens, loss_tokens) = (tokens as u64, loss_tokens as u64);
     Ok(Ok(StepRecord {
         step: step + 1,
-        loss,
+        loss: Some(loss),
         lr,
-        grad_norm,
-        tokens,
-        loss_tokens,
-        reading,
+        grad_norm: Some(grad_norm),
+        tokens: tokens as u64,
+        loss_tokens: loss_tokens as u64,
+        flops: reading.charge.flops,
+        energy_j: StepEnergy::from(&reading),
+        wall_s: reading.wall,
+        val_loss: None,
     }))
 }
 

@@ -10,8 +10,9 @@ use std::path::Path;
 use crate::energy::Spent;
 use crate::energy::ledger::{Entry, Phase, read_entries};
 use crate::error::Result;
-use crate::report::steps::{StepRecord, read_steps};
+use crate::report::steps::read_steps;
 use crate::report::types::{Meter, Report};
+use crate::train::StepRecord;
 use crate::units::{Joules, Seconds};
 
 /// What a run wrote step by step.
