@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use wattune::adapter::config::{LayerNumbers, Names, PeftConfig};
-use wattune::adapter::refuse::Half;
 use wattune::adapter::targets::{LoraSettings, Module, Site, Targets, select, shortest_names};
-use wattune::adapter::{Fitted, MergeJob, load, merge, peft, save};
+use wattune::adapter::unsupported::Factor;
+use wattune::adapter::{LoraPair, MergeJob, load, merge, peft, save};
 use wattune::error::Kind;
 use wattune::units::Bytes;
 
@@ -245,8 +245,8 @@ fn tiny_tensors() -> Vec<(String, [usize; 2], Vec<f32>)> {
     let mut tensors = Vec::new();
     for site in tiny_sites() {
         for (half, shape) in [
-            (Half::B, [site.out_features, site.r]),
-            (Half::A, [site.r, site.in_features]),
+            (Factor::B, [site.out_features, site.r]),
+            (Factor::A, [site.r, site.in_features]),
         ] {
             let values = (1..=shape[0] * shape[1]).map(|i| i as f32 / 2.0).collect();
             tensors.push((peft::tensor_name(&site.path, half), shape, values));
@@ -293,7 +293,7 @@ fn an_adapter_survives_a_round_trip_in_any_order() {
 
     let loaded = load(&one).unwrap();
     assert_eq!(loaded.config, tiny_config());
-    let fitted = loaded.fit(&tiny_modules()).unwrap();
+    let fitted = loaded.attach(&tiny_modules()).unwrap();
     assert_eq!(
         fitted
             .iter()
@@ -399,7 +399,7 @@ fn an_adapter_of_another_model_does_not_fit() {
     let mut others = tiny_modules();
     others[0].path = "model.language.layers.0.q_proj".into();
     others[1].in_features = 7;
-    let text = loaded.fit(&others).unwrap_err().to_string();
+    let text = loaded.attach(&others).unwrap_err().to_string();
     assert!(
         text.contains(
             "no linear layer `model.layers.0.q_proj`; nearest is `model.language.layers.0.q_proj`"
@@ -417,7 +417,7 @@ fn an_adapter_of_another_model_does_not_fit() {
         out_features: 3,
         in_features: 2,
     });
-    let text = loaded.fit(&deeper).unwrap_err().to_string();
+    let text = loaded.attach(&deeper).unwrap_err().to_string();
     assert!(
         text.contains("`model.layers.2.q_proj`: `adapter_config.json` names this module"),
         "{text}"
@@ -570,9 +570,9 @@ fn pair<'a>(
     a: &'a [f32],
     b: &'a [f32],
     scaling: f64,
-) -> Fitted<'a> {
+) -> LoraPair<'a> {
     let r = a.len() / in_features;
-    Fitted {
+    LoraPair {
         site: Site {
             path: path.into(),
             in_features,
@@ -777,7 +777,7 @@ fn a_merge_that_cannot_be_leaves_nothing_behind() {
         "lm_head.weight".to_string(),
         "model.embed_tokens.weight".to_string(),
     ]];
-    let attempt = |pairs: &[Fitted], copy: &[PathBuf], out: &Path| {
+    let attempt = |pairs: &[LoraPair], copy: &[PathBuf], out: &Path| {
         let job = MergeJob {
             weights: &weights,
             pairs,

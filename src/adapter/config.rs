@@ -2,7 +2,7 @@
 //!
 //! Owns every field that peft 0.21.2 writes, their defaults and their order. Takes a file's text or a run's settings; returns
 //! a `PeftConfig`, or the text PEFT would write. Fields of variants that are not plain LoRA are kept as JSON: whether they are
-//! supported is decided in `refuse`. Knows nothing of tensors.
+//! supported is decided in `unsupported`. Knows nothing of tensors.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
 
-pub use super::fields::{InitWeights, LayerNumbers, Names, Number, Pattern};
+pub use super::fields::{InitWeights, JsonNumber, LayerNumbers, ModulePattern, Names};
 use super::matching::{matches, pattern_key};
 use super::targets::{LoraSettings, Module, Site, Targets, shortest_names};
 
@@ -27,8 +27,8 @@ pub const PEFT_VERSION: &str = "0.21.2";
 pub struct PeftConfig {
     /// Activated LoRA.
     pub alora_invocation_tokens: Value,
-    /// Pattern -> alpha.
-    pub alpha_pattern: Pattern<Number>,
+    /// ModulePattern -> alpha.
+    pub alpha_pattern: ModulePattern<JsonNumber>,
     /// Arrow routing.
     pub arrow_config: Value,
     /// For custom models.
@@ -62,7 +62,7 @@ pub struct PeftConfig {
     /// LoftQ initialisation.
     pub loftq_config: Value,
     /// Numerator of the scaling.
-    pub lora_alpha: Number,
+    pub lora_alpha: JsonNumber,
     /// B has a bias.
     pub lora_bias: bool,
     /// Dropout before A.
@@ -85,8 +85,8 @@ pub struct PeftConfig {
     pub qalora_group_size: Value,
     /// Rank.
     pub r: usize,
-    /// Pattern -> rank.
-    pub rank_pattern: Pattern<usize>,
+    /// ModulePattern -> rank.
+    pub rank_pattern: ModulePattern<usize>,
     /// Revision of the base model.
     pub revision: Option<String>,
     /// Which modules.
@@ -115,7 +115,7 @@ impl Default for PeftConfig {
         let null = || Value::Null;
         Self {
             alora_invocation_tokens: null(),
-            alpha_pattern: Pattern::default(),
+            alpha_pattern: ModulePattern::default(),
             arrow_config: null(),
             auto_mapping: null(),
             base_model_name_or_path: None,
@@ -132,7 +132,7 @@ impl Default for PeftConfig {
             layers_pattern: None,
             layers_to_transform: None,
             loftq_config: Value::Object(Default::default()),
-            lora_alpha: Number(8.0),
+            lora_alpha: JsonNumber(8.0),
             lora_bias: false,
             lora_dropout: 0.0,
             lora_ga_config: null(),
@@ -144,7 +144,7 @@ impl Default for PeftConfig {
             peft_version: None,
             qalora_group_size: 16.into(),
             r: 8,
-            rank_pattern: Pattern::default(),
+            rank_pattern: ModulePattern::default(),
             revision: None,
             target_modules: None,
             target_parameters: null(),
@@ -188,21 +188,21 @@ impl PeftConfig {
                 (Names::Many(shortest_names(modules, &paths)), None)
             }
         };
-        let alphas: Vec<(String, Number)> = settings
+        let alphas: Vec<(String, JsonNumber)> = settings
             .alpha_pattern
             .iter()
-            .map(|(key, alpha)| (key.clone(), Number(*alpha)))
+            .map(|(key, alpha)| (key.clone(), JsonNumber(*alpha)))
             .collect();
         Ok(Self {
-            alpha_pattern: sortable(&alphas, sites, Number(settings.lora_alpha), |site| {
-                Number(site.lora_alpha)
+            alpha_pattern: sortable(&alphas, sites, JsonNumber(settings.lora_alpha), |site| {
+                JsonNumber(site.lora_alpha)
             })?,
             base_model_name_or_path: Some(base_model.to_string()),
             exclude_modules,
             layers_pattern: (!settings.layers_pattern.is_empty())
                 .then(|| Names::Many(settings.layers_pattern.clone())),
             layers_to_transform: settings.layers_to_transform.clone().map(LayerNumbers::Many),
-            lora_alpha: Number(settings.lora_alpha),
+            lora_alpha: JsonNumber(settings.lora_alpha),
             lora_dropout: settings.lora_dropout,
             peft_type: Some("LORA".into()),
             peft_version: Some(PEFT_VERSION.into()),
@@ -285,7 +285,7 @@ fn sortable<T: Copy + PartialEq>(
     sites: &[Site],
     default: T,
     of_site: impl Fn(&Site) -> T,
-) -> Result<Pattern<T>> {
+) -> Result<ModulePattern<T>> {
     let mut sorted = pattern.to_vec();
     sorted.sort_by(|a, b| a.0.cmp(&b.0));
     let compiled = sorted
@@ -302,14 +302,14 @@ fn sortable<T: Copy + PartialEq>(
         }
         if meant != of_site(site) {
             let differing = sites.iter().filter(|site| of_site(site) != default);
-            return Ok(Pattern(
+            return Ok(ModulePattern(
                 differing
                     .map(|site| (regex::escape(&site.path), of_site(site)))
                     .collect(),
             ));
         }
     }
-    Ok(Pattern(sorted))
+    Ok(ModulePattern(sorted))
 }
 
 #[cfg(test)]

@@ -39,9 +39,9 @@ pub enum InitWeights {
 
 /// A JSON object whose order matters: the first key that matches a module holds. Written sorted, as PEFT does.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Pattern<T>(pub Vec<(String, T)>);
+pub struct ModulePattern<T>(pub Vec<(String, T)>);
 
-impl<T> Default for Pattern<T> {
+impl<T> Default for ModulePattern<T> {
     fn default() -> Self {
         Self(Vec::new())
     }
@@ -50,9 +50,9 @@ impl<T> Default for Pattern<T> {
 /// A number that is written without a fraction where it has none: `32`, `1.5`.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[serde(transparent)]
-pub struct Number(pub f64);
+pub struct JsonNumber(pub f64);
 
-impl Serialize for Number {
+impl Serialize for JsonNumber {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         // 2^53: every integer below has a float of its own.
         if self.0.fract() == 0.0 && self.0.abs() < 9_007_199_254_740_992.0 {
@@ -63,7 +63,7 @@ impl Serialize for Number {
     }
 }
 
-impl<T: Serialize> Serialize for Pattern<T> {
+impl<T: Serialize> Serialize for ModulePattern<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut sorted: Vec<&(String, T)> = self.0.iter().collect();
         sorted.sort_by(|a, b| a.0.cmp(&b.0));
@@ -75,23 +75,26 @@ impl<T: Serialize> Serialize for Pattern<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Pattern<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for ModulePattern<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct InFileOrder<T>(std::marker::PhantomData<T>);
         impl<'de, T: Deserialize<'de>> Visitor<'de> for InFileOrder<T> {
-            type Value = Pattern<T>;
+            type Value = ModulePattern<T>;
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 f.write_str("an object of module patterns, or null")
             }
-            fn visit_unit<E>(self) -> Result<Pattern<T>, E> {
-                Ok(Pattern::default())
+            fn visit_unit<E>(self) -> Result<ModulePattern<T>, E> {
+                Ok(ModulePattern::default())
             }
-            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Pattern<T>, M::Error> {
+            fn visit_map<M: MapAccess<'de>>(
+                self,
+                mut map: M,
+            ) -> Result<ModulePattern<T>, M::Error> {
                 let mut entries = Vec::new();
                 while let Some(entry) = map.next_entry()? {
                     entries.push(entry);
                 }
-                Ok(Pattern(entries))
+                Ok(ModulePattern(entries))
             }
         }
         deserializer.deserialize_any(InFileOrder(std::marker::PhantomData))

@@ -63,15 +63,15 @@ pub enum Matcher<'a> {
 
 /// How a path was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Found {
+pub enum MatchKind {
     /// Not at all.
-    No,
+    None,
     /// Written out in full: the layer filter does not apply.
-    InFull,
+    ExactPath,
     /// By a suffix of a list.
-    BySuffix,
+    Suffix,
     /// By an expression or by `all-linear`.
-    ByRule,
+    Pattern,
 }
 
 impl<'a> Matcher<'a> {
@@ -85,25 +85,27 @@ impl<'a> Matcher<'a> {
     }
 
     /// How `path` is meant, if it is.
-    pub fn find(&self, path: &str) -> Result<Found> {
+    pub fn find(&self, path: &str) -> Result<MatchKind> {
         Ok(match self {
-            Self::All => Found::ByRule,
-            Self::Names(names) if names.iter().any(|name| name == path) => Found::InFull,
-            Self::Names(names) if names.iter().any(|name| is_suffix(path, name)) => Found::BySuffix,
-            Self::Names(_) => Found::No,
-            Self::Whole(regex) if matches(regex, path)? => Found::ByRule,
-            Self::Whole(_) => Found::No,
+            Self::All => MatchKind::Pattern,
+            Self::Names(names) if names.iter().any(|name| name == path) => MatchKind::ExactPath,
+            Self::Names(names) if names.iter().any(|name| is_suffix(path, name)) => {
+                MatchKind::Suffix
+            }
+            Self::Names(_) => MatchKind::None,
+            Self::Whole(regex) if matches(regex, path)? => MatchKind::Pattern,
+            Self::Whole(_) => MatchKind::None,
         })
     }
 }
 
 /// `layers_to_transform` with its `layers_pattern`, ready to be asked.
-pub struct Layers {
+pub struct LayerFilter {
     /// Expressions with a group `idx`; the first that matches gives the number.
     patterns: Vec<Regex>,
 }
 
-impl Layers {
+impl LayerFilter {
     /// Prepares the names of the module lists that hold layers; none: whatever list comes first in a path.
     pub fn new(layers_pattern: &[String]) -> Result<Self> {
         let patterns = if layers_pattern.is_empty() {
@@ -174,7 +176,7 @@ mod tests {
 
     #[test]
     fn the_first_number_is_the_layer() {
-        let layers = Layers::new(&[]).unwrap();
+        let layers = LayerFilter::new(&[]).unwrap();
         assert_eq!(
             layers.index("model.layers.12.experts.0.w1").unwrap(),
             Some(12)
@@ -183,7 +185,7 @@ mod tests {
         // No parent before the list: PEFT's expression wants two segments before the number.
         assert_eq!(layers.index("h.3.attn").unwrap(), None);
         assert_eq!(
-            Layers::new(&["h".into()])
+            LayerFilter::new(&["h".into()])
                 .unwrap()
                 .index("h.3.attn")
                 .unwrap(),

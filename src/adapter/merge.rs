@@ -15,8 +15,10 @@ use safetensors::tensor::Dtype;
 use crate::error::{Error, Kind, Result};
 use crate::units::Bytes;
 
-use super::peft::{Fitted, refuse, to_f32};
-use super::shards::{INDEX_FILE, Stored, file_name, header, index_text, read_headers, split};
+use super::peft::{LoraPair, fail_on_problems, to_f32};
+use super::shards::{
+    INDEX_FILE, TensorEntry, header, index_json, plan_shards, read_headers, shard_file_name,
+};
 
 /// transformers' size of a weights file (`save_pretrained`'s default `max_shard_size`).
 pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
@@ -26,8 +28,8 @@ pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
 pub struct MergeJob<'a> {
     /// The model's safetensors files: one, or all shards.
     pub weights: &'a [PathBuf],
-    /// The adapter on the model: `Loaded::fit`.
-    pub pairs: &'a [Fitted<'a>],
+    /// The adapter on the model: `LoadedAdapter::attach`.
+    pub pairs: &'a [LoraPair<'a>],
     /// Names of weights that are one and the same tensor in the model, as `["lm_head.weight", "model.embed_tokens.weight"]`.
     pub tied: &'a [[String; 2]],
     /// Files to copy as they are: configuration, tokenizer, chat template, licence.
@@ -66,13 +68,13 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
         .hint("choose another with `--out DIR`, or remove it"));
     }
     let tensors = read_headers(job.weights)?;
-    let pairs = assign(&tensors, job)?;
-    let shards = split(&tensors, job.max_shard);
+    let pairs = match_pairs(&tensors, job)?;
+    let shards = plan_shards(&tensors, job.max_shard);
     check_copies(job.copy)?;
     let partial = Partial::create(job.out)?;
     for (number, shard) in shards.iter().enumerate() {
         write_shard(
-            &partial.path.join(file_name(number, shards.len())),
+            &partial.path.join(shard_file_name(number, shards.len())),
             shard,
             &tensors,
             &pairs,
@@ -82,7 +84,7 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     if shards.len() > 1 {
         write_synced(
             &partial.path.join(INDEX_FILE),
-            index_text(&tensors, &shards).as_bytes(),
+            index_json(&tensors, &shards).as_bytes(),
         )?;
     }
     for path in job.copy {
@@ -95,7 +97,7 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     partial.finish(job.out)?;
     Ok(MergeSummary {
         files: (0..shards.len())
-            .map(|number| file_name(number, shards.len()))
+            .map(|number| shard_file_name(number, shards.len()))
             .collect(),
         merged: pairs.len(),
         kept: tensors.len() - pairs.len(),
@@ -104,19 +106,22 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
 }
 
 /// The pair of each tensor that has one, by the tensor's index. Every pair that has no place is named in one error.
-fn assign<'a>(tensors: &[Stored], job: &MergeJob<'a>) -> Result<BTreeMap<usize, &'a Fitted<'a>>> {
+fn match_pairs<'a>(
+    tensors: &[TensorEntry],
+    job: &MergeJob<'a>,
+) -> Result<BTreeMap<usize, &'a LoraPair<'a>>> {
     let by_name: BTreeMap<&str, usize> = tensors
         .iter()
         .enumerate()
         .map(|(i, tensor)| (tensor.name.as_str(), i))
         .collect();
-    let mut offences = Vec::new();
+    let mut problems = Vec::new();
     let mut assigned = BTreeMap::new();
     for pair in job.pairs {
         let path = &pair.site.path;
         let wanted = format!("{path}.weight");
         if let Some(tie) = job.tied.iter().find(|tie| tie.contains(&wanted)) {
-            offences.push(format!(
+            problems.push(format!(
                 "`{path}`: `{}` and `{}` are one tensor, and merging would change both",
                 tie[0], tie[1]
             ));
@@ -125,15 +130,15 @@ fn assign<'a>(tensors: &[Stored], job: &MergeJob<'a>) -> Result<BTreeMap<usize, 
         // A file saved from the bare base model lacks the first segment (`model.`, `transformer.`); transformers adds it.
         let bare = wanted.split_once('.').map_or("", |(_, rest)| rest);
         match by_name.get(wanted.as_str()).or_else(|| by_name.get(bare)) {
-            None => offences.push(format!("`{path}`: the model's files have no `{wanted}`")),
-            Some(index) => match misfit(&tensors[*index], pair) {
-                Some(why) => offences.push(format!("`{path}`: {why}")),
+            None => problems.push(format!("`{path}`: the model's files have no `{wanted}`")),
+            Some(index) => match pair_problem(&tensors[*index], pair) {
+                Some(why) => problems.push(format!("`{path}`: {why}")),
                 None => drop(assigned.insert(*index, pair)),
             },
         }
     }
-    refuse(
-        offences,
+    fail_on_problems(
+        problems,
         "cannot be merged",
         None,
         "merge it into the model it was trained on, unquantised and as safetensors",
@@ -141,7 +146,7 @@ fn assign<'a>(tensors: &[Stored], job: &MergeJob<'a>) -> Result<BTreeMap<usize, 
     Ok(assigned)
 }
 
-fn misfit(tensor: &Stored, pair: &Fitted) -> Option<String> {
+fn pair_problem(tensor: &TensorEntry, pair: &LoraPair) -> Option<String> {
     let wanted = [pair.site.out_features, pair.site.in_features];
     if tensor.shape != wanted {
         return Some(format!(
@@ -247,12 +252,12 @@ fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
 fn write_shard(
     path: &Path,
     shard: &[usize],
-    tensors: &[Stored],
-    pairs: &BTreeMap<usize, &Fitted>,
+    tensors: &[TensorEntry],
+    pairs: &BTreeMap<usize, &LoraPair>,
     job: &MergeJob,
 ) -> Result<()> {
     let failed = |source| Error::io("write", path, source);
-    let listed: Vec<&Stored> = shard.iter().map(|index| &tensors[*index]).collect();
+    let listed: Vec<&TensorEntry> = shard.iter().map(|index| &tensors[*index]).collect();
     let mut writer = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed)?);
     writer.write_all(&header(&listed)?).map_err(failed)?;
     for index in shard {
@@ -277,7 +282,7 @@ fn write_shard(
 }
 
 /// The bytes of `tensor`, to be read.
-fn open_at(path: &Path, tensor: &Stored) -> Result<std::io::Take<File>> {
+fn open_at(path: &Path, tensor: &TensorEntry) -> Result<std::io::Take<File>> {
     let opened = File::open(path).and_then(|mut file| {
         file.seek(SeekFrom::Start(tensor.start))?;
         Ok(file.take(tensor.size))
@@ -286,7 +291,7 @@ fn open_at(path: &Path, tensor: &Stored) -> Result<std::io::Take<File>> {
 }
 
 /// `W + scaling * B A` in place, row by row; rows are independent, so threads change nothing.
-fn add_pair(bytes: &mut [u8], tensor: &Stored, pair: &Fitted) -> Result<()> {
+fn add_pair(bytes: &mut [u8], tensor: &TensorEntry, pair: &LoraPair) -> Result<()> {
     let (columns, r) = (pair.site.in_features, pair.site.r);
     if bytes.is_empty() {
         return Ok(());
@@ -337,7 +342,7 @@ fn add_row(bytes: &mut [u8], dtype: Dtype, delta: &[f32], scale: f32) -> Option<
     Some(())
 }
 
-fn overflow(tensor: &Stored, row: usize) -> Error {
+fn overflow(tensor: &TensorEntry, row: usize) -> Error {
     Error::new(Kind::Adapter, format!("`{}` with the adapter holds a value that {:?} cannot", tensor.name, tensor.dtype))
         .at(format!("row {row}"))
         .rule("every merged weight is a finite number")

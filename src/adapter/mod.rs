@@ -11,13 +11,13 @@ pub mod matching;
 pub mod merge;
 pub mod peft;
 pub mod portability;
-pub mod refuse;
 pub(crate) mod shards;
 pub mod targets;
+pub mod unsupported;
 
 pub use config::PeftConfig;
 pub use init::kaiming_uniform;
 pub use merge::{MergeJob, MergeSummary, merge};
-pub use peft::{Fitted, Loaded, load, save};
+pub use peft::{LoadedAdapter, LoraPair, load, save};
 pub use portability::portability;
 pub use targets::{LoraSettings, Module, Site, Targets, select};

@@ -13,9 +13,9 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use crate::error::{Error, Kind, Result};
 
 use super::config::{CONFIG_FILE, PeftConfig};
-use super::refuse::{Half, PREFIX, config_reasons, parse_name};
 use super::shards::{F32s, write_f32s};
-use super::targets::{Module, Site, Strength, choose, short_names};
+use super::targets::{Module, RankResolver, Site, last_segments, select_modules};
+use super::unsupported::{Factor, PREFIX, parse_tensor_name, unsupported_settings};
 
 /// The weights' name in an adapter's directory.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -31,7 +31,7 @@ pub struct Matrix {
 
 /// A checked adapter: every name is a LoRA half, every pair is complete and of the configured rank, every value is finite.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Loaded {
+pub struct LoadedAdapter {
     /// Its `adapter_config.json`.
     pub config: PeftConfig,
     /// Its matrices by full PEFT name.
@@ -40,7 +40,7 @@ pub struct Loaded {
 
 /// One LoRA pair on its layer.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Fitted<'a> {
+pub struct LoraPair<'a> {
     /// Where it sits.
     pub site: Site,
     /// A, shape (r, in), row by row.
@@ -50,10 +50,10 @@ pub struct Fitted<'a> {
 }
 
 /// The full PEFT name of a half of the pair on the module `path`.
-pub fn tensor_name(path: &str, half: Half) -> String {
+pub fn tensor_name(path: &str, half: Factor) -> String {
     let letter = match half {
-        Half::A => 'A',
-        Half::B => 'B',
+        Factor::A => 'A',
+        Factor::B => 'B',
     };
     format!("{PREFIX}{path}.lora_{letter}.weight")
 }
@@ -62,7 +62,7 @@ pub fn tensor_name(path: &str, half: Half) -> String {
 ///
 /// # Errors
 /// A file that is missing or damaged; anything that is not plain LoRA, all of it in one error.
-pub fn load(dir: &Path) -> Result<Loaded> {
+pub fn load(dir: &Path) -> Result<LoadedAdapter> {
     let config = load_config(dir)?;
     let path = dir.join(WEIGHTS_FILE);
     let bytes = fs::read(&path).map_err(|source| missing_weights(dir, &path, source))?;
@@ -74,27 +74,27 @@ pub fn load(dir: &Path) -> Result<Loaded> {
         .at(path.display().to_string())
         .hint("fetch the file again")
     })?;
-    let mut offences = config_reasons(&config);
+    let mut problems = unsupported_settings(&config);
     let mut tensors = BTreeMap::new();
     let mut views: Vec<_> = file.iter().collect();
     views.sort_by(|a, b| a.0.cmp(b.0));
     for (name, view) in views {
         match read_matrix(name, &view) {
             Ok(matrix) => drop(tensors.insert(name.to_string(), matrix)),
-            Err(reason) => offences.push(format!("`{name}`: {reason}")),
+            Err(reason) => problems.push(format!("`{name}`: {reason}")),
         }
     }
-    offences.extend(pair_offences(&tensors, &config)?);
-    if tensors.is_empty() && offences.is_empty() {
-        offences.push(format!("`{WEIGHTS_FILE}` holds no tensor"));
+    problems.extend(pair_problems(&tensors, &config)?);
+    if tensors.is_empty() && problems.is_empty() {
+        problems.push(format!("`{WEIGHTS_FILE}` holds no tensor"));
     }
-    refuse(
-        offences,
+    fail_on_problems(
+        problems,
         "cannot be loaded",
         Some(dir),
         "train a plain LoRA (`bias` none, no DoRA, no `modules_to_save`), or merge it with PEFT",
     )?;
-    Ok(Loaded { config, tensors })
+    Ok(LoadedAdapter { config, tensors })
 }
 
 /// Reads `adapter_config.json` of the directory `dir`.
@@ -152,7 +152,7 @@ fn missing_weights(dir: &Path, path: &Path, source: std::io::Error) -> Error {
 }
 
 fn read_matrix(name: &str, view: &TensorView) -> Result<Matrix, String> {
-    parse_name(name)?;
+    parse_tensor_name(name)?;
     let &[rows, columns] = view.shape() else {
         return Err(format!("its shape is {:?}, not two numbers", view.shape()));
     };
@@ -196,62 +196,62 @@ pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 }
 
 /// Halves without their other half, and shapes that contradict each other or the configured rank.
-fn pair_offences(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Result<Vec<String>> {
-    let strength = Strength::new(&config.settings())?;
-    let mut offences = Vec::new();
+fn pair_problems(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Result<Vec<String>> {
+    let ranks = RankResolver::new(&config.settings())?;
+    let mut problems = Vec::new();
     for path in paths(tensors) {
-        let [a, b] = [Half::A, Half::B].map(|half| tensor_name(path, half));
+        let [a, b] = [Factor::A, Factor::B].map(|half| tensor_name(path, half));
         let (Some(a_matrix), Some(b_matrix)) = (tensors.get(&a), tensors.get(&b)) else {
             let (there, missing) = if tensors.contains_key(&a) {
                 (&a, &b)
             } else {
                 (&b, &a)
             };
-            offences.push(format!("`{there}`: its other half `{missing}` is missing"));
+            problems.push(format!("`{there}`: its other half `{missing}` is missing"));
             continue;
         };
-        let r = strength.rank(path)?;
+        let r = ranks.rank(path)?;
         if a_matrix.shape[0] != r {
             let shape = a_matrix.shape;
-            offences.push(format!(
+            problems.push(format!(
                 "`{a}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} rows"
             ));
         }
         if b_matrix.shape[1] != r {
             let shape = b_matrix.shape;
-            offences.push(format!("`{b}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} columns"));
+            problems.push(format!("`{b}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} columns"));
         }
     }
-    Ok(offences)
+    Ok(problems)
 }
 
 /// The module paths that have a tensor, sorted, once each.
 fn paths(tensors: &BTreeMap<String, Matrix>) -> BTreeSet<&str> {
     tensors
         .keys()
-        .filter_map(|name| parse_name(name).ok())
+        .filter_map(|name| parse_tensor_name(name).ok())
         .map(|(path, _)| path)
         .collect()
 }
 
-/// One error for all `offences`, or none. Long lists are cut, with their count.
-pub(super) fn refuse(
-    offences: Vec<String>,
+/// One error for all `problems`, or none. Long lists are cut, with their count.
+pub(super) fn fail_on_problems(
+    problems: Vec<String>,
     verdict: &str,
     dir: Option<&Path>,
     hint: &str,
 ) -> Result<()> {
     const SHOWN: usize = 20;
-    if offences.is_empty() {
+    if problems.is_empty() {
         return Ok(());
     }
-    let mut list = offences
+    let mut list = problems
         .iter()
         .take(SHOWN)
-        .map(|offence| format!("\n  - {offence}"))
+        .map(|problem| format!("\n  - {problem}"))
         .collect::<String>();
-    if offences.len() > SHOWN {
-        list.push_str(&format!("\n  - and {} more", offences.len() - SHOWN));
+    if problems.len() > SHOWN {
+        list.push_str(&format!("\n  - and {} more", problems.len() - SHOWN));
     }
     let error = Error::new(Kind::Adapter, format!("the adapter {verdict}:{list}")).hint(hint);
     Err(match dir {
@@ -260,28 +260,28 @@ pub(super) fn refuse(
     })
 }
 
-impl Loaded {
+impl LoadedAdapter {
     /// Each pair on its layer, in the order of `modules` (the model's linear layers).
     ///
     /// # Errors
     /// A tensor whose module is not there or has other sizes; a module that `adapter_config.json` names and that has no
     /// tensor. All of them in one error.
-    pub fn fit(&self, modules: &[Module]) -> Result<Vec<Fitted<'_>>> {
+    pub fn attach(&self, modules: &[Module]) -> Result<Vec<LoraPair<'_>>> {
         let settings = self.config.settings();
-        let strength = Strength::new(&settings)?;
-        let mut offences = self.misfits(modules);
+        let ranks = RankResolver::new(&settings)?;
+        let mut problems = self.shape_mismatches(modules);
         let present = paths(&self.tensors);
         // `all-linear` in a file written by hand: which layer is the output embedding is not known here.
         let named = if settings.targets == super::Targets::AllLinear {
             Vec::new()
         } else {
-            choose(modules, "", &settings)?
+            select_modules(modules, "", &settings)?
         };
         for module in named
             .into_iter()
             .filter(|module| !present.contains(module.path.as_str()))
         {
-            offences
+            problems
                 .push(format!("`{}`: `{CONFIG_FILE}` names this module, but `{WEIGHTS_FILE}` has no tensor for it", module.path));
         }
         let base = self
@@ -290,19 +290,19 @@ impl Loaded {
             .as_deref()
             .unwrap_or("a model it does not name");
         let hint = format!("the adapter was trained on {base}: choose that model");
-        refuse(offences, "does not fit the model", None, &hint)?;
+        fail_on_problems(problems, "does not fit the model", None, &hint)?;
         let mut fitted = Vec::new();
         for module in modules
             .iter()
             .filter(|module| present.contains(module.path.as_str()))
         {
-            let [a, b] = [Half::A, Half::B].map(|half| {
+            let [a, b] = [Factor::A, Factor::B].map(|half| {
                 self.tensors[&tensor_name(&module.path, half)]
                     .values
                     .as_slice()
             });
-            fitted.push(Fitted {
-                site: strength.site(module)?,
+            fitted.push(LoraPair {
+                site: ranks.site(module)?,
                 a,
                 b,
             });
@@ -311,28 +311,28 @@ impl Loaded {
     }
 
     /// Tensors that do not land on a module of `modules`, or not with its sizes.
-    fn misfits(&self, modules: &[Module]) -> Vec<String> {
+    fn shape_mismatches(&self, modules: &[Module]) -> Vec<String> {
         let by_path: BTreeMap<&str, &Module> = modules
             .iter()
             .map(|module| (module.path.as_str(), module))
             .collect();
-        let mut offences = Vec::new();
+        let mut problems = Vec::new();
         for (name, matrix) in &self.tensors {
-            let Ok((path, half)) = parse_name(name) else {
-                offences.push(format!("`{name}`: not a LoRA tensor"));
+            let Ok((path, half)) = parse_tensor_name(name) else {
+                problems.push(format!("`{name}`: not a LoRA tensor"));
                 continue;
             };
             let [rows, columns] = matrix.shape;
             match (by_path.get(path), half) {
-                (None, _) => offences.push(format!("`{name}`: {}", no_module(path, modules))),
-                (Some(module), Half::A) if columns != module.in_features => {
-                    offences.push(format!(
+                (None, _) => problems.push(format!("`{name}`: {}", no_module(path, modules))),
+                (Some(module), Factor::A) if columns != module.in_features => {
+                    problems.push(format!(
                         "`{name}`: {columns} columns, but the module has {} inputs",
                         module.in_features
                     ));
                 }
-                (Some(module), Half::B) if rows != module.out_features => {
-                    offences.push(format!(
+                (Some(module), Factor::B) if rows != module.out_features => {
+                    problems.push(format!(
                         "`{name}`: {rows} rows, but the module has {} outputs",
                         module.out_features
                     ));
@@ -340,7 +340,7 @@ impl Loaded {
                 _ => {}
             }
         }
-        offences
+        problems
     }
 }
 
@@ -372,7 +372,7 @@ fn no_module(path: &str, modules: &[Module]) -> String {
         ),
         None => format!(
             "the model has no linear layer `{last}`; it has {}",
-            short_names(modules).join(", ")
+            last_segments(modules).join(", ")
         ),
     }
 }
@@ -394,7 +394,7 @@ pub fn save(
             Error::new(Kind::Adapter, format!("`{name}` cannot be saved: {why}"))
                 .value(format!("{shape:?}"))
         };
-        parse_name(name).map_err(|why| refuse(why.to_string()))?;
+        parse_tensor_name(name).map_err(|why| refuse(why.to_string()))?;
         if !seen.insert(name) {
             return Err(refuse("the name occurs twice".to_string()));
         }

@@ -90,7 +90,7 @@ fn target_warnings(config: &PeftConfig) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::config::{Number, Pattern};
+    use crate::adapter::config::{JsonNumber, ModulePattern};
 
     fn plain() -> PeftConfig {
         PeftConfig {
@@ -123,14 +123,14 @@ mod tests {
         );
         named(
             PeftConfig {
-                alpha_pattern: Pattern(vec![("q_proj".into(), Number(3.0))]),
+                alpha_pattern: ModulePattern(vec![("q_proj".into(), JsonNumber(3.0))]),
                 ..plain()
             },
             &["llama.cpp and vLLM"],
         );
         named(
             PeftConfig {
-                rank_pattern: Pattern(vec![("q_proj".into(), 65)]),
+                rank_pattern: ModulePattern(vec![("q_proj".into(), 65)]),
                 ..plain()
             },
             &["vLLM ignores", "--max-lora-rank 128"],

@@ -25,7 +25,7 @@ const LENGTH_FIELD: u64 = 8;
 
 /// A tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Stored {
+pub(crate) struct TensorEntry {
     /// Its name.
     pub name: String,
     /// Its type.
@@ -68,9 +68,13 @@ impl<'a> F32s<'a> {
     }
 }
 
-/// Writes a safetensors file of F32 tensors, sorted by name, marked as PyTorch's where `marked`. The same tensors give the same bytes. Numbers
+/// Writes a safetensors file of F32 tensors, sorted by name, pytorch_format as PyTorch's where `pytorch_format`. The same tensors give the same bytes. Numbers
 /// become bytes a few at a time: they are never in memory twice.
-pub(crate) fn write_f32s(path: &Path, mut tensors: Vec<F32s<'_>>, marked: bool) -> Result<()> {
+pub(crate) fn write_f32s(
+    path: &Path,
+    mut tensors: Vec<F32s<'_>>,
+    pytorch_format: bool,
+) -> Result<()> {
     tensors.sort_by_key(|tensor| tensor.name);
     let mut end = 0;
     let infos = tensors.iter().map(|tensor| {
@@ -83,7 +87,7 @@ pub(crate) fn write_f32s(path: &Path, mut tensors: Vec<F32s<'_>>, marked: bool) 
         };
         (tensor.name.to_string(), info)
     });
-    let header = header_of(infos.collect(), marked)?;
+    let header = encode_header(infos.collect(), pytorch_format)?;
     let write = || {
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
         file.write_all(&header)?;
@@ -101,7 +105,7 @@ pub(crate) fn write_f32s(path: &Path, mut tensors: Vec<F32s<'_>>, marked: bool) 
 }
 
 /// The tensors of `files`, in the order of files and, within one, of places.
-pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<Stored>> {
+pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<TensorEntry>> {
     let mut tensors = Vec::new();
     let mut owner: BTreeMap<String, usize> = BTreeMap::new();
     for (file, path) in files.iter().enumerate() {
@@ -120,7 +124,7 @@ pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<Stored>> {
     Ok(tensors)
 }
 
-fn read_header(path: &Path, file: usize) -> Result<Vec<Stored>> {
+fn read_header(path: &Path, file: usize) -> Result<Vec<TensorEntry>> {
     let failed = |source| Error::io("read", path, source);
     let damaged = |why: String| {
         Error::new(
@@ -157,7 +161,7 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<Stored>> {
         let info = metadata.info(&name)?;
         let (start, end) = info.data_offsets;
         let (start, size) = (data + start as u64, (end - start) as u64);
-        Some(Stored {
+        Some(TensorEntry {
             dtype: info.dtype,
             shape: info.shape.clone(),
             name,
@@ -176,7 +180,7 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<Stored>> {
 /// Which tensors (by index) share a file of at most `max` bytes of values: in order, as huggingface_hub's
 /// `split_state_dict_into_shards_factory` cuts. A tensor that is larger has a file of its own. Within a file: by type, widest
 /// first, then by name, as safetensors orders them.
-pub(super) fn split(tensors: &[Stored], max: Bytes) -> Vec<Vec<usize>> {
+pub(super) fn plan_shards(tensors: &[TensorEntry], max: Bytes) -> Vec<Vec<usize>> {
     let mut shards: Vec<Vec<usize>> = Vec::new();
     let (mut current, mut filled) = (Vec::new(), 0u64);
     for (index, tensor) in tensors.iter().enumerate() {
@@ -203,7 +207,7 @@ pub(super) fn split(tensors: &[Stored], max: Bytes) -> Vec<Vec<usize>> {
 }
 
 /// The name of file `index` of `count`.
-pub(super) fn file_name(index: usize, count: usize) -> String {
+pub(super) fn shard_file_name(index: usize, count: usize) -> String {
     if count == 1 {
         "model.safetensors".to_string()
     } else {
@@ -212,7 +216,7 @@ pub(super) fn file_name(index: usize, count: usize) -> String {
 }
 
 /// The start of a file that holds `tensors` in this order: length field and header, padded to eight bytes.
-pub(super) fn header(tensors: &[&Stored]) -> Result<Vec<u8>> {
+pub(super) fn header(tensors: &[&TensorEntry]) -> Result<Vec<u8>> {
     let mut end = 0;
     let mut infos = Vec::with_capacity(tensors.len());
     for tensor in tensors {
@@ -225,12 +229,12 @@ pub(super) fn header(tensors: &[&Stored]) -> Result<Vec<u8>> {
         };
         infos.push((tensor.name.clone(), info));
     }
-    header_of(infos, true)
+    encode_header(infos, true)
 }
 
-fn header_of(infos: Vec<(String, TensorInfo)>, marked: bool) -> Result<Vec<u8>> {
+fn encode_header(infos: Vec<(String, TensorInfo)>, pytorch_format: bool) -> Result<Vec<u8>> {
     // One key: nothing depends on a map's order.
-    let mark = marked.then(|| {
+    let mark = pytorch_format.then(|| {
         [("format".to_string(), "pt".to_string())]
             .into_iter()
             .collect()
@@ -250,14 +254,14 @@ fn header_of(infos: Vec<(String, TensorInfo)>, marked: bool) -> Result<Vec<u8>> 
 }
 
 /// The text of the index of several files.
-pub(super) fn index_text(tensors: &[Stored], shards: &[Vec<usize>]) -> String {
+pub(super) fn index_json(tensors: &[TensorEntry], shards: &[Vec<usize>]) -> String {
     let total: u64 = tensors.iter().map(|tensor| tensor.size).sum();
     let mut places = BTreeMap::new();
     for (number, shard) in shards.iter().enumerate() {
         for index in shard {
             places.insert(
                 tensors[*index].name.clone(),
-                file_name(number, shards.len()),
+                shard_file_name(number, shards.len()),
             );
         }
     }
@@ -269,8 +273,8 @@ pub(super) fn index_text(tensors: &[Stored], shards: &[Vec<usize>]) -> String {
 mod tests {
     use super::*;
 
-    fn stored(name: &str, dtype: Dtype, size: u64) -> Stored {
-        Stored {
+    fn stored(name: &str, dtype: Dtype, size: u64) -> TensorEntry {
+        TensorEntry {
             name: name.into(),
             dtype,
             shape: vec![size as usize],
@@ -284,22 +288,22 @@ mod tests {
     fn files_are_cut_as_the_hub_library_cuts_them() {
         // Its own example: [6, 6, 2, 6, 2, 2] in files of 10 become [6], [6 + 2], [6 + 2 + 2].
         let sizes = [6, 6, 2, 6, 2, 2];
-        let tensors: Vec<Stored> = sizes
+        let tensors: Vec<TensorEntry> = sizes
             .iter()
             .enumerate()
             .map(|(i, size)| stored(&i.to_string(), Dtype::U8, *size))
             .collect();
         assert_eq!(
-            split(&tensors, Bytes(10)),
+            plan_shards(&tensors, Bytes(10)),
             [vec![0], vec![1, 2], vec![3, 4, 5]]
         );
         // One that is too large stands alone; the file begun before it goes on.
         assert_eq!(
-            split(&tensors, Bytes(5)),
+            plan_shards(&tensors, Bytes(5)),
             [vec![0], vec![1], vec![3], vec![2, 4], vec![5]]
         );
-        assert_eq!(split(&tensors, Bytes(24)).len(), 1);
-        assert_eq!(split(&tensors, Bytes(23)).len(), 2);
+        assert_eq!(plan_shards(&tensors, Bytes(24)).len(), 1);
+        assert_eq!(plan_shards(&tensors, Bytes(23)).len(), 2);
     }
 
     #[test]
@@ -309,7 +313,7 @@ mod tests {
             stored("c", Dtype::F32, 4),
             stored("b", Dtype::F32, 4),
         ];
-        assert_eq!(split(&tensors, Bytes(100)), [vec![2, 1, 0]]);
+        assert_eq!(plan_shards(&tensors, Bytes(100)), [vec![2, 1, 0]]);
     }
 
     #[test]

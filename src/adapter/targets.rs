@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Kind, Result};
 
-use super::matching::{Found, Layers, Matcher, is_suffix, matches, pattern_key};
+use super::matching::{LayerFilter, MatchKind, Matcher, is_suffix, matches, pattern_key};
 
 /// A linear layer of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,19 +102,19 @@ pub fn select(
 ) -> Result<Vec<Site>> {
     check_values(settings)?;
     check_entries(modules, output_embedding, settings)?;
-    let chosen = choose(modules, output_embedding, settings)?;
+    let chosen = select_modules(modules, output_embedding, settings)?;
     if chosen.is_empty() {
-        return Err(nothing_left(modules, settings));
+        return Err(no_modules_selected(modules, settings));
     }
-    let strength = Strength::new(settings)?;
+    let ranks = RankResolver::new(settings)?;
     chosen
         .into_iter()
-        .map(|module| strength.site(module))
+        .map(|module| ranks.site(module))
         .collect()
 }
 
 /// The modules meant by targets, exclusions and layers, in model order.
-pub(super) fn choose<'m>(
+pub(super) fn select_modules<'m>(
     modules: &'m [Module],
     output_embedding: &str,
     settings: &LoraSettings,
@@ -129,20 +129,20 @@ pub(super) fn choose<'m>(
         .layers_to_transform
         .as_deref()
         .filter(|wanted| !wanted.is_empty());
-    let layers = Layers::new(&settings.layers_pattern)?;
+    let layers = LayerFilter::new(&settings.layers_pattern)?;
     let mut chosen = Vec::new();
     for module in modules {
         if matches!(targets, Matcher::All) && module.path == output_embedding {
             continue;
         }
         if let Some(exclude) = &exclude
-            && exclude.find(&module.path)? != Found::No
+            && exclude.find(&module.path)? != MatchKind::None
         {
             continue;
         }
         let keep = match (targets.find(&module.path)?, wanted) {
-            (Found::No, _) => false,
-            (Found::BySuffix, Some(wanted)) => layers
+            (MatchKind::None, _) => false,
+            (MatchKind::Suffix, Some(wanted)) => layers
                 .index(&module.path)?
                 .is_some_and(|index| wanted.contains(&index)),
             _ => true,
@@ -155,7 +155,7 @@ pub(super) fn choose<'m>(
 }
 
 /// Rank and scaling by module: the defaults and the compiled patterns.
-pub(super) struct Strength {
+pub(super) struct RankResolver {
     r: usize,
     lora_alpha: f64,
     use_rslora: bool,
@@ -163,7 +163,7 @@ pub(super) struct Strength {
     alpha_pattern: Vec<(fancy_regex::Regex, f64)>,
 }
 
-impl Strength {
+impl RankResolver {
     /// Compiles the patterns of `settings`.
     pub(super) fn new(settings: &LoraSettings) -> Result<Self> {
         let ranks = settings
@@ -313,15 +313,15 @@ fn check_entries(
     output_embedding: &str,
     settings: &LoraSettings,
 ) -> Result<()> {
-    let mut dead = Vec::new();
-    dead.extend(dead_targets(
+    let mut unmatched = Vec::new();
+    unmatched.extend(unmatched_targets(
         modules,
         "target_modules",
         &settings.targets,
         "",
     )?);
     if let Some(exclude) = &settings.exclude {
-        dead.extend(dead_targets(
+        unmatched.extend(unmatched_targets(
             modules,
             "exclude_modules",
             exclude,
@@ -338,25 +338,25 @@ fn check_entries(
         .map(|(key, _)| ("alpha_pattern", key));
     for (setting, key) in ranks.chain(alphas) {
         let regex = pattern_key(key, setting)?;
-        if !any(modules, |path| matches(&regex, path))? {
-            dead.push((setting, key.clone()));
+        if !any_module(modules, |path| matches(&regex, path))? {
+            unmatched.push((setting, key.clone()));
         }
     }
-    let layers = Layers::new(&settings.layers_pattern)?;
+    let layers = LayerFilter::new(&settings.layers_pattern)?;
     for layer in settings.layers_to_transform.iter().flatten() {
-        if !any(modules, |path| Ok(layers.index(path)? == Some(*layer)))? {
-            dead.push(("layers_to_transform", layer.to_string()));
+        if !any_module(modules, |path| Ok(layers.index(path)? == Some(*layer)))? {
+            unmatched.push(("layers_to_transform", layer.to_string()));
         }
     }
-    if dead.is_empty() {
+    if unmatched.is_empty() {
         Ok(())
     } else {
-        Err(no_such_module(modules, &dead))
+        Err(no_such_module(modules, &unmatched))
     }
 }
 
 /// The entries of `targets` that match no module; `absent_is_fine` may be named without being there.
-fn dead_targets(
+fn unmatched_targets(
     modules: &[Module],
     setting: &'static str,
     targets: &Targets,
@@ -368,23 +368,23 @@ fn dead_targets(
         Targets::Regex(pattern) => vec![pattern.clone()],
     };
     let matcher = Matcher::new(targets, setting)?;
-    let mut dead = Vec::new();
+    let mut unmatched = Vec::new();
     for entry in entries {
         let alive = match matcher {
             Matcher::Names(_) => {
                 entry == absent_is_fine
                     || modules.iter().any(|module| is_suffix(&module.path, &entry))
             }
-            _ => any(modules, |path| Ok(matcher.find(path)? != Found::No))?,
+            _ => any_module(modules, |path| Ok(matcher.find(path)? != MatchKind::None))?,
         };
         if !alive {
-            dead.push((setting, entry));
+            unmatched.push((setting, entry));
         }
     }
-    Ok(dead)
+    Ok(unmatched)
 }
 
-fn any(modules: &[Module], mut test: impl FnMut(&str) -> Result<bool>) -> Result<bool> {
+fn any_module(modules: &[Module], mut test: impl FnMut(&str) -> Result<bool>) -> Result<bool> {
     for module in modules {
         if test(&module.path)? {
             return Ok(true);
@@ -394,7 +394,7 @@ fn any(modules: &[Module], mut test: impl FnMut(&str) -> Result<bool>) -> Result
 }
 
 /// The last segments of all paths, once each, in model order.
-pub(super) fn short_names(modules: &[Module]) -> Vec<&str> {
+pub(super) fn last_segments(modules: &[Module]) -> Vec<&str> {
     let mut names: Vec<&str> = Vec::new();
     for module in modules {
         let name = module.path.rsplit('.').next().unwrap_or(&module.path);
@@ -405,19 +405,23 @@ pub(super) fn short_names(modules: &[Module]) -> Vec<&str> {
     names
 }
 
-fn no_such_module(modules: &[Module], dead: &[(&'static str, String)]) -> Error {
-    let names = short_names(modules);
-    let written: Vec<String> = dead
+fn no_such_module(modules: &[Module], unmatched: &[(&'static str, String)]) -> Error {
+    let names = last_segments(modules);
+    let written: Vec<String> = unmatched
         .iter()
         .map(|(setting, entry)| format!("`{entry}` of `{setting}`"))
         .collect();
-    let verb = if dead.len() == 1 { "matches" } else { "match" };
+    let verb = if unmatched.len() == 1 {
+        "matches"
+    } else {
+        "match"
+    };
     let error = Error::new(
         Kind::Adapter,
         format!("{} {verb} no linear layer of the model", written.join(", ")),
     )
     .rule(format!("the linear layers are {}", names.join(", ")));
-    let (setting, entry) = &dead[0];
+    let (setting, entry) = &unmatched[0];
     match nearest(entry, &names) {
         Some(name) => error.hint(format!("`{name}` is nearest to `{entry}`")),
         None if *setting == "layers_to_transform" => error.hint("layers are counted from 0"),
@@ -439,7 +443,7 @@ fn nearest<'a>(entry: &str, names: &[&'a str]) -> Option<&'a str> {
         .filter(|name| alike(name) > 0.7)
 }
 
-fn nothing_left(modules: &[Module], settings: &LoraSettings) -> Error {
+fn no_modules_selected(modules: &[Module], settings: &LoraSettings) -> Error {
     let mut narrowing = vec!["`target_modules`"];
     narrowing.extend(settings.exclude.as_ref().map(|_| "`exclude_modules`"));
     narrowing.extend(
@@ -457,7 +461,7 @@ fn nothing_left(modules: &[Module], settings: &LoraSettings) -> Error {
     )
     .rule(format!(
         "the linear layers are {}",
-        short_names(modules).join(", ")
+        last_segments(modules).join(", ")
     ))
     .hint("name at least one of them, as in `target_modules = \"all-linear\"`")
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::batch::Example;
-use super::dataset::{Counts, Dataset, Sample};
+use super::dataset::{Counts, Dataset, RenderedSample};
 
 const MAGIC: &[u8; 16] = b"wattune tokens 1";
 const CHECKSUM: usize = 32;
@@ -20,7 +20,7 @@ struct Header {
     fingerprint: String,
     counts: Counts,
     eos_trained: bool,
-    first: Option<Sample>,
+    first: Option<RenderedSample>,
 }
 
 fn path(folder: &Path, fingerprint: &str) -> PathBuf {
@@ -86,7 +86,7 @@ fn body(dataset: &Dataset) -> std::io::Result<Vec<u8>> {
 
 fn parse(body: &[u8]) -> Option<Dataset> {
     let mut rest = body.strip_prefix(MAGIC)?;
-    let header_length = usize::try_from(number(&mut rest)?).ok()?;
+    let header_length = usize::try_from(take_u64(&mut rest)?).ok()?;
     let Header {
         fingerprint,
         counts,
@@ -95,8 +95,8 @@ fn parse(body: &[u8]) -> Option<Dataset> {
     } = serde_json::from_slice(take(&mut rest, header_length)?).ok()?;
     let (mut examples, mut records) = (Vec::new(), Vec::new());
     while !rest.is_empty() {
-        records.push(number(&mut rest)?);
-        let length = usize::try_from(number(&mut rest)?).ok()?;
+        records.push(take_u64(&mut rest)?);
+        let length = usize::try_from(take_u64(&mut rest)?).ok()?;
         let tokens = take(&mut rest, length.checked_mul(4)?)?;
         let tokens = tokens
             .chunks_exact(4)
@@ -121,7 +121,7 @@ fn take<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
     Some(taken)
 }
 
-fn number(rest: &mut &[u8]) -> Option<u64> {
+fn take_u64(rest: &mut &[u8]) -> Option<u64> {
     take(rest, 8)?.try_into().ok().map(u64::from_le_bytes)
 }
 
@@ -142,7 +142,7 @@ mod tests {
                 loss: vec![],
             },
         ];
-        let first = Some(Sample {
+        let first = Some(RenderedSample {
             place: "f, line 1".into(),
             pieces: vec![],
         });

@@ -1,7 +1,7 @@
 //! Which characters of a rendered conversation the assistant produced.
 //!
 //! Takes a chat template and a `Chat`, returns the rendered text and the byte ranges to learn. Content is wrapped in private-use
-//! marks, rendered, located and stripped; where a mark is lost or the stripped text differs from the plain rendering, the
+//! sentinels, rendered, located and stripped; where a sentinel is lost or the stripped text differs from the plain rendering, the
 //! conversation is refused, never guessed. Knows nothing of tokens' ids beyond the one that ends a turn.
 
 use std::ops::Range;
@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 use super::template::ChatTemplate;
 use crate::error::{Error, Kind, Result};
 
-// Marks live in the last private-use plane, where no script, emoji or icon font of note lives.
+// Sentinels live in the last private-use plane, where no script, emoji or icon font of note lives.
 const OPEN: char = '\u{10FE00}';
 const CLOSE: char = '\u{10FE01}';
 const CALL: char = '\u{10FE02}';
-/// Ends every mark; between the kind and it stands the message's index, in the digits from `ZERO`.
+/// Ends every sentinel; between the kind and it stands the message's index, in the digits from `ZERO`.
 const END: char = '\u{10FE03}';
 const ZERO: u32 = 0x10FE10;
 /// Where a `{% generation %}` block begins.
@@ -31,12 +31,12 @@ pub(super) struct Chat {
     /// Functions the assistant may call.
     pub tools: Option<Value>,
     /// Whether each message is learned.
-    pub learned: Vec<bool>,
+    pub loss_mask: Vec<bool>,
 }
 
 /// How a template frames an assistant's turn.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct TurnMarks {
+pub(super) struct TurnDelimiters {
     /// What stands before the turn (the generation prompt), where the template has one.
     pub header: Option<String>,
     /// The token that ends it, and its id, where one follows the content.
@@ -53,7 +53,7 @@ pub(super) struct Rendered {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Mark {
+struct Sentinel {
     kind: char,
     /// The message it belongs to; none for a `{% generation %}` block.
     message: Option<usize>,
@@ -61,7 +61,7 @@ struct Mark {
     at: usize,
 }
 
-fn mark(kind: char, message: usize) -> String {
+fn sentinel(kind: char, message: usize) -> String {
     let number = message.to_string();
     let digits = number
         .bytes()
@@ -72,16 +72,16 @@ fn mark(kind: char, message: usize) -> String {
         .collect::<String>()
 }
 
-fn is_mark(c: char) -> bool {
+fn is_sentinel(c: char) -> bool {
     ('\u{10FE00}'..='\u{10FE1F}').contains(&c)
 }
 
-/// Takes the marks out of `text`; `None` where one is broken.
-fn strip(text: &str) -> Option<(String, Vec<Mark>)> {
-    let (mut plain, mut marks) = (String::with_capacity(text.len()), Vec::new());
+/// Takes the sentinels out of `text`; `None` where one is broken.
+fn strip(text: &str) -> Option<(String, Vec<Sentinel>)> {
+    let (mut plain, mut sentinels) = (String::with_capacity(text.len()), Vec::new());
     let mut chars = text.chars();
     while let Some(c) = chars.next() {
-        if !is_mark(c) {
+        if !is_sentinel(c) {
             plain.push(c);
             continue;
         }
@@ -100,28 +100,28 @@ fn strip(text: &str) -> Option<(String, Vec<Mark>)> {
                 _ => return None,
             }
         }
-        marks.push(Mark {
+        sentinels.push(Sentinel {
             kind: c,
             message,
             at: plain.len(),
         });
     }
-    Some((plain, marks))
+    Some((plain, sentinels))
 }
 
 /// Renders a conversation of one question and one answer to see how the template frames the answer.
-pub(super) fn learn_turn_marks(
+pub(super) fn detect_turn_delimiters(
     template: &ChatTemplate,
     added_tokens: &[(String, u32)],
-) -> TurnMarks {
+) -> TurnDelimiters {
     let user = json!({"role": "user", "content": "x"});
-    let answer =
-        json!({"role": "assistant", "content": format!("{}y{}", mark(OPEN, 1), mark(CLOSE, 1))});
+    let answer = json!({"role": "assistant", "content": format!("{}y{}", sentinel(OPEN, 1), sentinel(CLOSE, 1))});
     let render =
         |messages: Value, prompt: bool| template.render(&messages, None, prompt, false).ok();
-    let Some((text, marks)) = render(json!([user, answer]), false).and_then(|text| strip(&text))
+    let Some((text, sentinels)) =
+        render(json!([user, answer]), false).and_then(|text| strip(&text))
     else {
-        return TurnMarks::default();
+        return TurnDelimiters::default();
     };
     let header = render(json!([user]), true)
         .zip(render(json!([user]), false))
@@ -129,14 +129,17 @@ pub(super) fn learn_turn_marks(
             let header = &with[common_prefix(&with, &without)..];
             (text.starts_with(&with) && !header.is_empty()).then(|| header.to_string())
         });
-    let end = marks.iter().find(|m| m.kind == CLOSE).and_then(|close| {
-        let rest = text[close.at..].trim_start();
-        added_tokens
-            .iter()
-            .filter(|(token, _)| !token.is_empty() && rest.starts_with(token.as_str()))
-            .max_by_key(|(token, _)| token.len())
-    });
-    TurnMarks {
+    let end = sentinels
+        .iter()
+        .find(|m| m.kind == CLOSE)
+        .and_then(|close| {
+            let rest = text[close.at..].trim_start();
+            added_tokens
+                .iter()
+                .filter(|(token, _)| !token.is_empty() && rest.starts_with(token.as_str()))
+                .max_by_key(|(token, _)| token.len())
+        });
+    TurnDelimiters {
         header,
         end: end.cloned(),
     }
@@ -150,63 +153,68 @@ fn common_prefix(a: &str, b: &str) -> usize {
 }
 
 /// Renders `chat` and locates what is learned.
-pub(super) fn render(template: &ChatTemplate, turns: &TurnMarks, chat: &Chat) -> Result<Rendered> {
+pub(super) fn render(
+    template: &ChatTemplate,
+    turns: &TurnDelimiters,
+    chat: &Chat,
+) -> Result<Rendered> {
     let messages = Value::Array(chat.messages.clone());
     let text = template.render(&messages, chat.tools.as_ref(), false, false)?;
-    if text.contains(is_mark) {
-        return Err(refuse(
+    if text.contains(is_sentinel) {
+        return Err(bad_record(
             "the conversation holds characters from U+10FE00 to U+10FE1F, which are reserved here",
         )
         .hint("remove them from the record"));
     }
-    let by_tags = template.has_generation_tags() && chat.learned == by_role(&chat.messages);
+    let by_tags =
+        template.has_generation_tags() && chat.loss_mask == assistant_mask(&chat.messages);
     let marked = match by_tags {
         true => template.render(&messages, chat.tools.as_ref(), false, true)?,
         false => template.render(
-            &Value::Array(marked_messages(chat)),
+            &Value::Array(with_sentinels(chat)),
             chat.tools.as_ref(),
             false,
             false,
         )?,
     };
-    let (stripped, marks) = strip(&marked).ok_or_else(changed)?;
+    let (stripped, sentinels) = strip(&marked).ok_or_else(unlocatable)?;
     if stripped != text {
-        return Err(changed());
+        return Err(unlocatable());
     }
     let spans = if by_tags {
-        tagged_spans(&marks)?
+        tagged_spans(&sentinels)?
     } else {
-        located_spans(chat, turns, &text, &marks)?
+        sentinel_spans(chat, turns, &text, &sentinels)?
     };
     Ok(Rendered { text, spans })
 }
 
 /// What is learned where a record says nothing: the assistant's messages.
-pub(super) fn by_role(messages: &[Value]) -> Vec<bool> {
+pub(super) fn assistant_mask(messages: &[Value]) -> Vec<bool> {
     messages
         .iter()
         .map(|m| m.get("role").and_then(Value::as_str) == Some("assistant"))
         .collect()
 }
 
-fn refuse(what: &str) -> Error {
+fn bad_record(what: &str) -> Error {
     Error::new(Kind::Data, what)
 }
 
-fn changed() -> Error {
-    refuse("the chat template changes the assistant's content, so what to learn of it cannot be located")
+fn unlocatable() -> Error {
+    bad_record("the chat template changes the assistant's content, so what to learn of it cannot be located")
         .rule("the template prints each learned message's content once, unchanged but for spaces at its ends")
         .hint("put `{% generation %}` tags into the model's chat_template.jinja around the assistant's part, or set `on_bad_record = \"skip\"`")
 }
 
-/// The messages with marks around the learned contents (inside spaces at their ends, which templates trim) and before the names
+/// The messages with sentinels around the learned contents (inside spaces at their ends, which templates trim) and before the names
 /// of called functions.
-fn marked_messages(chat: &Chat) -> Vec<Value> {
+fn with_sentinels(chat: &Chat) -> Vec<Value> {
     let mut messages = chat.messages.clone();
     for (i, message) in messages
         .iter_mut()
         .enumerate()
-        .filter(|(i, _)| chat.learned[*i])
+        .filter(|(i, _)| chat.loss_mask[*i])
     {
         let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
         let called = calls.is_some();
@@ -217,7 +225,7 @@ fn marked_messages(chat: &Chat) -> Vec<Value> {
                 call
             };
             if let Some(Value::String(name)) = function.get_mut("name") {
-                name.insert_str(0, &mark(CALL, i));
+                name.insert_str(0, &sentinel(CALL, i));
             }
         }
         if let Some(Value::String(content)) = message.get_mut("content") {
@@ -227,36 +235,40 @@ fn marked_messages(chat: &Chat) -> Vec<Value> {
             }
             let start = content.len() - content.trim_start().len();
             let (before, after) = (&content[..start], &content[start + core.len()..]);
-            *content = format!("{before}{}{core}{}{after}", mark(OPEN, i), mark(CLOSE, i));
+            *content = format!(
+                "{before}{}{core}{}{after}",
+                sentinel(OPEN, i),
+                sentinel(CLOSE, i)
+            );
         }
     }
     messages
 }
 
 /// The `{% generation %}` blocks.
-fn tagged_spans(marks: &[Mark]) -> Result<Vec<Range<usize>>> {
+fn tagged_spans(sentinels: &[Sentinel]) -> Result<Vec<Range<usize>>> {
     let mut spans = Vec::new();
-    for pair in marks.chunks(2) {
+    for pair in sentinels.chunks(2) {
         match pair {
             [open, close] if open.kind == OPEN && close.kind == CLOSE => {
                 spans.push(open.at..close.at)
             }
-            _ => return Err(changed()),
+            _ => return Err(unlocatable()),
         }
     }
     Ok(spans)
 }
 
-fn located_spans(
+fn sentinel_spans(
     chat: &Chat,
-    turns: &TurnMarks,
+    turns: &TurnDelimiters,
     text: &str,
-    marks: &[Mark],
+    sentinels: &[Sentinel],
 ) -> Result<Vec<Range<usize>>> {
     let mut spans: Vec<Range<usize>> = Vec::new();
-    for i in (0..chat.messages.len()).filter(|i| chat.learned[*i]) {
+    for i in (0..chat.messages.len()).filter(|i| chat.loss_mask[*i]) {
         let of = |kind: char| {
-            marks
+            sentinels
                 .iter()
                 .filter(|m| m.kind == kind && m.message == Some(i))
                 .map(|m| m.at)
@@ -271,13 +283,13 @@ fn located_spans(
                 let first = open.iter().chain(&close).fold(*first, |a, b| a.min(*b));
                 turn_start(text, first, turns)?..next_turn_end(text, *last, turns)?
             }
-            _ => return Err(changed()),
+            _ => return Err(unlocatable()),
         };
         if spans
             .last()
             .is_some_and(|previous| previous.end > span.start)
         {
-            return Err(changed());
+            return Err(unlocatable());
         }
         spans.push(span);
     }
@@ -285,7 +297,7 @@ fn located_spans(
 }
 
 /// Past the token that ends the turn if only spaces stand before it, else `at` itself.
-fn after_turn_end(text: &str, at: usize, turns: &TurnMarks) -> usize {
+fn after_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> usize {
     let rest = text[at..].trim_start();
     match &turns.end {
         Some((token, _)) if rest.starts_with(token.as_str()) => {
@@ -296,23 +308,30 @@ fn after_turn_end(text: &str, at: usize, turns: &TurnMarks) -> usize {
 }
 
 /// Past the next token that ends a turn: a turn that ends with tool calls has the template's own text in between.
-fn next_turn_end(text: &str, at: usize, turns: &TurnMarks) -> Result<usize> {
-    let (token, _) = turns.end.as_ref().ok_or_else(unframed)?;
-    Ok(at + text[at..].find(token.as_str()).ok_or_else(unframed)? + token.len())
+fn next_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> Result<usize> {
+    let (token, _) = turns.end.as_ref().ok_or_else(no_turn_delimiters)?;
+    Ok(at
+        + text[at..]
+            .find(token.as_str())
+            .ok_or_else(no_turn_delimiters)?
+        + token.len())
 }
 
 /// Just after the turn's header; no other turn may end in between.
-fn turn_start(text: &str, at: usize, turns: &TurnMarks) -> Result<usize> {
-    let header = turns.header.as_ref().ok_or_else(unframed)?;
-    let start = text[..at].rfind(header.as_str()).ok_or_else(unframed)? + header.len();
+fn turn_start(text: &str, at: usize, turns: &TurnDelimiters) -> Result<usize> {
+    let header = turns.header.as_ref().ok_or_else(no_turn_delimiters)?;
+    let start = text[..at]
+        .rfind(header.as_str())
+        .ok_or_else(no_turn_delimiters)?
+        + header.len();
     match &turns.end {
-        Some((token, _)) if text[start..at].contains(token.as_str()) => Err(unframed()),
+        Some((token, _)) if text[start..at].contains(token.as_str()) => Err(no_turn_delimiters()),
         _ => Ok(start),
     }
 }
 
-fn unframed() -> Error {
-    refuse("the chat template does not show where an assistant's turn with tool calls or reasoning begins and ends")
+fn no_turn_delimiters() -> Error {
+    bad_record("the chat template does not show where an assistant's turn with tool calls or reasoning begins and ends")
         .rule("a generation prompt before it and a token of its own after it")
         .hint("put `{% generation %}` tags into the model's chat_template.jinja around the assistant's part, or set `on_bad_record = \"skip\"`")
 }
@@ -325,23 +344,23 @@ mod tests {
         {{ '(' + c.function.name + c.function.arguments | tojson + ')' }}{% endfor %}{{ '<e>\\n' }}{% endfor %}\
         {% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}";
 
-    fn compiled(source: &str) -> (ChatTemplate, TurnMarks) {
+    fn compiled(source: &str) -> (ChatTemplate, TurnDelimiters) {
         let template = ChatTemplate::new(source, None, vec![]).unwrap();
-        let turns = learn_turn_marks(&template, &[("<s>".into(), 1), ("<e>".into(), 2)]);
+        let turns = detect_turn_delimiters(&template, &[("<s>".into(), 1), ("<e>".into(), 2)]);
         (template, turns)
     }
 
     fn learned(source: &str, messages: Value, weights: Option<Vec<bool>>) -> Result<Vec<String>> {
         let (template, turns) = compiled(source);
         let messages = messages.as_array().unwrap().clone();
-        let learned = weights.unwrap_or_else(|| by_role(&messages));
+        let learned = weights.unwrap_or_else(|| assistant_mask(&messages));
         let out = render(
             &template,
             &turns,
             &Chat {
                 messages,
                 tools: None,
-                learned,
+                loss_mask: learned,
             },
         )?;
         Ok(out
@@ -355,7 +374,7 @@ mod tests {
     fn content_and_the_token_that_ends_the_turn_are_learned() {
         assert_eq!(
             compiled(CHATML).1,
-            TurnMarks {
+            TurnDelimiters {
                 header: Some("<s>assistant\n".into()),
                 end: Some(("<e>".into(), 2))
             }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::batch::Example;
-use super::order::{Use, permutation};
+use super::permutation::{Purpose, permutation};
 use crate::error::{Error, Kind, Result};
 
 /// What became of the records.
@@ -37,7 +37,7 @@ pub struct Counts {
 
 /// A stretch of an example's text, learned or not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Piece {
+pub struct TextSpan {
     /// The decoded tokens, special ones included.
     pub text: String,
     /// Whether they are learned.
@@ -46,11 +46,11 @@ pub struct Piece {
 
 /// The first example as the model sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sample {
+pub struct RenderedSample {
     /// The record it was made from.
     pub place: String,
     /// Its text in order, by loss mask.
-    pub pieces: Vec<Piece>,
+    pub pieces: Vec<TextSpan>,
 }
 
 /// An encoded data set.
@@ -67,7 +67,7 @@ pub struct Dataset {
     /// Sha256 (hex) of the files' contents, the options and the tokenizer.
     pub fingerprint: String,
     /// What is learned of the first example, if there is one.
-    pub first: Option<Sample>,
+    pub first: Option<RenderedSample>,
 }
 
 impl Dataset {
@@ -105,7 +105,7 @@ impl Dataset {
         };
         let wanted = ((unit_count as f64 * fraction).round() as usize).clamp(1, unit_count - 1);
         let mut chosen = vec![false; unit_count];
-        permutation(unit_count, seed, Use::Split, 0)
+        permutation(unit_count, seed, Purpose::Split, 0)
             .into_iter()
             .take(wanted)
             .for_each(|unit| chosen[unit as usize] = true);
@@ -120,12 +120,12 @@ impl Dataset {
                 chosen[unit]
             });
         Ok((
-            self.part(&train, "train", self.counts),
-            self.part(&validation, "validation", Counts::default()),
+            self.subset(&train, "train", self.counts),
+            self.subset(&validation, "validation", Counts::default()),
         ))
     }
 
-    fn part(&self, indices: &[usize], name: &str, counts: Counts) -> Dataset {
+    fn subset(&self, indices: &[usize], name: &str, counts: Counts) -> Dataset {
         let examples: Vec<Example> = indices.iter().map(|i| self.examples[*i].clone()).collect();
         let records: Vec<u64> = indices.iter().map(|i| self.records[*i]).collect();
         let mut distinct = records.clone();
@@ -139,7 +139,7 @@ impl Dataset {
         let counts = Counts {
             records: distinct.len() as u64 + left_out,
             windows,
-            ..with_sizes(counts, &examples)
+            ..with_token_counts(counts, &examples)
         };
         let fingerprint = format!("{}-{name}-{}", self.fingerprint, examples.len());
         let first = self.first.clone().filter(|_| indices.first() == Some(&0));
@@ -164,7 +164,7 @@ fn windows(records: &[u64]) -> u64 {
 }
 
 /// `counts` with examples, tokens and loss tokens counted anew.
-pub(super) fn with_sizes(counts: Counts, examples: &[Example]) -> Counts {
+pub(super) fn with_token_counts(counts: Counts, examples: &[Example]) -> Counts {
     Counts {
         examples: examples.len() as u64,
         tokens: examples.iter().map(|e| e.tokens.len() as u64).sum(),
@@ -187,7 +187,7 @@ mod tests {
                 loss: vec![false, true],
             })
             .collect();
-        let counts = with_sizes(
+        let counts = with_token_counts(
             Counts {
                 records: 20,
                 skipped: 2,

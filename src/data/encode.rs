@@ -1,19 +1,19 @@
-//! Shaped records -> token ids and loss masks.
+//! TypedRecord records -> token ids and loss masks.
 //!
-//! Takes a `Shaped` record and a `Tokenizer`, returns `Example`s of at most `max_length` tokens and what became of the record.
+//! Takes a `TypedRecord` record and a `Tokenizer`, returns `Example`s of at most `max_length` tokens and what became of the record.
 //! Owns which token is a loss token: by its place in the text, never by searching for ids. Knows nothing of files or order.
 
 use std::ops::Range;
 
 use super::batch::Example;
 use super::chat;
-use super::format::Shaped;
+use super::format::TypedRecord;
 use super::tokenizer::{Encoded, Tokenizer};
 use crate::error::Result;
 
 /// What became of one record.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Outcome {
+pub(super) struct EncodedRecord {
     /// One, or several windows of a long text, or none.
     pub examples: Vec<Example>,
     /// Cut at `max_length`.
@@ -27,33 +27,39 @@ pub(super) struct Outcome {
 }
 
 /// Encodes one record. One without any text is dropped: it would teach nothing but to stop at once.
-pub(super) fn encode(shaped: &Shaped, tokenizer: &Tokenizer, max_length: usize) -> Result<Outcome> {
-    let empty = match shaped {
-        Shaped::Text(text) => text.is_empty(),
-        Shaped::Completion { prompt, completion } => prompt.is_empty() && completion.is_empty(),
-        Shaped::Chat(_) => false,
+pub(super) fn encode(
+    typed: &TypedRecord,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<EncodedRecord> {
+    let empty = match typed {
+        TypedRecord::Text(text) => text.is_empty(),
+        TypedRecord::Completion { prompt, completion } => {
+            prompt.is_empty() && completion.is_empty()
+        }
+        TypedRecord::Chat(_) => false,
     };
     if empty {
-        return Ok(Outcome {
+        return Ok(EncodedRecord {
             dropped: true,
-            ..Outcome::default()
+            ..EncodedRecord::default()
         });
     }
-    let (example, end, glued) = match shaped {
-        Shaped::Text(text) => {
-            return Ok(text_outcome(
+    let (example, end, glued) = match typed {
+        TypedRecord::Text(text) => {
+            return Ok(text_windows(
                 text_example(text, tokenizer)?,
                 tokenizer,
                 max_length,
             ));
         }
-        Shaped::Completion { prompt, completion } => (
+        TypedRecord::Completion { prompt, completion } => (
             completion_example(prompt, completion, tokenizer)?,
             tokenizer.eos_id(),
-            glued(prompt, completion),
+            missing_separator(prompt, completion),
         ),
-        Shaped::Chat(conversation) => {
-            let turns = tokenizer.turn_marks()?;
+        TypedRecord::Chat(conversation) => {
+            let turns = tokenizer.turn_delimiters()?;
             let rendered = chat::render(tokenizer.template()?, turns, conversation)?;
             let encoded = tokenizer.encode(&rendered.text, false)?;
             let loss = in_spans(&encoded, &rendered.spans);
@@ -61,7 +67,7 @@ pub(super) fn encode(shaped: &Shaped, tokenizer: &Tokenizer, max_length: usize) 
             (masked(encoded.ids, loss), end, false)
         }
     };
-    Ok(cut(example, end, max_length, glued))
+    Ok(truncate(example, end, max_length, glued))
 }
 
 fn masked(tokens: Vec<u32>, mut loss: Vec<bool>) -> Example {
@@ -103,7 +109,7 @@ fn completion_example(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> 
     Ok(masked(tokens, loss))
 }
 
-fn glued(prompt: &str, completion: &str) -> bool {
+fn missing_separator(prompt: &str, completion: &str) -> bool {
     let meets = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
     meets(prompt.chars().next_back()) && meets(completion.chars().next())
 }
@@ -129,13 +135,18 @@ fn in_spans(encoded: &Encoded, spans: &[Range<usize>]) -> Vec<bool> {
 }
 
 /// Cuts the end off a long record.
-fn cut(mut example: Example, end: Option<u32>, max_length: usize, glued: bool) -> Outcome {
+fn truncate(
+    mut example: Example,
+    end: Option<u32>,
+    max_length: usize,
+    glued: bool,
+) -> EncodedRecord {
     let truncated = example.tokens.len() > max_length;
     example.tokens.truncate(max_length);
     example.loss.truncate(max_length);
     let dropped = !example.loss.contains(&true);
-    let ends = ends(&example, end);
-    Outcome {
+    let ends = trains_token(&example, end);
+    EncodedRecord {
         examples: if dropped { vec![] } else { vec![example] },
         truncated,
         dropped,
@@ -144,7 +155,7 @@ fn cut(mut example: Example, end: Option<u32>, max_length: usize, glued: bool) -
     }
 }
 
-fn ends(example: &Example, end: Option<u32>) -> bool {
+fn trains_token(example: &Example, end: Option<u32>) -> bool {
     example
         .tokens
         .iter()
@@ -153,8 +164,8 @@ fn ends(example: &Example, end: Option<u32>) -> bool {
 }
 
 /// Splits a long text into windows that share one token, so that every token but the first is learned exactly once.
-fn text_outcome(example: Example, tokenizer: &Tokenizer, max_length: usize) -> Outcome {
-    let ends = ends(&example, tokenizer.eos_id());
+fn text_windows(example: Example, tokenizer: &Tokenizer, max_length: usize) -> EncodedRecord {
+    let ends = trains_token(&example, tokenizer.eos_id());
     let stride = max_length.saturating_sub(1).max(1);
     let windows = example.tokens.len().saturating_sub(1).div_ceil(stride);
     let examples: Vec<Example> = (0..windows)
@@ -166,11 +177,11 @@ fn text_outcome(example: Example, tokenizer: &Tokenizer, max_length: usize) -> O
             masked(tokens, loss)
         })
         .collect();
-    Outcome {
+    EncodedRecord {
         dropped: examples.is_empty(),
         examples,
         ends,
-        ..Outcome::default()
+        ..EncodedRecord::default()
     }
 }
 
@@ -187,9 +198,9 @@ mod tests {
         word_tokenizer(&WORDS, "<eos>", Some(TEMPLATE))
     }
 
-    fn completion(prompt: &str, completion: &str, max_length: usize) -> Outcome {
+    fn completion(prompt: &str, completion: &str, max_length: usize) -> EncodedRecord {
         encode(
-            &Shaped::Completion {
+            &TypedRecord::Completion {
                 prompt: prompt.into(),
                 completion: completion.into(),
             },
@@ -199,7 +210,7 @@ mod tests {
         .unwrap()
     }
 
-    fn one(outcome: &Outcome) -> (Vec<u32>, String) {
+    fn one(outcome: &EncodedRecord) -> (Vec<u32>, String) {
         let [example] = outcome.examples.as_slice() else {
             panic!("one example: {outcome:?}")
         };
@@ -254,11 +265,11 @@ mod tests {
             message("assistant", ""),
         ];
         let chat = chat::Chat {
-            learned: chat::by_role(&messages),
+            loss_mask: chat::assistant_mask(&messages),
             messages,
             tools: None,
         };
-        let outcome = encode(&Shaped::Chat(chat), &tokenizer(), 99).unwrap();
+        let outcome = encode(&TypedRecord::Chat(chat), &tokenizer(), 99).unwrap();
         let tokens = vec![6, 2, 1, 1, 5, 7, 2, 3, 1, 5, 6, 8, 1, 5, 7, 1, 5];
         assert_eq!(one(&outcome), (tokens, "00000011100000010".into()));
         assert!(outcome.ends);
@@ -288,7 +299,7 @@ mod tests {
 
     #[test]
     fn an_empty_text_is_dropped() {
-        let outcome = encode(&Shaped::Text(String::new()), &tokenizer(), 4).unwrap();
+        let outcome = encode(&TypedRecord::Text(String::new()), &tokenizer(), 4).unwrap();
         assert!(outcome.dropped && outcome.examples.is_empty());
     }
 
@@ -297,7 +308,7 @@ mod tests {
         fn windows_cover_a_text_once(words in 1_usize..40, max_length in 2_usize..9) {
             let text = "a".to_string() + &" b".repeat(words - 1);
             let whole: Vec<u32> = std::iter::once(2).chain(std::iter::repeat_n(3, words - 1)).chain([1]).collect();
-            let outcome = encode(&Shaped::Text(text), &tokenizer(), max_length).unwrap();
+            let outcome = encode(&TypedRecord::Text(text), &tokenizer(), max_length).unwrap();
             let mut joined = vec![whole[0]];
             for example in &outcome.examples {
                 prop_assert!(example.tokens.len() <= max_length && example.tokens.len() >= 2);

@@ -1,6 +1,6 @@
 //! What a record's fields mean: text, prompt and completion, instruction, or conversation.
 //!
-//! Takes a `Record`, a `Format` and a map of columns, returns a `Shaped` record ready for encoding. `Auto` looks at the first
+//! Takes a `Record`, a `Format` and a map of columns, returns a `TypedRecord` record ready for encoding. `Auto` looks at the first
 //! record alone; a field that is missing or of the wrong kind is refused with the fields there are. Knows nothing of tokens.
 
 use serde_json::{Map, Value};
@@ -28,7 +28,7 @@ pub enum Format {
 
 /// A record whose meaning is known.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Shaped {
+pub(super) enum TypedRecord {
     /// Every token is learned.
     Text(String),
     /// The second is learned.
@@ -123,7 +123,7 @@ impl<'a> Columns<'a> {
 }
 
 /// The format of a data set, by its first record.
-pub(super) fn detect(record: &Record, columns: Columns) -> Result<Format> {
+pub(super) fn detect_format(record: &Record, columns: Columns) -> Result<Format> {
     let has = |name: &str| columns.get(&record.fields, name).is_some();
     if CONVERSATIONS.iter().any(|name| {
         columns
@@ -146,16 +146,16 @@ pub(super) fn detect(record: &Record, columns: Columns) -> Result<Format> {
     }
 }
 
-/// Gives `record` its meaning; `Format::Auto` must have been resolved by `detect`.
-pub(super) fn shape(record: &Record, format: Format, columns: Columns) -> Result<Shaped> {
+/// Gives `record` its meaning; `Format::Auto` must have been resolved by `detect_format`.
+pub(super) fn interpret(record: &Record, format: Format, columns: Columns) -> Result<TypedRecord> {
     let fields = &record.fields;
-    let shaped = match format {
-        Format::Text | Format::Auto => text(fields, columns, "text").map(Shaped::Text),
+    let typed = match format {
+        Format::Text | Format::Auto => text(fields, columns, "text").map(TypedRecord::Text),
         Format::Completion => completion(fields, columns),
         Format::Alpaca => instruction(fields, columns),
         Format::Messages => conversation(fields, columns),
     };
-    shaped.map_err(|e| e.at(record.place.to_string()))
+    typed.map_err(|e| e.at(record.place.to_string()))
 }
 
 fn names(record: &Map<String, Value>) -> String {
@@ -190,20 +190,20 @@ fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<S
     }
 }
 
-fn completion(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> {
+fn completion(record: &Map<String, Value>, columns: Columns) -> Result<TypedRecord> {
     let (prompt, completion) = columns.pair(record).unwrap_or(PAIRS[0]);
     let (asked, answered) = (columns.get(record, prompt), columns.get(record, completion));
     if let (Some(Value::Array(asked)), Some(Value::Array(answered))) = (asked, answered) {
         let tools = columns.get(record, "tools");
-        return messages::from_prompt_and_completion(asked, answered, tools).map(Shaped::Chat);
+        return messages::from_prompt_and_completion(asked, answered, tools).map(TypedRecord::Chat);
     }
-    Ok(Shaped::Completion {
+    Ok(TypedRecord::Completion {
         prompt: text(record, columns, prompt)?,
         completion: text(record, columns, completion)?,
     })
 }
 
-fn instruction(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> {
+fn instruction(record: &Map<String, Value>, columns: Columns) -> Result<TypedRecord> {
     for unread in ["history", "system"] {
         let filled = match columns.get(record, unread) {
             Some(Value::Array(items)) => !items.is_empty(),
@@ -225,13 +225,13 @@ fn instruction(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> 
         String::new()
     };
     let prompt = alpaca::prompt(&text(record, columns, "instruction")?, &input);
-    Ok(Shaped::Completion {
+    Ok(TypedRecord::Completion {
         prompt,
         completion: text(record, columns, "output")?,
     })
 }
 
-fn conversation(record: &Map<String, Value>, columns: Columns) -> Result<Shaped> {
+fn conversation(record: &Map<String, Value>, columns: Columns) -> Result<TypedRecord> {
     let list = CONVERSATIONS
         .iter()
         .find_map(|name| columns.get(record, name));
@@ -244,13 +244,13 @@ fn conversation(record: &Map<String, Value>, columns: Columns) -> Result<Shaped>
         .get("system")
         .and_then(Value::as_str)
         .filter(|text| !text.is_empty());
-    messages::from_list(list, system, columns.get(record, "tools")).map(Shaped::Chat)
+    messages::from_list(list, system, columns.get(record, "tools")).map(TypedRecord::Chat)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::read::Place;
+    use crate::data::read::Location;
     use serde_json::json;
 
     fn record(value: Value) -> Record {
@@ -258,7 +258,7 @@ mod tests {
             panic!("an object")
         };
         Record {
-            place: Place {
+            place: Location {
                 file: "f.jsonl".into(),
                 unit: "line",
                 number: 7,
@@ -268,7 +268,7 @@ mod tests {
     }
 
     fn detected(value: Value, columns: &[(String, String)]) -> Result<Format> {
-        detect(&record(value), Columns(columns))
+        detect_format(&record(value), Columns(columns))
     }
 
     #[test]
@@ -312,15 +312,15 @@ mod tests {
             ("prompt".to_string(), "extra.q".to_string()),
             ("completion".to_string(), "label".to_string()),
         ];
-        let shaped = shape(
+        let typed = interpret(
             &record(json!({"extra": {"q": "Q"}, "label": 1})),
             Format::Completion,
             Columns(&columns),
         )
         .unwrap();
         assert_eq!(
-            shaped,
-            Shaped::Completion {
+            typed,
+            TypedRecord::Completion {
                 prompt: "Q".into(),
                 completion: "1".into()
             }
@@ -334,7 +334,7 @@ mod tests {
                 .to_string()
                 .contains("`extra.q`")
         );
-        assert!(shape(&other, Format::Completion, Columns(&columns)).is_err());
+        assert!(interpret(&other, Format::Completion, Columns(&columns)).is_err());
         let wrong = [("promt".to_string(), "a".to_string())];
         assert!(
             Columns(&wrong)
@@ -352,7 +352,7 @@ mod tests {
             (json!({"text": null}), Format::Text),
             (json!({"text": [1]}), Format::Text),
         ] {
-            let error = shape(&record(fields), format, Columns(&[])).unwrap_err();
+            let error = interpret(&record(fields), format, Columns(&[])).unwrap_err();
             assert!(
                 error.kind() == Kind::Data && error.to_string().contains("f.jsonl, line 7"),
                 "{error}"
@@ -362,21 +362,21 @@ mod tests {
 
     #[test]
     fn alpaca_has_two_prompts_and_refuses_what_it_cannot_place() {
-        let shaped = |value| shape(&record(value), Format::Alpaca, Columns(&[]));
-        let Ok(Shaped::Completion { prompt, .. }) =
-            shaped(json!({"instruction": "I", "input": "X", "output": "O"}))
+        let typed = |value| interpret(&record(value), Format::Alpaca, Columns(&[]));
+        let Ok(TypedRecord::Completion { prompt, .. }) =
+            typed(json!({"instruction": "I", "input": "X", "output": "O"}))
         else {
             panic!()
         };
         assert!(prompt.ends_with("### Instruction:\nI\n\n### Input:\nX\n\n### Response:\n"));
-        let Ok(Shaped::Completion { prompt, .. }) =
-            shaped(json!({"instruction": "I", "input": "", "output": "O"}))
+        let Ok(TypedRecord::Completion { prompt, .. }) =
+            typed(json!({"instruction": "I", "input": "", "output": "O"}))
         else {
             panic!()
         };
         assert!(prompt.ends_with("request.\n\n### Instruction:\nI\n\n### Response:\n"));
         assert!(
-            shaped(json!({"instruction": "I", "output": "O", "history": [["a", "b"]]})).is_err()
+            typed(json!({"instruction": "I", "output": "O", "history": [["a", "b"]]})).is_err()
         );
     }
 }

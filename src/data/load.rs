@@ -10,14 +10,14 @@ use sha2::{Digest, Sha256};
 
 use super::batch::Example;
 use super::cache;
-use super::dataset::{Counts, Dataset, Piece, Sample, with_sizes};
-use super::encode::{Outcome, encode};
-use super::format::{Columns, Format, detect, shape};
+use super::dataset::{Counts, Dataset, RenderedSample, TextSpan, with_token_counts};
+use super::encode::{EncodedRecord, encode};
+use super::format::{Columns, Format, detect_format, interpret};
 use super::read::{Record, TxtUnit, extension, read};
 use super::tokenizer::{Tokenizer, hex};
 use crate::error::{Error, Kind, Result};
 
-/// Records encoded side by side before their outcomes are gathered in order.
+/// Records encoded side by side before their outcomes are builder in order.
 const CHUNK: usize = 4096;
 /// Raise it when encoding changes: caches of other versions are then ignored.
 const ENCODING_VERSION: u32 = 2;
@@ -62,7 +62,7 @@ pub fn load(
     if let Some(dataset) = cache.and_then(|folder| cache::load(folder, &fingerprint)) {
         return Ok(dataset);
     }
-    let mut gathered = Gathered::default();
+    let mut builder = DatasetBuilder::default();
     for path in paths {
         let mut records = read(path, options.txt_unit)?;
         loop {
@@ -70,10 +70,10 @@ pub fn load(
             if chunk.is_empty() {
                 break;
             }
-            gathered.add(chunk, options, tokenizer)?;
+            builder.add(chunk, options, tokenizer)?;
         }
     }
-    let dataset = gathered.finish(fingerprint, paths)?;
+    let dataset = builder.finish(fingerprint, paths)?;
     if let Some(folder) = cache {
         // A cache that cannot be written costs the next run some time; the data set is whole without it.
         let _ = cache::save(folder, &dataset);
@@ -138,18 +138,18 @@ impl std::io::Write for HashWriter<'_> {
 
 /// A data set in the making.
 #[derive(Default)]
-struct Gathered {
+struct DatasetBuilder {
     /// Known once a record has been read.
     format: Option<Format>,
     examples: Vec<Example>,
     records: Vec<u64>,
     counts: Counts,
     eos_trained: bool,
-    first: Option<Sample>,
+    first: Option<RenderedSample>,
     first_bad: Option<Error>,
 }
 
-impl Gathered {
+impl DatasetBuilder {
     fn add(
         &mut self,
         chunk: Vec<Result<Record>>,
@@ -163,7 +163,7 @@ impl Gathered {
             (None, Some(first)) => {
                 columns.check_first(first)?;
                 *self.format.insert(if options.format == Format::Auto {
-                    detect(first, columns)?
+                    detect_format(first, columns)?
                 } else {
                     options.format
                 })
@@ -174,13 +174,13 @@ impl Gathered {
             // Without a template every record fails alike: that is the model's lack, not the records'.
             tokenizer.template()?;
         }
-        let outcomes: Vec<(String, Result<Outcome>)> = chunk
+        let outcomes: Vec<(String, Result<EncodedRecord>)> = chunk
             .into_par_iter()
             .map(|record| match record {
                 Ok(record) => {
                     let place = record.place.to_string();
-                    let outcome = shape(&record, format, columns).and_then(|shaped| {
-                        encode(&shaped, tokenizer, options.max_length)
+                    let outcome = interpret(&record, format, columns).and_then(|typed| {
+                        encode(&typed, tokenizer, options.max_length)
                             .map_err(|e| e.at(place.clone()))
                     });
                     (place, outcome)
@@ -206,7 +206,12 @@ impl Gathered {
         Ok(())
     }
 
-    fn add_outcome(&mut self, place: &str, outcome: Outcome, tokenizer: &Tokenizer) -> Result<()> {
+    fn add_outcome(
+        &mut self,
+        place: &str,
+        outcome: EncodedRecord,
+        tokenizer: &Tokenizer,
+    ) -> Result<()> {
         let counts = &mut self.counts;
         counts.truncated += u64::from(outcome.truncated);
         counts.dropped += u64::from(outcome.dropped);
@@ -216,7 +221,7 @@ impl Gathered {
         }
         self.eos_trained |= outcome.ends;
         if let (None, Some(example)) = (&self.first, outcome.examples.first()) {
-            self.first = Some(sample(place, example, tokenizer)?);
+            self.first = Some(render_sample(place, example, tokenizer)?);
         }
         let record = self.counts.records - 1;
         self.records.extend(outcome.examples.iter().map(|_| record));
@@ -225,7 +230,7 @@ impl Gathered {
     }
 
     fn finish(self, fingerprint: String, paths: &[PathBuf]) -> Result<Dataset> {
-        let Gathered {
+        let DatasetBuilder {
             examples,
             records,
             counts,
@@ -252,7 +257,7 @@ impl Gathered {
                     _ => "raise `data.max_length` if prompts fill it, and check `data.format` and `data.columns`",
                 }));
         }
-        let counts = with_sizes(counts, &examples);
+        let counts = with_token_counts(counts, &examples);
         Ok(Dataset {
             examples: examples.into(),
             records: records.into(),
@@ -265,18 +270,18 @@ impl Gathered {
 }
 
 /// The example's text, cut where its mask changes.
-fn sample(place: &str, example: &Example, tokenizer: &Tokenizer) -> Result<Sample> {
+fn render_sample(place: &str, example: &Example, tokenizer: &Tokenizer) -> Result<RenderedSample> {
     let mut pieces = Vec::new();
     let mut start = 0;
     for run in example.loss.chunk_by(|a, b| a == b) {
         let tokens = &example.tokens[start..start + run.len()];
-        pieces.push(Piece {
+        pieces.push(TextSpan {
             text: tokenizer.decode(tokens)?,
             loss: run[0],
         });
         start += run.len();
     }
-    Ok(Sample {
+    Ok(RenderedSample {
         place: place.to_string(),
         pieces,
     })
@@ -338,7 +343,7 @@ mod tests {
         assert!(dataset.eos_trained);
         let first = dataset.first.unwrap();
         assert!(first.place.ends_with("d.jsonl, line 1"));
-        let piece = |text: &str, loss| Piece {
+        let piece = |text: &str, loss| TextSpan {
             text: text.into(),
             loss,
         };

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::chat::{Chat, by_role};
+use super::chat::{Chat, assistant_mask};
 use crate::error::{Error, Kind, Result};
 
 /// Keys that say whether a message is learned: LLaMA-Factory's, OpenAI's, axolotl's.
@@ -14,7 +14,7 @@ const WEIGHTS: [&str; 3] = ["loss_weight", "weight", "train"];
 /// Names of an assistant's reasoning; the first is what templates read (transformers, `_REASONING_FIELDS`).
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-fn refuse(what: impl Into<String>) -> Error {
+fn bad_record(what: impl Into<String>) -> Error {
     Error::new(Kind::Data, what)
 }
 
@@ -28,7 +28,7 @@ pub(super) fn from_list(
     let mut weights = Vec::with_capacity(list.len() + 1);
     for (i, item) in list.iter().enumerate() {
         let (message, weight) =
-            message(item).map_err(|e| e.value(format!("message {}: {}", i + 1, shown(item))))?;
+            message(item).map_err(|e| e.value(format!("message {}: {}", i + 1, excerpt(item))))?;
         messages.push(Value::Object(message));
         weights.push(weight);
     }
@@ -36,13 +36,13 @@ pub(super) fn from_list(
         messages.insert(0, json!({"role": "system", "content": text}));
         weights.insert(0, None);
     }
-    let learned = by_role(&messages)
+    let loss_mask = assistant_mask(&messages)
         .into_iter()
         .zip(weights)
-        .map(|(by_role, weight)| weight.unwrap_or(by_role))
+        .map(|(assistant_mask, weight)| weight.unwrap_or(assistant_mask))
         .collect();
     Ok(Chat {
-        learned,
+        loss_mask,
         messages,
         tools: tools.map(functions).transpose()?.flatten(),
     })
@@ -56,21 +56,21 @@ pub(super) fn from_prompt_and_completion(
 ) -> Result<Chat> {
     let all: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
     let mut chat = from_list(&all, None, tools)?;
-    chat.learned
+    chat.loss_mask
         .iter_mut()
         .take(prompt.len())
         .for_each(|learned| *learned = false);
     Ok(chat)
 }
 
-fn shown(value: &Value) -> String {
+fn excerpt(value: &Value) -> String {
     value.to_string().chars().take(120).collect()
 }
 
 /// One message and its own word on whether it is learned.
 fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
     let fields = item.as_object().ok_or_else(|| {
-        refuse("a message is not an object").rule("{\"role\": ..., \"content\": ...}")
+        bad_record("a message is not an object").rule("{\"role\": ..., \"content\": ...}")
     })?;
     // Columnar files fill absent keys with null.
     let mut fields: Map<String, Value> = fields
@@ -83,7 +83,7 @@ fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
         fields = from_sharegpt(&fields)?;
     }
     if fields.get("role").and_then(Value::as_str).is_none() {
-        return Err(refuse("a message has no role")
+        return Err(bad_record("a message has no role")
             .rule("{\"role\": ..., \"content\": ...} or {\"from\": ..., \"value\": ...}"));
     }
     let content = content(fields.get("content"), fields.contains_key("tool_calls"))?;
@@ -116,7 +116,7 @@ fn take_weight(fields: &mut Map<String, Value>) -> Result<Option<bool>> {
             _ => None,
         };
         let read = read.ok_or_else(|| {
-            refuse(format!("a message's `{key}` is neither 0 nor 1"))
+            bad_record(format!("a message's `{key}` is neither 0 nor 1"))
                 .rule("0: read but not learned; 1: learned")
                 .hint("every learned token counts alike: use 0 or 1, or repeat the record")
         })?;
@@ -145,7 +145,7 @@ fn from_sharegpt(fields: &Map<String, Value>) -> Result<Map<String, Value>> {
             ]));
         }
         _ => {
-            return Err(refuse("a message is from somebody unknown")
+            return Err(bad_record("a message is from somebody unknown")
                 .rule("from: human, gpt, system, function_call or observation")
                 .hint("rename the speaker, or write the record as `messages`"));
         }
@@ -159,7 +159,7 @@ fn from_sharegpt(fields: &Map<String, Value>) -> Result<Map<String, Value>> {
 /// `{"name", "arguments"}`, or a list of them, written as text.
 fn parse_calls(text: &str) -> Result<Value> {
     let parsed: Value = serde_json::from_str(text)
-        .map_err(|e| refuse(format!("a function call is not JSON: {e}")).rule(CALL))?;
+        .map_err(|e| bad_record(format!("a function call is not JSON: {e}")).rule(CALL))?;
     let calls = match parsed {
         Value::Array(calls) => calls,
         one => vec![one],
@@ -174,9 +174,9 @@ const CALL: &str = "{\"name\": \"...\", \"arguments\": {...}}";
 
 /// Checks each call and parses its arguments where they are text (OpenAI's form; templates want the object).
 fn tool_calls(calls: &mut Value) -> Result<()> {
-    let list = calls
-        .as_array_mut()
-        .ok_or_else(|| refuse("`tool_calls` is not a list").rule("[{\"function\": {...}}, ...]"))?;
+    let list = calls.as_array_mut().ok_or_else(|| {
+        bad_record("`tool_calls` is not a list").rule("[{\"function\": {...}}, ...]")
+    })?;
     for call in list {
         let function = if call.get("function").is_some() {
             &mut call["function"]
@@ -184,14 +184,14 @@ fn tool_calls(calls: &mut Value) -> Result<()> {
             call
         };
         if function.get("name").and_then(Value::as_str).is_none() {
-            return Err(refuse("a tool call names no function").rule(CALL));
+            return Err(bad_record("a tool call names no function").rule(CALL));
         }
         if let Some(Value::String(text)) = function.get("arguments") {
             let parsed: Value = serde_json::from_str(text)
                 .ok()
                 .filter(Value::is_object)
                 .ok_or_else(|| {
-                    refuse("a tool call's arguments are not a JSON object").rule(CALL)
+                    bad_record("a tool call's arguments are not a JSON object").rule(CALL)
                 })?;
             function["arguments"] = parsed;
         }
@@ -205,7 +205,7 @@ fn content(value: Option<&Value>, has_calls: bool) -> Result<String> {
         Some(Value::String(text)) => Ok(text.clone()),
         Some(Value::Array(parts)) => parts.iter().map(part).collect(),
         None | Some(Value::Null) if has_calls => Ok(String::new()),
-        _ => Err(refuse("a message has no text")
+        _ => Err(bad_record("a message has no text")
             .rule("content: a string, or a list of {\"type\": \"text\", \"text\": ...}")),
     }
 }
@@ -217,7 +217,7 @@ fn part(part: &Value) -> Result<String> {
         .and_then(Value::as_str);
     match (part.get("type").and_then(Value::as_str), text) {
         (Some("text"), Some(text)) => Ok(text.to_string()),
-        _ => Err(refuse("a message holds a part that is not text")
+        _ => Err(bad_record("a message holds a part that is not text")
             .rule("{\"type\": \"text\", \"text\": ...}")
             .hint("this trains text models: remove the record, or set `on_bad_record = \"skip\"`")),
     }
@@ -229,12 +229,12 @@ fn functions(tools: &Value) -> Result<Option<Value>> {
     let parsed = match tools {
         Value::String(text) if text.trim().is_empty() => return Ok(None),
         Value::String(text) => serde_json::from_str(text)
-            .map_err(|e| refuse(format!("`tools` is not JSON: {e}")).rule(rule))?,
+            .map_err(|e| bad_record(format!("`tools` is not JSON: {e}")).rule(rule))?,
         other => other.clone(),
     };
     let list = match parsed {
         Value::Array(list) => list,
-        _ => return Err(refuse("`tools` is not a list").rule(rule)),
+        _ => return Err(bad_record("`tools` is not a list").rule(rule)),
     };
     let wrap = |tool: Value| match tool.get("function").is_some() || tool.get("name").is_none() {
         true => tool,
@@ -259,7 +259,7 @@ mod tests {
             {"role": "assistant", "content": "d"}]))
         .unwrap();
         assert_eq!(chat.messages[0], json!({"role": "user", "content": "ab"}));
-        assert_eq!(chat.learned, [true, false, true]);
+        assert_eq!(chat.loss_mask, [true, false, true]);
     }
 
     #[test]
@@ -278,7 +278,7 @@ mod tests {
             chat.messages[2].to_string(),
             r#"{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"f","arguments":{"b":1,"a":2}}}],"content":""}"#
         );
-        assert_eq!(chat.learned, [false, false, true, false, true]);
+        assert_eq!(chat.loss_mask, [false, false, true, false, true]);
         assert_eq!(
             chat.tools,
             Some(json!([{"type": "function", "function": {"name": "f"}}]))
@@ -331,7 +331,7 @@ mod tests {
             None,
         )
         .unwrap();
-        assert_eq!(chat.learned, [false, false, true]);
+        assert_eq!(chat.loss_mask, [false, false, true]);
         assert_eq!(
             chat.messages[2]["tool_calls"][0]["function"]["arguments"],
             json!({"x": 1})

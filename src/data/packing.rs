@@ -87,7 +87,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_record_is_lost_doubled_or_split(lengths in proptest::collection::vec(1_usize..40, 0..200), seed in any::<u64>()) {
-            let order = crate::data::order::permutation(lengths.len(), seed, crate::data::order::Use::Packing, 0);
+            let order = crate::data::permutation::permutation(lengths.len(), seed, crate::data::permutation::Purpose::Packing, 0);
             for rows in [best_fit(&order, &lengths, 32), next_fit(&order, &lengths, 32)] {
                 let mut all: Vec<u32> = rows.concat();
                 all.sort_unstable();

@@ -10,7 +10,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
 use serde_json::Value;
 
-use super::read::{Place, Record, Records};
+use super::read::{Location, Record, Records};
 use crate::error::{Error, Kind, Result};
 
 /// The rows of `source` in order.
@@ -30,7 +30,7 @@ pub(super) fn records(file: Arc<str>, source: File) -> Result<Records> {
     let rows = parquet::record::reader::RowIter::from_file_into(Box::new(reader));
     let mut failed = false;
     Ok(Box::new(rows.enumerate().map_while(move |(i, row)| {
-        let place = Place {
+        let place = Location {
             file: file.clone(),
             unit: "row",
             number: i as u64 + 1,

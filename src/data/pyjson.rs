@@ -32,10 +32,10 @@ fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) {
         Value::Null => out.push_str("null"),
         Value::Bool(b) => out.push_str(if *b { "true" } else { "false" }),
         Value::Number(n) => match n.as_f64() {
-            Some(f) if n.is_f64() => out.push_str(&float(f)),
+            Some(f) if n.is_f64() => out.push_str(&python_float(f)),
             _ => out.push_str(&n.to_string()),
         },
-        Value::String(s) => string(out, s, style.ensure_ascii),
+        Value::String(s) => write_string(out, s, style.ensure_ascii),
         Value::Array(items) => {
             let items: Vec<_> = items.iter().map(|item| (None, item)).collect();
             write_items(out, ('[', ']'), &items, style, depth);
@@ -79,7 +79,7 @@ fn write_items(
         }
         new_line(out, depth + 1);
         if let Some(key) = key {
-            string(out, key, style.ensure_ascii);
+            write_string(out, key, style.ensure_ascii);
             out.push_str(colon);
         }
         write_value(out, item, style, depth + 1);
@@ -90,7 +90,7 @@ fn write_items(
     out.push(close);
 }
 
-fn string(out: &mut String, text: &str, ensure_ascii: bool) {
+fn write_string(out: &mut String, text: &str, ensure_ascii: bool) {
     out.push('"');
     for c in text.chars() {
         match c {
@@ -113,7 +113,7 @@ fn string(out: &mut String, text: &str, ensure_ascii: bool) {
 }
 
 /// A float as Python's `repr`: the shortest digits that read back, an exponent below 1e-4 and from 1e16.
-fn float(value: f64) -> String {
+fn python_float(value: f64) -> String {
     let magnitude = value.abs();
     if magnitude != 0.0 && !(1e-4..1e16).contains(&magnitude) {
         let text = format!("{value:e}");

@@ -18,14 +18,14 @@ use crate::error::{Error, Kind, Result};
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     /// The file and line, row or record.
-    pub place: Place,
+    pub place: Location,
     /// Column or key -> value.
     pub fields: Map<String, Value>,
 }
 
 /// Where a record stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct Location {
     /// The file, as given.
     pub file: Arc<str>,
     /// "line", "record" or "row".
@@ -34,7 +34,7 @@ pub struct Place {
     pub number: u64,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {} {}", self.file, self.unit, self.number)
     }
@@ -87,7 +87,7 @@ pub(super) fn extension(path: &Path) -> String {
         .unwrap_or_default()
 }
 
-fn bad(place: &Place, what: impl Into<String>) -> Error {
+fn record_error(place: &Location, what: impl Into<String>) -> Error {
     Error::new(Kind::Data, what).at(place.to_string())
 }
 
@@ -100,7 +100,7 @@ fn json_lines(
     std::iter::from_fn(move || {
         loop {
             number += 1;
-            let place = Place {
+            let place = Location {
                 file: file.clone(),
                 unit: "line",
                 number,
@@ -108,7 +108,10 @@ fn json_lines(
             let line = match lines.next()? {
                 Ok(line) => line,
                 Err(e) => {
-                    return Some(Err(bad(&place, format!("the file cannot be read on: {e}"))));
+                    return Some(Err(record_error(
+                        &place,
+                        format!("the file cannot be read on: {e}"),
+                    )));
                 }
             };
             let line = if number == 1 {
@@ -123,9 +126,9 @@ fn json_lines(
     })
 }
 
-fn json_record(place: Place, line: &[u8]) -> Result<Record> {
+fn json_record(place: Location, line: &[u8]) -> Result<Record> {
     let text = std::str::from_utf8(line).map_err(|e| {
-        bad(
+        record_error(
             &place,
             format!(
                 "not valid UTF-8, from byte {} of it on",
@@ -135,9 +138,13 @@ fn json_record(place: Place, line: &[u8]) -> Result<Record> {
         .hint(RECODE)
     })?;
     let value = serde_json::from_str(text).map_err(|e| {
-        bad(
+        record_error(
             &place,
-            format!("not a JSON object: {}, column {}", reason(&e), e.column()),
+            format!(
+                "not a JSON object: {}, column {}",
+                json_reason(&e),
+                e.column()
+            ),
         )
         .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")
     })?;
@@ -145,16 +152,16 @@ fn json_record(place: Place, line: &[u8]) -> Result<Record> {
 }
 
 /// serde_json's message without its own line and column.
-fn reason(error: &serde_json::Error) -> String {
+fn json_reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
     text.split_once(" at line ")
         .map_or(text.clone(), |(reason, _)| reason.to_string())
 }
 
-fn object(place: Place, value: Value) -> Result<Record> {
+fn object(place: Location, value: Value) -> Result<Record> {
     match value {
         Value::Object(fields) => Ok(Record { place, fields }),
-        other => Err(bad(&place, "a record is not a JSON object")
+        other => Err(record_error(&place, "a record is not a JSON object")
             .value(other.to_string().chars().take(80).collect::<String>())
             .rule("{\"field\": value, ...}")
             .hint("correct or remove it, or set `on_bad_record = \"skip\"`")),
@@ -168,7 +175,7 @@ fn json(file: Arc<str>, path: &Path) -> Result<Records> {
     let numbered = move |items: Vec<Value>| {
         let record = move |(i, value)| {
             object(
-                Place {
+                Location {
                     file: file.clone(),
                     unit: "record",
                     number: i as u64 + 1,
@@ -197,7 +204,7 @@ fn json(file: Arc<str>, path: &Path) -> Result<Records> {
             .at(path.display().to_string())
             .rule("a list of objects, or one object per line")
             .hint("write the records as [{...}, {...}]")),
-        Err(e) => Err(Error::new(Kind::Data, format!("not valid JSON: {}", reason(&e)))
+        Err(e) => Err(Error::new(Kind::Data, format!("not valid JSON: {}", json_reason(&e)))
             .at(format!("{}, line {}, column {}", path.display(), e.line(), e.column()))
             .hint("correct the file; one object per line in a .jsonl file confines a mistake to its line")),
     }
@@ -208,14 +215,14 @@ fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Rec
         .delimiter(delimiter)
         .quoting(quoting)
         .from_reader(source);
-    let at = |unit, number| Place {
+    let at = |unit, number| Location {
         file: file.clone(),
         unit,
         number,
     };
     let header = reader
         .headers()
-        .map_err(|e| bad(&at("line", 1), format!("the header cannot be read: {e}")))?
+        .map_err(|e| record_error(&at("line", 1), format!("the header cannot be read: {e}")))?
         .clone();
     let names: Vec<String> = header
         .iter()
@@ -228,7 +235,7 @@ fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Rec
             Ok(row) => row.position().map_or(0, ::csv::Position::line),
             Err(e) => e.position().map_or(0, ::csv::Position::line),
         };
-        let place = Place {
+        let place = Location {
             file: file.clone(),
             unit: "line",
             number: line,
@@ -242,7 +249,7 @@ fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Rec
                     .collect();
                 Ok(Record { place, fields })
             }
-            Err(e) => Err(bad(&place, csv_reason(&e))
+            Err(e) => Err(record_error(&place, csv_reason(&e))
                 .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")),
         })
     })))
@@ -267,8 +274,8 @@ fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
             .filter(|b| **b == b'\n')
             .count()
             + 1;
-        bad(
-            &Place {
+        record_error(
+            &Location {
                 file: file.clone(),
                 unit: "line",
                 number: line as u64,
@@ -285,7 +292,7 @@ fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
     Ok(Box::new(texts.into_iter().map(move |(number, text)| {
         let fields = Map::from_iter([("text".to_string(), Value::String(text))]);
         Ok(Record {
-            place: Place {
+            place: Location {
                 file: file.clone(),
                 unit: "line",
                 number,

@@ -6,8 +6,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{BatchShape, Example, MicroBatch};
-use super::order::{Use, permutation};
 use super::packing::{best_fit, next_fit};
+use super::permutation::{Purpose, permutation};
 use crate::error::{Error, Kind, Result};
 
 /// Micro-batches whose records are sorted by length together (transformers, `LengthGroupedSampler`: at most 50 batches).
@@ -40,8 +40,8 @@ pub struct Sampler {
     options: SamplerOptions,
     /// With packing: the rows, the same in every epoch, so that every epoch has as many steps.
     rows: Vec<Vec<u32>>,
-    /// The epoch drawn last.
-    drawn: Mutex<Option<(u64, Arc<Epoch>)>>,
+    /// The epoch cached_epoch last.
+    cached_epoch: Mutex<Option<(u64, Arc<Epoch>)>>,
 }
 
 impl Sampler {
@@ -67,7 +67,7 @@ impl Sampler {
         let count = examples.len();
         let rows = match (options.packing, options.shuffle) {
             (true, true) => best_fit(
-                &permutation(count, options.seed, Use::Packing, 0),
+                &permutation(count, options.seed, Purpose::Packing, 0),
                 &lengths,
                 options.max_length,
             ),
@@ -82,7 +82,7 @@ impl Sampler {
             examples,
             options,
             rows,
-            drawn: Mutex::new(None),
+            cached_epoch: Mutex::new(None),
         })
     }
 
@@ -101,7 +101,7 @@ impl Sampler {
 
     /// The micro-batches of `step`, counted from 0 over all epochs.
     pub fn step(&self, step: u64) -> Vec<MicroBatch> {
-        self.on_step(step, |batch| {
+        self.map_step(step, |batch| {
             MicroBatch::new(
                 batch
                     .iter()
@@ -112,7 +112,7 @@ impl Sampler {
 
     /// Their sizes, without copying tokens.
     pub fn step_shape(&self, step: u64) -> Vec<BatchShape> {
-        self.on_step(step, |batch| {
+        self.map_step(step, |batch| {
             let of = |i: &u32| &self.examples[*i as usize];
             let loss_tokens = batch
                 .iter()
@@ -125,7 +125,7 @@ impl Sampler {
         })
     }
 
-    fn on_step<T>(&self, step: u64, make: impl Fn(&[u32]) -> T) -> Vec<T> {
+    fn map_step<T>(&self, step: u64, make: impl Fn(&[u32]) -> T) -> Vec<T> {
         let per_epoch = self.steps_per_epoch();
         let epoch = self.epoch(step / per_epoch);
         let per_step = self.options.gradient_accumulation_steps;
@@ -138,18 +138,21 @@ impl Sampler {
 
     fn epoch(&self, number: u64) -> Arc<Epoch> {
         // A panic in another thread leaves the last epoch or none: both are whole.
-        let mut drawn = self.drawn.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*drawn {
+        let mut cached_epoch = self
+            .cached_epoch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match &*cached_epoch {
             Some((held, epoch)) if *held == number => epoch.clone(),
             _ => {
-                let epoch = Arc::new(self.draw(number));
-                *drawn = Some((number, epoch.clone()));
+                let epoch = Arc::new(self.draw_epoch(number));
+                *cached_epoch = Some((number, epoch.clone()));
                 epoch
             }
         }
     }
 
-    fn draw(&self, number: u64) -> Epoch {
+    fn draw_epoch(&self, number: u64) -> Epoch {
         let SamplerOptions {
             micro_batch_size,
             packing,
@@ -158,7 +161,7 @@ impl Sampler {
             ..
         } = self.options;
         let order = match shuffle {
-            true => permutation(self.rows.len(), seed, Use::Epoch, number),
+            true => permutation(self.rows.len(), seed, Purpose::Epoch, number),
             false => (0..self.rows.len() as u32).collect(),
         };
         let order = if shuffle && !packing {
@@ -177,7 +180,7 @@ impl Sampler {
         }
         // Sorting put the long ones of each megabatch first; only a smaller last micro-batch keeps its place.
         let whole = self.rows.len() / micro_batch_size;
-        let mut mixed: Epoch = permutation(whole, seed, Use::MicroBatches, number)
+        let mut mixed: Epoch = permutation(whole, seed, Purpose::MicroBatches, number)
             .into_iter()
             .map(|i| batches[i as usize].clone())
             .collect();

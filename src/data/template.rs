@@ -2,7 +2,7 @@
 //!
 //! Takes a template's source and the special tokens it may name, returns rendered conversations. Owns the environment
 //! (`tojson`, `raise_exception`, `strftime_now`, Python's string methods, `trim_blocks`, `lstrip_blocks`) and the rewriting of
-//! `{% generation %}` tags into marks. Knows nothing of tokens: what a mark means is `chat`'s affair.
+//! `{% generation %}` tags into sentinels. Knows nothing of tokens: what a sentinel means is `chat`'s affair.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value as Jinja};
@@ -18,8 +18,8 @@ use crate::error::{Error, Kind, Result};
 const CHAT: &str = "chat";
 /// The template for conversations with tools, where a model names one.
 const TOOL_USE: &str = "tool_use";
-/// Suffix of the variant whose `{% generation %}` blocks are marked.
-const MARKED: &str = "#marked";
+/// Suffix of the variant whose `{% generation %}` blocks are delimited by sentinels.
+const WITH_SENTINELS: &str = "#marked";
 
 /// A compiled chat template.
 #[derive(Debug)]
@@ -44,8 +44,10 @@ impl ChatTemplate {
             std::iter::once((CHAT, source)).chain(tool_use.map(|text| (TOOL_USE, text)))
         {
             generation &= generation_tag().is_match(text);
-            for (suffix, open, close) in [("", "", ""), (MARKED, GENERATION_OPEN, GENERATION_CLOSE)]
-            {
+            for (suffix, open, close) in [
+                ("", "", ""),
+                (WITH_SENTINELS, GENERATION_OPEN, GENERATION_CLOSE),
+            ] {
                 let source = replace_generation_tags(text, open, close);
                 environment.add_template_owned(format!("{name}{suffix}"), source).map_err(|e| {
                     Error::new(Kind::Tokenizer, format!("the chat template cannot be compiled: {}", explain(&e)))
@@ -66,13 +68,13 @@ impl ChatTemplate {
         self.generation
     }
 
-    /// Renders a conversation; `marked` shows the marks of `{% generation %}` blocks.
+    /// Renders a conversation; `sentinels` keeps the sentinels of `{% generation %}` blocks.
     pub fn render(
         &self,
         messages: &Value,
         tools: Option<&Value>,
         add_generation_prompt: bool,
-        marked: bool,
+        sentinels: bool,
     ) -> Result<String> {
         let mut context: Vec<(String, Jinja)> = self
             .special_tokens
@@ -94,8 +96,8 @@ impl ChatTemplate {
         } else {
             CHAT
         };
-        let name = if marked {
-            format!("{name}{MARKED}")
+        let name = if sentinels {
+            format!("{name}{WITH_SENTINELS}")
         } else {
             name.to_string()
         };

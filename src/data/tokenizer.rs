@@ -10,7 +10,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::byte_level;
-use super::chat::{TurnMarks, learn_turn_marks};
+use super::chat::{TurnDelimiters, detect_turn_delimiters};
 use super::template::ChatTemplate;
 use crate::error::{Error, Kind, Result};
 
@@ -49,7 +49,7 @@ pub struct Tokenizer {
     template: Option<ChatTemplate>,
     eos: Option<(String, u32)>,
     fingerprint: String,
-    turn_marks: OnceLock<TurnMarks>,
+    turn_delimiters: OnceLock<TurnDelimiters>,
 }
 
 impl Tokenizer {
@@ -95,7 +95,7 @@ impl Tokenizer {
             template,
             eos,
             fingerprint: hex(&hash.finalize()),
-            turn_marks: OnceLock::new(),
+            turn_delimiters: OnceLock::new(),
         })
     }
 
@@ -160,16 +160,16 @@ impl Tokenizer {
     }
 
     /// How the template opens and ends an assistant's turn; learned once, from a probe.
-    pub(super) fn turn_marks(&self) -> Result<&TurnMarks> {
+    pub(super) fn turn_delimiters(&self) -> Result<&TurnDelimiters> {
         let template = self.template()?;
-        Ok(self.turn_marks.get_or_init(|| {
+        Ok(self.turn_delimiters.get_or_init(|| {
             let added: Vec<(String, u32)> = self
                 .inner
                 .get_added_tokens_decoder()
                 .into_iter()
                 .map(|(id, t)| (t.content, id))
                 .collect();
-            learn_turn_marks(template, &added)
+            detect_turn_delimiters(template, &added)
         }))
     }
 }

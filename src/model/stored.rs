@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
-use crate::adapter::shards::Stored;
+use crate::adapter::shards::TensorEntry;
 use crate::error::{Error, Kind, Result};
 
 /// Numbers that one task reads at once: in f32 they fill a 1 MiB second-level cache.
@@ -26,7 +26,7 @@ pub(crate) struct StoredTensor<'a> {
     /// The open file.
     pub(crate) file: &'a File,
     /// Where the tensor lies in it.
-    pub(crate) tensor: &'a Stored,
+    pub(crate) tensor: &'a TensorEntry,
 }
 
 impl StoredTensor<'_> {
@@ -168,7 +168,7 @@ mod tests {
     }
 
     /// A file that holds `x` beside another tensor, opened.
-    fn written(x: &Tensor, dir: &Path) -> (PathBuf, File, Stored) {
+    fn written(x: &Tensor, dir: &Path) -> (PathBuf, File, TensorEntry) {
         let path = dir.join("x.safetensors");
         let other = Tensor::new(&[1u8, 2, 3], &Device::Cpu).unwrap();
         candle_core::safetensors::save(

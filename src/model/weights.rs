@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::architecture::{Architecture, TensorShape};
 use super::stored::{StoredTensor, read_at};
-use crate::adapter::shards::{Stored, read_headers};
+use crate::adapter::shards::{TensorEntry, read_headers};
 use crate::error::{Error, Kind, Result};
 use crate::random::{Use, stream};
 
@@ -24,14 +24,14 @@ const HEAD: &str = "lm_head.weight";
 pub struct Weights {
     files: Vec<(PathBuf, File)>,
     /// The architecture's name -> its place in the files.
-    places: BTreeMap<String, Stored>,
+    places: BTreeMap<String, TensorEntry>,
 }
 
 impl Weights {
     /// Opens the files and checks their headers: a file that is damaged or cut short is refused; missing, mis-shaped and surplus tensors
     /// are all named in one error. No number is read yet.
     pub fn open(paths: &[PathBuf], architecture: &Architecture) -> Result<Self> {
-        let mut stored: BTreeMap<String, Stored> = read_headers(paths)?
+        let mut stored: BTreeMap<String, TensorEntry> = read_headers(paths)?
             .into_iter()
             .map(|tensor| (tensor.name.clone(), tensor))
             .collect();

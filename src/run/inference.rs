@@ -7,7 +7,7 @@ use candle_core::Device;
 use super::machine::check_precision;
 use super::model::{fetch_weights, find_model, tokenizer_of};
 use super::trainee::decoder_with_adapter;
-use crate::adapter::{self, Loaded, Site};
+use crate::adapter::{self, LoadedAdapter, Site};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
@@ -89,14 +89,14 @@ pub(super) fn not_finite(what: &str) -> Error {
 }
 
 fn adapter_values(
-    loaded: Option<&Loaded>,
+    loaded: Option<&LoadedAdapter>,
     architecture: &Architecture,
     device: &Device,
 ) -> Result<(Vec<Site>, Parameters)> {
     let mut tensors = Vec::new();
     let mut sites = Vec::new();
     for fitted in loaded
-        .map(|loaded| loaded.fit(&architecture.modules()))
+        .map(|loaded| loaded.attach(&architecture.modules()))
         .transpose()?
         .unwrap_or_default()
     {

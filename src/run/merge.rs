@@ -39,7 +39,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     // Opened only to refuse weights that do not fit their configuration before anything is written.
     Weights::open(&files.weights, &architecture)?;
     let loaded = adapter::load(request.adapter)?;
-    let pairs = loaded.fit(&architecture.modules())?;
+    let pairs = loaded.attach(&architecture.modules())?;
     let tied = if architecture.tie_word_embeddings {
         vec![[
             "lm_head.weight".to_string(),

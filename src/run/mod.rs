@@ -48,9 +48,7 @@ pub use training::{Finished, TrainRequest, train};
 // What the command line speaks of: it imports this room, `recipe` and `report` alone.
 pub use candle_core::Device;
 
-pub use crate::data::{
-    Format, OnBadRecord, Options as DataOptions, Sample as RenderedSample, TxtUnit,
-};
+pub use crate::data::{Format, OnBadRecord, Options as DataOptions, RenderedSample, TxtUnit};
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{Interval, Method, Profile};
 pub use crate::hub::{Progress, Silent};

@@ -14,7 +14,7 @@ use super::options::{
     data_options, decided, limits, lora_settings, meter, sampler_options, settings,
 };
 use crate::adapter::shards::read_headers;
-use crate::adapter::{self, Loaded, LoraSettings, Site};
+use crate::adapter::{self, LoadedAdapter, LoraSettings, Site};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::meter::Computing;
 use crate::energy::{Budget, Grid, Meters, Profile, Rates};
@@ -39,7 +39,7 @@ pub enum Target {
         /// Where they sit.
         sites: Vec<Site>,
         /// The adapter to continue from.
-        from: Option<Box<Loaded>>,
+        from: Option<Box<LoadedAdapter>>,
     },
     /// Every weight.
     All,
@@ -280,7 +280,7 @@ pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Tar
     }
     let sites = match &from {
         Some(loaded) => loaded
-            .fit(&modules)?
+            .attach(&modules)?
             .into_iter()
             .map(|fitted| fitted.site)
             .collect(),

@@ -28,8 +28,8 @@ pub(super) fn load_work(architecture: &Architecture, precision: Precision) -> Wo
 
 /// PEFT's tensor names of a site: A, then B.
 fn names(site: &Site) -> [String; 2] {
-    use adapter::refuse::Half;
-    [Half::A, Half::B].map(|half| adapter::peft::tensor_name(&site.path, half))
+    use adapter::unsupported::Factor;
+    [Factor::A, Factor::B].map(|half| adapter::peft::tensor_name(&site.path, half))
 }
 
 /// Reads the weights (or draws them) and puts the decoder together.
@@ -67,11 +67,11 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainee> 
 fn first_values(
     prepared: &Prepared,
     sites: &[Site],
-    from: Option<&adapter::Loaded>,
+    from: Option<&adapter::LoadedAdapter>,
     device: &Device,
 ) -> Result<Parameters> {
     let modules = prepared.architecture.modules();
-    let fitted = from.map(|loaded| loaded.fit(&modules)).transpose()?;
+    let fitted = from.map(|loaded| loaded.attach(&modules)).transpose()?;
     let make = |index: usize, slot: &Slot| {
         // A and B of a site are neighbours.
         let (site, is_a) = (index / 2, index.is_multiple_of(2));

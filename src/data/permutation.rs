@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 /// What an order is for: two uses of one seed are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Use {
+pub(super) enum Purpose {
     /// Which records are set aside for validation.
     Split = 1,
     /// The order in which records are packed into rows.
@@ -21,7 +21,7 @@ pub(super) enum Use {
 }
 
 /// A permutation of `0..len` (Fisher-Yates on ChaCha8, keyed by the sha256 of its words).
-pub(super) fn permutation(len: usize, seed: u64, purpose: Use, number: u64) -> Vec<u32> {
+pub(super) fn permutation(len: usize, seed: u64, purpose: Purpose, number: u64) -> Vec<u32> {
     let mut hash = Sha256::new();
     hash.update(b"wattune data order");
     for word in [seed, purpose as u64, number] {
@@ -43,26 +43,30 @@ mod tests {
 
     #[test]
     fn every_word_of_the_key_matters_and_every_index_stays() {
-        let base = permutation(100, 1, Use::Epoch, 0);
+        let base = permutation(100, 1, Purpose::Epoch, 0);
         for other in [
-            permutation(100, 2, Use::Epoch, 0),
-            permutation(100, 1, Use::Split, 0),
-            permutation(100, 1, Use::Epoch, 1),
+            permutation(100, 2, Purpose::Epoch, 0),
+            permutation(100, 1, Purpose::Split, 0),
+            permutation(100, 1, Purpose::Epoch, 1),
         ] {
             assert_ne!(base, other);
         }
-        assert_eq!(base, permutation(100, 1, Use::Epoch, 0));
+        assert_eq!(base, permutation(100, 1, Purpose::Epoch, 0));
         let mut sorted = base;
         sorted.sort_unstable();
         assert_eq!(sorted, (0..100).collect::<Vec<_>>());
-        assert!(permutation(0, 1, Use::Epoch, 0).is_empty());
+        assert!(permutation(0, 1, Purpose::Epoch, 0).is_empty());
     }
 
     #[test]
     fn each_place_is_equally_likely() {
         // 6000 permutations of 3: each of the 6 is expected 1000 times, with a deviation of 29.
         let mut seen = std::collections::BTreeMap::new();
-        (0..6000).for_each(|i| *seen.entry(permutation(3, i, Use::Epoch, 0)).or_insert(0) += 1);
+        (0..6000).for_each(|i| {
+            *seen
+                .entry(permutation(3, i, Purpose::Epoch, 0))
+                .or_insert(0) += 1
+        });
         assert!(
             seen.len() == 6 && seen.values().all(|n| (850..1150).contains(n)),
             "{seen:?}"

@@ -14,7 +14,7 @@ pub const PREFIX: &str = "base_model.model.";
 const INITS_ON_THE_SAME_BASE: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
 /// Each reason why an adapter with this configuration cannot be loaded.
-pub fn config_reasons(config: &PeftConfig) -> Vec<String> {
+pub fn unsupported_settings(config: &PeftConfig) -> Vec<String> {
     let mut reasons = Vec::new();
     match config.peft_type.as_deref() {
         Some("LORA") => {}
@@ -48,15 +48,15 @@ pub fn config_reasons(config: &PeftConfig) -> Vec<String> {
         reasons
             .push("a rank is 0: `r` and every rank of `rank_pattern` are at least 1".to_string());
     }
-    reasons.extend(switches(config));
-    reasons.extend(blocks(config));
-    reasons.extend(init_reason(&config.init_lora_weights));
+    reasons.extend(unsupported_flags(config));
+    reasons.extend(unsupported_fields(config));
+    reasons.extend(unsupported_init(&config.init_lora_weights));
     reasons
 }
 
 /// Boolean fields that must be false.
-fn switches(config: &PeftConfig) -> impl Iterator<Item = String> {
-    let switches = [
+fn unsupported_flags(config: &PeftConfig) -> impl Iterator<Item = String> {
+    let flags = [
         (
             config.fan_in_fan_out,
             "fan_in_fan_out",
@@ -78,15 +78,15 @@ fn switches(config: &PeftConfig) -> impl Iterator<Item = String> {
             "QALoRA pools the input, which is not plain LoRA",
         ),
     ];
-    switches
+    flags
         .into_iter()
         .filter(|(on, ..)| *on)
         .map(|(_, key, why)| format!("`{key}` is true: {why}"))
 }
 
 /// Fields that must be null or empty.
-fn blocks(config: &PeftConfig) -> impl Iterator<Item = String> {
-    let blocks = [
+fn unsupported_fields(config: &PeftConfig) -> impl Iterator<Item = String> {
+    let fields = [
         (
             &config.modules_to_save,
             "modules_to_save",
@@ -138,7 +138,7 @@ fn blocks(config: &PeftConfig) -> impl Iterator<Item = String> {
             "Megatron's parallel layers are not supported",
         ),
     ];
-    blocks
+    fields
         .into_iter()
         .filter(|(value, ..)| is_set(value))
         .map(|(value, key, why)| format!("`{key}` is {value}: {why}"))
@@ -153,7 +153,7 @@ fn is_set(value: &Value) -> bool {
     }
 }
 
-fn init_reason(init: &InitWeights) -> Option<String> {
+fn unsupported_init(init: &InitWeights) -> Option<String> {
     match init {
         InitWeights::Plain(_) => None,
         InitWeights::Named(name)
@@ -170,7 +170,7 @@ fn init_reason(init: &InitWeights) -> Option<String> {
 
 /// Which half of a LoRA pair a tensor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Half {
+pub enum Factor {
     /// (r, in).
     A,
     /// (out, r).
@@ -178,13 +178,13 @@ pub enum Half {
 }
 
 /// The module path and half that a tensor's name stands for, or why it cannot be loaded.
-pub fn parse_name(name: &str) -> Result<(&str, Half), &'static str> {
+pub fn parse_tensor_name(name: &str) -> Result<(&str, Factor), &'static str> {
     let Some(inner) = name.strip_prefix(PREFIX) else {
         return Err(
             "its name does not begin with `base_model.model.`: it was not written by PEFT's save_pretrained",
         );
     };
-    for (suffix, half) in [(".lora_A.weight", Half::A), (".lora_B.weight", Half::B)] {
+    for (suffix, half) in [(".lora_A.weight", Factor::A), (".lora_B.weight", Factor::B)] {
         if let Some(path) = inner.strip_suffix(suffix).filter(|path| !path.is_empty()) {
             // Nested wrappers appear where one module has several LoRAs (target_parameters).
             return if path.ends_with(".base_layer") {
@@ -194,10 +194,10 @@ pub fn parse_name(name: &str) -> Result<(&str, Half), &'static str> {
             };
         }
     }
-    Err(why_not(inner))
+    Err(unsupported_tensor(inner))
 }
 
-fn why_not(inner: &str) -> &'static str {
+fn unsupported_tensor(inner: &str) -> &'static str {
     let has = |part: &str| inner.contains(part);
     match () {
         _ if has(".lora_magnitude_vector") => "a DoRA magnitude, which plain LoRA has not",
@@ -228,12 +228,12 @@ mod tests {
     fn names_of_a_pair_are_taken_apart() {
         let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
         assert_eq!(
-            parse_name(name),
-            Ok(("model.layers.0.self_attn.q_proj", Half::A))
+            parse_tensor_name(name),
+            Ok(("model.layers.0.self_attn.q_proj", Factor::A))
         );
         assert_eq!(
-            parse_name("base_model.model.x.lora_B.weight"),
-            Ok(("x", Half::B))
+            parse_tensor_name("base_model.model.x.lora_B.weight"),
+            Ok(("x", Factor::B))
         );
     }
 
@@ -272,7 +272,7 @@ mod tests {
             ),
             ("base_model.model.m.q.lora_diag", "variant"),
         ] {
-            let reason = parse_name(name).unwrap_err();
+            let reason = parse_tensor_name(name).unwrap_err();
             assert!(reason.contains(word), "{name}: {reason}");
         }
     }
@@ -291,7 +291,7 @@ mod tests {
             "\"loftq_config\":{}",
         ] {
             assert_eq!(
-                config_reasons(&with(harmless)),
+                unsupported_settings(&with(harmless)),
                 Vec::<String>::new(),
                 "{harmless}"
             );
@@ -317,7 +317,7 @@ mod tests {
             (r#""init_lora_weights":"loftq""#, "loftq"),
             (r#""init_lora_weights":"lora_ga""#, "lora_ga"),
         ] {
-            let reasons = config_reasons(&with(extra));
+            let reasons = unsupported_settings(&with(extra));
             assert!(
                 reasons.len() == 1 && reasons[0].contains(word),
                 "{extra}: {reasons:?}"
@@ -325,8 +325,10 @@ mod tests {
         }
         let wrong_kind = r#"{"peft_type":"IA3","task_type":"SEQ_CLS"}"#;
         assert_eq!(
-            config_reasons(&PeftConfig::parse(wrong_kind, std::path::Path::new("x")).unwrap())
-                .len(),
+            unsupported_settings(
+                &PeftConfig::parse(wrong_kind, std::path::Path::new("x")).unwrap()
+            )
+            .len(),
             3
         );
     }
