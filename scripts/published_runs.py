@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes src/energy/published_runs.csv from a table of published training runs.
+"""Makes src/forecast/published_runs.csv from a table of published training runs.
 
-    python3 scripts/published_runs.py RUNS.csv > src/energy/published_runs.csv
+    python3 scripts/published_runs.py RUNS.csv > src/forecast/published_runs.csv
 
 RUNS.csv has the columns model,params,tokens,flops,accelerator,count,accelerator_hours,power_w,pue,grid_gco2_per_kwh,energy_mwh,tco2e,source:
 one row a run, figures as the paper, report or model card prints them, blank where it prints none; remarks stand in square brackets

@@ -14,6 +14,7 @@
 //!
 //! - a quantity is never a bare `f64` outside `units`;
 //! - `recipe` and `data` know nothing of tensors; `hub` does not know what a tensor is; `energy` knows nothing of training;
+//! - `forecast` counts without weights; `measure` writes no files;
 //! - `ops` know nothing of models; `train` does not print; only `cli` prints; only `run` knows every room;
 //! - gradients are written, not recorded: no candle `Var`, graph or `GradStore` outside tests.
 
@@ -30,7 +31,9 @@ pub mod cli;
 pub mod data;
 pub mod energy;
 pub mod error;
+pub mod forecast;
 pub mod hub;
+pub mod measure;
 pub mod model;
 pub mod ops;
 pub mod random;

@@ -1,13 +1,13 @@
 //! Estimates held against published training runs, and the command that prints them.
 //!
-//! The expected figures are the sources' own (src/energy/published_runs.csv, made by scripts/published_runs.py). Three classes: where
+//! The expected figures are the sources' own (src/forecast/published_runs.csv, made by scripts/published_runs.py). Three classes: where
 //! FLOP/s and mean power are published; where device hours and power are; and where FLOPs and the device's name must suffice.
 
 use assert_cmd::Command;
 use serde_json::Value;
-use wattune::energy::accelerator::Power;
-use wattune::energy::training_cost::estimate;
-use wattune::energy::{Accelerator, Job, PublishedRun};
+use wattune::forecast::accelerator::Power;
+use wattune::forecast::training_cost::estimate;
+use wattune::forecast::{Accelerator, Job, PublishedRun};
 use wattune::units::{Joules, Pue};
 
 fn sound() -> impl Iterator<Item = &'static PublishedRun> {

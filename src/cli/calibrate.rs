@@ -10,7 +10,7 @@ use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::report::files::write_whole;
-use crate::run::{self, Calibration, Calibrator, Effort};
+use crate::run::{self, Calibration, Calibrator, Effort, Screen};
 use crate::units::{Flops, Seconds, significant};
 
 #[derive(Debug, clap::Args)]
@@ -110,7 +110,7 @@ fn measure(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     check(&path)?;
     let mut screen = Terminal::new(common.quiet);
     let found = calibrator
-        .measure(Effort::of(arguments.each), &mut screen)
+        .measure(Effort::of(arguments.each), &mut |line| screen.note(line))
         .map_err(Error::while_running)?;
     write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
     if common.json {

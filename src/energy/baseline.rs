@@ -395,7 +395,7 @@ const PUBLISHED: [Tokens; 40] = [
 ];
 
 /// "2 trillion tokens".
-pub(super) fn worded(tokens: f64) -> String {
+pub(crate) fn worded(tokens: f64) -> String {
     const WORDS: [(f64, &str); 3] = [(1e12, " trillion"), (1e9, " billion"), (1e6, " million")];
     let (unit, word) = WORDS
         .into_iter()

@@ -4,7 +4,6 @@
 //! device, `Meters` measure a window, `Budget` says whether the next step may run, `Ledger` remembers, `Account` puts the four
 //! together for whoever spends. Knows nothing of tensors, models or training: a phase is a name here and a step is a number.
 
-pub mod accelerator;
 pub mod account;
 pub mod baseline;
 pub mod budget;
@@ -18,13 +17,10 @@ pub mod interval;
 pub mod ledger;
 pub mod meter;
 pub mod profile;
-pub mod published;
 pub mod ratio;
 pub mod sensor;
 mod table;
-pub mod training_cost;
 
-pub use accelerator::Accelerator;
 pub use account::{Account, Verdict};
 pub use baseline::Baseline;
 pub use budget::{Budget, Limit, Limits, Rates, Spent};
@@ -36,12 +32,10 @@ pub use interval::Interval;
 pub use ledger::{Energies, Entry, Ledger, Parts, Phase};
 pub use meter::{MeterKind, Meters, Reading};
 pub use profile::Profile;
-pub use published::PublishedRun;
 pub use table::{Measured, MeasuredCache, MeasuredPower};
-pub use training_cost::{Estimate, Job, Method};
 
 /// The names most like `text`, best first, at most five: for the hint of an error about an unknown name.
-fn near_matches<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+pub(crate) fn near_matches<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let wanted = text.to_lowercase();
     let likeness = |name: &str| {
         let name = name.to_lowercase();
@@ -62,7 +56,7 @@ fn near_matches<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a
 }
 
 /// "did you mean `a`, `b`?", or `otherwise` where nothing is near.
-fn did_you_mean(near: &[&str], otherwise: &str) -> String {
+pub(crate) fn did_you_mean(near: &[&str], otherwise: &str) -> String {
     if near.is_empty() {
         return otherwise.to_string();
     }

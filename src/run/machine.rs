@@ -1,13 +1,11 @@
-//! The machine this process runs on: its compute device, memory and names.
-
-use std::path::Path;
+//! The compute device that `--device` names, and the report's `environment` block.
 
 use candle_core::Device;
 
 use crate::energy::meter::Computing;
 use crate::error::{Error, Kind, Result};
+use crate::measure::machine::cpu_name;
 use crate::report::types::Environment;
-use crate::units::Bytes;
 use crate::work::Precision;
 
 /// The candle device that `--device` names, and which counter measures it.
@@ -81,58 +79,11 @@ pub fn allowed_threads() -> usize {
     crate::energy::allowed_cores()
 }
 
-/// The largest resident memory of this process so far; `None` where the system does not say.
-pub fn peak_rss() -> Option<Bytes> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(Bytes(kibibytes * 1024))
-}
-
-/// Memory that can still be taken, and the machine's whole; `None` where the system does not say.
-pub(super) fn memory() -> Option<(Bytes, Bytes)> {
-    let mut system = sysinfo::System::new().ok()?;
-    system.refresh_memory();
-    let (free, all) = match system.cgroup_limits() {
-        Some(limits) if limits.total_memory > 0 => (
-            limits.free_memory.min(system.available_memory()),
-            limits.total_memory,
-        ),
-        _ => (system.available_memory(), system.total_memory()),
-    };
-    (all > 0).then_some((Bytes(free), Bytes(all)))
-}
-
-/// Memory that can still be taken.
-pub(super) fn free_memory() -> Option<Bytes> {
-    memory().map(|(free, _)| free)
-}
-
-/// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not say.
-pub(super) fn free_disk(path: &Path) -> Option<Bytes> {
-    let path = std::path::absolute(path).ok()?;
-    let existing = path.ancestors().find(|p| p.exists())?.canonicalize().ok()?;
-    let disks = sysinfo::Disks::new_with_refreshed_list().ok()?;
-    let holds = disks
-        .iter()
-        .filter(|disk| existing.starts_with(disk.mount_point()));
-    holds
-        .max_by_key(|disk| disk.mount_point().as_os_str().len())
-        .map(|disk| Bytes(disk.available_space()))
-}
-
 /// What the report says about where it ran.
 pub(super) fn environment() -> Environment {
-    let brand = sysinfo::System::new().ok().and_then(|mut system| {
-        system.refresh_cpu_all();
-        system
-            .cpus()
-            .first()
-            .map(|cpu| cpu.brand().trim().to_string())
-    });
     Environment {
         version: env!("CARGO_PKG_VERSION").to_string(),
-        cpu: brand.unwrap_or_else(|| "unknown".to_string()),
+        cpu: cpu_name(),
         instructions: Some(crate::ops::instruction_set().to_string()),
         threads: rayon::current_num_threads() as u64,
         os: sysinfo::System::long_os_version().unwrap_or_else(|_| std::env::consts::OS.to_string()),

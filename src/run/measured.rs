@@ -19,7 +19,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::Device;
 
 use self::curve::Curve;
-use self::leg::Field;
 use self::trial::Trial;
 use super::Screen;
 use super::directory::RunDirectory;
@@ -27,38 +26,21 @@ use super::prepare::Prepared;
 use super::reporting::write_pages;
 use crate::energy::ledger::Totals;
 use crate::energy::meter::Computing;
-use crate::energy::{Account, Phase, Spent};
+use crate::energy::{Account, Phase};
 use crate::error::Result;
-use crate::recipe::{Compared, Recipe};
+use crate::forecast::measured_kinds;
+use crate::recipe::Recipe;
 use crate::report::measured::{BaselineStop, CurvePoint};
 use crate::report::types::BaselineKind;
 use crate::report::{Report, json::read_report};
-use crate::units::{Joules, MicroJoules, Seconds};
-
-/// The baselines that `recipe` wants trained, in the order in which they are.
-pub(super) fn asked(recipe: &Recipe) -> impl Iterator<Item = BaselineKind> + '_ {
-    let wanted = [
-        (
-            BaselineKind::FullFineTuning,
-            recipe.baseline.full_fine_tuning,
-        ),
-        (
-            BaselineKind::FromScratchSameTask,
-            recipe.baseline.from_scratch,
-        ),
-    ];
-    wanted
-        .into_iter()
-        .filter(|(_, how)| *how == Compared::Measured)
-        .map(|(kind, _)| kind)
-}
+use crate::units::Joules;
 
 /// The report of a run that ended as it was meant to, of whose measured baselines some are not whole; `None` of any other.
 pub(super) fn unfinished(recipe: &Recipe, directory: &RunDirectory) -> Option<Report> {
     let report = read_report(&directory.report()).ok()?;
     let comparable =
         report.training.stop_reason.is_regular() && report.training.val_loss_after.is_some();
-    (comparable && asked(recipe).any(|kind| !settled(&report, kind))).then_some(report)
+    (comparable && measured_kinds(recipe).any(|kind| !settled(&report, kind))).then_some(report)
 }
 
 /// Whether a baseline is done with: trained to its end, or found to be impossible.
@@ -102,23 +84,6 @@ pub(super) struct Place<'a> {
     pub(super) interrupted: &'a AtomicBool,
 }
 
-/// What a baseline is expected to spend, all phases: for its equal-energy run, and at most.
-pub(super) fn expected(
-    prepared: &Prepared,
-    kind: BaselineKind,
-    training: MicroJoules,
-) -> Result<(Joules, Joules)> {
-    let field = Field::new(prepared, kind)?;
-    let [equal, most] = field.steps(training);
-    let first = field.forecast(0, equal, equal);
-    let second = if most > equal {
-        field.forecast(equal, most, equal)
-    } else {
-        MicroJoules::ZERO
-    };
-    Ok((first.joules(), (first + second).joules()))
-}
-
 /// Trains every baseline asked for that `report`, of the finished run that spent through `account`, does not hold whole yet. After each the
 /// report's files are written again, with a warning for one that could not be trained. Returns the report and whether the person stopped it.
 pub(super) fn measure(
@@ -150,7 +115,7 @@ pub(super) fn measure(
         energy: account.spent().energy.joules(),
     };
     let mut spent = Joules::ZERO;
-    for kind in asked(&prepared.recipe) {
+    for kind in measured_kinds(&prepared.recipe) {
         if !settled(&report, kind) {
             if place.interrupted.load(Ordering::Relaxed) {
                 return Ok((report, true));
@@ -230,10 +195,3 @@ fn words(kind: BaselineKind) -> &'static str {
         BaselineKind::Pretraining => "pretraining",
     }
 }
-
-/// What an account that has spent nothing has spent.
-const NOTHING: Spent = Spent {
-    energy: MicroJoules::ZERO,
-    flops: 0,
-    time: Seconds::ZERO,
-};

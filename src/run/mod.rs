@@ -4,10 +4,6 @@
 //! `trainee` puts the model together; `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`,
 //! `merge`, `probe`, `calibrate` and `reconcile` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
 
-mod baseline_of;
-mod baselines;
-mod calibrate;
-mod choices;
 mod directory;
 mod evaluate;
 mod generate;
@@ -23,26 +19,22 @@ mod probe;
 mod reconcile;
 mod reporting;
 mod sample;
-mod serving;
 mod spending;
 mod trainee;
 mod training;
 mod watch;
 
-pub use baseline_of::{BaselineOf, BaselineRequest, Printed, baseline_of};
-pub use calibrate::{Calibration, Calibrator, Effort};
-pub use choices::Choice;
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
 pub use generate::{Generated, GenerationJob, generate};
 pub use inference::ModelRequest;
-pub use machine::{allowed_threads, device, peak_rss};
+pub use machine::{allowed_threads, device};
 pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
 pub use plan::{Plan, plan};
 pub use prepare::{Prepared, prepare};
 pub use probe::{Probe, plan_with_probe};
-pub use reconcile::{Reconciled, reconcile};
+pub use reconcile::reconcile;
 pub use training::{Finished, TrainRequest, train};
 
 // What the command line speaks of: it imports this room, `recipe` and `report` alone.
@@ -50,8 +42,12 @@ pub use candle_core::Device;
 
 pub use crate::data::{Format, OnBadRecord, Options as DataOptions, RenderedSample, TxtUnit};
 pub use crate::energy::sensor::{self, State as SensorState};
-pub use crate::energy::{Interval, Method, Profile};
+pub use crate::energy::{Interval, Profile};
+pub use crate::forecast::{
+    BaselineOf, BaselineRequest, Choice, Method, Printed, Target, baseline_of,
+};
 pub use crate::hub::{Progress, Silent};
+pub use crate::measure::{Calibration, Calibrator, Effort, Reconciled, machine::peak_rss};
 pub use crate::model::Sampling;
 pub use crate::train::{StepRecord, Stop};
 

@@ -8,18 +8,20 @@ use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::machine;
-use super::measured::asked;
 use super::model::{cache_root, find_model, tokenizer_of};
 use super::options::{
     data_options, decided, limits, lora_settings, meter, sampler_options, settings,
 };
 use crate::adapter::shards::read_headers;
-use crate::adapter::{self, LoadedAdapter, LoraSettings, Site};
+use crate::adapter::{self, LoraSettings};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::meter::Computing;
 use crate::energy::{Budget, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Kind, Result};
+pub(super) use crate::forecast::Target;
+use crate::forecast::{Subject, measured_kinds};
 use crate::hub::{Hub, ModelFiles, Progress, Settings as HubSettings};
+use crate::measure::machine::{free_disk, free_memory};
 use crate::model::{
     Architecture, MemoryForecast, ModelShape, Recompute, Weights, forecast_memory, least_recompute,
 };
@@ -30,31 +32,6 @@ use crate::units::Bytes;
 /// Steps of a run, at most.
 const MOST_STEPS: u64 = 10_000_000;
 
-/// What is trained.
-pub enum Target {
-    /// Adapters on these sites; `from` holds the adapter to continue.
-    Lora {
-        /// The settings that hold: the recipe's, or the continued adapter's.
-        settings: Box<LoraSettings>,
-        /// Where they sit.
-        sites: Vec<Site>,
-        /// The adapter to continue from.
-        from: Option<Box<LoadedAdapter>>,
-    },
-    /// Every weight.
-    All,
-}
-
-impl Target {
-    /// Numbers that are trained.
-    pub fn parameters(&self, architecture: &Architecture) -> usize {
-        match self {
-            Target::Lora { sites, .. } => sites.iter().map(Site::parameters).sum(),
-            Target::All => architecture.parameters() as usize,
-        }
-    }
-}
-
 /// A recipe found runnable.
 pub struct Prepared {
     /// With every `auto` resolved.
@@ -63,6 +40,8 @@ pub struct Prepared {
     pub files: ModelFiles,
     /// Read from config.json.
     pub architecture: Architecture,
+    /// The token count in config.json of a model that wattune trained from scratch.
+    pub pretraining_tokens: Option<f64>,
     /// The model's tokenizer.
     pub tokenizer: Tokenizer,
     /// Training records.
@@ -96,9 +75,30 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Numbers that are trained.
+    /// Trainable parameter count.
     pub fn trained(&self) -> usize {
         self.target.parameters(&self.architecture)
+    }
+
+    /// The parts that forecasts need.
+    pub fn subject(&self) -> Subject<'_> {
+        Subject {
+            recipe: &self.recipe,
+            digest: self.digest(),
+            architecture: &self.architecture,
+            pretraining_tokens: self.pretraining_tokens,
+            target: &self.target,
+            shape: &self.shape,
+            settings: &self.settings,
+            sampler: &self.sampler,
+            validation: &self.validation_batches,
+            counts: &self.train.counts,
+            profile: &self.profile,
+            grid: &self.grid,
+            budget: &self.budget,
+            longest_batch: self.longest_batch,
+            memory: &self.memory,
+        }
     }
 
     /// Names the resolved recipe, the model's commit and the data's contents: a checkpoint goes on only under them.
@@ -127,6 +127,7 @@ pub fn prepare(
 
     let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
     let architecture = architecture_of(&files, device)?;
+    let pretraining_tokens = pretraining_tokens(&files)?;
     let target = target(&recipe, &architecture)?;
     let weights = weights_name(&recipe, &files, &architecture)?;
     let tokenizer = tokenizer_of(&files)?;
@@ -168,6 +169,7 @@ pub fn prepare(
         recipe,
         files,
         architecture,
+        pretraining_tokens,
         tokenizer,
         train,
         validation,
@@ -184,6 +186,13 @@ pub fn prepare(
         memory,
         warnings,
     })
+}
+
+/// The token count that a model trained by wattune carries in its configuration.
+fn pretraining_tokens(files: &ModelFiles) -> Result<Option<f64>> {
+    let config: Option<serde_json::Value> =
+        serde_json::from_str(&super::read_text(&files.config)?).ok();
+    Ok(config.and_then(|config| config.get("pretraining_tokens")?.as_f64()))
 }
 
 /// What tells the pretrained weights from others: a hub model's commit, else what the files hold, which are checked; none where there are none
@@ -453,7 +462,7 @@ fn check_measured_baselines(
     architecture: &Architecture,
     tokens: usize,
 ) -> Result<()> {
-    if asked(recipe).next().is_none() {
+    if measured_kinds(recipe).next().is_none() {
         return Ok(());
     }
     let shape = ModelShape::fully_trained(architecture, recipe.model.dtype)?;
@@ -477,7 +486,7 @@ pub(super) fn recompute(
     tokens: usize,
     warnings: &mut Vec<String>,
 ) -> Result<(Recompute, MemoryForecast)> {
-    let (free, walked) = (machine::free_memory(), shape.backward_blocks());
+    let (free, walked) = (free_memory(), shape.backward_blocks());
     let chosen = match recipe.train.activation_checkpointing {
         Checkpointing::Always => Recompute::ALL,
         Checkpointing::Never => Recompute::NONE,
@@ -529,11 +538,11 @@ pub(super) fn check_disk(prepared: &Prepared, out: &Path) -> Result<()> {
     let (recipe, of) = (&prepared.recipe, |trained: usize, keep: usize| {
         (checkpoint_bytes(trained) * (keep + 2)) as u64
     });
-    let baseline = asked(recipe)
+    let baseline = measured_kinds(recipe)
         .next()
         .map_or(0, |_| of(Target::All.parameters(&prepared.architecture), 1));
     let disk = Bytes(of(prepared.trained(), recipe.train.save_total_limit) + baseline);
-    match machine::free_disk(out).filter(|space| *space < disk) {
+    match free_disk(out).filter(|space| *space < disk) {
         None => Ok(()),
         Some(space) => Err(Error::new(Kind::Resources, "the disk has no room for the checkpoints")
             .at(out.display().to_string())

@@ -13,7 +13,7 @@ use rand_chacha::rand_core::Rng;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::machine::{check_precision, free_memory, peak_rss};
+use super::machine::check_precision;
 use super::model::find_model;
 use super::options::settings;
 use super::prepare::{
@@ -28,6 +28,7 @@ use crate::data::{Example, MicroBatch};
 use crate::energy::meter::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
+use crate::measure::machine::{free_memory, peak_rss};
 use crate::model::{Architecture, Decoder, MemoryForecast, WeightSource};
 use crate::ops::{Context, Gradients, Parameters, Slot, Weight};
 use crate::random::{Use, stream};

@@ -2,17 +2,17 @@
 
 use std::path::Path;
 
-use super::baselines::{Run, baselines};
 use super::directory::RunDirectory;
 use super::machine;
 use super::prepare::{Prepared, Target};
-use super::serving::inference;
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
-use super::trainee::{self, base_name, copy_companions};
+use super::trainee::{self, copy_companions};
 use crate::adapter::PeftConfig;
 use crate::energy::{Account, Baseline, Interval, Phase, baseline};
 use crate::error::{Error, Result};
+use crate::forecast::{Metered, baselines, inference_cost, model_name, request_too_long};
 use crate::hub::ModelFiles;
+use crate::measure::machine::{memory, peak_rss};
 use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
@@ -133,12 +133,12 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
     let evaluated = (evaluations as usize).saturating_sub(samples);
     let counted = account.totals().energy_j.counted.joules();
     let (metered_over_counted, parts) = (account.metered_over_counted(), &account.totals().parts);
-    let run = Run {
+    let run = Metered {
         spent: energy.central,
         metered_over_counted,
         parts,
     };
-    let baselines = baselines(prepared, standing.step, evaluated, &run)?;
+    let baselines = baselines(&prepared.subject(), standing.step, evaluated, &run)?;
     let mut warnings = prepared.warnings.clone();
     if let Stop::Diverged(what) = &outcome.stop {
         warnings.push(match inputs.checkpoints.steps()?.last() {
@@ -158,9 +158,17 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
             last.val_loss
         ));
     }
-    let inference = inference(prepared, counted, account.kind())?
-        .map_err(|why| warnings.push(why))
-        .ok();
+    let too_long = request_too_long(&prepared.subject());
+    let inference = if too_long.is_none() {
+        Some(inference_cost(
+            &prepared.subject(),
+            counted,
+            account.kind(),
+        )?)
+    } else {
+        None
+    };
+    warnings.extend(too_long);
     Ok(Report {
         model: model_block(
             &prepared.recipe.model.id,
@@ -199,7 +207,7 @@ pub(super) fn model_block(
     architecture: &Architecture,
 ) -> types::Model {
     types::Model {
-        id: base_name(id),
+        id: model_name(id),
         revision: files
             .commit
             .clone()
@@ -266,7 +274,7 @@ fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
         train_loss_last: standing.train_loss_last,
         tokens_per_second: rate.is_finite().then_some(rate),
         wall_s: wall,
-        peak_rss_bytes: machine::peak_rss(),
+        peak_rss_bytes: peak_rss(),
         best: standing
             .best
             .filter(|best| inputs.checkpoints.path(best.step).is_dir())
@@ -354,7 +362,7 @@ fn card_facts(prepared: &Prepared) -> CardFacts {
         hyperparameters.push(pair("r", settings.r.to_string()));
         hyperparameters.push(pair("lora_alpha", settings.lora_alpha.to_string()));
         let modules = prepared.architecture.modules();
-        let base = base_name(&recipe.model.id);
+        let base = model_name(&recipe.model.id);
         if let Ok(config) = PeftConfig::for_sites(settings, sites, &modules, &base, None) {
             hyperparameters.extend(
                 crate::adapter::portability(&config)
@@ -416,6 +424,6 @@ fn emissions(prepared: &Prepared, total: Joules) -> Emissions {
         cpu_count: Some(crate::energy::allowed_cores() as u64),
         gpu_count: (!cpu).then_some(1),
         gpu_model: (!cpu).then(|| prepared.profile.title.clone()),
-        ram_total: machine::memory().map(|(_, all)| all).or(None::<Bytes>),
+        ram_total: memory().map(|(_, all)| all).or(None::<Bytes>),
     }
 }

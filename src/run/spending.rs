@@ -11,7 +11,8 @@ use crate::energy::carbon::{LIFE_YEARS, dataset_sha256, embodied_share};
 use crate::energy::charge::{DRAM, Traffic};
 use crate::energy::ledger::Totals;
 use crate::energy::profile::DeviceKind;
-use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent, carbon};
+use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent};
+use crate::forecast::emissions;
 use crate::model::MemoryForecast;
 use crate::report::memory::Memory;
 use crate::report::parts::{CountedParts, Factor, HostLeftOut};
@@ -196,14 +197,7 @@ pub(super) fn carbon_block(
     time: Seconds,
 ) -> types::Carbon {
     let (grid, rates) = (&prepared.grid, prepared.budget.rates());
-    let intensity = Interval {
-        low: grid.low.unwrap_or(rates.grid),
-        central: rates.grid,
-        high: grid.high.unwrap_or(rates.grid),
-    };
-    let gco2e = energy.with(intensity, |energy, intensity| {
-        carbon(energy, rates.pue, intensity)
-    });
+    let gco2e = emissions(energy, grid, rates);
     let (low_gco2e, high_gco2e) = bounds(gco2e);
     let manufacture = prepared.profile.embodied;
     let source = prepared

@@ -10,20 +10,16 @@ use super::prepare::{Prepared, Target};
 use crate::adapter::shards::{F32s, write_f32s};
 use crate::adapter::{self, PeftConfig, Site, kaiming_uniform};
 use crate::error::{Error, Kind, Result};
+use crate::forecast::model_name;
 use crate::model::{Architecture, Decoder, WeightSource, Weights, random_tensor};
 use crate::ops::{Lora, Parameters, Slot, Weight, dtype};
-use crate::recipe::{Init, ModelId};
-use crate::work::{Precision, Work};
+use crate::recipe::Init;
+use crate::work::Precision;
 
 /// A decoder and what is trained in it.
 pub(super) struct Trainee {
     pub(super) decoder: Decoder,
     pub(super) parameters: Parameters,
-}
-
-/// Work of loading: every weight read once and written once.
-pub(super) fn load_work(architecture: &Architecture, precision: Precision) -> Work {
-    Work::file((architecture.parameters() * (4 + precision.size())) as usize)
 }
 
 /// PEFT's tensor names of a site: A, then B.
@@ -202,15 +198,6 @@ pub(super) fn decoder_of(
     )
 }
 
-/// How the base model is named in the adapter's own files.
-pub(super) fn base_name(id: &ModelId) -> String {
-    match id {
-        ModelId::Hub(id) => id.clone(),
-        ModelId::Directory(dir) => dir.display().to_string(),
-        ModelId::Embedded(name) => format!("embedded:{name}"),
-    }
-}
-
 /// Writes what was trained into `dir`: PEFT's files, or a whole model directory. `trained_tokens` goes into the configuration of a model
 /// trained from scratch, where baselines look for it.
 pub(super) fn export(
@@ -226,8 +213,13 @@ pub(super) fn export(
             let recipe = &prepared.recipe.model;
             let revision = prepared.files.commit.as_deref();
             let modules = prepared.architecture.modules();
-            let config =
-                PeftConfig::for_sites(settings, sites, &modules, &base_name(&recipe.id), revision)?;
+            let config = PeftConfig::for_sites(
+                settings,
+                sites,
+                &modules,
+                &model_name(&recipe.id),
+                revision,
+            )?;
             parameters.with_rows(|[values, ..]| {
                 let tensor = |slot: &Slot| {
                     (

@@ -17,6 +17,7 @@ use super::{Screen, measured, plan};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, Ledger, Meters, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
+use crate::forecast::load_work;
 use crate::recipe::{self, Checkpointing, Init, Meter, Recipe};
 use crate::report::steps::truncate_after;
 use crate::report::{Report, json::read_report};
@@ -196,7 +197,7 @@ impl Start {
             Some(_) => checkpoints.newest(prepared.digest())?,
             None => None,
         };
-        let load = trainee::load_work(&prepared.architecture, prepared.recipe.model.dtype);
+        let load = load_work(&prepared.architecture, prepared.recipe.model.dtype);
         let start = Self {
             directory,
             account,

@@ -18,11 +18,19 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("model", &["ops", "adapter"]),
     ("train", &["model", "adapter", "data", "ops", "energy"]),
     ("energy", &[]),
-    ("report", &["energy", "train", "recipe"]),
+    (
+        "forecast",
+        &[
+            "recipe", "data", "ops", "adapter", "model", "train", "energy",
+        ],
+    ),
+    ("measure", &["recipe", "ops", "energy", "report"]),
+    ("report", &["energy", "train", "recipe", "forecast"]),
     (
         "run",
         &[
-            "recipe", "hub", "data", "ops", "adapter", "model", "train", "energy", "report",
+            "recipe", "hub", "data", "ops", "adapter", "model", "train", "energy", "forecast",
+            "measure", "report",
         ],
     ),
     ("cli", &["run", "recipe", "report"]),
@@ -41,18 +49,23 @@ const GROUND: &[(&str, &[&str])] = &[
 const FOREIGN: &[(&str, &[&str], &str)] = &[
     (
         "candle_core",
-        &["energy", "data", "recipe", "hub", "report", "cli"],
+        &[
+            "energy", "forecast", "data", "recipe", "hub", "report", "cli",
+        ],
         "knows nothing of tensors",
     ),
     (
         "candle_nn",
-        &["energy", "data", "recipe", "hub", "report", "cli"],
+        &[
+            "energy", "forecast", "data", "recipe", "hub", "report", "cli",
+        ],
         "knows nothing of tensors",
     ),
     (
         "reqwest",
         &[
-            "recipe", "data", "ops", "adapter", "model", "train", "energy", "report", "cli",
+            "recipe", "data", "ops", "adapter", "model", "train", "energy", "forecast", "measure",
+            "report", "cli",
         ],
         "never touches the network",
     ),

@@ -3,166 +3,19 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::NOTHING;
-use crate::energy::{Account, Budget, Limits};
+use crate::energy::Account;
 use crate::error::Result;
-use crate::model::ModelShape;
-use crate::report::types::BaselineKind;
+use crate::forecast::BaselineSetup;
 use crate::run::Screen;
 use crate::run::prepare::Prepared;
-use crate::run::trainee::{Trainee, load_work};
+use crate::run::trainee::Trainee;
 use crate::run::watch::Watch;
-use crate::train::{
-    self, Checkpoints, Observer, Outcome, Schedule, Settings, StepCosts, StepRecord, TrainState,
-    Trainer, forecast,
-};
-use crate::units::MicroJoules;
-use crate::work::Work;
-
-/// Evaluations on the way to equal energy, at least: fewer would make no curve.
-const EVALUATIONS: u64 = 8;
-/// Evaluations beyond equal energy, at most.
-const FURTHER_EVALUATIONS: u64 = 100;
-
-/// What a baseline trains: every weight of the run's model, on the run's batches.
-pub(super) struct Field<'a> {
-    pub(super) prepared: &'a Prepared,
-    pub(super) kind: BaselineKind,
-    shape: ModelShape,
-    trained: usize,
-}
-
-impl<'a> Field<'a> {
-    pub(super) fn new(prepared: &'a Prepared, kind: BaselineKind) -> Result<Self> {
-        let shape = ModelShape::fully_trained(&prepared.architecture, prepared.recipe.model.dtype)?;
-        Ok(Self {
-            prepared,
-            kind,
-            shape,
-            trained: prepared.architecture.parameters() as usize,
-        })
-    }
-
-    /// Names the baseline in its checkpoints.
-    pub(super) fn name(&self) -> String {
-        format!("{} {:?}", self.prepared.digest(), self.kind)
-    }
-
-    pub(super) fn learning_rate(&self) -> f64 {
-        self.prepared
-            .recipe
-            .baseline
-            .learning_rate
-            .unwrap_or(self.prepared.recipe.train.learning_rate)
-    }
-
-    /// How often a baseline of `steps` steps, of which `equal` are those to equal energy, is evaluated: as the run, but often enough for a
-    /// curve, and not so often that a long way costs more in evaluations than in steps.
-    pub(super) fn eval_every(&self, steps: u64, equal: u64) -> u64 {
-        let often = equal.div_ceil(EVALUATIONS).max(1);
-        let own = self.prepared.settings.eval_every;
-        let every = if own > 0 { own.min(often) } else { often };
-        if steps > equal {
-            every.max(steps.div_ceil(FURTHER_EVALUATIONS))
-        } else {
-            every
-        }
-    }
-
-    /// The run's settings for a schedule over `steps` steps, of which `equal` are those to equal energy. The rise of the rate takes the same
-    /// share as in the run.
-    fn settings(&self, steps: u64, equal: u64) -> Settings {
-        let own = &self.prepared.settings;
-        let rise = own.schedule.warmup_steps as f64 / own.schedule.steps.max(1) as f64;
-        let warmup_steps = (rise * steps as f64).ceil() as u64;
-        Settings {
-            steps,
-            by_epochs: false,
-            schedule: Schedule {
-                peak: self.learning_rate(),
-                steps,
-                warmup_steps,
-                ..own.schedule
-            },
-            eval_every: self.eval_every(steps, equal),
-            save_every: 0,
-            keep_best: false,
-            dropout: 0.0,
-            recipe: self.name(),
-            ..own.clone()
-        }
-    }
-
-    fn costs<'s>(&'s self, settings: &'s Settings) -> StepCosts<'s> {
-        let prepared = self.prepared;
-        StepCosts::new(
-            &self.shape,
-            &prepared.sampler,
-            &prepared.validation_batches,
-            self.trained,
-            settings,
-            Vec::new(),
-        )
-    }
-
-    /// Steps whose counted energy is at most `training`, and at most `energy_multiple` times as much.
-    pub(super) fn steps(&self, training: MicroJoules) -> [u64; 2] {
-        let settings = self.settings(1, 1);
-        let costs = self.costs(&settings);
-        let most = (training.joules() * self.prepared.recipe.baseline.energy_multiple)
-            .rounded()
-            .max(training);
-        let (mut spent, mut step, mut equal) = (MicroJoules::ZERO, 0, 0);
-        loop {
-            spent += self.prepared.profile.charge(&costs.step(step)).energy;
-            if spent > most {
-                return [equal, step];
-            }
-            step += 1;
-            if spent <= training {
-                equal = step;
-            }
-        }
-    }
-
-    /// Counted energy of the steps from `from` to `to`, with their evaluations and the checkpoint, and of all that comes before the first.
-    pub(super) fn forecast(&self, from: u64, to: u64, equal: u64) -> MicroJoules {
-        let settings = self.settings(to, equal);
-        let costs = self.costs(&settings);
-        let (profile, rates) = (&self.prepared.profile, self.prepared.budget.rates().clone());
-        let Ok(unlimited) = Budget::new(Limits::default(), rates) else {
-            return MicroJoules::ZERO;
-        };
-        let standing = TrainState {
-            step: from,
-            ..TrainState::default()
-        };
-        let run = forecast(&costs, &settings, profile, &unlimited, NOTHING, &standing);
-        let load = self.load();
-        let before = load
-            .iter()
-            .chain(costs.evaluation())
-            .filter(|_| from == 0)
-            .map(|work| profile.charge(work).energy);
-        let before: MicroJoules = before.sum();
-        before + run.total().energy
-    }
-
-    /// Loading the weights that it begins with; random ones are drawn at no cost.
-    pub(super) fn load(&self) -> Option<Work> {
-        let loads = self.kind == BaselineKind::FullFineTuning;
-        loads.then(|| {
-            load_work(
-                &self.prepared.architecture,
-                self.prepared.recipe.model.dtype,
-            )
-        })
-    }
-}
+use crate::train::{self, Checkpoints, Observer, Outcome, StepRecord, TrainState, Trainer};
 
 /// One call of the training loop.
 pub(super) struct Leg<'a> {
-    pub(super) field: &'a Field<'a>,
+    pub(super) prepared: &'a Prepared,
+    pub(super) field: &'a BaselineSetup<'a>,
     pub(super) trainee: &'a Trainee,
     /// Steps to equal energy, and at which the schedule ends.
     pub(super) steps: [u64; 2],
@@ -195,7 +48,7 @@ impl Leg<'_> {
             asked,
             stop,
         };
-        let prepared = self.field.prepared;
+        let prepared = self.prepared;
         let mut trainer = Trainer {
             decoder: &self.trainee.decoder,
             parameters: &self.trainee.parameters,

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use super::curve::{Curve, to_equal_loss};
-use super::leg::{Field, Leg};
+use super::leg::Leg;
 use super::{Finish, Place, folder, words};
 use crate::energy::{Account, Budget, Ledger, Limit, Limits, MeterKind, Meters, Phase};
 use crate::error::{Error, Result};
+use crate::forecast::BaselineSetup;
 use crate::model::Weights;
 use crate::report::files::STEPS_JSONL;
 use crate::report::measured::{BaselineStop, MeasuredBaseline};
@@ -26,7 +27,7 @@ use crate::units::{Flops, Joules};
 /// One baseline in training.
 pub(super) struct Trial<'a> {
     place: &'a Place<'a>,
-    field: Field<'a>,
+    field: BaselineSetup<'a>,
     finish: &'a Finish,
     /// On the baseline's own budget and ledger.
     account: Account,
@@ -47,7 +48,7 @@ impl<'a> Trial<'a> {
         limit: Option<Joules>,
     ) -> Result<std::result::Result<Self, String>> {
         let prepared = place.prepared;
-        let field = Field::new(prepared, kind)?;
+        let field = BaselineSetup::new(prepared.subject(), kind)?;
         let steps = field.steps(finish.training.energy_j.counted);
         if steps[0] == 0 {
             return Ok(Err(
@@ -55,7 +56,7 @@ impl<'a> Trial<'a> {
             ));
         }
         let folder = folder(place.directory, kind);
-        let least = field.forecast(0, 1, steps[0]).joules();
+        let least = field.energy(0, 1, steps[0]).joules();
         if let Some(limit) = limit.filter(|limit| *limit < least && !folder.exists()) {
             let left = limit.max(Joules::ZERO);
             return Ok(Err(format!(
@@ -74,9 +75,9 @@ impl<'a> Trial<'a> {
         let meter = meters.resolve(meter(prepared.recipe.energy.meter))?;
         let account = Account::new(budget, meters, ledger(&folder.join(LEDGER))?, meter);
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
-        let found = checkpoints.newest(&field.name())?;
+        let found = checkpoints.newest(&field.digest())?;
         let standing = found.unwrap_or_else(|| TrainState {
-            recipe: field.name(),
+            recipe: field.digest(),
             ..TrainState::default()
         });
         truncate_after(&folder.join(STEPS_JSONL), standing.step)?;
@@ -142,7 +143,7 @@ impl<'a> Trial<'a> {
             .load()
             .filter(|_| step > 0)
             .map(|work| self.account.forecast(&[(Phase::Load, work)]).energy);
-        let least = self.field.forecast(step, step + 1, self.steps[0]) + again.unwrap_or_default();
+        let least = self.field.energy(step, step + 1, self.steps[0]) + again.unwrap_or_default();
         let limit = self.account.budget().limits().energy;
         limit.is_none_or(|limit| self.account.spent().energy.joules() + least.joules() <= limit)
     }
@@ -170,6 +171,7 @@ impl<'a> Trial<'a> {
     ) -> Result<Stop> {
         let stop = AtomicBool::new(false);
         let leg = Leg {
+            prepared: self.place.prepared,
             field: &self.field,
             trainee,
             steps,

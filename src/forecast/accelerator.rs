@@ -5,9 +5,8 @@
 
 use std::path::Path;
 
-use super::interval::Interval;
-use super::profile::{DeviceKind, Profile};
-use super::{did_you_mean, near_matches};
+use crate::energy::profile::{DeviceKind, Profile};
+use crate::energy::{Interval, did_you_mean, near_matches};
 use crate::error::Result;
 use crate::units::{Watts, significant};
 use crate::work::Precision;

@@ -9,8 +9,7 @@ use std::sync::LazyLock;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::accelerator::Accelerator;
-use super::interval::Interval;
-use super::{did_you_mean, near_matches};
+use crate::energy::{Interval, did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Count, Flops, GramsCo2e, GramsPerKwh, Joules, Pue, Seconds, Watts};
 
@@ -369,7 +368,7 @@ mod tests {
             if let (Some(n), Some(d), "6ND") =
                 (run.parameters, run.tokens, run.flops_basis.as_str())
             {
-                let counted = super::super::baseline::training_flops(n.0, d.0, None);
+                let counted = crate::energy::baseline::training_flops(n.0, d.0, None);
                 assert!(
                     (counted / run.flops.unwrap() - 1.0).abs() < 1e-4,
                     "{}",

@@ -4,12 +4,12 @@
 //! recipe's own. Every row comes from the functions that the forecast itself sums, for a few of its steps: `ModelShape::training`,
 //! `adamw_cost`, `Profile::charge`, `forecast_memory`. Evaluations and saves are left out. Trains nothing, reads no weights.
 
-mod shorter;
+mod row_length;
 
 use serde::Serialize;
 
-use self::shorter::regrouped;
-use super::prepare::{Prepared, Target};
+use self::row_length::regrouped;
+use super::subject::{Subject, Target};
 use crate::adapter::{LoraSettings, Site, Targets, select};
 use crate::data::BatchShape;
 use crate::energy::{Charge, Profile};
@@ -100,8 +100,8 @@ impl Setup {
 }
 
 /// Makes rows against the recipe's own.
-struct Maker<'a> {
-    prepared: &'a Prepared,
+struct SensitivityTable<'a> {
+    subject: &'a Subject<'a>,
     own: Setup,
     /// The sampled steps.
     steps: Vec<Vec<BatchShape>>,
@@ -115,45 +115,45 @@ struct Maker<'a> {
 
 /// The recipe's own row, then one for each choice that is not it. `planned` is the charge of the plan's `count` training steps; of a plan
 /// that holds none, one step stands for it.
-pub(super) fn choices(prepared: &Prepared, count: u64, planned: &Charge) -> Result<Vec<Choice>> {
-    let steps = sampled(prepared, count.max(1));
+pub(super) fn what_if(subject: &Subject<'_>, count: u64, planned: &Charge) -> Result<Vec<Choice>> {
+    let steps = sampled(subject, count.max(1));
     let own = Setup {
-        shape: prepared.shape.clone(),
-        trained: prepared.trained(),
-        recompute: prepared.settings.recompute,
+        shape: subject.shape.clone(),
+        trained: subject.trained(),
+        recompute: subject.settings.recompute,
     };
-    let charge = charged(&own, &steps, &prepared.profile);
+    let charge = charged(&own, &steps, subject.profile);
     let planned = if count == 0 {
         charge.clone()
     } else {
         planned.clone()
     };
-    let maker = Maker {
-        prepared,
+    let table = SensitivityTable {
+        subject,
         own,
         steps,
         charge,
         planned,
         count: count.max(1),
     };
-    let mut rows = vec![maker.row(label("recipe", "this recipe", None), &maker.own)];
+    let mut rows = vec![table.row(label("recipe", "this recipe", None), &table.own)];
     rows[0].own = true;
-    rows.extend(maker.ranks()?);
-    rows.extend(maker.targets()?);
-    rows.extend(maker.upper_half()?);
-    rows.extend(maker.lengths());
-    rows.extend(maker.checkpointing());
-    rows.extend(maker.precisions()?);
-    rows.extend(maker.every_weight()?);
-    rows.extend(maker.devices()?);
+    rows.extend(table.ranks()?);
+    rows.extend(table.targets()?);
+    rows.extend(table.upper_half()?);
+    rows.extend(table.lengths());
+    rows.extend(table.checkpointing());
+    rows.extend(table.precisions()?);
+    rows.extend(table.every_weight()?);
+    rows.extend(table.devices()?);
     Ok(rows)
 }
 
 /// The batches of some steps of a run of `count`.
-fn sampled(prepared: &Prepared, count: u64) -> Vec<Vec<BatchShape>> {
+fn sampled(subject: &Subject<'_>, count: u64) -> Vec<Vec<BatchShape>> {
     let some = count.min(SAMPLED);
     (0..some)
-        .map(|index| prepared.sampler.step_shape(index * count / some))
+        .map(|index| subject.sampler.step_shape(index * count / some))
         .collect()
 }
 
@@ -164,14 +164,14 @@ fn charged(setup: &Setup, steps: &[Vec<BatchShape>], profile: &Profile) -> Charg
         .sum()
 }
 
-impl Maker<'_> {
+impl SensitivityTable<'_> {
     fn row(&self, label: Label, setup: &Setup) -> Choice {
-        let charge = charged(setup, &self.steps, &self.prepared.profile);
+        let charge = charged(setup, &self.steps, self.subject.profile);
         self.row_of(
             label,
             setup,
             &charge,
-            self.prepared.longest_batch,
+            self.subject.longest_batch,
             self.count as f64,
         )
     }
@@ -207,7 +207,7 @@ impl Maker<'_> {
 
     /// The adapter's settings, where a person may still choose them: an adapter that is continued has its own.
     fn settings(&self) -> Option<&LoraSettings> {
-        match &self.prepared.target {
+        match self.subject.target {
             Target::Lora {
                 settings,
                 from: None,
@@ -218,12 +218,12 @@ impl Maker<'_> {
     }
 
     fn dropout(&self) -> bool {
-        matches!(&self.prepared.recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0)
+        matches!(&self.subject.recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0)
     }
 
     fn with_sites(&self, sites: &[Site]) -> Result<Setup> {
         let shape = ModelShape::with_adapters(
-            &self.prepared.architecture,
+            self.subject.architecture,
             sites,
             self.dropout(),
             self.own.shape.precision(),
@@ -236,7 +236,7 @@ impl Maker<'_> {
     }
 
     fn sites(&self, settings: &LoraSettings) -> Result<Vec<Site>> {
-        select(&self.prepared.architecture.modules(), "lm_head", settings)
+        select(&self.subject.architecture.modules(), "lm_head", settings)
     }
 
     fn ranks(&self) -> Result<Vec<Choice>> {
@@ -320,10 +320,9 @@ impl Maker<'_> {
 
     /// Adapters on the upper half of the layers alone: the backward pass ends there.
     fn upper_half(&self) -> Result<Vec<Choice>> {
-        let (Some(settings), layers) = (
-            self.settings(),
-            self.prepared.architecture.num_hidden_layers,
-        ) else {
+        let (Some(settings), layers) =
+            (self.settings(), self.subject.architecture.num_hidden_layers)
+        else {
             return Ok(Vec::new());
         };
         if settings.layers_to_transform.is_some() || layers < 2 {
@@ -361,10 +360,10 @@ impl Maker<'_> {
     /// Half and twice the length, where that changes anything.
     fn lengths(&self) -> Vec<Choice> {
         let (data, rows) = (
-            &self.prepared.recipe.data,
-            self.prepared.recipe.train.micro_batch_size,
+            &self.subject.recipe.data,
+            self.subject.recipe.train.micro_batch_size,
         );
-        let most = self.prepared.architecture.max_position_embeddings;
+        let most = self.subject.architecture.max_position_embeddings;
         let lengths = [data.max_length / 2, data.max_length * 2]
             .into_iter()
             .filter(|length| (2..=most).contains(length));
@@ -380,9 +379,9 @@ impl Maker<'_> {
                 .chunks(accumulated)
                 .map(<[BatchShape]>::to_vec)
                 .collect();
-            let charge = charged(&self.own, &steps, &self.prepared.profile);
+            let charge = charged(&self.own, &steps, self.subject.profile);
             // Windows of one record stay in its micro-batch where rows are not packed.
-            let longest = self.prepared.longest_batch;
+            let longest = self.subject.longest_batch;
             let tokens = if data.packing {
                 longest * length / data.max_length
             } else {
@@ -428,8 +427,8 @@ impl Maker<'_> {
             .filter(|precision| *precision != self.own.shape.precision());
         let row = |precision: Precision| {
             let word = precision.as_str();
-            let architecture = &self.prepared.architecture;
-            let shape = match &self.prepared.target {
+            let architecture = self.subject.architecture;
+            let shape = match self.subject.target {
                 Target::Lora { sites, .. } => {
                     ModelShape::with_adapters(architecture, sites, self.dropout(), precision)?
                 }
@@ -453,10 +452,10 @@ impl Maker<'_> {
 
     /// No adapter: what PEFT calls full fine-tuning. A recipe that writes keys of LoRA refuses the one key that would say it.
     fn every_weight(&self) -> Result<Vec<Choice>> {
-        if self.prepared.whole_model() {
+        if self.subject.target.is_whole_model() {
             return Ok(Vec::new());
         }
-        let architecture = &self.prepared.architecture;
+        let architecture = self.subject.architecture;
         let shape = ModelShape::fully_trained(architecture, self.own.shape.precision())?;
         let setup = Setup {
             shape,
@@ -472,7 +471,7 @@ impl Maker<'_> {
     /// The same work on other devices, in the same precision.
     fn devices(&self) -> Result<Vec<Choice>> {
         let own = self
-            .prepared
+            .subject
             .profile
             .name
             .split('@')
@@ -491,7 +490,7 @@ impl Maker<'_> {
                 label,
                 &self.own,
                 &charge,
-                self.prepared.longest_batch,
+                self.subject.longest_batch,
                 self.count as f64,
             ))
         };

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 
 use self::pace::Pace;
-use super::Screen;
-use super::machine::environment;
+use super::machine::cpu_name;
 use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
 use crate::energy::{
@@ -121,12 +120,12 @@ impl Calibrator {
     }
 
     /// Measures. Other work on the machine makes the figures too low; of each the best is taken.
-    pub fn measure(mut self, effort: Effort, screen: &mut dyn Screen) -> Result<Calibration> {
+    pub fn measure(mut self, effort: Effort, note: &mut dyn FnMut(&str)) -> Result<Calibration> {
         let precisions = precisions(&self.device);
         let mut pace = Pace::new(effort.each, effort.within, self.figures(precisions));
         let mut idle = None;
         if self.counter.is_some() {
-            screen.note("measuring idle power");
+            note("measuring idle power");
             let each = pace.time();
             let nothing = || {
                 sleep(each);
@@ -142,7 +141,7 @@ impl Calibrator {
             None::<Watts>,
         );
         for precision in precisions {
-            screen.note(&format!("measuring {} products", precision.as_str()));
+            note(&format!("measuring {} products", precision.as_str()));
             let each = pace.time();
             let device = self.device.clone();
             let best = warm_product(&device, *precision, each)
@@ -159,11 +158,11 @@ impl Calibrator {
                 )),
             }
         }
-        screen.note("measuring memory bandwidth");
-        let (bandwidth, note) = levels::dram(&self.device, effort.buffer, pace.time())?;
+        note("measuring memory bandwidth");
+        let (bandwidth, remark) = levels::dram(&self.device, effort.buffer, pace.time())?;
         measured.bandwidth = bandwidth.round();
-        self.notes.extend(note);
-        measured.caches = self.caches(&mut pace, screen)?;
+        self.notes.extend(remark);
+        measured.caches = self.caches(&mut pace, note)?;
         self.notes.extend(pace.note());
         measured.power = self.power(idle, load);
         if let Some((power, why)) = measured
@@ -198,7 +197,7 @@ impl Calibrator {
         let named = || {
             format!(
                 "{}, measured with {} threads",
-                environment().cpu,
+                cpu_name(),
                 rayon::current_num_threads()
             )
         };
@@ -216,7 +215,11 @@ impl Calibrator {
     }
 
     /// What the caches serve; a graphics processor's are not measured.
-    fn caches(&mut self, pace: &mut Pace, screen: &mut dyn Screen) -> Result<Vec<MeasuredCache>> {
+    fn caches(
+        &mut self,
+        pace: &mut Pace,
+        note: &mut dyn FnMut(&str),
+    ) -> Result<Vec<MeasuredCache>> {
         if !self.device.is_cpu() {
             self.notes.push(
                 "the caches are the nearest profile's: on this device only main memory is measured"
@@ -224,7 +227,7 @@ impl Calibrator {
             );
             return Ok(Vec::new());
         }
-        screen.note("measuring the bandwidth of caches");
+        note("measuring the bandwidth of caches");
         let (caches, notes) = levels::caches(&self.base, || pace.time())?;
         self.notes.extend(notes);
         Ok(caches)
@@ -382,7 +385,6 @@ impl WarmProduct {
 mod tests {
     use super::*;
     use crate::energy::sensor::Gap;
-    use crate::run::Blank;
 
     /// A counter that shows what it is told.
     struct Scripted(Vec<Result<u64, Gap>>);
@@ -418,7 +420,7 @@ mod tests {
         // Idle, then f32, then bf16: nothing, 5 J, 9 J. Load is the higher power of the two; both windows are at least 10 ms long.
         let readings = [0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok);
         let done = calibrator(readings.into())
-            .measure(QUICK, &mut Blank)
+            .measure(QUICK, &mut |_: &str| {})
             .unwrap();
         let power = done.measured.power.unwrap();
         assert_eq!(
@@ -439,7 +441,7 @@ mod tests {
             done.profile.title,
             format!(
                 "{}, measured with {} threads",
-                environment().cpu,
+                cpu_name(),
                 rayon::current_num_threads()
             )
         );
@@ -480,7 +482,9 @@ mod tests {
             (upside_down, "idle"),
             (tiny, "under load, but moving the operands"),
         ] {
-            let done = calibrator(script).measure(QUICK, &mut Blank).unwrap();
+            let done = calibrator(script)
+                .measure(QUICK, &mut |_: &str| {})
+                .unwrap();
             assert_eq!(
                 (done.measured.power, done.profile.load_w),
                 (None, pi.load_w)
@@ -496,7 +500,7 @@ mod tests {
     #[test]
     fn each_cache_behind_the_first_is_measured_or_said_not_to_be() {
         let done = calibrator([0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok).into())
-            .measure(QUICK, &mut Blank)
+            .measure(QUICK, &mut |_: &str| {})
             .unwrap();
         let caches = &done.measured.caches;
         assert_eq!(
@@ -528,7 +532,7 @@ mod tests {
         let start = Instant::now();
         let calibrator =
             Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Other).unwrap();
-        let done = calibrator.measure(effort, &mut Blank).unwrap();
+        let done = calibrator.measure(effort, &mut |_: &str| {}).unwrap();
         assert!(
             start.elapsed() < Duration::from_secs(60),
             "{:?}",

@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 use crate::energy::{MeasuredCache, Profile};
 use crate::error::Result;
+use crate::measure::machine::memory;
 use crate::ops::dtype;
-use crate::run::machine::memory;
 use crate::units::Bytes;
 use crate::work::Precision;
 

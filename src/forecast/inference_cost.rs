@@ -4,16 +4,15 @@
 //! that count a run's own sample: `ModelShape::prefill` and `ModelShape::decoding`, the prompt and each token charged as an entry of its
 //! own. Generates nothing.
 
-use super::prepare::{Prepared, Target};
-use super::spending::carbon_block;
+use super::inference::{
+    Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year,
+};
+use super::subject::{Subject, Target, emissions};
 use crate::energy::{Charge, Interval, MeterKind, carbon};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::recipe::LargerModel;
-use crate::report::inference::{
-    Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year,
-};
-use crate::units::{Joules, MicroJoules, Seconds};
+use crate::units::{Joules, MicroJoules};
 use crate::work::Work;
 
 const DAYS: f64 = 365.0;
@@ -45,36 +44,39 @@ impl Request {
     }
 }
 
-/// The `inference` block of a run of which `fine_tuning` was counted, whatever meter decided in it: requests are counted too. The inner
-/// error says why a request cannot be counted.
-pub(super) fn inference(
-    prepared: &Prepared,
-    fine_tuning: Joules,
-    meter: MeterKind,
-) -> Result<std::result::Result<Inference, String>> {
-    let asked = &prepared.recipe.report;
-    let (prompt, generated) = (asked.prompt_tokens, asked.generated_tokens);
-    let most = prepared.architecture.max_position_embeddings;
-    if prompt + generated > most {
-        return Ok(Err(format!(
+/// Why no request is counted: the recipe's does not fit the model's positions.
+pub fn request_too_long(subject: &Subject<'_>) -> Option<String> {
+    let report = &subject.recipe.report;
+    let (prompt, generated) = (report.prompt_tokens, report.generated_tokens);
+    let most = subject.architecture.max_position_embeddings;
+    (prompt + generated > most).then(|| {
+        format!(
             "energy in use is not counted: a request of {prompt} prompt and {generated} generated tokens does not fit the model's {most} \
              positions; set `prompt_tokens` and `generated_tokens` in [report]"
-        )));
-    }
-    let base = ModelShape::with_adapters(
-        &prepared.architecture,
-        &[],
-        false,
-        prepared.recipe.model.dtype,
-    )?;
-    let before = request(prepared, &base, prompt);
-    let shown = |model, request: Request| served(prepared, model, request);
-    let models = match &prepared.target {
+        )
+    })
+}
+
+/// Energy of requests after a run of which `fine_tuning` was counted; requests are counted too, whatever meter decided.
+///
+/// Holds where [`request_too_long`] is `None`.
+pub fn inference_cost(
+    subject: &Subject<'_>,
+    fine_tuning: Joules,
+    meter: MeterKind,
+) -> Result<Inference> {
+    let asked = &subject.recipe.report;
+    let prompt = asked.prompt_tokens;
+    let base =
+        ModelShape::with_adapters(subject.architecture, &[], false, subject.recipe.model.dtype)?;
+    let before = request(subject, &base, prompt);
+    let shown = |model, request: Request| served(subject, model, request);
+    let models = match subject.target {
         Target::Lora { .. } => vec![
             shown(ServedModel::Base, before),
             shown(
                 ServedModel::Adapter,
-                request(prepared, &prepared.shape, prompt),
+                request(subject, subject.shape, prompt),
             ),
             shown(ServedModel::Merged, before),
         ],
@@ -84,11 +86,11 @@ pub(super) fn inference(
         ],
     };
     let own = before.whole.joules();
-    let alternative = alternative(prepared, &base, own, fine_tuning);
+    let alternative = alternative(subject, &base, own, fine_tuning);
     let saved = alternative
         .as_ref()
         .and_then(|other| other.pays_after_requests);
-    let rates = prepared.budget.rates();
+    let rates = subject.budget.rates();
     let year = asked.requests_per_day.map(|requests_per_day| {
         let requests = requests_per_day * DAYS;
         let energy = own * requests;
@@ -98,34 +100,34 @@ pub(super) fn inference(
             requests,
             energy_j: energy,
             gco2e: carbon(energy, rates.pue, rates.grid),
-            bounds: Some(bounds_of(prepared, energy)),
+            bounds: Some(bounds_of(subject, energy)),
             share_of_life_cycle: energy / whole,
             fine_tuning_share: fine_tuning / whole,
             pays_after_days: saved.map(|requests| requests as f64 / requests_per_day),
         }
     });
-    let mut assumptions = assumptions(prepared, alternative.as_ref());
+    let mut assumptions = assumptions(subject, alternative.as_ref());
     if meter != MeterKind::Counted {
         assumptions.push(format!(
             "requests are held against what was counted of the fine-tuning ({fine_tuning}), not against its {} energy",
             meter.as_str()
         ));
     }
-    Ok(Ok(Inference {
-        device: prepared.profile.name.clone(),
+    Ok(Inference {
+        device: subject.profile.name.clone(),
         prompt_tokens: prompt as u64,
-        generated_tokens: generated as u64,
+        generated_tokens: asked.generated_tokens as u64,
         models,
         alternative,
         year,
         assumptions,
-    }))
+    })
 }
 
 /// A request with `prompt` tokens before the generated ones; the prompt's own logits give the first of them.
-fn request(prepared: &Prepared, shape: &ModelShape, prompt: usize) -> Request {
-    let profile = &prepared.profile;
-    let further = prompt..prompt + prepared.recipe.report.generated_tokens - 1;
+fn request(subject: &Subject<'_>, shape: &ModelShape, prompt: usize) -> Request {
+    let profile = subject.profile;
+    let further = prompt..prompt + subject.recipe.report.generated_tokens - 1;
     Request::of(
         profile.charge(&shape.prefill(prompt)),
         further.map(|before| profile.charge(&shape.decoding(before))),
@@ -133,20 +135,20 @@ fn request(prepared: &Prepared, shape: &ModelShape, prompt: usize) -> Request {
 }
 
 /// A model of which only the size is known: every weight in one product, attention left out.
-fn larger_request(prepared: &Prepared, model: &LargerModel) -> Request {
-    let (profile, precision) = (&prepared.profile, prepared.recipe.model.dtype);
+fn larger_request(subject: &Subject<'_>, model: &LargerModel) -> Request {
+    let (profile, precision) = (subject.profile, subject.recipe.model.dtype);
     let side = model.parameters.0.sqrt().round().max(1.0) as usize;
     let charge = |tokens| profile.charge(&Work::product(tokens, side, side, precision));
-    let further = prepared.recipe.report.generated_tokens - 1;
+    let further = subject.recipe.report.generated_tokens - 1;
     Request::of(
-        charge(prepared.recipe.report.prompt_tokens),
+        charge(subject.recipe.report.prompt_tokens),
         std::iter::repeat_n(charge(1), further),
     )
 }
 
-fn served(prepared: &Prepared, model: ServedModel, request: Request) -> Served {
-    let rates = prepared.budget.rates();
-    let per_1000_tokens_j = per_1000(prepared, request);
+fn served(subject: &Subject<'_>, model: ServedModel, request: Request) -> Served {
+    let rates = subject.budget.rates();
+    let per_1000_tokens_j = per_1000(subject, request);
     Served {
         model,
         request_flops: request.flops,
@@ -154,38 +156,34 @@ fn served(prepared: &Prepared, model: ServedModel, request: Request) -> Served {
         request_j: request.whole.joules(),
         per_1000_tokens_j,
         per_1000_tokens_gco2e: carbon(per_1000_tokens_j, rates.pue, rates.grid),
-        per_1000_tokens_bounds: Some(bounds_of(prepared, per_1000_tokens_j)),
+        per_1000_tokens_bounds: Some(bounds_of(subject, per_1000_tokens_j)),
     }
 }
 
 /// The bounds of a counted energy, and of its emissions on the recipe's grid.
-fn bounds_of(prepared: &Prepared, energy: Joules) -> Bounds {
+fn bounds_of(subject: &Subject<'_>, energy: Joules) -> Bounds {
     let energy = Interval::counted(energy);
-    let carbon = carbon_block(prepared, energy, Seconds::ZERO);
-    let (low_gco2e, high_gco2e) = (
-        carbon.low_gco2e.unwrap_or(carbon.gco2e),
-        carbon.high_gco2e.unwrap_or(carbon.gco2e),
-    );
+    let gco2e = emissions(energy, subject.grid, subject.budget.rates());
     Bounds {
         low_j: energy.low,
         high_j: energy.high,
-        low_gco2e,
-        high_gco2e,
+        low_gco2e: gco2e.low,
+        high_gco2e: gco2e.high,
     }
 }
 
-fn per_1000(prepared: &Prepared, request: Request) -> Joules {
-    request.whole.joules() * (1000.0 / prepared.recipe.report.generated_tokens as f64)
+fn per_1000(subject: &Subject<'_>, request: Request) -> Joules {
+    request.whole.joules() * (1000.0 / subject.recipe.report.generated_tokens as f64)
 }
 
 /// The larger model of the recipe; else the base model with examples before its prompt, as many as fit. `None` where not one fits.
 fn alternative(
-    prepared: &Prepared,
+    subject: &Subject<'_>,
     base: &ModelShape,
     own: Joules,
     fine_tuning: Joules,
 ) -> Option<Alternative> {
-    let asked = &prepared.recipe.report;
+    let asked = &subject.recipe.report;
     let (kind, name, parameters, prompt, request) = match &asked.larger_model {
         Some(model) => {
             let is_an_id = model.name.contains('/');
@@ -193,7 +191,7 @@ fn alternative(
                 true => format!("{} ({} parameters)", model.name, model.parameters),
                 false => format!("a model of {} parameters", model.parameters),
             };
-            let request = larger_request(prepared, model);
+            let request = larger_request(subject, model);
             (
                 AlternativeKind::LargerModel,
                 name,
@@ -203,10 +201,10 @@ fn alternative(
             )
         }
         None => {
-            let room = prepared.architecture.max_position_embeddings
+            let room = subject.architecture.max_position_embeddings
                 - asked.prompt_tokens
                 - asked.generated_tokens;
-            let example = example_tokens(prepared);
+            let example = example_tokens(subject);
             let examples = asked.few_shot_examples.min(room / example);
             if examples == 0 {
                 return None;
@@ -214,18 +212,18 @@ fn alternative(
             let prompt = asked.prompt_tokens + examples * example;
             let plural = if examples == 1 { "example" } else { "examples" };
             let name = format!("the base model with {examples} {plural} in its prompt");
-            let request = request(prepared, base, prompt);
+            let request = request(subject, base, prompt);
             (
                 AlternativeKind::FewShot,
                 name,
-                prepared.architecture.parameters(),
+                subject.architecture.parameters(),
                 prompt,
                 request,
             )
         }
     };
     let saved = request.whole.joules() - own;
-    let (rates, per_1000_tokens_j) = (prepared.budget.rates(), per_1000(prepared, request));
+    let (rates, per_1000_tokens_j) = (subject.budget.rates(), per_1000(subject, request));
     Some(Alternative {
         kind,
         name,
@@ -234,30 +232,30 @@ fn alternative(
         request_j: request.whole.joules(),
         per_1000_tokens_j,
         per_1000_tokens_gco2e: Some(carbon(per_1000_tokens_j, rates.pue, rates.grid)),
-        per_1000_tokens_bounds: Some(bounds_of(prepared, per_1000_tokens_j)),
+        per_1000_tokens_bounds: Some(bounds_of(subject, per_1000_tokens_j)),
         saved_per_request_j: saved,
         pays_after_requests: (saved.0 > 0.0).then(|| (fine_tuning / saved).ceil() as u64),
     })
 }
 
 /// Tokens of a training record, on average and rounded up.
-fn example_tokens(prepared: &Prepared) -> usize {
-    let counts = &prepared.train.counts;
+fn example_tokens(subject: &Subject<'_>) -> usize {
+    let counts = subject.counts;
     counts.tokens.div_ceil(counts.examples.max(1)).max(1) as usize
 }
 
-fn assumptions(prepared: &Prepared, alternative: Option<&Alternative>) -> Vec<String> {
-    let asked = &prepared.recipe.report;
+fn assumptions(subject: &Subject<'_>, alternative: Option<&Alternative>) -> Vec<String> {
+    let asked = &subject.recipe.report;
     let mut all = vec![
         format!(
             "one request at a time in {} on {}, keys and values cached, as many as its {} tokens at its end",
-            prepared.recipe.model.dtype.as_str(),
-            prepared.profile.name,
+            subject.recipe.model.dtype.as_str(),
+            subject.profile.name,
             asked.prompt_tokens + asked.generated_tokens
         ),
         "a server that answers many requests at once takes less for each".to_string(),
     ];
-    if !prepared.whole_model() {
+    if !subject.target.is_whole_model() {
         all.push("a merged model executes what the base model does; the requests below are taken to be merged".to_string());
     }
     match alternative.map(|other| other.kind) {
@@ -266,7 +264,7 @@ fn assumptions(prepared: &Prepared, alternative: Option<&Alternative>) -> Vec<St
         }
         Some(AlternativeKind::FewShot) => all.push(format!(
             "no `larger_model` is given in [report], so the base model with examples stands in; an example is {} tokens, the mean training record",
-            example_tokens(prepared)
+            example_tokens(subject)
         )),
         None => all.push("no `larger_model` is given in [report], and not one example fits the base model's prompt".into()),
     }

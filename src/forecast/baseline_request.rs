@@ -5,9 +5,10 @@
 
 use serde::Serialize;
 
-use crate::energy::accelerator::Power;
-use crate::energy::training_cost::estimate;
-use crate::energy::{Accelerator, Estimate, Grid, Job, Method, PublishedRun};
+use super::accelerator::{Accelerator, Power};
+use super::published::PublishedRun;
+use super::training_cost::{Estimate, Job, Method, estimate};
+use crate::energy::Grid;
 use crate::error::{Error, Kind, Result};
 use crate::units::{Count, Flops, Pue, Seconds, Watts};
 

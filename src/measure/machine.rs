@@ -1,0 +1,55 @@
+//! Memory, disk and processor name of this machine; `None` where the system does not say.
+
+use std::path::Path;
+
+use crate::units::Bytes;
+
+/// Brand string of the first processor, or "unknown".
+pub fn cpu_name() -> String {
+    let brand = sysinfo::System::new().ok().and_then(|mut system| {
+        system.refresh_cpu_all();
+        let cpu = system.cpus().first()?;
+        Some(cpu.brand().trim().to_string())
+    });
+    brand.unwrap_or_else(|| "unknown".to_string())
+}
+
+/// The largest resident memory of this process so far; `None` where the system does not say.
+pub fn peak_rss() -> Option<Bytes> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(Bytes(kibibytes * 1024))
+}
+
+/// Memory that can still be taken, and the machine's whole; `None` where the system does not say.
+pub fn memory() -> Option<(Bytes, Bytes)> {
+    let mut system = sysinfo::System::new().ok()?;
+    system.refresh_memory();
+    let (free, all) = match system.cgroup_limits() {
+        Some(limits) if limits.total_memory > 0 => (
+            limits.free_memory.min(system.available_memory()),
+            limits.total_memory,
+        ),
+        _ => (system.available_memory(), system.total_memory()),
+    };
+    (all > 0).then_some((Bytes(free), Bytes(all)))
+}
+
+/// Memory that can still be taken.
+pub fn free_memory() -> Option<Bytes> {
+    memory().map(|(free, _)| free)
+}
+
+/// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not say.
+pub fn free_disk(path: &Path) -> Option<Bytes> {
+    let path = std::path::absolute(path).ok()?;
+    let existing = path.ancestors().find(|p| p.exists())?.canonicalize().ok()?;
+    let disks = sysinfo::Disks::new_with_refreshed_list().ok()?;
+    let holds = disks
+        .iter()
+        .filter(|disk| existing.starts_with(disk.mount_point()));
+    holds
+        .max_by_key(|disk| disk.mount_point().as_os_str().len())
+        .map(|disk| Bytes(disk.available_space()))
+}
