@@ -15,7 +15,7 @@ use wattune::ops::{
     Attention, Context, Gradients, Head, Linear, Lora, Parameters, RmsNorm, Segments, Weight,
     instruction_set, swiglu, swiglu_backward,
 };
-use wattune::work::{Precision, Tally};
+use wattune::work::{Precision, WorkCounter};
 
 const TOKENS: usize = 1024;
 const HIDDEN: usize = 576;
@@ -77,7 +77,7 @@ impl Peaks {
     }
 }
 
-/// Times `run` and prints what it executed by its own tally, against the peak that binds it.
+/// Times `run` and prints what it executed by its own counter, against the peak that binds it.
 fn line(
     name: &str,
     precision: Precision,
@@ -89,13 +89,13 @@ fn line(
     if !name.contains(wanted) {
         return;
     }
-    let tally = Tally::default();
-    let context = Context::new(&tally, precision);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, precision);
     run(context);
-    let work = tally.take();
+    let work = counter.take();
     let seconds = best(|| run(context));
     let bytes: u64 = work
-        .each_sweep()
+        .iter_sweeps()
         .map(|(bytes, count)| bytes.0 * count)
         .sum();
     let (flops, bytes) = (work.flops() as f64 / seconds, bytes as f64 / seconds);
@@ -178,7 +178,12 @@ fn linears(precision: Precision, wanted: &str, peaks: &Peaks) {
             },
         );
         let (_, saved) = linear
-            .forward(Context::new(&Tally::default(), precision), &x, None, None)
+            .forward(
+                Context::new(&WorkCounter::default(), precision),
+                &x,
+                None,
+                None,
+            )
             .expect("forward");
         line(
             &format!("linear {name} backward"),
@@ -208,7 +213,7 @@ fn attentions(precision: Precision, wanted: &str, peaks: &Peaks) {
         window: None,
     };
     for length in [256, 1024] {
-        let segments = Segments::of_lengths(vec![length; TOKENS / length]);
+        let segments = Segments::from_lengths(vec![length; TOKENS / length]);
         let (q, kv) = (
             random(&[TOKENS, HIDDEN], DType::F32),
             random(&[TOKENS, 192], DType::F32),
@@ -224,10 +229,10 @@ fn attentions(precision: Precision, wanted: &str, peaks: &Peaks) {
                     .expect("forward");
             },
         );
-        let tally = Tally::default();
+        let counter = WorkCounter::default();
         let (_, saved) = attention
             .forward(
-                Context::new(&tally, precision),
+                Context::new(&counter, precision),
                 q.clone(),
                 kv.clone(),
                 kv,
@@ -279,9 +284,9 @@ fn elementwise(precision: Precision, wanted: &str, peaks: &Peaks) {
     line("rms_norm forward", precision, wanted, peaks, |context| {
         norm.forward(context, &x).expect("forward");
     });
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let (_, saved) = norm
-        .forward(Context::new(&tally, precision), &x)
+        .forward(Context::new(&counter, precision), &x)
         .expect("forward");
     line("rms_norm backward", precision, wanted, peaks, |context| {
         norm.backward(context, &x, &saved, None, &mut Gradients::new(0))
@@ -291,7 +296,7 @@ fn elementwise(precision: Precision, wanted: &str, peaks: &Peaks) {
     line("swiglu forward", precision, wanted, peaks, |context| {
         swiglu(context, &gate, &gate).expect("forward");
     });
-    let (_, saved) = swiglu(Context::new(&tally, precision), &gate, &gate).expect("forward");
+    let (_, saved) = swiglu(Context::new(&counter, precision), &gate, &gate).expect("forward");
     line("swiglu backward", precision, wanted, peaks, |context| {
         swiglu_backward(context, &gate, &saved).expect("backward");
     });
@@ -309,10 +314,10 @@ fn large_product(precision: Precision) -> f64 {
         },
         random(&[SIDE, SIDE], DType::F32),
     );
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let seconds = best(|| {
         linear
-            .forward(Context::new(&tally, precision), &x, None, None)
+            .forward(Context::new(&counter, precision), &x, None, None)
             .expect("a product");
     });
     (2 * SIDE * SIDE * SIDE) as f64 / seconds

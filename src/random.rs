@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 /// What random numbers are for: streams of different uses never meet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Use {
+pub enum Purpose {
     /// The first values of LoRA's A.
     AdapterInit,
     /// Dropout masks.
@@ -25,7 +25,7 @@ pub enum Use {
     Probe,
 }
 
-impl Use {
+impl Purpose {
     /// Its word in the key. A change changes every run's numbers.
     fn tag(self) -> &'static str {
         match self {
@@ -46,14 +46,14 @@ impl Use {
 ///
 /// ```
 /// use rand_chacha::rand_core::Rng;
-/// use wattune::random::{Use, stream};
-/// let mut a = stream(42, Use::Dropout, &[7, 3], "model.layers.0.mlp.up_proj");
-/// let mut b = stream(42, Use::Dropout, &[7, 3], "model.layers.0.mlp.up_proj");
+/// use wattune::random::{Purpose, stream};
+/// let mut a = stream(42, Purpose::Dropout, &[7, 3], "model.layers.0.mlp.up_proj");
+/// let mut b = stream(42, Purpose::Dropout, &[7, 3], "model.layers.0.mlp.up_proj");
 /// assert_eq!(a.next_u64(), b.next_u64());
 /// ```
-pub fn stream(seed: u64, use_: Use, words: &[u64], name: &str) -> ChaCha8Rng {
+pub fn stream(seed: u64, purpose: Purpose, words: &[u64], name: &str) -> ChaCha8Rng {
     let mut hash = Sha256::new();
-    hash.update(use_.tag());
+    hash.update(purpose.tag());
     hash.update([0]);
     hash.update(seed.to_le_bytes());
     hash.update((words.len() as u64).to_le_bytes());
@@ -71,16 +71,16 @@ mod tests {
 
     #[test]
     fn every_part_of_the_key_counts() {
-        let keys: [(u64, Use, &[u64], &str); 8] = [
-            (1, Use::Dropout, &[7, 3], "q"),
-            (2, Use::Dropout, &[7, 3], "q"),
-            (1, Use::Shuffle, &[7, 3], "q"),
-            (1, Use::Dropout, &[3, 7], "q"),
-            (1, Use::Dropout, &[7], "q"),
-            (1, Use::Dropout, &[7, 3], "k"),
-            (1, Use::Dropout, &[], ""),
+        let keys: [(u64, Purpose, &[u64], &str); 8] = [
+            (1, Purpose::Dropout, &[7, 3], "q"),
+            (2, Purpose::Dropout, &[7, 3], "q"),
+            (1, Purpose::Shuffle, &[7, 3], "q"),
+            (1, Purpose::Dropout, &[3, 7], "q"),
+            (1, Purpose::Dropout, &[7], "q"),
+            (1, Purpose::Dropout, &[7, 3], "k"),
+            (1, Purpose::Dropout, &[], ""),
             // Eight bytes of name must not pass for a word.
-            (1, Use::Dropout, &[7], "\u{3}\0\0\0\0\0\0\0q"),
+            (1, Purpose::Dropout, &[7], "\u{3}\0\0\0\0\0\0\0q"),
         ];
         let mut first: Vec<u64> = keys
             .iter()
@@ -95,7 +95,7 @@ mod tests {
     fn the_numbers_are_chacha8_of_the_hashed_key() {
         // From scripts/random_stream.py, which holds a ChaCha8 of its own.
         assert_eq!(
-            stream(42, Use::Shuffle, &[1], "x").next_u64(),
+            stream(42, Purpose::Shuffle, &[1], "x").next_u64(),
             0xb236_03e3_2c59_32ec
         );
     }

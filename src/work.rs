@@ -1,6 +1,6 @@
 //! What a computation executes: counted, never guessed.
 //!
-//! Owns `Work`, a multiset of matrix products and memory sweeps, and `Tally`, the counter an op adds to as it runs. Both
+//! Owns `Work`, a multiset of matrix products and memory sweeps, and `WorkCounter`, the counter an op adds to as it runs. Both
 //! `plan` and the running ops build it from the same cost functions, so that forecast and execution can be compared for
 //! equality. Knows nothing about devices: joules and bytes per memory level are what a device profile makes of a `Work`.
 
@@ -147,7 +147,7 @@ impl Work {
     }
 
     /// Each distinct product and how often it ran.
-    pub fn each_product(&self) -> impl Iterator<Item = (Product, u64)> + '_ {
+    pub fn iter_products(&self) -> impl Iterator<Item = (Product, u64)> + '_ {
         self.products
             .iter()
             .map(|(product, count)| (*product, *count))
@@ -159,7 +159,7 @@ impl Work {
     }
 
     /// Each distinct memory pass (its bytes) and how often it ran.
-    pub fn each_sweep(&self) -> impl Iterator<Item = (Bytes, u64)> + '_ {
+    pub fn iter_sweeps(&self) -> impl Iterator<Item = (Bytes, u64)> + '_ {
         self.sweeps
             .iter()
             .map(|(bytes, count)| (Bytes(*bytes), *count))
@@ -195,9 +195,9 @@ impl std::iter::Sum for Work {
 
 /// A counter that running ops add to.
 #[derive(Debug, Default)]
-pub struct Tally(Mutex<Work>);
+pub struct WorkCounter(Mutex<Work>);
 
-impl Tally {
+impl WorkCounter {
     /// Adds executed work.
     pub fn add(&self, work: Work) {
         *self.lock() += &work;
@@ -232,10 +232,10 @@ mod tests {
     }
 
     #[test]
-    fn a_tally_is_emptied_by_taking() {
-        let tally = Tally::default();
-        tally.add(Work::product(2, 2, 2, Precision::Bf16));
-        assert_eq!(tally.take().flops(), 16);
-        assert_eq!(tally.take(), Work::default());
+    fn a_counter_is_emptied_by_taking() {
+        let counter = WorkCounter::default();
+        counter.add(Work::product(2, 2, 2, Precision::Bf16));
+        assert_eq!(counter.take().flops(), 16);
+        assert_eq!(counter.take(), Work::default());
     }
 }

@@ -12,7 +12,7 @@ use wattune::model::{
     Architecture, Batch, Decoder, ModelShape, Recompute, Session, WeightSource, Weights,
 };
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters, Weight};
-use wattune::work::{Precision, Tally};
+use wattune::work::{Precision, WorkCounter};
 
 /// What the whole project is held to.
 const TOLERANCE: f32 = 1e-4;
@@ -240,8 +240,8 @@ fn near(what: &str, found: f64, golden: f64) {
 }
 
 /// Both ways every op can run.
-fn contexts(tally: &Tally) -> [Context<'_>; 2] {
-    let fused = Context::new(tally, Precision::F32);
+fn contexts(counter: &WorkCounter) -> [Context<'_>; 2] {
+    let fused = Context::new(counter, Precision::F32);
     [
         fused,
         Context {
@@ -258,8 +258,8 @@ const LOGITS_ONLY: [&str; 4] = ["linear", "dynamic", "yarn", "mistral"];
 fn logits_equal_those_of_transformers() {
     for name in FULL.into_iter().chain(LOGITS_ONLY) {
         let golden = Golden::open(name);
-        let tally = Tally::default();
-        for context in contexts(&tally) {
+        let counter = WorkCounter::default();
+        for context in contexts(&counter) {
             let decoder = golden.frozen();
             for s in 0..golden.lengths().len() {
                 let logits = decoder.logits(context, &golden.batch(&[s])).unwrap();
@@ -278,8 +278,8 @@ fn logits_equal_those_of_transformers() {
 fn a_text_read_token_by_token_has_the_logits_of_the_whole() {
     for name in FULL {
         let golden = Golden::open(name);
-        let tally = Tally::default();
-        for context in contexts(&tally) {
+        let counter = WorkCounter::default();
+        for context in contexts(&counter) {
             let (decoder, _) = golden.adapted();
             let tokens: Vec<u32> = golden
                 .list("input_ids")
@@ -343,8 +343,8 @@ fn loss_and_gradients(
 fn losses_and_every_gradient_equal_those_of_peft() {
     for name in FULL {
         let golden = Golden::open(name);
-        let tally = Tally::default();
-        for context in contexts(&tally) {
+        let counter = WorkCounter::default();
+        for context in contexts(&counter) {
             for (kind, (decoder, parameters)) in
                 [("adapter", golden.adapted()), ("base", golden.trained())]
             {
@@ -382,8 +382,8 @@ fn losses_and_every_gradient_equal_those_of_peft() {
 fn ten_adamw_steps_equal_those_of_torch() {
     for name in FULL {
         let golden = Golden::open(name);
-        let tally = Tally::default();
-        for context in contexts(&tally) {
+        let counter = WorkCounter::default();
+        for context in contexts(&counter) {
             let (decoder, parameters) = golden.adapted();
             let batch = golden.batch(&[0, 1]);
             for (i, expected) in golden.json["steps"].as_array().unwrap().iter().enumerate() {
@@ -437,8 +437,8 @@ fn ten_adamw_steps_equal_those_of_torch() {
 #[test]
 fn eight_rows_at_once_and_one_by_one_give_the_same_gradients() {
     let golden = Golden::open("gqa");
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let (decoder, parameters) = golden.adapted();
     let slots = parameters.slots().len();
     let (_, together) = loss_and_gradients(
@@ -475,14 +475,14 @@ fn eight_rows_at_once_and_one_by_one_give_the_same_gradients() {
 fn the_forecast_is_what_was_executed() {
     for name in FULL {
         let golden = Golden::open(name);
-        let tally = Tally::default();
+        let counter = WorkCounter::default();
         let (lengths, batch) = (golden.lengths(), golden.batch(&[0, 1]));
         let loss_tokens = batch.loss_tokens();
         let lora =
             ModelShape::with_adapters(&golden.architecture, &golden.sites(), false, Precision::F32)
                 .unwrap();
         let full = ModelShape::fully_trained(&golden.architecture, Precision::F32).unwrap();
-        for context in contexts(&tally) {
+        for context in contexts(&counter) {
             for (shape, (decoder, parameters)) in
                 [(&lora, golden.adapted()), (&full, golden.trained())]
             {
@@ -495,14 +495,14 @@ fn the_forecast_is_what_was_executed() {
                         recompute,
                     );
                     assert_eq!(
-                        tally.take(),
+                        counter.take(),
                         shape.training(&lengths, loss_tokens, recompute),
                         "{name} {recompute:?}"
                     );
                 }
                 decoder.losses(context, &batch).unwrap();
                 assert_eq!(
-                    tally.take(),
+                    counter.take(),
                     shape.evaluation(&lengths, loss_tokens),
                     "{name}"
                 );
@@ -523,7 +523,7 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
     let batch = golden.batch(&which);
     let lengths: Vec<usize> = which.iter().map(|s| golden.lengths()[*s]).collect();
     assert!(lengths.iter().sum::<usize>() > 1500);
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())]
     {
         let slots = parameters.slots();
@@ -536,7 +536,7 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
                 pool.install(|| {
                     let context = Context {
                         reference,
-                        ..Context::new(&tally, Precision::F32)
+                        ..Context::new(&counter, Precision::F32)
                     };
                     let (mut gradients, nothing) = (Gradients::new(slots.len()), Recompute::NONE);
                     let losses = decoder
@@ -549,9 +549,9 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
                             &mut gradients,
                         )
                         .unwrap();
-                    let work = tally.take();
+                    let work = counter.take();
                     assert_eq!(decoder.losses(context, &batch).unwrap().len(), losses.len());
-                    (losses, gradients, (work, tally.take()))
+                    (losses, gradients, (work, counter.take()))
                 })
             };
             let (whole, [one, two, three]) =
@@ -594,16 +594,16 @@ fn bits(gradients: &Gradients, slots: usize) -> Vec<Vec<u32>> {
 fn gradients_are_the_same_bytes_however_many_blocks_are_computed_again() {
     let golden = Golden::open("gqa");
     let (decoder, parameters) = golden.adapted();
-    let (batch, slots, tally) = (
+    let (batch, slots, counter) = (
         golden.batch(&[0, 1]),
         parameters.slots().len(),
-        Tally::default(),
+        WorkCounter::default(),
     );
     for precision in [Precision::F32, Precision::Bf16] {
         for dropout in [None, Some((0.3, 5, 2))] {
             let of = |recompute| {
                 let mut gradients = Gradients::new(slots);
-                let context = Context::new(&tally, precision);
+                let context = Context::new(&counter, precision);
                 decoder
                     .losses_and_gradients(context, &batch, 0.1, recompute, dropout, &mut gradients)
                     .unwrap();
@@ -666,19 +666,19 @@ fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
         .unwrap();
         let shape =
             ModelShape::with_adapters(&golden.architecture, &sites, false, Precision::F32).unwrap();
-        let tally = Tally::default();
+        let counter = WorkCounter::default();
         let batch = golden.batch(&[0, 1]);
-        let context = Context::new(&tally, Precision::F32);
+        let context = Context::new(&counter, Precision::F32);
         let (loss, gradients) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NONE);
         assert_eq!(
-            tally.take(),
+            counter.take(),
             shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NONE),
             "{keep}"
         );
         // One block is computed again: the lowest that the walk comes to, and with it all of the work that is done twice.
         let (again, same) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::lowest(1));
         assert_eq!(
-            tally.take(),
+            counter.take(),
             shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::lowest(1)),
             "{keep}"
         );

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use serde_json::Value;
 use wattune::model::{Architecture, Batch, Decoder, Sampling, Session, WeightSource, Weights};
 use wattune::ops::{Context, Weight};
-use wattune::work::{Precision, Tally};
+use wattune::work::{Precision, WorkCounter};
 
 fn load(dir: &Path) -> Decoder {
     let architecture = Architecture::from_file(&dir.join("config.json")).unwrap();
@@ -52,10 +52,10 @@ fn check(model: &str, reference: bool) {
     let golden: Value =
         serde_json::from_slice(&std::fs::read(dir.join("reference/golden.json")).unwrap()).unwrap();
     let decoder = load(&dir);
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let context = Context {
         reference,
-        ..Context::new(&tally, Precision::F32)
+        ..Context::new(&counter, Precision::F32)
     };
 
     let stories = golden["stories"].as_array().unwrap();

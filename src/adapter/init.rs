@@ -5,7 +5,7 @@
 
 use rand_chacha::rand_core::Rng;
 
-use crate::random::{Use, stream};
+use crate::random::{Purpose, stream};
 
 /// A's first values, shape (r, in), row by row: uniform in [-b, b) with `b = 1 / sqrt(in_features)`.
 ///
@@ -13,7 +13,7 @@ use crate::random::{Use, stream};
 /// as zeros, so an untrained adapter changes nothing.
 pub fn kaiming_uniform(in_features: usize, r: usize, seed: u64, path: &str) -> Vec<f32> {
     let bound = 1.0 / (in_features as f32).sqrt();
-    let mut random = stream(seed, Use::AdapterInit, &[], path);
+    let mut random = stream(seed, Purpose::AdapterInit, &[], path);
     // 24 bits: as many as an f32 holds exactly.
     let unit = |bits: u32| (bits >> 8) as f32 / (1 << 24) as f32;
     (0..r * in_features)

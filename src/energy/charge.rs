@@ -150,10 +150,10 @@ pub(super) fn traffic(profile: &Profile, work: &Work) -> Traffic {
 /// Bytes that cross a cache of `capacity`; every operand and sweep in full where there is no cache at all.
 fn crossing(capacity: Option<u64>, work: &Work) -> Bytes {
     let products = work
-        .each_product()
+        .iter_products()
         .map(|(product, count)| product_crossing(capacity, &product).saturating_mul(count));
     let sweeps = work
-        .each_sweep()
+        .iter_sweeps()
         .filter(|(bytes, _)| capacity.is_none_or(|capacity| bytes.0 > capacity));
     let sweeps = sweeps.map(|(bytes, count)| bytes.0.saturating_mul(count));
     Bytes(
@@ -180,7 +180,7 @@ fn product_crossing(capacity: Option<u64>, product: &Product) -> u64 {
 /// Blocks of side one: an operand is fetched anew for each of its multiply-adds. Files and sweeps as they are.
 fn unreused(work: &Work) -> Bytes {
     let products = work
-        .each_product()
+        .iter_products()
         .map(|(Product { m, n, k, precision }, count)| {
             let fetched = (2 * precision.size())
                 .saturating_mul(m)
@@ -189,7 +189,7 @@ fn unreused(work: &Work) -> Bytes {
             fetched.saturating_add(4 * m * n).saturating_mul(count)
         });
     let sweeps = work
-        .each_sweep()
+        .iter_sweeps()
         .map(|(bytes, count)| bytes.0.saturating_mul(count));
     Bytes(
         products
@@ -202,7 +202,7 @@ fn unreused(work: &Work) -> Bytes {
 /// The time of `work` when the slowest of arithmetic, DRAM and each cache of known bandwidth decides.
 pub(super) fn roofline(profile: &Profile, work: &Work, bytes: &Traffic) -> Seconds {
     let products: f64 = work
-        .each_product()
+        .iter_products()
         .map(|(p, count)| p.flops() as f64 * count as f64 / profile.rate(p.precision))
         .sum();
     let compute = products + work.vector_flops() as f64 / profile.rate(Precision::F32);
@@ -214,7 +214,7 @@ pub(super) fn roofline(profile: &Profile, work: &Work, bytes: &Traffic) -> Secon
 
 fn arithmetic(profile: &Profile, work: &Work) -> Joules {
     let products: f64 = work
-        .each_product()
+        .iter_products()
         .map(|(p, count)| p.flops() as f64 * count as f64 * profile.pj_per_flop(p.precision))
         .sum();
     Joules((products + work.vector_flops() as f64 * profile.pj_per_flop(Precision::F32)) * 1e-12)

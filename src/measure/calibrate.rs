@@ -22,7 +22,7 @@ use crate::energy::{
 use crate::error::{Error, Result};
 use crate::ops::{Context, Linear, Weight, dtype};
 use crate::units::{Bytes, MicroJoules, Seconds, Watts};
-use crate::work::{Precision, Product, Tally};
+use crate::work::{Precision, Product, WorkCounter};
 
 /// Sides of the square products that are tried, until one takes long enough to be timed well.
 const SIDES: [usize; 6] = [256, 512, 1024, 2048, 4096, 8192];
@@ -359,11 +359,11 @@ fn warm_product(device: &Device, precision: Precision, each: Duration) -> Result
 impl WarmProduct {
     /// Wall time of `count` products, one after the other.
     fn seconds(&self, count: usize) -> Result<f64> {
-        let tally = Tally::default();
+        let counter = WorkCounter::default();
         let start = Instant::now();
         for _ in 0..count {
             self.linear
-                .forward(Context::new(&tally, self.precision), &self.x, None, None)?;
+                .forward(Context::new(&counter, self.precision), &self.x, None, None)?;
         }
         self.x.device().synchronize()?;
         Ok(start.elapsed().as_secs_f64())

@@ -32,7 +32,7 @@ impl Batch {
         targets: Vec<u32>,
         device: &Device,
     ) -> Result<Self> {
-        let segments = Segments::of_lengths(lengths.iter().copied());
+        let segments = Segments::from_lengths(lengths.iter().copied());
         let ids = Tensor::from_slice(tokens, tokens.len(), device)?;
         let loss_positions = Tensor::from_slice(loss_positions, loss_positions.len(), device)?;
         Ok(Self {
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     fn cut(lengths: &[usize]) -> Vec<Range<usize>> {
-        shard_ranges(Segments::of_lengths(lengths.iter().copied()).ranges())
+        shard_ranges(Segments::from_lengths(lengths.iter().copied()).ranges())
     }
 
     #[test]

@@ -6,11 +6,11 @@ use rand_chacha::rand_core::Rng;
 use super::linears::{LINEAR_NAMES, Linears, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Branch, Context, FeedForward, FeedForwardSaved, Gradients, Linear,
-    LinearInput, LinearSaved, Mask, Part, RmsNorm, RmsNormSaved, RopeTables, Segments,
+    Attention, AttentionSaved, Branch, Context, DropoutMask, FeedForward, FeedForwardSaved,
+    Gradients, Linear, LinearInput, LinearSaved, Part, RmsNorm, RmsNormSaved, RopeTables, Segments,
     backward_together,
 };
-use crate::random::{self, Use};
+use crate::random::{self, Purpose};
 
 /// A block's weights.
 #[derive(Debug)]
@@ -252,7 +252,13 @@ impl Block {
     }
 
     /// What dropout leaves of a layer's adapter's input, where there is any.
-    fn mask(&self, pass: Pass<'_>, linear: &Linear, name: &str, x: &LinearInput) -> Option<Mask> {
+    fn mask(
+        &self,
+        pass: Pass<'_>,
+        linear: &Linear,
+        name: &str,
+        x: &LinearInput,
+    ) -> Option<DropoutMask> {
         let dropout = pass.dropout.filter(|_| linear.lora.is_some())?;
         let (ranges, path, (rows, width)) = (
             pass.segments.ranges(),
@@ -260,16 +266,25 @@ impl Block {
             x.shape(),
         );
         let stream = |example: &u64| {
-            random::stream(dropout.seed, Use::Dropout, &[dropout.step, *example], &path)
+            random::stream(
+                dropout.seed,
+                Purpose::Dropout,
+                &[dropout.step, *example],
+                &path,
+            )
         };
         let streams: Vec<_> = dropout.examples.iter().map(stream).collect();
-        Some(Mask::draw((rows, width), dropout.p, |row, numbers| {
-            let segment = ranges.partition_point(|range| range.end <= row);
-            let mut stream = streams[segment].clone();
-            stream.set_word_pos(((row - ranges[segment].start) * width) as u128);
-            numbers
-                .iter_mut()
-                .for_each(|number| *number = stream.next_u32());
-        }))
+        Some(DropoutMask::sample(
+            (rows, width),
+            dropout.p,
+            |row, numbers| {
+                let segment = ranges.partition_point(|range| range.end <= row);
+                let mut stream = streams[segment].clone();
+                stream.set_word_pos(((row - ranges[segment].start) * width) as u128);
+                numbers
+                    .iter_mut()
+                    .for_each(|number| *number = stream.next_u32());
+            },
+        ))
     }
 }

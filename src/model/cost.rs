@@ -1,6 +1,6 @@
 //! `Architecture` and batch sizes -> `Work`: the forecast of what the decoder executes, op by op.
 //!
-//! Sums the very cost functions that the running ops add to the tally, so that forecast and execution are equal, not close.
+//! Sums the very cost functions that the running ops add to the counter, so that forecast and execution are equal, not close.
 
 use std::ops::Range;
 

@@ -10,9 +10,9 @@ use super::linears::LINEAR_NAMES;
 use crate::error::{Error, Result};
 use crate::ops::{
     Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding,
-    embedding_backward, put_rows, side_by_side, take_rows,
+    embedding_backward, gather_rows, par_map, scatter_rows,
 };
-use crate::work::{Precision, Tally, Work};
+use crate::work::{Precision, Work, WorkCounter};
 
 /// Where a decoder's tensors come from: `weight` by a tensor's name and shape, `lora` by a linear layer's path.
 pub struct WeightSource<'a> {
@@ -291,9 +291,9 @@ impl Decoder {
         let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
         drop((selected, h, norm, dh));
         context
-            .tally
+            .counter
             .add(scatter_cost(rows.0, batch.targets.len(), rows.1));
-        let mut dx = put_rows(context, &dx, &batch.loss_positions, rows.0)?;
+        let mut dx = scatter_rows(context, &dx, &batch.loss_positions, rows.0)?;
         for (layer, kept) in kept.into_iter().enumerate().rev() {
             let block = &self.blocks[layer];
             let saved = match kept {
@@ -339,11 +339,11 @@ impl Decoder {
 
     /// The rows of x that predict a target.
     fn gather_loss_rows(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        context.tally.add(gather_cost(
+        context.counter.add(gather_cost(
             batch.targets.len(),
             self.architecture.hidden_size,
         ));
-        take_rows(context, x, &batch.loss_positions)
+        gather_rows(context, x, &batch.loss_positions)
     }
 }
 
@@ -362,20 +362,20 @@ fn data_parallel<T: Send>(
     work: Work,
     run: impl Fn(Context<'_>, &Batch) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let own = Context {
-        tally: &tally,
+        counter: &counter,
         ..context
     };
-    let results = side_by_side(shards.iter(), |shard| run(own, shard))
+    let results = par_map(shards.iter(), |shard| run(own, shard))
         .into_iter()
         .collect();
     debug_assert_eq!(
         work.flops(),
-        tally.take().flops(),
+        counter.take().flops(),
         "parts execute the products of the whole"
     );
-    context.tally.add(work);
+    context.counter.add(work);
     results
 }
 

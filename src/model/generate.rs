@@ -7,7 +7,7 @@ use super::block::Pass;
 use super::decoder::Decoder;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Context, Linear, Segments, swiglu};
-use crate::random::{Use, stream};
+use crate::random::{Purpose, stream};
 
 /// Rows that a cache without room gets at least.
 const MORE: usize = 64;
@@ -81,7 +81,7 @@ impl<'a> Session<'a> {
 
     /// The whole prompt at once; returns the last token's (1, C).
     fn prefill(&mut self, tokens: &[u32]) -> Result<Tensor> {
-        let segments = Segments::of_lengths([tokens.len()]);
+        let segments = Segments::from_lengths([tokens.len()]);
         let rope = self
             .decoder
             .architecture()
@@ -186,7 +186,7 @@ impl Sampling {
         let kept = within.count().max(1);
         ranked.truncate(kept);
         let total: f64 = ranked.iter().map(weight).sum();
-        let mut left = stream(self.seed, Use::Sampling, &[index], "").random::<f64>() * total;
+        let mut left = stream(self.seed, Purpose::Sampling, &[index], "").random::<f64>() * total;
         let chosen = ranked.iter().find(|id| {
             left -= weight(id);
             left <= 0.0

@@ -13,7 +13,7 @@ use super::architecture::{Architecture, TensorShape};
 use super::stored::{StoredTensor, read_at};
 use crate::adapter::shards::{TensorEntry, read_headers};
 use crate::error::{Error, Kind, Result};
-use crate::random::{Use, stream};
+use crate::random::{Purpose, stream};
 
 /// Bytes at either end of a tensor that a fingerprint holds.
 const SAMPLE: usize = 4096;
@@ -182,7 +182,7 @@ pub fn random_tensor(name: &str, shape: &[usize], initializer_range: f64, seed: 
     if name.ends_with(".bias") {
         return vec![0.0; count];
     }
-    let mut random = stream(seed, Use::WeightInit, &[], name);
+    let mut random = stream(seed, Purpose::WeightInit, &[], name);
     let mut uniform = move || (f64::from(random.next_u32()) + 0.5) / 4_294_967_296.0;
     // Box and Muller 1958: two independent normal numbers from two uniform ones.
     let mut pairs = std::iter::repeat_with(move || {

@@ -2,15 +2,15 @@
 
 use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
 
-use super::host::{Host, expect};
-use super::simd::vectorized;
-use super::team::each;
+use super::parallel::par_for_each;
+use super::simd::dispatch;
+use super::storage::{CpuTensor, check_shape};
 use super::{Context, Parameters};
 use crate::error::Result;
 use crate::work::Work;
 
 /// Elements a parallel task takes; also the unit of the norm's partial sums, so that its bytes do not depend on the thread count.
-const CHUNK: usize = 64 * 1024;
+const ELEMENTS_PER_TASK: usize = 64 * 1024;
 
 /// One optimizer step's settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -55,8 +55,8 @@ impl AdamW {
         gradient: &Tensor,
         step: u64,
     ) -> Result<f64> {
-        expect("gradient", gradient, &[parameters.len()])?;
-        context.tally.add(adamw_cost(parameters.len()));
+        check_shape("gradient", gradient, &[parameters.len()])?;
+        context.counter.add(adamw_cost(parameters.len()));
         let norm = norm(gradient)?;
         if !norm.is_finite() {
             return Ok(norm);
@@ -89,9 +89,9 @@ impl AdamW {
 /// The Euclidean norm, summed in f64 by fixed chunks.
 fn norm(gradient: &Tensor) -> Result<f64> {
     let host_copy = gradient.to_device(&candle_core::Device::Cpu)?;
-    let host = Host::open(&host_copy)?;
+    let host = CpuTensor::borrow_f32(&host_copy)?;
     let square = |chunk: &[f32]| {
-        vectorized(
+        dispatch(
             #[inline(always)]
             |_| {
                 let (chunks, rest) = chunk.as_chunks::<8>();
@@ -110,9 +110,11 @@ fn norm(gradient: &Tensor) -> Result<f64> {
             },
         )
     };
-    let mut partial = vec![0.0; host.slice().len().div_ceil(CHUNK)];
-    each(
-        partial.iter_mut().zip(host.slice().chunks(CHUNK)),
+    let mut partial = vec![0.0; host.f32_slice().len().div_ceil(ELEMENTS_PER_TASK)];
+    par_for_each(
+        partial
+            .iter_mut()
+            .zip(host.f32_slice().chunks(ELEMENTS_PER_TASK)),
         |(partial, chunk)| *partial = square(chunk),
     );
     Ok(partial.iter().sum::<f64>().sqrt())
@@ -173,13 +175,13 @@ impl InplaceOp2 for Pass {
         let (value, moments) = state.split_at_mut(gradient.len());
         let (first, second) = moments.split_at_mut(gradient.len());
         let rows = value
-            .chunks_mut(CHUNK)
-            .zip(first.chunks_mut(CHUNK))
-            .zip(second.chunks_mut(CHUNK));
-        each(
-            rows.zip(gradient.chunks(CHUNK)),
+            .chunks_mut(ELEMENTS_PER_TASK)
+            .zip(first.chunks_mut(ELEMENTS_PER_TASK))
+            .zip(second.chunks_mut(ELEMENTS_PER_TASK));
+        par_for_each(
+            rows.zip(gradient.chunks(ELEMENTS_PER_TASK)),
             |(((value, first), second), gradient)| {
-                vectorized(
+                dispatch(
                     #[inline(always)]
                     |_| {
                         let numbers = value.iter_mut().zip(first).zip(second).zip(gradient);

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::host::{Host, ROWS_PER_TASK, uninitialized};
-use super::product::{Number, Values};
-use super::simd::vectorized;
-use super::team::each;
+use super::gemm::{CpuSlice, Element};
+use super::parallel::par_for_each;
+use super::simd::dispatch;
+use super::storage::{CpuTensor, ROWS_PER_TASK, uninit_vec};
 use crate::error::Result;
 
 /// Numbers whose bits are in one word.
@@ -18,7 +18,7 @@ const WORD: usize = 32;
 
 /// Which numbers of an input (N, in) are kept, and what they are multiplied by.
 #[derive(Debug, Clone)]
-pub struct Mask {
+pub struct DropoutMask {
     /// Row by row, each in whole words.
     kept: Arc<[u32]>,
     shape: (usize, usize),
@@ -26,22 +26,22 @@ pub struct Mask {
     scale: f32,
 }
 
-impl Mask {
+impl DropoutMask {
     /// For an input of `shape`, of which each number is dropped with probability `p` below 1. `draw` fills a row's numbers with uniform
     /// random bits: rows in any order, on all threads.
-    pub fn draw(shape: (usize, usize), p: f64, draw: impl Fn(usize, &mut [u32]) + Sync) -> Self {
+    pub fn sample(shape: (usize, usize), p: f64, draw: impl Fn(usize, &mut [u32]) + Sync) -> Self {
         let (rows, width) = shape;
         // The upper 24 bits as a number in [0, 1) lie below p.
         let least = (p * f64::from(1 << 24)).ceil() as u32;
         let words = width.div_ceil(WORD).max(1);
         let mut kept = vec![0; rows * words];
-        each(
+        par_for_each(
             kept.chunks_mut(words * ROWS_PER_TASK).enumerate(),
             |(task, kept)| {
                 let mut drawn = vec![0; words * WORD];
                 for (row, kept) in kept.chunks_exact_mut(words).enumerate() {
                     draw(task * ROWS_PER_TASK + row, &mut drawn[..width]);
-                    vectorized(
+                    dispatch(
                         #[inline(always)]
                         |_| {
                             for (kept, drawn) in kept.iter_mut().zip(drawn.as_chunks::<WORD>().0) {
@@ -71,15 +71,15 @@ impl Mask {
 
     /// x (N, in) on a CPU, masked.
     pub(super) fn of(&self, x: &Tensor) -> Result<Vec<f32>> {
-        Ok(match Host::open_any(x)?.values() {
-            Values::F32(x) => self.of_slice(x),
-            Values::Bf16(x) => self.of_slice(x),
+        Ok(match CpuTensor::borrow(x)?.slice() {
+            CpuSlice::F32(x) => self.of_slice(x),
+            CpuSlice::Bf16(x) => self.of_slice(x),
         })
     }
 
-    fn of_slice<T: Number>(&self, x: &[T]) -> Vec<f32> {
+    fn of_slice<T: Element>(&self, x: &[T]) -> Vec<f32> {
         // SAFETY: the loop writes every number.
-        let mut out = unsafe { uninitialized(x.len()) };
+        let mut out = unsafe { uninit_vec(x.len()) };
         self.apply::<false, T>(x, &mut out);
         out
     }
@@ -89,18 +89,18 @@ impl Mask {
         self.apply::<true, f32>(x, sum);
     }
 
-    fn apply<const ADD: bool, T: Number>(&self, x: &[T], out: &mut [f32]) {
+    fn apply<const ADD: bool, T: Element>(&self, x: &[T], out: &mut [f32]) {
         let (rows, width) = self.shape;
         assert!(
             x.len() == rows * width && out.len() == x.len(),
             "a mask has its input's shape"
         );
         let (words, part) = (width.div_ceil(WORD), (width * ROWS_PER_TASK).max(1));
-        each(
+        par_for_each(
             out.chunks_mut(part).zip(x.chunks(part)).enumerate(),
             |(task, (out, x))| {
                 let kept = &self.kept[task * ROWS_PER_TASK * words..];
-                vectorized(
+                dispatch(
                     #[inline(always)]
                     |_| {
                         for (row, (out, x)) in out
@@ -113,12 +113,12 @@ impl Mask {
                                 (out.as_chunks_mut::<WORD>(), x.as_chunks::<WORD>());
                             for (word, (out, x)) in out.iter_mut().zip(x).enumerate() {
                                 for i in 0..WORD {
-                                    let x = x[i].widen() * self.factor(kept[word], i);
+                                    let x = x[i].as_f32() * self.factor(kept[word], i);
                                     out[i] = if ADD { out[i] + x } else { x };
                                 }
                             }
                             for i in 0..out_rest.len() {
-                                let x = x_rest[i].widen() * self.factor(kept[words - 1], i);
+                                let x = x_rest[i].as_f32() * self.factor(kept[words - 1], i);
                                 out_rest[i] = if ADD { out_rest[i] + x } else { x };
                             }
                         }

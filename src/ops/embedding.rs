@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Context, Gradients, Weight, take_rows};
+use super::{Context, Gradients, Weight, gather_rows};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -19,8 +19,8 @@ pub fn embedding_backward_cost(n: usize, c: usize, v: usize) -> Work {
 /// ids (N) u32, table (V, C) -> (N, C) in f32.
 pub fn embedding(context: Context<'_>, ids: &Tensor, table: &Weight) -> Result<Tensor> {
     let (n, c) = (ids.dims1()?, table.tensor.dims2()?.1);
-    context.tally.add(embedding_cost(n, c));
-    Ok(take_rows(context, &table.tensor, ids)?.to_dtype(DType::F32)?)
+    context.counter.add(embedding_cost(n, c));
+    Ok(gather_rows(context, &table.tensor, ids)?.to_dtype(DType::F32)?)
 }
 
 /// Adds dx (N, C) to the rows of the trained table that `ids` named.
@@ -33,7 +33,7 @@ pub fn embedding_backward(
 ) -> Result<()> {
     let (v, c) = table.tensor.dims2()?;
     context
-        .tally
+        .counter
         .add(embedding_backward_cost(ids.dims1()?, c, v));
     let zeros = Tensor::zeros((v, c), DType::F32, dx.device())?;
     gradients.add(table, zeros.index_add(ids, dx, 0)?)

@@ -5,15 +5,16 @@
 
 use candle_core::{DType, Tensor};
 
-use super::dropout::Mask;
-use super::host::{
-    Host, ROWS_PER_TASK, expect, expect_shape, f32_contiguous, restored, tensor, uninitialized,
+use super::dropout::DropoutMask;
+use super::gemm::{
+    GemmTerm, Init, Lhs, MatRef, PackedLhs, gemm, gemm_by_packed, gemm_sum, skinny_gemm,
 };
-use super::product::{
-    Left, Matrix, Prepared, Start, Term, product, product_by, product_of_few, products,
-};
+use super::parallel::par_for_each;
 use super::residual::residual_cost;
-use super::team::each;
+use super::storage::{
+    CpuTensor, ROWS_PER_TASK, check_dims, check_shape, f32_tensor, load_activation,
+    to_f32_contiguous, uninit_vec,
+};
 use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -46,7 +47,7 @@ pub struct LinearInput {
     shape: (usize, usize),
     /// None where only the packed form was made.
     x: Option<Tensor>,
-    prepared: Prepared,
+    prepared: PackedLhs,
 }
 
 impl LinearInput {
@@ -57,17 +58,17 @@ impl LinearInput {
             return Ok(Self {
                 shape,
                 x: Some(x),
-                prepared: Prepared::default(),
+                prepared: PackedLhs::default(),
             });
         }
         let x = x.contiguous()?;
-        let prepared = Prepared::new(
+        let prepared = PackedLhs::new(
             context.precision,
-            &Host::open_any(&x)?.matrix(shape.0, shape.1),
+            &CpuTensor::borrow(&x)?.matrix(shape.0, shape.1),
         );
         // Where nothing was packed it is read as f32, by every layer.
         let x = if prepared.packed().is_none() {
-            restored(context, &x)?
+            load_activation(context, &x)?
         } else {
             x
         };
@@ -80,7 +81,7 @@ impl LinearInput {
 
     /// What was packed, and nothing else.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn packed(shape: (usize, usize), prepared: Prepared) -> Self {
+    pub(super) fn packed(shape: (usize, usize), prepared: PackedLhs) -> Self {
         Self {
             shape,
             x: None,
@@ -95,7 +96,7 @@ impl LinearInput {
 
     /// Its packed form, where there is one.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn prepared(&self) -> &Prepared {
+    pub(super) fn prepared(&self) -> &PackedLhs {
         &self.prepared
     }
 
@@ -104,32 +105,32 @@ impl LinearInput {
         self.x.as_ref().ok_or_else(only_packed)
     }
 
-    fn host(&self) -> Result<Option<Host<'_>>> {
-        self.x.as_ref().map(Host::open_any).transpose()
+    fn host(&self) -> Result<Option<CpuTensor<'_>>> {
+        self.x.as_ref().map(CpuTensor::borrow).transpose()
     }
 
     /// As the left side of products; `host` is its own.
-    pub(super) fn left<'a>(&self, host: &'a Option<Host<'_>>) -> Result<Left<'a>> {
+    pub(super) fn left<'a>(&self, host: &'a Option<CpuTensor<'_>>) -> Result<Lhs<'a>> {
         let (rows, columns) = self.shape;
-        match Left::prepared(rows, columns, &self.prepared) {
+        match Lhs::from_packed(rows, columns, &self.prepared) {
             Some(left) => Ok(left),
-            None => Ok(Left::of(
+            None => Ok(Lhs::with_packed(
                 host.as_ref().ok_or_else(only_packed)?.matrix(rows, columns),
-                Prepared::default(),
+                PackedLhs::default(),
             )),
         }
     }
 
     /// The rows of an adapter, (r, N), times this.
-    fn product_of_few(&self, precision: Precision, few: Matrix<'_>) -> Result<Vec<f32>> {
+    fn skinny_gemm(&self, precision: Precision, few: MatRef<'_>) -> Result<Vec<f32>> {
         let (rows, columns) = self.shape;
         if let Some(packed) = self.prepared.packed() {
-            return Ok(product_by(few, packed, columns));
+            return Ok(gemm_by_packed(few, packed, columns));
         }
-        Ok(product_of_few(
+        Ok(skinny_gemm(
             precision,
             few,
-            Host::open_any(self.tensor()?)?.matrix(rows, columns),
+            CpuTensor::borrow(self.tensor()?)?.matrix(rows, columns),
         ))
     }
 }
@@ -149,7 +150,7 @@ pub struct LinearSaved {
 
 #[derive(Debug, Clone)]
 struct Low {
-    mask: Option<Mask>,
+    mask: Option<DropoutMask>,
     xa: Tensor,
 }
 
@@ -266,7 +267,7 @@ impl Linear {
         &self,
         context: Context<'_>,
         x: &Tensor,
-        mask: Option<Mask>,
+        mask: Option<DropoutMask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         self.forward_prepared(context, &LinearInput::new(context, x.clone())?, mask, base)
@@ -277,12 +278,12 @@ impl Linear {
         &self,
         context: Context<'_>,
         input: &LinearInput,
-        mask: Option<Mask>,
+        mask: Option<DropoutMask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let shape = self.shape(input.shape.0, mask.is_some())?;
         self.expect_input(input)?;
-        context.tally.add(shape.forward_cost(context.precision));
+        context.counter.add(shape.forward_cost(context.precision));
         count_base(context, base, &[shape.tokens, shape.out_features])?;
         match &input.x {
             Some(x) if !context.fused(x) => self.forward_reference(context, x, mask, base),
@@ -291,7 +292,7 @@ impl Linear {
     }
 
     pub(super) fn expect_input(&self, x: &LinearInput) -> Result<()> {
-        expect_shape(
+        check_dims(
             "x",
             &[x.shape.0, x.shape.1],
             &[x.shape.0, self.weight.tensor.dims2()?.1],
@@ -331,7 +332,7 @@ impl Linear {
         &self,
         context: Context<'_>,
         x: &Tensor,
-        mask: Option<Mask>,
+        mask: Option<DropoutMask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let mut y = matmul(context, x, &self.weight.tensor.t()?)?;
@@ -356,7 +357,7 @@ impl Linear {
         &self,
         context: Context<'_>,
         input: &LinearInput,
-        mask: Option<Mask>,
+        mask: Option<DropoutMask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let ((n, _), o, precision) = (
@@ -364,43 +365,43 @@ impl Linear {
             self.weight.tensor.dims2()?.0,
             context.precision,
         );
-        let (host, w) = (input.host()?, Host::open_any(&self.weight.tensor)?);
+        let (host, w) = (input.host()?, CpuTensor::borrow(&self.weight.tensor)?);
         let left = input.left(&host)?;
         let adapter = self.low(context, input, &left, mask)?;
         let b = self
             .lora
             .as_ref()
-            .map(|lora| Host::open_any(&lora.b.tensor))
+            .map(|lora| CpuTensor::borrow(&lora.b.tensor))
             .transpose()?;
         let r = shape_of_a(self)?.0;
         let low = adapter.as_ref().zip(b.as_ref());
         let low = low.map(|((_, scaled), b)| {
             (
-                Left::new(precision, Matrix::of(scaled, n, r)),
+                Lhs::new(precision, MatRef::from_f32(scaled, n, r)),
                 b.matrix(o, r).t(),
             )
         });
-        let mut terms = vec![Term {
-            a: &left,
-            b: self.weight.matrix(&w)?.t(),
+        let mut terms = vec![GemmTerm {
+            lhs: &left,
+            rhs: self.weight.matrix(&w)?.t(),
         }];
-        terms.extend(low.as_ref().map(|(a, b)| Term { a, b: *b }));
+        terms.extend(low.as_ref().map(|(a, b)| GemmTerm { lhs: a, rhs: *b }));
         let bias = self
             .bias
             .as_ref()
-            .map(|bias| f32_contiguous(&bias.tensor))
+            .map(|bias| to_f32_contiguous(&bias.tensor))
             .transpose()?;
         let base = base.map(Tensor::contiguous).transpose()?;
         let (bias_host, base_host) = (
-            bias.as_ref().map(Host::open).transpose()?,
-            base.as_ref().map(Host::open).transpose()?,
+            bias.as_ref().map(CpuTensor::borrow_f32).transpose()?,
+            base.as_ref().map(CpuTensor::borrow_f32).transpose()?,
         );
         let start = match (&base_host, &bias_host) {
-            (Some(base), _) => Start::Matrix(base.slice()),
-            (None, Some(bias)) => Start::Row(bias.slice()),
-            (None, None) => Start::Zero,
+            (Some(base), _) => Init::Matrix(base.f32_slice()),
+            (None, Some(bias)) => Init::Bias(bias.f32_slice()),
+            (None, None) => Init::Zero,
         };
-        let mut y = tensor(products(&terms, start), (n, o))?;
+        let mut y = f32_tensor(gemm_sum(&terms, start), (n, o))?;
         if let (Some(_), Some(bias)) = (&base, &bias) {
             y = y.broadcast_add(bias)?;
         }
@@ -413,8 +414,8 @@ impl Linear {
         &self,
         context: Context<'_>,
         input: &LinearInput,
-        left: &Left<'_>,
-        mask: Option<Mask>,
+        left: &Lhs<'_>,
+        mask: Option<DropoutMask>,
     ) -> Result<Option<(LinearSaved, Vec<f32>)>> {
         let Some(lora) = &self.lora else {
             return Ok(None);
@@ -422,19 +423,19 @@ impl Linear {
         let ((n, i), (r, _), a) = (
             input.shape,
             lora.a.tensor.dims2()?,
-            Host::open_any(&lora.a.tensor)?,
+            CpuTensor::borrow(&lora.a.tensor)?,
         );
         let xa = match &mask {
-            None => products(
-                &[Term {
-                    a: left,
-                    b: a.matrix(r, i).t(),
+            None => gemm_sum(
+                &[GemmTerm {
+                    lhs: left,
+                    rhs: a.matrix(r, i).t(),
                 }],
-                Start::Zero,
+                Init::Zero,
             ),
-            Some(mask) => product(
+            Some(mask) => gemm(
                 context.precision,
-                Matrix::of(&mask.of(input.tensor()?)?, n, i),
+                MatRef::from_f32(&mask.of(input.tensor()?)?, n, i),
                 a.matrix(r, i).t(),
             ),
         };
@@ -443,7 +444,7 @@ impl Linear {
             LinearSaved {
                 low: Some(Low {
                     mask,
-                    xa: tensor(xa, (n, r))?,
+                    xa: f32_tensor(xa, (n, r))?,
                 }),
             },
             scaled,
@@ -478,26 +479,26 @@ pub fn backward_together(
     for (index, Branch { linear, dy, saved }) in branches.iter().enumerate() {
         let dropout = saved.low.as_ref().is_some_and(|low| low.mask.is_some());
         let shape = linear.shape(tokens, dropout)?;
-        expect_shape(
+        check_dims(
             "dy",
             &[dy.shape.0, dy.shape.1],
             &[tokens, shape.out_features],
         )?;
-        expect(
+        check_shape(
             "weight",
             &linear.weight.tensor,
             &[shape.out_features, in_features],
         )?;
         x.map_or(Ok(()), |x| {
-            expect_shape("x", &[x.shape.0, x.shape.1], &[tokens, in_features])
+            check_dims("x", &[x.shape.0, x.shape.1], &[tokens, in_features])
         })?;
         context
-            .tally
+            .counter
             .add(shape.backward_cost(context.precision, input_gradient));
         match (input_gradient, index) {
             (false, _) => {}
             (true, 0) => count_base(context, base, &[tokens, in_features])?,
-            (true, _) => context.tally.add(residual_cost(tokens, in_features)),
+            (true, _) => context.counter.add(residual_cost(tokens, in_features)),
         }
         if linear.keeps_input() && x.is_none() {
             return Err(Error::new(
@@ -576,11 +577,11 @@ impl Branch<'_> {
             let (precision, (n, o)) = (context.precision, self.dy.shape);
             let (i, dy, x) = (
                 x.shape.1,
-                Host::open_any(self.dy.tensor()?)?,
-                Host::open_any(x.tensor()?)?,
+                CpuTensor::borrow(self.dy.tensor()?)?,
+                CpuTensor::borrow(x.tensor()?)?,
             );
-            let dw = product(precision, dy.matrix(n, o).t(), x.matrix(n, i));
-            gradients.add(&self.linear.weight, tensor(dw, (o, i))?)?;
+            let dw = gemm(precision, dy.matrix(n, o).t(), x.matrix(n, i));
+            gradients.add(&self.linear.weight, f32_tensor(dw, (o, i))?)?;
         }
         self.bias(gradients)?;
         let (Some(x), Some(d_low)) = (x, self.outer_gradient(context, gradients)?) else {
@@ -601,23 +602,26 @@ impl Branch<'_> {
         };
         let ((n, o), (_, r), scaling) = (self.dy.shape, low.xa.dims2()?, lora.scaling as f32);
         let (b, xa, host) = (
-            Host::open_any(&lora.b.tensor)?,
-            Host::open(&low.xa)?,
+            CpuTensor::borrow(&lora.b.tensor)?,
+            CpuTensor::borrow_f32(&low.xa)?,
             self.dy.host()?,
         );
-        let mut d_low = products(
-            &[Term {
-                a: &self.dy.left(&host)?,
-                b: b.matrix(o, r),
+        let mut d_low = gemm_sum(
+            &[GemmTerm {
+                lhs: &self.dy.left(&host)?,
+                rhs: b.matrix(o, r),
             }],
-            Start::Zero,
+            Init::Zero,
         );
         d_low.iter_mut().for_each(|d| *d *= scaling);
         // By its transpose: rows of r, so that B's long side lies along the vectors.
         let db = self
             .dy
-            .product_of_few(context.precision, xa.matrix(n, r).t())?;
-        gradients.add(&lora.b, tensor(transposed(&db, (r, o), scaling), (o, r))?)?;
+            .skinny_gemm(context.precision, xa.matrix(n, r).t())?;
+        gradients.add(
+            &lora.b,
+            f32_tensor(transposed(&db, (r, o), scaling), (o, r))?,
+        )?;
         Ok(Some(d_low))
     }
 
@@ -633,16 +637,16 @@ impl Branch<'_> {
             return Ok(());
         };
         let r = low.xa.dims2()?.1;
-        let few = Matrix::of(d_low, n, r).t();
+        let few = MatRef::from_f32(d_low, n, r).t();
         let da = match &low.mask {
-            None => x.product_of_few(context.precision, few)?,
-            Some(mask) => product_of_few(
+            None => x.skinny_gemm(context.precision, few)?,
+            Some(mask) => skinny_gemm(
                 context.precision,
                 few,
-                Matrix::of(&mask.of(x.tensor()?)?, n, i),
+                MatRef::from_f32(&mask.of(x.tensor()?)?, n, i),
             ),
         };
-        gradients.add(&lora.a, tensor(da, (r, i))?)
+        gradients.add(&lora.a, f32_tensor(da, (r, i))?)
     }
 
     fn bias(&self, gradients: &mut Gradients) -> Result<()> {
@@ -664,13 +668,16 @@ fn input_gradients(
     let hosts = branches.iter().map(|branch| {
         Ok((
             branch.dy.host()?,
-            Host::open_any(&branch.linear.weight.tensor)?,
+            CpuTensor::borrow(&branch.linear.weight.tensor)?,
         ))
     });
     let hosts = hosts.collect::<Result<Vec<_>>>()?;
     let loras = branches.iter().map(|branch| branch.linear.lora.as_ref());
     let factors = loras
-        .map(|lora| lora.map(|lora| Host::open_any(&lora.a.tensor)).transpose())
+        .map(|lora| {
+            lora.map(|lora| CpuTensor::borrow(&lora.a.tensor))
+                .transpose()
+        })
         .collect::<Result<Vec<_>>>()?;
     let i = branches[0].linear.weight.tensor.dims2()?.1;
     let mut lefts = Vec::new();
@@ -678,22 +685,22 @@ fn input_gradients(
         let r = shape_of_a(branch.linear)?.0;
         let low = d_low
             .as_ref()
-            .map(|d_low| Left::new(precision, Matrix::of(d_low, n, r)));
+            .map(|d_low| Lhs::new(precision, MatRef::from_f32(d_low, n, r)));
         lefts.push((branch.dy.left(dy)?, low));
     }
     let (mut terms, mut apart) = (Vec::new(), Vec::new());
     for (index, (dy, low)) in lefts.iter().enumerate() {
         let Branch { linear, saved, .. } = &branches[index];
-        terms.push(Term {
-            a: dy,
-            b: linear.weight.matrix(&hosts[index].1)?,
+        terms.push(GemmTerm {
+            lhs: dy,
+            rhs: linear.weight.matrix(&hosts[index].1)?,
         });
         let (Some(low), Some(a)) = (low, &factors[index]) else {
             continue;
         };
-        let term = Term {
-            a: low,
-            b: a.matrix(shape_of_a(linear)?.0, i),
+        let term = GemmTerm {
+            lhs: low,
+            rhs: a.matrix(shape_of_a(linear)?.0, i),
         };
         match saved.low.as_ref().and_then(|low| low.mask.as_ref()) {
             None => terms.push(term),
@@ -701,16 +708,16 @@ fn input_gradients(
         }
     }
     let base = base.map(Tensor::contiguous).transpose()?;
-    let base = base.as_ref().map(Host::open).transpose()?;
-    let mut dx = products(
+    let base = base.as_ref().map(CpuTensor::borrow_f32).transpose()?;
+    let mut dx = gemm_sum(
         &terms,
         base.as_ref()
-            .map_or(Start::Zero, |base| Start::Matrix(base.slice())),
+            .map_or(Init::Zero, |base| Init::Matrix(base.f32_slice())),
     );
     for (term, mask) in apart {
-        mask.add(&products(&[term], Start::Zero), &mut dx);
+        mask.add(&gemm_sum(&[term], Init::Zero), &mut dx);
     }
-    tensor(dx, (n, i))
+    f32_tensor(dx, (n, i))
 }
 
 /// (r, in) of a layer's adapter; (0, 0) where there is none.
@@ -724,16 +731,16 @@ fn shape_of_a(linear: &Linear) -> Result<(usize, usize)> {
 /// Counts the addition of a `base` and refuses one of another shape.
 fn count_base(context: Context<'_>, base: Option<&Tensor>, shape: &[usize; 2]) -> Result<()> {
     let Some(base) = base else { return Ok(()) };
-    expect("base", base, shape)?;
-    context.tally.add(residual_cost(shape[0], shape[1]));
+    check_shape("base", base, shape)?;
+    context.counter.add(residual_cost(shape[0], shape[1]));
     Ok(())
 }
 
 /// x (rows, columns) -> `scale` x^T (columns, rows).
 fn transposed(x: &[f32], (rows, columns): (usize, usize), scale: f32) -> Vec<f32> {
     // SAFETY: the loop writes every number.
-    let mut out: Vec<f32> = unsafe { uninitialized(x.len()) };
-    each(
+    let mut out: Vec<f32> = unsafe { uninit_vec(x.len()) };
+    par_for_each(
         out.chunks_mut((rows * 4 * ROWS_PER_TASK).max(1))
             .enumerate(),
         |(index, out)| {
@@ -748,7 +755,7 @@ fn transposed(x: &[f32], (rows, columns): (usize, usize), scale: f32) -> Vec<f32
     out
 }
 
-fn masked(x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+fn masked(x: &Tensor, mask: Option<&DropoutMask>) -> Result<Tensor> {
     Ok(match mask {
         Some(mask) => (x.to_dtype(DType::F32)? * mask.tensor(x.device())?)?,
         None => x.clone(),

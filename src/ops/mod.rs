@@ -2,7 +2,7 @@
 //!
 //! Each op is one file or folder and one pair on plain tensors: `forward(x) -> (y, Saved)` and `backward(dy, Saved) -> (dx, gradients)`,
 //! as candle primitives (the reference, on any device), as a fused CPU pass where that pays, and with its cost. A running op adds
-//! to the context's tally the very value that its cost function predicts. Activations are (N, C): N tokens of all segments laid
+//! to the context's counter the very value that its cost function predicts. Activations are (N, C): N tokens of all segments laid
 //! end to end, C channels. Knows nothing of models.
 
 mod adamw;
@@ -11,18 +11,18 @@ mod cross_entropy;
 mod dropout;
 mod embedding;
 mod feed_forward;
-mod host;
+mod gather;
+mod gemm;
 mod linear;
+mod parallel;
 mod parameters;
-mod product;
 mod residual;
 mod rms_norm;
 mod rope;
-mod rows;
 mod segments;
 mod simd;
+mod storage;
 mod swiglu;
-mod team;
 
 pub use adamw::{AdamW, adamw_cost};
 pub use attention::{
@@ -30,29 +30,29 @@ pub use attention::{
     attention_forward_cost,
 };
 pub use cross_entropy::{Head, HeadShape};
-pub use dropout::Mask;
+pub use dropout::DropoutMask;
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
 pub use feed_forward::{FeedForward, FeedForwardSaved, Masks, Part};
+pub use gather::{gather_rows, scatter_rows};
 pub use linear::{Branch, Linear, LinearInput, LinearSaved, LinearShape, Lora, backward_together};
+pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
-pub use rows::{put_rows, take_rows};
 pub use segments::Segments;
 pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
-pub use team::side_by_side;
 
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 /// What every op needs beside its tensors.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
     /// Where executed work is counted.
-    pub tally: &'a Tally,
+    pub counter: &'a WorkCounter,
     /// Format of matrix-product inputs.
     pub precision: Precision,
     /// Always run the candle-primitive reference, also where a fused CPU pass exists: the oracle of tests.
@@ -61,9 +61,9 @@ pub struct Context<'a> {
 
 impl<'a> Context<'a> {
     /// The context of a normal run.
-    pub fn new(tally: &'a Tally, precision: Precision) -> Self {
+    pub fn new(counter: &'a WorkCounter, precision: Precision) -> Self {
         Self {
-            tally,
+            counter,
             precision,
             reference: false,
         }
@@ -77,7 +77,7 @@ impl<'a> Context<'a> {
 
 /// The instruction set whose tiles this processor multiplies with: `amx`, `avx512_bf16`, `avx512`, `avx2` or `portable`.
 pub fn instruction_set() -> &'static str {
-    product::best().name
+    gemm::best().name
 }
 
 /// The candle type of a precision.
@@ -92,26 +92,26 @@ pub fn dtype(precision: Precision) -> DType {
 #[cfg(test)]
 thread_local! {
     /// FLOPs of the products issued on this thread, from the arguments of the lowest calls: what tests hold the cost functions against.
-    static ISSUED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+    static FLOPS_ISSUED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
 /// Counts a product where it is issued, in tests; nothing otherwise.
-fn issue(_count: usize, _m: usize, _n: usize, _k: usize) {
+fn count_flops(_count: usize, _m: usize, _n: usize, _k: usize) {
     #[cfg(test)]
-    ISSUED.set(ISSUED.get() + (2 * _count * _m * _n * _k) as u64);
+    FLOPS_ISSUED.set(FLOPS_ISSUED.get() + (2 * _count * _m * _n * _k) as u64);
 }
 
 /// a (batch, m, k) b (batch, k, n) of one type, on any device.
 fn batched(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (count, m, k) = a.dims3()?;
-    issue(count, m, b.dims3()?.2, k);
+    count_flops(count, m, b.dims3()?.2, k);
     Ok(a.matmul(b)?)
 }
 
 /// `a (m, k) x b (k, n) -> (m, n)` in f32: inputs are rounded to the context's precision, sums are f32, and a result of 16-bit inputs
 /// is rounded to their precision once more.
 fn matmul(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    issue(1, a.dims2()?.0, b.dims2()?.1, a.dims2()?.1);
+    count_flops(1, a.dims2()?.0, b.dims2()?.1, a.dims2()?.1);
     let dtype = dtype(context.precision);
     let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
     Ok(a.matmul(&b)?.to_dtype(DType::F32)?)

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::host::{Host, expect};
-use super::product::{Matrix, Packings};
+use super::gemm::{MatRef, PackedWeightCache};
+use super::storage::{CpuTensor, check_shape};
 use crate::error::{Error, Kind, Result};
 
 /// A weight that ops read: frozen, or a view of a trained slot.
@@ -20,7 +20,7 @@ pub struct Weight {
     /// Which slot of the parameters it is; `None` where it is frozen.
     pub slot: Option<usize>,
     /// Its packed forms, where they stay.
-    pub(super) packings: Option<Arc<Packings>>,
+    pub(super) packings: Option<Arc<PackedWeightCache>>,
 }
 
 impl Weight {
@@ -41,9 +41,11 @@ impl Weight {
     }
 
     /// Its numbers, (rows, columns), from `host`, which is its own.
-    pub(super) fn matrix<'a>(&'a self, host: &'a Host<'_>) -> Result<Matrix<'a>> {
+    pub(super) fn matrix<'a>(&'a self, host: &'a CpuTensor<'_>) -> Result<MatRef<'a>> {
         let (rows, columns) = self.tensor.dims2()?;
-        Ok(host.matrix(rows, columns).keeping(self.packings.as_deref()))
+        Ok(host
+            .matrix(rows, columns)
+            .with_cache(self.packings.as_deref()))
     }
 
     /// Whether a gradient is wanted.
@@ -188,8 +190,8 @@ impl Parameters {
     /// What `read` makes of all three rows, which are not copied where they lie on the CPU.
     pub fn with_rows<T>(&self, read: impl FnOnce([&[f32]; 3]) -> Result<T>) -> Result<T> {
         let state = self.state.to_device(&Device::Cpu)?;
-        let host = Host::open(&state)?;
-        let (values, moments) = host.slice().split_at(self.len());
+        let host = CpuTensor::borrow_f32(&state)?;
+        let (values, moments) = host.f32_slice().split_at(self.len());
         let (first, second) = moments.split_at(self.len());
         read([values, first, second])
     }
@@ -269,7 +271,7 @@ impl Gradients {
                     format!("`{}` is trained but received no gradient", slot.name),
                 ));
             };
-            expect(&slot.name, gradient, &slot.shape)?;
+            check_shape(&slot.name, gradient, &slot.shape)?;
             parts.push(gradient.flatten_all()?.to_dtype(DType::F32)?);
         }
         Ok(Tensor::cat(&parts, 0)?)

@@ -3,13 +3,14 @@
 use candle_core::{D, DType, Device, Tensor};
 use half::bf16;
 
-use super::host::{
-    Host, ROWS_PER_TASK, Stored, expect, kept, narrow_into, restored, tensor, uninitialized,
-};
-use super::product::{Number, Values};
+use super::gemm::{CpuSlice, Element};
+use super::parallel::par_for_each;
 use super::residual::residual_cost;
-use super::simd::{self, vectorized};
-use super::team::each;
+use super::simd::{self, dispatch};
+use super::storage::{
+    CpuTensor, OutputElement, ROWS_PER_TASK, check_shape, f32_tensor, load_activation,
+    save_activation, to_bf16_into, uninit_vec,
+};
 use super::{Context, Gradients, Weight};
 use crate::error::Result;
 use crate::work::{Precision, Work};
@@ -46,13 +47,13 @@ impl RmsNorm {
         self.count(context, x)?;
         match context.fused(x) {
             true => {
-                Host::open(x)?;
+                CpuTensor::borrow_f32(x)?;
                 self.forward_cpu(context, x)
             }
             false => Ok((
                 self.forward_reference(x)?,
                 RmsNormSaved {
-                    x: kept(context, x)?,
+                    x: save_activation(context, x)?,
                 },
             )),
         }
@@ -63,14 +64,14 @@ impl RmsNorm {
         self.count(context, &saved.x)?;
         match context.fused(&saved.x) {
             true => Ok(self.forward_cpu(context, &saved.x)?.0),
-            false => self.forward_reference(&restored(context, &saved.x)?),
+            false => self.forward_reference(&load_activation(context, &saved.x)?),
         }
     }
 
     fn count(&self, context: Context<'_>, x: &Tensor) -> Result<()> {
         let (n, c) = x.dims2()?;
-        expect("weight", &self.weight.tensor, &[c])?;
-        context.tally.add(rms_norm_cost(n, c));
+        check_shape("weight", &self.weight.tensor, &[c])?;
+        context.counter.add(rms_norm_cost(n, c));
         Ok(())
     }
 
@@ -84,18 +85,18 @@ impl RmsNorm {
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
         let (n, c) = saved.x.dims2()?;
-        expect("dy", dy, &[n, c])?;
+        check_shape("dy", dy, &[n, c])?;
         context
-            .tally
+            .counter
             .add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
         if let Some(base) = base {
-            expect("base", base, &[n, c])?;
-            context.tally.add(residual_cost(n, c));
+            check_shape("base", base, &[n, c])?;
+            context.counter.add(residual_cost(n, c));
         }
         if context.fused(dy) {
             return self.backward_cpu(dy, &saved.x, base, gradients);
         }
-        let x = restored(context, &saved.x)?;
+        let x = load_activation(context, &saved.x)?;
         if self.weight.is_trained() {
             let normed = x.broadcast_mul(&self.inverse_rms(&x)?)?;
             gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
@@ -130,21 +131,21 @@ impl RmsNorm {
     /// x (N, C) in f32, or as it was kept -> y in the compute type, and what is kept of x.
     fn forward_cpu(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
         let shape = x.dims2()?;
-        let (n, host) = (shape.0 * shape.1, Host::open_any(x)?);
+        let (n, host) = (shape.0 * shape.1, CpuTensor::borrow(x)?);
         if context.precision != Precision::Bf16 {
             // SAFETY: `rows` writes every number.
-            let mut y = unsafe { uninitialized(n) };
-            self.rows(host.values(), shape.1, &mut y, &mut [])?;
-            return Ok((tensor(y, shape)?, RmsNormSaved { x: x.clone() }));
+            let mut y = unsafe { uninit_vec(n) };
+            self.rows(host.slice(), shape.1, &mut y, &mut [])?;
+            return Ok((f32_tensor(y, shape)?, RmsNormSaved { x: x.clone() }));
         }
         // SAFETY: as above, and of the copy where it is as long.
         let (mut y, mut copy): (Vec<bf16>, Vec<bf16>) = unsafe {
             (
-                uninitialized(n),
-                uninitialized(if x.dtype() == DType::BF16 { 0 } else { n }),
+                uninit_vec(n),
+                uninit_vec(if x.dtype() == DType::BF16 { 0 } else { n }),
             )
         };
-        self.rows(host.values(), shape.1, &mut y, &mut copy)?;
+        self.rows(host.slice(), shape.1, &mut y, &mut copy)?;
         let x = if copy.is_empty() {
             x.clone()
         } else {
@@ -154,47 +155,47 @@ impl RmsNorm {
     }
 
     /// Writes y, and x itself where `copy` has room for it.
-    fn rows<Y: Stored>(
+    fn rows<Y: OutputElement>(
         &self,
-        x: Values<'_>,
+        x: CpuSlice<'_>,
         c: usize,
         y: &mut [Y],
         copy: &mut [bf16],
     ) -> Result<()> {
         match x {
-            Values::F32(x) => self.rows_of(x, c, y, copy),
-            Values::Bf16(x) => self.rows_of(x, c, y, copy),
+            CpuSlice::F32(x) => self.rows_of(x, c, y, copy),
+            CpuSlice::Bf16(x) => self.rows_of(x, c, y, copy),
         }
     }
 
-    fn rows_of<X: Number, Y: Stored>(
+    fn rows_of<X: Element, Y: OutputElement>(
         &self,
         x: &[X],
         c: usize,
         y: &mut [Y],
         copy: &mut [bf16],
     ) -> Result<()> {
-        let weight = Host::open(&self.weight.tensor)?;
-        let (weight, rows) = (weight.slice(), c.max(1) * ROWS_PER_TASK);
+        let weight = CpuTensor::borrow_f32(&self.weight.tensor)?;
+        let (weight, rows) = (weight.f32_slice(), c.max(1) * ROWS_PER_TASK);
         let copies = copy
             .chunks_mut(rows)
             .map(Some)
             .chain(std::iter::repeat_with(|| None));
-        each(
+        par_for_each(
             y.chunks_mut(rows).zip(x.chunks(rows)).zip(copies),
             |((y, x), copy)| {
-                vectorized(
+                dispatch(
                     #[inline(always)]
                     |_| {
                         let weight = &weight[..c];
                         for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
                             let (y, s) = (&mut y[..c], self.inverse_rms_of(x));
                             for i in 0..c {
-                                y[i] = Y::of(x[i].widen() * s * weight[i]);
+                                y[i] = Y::cast(x[i].as_f32() * s * weight[i]);
                             }
                         }
                         if let Some(copy) = copy {
-                            narrow_into(copy, x);
+                            to_bf16_into(copy, x);
                         }
                     },
                 );
@@ -210,14 +211,14 @@ impl RmsNorm {
         base: Option<&Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let host = Host::open_any(x)?;
-        match host.values() {
-            Values::F32(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
-            Values::Bf16(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
+        let host = CpuTensor::borrow(x)?;
+        match host.slice() {
+            CpuSlice::F32(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
+            CpuSlice::Bf16(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
         }
     }
 
-    fn backward_of<X: Number>(
+    fn backward_of<X: Element>(
         &self,
         dy: &Tensor,
         x: &[X],
@@ -225,11 +226,14 @@ impl RmsNorm {
         base: Option<&Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let (dy, weight) = (Host::open(dy)?, Host::open(&self.weight.tensor)?);
-        let (dy, weight) = (dy.slice(), weight.slice());
-        let base = base.map(Host::open).transpose()?;
+        let (dy, weight) = (
+            CpuTensor::borrow_f32(dy)?,
+            CpuTensor::borrow_f32(&self.weight.tensor)?,
+        );
+        let (dy, weight) = (dy.f32_slice(), weight.f32_slice());
+        let base = base.map(CpuTensor::borrow_f32).transpose()?;
         // SAFETY: the loop writes every row, from `base` where there is one.
-        let mut dx: Vec<f32> = unsafe { uninitialized(n * c) };
+        let mut dx: Vec<f32> = unsafe { uninit_vec(n * c) };
         let rows = c.max(1) * ROWS_PER_TASK;
         // What each task adds to a trained weight's gradient.
         let mut sums = vec![
@@ -244,7 +248,7 @@ impl RmsNorm {
             .chunks_mut(c.max(1))
             .map(Some)
             .chain(std::iter::repeat_with(|| None));
-        each(
+        par_for_each(
             dx.chunks_mut(rows)
                 .zip(dy.chunks(rows))
                 .zip(x.chunks(rows))
@@ -252,7 +256,7 @@ impl RmsNorm {
                 .enumerate(),
             |(index, (((dx, dy), x), mut own))| {
                 let mut g = vec![0.0; c];
-                vectorized(
+                dispatch(
                     #[inline(always)]
                     |_| {
                         let (g, weight) = (&mut g[..c], &weight[..c]);
@@ -267,20 +271,20 @@ impl RmsNorm {
                             if let Some(own) = &mut own {
                                 let own = &mut own[..c];
                                 for i in 0..c {
-                                    own[i] += dy[i] * (x[i].widen() * s);
+                                    own[i] += dy[i] * (x[i].as_f32() * s);
                                 }
                             }
                             let along = simd::dot(g, x) as f32 / c as f32 * s * s * s;
                             match &base {
                                 Some(base) => {
-                                    let base = &base.slice()[index * rows + row * c..][..c];
+                                    let base = &base.f32_slice()[index * rows + row * c..][..c];
                                     for i in 0..c {
-                                        dx[i] = g[i] * s - x[i].widen() * along + base[i];
+                                        dx[i] = g[i] * s - x[i].as_f32() * along + base[i];
                                     }
                                 }
                                 None => {
                                     for i in 0..c {
-                                        dx[i] = g[i] * s - x[i].widen() * along;
+                                        dx[i] = g[i] * s - x[i].as_f32() * along;
                                     }
                                 }
                             }
@@ -295,11 +299,11 @@ impl RmsNorm {
                 .for_each(|own| sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own));
             gradients.add(&self.weight, Tensor::from_vec(sum, c, &Device::Cpu)?)?;
         }
-        tensor(dx, (n, c))
+        f32_tensor(dx, (n, c))
     }
 
     #[inline(always)]
-    fn inverse_rms_of<X: Number>(&self, x: &[X]) -> f32 {
-        1.0 / (simd::squares(x) as f32 / x.len() as f32 + self.eps as f32).sqrt()
+    fn inverse_rms_of<X: Element>(&self, x: &[X]) -> f32 {
+        1.0 / (simd::sum_of_squares(x) as f32 / x.len() as f32 + self.eps as f32).sqrt()
     }
 }

@@ -8,9 +8,11 @@ use std::f64::consts::PI;
 use candle_core::{Device, Tensor};
 use half::bf16;
 
-use super::host::{Host, ROWS_PER_TASK, Stored, expect, tensor, uninitialized};
-use super::simd::vectorized;
-use super::team::each;
+use super::parallel::par_for_each;
+use super::simd::dispatch;
+use super::storage::{
+    CpuTensor, OutputElement, ROWS_PER_TASK, check_shape, f32_tensor, uninit_vec,
+};
 use super::{Context, Segments};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -230,7 +232,7 @@ impl RopeTables {
     fn rotate(&self, context: Context<'_>, x: &Tensor, direction: f32) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
         let half = self.cos.dims2()?.1;
-        expect("cos", &self.cos, &[n, half])?;
+        check_shape("cos", &self.cos, &[n, half])?;
         if !c.is_multiple_of(2 * half) {
             return Err(
                 Error::new(Kind::Tensor, "rotated rows must hold whole heads")
@@ -238,7 +240,7 @@ impl RopeTables {
                     .rule(format!("a multiple of head_dim = {}", 2 * half)),
             );
         }
-        context.tally.add(Self::cost(n, c));
+        context.counter.add(Self::cost(n, c));
         if context.fused(x) {
             self.rotate_cpu(context, x, direction)
         } else {
@@ -263,30 +265,30 @@ impl RopeTables {
         let n = shape.0 * shape.1;
         if context.precision != Precision::Bf16 {
             // SAFETY: `rotate_into` writes every number.
-            let mut y: Vec<f32> = unsafe { uninitialized(n) };
+            let mut y: Vec<f32> = unsafe { uninit_vec(n) };
             self.rotate_into(x, direction, &mut y)?;
-            return tensor(y, shape);
+            return f32_tensor(y, shape);
         }
         // SAFETY: as above.
-        let mut y: Vec<bf16> = unsafe { uninitialized(n) };
+        let mut y: Vec<bf16> = unsafe { uninit_vec(n) };
         self.rotate_into(x, direction, &mut y)?;
         Ok(Tensor::from_vec(y, shape, &Device::Cpu)?)
     }
 
-    fn rotate_into<Y: Stored>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
+    fn rotate_into<Y: OutputElement>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
         let (c, half) = (x.dims2()?.1, self.cos.dims2()?.1);
         let (x, cos, sin) = (
-            Host::open(x)?,
-            Host::open(&self.cos)?,
-            Host::open(&self.sin)?,
+            CpuTensor::borrow_f32(x)?,
+            CpuTensor::borrow_f32(&self.cos)?,
+            CpuTensor::borrow_f32(&self.sin)?,
         );
-        let (x, cos, sin) = (x.slice(), cos.slice(), sin.slice());
+        let (x, cos, sin) = (x.f32_slice(), cos.f32_slice(), sin.f32_slice());
         let rows = |width: usize| width.max(1) * ROWS_PER_TASK;
         let angles = cos.chunks(rows(half)).zip(sin.chunks(rows(half)));
-        each(
+        par_for_each(
             y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles),
             |((y, x), (cos, sin))| {
-                vectorized(
+                dispatch(
                     #[inline(always)]
                     |_| {
                         let heads = c / (2 * half);
@@ -303,8 +305,8 @@ impl RopeTables {
                             let (x1, x2, y2) = (&x1[..half], &x2[..half], &mut y2[..half]);
                             for i in 0..half {
                                 let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
-                                y1[i] = Y::of(a * cos[i] - b * s);
-                                y2[i] = Y::of(b * cos[i] + a * s);
+                                y1[i] = Y::cast(a * cos[i] - b * s);
+                                y2[i] = Y::cast(b * cos[i] + a * s);
                             }
                         }
                     },

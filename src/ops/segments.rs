@@ -8,7 +8,7 @@ pub struct Segments(Vec<Range<usize>>);
 
 impl Segments {
     /// Segments of the given lengths, end to end; empty ones are left out.
-    pub fn of_lengths(lengths: impl IntoIterator<Item = usize>) -> Self {
+    pub fn from_lengths(lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut start = 0;
         let ranges = lengths.into_iter().filter(|n| *n > 0).map(|n| {
             start += n;

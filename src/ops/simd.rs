@@ -1,13 +1,13 @@
 //! Elementwise arithmetic for whichever vector instructions the processor has.
 //!
-//! `vectorized` compiles a loop once for each instruction set and picks one at run time. The loops multiply and add in a fixed order (sums
-//! in `LANES` partial sums), so every instruction set gives the same bytes, but for what `Instructions` multiply and add: that rounds once
+//! `dispatch` compiles a loop once for each instruction set and picks one at run time. The loops multiply and add in a fixed order (sums
+//! in `LANES` partial sums), so every instruction set gives the same bytes, but for what `Simd` multiply and add: that rounds once
 //! where it is one instruction. Loops here and in those who use this are plain indices over slices of one length, or chunks of a constant
 //! one: iterators side by side, or a `Vec` behind a reference, are compiled number by number.
 
 #![allow(clippy::needless_range_loop)]
 
-use super::product::Number;
+use super::gemm::Element;
 
 /// Partial sums of a reduction: one for each f32 of the widest vector in use.
 const LANES: usize = 16;
@@ -16,30 +16,30 @@ const BLOCK: usize = 512;
 
 /// What the instructions can do that a loop is compiled for. A constant there: nothing is left of it but what it chose.
 #[derive(Clone, Copy)]
-pub(super) struct Instructions {
+pub(super) struct Simd {
     /// Whether a multiply-add is one instruction: elsewhere it would be a call of the mathematical library.
     fused: bool,
 }
 
 /// Runs `work` compiled for the best instruction set the processor has. What it calls must be inlined into it.
 #[inline(always)]
-pub(super) fn vectorized<R>(work: impl FnOnce(Instructions) -> R) -> R {
+pub(super) fn dispatch<R>(work: impl FnOnce(Simd) -> R) -> R {
     match pulp::Arch::new() {
         arch @ pulp::Arch::Scalar => arch.dispatch(
             #[inline(always)]
-            || work(Instructions { fused: false }),
+            || work(Simd { fused: false }),
         ),
         arch => arch.dispatch(
             #[inline(always)]
-            || work(Instructions { fused: true }),
+            || work(Simd { fused: true }),
         ),
     }
 }
 
-impl Instructions {
+impl Simd {
     /// a b + c.
     #[inline(always)]
-    fn multiply_add(self, a: f32, b: f32, c: f32) -> f32 {
+    fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
         if self.fused {
             a.mul_add(b, c)
         } else {
@@ -49,17 +49,17 @@ impl Instructions {
 
     /// The sum of products of two rows of one length, in `LANES` partial sums of f32: for rows of a few thousand numbers at most.
     #[inline(always)]
-    pub(super) fn dot<T: Number>(self, a: &[f32], b: &[T]) -> f32 {
+    pub(super) fn dot<T: Element>(self, a: &[f32], b: &[T]) -> f32 {
         assert_eq!(a.len(), b.len(), "rows of one length");
         let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
         let mut lanes = [0.0f32; LANES];
         for i in 0..a.len() {
             for lane in 0..LANES {
-                lanes[lane] = self.multiply_add(a[i][lane], b[i][lane].widen(), lanes[lane]);
+                lanes[lane] = self.mul_add(a[i][lane], b[i][lane].as_f32(), lanes[lane]);
             }
         }
         for lane in 0..a_rest.len() {
-            lanes[lane] = self.multiply_add(a_rest[lane], b_rest[lane].widen(), lanes[lane]);
+            lanes[lane] = self.mul_add(a_rest[lane], b_rest[lane].as_f32(), lanes[lane]);
         }
         let mut width = LANES;
         while width > 1 {
@@ -73,10 +73,10 @@ impl Instructions {
 
     /// out += share x, of one length.
     #[inline(always)]
-    pub(super) fn add_scaled(self, out: &mut [f32], share: f32, x: &[f32]) {
+    pub(super) fn axpy(self, out: &mut [f32], share: f32, x: &[f32]) {
         assert_eq!(out.len(), x.len(), "rows of one length");
         for i in 0..out.len() {
-            out[i] = self.multiply_add(share, x[i], out[i]);
+            out[i] = self.mul_add(share, x[i], out[i]);
         }
     }
 
@@ -92,12 +92,12 @@ impl Instructions {
         const ROUND: f32 = 12_582_912.0;
         // Not `min`, which would make a number of what is none.
         let held = if x > 88.0 { 88.0 } else { x };
-        let shifted = self.multiply_add(held, std::f32::consts::LOG2_E, ROUND);
+        let shifted = self.mul_add(held, std::f32::consts::LOG2_E, ROUND);
         let n = shifted - ROUND;
-        let r = self.multiply_add(n, -LN_2_LOW, self.multiply_add(n, -LN_2_HIGH, held));
+        let r = self.mul_add(n, -LN_2_LOW, self.mul_add(n, -LN_2_HIGH, held));
         let mut p = 0.008_312_501;
         for coefficient in [0.041_890_33, 0.166_671_16, 0.499_992_3, 1.0, 1.0] {
-            p = self.multiply_add(r, p, coefficient);
+            p = self.mul_add(r, p, coefficient);
         }
         // Above -87.3 p lies in [0.7, 1.5) and, where n is -126, above 1: adding n to its exponent leaves a normal number.
         let value = f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23));
@@ -124,24 +124,24 @@ pub(super) fn max(row: &[f32]) -> f32 {
 
 /// The sum of `of` of each number, in `LANES` partial sums of f32 by blocks, the blocks in f64.
 #[inline(always)]
-pub(super) fn sum_of(row: &[f32], of: impl Fn(f32) -> f32) -> f64 {
-    sum_of_pairs(row, row, |x, _| of(x))
+pub(super) fn sum_map(row: &[f32], of: impl Fn(f32) -> f32) -> f64 {
+    sum_map2(row, row, |x, _| of(x))
 }
 
 /// The sum of products of two rows of one length, summed in the same way.
 #[inline(always)]
-pub(super) fn dot<T: Number>(a: &[f32], b: &[T]) -> f64 {
-    sum_of_pairs(a, b, |a, b| a * b.widen())
+pub(super) fn dot<T: Element>(a: &[f32], b: &[T]) -> f64 {
+    sum_map2(a, b, |a, b| a * b.as_f32())
 }
 
 /// The sum of squares, in the same way.
 #[inline(always)]
-pub(super) fn squares<T: Number>(row: &[T]) -> f64 {
-    sum_of_pairs(row, row, |x, _| x.widen() * x.widen())
+pub(super) fn sum_of_squares<T: Element>(row: &[T]) -> f64 {
+    sum_map2(row, row, |x, _| x.as_f32() * x.as_f32())
 }
 
 #[inline(always)]
-fn sum_of_pairs<S: Copy, T: Copy>(a: &[S], b: &[T], of: impl Fn(S, T) -> f32) -> f64 {
+fn sum_map2<S: Copy, T: Copy>(a: &[S], b: &[T], of: impl Fn(S, T) -> f32) -> f64 {
     assert_eq!(a.len(), b.len(), "rows of one length");
     let mut total = 0.0;
     for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn exp_is_the_exponential() {
         for fused in [false, true] {
-            let exp = |x| Instructions { fused }.exp(x);
+            let exp = |x| Simd { fused }.exp(x);
             // Against f64's, over the range and its ends.
             for i in -200_000..=200_000 {
                 let x = i as f32 * 4.43e-4;
@@ -204,9 +204,9 @@ mod tests {
             let row: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1000) as f32).collect();
             let expected: f64 = row.iter().map(|x| f64::from(*x)).sum();
             assert_eq!(
-                vectorized(
+                dispatch(
                     #[inline(always)]
-                    |_| sum_of(&row, |x| x)
+                    |_| sum_map(&row, |x| x)
                 ),
                 expected,
                 "sum of {n}"
@@ -214,11 +214,11 @@ mod tests {
             assert_eq!(dot(&row, &vec![1.0f32; n]), expected);
             for fused in [false, true] {
                 let mut twice = row.clone();
-                Instructions { fused }.add_scaled(&mut twice, 2.0, &row);
+                Simd { fused }.axpy(&mut twice, 2.0, &row);
                 assert!(twice.iter().zip(&row).all(|(twice, x)| *twice == 3.0 * x));
                 // Whole numbers below 2^24: f32 sums them exactly.
                 assert_eq!(
-                    f64::from(Instructions { fused }.dot(&row, &vec![1.0f32; n])),
+                    f64::from(Simd { fused }.dot(&row, &vec![1.0f32; n])),
                     expected
                 );
             }

@@ -4,10 +4,13 @@ use candle_core::{DType, Device, Tensor};
 use half::bf16;
 
 use super::Context;
-use super::host::{Host, Stored, expect, kept, narrow_into, restored, tensor, uninitialized};
-use super::product::{Number, Values};
-use super::simd::{Instructions, vectorized};
-use super::team::each;
+use super::gemm::{CpuSlice, Element};
+use super::parallel::par_for_each;
+use super::simd::{Simd, dispatch};
+use super::storage::{
+    CpuTensor, OutputElement, check_shape, f32_tensor, load_activation, save_activation,
+    to_bf16_into, uninit_vec,
+};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
@@ -30,26 +33,26 @@ pub fn swiglu_backward_cost(n: usize) -> Work {
 
 /// gate, up (N, F) -> y (N, F), in the compute type where the fused pass runs: y goes into matrix products alone.
 pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tensor, SwigluSaved)> {
-    expect("up", up, gate.dims())?;
-    context.tally.add(swiglu_cost(gate.elem_count()));
+    check_shape("up", up, gate.dims())?;
+    context.counter.add(swiglu_cost(gate.elem_count()));
     if !context.fused(gate) {
         return Ok((
             (gate.silu()? * up)?,
             SwigluSaved {
-                gate: kept(context, gate)?,
-                up: kept(context, up)?,
+                gate: save_activation(context, gate)?,
+                up: save_activation(context, up)?,
             },
         ));
     }
-    Host::open(gate)?;
-    Host::open(up)?;
+    CpuTensor::borrow_f32(gate)?;
+    CpuTensor::borrow_f32(up)?;
     let n = gate.elem_count();
     if context.precision != Precision::Bf16 {
         // SAFETY: `forward` writes every number.
-        let mut y: Vec<f32> = unsafe { uninitialized(n) };
+        let mut y: Vec<f32> = unsafe { uninit_vec(n) };
         forward(gate, up, &mut y, [&mut [], &mut []])?;
         return Ok((
-            tensor(y, gate.dims2()?)?,
+            f32_tensor(y, gate.dims2()?)?,
             SwigluSaved {
                 gate: gate.clone(),
                 up: up.clone(),
@@ -57,8 +60,7 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
         ));
     }
     // SAFETY: as above.
-    let mut narrow: [Vec<bf16>; 3] =
-        unsafe { [uninitialized(n), uninitialized(n), uninitialized(n)] };
+    let mut narrow: [Vec<bf16>; 3] = unsafe { [uninit_vec(n), uninit_vec(n), uninit_vec(n)] };
     let [y, gate16, up16] = &mut narrow;
     forward(gate, up, y, [gate16, up16])?;
     let [y, gate16, up16] =
@@ -76,59 +78,64 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
 pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor> {
     let (gate, up) = (&saved.gate, &saved.up);
     let n = gate.elem_count();
-    context.tally.add(swiglu_cost(n));
+    context.counter.add(swiglu_cost(n));
     if !context.fused(gate) {
-        return Ok((restored(context, gate)?.silu()? * restored(context, up)?)?);
+        return Ok((load_activation(context, gate)?.silu()? * load_activation(context, up)?)?);
     }
     if gate.dtype() == DType::F32 {
         // SAFETY: `forward` writes every number.
-        let mut y: Vec<f32> = unsafe { uninitialized(n) };
+        let mut y: Vec<f32> = unsafe { uninit_vec(n) };
         forward(gate, up, &mut y, [&mut [], &mut []])?;
-        return tensor(y, gate.dims2()?);
+        return f32_tensor(y, gate.dims2()?);
     }
     // SAFETY: as above.
-    let mut y: Vec<bf16> = unsafe { uninitialized(n) };
+    let mut y: Vec<bf16> = unsafe { uninit_vec(n) };
     forward(gate, up, &mut y, [&mut [], &mut []])?;
     Ok(Tensor::from_vec(y, gate.shape(), &Device::Cpu)?)
 }
 
 /// Writes y, and gate and up themselves where `copies` have room for them.
-fn forward<Y: Stored>(
+fn forward<Y: OutputElement>(
     gate: &Tensor,
     up: &Tensor,
     y: &mut [Y],
     copies: [&mut [bf16]; 2],
 ) -> Result<()> {
-    let (gate, up) = (Host::open_any(gate)?, Host::open_any(up)?);
-    match (gate.values(), up.values()) {
-        (Values::F32(gate), Values::F32(up)) => forward_of(gate, up, y, copies),
-        (Values::Bf16(gate), Values::Bf16(up)) => forward_of(gate, up, y, copies),
+    let (gate, up) = (CpuTensor::borrow(gate)?, CpuTensor::borrow(up)?);
+    match (gate.slice(), up.slice()) {
+        (CpuSlice::F32(gate), CpuSlice::F32(up)) => forward_of(gate, up, y, copies),
+        (CpuSlice::Bf16(gate), CpuSlice::Bf16(up)) => forward_of(gate, up, y, copies),
         _ => return Err(unlike()),
     }
     Ok(())
 }
 
-fn forward_of<X: Number, Y: Stored>(gate: &[X], up: &[X], y: &mut [Y], copies: [&mut [bf16]; 2]) {
+fn forward_of<X: Element, Y: OutputElement>(
+    gate: &[X],
+    up: &[X],
+    y: &mut [Y],
+    copies: [&mut [bf16]; 2],
+) {
     let [gates, ups] = copies.map(|copy| {
         copy.chunks_mut(SWEEP)
             .map(Some)
             .chain(std::iter::repeat_with(|| None))
     });
     let inputs = gate.chunks(SWEEP).zip(up.chunks(SWEEP));
-    each(
+    par_for_each(
         y.chunks_mut(SWEEP).zip(inputs).zip(gates.zip(ups)),
         |((y, (gate, up)), (gate16, up16))| {
             let n = y.len();
-            vectorized(
+            dispatch(
                 #[inline(always)]
                 |cpu| {
                     let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
                     for i in 0..n {
-                        y[i] = Y::of(gated(cpu, gate[i].widen(), up[i].widen()));
+                        y[i] = Y::cast(gated(cpu, gate[i].as_f32(), up[i].as_f32()));
                     }
                     if let (Some(gate16), Some(up16)) = (gate16, up16) {
-                        narrow_into(gate16, gate);
-                        narrow_into(up16, up);
+                        to_bf16_into(gate16, gate);
+                        to_bf16_into(up16, up);
                     }
                 },
             );
@@ -149,10 +156,13 @@ pub fn swiglu_backward(
     saved: &SwigluSaved,
 ) -> Result<(Tensor, Tensor)> {
     let (gate, up) = (&saved.gate, &saved.up);
-    expect("dy", dy, gate.dims())?;
-    context.tally.add(swiglu_backward_cost(gate.elem_count()));
+    check_shape("dy", dy, gate.dims())?;
+    context.counter.add(swiglu_backward_cost(gate.elem_count()));
     if !context.fused(dy) {
-        let (gate, up) = (&restored(context, gate)?, &restored(context, up)?);
+        let (gate, up) = (
+            &load_activation(context, gate)?,
+            &load_activation(context, up)?,
+        );
         let s = (gate.neg()?.exp()? + 1.0)?.recip()?;
         let slope = (&s * ((gate * (1.0 - &s)?)? + 1.0)?)?;
         return Ok((((dy * up)? * slope)?, (dy * (gate * &s)?)?));
@@ -160,14 +170,12 @@ pub fn swiglu_backward(
     let (n, shape) = (gate.elem_count(), gate.dims2()?);
     if context.precision != Precision::Bf16 {
         // SAFETY: `backward` writes every number.
-        let (mut dgate, mut dup): (Vec<f32>, Vec<f32>) =
-            unsafe { (uninitialized(n), uninitialized(n)) };
+        let (mut dgate, mut dup): (Vec<f32>, Vec<f32>) = unsafe { (uninit_vec(n), uninit_vec(n)) };
         backward(dy, saved, &mut dgate, &mut dup)?;
-        return Ok((tensor(dgate, shape)?, tensor(dup, shape)?));
+        return Ok((f32_tensor(dgate, shape)?, f32_tensor(dup, shape)?));
     }
     // SAFETY: as above.
-    let (mut dgate, mut dup): (Vec<bf16>, Vec<bf16>) =
-        unsafe { (uninitialized(n), uninitialized(n)) };
+    let (mut dgate, mut dup): (Vec<bf16>, Vec<bf16>) = unsafe { (uninit_vec(n), uninit_vec(n)) };
     backward(dy, saved, &mut dgate, &mut dup)?;
     Ok((
         Tensor::from_vec(dgate, shape, &Device::Cpu)?,
@@ -175,26 +183,30 @@ pub fn swiglu_backward(
     ))
 }
 
-fn backward<Y: Stored>(
+fn backward<Y: OutputElement>(
     dy: &Tensor,
     saved: &SwigluSaved,
     dgate: &mut [Y],
     dup: &mut [Y],
 ) -> Result<()> {
     let (dy, gate, up) = (
-        Host::open(dy)?,
-        Host::open_any(&saved.gate)?,
-        Host::open_any(&saved.up)?,
+        CpuTensor::borrow_f32(dy)?,
+        CpuTensor::borrow(&saved.gate)?,
+        CpuTensor::borrow(&saved.up)?,
     );
-    match (gate.values(), up.values()) {
-        (Values::F32(gate), Values::F32(up)) => backward_of(dy.slice(), gate, up, dgate, dup),
-        (Values::Bf16(gate), Values::Bf16(up)) => backward_of(dy.slice(), gate, up, dgate, dup),
+    match (gate.slice(), up.slice()) {
+        (CpuSlice::F32(gate), CpuSlice::F32(up)) => {
+            backward_of(dy.f32_slice(), gate, up, dgate, dup)
+        }
+        (CpuSlice::Bf16(gate), CpuSlice::Bf16(up)) => {
+            backward_of(dy.f32_slice(), gate, up, dgate, dup)
+        }
         _ => return Err(unlike()),
     }
     Ok(())
 }
 
-fn backward_of<X: Number, Y: Stored>(
+fn backward_of<X: Element, Y: OutputElement>(
     dy: &[f32],
     gate: &[X],
     up: &[X],
@@ -205,14 +217,14 @@ fn backward_of<X: Number, Y: Stored>(
         .chunks(SWEEP)
         .zip(gate.chunks(SWEEP))
         .zip(up.chunks(SWEEP));
-    each(
+    par_for_each(
         dgate
             .chunks_mut(SWEEP)
             .zip(dup.chunks_mut(SWEEP))
             .zip(inputs),
         |((dgate, dup), ((dy, gate), up))| {
             let n = dy.len();
-            vectorized(
+            dispatch(
                 #[inline(always)]
                 |cpu| {
                     let (dgate, dup, dy, gate, up) = (
@@ -224,8 +236,8 @@ fn backward_of<X: Number, Y: Stored>(
                     );
                     for i in 0..n {
                         let [of_gate, of_up, _] =
-                            gradients(cpu, dy[i], gate[i].widen(), up[i].widen());
-                        (dgate[i], dup[i]) = (Y::of(of_gate), Y::of(of_up));
+                            gradients(cpu, dy[i], gate[i].as_f32(), up[i].as_f32());
+                        (dgate[i], dup[i]) = (Y::cast(of_gate), Y::cast(of_up));
                     }
                 },
             );
@@ -238,13 +250,13 @@ const SWEEP: usize = 2048;
 
 /// silu(gate) up.
 #[inline(always)]
-pub(super) fn gated(cpu: Instructions, gate: f32, up: f32) -> f32 {
+pub(super) fn gated(cpu: Simd, gate: f32, up: f32) -> f32 {
     gate * sigmoid(cpu, gate) * up
 }
 
 /// The gradients of gate and up, from that of y = silu(gate) up; and y again.
 #[inline(always)]
-pub(super) fn gradients(cpu: Instructions, dy: f32, gate: f32, up: f32) -> [f32; 3] {
+pub(super) fn gradients(cpu: Simd, dy: f32, gate: f32, up: f32) -> [f32; 3] {
     let s = sigmoid(cpu, gate);
     [
         dy * up * s * (1.0 + gate * (1.0 - s)),
@@ -254,6 +266,6 @@ pub(super) fn gradients(cpu: Instructions, dy: f32, gate: f32, up: f32) -> [f32;
 }
 
 #[inline(always)]
-fn sigmoid(cpu: Instructions, x: f32) -> f32 {
+fn sigmoid(cpu: Simd, x: f32) -> f32 {
     1.0 / (1.0 + cpu.exp(-x))
 }

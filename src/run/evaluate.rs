@@ -10,7 +10,7 @@ use crate::data::{self, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Context;
 use crate::train::batch_to_device;
-use crate::work::Tally;
+use crate::work::WorkCounter;
 
 /// What is evaluated on what.
 pub struct EvaluationJob<'a> {
@@ -64,8 +64,8 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
         ));
     }
     let batches = evaluation_batches(&set.examples[..count], job.micro_batch_size);
-    let tally = Tally::default();
-    let context = Context::new(&tally, job.model.precision);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, job.model.precision);
     let (mut sum, mut loss_tokens, mut tokens) = (0.0, 0, 0);
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
@@ -86,7 +86,7 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
         tokens,
         loss_tokens,
         examples: count as u64,
-        flops: tally.take().flops(),
+        flops: counter.take().flops(),
     })
 }
 

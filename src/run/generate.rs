@@ -7,7 +7,7 @@ use super::inference::{ModelRequest, load, not_finite};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Sampling, Session};
 use crate::ops::Context;
-use crate::work::Tally;
+use crate::work::WorkCounter;
 
 /// What is generated.
 pub struct GenerationJob<'a> {
@@ -65,8 +65,8 @@ pub fn generate(
         .rule(format!("below {room}"))
         .hint("shorten the prompt"));
     }
-    let tally = Tally::default();
-    let mut session = Session::new(&loaded.decoder, Context::new(&tally, job.model.precision));
+    let counter = WorkCounter::default();
+    let mut session = Session::new(&loaded.decoder, Context::new(&counter, job.model.precision));
     if job.max_new_tokens > room - prompt.len() {
         let most = room - prompt.len();
         screen.note(&format!("warning: after this prompt the model has positions for {most} tokens: no more are generated"));
@@ -107,7 +107,7 @@ pub fn generate(
         prompt_tokens: prompt,
         tokens,
         text,
-        flops: tally.take().flops(),
+        flops: counter.take().flops(),
     })
 }
 

@@ -31,11 +31,11 @@ use crate::hub::{ModelFiles, Progress};
 use crate::measure::machine::{free_memory, peak_rss};
 use crate::model::{Architecture, Decoder, MemoryForecast, WeightSource};
 use crate::ops::{Context, Gradients, Parameters, Slot, Weight};
-use crate::random::{Use, stream};
+use crate::random::{Purpose, stream};
 use crate::recipe::{DataSource, Recipe, Validation};
 use crate::train::{self, accumulate_gradients, optimizer_update};
 use crate::units::{Bytes, Seconds};
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 /// What a probe measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -167,18 +167,18 @@ impl Trial {
             decoder,
             parameters,
         } = self.trainee(device)?;
-        let tally = Tally::default();
-        let context = Context::new(&tally, self.settings.precision);
+        let counter = WorkCounter::default();
+        let context = Context::new(&counter, self.settings.precision);
         self.step(context, &decoder, &parameters, 0)?;
         let steps = steps.get();
         let mut walls = Vec::with_capacity(steps);
         let mut flops = 0;
         for step in 1..=steps as u64 {
-            tally.take();
+            counter.take();
             let start = Instant::now();
             self.step(context, &decoder, &parameters, step)?;
             walls.push(start.elapsed().as_secs_f64());
-            flops = tally.take().flops();
+            flops = counter.take().flops();
         }
         let tokens: usize = self.batches.iter().map(|batch| batch.tokens.len()).sum();
         let step_s = median(walls);
@@ -283,7 +283,7 @@ impl Trial {
 
 /// A step's micro-batches: rows of `max_length` random token ids, of which every one but a row's first is a loss token.
 fn random_batches(recipe: &Recipe, vocab_size: usize) -> Vec<MicroBatch> {
-    let mut random = stream(recipe.seed, Use::Probe, &[], "tokens");
+    let mut random = stream(recipe.seed, Purpose::Probe, &[], "tokens");
     let mut example = || {
         let mut token = || ((u64::from(random.next_u32()) * vocab_size as u64) >> 32) as u32;
         let tokens: Vec<u32> = (0..recipe.data.max_length).map(|_| token()).collect();
@@ -316,7 +316,7 @@ impl Noise {
     const HALF_WIDTH: f32 = 0.034_641;
 
     fn new(seed: u64) -> Self {
-        let mut random = stream(seed, Use::Probe, &[], "weights");
+        let mut random = stream(seed, Purpose::Probe, &[], "weights");
         let mut draw =
             || (random.next_u32() as f32 / u32::MAX as f32 * 2.0 - 1.0) * Self::HALF_WIDTH;
         Self((0..Self::BLOCK).map(|_| draw()).collect())

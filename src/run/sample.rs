@@ -7,7 +7,7 @@ use crate::data::Example;
 use crate::error::Result;
 use crate::model::{Decoder, ModelShape, Sampling, Session};
 use crate::ops::Context;
-use crate::work::{Tally, Work};
+use crate::work::{Work, WorkCounter};
 
 /// Tokens generated.
 const TOKENS: usize = 48;
@@ -60,8 +60,9 @@ impl SamplePrompt {
         prepared: &Prepared,
         decoder: &Decoder,
     ) -> Result<(String, Work)> {
-        let tally = Tally::default();
-        let mut session = Session::new(decoder, Context::new(&tally, prepared.recipe.model.dtype));
+        let counter = WorkCounter::default();
+        let mut session =
+            Session::new(decoder, Context::new(&counter, prepared.recipe.model.dtype));
         let mut logits = session.read(&self.ids)?;
         let mut ids = Vec::with_capacity(TOKENS);
         loop {
@@ -76,6 +77,6 @@ impl SamplePrompt {
             .iter()
             .position(|id| Some(*id) == eos)
             .unwrap_or(ids.len());
-        Ok((prepared.tokenizer.decode(&ids[..end])?, tally.take()))
+        Ok((prepared.tokenizer.decode(&ids[..end])?, counter.take()))
     }
 }

@@ -27,7 +27,7 @@ use crate::energy::{Account, Phase, Verdict};
 use crate::error::Result;
 use crate::model::{Decoder, ModelShape, Recompute};
 use crate::ops::{Context, Parameters};
-use crate::work::{Precision, Tally, Work};
+use crate::work::{Precision, Work, WorkCounter};
 
 /// Everything the loop works on.
 pub struct Trainer<'a> {
@@ -115,8 +115,8 @@ pub fn train(
     mut state: TrainState,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
-    let tally = Tally::default();
-    let context = Context::new(&tally, trainer.settings.precision);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, trainer.settings.precision);
     let costs = StepCosts::new(
         trainer.shape,
         trainer.sampler,
@@ -277,7 +277,7 @@ fn evaluate(
     }
     trainer
         .account
-        .charge(Phase::Eval, step, &context.tally.take())?;
+        .charge(Phase::Eval, step, &context.counter.take())?;
     let val_loss = sum / count as f64;
     observer.evaluated(step, val_loss)?;
     Ok(val_loss)
@@ -293,12 +293,12 @@ fn save(
     observer.saving()?;
     trainer.account.admit(Phase::Save, costs.save(), &[])?;
     trainer.account.begin();
-    context.tally.add(costs.save().clone());
+    context.counter.add(costs.save().clone());
     trainer
         .checkpoints
         .save(state, trainer.parameters, trainer.export)?;
     trainer
         .account
-        .charge(Phase::Save, state.step, &context.tally.take())?;
+        .charge(Phase::Save, state.step, &context.counter.take())?;
     Ok(())
 }

@@ -57,7 +57,7 @@ pub(super) fn optimizer_step(
         Err(index) => {
             trainer
                 .account
-                .charge(Phase::Train, step + 1, &context.tally.take())?;
+                .charge(Phase::Train, step + 1, &context.counter.take())?;
             return Ok(Err(describe_batch(
                 "the loss",
                 step,
@@ -69,7 +69,7 @@ pub(super) fn optimizer_step(
     let grad_norm = optimizer_update(context, trainer.parameters, settings, &gradients, lr, step)?;
     let reading = trainer
         .account
-        .charge(Phase::Train, step + 1, &context.tally.take())?;
+        .charge(Phase::Train, step + 1, &context.counter.take())?;
     if !grad_norm.is_finite() {
         let culprit = first_not_finite(trainer, &gradients)?;
         return Ok(Err(describe_batch(

@@ -13,13 +13,15 @@ use half::bf16;
 
 use super::{Attention, AttentionSaved, BLOCK, Block};
 use crate::error::Result;
-use crate::ops::host::{CHUNK, Host, ROWS_PER_TASK, Shared, Stored, tensor, uninitialized};
-use crate::ops::product::{
-    Isa, Matrix, Number, Part, TileArgs, Values, best, even_parts, pack, strip,
+use crate::ops::gemm::{
+    CpuSlice, Element, Isa, KernelArgs, KernelTerm, MatRef, best, even_parts, pack, strip,
 };
-use crate::ops::simd::{self, vectorized};
-use crate::ops::team::each;
-use crate::ops::{Context, Segments, issue};
+use crate::ops::parallel::par_for_each;
+use crate::ops::simd::{self, dispatch};
+use crate::ops::storage::{
+    CpuTensor, ELEMENTS_PER_TASK, OutputElement, ROWS_PER_TASK, SendPtr, f32_tensor, uninit_vec,
+};
+use crate::ops::{Context, Segments, count_flops};
 use crate::work::Precision;
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
@@ -36,13 +38,13 @@ const MOST_PARTS: usize = 4;
 /// Rows and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
 #[derive(Clone, Copy)]
 struct Head<'a> {
-    values: Values<'a>,
+    values: CpuSlice<'a>,
     stride: usize,
     d: usize,
 }
 
 impl<'a> Head<'a> {
-    fn new(values: Values<'a>, stride: usize, start: usize, first: usize, d: usize) -> Self {
+    fn new(values: CpuSlice<'a>, stride: usize, start: usize, first: usize, d: usize) -> Self {
         Self {
             values: values.after(start * stride + first),
             stride,
@@ -53,19 +55,19 @@ impl<'a> Head<'a> {
     /// Rows `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
     fn columns(&self, isa: &Isa, rows: Range<usize>, out: &mut Vec<f32>) {
         out.resize(self.d * rows.len().next_multiple_of(isa.lanes), 0.0);
-        let matrix = Matrix::inside(
+        let matrix = MatRef::strided(
             self.values,
             rows.start * self.stride,
             (self.d, 1),
             (rows.len(), self.stride),
         );
-        for (index, panel) in out.chunks_mut(self.d * isa.columns()).enumerate() {
-            let first = index * isa.columns();
+        for (index, panel) in out.chunks_mut(self.d * isa.nr()).enumerate() {
+            let first = index * isa.nr();
             pack(
                 isa,
                 &matrix,
                 0..self.d,
-                first..(first + isa.columns()).min(rows.len()),
+                first..(first + isa.nr()).min(rows.len()),
                 panel,
             );
         }
@@ -74,7 +76,7 @@ impl<'a> Head<'a> {
     /// Rows `rows`, one after the other, into `out`.
     fn rows(&self, isa: &Isa, rows: Range<usize>, out: &mut Rows) {
         out.shape(isa, rows.clone(), self.d);
-        let matrix = Matrix::inside(
+        let matrix = MatRef::strided(
             self.values,
             rows.start * self.stride,
             (rows.len(), self.stride),
@@ -119,7 +121,7 @@ impl Rows {
     /// The first `d` channels of its rows, counted from its own first.
     fn head(&self, d: usize) -> Head<'_> {
         Head {
-            values: Values::F32(&self.values),
+            values: CpuSlice::F32(&self.values),
             stride: self.width,
             d,
         }
@@ -143,7 +145,7 @@ impl Rows {
     fn scale(&mut self, row: usize, share: f32) {
         let at = self.at(row);
         let row = &mut self.values[at..at + self.width];
-        vectorized(
+        dispatch(
             #[inline(always)]
             |_| row.iter_mut().for_each(|x| *x *= share),
         );
@@ -151,7 +153,7 @@ impl Rows {
 
     /// The first column and the vectors of each part that a tile is as wide as.
     fn parts(&self, isa: &Isa) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (width, most, lanes) = (self.width, isa.columns(), isa.lanes);
+        let (width, most, lanes) = (self.width, isa.nr(), isa.lanes);
         (0..width)
             .step_by(most)
             .map(move |first| (first, (width - first).min(most) / lanes))
@@ -221,9 +223,9 @@ impl<'a> Patch<'a> {
         if keys.is_empty() {
             return None;
         }
-        let strips: Vec<Range<usize>> = even_parts(keys.clone(), isa.rows).collect();
+        let strips: Vec<Range<usize>> = even_parts(keys.clone(), isa.mr).collect();
         let panel = |start: usize| {
-            let queries = start..(start + isa.columns()).min(queries.end);
+            let queries = start..(start + isa.nr()).min(queries.end);
             let seen = strips
                 .iter()
                 .take_while(|strip| strip.start < queries.end)
@@ -234,7 +236,7 @@ impl<'a> Patch<'a> {
                 row: BLOCK,
             }
         };
-        let panels = queries.clone().step_by(isa.columns()).map(panel).collect();
+        let panels = queries.clone().step_by(isa.nr()).map(panel).collect();
         Some(Self {
             isa,
             queries,
@@ -267,7 +269,7 @@ impl<'a> Patch<'a> {
                 // SAFETY: `head` holds every key's row, `columns` d vectors of each panel and `out` a row for each key (checked).
                 unsafe {
                     let (a, b) = (head.row(keys.start), columns.as_ptr().add(d * at));
-                    let part = Part {
+                    let part = KernelTerm {
                         k: d,
                         a,
                         a_row: head.width,
@@ -278,7 +280,7 @@ impl<'a> Patch<'a> {
                     let out = out
                         .as_mut_ptr()
                         .add((keys.start - self.keys.start) * BLOCK + at);
-                    isa.tile(keys.len(), vectors)(TileArgs::into(&[part], (out, BLOCK), false));
+                    isa.kernel(keys.len(), vectors)(KernelArgs::new(&[part], (out, BLOCK), false));
                 }
             }
         }
@@ -297,7 +299,7 @@ impl<'a> Patch<'a> {
                         scores.as_ptr().add(self.lanes(panel).0),
                         head.row(self.keys.start).add(first),
                     );
-                    let part = Part {
+                    let part = KernelTerm {
                         k: panel.keys.len(),
                         a,
                         a_row: 1,
@@ -325,7 +327,7 @@ impl<'a> Patch<'a> {
         assert!(sum.holds(&self.keys) && sum.width == head.width);
         for keys in &self.strips {
             // Panels before hold no scores of this strip.
-            let at = keys.start.saturating_sub(self.queries.start) / isa.columns() * isa.columns();
+            let at = keys.start.saturating_sub(self.queries.start) / isa.nr() * isa.nr();
             for (first, vectors) in head.parts(isa) {
                 // SAFETY: scores are (keys, BLOCK), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
                 unsafe {
@@ -333,7 +335,7 @@ impl<'a> Patch<'a> {
                         .as_ptr()
                         .add((keys.start - self.keys.start) * BLOCK + at);
                     let b = head.row(self.queries.start + at).add(first);
-                    let part = Part {
+                    let part = KernelTerm {
                         k: self.queries.len() - at,
                         a,
                         a_row: BLOCK,
@@ -342,7 +344,7 @@ impl<'a> Patch<'a> {
                         b_row: head.width,
                     };
                     let out = (sum.row_mut(keys.start).add(first), sum.width);
-                    isa.tile(keys.len(), vectors)(TileArgs::into(&[part], out, true));
+                    isa.kernel(keys.len(), vectors)(KernelArgs::new(&[part], out, true));
                 }
             }
         }
@@ -425,9 +427,9 @@ impl KeyPart {
 /// Where a backward task writes: rows of dQ, or of what is added to it, from its first query on; dK and dV.
 #[derive(Clone, Copy)]
 pub(super) struct Destination {
-    pub(super) dq: (Shared, usize),
-    pub(super) dk: Shared,
-    pub(super) dv: Shared,
+    pub(super) dq: (SendPtr, usize),
+    pub(super) dk: SendPtr,
+    pub(super) dv: SendPtr,
 }
 
 /// Runs of keys that hold these.
@@ -447,7 +449,7 @@ pub(super) fn softmax<const L: usize>(
     (max, sums): (&mut [f32], &mut [f32]),
     shares: &mut [f32],
 ) {
-    vectorized(
+    dispatch(
         #[inline(always)]
         |cpu| {
             let (mut largest, mut total) = ([0.0f32; L], [0.0f32; L]);
@@ -497,7 +499,7 @@ pub(super) fn gradients<const L: usize>(
     let (mut lses, mut inners) = ([0.0; L], [0.0; L]);
     lses[..lse.len()].copy_from_slice(lse);
     inners[..inner.len()].copy_from_slice(inner);
-    vectorized(
+    dispatch(
         #[inline(always)]
         |cpu| {
             for (p, ds) in scores.chunks_mut(row).zip(dp.chunks_mut(row)) {
@@ -524,18 +526,18 @@ impl Attention {
         let (n, width) = (q.dims2()?.0, self.heads * self.head_dim);
         if context.precision != Precision::Bf16 {
             // SAFETY: every row and head belongs to one task, which writes it.
-            let mut out: Vec<f32> = unsafe { uninitialized(n * width) };
+            let mut out: Vec<f32> = unsafe { uninit_vec(n * width) };
             let lse = self.forward_into(context, [q, k, v], segments, &mut out)?;
-            return Ok((tensor(out, (n, width))?, lse));
+            return Ok((f32_tensor(out, (n, width))?, lse));
         }
         // SAFETY: as above.
-        let mut out: Vec<bf16> = unsafe { uninitialized(n * width) };
+        let mut out: Vec<bf16> = unsafe { uninit_vec(n * width) };
         let lse = self.forward_into(context, [q, k, v], segments, &mut out)?;
         Ok((Tensor::from_vec(out, (n, width), q.device())?, lse))
     }
 
     /// Writes the output; returns the log-sum-exps.
-    fn forward_into<O: Stored>(
+    fn forward_into<O: OutputElement>(
         &self,
         context: Context<'_>,
         x: [&Tensor; 3],
@@ -544,14 +546,14 @@ impl Attention {
     ) -> Result<Tensor> {
         let n = x[0].dims2()?.0;
         let hosts = (
-            Host::open_any(x[0])?,
-            Host::open_any(x[1])?,
-            Host::open_any(x[2])?,
+            CpuTensor::borrow(x[0])?,
+            CpuTensor::borrow(x[1])?,
+            CpuTensor::borrow(x[2])?,
         );
-        let (q, k, v) = (hosts.0.values(), hosts.1.values(), hosts.2.values());
+        let (q, k, v) = (hosts.0.slice(), hosts.1.slice(), hosts.2.slice());
         // SAFETY: every row and head belongs to one task, which writes it.
-        let mut lse: Vec<f32> = unsafe { uninitialized(n * self.heads) };
-        let (out_at, lse_at) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
+        let mut lse: Vec<f32> = unsafe { uninit_vec(n * self.heads) };
+        let (out_at, lse_at) = (SendPtr(out.as_mut_ptr()), SendPtr(lse.as_mut_ptr()));
         let parts = segments.ranges().iter().flat_map(|range| {
             let starts = (0..range.len()).step_by(QUERIES);
             starts.map(move |start| (range.clone(), start..(start + QUERIES).min(range.len())))
@@ -560,8 +562,8 @@ impl Attention {
             .flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head)))
             .collect();
         let isa = best();
-        let unit = isa.narrow_unit(context.precision);
-        each(tasks.into_iter(), |((range, queries), head)| {
+        let unit = isa.bf16_unit(context.precision);
+        par_for_each(tasks.into_iter(), |((range, queries), head)| {
             let at = (out_at, lse_at);
             match unit {
                 #[cfg(target_arch = "x86_64")]
@@ -571,17 +573,17 @@ impl Attention {
                 }),
             }
         });
-        tensor(lse, (n, self.heads))
+        f32_tensor(lse, (n, self.heads))
     }
 
-    fn forward_task<O: Stored>(
+    fn forward_task<O: OutputElement>(
         &self,
         (isa, buffers): (&Isa, &mut Buffers),
-        x: [Values<'_>; 3],
+        x: [CpuSlice<'_>; 3],
         range: &Range<usize>,
         queries: Range<usize>,
         head: usize,
-        at: (Shared<O>, Shared),
+        at: (SendPtr<O>, SendPtr),
     ) {
         let (d, width, scale) = (
             self.head_dim,
@@ -605,8 +607,8 @@ impl Attention {
         };
         let blocks: Vec<Block> = self.blocks(range.len()).filter(within).collect();
         for block in &blocks {
-            issue(1, block.queries.len(), block.keys.len(), d);
-            issue(1, block.queries.len(), d, block.keys.len());
+            count_flops(1, block.queries.len(), block.keys.len(), d);
+            count_flops(1, block.queries.len(), d, block.keys.len());
         }
         out.clear(isa, queries.clone(), d);
         let lanes = queries.len().next_multiple_of(isa.lanes);
@@ -652,8 +654,8 @@ impl Attention {
             let row = range.start + query;
             // SAFETY: this row of this head belongs to this task alone.
             let to = unsafe {
-                *at.1.at(row * self.heads + head) = scale * max + sum.ln();
-                std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
+                *at.1.add(row * self.heads + head) = scale * max + sum.ln();
+                std::slice::from_raw_parts_mut(at.0.add(row * width + head * d), d)
             };
             share_out(to, &out.values[out.at(query)..][..d], 1.0 / sum);
         }
@@ -670,32 +672,33 @@ impl Attention {
         let (n, width) = (dout.dims2()?.0, self.heads * self.head_dim);
         let dout = dout.contiguous()?;
         let hosts = (
-            Host::open_any(&saved.q)?,
-            Host::open_any(&saved.k)?,
-            Host::open_any(&saved.v)?,
+            CpuTensor::borrow(&saved.q)?,
+            CpuTensor::borrow(&saved.k)?,
+            CpuTensor::borrow(&saved.v)?,
         );
         let (out, dout, lse) = (
-            Host::open_any(&saved.out)?,
-            Host::open(&dout)?,
-            Host::open(&saved.lse)?,
+            CpuTensor::borrow(&saved.out)?,
+            CpuTensor::borrow_f32(&dout)?,
+            CpuTensor::borrow_f32(&saved.lse)?,
         );
         let x = Inputs {
-            qkv: [hosts.0.values(), hosts.1.values(), hosts.2.values()],
-            out: out.values(),
-            dout: dout.slice(),
-            lse: lse.slice(),
+            qkv: [hosts.0.slice(), hosts.1.slice(), hosts.2.slice()],
+            out: out.slice(),
+            dout: dout.f32_slice(),
+            lse: lse.f32_slice(),
         };
         let (parts, rows) = KeyPart::of(segments.ranges());
         // SAFETY: every row and query head belongs to one task, which writes it.
-        let room = |rows: usize| unsafe { uninitialized::<f32>(rows * width) };
+        let room = |rows: usize| unsafe { uninit_vec::<f32>(rows * width) };
         let (mut dq, mut beside, mut dk, mut dv) = (room(n), room(rows), room(n), room(n));
-        let at = [&mut dq, &mut beside, &mut dk, &mut dv].map(|values| Shared(values.as_mut_ptr()));
+        let at =
+            [&mut dq, &mut beside, &mut dk, &mut dv].map(|values| SendPtr(values.as_mut_ptr()));
         let tasks = parts
             .iter()
             .flat_map(|part| (0..self.heads).map(move |head| (part, head)));
         let isa = best();
-        let unit = isa.narrow_unit(context.precision);
-        each(tasks, |(part, head)| {
+        let unit = isa.bf16_unit(context.precision);
+        par_for_each(tasks, |(part, head)| {
             let dq = part
                 .beside
                 .map_or((at[0], part.segment.start), |first| (at[1], first));
@@ -715,9 +718,9 @@ impl Attention {
         for (part, first) in parts.iter().filter_map(|part| Some((part, part.beside?))) {
             let (queries, start) = (part.queries(), part.segment.start);
             let to = &mut dq[(start + queries.start) * width..(start + queries.end) * width];
-            each(
-                to.chunks_mut(CHUNK)
-                    .zip(beside[first * width..].chunks(CHUNK)),
+            par_for_each(
+                to.chunks_mut(ELEMENTS_PER_TASK)
+                    .zip(beside[first * width..].chunks(ELEMENTS_PER_TASK)),
                 |(to, from)| {
                     to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
                 },
@@ -725,9 +728,9 @@ impl Attention {
         }
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((
-            tensor(dq, (n, width))?,
-            tensor(self.grouped(dk), kv)?,
-            tensor(self.grouped(dv), kv)?,
+            f32_tensor(dq, (n, width))?,
+            f32_tensor(self.grouped(dk), kv)?,
+            f32_tensor(self.grouped(dv), kv)?,
         ))
     }
 
@@ -749,7 +752,7 @@ impl Attention {
         let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
         let [k_head, v_head] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first));
         let [q_head, dout_head] =
-            [x.qkv[0], Values::F32(x.dout)].map(|values| of(values, width, head * d));
+            [x.qkv[0], CpuSlice::F32(x.dout)].map(|values| of(values, width, head * d));
         buffers.room(part.keys.len());
         let Buffers {
             q,
@@ -778,8 +781,8 @@ impl Attention {
             .collect();
         for block in &blocks {
             let keys = part.seen(block).len();
-            issue(2, block.queries.len(), keys, d);
-            issue(3, block.queries.len(), d, keys);
+            count_flops(2, block.queries.len(), keys, d);
+            count_flops(3, block.queries.len(), d, keys);
         }
         for run in runs(part.keys.clone()) {
             k_head.rows(isa, run.clone(), k);
@@ -839,9 +842,9 @@ impl Attention {
             return values;
         }
         // SAFETY: the loop writes every head of every row.
-        let mut sums: Vec<f32> = unsafe { uninitialized(values.len() / group) };
+        let mut sums: Vec<f32> = unsafe { uninit_vec(values.len() / group) };
         let size = ROWS_PER_TASK * self.kv_heads * d;
-        each(
+        par_for_each(
             sums.chunks_mut(size).zip(values.chunks(group * size)),
             |(sums, values)| {
                 for (sum, heads) in sums.chunks_exact_mut(d).zip(values.chunks_exact(group * d)) {
@@ -857,22 +860,22 @@ impl Attention {
 }
 
 /// out = share x.
-pub(super) fn share_out<O: Stored>(out: &mut [O], x: &[f32], share: f32) {
+pub(super) fn share_out<O: OutputElement>(out: &mut [O], x: &[f32], share: f32) {
     let n = out.len();
-    vectorized(
+    dispatch(
         #[inline(always)]
         |_| {
             let (out, x) = (&mut out[..n], &x[..n]);
             for i in 0..n {
-                out[i] = O::of(x[i] * share);
+                out[i] = O::cast(x[i] * share);
             }
         },
     );
 }
 
 pub(super) struct Inputs<'a> {
-    pub(super) qkv: [Values<'a>; 3],
-    pub(super) out: Values<'a>,
+    pub(super) qkv: [CpuSlice<'a>; 3],
+    pub(super) out: CpuSlice<'a>,
     pub(super) dout: &'a [f32],
     pub(super) lse: &'a [f32],
 }
@@ -886,20 +889,24 @@ impl Inputs<'_> {
         inners: &mut [f32],
     ) {
         match self.out {
-            Values::F32(out) => inners_of(self.dout, out, row * width + first, (width, d), inners),
-            Values::Bf16(out) => inners_of(self.dout, out, row * width + first, (width, d), inners),
+            CpuSlice::F32(out) => {
+                inners_of(self.dout, out, row * width + first, (width, d), inners)
+            }
+            CpuSlice::Bf16(out) => {
+                inners_of(self.dout, out, row * width + first, (width, d), inners)
+            }
         }
     }
 }
 
-fn inners_of<T: Number>(
+fn inners_of<T: Element>(
     dout: &[f32],
     out: &[T],
     start: usize,
     (width, d): (usize, usize),
     inners: &mut [f32],
 ) {
-    vectorized(
+    dispatch(
         #[inline(always)]
         |_| {
             for (row, inner) in inners.iter_mut().enumerate() {
@@ -919,11 +926,11 @@ pub(super) unsafe fn write(
     width: usize,
     d: usize,
     first: usize,
-    (at, stride, column): (Shared, usize, usize),
+    (at, stride, column): (SendPtr, usize, usize),
 ) {
     for (row, from) in from.chunks_exact(width).enumerate() {
         // SAFETY: the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(at.at((first + row) * stride + column), d) }
+        unsafe { std::slice::from_raw_parts_mut(at.add((first + row) * stride + column), d) }
             .copy_from_slice(&from[..d]);
     }
 }

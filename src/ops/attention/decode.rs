@@ -6,9 +6,9 @@
 use std::ops::Range;
 
 use super::Attention;
-use crate::ops::simd::{Instructions, max, vectorized};
-use crate::ops::team::each;
-use crate::ops::{host::uninitialized, issue};
+use crate::ops::parallel::par_for_each;
+use crate::ops::simd::{Simd, dispatch, max};
+use crate::ops::{count_flops, storage::uninit_vec};
 
 /// Keys of one task: few enough to share a long text among threads.
 const KEYS: usize = 256;
@@ -21,20 +21,20 @@ impl Attention {
         [k, v]: [&[f32]; 2],
         seen: Range<usize>,
     ) -> Vec<f32> {
-        issue(self.heads, 1, seen.len(), self.head_dim);
-        issue(self.heads, 1, self.head_dim, seen.len());
+        count_flops(self.heads, 1, seen.len(), self.head_dim);
+        count_flops(self.heads, 1, self.head_dim, seen.len());
         let (d, group, runs) = (self.head_dim, self.group(), seen.len().div_ceil(KEYS));
         // SAFETY: `run` writes all of its part: of each query head the largest score, the sum of the exponentials against it, and their product
         // with the values.
-        let mut parts: Vec<f32> = unsafe { uninitialized(runs * self.heads * (2 + d)) };
-        each(
+        let mut parts: Vec<f32> = unsafe { uninit_vec(runs * self.heads * (2 + d)) };
+        par_for_each(
             parts.chunks_mut(group * (2 + d)).enumerate(),
             |(index, part)| {
                 let (run, head) = (index / self.kv_heads, index % self.kv_heads);
                 let start = seen.start + run * KEYS;
                 let x = [k, v].map(|x| &x[(start * self.kv_heads + head) * d..]);
                 let q = &q[head * group * d..][..group * d];
-                vectorized(
+                dispatch(
                     #[inline(always)]
                     |cpu| self.run(cpu, q, x, KEYS.min(seen.end - start), part),
                 );
@@ -60,7 +60,7 @@ impl Attention {
 
     /// One key head's query heads against a run of `n` keys, whose first row k and v begin with.
     #[inline(always)]
-    fn run(&self, cpu: Instructions, q: &[f32], [k, v]: [&[f32]; 2], n: usize, part: &mut [f32]) {
+    fn run(&self, cpu: Simd, q: &[f32], [k, v]: [&[f32]; 2], n: usize, part: &mut [f32]) {
         let (scale, d, stride) = (
             self.scale() as f32,
             self.head_dim,
@@ -80,7 +80,7 @@ impl Attention {
             head.copy_from_slice(&[most, scores.iter().sum()]);
             mix.fill(0.0);
             for key in 0..n {
-                cpu.add_scaled(mix, scores[key], &v[key * stride..][..d]);
+                cpu.axpy(mix, scores[key], &v[key * stride..][..d]);
             }
         }
     }

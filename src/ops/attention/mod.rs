@@ -14,7 +14,9 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::host::{Host, expect, f32_contiguous, kept, restored, tensor};
+use super::storage::{
+    CpuTensor, check_shape, f32_tensor, load_activation, save_activation, to_f32_contiguous,
+};
 use super::{Context, Segments, batched};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -159,13 +161,17 @@ impl Attention {
             ],
         )?;
         context
-            .tally
+            .counter
             .add(attention_forward_cost(self, &lengths(segments)));
-        let (q, k, v) = (kept(context, &q)?, kept(context, &k)?, kept(context, &v)?);
+        let (q, k, v) = (
+            save_activation(context, &q)?,
+            save_activation(context, &k)?,
+            save_activation(context, &v)?,
+        );
         let (out, lse) = if context.fused(&q) {
             self.forward_cpu(context, &q, &k, &v, segments)?
         } else {
-            let wide = |x: &Tensor| restored(context, x);
+            let wide = |x: &Tensor| load_activation(context, x);
             self.forward_reference(&wide(&q)?, &wide(&k)?, &wide(&v)?, segments)?
         };
         Ok((
@@ -174,7 +180,7 @@ impl Attention {
                 q,
                 k,
                 v,
-                out: kept(context, &out)?,
+                out: save_activation(context, &out)?,
                 lse,
             },
         ))
@@ -197,14 +203,14 @@ impl Attention {
             ("dout", dout, q),
         ];
         self.check(segments.tokens(), &all)?;
-        expect("lse", &saved.lse, &[segments.tokens(), self.heads])?;
+        check_shape("lse", &saved.lse, &[segments.tokens(), self.heads])?;
         context
-            .tally
+            .counter
             .add(attention_backward_cost(self, &lengths(segments)));
         if context.fused(dout) {
             self.backward_cpu(context, dout, saved, segments)
         } else {
-            let wide = |x: &Tensor| restored(context, x);
+            let wide = |x: &Tensor| load_activation(context, x);
             let (q, k, v, out) = (
                 wide(&saved.q)?,
                 wide(&saved.k)?,
@@ -236,13 +242,25 @@ impl Attention {
         let keys = k.dims2()?.0.max(1);
         self.check(1, &[("q", q, self.heads)])?;
         self.check(keys, &[("k", k, self.kv_heads), ("v", v, self.kv_heads)])?;
-        context.tally.add(attention_decode_cost(self, keys));
+        context.counter.add(attention_decode_cost(self, keys));
         let seen = self.visible(keys - 1);
         if context.fused(q) {
-            let (q, k, v) = (f32_contiguous(q)?, f32_contiguous(k)?, f32_contiguous(v)?);
-            let hosts = (Host::open(&q)?, Host::open(&k)?, Host::open(&v)?);
-            let out = self.decode_cpu(hosts.0.slice(), [hosts.1.slice(), hosts.2.slice()], seen);
-            return tensor(out, (1, self.heads * self.head_dim));
+            let (q, k, v) = (
+                to_f32_contiguous(q)?,
+                to_f32_contiguous(k)?,
+                to_f32_contiguous(v)?,
+            );
+            let hosts = (
+                CpuTensor::borrow_f32(&q)?,
+                CpuTensor::borrow_f32(&k)?,
+                CpuTensor::borrow_f32(&v)?,
+            );
+            let out = self.decode_cpu(
+                hosts.0.f32_slice(),
+                [hosts.1.f32_slice(), hosts.2.f32_slice()],
+                seen,
+            );
+            return f32_tensor(out, (1, self.heads * self.head_dim));
         }
         let (d, hkv) = (self.head_dim, self.kv_heads);
         let heads_first = |t: &Tensor| -> Result<Tensor> {
@@ -269,7 +287,7 @@ impl Attention {
             );
         }
         tensors.iter().try_for_each(|(name, tensor, heads)| {
-            expect(name, tensor, &[tokens, heads * self.head_dim])
+            check_shape(name, tensor, &[tokens, heads * self.head_dim])
         })
     }
 

@@ -9,15 +9,17 @@ use std::ops::Range;
 
 use super::cpu::{Destination, Inputs, KeyPart, Panel, gradients, share_out, softmax, write};
 use super::{Attention, Block};
-use crate::ops::host::{Shared, Stored};
-use crate::ops::issue;
-use crate::ops::product::Values;
-use crate::ops::product::blocks::{Operand, ROUNDED, Ready, SIDE, Side, Unit, View, multiply};
+use crate::ops::count_flops;
+use crate::ops::gemm::CpuSlice;
+use crate::ops::gemm::bf16::{
+    ActiveUnit, BF16_PLANES, MatrixUnit, OperandView, PackedOperand, Side, TILE, gemm_strips,
+};
+use crate::ops::storage::{OutputElement, SendPtr};
 
 /// Rows and channels of one head inside a (N, width) tensor.
 #[derive(Clone, Copy)]
 struct Head<'a> {
-    values: Values<'a>,
+    values: CpuSlice<'a>,
     width: usize,
     /// The segment's first row.
     start: usize,
@@ -27,8 +29,8 @@ struct Head<'a> {
 
 impl<'a> Head<'a> {
     /// `rows` (of the segment) as lanes, their channels as k.
-    fn rows(&self, side: Side, rows: Range<usize>) -> View<'a> {
-        View::new(
+    fn rows(&self, side: Side, rows: Range<usize>) -> OperandView<'a> {
+        OperandView::new(
             side,
             self.values,
             (self.start + rows.start) * self.width + self.first,
@@ -38,9 +40,9 @@ impl<'a> Head<'a> {
     }
 
     /// Channels as B's lanes, `rows` as k.
-    fn channels(&self, rows: Range<usize>) -> View<'a> {
-        View::new(
-            Side::B,
+    fn channels(&self, rows: Range<usize>) -> OperandView<'a> {
+        OperandView::new(
+            Side::Rhs,
             self.values,
             (self.start + rows.start) * self.width + self.first,
             (self.d, 1),
@@ -51,96 +53,105 @@ impl<'a> Head<'a> {
 
 /// A block's panels of up to 32 queries, with the keys up to their own in whole tiles: those that a query must not see are hidden anyway.
 fn panels(block: &Block) -> impl Iterator<Item = Panel> + use<> {
-    let (queries, first) = (block.queries.clone(), block.keys.start / SIDE * SIDE);
-    queries.clone().step_by(SIDE).map(move |start| {
-        let queries = start..(start + SIDE).min(queries.end);
+    let (queries, first) = (block.queries.clone(), block.keys.start / TILE * TILE);
+    queries.clone().step_by(TILE).map(move |start| {
+        let queries = start..(start + TILE).min(queries.end);
         Panel {
-            keys: first..queries.end.next_multiple_of(SIDE),
+            keys: first..queries.end.next_multiple_of(TILE),
             queries,
-            row: SIDE,
+            row: TILE,
         }
     })
 }
 
 fn tiles(range: &Range<usize>) -> Range<usize> {
-    range.start / SIDE..range.end.div_ceil(SIDE)
+    range.start / TILE..range.end.div_ceil(TILE)
 }
 
 /// Scores (keys, 32) as A, queries as lanes, k along the keys.
-fn over_keys(scores: &[f32]) -> View<'_> {
-    View::new(
-        Side::A,
-        Values::F32(scores),
+fn over_keys(scores: &[f32]) -> OperandView<'_> {
+    OperandView::new(
+        Side::Lhs,
+        CpuSlice::F32(scores),
         0,
-        (SIDE, 1),
-        (scores.len() / SIDE, SIDE),
+        (TILE, 1),
+        (scores.len() / TILE, TILE),
     )
 }
 
 /// Scores (keys, 32) as A, keys as lanes, k along the queries.
-fn over_queries(scores: &[f32]) -> View<'_> {
-    View::new(
-        Side::A,
-        Values::F32(scores),
+fn over_queries(scores: &[f32]) -> OperandView<'_> {
+    OperandView::new(
+        Side::Lhs,
+        CpuSlice::F32(scores),
         0,
-        (scores.len() / SIDE, SIDE),
-        (SIDE, 1),
+        (scores.len() / TILE, TILE),
+        (TILE, 1),
     )
 }
 
 /// scores (keys, 32) = the rows of `a` in these tiles times the queries in `columns`.
-fn scores(ready: &Ready, keys: Range<usize>, a: &Operand, columns: &Operand, out: &mut Vec<f32>) {
-    out.resize(keys.len() * SIDE * SIDE, 0.0);
-    multiply(
+fn scores(
+    ready: &ActiveUnit,
+    keys: Range<usize>,
+    a: &PackedOperand,
+    columns: &PackedOperand,
+    out: &mut Vec<f32>,
+) {
+    out.resize(keys.len() * TILE * TILE, 0.0);
+    gemm_strips(
         ready,
         (a, keys, 0),
         (columns, 0..1, 0),
         columns.steps(),
-        (out, SIDE),
+        (out, TILE),
         false,
     );
 }
 
 impl Attention {
-    pub(super) fn forward_tiles<O: Stored>(
+    pub(super) fn forward_tiles<O: OutputElement>(
         &self,
-        unit: Unit,
-        x: [Values<'_>; 3],
+        unit: MatrixUnit,
+        x: [CpuSlice<'_>; 3],
         range: &Range<usize>,
         queries: Range<usize>,
         head: usize,
-        at: (Shared<O>, Shared),
+        at: (SendPtr<O>, SendPtr),
     ) {
-        let ready = Ready::new(unit);
+        let ready = ActiveUnit::new(unit);
         let [q, k, v] = self.heads_in(x, range, head);
         let (width, d, scale) = (
             self.heads * self.head_dim,
             self.head_dim,
             self.scale() as f32,
         );
-        let k = Operand::of(ROUNDED, &k.rows(Side::A, 0..queries.end));
-        let v = Operand::of(ROUNDED, &v.channels(0..queries.end));
-        let (mut own, mut p) = (Operand::new(ROUNDED), Operand::new(ROUNDED));
-        let room = d.next_multiple_of(SIDE);
-        let (mut s, mut mixed) = (Vec::new(), vec![0.0f32; SIDE * room]);
+        let k = PackedOperand::from_view(BF16_PLANES, &k.rows(Side::Lhs, 0..queries.end));
+        let v = PackedOperand::from_view(BF16_PLANES, &v.channels(0..queries.end));
+        let (mut own, mut p) = (
+            PackedOperand::new(BF16_PLANES),
+            PackedOperand::new(BF16_PLANES),
+        );
+        let room = d.next_multiple_of(TILE);
+        let (mut s, mut mixed) = (Vec::new(), vec![0.0f32; TILE * room]);
         let within = |block: &Block| {
             block.queries.start >= queries.start && block.queries.start < queries.end
         };
         for block in self.blocks(range.len()).filter(within) {
-            issue(1, block.queries.len(), block.keys.len(), d);
-            issue(1, block.queries.len(), d, block.keys.len());
+            count_flops(1, block.queries.len(), block.keys.len(), d);
+            count_flops(1, block.queries.len(), d, block.keys.len());
             for panel in panels(&block) {
-                own.fill(&q.rows(Side::B, panel.queries.clone()));
+                own.pack(&q.rows(Side::Rhs, panel.queries.clone()));
                 scores(&ready, tiles(&panel.keys), &k, &own, &mut s);
                 panel.hide(self.window, &mut s);
-                let (mut max, mut sums) = ([f32::MIN; SIDE], [0.0f32; SIDE]);
-                softmax::<SIDE>(&mut s, SIDE, scale, (&mut max, &mut sums), &mut [0.0; SIDE]);
-                p.fill(&over_keys(&s));
+                let (mut max, mut sums) = ([f32::MIN; TILE], [0.0f32; TILE]);
+                softmax::<TILE>(&mut s, TILE, scale, (&mut max, &mut sums), &mut [0.0; TILE]);
+                p.pack(&over_keys(&s));
                 let keys = tiles(&panel.keys);
-                multiply(
+                gemm_strips(
                     &ready,
                     (&p, 0..1, 0),
-                    (&v, 0..room / SIDE, keys.start),
+                    (&v, 0..room / TILE, keys.start),
                     keys.len(),
                     (&mut mixed, room),
                     false,
@@ -149,8 +160,8 @@ impl Attention {
                     let (row, share) = (range.start + query, 1.0 / sums[lane]);
                     // SAFETY: this row of this head belongs to this task alone.
                     let out = unsafe {
-                        *at.1.at(row * self.heads + head) = scale * max[lane] + sums[lane].ln();
-                        std::slice::from_raw_parts_mut(at.0.at(row * width + head * d), d)
+                        *at.1.add(row * self.heads + head) = scale * max[lane] + sums[lane].ln();
+                        std::slice::from_raw_parts_mut(at.0.add(row * width + head * d), d)
                     };
                     share_out(out, &mixed[lane * room..][..d], share);
                 }
@@ -160,13 +171,13 @@ impl Attention {
 
     pub(super) fn backward_tiles(
         &self,
-        unit: Unit,
+        unit: MatrixUnit,
         x: &Inputs<'_>,
         part: &KeyPart,
         head: usize,
         to: Destination,
     ) {
-        let ready = Ready::new(unit);
+        let ready = ActiveUnit::new(unit);
         let (range, all) = (&part.segment, &part.keys);
         let [q, k, v] = self.heads_in(x.qkv, range, head);
         let (width, d, scale) = (
@@ -175,20 +186,23 @@ impl Attention {
             self.scale() as f32,
         );
         let dout = Head {
-            values: Values::F32(x.dout),
+            values: CpuSlice::F32(x.dout),
             ..q
         };
         let (k_rows, k_channels) = (
-            Operand::of(ROUNDED, &k.rows(Side::A, all.clone())),
-            Operand::of(ROUNDED, &k.channels(all.clone())),
+            PackedOperand::from_view(BF16_PLANES, &k.rows(Side::Lhs, all.clone())),
+            PackedOperand::from_view(BF16_PLANES, &k.channels(all.clone())),
         );
-        let v_rows = Operand::of(ROUNDED, &v.rows(Side::A, all.clone()));
-        let (mut own, mut left) = (Operand::new(ROUNDED), Operand::new(ROUNDED));
-        let (room, keys) = (d.next_multiple_of(SIDE), all.len().next_multiple_of(SIDE));
+        let v_rows = PackedOperand::from_view(BF16_PLANES, &v.rows(Side::Lhs, all.clone()));
+        let (mut own, mut left) = (
+            PackedOperand::new(BF16_PLANES),
+            PackedOperand::new(BF16_PLANES),
+        );
+        let (room, keys) = (d.next_multiple_of(TILE), all.len().next_multiple_of(TILE));
         let (mut dk, mut dv, mut dq) = (
             vec![0.0f32; keys * room],
             vec![0.0f32; keys * room],
-            vec![0.0f32; SIDE * room],
+            vec![0.0f32; TILE * room],
         );
         let (mut p, mut ds) = (Vec::new(), Vec::new());
         for block in self
@@ -196,8 +210,8 @@ impl Attention {
             .filter(|block| block.queries.start >= all.start)
         {
             let (rows, cols) = (block.queries.len(), part.seen(&block).len());
-            issue(2, rows, cols, d);
-            issue(3, rows, d, cols);
+            count_flops(2, rows, cols, d);
+            count_flops(3, rows, d, cols);
             for mut panel in panels(&block) {
                 let queries = panel.queries.clone();
                 let count = queries.len();
@@ -208,12 +222,12 @@ impl Attention {
                 } else {
                     // Counted from the part's first key.
                     let seen = tiles(&(start - all.start..panel.keys.end - all.start));
-                    own.fill(&q.rows(Side::B, queries.clone()));
+                    own.pack(&q.rows(Side::Rhs, queries.clone()));
                     scores(&ready, seen.clone(), &k_rows, &own, &mut p);
                     panel.hide(self.window, &mut p);
-                    own.fill(&dout.rows(Side::B, queries.clone()));
+                    own.pack(&dout.rows(Side::Rhs, queries.clone()));
                     scores(&ready, seen.clone(), &v_rows, &own, &mut ds);
-                    let (mut lses, mut inners) = ([0.0f32; SIDE], [0.0f32; SIDE]);
+                    let (mut lses, mut inners) = ([0.0f32; TILE], [0.0f32; TILE]);
                     for (lane, query) in queries.clone().enumerate() {
                         lses[lane] = x.lse[(range.start + query) * self.heads + head];
                     }
@@ -222,11 +236,11 @@ impl Attention {
                         (width, head * d, d),
                         &mut inners[..count],
                     );
-                    gradients::<SIDE>(&mut p, &mut ds, SIDE, (&lses, &inners), scale);
-                    let (panels, below) = (0..room / SIDE, seen.start * SIDE * room);
-                    own.fill(&dout.channels(queries.clone()));
-                    left.fill(&over_queries(&p));
-                    multiply(
+                    gradients::<TILE>(&mut p, &mut ds, TILE, (&lses, &inners), scale);
+                    let (panels, below) = (0..room / TILE, seen.start * TILE * room);
+                    own.pack(&dout.channels(queries.clone()));
+                    left.pack(&over_queries(&p));
+                    gemm_strips(
                         &ready,
                         (&left, 0..seen.len(), 0),
                         (&own, panels.clone(), 0),
@@ -234,9 +248,9 @@ impl Attention {
                         (&mut dv[below..], room),
                         true,
                     );
-                    own.fill(&q.channels(queries.clone()));
-                    left.fill(&over_queries(&ds));
-                    multiply(
+                    own.pack(&q.channels(queries.clone()));
+                    left.pack(&over_queries(&ds));
+                    gemm_strips(
                         &ready,
                         (&left, 0..seen.len(), 0),
                         (&own, panels.clone(), 0),
@@ -244,8 +258,8 @@ impl Attention {
                         (&mut dk[below..], room),
                         true,
                     );
-                    left.fill(&over_keys(&ds));
-                    multiply(
+                    left.pack(&over_keys(&ds));
+                    gemm_strips(
                         &ready,
                         (&left, 0..1, 0),
                         (&k_channels, panels, seen.start),
@@ -288,7 +302,7 @@ impl Attention {
 
     fn heads_in<'a>(
         &self,
-        [q, k, v]: [Values<'a>; 3],
+        [q, k, v]: [CpuSlice<'a>; 3],
         range: &Range<usize>,
         head: usize,
     ) -> [Head<'a>; 3] {

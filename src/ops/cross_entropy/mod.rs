@@ -8,10 +8,10 @@ mod words;
 
 use candle_core::{D, DType, Tensor};
 
-use super::host::{Host, expect, tensor};
-use super::product::{Matrix, product};
-use super::simd::{self, vectorized};
-use super::team::each;
+use super::gemm::{MatRef, gemm};
+use super::parallel::par_for_each;
+use super::simd::{self, dispatch};
+use super::storage::{CpuTensor, check_shape, f32_tensor};
 use super::{Context, Gradients, Weight, matmul};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -100,7 +100,7 @@ impl Head {
     /// The shape for these rows; refuses rows without a target and targets beyond the vocabulary.
     fn checked(&self, h: &Tensor, targets: &[u32]) -> Result<HeadShape> {
         let shape = self.shape(targets.len())?;
-        expect("h", h, &[shape.loss_tokens, shape.hidden])?;
+        check_shape("h", h, &[shape.loss_tokens, shape.hidden])?;
         if let Some(beyond) = targets
             .iter()
             .find(|target| **target as usize >= shape.vocab)
@@ -117,14 +117,14 @@ impl Head {
     /// h (N, C) -> logits (N, V), for generation and tests.
     pub fn logits(&self, context: Context<'_>, h: &Tensor) -> Result<Tensor> {
         let shape = self.shape(h.dims2()?.0)?;
-        context.tally.add(Work::product(
+        context.counter.add(Work::product(
             shape.loss_tokens,
             shape.vocab,
             shape.hidden,
             context.precision,
         ));
         match context.fused(h) {
-            true => tensor(
+            true => f32_tensor(
                 self.logits_cpu(context, h)?,
                 (shape.loss_tokens, shape.vocab),
             ),
@@ -135,7 +135,7 @@ impl Head {
     /// h (L, C), targets (L) -> the loss of each row in nats.
     pub fn forward(&self, context: Context<'_>, h: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
         let shape = self.checked(h, targets)?;
-        context.tally.add(shape.forward_cost(context.precision));
+        context.counter.add(shape.forward_cost(context.precision));
         if self.goes_by_words(context, h) {
             return Ok(self.losses_by_words(context, h, targets, None)?.0);
         }
@@ -169,7 +169,7 @@ impl Head {
     ) -> Result<(Vec<f32>, Option<Tensor>)> {
         let shape = self.checked(h, targets)?;
         context
-            .tally
+            .counter
             .add(shape.backward_cost(context.precision, input_gradient));
         if self.goes_by_words(context, h) {
             return self.losses_by_words(context, h, targets, input_gradient.then_some(scale));
@@ -210,12 +210,11 @@ impl Head {
     /// h (L, C) -> logits (L, V).
     fn logits_cpu(&self, context: Context<'_>, h: &Tensor) -> Result<Vec<f32>> {
         let (h, l, (v, c)) = (h.contiguous()?, h.dims2()?.0, self.weight.tensor.dims2()?);
-        let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
-        Ok(product(
-            context.precision,
-            h.matrix(l, c),
-            w.matrix(v, c).t(),
-        ))
+        let (h, w) = (
+            CpuTensor::borrow(&h)?,
+            CpuTensor::borrow(&self.weight.tensor)?,
+        );
+        Ok(gemm(context.precision, h.matrix(l, c), w.matrix(v, c).t()))
     }
 
     /// dz (L, V) -> dh (L, C) where wanted; W's gradient where it is trained.
@@ -229,14 +228,17 @@ impl Head {
     ) -> Result<Option<Tensor>> {
         let (l, (v, c)) = (h.dims2()?.0, self.weight.tensor.dims2()?);
         let h = h.contiguous()?;
-        let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
-        let dz = Matrix::of(dz, l, v);
+        let (h, w) = (
+            CpuTensor::borrow(&h)?,
+            CpuTensor::borrow(&self.weight.tensor)?,
+        );
+        let dz = MatRef::from_f32(dz, l, v);
         if self.weight.is_trained() {
-            let dw = product(context.precision, dz.t(), h.matrix(l, c));
-            gradients.add(&self.weight, tensor(dw, (v, c))?)?;
+            let dw = gemm(context.precision, dz.t(), h.matrix(l, c));
+            gradients.add(&self.weight, f32_tensor(dw, (v, c))?)?;
         }
-        let dh = input_gradient.then(|| product(context.precision, dz, w.matrix(v, c)));
-        dh.map(|dh| tensor(dh, (l, c))).transpose()
+        let dh = input_gradient.then(|| gemm(context.precision, dz, w.matrix(v, c)));
+        dh.map(|dh| f32_tensor(dh, (l, c))).transpose()
     }
 }
 
@@ -257,18 +259,18 @@ fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
         .chunks_mut(vocab.max(1))
         .zip(targets)
         .zip(&mut losses);
-    each(rows, |((z, target), loss)| {
+    par_for_each(rows, |((z, target), loss)| {
         let target = *target as usize;
         let at_target = z[target];
-        let (max, sum) = vectorized(
+        let (max, sum) = dispatch(
             #[inline(always)]
             |cpu| {
                 let max = simd::max(z);
                 let sum = match scale {
-                    None => simd::sum_of(z, |z| cpu.exp(z - max)),
+                    None => simd::sum_map(z, |z| cpu.exp(z - max)),
                     Some(_) => {
                         z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
-                        simd::sum_of(z, |z| z)
+                        simd::sum_map(z, |z| z)
                     }
                 };
                 if let Some(scale) = scale {

@@ -10,12 +10,12 @@ use candle_core::Tensor;
 
 use super::{Head, Losses};
 use crate::error::Result;
-use crate::ops::host::{Host, tensor, uninitialized};
-use crate::ops::product::held::{Held, SIDE};
-use crate::ops::product::{Left, Number, Values};
-use crate::ops::simd::{self, vectorized};
-use crate::ops::team::{each, threads};
-use crate::ops::{Context, issue};
+use crate::ops::gemm::packed_rhs::{PADDING, PackedRhs};
+use crate::ops::gemm::{CpuSlice, Element, Lhs};
+use crate::ops::parallel::{num_threads, par_for_each};
+use crate::ops::simd::{self, dispatch};
+use crate::ops::storage::{CpuTensor, f32_tensor, uninit_vec};
+use crate::ops::{Context, count_flops};
 
 /// Words that are packed at a time, for every block.
 const WORDS: usize = 512;
@@ -33,16 +33,19 @@ impl Head {
         if l == 0 {
             return Ok((Vec::new(), None));
         }
-        let (h, w) = (Host::open_any(&h)?, Host::open_any(&self.weight.tensor)?);
-        let (table, h) = (w.matrix(v, c), Left::new(context.precision, h.matrix(l, c)));
-        issue(1 + usize::from(scale.is_some()), l, v, c);
-        let mut own = [Held::beside(&h), Held::beside(&h)];
+        let (h, w) = (
+            CpuTensor::borrow(&h)?,
+            CpuTensor::borrow(&self.weight.tensor)?,
+        );
+        let (table, h) = (w.matrix(v, c), Lhs::new(context.precision, h.matrix(l, c)));
+        count_flops(1 + usize::from(scale.is_some()), l, v, c);
+        let mut own = [PackedRhs::for_lhs(&h), PackedRhs::for_lhs(&h)];
         // As many blocks for each thread; a row's sums do not depend on its block.
         let (most, multiple) = own[0].rows();
-        let parts = l.div_ceil(most).next_multiple_of(threads());
+        let parts = l.div_ceil(most).next_multiple_of(num_threads());
         let (size, width) = (
             l.div_ceil(parts).next_multiple_of(multiple),
-            c.next_multiple_of(SIDE),
+            c.next_multiple_of(PADDING),
         );
         let mut dh = vec![
             0.0;
@@ -62,22 +65,22 @@ impl Head {
             .collect();
         // A single row is not packed as others are, and what is kept is for those.
         let packings = self.weight.packings.as_ref().filter(|_| l > 1);
-        let kept =
-            packings.and_then(|packings| packings.words(&table, WORDS, &|| Held::beside(&h)));
+        let kept = packings
+            .and_then(|packings| packings.row_chunks(&table, WORDS, &|| PackedRhs::for_lhs(&h)));
         for (index, start) in (0..v).step_by(WORDS).enumerate() {
             let words = start..(start + WORDS).min(v);
             let table = table.rows(words.clone());
             let [columns, rows] = match kept {
                 Some(kept) => &kept[index],
                 None => {
-                    own[0].fill(&table.t());
+                    own[0].pack(&table.t());
                     if scale.is_some() {
-                        own[1].fill(&table);
+                        own[1].pack(&table);
                     }
                     &own
                 }
             };
-            each(blocks.iter_mut(), |block| {
+            par_for_each(blocks.iter_mut(), |block| {
                 block.meet(&words, &h, columns, rows)
             });
         }
@@ -85,9 +88,9 @@ impl Head {
         let Some(scale) = scale else {
             return Ok((losses, None));
         };
-        each(blocks.iter_mut(), |block| match w.values() {
-            Values::F32(w) => block.finish(w, c, scale),
-            Values::Bf16(w) => block.finish(w, c, scale),
+        par_for_each(blocks.iter_mut(), |block| match w.slice() {
+            CpuSlice::F32(w) => block.finish(w, c, scale),
+            CpuSlice::Bf16(w) => block.finish(w, c, scale),
         });
         drop(blocks);
         match width == c {
@@ -101,7 +104,7 @@ impl Head {
                     .collect()
             }
         }
-        Ok((losses, Some(tensor(dh, (l, c))?)))
+        Ok((losses, Some(f32_tensor(dh, (l, c))?)))
     }
 }
 
@@ -131,23 +134,23 @@ impl<'a> Block<'a> {
     }
 
     /// Goes on with `words`: `columns` is (C, words), `rows` (words, C).
-    fn meet(&mut self, words: &Range<usize>, h: &Left<'_>, columns: &Held, rows: &Held) {
+    fn meet(&mut self, words: &Range<usize>, h: &Lhs<'_>, columns: &PackedRhs, rows: &PackedRhs) {
         let n = self.targets.len();
         // SAFETY: the product writes every row's first numbers, and only these are read.
-        let mut z = unsafe { uninitialized(n.next_multiple_of(SIDE) * WORDS) };
-        columns.product(h, self.first..self.first + n, (&mut z, WORDS));
+        let mut z = unsafe { uninit_vec(n.next_multiple_of(PADDING) * WORDS) };
+        columns.gemm(h, self.first..self.first + n, (&mut z, WORDS));
         for (row, target) in self.targets.iter().enumerate() {
             let (z, target) = (&mut z[row * WORDS..][..words.len()], *target as usize);
             if words.contains(&target) {
                 self.at_targets[row] = z[target - words.start];
             }
             let before = self.max[row];
-            let (max, share, sum) = vectorized(
+            let (max, share, sum) = dispatch(
                 #[inline(always)]
                 |cpu| {
                     let max = before.max(simd::max(z));
                     z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
-                    (max, cpu.exp(before - max), simd::sum_of(z, |e| e))
+                    (max, cpu.exp(before - max), simd::sum_map(z, |e| e))
                 },
             );
             if max > before {
@@ -162,7 +165,7 @@ impl<'a> Block<'a> {
             self.sums[row] += sum;
         }
         if let Some((dh, width)) = &mut self.dh {
-            rows.add_product(n, (&z, WORDS), (dh, *width));
+            rows.gemm_add(n, (&z, WORDS), (dh, *width));
         }
     }
 
@@ -172,7 +175,7 @@ impl<'a> Block<'a> {
     }
 
     /// e W -> dh, with W (V, `c`).
-    fn finish<T: Number>(&mut self, w: &[T], c: usize, scale: f64) {
+    fn finish<T: Element>(&mut self, w: &[T], c: usize, scale: f64) {
         let Some((dh, width)) = &mut self.dh else {
             return;
         };
@@ -187,12 +190,12 @@ impl<'a> Block<'a> {
                 (scale / self.sums[row]) as f32,
                 scale as f32,
             );
-            vectorized(
+            dispatch(
                 #[inline(always)]
                 |_| {
                     dh.iter_mut()
                         .zip(w)
-                        .for_each(|(dh, w)| *dh = share * *dh - scale * w.widen())
+                        .for_each(|(dh, w)| *dh = share * *dh - scale * w.as_f32())
                 },
             );
         }

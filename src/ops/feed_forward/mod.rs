@@ -10,7 +10,7 @@ use candle_core::Tensor;
 
 use super::swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward};
 use super::{
-    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Mask, backward_together,
+    Branch, Context, DropoutMask, Gradients, Linear, LinearInput, LinearSaved, backward_together,
 };
 use crate::error::Result;
 #[cfg(target_arch = "x86_64")]
@@ -66,7 +66,7 @@ pub enum Part {
 }
 
 /// The mask of a layer's adapter, (N, in), for its input.
-pub type Masks<'a> = &'a dyn Fn(Part, &LinearInput) -> Option<Mask>;
+pub type Masks<'a> = &'a dyn Fn(Part, &LinearInput) -> Option<DropoutMask>;
 
 impl FeedForward<'_> {
     /// x (N, C) -> base + y (N, C). `masks`: where adapters have dropout. `through`: whether a backward pass is sure to ask for

@@ -5,10 +5,12 @@ use candle_core::Tensor;
 
 use super::{Between, FeedForward, FeedForwardSaved};
 use crate::error::{Error, Kind, Result};
-use crate::ops::host::{Host, Shared, expect};
-use crate::ops::product::blocks::{Blocks, Operand, Packed, ROUNDED, SIDE, Tile, tiles_of};
-use crate::ops::product::{Matrix, Prepared};
-use crate::ops::simd::vectorized;
+use crate::ops::gemm::bf16::{
+    BF16_PLANES, Bf16Lhs, BlockWriter, PackedOperand, TILE, Tile, gemm_tiles,
+};
+use crate::ops::gemm::{MatRef, PackedLhs};
+use crate::ops::simd::dispatch;
+use crate::ops::storage::{CpuTensor, SendPtr, check_shape};
 use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Weight};
 use crate::work::Precision;
@@ -22,7 +24,7 @@ pub(super) struct Saved {
 
 /// The numbers of a matrix in the compute type, in blocks of 32 x 32, zero beyond its last row and column.
 enum Kept {
-    Narrow(Operand),
+    Narrow(PackedOperand),
     Wide { tiles: Vec<Tile>, panels: usize },
 }
 
@@ -32,15 +34,15 @@ impl Kept {
     unsafe fn uninitialized(precision: Precision, rows: usize, columns: usize) -> Self {
         match precision {
             Precision::F32 => {
-                let panels = columns.div_ceil(SIDE);
+                let panels = columns.div_ceil(TILE);
                 // SAFETY: the caller's promise.
                 let tiles =
-                    unsafe { crate::ops::host::uninitialized(rows.div_ceil(SIDE) * panels) };
+                    unsafe { crate::ops::storage::uninit_vec(rows.div_ceil(TILE) * panels) };
                 Self::Wide { tiles, panels }
             }
             Precision::Bf16 | Precision::F16 => {
                 // SAFETY: the caller's promise.
-                Self::Narrow(unsafe { Operand::uninitialized(ROUNDED, rows, columns) })
+                Self::Narrow(unsafe { PackedOperand::uninit(BF16_PLANES, rows, columns) })
             }
         }
     }
@@ -49,7 +51,7 @@ impl Kept {
     fn writer(&mut self) -> Writer {
         match self {
             Self::Narrow(operand) => Writer::Narrow(operand.blocks()),
-            Self::Wide { tiles, panels } => Writer::Wide(Shared(tiles.as_mut_ptr()), *panels),
+            Self::Wide { tiles, panels } => Writer::Wide(SendPtr(tiles.as_mut_ptr()), *panels),
         }
     }
 
@@ -64,19 +66,19 @@ impl Kept {
 /// The blocks of a `Kept` that several threads write.
 #[derive(Clone, Copy)]
 enum Writer {
-    Narrow(Blocks),
-    Wide(Shared<Tile>, usize),
+    Narrow(BlockWriter),
+    Wide(SendPtr<Tile>, usize),
 }
 
 impl Writer {
     /// # Safety
-    /// As `Blocks::write`'s.
+    /// As `BlockWriter::write`'s.
     unsafe fn write(self, strip: usize, panel: usize, tile: &Tile) {
         // SAFETY: the caller's promise.
         unsafe {
             match self {
                 Self::Narrow(blocks) => blocks.write(strip, panel, tile),
-                Self::Wide(tiles, panels) => *tiles.at(strip * panels + panel) = *tile,
+                Self::Wide(tiles, panels) => *tiles.add(strip * panels + panel) = *tile,
             }
         }
     }
@@ -86,13 +88,13 @@ impl Writer {
 struct Factors<'a> {
     w: Factor<'a>,
     /// The scaled rows of the first half, packed, and B or A.
-    low: Option<(Prepared, Factor<'a>)>,
+    low: Option<(PackedLhs, Factor<'a>)>,
 }
 
 /// The right side of a product: a weight as it is stored, or turned.
 struct Factor<'a> {
     weight: &'a Weight,
-    host: Host<'a>,
+    host: CpuTensor<'a>,
     turned: bool,
 }
 
@@ -100,12 +102,12 @@ impl<'a> Factor<'a> {
     fn new(weight: &'a Weight, turned: bool) -> Result<Self> {
         Ok(Self {
             weight,
-            host: Host::open_any(&weight.tensor)?,
+            host: CpuTensor::borrow(&weight.tensor)?,
             turned,
         })
     }
 
-    fn matrix(&self) -> Result<Matrix<'_>> {
+    fn matrix(&self) -> Result<MatRef<'_>> {
         let matrix = self.weight.matrix(&self.host)?;
         Ok(if self.turned { matrix.t() } else { matrix })
     }
@@ -122,9 +124,9 @@ impl<'a> Factors<'a> {
         let low = low.map(|(scaled, weight)| -> Result<_> {
             let (rows, columns) = weight.tensor.dims2()?;
             let r = if turned { columns } else { rows };
-            let rows = Matrix::of(scaled, scaled.len() / r.max(1), r);
+            let rows = MatRef::from_f32(scaled, scaled.len() / r.max(1), r);
             Ok((
-                Prepared::new(context.precision, &rows),
+                PackedLhs::new(context.precision, &rows),
                 Factor::new(weight, turned)?,
             ))
         });
@@ -135,7 +137,7 @@ impl<'a> Factors<'a> {
     }
 
     /// x times W, and the adapter's rows times theirs.
-    fn terms<'b>(&'b self, x: &'b LinearInput) -> Result<Vec<(&'b Packed, Matrix<'b>)>> {
+    fn terms<'b>(&'b self, x: &'b LinearInput) -> Result<Vec<(&'b Bf16Lhs, MatRef<'b>)>> {
         let mut terms = vec![(packed(x.prepared())?, self.w.matrix()?)];
         if let Some((rows, factor)) = &self.low {
             terms.push((packed(rows)?, factor.matrix()?));
@@ -144,7 +146,7 @@ impl<'a> Factors<'a> {
     }
 }
 
-fn packed(prepared: &Prepared) -> Result<&Packed> {
+fn packed(prepared: &PackedLhs) -> Result<&Bf16Lhs> {
     prepared
         .packed()
         .ok_or_else(|| Error::new(Kind::Tensor, "blocks are made of what is packed"))
@@ -164,11 +166,11 @@ impl FeedForward<'_> {
         base: &Tensor,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         let (n, f) = (x.shape().0, self.gate.weight.tensor.dims2()?.0);
-        expect("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
+        check_shape("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
         let (gate_factors, gate_saved) = self.outer(context, self.gate, &x)?;
         let (up_factors, up_saved) = self.outer(context, self.up, &x)?;
-        context.tally.add(swiglu_cost(n * f));
-        // SAFETY: `tiles_of` gives every block, and each is written.
+        context.counter.add(swiglu_cost(n * f));
+        // SAFETY: `gemm_tiles` gives every block, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
             let kept = || Kept::uninitialized(context.precision, n, f);
             (kept(), kept(), packed(x.prepared())?.alike(n, f))
@@ -176,9 +178,9 @@ impl FeedForward<'_> {
         {
             let (write_gate, write_up, write_inner) = (gate.writer(), up.writer(), inner.blocks());
             let (gate, up) = (gate_factors.terms(&x)?, up_factors.terms(&x)?);
-            tiles_of([&gate, &up], |strip, panel, tiles| {
+            gemm_tiles([&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
-                // SAFETY: `tiles_of` gives each strip and panel of this shape once, and what is written outlives it.
+                // SAFETY: `gemm_tiles` gives each strip and panel of this shape once, and what is written outlives it.
                 unsafe {
                     write_gate.write(strip, panel, gate);
                     write_up.write(strip, panel, up);
@@ -188,7 +190,7 @@ impl FeedForward<'_> {
             });
         }
         drop(x);
-        let inner = LinearInput::packed((n, f), Prepared::of(inner));
+        let inner = LinearInput::packed((n, f), PackedLhs::from_bf16(inner));
         let (y, down) = self
             .down
             .forward_prepared(context, &inner, None, Some(base))?;
@@ -215,7 +217,7 @@ impl FeedForward<'_> {
         x: &LinearInput,
     ) -> Result<(Factors<'a>, LinearSaved)> {
         linear.expect_input(x)?;
-        context.tally.add(
+        context.counter.add(
             linear
                 .shape(x.shape().0, false)?
                 .forward_cost(context.precision),
@@ -239,15 +241,15 @@ impl FeedForward<'_> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let ((n, f), c) = (between.shape, self.down.weight.tensor.dims2()?.0);
-        expect("dy", dy, &[n, c])?;
-        expect("down", &self.down.weight.tensor, &[c, f])?;
+        check_shape("dy", dy, &[n, c])?;
+        check_shape("down", &self.down.weight.tensor, &[c, f])?;
         let dy = LinearInput::new(context, dy.clone())?;
-        context.tally.add(
+        context.counter.add(
             self.down
                 .shape(n, false)?
                 .backward_cost(context.precision, true),
         );
-        context.tally.add(swiglu_backward_cost(n * f));
+        context.counter.add(swiglu_backward_cost(n * f));
         let down = Branch {
             linear: self.down,
             dy: &dy,
@@ -258,12 +260,12 @@ impl FeedForward<'_> {
             .as_deref()
             .zip(self.down.lora.as_ref().map(|lora| &lora.a));
         let factors = Factors::new(context, &self.down.weight, low, false)?;
-        // SAFETY: `tiles_of` gives every block, and each is written.
+        // SAFETY: `gemm_tiles` gives every block, and each is written.
         let room = || packed(dy.prepared()).map(|dy| unsafe { dy.alike(n, f) });
         let (mut d_gate, mut d_up) = (room()?, room()?);
         let mut inner = None;
         if d_low.is_some() {
-            context.tally.add(swiglu_cost(n * f));
+            context.counter.add(swiglu_cost(n * f));
             inner = Some(room()?);
         }
         {
@@ -271,9 +273,9 @@ impl FeedForward<'_> {
             let (write_gate, write_up, write_inner) = (
                 d_gate.blocks(),
                 d_up.blocks(),
-                inner.as_mut().map(Packed::blocks),
+                inner.as_mut().map(Bf16Lhs::blocks),
             );
-            tiles_of([&terms], |strip, panel, [d_inner]| {
+            gemm_tiles([&terms], |strip, panel, [d_inner]| {
                 let (mut gate, mut up) = (
                     between.gate.read(strip, panel),
                     between.up.read(strip, panel),
@@ -289,7 +291,7 @@ impl FeedForward<'_> {
                 }
             });
         }
-        let packed = |blocks: Packed| LinearInput::packed((n, f), Prepared::of(blocks));
+        let packed = |blocks: Bf16Lhs| LinearInput::packed((n, f), PackedLhs::from_bf16(blocks));
         if let (Some(inner), Some(d_low)) = (inner, d_low) {
             down.inner_gradient(context, &packed(inner), &d_low, gradients)?;
         }
@@ -308,10 +310,10 @@ impl FeedForward<'_> {
 /// gate = silu(gate) up.
 fn activate(gate: &mut Tile, up: &Tile) {
     let (gate, up) = (&mut gate.0, &up.0);
-    vectorized(
+    dispatch(
         #[inline(always)]
         |cpu| {
-            for i in 0..SIDE * SIDE {
+            for i in 0..TILE * TILE {
                 gate[i] = gated(cpu, gate[i], up[i]);
             }
         },
@@ -321,10 +323,10 @@ fn activate(gate: &mut Tile, up: &Tile) {
 /// gate and up become their gradients, from that of silu(gate) up, and d becomes silu(gate) up itself.
 fn deactivate(d: &mut Tile, gate: &mut Tile, up: &mut Tile) {
     let (d, gate, up) = (&mut d.0, &mut gate.0, &mut up.0);
-    vectorized(
+    dispatch(
         #[inline(always)]
         |cpu| {
-            for i in 0..SIDE * SIDE {
+            for i in 0..TILE * TILE {
                 [gate[i], up[i], d[i]] = gradients(cpu, d[i], gate[i], up[i]);
             }
         },

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::super::{AdamW, Context, Parameters, adamw_cost};
 use super::{cases, close, flat, of, on, random};
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 const STEPS: u64 = 4;
 
@@ -36,10 +36,10 @@ fn naive(adamw: &AdamW, mut values: Vec<f64>, gradients: &[Vec<f64>]) -> ([Vec<f
 }
 
 fn run(adamw: &AdamW, reference: bool, n: usize, seed: u64) -> ([Vec<f32>; 3], Vec<f64>) {
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let context = Context {
         reference,
-        ..Context::new(&tally, Precision::F32)
+        ..Context::new(&counter, Precision::F32)
     };
     let half = n / 2; // two slots: the pass must not care
     let values = flat(&random(seed, &[n]));
@@ -55,7 +55,7 @@ fn run(adamw: &AdamW, reference: bool, n: usize, seed: u64) -> ([Vec<f32>; 3], V
                 .unwrap()
         })
         .collect();
-    assert_eq!(tally.take(), adamw_cost(n).times(STEPS));
+    assert_eq!(counter.take(), adamw_cost(n).times(STEPS));
     (parameters.snapshot().unwrap(), norms)
 }
 
@@ -120,11 +120,11 @@ fn one_step_by_hand() {
         weight_decay: 0.5,
         max_grad_norm: 2.0,
     };
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     for reference in [false, true] {
         let context = Context {
             reference,
-            ..Context::new(&tally, Precision::F32)
+            ..Context::new(&counter, Precision::F32)
         };
         let parameters =
             Parameters::new(vec![("w".into(), vec![1], vec![1.0])], &Device::Cpu).unwrap();
@@ -171,11 +171,11 @@ fn a_broken_gradient_changes_nothing() {
         weight_decay: 0.5,
         max_grad_norm: 1.0,
     };
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     for broken in [f32::NAN, f32::INFINITY] {
         let parameters =
             Parameters::new(vec![("w".into(), vec![2], vec![1.0, 2.0])], &Device::Cpu).unwrap();
-        let context = Context::new(&tally, Precision::F32);
+        let context = Context::new(&counter, Precision::F32);
         assert!(
             !adamw
                 .step(context, &parameters, &of(&[0.0, broken], &[2]), 1)

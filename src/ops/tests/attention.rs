@@ -3,13 +3,13 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::product::available;
+use super::super::gemm::available;
 use super::super::{
     Attention, Context, Segments, attention_backward_cost, attention_decode_cost,
     attention_forward_cost,
 };
 use super::{Pair, Passed, cases, close, every_way, flat, named, of, random, with, within};
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 /// Softmax over the full (N, N) square: 1 where i sees j, 0 elsewhere. Logits of a test are small, so exp needs no shift.
 fn naive(attention: &Attention, lengths: &[usize], inputs: &[Tensor]) -> Tensor {
@@ -82,7 +82,7 @@ fn run(
     dy: &Tensor,
     lengths: &[usize],
 ) -> Passed {
-    let segments = Segments::of_lengths(lengths.iter().copied());
+    let segments = Segments::from_lengths(lengths.iter().copied());
     let (y, saved) = attention
         .forward(context, x[0].clone(), x[1].clone(), x[2].clone(), &segments)
         .unwrap();
@@ -111,8 +111,8 @@ fn prove(attention: Attention, lengths: &[usize], seed: u64) {
 /// In bf16 every instruction set gives what the reference gives for the same rounded inputs, but for what it rounds on the way.
 fn prove_bf16(attention: Attention, lengths: &[usize], seed: u64) {
     let (inputs, dy) = inputs(&attention, lengths.iter().sum(), seed);
-    let tally = Tally::default();
-    let fused = Context::new(&tally, Precision::Bf16);
+    let counter = WorkCounter::default();
+    let fused = Context::new(&counter, Precision::Bf16);
     let want = named(run(
         &attention,
         Context {
@@ -228,8 +228,8 @@ fn a_segment_knows_nothing_of_its_neighbours() {
         head_dim: 8,
         window: None,
     };
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let (lengths, middle) = ([70, 66, 3], (70, 66));
     let inputs = [
         random(1, &[139, 32]),
@@ -245,9 +245,12 @@ fn a_segment_knows_nothing_of_its_neighbours() {
     };
     let cut = |x: &Tensor| x.narrow(0, middle.0, middle.1).unwrap();
     for isa in available() {
-        let together = with(isa, || run(inputs.clone(), Segments::of_lengths(lengths)));
+        let together = with(isa, || run(inputs.clone(), Segments::from_lengths(lengths)));
         let alone = with(isa, || {
-            run(inputs.each_ref().map(cut), Segments::of_lengths([middle.1]))
+            run(
+                inputs.each_ref().map(cut),
+                Segments::from_lengths([middle.1]),
+            )
         });
         for (together, alone) in together.iter().zip(&alone) {
             assert_eq!(flat(&cut(together)), flat(alone), "{}", isa.name);
@@ -269,7 +272,7 @@ fn large_logits_do_not_overflow() {
         of(&[-200.0, 200.0, 0.0, 200.0], &[4, 1]),
     );
     let v = of(&[1.0, 2.0, 4.0, 8.0], &[4, 1]);
-    let segments = Segments::of_lengths([4]);
+    let segments = Segments::from_lengths([4]);
     every_way(|context| {
         let (y, saved) = attention
             .forward(context, q.clone(), k.clone(), v.clone(), &segments)
@@ -308,16 +311,16 @@ fn decoding_continues_the_forward_pass() {
             random(3, &[tokens, 8]),
         );
         every_way(|context| {
-            let segments = Segments::of_lengths([tokens]);
+            let segments = Segments::from_lengths([tokens]);
             let (whole, _) = attention
                 .forward(context, q.clone(), k.clone(), v.clone(), &segments)
                 .unwrap();
-            context.tally.take();
+            context.counter.take();
             for t in read.clone() {
                 let (row, seen) = (q.narrow(0, t, 1).unwrap(), |x: &Tensor| {
                     x.narrow(0, 0, t + 1).unwrap()
                 });
-                super::ISSUED.set(0);
+                super::FLOPS_ISSUED.set(0);
                 let y = attention
                     .decode(context, &row, &seen(&k), &seen(&v))
                     .unwrap();
@@ -328,12 +331,12 @@ fn decoding_continues_the_forward_pass() {
                     &whole.narrow(0, t, 1).unwrap(),
                     32 + (t + 1).min(window.unwrap_or(tokens)),
                 );
-                let counted = context.tally.take();
+                let counted = context.counter.take();
                 assert_eq!(counted, attention_decode_cost(&attention, t + 1));
                 // Two products of (1, 4) by (4, keys) in each of six heads.
                 let keys = (t + 1).min(window.unwrap_or(tokens)) as u64;
                 assert_eq!(
-                    (counted.flops(), super::ISSUED.get()),
+                    (counted.flops(), super::FLOPS_ISSUED.get()),
                     (2 * 6 * 2 * 4 * keys, counted.flops())
                 );
             }
@@ -357,10 +360,10 @@ fn decoded_bytes_do_not_depend_on_the_threads() {
     );
     let bytes = |threads: usize| {
         super::on(threads, || {
-            let tally = Tally::default();
+            let counter = WorkCounter::default();
             super::bits(
                 &attention
-                    .decode(Context::new(&tally, Precision::F32), &q, &k, &v)
+                    .decode(Context::new(&counter, Precision::F32), &q, &k, &v)
                     .unwrap(),
             )
         })
@@ -378,11 +381,11 @@ fn a_gradient_may_be_a_view() {
         head_dim: 2,
         window: None,
     };
-    let segments = Segments::of_lengths([5]);
+    let segments = Segments::from_lengths([5]);
     let [q, k, v] = [1, 2, 3].map(|seed| random(seed, &[5, 4]));
     let dy = random(4, &[5, 8]).narrow(1, 2, 4).unwrap();
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let (_, saved) = attention.forward(context, q, k, v, &segments).unwrap();
     let (view, copy) = (
         attention.backward(context, &dy, &saved, &segments).unwrap(),

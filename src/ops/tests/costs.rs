@@ -67,7 +67,7 @@ fn attention_costs_products_of_their_shapes() {
         window: None,
     };
     let shapes = |work: Work| {
-        work.each_product()
+        work.iter_products()
             .map(|(p, count)| ((p.m, p.n, p.k), count))
             .collect::<Vec<_>>()
     };

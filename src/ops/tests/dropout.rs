@@ -5,7 +5,7 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::{cases, flat, mask, of, on, random, uniform, within};
-use crate::ops::Mask;
+use crate::ops::DropoutMask;
 
 /// u < p is dropped, u = p is kept; what is kept grows by 1 / (1 - p), so that the mean stays.
 #[test]
@@ -13,7 +13,7 @@ fn a_mask_keeps_the_mean() {
     // u is the upper 24 bits: 0, just below a quarter, a quarter, almost 1.
     let drawn = [0, (1 << 30) - 1, 1 << 30, u32::MAX];
     let numbers = |p: f64| {
-        let mask = Mask::draw((2, 2), p, |row, numbers| {
+        let mask = DropoutMask::sample((2, 2), p, |row, numbers| {
             numbers.copy_from_slice(&drawn[2 * row..2 * row + 2])
         });
         flat(&mask.tensor(&Device::Cpu).unwrap())

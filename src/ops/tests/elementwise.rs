@@ -6,11 +6,11 @@ use proptest::prelude::*;
 use super::super::swiglu::{swiglu, swiglu_again, swiglu_backward};
 use super::super::{
     Context, Gradients, Parameters, RmsNorm, Weight, embedding, embedding_backward,
-    embedding_backward_cost, embedding_cost, put_rows, rms_norm_backward_cost, rms_norm_cost,
-    swiglu_backward_cost, swiglu_cost, take_rows,
+    embedding_backward_cost, embedding_cost, gather_rows, rms_norm_backward_cost, rms_norm_cost,
+    scatter_rows, swiglu_backward_cost, swiglu_cost,
 };
 use super::{Pair, Passed, cases, close, flat, of, random, within};
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 /// `tensor` as the only trained one, and a place for its gradient.
 fn trained(tensor: &Tensor) -> (Weight, Gradients) {
@@ -112,8 +112,8 @@ proptest! {
 
 #[test]
 fn rows_are_taken_and_put_back_as_candle_does() {
-    let tally = Tally::default();
-    let fused = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let fused = Context::new(&counter, Precision::F32);
     let reference = Context {
         reference: true,
         ..fused
@@ -127,25 +127,25 @@ fn rows_are_taken_and_put_back_as_candle_does() {
         let (x, dx) = (random(1, &[n, 7]), random(2, &[numbers.len(), 7]));
         let numbers = Tensor::from_vec(numbers.clone(), numbers.len(), &Device::Cpu).unwrap();
         let [ours, candles] =
-            [fused, reference].map(|context| flat(&take_rows(context, &x, &numbers).unwrap()));
+            [fused, reference].map(|context| flat(&gather_rows(context, &x, &numbers).unwrap()));
         assert_eq!(ours, candles);
-        let [ours, candles] =
-            [fused, reference].map(|context| flat(&put_rows(context, &dx, &numbers, n).unwrap()));
+        let [ours, candles] = [fused, reference]
+            .map(|context| flat(&scatter_rows(context, &dx, &numbers, n).unwrap()));
         assert_eq!(ours, candles);
     }
     let beyond = Tensor::from_vec(vec![5u32], 1, &Device::Cpu).unwrap();
-    assert!(take_rows(fused, &random(1, &[5, 2]), &beyond).is_err());
-    assert!(put_rows(fused, &random(1, &[1, 2]), &beyond, 5).is_err());
+    assert!(gather_rows(fused, &random(1, &[5, 2]), &beyond).is_err());
+    assert!(scatter_rows(fused, &random(1, &[1, 2]), &beyond, 5).is_err());
 }
 
 /// A row of zeros has rms sqrt(eps): y = 0 and dx = dy * weight / sqrt(eps).
 #[test]
 fn rms_norm_of_zeros_is_held_up_by_eps() {
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     for reference in [false, true] {
         let context = Context {
             reference,
-            ..Context::new(&tally, Precision::F32)
+            ..Context::new(&counter, Precision::F32)
         };
         let inputs = [of(&[0.0; 4], &[2, 2]), of(&[3.0, -1.0], &[2])];
         let (y, gradients) = run_rms_norm(
@@ -173,11 +173,11 @@ fn swiglu_saturates_without_overflow() {
         of(&[-1e4, -200.0, 200.0, 1e4], &[1, 4]),
         of(&[2.0; 4], &[1, 4]),
     );
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     for reference in [false, true] {
         let context = Context {
             reference,
-            ..Context::new(&tally, Precision::F32)
+            ..Context::new(&counter, Precision::F32)
         };
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         close("y", &y, &of(&[0.0, 0.0, 400.0, 2e4], &[1, 4]), 1);
@@ -191,8 +191,8 @@ fn swiglu_saturates_without_overflow() {
 #[test]
 fn swiglu_beyond_one_task_is_the_reference() {
     let [gate, up, dy] = [1, 2, 3].map(|seed| random(seed, &[3, 16 * 1024 / 2 + 5]));
-    let tally = Tally::default();
-    let fused = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let fused = Context::new(&counter, Precision::F32);
     let reference = Context {
         reference: true,
         ..fused
@@ -219,11 +219,11 @@ fn what_bf16_keeps_is_rounded_once() {
         weight: Weight::frozen(weight),
         eps: 1e-3,
     };
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let run = |precision: Precision, reference: bool| {
         let context = Context {
             reference,
-            ..Context::new(&tally, precision)
+            ..Context::new(&counter, precision)
         };
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         let (dgate, dup) = swiglu_backward(context, &dy, &saved).unwrap();

@@ -3,13 +3,13 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::product::{available, best};
+use super::super::gemm::{available, best};
 use super::super::{
-    Context, FeedForward, Gradients, Linear, LinearInput, Lora, Mask, Masks, Parameters, Part,
-    Weight, residual_cost, swiglu_backward_cost, swiglu_cost,
+    Context, DropoutMask, FeedForward, Gradients, Linear, LinearInput, Lora, Masks, Parameters,
+    Part, Weight, residual_cost, swiglu_backward_cost, swiglu_cost,
 };
 use super::{Pair, Passed, autograd, bits, cases, flat, mask, named, on, random, with};
-use crate::work::{Precision, Tally, Work};
+use crate::work::{Precision, Work, WorkCounter};
 
 const SCALING: f64 = 1.5;
 
@@ -44,7 +44,7 @@ impl Parts {
             .iter()
             .all(|layer| !layer.bias && !layer.trained);
         !context.reference
-            && best().unit(context.precision).is_some()
+            && best().gemm_unit(context.precision).is_some()
             && n > 1
             && plain
             && self.known
@@ -156,7 +156,7 @@ impl Parts {
         (y, all)
     }
 
-    fn naive(&self, inputs: &[Tensor], base: &Tensor, masks: Option<&[Mask; 3]>) -> Tensor {
+    fn naive(&self, inputs: &[Tensor], base: &Tensor, masks: Option<&[DropoutMask; 3]>) -> Tensor {
         let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
         let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
         let mut next = inputs[1..].iter();
@@ -209,7 +209,7 @@ impl Parts {
         cost
     }
 
-    fn masks(&self, [n, c, f]: [usize; 3], seed: u64) -> Option<[Mask; 3]> {
+    fn masks(&self, [n, c, f]: [usize; 3], seed: u64) -> Option<[DropoutMask; 3]> {
         let mask = |columns: usize, seed: u64| mask(seed, (n, columns), 0.3);
         self.dropout
             .then(|| [mask(c, seed), mask(c, seed ^ 1), mask(f, seed ^ 2)])
@@ -328,13 +328,13 @@ proptest! {
         let mask = |part: Part, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
         let want = named(autograd(&inputs, &dy, |inputs| parts.naive(inputs, &base, masks.as_ref())));
         let run = |threads: usize, reference: bool, isa| on(threads, || with(isa, || {
-            let tally = Tally::default();
-            let context = Context { reference, ..Context::new(&tally, Precision::Bf16) };
-            super::ISSUED.set(0);
+            let counter = WorkCounter::default();
+            let context = Context { reference, ..Context::new(&counter, Precision::Bf16) };
+            super::FLOPS_ISSUED.set(0);
             let passed = named(parts.run(context, &inputs, (&base, &dy), parts.dropout.then_some(&mask as _)));
-            let counted = tally.take();
-            assert_eq!(counted, parts.cost(shape, &inputs, Precision::Bf16), "tally and cost");
-            assert!(threads > 1 || super::ISSUED.get() == counted.flops(), "products issued and counted");
+            let counted = counter.take();
+            assert_eq!(counted, parts.cost(shape, &inputs, Precision::Bf16), "counter and cost");
+            assert!(threads > 1 || super::FLOPS_ISSUED.get() == counted.flops(), "products issued and counted");
             passed
         }));
         for (isa, reference) in available().iter().map(|isa| (*isa, false)).chain([(available()[0], true)]) {
@@ -367,18 +367,18 @@ fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
         random(seed ^ 31, &[n, c]),
     );
     let no_mask = |_: Part, _: &LinearInput| None;
-    for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
+    for isa in available().iter().filter(|isa| isa.matrix_unit.is_some()) {
         for precision in [Precision::F32, Precision::Bf16] {
             let run = |threads: usize, tiles: bool, kept: bool| {
                 on(threads, || {
                     with(isa, || {
-                        let tally = Tally::default();
-                        let context = Context::new(&tally, precision);
+                        let counter = WorkCounter::default();
+                        let context = Context::new(&counter, precision);
                         let masks: Option<Masks<'_>> = if tiles { None } else { Some(&no_mask) };
                         let parts = Parts { kept, ..parts };
                         (
                             named(parts.run(context, &inputs, (&base, &dy), masks)),
-                            tally.take(),
+                            counter.take(),
                         )
                     })
                 })

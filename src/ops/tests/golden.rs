@@ -60,7 +60,7 @@ fn attention_with_groups_window_and_segments() {
         head_dim,
         window: Some(window),
     };
-    let segments = Segments::of_lengths(golden.sizes("segments"));
+    let segments = Segments::from_lengths(golden.sizes("segments"));
     every_way(|context| {
         let (q, k, v) = (golden.get("q"), golden.get("k"), golden.get("v"));
         let (y, saved) = attention.forward(context, q, k, v, &segments).unwrap();
@@ -176,7 +176,7 @@ fn rope_with_every_scaling() {
             scaling,
         };
         let tables = rope
-            .tables(&Segments::of_lengths([70]), &Device::Cpu)
+            .tables(&Segments::from_lengths([70]), &Device::Cpu)
             .unwrap();
         every_way(|context| {
             golden.holds("y", &tables.forward(context, &golden.get("x")).unwrap());

@@ -3,12 +3,12 @@
 use candle_core::{D, DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::product::available;
-use super::super::{Context, Gradients, Head, HeadShape, ISSUED, Parameters, Weight};
+use super::super::gemm::available;
+use super::super::{Context, FLOPS_ISSUED, Gradients, Head, HeadShape, Parameters, Weight};
 use super::{
     Pair, Passed, bits, cases, close, every_way, flat, of, on, random, uniform, with, within,
 };
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 const SCALE: f64 = 0.375;
 
@@ -127,7 +127,7 @@ fn deep_rows_are_sums_of_their_parts() {
     let (_, reference) = run(
         Context {
             reference: true,
-            ..Context::new(&Tally::default(), Precision::F32)
+            ..Context::new(&WorkCounter::default(), Precision::F32)
         },
         &inputs,
         &targets,
@@ -155,10 +155,10 @@ fn a_table_in_bf16_is_its_f32() {
     let targets: Vec<u32> = (0..n as u32).map(|i| 17 * i).collect();
     for isa in available() {
         let of = |table: &Tensor| {
-            let tally = Tally::default();
+            let counter = WorkCounter::default();
             with(isa, || {
                 run(
-                    Context::new(&tally, Precision::F32),
+                    Context::new(&counter, Precision::F32),
                     &[h.clone(), table.clone()],
                     &targets,
                     false,
@@ -200,8 +200,9 @@ fn a_table_that_stays_packed_changes_no_byte() {
                 let [want, got] = heads.each_ref().map(|head| {
                     on(threads, || {
                         with(isa, || {
-                            let (tally, mut gradients) = (Tally::default(), Gradients::new(0));
-                            let context = Context::new(&tally, precision);
+                            let (counter, mut gradients) =
+                                (WorkCounter::default(), Gradients::new(0));
+                            let context = Context::new(&counter, precision);
                             let passed = head
                                 .forward_backward(
                                     context,
@@ -237,7 +238,7 @@ fn a_chunk_has_rows_enough() {
     };
     let forward: Vec<_> = shape
         .forward_cost(Precision::F32)
-        .each_product()
+        .iter_products()
         .map(|(p, count)| (p.m, p.n, p.k, count))
         .collect();
     assert_eq!(forward, [(1, 600_000, 1, 1), (32, 600_000, 1, 2)]);
@@ -255,10 +256,10 @@ fn chunks_do_not_show() {
     };
     let inputs = [random(1, &[n, 1]), random(2, &[v, 1])];
     let targets: Vec<u32> = (0..n as u32).map(|i| 4_000 * i).collect();
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let (losses, gradients) = run(context, &inputs, &targets, true, true);
-    assert_eq!(tally.take(), shape.backward_cost(Precision::F32, true));
+    assert_eq!(counter.take(), shape.backward_cost(Precision::F32, true));
     let head = Head {
         weight: weight(&inputs[1], false),
     };
@@ -266,7 +267,7 @@ fn chunks_do_not_show() {
         head.forward(context, &inputs[0], &targets).unwrap(),
         flat(&losses)
     );
-    assert_eq!(tally.take(), shape.forward_cost(Precision::F32));
+    assert_eq!(counter.take(), shape.forward_cost(Precision::F32));
     let dw = flat(gradients[1].as_ref().unwrap());
     for i in [0, 1, 31, 32] {
         let row = [inputs[0].narrow(0, i, 1).unwrap(), inputs[1].clone()];
@@ -332,19 +333,20 @@ fn prove_bf16([n, c, v]: [usize; 3], size: f64, seed: u64) {
         let run = |threads: usize| {
             on(threads, || {
                 with(isa, || {
-                    let tally = Tally::default();
-                    ISSUED.set(0);
+                    let counter = WorkCounter::default();
+                    FLOPS_ISSUED.set(0);
                     let got = run(
-                        Context::new(&tally, Precision::Bf16),
+                        Context::new(&counter, Precision::Bf16),
                         &stored,
                         &targets,
                         false,
                         true,
                     );
-                    assert_eq!(tally.take(), shape.backward_cost(Precision::Bf16, true));
+                    assert_eq!(counter.take(), shape.backward_cost(Precision::Bf16, true));
                     assert!(
                         threads > 1
-                            || ISSUED.get() == shape.backward_cost(Precision::Bf16, true).flops(),
+                            || FLOPS_ISSUED.get()
+                                == shape.backward_cost(Precision::Bf16, true).flops(),
                         "{}",
                         isa.name
                     );
@@ -352,7 +354,11 @@ fn prove_bf16([n, c, v]: [usize; 3], size: f64, seed: u64) {
                         weight: Weight::frozen(stored[1].clone()),
                     };
                     let forward = head
-                        .forward(Context::new(&tally, Precision::Bf16), &stored[0], &targets)
+                        .forward(
+                            Context::new(&counter, Precision::Bf16),
+                            &stored[0],
+                            &targets,
+                        )
                         .unwrap();
                     assert_eq!(forward, flat(&got.0), "{}: losses alone", isa.name);
                     got
@@ -441,10 +447,10 @@ fn a_long_sum_of_equal_terms_keeps_its_digits() {
     let head = Head {
         weight: Weight::frozen(of(&logits, &[151_936, 1])),
     };
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let losses = head
         .forward(
-            Context::new(&tally, Precision::F32),
+            Context::new(&counter, Precision::F32),
             &of(&[1.0], &[1, 1]),
             &[0],
         )
@@ -461,8 +467,8 @@ fn a_long_sum_of_equal_terms_keeps_its_digits() {
 /// Without rows there is no loss, no dh and no gradient of W, and no work.
 #[test]
 fn no_rows_are_no_work() {
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let head = Head {
         weight: weight(&random(1, &[5, 2]), true),
     };
@@ -476,5 +482,5 @@ fn no_rows_are_no_work() {
         (losses.len(), dh.is_none(), gradients.get(0).is_none()),
         (0, true, true)
     );
-    assert_eq!(tally.take().flops(), 0);
+    assert_eq!(counter.take().flops(), 0);
 }

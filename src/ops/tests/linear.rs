@@ -3,15 +3,16 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::product::available;
+use super::super::gemm::available;
 use super::super::{
-    Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Mask, Parameters, Weight,
-    backward_together, residual_cost,
+    Branch, Context, DropoutMask, Gradients, Linear, LinearInput, LinearSaved, Lora, Parameters,
+    Weight, backward_together, residual_cost,
 };
 use super::{
-    ISSUED, Pair, Passed, bits, cases, close, every_way, flat, mask, of, on, random, with, within,
+    FLOPS_ISSUED, Pair, Passed, bits, cases, close, every_way, flat, mask, of, on, random, with,
+    within,
 };
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 const SCALING: f64 = 1.5;
 
@@ -49,7 +50,7 @@ fn layer(parts: Parts, at: usize, inputs: &[Tensor]) -> (Linear, Parameters) {
 
 fn run(
     parts: Parts,
-    mask: Option<&Mask>,
+    mask: Option<&DropoutMask>,
     context: Context<'_>,
     inputs: &[Tensor],
     dy: &Tensor,
@@ -78,7 +79,7 @@ fn run(
     )
 }
 
-fn naive(parts: Parts, mask: Option<&Mask>, inputs: &[Tensor]) -> Tensor {
+fn naive(parts: Parts, mask: Option<&DropoutMask>, inputs: &[Tensor]) -> Tensor {
     let product = |x: &Tensor, w: &Tensor| x.matmul(&w.t().unwrap()).unwrap();
     let x = &inputs[0];
     let mut y = product(x, &inputs[1]);
@@ -182,7 +183,7 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
                 .unwrap()
                 .1
         });
-        context.tally.take();
+        context.counter.take();
         for (linear, (dy, saved)) in linears.iter().zip(dys.iter().zip(&saved)) {
             let x = (Some(&inputs[0]), saved);
             if let Some(dx) = linear
@@ -220,17 +221,21 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
     };
     let check = |context: Context<'_>| {
         let (saved, want, gradients) = one_by_one(context);
-        let mut work = context.tally.take();
+        let mut work = context.counter.take();
         let additions = if input_gradient {
             2 + usize::from(based)
         } else {
             0
         };
         (0..additions).for_each(|_| work += &residual_cost(n, i));
-        ISSUED.set(0);
+        FLOPS_ISSUED.set(0);
         let (got, together) = at_once(context, &saved);
-        assert_eq!(context.tally.take(), work, "work");
-        assert_eq!(ISSUED.get(), work.flops(), "products issued and counted");
+        assert_eq!(context.counter.take(), work, "work");
+        assert_eq!(
+            FLOPS_ISSUED.get(),
+            work.flops(),
+            "products issued and counted"
+        );
         got.iter()
             .zip(&want)
             .for_each(|(got, want)| close("dx", got, want, o.iter().sum::<usize>() + 32));
@@ -244,8 +249,8 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
         let run = |threads: usize| {
             on(threads, || {
                 with(isa, || {
-                    let tally = Tally::default();
-                    let context = Context::new(&tally, Precision::F32);
+                    let counter = WorkCounter::default();
+                    let context = Context::new(&counter, Precision::F32);
                     let (dx, gradients) = at_once(context, &one_by_one(context).0);
                     (dx.as_ref().map(bits), all_bits(&gradients))
                 })
@@ -285,14 +290,14 @@ fn one_adapter_by_hand() {
         trained: false,
         input_gradient: true,
     };
-    let tally = Tally::default();
-    let mask = Mask::draw((1, 2), 0.5, |_, numbers| {
+    let counter = WorkCounter::default();
+    let mask = DropoutMask::sample((1, 2), 0.5, |_, numbers| {
         numbers.copy_from_slice(&[u32::MAX, 0])
     });
     let (y, gradients) = run(
         parts,
         Some(&mask),
-        Context::new(&tally, Precision::F32),
+        Context::new(&counter, Precision::F32),
         &inputs,
         &of(&[1.0], &[1, 1]),
     );
@@ -301,7 +306,7 @@ fn one_adapter_by_hand() {
     assert!(gradients[1].is_none(), "W is frozen");
     assert_eq!((gradient(2), gradient(3)), (vec![36.0, 0.0], vec![12.0]));
     // 2mnk: y and dx 2*2 each; x A^T, (x A^T) B^T 4 + 2; d_low 2, dB 2, dA 4, dx through A 4.
-    assert_eq!(tally.take().flops(), 4 + 4 + 6 + 2 + 2 + 4 + 4);
+    assert_eq!(counter.take().flops(), 4 + 4 + 6 + 2 + 2 + 4 + 4);
 }
 
 /// In bf16 both factors are bf16 (x is here, so that rounding it changes nothing) and sums are f32. The reference rounds the result too.
@@ -321,10 +326,10 @@ fn bf16_products_sum_in_f32() {
         lora: None,
     };
     for reference in [false, true] {
-        let tally = Tally::default();
+        let counter = WorkCounter::default();
         let context = Context {
             reference,
-            ..Context::new(&tally, Precision::Bf16)
+            ..Context::new(&counter, Precision::Bf16)
         };
         let (y, _) = linear.forward(context, &x, None, None).unwrap();
         assert_eq!(y.dtype(), DType::F32);
@@ -335,7 +340,7 @@ fn bf16_products_sum_in_f32() {
         let off = 300.0 * f32::EPSILON + if reference { size / 256.0 } else { 0.0 };
         within("y", &y, &want.to_dtype(DType::F32).unwrap(), off);
         assert_eq!(
-            tally.take().each_product().next().unwrap().0.precision,
+            counter.take().iter_products().next().unwrap().0.precision,
             Precision::Bf16
         );
     }

@@ -1,7 +1,7 @@
 //! Every op pair against outside opinions.
 //!
 //! `prove` holds one pair, over random shapes and in every instruction set of this processor, to four of them: the other implementation,
-//! candle's autograd on a naive formulation in f64, central finite differences, and itself on another number of threads; and its tally to
+//! candle's autograd on a naive formulation in f64, central finite differences, and itself on another number of threads; and its counter to
 //! its cost and to the products issued.
 //! PyTorch's figures are in `golden`. Knows nothing of models.
 
@@ -20,9 +20,9 @@ mod rope;
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::test_runner::Config;
 
-use super::product::{CHOSEN, Isa, available};
-use super::{Context, ISSUED, Mask};
-use crate::work::{Precision, Tally, Work};
+use super::gemm::{FORCED_ISA, Isa, available};
+use super::{Context, DropoutMask, FLOPS_ISSUED};
+use crate::work::{Precision, Work, WorkCounter};
 
 /// Half the width of a central difference: its error is this squared times a third derivative, 6e-5, and rounding adds as much.
 const STEP: f32 = 1.0 / 128.0;
@@ -91,22 +91,22 @@ where
     /// must be the cost.
     fn run(&self, isa: Option<&'static Isa>, threads: usize) -> Passed {
         on(threads, || {
-            let tally = Tally::default();
+            let counter = WorkCounter::default();
             let context = Context {
-                tally: &tally,
+                counter: &counter,
                 precision: Precision::F32,
                 reference: isa.is_none(),
             };
             let name = isa.map_or("reference", |isa| isa.name);
-            ISSUED.set(0);
+            FLOPS_ISSUED.set(0);
             let passed = with(isa.unwrap_or(available()[0]), || {
                 (self.op)(context, self.inputs, self.dy)
             });
-            let counted = tally.take();
-            assert_eq!(counted, self.cost, "tally and cost, {name}");
+            let counted = counter.take();
+            assert_eq!(counted, self.cost, "counter and cost, {name}");
             if threads == 1 {
                 assert_eq!(
-                    ISSUED.get(),
+                    FLOPS_ISSUED.get(),
                     counted.flops(),
                     "products issued and counted, {name}"
                 );
@@ -128,7 +128,7 @@ where
                     Tensor::from_vec(values, inputs[input].shape(), &Device::Cpu).unwrap();
                 let y = flat(
                     &(self.op)(
-                        Context::new(&Tally::default(), Precision::F32),
+                        Context::new(&WorkCounter::default(), Precision::F32),
                         &inputs,
                         self.dy,
                     )
@@ -188,16 +188,16 @@ fn named((y, gradients): Passed) -> Vec<(String, Option<Tensor>)> {
 
 /// Runs `work` with the fused passes that this thread begins in one instruction set.
 pub(super) fn with<T>(isa: &'static Isa, work: impl FnOnce() -> T) -> T {
-    let before = CHOSEN.replace(Some(isa));
+    let before = FORCED_ISA.replace(Some(isa));
     let done = work();
-    CHOSEN.set(before);
+    FORCED_ISA.set(before);
     done
 }
 
 /// Runs `check` on the reference, then on the fused pass in every instruction set of this processor.
 fn every_way(check: impl Fn(Context<'_>)) {
-    let tally = Tally::default();
-    let fused = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let fused = Context::new(&counter, Precision::F32);
     check(Context {
         reference: true,
         ..fused
@@ -217,10 +217,10 @@ pub(super) fn on<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T 
 }
 
 /// A mask of random numbers.
-fn mask(seed: u64, (rows, columns): (usize, usize), p: f64) -> Mask {
+fn mask(seed: u64, (rows, columns): (usize, usize), p: f64) -> DropoutMask {
     let drawn = uniform(seed, rows * columns);
     let bits = |u: &f32| ((f64::from(*u) * f64::from(1u32 << 24)) as u32) << 8;
-    Mask::draw((rows, columns), p, |row, numbers| {
+    DropoutMask::sample((rows, columns), p, |row, numbers| {
         numbers
             .iter_mut()
             .zip(&drawn[row * columns..])

@@ -9,7 +9,7 @@ use super::super::{
 };
 use super::{every_way, flat, of, random};
 use crate::error::{Kind, Result};
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 /// The message of an error of this kind.
 fn refused<T>(kind: Kind, result: Result<T>) -> String {
@@ -47,8 +47,8 @@ const ATTENTION: Attention = Attention {
 
 #[test]
 fn fused_passes_name_a_tensor_that_is_not_contiguous() {
-    let tally = Tally::default();
-    let fused = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let fused = Context::new(&counter, Precision::F32);
     let (x, whole) = (view(1, 4, 6), random(2, &[4, 6]));
     const WORDS: &str = "contiguous";
     let (_, saved) = norm(6).forward(fused, &whole).unwrap();
@@ -69,11 +69,11 @@ fn fused_passes_name_a_tensor_that_is_not_contiguous() {
         scaling: RopeScaling::None,
     };
     let tables = rope
-        .tables(&Segments::of_lengths([4]), &Device::Cpu)
+        .tables(&Segments::from_lengths([4]), &Device::Cpu)
         .unwrap();
     says(WORDS, tables.forward(fused, &x));
     let (q, k) = (random(3, &[4, 4]), random(4, &[4, 2]));
-    let segments = Segments::of_lengths([4]);
+    let segments = Segments::from_lengths([4]);
     says(
         WORDS,
         ATTENTION.forward(fused, view(5, 4, 4), k.clone(), k.clone(), &segments),
@@ -108,8 +108,8 @@ fn fused_passes_name_a_tensor_that_is_not_contiguous() {
 
 #[test]
 fn products_take_tensors_that_are_not_contiguous() {
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let linear = Linear {
         weight: Weight::frozen(random(3, &[5, 6])),
         bias: None,
@@ -147,8 +147,8 @@ fn products_take_tensors_that_are_not_contiguous() {
 
 #[test]
 fn fused_passes_take_f32_alone() {
-    let tally = Tally::default();
-    let fused = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let fused = Context::new(&counter, Precision::F32);
     let x = random(1, &[4, 6]).to_dtype(DType::BF16).unwrap();
     says("f32", norm(6).forward(fused, &x));
     says("f32", swiglu(fused, &x, &x));
@@ -156,12 +156,12 @@ fn fused_passes_take_f32_alone() {
 
 #[test]
 fn shapes_that_contradict_each_other_are_refused() {
-    let tally = Tally::default();
+    let counter = WorkCounter::default();
     let (x, short) = (random(1, &[4, 6]), random(2, &[3, 6]));
     for reference in [false, true] {
         let context = Context {
             reference,
-            ..Context::new(&tally, Precision::F32)
+            ..Context::new(&counter, Precision::F32)
         };
         says("`weight`", norm(5).forward(context, &x));
         let (_, saved) = norm(6).forward(context, &x).unwrap();
@@ -180,7 +180,7 @@ fn shapes_that_contradict_each_other_are_refused() {
             scaling: RopeScaling::None,
         };
         let tables = rope
-            .tables(&Segments::of_lengths([4]), &Device::Cpu)
+            .tables(&Segments::from_lengths([4]), &Device::Cpu)
             .unwrap();
         says("whole heads", tables.forward(context, &x));
         says("`cos`", tables.forward(context, &random(1, &[5, 4])));
@@ -202,7 +202,10 @@ fn shapes_that_contradict_each_other_are_refused() {
             ),
         );
     }
-    assert!(tally.take().flops() == 0, "what is refused is not counted");
+    assert!(
+        counter.take().flops() == 0,
+        "what is refused is not counted"
+    );
 }
 
 /// In blocks and without.
@@ -264,11 +267,11 @@ fn feed_forward_layers_that_contradict_each_other_are_refused() {
 /// The fused pass computes addresses from these sizes: a contradiction may not reach it.
 #[test]
 fn attention_refuses_sizes_it_would_read_or_write_beyond() {
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let forward = |attention: Attention, shapes: [&[usize]; 3], length: usize| {
         let [q, k, v] = shapes.map(|shape| random(1, shape));
-        attention.forward(context, q, k, v, &Segments::of_lengths([length]))
+        attention.forward(context, q, k, v, &Segments::from_lengths([length]))
     };
     says("`q`", forward(ATTENTION, [&[4, 40], &[4, 2], &[4, 2]], 4));
     says("`q`", forward(ATTENTION, [&[4, 4], &[4, 2], &[4, 2]], 5));
@@ -311,7 +314,7 @@ fn attention_refuses_sizes_it_would_read_or_write_beyond() {
             context,
             &random(1, &[3, 4]),
             &saved,
-            &Segments::of_lengths([4]),
+            &Segments::from_lengths([4]),
         ),
     );
     says(
@@ -320,7 +323,7 @@ fn attention_refuses_sizes_it_would_read_or_write_beyond() {
             context,
             &random(1, &[4, 4]),
             &saved,
-            &Segments::of_lengths([5]),
+            &Segments::from_lengths([5]),
         ),
     );
     let none = Tensor::zeros((0, 2), DType::F32, &Device::Cpu).unwrap();
@@ -341,8 +344,8 @@ fn attention_refuses_sizes_it_would_read_or_write_beyond() {
 
 #[test]
 fn an_id_beyond_the_table_is_refused() {
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let parameters =
         Parameters::new(vec![("t".into(), vec![3, 2], vec![0.0; 6])], &Device::Cpu).unwrap();
     let (table, ids) = (
@@ -438,8 +441,8 @@ fn an_optimizer_step_takes_one_gradient_of_every_number() {
     };
     let parameters =
         Parameters::new(vec![("w".into(), vec![4], vec![1.0; 4])], &Device::Cpu).unwrap();
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     says(
         "`gradient`",
         adamw.step(context, &parameters, &random(1, &[3]), 1),

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::super::{Context, Rope, RopeScaling, RopeTables, Segments};
 use super::{Pair, cases, close, flat, of, random};
-use crate::work::{Precision, Tally};
+use crate::work::{Precision, WorkCounter};
 
 /// Channel i and i + D/2 as the complex number x_i + i x_(i + D/2), turned by position * frequency. `frequency`: of a pair, in a
 /// segment of a length.
@@ -48,7 +48,10 @@ fn prove(
     frequency: impl Fn(usize, usize) -> f64 + Sync,
 ) {
     let tables = rope
-        .tables(&Segments::of_lengths(lengths.iter().copied()), &Device::Cpu)
+        .tables(
+            &Segments::from_lengths(lengths.iter().copied()),
+            &Device::Cpu,
+        )
         .unwrap();
     let shape = [lengths.iter().sum(), heads * rope.head_dim];
     Pair {
@@ -137,10 +140,10 @@ fn yarn_ramps_over_dimensions() {
             1.0 / 4096.0 / 4.0,
         ];
         let x = random(3, &[4, 16]);
-        let tally = Tally::default();
-        let context = Context::new(&tally, Precision::F32);
+        let counter = WorkCounter::default();
+        let context = Context::new(&counter, Precision::F32);
         let y = rope
-            .tables(&Segments::of_lengths([4]), &Device::Cpu)
+            .tables(&Segments::from_lengths([4]), &Device::Cpu)
             .unwrap()
             .forward(context, &x)
             .unwrap();
@@ -159,12 +162,12 @@ fn positions_restart_and_go_on() {
         theta: 100.0,
         scaling: RopeScaling::None,
     };
-    let tally = Tally::default();
-    let context = Context::new(&tally, Precision::F32);
+    let counter = WorkCounter::default();
+    let context = Context::new(&counter, Precision::F32);
     let row = random(1, &[1, 8]);
     let x = row.repeat((7, 1)).unwrap();
     let tables = rope
-        .tables(&Segments::of_lengths([3, 4]), &Device::Cpu)
+        .tables(&Segments::from_lengths([3, 4]), &Device::Cpu)
         .unwrap();
     let y = tables.forward(context, &x).unwrap();
     let rows = |t: usize| flat(&y.narrow(0, t, 1).unwrap());

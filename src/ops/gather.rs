@@ -3,55 +3,60 @@
 use candle_core::{DType, Tensor};
 
 use super::Context;
-use super::host::{Host, ROWS_PER_TASK, tensor, uninitialized};
-use super::team::each;
+use super::parallel::par_for_each;
+use super::storage::{CpuTensor, ROWS_PER_TASK, f32_tensor, uninit_vec};
 use crate::error::Result;
 
 /// x (N, C) and row numbers (L) u32 -> (L, C).
-pub fn take_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<Tensor> {
+pub fn gather_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<Tensor> {
     let (n, c) = x.dims2()?;
     let Some(numbers) = on_host(context, x, numbers, n)? else {
         return Ok(x.index_select(numbers, 0)?);
     };
-    let host = Host::open(x)?;
+    let host = CpuTensor::borrow_f32(x)?;
     // SAFETY: the loop writes every row.
-    let mut out: Vec<f32> = unsafe { uninitialized(numbers.len() * c) };
-    each(
+    let mut out: Vec<f32> = unsafe { uninit_vec(numbers.len() * c) };
+    par_for_each(
         out.chunks_mut((c * ROWS_PER_TASK).max(1))
             .zip(numbers.chunks(ROWS_PER_TASK)),
         |(out, numbers)| {
             for (out, number) in out.chunks_exact_mut(c).zip(numbers) {
-                out.copy_from_slice(&host.slice()[*number as usize * c..][..c]);
+                out.copy_from_slice(&host.f32_slice()[*number as usize * c..][..c]);
             }
         },
     );
-    tensor(out, (numbers.len(), c))
+    f32_tensor(out, (numbers.len(), c))
 }
 
 /// dx (L, C) and the numbers (L) u32 of its rows -> (n, C), the sum of each number's rows, zero where there are none. Fast where no number
 /// comes twice.
-pub fn put_rows(context: Context<'_>, dx: &Tensor, numbers: &Tensor, n: usize) -> Result<Tensor> {
+pub fn scatter_rows(
+    context: Context<'_>,
+    dx: &Tensor,
+    numbers: &Tensor,
+    n: usize,
+) -> Result<Tensor> {
     let c = dx.dims2()?.1;
     let Some(places) = on_host(context, dx, numbers, n)?.and_then(|numbers| places(&numbers, n))
     else {
         return Ok(Tensor::zeros((n, c), DType::F32, dx.device())?.index_add(numbers, dx, 0)?);
     };
-    let host = Host::open(dx)?;
+    let host = CpuTensor::borrow_f32(dx)?;
     // SAFETY: the loop writes every row.
-    let mut out: Vec<f32> = unsafe { uninitialized(n * c) };
-    each(
+    let mut out: Vec<f32> = unsafe { uninit_vec(n * c) };
+    par_for_each(
         out.chunks_mut((c * ROWS_PER_TASK).max(1))
             .zip(places.chunks(ROWS_PER_TASK)),
         |(out, places)| {
             for (out, place) in out.chunks_exact_mut(c).zip(places) {
                 match place {
-                    Some(row) => out.copy_from_slice(&host.slice()[row * c..][..c]),
+                    Some(row) => out.copy_from_slice(&host.f32_slice()[row * c..][..c]),
                     None => out.fill(0.0),
                 }
             }
         },
     );
-    tensor(out, (n, c))
+    f32_tensor(out, (n, c))
 }
 
 /// The numbers, where the loops here run on x: elsewhere they stay on their device. A number that is not below n is candle's to refuse.

@@ -2,17 +2,17 @@
 //!
 //! Packing pays where many rows read what was packed; one row's product takes as long as reading W from memory.
 
-use super::super::simd::vectorized;
-use super::super::team::each;
-use super::{Form, Matrix, Number, Start, Term, Values};
+use super::super::parallel::par_for_each;
+use super::super::simd::dispatch;
+use super::{CpuSlice, Element, Form, GemmTerm, Init, MatRef};
 
 /// Numbers of B that a task reads, about: long runs for the processor to read ahead, and tasks enough for every thread.
 const READ: usize = 32 << 10;
 
 /// Each term's row and its B, where every A is one row and every B's columns are whole.
-pub(super) fn rows<'a>(terms: &'a [Term<'_>]) -> Option<Vec<(&'a [f32], &'a Matrix<'a>)>> {
-    let row = |Term { a, b }: &'a Term<'_>| match &a.form {
-        Form::Wide {
+pub(super) fn as_gemv<'a>(terms: &'a [GemmTerm<'_>]) -> Option<Vec<(&'a [f32], &'a MatRef<'a>)>> {
+    let row = |GemmTerm { lhs: a, rhs: b }: &'a GemmTerm<'_>| match &a.form {
+        Form::Unpacked {
             values,
             column_stride: 1,
             ..
@@ -23,29 +23,29 @@ pub(super) fn rows<'a>(terms: &'a [Term<'_>]) -> Option<Vec<(&'a [f32], &'a Matr
 }
 
 /// out (n) = start + the sum of the rows times their B.
-pub(super) fn products(rows: &[(&[f32], &Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
+pub(super) fn gemv(rows: &[(&[f32], &MatRef<'_>)], start: Init<'_>, out: &mut [f32]) {
     let depth: usize = rows.iter().map(|(a, _)| a.len()).sum();
     let columns = (READ / depth.max(1)).max(1);
-    each(out.chunks_mut(columns).enumerate(), |(task, out)| {
+    par_for_each(out.chunks_mut(columns).enumerate(), |(task, out)| {
         let first = task * columns;
         match start {
-            Start::Zero => out.fill(0.0),
-            Start::Row(row) | Start::Matrix(row) => {
+            Init::Zero => out.fill(0.0),
+            Init::Bias(row) | Init::Matrix(row) => {
                 out.copy_from_slice(&row[first..first + out.len()])
             }
         }
         for (a, b) in rows {
             match b.values {
-                Values::F32(right) => add(a, (right, b), first, out),
-                Values::Bf16(right) => add(a, (right, b), first, out),
+                CpuSlice::F32(right) => add(a, (right, b), first, out),
+                CpuSlice::Bf16(right) => add(a, (right, b), first, out),
             }
         }
     });
 }
 
 /// out += a times B's columns from `first` on.
-fn add<T: Number>(a: &[f32], (right, b): (&[T], &Matrix<'_>), first: usize, out: &mut [f32]) {
-    vectorized(
+fn add<T: Element>(a: &[f32], (right, b): (&[T], &MatRef<'_>), first: usize, out: &mut [f32]) {
+    dispatch(
         #[inline(always)]
         |cpu| {
             for (index, out) in out.iter_mut().enumerate() {

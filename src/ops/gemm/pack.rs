@@ -4,14 +4,14 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::tile::{Isa, Transposes};
-use super::{Matrix, Values};
-use crate::ops::simd::vectorized;
+use super::microkernel::{Isa, Transposes};
+use super::{CpuSlice, MatRef};
+use crate::ops::simd::dispatch;
 
 /// A number format that operands are stored in.
-pub(in crate::ops) trait Number: Copy + Send + Sync {
+pub(in crate::ops) trait Element: Copy + Send + Sync {
     /// The same number in f32.
-    fn widen(self) -> f32;
+    fn as_f32(self) -> f32;
 
     /// Sixteen numbers from `from`, those that `mask` leaves out zero and not read.
     ///
@@ -35,9 +35,9 @@ pub(in crate::ops) trait Number: Copy + Send + Sync {
     }
 }
 
-impl Number for f32 {
+impl Element for f32 {
     #[inline(always)]
-    fn widen(self) -> f32 {
+    fn as_f32(self) -> f32 {
         self
     }
 
@@ -56,10 +56,10 @@ impl Number for f32 {
     }
 }
 
-impl Number for bf16 {
+impl Element for bf16 {
     /// bf16 is the upper half of f32.
     #[inline(always)]
-    fn widen(self) -> f32 {
+    fn as_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
@@ -96,7 +96,7 @@ impl Number for bf16 {
 /// Packs rows `k` of b's columns `columns` into `panel`: (k, width), width the next whole number of vectors.
 pub(in crate::ops) fn pack(
     isa: &Isa,
-    b: &Matrix<'_>,
+    b: &MatRef<'_>,
     k: Range<usize>,
     columns: Range<usize>,
     panel: &mut [f32],
@@ -110,10 +110,10 @@ pub(in crate::ops) fn pack(
     let start = k.start * b.row_stride + columns.start * b.column_stride;
     let strides = (b.row_stride, b.column_stride);
     match b.values {
-        Values::F32(values) => {
+        CpuSlice::F32(values) => {
             panel_of(isa, &values[start..], strides, columns.len(), panel, width)
         }
-        Values::Bf16(values) => {
+        CpuSlice::Bf16(values) => {
             panel_of(isa, &values[start..], strides, columns.len(), panel, width)
         }
     }
@@ -124,7 +124,7 @@ const AHEAD: usize = 16;
 
 /// Asks for the cache lines of `count` numbers from `start` on; beyond the slice it asks for nothing.
 #[inline(always)]
-fn prefetch<T: Number>(values: &[T], start: usize, count: usize) {
+fn prefetch<T: Element>(values: &[T], start: usize, count: usize) {
     #[cfg(target_arch = "x86_64")]
     for number in (start..(start + count).min(values.len())).step_by(64 / size_of::<T>()) {
         // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
@@ -138,7 +138,7 @@ fn prefetch<T: Number>(values: &[T], start: usize, count: usize) {
     let _ = (values, start, count);
 }
 
-fn panel_of<T: Number>(
+fn panel_of<T: Element>(
     isa: &Isa,
     values: &[T],
     (row_stride, column_stride): (usize, usize),
@@ -153,7 +153,7 @@ fn panel_of<T: Number>(
             (true, 16) => rows::<T, 16>(values, row_stride, panel),
             (true, 32) => rows::<T, 32>(values, row_stride, panel),
             (true, 64) => rows::<T, 64>(values, row_stride, panel),
-            _ => vectorized(
+            _ => dispatch(
                 #[inline(always)]
                 |_| {
                     for (row, out) in panel.chunks_exact_mut(width).enumerate() {
@@ -163,7 +163,7 @@ fn panel_of<T: Number>(
                         whole
                             .iter_mut()
                             .zip(from)
-                            .for_each(|(out, x)| *out = x.widen());
+                            .for_each(|(out, x)| *out = x.as_f32());
                         rest.fill(0.0);
                     }
                 },
@@ -196,22 +196,22 @@ fn panel_of<T: Number>(
     for (row, out) in panel.chunks_exact_mut(width).enumerate() {
         let (whole, rest) = out.split_at_mut(columns);
         for (column, out) in whole.iter_mut().enumerate() {
-            *out = values[row * row_stride + column * column_stride].widen();
+            *out = values[row * row_stride + column * column_stride].as_f32();
         }
         rest.fill(0.0);
     }
 }
 
 /// Rows of `W` numbers, `stride` apart.
-fn rows<T: Number, const W: usize>(values: &[T], stride: usize, panel: &mut [f32]) {
-    vectorized(
+fn rows<T: Element, const W: usize>(values: &[T], stride: usize, panel: &mut [f32]) {
+    dispatch(
         #[inline(always)]
         |_| {
             for (row, out) in panel.as_chunks_mut::<W>().0.iter_mut().enumerate() {
                 prefetch(values, (row + AHEAD) * stride, W);
                 let from = &values[row * stride..][..W];
                 for i in 0..W {
-                    out[i] = from[i].widen();
+                    out[i] = from[i].as_f32();
                 }
             }
         },
@@ -225,7 +225,7 @@ fn rows<T: Number, const W: usize>(values: &[T], stride: usize, panel: &mut [f32
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn transposed_by_16<T: Number>(
+unsafe fn transposed_by_16<T: Element>(
     values: *const T,
     stride: usize,
     columns: usize,
@@ -304,7 +304,7 @@ pub(super) fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx2")]
-unsafe fn transposed_by_8<T: Number>(
+unsafe fn transposed_by_8<T: Element>(
     values: *const T,
     stride: usize,
     columns: usize,
@@ -348,10 +348,10 @@ unsafe fn transposed_by_8<T: Number>(
 /// They must be readable; the processor has AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn first_of_8<T: Number>(from: *const T, count: usize) -> std::arch::x86_64::__m256 {
+unsafe fn first_of_8<T: Element>(from: *const T, count: usize) -> std::arch::x86_64::__m256 {
     let mut wide = [0.0f32; 8];
     // SAFETY: the caller's promise.
-    (0..count).for_each(|index| wide[index] = unsafe { *from.add(index) }.widen());
+    (0..count).for_each(|index| wide[index] = unsafe { *from.add(index) }.as_f32());
     // SAFETY: eight numbers of the array.
     unsafe { std::arch::x86_64::_mm256_loadu_ps(wide.as_ptr()) }
 }

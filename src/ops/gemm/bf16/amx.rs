@@ -7,10 +7,10 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::kernel::{DEPTH, ROUNDED, ROW, Runs, SPLIT};
+use super::unit::{BF16_PLANES, F32_PLANES, K_STEP, ROW, Runs};
 
 /// Whether the processor has these registers and the system lets this process use them (on Linux a process has to ask).
-pub(in crate::ops::product) fn permitted() -> bool {
+pub(in crate::ops::gemm) fn permitted() -> bool {
     static PERMITTED: OnceLock<bool> = OnceLock::new();
     *PERMITTED.get_or_init(|| {
         const TILES_AND_BF16: u32 = 1 << 24 | 1 << 22;
@@ -132,7 +132,7 @@ macro_rules! kernel {
         /// # Safety
         /// This thread's registers are shaped; every step of A and B is readable, out's rows are writable.
         unsafe fn $name(runs: Runs, out: *mut f32, out_row: usize, onto: bool) {
-            let [(a, b, steps), (next_a, next_b, more)] = runs.map(|run| (run.a, run.b, run.depth.div_ceil(DEPTH)));
+            let [(a, b, steps), (next_a, next_b, more)] = runs.map(|run| (run.a, run.b, run.depth.div_ceil(K_STEP)));
             // SAFETY: the caller's promise; the loops run `steps` and `more` times, both tested before they begin.
             unsafe {
                 asm!(
@@ -194,7 +194,7 @@ kernel!(split, split_step!(), split_step!());
 kernel!(mixed, mixed_step!(), mixed_step!());
 kernel!(mixed_then_split, mixed_step!(), split_step!());
 
-/// The loop for these planes, as `Ready::multiply`'s.
+/// The loop for these planes, as `ActiveUnit::multiply`'s.
 ///
 /// # Safety
 /// As the kernels': this thread's registers are shaped; A's and B's steps are readable, `out` is writable.
@@ -207,9 +207,9 @@ pub(super) unsafe fn multiply(
     // SAFETY: the caller's promise.
     unsafe {
         match (planes, runs.map(|run| run.planes)) {
-            (ROUNDED, _) => rounded(runs, out, out_row, onto),
-            (_, [SPLIT, _]) => split(runs, out, out_row, onto),
-            (_, [_, SPLIT]) => mixed_then_split(runs, out, out_row, onto),
+            (BF16_PLANES, _) => rounded(runs, out, out_row, onto),
+            (_, [F32_PLANES, _]) => split(runs, out, out_row, onto),
+            (_, [_, F32_PLANES]) => mixed_then_split(runs, out, out_row, onto),
             _ => mixed(runs, out, out_row, onto),
         }
     }

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::kernel::{DEPTH, PAIR, Run, Runs, SIDE};
+use super::unit::{BLOCK_LINES, K_STEP, Run, Runs, TILE};
 
 /// Rows that are summed in registers at a time: with two vectors of columns, 16 sums that wait for nothing. More rows gained nothing
 /// (benches/LOG.md, "a processor with fast dot products of bf16 pairs").
@@ -13,7 +13,7 @@ const ROWS: usize = 8;
 const LANES: usize = 16;
 
 /// Whether the processor has these dot products, and the vectors that pack for them.
-pub(in crate::ops::product) fn present() -> bool {
+pub(in crate::ops::gemm) fn present() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
@@ -22,7 +22,7 @@ pub(in crate::ops::product) fn present() -> bool {
 
 /// Whether they are faster than f32's multiply-adds where there are any: twice on AMD's processors, where one is issued as often; half on
 /// Intel's.
-pub(in crate::ops::product) fn fast() -> bool {
+pub(in crate::ops::gemm) fn fast() -> bool {
     let vendor = __cpuid(0);
     // "AuthenticAMD"
     [vendor.ebx, vendor.edx, vendor.ecx] == [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes)
@@ -38,7 +38,7 @@ pub(super) unsafe fn multiply(
     (rows, columns): (usize, usize),
     onto: bool,
 ) {
-    for first in (0..rows.min(SIDE)).step_by(ROWS) {
+    for first in (0..rows.min(TILE)).step_by(ROWS) {
         let runs = runs.map(|run| Run {
             a: run.a.wrapping_add(first),
             ..run
@@ -77,8 +77,8 @@ unsafe fn strip<const V: usize>(runs: Runs, out: *mut f32, out_row: usize, onto:
             ..
         } in runs
         {
-            for start in (0..depth).step_by(DEPTH) {
-                for pair in 0..(depth - start).min(DEPTH).div_ceil(2) {
+            for start in (0..depth).step_by(K_STEP) {
+                for pair in 0..(depth - start).min(K_STEP).div_ceil(2) {
                     let mut columns = [_mm512_setzero_si512(); V];
                     for v in 0..V {
                         columns[v] = _mm512_load_si512(b.add(v * LANES + pair).cast());
@@ -91,7 +91,7 @@ unsafe fn strip<const V: usize>(runs: Runs, out: *mut f32, out_row: usize, onto:
                         }
                     }
                 }
-                (a, b) = (a.add(PAIR), b.add(PAIR));
+                (a, b) = (a.add(BLOCK_LINES), b.add(BLOCK_LINES));
             }
         }
         for row in 0..ROWS {

@@ -9,9 +9,9 @@
 use std::sync::OnceLock;
 
 use super::Precision;
-use super::blocks::Unit;
+use super::bf16::MatrixUnit;
 #[cfg(target_arch = "x86_64")]
-use super::blocks::{amx, pairs};
+use super::bf16::{amx, avx512_bf16};
 
 /// out (m, V * lanes) = start + the sum over the parts of a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and
 /// may be `out` itself.
@@ -19,22 +19,22 @@ use super::blocks::{amx, pairs};
 /// # Safety
 /// Each part's `a` must be readable at `i * a_row + j * a_column` for i < m, j < k; `b`, `start` and `out` at V * lanes numbers in each of
 /// their rows.
-pub(in crate::ops) type Tile = unsafe fn(TileArgs<'_>);
+pub(in crate::ops) type MicroKernel = unsafe fn(KernelArgs<'_>);
 
 /// Where a tile reads and writes.
 #[derive(Clone, Copy)]
-pub(in crate::ops) struct TileArgs<'a> {
-    pub(in crate::ops) parts: &'a [Part],
+pub(in crate::ops) struct KernelArgs<'a> {
+    pub(in crate::ops) parts: &'a [KernelTerm],
     pub(in crate::ops) start: *const f32,
     pub(in crate::ops) start_row: usize,
     pub(in crate::ops) out: *mut f32,
     pub(in crate::ops) out_row: usize,
 }
 
-impl<'a> TileArgs<'a> {
+impl<'a> KernelArgs<'a> {
     /// out = the sum, or out += the sum.
-    pub(in crate::ops) fn into(
-        parts: &'a [Part],
+    pub(in crate::ops) fn new(
+        parts: &'a [KernelTerm],
         (out, out_row): (*mut f32, usize),
         add: bool,
     ) -> Self {
@@ -54,7 +54,7 @@ impl<'a> TileArgs<'a> {
 
 /// One of the products that a tile sums.
 #[derive(Clone, Copy)]
-pub(in crate::ops) struct Part {
+pub(in crate::ops) struct KernelTerm {
     pub(in crate::ops) k: usize,
     pub(in crate::ops) a: *const f32,
     pub(in crate::ops) a_row: usize,
@@ -68,41 +68,41 @@ pub(in crate::ops) struct Isa {
     /// The word of reports.
     pub(in crate::ops) name: &'static str,
     /// Most rows of a tile.
-    pub(in crate::ops) rows: usize,
+    pub(in crate::ops) mr: usize,
     /// Numbers of a vector; a tile is one or two of them wide.
     pub(in crate::ops) lanes: usize,
     /// By vectors - 1, then rows - 1.
-    tiles: [&'static [Tile]; 2],
+    kernels: [&'static [MicroKernel]; 2],
     /// Numbers of k that one panel of B holds at most: more of them, and what the tiles of a strip read again falls out of the cache.
-    pub(super) deepest: usize,
+    pub(super) max_kc: usize,
     /// k is cut into pieces of this length where it is deeper.
-    pub(super) piece: usize,
+    pub(super) kc: usize,
     /// Numbers of packed B that one task holds: half of a second-level cache.
-    pub(super) packed: usize,
+    pub(super) packed_elements: usize,
     /// What `pack` transposes in.
     pub(super) transposes: Transposes,
     /// What multiplies products of many rows in blocks instead.
-    pub(in crate::ops) blocks: Option<Unit>,
+    pub(in crate::ops) matrix_unit: Option<MatrixUnit>,
 }
 
 impl Isa {
     /// The tile of `rows` by `vectors`.
-    pub(in crate::ops) fn tile(&self, rows: usize, vectors: usize) -> Tile {
-        self.tiles[vectors - 1][rows - 1]
+    pub(in crate::ops) fn kernel(&self, rows: usize, vectors: usize) -> MicroKernel {
+        self.kernels[vectors - 1][rows - 1]
     }
 
     /// What multiplies products in `precision` in blocks.
-    pub(in crate::ops) fn unit(&self, precision: Precision) -> Option<Unit> {
-        self.blocks.filter(|unit| unit.takes(precision))
+    pub(in crate::ops) fn gemm_unit(&self, precision: Precision) -> Option<MatrixUnit> {
+        self.matrix_unit.filter(|unit| unit.takes(precision))
     }
 
     /// What multiplies products in `precision` in blocks where f32 goes by vectors, whatever a unit takes.
-    pub(in crate::ops) fn narrow_unit(&self, precision: Precision) -> Option<Unit> {
-        self.blocks.filter(|_| precision != Precision::F32)
+    pub(in crate::ops) fn bf16_unit(&self, precision: Precision) -> Option<MatrixUnit> {
+        self.matrix_unit.filter(|_| precision != Precision::F32)
     }
 
     /// Columns of the widest tile.
-    pub(in crate::ops) fn columns(&self) -> usize {
+    pub(in crate::ops) fn nr(&self) -> usize {
         2 * self.lanes
     }
 }
@@ -122,60 +122,60 @@ pub(super) enum Transposes {
 
 /// A list of tiles with 1, 2, ... rows.
 macro_rules! tiles {
-    ($name:ident, $vectors:literal, $($rows:literal)*) => { &[$($name::<$rows, $vectors> as Tile),*] };
+    ($name:ident, $vectors:literal, $($rows:literal)*) => { &[$($name::<$rows, $vectors> as MicroKernel),*] };
 }
 
 /// Everywhere: arrays that the compiler turns into whatever vectors the target has.
 static PORTABLE: Isa = Isa {
     name: "portable",
-    rows: 6,
+    mr: 6,
     lanes: 8,
-    tiles: [
+    kernels: [
         tiles!(portable, 1, 1 2 3 4 5 6),
         tiles!(portable, 2, 1 2 3 4 5 6),
     ],
-    deepest: 2048,
-    piece: 768,
-    packed: 64 << 10,
+    max_kc: 2048,
+    kc: 768,
+    packed_elements: 64 << 10,
     transposes: Transposes::Portable,
-    blocks: None,
+    matrix_unit: None,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX2: Isa = Isa {
     name: "avx2",
-    rows: 6,
+    mr: 6,
     lanes: 8,
-    tiles: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)],
-    deepest: 2048,
-    piece: 768,
-    packed: 64 << 10,
+    kernels: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)],
+    max_kc: 2048,
+    kc: 768,
+    packed_elements: 64 << 10,
     transposes: Transposes::Avx2,
-    blocks: None,
+    matrix_unit: None,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX512: Isa = Isa {
     name: "avx512",
-    rows: 14,
+    mr: 14,
     lanes: 16,
-    tiles: [
+    kernels: [
         tiles!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
         tiles!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
     ],
     // 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
-    deepest: 6144,
-    piece: 2048,
-    packed: 128 << 10,
+    max_kc: 6144,
+    kc: 2048,
+    packed_elements: 128 << 10,
     transposes: Transposes::Avx512,
-    blocks: None,
+    matrix_unit: None,
 };
 
 /// AVX-512 for what has few rows.
 #[cfg(target_arch = "x86_64")]
 static AMX: Isa = Isa {
     name: "amx",
-    blocks: Some(Unit::Tiles),
+    matrix_unit: Some(MatrixUnit::Amx),
     ..AVX512
 };
 
@@ -183,7 +183,7 @@ static AMX: Isa = Isa {
 #[cfg(target_arch = "x86_64")]
 static AVX512_BF16: Isa = Isa {
     name: "avx512_bf16",
-    blocks: Some(Unit::Pairs),
+    matrix_unit: Some(MatrixUnit::Avx512Bf16),
     ..AVX512
 };
 
@@ -197,12 +197,12 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
             let wide = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl");
-            let pairs = pairs::present();
+            let pairs = avx512_bf16::present();
             let candidates = [
                 (wide && amx::permitted(), &AMX),
-                (pairs && pairs::fast(), &AVX512_BF16),
+                (pairs && avx512_bf16::fast(), &AVX512_BF16),
                 (wide, &AVX512),
-                (pairs && !pairs::fast(), &AVX512_BF16),
+                (pairs && !avx512_bf16::fast(), &AVX512_BF16),
             ];
             found.extend(
                 candidates
@@ -221,7 +221,7 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
 /// The instruction set of whatever this thread begins: the best, unless a test has chosen another.
 pub(in crate::ops) fn best() -> &'static Isa {
     #[cfg(test)]
-    if let Some(isa) = CHOSEN.get() {
+    if let Some(isa) = FORCED_ISA.get() {
         return isa;
     }
     available()[0]
@@ -230,14 +230,14 @@ pub(in crate::ops) fn best() -> &'static Isa {
 #[cfg(test)]
 thread_local! {
     /// What a test has `best` give on this thread.
-    pub(in crate::ops) static CHOSEN: std::cell::Cell<Option<&'static Isa>> = const { std::cell::Cell::new(None) };
+    pub(in crate::ops) static FORCED_ISA: std::cell::Cell<Option<&'static Isa>> = const { std::cell::Cell::new(None) };
 }
 
 /// The body of the tiles without intrinsics.
 #[inline(always)]
 unsafe fn arrays<const M: usize, const V: usize>(
-    args: TileArgs<'_>,
-    multiply_add: impl Fn(f32, f32, f32) -> f32,
+    args: KernelArgs<'_>,
+    mul_add: impl Fn(f32, f32, f32) -> f32,
 ) {
     let mut sums = [[[0.0f32; 8]; V]; M];
     // SAFETY: the caller's promise about every pointer.
@@ -253,7 +253,7 @@ unsafe fn arrays<const M: usize, const V: usize>(
                     let a = *part.a.add(m * part.a_row + k * part.a_column);
                     for v in 0..V {
                         for lane in 0..8 {
-                            sums[m][v][lane] = multiply_add(a, b[v][lane], sums[m][v][lane]);
+                            sums[m][v][lane] = mul_add(a, b[v][lane], sums[m][v][lane]);
                         }
                     }
                 }
@@ -280,7 +280,7 @@ unsafe fn arrays<const M: usize, const V: usize>(
     }
 }
 
-unsafe fn portable<const M: usize, const V: usize>(args: TileArgs<'_>) {
+unsafe fn portable<const M: usize, const V: usize>(args: KernelArgs<'_>) {
     // aarch64 always has a fused multiply-add; elsewhere it would be a library call.
     // SAFETY: the caller's promise.
     #[cfg(target_arch = "aarch64")]
@@ -299,7 +299,7 @@ unsafe fn portable<const M: usize, const V: usize>(args: TileArgs<'_>) {
 macro_rules! tile {
     ($name:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $set:ident, $fma:ident, $add:ident, $store:ident) => {
         #[target_feature(enable = $features)]
-        unsafe fn $name<const M: usize, const V: usize>(args: TileArgs<'_>) {
+        unsafe fn $name<const M: usize, const V: usize>(args: KernelArgs<'_>) {
             use std::arch::x86_64::*;
             let mut sums = [[$zero(); V]; M];
             // SAFETY: the caller's promise about every pointer; a prefetch reads nothing.
@@ -316,7 +316,7 @@ macro_rules! tile {
                         }
                     }
                 }
-                for &Part {
+                for &KernelTerm {
                     k,
                     mut a,
                     a_row,

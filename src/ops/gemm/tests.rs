@@ -15,7 +15,7 @@ fn numbers(seed: u64, n: usize) -> Vec<f32> {
 }
 
 /// A matrix's numbers in both formats, stored as they stand or transposed.
-struct Stored {
+struct TestMatrix {
     wide: Vec<f32>,
     narrow: Vec<bf16>,
     rows: usize,
@@ -24,7 +24,7 @@ struct Stored {
     bf16: bool,
 }
 
-impl Stored {
+impl TestMatrix {
     fn new(seed: u64, rows: usize, columns: usize, transposed: bool, bf16: bool) -> Self {
         let wide = numbers(seed, rows * columns);
         let narrow = wide.iter().map(|x| half::bf16::from_f32(*x)).collect();
@@ -38,22 +38,22 @@ impl Stored {
         }
     }
 
-    fn matrix(&self) -> Matrix<'_> {
-        self.keeping(None)
+    fn matrix(&self) -> MatRef<'_> {
+        self.with_cache(None)
     }
 
     /// The same with packed forms in `packings`.
-    fn keeping<'a>(&'a self, packings: Option<&'a Packings>) -> Matrix<'a> {
+    fn with_cache<'a>(&'a self, packings: Option<&'a PackedWeightCache>) -> MatRef<'a> {
         let values = if self.bf16 {
-            Values::Bf16(&self.narrow)
+            CpuSlice::Bf16(&self.narrow)
         } else {
-            Values::F32(&self.wide)
+            CpuSlice::F32(&self.wide)
         };
         match self.transposed {
-            true => Matrix::new(values, self.columns, self.rows)
-                .keeping(packings)
+            true => MatRef::new(values, self.columns, self.rows)
+                .with_cache(packings)
                 .t(),
-            false => Matrix::new(values, self.rows, self.columns).keeping(packings),
+            false => MatRef::new(values, self.rows, self.columns).with_cache(packings),
         }
     }
 
@@ -72,27 +72,28 @@ impl Stored {
 fn check(
     isa: &'static Isa,
     precision: Precision,
-    terms: &[(Stored, Stored)],
-    start: Start<'_>,
+    terms: &[(TestMatrix, TestMatrix)],
+    start: Init<'_>,
     threads: &[usize],
 ) {
-    let packings: Vec<Packings> = terms.iter().map(|_| Packings::default()).collect();
+    let packings: Vec<PackedWeightCache> =
+        terms.iter().map(|_| PackedWeightCache::default()).collect();
     let on = |threads: usize, kept: Range<usize>| {
         crate::ops::tests::on(threads, || {
-            let lefts: Vec<Left<'_>> = terms
+            let lefts: Vec<Lhs<'_>> = terms
                 .iter()
-                .map(|(a, _)| Left::with(isa, precision, a.matrix()))
+                .map(|(a, _)| Lhs::with(isa, precision, a.matrix()))
                 .collect();
             let kept = |index: usize| kept.contains(&index).then(|| &packings[index]);
             let views = lefts
                 .iter()
                 .zip(terms)
                 .enumerate()
-                .map(|(index, (a, (_, b)))| Term {
-                    a,
-                    b: b.keeping(kept(index)),
+                .map(|(index, (a, (_, b)))| GemmTerm {
+                    lhs: a,
+                    rhs: b.with_cache(kept(index)),
                 });
-            products_with(isa, &views.collect::<Vec<_>>(), start)
+            gemm_sum_with(isa, &views.collect::<Vec<_>>(), start)
         })
     };
     let got = on(threads[0], 0..0);
@@ -119,11 +120,11 @@ fn check(
     for row in 0..m {
         for column in 0..n {
             let start = match start {
-                Start::Zero => 0.0,
-                Start::Row(values) => f64::from(values[column]),
-                Start::Matrix(values) => f64::from(values[row * n + column]),
+                Init::Zero => 0.0,
+                Init::Bias(values) => f64::from(values[column]),
+                Init::Matrix(values) => f64::from(values[row * n + column]),
             };
-            let sum = |(a, b): &(Stored, Stored)| {
+            let sum = |(a, b): &(TestMatrix, TestMatrix)| {
                 (0..a.columns)
                     .map(|k| a.at(row, k) * b.at(k, column))
                     .sum::<f64>()
@@ -154,12 +155,12 @@ proptest! {
         start in 0usize..3,
         seed: u64,
     ) {
-        let mut terms = vec![(Stored::new(seed, m, k, flags[0], flags[1]), Stored::new(seed ^ 1, k, n, flags[2], flags[3]))];
+        let mut terms = vec![(TestMatrix::new(seed, m, k, flags[0], flags[1]), TestMatrix::new(seed ^ 1, k, n, flags[2], flags[3]))];
         if let Some(r) = r {
-            terms.push((Stored::new(seed ^ 2, m, r, flags[4], flags[5]), Stored::new(seed ^ 3, r, n, flags[6], flags[7])));
+            terms.push((TestMatrix::new(seed ^ 2, m, r, flags[4], flags[5]), TestMatrix::new(seed ^ 3, r, n, flags[6], flags[7])));
         }
         let (row, matrix) = (numbers(seed ^ 4, n), numbers(seed ^ 5, m * n));
-        let start = [Start::Zero, Start::Row(&row), Start::Matrix(&matrix)][start];
+        let start = [Init::Zero, Init::Bias(&row), Init::Matrix(&matrix)][start];
         for isa in available() {
             for precision in [Precision::F32, Precision::Bf16] {
                 check(isa, precision, &terms, start, &[1, 2, 3]);
@@ -186,18 +187,18 @@ fn one_row_times_columns_is_a_product() {
         for bf16 in [false, true] {
             let adapter = (r > 0).then(|| {
                 (
-                    Stored::new(seed + 2, 1, r, true, bf16),
-                    Stored::new(seed + 3, r, n, true, false),
+                    TestMatrix::new(seed + 2, 1, r, true, bf16),
+                    TestMatrix::new(seed + 3, r, n, true, false),
                 )
             });
             let w = (
-                Stored::new(seed, 1, k, false, !bf16),
-                Stored::new(seed + 1, k, n, true, bf16),
+                TestMatrix::new(seed, 1, k, false, !bf16),
+                TestMatrix::new(seed + 1, k, n, true, bf16),
             );
             let terms: Vec<_> = std::iter::once(w).chain(adapter).collect();
             assert!(n == 1 || k == 1 || terms[0].1.matrix().row_stride == 1);
             let row = numbers(seed + 4, n);
-            for start in [Start::Zero, Start::Row(&row), Start::Matrix(&row)] {
+            for start in [Init::Zero, Init::Bias(&row), Init::Matrix(&row)] {
                 check(best(), Precision::F32, &terms, start, &[1, 2, 3]);
                 check(best(), Precision::Bf16, &terms, start, &[1, 2, 3]);
             }
@@ -208,35 +209,29 @@ fn one_row_times_columns_is_a_product() {
 /// Deeper than one panel, and beside another term, so that there are several passes.
 #[test]
 fn deep_products_are_sums() {
-    let of = |Isa { deepest, piece, .. }: &Isa| {
+    let of = |Isa { max_kc, kc, .. }: &Isa| {
         [
-            (3, 5, deepest + 1),
-            (15, 33, 2 * piece + 7),
-            (2, 40, *deepest),
-            (33, 64, *piece),
+            (3, 5, max_kc + 1),
+            (15, 33, 2 * kc + 7),
+            (2, 40, *max_kc),
+            (33, 64, *kc),
         ]
     };
     for (m, n, k) in available().iter().flat_map(|isa| of(isa)) {
         let terms = [
             (
-                Stored::new(1, m, k, false, false),
-                Stored::new(2, k, n, true, true),
+                TestMatrix::new(1, m, k, false, false),
+                TestMatrix::new(2, k, n, true, true),
             ),
             (
-                Stored::new(3, m, 9, false, false),
-                Stored::new(4, 9, n, false, false),
+                TestMatrix::new(3, m, 9, false, false),
+                TestMatrix::new(4, 9, n, false, false),
             ),
         ];
         let matrix = numbers(5, m * n);
         for isa in available() {
-            check(isa, Precision::F32, &terms, Start::Matrix(&matrix), &[1, 2]);
-            check(
-                isa,
-                Precision::Bf16,
-                &terms,
-                Start::Matrix(&matrix),
-                &[1, 2],
-            );
+            check(isa, Precision::F32, &terms, Init::Matrix(&matrix), &[1, 2]);
+            check(isa, Precision::Bf16, &terms, Init::Matrix(&matrix), &[1, 2]);
         }
     }
 }
@@ -255,14 +250,14 @@ fn products_in_f32_keep_all_bits() {
     };
     let (a, b) = (spread(1, m * k), spread(2, k * n));
     for isa in available() {
-        let left = Left::with(isa, Precision::F32, Matrix::of(&a, m, k));
-        let got = products_with(
+        let left = Lhs::with(isa, Precision::F32, MatRef::from_f32(&a, m, k));
+        let got = gemm_sum_with(
             isa,
-            &[Term {
-                a: &left,
-                b: Matrix::of(&b, k, n),
+            &[GemmTerm {
+                lhs: &left,
+                rhs: MatRef::from_f32(&b, k, n),
             }],
-            Start::Zero,
+            Init::Zero,
         );
         let mut worst = 0.0f64;
         for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
@@ -297,7 +292,7 @@ fn wide(seed: u64, n: usize) -> Vec<f32> {
 /// One term of a sum in f32: A of all bits, B of numbers that bf16 holds.
 struct Half {
     a: Vec<f32>,
-    b: Stored,
+    b: TestMatrix,
 }
 
 impl Half {
@@ -305,27 +300,29 @@ impl Half {
     fn new(seed: u64, (m, k, n): (usize, usize, usize), stored: (bool, bool)) -> Self {
         Self {
             a: wide(seed, m * k),
-            b: Stored::new(seed ^ 77, k, n, stored.0, stored.1),
+            b: TestMatrix::new(seed ^ 77, k, n, stored.0, stored.1),
         }
     }
 }
 
 /// The sum of the terms in f32, whatever B is stored in, with each B in f32.
-fn check_half(terms: &mut [Half], m: usize, start: Start<'_>) {
+fn check_half(terms: &mut [Half], m: usize, start: Init<'_>) {
     for isa in available() {
         let sum = |terms: &[Half], threads: usize| {
             crate::ops::tests::on(threads, || {
-                let a = terms.iter().map(|term| Matrix::of(&term.a, m, term.b.rows));
-                let lefts: Vec<Left<'_>> = a.map(|a| Left::with(isa, Precision::F32, a)).collect();
-                let views: Vec<Term<'_>> = lefts
+                let a = terms
+                    .iter()
+                    .map(|term| MatRef::from_f32(&term.a, m, term.b.rows));
+                let lefts: Vec<Lhs<'_>> = a.map(|a| Lhs::with(isa, Precision::F32, a)).collect();
+                let views: Vec<GemmTerm<'_>> = lefts
                     .iter()
                     .zip(terms)
-                    .map(|(a, term)| Term {
-                        a,
-                        b: term.b.matrix(),
+                    .map(|(a, term)| GemmTerm {
+                        lhs: a,
+                        rhs: term.b.matrix(),
                     })
                     .collect();
-                bits(&products_with(isa, &views, start))
+                bits(&gemm_sum_with(isa, &views, start))
             })
         };
         let got = [1, 2, 3].map(|threads| sum(terms, threads));
@@ -354,33 +351,34 @@ fn check_by(
     // One row more, so that a single one goes through blocks here too: what a row gives does not depend on the others.
     let (a, b) = (
         wide(seed, (m + 1) * k),
-        Stored::new(seed ^ 1, k, n, false, b_bf16),
+        TestMatrix::new(seed ^ 1, k, n, false, b_bf16),
     );
     let b_wide = wide(seed ^ 2, k * n);
     let b = if b_bf16 {
         b.matrix()
     } else {
-        Matrix::of(&b_wide, k, n)
+        MatRef::from_f32(&b_wide, k, n)
     };
     let across: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
     let few = if turned {
-        Matrix::of(&across, k, m).t()
+        MatRef::from_f32(&across, k, m).t()
     } else {
-        Matrix::of(&a[..m * k], m, k)
+        MatRef::from_f32(&a[..m * k], m, k)
     };
     for isa in available()
         .iter()
-        .filter(|isa| isa.unit(precision).is_some())
+        .filter(|isa| isa.gemm_unit(precision).is_some())
     {
-        let left = Left::with(isa, precision, Matrix::of(&a, m + 1, k));
-        let want = bits(&products_with(isa, &[Term { a: &left, b }], Start::Zero)[..m * n]);
+        let left = Lhs::with(isa, precision, MatRef::from_f32(&a, m + 1, k));
+        let want =
+            bits(&gemm_sum_with(isa, &[GemmTerm { lhs: &left, rhs: b }], Init::Zero)[..m * n]);
         for threads in [1, 2, 3] {
             let got = crate::ops::tests::on(threads, || {
                 with(isa, || {
-                    let packed = Prepared::with(isa, precision, &b);
+                    let packed = PackedLhs::with(isa, precision, &b);
                     packed
                         .packed()
-                        .map(|packed| bits(&product_by(few, packed, n)))
+                        .map(|packed| bits(&gemm_by_packed(few, packed, n)))
                 })
             });
             assert_eq!(got.is_some(), k > 1, "one row alone is not packed");
@@ -408,7 +406,7 @@ proptest! {
         let term = |(index, k): (usize, &usize)| Half::new(seed ^ index as u64, (m, *k, n), (flags[index], flags[4 + index]));
         let mut terms: Vec<Half> = depths.iter().enumerate().map(term).collect();
         let (row, matrix) = (numbers(seed ^ 4, n), numbers(seed ^ 5, m * n));
-        check_half(&mut terms, m, [Start::Zero, Start::Row(&row), Start::Matrix(&matrix)][start]);
+        check_half(&mut terms, m, [Init::Zero, Init::Bias(&row), Init::Matrix(&matrix)][start]);
     }
 
     #[test]
@@ -445,16 +443,16 @@ fn blocks_round_factors_to_bf16() {
             .map(|x| bf16::from_f32(*x).to_f32())
             .collect::<Vec<_>>()
     };
-    for isa in available().iter().filter(|isa| isa.blocks.is_some()) {
+    for isa in available().iter().filter(|isa| isa.matrix_unit.is_some()) {
         let of = |a: &[f32], b: &[f32], precision| {
-            let left = Left::with(isa, precision, Matrix::of(a, m, k));
-            products_with(
+            let left = Lhs::with(isa, precision, MatRef::from_f32(a, m, k));
+            gemm_sum_with(
                 isa,
-                &[Term {
-                    a: &left,
-                    b: Matrix::of(b, k, n),
+                &[GemmTerm {
+                    lhs: &left,
+                    rhs: MatRef::from_f32(b, k, n),
                 }],
-                Start::Zero,
+                Init::Zero,
             )
         };
         let (got, want) = (
@@ -479,24 +477,24 @@ fn blocks_round_factors_to_bf16() {
 
 #[test]
 fn nothing_is_a_product_too() {
-    let none = Stored::new(1, 0, 4, false, false);
-    let b = Stored::new(2, 4, 3, false, false);
-    assert!(product(Precision::F32, none.matrix(), b.matrix()).is_empty());
+    let none = TestMatrix::new(1, 0, 4, false, false);
+    let b = TestMatrix::new(2, 4, 3, false, false);
+    assert!(gemm(Precision::F32, none.matrix(), b.matrix()).is_empty());
     // A sum of nothing is what it starts from.
     let (start, left) = (
         numbers(3, 6),
-        Left::of(Matrix::of(&[], 2, 0), Prepared::default()),
+        Lhs::with_packed(MatRef::from_f32(&[], 2, 0), PackedLhs::default()),
     );
-    let terms = [Term {
-        a: &left,
-        b: Matrix::of(&[], 0, 3),
+    let terms = [GemmTerm {
+        lhs: &left,
+        rhs: MatRef::from_f32(&[], 0, 3),
     }];
-    assert_eq!(products(&terms, Start::Matrix(&start)), start);
+    assert_eq!(gemm_sum(&terms, Init::Matrix(&start)), start);
     assert_eq!(
-        products(&terms, Start::Row(&start[..3])),
+        gemm_sum(&terms, Init::Bias(&start[..3])),
         [&start[..3], &start[..3]].concat()
     );
-    assert_eq!(products(&terms, Start::Zero), [0.0; 6]);
+    assert_eq!(gemm_sum(&terms, Init::Zero), [0.0; 6]);
 }
 
 /// Every strip of every panel once, and no thread without a task where there are panels enough.
@@ -517,13 +515,18 @@ fn tasks_are_for_all_threads() {
             std::sync::Mutex::new(vec![0; panels * strips]),
         );
         crate::ops::tests::on(threads, || {
-            tasks(panels, usize::MAX, (strips, TURNS), |panels, rows| {
-                count.fetch_add(1, Ordering::Relaxed);
-                panels.for_each(|panel| {
-                    rows.clone()
-                        .for_each(|row| done.lock().unwrap()[panel * strips + row] += 1)
-                });
-            });
+            tasks(
+                panels,
+                usize::MAX,
+                (strips, TASKS_PER_PACK),
+                |panels, rows| {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    panels.for_each(|panel| {
+                        rows.clone()
+                            .for_each(|row| done.lock().unwrap()[panel * strips + row] += 1)
+                    });
+                },
+            );
         });
         assert!(
             done.into_inner().unwrap().iter().all(|times| *times == 1),

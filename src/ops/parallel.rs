@@ -2,9 +2,9 @@
 //!
 //! rayon puts an idle thread to sleep after some microseconds and wakes it through the system, which takes longer than most loops of a
 //! small model last. Here the pool's threads stay with the thread that hands out work, and go back to rayon when there was nothing for
-//! `PATIENCE`. Each thread takes its own run of the items first, the same part of every loop, so that what it wrote in one loop is still in its
+//! `SPIN_TIMEOUT`. Each thread takes its own run of the items first, the same part of every loop, so that what it wrote in one loop is still in its
 //! cache in the next, and then what others have left. Which thread takes which item is chance all the same; no result may depend on it.
-//! `side_by_side` goes further: each thread has whole walks through a model to itself, and threads meet once for all of them.
+//! `par_map` goes further: each thread has whole walks through a model to itself, and threads meet once for all of them.
 
 use std::cell::{RefCell, UnsafeCell};
 use std::ops::Range;
@@ -14,19 +14,19 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a thread looks for more work before it leaves.
-const PATIENCE: Duration = Duration::from_millis(1);
+const SPIN_TIMEOUT: Duration = Duration::from_millis(1);
 /// Looks between two looks at the clock, and between two offers of the processor to others.
-const LOOKS: usize = 256;
+const SPINS_PER_YIELD: usize = 256;
 /// Most runs that a loop is cut into; more threads share them.
-const MOST_RUNS: usize = 64;
+const MAX_CHUNKS: usize = 64;
 
 /// Calls `work` once for each item, on all threads of the current pool; returns when all are done.
-pub(super) fn each<I: Send>(items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
-    let threads = threads();
+pub(super) fn par_for_each<I: Send>(items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
+    let threads = num_threads();
     if threads == 1 {
         return items.for_each(work);
     }
-    let items: Vec<Slot<I>> = items.map(Slot::of).collect();
+    let items: Vec<ItemSlot<I>> = items.map(ItemSlot::new).collect();
     let take = |index: usize| {
         // SAFETY: every index is handed out once.
         if let Some(item) = unsafe { items[index].take() } {
@@ -36,16 +36,18 @@ pub(super) fn each<I: Send>(items: impl Iterator<Item = I>, work: impl Fn(I) + S
     match items.len() {
         0 => {}
         1 => take(0),
-        count => match LANE.with_borrow(Option::clone) {
-            Some(Lane { all, own }) => all.teams[own].run(threads, count, &take, || {}),
-            None => TEAM.with(|team| team.run(threads, count, &take, || team.summon(threads - 1))),
+        count => match WORKER_SLOT.with_borrow(Option::clone) {
+            Some(WorkerSlot { all, own }) => all.teams[own].execute(threads, count, &take, || {}),
+            None => SPIN_POOL.with(|team| {
+                team.execute(threads, count, &take, || team.wake_workers(threads - 1))
+            }),
         },
     }
 }
 
 /// Threads that a loop of this thread runs on.
-pub(super) fn threads() -> usize {
-    LANE.with_borrow(|lane| match lane {
+pub(super) fn num_threads() -> usize {
+    WORKER_SLOT.with_borrow(|lane| match lane {
         Some(lane) => 1 + lane.all.idle.load(Ordering::Relaxed),
         None => rayon::current_num_threads(),
     })
@@ -53,14 +55,14 @@ pub(super) fn threads() -> usize {
 
 /// Calls `work` once for each item; returns the results in the items' order. Each thread of the current pool takes whole items, and runs their
 /// loops itself: threads meet once for all, not in every loop. One that finds no item left helps the others in theirs.
-pub fn side_by_side<I: Send, T: Send>(
+pub fn par_map<I: Send, T: Send>(
     items: impl ExactSizeIterator<Item = I>,
     work: impl Fn(I) -> T + Sync,
 ) -> Vec<T> {
     let mut results: Vec<Option<T>> = std::iter::repeat_with(|| None).take(items.len()).collect();
-    let slots: Vec<_> = items.zip(&mut results).map(Slot::of).collect();
-    let lanes = Arc::new(Lanes::new(threads(), slots.len()));
-    each(0..lanes.teams.len(), |own| {
+    let slots: Vec<_> = items.zip(&mut results).map(ItemSlot::new).collect();
+    let lanes = Arc::new(WorkerGroup::new(num_threads(), slots.len()));
+    par_for_each(0..lanes.teams.len(), |own| {
         lanes.run(own, |index| {
             // SAFETY: every index is handed out once.
             if let Some((item, result)) = unsafe { slots[index].take() } {
@@ -74,15 +76,15 @@ pub fn side_by_side<I: Send, T: Send>(
 
 thread_local! {
     /// The threads that stay with this one.
-    static TEAM: Arc<Team> = Arc::new(Team::new());
+    static SPIN_POOL: Arc<SpinPool> = Arc::new(SpinPool::new());
     /// Where this thread has items of its own, side by side with others.
-    static LANE: RefCell<Option<Lane>> = const { RefCell::new(None) };
+    static WORKER_SLOT: RefCell<Option<WorkerSlot>> = const { RefCell::new(None) };
 }
 
 /// Threads side by side.
-struct Lanes {
+struct WorkerGroup {
     /// Of each, those that help it.
-    teams: Vec<Team>,
+    teams: Vec<SpinPool>,
     /// The next item.
     next: AtomicUsize,
     count: usize,
@@ -94,12 +96,12 @@ struct Lanes {
 
 /// One of them.
 #[derive(Clone)]
-struct Lane {
-    all: Arc<Lanes>,
+struct WorkerSlot {
+    all: Arc<WorkerGroup>,
     own: usize,
 }
 
-impl Lanes {
+impl WorkerGroup {
     fn new(threads: usize, count: usize) -> Self {
         let (next, left, idle) = (
             AtomicUsize::new(0),
@@ -107,7 +109,7 @@ impl Lanes {
             AtomicUsize::new(0),
         );
         Self {
-            teams: (0..threads).map(|_| Team::new()).collect(),
+            teams: (0..threads).map(|_| SpinPool::new()).collect(),
             next,
             count,
             left,
@@ -118,13 +120,13 @@ impl Lanes {
     /// Takes items until there are none, then helps others until all are done.
     fn run(self: &Arc<Self>, own: usize, task: impl Fn(usize)) {
         /// Puts back where the thread was when dropped, also when an item panics.
-        struct Within(Option<Lane>);
-        impl Drop for Within {
+        struct RestoreSlot(Option<WorkerSlot>);
+        impl Drop for RestoreSlot {
             fn drop(&mut self) {
-                LANE.set(self.0.take());
+                WORKER_SLOT.set(self.0.take());
             }
         }
-        let within = Within(LANE.replace(Some(Lane {
+        let within = RestoreSlot(WORKER_SLOT.replace(Some(WorkerSlot {
             all: Arc::clone(self),
             own,
         })));
@@ -133,37 +135,37 @@ impl Lanes {
             if index >= self.count {
                 break;
             }
-            let _done = Less(&self.left);
+            let _done = DecrementOnDrop(&self.left);
             task(index);
         }
         drop(within);
         self.idle.fetch_add(1, Ordering::Relaxed);
-        let _idle = Less(&self.idle);
+        let _idle = DecrementOnDrop(&self.idle);
         let mut looks = 0;
         let mut seen = vec![0; self.teams.len()];
         while self.left.load(Ordering::SeqCst) > 0 {
             for (team, seen) in self.teams.iter().zip(&mut seen) {
-                team.join(seen);
+                team.try_join(seen);
             }
-            look(&mut looks);
+            backoff(&mut looks);
         }
     }
 }
 
 /// One less when dropped, also when an item panics.
-struct Less<'a>(&'a AtomicUsize);
+struct DecrementOnDrop<'a>(&'a AtomicUsize);
 
-impl Drop for Less<'_> {
+impl Drop for DecrementOnDrop<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 /// An item that one thread takes.
-struct Slot<I>(UnsafeCell<Option<I>>);
+struct ItemSlot<I>(UnsafeCell<Option<I>>);
 
-impl<I> Slot<I> {
-    fn of(item: I) -> Self {
+impl<I> ItemSlot<I> {
+    fn new(item: I) -> Self {
         Self(UnsafeCell::new(Some(item)))
     }
 
@@ -176,10 +178,10 @@ impl<I> Slot<I> {
 }
 
 // SAFETY: a slot is touched by the one thread that its index was handed to.
-unsafe impl<I: Send> Sync for Slot<I> {}
+unsafe impl<I: Send> Sync for ItemSlot<I> {}
 
 /// What a thread shares with those that help it.
-struct Team {
+struct SpinPool {
     /// The number of the loop that others may join, an odd one; even while there is none.
     open: AtomicUsize,
     /// Threads that may look at the loop.
@@ -187,10 +189,10 @@ struct Team {
     /// Threads that stay.
     helpers: AtomicUsize,
     /// The next item of each run.
-    next: [Next; MOST_RUNS],
+    next: [Next; MAX_CHUNKS],
     /// Whether a helper's item panicked.
     failed: AtomicBool,
-    work: UnsafeCell<Option<Loop>>,
+    work: UnsafeCell<Option<Job>>,
 }
 
 /// A run's next item, on a cache line of its own.
@@ -200,13 +202,13 @@ struct Next(AtomicUsize);
 
 /// A loop on its owner's stack.
 #[derive(Clone, Copy)]
-struct Loop {
+struct Job {
     task: *const (dyn Fn(usize) + Sync),
     count: usize,
     runs: usize,
 }
 
-impl Loop {
+impl Job {
     /// The items of a run.
     fn run(&self, index: usize) -> Range<usize> {
         self.count * index / self.runs..self.count * (index + 1) / self.runs
@@ -214,27 +216,27 @@ impl Loop {
 }
 
 // SAFETY: `work` is written while the loop is closed and nobody is inside, and points to a closure that is `Sync` and outlives the loop.
-unsafe impl Sync for Team {}
+unsafe impl Sync for SpinPool {}
 // SAFETY: as above.
-unsafe impl Send for Team {}
+unsafe impl Send for SpinPool {}
 
 /// Closes the loop when dropped, and waits for those inside: also when the owner's own item panics.
-struct Open<'a>(&'a Team);
+struct CloseOnDrop<'a>(&'a SpinPool);
 
-impl Drop for Open<'_> {
+impl Drop for CloseOnDrop<'_> {
     fn drop(&mut self) {
         self.0.open.fetch_add(1, Ordering::SeqCst);
         let mut looks = 0;
         while self.0.inside.load(Ordering::SeqCst) != 0 {
-            look(&mut looks);
+            backoff(&mut looks);
         }
     }
 }
 
 /// Leaves the loop when dropped.
-struct Inside<'a>(&'a Team);
+struct ActiveGuard<'a>(&'a SpinPool);
 
-impl Drop for Inside<'_> {
+impl Drop for ActiveGuard<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.failed.store(true, Ordering::SeqCst);
@@ -243,7 +245,7 @@ impl Drop for Inside<'_> {
     }
 }
 
-impl Team {
+impl SpinPool {
     fn new() -> Self {
         Self {
             open: AtomicUsize::new(0),
@@ -256,7 +258,7 @@ impl Team {
     }
 
     /// Runs the loop with whoever joins; `summon` calls others once it is open. A loop inside an item of the owner's is the owner's alone.
-    fn run<'a>(
+    fn execute<'a>(
         &self,
         threads: usize,
         count: usize,
@@ -266,13 +268,13 @@ impl Team {
         if is_open(self.open.load(Ordering::Relaxed)) {
             return (0..count).for_each(task);
         }
-        // SAFETY: only the lifetime is forgotten, and `Open` waits for every user before `task` goes.
+        // SAFETY: only the lifetime is forgotten, and `CloseOnDrop` waits for every user before `task` goes.
         let task: *const (dyn Fn(usize) + Sync) =
             unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
-        let work = Loop {
+        let work = Job {
             task,
             count,
-            runs: threads.min(MOST_RUNS),
+            runs: threads.min(MAX_CHUNKS),
         };
         // SAFETY: the loop before is closed and left, so that nobody reads.
         unsafe { *self.work.get() = Some(work) };
@@ -282,11 +284,11 @@ impl Team {
                 .store(work.run(run).start, Ordering::SeqCst)
         });
         {
-            let _open = Open(self);
+            let _open = CloseOnDrop(self);
             self.failed.store(false, Ordering::SeqCst);
             self.open.fetch_add(1, Ordering::SeqCst);
             summon();
-            self.take();
+            self.drain();
         }
         assert!(
             !self.failed.load(Ordering::SeqCst),
@@ -295,20 +297,20 @@ impl Team {
     }
 
     /// Has as many threads of the pool come and stay.
-    fn summon(self: &Arc<Self>, helpers: usize) {
+    fn wake_workers(self: &Arc<Self>, helpers: usize) {
         while self.helpers.load(Ordering::SeqCst) < helpers {
             self.helpers.fetch_add(1, Ordering::SeqCst);
             let team = Arc::clone(self);
             rayon::spawn(move || {
                 // Whoever owns the loop tells of an item that panicked.
-                let _ = catch_unwind(AssertUnwindSafe(|| team.help()));
+                let _ = catch_unwind(AssertUnwindSafe(|| team.worker_loop()));
                 team.helpers.fetch_sub(1, Ordering::SeqCst);
             });
         }
     }
 
     /// Takes items until there are none: of this thread's run, then of the others.
-    fn take(&self) {
+    fn drain(&self) {
         // SAFETY: the caller is the owner or inside, and the loop is open: nobody writes.
         let Some(work) = (unsafe { *self.work.get() }) else {
             return;
@@ -328,43 +330,43 @@ impl Team {
     }
 
     /// Takes items of the loop, if one is open that is not `seen`: there are none left in one that was. Returns whether one is open.
-    fn join(&self, seen: &mut usize) -> bool {
+    fn try_join(&self, seen: &mut usize) -> bool {
         let open = self.open.load(Ordering::Relaxed);
         if is_open(open) && open != *seen {
             self.inside.fetch_add(1, Ordering::SeqCst);
-            let _inside = Inside(self);
+            let _inside = ActiveGuard(self);
             if self.open.load(Ordering::SeqCst) == open {
                 *seen = open;
-                self.take();
+                self.drain();
             }
         }
         is_open(open)
     }
 
     /// Stays until there was nothing to do for a while.
-    fn help(&self) {
+    fn worker_loop(&self) {
         let (mut since, mut looks, mut seen) = (Instant::now(), 0, 0);
         loop {
-            if self.join(&mut seen) {
+            if self.try_join(&mut seen) {
                 (since, looks) = (Instant::now(), 0);
             }
-            look(&mut looks);
-            if looks.is_multiple_of(LOOKS) && since.elapsed() > PATIENCE {
+            backoff(&mut looks);
+            if looks.is_multiple_of(SPINS_PER_YIELD) && since.elapsed() > SPIN_TIMEOUT {
                 return;
             }
         }
     }
 }
 
-/// Whether `Team::open` names a loop.
+/// Whether `SpinPool::open` names a loop.
 fn is_open(open: usize) -> bool {
     open % 2 == 1
 }
 
 /// A moment between two looks.
-fn look(looks: &mut usize) {
+fn backoff(looks: &mut usize) {
     *looks += 1;
-    match looks.is_multiple_of(LOOKS) {
+    match looks.is_multiple_of(SPINS_PER_YIELD) {
         true => std::thread::yield_now(),
         false => std::hint::spin_loop(),
     }
@@ -383,7 +385,7 @@ mod tests {
             on(threads, || {
                 for count in [0, 1, 2, 3, 7, 100, 1000] {
                     let mut values = vec![0usize; count];
-                    each(values.iter_mut().enumerate(), |(index, value)| {
+                    par_for_each(values.iter_mut().enumerate(), |(index, value)| {
                         *value += index + 1
                     });
                     assert!(
@@ -405,7 +407,7 @@ mod tests {
                 [const { AtomicUsize::new(usize::MAX) }; 2],
                 std::sync::Barrier::new(2),
             );
-            each(0..64, |item| {
+            par_for_each(0..64, |item| {
                 let first = &firsts[rayon::current_thread_index().unwrap()];
                 if first
                     .compare_exchange(usize::MAX, item, Ordering::SeqCst, Ordering::SeqCst)
@@ -423,11 +425,11 @@ mod tests {
         on(3, || {
             let total = AtomicUsize::new(0);
             for round in 0..2000 {
-                each(0..4, |item| {
+                par_for_each(0..4, |item| {
                     total.fetch_add(item, Ordering::Relaxed);
                 });
                 if round % 500 == 0 {
-                    std::thread::sleep(3 * PATIENCE);
+                    std::thread::sleep(3 * SPIN_TIMEOUT);
                 }
             }
             assert_eq!(total.into_inner(), 2000 * 6);
@@ -439,7 +441,7 @@ mod tests {
         on(2, || {
             let main = std::thread::current().id();
             let others = AtomicUsize::new(0);
-            each(0..64, |_| {
+            par_for_each(0..64, |_| {
                 std::thread::sleep(Duration::from_millis(1));
                 others.fetch_add(
                     usize::from(std::thread::current().id() != main),
@@ -459,14 +461,14 @@ mod tests {
             .unwrap();
         pool.install(|| {
             let failed = std::panic::catch_unwind(|| {
-                each(0..64, |item| {
+                par_for_each(0..64, |item| {
                     std::thread::sleep(Duration::from_millis(1));
                     assert_ne!(item, 40, "on purpose");
                 });
             });
             assert!(failed.is_err());
             let total = AtomicUsize::new(0);
-            each(0..10, |item| {
+            par_for_each(0..10, |item| {
                 total.fetch_add(item, Ordering::Relaxed);
             });
             assert_eq!(total.into_inner(), 45);
@@ -478,15 +480,15 @@ mod tests {
         // Without a handler of panics a pool ends the program at the first that reaches it.
         on(3, || {
             for _ in 0..20 {
-                let failed = catch_unwind(|| each(0..64, |_| panic!("on purpose")));
+                let failed = catch_unwind(|| par_for_each(0..64, |_| panic!("on purpose")));
                 assert!(failed.is_err());
                 let total = AtomicUsize::new(0);
-                each(0..10, |item| {
+                par_for_each(0..10, |item| {
                     total.fetch_add(item, Ordering::Relaxed);
                 });
                 assert_eq!(total.into_inner(), 45);
             }
-            assert!(TEAM.with(|team| team.helpers.load(Ordering::SeqCst)) <= 2);
+            assert!(SPIN_POOL.with(|team| team.helpers.load(Ordering::SeqCst)) <= 2);
         });
     }
 
@@ -495,8 +497,8 @@ mod tests {
         for threads in [1, 2, 3] {
             on(threads, || {
                 let total = AtomicUsize::new(0);
-                each(0..20, |_| {
-                    each(0..10, |item| {
+                par_for_each(0..20, |_| {
+                    par_for_each(0..10, |item| {
                         total.fetch_add(item, Ordering::Relaxed);
                     });
                 });
@@ -510,9 +512,9 @@ mod tests {
         for threads in [1, 2, 3, 5] {
             on(threads, || {
                 for count in [0, 1, 2, 7, 50] {
-                    let results = side_by_side(0..count, |item| {
+                    let results = par_map(0..count, |item| {
                         let mut values = vec![0; 20 * (item % 3)];
-                        each(values.iter_mut().enumerate(), |(index, value)| {
+                        par_for_each(values.iter_mut().enumerate(), |(index, value)| {
                             *value = index * item
                         });
                         values.iter().sum::<usize>()
@@ -534,10 +536,10 @@ mod tests {
     fn side_by_side_a_thread_runs_its_own_loops_until_others_are_idle() {
         on(2, || {
             let both = std::sync::Barrier::new(2);
-            side_by_side(0..2, |item| {
+            par_map(0..2, |item| {
                 both.wait();
                 let own = std::thread::current().id();
-                each(0..64, |_| {
+                par_for_each(0..64, |_| {
                     assert_eq!(
                         std::thread::current().id(),
                         own,
@@ -546,11 +548,11 @@ mod tests {
                 });
                 both.wait();
                 if item == 0 {
-                    while threads() == 1 {
+                    while num_threads() == 1 {
                         std::thread::yield_now();
                     }
                     let seen = std::sync::Mutex::new(std::collections::HashSet::new());
-                    each(0..64, |_| {
+                    par_for_each(0..64, |_| {
                         if seen.lock().unwrap().insert(std::thread::current().id()) {
                             both.wait();
                         }
@@ -571,10 +573,10 @@ mod tests {
         pool.install(|| {
             for failing in [0, 5, 9] {
                 let failed = std::panic::catch_unwind(|| {
-                    side_by_side(0..10, |item| assert_ne!(item, failing, "on purpose"))
+                    par_map(0..10, |item| assert_ne!(item, failing, "on purpose"))
                 });
                 assert!(failed.is_err(), "{failing}");
-                assert_eq!(side_by_side(0..3, |item| item), [0, 1, 2]);
+                assert_eq!(par_map(0..3, |item| item), [0, 1, 2]);
             }
         });
     }

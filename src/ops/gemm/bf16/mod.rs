@@ -7,38 +7,38 @@
 //! a sum is the same whatever the number of threads and the other size of the product.
 
 pub(super) mod amx;
-mod kernel;
+pub(super) mod avx512_bf16;
 mod pack;
-pub(super) mod pairs;
+mod unit;
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use self::kernel::{DEPTH, Line, PAIR, Run, SPLIT};
-pub(in crate::ops) use self::kernel::{ROUNDED, Ready, SIDE, Unit};
-pub(in crate::ops) use self::pack::{Side, View};
+pub(in crate::ops) use self::pack::{OperandView, Side};
 use self::pack::{pack_block, turn, widen_block};
-use super::{Matrix, Start, Values, even_parts, tasks};
-use crate::ops::host::{Shared, uninitialized};
-use crate::ops::issue;
-use crate::ops::team::each;
+pub(in crate::ops) use self::unit::{ActiveUnit, BF16_PLANES, MatrixUnit, TILE};
+use self::unit::{BLOCK_LINES, CacheLine, F32_PLANES, K_STEP, Run};
+use super::{CpuSlice, Init, MatRef, even_parts, tasks};
+use crate::ops::count_flops;
+use crate::ops::parallel::par_for_each;
+use crate::ops::storage::{SendPtr, uninit_vec};
 use crate::work::Precision;
 
 /// Bytes of packed B of one run through k: with A's it streams through a second-level cache of 2 MiB, which every processor with AMX has.
-const DEEPEST: usize = 128 << 10;
+const MAX_PANEL_BYTES: usize = 128 << 10;
 /// Bytes of packed B of one task: half of that cache. (Where it is 1 MiB, less gained nothing: benches/LOG.md, "a processor with fast dot
 /// products of bf16 pairs".)
-const PACKED: usize = 1 << 20;
+const TASK_BYTES: usize = 1 << 20;
 
 /// Fewest rows that are packed. One alone is a generated token, which takes no longer than reading B; from two on what a row gives does not
 /// depend on how many there are.
-const LEAST_ROWS: usize = 2;
+const MIN_ROWS: usize = 2;
 
 /// One side of a product, packed: strips of 32 lanes, each with all its steps of k. As A a step of a strip is a block of 32 rows by 32 k:
 /// one plane after the other, each row by row.
-pub(in crate::ops) struct Operand {
-    lines: Vec<Line>,
+pub(in crate::ops) struct PackedOperand {
+    lines: Vec<CacheLine>,
     /// 1 (numbers rounded to bf16) or 3 (f32 in three parts).
     planes: usize,
     lanes: usize,
@@ -46,10 +46,13 @@ pub(in crate::ops) struct Operand {
     steps: usize,
 }
 
-impl Operand {
+impl PackedOperand {
     /// Holds nothing yet.
     pub(in crate::ops) fn new(planes: usize) -> Self {
-        assert!(planes == ROUNDED || planes == SPLIT, "one plane or three");
+        assert!(
+            planes == BF16_PLANES || planes == F32_PLANES,
+            "one plane or three"
+        );
         Self {
             lines: Vec::new(),
             planes,
@@ -61,17 +64,17 @@ impl Operand {
 
     /// Room for `lanes` of `depth`, with nothing in it yet.
     fn room(&mut self, lanes: usize, depth: usize) {
-        (self.lanes, self.depth, self.steps) = (lanes, depth, depth.div_ceil(DEPTH));
+        (self.lanes, self.depth, self.steps) = (lanes, depth, depth.div_ceil(K_STEP));
         let size = self.strips() * self.strip();
         if self.lines.len() < size {
             // SAFETY: who packs an operand writes every line of its strips before a tile reads them.
-            self.lines = unsafe { uninitialized(size) };
+            self.lines = unsafe { uninit_vec(size) };
         }
     }
 
     /// Strips of lanes.
     fn strips(&self) -> usize {
-        self.lanes.div_ceil(SIDE)
+        self.lanes.div_ceil(TILE)
     }
 
     /// Lines of a strip.
@@ -81,39 +84,39 @@ impl Operand {
 
     /// Lines of a step of a strip.
     fn step(&self) -> usize {
-        self.planes * PAIR
+        self.planes * BLOCK_LINES
     }
 
     /// Packs `view` on this thread.
-    pub(in crate::ops) fn fill(&mut self, view: &View<'_>) {
+    pub(in crate::ops) fn pack(&mut self, view: &OperandView<'_>) {
         self.room(view.lanes, view.depth);
         let (planes, strip, strips) = (self.planes, self.strip().max(1), self.strips());
         for (index, lines) in self.lines.chunks_exact_mut(strip).take(strips).enumerate() {
-            view.pack(planes, index * SIDE, 0..view.depth, lines);
+            view.pack(planes, index * TILE, 0..view.depth, lines);
         }
     }
 
     /// `view`, packed on this thread.
-    pub(in crate::ops) fn of(planes: usize, view: &View<'_>) -> Self {
+    pub(in crate::ops) fn from_view(planes: usize, view: &OperandView<'_>) -> Self {
         let mut operand = Self::new(planes);
-        operand.fill(view);
+        operand.pack(view);
         operand
     }
 
     /// `view`, packed on all threads.
-    fn shared(planes: usize, view: &View<'_>) -> Self {
+    fn shared(planes: usize, view: &OperandView<'_>) -> Self {
         let mut operand = Self::new(planes);
-        operand.refill(view);
+        operand.pack_parallel(view);
         operand
     }
 
     /// Packs `view` on all threads.
-    fn refill(&mut self, view: &View<'_>) {
+    fn pack_parallel(&mut self, view: &OperandView<'_>) {
         self.room(view.lanes, view.depth);
         let (planes, strip, strips) = (self.planes, self.strip().max(1), self.strips());
         let lines = self.lines.chunks_exact_mut(strip).take(strips).enumerate();
-        each(lines, |(index, lines)| {
-            view.pack(planes, index * SIDE, 0..view.depth, lines)
+        par_for_each(lines, |(index, lines)| {
+            view.pack(planes, index * TILE, 0..view.depth, lines)
         });
     }
 
@@ -121,29 +124,29 @@ impl Operand {
     ///
     /// # Safety
     /// Every block must be written before it is read.
-    pub(in crate::ops) unsafe fn uninitialized(planes: usize, rows: usize, columns: usize) -> Self {
+    pub(in crate::ops) unsafe fn uninit(planes: usize, rows: usize, columns: usize) -> Self {
         let mut operand = Self::new(planes);
         operand.room(rows, columns);
         operand
     }
 
     /// Where blocks are written.
-    pub(in crate::ops) fn blocks(&mut self) -> Blocks {
-        Blocks {
-            at: Shared(self.lines.as_mut_ptr()),
+    pub(in crate::ops) fn blocks(&mut self) -> BlockWriter {
+        BlockWriter {
+            at: SendPtr(self.lines.as_mut_ptr()),
             planes: self.planes,
             strip: self.strip(),
         }
     }
 
     /// The lines of step `step` of a strip.
-    fn block(&self, strip: usize, step: usize) -> &[Line] {
+    fn block(&self, strip: usize, step: usize) -> &[CacheLine] {
         &self.lines[strip * self.strip() + step * self.step()..][..self.step()]
     }
 
     /// The first plane of a block, as a tile.
     pub(in crate::ops) fn read(&self, strip: usize, step: usize) -> Tile {
-        widen_block(&self.block(strip, step)[..PAIR])
+        widen_block(&self.block(strip, step)[..BLOCK_LINES])
     }
 
     /// Steps of k.
@@ -153,24 +156,24 @@ impl Operand {
 
     /// Numbers of k that these steps hold.
     fn depth_of(&self, steps: Range<usize>) -> usize {
-        (steps.end * DEPTH).min(self.depth) - steps.start * DEPTH
+        (steps.end * K_STEP).min(self.depth) - steps.start * K_STEP
     }
 
     /// A strip from step `step` on.
-    fn at(&self, strip: usize, step: usize) -> *const Line {
+    fn at(&self, strip: usize, step: usize) -> *const CacheLine {
         self.lines[strip * self.strip() + step * self.step()..].as_ptr()
     }
 }
 
 /// The blocks of an operand that several threads write.
 #[derive(Clone, Copy)]
-pub(in crate::ops) struct Blocks {
-    at: Shared<Line>,
+pub(in crate::ops) struct BlockWriter {
+    at: SendPtr<CacheLine>,
     planes: usize,
     strip: usize,
 }
 
-impl Blocks {
+impl BlockWriter {
     /// Packs a tile as step `step` of a strip.
     ///
     /// # Safety
@@ -181,7 +184,8 @@ impl Blocks {
             pack_block(
                 self.planes,
                 tile,
-                self.at.at(strip * self.strip + step * self.planes * PAIR),
+                self.at
+                    .add(strip * self.strip + step * self.planes * BLOCK_LINES),
             )
         };
     }
@@ -189,34 +193,34 @@ impl Blocks {
 
 /// B of a sum: a matrix, the packed form of one that stays, or the rows of what was packed as A.
 #[derive(Clone, Copy)]
-enum Right<'a> {
-    View(View<'a>),
-    Kept(&'a Operand),
-    Packed(&'a Operand),
+enum Rhs<'a> {
+    View(OperandView<'a>),
+    Prepacked(&'a PackedOperand),
+    Transposed(&'a PackedOperand),
 }
 
-impl<'a> Right<'a> {
+impl<'a> Rhs<'a> {
     /// A matrix (k, n) that `a` is multiplied by.
-    fn of(a: &Packed, b: &Matrix<'a>) -> Self {
-        match b.held(&|| super::held::Held::Blocks(a.held())) {
-            Some(super::held::Held::Blocks(held)) => Self::Kept(&held.operand),
-            _ => Self::View(View::b(b)),
+    fn new(a: &Bf16Lhs, b: &MatRef<'a>) -> Self {
+        match b.held(&|| super::packed_rhs::PackedRhs::Bf16(a.held())) {
+            Some(super::packed_rhs::PackedRhs::Bf16(held)) => Self::Prepacked(&held.operand),
+            _ => Self::View(OperandView::b(b)),
         }
     }
 
     fn lanes(&self) -> usize {
         match self {
             Self::View(view) => view.lanes,
-            Self::Kept(operand) => operand.lanes,
-            Self::Packed(operand) => operand.depth,
+            Self::Prepacked(operand) => operand.lanes,
+            Self::Transposed(operand) => operand.depth,
         }
     }
 
     fn depth(&self) -> usize {
         match self {
             Self::View(view) => view.depth,
-            Self::Kept(operand) => operand.depth,
-            Self::Packed(operand) => operand.lanes,
+            Self::Prepacked(operand) => operand.depth,
+            Self::Transposed(operand) => operand.lanes,
         }
     }
 
@@ -224,7 +228,7 @@ impl<'a> Right<'a> {
     fn planes(&self, planes: usize) -> usize {
         match self {
             Self::View(view) => view.planes(planes),
-            Self::Kept(operand) | Self::Packed(operand) => operand.planes,
+            Self::Prepacked(operand) | Self::Transposed(operand) => operand.planes,
         }
     }
 
@@ -238,19 +242,19 @@ impl<'a> Right<'a> {
     }
 
     /// Packs these steps of a panel, unless they are kept.
-    fn pack(&self, planes: usize, panel: usize, steps: Range<usize>, out: &mut [Line]) {
+    fn pack(&self, planes: usize, panel: usize, steps: Range<usize>, out: &mut [CacheLine]) {
         match self {
             Self::View(view) => {
-                let k = steps.start * DEPTH..(steps.end * DEPTH).min(view.depth);
-                view.pack(planes, panel * SIDE, k, out);
+                let k = steps.start * K_STEP..(steps.end * K_STEP).min(view.depth);
+                view.pack(planes, panel * TILE, k, out);
             }
-            Self::Kept(_) => {}
-            Self::Packed(operand) => {
+            Self::Prepacked(_) => {}
+            Self::Transposed(operand) => {
                 for (step, out) in steps.zip(out.chunks_exact_mut(operand.step())) {
                     for (block, out) in operand
                         .block(step, panel)
-                        .chunks_exact(PAIR)
-                        .zip(out.chunks_exact_mut(PAIR))
+                        .chunks_exact(BLOCK_LINES)
+                        .zip(out.chunks_exact_mut(BLOCK_LINES))
                     {
                         turn(block, out);
                     }
@@ -261,14 +265,14 @@ impl<'a> Right<'a> {
 }
 
 /// A term of a sum.
-type Term<'a> = (&'a Operand, Right<'a>);
+type PackedTerm<'a> = (&'a PackedOperand, Rhs<'a>);
 
 /// out, rows of `out.1` numbers = [out where `onto`] + strips of A times strips of B, over `steps` of k from each one's step on: on
 /// this thread. B has A's planes, or is one of numbers stored in bf16.
-pub(in crate::ops) fn multiply(
-    ready: &Ready,
-    a: (&Operand, Range<usize>, usize),
-    b: (&Operand, Range<usize>, usize),
+pub(in crate::ops) fn gemm_strips(
+    ready: &ActiveUnit,
+    a: (&PackedOperand, Range<usize>, usize),
+    b: (&PackedOperand, Range<usize>, usize),
     steps: usize,
     out: (&mut [f32], usize),
     onto: bool,
@@ -278,14 +282,14 @@ pub(in crate::ops) fn multiply(
         "both operands have these steps"
     );
     assert!(
-        a.1.end * SIDE < a.0.lanes + SIDE && b.1.end * SIDE < b.0.lanes + SIDE,
+        a.1.end * TILE < a.0.lanes + TILE && b.1.end * TILE < b.0.lanes + TILE,
         "both operands have these strips"
     );
     assert!(
-        b.0.planes == a.0.planes || b.0.planes == ROUNDED,
+        b.0.planes == a.0.planes || b.0.planes == BF16_PLANES,
         "B has A's planes or one"
     );
-    let (rows, columns) = (a.1.len() * SIDE, b.1.len() * SIDE);
+    let (rows, columns) = (a.1.len() * TILE, b.1.len() * TILE);
     assert!(
         columns <= out.1 && rows * out.1 + columns <= out.0.len() + out.1,
         "the result has room for whole tiles"
@@ -299,10 +303,10 @@ pub(in crate::ops) fn multiply(
                 planes: b.0.planes,
                 depth,
             };
-            let size = ((a.0.lanes - strip * SIDE).min(SIDE), SIDE);
+            let size = ((a.0.lanes - strip * TILE).min(TILE), TILE);
             // SAFETY: all asserted above.
             unsafe {
-                let at = out.0.as_mut_ptr().add(row * SIDE * out.1 + column * SIDE);
+                let at = out.0.as_mut_ptr().add(row * TILE * out.1 + column * TILE);
                 ready.multiply(a.0.planes, [run, Run::EMPTY], (at, out.1), size, onto);
             }
         }
@@ -310,22 +314,26 @@ pub(in crate::ops) fn multiply(
 }
 
 /// A, packed for a unit.
-pub(in crate::ops) struct Packed {
-    unit: Unit,
-    operand: Operand,
+pub(in crate::ops) struct Bf16Lhs {
+    unit: MatrixUnit,
+    operand: PackedOperand,
 }
 
-impl Packed {
+impl Bf16Lhs {
     /// Packs `a` where it has rows enough.
-    pub(in crate::ops) fn new(unit: Unit, a: &Matrix<'_>, precision: Precision) -> Option<Self> {
+    pub(in crate::ops) fn new(
+        unit: MatrixUnit,
+        a: &MatRef<'_>,
+        precision: Precision,
+    ) -> Option<Self> {
         let planes = if precision == Precision::F32 {
-            SPLIT
+            F32_PLANES
         } else {
-            ROUNDED
+            BF16_PLANES
         };
-        (a.rows >= LEAST_ROWS).then(|| Self {
+        (a.rows >= MIN_ROWS).then(|| Self {
             unit,
-            operand: Operand::shared(planes, &View::a(a)),
+            operand: PackedOperand::shared(planes, &OperandView::a(a)),
         })
     }
 
@@ -337,83 +345,89 @@ impl Packed {
         Self {
             unit: self.unit,
             // SAFETY: the caller's promise.
-            operand: unsafe { Operand::uninitialized(self.operand.planes, rows, columns) },
+            operand: unsafe { PackedOperand::uninit(self.operand.planes, rows, columns) },
         }
     }
 
     /// Where blocks are written.
-    pub(in crate::ops) fn blocks(&mut self) -> Blocks {
+    pub(in crate::ops) fn blocks(&mut self) -> BlockWriter {
         self.operand.blocks()
     }
 
     /// What it can be multiplied by; holds nothing yet.
-    pub(super) fn held(&self) -> Held {
-        Held {
+    pub(super) fn held(&self) -> Bf16Rhs {
+        Bf16Rhs {
             unit: self.unit,
             planes: self.operand.planes,
-            operand: Operand::new(ROUNDED),
+            operand: PackedOperand::new(BF16_PLANES),
         }
     }
 }
 
 /// A B of many products.
-pub(in crate::ops) struct Held {
-    unit: Unit,
+pub(in crate::ops) struct Bf16Rhs {
+    unit: MatrixUnit,
     /// A's.
     planes: usize,
-    operand: Operand,
+    operand: PackedOperand,
 }
 
-impl Held {
+impl Bf16Rhs {
     /// Whether both are for the same A's.
-    pub(super) fn is_like(&self, other: &Self) -> bool {
+    pub(super) fn is_compatible(&self, other: &Self) -> bool {
         (self.unit, self.planes) == (other.unit, other.planes)
     }
 
     /// Packs `matrix` instead of what was held, on all threads.
-    pub(super) fn fill(&mut self, matrix: &Matrix<'_>) {
-        let view = View::b(matrix);
+    pub(super) fn pack(&mut self, matrix: &MatRef<'_>) {
+        let view = OperandView::b(matrix);
         self.operand.planes = view.planes(self.planes);
-        self.operand.refill(&view);
+        self.operand.pack_parallel(&view);
     }
 
     /// out = rows of `a`, from a whole strip on, times what is held.
-    pub(super) fn product(&self, a: &Packed, rows: Range<usize>, out: (&mut [f32], usize)) {
-        assert!(rows.start.is_multiple_of(SIDE), "rows begin with a strip");
+    pub(super) fn gemm(&self, a: &Bf16Lhs, rows: Range<usize>, out: (&mut [f32], usize)) {
+        assert!(rows.start.is_multiple_of(TILE), "rows begin with a strip");
         self.times(
             &a.operand,
-            rows.start / SIDE..rows.end.div_ceil(SIDE),
+            rows.start / TILE..rows.end.div_ceil(TILE),
             out,
             false,
         );
     }
 
     /// out += the first `rows` rows of `a`, `a.1` numbers apart, times what is held.
-    pub(super) fn add_product(&self, rows: usize, a: (&[f32], usize), out: (&mut [f32], usize)) {
-        let view = View::new(
-            Side::A,
-            Values::F32(a.0),
+    pub(super) fn gemm_add(&self, rows: usize, a: (&[f32], usize), out: (&mut [f32], usize)) {
+        let view = OperandView::new(
+            Side::Lhs,
+            CpuSlice::F32(a.0),
             0,
             (rows, a.1),
             (self.operand.depth, 1),
         );
         self.times(
-            &Operand::of(self.planes, &view),
-            0..rows.div_ceil(SIDE),
+            &PackedOperand::from_view(self.planes, &view),
+            0..rows.div_ceil(TILE),
             out,
             true,
         );
     }
 
     /// out = [out where it is to `add`] + strips of A times all of B, on this thread: as much of B at a time as a task packs elsewhere.
-    fn times(&self, a: &Operand, strips: Range<usize>, (out, row): (&mut [f32], usize), add: bool) {
-        let (b, ready) = (&self.operand, Ready::new(self.unit));
+    fn times(
+        &self,
+        a: &PackedOperand,
+        strips: Range<usize>,
+        (out, row): (&mut [f32], usize),
+        add: bool,
+    ) {
+        let (b, ready) = (&self.operand, ActiveUnit::new(self.unit));
         assert_eq!(a.planes, self.planes, "a B is held for A's planes");
         assert_eq!(a.depth, b.depth, "A's and B's k are one");
         for steps in even_parts(0..a.steps, deepest(a.planes)) {
             for panels in even_parts(0..b.strips(), together(steps.len() * b.step())) {
-                let (a, first) = ((a, strips.clone(), steps.start), panels.start * SIDE);
-                multiply(
+                let (a, first) = ((a, strips.clone(), steps.start), panels.start * TILE);
+                gemm_strips(
                     &ready,
                     a,
                     (b, panels, steps.start),
@@ -428,58 +442,63 @@ impl Held {
 
 /// Steps of one run through k.
 fn deepest(planes: usize) -> usize {
-    DEEPEST / (planes * PAIR * size_of::<Line>())
+    MAX_PANEL_BYTES / (planes * BLOCK_LINES * size_of::<CacheLine>())
 }
 
 /// Panels of one task, of so many lines each.
 fn together(lines: usize) -> usize {
-    (PACKED / (lines * size_of::<Line>()).max(1)).max(1)
+    (TASK_BYTES / (lines * size_of::<CacheLine>()).max(1)).max(1)
 }
 
 /// out (m, n) = a times the rows of what was packed as A, for any number of rows.
-pub(super) fn product_by(a: &Matrix<'_>, b: &Packed, out: &mut [f32]) {
-    let a = Operand::shared(b.operand.planes, &View::a(a));
-    products_of(b.unit, &[(&a, Right::Packed(&b.operand))], Start::Zero, out);
+pub(super) fn gemm_by_packed(a: &MatRef<'_>, b: &Bf16Lhs, out: &mut [f32]) {
+    let a = PackedOperand::shared(b.operand.planes, &OperandView::a(a));
+    gemm_sum_of(
+        b.unit,
+        &[(&a, Rhs::Transposed(&b.operand))],
+        Init::Zero,
+        out,
+    );
 }
 
 /// out (m, n) = start + the sum of the terms, of which there is one at least.
-pub(super) fn products(terms: &[(&Packed, Matrix<'_>)], start: Start<'_>, out: &mut [f32]) {
+pub(super) fn gemm_sum(terms: &[(&Bf16Lhs, MatRef<'_>)], start: Init<'_>, out: &mut [f32]) {
     let unit = terms[0].0.unit;
-    products_of(unit, &terms_by(unit, terms), start, out);
+    gemm_sum_of(unit, &terms_by(unit, terms), start, out);
 }
 
 /// The terms, each B as its form that stays where there is one.
-fn terms_by<'a>(unit: Unit, terms: &[(&'a Packed, Matrix<'a>)]) -> Vec<Term<'a>> {
+fn terms_by<'a>(unit: MatrixUnit, terms: &[(&'a Bf16Lhs, MatRef<'a>)]) -> Vec<PackedTerm<'a>> {
     assert!(
         terms.iter().all(|(a, _)| a.unit == unit),
         "operands of one sum are packed for one unit"
     );
     terms
         .iter()
-        .map(|(a, b)| (&a.operand, Right::of(a, b)))
+        .map(|(a, b)| (&a.operand, Rhs::new(a, b)))
         .collect()
 }
 
-fn products_of(unit: Unit, terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]) {
+fn gemm_sum_of(unit: MatrixUnit, terms: &[PackedTerm<'_>], start: Init<'_>, out: &mut [f32]) {
     let (m, n) = (terms[0].0.lanes, terms[0].1.lanes());
     assert_eq!(out.len(), m * n, "a result is (m, n)");
     let passes = Sum::passes(terms, (m, n));
     for (index, sum) in passes.iter().enumerate() {
         let last = index + 1 == passes.len();
-        let start = if last { start } else { Start::Zero };
-        let pass = Pass {
+        let start = if last { start } else { Init::Zero };
+        let pass = GemmPass {
             unit,
             sum,
             onto: index > 0,
             start,
-            out: Shared(out.as_mut_ptr()),
+            out: SendPtr(out.as_mut_ptr()),
             m,
             n,
         };
         tasks(
-            n.div_ceil(SIDE),
+            n.div_ceil(TILE),
             together(sum.lines),
-            (m.div_ceil(SIDE), 1),
+            (m.div_ceil(TILE), 1),
             |panels, strips| pass.task(panels, strips),
         );
     }
@@ -487,8 +506,8 @@ fn products_of(unit: Unit, terms: &[Term<'_>], start: Start<'_>, out: &mut [f32]
 
 /// Computes sums of one shape tile by tile, and gives `take` the tiles of each strip (of 32 rows) and panel (of 32 columns): zero beyond
 /// the last row and column.
-pub(in crate::ops) fn tiles_of<const S: usize>(
-    sums: [&[(&Packed, Matrix<'_>)]; S],
+pub(in crate::ops) fn gemm_tiles<const S: usize>(
+    sums: [&[(&Bf16Lhs, MatRef<'_>)]; S],
     take: impl Fn(usize, usize, &mut [Tile; S]) + Sync,
 ) {
     let unit = sums[0][0].0.unit;
@@ -496,7 +515,7 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
     let (m, n) = (sums[0][0].0.lanes, sums[0][0].1.lanes());
     sums.iter()
         .flatten()
-        .for_each(|(a, _)| issue(1, m, n, a.depth));
+        .for_each(|(a, _)| count_flops(1, m, n, a.depth));
     let sums = sums.map(|terms| Sum::passes(&terms, (m, n)));
     let all = || sums.iter().flatten();
     let (size, most) = (
@@ -504,9 +523,9 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
         together(all().map(|sum| sum.lines).sum()),
     );
     tasks(
-        n.div_ceil(SIDE),
+        n.div_ceil(TILE),
         most,
-        (m.div_ceil(SIDE), 1),
+        (m.div_ceil(TILE), 1),
         |panels, strips| {
             with_room(panels.len() * size, |packed| {
                 let mut done = 0;
@@ -514,7 +533,7 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
                     sum.pack(panels.clone(), &mut packed[done..], size);
                     done += sum.packed;
                 }
-                let ready = Ready::new(unit);
+                let ready = ActiveUnit::new(unit);
                 let mut tiles = [Tile::ZERO; S];
                 for strip in strips {
                     for panel in panels.clone() {
@@ -527,8 +546,8 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
                                         &ready,
                                         (strip, panel),
                                         packed,
-                                        (tile.0.as_mut_ptr(), SIDE),
-                                        (SIDE, SIDE),
+                                        (tile.0.as_mut_ptr(), TILE),
+                                        (TILE, TILE),
                                         index > 0,
                                     )
                                 };
@@ -546,30 +565,30 @@ pub(in crate::ops) fn tiles_of<const S: usize>(
 /// A tile on its way, row by row.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-pub(in crate::ops) struct Tile(pub(in crate::ops) [f32; SIDE * SIDE]);
+pub(in crate::ops) struct Tile(pub(in crate::ops) [f32; TILE * TILE]);
 
 impl Tile {
-    pub(in crate::ops) const ZERO: Self = Self([0.0; SIDE * SIDE]);
+    pub(in crate::ops) const ZERO: Self = Self([0.0; TILE * TILE]);
 }
 
 /// A run of k of one term.
-struct Piece<'a> {
-    a: &'a Operand,
-    b: Right<'a>,
+struct KBlock<'a> {
+    a: &'a PackedOperand,
+    b: Rhs<'a>,
     steps: Range<usize>,
     /// B's: A's, or one.
     planes: usize,
 }
 
-impl Piece<'_> {
+impl KBlock<'_> {
     /// Lines of B's panel.
     fn lines(&self) -> usize {
-        self.steps.len() * self.planes * PAIR
+        self.steps.len() * self.planes * BLOCK_LINES
     }
 
     /// Those of them that are not kept.
     fn packed(&self) -> usize {
-        if matches!(self.b, Right::Kept(_)) {
+        if matches!(self.b, Rhs::Prepacked(_)) {
             0
         } else {
             self.lines()
@@ -581,7 +600,7 @@ impl Piece<'_> {
 struct Sum<'a> {
     /// A's.
     planes: usize,
-    pieces: Vec<Piece<'a>>,
+    pieces: Vec<KBlock<'a>>,
     /// Lines of a panel of B, over all pieces, and those of them that are packed for this product.
     lines: usize,
     packed: usize,
@@ -589,10 +608,10 @@ struct Sum<'a> {
 
 impl<'a> Sum<'a> {
     /// The terms of a result (m, n), in as many passes as it takes.
-    fn passes(terms: &[Term<'a>], (m, n): (usize, usize)) -> Vec<Self> {
+    fn passes(terms: &[PackedTerm<'a>], (m, n): (usize, usize)) -> Vec<Self> {
         let planes = terms[0].0.planes;
         let most = deepest(planes);
-        let mut passes: Vec<Vec<Piece<'a>>> = vec![Vec::new()];
+        let mut passes: Vec<Vec<KBlock<'a>>> = vec![Vec::new()];
         let mut done = 0;
         for &(a, b) in terms {
             assert!(
@@ -601,14 +620,14 @@ impl<'a> Sum<'a> {
             );
             assert_eq!(a.planes, planes, "operands of one sum are packed alike");
             for steps in even_parts(0..a.steps, most) {
-                let piece = Piece {
+                let piece = KBlock {
                     a,
                     b,
                     steps,
                     planes: b.planes(planes),
                 };
                 // An adapter's few steps join whatever is there.
-                let joins = |pass: &Vec<Piece<'_>>| {
+                let joins = |pass: &Vec<KBlock<'_>>| {
                     pass.len() < 2 && pass.iter().all(|before| before.planes <= piece.planes)
                 };
                 let fits =
@@ -623,12 +642,12 @@ impl<'a> Sum<'a> {
                 }
             }
         }
-        let sum = |pieces: Vec<Piece<'a>>| {
-            let of = |lines: fn(&Piece<'a>) -> usize| pieces.iter().map(lines).sum();
+        let sum = |pieces: Vec<KBlock<'a>>| {
+            let of = |lines: fn(&KBlock<'a>) -> usize| pieces.iter().map(lines).sum();
             Self {
                 planes,
-                lines: of(Piece::lines),
-                packed: of(Piece::packed),
+                lines: of(KBlock::lines),
+                packed: of(KBlock::packed),
                 pieces,
             }
         };
@@ -636,9 +655,9 @@ impl<'a> Sum<'a> {
     }
 
     /// Packs these panels of B, `size` lines apart, where they are not kept.
-    fn pack(&self, panels: Range<usize>, packed: &mut [Line], size: usize) {
+    fn pack(&self, panels: Range<usize>, packed: &mut [CacheLine], size: usize) {
         let mut done = 0;
-        for piece @ Piece {
+        for piece @ KBlock {
             b,
             steps: all,
             planes,
@@ -646,10 +665,10 @@ impl<'a> Sum<'a> {
         } in self.pieces.iter().filter(|piece| piece.packed() > 0)
         {
             for steps in even_parts(all.clone(), b.at_once(all.len())) {
-                let at = done + (steps.start - all.start) * planes * PAIR;
+                let at = done + (steps.start - all.start) * planes * BLOCK_LINES;
                 for panel in panels.clone() {
                     let packed = &mut packed[(panel - panels.start) * size + at..]
-                        [..steps.len() * planes * PAIR];
+                        [..steps.len() * planes * BLOCK_LINES];
                     b.pack(*planes, panel, steps.clone(), packed);
                 }
             }
@@ -657,15 +676,15 @@ impl<'a> Sum<'a> {
         }
     }
 
-    /// out (32, 32), `out.1` numbers from row to row = [out where `onto`] + a strip of A times a panel; `size` as `Ready::multiply`'s.
+    /// out (32, 32), `out.1` numbers from row to row = [out where `onto`] + a strip of A times a panel; `size` as `ActiveUnit::multiply`'s.
     ///
     /// # Safety
     /// What is not kept of the panel is packed from `packed`'s first line on, and `out` is writable.
     unsafe fn tile(
         &self,
-        ready: &Ready,
+        ready: &ActiveUnit,
         (strip, panel): (usize, usize),
-        packed: &[Line],
+        packed: &[CacheLine],
         out: (*mut f32, usize),
         size: (usize, usize),
         onto: bool,
@@ -676,12 +695,12 @@ impl<'a> Sum<'a> {
         );
         let (mut runs, mut done) = ([Run::EMPTY; 2], 0);
         for (run, piece) in runs.iter_mut().zip(&self.pieces) {
-            let Piece {
+            let KBlock {
                 a, steps, planes, ..
             } = piece;
             let b = match piece.b {
-                Right::Kept(operand) => operand.at(panel, steps.start),
-                Right::View(_) | Right::Packed(_) => packed[done..].as_ptr(),
+                Rhs::Prepacked(operand) => operand.at(panel, steps.start),
+                Rhs::View(_) | Rhs::Transposed(_) => packed[done..].as_ptr(),
             };
             *run = Run {
                 a: a.at(strip, steps.start),
@@ -698,39 +717,39 @@ impl<'a> Sum<'a> {
 
 thread_local! {
     /// Where a thread packs its panels of B.
-    static PANELS: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
+    static PANELS: RefCell<Vec<CacheLine>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Calls `work` with this thread's room for `lines` of packed B.
-fn with_room(lines: usize, work: impl FnOnce(&mut [Line])) {
+fn with_room(lines: usize, work: impl FnOnce(&mut [CacheLine])) {
     PANELS.with_borrow_mut(|buffer| {
         if buffer.len() < lines {
             // SAFETY: panels are packed before a tile reads them.
-            *buffer = unsafe { uninitialized(lines) };
+            *buffer = unsafe { uninit_vec(lines) };
         }
         work(&mut buffer[..lines]);
     });
 }
 
 /// One pass over the result.
-struct Pass<'a> {
-    unit: Unit,
+struct GemmPass<'a> {
+    unit: MatrixUnit,
     sum: &'a Sum<'a>,
     /// Whether it goes on from what the passes before left in `out`.
     onto: bool,
-    start: Start<'a>,
-    out: Shared,
+    start: Init<'a>,
+    out: SendPtr,
     m: usize,
     n: usize,
 }
 
-impl Pass<'_> {
+impl GemmPass<'_> {
     /// Packs these panels (of 32 columns of B) and multiplies these strips (of 32 rows of A) by them.
     fn task(&self, panels: Range<usize>, strips: Range<usize>) {
         let size = self.sum.packed;
         with_room(panels.len() * size, |packed| {
             self.sum.pack(panels.clone(), packed, size);
-            let ready = Ready::new(self.unit);
+            let ready = ActiveUnit::new(self.unit);
             for strip in strips {
                 for panel in panels.clone() {
                     self.tile(
@@ -744,25 +763,25 @@ impl Pass<'_> {
         });
     }
 
-    fn tile(&self, ready: &Ready, strip: usize, panel: usize, packed: &[Line]) {
-        let (row, column) = (strip * SIDE, panel * SIDE);
-        let (rows, columns) = ((self.m - row).min(SIDE), (self.n - column).min(SIDE));
+    fn tile(&self, ready: &ActiveUnit, strip: usize, panel: usize, packed: &[CacheLine]) {
+        let (row, column) = (strip * TILE, panel * TILE);
+        let (rows, columns) = ((self.m - row).min(TILE), (self.n - column).min(TILE));
         let start = match self.start {
-            Start::Zero => None,
-            Start::Row(values) => Some((&values[column..], 0)),
-            Start::Matrix(values) => Some((&values[row * self.n + column..], self.n)),
+            Init::Zero => None,
+            Init::Bias(values) => Some((&values[column..], 0)),
+            Init::Matrix(values) => Some((&values[row * self.n + column..], self.n)),
         };
         // SAFETY: this task alone writes these rows and columns of `out`, which has m rows of n numbers; `task` packed the
         // panel.
         unsafe {
-            let out = self.out.at(row * self.n + column);
-            if rows == SIDE && columns == SIDE && start.is_none() {
+            let out = self.out.add(row * self.n + column);
+            if rows == TILE && columns == TILE && start.is_none() {
                 return self.sum.tile(
                     ready,
                     (strip, panel),
                     packed,
                     (out, self.n),
-                    (SIDE, SIDE),
+                    (TILE, TILE),
                     self.onto,
                 );
             }
@@ -770,7 +789,7 @@ impl Pass<'_> {
             let at = scratch.as_mut_ptr().cast::<f32>();
             if self.onto {
                 (0..rows).for_each(|i| {
-                    at.add(i * SIDE)
+                    at.add(i * TILE)
                         .copy_from_nonoverlapping(out.add(i * self.n), columns)
                 });
             }
@@ -778,7 +797,7 @@ impl Pass<'_> {
                 ready,
                 (strip, panel),
                 packed,
-                (at, SIDE),
+                (at, TILE),
                 (rows, columns),
                 self.onto,
             );
@@ -815,7 +834,7 @@ unsafe fn finish(
             };
             // SAFETY: the mask names what lies inside every row: the caller's promise, and asserted.
             unsafe {
-                let mut sum = _mm512_maskz_loadu_ps(mask, tile.add(row * SIDE + column));
+                let mut sum = _mm512_maskz_loadu_ps(mask, tile.add(row * TILE + column));
                 if let Some((start, stride)) = start {
                     sum = _mm512_add_ps(
                         sum,

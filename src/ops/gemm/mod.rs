@@ -1,20 +1,20 @@
 //! Matrix products of the fused CPU passes: sums of products in one pass over the result, f32 or bf16 in, f32 out.
 //!
-//! Takes views of slices with strides; returns f32. Sums are f32; bf16 is widened while it is packed, except for blocks, which multiply
+//! Takes views of slices with strides; returns f32. Sums are f32; bf16 is upcast while it is packed, except for blocks, which multiply
 //! bf16. The instruction set is chosen at run time; the order of a sum depends on it, on k, on B's strides and on the column alone
 //! (and on whether A has one row, which meets whole columns as they lie, or few, which go by vectors), never on the number of threads or
 //! the shape of the tasks. Knows nothing of tensors, layers or gradients.
 
 #[cfg(target_arch = "x86_64")]
-pub(super) mod blocks;
+pub(super) mod bf16;
 #[cfg(not(target_arch = "x86_64"))]
-#[path = "no_blocks.rs"]
-mod blocks;
-pub(super) mod held;
+#[path = "bf16_unsupported.rs"]
+mod bf16;
+mod gemv;
+mod microkernel;
 mod pack;
+pub(super) mod packed_rhs;
 mod panels;
-mod row;
-mod tile;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -23,81 +23,79 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use half::bf16;
-
-use self::held::Held;
+use self::packed_rhs::PackedRhs;
 use self::panels::Panels;
-use super::host::{Shared, uninitialized, widen};
-use super::issue;
-use super::team::{each, threads};
+use super::count_flops;
+use super::parallel::{num_threads, par_for_each};
+use super::storage::{SendPtr, uninit_vec, upcast};
 use crate::work::Precision;
-pub(super) use held::Packings;
-pub(super) use pack::{Number, pack};
 #[cfg(test)]
-pub(super) use tile::{CHOSEN, available};
-pub(super) use tile::{Isa, Part, TileArgs, best};
+pub(super) use microkernel::{FORCED_ISA, available};
+pub(super) use microkernel::{Isa, KernelArgs, KernelTerm, best};
+pub(super) use pack::{Element, pack};
+pub(super) use packed_rhs::PackedWeightCache;
 
 /// Rows of A that are few: four tiles'.
-const FEW: usize = 64;
+const SKINNY_ROWS: usize = 64;
 /// Tasks of one thread that share what it packed.
-const TURNS: usize = 8;
+const TASKS_PER_PACK: usize = 8;
 /// Strips of rows of one task, at least: fewer are not worth packing its panels again.
-const LEAST_STRIPS: usize = 4;
+const MIN_STRIPS: usize = 4;
 /// Pages of B that are read for all of a task's panels before the next, and numbers of a page.
-const NEAR_PAGES: usize = 32;
+const TLB_PAGES: usize = 32;
 const PAGE: usize = 1024;
 /// Rows of B that are read so at most: a panel of them stays in a first-level cache.
-const MOST_NEAR: usize = 256;
+const MAX_TLB_ROWS: usize = 256;
 /// Rows of A for which B is not packed, where it can be read as it lies: copying it takes longer than a few rows' product.
-const UNPACKED: usize = 16;
+const MIN_ROWS_TO_PACK: usize = 16;
 
-/// Stored numbers.
+/// Elements of either format.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Values<'a> {
+pub(super) enum CpuSlice<'a> {
     F32(&'a [f32]),
-    Bf16(&'a [bf16]),
+    Bf16(&'a [half::bf16]),
 }
 
-impl<'a> Values<'a> {
+impl<'a> CpuSlice<'a> {
     /// The numbers from number `start` on.
-    pub(super) fn after(self, start: usize) -> Values<'a> {
+    pub(super) fn after(self, start: usize) -> CpuSlice<'a> {
         match self {
-            Values::F32(values) => Values::F32(&values[start..]),
-            Values::Bf16(values) => Values::Bf16(&values[start..]),
+            CpuSlice::F32(values) => CpuSlice::F32(&values[start..]),
+            CpuSlice::Bf16(values) => CpuSlice::Bf16(&values[start..]),
         }
     }
 
     fn len(&self) -> usize {
         match self {
-            Values::F32(values) => values.len(),
-            Values::Bf16(values) => values.len(),
+            CpuSlice::F32(values) => values.len(),
+            CpuSlice::Bf16(values) => values.len(),
         }
     }
 
     /// A copy in f32, where they are narrower.
-    pub(super) fn widened(&self) -> Option<Vec<f32>> {
+    pub(super) fn upcast(&self) -> Option<Vec<f32>> {
         match self {
-            Values::F32(_) => None,
-            Values::Bf16(values) => Some(widen(values)),
+            CpuSlice::F32(_) => None,
+            CpuSlice::Bf16(values) => Some(upcast(values)),
         }
     }
 }
 
 /// A matrix inside a slice.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Matrix<'a> {
-    values: Values<'a>,
+pub(super) struct MatRef<'a> {
+    values: CpuSlice<'a>,
     rows: usize,
     columns: usize,
     row_stride: usize,
     column_stride: usize,
     /// Where packed forms of the whole stay, and whether this is the one with rows and columns exchanged.
-    packings: Option<(&'a Packings, bool)>,
+    packings: Option<(&'a PackedWeightCache, bool)>,
 }
 
-impl<'a> Matrix<'a> {
+impl<'a> MatRef<'a> {
     /// A row-major matrix.
-    pub(super) fn new(values: Values<'a>, rows: usize, columns: usize) -> Self {
+    pub(super) fn new(values: CpuSlice<'a>, rows: usize, columns: usize) -> Self {
         assert_eq!(values.len(), rows * columns, "a matrix is its slice");
         Self {
             values,
@@ -110,7 +108,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// The same for a matrix whose packed forms stay in `packings`, if anywhere.
-    pub(super) fn keeping(self, packings: Option<&'a Packings>) -> Self {
+    pub(super) fn with_cache(self, packings: Option<&'a PackedWeightCache>) -> Self {
         Self {
             packings: packings.map(|packings| (packings, false)),
             ..self
@@ -118,19 +116,19 @@ impl<'a> Matrix<'a> {
     }
 
     /// Its packed form that stays, packed now where it is the first of its kind; none where nothing stays, or for others than `empty` is.
-    fn held(&self, empty: &dyn Fn() -> Held) -> Option<&'a Held> {
+    fn held(&self, empty: &dyn Fn() -> PackedRhs) -> Option<&'a PackedRhs> {
         let (packings, turned) = self.packings?;
-        packings.of(turned, self, empty)
+        packings.get_or_pack(turned, self, empty)
     }
 
     /// A row-major matrix of f32.
-    pub(super) fn of(values: &'a [f32], rows: usize, columns: usize) -> Self {
-        Self::new(Values::F32(values), rows, columns)
+    pub(super) fn from_f32(values: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self::new(CpuSlice::F32(values), rows, columns)
     }
 
     /// Rows and columns inside a larger matrix: each as how many there are and how far apart they lie, from number `start` on.
-    pub(super) fn inside(
-        values: Values<'a>,
+    pub(super) fn strided(
+        values: CpuSlice<'a>,
         start: usize,
         (rows, row_stride): (usize, usize),
         (columns, column_stride): (usize, usize),
@@ -152,7 +150,7 @@ impl<'a> Matrix<'a> {
 
     /// These rows.
     pub(super) fn rows(self, rows: Range<usize>) -> Self {
-        Self::inside(
+        Self::strided(
             self.values,
             rows.start * self.row_stride,
             (rows.len(), self.row_stride),
@@ -175,13 +173,13 @@ impl<'a> Matrix<'a> {
 
 /// One product of a sum: a (m, k) b (k, n).
 #[derive(Clone, Copy)]
-pub(super) struct Term<'a> {
-    pub(super) a: &'a Left<'a>,
-    pub(super) b: Matrix<'a>,
+pub(super) struct GemmTerm<'a> {
+    pub(super) lhs: &'a Lhs<'a>,
+    pub(super) rhs: MatRef<'a>,
 }
 
 /// A as tiles read it: prepared once, whatever it is multiplied by.
-pub(super) struct Left<'a> {
+pub(super) struct Lhs<'a> {
     rows: usize,
     columns: usize,
     form: Form<'a>,
@@ -189,58 +187,58 @@ pub(super) struct Left<'a> {
 
 enum Form<'a> {
     /// f32 with strides.
-    Wide {
+    Unpacked {
         values: Cow<'a, [f32]>,
         row_stride: usize,
         column_stride: usize,
     },
     /// Packed for blocks.
-    Packed(Arc<blocks::Packed>),
+    Packed(Arc<bf16::Bf16Lhs>),
 }
 
 /// A packed for blocks, where that is done: for all products of one matrix.
 #[derive(Clone, Default)]
-pub(super) struct Prepared(Option<Arc<blocks::Packed>>);
+pub(super) struct PackedLhs(Option<Arc<bf16::Bf16Lhs>>);
 
-impl Prepared {
+impl PackedLhs {
     /// Packs A for products in `precision`.
-    pub(super) fn new(precision: Precision, a: &Matrix<'_>) -> Self {
+    pub(super) fn new(precision: Precision, a: &MatRef<'_>) -> Self {
         Self::with(best(), precision, a)
     }
 
     /// What was packed already.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn of(packed: blocks::Packed) -> Self {
+    pub(super) fn from_bf16(packed: bf16::Bf16Lhs) -> Self {
         Self(Some(Arc::new(packed)))
     }
 
     /// What was packed.
-    pub(super) fn packed(&self) -> Option<&blocks::Packed> {
+    pub(super) fn packed(&self) -> Option<&bf16::Bf16Lhs> {
         self.0.as_deref()
     }
 
-    fn with(isa: &Isa, precision: Precision, a: &Matrix<'_>) -> Self {
+    fn with(isa: &Isa, precision: Precision, a: &MatRef<'_>) -> Self {
         Self(
-            isa.unit(precision)
-                .and_then(|unit| blocks::Packed::new(unit, a, precision))
+            isa.gemm_unit(precision)
+                .and_then(|unit| bf16::Bf16Lhs::new(unit, a, precision))
                 .map(Arc::new),
         )
     }
 }
 
-impl<'a> Left<'a> {
+impl<'a> Lhs<'a> {
     /// Prepares A for products in `precision`, by the best instruction set.
-    pub(super) fn new(precision: Precision, a: Matrix<'a>) -> Self {
+    pub(super) fn new(precision: Precision, a: MatRef<'a>) -> Self {
         Self::with(best(), precision, a)
     }
 
     /// The same for a given instruction set.
-    pub(super) fn with(isa: &Isa, precision: Precision, a: Matrix<'a>) -> Self {
-        Self::of(a, Prepared::with(isa, precision, &a))
+    pub(super) fn with(isa: &Isa, precision: Precision, a: MatRef<'a>) -> Self {
+        Self::with_packed(a, PackedLhs::with(isa, precision, &a))
     }
 
     /// (rows, columns) that were packed before.
-    pub(super) fn prepared(rows: usize, columns: usize, prepared: &Prepared) -> Option<Self> {
+    pub(super) fn from_packed(rows: usize, columns: usize, prepared: &PackedLhs) -> Option<Self> {
         prepared.0.clone().map(|packed| Self {
             rows,
             columns,
@@ -249,8 +247,8 @@ impl<'a> Left<'a> {
     }
 
     /// The same where it was packed before.
-    pub(super) fn of(a: Matrix<'a>, prepared: Prepared) -> Self {
-        let Matrix {
+    pub(super) fn with_packed(a: MatRef<'a>, prepared: PackedLhs) -> Self {
+        let MatRef {
             values,
             rows,
             columns,
@@ -260,13 +258,13 @@ impl<'a> Left<'a> {
         } = a;
         let form = match (prepared.0, values) {
             (Some(packed), _) => Form::Packed(packed),
-            (None, Values::F32(values)) => Form::Wide {
+            (None, CpuSlice::F32(values)) => Form::Unpacked {
                 values: Cow::Borrowed(values),
                 row_stride,
                 column_stride,
             },
-            (None, Values::Bf16(values)) => Form::Wide {
-                values: Cow::Owned(widen(values)),
+            (None, CpuSlice::Bf16(values)) => Form::Unpacked {
+                values: Cow::Owned(upcast(values)),
                 row_stride,
                 column_stride,
             },
@@ -278,92 +276,96 @@ impl<'a> Left<'a> {
         }
     }
 
-    fn packed(&self) -> Option<&blocks::Packed> {
+    fn packed(&self) -> Option<&bf16::Bf16Lhs> {
         match &self.form {
             Form::Packed(packed) => Some(packed),
-            Form::Wide { .. } => None,
+            Form::Unpacked { .. } => None,
         }
     }
 }
 
 /// What the sum starts from.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Start<'a> {
+pub(super) enum Init<'a> {
     Zero,
     /// The same row (n) in every row: a bias.
-    Row(&'a [f32]),
+    Bias(&'a [f32]),
     /// A row-major (m, n): a residual stream, or what earlier products gave.
     Matrix(&'a [f32]),
 }
 
 /// start + the sum of the terms, row-major (m, n), on all threads of the pool.
-pub(super) fn products(terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
-    products_with(best(), terms, start)
+pub(super) fn gemm_sum(terms: &[GemmTerm<'_>], start: Init<'_>) -> Vec<f32> {
+    gemm_sum_with(best(), terms, start)
 }
 
 /// The product of two matrices in `precision`.
-pub(super) fn product(precision: Precision, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    products(
-        &[Term {
-            a: &Left::new(precision, a),
-            b,
+pub(super) fn gemm(precision: Precision, a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
+    gemm_sum(
+        &[GemmTerm {
+            lhs: &Lhs::new(precision, a),
+            rhs: b,
         }],
-        Start::Zero,
+        Init::Zero,
     )
 }
 
 /// The same for an A whose rows are an adapter's: in f32, splitting B for tile registers takes longer than multiplying a few rows by it.
-pub(super) fn product_of_few(precision: Precision, a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    let few = precision == Precision::F32 && a.rows < FEW;
+pub(super) fn skinny_gemm(precision: Precision, a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
+    let few = precision == Precision::F32 && a.rows < SKINNY_ROWS;
     let left = if few {
-        Left::of(a, Prepared::default())
+        Lhs::with_packed(a, PackedLhs::default())
     } else {
-        Left::new(precision, a)
+        Lhs::new(precision, a)
     };
-    products(&[Term { a: &left, b }], Start::Zero)
+    gemm_sum(&[GemmTerm { lhs: &left, rhs: b }], Init::Zero)
 }
 
 /// a times the rows of what was packed as A: (m, `columns`).
-pub(super) fn product_by(a: Matrix<'_>, b: &blocks::Packed, columns: usize) -> Vec<f32> {
-    issue(1, a.rows, columns, a.columns);
+pub(super) fn gemm_by_packed(a: MatRef<'_>, b: &bf16::Bf16Lhs, columns: usize) -> Vec<f32> {
+    count_flops(1, a.rows, columns, a.columns);
     // SAFETY: the product writes every number.
-    let mut out = unsafe { uninitialized(a.rows * columns) };
-    blocks::product_by(&a, b, &mut out);
+    let mut out = unsafe { uninit_vec(a.rows * columns) };
+    bf16::gemm_by_packed(&a, b, &mut out);
     out
 }
 
 /// The sum by a given instruction set, which every A was prepared for.
-pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<'_>) -> Vec<f32> {
-    let (m, n) = (terms[0].a.rows, terms[0].b.columns);
-    for Term { a, b } in terms {
+pub(super) fn gemm_sum_with(
+    isa: &'static Isa,
+    terms: &[GemmTerm<'_>],
+    start: Init<'_>,
+) -> Vec<f32> {
+    let (m, n) = (terms[0].lhs.rows, terms[0].rhs.columns);
+    for GemmTerm { lhs: a, rhs: b } in terms {
         assert!(
             a.rows == m && b.columns == n && a.columns == b.rows,
             "the terms of a sum have one shape"
         );
-        issue(1, m, n, a.columns);
+        count_flops(1, m, n, a.columns);
     }
     match start {
-        Start::Row(row) => assert_eq!(row.len(), n, "a row to start from has n numbers"),
-        Start::Matrix(matrix) => {
+        Init::Bias(row) => assert_eq!(row.len(), n, "a row to start from has n numbers"),
+        Init::Matrix(matrix) => {
             assert_eq!(matrix.len(), m * n, "a matrix to start from is (m, n)")
         }
-        Start::Zero => {}
+        Init::Zero => {}
     }
-    if terms.iter().all(|term| term.a.columns == 0) {
+    if terms.iter().all(|term| term.lhs.columns == 0) {
         return match start {
-            Start::Zero => vec![0.0; m * n],
-            Start::Row(row) => row.repeat(m),
-            Start::Matrix(matrix) => matrix.to_vec(),
+            Init::Zero => vec![0.0; m * n],
+            Init::Bias(row) => row.repeat(m),
+            Init::Matrix(matrix) => matrix.to_vec(),
         };
     }
     // SAFETY: the tasks of the first pass write every number before anything reads one.
-    let mut out = unsafe { uninitialized(m * n) };
+    let mut out = unsafe { uninit_vec(m * n) };
     if out.is_empty() {
         return out;
     }
     let packed: Vec<_> = terms
         .iter()
-        .filter_map(|term| Some((term.a.packed()?, term.b)))
+        .filter_map(|term| Some((term.lhs.packed()?, term.rhs)))
         .collect();
     if !packed.is_empty() {
         assert_eq!(
@@ -371,17 +373,17 @@ pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<
             terms.len(),
             "the terms of a sum are prepared alike"
         );
-        blocks::products(&packed, start, &mut out);
+        bf16::gemm_sum(&packed, start, &mut out);
         return out;
     }
-    if let Some(rows) = row::rows(terms) {
-        row::products(&rows, start, &mut out);
+    if let Some(rows) = gemv::as_gemv(terms) {
+        gemv::gemv(&rows, start, &mut out);
         return out;
     }
     // Where A has few rows, tasks begin at any vector, and not at a panel.
     let kept = terms.iter().map(|term| {
-        if m > UNPACKED {
-            Panels::kept(isa, &term.b)
+        if m > MIN_ROWS_TO_PACK {
+            Panels::kept(isa, &term.rhs)
         } else {
             None
         }
@@ -390,14 +392,14 @@ pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<
     for (index, pieces) in passes(isa, terms).iter().enumerate() {
         let start = if index == 0 { Some(start) } else { None };
         let number = PASSES.fetch_add(1, Ordering::Relaxed) + 1;
-        Pass {
+        GemmPass {
             number,
             isa,
             terms,
             kept: &kept,
             pieces,
             start,
-            out: Shared(out.as_mut_ptr()),
+            out: SendPtr(out.as_mut_ptr()),
             m,
             n,
         }
@@ -407,30 +409,30 @@ pub(super) fn products_with(isa: &'static Isa, terms: &[Term<'_>], start: Start<
 }
 
 /// A run of k of one term.
-struct Piece {
+struct KBlock {
     term: usize,
     k: Range<usize>,
 }
 
 /// Which pieces of the terms are summed while a tile's B is packed: all at once where they fit.
-fn passes(isa: &Isa, terms: &[Term<'_>]) -> Vec<Vec<Piece>> {
-    let mut passes: Vec<Vec<Piece>> = vec![Vec::new()];
+fn passes(isa: &Isa, terms: &[GemmTerm<'_>]) -> Vec<Vec<KBlock>> {
+    let mut passes: Vec<Vec<KBlock>> = vec![Vec::new()];
     let mut depth = 0;
-    for (term, Term { a, b }) in terms.iter().enumerate() {
-        let length = match a.rows <= UNPACKED && b.column_stride == 1 {
-            true => near_rows(b.row_stride),
-            false if a.columns > isa.deepest => isa.piece,
+    for (term, GemmTerm { lhs: a, rhs: b }) in terms.iter().enumerate() {
+        let length = match a.rows <= MIN_ROWS_TO_PACK && b.column_stride == 1 {
+            true => tlb_rows(b.row_stride),
+            false if a.columns > isa.max_kc => isa.kc,
             false => a.columns.max(1),
         };
         for start in (0..a.columns).step_by(length) {
             let k = start..(start + length).min(a.columns);
-            if depth > 0 && depth + k.len() > isa.deepest {
+            if depth > 0 && depth + k.len() > isa.max_kc {
                 passes.push(Vec::new());
                 depth = 0;
             }
             depth += k.len();
             if let Some(pass) = passes.last_mut() {
-                pass.push(Piece { term, k });
+                pass.push(KBlock { term, k });
             }
         }
     }
@@ -460,13 +462,13 @@ fn tasks(
     (strips, turns): (usize, usize),
     task: impl Fn(Range<usize>, Range<usize>) + Sync,
 ) {
-    let threads = threads();
+    let threads = num_threads();
     // A few panels that do not come out even are better shared by rows, though each part then packs them for itself; and so are panels
     // that are no more than the strips, which then are read by the thread that wrote them.
     let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
-    let by_rows = uneven || panels <= strips && strips >= LEAST_STRIPS * threads;
+    let by_rows = uneven || panels <= strips && strips >= MIN_STRIPS * threads;
     let splits = if by_rows {
-        threads.min(strips.div_ceil(LEAST_STRIPS)).max(1)
+        threads.min(strips.div_ceil(MIN_STRIPS)).max(1)
     } else {
         1
     };
@@ -475,7 +477,7 @@ fn tasks(
         .next_multiple_of(threads.div_ceil(splits))
         .min(panels);
     let turns = if splits > 1 {
-        turns.min(strips / splits / LEAST_STRIPS).max(1)
+        turns.min(strips / splits / MIN_STRIPS).max(1)
     } else {
         1
     };
@@ -494,36 +496,36 @@ fn tasks(
     };
     match groups * splits * turns {
         1 => cut(0),
-        count => each(0..count, cut),
+        count => par_for_each(0..count, cut),
     }
 }
 
 /// One pass over the result.
-struct Pass<'a> {
+struct GemmPass<'a> {
     number: u64,
     isa: &'a Isa,
-    terms: &'a [Term<'a>],
+    terms: &'a [GemmTerm<'a>],
     /// Of each term, what was packed of its B before.
     kept: &'a [Option<&'a Panels>],
-    pieces: &'a [Piece],
+    pieces: &'a [KBlock],
     /// `None`: goes on from what the passes before left in `out`.
-    start: Option<Start<'a>>,
-    out: Shared,
+    start: Option<Init<'a>>,
+    out: SendPtr,
     m: usize,
     n: usize,
 }
 
-impl Pass<'_> {
+impl GemmPass<'_> {
     /// Cuts the result into tasks and runs them.
     fn run(&self) {
         let depth: usize = self.pieces.iter().map(|piece| piece.k.len()).sum();
-        let width = self.isa.columns();
-        let most = (self.isa.packed / (depth * width).max(1)).max(1);
-        let height = self.isa.rows;
+        let width = self.isa.nr();
+        let most = (self.isa.packed_elements / (depth * width).max(1)).max(1);
+        let height = self.isa.mr;
         tasks(
             self.n.div_ceil(width),
             most,
-            (self.m.div_ceil(height), TURNS),
+            (self.m.div_ceil(height), TASKS_PER_PACK),
             |panels, strips| {
                 let rows = strips.start * height..(strips.end * height).min(self.m);
                 self.task(panels.start * width..(panels.end * width).min(self.n), rows);
@@ -533,17 +535,17 @@ impl Pass<'_> {
 
     /// Runs every tile of these rows and columns: whole ones of few rows with B as it lies, else packed.
     fn task(&self, columns: Range<usize>, rows: Range<usize>) {
-        let plain = |piece: &Piece| {
+        let plain = |piece: &KBlock| {
             matches!(
-                self.terms[piece.term].b,
-                Matrix {
-                    values: Values::F32(_),
+                self.terms[piece.term].rhs,
+                MatRef {
+                    values: CpuSlice::F32(_),
                     column_stride: 1,
                     ..
                 }
             )
         };
-        let whole = match self.m <= UNPACKED && self.pieces.iter().all(plain) {
+        let whole = match self.m <= MIN_ROWS_TO_PACK && self.pieces.iter().all(plain) {
             true => columns.start + columns.len() / self.isa.lanes * self.isa.lanes,
             false => columns.start,
         };
@@ -555,20 +557,20 @@ impl Pass<'_> {
 
     /// Whole vectors of columns, the few rows of a piece of B at a time for all of them.
     fn unpacked(&self, columns: Range<usize>, rows: Range<usize>) {
-        for (index, (Piece { term, k }, mut part)) in
+        for (index, (KBlock { term, k }, mut part)) in
             self.pieces.iter().zip(self.parts(rows.start)).enumerate()
         {
-            let Matrix {
-                values: Values::F32(right),
+            let MatRef {
+                values: CpuSlice::F32(right),
                 row_stride,
                 ..
-            } = self.terms[*term].b
+            } = self.terms[*term].rhs
             else {
                 return;
             };
             part.b_row = row_stride;
-            for column in columns.clone().step_by(self.isa.columns()) {
-                let vectors = (columns.end - column).min(self.isa.columns()) / self.isa.lanes;
+            for column in columns.clone().step_by(self.isa.nr()) {
+                let vectors = (columns.end - column).min(self.isa.nr()) / self.isa.lanes;
                 let start = if index == 0 {
                     self.start_of(rows.start, column)
                 } else {
@@ -579,7 +581,7 @@ impl Pass<'_> {
                 part.b = right.as_ptr();
                 // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; this task alone writes these rows and columns.
                 unsafe {
-                    let out = self.out.at(rows.start * self.n + column);
+                    let out = self.out.add(rows.start * self.n + column);
                     strip(self.isa, (rows.len(), vectors), part, start, (out, self.n));
                 }
             }
@@ -587,18 +589,18 @@ impl Pass<'_> {
     }
 
     /// What the pieces multiply, from this row of A on; where B lies is not told yet.
-    fn parts(&self, row: usize) -> impl Iterator<Item = Part> + '_ {
-        self.pieces.iter().filter_map(move |Piece { term, k }| {
-            let Form::Wide {
+    fn parts(&self, row: usize) -> impl Iterator<Item = KernelTerm> + '_ {
+        self.pieces.iter().filter_map(move |KBlock { term, k }| {
+            let Form::Unpacked {
                 values,
                 row_stride,
                 column_stride,
-            } = &self.terms[*term].a.form
+            } = &self.terms[*term].lhs.form
             else {
                 return None;
             };
             let a = values[row * row_stride + k.start * column_stride..].as_ptr();
-            Some(Part {
+            Some(KernelTerm {
                 k: k.len(),
                 a,
                 a_row: *row_stride,
@@ -612,13 +614,13 @@ impl Pass<'_> {
     /// Packs B's columns, unless they are kept or the task before did, and runs the tiles.
     fn packed(&self, columns: Range<usize>, rows: Range<usize>) {
         PACKED.with_borrow_mut(|Packed { values, of }| {
-            let width = self.isa.columns();
+            let width = self.isa.nr();
             let panels: Vec<Range<usize>> = columns
                 .clone()
                 .step_by(width)
                 .map(|first| first..(first + width).min(columns.end))
                 .collect();
-            let depth: usize = self.unkept().map(|piece| piece.k.len()).sum();
+            let depth: usize = self.needs_packing().map(|piece| piece.k.len()).sum();
             let key = (self.number, columns);
             if *of != key {
                 self.pack(depth, &panels, values);
@@ -626,7 +628,7 @@ impl Pass<'_> {
             }
             let mut parts = self.panel_parts(depth, &panels, values, rows.start);
             let count = self.pieces.len().max(1);
-            for rows in even_parts(rows, self.isa.rows) {
+            for rows in even_parts(rows, self.isa.mr) {
                 for (columns, parts) in panels.iter().zip(parts.chunks_mut(count)) {
                     self.tile(&rows, columns, parts);
                     // The same rows of A further on.
@@ -645,12 +647,12 @@ impl Pass<'_> {
         panels: &[Range<usize>],
         values: &[f32],
         row: usize,
-    ) -> Vec<Part> {
+    ) -> Vec<KernelTerm> {
         let mut all = Vec::with_capacity(panels.len() * self.pieces.len());
         for (index, columns) in panels.iter().enumerate() {
-            let mut own = &values[index * depth * self.isa.columns()..];
+            let mut own = &values[index * depth * self.isa.nr()..];
             let width = columns.len().next_multiple_of(self.isa.lanes);
-            for (mut part, Piece { term, k }) in self.parts(row).zip(self.pieces) {
+            for (mut part, KBlock { term, k }) in self.parts(row).zip(self.pieces) {
                 let panel = match self.kept[*term] {
                     Some(kept) => kept.panel(columns, k),
                     None => {
@@ -667,7 +669,7 @@ impl Pass<'_> {
     }
 
     /// Pieces of terms whose B is packed for this pass.
-    fn unkept(&self) -> impl Iterator<Item = &Piece> {
+    fn needs_packing(&self) -> impl Iterator<Item = &KBlock> {
         self.pieces
             .iter()
             .filter(|piece| self.kept[piece.term].is_none())
@@ -675,15 +677,15 @@ impl Pass<'_> {
 
     /// Packs these columns of B, piece after piece, a panel after the other.
     fn pack(&self, depth: usize, panels: &[Range<usize>], values: &mut Vec<f32>) {
-        let size = depth * self.isa.columns();
+        let size = depth * self.isa.nr();
         if values.len() < panels.len() * size {
             values.resize(panels.len() * size, 0.0);
         }
         let mut done = 0;
-        for Piece { term, k } in self.unkept() {
-            let b = &self.terms[*term].b;
+        for KBlock { term, k } in self.needs_packing() {
+            let b = &self.terms[*term].rhs;
             let near = if b.column_stride == 1 {
-                near_rows(b.row_stride)
+                tlb_rows(b.row_stride)
             } else {
                 k.len()
             };
@@ -700,11 +702,11 @@ impl Pass<'_> {
     }
 
     /// One tile of the result, over all pieces.
-    fn tile(&self, rows: &Range<usize>, columns: &Range<usize>, parts: &[Part]) {
+    fn tile(&self, rows: &Range<usize>, columns: &Range<usize>, parts: &[KernelTerm]) {
         let width = columns.len().next_multiple_of(self.isa.lanes);
-        let tile = self.isa.tile(rows.len(), width / self.isa.lanes);
+        let tile = self.isa.kernel(rows.len(), width / self.isa.lanes);
         // SAFETY: this task alone writes these rows and columns of `out`.
-        let place = unsafe { self.out.at(rows.start * self.n + columns.start) };
+        let place = unsafe { self.out.add(rows.start * self.n + columns.start) };
         let (mut start, mut start_row) = self.start_of(rows.start, columns.start);
         // What is not whole vectors begins and ends in a tile of its own.
         let whole = width == columns.len();
@@ -731,7 +733,7 @@ impl Pass<'_> {
             (start, start_row) = (out.cast_const(), out_row);
         }
         // Few rows sum as where B is not packed, piece by piece.
-        for parts in parts.chunks(if self.m <= UNPACKED {
+        for parts in parts.chunks(if self.m <= MIN_ROWS_TO_PACK {
             1
         } else {
             parts.len().max(1)
@@ -739,7 +741,7 @@ impl Pass<'_> {
             // SAFETY: rows and k lie inside A, whose slice is the whole matrix; the panel holds k rows of `width`; `start` and `out` are
             // rows of (m, n) buffers or of `scratch`, wide enough because only whole tiles go to `out` directly.
             unsafe {
-                tile(TileArgs {
+                tile(KernelArgs {
                     parts,
                     start,
                     start_row,
@@ -764,9 +766,9 @@ impl Pass<'_> {
     /// Where the sum at (row, column) starts from, and its row stride.
     fn start_of(&self, row: usize, column: usize) -> (*const f32, usize) {
         match self.start {
-            Some(Start::Zero) => (std::ptr::null(), 0),
-            Some(Start::Row(values)) => (values[column..].as_ptr(), 0),
-            Some(Start::Matrix(values)) => (values[row * self.n + column..].as_ptr(), self.n),
+            Some(Init::Zero) => (std::ptr::null(), 0),
+            Some(Init::Bias(values)) => (values[column..].as_ptr(), 0),
+            Some(Init::Matrix(values)) => (values[row * self.n + column..].as_ptr(), self.n),
             None => self.so_far(row, column),
         }
     }
@@ -775,15 +777,15 @@ impl Pass<'_> {
     fn so_far(&self, row: usize, column: usize) -> (*const f32, usize) {
         // SAFETY: (row, column) lies in `out`.
         (
-            unsafe { self.out.at(row * self.n + column) }.cast_const(),
+            unsafe { self.out.add(row * self.n + column) }.cast_const(),
             self.n,
         )
     }
 }
 
-/// Rows of B that lie on `NEAR_PAGES` pages.
-fn near_rows(row_stride: usize) -> usize {
-    (NEAR_PAGES * PAGE / row_stride.max(1)).clamp(NEAR_PAGES, MOST_NEAR)
+/// Rows of B that lie on `TLB_PAGES` pages.
+fn tlb_rows(row_stride: usize) -> usize {
+    (TLB_PAGES * PAGE / row_stride.max(1)).clamp(TLB_PAGES, MAX_TLB_ROWS)
 }
 
 /// Numbers of the largest tile of any instruction set.
@@ -797,11 +799,11 @@ const SCRATCH: usize = 14 * 32;
 pub(super) unsafe fn strip(
     isa: &Isa,
     (m, vectors): (usize, usize),
-    part: Part,
+    part: KernelTerm,
     (start, start_row): (*const f32, usize),
     (out, out_row): (*mut f32, usize),
 ) {
-    for rows in even_parts(0..m, isa.rows) {
+    for rows in even_parts(0..m, isa.mr) {
         let first = rows.start;
         let start = if start.is_null() {
             start
@@ -811,13 +813,13 @@ pub(super) unsafe fn strip(
         // SAFETY: the caller's promise; these rows are among the m.
         unsafe {
             let (part, out) = (
-                Part {
+                KernelTerm {
                     a: part.a.add(first * part.a_row),
                     ..part
                 },
                 out.add(first * out_row),
             );
-            isa.tile(rows.len(), vectors)(TileArgs {
+            isa.kernel(rows.len(), vectors)(KernelArgs {
                 parts: &[part],
                 start,
                 start_row,

@@ -9,10 +9,10 @@ use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::super::pack::{Number, transpose_16};
-use super::super::{Matrix, Values};
+use super::super::pack::{Element, transpose_16};
+use super::super::{CpuSlice, MatRef};
 use super::Tile;
-use super::kernel::{DEPTH, Line, PAIR, ROUNDED, SIDE, SPLIT};
+use super::unit::{BF16_PLANES, BLOCK_LINES, CacheLine, F32_PLANES, K_STEP, TILE};
 
 /// Lanes of a tile, and lines.
 const LANES: usize = 16;
@@ -20,26 +20,26 @@ const LANES: usize = 16;
 /// The side of a product that is packed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(in crate::ops) enum Side {
-    A,
-    B,
+    Lhs,
+    Rhs,
 }
 
 /// A matrix seen from its side of the product: lanes, and k along each.
 #[derive(Clone, Copy)]
-pub(in crate::ops) struct View<'a> {
+pub(in crate::ops) struct OperandView<'a> {
     side: Side,
-    values: Values<'a>,
+    values: CpuSlice<'a>,
     pub(super) lanes: usize,
     pub(super) depth: usize,
     lane_stride: usize,
     k_stride: usize,
 }
 
-impl<'a> View<'a> {
+impl<'a> OperandView<'a> {
     /// The numbers from `offset` on: lanes and k, each as how many there are and how far apart they lie. One of them lies side by side.
     pub(in crate::ops) fn new(
         side: Side,
-        values: Values<'a>,
+        values: CpuSlice<'a>,
         offset: usize,
         (lanes, lane_stride): (usize, usize),
         (depth, k_stride): (usize, usize),
@@ -65,9 +65,9 @@ impl<'a> View<'a> {
     }
 
     /// A's lanes are its rows.
-    pub(super) fn a(m: &Matrix<'a>) -> Self {
+    pub(super) fn a(m: &MatRef<'a>) -> Self {
         Self::new(
-            Side::A,
+            Side::Lhs,
             m.values,
             0,
             (m.rows, m.row_stride),
@@ -76,9 +76,9 @@ impl<'a> View<'a> {
     }
 
     /// B's lanes are its columns.
-    pub(super) fn b(m: &Matrix<'a>) -> Self {
+    pub(super) fn b(m: &MatRef<'a>) -> Self {
         Self::new(
-            Side::B,
+            Side::Rhs,
             m.values,
             0,
             (m.columns, m.column_stride),
@@ -89,8 +89,8 @@ impl<'a> View<'a> {
     /// Planes of a B beside an A of `planes`: one where its numbers are stored in bf16.
     pub(super) fn planes(&self, planes: usize) -> usize {
         match self.values {
-            Values::F32(_) => planes,
-            Values::Bf16(_) => ROUNDED,
+            CpuSlice::F32(_) => planes,
+            CpuSlice::Bf16(_) => BF16_PLANES,
         }
     }
 
@@ -100,45 +100,53 @@ impl<'a> View<'a> {
     }
 
     /// Packs numbers `k` of lanes `first..first + 32` in so many planes, step by step, zero beyond the matrix and beyond `k`.
-    pub(super) fn pack(&self, planes: usize, first: usize, k: Range<usize>, out: &mut [Line]) {
+    pub(super) fn pack(&self, planes: usize, first: usize, k: Range<usize>, out: &mut [CacheLine]) {
         assert!(
             k.end <= self.depth && first < self.lanes,
             "a strip lies inside its matrix"
         );
         assert_eq!(
             out.len(),
-            k.len().div_ceil(DEPTH) * planes * PAIR,
+            k.len().div_ceil(K_STEP) * planes * BLOCK_LINES,
             "room for every step"
         );
         match (self.values, planes) {
-            (Values::F32(values), ROUNDED) => self.pack_of::<f32, ROUNDED>(values, first, k, out),
-            (Values::F32(values), _) => self.pack_of::<f32, SPLIT>(values, first, k, out),
-            (Values::Bf16(values), ROUNDED) => {
-                self.pack_of::<half::bf16, ROUNDED>(values, first, k, out)
+            (CpuSlice::F32(values), BF16_PLANES) => {
+                self.pack_of::<f32, BF16_PLANES>(values, first, k, out)
             }
-            (Values::Bf16(values), _) => self.pack_of::<half::bf16, SPLIT>(values, first, k, out),
+            (CpuSlice::F32(values), _) => self.pack_of::<f32, F32_PLANES>(values, first, k, out),
+            (CpuSlice::Bf16(values), BF16_PLANES) => {
+                self.pack_of::<half::bf16, BF16_PLANES>(values, first, k, out)
+            }
+            (CpuSlice::Bf16(values), _) => {
+                self.pack_of::<half::bf16, F32_PLANES>(values, first, k, out)
+            }
         }
     }
 
-    fn pack_of<T: Number, const P: usize>(
+    fn pack_of<T: Element, const P: usize>(
         &self,
         values: &[T],
         first: usize,
         k: Range<usize>,
-        out: &mut [Line],
+        out: &mut [CacheLine],
     ) {
-        for (start, step) in k.clone().step_by(DEPTH).zip(out.chunks_exact_mut(P * PAIR)) {
-            for half in 0..SIDE / LANES {
+        for (start, step) in k
+            .clone()
+            .step_by(K_STEP)
+            .zip(out.chunks_exact_mut(P * BLOCK_LINES))
+        {
+            for half in 0..TILE / LANES {
                 let lane = first + half * LANES;
                 let (lanes, depth) = (
                     self.lanes.saturating_sub(lane).min(LANES),
-                    (k.end - start).min(DEPTH),
+                    (k.end - start).min(K_STEP),
                 );
                 let from = values
                     .as_ptr()
                     .wrapping_add(lane * self.lane_stride + start * self.k_stride);
                 let at = step[half * LANES..].as_mut_ptr();
-                let turned = self.along_k() == (self.side == Side::B);
+                let turned = self.along_k() == (self.side == Side::Rhs);
                 // SAFETY: these lanes and numbers lie inside the matrix (asserted by `pack`), and `step` has room for them; a view is only
                 // made where a unit multiplies blocks, which no processor has without the vectors used here.
                 unsafe {
@@ -158,25 +166,25 @@ impl<'a> View<'a> {
 ///
 /// # Safety
 /// There must be room for 32 lines of each plane at `out`; the processor has AVX-512 F, BW, VL and BF16.
-pub(super) unsafe fn pack_block(planes: usize, tile: &Tile, out: *mut Line) {
-    for half in 0..SIDE / LANES {
+pub(super) unsafe fn pack_block(planes: usize, tile: &Tile, out: *mut CacheLine) {
+    for half in 0..TILE / LANES {
         // SAFETY: the caller's promise; a tile is 32 rows of 32 numbers.
         unsafe {
             let (rows, out) = (
-                tile.0.as_ptr().add(half * LANES * SIDE),
+                tile.0.as_ptr().add(half * LANES * TILE),
                 out.add(half * LANES),
             );
             match planes {
-                ROUNDED => along_k::<f32, ROUNDED>(rows, SIDE, (LANES, DEPTH), false, out),
-                _ => along_k::<f32, SPLIT>(rows, SIDE, (LANES, DEPTH), false, out),
+                BF16_PLANES => along_k::<f32, BF16_PLANES>(rows, TILE, (LANES, K_STEP), false, out),
+                _ => along_k::<f32, F32_PLANES>(rows, TILE, (LANES, K_STEP), false, out),
             }
         };
     }
 }
 
 /// A plane of A's block as a tile.
-pub(super) fn widen_block(block: &[Line]) -> Tile {
-    assert_eq!(block.len(), PAIR, "a plane of a block");
+pub(super) fn widen_block(block: &[CacheLine]) -> Tile {
+    assert_eq!(block.len(), BLOCK_LINES, "a plane of a block");
     let mut tile = MaybeUninit::<Tile>::uninit();
     // SAFETY: 32 lines are 32 rows of 32 bf16 numbers, as a tile's are f32, and each is written; see `turn` for the processor.
     unsafe {
@@ -188,8 +196,8 @@ pub(super) fn widen_block(block: &[Line]) -> Tile {
 /// # Safety
 /// 32 lines must be readable, 32 rows of 32 numbers writable; the processor has AVX-512 F.
 #[target_feature(enable = "avx512f")]
-unsafe fn widen_lines(block: *const Line, tile: *mut f32) {
-    for row in 0..PAIR {
+unsafe fn widen_lines(block: *const CacheLine, tile: *mut f32) {
+    for row in 0..BLOCK_LINES {
         // SAFETY: the caller's promise.
         unsafe {
             let line = _mm512_load_si512(block.add(row).cast());
@@ -202,7 +210,7 @@ unsafe fn widen_lines(block: *const Line, tile: *mut f32) {
             {
                 let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(narrow));
                 _mm512_storeu_ps(
-                    tile.add(row * SIDE + half * LANES),
+                    tile.add(row * TILE + half * LANES),
                     _mm512_castsi512_ps(wide),
                 );
             }
@@ -211,9 +219,9 @@ unsafe fn widen_lines(block: *const Line, tile: *mut f32) {
 }
 
 /// A plane of A's block, 32 rows of 32 numbers, as B's: its rows as k.
-pub(super) fn turn(block: &[Line], out: &mut [Line]) {
+pub(super) fn turn(block: &[CacheLine], out: &mut [CacheLine]) {
     assert!(
-        block.len() == PAIR && out.len() == PAIR,
+        block.len() == BLOCK_LINES && out.len() == BLOCK_LINES,
         "a plane of a block"
     );
     // SAFETY: both are 32 lines; operands are only made where AMX is, which no processor has without these vectors.
@@ -223,7 +231,7 @@ pub(super) fn turn(block: &[Line], out: &mut [Line]) {
 /// # Safety
 /// 32 lines must be readable and 32 writable; the processor has AVX-512 F and BW.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn turn_lines(block: *const Line, out: *mut Line) {
+unsafe fn turn_lines(block: *const CacheLine, out: *mut CacheLine) {
     // Number i of the first row, then number i of the second: the lower half of each row, and the upper.
     let lower = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
@@ -257,22 +265,22 @@ fn first(count: usize) -> u16 {
     }
 }
 
-/// Line i = 32 numbers of lane i; where `turned`, words (two numbers each) and lines exchanged.
+/// CacheLine i = 32 numbers of lane i; where `turned`, words (two numbers each) and lines exchanged.
 ///
 /// # Safety
 /// `depth` numbers of `lanes` lanes, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn along_k<T: Number, const P: usize>(
+unsafe fn along_k<T: Element, const P: usize>(
     from: *const T,
     stride: usize,
     (lanes, depth): (usize, usize),
     turned: bool,
-    out: *mut Line,
+    out: *mut CacheLine,
 ) {
     let masks = (first(depth), first(depth.saturating_sub(LANES)));
     // SAFETY: the masks name what lies inside each lane; `out` is the caller's promise.
     unsafe {
-        let mut planes = match lanes == LANES && depth == DEPTH {
+        let mut planes = match lanes == LANES && depth == K_STEP {
             true => read::<T, P>(from, (stride, LANES), |_| ALL),
             false => read::<T, P>(from, (stride, LANES), |lane| {
                 if lane < lanes { masks } else { (0, 0) }
@@ -282,17 +290,17 @@ unsafe fn along_k<T: Number, const P: usize>(
     }
 }
 
-/// Line i = numbers 2 i and 2 i + 1 of each lane; where `turned`, words and lines exchanged.
+/// CacheLine i = numbers 2 i and 2 i + 1 of each lane; where `turned`, words and lines exchanged.
 ///
 /// # Safety
 /// `depth` rows of `lanes` numbers, `stride` apart, must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn along_lanes<T: Number, const P: usize>(
+unsafe fn along_lanes<T: Element, const P: usize>(
     from: *const T,
     stride: usize,
     (lanes, depth): (usize, usize),
     turned: bool,
-    out: *mut Line,
+    out: *mut CacheLine,
 ) {
     // Number i of the lower half, then number i of the upper half.
     let both = _mm512_set_epi16(
@@ -302,7 +310,7 @@ unsafe fn along_lanes<T: Number, const P: usize>(
     let mask = first(lanes);
     // SAFETY: the masks name what lies inside each two rows; `out` is the caller's promise.
     unsafe {
-        let mut planes = match lanes == LANES && depth == DEPTH {
+        let mut planes = match lanes == LANES && depth == K_STEP {
             true => read::<T, P>(from, (2 * stride, stride), |_| ALL),
             false => read::<T, P>(from, (2 * stride, stride), |pair| {
                 (
@@ -326,7 +334,7 @@ unsafe fn along_lanes<T: Number, const P: usize>(
 /// As `words`', by the masks of each.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-unsafe fn read<T: Number, const P: usize>(
+unsafe fn read<T: Element, const P: usize>(
     from: *const T,
     steps: (usize, usize),
     masks: impl Fn(usize) -> (u16, u16),
@@ -352,7 +360,11 @@ const ALL: (u16, u16) = (u16::MAX, u16::MAX);
 /// They must be writable; the processor has AVX-512 F.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn store<const P: usize>(planes: &mut [[__m512i; LANES]; P], turned: bool, out: *mut Line) {
+unsafe fn store<const P: usize>(
+    planes: &mut [[__m512i; LANES]; P],
+    turned: bool,
+    out: *mut CacheLine,
+) {
     for plane in 0..P {
         if turned {
             let mut words = [_mm512_setzero_ps(); LANES];
@@ -366,7 +378,12 @@ unsafe fn store<const P: usize>(planes: &mut [[__m512i; LANES]; P], turned: bool
         }
         for line in 0..LANES {
             // SAFETY: a line is 64 bytes, aligned.
-            unsafe { _mm512_store_si512(out.add(plane * PAIR + line).cast(), planes[plane][line]) };
+            unsafe {
+                _mm512_store_si512(
+                    out.add(plane * BLOCK_LINES + line).cast(),
+                    planes[plane][line],
+                )
+            };
         }
     }
 }
@@ -377,7 +394,7 @@ unsafe fn store<const P: usize>(planes: &mut [[__m512i; LANES]; P], turned: bool
 /// The numbers that the masks name must be readable; the processor has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-unsafe fn words<T: Number, const P: usize>(
+unsafe fn words<T: Element, const P: usize>(
     low: *const T,
     high: *const T,
     masks: (u16, u16),
