@@ -12,7 +12,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use wattune::ops::{
-    Attention, Context, Gradients, Head, Linear, Lora, Parameters, RmsNorm, Segments, Weight,
+    Attention, Context, Gradients, Linear, LmHead, Lora, Parameters, RmsNorm, Segments, Weight,
     instruction_set, swiglu, swiglu_backward,
 };
 use wattune::work::{Precision, WorkCounter};
@@ -254,7 +254,7 @@ fn attentions(precision: Precision, wanted: &str, peaks: &Peaks) {
 }
 
 fn head(precision: Precision, wanted: &str, peaks: &Peaks) {
-    let head = Head {
+    let head = LmHead {
         weight: Weight::frozen(random(
             &[VOCABULARY, HIDDEN],
             wattune::ops::dtype(precision),

@@ -6,9 +6,9 @@ use rand_chacha::rand_core::Rng;
 use super::linears::{LINEAR_NAMES, Linears, Needs};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Branch, Context, DropoutMask, FeedForward, FeedForwardSaved,
-    Gradients, Linear, LinearInput, LinearSaved, Part, RmsNorm, RmsNormSaved, RopeTables, Segments,
-    backward_together,
+    Attention, AttentionSaved, Branch, Context, DropoutMask, FeedForward, FeedForwardLayer,
+    FeedForwardSaved, Gradients, Linear, LinearInput, LinearSaved, RmsNorm, RmsNormSaved,
+    RopeTables, Segments, backward_shared_input,
 };
 use crate::random::{self, Purpose};
 
@@ -92,11 +92,11 @@ impl Block {
         )?;
         let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
         let h = LinearInput::new(pass.context, h)?;
-        let masks = |part: Part, x: &LinearInput| {
+        let masks = |part: FeedForwardLayer, x: &LinearInput| {
             let (linear, name) = match part {
-                Part::Gate => (&l.gate_proj, LINEAR_NAMES.gate_proj),
-                Part::Up => (&l.up_proj, LINEAR_NAMES.up_proj),
-                Part::Down => (&l.down_proj, LINEAR_NAMES.down_proj),
+                FeedForwardLayer::Gate => (&l.gate_proj, LINEAR_NAMES.gate_proj),
+                FeedForwardLayer::Up => (&l.up_proj, LINEAR_NAMES.up_proj),
+                FeedForwardLayer::Down => (&l.down_proj, LINEAR_NAMES.down_proj),
             };
             self.mask(pass, linear, name, x)
         };
@@ -133,7 +133,7 @@ impl Block {
 
     /// Which layers hold trained values.
     fn trains(&self) -> Linears<bool> {
-        self.linears.map(Linear::keeps_input)
+        self.linears.map(Linear::needs_input)
     }
 
     /// dy (N, C) -> dx (N, C) where `input_gradient`. Ends as soon as nothing before is trained.
@@ -151,7 +151,7 @@ impl Block {
         let again =
             |norm: &RmsNorm, saved: &RmsNormSaved, wanted: bool| -> Result<Option<LinearInput>> {
                 wanted
-                    .then(|| LinearInput::new(context, norm.again(context, saved)?))
+                    .then(|| LinearInput::new(context, norm.recompute(context, saved)?))
                     .transpose()
             };
         let h = again(
@@ -220,7 +220,7 @@ impl Block {
                 saved: v,
             },
         ];
-        let Some(dh) = backward_together(
+        let Some(dh) = backward_shared_input(
             context,
             &branches,
             h.as_ref(),
@@ -248,7 +248,7 @@ impl Block {
         x: &LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        linear.forward_prepared(pass.context, x, self.mask(pass, linear, name, x), base)
+        linear.forward_input(pass.context, x, self.mask(pass, linear, name, x), base)
     }
 
     /// What dropout leaves of a layer's adapter's input, where there is any.

@@ -9,7 +9,7 @@ use super::linears::{LINEAR_NAMES, Linears, Needs};
 use crate::adapter::Site;
 use crate::error::Result;
 use crate::ops::{
-    HeadShape, LinearShape, RopeTables, attention_backward_cost, attention_decode_cost,
+    LinearShape, LmHeadShape, RopeTables, attention_backward_cost, attention_decode_cost,
     attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, residual_cost,
     rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
 };
@@ -261,9 +261,9 @@ impl ModelShape {
         work
     }
 
-    fn head(&self, loss_tokens: usize) -> HeadShape {
+    fn head(&self, loss_tokens: usize) -> LmHeadShape {
         let (hidden, vocab) = (self.architecture.hidden_size, self.architecture.vocab_size);
-        HeadShape {
+        LmHeadShape {
             loss_tokens,
             hidden,
             vocab,

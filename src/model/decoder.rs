@@ -9,7 +9,7 @@ use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
 use super::linears::LINEAR_NAMES;
 use crate::error::{Error, Result};
 use crate::ops::{
-    Context, Gradients, Head, Linear, Lora, RmsNorm, RopeTables, Segments, Weight, embedding,
+    Context, Gradients, Linear, LmHead, Lora, RmsNorm, RopeTables, Segments, Weight, embedding,
     embedding_backward, gather_rows, par_map, scatter_rows,
 };
 use crate::work::{Precision, Work, WorkCounter};
@@ -27,7 +27,7 @@ impl WeightSource<'_> {
     fn matrix(&self, name: &str, shape: &[usize; 2], keeps: bool) -> Result<Weight> {
         let weight = (self.weight)(name, shape)?;
         Ok(if keeps {
-            weight.keeping_packed()
+            weight.with_packed_cache()
         } else {
             weight
         })
@@ -41,7 +41,7 @@ pub struct Decoder {
     embed_tokens: Weight,
     pub(super) blocks: Vec<Block>,
     norm: RmsNorm,
-    head: Head,
+    head: LmHead,
     device: Device,
     /// Whether threads take parts of a batch.
     data_parallel: bool,
@@ -98,7 +98,7 @@ impl Decoder {
         } else {
             (first, false)
         };
-        let (architecture, head, device) = (a.clone(), Head { weight }, device.clone());
+        let (architecture, head, device) = (a.clone(), LmHead { weight }, device.clone());
         Ok(Self {
             architecture,
             embed_tokens,
@@ -207,7 +207,7 @@ impl Decoder {
         let shape = self.shape(context.precision, dropout.is_some())?;
         let work = shape.training(&batch.lengths(), batch.loss_tokens(), recompute);
         let results = data_parallel(context, &shards, work, |context, shard| {
-            let mut gradients = gradients.none();
+            let mut gradients = gradients.empty_like();
             let losses = self.forward_backward(context, shard, options, &mut gradients)?;
             Ok((losses, gradients))
         })?;

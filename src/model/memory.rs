@@ -35,7 +35,7 @@ impl MemoryForecast {
 const PROGRAM: u64 = 44 << 20;
 /// Of what comes and goes within a step, the part that the allocator holds and cannot use again: one in so many (the same entry).
 const SLACK: u64 = 8;
-/// One chunk of logits, which becomes its gradient (see `ops::Head`): about 24 MiB. A frozen table's fused pass on a processor keeps none, and
+/// One chunk of logits, which becomes its gradient (see `ops::LmHead`): about 24 MiB. A frozen table's fused pass on a processor keeps none, and
 /// peaks up to 6 % below the forecast.
 const LOGITS: u64 = 24 << 20;
 

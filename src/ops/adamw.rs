@@ -35,7 +35,7 @@ pub fn adamw_cost(n: usize) -> Work {
 }
 
 /// The constants of one pass.
-struct Pass {
+struct FusedStep {
     clip: f32,
     decay: f32,
     rate1: f32,
@@ -66,7 +66,7 @@ impl AdamW {
         } else {
             1.0
         };
-        let pass = Pass {
+        let pass = FusedStep {
             clip: clip as f32,
             decay: (1.0 - self.learning_rate * self.weight_decay) as f32,
             // Subtracted in f64: 1 - 0.999 in f32 is off by 5e-5 of itself.
@@ -120,7 +120,7 @@ fn norm(gradient: &Tensor) -> Result<f64> {
     Ok(partial.iter().sum::<f64>().sqrt())
 }
 
-impl Pass {
+impl FusedStep {
     #[inline(always)]
     fn update(&self, (value, first, second): (&mut f32, &mut f32, &mut f32), gradient: f32) {
         let gradient = gradient * self.clip;
@@ -149,7 +149,7 @@ impl Pass {
     }
 }
 
-impl InplaceOp2 for Pass {
+impl InplaceOp2 for FusedStep {
     fn name(&self) -> &'static str {
         "adamw"
     }

@@ -145,11 +145,11 @@ fn only_packed() -> Error {
 /// What `backward` needs of a forward pass beside its input: the adapter's mask (where there is dropout) and masked input times A, (N, r).
 #[derive(Debug, Clone, Default)]
 pub struct LinearSaved {
-    low: Option<Low>,
+    low: Option<LoraSaved>,
 }
 
 #[derive(Debug, Clone)]
-struct Low {
+struct LoraSaved {
     mask: Option<DropoutMask>,
     xa: Tensor,
 }
@@ -257,7 +257,7 @@ impl Linear {
     }
 
     /// Whether `backward` wants x.
-    pub fn keeps_input(&self) -> bool {
+    pub fn needs_input(&self) -> bool {
         self.lora.is_some() || self.weight.is_trained()
     }
 
@@ -270,11 +270,11 @@ impl Linear {
         mask: Option<DropoutMask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        self.forward_prepared(context, &LinearInput::new(context, x.clone())?, mask, base)
+        self.forward_input(context, &LinearInput::new(context, x.clone())?, mask, base)
     }
 
     /// The same for an input that other layers read too.
-    pub fn forward_prepared(
+    pub fn forward_input(
         &self,
         context: Context<'_>,
         input: &LinearInput,
@@ -299,7 +299,7 @@ impl Linear {
         )
     }
 
-    /// dy (N, out) and the forward pass's x (where `keeps_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
+    /// dy (N, out) and the forward pass's x (where `needs_input`) -> dx (N, in) where `input_gradient`, added to `base` (N, in) where
     /// there is one; the gradients of what is trained go to `gradients`.
     pub fn backward(
         &self,
@@ -311,7 +311,7 @@ impl Linear {
     ) -> Result<Option<Tensor>> {
         let dy = LinearInput::new(context, dy.clone())?;
         let x = x
-            .filter(|_| self.keeps_input())
+            .filter(|_| self.needs_input())
             .map(|x| LinearInput::new(context, x.clone()))
             .transpose()?;
         let branch = Branch {
@@ -319,7 +319,7 @@ impl Linear {
             dy: &dy,
             saved,
         };
-        backward_together(
+        backward_shared_input(
             context,
             &[branch],
             x.as_ref(),
@@ -344,7 +344,7 @@ impl Linear {
             let xa = matmul(context, &masked(x, mask.as_ref())?, &lora.a.tensor.t()?)?;
             let scaled = (&xa * lora.scaling)?; // (N, r): the smallest place to scale
             y = (y + matmul(context, &scaled, &lora.b.tensor.t()?)?)?;
-            low = Some(Low { mask, xa });
+            low = Some(LoraSaved { mask, xa });
         }
         if let Some(base) = base {
             y = (y + base)?;
@@ -373,7 +373,7 @@ impl Linear {
             .as_ref()
             .map(|lora| CpuTensor::borrow(&lora.b.tensor))
             .transpose()?;
-        let r = shape_of_a(self)?.0;
+        let r = lora_shape(self)?.0;
         let low = adapter.as_ref().zip(b.as_ref());
         let low = low.map(|((_, scaled), b)| {
             (
@@ -442,7 +442,7 @@ impl Linear {
         let scaled = xa.iter().map(|xa| xa * lora.scaling as f32).collect();
         Ok(Some((
             LinearSaved {
-                low: Some(Low {
+                low: Some(LoraSaved {
                     mask,
                     xa: f32_tensor(xa, (n, r))?,
                 }),
@@ -465,7 +465,7 @@ pub struct Branch<'a> {
 
 /// The backward passes of layers that read one input x: dx (N, in) where `input_gradient`, the sum of theirs, added to `base` (N, in) where
 /// there is one; the gradients of what is trained go to `gradients`.
-pub fn backward_together(
+pub fn backward_shared_input(
     context: Context<'_>,
     branches: &[Branch<'_>],
     x: Option<&LinearInput>,
@@ -500,7 +500,7 @@ pub fn backward_together(
             (true, 0) => count_base(context, base, &[tokens, in_features])?,
             (true, _) => context.counter.add(residual_cost(tokens, in_features)),
         }
-        if linear.keeps_input() && x.is_none() {
+        if linear.needs_input() && x.is_none() {
             return Err(Error::new(
                 Kind::Tensor,
                 "a linear layer that is trained needs its input in the backward pass",
@@ -514,7 +514,7 @@ pub fn backward_together(
             .map(|branch| branch.parameters(context, x, gradients))
             .collect::<Result<Vec<_>>>()?;
         return input_gradient
-            .then(|| input_gradients(context, branches, &lows, base))
+            .then(|| input_gradient_cpu(context, branches, &lows, base))
             .transpose();
     }
     let mut sum = base.cloned();
@@ -529,7 +529,7 @@ pub fn backward_together(
 }
 
 /// `scaling` times dy B, (N, r).
-pub(super) type DLow = Option<Vec<f32>>;
+pub(super) type LoraDownGradient = Option<Vec<f32>>;
 
 impl Branch<'_> {
     fn reference(
@@ -572,7 +572,7 @@ impl Branch<'_> {
         context: Context<'_>,
         x: Option<&LinearInput>,
         gradients: &mut Gradients,
-    ) -> Result<DLow> {
+    ) -> Result<LoraDownGradient> {
         if let (true, Some(x)) = (self.linear.weight.is_trained(), x) {
             let (precision, (n, o)) = (context.precision, self.dy.shape);
             let (i, dy, x) = (
@@ -584,19 +584,19 @@ impl Branch<'_> {
             gradients.add(&self.linear.weight, f32_tensor(dw, (o, i))?)?;
         }
         self.bias(gradients)?;
-        let (Some(x), Some(d_low)) = (x, self.outer_gradient(context, gradients)?) else {
+        let (Some(x), Some(d_low)) = (x, self.lora_b_gradient(context, gradients)?) else {
             return Ok(None);
         };
-        self.inner_gradient(context, x, &d_low, gradients)?;
+        self.lora_a_gradient(context, x, &d_low, gradients)?;
         Ok(Some(d_low))
     }
 
     /// dB, where there is an adapter; returns `scaling` times dy B, (N, r).
-    pub(super) fn outer_gradient(
+    pub(super) fn lora_b_gradient(
         &self,
         context: Context<'_>,
         gradients: &mut Gradients,
-    ) -> Result<DLow> {
+    ) -> Result<LoraDownGradient> {
         let (Some(lora), Some(low)) = (&self.linear.lora, &self.saved.low) else {
             return Ok(None);
         };
@@ -620,13 +620,13 @@ impl Branch<'_> {
             .skinny_gemm(context.precision, xa.matrix(n, r).t())?;
         gradients.add(
             &lora.b,
-            f32_tensor(transposed(&db, (r, o), scaling), (o, r))?,
+            f32_tensor(scaled_transpose(&db, (r, o), scaling), (o, r))?,
         )?;
         Ok(Some(d_low))
     }
 
-    /// dA, from the layer's input and what `outer_gradient` returned.
-    pub(super) fn inner_gradient(
+    /// dA, from the layer's input and what `lora_b_gradient` returned.
+    pub(super) fn lora_a_gradient(
         &self,
         context: Context<'_>,
         x: &LinearInput,
@@ -658,10 +658,10 @@ impl Branch<'_> {
 }
 
 /// The sum of the layers' dx, in one sum of products; what went through a dropout mask is added after it.
-fn input_gradients(
+fn input_gradient_cpu(
     context: Context<'_>,
     branches: &[Branch<'_>],
-    lows: &[DLow],
+    lows: &[LoraDownGradient],
     base: Option<&Tensor>,
 ) -> Result<Tensor> {
     let (n, precision) = (branches[0].dy.shape.0, context.precision);
@@ -682,7 +682,7 @@ fn input_gradients(
     let i = branches[0].linear.weight.tensor.dims2()?.1;
     let mut lefts = Vec::new();
     for ((branch, (dy, _)), d_low) in branches.iter().zip(&hosts).zip(lows) {
-        let r = shape_of_a(branch.linear)?.0;
+        let r = lora_shape(branch.linear)?.0;
         let low = d_low
             .as_ref()
             .map(|d_low| Lhs::new(precision, MatRef::from_f32(d_low, n, r)));
@@ -700,7 +700,7 @@ fn input_gradients(
         };
         let term = GemmTerm {
             lhs: low,
-            rhs: a.matrix(shape_of_a(linear)?.0, i),
+            rhs: a.matrix(lora_shape(linear)?.0, i),
         };
         match saved.low.as_ref().and_then(|low| low.mask.as_ref()) {
             None => terms.push(term),
@@ -721,7 +721,7 @@ fn input_gradients(
 }
 
 /// (r, in) of a layer's adapter; (0, 0) where there is none.
-fn shape_of_a(linear: &Linear) -> Result<(usize, usize)> {
+fn lora_shape(linear: &Linear) -> Result<(usize, usize)> {
     linear
         .lora
         .as_ref()
@@ -737,7 +737,7 @@ fn count_base(context: Context<'_>, base: Option<&Tensor>, shape: &[usize; 2]) -
 }
 
 /// x (rows, columns) -> `scale` x^T (columns, rows).
-fn transposed(x: &[f32], (rows, columns): (usize, usize), scale: f32) -> Vec<f32> {
+fn scaled_transpose(x: &[f32], (rows, columns): (usize, usize), scale: f32) -> Vec<f32> {
     // SAFETY: the loop writes every number.
     let mut out: Vec<f32> = unsafe { uninit_vec(x.len()) };
     par_for_each(

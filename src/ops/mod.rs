@@ -29,12 +29,14 @@ pub use attention::{
     Attention, AttentionSaved, attention_backward_cost, attention_decode_cost,
     attention_forward_cost,
 };
-pub use cross_entropy::{Head, HeadShape};
+pub use cross_entropy::{LmHead, LmHeadShape};
 pub use dropout::DropoutMask;
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
-pub use feed_forward::{FeedForward, FeedForwardSaved, Masks, Part};
+pub use feed_forward::{FeedForward, FeedForwardLayer, FeedForwardSaved, Masks};
 pub use gather::{gather_rows, scatter_rows};
-pub use linear::{Branch, Linear, LinearInput, LinearSaved, LinearShape, Lora, backward_together};
+pub use linear::{
+    Branch, Linear, LinearInput, LinearSaved, LinearShape, Lora, backward_shared_input,
+};
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::residual_cost;

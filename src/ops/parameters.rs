@@ -35,7 +35,7 @@ impl Weight {
 
     /// A frozen weight keeps what fused passes pack of it, one form for each direction: twice its size in f32. Nothing for a trained one, whose
     /// values change.
-    pub fn keeping_packed(self) -> Self {
+    pub fn with_packed_cache(self) -> Self {
         let packings = (!self.is_trained()).then(Arc::default);
         Self { packings, ..self }
     }
@@ -97,12 +97,12 @@ impl Parameters {
             .map(|(name, shape, data)| ((name, shape), data))
             .unzip();
         let mut data = data.into_iter();
-        Self::made(shapes, |_, _| Ok(data.next().unwrap_or_default()), device)
+        Self::from_fn(shapes, |_, _| Ok(data.next().unwrap_or_default()), device)
     }
 
     /// The same from names and shapes; `make` gives each tensor's values by its index and slot, one after the other, so that they are never
     /// all in memory twice.
-    pub fn made(
+    pub fn from_fn(
         shapes: Vec<(String, Vec<usize>)>,
         mut make: impl FnMut(usize, &Slot) -> Result<Vec<f32>>,
         device: &Device,
@@ -232,7 +232,7 @@ impl Gradients {
     }
 
     /// None yet, for as many trained tensors.
-    pub fn none(&self) -> Self {
+    pub fn empty_like(&self) -> Self {
         Self::new(self.by_slot.len())
     }
 

@@ -60,7 +60,7 @@ impl RmsNorm {
     }
 
     /// The output again, in the backward pass.
-    pub fn again(&self, context: Context<'_>, saved: &RmsNormSaved) -> Result<Tensor> {
+    pub fn recompute(&self, context: Context<'_>, saved: &RmsNormSaved) -> Result<Tensor> {
         self.count(context, &saved.x)?;
         match context.fused(&saved.x) {
             true => Ok(self.forward_cpu(context, &saved.x)?.0),

@@ -75,7 +75,7 @@ pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tenso
 }
 
 /// The output again, in the backward pass.
-pub fn swiglu_again(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor> {
+pub fn swiglu_recompute(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor> {
     let (gate, up) = (&saved.gate, &saved.up);
     let n = gate.elem_count();
     context.counter.add(swiglu_cost(n));
@@ -131,7 +131,7 @@ fn forward_of<X: Element, Y: OutputElement>(
                 |cpu| {
                     let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
                     for i in 0..n {
-                        y[i] = Y::cast(gated(cpu, gate[i].as_f32(), up[i].as_f32()));
+                        y[i] = Y::cast(swiglu_element(cpu, gate[i].as_f32(), up[i].as_f32()));
                     }
                     if let (Some(gate16), Some(up16)) = (gate16, up16) {
                         to_bf16_into(gate16, gate);
@@ -250,7 +250,7 @@ const SWEEP: usize = 2048;
 
 /// silu(gate) up.
 #[inline(always)]
-pub(super) fn gated(cpu: Simd, gate: f32, up: f32) -> f32 {
+pub(super) fn swiglu_element(cpu: Simd, gate: f32, up: f32) -> f32 {
     gate * sigmoid(cpu, gate) * up
 }
 

@@ -239,7 +239,7 @@ impl Trial {
                     [a, b]
                 });
                 let values = |_, slot: &Slot| Ok(noise.values(&slot.name, &slot.shape));
-                let parameters = Parameters::made(pairs.collect(), values, device)?;
+                let parameters = Parameters::from_fn(pairs.collect(), values, device)?;
                 let precision = architecture.frozen_precision(self.settings.precision);
                 let weight = |name: &str, shape: &[usize]| {
                     noise
@@ -266,7 +266,7 @@ impl Trial {
                     .into_iter()
                     .map(|tensor| (tensor.name, tensor.shape))
                     .collect();
-                let parameters = Parameters::made(
+                let parameters = Parameters::from_fn(
                     shapes,
                     |_, slot| Ok(noise.values(&slot.name, &slot.shape)),
                     device,

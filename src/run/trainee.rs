@@ -83,7 +83,7 @@ fn first_values(
             (None, false) => vec![0.0; slot.len()],
         })
     };
-    Parameters::made(sites.iter().flat_map(pair).collect(), make, device)
+    Parameters::from_fn(sites.iter().flat_map(pair).collect(), make, device)
 }
 
 /// Names and shapes of a site's A and B.
@@ -167,7 +167,7 @@ pub(super) fn fully_trained(
             seed,
         )),
     };
-    let parameters = Parameters::made(shapes, make, device)?;
+    let parameters = Parameters::from_fn(shapes, make, device)?;
     let decoder = decoder_of(architecture, &parameters, device)?;
     Ok(Trainee {
         decoder,

@@ -11,7 +11,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use half::bf16;
 
-use super::{Attention, AttentionSaved, BLOCK, Block};
+use super::{Attention, AttentionSaved, QUERY_BLOCK, QueryBlock};
 use crate::error::Result;
 use crate::ops::gemm::{
     CpuSlice, Element, Isa, KernelArgs, KernelTerm, MatRef, best, even_parts, pack, strip,
@@ -25,25 +25,25 @@ use crate::ops::{Context, Segments, count_flops};
 use crate::work::Precision;
 
 /// Query rows of a forward task: enough that copying the keys once for them does not show.
-const QUERIES: usize = 4 * BLOCK;
+const QUERIES_PER_TASK: usize = 4 * QUERY_BLOCK;
 /// Keys of a run: while every block of queries meets them, their rows and the sums over them stay in a second-level cache. Their
 /// probabilities are summed before the sum goes on in another, which keeps sums of thousands accurate in f32.
-const RUN: usize = 256;
+const KEY_BLOCK: usize = 256;
 
 /// Keys of a backward task, at least and in whole runs, and tasks that a segment's keys are cut into at most: tasks enough for more threads
 /// than there are heads, and dQ of long segments no more than one and a half times beside itself.
-const KEYS: usize = 2 * RUN;
-const MOST_PARTS: usize = 4;
+const MIN_KEYS_PER_TASK: usize = 2 * KEY_BLOCK;
+const MAX_KEY_RANGES: usize = 4;
 
-/// Rows and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
+/// RowBuffer and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
 #[derive(Clone, Copy)]
-struct Head<'a> {
+struct HeadView<'a> {
     values: CpuSlice<'a>,
     stride: usize,
     d: usize,
 }
 
-impl<'a> Head<'a> {
+impl<'a> HeadView<'a> {
     fn new(values: CpuSlice<'a>, stride: usize, start: usize, first: usize, d: usize) -> Self {
         Self {
             values: values.after(start * stride + first),
@@ -52,7 +52,7 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// Rows `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
+    /// RowBuffer `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
     fn columns(&self, isa: &Isa, rows: Range<usize>, out: &mut Vec<f32>) {
         out.resize(self.d * rows.len().next_multiple_of(isa.lanes), 0.0);
         let matrix = MatRef::strided(
@@ -73,8 +73,8 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// Rows `rows`, one after the other, into `out`.
-    fn rows(&self, isa: &Isa, rows: Range<usize>, out: &mut Rows) {
+    /// RowBuffer `rows`, one after the other, into `out`.
+    fn rows(&self, isa: &Isa, rows: Range<usize>, out: &mut RowBuffer) {
         out.shape(isa, rows.clone(), self.d);
         let matrix = MatRef::strided(
             self.values,
@@ -86,16 +86,16 @@ impl<'a> Head<'a> {
     }
 }
 
-/// Rows of one head, in f32, as wide as a whole number of vectors (zero beyond the head's channels).
+/// RowBuffer of one head, in f32, as wide as a whole number of vectors (zero beyond the head's channels).
 #[derive(Default)]
-struct Rows {
+struct RowBuffer {
     values: Vec<f32>,
     width: usize,
     /// The first row's number in the segment.
     first: usize,
 }
 
-impl Rows {
+impl RowBuffer {
     /// Room for these rows; what stood there stays.
     fn shape(&mut self, isa: &Isa, rows: Range<usize>, d: usize) {
         self.width = d.next_multiple_of(isa.lanes);
@@ -119,8 +119,8 @@ impl Rows {
     }
 
     /// The first `d` channels of its rows, counted from its own first.
-    fn head(&self, d: usize) -> Head<'_> {
-        Head {
+    fn head(&self, d: usize) -> HeadView<'_> {
+        HeadView {
             values: CpuSlice::F32(&self.values),
             stride: self.width,
             d,
@@ -162,16 +162,16 @@ impl Rows {
 
 /// What a task computes in: each thread keeps its own, for short segments are many.
 #[derive(Default)]
-struct Buffers {
+struct Scratch {
     /// Queries, keys and values, and dO.
-    q: Rows,
-    k: Rows,
-    v: Rows,
-    dout: Rows,
+    q: RowBuffer,
+    k: RowBuffer,
+    v: RowBuffer,
+    dout: RowBuffer,
     /// What is summed over runs and over blocks.
-    sum: Rows,
-    dk: Rows,
-    dv: Rows,
+    sum: RowBuffer,
+    dk: RowBuffer,
+    dv: RowBuffer,
     /// A block's queries, or rows of dO, as columns.
     columns: Vec<f32>,
     /// Scores, then probabilities, and their gradients: what stands there is overwritten before it is read.
@@ -180,22 +180,22 @@ struct Buffers {
 }
 
 thread_local! {
-    static BUFFERS: RefCell<Buffers> = RefCell::default();
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-impl Buffers {
+impl Scratch {
     /// Room for the scores of a block with the first run of `keys`.
     fn room(&mut self, keys: usize) {
-        let room = keys.min(RUN) * BLOCK;
+        let room = keys.min(KEY_BLOCK) * QUERY_BLOCK;
         [&mut self.p, &mut self.ds]
             .into_iter()
             .for_each(|scores| scores.resize(room.max(scores.len()), 0.0));
     }
 }
 
-/// A block's queries and the keys of a run that they see, counted from the segment's start. Its scores are (keys, `BLOCK`); there are none
+/// A block's queries and the keys of a run that they see, counted from the segment's start. Its scores are (keys, `QUERY_BLOCK`); there are none
 /// where a whole tile of them would be hidden.
-struct Patch<'a> {
+struct ScoreTile<'a> {
     isa: &'a Isa,
     queries: Range<usize>,
     keys: Range<usize>,
@@ -213,9 +213,9 @@ pub(super) struct Panel {
     pub(super) row: usize,
 }
 
-impl<'a> Patch<'a> {
+impl<'a> ScoreTile<'a> {
     /// What the block sees of the run, if anything.
-    fn new(isa: &'a Isa, block: &Block, run: &Range<usize>) -> Option<Self> {
+    fn new(isa: &'a Isa, block: &QueryBlock, run: &Range<usize>) -> Option<Self> {
         let (queries, keys) = (
             block.queries.clone(),
             block.keys.start.max(run.start)..block.keys.end.min(run.end),
@@ -233,7 +233,7 @@ impl<'a> Patch<'a> {
             Panel {
                 keys: keys.start..seen.map_or(keys.start, |strip| strip.end),
                 queries,
-                row: BLOCK,
+                row: QUERY_BLOCK,
             }
         };
         let panels = queries.clone().step_by(isa.nr()).map(panel).collect();
@@ -255,9 +255,9 @@ impl<'a> Patch<'a> {
     }
 
     /// out = the keys' rows of `head` times the block's `columns`, (d, lanes) of each panel.
-    fn scores(&self, head: &Rows, columns: &[f32], d: usize, out: &mut [f32]) {
+    fn scores(&self, head: &RowBuffer, columns: &[f32], d: usize, out: &mut [f32]) {
         let isa = self.isa;
-        assert!(head.holds(&self.keys) && out.len() >= self.keys.len() * BLOCK);
+        assert!(head.holds(&self.keys) && out.len() >= self.keys.len() * QUERY_BLOCK);
         assert!(columns.len() >= d * self.queries.len().next_multiple_of(isa.lanes));
         for keys in &self.strips {
             for panel in self
@@ -279,21 +279,25 @@ impl<'a> Patch<'a> {
                     };
                     let out = out
                         .as_mut_ptr()
-                        .add((keys.start - self.keys.start) * BLOCK + at);
-                    isa.kernel(keys.len(), vectors)(KernelArgs::new(&[part], (out, BLOCK), false));
+                        .add((keys.start - self.keys.start) * QUERY_BLOCK + at);
+                    isa.kernel(keys.len(), vectors)(KernelArgs::new(
+                        &[part],
+                        (out, QUERY_BLOCK),
+                        false,
+                    ));
                 }
             }
         }
     }
 
     /// The queries' rows of `sum` += the columns of `scores` times the keys' rows of `head`.
-    fn mix(&self, scores: &[f32], head: &Rows, sum: &mut Rows) {
+    fn accumulate_queries(&self, scores: &[f32], head: &RowBuffer, sum: &mut RowBuffer) {
         let isa = self.isa;
-        assert!(scores.len() >= self.keys.len() * BLOCK && head.holds(&self.keys));
+        assert!(scores.len() >= self.keys.len() * QUERY_BLOCK && head.holds(&self.keys));
         assert!(sum.holds(&self.queries) && sum.width == head.width);
         for panel in &self.panels {
             for (first, vectors) in head.parts(isa) {
-                // SAFETY: scores are (keys, BLOCK), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
+                // SAFETY: scores are (keys, QUERY_BLOCK), `head` holds every key's row and `sum` every query's, both `width` wide (checked).
                 unsafe {
                     let (a, b) = (
                         scores.as_ptr().add(self.lanes(panel).0),
@@ -303,7 +307,7 @@ impl<'a> Patch<'a> {
                         k: panel.keys.len(),
                         a,
                         a_row: 1,
-                        a_column: BLOCK,
+                        a_column: QUERY_BLOCK,
                         b,
                         b_row: head.width,
                     };
@@ -321,24 +325,24 @@ impl<'a> Patch<'a> {
     }
 
     /// The keys' rows of `sum` += the rows of `scores` times the queries' rows of `head`.
-    fn spread(&self, scores: &[f32], head: &Rows, sum: &mut Rows) {
+    fn accumulate_keys(&self, scores: &[f32], head: &RowBuffer, sum: &mut RowBuffer) {
         let isa = self.isa;
-        assert!(scores.len() >= self.keys.len() * BLOCK && head.holds(&self.queries));
+        assert!(scores.len() >= self.keys.len() * QUERY_BLOCK && head.holds(&self.queries));
         assert!(sum.holds(&self.keys) && sum.width == head.width);
         for keys in &self.strips {
             // Panels before hold no scores of this strip.
             let at = keys.start.saturating_sub(self.queries.start) / isa.nr() * isa.nr();
             for (first, vectors) in head.parts(isa) {
-                // SAFETY: scores are (keys, BLOCK), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
+                // SAFETY: scores are (keys, QUERY_BLOCK), `head` holds every query's row and `sum` every key's, both `width` wide (checked).
                 unsafe {
                     let a = scores
                         .as_ptr()
-                        .add((keys.start - self.keys.start) * BLOCK + at);
+                        .add((keys.start - self.keys.start) * QUERY_BLOCK + at);
                     let b = head.row(self.queries.start + at).add(first);
                     let part = KernelTerm {
                         k: self.queries.len() - at,
                         a,
-                        a_row: BLOCK,
+                        a_row: QUERY_BLOCK,
                         a_column: 1,
                         b,
                         b_row: head.width,
@@ -353,7 +357,7 @@ impl<'a> Patch<'a> {
 
 impl Panel {
     /// Minus infinity where a query does not see a key: where it comes before the key, or `window` or more after it.
-    pub(super) fn hide(&self, window: Option<usize>, scores: &mut [f32]) {
+    pub(super) fn mask(&self, window: Option<usize>, scores: &mut [f32]) {
         let (first, queries, count) = (self.keys.start, &self.queries, self.queries.len());
         for key in first.max(queries.start + 1)..self.keys.end {
             scores[(key - first) * self.row..][..(key - queries.start).min(count)]
@@ -381,7 +385,7 @@ macro_rules! by_lanes {
 }
 
 /// Some keys of a segment, for the backward pass: with all queries that come no earlier.
-pub(super) struct KeyPart {
+pub(super) struct KeyRange {
     pub(super) segment: Range<usize>,
     /// Counted from the segment's start.
     pub(super) keys: Range<usize>,
@@ -389,16 +393,16 @@ pub(super) struct KeyPart {
     beside: Option<usize>,
 }
 
-impl KeyPart {
+impl KeyRange {
     /// Every segment's parts, and the rows that are added to dQ.
     fn of(segments: &[Range<usize>]) -> (Vec<Self>, usize) {
         let (mut parts, mut rows) = (Vec::new(), 0);
         for segment in segments {
             let size = segment
                 .len()
-                .div_ceil(MOST_PARTS)
-                .next_multiple_of(RUN)
-                .max(KEYS);
+                .div_ceil(MAX_KEY_RANGES)
+                .next_multiple_of(KEY_BLOCK)
+                .max(MIN_KEYS_PER_TASK);
             for start in (0..segment.len()).step_by(size) {
                 let part = Self {
                     segment: segment.clone(),
@@ -418,7 +422,7 @@ impl KeyPart {
     }
 
     /// The block's keys among these.
-    pub(super) fn seen(&self, block: &Block) -> Range<usize> {
+    pub(super) fn seen(&self, block: &QueryBlock) -> Range<usize> {
         let start = block.keys.start.max(self.keys.start);
         start..block.keys.end.min(self.keys.end).max(start)
     }
@@ -434,9 +438,9 @@ pub(super) struct Destination {
 
 /// Runs of keys that hold these.
 fn runs(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    (keys.start / RUN * RUN..keys.end)
-        .step_by(RUN)
-        .map(move |start| start..(start + RUN).min(keys.end))
+    (keys.start / KEY_BLOCK * KEY_BLOCK..keys.end)
+        .step_by(KEY_BLOCK)
+        .map(move |start| start..(start + KEY_BLOCK).min(keys.end))
 }
 
 /// Scores -> exp(scale (score - max)), not yet divided by their sum, of `L` queries, one key's `row` numbers after another's. Goes on from
@@ -469,7 +473,7 @@ pub(super) fn softmax<const L: usize>(
                 shares[lane] = cpu.exp(scale * (max[lane] - largest[lane]));
                 total[lane] *= shares[lane];
             }
-            for scores in scores.chunks_mut(RUN * row) {
+            for scores in scores.chunks_mut(KEY_BLOCK * row) {
                 let mut sum = [0.0f32; L];
                 for scores in scores.chunks_mut(row) {
                     let scores = &mut scores[..L];
@@ -496,9 +500,9 @@ pub(super) fn gradients<const L: usize>(
     (lse, inner): (&[f32], &[f32]),
     scale: f32,
 ) {
-    let (mut lses, mut inners) = ([0.0; L], [0.0; L]);
+    let (mut lses, mut delta) = ([0.0; L], [0.0; L]);
     lses[..lse.len()].copy_from_slice(lse);
-    inners[..inner.len()].copy_from_slice(inner);
+    delta[..inner.len()].copy_from_slice(inner);
     dispatch(
         #[inline(always)]
         |cpu| {
@@ -506,7 +510,7 @@ pub(super) fn gradients<const L: usize>(
                 let (p, ds) = (&mut p[..L], &mut ds[..L]);
                 for lane in 0..L {
                     p[lane] = cpu.exp(scale * p[lane] - lses[lane]);
-                    ds[lane] = p[lane] * (ds[lane] - inners[lane]) * scale;
+                    ds[lane] = p[lane] * (ds[lane] - delta[lane]) * scale;
                 }
             }
         },
@@ -555,8 +559,13 @@ impl Attention {
         let mut lse: Vec<f32> = unsafe { uninit_vec(n * self.heads) };
         let (out_at, lse_at) = (SendPtr(out.as_mut_ptr()), SendPtr(lse.as_mut_ptr()));
         let parts = segments.ranges().iter().flat_map(|range| {
-            let starts = (0..range.len()).step_by(QUERIES);
-            starts.map(move |start| (range.clone(), start..(start + QUERIES).min(range.len())))
+            let starts = (0..range.len()).step_by(QUERIES_PER_TASK);
+            starts.map(move |start| {
+                (
+                    range.clone(),
+                    start..(start + QUERIES_PER_TASK).min(range.len()),
+                )
+            })
         });
         let tasks: Vec<_> = parts
             .flat_map(|part| (0..self.heads).map(move |head| (part.clone(), head)))
@@ -568,7 +577,7 @@ impl Attention {
             match unit {
                 #[cfg(target_arch = "x86_64")]
                 Some(unit) => self.forward_tiles(unit, [q, k, v], &range, queries, head, at),
-                _ => BUFFERS.with_borrow_mut(|buffers| {
+                _ => SCRATCH.with_borrow_mut(|buffers| {
                     self.forward_task((isa, buffers), [q, k, v], &range, queries, head, at)
                 }),
             }
@@ -578,7 +587,7 @@ impl Attention {
 
     fn forward_task<O: OutputElement>(
         &self,
-        (isa, buffers): (&Isa, &mut Buffers),
+        (isa, buffers): (&Isa, &mut Scratch),
         x: [CpuSlice<'_>; 3],
         range: &Range<usize>,
         queries: Range<usize>,
@@ -592,7 +601,7 @@ impl Attention {
         );
         let (kv, first) = (self.kv_heads * d, head / self.group() * d);
         buffers.room(queries.end);
-        let Buffers {
+        let Scratch {
             k,
             v,
             sum: out,
@@ -600,12 +609,12 @@ impl Attention {
             p: scores,
             ..
         } = buffers;
-        Head::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone(), columns);
-        let [k_head, v_head] = [x[1], x[2]].map(|x| Head::new(x, kv, range.start, first, d));
-        let within = |block: &Block| {
+        HeadView::new(x[0], width, range.start, head * d, d).columns(isa, queries.clone(), columns);
+        let [k_head, v_head] = [x[1], x[2]].map(|x| HeadView::new(x, kv, range.start, first, d));
+        let within = |block: &QueryBlock| {
             block.queries.start >= queries.start && block.queries.start < queries.end
         };
-        let blocks: Vec<Block> = self.blocks(range.len()).filter(within).collect();
+        let blocks: Vec<QueryBlock> = self.query_blocks(range.len()).filter(within).collect();
         for block in &blocks {
             count_flops(1, block.queries.len(), block.keys.len(), d);
             count_flops(1, block.queries.len(), d, block.keys.len());
@@ -621,23 +630,23 @@ impl Attention {
         for run in runs(first..queries.end) {
             k_head.rows(isa, run.clone(), k);
             v_head.rows(isa, run.clone(), v);
-            for (block, patch) in blocks
+            for (block, tile) in blocks
                 .iter()
-                .filter_map(|block| Some((block, Patch::new(isa, block, &run)?)))
+                .filter_map(|block| Some((block, ScoreTile::new(isa, block, &run)?)))
             {
-                let before = patch.queries.start - queries.start;
-                patch.scores(k, &columns[before * d..], d, scores);
-                for panel in &patch.panels {
-                    let (lane, vectors) = patch.lanes(panel);
-                    let scores = &mut scores[lane..panel.keys.len() * BLOCK];
-                    panel.hide(self.window, scores);
+                let before = tile.queries.start - queries.start;
+                tile.scores(k, &columns[before * d..], d, scores);
+                for panel in &tile.panels {
+                    let (lane, vectors) = tile.lanes(panel);
+                    let scores = &mut scores[lane..panel.keys.len() * QUERY_BLOCK];
+                    panel.mask(self.window, scores);
                     let (so_far, mut shares) = (
                         (&mut max[before + lane..], &mut sums[before + lane..]),
                         [0.0; 32],
                     );
                     by_lanes!(
                         vectors * isa.lanes,
-                        softmax(scores, BLOCK, scale, so_far, &mut shares)
+                        softmax(scores, QUERY_BLOCK, scale, so_far, &mut shares)
                     );
                     if block.keys.start < run.start {
                         panel
@@ -647,7 +656,7 @@ impl Attention {
                             .for_each(|(query, share)| out.scale(query, share));
                     }
                 }
-                patch.mix(scores, v, out);
+                tile.accumulate_queries(scores, v, out);
             }
         }
         for (query, (max, sum)) in queries.zip(max.into_iter().zip(sums)) {
@@ -657,7 +666,7 @@ impl Attention {
                 *at.1.add(row * self.heads + head) = scale * max + sum.ln();
                 std::slice::from_raw_parts_mut(at.0.add(row * width + head * d), d)
             };
-            share_out(to, &out.values[out.at(query)..][..d], 1.0 / sum);
+            scale_into(to, &out.values[out.at(query)..][..d], 1.0 / sum);
         }
     }
 
@@ -687,7 +696,7 @@ impl Attention {
             dout: dout.f32_slice(),
             lse: lse.f32_slice(),
         };
-        let (parts, rows) = KeyPart::of(segments.ranges());
+        let (parts, rows) = KeyRange::of(segments.ranges());
         // SAFETY: every row and query head belongs to one task, which writes it.
         let room = |rows: usize| unsafe { uninit_vec::<f32>(rows * width) };
         let (mut dq, mut beside, mut dk, mut dv) = (room(n), room(rows), room(n), room(n));
@@ -710,7 +719,7 @@ impl Attention {
             match unit {
                 #[cfg(target_arch = "x86_64")]
                 Some(unit) => self.backward_tiles(unit, &x, part, head, to),
-                _ => BUFFERS.with_borrow_mut(|buffers| {
+                _ => SCRATCH.with_borrow_mut(|buffers| {
                     self.backward_task((isa, buffers), &x, part, head, to)
                 }),
             }
@@ -729,16 +738,16 @@ impl Attention {
         let kv = (n, self.kv_heads * self.head_dim);
         Ok((
             f32_tensor(dq, (n, width))?,
-            f32_tensor(self.grouped(dk), kv)?,
-            f32_tensor(self.grouped(dv), kv)?,
+            f32_tensor(self.sum_groups(dk), kv)?,
+            f32_tensor(self.sum_groups(dv), kv)?,
         ))
     }
 
     fn backward_task(
         &self,
-        (isa, buffers): (&Isa, &mut Buffers),
+        (isa, buffers): (&Isa, &mut Scratch),
         x: &Inputs<'_>,
-        part: &KeyPart,
+        part: &KeyRange,
         head: usize,
         to: Destination,
     ) {
@@ -749,12 +758,12 @@ impl Attention {
             head / self.group() * d,
             self.scale() as f32,
         );
-        let of = |values, stride, first| Head::new(values, stride, range.start, first, d);
+        let of = |values, stride, first| HeadView::new(values, stride, range.start, first, d);
         let [k_head, v_head] = [x.qkv[1], x.qkv[2]].map(|values| of(values, kv, first));
         let [q_head, dout_head] =
             [x.qkv[0], CpuSlice::F32(x.dout)].map(|values| of(values, width, head * d));
         buffers.room(part.keys.len());
-        let Buffers {
+        let Scratch {
             q,
             k,
             v,
@@ -773,10 +782,10 @@ impl Attention {
         let lses: Vec<f32> = (row..range.end)
             .map(|row| x.lse[row * self.heads + head])
             .collect();
-        let mut inners = vec![0.0; queries.len()];
-        x.inners(row, (width, head * d, d), &mut inners);
-        let blocks: Vec<Block> = self
-            .blocks(range.len())
+        let mut delta = vec![0.0; queries.len()];
+        x.delta(row, (width, head * d, d), &mut delta);
+        let blocks: Vec<QueryBlock> = self
+            .query_blocks(range.len())
             .filter(|block| !part.seen(block).is_empty())
             .collect();
         for block in &blocks {
@@ -789,29 +798,32 @@ impl Attention {
             v_head.rows(isa, run.clone(), v);
             dk.clear(isa, run.clone(), d);
             dv.clear(isa, run.clone(), d);
-            for patch in blocks
+            for tile in blocks
                 .iter()
-                .filter_map(|block| Patch::new(isa, block, &run))
+                .filter_map(|block| ScoreTile::new(isa, block, &run))
             {
-                q.head(d).columns(isa, q.own(&patch.queries), columns);
-                patch.scores(k, columns, d, p);
-                dout.head(d).columns(isa, dout.own(&patch.queries), columns);
-                patch.scores(v, columns, d, ds);
-                for panel in &patch.panels {
-                    let (lane, vectors) = patch.lanes(panel);
-                    let scores = lane..panel.keys.len() * BLOCK;
+                q.head(d).columns(isa, q.own(&tile.queries), columns);
+                tile.scores(k, columns, d, p);
+                dout.head(d).columns(isa, dout.own(&tile.queries), columns);
+                tile.scores(v, columns, d, ds);
+                for panel in &tile.panels {
+                    let (lane, vectors) = tile.lanes(panel);
+                    let scores = lane..panel.keys.len() * QUERY_BLOCK;
                     let (p, ds, rows) = (
                         &mut p[scores.clone()],
                         &mut ds[scores],
                         q.own(&panel.queries),
                     );
-                    panel.hide(self.window, p);
-                    let rows = (&lses[rows.clone()], &inners[rows]);
-                    by_lanes!(vectors * isa.lanes, gradients(p, ds, BLOCK, rows, scale));
+                    panel.mask(self.window, p);
+                    let rows = (&lses[rows.clone()], &delta[rows]);
+                    by_lanes!(
+                        vectors * isa.lanes,
+                        gradients(p, ds, QUERY_BLOCK, rows, scale)
+                    );
                 }
-                patch.spread(p, dout, dv);
-                patch.spread(ds, q, dk);
-                patch.mix(ds, k, dq);
+                tile.accumulate_keys(p, dout, dv);
+                tile.accumulate_keys(ds, q, dk);
+                tile.accumulate_queries(ds, k, dq);
             }
             // SAFETY: these rows of this head belong to this task alone.
             unsafe {
@@ -836,7 +848,7 @@ impl Attention {
     }
 
     /// (N, Hq D) -> (N, Hkv D): the sum over each key head's group.
-    fn grouped(&self, values: Vec<f32>) -> Vec<f32> {
+    fn sum_groups(&self, values: Vec<f32>) -> Vec<f32> {
         let (group, d) = (self.group(), self.head_dim);
         if group == 1 {
             return values;
@@ -860,7 +872,7 @@ impl Attention {
 }
 
 /// out = share x.
-pub(super) fn share_out<O: OutputElement>(out: &mut [O], x: &[f32], share: f32) {
+pub(super) fn scale_into<O: OutputElement>(out: &mut [O], x: &[f32], share: f32) {
     let n = out.len();
     dispatch(
         #[inline(always)]
@@ -882,34 +894,30 @@ pub(super) struct Inputs<'a> {
 
 impl Inputs<'_> {
     /// dout times out, summed over the `d` channels from `first` on of rows of `width`, from row `row` on.
-    pub(super) fn inners(
+    pub(super) fn delta(
         &self,
         row: usize,
         (width, first, d): (usize, usize, usize),
-        inners: &mut [f32],
+        delta: &mut [f32],
     ) {
         match self.out {
-            CpuSlice::F32(out) => {
-                inners_of(self.dout, out, row * width + first, (width, d), inners)
-            }
-            CpuSlice::Bf16(out) => {
-                inners_of(self.dout, out, row * width + first, (width, d), inners)
-            }
+            CpuSlice::F32(out) => row_dots(self.dout, out, row * width + first, (width, d), delta),
+            CpuSlice::Bf16(out) => row_dots(self.dout, out, row * width + first, (width, d), delta),
         }
     }
 }
 
-fn inners_of<T: Element>(
+fn row_dots<T: Element>(
     dout: &[f32],
     out: &[T],
     start: usize,
     (width, d): (usize, usize),
-    inners: &mut [f32],
+    delta: &mut [f32],
 ) {
     dispatch(
         #[inline(always)]
         |_| {
-            for (row, inner) in inners.iter_mut().enumerate() {
+            for (row, inner) in delta.iter_mut().enumerate() {
                 let at = start + row * width;
                 *inner = simd::dot(&dout[at..at + d], &out[at..at + d]) as f32;
             }

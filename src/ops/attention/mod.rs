@@ -1,7 +1,7 @@
 //! Causal grouped-query attention over segments, without a (T, T) matrix.
 //!
 //! q (N, Hq * D), k and v (N, Hkv * D), output (N, Hq * D); query head h reads key head h / (Hq / Hkv). Queries go in blocks of
-//! `BLOCK` rows against the keys up to the block's end, a run of keys at a time, so that memory does not grow with T squared and the
+//! `QUERY_BLOCK` rows against the keys up to the block's end, a run of keys at a time, so that memory does not grow with T squared and the
 //! executed work is that of the blocks, not of the full square. The forward pass keeps each row's log-sum-exp; the backward pass computes the block's probabilities again from it
 //! (Dao et al. 2022, "FlashAttention", section 3.1, at this block size).
 
@@ -22,7 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
 /// Query rows of one block.
-const BLOCK: usize = 64;
+const QUERY_BLOCK: usize = 64;
 
 /// The sizes of an attention layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,17 +38,17 @@ pub struct Attention {
 }
 
 /// One block of a segment of length T: its query rows and the key rows they may see, both counted from the segment's start.
-struct Block {
+struct QueryBlock {
     queries: Range<usize>,
     keys: Range<usize>,
 }
 
 impl Attention {
-    fn blocks(&self, length: usize) -> impl Iterator<Item = Block> + use<> {
+    fn query_blocks(&self, length: usize) -> impl Iterator<Item = QueryBlock> + use<> {
         let window = self.window.unwrap_or(usize::MAX);
-        (0..length).step_by(BLOCK).map(move |start| {
-            let end = (start + BLOCK).min(length);
-            Block {
+        (0..length).step_by(QUERY_BLOCK).map(move |start| {
+            let end = (start + QUERY_BLOCK).min(length);
+            QueryBlock {
                 queries: start..end,
                 keys: (start + 1).saturating_sub(window)..end,
             }
@@ -81,7 +81,7 @@ fn blocks_cost(
     let mut work = Work::default();
     let (heads, d) = (attention.heads, attention.head_dim);
     for length in segments {
-        for block in attention.blocks(*length) {
+        for block in attention.query_blocks(*length) {
             let (q, k) = (block.queries.len(), block.keys.len());
             work += &Work::products(heads * scores, q, k, d, precision);
             work += &Work::products(heads * mixes, q, d, k, precision);
@@ -94,7 +94,7 @@ fn blocks_cost(
 pub fn attention_forward_cost(attention: &Attention, segments: &[usize]) -> Work {
     let pairs: usize = segments
         .iter()
-        .flat_map(|t| attention.blocks(*t))
+        .flat_map(|t| attention.query_blocks(*t))
         .map(|b| b.queries.len() * b.keys.len())
         .sum();
     blocks_cost(attention, segments, 1, 1, Precision::F32)
@@ -105,7 +105,7 @@ pub fn attention_forward_cost(attention: &Attention, segments: &[usize]) -> Work
 pub fn attention_backward_cost(attention: &Attention, segments: &[usize]) -> Work {
     let pairs: usize = segments
         .iter()
-        .flat_map(|t| attention.blocks(*t))
+        .flat_map(|t| attention.query_blocks(*t))
         .map(|b| b.queries.len() * b.keys.len())
         .sum();
     blocks_cost(attention, segments, 2, 3, Precision::F32)
@@ -305,7 +305,7 @@ impl Attention {
     }
 
     /// Zero where visible, minus infinity elsewhere: (queries, keys).
-    fn mask(&self, block: &Block, device: &Device) -> Result<Tensor> {
+    fn mask(&self, block: &QueryBlock, device: &Device) -> Result<Tensor> {
         let mut mask = vec![f32::NEG_INFINITY; block.queries.len() * block.keys.len()];
         for (row, i) in mask.chunks_mut(block.keys.len()).zip(block.queries.clone()) {
             let seen = self.visible(i);
@@ -319,7 +319,7 @@ impl Attention {
         )?)
     }
 
-    fn block_scores(&self, q: &Tensor, k: &Tensor, block: &Block) -> Result<Tensor> {
+    fn block_scores(&self, q: &Tensor, k: &Tensor, block: &QueryBlock) -> Result<Tensor> {
         let q = q.narrow(1, block.queries.start, block.queries.len())?;
         let k = k.narrow(1, block.keys.start, block.keys.len())?;
         let scores = (batched(&q.contiguous()?, &k.contiguous()?.t()?)? * self.scale())?;
@@ -340,7 +340,7 @@ impl Attention {
                 self.heads_of(k, range, self.kv_heads)?,
                 self.heads_of(v, range, self.kv_heads)?,
             );
-            for block in self.blocks(range.len()) {
+            for block in self.query_blocks(range.len()) {
                 let (p, lse) = softmax(&self.block_scores(&q, &k, &block)?)?;
                 let v = v
                     .narrow(1, block.keys.start, block.keys.len())?
@@ -383,7 +383,7 @@ impl Attention {
             let inner = (&dout * &out)?.sum_keepdim(D::Minus1)?; // (H, T, 1)
             let (mut dk, mut dv) = (k.zeros_like()?, v.zeros_like()?);
             let mut dq = Vec::new();
-            for block in self.blocks(t) {
+            for block in self.query_blocks(t) {
                 let rows = |x: &Tensor| -> Result<Tensor> {
                     Ok(x.narrow(1, block.queries.start, block.queries.len())?
                         .contiguous()?)

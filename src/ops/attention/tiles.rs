@@ -7,8 +7,8 @@
 
 use std::ops::Range;
 
-use super::cpu::{Destination, Inputs, KeyPart, Panel, gradients, share_out, softmax, write};
-use super::{Attention, Block};
+use super::cpu::{Destination, Inputs, KeyRange, Panel, gradients, scale_into, softmax, write};
+use super::{Attention, QueryBlock};
 use crate::ops::count_flops;
 use crate::ops::gemm::CpuSlice;
 use crate::ops::gemm::bf16::{
@@ -16,9 +16,9 @@ use crate::ops::gemm::bf16::{
 };
 use crate::ops::storage::{OutputElement, SendPtr};
 
-/// Rows and channels of one head inside a (N, width) tensor.
+/// RowBuffer and channels of one head inside a (N, width) tensor.
 #[derive(Clone, Copy)]
-struct Head<'a> {
+struct HeadView<'a> {
     values: CpuSlice<'a>,
     width: usize,
     /// The segment's first row.
@@ -27,7 +27,7 @@ struct Head<'a> {
     d: usize,
 }
 
-impl<'a> Head<'a> {
+impl<'a> HeadView<'a> {
     /// `rows` (of the segment) as lanes, their channels as k.
     fn rows(&self, side: Side, rows: Range<usize>) -> OperandView<'a> {
         OperandView::new(
@@ -52,7 +52,7 @@ impl<'a> Head<'a> {
 }
 
 /// A block's panels of up to 32 queries, with the keys up to their own in whole tiles: those that a query must not see are hidden anyway.
-fn panels(block: &Block) -> impl Iterator<Item = Panel> + use<> {
+fn panels(block: &QueryBlock) -> impl Iterator<Item = Panel> + use<> {
     let (queries, first) = (block.queries.clone(), block.keys.start / TILE * TILE);
     queries.clone().step_by(TILE).map(move |start| {
         let queries = start..(start + TILE).min(queries.end);
@@ -134,16 +134,16 @@ impl Attention {
         );
         let room = d.next_multiple_of(TILE);
         let (mut s, mut mixed) = (Vec::new(), vec![0.0f32; TILE * room]);
-        let within = |block: &Block| {
+        let within = |block: &QueryBlock| {
             block.queries.start >= queries.start && block.queries.start < queries.end
         };
-        for block in self.blocks(range.len()).filter(within) {
+        for block in self.query_blocks(range.len()).filter(within) {
             count_flops(1, block.queries.len(), block.keys.len(), d);
             count_flops(1, block.queries.len(), d, block.keys.len());
             for panel in panels(&block) {
                 own.pack(&q.rows(Side::Rhs, panel.queries.clone()));
                 scores(&ready, tiles(&panel.keys), &k, &own, &mut s);
-                panel.hide(self.window, &mut s);
+                panel.mask(self.window, &mut s);
                 let (mut max, mut sums) = ([f32::MIN; TILE], [0.0f32; TILE]);
                 softmax::<TILE>(&mut s, TILE, scale, (&mut max, &mut sums), &mut [0.0; TILE]);
                 p.pack(&over_keys(&s));
@@ -163,7 +163,7 @@ impl Attention {
                         *at.1.add(row * self.heads + head) = scale * max[lane] + sums[lane].ln();
                         std::slice::from_raw_parts_mut(at.0.add(row * width + head * d), d)
                     };
-                    share_out(out, &mixed[lane * room..][..d], share);
+                    scale_into(out, &mixed[lane * room..][..d], share);
                 }
             }
         }
@@ -173,7 +173,7 @@ impl Attention {
         &self,
         unit: MatrixUnit,
         x: &Inputs<'_>,
-        part: &KeyPart,
+        part: &KeyRange,
         head: usize,
         to: Destination,
     ) {
@@ -185,7 +185,7 @@ impl Attention {
             self.head_dim,
             self.scale() as f32,
         );
-        let dout = Head {
+        let dout = HeadView {
             values: CpuSlice::F32(x.dout),
             ..q
         };
@@ -206,7 +206,7 @@ impl Attention {
         );
         let (mut p, mut ds) = (Vec::new(), Vec::new());
         for block in self
-            .blocks(range.len())
+            .query_blocks(range.len())
             .filter(|block| block.queries.start >= all.start)
         {
             let (rows, cols) = (block.queries.len(), part.seen(&block).len());
@@ -224,19 +224,19 @@ impl Attention {
                     let seen = tiles(&(start - all.start..panel.keys.end - all.start));
                     own.pack(&q.rows(Side::Rhs, queries.clone()));
                     scores(&ready, seen.clone(), &k_rows, &own, &mut p);
-                    panel.hide(self.window, &mut p);
+                    panel.mask(self.window, &mut p);
                     own.pack(&dout.rows(Side::Rhs, queries.clone()));
                     scores(&ready, seen.clone(), &v_rows, &own, &mut ds);
-                    let (mut lses, mut inners) = ([0.0f32; TILE], [0.0f32; TILE]);
+                    let (mut lses, mut delta) = ([0.0f32; TILE], [0.0f32; TILE]);
                     for (lane, query) in queries.clone().enumerate() {
                         lses[lane] = x.lse[(range.start + query) * self.heads + head];
                     }
-                    x.inners(
+                    x.delta(
                         range.start + queries.start,
                         (width, head * d, d),
-                        &mut inners[..count],
+                        &mut delta[..count],
                     );
-                    gradients::<TILE>(&mut p, &mut ds, TILE, (&lses, &inners), scale);
+                    gradients::<TILE>(&mut p, &mut ds, TILE, (&lses, &delta), scale);
                     let (panels, below) = (0..room / TILE, seen.start * TILE * room);
                     own.pack(&dout.channels(queries.clone()));
                     left.pack(&over_queries(&p));
@@ -305,9 +305,9 @@ impl Attention {
         [q, k, v]: [CpuSlice<'a>; 3],
         range: &Range<usize>,
         head: usize,
-    ) -> [Head<'a>; 3] {
+    ) -> [HeadView<'a>; 3] {
         let (d, start) = (self.head_dim, range.start);
-        let of = |values, heads: usize, head: usize| Head {
+        let of = |values, heads: usize, head: usize| HeadView {
             values,
             width: heads * d,
             start,

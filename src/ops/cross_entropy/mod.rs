@@ -4,7 +4,7 @@
 //! For row i with logits z = h W^T (+ adapter-free): loss = log sum exp z - z[target]; dz = (softmax z - onehot target) * scale. Only rows at
 //! loss positions are given in, so a prompt costs nothing here.
 
-mod words;
+mod chunked;
 
 use candle_core::{D, DType, Tensor};
 
@@ -18,19 +18,19 @@ use crate::work::{Precision, Work};
 
 /// Numbers one chunk of logits holds, about (24 MiB of f32: W is packed once for each chunk, so that few rows cost time), in whole
 /// tiles of rows.
-const CHUNK_NUMBERS: usize = 6 << 20;
-const TILE_ROWS: usize = 32;
+const CHUNK_LOGITS: usize = 6 << 20;
+const CHUNK_ROWS: usize = 32;
 
 /// The output embedding: W (V, C).
 #[derive(Debug, Clone)]
-pub struct Head {
+pub struct LmHead {
     /// (V, C); the input embedding itself where they are tied.
     pub weight: Weight,
 }
 
 /// All that the head's cost depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HeadShape {
+pub struct LmHeadShape {
     /// Rows with a loss.
     pub loss_tokens: usize,
     /// C.
@@ -41,18 +41,18 @@ pub struct HeadShape {
     pub trained: bool,
 }
 
-impl HeadShape {
+impl LmHeadShape {
     /// Rows of each chunk, in order.
     fn chunks(&self) -> impl Iterator<Item = usize> + use<> {
         // Where W is trained each chunk makes a gradient of W's size, and adds it to the last: few chunks, each of that size too.
         let numbers = if self.trained {
-            CHUNK_NUMBERS.max(self.vocab * self.hidden)
+            CHUNK_LOGITS.max(self.vocab * self.hidden)
         } else {
-            CHUNK_NUMBERS
+            CHUNK_LOGITS
         };
         let rows = (numbers / self.vocab.max(1))
             .max(1)
-            .next_multiple_of(TILE_ROWS);
+            .next_multiple_of(CHUNK_ROWS);
         let total = self.loss_tokens;
         (0..total)
             .step_by(rows)
@@ -86,10 +86,10 @@ impl HeadShape {
 /// Each row's loss, and dh (L, C) where it is wanted.
 type Losses = (Vec<f32>, Option<Tensor>);
 
-impl Head {
-    fn shape(&self, loss_tokens: usize) -> Result<HeadShape> {
+impl LmHead {
+    fn shape(&self, loss_tokens: usize) -> Result<LmHeadShape> {
         let (vocab, hidden) = self.weight.tensor.dims2()?;
-        Ok(HeadShape {
+        Ok(LmHeadShape {
             loss_tokens,
             hidden,
             vocab,
@@ -98,7 +98,7 @@ impl Head {
     }
 
     /// The shape for these rows; refuses rows without a target and targets beyond the vocabulary.
-    fn checked(&self, h: &Tensor, targets: &[u32]) -> Result<HeadShape> {
+    fn checked(&self, h: &Tensor, targets: &[u32]) -> Result<LmHeadShape> {
         let shape = self.shape(targets.len())?;
         check_shape("h", h, &[shape.loss_tokens, shape.hidden])?;
         if let Some(beyond) = targets
@@ -136,8 +136,10 @@ impl Head {
     pub fn forward(&self, context: Context<'_>, h: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
         let shape = self.checked(h, targets)?;
         context.counter.add(shape.forward_cost(context.precision));
-        if self.goes_by_words(context, h) {
-            return Ok(self.losses_by_words(context, h, targets, None)?.0);
+        if self.uses_vocabulary_chunks(context, h) {
+            return Ok(self
+                .fused_linear_cross_entropy(context, h, targets, None)?
+                .0);
         }
         let mut losses = Vec::with_capacity(targets.len());
         for rows in shape.chunks() {
@@ -171,8 +173,13 @@ impl Head {
         context
             .counter
             .add(shape.backward_cost(context.precision, input_gradient));
-        if self.goes_by_words(context, h) {
-            return self.losses_by_words(context, h, targets, input_gradient.then_some(scale));
+        if self.uses_vocabulary_chunks(context, h) {
+            return self.fused_linear_cross_entropy(
+                context,
+                h,
+                targets,
+                input_gradient.then_some(scale),
+            );
         }
         let mut losses = Vec::with_capacity(targets.len());
         let mut parts = Vec::new();
@@ -202,8 +209,8 @@ impl Head {
         Ok((losses, dh))
     }
 
-    /// Whether rows of h meet the words without logits.
-    fn goes_by_words(&self, context: Context<'_>, h: &Tensor) -> bool {
+    /// Whether rows of h accumulate_chunk the words without logits.
+    fn uses_vocabulary_chunks(&self, context: Context<'_>, h: &Tensor) -> bool {
         context.fused(h) && !self.weight.is_trained()
     }
 

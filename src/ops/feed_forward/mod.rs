@@ -8,9 +8,10 @@ mod tiles;
 
 use candle_core::Tensor;
 
-use super::swiglu::{SwigluSaved, swiglu, swiglu_again, swiglu_backward};
+use super::swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_recompute};
 use super::{
-    Branch, Context, DropoutMask, Gradients, Linear, LinearInput, LinearSaved, backward_together,
+    Branch, Context, DropoutMask, Gradients, Linear, LinearInput, LinearSaved,
+    backward_shared_input,
 };
 use crate::error::Result;
 #[cfg(target_arch = "x86_64")]
@@ -29,17 +30,17 @@ pub struct FeedForward<'a> {
 
 /// What `backward` needs of a forward pass.
 pub struct FeedForwardSaved {
-    between: Between,
+    between: Intermediate,
     gate: LinearSaved,
     up: LinearSaved,
     down: LinearSaved,
 }
 
 /// What gate and up gave, in the compute type.
-enum Between {
+enum Intermediate {
     Rows(SwigluSaved),
     #[cfg(target_arch = "x86_64")]
-    Tiles(tiles::Saved),
+    Tiles(tiles::GateUpTiles),
 }
 
 #[cfg(test)]
@@ -47,16 +48,16 @@ impl FeedForwardSaved {
     /// Whether the pass ran in blocks.
     pub(super) fn in_tiles(&self) -> bool {
         match &self.between {
-            Between::Rows(_) => false,
+            Intermediate::Rows(_) => false,
             #[cfg(target_arch = "x86_64")]
-            Between::Tiles(_) => true,
+            Intermediate::Tiles(_) => true,
         }
     }
 }
 
 /// Which of the layers a dropout mask is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum FeedForwardLayer {
     /// `gate_proj`
     Gate,
     /// `up_proj`
@@ -66,7 +67,7 @@ pub enum Part {
 }
 
 /// The mask of a layer's adapter, (N, in), for its input.
-pub type Masks<'a> = &'a dyn Fn(Part, &LinearInput) -> Option<DropoutMask>;
+pub type Masks<'a> = &'a dyn Fn(FeedForwardLayer, &LinearInput) -> Option<DropoutMask>;
 
 impl FeedForward<'_> {
     /// x (N, C) -> base + y (N, C). `masks`: where adapters have dropout. `through`: whether a backward pass is sure to ask for
@@ -80,28 +81,31 @@ impl FeedForward<'_> {
         through: bool,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         #[cfg(target_arch = "x86_64")]
-        if masks.is_none() && through && self.by_tiles(&x) {
+        if masks.is_none() && through && self.supports_tiles(&x) {
             return self.forward_tiles(context, x, base);
         }
         let _ = through;
-        let mask = |part: Part, x: &LinearInput| masks.and_then(|masks| masks(part, x));
+        let mask = |part: FeedForwardLayer, x: &LinearInput| masks.and_then(|masks| masks(part, x));
         let (gate, gate_saved) =
             self.gate
-                .forward_prepared(context, &x, mask(Part::Gate, &x), None)?;
-        let (up, up_saved) = self
-            .up
-            .forward_prepared(context, &x, mask(Part::Up, &x), None)?;
+                .forward_input(context, &x, mask(FeedForwardLayer::Gate, &x), None)?;
+        let (up, up_saved) =
+            self.up
+                .forward_input(context, &x, mask(FeedForwardLayer::Up, &x), None)?;
         drop(x);
         let (inner, saved) = swiglu(context, &gate, &up)?;
         drop((gate, up));
         let inner = LinearInput::new(context, inner)?;
-        let (y, down) =
-            self.down
-                .forward_prepared(context, &inner, mask(Part::Down, &inner), Some(base))?;
+        let (y, down) = self.down.forward_input(
+            context,
+            &inner,
+            mask(FeedForwardLayer::Down, &inner),
+            Some(base),
+        )?;
         Ok((
             y,
             FeedForwardSaved {
-                between: Between::Rows(saved),
+                between: Intermediate::Rows(saved),
                 gate: gate_saved,
                 up: up_saved,
                 down,
@@ -120,16 +124,16 @@ impl FeedForward<'_> {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let rows = match &saved.between {
-            Between::Rows(rows) => rows,
+            Intermediate::Rows(rows) => rows,
             #[cfg(target_arch = "x86_64")]
-            Between::Tiles(_) if !through => {
+            Intermediate::Tiles(_) if !through => {
                 return Err(Error::new(
                     Kind::Tensor,
                     "a pass in tiles goes back through all of its layers",
                 ));
             }
             #[cfg(target_arch = "x86_64")]
-            Between::Tiles(tiles) => {
+            Intermediate::Tiles(tiles) => {
                 return self.backward_tiles(
                     context,
                     dy,
@@ -141,8 +145,8 @@ impl FeedForward<'_> {
         };
         let inner = self
             .down
-            .keeps_input()
-            .then(|| LinearInput::new(context, swiglu_again(context, rows)?))
+            .needs_input()
+            .then(|| LinearInput::new(context, swiglu_recompute(context, rows)?))
             .transpose()?;
         let d = LinearInput::new(context, dy.clone())?;
         let down = Branch {
@@ -151,7 +155,7 @@ impl FeedForward<'_> {
             saved: &saved.down,
         };
         let Some(d_inner) =
-            backward_together(context, &[down], inner.as_ref(), (through, None), gradients)?
+            backward_shared_input(context, &[down], inner.as_ref(), (through, None), gradients)?
         else {
             return Ok(None);
         };
@@ -190,6 +194,6 @@ impl FeedForward<'_> {
             dy: d_up,
             saved: &saved.up,
         };
-        backward_together(context, &[gate, up], x, (input_gradient, None), gradients)
+        backward_shared_input(context, &[gate, up], x, (input_gradient, None), gradients)
     }
 }

@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 
-use super::{Between, FeedForward, FeedForwardSaved};
+use super::{FeedForward, FeedForwardSaved, Intermediate};
 use crate::error::{Error, Kind, Result};
 use crate::ops::gemm::bf16::{
     BF16_PLANES, Bf16Lhs, BlockWriter, PackedOperand, TILE, Tile, gemm_tiles,
@@ -11,24 +11,24 @@ use crate::ops::gemm::bf16::{
 use crate::ops::gemm::{MatRef, PackedLhs};
 use crate::ops::simd::dispatch;
 use crate::ops::storage::{CpuTensor, SendPtr, check_shape};
-use crate::ops::swiglu::{gated, gradients, swiglu_backward_cost, swiglu_cost};
+use crate::ops::swiglu::{gradients, swiglu_backward_cost, swiglu_cost, swiglu_element};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Weight};
 use crate::work::Precision;
 
 /// Gate and up (N, F), block by block.
-pub(super) struct Saved {
+pub(super) struct GateUpTiles {
     shape: (usize, usize),
-    gate: Kept,
-    up: Kept,
+    gate: SavedTiles,
+    up: SavedTiles,
 }
 
 /// The numbers of a matrix in the compute type, in blocks of 32 x 32, zero beyond its last row and column.
-enum Kept {
+enum SavedTiles {
     Narrow(PackedOperand),
     Wide { tiles: Vec<Tile>, panels: usize },
 }
 
-impl Kept {
+impl SavedTiles {
     /// # Safety
     /// Every block must be written before it is read.
     unsafe fn uninitialized(precision: Precision, rows: usize, columns: usize) -> Self {
@@ -48,10 +48,10 @@ impl Kept {
     }
 
     /// What writes its blocks.
-    fn writer(&mut self) -> Writer {
+    fn writer(&mut self) -> TileWriter {
         match self {
-            Self::Narrow(operand) => Writer::Narrow(operand.blocks()),
-            Self::Wide { tiles, panels } => Writer::Wide(SendPtr(tiles.as_mut_ptr()), *panels),
+            Self::Narrow(operand) => TileWriter::Narrow(operand.blocks()),
+            Self::Wide { tiles, panels } => TileWriter::Wide(SendPtr(tiles.as_mut_ptr()), *panels),
         }
     }
 
@@ -63,14 +63,14 @@ impl Kept {
     }
 }
 
-/// The blocks of a `Kept` that several threads write.
+/// The blocks of a `SavedTiles` that several threads write.
 #[derive(Clone, Copy)]
-enum Writer {
+enum TileWriter {
     Narrow(BlockWriter),
     Wide(SendPtr<Tile>, usize),
 }
 
-impl Writer {
+impl TileWriter {
     /// # Safety
     /// As `BlockWriter::write`'s.
     unsafe fn write(self, strip: usize, panel: usize, tile: &Tile) {
@@ -85,53 +85,53 @@ impl Writer {
 }
 
 /// What a sum is made of: W, and the second half of the adapter.
-struct Factors<'a> {
-    w: Factor<'a>,
+struct LayerRhs<'a> {
+    w: WeightRhs<'a>,
     /// The scaled rows of the first half, packed, and B or A.
-    low: Option<(PackedLhs, Factor<'a>)>,
+    low: Option<(PackedLhs, WeightRhs<'a>)>,
 }
 
-/// The right side of a product: a weight as it is stored, or turned.
-struct Factor<'a> {
+/// The right side of a product: a weight as it is stored, or transposed.
+struct WeightRhs<'a> {
     weight: &'a Weight,
     host: CpuTensor<'a>,
-    turned: bool,
+    transposed: bool,
 }
 
-impl<'a> Factor<'a> {
-    fn new(weight: &'a Weight, turned: bool) -> Result<Self> {
+impl<'a> WeightRhs<'a> {
+    fn new(weight: &'a Weight, transposed: bool) -> Result<Self> {
         Ok(Self {
             weight,
             host: CpuTensor::borrow(&weight.tensor)?,
-            turned,
+            transposed,
         })
     }
 
     fn matrix(&self) -> Result<MatRef<'_>> {
         let matrix = self.weight.matrix(&self.host)?;
-        Ok(if self.turned { matrix.t() } else { matrix })
+        Ok(if self.transposed { matrix.t() } else { matrix })
     }
 }
 
-impl<'a> Factors<'a> {
+impl<'a> LayerRhs<'a> {
     /// W, and where there is an adapter its scaled rows (N, r) and the weight that they are multiplied by.
     fn new(
         context: Context<'_>,
         w: &'a Weight,
         low: Option<(&[f32], &'a Weight)>,
-        turned: bool,
+        transposed: bool,
     ) -> Result<Self> {
         let low = low.map(|(scaled, weight)| -> Result<_> {
             let (rows, columns) = weight.tensor.dims2()?;
-            let r = if turned { columns } else { rows };
+            let r = if transposed { columns } else { rows };
             let rows = MatRef::from_f32(scaled, scaled.len() / r.max(1), r);
             Ok((
                 PackedLhs::new(context.precision, &rows),
-                Factor::new(weight, turned)?,
+                WeightRhs::new(weight, transposed)?,
             ))
         });
         Ok(Self {
-            w: Factor::new(w, turned)?,
+            w: WeightRhs::new(w, transposed)?,
             low: low.transpose()?,
         })
     }
@@ -154,7 +154,7 @@ fn packed(prepared: &PackedLhs) -> Result<&Bf16Lhs> {
 
 impl FeedForward<'_> {
     /// Whether this pass runs: x is packed, and nothing but W and an adapter is to be added or trained.
-    pub(super) fn by_tiles(&self, x: &LinearInput) -> bool {
+    pub(super) fn supports_tiles(&self, x: &LinearInput) -> bool {
         let plain = |linear: &&Linear| linear.bias.is_none() && !linear.weight.is_trained();
         x.prepared().packed().is_some() && [self.gate, self.up, self.down].iter().all(plain)
     }
@@ -172,7 +172,7 @@ impl FeedForward<'_> {
         context.counter.add(swiglu_cost(n * f));
         // SAFETY: `gemm_tiles` gives every block, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
-            let kept = || Kept::uninitialized(context.precision, n, f);
+            let kept = || SavedTiles::uninitialized(context.precision, n, f);
             (kept(), kept(), packed(x.prepared())?.alike(n, f))
         };
         {
@@ -184,20 +184,18 @@ impl FeedForward<'_> {
                 unsafe {
                     write_gate.write(strip, panel, gate);
                     write_up.write(strip, panel, up);
-                    activate(gate, up);
+                    swiglu_tile(gate, up);
                     write_inner.write(strip, panel, gate);
                 }
             });
         }
         drop(x);
         let inner = LinearInput::packed((n, f), PackedLhs::from_bf16(inner));
-        let (y, down) = self
-            .down
-            .forward_prepared(context, &inner, None, Some(base))?;
+        let (y, down) = self.down.forward_input(context, &inner, None, Some(base))?;
         Ok((
             y,
             FeedForwardSaved {
-                between: Between::Tiles(Saved {
+                between: Intermediate::Tiles(GateUpTiles {
                     shape: (n, f),
                     gate,
                     up,
@@ -215,7 +213,7 @@ impl FeedForward<'_> {
         context: Context<'_>,
         linear: &'a Linear,
         x: &LinearInput,
-    ) -> Result<(Factors<'a>, LinearSaved)> {
+    ) -> Result<(LayerRhs<'a>, LinearSaved)> {
         linear.expect_input(x)?;
         context.counter.add(
             linear
@@ -227,7 +225,7 @@ impl FeedForward<'_> {
             .as_deref()
             .zip(linear.lora.as_ref().map(|lora| &lora.b));
         Ok((
-            Factors::new(context, &linear.weight, low, true)?,
+            LayerRhs::new(context, &linear.weight, low, true)?,
             saved.unwrap_or_default(),
         ))
     }
@@ -236,7 +234,7 @@ impl FeedForward<'_> {
         &self,
         context: Context<'_>,
         dy: &Tensor,
-        (x, saved, between): (Option<&LinearInput>, &FeedForwardSaved, &Saved),
+        (x, saved, between): (Option<&LinearInput>, &FeedForwardSaved, &GateUpTiles),
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
@@ -255,11 +253,11 @@ impl FeedForward<'_> {
             dy: &dy,
             saved: &saved.down,
         };
-        let d_low = down.outer_gradient(context, gradients)?;
+        let d_low = down.lora_b_gradient(context, gradients)?;
         let low = d_low
             .as_deref()
             .zip(self.down.lora.as_ref().map(|lora| &lora.a));
-        let factors = Factors::new(context, &self.down.weight, low, false)?;
+        let factors = LayerRhs::new(context, &self.down.weight, low, false)?;
         // SAFETY: `gemm_tiles` gives every block, and each is written.
         let room = || packed(dy.prepared()).map(|dy| unsafe { dy.alike(n, f) });
         let (mut d_gate, mut d_up) = (room()?, room()?);
@@ -282,7 +280,7 @@ impl FeedForward<'_> {
                 );
                 // SAFETY: as in the forward pass.
                 unsafe {
-                    deactivate(d_inner, &mut gate, &mut up);
+                    swiglu_tile_backward(d_inner, &mut gate, &mut up);
                     write_gate.write(strip, panel, &gate);
                     write_up.write(strip, panel, &up);
                     if let Some(write_inner) = write_inner {
@@ -293,7 +291,7 @@ impl FeedForward<'_> {
         }
         let packed = |blocks: Bf16Lhs| LinearInput::packed((n, f), PackedLhs::from_bf16(blocks));
         if let (Some(inner), Some(d_low)) = (inner, d_low) {
-            down.inner_gradient(context, &packed(inner), &d_low, gradients)?;
+            down.lora_a_gradient(context, &packed(inner), &d_low, gradients)?;
         }
         drop(dy);
         let (d_gate, d_up) = (packed(d_gate), packed(d_up));
@@ -308,20 +306,20 @@ impl FeedForward<'_> {
 }
 
 /// gate = silu(gate) up.
-fn activate(gate: &mut Tile, up: &Tile) {
+fn swiglu_tile(gate: &mut Tile, up: &Tile) {
     let (gate, up) = (&mut gate.0, &up.0);
     dispatch(
         #[inline(always)]
         |cpu| {
             for i in 0..TILE * TILE {
-                gate[i] = gated(cpu, gate[i], up[i]);
+                gate[i] = swiglu_element(cpu, gate[i], up[i]);
             }
         },
     );
 }
 
 /// gate and up become their gradients, from that of silu(gate) up, and d becomes silu(gate) up itself.
-fn deactivate(d: &mut Tile, gate: &mut Tile, up: &mut Tile) {
+fn swiglu_tile_backward(d: &mut Tile, gate: &mut Tile, up: &mut Tile) {
     let (d, gate, up) = (&mut d.0, &mut gate.0, &mut up.0);
     dispatch(
         #[inline(always)]

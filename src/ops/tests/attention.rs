@@ -8,7 +8,7 @@ use super::super::{
     Attention, Context, Segments, attention_backward_cost, attention_decode_cost,
     attention_forward_cost,
 };
-use super::{Pair, Passed, cases, close, every_way, flat, named, of, random, with, within};
+use super::{Pair, Passed, cases, close, flat, for_each_path, named, of, random, with, within};
 use crate::work::{Precision, WorkCounter};
 
 /// Softmax over the full (N, N) square: 1 where i sees j, 0 elsewhere. Logits of a test are small, so exp needs no shift.
@@ -273,7 +273,7 @@ fn large_logits_do_not_overflow() {
     );
     let v = of(&[1.0, 2.0, 4.0, 8.0], &[4, 1]);
     let segments = Segments::from_lengths([4]);
-    every_way(|context| {
+    for_each_path(|context| {
         let (y, saved) = attention
             .forward(context, q.clone(), k.clone(), v.clone(), &segments)
             .unwrap();
@@ -310,7 +310,7 @@ fn decoding_continues_the_forward_pass() {
             random(2, &[tokens, 8]),
             random(3, &[tokens, 8]),
         );
-        every_way(|context| {
+        for_each_path(|context| {
             let segments = Segments::from_lengths([tokens]);
             let (whole, _) = attention
                 .forward(context, q.clone(), k.clone(), v.clone(), &segments)

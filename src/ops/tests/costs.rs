@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use super::super::{
-    Attention, HeadShape, LinearShape, attention_backward_cost, attention_forward_cost,
+    Attention, LinearShape, LmHeadShape, attention_backward_cost, attention_forward_cost,
 };
 use crate::work::{Precision::F32, Work};
 
@@ -205,7 +205,7 @@ fn a_step_costs_what_torch_counts() {
             ),
             "{name}"
         );
-        let head = HeadShape {
+        let head = LmHeadShape {
             loss_tokens: tokens,
             hidden,
             vocab: size("vocab_size"),

@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::swiglu::{swiglu, swiglu_again, swiglu_backward};
+use super::super::swiglu::{swiglu, swiglu_backward, swiglu_recompute};
 use super::super::{
     Context, Gradients, Parameters, RmsNorm, Weight, embedding, embedding_backward,
     embedding_backward_cost, embedding_cost, gather_rows, rms_norm_backward_cost, rms_norm_cost,
@@ -76,7 +76,7 @@ proptest! {
             op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| {
                 let (y, saved) = swiglu(context, &inputs[0], &inputs[1]).unwrap();
                 let (dgate, dup) = swiglu_backward(context, dy, &saved).unwrap();
-                assert_eq!(flat(&swiglu_again(context, &saved).unwrap()), flat(&y));
+                assert_eq!(flat(&swiglu_recompute(context, &saved).unwrap()), flat(&y));
                 (y, vec![Some(dgate), Some(dup)])
             },
             naive: |inputs: &[Tensor]| {
@@ -200,7 +200,7 @@ fn swiglu_beyond_one_task_is_the_reference() {
     let run = |context: Context<'_>| {
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         let (dgate, dup) = swiglu_backward(context, &dy, &saved).unwrap();
-        [y, dgate, dup, swiglu_again(context, &saved).unwrap()]
+        [y, dgate, dup, swiglu_recompute(context, &saved).unwrap()]
     };
     let names = ["y", "dgate", "dup", "y again"];
     run(fused)
@@ -236,8 +236,8 @@ fn what_bf16_keeps_is_rounded_once() {
             h,
             dgate,
             dup,
-            swiglu_again(context, &saved).unwrap(),
-            norm.again(context, &kept).unwrap(),
+            swiglu_recompute(context, &saved).unwrap(),
+            norm.recompute(context, &kept).unwrap(),
             dx,
         ];
         all.map(|x| (x.dtype(), x.to_dtype(DType::F32).unwrap()))

@@ -5,8 +5,8 @@ use proptest::prelude::*;
 
 use super::super::gemm::{available, best};
 use super::super::{
-    Context, DropoutMask, FeedForward, Gradients, Linear, LinearInput, Lora, Masks, Parameters,
-    Part, Weight, residual_cost, swiglu_backward_cost, swiglu_cost,
+    Context, DropoutMask, FeedForward, FeedForwardLayer, Gradients, Linear, LinearInput, Lora,
+    Masks, Parameters, Weight, residual_cost, swiglu_backward_cost, swiglu_cost,
 };
 use super::{Pair, Passed, autograd, bits, cases, flat, mask, named, on, random, with};
 use crate::work::{Precision, Work, WorkCounter};
@@ -104,7 +104,7 @@ impl Parts {
             let mut weight = |trained: bool| match (trained, next.next().unwrap()) {
                 (true, i) => parameters.weight(i).unwrap(),
                 (false, i) if self.kept && inputs[i].dims().len() == 2 => {
-                    Weight::frozen(frozen(&inputs[i])).keeping_packed()
+                    Weight::frozen(frozen(&inputs[i])).with_packed_cache()
                 }
                 (false, i) => Weight::frozen(frozen(&inputs[i])),
             };
@@ -138,7 +138,7 @@ impl Parts {
         let tiles = masks.is_none() && self.in_tiles(context, inputs[0].dims()[0]);
         assert_eq!(saved.in_tiles(), tiles, "blocks, where they should be");
         let (x, mut gradients) = (
-            (gate.keeps_input() || up.keeps_input()).then(x),
+            (gate.needs_input() || up.needs_input()).then(x),
             Gradients::new(inputs.len()),
         );
         let asked = (self.through, self.input_gradient);
@@ -193,7 +193,7 @@ impl Parts {
         cost += &(swiglu_cost(n * f)
             + residual_cost(n, c)
             + down.backward_cost(precision, self.through));
-        if linears[2].keeps_input() {
+        if linears[2].needs_input() {
             cost += &swiglu_cost(n * f);
         }
         if self.through {
@@ -223,8 +223,9 @@ impl Parts {
             self.masks(shape, seed ^ 20),
             random(seed ^ 30, &[n, c]),
         );
-        let mask =
-            |part: Part, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
+        let mask = |part: FeedForwardLayer, _: &LinearInput| {
+            masks.as_ref().map(|masks| masks[part as usize].clone())
+        };
         Pair {
             inputs: &inputs,
             dy: &random(seed ^ 31, &[n, c]),
@@ -325,7 +326,7 @@ proptest! {
         let shape = [n, c, f];
         let (inputs, masks) = (parts.inputs(shape, seed), parts.masks(shape, seed ^ 20));
         let (base, dy) = (random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
-        let mask = |part: Part, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
+        let mask = |part: FeedForwardLayer, _: &LinearInput| masks.as_ref().map(|masks| masks[part as usize].clone());
         let want = named(autograd(&inputs, &dy, |inputs| parts.naive(inputs, &base, masks.as_ref())));
         let run = |threads: usize, reference: bool, isa| on(threads, || with(isa, || {
             let counter = WorkCounter::default();
@@ -366,7 +367,7 @@ fn same_in_tiles(parts: Parts, shape: [usize; 3], seed: u64) {
         random(seed ^ 30, &[n, c]),
         random(seed ^ 31, &[n, c]),
     );
-    let no_mask = |_: Part, _: &LinearInput| None;
+    let no_mask = |_: FeedForwardLayer, _: &LinearInput| None;
     for isa in available().iter().filter(|isa| isa.matrix_unit.is_some()) {
         for precision in [Precision::F32, Precision::Bf16] {
             let run = |threads: usize, tiles: bool, kept: bool| {

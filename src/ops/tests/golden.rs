@@ -7,9 +7,9 @@ use candle_core::{Device, Tensor};
 
 use super::super::swiglu::{swiglu, swiglu_backward};
 use super::super::{
-    AdamW, Attention, Gradients, Head, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight,
+    AdamW, Attention, Gradients, LmHead, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight,
 };
-use super::{every_way, flat, within};
+use super::{flat, for_each_path, within};
 
 struct Golden(HashMap<String, Tensor>);
 
@@ -61,7 +61,7 @@ fn attention_with_groups_window_and_segments() {
         window: Some(window),
     };
     let segments = Segments::from_lengths(golden.sizes("segments"));
-    every_way(|context| {
+    for_each_path(|context| {
         let (q, k, v) = (golden.get("q"), golden.get("k"), golden.get("v"));
         let (y, saved) = attention.forward(context, q, k, v, &segments).unwrap();
         let (dq, dk, dv) = attention
@@ -80,7 +80,7 @@ fn rms_norm() {
         weight: golden.trained("weight"),
         eps: 1e-5,
     };
-    every_way(|context| {
+    for_each_path(|context| {
         let mut gradients = Gradients::new(1);
         let (y, saved) = norm.forward(context, &golden.get("x")).unwrap();
         golden.holds("y", &y);
@@ -98,7 +98,7 @@ fn rms_norm() {
 fn swiglu_and_its_gradients() {
     let golden = Golden::open("swiglu");
     let (gate, up) = (golden.get("gate"), golden.get("up"));
-    every_way(|context| {
+    for_each_path(|context| {
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
         golden.holds("y", &y);
         let (dgate, dup) = swiglu_backward(context, &golden.get("dy"), &saved).unwrap();
@@ -110,7 +110,7 @@ fn swiglu_and_its_gradients() {
 #[test]
 fn cross_entropy() {
     let golden = Golden::open("head");
-    let head = Head {
+    let head = LmHead {
         weight: golden.trained("weight"),
     };
     let targets: Vec<u32> = golden
@@ -118,7 +118,7 @@ fn cross_entropy() {
         .into_iter()
         .map(|t| t as u32)
         .collect();
-    every_way(|context| {
+    for_each_path(|context| {
         let mut gradients = Gradients::new(1);
         let h = golden.get("h");
         let (losses, dh) = head
@@ -178,7 +178,7 @@ fn rope_with_every_scaling() {
         let tables = rope
             .tables(&Segments::from_lengths([70]), &Device::Cpu)
             .unwrap();
-        every_way(|context| {
+        for_each_path(|context| {
             golden.holds("y", &tables.forward(context, &golden.get("x")).unwrap());
             golden.holds("dx", &tables.backward(context, &golden.get("dy")).unwrap());
         });
@@ -202,7 +202,7 @@ fn adamw_with_decay_and_clipping() {
         norms.iter().any(|norm| *norm < 1.5) && norms.iter().any(|norm| *norm > 1.5),
         "both sides of the limit"
     );
-    every_way(|context| {
+    for_each_path(|context| {
         let values = flat(&golden.get("values"));
         let parameters =
             Parameters::new(vec![("w".into(), vec![values.len()], values)], &Device::Cpu).unwrap();

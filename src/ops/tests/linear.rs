@@ -6,11 +6,11 @@ use proptest::prelude::*;
 use super::super::gemm::available;
 use super::super::{
     Branch, Context, DropoutMask, Gradients, Linear, LinearInput, LinearSaved, Lora, Parameters,
-    Weight, backward_together, residual_cost,
+    Weight, backward_shared_input, residual_cost,
 };
 use super::{
-    FLOPS_ISSUED, Pair, Passed, bits, cases, close, every_way, flat, mask, of, on, random, with,
-    within,
+    FLOPS_ISSUED, Pair, Passed, bits, cases, close, flat, for_each_path, mask, of, on, random,
+    with, within,
 };
 use crate::work::{Precision, WorkCounter};
 
@@ -57,7 +57,7 @@ fn run(
 ) -> Passed {
     let (linear, _) = layer(parts, 1, inputs);
     let mut gradients = Gradients::new(inputs.len());
-    let x = Some(&inputs[0]).filter(|_| linear.keeps_input());
+    let x = Some(&inputs[0]).filter(|_| linear.needs_input());
     let (y, saved) = linear
         .forward(context, &inputs[0], mask.cloned(), None)
         .unwrap();
@@ -198,7 +198,7 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
     let at_once = |context: Context<'_>, saved: &[LinearSaved; 3]| {
         let x = linears
             .iter()
-            .any(Linear::keeps_input)
+            .any(Linear::needs_input)
             .then(|| LinearInput::new(context, inputs[0].clone()).unwrap());
         let dys = dys
             .each_ref()
@@ -210,7 +210,8 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
         };
         let (branches, mut gradients) = ([0, 1, 2].map(branch), Gradients::new(inputs.len()));
         let asked = (input_gradient, base.as_ref());
-        let dx = backward_together(context, &branches, x.as_ref(), asked, &mut gradients).unwrap();
+        let dx =
+            backward_shared_input(context, &branches, x.as_ref(), asked, &mut gradients).unwrap();
         assert_eq!(dx.is_some(), input_gradient);
         (dx, gradients)
     };
@@ -263,8 +264,8 @@ fn together(parts: [Parts; 3], (n, i, o): (usize, usize, [usize; 3]), based: boo
             isa.name
         );
     }
-    every_way(check);
-    every_way(|context| {
+    for_each_path(check);
+    for_each_path(|context| {
         check(Context {
             precision: Precision::Bf16,
             ..context
@@ -370,7 +371,7 @@ fn a_base_is_added() {
         inputs.extend([a.clone(), b.clone()]);
         let (linear, _) = layer(parts, 1, &inputs);
         let mask = dropout.then(|| mask.clone());
-        every_way(|context| {
+        for_each_path(|context| {
             let run = |base: Option<&Tensor>, base_below: Option<&Tensor>| {
                 let mut gradients = Gradients::new(inputs.len());
                 let (y, saved) = linear.forward(context, &x, mask.clone(), base).unwrap();

@@ -12,8 +12,8 @@ mod dropout;
 mod elementwise;
 mod feed_forward;
 mod golden;
-mod head;
 mod linear;
+mod lm_head;
 mod refusals;
 mod rope;
 
@@ -195,7 +195,7 @@ pub(super) fn with<T>(isa: &'static Isa, work: impl FnOnce() -> T) -> T {
 }
 
 /// Runs `check` on the reference, then on the fused pass in every instruction set of this processor.
-fn every_way(check: impl Fn(Context<'_>)) {
+fn for_each_path(check: impl Fn(Context<'_>)) {
     let counter = WorkCounter::default();
     let fused = Context::new(&counter, Precision::F32);
     check(Context {

@@ -4,10 +4,10 @@ use candle_core::{DType, Device, Tensor};
 
 use super::super::swiglu::{swiglu, swiglu_backward};
 use super::super::{
-    AdamW, Attention, Context, FeedForward, Gradients, Head, Linear, LinearInput, Parameters,
+    AdamW, Attention, Context, FeedForward, Gradients, Linear, LinearInput, LmHead, Parameters,
     RmsNorm, Rope, RopeScaling, Segments, Weight, embedding, embedding_backward,
 };
-use super::{every_way, flat, of, random};
+use super::{flat, for_each_path, of, random};
 use crate::error::{Kind, Result};
 use crate::work::{Precision, WorkCounter};
 
@@ -134,7 +134,7 @@ fn products_take_tensors_that_are_not_contiguous() {
         run(&x, &dy),
         run(&x.contiguous().unwrap(), &dy.contiguous().unwrap())
     );
-    let head = Head {
+    let head = LmHead {
         weight: Weight::frozen(random(4, &[7, 6])),
     };
     let targets = [0, 6, 3, 3];
@@ -184,7 +184,7 @@ fn shapes_that_contradict_each_other_are_refused() {
             .unwrap();
         says("whole heads", tables.forward(context, &x));
         says("`cos`", tables.forward(context, &random(1, &[5, 4])));
-        let head = Head {
+        let head = LmHead {
             weight: Weight::frozen(random(3, &[5, 6])),
         };
         says("`h`", head.forward(context, &x, &[0, 1, 2]));
@@ -217,7 +217,7 @@ fn feed_forward_layers_that_contradict_each_other_are_refused() {
         lora: None,
     };
     let (up, down, wide) = (linear(5, 6), linear(6, 5), linear(7, 6));
-    every_way(|context| {
+    for_each_path(|context| {
         let layers = FeedForward {
             gate: &up,
             up: &up,

@@ -4,9 +4,9 @@ use candle_core::{D, DType, Device, Tensor};
 use proptest::prelude::*;
 
 use super::super::gemm::available;
-use super::super::{Context, FLOPS_ISSUED, Gradients, Head, HeadShape, Parameters, Weight};
+use super::super::{Context, FLOPS_ISSUED, Gradients, LmHead, LmHeadShape, Parameters, Weight};
 use super::{
-    Pair, Passed, bits, cases, close, every_way, flat, of, on, random, uniform, with, within,
+    Pair, Passed, bits, cases, close, flat, for_each_path, of, on, random, uniform, with, within,
 };
 use crate::work::{Precision, WorkCounter};
 
@@ -34,7 +34,7 @@ fn run(
     trained: bool,
     input_gradient: bool,
 ) -> Passed {
-    let head = Head {
+    let head = LmHead {
         weight: weight(&inputs[1], trained),
     };
     let mut gradients = Gradients::new(1);
@@ -78,7 +78,7 @@ fn prove(n: usize, c: usize, v: usize, trained: bool, input_gradient: bool, seed
         .iter()
         .map(|u| (u * v as f32) as u32)
         .collect();
-    let shape = HeadShape {
+    let shape = LmHeadShape {
         loss_tokens: n,
         hidden: c,
         vocab: v,
@@ -134,7 +134,7 @@ fn deep_rows_are_sums_of_their_parts() {
         false,
         true,
     );
-    every_way(|context| {
+    for_each_path(|context| {
         let (losses, gradients) = run(context, &inputs, &targets, false, true);
         within("losses", &losses, &wanted, 1e-5);
         within(
@@ -188,9 +188,9 @@ fn a_table_that_stays_packed_changes_no_byte() {
     ] {
         let heads = [
             Weight::frozen(table.clone()),
-            Weight::frozen(table).keeping_packed(),
+            Weight::frozen(table).with_packed_cache(),
         ]
-        .map(|weight| Head { weight });
+        .map(|weight| LmHead { weight });
         for isa in available().iter().chain(available()) {
             for (precision, threads) in [
                 (Precision::F32, 1),
@@ -230,7 +230,7 @@ fn a_table_that_stays_packed_changes_no_byte() {
 /// 6 Mi numbers to a chunk, in whole tiles of 32 rows: with 600 000 words 65 rows are chunks of 32, 32 and 1.
 #[test]
 fn a_chunk_has_rows_enough() {
-    let shape = HeadShape {
+    let shape = LmHeadShape {
         loss_tokens: 65,
         hidden: 1,
         vocab: 600_000,
@@ -248,7 +248,7 @@ fn a_chunk_has_rows_enough() {
 #[test]
 fn chunks_do_not_show() {
     let (n, v) = (33, 280_000);
-    let shape = HeadShape {
+    let shape = LmHeadShape {
         loss_tokens: n,
         hidden: 1,
         vocab: v,
@@ -260,7 +260,7 @@ fn chunks_do_not_show() {
     let context = Context::new(&counter, Precision::F32);
     let (losses, gradients) = run(context, &inputs, &targets, true, true);
     assert_eq!(counter.take(), shape.backward_cost(Precision::F32, true));
-    let head = Head {
+    let head = LmHead {
         weight: weight(&inputs[1], false),
     };
     assert_eq!(
@@ -322,7 +322,7 @@ fn prove_bf16([n, c, v]: [usize; 3], size: f64, seed: u64) {
         }
     }
     let largest = w.iter().fold(0.0f32, |a, b| a.max(b.abs()));
-    let shape = HeadShape {
+    let shape = LmHeadShape {
         loss_tokens: n,
         hidden: c,
         vocab: v,
@@ -350,7 +350,7 @@ fn prove_bf16([n, c, v]: [usize; 3], size: f64, seed: u64) {
                         "{}",
                         isa.name
                     );
-                    let head = Head {
+                    let head = LmHead {
                         weight: Weight::frozen(stored[1].clone()),
                     };
                     let forward = head
@@ -419,7 +419,7 @@ fn large_logits_do_not_overflow() {
         of(&[100.0, 100.0, 100.0], &[3, 1]),
         of(&[100.0, -100.0, 100.0], &[3, 1]),
     ];
-    every_way(|context| {
+    for_each_path(|context| {
         let (losses, gradients) = run(context, &inputs, &[0, 1, 2], false, true);
         // Two logits tie, so the winners' loss is ln 2 = 0.693 (at 1e4 the next number is 1e-3 away), the loser's 2e4 + ln 2.
         within(
@@ -444,7 +444,7 @@ fn large_logits_do_not_overflow() {
 fn a_long_sum_of_equal_terms_keeps_its_digits() {
     let mut logits = vec![0.3f32.ln(); 151_936];
     logits[0] = 0.0;
-    let head = Head {
+    let head = LmHead {
         weight: Weight::frozen(of(&logits, &[151_936, 1])),
     };
     let counter = WorkCounter::default();
@@ -469,7 +469,7 @@ fn a_long_sum_of_equal_terms_keeps_its_digits() {
 fn no_rows_are_no_work() {
     let counter = WorkCounter::default();
     let context = Context::new(&counter, Precision::F32);
-    let head = Head {
+    let head = LmHead {
         weight: weight(&random(1, &[5, 2]), true),
     };
     let h = Tensor::zeros((0, 2), DType::F32, &Device::Cpu).unwrap();

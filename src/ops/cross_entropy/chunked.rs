@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::{Head, Losses};
+use super::{LmHead, Losses};
 use crate::error::Result;
 use crate::ops::gemm::packed_rhs::{PADDING, PackedRhs};
 use crate::ops::gemm::{CpuSlice, Element, Lhs};
@@ -18,11 +18,11 @@ use crate::ops::storage::{CpuTensor, f32_tensor, uninit_vec};
 use crate::ops::{Context, count_flops};
 
 /// Words that are packed at a time, for every block.
-const WORDS: usize = 512;
+const VOCAB_CHUNK: usize = 512;
 
-impl Head {
+impl LmHead {
     /// h (L, C), targets (L) -> the losses, and dh of `scale * sum of losses` where there is a scale and a row.
-    pub(super) fn losses_by_words(
+    pub(super) fn fused_linear_cross_entropy(
         &self,
         context: Context<'_>,
         h: &Tensor,
@@ -56,19 +56,20 @@ impl Head {
             }
         ];
         let mut outs = dh.chunks_mut(size * width);
-        let mut blocks: Vec<Block> = targets
+        let mut blocks: Vec<RowBlock> = targets
             .chunks(size)
             .enumerate()
             .map(|(index, targets)| {
-                Block::new(index * size, targets, outs.next().map(|dh| (dh, width)))
+                RowBlock::new(index * size, targets, outs.next().map(|dh| (dh, width)))
             })
             .collect();
         // A single row is not packed as others are, and what is kept is for those.
         let packings = self.weight.packings.as_ref().filter(|_| l > 1);
-        let kept = packings
-            .and_then(|packings| packings.row_chunks(&table, WORDS, &|| PackedRhs::for_lhs(&h)));
-        for (index, start) in (0..v).step_by(WORDS).enumerate() {
-            let words = start..(start + WORDS).min(v);
+        let kept = packings.and_then(|packings| {
+            packings.row_chunks(&table, VOCAB_CHUNK, &|| PackedRhs::for_lhs(&h))
+        });
+        for (index, start) in (0..v).step_by(VOCAB_CHUNK).enumerate() {
+            let words = start..(start + VOCAB_CHUNK).min(v);
             let table = table.rows(words.clone());
             let [columns, rows] = match kept {
                 Some(kept) => &kept[index],
@@ -81,10 +82,10 @@ impl Head {
                 }
             };
             par_for_each(blocks.iter_mut(), |block| {
-                block.meet(&words, &h, columns, rows)
+                block.accumulate_chunk(&words, &h, columns, rows)
             });
         }
-        let losses = blocks.iter().flat_map(Block::losses).collect();
+        let losses = blocks.iter().flat_map(RowBlock::losses).collect();
         let Some(scale) = scale else {
             return Ok((losses, None));
         };
@@ -109,18 +110,18 @@ impl Head {
 }
 
 /// Some rows, and what is summed for them over the words so far.
-struct Block<'a> {
+struct RowBlock<'a> {
     /// The first row.
     first: usize,
     targets: &'a [u32],
     max: Vec<f32>,
     sums: Vec<f64>,
-    at_targets: Vec<f32>,
+    target_logits: Vec<f32>,
     /// e W, and the numbers of a row.
     dh: Option<(&'a mut [f32], usize)>,
 }
 
-impl<'a> Block<'a> {
+impl<'a> RowBlock<'a> {
     fn new(first: usize, targets: &'a [u32], dh: Option<(&'a mut [f32], usize)>) -> Self {
         let n = targets.len();
         Self {
@@ -128,21 +129,27 @@ impl<'a> Block<'a> {
             targets,
             max: vec![f32::MIN; n],
             sums: vec![0.0; n],
-            at_targets: vec![0.0; n],
+            target_logits: vec![0.0; n],
             dh,
         }
     }
 
     /// Goes on with `words`: `columns` is (C, words), `rows` (words, C).
-    fn meet(&mut self, words: &Range<usize>, h: &Lhs<'_>, columns: &PackedRhs, rows: &PackedRhs) {
+    fn accumulate_chunk(
+        &mut self,
+        words: &Range<usize>,
+        h: &Lhs<'_>,
+        columns: &PackedRhs,
+        rows: &PackedRhs,
+    ) {
         let n = self.targets.len();
         // SAFETY: the product writes every row's first numbers, and only these are read.
-        let mut z = unsafe { uninit_vec(n.next_multiple_of(PADDING) * WORDS) };
-        columns.gemm(h, self.first..self.first + n, (&mut z, WORDS));
+        let mut z = unsafe { uninit_vec(n.next_multiple_of(PADDING) * VOCAB_CHUNK) };
+        columns.gemm(h, self.first..self.first + n, (&mut z, VOCAB_CHUNK));
         for (row, target) in self.targets.iter().enumerate() {
-            let (z, target) = (&mut z[row * WORDS..][..words.len()], *target as usize);
+            let (z, target) = (&mut z[row * VOCAB_CHUNK..][..words.len()], *target as usize);
             if words.contains(&target) {
-                self.at_targets[row] = z[target - words.start];
+                self.target_logits[row] = z[target - words.start];
             }
             let before = self.max[row];
             let (max, share, sum) = dispatch(
@@ -165,13 +172,13 @@ impl<'a> Block<'a> {
             self.sums[row] += sum;
         }
         if let Some((dh, width)) = &mut self.dh {
-            rows.gemm_add(n, (&z, WORDS), (dh, *width));
+            rows.gemm_add(n, (&z, VOCAB_CHUNK), (dh, *width));
         }
     }
 
     fn losses(&self) -> impl Iterator<Item = f32> + use<'_> {
         (0..self.targets.len())
-            .map(|row| self.max[row] + self.sums[row].ln() as f32 - self.at_targets[row])
+            .map(|row| self.max[row] + self.sums[row].ln() as f32 - self.target_logits[row])
     }
 
     /// e W -> dh, with W (V, `c`).
