@@ -102,7 +102,7 @@ impl Accelerator {
     /// one of "tpu-v2", "tpu-v3", "tpu-v4", "nvidia-h800-sxm".
     ///
     /// ```
-    /// use wattune::energy::Accelerator;
+    /// use wattune::forecast::Accelerator;
     /// assert_eq!(Accelerator::named("nvidia-v100-sxm2").unwrap().peak_flops, 125e12);
     /// assert!(Accelerator::named("tpu-3").unwrap_err().remedy().unwrap().contains("`tpu-v3`"));
     /// ```

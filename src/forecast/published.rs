@@ -137,7 +137,7 @@ impl PublishedRun {
     /// A run by its name, or by the beginning of one where a single run begins so. Case, spaces and hyphens do not matter.
     ///
     /// ```
-    /// use wattune::energy::PublishedRun;
+    /// use wattune::forecast::PublishedRun;
     /// assert_eq!(PublishedRun::find("gpt-3").unwrap().name, "GPT-3 175B");
     /// assert!(PublishedRun::find("Llama-3.3-70B").is_err()); // its card contradicts itself
     /// ```
