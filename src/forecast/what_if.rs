@@ -1,8 +1,7 @@
-//! What each choice a person could make would cost, beside the recipe's own.
+//! What-if table of the plan: the cost of the recipe, and of each alternative rank, target, length, dtype and device.
 //!
-//! Takes a prepared recipe and its forecast, returns rows: joules a step, joules for the same tokens, peak memory, and how many times the
-//! recipe's own. Every row comes from the functions that the forecast itself sums, for a few of its steps: `ModelShape::training`,
-//! `adamw_cost`, `Profile::charge`, `forecast_memory`. Evaluations and saves are left out. Trains nothing, reads no weights.
+//! Each row is counted for a few sampled steps by the functions that the plan sums (`ModelShape::training`, `adamw_cost`,
+//! `Profile::charge`, `forecast_memory`) and scaled to the plan's tokens. Evaluations and saves are left out.
 
 mod row_length;
 
@@ -20,10 +19,20 @@ use crate::recipe::Adapter;
 use crate::units::{Bytes, Joules, Seconds};
 use crate::work::{Precision, Work};
 
-/// Steps that stand for all, evenly spread over the run; of a shorter run each one.
+/// Steps sampled evenly over the run; a shorter run is counted in full.
 const SAMPLED: u64 = 4;
-/// Ranks that people choose.
 const RANKS: [usize; 5] = [4, 8, 16, 32, 64];
+const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
+/// The linear layers of a block.
+const LINEARS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
 /// Devices from a desk to a data centre.
 const DEVICES: [&str; 7] = [
     "raspberry-pi-5",
@@ -35,486 +44,395 @@ const DEVICES: [&str; 7] = [
     "nvidia-h100-sxm5-80gb",
 ];
 
-/// One row: what training would cost under one choice, all else as the recipe has it.
+/// One row: the cost of training with one choice changed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Choice {
-    /// What is chosen: `recipe`, `rank`, `targets`, `layers`, `max_length`, `activation_checkpointing`, `dtype`, `trained` or `device`.
+    /// `recipe`, `rank`, `targets`, `layers`, `max_length`, `activation_checkpointing`, `dtype`, `trained` or `device`.
     pub kind: &'static str,
     /// The choice in words.
     pub choice: String,
-    /// What to give to `--set`; empty where one key does not say it.
+    /// Arguments of `--set`; empty where no key expresses the choice.
     pub set: Vec<String>,
-    /// Whether it is the recipe as it stands.
+    /// Whether this is the recipe unchanged.
     pub own: bool,
-    /// Numbers that are trained.
+    /// Trainable parameter count.
     pub trainable_parameters: usize,
     /// Mean energy of a step on the counted meter.
     pub step_j: Joules,
-    /// Energy of the steps that train on as many tokens as the plan does.
+    /// Energy of training on as many tokens as the plan does.
     pub same_tokens_j: Joules,
     /// FLOPs of the same.
     pub same_tokens_flops: f64,
-    /// Roofline time of the same: at least so long.
+    /// Roofline time of the same, a lower bound.
     pub same_tokens_s: Seconds,
-    /// Memory at the peak.
+    /// Peak memory.
     pub peak_bytes: Bytes,
-    /// `same_tokens_j` over the recipe's own.
+    /// `same_tokens_j` over the recipe's.
     pub ratio: f64,
 }
 
-/// What is chosen, in words and as `--set` takes it.
-struct Label {
-    kind: &'static str,
-    choice: String,
-    set: Vec<String>,
-}
-
-fn label(
-    kind: &'static str,
-    choice: impl Into<String>,
-    set: impl IntoIterator<Item = String>,
-) -> Label {
-    Label {
-        kind,
-        choice: choice.into(),
-        set: set.into_iter().collect(),
-    }
-}
-
-/// What a step's cost depends on beside its batches.
+/// One configuration to count: everything that a row's figures depend on.
 #[derive(Clone)]
-struct Setup {
+struct Variant {
     shape: ModelShape,
     trained: usize,
     recompute: Recompute,
+    /// The sampled steps' micro-batches.
+    steps: Vec<Vec<BatchShape>>,
+    /// Tokens of the largest micro-batch.
+    longest_batch: usize,
+    /// Steps over the plan's tokens.
+    count: f64,
 }
 
-impl Setup {
+impl Variant {
     fn work(&self, step: &[BatchShape]) -> Work {
-        let of = |batch: &BatchShape| {
-            self.shape
-                .training(&batch.segments, batch.loss_tokens, self.recompute)
-        };
-        step.iter().map(of).sum::<Work>() + adamw_cost(self.trained)
+        step.iter()
+            .map(|batch| {
+                self.shape
+                    .training(&batch.segments, batch.loss_tokens, self.recompute)
+            })
+            .sum::<Work>()
+            + adamw_cost(self.trained)
+    }
+
+    fn charge(&self, profile: &Profile) -> Charge {
+        self.steps
+            .iter()
+            .map(|step| profile.charge(&self.work(step)))
+            .sum()
     }
 }
 
-/// Makes rows against the recipe's own.
+/// Collects the rows.
 struct SensitivityTable<'a> {
     subject: &'a Subject<'a>,
-    own: Setup,
-    /// The sampled steps.
-    steps: Vec<Vec<BatchShape>>,
-    /// Their charge as the recipe stands.
-    charge: Charge,
-    /// What the plan counts for all its training steps.
+    recipe: Variant,
+    /// The charge of the recipe's sampled steps.
+    sampled: Charge,
+    /// The charge of all the plan's training steps.
     planned: Charge,
-    /// Steps of the plan.
-    count: u64,
+    rows: Vec<Choice>,
 }
 
-/// The recipe's own row, then one for each choice that is not it. `planned` is the charge of the plan's `count` training steps; of a plan
-/// that holds none, one step stands for it.
+/// The recipe's row, then one for each alternative. `planned` is the charge of the plan's `count` training steps; one step
+/// stands for a plan without steps.
 pub(super) fn what_if(subject: &Subject<'_>, count: u64, planned: &Charge) -> Result<Vec<Choice>> {
-    let steps = sampled(subject, count.max(1));
-    let own = Setup {
+    let steps = count.max(1);
+    let samples = steps.min(SAMPLED);
+    let recipe = Variant {
         shape: subject.shape.clone(),
         trained: subject.trained(),
         recompute: subject.settings.recompute,
+        steps: (0..samples)
+            .map(|sample| subject.sampler.step_shape(sample * steps / samples))
+            .collect(),
+        longest_batch: subject.longest_batch,
+        count: steps as f64,
     };
-    let charge = charged(&own, &steps, subject.profile);
-    let planned = if count == 0 {
-        charge.clone()
-    } else {
-        planned.clone()
-    };
-    let table = SensitivityTable {
+    let sampled = recipe.charge(subject.profile);
+    let planned = if count == 0 { &sampled } else { planned };
+    let mut table = SensitivityTable {
         subject,
-        own,
-        steps,
-        charge,
-        planned,
-        count: count.max(1),
+        planned: planned.clone(),
+        sampled,
+        recipe,
+        rows: Vec::new(),
     };
-    let mut rows = vec![table.row(label("recipe", "this recipe", None), &table.own)];
-    rows[0].own = true;
-    rows.extend(table.ranks()?);
-    rows.extend(table.targets()?);
-    rows.extend(table.upper_half()?);
-    rows.extend(table.lengths());
-    rows.extend(table.checkpointing());
-    rows.extend(table.precisions()?);
-    rows.extend(table.every_weight()?);
-    rows.extend(table.devices()?);
-    Ok(rows)
-}
-
-/// The batches of some steps of a run of `count`.
-fn sampled(subject: &Subject<'_>, count: u64) -> Vec<Vec<BatchShape>> {
-    let some = count.min(SAMPLED);
-    (0..some)
-        .map(|index| subject.sampler.step_shape(index * count / some))
-        .collect()
-}
-
-fn charged(setup: &Setup, steps: &[Vec<BatchShape>], profile: &Profile) -> Charge {
-    steps
-        .iter()
-        .map(|step| profile.charge(&setup.work(step)))
-        .sum()
+    table.add("recipe", "this recipe", Vec::new(), &table.recipe.clone());
+    table.rows[0].own = true;
+    // An adapter that is continued keeps its settings.
+    if let Target::Lora {
+        settings,
+        from: None,
+        ..
+    } = subject.target
+    {
+        table.ranks(settings)?;
+        table.targets(settings)?;
+        table.upper_layers(settings)?;
+    }
+    table.lengths();
+    table.checkpointing();
+    table.precisions()?;
+    table.every_weight()?;
+    table.devices()?;
+    Ok(table.rows)
 }
 
 impl SensitivityTable<'_> {
-    fn row(&self, label: Label, setup: &Setup) -> Choice {
-        let charge = charged(setup, &self.steps, self.subject.profile);
-        self.row_of(
-            label,
-            setup,
-            &charge,
-            self.subject.longest_batch,
-            self.count as f64,
-        )
+    fn add(
+        &mut self,
+        kind: &'static str,
+        choice: impl Into<String>,
+        set: Vec<String>,
+        variant: &Variant,
+    ) {
+        let charge = variant.charge(self.subject.profile);
+        self.add_charged(kind, choice, set, variant, &charge);
     }
 
-    /// A row from the `charge` of the sampled tokens, the `tokens` of its largest micro-batch and its number of `steps`.
-    fn row_of(
-        &self,
-        label: Label,
-        setup: &Setup,
+    fn add_charged(
+        &mut self,
+        kind: &'static str,
+        choice: impl Into<String>,
+        set: Vec<String>,
+        variant: &Variant,
         charge: &Charge,
-        tokens: usize,
-        steps: f64,
-    ) -> Choice {
-        let ratio = charge.energy.joules() / self.charge.energy.joules();
+    ) {
+        let ratio = charge.energy.joules() / self.sampled.energy.joules();
         let same_tokens_j = self.planned.energy.joules() * ratio;
-        let trained = setup.trained;
-        let memory = forecast_memory(&setup.shape, trained as u64, tokens, setup.recompute);
-        Choice {
-            kind: label.kind,
-            choice: label.choice,
-            set: label.set,
+        let flops = charge.flops as f64 / self.sampled.flops as f64;
+        let memory = forecast_memory(
+            &variant.shape,
+            variant.trained as u64,
+            variant.longest_batch,
+            variant.recompute,
+        );
+        self.rows.push(Choice {
+            kind,
+            choice: choice.into(),
+            set,
             own: false,
-            trainable_parameters: trained,
-            step_j: same_tokens_j / steps,
+            trainable_parameters: variant.trained,
+            step_j: same_tokens_j / variant.count,
             same_tokens_j,
-            same_tokens_flops: self.planned.flops as f64
-                * (charge.flops as f64 / self.charge.flops as f64),
-            same_tokens_s: self.planned.time * (charge.time / self.charge.time),
+            same_tokens_flops: self.planned.flops as f64 * flops,
+            same_tokens_s: self.planned.time * (charge.time / self.sampled.time),
             peak_bytes: memory.peak(),
             ratio,
-        }
-    }
-
-    /// The adapter's settings, where a person may still choose them: an adapter that is continued has its own.
-    fn settings(&self) -> Option<&LoraSettings> {
-        match self.subject.target {
-            Target::Lora {
-                settings,
-                from: None,
-                ..
-            } => Some(settings),
-            _ => None,
-        }
-    }
-
-    fn dropout(&self) -> bool {
-        matches!(&self.subject.recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0)
-    }
-
-    fn with_sites(&self, sites: &[Site]) -> Result<Setup> {
-        let shape = ModelShape::with_adapters(
-            self.subject.architecture,
-            sites,
-            self.dropout(),
-            self.own.shape.precision(),
-        )?;
-        Ok(Setup {
-            shape,
-            trained: sites.iter().map(Site::parameters).sum(),
-            ..self.own.clone()
-        })
+        });
     }
 
     fn sites(&self, settings: &LoraSettings) -> Result<Vec<Site>> {
         select(&self.subject.architecture.modules(), "lm_head", settings)
     }
 
-    fn ranks(&self) -> Result<Vec<Choice>> {
-        let Some(settings) = self.settings() else {
-            return Ok(Vec::new());
-        };
-        let other = RANKS
-            .iter()
-            .filter(|r| **r != settings.r || !settings.rank_pattern.is_empty());
-        let row = |r: &usize| {
-            let sites = self.sites(&LoraSettings {
-                r: *r,
-                rank_pattern: Vec::new(),
-                ..settings.clone()
-            })?;
-            // A pattern would go on holding beside the key.
-            let set = settings
-                .rank_pattern
-                .is_empty()
-                .then(|| format!("adapter.r={r}"));
-            Ok(self.row(
-                label("rank", format!("rank {r}"), set),
-                &self.with_sites(&sites)?,
-            ))
-        };
-        other.map(row).collect()
+    fn with_sites(&self, sites: &[Site], precision: Precision) -> Result<Variant> {
+        let dropout =
+            matches!(&self.subject.recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0);
+        let architecture = self.subject.architecture;
+        Ok(Variant {
+            shape: ModelShape::with_adapters(architecture, sites, dropout, precision)?,
+            trained: sites.iter().map(Site::parameters).sum(),
+            ..self.recipe.clone()
+        })
     }
 
-    fn targets(&self) -> Result<Vec<Choice>> {
-        let Some(settings) = self.settings() else {
-            return Ok(Vec::new());
+    fn every_weight_in(&self, precision: Precision) -> Result<Variant> {
+        let architecture = self.subject.architecture;
+        Ok(Variant {
+            shape: ModelShape::fully_trained(architecture, precision)?,
+            trained: architecture.parameters() as usize,
+            ..self.recipe.clone()
+        })
+    }
+
+    /// Adds an adapter with other settings. A `rank_pattern` would override the key, so it is dropped and no `--set` is given.
+    fn add_adapter(
+        &mut self,
+        kind: &'static str,
+        choice: &str,
+        set: String,
+        settings: LoraSettings,
+    ) -> Result<()> {
+        let set = if settings.rank_pattern.is_empty() {
+            vec![set]
+        } else {
+            Vec::new()
         };
-        let names =
-            |names: &[&str]| Targets::Names(names.iter().map(|name| name.to_string()).collect());
-        let attention = ["q_proj", "k_proj", "v_proj", "o_proj"];
-        let all = [
-            (
-                "targets q_proj, v_proj",
-                names(&["q_proj", "v_proj"]),
-                listed(&["q_proj", "v_proj"]),
-            ),
-            (
-                "targets the attention",
-                names(&attention),
-                listed(&attention),
-            ),
-            (
-                "targets all-linear",
-                Targets::AllLinear,
-                "all-linear".to_string(),
-            ),
+        let sites = self.sites(&LoraSettings {
+            rank_pattern: Vec::new(),
+            ..settings
+        })?;
+        let variant = self.with_sites(&sites, self.subject.precision())?;
+        self.add(kind, choice, set, &variant);
+        Ok(())
+    }
+
+    fn ranks(&mut self, settings: &LoraSettings) -> Result<()> {
+        for r in RANKS {
+            if r != settings.r || !settings.rank_pattern.is_empty() {
+                let other = LoraSettings {
+                    r,
+                    ..settings.clone()
+                };
+                self.add_adapter(
+                    "rank",
+                    &format!("rank {r}"),
+                    format!("adapter.r={r}"),
+                    other,
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn targets(&mut self, settings: &LoraSettings) -> Result<()> {
+        let named = |names: &[&str]| {
+            let targets = Targets::Names(names.iter().map(|name| name.to_string()).collect());
+            (targets, toml_list(names))
+        };
+        let all = (Targets::AllLinear, "all-linear".to_string());
+        let choices = [
+            ("targets q_proj, v_proj", named(&["q_proj", "v_proj"])),
+            ("targets the attention", named(&ATTENTION)),
+            ("targets all-linear", all),
         ];
-        let own = self.sites(settings)?;
-        let mut rows = Vec::new();
-        for (choice, targets, value) in all {
-            // A regex and a list of layers cannot stand together, nor "all-linear" and a list of layers.
+        let paths = |sites: Vec<Site>| sites.into_iter().map(|site| site.path);
+        for (choice, (targets, value)) in choices {
+            // PEFT refuses a list of layers with "all-linear".
             if targets == Targets::AllLinear && settings.layers_to_transform.is_some() {
                 continue;
             }
-            let sites = self.sites(&LoraSettings {
+            let other = LoraSettings {
                 targets,
-                rank_pattern: Vec::new(),
                 ..settings.clone()
-            })?;
-            let places = |sites: &[Site]| {
-                sites
-                    .iter()
-                    .map(|site| site.path.clone())
-                    .collect::<Vec<_>>()
             };
-            if places(&sites) != places(&own) {
-                let set = settings
-                    .rank_pattern
-                    .is_empty()
-                    .then(|| format!("adapter.target_modules={value}"));
-                rows.push(self.row(label("targets", choice, set), &self.with_sites(&sites)?));
+            if !paths(self.sites(&other)?).eq(paths(self.sites(settings)?)) {
+                self.add_adapter(
+                    "targets",
+                    choice,
+                    format!("adapter.target_modules={value}"),
+                    other,
+                )?;
             }
         }
-        Ok(rows)
+        Ok(())
     }
 
-    /// Adapters on the upper half of the layers alone: the backward pass ends there.
-    fn upper_half(&self) -> Result<Vec<Choice>> {
-        let (Some(settings), layers) =
-            (self.settings(), self.subject.architecture.num_hidden_layers)
-        else {
-            return Ok(Vec::new());
-        };
+    /// Adapters on the upper half of the layers: the backward pass ends there.
+    fn upper_layers(&mut self, settings: &LoraSettings) -> Result<()> {
+        let layers = self.subject.architecture.num_hidden_layers;
         if settings.layers_to_transform.is_some() || layers < 2 {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let upper: Vec<usize> = (layers / 2..layers).collect();
-        let in_upper = |site: &Site| {
-            let index = site
-                .path
-                .strip_prefix("model.layers.")
-                .and_then(|rest| rest.split('.').next()?.parse().ok());
-            index.is_some_and(|index: usize| upper.contains(&index))
+        let layer_of = |site: &Site| -> Option<usize> {
+            let rest = site.path.strip_prefix("model.layers.")?;
+            rest.split('.').next()?.parse().ok()
         };
-        let sites: Vec<Site> = self.sites(settings)?.into_iter().filter(in_upper).collect();
+        let mut sites = self.sites(settings)?;
+        sites.retain(|site| layer_of(site).is_some_and(|layer| upper.contains(&layer)));
         if sites.is_empty() {
-            return Ok(Vec::new());
+            return Ok(());
         }
-        let numbers = format!("adapter.layers_to_transform={upper:?}");
+        let layers_key = format!("adapter.layers_to_transform={upper:?}");
         let set = match &settings.targets {
-            Targets::Names(_) => vec![numbers],
+            Targets::Names(_) => vec![layers_key],
             // PEFT wants names beside a list of layers.
-            Targets::AllLinear => vec![
-                format!("adapter.target_modules={}", listed(&LINEARS)),
-                numbers,
-            ],
+            Targets::AllLinear => {
+                let names = format!("adapter.target_modules={}", toml_list(&LINEARS));
+                vec![names, layers_key]
+            }
             Targets::Regex(_) => Vec::new(),
         };
         let choice = format!("layers {} to {} of {layers}", upper[0], layers - 1);
-        Ok(vec![self.row(
-            label("layers", choice, set),
-            &self.with_sites(&sites)?,
-        )])
+        let variant = self.with_sites(&sites, self.subject.precision())?;
+        self.add("layers", choice, set, &variant);
+        Ok(())
     }
 
-    /// Half and twice the length, where that changes anything.
-    fn lengths(&self) -> Vec<Choice> {
-        let (data, rows) = (
-            &self.subject.recipe.data,
-            self.subject.recipe.train.micro_batch_size,
-        );
+    /// Half and twice the length, unless no row changes.
+    fn lengths(&mut self) {
+        let recipe = self.subject.recipe;
+        let length = recipe.data.max_length;
+        let rows = recipe.data.packing.then_some(recipe.train.micro_batch_size);
         let most = self.subject.architecture.max_position_embeddings;
-        let lengths = [data.max_length / 2, data.max_length * 2]
-            .into_iter()
-            .filter(|length| (2..=most).contains(length));
-        let row = |length: usize| {
-            let again = regrouped(
-                &self.steps,
-                data.max_length,
-                length,
-                data.packing.then_some(rows),
-            )?;
-            let accumulated = self.steps.first().map_or(1, Vec::len).max(1);
-            let steps: Vec<Vec<BatchShape>> = again
-                .chunks(accumulated)
-                .map(<[BatchShape]>::to_vec)
-                .collect();
-            let charge = charged(&self.own, &steps, self.subject.profile);
-            // Windows of one record stay in its micro-batch where rows are not packed.
-            let longest = self.subject.longest_batch;
-            let tokens = if data.packing {
-                longest * length / data.max_length
-            } else {
-                longest
+        for other in [length / 2, length * 2] {
+            if !(2..=most).contains(&other) {
+                continue;
+            }
+            let Some(batches) = regrouped(&self.recipe.steps, length, other, rows) else {
+                continue;
             };
-            let count = self.count as f64 * steps.len() as f64 / self.steps.len() as f64;
-            let label = label(
+            let accumulated = self.recipe.steps.first().map_or(1, Vec::len).max(1);
+            let steps: Vec<_> = batches.chunks(accumulated).map(<[_]>::to_vec).collect();
+            let variant = Variant {
+                // The windows of one record stay in its micro-batch if rows are not packed.
+                longest_batch: if recipe.data.packing {
+                    self.recipe.longest_batch * other / length
+                } else {
+                    self.recipe.longest_batch
+                },
+                count: self.recipe.count * steps.len() as f64 / self.recipe.steps.len() as f64,
+                steps,
+                ..self.recipe.clone()
+            };
+            self.add(
                 "max_length",
-                format!("max_length {length}"),
-                [format!("data.max_length={length}")],
+                format!("max_length {other}"),
+                vec![format!("data.max_length={other}")],
+                &variant,
             );
-            Some(self.row_of(label, &self.own, &charge, tokens, count))
-        };
-        lengths.filter_map(row).collect()
+        }
     }
 
-    /// Every block's activations kept, and every block's computed again.
-    fn checkpointing(&self) -> Vec<Choice> {
-        let walked = self.own.shape.backward_blocks();
-        let all = [
+    fn checkpointing(&mut self) {
+        let blocks = self.recipe.shape.backward_blocks();
+        let own = self.recipe.recompute.count(blocks);
+        let choices = [
             (Recompute::NONE, "activations kept", "never"),
             (Recompute::ALL, "activations computed again", "always"),
         ];
-        let others = all
-            .into_iter()
-            .filter(|(recompute, ..)| recompute.count(walked) != self.own.recompute.count(walked));
-        let row = |(recompute, choice, word): (Recompute, &str, &str)| {
-            let set = [format!("train.activation_checkpointing={word}")];
-            self.row(
-                label("activation_checkpointing", choice, set),
-                &Setup {
+        for (recompute, choice, value) in choices {
+            if recompute.count(blocks) != own {
+                let variant = Variant {
                     recompute,
-                    ..self.own.clone()
-                },
-            )
-        };
-        others.map(row).collect()
-    }
-
-    fn precisions(&self) -> Result<Vec<Choice>> {
-        let others = [Precision::F32, Precision::Bf16]
-            .into_iter()
-            .filter(|precision| *precision != self.own.shape.precision());
-        let row = |precision: Precision| {
-            let word = precision.as_str();
-            let architecture = self.subject.architecture;
-            let shape = match self.subject.target {
-                Target::Lora { sites, .. } => {
-                    ModelShape::with_adapters(architecture, sites, self.dropout(), precision)?
-                }
-                Target::All => ModelShape::fully_trained(architecture, precision)?,
-            };
-            let setup = Setup {
-                shape,
-                ..self.own.clone()
-            };
-            Ok(self.row(
-                label(
-                    "dtype",
-                    format!("dtype {word}"),
-                    [format!("model.dtype={word}")],
-                ),
-                &setup,
-            ))
-        };
-        others.map(row).collect()
-    }
-
-    /// No adapter: what PEFT calls full fine-tuning. A recipe that writes keys of LoRA refuses the one key that would say it.
-    fn every_weight(&self) -> Result<Vec<Choice>> {
-        if self.subject.target.is_whole_model() {
-            return Ok(Vec::new());
+                    ..self.recipe.clone()
+                };
+                let set = vec![format!("train.activation_checkpointing={value}")];
+                self.add("activation_checkpointing", choice, set, &variant);
+            }
         }
-        let architecture = self.subject.architecture;
-        let shape = ModelShape::fully_trained(architecture, self.own.shape.precision())?;
-        let setup = Setup {
-            shape,
-            trained: architecture.parameters() as usize,
-            ..self.own.clone()
-        };
-        Ok(vec![self.row(
-            label("trained", "every weight trained", None),
-            &setup,
-        )])
+    }
+
+    fn precisions(&mut self) -> Result<()> {
+        for precision in [Precision::F32, Precision::Bf16] {
+            if precision == self.subject.precision() {
+                continue;
+            }
+            let variant = match self.subject.target {
+                Target::Lora { sites, .. } => self.with_sites(sites, precision)?,
+                Target::All => self.every_weight_in(precision)?,
+            };
+            let dtype = precision.as_str();
+            self.add(
+                "dtype",
+                format!("dtype {dtype}"),
+                vec![format!("model.dtype={dtype}")],
+                &variant,
+            );
+        }
+        Ok(())
+    }
+
+    /// Full fine-tuning. A recipe with LoRA keys refuses the one key that would say it, so no `--set` is given.
+    fn every_weight(&mut self) -> Result<()> {
+        if !self.subject.target.is_whole_model() {
+            let variant = self.every_weight_in(self.subject.precision())?;
+            self.add("trained", "every weight trained", Vec::new(), &variant);
+        }
+        Ok(())
     }
 
     /// The same work on other devices, in the same precision.
-    fn devices(&self) -> Result<Vec<Choice>> {
-        let own = self
-            .subject
-            .profile
-            .name
-            .split('@')
-            .next()
-            .unwrap_or_default();
-        let works: Vec<Work> = self.steps.iter().map(|step| self.own.work(step)).collect();
-        let row = |name: &str| {
-            let profile = Profile::named(name)?;
-            let charge: Charge = works.iter().map(|work| profile.charge(work)).sum();
-            let label = label(
-                "device",
-                format!("device {name}"),
-                [format!("energy.device={name}")],
-            );
-            Ok(self.row_of(
-                label,
-                &self.own,
-                &charge,
-                self.subject.longest_batch,
-                self.count as f64,
-            ))
-        };
-        DEVICES
-            .into_iter()
-            .filter(|name| *name != own)
-            .map(row)
-            .collect()
+    fn devices(&mut self) -> Result<()> {
+        let own = self.subject.profile.name.split('@').next();
+        let recipe = self.recipe.clone();
+        for name in DEVICES {
+            if Some(name) != own {
+                let charge = recipe.charge(&Profile::named(name)?);
+                let set = vec![format!("energy.device={name}")];
+                self.add_charged("device", format!("device {name}"), set, &recipe, &charge);
+            }
+        }
+        Ok(())
     }
 }
 
-/// The linear layers of a block, as a recipe names them.
-const LINEARS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-
 /// `["a","b"]`, as `--set` takes a list.
-fn listed(names: &[&str]) -> String {
+fn toml_list(names: &[&str]) -> String {
     let quoted: Vec<String> = names.iter().map(|name| format!("\"{name}\"")).collect();
     format!("[{}]", quoted.join(","))
 }

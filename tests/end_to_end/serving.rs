@@ -163,8 +163,8 @@ fn without_a_larger_model_examples_in_the_prompt_stand_in() {
     says(
         &said,
         &[
-            "no `larger_model` is given",
-            "as well as the fine-tuned model is taken for granted",
+            "no `larger_model` in [report]",
+            "assumes equal answer quality",
         ],
     );
     // 512 positions: 480 + 32 hold no example, and 513 not even the request.

@@ -1,12 +1,10 @@
-//! The same tokens in rows of another length.
-//!
-//! Takes the batches of some steps, returns those that a recipe with another `max_length` would have: longer records cut into windows,
-//! records that were cut at the old length put together in pairs. An estimate in one thing: rows are filled in order, not by best fit.
+//! Batches of the same tokens under another `max_length`: longer records are split into windows, records cut at the old length
+//! are joined in pairs. An estimate in one respect: rows are filled in order, not by best fit.
 
 use crate::data::BatchShape;
 
-/// The batches of `steps` with `length` in place of `old` tokens to a row, packed rows of which `rows` make a micro-batch; where rows are
-/// single records (`rows` is `None`) a micro-batch keeps its records. `None` where nothing would change.
+/// The batches of `steps` with rows of `length` tokens instead of `old`. Packed rows are regrouped, `rows` to a micro-batch;
+/// unpacked ones (`rows` is `None`) stay in their micro-batch. `None` if nothing changes.
 pub(super) fn regrouped(
     steps: &[Vec<BatchShape>],
     old: usize,
@@ -26,39 +24,25 @@ pub(super) fn regrouped(
             loss_tokens: (share * tokens as f64).round() as usize,
         }
     };
-    match rows {
-        Some(rows) => Some(
-            filled(&cut.concat(), rows * length)
-                .into_iter()
-                .map(shape)
-                .collect(),
-        ),
-        None if cut
-            .iter()
-            .zip(batches())
-            .all(|(segments, batch)| *segments == batch.segments) =>
-        {
-            None
-        }
-        None => Some(cut.into_iter().map(shape).collect()),
-    }
+    let regrouped = match rows {
+        Some(rows) => filled(&cut.concat(), rows * length),
+        None if cut.iter().eq(batches().map(|batch| &batch.segments)) => return None,
+        None => cut,
+    };
+    Some(regrouped.into_iter().map(shape).collect())
 }
 
 /// Segments of at most `length` tokens; where `length` is more than `old`, those cut at `old` are joined two by two.
 fn cut(segments: &[usize], old: usize, length: usize) -> Vec<usize> {
     if length < old {
-        let windows = |segment: usize| {
-            (0..segment)
-                .step_by(length)
-                .map(move |start| length.min(segment - start))
+        let windows = |&segment: &usize| {
+            let starts = (0..segment).step_by(length);
+            starts.map(move |start| length.min(segment - start))
         };
-        return segments
-            .iter()
-            .flat_map(|segment| windows(*segment))
-            .collect();
+        return segments.iter().flat_map(windows).collect();
     }
-    let whole = segments.iter().filter(|segment| **segment == old).count();
-    let joined = std::iter::repeat_n(2 * old, whole / 2).chain(std::iter::repeat_n(old, whole % 2));
+    let full = segments.iter().filter(|segment| **segment == old).count();
+    let joined = std::iter::repeat_n(2 * old, full / 2).chain(std::iter::repeat_n(old, full % 2));
     segments
         .iter()
         .copied()
@@ -69,7 +53,8 @@ fn cut(segments: &[usize], old: usize, length: usize) -> Vec<usize> {
 
 /// `segments` in micro-batches of at most `tokens` tokens, in order.
 fn filled(segments: &[usize], tokens: usize) -> Vec<Vec<usize>> {
-    let (mut batches, mut used) = (vec![Vec::new()], 0);
+    let mut batches = vec![Vec::new()];
+    let mut used = 0;
     for segment in segments {
         if used + segment > tokens && used > 0 {
             batches.push(Vec::new());
