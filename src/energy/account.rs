@@ -285,7 +285,7 @@ impl Account {
         } = reading.charge;
         let energy_j = reading.energies();
         let (parts, bytes, gap) = (
-            Some(reading.charge.parts()),
+            Some(reading.charge.breakdown),
             bytes.clone(),
             self.filled(phase, &reading),
         );

@@ -1,17 +1,18 @@
-//! Baselines: what other ways to the same model would have cost.
+//! Baselines: the energy of other ways to train the same model.
 //!
-//! Owns the 6ND formula, the table of published token counts, and the form of a comparison. Takes parameters, tokens and a
-//! profile, returns a labelled `Baseline` that names its source and every assumption. Knows nothing of the run it is held against
-//! but its joules.
+//! Holds the 6ND formula, the table of published token counts (`pretraining_tokens.csv`) and the
+//! comparison itself. Takes parameters, tokens and a profile, returns a labelled [`Baseline`] with its
+//! source and every assumption.
+
+use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
 use super::budget::Rates;
 use super::carbon::carbon;
-use super::entry::Parts;
-use super::interval::MODEL_FACTOR;
+use super::charge::EnergyBreakdown;
+use super::interval::{MODEL_FACTOR, ratio_bounds};
 use super::profile::Profile;
-use super::ratio;
 use crate::units::{Bytes, Flops, GramsCo2e, Joules, significant};
 use crate::work::{Precision, Work};
 
@@ -19,21 +20,21 @@ use crate::work::{Precision, Work};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BaselineKind {
-    /// The same data, every weight trained.
+    /// Training every weight on the same data.
     FullFineTuning,
-    /// The same architecture with random weights, on the same data.
+    /// Training the same architecture from random weights on the same data.
     FromScratchSameTask,
-    /// Training the base model, from nothing, on all its tokens.
+    /// Training the base model from random weights on all its tokens.
     Pretraining,
 }
 
-/// How a figure was come by.
+/// Method by which a figure was obtained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Label {
-    /// Run, and metered.
+    /// Run and metered.
     Measured,
-    /// Counted from the work it would be.
+    /// Counted from its work.
     Counted,
     /// From a published number.
     Published,
@@ -44,35 +45,35 @@ pub enum Label {
 /// One comparison.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Baseline {
-    /// With what.
+    /// Kind of training.
     pub kind: BaselineKind,
-    /// How sure.
+    /// Method of its figures.
     pub label: Label,
-    /// Its FLOPs.
+    /// FLOPs of matrix products and attention.
     pub flops: Flops,
-    /// Its energy on the same device as the run's, without the facility's overhead.
+    /// Energy on the run's device, without the facility's overhead.
     #[serde(rename = "energy_j")]
     pub energy: Joules,
-    /// Its greenhouse gas at the same rates as the run's.
+    /// Emissions at the run's rates.
     pub gco2e: GramsCo2e,
-    /// What that energy is made of, where it was counted.
+    /// Composition of a counted energy.
     #[serde(skip)]
-    pub parts: Option<Parts>,
-    /// What its counted energy was multiplied with to stand beside a run on another meter.
+    pub breakdown: Option<EnergyBreakdown>,
+    /// Factor that converted its counted energy to the run's meter.
     pub metered_over_counted: Option<f64>,
-    /// Its energy over the run's; `None` until held against one.
+    /// Its energy over the run's; `None` before `compared_to`.
     pub ratio: Option<f64>,
-    /// The least and the most that ratio may be.
+    /// Lower and upper bound of `ratio`.
     pub ratio_bounds: Option<[f64; 2]>,
-    /// Where its size comes from.
+    /// Source of its size.
     pub source: String,
-    /// Everything taken for granted.
+    /// Everything assumed.
     pub assumptions: Vec<String>,
 }
 
 impl Baseline {
-    /// A baseline whose work was counted, or whose energy was measured.
-    pub fn known(
+    /// A baseline of counted work or measured energy.
+    pub fn new(
         kind: BaselineKind,
         label: Label,
         flops: Flops,
@@ -80,68 +81,67 @@ impl Baseline {
         rates: &Rates,
         source: &str,
     ) -> Baseline {
-        let gco2e = carbon(energy, rates.pue, rates.grid);
-        let source = source.to_string();
-        let (parts, metered_over_counted, ratio, ratio_bounds, assumptions) =
-            (None, None, None, None, Vec::new());
         Baseline {
             kind,
             label,
             flops,
             energy,
-            gco2e,
-            parts,
-            metered_over_counted,
-            ratio,
-            ratio_bounds,
-            source,
-            assumptions,
+            gco2e: carbon(energy, rates.pue, rates.grid),
+            breakdown: None,
+            metered_over_counted: None,
+            ratio: None,
+            ratio_bounds: None,
+            source: source.to_string(),
+            assumptions: Vec::new(),
         }
     }
 
-    /// The same as the meter of a run would show it that showed `factor` times the run's counted energy. Held against the run without it, a
-    /// baseline would be as much too cheap or too dear as the profile is wrong.
-    pub fn metered(mut self, factor: f64) -> Baseline {
-        (self.energy, self.gco2e) = (self.energy * factor, self.gco2e * factor);
+    /// Converts the counted energy to the meter of a run that showed `factor` times its own counted
+    /// energy. Without it the ratio to a metered run would include the error of the profile.
+    pub fn on_meter(mut self, factor: f64) -> Baseline {
+        self.energy = self.energy * factor;
+        self.gco2e = self.gco2e * factor;
         self.metered_over_counted = Some(factor);
-        let said =
-            "its counted energy times {}, what this run's meter showed over what was counted of it";
-        self.assumptions
-            .push(said.replace("{}", &significant(factor)));
+        self.assumptions.push(format!(
+            "counted energy times {}, the run's metered over counted energy",
+            significant(factor)
+        ));
         self
     }
 
-    /// The same, held against a run of `energy`; no ratio to a run that spent nothing. With the `parts` of what was counted of the run the
-    /// error of the coefficients is shared (see [`ratio`]); a run without them is taken as exact, and the baseline is not.
-    pub fn against(mut self, energy: Joules, parts: Option<&Parts>) -> Baseline {
+    /// Sets the ratio to a run of `energy`; none to a run of zero energy. With the `breakdown` of the
+    /// run's counted energy the errors they share cancel (see [`ratio_bounds`]); a run without one is
+    /// taken as exact.
+    pub fn compared_to(mut self, energy: Joules, breakdown: Option<&EnergyBreakdown>) -> Baseline {
         if energy.0 > 0.0 {
-            let central = self.energy / energy;
-            self.ratio = Some(central);
-            self.ratio_bounds = match (parts, &self.parts) {
+            let ratio = self.energy / energy;
+            self.ratio = Some(ratio);
+            self.ratio_bounds = match (breakdown, &self.breakdown) {
                 (_, None) => None,
-                (Some(own), Some(other)) => {
-                    ratio::bounds(own, other).map(|bounds| bounds.map(|bound| bound * central))
+                (Some(run), Some(own)) => {
+                    ratio_bounds(run, own).map(|bounds| bounds.map(|bound| bound * ratio))
                 }
-                (None, Some(_)) => Some([central / MODEL_FACTOR, central * MODEL_FACTOR]),
+                (None, Some(_)) => Some([ratio / MODEL_FACTOR, ratio * MODEL_FACTOR]),
             };
         }
         self
     }
 }
 
-/// The shape that attention's own FLOPs need.
+/// The dimensions that the FLOPs of attention depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Decoder layers.
     pub layers: u64,
-    /// Query heads times their dimension.
+    /// Query heads times head dimension.
     pub attention_size: u64,
-    /// Tokens in one training sequence.
+    /// Tokens in a training sequence.
     pub sequence: u64,
 }
 
-/// FLOPs of training `params` weights on `tokens` tokens: 6ND (Kaplan et al. 2020, section 2.1: 2N forward, 4N backward), and with
-/// a shape attention's 12 L H Q T for each token, the full square (Chowdhery et al. 2022, appendix B).
+/// FLOPs of training `params` weights on `tokens` tokens: 6ND (Kaplan et al. 2020, section 2.1: 2N
+/// forward, 4N backward), and with a shape attention's 12 L H Q T for each token, the full square
+/// (Chowdhery et al. 2022, appendix B).
 ///
 /// ```
 /// use wattune::energy::baseline::training_flops;
@@ -154,248 +154,49 @@ pub fn training_flops(params: f64, tokens: f64, shape: Option<Shape>) -> Flops {
     Flops((6.0 * params + attention) * tokens)
 }
 
-/// The energy of `flops` in large products on `profile`, and what it is made of: what the 4096-cube product costs, scaled.
-fn energy_of(profile: &Profile, flops: Flops, precision: Precision) -> (Joules, Parts) {
+/// The energy of `flops` in large products on `profile`: that of a 4096-cube product, scaled.
+fn energy_of(profile: &Profile, flops: Flops, precision: Precision) -> (Joules, EnergyBreakdown) {
     let product = profile.charge(&Work::product(4096, 4096, 4096, precision));
-    let times = flops.0 / product.flops as f64;
-    let parts = Parts {
-        arithmetic_j: product.arithmetic * times,
-        movement_j: product.movement * times,
-        idle_j: product.idle * times,
-        unreused_bytes: Bytes((product.unreused.0 as f64 * times) as u64),
+    let count = flops.0 / product.flops as f64;
+    let one = product.breakdown;
+    let breakdown = EnergyBreakdown {
+        arithmetic_j: one.arithmetic_j * count,
+        movement_j: one.movement_j * count,
+        idle_j: one.idle_j * count,
+        unreused_bytes: Bytes((one.unreused_bytes.0 as f64 * count) as u64),
     };
-    (product.energy.joules() * times, parts)
+    (product.energy.joules() * count, breakdown)
 }
 
-/// How many tokens a family of models saw.
-struct Tokens {
-    /// Start of the hub id, in lower case; the longest that fits holds.
-    prefix: &'static str,
+/// Training tokens of a family of models.
+#[derive(Debug, Deserialize)]
+struct PublishedTokens {
+    /// Prefix of the hub id, in lower case.
+    prefix: String,
     tokens: f64,
-    source: &'static str,
+    source: String,
     /// Read in the source itself, not recalled.
     verified: bool,
 }
 
-const fn row(prefix: &'static str, tokens: f64, source: &'static str, verified: bool) -> Tokens {
-    Tokens {
-        prefix,
-        tokens,
-        source,
-        verified,
-    }
+static PUBLISHED: LazyLock<Vec<PublishedTokens>> = LazyLock::new(|| {
+    csv::Reader::from_reader(include_str!("pretraining_tokens.csv").as_bytes())
+        .deserialize()
+        .map(|row| row.expect("the shipped table is valid: a test reads it"))
+        .collect()
+});
+
+/// The row with the longest prefix of `model_id`.
+fn published_tokens(model_id: &str) -> Option<&'static PublishedTokens> {
+    let id = model_id.to_lowercase();
+    PUBLISHED
+        .iter()
+        .filter(|row| id.starts_with(&row.prefix))
+        .max_by_key(|row| row.prefix.len())
 }
 
-const PUBLISHED: [Tokens; 40] = [
-    row(
-        "huggingfacetb/smollm2-135m",
-        2e12,
-        "SmolLM2 model card",
-        true,
-    ),
-    row(
-        "huggingfacetb/smollm2-360m",
-        4e12,
-        "SmolLM2 model card",
-        true,
-    ),
-    row(
-        "huggingfacetb/smollm2-1.7b",
-        11e12,
-        "SmolLM2 (arXiv:2502.02737)",
-        true,
-    ),
-    row(
-        "huggingfacetb/smollm-135m",
-        600e9,
-        "SmolLM model card",
-        false,
-    ),
-    row(
-        "huggingfacetb/smollm-360m",
-        600e9,
-        "SmolLM model card",
-        false,
-    ),
-    row(
-        "huggingfacetb/smollm-1.7b",
-        1e12,
-        "SmolLM model card",
-        false,
-    ),
-    row(
-        "huggingfacetb/smollm3-3b",
-        11.2e12,
-        "SmolLM3 model card",
-        true,
-    ),
-    row(
-        "tinyllama/tinyllama-1.1b-chat-v1.0",
-        3e12,
-        "TinyLlama README (arXiv:2401.02385)",
-        true,
-    ),
-    row(
-        "tinyllama/tinyllama-1.1b-intermediate-step-1431k-3t",
-        3e12,
-        "TinyLlama README (arXiv:2401.02385)",
-        true,
-    ),
-    row(
-        "meta-llama/llama-2",
-        2e12,
-        "Llama 2 model card (arXiv:2307.09288)",
-        true,
-    ),
-    row(
-        "meta-llama/meta-llama-3-",
-        15e12,
-        "Llama 3 model card",
-        true,
-    ),
-    row(
-        "meta-llama/llama-3.1",
-        15e12,
-        "Llama 3.1 model card (\"15T+\")",
-        true,
-    ),
-    row(
-        "meta-llama/meta-llama-3.1",
-        15e12,
-        "Llama 3.1 model card (\"15T+\")",
-        true,
-    ),
-    row(
-        "meta-llama/llama-3.2",
-        9e12,
-        "Llama 3.2 model card (\"up to 9T\", pruned and distilled)",
-        true,
-    ),
-    row(
-        "meta-llama/llama-3.3",
-        15e12,
-        "Llama 3.3 model card (\"15T+\")",
-        true,
-    ),
-    row(
-        "huggyllama/llama-7b",
-        1e12,
-        "LLaMA (arXiv:2302.13971)",
-        true,
-    ),
-    row(
-        "huggyllama/llama-13b",
-        1e12,
-        "LLaMA (arXiv:2302.13971)",
-        true,
-    ),
-    row(
-        "huggyllama/llama-30b",
-        1.4e12,
-        "LLaMA (arXiv:2302.13971)",
-        true,
-    ),
-    row(
-        "huggyllama/llama-65b",
-        1.4e12,
-        "LLaMA (arXiv:2302.13971)",
-        true,
-    ),
-    row(
-        "qwen/qwen2.5",
-        18e12,
-        "Qwen2.5 report (arXiv:2412.15115)",
-        true,
-    ),
-    row(
-        "qwen/qwen2-0.5b",
-        12e12,
-        "Qwen2 report (arXiv:2407.10671)",
-        false,
-    ),
-    row(
-        "qwen/qwen2-",
-        7e12,
-        "Qwen2 report (arXiv:2407.10671)",
-        false,
-    ),
-    row(
-        "qwen/qwen3-",
-        36e12,
-        "Qwen3 report (arXiv:2505.09388)",
-        false,
-    ),
-    row(
-        "eleutherai/pythia",
-        299_892_736_000.0,
-        "Pythia README (arXiv:2304.01373)",
-        true,
-    ),
-    row("eleutherai/gpt-j-6b", 402e9, "GPT-J model card", false),
-    row(
-        "eleutherai/gpt-neo-125m",
-        300e9,
-        "GPT-Neo model card",
-        false,
-    ),
-    row(
-        "eleutherai/gpt-neo-1.3b",
-        380e9,
-        "GPT-Neo model card",
-        false,
-    ),
-    row(
-        "eleutherai/gpt-neo-2.7b",
-        420e9,
-        "GPT-Neo model card",
-        false,
-    ),
-    row(
-        "allenai/olmo-2-1124-7b",
-        4.05e12,
-        "OLMo 2 (6ND of its published FLOPs)",
-        true,
-    ),
-    row(
-        "allenai/olmo-2-1124-13b",
-        5.6e12,
-        "OLMo 2 (6ND of its published FLOPs)",
-        true,
-    ),
-    row("mosaicml/mpt-7b", 1e12, "MPT-7B announcement", true),
-    row("google/gemma-2b", 3e12, "Gemma (arXiv:2403.08295)", true),
-    row("google/gemma-7b", 6e12, "Gemma (arXiv:2403.08295)", true),
-    row(
-        "google/gemma-2-2b",
-        2e12,
-        "Gemma 2 (arXiv:2408.00118)",
-        false,
-    ),
-    row(
-        "google/gemma-2-9b",
-        8e12,
-        "Gemma 2 (arXiv:2408.00118)",
-        false,
-    ),
-    row(
-        "google/gemma-2-27b",
-        13e12,
-        "Gemma 2 (arXiv:2408.00118)",
-        false,
-    ),
-    row(
-        "bigscience/bloom",
-        366e9,
-        "BLOOM 176B (arXiv:2211.05100), taken for the whole family",
-        false,
-    ),
-    row("facebook/opt-", 180e9, "OPT (arXiv:2205.01068)", false),
-    row("tiiuae/falcon-7b", 1.5e12, "Falcon-7B model card", false),
-    row("microsoft/phi-2", 1.4e12, "Phi-2 model card", false),
-];
-
 /// "2 trillion tokens".
-pub(crate) fn worded(tokens: f64) -> String {
+pub(crate) fn describe_tokens(tokens: f64) -> String {
     const WORDS: [(f64, &str); 3] = [(1e12, " trillion"), (1e9, " billion"), (1e6, " million")];
     let (unit, word) = WORDS
         .into_iter()
@@ -404,8 +205,47 @@ pub(crate) fn worded(tokens: f64) -> String {
     format!("{}{word} tokens", significant(tokens / unit))
 }
 
-/// Training the base model from nothing: 6ND for the published token count of `model_id`, else for the `tokens` given, else for
-/// 20 tokens a parameter (Hoffmann et al. 2022), which is said. `shape` adds attention.
+/// A token count with its label, source and caveat.
+struct TokenCount {
+    tokens: f64,
+    label: Label,
+    source: String,
+    caveat: Option<&'static str>,
+}
+
+/// The published token count of `model_id`, else the given one, else 20 tokens a parameter (Hoffmann et
+/// al. 2022).
+fn token_count(model_id: &str, params: f64, given: Option<f64>) -> TokenCount {
+    if let Some(row) = published_tokens(model_id) {
+        return TokenCount {
+            tokens: row.tokens,
+            label: Label::Published,
+            source: format!("{}: {}", describe_tokens(row.tokens), row.source),
+            caveat: (!row.verified)
+                .then_some("the published token count was not read again for this table"),
+        };
+    }
+    if let Some(tokens) = given {
+        return TokenCount {
+            tokens,
+            label: Label::Counted,
+            source: format!("{}, as given", describe_tokens(tokens)),
+            caveat: None,
+        };
+    }
+    let tokens = 20.0 * params;
+    TokenCount {
+        tokens,
+        label: Label::Assumed,
+        source: format!("{}, assumed", describe_tokens(tokens)),
+        caveat: Some(
+            "no token count is known for this model: 20 for each parameter are assumed (Hoffmann et al. 2022)",
+        ),
+    }
+}
+
+/// Training the base model from random weights: 6ND for the published token count of `model_id`, else
+/// for the given `tokens`, else for an assumed count. `shape` adds attention.
 pub fn pretraining(
     model_id: &str,
     params: f64,
@@ -414,70 +254,42 @@ pub fn pretraining(
     profile: &Profile,
     rates: &Rates,
 ) -> Baseline {
-    let id = model_id.to_lowercase();
-    let fits = PUBLISHED
-        .iter()
-        .filter(|known| id.starts_with(known.prefix));
-    let (label, tokens, source, caveat) = match (
-        fits.max_by_key(|known| known.prefix.len()),
+    let TokenCount {
         tokens,
-    ) {
-        (Some(known), _) => {
-            let caveat = (!known.verified)
-                .then_some("the published token count was not read again for this table");
-            (
-                Label::Published,
-                known.tokens,
-                format!("{}: {}", worded(known.tokens), known.source),
-                caveat,
-            )
-        }
-        (None, Some(tokens)) => (
-            Label::Counted,
-            tokens,
-            format!("{}, as given", worded(tokens)),
-            None,
-        ),
-        (None, None) => {
-            let caveat = "no token count is known for this model: 20 for each parameter are assumed (Hoffmann et al. 2022)";
-            (
-                Label::Assumed,
-                20.0 * params,
-                format!("{}, assumed", worded(20.0 * params)),
-                Some(caveat),
-            )
-        }
-    };
+        label,
+        source,
+        caveat,
+    } = token_count(model_id, params, tokens);
     let flops = training_flops(params, tokens, shape);
     let precision = if profile.peak_flops.contains_key(&Precision::Bf16) {
         Precision::Bf16
     } else {
         Precision::F32
     };
-    let (energy, parts) = energy_of(profile, flops, precision);
-    let mut baseline = Baseline::known(
-        BaselineKind::Pretraining,
-        label,
-        flops,
-        energy,
-        rates,
-        &source,
-    );
-    baseline.parts = Some(parts);
-    let attention = if shape.is_some() {
+    let (energy, breakdown) = energy_of(profile, flops, precision);
+    let formula = if shape.is_some() {
         "6ND plus attention over full sequences"
     } else {
         "6ND, attention left out"
     };
-    baseline.assumptions = vec![
-        attention.to_string(),
-        format!(
-            "on {} at its achievable rate, failed and trial runs left out",
-            profile.name
-        ),
-    ];
-    baseline.assumptions.extend(caveat.map(str::to_string));
-    baseline
+    let device = format!(
+        "on {} at its achievable rate, failed and trial runs left out",
+        profile.name
+    );
+    let mut assumptions = vec![formula.to_string(), device];
+    assumptions.extend(caveat.map(str::to_string));
+    Baseline {
+        breakdown: Some(breakdown),
+        assumptions,
+        ..Baseline::new(
+            BaselineKind::Pretraining,
+            label,
+            flops,
+            energy,
+            rates,
+            &source,
+        )
+    }
 }
 
 #[cfg(test)]
@@ -493,47 +305,55 @@ mod tests {
         }
     }
 
-    fn of(model: &str, tokens: Option<f64>) -> Baseline {
-        pretraining(
-            model,
-            135e6,
-            tokens,
-            None,
-            &Profile::named("nvidia-a100-sxm4-80gb").unwrap(),
-            &rates(),
-        )
+    fn a100() -> Profile {
+        Profile::named("nvidia-a100-sxm4-80gb").unwrap()
+    }
+
+    fn baseline(model: &str, tokens: Option<f64>) -> Baseline {
+        pretraining(model, 135e6, tokens, None, &a100(), &rates())
     }
 
     #[test]
-    fn a_token_count_is_published_or_given_or_assumed_and_says_so() {
-        let published = of("HuggingFaceTB/SmolLM2-135M-Instruct", Some(1.0));
-        assert_eq!(
-            (published.label, published.flops),
-            (Label::Published, Flops(6.0 * 135e6 * 2e12))
+    fn the_shipped_token_counts_are_valid() {
+        assert_eq!(PUBLISHED.len(), 40);
+        assert!(
+            PUBLISHED
+                .iter()
+                .all(|row| row.tokens > 1e11 && !row.source.is_empty())
         );
         assert!(
-            published.source.starts_with("2 trillion tokens: "),
-            "{}",
-            published.source
+            PUBLISHED
+                .iter()
+                .all(|row| row.prefix == row.prefix.to_lowercase())
         );
-        assert_eq!(of("my/model", Some(1e9)).flops, Flops(6.0 * 135e6 * 1e9));
-        assert_eq!(
-            of("my/model", Some(6.0231e6)).source,
-            "6.023 million tokens, as given"
-        );
-        let assumed = of("my/model", None);
-        assert_eq!(
-            (assumed.label, assumed.flops),
-            (Label::Assumed, Flops(6.0 * 135e6 * 20.0 * 135e6))
-        );
-        assert!(assumed.assumptions.iter().any(|text| text.contains("20")));
-        // The longest prefix holds: Llama 3.1 is not Llama 3, and somebody else's copy is nobody's.
-        assert!(of("meta-llama/Llama-3.2-1B", None).source.contains("3.2"));
-        assert_eq!(of("someone/SmolLM2-135M", None).label, Label::Assumed);
     }
 
     #[test]
-    fn published_flops_are_met() {
+    fn a_token_count_is_published_given_or_assumed() {
+        let published = baseline("HuggingFaceTB/SmolLM2-135M-Instruct", Some(1.0));
+        assert_eq!(published.label, Label::Published);
+        assert_eq!(published.flops, Flops(6.0 * 135e6 * 2e12));
+        let source = &published.source;
+        assert!(source.starts_with("2 trillion tokens: "), "{source}");
+        let given = baseline("my/model", Some(1e9));
+        assert_eq!(given.flops, Flops(6.0 * 135e6 * 1e9));
+        let source = baseline("my/model", Some(6.0231e6)).source;
+        assert_eq!(source, "6.023 million tokens, as given");
+        let assumed = baseline("my/model", None);
+        assert_eq!(assumed.label, Label::Assumed);
+        assert_eq!(assumed.flops, Flops(6.0 * 135e6 * 20.0 * 135e6));
+        assert!(assumed.assumptions.iter().any(|text| text.contains("20")));
+        // The longest prefix applies: Llama 3.1 is not Llama 3; a copy under another owner has no row.
+        assert!(
+            baseline("meta-llama/Llama-3.2-1B", None)
+                .source
+                .contains("3.2")
+        );
+        assert_eq!(baseline("someone/SmolLM2-135M", None).label, Label::Assumed);
+    }
+
+    #[test]
+    fn published_training_flops_are_reproduced() {
         // Llama 3.1 405B: 3.8e25 FLOPs for 15.6e12 tokens (arXiv:2407.21783, section 3.2).
         assert!((training_flops(405e9, 15.6e12, None).0 / 3.8e25 - 1.0).abs() < 0.01);
         // PaLM 540B, 118 layers, 48 heads of 256, sequences of 2048, 780e9 tokens: 2.5272e24 published for all of it (arXiv:2204.02311,
@@ -543,59 +363,66 @@ mod tests {
             attention_size: 12_288,
             sequence: 2048,
         };
-        let with = training_flops(540.35e9, 780e9, Some(shape)).0
-            / training_flops(540.35e9, 780e9, None).0;
-        assert!((with - 1.011).abs() < 0.0005, "{with}");
+        let flops = |shape| training_flops(540.35e9, 780e9, shape).0;
+        let with_attention = flops(Some(shape)) / flops(None);
+        assert!((with_attention - 1.011).abs() < 0.0005, "{with_attention}");
     }
 
     #[test]
-    fn energy_and_ratio_follow_the_device() {
+    fn energy_follows_the_device() {
         // An A100 at 400 W and 0.869 of 312 TFLOPS: 1.475 pJ a FLOP, so 1e15 FLOPs are 1475 J.
-        let a100 = Profile::named("nvidia-a100-sxm4-80gb").unwrap();
-        let (energy, parts) = energy_of(&a100, Flops(1e15), Precision::Bf16);
+        let (energy, parts) = energy_of(&a100(), Flops(1e15), Precision::Bf16);
         assert!((energy.0 - 1475.3).abs() < 1.0, "{energy}");
         let sum = parts.arithmetic_j + parts.movement_j + parts.idle_j;
         assert!((sum / energy - 1.0).abs() < 1e-6, "{sum}");
-        let mut baseline = Baseline::known(
-            BaselineKind::FullFineTuning,
+    }
+
+    #[test]
+    fn ratio_bounds_depend_on_what_is_known_of_the_run() {
+        let kind = BaselineKind::FullFineTuning;
+        let flops = Flops(1e15);
+        let measured = Baseline::new(
+            kind,
             Label::Counted,
-            Flops(1e15),
+            flops,
             Joules(300.0),
             &rates(),
             "counted",
         );
         assert_eq!(
-            baseline.clone().against(Joules(100.0), None).ratio_bounds,
+            measured
+                .clone()
+                .compared_to(Joules(100.0), None)
+                .ratio_bounds,
             None
         );
-        baseline.parts = Some(parts);
+        let (_, parts) = energy_of(&a100(), flops, Precision::Bf16);
+        let baseline = Baseline {
+            breakdown: Some(parts),
+            ..measured
+        };
         // Against a measured run: 3, and 3 times or over 1.37.
-        let held = baseline.clone().against(Joules(100.0), None);
-        assert_eq!(
-            (held.ratio, held.ratio_bounds),
-            (Some(3.0), Some([3.0 / 1.37, 3.0 * 1.37]))
-        );
+        let exact = baseline.clone().compared_to(Joules(100.0), None);
+        assert_eq!(exact.ratio, Some(3.0));
+        assert_eq!(exact.ratio_bounds, Some([3.0 / 1.37, 3.0 * 1.37]));
         // Against a counted run of the same mix the error is shared.
-        let [low, high] = baseline
-            .clone()
-            .against(Joules(100.0), Some(&parts))
-            .ratio_bounds
-            .unwrap();
+        let counted = baseline.clone().compared_to(Joules(100.0), Some(&parts));
+        let [low, high] = counted.ratio_bounds.unwrap();
         assert!((low - 3.0).abs() < 1e-12 && (high - 3.0).abs() < 1e-12);
-        // On the meter of a run that showed twice what was counted of it: twice the energy and the gas, and no other ratio.
+        // On the meter of a run that showed twice its counted energy: twice the energy and emissions, the same ratio.
         let metered = baseline
             .clone()
-            .metered(2.0)
-            .against(Joules(200.0), Some(&parts));
+            .on_meter(2.0)
+            .compared_to(Joules(200.0), Some(&parts));
         assert_eq!(
-            (metered.energy, metered.gco2e, metered.ratio),
-            (Joules(600.0), baseline.gco2e * 2.0, Some(3.0))
+            (metered.energy, metered.gco2e),
+            (Joules(600.0), baseline.gco2e * 2.0)
         );
-        assert!(
-            metered.assumptions[0].contains("times 2,")
-                && metered.metered_over_counted == Some(2.0),
-            "{metered:?}"
+        assert_eq!(
+            (metered.ratio, metered.metered_over_counted),
+            (Some(3.0), Some(2.0))
         );
-        assert_eq!(baseline.against(Joules(0.0), None).ratio, None);
+        assert!(metered.assumptions[0].contains("times 2,"), "{metered:?}");
+        assert_eq!(baseline.compared_to(Joules(0.0), None).ratio, None);
     }
 }

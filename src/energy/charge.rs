@@ -1,45 +1,30 @@
-//! What a `Work` costs on a `Profile`: joules, roofline seconds, bytes by memory level.
-//!
-//! Owns the counted meter's formula and the one canonical blocking model. Takes a profile and a work, returns a `Charge`, a pure
-//! function of the two. Refuses to know which kernel ran, how long it took, or what the work was for.
+//! The counted meter: energy, time and memory traffic of a `Work` on a `Profile`.
 //!
 //! ```text
-//! energy = idle_w * t + sum(flops * pJ/FLOP) + sum(bytes * pJ/byte)         rounded to a whole microjoule, once
+//! energy = idle_w * t + sum(flops * pJ/FLOP) + sum(bytes * pJ/byte)         rounded to a microjoule, once
 //! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable))
 //! ```
 //!
-//! A cache whose bandwidth is known, as `calibrate` measures it, can be what `t` waits for as well.
-//!
-//! A profile that was held against a measured run multiplies each part by `measured_over_counted`.
-//!
-//! Vector operations run at f32's rate and energy; they are in `energy` and `time`, not in `flops`.
-//!
-//! Traffic of a product (m, k) x (k, n) with elements of e bytes through a cache of Z bytes: where both operands and the
-//! f32 result fit, each crosses once, `e(mk + kn) + 4mn`. Else the product is blocked in square tiles of side
-//! `b = floor(sqrt(Z / 3e))`, three to a cache, and `e(mk ceil(n/b) + kn ceil(m/b)) + 4mn` bytes cross: the classical bound
-//! (Hong & Kung 1981) as practice reaches it (Goto & van de Geijn 2008). A sweep over memory crosses every level that cannot
-//! hold it. What crosses a level is served by the next one out, and the last by DRAM.
+//! The time is a roofline (Williams et al. 2009): a cache with a measured bandwidth (`calibrate`) may
+//! bound it too. A profile reconciled with a measured run multiplies each part by
+//! `measured_over_counted`. Vector operations run at f32's rate and energy; they are in `energy` and
+//! `time`, not in `flops`. `traffic` counts the bytes. A pure function of profile and work, whatever
+//! kernel runs.
 
 use std::collections::BTreeMap;
 use std::ops::{Add, AddAssign};
 
 use serde::{Deserialize, Serialize};
 
-use super::entry::Parts;
 use super::profile::Profile;
+use super::traffic::{DRAM, Traffic, traffic, without_reuse};
 use crate::units::{Bytes, Joules, MicroJoules, Seconds};
-use crate::work::{Precision, Product, Work};
+use crate::work::{Precision, Work};
 
-/// The name of the level behind the last cache.
-pub const DRAM: &str = "dram";
-
-/// Bytes by the memory level that served them, "dram" for main memory.
-pub type Traffic = BTreeMap<String, Bytes>;
-
-/// What a work costs. The sum of charges is the cost of entries charged one by one.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+/// The cost of a work. A sum of charges is the cost of works charged one by one.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Charge {
-    /// The whole, in whole microjoules.
+    /// Total, in whole microjoules.
     pub energy: MicroJoules,
     /// Roofline time.
     pub time: Seconds,
@@ -47,44 +32,29 @@ pub struct Charge {
     pub flops: u64,
     /// Bytes by memory level.
     pub bytes: Traffic,
-    /// The part spent on operations (and on caches without a figure of their own).
-    pub arithmetic: Joules,
-    /// The part spent on moving bytes.
-    pub movement: Joules,
-    /// The part the device draws idle over `time`.
-    pub idle: Joules,
-    /// Bytes that DRAM would serve if nothing were used twice: both operands of every multiply-add, every result, every sweep.
-    pub unreused: Bytes,
+    /// Composition of `energy`.
+    pub breakdown: EnergyBreakdown,
 }
 
-impl Profile {
-    /// What `work` costs when charged as one entry.
-    ///
-    /// ```
-    /// use wattune::{energy::Profile, work::{Precision, Work}};
-    /// let t4 = Profile::named("nvidia-t4").unwrap();
-    /// let charge = t4.charge(&Work::product(512, 512, 512, Precision::F16));
-    /// assert_eq!(charge.flops, 2 * 512 * 512 * 512);
-    /// assert_eq!(charge.energy, (charge.idle + charge.arithmetic + charge.movement).rounded());
-    /// ```
-    pub fn charge(&self, work: &Work) -> Charge {
-        let bytes = traffic(self, work);
-        let time = roofline(self, work, &bytes);
-        let factor = self.times();
-        let idle = self.idle_w * time * factor;
-        let arithmetic = arithmetic(self, work) * factor;
-        let movement = movement(self, &bytes) * factor;
-        let energy = (idle + arithmetic + movement).rounded();
-        Charge {
-            energy,
-            time,
-            flops: work.flops(),
-            bytes,
-            arithmetic,
-            movement,
-            idle,
-            unreused: unreused(work),
-        }
+/// Composition of a counted energy; the three energies sum to it within half a microjoule a charge.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct EnergyBreakdown {
+    /// Operations, and caches without an energy per byte.
+    pub arithmetic_j: Joules,
+    /// Bytes moved, on the levels with a known energy per byte.
+    pub movement_j: Joules,
+    /// Idle power over the roofline time.
+    pub idle_j: Joules,
+    /// Bytes that DRAM would have served without any reuse.
+    pub unreused_bytes: Bytes,
+}
+
+impl AddAssign<&EnergyBreakdown> for EnergyBreakdown {
+    fn add_assign(&mut self, other: &EnergyBreakdown) {
+        self.arithmetic_j += other.arithmetic_j;
+        self.movement_j += other.movement_j;
+        self.idle_j += other.idle_j;
+        self.unreused_bytes += other.unreused_bytes;
     }
 }
 
@@ -96,10 +66,7 @@ impl AddAssign<&Charge> for Charge {
         for (level, bytes) in &other.bytes {
             *self.bytes.entry(level.clone()).or_default() += *bytes;
         }
-        self.arithmetic += other.arithmetic;
-        self.movement += other.movement;
-        self.idle += other.idle;
-        self.unreused = Bytes(self.unreused.0.saturating_add(other.unreused.0));
+        self.breakdown += &other.breakdown;
     }
 }
 
@@ -117,150 +84,96 @@ impl std::iter::Sum for Charge {
     }
 }
 
-impl Charge {
-    /// What its energy is made of.
-    pub fn parts(&self) -> Parts {
-        Parts {
-            arithmetic_j: self.arithmetic,
-            movement_j: self.movement,
-            idle_j: self.idle,
-            unreused_bytes: self.unreused,
-        }
-    }
-}
-
-/// Bytes by the level that serves them, for every product and sweep of `work`.
-pub(super) fn traffic(profile: &Profile, work: &Work) -> Traffic {
-    let servers = profile
-        .caches
-        .iter()
-        .skip(1)
-        .map(|level| level.name.as_str())
-        .chain([DRAM]);
-    let mut served = Traffic::new();
-    for (level, server) in profile.caches.iter().zip(servers) {
-        served.insert(server.to_string(), crossing(Some(level.bytes.0), work));
-    }
-    if profile.caches.is_empty() {
-        served.insert(DRAM.to_string(), crossing(None, work));
-    }
-    served
-}
-
-/// Bytes that cross a cache of `capacity`; every operand and sweep in full where there is no cache at all.
-fn crossing(capacity: Option<u64>, work: &Work) -> Bytes {
-    let products = work
-        .iter_products()
-        .map(|(product, count)| product_crossing(capacity, &product).saturating_mul(count));
-    let sweeps = work
-        .iter_sweeps()
-        .filter(|(bytes, _)| capacity.is_none_or(|capacity| bytes.0 > capacity));
-    let sweeps = sweeps.map(|(bytes, count)| bytes.0.saturating_mul(count));
-    Bytes(
-        products
-            .chain(sweeps)
-            .chain([work.file_bytes().0])
-            .fold(0, u64::saturating_add),
-    )
-}
-
-fn product_crossing(capacity: Option<u64>, product: &Product) -> u64 {
-    let &Product { m, n, k, precision } = product;
-    let element = precision.size();
-    let (left, right, result) = (element * m * k, element * k * n, 4 * m * n);
-    match capacity {
-        Some(capacity) if left + right + result > capacity => {
-            let side = (capacity / (3 * element)).isqrt().max(1);
-            left * n.div_ceil(side) + right * m.div_ceil(side) + result
-        }
-        _ => left + right + result,
-    }
-}
-
-/// Blocks of side one: an operand is fetched anew for each of its multiply-adds. Files and sweeps as they are.
-fn unreused(work: &Work) -> Bytes {
-    let products = work
-        .iter_products()
-        .map(|(Product { m, n, k, precision }, count)| {
-            let fetched = (2 * precision.size())
-                .saturating_mul(m)
-                .saturating_mul(n)
-                .saturating_mul(k);
-            fetched.saturating_add(4 * m * n).saturating_mul(count)
-        });
-    let sweeps = work
-        .iter_sweeps()
-        .map(|(bytes, count)| bytes.0.saturating_mul(count));
-    Bytes(
-        products
-            .chain(sweeps)
-            .chain([work.file_bytes().0])
-            .fold(0, u64::saturating_add),
-    )
-}
-
-/// The time of `work` when the slowest of arithmetic, DRAM and each cache of known bandwidth decides.
-pub(super) fn roofline(profile: &Profile, work: &Work, bytes: &Traffic) -> Seconds {
-    let products: f64 = work
-        .iter_products()
-        .map(|(p, count)| p.flops() as f64 * count as f64 / profile.rate(p.precision))
-        .sum();
-    let compute = products + work.vector_flops() as f64 / profile.rate(Precision::F32);
-    let served = bytes
-        .iter()
-        .filter_map(|(level, bytes)| Some(bytes.0 as f64 / profile.bandwidth_of(level)?));
-    Seconds(served.fold(compute, f64::max))
-}
-
-fn arithmetic(profile: &Profile, work: &Work) -> Joules {
-    let products: f64 = work
-        .iter_products()
-        .map(|(p, count)| p.flops() as f64 * count as f64 * profile.pj_per_flop(p.precision))
-        .sum();
-    Joules((products + work.vector_flops() as f64 * profile.pj_per_flop(Precision::F32)) * 1e-12)
-}
-
-/// The energy of bytes moved; a cache level without a figure of its own adds none.
-pub(super) fn movement(profile: &Profile, bytes: &Traffic) -> Joules {
-    let picojoules = bytes
-        .iter()
-        .map(|(level, bytes)| profile.pj_per_byte(level).unwrap_or(0.0) * bytes.0 as f64);
-    Joules(picojoules.sum::<f64>() * 1e-12)
-}
-
 impl Profile {
-    /// What every counted joule is multiplied with.
-    fn times(&self) -> f64 {
+    /// The cost of `work`, charged at once: its arithmetic and traffic overlap.
+    ///
+    /// ```
+    /// use wattune::{energy::Profile, work::{Precision, Work}};
+    /// let t4 = Profile::named("nvidia-t4").unwrap();
+    /// let charge = t4.charge(&Work::product(512, 512, 512, Precision::F16));
+    /// assert_eq!(charge.flops, 2 * 512 * 512 * 512);
+    /// let parts = charge.breakdown;
+    /// assert_eq!(charge.energy, (parts.idle_j + parts.arithmetic_j + parts.movement_j).rounded());
+    /// ```
+    pub fn charge(&self, work: &Work) -> Charge {
+        let bytes = traffic(&self.caches, work);
+        let time = self.roofline(work, &bytes);
+        let factor = self.calibration_factor();
+        let breakdown = EnergyBreakdown {
+            arithmetic_j: self.arithmetic_energy(work) * factor,
+            movement_j: self.movement_energy(&bytes) * factor,
+            idle_j: self.idle_w * time * factor,
+            unreused_bytes: without_reuse(work),
+        };
+        let EnergyBreakdown {
+            arithmetic_j,
+            movement_j,
+            idle_j,
+            ..
+        } = breakdown;
+        Charge {
+            energy: (idle_j + arithmetic_j + movement_j).rounded(),
+            time,
+            flops: work.flops(),
+            bytes,
+            breakdown,
+        }
+    }
+
+    /// The longest of arithmetic, DRAM and each cache with a known bandwidth.
+    pub(super) fn roofline(&self, work: &Work, bytes: &Traffic) -> Seconds {
+        let products: f64 = work
+            .iter_products()
+            .map(|(p, count)| p.flops() as f64 * count as f64 / self.rate(p.precision))
+            .sum();
+        let compute = products + work.vector_flops() as f64 / self.rate(Precision::F32);
+        let transfers = bytes
+            .iter()
+            .filter_map(|(level, bytes)| Some(bytes.0 as f64 / self.bandwidth_of(level)?));
+        Seconds(transfers.fold(compute, f64::max))
+    }
+
+    fn arithmetic_energy(&self, work: &Work) -> Joules {
+        let products: f64 = work
+            .iter_products()
+            .map(|(p, count)| p.flops() as f64 * count as f64 * self.pj_per_flop(p.precision))
+            .sum();
+        let vector = work.vector_flops() as f64 * self.pj_per_flop(Precision::F32);
+        Joules((products + vector) * 1e-12)
+    }
+
+    /// The energy of `bytes` before calibration; a level without an energy per byte adds none.
+    pub(super) fn movement_energy(&self, bytes: &Traffic) -> Joules {
+        let picojoules = bytes
+            .iter()
+            .map(|(level, bytes)| self.pj_per_byte(level).unwrap_or(0.0) * bytes.0 as f64);
+        Joules(picojoules.sum::<f64>() * 1e-12)
+    }
+
+    /// Factor of every counted joule.
+    fn calibration_factor(&self) -> f64 {
         self.measured_over_counted.unwrap_or(1.0)
     }
 
-    /// Bytes per second that `level` serves; `None` where the profile does not know it.
+    /// Achievable bytes per second of `level`; `None` if unknown.
     fn bandwidth_of(&self, level: &str) -> Option<f64> {
-        match level {
-            DRAM => Some(self.bandwidth * self.achievable_bandwidth),
-            _ => {
-                self.caches
-                    .iter()
-                    .find(|cache| cache.name == level)?
-                    .bandwidth
-            }
+        if level == DRAM {
+            return Some(self.bandwidth * self.achievable_bandwidth);
         }
+        let cache = self.caches.iter().find(|cache| cache.name == level)?;
+        cache.bandwidth
     }
 
-    /// Picojoules of one byte that `level` serves; `None` where the profile does not know it.
+    /// Picojoules of a byte that `level` serves; `None` if unknown.
     fn pj_per_byte(&self, level: &str) -> Option<f64> {
-        match level {
-            DRAM => Some(self.dram_pj_per_byte),
-            _ => {
-                self.caches
-                    .iter()
-                    .find(|cache| cache.name == level)?
-                    .pj_per_byte
-            }
+        if level == DRAM {
+            return Some(self.dram_pj_per_byte);
         }
+        let cache = self.caches.iter().find(|cache| cache.name == level)?;
+        cache.pj_per_byte
     }
 
-    /// The energy of `bytes` by the level that served them; a level without a figure of its own is left out (`unknown_levels`).
+    /// The energy of `bytes` by the level that served them, without the `unknown_levels`.
     ///
     /// ```
     /// use wattune::{energy::Profile, work::{Precision, Work}};
@@ -271,29 +184,25 @@ impl Profile {
     /// assert_eq!(t4.unknown_levels(&bytes), ["L2"]);
     /// ```
     pub fn movement_by_level(&self, bytes: &Traffic) -> BTreeMap<String, Joules> {
+        let factor = self.calibration_factor();
         let known = bytes.iter().filter_map(|(level, bytes)| {
-            Some((
-                level,
-                self.pj_per_byte(level)? * bytes.0 as f64 * 1e-12 * self.times(),
-            ))
+            let joules = self.pj_per_byte(level)? * bytes.0 as f64 * 1e-12 * factor;
+            Some((level.clone(), Joules(joules)))
         });
-        known
-            .map(|(level, joules)| (level.clone(), Joules(joules)))
-            .collect()
+        known.collect()
     }
 
-    /// The levels of `bytes` whose energy per byte the profile does not know: it is part of its pJ/FLOP.
+    /// The levels of `bytes` without an energy per byte: it is part of pJ/FLOP.
     pub fn unknown_levels(&self, bytes: &Traffic) -> Vec<String> {
-        bytes
+        let unknown = bytes
             .keys()
-            .filter(|level| self.pj_per_byte(level).is_none())
-            .cloned()
-            .collect()
+            .filter(|level| self.pj_per_byte(level).is_none());
+        unknown.cloned().collect()
     }
 
-    /// The energy of `bytes` if DRAM served every one.
-    pub fn from_dram(&self, bytes: Bytes) -> Joules {
-        Joules(self.dram_pj_per_byte * bytes.0 as f64 * 1e-12 * self.times())
+    /// The energy of `bytes`, all served by DRAM.
+    pub fn dram_energy(&self, bytes: Bytes) -> Joules {
+        Joules(self.dram_pj_per_byte * bytes.0 as f64 * 1e-12 * self.calibration_factor())
     }
 }
 
@@ -313,20 +222,24 @@ mod tests {
         Profile::from_file(&path).unwrap()
     }
 
-    fn bytes(charge: &Charge, level: &str) -> u64 {
-        charge.bytes[level].0
+    fn product(precision: Precision) -> Work {
+        Work::product(300, 200, 400, precision)
+    }
+
+    fn microjoules(joules: Joules) -> f64 {
+        (joules.0 * 1e9).round() / 1e3
     }
 
     #[test]
-    fn a_product_is_charged_as_by_hand() {
+    fn a_product_costs_the_hand_computed_energy() {
         // (m, n, k) = (300, 200, 400), f32. Operands: 4*(300*400 + 400*200) + 4*300*200 = 800 000 + 240 000 = 1 040 000 bytes.
         // L2, 120 000: does not fit; b = floor(sqrt(120000/12)) = 100; 4*(120000*ceil(200/100) + 80000*ceil(300/100)) + 240000
         //   = 4*(240000 + 240000) + 240000 = 2 160 000, served by the LLC. LLC, 1 200 000: fits, 1 040 000 from DRAM.
         // flops = 2*300*200*400 = 48e6. t = max(48e6/1e12, 1.04e6/1e10) = max(48, 104) us = 104 us.
         // idle 10 W * 104 us = 1040 uJ; arithmetic 48e6 * 5 pJ = 240 uJ; movement 2.16e6*2 + 1.04e6*100 pJ = 4.32 + 104 uJ.
-        let charge = desk().charge(&Work::product(300, 200, 400, Precision::F32));
+        let charge = desk().charge(&product(Precision::F32));
         assert_eq!(
-            (bytes(&charge, "LLC"), bytes(&charge, "dram")),
+            (charge.bytes["LLC"].0, charge.bytes[DRAM].0),
             (2_160_000, 1_040_000)
         );
         assert!((charge.time.0 - 104e-6).abs() < 1e-12);
@@ -335,132 +248,87 @@ mod tests {
     }
 
     #[test]
-    fn parts_levels_and_what_reuse_saved_are_as_by_hand() {
+    fn the_breakdown_and_the_energy_by_level_are_as_computed_by_hand() {
         // The product above: arithmetic 240 uJ, idle 1040 uJ, LLC 2.16e6 * 2 pJ = 4.32 uJ, DRAM 1.04e6 * 100 pJ = 104 uJ. Without reuse:
         // 300*200*400 multiply-adds of two operands of 4 bytes and 300*200 results of 4: 192 000 000 + 240 000 bytes, 19 224 uJ.
         let profile = desk();
-        let charge = profile.charge(&Work::product(300, 200, 400, Precision::F32));
-        let parts = charge.parts();
-        let micro = |joules: Joules| (joules.0 * 1e9).round() / 1e3;
-        assert_eq!(
-            [parts.arithmetic_j, parts.movement_j, parts.idle_j].map(micro),
-            [240.0, 108.32, 1040.0]
-        );
+        let charge = profile.charge(&product(Precision::F32));
+        let parts = charge.breakdown;
+        let energies = [parts.arithmetic_j, parts.movement_j, parts.idle_j].map(microjoules);
+        assert_eq!(energies, [240.0, 108.32, 1040.0]);
         let levels = profile.movement_by_level(&charge.bytes);
+        assert_eq!(levels.keys().collect::<Vec<_>>(), ["LLC", DRAM]);
         assert_eq!(
-            levels
-                .into_iter()
-                .map(|(name, j)| (name, micro(j)))
-                .collect::<Vec<_>>(),
-            [("LLC".to_string(), 4.32), ("dram".to_string(), 104.0)]
+            levels.into_values().map(microjoules).collect::<Vec<_>>(),
+            [4.32, 104.0]
         );
         assert_eq!(parts.unreused_bytes, Bytes(192_240_000));
-        assert_eq!(micro(profile.from_dram(parts.unreused_bytes)), 19_224.0);
-        // A sweep and a file have nothing to use twice.
         assert_eq!(
-            profile
-                .charge(&(Work::sweep(100, 7) + Work::file(11)))
-                .unreused,
-            Bytes(111)
+            microjoules(profile.dram_energy(parts.unreused_bytes)),
+            19_224.0
         );
-        // A factor of the profile's own multiplies every part alike.
+    }
+
+    #[test]
+    fn the_calibration_factor_multiplies_every_part() {
         let doubled = Profile {
             measured_over_counted: Some(2.0),
             ..desk()
         };
-        let twice = doubled.charge(&Work::product(300, 200, 400, Precision::F32));
+        let charge = doubled.charge(&product(Precision::F32));
+        let parts = charge.breakdown;
+        let levels = doubled.movement_by_level(&charge.bytes).into_values();
+        assert_eq!(levels.map(microjoules).sum::<f64>(), 2.0 * 108.32);
+        assert_eq!(microjoules(parts.movement_j), 2.0 * 108.32);
         assert_eq!(
-            doubled
-                .movement_by_level(&twice.bytes)
-                .into_values()
-                .map(micro)
-                .sum::<f64>(),
-            2.0 * 108.32
+            microjoules(doubled.dram_energy(parts.unreused_bytes)),
+            2.0 * 19_224.0
         );
-        assert_eq!(
-            (
-                micro(twice.movement),
-                micro(doubled.from_dram(twice.unreused))
-            ),
-            (2.0 * 108.32, 2.0 * 19_224.0)
-        );
-        let mut unknown = desk();
-        unknown.caches[1].pj_per_byte = None;
-        assert_eq!(unknown.unknown_levels(&charge.bytes), ["LLC"]);
-        assert_eq!(
-            unknown
-                .movement_by_level(&charge.bytes)
-                .into_keys()
-                .collect::<Vec<_>>(),
-            ["dram"]
-        );
+    }
+
+    #[test]
+    fn a_level_without_energy_per_byte_is_listed_as_unknown() {
+        let mut profile = desk();
+        profile.caches[1].pj_per_byte = None;
+        let bytes = profile.charge(&product(Precision::F32)).bytes;
+        assert_eq!(profile.unknown_levels(&bytes), ["LLC"]);
+        let levels = profile.movement_by_level(&bytes);
+        assert_eq!(levels.into_keys().collect::<Vec<_>>(), [DRAM]);
     }
 
     #[test]
     fn precision_decides_bytes_rate_and_energy() {
         // The same in bf16: operands 2*200000 + 240000 = 640 000; L2: b = floor(sqrt(120000/6)) = 141;
         // 2*(120000*2 + 80000*3) + 240000 = 1 200 000. t = max(48e6/2e12, 64e-6) = 64 us: 640 + 144 + 2.4 + 64 = 850.4 uJ.
-        let charge = desk().charge(&Work::product(300, 200, 400, Precision::Bf16));
+        let charge = desk().charge(&product(Precision::Bf16));
         assert_eq!(
-            (bytes(&charge, "LLC"), bytes(&charge, "dram")),
+            (charge.bytes["LLC"].0, charge.bytes[DRAM].0),
             (1_200_000, 640_000)
         );
         assert_eq!(charge.energy, MicroJoules(850));
-        // f16 has no unit here: f32's rate and energy, two bytes an element. 640 + 240 + 2.4 + 64 = 946.4 uJ.
+        // f16 has no peak here: f32's rate and energy, two bytes an element. 640 + 240 + 2.4 + 64 = 946.4 uJ.
         assert_eq!(
-            desk()
-                .charge(&Work::product(300, 200, 400, Precision::F16))
-                .energy,
+            desk().charge(&product(Precision::F16)).energy,
             MicroJoules(946)
         );
     }
 
     #[test]
-    fn a_sweep_crosses_the_levels_that_cannot_hold_it() {
-        let profile = desk();
-        let of = |size: usize| {
-            profile
-                .charge(&Work::sweep(size, 0))
-                .bytes
-                .into_values()
-                .map(|b| b.0)
-                .collect::<Vec<_>>()
-        };
-        // Order of names: LLC, dram.
-        assert_eq!(of(120_000), [0, 0]);
-        assert_eq!(of(120_001), [120_001, 0]);
-        assert_eq!(of(1_200_001), [1_200_001, 1_200_001]);
-    }
-
-    #[test]
-    fn what_comes_from_a_file_crosses_every_level() {
-        let bytes = desk()
-            .charge(&Work::file(7))
-            .bytes
-            .into_values()
-            .map(|b| b.0)
-            .collect::<Vec<_>>();
-        assert_eq!(bytes, [7, 7]);
-    }
-
-    #[test]
-    fn vector_operations_cost_but_are_not_flops() {
+    fn vector_operations_cost_energy_but_are_not_flops() {
         // 1e9 operations at f32: 1 ms, so 10 000 uJ idle, and 5000 uJ of arithmetic.
         let charge = desk().charge(&Work::sweep(8, 1_000_000_000));
         assert_eq!((charge.flops, charge.energy), (0, MicroJoules(15_000)));
     }
 
     #[test]
-    fn a_sum_of_entries_is_not_an_entry_of_the_sum() {
-        // One is bound by arithmetic, the other by memory: charged together they overlap, charged one by one they do not.
-        let (a, b) = (Work::sweep(8, 1_000_000_000), Work::sweep(10_000_000, 0));
+    fn works_charged_together_overlap() {
+        // One is bound by arithmetic, the other by memory.
+        let compute = Work::sweep(8, 1_000_000_000);
+        let memory = Work::sweep(10_000_000, 0);
         let profile = desk();
-        let apart = profile.charge(&a) + profile.charge(&b);
-        let together = profile.charge(&(a + b));
+        let apart = profile.charge(&compute) + profile.charge(&memory);
+        let together = profile.charge(&(compute + memory));
         assert!(together.energy < apart.energy);
-        assert_eq!(
-            (together.flops, together.bytes.clone()),
-            (apart.flops, apart.bytes)
-        );
+        assert_eq!((together.flops, together.bytes), (apart.flops, apart.bytes));
     }
 }

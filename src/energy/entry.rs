@@ -3,14 +3,13 @@
 //! Owns phases, amounts on every meter, entries, leases and totals: plain values that are added, subtracted and written as JSON.
 //! Takes nothing from a file and keeps nothing; knows nothing of budgets.
 
-use std::ops::AddAssign;
-
 use serde::{Deserialize, Serialize};
 
 use super::budget::Spent;
-use super::charge::Traffic;
+use super::charge::EnergyBreakdown;
 use super::meter::MeterKind;
-use crate::units::{Bytes, Joules, MicroJoules, Seconds};
+use super::traffic::Traffic;
+use crate::units::{MicroJoules, Seconds};
 
 /// What energy was spent on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -101,28 +100,6 @@ mod as_joules_or_null {
     }
 }
 
-/// What a counted energy is made of; the three energies add up to it within half a microjoule an entry.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Parts {
-    /// Operations, and caches without a figure of their own.
-    pub arithmetic_j: Joules,
-    /// Bytes moved, by the levels whose figure is known.
-    pub movement_j: Joules,
-    /// Idle power over the roofline time.
-    pub idle_j: Joules,
-    /// Bytes that DRAM would have served had nothing been used twice.
-    pub unreused_bytes: Bytes,
-}
-
-impl AddAssign<&Parts> for Parts {
-    fn add_assign(&mut self, other: &Parts) {
-        self.arithmetic_j += other.arithmetic_j;
-        self.movement_j += other.movement_j;
-        self.idle_j += other.idle_j;
-        self.unreused_bytes = Bytes(self.unreused_bytes.0.saturating_add(other.unreused_bytes.0));
-    }
-}
-
 /// One line of spending.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
@@ -138,7 +115,7 @@ pub struct Entry {
     pub bytes: Traffic,
     /// What the counted energy is made of; not known of what a crash took.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parts: Option<Parts>,
+    pub parts: Option<EnergyBreakdown>,
     /// Wall time.
     pub wall_s: Seconds,
     /// When, in Unix seconds.
@@ -214,7 +191,7 @@ pub struct Totals {
     /// Bytes by memory level.
     pub bytes: Traffic,
     /// What the counted energy is made of, over the entries that know it.
-    pub parts: Parts,
+    pub parts: EnergyBreakdown,
     /// The counted energy of the others.
     #[serde(skip)]
     pub unparted: MicroJoules,

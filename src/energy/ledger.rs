@@ -24,8 +24,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::charge::Traffic;
-pub use super::entry::{Energies, Entry, Filled, Lease, Parts, Phase, Totals};
+pub use super::entry::{Energies, Entry, Filled, Lease, Phase, Totals};
+use super::traffic::Traffic;
 use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds};
 

@@ -30,7 +30,7 @@ pub enum DeviceKind {
 /// A cache level. The traffic that misses it is served by the next level out, the last one's by DRAM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Level {
+pub struct CacheLevel {
     /// "L1", "L2", "LLC", ...
     pub name: String,
     /// Capacity: of one core's own cache, or of the whole where shared.
@@ -90,7 +90,7 @@ pub struct Profile {
     /// The precisions whose pJ/FLOP is derived.
     pub derived: Vec<Precision>,
     /// From the inside out.
-    pub caches: Vec<Level>,
+    pub caches: Vec<CacheLevel>,
     /// Energy of one byte from or to main memory, in picojoules.
     pub dram_pj_per_byte: f64,
     /// What every counted joule is multiplied with: measured over counted of an earlier run on this device. 1 where nobody compared them.

@@ -14,8 +14,8 @@ use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 
-use super::charge;
-use super::profile::{DeviceKind, Level, Profile, Source};
+use super::profile::{CacheLevel, DeviceKind, Profile, Source};
+use super::traffic;
 use crate::error::{Error, Kind, Result};
 use crate::units::{Bytes, GramsCo2e, Seconds, Watts, significant};
 use crate::work::{Precision, Work};
@@ -45,7 +45,7 @@ struct Raw {
     achievable_flops: f64,
     #[serde(default = "default_fraction")]
     achievable_bandwidth: f64,
-    caches: Vec<Level>,
+    caches: Vec<CacheLevel>,
     dram_pj_per_byte: f64,
     #[serde(default)]
     measured_over_counted: Option<f64>,
@@ -301,9 +301,9 @@ impl Profile {
         for precision in missing {
             let product = Work::product(4096, 4096, 4096, precision);
             let flops = product.flops() as f64;
-            let traffic = charge::traffic(self, &product);
-            let time = charge::roofline(self, &product, &traffic);
-            let movement = charge::movement(self, &traffic);
+            let traffic = traffic::traffic(&self.caches, &product);
+            let time = self.roofline(&product, &traffic);
+            let movement = self.movement_energy(&traffic);
             let arithmetic = (self.load_w - self.idle_w) * Seconds(time.0) - movement;
             if arithmetic.0 <= 0.0 {
                 return Err(Error::new(
@@ -387,7 +387,7 @@ fn check(raw: &Raw, text: Option<&str>) -> Result<()> {
         .caches
         .windows(2)
         .all(|pair| pair[0].bytes <= pair[1].bytes);
-    let level = |level: &Level| {
+    let level = |level: &CacheLevel| {
         level.bytes.0 > 0
             && level.pj_per_byte.is_none_or(not_negative)
             && level.bandwidth.is_none_or(positive)

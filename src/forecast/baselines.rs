@@ -2,7 +2,7 @@
 
 use super::subject::{Subject, model_name};
 use crate::energy::baseline::{BaselineKind, Label, Shape};
-use crate::energy::{Baseline, Charge, Parts, baseline};
+use crate::energy::{Baseline, Charge, EnergyBreakdown, baseline};
 use crate::error::Result;
 use crate::model::ModelShape;
 use crate::ops::adamw_cost;
@@ -17,7 +17,7 @@ pub struct Metered<'a> {
     /// That meter over the counted one.
     pub metered_over_counted: f64,
     /// What the counted energy is made of.
-    pub parts: &'a Parts,
+    pub parts: &'a EnergyBreakdown,
 }
 
 /// Full fine-tuning over the same `steps` and `evaluations`, and pretraining; each on the meter of `run` and against it.
@@ -39,9 +39,9 @@ pub fn baselines(
         let metered = if run.metered_over_counted == 1.0 {
             baseline
         } else {
-            baseline.metered(run.metered_over_counted)
+            baseline.on_meter(run.metered_over_counted)
         };
-        metered.against(run.spent, Some(run.parts))
+        metered.compared_to(run.spent, Some(run.parts))
     };
     Ok(all.into_iter().map(held).collect())
 }
@@ -77,7 +77,7 @@ fn full_fine_tuning(subject: &Subject<'_>, steps: u64, evaluations: usize) -> Re
         subject.budget.rates(),
     );
     let source = "counted: the same batches and evaluations, every weight trained";
-    let mut baseline = Baseline::known(
+    let mut baseline = Baseline::new(
         BaselineKind::FullFineTuning,
         Label::Counted,
         flops,
@@ -85,7 +85,7 @@ fn full_fine_tuning(subject: &Subject<'_>, steps: u64, evaluations: usize) -> Re
         rates,
         source,
     );
-    baseline.parts = Some(total.parts());
+    baseline.breakdown = Some(total.breakdown);
     baseline.assumptions = vec![
         format!(
             "{steps} steps on the same records, the same device ({})",

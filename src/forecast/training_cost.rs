@@ -15,7 +15,7 @@ use serde::{Serialize, Serializer};
 
 use super::accelerator::{Accelerator, Power};
 use super::published::achieved;
-use crate::energy::baseline::{training_flops, worded};
+use crate::energy::baseline::{describe_tokens, training_flops};
 use crate::energy::{Grid, Interval, carbon};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Count, Flops, GramsCo2e, Joules, Pue, Seconds, Watts, significant};
@@ -108,7 +108,7 @@ impl Job {
                 let tokens = parameters * TOKENS_PER_PARAMETER;
                 self.assumptions.push(format!(
                     "{}, 20 for each parameter (Hoffmann et al. 2022)",
-                    worded(tokens.0)
+                    describe_tokens(tokens.0)
                 ));
                 tokens
             }

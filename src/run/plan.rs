@@ -99,7 +99,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Result<Va
     let central = total.energy.joules();
     // A plan is counted, whatever meter the run will go by.
     let energy = interval(MeterKind::Counted, central);
-    let parts = total.parts();
+    let parts = total.breakdown;
     let by_phase: serde_json::Map<String, Value> = run
         .phases
         .iter()
@@ -139,7 +139,7 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Result<Va
             "by_phase": by_phase,
             "meters": { "counted_j": pjoule(central), "measured_j": null, "timed_j": null },
             "flops": total.flops,
-            "bytes": total.bytes.get(crate::energy::charge::DRAM),
+            "bytes": total.bytes.get(crate::energy::traffic::DRAM),
             "bytes_by_level": total.bytes,
             "counted_parts": counted_parts(&prepared.profile, &parts, &total.bytes, Joules::ZERO),
             "device": prepared.profile.name,

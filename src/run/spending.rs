@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use super::prepare::Prepared;
 use super::reconcile::{profile_factor, reconciliation};
 use crate::energy::carbon::{LIFE_YEARS, dataset_sha256, embodied_share};
-use crate::energy::charge::{DRAM, Traffic};
 use crate::energy::ledger::Totals;
 use crate::energy::profile::DeviceKind;
-use crate::energy::{Account, Interval, Limits, MeterKind, Parts, Phase, Profile, Spent};
+use crate::energy::traffic::{DRAM, Traffic};
+use crate::energy::{Account, EnergyBreakdown, Interval, Limits, MeterKind, Phase, Profile, Spent};
 use crate::forecast::emissions;
 use crate::model::MemoryForecast;
 use crate::report::memory::Memory;
@@ -80,7 +80,7 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
 /// `parts` as the report shows them, movement by the level that served the bytes; `None` where no entry knew its parts.
 pub(super) fn counted_parts(
     profile: &Profile,
-    parts: &Parts,
+    parts: &EnergyBreakdown,
     bytes: &Traffic,
     lost: Joules,
 ) -> Option<CountedParts> {
@@ -92,7 +92,7 @@ pub(super) fn counted_parts(
         lost_j: lost,
         movement_by_level_j: profile.movement_by_level(bytes),
         levels_left_out: profile.unknown_levels(bytes),
-        movement_without_reuse_j: Some(profile.from_dram(parts.unreused_bytes)),
+        movement_without_reuse_j: Some(profile.dram_energy(parts.unreused_bytes)),
     })
 }
 

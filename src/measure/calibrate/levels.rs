@@ -112,7 +112,7 @@ struct Sized {
 /// The profile's levels with the system's sizes: "L1" and "L2" by their number, a shared last one as the outermost that the system has.
 fn levels(profile: &Profile, shown: &[Cache]) -> Vec<Sized> {
     let siblings = shown.iter().map(|cache| cache.cpus).min().unwrap_or(1);
-    let sized = |level: &crate::energy::profile::Level| {
+    let sized = |level: &crate::energy::profile::CacheLevel| {
         let numbered = |cache: &&Cache| level.name == format!("L{}", cache.level);
         let outermost = shown.last().filter(|cache| level.shared && cache.level > 2);
         let cache = shown.iter().find(numbered).or(outermost);
