@@ -5,7 +5,9 @@
 
 mod calibrate;
 pub mod machine;
+mod probe;
 mod reconcile;
 
 pub use calibrate::{Calibration, Calibrator, Effort};
+pub use probe::{Probe, probe};
 pub use reconcile::{Reconciled, reconcile};

@@ -15,6 +15,7 @@ mod generate;
 mod linears;
 mod memory;
 mod stored;
+mod trainable;
 mod weights;
 
 pub use architecture::{Architecture, Biases, TensorShape};
@@ -26,4 +27,5 @@ pub use generate::{Sampling, Session};
 pub use linears::Linears;
 pub use memory::{MemoryForecast, forecast_memory, least_recompute};
 pub(crate) use stored::StoredTensor as Source;
+pub use trainable::{TrainableModel, initial_factors};
 pub use weights::{Weights, random_tensor};

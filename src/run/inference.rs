@@ -6,12 +6,11 @@ use candle_core::Device;
 
 use super::machine::check_precision;
 use super::model::{fetch_weights, find_model, tokenizer_of};
-use super::trainee::decoder_with_adapter;
-use crate::adapter::{self, LoadedAdapter, Site};
+use crate::adapter::{self, Site};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
-use crate::model::{Architecture, Decoder, Weights};
+use crate::model::{Architecture, Decoder, TrainableModel, Weights, initial_factors};
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::work::Precision;
@@ -31,7 +30,7 @@ pub struct ModelRequest<'a> {
 }
 
 /// A loaded model.
-pub(super) struct Loadout {
+pub(super) struct LoadedModel {
     pub(super) architecture: Architecture,
     pub(super) tokenizer: Tokenizer,
     pub(super) decoder: Decoder,
@@ -57,27 +56,30 @@ pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resu
     Ok(files)
 }
 
-pub(super) fn load(request: &ModelRequest<'_>, progress: &dyn Progress) -> Result<Loadout> {
+pub(super) fn load(request: &ModelRequest<'_>, progress: &dyn Progress) -> Result<LoadedModel> {
     check_precision(request.device, request.precision)?;
     let files = fetch(request, progress)?;
     let architecture = Architecture::from_file(&files.config)?;
     let tokenizer = tokenizer_of(&files)?;
     let weights = Weights::open(&files.weights, &architecture)?;
     let loaded = request.adapter.map(adapter::load).transpose()?;
-    let (sites, parameters) = adapter_values(loaded.as_ref(), &architecture, request.device)?;
-    let decoder = decoder_with_adapter(
+    let attached = match &loaded {
+        Some(adapter) => adapter.attach(&architecture.modules())?,
+        None => Vec::new(),
+    };
+    let sites: Vec<Site> = attached.into_iter().map(|layer| layer.site).collect();
+    let model = TrainableModel::with_adapters(
         &architecture,
-        &weights,
-        request.precision,
         &sites,
-        &parameters,
+        &|name, shape| weights.frozen(name, shape, request.precision, request.device),
+        initial_factors(&architecture, loaded.as_ref(), 0)?,
         request.device,
     )?;
-    Ok(Loadout {
+    Ok(LoadedModel {
         architecture,
         tokenizer,
-        decoder,
-        _parameters: parameters,
+        decoder: model.decoder,
+        _parameters: model.parameters,
     })
 }
 
@@ -86,36 +88,4 @@ pub(super) fn not_finite(what: &str) -> Error {
     Error::new(Kind::Model, format!("the model's {what} is not finite"))
         .rule("weights are finite numbers")
         .hint("the weights may be damaged: fetch or convert them again; with `--adapter`, try the model without it")
-}
-
-fn adapter_values(
-    loaded: Option<&LoadedAdapter>,
-    architecture: &Architecture,
-    device: &Device,
-) -> Result<(Vec<Site>, Parameters)> {
-    let mut tensors = Vec::new();
-    let mut sites = Vec::new();
-    for fitted in loaded
-        .map(|loaded| loaded.attach(&architecture.modules()))
-        .transpose()?
-        .unwrap_or_default()
-    {
-        let site = fitted.site;
-        tensors.push((
-            format!("{}.a", site.path),
-            vec![site.r, site.in_features],
-            fitted.a.to_vec(),
-        ));
-        tensors.push((
-            format!("{}.b", site.path),
-            vec![site.out_features, site.r],
-            fitted.b.to_vec(),
-        ));
-        sites.push(site);
-    }
-    if tensors.is_empty() {
-        // A buffer without numbers is not a tensor candle can make.
-        tensors.push(("none".to_string(), vec![1], vec![0.0]));
-    }
-    Ok((sites, Parameters::new(tensors, device)?))
 }

@@ -33,7 +33,7 @@ pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
 pub use plan::{Plan, plan};
 pub use prepare::{Prepared, prepare};
-pub use probe::{Probe, plan_with_probe};
+pub use probe::plan_with_probe;
 pub use reconcile::reconcile;
 pub use training::{Finished, TrainRequest, train};
 
@@ -47,7 +47,7 @@ pub use crate::forecast::{
     BaselineOf, BaselineRequest, Choice, Method, Printed, Target, baseline_of,
 };
 pub use crate::hub::{Progress, Silent};
-pub use crate::measure::{Calibration, Calibrator, Effort, Reconciled, machine::peak_rss};
+pub use crate::measure::{Calibration, Calibrator, Effort, Probe, Reconciled, machine::peak_rss};
 pub use crate::model::Sampling;
 pub use crate::train::{StepRecord, Stop};
 

@@ -11,13 +11,14 @@ use super::options::meter;
 use super::prepare::{Prepared, Target, check_disk, prepare};
 use super::reporting::{Inputs, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
-use super::trainee::{self, Trainee};
+use super::trainee;
 use super::watch::Watch;
 use super::{Screen, measured, plan};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, Ledger, Meters, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::load_work;
+use crate::model::TrainableModel;
 use crate::recipe::{self, Checkpointing, Init, Meter, Recipe};
 use crate::report::steps::truncate_after;
 use crate::report::{Report, json::read_report};
@@ -294,7 +295,7 @@ fn run_in(
     } = start;
     account.admit(Phase::Load, &load, &[])?;
     account.begin();
-    let Trainee {
+    let TrainableModel {
         decoder,
         parameters,
     } = trainee::assemble(prepared, &request.device)?;

@@ -24,7 +24,12 @@ const ROOMS: &[(&str, &[&str])] = &[
             "recipe", "data", "ops", "adapter", "model", "train", "energy",
         ],
     ),
-    ("measure", &["recipe", "ops", "energy", "report"]),
+    (
+        "measure",
+        &[
+            "recipe", "data", "ops", "adapter", "model", "train", "energy", "forecast", "report",
+        ],
+    ),
     ("report", &["energy", "train", "recipe", "forecast"]),
     (
         "run",

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::energy::Account;
 use crate::error::Result;
 use crate::forecast::BaselineSetup;
+use crate::model::TrainableModel;
 use crate::run::Screen;
 use crate::run::prepare::Prepared;
-use crate::run::trainee::Trainee;
 use crate::run::watch::Watch;
 use crate::train::{self, Checkpoints, Observer, Outcome, StepRecord, TrainState, Trainer};
 
@@ -16,7 +16,7 @@ use crate::train::{self, Checkpoints, Observer, Outcome, StepRecord, TrainState,
 pub(super) struct Leg<'a> {
     pub(super) prepared: &'a Prepared,
     pub(super) field: &'a BaselineSetup<'a>,
-    pub(super) trainee: &'a Trainee,
+    pub(super) trainee: &'a TrainableModel,
     /// Steps to equal energy, and at which the schedule ends.
     pub(super) steps: [u64; 2],
     /// Stops at the first evaluation at or below this loss.

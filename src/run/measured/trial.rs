@@ -12,7 +12,7 @@ use super::{Finish, Place, folder, words};
 use crate::energy::{Account, Budget, Ledger, Limit, Limits, MeterKind, Meters, Phase};
 use crate::error::{Error, Result};
 use crate::forecast::BaselineSetup;
-use crate::model::Weights;
+use crate::model::TrainableModel;
 use crate::report::files::STEPS_JSONL;
 use crate::report::measured::{BaselineStop, MeasuredBaseline};
 use crate::report::steps::truncate_after;
@@ -20,7 +20,7 @@ use crate::report::types::{self, BaselineKind, Label};
 use crate::run::Screen;
 use crate::run::options::meter;
 use crate::run::spending::{bounds, carbon_block, interval};
-use crate::run::trainee::{Trainee, fully_trained};
+use crate::run::trainee::{fully_trained, open_weights};
 use crate::train::{Checkpoints, Stop, TrainState};
 use crate::units::{Flops, Joules};
 
@@ -164,7 +164,7 @@ impl<'a> Trial<'a> {
 
     fn leg(
         &mut self,
-        trainee: &Trainee,
+        trainee: &TrainableModel,
         steps: [u64; 2],
         target: Option<f64>,
         screen: &mut dyn Screen,
@@ -198,15 +198,14 @@ impl<'a> Trial<'a> {
     }
 
     /// Random weights, or the pretrained ones, which are loaded at their cost; then those of the checkpoint, where there is one.
-    fn assemble(&mut self) -> Result<Trainee> {
+    fn assemble(&mut self) -> Result<TrainableModel> {
         let prepared = self.place.prepared;
         let trainee = match self.field.load() {
             None => fully_trained(prepared, None, self.place.device)?,
             Some(load) => {
                 self.account.admit(Phase::Load, &load, &[])?;
                 self.account.begin();
-                let weights =
-                    Weights::open(prepared.files.require_weights()?, &prepared.architecture)?;
+                let weights = open_weights(prepared)?;
                 let trainee = fully_trained(prepared, Some(&weights), self.place.device)?;
                 self.account
                     .charge(Phase::Load, self.standing.step, &load)?;
