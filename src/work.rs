@@ -8,12 +8,15 @@ use std::collections::BTreeMap;
 use std::ops::{Add, AddAssign};
 use std::sync::Mutex;
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::units::Bytes;
 
 /// The number format of a product's inputs (accumulation is f32 in all of them).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ValueEnum,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// 32-bit IEEE.

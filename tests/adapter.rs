@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use wattune::adapter::config::{LayerNumbers, Names, PeftConfig};
-use wattune::adapter::targets::{LoraSettings, Module, Site, Targets, select, shortest_names};
+use wattune::adapter::targets::{Module, Site, select, shortest_names};
 use wattune::adapter::unsupported::Factor;
-use wattune::adapter::{LoraPair, MergeJob, load, merge, peft, save};
+use wattune::adapter::{LoraConfig, LoraPair, MergeJob, Targets, load, merge, peft, save};
 use wattune::error::Kind;
 use wattune::units::Bytes;
 
@@ -43,7 +43,7 @@ fn modules(list: &Value) -> Vec<Module> {
 }
 
 /// LoraConfig's keywords as settings; the scripts' defaults are r = 8, lora_alpha = 16.
-fn settings(keywords: &Value) -> LoraSettings {
+fn settings(keywords: &Value) -> LoraConfig {
     let mut object = keywords.as_object().unwrap().clone();
     object.entry("r").or_insert(8.into());
     object.entry("lora_alpha").or_insert(16.into());
@@ -230,7 +230,7 @@ fn tiny_modules() -> Vec<Module> {
     ]
 }
 
-fn tiny_settings() -> LoraSettings {
+fn tiny_settings() -> LoraConfig {
     settings(
         &serde_json::json!({"r": 1, "lora_alpha": 2, "target_modules": ["q_proj"], "rank_pattern": {"1.q_proj": 2}}),
     )
@@ -482,7 +482,10 @@ fn real_configuration_is_read() {
     };
     assert_eq!((names.len(), config.r, config.lora_dropout), (7, 16, 0.05));
     assert_eq!(config.layers_to_transform, None::<LayerNumbers>);
-    assert_eq!(config.settings().targets, Targets::Names(names.clone()));
+    assert_eq!(
+        config.settings().target_modules,
+        Targets::Names(names.clone())
+    );
     // Written again it is the same but for the fields that PEFT has gained since 0.19.
     let mut again: serde_json::Map<String, Value> =
         serde_json::from_str(&config.to_text()).unwrap();

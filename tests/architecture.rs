@@ -107,6 +107,7 @@ fn every_source(rule: fn(&str, &str) -> Vec<Finding>) {
 #[test]
 fn no_import_crosses_the_table() {
     every_source(rules::crossing_imports);
+    every_source(rules::option_types_only);
 }
 
 #[test]

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use wattune::adapter::LoraConfig;
+use wattune::energy::{DeviceRef, Limits, MeterKind};
 use wattune::error::Kind;
 use wattune::recipe::*;
 use wattune::units::{Flops, GramsCo2e, Joules, Money, Per, Price, Pue, Seconds};
@@ -89,6 +91,7 @@ fn defaults_are_the_contracts() {
     let Adapter::Lora(lora) = &recipe.adapter else {
         panic!("LoRA is the default")
     };
+    let config = &lora.config;
     assert_eq!((recipe.name.as_str(), recipe.seed), ("demo", 42));
     assert_eq!(recipe.model.id, ModelId::Embedded("tiny".into()));
     assert_eq!(
@@ -100,11 +103,20 @@ fn defaults_are_the_contracts() {
         ("main", Precision::F32, Init::Pretrained)
     );
     assert_eq!(
-        (lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora),
+        (
+            config.r,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.use_rslora
+        ),
         (16, 32.0, 0.0, false)
     );
     assert_eq!(
-        (&lora.target_modules, &lora.exclude_modules, &lora.init_from),
+        (
+            &config.target_modules,
+            &config.exclude_modules,
+            &lora.init_from
+        ),
         (&Targets::AllLinear, &None, &None)
     );
     let data = &recipe.data;
@@ -134,7 +146,7 @@ fn defaults_are_the_contracts() {
     );
     assert_eq!(
         (train.learning_rate, train.schedule, train.warmup),
-        (2e-4, Schedule::Linear, Warmup::Ratio(0.03))
+        (2e-4, Decay::Linear, Warmup::Ratio(0.03))
     );
     assert_eq!(
         (train.adam_beta1, train.adam_beta2, train.adam_epsilon),
@@ -157,11 +169,11 @@ fn defaults_are_the_contracts() {
         ),
         (3, true, Checkpointing::Auto)
     );
-    assert_eq!(recipe.budget, Budget::default());
+    assert_eq!(recipe.budget, Limits::default());
     let energy = &recipe.energy;
     assert_eq!(
-        (energy.device.as_str(), energy.meter, energy.grid.as_str()),
-        ("auto", Meter::Auto, "world")
+        (&energy.device, energy.meter, energy.grid.to_string()),
+        (&DeviceRef::Auto, None, "world".to_string())
     );
     assert_eq!(
         (energy.pue, &energy.price, recipe.baseline.from_scratch),
@@ -200,10 +212,18 @@ fn ids_and_paths_are_told_apart() {
             .energy
             .device
     };
-    assert_eq!(device("NVIDIA A10 / A10G"), "NVIDIA A10 / A10G");
+    let named = |name: &str, cores| DeviceRef::Named {
+        name: name.into(),
+        cores,
+    };
     assert_eq!(
-        Path::new(&device("mine.toml")),
-        folder.path().join("mine.toml")
+        device("NVIDIA A10 / A10G"),
+        named("NVIDIA A10 / A10G", None)
+    );
+    assert_eq!(device("raspberry-pi-5@2"), named("raspberry-pi-5", Some(2)));
+    assert_eq!(
+        device("mine.toml"),
+        DeviceRef::File(folder.path().join("mine.toml"))
     );
     let model = |id: &str| {
         let recipe = parse(SMALLEST, &recipe, &[format!("model.id={id}")])
@@ -298,11 +318,17 @@ fn overrides_are_read_as_toml_or_else_as_text() {
         ("1234567", "one=two")
     );
     assert_eq!(
-        lora.target_modules,
+        lora.config.target_modules,
         Targets::Names(vec!["q_proj".into(), "v_proj".into()])
     );
-    assert_eq!(lora.rank_pattern, [("layers\\.0=?.*".to_string(), 4)]);
-    assert_eq!((lora.lora_alpha, recipe.energy.grid.as_str()), (8.0, "FR"));
+    assert_eq!(
+        lora.config.rank_pattern,
+        [("layers\\.0=?.*".to_string(), 4)]
+    );
+    assert_eq!(
+        (lora.config.lora_alpha, recipe.energy.grid.to_string()),
+        (8.0, "FR".to_string())
+    );
 }
 
 #[test]
@@ -384,7 +410,7 @@ fn patterns_keep_the_files_order() {
         panic!("LoRA")
     };
     assert_eq!(
-        lora.rank_pattern,
+        lora.config.rank_pattern,
         [
             ("z_proj".to_string(), 1),
             ("a_proj".to_string(), 2),
@@ -524,25 +550,26 @@ prop_compose! {
         written in prop::sample::subsequence(vec!["r", "lora_alpha", "use_rslora"], 0..=3),
     ) -> Lora {
         let names = matches!(target_modules, Targets::Names(_));
-        let mut lora = Lora {
+        let config = LoraConfig {
             r, lora_alpha, lora_dropout, target_modules, exclude_modules, use_rslora,
             rank_pattern: ranks.into_iter().rev().collect(),
             alpha_pattern: alphas.into_iter().collect(),
             layers_to_transform: layers.filter(|_| names),
-            init_from, written: Vec::new(),
+            layers_pattern: Vec::new(),
         };
+        let mut lora = Lora { config, init_from, written: Vec::new() };
         if lora.init_from.is_some() {
             // What the recipe did not write is the default.
             let chosen = |name| written.contains(&name);
-            lora = Lora {
+            lora.config = LoraConfig {
                 r: if chosen("r") { r } else { 16 },
                 lora_alpha: if chosen("lora_alpha") { lora_alpha } else { 32.0 },
                 lora_dropout: 0.0,
                 use_rslora: chosen("use_rslora") && use_rslora,
                 target_modules: Targets::AllLinear, exclude_modules: None, rank_pattern: vec![], alpha_pattern: vec![],
-                layers_to_transform: None, init_from: lora.init_from,
-                written: written.iter().map(|name| name.to_string()).collect(),
+                layers_to_transform: None, layers_pattern: Vec::new(),
             };
+            lora.written = written.iter().map(|name| name.to_string()).collect();
         }
         lora
     }
@@ -580,7 +607,7 @@ prop_compose! {
     ) -> Train {
         Train {
             length, warmup, learning_rate, adam_epsilon, adam_beta1, adam_beta2, weight_decay, max_grad_norm, eval_every, keep_best,
-            micro_batch_size: 3, gradient_accumulation_steps: 5, schedule: Schedule::Cosine, save_every: 7, save_total_limit: 9,
+            micro_batch_size: 3, gradient_accumulation_steps: 5, schedule: Decay::Cosine, save_every: 7, save_total_limit: 9,
             activation_checkpointing,
         }
     }
@@ -593,12 +620,12 @@ prop_compose! {
         flops in prop::option::of(quantity().prop_map(Flops)),
         time in prop::option::of(quantity().prop_map(Seconds)),
         (amount, price, per_hour) in (prop::option::of(quantity()), quantity(), any::<bool>()),
-        (pue, grid) in (1.0..9.0f64, prop_oneof![Just("FR".to_string()), Just("12.5".to_string())]),
-    ) -> (Budget, Energy) {
+        (pue, grid) in (1.0..9.0f64, prop_oneof![Just("FR"), Just("12.5")]),
+    ) -> (Limits, Energy) {
         let money = |amount| Money { amount, currency: "EUR".into() };
         let price = Price { money: money(price), per: if per_hour { Per::DeviceHour } else { Per::KilowattHour } };
-        let budget = Budget { energy, carbon, flops, time, cost: amount.map(money) };
-        let energy = Energy { device: "auto".into(), meter: Meter::Timed, grid, pue: Pue::new(pue).unwrap(), price: Some(price) };
+        let budget = Limits { energy, carbon, flops, time, cost: amount.map(money) };
+        let energy = Energy { device: DeviceRef::Auto, meter: Some(MeterKind::Timed), grid: grid.parse().unwrap(), pue: Pue::new(pue).unwrap(), price: Some(price) };
         (budget, energy)
     }
 }

@@ -13,7 +13,8 @@ use crate::error::{Error, Kind, Result};
 
 pub use super::fields::{InitWeights, JsonNumber, LayerNumbers, ModulePattern, Names};
 use super::matching::{matches, pattern_key};
-use super::targets::{LoraSettings, Module, Site, Targets, shortest_names};
+use super::options::{LoraConfig, Targets};
+use super::targets::{Module, Site, shortest_names};
 
 /// The file's name in an adapter's directory.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -166,7 +167,7 @@ impl PeftConfig {
     /// # Errors
     /// A pattern of `settings` that is no regular expression.
     pub fn for_sites(
-        settings: &LoraSettings,
+        settings: &LoraConfig,
         sites: &[Site],
         modules: &[Module],
         base_model: &str,
@@ -178,10 +179,10 @@ impl PeftConfig {
             Targets::AllLinear => None,
         };
         let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
-        let (target_modules, exclude_modules) = match &settings.targets {
+        let (target_modules, exclude_modules) = match &settings.target_modules {
             Targets::Names(names) => (
                 Names::Many(names.clone()),
-                settings.exclude.as_ref().and_then(listed),
+                settings.exclude_modules.as_ref().and_then(listed),
             ),
             // What was excluded is not among the sites: it needs no mention.
             Targets::AllLinear | Targets::Regex(_) => {
@@ -217,7 +218,7 @@ impl PeftConfig {
     }
 
     /// The settings this file stands for. A file without `target_modules` means no module.
-    pub fn settings(&self) -> LoraSettings {
+    pub fn settings(&self) -> LoraConfig {
         let targets = |names: &Names| match names {
             Names::One(text) => Targets::from_text(text),
             Names::Many(names) => Targets::Names(names.clone()),
@@ -231,15 +232,15 @@ impl PeftConfig {
             Names::One(text) => vec![text.clone()],
             Names::Many(names) => names.clone(),
         };
-        LoraSettings {
+        LoraConfig {
             r: self.r,
             lora_alpha: self.lora_alpha.0,
             lora_dropout: self.lora_dropout,
-            targets: self
+            target_modules: self
                 .target_modules
                 .as_ref()
                 .map_or(Targets::Names(Vec::new()), targets),
-            exclude: self.exclude_modules.as_ref().map(exclude),
+            exclude_modules: self.exclude_modules.as_ref().map(exclude),
             use_rslora: self.use_rslora,
             rank_pattern: self.rank_pattern.0.clone(),
             alpha_pattern: self
@@ -316,13 +317,13 @@ fn sortable<T: Copy + PartialEq>(
 mod tests {
     use super::*;
 
-    fn settings() -> LoraSettings {
-        LoraSettings {
+    fn settings() -> LoraConfig {
+        LoraConfig {
             r: 16,
             lora_alpha: 32.0,
             lora_dropout: 0.05,
-            targets: Targets::Names(vec!["q_proj".into(), "v_proj".into()]),
-            exclude: None,
+            target_modules: Targets::Names(vec!["q_proj".into(), "v_proj".into()]),
+            exclude_modules: None,
             use_rslora: false,
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
@@ -362,8 +363,8 @@ mod tests {
             in_features: 4,
         };
         let modules = ["m.0.a", "m.0.b", "m.1.a", "m.1.b", "lm_head"].map(module);
-        let settings = LoraSettings {
-            targets: Targets::Regex(r"m\.(0\.[ab]|1\.b)".into()),
+        let settings = LoraConfig {
+            target_modules: Targets::Regex(r"m\.(0\.[ab]|1\.b)".into()),
             ..settings()
         };
         let sites = [site("m.0.a", 16), site("m.0.b", 16), site("m.1.b", 16)];
@@ -378,7 +379,7 @@ mod tests {
     #[test]
     fn patterns_that_sorting_would_turn_around_are_spelled_out() {
         // `v_proj` is meant first; sorted, `layers.0.*` would take layer 0's v_proj.
-        let settings = LoraSettings {
+        let settings = LoraConfig {
             rank_pattern: vec![("v_proj".into(), 4), ("layers.0.*".into(), 2)],
             ..settings()
         };
@@ -394,7 +395,7 @@ mod tests {
         ];
         assert_eq!(config.rank_pattern.0, spelled);
         // And left alone where sorting changes nothing.
-        let settings = LoraSettings {
+        let settings = LoraConfig {
             rank_pattern: vec![("v_proj".into(), 4), ("q_proj".into(), 2)],
             ..settings
         };
@@ -415,7 +416,7 @@ mod tests {
         )
         .unwrap();
         let settings = config.settings();
-        assert_eq!(settings.targets, Targets::AllLinear);
+        assert_eq!(settings.target_modules, Targets::AllLinear);
         assert_eq!(
             settings.rank_pattern,
             [("b".to_string(), 2), ("a".to_string(), 4)]

@@ -8,7 +8,7 @@ use fancy_regex::Regex;
 
 use crate::error::{Error, Kind, Result};
 
-use super::targets::Targets;
+use super::options::Targets;
 
 /// Whether `path` is `name` or ends with `.name`.
 pub fn is_suffix(path: &str, name: &str) -> bool {

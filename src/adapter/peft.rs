@@ -272,7 +272,7 @@ impl LoadedAdapter {
         let mut problems = self.shape_mismatches(modules);
         let present = paths(&self.tensors);
         // `all-linear` in a file written by hand: which layer is the output embedding is not known here.
-        let named = if settings.targets == super::Targets::AllLinear {
+        let named = if settings.target_modules == super::Targets::AllLinear {
             Vec::new()
         } else {
             select_modules(modules, "", &settings)?

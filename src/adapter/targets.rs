@@ -1,12 +1,13 @@
 //! Where LoRA sits: PEFT's settings and a model's linear layers -> sites, in model order.
 //!
-//! Takes the model's linear layers (path, sizes) and `LoraSettings`; returns one `Site` for each chosen layer. Chooses as PEFT
+//! Takes the model's linear layers (path, sizes) and `LoraConfig`; returns one `Site` for each chosen layer. Chooses as PEFT
 //! does, but refuses every entry that matches nothing, where PEFT is content if one of them matches. Knows nothing of tensors
 //! and files.
 
 use crate::error::{Error, Kind, Result};
 
 use super::matching::{LayerFilter, MatchKind, Matcher, is_suffix, matches, pattern_key};
+use super::options::{LoraConfig, Targets};
 
 /// A linear layer of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,53 +18,6 @@ pub struct Module {
     pub out_features: usize,
     /// Columns of its weight.
     pub in_features: usize,
-}
-
-/// PEFT's three ways to say which modules.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Targets {
-    /// Every linear layer but the output embedding.
-    AllLinear,
-    /// A module whose path equals a name or ends with `.name`.
-    Names(Vec<String>),
-    /// A module whose whole path matches.
-    Regex(String),
-}
-
-impl Targets {
-    /// A single text as PEFT reads it: `all-linear` in any case, else a regular expression.
-    pub fn from_text(text: &str) -> Self {
-        if text.eq_ignore_ascii_case("all-linear") {
-            Self::AllLinear
-        } else {
-            Self::Regex(text.to_string())
-        }
-    }
-}
-
-/// What decides where LoRA sits and how strongly it acts; PEFT's names.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraSettings {
-    /// Rank where `rank_pattern` says nothing.
-    pub r: usize,
-    /// Alpha where `alpha_pattern` says nothing.
-    pub lora_alpha: f64,
-    /// Probability that an input element of A is dropped.
-    pub lora_dropout: f64,
-    /// Which modules.
-    pub targets: Targets,
-    /// Which not, whatever `targets` says.
-    pub exclude: Option<Targets>,
-    /// Scaling is `alpha / sqrt(r)` instead of `alpha / r`.
-    pub use_rslora: bool,
-    /// Pattern -> rank; the first that matches a module holds.
-    pub rank_pattern: Vec<(String, usize)>,
-    /// Pattern -> alpha; the first that matches a module holds.
-    pub alpha_pattern: Vec<(String, f64)>,
-    /// Only these layers, for modules named by a suffix. An empty list means all.
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// The names of the module lists that hold layers; empty: whatever list comes first in a path.
-    pub layers_pattern: Vec<String>,
 }
 
 /// One LoRA: on which layer, of which rank, how strong. `y = W x + scaling * B (A x)`.
@@ -98,7 +52,7 @@ impl Site {
 pub fn select(
     modules: &[Module],
     output_embedding: &str,
-    settings: &LoraSettings,
+    settings: &LoraConfig,
 ) -> Result<Vec<Site>> {
     check_values(settings)?;
     check_entries(modules, output_embedding, settings)?;
@@ -117,11 +71,11 @@ pub fn select(
 pub(super) fn select_modules<'m>(
     modules: &'m [Module],
     output_embedding: &str,
-    settings: &LoraSettings,
+    settings: &LoraConfig,
 ) -> Result<Vec<&'m Module>> {
-    let targets = Matcher::new(&settings.targets, "target_modules")?;
+    let targets = Matcher::new(&settings.target_modules, "target_modules")?;
     let exclude = settings
-        .exclude
+        .exclude_modules
         .as_ref()
         .map(|exclude| Matcher::new(exclude, "exclude_modules"))
         .transpose()?;
@@ -165,7 +119,7 @@ pub(super) struct RankResolver {
 
 impl RankResolver {
     /// Compiles the patterns of `settings`.
-    pub(super) fn new(settings: &LoraSettings) -> Result<Self> {
+    pub(super) fn new(settings: &LoraConfig) -> Result<Self> {
         let ranks = settings
             .rank_pattern
             .iter()
@@ -251,7 +205,7 @@ fn suffixes(path: &str) -> impl Iterator<Item = &str> {
         .chain(std::iter::once(path))
 }
 
-fn check_values(settings: &LoraSettings) -> Result<()> {
+fn check_values(settings: &LoraConfig) -> Result<()> {
     let refuse = |key: &str, value: String, rule: &str| {
         Err(Error::new(Kind::Adapter, format!("`{key}` is not usable"))
             .value(value)
@@ -292,9 +246,9 @@ fn check_values(settings: &LoraSettings) -> Result<()> {
 }
 
 /// PEFT's rules in `LoraConfig.__post_init__`.
-fn check_layers_are_usable(settings: &LoraSettings) -> Result<()> {
+fn check_layers_are_usable(settings: &LoraConfig) -> Result<()> {
     let hint = "write `target_modules` as a list of names, as in `target_modules = [\"q_proj\", \"v_proj\"]`";
-    let is_list = matches!(settings.targets, Targets::Names(_));
+    let is_list = matches!(settings.target_modules, Targets::Names(_));
     match (&settings.layers_to_transform, settings.layers_pattern.is_empty()) {
         (Some(_), _) if !is_list => {
             let what = "`layers_to_transform` works with a list of names only";
@@ -308,19 +262,15 @@ fn check_layers_are_usable(settings: &LoraSettings) -> Result<()> {
 }
 
 /// Every entry that matches nothing, in one error.
-fn check_entries(
-    modules: &[Module],
-    output_embedding: &str,
-    settings: &LoraSettings,
-) -> Result<()> {
+fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraConfig) -> Result<()> {
     let mut unmatched = Vec::new();
     unmatched.extend(unmatched_targets(
         modules,
         "target_modules",
-        &settings.targets,
+        &settings.target_modules,
         "",
     )?);
-    if let Some(exclude) = &settings.exclude {
+    if let Some(exclude) = &settings.exclude_modules {
         unmatched.extend(unmatched_targets(
             modules,
             "exclude_modules",
@@ -443,9 +393,14 @@ fn nearest<'a>(entry: &str, names: &[&'a str]) -> Option<&'a str> {
         .filter(|name| alike(name) > 0.7)
 }
 
-fn no_modules_selected(modules: &[Module], settings: &LoraSettings) -> Error {
+fn no_modules_selected(modules: &[Module], settings: &LoraConfig) -> Error {
     let mut narrowing = vec!["`target_modules`"];
-    narrowing.extend(settings.exclude.as_ref().map(|_| "`exclude_modules`"));
+    narrowing.extend(
+        settings
+            .exclude_modules
+            .as_ref()
+            .map(|_| "`exclude_modules`"),
+    );
     narrowing.extend(
         settings
             .layers_to_transform

@@ -6,11 +6,12 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
+use super::model::DeviceArgument;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::report::files::write_whole;
-use crate::run::{self, Calibration, Calibrator, Effort, Screen};
+use crate::run::{self, Calibration, Calibrator, DeviceRef, Effort, Screen};
 use crate::units::{Flops, Seconds, significant};
 
 #[derive(Debug, clap::Args)]
@@ -24,10 +25,9 @@ pub(super) struct Arguments {
     name: Option<String>,
     /// The profile that stands nearest: a name from `wattune devices`, or a profile file
     #[arg(long, value_name = "PROFILE", default_value = "auto")]
-    like: String,
-    /// What is measured: cpu, cuda, cuda:N, metal or auto
-    #[arg(long, default_value = "auto")]
-    device: String,
+    like: DeviceRef,
+    #[command(flatten)]
+    device: DeviceArgument,
     /// Time for each figure
     #[arg(long, value_name = "TIME", default_value = "2 s")]
     each: Seconds,
@@ -96,7 +96,7 @@ fn measure(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             Error::new(Kind::Usage, "`--each` is out of range").value(arguments.each.to_string());
         return Err(error.rule(format!("more than nothing, at most {LONGEST}")));
     }
-    let (device, computing) = run::device(&arguments.device)?;
+    let (device, computing) = arguments.device.device.open()?;
     let calibrator = Calibrator::new(
         &arguments.like,
         arguments.name.as_deref(),

@@ -16,9 +16,9 @@ pub(super) struct Arguments {
     /// Records: .jsonl .json .csv .tsv .txt or .parquet
     #[arg(long, required = true, num_args = 1..)]
     data: Vec<PathBuf>,
-    /// How a record is read: text, completion, messages, alpaca or auto
+    /// How a record is read
     #[arg(long, default_value = "auto")]
-    format: String,
+    format: Format,
     /// The wanted field's column, such as `--column prompt=question`
     #[arg(long = "column", value_name = "FIELD=COLUMN")]
     columns: Vec<String>,
@@ -40,9 +40,9 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             .value("0")
             .rule(rule));
     }
-    let (device, _) = run::device(&arguments.model.device)?;
+    let (device, _) = arguments.model.device.device.open()?;
     let job = EvaluationJob {
-        model: arguments.model.request(&device)?,
+        model: arguments.model.request(&device),
         data: arguments.data.clone(),
         options: options(arguments)?,
         micro_batch_size: arguments.micro_batch_size,
@@ -61,20 +61,6 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
 }
 
 fn options(arguments: &Arguments) -> Result<DataOptions> {
-    let format = match arguments.format.as_str() {
-        "text" => Format::Text,
-        "completion" => Format::Completion,
-        "messages" => Format::Messages,
-        "alpaca" => Format::Alpaca,
-        "auto" => Format::Auto,
-        other => {
-            let rule = "text, completion, messages, alpaca or auto";
-            return Err(Error::new(Kind::Usage, "there is no such format")
-                .at("--format")
-                .value(other)
-                .rule(rule));
-        }
-    };
     let pair = |text: &String| {
         let split = text
             .split_once('=')
@@ -86,12 +72,11 @@ fn options(arguments: &Arguments) -> Result<DataOptions> {
         })
     };
     let columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;
-    let (on_bad_record, txt_unit) = (OnBadRecord::Stop, TxtUnit::Paragraph);
     Ok(DataOptions {
-        format,
+        format: arguments.format,
         columns,
         max_length: arguments.max_length,
-        on_bad_record,
-        txt_unit,
+        on_bad_record: OnBadRecord::Stop,
+        txt_unit: TxtUnit::Paragraph,
     })
 }

@@ -60,9 +60,9 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             .rule("a text of at least one character")
             .hint("leave `--stop` out to end at the end-of-text token or after --max-new-tokens"));
     }
-    let (device, _) = run::device(&arguments.model.device)?;
+    let (device, _) = arguments.model.device.device.open()?;
     let job = GenerationJob {
-        model: arguments.model.request(&device)?,
+        model: arguments.model.request(&device),
         prompt: &arguments.prompt,
         chat: arguments.chat,
         max_new_tokens: arguments.max_new_tokens,

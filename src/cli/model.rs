@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::error::{Error, Kind, Result};
-use crate::run::{Device, ModelRequest};
+use crate::run::{Device, DeviceChoice, ModelRequest};
 use crate::work::Precision;
 
 #[derive(Debug, clap::Args)]
@@ -17,38 +16,29 @@ pub(super) struct ModelArguments {
     /// A PEFT adapter's directory
     #[arg(long)]
     pub(super) adapter: Option<PathBuf>,
-    /// Compute in f32, bf16 or f16
+    /// Compute precision
     #[arg(long, default_value = "f32")]
-    pub(super) dtype: String,
-    /// Where to compute: cpu, cuda, cuda:N, metal or auto
+    pub(super) dtype: Precision,
+    #[command(flatten)]
+    pub(super) device: DeviceArgument,
+}
+
+/// `--device`, the same for every command that computes.
+#[derive(Debug, clap::Args)]
+pub(super) struct DeviceArgument {
+    /// Compute device: cpu, cuda, cuda:N, metal, metal:N or auto
     #[arg(long, default_value = "auto")]
-    pub(super) device: String,
+    pub(super) device: DeviceChoice,
 }
 
 impl ModelArguments {
-    pub(super) fn request<'a>(&'a self, device: &'a Device) -> Result<ModelRequest<'a>> {
-        let precision = match self.dtype.as_str() {
-            "f32" => Precision::F32,
-            "bf16" => Precision::Bf16,
-            "f16" => Precision::F16,
-            other => {
-                return Err(Error::new(Kind::Usage, "there is no such format")
-                    .at("--dtype")
-                    .value(other)
-                    .rule("f32, bf16 or f16"));
-            }
-        };
-        let (model, revision, adapter) = (
-            self.model.as_str(),
-            self.revision.as_str(),
-            self.adapter.as_deref(),
-        );
-        Ok(ModelRequest {
-            model,
-            revision,
-            adapter,
+    pub(super) fn request<'a>(&'a self, device: &'a Device) -> ModelRequest<'a> {
+        ModelRequest {
+            model: &self.model,
+            revision: &self.revision,
+            adapter: self.adapter.as_deref(),
             device,
-            precision,
-        })
+            precision: self.dtype,
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 
+use super::model::DeviceArgument;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::Result;
@@ -31,9 +32,8 @@ pub(super) struct Arguments {
     /// repeated, and are never updated: the loss means nothing.
     #[arg(long, value_name = "N")]
     probe: Option<NonZeroUsize>,
-    /// Where it would compute: cpu, cuda, cuda:N, metal or auto
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArgument,
 }
 
 const EXAMPLES: &str = "\
@@ -49,7 +49,7 @@ measures one of your own.";
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let recipe = recipe::load(&arguments.recipe, &arguments.overrides)?;
     let name = recipe.name.clone();
-    let (device, computing) = run::device(&arguments.device)?;
+    let (device, computing) = arguments.device.device.open()?;
     let mut screen = Terminal::new(common.quiet);
     let document = match arguments.probe {
         Some(steps) => run::plan_with_probe(recipe, steps, &device, computing, &mut screen)?,

@@ -10,7 +10,7 @@ use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
 use crate::report::files::write_whole;
-use crate::run::{self, RenderedSample, Screen};
+use crate::run::{self, DeviceChoice, RenderedSample, Screen};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -56,7 +56,7 @@ pub(super) fn run(command: &Command, common: Common) -> Result<ExitCode> {
 
 fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result<ExitCode> {
     let recipe = recipe::load(path, overrides)?;
-    let (device, computing) = run::device("auto")?;
+    let (device, computing) = DeviceChoice::Auto.open()?;
     let screen = Terminal::new(common.quiet);
     let prepared = run::prepare(recipe, &device, computing, screen.downloads())?;
     let plan = run::plan(&prepared, computing)?;

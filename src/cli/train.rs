@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::model::DeviceArgument;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
@@ -30,9 +31,8 @@ pub(super) struct Arguments {
     /// Continue this run from its newest whole checkpoint; a finished one goes on with the baselines that were not measured to their end
     #[arg(long, value_name = "RUN_DIR", conflicts_with = "out")]
     resume: Option<PathBuf>,
-    /// Where to compute: cpu, cuda, cuda:N, metal or auto
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArgument,
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
@@ -40,7 +40,7 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         (Some(path), _) => Some(recipe::load(path, &arguments.overrides)?),
         (None, _) => None,
     };
-    let (device, computing) = run::device(&arguments.device)?;
+    let (device, computing) = arguments.device.device.open()?;
     stop_when_asked(common.quiet)?;
     let out_dir = match (&arguments.out, &recipe) {
         (Some(out), _) => out.clone(),

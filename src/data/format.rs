@@ -8,23 +8,9 @@ use serde_json::{Map, Value};
 use super::alpaca;
 use super::chat::Chat;
 use super::messages;
+use super::options::Format;
 use super::read::Record;
 use crate::error::{Error, Kind, Result};
-
-/// How a record is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Format {
-    /// `{text}`.
-    Text,
-    /// `{prompt, completion}` or `{question, answer}`; two lists of messages make a conversation, as in TRL.
-    Completion,
-    /// `{messages}` or ShareGPT's `{conversations}`.
-    Messages,
-    /// `{instruction, input, output}`.
-    Alpaca,
-    /// By the first record's fields.
-    Auto,
-}
 
 /// A record whose meaning is known.
 #[derive(Debug, Clone, PartialEq)]

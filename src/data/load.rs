@@ -12,8 +12,9 @@ use super::batch::Example;
 use super::cache;
 use super::dataset::{Counts, Dataset, RenderedSample, TextSpan, with_token_counts};
 use super::encode::{EncodedRecord, encode};
-use super::format::{Columns, Format, detect_format, interpret};
-use super::read::{Record, TxtUnit, extension, read};
+use super::format::{Columns, detect_format, interpret};
+use super::options::{Format, OnBadRecord, Options};
+use super::read::{Record, extension, read};
 use super::tokenizer::{Tokenizer, hex};
 use crate::error::{Error, Kind, Result};
 
@@ -21,30 +22,6 @@ use crate::error::{Error, Kind, Result};
 const CHUNK: usize = 4096;
 /// Raise it when encoding changes: caches of other versions are then ignored.
 const ENCODING_VERSION: u32 = 2;
-
-/// What a record that cannot be read does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum OnBadRecord {
-    /// Stops loading, naming file and line.
-    Stop,
-    /// Is left out and counted.
-    Skip,
-}
-
-/// How files are read and encoded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Options {
-    /// What a record's fields mean.
-    pub format: Format,
-    /// Wanted field -> the file's column.
-    pub columns: Vec<(String, String)>,
-    /// Longest example in tokens, at least 2.
-    pub max_length: usize,
-    /// What a record that cannot be read does.
-    pub on_bad_record: OnBadRecord,
-    /// How a `.txt` file is cut into texts.
-    pub txt_unit: TxtUnit,
-}
 
 /// Loads `paths` in order as one data set; `cache` is a folder for encoded data sets.
 ///
@@ -289,6 +266,7 @@ fn render_sample(place: &str, example: &Example, tokenizer: &Tokenizer) -> Resul
 
 #[cfg(test)]
 mod tests {
+    use super::super::options::TxtUnit;
     use super::*;
     use crate::data::tokenizer::tests::word_tokenizer;
 

@@ -80,7 +80,7 @@ mod tests {
     use parquet::schema::parser::parse_message_type;
     use serde_json::json;
 
-    use crate::data::read::{TxtUnit, read};
+    use crate::data::{TxtUnit, read};
 
     /// Two rows: {text: "a", messages: [{role: "u", content: "x"}, {role: "v", content: null}]}, {text: null, messages: []}.
     fn write(path: &std::path::Path, compression: Compression) {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use super::options::TxtUnit;
 use super::parquet;
 use crate::error::{Error, Kind, Result};
 
@@ -38,15 +39,6 @@ impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {} {}", self.file, self.unit, self.number)
     }
-}
-
-/// How a `.txt` file is cut into texts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum TxtUnit {
-    /// One text per blank-line paragraph.
-    Paragraph,
-    /// One text per file.
-    File,
 }
 
 /// Records in file order; a bad one is an error in its place and does not end the iteration.

@@ -20,7 +20,8 @@ use std::time::Instant;
 use super::budget::{Allowance, Budget, Limit, Spent};
 use super::charge::Charge;
 use super::ledger::{Energies, Entry, Filled, Gapped, Lease, Ledger, Phase, Totals, now};
-use super::meter::{MeterKind, Meters, Reading, Window};
+use super::meter::{Meters, Reading, Window};
+use super::options::MeterKind;
 use crate::error::Result;
 use crate::units::{MicroJoules, Seconds};
 use crate::work::Work;
@@ -435,7 +436,8 @@ fn times(spent: &Spent, count: u64) -> Spent {
 mod tests {
     use std::path::Path;
 
-    use super::super::budget::{Limits, Rates};
+    use super::super::budget::Rates;
+    use super::super::options::Limits;
     use super::super::profile::Profile;
     use super::super::sensor::{Gap, Sensor};
     use super::*;

@@ -9,25 +9,9 @@ use std::ops::{Add, AddAssign};
 use serde::{Deserialize, Serialize};
 
 use super::carbon::carbon;
+use super::options::Limits;
 use crate::error::{Error, Kind, Result};
-use crate::units::{
-    Flops, GramsCo2e, GramsPerKwh, Joules, MicroJoules, Money, Per, Price, Pue, Seconds,
-};
-
-/// What a run may spend; absent limits do not bind.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
-pub struct Limits {
-    /// The machine's own energy (without the facility's overhead).
-    pub energy: Option<Joules>,
-    /// Greenhouse gas, the facility's overhead included.
-    pub carbon: Option<GramsCo2e>,
-    /// FLOPs of matrix products and attention.
-    pub flops: Option<Flops>,
-    /// Wall time.
-    pub time: Option<Seconds>,
-    /// Money, by the price of the rates.
-    pub cost: Option<Money>,
-}
+use crate::units::{GramsCo2e, GramsPerKwh, Joules, MicroJoules, Money, Per, Price, Pue, Seconds};
 
 /// What turns joules and seconds into grams and money.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -440,6 +424,7 @@ fn check(limits: &Limits, rates: &Rates) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Flops;
 
     fn rates(price: Option<&str>) -> Rates {
         Rates {

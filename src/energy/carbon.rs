@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::cloud::{self, Region};
+use super::options::GridRef;
 use super::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
 use crate::units::{GramsCo2e, GramsPerKwh, Joules, Pue, Seconds};
@@ -256,6 +257,17 @@ impl Grid {
         .at("energy.grid")
         .value(text)
         .hint(did_you_mean(&near, otherwise)))
+    }
+
+    /// The grid of a recipe's `energy.grid`.
+    ///
+    /// # Errors
+    /// A name that no table lists.
+    pub fn resolve(grid: &GridRef) -> Result<Grid> {
+        match grid {
+            GridRef::Named(name) => Self::find(name),
+            GridRef::Intensity(intensity) => Self::custom(intensity.0),
+        }
     }
 
     /// The country it lies in: its own row, a state's or a province's country; `None` for larger places, cloud regions and numbers.

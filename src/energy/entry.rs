@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::budget::Spent;
 use super::charge::EnergyBreakdown;
-use super::meter::MeterKind;
+use super::options::MeterKind;
 use super::traffic::Traffic;
 use crate::units::{MicroJoules, Seconds};
 

@@ -301,7 +301,7 @@ pub(super) fn now() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::super::budget::Spent;
-    use super::super::meter::MeterKind;
+    use super::super::options::MeterKind;
     use super::*;
     use crate::units::Bytes;
 

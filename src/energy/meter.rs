@@ -5,40 +5,16 @@
 
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
-
 use super::charge::Charge;
 use super::counters::{Counters, Snapshot};
 use super::detect::{allowed_cores, part_of_machine};
 use super::ledger::Energies;
+use super::options::MeterKind;
 use super::profile::{DeviceKind, Profile};
 use super::sensor::{Absent, AttributedSensor, Gap, NvmlSensor, RaplSensor, Sensor};
 use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds, Watts};
 use crate::work::Work;
-
-/// A meter, as named in every figure.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum MeterKind {
-    /// Work times profile: exact, and the same on every machine.
-    Counted,
-    /// The machine's own energy counters.
-    Measured,
-    /// Profile power times wall time.
-    Timed,
-}
-
-impl MeterKind {
-    /// The word of recipes and reports.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            MeterKind::Counted => "counted",
-            MeterKind::Measured => "measured",
-            MeterKind::Timed => "timed",
-        }
-    }
-}
 
 /// Which device computes, and so which counter makes a measurement complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

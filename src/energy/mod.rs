@@ -16,6 +16,7 @@ mod entry;
 pub mod interval;
 pub mod ledger;
 pub mod meter;
+pub mod options;
 pub mod profile;
 pub mod sensor;
 mod table;
@@ -23,14 +24,15 @@ pub mod traffic;
 
 pub use account::{Account, Verdict};
 pub use baseline::Baseline;
-pub use budget::{Budget, Limit, Limits, Rates, Spent};
+pub use budget::{Budget, Limit, Rates, Spent};
 pub use carbon::{Grid, carbon};
 pub use charge::{Charge, EnergyBreakdown};
 pub use counters::Counters;
 pub use detect::{allowed_cores, part_of_machine};
 pub use interval::Interval;
 pub use ledger::{Energies, Entry, Ledger, Phase};
-pub use meter::{MeterKind, Meters, Reading};
+pub use meter::{Meters, Reading};
+pub use options::{DeviceRef, GridRef, Limits, MeterKind};
 pub use profile::Profile;
 pub use table::{Measured, MeasuredCache, MeasuredPower};
 

@@ -5,11 +5,11 @@
 //! (`charge`), nor how the machine is recognised (`detect`).
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::meter::Computing;
+use super::options::DeviceRef;
 use super::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Bytes, GramsCo2e, Watts};
@@ -125,40 +125,47 @@ impl Profile {
     /// assert!(Profile::named("nvidia-h100").unwrap_err().to_string().contains("nvidia-h100-sxm5-80gb"));
     /// ```
     pub fn named(name: &str) -> Result<Profile> {
-        let (slug, cores) = match name.split_once('@') {
-            Some((slug, cores)) => (slug, Some(cores)),
-            None => (name, None),
-        };
-        let profile = Self::all()
-            .iter()
-            .find(|profile| profile.name == slug)
-            .ok_or_else(|| unknown(slug))?;
-        let Some(cores) = cores else {
-            return Ok(profile.clone());
-        };
-        let refuse = || {
-            Error::new(Kind::Energy, "a profile cannot be scaled to these cores")
-                .value(name)
-                .rule("a processor's profile, then `@` and a number of cores from 1 to the processor's own")
-                .hint(format!("write `{slug}`, or `{slug}@2` if it is a processor"))
-        };
-        let cores: usize = cores.parse().map_err(|_| refuse())?;
-        match profile.cores {
-            Some(all) if profile.kind == DeviceKind::Cpu && (1..=all).contains(&cores) => {
-                Ok(profile.scaled_to(cores))
-            }
-            _ => Err(refuse()),
+        match name.parse() {
+            Ok(DeviceRef::Named { name, cores }) => Self::shipped(&name, cores),
+            Ok(DeviceRef::Auto | DeviceRef::File(_)) => Err(unknown(name)),
+            Err(_) => Err(not_scalable(name)),
         }
     }
 
-    /// What a recipe's `energy.device` means: "auto" (the device that computes), the path of a profile file under `base` (it ends
-    /// in `.toml`), or a name. A name is the whole device on every machine; "auto" resolves to "NAME@CORES" for a processor.
-    pub fn resolve(text: &str, base: &Path, computing: Computing) -> Result<Profile> {
-        match text {
-            "auto" => Self::of_machine(computing),
-            _ if text.ends_with(".toml") => Self::from_file(&base.join(text)),
-            _ => Self::named(text),
+    /// The shipped profile `name`, a processor's scaled to `cores`.
+    fn shipped(name: &str, cores: Option<usize>) -> Result<Profile> {
+        let profile = Self::all()
+            .iter()
+            .find(|profile| profile.name == name)
+            .ok_or_else(|| unknown(name))?;
+        match (cores, profile.cores) {
+            (None, _) => Ok(profile.clone()),
+            (Some(cores), Some(all))
+                if profile.kind == DeviceKind::Cpu && (1..=all).contains(&cores) =>
+            {
+                Ok(profile.scaled_to(cores))
+            }
+            (Some(cores), _) => Err(not_scalable(&format!("{name}@{cores}"))),
         }
+    }
+
+    /// The profile of a recipe's `energy.device`. A name is the whole device on every machine; `auto`, the device that computes,
+    /// is "NAME@CORES" for a processor.
+    pub fn resolve(device: &DeviceRef, computing: Computing) -> Result<Profile> {
+        match device {
+            DeviceRef::Auto => Self::of_machine(computing),
+            DeviceRef::File(path) => Self::from_file(path),
+            DeviceRef::Named { name, cores } => Self::shipped(name, *cores),
+        }
+    }
+
+    /// The reference under which a recipe finds this profile again.
+    pub fn reference(&self) -> DeviceRef {
+        let whole = || DeviceRef::Named {
+            name: self.name.clone(),
+            cores: None,
+        };
+        self.name.parse().unwrap_or_else(|_| whole())
     }
 
     /// The same processor with `cores` of its cores: a share of its power, peak, bandwidth and shared caches.
@@ -288,6 +295,16 @@ impl Profile {
         }
         self.load_w
     }
+}
+
+fn not_scalable(name: &str) -> Error {
+    let slug = name.split('@').next().unwrap_or(name);
+    Error::new(Kind::Energy, "a profile cannot be scaled to these cores")
+        .value(name)
+        .rule("a processor's profile, then `@` and a number of cores from 1 to the processor's own")
+        .hint(format!(
+            "write `{slug}`, or `{slug}@2` if it is a processor"
+        ))
 }
 
 fn unknown(name: &str) -> Error {

@@ -556,6 +556,7 @@ fn names(line: &str, key: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::meter::Computing;
+    use super::super::options::DeviceRef;
     use super::*;
 
     #[test]
@@ -756,7 +757,7 @@ mod tests {
         let path = dir.path().join("desk.toml");
         std::fs::write(&path, good).unwrap();
         assert_eq!(
-            Profile::resolve("desk.toml", dir.path(), Computing::Cpu)
+            Profile::resolve(&DeviceRef::File(path.clone()), Computing::Cpu)
                 .unwrap()
                 .name,
             "desk"

@@ -1,6 +1,6 @@
 //! The parts of a prepared run that its cost depends on.
 
-use crate::adapter::{LoadedAdapter, LoraSettings, Site};
+use crate::adapter::{LoadedAdapter, LoraConfig, Site};
 use crate::data::{Counts, MicroBatch, Sampler};
 use crate::energy::{Budget, Grid, Interval, Profile, Rates, carbon};
 use crate::model::{Architecture, MemoryForecast, ModelShape};
@@ -14,7 +14,7 @@ pub enum Target {
     /// LoRA adapters on these layers.
     Lora {
         /// The recipe's settings, or those of the adapter that `init_from` names.
-        settings: Box<LoraSettings>,
+        settings: Box<LoraConfig>,
         /// The adapted layers.
         sites: Vec<Site>,
         /// The adapter that `init_from` names.

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use self::row_length::regrouped;
 use super::subject::{Subject, Target};
-use crate::adapter::{LoraSettings, Site, Targets, select};
+use crate::adapter::{LoraConfig, Site, Targets, select};
 use crate::data::BatchShape;
 use crate::energy::{Charge, Profile};
 use crate::error::Result;
@@ -204,13 +204,12 @@ impl SensitivityTable<'_> {
         });
     }
 
-    fn sites(&self, settings: &LoraSettings) -> Result<Vec<Site>> {
+    fn sites(&self, settings: &LoraConfig) -> Result<Vec<Site>> {
         select(&self.subject.architecture.modules(), "lm_head", settings)
     }
 
     fn with_sites(&self, sites: &[Site], precision: Precision) -> Result<Variant> {
-        let dropout =
-            matches!(&self.subject.recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0);
+        let dropout = matches!(&self.subject.recipe.adapter, Adapter::Lora(lora) if lora.config.lora_dropout > 0.0);
         let architecture = self.subject.architecture;
         Ok(Variant {
             shape: ModelShape::with_adapters(architecture, sites, dropout, precision)?,
@@ -234,14 +233,14 @@ impl SensitivityTable<'_> {
         kind: &'static str,
         choice: &str,
         set: String,
-        settings: LoraSettings,
+        settings: LoraConfig,
     ) -> Result<()> {
         let set = if settings.rank_pattern.is_empty() {
             vec![set]
         } else {
             Vec::new()
         };
-        let sites = self.sites(&LoraSettings {
+        let sites = self.sites(&LoraConfig {
             rank_pattern: Vec::new(),
             ..settings
         })?;
@@ -250,10 +249,10 @@ impl SensitivityTable<'_> {
         Ok(())
     }
 
-    fn ranks(&mut self, settings: &LoraSettings) -> Result<()> {
+    fn ranks(&mut self, settings: &LoraConfig) -> Result<()> {
         for r in RANKS {
             if r != settings.r || !settings.rank_pattern.is_empty() {
-                let other = LoraSettings {
+                let other = LoraConfig {
                     r,
                     ..settings.clone()
                 };
@@ -268,7 +267,7 @@ impl SensitivityTable<'_> {
         Ok(())
     }
 
-    fn targets(&mut self, settings: &LoraSettings) -> Result<()> {
+    fn targets(&mut self, settings: &LoraConfig) -> Result<()> {
         let named = |names: &[&str]| {
             let targets = Targets::Names(names.iter().map(|name| name.to_string()).collect());
             (targets, toml_list(names))
@@ -285,8 +284,8 @@ impl SensitivityTable<'_> {
             if targets == Targets::AllLinear && settings.layers_to_transform.is_some() {
                 continue;
             }
-            let other = LoraSettings {
-                targets,
+            let other = LoraConfig {
+                target_modules: targets,
                 ..settings.clone()
             };
             if !paths(self.sites(&other)?).eq(paths(self.sites(settings)?)) {
@@ -302,7 +301,7 @@ impl SensitivityTable<'_> {
     }
 
     /// Adapters on the upper half of the layers: the backward pass ends there.
-    fn upper_layers(&mut self, settings: &LoraSettings) -> Result<()> {
+    fn upper_layers(&mut self, settings: &LoraConfig) -> Result<()> {
         let layers = self.subject.architecture.num_hidden_layers;
         if settings.layers_to_transform.is_some() || layers < 2 {
             return Ok(());
@@ -318,7 +317,7 @@ impl SensitivityTable<'_> {
             return Ok(());
         }
         let layers_key = format!("adapter.layers_to_transform={upper:?}");
-        let set = match &settings.targets {
+        let set = match &settings.target_modules {
             Targets::Names(_) => vec![layers_key],
             // PEFT wants names beside a list of layers.
             Targets::AllLinear => {

@@ -17,7 +17,8 @@ use super::machine::cpu_name;
 use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
 use crate::energy::{
-    Counters, Measured, MeasuredCache, MeasuredPower, Profile, allowed_cores, part_of_machine,
+    Counters, DeviceRef, Measured, MeasuredCache, MeasuredPower, Profile, allowed_cores,
+    part_of_machine,
 };
 use crate::error::{Error, Result};
 use crate::ops::{Context, Linear, Weight, dtype};
@@ -79,12 +80,12 @@ impl Calibrator {
     /// # Errors
     /// An unknown device, and a name that no profile may have.
     pub fn new(
-        like: &str,
+        like: &DeviceRef,
         name: Option<&str>,
         device: Device,
         computing: Computing,
     ) -> Result<Self> {
-        let base = Profile::resolve(like, std::path::Path::new(""), computing)?;
+        let base = Profile::resolve(like, computing)?;
         let name = match name {
             Some(name) => name.to_string(),
             None => format!("{}-calibrated", base.name.replace('@', "-cores-")),
@@ -406,11 +407,20 @@ mod tests {
     };
 
     fn calibrator(script: Vec<Result<u64, Gap>>) -> Calibrator {
-        let mut calibrator =
-            Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Cpu).unwrap();
+        let mut calibrator = Calibrator::new(
+            &device("raspberry-pi-5"),
+            Some("pi"),
+            Device::Cpu,
+            Computing::Cpu,
+        )
+        .unwrap();
         calibrator.counter = Some(Counters::new(vec![Box::new(Scripted(script))]));
         calibrator.notes.clear();
         calibrator
+    }
+
+    fn device(name: &str) -> DeviceRef {
+        name.parse().unwrap()
     }
 
     #[test]
@@ -530,8 +540,13 @@ mod tests {
             ..QUICK
         };
         let start = Instant::now();
-        let calibrator =
-            Calibrator::new("raspberry-pi-5", Some("pi"), Device::Cpu, Computing::Other).unwrap();
+        let calibrator = Calibrator::new(
+            &device("raspberry-pi-5"),
+            Some("pi"),
+            Device::Cpu,
+            Computing::Other,
+        )
+        .unwrap();
         let done = calibrator.measure(effort, &mut |_: &str| {}).unwrap();
         assert!(
             start.elapsed() < Duration::from_secs(60),
@@ -555,7 +570,7 @@ mod tests {
         // All that this machine has, though the profile's processor has more; and a whole processor.
         assert!(!is_part(&share, 2) && !is_part(&Profile::named("amd-epyc-7763").unwrap(), 128));
         let refused = Calibrator::new(
-            "generic-cpu",
+            &device("generic-cpu"),
             Some("My Machine"),
             Device::Cpu,
             Computing::Cpu,

@@ -39,7 +39,7 @@ pub fn reconcile(
 ) -> Result<Reconciled> {
     let (found, compared, ratio) = compared(directory, report)?;
     // A resolved recipe names its device: what computes here does not matter.
-    let base = Profile::resolve(&recipe.energy.device, Path::new(""), Computing::Other)?;
+    let base = Profile::resolve(&recipe.energy.device, Computing::Other)?;
     let factor = report
         .energy
         .profile_factor
@@ -50,7 +50,7 @@ pub fn reconcile(
             Kind::Run,
             "the device profile is no longer what this run was charged to",
         )
-        .at(recipe.energy.device.clone())
+        .at(recipe.energy.device.to_string())
         .value(format!(
             "then `{}`, now `{}`",
             report.energy.device, base.name

@@ -37,7 +37,7 @@ pub(super) fn build(given: &Given, folder: &Path, stem: &str, mistakes: &mut Mis
         adapter: reader.adapter(),
         data: reader.data(),
         train: train(given),
-        budget: Budget {
+        budget: Limits {
             energy: given.quantity("budget.energy"),
             carbon: given.quantity("budget.carbon"),
             flops: given.quantity("budget.flops"),
@@ -116,7 +116,7 @@ impl Reader<'_, '_, '_> {
 
     fn lora(&self, init_from: Option<PathBuf>, written: Vec<String>) -> Lora {
         let given = self.given;
-        Lora {
+        let config = LoraConfig {
             r: given.size("adapter.r"),
             lora_alpha: given.number("adapter.lora_alpha"),
             lora_dropout: given.number("adapter.lora_dropout"),
@@ -145,6 +145,10 @@ impl Reader<'_, '_, '_> {
                 }
                 _ => None,
             },
+            layers_pattern: Vec::new(),
+        };
+        Lora {
+            config,
             init_from,
             written,
         }
@@ -213,18 +217,21 @@ impl Reader<'_, '_, '_> {
         // A profile's own name may hold a slash ("NVIDIA A10 / A10G").
         let is_file =
             says_path(device) || device.ends_with(".toml") || self.folder.join(device).is_file();
+        let named = if is_file {
+            Ok(DeviceRef::File(self.resolve("energy.device", device)))
+        } else {
+            device.parse()
+        };
+        let device = named.unwrap_or_else(|rule| {
+            let hint = "write for example `device = \"amd-epyc-7763@4\"`";
+            self.refuse("energy.device", rule, hint);
+            DeviceRef::Auto
+        });
+        let grid = given.text("energy.grid").and_then(|text| text.parse().ok());
         Energy {
-            device: if is_file {
-                self.resolve("energy.device", device).display().to_string()
-            } else {
-                device.to_string()
-            },
+            device,
             meter: given.word("energy.meter"),
-            grid: given
-                .text("energy.grid")
-                .unwrap_or_default()
-                .trim()
-                .to_string(),
+            grid: grid.unwrap_or_else(|| GridRef::Named("world".into())),
             pue: Pue::new(given.number("energy.pue")).unwrap_or(Pue::ONE),
             price: given.quantity("energy.price"),
         }

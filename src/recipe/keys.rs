@@ -7,7 +7,7 @@ use crate::units::{Flops, GramsCo2e, Joules, Money, ParseQuantityError, Price, S
 use crate::work::Precision;
 
 use super::words::Word;
-use super::{Checkpointing, Compared, Format, Init, Meter, OnBadRecord, Schedule, TxtUnit};
+use super::{Checkpointing, Compared, Decay, Format, Init, MeterKind, OnBadRecord, TxtUnit};
 
 /// One key.
 pub(super) struct Key {
@@ -355,7 +355,7 @@ pub(super) static KEYS: &[Key] = &[
     key("train.gradient_accumulation_steps", SIZE, Defaulted, "1", "Forward passes in one step")
         .known_as(&["gradient_accumulation", "grad_accum", "grad_accumulation_steps", "accumulation"]),
     key("train.learning_rate", POSITIVE, Defaulted, "2e-4", "Peak learning rate").known_as(&["lr"]).in_starter(),
-    key("train.schedule", Choice(Schedule::words), Defaulted, "\"linear\"", "Course of the learning rate")
+    key("train.schedule", Choice(Decay::words), Defaulted, "\"linear\"", "Course of the learning rate")
         .known_as(&["lr_scheduler", "lr_scheduler_type", "scheduler", "lr_schedule"]),
     key("train.warmup_ratio", SHARE, Defaulted, "0.03", "Share of the course in which the rate rises; or warmup_steps").known_as(&["warmup"]),
     key("train.warmup_steps", EVERY, Optional, "10", "Steps in which the rate rises"),
@@ -381,7 +381,7 @@ pub(super) static KEYS: &[Key] = &[
     key("budget.cost", Of(COST), Optional, "\"0.05 USD\"", "Money; needs energy.price in the same currency").known_as(&["money"]),
 
     key("energy.device", Text, Defaulted, "\"auto\"", "A device profile's name, or a profile file"),
-    key("energy.meter", Choice(Meter::words), Defaulted, "\"auto\"", "The meter the budget binds on; auto: measured where complete, else counted"),
+    key("energy.meter", Choice(<Option<MeterKind>>::words), Defaulted, "\"auto\"", "The meter the budget binds on; auto: measured where complete, else counted"),
     key("energy.grid", Grid, Defaulted, "\"world\"", "ISO code, US state, cloud region, \"world\", or a number in gCO2e/kWh")
         .known_as(&["country", "region", "country_iso_code", "grid_intensity"]).in_starter(),
     key("energy.pue", AT_LEAST_ONE, Defaulted, "1.0", "The facility's energy over the machine's own"),

@@ -33,7 +33,12 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use crate::units::{Flops, GramsCo2e, Joules, Money, Price, Pue, Seconds};
+use crate::adapter::options::LoraConfig;
+pub use crate::adapter::options::Targets;
+pub use crate::data::options::{Format, OnBadRecord, TxtUnit};
+use crate::energy::options::{DeviceRef, GridRef, Limits, MeterKind};
+pub use crate::train::schedule::Decay;
+use crate::units::{Joules, Price, Pue};
 use crate::work::Precision;
 
 /// A checked recipe with every default filled in. Paths are absolute.
@@ -52,7 +57,7 @@ pub struct Recipe {
     /// How.
     pub train: Train,
     /// Within what.
-    pub budget: Budget,
+    pub budget: Limits,
     /// How energy is counted.
     pub energy: Energy,
     /// Against what it is compared.
@@ -105,43 +110,16 @@ pub enum Adapter {
     None,
 }
 
-/// LoRA's own settings, PEFT's names.
+/// The LoRA settings of a recipe.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lora {
-    /// Rank.
-    pub r: usize,
-    /// Scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
-    pub lora_alpha: f64,
-    /// Probability that an input element of A is dropped.
-    pub lora_dropout: f64,
-    /// Which modules.
-    pub target_modules: Targets,
-    /// Modules left out, whatever `target_modules` says.
-    pub exclude_modules: Option<Targets>,
-    /// Rank-stabilised scaling.
-    pub use_rslora: bool,
-    /// Module pattern -> rank, in file order: the first that matches holds.
-    pub rank_pattern: Vec<(String, usize)>,
-    /// Module pattern -> alpha, in file order.
-    pub alpha_pattern: Vec<(String, f64)>,
-    /// Only these layers.
-    pub layers_to_transform: Option<Vec<usize>>,
+    /// PEFT's configuration.
+    pub config: LoraConfig,
     /// An existing PEFT adapter to continue from.
     pub init_from: Option<PathBuf>,
     /// The keys the recipe itself wrote (of `r`, `lora_alpha`, `target_modules`, ...): with `init_from` only these may contradict the adapter.
     /// Empty without `init_from`.
     pub written: Vec<String>,
-}
-
-/// PEFT's three ways to say which modules.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Targets {
-    /// Every linear layer but the output embedding.
-    AllLinear,
-    /// A module whose path equals a name or ends with `.name`.
-    Names(Vec<String>),
-    /// A module whose whole path matches.
-    Regex(String),
 }
 
 /// The `[data]` table.
@@ -192,42 +170,6 @@ pub enum Validation {
     Fraction(f64),
 }
 
-/// How a record is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// `{text}`.
-    Text,
-    /// `{prompt, completion}` or `{question, answer}`.
-    Completion,
-    /// `{messages}` or ShareGPT's `{conversations}`.
-    Messages,
-    /// `{instruction, input, output}`.
-    Alpaca,
-    /// By the first record's fields.
-    Auto,
-}
-
-/// What a record that cannot be read does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBadRecord {
-    /// Stops the run, naming file and line.
-    Stop,
-    /// Is left out and counted.
-    Skip,
-}
-
-/// How a `.txt` file is cut into texts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TxtUnit {
-    /// One text per blank-line paragraph.
-    Paragraph,
-    /// One text per file.
-    File,
-}
-
 /// How long to train.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Length {
@@ -249,7 +191,7 @@ pub struct Train {
     /// Peak learning rate.
     pub learning_rate: f64,
     /// Its course.
-    pub schedule: Schedule,
+    pub schedule: Decay,
     /// Its rise at the start.
     pub warmup: Warmup,
     /// AdamW's beta1.
@@ -272,18 +214,6 @@ pub struct Train {
     pub keep_best: bool,
     /// Recompute activations in the backward pass.
     pub activation_checkpointing: Checkpointing,
-}
-
-/// The course of the learning rate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    /// Straight to zero.
-    Linear,
-    /// Half a cosine to zero.
-    Cosine,
-    /// Level.
-    Constant,
 }
 
 /// The rise of the learning rate.
@@ -310,48 +240,19 @@ pub enum Checkpointing {
     Blocks(usize),
 }
 
-/// The `[budget]` table: the first to bind stops the run.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Budget {
-    /// Energy of the machine itself.
-    pub energy: Option<Joules>,
-    /// Emissions, facility overhead included.
-    pub carbon: Option<GramsCo2e>,
-    /// Executed FLOPs.
-    pub flops: Option<Flops>,
-    /// Wall time.
-    pub time: Option<Seconds>,
-    /// Money; needs `energy.price` in the same currency.
-    pub cost: Option<Money>,
-}
-
 /// The `[energy]` table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Energy {
-    /// A profile's name, a profile file, or `auto`.
-    pub device: String,
-    /// Which meter the budget binds on.
-    pub meter: Meter,
-    /// ISO code, US state, cloud region, `world`, or a number in gCO2e/kWh.
-    pub grid: String,
+    /// The device whose profile counts.
+    pub device: DeviceRef,
+    /// The meter the budget binds on; `None`: measured where complete, else counted.
+    pub meter: Option<MeterKind>,
+    /// The electricity grid.
+    pub grid: GridRef,
     /// Facility overhead.
     pub pue: Pue,
     /// Price of electricity or of the device.
     pub price: Option<Price>,
-}
-
-/// Which meter the budget binds on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Meter {
-    /// Measured where complete, else counted.
-    Auto,
-    /// From executed work and the device profile.
-    Counted,
-    /// From the hardware's counters.
-    Measured,
-    /// From profile power and wall time.
-    Timed,
 }
 
 /// The `[baseline]` table.

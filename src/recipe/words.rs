@@ -2,7 +2,7 @@
 //!
 //! One table per enum feeds the reader, the writer and the schema. Knows nothing of keys.
 
-use super::{Checkpointing, Compared, Format, Init, Meter, OnBadRecord, Schedule, TxtUnit};
+use super::{Checkpointing, Compared, Decay, Format, Init, MeterKind, OnBadRecord, TxtUnit};
 use crate::work::Precision;
 
 /// A choice written as a word.
@@ -65,13 +65,22 @@ impl Word for Checkpointing {
     ];
 }
 
+/// No meter is written as `auto`.
+impl Word for Option<MeterKind> {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("auto", None),
+        ("counted", Some(MeterKind::Counted)),
+        ("measured", Some(MeterKind::Measured)),
+        ("timed", Some(MeterKind::Timed)),
+    ];
+}
+
 words! {
     Precision: "f32" => F32, "bf16" => Bf16, "f16" => F16;
     Init: "pretrained" => Pretrained, "random" => Random;
     Format: "auto" => Auto, "text" => Text, "completion" => Completion, "messages" => Messages, "alpaca" => Alpaca;
     OnBadRecord: "stop" => Stop, "skip" => Skip;
     TxtUnit: "paragraph" => Paragraph, "file" => File;
-    Schedule: "linear" => Linear, "cosine" => Cosine, "constant" => Constant;
-    Meter: "auto" => Auto, "counted" => Counted, "measured" => Measured, "timed" => Timed;
+    Decay: "linear" => Linear, "cosine" => Cosine, "constant" => Constant;
     Compared: "counted" => Counted, "measured" => Measured, "off" => Off;
 }

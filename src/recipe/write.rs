@@ -60,7 +60,7 @@ impl Recipe {
             ("adapter", _) => self.adapter.value(name),
             ("data", _) => self.data.value(name),
             ("train", _) => self.train.value(name),
-            ("budget", _) => self.budget.value(name),
+            ("budget", _) => limit(&self.budget, name),
             ("energy", _) => self.energy.value(name),
             ("baseline", _) => self.baseline.value(name),
             ("report", _) => self.report.value(name),
@@ -145,22 +145,23 @@ impl Adapter {
 
 impl Lora {
     fn value(&self, name: &str) -> Option<Value> {
+        let config = &self.config;
         match name {
-            "r" => Some(count(self.r as u64)),
-            "lora_alpha" => Some(number(self.lora_alpha)),
-            "lora_dropout" => Some(number(self.lora_dropout)),
-            "target_modules" => Some(targets(&self.target_modules)),
-            "exclude_modules" => self.exclude_modules.as_ref().map(targets),
-            "use_rslora" => Some(self.use_rslora.into()),
-            "rank_pattern" => map(self
+            "r" => Some(count(config.r as u64)),
+            "lora_alpha" => Some(number(config.lora_alpha)),
+            "lora_dropout" => Some(number(config.lora_dropout)),
+            "target_modules" => Some(targets(&config.target_modules)),
+            "exclude_modules" => config.exclude_modules.as_ref().map(targets),
+            "use_rslora" => Some(config.use_rslora.into()),
+            "rank_pattern" => map(config
                 .rank_pattern
                 .iter()
                 .map(|(pattern, rank)| (pattern, count(*rank as u64)))),
-            "alpha_pattern" => map(self
+            "alpha_pattern" => map(config
                 .alpha_pattern
                 .iter()
                 .map(|(pattern, alpha)| (pattern, number(*alpha)))),
-            "layers_to_transform" => self
+            "layers_to_transform" => config
                 .layers_to_transform
                 .as_ref()
                 .map(|layers| layers.iter().map(|layer| count(*layer as u64)).collect()),
@@ -222,34 +223,34 @@ impl Train {
     }
 }
 
-impl Budget {
-    fn value(&self, name: &str) -> Option<Value> {
-        match name {
-            "energy" => self
-                .energy
-                .map(|energy| exact(&energy, format!("{} J", energy.0))),
-            "carbon" => self
-                .carbon
-                .map(|carbon| exact(&carbon, format!("{} g", carbon.0))),
-            "flops" => self
-                .flops
-                .map(|flops| exact(&flops, format!("{:e}", flops.0))),
-            "time" => self.time.map(|time| exact(&time, format!("{} s", time.0))),
-            "cost" => self
-                .cost
-                .as_ref()
-                .map(|cost| exact(cost, format!("{} {}", cost.amount, cost.currency))),
-            _ => None,
-        }
+fn limit(limits: &Limits, name: &str) -> Option<Value> {
+    match name {
+        "energy" => limits
+            .energy
+            .map(|energy| exact(&energy, format!("{} J", energy.0))),
+        "carbon" => limits
+            .carbon
+            .map(|carbon| exact(&carbon, format!("{} g", carbon.0))),
+        "flops" => limits
+            .flops
+            .map(|flops| exact(&flops, format!("{:e}", flops.0))),
+        "time" => limits
+            .time
+            .map(|time| exact(&time, format!("{} s", time.0))),
+        "cost" => limits
+            .cost
+            .as_ref()
+            .map(|cost| exact(cost, format!("{} {}", cost.amount, cost.currency))),
+        _ => None,
     }
 }
 
 impl Energy {
     fn value(&self, name: &str) -> Option<Value> {
         match name {
-            "device" => Some(self.device.as_str().into()),
+            "device" => Some(self.device.to_string().into()),
             "meter" => Some(self.meter.word().into()),
-            "grid" => Some(self.grid.as_str().into()),
+            "grid" => Some(self.grid.to_string().into()),
             "pue" => Some(number(self.pue.value())),
             "price" => self.price.as_ref().map(|price| {
                 let per = if price.per == Per::KilowattHour {

@@ -1,5 +1,7 @@
 //! The compute device that `--device` names, and the report's `environment` block.
 
+use std::str::FromStr;
+
 use candle_core::Device;
 
 use crate::energy::meter::Computing;
@@ -8,32 +10,67 @@ use crate::measure::machine::cpu_name;
 use crate::report::types::Environment;
 use crate::work::Precision;
 
-/// The candle device that `--device` names, and which counter measures it.
-pub fn device(name: &str) -> Result<(Device, Computing)> {
-    let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
-    let index: usize = index.parse().map_err(|_| unknown(name))?;
-    match kind {
-        "cpu" | "auto" if name != kind => Err(unknown(name)),
-        "cpu" => Ok((Device::Cpu, Computing::Cpu)),
-        "auto" => automatic(),
-        "cuda" if cfg!(feature = "cuda") => Ok((
-            Device::new_cuda(index).map_err(unusable)?,
-            Computing::Nvidia(index as u32),
-        )),
-        "metal" if cfg!(feature = "metal") => Ok((
-            Device::new_metal(index).map_err(unusable)?,
-            Computing::Other,
-        )),
-        "cuda" | "metal" => Err(Error::new(
-            Kind::Device,
-            format!("this build of wattune has no {kind} support"),
-        )
-        .value(name)
-        .hint(format!(
-            "compile it in with `cargo build --release --features {kind}`, or use `--device cpu`"
-        ))),
-        _ => Err(unknown(name)),
+/// A compute device as `--device` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first accelerator of this build and machine, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU by index.
+    Cuda(usize),
+    /// An Apple GPU by index.
+    Metal(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
+        let index = index.parse().map_err(|_| unknown(name))?;
+        match kind {
+            "auto" if name == kind => Ok(Self::Auto),
+            "cpu" if name == kind => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(index)),
+            "metal" => Ok(Self::Metal(index)),
+            _ => Err(unknown(name)),
+        }
     }
+}
+
+impl DeviceChoice {
+    /// The candle device, and which counter measures it.
+    ///
+    /// # Errors
+    /// [`Kind::Device`] where this build lacks the backend or the machine the device.
+    pub fn open(self) -> Result<(Device, Computing)> {
+        match self {
+            Self::Auto => automatic(),
+            Self::Cpu => Ok((Device::Cpu, Computing::Cpu)),
+            Self::Cuda(index) if cfg!(feature = "cuda") => Ok((
+                Device::new_cuda(index).map_err(unusable)?,
+                Computing::Nvidia(index as u32),
+            )),
+            Self::Metal(index) if cfg!(feature = "metal") => Ok((
+                Device::new_metal(index).map_err(unusable)?,
+                Computing::Other,
+            )),
+            Self::Cuda(index) => Err(not_built("cuda", index)),
+            Self::Metal(index) => Err(not_built("metal", index)),
+        }
+    }
+}
+
+fn not_built(kind: &str, index: usize) -> Error {
+    Error::new(
+        Kind::Device,
+        format!("this build of wattune has no {kind} support"),
+    )
+    .value(format!("{kind}:{index}"))
+    .hint(format!(
+        "compile it in with `cargo build --release --features {kind}`, or use `--device cpu`"
+    ))
 }
 
 /// The first accelerator this build and this machine have, else the processor.

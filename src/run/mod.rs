@@ -28,7 +28,7 @@ pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
 pub use generate::{Generated, GenerationJob, generate};
 pub use inference::ModelRequest;
-pub use machine::{allowed_threads, device};
+pub use machine::{DeviceChoice, allowed_threads};
 pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
 pub use plan::{Plan, plan};
@@ -42,7 +42,7 @@ pub use candle_core::Device;
 
 pub use crate::data::{Format, OnBadRecord, Options as DataOptions, RenderedSample, TxtUnit};
 pub use crate::energy::sensor::{self, State as SensorState};
-pub use crate::energy::{Interval, Profile};
+pub use crate::energy::{DeviceRef, Interval, Profile};
 pub use crate::forecast::{
     BaselineOf, BaselineRequest, Choice, Method, Printed, Target, baseline_of,
 };

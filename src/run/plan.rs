@@ -3,7 +3,6 @@
 use serde_json::{Value, json};
 
 use super::machine;
-use super::options::meter;
 use super::prepare::Prepared;
 use super::reconcile::profile_factor;
 use super::reporting::{adapter_block, baseline_blocks, data_block, model_block};
@@ -38,7 +37,7 @@ pub struct Plan {
 /// Plays the run through without training.
 pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
     let meters = Meters::open(prepared.profile.clone(), computing);
-    let kind = meters.resolve(meter(prepared.recipe.energy.meter))?;
+    let kind = meters.resolve(prepared.recipe.energy.meter)?;
     let sample = sample_prompt(prepared)?.map(|prompt| prompt.work(&prepared.shape));
     let run = forecast_run(&prepared.subject(), sample.as_ref())?;
     let json = to_json(prepared, kind, &run)?;

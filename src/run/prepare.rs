@@ -9,14 +9,12 @@ use sha2::{Digest, Sha256};
 
 use super::machine;
 use super::model::{cache_root, find_model, tokenizer_of};
-use super::options::{
-    data_options, decided, limits, lora_settings, meter, sampler_options, settings,
-};
+use super::options::{data_options, sampler_options, settings};
 use crate::adapter::shards::read_headers;
-use crate::adapter::{self, LoraSettings};
+use crate::adapter::{self, LoraConfig};
 use crate::data::{self, Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::meter::Computing;
-use crate::energy::{Budget, Grid, Meters, Profile, Rates};
+use crate::energy::{Budget, DeviceRef, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Kind, Result};
 pub(super) use crate::forecast::Target;
 use crate::forecast::{Subject, measured_kinds};
@@ -116,14 +114,14 @@ pub fn prepare(
 ) -> Result<Prepared> {
     machine::check_precision(device, recipe.model.dtype)?;
     refuse_adapter_on_random_weights(&recipe)?;
-    let profile = Profile::resolve(&recipe.energy.device, std::path::Path::new(""), computing)?;
-    let grid = Grid::find(&recipe.energy.grid)?;
+    let profile = Profile::resolve(&recipe.energy.device, computing)?;
+    let grid = Grid::resolve(&recipe.energy.grid)?;
     let rates = Rates {
         grid: grid.gco2e_per_kwh,
         pue: recipe.energy.pue,
         price: recipe.energy.price.clone(),
     };
-    let budget = Budget::new(limits(&recipe.budget), rates)?;
+    let budget = Budget::new(recipe.budget.clone(), rates)?;
 
     let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
     let architecture = architecture_of(&files, device)?;
@@ -152,11 +150,11 @@ pub fn prepare(
         recipe.train.activation_checkpointing = resolved(recompute, shape.backward_blocks());
     }
     check_measured_baselines(&recipe, &architecture, tokens)?;
-    if recipe.energy.device == "auto" {
-        recipe.energy.device.clone_from(&profile.name);
+    if recipe.energy.device == DeviceRef::Auto {
+        recipe.energy.device = profile.reference();
     }
-    recipe.energy.meter =
-        decided(Meters::open(profile.clone(), computing).resolve(meter(recipe.energy.meter))?);
+    let meters = Meters::open(profile.clone(), computing);
+    recipe.energy.meter = Some(meters.resolve(recipe.energy.meter)?);
     let seen = [Some(&train), validation.as_ref()]
         .into_iter()
         .flatten()
@@ -250,7 +248,7 @@ pub(super) fn shape_of(
     architecture: &Architecture,
     target: &Target,
 ) -> Result<ModelShape> {
-    let dropout = matches!(&recipe.adapter, Adapter::Lora(lora) if lora.lora_dropout > 0.0);
+    let dropout = matches!(&recipe.adapter, Adapter::Lora(lora) if lora.config.lora_dropout > 0.0);
     match target {
         Target::Lora { sites, .. } => {
             ModelShape::with_adapters(architecture, sites, dropout, recipe.model.dtype)
@@ -275,13 +273,13 @@ pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Tar
         return Ok(Target::All);
     };
     let modules = architecture.modules();
-    let mut settings = lora_settings(lora);
+    let mut settings = lora.config.clone();
     let mut from = None;
     if let Some(path) = &lora.init_from {
         let loaded = adapter::load(path)?;
         let held = loaded.config.settings();
-        contradictions(lora, &settings, &held)?;
-        settings = LoraSettings {
+        contradictions(lora, &held)?;
+        settings = LoraConfig {
             lora_dropout: settings.lora_dropout,
             ..held
         };
@@ -311,7 +309,8 @@ pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Tar
 }
 
 /// With `init_from` the adapter's own settings hold; what the recipe wrote may repeat them, not contradict them.
-fn contradictions(lora: &recipe::Lora, written: &LoraSettings, held: &LoraSettings) -> Result<()> {
+fn contradictions(lora: &recipe::Lora, held: &LoraConfig) -> Result<()> {
+    let written = &lora.config;
     let differs = |key: &str| match key {
         "r" => (written.r != held.r).then(|| held.r.to_string()),
         "lora_alpha" => {
@@ -320,9 +319,8 @@ fn contradictions(lora: &recipe::Lora, written: &LoraSettings, held: &LoraSettin
         "use_rslora" => {
             (written.use_rslora != held.use_rslora).then(|| held.use_rslora.to_string())
         }
-        "target_modules" => {
-            (written.targets != held.targets).then(|| format!("{:?}", held.targets))
-        }
+        "target_modules" => (written.target_modules != held.target_modules)
+            .then(|| format!("{:?}", held.target_modules)),
         "rank_pattern" => {
             (written.rank_pattern != held.rank_pattern).then(|| format!("{:?}", held.rank_pattern))
         }

@@ -7,7 +7,6 @@ use candle_core::Device;
 
 use super::directory::RunDirectory;
 use super::model::fetch_weights;
-use super::options::meter;
 use super::prepare::{Prepared, Target, check_disk, prepare};
 use super::reporting::{Inputs, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
@@ -15,11 +14,11 @@ use super::trainee;
 use super::watch::Watch;
 use super::{Screen, measured, plan};
 use crate::energy::meter::Computing;
-use crate::energy::{Account, Ledger, Meters, Phase, Verdict};
+use crate::energy::{Account, DeviceRef, Ledger, Meters, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::load_work;
 use crate::model::TrainableModel;
-use crate::recipe::{self, Checkpointing, Init, Meter, Recipe};
+use crate::recipe::{self, Checkpointing, Init, Recipe};
 use crate::report::steps::truncate_after;
 use crate::report::{Report, json::read_report};
 use crate::train::{self, Checkpoints, Outcome, Scheduled, StepCosts, Stop, TrainState, Trainer};
@@ -118,12 +117,10 @@ fn the_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
     let Some(mut given) = request.recipe.clone() else {
         return Ok(own);
     };
-    if given.energy.device == "auto" {
+    if given.energy.device == DeviceRef::Auto {
         given.energy.device.clone_from(&own.energy.device);
     }
-    if given.energy.meter == Meter::Auto {
-        given.energy.meter = own.energy.meter;
-    }
+    given.energy.meter = given.energy.meter.or(own.energy.meter);
     if given.train.activation_checkpointing == Checkpointing::Auto {
         given.train.activation_checkpointing = own.train.activation_checkpointing;
     }
@@ -267,7 +264,7 @@ fn open_account(
     directory: &RunDirectory,
 ) -> Result<Account> {
     let meters = Meters::open(prepared.profile.clone(), request.computing);
-    let kind = meters.resolve(meter(prepared.recipe.energy.meter))?;
+    let kind = meters.resolve(prepared.recipe.energy.meter)?;
     // A run cut off before its first entry has no ledger yet.
     let ledger = match directory.ledger() {
         path if request.resume.is_some() && path.exists() => Ledger::resume(&path)?,

@@ -7,7 +7,7 @@
 mod checkpoint;
 mod forecast;
 mod record;
-mod schedule;
+pub mod schedule;
 mod step;
 
 use std::path::Path;

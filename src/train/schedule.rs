@@ -1,7 +1,11 @@
 //! The learning rate as a pure function of how far the run is.
 
+use clap::ValueEnum;
+use serde::Serialize;
+
 /// The shape of the decay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
 pub enum Decay {
     /// Straight to zero.
     Linear,

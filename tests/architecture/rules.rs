@@ -10,7 +10,7 @@ const COMMON: &[&str] = &["units", "error", "work", "random"];
 
 /// The import table: each room of `src/` and which rooms it may import besides itself and `COMMON`.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("recipe", &[]),
+    ("recipe", &["data", "adapter", "train", "energy"]),
     ("hub", &[]),
     ("data", &["hub"]),
     ("ops", &[]),
@@ -40,6 +40,14 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("cli", &["run", "recipe", "report"]),
     ("main", &["cli"]),
+];
+
+/// The modules of plain option types that `recipe` may import from the rooms of its row, and no others of those rooms.
+const OPTION_TYPES: &[&str] = &[
+    "adapter::options",
+    "data::options",
+    "energy::options",
+    "train::schedule",
 ];
 
 /// The ground that every room stands on, and what each of its files may import: no `COMMON` here.
@@ -306,6 +314,29 @@ pub fn crossing_imports(path: &str, code: &str) -> Vec<Finding> {
     found
 }
 
+/// Imports of `recipe` from an allowed room that are not its option types.
+pub fn option_types_only(path: &str, code: &str) -> Vec<Finding> {
+    if room(path) != Some("recipe") {
+        return Vec::new();
+    }
+    let rooms = allowed("recipe").unwrap_or_default();
+    let crosses = |after: &str| {
+        let name = first_word(after);
+        rooms.contains(&name.as_str())
+            && !COMMON.contains(&name.as_str())
+            && !OPTION_TYPES.iter().any(|module| after.starts_with(module))
+    };
+    words(code, "crate::")
+        .filter(|(_, after)| crosses(after))
+        .map(|(line, _)| {
+            finding(
+                line,
+                format!("`recipe` imports {}", OPTION_TYPES.join(", ")),
+            )
+        })
+        .collect()
+}
+
 /// Crates that a room does not name.
 pub fn foreign_crates(path: &str, code: &str) -> Vec<Finding> {
     let of_room = FOREIGN
@@ -509,6 +540,14 @@ mod tests {
             ),
             [5]
         );
+    }
+
+    #[test]
+    fn a_recipe_imports_option_types_alone() {
+        let code =
+            "use crate::data::options::Format;\nuse crate::data::load;\nuse crate::units::Joules;";
+        assert_eq!(lines(option_types_only("src/recipe/mod.rs", code)), [2]);
+        assert_eq!(lines(option_types_only("src/run/mod.rs", code)), CLEAN);
     }
 
     #[test]

@@ -18,7 +18,6 @@ use crate::report::measured::{BaselineStop, MeasuredBaseline};
 use crate::report::steps::truncate_after;
 use crate::report::types::{self, BaselineKind, Label};
 use crate::run::Screen;
-use crate::run::options::meter;
 use crate::run::spending::{bounds, carbon_block, interval};
 use crate::run::trainee::{fully_trained, open_weights};
 use crate::train::{Checkpoints, Stop, TrainState};
@@ -72,7 +71,7 @@ impl<'a> Trial<'a> {
             prepared.budget.rates().clone(),
         )?;
         let meters = Meters::open(prepared.profile.clone(), place.computing);
-        let meter = meters.resolve(meter(prepared.recipe.energy.meter))?;
+        let meter = meters.resolve(prepared.recipe.energy.meter)?;
         let account = Account::new(budget, meters, ledger(&folder.join(LEDGER))?, meter);
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
         let found = checkpoints.newest(&field.digest())?;

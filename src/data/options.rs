@@ -1,0 +1,57 @@
+//! How records are read and encoded: the choices a recipe or a command line makes.
+//!
+//! Plain values without behaviour, so that a recipe can hold them.
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+/// How a record is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// By the first record's fields.
+    Auto,
+    /// `{text}`.
+    Text,
+    /// `{prompt, completion}` or `{question, answer}`; two lists of messages make a conversation, as in TRL.
+    Completion,
+    /// `{messages}` or ShareGPT's `{conversations}`.
+    Messages,
+    /// `{instruction, input, output}`.
+    Alpaca,
+}
+
+/// Effect of a record that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBadRecord {
+    /// Stops loading, naming file and line.
+    Stop,
+    /// Is left out and counted.
+    Skip,
+}
+
+/// How a `.txt` file is cut into texts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum TxtUnit {
+    /// One text per blank-line paragraph.
+    Paragraph,
+    /// One text per file.
+    File,
+}
+
+/// How files are read and encoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// How a record is read.
+    pub format: Format,
+    /// Wanted field -> the file's column.
+    pub columns: Vec<(String, String)>,
+    /// Longest example in tokens, at least 2.
+    pub max_length: usize,
+    /// Effect of a record that cannot be read.
+    pub on_bad_record: OnBadRecord,
+    /// How a `.txt` file is cut into texts.
+    pub txt_unit: TxtUnit,
+}
