@@ -72,7 +72,7 @@ fn number(value: &Value, pointer: &str) -> f64 {
 /// FLOPs of one step of `RECIPE`, every weight trained: counted from the architecture, not executed.
 fn counted(precision: Precision) -> u64 {
     let architecture = Architecture::from_config(&serde_json::from_str(CONFIG).unwrap()).unwrap();
-    let shape = ModelShape::fully_trained(&architecture, precision).unwrap();
+    let shape = ModelShape::fully_trained(&architecture, precision);
     let step = shape.training(&[16, 16, 16], 45, Recompute::NONE).times(2)
         + adamw_cost(architecture.parameters() as usize);
     step.flops()

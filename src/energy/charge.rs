@@ -16,6 +16,7 @@ use std::ops::{Add, AddAssign};
 
 use serde::{Deserialize, Serialize};
 
+use super::budget::Spent;
 use super::profile::Profile;
 use super::traffic::{DRAM, Traffic, traffic, without_reuse};
 use crate::units::{Bytes, Joules, MicroJoules, Seconds};
@@ -55,6 +56,17 @@ impl AddAssign<&EnergyBreakdown> for EnergyBreakdown {
         self.movement_j += other.movement_j;
         self.idle_j += other.idle_j;
         self.unreused_bytes += other.unreused_bytes;
+    }
+}
+
+impl Charge {
+    /// The quantities that budgets limit.
+    pub fn spent(&self) -> Spent {
+        Spent {
+            energy: self.energy,
+            flops: self.flops,
+            time: self.time,
+        }
     }
 }
 

@@ -48,7 +48,7 @@ pub fn baselines(
 
 /// The same batches with every weight trained.
 fn full_fine_tuning(subject: &Subject<'_>, steps: u64, evaluations: usize) -> Result<Baseline> {
-    let shape = ModelShape::fully_trained(subject.architecture, subject.recipe.model.dtype)?;
+    let shape = ModelShape::fully_trained(subject.architecture, subject.recipe.model.dtype);
     let parameters = subject.architecture.parameters() as usize;
     let recompute = subject.settings.recompute;
     let step_work = |step: u64| -> Work {

@@ -73,7 +73,7 @@ pub fn inference_cost(
     let report = &subject.recipe.report;
     let prompt = report.prompt_tokens;
     let base_shape =
-        ModelShape::with_adapters(subject.architecture, &[], false, subject.precision())?;
+        ModelShape::with_adapters(subject.architecture, &[], false, subject.precision());
     let base = request(subject, &base_shape, prompt);
     let mut models = vec![served(subject, ServedModel::Base, base)];
     match subject.target {

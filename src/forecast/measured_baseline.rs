@@ -46,7 +46,7 @@ impl<'a> BaselineSetup<'a> {
     /// # Errors
     /// An architecture that cannot be trained as a whole.
     pub fn new(subject: Subject<'a>, kind: BaselineKind) -> Result<Self> {
-        let shape = ModelShape::fully_trained(subject.architecture, subject.precision())?;
+        let shape = ModelShape::fully_trained(subject.architecture, subject.precision());
         let trained = subject.architecture.parameters() as usize;
         Ok(Self {
             subject,

@@ -20,8 +20,10 @@ pub struct RunForecast {
     pub steps: u64,
     /// Why the run will end.
     pub stop: Stop,
-    /// Tokens of those steps, and those with a loss.
-    pub tokens: (u64, u64),
+    /// Tokens of those steps.
+    pub tokens: u64,
+    /// Loss tokens of those steps.
+    pub loss_tokens: u64,
     /// Evaluations, the one before the first step included.
     pub evaluations: usize,
     /// The charge of each phase.
@@ -98,7 +100,7 @@ pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunF
         .chain(costs.evaluation())
         .map(charge)
         .collect();
-    let before: Spent = opening.iter().chain([&load]).map(spent).sum();
+    let before: Spent = opening.iter().chain([&load]).map(Charge::spent).sum();
     let run = forecast(
         &costs,
         subject.settings,
@@ -129,6 +131,7 @@ pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunF
     Ok(RunForecast {
         steps: run.steps,
         tokens: run.tokens,
+        loss_tokens: run.loss_tokens,
         evaluations: run.evaluations + usize::from(!subject.validation.is_empty()),
         total: phases.iter().map(|(_, charge)| charge.clone()).sum(),
         phases,
@@ -140,17 +143,9 @@ pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunF
     })
 }
 
-fn spent(charge: &Charge) -> Spent {
-    Spent {
-        energy: charge.energy,
-        flops: charge.flops,
-        time: charge.time,
-    }
-}
-
 /// What the shortest run spends: everything before the first step, one step, and what ends a run.
 fn least_needed(costs: &StepCosts<'_>, subject: &Subject<'_>, before: Spent) -> Spent {
-    let charge = |work: &Work| spent(&subject.profile.charge(work));
+    let charge = |work: &Work| subject.profile.charge(work).spent();
     let due = subject.settings.scheduled_after(1);
     let ending: Spent = costs
         .reserve(due)

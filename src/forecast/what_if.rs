@@ -212,7 +212,7 @@ impl SensitivityTable<'_> {
         let dropout = matches!(&self.subject.recipe.adapter, Adapter::Lora(lora) if lora.config.lora_dropout > 0.0);
         let architecture = self.subject.architecture;
         Ok(Variant {
-            shape: ModelShape::with_adapters(architecture, sites, dropout, precision)?,
+            shape: ModelShape::with_adapters(architecture, sites, dropout, precision),
             trained: sites.iter().map(Site::parameters).sum(),
             ..self.recipe.clone()
         })
@@ -221,7 +221,7 @@ impl SensitivityTable<'_> {
     fn every_weight_in(&self, precision: Precision) -> Result<Variant> {
         let architecture = self.subject.architecture;
         Ok(Variant {
-            shape: ModelShape::fully_trained(architecture, precision)?,
+            shape: ModelShape::fully_trained(architecture, precision),
             trained: architecture.parameters() as usize,
             ..self.recipe.clone()
         })

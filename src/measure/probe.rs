@@ -20,7 +20,7 @@ use crate::model::{Architecture, TrainableModel};
 use crate::ops::{Context, Gradients, Slot, Weight};
 use crate::random::{Purpose, stream};
 use crate::recipe::Recipe;
-use crate::train::{Settings, accumulate_gradients, optimizer_update};
+use crate::train::{Settings, accumulate_gradients};
 use crate::units::{Bytes, Seconds};
 use crate::work::{Precision, WorkCounter};
 
@@ -90,18 +90,31 @@ fn train_step(
         parameters,
     } = model;
     let mut gradients = Gradients::new(parameters.slots().len());
-    let losses = accumulate_gradients(context, decoder, settings, step, batches, &mut gradients)?;
-    let norm = optimizer_update(context, parameters, settings, &gradients, 0.0, step)?;
+    accumulate_gradients(context, decoder, settings, step, batches, &mut gradients).map_err(
+        |error| match error.kind() {
+            Kind::Diverged => not_finite(step),
+            _ => error,
+        },
+    )?;
+    let gradients = gradients.flat(parameters).map_err(Error::while_running)?;
+    let norm = settings
+        .optimizer
+        .step(context, parameters, &gradients, 0.0, step + 1)?;
     decoder.device().synchronize()?;
-    match losses {
-        Ok(_) if norm.is_finite() => Ok(()),
-        _ => Err(Error::new(
-            Kind::Diverged,
-            "a probe's loss or gradient is not finite: its time would mean nothing",
-        )
-        .at(format!("probe step {step}"))
-        .hint("try `--set model.dtype=f32`")),
+    if norm.is_finite() {
+        Ok(())
+    } else {
+        Err(not_finite(step))
     }
+}
+
+fn not_finite(step: u64) -> Error {
+    Error::new(
+        Kind::Diverged,
+        "a probe's loss or gradient is not finite: its time would mean nothing",
+    )
+    .at(format!("probe step {step}"))
+    .hint("try `--set model.dtype=f32`")
 }
 
 /// The model with random weights, frozen ones in the dtype that a run keeps them in.

@@ -1,11 +1,11 @@
-//! What a decoder is made of, read from config.json alone.
+//! The architecture of a decoder: sizes and switches, read from config.json alone.
 
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::config::{Config, rope_scaling};
-use super::linears::LINEAR_NAMES;
+use super::linears::{LINEAR_NAMES, Linears};
 use crate::adapter::Module;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Attention, Rope, RopeScaling};
@@ -40,7 +40,7 @@ pub struct Architecture {
     pub biases: Biases,
     /// Standard deviation of random weights.
     pub initializer_range: f64,
-    /// Whether its matrices are stored in bf16: what config.json says (`dtype`, earlier `torch_dtype`) until the files are looked at.
+    /// Whether its matrices are stored in bf16: from config.json (`dtype`, earlier `torch_dtype`) until the files are opened.
     pub stored_in_bf16: bool,
 }
 
@@ -55,7 +55,17 @@ pub struct Biases {
     pub mlp: bool,
 }
 
-/// A tensor the model's file must hold.
+/// A linear layer of a block.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LinearSpec {
+    /// Name inside the block: `self_attn.q_proj`.
+    pub(super) name: &'static str,
+    pub(super) out_features: usize,
+    pub(super) in_features: usize,
+    pub(super) bias: bool,
+}
+
+/// A tensor that the model's files must hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorShape {
     /// Its name in the file.
@@ -82,7 +92,7 @@ impl Architecture {
             .ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
         let config = Config(object);
         let model_type = config.text("model_type").unwrap_or("llama").to_string();
-        refuse_what_is_not_llama(&model_type, &config)?;
+        check_supported(&model_type, &config)?;
         let hidden_size = config.required_size("hidden_size")?;
         let attention = attention(&config, &model_type, hidden_size)?;
         let max_position_embeddings = config.size("max_position_embeddings")?.unwrap_or(2048);
@@ -118,7 +128,7 @@ impl Architecture {
         })
     }
 
-    /// Format of frozen matrices for products in `precision`: the same, but what is stored in bf16 stays so for f32 products.
+    /// Format in which frozen matrices are held for products in `precision`: the same, except that bf16 weights stay bf16 for f32 products.
     pub fn frozen_precision(&self, precision: Precision) -> Precision {
         match precision {
             Precision::F32 if self.stored_in_bf16 => Precision::Bf16,
@@ -126,43 +136,42 @@ impl Architecture {
         }
     }
 
-    /// (out, in) of each linear layer of a block, by its name there.
-    pub fn linear_sizes(&self, name: &str) -> (usize, usize) {
-        let (c, f) = (self.hidden_size, self.intermediate_size);
-        let (q, kv) = (
-            self.attention.heads * self.attention.head_dim,
-            self.attention.kv_heads * self.attention.head_dim,
-        );
-        match name {
-            "self_attn.q_proj" => (q, c),
-            "self_attn.k_proj" | "self_attn.v_proj" => (kv, c),
-            "self_attn.o_proj" => (c, q),
-            "mlp.down_proj" => (c, f),
-            _ => (f, c),
-        }
+    /// The linear layers of a block.
+    pub(super) fn linears(&self) -> Linears<LinearSpec> {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let heads = self.attention.heads * self.attention.head_dim;
+        let kv_heads = self.attention.kv_heads * self.attention.head_dim;
+        let Biases { qkv, o, mlp } = self.biases;
+        let shapes = Linears {
+            q_proj: (heads, hidden, qkv),
+            k_proj: (kv_heads, hidden, qkv),
+            v_proj: (kv_heads, hidden, qkv),
+            o_proj: (hidden, heads, o),
+            gate_proj: (inner, hidden, mlp),
+            up_proj: (inner, hidden, mlp),
+            down_proj: (hidden, inner, mlp),
+        };
+        LINEAR_NAMES.zip(shapes).map(|(name, shape)| {
+            let (out_features, in_features, bias) = shape;
+            LinearSpec {
+                name,
+                out_features,
+                in_features,
+                bias,
+            }
+        })
     }
 
-    /// Whether the linear layer `name` of a block has a bias.
-    pub fn linear_bias(&self, name: &str) -> bool {
-        match name {
-            "self_attn.o_proj" => self.biases.o,
-            _ if name.starts_with("self_attn.") => self.biases.qkv,
-            _ => self.biases.mlp,
-        }
-    }
-
-    /// Every linear layer in model order, the output embedding last: what adapters can be put on.
+    /// Every linear layer in model order, the output embedding last: what adapters can target.
     pub fn modules(&self) -> Vec<Module> {
         let mut modules = Vec::new();
         for layer in 0..self.num_hidden_layers {
-            for name in LINEAR_NAMES.each() {
-                let (out_features, in_features) = self.linear_sizes(name);
-                modules.push(Module {
-                    path: format!("model.layers.{layer}.{name}"),
-                    out_features,
-                    in_features,
-                });
-            }
+            let linears = self.linears().into_array();
+            modules.extend(linears.map(|linear| Module {
+                path: format!("model.layers.{layer}.{}", linear.name),
+                out_features: linear.out_features,
+                in_features: linear.in_features,
+            }));
         }
         modules.push(Module {
             path: "lm_head".into(),
@@ -172,44 +181,42 @@ impl Architecture {
         modules
     }
 
-    /// Every tensor of the model in order; a tied output embedding is not one of its own.
+    /// Every tensor of the model in order; a tied output embedding is not listed apart.
     pub fn tensors(&self) -> Vec<TensorShape> {
-        let mut tensors = vec![shape(
-            "model.embed_tokens.weight",
-            &[self.vocab_size, self.hidden_size],
-        )];
+        let hidden = self.hidden_size;
+        let mut tensors = Vec::new();
+        let mut add = |name: String, shape: &[usize]| {
+            let shape = shape.to_vec();
+            tensors.push(TensorShape { name, shape });
+        };
+        add(
+            "model.embed_tokens.weight".into(),
+            &[self.vocab_size, hidden],
+        );
         for layer in 0..self.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
-            tensors.push(shape(
-                &format!("{prefix}.input_layernorm.weight"),
-                &[self.hidden_size],
-            ));
-            for name in LINEAR_NAMES.each() {
-                let (out_features, in_features) = self.linear_sizes(name);
-                tensors.push(shape(
-                    &format!("{prefix}.{name}.weight"),
-                    &[out_features, in_features],
-                ));
-                if self.linear_bias(name) {
-                    tensors.push(shape(&format!("{prefix}.{name}.bias"), &[out_features]));
+            add(format!("{prefix}.input_layernorm.weight"), &[hidden]);
+            for linear in self.linears().into_array() {
+                let path = format!("{prefix}.{}", linear.name);
+                let shape = [linear.out_features, linear.in_features];
+                add(format!("{path}.weight"), &shape);
+                if linear.bias {
+                    add(format!("{path}.bias"), &shape[..1]);
                 }
             }
-            tensors.push(shape(
-                &format!("{prefix}.post_attention_layernorm.weight"),
-                &[self.hidden_size],
-            ));
+            add(
+                format!("{prefix}.post_attention_layernorm.weight"),
+                &[hidden],
+            );
         }
-        tensors.push(shape("model.norm.weight", &[self.hidden_size]));
+        add("model.norm.weight".into(), &[hidden]);
         if !self.tie_word_embeddings {
-            tensors.push(shape(
-                "lm_head.weight",
-                &[self.vocab_size, self.hidden_size],
-            ));
+            add("lm_head.weight".into(), &[self.vocab_size, hidden]);
         }
         tensors
     }
 
-    /// Numbers in all tensors.
+    /// Parameters of all tensors.
     pub fn parameters(&self) -> u64 {
         self.tensors()
             .iter()
@@ -217,24 +224,17 @@ impl Architecture {
             .sum()
     }
 
-    /// Whether a layer's products are over before threads that share one have met again. On a processor each thread then walks through the
-    /// whole model with a part of the batch, and frozen weights stay packed in both directions.
+    /// Whether a layer's products take less time than synchronising the threads that would share them. On a CPU each thread then runs the
+    /// whole model on a shard of the batch, and frozen weights stay packed for both directions.
     pub fn is_small(&self) -> bool {
         self.parameters() <= SMALL
     }
 }
 
-/// Parameters of a small model, at most: packed in both directions they take 32 MB, or 48 in tile registers.
+/// Most parameters of a small model: packed for both directions they take 32 MB, or 48 MB for tile registers.
 const SMALL: u64 = 4_000_000;
 
-fn shape(name: &str, shape: &[usize]) -> TensorShape {
-    TensorShape {
-        name: name.to_string(),
-        shape: shape.to_vec(),
-    }
-}
-
-fn refuse_what_is_not_llama(model_type: &str, config: &Config<'_>) -> Result<()> {
+fn check_supported(model_type: &str, config: &Config<'_>) -> Result<()> {
     const SUPPORTED: [&str; 3] = ["llama", "mistral", "qwen2"];
     if !SUPPORTED.contains(&model_type) {
         return Err(

@@ -1,9 +1,11 @@
-//! One decoder block: `x1 = x + o(attention(norm x))`, `y = x1 + down(swiglu(gate, up)(norm x1))`, forward and backward.
+//! One transformer block, forward and backward: `x1 = x + o(attention(norm x))`, `y = x1 + down(swiglu(gate, up)(norm x1))`.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rand_chacha::rand_core::Rng;
 
-use super::linears::{LINEAR_NAMES, Linears, Needs};
+use super::backward::BackwardNeeds;
+use super::kv_cache::KvCache;
+use super::linears::{LINEAR_NAMES, Linears};
 use crate::error::Result;
 use crate::ops::{
     Attention, AttentionSaved, Branch, Context, DropoutMask, FeedForward, FeedForwardLayer,
@@ -23,74 +25,120 @@ pub(super) struct Block {
     pub(super) attention: Attention,
 }
 
-/// LoRA dropout of one step: masks are drawn from (seed, step, example, module), so that recomputing, resuming and batching differently
+/// LoRA dropout of one step. Masks are drawn from (seed, step, example, module), so that recomputation, resuming and another batching
 /// redraw the same ones.
-#[derive(Debug, Clone, Copy)]
-pub struct Dropout<'a> {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
     /// Probability that an element is dropped.
     pub p: f64,
     /// The recipe's seed.
     pub seed: u64,
-    /// The optimizer step.
+    /// The optimizer step, from 0.
     pub step: u64,
-    /// Each segment's example.
-    pub examples: &'a [u64],
 }
 
-/// What every block of a pass shares.
-#[derive(Clone, Copy)]
+/// Inputs of a pass that all blocks share.
 pub(super) struct Pass<'a> {
     pub(super) context: Context<'a>,
     pub(super) segments: &'a Segments,
-    pub(super) rope: &'a RopeTables,
-    pub(super) dropout: Option<Dropout<'a>>,
+    /// Example of each segment; read where there is dropout.
+    pub(super) examples: &'a [u64],
+    pub(super) rope: RopeTables,
+    pub(super) dropout: Option<Dropout>,
 }
 
 /// What a block's backward pass needs of its forward pass.
 pub(super) struct BlockSaved {
-    norm: RmsNormSaved,
+    qkv: QkvSaved,
     attention: AttentionSaved,
-    post_norm: RmsNormSaved,
-    feed_forward: FeedForwardSaved,
+    output: OutputSaved,
+}
+
+/// What the backward pass needs of [`Block::qkv`].
+struct QkvSaved {
+    norm: RmsNormSaved,
     /// Of q, k and v.
-    qkv: [LinearSaved; 3],
+    linears: [LinearSaved; 3],
+}
+
+/// What the backward pass needs of [`Block::output`].
+struct OutputSaved {
     o: LinearSaved,
+    norm: RmsNormSaved,
+    feed_forward: FeedForwardSaved,
 }
 
 impl BlockSaved {
-    /// The keys (rotated) and values of the pass, for a generation's cache.
+    /// The rotated keys and the values (N, Hkv D), for a KV cache.
     pub(super) fn keys_and_values(&self) -> Result<(Tensor, Tensor)> {
         self.attention.keys_and_values()
     }
 }
 
 impl Block {
-    /// x (N, C) -> y (N, C). Here and in `backward` a tensor is let go as soon as it has been read: what a step keeps beside it decides whether
-    /// it fits in memory.
-    pub(super) fn forward(&self, pass: Pass<'_>, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
+    /// x (N, C) -> y (N, C). Here and in `backward` tensors are dropped as soon as possible: they decide whether a step fits in memory.
+    pub(super) fn forward(&self, pass: &Pass<'_>, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
+        let ([q, k, v], qkv) = self.qkv(pass, x)?;
+        let (mixed, attention) = self
+            .attention
+            .forward(pass.context, q, k, v, pass.segments)?;
+        let through = BackwardNeeds::new(&self.trained_linears(), false).gate;
+        let (y, output) = self.output(pass, x, mixed, through)?;
+        let saved = BlockSaved {
+            qkv,
+            attention,
+            output,
+        };
+        Ok((y, saved))
+    }
+
+    /// x (1, C) of one token that follows those in `cache` -> y (1, C). Saves nothing for a backward pass.
+    pub(super) fn decode(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
+        let ([q, k, v], _) = self.qkv(pass, x)?;
+        // The cache is f32, whatever the compute type.
+        let q = q.to_dtype(DType::F32)?;
+        let (keys, values) = cache.append(&k.to_dtype(DType::F32)?, &v)?;
+        let mixed = self.attention.decode(pass.context, &q, &keys, &values)?;
+        Ok(self.output(pass, x, mixed, false)?.0)
+    }
+
+    /// x (N, C) -> q (N, Hq D) and k (N, Hkv D), both rotated, and v (N, Hkv D).
+    fn qkv(&self, pass: &Pass<'_>, x: &Tensor) -> Result<([Tensor; 3], QkvSaved)> {
         let l = &self.linears;
         let (h, norm) = self.input_layernorm.forward(pass.context, x)?;
         let h = LinearInput::new(pass.context, h)?;
-        let (q, q_proj) = self.apply(pass, &l.q_proj, LINEAR_NAMES.q_proj, &h, None)?;
-        let (k, k_proj) = self.apply(pass, &l.k_proj, LINEAR_NAMES.k_proj, &h, None)?;
-        let (v, v_proj) = self.apply(pass, &l.v_proj, LINEAR_NAMES.v_proj, &h, None)?;
+        let (q, q_saved) = self.linear(pass, &l.q_proj, LINEAR_NAMES.q_proj, &h, None)?;
+        let (k, k_saved) = self.linear(pass, &l.k_proj, LINEAR_NAMES.k_proj, &h, None)?;
+        let (v, v_saved) = self.linear(pass, &l.v_proj, LINEAR_NAMES.v_proj, &h, None)?;
         drop(h);
-        let rotated = (
-            pass.rope.forward(pass.context, &q)?,
-            pass.rope.forward(pass.context, &k)?,
-        );
-        drop((q, k));
-        let (mixed, attention) =
-            self.attention
-                .forward(pass.context, rotated.0, rotated.1, v, pass.segments)?;
-        let (x1, o_proj) = self.apply(
-            pass,
-            &l.o_proj,
-            LINEAR_NAMES.o_proj,
-            &LinearInput::new(pass.context, mixed)?,
-            Some(x),
-        )?;
-        let (h, post_norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
+        let rotated_q = pass.rope.forward(pass.context, &q)?;
+        let rotated_k = pass.rope.forward(pass.context, &k)?;
+        let saved = QkvSaved {
+            norm,
+            linears: [q_saved, k_saved, v_saved],
+        };
+        Ok(([rotated_q, rotated_k, v], saved))
+    }
+
+    /// The block's input x (N, C) and the attention's output (N, Hq D) -> y (N, C). `through`: whether a backward pass is sure to need the
+    /// gradients inside the feed-forward layers.
+    fn output(
+        &self,
+        pass: &Pass<'_>,
+        x: &Tensor,
+        mixed: Tensor,
+        through: bool,
+    ) -> Result<(Tensor, OutputSaved)> {
+        let l = &self.linears;
+        let mixed = LinearInput::new(pass.context, mixed)?;
+        let (x1, o) = self.linear(pass, &l.o_proj, LINEAR_NAMES.o_proj, &mixed, Some(x))?;
+        drop(mixed);
+        let (h, norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
         let h = LinearInput::new(pass.context, h)?;
         let masks = |part: FeedForwardLayer, x: &LinearInput| {
             let (linear, name) = match part {
@@ -100,7 +148,6 @@ impl Block {
             };
             self.mask(pass, linear, name, x)
         };
-        let through = Needs::new(&self.trains(), false).gate;
         let masked = pass.dropout.is_some()
             && [&l.gate_proj, &l.up_proj, &l.down_proj]
                 .iter()
@@ -109,17 +156,12 @@ impl Block {
         let (y, feed_forward) =
             self.feed_forward()
                 .forward(pass.context, h, dropout, &x1, through)?;
-        Ok((
-            y,
-            BlockSaved {
-                norm,
-                attention,
-                post_norm,
-                feed_forward,
-                qkv: [q_proj, k_proj, v_proj],
-                o: o_proj,
-            },
-        ))
+        let saved = OutputSaved {
+            o,
+            norm,
+            feed_forward,
+        };
+        Ok((y, saved))
     }
 
     fn feed_forward(&self) -> FeedForward<'_> {
@@ -131,160 +173,168 @@ impl Block {
         }
     }
 
-    /// Which layers hold trained values.
-    fn trains(&self) -> Linears<bool> {
-        self.linears.map(Linear::needs_input)
+    /// Which linear layers hold trained values.
+    pub(super) fn trained_linears(&self) -> Linears<bool> {
+        self.linears.as_ref().map(Linear::needs_input)
     }
 
-    /// dy (N, C) -> dx (N, C) where `input_gradient`. Ends as soon as nothing before is trained.
+    /// dy (N, C) -> dx (N, C) if `input_gradient`. Ends as soon as nothing before is trained.
     pub(super) fn backward(
         &self,
-        pass: Pass<'_>,
+        pass: &Pass<'_>,
         dy: &Tensor,
         saved: &BlockSaved,
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let trains = self.trains();
-        let needs = Needs::new(&trains, input_gradient);
-        let (context, l) = (pass.context, &self.linears);
-        let again =
-            |norm: &RmsNorm, saved: &RmsNormSaved, wanted: bool| -> Result<Option<LinearInput>> {
-                wanted
-                    .then(|| LinearInput::new(context, norm.recompute(context, saved)?))
-                    .transpose()
-            };
-        let h = again(
-            &self.post_attention_layernorm,
-            &saved.post_norm,
-            trains.gate_proj || trains.up_proj,
-        )?;
-        let (kept, wanted) = (
-            (h.as_ref(), &saved.feed_forward),
-            (needs.gate, needs.attention),
-        );
-        let Some(dh) = self
-            .feed_forward()
-            .backward(context, dy, kept, wanted, gradients)?
+        let needs = BackwardNeeds::new(&self.trained_linears(), input_gradient);
+        let Some(dx1) = self.feed_forward_backward(pass, dy, &saved.output, needs, gradients)?
         else {
             return Ok(None);
         };
-        drop(h);
-        let dx1 = self.post_attention_layernorm.backward(
-            context,
-            &dh,
-            &saved.post_norm,
-            Some(dy),
+        let Some(d_qkv) = self.attention_backward(pass, &dx1, saved, needs, gradients)? else {
+            return Ok(None);
+        };
+        self.qkv_backward(pass, d_qkv, &dx1, &saved.qkv, needs, gradients)
+    }
+
+    /// dy (N, C) -> dx1 (N, C).
+    fn feed_forward_backward(
+        &self,
+        pass: &Pass<'_>,
+        dy: &Tensor,
+        saved: &OutputSaved,
+        needs: BackwardNeeds,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let norm = &self.post_attention_layernorm;
+        let h = recompute_norm(pass, norm, &saved.norm, needs.mlp_input)?;
+        let dh = self.feed_forward().backward(
+            pass.context,
+            dy,
+            (h.as_ref(), &saved.feed_forward),
+            (needs.gate, needs.attention),
             gradients,
         )?;
-        drop(dh);
-        let o = (Some(saved.attention.output()), &saved.o);
-        let Some(d_mixed) = l
-            .o_proj
-            .backward(context, &dx1, o, (needs.qkv, None), gradients)?
-        else {
+        drop(h);
+        dh.map(|dh| norm.backward(pass.context, &dh, &saved.norm, Some(dy), gradients))
+            .transpose()
+    }
+
+    /// dx1 (N, C) -> the gradients of q, k and v before rotation.
+    fn attention_backward(
+        &self,
+        pass: &Pass<'_>,
+        dx1: &Tensor,
+        saved: &BlockSaved,
+        needs: BackwardNeeds,
+        gradients: &mut Gradients,
+    ) -> Result<Option<[Tensor; 3]>> {
+        let context = pass.context;
+        let d_mixed = self.linears.o_proj.backward(
+            context,
+            dx1,
+            (Some(saved.attention.output()), &saved.output.o),
+            (needs.qkv, None),
+            gradients,
+        )?;
+        let Some(d_mixed) = d_mixed else {
             return Ok(None);
         };
         let (dq, dk, dv) =
             self.attention
                 .backward(context, &d_mixed, &saved.attention, pass.segments)?;
         drop(d_mixed);
-        let rotated = (dq, dk);
-        let (dq, dk) = (
-            pass.rope.backward(context, &rotated.0)?,
-            pass.rope.backward(context, &rotated.1)?,
-        );
-        drop(rotated);
-        let h = again(
-            &self.input_layernorm,
-            &saved.norm,
-            trains.q_proj || trains.k_proj || trains.v_proj,
-        )?;
-        let input = |dy: Tensor| LinearInput::new(context, dy);
-        let (dq, dk, dv) = (input(dq)?, input(dk)?, input(dv)?);
-        let [q, k, v] = &saved.qkv;
-        let branches = [
-            Branch {
-                linear: &l.q_proj,
-                dy: &dq,
-                saved: q,
-            },
-            Branch {
-                linear: &l.k_proj,
-                dy: &dk,
-                saved: k,
-            },
-            Branch {
-                linear: &l.v_proj,
-                dy: &dv,
-                saved: v,
-            },
-        ];
-        let Some(dh) = backward_shared_input(
-            context,
-            &branches,
-            h.as_ref(),
-            (needs.input, None),
-            gradients,
-        )?
-        else {
-            return Ok(None);
-        };
-        Ok(Some(self.input_layernorm.backward(
-            context,
-            &dh,
-            &saved.norm,
-            Some(&dx1),
-            gradients,
-        )?))
+        let d_rotated_q = pass.rope.backward(context, &dq)?;
+        let d_rotated_k = pass.rope.backward(context, &dk)?;
+        Ok(Some([d_rotated_q, d_rotated_k, dv]))
     }
 
-    /// One linear layer, its adapter's input masked where there is dropout; added to `base` where there is one.
-    fn apply(
+    /// The gradients of q, k and v, and dx1 (N, C) -> dx (N, C).
+    fn qkv_backward(
         &self,
-        pass: Pass<'_>,
+        pass: &Pass<'_>,
+        [dq, dk, dv]: [Tensor; 3],
+        dx1: &Tensor,
+        saved: &QkvSaved,
+        needs: BackwardNeeds,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let context = pass.context;
+        let l = &self.linears;
+        let h = recompute_norm(pass, &self.input_layernorm, &saved.norm, needs.qkv_input)?;
+        let dq = LinearInput::new(context, dq)?;
+        let dk = LinearInput::new(context, dk)?;
+        let dv = LinearInput::new(context, dv)?;
+        let [q, k, v] = &saved.linears;
+        let branch = |linear, dy, saved| Branch { linear, dy, saved };
+        let branches = [
+            branch(&l.q_proj, &dq, q),
+            branch(&l.k_proj, &dk, k),
+            branch(&l.v_proj, &dv, v),
+        ];
+        let wanted = (needs.input, None);
+        let dh = backward_shared_input(context, &branches, h.as_ref(), wanted, gradients)?;
+        dh.map(|dh| {
+            self.input_layernorm
+                .backward(context, &dh, &saved.norm, Some(dx1), gradients)
+        })
+        .transpose()
+    }
+
+    /// One linear layer with dropout on its adapter's input, added to `base` if there is one.
+    fn linear(
+        &self,
+        pass: &Pass<'_>,
         linear: &Linear,
         name: &str,
         x: &LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        linear.forward_input(pass.context, x, self.mask(pass, linear, name, x), base)
+        let mask = self.mask(pass, linear, name, x);
+        linear.forward_input(pass.context, x, mask, base)
     }
 
-    /// What dropout leaves of a layer's adapter's input, where there is any.
+    /// The dropout mask of the adapter's input x (N, in), if it has an adapter and the pass has dropout.
     fn mask(
         &self,
-        pass: Pass<'_>,
+        pass: &Pass<'_>,
         linear: &Linear,
         name: &str,
         x: &LinearInput,
     ) -> Option<DropoutMask> {
         let dropout = pass.dropout.filter(|_| linear.lora.is_some())?;
-        let (ranges, path, (rows, width)) = (
-            pass.segments.ranges(),
-            format!("{}.{name}", self.path),
-            x.shape(),
-        );
+        let ranges = pass.segments.ranges();
+        let path = format!("{}.{name}", self.path);
+        let (rows, width) = x.shape();
         let stream = |example: &u64| {
-            random::stream(
-                dropout.seed,
-                Purpose::Dropout,
-                &[dropout.step, *example],
-                &path,
-            )
+            let key = [dropout.step, *example];
+            random::stream(dropout.seed, Purpose::Dropout, &key, &path)
         };
-        let streams: Vec<_> = dropout.examples.iter().map(stream).collect();
+        let streams: Vec<_> = pass.examples.iter().map(stream).collect();
         Some(DropoutMask::sample(
             (rows, width),
             dropout.p,
-            |row, numbers| {
+            |row, words| {
                 let segment = ranges.partition_point(|range| range.end <= row);
                 let mut stream = streams[segment].clone();
                 stream.set_word_pos(((row - ranges[segment].start) * width) as u128);
-                numbers
-                    .iter_mut()
-                    .for_each(|number| *number = stream.next_u32());
+                for word in words {
+                    *word = stream.next_u32();
+                }
             },
         ))
     }
+}
+
+/// The output of `norm` as an input of linear layers, if `wanted`.
+fn recompute_norm(
+    pass: &Pass<'_>,
+    norm: &RmsNorm,
+    saved: &RmsNormSaved,
+    wanted: bool,
+) -> Result<Option<LinearInput>> {
+    wanted
+        .then(|| LinearInput::new(pass.context, norm.recompute(pass.context, saved)?))
+        .transpose()
 }

@@ -1,13 +1,13 @@
 //! `Architecture` and batch sizes -> `Work`: the forecast of what the decoder executes, op by op.
 //!
-//! Sums the very cost functions that the running ops add to the counter, so that forecast and execution are equal, not close.
+//! Sums the same cost functions that the running ops add to the counter: forecast and execution are equal, not close.
 
 use std::ops::Range;
 
-use super::architecture::Architecture;
-use super::linears::{LINEAR_NAMES, Linears, Needs};
+use super::architecture::{Architecture, LinearSpec};
+use super::backward::{BackwardNeeds, BackwardRange};
+use super::linears::Linears;
 use crate::adapter::Site;
-use crate::error::Result;
 use crate::ops::{
     LinearShape, LmHeadShape, RopeTables, attention_backward_cost, attention_decode_cost,
     attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, residual_cost,
@@ -15,9 +15,10 @@ use crate::ops::{
 };
 use crate::work::{Precision, Work};
 
-/// How many blocks' activations are computed again in the backward pass: only their input is kept, and their forward pass runs twice.
+/// Activation checkpointing (Chen et al. 2016): of this many blocks only the input is saved, and their forward pass runs again in the
+/// backward pass.
 ///
-/// They are the lowest of the blocks that the backward pass walks: when it comes to them, what the others kept is free again.
+/// They are the lowest of the blocks that the backward pass visits: by then the memory of the others is free again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Recompute(usize);
 
@@ -27,18 +28,18 @@ impl Recompute {
     /// In every block.
     pub const ALL: Self = Self(usize::MAX);
 
-    /// In the lowest `blocks` of those that the backward pass walks; in all of them where there are fewer.
+    /// In the lowest `blocks` of those that the backward pass visits, or in all of them if there are fewer.
     pub fn lowest(blocks: usize) -> Self {
         Self(blocks)
     }
 
-    /// In how many of `walked` blocks.
-    pub fn count(self, backward_blocks: usize) -> usize {
-        self.0.min(backward_blocks)
+    /// In how many of the `visited` blocks.
+    pub fn count(self, visited: usize) -> usize {
+        self.0.min(visited)
     }
 }
 
-/// A decoder's sizes together with what is trained in it: all that the cost of a step depends on, beside the batch.
+/// A decoder's sizes and what is trained in it: all that the cost of a step depends on besides the batch.
 #[derive(Debug, Clone)]
 pub struct ModelShape {
     architecture: Architecture,
@@ -56,18 +57,16 @@ impl ModelShape {
         sites: &[Site],
         dropout: bool,
         precision: Precision,
-    ) -> Result<Self> {
-        let rank_at = |layer: usize, name: &&str| {
-            let path = format!("model.layers.{layer}.{name}");
-            Ok(sites
-                .iter()
-                .find(|site| site.path == path)
-                .map(|site| site.r))
+    ) -> Self {
+        let rank = |layer: usize, linear: LinearSpec| {
+            let path = format!("model.layers.{layer}.{}", linear.name);
+            let site = sites.iter().find(|site| site.path == path);
+            site.map(|site| site.r)
         };
         let ranks = (0..architecture.num_hidden_layers)
-            .map(|layer| LINEAR_NAMES.try_map(|name| rank_at(layer, name)))
-            .collect::<Result<_>>()?;
-        Ok(Self::new(architecture, ranks, false, dropout, precision))
+            .map(|layer| architecture.linears().map(|linear| rank(layer, linear)))
+            .collect();
+        Self::new(architecture, ranks, false, dropout, precision)
     }
 
     /// The shape with adapters of these ranks, by block, or with every weight trained.
@@ -88,11 +87,11 @@ impl ModelShape {
     }
 
     /// The shape with every weight trained.
-    pub fn fully_trained(architecture: &Architecture, precision: Precision) -> Result<Self> {
-        Ok(Self {
+    pub fn fully_trained(architecture: &Architecture, precision: Precision) -> Self {
+        Self {
             all_trained: true,
-            ..Self::with_adapters(architecture, &[], false, precision)?
-        })
+            ..Self::with_adapters(architecture, &[], false, precision)
+        }
     }
 
     /// The architecture it was made from.
@@ -100,24 +99,15 @@ impl ModelShape {
         &self.architecture
     }
 
-    /// The first block whose backward pass runs, and whether its input gradient is wanted (only where the embedding is trained).
-    pub(super) fn first_trainable_layer(&self) -> (usize, bool) {
-        let trains = |ranks: &Linears<Option<usize>>| ranks.each().iter().any(|r| r.is_some());
-        match self.all_trained {
-            true => (0, true),
-            false => (
-                self.ranks
-                    .iter()
-                    .position(trains)
-                    .unwrap_or(self.ranks.len()),
-                false,
-            ),
-        }
+    /// The blocks that the backward pass visits.
+    fn backward(&self) -> BackwardRange {
+        let trained = self.ranks.iter().map(|ranks| ranks.any(Option::is_some));
+        BackwardRange::new(trained, self.all_trained)
     }
 
-    /// Blocks whose backward pass runs.
+    /// The number of blocks that the backward pass visits.
     pub fn backward_blocks(&self) -> usize {
-        self.architecture.num_hidden_layers - self.first_trainable_layer().0
+        self.backward().visited().len()
     }
 
     /// Format of matrix-product inputs.
@@ -130,58 +120,48 @@ impl ModelShape {
         self.all_trained
     }
 
-    /// Bytes that the block `layer` keeps of `tokens` tokens for its backward pass. In the compute type: its input, q, k, v, the mix, x1, gate,
-    /// up. In f32: what each adapter's A makes. A mask has a bit for
-    /// each number.
+    /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute type: its input, q, k, v, the attention's
+    /// output, x1, gate, up. In f32: x A^T of each adapter. One bit an element: dropout masks.
     pub(super) fn saved_bytes(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
-        let (q, kv) = (
-            a.attention.heads * a.attention.head_dim,
-            a.attention.kv_heads * a.attention.head_dim,
-        );
-        let narrow = 2 * (a.hidden_size + q + kv + a.intermediate_size);
-        let wide = |shape: &LinearShape| {
-            shape.r.map_or(0, |r| {
-                r + if shape.dropout {
-                    shape.in_features.div_ceil(32)
-                } else {
-                    0
-                }
-            })
+        let (q, kv) = self.head_widths();
+        let compute_type = 2 * (a.hidden_size + q + kv + a.intermediate_size);
+        let adapter = |shape: LinearShape| {
+            let mask = if shape.dropout {
+                shape.in_features.div_ceil(32)
+            } else {
+                0
+            };
+            shape.r.map_or(0, |r| r + mask)
         };
-        let wide: usize = self
-            .linears(layer, tokens, self.dropout)
-            .each()
-            .into_iter()
-            .map(wide)
-            .sum();
-        (tokens * (narrow * dtype(self.precision).size_in_bytes() + 4 * wide)) as u64
+        let shapes = self.linears(layer, tokens, self.dropout).into_array();
+        let words: usize = shapes.into_iter().map(adapter).sum();
+        let element = dtype(self.precision).size_in_bytes();
+        (tokens * (compute_type * element + 4 * words)) as u64
+    }
+
+    /// Columns of q, and of k or v.
+    fn head_widths(&self) -> (usize, usize) {
+        let attention = &self.architecture.attention;
+        (
+            attention.heads * attention.head_dim,
+            attention.kv_heads * attention.head_dim,
+        )
     }
 
     fn linears(&self, layer: usize, tokens: usize, dropout: bool) -> Linears<LinearShape> {
-        let ranks = &self.ranks[layer];
-        let of = |name: &str, r: Option<usize>| {
-            let (out_features, in_features) = self.architecture.linear_sizes(name);
-            let (bias, trained) = (self.architecture.linear_bias(name), self.all_trained);
-            LinearShape {
+        let linears = self.architecture.linears();
+        linears
+            .zip(self.ranks[layer].clone())
+            .map(|(linear, r)| LinearShape {
                 tokens,
-                in_features,
-                out_features,
+                in_features: linear.in_features,
+                out_features: linear.out_features,
                 r,
-                bias,
-                trained,
+                bias: linear.bias,
+                trained: self.all_trained,
                 dropout: dropout && r.is_some(),
-            }
-        };
-        Linears {
-            q_proj: of(LINEAR_NAMES.q_proj, ranks.q_proj),
-            k_proj: of(LINEAR_NAMES.k_proj, ranks.k_proj),
-            v_proj: of(LINEAR_NAMES.v_proj, ranks.v_proj),
-            o_proj: of(LINEAR_NAMES.o_proj, ranks.o_proj),
-            gate_proj: of(LINEAR_NAMES.gate_proj, ranks.gate_proj),
-            up_proj: of(LINEAR_NAMES.up_proj, ranks.up_proj),
-            down_proj: of(LINEAR_NAMES.down_proj, ranks.down_proj),
-        }
+            })
     }
 
     fn block_forward(&self, layer: usize, segments: &[usize], dropout: bool) -> Work {
@@ -191,13 +171,9 @@ impl ModelShape {
 
     fn block_without_attention(&self, layer: usize, n: usize, dropout: bool) -> Work {
         let a = &self.architecture;
-        let (q, kv) = (
-            a.attention.heads * a.attention.head_dim,
-            a.attention.kv_heads * a.attention.head_dim,
-        );
-        let linears = self.linears(layer, n, dropout);
+        let (q, kv) = self.head_widths();
+        let linears = self.linears(layer, n, dropout).into_array();
         let mut work: Work = linears
-            .each()
             .iter()
             .map(|shape| shape.forward_cost(self.precision))
             .sum();
@@ -207,41 +183,34 @@ impl ModelShape {
         work + residual_cost(n, a.hidden_size).times(2)
     }
 
+    /// `input`: whether the gradient of the block's input is needed.
     fn block_backward(&self, layer: usize, segments: &[usize], input: bool) -> Work {
         let a = &self.architecture;
         let n: usize = segments.iter().sum();
-        let (q, kv) = (
-            a.attention.heads * a.attention.head_dim,
-            a.attention.kv_heads * a.attention.head_dim,
-        );
+        let (q, kv) = self.head_widths();
         let shapes = self.linears(layer, n, self.dropout);
-        let trains = Linears {
-            q_proj: trains(&shapes.q_proj),
-            k_proj: trains(&shapes.k_proj),
-            v_proj: trains(&shapes.v_proj),
-            o_proj: trains(&shapes.o_proj),
-            gate_proj: trains(&shapes.gate_proj),
-            up_proj: trains(&shapes.up_proj),
-            down_proj: trains(&shapes.down_proj),
-        };
-        let needs = Needs::new(&trains, input);
+        let trained = shapes
+            .as_ref()
+            .map(|shape| shape.r.is_some() || shape.trained);
+        let needs = BackwardNeeds::new(&trained, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
+        let norm_backward = rms_norm_backward_cost(n, a.hidden_size, self.all_trained);
         let mut work = linear(&shapes.down_proj, needs.gate);
-        // What a trained layer read is made again from what was kept.
-        if trains.down_proj {
+        // The input of a trained layer is recomputed from what was saved.
+        if trained.down_proj {
             work += &swiglu_cost(n * a.intermediate_size);
         }
         if needs.gate {
             work += &swiglu_backward_cost(n * a.intermediate_size);
-            work += &(linear(&shapes.gate_proj, needs.attention)
-                + linear(&shapes.up_proj, needs.attention));
-            if trains.gate_proj || trains.up_proj {
-                work += &rms_norm_cost(n, a.hidden_size);
-            }
+            work += &linear(&shapes.gate_proj, needs.attention);
+            work += &linear(&shapes.up_proj, needs.attention);
+        }
+        if needs.mlp_input {
+            work += &rms_norm_cost(n, a.hidden_size);
         }
         if needs.attention {
-            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained)
-                + residual_cost(n, a.hidden_size).times(2));
+            work += &norm_backward;
+            work += &residual_cost(n, a.hidden_size).times(2);
             work += &linear(&shapes.o_proj, needs.qkv);
         }
         if needs.qkv {
@@ -250,13 +219,13 @@ impl ModelShape {
             for shape in [&shapes.q_proj, &shapes.k_proj, &shapes.v_proj] {
                 work += &linear(shape, needs.input);
             }
-            if trains.q_proj || trains.k_proj || trains.v_proj {
-                work += &rms_norm_cost(n, a.hidden_size);
-            }
+        }
+        if needs.qkv_input {
+            work += &rms_norm_cost(n, a.hidden_size);
         }
         if needs.input {
-            work += &(rms_norm_backward_cost(n, a.hidden_size, self.all_trained)
-                + residual_cost(n, a.hidden_size).times(3));
+            work += &norm_backward;
+            work += &residual_cost(n, a.hidden_size).times(3);
         }
         work
     }
@@ -282,7 +251,7 @@ impl ModelShape {
             })
     }
 
-    /// The sum over these blocks, of which neighbours with the same adapters have the same `work`.
+    /// The sum of `work` over these blocks, computed once for neighbours with equal adapters.
     fn sum_over_blocks(&self, blocks: Range<usize>, work: impl Fn(usize) -> Work) -> Work {
         let mut first = blocks.start;
         let alike = self.ranks[blocks].chunk_by(|a, b| a == b).map(|run| {
@@ -302,28 +271,27 @@ impl ModelShape {
     pub fn training(&self, segments: &[usize], loss_tokens: usize, recompute: Recompute) -> Work {
         let c = self.architecture.hidden_size;
         let n = segments.iter().sum();
-        let (end, input) = self.first_trainable_layer();
-        let any = end < self.architecture.num_hidden_layers || input;
+        let backward = self.backward();
+        let visited = backward.visited();
         let mut work = self.blocks_forward(segments, loss_tokens, self.dropout);
-        work += &self.head(loss_tokens).backward_cost(self.precision, any);
-        if any {
-            work += &(rms_norm_backward_cost(loss_tokens, c, self.all_trained)
-                + scatter_cost(n, loss_tokens, c));
+        let head = self.head(loss_tokens);
+        work += &head.backward_cost(self.precision, !backward.is_empty());
+        if !backward.is_empty() {
+            work += &rms_norm_backward_cost(loss_tokens, c, self.all_trained);
+            work += &scatter_cost(n, loss_tokens, c);
         }
-        let (blocks, again) = (
-            self.architecture.num_hidden_layers,
-            end + recompute.count(self.backward_blocks()),
-        );
-        work += &self.sum_over_blocks(end..again, |layer| {
+        let recomputed = visited.start..visited.start + recompute.count(visited.len());
+        work += &self.sum_over_blocks(recomputed, |layer| {
             self.block_forward(layer, segments, self.dropout)
         });
-        if end < blocks {
-            work += &self.block_backward(end, segments, input);
-            work += &self.sum_over_blocks(end + 1..blocks, |layer| {
+        if !visited.is_empty() {
+            let first = visited.start;
+            work += &self.block_backward(first, segments, backward.needs_input_gradient(first));
+            work += &self.sum_over_blocks(first + 1..visited.end, |layer| {
                 self.block_backward(layer, segments, true)
             });
         }
-        if input {
+        if backward.embedding {
             work += &embedding_backward_cost(n, c, self.architecture.vocab_size);
         }
         work
@@ -351,16 +319,12 @@ impl ModelShape {
     }
 }
 
-fn trains(shape: &LinearShape) -> bool {
-    shape.r.is_some() || shape.trained
-}
-
-/// Work of picking n rows of c.
+/// Work of gathering n rows of c elements.
 pub(super) fn gather_cost(n: usize, c: usize) -> Work {
     Work::sweep(8 * n * c, 0)
 }
 
-/// Work of putting `rows` rows of c back among n.
+/// Work of scattering `rows` rows of c elements into n.
 pub(super) fn scatter_cost(n: usize, rows: usize, c: usize) -> Work {
     Work::sweep(4 * n * c + 8 * rows * c, rows * c)
 }

@@ -1,35 +1,83 @@
-//! The decoder: embedding, blocks, norm, head; losses, and gradients by walking the blocks backwards.
+//! The decoder: embedding, blocks, norm, head; losses, and gradients by visiting the blocks in reverse.
 
 use candle_core::{Device, Tensor};
 
-use super::architecture::Architecture;
+use super::architecture::{Architecture, LinearSpec};
+use super::backward::BackwardRange;
 use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
 use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
-use super::linears::LINEAR_NAMES;
-use crate::error::{Error, Result};
+use super::kv_cache::KvCache;
+use crate::error::Result;
 use crate::ops::{
-    Context, Gradients, Linear, LmHead, Lora, RmsNorm, RopeTables, Segments, Weight, embedding,
+    Context, Gradients, Linear, LmHead, Lora, RmsNorm, Segments, Weight, embedding,
     embedding_backward, gather_rows, par_map, scatter_rows,
 };
 use crate::work::{Precision, Work, WorkCounter};
 
-/// Where a decoder's tensors come from: `weight` by a tensor's name and shape, `lora` by a linear layer's path.
+/// Where a decoder's tensors come from.
 pub struct WeightSource<'a> {
-    /// A weight, frozen or trained.
+    /// A weight, frozen or trained, by its tensor's name and shape.
     pub weight: &'a dyn Fn(&str, &[usize]) -> Result<Weight>,
-    /// The adapter on a layer, if it is a target.
+    /// The adapter on a linear layer, if it is a target, by the layer's path.
     pub lora: &'a dyn Fn(&str) -> Result<Option<Lora>>,
 }
 
-impl WeightSource<'_> {
-    /// A matrix that products read; `keeps`: whether it keeps its packed forms.
-    fn matrix(&self, name: &str, shape: &[usize; 2], keeps: bool) -> Result<Weight> {
-        let weight = (self.weight)(name, shape)?;
-        Ok(if keeps {
+/// Builds the layers of a decoder from their tensors.
+struct Builder<'a> {
+    architecture: &'a Architecture,
+    source: &'a WeightSource<'a>,
+    /// Whether weights stay packed for products.
+    keep_packed: bool,
+}
+
+impl Builder<'_> {
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight> {
+        let weight = (self.source.weight)(name, &shape)?;
+        Ok(if self.keep_packed {
             weight.with_packed_cache()
         } else {
             weight
+        })
+    }
+
+    /// `embed_tokens` or `lm_head`.
+    fn vocabulary_matrix(&self, name: &str) -> Result<Weight> {
+        let a = self.architecture;
+        self.matrix(name, [a.vocab_size, a.hidden_size])
+    }
+
+    fn norm(&self, name: &str) -> Result<RmsNorm> {
+        Ok(RmsNorm {
+            weight: (self.source.weight)(name, &[self.architecture.hidden_size])?,
+            eps: self.architecture.rms_norm_eps,
+        })
+    }
+
+    fn linear(&self, block: &str, spec: LinearSpec) -> Result<Linear> {
+        let path = format!("{block}.{}", spec.name);
+        let shape = [spec.out_features, spec.in_features];
+        let bias = spec
+            .bias
+            .then(|| (self.source.weight)(&format!("{path}.bias"), &[spec.out_features]))
+            .transpose()?;
+        Ok(Linear {
+            weight: self.matrix(&format!("{path}.weight"), shape)?,
+            bias,
+            lora: (self.source.lora)(&path)?,
+        })
+    }
+
+    fn block(&self, layer: usize) -> Result<Block> {
+        let path = format!("model.layers.{layer}");
+        let linears = self.architecture.linears();
+        Ok(Block {
+            input_layernorm: self.norm(&format!("{path}.input_layernorm.weight"))?,
+            post_attention_layernorm: self
+                .norm(&format!("{path}.post_attention_layernorm.weight"))?,
+            linears: linears.map(|spec| self.linear(&path, spec)).transpose()?,
+            attention: self.architecture.attention,
+            path,
         })
     }
 }
@@ -39,91 +87,139 @@ impl WeightSource<'_> {
 pub struct Decoder {
     architecture: Architecture,
     embed_tokens: Weight,
-    pub(super) blocks: Vec<Block>,
+    blocks: Vec<Block>,
     norm: RmsNorm,
     head: LmHead,
     device: Device,
-    /// Whether threads take parts of a batch.
+    /// Whether threads take shards of a batch.
     data_parallel: bool,
-    /// The first block whose backward pass runs, and whether its input gradient is wanted.
-    first_trainable_layer: (usize, bool),
+    backward: BackwardRange,
+}
+
+/// Options of a forward and backward pass.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BackwardOptions {
+    /// Factor on the sum of losses whose gradients are computed.
+    pub scale: f64,
+    /// Activation checkpointing.
+    pub recompute: Recompute,
+    /// LoRA dropout.
+    pub dropout: Option<Dropout>,
+}
+
+/// What a block's backward pass starts from.
+enum SavedActivations {
+    /// No backward pass: nothing at or below the block is trained.
+    Nothing,
+    /// All activations.
+    All(Box<BlockSaved>),
+    /// The block's input (N, C): its forward pass runs again (activation checkpointing).
+    Input(Tensor),
 }
 
 impl Decoder {
-    /// Puts a decoder together from its parts.
+    /// Builds a decoder from its tensors.
     pub fn assemble(
         architecture: &Architecture,
         source: &WeightSource<'_>,
         device: &Device,
     ) -> Result<Self> {
-        let a = architecture;
-        let eps = a.rms_norm_eps;
-        let norm = |name: &str| {
-            Ok::<_, Error>(RmsNorm {
-                weight: (source.weight)(name, &[a.hidden_size])?,
-                eps,
-            })
-        };
-        let data_parallel = device.is_cpu() && a.is_small();
-        let matrix =
-            |name: &str| source.matrix(name, &[a.vocab_size, a.hidden_size], data_parallel);
-        let embed_tokens = matrix("model.embed_tokens.weight")?;
-        let mut blocks = Vec::with_capacity(a.num_hidden_layers);
-        for layer in 0..a.num_hidden_layers {
-            let path = format!("model.layers.{layer}");
-            blocks.push(Block {
-                input_layernorm: norm(&format!("{path}.input_layernorm.weight"))?,
-                post_attention_layernorm: norm(&format!("{path}.post_attention_layernorm.weight"))?,
-                linears: LINEAR_NAMES
-                    .try_map(|name| linear(a, source, (&path, name), data_parallel))?,
-                attention: a.attention,
-                path,
-            });
-        }
-        let weight = match a.tie_word_embeddings {
-            true => embed_tokens.clone(),
-            false => matrix("lm_head.weight")?,
-        };
-        let norm = norm("model.norm.weight")?;
-        let trains = |block: &Block| {
-            block
-                .linears
-                .each()
-                .iter()
-                .any(|l| l.lora.is_some() || l.weight.is_trained())
-        };
-        let first = blocks.iter().position(trains).unwrap_or(blocks.len());
-        let first_trainable_layer = if embed_tokens.is_trained() {
-            (0, true)
-        } else {
-            (first, false)
-        };
-        let (architecture, head, device) = (a.clone(), LmHead { weight }, device.clone());
-        Ok(Self {
+        let data_parallel = device.is_cpu() && architecture.is_small();
+        let builder = Builder {
             architecture,
+            source,
+            keep_packed: data_parallel,
+        };
+        let embed_tokens = builder.vocabulary_matrix("model.embed_tokens.weight")?;
+        let blocks = (0..architecture.num_hidden_layers)
+            .map(|layer| builder.block(layer))
+            .collect::<Result<Vec<_>>>()?;
+        let weight = if architecture.tie_word_embeddings {
+            embed_tokens.clone()
+        } else {
+            builder.vocabulary_matrix("lm_head.weight")?
+        };
+        let trained = blocks
+            .iter()
+            .map(|block| block.trained_linears().any(|trained| *trained));
+        Ok(Self {
+            backward: BackwardRange::new(trained, embed_tokens.is_trained()),
+            architecture: architecture.clone(),
+            norm: builder.norm("model.norm.weight")?,
+            head: LmHead { weight },
             embed_tokens,
             blocks,
-            norm,
-            head,
-            device,
+            device: device.clone(),
             data_parallel,
-            first_trainable_layer,
         })
     }
 
-    /// What it was made from.
+    /// The architecture it was built from.
     pub fn architecture(&self) -> &Architecture {
         &self.architecture
     }
 
-    /// Where it computes.
+    /// The device it computes on.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
-    /// Embeds ids (N) for the blocks.
-    pub(super) fn embed(&self, context: Context<'_>, ids: &Tensor) -> Result<Tensor> {
-        embedding(context, ids, &self.embed_tokens)
+    /// A pass over whole `segments`, whose `examples` key the masks of `dropout`.
+    pub(super) fn pass<'p>(
+        &self,
+        context: Context<'p>,
+        segments: &'p Segments,
+        examples: &'p [u64],
+        dropout: Option<Dropout>,
+    ) -> Result<Pass<'p>> {
+        Ok(Pass {
+            context,
+            segments,
+            examples,
+            rope: self.architecture.rope.tables(segments, &self.device)?,
+            dropout,
+        })
+    }
+
+    /// Embeds `ids` (N) and runs all blocks; `visit` receives each block's number, its input (N, C) and what it saved for a backward
+    /// pass. Returns the last block's output (N, C).
+    pub(super) fn run_blocks(
+        &self,
+        pass: &Pass<'_>,
+        ids: &Tensor,
+        mut visit: impl FnMut(usize, Tensor, BlockSaved) -> Result<()>,
+    ) -> Result<Tensor> {
+        let mut x = embedding(pass.context, ids, &self.embed_tokens)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let (y, saved) = block.forward(pass, &x)?;
+            visit(layer, std::mem::replace(&mut x, y), saved)?;
+        }
+        Ok(x)
+    }
+
+    /// Runs all blocks on one token that follows the `position` earlier ones in `cache`; returns (1, C).
+    pub(super) fn decode_token(
+        &self,
+        context: Context<'_>,
+        token: u32,
+        position: usize,
+        cache: &mut [KvCache],
+    ) -> Result<Tensor> {
+        let segments = Segments::from_lengths([1]);
+        let rope = &self.architecture.rope;
+        let pass = Pass {
+            context,
+            segments: &segments,
+            examples: &[],
+            rope: rope.tables_from(position, 1, &self.device)?,
+            dropout: None,
+        };
+        let ids = Tensor::from_slice(&[token], 1, &self.device)?;
+        let mut x = embedding(context, &ids, &self.embed_tokens)?;
+        for (block, cache) in self.blocks.iter().zip(cache) {
+            x = block.decode(&pass, &x, cache)?;
+        }
+        Ok(x)
     }
 
     /// x (N, C) -> logits (N, V).
@@ -131,27 +227,14 @@ impl Decoder {
         self.head.logits(context, &self.norm.forward(context, x)?.0)
     }
 
-    fn rope(&self, segments: &Segments) -> Result<RopeTables> {
-        self.architecture.rope.tables(segments, &self.device)
-    }
-
-    /// Logits (N, V) of every token: tests and small inputs only.
+    /// Logits (N, V) of every token, for tests and small inputs.
     pub fn logits(&self, context: Context<'_>, batch: &Batch) -> Result<Tensor> {
-        let rope = self.rope(&batch.segments)?;
-        let pass = Pass {
-            context,
-            segments: &batch.segments,
-            rope: &rope,
-            dropout: None,
-        };
-        let mut x = self.embed(context, &batch.ids)?;
-        for block in &self.blocks {
-            x = block.forward(pass, &x)?.0;
-        }
+        let pass = self.pass(context, &batch.segments, &batch.examples, None)?;
+        let x = self.run_blocks(&pass, &batch.ids, |_, _, _| Ok(()))?;
         self.head_logits(context, &x)
     }
 
-    /// The loss of each target in nats. Nothing is kept for a backward pass.
+    /// The loss of each target in nats; saves nothing for a backward pass.
     pub fn losses(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
         let shards = self.shards(context, batch)?;
@@ -161,87 +244,68 @@ impl Decoder {
         let work = self
             .shape(context.precision, false)?
             .evaluation(&batch.lengths(), batch.loss_tokens());
-        Ok(data_parallel(context, &shards, work, |context, shard| {
+        let losses = data_parallel(context, &shards, work, |context, shard| {
             self.shard_losses(context, shard)
-        })?
-        .concat())
+        })?;
+        Ok(losses.concat())
     }
 
     fn shard_losses(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
-        let rope = self.rope(&batch.segments)?;
-        let pass = Pass {
-            context,
-            segments: &batch.segments,
-            rope: &rope,
-            dropout: None,
-        };
-        let mut x = self.embed(context, &batch.ids)?;
-        for block in &self.blocks {
-            x = block.forward(pass, &x)?.0;
-        }
+        let pass = self.pass(context, &batch.segments, &batch.examples, None)?;
+        let x = self.run_blocks(&pass, &batch.ids, |_, _, _| Ok(()))?;
         let selected = self.gather_loss_rows(context, &x, batch)?;
         let (h, _) = self.norm.forward(context, &selected)?;
         self.head.forward(context, &h, &batch.targets)
     }
 
-    /// The loss of each target, and the gradients of `scale * sum of losses` added to `gradients`.
+    /// The loss of each target in nats; adds the gradients of `options.scale * sum of losses` to `gradients`.
     pub fn losses_and_gradients(
         &self,
         context: Context<'_>,
         batch: &Batch,
-        scale: f64,
-        recompute: Recompute,
-        dropout: Option<(f64, u64, u64)>,
+        options: BackwardOptions,
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
         batch.check(self.architecture.vocab_size)?;
         let shards = self.shards(context, batch)?;
-        let options = BackwardOptions {
-            scale,
-            recompute,
-            dropout,
-        };
         if shards.is_empty() {
             return self.forward_backward(context, batch, options, gradients);
         }
-        let shape = self.shape(context.precision, dropout.is_some())?;
-        let work = shape.training(&batch.lengths(), batch.loss_tokens(), recompute);
+        let shape = self.shape(context.precision, options.dropout.is_some())?;
+        let work = shape.training(&batch.lengths(), batch.loss_tokens(), options.recompute);
         let results = data_parallel(context, &shards, work, |context, shard| {
             let mut gradients = gradients.empty_like();
             let losses = self.forward_backward(context, shard, options, &mut gradients)?;
             Ok((losses, gradients))
         })?;
         let mut losses = Vec::with_capacity(batch.loss_tokens());
-        for (shard_losses, added) in results {
+        for (shard_losses, shard_gradients) in results {
             losses.extend(shard_losses);
-            gradients.merge(added)?;
+            gradients.merge(shard_gradients)?;
         }
         Ok(losses)
     }
 
-    /// The parts that threads take of a batch: none where it stays whole. A shard without a loss has no way back, so that the work would not be
-    /// the whole's.
+    /// Splits a batch for data parallelism; empty if not split. Not split if a shard would have no loss token: it would have no backward
+    /// pass, and the work would differ from the whole batch's.
     fn shards(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<Batch>> {
         if !self.data_parallel || context.reference {
             return Ok(Vec::new());
         }
-        let shards = batch.split()?;
-        Ok(
-            if shards.len() > 1 && shards.iter().all(|shard| shard.loss_tokens() > 0) {
-                shards
-            } else {
-                Vec::new()
-            },
-        )
+        let mut shards = batch.split()?;
+        if shards.len() == 1 || shards.iter().any(|shard| shard.loss_tokens() == 0) {
+            shards.clear();
+        }
+        Ok(shards)
     }
 
-    /// What the work of a pass depends on, beside the batch.
+    /// What the work of a pass depends on besides the batch.
     fn shape(&self, precision: Precision, dropout: bool) -> Result<ModelShape> {
         let rank = |linear: &Linear| Ok(linear.shape(0, false)?.r);
         let ranks = self
             .blocks
             .iter()
-            .map(|block| block.linears.try_map(rank))
+            .map(|block| block.linears.as_ref().map(rank).transpose())
             .collect::<Result<_>>()?;
         Ok(ModelShape::new(
             &self.architecture,
@@ -259,103 +323,102 @@ impl Decoder {
         options: BackwardOptions,
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        let BackwardOptions {
-            scale,
-            recompute,
-            dropout,
-        } = options;
-        let rope = self.rope(&batch.segments)?;
-        let dropout = dropout.map(|(p, seed, step)| Dropout {
-            p,
-            seed,
-            step,
-            examples: &batch.examples,
-        });
-        let pass = Pass {
-            context,
-            segments: &batch.segments,
-            rope: &rope,
-            dropout,
-        };
-        let (x, kept) = self.forward_saving(pass, &batch.ids, recompute)?;
-        let (end, input) = self.first_trainable_layer;
-        let any = end < self.blocks.len() || input;
+        let pass = self.pass(context, &batch.segments, &batch.examples, options.dropout)?;
+        let (x, saved) = self.forward_saving(&pass, &batch.ids, options.recompute)?;
+        let tokens = x.dim(0)?;
         let selected = self.gather_loss_rows(context, &x, batch)?;
-        let rows = x.dims2()?;
         drop(x);
         let (h, norm) = self.norm.forward(context, &selected)?;
-        let (losses, dh) =
-            self.head
-                .forward_backward(context, &h, &batch.targets, scale, any, gradients)?;
-        let Some(dh) = dh else { return Ok(losses) };
-        let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
-        drop((selected, h, norm, dh));
-        context
-            .counter
-            .add(scatter_cost(rows.0, batch.targets.len(), rows.1));
-        let mut dx = scatter_rows(context, &dx, &batch.loss_positions, rows.0)?;
-        for (layer, kept) in kept.into_iter().enumerate().rev() {
-            let block = &self.blocks[layer];
-            let saved = match kept {
-                SavedActivations::Nothing => break,
-                SavedActivations::All(saved) => *saved,
-                SavedActivations::Input(x) => block.forward(pass, &x)?.1,
-            };
-            match block.backward(pass, &dx, &saved, layer > end || input, gradients)? {
-                Some(below) => dx = below,
-                None => return Ok(losses),
-            }
-        }
-        if self.embed_tokens.is_trained() {
-            embedding_backward(context, &batch.ids, &dx, &self.embed_tokens, gradients)?;
+        let (losses, dh) = self.head.forward_backward(
+            context,
+            &h,
+            &batch.targets,
+            options.scale,
+            !self.backward.is_empty(),
+            gradients,
+        )?;
+        if let Some(dh) = dh {
+            let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
+            drop((selected, h, norm, dh));
+            let dx = self.scatter_loss_rows(context, &dx, batch, tokens)?;
+            self.backward_blocks(&pass, dx, saved, &batch.ids, gradients)?;
         }
         Ok(losses)
     }
 
-    /// Runs the blocks; each block's `SavedActivations` holds what its backward pass starts from.
+    /// Runs the blocks and saves what each one's backward pass starts from.
     fn forward_saving(
         &self,
-        pass: Pass<'_>,
+        pass: &Pass<'_>,
         ids: &Tensor,
         recompute: Recompute,
     ) -> Result<(Tensor, Vec<SavedActivations>)> {
-        let mut x = self.embed(pass.context, ids)?;
-        let (end, mut kept) = (
-            self.first_trainable_layer.0,
-            Vec::with_capacity(self.blocks.len()),
-        );
-        let again = end + recompute.count(self.blocks.len() - end);
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let (y, saved) = block.forward(pass, &x)?;
-            kept.push(match layer {
-                _ if layer < end => SavedActivations::Nothing,
-                _ if layer < again => SavedActivations::Input(x),
-                _ => SavedActivations::All(Box::new(saved)),
+        let visited = self.backward.visited();
+        let recomputed = visited.start + recompute.count(visited.len());
+        let mut activations = Vec::with_capacity(self.blocks.len());
+        let x = self.run_blocks(pass, ids, |layer, input, saved| {
+            activations.push(if layer < visited.start {
+                SavedActivations::Nothing
+            } else if layer < recomputed {
+                SavedActivations::Input(input)
+            } else {
+                SavedActivations::All(Box::new(saved))
             });
-            x = y;
-        }
-        Ok((x, kept))
+            Ok(())
+        })?;
+        Ok((x, activations))
     }
 
-    /// The rows of x that predict a target.
+    /// dx (N, C) of the last block's output -> the gradients of everything trained below it.
+    fn backward_blocks(
+        &self,
+        pass: &Pass<'_>,
+        mut dx: Tensor,
+        activations: Vec<SavedActivations>,
+        ids: &Tensor,
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        for (layer, activations) in activations.into_iter().enumerate().rev() {
+            let block = &self.blocks[layer];
+            let saved = match activations {
+                SavedActivations::Nothing => break,
+                SavedActivations::All(saved) => *saved,
+                SavedActivations::Input(x) => block.forward(pass, &x)?.1,
+            };
+            let input_gradient = self.backward.needs_input_gradient(layer);
+            match block.backward(pass, &dx, &saved, input_gradient, gradients)? {
+                Some(below) => dx = below,
+                None => return Ok(()),
+            }
+        }
+        if self.backward.embedding {
+            embedding_backward(pass.context, ids, &dx, &self.embed_tokens, gradients)?;
+        }
+        Ok(())
+    }
+
+    /// The rows of x (N, C) that predict a target.
     fn gather_loss_rows(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
-        context.counter.add(gather_cost(
-            batch.targets.len(),
-            self.architecture.hidden_size,
-        ));
+        let (rows, width) = (batch.targets.len(), self.architecture.hidden_size);
+        context.counter.add(gather_cost(rows, width));
         gather_rows(context, x, &batch.loss_positions)
     }
+
+    /// The adjoint of `gather_loss_rows`: (T, C) -> (`tokens`, C), zero elsewhere.
+    fn scatter_loss_rows(
+        &self,
+        context: Context<'_>,
+        dx: &Tensor,
+        batch: &Batch,
+        tokens: usize,
+    ) -> Result<Tensor> {
+        let (rows, width) = (batch.targets.len(), self.architecture.hidden_size);
+        context.counter.add(scatter_cost(tokens, rows, width));
+        scatter_rows(context, dx, &batch.loss_positions, tokens)
+    }
 }
 
-/// What is options of a walk, whatever its batch.
-#[derive(Clone, Copy)]
-struct BackwardOptions {
-    scale: f64,
-    recompute: Recompute,
-    dropout: Option<(f64, u64, u64)>,
-}
-
-/// What `run` makes of each shard. Counts `work`, that of the whole: how a batch is cut is no shard of it.
+/// Runs `run` on each shard in parallel. Counts `work`, that of the whole batch, which does not depend on the split.
 fn data_parallel<T: Send>(
     context: Context<'_>,
     shards: &[Batch],
@@ -363,52 +426,18 @@ fn data_parallel<T: Send>(
     run: impl Fn(Context<'_>, &Batch) -> Result<T> + Sync,
 ) -> Result<Vec<T>> {
     let counter = WorkCounter::default();
-    let own = Context {
+    let uncounted = Context {
         counter: &counter,
         ..context
     };
-    let results = par_map(shards.iter(), |shard| run(own, shard))
+    let results = par_map(shards.iter(), |shard| run(uncounted, shard))
         .into_iter()
         .collect();
     debug_assert_eq!(
         work.flops(),
         counter.take().flops(),
-        "parts execute the products of the whole"
+        "shards execute the products of the whole batch"
     );
     context.counter.add(work);
     results
-}
-
-/// What a block's backward pass starts from.
-enum SavedActivations {
-    /// It has none: nothing at or below it is trained.
-    Nothing,
-    /// Its activations.
-    All(Box<BlockSaved>),
-    /// Its input: the forward pass runs again.
-    Input(Tensor),
-}
-
-/// The linear layer `name` of `block`; `keeps`: whether it keeps its packed forms.
-fn linear(
-    a: &Architecture,
-    source: &WeightSource<'_>,
-    (block, name): (&str, &str),
-    keeps: bool,
-) -> Result<Linear> {
-    let (out_features, in_features) = a.linear_sizes(name);
-    let path = format!("{block}.{name}");
-    let bias = a
-        .linear_bias(name)
-        .then(|| (source.weight)(&format!("{path}.bias"), &[out_features]))
-        .transpose()?;
-    Ok(Linear {
-        weight: source.matrix(
-            &format!("{path}.weight"),
-            &[out_features, in_features],
-            keeps,
-        )?,
-        bias,
-        lora: (source.lora)(&path)?,
-    })
 }

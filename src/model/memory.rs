@@ -151,7 +151,7 @@ mod tests {
         let sites: Vec<Site> = modules.map(site).collect();
         let trained = sites.iter().map(|site| site.parameters() as u64).sum();
         (
-            ModelShape::with_adapters(&architecture, &sites, dropout, Precision::Bf16).unwrap(),
+            ModelShape::with_adapters(&architecture, &sites, dropout, Precision::Bf16),
             trained,
         )
     }
@@ -190,7 +190,7 @@ mod tests {
             "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true}"#;
         let architecture =
             Architecture::from_config(&serde_json::from_str(config).unwrap()).unwrap();
-        let shape = ModelShape::with_adapters(&architecture, &[], false, Precision::F32).unwrap();
+        let shape = ModelShape::with_adapters(&architecture, &[], false, Precision::F32);
         let memory = |tokens| forecast_memory(&shape, 1000, tokens, Recompute::NONE);
         assert_eq!(
             memory(600).weights.0,

@@ -12,11 +12,9 @@ use crate::work::Work;
 /// Elements a parallel task takes; also the unit of the norm's partial sums, so that its bytes do not depend on the thread count.
 const ELEMENTS_PER_TASK: usize = 64 * 1024;
 
-/// One optimizer step's settings.
+/// Hyperparameters of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
-    /// Learning rate of this step.
-    pub learning_rate: f64,
     /// Decay of the first moment.
     pub beta1: f64,
     /// Decay of the second moment.
@@ -47,12 +45,14 @@ struct FusedStep {
 }
 
 impl AdamW {
-    /// Updates `parameters` by the flat `gradient` (n); `step` counts from 1. Returns the gradient's norm before clipping.
+    /// Updates `parameters` by the flat `gradient` (n) at rate `lr`; `step` counts from 1. Returns the gradient's norm before
+    /// clipping; a norm that is not finite updates nothing.
     pub fn step(
         &self,
         context: Context<'_>,
         parameters: &Parameters,
         gradient: &Tensor,
+        lr: f64,
         step: u64,
     ) -> Result<f64> {
         check_shape("gradient", gradient, &[parameters.len()])?;
@@ -68,12 +68,12 @@ impl AdamW {
         };
         let pass = FusedStep {
             clip: clip as f32,
-            decay: (1.0 - self.learning_rate * self.weight_decay) as f32,
+            decay: (1.0 - lr * self.weight_decay) as f32,
             // Subtracted in f64: 1 - 0.999 in f32 is off by 5e-5 of itself.
             rate1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
             rate2: (1.0 - self.beta2) as f32,
-            step_size: (self.learning_rate / (1.0 - self.beta1.powf(step as f64))) as f32,
+            step_size: (lr / (1.0 - self.beta1.powf(step as f64))) as f32,
             root_correction: (1.0 - self.beta2.powf(step as f64)).sqrt() as f32,
             epsilon: self.epsilon as f32,
         };

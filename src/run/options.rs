@@ -2,6 +2,7 @@
 
 use crate::data;
 use crate::model::Recompute;
+use crate::ops::AdamW;
 use crate::recipe::{self, Recipe};
 use crate::train::{Schedule, Settings};
 
@@ -54,9 +55,13 @@ pub(super) fn settings(
             steps,
             warmup_steps,
         },
-        adam: (train.adam_beta1, train.adam_beta2, train.adam_epsilon),
-        weight_decay: train.weight_decay,
-        max_grad_norm: train.max_grad_norm,
+        optimizer: AdamW {
+            beta1: train.adam_beta1,
+            beta2: train.adam_beta2,
+            epsilon: train.adam_epsilon,
+            weight_decay: train.weight_decay,
+            max_grad_norm: train.max_grad_norm,
+        },
         eval_every: train.eval_every,
         save_every: train.save_every,
         keep_best: train.keep_best && recipe.data.validation != recipe::Validation::None,

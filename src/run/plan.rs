@@ -89,7 +89,7 @@ fn forecast_block(prepared: &Prepared, run: &RunForecast) -> Value {
         "cost": cost,
         "wall_s": total.time,
         "steps_affordable": run.steps,
-        "tokens_affordable": run.tokens.0,
+        "tokens_affordable": run.tokens,
     })
 }
 
@@ -127,8 +127,8 @@ fn to_json(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Result<Va
         "training": {
             "steps": run.steps,
             "stop_reason": run.stop,
-            "tokens": run.tokens.0,
-            "loss_tokens": run.tokens.1,
+            "tokens": run.tokens,
+            "loss_tokens": run.loss_tokens,
             "steps_per_epoch": prepared.sampler.steps_per_epoch(),
             "activation_checkpointing": prepared.recipe.train.activation_checkpointing,
         },

@@ -142,7 +142,7 @@ pub fn prepare(
         Some(set) => evaluation_batches(&set.examples, recipe.train.micro_batch_size),
         None => Vec::new(),
     };
-    let shape = shape_of(&recipe, &architecture, &target)?;
+    let shape = shape_of(&recipe, &architecture, &target);
     let tokens = longest_batch(&sampler, &validation_batches);
     let trained = target.parameters(&architecture);
     let (recompute, memory) = recompute(&recipe, &shape, trained, tokens, &mut warnings)?;
@@ -247,7 +247,7 @@ pub(super) fn shape_of(
     recipe: &Recipe,
     architecture: &Architecture,
     target: &Target,
-) -> Result<ModelShape> {
+) -> ModelShape {
     let dropout = matches!(&recipe.adapter, Adapter::Lora(lora) if lora.config.lora_dropout > 0.0);
     match target {
         Target::Lora { sites, .. } => {
@@ -463,7 +463,7 @@ fn check_measured_baselines(
     if measured_kinds(recipe).next().is_none() {
         return Ok(());
     }
-    let shape = ModelShape::fully_trained(architecture, recipe.model.dtype)?;
+    let shape = ModelShape::fully_trained(architecture, recipe.model.dtype);
     let fitted = recompute(
         recipe,
         &shape,

@@ -117,7 +117,7 @@ impl ModelParts {
         check_length(recipe, &architecture)?;
         let mut warnings = Vec::new();
         let tokens = recipe.train.micro_batch_size * recipe.data.max_length;
-        let shape = shape_of(recipe, &architecture, &target)?;
+        let shape = shape_of(recipe, &architecture, &target);
         let (recompute, memory) = recompute(
             recipe,
             &shape,

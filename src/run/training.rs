@@ -21,7 +21,7 @@ use crate::model::TrainableModel;
 use crate::recipe::{self, Checkpointing, Init, Recipe};
 use crate::report::steps::truncate_after;
 use crate::report::{Report, json::read_report};
-use crate::train::{self, Checkpoints, Outcome, Scheduled, StepCosts, Stop, TrainState, Trainer};
+use crate::train::{Checkpoints, Outcome, Scheduled, StepCosts, Stop, TrainState, Trainer};
 use crate::units::Seconds;
 use crate::work::Work;
 
@@ -336,7 +336,7 @@ fn run_in(
             interrupted: request.interrupted,
             ending,
         };
-        let outcome = train::train(&mut trainer, standing, &mut observer)?;
+        let outcome = trainer.train(standing, &mut observer)?;
         observer.flush()?;
         outcome
     };

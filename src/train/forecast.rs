@@ -1,4 +1,4 @@
-//! What a run will execute and where its budget will stop it, before it starts; and how far it is, while it runs.
+//! The work of a run, where its budget will stop it (before it starts), and how far it has come (while it runs).
 
 use super::{Settings, Stop, TrainState, checkpoint_bytes};
 use crate::data::{BatchShape, MicroBatch, Sampler};
@@ -8,8 +8,8 @@ use crate::model::ModelShape;
 use crate::ops::adamw_cost;
 use crate::work::Work;
 
-/// What is due after a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What follows a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Scheduled {
     /// An evaluation.
     pub evaluation: bool,
@@ -18,7 +18,7 @@ pub struct Scheduled {
 }
 
 impl Settings {
-    /// What is due once `step` steps are done. The end of the run brings its own evaluation and checkpoint.
+    /// What follows once `step` steps are done. The end of the run has its evaluation and checkpoint apart from these.
     pub fn scheduled_after(&self, step: u64) -> Scheduled {
         let every = |n: u64| n > 0 && step.is_multiple_of(n) && step < self.steps;
         let evaluation = every(self.eval_every);
@@ -29,7 +29,7 @@ impl Settings {
     }
 }
 
-/// The work of each thing a run does.
+/// The work of each activity of a run.
 pub struct StepCosts<'a> {
     shape: &'a ModelShape,
     sampler: &'a Sampler,
@@ -37,17 +37,12 @@ pub struct StepCosts<'a> {
     trained: usize,
     evaluation: Option<Work>,
     save: Work,
-    /// What the caller does when the loop has ended, within the same budget.
+    /// Work of the caller after the loop, within the same budget.
     ending: Vec<(Phase, Work)>,
 }
 
-/// Work of saving `trained` numbers: one pass over a checkpoint's bytes.
-pub(super) fn save_work(trained: usize) -> Work {
-    Work::file(checkpoint_bytes(trained))
-}
-
 impl<'a> StepCosts<'a> {
-    /// Of a run with these parts.
+    /// The costs of a run that trains `trained` parameters and evaluates on `validation`.
     pub fn new(
         shape: &'a ModelShape,
         sampler: &'a Sampler,
@@ -56,125 +51,184 @@ impl<'a> StepCosts<'a> {
         settings: &'a Settings,
         ending: Vec<(Phase, Work)>,
     ) -> Self {
-        let of = |batch: &MicroBatch| {
-            let BatchShape {
-                segments,
-                loss_tokens,
-            } = batch.shape();
-            shape.evaluation(&segments, loss_tokens)
+        let batch = |batch: &MicroBatch| {
+            let shape_of_batch = batch.shape();
+            shape.evaluation(&shape_of_batch.segments, shape_of_batch.loss_tokens)
         };
-        let evaluation = (!validation.is_empty()).then(|| validation.iter().map(of).sum());
+        let evaluation = (!validation.is_empty()).then(|| validation.iter().map(batch).sum());
         Self {
             shape,
             sampler,
             settings,
             trained,
             evaluation,
-            save: save_work(trained),
+            save: Work::file(checkpoint_bytes(trained)),
             ending,
         }
     }
 
-    /// Whether there is anything to evaluate on.
+    /// Whether the run evaluates.
     pub fn has_validation(&self) -> bool {
         self.evaluation.is_some()
     }
 
-    /// Work of one evaluation, if there are any.
+    /// Work of one evaluation.
     pub fn evaluation(&self) -> Option<&Work> {
         self.evaluation.as_ref()
     }
 
-    /// Work of the step after `step` done ones: its micro-batches and the optimizer.
+    /// Work of a checkpoint: one pass over its bytes.
+    pub fn save(&self) -> &Work {
+        &self.save
+    }
+
+    /// Work of step `step`, counted from 0: its micro-batches and the optimizer.
     pub fn step(&self, step: u64) -> Work {
-        self.step_of(&self.sampler.step_shape(step))
+        self.step_with_shape(&self.sampler.step_shape(step))
     }
 
-    fn step_of(&self, batches: &[BatchShape]) -> Work {
-        let of = |batch: &BatchShape| {
-            self.shape
-                .training(&batch.segments, batch.loss_tokens, self.settings.recompute)
-        };
-        batches.iter().map(of).sum::<Work>() + adamw_cost(self.trained)
+    fn step_with_shape(&self, batches: &[BatchShape]) -> Work {
+        let recompute = self.settings.recompute;
+        let work = batches
+            .iter()
+            .map(|batch| {
+                self.shape
+                    .training(&batch.segments, batch.loss_tokens, recompute)
+            })
+            .sum::<Work>();
+        work + adamw_cost(self.trained)
     }
 
-    /// What must still be possible after a step: what is due after it, and the entries that end the run.
+    /// What the budget must still hold after a step: what is scheduled after it, and the entries that end the run.
     pub fn reserve(&self, due: Scheduled) -> Vec<(Phase, Work)> {
-        let due_evaluation = self.evaluation.as_ref().filter(|_| due.evaluation);
-        let evaluations = due_evaluation
-            .into_iter()
-            .chain(&self.evaluation)
-            .map(|work| (Phase::Eval, work.clone()));
-        let saves = due
-            .save
-            .then_some(&self.save)
-            .into_iter()
-            .chain([&self.save])
-            .map(|work| (Phase::Save, work.clone()));
-        evaluations
-            .chain(saves)
-            .chain(self.ending.clone())
+        let evaluations = 1 + usize::from(due.evaluation);
+        let saves = 1 + usize::from(due.save);
+        self.entries(evaluations, saves)
+    }
+
+    /// This many evaluations and checkpoints, and the caller's entries that end the run.
+    fn entries(&self, evaluations: usize, saves: usize) -> Vec<(Phase, Work)> {
+        let repeat = |phase, work: &Work, count| std::iter::repeat_n((phase, work.clone()), count);
+        self.evaluation
+            .iter()
+            .flat_map(|work| repeat(Phase::Eval, work, evaluations))
+            .chain(repeat(Phase::Save, &self.save, saves))
+            .chain(self.ending.iter().cloned())
             .collect()
     }
 
     /// Work amortised per step (evaluation, checkpoint), with its frequency per step.
     fn amortized(&self) -> Vec<(Phase, Work, f64)> {
-        let often = |every: u64| if every > 0 { 1.0 / every as f64 } else { 0.0 };
-        let evaluated = often(self.settings.eval_every);
-        let saved = often(self.settings.save_every)
-            + if self.settings.keep_best {
-                evaluated
-            } else {
-                0.0
-            };
-        let evaluation = self
-            .evaluation
+        let frequency = |every: u64| if every > 0 { 1.0 / every as f64 } else { 0.0 };
+        let evaluated = frequency(self.settings.eval_every);
+        let mut saved = frequency(self.settings.save_every);
+        if self.settings.keep_best {
+            saved += evaluated;
+        }
+        self.evaluation
             .iter()
-            .map(|work| (Phase::Eval, work.clone(), evaluated));
-        evaluation
+            .map(|work| (Phase::Eval, work.clone(), evaluated))
             .chain([(Phase::Save, self.save.clone(), saved)])
             .collect()
     }
-
-    /// Work of a checkpoint.
-    pub fn save(&self) -> &Work {
-        &self.save
-    }
 }
 
-/// Where a run will end, as far as counting tells.
+/// Where a run will end, as far as counting tells; figures are those from `state` on.
 #[derive(Debug, Clone)]
 pub struct Forecast {
-    /// Steps done when it ends.
+    /// Steps done at the end, earlier ones included.
     pub steps: u64,
-    /// Why it ends.
+    /// Why the run ends.
     pub stop: Stop,
-    /// What is spent in each phase from now on.
+    /// Charge by phase.
     pub phases: Vec<(Phase, Charge)>,
-    /// Evaluations and saves from now on.
+    /// Evaluations.
     pub evaluations: usize,
-    /// Checkpoints from now on.
+    /// Checkpoints.
     pub saves: usize,
-    /// Tokens and loss tokens of the steps from now on.
-    pub tokens: (u64, u64),
+    /// Tokens of the training steps.
+    pub tokens: u64,
+    /// Loss tokens of the training steps.
+    pub loss_tokens: u64,
 }
 
 impl Forecast {
-    /// The energy, FLOPs and roofline time of all phases together.
+    /// Energy, FLOPs and roofline time of all phases.
     pub fn total(&self) -> Spent {
-        self.phases.iter().map(|(_, charge)| spent(charge)).sum()
+        self.phases.iter().map(|(_, charge)| charge.spent()).sum()
+    }
+
+    fn count_step(&mut self, batches: &[BatchShape], due: Scheduled) {
+        self.steps += 1;
+        self.evaluations += usize::from(due.evaluation);
+        self.saves += usize::from(due.save);
+        self.tokens += batches.iter().map(|s| s.tokens() as u64).sum::<u64>();
+        self.loss_tokens += batches.iter().map(|s| s.loss_tokens as u64).sum::<u64>();
     }
 }
 
-fn spent(charge: &Charge) -> Spent {
-    Spent {
-        energy: charge.energy,
-        flops: charge.flops,
-        time: charge.time,
+/// Charges of a run's recurring activities on one device profile.
+struct Charges {
+    evaluation: Option<Charge>,
+    save: Charge,
+    ending: Vec<(Phase, Charge)>,
+}
+
+impl Charges {
+    fn new(costs: &StepCosts<'_>, profile: &Profile) -> Self {
+        let ending = costs.ending.iter();
+        Self {
+            evaluation: costs.evaluation.as_ref().map(|work| profile.charge(work)),
+            save: profile.charge(&costs.save),
+            ending: ending
+                .map(|(phase, work)| (*phase, profile.charge(work)))
+                .collect(),
+        }
+    }
+
+    /// The last evaluation, the last checkpoint and the caller's entries.
+    fn reserve(&self) -> Spent {
+        let ending = self.ending.iter().map(|(_, charge)| charge);
+        let charges = self.evaluation.iter().chain([&self.save]).chain(ending);
+        charges.map(Charge::spent).sum()
+    }
+
+    /// A step with charge `step` and what follows it.
+    fn step(&self, step: &Charge, due: Scheduled) -> Spent {
+        let evaluation = self.evaluation.iter().filter(|_| due.evaluation);
+        let save = due.save.then_some(&self.save);
+        [step]
+            .into_iter()
+            .chain(evaluation)
+            .chain(save)
+            .map(Charge::spent)
+            .sum()
+    }
+
+    fn phases(&self, training: Charge, evaluations: usize, saves: usize) -> Vec<(Phase, Charge)> {
+        let repeat =
+            |charge: &Charge, count| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
+        let evaluation = self.evaluation.as_ref();
+        let mut phases = vec![
+            (Phase::Train, training),
+            (
+                Phase::Eval,
+                evaluation
+                    .map(|charge| repeat(charge, evaluations))
+                    .unwrap_or_default(),
+            ),
+            (Phase::Save, repeat(&self.save, saves)),
+        ];
+        for (phase, charge) in &self.ending {
+            for (_, sum) in phases.iter_mut().filter(|(other, _)| other == phase) {
+                *sum += charge;
+            }
+        }
+        phases
     }
 }
 
-/// Plays the run through from `state` on the counted meter: every step, evaluation and checkpoint that `budget` admits after `before`.
+/// Simulates the run from `state` on the counted meter: every step, evaluation and checkpoint that `budget` admits after `before`.
 pub fn forecast(
     costs: &StepCosts<'_>,
     settings: &Settings,
@@ -183,103 +237,66 @@ pub fn forecast(
     before: Spent,
     state: &TrainState,
 ) -> Forecast {
-    let evaluation = costs.evaluation.as_ref().map(|work| profile.charge(work));
-    let save = profile.charge(&costs.save);
-    let ending: Vec<(Phase, Charge)> = costs
-        .ending
-        .iter()
-        .map(|(phase, work)| (*phase, profile.charge(work)))
-        .collect();
-    let reserve: Spent = evaluation
-        .iter()
-        .chain([&save])
-        .chain(ending.iter().map(|(_, charge)| charge))
-        .map(spent)
-        .sum();
-    let (mut so_far, mut step, mut tokens) = (before, state.step, (0, 0));
-    let (mut training, mut evaluations, mut saves) = (Charge::default(), 0, 0);
-    let mut last = Scheduled {
-        evaluation: false,
-        save: false,
+    let charges = Charges::new(costs, profile);
+    let reserve = charges.reserve();
+    let mut run = Forecast {
+        steps: state.step,
+        stop: settings.last_step(),
+        phases: Vec::new(),
+        evaluations: 0,
+        saves: 0,
+        tokens: 0,
+        loss_tokens: 0,
     };
-    let stop = loop {
-        if step == settings.steps {
-            break if settings.by_epochs {
-                Stop::Epochs
-            } else {
-                Stop::Steps
-            };
-        }
-        let due = settings.scheduled_after(step + 1);
-        let shapes = costs.sampler.step_shape(step);
-        let charge = profile.charge(&costs.step_of(&shapes));
-        let mut next = spent(&charge);
-        next += evaluation
-            .iter()
-            .filter(|_| due.evaluation)
-            .map(spent)
-            .sum();
-        next += due.save.then(|| spent(&save)).into_iter().sum();
+    let mut so_far = before;
+    let mut training = Charge::default();
+    let mut last = Scheduled::default();
+    while run.steps < settings.steps {
+        let mut due = settings.scheduled_after(run.steps + 1);
+        let batches = costs.sampler.step_shape(run.steps);
+        let step = profile.charge(&costs.step_with_shape(&batches));
+        let next = charges.step(&step, due);
         if let Err(limit) = budget.admits(&so_far, &next, &reserve) {
-            break Stop::Budget(limit);
+            run.stop = Stop::Budget(limit);
+            break;
         }
         so_far += next;
-        training += &charge;
-        evaluations += usize::from(due.evaluation && evaluation.is_some());
-        saves += usize::from(due.save);
-        tokens.0 += shapes.iter().map(|s| s.tokens() as u64).sum::<u64>();
-        tokens.1 += shapes.iter().map(|s| s.loss_tokens as u64).sum::<u64>();
-        (step, last) = (step + 1, due);
-    };
-    evaluations += usize::from(!last.evaluation && evaluation.is_some());
-    saves += usize::from(!(last.save && (last.evaluation || evaluation.is_none())));
-    let times =
-        |charge: &Charge, count: usize| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
-    let evaluated = evaluation.map_or_else(Charge::default, |charge| times(&charge, evaluations));
-    let mut phases = vec![
-        (Phase::Train, training),
-        (Phase::Eval, evaluated),
-        (Phase::Save, times(&save, saves)),
-    ];
-    for (phase, charge) in ending {
-        phases
-            .iter_mut()
-            .filter(|(other, _)| *other == phase)
-            .for_each(|(_, sum)| *sum += &charge);
+        training += &step;
+        due.evaluation &= costs.has_validation();
+        run.count_step(&batches, due);
+        last = due;
     }
-    Forecast {
-        steps: step,
-        stop,
-        phases,
-        evaluations,
-        saves,
-        tokens,
-    }
+    // The end of the run repeats neither an evaluation nor a checkpoint that its last step has just made.
+    let evaluated = last.evaluation || !costs.has_validation();
+    run.evaluations += usize::from(!evaluated);
+    run.saves += usize::from(!(last.save && evaluated));
+    run.phases = charges.phases(training, run.evaluations, run.saves);
+    run
 }
 
-/// How far a run is: what the learning rate follows.
+/// Progress of a run, which the learning rate follows.
 pub struct BudgetProgress {
     steps: u64,
     spending: Spending,
 }
 
-/// What training may spend, on the meter that decides.
+/// What training may spend, on the deciding meter.
 enum Spending {
-    /// There is no budget.
+    /// No budget.
     Unlimited,
-    /// All that comes beside training is known: so much in the whole run.
+    /// All entries besides training are known: the allowance of training over the whole run.
     Planned(Allowance),
-    /// Only what was seen tells what will be: asked anew before every step.
+    /// Only past readings predict future ones: estimated anew before every step.
     Observed {
-        /// Work amortised per step (evaluation, checkpoint), with its frequency per step.
+        /// Work amortised per step, with its frequency.
         amortized: Vec<(Phase, Work, f64)>,
-        /// What ends the run.
+        /// The entries that end the run.
         ending: Vec<(Phase, Work)>,
     },
 }
 
 impl BudgetProgress {
-    /// Of a run that goes on from `state`; asked once, before the first step.
+    /// The progress of a run that continues from `state`, before its first step.
     pub fn new(
         costs: &StepCosts<'_>,
         settings: &Settings,
@@ -289,30 +306,15 @@ impl BudgetProgress {
         let spending = if !account.budget().is_limited() {
             Spending::Unlimited
         } else if account.foresees() {
-            let plan = forecast(
-                costs,
-                settings,
-                account.meters().profile(),
-                account.budget(),
-                account.spent(),
-                state,
-            );
-            let evaluations = costs.evaluation.iter().flat_map(|work| {
-                std::iter::repeat_n((Phase::Eval, work.clone()), plan.evaluations)
-            });
-            let saves = std::iter::repeat_n((Phase::Save, costs.save.clone()), plan.saves);
-            let reserved: Vec<_> = evaluations
-                .chain(saves)
-                .chain(costs.ending.clone())
-                .collect();
-            Spending::Planned(account.allowance(&reserved))
+            let profile = account.meters().profile();
+            let (budget, spent) = (account.budget(), account.spent());
+            let plan = forecast(costs, settings, profile, budget, spent, state);
+            let planned = costs.entries(plan.evaluations, plan.saves);
+            Spending::Planned(account.allowance(&planned))
         } else {
             Spending::Observed {
                 amortized: costs.amortized(),
-                ending: costs.reserve(Scheduled {
-                    evaluation: false,
-                    save: false,
-                }),
+                ending: costs.reserve(Scheduled::default()),
             }
         };
         Self {
@@ -321,9 +323,9 @@ impl BudgetProgress {
         }
     }
 
-    /// The larger of steps done over all steps and, where there is a budget, what training has spent at the midpoint of the step whose
-    /// work is `next` over what training may spend. With no budget the rates are transformers' own.
-    pub(super) fn progress(&self, state: &TrainState, account: &Account, next: &Work) -> f64 {
+    /// Progress in [0, 1] at the step whose work is `next`: the larger of steps done over all steps and, with a budget, what training has
+    /// spent at the step's midpoint over its allowance. Without a budget the learning rates are transformers'.
+    pub(super) fn at(&self, state: &TrainState, account: &Account, next: &Work) -> f64 {
         let by_steps = state.step as f64 / self.steps as f64;
         match &self.spending {
             Spending::Unlimited => by_steps,

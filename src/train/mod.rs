@@ -1,8 +1,8 @@
-//! The loop: one optimizer step at a time, inside the budget.
+//! The training loop: one optimizer step at a time, inside the budget.
 //!
-//! Takes a model, its trained values, batches, settings and an energy account; returns how the run ended. Each step is admitted by the
-//! account before it runs and charged after it. Evaluations and checkpoints are charged to the same account, and what the last of them
-//! will cost is held in reserve. Does not print: an `Observer` is told what happened.
+//! Takes a model, its trained parameters, batches, settings and an energy account; returns how the run ended. The account admits
+//! each step before it runs and is charged after it. Evaluations and checkpoints are charged to the same account; the cost of
+//! the last ones is reserved. Never prints: an `Observer` receives the events.
 
 mod checkpoint;
 mod forecast;
@@ -20,285 +20,291 @@ pub use checkpoint::{
 pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast};
 pub use record::{StepEnergy, StepRecord, Stop};
 pub use schedule::{Decay, Schedule};
-pub use step::{accumulate_gradients, batch_to_device, optimizer_update};
+pub use step::{accumulate_gradients, batch_to_device};
 
 use crate::data::{MicroBatch, Sampler};
-use crate::energy::{Account, Phase, Verdict};
-use crate::error::Result;
+use crate::energy::{Account, Phase, Reading, Verdict};
+use crate::error::{Error, Kind, Result};
 use crate::model::{Decoder, ModelShape, Recompute};
-use crate::ops::{Context, Parameters};
+use crate::ops::{AdamW, Context, Parameters};
 use crate::work::{Precision, Work, WorkCounter};
 
-/// Everything the loop works on.
+/// Everything a training run works on.
 pub struct Trainer<'a> {
-    /// The model.
+    /// Model.
     pub decoder: &'a Decoder,
-    /// Its trained values.
+    /// Trained parameters of `decoder`.
     pub parameters: &'a Parameters,
-    /// What its work depends on.
+    /// Sizes that the work of a step depends on.
     pub shape: &'a ModelShape,
     /// Training batches, a pure function of the step.
     pub sampler: &'a Sampler,
     /// Validation batches; empty: no evaluation.
     pub validation: &'a [MicroBatch],
-    /// How to train.
+    /// Hyperparameters and intervals.
     pub settings: &'a Settings,
-    /// What may be spent, and what was.
+    /// Budget, meters and ledger.
     pub account: &'a mut Account,
-    /// Where checkpoints go.
+    /// Checkpoint folder.
     pub checkpoints: &'a Checkpoints,
-    /// Adds the model's own files to a checkpoint.
+    /// Adds the model's files to a checkpoint directory.
     pub export: &'a dyn Fn(&Path) -> Result<()>,
-    /// Set when the person asks to stop.
+    /// Set when the user asks to stop.
     pub interrupted: &'a AtomicBool,
-    /// What the caller will still do within the budget when the loop has ended.
+    /// Work that the caller does after the loop, within the budget.
     pub ending: Vec<(Phase, Work)>,
 }
 
-/// How to train: plain numbers, no recipe.
+/// Hyperparameters and intervals of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     /// Steps if no budget binds.
     pub steps: u64,
     /// Whether `steps` was given in epochs.
     pub by_epochs: bool,
-    /// The learning rate over the run.
+    /// Learning rate over the run.
     pub schedule: Schedule,
-    /// AdamW's beta1, beta2, epsilon.
-    pub adam: (f64, f64, f64),
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// Global gradient norm is clipped here; 0 never clips.
-    pub max_grad_norm: f64,
-    /// Evaluate every so many steps; 0: before and after only.
+    /// Optimizer.
+    pub optimizer: AdamW,
+    /// Steps between evaluations; 0: before and after the run only.
     pub eval_every: u64,
-    /// Save every so many steps; 0: at the end only.
+    /// Steps between checkpoints; 0: at the end only.
     pub save_every: u64,
-    /// Save at every evaluation, so that the best stays.
+    /// Saves at every evaluation, so that the best checkpoint exists.
     pub keep_best: bool,
-    /// Whether activations are computed again in the backward pass.
+    /// Activation checkpointing.
     pub recompute: Recompute,
-    /// LoRA dropout.
+    /// LoRA dropout probability.
     pub dropout: f64,
-    /// Keys every random mask.
+    /// Seed of every dropout mask.
     pub seed: u64,
     /// Format of matrix-product inputs.
     pub precision: Precision,
-    /// Names the recipe in checkpoints.
+    /// Digest that identifies the recipe in checkpoints.
     pub recipe: String,
 }
 
 /// How a run ended.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Why.
+    /// Reason.
     pub stop: Stop,
-    /// Where it stood.
+    /// State after the last completed step.
     pub state: TrainState,
 }
 
-/// Told what happens, as it happens.
+/// Receives the events of a run as they happen.
 pub trait Observer {
-    /// A step was done.
+    /// A step was completed and charged.
     fn step(&mut self, record: &StepRecord, account: &Account) -> Result<()>;
-    /// Some of an evaluation's batches were done.
+    /// `done` of `of` batches of an evaluation were computed.
     fn evaluating(&mut self, done: usize, of: usize);
-    /// An evaluation gave a loss (nats per loss token).
+    /// An evaluation gave a loss in nats per loss token.
     fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()>;
-    /// A checkpoint is about to be written: what was told before must be on disk, for a resumed run goes on from there.
+    /// A checkpoint is about to be written: earlier events must reach the disk first, since a resumed run relies on them.
     fn saving(&mut self) -> Result<()>;
 }
 
-/// Trains from `state` until the steps are done, a budget binds, the person interrupts or a number is not finite.
-pub fn train(
-    trainer: &mut Trainer<'_>,
-    mut state: TrainState,
-    observer: &mut dyn Observer,
-) -> Result<Outcome> {
-    let counter = WorkCounter::default();
-    let context = Context::new(&counter, trainer.settings.precision);
-    let costs = StepCosts::new(
-        trainer.shape,
-        trainer.sampler,
-        trainer.validation,
-        trainer.parameters.len(),
-        trainer.settings,
-        trainer.ending.clone(),
-    );
-    let at_once = trainer.interrupted.load(Ordering::Relaxed);
-    if state.step == 0 && state.val_loss_before.is_none() && costs.has_validation() && !at_once {
-        let val_loss = evaluate(trainer, context, &costs, 0, observer)?;
-        if !val_loss.is_finite() {
-            return Ok(Outcome {
-                stop: Stop::Diverged(
-                    "the validation loss is not finite before the first step".into(),
-                ),
-                state,
-            });
-        }
-        state.val_loss_before = Some(val_loss);
-        state.val_loss_last = Some(Evaluation { step: 0, val_loss });
-    }
-    let budget_progress = BudgetProgress::new(&costs, trainer.settings, trainer.account, &state);
-    let stop = loop {
-        if state.step == trainer.settings.steps {
-            break if trainer.settings.by_epochs {
-                Stop::Epochs
-            } else {
-                Stop::Steps
-            };
-        }
-        if trainer.interrupted.load(Ordering::Relaxed) {
-            break Stop::Interrupted;
-        }
-        let work = costs.step(state.step);
-        let due = trainer.settings.scheduled_after(state.step + 1);
-        if let Verdict::Stop(limit) =
-            trainer
-                .account
-                .admit(Phase::Train, &work, &costs.reserve(due))?
-        {
-            break Stop::Budget(limit);
-        }
-        let lr =
-            trainer
-                .settings
-                .schedule
-                .lr(budget_progress.progress(&state, trainer.account, &work));
-        match step::optimizer_step(trainer, context, &mut state, lr)? {
-            Ok(record) => observer.step(&record, trainer.account)?,
-            Err(diverged) => {
-                return Ok(Outcome {
-                    stop: Stop::Diverged(diverged),
-                    state,
-                });
+impl Trainer<'_> {
+    /// Trains from `state` until the steps are done, a budget binds, the user interrupts, or a loss or gradient is not finite.
+    pub fn train(&mut self, state: TrainState, observer: &mut dyn Observer) -> Result<Outcome> {
+        let counter = WorkCounter::default();
+        let costs = StepCosts::new(
+            self.shape,
+            self.sampler,
+            self.validation,
+            self.parameters.len(),
+            self.settings,
+            self.ending.clone(),
+        );
+        let mut training = Training {
+            context: Context::new(&counter, self.settings.precision),
+            trainer: self,
+            costs,
+            state,
+            observer,
+        };
+        let stop = match training.run() {
+            Err(error) if error.kind() == Kind::Diverged => {
+                training.charge_failed_step()?;
+                Stop::Diverged(error.to_string())
             }
-        }
-        if due.evaluation
-            && costs.has_validation()
-            && let Some(diverged) =
-                evaluate_and_record(trainer, context, &costs, &mut state, observer)?
-        {
-            return Ok(Outcome {
-                stop: diverged,
-                state,
-            });
-        }
-        if due.save {
-            save(trainer, context, &costs, &state, observer)?;
-        }
-    };
-    let diverged = finish(
-        trainer,
-        context,
-        &costs,
-        &mut state,
-        observer,
-        stop != Stop::Interrupted,
-    )?;
-    Ok(Outcome {
-        stop: diverged.unwrap_or(stop),
-        state,
-    })
+            stop => stop?,
+        };
+        Ok(Outcome {
+            stop,
+            state: training.state,
+        })
+    }
 }
 
-/// The last evaluation (unless one was just made, or the person is waiting) and the last checkpoint; none where the model diverged.
-fn finish(
-    trainer: &mut Trainer<'_>,
-    context: Context<'_>,
-    costs: &StepCosts<'_>,
-    state: &mut TrainState,
-    observer: &mut dyn Observer,
-    evaluate: bool,
-) -> Result<Option<Stop>> {
-    let evaluated = state
-        .val_loss_last
-        .is_some_and(|last| last.step == state.step);
-    if evaluate && costs.has_validation() && !evaluated {
-        let diverged = evaluate_and_record(trainer, context, costs, state, observer)?;
-        if diverged.is_some() {
-            return Ok(diverged);
+/// One call of [`Trainer::train`].
+struct Training<'r, 'a> {
+    trainer: &'r mut Trainer<'a>,
+    context: Context<'r>,
+    costs: StepCosts<'a>,
+    state: TrainState,
+    observer: &'r mut dyn Observer,
+}
+
+impl Training<'_, '_> {
+    /// The loop. A loss or gradient that is not finite is an error of `Kind::Diverged`, which names step and records.
+    fn run(&mut self) -> Result<Stop> {
+        self.evaluate_before_training()?;
+        let settings = self.trainer.settings;
+        let progress =
+            BudgetProgress::new(&self.costs, settings, self.trainer.account, &self.state);
+        let stop = loop {
+            if let Some(stop) = self.finished() {
+                break stop;
+            }
+            let step = self.state.step;
+            let work = self.costs.step(step);
+            let due = settings.scheduled_after(step + 1);
+            let reserve = self.costs.reserve(due);
+            if let Verdict::Stop(limit) =
+                self.trainer.account.admit(Phase::Train, &work, &reserve)?
+            {
+                break Stop::Budget(limit);
+            }
+            let progress = progress.at(&self.state, self.trainer.account, &work);
+            let lr = settings.schedule.lr(progress);
+            self.trainer.account.begin();
+            let batches = self.trainer.sampler.step(step);
+            let (loss, gradients) = self.forward_backward(&batches)?;
+            let grad_norm = self.optimizer_step(lr, &gradients, &batches)?;
+            let record = self.charge_step(&batches, loss, lr, grad_norm)?;
+            self.observer.step(&record, self.trainer.account)?;
+            if due.evaluation && self.costs.has_validation() {
+                self.evaluate()?;
+            }
+            if due.save {
+                self.save()?;
+            }
+        };
+        self.finish(&stop)?;
+        Ok(stop)
+    }
+
+    /// Validation loss of the untrained model, once a run; not if the user has already interrupted it.
+    fn evaluate_before_training(&mut self) -> Result<()> {
+        let state = &self.state;
+        let first = state.step == 0 && state.val_loss_before.is_none();
+        if !first || !self.costs.has_validation() || self.is_interrupted() {
+            return Ok(());
         }
-    } else if trainer.checkpoints.steps()?.last() == Some(&state.step) {
-        return Ok(None);
+        let val_loss = self.validation_loss()?;
+        if !val_loss.is_finite() {
+            return Err(diverged(
+                "the validation loss is not finite before the first step",
+            ));
+        }
+        self.state.val_loss_before = Some(val_loss);
+        self.state.val_loss_last = Some(Evaluation { step: 0, val_loss });
+        Ok(())
     }
-    save(trainer, context, costs, state, observer)?;
-    Ok(None)
+
+    fn is_interrupted(&self) -> bool {
+        self.trainer.interrupted.load(Ordering::Relaxed)
+    }
+
+    fn finished(&self) -> Option<Stop> {
+        if self.state.step == self.trainer.settings.steps {
+            Some(self.trainer.settings.last_step())
+        } else {
+            self.is_interrupted().then_some(Stop::Interrupted)
+        }
+    }
+
+    /// The last evaluation (unless just made, or interrupted) and the last checkpoint.
+    fn finish(&mut self, stop: &Stop) -> Result<()> {
+        let step = self.state.step;
+        let evaluated = self
+            .state
+            .val_loss_last
+            .is_some_and(|last| last.step == step);
+        if *stop != Stop::Interrupted && self.costs.has_validation() && !evaluated {
+            self.evaluate()?;
+        } else if self.trainer.checkpoints.steps()?.last() == Some(&step) {
+            return Ok(());
+        }
+        self.save()
+    }
+
+    /// Evaluates and records the loss. A loss that is not finite ends the run before such parameters replace a good checkpoint.
+    fn evaluate(&mut self) -> Result<()> {
+        let val_loss = self.validation_loss()?;
+        let step = self.state.step;
+        if !val_loss.is_finite() {
+            return Err(diverged(format!(
+                "the validation loss is not finite after step {step}"
+            )));
+        }
+        let evaluation = Evaluation { step, val_loss };
+        self.state.val_loss_last = Some(evaluation);
+        if self.state.best.is_none_or(|best| val_loss < best.val_loss) {
+            self.state.best = Some(evaluation);
+        }
+        Ok(())
+    }
+
+    /// Validation loss in nats per loss token, charged as one entry.
+    ///
+    /// Its energy was reserved, so the verdict is ignored: admission only leases it, in case of a crash.
+    fn validation_loss(&mut self) -> Result<f64> {
+        let account = &mut *self.trainer.account;
+        if let Some(work) = self.costs.evaluation() {
+            account.admit(Phase::Eval, work, &[])?;
+        }
+        account.begin();
+        let batches = self.trainer.validation;
+        let mut sum = 0.0;
+        let mut loss_tokens = 0;
+        for (done, batch) in batches.iter().enumerate() {
+            self.observer.evaluating(done, batches.len());
+            let decoder = self.trainer.decoder;
+            let batch = batch_to_device(batch, decoder.device())?;
+            let losses = decoder.losses(self.context, &batch)?;
+            sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+            loss_tokens += losses.len();
+        }
+        self.charge(Phase::Eval, self.state.step)?;
+        let val_loss = sum / loss_tokens as f64;
+        self.observer.evaluated(self.state.step, val_loss)?;
+        Ok(val_loss)
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.observer.saving()?;
+        let trainer = &mut *self.trainer;
+        trainer.account.admit(Phase::Save, self.costs.save(), &[])?;
+        trainer.account.begin();
+        self.context.counter.add(self.costs.save().clone());
+        trainer
+            .checkpoints
+            .save(&self.state, trainer.parameters, trainer.export)?;
+        self.charge(Phase::Save, self.state.step)?;
+        Ok(())
+    }
+
+    /// Charges the work executed since the last charge.
+    fn charge(&mut self, phase: Phase, step: u64) -> Result<Reading> {
+        let work = self.context.counter.take();
+        self.trainer.account.charge(phase, step, &work)
+    }
 }
 
-/// Evaluates and notes the result. A loss that is not finite is a divergence, told before such values overwrite a good checkpoint.
-fn evaluate_and_record(
-    trainer: &mut Trainer<'_>,
-    context: Context<'_>,
-    costs: &StepCosts<'_>,
-    state: &mut TrainState,
-    observer: &mut dyn Observer,
-) -> Result<Option<Stop>> {
-    let val_loss = evaluate(trainer, context, costs, state.step, observer)?;
-    if !val_loss.is_finite() {
-        return Ok(Some(Stop::Diverged(format!(
-            "the validation loss is not finite after step {}",
-            state.step
-        ))));
+impl Settings {
+    /// Why a run ends whose steps are all done.
+    fn last_step(&self) -> Stop {
+        if self.by_epochs {
+            Stop::Epochs
+        } else {
+            Stop::Steps
+        }
     }
-    let evaluated = Evaluation {
-        step: state.step,
-        val_loss,
-    };
-    state.val_loss_last = Some(evaluated);
-    if state.best.is_none_or(|best| val_loss < best.val_loss) {
-        state.best = Some(evaluated);
-    }
-    Ok(None)
 }
 
-/// Validation loss in nats per loss token, charged as one entry.
-///
-/// Its energy was held in reserve, so the verdict is not asked again: admission only leases it, in case of a crash.
-fn evaluate(
-    trainer: &mut Trainer<'_>,
-    context: Context<'_>,
-    costs: &StepCosts<'_>,
-    step: u64,
-    observer: &mut dyn Observer,
-) -> Result<f64> {
-    if let Some(work) = costs.evaluation() {
-        trainer.account.admit(Phase::Eval, work, &[])?;
-    }
-    trainer.account.begin();
-    let (mut sum, mut count) = (0.0, 0);
-    for (done, batch) in trainer.validation.iter().enumerate() {
-        observer.evaluating(done, trainer.validation.len());
-        let losses = trainer
-            .decoder
-            .losses(context, &batch_to_device(batch, trainer.decoder.device())?)?;
-        sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
-        count += losses.len();
-    }
-    trainer
-        .account
-        .charge(Phase::Eval, step, &context.counter.take())?;
-    let val_loss = sum / count as f64;
-    observer.evaluated(step, val_loss)?;
-    Ok(val_loss)
-}
-
-fn save(
-    trainer: &mut Trainer<'_>,
-    context: Context<'_>,
-    costs: &StepCosts<'_>,
-    state: &TrainState,
-    observer: &mut dyn Observer,
-) -> Result<()> {
-    observer.saving()?;
-    trainer.account.admit(Phase::Save, costs.save(), &[])?;
-    trainer.account.begin();
-    context.counter.add(costs.save().clone());
-    trainer
-        .checkpoints
-        .save(state, trainer.parameters, trainer.export)?;
-    trainer
-        .account
-        .charge(Phase::Save, state.step, &context.counter.take())?;
-    Ok(())
+fn diverged(what: impl Into<String>) -> Error {
+    Error::new(Kind::Diverged, what)
 }

@@ -1,106 +1,133 @@
-//! One optimizer step: gradients of all its micro-batches, clipped, one AdamW pass.
+//! One optimizer step: gradients accumulated over its micro-batches, clipped, one AdamW update.
 
 use candle_core::Device;
 
-use super::{Settings, StepEnergy, StepRecord, TrainState, Trainer};
+use super::{Settings, StepEnergy, StepRecord, Training, diverged};
 use crate::data::MicroBatch;
 use crate::energy::Phase;
-use crate::error::{Error, Kind, Result};
-use crate::model::{Batch, Decoder};
-use crate::ops::{AdamW, Context, Gradients, Parameters};
+use crate::error::{Error, Result};
+use crate::model::{BackwardOptions, Batch, Decoder, Dropout};
+use crate::ops::{Context, Gradients};
+use crate::work::Work;
 
 /// A micro-batch's tensors on `device`.
 pub fn batch_to_device(batch: &MicroBatch, device: &Device) -> Result<Batch> {
-    let lengths: Vec<usize> = batch
-        .segments
-        .iter()
-        .map(|segment| segment.range.len())
-        .collect();
-    let examples = batch
-        .segments
-        .iter()
-        .map(|segment| segment.example)
-        .collect();
+    let segments = &batch.segments;
+    let lengths: Vec<usize> = segments.iter().map(|segment| segment.range.len()).collect();
     Batch::new(
         &batch.tokens,
         &lengths,
-        examples,
+        segments.iter().map(|segment| segment.example).collect(),
         &batch.loss_positions,
         batch.targets.clone(),
         device,
     )
 }
 
-/// Runs the step after `state.step` done ones at rate `lr`, charges it and moves `state` on. The inner error is a number that is
-/// not finite: the step's place and the records in it; nothing was updated then.
-pub(super) fn optimizer_step(
-    trainer: &mut Trainer<'_>,
-    context: Context<'_>,
-    state: &mut TrainState,
-    lr: f64,
-) -> Result<Result<StepRecord, String>> {
-    trainer.account.begin();
-    let (settings, step) = (trainer.settings, state.step);
-    let batches = trainer.sampler.step(step);
-    let loss_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-    let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
-    let mut gradients = Gradients::new(trainer.parameters.slots().len());
-    let sum = match accumulate_gradients(
-        context,
-        trainer.decoder,
-        settings,
-        step,
-        &batches,
-        &mut gradients,
-    )? {
-        Ok(sum) => sum,
-        Err(index) => {
-            trainer
-                .account
-                .charge(Phase::Train, step + 1, &context.counter.take())?;
-            return Ok(Err(describe_batch(
-                "the loss",
-                step,
-                Some(index),
-                &batches[index],
-            )));
-        }
-    };
-    let grad_norm = optimizer_update(context, trainer.parameters, settings, &gradients, lr, step)?;
-    let reading = trainer
-        .account
-        .charge(Phase::Train, step + 1, &context.counter.take())?;
-    if !grad_norm.is_finite() {
-        let culprit = first_not_finite(trainer, &gradients)?;
-        return Ok(Err(describe_batch(
-            &format!("the gradient of `{culprit}`"),
-            step,
-            None,
-            batches.last().unwrap_or(&MicroBatch::default()),
-        )));
+impl Training<'_, '_> {
+    /// Mean loss (nats per loss token) over the step's micro-batches, and its gradients.
+    pub(super) fn forward_backward(&self, batches: &[MicroBatch]) -> Result<(f64, Gradients)> {
+        let trainer = &self.trainer;
+        let mut gradients = Gradients::new(trainer.parameters.slots().len());
+        let loss = accumulate_gradients(
+            self.context,
+            trainer.decoder,
+            trainer.settings,
+            self.state.step,
+            batches,
+            &mut gradients,
+        )?;
+        Ok((loss, gradients))
     }
-    let loss = sum / loss_tokens as f64;
-    state.step += 1;
-    state.train_loss_last = Some(loss);
-    state.tokens += tokens as u64;
-    state.loss_tokens += loss_tokens as u64;
-    state.train_wall_s += reading.wall.0;
-    Ok(Ok(StepRecord {
-        step: step + 1,
-        loss: Some(loss),
-        lr,
-        grad_norm: Some(grad_norm),
-        tokens: tokens as u64,
-        loss_tokens: loss_tokens as u64,
-        flops: reading.charge.flops,
-        energy_j: StepEnergy::from(&reading),
-        wall_s: reading.wall,
-        val_loss: None,
-    }))
+
+    /// Clips and applies the gradients at rate `lr`; returns their global norm before clipping. A norm that is not finite updates
+    /// nothing and is an error.
+    pub(super) fn optimizer_step(
+        &self,
+        lr: f64,
+        gradients: &Gradients,
+        batches: &[MicroBatch],
+    ) -> Result<f64> {
+        let step = self.state.step;
+        let parameters = self.trainer.parameters;
+        let flat = gradients.flat(parameters).map_err(Error::while_running)?;
+        let optimizer = &self.trainer.settings.optimizer;
+        let grad_norm = optimizer.step(self.context, parameters, &flat, lr, step + 1)?;
+        if grad_norm.is_finite() {
+            return Ok(grad_norm);
+        }
+        let name = self.first_not_finite(gradients)?;
+        let records = describe_batch(batches.last().unwrap_or(&MicroBatch::default()));
+        Err(diverged(format!(
+            "the gradient of `{name}` is not finite in step {} ({records})",
+            step + 1
+        )))
+    }
+
+    /// The first trained tensor whose gradient holds an element that is not finite.
+    fn first_not_finite(&self, gradients: &Gradients) -> Result<String> {
+        for (index, slot) in self.trainer.parameters.slots().iter().enumerate() {
+            let sum = gradients
+                .get(index)
+                .map(|g| g.sqr()?.sum_all()?.to_scalar::<f32>())
+                .transpose()?;
+            if sum.is_none_or(|sum| !sum.is_finite()) {
+                return Ok(slot.name.clone());
+            }
+        }
+        Err(diverged(
+            "the gradient norm is not finite though every gradient is",
+        ))
+    }
+
+    /// Charges a completed step and advances the state.
+    pub(super) fn charge_step(
+        &mut self,
+        batches: &[MicroBatch],
+        loss: f64,
+        lr: f64,
+        grad_norm: f64,
+    ) -> Result<StepRecord> {
+        let reading = self.charge(Phase::Train, self.state.step + 1)?;
+        let tokens = batches.iter().map(|batch| batch.tokens.len() as u64).sum();
+        let loss_tokens = loss_tokens(batches) as u64;
+        let state = &mut self.state;
+        state.step += 1;
+        state.train_loss_last = Some(loss);
+        state.tokens += tokens;
+        state.loss_tokens += loss_tokens;
+        state.train_wall_s += reading.wall.0;
+        Ok(StepRecord {
+            step: state.step,
+            loss: Some(loss),
+            lr,
+            grad_norm: Some(grad_norm),
+            tokens,
+            loss_tokens,
+            flops: reading.charge.flops,
+            energy_j: StepEnergy::from(&reading),
+            wall_s: reading.wall,
+            val_loss: None,
+        })
+    }
+
+    /// Charges what a step executed before its loss or gradient was found not to be finite; nothing after a failed evaluation, which
+    /// is charged already.
+    pub(super) fn charge_failed_step(&mut self) -> Result<()> {
+        let work = self.context.counter.take();
+        if work != Work::default() {
+            let step = self.state.step + 1;
+            self.trainer.account.charge(Phase::Train, step, &work)?;
+        }
+        Ok(())
+    }
 }
 
-/// Adds the gradients of the mean loss over `batches`, the step after `step` done ones, to `gradients`; returns the sum of the losses of
-/// their loss tokens. The inner error is the index of the micro-batch whose loss is not finite.
+/// Adds the gradients of the mean loss over `batches` to `gradients` and returns that loss in nats per loss token; `step` counts
+/// from 0 and keys the dropout masks.
+///
+/// # Errors
+/// `Kind::Diverged`, naming step, micro-batch and records, where a loss is not finite.
 pub fn accumulate_gradients(
     context: Context<'_>,
     decoder: &Decoder,
@@ -108,90 +135,50 @@ pub fn accumulate_gradients(
     step: u64,
     batches: &[MicroBatch],
     gradients: &mut Gradients,
-) -> Result<Result<f64, usize>> {
-    let loss_tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-    let scale = 1.0 / loss_tokens as f64;
-    let dropout = (settings.dropout > 0.0).then_some((settings.dropout, settings.seed, step));
+) -> Result<f64> {
+    let loss_tokens = loss_tokens(batches) as f64;
+    let dropout = Dropout {
+        p: settings.dropout,
+        seed: settings.seed,
+        step,
+    };
+    let options = BackwardOptions {
+        scale: 1.0 / loss_tokens,
+        recompute: settings.recompute,
+        dropout: (settings.dropout > 0.0).then_some(dropout),
+    };
     let mut sum = 0.0;
     for (index, batch) in batches.iter().enumerate() {
         let input = batch_to_device(batch, decoder.device())?;
-        let losses = decoder.losses_and_gradients(
-            context,
-            &input,
-            scale,
-            settings.recompute,
-            dropout,
-            gradients,
-        )?;
+        let losses = decoder.losses_and_gradients(context, &input, options, gradients)?;
         let loss: f64 = losses.iter().map(|loss| f64::from(*loss)).sum();
         if !loss.is_finite() {
-            return Ok(Err(index));
+            return Err(diverged(format!(
+                "the loss is not finite in step {}, micro-batch {} ({})",
+                step + 1,
+                index + 1,
+                describe_batch(batch)
+            )));
         }
         sum += loss;
     }
-    Ok(Ok(sum))
+    Ok(sum / loss_tokens)
 }
 
-/// One AdamW pass at rate `lr`, the step after `step` done ones; returns the gradients' norm before clipping. Nothing is updated where
-/// it is not finite.
-pub fn optimizer_update(
-    context: Context<'_>,
-    parameters: &Parameters,
-    settings: &Settings,
-    gradients: &Gradients,
-    lr: f64,
-    step: u64,
-) -> Result<f64> {
-    let flat = gradients.flat(parameters).map_err(Error::while_running)?;
-    let ((beta1, beta2, epsilon), weight_decay) = (settings.adam, settings.weight_decay);
-    let adamw = AdamW {
-        learning_rate: lr,
-        beta1,
-        beta2,
-        epsilon,
-        weight_decay,
-        max_grad_norm: settings.max_grad_norm,
-    };
-    adamw.step(context, parameters, &flat, step + 1)
+fn loss_tokens(batches: &[MicroBatch]) -> usize {
+    batches.iter().map(|batch| batch.targets.len()).sum()
 }
 
-/// The first trained tensor whose gradient holds a number that is not finite.
-fn first_not_finite(trainer: &Trainer<'_>, gradients: &Gradients) -> Result<String> {
-    for (index, slot) in trainer.parameters.slots().iter().enumerate() {
-        let sum = gradients
-            .get(index)
-            .map(|g| g.sqr()?.sum_all()?.to_scalar::<f32>())
-            .transpose()?;
-        if sum.is_none_or(|sum| !sum.is_finite()) {
-            return Ok(slot.name.clone());
-        }
-    }
-    Err(Error::new(
-        Kind::Diverged,
-        "the gradient norm is not finite though every gradient is",
-    )
-    .while_running())
-}
-
-fn describe_batch(what: &str, step: u64, micro_step: Option<usize>, batch: &MicroBatch) -> String {
+fn describe_batch(batch: &MicroBatch) -> String {
     const SHOWN: usize = 8;
-    let examples: Vec<String> = batch
-        .segments
-        .iter()
-        .take(SHOWN)
+    let examples = batch.segments.iter().take(SHOWN);
+    let examples: Vec<String> = examples
         .map(|segment| segment.example.to_string())
         .collect();
-    let micro = micro_step.map_or(String::new(), |index| {
-        format!(", micro-batch {}", index + 1)
-    });
     let more = if batch.segments.len() > SHOWN {
         ", ..."
     } else {
         ""
     };
-    format!(
-        "{what} is not finite in step {}{micro} (records {}{more})",
-        step + 1,
-        examples.join(", ")
-    )
+    format!("records {}{more}", examples.join(", "))
 }

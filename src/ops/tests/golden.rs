@@ -189,7 +189,6 @@ fn rope_with_every_scaling() {
 fn adamw_with_decay_and_clipping() {
     let golden = Golden::open("adamw");
     let adamw = AdamW {
-        learning_rate: 0.02,
         beta1: 0.9,
         beta2: 0.99,
         epsilon: 1e-6,
@@ -209,7 +208,7 @@ fn adamw_with_decay_and_clipping() {
         for (i, norm) in norms.iter().enumerate() {
             let gradient = gradients.get(i).unwrap();
             let ours = adamw
-                .step(context, &parameters, &gradient, i as u64 + 1)
+                .step(context, &parameters, &gradient, 0.02, i as u64 + 1)
                 .unwrap() as f32;
             assert!((ours - norm).abs() <= 1e-6 * norm, "{ours} is not {norm}");
             let (got, want) = (

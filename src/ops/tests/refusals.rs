@@ -432,7 +432,6 @@ fn gradients_are_whole_or_refused() {
 #[test]
 fn an_optimizer_step_takes_one_gradient_of_every_number() {
     let adamw = AdamW {
-        learning_rate: 0.1,
         beta1: 0.9,
         beta2: 0.999,
         epsilon: 1e-8,
@@ -445,18 +444,21 @@ fn an_optimizer_step_takes_one_gradient_of_every_number() {
     let context = Context::new(&counter, Precision::F32);
     says(
         "`gradient`",
-        adamw.step(context, &parameters, &random(1, &[3]), 1),
+        adamw.step(context, &parameters, &random(1, &[3]), 0.1, 1),
     );
     says(
         "`gradient`",
-        adamw.step(context, &parameters, &random(1, &[12]), 1),
+        adamw.step(context, &parameters, &random(1, &[12]), 0.1, 1),
     );
     let strided = random(1, &[4, 2])
         .narrow(1, 0, 1)
         .unwrap()
         .squeeze(1)
         .unwrap();
-    says("contiguous", adamw.step(context, &parameters, &strided, 1));
+    says(
+        "contiguous",
+        adamw.step(context, &parameters, &strided, 0.1, 1),
+    );
     assert_eq!(
         parameters.snapshot().unwrap()[0],
         [1.0; 4],

@@ -10,7 +10,7 @@ use crate::model::TrainableModel;
 use crate::run::Screen;
 use crate::run::prepare::Prepared;
 use crate::run::watch::Watch;
-use crate::train::{self, Checkpoints, Observer, Outcome, StepRecord, TrainState, Trainer};
+use crate::train::{Checkpoints, Observer, Outcome, StepRecord, TrainState, Trainer};
 
 /// One call of the training loop.
 pub(super) struct Leg<'a> {
@@ -62,7 +62,7 @@ impl Leg<'_> {
             interrupted: stop,
             ending: Vec::new(),
         };
-        let outcome = train::train(&mut trainer, standing, &mut observer)?;
+        let outcome = trainer.train(standing, &mut observer)?;
         observer.watch.flush()?;
         Ok(outcome)
     }

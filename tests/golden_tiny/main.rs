@@ -2,254 +2,16 @@
 //!
 //! The golden files are made by `scripts/reference.py`, which documents their contents.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+mod golden;
 
-use candle_core::{DType, Device, Tensor};
-use serde_json::Value;
+use candle_core::{Device, Tensor};
+use golden::{Golden, close, contexts, near};
 use wattune::adapter::Site;
 use wattune::model::{
-    Architecture, Batch, Decoder, ModelShape, Recompute, Session, WeightSource, Weights,
+    Architecture, BackwardOptions, Batch, Decoder, Dropout, ModelShape, Recompute, Session,
 };
-use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters, Weight};
+use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters};
 use wattune::work::{Precision, WorkCounter};
-
-/// What the whole project is held to.
-const TOLERANCE: f32 = 1e-4;
-const SCALING: f64 = 12.0 / 4.0;
-const R: usize = 4;
-
-struct Golden {
-    dir: PathBuf,
-    tensors: HashMap<String, Tensor>,
-    json: Value,
-    architecture: Architecture,
-}
-
-impl Golden {
-    fn open(name: &str) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/golden/tiny")
-            .join(name);
-        let tensors =
-            candle_core::safetensors::load(dir.join("golden.safetensors"), &Device::Cpu).unwrap();
-        let json =
-            serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
-        let architecture = Architecture::from_file(&dir.join("config.json")).unwrap();
-        Self {
-            dir,
-            tensors,
-            json,
-            architecture,
-        }
-    }
-
-    fn lengths(&self) -> Vec<usize> {
-        self.json["segments"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|v| v.as_u64().unwrap() as usize)
-            .collect()
-    }
-
-    fn list(&self, key: &str) -> Vec<u32> {
-        self.json[key]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|v| v.as_u64().unwrap() as u32)
-            .collect()
-    }
-
-    /// The golden sequences `which` as one batch.
-    fn batch(&self, which: &[usize]) -> Batch {
-        let (ids, lengths) = (self.list("input_ids"), self.lengths());
-        let mask = if self.json.get("loss_mask").is_some() {
-            self.list("loss_mask")
-        } else {
-            vec![0; ids.len()]
-        };
-        let (mut tokens, mut positions, mut targets) = (vec![], vec![], vec![]);
-        for s in which {
-            let start: usize = lengths[..*s].iter().sum();
-            let base = tokens.len();
-            tokens.extend(&ids[start..start + lengths[*s]]);
-            for i in 1..lengths[*s] {
-                if mask[start + i] == 1 {
-                    positions.push((base + i - 1) as u32);
-                    targets.push(ids[start + i]);
-                }
-            }
-        }
-        let chosen: Vec<usize> = which.iter().map(|s| lengths[*s]).collect();
-        Batch::new(
-            &tokens,
-            &chosen,
-            vec![0; which.len()],
-            &positions,
-            targets,
-            &Device::Cpu,
-        )
-        .unwrap()
-    }
-
-    fn base(&self, name: &str) -> Tensor {
-        let weights =
-            Weights::open(&[self.dir.join("model.safetensors")], &self.architecture).unwrap();
-        weights.get(name, DType::F32, &Device::Cpu).unwrap()
-    }
-
-    fn frozen(&self) -> Decoder {
-        let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(self.base(name)));
-        Decoder::assemble(
-            &self.architecture,
-            &WeightSource {
-                weight: &weight,
-                lora: &|_| Ok(None),
-            },
-            &Device::Cpu,
-        )
-        .unwrap()
-    }
-
-    fn sites(&self) -> Vec<Site> {
-        let modules = self.architecture.modules();
-        let linears = modules.into_iter().filter(|m| m.path != "lm_head");
-        let site = |m: wattune::adapter::Module| Site {
-            path: m.path,
-            in_features: m.in_features,
-            out_features: m.out_features,
-            r: R,
-            lora_alpha: 12.0,
-            scaling: SCALING,
-        };
-        linears.map(site).collect()
-    }
-
-    /// The model with PEFT's adapter, and the names of its tensors in slot order.
-    fn adapted(&self) -> (Decoder, Parameters) {
-        let file = candle_core::safetensors::load(
-            self.dir.join("adapter/adapter_model.safetensors"),
-            &Device::Cpu,
-        )
-        .unwrap();
-        let mut tensors = Vec::new();
-        for site in self.sites() {
-            for half in ["lora_A", "lora_B"] {
-                let name = format!("base_model.model.{}.{half}.weight", site.path);
-                let tensor = &file[&name];
-                let values = tensor.flatten_all().unwrap().to_vec1().unwrap();
-                tensors.push((name, tensor.dims().to_vec(), values));
-            }
-        }
-        let parameters = Parameters::new(tensors, &Device::Cpu).unwrap();
-        let slot = |name: String| parameters.slots().iter().position(|s| s.name == name);
-        let lora = |path: &str| {
-            let name = |half: &str| format!("base_model.model.{path}.{half}.weight");
-            let Some(a) = slot(name("lora_A")) else {
-                return Ok(None);
-            };
-            let b = slot(name("lora_B")).unwrap();
-            Ok(Some(Lora {
-                a: parameters.weight(a)?,
-                b: parameters.weight(b)?,
-                scaling: SCALING,
-            }))
-        };
-        let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(self.base(name)));
-        let decoder = Decoder::assemble(
-            &self.architecture,
-            &WeightSource {
-                weight: &weight,
-                lora: &lora,
-            },
-            &Device::Cpu,
-        )
-        .unwrap();
-        (decoder, parameters)
-    }
-
-    /// The model with every weight trained.
-    fn trained(&self) -> (Decoder, Parameters) {
-        let tensors = self.architecture.tensors().into_iter().map(|t| {
-            let values = self.base(&t.name).flatten_all().unwrap().to_vec1().unwrap();
-            (t.name, t.shape, values)
-        });
-        let parameters = Parameters::new(tensors.collect(), &Device::Cpu).unwrap();
-        let weight = |name: &str, _: &[usize]| {
-            parameters.weight(
-                parameters
-                    .slots()
-                    .iter()
-                    .position(|s| s.name == name)
-                    .unwrap(),
-            )
-        };
-        let decoder = Decoder::assemble(
-            &self.architecture,
-            &WeightSource {
-                weight: &weight,
-                lora: &|_| Ok(None),
-            },
-            &Device::Cpu,
-        )
-        .unwrap();
-        (decoder, parameters)
-    }
-
-    fn number(&self, key: &str) -> f64 {
-        self.json[key].as_f64().unwrap()
-    }
-}
-
-fn close(what: &str, found: &Tensor, golden: &Tensor) {
-    let golden = golden.to_dtype(DType::F32).unwrap();
-    assert_eq!(found.dims(), golden.dims(), "{what}");
-    let scale = golden
-        .abs()
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .max(0)
-        .unwrap()
-        .to_scalar::<f32>()
-        .unwrap()
-        .max(1.0);
-    let difference = (found - golden)
-        .unwrap()
-        .abs()
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .max(0)
-        .unwrap()
-        .to_scalar::<f32>()
-        .unwrap();
-    assert!(
-        difference <= TOLERANCE * scale,
-        "{what}: differs by {difference} at a scale of {scale}"
-    );
-}
-
-fn near(what: &str, found: f64, golden: f64) {
-    assert!(
-        (found - golden).abs() <= f64::from(TOLERANCE) * golden.abs().max(1.0),
-        "{what}: {found}, golden {golden}"
-    );
-}
-
-/// Both ways every op can run.
-fn contexts(counter: &WorkCounter) -> [Context<'_>; 2] {
-    let fused = Context::new(counter, Precision::F32);
-    [
-        fused,
-        Context {
-            reference: true,
-            ..fused
-        },
-    ]
-}
 
 const FULL: [&str; 5] = ["gqa", "tied", "biases", "qwen2", "llama3rope"];
 const LOGITS_ONLY: [&str; 4] = ["linear", "dynamic", "yarn", "mistral"];
@@ -273,9 +35,9 @@ fn logits_equal_those_of_transformers() {
     }
 }
 
-/// Read token by token, with the adapter, past any room that the cache of keys and values had at first.
+/// Token by token, with the adapter, past the first capacity of the KV cache.
 #[test]
-fn a_text_read_token_by_token_has_the_logits_of_the_whole() {
+fn decoding_token_by_token_gives_the_logits_of_one_pass() {
     for name in FULL {
         let golden = Golden::open(name);
         let counter = WorkCounter::default();
@@ -313,13 +75,31 @@ fn a_text_read_token_by_token_has_the_logits_of_the_whole() {
 }
 
 #[test]
-fn older_configs_are_read_alike() {
+fn older_configs_give_the_same_architecture() {
     for name in ["llama3rope", "linear", "dynamic", "yarn"] {
         let golden = Golden::open(name);
         let older = Architecture::from_file(&golden.dir.join("config_v4.json")).unwrap();
         assert_eq!(older, golden.architecture, "{name}");
     }
 }
+
+fn options(scale: f64, recompute: Recompute) -> BackwardOptions {
+    BackwardOptions {
+        scale,
+        recompute,
+        dropout: None,
+    }
+}
+
+/// No dropout, and some.
+const DROPOUT: [Option<Dropout>; 2] = [
+    None,
+    Some(Dropout {
+        p: 0.3,
+        seed: 5,
+        step: 2,
+    }),
+];
 
 fn loss_and_gradients(
     context: Context<'_>,
@@ -331,7 +111,7 @@ fn loss_and_gradients(
     let mut gradients = Gradients::new(slots);
     let scale = 1.0 / batch.loss_tokens() as f64;
     let losses = decoder
-        .losses_and_gradients(context, batch, scale, recompute, None, &mut gradients)
+        .losses_and_gradients(context, batch, options(scale, recompute), &mut gradients)
         .unwrap();
     (
         losses.iter().map(|l| f64::from(*l)).sum::<f64>() * scale,
@@ -400,7 +180,6 @@ fn ten_adamw_steps_equal_those_of_torch() {
                     expected["loss"].as_f64().unwrap(),
                 );
                 let adamw = AdamW {
-                    learning_rate: expected["lr"].as_f64().unwrap(),
                     beta1: 0.9,
                     beta2: 0.999,
                     epsilon: 1e-8,
@@ -412,6 +191,7 @@ fn ten_adamw_steps_equal_those_of_torch() {
                         context,
                         &parameters,
                         &gradients.flat(&parameters).unwrap(),
+                        expected["lr"].as_f64().unwrap(),
                         i as u64 + 1,
                     )
                     .unwrap();
@@ -450,16 +230,10 @@ fn eight_rows_at_once_and_one_by_one_give_the_same_gradients() {
     );
     let mut apart = Gradients::new(slots);
     let scale = 1.0 / golden.batch(&[0, 1]).loss_tokens() as f64;
+    let options = options(scale, Recompute::NONE);
     for s in [0, 1] {
         decoder
-            .losses_and_gradients(
-                context,
-                &golden.batch(&[s]),
-                scale,
-                Recompute::NONE,
-                None,
-                &mut apart,
-            )
+            .losses_and_gradients(context, &golden.batch(&[s]), options, &mut apart)
             .unwrap();
     }
     for i in 0..slots {
@@ -479,9 +253,8 @@ fn the_forecast_is_what_was_executed() {
         let (lengths, batch) = (golden.lengths(), golden.batch(&[0, 1]));
         let loss_tokens = batch.loss_tokens();
         let lora =
-            ModelShape::with_adapters(&golden.architecture, &golden.sites(), false, Precision::F32)
-                .unwrap();
-        let full = ModelShape::fully_trained(&golden.architecture, Precision::F32).unwrap();
+            ModelShape::with_adapters(&golden.architecture, &golden.sites(), false, Precision::F32);
+        let full = ModelShape::fully_trained(&golden.architecture, Precision::F32);
         for context in contexts(&counter) {
             for (shape, (decoder, parameters)) in
                 [(&lora, golden.adapted()), (&full, golden.trained())]
@@ -511,10 +284,10 @@ fn the_forecast_is_what_was_executed() {
     }
 }
 
-/// A small model's batch is cut into parts, which threads take side by side: what it gives is the whole's, its work is counted as the
-/// whole's, and the bytes are the same on any number of threads.
+/// A small model's batch is split for data parallelism: results and work are those of the whole batch, bytes the same on any number of
+/// threads.
 #[test]
-fn parts_of_a_batch_give_what_the_whole_gives() {
+fn shards_of_a_batch_give_the_results_of_the_whole() {
     let golden = Golden::open("gqa");
     let which: Vec<usize> = (0..)
         .map(|i| i % 2)
@@ -527,7 +300,11 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
     for (kind, (decoder, parameters)) in [("adapter", golden.adapted()), ("base", golden.trained())]
     {
         let slots = parameters.slots();
-        for dropout in [None, Some((0.3, 5, 2))] {
+        for dropout in DROPOUT {
+            let options = BackwardOptions {
+                dropout,
+                ..options(1e-3, Recompute::NONE)
+            };
             let run = |threads: usize, reference: bool| {
                 let pool = rayon::ThreadPoolBuilder::new()
                     .num_threads(threads)
@@ -538,16 +315,9 @@ fn parts_of_a_batch_give_what_the_whole_gives() {
                         reference,
                         ..Context::new(&counter, Precision::F32)
                     };
-                    let (mut gradients, nothing) = (Gradients::new(slots.len()), Recompute::NONE);
+                    let mut gradients = Gradients::new(slots.len());
                     let losses = decoder
-                        .losses_and_gradients(
-                            context,
-                            &batch,
-                            1e-3,
-                            nothing,
-                            dropout,
-                            &mut gradients,
-                        )
+                        .losses_and_gradients(context, &batch, options, &mut gradients)
                         .unwrap();
                     let work = counter.take();
                     assert_eq!(decoder.losses(context, &batch).unwrap().len(), losses.len());
@@ -591,7 +361,7 @@ fn bits(gradients: &Gradients, slots: usize) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn gradients_are_the_same_bytes_however_many_blocks_are_computed_again() {
+fn gradients_are_the_same_bytes_however_many_blocks_are_recomputed() {
     let golden = Golden::open("gqa");
     let (decoder, parameters) = golden.adapted();
     let (batch, slots, counter) = (
@@ -600,112 +370,101 @@ fn gradients_are_the_same_bytes_however_many_blocks_are_computed_again() {
         WorkCounter::default(),
     );
     for precision in [Precision::F32, Precision::Bf16] {
-        for dropout in [None, Some((0.3, 5, 2))] {
-            let of = |recompute| {
+        for dropout in DROPOUT {
+            let gradient_bits = |recompute| {
                 let mut gradients = Gradients::new(slots);
                 let context = Context::new(&counter, precision);
+                let options = BackwardOptions {
+                    dropout,
+                    ..options(0.1, recompute)
+                };
                 decoder
-                    .losses_and_gradients(context, &batch, 0.1, recompute, dropout, &mut gradients)
+                    .losses_and_gradients(context, &batch, options, &mut gradients)
                     .unwrap();
                 bits(&gradients, slots)
             };
-            let kept = of(Recompute::NONE);
-            for again in [Recompute::lowest(1), Recompute::lowest(2), Recompute::ALL] {
-                assert!(of(again) == kept, "{precision:?} {dropout:?} {again:?}");
+            let saved = gradient_bits(Recompute::NONE);
+            for recompute in [Recompute::lowest(1), Recompute::lowest(2), Recompute::ALL] {
+                assert!(
+                    gradient_bits(recompute) == saved,
+                    "{precision:?} {dropout:?} {recompute:?}"
+                );
             }
         }
     }
 }
 
+/// Two trained matrices, A and B, on one site.
+fn lora_parameters(site: &Site) -> Parameters {
+    let shapes = [
+        ("lora_A", [site.r, site.in_features]),
+        ("lora_B", [site.out_features, site.r]),
+    ];
+    let tensors = shapes.map(|(factor, shape)| {
+        let values = (0..shape[0] * shape[1])
+            .map(|i| ((i * 37 % 11) as f32 - 5.0) / 20.0)
+            .collect();
+        (format!("{}.{factor}", site.path), shape.to_vec(), values)
+    });
+    Parameters::new(tensors.to_vec(), &Device::Cpu).unwrap()
+}
+
 #[test]
-fn a_partly_adapted_model_walks_back_no_further_than_it_must() {
+fn backward_of_a_partly_adapted_model_stops_at_the_lowest_adapter() {
     let golden = Golden::open("gqa");
-    let all = golden.sites();
-    for keep in [
+    for adapted in [
         "layers.1.mlp.down_proj",
         "layers.1.mlp.up_proj",
         "layers.1.self_attn.o_proj",
         "layers.1.self_attn.v_proj",
         "layers.0.self_attn.q_proj",
     ] {
-        let sites: Vec<Site> = all
-            .iter()
-            .filter(|s| s.path.ends_with(keep))
-            .cloned()
-            .collect();
-        let tensors = sites.iter().flat_map(|s| {
-            [
-                ("lora_A", [s.r, s.in_features]),
-                ("lora_B", [s.out_features, s.r]),
-            ]
-            .map(|(half, shape)| {
-                let values = (0..shape[0] * shape[1])
-                    .map(|i| ((i * 37 % 11) as f32 - 5.0) / 20.0)
-                    .collect();
-                (format!("{}.{half}", s.path), shape.to_vec(), values)
-            })
-        });
-        let parameters = Parameters::new(tensors.collect(), &Device::Cpu).unwrap();
-        let lora = |path: &str| match sites.iter().any(|s| s.path == path) {
-            true => Ok(Some(Lora {
+        let sites = golden.sites();
+        let site = sites.iter().find(|s| s.path.ends_with(adapted)).unwrap();
+        let parameters = lora_parameters(site);
+        let decoder = golden.with_adapters(&|path| {
+            if path != site.path {
+                return Ok(None);
+            }
+            Ok(Some(Lora {
                 a: parameters.weight(0)?,
                 b: parameters.weight(1)?,
                 scaling: 0.5,
-            })),
-            false => Ok(None),
-        };
-        let weight = |name: &str, _: &[usize]| Ok(Weight::frozen(golden.base(name)));
-        let decoder = Decoder::assemble(
-            &golden.architecture,
-            &WeightSource {
-                weight: &weight,
-                lora: &lora,
-            },
-            &Device::Cpu,
-        )
-        .unwrap();
-        let shape =
-            ModelShape::with_adapters(&golden.architecture, &sites, false, Precision::F32).unwrap();
+            }))
+        });
+        let sites = std::slice::from_ref(site);
+        let shape = ModelShape::with_adapters(&golden.architecture, sites, false, Precision::F32);
         let counter = WorkCounter::default();
         let batch = golden.batch(&[0, 1]);
-        let context = Context::new(&counter, Precision::F32);
-        let (loss, gradients) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NONE);
-        assert_eq!(
-            counter.take(),
-            shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::NONE),
-            "{keep}"
-        );
-        // One block is computed again: the lowest that the walk comes to, and with it all of the work that is done twice.
-        let (again, same) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::lowest(1));
-        assert_eq!(
-            counter.take(),
-            shape.training(&golden.lengths(), batch.loss_tokens(), Recompute::lowest(1)),
-            "{keep}"
-        );
+        let run = |recompute| {
+            let context = Context::new(&counter, Precision::F32);
+            loss_and_gradients(context, &decoder, &batch, 2, recompute)
+        };
+        let forecast =
+            |recompute| shape.training(&golden.lengths(), batch.loss_tokens(), recompute);
+        let (loss, gradients) = run(Recompute::NONE);
+        assert_eq!(counter.take(), forecast(Recompute::NONE), "{adapted}");
+        // The recomputed block is the lowest that the backward pass visits, and all of the work that is done twice.
+        let (again, same) = run(Recompute::lowest(1));
+        assert_eq!(counter.take(), forecast(Recompute::lowest(1)), "{adapted}");
         assert!(
             again == loss && bits(&same, 2) == bits(&gradients, 2),
-            "{keep}"
+            "{adapted}"
         );
-        // A finite difference on one element of B: the gradient did arrive.
+        // A finite difference on one element of B: its gradient is right.
         let h = 1e-2;
         let mut rows = parameters.snapshot().unwrap();
-        let at = parameters.slots()[1].offset + 1;
-        rows[0][at] += h;
-        rows.iter()
-            .enumerate()
-            .for_each(|(index, row)| parameters.restore_row(index, row).unwrap());
-        let (moved, _) = loss_and_gradients(context, &decoder, &batch, 2, Recompute::NONE);
+        rows[0][parameters.slots()[1].offset + 1] += h;
+        for (index, row) in rows.iter().enumerate() {
+            parameters.restore_row(index, row).unwrap();
+        }
+        let (moved, _) = run(Recompute::NONE);
         let slope = (moved - loss) / f64::from(h);
-        let gradient = gradients
-            .get(1)
-            .unwrap()
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f32>()
-            .unwrap()[1];
+        let gradient = gradients.get(1).unwrap().flatten_all().unwrap();
+        let gradient = f64::from(gradient.to_vec1::<f32>().unwrap()[1]);
         assert!(
-            (slope - f64::from(gradient)).abs() < 2e-3 + 0.05 * slope.abs(),
-            "{keep}: slope {slope}, gradient {gradient}"
+            (slope - gradient).abs() < 2e-3 + 0.05 * slope.abs(),
+            "{adapted}: slope {slope}, gradient {gradient}"
         );
     }
 }
