@@ -4,12 +4,14 @@
 //! `trainee` puts the model together; `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`,
 //! `merge`, `probe`, `calibrate` and `reconcile` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
 
+mod baseline_run;
 mod directory;
 mod evaluate;
 mod generate;
 mod inference;
+mod loss_curve;
 mod machine;
-mod measured;
+mod measured_baselines;
 mod merge;
 mod model;
 mod options;

@@ -65,6 +65,7 @@ pub(super) fn settings(
         eval_every: train.eval_every,
         save_every: train.save_every,
         keep_best: train.keep_best && recipe.data.validation != recipe::Validation::None,
+        target_loss: None,
         recompute,
         dropout: match &recipe.adapter {
             recipe::Adapter::Lora(lora) => lora.config.lora_dropout,

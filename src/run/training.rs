@@ -12,7 +12,7 @@ use super::reporting::{Inputs, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::trainee;
 use super::watch::Watch;
-use super::{Screen, measured, plan};
+use super::{Screen, measured_baselines, plan};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, DeviceRef, Ledger, Meters, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
@@ -64,7 +64,7 @@ impl Finished {
 
 /// Trains, and writes the report whatever ended the run.
 pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finished> {
-    let recipe = the_recipe(&request)?;
+    let recipe = load_recipe(&request)?;
     let mut prepared = prepare(
         recipe,
         &request.device,
@@ -95,9 +95,9 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
     };
     if let Some(report) = request
         .resume
-        .and_then(|_| measured::unfinished(&prepared.recipe, &directory))
+        .and_then(|_| measured_baselines::pending(&prepared.recipe, &directory))
     {
-        return go_on_with_baselines(&request, &prepared, directory, report, screen)
+        return resume_baselines(&request, &prepared, directory, report, screen)
             .map_err(Error::while_running);
     }
     let start = Start::find(&request, &prepared, directory)?;
@@ -105,7 +105,7 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
 }
 
 /// The recipe asked for; a resumed run's own, which a given one must equal but for every `auto` that the run resolved.
-fn the_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
+fn load_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
     let Some(run) = request.resume else {
         return request.recipe.clone().ok_or_else(|| {
             Error::new(Kind::Usage, "no recipe was given").hint("wattune train RECIPE")
@@ -147,7 +147,7 @@ fn refuse_finished(directory: &RunDirectory, recipe: &Recipe) -> Result<()> {
         return Ok(());
     };
     let reason = &report.training.stop_reason;
-    if !reason.is_regular() || measured::unfinished(recipe, directory).is_some() {
+    if !reason.is_regular() || measured_baselines::pending(recipe, directory).is_some() {
         return Ok(());
     }
     Err(Error::new(Kind::Run, "this run is finished: there is nothing to resume")
@@ -391,18 +391,18 @@ fn add_measured_baselines(
         interrupted,
         ..
     } = *request;
-    let place = measured::Place {
+    let place = measured_baselines::RunContext {
         prepared,
         directory,
         device,
         computing,
         interrupted,
     };
-    measured::measure(&place, account, report, screen)
+    measured_baselines::train_pending(&place, account, report, screen)
 }
 
 /// Goes on with the baselines of a run that is finished itself.
-fn go_on_with_baselines(
+fn resume_baselines(
     request: &TrainRequest<'_>,
     prepared: &Prepared,
     directory: RunDirectory,

@@ -72,6 +72,8 @@ pub struct Settings {
     pub save_every: u64,
     /// Saves at every evaluation, so that the best checkpoint exists.
     pub keep_best: bool,
+    /// Ends the run at the first evaluation at or below this loss, as if its steps were done.
+    pub target_loss: Option<f64>,
     /// Activation checkpointing.
     pub recompute: Recompute,
     /// LoRA dropout probability.
@@ -209,8 +211,14 @@ impl Training<'_, '_> {
     }
 
     fn finished(&self) -> Option<Stop> {
-        if self.state.step == self.trainer.settings.steps {
-            Some(self.trainer.settings.last_step())
+        let settings = self.trainer.settings;
+        let loss = self.state.val_loss_last.map(|last| last.val_loss);
+        let on_target = settings
+            .target_loss
+            .zip(loss)
+            .is_some_and(|(target, loss)| loss <= target);
+        if self.state.step == settings.steps || on_target {
+            Some(settings.last_step())
         } else {
             self.is_interrupted().then_some(Stop::Interrupted)
         }

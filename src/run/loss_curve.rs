@@ -1,7 +1,4 @@
-//! Loss against training energy, and the energy to a given loss.
-//!
-//! Takes what a training loop left on disk, returns points for the report and the energy at which a loss was reached, or would be. Knows
-//! nothing of models.
+//! Validation loss against training energy, and the energy to a given loss.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,21 +10,24 @@ use crate::report::measured::{CurvePoint, EqualLoss, Reached};
 use crate::report::steps::read_steps;
 use crate::units::{Joules, MicroJoules};
 
-/// Points of a curve in a report, at most about so many; every evaluation stays.
-const MOST: usize = 300;
-/// Evaluations that an extrapolation goes through.
+/// Points of a curve in a report, about; all evaluations are among them.
+const MAX_POINTS: usize = 300;
+/// Evaluations that the power law is fitted to.
 const FITTED: usize = 4;
-/// An extrapolation beyond so many times what was trained says nothing.
-const FARTHEST: f64 = 100.0;
+/// Extrapolations beyond this multiple of the training energy are dropped.
+const MAX_EXTRAPOLATION: f64 = 100.0;
 
-/// The course of a run or of a baseline.
+/// One point before the first step and one after each.
 #[derive(Debug, Default)]
-pub(in crate::run) struct Curve(Vec<CurvePoint>);
+pub(super) struct LossCurve(Vec<CurvePoint>);
 
-impl Curve {
-    /// From a loop's steps and its ledger, on the meter `kind`; `before` is the validation loss before the first step. Of a step that was
-    /// done again after a crash the last time counts. What fills a counter's gap is in it.
-    pub(in crate::run) fn read(
+impl LossCurve {
+    /// From steps.jsonl and ledger.jsonl, on the meter `kind`; `before` is the validation loss before the first step. Of a step
+    /// repeated after a crash the last entry counts; gaps of a counter are filled.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub(super) fn read(
         steps: &Path,
         ledger: &Path,
         before: Option<f64>,
@@ -70,22 +70,20 @@ impl Curve {
         })
     }
 
-    /// The validation loss after `step` steps, where there was an evaluation.
+    /// Validation loss after `step` steps, if evaluated there.
     pub(super) fn val_loss_at(&self, step: u64) -> Option<f64> {
         self.0.iter().find(|point| point.step == step)?.val_loss
     }
 
-    /// What its steps took.
+    /// Training energy.
     pub(super) fn trained(&self) -> Joules {
         self.0.last().map_or(Joules::ZERO, |point| point.energy_j)
     }
 
-    /// Few enough points for a report.
-    pub(in crate::run) fn thinned(self) -> Vec<CurvePoint> {
-        let (stride, last) = (
-            self.0.len().div_ceil(MOST).max(1),
-            self.0.len().saturating_sub(1),
-        );
+    /// At most about `MAX_POINTS` points.
+    pub(super) fn thinned(self) -> Vec<CurvePoint> {
+        let stride = self.0.len().div_ceil(MAX_POINTS).max(1);
+        let last = self.0.len().saturating_sub(1);
         let kept = self.0.into_iter().enumerate();
         kept.filter(|(index, point)| {
             index % stride == 0 || *index == last || point.val_loss.is_some()
@@ -95,9 +93,9 @@ impl Curve {
     }
 }
 
-/// The energy to `target`: where an evaluation was at or below it, else where the power law through the last evaluations would be, else
-/// nothing. `run` is what the run's training took.
-pub(super) fn to_equal_loss(curve: &Curve, target: f64, run: Joules) -> EqualLoss {
+/// The energy to `target`: of the first evaluation at or below it, else extrapolated by the power law through the last
+/// evaluations, else none. `run` is the run's training energy.
+pub(super) fn to_equal_loss(curve: &LossCurve, target: f64, run: Joules) -> EqualLoss {
     let trained = curve.trained();
     let reached = curve
         .evaluations()
@@ -106,7 +104,7 @@ pub(super) fn to_equal_loss(curve: &Curve, target: f64, run: Joules) -> EqualLos
     let (how, energy_j) = match reached {
         Some(energy) => (Reached::Measured, Some(energy)),
         None => match power_law(&curve.evaluations().collect::<Vec<_>>(), target) {
-            Some(energy) if energy <= trained * FARTHEST => {
+            Some(energy) if energy <= trained * MAX_EXTRAPOLATION => {
                 (Reached::Extrapolated, Some(energy.max(trained)))
             }
             _ => (Reached::No, None),
@@ -123,8 +121,8 @@ pub(super) fn to_equal_loss(curve: &Curve, target: f64, run: Joules) -> EqualLos
     }
 }
 
-/// The energy at which `loss = a energy^b` through the last evaluations, by least squares in logarithms, comes to `target`; `None` where
-/// there are too few or where the loss does not fall.
+/// The energy at which `loss = a energy^b`, fitted to the last evaluations by least squares in logarithms, is `target`; `None`
+/// with too few evaluations or a loss that does not fall.
 fn power_law(evaluations: &[(Joules, f64)], target: f64) -> Option<Joules> {
     let logs: Vec<(f64, f64)> = evaluations
         .iter()
@@ -133,10 +131,8 @@ fn power_law(evaluations: &[(Joules, f64)], target: f64) -> Option<Joules> {
         .collect();
     let last = &logs[logs.len().checked_sub(FITTED)?..];
     let count = last.len() as f64;
-    let (x, y) = (
-        last.iter().map(|p| p.0).sum::<f64>() / count,
-        last.iter().map(|p| p.1).sum::<f64>() / count,
-    );
+    let x = last.iter().map(|p| p.0).sum::<f64>() / count;
+    let y = last.iter().map(|p| p.1).sum::<f64>() / count;
     let slope = last.iter().map(|p| (p.0 - x) * (p.1 - y)).sum::<f64>()
         / last.iter().map(|p| (p.0 - x).powi(2)).sum::<f64>();
     let energy = (x + (target.ln() - y) / slope).exp();
@@ -156,11 +152,11 @@ mod tests {
         }
     }
 
-    fn curve(evaluations: &[(f64, f64)]) -> Curve {
+    fn curve(evaluations: &[(f64, f64)]) -> LossCurve {
         let points = (1..)
             .zip(evaluations)
             .map(|(step, (energy, loss))| point(step, *energy, Some(*loss)));
-        Curve(
+        LossCurve(
             std::iter::once(point(0, 0.0, Some(6.0)))
                 .chain(points)
                 .collect(),
@@ -242,7 +238,7 @@ mod tests {
             entry("train", 3, "null", gap),
         ];
         std::fs::write(&ledger, entries.concat()).unwrap();
-        let read = |kind| Curve::read(&steps, &ledger, Some(6.0), kind).unwrap();
+        let read = |kind| LossCurve::read(&steps, &ledger, Some(6.0), kind).unwrap();
         let energies = |kind| {
             read(kind)
                 .0
@@ -258,7 +254,7 @@ mod tests {
             (Joules(14.0), Some(6.0), None)
         );
         // Without a step there is the beginning alone.
-        let none = Curve::read(
+        let none = LossCurve::read(
             &folder.path().join("none"),
             &ledger,
             None,
@@ -271,7 +267,7 @@ mod tests {
     #[test]
     fn a_long_curve_keeps_its_evaluations_and_its_ends() {
         let evaluated = |step: u64| (step % 100 == 7).then_some(0.5);
-        let long = Curve(
+        let long = LossCurve(
             (0..=1000)
                 .map(|step| point(step, step as f64, evaluated(step)))
                 .collect(),

@@ -1,0 +1,366 @@
+//! Training of one measured baseline in its folder: ledger, steps and checkpoints of its own.
+//!
+//! First a complete schedule over the steps that take the run's training energy (the loss at equal energy). If its loss is
+//! still above the run's, a schedule over `energy_multiple` times that energy continues from there until an evaluation is at
+//! or below the run's loss (the energy to equal loss). An interrupted baseline resumes from its newest checkpoint.
+
+use std::path::PathBuf;
+
+use super::Screen;
+use super::loss_curve::{LossCurve, to_equal_loss};
+use super::measured_baselines::{Reference, RunContext, label};
+use super::spending::{bounds, carbon_block, interval};
+use super::trainee::{fully_trained, open_weights};
+use super::watch::Watch;
+use crate::energy::baseline::BaselineKind;
+use crate::energy::{Account, Budget, Ledger, Limit, Limits, MeterKind, Meters, Phase};
+use crate::error::{Error, Result};
+use crate::forecast::BaselineSetup;
+use crate::model::TrainableModel;
+use crate::report::files::STEPS_JSONL;
+use crate::report::measured::{BaselineStop, MeasuredBaseline};
+use crate::report::steps::truncate_after;
+use crate::report::types::{self, Label};
+use crate::train::{Checkpoints, Settings, Stop, TrainState, Trainer};
+use crate::units::{Flops, Joules};
+
+/// A baseline with an open ledger.
+pub(super) struct BaselineRun<'a> {
+    context: &'a RunContext<'a>,
+    setup: BaselineSetup<'a>,
+    reference: &'a Reference,
+    account: Account,
+    checkpoints: Checkpoints,
+    steps_log: PathBuf,
+    ledger: PathBuf,
+    /// Steps for the run's training energy.
+    equal: u64,
+    /// Steps for `energy_multiple` times as much.
+    most: u64,
+    state: TrainState,
+}
+
+/// Why a baseline cannot be trained: not one step fits the run's training energy, or what `limit` leaves of its budget.
+pub(super) fn why_impossible(
+    setup: &BaselineSetup<'_>,
+    equal: u64,
+    limit: Option<Joules>,
+) -> Option<String> {
+    if equal == 0 {
+        return Some("one of its steps takes more energy than all the training of the run".into());
+    }
+    let least = setup.energy(0, 1, equal).joules();
+    let left = limit.filter(|limit| *limit < least)?.max(Joules::ZERO);
+    Some(format!(
+        "`baseline.budget` leaves {left}, and one step with its evaluations takes {least}"
+    ))
+}
+
+impl<'a> BaselineRun<'a> {
+    /// Opens `folder`, new or left by an earlier process. `limit` is the energy it may spend, earlier processes included.
+    pub(super) fn open(
+        context: &'a RunContext<'a>,
+        setup: BaselineSetup<'a>,
+        reference: &'a Reference,
+        limit: Option<Joules>,
+        folder: PathBuf,
+    ) -> Result<Self> {
+        let prepared = context.prepared;
+        std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+        let limits = Limits {
+            energy: limit,
+            ..Limits::default()
+        };
+        let budget = Budget::new(limits, prepared.budget.rates().clone())?;
+        let meters = Meters::open(prepared.profile.clone(), context.computing);
+        let kind = meters.resolve(prepared.recipe.energy.meter)?;
+        let ledger = folder.join("ledger.jsonl");
+        let opened = if ledger.exists() {
+            Ledger::resume(&ledger)?
+        } else {
+            Ledger::create(&ledger)?
+        };
+        let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
+        let digest = setup.digest();
+        let state = checkpoints.newest(&digest)?.unwrap_or_else(|| TrainState {
+            recipe: digest,
+            ..TrainState::default()
+        });
+        let steps_log = folder.join(STEPS_JSONL);
+        truncate_after(&steps_log, state.step)?;
+        let [equal, most] = setup.steps(reference.training.energy_j.counted);
+        Ok(Self {
+            account: Account::new(budget, meters, opened, kind),
+            context,
+            setup,
+            reference,
+            checkpoints,
+            steps_log,
+            ledger,
+            equal,
+            most,
+            state,
+        })
+    }
+
+    /// The screen's line before it trains.
+    pub(super) fn announcement(&self) -> String {
+        let Self { equal, most, .. } = *self;
+        let further = if most > equal {
+            format!(", then up to step {most} to the run's loss")
+        } else {
+            String::new()
+        };
+        let resumed = match self.state.step {
+            0 => String::new(),
+            step => format!(", resuming after step {step}"),
+        };
+        format!(
+            "measuring the {} baseline: {equal} step{} for the run's training energy of {} (counted){further}{resumed}",
+            label(self.setup.kind),
+            if equal == 1 { "" } else { "s" },
+            self.reference.training.energy_j.counted.joules(),
+        )
+    }
+
+    /// Trains what is left and returns the report's entry.
+    pub(super) fn run(mut self, screen: &mut dyn Screen) -> Result<types::Baseline> {
+        let stop = if self.is_complete() {
+            Stop::Steps
+        } else if self.has_room() {
+            self.train(screen)?
+        } else {
+            Stop::Budget(Limit::Energy)
+        };
+        self.account.close()?;
+        self.block(&stop)
+    }
+
+    /// Whether an earlier process reached the end and evaluated there.
+    fn is_complete(&self) -> bool {
+        let step = self.state.step;
+        let evaluated = self
+            .state
+            .val_loss_last
+            .is_some_and(|last| last.step == step);
+        evaluated && (step == self.most || (step >= self.equal && !self.is_above_run()))
+    }
+
+    /// Whether the last evaluation was above the run's loss.
+    fn is_above_run(&self) -> bool {
+        let last = self.state.val_loss_last;
+        last.is_some_and(|last| last.val_loss > self.reference.val_loss)
+    }
+
+    /// Whether the budget holds loading, a step, and what follows the last one.
+    fn has_room(&self) -> bool {
+        let step = self.state.step;
+        let reload = self
+            .setup
+            .load()
+            .filter(|_| step > 0)
+            .map(|work| self.account.forecast(&[(Phase::Load, work)]).energy);
+        let least = self.setup.energy(step, step + 1, self.equal) + reload.unwrap_or_default();
+        let limit = self.account.budget().limits().energy;
+        limit.is_none_or(|limit| self.account.spent().energy.joules() + least.joules() <= limit)
+    }
+
+    fn train(&mut self, screen: &mut dyn Screen) -> Result<Stop> {
+        let model = self.load_model()?;
+        let mut stop = Stop::Steps;
+        if self.state.step <= self.equal {
+            stop = self.segment(&model, self.equal, None, screen)?;
+        }
+        if stop == Stop::Steps && self.is_above_run() && self.most > self.equal {
+            let target = Some(self.reference.val_loss);
+            stop = self.segment(&model, self.most, target, screen)?;
+        }
+        Ok(stop)
+    }
+
+    /// Trains to step `steps`, where the schedule ends, or to the first evaluation at or below `target_loss`.
+    fn segment(
+        &mut self,
+        model: &TrainableModel,
+        steps: u64,
+        target_loss: Option<f64>,
+        screen: &mut dyn Screen,
+    ) -> Result<Stop> {
+        let settings = Settings {
+            target_loss,
+            ..self.setup.settings(steps, self.equal)
+        };
+        let mut logger = Watch::new(self.steps_log.clone(), screen, steps, steps)?;
+        let prepared = self.context.prepared;
+        let mut trainer = Trainer {
+            decoder: &model.decoder,
+            parameters: &model.parameters,
+            shape: &self.setup.shape,
+            sampler: &prepared.sampler,
+            validation: &prepared.validation_batches,
+            settings: &settings,
+            account: &mut self.account,
+            checkpoints: &self.checkpoints,
+            export: &|_| Ok(()),
+            interrupted: self.context.interrupted,
+            ending: Vec::new(),
+        };
+        let outcome = trainer.train(self.state.clone(), &mut logger)?;
+        logger.flush()?;
+        self.state = outcome.state;
+        Ok(outcome.stop)
+    }
+
+    /// Random or pretrained weights (only the latter are charged), then the checkpoint's.
+    fn load_model(&mut self) -> Result<TrainableModel> {
+        let prepared = self.context.prepared;
+        let device = self.context.device;
+        let model = match self.setup.load() {
+            None => fully_trained(prepared, None, device)?,
+            Some(load) => {
+                self.account.admit(Phase::Load, &load, &[])?;
+                self.account.begin();
+                let model = fully_trained(prepared, Some(&open_weights(prepared)?), device)?;
+                self.account.charge(Phase::Load, self.state.step, &load)?;
+                model
+            }
+        };
+        if self.state.step > 0 {
+            self.checkpoints
+                .restore(self.state.step, &model.parameters)?;
+        }
+        Ok(model)
+    }
+
+    fn block(&self, stop: &Stop) -> Result<types::Baseline> {
+        let steps = self.state.step;
+        let kind = self.account.kind();
+        let spent = self.account.spent();
+        let energy = spent.energy.joules();
+        let (low_j, high_j) = bounds(interval(kind, energy));
+        let carbon = carbon_block(self.context.prepared, interval(kind, energy), spent.time);
+        let before = self.state.val_loss_before;
+        let curve = LossCurve::read(&self.steps_log, &self.ledger, before, kind)?;
+        let run_training_j = self.reference.training.on(kind).joules();
+        let equal_loss = to_equal_loss(&curve, self.reference.val_loss, run_training_j);
+        let start = match self.setup.kind {
+            BaselineKind::FullFineTuning => "pretrained",
+            _ => "random",
+        };
+        Ok(types::Baseline {
+            kind: self.setup.kind,
+            label: Label::Measured,
+            flops: Some(Flops(spent.flops as f64)),
+            energy_j: Some(energy),
+            metered_over_counted: None,
+            gco2e: Some(carbon.gco2e),
+            ratio: Some(energy / self.reference.energy).filter(|ratio| ratio.is_finite()),
+            low_j,
+            high_j,
+            low_gco2e: carbon.low_gco2e,
+            high_gco2e: carbon.high_gco2e,
+            // Where it stopped was chosen, so its ratio is no uncertain estimate.
+            low_ratio: None,
+            high_ratio: None,
+            source: format!("{steps} steps on every weight, from {start} weights"),
+            assumptions: self.assumptions(kind),
+            val_loss_at_equal_energy: curve.val_loss_at(self.equal),
+            energy_to_equal_loss_j: equal_loss.energy_j,
+            measured: Some(MeasuredBaseline {
+                steps,
+                steps_at_equal_energy: self.equal,
+                stop_reason: stop_reason(stop, steps, self.equal, self.is_above_run()),
+                learning_rate: self.setup.learning_rate(),
+                run_training_j,
+                training_j: curve.trained(),
+                run_val_loss: self.reference.val_loss,
+                equal_loss,
+                curve: curve.thinned(),
+            }),
+        })
+    }
+
+    fn assumptions(&self, kind: MeterKind) -> Vec<String> {
+        let recipe = &self.context.prepared.recipe.baseline;
+        let evaluated = match self.setup.eval_every(self.equal, self.equal) {
+            1 => "after every step".to_string(),
+            steps => format!("every {steps} steps"),
+        };
+        let rate = match recipe.learning_rate {
+            Some(_) => "`baseline.learning_rate`",
+            None => "the run's own",
+        };
+        let mut all = vec![
+            format!(
+                "the same records in the same order, batches, optimizer and seed; peak learning rate {} ({rate})",
+                self.setup.learning_rate()
+            ),
+            format!(
+                "as much training energy as the run, on the counted meter; evaluated {evaluated}"
+            ),
+            "one run with one seed".to_string(),
+        ];
+        if self.most > self.equal {
+            all.push(format!(
+                "beyond equal energy the schedule begins again, stretched over {} times the energy, and ends there",
+                recipe.energy_multiple
+            ));
+        }
+        if kind != MeterKind::Counted {
+            all.push("its joules are read on the meter of the run, which may differ from the counted one".to_string());
+        }
+        all
+    }
+}
+
+/// Why a baseline ended after `step` steps, of which `equal` take the run's training energy; `above`: its loss is above the
+/// run's.
+fn stop_reason(stop: &Stop, step: u64, equal: u64, above: bool) -> BaselineStop {
+    match stop {
+        Stop::Diverged(_) => BaselineStop::Diverged,
+        // At the target, or at the run's loss in its very last step.
+        _ if step > equal && !above => BaselineStop::EqualLoss,
+        Stop::Budget(_) => BaselineStop::Budget,
+        Stop::Interrupted => BaselineStop::Interrupted,
+        Stop::Steps | Stop::Epochs if step == equal => BaselineStop::EqualEnergy,
+        Stop::Steps | Stop::Epochs => BaselineStop::EnergyMultiple,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_baseline_that_came_to_the_runs_loss_says_so_whatever_ended_it() {
+        let (diverged, budget) = (
+            Stop::Diverged("the loss".to_string()),
+            Stop::Budget(Limit::Energy),
+        );
+        // Ten steps take the run's energy.
+        let expected = [
+            // Beyond equal energy and no longer above the run's loss: only what is not finite says something else.
+            (&diverged, 12, false, BaselineStop::Diverged),
+            (&budget, 12, false, BaselineStop::EqualLoss),
+            (&Stop::Interrupted, 12, false, BaselineStop::EqualLoss),
+            (&Stop::Steps, 12, false, BaselineStop::EqualLoss),
+            // Beyond it and still above.
+            (&budget, 12, true, BaselineStop::Budget),
+            (&Stop::Interrupted, 12, true, BaselineStop::Interrupted),
+            (&Stop::Epochs, 12, true, BaselineStop::EnergyMultiple),
+            // At equal energy the loss is no matter; before it, its own budget or a person ended it.
+            (&Stop::Steps, 10, false, BaselineStop::EqualEnergy),
+            (&Stop::Steps, 10, true, BaselineStop::EqualEnergy),
+            (&budget, 10, false, BaselineStop::Budget),
+            (&budget, 7, false, BaselineStop::Budget),
+            (&Stop::Interrupted, 7, true, BaselineStop::Interrupted),
+        ];
+        for (stop, step, above, reason) in expected {
+            assert_eq!(
+                stop_reason(stop, step, 10, above),
+                reason,
+                "{stop:?} after {step} steps, above: {above}"
+            );
+        }
+    }
+}
