@@ -7,7 +7,7 @@ use assert_cmd::Command;
 use serde_json::Value;
 use wattune::forecast::accelerator::Power;
 use wattune::forecast::training_cost::estimate;
-use wattune::forecast::{Accelerator, Job, PublishedRun};
+use wattune::forecast::{Accelerator, PublishedRun, TrainingJob};
 use wattune::units::{Joules, Pue};
 
 fn sound() -> impl Iterator<Item = &'static PublishedRun> {
@@ -158,11 +158,11 @@ fn device_hours_and_power_give_published_energy_within_one_percent() {
         } else {
             Some(Pue::ONE)
         };
-        let job = Job {
+        let job = TrainingJob {
             device_time: Some(time),
             power: Some(Power::exact(power, "published")),
             pue,
-            ..Job::default()
+            ..TrainingJob::default()
         };
         let energy = estimate(job).unwrap().energy.central;
         assert!(
@@ -221,12 +221,12 @@ fn flops_and_a_device_suffice_for_an_interval_that_holds_the_published_energy() 
         };
         let device = Some(Accelerator::named(&run.device).unwrap());
         // By its name the run's own hours are left out of the shares it is estimated by.
-        let job = Job {
+        let job = TrainingJob {
             published_name: Some(run.name.clone()),
             flops: Some(flops),
             device,
             pue: Some(Pue::ONE),
-            ..Job::default()
+            ..TrainingJob::default()
         };
         let energy = estimate(job).unwrap().energy;
         let within = energy.low <= published && published <= energy.high;

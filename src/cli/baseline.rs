@@ -7,7 +7,7 @@ use std::str::FromStr;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::report::show;
-use crate::run::{BaselineOf, BaselineRequest, Interval, Method, baseline_of};
+use crate::run::{BaselineCost, BaselineRequest, Interval, Method, baseline_cost};
 use crate::units::{
     Count, Flops, GramsCo2e, JOULES_PER_KWH, Joules, ParseQuantityError, Pue, Seconds, Watts,
     significant,
@@ -96,7 +96,7 @@ impl From<MethodName> for Method {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
-    let baseline = baseline_of(&request(arguments)?)?;
+    let baseline = baseline_cost(&request(arguments)?)?;
     if common.json {
         out_json(&baseline)
     } else {
@@ -178,7 +178,7 @@ fn pue(text: &str) -> Result<Pue> {
 }
 
 /// The estimate for people.
-fn page(baseline: &BaselineOf) -> String {
+fn page(baseline: &BaselineCost) -> String {
     let estimate = &baseline.estimate;
     let mut text = match &baseline.name {
         Some(name) => format!("What training {name} cost\n\n"),

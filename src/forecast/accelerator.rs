@@ -1,7 +1,6 @@
-//! What an estimate needs of a device: its peak and its power, each with its source.
+//! Peak FLOP/s and training power of a device, each with its source.
 //!
-//! Owns the few accelerators that published runs were trained on and that have no profile, and the ranges around a rated power.
-//! Takes a device's name, returns an `Accelerator`. Knows nothing of runs; nothing here meters.
+//! Owns the accelerators of published runs that have no profile, and the ranges around a rated power. Nothing here meters.
 
 use std::path::Path;
 
@@ -11,7 +10,7 @@ use crate::error::Result;
 use crate::units::{Watts, significant};
 use crate::work::Precision;
 
-/// Watts of one device while training, without the facility's overhead, and how they are known.
+/// Power of one device while training, without the facility's overhead (PUE).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Power {
     /// Averaged over the training.
@@ -20,21 +19,21 @@ pub struct Power {
     pub basis: String,
 }
 
-/// A device as estimates see it.
+/// A device in an estimate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Accelerator {
-    /// Profile name, or one of this file's.
+    /// Name of a profile, or of an unprofiled device.
     pub name: String,
     /// Dense FLOP/s of products in bf16, else f16, else f32.
     pub peak_flops: f64,
-    /// Share of the peak that tuned products reach, in (0, 1]: training reaches less.
+    /// Fraction of the peak that tuned GEMM reaches, in (0, 1]; training reaches less.
     pub achievable: f64,
-    /// What it draws while training.
+    /// Power while training.
     pub power: Power,
 }
 
-/// A device that published runs were trained on, of which too little is known for a profile.
-struct Known {
+/// A device of published runs that too little is known of for a profile.
+struct UnprofiledDevice {
     name: &'static str,
     peak_flops: f64,
     low_w: f64,
@@ -43,8 +42,8 @@ struct Known {
     basis: &'static str,
 }
 
-const KNOWN: [Known; 4] = [
-    Known {
+const UNPROFILED: [UnprofiledDevice; 4] = [
+    UnprofiledDevice {
         name: "tpu-v2",
         peak_flops: 46e12,
         low_w: 221.0 * 0.95,
@@ -52,7 +51,7 @@ const KNOWN: [Known; 4] = [
         high_w: 221.0 * 1.05,
         basis: "mean system power of a chip while training, measured, 5 % either way (Patterson et al. 2021)",
     },
-    Known {
+    UnprofiledDevice {
         name: "tpu-v3",
         peak_flops: 123e12,
         low_w: 283.0 * 0.9,
@@ -60,7 +59,7 @@ const KNOWN: [Known; 4] = [
         high_w: 283.0 * 1.1,
         basis: "mean system power of a chip while training, measured, 10 % either way (Patterson et al. 2021)",
     },
-    Known {
+    UnprofiledDevice {
         name: "tpu-v4",
         peak_flops: 275e12,
         low_w: 170.0,
@@ -68,7 +67,7 @@ const KNOWN: [Known; 4] = [
         high_w: 378.5,
         basis: "system power of a chip (PaLM, arXiv:2204.02311); low: mean power of the bare chip (Google Cloud documentation)",
     },
-    Known {
+    UnprofiledDevice {
         name: "nvidia-h800-sxm",
         peak_flops: 989e12,
         low_w: 700.0 * GPU_RATED.0,
@@ -78,17 +77,17 @@ const KNOWN: [Known; 4] = [
     },
 ];
 
-/// What training draws over the rated power of a GPU, least and most.
+/// Training power over rated power of a GPU: lowest and highest.
 const GPU_RATED: (f64, f64) = (0.76, 1.10);
 const GPU_BASIS: &str = "rated power; 0.76 (nodes of eight H100, Newkirk et al. 2025) to 1.10 of it (V100 with its share of the \
     system: 330 W over 300 W, Patterson et al. 2021)";
-/// The same of a processor: measured package power over the estimate from its rating, the least and the most of two machines.
+/// The same of a CPU: measured package power over the estimate from its rating, on two machines.
 const CPU_RATED: (f64, f64) = (0.71, 1.40);
 const CPU_BASIS: &str = "power at full load; 0.71 (Xeon E5-2620 v3) to 1.40 of it (Xeon E3-1240), measured package power over the \
     estimate from the rating (CodeCarbon, cpu_load_profiling)";
 
 impl Power {
-    /// Known watts.
+    /// Power without uncertainty.
     pub fn exact(watts: Watts, basis: impl Into<String>) -> Self {
         Self {
             watts: Interval::exact(watts),
@@ -107,27 +106,29 @@ impl Accelerator {
     /// assert!(Accelerator::named("tpu-3").unwrap_err().remedy().unwrap().contains("`tpu-v3`"));
     /// ```
     pub fn named(name: &str) -> Result<Accelerator> {
-        if let Some(known) = KNOWN.iter().find(|known| known.name == name) {
+        if let Some(known) = UNPROFILED.iter().find(|known| known.name == name) {
             return Ok(known.accelerator());
         }
         match name {
-            "auto" => Ok(Self::of(&Profile::detect())),
-            _ if name.ends_with(".toml") => Ok(Self::of(&Profile::from_file(Path::new(name))?)),
-            _ if name.contains('@') => Ok(Self::of(&Profile::named(name)?)),
+            "auto" => Ok(Self::from_profile(&Profile::detect())),
+            _ if name.ends_with(".toml") => {
+                Ok(Self::from_profile(&Profile::from_file(Path::new(name))?))
+            }
+            _ if name.contains('@') => Ok(Self::from_profile(&Profile::named(name)?)),
             _ => Profile::named(name)
-                .map(|profile| Self::of(&profile))
+                .map(|profile| Self::from_profile(&profile))
                 .map_err(|error| {
                     let near = near_matches(
                         name,
-                        Profile::names().chain(KNOWN.iter().map(|known| known.name)),
+                        Profile::names().chain(UNPROFILED.iter().map(|known| known.name)),
                     );
                     error.hint(did_you_mean(&near, "`wattune devices` lists every profile"))
                 }),
         }
     }
 
-    /// A profile as estimates see it.
-    pub fn of(profile: &Profile) -> Accelerator {
+    /// A profile's device.
+    pub fn from_profile(profile: &Profile) -> Accelerator {
         let peak = |precision| profile.peak_flops.get(&precision);
         let peak = peak(Precision::Bf16)
             .or(peak(Precision::F16))
@@ -158,7 +159,7 @@ impl Accelerator {
         }
     }
 
-    /// A published rated power of this device with the interval of its kind.
+    /// A published rated power with this device's relative range.
     pub fn at_rated(&self, rated: Watts) -> Power {
         let watts = self
             .power
@@ -170,7 +171,7 @@ impl Accelerator {
         }
     }
 
-    /// What tells its generation: the first two words of its name ("nvidia-a100", "tpu-v3").
+    /// Vendor and generation: the first two words of its name ("nvidia-a100", "tpu-v3").
     pub fn family(&self) -> &str {
         let end = self
             .name
@@ -181,7 +182,7 @@ impl Accelerator {
     }
 }
 
-/// What an accelerator's figures lack of its machine.
+/// The assumption that the host's power is left out.
 fn host_not_added(profile: &Profile) -> String {
     let times = profile.whole_machine().map(|times| {
         format!(
@@ -195,7 +196,7 @@ fn host_not_added(profile: &Profile) -> String {
     )
 }
 
-impl Known {
+impl UnprofiledDevice {
     fn accelerator(&self) -> Accelerator {
         Accelerator {
             name: self.name.to_string(),

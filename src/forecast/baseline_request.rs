@@ -1,39 +1,38 @@
-//! What training a model cost or would cost, for a published run by name or for figures given by hand.
+//! `wattune baseline`: the cost of a published training run, or of one described by figures.
 //!
-//! Owns which figure holds: what was typed, else what was published, else what `energy` assumes. Takes a `BaselineRequest`, returns the
-//! estimate beside what was published. Knows nothing of a run of this program.
+//! Precedence of a figure: the request's, else the published one, else the default of `training_cost`.
 
 use serde::Serialize;
 
 use super::accelerator::{Accelerator, Power};
 use super::published::PublishedRun;
-use super::training_cost::{Estimate, Job, Method, estimate};
+use super::training_cost::{Estimate, Method, TrainingJob, estimate};
 use crate::energy::Grid;
 use crate::error::{Error, Kind, Result};
 use crate::units::{Count, Flops, Pue, Seconds, Watts};
 
-/// What was typed; every figure is more than zero.
+/// The figures on the command line, all positive.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BaselineRequest {
     /// A published run.
     pub name: Option<String>,
-    /// Weights that compute on a token.
+    /// Parameters active per token.
     pub parameters: Option<Count>,
     /// Training tokens.
     pub tokens: Option<Count>,
-    /// Work, in place of parameters and tokens.
+    /// Total FLOPs, in place of parameters and tokens.
     pub flops: Option<Flops>,
-    /// How it is trained.
+    /// Pretraining, full fine-tuning or LoRA.
     pub method: Method,
     /// Name of a profile or an accelerator.
     pub device: Option<String>,
-    /// Devices at once.
+    /// Number of devices.
     pub count: Option<u64>,
     /// FLOP/s of one device, averaged over the training.
     pub achieved: Option<f64>,
-    /// Of one device.
+    /// Power of one device.
     pub power: Option<Watts>,
-    /// Total over all devices.
+    /// Device time: the sum over all devices.
     pub device_time: Option<Seconds>,
     /// The facility's overhead.
     pub pue: Option<Pue>,
@@ -41,9 +40,9 @@ pub struct BaselineRequest {
     pub grid: Option<String>,
 }
 
-/// What a source prints of a run.
+/// Figures of a run as its source prints them.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Printed {
+pub struct PublishedFigures {
     /// With or without overhead, as the next field says.
     pub energy_mwh: Option<f64>,
     /// Whether the energy contains the overhead; null where the source does not say.
@@ -54,35 +53,38 @@ pub struct Printed {
     pub tco2e_has_pue: Option<bool>,
     /// Paper, report or model card.
     pub source: String,
-    /// What a reader must know.
+    /// A caveat for readers.
     pub remark: Option<String>,
 }
 
-/// An estimate, beside what was published.
+/// An estimate with the published figures.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct BaselineOf {
-    /// The published run's name, where one was asked for.
+pub struct BaselineCost {
+    /// Name of the published run, if requested.
     pub name: Option<String>,
-    /// How it is trained, where the FLOPs follow from it.
+    /// Training method, if the FLOPs follow from it.
     pub method: Option<Method>,
     /// The figures.
     #[serde(flatten)]
     pub estimate: Estimate,
-    /// What the source prints, where a published run was asked for.
-    pub published: Option<Printed>,
+    /// Figures of the source, if a published run was requested.
+    pub published: Option<PublishedFigures>,
 }
 
-/// The cost of a published run, or of a training as typed.
-pub fn baseline_of(request: &BaselineRequest) -> Result<BaselineOf> {
+/// The cost of the requested training.
+///
+/// # Errors
+/// Unknown names, and too few figures.
+pub fn baseline_cost(request: &BaselineRequest) -> Result<BaselineCost> {
     let run = request
         .name
         .as_deref()
         .map(PublishedRun::find)
         .transpose()?;
-    let mut job = run.map_or_else(|| Ok(Job::default()), published_job)?;
+    let mut job = run.map_or_else(|| Ok(TrainingJob::default()), published_job)?;
     override_with(&mut job, request)?;
     let estimate = estimate(job)?;
-    Ok(BaselineOf {
+    Ok(BaselineCost {
         name: run.map(|run| run.name.clone()),
         method: request.parameters.map(|_| request.method),
         estimate,
@@ -90,8 +92,8 @@ pub fn baseline_of(request: &BaselineRequest) -> Result<BaselineOf> {
     })
 }
 
-fn printed(run: &PublishedRun) -> Printed {
-    Printed {
+fn printed(run: &PublishedRun) -> PublishedFigures {
+    PublishedFigures {
         energy_mwh: run.energy.map(|energy| energy.kwh() / 1000.0),
         energy_has_pue: run.energy_has_pue,
         tco2e: run.carbon.map(|carbon| carbon.0 / 1e6),
@@ -101,8 +103,8 @@ fn printed(run: &PublishedRun) -> Printed {
     }
 }
 
-/// A published run as a job: energy brought to the machines' side and tCO2e to the facility's, so that the overhead counts once.
-fn published_job(run: &PublishedRun) -> Result<Job> {
+/// A published run as a job: energy without PUE and tCO2e with it, so that the overhead counts once.
+fn published_job(run: &PublishedRun) -> Result<TrainingJob> {
     let device = (!run.device.is_empty())
         .then(|| Accelerator::named(&run.device))
         .transpose()?;
@@ -118,7 +120,7 @@ fn published_job(run: &PublishedRun) -> Result<Job> {
                 .to_string(),
         );
     }
-    Ok(Job {
+    Ok(TrainingJob {
         published_name: Some(run.name.clone()),
         flops: run.flops,
         count: run.count,
@@ -155,8 +157,8 @@ fn published_job(run: &PublishedRun) -> Result<Job> {
     })
 }
 
-/// What was typed replaces what was published, and what followed from it.
-fn override_with(job: &mut Job, request: &BaselineRequest) -> Result<()> {
+/// Replaces published figures, and those derived from them, by the request's.
+fn override_with(job: &mut TrainingJob, request: &BaselineRequest) -> Result<()> {
     if let Some(device) = &request.device {
         job.device = Some(Accelerator::named(device).map_err(|error| error.at("--device"))?);
         (

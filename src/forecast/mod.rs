@@ -17,7 +17,7 @@ pub mod training_cost;
 mod what_if;
 
 pub use accelerator::Accelerator;
-pub use baseline_request::{BaselineOf, BaselineRequest, Printed, baseline_of};
+pub use baseline_request::{BaselineCost, BaselineRequest, PublishedFigures, baseline_cost};
 pub use baselines::{Metered, baselines};
 pub use inference::{Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year};
 pub use inference_cost::{inference_cost, request_too_long};
@@ -25,5 +25,5 @@ pub use measured_baseline::{BaselineSetup, measured_kinds};
 pub use plan::{MeasuredForecast, Recomputation, RunForecast, forecast_run};
 pub use published::PublishedRun;
 pub use subject::{Subject, Target, emissions, load_work, model_name};
-pub use training_cost::{Estimate, Job, Method};
+pub use training_cost::{Estimate, Method, TrainingJob};
 pub use what_if::Choice;

@@ -1,8 +1,7 @@
-//! Published training runs: what models are known to have cost.
+//! Table of published training runs, and the fraction of a device's peak FLOP/s (MFU) that they reached.
 //!
-//! Owns `published_runs.csv` (made by `scripts/published_runs.py`), the look-up by name, and the share of the peak that those runs
-//! reached. Takes a name or a device, returns a run or an interval; a row that contradicts its own source is refused by name. Knows
-//! nothing of how an estimate is put together.
+//! Owns `published_runs.csv`, made by `scripts/published_runs.py`, and the lookup by name. A row that contradicts its own
+//! source is refused by name.
 
 use std::sync::LazyLock;
 
@@ -13,15 +12,15 @@ use crate::energy::{Interval, did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Count, Flops, GramsCo2e, GramsPerKwh, Joules, Pue, Seconds, Watts};
 
-/// A row of the table: what its source prints, `None` where it prints nothing.
+/// A row of the table; `None` where the source prints nothing.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct PublishedRun {
-    /// For people and for the look-up.
+    /// The name that lookups match.
     pub name: String,
-    /// Another paper's account of a run that stands in the table by itself.
+    /// Whether this is another paper's account of a run that has its own row.
     #[serde(deserialize_with = "yes")]
     pub restated: bool,
-    /// Weights that compute on a token (the active ones of a mixture of experts).
+    /// Parameters active per token (of a mixture of experts, not all).
     pub parameters: Option<Count>,
     /// Training tokens.
     pub tokens: Option<Count>,
@@ -31,9 +30,9 @@ pub struct PublishedRun {
     pub flops_basis: String,
     /// The device as printed.
     pub hardware: String,
-    /// The device's name here; empty where there is none.
+    /// The device's name in [`Accelerator::named`]; empty if unknown.
     pub device: String,
-    /// Devices at once.
+    /// Number of devices.
     pub count: Option<u64>,
     /// Total over all devices.
     #[serde(rename = "device_hours", deserialize_with = "hours")]
@@ -41,7 +40,7 @@ pub struct PublishedRun {
     /// FLOP/s of one device, averaged over the run.
     #[serde(rename = "achieved_tflops", deserialize_with = "tera")]
     pub achieved: Option<f64>,
-    /// Of one device.
+    /// Power of one device.
     pub power_w: Option<Watts>,
     /// "measured", "rated" or empty.
     pub power_is: String,
@@ -62,9 +61,9 @@ pub struct PublishedRun {
     /// Whether `carbon` contains the overhead; `None` where the source does not say.
     #[serde(deserialize_with = "yes_or_no")]
     pub tco2e_has_pue: Option<bool>,
-    /// Why the row is refused; empty where it is not.
+    /// Why the row is refused; empty if it is not.
     pub inconsistent: String,
-    /// What a reader must know.
+    /// A caveat for readers.
     pub remark: String,
     /// Paper, report or model card.
     pub source: String,
@@ -120,8 +119,8 @@ static RUNS: LazyLock<Vec<PublishedRun>> = LazyLock::new(|| {
         .collect()
 });
 
-/// Lower case, letters and digits alone: "GPT-3 175B" and "gpt3_175b" are one name.
-fn plain(name: &str) -> String {
+/// Letters and digits in lower case: "GPT-3 175B" and "gpt3_175b" are one name.
+fn normalized(name: &str) -> String {
     name.chars()
         .filter(|c| c.is_alphanumeric())
         .flat_map(char::to_lowercase)
@@ -129,12 +128,12 @@ fn plain(name: &str) -> String {
 }
 
 impl PublishedRun {
-    /// Every run of the table, the refused ones among them.
+    /// Every row, refused ones included.
     pub fn all() -> &'static [PublishedRun] {
         &RUNS
     }
 
-    /// A run by its name, or by the beginning of one where a single run begins so. Case, spaces and hyphens do not matter.
+    /// A run by its name or a unique prefix. Case, spaces and hyphens are ignored.
     ///
     /// ```
     /// use wattune::forecast::PublishedRun;
@@ -142,11 +141,11 @@ impl PublishedRun {
     /// assert!(PublishedRun::find("Llama-3.3-70B").is_err()); // its card contradicts itself
     /// ```
     pub fn find(name: &str) -> Result<&'static PublishedRun> {
-        let wanted = plain(name);
-        let same = RUNS.iter().find(|run| plain(&run.name) == wanted);
+        let wanted = normalized(name);
+        let same = RUNS.iter().find(|run| normalized(&run.name) == wanted);
         let run = match same {
             Some(run) => run,
-            None => only_beginning_with(name, &wanted)?,
+            None => find_by_prefix(name, &wanted)?,
         };
         if run.inconsistent.is_empty() {
             return Ok(run);
@@ -165,7 +164,7 @@ impl PublishedRun {
             .hint("give what you trust yourself: `wattune baseline --hours DEVICE_HOURS --device NAME --pue P --grid G`"))
     }
 
-    /// The share of its device's peak that the run reached over all its hours, where both are known.
+    /// MFU: the fraction of its device's peak FLOP/s that the run reached over all its hours.
     pub fn fraction(&self) -> Option<f64> {
         let peak = Accelerator::named(&self.device).ok()?.peak_flops;
         let over_hours = || Some(self.flops?.0 / self.device_time?.0);
@@ -173,8 +172,9 @@ impl PublishedRun {
     }
 }
 
-fn only_beginning_with(name: &str, wanted: &str) -> Result<&'static PublishedRun> {
-    let begins = |run: &&PublishedRun| !wanted.is_empty() && plain(&run.name).starts_with(wanted);
+fn find_by_prefix(name: &str, wanted: &str) -> Result<&'static PublishedRun> {
+    let begins =
+        |run: &&PublishedRun| !wanted.is_empty() && normalized(&run.name).starts_with(wanted);
     let all: Vec<&PublishedRun> = RUNS.iter().filter(begins).collect();
     let own: Vec<&PublishedRun> = all.iter().copied().filter(|run| !run.restated).collect();
     if let [run] = own[..] {
@@ -196,7 +196,7 @@ fn only_beginning_with(name: &str, wanted: &str) -> Result<&'static PublishedRun
         .hint(did_you_mean(&names, otherwise)))
 }
 
-/// The share of the peak that training reaches.
+/// The MFU that training reaches.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Achieved {
     /// Least, median and most of the published runs.
@@ -205,23 +205,26 @@ pub struct Achieved {
     pub basis: String,
 }
 
-/// So many runs make a family's own median.
-const FOR_A_MEDIAN: usize = 3;
-/// So many make its own ends: of n runs and one more, that one lies between the others' ends with a chance of (n-1)/(n+1), here 80 %.
-const FOR_ENDS: usize = 9;
+/// Runs that a device family needs for its own median.
+const MIN_FOR_MEDIAN: usize = 3;
+/// Runs that it needs for its own range: one more run lies within the range of n with probability (n-1)/(n+1), here 80 %.
+const MIN_FOR_RANGE: usize = 9;
 
-/// What training reaches on `device`: the median of the published runs on its family, and the least and the most of them; median or
-/// ends of all runs where the family has too few. `except` leaves a run out, so that its own hours do not answer for it. Held at what
-/// tuned products reach.
+/// The MFU of training on `device`: median and range of the published runs on its family, or of all runs if the family has
+/// too few; at most the fraction that tuned GEMM reaches. `except` excludes a run from its own estimate.
 pub fn achieved(device: &Accelerator, except: Option<&str>) -> Achieved {
-    let own = shares(Some(device.family()), except);
-    let all = shares(None, except);
-    let central = if own.len() >= FOR_A_MEDIAN {
+    let own = sorted_mfus(Some(device.family()), except);
+    let all = sorted_mfus(None, except);
+    let central = if own.len() >= MIN_FOR_MEDIAN {
         &own
     } else {
         &all
     };
-    let ends = if own.len() >= FOR_ENDS { &own } else { &all };
+    let ends = if own.len() >= MIN_FOR_RANGE {
+        &own
+    } else {
+        &all
+    };
     let median = (central[(central.len() - 1) / 2] + central[central.len() / 2]) / 2.0;
     let fraction = Interval {
         low: ends[0],
@@ -246,8 +249,8 @@ pub fn achieved(device: &Accelerator, except: Option<&str>) -> Achieved {
     }
 }
 
-/// Shares of the peak, rising, of the runs on a family of devices, or of all.
-fn shares(family: Option<&str>, except: Option<&str>) -> Vec<f64> {
+/// MFUs in ascending order, of the runs on a family of devices or of all.
+fn sorted_mfus(family: Option<&str>, except: Option<&str>) -> Vec<f64> {
     let of_family = |run: &PublishedRun| {
         let rest = |family| run.device.strip_prefix(family);
         family.is_none_or(|family| {
@@ -333,7 +336,7 @@ mod tests {
             assert!(
                 RUNS[..i]
                     .iter()
-                    .all(|other| plain(&other.name) != plain(&run.name)),
+                    .all(|other| normalized(&other.name) != normalized(&run.name)),
                 "{}",
                 run.name
             );

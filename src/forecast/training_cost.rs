@@ -1,15 +1,15 @@
-//! What training a model cost or would cost: energy and greenhouse gas, with their intervals.
+//! Energy and greenhouse gas of training a model elsewhere, as intervals.
 //!
-//! Owns the formula and what it assumes where nothing is given. Takes a `Job` (what is known), returns an `Estimate` that names
-//! everything taken for granted. Knows nothing of names typed by people, nor of a run of this program: nothing here is metered.
+//! Owns the formula and its defaults. Takes a `TrainingJob` (the known figures), returns an `Estimate` with every assumption.
+//! Nothing here is metered.
 //!
 //! ```text
-//! energy = device time x power x PUE        device time = FLOPs / (share of the peak x peak), where it is not known
+//! energy = device time x power x PUE        device time = FLOPs / (MFU x peak), unless known
 //! tCO2e  = energy x grid
 //! ```
 //!
-//! (Patterson et al. 2021, section 2.) Known figures are used as they are. An interval's ends take every unknown factor at its
-//! least or its most at once; the central figure takes medians. The overhead (PUE) is in energy and tCO2e, once.
+//! (Patterson et al. 2021, section 2.) Known figures are used unchanged. The bounds take every unknown factor at its lowest or
+//! highest at once, the central figure takes medians. The facility's overhead (PUE) is applied once.
 
 use serde::{Serialize, Serializer};
 
@@ -33,9 +33,8 @@ pub enum Method {
 }
 
 impl Method {
-    /// FLOPs of training `parameters` weights on `tokens` tokens: 2N forward and 2N for the gradients of what flows through, and
-    /// where the weights are trained 2N for theirs (Kaplan et al. 2020, section 2.1). Attention, the adapters' own products and
-    /// recomputation are left out.
+    /// FLOPs of training N = `parameters` on `tokens` tokens: 2N forward, 2N for input gradients and, unless frozen, 2N for
+    /// weight gradients (Kaplan et al. 2020, section 2.1). Attention, adapters and recomputation are left out.
     pub fn flops(self, parameters: Count, tokens: Count) -> Flops {
         let all = training_flops(parameters.0, tokens.0, None);
         if self == Method::Lora {
@@ -45,7 +44,7 @@ impl Method {
         }
     }
 
-    /// What `flops` leaves out.
+    /// The formula as an assumption.
     fn formula(self) -> &'static str {
         match self {
             Method::Pretraining | Method::FullFineTuning => {
@@ -65,22 +64,22 @@ const TOKENS_PER_PARAMETER: f64 = 20.0;
 /// machine outside any facility.
 const PUE: (f64, f64, f64) = (1.0, 1.1, 1.2);
 
-/// What is known of a training.
+/// The known figures of a training run.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Job {
-    /// Of a published run: its own hours then do not answer for themselves.
+pub struct TrainingJob {
+    /// Name of a published run, which is excluded from the MFU statistics.
     pub published_name: Option<String>,
-    /// Work.
+    /// Total FLOPs.
     pub flops: Option<Flops>,
-    /// On what.
+    /// The device.
     pub device: Option<Accelerator>,
-    /// Devices at once: divides the wall time, nothing else.
+    /// Number of devices: divides the wall time, nothing else.
     pub count: Option<u64>,
     /// FLOP/s that one device reaches, averaged over the training.
     pub achieved: Option<f64>,
     /// Power of one device.
     pub power: Option<Power>,
-    /// Time, added up over all devices.
+    /// Device time: the sum over all devices.
     pub device_time: Option<Seconds>,
     /// The facility's overhead.
     pub pue: Option<Pue>,
@@ -90,11 +89,11 @@ pub struct Job {
     pub energy: Option<Joules>,
     /// Published greenhouse gas, with overhead: used where no grid is known.
     pub carbon: Option<GramsCo2e>,
-    /// Taken for granted so far.
+    /// Assumptions so far.
     pub assumptions: Vec<String>,
 }
 
-impl Job {
+impl TrainingJob {
     /// Sets the FLOPs from parameters and tokens; pretraining without tokens takes 20 a parameter and says so.
     pub fn count_flops(
         &mut self,
@@ -124,26 +123,26 @@ impl Job {
     }
 }
 
-/// What a training cost or would cost.
+/// Cost of a training run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Estimate {
-    /// Work, where known.
+    /// Total FLOPs, if known.
     pub flops: Option<Flops>,
-    /// Name of the device, where known.
+    /// Device name, if known.
     pub device: Option<String>,
-    /// Devices at once, where known.
+    /// Number of devices, if known.
     pub count: Option<u64>,
-    /// Total over all devices.
+    /// Device hours: the sum over all devices.
     #[serde(rename = "device_hours", serialize_with = "hours")]
     pub device_time: Option<Interval<Seconds>>,
-    /// From start to end, where the number of devices is known.
+    /// Wall time, if the number of devices is known.
     #[serde(rename = "wall_hours", serialize_with = "hours")]
     pub wall: Option<Interval<Seconds>>,
-    /// Of one device, where it was used.
+    /// Power of one device, if the energy follows from it.
     pub power_w: Option<Interval<Watts>>,
-    /// The facility's overhead, once in energy and tCO2e.
+    /// The facility's overhead, applied once.
     pub pue: Interval<Pue>,
-    /// The grid, where tCO2e follows from one.
+    /// The grid, if tCO2e follows from one.
     pub grid: Option<Grid>,
     /// Overhead included.
     #[serde(rename = "energy_mwh", serialize_with = "mwh")]
@@ -151,7 +150,7 @@ pub struct Estimate {
     /// Overhead included.
     #[serde(rename = "tco2e", serialize_with = "tonnes")]
     pub carbon: Interval<GramsCo2e>,
-    /// Everything taken for granted, with its source.
+    /// Assumptions with their sources.
     pub assumptions: Vec<String>,
 }
 
@@ -174,11 +173,13 @@ fn tonnes<S: Serializer>(
     carbon.map(|carbon| carbon.0 / 1e6).serialize(s)
 }
 
-/// What `job` costs. Refused where neither time and power nor FLOPs and a device are known, and where the figures ask more of a device
-/// than its peak.
-pub fn estimate(mut job: Job) -> Result<Estimate> {
+/// The cost of `job`.
+///
+/// # Errors
+/// Too few figures (neither time and power nor FLOPs and a device), and a rate above the device's peak.
+pub fn estimate(mut job: TrainingJob) -> Result<Estimate> {
     let mut notes = std::mem::take(&mut job.assumptions);
-    let time = device_time(&job, &mut notes)?;
+    let time = total_device_time(&job, &mut notes)?;
     let (machines, power_w) = machine_energy(&job, time, &mut notes)?;
     let pue = job.pue.map(Interval::exact).unwrap_or_else(|| {
         let (low, central, high) = PUE;
@@ -214,8 +215,11 @@ pub fn estimate(mut job: Job) -> Result<Estimate> {
     })
 }
 
-/// Over all devices: FLOPs at the rate achieved, else as given, else FLOPs at the share of the peak that published runs reach.
-fn device_time(job: &Job, notes: &mut Vec<String>) -> Result<Option<Interval<Seconds>>> {
+/// Device time: FLOPs over the achieved rate, else as given, else FLOPs over peak x MFU of published runs.
+fn total_device_time(
+    job: &TrainingJob,
+    notes: &mut Vec<String>,
+) -> Result<Option<Interval<Seconds>>> {
     let at_rate = |flops: Flops, rate: f64| Seconds(flops.0 / rate);
     let known = match (job.flops, job.achieved, job.device_time) {
         (Some(flops), Some(rate), _) => Some((at_rate(flops, rate), Some(rate))),
@@ -224,7 +228,7 @@ fn device_time(job: &Job, notes: &mut Vec<String>) -> Result<Option<Interval<Sec
     };
     if let Some((time, rate)) = known {
         if let (Some(rate), Some(device)) = (rate, &job.device) {
-            within_peak(rate, device, notes)?;
+            note_mfu(rate, device, notes)?;
         }
         return Ok(Some(Interval::exact(time)));
     }
@@ -251,8 +255,8 @@ fn device_time(job: &Job, notes: &mut Vec<String>) -> Result<Option<Interval<Sec
     })))
 }
 
-/// Refuses a rate above the device's peak, else notes its share.
-fn within_peak(rate: f64, device: &Accelerator, notes: &mut Vec<String>) -> Result<()> {
+/// Refuses a rate above the device's peak, else notes its MFU.
+fn note_mfu(rate: f64, device: &Accelerator, notes: &mut Vec<String>) -> Result<()> {
     let share = rate / device.peak_flops;
     let (rate, peak) = (
         significant(rate / 1e12),
@@ -271,10 +275,9 @@ fn within_peak(rate: f64, device: &Accelerator, notes: &mut Vec<String>) -> Resu
     Ok(())
 }
 
-/// The machines' energy, without overhead, and the power it follows from: time and a known power, else the published energy, else time
-/// and the device's own power.
+/// Energy without PUE, and the power it follows from: time x known power, else as published, else time x the device's power.
 fn machine_energy(
-    job: &Job,
+    job: &TrainingJob,
     time: Option<Interval<Seconds>>,
     notes: &mut Vec<String>,
 ) -> Result<(Interval<Joules>, Option<Interval<Watts>>)> {
@@ -306,7 +309,7 @@ fn range(shown: Interval<String>) -> String {
     }
 }
 
-fn unknown_cost(job: &Job) -> Error {
+fn unknown_cost(job: &TrainingJob) -> Error {
     let error = Error::new(
         Kind::Usage,
         "too little is known to say what this training costs",
@@ -323,9 +326,9 @@ fn unknown_cost(job: &Job) -> Error {
     }
 }
 
-/// Greenhouse gas of `energy`: by the grid that is known, else as published, else on the world's grid.
+/// Greenhouse gas of `energy` on the known grid, else as published, else on the world's average grid.
 fn greenhouse_gas(
-    job: &Job,
+    job: &TrainingJob,
     energy: Interval<Joules>,
     notes: &mut Vec<String>,
 ) -> (Interval<GramsCo2e>, Option<Grid>) {
@@ -365,11 +368,11 @@ fn greenhouse_gas(
 mod tests {
     use super::*;
 
-    fn on(device: &str, flops: f64) -> Job {
-        Job {
+    fn on(device: &str, flops: f64) -> TrainingJob {
+        TrainingJob {
             flops: Some(Flops(flops)),
             device: Some(Accelerator::named(device).unwrap()),
-            ..Job::default()
+            ..TrainingJob::default()
         }
     }
 
@@ -384,7 +387,7 @@ mod tests {
     #[test]
     fn what_is_given_is_used_as_it_is() {
         // GPT-3: 3.14e23 / 24.6e12 s x 330 W x 1.10 = 1287 MWh; x 429 g/kWh = 552.1 t (Patterson et al. 2021, table 4).
-        let job = Job {
+        let job = TrainingJob {
             achieved: Some(24.6e12),
             power: Some(Power::exact(Watts(330.0), "given")),
             pue: Pue::new(1.1),
@@ -445,7 +448,7 @@ mod tests {
 
     #[test]
     fn hours_decide_where_they_are_known() {
-        let job = Job {
+        let job = TrainingJob {
             device_time: Some(Seconds(3600.0)),
             pue: Some(Pue::ONE),
             power: Some(Power::exact(Watts(400.0), "given")),
@@ -457,7 +460,7 @@ mod tests {
     #[test]
     fn the_impossible_and_the_unknown_are_refused() {
         // An A100 has a peak of 312 TFLOP/s: 1e18 FLOPs in 1000 s are 1000.
-        let fast = Job {
+        let fast = TrainingJob {
             device_time: Some(Seconds(1000.0)),
             ..on("nvidia-a100-sxm4-80gb", 1e18)
         };
@@ -467,21 +470,21 @@ mod tests {
                 .to_string()
                 .contains("312 TFLOP/s")
         );
-        let fast = Job {
+        let fast = TrainingJob {
             achieved: Some(313e12),
             ..on("nvidia-a100-sxm4-80gb", 1e18)
         };
         assert!(estimate(fast).is_err());
-        let error = estimate(Job {
+        let error = estimate(TrainingJob {
             flops: Some(Flops(1e18)),
-            ..Job::default()
+            ..TrainingJob::default()
         })
         .unwrap_err();
         assert!(error.remedy().unwrap().contains("--device"));
         // What 6ND of 1e200 parameters and 1e200 tokens comes to.
         assert!(estimate(on("tpu-v3", f64::INFINITY)).is_err());
         assert!(
-            Job::default()
+            TrainingJob::default()
                 .count_flops(Method::Lora, Count(1e9), None)
                 .unwrap_err()
                 .remedy()

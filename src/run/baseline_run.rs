@@ -10,8 +10,8 @@ use super::Screen;
 use super::loss_curve::{LossCurve, to_equal_loss};
 use super::measured_baselines::{Reference, RunContext, label};
 use super::spending::{bounds, carbon_block, interval};
+use super::step_logger::StepLogger;
 use super::trainee::{fully_trained, open_weights};
-use super::watch::Watch;
 use crate::energy::baseline::BaselineKind;
 use crate::energy::{Account, Budget, Ledger, Limit, Limits, MeterKind, Meters, Phase};
 use crate::error::{Error, Result};
@@ -190,7 +190,7 @@ impl<'a> BaselineRun<'a> {
             target_loss,
             ..self.setup.settings(steps, self.equal)
         };
-        let mut logger = Watch::new(self.steps_log.clone(), screen, steps, steps)?;
+        let mut logger = StepLogger::new(self.steps_log.clone(), screen, steps, steps)?;
         let prepared = self.context.prepared;
         let mut trainer = Trainer {
             decoder: &model.decoder,

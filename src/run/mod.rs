@@ -22,9 +22,9 @@ mod reconcile;
 mod reporting;
 mod sample;
 mod spending;
+mod step_logger;
 mod trainee;
 mod training;
-mod watch;
 
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate};
@@ -46,7 +46,7 @@ pub use crate::data::{Format, OnBadRecord, Options as DataOptions, RenderedSampl
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, Interval, Profile};
 pub use crate::forecast::{
-    BaselineOf, BaselineRequest, Choice, Method, Printed, Target, baseline_of,
+    BaselineCost, BaselineRequest, Choice, Method, PublishedFigures, Target, baseline_cost,
 };
 pub use crate::hub::{Progress, Silent};
 pub use crate::measure::{Calibration, Calibrator, Effort, Probe, Reconciled, machine::peak_rss};
@@ -89,9 +89,9 @@ pub struct StepView {
 }
 
 /// A screen that shows nothing.
-pub struct Blank;
+pub struct NoProgress;
 
-impl Screen for Blank {
+impl Screen for NoProgress {
     fn note(&mut self, _: &str) {}
     fn step(&mut self, _: &StepRecord, _: &StepView) {}
     fn evaluating(&mut self, _: usize, _: usize) {}

@@ -10,8 +10,8 @@ use super::model::fetch_weights;
 use super::prepare::{Prepared, Target, check_disk, prepare};
 use super::reporting::{Inputs, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
+use super::step_logger::StepLogger;
 use super::trainee;
-use super::watch::Watch;
 use super::{Screen, measured_baselines, plan};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, DeviceRef, Ledger, Meters, Phase, Verdict};
@@ -317,7 +317,7 @@ fn run_in(
     }
     let outcome = {
         let export = |dir: &Path| trainee::export(prepared, &parameters, dir, None);
-        let mut observer = Watch::new(
+        let mut observer = StepLogger::new(
             directory.steps(),
             screen,
             prepared.settings.steps,

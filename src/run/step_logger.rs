@@ -13,7 +13,7 @@ use crate::train::{Observer, StepRecord};
 use crate::units::{Joules, Seconds};
 
 /// Writes steps.jsonl and tells the screen. A step's line waits for the validation loss that may follow it, but not past a checkpoint.
-pub(super) struct Watch<'a> {
+pub(super) struct StepLogger<'a> {
     path: PathBuf,
     log: StepLog,
     pending: Option<StepRecord>,
@@ -21,7 +21,7 @@ pub(super) struct Watch<'a> {
     view: StepView,
 }
 
-impl<'a> Watch<'a> {
+impl<'a> StepLogger<'a> {
     /// Of a run of `steps` steps, of which `expected_steps` fit what may be spent; appends to the log at `path`.
     pub(super) fn new(
         path: PathBuf,
@@ -70,7 +70,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-impl Observer for Watch<'_> {
+impl Observer for StepLogger<'_> {
     fn step(&mut self, record: &StepRecord, account: &Account) -> Result<()> {
         self.flush()?;
         self.view.spent = account.spent().energy.joules();
