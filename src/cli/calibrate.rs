@@ -110,7 +110,7 @@ fn measure(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     check(&path)?;
     let mut screen = Terminal::new(common.quiet);
     let found = calibrator
-        .measure(Effort::of(arguments.each), &mut |line| screen.note(line))
+        .measure(Effort::new(arguments.each), &mut |line| screen.note(line))
         .map_err(Error::while_running)?;
     write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
     if common.json {

@@ -1,18 +1,18 @@
-//! How fast this machine multiplies matrices and moves memory, and what it draws: a device profile of its own.
+//! Device profile of this machine: GEMM rates, memory bandwidth and power, measured.
 //!
-//! Takes the profile that stands nearest and a compute device; returns that profile with what was measured. Products are those of a
-//! frozen linear layer, because a run uses them; memory is copied (`levels`). What cannot be measured (energy of a byte, power where there is
-//! no counter) stays as the nearest profile says, and a note says so. Writes nothing.
+//! Takes the nearest profile and a compute device, returns that profile with what was measured; rates are those of a frozen
+//! linear layer, bandwidths those of copies. Energy per byte, and power without a counter, stay as in the nearest profile,
+//! which a note says.
 
-mod levels;
-mod pace;
+mod bandwidth;
+mod time_budget;
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 
-use self::pace::Pace;
+use self::time_budget::TimeBudget;
 use super::machine::cpu_name;
 use crate::energy::meter::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
@@ -25,24 +25,23 @@ use crate::ops::{Context, Linear, Weight, dtype};
 use crate::units::{Bytes, MicroJoules, Seconds, Watts};
 use crate::work::{Precision, Product, WorkCounter};
 
-/// Sides of the square products that are tried, until one takes long enough to be timed well.
+/// Sides of the square GEMMs, tried until one takes long enough to be timed.
 const SIDES: [usize; 6] = [256, 512, 1024, 2048, 4096, 8192];
 
-/// How much is spent on measuring.
+/// Time and memory that a calibration takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Effort {
-    /// Time for each figure, once its product or copy is warm.
+    /// Time for each figure after warm-up.
     pub each: Seconds,
-    /// Bytes of the buffer whose copy measures main memory: several times the last cache. At most an eighth of free memory is taken.
+    /// Buffer whose copy measures main memory: several times the last cache, at most an eighth of free memory.
     pub buffer: Bytes,
-    /// Time for all figures together: where it does not suffice, as on a busy machine, each gets less.
+    /// Time for all figures; on a busy machine each gets less.
     pub within: Seconds,
 }
 
 impl Effort {
-    /// `each` for a figure, a buffer of 512 MiB (four times and more what any shipped processor's last cache holds), and less than a minute
-    /// in all.
-    pub fn of(each: Seconds) -> Self {
+    /// `each` for a figure, less than a minute in all, and 512 MiB: at least four times the last cache of any shipped profile.
+    pub fn new(each: Seconds) -> Self {
         Self {
             each,
             buffer: Bytes(512 << 20),
@@ -51,7 +50,7 @@ impl Effort {
     }
 }
 
-/// A machine about to be measured.
+/// A machine before it is measured.
 pub struct Calibrator {
     base: Profile,
     name: String,
@@ -60,22 +59,22 @@ pub struct Calibrator {
     notes: Vec<String>,
 }
 
-/// What was measured.
+/// A calibrated profile.
 #[derive(Debug)]
 pub struct Calibration {
-    /// The profile it started from.
+    /// The nearest profile.
     pub base: Profile,
-    /// That profile with what was measured.
+    /// The nearest profile with the measured figures.
     pub profile: Profile,
-    /// The figures themselves.
+    /// The measured figures.
     pub measured: Measured,
-    /// What was not measured, and why.
+    /// Figures that were not measured, and why.
     pub notes: Vec<String>,
 }
 
 impl Calibrator {
-    /// Calibrates the device that `like` means (a recipe's `energy.device`), computing on `device`, into a profile called `name`; the
-    /// default name is the nearest profile's with "calibrated" behind it.
+    /// Calibrates `device` into a profile called `name`, by default the nearest profile's name with "-calibrated". `like` is
+    /// the nearest profile.
     ///
     /// # Errors
     /// An unknown device, and a name that no profile may have.
@@ -90,12 +89,12 @@ impl Calibrator {
             Some(name) => name.to_string(),
             None => format!("{}-calibrated", base.name.replace('@', "-cores-")),
         };
-        // Built once before anything is measured: a name that breaks the rules is refused at once.
-        let as_it_is = Measured {
+        // Refuses an invalid name before anything is measured.
+        let unchanged = Measured {
             bandwidth: base.bandwidth,
             ..Measured::default()
         };
-        base.calibrated(&name, &as_it_is)
+        base.calibrated(&name, &unchanged)
             .map_err(|e| e.hint("give another name: `--name my-machine`"))?;
         let mut notes: Vec<String> = base
             .note
@@ -120,33 +119,63 @@ impl Calibrator {
         &self.name
     }
 
-    /// Measures. Other work on the machine makes the figures too low; of each the best is taken.
+    /// Measures each figure, best of several: other work on the machine makes figures too low.
+    ///
+    /// # Errors
+    /// A device that fails, and figures that no profile may have.
     pub fn measure(mut self, effort: Effort, note: &mut dyn FnMut(&str)) -> Result<Calibration> {
         let precisions = precisions(&self.device);
-        let mut pace = Pace::new(effort.each, effort.within, self.figures(precisions));
+        let mut time = TimeBudget::new(effort.each, effort.within, self.figures(precisions));
         let mut idle = None;
         if self.counter.is_some() {
             note("measuring idle power");
-            let each = pace.time();
-            let nothing = || {
-                sleep(each);
-                Ok(())
-            };
-            idle = self.drawing(nothing)?.1;
+            let each = time.next();
+            idle = self
+                .with_power(|| {
+                    sleep(each);
+                    Ok(())
+                })?
+                .1;
         }
-        let (mut measured, mut load) = (
-            Measured {
-                title: self.title(),
-                ..Measured::default()
-            },
-            None::<Watts>,
-        );
+        let mut measured = Measured {
+            title: self.title(),
+            ..Measured::default()
+        };
+        let load = self.rates(precisions, &mut time, &mut measured, note);
+        note("measuring memory bandwidth");
+        let (dram, remark) = bandwidth::dram(&self.device, effort.buffer, time.next())?;
+        measured.bandwidth = dram.round();
+        self.notes.extend(remark);
+        measured.caches = self.caches(&mut time, note)?;
+        self.notes.extend(time.note());
+        measured.power = self.power(idle, load);
+        self.drop_implausible_power(&mut measured);
+        let profile = self.base.calibrated(&self.name, &measured).map_err(|e| {
+            e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`")
+        })?;
+        Ok(Calibration {
+            base: self.base,
+            profile,
+            measured,
+            notes: self.notes,
+        })
+    }
+
+    /// Measures the GEMM rate of each precision; returns the highest mean power meanwhile.
+    fn rates(
+        &mut self,
+        precisions: &[Precision],
+        time: &mut TimeBudget,
+        measured: &mut Measured,
+        note: &mut dyn FnMut(&str),
+    ) -> Option<Watts> {
+        let mut load: Option<Watts> = None;
         for precision in precisions {
             note(&format!("measuring {} products", precision.as_str()));
-            let each = pace.time();
+            let each = time.next();
             let device = self.device.clone();
-            let best = warm_product(&device, *precision, each)
-                .and_then(|warm| self.drawing(|| warm.best(each)));
+            let best = WarmGemm::new(&device, *precision, each)
+                .and_then(|gemm| self.with_power(|| gemm.best(each)));
             match best {
                 Ok((rate, watts)) => {
                     measured.rates.insert(*precision, rate.round());
@@ -159,18 +188,15 @@ impl Calibrator {
                 )),
             }
         }
-        note("measuring memory bandwidth");
-        let (bandwidth, remark) = levels::dram(&self.device, effort.buffer, pace.time())?;
-        measured.bandwidth = bandwidth.round();
-        self.notes.extend(remark);
-        measured.caches = self.caches(&mut pace, note)?;
-        self.notes.extend(pace.note());
-        measured.power = self.power(idle, load);
-        if let Some((power, why)) = measured
-            .power
-            .clone()
-            .zip(self.base.calibrated(&self.name, &measured).err())
-        {
+        load
+    }
+
+    /// Drops a power that contradicts the profile's other figures, with a note.
+    fn drop_implausible_power(&mut self, measured: &mut Measured) {
+        let Err(why) = self.base.calibrated(&self.name, measured) else {
+            return;
+        };
+        if let Some(power) = measured.power.take() {
             let MeasuredPower {
                 idle,
                 load,
@@ -179,21 +205,10 @@ impl Calibrator {
             let why = first_line(&why);
             self.notes
                 .push(format!("power is the nearest profile's: {counter} showed {idle} idle and {load} under load, but {why}"));
-            measured.power = None;
         }
-        let profile = self.base.calibrated(&self.name, &measured);
-        let profile = profile.map_err(|e| {
-            e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`")
-        })?;
-        Ok(Calibration {
-            base: self.base,
-            profile,
-            measured,
-            notes: self.notes,
-        })
     }
 
-    /// What this machine's processor is called: the nearest profile may be of another.
+    /// The processor's name: the nearest profile may be of another.
     fn title(&self) -> Option<String> {
         let named = || {
             format!(
@@ -205,7 +220,7 @@ impl Calibrator {
         self.device.is_cpu().then(named)
     }
 
-    /// How many figures there are to measure: power, rates, main memory and the caches behind the first.
+    /// Number of figures: idle power, rates, main memory and all caches but L1.
     fn figures(&self, precisions: &[Precision]) -> usize {
         let caches = if self.device.is_cpu() {
             self.base.caches.len().saturating_sub(1)
@@ -215,10 +230,10 @@ impl Calibrator {
         usize::from(self.counter.is_some()) + precisions.len() + 1 + caches
     }
 
-    /// What the caches serve; a graphics processor's are not measured.
+    /// Bandwidth of the caches; a GPU's are not measured.
     fn caches(
         &mut self,
-        pace: &mut Pace,
+        time: &mut TimeBudget,
         note: &mut dyn FnMut(&str),
     ) -> Result<Vec<MeasuredCache>> {
         if !self.device.is_cpu() {
@@ -229,13 +244,13 @@ impl Calibrator {
             return Ok(Vec::new());
         }
         note("measuring the bandwidth of caches");
-        let (caches, notes) = levels::caches(&self.base, || pace.time())?;
+        let (caches, notes) = bandwidth::caches(&self.base, || time.next())?;
         self.notes.extend(notes);
         Ok(caches)
     }
 
-    /// Runs `work`; the second value is the mean power meanwhile, where there is a counter that can be read.
-    fn drawing<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Option<Watts>)> {
+    /// Runs `work`; returns its result and the mean power meanwhile, if a counter can be read.
+    fn with_power<T>(&mut self, work: impl FnOnce() -> Result<T>) -> Result<(T, Option<Watts>)> {
         let mark = self.counter.as_mut().map(Counters::snapshot);
         let start = Instant::now();
         let done = work()?;
@@ -257,7 +272,7 @@ impl Calibrator {
         Ok((done, watts))
     }
 
-    /// Idle and load power where both were measured and make sense together.
+    /// Idle and load power, if both were measured and load is higher.
     fn power(&mut self, idle: Option<Watts>, load: Option<Watts>) -> Option<MeasuredPower> {
         let counter = self.counter.as_ref()?.names().join(", ");
         let (idle, load) = idle.zip(load)?;
@@ -279,7 +294,7 @@ fn mean_power(energy: MicroJoules, wall: Seconds) -> Watts {
     Watts(energy.joules().0 / wall.0)
 }
 
-/// The device's own counter, or why there is none.
+/// The device's energy counter, or why there is none.
 fn counter(base: &Profile, computing: Computing) -> Result<Box<dyn Sensor>, String> {
     let why = |absent: Absent| format!("{}; {}", absent.reason, absent.remedy);
     match computing {
@@ -293,12 +308,12 @@ fn counter(base: &Profile, computing: Computing) -> Result<Box<dyn Sensor>, Stri
     }
 }
 
-/// Whether the profile is a share of a processor that has `cores` of them here: it is charged a share of the power.
+/// Whether the profile is a share of a processor with `cores` cores here, and so charged a share of its power.
 fn is_part(base: &Profile, cores: usize) -> bool {
-    base.name.contains('@') && base.cores.is_some_and(|own| own < cores)
+    base.name.contains('@') && base.cores.is_some_and(|share| share < cores)
 }
 
-/// What the device computes in.
+/// Precisions that the device computes in.
 fn precisions(device: &Device) -> &'static [Precision] {
     match device.is_cpu() {
         true => &[Precision::F32, Precision::Bf16],
@@ -315,62 +330,71 @@ fn first_line(error: &Error) -> String {
         .to_string()
 }
 
-/// A square product that ran before, and the best rate so far.
-struct WarmProduct {
+/// A square GEMM after warm-up, and its best rate so far.
+struct WarmGemm {
     x: Tensor,
     linear: Linear,
     precision: Precision,
     flops: f64,
+    /// FLOP/s.
     rate: f64,
 }
 
-/// The smallest product that takes a tenth of `each`, or the largest there is; smaller ones are timed on the way.
-fn warm_product(device: &Device, precision: Precision, each: Duration) -> Result<WarmProduct> {
-    let mut best = 0.0_f64;
-    let mut warm = None;
-    for side in SIDES {
-        // Random numbers: zeros and ones draw less power than real data.
-        let draw = || Tensor::rand(-1f32, 1f32, (side, side), device);
-        let (m, n, k) = (side as u64, side as u64, side as u64);
+impl WarmGemm {
+    /// The smallest GEMM that takes a tenth of `each`, else the largest; smaller ones are timed on the way.
+    fn new(device: &Device, precision: Precision, each: Duration) -> Result<Self> {
+        let mut rate = 0.0_f64;
+        let mut warm = None;
+        for side in SIDES {
+            let mut gemm = Self::with_side(device, precision, side)?;
+            gemm.seconds(1)?;
+            let seconds = gemm.seconds(1)?;
+            rate = rate.max(gemm.flops / seconds);
+            gemm.rate = rate;
+            warm = Some(gemm);
+            if seconds > each.as_secs_f64() / 10.0 {
+                break;
+            }
+        }
+        Ok(warm.expect("there is a side to try"))
+    }
+
+    fn with_side(device: &Device, precision: Precision, side: usize) -> Result<Self> {
+        // Random values: zeros and ones draw less power than real data.
+        let random = || Tensor::rand(-1f32, 1f32, (side, side), device);
         let linear = Linear {
-            weight: Weight::frozen(draw()?.to_dtype(dtype(precision))?),
+            weight: Weight::frozen(random()?.to_dtype(dtype(precision))?),
             bias: None,
             lora: None,
         };
-        let flops = Product { m, n, k, precision }.flops() as f64;
-        let mut product = WarmProduct {
-            x: draw()?,
+        let product = Product {
+            m: side as u64,
+            n: side as u64,
+            k: side as u64,
+            precision,
+        };
+        Ok(Self {
+            x: random()?,
             linear,
             precision,
-            flops,
-            rate: best,
-        };
-        product.seconds(1)?;
-        let seconds = product.seconds(1)?;
-        best = best.max(product.flops / seconds);
-        product.rate = best;
-        warm = Some(product);
-        if seconds > each.as_secs_f64() / 10.0 {
-            break;
-        }
+            flops: product.flops() as f64,
+            rate: 0.0,
+        })
     }
-    Ok(warm.expect("there is a side to try"))
-}
 
-impl WarmProduct {
-    /// Wall time of `count` products, one after the other.
+    /// Wall time of `count` GEMMs in sequence.
     fn seconds(&self, count: usize) -> Result<f64> {
         let counter = WorkCounter::default();
+        let context = Context::new(&counter, self.precision);
         let start = Instant::now();
         for _ in 0..count {
-            self.linear
-                .forward(Context::new(&counter, self.precision), &self.x, None, None)?;
+            self.linear.forward(context, &self.x, None, None)?;
         }
         self.x.device().synchronize()?;
         Ok(start.elapsed().as_secs_f64())
     }
 
-    /// The best FLOP/s within `each`. Quick products are timed in groups, so that starting and waiting for a device weighs little.
+    /// The best FLOP/s within `each`. Quick GEMMs are timed in groups, so that launch and synchronisation weigh little.
     fn best(&self, each: Duration) -> Result<f64> {
         let start = Instant::now();
         let group = (0.02 * self.rate / self.flops).ceil().clamp(1.0, 64.0) as usize;

@@ -1,7 +1,7 @@
-//! How fast this machine's memory is, level by level: copies of what only main memory holds, and of what a cache does.
+//! Memory bandwidth by level: copies within main memory, and within each cache.
 //!
-//! Takes a device, a profile and a time, returns bytes per second, read and written. The sizes of the caches are the system's where it
-//! tells them. Knows nothing of products and power, and writes nothing.
+//! Takes a device, a profile and a time, returns bytes per second, read and written. Cache sizes come from Linux's sysfs, else
+//! from the profile.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -12,28 +12,28 @@ use rayon::prelude::*;
 
 use crate::energy::{MeasuredCache, Profile};
 use crate::error::Result;
-use crate::measure::machine::memory;
+use crate::measure::machine::free_memory;
 use crate::ops::dtype;
 use crate::units::Bytes;
 use crate::work::Precision;
 
-/// Bytes that one parallel copy takes at a time.
+/// Bytes per task of a parallel copy.
 const CHUNK: usize = 4 << 20;
-/// A level that holds less than so many times the one inside it cannot be told from it.
-const APART: u64 = 4;
-/// Bytes that a thread copies between two looks at the clock: some milliseconds, against which starting the threads weighs little.
-const BETWEEN_LOOKS: usize = 64 << 20;
-/// Where Linux describes the first processor's caches.
+/// A level must hold this many times the level inside it to be measured.
+const MIN_RATIO: u64 = 4;
+/// Bytes that a thread copies between clock readings: milliseconds, so that starting threads weighs little.
+const BYTES_PER_TIMING: usize = 64 << 20;
+/// Linux's description of the first CPU's caches.
 const SYSFS: &str = "/sys/devices/system/cpu/cpu0/cache";
 
-/// Bytes read and written in a second by a copy of `buffer`: the best within `each`, and what to keep in mind of it. As in STREAM (McCalpin
-/// 1995), what a cache reads of the target before it overwrites it is not counted.
+/// Bandwidth of main memory, read and write, by copies of `buffer`: the best within `each`, and a caveat. As in STREAM (McCalpin
+/// 1995), write-allocate traffic is not counted.
 pub(super) fn dram(
     device: &Device,
     buffer: Bytes,
     each: Duration,
 ) -> Result<(f64, Option<String>)> {
-    let room = memory().map_or(buffer.0, |(free, _)| free.0 / 8);
+    let room = free_memory().map_or(buffer.0, |free| free.0 / 8);
     let bytes = buffer.0.min(room).max(CHUNK as u64) as usize;
     if device.is_cpu() {
         let (source, mut target) = (vec![1u8; bytes], vec![0u8; bytes]);
@@ -44,7 +44,7 @@ pub(super) fn dram(
         };
         return Ok((
             best_copy(2.0 * bytes as f64, each, copy)?,
-            too_small(2 * bytes as u64, &shown(Path::new(SYSFS))),
+            too_small(2 * bytes as u64, &system_caches(Path::new(SYSFS))),
         ));
     }
     let (source, target) = (
@@ -58,32 +58,35 @@ pub(super) fn dram(
     Ok((best_copy(2.0 * bytes as f64, each, copy)?, None))
 }
 
-/// A note where the last cache could hold much of what was copied.
+/// A note if the last cache may have served part of the copy.
 fn too_small(copied: u64, caches: &[Cache]) -> Option<String> {
-    let last = caches.last().filter(|last| copied < APART * last.bytes)?;
-    let (copied, last) = (Bytes(copied), Bytes(last.bytes));
+    let last = caches
+        .last()
+        .filter(|last| copied < MIN_RATIO * last.bytes)?;
     Some(format!(
-        "memory: {copied} were copied, and the system shows a last cache of {last}: it may have served a part of them"
+        "memory: {} were copied, and the system shows a last cache of {}: it may have served a part of them",
+        Bytes(copied),
+        Bytes(last.bytes)
     ))
 }
 
-/// What each cache of `profile` serves to all threads together, and the sizes of a core's own ones; the notes say what could not be told.
+/// Bandwidth of each cache of `profile` to all threads together, with the sizes of private ones; notes on levels not measured.
 pub(super) fn caches(
     profile: &Profile,
     mut each: impl FnMut() -> Duration,
 ) -> Result<(Vec<MeasuredCache>, Vec<String>)> {
-    let (levels, mut notes) = (levels(profile, &shown(Path::new(SYSFS))), Vec::new());
+    let mut notes = Vec::new();
     let mut found = Vec::new();
-    for (index, level) in levels.iter().enumerate() {
-        // Nothing is counted that the innermost one serves: the registers' traffic is part of an operation.
-        let set = index
-            .checked_sub(1)
-            .map(|inner| working_set(levels[inner].of_a_thread, level.of_a_thread));
+    let mut inner: Option<u64> = None;
+    for level in levels(profile, &system_caches(Path::new(SYSFS))) {
+        // L1 is not charged: register traffic is part of an operation.
+        let set = inner.map(|inner| working_set(inner, level.per_thread));
+        inner = Some(level.per_thread);
         let bandwidth = match set {
-            Some(Some(set)) => Some((cached(set, each())?.round(), set)),
+            Some(Some(set)) => Some((cache_bandwidth(set, each())?.round(), set)),
             Some(None) => {
                 notes.push(format!(
-                    "{} was not measured: it is not {APART} times what is inside it",
+                    "{} was not measured: it is not {MIN_RATIO} times what is inside it",
                     level.name
                 ));
                 None
@@ -91,8 +94,8 @@ pub(super) fn caches(
             None => None,
         };
         found.push(MeasuredCache {
-            name: level.name.clone(),
-            bytes: level.own,
+            name: level.name,
+            bytes: level.private,
             bandwidth,
         });
     }
@@ -103,13 +106,13 @@ pub(super) fn caches(
 #[derive(Debug, PartialEq)]
 struct Sized {
     name: String,
-    /// What a thread has of it when all run.
-    of_a_thread: u64,
-    /// The size of a core's own, where the system tells it.
-    own: Option<Bytes>,
+    /// A thread's share when all threads run.
+    per_thread: u64,
+    /// Size of a core's private cache, if the system shows it.
+    private: Option<Bytes>,
 }
 
-/// The profile's levels with the system's sizes: "L1" and "L2" by their number, a shared last one as the outermost that the system has.
+/// The profile's levels with the system's sizes: "L1" and "L2" by number, a shared last level as the system's outermost.
 fn levels(profile: &Profile, shown: &[Cache]) -> Vec<Sized> {
     let siblings = shown.iter().map(|cache| cache.cpus).min().unwrap_or(1);
     let sized = |level: &crate::energy::profile::CacheLevel| {
@@ -123,8 +126,8 @@ fn levels(profile: &Profile, shown: &[Cache]) -> Vec<Sized> {
         };
         Sized {
             name: level.name.clone(),
-            of_a_thread: cache.map_or(level.bytes.0 / cores, |cache| cache.bytes / cache.cpus),
-            own: cache
+            per_thread: cache.map_or(level.bytes.0 / cores, |cache| cache.bytes / cache.cpus),
+            private: cache
                 .filter(|_| !level.shared)
                 .map(|cache| Bytes(cache.bytes * siblings / cache.cpus)),
         }
@@ -132,26 +135,25 @@ fn levels(profile: &Profile, shown: &[Cache]) -> Vec<Sized> {
     profile.caches.iter().map(sized).collect()
 }
 
-/// Bytes a thread copies within, for a level of which it has `own` bytes, around one of which it has `inner`: their geometric mean, so that
-/// the inner one is too small by as much as this one is large enough. `None` where the two are too close.
-fn working_set(inner: u64, own: u64) -> Option<Bytes> {
-    (own >= APART * inner).then(|| Bytes((inner as f64 * own as f64).sqrt() as u64))
+/// Working set of a thread that fits a level's share `outer` but not `inner`: their geometric mean. `None` if they are too close.
+fn working_set(inner: u64, outer: u64) -> Option<Bytes> {
+    (outer >= MIN_RATIO * inner).then(|| Bytes((inner as f64 * outer as f64).sqrt() as u64))
 }
 
-/// Bytes read and written in a second by all threads, each copying back and forth within `set` bytes of its own.
-fn cached(set: Bytes, each: Duration) -> Result<f64> {
+/// Bandwidth of all threads together, each copying within a private working set of `set` bytes.
+fn cache_bandwidth(set: Bytes, each: Duration) -> Result<f64> {
     let half = (set.0 / 2).max(1) as usize;
     let buffers: Vec<_> = (0..rayon::current_num_threads())
         .map(|_| Mutex::new((vec![1u8; half], vec![0u8; half])))
         .collect();
-    let times = (BETWEEN_LOOKS / half).max(1);
+    let times = (BYTES_PER_TIMING / half).max(1);
     let copy = || {
         rayon::broadcast(|context| {
-            // Nobody else takes this thread's lock, and nothing panics while it is held.
-            let Ok(mut held) = buffers[context.index()].lock() else {
+            // Uncontended: each thread locks its own entry.
+            let Ok(mut buffers) = buffers[context.index()].lock() else {
                 return;
             };
-            let (source, target) = &mut *held;
+            let (source, target) = &mut *buffers;
             for _ in 0..times {
                 target.copy_from_slice(std::hint::black_box(source));
                 std::hint::black_box(&mut *target);
@@ -162,10 +164,11 @@ fn cached(set: Bytes, each: Duration) -> Result<f64> {
     best_copy(2.0 * (half * times * buffers.len()) as f64, each, copy)
 }
 
-/// The best rate of `copy`, which moves `bytes`; its first run, which maps the memory, is not timed.
+/// The best rate of `copy`, which moves `bytes`. The first run maps the memory and is not timed.
 fn best_copy(bytes: f64, each: Duration, mut copy: impl FnMut() -> Result<()>) -> Result<f64> {
     copy()?;
-    let (start, mut best) = (Instant::now(), 0.0_f64);
+    let start = Instant::now();
+    let mut best = 0.0_f64;
     loop {
         let before = Instant::now();
         copy()?;
@@ -176,17 +179,17 @@ fn best_copy(bytes: f64, each: Duration, mut copy: impl FnMut() -> Result<()>) -
     }
 }
 
-/// A cache as the system shows it.
+/// A cache in sysfs.
 #[derive(Debug, Clone, PartialEq)]
 struct Cache {
     level: u64,
     bytes: u64,
-    /// Processors that share it.
+    /// CPUs that share it.
     cpus: u64,
 }
 
-/// The caches that hold data, from the inside out; none where the system does not tell.
-fn shown(folder: &Path) -> Vec<Cache> {
+/// Data and unified caches by level, innermost first; empty if there is no sysfs.
+fn system_caches(folder: &Path) -> Vec<Cache> {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return Vec::new();
     };
@@ -216,13 +219,13 @@ fn cache(folder: &Path) -> Option<Cache> {
     let cache = Cache {
         level: read("level")?.parse().ok()?,
         bytes,
-        cpus: listed(&read("shared_cpu_list")?)?,
+        cpus: count_cpus(&read("shared_cpu_list")?)?,
     };
     (read("type")? != "Instruction" && bytes > 0 && cache.cpus > 0).then_some(cache)
 }
 
-/// How many "0-3,8,10-11" are.
-fn listed(cpus: &str) -> Option<u64> {
+/// The number of CPUs in a list such as "0-3,8,10-11".
+fn count_cpus(cpus: &str) -> Option<u64> {
     let range = |range: &str| {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
         (last.parse::<u64>().ok()? + 1).checked_sub(first.parse().ok()?)
@@ -265,7 +268,7 @@ mod tests {
             ("3", "Unified", "32M", "0-15"),
             ("4", "Unified", "many", "0-15"),
         ]);
-        let shown = shown(folder.path());
+        let shown = system_caches(folder.path());
         let cache = |level, bytes, cpus| Cache { level, bytes, cpus };
         assert_eq!(
             shown,
@@ -276,10 +279,10 @@ mod tests {
             ]
         );
         let profile = Profile::named("generic-cpu@2").unwrap();
-        let sized = |name: &str, of_a_thread, own: Option<u64>| Sized {
+        let sized = |name: &str, per_thread, own: Option<u64>| Sized {
             name: name.into(),
-            of_a_thread,
-            own: own.map(Bytes),
+            per_thread,
+            private: own.map(Bytes),
         };
         let own = [
             sized("L1", 24 << 10, Some(48 << 10)),
@@ -297,7 +300,7 @@ mod tests {
             sized("LLC", 2 << 20, None),
         ];
         assert_eq!(
-            levels(&profile, &super::shown(&folder.path().join("none"))),
+            levels(&profile, &super::system_caches(&folder.path().join("none"))),
             own
         );
     }
@@ -305,11 +308,15 @@ mod tests {
     #[test]
     fn processors_are_listed_as_linux_lists_them() {
         assert_eq!(
-            (listed("0"), listed("0-1"), listed("0-3,8,10-11")),
+            (
+                count_cpus("0"),
+                count_cpus("0-1"),
+                count_cpus("0-3,8,10-11")
+            ),
             (Some(1), Some(2), Some(7))
         );
         assert_eq!(
-            (listed(""), listed("3-1"), listed("a-b")),
+            (count_cpus(""), count_cpus("3-1"), count_cpus("a-b")),
             (None, None, None)
         );
     }
@@ -332,7 +339,7 @@ mod tests {
     #[test]
     fn a_copy_in_a_cache_moves_what_it_says() {
         // No memory of any machine is slower than a MB/s or faster than a PB/s: a rate a thousand times off would be.
-        let rate = cached(Bytes(64 << 10), Duration::from_millis(5)).unwrap();
+        let rate = cache_bandwidth(Bytes(64 << 10), Duration::from_millis(5)).unwrap();
         assert!(rate > 1e8 && rate < 1e14, "{rate}");
     }
 
