@@ -54,10 +54,12 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let document = match arguments.probe {
         Some(steps) => run::plan_with_probe(recipe, steps, &device, computing, &mut screen)?,
         None => {
-            run::plan(
-                &run::prepare(recipe, &device, computing, screen.downloads())?,
+            run::plan(&run::prepare(
+                recipe,
+                &device,
                 computing,
-            )?
+                screen.downloads(),
+            )?)?
             .json
         }
     };

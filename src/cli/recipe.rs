@@ -59,7 +59,7 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     let (device, computing) = DeviceChoice::Auto.open()?;
     let screen = Terminal::new(common.quiet);
     let prepared = run::prepare(recipe, &device, computing, screen.downloads())?;
-    let plan = run::plan(&prepared, computing)?;
+    let plan = run::plan(&prepared)?;
     if plan.steps == 0 {
         return Err(plan.refusal());
     }

@@ -3,6 +3,8 @@
 //! Owns the measurement window and the choice of the meter that decides. Takes a `Work` at a window's end, returns a `Reading`
 //! with every meter that was available. Refuses to turn a missing or failed counter into a number: it is a reason.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::Instant;
 
 use super::charge::Charge;
@@ -65,11 +67,12 @@ pub struct Window {
     start_snapshot: Option<Snapshot>,
 }
 
-/// The meters of one run.
+/// The meters of one run. A clone reads the same counters.
+#[derive(Clone)]
 pub struct Meters {
     profile: Profile,
     timed_power: Watts,
-    counters: Counters,
+    counters: Rc<RefCell<Counters>>,
     /// A host without a counter beside a device that has one: its profile's name and the power it is taken to draw.
     host: Option<(String, Watts)>,
     /// Why `measured` is not to be had.
@@ -92,7 +95,7 @@ impl Meters {
         Meters {
             profile,
             timed_power,
-            counters: Counters::new(Vec::new()),
+            counters: Rc::new(RefCell::new(Counters::new(Vec::new()))),
             host: None,
             absent: Some(absent),
             attributed: false,
@@ -139,7 +142,7 @@ impl Meters {
         host: Option<(String, Watts)>,
     ) -> Meters {
         self.absent = None;
-        self.counters = Counters::new(sensors);
+        self.counters = Rc::new(RefCell::new(Counters::new(sensors)));
         self.host = host;
         self
     }
@@ -165,7 +168,8 @@ impl Meters {
             .host
             .iter()
             .map(|(name, power)| format!("{name} modelled at {power}"));
-        self.counters.names().into_iter().chain(modelled).collect()
+        let names = self.counters.borrow().names();
+        names.into_iter().chain(modelled).collect()
     }
 
     /// Why there is no `measured`, and what would help.
@@ -190,7 +194,8 @@ impl Meters {
 
     /// Opens a window.
     pub fn begin(&mut self) -> Window {
-        let start_snapshot = (!self.counters.is_empty()).then(|| self.counters.snapshot());
+        let mut counters = self.counters.borrow_mut();
+        let start_snapshot = (!counters.is_empty()).then(|| counters.snapshot());
         Window {
             start: Instant::now(),
             start_snapshot,
@@ -206,6 +211,7 @@ impl Meters {
             .map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded());
         let measured = window.start_snapshot.map(|start| {
             self.counters
+                .borrow_mut()
                 .energy_since(&start)
                 .map(|energy| energy + host)
         });

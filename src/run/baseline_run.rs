@@ -13,7 +13,7 @@ use super::spending::{bounds, carbon_block, interval};
 use super::step_logger::StepLogger;
 use super::trainee::{fully_trained, open_weights};
 use crate::energy::baseline::BaselineKind;
-use crate::energy::{Account, Budget, Ledger, Limit, Limits, MeterKind, Meters, Phase};
+use crate::energy::{Account, Budget, Ledger, Limit, Limits, MeterKind, Phase};
 use crate::error::{Error, Result};
 use crate::forecast::BaselineSetup;
 use crate::model::TrainableModel;
@@ -72,7 +72,7 @@ impl<'a> BaselineRun<'a> {
             ..Limits::default()
         };
         let budget = Budget::new(limits, prepared.budget.rates().clone())?;
-        let meters = Meters::open(prepared.profile.clone(), context.computing);
+        let meters = prepared.meters.clone();
         let kind = meters.resolve(prepared.recipe.energy.meter)?;
         let ledger = folder.join("ledger.jsonl");
         let opened = if ledger.exists() {

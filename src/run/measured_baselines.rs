@@ -17,7 +17,6 @@ use super::prepare::Prepared;
 use super::reporting::write_pages;
 use crate::energy::baseline::BaselineKind;
 use crate::energy::ledger::Totals;
-use crate::energy::meter::Computing;
 use crate::energy::{Account, Phase};
 use crate::error::Result;
 use crate::forecast::{BaselineSetup, measured_kinds};
@@ -31,7 +30,6 @@ pub(super) struct RunContext<'a> {
     pub(super) prepared: &'a Prepared,
     pub(super) directory: &'a RunDirectory,
     pub(super) device: &'a Device,
-    pub(super) computing: Computing,
     /// Set when the user interrupts.
     pub(super) interrupted: &'a AtomicBool,
 }

@@ -5,6 +5,7 @@
 //! `merge`, `probe`, `calibrate` and `reconcile` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
 
 mod baseline_run;
+mod checks;
 mod directory;
 mod evaluate;
 mod generate;
@@ -19,10 +20,12 @@ mod plan;
 mod prepare;
 mod probe;
 mod reconcile;
+mod records;
 mod reporting;
 mod sample;
 mod spending;
 mod step_logger;
+mod target;
 mod trainee;
 mod training;
 

@@ -10,8 +10,7 @@ use super::sample::sample_prompt;
 use super::spending::{
     budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block,
 };
-use crate::energy::meter::Computing;
-use crate::energy::{Limit, MeterKind, Meters, Spent};
+use crate::energy::{Limit, MeterKind, Spent};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::{Choice, Metered, RunForecast, baselines, forecast_run};
 use crate::measure::machine::free_memory;
@@ -35,9 +34,8 @@ pub struct Plan {
 }
 
 /// Plays the run through without training.
-pub fn plan(prepared: &Prepared, computing: Computing) -> Result<Plan> {
-    let meters = Meters::open(prepared.profile.clone(), computing);
-    let kind = meters.resolve(prepared.recipe.energy.meter)?;
+pub fn plan(prepared: &Prepared) -> Result<Plan> {
+    let kind = prepared.meters.resolve(prepared.recipe.energy.meter)?;
     let sample = sample_prompt(prepared)?.map(|prompt| prompt.work(&prepared.shape));
     let run = forecast_run(&prepared.subject(), sample.as_ref())?;
     let json = to_json(prepared, kind, &run)?;

@@ -7,15 +7,14 @@ use std::num::NonZeroUsize;
 use candle_core::Device;
 use serde_json::{Value, json};
 
+use super::checks::{check_length, recompute, refuse_adapter_on_random_weights};
 use super::machine::check_precision;
 use super::model::find_model;
 use super::options::settings;
-use super::prepare::{
-    Target, architecture_of, check_length, recompute, refuse_adapter_on_random_weights, shape_of,
-    target,
-};
+use super::prepare::{Target, architecture_of};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
+use super::target::{shape_of, target};
 use super::{Screen, plan, prepare};
 use crate::energy::meter::Computing;
 use crate::error::{Error, Result};
@@ -43,7 +42,7 @@ pub fn plan_with_probe(
     let warnings = [parts.warnings.as_slice(), missing.as_slice()].concat();
     let mut document = if missing.is_empty() {
         let prepared = prepare(recipe.clone(), device, computing, screen.downloads())?;
-        plan(&prepared, computing)?.json
+        plan(&prepared)?.json
     } else {
         json!({
             "model": model_block(&recipe.model.id, &parts.files, &parts.architecture),

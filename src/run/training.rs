@@ -5,16 +5,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Device;
 
+use super::checks::check_disk;
 use super::directory::RunDirectory;
 use super::model::fetch_weights;
-use super::prepare::{Prepared, Target, check_disk, prepare};
+use super::prepare::{Prepared, Target, prepare};
 use super::reporting::{Inputs, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::step_logger::StepLogger;
 use super::trainee;
 use super::{Screen, measured_baselines, plan};
 use crate::energy::meter::Computing;
-use crate::energy::{Account, DeviceRef, Ledger, Meters, Phase, Verdict};
+use crate::energy::{Account, DeviceRef, Ledger, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::load_work;
 use crate::model::TrainableModel;
@@ -75,7 +76,7 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         .warnings
         .iter()
         .for_each(|warning| screen.note(&format!("warning: {warning}")));
-    let forecast = plan::plan(&prepared, request.computing)?;
+    let forecast = plan::plan(&prepared)?;
     if prepared.recipe.model.init == Init::Pretrained {
         let id = prepared.recipe.model.id.clone();
         fetch_weights(&id, &mut prepared.files, screen.downloads())?;
@@ -263,7 +264,7 @@ fn open_account(
     prepared: &Prepared,
     directory: &RunDirectory,
 ) -> Result<Account> {
-    let meters = Meters::open(prepared.profile.clone(), request.computing);
+    let meters = prepared.meters.clone();
     let kind = meters.resolve(prepared.recipe.energy.meter)?;
     // A run cut off before its first entry has no ledger yet.
     let ledger = match directory.ledger() {
@@ -387,7 +388,6 @@ fn add_measured_baselines(
 ) -> Result<(Report, bool)> {
     let TrainRequest {
         ref device,
-        computing,
         interrupted,
         ..
     } = *request;
@@ -395,7 +395,6 @@ fn add_measured_baselines(
         prepared,
         directory,
         device,
-        computing,
         interrupted,
     };
     measured_baselines::train_pending(&place, account, report, screen)

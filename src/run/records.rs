@@ -1,0 +1,109 @@
+//! Training and validation records of a recipe, loaded and counted.
+
+use std::path::PathBuf;
+
+use super::model::cache_root;
+use super::options::data_options;
+use crate::data::{self, Dataset, Tokenizer};
+use crate::error::Result;
+use crate::hub::{Hub, Progress, Settings};
+use crate::recipe::{DataSource, Recipe, Validation};
+
+/// The records of a run.
+pub(super) struct Records {
+    pub(super) train: Dataset,
+    pub(super) validation: Option<Dataset>,
+    /// Paths, or hub ids with their commits.
+    pub(super) sources: Vec<String>,
+}
+
+impl Records {
+    /// Reads and tokenizes the recipe's data.
+    ///
+    /// # Errors
+    /// Data that cannot be found, read or tokenized.
+    pub(super) fn load(
+        recipe: &Recipe,
+        tokenizer: &Tokenizer,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let options = data_options(&recipe.data);
+        let cache = cache_root().ok().map(|root| root.join("tokens"));
+        let mut sources = Vec::new();
+        let mut load = |source: &DataSource| -> Result<Dataset> {
+            let (paths, name) = locate(source, progress)?;
+            sources.push(name);
+            data::load(&paths, &options, tokenizer, cache.as_deref())
+        };
+        let train = load(&recipe.data.train)?;
+        let (train, validation) = match &recipe.data.validation {
+            Validation::None => (train, None),
+            Validation::Source(source) => (train, Some(load(source)?)),
+            Validation::Fraction(fraction) => {
+                let (train, validation) = train.split(*fraction, recipe.seed)?;
+                (train, Some(validation))
+            }
+        };
+        Ok(Self {
+            train,
+            validation,
+            sources,
+        })
+    }
+
+    /// Content hashes of the data.
+    pub(super) fn fingerprints(&self) -> impl Iterator<Item = &[u8]> {
+        let sets = [Some(&self.train), self.validation.as_ref()];
+        sets.into_iter()
+            .flatten()
+            .map(|set| set.fingerprint.as_bytes())
+    }
+
+    /// Warnings about truncated, dropped and skipped records.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let mut warnings = set_warnings("training", &self.train);
+        if let Some(validation) = &self.validation {
+            warnings.extend(set_warnings("validation", validation));
+        }
+        warnings
+    }
+}
+
+/// Local files of a source, and its name in the report.
+fn locate(source: &DataSource, progress: &dyn Progress) -> Result<(Vec<PathBuf>, String)> {
+    match source {
+        DataSource::File(path) => Ok((vec![path.clone()], path.display().to_string())),
+        DataSource::Hub { id, split } => {
+            let files = Hub::new(Settings::from_env()?)?.dataset(id, "main", split, progress)?;
+            Ok((files.files, format!("{id}:{split}@{}", files.commit)))
+        }
+    }
+}
+
+fn set_warnings(name: &str, set: &Dataset) -> Vec<String> {
+    let counts = &set.counts;
+    let events = [
+        (
+            counts.truncated,
+            "are longer than max_length and were cut at the end",
+        ),
+        (counts.dropped, "have no loss token left and were dropped"),
+        (counts.skipped, "could not be read and were skipped"),
+        (counts.glued, "have no space between prompt and completion"),
+    ];
+    let mut warnings = Vec::new();
+    for (count, event) in events {
+        if count > 0 {
+            warnings.push(format!(
+                "{count} of {} {name} records {event}",
+                counts.records
+            ));
+        }
+    }
+    if !set.eos_trained {
+        warnings.push(format!(
+            "no {name} record ends with the end-of-text token: the model will not learn to stop"
+        ));
+    }
+    warnings
+}
