@@ -1,4 +1,4 @@
-//! The loss of a model on records.
+//! Validation loss and perplexity of a model on records.
 
 use std::path::PathBuf;
 
@@ -12,21 +12,21 @@ use crate::ops::Context;
 use crate::train::batch_to_device;
 use crate::work::WorkCounter;
 
-/// What is evaluated on what.
+/// An evaluation.
 pub struct EvaluationJob<'a> {
     /// The model.
     pub model: ModelRequest<'a>,
     /// Files of records.
     pub data: Vec<PathBuf>,
-    /// How they are read.
+    /// How the records are read and tokenized.
     pub options: data::Options,
     /// Records in one forward pass.
     pub micro_batch_size: usize,
-    /// Only so many records; `None`: all.
+    /// Only the first N records; `None`: all.
     pub limit: Option<usize>,
 }
 
-/// The result.
+/// The loss on the records.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Evaluation {
     /// Nats per loss token.
@@ -37,13 +37,16 @@ pub struct Evaluation {
     pub tokens: u64,
     /// Tokens with a loss.
     pub loss_tokens: u64,
-    /// Records.
+    /// Records evaluated.
     pub examples: u64,
     /// Executed FLOPs of matrix products and attention.
     pub flops: u64,
 }
 
 /// Evaluates.
+///
+/// # Errors
+/// A model or data that cannot be loaded, records longer than the positions, and a loss that is not finite.
 pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Evaluation> {
     let loaded = load(&job.model, screen.downloads())?;
     let set = data::load(&job.data, &job.options, &loaded.tokenizer, None)?;
@@ -66,7 +69,9 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     let batches = evaluation_batches(&set.examples[..count], job.micro_batch_size);
     let counter = WorkCounter::default();
     let context = Context::new(&counter, job.model.precision);
-    let (mut sum, mut loss_tokens, mut tokens) = (0.0, 0, 0);
+    let mut sum = 0.0;
+    let mut loss_tokens = 0;
+    let mut tokens = 0;
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
         let losses = loaded
@@ -90,7 +95,7 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     })
 }
 
-/// Refuses what has no loss, and records longer than the model's `positions`.
+/// Refuses records without a loss token, and those longer than `positions`.
 fn check(examples: &[data::Example], positions: usize) -> Result<()> {
     if examples.iter().all(|example| !example.loss.contains(&true)) {
         return Err(Error::new(
@@ -104,13 +109,13 @@ fn check(examples: &[data::Example], positions: usize) -> Result<()> {
         .map(|example| example.tokens.len())
         .max()
         .unwrap_or(0);
-    match longest > positions {
-        true => Err(
-            Error::new(Kind::Data, "a record is longer than the model's positions")
-                .value(format!("{longest} tokens"))
-                .rule(format!("at most max_position_embeddings = {positions}"))
-                .hint(format!("add `--max-length {positions}`")),
-        ),
-        false => Ok(()),
+    if longest <= positions {
+        return Ok(());
     }
+    Err(
+        Error::new(Kind::Data, "a record is longer than the model's positions")
+            .value(format!("{longest} tokens"))
+            .rule(format!("at most max_position_embeddings = {positions}"))
+            .hint(format!("add `--max-length {positions}`")),
+    )
 }

@@ -1,31 +1,32 @@
-//! Text from a model.
+//! Text generation, streamed token by token.
 
 use serde::Serialize;
 
 use super::Screen;
-use super::inference::{ModelRequest, load, not_finite};
+use super::inference::{LoadedModel, ModelRequest, load, not_finite};
+use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Sampling, Session};
 use crate::ops::Context;
 use crate::work::WorkCounter;
 
-/// What is generated.
+/// A generation.
 pub struct GenerationJob<'a> {
     /// The model.
     pub model: ModelRequest<'a>,
-    /// What it goes on from.
+    /// The prompt.
     pub prompt: &'a str,
-    /// Whether the prompt is a message of a person, rendered by the model's chat template.
+    /// Formats the prompt as a user message with the model's chat template.
     pub chat: bool,
-    /// Tokens at most.
+    /// Maximum number of new tokens.
     pub max_new_tokens: usize,
-    /// How each token is chosen.
+    /// Sampling parameters.
     pub sampling: Sampling,
-    /// Texts that end the generation; they are not part of it.
+    /// Stop strings, excluded from the result.
     pub stop: &'a [String],
 }
 
-/// The result.
+/// Generated text.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Generated {
     /// Token ids of the prompt.
@@ -38,113 +39,148 @@ pub struct Generated {
     pub flops: u64,
 }
 
-/// Generates; `show` is given each new piece of text as it comes.
+/// Generates; `show` receives each new piece of text.
+///
+/// # Errors
+/// A model that cannot be loaded, a prompt longer than its positions, and logits that are not finite.
 pub fn generate(
     job: &GenerationJob<'_>,
     screen: &mut dyn Screen,
     show: &mut dyn FnMut(&str),
 ) -> Result<Generated> {
     let loaded = load(&job.model, screen.downloads())?;
-    let tokenizer = &loaded.tokenizer;
-    let prompt = match job.chat {
-        true => {
-            let messages = serde_json::json!([{ "role": "user", "content": job.prompt }]);
-            tokenizer
-                .encode(&tokenizer.render_chat(&messages, None, true)?, false)?
-                .ids
-        }
-        false => tokenizer.encode(job.prompt, true)?.ids,
-    };
-    let room = loaded.architecture.max_position_embeddings;
-    if prompt.len() >= room {
-        return Err(Error::new(
-            Kind::Usage,
-            "the prompt is longer than the model's positions",
-        )
-        .value(format!("{} tokens", prompt.len()))
-        .rule(format!("below {room}"))
-        .hint("shorten the prompt"));
-    }
+    let prompt = encode_prompt(job, &loaded.tokenizer)?;
+    let most = max_tokens(job, &loaded, prompt.len(), screen)?;
     let counter = WorkCounter::default();
-    let mut session = Session::new(&loaded.decoder, Context::new(&counter, job.model.precision));
-    if job.max_new_tokens > room - prompt.len() {
-        let most = room - prompt.len();
-        screen.note(&format!("warning: after this prompt the model has positions for {most} tokens: no more are generated"));
-    }
+    let context = Context::new(&counter, job.model.precision);
+    let mut session = Session::new(&loaded.decoder, context);
+    let mut text = StreamedText::new(job.stop, show);
+    let mut tokens = Vec::new();
     let mut logits = session.read(&prompt)?;
-    let (mut tokens, mut text, mut shown) = (Vec::new(), String::new(), 0);
-    let most = job.max_new_tokens.min(room - prompt.len());
     for index in 0..most {
         if logits.iter().any(|logit| !logit.is_finite()) {
             return Err(not_finite("output").while_running());
         }
         let token = job.sampling.choose(&logits, index as u64);
         tokens.push(token);
-        if tokenizer.eos_id() == Some(token) {
+        if loaded.tokenizer.eos_id() == Some(token) {
             break;
         }
-        let all = continuation(tokenizer, &prompt, &tokens)?;
-        let cut = job
-            .stop
-            .iter()
-            .filter_map(|stop| all.find(stop.as_str()))
-            .min();
-        // A token may hold half a character, or the beginning of a stop text: both are shown once they are known to stay.
-        let sure = cut.unwrap_or_else(|| {
-            all.trim_end_matches('\u{fffd}')
-                .len()
-                .min(all.len() - held_back(&all, job.stop))
-        });
-        shown = advance(&all[..sure], shown, show);
-        text = all[..cut.unwrap_or(all.len())].to_string();
-        if cut.is_some() || index + 1 == most {
+        text.update(continuation(&loaded.tokenizer, &prompt, &tokens)?);
+        if text.is_stopped || index + 1 == most {
             break;
         }
         logits = session.read(&[token])?;
     }
-    advance(&text, shown, show);
     Ok(Generated {
         prompt_tokens: prompt,
         tokens,
-        text,
+        text: text.finish(),
         flops: counter.take().flops(),
     })
 }
 
-/// Shows what `text` has beyond its first `shown` bytes; returns how many are shown then.
-fn advance(text: &str, shown: usize, show: &mut dyn FnMut(&str)) -> usize {
-    match text.get(shown..) {
-        Some(piece) if !piece.is_empty() => {
-            show(piece);
-            text.len()
+fn encode_prompt(job: &GenerationJob<'_>, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let encoding = if job.chat {
+        let messages = serde_json::json!([{ "role": "user", "content": job.prompt }]);
+        tokenizer.encode(&tokenizer.render_chat(&messages, None, true)?, false)?
+    } else {
+        tokenizer.encode(job.prompt, true)?
+    };
+    Ok(encoding.ids)
+}
+
+/// New tokens that the job and the model's positions allow.
+fn max_tokens(
+    job: &GenerationJob<'_>,
+    loaded: &LoadedModel,
+    prompt: usize,
+    screen: &mut dyn Screen,
+) -> Result<usize> {
+    let positions = loaded.architecture.max_position_embeddings;
+    if prompt >= positions {
+        return Err(Error::new(
+            Kind::Usage,
+            "the prompt is longer than the model's positions",
+        )
+        .value(format!("{prompt} tokens"))
+        .rule(format!("below {positions}"))
+        .hint("shorten the prompt"));
+    }
+    let most = positions - prompt;
+    if job.max_new_tokens > most {
+        screen.note(&format!("warning: after this prompt the model has positions for {most} tokens: no more are generated"));
+    }
+    Ok(job.max_new_tokens.min(most))
+}
+
+/// Text shown as soon as later tokens cannot change it.
+struct StreamedText<'a> {
+    stops: &'a [String],
+    show: &'a mut dyn FnMut(&str),
+    text: String,
+    /// Bytes shown.
+    shown: usize,
+    /// Whether a stop string was found.
+    is_stopped: bool,
+}
+
+impl<'a> StreamedText<'a> {
+    fn new(stops: &'a [String], show: &'a mut dyn FnMut(&str)) -> Self {
+        Self {
+            stops,
+            show,
+            text: String::new(),
+            shown: 0,
+            is_stopped: false,
         }
-        _ => shown,
+    }
+
+    /// Replaces the text by a longer one and shows what is settled: neither half a character nor the start of a stop string.
+    fn update(&mut self, mut text: String) {
+        let cut = self.stops.iter().filter_map(|stop| text.find(stop)).min();
+        let settled = cut.unwrap_or_else(|| {
+            let whole_characters = text.trim_end_matches('\u{fffd}').len();
+            whole_characters.min(text.len() - stop_prefix_len(&text, self.stops))
+        });
+        self.is_stopped = cut.is_some();
+        text.truncate(cut.unwrap_or(text.len()));
+        self.text = text;
+        self.show_to(settled);
+    }
+
+    /// Shows the rest and returns the text.
+    fn finish(mut self) -> String {
+        self.show_to(self.text.len());
+        self.text
+    }
+
+    /// Shows the text up to byte `end`.
+    fn show_to(&mut self, end: usize) {
+        if let Some(piece) = self.text.get(self.shown..end)
+            && !piece.is_empty()
+        {
+            (self.show)(piece);
+            self.shown = end;
+        }
     }
 }
 
-/// Bytes at the end of `text` that begin one of `stops`: the next token may complete it.
-fn held_back(text: &str, stops: &[String]) -> usize {
-    let begins = |stop: &String| {
-        stop.char_indices()
-            .map(|(end, _)| end)
-            .filter(|end| text.ends_with(&stop[..*end]))
-            .max()
+/// Bytes at the end of `text` that may be the start of a stop string.
+fn stop_prefix_len(text: &str, stops: &[String]) -> usize {
+    let prefix = |stop: &String| {
+        let ends = stop.char_indices().map(|(end, _)| end);
+        ends.filter(|end| text.ends_with(&stop[..*end])).max()
     };
-    stops.iter().filter_map(begins).max().unwrap_or(0)
+    stops.iter().filter_map(prefix).max().unwrap_or(0)
 }
 
-/// The text of `tokens` after `prompt`: decoded together, because a tokenizer may strip the first token's space.
-fn continuation(
-    tokenizer: &crate::data::Tokenizer,
-    prompt: &[u32],
-    tokens: &[u32],
-) -> Result<String> {
+/// The text of `tokens`, decoded with the prompt's last token: a tokenizer may strip the first token's space.
+fn continuation(tokenizer: &Tokenizer, prompt: &[u32], tokens: &[u32]) -> Result<String> {
     let last = &prompt[prompt.len() - 1..];
-    let (head, whole) = (
-        tokenizer.decode(last)?,
-        tokenizer.decode(&[last, tokens].concat())?,
-    );
-    match whole.strip_prefix(head.as_str()) {
+    let head = tokenizer.decode(last)?;
+    let all = tokenizer.decode(&[last, tokens].concat())?;
+    match all.strip_prefix(head.as_str()) {
         Some(rest) => Ok(rest.to_string()),
         None => tokenizer.decode(tokens),
     }
@@ -155,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_may_begin_a_stop_text_is_held_back() {
+    fn what_may_begin_a_stop_text_is_stop_prefix_len() {
         let stops = ["END".to_string(), "\n\n".to_string()];
         let cases = [
             ("a story", 0),
@@ -165,20 +201,21 @@ mod tests {
             ("the ENd", 0),
         ];
         for (text, expected) in cases {
-            assert_eq!(held_back(text, &stops), expected, "{text:?}");
+            assert_eq!(stop_prefix_len(text, &stops), expected, "{text:?}");
         }
-        assert_eq!(held_back("anything", &[]), 0);
+        assert_eq!(stop_prefix_len("anything", &[]), 0);
     }
 
     #[test]
-    fn text_is_shown_once_and_whole() {
+    fn text_is_shown_once_and_in_order() {
         let mut pieces = Vec::new();
-        let mut shown = 0;
-        for sure in ["on", "once", "once", "once é"] {
-            shown = advance(sure, shown, &mut |piece: &str| {
-                pieces.push(piece.to_string())
-            });
+        let mut show = |piece: &str| pieces.push(piece.to_string());
+        let mut text = StreamedText::new(&[], &mut show);
+        for so_far in ["on", "once", "once", "once \u{fffd}", "once é"] {
+            text.update(so_far.to_string());
         }
-        assert_eq!((pieces.join("|").as_str(), shown), ("on|ce| é", 7));
+        let shown = text.shown;
+        assert_eq!(text.finish(), "once é");
+        assert_eq!((pieces.join("|").as_str(), shown), ("on|ce| |é", 7));
     }
 }

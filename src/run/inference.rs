@@ -1,4 +1,4 @@
-//! A model, with or without an adapter, ready to evaluate or generate.
+//! Loading of a model, with or without an adapter, for evaluation and generation.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::work::Precision;
 
-/// Which model, which adapter, how to compute.
+/// A model, an adapter, a device and a dtype.
 pub struct ModelRequest<'a> {
     /// Hub id, directory or `embedded:NAME`.
     pub model: &'a str,
@@ -23,9 +23,9 @@ pub struct ModelRequest<'a> {
     pub revision: &'a str,
     /// A PEFT adapter's directory.
     pub adapter: Option<&'a Path>,
-    /// Where to compute.
+    /// Compute device.
     pub device: &'a Device,
-    /// In which format.
+    /// Compute dtype.
     pub precision: Precision,
 }
 
@@ -34,21 +34,21 @@ pub(super) struct LoadedModel {
     pub(super) architecture: Architecture,
     pub(super) tokenizer: Tokenizer,
     pub(super) decoder: Decoder,
-    /// Keeps the adapter's values alive.
+    /// Owns the adapter's values, which the decoder reads.
     _parameters: Parameters,
 }
 
-/// The id that a command line gives.
+/// Parses `--model`.
 pub(super) fn model_id(text: &str) -> Result<ModelId> {
     ModelId::parse(text, Path::new("")).ok_or_else(|| {
-        Error::new(Kind::Usage, "this is no model")
+        Error::new(Kind::Usage, "not a model id or model directory")
             .value(text)
             .rule("a hub id `owner/name`, a directory, or `embedded:NAME`")
             .hint("for example `--model HuggingFaceTB/SmolLM2-135M` or `--model ./my-model`")
     })
 }
 
-/// Finds a model's files, its weights included.
+/// A model's files, weights included.
 pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Result<ModelFiles> {
     let id = model_id(request.model)?;
     let mut files = find_model(&id, request.revision, progress)?;
@@ -83,7 +83,7 @@ pub(super) fn load(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resul
     })
 }
 
-/// What a model gives whose weights hold infinities, or what is not a number.
+/// The error about output that is not finite.
 pub(super) fn not_finite(what: &str) -> Error {
     Error::new(Kind::Model, format!("the model's {what} is not finite"))
         .rule("weights are finite numbers")

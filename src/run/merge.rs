@@ -1,4 +1,4 @@
-//! An adapter merged into its model: a whole model directory.
+//! Merging of an adapter into its model, as a model directory.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::model::{Architecture, Weights};
 use crate::work::Precision;
 
-/// What is merged into what.
+/// A merge.
 pub struct MergeRequest<'a> {
     /// The base model.
     pub model: &'a str,
@@ -20,11 +20,14 @@ pub struct MergeRequest<'a> {
     pub revision: &'a str,
     /// The adapter's directory.
     pub adapter: &'a Path,
-    /// The directory to make.
+    /// The directory to create.
     pub out: &'a Path,
 }
 
-/// Merges: `W + scaling B A` in f32, rounded once to the file's own format.
+/// Merges W + scaling B A in f32, rounded once to the file's dtype.
+///
+/// # Errors
+/// A model or adapter that cannot be loaded, or that do not fit each other.
 pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Result<MergeSummary> {
     let device = Device::Cpu;
     let model = ModelRequest {
@@ -36,7 +39,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     };
     let files = fetch(&model, screen.downloads())?;
     let architecture = Architecture::from_file(&files.config)?;
-    // Opened only to refuse weights that do not fit their configuration before anything is written.
+    // Refuses weights that do not fit config.json before anything is written.
     Weights::open(&files.weights, &architecture)?;
     let loaded = adapter::load(request.adapter)?;
     let pairs = loaded.attach(&architecture.modules())?;

@@ -1,6 +1,6 @@
-//! One generation before and after training, so that a person sees what changed; counted and charged like everything else.
+//! The report's sample: one greedy generation before and one after training, counted and charged as evaluation.
 //!
-//! Always the same number of tokens, whatever they are (the text shown ends at the end-of-text token), so that its cost is known before.
+//! Always the same number of tokens, so that its cost is known before; the text shown ends at the end-of-text token.
 
 use super::prepare::Prepared;
 use crate::data::Example;
@@ -11,8 +11,8 @@ use crate::work::{Work, WorkCounter};
 
 /// Tokens generated.
 const TOKENS: usize = 48;
-/// Longer prompts are not sampled.
-const LONGEST_PROMPT: usize = 256;
+/// Longer prompts are skipped.
+const MAX_PROMPT: usize = 256;
 
 /// The prompt of the first record that has one.
 pub(super) struct SamplePrompt {
@@ -21,7 +21,7 @@ pub(super) struct SamplePrompt {
     pub(super) text: String,
 }
 
-/// Chosen from the validation records, else the training records; `None` where no record begins with a prompt.
+/// Chosen from the first validation records, else training records; `None` if none begins with a prompt.
 pub(super) fn sample_prompt(prepared: &Prepared) -> Result<Option<SamplePrompt>> {
     let validation = prepared
         .validation
@@ -31,7 +31,7 @@ pub(super) fn sample_prompt(prepared: &Prepared) -> Result<Option<SamplePrompt>>
         .architecture
         .max_position_embeddings
         .saturating_sub(TOKENS)
-        .min(LONGEST_PROMPT);
+        .min(MAX_PROMPT);
     let prompt = |example: &Example| {
         let length = example.loss.iter().position(|loss| *loss)?;
         (length > 1 && length <= limit).then(|| example.tokens[..length].to_vec())
@@ -54,7 +54,7 @@ impl SamplePrompt {
         shape.prefill(self.ids.len()) + tokens.map(|before| shape.decoding(before)).sum()
     }
 
-    /// Generates greedily; returns the text up to the end-of-text token and the work that was executed.
+    /// Generates; returns the text up to the end-of-text token and the executed work.
     pub(super) fn generate(
         &self,
         prepared: &Prepared,
