@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_may_begin_a_stop_text_is_stop_prefix_len() {
+    fn a_possible_start_of_a_stop_string_is_not_shown() {
         let stops = ["END".to_string(), "\n\n".to_string()];
         let cases = [
             ("a story", 0),

@@ -100,7 +100,7 @@ fn unusable(source: candle_core::Error) -> Error {
         .hint("use `--device cpu`")
 }
 
-/// Refuses a precision that the device cannot compute in.
+/// Refuses a dtype that the device cannot compute in.
 pub(super) fn check_precision(device: &Device, precision: Precision) -> Result<()> {
     if device.is_cpu() && precision == Precision::F16 {
         return Err(Error::new(Kind::Device, "f16 cannot be computed in on a CPU")
@@ -111,12 +111,12 @@ pub(super) fn check_precision(device: &Device, precision: Precision) -> Result<(
     Ok(())
 }
 
-/// Threads that the process may use: its affinity mask and control group.
+/// Threads that the affinity mask and cgroup allow.
 pub fn allowed_threads() -> usize {
     crate::energy::allowed_cores()
 }
 
-/// What the report says about where it ran.
+/// The report's `environment` block.
 pub(super) fn environment() -> Environment {
     Environment {
         version: env!("CARGO_PKG_VERSION").to_string(),

@@ -1,8 +1,8 @@
-//! The composition root: the one room that knows all the others.
+//! Composition root: connects the other modules into the program's commands.
 //!
-//! `prepare` turns a recipe into everything a run needs before weights are read (preflight); `plan` says what that run will cost;
-//! `trainee` puts the model together; `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`,
-//! `merge`, `probe`, `calibrate` and `reconcile` are the other things a person can do. Numerics live in the rooms below; words for people in `cli`.
+//! `prepare` turns a recipe into everything a run needs before weights are read (preflight), `plan` forecasts its cost,
+//! `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`, `merge`, `probe` and
+//! `reconcile` are the other commands. No numerics and no printing.
 
 mod baseline_run;
 mod checks;
@@ -42,7 +42,7 @@ pub use probe::plan_with_probe;
 pub use reconcile::reconcile;
 pub use training::{Finished, TrainRequest, train};
 
-// What the command line speaks of: it imports this room, `recipe` and `report` alone.
+// For `cli`, which imports `run`, `recipe` and `report` alone.
 pub use candle_core::Device;
 
 pub use crate::data::{Format, OnBadRecord, Options as DataOptions, RenderedSample, TxtUnit};
@@ -58,40 +58,40 @@ pub use crate::train::{StepRecord, Stop};
 
 use crate::error::Result;
 
-/// Who watches: the command line shows what it is told; tests stay silent.
+/// Receives progress for display.
 pub trait Screen {
-    /// Something worth a line: what is being done, a warning.
+    /// A line of text: an activity or a warning.
     fn note(&mut self, line: &str);
-    /// A step was done.
+    /// A step was completed.
     fn step(&mut self, record: &StepRecord, view: &StepView);
-    /// `done` of `of` evaluation batches were done.
+    /// `done` of `of` evaluation batches were computed.
     fn evaluating(&mut self, done: usize, of: usize);
     /// Validation loss after `step` steps.
     fn evaluated(&mut self, step: u64, val_loss: f64);
-    /// Downloads report here.
+    /// Progress of downloads.
     fn downloads(&self) -> &dyn Progress;
 }
 
-/// What a progress line shows beside the step itself.
+/// Totals for a progress line.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StepView {
     /// Steps if no budget binds.
     pub steps: u64,
-    /// Steps that fit the budget, as counted before the start.
+    /// Steps that fit the budget by the plan.
     pub expected_steps: u64,
     /// Energy spent on the meter that decides.
     pub spent: crate::units::Joules,
-    /// The limit nearest to its end, its name and the part spent.
+    /// Name and spent fraction of the limit nearest to its end.
     pub budget: Option<(&'static str, f64)>,
-    /// Steps so far in this process.
+    /// Steps of this process.
     pub done: u64,
-    /// Tokens of all steps so far in this process.
+    /// Tokens of this process.
     pub tokens: u64,
-    /// Wall time of all steps so far in this process.
+    /// Wall time of the steps of this process.
     pub train_wall: crate::units::Seconds,
 }
 
-/// A screen that shows nothing.
+/// Shows nothing.
 pub struct NoProgress;
 
 impl Screen for NoProgress {
@@ -104,7 +104,7 @@ impl Screen for NoProgress {
     }
 }
 
-/// Reads a file's whole text.
+/// Reads a text file.
 fn read_text(path: &std::path::Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(|e| crate::error::Error::io("read", path, e))
 }

@@ -1,6 +1,4 @@
-//! What a training loop tells, on disk and on the screen.
-//!
-//! Takes the loop's observations, writes steps.jsonl and passes them on. Knows nothing of what is trained.
+//! Observer of the training loop: writes steps.jsonl and updates the screen.
 
 use std::path::PathBuf;
 
@@ -12,7 +10,7 @@ use crate::report::steps::read_steps;
 use crate::train::{Observer, StepRecord};
 use crate::units::{Joules, Seconds};
 
-/// Writes steps.jsonl and tells the screen. A step's line waits for the validation loss that may follow it, but not past a checkpoint.
+/// Logs steps. A step's line is delayed for the validation loss that may follow, but not past a checkpoint.
 pub(super) struct StepLogger<'a> {
     path: PathBuf,
     log: StepLog,
@@ -22,7 +20,7 @@ pub(super) struct StepLogger<'a> {
 }
 
 impl<'a> StepLogger<'a> {
-    /// Of a run of `steps` steps, of which `expected_steps` fit what may be spent; appends to the log at `path`.
+    /// Appends to the log at `path`. `steps` is the step limit, `expected_steps` what fits the budget.
     pub(super) fn new(
         path: PathBuf,
         screen: &'a mut dyn Screen,
@@ -49,8 +47,8 @@ impl<'a> StepLogger<'a> {
         })
     }
 
-    /// The last step's line with its validation loss, where a checkpoint came between. The log is replaced whole: the checkpoint needs its
-    /// line whenever the machine stops.
+    /// Adds the validation loss to the last line if a checkpoint came between. The log is replaced atomically, because the
+    /// checkpoint relies on its line.
     fn amend(&mut self, step: u64, val_loss: f64) -> Result<()> {
         let mut lines = read_steps(&self.path)?;
         let Some(line) = lines.last_mut().filter(|line| line.step == step) else {
@@ -61,7 +59,7 @@ impl<'a> StepLogger<'a> {
         Ok(())
     }
 
-    /// Writes the line that waits.
+    /// Writes the pending line.
     pub(super) fn flush(&mut self) -> Result<()> {
         match self.pending.take() {
             Some(line) => self.log.write(&line),
