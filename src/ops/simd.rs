@@ -1,27 +1,37 @@
-//! Elementwise arithmetic for whichever vector instructions the processor has.
+//! Elementwise arithmetic and reductions on the CPU's vector instructions.
 //!
-//! `dispatch` compiles a loop once for each instruction set and picks one at run time. The loops multiply and add in a fixed order (sums
-//! in `LANES` partial sums), so every instruction set gives the same bytes, but for what `Simd` multiply and add: that rounds once
-//! where it is one instruction. Loops here and in those who use this are plain indices over slices of one length, or chunks of a constant
-//! one: iterators side by side, or a `Vec` behind a reference, are compiled number by number.
+//! `simd!` compiles a loop for each instruction set and selects one at run time. Reductions use `LANES` partial sums in a fixed order, so
+//! all instruction sets agree to the bit, except that a multiply-add rounds once where it is fused. The loops are plain indices over
+//! slices of one length, or chunks of a constant length: zipped iterators and a `Vec` behind a reference do not vectorize.
 
 #![allow(clippy::needless_range_loop)]
 
 use super::gemm::Element;
 
-/// Partial sums of a reduction: one for each f32 of the widest vector in use.
+/// Partial sums of a reduction: one for each f32 of the widest vector.
 const LANES: usize = 16;
-/// Numbers summed in f32 before the sum goes on in f64.
+/// Elements summed in f32 before the sum is added to an f64.
 const BLOCK: usize = 512;
 
-/// What the instructions can do that a loop is compiled for. A constant there: nothing is left of it but what it chose.
+/// Arithmetic of the instruction set that a loop is compiled for; constant-folded there.
 #[derive(Clone, Copy)]
 pub(super) struct Simd {
-    /// Whether a multiply-add is one instruction: elsewhere it would be a call of the mathematical library.
+    /// Whether a fused multiply-add is one instruction, not a library call.
     fused: bool,
 }
 
-/// Runs `work` compiled for the best instruction set the processor has. What it calls must be inlined into it.
+/// `simd!(|simd| body)`: runs `body` compiled for the best instruction set of the CPU. Functions it calls must be inlined into it.
+macro_rules! simd {
+    (|$simd:pat_param| $body:expr) => {
+        $crate::ops::simd::dispatch(
+            #[inline(always)]
+            |$simd| $body,
+        )
+    };
+}
+pub(super) use simd;
+
+/// `simd!`'s function; `work` must be `#[inline(always)]`.
 #[inline(always)]
 pub(super) fn dispatch<R>(work: impl FnOnce(Simd) -> R) -> R {
     match pulp::Arch::new() {
@@ -47,11 +57,12 @@ impl Simd {
         }
     }
 
-    /// The sum of products of two rows of one length, in `LANES` partial sums of f32: for rows of a few thousand numbers at most.
+    /// The dot product in f32, for rows of a few thousand elements at most.
     #[inline(always)]
     pub(super) fn dot<T: Element>(self, a: &[f32], b: &[T]) -> f32 {
-        assert_eq!(a.len(), b.len(), "rows of one length");
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        assert_eq!(a.len(), b.len(), "rows have one length");
+        let (a, a_rest) = a.as_chunks::<LANES>();
+        let (b, b_rest) = b.as_chunks::<LANES>();
         let mut lanes = [0.0f32; LANES];
         for i in 0..a.len() {
             for lane in 0..LANES {
@@ -71,41 +82,41 @@ impl Simd {
         lanes[0]
     }
 
-    /// out += share x, of one length.
+    /// out += alpha x.
     #[inline(always)]
-    pub(super) fn axpy(self, out: &mut [f32], share: f32, x: &[f32]) {
-        assert_eq!(out.len(), x.len(), "rows of one length");
+    pub(super) fn axpy(self, out: &mut [f32], alpha: f32, x: &[f32]) {
+        assert_eq!(out.len(), x.len(), "rows have one length");
         for i in 0..out.len() {
-            out[i] = self.mul_add(share, x[i], out[i]);
+            out[i] = self.mul_add(alpha, x[i], out[i]);
         }
     }
 
-    /// e^x, within 2.5 units in the last place of f32 on [-87.3, 88]; 0 below, e^88 above.
+    /// e^x, within 2.5 ulp on [-87.3, 88]; 0 below, e^88 above.
     ///
     /// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. ln 2 is subtracted in two parts, the first exact in f32 times any n here
-    /// (Cody and Waite 1980). e^r by 1 + r + r^2 q(r), q of degree 3 with the least largest relative error on that interval, 1.05e-7.
+    /// (Cody and Waite 1980). e^r = 1 + r + r^2 q(r), q of degree 3 and minimax: its relative error on that interval is 1.05e-7.
     #[inline(always)]
     pub(super) fn exp(self, x: f32) -> f32 {
         const LN_2_HIGH: f32 = 0.693_359_4;
         const LN_2_LOW: f32 = -2.121_944_4e-4;
-        // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
+        // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
         const ROUND: f32 = 12_582_912.0;
-        // Not `min`, which would make a number of what is none.
-        let held = if x > 88.0 { 88.0 } else { x };
-        let shifted = self.mul_add(held, std::f32::consts::LOG2_E, ROUND);
+        // Not `min`, which would drop a NaN.
+        let clamped = if x > 88.0 { 88.0 } else { x };
+        let shifted = self.mul_add(clamped, std::f32::consts::LOG2_E, ROUND);
         let n = shifted - ROUND;
-        let r = self.mul_add(n, -LN_2_LOW, self.mul_add(n, -LN_2_HIGH, held));
+        let r = self.mul_add(n, -LN_2_LOW, self.mul_add(n, -LN_2_HIGH, clamped));
         let mut p = 0.008_312_501;
         for coefficient in [0.041_890_33, 0.166_671_16, 0.499_992_3, 1.0, 1.0] {
             p = self.mul_add(r, p, coefficient);
         }
-        // Above -87.3 p lies in [0.7, 1.5) and, where n is -126, above 1: adding n to its exponent leaves a normal number.
+        // Above -87.3 p lies in [0.7, 1.5) and, where n is -126, above 1: adding n to its exponent gives a normal float.
         let value = f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23));
         if x < -87.3 { 0.0 } else { value }
     }
 }
 
-/// The largest number; minus infinity of none.
+/// The maximum; minus infinity for an empty row.
 #[inline(always)]
 pub(super) fn max(row: &[f32]) -> f32 {
     let (chunks, rest) = row.as_chunks::<LANES>();
@@ -122,38 +133,39 @@ pub(super) fn max(row: &[f32]) -> f32 {
         .fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// The sum of `of` of each number, in `LANES` partial sums of f32 by blocks, the blocks in f64.
+/// The sum of `f` over the elements: `LANES` partial sums in f32 for each `BLOCK`, the blocks in f64.
 #[inline(always)]
-pub(super) fn sum_map(row: &[f32], of: impl Fn(f32) -> f32) -> f64 {
-    sum_map2(row, row, |x, _| of(x))
+pub(super) fn sum_map(row: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    sum_map2(row, row, |x, _| f(x))
 }
 
-/// The sum of products of two rows of one length, summed in the same way.
+/// The dot product, summed as `sum_map`.
 #[inline(always)]
 pub(super) fn dot<T: Element>(a: &[f32], b: &[T]) -> f64 {
     sum_map2(a, b, |a, b| a * b.as_f32())
 }
 
-/// The sum of squares, in the same way.
+/// The sum of squares, summed as `sum_map`.
 #[inline(always)]
 pub(super) fn sum_of_squares<T: Element>(row: &[T]) -> f64 {
     sum_map2(row, row, |x, _| x.as_f32() * x.as_f32())
 }
 
 #[inline(always)]
-fn sum_map2<S: Copy, T: Copy>(a: &[S], b: &[T], of: impl Fn(S, T) -> f32) -> f64 {
-    assert_eq!(a.len(), b.len(), "rows of one length");
+fn sum_map2<S: Copy, T: Copy>(a: &[S], b: &[T], f: impl Fn(S, T) -> f32) -> f64 {
+    assert_eq!(a.len(), b.len(), "rows have one length");
     let mut total = 0.0;
     for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+        let (a, a_rest) = a.as_chunks::<LANES>();
+        let (b, b_rest) = b.as_chunks::<LANES>();
         let mut lanes = [0.0f32; LANES];
         for i in 0..a.len() {
             for lane in 0..LANES {
-                lanes[lane] += of(a[i][lane], b[i][lane]);
+                lanes[lane] += f(a[i][lane], b[i][lane]);
             }
         }
         for lane in 0..a_rest.len() {
-            lanes[lane] += of(a_rest[lane], b_rest[lane]);
+            lanes[lane] += f(a_rest[lane], b_rest[lane]);
         }
         total += lanes.iter().map(|lane| f64::from(*lane)).sum::<f64>();
     }
@@ -204,10 +216,7 @@ mod tests {
             let row: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1000) as f32).collect();
             let expected: f64 = row.iter().map(|x| f64::from(*x)).sum();
             assert_eq!(
-                dispatch(
-                    #[inline(always)]
-                    |_| sum_map(&row, |x| x)
-                ),
+                simd!(|_| sum_map(&row, |x| x)),
                 expected,
                 "sum of {n}"
             );
@@ -216,7 +225,7 @@ mod tests {
                 let mut twice = row.clone();
                 Simd { fused }.axpy(&mut twice, 2.0, &row);
                 assert!(twice.iter().zip(&row).all(|(twice, x)| *twice == 3.0 * x));
-                // Whole numbers below 2^24: f32 sums them exactly.
+                // Integers below 2^24: exact in f32.
                 assert_eq!(
                     f64::from(Simd { fused }.dot(&row, &vec![1.0f32; n])),
                     expected

@@ -1,19 +1,19 @@
-//! Blocks where no unit multiplies any: nothing can be packed for them.
+//! Stand-in for `bf16` on targets without a matrix unit: uninhabited types of the same interface.
 
-use super::{Init, MatRef};
+use std::ops::Range;
+
+use super::{Init, MatMut, MatRef};
 use crate::work::Precision;
 
-/// As `bf16::MatrixUnit`, of which there is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::ops) enum MatrixUnit {}
 
 impl MatrixUnit {
-    pub(in crate::ops) fn takes(self, _: Precision) -> bool {
+    pub(in crate::ops) fn supports(self, _: Precision) -> bool {
         match self {}
     }
 }
 
-/// As `bf16::Bf16Lhs`, of which there is none.
 pub(in crate::ops) enum Bf16Lhs {}
 
 impl Bf16Lhs {
@@ -21,12 +21,11 @@ impl Bf16Lhs {
         match unit {}
     }
 
-    pub(super) fn held(&self) -> Bf16Rhs {
+    pub(super) fn empty_rhs(&self) -> Bf16Rhs {
         match *self {}
     }
 }
 
-/// As `bf16::Bf16Rhs`, of which there is none.
 pub(in crate::ops) enum Bf16Rhs {}
 
 impl Bf16Rhs {
@@ -38,11 +37,11 @@ impl Bf16Rhs {
         match *self {}
     }
 
-    pub(super) fn gemm(&self, _: &Bf16Lhs, _: std::ops::Range<usize>, _: (&mut [f32], usize)) {
+    pub(super) fn gemm(&self, _: &Bf16Lhs, _: Range<usize>, _: MatMut<'_>) {
         match *self {}
     }
 
-    pub(super) fn gemm_add(&self, _: usize, _: (&[f32], usize), _: (&mut [f32], usize)) {
+    pub(super) fn gemm_add(&self, _: MatRef<'_>, _: MatMut<'_>) {
         match *self {}
     }
 }

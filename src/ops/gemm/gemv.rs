@@ -1,56 +1,55 @@
-//! One row times matrices whose columns lie one after the other: a frozen W read once, as it is stored, for the next token of a text.
+//! GEMV: one row times matrices that are contiguous along k, each read once as stored. Generation of one token is this product.
 //!
-//! Packing pays where many rows read what was packed; one row's product takes as long as reading W from memory.
+//! Packing pays only if many rows read a panel; here the time is that of reading B from memory.
 
-use super::super::parallel::par_for_each;
-use super::super::simd::dispatch;
 use super::{CpuSlice, Element, Form, GemmTerm, Init, MatRef};
+use crate::ops::parallel::par_for_each;
+use crate::ops::simd::simd;
 
-/// Numbers of B that a task reads, about: long runs for the processor to read ahead, and tasks enough for every thread.
-const READ: usize = 32 << 10;
+/// Elements of B that a task reads, about: long enough for hardware prefetching, short enough to balance threads.
+const TASK_ELEMENTS: usize = 32 << 10;
 
-/// Each term's row and its B, where every A is one row and every B's columns are whole.
+/// Each term's row and B, if every A is one contiguous row and every B is contiguous along k.
 pub(super) fn as_gemv<'a>(terms: &'a [GemmTerm<'_>]) -> Option<Vec<(&'a [f32], &'a MatRef<'a>)>> {
-    let row = |GemmTerm { lhs: a, rhs: b }: &'a GemmTerm<'_>| match &a.form {
+    let row = |term: &'a GemmTerm<'_>| match &term.lhs.form {
         Form::Unpacked {
             values,
             column_stride: 1,
             ..
-        } if a.rows == 1 && b.row_stride == 1 => Some((&values[..a.columns], b)),
+        } if term.lhs.rows == 1 && term.rhs.row_stride == 1 => {
+            Some((&values[..term.lhs.columns], &term.rhs))
+        }
         _ => None,
     };
     terms.iter().map(row).collect()
 }
 
-/// out (n) = start + the sum of the rows times their B.
-pub(super) fn gemv(rows: &[(&[f32], &MatRef<'_>)], start: Init<'_>, out: &mut [f32]) {
-    let depth: usize = rows.iter().map(|(a, _)| a.len()).sum();
-    let columns = (READ / depth.max(1)).max(1);
+/// out (n) = init + the sum of a (k) times B (k, n).
+pub(super) fn gemv(terms: &[(&[f32], &MatRef<'_>)], init: Init<'_>, out: &mut [f32]) {
+    let depth: usize = terms.iter().map(|(a, _)| a.len()).sum();
+    let columns = (TASK_ELEMENTS / depth.max(1)).max(1);
     par_for_each(out.chunks_mut(columns).enumerate(), |(task, out)| {
         let first = task * columns;
-        match start {
+        match init {
             Init::Zero => out.fill(0.0),
             Init::Bias(row) | Init::Matrix(row) => {
                 out.copy_from_slice(&row[first..first + out.len()])
             }
         }
-        for (a, b) in rows {
+        for (a, b) in terms {
             match b.values {
-                CpuSlice::F32(right) => add(a, (right, b), first, out),
-                CpuSlice::Bf16(right) => add(a, (right, b), first, out),
+                CpuSlice::F32(values) => add_dots(a, values, b.column_stride, first, out),
+                CpuSlice::Bf16(values) => add_dots(a, values, b.column_stride, first, out),
             }
         }
     });
 }
 
 /// out += a times B's columns from `first` on.
-fn add<T: Element>(a: &[f32], (right, b): (&[T], &MatRef<'_>), first: usize, out: &mut [f32]) {
-    dispatch(
-        #[inline(always)]
-        |cpu| {
-            for (index, out) in out.iter_mut().enumerate() {
-                *out += cpu.dot(a, &right[(first + index) * b.column_stride..][..a.len()]);
-            }
-        },
-    );
+fn add_dots<T: Element>(a: &[f32], b: &[T], column_stride: usize, first: usize, out: &mut [f32]) {
+    simd!(|simd| {
+        for (index, out) in out.iter_mut().enumerate() {
+            *out += simd.dot(a, &b[(first + index) * column_stride..][..a.len()]);
+        }
+    });
 }

@@ -1,8 +1,8 @@
-//! The innermost loops: one tile of a product, for each instruction set.
+//! Register-tiled micro-kernels, one family per instruction set.
 //!
-//! A tile is `M` rows by `V` vectors of the result, kept in registers over the whole of k. A is read by broadcast through two strides, B
-//! row by row from a packed panel. Loops here are plain indices: an iterator's call that is not inlined leaves the registers. Every
-//! instruction set sums over k in the same order, once, with fused multiply-adds where it has them.
+//! A micro-kernel keeps an `M` x `V`-vector tile of the result in registers over all of k (BLIS's MR x NR micro-tile). It reads A by
+//! broadcasts through two strides and B row by row from a packed panel. The loops are plain indices: an iterator call that is not
+//! inlined would spill the registers. Every instruction set sums over k in the same order, with fused multiply-adds if it has them.
 
 #![allow(clippy::needless_range_loop)]
 
@@ -12,146 +12,177 @@ use super::Precision;
 use super::bf16::MatrixUnit;
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{amx, avx512_bf16};
+use super::schedule::even_parts;
 
-/// out (m, V * lanes) = start + the sum over the parts of a (m, k) b (k, V * lanes). Row strides are in numbers; `start` is null for zero and
-/// may be `out` itself.
+/// out (M, V * lanes) = init + the sum over the terms of a (M, k) b (k, V * lanes). Strides are in elements.
 ///
 /// # Safety
-/// Each part's `a` must be readable at `i * a_row + j * a_column` for i < m, j < k; `b`, `start` and `out` at V * lanes numbers in each of
-/// their rows.
+/// Each term's `a` is readable at `i * rs_a + j * cs_a` for i < M, j < k; `b`, `init` and `out` at V * lanes elements of each row.
 pub(in crate::ops) type MicroKernel = unsafe fn(KernelArgs<'_>);
 
-/// Where a tile reads and writes.
+/// Operands of a micro-kernel.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct KernelArgs<'a> {
-    pub(in crate::ops) parts: &'a [KernelTerm],
-    pub(in crate::ops) start: *const f32,
-    pub(in crate::ops) start_row: usize,
+    pub(in crate::ops) terms: &'a [KernelTerm],
+    /// Null for zero; may be `out`.
+    pub(in crate::ops) init: *const f32,
+    pub(in crate::ops) rs_init: usize,
     pub(in crate::ops) out: *mut f32,
-    pub(in crate::ops) out_row: usize,
+    pub(in crate::ops) rs_out: usize,
 }
 
 impl<'a> KernelArgs<'a> {
     /// out = the sum, or out += the sum.
     pub(in crate::ops) fn new(
-        parts: &'a [KernelTerm],
-        (out, out_row): (*mut f32, usize),
-        add: bool,
+        terms: &'a [KernelTerm],
+        out: *mut f32,
+        rs_out: usize,
+        accumulate: bool,
     ) -> Self {
+        let init = if accumulate {
+            out.cast_const()
+        } else {
+            std::ptr::null()
+        };
         Self {
-            parts,
-            start: if add {
-                out.cast_const()
-            } else {
-                std::ptr::null()
-            },
-            start_row: out_row,
+            terms,
+            init,
+            rs_init: rs_out,
             out,
-            out_row,
+            rs_out,
         }
     }
 }
 
-/// One of the products that a tile sums.
+/// One product of the sum. As in BLIS, `rs` is a row stride and `cs` a column stride.
 #[derive(Clone, Copy)]
 pub(in crate::ops) struct KernelTerm {
     pub(in crate::ops) k: usize,
     pub(in crate::ops) a: *const f32,
-    pub(in crate::ops) a_row: usize,
-    pub(in crate::ops) a_column: usize,
+    pub(in crate::ops) rs_a: usize,
+    pub(in crate::ops) cs_a: usize,
     pub(in crate::ops) b: *const f32,
-    pub(in crate::ops) b_row: usize,
+    pub(in crate::ops) rs_b: usize,
 }
 
-/// One instruction set's tiles.
+/// Runs a one-term kernel on a strip of `rows` rows, at most `isa.mr` of them at a time.
+///
+/// # Safety
+/// As `MicroKernel`'s, for `rows` rows of `vectors` vectors.
+pub(in crate::ops) unsafe fn gemm_strip(
+    isa: &Isa,
+    rows: usize,
+    vectors: usize,
+    args: KernelArgs<'_>,
+) {
+    let term = args.terms[0];
+    for rows in even_parts(0..rows, isa.mr) {
+        let first = rows.start;
+        let init = if args.init.is_null() {
+            args.init
+        } else {
+            args.init.wrapping_add(first * args.rs_init)
+        };
+        // SAFETY: the caller's promise.
+        unsafe {
+            let term = KernelTerm {
+                a: term.a.add(first * term.rs_a),
+                ..term
+            };
+            isa.kernel(rows.len(), vectors)(KernelArgs {
+                terms: &[term],
+                init,
+                out: args.out.add(first * args.rs_out),
+                ..args
+            });
+        }
+    }
+}
+
+/// The micro-kernels and blocking parameters of an instruction set.
 pub(in crate::ops) struct Isa {
-    /// The word of reports.
+    /// Name in reports.
     pub(in crate::ops) name: &'static str,
-    /// Most rows of a tile.
+    /// MR: rows of a micro-tile at most.
     pub(in crate::ops) mr: usize,
-    /// Numbers of a vector; a tile is one or two of them wide.
+    /// f32 elements of a vector; a micro-tile is one or two of them wide.
     pub(in crate::ops) lanes: usize,
     /// By vectors - 1, then rows - 1.
     kernels: [&'static [MicroKernel]; 2],
-    /// Numbers of k that one panel of B holds at most: more of them, and what the tiles of a strip read again falls out of the cache.
+    /// Depth of a panel of B at most: a strip's micro-tiles read a deeper one again from beyond L2.
     pub(super) max_kc: usize,
-    /// k is cut into pieces of this length where it is deeper.
+    /// KC: block size of a k beyond `max_kc`.
     pub(super) kc: usize,
-    /// Numbers of packed B that one task holds: half of a second-level cache.
+    /// f32 elements of packed B of one task: half of L2.
     pub(super) packed_elements: usize,
-    /// What `pack` transposes in.
-    pub(super) transposes: Transposes,
-    /// What multiplies products of many rows in blocks instead.
+    pub(super) transpose: Transpose,
+    /// The unit that multiplies bf16 instead.
     pub(in crate::ops) matrix_unit: Option<MatrixUnit>,
 }
 
 impl Isa {
-    /// The tile of `rows` by `vectors`.
+    /// The micro-kernel of `rows` by `vectors`.
     pub(in crate::ops) fn kernel(&self, rows: usize, vectors: usize) -> MicroKernel {
         self.kernels[vectors - 1][rows - 1]
     }
 
-    /// What multiplies products in `precision` in blocks.
-    pub(in crate::ops) fn gemm_unit(&self, precision: Precision) -> Option<MatrixUnit> {
-        self.matrix_unit.filter(|unit| unit.takes(precision))
-    }
-
-    /// What multiplies products in `precision` in blocks where f32 goes by vectors, whatever a unit takes.
-    pub(in crate::ops) fn bf16_unit(&self, precision: Precision) -> Option<MatrixUnit> {
-        self.matrix_unit.filter(|_| precision != Precision::F32)
-    }
-
-    /// Columns of the widest tile.
+    /// NR: columns of a micro-tile at most.
     pub(in crate::ops) fn nr(&self) -> usize {
         2 * self.lanes
     }
+
+    /// The matrix unit for linear layers in `precision`.
+    pub(in crate::ops) fn gemm_unit(&self, precision: Precision) -> Option<MatrixUnit> {
+        self.matrix_unit.filter(|unit| unit.supports(precision))
+    }
+
+    /// The matrix unit of ops that stay on vectors in f32 whatever the unit supports.
+    pub(in crate::ops) fn bf16_unit(&self, precision: Precision) -> Option<MatrixUnit> {
+        self.matrix_unit
+            .filter(|_| precision != Precision::F32)
+    }
 }
 
-/// Registers in which blocks of a matrix are transposed.
+/// How `pack` transposes.
 #[derive(Clone, Copy)]
-pub(super) enum Transposes {
-    /// None: number by number.
+pub(super) enum Transpose {
+    /// Element by element.
     Portable,
-    /// 8 x 8 of AVX2.
+    /// 8 x 8 blocks in AVX2 registers.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// 16 x 16 of AVX-512.
+    /// 16 x 16 blocks in AVX-512 registers.
     #[cfg(target_arch = "x86_64")]
     Avx512,
 }
 
-/// A list of tiles with 1, 2, ... rows.
-macro_rules! tiles {
+/// A list of micro-kernels with 1, 2, ... rows.
+macro_rules! kernels {
     ($name:ident, $vectors:literal, $($rows:literal)*) => { &[$($name::<$rows, $vectors> as MicroKernel),*] };
 }
 
-/// Everywhere: arrays that the compiler turns into whatever vectors the target has.
+/// For any target: arrays, which the compiler vectorizes.
 static PORTABLE: Isa = Isa {
     name: "portable",
     mr: 6,
     lanes: 8,
     kernels: [
-        tiles!(portable, 1, 1 2 3 4 5 6),
-        tiles!(portable, 2, 1 2 3 4 5 6),
+        kernels!(portable, 1, 1 2 3 4 5 6),
+        kernels!(portable, 2, 1 2 3 4 5 6),
     ],
     max_kc: 2048,
     kc: 768,
     packed_elements: 64 << 10,
-    transposes: Transposes::Portable,
+    transpose: Transpose::Portable,
     matrix_unit: None,
 };
 
 #[cfg(target_arch = "x86_64")]
 static AVX2: Isa = Isa {
     name: "avx2",
-    mr: 6,
-    lanes: 8,
-    kernels: [tiles!(avx2, 1, 1 2 3 4 5 6), tiles!(avx2, 2, 1 2 3 4 5 6)],
-    max_kc: 2048,
-    kc: 768,
-    packed_elements: 64 << 10,
-    transposes: Transposes::Avx2,
-    matrix_unit: None,
+    kernels: [kernels!(avx2, 1, 1 2 3 4 5 6), kernels!(avx2, 2, 1 2 3 4 5 6)],
+    transpose: Transpose::Avx2,
+    ..PORTABLE
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -160,18 +191,18 @@ static AVX512: Isa = Isa {
     mr: 14,
     lanes: 16,
     kernels: [
-        tiles!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
-        tiles!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+        kernels!(avx512, 1, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
+        kernels!(avx512, 2, 1 2 3 4 5 6 7 8 9 10 11 12 13 14),
     ],
-    // 32 columns of 6144 rows fill three quarters of a 1 MiB second-level cache.
+    // 32 columns of 6144 rows fill three quarters of a 1 MiB L2.
     max_kc: 6144,
     kc: 2048,
     packed_elements: 128 << 10,
-    transposes: Transposes::Avx512,
+    transpose: Transpose::Avx512,
     matrix_unit: None,
 };
 
-/// AVX-512 for what has few rows.
+/// AVX-512, with AMX for products of many rows.
 #[cfg(target_arch = "x86_64")]
 static AMX: Isa = Isa {
     name: "amx",
@@ -179,7 +210,7 @@ static AMX: Isa = Isa {
     ..AVX512
 };
 
-/// AVX-512 for f32 and for what has few rows.
+/// AVX-512, with bf16 dot products for many rows in bf16.
 #[cfg(target_arch = "x86_64")]
 static AVX512_BF16: Isa = Isa {
     name: "avx512_bf16",
@@ -187,7 +218,7 @@ static AVX512_BF16: Isa = Isa {
     ..AVX512
 };
 
-/// Every instruction set that this processor has, best first, and those that are slower than others after these.
+/// The instruction sets of this CPU, fastest first.
 pub(in crate::ops) fn available() -> &'static [&'static Isa] {
     static FOUND: OnceLock<Vec<&'static Isa>> = OnceLock::new();
     FOUND.get_or_init(|| {
@@ -204,11 +235,8 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
                 (wide, &AVX512),
                 (pairs && !avx512_bf16::fast(), &AVX512_BF16),
             ];
-            found.extend(
-                candidates
-                    .into_iter()
-                    .filter_map(|(has, isa)| has.then_some(isa)),
-            );
+            let present = candidates.into_iter().filter(|(present, _)| *present);
+            found.extend(present.map(|(_, isa)| isa));
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                 found.push(&AVX2);
             }
@@ -218,7 +246,7 @@ pub(in crate::ops) fn available() -> &'static [&'static Isa] {
     })
 }
 
-/// The instruction set of whatever this thread begins: the best, unless a test has chosen another.
+/// The fastest instruction set, or the one that a test has forced on this thread.
 pub(in crate::ops) fn best() -> &'static Isa {
     #[cfg(test)]
     if let Some(isa) = FORCED_ISA.get() {
@@ -229,11 +257,11 @@ pub(in crate::ops) fn best() -> &'static Isa {
 
 #[cfg(test)]
 thread_local! {
-    /// What a test has `best` give on this thread.
+    /// Overrides `best` on this thread.
     pub(in crate::ops) static FORCED_ISA: std::cell::Cell<Option<&'static Isa>> = const { std::cell::Cell::new(None) };
 }
 
-/// The body of the tiles without intrinsics.
+/// The micro-kernel without intrinsics.
 #[inline(always)]
 unsafe fn arrays<const M: usize, const V: usize>(
     args: KernelArgs<'_>,
@@ -242,15 +270,15 @@ unsafe fn arrays<const M: usize, const V: usize>(
     let mut sums = [[[0.0f32; 8]; V]; M];
     // SAFETY: the caller's promise about every pointer.
     unsafe {
-        for part in args.parts {
-            for k in 0..part.k {
-                let b = part
+        for term in args.terms {
+            for k in 0..term.k {
+                let b = term
                     .b
-                    .add(k * part.b_row)
+                    .add(k * term.rs_b)
                     .cast::<[[f32; 8]; V]>()
                     .read_unaligned();
                 for m in 0..M {
-                    let a = *part.a.add(m * part.a_row + k * part.a_column);
+                    let a = *term.a.add(m * term.rs_a + k * term.cs_a);
                     for v in 0..V {
                         for lane in 0..8 {
                             sums[m][v][lane] = mul_add(a, b[v][lane], sums[m][v][lane]);
@@ -260,10 +288,10 @@ unsafe fn arrays<const M: usize, const V: usize>(
             }
         }
         for m in 0..M {
-            if !args.start.is_null() {
+            if !args.init.is_null() {
                 let start = args
                     .start
-                    .add(m * args.start_row)
+                    .add(m * args.rs_init)
                     .cast::<[[f32; 8]; V]>()
                     .read_unaligned();
                 for v in 0..V {
@@ -273,7 +301,7 @@ unsafe fn arrays<const M: usize, const V: usize>(
                 }
             }
             args.out
-                .add(m * args.out_row)
+                .add(m * args.rs_out)
                 .cast::<[[f32; 8]; V]>()
                 .write_unaligned(sums[m]);
         }
@@ -294,9 +322,9 @@ unsafe fn portable<const M: usize, const V: usize>(args: KernelArgs<'_>) {
     }
 }
 
-/// A tile of x86-64 intrinsics: its name, features, lanes, and the intrinsics for zero, load, broadcast, multiply-add, add and store.
+/// A micro-kernel of x86-64 intrinsics: name, features, lanes, and the intrinsics for zero, load, broadcast, FMA, add and store.
 #[cfg(target_arch = "x86_64")]
-macro_rules! tile {
+macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $set:ident, $fma:ident, $add:ident, $store:ident) => {
         #[target_feature(enable = $features)]
         unsafe fn $name<const M: usize, const V: usize>(args: KernelArgs<'_>) {
@@ -304,13 +332,13 @@ macro_rules! tile {
             let mut sums = [[$zero(); V]; M];
             // SAFETY: the caller's promise about every pointer; a prefetch reads nothing.
             unsafe {
-                if !args.start.is_null() {
-                    // What the sums start from is needed last: it comes while they are made.
+                if !args.init.is_null() {
+                    // The initial values are needed last: prefetched during the loop.
                     for m in 0..M {
                         for v in (0..V).step_by(16 / $lanes) {
                             _mm_prefetch::<_MM_HINT_T0>(
-                                args.start
-                                    .wrapping_add(m * args.start_row + $lanes * v)
+                                args.init
+                                    .wrapping_add(m * args.rs_init + $lanes * v)
                                     .cast(),
                             );
                         }
@@ -319,11 +347,11 @@ macro_rules! tile {
                 for &KernelTerm {
                     k,
                     mut a,
-                    a_row,
-                    a_column,
+                    rs_a,
+                    cs_a,
                     mut b,
-                    b_row,
-                } in args.parts
+                    rs_b,
+                } in args.terms
                 {
                     for _ in 0..k {
                         let mut row = [$zero(); V];
@@ -331,21 +359,21 @@ macro_rules! tile {
                             row[v] = $load(b.add($lanes * v));
                         }
                         for m in 0..M {
-                            let a = $set(*a.add(m * a_row));
+                            let a = $set(*a.add(m * rs_a));
                             for v in 0..V {
                                 sums[m][v] = $fma(a, row[v], sums[m][v]);
                             }
                         }
-                        (a, b) = (a.add(a_column), b.add(b_row));
+                        (a, b) = (a.add(cs_a), b.add(rs_b));
                     }
                 }
                 for m in 0..M {
                     for v in 0..V {
                         let mut sum = sums[m][v];
-                        if !args.start.is_null() {
-                            sum = $add($load(args.start.add(m * args.start_row + $lanes * v)), sum);
+                        if !args.init.is_null() {
+                            sum = $add($load(args.init.add(m * args.rs_init + $lanes * v)), sum);
                         }
-                        $store(args.out.add(m * args.out_row + $lanes * v), sum);
+                        $store(args.out.add(m * args.rs_out + $lanes * v), sum);
                     }
                 }
             }
@@ -354,7 +382,7 @@ macro_rules! tile {
 }
 
 #[cfg(target_arch = "x86_64")]
-tile!(
+kernel!(
     avx2,
     "avx2,fma",
     8,
@@ -366,7 +394,7 @@ tile!(
     _mm256_storeu_ps
 );
 #[cfg(target_arch = "x86_64")]
-tile!(
+kernel!(
     avx512,
     "avx512f",
     16,

@@ -1,64 +1,62 @@
-//! B of many products, packed once for all of them. Each product is one thread's, of some rows, into a buffer that stays in its caches.
+//! Pre-packed right-hand side, reused across GEMM calls. Each call runs on one thread, for a block of rows that fits its L2 cache.
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::OnceLock;
 
+use super::bf16::{Bf16Lhs, Bf16Rhs};
 use super::microkernel::best;
 use super::panels::Panels;
-use super::{Form, Lhs, MatRef, bf16};
+use super::{Form, Lhs, MatMut, MatRef};
 
-/// Columns and rows of a result are padded to a multiple of this: the widest tile's, or a block's.
+/// Results have room for rows and columns up to a multiple of this: the widest micro-tile.
 pub(in crate::ops) const PADDING: usize = 32;
 
-/// A matrix (k, columns) as tiles read it.
+/// B (k, n), packed for one kind of left-hand side.
 pub(in crate::ops) enum PackedRhs {
     Panels(Panels),
-    Bf16(bf16::Bf16Rhs),
+    Bf16(Bf16Rhs),
 }
 
-/// How a frozen weight (out, in) is packed for its products, each form at its first and then for good.
+/// The packed forms of a frozen weight (out, in), each made at its first use and never dropped.
 #[derive(Default)]
 pub(in crate::ops) struct PackedWeightCache {
-    /// As it lies, for gradients, and with rows and columns exchanged, for outputs.
+    /// As stored, for the gradient of the input; transposed, for the output.
     forms: [OnceLock<PackedRhs>; 2],
-    /// Some rows after others, each in both forms, for losses.
+    /// Chunks of rows, each transposed and as stored, for the fused loss.
     row_chunks: OnceLock<Vec<[PackedRhs; 2]>>,
 }
 
 impl PackedWeightCache {
-    /// The form of `matrix`, which is the whole weight or the whole `turned`; none where it was packed for others than `empty` is.
+    /// The packed form of `matrix`, the weight or its transpose; `None` if it is cached in another form than `empty` has.
     pub(super) fn get_or_pack(
         &self,
-        turned: bool,
+        transposed: bool,
         matrix: &MatRef<'_>,
         empty: &dyn Fn() -> PackedRhs,
     ) -> Option<&PackedRhs> {
-        let held =
-            self.forms[usize::from(turned)].get_or_init(|| PackedRhs::from_matrix(empty, matrix));
-        held.is_compatible(&empty()).then_some(held)
+        let packed = self.forms[usize::from(transposed)]
+            .get_or_init(|| PackedRhs::from_matrix(empty, matrix));
+        packed.is_compatible(&empty()).then_some(packed)
     }
 
-    /// `count` rows of the weight after others, each turned and as they lie; none as above.
+    /// The weight in chunks of `count` rows, each transposed and as stored; `None` as in `get_or_pack`.
     pub(in crate::ops) fn row_chunks(
         &self,
         weight: &MatRef<'_>,
         count: usize,
         empty: &dyn Fn() -> PackedRhs,
     ) -> Option<&[[PackedRhs; 2]]> {
-        let both = |start: usize| {
-            let rows = weight.rows(start..(start + count).min(weight.rows));
+        let pack_chunk = |start: usize| {
+            let rows = weight.row_range(start, (start + count).min(weight.rows));
             [rows.t(), rows].map(|rows| PackedRhs::from_matrix(empty, &rows))
         };
-        let words = self
+        let chunks = self
             .row_chunks
-            .get_or_init(|| (0..weight.rows).step_by(count).map(both).collect());
-        let like = empty();
-        words
-            .iter()
-            .flatten()
-            .all(|held| held.is_compatible(&like))
-            .then_some(words)
+            .get_or_init(|| (0..weight.rows).step_by(count).map(pack_chunk).collect());
+        let wanted = empty();
+        let compatible = chunks.iter().flatten().all(|rhs| rhs.is_compatible(&wanted));
+        compatible.then_some(chunks)
     }
 }
 
@@ -70,53 +68,55 @@ impl fmt::Debug for PackedWeightCache {
 
 impl PackedRhs {
     fn from_matrix(empty: &dyn Fn() -> Self, matrix: &MatRef<'_>) -> Self {
-        let mut held = empty();
-        held.pack(matrix);
-        held
+        let mut packed = empty();
+        packed.pack(matrix);
+        packed
     }
 
-    /// Whether both are multiplied by the same A's.
+    /// Whether both are packed for the same left-hand sides.
     fn is_compatible(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Panels(own), Self::Panels(other)) => own.is_compatible(other),
-            (Self::Bf16(own), Self::Bf16(other)) => own.is_compatible(other),
+            (Self::Panels(a), Self::Panels(b)) => a.is_compatible(b),
+            (Self::Bf16(a), Self::Bf16(b)) => a.is_compatible(b),
             _ => false,
         }
     }
 
-    /// What `left` can be multiplied by; holds nothing yet.
-    pub(in crate::ops) fn for_lhs(left: &Lhs<'_>) -> Self {
-        match left.packed().map(bf16::Bf16Lhs::held) {
-            Some(held) => Self::Bf16(held),
+    /// An empty buffer for right-hand sides of `lhs`.
+    pub(in crate::ops) fn for_lhs(lhs: &Lhs<'_>) -> Self {
+        match lhs.packed().map(Bf16Lhs::empty_rhs) {
+            Some(rhs) => Self::Bf16(rhs),
             None => Self::Panels(Panels::new(best())),
         }
     }
 
-    /// Rows of one product: most of them (they and what they are multiplied by share a second-level cache), and what they are a multiple of.
-    pub(in crate::ops) fn rows(&self) -> (usize, usize) {
+    /// Rows of one call at most: they and the packed panels share L2.
+    pub(in crate::ops) fn max_rows(&self) -> usize {
         match self {
-            Self::Panels(_) => (64, 1),
-            Self::Bf16(_) => (128, PADDING),
+            Self::Panels(_) => 64,
+            Self::Bf16(_) => 128,
         }
     }
 
-    /// Packs `matrix` instead of what was held, on all threads.
+    /// The first row of a call is a multiple of this.
+    pub(in crate::ops) fn row_alignment(&self) -> usize {
+        match self {
+            Self::Panels(_) => 1,
+            Self::Bf16(_) => PADDING,
+        }
+    }
+
+    /// Packs `matrix` over the previous contents, in parallel.
     pub(in crate::ops) fn pack(&mut self, matrix: &MatRef<'_>) {
         match self {
             Self::Panels(panels) => panels.pack(matrix),
-            Self::Bf16(held) => held.pack(matrix),
+            Self::Bf16(rhs) => rhs.pack(matrix),
         }
     }
 
-    /// out = rows of `left` times what is held, from a multiple of `rows` on; `out.1` numbers from row to row. What lies beyond the rows and
-    /// columns, up to whole `PADDING`s, may be written or not.
-    pub(in crate::ops) fn gemm(
-        &self,
-        left: &Lhs<'_>,
-        rows: Range<usize>,
-        out: (&mut [f32], usize),
-    ) {
-        match (self, &left.form) {
+    /// out = `lhs`'s `rows` times B. Rows and columns beyond the product, up to a multiple of `PADDING`, may be overwritten.
+    pub(in crate::ops) fn gemm(&self, lhs: &Lhs<'_>, rows: Range<usize>, out: MatMut<'_>) {
+        match (self, &lhs.form) {
             (
                 Self::Panels(panels),
                 Form::Unpacked {
@@ -124,31 +124,26 @@ impl PackedRhs {
                     row_stride,
                     column_stride: 1,
                 },
-            ) => {
-                panels.gemm(
-                    rows.len(),
-                    (&values[rows.start * row_stride..], *row_stride),
-                    false,
-                    out,
-                );
-            }
-            (Self::Bf16(held), Form::Packed(packed)) => held.gemm(packed, rows, out),
-            _ => unreachable!(
-                "what is held is packed for its left side, whose rows lie side by side"
+            ) => panels.gemm(
+                rows.len(),
+                &values[rows.start * row_stride..],
+                *row_stride,
+                false,
+                out,
             ),
+            (Self::Bf16(rhs), Form::Packed(lhs)) => rhs.gemm(lhs, rows, out),
+            _ => unreachable!("a right-hand side is packed for its row-major left-hand side"),
         }
     }
 
-    /// out += the first `rows` rows of `a` times what is held; `a.1` and `out.1` numbers from row to row.
-    pub(in crate::ops) fn gemm_add(
-        &self,
-        rows: usize,
-        a: (&[f32], usize),
-        out: (&mut [f32], usize),
-    ) {
-        match self {
-            Self::Panels(panels) => panels.gemm(rows, a, true, out),
-            Self::Bf16(held) => held.gemm_add(rows, a, out),
+    /// out += a (m, k) row-major f32 times B.
+    pub(in crate::ops) fn gemm_add(&self, a: MatRef<'_>, out: MatMut<'_>) {
+        match (self, a.values) {
+            (Self::Panels(panels), super::CpuSlice::F32(values)) if a.column_stride == 1 => {
+                panels.gemm(a.rows, values, a.row_stride, true, out);
+            }
+            (Self::Panels(_), _) => unreachable!("sums continue from row-major f32"),
+            (Self::Bf16(rhs), _) => rhs.gemm_add(a, out),
         }
     }
 }

@@ -1,0 +1,141 @@
+//! Strided views of matrices in CPU slices.
+
+use half::bf16;
+
+use super::packed_rhs::{PackedRhs, PackedWeightCache};
+use crate::ops::storage::upcast;
+
+/// Contiguous f32 or bf16 elements.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::ops) enum CpuSlice<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> CpuSlice<'a> {
+    /// The elements from index `start` on.
+    pub(in crate::ops) fn slice_from(self, start: usize) -> CpuSlice<'a> {
+        match self {
+            CpuSlice::F32(values) => CpuSlice::F32(&values[start..]),
+            CpuSlice::Bf16(values) => CpuSlice::Bf16(&values[start..]),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            CpuSlice::F32(values) => values.len(),
+            CpuSlice::Bf16(values) => values.len(),
+        }
+    }
+
+    /// An f32 copy of bf16 elements; `None` for f32.
+    pub(in crate::ops) fn upcast(&self) -> Option<Vec<f32>> {
+        match self {
+            CpuSlice::F32(_) => None,
+            CpuSlice::Bf16(values) => Some(upcast(values)),
+        }
+    }
+}
+
+/// A read-only matrix with a stride for each dimension, in elements.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::ops) struct MatRef<'a> {
+    pub(super) values: CpuSlice<'a>,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) row_stride: usize,
+    pub(super) column_stride: usize,
+    /// The cache of a frozen weight's packed forms, and whether this view is the weight transposed.
+    cache: Option<(&'a PackedWeightCache, bool)>,
+}
+
+impl<'a> MatRef<'a> {
+    /// A row-major matrix that fills its slice.
+    pub(in crate::ops) fn new(values: CpuSlice<'a>, rows: usize, columns: usize) -> Self {
+        assert_eq!(values.len(), rows * columns, "a matrix fills its slice");
+        Self::strided(values, [rows, columns], [columns, 1])
+    }
+
+    /// A row-major f32 matrix that fills its slice.
+    pub(in crate::ops) fn from_f32(values: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self::new(CpuSlice::F32(values), rows, columns)
+    }
+
+    /// A matrix of `[rows, columns]` with its first element at the start of `values`.
+    pub(in crate::ops) fn strided(
+        values: CpuSlice<'a>,
+        shape: [usize; 2],
+        strides: [usize; 2],
+    ) -> Self {
+        let [rows, columns] = shape;
+        let [row_stride, column_stride] = strides;
+        let last = rows.saturating_sub(1) * row_stride + columns.saturating_sub(1) * column_stride;
+        assert!(
+            rows * columns == 0 || last < values.len(),
+            "a matrix lies inside its slice"
+        );
+        Self {
+            values,
+            rows,
+            columns,
+            row_stride,
+            column_stride,
+            cache: None,
+        }
+    }
+
+    /// The same matrix, whose packed forms are cached in `cache`.
+    pub(in crate::ops) fn with_cache(self, cache: Option<&'a PackedWeightCache>) -> Self {
+        Self {
+            cache: cache.map(|cache| (cache, false)),
+            ..self
+        }
+    }
+
+    /// The cached packed form, made now if it is the first; `None` without a cache, or if it is cached in another form than
+    /// `empty` has.
+    pub(super) fn prepacked(&self, empty: &dyn Fn() -> PackedRhs) -> Option<&'a PackedRhs> {
+        let (cache, transposed) = self.cache?;
+        cache.get_or_pack(transposed, self, empty)
+    }
+
+    /// Rows `start..end`.
+    pub(super) fn row_range(self, start: usize, end: usize) -> Self {
+        Self::strided(
+            self.values.slice_from(start * self.row_stride),
+            [end - start, self.columns],
+            [self.row_stride, self.column_stride],
+        )
+    }
+
+    /// The transpose.
+    pub(in crate::ops) fn t(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            cache: self.cache.map(|(cache, transposed)| (cache, !transposed)),
+            ..self
+        }
+    }
+}
+
+/// A row-major f32 result with room for more columns than a product has.
+pub(in crate::ops) struct MatMut<'a> {
+    pub(super) values: &'a mut [f32],
+    /// Elements from row to row.
+    pub(super) stride: usize,
+}
+
+impl<'a> MatMut<'a> {
+    /// Rows of `stride` elements from the start of `values` on.
+    pub(in crate::ops) fn new(values: &'a mut [f32], stride: usize) -> Self {
+        Self { values, stride }
+    }
+
+    /// The columns from `first` on.
+    pub(super) fn columns_from(&mut self, first: usize) -> MatMut<'_> {
+        MatMut::new(&mut self.values[first..], self.stride)
+    }
+}
