@@ -8,8 +8,8 @@ use super::parallel::par_for_each;
 use super::residual::residual_cost;
 use super::simd::{self, dispatch};
 use super::storage::{
-    CpuTensor, OutputElement, ROWS_PER_TASK, check_shape, f32_tensor, load_activation,
-    save_activation, to_bf16_into, uninit_vec,
+    CpuTensor, ROWS_PER_TASK, check_shape, f32_tensor, load_activation, save_activation,
+    to_bf16_into, uninit_vec,
 };
 use super::{Context, Gradients, Weight};
 use crate::error::Result;
@@ -155,7 +155,7 @@ impl RmsNorm {
     }
 
     /// Writes y, and x itself where `copy` has room for it.
-    fn rows<Y: OutputElement>(
+    fn rows<Y: Element>(
         &self,
         x: CpuSlice<'_>,
         c: usize,
@@ -168,7 +168,7 @@ impl RmsNorm {
         }
     }
 
-    fn rows_of<X: Element, Y: OutputElement>(
+    fn rows_of<X: Element, Y: Element>(
         &self,
         x: &[X],
         c: usize,

@@ -8,11 +8,10 @@ use std::f64::consts::PI;
 use candle_core::{Device, Tensor};
 use half::bf16;
 
+use super::gemm::Element;
 use super::parallel::par_for_each;
 use super::simd::dispatch;
-use super::storage::{
-    CpuTensor, OutputElement, ROWS_PER_TASK, check_shape, f32_tensor, uninit_vec,
-};
+use super::storage::{CpuTensor, ROWS_PER_TASK, check_shape, f32_tensor, uninit_vec};
 use super::{Context, Segments};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -275,7 +274,7 @@ impl RopeTables {
         Ok(Tensor::from_vec(y, shape, &Device::Cpu)?)
     }
 
-    fn rotate_into<Y: OutputElement>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
+    fn rotate_into<Y: Element>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
         let (c, half) = (x.dims2()?.1, self.cos.dims2()?.1);
         let (x, cos, sin) = (
             CpuTensor::borrow_f32(x)?,

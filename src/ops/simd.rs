@@ -215,11 +215,7 @@ mod tests {
         for n in [0, 1, 15, 16, 17, 511, 512, 513, 1500] {
             let row: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1000) as f32).collect();
             let expected: f64 = row.iter().map(|x| f64::from(*x)).sum();
-            assert_eq!(
-                simd!(|_| sum_map(&row, |x| x)),
-                expected,
-                "sum of {n}"
-            );
+            assert_eq!(simd!(|_| sum_map(&row, |x| x)), expected, "sum of {n}");
             assert_eq!(dot(&row, &vec![1.0f32; n]), expected);
             for fused in [false, true] {
                 let mut twice = row.clone();

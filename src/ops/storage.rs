@@ -109,34 +109,6 @@ pub(super) fn upcast(values: &[bf16]) -> Vec<f32> {
     wide
 }
 
-/// A number format that results are stored in.
-pub(super) trait OutputElement: Element {
-    /// `wide`, rounded to nearest even.
-    fn cast(wide: f32) -> Self;
-}
-
-impl OutputElement for f32 {
-    #[inline(always)]
-    fn cast(wide: f32) -> Self {
-        wide
-    }
-}
-
-impl OutputElement for bf16 {
-    #[inline(always)]
-    fn cast(wide: f32) -> Self {
-        let bits = wide.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-        // Rounding could carry a not-a-number into infinity.
-        let bits = if wide.is_nan() {
-            bits | 0x0040_0000
-        } else {
-            rounded
-        };
-        bf16::from_bits((bits >> 16) as u16)
-    }
-}
-
 /// The same numbers in bf16.
 #[inline(always)]
 pub(super) fn to_bf16_into<T: Element>(narrow: &mut [bf16], x: &[T]) {

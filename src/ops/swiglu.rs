@@ -8,8 +8,7 @@ use super::gemm::{CpuSlice, Element};
 use super::parallel::par_for_each;
 use super::simd::{Simd, dispatch};
 use super::storage::{
-    CpuTensor, OutputElement, check_shape, f32_tensor, load_activation, save_activation,
-    to_bf16_into, uninit_vec,
+    CpuTensor, check_shape, f32_tensor, load_activation, save_activation, to_bf16_into, uninit_vec,
 };
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -95,7 +94,7 @@ pub fn swiglu_recompute(context: Context<'_>, saved: &SwigluSaved) -> Result<Ten
 }
 
 /// Writes y, and gate and up themselves where `copies` have room for them.
-fn forward<Y: OutputElement>(
+fn forward<Y: Element>(
     gate: &Tensor,
     up: &Tensor,
     y: &mut [Y],
@@ -110,12 +109,7 @@ fn forward<Y: OutputElement>(
     Ok(())
 }
 
-fn forward_of<X: Element, Y: OutputElement>(
-    gate: &[X],
-    up: &[X],
-    y: &mut [Y],
-    copies: [&mut [bf16]; 2],
-) {
+fn forward_of<X: Element, Y: Element>(gate: &[X], up: &[X], y: &mut [Y], copies: [&mut [bf16]; 2]) {
     let [gates, ups] = copies.map(|copy| {
         copy.chunks_mut(SWEEP)
             .map(Some)
@@ -183,7 +177,7 @@ pub fn swiglu_backward(
     ))
 }
 
-fn backward<Y: OutputElement>(
+fn backward<Y: Element>(
     dy: &Tensor,
     saved: &SwigluSaved,
     dgate: &mut [Y],
@@ -206,7 +200,7 @@ fn backward<Y: OutputElement>(
     Ok(())
 }
 
-fn backward_of<X: Element, Y: OutputElement>(
+fn backward_of<X: Element, Y: Element>(
     dy: &[f32],
     gate: &[X],
     up: &[X],

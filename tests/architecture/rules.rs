@@ -93,8 +93,6 @@ const LONG_FILES: &[&str] = &[
     "src/energy/table.rs",
     "src/ops/attention/cpu.rs",
     "src/ops/linear.rs",
-    "src/ops/gemm/bf16/mod.rs",
-    "src/ops/gemm/mod.rs",
     "tests/adapter.rs",
     "tests/hub.rs",
 ];

@@ -14,12 +14,12 @@ use half::bf16;
 use super::{Attention, AttentionSaved, QUERY_BLOCK, QueryBlock};
 use crate::error::Result;
 use crate::ops::gemm::{
-    CpuSlice, Element, Isa, KernelArgs, KernelTerm, MatRef, best, even_parts, pack, strip,
+    CpuSlice, Element, Isa, KernelArgs, KernelTerm, MatRef, best, even_parts, gemm_strip, pack,
 };
 use crate::ops::parallel::par_for_each;
 use crate::ops::simd::{self, dispatch};
 use crate::ops::storage::{
-    CpuTensor, ELEMENTS_PER_TASK, OutputElement, ROWS_PER_TASK, SendPtr, f32_tensor, uninit_vec,
+    CpuTensor, ELEMENTS_PER_TASK, ROWS_PER_TASK, SendPtr, f32_tensor, uninit_vec,
 };
 use crate::ops::{Context, Segments, count_flops};
 use crate::work::Precision;
@@ -46,21 +46,22 @@ struct HeadView<'a> {
 impl<'a> HeadView<'a> {
     fn new(values: CpuSlice<'a>, stride: usize, start: usize, first: usize, d: usize) -> Self {
         Self {
-            values: values.after(start * stride + first),
+            values: values.slice_from(start * stride + first),
             stride,
             d,
         }
     }
 
-    /// RowBuffer `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
+    /// Rows `rows`: (rows, d).
+    fn matrix(&self, rows: Range<usize>) -> MatRef<'a> {
+        let values = self.values.slice_from(rows.start * self.stride);
+        MatRef::strided(values, [rows.len(), self.d], [self.stride, 1])
+    }
+
+    /// Rows `rows` as columns, in f32, a panel after the other: (d, lanes) each, zero beyond the last row.
     fn columns(&self, isa: &Isa, rows: Range<usize>, out: &mut Vec<f32>) {
         out.resize(self.d * rows.len().next_multiple_of(isa.lanes), 0.0);
-        let matrix = MatRef::strided(
-            self.values,
-            rows.start * self.stride,
-            (self.d, 1),
-            (rows.len(), self.stride),
-        );
+        let matrix = self.matrix(rows.clone()).t();
         for (index, panel) in out.chunks_mut(self.d * isa.nr()).enumerate() {
             let first = index * isa.nr();
             pack(
@@ -73,20 +74,15 @@ impl<'a> HeadView<'a> {
         }
     }
 
-    /// RowBuffer `rows`, one after the other, into `out`.
+    /// Rows `rows`, one after the other, into `out`.
     fn rows(&self, isa: &Isa, rows: Range<usize>, out: &mut RowBuffer) {
         out.shape(isa, rows.clone(), self.d);
-        let matrix = MatRef::strided(
-            self.values,
-            rows.start * self.stride,
-            (rows.len(), self.stride),
-            (self.d, 1),
-        );
+        let matrix = self.matrix(rows.clone());
         pack(isa, &matrix, 0..rows.len(), 0..self.d, &mut out.values);
     }
 }
 
-/// RowBuffer of one head, in f32, as wide as a whole number of vectors (zero beyond the head's channels).
+/// Rows of one head, in f32, as wide as a whole number of vectors (zero beyond the head's channels).
 #[derive(Default)]
 struct RowBuffer {
     values: Vec<f32>,
@@ -272,17 +268,18 @@ impl<'a> ScoreTile<'a> {
                     let part = KernelTerm {
                         k: d,
                         a,
-                        a_row: head.width,
-                        a_column: 1,
+                        rs_a: head.width,
+                        cs_a: 1,
                         b,
-                        b_row: vectors * isa.lanes,
+                        rs_b: vectors * isa.lanes,
                     };
                     let out = out
                         .as_mut_ptr()
                         .add((keys.start - self.keys.start) * QUERY_BLOCK + at);
                     isa.kernel(keys.len(), vectors)(KernelArgs::new(
                         &[part],
-                        (out, QUERY_BLOCK),
+                        out,
+                        QUERY_BLOCK,
                         false,
                     ));
                 }
@@ -303,22 +300,17 @@ impl<'a> ScoreTile<'a> {
                         scores.as_ptr().add(self.lanes(panel).0),
                         head.row(self.keys.start).add(first),
                     );
-                    let part = KernelTerm {
+                    let terms = [KernelTerm {
                         k: panel.keys.len(),
                         a,
-                        a_row: 1,
-                        a_column: QUERY_BLOCK,
+                        rs_a: 1,
+                        cs_a: QUERY_BLOCK,
                         b,
-                        b_row: head.width,
-                    };
+                        rs_b: head.width,
+                    }];
                     let out = sum.row_mut(panel.queries.start).add(first);
-                    strip(
-                        isa,
-                        (panel.queries.len(), vectors),
-                        part,
-                        (out.cast_const(), sum.width),
-                        (out, sum.width),
-                    );
+                    let args = KernelArgs::new(&terms, out, sum.width, true);
+                    gemm_strip(isa, panel.queries.len(), vectors, args);
                 }
             }
         }
@@ -342,13 +334,13 @@ impl<'a> ScoreTile<'a> {
                     let part = KernelTerm {
                         k: self.queries.len() - at,
                         a,
-                        a_row: QUERY_BLOCK,
-                        a_column: 1,
+                        rs_a: QUERY_BLOCK,
+                        cs_a: 1,
                         b,
-                        b_row: head.width,
+                        rs_b: head.width,
                     };
-                    let out = (sum.row_mut(keys.start).add(first), sum.width);
-                    isa.kernel(keys.len(), vectors)(KernelArgs::new(&[part], out, true));
+                    let out = sum.row_mut(keys.start).add(first);
+                    isa.kernel(keys.len(), vectors)(KernelArgs::new(&[part], out, sum.width, true));
                 }
             }
         }
@@ -541,7 +533,7 @@ impl Attention {
     }
 
     /// Writes the output; returns the log-sum-exps.
-    fn forward_into<O: OutputElement>(
+    fn forward_into<O: Element>(
         &self,
         context: Context<'_>,
         x: [&Tensor; 3],
@@ -585,7 +577,7 @@ impl Attention {
         f32_tensor(lse, (n, self.heads))
     }
 
-    fn forward_task<O: OutputElement>(
+    fn forward_task<O: Element>(
         &self,
         (isa, buffers): (&Isa, &mut Scratch),
         x: [CpuSlice<'_>; 3],
@@ -872,7 +864,7 @@ impl Attention {
 }
 
 /// out = share x.
-pub(super) fn scale_into<O: OutputElement>(out: &mut [O], x: &[f32], share: f32) {
+pub(super) fn scale_into<O: Element>(out: &mut [O], x: &[f32], share: f32) {
     let n = out.len();
     dispatch(
         #[inline(always)]

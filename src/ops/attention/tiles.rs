@@ -10,11 +10,11 @@ use std::ops::Range;
 use super::cpu::{Destination, Inputs, KeyRange, Panel, gradients, scale_into, softmax, write};
 use super::{Attention, QueryBlock};
 use crate::ops::count_flops;
-use crate::ops::gemm::CpuSlice;
 use crate::ops::gemm::bf16::{
-    ActiveUnit, BF16_PLANES, MatrixUnit, OperandView, PackedOperand, Side, TILE, gemm_strips,
+    ActiveUnit, BF16_PLANES, MatrixUnit, PackedOperand, TILE, gemm_strips,
 };
-use crate::ops::storage::{OutputElement, SendPtr};
+use crate::ops::gemm::{CpuSlice, Element, MatMut, MatRef};
+use crate::ops::storage::SendPtr;
 
 /// RowBuffer and channels of one head inside a (N, width) tensor.
 #[derive(Clone, Copy)]
@@ -28,26 +28,11 @@ struct HeadView<'a> {
 }
 
 impl<'a> HeadView<'a> {
-    /// `rows` (of the segment) as lanes, their channels as k.
-    fn rows(&self, side: Side, rows: Range<usize>) -> OperandView<'a> {
-        OperandView::new(
-            side,
-            self.values,
-            (self.start + rows.start) * self.width + self.first,
-            (rows.len(), self.width),
-            (self.d, 1),
-        )
-    }
-
-    /// Channels as B's lanes, `rows` as k.
-    fn channels(&self, rows: Range<usize>) -> OperandView<'a> {
-        OperandView::new(
-            Side::Rhs,
-            self.values,
-            (self.start + rows.start) * self.width + self.first,
-            (self.d, 1),
-            (rows.len(), self.width),
-        )
+    /// `rows` of the segment: (rows, d).
+    fn rows(&self, rows: Range<usize>) -> MatRef<'a> {
+        let start = (self.start + rows.start) * self.width + self.first;
+        let values = self.values.slice_from(start);
+        MatRef::strided(values, [rows.len(), self.d], [self.width, 1])
     }
 }
 
@@ -68,26 +53,14 @@ fn tiles(range: &Range<usize>) -> Range<usize> {
     range.start / TILE..range.end.div_ceil(TILE)
 }
 
-/// Scores (keys, 32) as A, queries as lanes, k along the keys.
-fn over_keys(scores: &[f32]) -> OperandView<'_> {
-    OperandView::new(
-        Side::Lhs,
-        CpuSlice::F32(scores),
-        0,
-        (TILE, 1),
-        (scores.len() / TILE, TILE),
-    )
+/// Scores (keys, 32), summed over the queries.
+fn over_queries(scores: &[f32]) -> MatRef<'_> {
+    MatRef::from_f32(scores, scores.len() / TILE, TILE)
 }
 
-/// Scores (keys, 32) as A, keys as lanes, k along the queries.
-fn over_queries(scores: &[f32]) -> OperandView<'_> {
-    OperandView::new(
-        Side::Lhs,
-        CpuSlice::F32(scores),
-        0,
-        (scores.len() / TILE, TILE),
-        (TILE, 1),
-    )
+/// Scores (keys, 32) transposed, summed over the keys.
+fn over_keys(scores: &[f32]) -> MatRef<'_> {
+    over_queries(scores).t()
 }
 
 /// scores (keys, 32) = the rows of `a` in these tiles times the queries in `columns`.
@@ -101,16 +74,16 @@ fn scores(
     out.resize(keys.len() * TILE * TILE, 0.0);
     gemm_strips(
         ready,
-        (a, keys, 0),
-        (columns, 0..1, 0),
+        a.strips_from(keys, 0),
+        columns.strips_from(0..1, 0),
         columns.steps(),
-        (out, TILE),
+        MatMut::new(out, TILE),
         false,
     );
 }
 
 impl Attention {
-    pub(super) fn forward_tiles<O: OutputElement>(
+    pub(super) fn forward_tiles<O: Element>(
         &self,
         unit: MatrixUnit,
         x: [CpuSlice<'_>; 3],
@@ -126,8 +99,8 @@ impl Attention {
             self.head_dim,
             self.scale() as f32,
         );
-        let k = PackedOperand::from_view(BF16_PLANES, &k.rows(Side::Lhs, 0..queries.end));
-        let v = PackedOperand::from_view(BF16_PLANES, &v.channels(0..queries.end));
+        let k = PackedOperand::lhs(BF16_PLANES, k.rows(0..queries.end));
+        let v = PackedOperand::rhs(BF16_PLANES, v.rows(0..queries.end));
         let (mut own, mut p) = (
             PackedOperand::new(BF16_PLANES),
             PackedOperand::new(BF16_PLANES),
@@ -141,19 +114,19 @@ impl Attention {
             count_flops(1, block.queries.len(), block.keys.len(), d);
             count_flops(1, block.queries.len(), d, block.keys.len());
             for panel in panels(&block) {
-                own.pack(&q.rows(Side::Rhs, panel.queries.clone()));
+                own.pack_rhs(q.rows(panel.queries.clone()).t());
                 scores(&ready, tiles(&panel.keys), &k, &own, &mut s);
                 panel.mask(self.window, &mut s);
                 let (mut max, mut sums) = ([f32::MIN; TILE], [0.0f32; TILE]);
                 softmax::<TILE>(&mut s, TILE, scale, (&mut max, &mut sums), &mut [0.0; TILE]);
-                p.pack(&over_keys(&s));
+                p.pack_lhs(over_keys(&s));
                 let keys = tiles(&panel.keys);
                 gemm_strips(
                     &ready,
-                    (&p, 0..1, 0),
-                    (&v, 0..room / TILE, keys.start),
+                    p.strips_from(0..1, 0),
+                    v.strips_from(0..room / TILE, keys.start),
                     keys.len(),
-                    (&mut mixed, room),
+                    MatMut::new(&mut mixed, room),
                     false,
                 );
                 for (lane, query) in panel.queries.clone().enumerate() {
@@ -190,10 +163,10 @@ impl Attention {
             ..q
         };
         let (k_rows, k_channels) = (
-            PackedOperand::from_view(BF16_PLANES, &k.rows(Side::Lhs, all.clone())),
-            PackedOperand::from_view(BF16_PLANES, &k.channels(all.clone())),
+            PackedOperand::lhs(BF16_PLANES, k.rows(all.clone())),
+            PackedOperand::rhs(BF16_PLANES, k.rows(all.clone())),
         );
-        let v_rows = PackedOperand::from_view(BF16_PLANES, &v.rows(Side::Lhs, all.clone()));
+        let v_rows = PackedOperand::lhs(BF16_PLANES, v.rows(all.clone()));
         let (mut own, mut left) = (
             PackedOperand::new(BF16_PLANES),
             PackedOperand::new(BF16_PLANES),
@@ -222,10 +195,10 @@ impl Attention {
                 } else {
                     // Counted from the part's first key.
                     let seen = tiles(&(start - all.start..panel.keys.end - all.start));
-                    own.pack(&q.rows(Side::Rhs, queries.clone()));
+                    own.pack_rhs(q.rows(queries.clone()).t());
                     scores(&ready, seen.clone(), &k_rows, &own, &mut p);
                     panel.mask(self.window, &mut p);
-                    own.pack(&dout.rows(Side::Rhs, queries.clone()));
+                    own.pack_rhs(dout.rows(queries.clone()).t());
                     scores(&ready, seen.clone(), &v_rows, &own, &mut ds);
                     let (mut lses, mut delta) = ([0.0f32; TILE], [0.0f32; TILE]);
                     for (lane, query) in queries.clone().enumerate() {
@@ -238,33 +211,33 @@ impl Attention {
                     );
                     gradients::<TILE>(&mut p, &mut ds, TILE, (&lses, &delta), scale);
                     let (panels, below) = (0..room / TILE, seen.start * TILE * room);
-                    own.pack(&dout.channels(queries.clone()));
-                    left.pack(&over_queries(&p));
+                    own.pack_rhs(dout.rows(queries.clone()));
+                    left.pack_lhs(over_queries(&p));
                     gemm_strips(
                         &ready,
-                        (&left, 0..seen.len(), 0),
-                        (&own, panels.clone(), 0),
+                        left.strips_from(0..seen.len(), 0),
+                        own.strips_from(panels.clone(), 0),
                         1,
-                        (&mut dv[below..], room),
+                        MatMut::new(&mut dv[below..], room),
                         true,
                     );
-                    own.pack(&q.channels(queries.clone()));
-                    left.pack(&over_queries(&ds));
+                    own.pack_rhs(q.rows(queries.clone()));
+                    left.pack_lhs(over_queries(&ds));
                     gemm_strips(
                         &ready,
-                        (&left, 0..seen.len(), 0),
-                        (&own, panels.clone(), 0),
+                        left.strips_from(0..seen.len(), 0),
+                        own.strips_from(panels.clone(), 0),
                         1,
-                        (&mut dk[below..], room),
+                        MatMut::new(&mut dk[below..], room),
                         true,
                     );
-                    left.pack(&over_keys(&ds));
+                    left.pack_lhs(over_keys(&ds));
                     gemm_strips(
                         &ready,
-                        (&left, 0..1, 0),
-                        (&k_channels, panels, seen.start),
+                        left.strips_from(0..1, 0),
+                        k_channels.strips_from(panels, seen.start),
                         seen.len(),
-                        (&mut dq, room),
+                        MatMut::new(&mut dq, room),
                         false,
                     );
                 }

@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use super::{LmHead, Losses};
 use crate::error::Result;
 use crate::ops::gemm::packed_rhs::{PADDING, PackedRhs};
-use crate::ops::gemm::{CpuSlice, Element, Lhs};
+use crate::ops::gemm::{CpuSlice, Element, Lhs, MatMut, MatRef};
 use crate::ops::parallel::{num_threads, par_for_each};
 use crate::ops::simd::{self, dispatch};
 use crate::ops::storage::{CpuTensor, f32_tensor, uninit_vec};
@@ -41,10 +41,11 @@ impl LmHead {
         count_flops(1 + usize::from(scale.is_some()), l, v, c);
         let mut own = [PackedRhs::for_lhs(&h), PackedRhs::for_lhs(&h)];
         // As many blocks for each thread; a row's sums do not depend on its block.
-        let (most, multiple) = own[0].rows();
-        let parts = l.div_ceil(most).next_multiple_of(num_threads());
+        let parts = l
+            .div_ceil(own[0].max_rows())
+            .next_multiple_of(num_threads());
         let (size, width) = (
-            l.div_ceil(parts).next_multiple_of(multiple),
+            l.div_ceil(parts).next_multiple_of(own[0].row_alignment()),
             c.next_multiple_of(PADDING),
         );
         let mut dh = vec![
@@ -70,7 +71,7 @@ impl LmHead {
         });
         for (index, start) in (0..v).step_by(VOCAB_CHUNK).enumerate() {
             let words = start..(start + VOCAB_CHUNK).min(v);
-            let table = table.rows(words.clone());
+            let table = table.row_range(words.start, words.end);
             let [columns, rows] = match kept {
                 Some(kept) => &kept[index],
                 None => {
@@ -145,7 +146,11 @@ impl<'a> RowBlock<'a> {
         let n = self.targets.len();
         // SAFETY: the product writes every row's first numbers, and only these are read.
         let mut z = unsafe { uninit_vec(n.next_multiple_of(PADDING) * VOCAB_CHUNK) };
-        columns.gemm(h, self.first..self.first + n, (&mut z, VOCAB_CHUNK));
+        columns.gemm(
+            h,
+            self.first..self.first + n,
+            MatMut::new(&mut z, VOCAB_CHUNK),
+        );
         for (row, target) in self.targets.iter().enumerate() {
             let (z, target) = (&mut z[row * VOCAB_CHUNK..][..words.len()], *target as usize);
             if words.contains(&target) {
@@ -172,7 +177,8 @@ impl<'a> RowBlock<'a> {
             self.sums[row] += sum;
         }
         if let Some((dh, width)) = &mut self.dh {
-            rows.gemm_add(n, (&z, VOCAB_CHUNK), (dh, *width));
+            let z = MatRef::strided(CpuSlice::F32(&z), [n, words.len()], [VOCAB_CHUNK, 1]);
+            rows.gemm_add(z, MatMut::new(dh, *width));
         }
     }
 

@@ -50,7 +50,7 @@ impl SavedTiles {
     /// What writes its blocks.
     fn writer(&mut self) -> TileWriter {
         match self {
-            Self::Narrow(operand) => TileWriter::Narrow(operand.blocks()),
+            Self::Narrow(operand) => TileWriter::Narrow(operand.block_writer()),
             Self::Wide { tiles, panels } => TileWriter::Wide(SendPtr(tiles.as_mut_ptr()), *panels),
         }
     }
@@ -173,10 +173,11 @@ impl FeedForward<'_> {
         // SAFETY: `gemm_tiles` gives every block, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
             let kept = || SavedTiles::uninitialized(context.precision, n, f);
-            (kept(), kept(), packed(x.prepared())?.alike(n, f))
+            (kept(), kept(), packed(x.prepared())?.uninit_like(n, f))
         };
         {
-            let (write_gate, write_up, write_inner) = (gate.writer(), up.writer(), inner.blocks());
+            let (write_gate, write_up, write_inner) =
+                (gate.writer(), up.writer(), inner.block_writer());
             let (gate, up) = (gate_factors.terms(&x)?, up_factors.terms(&x)?);
             gemm_tiles([&gate, &up], |strip, panel, tiles| {
                 let [gate, up] = tiles;
@@ -259,7 +260,7 @@ impl FeedForward<'_> {
             .zip(self.down.lora.as_ref().map(|lora| &lora.a));
         let factors = LayerRhs::new(context, &self.down.weight, low, false)?;
         // SAFETY: `gemm_tiles` gives every block, and each is written.
-        let room = || packed(dy.prepared()).map(|dy| unsafe { dy.alike(n, f) });
+        let room = || packed(dy.prepared()).map(|dy| unsafe { dy.uninit_like(n, f) });
         let (mut d_gate, mut d_up) = (room()?, room()?);
         let mut inner = None;
         if d_low.is_some() {
@@ -269,9 +270,9 @@ impl FeedForward<'_> {
         {
             let terms = factors.terms(&dy)?;
             let (write_gate, write_up, write_inner) = (
-                d_gate.blocks(),
-                d_up.blocks(),
-                inner.as_mut().map(Bf16Lhs::blocks),
+                d_gate.block_writer(),
+                d_up.block_writer(),
+                inner.as_mut().map(Bf16Lhs::block_writer),
             );
             gemm_tiles([&terms], |strip, panel, [d_inner]| {
                 let (mut gate, mut up) = (

@@ -323,7 +323,8 @@ impl GemmPass<'_> {
                 for row in 0..rows.len() {
                     let line = tile.add(row * width);
                     line.copy_from_nonoverlapping(init.add(row * rs_init), columns.len());
-                    line.add(columns.len()).write_bytes(0, width - columns.len());
+                    line.add(columns.len())
+                        .write_bytes(0, width - columns.len());
                 }
                 (init, rs_init) = (tile.cast_const(), width);
             }

@@ -100,7 +100,7 @@ impl<'a> MatRef<'a> {
     }
 
     /// Rows `start..end`.
-    pub(super) fn row_range(self, start: usize, end: usize) -> Self {
+    pub(in crate::ops) fn row_range(self, start: usize, end: usize) -> Self {
         Self::strided(
             self.values.slice_from(start * self.row_stride),
             [end - start, self.columns],

@@ -138,8 +138,7 @@ impl Isa {
 
     /// The matrix unit of ops that stay on vectors in f32 whatever the unit supports.
     pub(in crate::ops) fn bf16_unit(&self, precision: Precision) -> Option<MatrixUnit> {
-        self.matrix_unit
-            .filter(|_| precision != Precision::F32)
+        self.matrix_unit.filter(|_| precision != Precision::F32)
     }
 }
 
@@ -180,7 +179,10 @@ static PORTABLE: Isa = Isa {
 #[cfg(target_arch = "x86_64")]
 static AVX2: Isa = Isa {
     name: "avx2",
-    kernels: [kernels!(avx2, 1, 1 2 3 4 5 6), kernels!(avx2, 2, 1 2 3 4 5 6)],
+    kernels: [
+        kernels!(avx2, 1, 1 2 3 4 5 6),
+        kernels!(avx2, 2, 1 2 3 4 5 6),
+    ],
     transpose: Transpose::Avx2,
     ..PORTABLE
 };
@@ -289,14 +291,11 @@ unsafe fn arrays<const M: usize, const V: usize>(
         }
         for m in 0..M {
             if !args.init.is_null() {
-                let start = args
-                    .start
-                    .add(m * args.rs_init)
-                    .cast::<[[f32; 8]; V]>()
-                    .read_unaligned();
+                let init = args.init.add(m * args.rs_init);
+                let init = init.cast::<[[f32; 8]; V]>().read_unaligned();
                 for v in 0..V {
                     for lane in 0..8 {
-                        sums[m][v][lane] += start[v][lane];
+                        sums[m][v][lane] += init[v][lane];
                     }
                 }
             }
@@ -337,9 +336,7 @@ macro_rules! kernel {
                     for m in 0..M {
                         for v in (0..V).step_by(16 / $lanes) {
                             _mm_prefetch::<_MM_HINT_T0>(
-                                args.init
-                                    .wrapping_add(m * args.rs_init + $lanes * v)
-                                    .cast(),
+                                args.init.wrapping_add(m * args.rs_init + $lanes * v).cast(),
                             );
                         }
                     }

@@ -55,7 +55,10 @@ impl PackedWeightCache {
             .row_chunks
             .get_or_init(|| (0..weight.rows).step_by(count).map(pack_chunk).collect());
         let wanted = empty();
-        let compatible = chunks.iter().flatten().all(|rhs| rhs.is_compatible(&wanted));
+        let compatible = chunks
+            .iter()
+            .flatten()
+            .all(|rhs| rhs.is_compatible(&wanted));
         compatible.then_some(chunks)
     }
 }

@@ -52,14 +52,7 @@ impl Panels {
     }
 
     /// out = the first `m` rows of `a` (row-major, `rs_a` elements apart) times B, or out += it.
-    pub(super) fn gemm(
-        &self,
-        m: usize,
-        a: &[f32],
-        rs_a: usize,
-        accumulate: bool,
-        out: MatMut<'_>,
-    ) {
+    pub(super) fn gemm(&self, m: usize, a: &[f32], rs_a: usize, accumulate: bool, out: MatMut<'_>) {
         let isa = self.isa;
         let nr = isa.nr();
         let rs_out = out.stride;
@@ -68,11 +61,16 @@ impl Panels {
             "every row of a has k elements"
         );
         assert!(
-            m == 0 || out.values.len() >= (m - 1) * rs_out + self.columns.next_multiple_of(isa.lanes),
+            m == 0
+                || out.values.len() >= (m - 1) * rs_out + self.columns.next_multiple_of(isa.lanes),
             "every row of out has room for its vectors"
         );
         let out = out.values.as_mut_ptr();
-        let kc = if self.k > isa.max_kc { isa.kc } else { self.k.max(1) };
+        let kc = if self.k > isa.max_kc {
+            isa.kc
+        } else {
+            self.k.max(1)
+        };
         for start in (0..self.k).step_by(kc) {
             let k = start..(start + kc).min(self.k);
             // Half as many panels as a packing task has: the rows take the other half of the cache.

@@ -1,8 +1,13 @@
 //! Products against sums in f64, by every instruction set of this processor.
 
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use half::bf16;
 use proptest::prelude::*;
 
+use super::blocked::TASKS_PER_PACK;
+use super::schedule::par_for_each_task;
 use super::*;
 use crate::ops::tests::{cases, uniform, with};
 
@@ -82,7 +87,7 @@ fn check(
         crate::ops::tests::on(threads, || {
             let lefts: Vec<Lhs<'_>> = terms
                 .iter()
-                .map(|(a, _)| Lhs::with(isa, precision, a.matrix()))
+                .map(|(a, _)| Lhs::with_isa(isa, precision, a.matrix()))
                 .collect();
             let kept = |index: usize| kept.contains(&index).then(|| &packings[index]);
             let views = lefts
@@ -250,7 +255,7 @@ fn products_in_f32_keep_all_bits() {
     };
     let (a, b) = (spread(1, m * k), spread(2, k * n));
     for isa in available() {
-        let left = Lhs::with(isa, Precision::F32, MatRef::from_f32(&a, m, k));
+        let left = Lhs::with_isa(isa, Precision::F32, MatRef::from_f32(&a, m, k));
         let got = gemm_sum_with(
             isa,
             &[GemmTerm {
@@ -313,7 +318,8 @@ fn check_half(terms: &mut [Half], m: usize, start: Init<'_>) {
                 let a = terms
                     .iter()
                     .map(|term| MatRef::from_f32(&term.a, m, term.b.rows));
-                let lefts: Vec<Lhs<'_>> = a.map(|a| Lhs::with(isa, Precision::F32, a)).collect();
+                let lefts: Vec<Lhs<'_>> =
+                    a.map(|a| Lhs::with_isa(isa, Precision::F32, a)).collect();
                 let views: Vec<GemmTerm<'_>> = lefts
                     .iter()
                     .zip(terms)
@@ -369,13 +375,13 @@ fn check_by(
         .iter()
         .filter(|isa| isa.gemm_unit(precision).is_some())
     {
-        let left = Lhs::with(isa, precision, MatRef::from_f32(&a, m + 1, k));
+        let left = Lhs::with_isa(isa, precision, MatRef::from_f32(&a, m + 1, k));
         let want =
             bits(&gemm_sum_with(isa, &[GemmTerm { lhs: &left, rhs: b }], Init::Zero)[..m * n]);
         for threads in [1, 2, 3] {
             let got = crate::ops::tests::on(threads, || {
                 with(isa, || {
-                    let packed = PackedLhs::with(isa, precision, &b);
+                    let packed = PackedLhs::with_isa(isa, precision, &b);
                     packed
                         .packed()
                         .map(|packed| bits(&gemm_by_packed(few, packed, n)))
@@ -445,7 +451,7 @@ fn blocks_round_factors_to_bf16() {
     };
     for isa in available().iter().filter(|isa| isa.matrix_unit.is_some()) {
         let of = |a: &[f32], b: &[f32], precision| {
-            let left = Lhs::with(isa, precision, MatRef::from_f32(a, m, k));
+            let left = Lhs::with_isa(isa, precision, MatRef::from_f32(a, m, k));
             gemm_sum_with(
                 isa,
                 &[GemmTerm {
@@ -515,10 +521,11 @@ fn tasks_are_for_all_threads() {
             std::sync::Mutex::new(vec![0; panels * strips]),
         );
         crate::ops::tests::on(threads, || {
-            tasks(
+            par_for_each_task(
                 panels,
                 usize::MAX,
-                (strips, TASKS_PER_PACK),
+                strips,
+                TASKS_PER_PACK,
                 |panels, rows| {
                     count.fetch_add(1, Ordering::Relaxed);
                     panels.for_each(|panel| {

@@ -36,10 +36,7 @@ fn request_permission() -> bool {
 
 /// Configures this thread's eight tile registers as 16 rows of 64 bytes (palette 1).
 pub(super) fn configure() {
-    assert!(
-        permitted(),
-        "AMX is permitted"
-    );
+    assert!(permitted(), "AMX is permitted");
     // Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved bytes, then 16 row widths in bytes
     // (u16) and 16 row counts (u8).
     let mut config = [0u8; 64];

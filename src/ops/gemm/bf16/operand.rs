@@ -155,7 +155,11 @@ impl PackedOperand {
     }
 
     /// These strips, from `first_step` of k on.
-    pub(in crate::ops) fn strips_from(&self, strips: Range<usize>, first_step: usize) -> Strips<'_> {
+    pub(in crate::ops) fn strips_from(
+        &self,
+        strips: Range<usize>,
+        first_step: usize,
+    ) -> Strips<'_> {
         Strips {
             operand: self,
             strips,

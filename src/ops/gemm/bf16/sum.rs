@@ -121,7 +121,11 @@ pub(in crate::ops::gemm) fn gemm_by_packed(a: &MatRef<'_>, b: &Bf16Lhs, out: &mu
 }
 
 /// out (m, n) = init + the sum of at least one term.
-pub(in crate::ops::gemm) fn gemm_sum(terms: &[(&Bf16Lhs, MatRef<'_>)], init: Init<'_>, out: &mut [f32]) {
+pub(in crate::ops::gemm) fn gemm_sum(
+    terms: &[(&Bf16Lhs, MatRef<'_>)],
+    init: Init<'_>,
+    out: &mut [f32],
+) {
     let unit = terms[0].0.unit;
     gemm_packed(unit, &packed_terms(unit, terms), init, out);
 }
@@ -141,9 +145,16 @@ fn gemm_packed(unit: MatrixUnit, terms: &[PackedTerm<'_>], init: Init<'_>, out: 
             n,
         };
         let no_scratch = || ();
-        par_for_each_tile(unit, &[sum], m, n, no_scratch, |(), unit, strip, panel, packed| {
-            output.tile(sum, unit, strip, panel, packed);
-        });
+        par_for_each_tile(
+            unit,
+            &[sum],
+            m,
+            n,
+            no_scratch,
+            |(), unit, strip, panel, packed| {
+                output.tile(sum, unit, strip, panel, packed);
+            },
+        );
     }
 }
 
@@ -163,23 +174,30 @@ pub(in crate::ops) fn gemm_tiles<const S: usize>(
     let sums = sums.map(|terms| SumPass::all(&terms, m, n));
     let all: Vec<&SumPass<'_>> = sums.iter().flatten().collect();
     let scratch = || [Tile::ZERO; S];
-    par_for_each_tile(unit, &all, m, n, scratch, |tiles, unit, strip, panel, mut packed| {
-        for (tile, passes) in tiles.iter_mut().zip(&sums) {
-            for (index, sum) in passes.iter().enumerate() {
-                let out = TileOut {
-                    ptr: tile.0.as_mut_ptr(),
-                    stride: TILE,
-                    rows: TILE,
-                    columns: TILE,
-                    accumulate: index > 0,
-                };
-                // SAFETY: the panel is packed, in this order; `out` is a tile.
-                unsafe { sum.tile(unit, strip, panel, packed, out) };
-                packed = &packed[sum.packed_lines..];
+    par_for_each_tile(
+        unit,
+        &all,
+        m,
+        n,
+        scratch,
+        |tiles, unit, strip, panel, mut packed| {
+            for (tile, passes) in tiles.iter_mut().zip(&sums) {
+                for (index, sum) in passes.iter().enumerate() {
+                    let out = TileOut {
+                        ptr: tile.0.as_mut_ptr(),
+                        stride: TILE,
+                        rows: TILE,
+                        columns: TILE,
+                        accumulate: index > 0,
+                    };
+                    // SAFETY: the panel is packed, in this order; `out` is a tile.
+                    unsafe { sum.tile(unit, strip, panel, packed, out) };
+                    packed = &packed[sum.packed_lines..];
+                }
             }
-        }
-        consume(strip, panel, tiles);
-    });
+            consume(strip, panel, tiles);
+        },
+    );
 }
 
 /// Calls `tile(scratch, unit, strip, panel, packed)` for every micro-tile of (m, n) in parallel, with the panel of each of `sums` packed
