@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use wattune::adapter::config::{LayerNumbers, Names, PeftConfig};
+use wattune::adapter::config::{OneOrMany, PeftConfig};
 use wattune::adapter::targets::{Module, Site, select, shortest_names};
 use wattune::adapter::unsupported::Factor;
 use wattune::adapter::{LoraConfig, LoraPair, MergeJob, Targets, load, merge, peft, save};
@@ -477,11 +477,11 @@ fn real_configuration_is_read() {
         assets.join("adapters/config_only/peft0.19.1_qwen2.5-1.5b_alllinear_adapter_config.json");
     let text = fs::read_to_string(&path).unwrap();
     let config = PeftConfig::parse(&text, &path).unwrap();
-    let Some(Names::Many(names)) = &config.target_modules else {
+    let Some(OneOrMany::Many(names)) = &config.target_modules else {
         panic!("{config:?}")
     };
     assert_eq!((names.len(), config.r, config.lora_dropout), (7, 16, 0.05));
-    assert_eq!(config.layers_to_transform, None::<LayerNumbers>);
+    assert_eq!(config.layers_to_transform, None::<OneOrMany<usize>>);
     assert_eq!(
         config.settings().target_modules,
         Targets::Names(names.clone())

@@ -1,18 +1,19 @@
 //! `adapter_config.json`: PEFT's LoraConfig, read and written.
 //!
-//! Owns every field that peft 0.21.2 writes, their defaults and their order. Takes a file's text or a run's settings; returns
-//! a `PeftConfig`, or the text PEFT would write. Fields of variants that are not plain LoRA are kept as JSON: whether they are
-//! supported is decided in `unsupported`. Knows nothing of tensors.
+//! Owns the keys that peft 0.21.2 writes and their defaults. Takes a file's text or a run's settings; returns a `PeftConfig`, or
+//! the text PEFT would write. Keys of variants other than plain LoRA stay JSON; `unsupported` decides about them. Knows nothing of
+//! tensors.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Kind, Result};
 
-pub use super::fields::{InitWeights, JsonNumber, LayerNumbers, ModulePattern, Names};
-use super::matching::{matches, pattern_key};
+pub use super::fields::{InitWeights, JsonNumber, ModulePattern, OneOrMany};
+use super::matching::{first_match, pattern_key};
 use super::options::{LoraConfig, Targets};
 use super::targets::{Module, Site, shortest_names};
 
@@ -21,148 +22,79 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The version of PEFT whose file this is.
 pub const PEFT_VERSION: &str = "0.21.2";
 
-/// The content of `adapter_config.json`. Fields stand in the file's order, which is alphabetical. A key that a file lacks has
-/// PEFT's default; a key that PEFT 0.21 does not know is left out.
+/// The content of `adapter_config.json` under PEFT's keys. A key that a file lacks has PEFT's default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
+#[allow(missing_docs)]
 pub struct PeftConfig {
-    /// Activated LoRA.
-    pub alora_invocation_tokens: Value,
-    /// ModulePattern -> alpha.
     pub alpha_pattern: ModulePattern<JsonNumber>,
-    /// Arrow routing.
-    pub arrow_config: Value,
-    /// For custom models.
-    pub auto_mapping: Value,
-    /// The model it was trained on: a hub id or a path.
     pub base_model_name_or_path: Option<String>,
-    /// `none`, `all` or `lora_only`: which biases were trained.
     pub bias: String,
-    /// CorDA initialisation.
-    pub corda_config: Value,
-    /// Ties adapters of tied layers.
-    pub ensure_weight_tying: bool,
-    /// EVA initialisation.
-    pub eva_config: Value,
-    /// Modules left out.
-    pub exclude_modules: Option<Names>,
-    /// The layers store (in, out): GPT-2's Conv1D.
-    pub fan_in_fan_out: bool,
-    /// Always true in a saved file.
-    pub inference_mode: bool,
-    /// How A and B began.
+    pub exclude_modules: Option<OneOrMany<String>>,
     pub init_lora_weights: InitWeights,
-    /// KaSA.
-    pub kasa_config: Value,
-    /// Layers stacked several times.
-    pub layer_replication: Value,
-    /// Names of the module lists that hold layers.
-    pub layers_pattern: Option<Names>,
-    /// Only these layers.
-    pub layers_to_transform: Option<LayerNumbers>,
-    /// LoftQ initialisation.
-    pub loftq_config: Value,
-    /// Numerator of the scaling.
+    pub layers_pattern: Option<OneOrMany<String>>,
+    pub layers_to_transform: Option<OneOrMany<usize>>,
     pub lora_alpha: JsonNumber,
-    /// B has a bias.
-    pub lora_bias: bool,
-    /// Dropout before A.
     pub lora_dropout: f64,
-    /// LoRA-GA initialisation.
-    pub lora_ga_config: Value,
-    /// Megatron.
-    pub megatron_config: Value,
-    /// Megatron's module.
-    pub megatron_core: Value,
-    /// Modules trained in full and saved beside.
-    pub modules_to_save: Value,
-    /// Variational sampling.
-    pub monteclora_config: Value,
-    /// `LORA` here.
     pub peft_type: Option<String>,
-    /// Who wrote it.
     pub peft_version: Option<String>,
-    /// QALoRA's group size.
-    pub qalora_group_size: Value,
-    /// Rank.
     pub r: usize,
-    /// ModulePattern -> rank.
     pub rank_pattern: ModulePattern<usize>,
-    /// Revision of the base model.
     pub revision: Option<String>,
-    /// Which modules.
-    pub target_modules: Option<Names>,
-    /// Parameters, not modules, that are adapted.
-    pub target_parameters: Value,
-    /// `CAUSAL_LM` here.
+    pub target_modules: Option<OneOrMany<String>>,
     pub task_type: Option<String>,
-    /// Single rows of the embedding.
-    pub trainable_token_indices: Value,
-    /// Block-diagonal LoRA.
-    pub use_bdlora: Value,
-    /// DoRA.
-    pub use_dora: bool,
-    /// QALoRA.
-    pub use_qalora: bool,
-    /// Scaling is alpha / sqrt(r).
     pub use_rslora: bool,
-    /// VeLoRA.
-    pub velora_config: Value,
+    /// All other keys of LoraConfig; a key that PEFT 0.21 does not know is left out.
+    #[serde(flatten)]
+    pub variants: Map<String, Value>,
 }
 
 impl Default for PeftConfig {
-    /// PEFT's own defaults (`tuners/lora/config.py`), as saved.
+    /// PEFT's defaults (`tuners/lora/config.py`), as saved.
     fn default() -> Self {
-        let null = || Value::Null;
         Self {
-            alora_invocation_tokens: null(),
             alpha_pattern: ModulePattern::default(),
-            arrow_config: null(),
-            auto_mapping: null(),
             base_model_name_or_path: None,
             bias: "none".into(),
-            corda_config: null(),
-            ensure_weight_tying: false,
-            eva_config: null(),
             exclude_modules: None,
-            fan_in_fan_out: false,
-            inference_mode: true,
             init_lora_weights: InitWeights::Plain(true),
-            kasa_config: null(),
-            layer_replication: null(),
             layers_pattern: None,
             layers_to_transform: None,
-            loftq_config: Value::Object(Default::default()),
             lora_alpha: JsonNumber(8.0),
-            lora_bias: false,
             lora_dropout: 0.0,
-            lora_ga_config: null(),
-            megatron_config: null(),
-            megatron_core: "megatron.core".into(),
-            modules_to_save: null(),
-            monteclora_config: null(),
             peft_type: None,
             peft_version: None,
-            qalora_group_size: 16.into(),
             r: 8,
             rank_pattern: ModulePattern::default(),
             revision: None,
             target_modules: None,
-            target_parameters: null(),
             task_type: None,
-            trainable_token_indices: null(),
-            use_bdlora: null(),
-            use_dora: false,
-            use_qalora: false,
             use_rslora: false,
-            velora_config: null(),
+            variants: variant_defaults(),
         }
+    }
+}
+
+/// PEFT's defaults of the keys of [`PeftConfig::variants`].
+fn variant_defaults() -> Map<String, Value> {
+    let defaults = json!({
+        "alora_invocation_tokens": null, "arrow_config": null, "auto_mapping": null, "corda_config": null,
+        "ensure_weight_tying": false, "eva_config": null, "fan_in_fan_out": false, "inference_mode": true,
+        "kasa_config": null, "layer_replication": null, "loftq_config": {}, "lora_bias": false,
+        "lora_ga_config": null, "megatron_config": null, "megatron_core": "megatron.core",
+        "modules_to_save": null, "monteclora_config": null, "qalora_group_size": 16,
+        "target_parameters": null, "trainable_token_indices": null, "use_bdlora": null, "use_dora": false,
+        "use_qalora": false, "velora_config": null,
+    });
+    match defaults {
+        Value::Object(defaults) => defaults,
+        _ => Map::new(),
     }
 }
 
 impl PeftConfig {
     /// The file of an adapter with `sites` chosen from `modules` by `settings`. `all-linear` and regular expressions become
-    /// the shortest names that mean the same modules; a list stays as it was written.
+    /// the shortest names that match the same modules; a list stays as it was written.
     ///
     /// # Errors
     /// A pattern of `settings` that is no regular expression.
@@ -173,20 +105,15 @@ impl PeftConfig {
         base_model: &str,
         revision: Option<&str>,
     ) -> Result<Self> {
-        let listed = |targets: &Targets| match targets {
-            Targets::Names(names) => Some(Names::Many(names.clone())),
-            Targets::Regex(pattern) => Some(Names::One(pattern.clone())),
-            Targets::AllLinear => None,
-        };
-        let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
         let (target_modules, exclude_modules) = match &settings.target_modules {
             Targets::Names(names) => (
-                Names::Many(names.clone()),
-                settings.exclude_modules.as_ref().and_then(listed),
+                names.clone(),
+                settings.exclude_modules.as_ref().and_then(written_targets),
             ),
-            // What was excluded is not among the sites: it needs no mention.
+            // Excluded modules are not among the sites and need no mention.
             Targets::AllLinear | Targets::Regex(_) => {
-                (Names::Many(shortest_names(modules, &paths)), None)
+                let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
+                (shortest_names(modules, &paths), None)
             }
         };
         let alphas: Vec<(String, JsonNumber)> = settings
@@ -194,93 +121,99 @@ impl PeftConfig {
             .iter()
             .map(|(key, alpha)| (key.clone(), JsonNumber(*alpha)))
             .collect();
+        let lora_alpha = JsonNumber(settings.lora_alpha);
+        let layers_pattern = Some(&settings.layers_pattern).filter(|pattern| !pattern.is_empty());
         Ok(Self {
-            alpha_pattern: sortable(&alphas, sites, JsonNumber(settings.lora_alpha), |site| {
+            alpha_pattern: sortable(&alphas, sites, lora_alpha, |site| {
                 JsonNumber(site.lora_alpha)
             })?,
             base_model_name_or_path: Some(base_model.to_string()),
             exclude_modules,
-            layers_pattern: (!settings.layers_pattern.is_empty())
-                .then(|| Names::Many(settings.layers_pattern.clone())),
-            layers_to_transform: settings.layers_to_transform.clone().map(LayerNumbers::Many),
-            lora_alpha: JsonNumber(settings.lora_alpha),
+            layers_pattern: layers_pattern.cloned().map(OneOrMany::Many),
+            layers_to_transform: settings.layers_to_transform.clone().map(OneOrMany::Many),
+            lora_alpha,
             lora_dropout: settings.lora_dropout,
             peft_type: Some("LORA".into()),
             peft_version: Some(PEFT_VERSION.into()),
             r: settings.r,
             rank_pattern: sortable(&settings.rank_pattern, sites, settings.r, |site| site.r)?,
             revision: revision.map(str::to_string),
-            target_modules: Some(target_modules),
+            target_modules: Some(OneOrMany::Many(target_modules)),
             task_type: Some("CAUSAL_LM".into()),
             use_rslora: settings.use_rslora,
             ..Self::default()
         })
     }
 
-    /// The settings this file stands for. A file without `target_modules` means no module.
+    /// The settings of this file. A file without `target_modules` selects no module.
     pub fn settings(&self) -> LoraConfig {
-        let targets = |names: &Names| match names {
-            Names::One(text) => Targets::from_text(text),
-            Names::Many(names) => Targets::Names(names.clone()),
+        let target_modules = match &self.target_modules {
+            Some(OneOrMany::One(text)) => Targets::from_text(text),
+            Some(OneOrMany::Many(names)) => Targets::Names(names.clone()),
+            None => Targets::Names(Vec::new()),
         };
-        // `exclude_modules` knows no `all-linear`: there the word is an expression like any other.
-        let exclude = |names: &Names| match names {
-            Names::One(text) => Targets::Regex(text.clone()),
-            Names::Many(names) => Targets::Names(names.clone()),
-        };
-        let list = |names: &Names| match names {
-            Names::One(text) => vec![text.clone()],
-            Names::Many(names) => names.clone(),
-        };
+        // In `exclude_modules` `all-linear` is an expression like any other.
+        let exclude_modules = self.exclude_modules.clone().map(|excluded| match excluded {
+            OneOrMany::One(text) => Targets::Regex(text),
+            OneOrMany::Many(names) => Targets::Names(names),
+        });
+        let alphas = self.alpha_pattern.0.iter();
         LoraConfig {
             r: self.r,
             lora_alpha: self.lora_alpha.0,
             lora_dropout: self.lora_dropout,
-            target_modules: self
-                .target_modules
-                .as_ref()
-                .map_or(Targets::Names(Vec::new()), targets),
-            exclude_modules: self.exclude_modules.as_ref().map(exclude),
+            target_modules,
+            exclude_modules,
             use_rslora: self.use_rslora,
             rank_pattern: self.rank_pattern.0.clone(),
-            alpha_pattern: self
-                .alpha_pattern
-                .0
-                .iter()
-                .map(|(key, alpha)| (key.clone(), alpha.0))
-                .collect(),
-            layers_to_transform: self
-                .layers_to_transform
-                .as_ref()
-                .map(|layers| match layers {
-                    LayerNumbers::One(layer) => vec![*layer],
-                    LayerNumbers::Many(layers) => layers.clone(),
-                }),
-            layers_pattern: self.layers_pattern.as_ref().map(list).unwrap_or_default(),
+            alpha_pattern: alphas.map(|(key, alpha)| (key.clone(), alpha.0)).collect(),
+            layers_to_transform: self.layers_to_transform.clone().map(OneOrMany::into_vec),
+            layers_pattern: self
+                .layers_pattern
+                .clone()
+                .map(OneOrMany::into_vec)
+                .unwrap_or_default(),
         }
     }
 
-    /// Reads a file's text; `place` names the file in errors.
+    /// Reads a file's text; `path` names the file in errors.
     ///
     /// # Errors
     /// What is not JSON, or a field of another type than PEFT's.
-    pub fn parse(text: &str, place: &Path) -> Result<Self> {
-        serde_json::from_str(text).map_err(|source| {
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let mut config: Self = serde_json::from_str(text).map_err(|source| {
             Error::new(Kind::Adapter, format!("`{CONFIG_FILE}` cannot be read: {source}"))
-                .at(place.display().to_string())
+                .at(path.display().to_string())
                 .rule("the JSON that PEFT's save_pretrained writes")
                 .hint("fetch the file again, or save the adapter again with PEFT's `model.save_pretrained(DIR)`")
-        })
+        })?;
+        let mut read = std::mem::replace(&mut config.variants, variant_defaults());
+        for (key, value) in &mut config.variants {
+            if let Some(given) = read.remove(key) {
+                *value = given;
+            }
+        }
+        Ok(config)
     }
 
     /// The file's text as PEFT writes it: two spaces, sorted keys, no final newline.
     pub fn to_text(&self) -> String {
-        serde_json::to_string_pretty(self).expect("plain fields always have a JSON form")
+        let fields = serde_json::to_value(self).expect("plain fields always have a JSON form");
+        let sorted: BTreeMap<_, _> = fields.as_object().into_iter().flatten().collect();
+        serde_json::to_string_pretty(&sorted).expect("values have a JSON form")
     }
 }
 
-/// `pattern`, if it means the same once its keys are sorted, as they are in the file; else one key for each module that
-/// differs from `default`.
+fn written_targets(targets: &Targets) -> Option<OneOrMany<String>> {
+    match targets {
+        Targets::Names(names) => Some(OneOrMany::Many(names.clone())),
+        Targets::Regex(pattern) => Some(OneOrMany::One(pattern.clone())),
+        Targets::AllLinear => None,
+    }
+}
+
+/// `pattern`, if sorting its keys, as in the file, does not change its meaning; else one key for each module that differs from
+/// `default`.
 fn sortable<T: Copy + PartialEq>(
     pattern: &[(String, T)],
     sites: &[Site],
@@ -294,14 +227,8 @@ fn sortable<T: Copy + PartialEq>(
         .map(|(key, value)| Ok((pattern_key(key, "pattern")?, *value)))
         .collect::<Result<Vec<_>>>()?;
     for site in sites {
-        let mut meant = default;
-        for (regex, value) in &compiled {
-            if matches(regex, &site.path)? {
-                meant = *value;
-                break;
-            }
-        }
-        if meant != of_site(site) {
+        let matched = first_match(&compiled, &site.path)?.unwrap_or(default);
+        if matched != of_site(site) {
             let differing = sites.iter().filter(|site| of_site(site) != default);
             return Ok(ModulePattern(
                 differing
@@ -371,7 +298,7 @@ mod tests {
         let config = PeftConfig::for_sites(&settings, &sites, &modules, "x", Some("main")).unwrap();
         assert_eq!(
             config.target_modules,
-            Some(Names::Many(vec!["0.a".into(), "b".into()]))
+            Some(OneOrMany::Many(vec!["0.a".into(), "b".into()]))
         );
         assert_eq!(config.revision.as_deref(), Some("main"));
     }

@@ -1,43 +1,40 @@
-//! The kinds of field in `adapter_config.json` that are more than a text, a number or a switch.
-//!
-//! Takes and returns JSON as PEFT writes it: one or many names, patterns whose order matters, numbers without a needless
-//! fraction. Knows nothing of what a field means.
+//! Field types of `adapter_config.json` that are more than a text, a number or a switch, as PEFT writes them.
 
 use serde::de::{MapAccess, Visitor};
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A text or a list of texts, as PEFT allows for modules.
+/// One value or a list of values, as PEFT allows for module names and layer indices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Names {
-    /// One text: a regular expression, or one name, as the field says.
-    One(String),
-    /// Several names.
-    Many(Vec<String>),
+pub enum OneOrMany<T> {
+    /// One value; of a text the field says whether it is a name or a regular expression.
+    One(T),
+    /// A list.
+    Many(Vec<T>),
 }
 
-/// A number or a list of numbers, as PEFT allows for layers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum LayerNumbers {
-    /// One layer.
-    One(usize),
-    /// Several layers.
-    Many(Vec<usize>),
+impl<T> OneOrMany<T> {
+    /// The list; one value is a list of one.
+    pub fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(value) => vec![value],
+            Self::Many(values) => values,
+        }
+    }
 }
 
 /// `init_lora_weights`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum InitWeights {
-    /// Kaiming-uniform A and zero B, or random both.
+    /// True: Kaiming-uniform A and zero B; false: both random.
     Plain(bool),
     /// A named scheme.
     Named(String),
 }
 
-/// A JSON object whose order matters: the first key that matches a module holds. Written sorted, as PEFT does.
+/// A JSON object whose order matters: the first key that matches a module decides. Written sorted, as PEFT does.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModulePattern<T>(pub Vec<(String, T)>);
 
@@ -54,7 +51,7 @@ pub struct JsonNumber(pub f64);
 
 impl Serialize for JsonNumber {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // 2^53: every integer below has a float of its own.
+        // 2^53: every integer below it is exact in f64.
         if self.0.fract() == 0.0 && self.0.abs() < 9_007_199_254_740_992.0 {
             serializer.serialize_i64(self.0 as i64)
         } else {

@@ -1,20 +1,20 @@
-//! The first values of an adapter: A drawn, B zero.
+//! Initial LoRA factors: A random, B zero.
 //!
-//! Takes sizes, the run's seed and the module's path; returns values. Every module has a stream of its own, so its values
-//! depend neither on the order of modules nor on the thread count. Knows nothing of sites or files.
+//! Takes sizes, the run's seed and the module's path; returns values. Every module has its random stream, so values depend
+//! neither on the order of modules nor on the thread count. Knows nothing of sites or files.
 
 use rand_chacha::rand_core::Rng;
 
 use crate::random::{Purpose, stream};
 
-/// A's first values, shape (r, in), row by row: uniform in [-b, b) with `b = 1 / sqrt(in_features)`.
+/// Initial A (r, in), row by row: uniform in [-b, b) with `b = 1 / sqrt(in_features)`.
 ///
-/// PEFT draws `kaiming_uniform_(A, a=sqrt(5))`: `b = sqrt(6 / ((1 + a^2) * fan_in))`, and `fan_in` is `in_features`. B begins
-/// as zeros, so an untrained adapter changes nothing.
+/// PEFT draws `kaiming_uniform_(A, a=sqrt(5))`: `b = sqrt(6 / ((1 + a^2) * fan_in))`, and `fan_in` is `in_features`. B is
+/// initialised to zero, so an untrained adapter changes nothing.
 pub fn kaiming_uniform(in_features: usize, r: usize, seed: u64, path: &str) -> Vec<f32> {
     let bound = 1.0 / (in_features as f32).sqrt();
     let mut random = stream(seed, Purpose::AdapterInit, &[], path);
-    // 24 bits: as many as an f32 holds exactly.
+    // 24 bits: the precision of f32.
     let unit = |bits: u32| (bits >> 8) as f32 / (1 << 24) as f32;
     (0..r * in_features)
         .map(|_| (2.0 * unit(random.next_u32()) - 1.0) * bound)

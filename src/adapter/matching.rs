@@ -1,8 +1,8 @@
 //! PEFT's rules for naming modules: lists, regular expressions, layer numbers, patterns.
 //!
-//! Takes what a person wrote and a module's path; says whether one means the other. The rules are those of peft 0.21.2
-//! (`tuners/tuners_utils.py: check_target_module_exists`, `utils/other.py: get_pattern_key`). Knows nothing of a whole model
-//! or of what a match is used for.
+//! Takes a setting and a module's path; returns whether they match. The rules are those of peft 0.21.2
+//! (`tuners/tuners_utils.py: check_target_module_exists`, `utils/other.py: get_pattern_key`). Knows nothing of models or of the
+//! use of a match.
 
 use fancy_regex::Regex;
 
@@ -51,31 +51,41 @@ pub fn matches(regex: &Regex, path: &str) -> Result<bool> {
     })
 }
 
-/// `target_modules` or `exclude_modules`, ready to be asked.
+/// The value of the first pattern that matches `path`.
+pub fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Result<Option<T>> {
+    for (regex, value) in patterns {
+        if matches(regex, path)? {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+/// Compiled `target_modules` or `exclude_modules`.
 pub enum Matcher<'a> {
-    /// Every module; whoever asks leaves the output embedding out.
+    /// Every module; the caller leaves the output embedding out.
     All,
     /// Paths and suffixes.
     Names(&'a [String]),
-    /// A whole path.
+    /// A full path.
     Whole(Regex),
 }
 
-/// How a path was found.
+/// How a path matched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MatchKind {
-    /// Not at all.
+    /// No match.
     None,
-    /// Written out in full: the layer filter does not apply.
+    /// Equal to a listed name: the layer filter does not apply.
     ExactPath,
-    /// By a suffix of a list.
+    /// Ends with a listed name.
     Suffix,
-    /// By an expression or by `all-linear`.
+    /// Matched by a regular expression or `all-linear`.
     Pattern,
 }
 
 impl<'a> Matcher<'a> {
-    /// Prepares `targets`; `key` is the setting's name, for errors.
+    /// Compiles `targets`; `key` is the setting's name, for errors.
     pub fn new(targets: &'a Targets, key: &str) -> Result<Self> {
         Ok(match targets {
             Targets::AllLinear => Self::All,
@@ -84,7 +94,7 @@ impl<'a> Matcher<'a> {
         })
     }
 
-    /// How `path` is meant, if it is.
+    /// How `path` matches.
     pub fn find(&self, path: &str) -> Result<MatchKind> {
         Ok(match self {
             Self::All => MatchKind::Pattern,
@@ -99,14 +109,14 @@ impl<'a> Matcher<'a> {
     }
 }
 
-/// `layers_to_transform` with its `layers_pattern`, ready to be asked.
+/// The compiled `layers_pattern` of `layers_to_transform`.
 pub struct LayerFilter {
     /// Expressions with a group `idx`; the first that matches gives the number.
     patterns: Vec<Regex>,
 }
 
 impl LayerFilter {
-    /// Prepares the names of the module lists that hold layers; none: whatever list comes first in a path.
+    /// Compiles the names of the module lists that hold layers; none: the first list in a path.
     pub fn new(layers_pattern: &[String]) -> Result<Self> {
         let patterns = if layers_pattern.is_empty() {
             // The first number, not the last: `layers.1.experts.0` is layer 1.
@@ -126,7 +136,7 @@ impl LayerFilter {
         Ok(Self { patterns })
     }
 
-    /// The number of the layer `path` lies in, if it lies in one.
+    /// The number of the layer that contains `path`, if any.
     pub fn index(&self, path: &str) -> Result<Option<usize>> {
         for regex in &self.patterns {
             let captures = regex.captures(path).map_err(|source| {

@@ -1,8 +1,8 @@
-//! Merging: a model's weights and an adapter -> a model directory that needs no adapter.
+//! Merges an adapter into a model's weights: a model directory that needs no adapter.
 //!
-//! Takes the model's safetensors files and fitted pairs; writes `W' = W + scaling * B A`, computed in f32 and rounded once to
-//! the type of W. One tensor at a time: never two copies of the model in memory. Every other tensor keeps its bytes. The
-//! directory appears whole or not at all. Knows nothing of architectures.
+//! Takes the model's safetensors files and LoRA pairs; writes `W' = W + scaling * B A`, computed in f32 and rounded once to
+//! the type of W, one tensor at a time. The bytes of every other tensor stay the same. The directory is created atomically. Knows
+//! nothing of architectures.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -23,31 +23,31 @@ use super::shards::{
 /// transformers' size of a weights file (`save_pretrained`'s default `max_shard_size`).
 pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
 
-/// What to merge, and where to.
+/// Inputs and output of a merge.
 #[derive(Debug, Clone, Copy)]
 pub struct MergeJob<'a> {
     /// The model's safetensors files: one, or all shards.
     pub weights: &'a [PathBuf],
     /// The adapter on the model: `LoadedAdapter::attach`.
     pub pairs: &'a [LoraPair<'a>],
-    /// Names of weights that are one and the same tensor in the model, as `["lm_head.weight", "model.embed_tokens.weight"]`.
+    /// Names of weights that are the same tensor in the model, as `["lm_head.weight", "model.embed_tokens.weight"]`.
     pub tied: &'a [[String; 2]],
-    /// Files to copy as they are: configuration, tokenizer, chat template, licence.
+    /// Files to copy unchanged: configuration, tokenizer, chat template, licence.
     pub copy: &'a [PathBuf],
-    /// The directory to make.
+    /// The directory to create.
     pub out: &'a Path,
-    /// The most bytes of values in one file.
+    /// Most bytes of values in one file.
     pub max_shard: Bytes,
 }
 
-/// What was written.
+/// Content of the merged model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MergeSummary {
     /// The weights' file names, in order.
     pub files: Vec<String>,
-    /// Tensors that a pair was added to.
+    /// Tensors with a pair added.
     pub merged: usize,
-    /// Tensors whose bytes were kept.
+    /// Tensors copied unchanged.
     pub kept: usize,
     /// Bytes of all tensors.
     pub size: Bytes,
@@ -105,7 +105,7 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     })
 }
 
-/// The pair of each tensor that has one, by the tensor's index. Every pair that has no place is named in one error.
+/// The pair of each tensor that has one, by the tensor's index. Every pair without a tensor is named in one error.
 fn match_pairs<'a>(
     tensors: &[TensorEntry],
     job: &MergeJob<'a>,
@@ -197,7 +197,7 @@ fn check_copies(copies: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// A directory beside its place, removed unless it is finished.
+/// A temporary directory, removed unless `finish` renames it.
 struct Partial {
     path: PathBuf,
     finished: bool,
@@ -281,7 +281,7 @@ fn write_shard(
     file.sync_all().map_err(failed)
 }
 
-/// The bytes of `tensor`, to be read.
+/// A reader of the bytes of `tensor`.
 fn open_at(path: &Path, tensor: &TensorEntry) -> Result<std::io::Take<File>> {
     let opened = File::open(path).and_then(|mut file| {
         file.seek(SeekFrom::Start(tensor.start))?;
@@ -290,7 +290,7 @@ fn open_at(path: &Path, tensor: &TensorEntry) -> Result<std::io::Take<File>> {
     opened.map_err(|source| Error::io("read", path, source))
 }
 
-/// `W + scaling * B A` in place, row by row; rows are independent, so threads change nothing.
+/// `W + scaling * B A` in place, by rows in parallel.
 fn add_pair(bytes: &mut [u8], tensor: &TensorEntry, pair: &LoraPair) -> Result<()> {
     let (columns, r) = (pair.site.in_features, pair.site.r);
     if bytes.is_empty() {
@@ -312,30 +312,29 @@ fn add_pair(bytes: &mut [u8], tensor: &TensorEntry, pair: &LoraPair) -> Result<(
         })
 }
 
-/// Adds `scale * delta` to a row of stored values; none if a finite value does not stay finite.
+/// Adds `scale * delta` to a row of stored values; `None` if a sum is not finite.
 fn add_row(bytes: &mut [u8], dtype: Dtype, delta: &[f32], scale: f32) -> Option<()> {
     let weights = to_f32(dtype, bytes)?;
-    let mut places = bytes.chunks_exact_mut(dtype.bitsize() / 8);
-    for (weight, delta) in weights.into_iter().zip(delta) {
+    let stored = bytes.chunks_exact_mut(dtype.bitsize() / 8);
+    for ((weight, delta), stored) in weights.into_iter().zip(delta).zip(stored) {
         let sum = weight + delta * scale;
-        let place = places.next()?;
-        let kept = match dtype {
+        let is_finite = match dtype {
             Dtype::F32 => {
-                place.copy_from_slice(&sum.to_le_bytes());
+                stored.copy_from_slice(&sum.to_le_bytes());
                 sum.is_finite()
             }
             Dtype::F16 => {
                 let rounded = half::f16::from_f32(sum);
-                place.copy_from_slice(&rounded.to_le_bytes());
+                stored.copy_from_slice(&rounded.to_le_bytes());
                 rounded.is_finite()
             }
             _ => {
                 let rounded = half::bf16::from_f32(sum);
-                place.copy_from_slice(&rounded.to_le_bytes());
+                stored.copy_from_slice(&rounded.to_le_bytes());
                 rounded.is_finite()
             }
         };
-        if !kept {
+        if !is_finite {
             return None;
         }
     }

@@ -1,8 +1,8 @@
-//! LoRA on disk and by name: which modules, PEFT's files, first values, merging.
+//! LoRA adapters: target modules, PEFT's files, initial values, merging.
 //!
-//! Takes module names and shapes, settings, and files; returns sites (where LoRA sits, with which rank and scaling), checked
-//! tensors, and merged model directories. Adapters are PEFT's, so that every program that reads PEFT's reads ours. Knows
-//! nothing of recipes, of how a model computes, or of training.
+//! Takes module names and shapes, settings, and files; returns sites (layer, rank and scaling of each LoRA), checked tensors, and
+//! merged model directories. Files are PEFT's, so that every program that reads PEFT adapters reads ours. Knows nothing of recipes,
+//! computation or training.
 
 pub mod config;
 mod fields;

@@ -1,8 +1,8 @@
-//! A PEFT adapter's directory: loaded, fitted to a model, saved.
+//! A PEFT adapter's directory: loading, attaching to a model, saving.
 //!
 //! Takes a directory with `adapter_config.json` and `adapter_model.safetensors`; returns a checked configuration and pairs of
-//! A and B as f32, or writes both files. Strict: what is not plain LoRA is refused by name, all of it in one error. Knows
-//! nothing of how a model computes.
+//! A and B as f32, or writes both files. Strict: features other than plain LoRA are refused by name, all in one error. Knows nothing of
+//! computation.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,7 +17,7 @@ use super::shards::{F32s, write_f32s};
 use super::targets::{Module, RankResolver, Site, last_segments, select_modules};
 use super::unsupported::{Factor, PREFIX, parse_tensor_name, unsupported_settings};
 
-/// The weights' name in an adapter's directory.
+/// File name of the weights in an adapter's directory.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// A matrix of an adapter.
@@ -29,7 +29,7 @@ pub struct Matrix {
     pub values: Vec<f32>,
 }
 
-/// A checked adapter: every name is a LoRA half, every pair is complete and of the configured rank, every value is finite.
+/// A checked adapter: every name is a LoRA factor, every pair is complete and of the configured rank, every value is finite.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadedAdapter {
     /// Its `adapter_config.json`.
@@ -38,10 +38,10 @@ pub struct LoadedAdapter {
     pub tensors: BTreeMap<String, Matrix>,
 }
 
-/// One LoRA pair on its layer.
+/// A LoRA pair on its layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraPair<'a> {
-    /// Where it sits.
+    /// Layer, rank and scaling.
     pub site: Site,
     /// A, shape (r, in), row by row.
     pub a: &'a [f32],
@@ -49,7 +49,7 @@ pub struct LoraPair<'a> {
     pub b: &'a [f32],
 }
 
-/// The full PEFT name of a half of the pair on the module `path`.
+/// The full PEFT name of a factor of the pair on the module `path`.
 pub fn tensor_name(path: &str, half: Factor) -> String {
     let letter = match half {
         Factor::A => 'A',
@@ -61,7 +61,7 @@ pub fn tensor_name(path: &str, half: Factor) -> String {
 /// Reads the adapter in the directory `dir`.
 ///
 /// # Errors
-/// A file that is missing or damaged; anything that is not plain LoRA, all of it in one error.
+/// A file that is missing or damaged; features other than plain LoRA, all in one error.
 pub fn load(dir: &Path) -> Result<LoadedAdapter> {
     let config = load_config(dir)?;
     let path = dir.join(WEIGHTS_FILE);
@@ -119,7 +119,7 @@ pub fn load_config(dir: &Path) -> Result<PeftConfig> {
     PeftConfig::parse(&text, &path)
 }
 
-/// The first directory below `dir` that holds an adapter: PEFT saves one that is not called "default" in its own.
+/// The first directory below `dir` with an adapter: PEFT saves an adapter not named "default" in a subdirectory.
 fn adapter_below(dir: &Path) -> Option<std::path::PathBuf> {
     let mut inner: Vec<_> = fs::read_dir(dir)
         .ok()?
@@ -173,21 +173,17 @@ fn read_matrix(name: &str, view: &TensorView) -> Result<Matrix, String> {
 
 /// Little-endian values as f32, or none if `dtype` is not a float of 16 or 32 bits.
 pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    let pairs = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    let words = bytes.as_chunks().0.iter().copied();
+    let halves = bytes.as_chunks().0.iter().copied();
     match dtype {
-        Dtype::F32 => Some(
-            bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
-        ),
+        Dtype::F32 => Some(words.map(f32::from_le_bytes).collect()),
         Dtype::F16 => Some(
-            pairs()
+            halves
                 .map(|b| half::f16::from_le_bytes(b).to_f32())
                 .collect(),
         ),
         Dtype::BF16 => Some(
-            pairs()
+            halves
                 .map(|b| half::bf16::from_le_bytes(b).to_f32())
                 .collect(),
         ),
@@ -195,7 +191,7 @@ pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     }
 }
 
-/// Halves without their other half, and shapes that contradict each other or the configured rank.
+/// Factors without their counterpart, and shapes that contradict the configured rank.
 fn pair_problems(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Result<Vec<String>> {
     let ranks = RankResolver::new(&config.settings())?;
     let mut problems = Vec::new();
@@ -234,7 +230,7 @@ fn paths(tensors: &BTreeMap<String, Matrix>) -> BTreeSet<&str> {
         .collect()
 }
 
-/// One error for all `problems`, or none. Long lists are cut, with their count.
+/// One error for all `problems`, or none.
 pub(super) fn fail_on_problems(
     problems: Vec<String>,
     verdict: &str,
@@ -245,11 +241,8 @@ pub(super) fn fail_on_problems(
     if problems.is_empty() {
         return Ok(());
     }
-    let mut list = problems
-        .iter()
-        .take(SHOWN)
-        .map(|problem| format!("\n  - {problem}"))
-        .collect::<String>();
+    let shown = problems.iter().take(SHOWN);
+    let mut list: String = shown.map(|problem| format!("\n  - {problem}")).collect();
     if problems.len() > SHOWN {
         list.push_str(&format!("\n  - and {} more", problems.len() - SHOWN));
     }
@@ -261,7 +254,7 @@ pub(super) fn fail_on_problems(
 }
 
 impl LoadedAdapter {
-    /// Each pair on its layer, in the order of `modules` (the model's linear layers).
+    /// Each LoRA pair with its layer, in the order of `modules` (the model's linear layers).
     ///
     /// # Errors
     /// A tensor whose module is not there or has other sizes; a module that `adapter_config.json` names and that has no
@@ -271,7 +264,7 @@ impl LoadedAdapter {
         let ranks = RankResolver::new(&settings)?;
         let mut problems = self.shape_mismatches(modules);
         let present = paths(&self.tensors);
-        // `all-linear` in a file written by hand: which layer is the output embedding is not known here.
+        // `all-linear` in an edited file: which layer is the output embedding is unknown here.
         let named = if settings.target_modules == super::Targets::AllLinear {
             Vec::new()
         } else {
@@ -310,7 +303,7 @@ impl LoadedAdapter {
         Ok(fitted)
     }
 
-    /// Tensors that do not land on a module of `modules`, or not with its sizes.
+    /// Tensors whose module is not in `modules` or has other sizes.
     fn shape_mismatches(&self, modules: &[Module]) -> Vec<String> {
         let by_path: BTreeMap<&str, &Module> = modules
             .iter()
@@ -344,10 +337,10 @@ impl LoadedAdapter {
     }
 }
 
-/// Why `path` is no module: the nearest one with the same last name, or the names that exist.
+/// The error for an unknown `path`: the nearest module with the same last segment, or the names that exist.
 fn no_module(path: &str, modules: &[Module]) -> String {
     let last = path.rsplit('.').next().unwrap_or(path);
-    // The longest common end first: what differs is most often what stands before the layers.
+    // The longest common suffix first: most often the part before the layers differs.
     let alike = |module: &&Module| {
         let common = module
             .path
@@ -378,10 +371,10 @@ fn no_module(path: &str, modules: &[Module]) -> String {
 }
 
 /// Writes an adapter: `tensors` are (full PEFT name, shape, values row by row), stored as F32, sorted by name. The same input
-/// gives the same bytes. Each file is written beside its place and renamed, so it is there whole or not at all.
+/// gives the same bytes. Each file is replaced atomically.
 ///
 /// # Errors
-/// A file that cannot be written; a name, shape or count that is not a LoRA half's.
+/// A file that cannot be written; a name, shape or count that is not a LoRA factor's.
 pub fn save(
     dir: &Path,
     config: &PeftConfig,
@@ -402,16 +395,16 @@ pub fn save(
         views.push(view.ok_or_else(|| refuse(format!("it has {} values", values.len())))?);
     }
     fs::create_dir_all(dir).map_err(|source| Error::io("create", dir, source))?;
-    write_whole(&dir.join(WEIGHTS_FILE), |path| {
+    replace_file(&dir.join(WEIGHTS_FILE), |path| {
         write_f32s(path, views, true)
     })?;
-    write_whole(&dir.join(CONFIG_FILE), |path| {
+    replace_file(&dir.join(CONFIG_FILE), |path| {
         fs::write(path, config.to_text()).map_err(|source| Error::io("write", path, source))
     })
 }
 
-/// Lets `write` write a file beside its place, then renames it.
-fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// Replaces a file atomically: `write` writes a temporary file, which is synced and renamed.
+fn replace_file(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let partial = path.with_extension("partial");
     let written = write(&partial).and_then(|()| {
         let synced = fs::File::open(&partial).and_then(|file| file.sync_all());
@@ -420,7 +413,7 @@ fn write_whole(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<(
             .map_err(|source| Error::io("write", path, source))
     });
     if written.is_err() {
-        // What is left of it is of no use; that it cannot be removed either changes nothing for the reader of the error.
+        // A leftover is useless; the first error is the one to report.
         let _ = fs::remove_file(&partial);
     }
     written

@@ -1,15 +1,15 @@
-//! Which other runtimes load an adapter as it is meant.
+//! Whether other runtimes load an adapter correctly.
 //!
-//! Takes a configuration; returns one sentence for each runtime that would refuse it or scale it otherwise. Sources: vLLM
+//! Takes a configuration; returns one sentence for each runtime that would refuse it or scale it differently. Sources: vLLM
 //! `vllm/lora/peft_helper.py` and `vllm/config/lora.py`, llama.cpp `convert_lora_to_gguf.py` and `src/llama-adapter.h`,
 //! mistral.rs `docs/guides/customize/lora-adapters.mdx`. Knows nothing of tensors.
 
-use super::config::{Names, PeftConfig};
+use super::config::{OneOrMany, PeftConfig};
 use super::matching::is_suffix;
 
 /// vLLM's default `max_lora_rank`.
 const VLLM_DEFAULT_RANK: usize = 16;
-/// The largest rank vLLM can be told to accept.
+/// The largest `max_lora_rank` of vLLM.
 const VLLM_MAX_RANK: usize = 512;
 /// mistral.rs's largest rank.
 const MISTRALRS_MAX_RANK: usize = 256;
@@ -54,13 +54,13 @@ fn rank_warnings(config: &PeftConfig) -> Vec<String> {
             "vLLM refuses rank {rank}: it accepts {VLLM_MAX_RANK} at most"
         ));
     } else if rank > VLLM_DEFAULT_RANK {
-        // The ranks it can be told.
-        let told = [32, 64, 128, 256, 320, 512]
+        // The values that the option takes.
+        let option = [32, 64, 128, 256, 320, 512]
             .into_iter()
-            .find(|told| rank <= *told)
+            .find(|option| rank <= *option)
             .unwrap_or(VLLM_MAX_RANK);
         warnings.push(format!(
-            "vLLM refuses rank {rank} unless it is started with `--max-lora-rank {told}`"
+            "vLLM refuses rank {rank} unless it is started with `--max-lora-rank {option}`"
         ));
     }
     if rank > MISTRALRS_MAX_RANK {
@@ -73,15 +73,15 @@ fn rank_warnings(config: &PeftConfig) -> Vec<String> {
 
 fn target_warnings(config: &PeftConfig) -> Vec<String> {
     match &config.target_modules {
-        Some(Names::Many(names))
+        Some(OneOrMany::Many(names))
             if names
                 .iter()
                 .any(|name| is_suffix(name, "lm_head") || is_suffix(name, "embed_tokens")) =>
         {
             vec!["mistral.rs refuses LoRA on `lm_head` and `embed_tokens`; llama.cpp does where the two are tied".to_string()]
         }
-        Some(Names::Many(_)) => Vec::new(),
-        Some(Names::One(_)) | None => {
+        Some(OneOrMany::Many(_)) => Vec::new(),
+        Some(OneOrMany::One(_)) | None => {
             vec!["vLLM wants `target_modules` as a list of names".to_string()]
         }
     }
@@ -95,7 +95,7 @@ mod tests {
     fn plain() -> PeftConfig {
         PeftConfig {
             r: 16,
-            target_modules: Some(Names::Many(vec!["q_proj".into()])),
+            target_modules: Some(OneOrMany::Many(vec!["q_proj".into()])),
             ..PeftConfig::default()
         }
     }
@@ -142,14 +142,14 @@ mod tests {
         );
         named(
             PeftConfig {
-                target_modules: Some(Names::Many(vec!["lm_head".into()])),
+                target_modules: Some(OneOrMany::Many(vec!["lm_head".into()])),
                 ..plain()
             },
             &["lm_head"],
         );
         named(
             PeftConfig {
-                target_modules: Some(Names::One(".*q".into())),
+                target_modules: Some(OneOrMany::One(".*q".into())),
                 ..plain()
             },
             &["vLLM wants"],

@@ -1,7 +1,7 @@
-//! A model's safetensors files as a list of stored tensors, how they are laid out in new files, and files of f32 tensors written.
+//! Safetensors files: headers of a model's shards, the layout of new shards, and writing of f32 tensors.
 //!
-//! Takes file paths; reads headers only. Returns where each tensor lies, how tensors share files of a given size, and the
-//! header and index of such files, named as transformers names them. Reads no tensor's values.
+//! Takes file paths; reads headers only. Returns the location of each tensor, the split of tensors into shards, and the header
+//! and index of such shards, named as in transformers. Never reads a tensor's values.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,33 +14,33 @@ use serde_json::json;
 use crate::error::{Error, Kind, Result};
 use crate::units::Bytes;
 
-/// The index's name beside sharded weights.
+/// File name of the index of sharded weights.
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
-/// The longest header that is read; the format's own limit.
+/// The format's limit of a header's length.
 const MAX_HEADER: u64 = 100_000_000;
-/// Numbers that are written at once.
-const PART: usize = 1 << 18;
+/// Elements written at once.
+const CHUNK: usize = 1 << 18;
 /// The length field before the header.
 const LENGTH_FIELD: u64 = 8;
 
-/// A tensor in a file.
+/// Location of a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TensorEntry {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its type.
+    /// Stored type.
     pub dtype: Dtype,
-    /// Its shape.
+    /// Shape.
     pub shape: Vec<usize>,
-    /// Which of the files.
+    /// Index of the file.
     pub file: usize,
-    /// Its first byte's place in that file.
+    /// Offset of its first byte in that file.
     pub start: u64,
-    /// Its bytes.
+    /// Bytes.
     pub size: u64,
 }
 
-/// Numbers to be written as a tensor of F32.
+/// An F32 tensor to be written.
 #[derive(Debug, Clone)]
 pub(crate) struct F32s<'a> {
     name: &'a str,
@@ -49,7 +49,7 @@ pub(crate) struct F32s<'a> {
 }
 
 impl<'a> F32s<'a> {
-    /// `values` row by row; `None` where `shape` wants another count.
+    /// `values` row by row; `None` if their count does not fit `shape`.
     pub(crate) fn new(name: &'a str, shape: Vec<usize>, values: &'a [f32]) -> Option<Self> {
         (shape.iter().product::<usize>() == values.len()).then_some(Self {
             name,
@@ -91,12 +91,16 @@ pub(crate) fn write_f32s(
     let write = || {
         let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
         file.write_all(&header)?;
-        for part in tensors.iter().flat_map(|tensor| tensor.values.chunks(PART)) {
-            match cfg!(target_endian = "little") {
-                true => file.write_all(bytemuck::cast_slice(part))?,
-                false => part
-                    .iter()
-                    .try_for_each(|value| file.write_all(&value.to_le_bytes()))?,
+        for part in tensors
+            .iter()
+            .flat_map(|tensor| tensor.values.chunks(CHUNK))
+        {
+            if cfg!(target_endian = "little") {
+                file.write_all(bytemuck::cast_slice(part))?;
+            } else {
+                for value in part {
+                    file.write_all(&value.to_le_bytes())?;
+                }
             }
         }
         file.flush()
@@ -104,7 +108,7 @@ pub(crate) fn write_f32s(
     write().map_err(|source| Error::io("write", path, source))
 }
 
-/// The tensors of `files`, in the order of files and, within one, of places.
+/// The tensors of `files`, in the order of files and of offsets.
 pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<TensorEntry>> {
     let mut tensors = Vec::new();
     let mut owner: BTreeMap<String, usize> = BTreeMap::new();
@@ -147,7 +151,7 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<TensorEntry>> {
     }
     let mut header = vec![0; length as usize];
     reader.read_exact(&mut header).map_err(failed)?;
-    // Deserialisation checks that places follow each other without gaps and agree with shapes.
+    // Deserialisation checks that offsets are contiguous and agree with shapes.
     let metadata: Metadata =
         serde_json::from_slice(&header).map_err(|source| damaged(source.to_string()))?;
     let data = LENGTH_FIELD + length;
@@ -177,9 +181,9 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<TensorEntry>> {
         .collect())
 }
 
-/// Which tensors (by index) share a file of at most `max` bytes of values: in order, as huggingface_hub's
-/// `split_state_dict_into_shards_factory` cuts. A tensor that is larger has a file of its own. Within a file: by type, widest
-/// first, then by name, as safetensors orders them.
+/// The tensors (by index) of each file of at most `max` bytes of values, in order, as in huggingface_hub's
+/// `split_state_dict_into_shards_factory`: a larger tensor is alone in a file. Within a file they are sorted by type, widest
+/// first, then by name, as safetensors does.
 pub(super) fn plan_shards(tensors: &[TensorEntry], max: Bytes) -> Vec<Vec<usize>> {
     let mut shards: Vec<Vec<usize>> = Vec::new();
     let (mut current, mut filled) = (Vec::new(), 0u64);
@@ -233,7 +237,7 @@ pub(super) fn header(tensors: &[&TensorEntry]) -> Result<Vec<u8>> {
 }
 
 fn encode_header(infos: Vec<(String, TensorInfo)>, pytorch_format: bool) -> Result<Vec<u8>> {
-    // One key: nothing depends on a map's order.
+    // One key: the result does not depend on a map's order.
     let mark = pytorch_format.then(|| {
         [("format".to_string(), "pt".to_string())]
             .into_iter()
@@ -297,7 +301,7 @@ mod tests {
             plan_shards(&tensors, Bytes(10)),
             [vec![0], vec![1, 2], vec![3, 4, 5]]
         );
-        // One that is too large stands alone; the file begun before it goes on.
+        // A tensor above the limit is alone; the shard begun before it is continued.
         assert_eq!(
             plan_shards(&tensors, Bytes(5)),
             [vec![0], vec![1], vec![3], vec![2, 4], vec![5]]

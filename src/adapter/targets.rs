@@ -1,12 +1,13 @@
-//! Where LoRA sits: PEFT's settings and a model's linear layers -> sites, in model order.
+//! Target modules: PEFT's settings and a model's linear layers -> LoRA sites, in model order.
 //!
-//! Takes the model's linear layers (path, sizes) and `LoraConfig`; returns one `Site` for each chosen layer. Chooses as PEFT
-//! does, but refuses every entry that matches nothing, where PEFT is content if one of them matches. Knows nothing of tensors
-//! and files.
+//! Takes the model's linear layers (path, sizes) and `LoraConfig`; returns one `Site` for each selected layer. Selects as PEFT
+//! does, but refuses every entry that matches nothing, where PEFT requires only one match. Knows nothing of tensors and files.
 
 use crate::error::{Error, Kind, Result};
 
-use super::matching::{LayerFilter, MatchKind, Matcher, is_suffix, matches, pattern_key};
+use super::matching::{
+    LayerFilter, MatchKind, Matcher, first_match, is_suffix, matches, pattern_key,
+};
 use super::options::{LoraConfig, Targets};
 
 /// A linear layer of a model.
@@ -20,7 +21,7 @@ pub struct Module {
     pub in_features: usize,
 }
 
-/// One LoRA: on which layer, of which rank, how strong. `y = W x + scaling * B (A x)`.
+/// LoRA on one layer: `y = W x + scaling * B (A x)`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Site {
     /// The layer's name.
@@ -67,7 +68,7 @@ pub fn select(
         .collect()
 }
 
-/// The modules meant by targets, exclusions and layers, in model order.
+/// The modules that targets, exclusions and layers select, in model order.
 pub(super) fn select_modules<'m>(
     modules: &'m [Module],
     output_embedding: &str,
@@ -167,17 +168,8 @@ impl RankResolver {
     }
 }
 
-fn first_match<T: Copy>(patterns: &[(fancy_regex::Regex, T)], path: &str) -> Result<Option<T>> {
-    for (regex, value) in patterns {
-        if matches(regex, path)? {
-            return Ok(Some(*value));
-        }
-    }
-    Ok(None)
-}
-
-/// The shortest suffixes that mean all of `chosen` and none of the other `modules`, in model order: what PEFT writes as
-/// `target_modules` in place of a long list (`tuners_utils.py: _find_minimal_target_modules`). `modules` are linear layers: PEFT
+/// The shortest suffixes that match all of `chosen` and none of the other `modules`, in model order: PEFT's replacement for a long
+/// list of `target_modules` (`tuners_utils.py: _find_minimal_target_modules`). `modules` are linear layers: PEFT
 /// compares with all modules, which differs only where a container ends like a layer.
 pub fn shortest_names(modules: &[Module], chosen: &[&str]) -> Vec<String> {
     let others: Vec<&str> = modules
@@ -209,83 +201,67 @@ fn check_values(settings: &LoraConfig) -> Result<()> {
     let refuse = |key: &str, value: String, rule: &str| {
         Err(Error::new(Kind::Adapter, format!("`{key}` is not usable"))
             .value(value)
-            .rule(rule.to_string()))
+            .rule(rule))
     };
-    let ranks = settings
-        .rank_pattern
-        .iter()
-        .map(|(key, r)| (format!("rank_pattern.\"{key}\""), *r));
-    for (key, r) in std::iter::once(("r".to_string(), settings.r)).chain(ranks) {
+    let ranks = settings.rank_pattern.iter();
+    let ranks = ranks.map(|(key, r)| (format!("rank_pattern.\"{key}\""), *r));
+    for (key, r) in [("r".to_string(), settings.r)].into_iter().chain(ranks) {
         if r == 0 {
             return refuse(&key, r.to_string(), "a rank is at least 1");
         }
     }
-    let alphas = settings
-        .alpha_pattern
-        .iter()
-        .map(|(key, alpha)| (format!("alpha_pattern.\"{key}\""), *alpha));
-    for (key, alpha) in
-        std::iter::once(("lora_alpha".to_string(), settings.lora_alpha)).chain(alphas)
-    {
+    let alphas = settings.alpha_pattern.iter();
+    let alphas = alphas.map(|(key, alpha)| (format!("alpha_pattern.\"{key}\""), *alpha));
+    let lora_alpha = ("lora_alpha".to_string(), settings.lora_alpha);
+    for (key, alpha) in [lora_alpha].into_iter().chain(alphas) {
         if !alpha.is_finite() || alpha == 0.0 {
-            return refuse(
-                &key,
-                alpha.to_string(),
-                "a finite number other than 0, which would switch the adapter off",
-            );
+            let rule = "a finite number other than 0, which would switch the adapter off";
+            return refuse(&key, alpha.to_string(), rule);
         }
     }
     if !(0.0..1.0).contains(&settings.lora_dropout) {
-        return refuse(
-            "lora_dropout",
-            settings.lora_dropout.to_string(),
-            "a probability from 0 up to, not including, 1",
-        );
+        let rule = "a probability from 0 up to, not including, 1";
+        return refuse("lora_dropout", settings.lora_dropout.to_string(), rule);
     }
-    check_layers_are_usable(settings)
+    check_layers(settings)
 }
 
 /// PEFT's rules in `LoraConfig.__post_init__`.
-fn check_layers_are_usable(settings: &LoraConfig) -> Result<()> {
-    let hint = "write `target_modules` as a list of names, as in `target_modules = [\"q_proj\", \"v_proj\"]`";
+fn check_layers(settings: &LoraConfig) -> Result<()> {
     let is_list = matches!(settings.target_modules, Targets::Names(_));
-    match (&settings.layers_to_transform, settings.layers_pattern.is_empty()) {
-        (Some(_), _) if !is_list => {
-            let what = "`layers_to_transform` works with a list of names only";
-            Err(Error::new(Kind::Adapter, what).rule("PEFT refuses it beside `all-linear` or a regular expression").hint(hint))
+    if settings.layers_to_transform.is_some() {
+        if is_list {
+            return Ok(());
         }
-        (None, false) => Err(Error::new(Kind::Adapter, "`layers_pattern` needs `layers_to_transform`")
-            .value(settings.layers_pattern.join(", "))
-            .hint("add `layers_to_transform = [0, 1]` with the layers you mean, or remove `layers_pattern`")),
-        _ => Ok(()),
+        return Err(Error::new(Kind::Adapter, "`layers_to_transform` works with a list of names only")
+            .rule("PEFT refuses it beside `all-linear` or a regular expression")
+            .hint("write `target_modules` as a list of names, as in `target_modules = [\"q_proj\", \"v_proj\"]`"));
     }
+    if settings.layers_pattern.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Adapter,
+        "`layers_pattern` needs `layers_to_transform`",
+    )
+    .value(settings.layers_pattern.join(", "))
+    .hint(
+        "add `layers_to_transform = [0, 1]` with the layers you mean, or remove `layers_pattern`",
+    ))
 }
 
 /// Every entry that matches nothing, in one error.
 fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraConfig) -> Result<()> {
-    let mut unmatched = Vec::new();
-    unmatched.extend(unmatched_targets(
-        modules,
-        "target_modules",
-        &settings.target_modules,
-        "",
-    )?);
+    let targets = &settings.target_modules;
+    let mut unmatched = unmatched_targets(modules, "target_modules", targets, "")?;
     if let Some(exclude) = &settings.exclude_modules {
-        unmatched.extend(unmatched_targets(
-            modules,
-            "exclude_modules",
-            exclude,
-            output_embedding,
-        )?);
+        let excluded = unmatched_targets(modules, "exclude_modules", exclude, output_embedding)?;
+        unmatched.extend(excluded);
     }
-    let ranks = settings
-        .rank_pattern
-        .iter()
-        .map(|(key, _)| ("rank_pattern", key));
-    let alphas = settings
-        .alpha_pattern
-        .iter()
-        .map(|(key, _)| ("alpha_pattern", key));
+    let ranks = settings.rank_pattern.iter();
+    let ranks = ranks.map(|(key, _)| ("rank_pattern", key));
+    let alphas = settings.alpha_pattern.iter();
+    let alphas = alphas.map(|(key, _)| ("alpha_pattern", key));
     for (setting, key) in ranks.chain(alphas) {
         let regex = pattern_key(key, setting)?;
         if !any_module(modules, |path| matches(&regex, path))? {
@@ -305,12 +281,12 @@ fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraConf
     }
 }
 
-/// The entries of `targets` that match no module; `absent_is_fine` may be named without being there.
+/// The entries of `targets` that match no module; `optional` may be named although no module has that path.
 fn unmatched_targets(
     modules: &[Module],
     setting: &'static str,
     targets: &Targets,
-    absent_is_fine: &str,
+    optional: &str,
 ) -> Result<Vec<(&'static str, String)>> {
     let entries = match targets {
         Targets::AllLinear => return Ok(Vec::new()),
@@ -320,14 +296,13 @@ fn unmatched_targets(
     let matcher = Matcher::new(targets, setting)?;
     let mut unmatched = Vec::new();
     for entry in entries {
-        let alive = match matcher {
+        let matched = match matcher {
             Matcher::Names(_) => {
-                entry == absent_is_fine
-                    || modules.iter().any(|module| is_suffix(&module.path, &entry))
+                entry == optional || modules.iter().any(|module| is_suffix(&module.path, &entry))
             }
             _ => any_module(modules, |path| Ok(matcher.find(path)? != MatchKind::None))?,
         };
-        if !alive {
+        if !matched {
             unmatched.push((setting, entry));
         }
     }
@@ -382,7 +357,7 @@ fn no_such_module(modules: &[Module], unmatched: &[(&'static str, String)]) -> E
     }
 }
 
-/// The name most like the last segment of `entry`, if any is alike.
+/// The name nearest to the last segment of `entry`, if any is similar.
 fn nearest<'a>(entry: &str, names: &[&'a str]) -> Option<&'a str> {
     let last = entry.rsplit('.').next().unwrap_or(entry);
     let alike = |name: &&str| strsim::jaro_winkler(last, name);

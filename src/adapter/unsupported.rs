@@ -1,16 +1,16 @@
-//! What in a PEFT adapter is more than plain LoRA, and why it cannot be loaded.
+//! Features of PEFT adapters beyond plain LoRA, which cannot be loaded.
 //!
-//! Takes a configuration or a tensor's name; returns the reasons, one sentence each. Everything that would be dropped or
-//! computed otherwise than PEFT does is named here, so that nothing is silently left out. Knows nothing of shapes and values.
+//! Takes a configuration or a tensor's name; returns the reasons, one sentence each. Names everything that would be dropped or
+//! computed differently from PEFT, so that nothing is silently left out. Knows nothing of shapes and values.
 
 use serde_json::Value;
 
 use super::config::{InitWeights, PeftConfig};
 
-/// How every tensor's name begins.
+/// Prefix of every tensor's name.
 pub const PREFIX: &str = "base_model.model.";
 
-/// Initialisations that leave the base model as it is: the adapter is a plain LoRA whatever it began from.
+/// Initialisations that do not change the base model: the adapter is a plain LoRA.
 const INITS_ON_THE_SAME_BASE: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
 
 /// Each reason why an adapter with this configuration cannot be loaded.
@@ -48,100 +48,61 @@ pub fn unsupported_settings(config: &PeftConfig) -> Vec<String> {
         reasons
             .push("a rank is 0: `r` and every rank of `rank_pattern` are at least 1".to_string());
     }
-    reasons.extend(unsupported_flags(config));
-    reasons.extend(unsupported_fields(config));
+    reasons.extend(unsupported_variants(config));
     reasons.extend(unsupported_init(&config.init_lora_weights));
     reasons
 }
 
-/// Boolean fields that must be false.
-fn unsupported_flags(config: &PeftConfig) -> impl Iterator<Item = String> {
-    let flags = [
-        (
-            config.fan_in_fan_out,
-            "fan_in_fan_out",
-            "layers that store (in, out), as GPT-2's Conv1D, are not supported",
-        ),
-        (
-            config.use_dora,
-            "use_dora",
-            "DoRA rescales each row of the weight, which is not plain LoRA",
-        ),
-        (
-            config.lora_bias,
-            "lora_bias",
-            "a bias on B is not supported",
-        ),
-        (
-            config.use_qalora,
-            "use_qalora",
-            "QALoRA pools the input, which is not plain LoRA",
-        ),
-    ];
-    flags
-        .into_iter()
-        .filter(|(on, ..)| *on)
-        .map(|(_, key, why)| format!("`{key}` is true: {why}"))
-}
+/// Keys of variants that must be null, false or empty, with the reason.
+const UNSUPPORTED_KEYS: [(&str, &str); 14] = [
+    (
+        "fan_in_fan_out",
+        "layers that store (in, out), as GPT-2's Conv1D, are not supported",
+    ),
+    (
+        "use_dora",
+        "DoRA rescales each row of the weight, which is not plain LoRA",
+    ),
+    ("lora_bias", "a bias on B is not supported"),
+    (
+        "use_qalora",
+        "QALoRA pools the input, which is not plain LoRA",
+    ),
+    (
+        "modules_to_save",
+        "modules trained in full cannot be loaded beside LoRA",
+    ),
+    (
+        "trainable_token_indices",
+        "trained token rows cannot be loaded",
+    ),
+    (
+        "target_parameters",
+        "LoRA on bare parameters (experts) is not supported",
+    ),
+    (
+        "alora_invocation_tokens",
+        "activated LoRA acts on some tokens only",
+    ),
+    (
+        "layer_replication",
+        "the model would have more layers than its files",
+    ),
+    ("use_bdlora", "block-diagonal LoRA is not supported"),
+    ("arrow_config", "Arrow routes between several adapters"),
+    ("kasa_config", "KaSA truncates the base weights"),
+    ("monteclora_config", "variational LoRA is not supported"),
+    (
+        "megatron_config",
+        "Megatron's parallel layers are not supported",
+    ),
+];
 
-/// Fields that must be null or empty.
-fn unsupported_fields(config: &PeftConfig) -> impl Iterator<Item = String> {
-    let fields = [
-        (
-            &config.modules_to_save,
-            "modules_to_save",
-            "modules trained in full cannot be loaded beside LoRA",
-        ),
-        (
-            &config.trainable_token_indices,
-            "trainable_token_indices",
-            "trained token rows cannot be loaded",
-        ),
-        (
-            &config.target_parameters,
-            "target_parameters",
-            "LoRA on bare parameters (experts) is not supported",
-        ),
-        (
-            &config.alora_invocation_tokens,
-            "alora_invocation_tokens",
-            "activated LoRA acts on some tokens only",
-        ),
-        (
-            &config.layer_replication,
-            "layer_replication",
-            "the model would have more layers than its files",
-        ),
-        (
-            &config.use_bdlora,
-            "use_bdlora",
-            "block-diagonal LoRA is not supported",
-        ),
-        (
-            &config.arrow_config,
-            "arrow_config",
-            "Arrow routes between several adapters",
-        ),
-        (
-            &config.kasa_config,
-            "kasa_config",
-            "KaSA truncates the base weights",
-        ),
-        (
-            &config.monteclora_config,
-            "monteclora_config",
-            "variational LoRA is not supported",
-        ),
-        (
-            &config.megatron_config,
-            "megatron_config",
-            "Megatron's parallel layers are not supported",
-        ),
-    ];
-    fields
-        .into_iter()
-        .filter(|(value, ..)| is_set(value))
-        .map(|(value, key, why)| format!("`{key}` is {value}: {why}"))
+fn unsupported_variants(config: &PeftConfig) -> impl Iterator<Item = String> {
+    UNSUPPORTED_KEYS.iter().filter_map(|(key, why)| {
+        let value = config.variants.get(*key).filter(|value| is_set(value))?;
+        Some(format!("`{key}` is {value}: {why}"))
+    })
 }
 
 fn is_set(value: &Value) -> bool {
@@ -168,7 +129,7 @@ fn unsupported_init(init: &InitWeights) -> Option<String> {
     }
 }
 
-/// Which half of a LoRA pair a tensor is.
+/// A low-rank factor of a LoRA pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Factor {
     /// (r, in).
@@ -177,7 +138,7 @@ pub enum Factor {
     B,
 }
 
-/// The module path and half that a tensor's name stands for, or why it cannot be loaded.
+/// The module path and factor in a tensor's name, or the reason why it cannot be loaded.
 pub fn parse_tensor_name(name: &str) -> Result<(&str, Factor), &'static str> {
     let Some(inner) = name.strip_prefix(PREFIX) else {
         return Err(
@@ -199,24 +160,25 @@ pub fn parse_tensor_name(name: &str) -> Result<(&str, Factor), &'static str> {
 
 fn unsupported_tensor(inner: &str) -> &'static str {
     let has = |part: &str| inner.contains(part);
-    match () {
-        _ if has(".lora_magnitude_vector") => "a DoRA magnitude, which plain LoRA has not",
-        _ if has(".lora_embedding_") => "LoRA on an embedding is not supported",
-        _ if has(".lora_A.") && has(".bias") || has(".lora_B.") && has(".bias") => {
-            "a bias on a LoRA matrix is not supported"
-        }
-        _ if has(".lora_A.") || has(".lora_B.") => {
-            "the adapter's name is part of it: the file is a raw state dict; save it again with PEFT's save_pretrained"
-        }
-        _ if has(".token_adapter.") => "trained token rows cannot be loaded",
-        _ if has(".lora_") => "a part of a LoRA variant that is not plain LoRA",
-        _ if has("embed_tokens.") || has("lm_head.") || has(".wte.") => {
-            "an embedding saved in full; save it again with PEFT's `save_embedding_layers=False` if it was not trained"
-        }
-        _ if inner.ends_with(".bias") => "a trained bias is not supported",
-        _ => {
-            "a weight saved in full (as `modules_to_save` does), which cannot be loaded beside LoRA"
-        }
+    let is_factor = has(".lora_A.") || has(".lora_B.");
+    if has(".lora_magnitude_vector") {
+        "a DoRA magnitude, which plain LoRA has not"
+    } else if has(".lora_embedding_") {
+        "LoRA on an embedding is not supported"
+    } else if is_factor && has(".bias") {
+        "a bias on a LoRA matrix is not supported"
+    } else if is_factor {
+        "the adapter's name is part of it: the file is a raw state dict; save it again with PEFT's save_pretrained"
+    } else if has(".token_adapter.") {
+        "trained token rows cannot be loaded"
+    } else if has(".lora_") {
+        "a part of a LoRA variant that is not plain LoRA"
+    } else if has("embed_tokens.") || has("lm_head.") || has(".wte.") {
+        "an embedding saved in full; save it again with PEFT's `save_embedding_layers=False` if it was not trained"
+    } else if inner.ends_with(".bias") {
+        "a trained bias is not supported"
+    } else {
+        "a weight saved in full (as `modules_to_save` does), which cannot be loaded beside LoRA"
     }
 }
 
@@ -225,7 +187,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_a_pair_are_taken_apart() {
+    fn names_of_a_pair_are_parsed() {
         let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
         assert_eq!(
             parse_tensor_name(name),
@@ -238,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn other_tensors_are_refused_by_what_they_are() {
+    fn other_tensors_are_refused_by_kind() {
         for (name, word) in [
             ("model.layers.0.q.lora_A.weight", "base_model.model."),
             ("base_model.model.m.q.lora_magnitude_vector", "DoRA"),

@@ -28,7 +28,7 @@ pub struct Architecture {
     pub attention: Attention,
     /// Rows of the embedding.
     pub vocab_size: usize,
-    /// Longest sequence the model is meant for.
+    /// Longest sequence that the model supports.
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
@@ -128,7 +128,7 @@ impl Architecture {
         })
     }
 
-    /// Format in which frozen matrices are held for products in `precision`: the same, except that bf16 weights stay bf16 for f32 products.
+    /// Format of frozen matrices in memory for products in `precision`: the same, except that bf16 weights stay bf16 for f32 products.
     pub fn frozen_precision(&self, precision: Precision) -> Precision {
         match precision {
             Precision::F32 if self.stored_in_bf16 => Precision::Bf16,

@@ -1,4 +1,4 @@
-//! One forward pass's input on its device, and how it is cut where threads take parts of it.
+//! The input of one forward pass on its device, and its split for data parallelism.
 
 use std::ops::Range;
 
@@ -7,11 +7,12 @@ use candle_core::{Device, Tensor};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Segments;
 
-/// Tokens of a part, on average at least; and parts of a batch, at most: each has gradients of its own until they are summed.
+/// Least tokens of a shard, on average.
 const MIN_SHARD_TOKENS: usize = 256;
+/// Most shards of a batch: each has a copy of the gradients until they are summed.
 const MAX_SHARDS: usize = 8;
 
-/// One forward pass's input on the device.
+/// The input of one forward pass on the device.
 #[derive(Debug, Clone)]
 pub struct Batch {
     pub(super) ids: Tensor,
@@ -22,8 +23,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// `tokens` of segments with the given lengths and example numbers, laid end to end; the logits at `loss_positions` (ascending) predict
-    /// `targets`.
+    /// `tokens` (N) of segments with the given lengths and example indices, end to end; the logits at `loss_positions` (ascending)
+    /// predict `targets`.
     pub fn new(
         tokens: &[u32],
         lengths: &[usize],
@@ -44,7 +45,7 @@ impl Batch {
         })
     }
 
-    /// Targets in all.
+    /// Number of targets.
     pub fn loss_tokens(&self) -> usize {
         self.targets.len()
     }
@@ -54,7 +55,7 @@ impl Batch {
         self.segments.ranges().iter().map(Range::len).collect()
     }
 
-    /// Refuses token ids beyond the embedding.
+    /// Refuses token ids out of the embedding's range.
     pub(super) fn check(&self, vocab_size: usize) -> Result<()> {
         let highest = self
             .ids
@@ -73,55 +74,54 @@ impl Batch {
         .hint("use the tokenizer that was published with the model"))
     }
 
-    /// Whole segments in parts of nearly one size, in order: a function of the segments' lengths alone.
+    /// Shards of nearly equal size, segments undivided and in order: a function of the segments' lengths alone.
     pub(super) fn split(&self) -> Result<Vec<Self>> {
-        let (ids, positions) = (
-            self.ids.to_vec1::<u32>()?,
-            self.loss_positions.to_vec1::<u32>()?,
-        );
+        let ids = self.ids.to_vec1::<u32>()?;
+        let positions = self.loss_positions.to_vec1::<u32>()?;
         let ranges = self.segments.ranges();
-        let part = |part: Range<usize>| {
-            let tokens = ranges[part.start].start..ranges[part.end - 1].end;
-            let before =
+        let shard = |shard: Range<usize>| {
+            let tokens = ranges[shard.start].start..ranges[shard.end - 1].end;
+            let losses_before =
                 |token: usize| positions.partition_point(|position| (*position as usize) < token);
-            let losses = before(tokens.start)..before(tokens.end);
-            let own: Vec<u32> = positions[losses.clone()]
+            let losses = losses_before(tokens.start)..losses_before(tokens.end);
+            let shard_positions: Vec<u32> = positions[losses.clone()]
                 .iter()
                 .map(|position| position - tokens.start as u32)
                 .collect();
-            let lengths: Vec<usize> = ranges[part.clone()].iter().map(Range::len).collect();
-            let targets = self.targets[losses].to_vec();
+            let lengths: Vec<usize> = ranges[shard.clone()].iter().map(Range::len).collect();
             Self::new(
                 &ids[tokens],
                 &lengths,
-                self.examples[part].to_vec(),
-                &own,
-                targets,
+                self.examples[shard].to_vec(),
+                &shard_positions,
+                self.targets[losses].to_vec(),
                 self.ids.device(),
             )
         };
-        shard_ranges(ranges).into_iter().map(part).collect()
+        shard_ranges(ranges).into_iter().map(shard).collect()
     }
 }
 
-/// Parts of a batch of `tokens` tokens, at most.
+/// Most shards of a batch of `tokens` tokens.
 pub(super) fn max_shards(tokens: usize) -> usize {
     (tokens / MIN_SHARD_TOKENS).clamp(1, MAX_SHARDS)
 }
 
-/// Which segments each part holds: it ends with the first that reaches its share of the tokens.
+/// The segments of each shard: it ends with the first segment that reaches its share of the tokens.
 fn shard_ranges(segments: &[Range<usize>]) -> Vec<Range<usize>> {
     let tokens = segments.last().map_or(0, |last| last.end);
-    let parts = max_shards(tokens);
-    let ends = (1..=parts)
-        .map(|part| segments.partition_point(|segment| segment.end * parts < tokens * part) + 1);
+    let shards = max_shards(tokens);
     let mut start = 0;
-    let part = |end: usize| {
-        let part = start..end.min(segments.len());
-        start = part.end;
-        part
-    };
-    ends.map(part).filter(|part| !part.is_empty()).collect()
+    let mut ranges = Vec::with_capacity(shards);
+    for shard in 1..=shards {
+        let last = segments.partition_point(|segment| segment.end * shards < tokens * shard);
+        let end = (last + 1).min(segments.len());
+        if start < end {
+            ranges.push(start..end);
+            start = end;
+        }
+    }
+    ranges
 }
 
 #[cfg(test)]
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_hold_whole_segments_of_as_many_tokens() {
+    fn shards_hold_undivided_segments_of_nearly_equal_size() {
         assert_eq!(cut(&[128; 8]), [0..2, 2..4, 4..6, 6..8]);
         assert_eq!((cut(&[511]).len(), cut(&[2048]).len()), (1, 1));
         assert_eq!(cut(&[1000, 10, 10, 1000]), [0..1, 1..4]);
@@ -143,38 +143,34 @@ mod tests {
     }
 
     #[test]
-    fn a_part_is_what_its_segments_were_in_the_batch() {
-        let (lengths, tokens): (_, Vec<u32>) = ([200, 100, 300], (0..600).collect());
+    fn a_shard_has_the_segments_of_the_batch() {
+        let tokens: Vec<u32> = (0..600).collect();
         let batch = Batch::new(
             &tokens,
-            &lengths,
+            &[200, 100, 300],
             vec![7, 8, 9],
             &[5, 299, 300, 598],
             vec![6, 1, 2, 3],
             &Device::Cpu,
         )
         .unwrap();
-        let parts = batch.split().unwrap();
-        let of = |part: &Batch| {
-            let (ids, positions) = (
-                part.ids.to_vec1::<u32>().unwrap(),
-                part.loss_positions.to_vec1::<u32>().unwrap(),
-            );
+        let shards = batch.split().unwrap();
+        let content = |shard: &Batch| {
             (
-                ids[0],
-                part.lengths(),
-                part.examples.clone(),
-                positions,
-                part.targets.clone(),
+                shard.ids.to_vec1::<u32>().unwrap()[0],
+                shard.lengths(),
+                shard.examples.clone(),
+                shard.loss_positions.to_vec1::<u32>().unwrap(),
+                shard.targets.clone(),
             )
         };
-        assert_eq!(parts.len(), 2);
+        assert_eq!(shards.len(), 2);
         assert_eq!(
-            of(&parts[0]),
+            content(&shards[0]),
             (0, vec![200, 100], vec![7, 8], vec![5, 299], vec![6, 1])
         );
         assert_eq!(
-            of(&parts[1]),
+            content(&shards[1]),
             (300, vec![300], vec![9], vec![0, 298], vec![2, 3])
         );
     }

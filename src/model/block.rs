@@ -41,7 +41,7 @@ pub struct Dropout {
 pub(super) struct Pass<'a> {
     pub(super) context: Context<'a>,
     pub(super) segments: &'a Segments,
-    /// Example of each segment; read where there is dropout.
+    /// Example of each segment; used by dropout only.
     pub(super) examples: &'a [u64],
     pub(super) rope: RopeTables,
     pub(super) dropout: Option<Dropout>,

@@ -18,14 +18,25 @@ impl Config<'_> {
         self.get(key).and_then(Value::as_str)
     }
 
-    /// A whole number of at least one.
+    /// A positive integer.
     pub(super) fn size(&self, key: &str) -> Result<Option<usize>> {
-        let Some(value) = self.get(key) else {
-            return Ok(None);
+        let size = |value: &Value| {
+            let size = value.as_u64().filter(|n| *n > 0 && *n < 1 << 32)?;
+            Some(size as usize)
         };
-        let size = value.as_u64().filter(|n| *n > 0 && *n < 1 << 32);
-        size.map(|n| Some(n as usize))
-            .ok_or_else(|| wrong(key, value, "a whole number of at least one"))
+        self.read(key, "a whole number of at least one", size)
+    }
+
+    /// The value of `key` as `convert` reads it; `rule` is for the error.
+    fn read<T>(
+        &self,
+        key: &str,
+        rule: &str,
+        convert: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        self.get(key)
+            .map(|value| convert(value).ok_or_else(|| wrong(key, value, rule)))
+            .transpose()
     }
 
     pub(super) fn required_size(&self, key: &str) -> Result<usize> {
@@ -33,13 +44,7 @@ impl Config<'_> {
     }
 
     pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
-        let Some(value) = self.get(key) else {
-            return Ok(None);
-        };
-        value
-            .as_f64()
-            .map(Some)
-            .ok_or_else(|| wrong(key, value, "a number"))
+        self.read(key, "a number", Value::as_f64)
     }
 
     fn required_number(&self, key: &str) -> Result<f64> {
@@ -47,13 +52,7 @@ impl Config<'_> {
     }
 
     pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
-        let Some(value) = self.get(key) else {
-            return Ok(None);
-        };
-        value
-            .as_bool()
-            .map(Some)
-            .ok_or_else(|| wrong(key, value, "true or false"))
+        self.read(key, "true or false", Value::as_bool)
     }
 
     /// The rope table: `rope_parameters` (transformers 5) or `rope_scaling`, if there is one.
@@ -79,7 +78,7 @@ fn missing(key: &str) -> Error {
         .hint("use the config.json that was published with the model")
 }
 
-/// Reads a rope table; `max_position` is the model's own limit, `theta`'s stretching is returned.
+/// Reads a rope table; `max_position` is the model's limit.
 pub(super) fn rope_scaling(table: &Config<'_>, max_position: usize) -> Result<RopeScaling> {
     let kind = table
         .text("rope_type")
@@ -123,23 +122,19 @@ pub(super) fn rope_scaling(table: &Config<'_>, max_position: usize) -> Result<Ro
     })
 }
 
-/// YaRN's factor on cos and sin: given, or 0.1 mscale ln(factor) + 1 (Peng et al. 2023, equation 22), as a ratio of two where both are given.
+/// YaRN's factor on cos and sin: given, or 0.1 mscale ln(factor) + 1 (Peng et al. 2023, equation 22), or the ratio of two such factors.
 fn yarn_attention_factor(table: &Config<'_>) -> Result<f64> {
     if let Some(given) = table.number("attention_factor")? {
         return Ok(given);
     }
     let factor = table.required_number("factor")?;
-    let of = |mscale: f64| {
-        if factor <= 1.0 {
-            1.0
-        } else {
-            0.1 * mscale * factor.ln() + 1.0
-        }
-    };
-    Ok(
-        match (table.number("mscale")?, table.number("mscale_all_dim")?) {
-            (Some(a), Some(b)) if a != 0.0 && b != 0.0 => of(a) / of(b),
-            _ => of(1.0),
-        },
-    )
+    let attention_factor = |mscale: f64| 0.1 * mscale * factor.max(1.0).ln() + 1.0;
+    let mscale = table.number("mscale")?.filter(|mscale| *mscale != 0.0);
+    let all_dim = table
+        .number("mscale_all_dim")?
+        .filter(|mscale| *mscale != 0.0);
+    Ok(match (mscale, all_dim) {
+        (Some(mscale), Some(all_dim)) => attention_factor(mscale) / attention_factor(all_dim),
+        _ => attention_factor(1.0),
+    })
 }

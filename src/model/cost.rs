@@ -115,7 +115,7 @@ impl ModelShape {
         self.precision
     }
 
-    /// Whether the weights themselves are trained, rather than adapters beside them.
+    /// Whether the weights are trained, rather than adapters on them.
     pub fn all_trained(&self) -> bool {
         self.all_trained
     }

@@ -1,8 +1,8 @@
-//! The numbers of a stored tensor, read straight to where they stay.
+//! Reads a tensor of a safetensors file into its final buffer.
 //!
-//! Takes an open file and a tensor's place in it; returns its numbers in the type asked for. Files are read, not mapped: the pages of a
-//! mapped file count as the process's memory beside the copy made of them. Parts are read, and converted while they are in the cache, on
-//! all threads of the pool. Knows nothing of names or models.
+//! Takes an open file and a tensor's location; returns its values in the requested type. Files are read, not mapped: the pages of a
+//! mapped file count as memory of the process in addition to the copy. Chunks are read and converted in parallel, while they are in
+//! the cache. Knows nothing of models.
 
 use std::fs::File;
 use std::path::Path;
@@ -16,7 +16,7 @@ use safetensors::tensor::Dtype;
 use crate::adapter::shards::TensorEntry;
 use crate::error::{Error, Kind, Result};
 
-/// Numbers that one task reads at once: in f32 they fill a 1 MiB second-level cache.
+/// Elements that one task reads at once: 1 MiB in f32, so that a chunk stays in L2.
 const CHUNK: usize = 1 << 18;
 
 /// A tensor in an open file.
@@ -25,7 +25,7 @@ pub(crate) struct StoredTensor<'a> {
     pub(crate) path: &'a Path,
     /// The open file.
     pub(crate) file: &'a File,
-    /// Where the tensor lies in it.
+    /// The tensor's location.
     pub(crate) tensor: &'a TensorEntry,
 }
 
@@ -57,8 +57,8 @@ impl StoredTensor<'_> {
         self.read_as(Dtype::F32, |wide| wide)
     }
 
-    /// As what `narrow` makes of each number; `kept` is the stored type that is the same bits already.
-    fn read_as<T>(&self, kept: Dtype, narrow: impl Fn(f32) -> T + Copy + Sync) -> Result<Vec<T>>
+    /// Converts each element by `narrow`, except where the stored type is `same`, whose bits are equal.
+    fn read_as<T>(&self, same: Dtype, narrow: impl Fn(f32) -> T + Copy + Sync) -> Result<Vec<T>>
     where
         T: bytemuck::Pod + Default + Send,
     {
@@ -75,23 +75,23 @@ impl StoredTensor<'_> {
             .rule("F64, F32, F16 or BF16")
             .hint("use an unquantised copy of the model"));
         };
-        let as_it_is = self.tensor.dtype == kept && cfg!(target_endian = "little");
-        // Fresh zeroes come from the system untouched: a page is first written when its part is read.
-        let mut numbers = vec![T::default(); self.tensor.size as usize / size];
-        numbers
-            .par_chunks_mut(CHUNK)
-            .enumerate()
-            .try_for_each_init(Vec::new, |buffer, (index, part)| {
+        let copy = self.tensor.dtype == same && cfg!(target_endian = "little");
+        // Zeroed memory comes from the system lazily: a page is first touched when its chunk is read.
+        let mut values = vec![T::default(); self.tensor.size as usize / size];
+        values.par_chunks_mut(CHUNK).enumerate().try_for_each_init(
+            Vec::new,
+            |buffer, (index, chunk)| {
                 let at = self.tensor.start + (index * CHUNK * size) as u64;
-                if as_it_is {
-                    return self.read(bytemuck::cast_slice_mut(part), at);
+                if copy {
+                    return self.read(bytemuck::cast_slice_mut(chunk), at);
                 }
-                buffer.resize(part.len() * size, 0);
+                buffer.resize(chunk.len() * size, 0);
                 self.read(buffer, at)?;
-                convert(self.tensor.dtype, buffer, part, narrow);
+                convert(self.tensor.dtype, buffer, chunk, narrow);
                 Ok(())
-            })?;
-        Ok(numbers)
+            },
+        )?;
+        Ok(values)
     }
 
     fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
@@ -99,7 +99,7 @@ impl StoredTensor<'_> {
     }
 }
 
-/// Bytes of a number of a type that weights are stored in; `None` for any other.
+/// Bytes of an element of a type that weights are stored in; `None` for any other.
 fn element_size(dtype: Dtype) -> Option<usize> {
     match dtype {
         Dtype::F64 => Some(8),
@@ -109,36 +109,36 @@ fn element_size(dtype: Dtype) -> Option<usize> {
     }
 }
 
-/// Little-endian numbers of `dtype`, each through f32 to what `narrow` makes of it.
+/// Decodes little-endian elements of `dtype` to f32 and converts them by `narrow`.
 fn convert<T>(dtype: Dtype, bytes: &[u8], into: &mut [T], narrow: impl Fn(f32) -> T) {
-    fn each<const N: usize, T>(bytes: &[u8], into: &mut [T], number: impl Fn([u8; N]) -> T) {
+    fn decode<const N: usize, T>(bytes: &[u8], into: &mut [T], element: impl Fn([u8; N]) -> T) {
         into.iter_mut()
             .zip(bytes.as_chunks::<N>().0)
-            .for_each(|(into, bytes)| *into = number(*bytes));
+            .for_each(|(into, bytes)| *into = element(*bytes));
     }
     match dtype {
-        Dtype::F64 => each(
+        Dtype::F64 => decode(
             bytes,
             into,
             |bytes| narrow(f64::from_le_bytes(bytes) as f32),
         ),
-        Dtype::F16 => each(bytes, into, |bytes| {
+        Dtype::F16 => decode(bytes, into, |bytes| {
             narrow(f16::from_le_bytes(bytes).to_f32())
         }),
-        Dtype::BF16 => each(bytes, into, |bytes| {
+        Dtype::BF16 => decode(bytes, into, |bytes| {
             narrow(bf16::from_le_bytes(bytes).to_f32())
         }),
-        _ => each(bytes, into, |bytes| narrow(f32::from_le_bytes(bytes))),
+        _ => decode(bytes, into, |bytes| narrow(f32::from_le_bytes(bytes))),
     }
 }
 
-/// Fills `bytes` from the place `at`, whatever other threads read meanwhile.
+/// Fills `bytes` from offset `at`; independent of concurrent reads.
 #[cfg(unix)]
 pub(super) fn read_at(file: &File, bytes: &mut [u8], at: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
 }
 
-/// Fills `bytes` from the place `at`, whatever other threads read meanwhile.
+/// Fills `bytes` from offset `at`; independent of concurrent reads.
 #[cfg(windows)]
 pub(super) fn read_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> std::io::Result<()> {
     while !bytes.is_empty() {
@@ -158,8 +158,8 @@ mod tests {
     use crate::adapter::shards::read_headers;
     use crate::error::Kind;
 
-    /// Two whole parts and a rest, in a shape that is not square; numbers that each type rounds its own way, and both kinds of nothing.
-    fn numbers() -> Tensor {
+    /// Two full chunks and a remainder; values that each type rounds differently, both zeros and an infinity.
+    fn sample_values() -> Tensor {
         let values = (0..2 * CHUNK as u32 + 6)
             .map(|i| (f64::from(i) * 0.317).sin() * 10f64.powi((i % 9) as i32 - 5));
         let mut values: Vec<f64> = values.collect();
@@ -167,7 +167,7 @@ mod tests {
         Tensor::from_vec(values, (2, CHUNK + 3), &Device::Cpu).unwrap()
     }
 
-    /// A file that holds `x` beside another tensor, opened.
+    /// An open file with `x` and another tensor.
     fn written(x: &Tensor, dir: &Path) -> (PathBuf, File, TensorEntry) {
         let path = dir.join("x.safetensors");
         let other = Tensor::new(&[1u8, 2, 3], &Device::Cpu).unwrap();
@@ -185,12 +185,13 @@ mod tests {
         (path, file, stored)
     }
 
-    /// candle's own reader and conversions are the oracle: the same bits from every stored type in every compute type.
+    /// candle's reader and conversions are the oracle: equal bits from every stored type in every compute type.
     #[test]
-    fn numbers_are_what_candle_reads() {
+    fn values_are_those_that_candle_reads() {
         let dir = tempfile::tempdir().unwrap();
         for stored_as in [DType::F64, DType::F32, DType::F16, DType::BF16] {
-            let (path, file, tensor) = written(&numbers().to_dtype(stored_as).unwrap(), dir.path());
+            let (path, file, tensor) =
+                written(&sample_values().to_dtype(stored_as).unwrap(), dir.path());
             let whole = candle_core::safetensors::load(&path, &Device::Cpu).unwrap()["x"].clone();
             let source = StoredTensor {
                 path: &path,
@@ -213,7 +214,7 @@ mod tests {
                         .unwrap();
                     x.into_iter().map(f32::to_bits).collect::<Vec<_>>()
                 };
-                // Both ways round by way of f32.
+                // Both convert through f32.
                 let wanted = whole.to_dtype(DType::F32).unwrap().to_dtype(dtype).unwrap();
                 assert!(bits(&read) == bits(&wanted), "{stored_as:?} as {dtype:?}");
             }
@@ -221,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_named() {
+    fn a_tensor_that_cannot_be_read_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let (path, file, tensor) =
             written(&Tensor::new(&[1i64, 2], &Device::Cpu).unwrap(), dir.path());
@@ -239,8 +240,8 @@ mod tests {
                 && error.remedy().is_some(),
             "{error}"
         );
-        // Cut short after it was opened.
-        let (path, file, tensor) = written(&numbers(), dir.path());
+        // Truncated after it was opened.
+        let (path, file, tensor) = written(&sample_values(), dir.path());
         File::options()
             .write(true)
             .open(&path)

@@ -1,4 +1,4 @@
-//! A model's tensors: safetensors files held against the architecture, or drawn at random.
+//! A model's tensors: safetensors files checked against the architecture, or random values.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,21 +15,23 @@ use crate::adapter::shards::{TensorEntry, read_headers};
 use crate::error::{Error, Kind, Result};
 use crate::random::{Purpose, stream};
 
-/// Bytes at either end of a tensor that a fingerprint holds.
+/// Bytes at either end of a tensor that a fingerprint covers.
 const SAMPLE: usize = 4096;
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// Opened weight files in which every tensor of the architecture was found with its shape.
+/// Open weight files that hold every tensor of the architecture with its shape.
 pub struct Weights {
     files: Vec<(PathBuf, File)>,
-    /// The architecture's name -> its place in the files.
-    places: BTreeMap<String, TensorEntry>,
+    /// Name in the architecture -> location in the files.
+    locations: BTreeMap<String, TensorEntry>,
 }
 
 impl Weights {
-    /// Opens the files and checks their headers: a file that is damaged or cut short is refused; missing, mis-shaped and surplus tensors
-    /// are all named in one error. No number is read yet.
+    /// Opens the files and checks their headers. Reads no values.
+    ///
+    /// # Errors
+    /// A damaged or truncated file; missing, mis-shaped and surplus tensors, all in one error.
     pub fn open(paths: &[PathBuf], architecture: &Architecture) -> Result<Self> {
         let mut stored: BTreeMap<String, TensorEntry> = read_headers(paths)?
             .into_iter()
@@ -39,10 +41,10 @@ impl Weights {
             .iter()
             .map(|(name, tensor)| (name.clone(), tensor.shape.clone()))
             .collect();
-        let places = names(architecture, &found)?
+        let locations = match_tensors(architecture, &found)?
             .into_iter()
             .filter_map(|(name, in_file)| Some((name, stored.remove(&in_file)?)));
-        let places = places.collect();
+        let locations = locations.collect();
         let open = |path: &PathBuf| {
             Ok((
                 path.clone(),
@@ -51,14 +53,14 @@ impl Weights {
         };
         Ok(Self {
             files: paths.iter().map(open).collect::<Result<_>>()?,
-            places,
+            locations,
         })
     }
 
-    /// Tells these weights from others of the same shapes: a digest of every tensor's place, type and first and last bytes.
+    /// Identifies these weights among others of the same shapes: a digest of every tensor's name, type, shape, first and last bytes.
     pub fn fingerprint(&self) -> Result<Vec<u8>> {
         let mut hash = Sha256::new();
-        for (name, tensor) in &self.places {
+        for (name, tensor) in &self.locations {
             hash.update(format!("{name} {:?} {:?} ", tensor.dtype, tensor.shape));
             let (path, file) = &self.files[tensor.file];
             let length = tensor.size.min(SAMPLE as u64);
@@ -72,23 +74,23 @@ impl Weights {
         Ok(hash.finalize().to_vec())
     }
 
-    /// The tensor that the architecture calls `name`, as `dtype` on `device`: read and converted in one pass, nothing else is kept of it.
+    /// The tensor `name` of the architecture as `dtype` on `device`, read and converted in one pass.
     pub fn get(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         self.source(name)?.tensor(dtype, device)
     }
 
-    /// The type in which the tensor that the architecture calls `name` is stored.
+    /// The stored type of the tensor `name` of the architecture.
     pub fn dtype(&self, name: &str) -> Result<Dtype> {
         Ok(self.source(name)?.tensor.dtype)
     }
 
-    /// The numbers of the tensor that the architecture calls `name`, row by row.
+    /// The values of the tensor `name` of the architecture, row by row.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         self.source(name)?.f32s()
     }
 
     fn source(&self, name: &str) -> Result<StoredTensor<'_>> {
-        let Some(tensor) = self.places.get(name) else {
+        let Some(tensor) = self.locations.get(name) else {
             return Err(Error::new(
                 Kind::Model,
                 format!("the model has no tensor `{name}`"),
@@ -99,8 +101,8 @@ impl Weights {
     }
 }
 
-/// Finds each tensor of the architecture among those found in the files.
-fn names(
+/// Maps the names of the architecture's tensors to their names in the files, `found` with their shapes.
+fn match_tensors(
     architecture: &Architecture,
     found: &BTreeMap<String, Vec<usize>>,
 ) -> Result<BTreeMap<String, String>> {
@@ -172,8 +174,8 @@ fn stored_name(
     }
 }
 
-/// A tensor of a model trained from scratch, as transformers draws it: norms one, biases zero, all else normal with
-/// `initializer_range`. Each has a stream of its own, keyed by seed and name.
+/// Initial values of a tensor for training from scratch, as in transformers: norms one, biases zero, all others normal with standard
+/// deviation `initializer_range`. Each tensor has its random stream, keyed by seed and name.
 pub fn random_tensor(name: &str, shape: &[usize], initializer_range: f64, seed: u64) -> Vec<f32> {
     let count = shape.iter().product();
     if name.ends_with("norm.weight") {
@@ -184,17 +186,14 @@ pub fn random_tensor(name: &str, shape: &[usize], initializer_range: f64, seed: 
     }
     let mut random = stream(seed, Purpose::WeightInit, &[], name);
     let mut uniform = move || (f64::from(random.next_u32()) + 0.5) / 4_294_967_296.0;
-    // Box and Muller 1958: two independent normal numbers from two uniform ones.
-    let mut pairs = std::iter::repeat_with(move || {
-        let (radius, angle) = (
-            (-2.0 * uniform().ln()).sqrt(),
-            std::f64::consts::TAU * uniform(),
-        );
+    // Box and Muller 1958: two independent normal variates from two uniform ones.
+    let pair = move || {
+        let radius = (-2.0 * uniform().ln()).sqrt();
+        let angle = std::f64::consts::TAU * uniform();
         [radius * angle.cos(), radius * angle.sin()]
-    })
-    .flatten();
-    pairs
-        .by_ref()
+    };
+    std::iter::repeat_with(pair)
+        .flatten()
         .take(count)
         .map(|z| (z * initializer_range) as f32)
         .collect()

@@ -1,4 +1,4 @@
-//! The work of a run, where its budget will stop it (before it starts), and how far it has come (while it runs).
+//! The work of a run; before it starts, the step at which the budget will stop it; while it runs, its progress.
 
 use super::{Settings, Stop, TrainState, checkpoint_bytes};
 use crate::data::{BatchShape, MicroBatch, Sampler};
@@ -133,7 +133,7 @@ impl<'a> StepCosts<'a> {
     }
 }
 
-/// Where a run will end, as far as counting tells; figures are those from `state` on.
+/// The end of a run as simulated on the counted meter; figures are those from `state` on.
 #[derive(Debug, Clone)]
 pub struct Forecast {
     /// Steps done at the end, earlier ones included.
@@ -284,9 +284,9 @@ pub struct BudgetProgress {
 enum Spending {
     /// No budget.
     Unlimited,
-    /// All entries besides training are known: the allowance of training over the whole run.
+    /// All entries besides training are known: the allowance of training over the run.
     Planned(Allowance),
-    /// Only past readings predict future ones: estimated anew before every step.
+    /// Only past readings predict future ones: re-estimated before every step.
     Observed {
         /// Work amortised per step, with its frequency.
         amortized: Vec<(Phase, Work, f64)>,

@@ -49,7 +49,7 @@ pub struct Trainer<'a> {
     pub checkpoints: &'a Checkpoints,
     /// Adds the model's files to a checkpoint directory.
     pub export: &'a dyn Fn(&Path) -> Result<()>,
-    /// Set when the user asks to stop.
+    /// Set when the user interrupts.
     pub interrupted: &'a AtomicBool,
     /// Work that the caller does after the loop, within the budget.
     pub ending: Vec<(Phase, Work)>,

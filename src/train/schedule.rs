@@ -1,4 +1,4 @@
-//! The learning rate as a pure function of how far the run is.
+//! The learning rate as a pure function of progress.
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -7,29 +7,29 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
-    /// Straight to zero.
+    /// Linear decay to zero.
     Linear,
-    /// Half a cosine to zero.
+    /// Cosine decay to zero.
     Cosine,
-    /// Level.
+    /// No decay.
     Constant,
 }
 
 /// A learning rate over a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
-    /// The highest rate.
+    /// Peak learning rate.
     pub peak: f64,
-    /// How it falls.
+    /// Shape of the decay.
     pub decay: Decay,
-    /// The steps of the whole run.
+    /// Steps of the run.
     pub steps: u64,
-    /// The steps of its rise.
+    /// Steps of the linear warm-up.
     pub warmup_steps: u64,
 }
 
 impl Schedule {
-    /// The rate at `progress` (0 at the start, 1 at the end). At `step / steps` it is what transformers' schedules of the same name give.
+    /// The rate at `progress` (0 at the start, 1 at the end). At `step / steps` it equals transformers' schedule of the same name.
     ///
     /// ```
     /// use wattune::train::{Decay, Schedule};
