@@ -68,8 +68,8 @@ impl<'a> F32s<'a> {
     }
 }
 
-/// Writes a safetensors file of F32 tensors, sorted by name, pytorch_format as PyTorch's where `pytorch_format`. The same tensors give the same bytes. Numbers
-/// become bytes a few at a time: they are never in memory twice.
+/// Writes a safetensors file of F32 tensors, sorted by name; `pytorch_format` marks it as PyTorch's. The same tensors give the
+/// same bytes. Values are written in chunks, without a second copy in memory.
 pub(crate) fn write_f32s(
     path: &Path,
     mut tensors: Vec<F32s<'_>>,

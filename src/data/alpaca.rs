@@ -1,9 +1,7 @@
-//! Alpaca's prompt: instruction, optional input, response.
-//!
-//! Owns the prompt's text, that of Stanford Alpaca (tatsu-lab/stanford_alpaca, Apache-2.0) with a line end after the last heading,
-//! as alpaca-lora, LitGPT and torchtune write it. Takes the two parts, returns the prompt.
+//! Alpaca's prompt: instruction, optional input, response. The text is Stanford Alpaca's (tatsu-lab/stanford_alpaca, Apache-2.0)
+//! with a line end after the last heading, as in alpaca-lora, LitGPT and torchtune.
 
-/// The prompt of an instruction; an empty input has no section of its own.
+/// The prompt of an instruction; an empty input has no section.
 pub(super) fn prompt(instruction: &str, input: &str) -> String {
     if input.trim().is_empty() {
         return format!(

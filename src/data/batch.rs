@@ -1,8 +1,8 @@
-//! What the trainer is fed: examples, rows and micro-batches.
+//! Training inputs: examples, rows and micro-batches.
 
 use std::ops::Range;
 
-/// One encoded record: what `train` learns from.
+/// One encoded record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
     /// Token ids.
@@ -11,12 +11,12 @@ pub struct Example {
     pub loss: Vec<bool>,
 }
 
-/// A stretch of tokens that attends to itself alone: one record.
+/// The tokens of one record, which attend to each other only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
-    /// Its place in the micro-batch's tokens.
+    /// Its range in the micro-batch's tokens.
     pub range: Range<usize>,
-    /// The record's index in its data set: keys random masks.
+    /// The record's index in its data set; keys dropout masks.
     pub example: u64,
 }
 
@@ -44,12 +44,7 @@ impl MicroBatch {
                 range: start..batch.tokens.len(),
                 example: index,
             });
-            for (i, _) in example
-                .loss
-                .iter()
-                .enumerate()
-                .filter(|(i, is_loss)| **is_loss && *i > 0)
-            {
+            for i in (1..example.tokens.len()).filter(|i| example.loss[*i]) {
                 batch.loss_positions.push((start + i - 1) as u32);
                 batch.targets.push(example.tokens[i]);
             }
@@ -57,7 +52,7 @@ impl MicroBatch {
         batch
     }
 
-    /// What its cost depends on.
+    /// The sizes that its cost depends on.
     pub fn shape(&self) -> BatchShape {
         BatchShape {
             segments: self.segments.iter().map(|s| s.range.len()).collect(),
@@ -66,7 +61,7 @@ impl MicroBatch {
     }
 }
 
-/// The sizes of a micro-batch: all that a forecast of its work needs.
+/// The sizes of a micro-batch, which determine its work.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BatchShape {
     /// Tokens of each record, in order.
@@ -76,7 +71,7 @@ pub struct BatchShape {
 }
 
 impl BatchShape {
-    /// Tokens in all.
+    /// Total tokens.
     pub fn tokens(&self) -> usize {
         self.segments.iter().sum()
     }

@@ -16,10 +16,10 @@ use tokenizers::{AddedToken, Tokenizer};
 use super::tokenizer::token_text;
 use crate::error::{Error, Kind, Result};
 
-/// How Qwen2 splits text into words (transformers, `Qwen2Converter`; Apache-2.0).
+/// Qwen2's pre-tokenisation (transformers, `Qwen2Converter`; Apache-2.0).
 const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The published families whose files these are.
+/// Tokenizer families with these files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Family {
     Gpt2,
@@ -107,7 +107,7 @@ fn bpe(vocab: &str, merges: &str) -> Result<BPE> {
         .map_err(broken)
 }
 
-/// Adds tokenizer_config.json's `added_tokens_decoder`, in the order of its ids, which must come out as written.
+/// Adds tokenizer_config.json's `added_tokens_decoder` in the order of ids, which must result as written.
 fn add_tokens(tokenizer: &mut Tokenizer, config: Option<&Value>) -> Result<()> {
     let Some(table) = config.and_then(|c| c.get("added_tokens_decoder")?.as_object()) else {
         return Ok(());

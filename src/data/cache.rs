@@ -1,7 +1,7 @@
-//! Encoded data sets on disk, so that a second run does not encode again.
+//! Cache of encoded data sets on disk.
 //!
 //! Owns the file's layout: magic, a JSON header with its length, then per example its record, length, tokens and mask, all little
-//! endian, and the sha256 of everything before. A file that is damaged, of another layout or of other data is ignored.
+//! endian, and the SHA-256 of all preceding bytes. A file that is damaged, of another layout or of other data is ignored.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ fn path(folder: &Path, fingerprint: &str) -> PathBuf {
     folder.join(format!("{fingerprint}.tokens"))
 }
 
-/// The data set of `fingerprint`, if `folder` holds it whole.
+/// The data set of `fingerprint`, if `folder` has an intact file of it.
 pub(super) fn load(folder: &Path, fingerprint: &str) -> Option<Dataset> {
     let bytes = std::fs::read(path(folder, fingerprint)).ok()?;
     let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(CHECKSUM)?)?;
@@ -37,7 +37,7 @@ pub(super) fn load(folder: &Path, fingerprint: &str) -> Option<Dataset> {
     parse(body).filter(|dataset| dataset.fingerprint == fingerprint)
 }
 
-/// Writes `dataset` to `folder`, whole or not at all. A folder that cannot be written costs the next run its time, nothing else.
+/// Writes `dataset` to `folder` atomically.
 pub(super) fn save(folder: &Path, dataset: &Dataset) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let target = path(folder, &dataset.fingerprint);

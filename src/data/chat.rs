@@ -1,8 +1,8 @@
-//! Which characters of a rendered conversation the assistant produced.
+//! Loss spans of a conversation: the characters that the assistant produced.
 //!
-//! Takes a chat template and a `Chat`, returns the rendered text and the byte ranges to learn. Content is wrapped in private-use
-//! sentinels, rendered, located and stripped; where a sentinel is lost or the stripped text differs from the plain rendering, the
-//! conversation is refused, never guessed. Knows nothing of tokens' ids beyond the one that ends a turn.
+//! Takes a chat template and a `Chat`, returns the rendered text and the byte ranges with a loss. Content is wrapped in private-use
+//! sentinels, rendered, located and stripped; if a sentinel is lost or the stripped text differs from the plain rendering, the
+//! conversation is refused, never guessed. Knows no token id except the end-of-turn token's.
 
 use std::ops::Range;
 
@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 use super::template::ChatTemplate;
 use crate::error::{Error, Kind, Result};
 
-// Sentinels live in the last private-use plane, where no script, emoji or icon font of note lives.
+// Sentinels are in the last private-use plane, which common scripts, emoji and icon fonts do not use.
 const OPEN: char = '\u{10FE00}';
 const CLOSE: char = '\u{10FE01}';
 const CALL: char = '\u{10FE02}';
-/// Ends every sentinel; between the kind and it stands the message's index, in the digits from `ZERO`.
+/// Ends every sentinel, after its kind and the message's index in digits from `ZERO`.
 const END: char = '\u{10FE03}';
 const ZERO: u32 = 0x10FE10;
 /// Where a `{% generation %}` block begins.
@@ -30,23 +30,23 @@ pub(super) struct Chat {
     pub messages: Vec<Value>,
     /// Functions the assistant may call.
     pub tools: Option<Value>,
-    /// Whether each message is learned.
+    /// Whether each message has a loss.
     pub loss_mask: Vec<bool>,
 }
 
-/// How a template frames an assistant's turn.
+/// A template's delimiters of an assistant's turn.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct TurnDelimiters {
-    /// What stands before the turn (the generation prompt), where the template has one.
+    /// The generation prompt before the turn, if the template has one.
     pub header: Option<String>,
-    /// The token that ends it, and its id, where one follows the content.
+    /// The end-of-turn token and its id, if one follows the content.
     pub end: Option<(String, u32)>,
 }
 
-/// A conversation's text and what is learned of it.
+/// A conversation's text and its loss spans.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Rendered {
-    /// As transformers' `apply_chat_template` gives it.
+    /// Equal to transformers' `apply_chat_template`.
     pub text: String,
     /// Byte ranges, ascending.
     pub spans: Vec<Range<usize>>,
@@ -66,17 +66,14 @@ fn sentinel(kind: char, message: usize) -> String {
     let digits = number
         .bytes()
         .map(|d| char::from_u32(ZERO + u32::from(d - b'0')).expect("a private-use character"));
-    std::iter::once(kind)
-        .chain(digits)
-        .chain(std::iter::once(END))
-        .collect::<String>()
+    [kind].into_iter().chain(digits).chain([END]).collect()
 }
 
 fn is_sentinel(c: char) -> bool {
     ('\u{10FE00}'..='\u{10FE1F}').contains(&c)
 }
 
-/// Takes the sentinels out of `text`; `None` where one is broken.
+/// Removes the sentinels from `text`; `None` if one is malformed.
 fn strip(text: &str) -> Option<(String, Vec<Sentinel>)> {
     let (mut plain, mut sentinels) = (String::with_capacity(text.len()), Vec::new());
     let mut chars = text.chars();
@@ -109,7 +106,7 @@ fn strip(text: &str) -> Option<(String, Vec<Sentinel>)> {
     Some((plain, sentinels))
 }
 
-/// Renders a conversation of one question and one answer to see how the template frames the answer.
+/// Renders a conversation of one question and one answer to find the delimiters of the answer.
 pub(super) fn detect_turn_delimiters(
     template: &ChatTemplate,
     added_tokens: &[(String, u32)],
@@ -152,7 +149,7 @@ fn common_prefix(a: &str, b: &str) -> usize {
         .map_or(a.len().min(b.len()), |((at, _), _)| at)
 }
 
-/// Renders `chat` and locates what is learned.
+/// Renders `chat` and locates its loss spans.
 pub(super) fn render(
     template: &ChatTemplate,
     turns: &TurnDelimiters,
@@ -189,7 +186,7 @@ pub(super) fn render(
     Ok(Rendered { text, spans })
 }
 
-/// What is learned where a record says nothing: the assistant's messages.
+/// The default loss mask: the assistant's messages.
 pub(super) fn assistant_mask(messages: &[Value]) -> Vec<bool> {
     messages
         .iter()
@@ -207,15 +204,12 @@ fn unlocatable() -> Error {
         .hint("put `{% generation %}` tags into the model's chat_template.jinja around the assistant's part, or set `on_bad_record = \"skip\"`")
 }
 
-/// The messages with sentinels around the learned contents (inside spaces at their ends, which templates trim) and before the names
-/// of called functions.
+/// The messages with sentinels around the contents with a loss (inside spaces at their ends, which templates trim) and before the
+/// names of called functions.
 fn with_sentinels(chat: &Chat) -> Vec<Value> {
     let mut messages = chat.messages.clone();
-    for (i, message) in messages
-        .iter_mut()
-        .enumerate()
-        .filter(|(i, _)| chat.loss_mask[*i])
-    {
+    let masked = messages.iter_mut().zip(&chat.loss_mask).enumerate();
+    for (i, (message, _)) in masked.filter(|(_, (_, has_loss))| **has_loss) {
         let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
         let called = calls.is_some();
         for call in calls.into_iter().flatten() {
@@ -267,17 +261,15 @@ fn sentinel_spans(
 ) -> Result<Vec<Range<usize>>> {
     let mut spans: Vec<Range<usize>> = Vec::new();
     for i in (0..chat.messages.len()).filter(|i| chat.loss_mask[*i]) {
-        let of = |kind: char| {
-            sentinels
+        let [open, close, calls] = [OPEN, CLOSE, CALL].map(|kind| {
+            let matching = sentinels
                 .iter()
-                .filter(|m| m.kind == kind && m.message == Some(i))
-                .map(|m| m.at)
-                .collect::<Vec<_>>()
-        };
-        let (open, close, calls) = (of(OPEN), of(CLOSE), of(CALL));
+                .filter(|s| s.kind == kind && s.message == Some(i));
+            matching.map(|s| s.at).collect::<Vec<_>>()
+        });
         let span = match (open.as_slice(), close.as_slice(), calls.as_slice()) {
             ([start], [end], []) => *start..after_turn_end(text, *end, turns),
-            // The template took the content apart (reasoning in <think> tags): the turn still ends where the content does.
+            // The template split the content (reasoning in <think> tags): the turn still ends where the content does.
             ([], [end], []) => turn_start(text, *end, turns)?..after_turn_end(text, *end, turns),
             ([] | [_], [] | [_], [first, .., last] | [first @ last]) => {
                 let first = open.iter().chain(&close).fold(*first, |a, b| a.min(*b));
@@ -296,7 +288,7 @@ fn sentinel_spans(
     Ok(spans)
 }
 
-/// Past the token that ends the turn if only spaces stand before it, else `at` itself.
+/// The end of the end-of-turn token if only spaces precede it, else `at`.
 fn after_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> usize {
     let rest = text[at..].trim_start();
     match &turns.end {
@@ -307,7 +299,7 @@ fn after_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> usize {
     }
 }
 
-/// Past the next token that ends a turn: a turn that ends with tool calls has the template's own text in between.
+/// The end of the next end-of-turn token: after tool calls the template's text comes in between.
 fn next_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> Result<usize> {
     let (token, _) = turns.end.as_ref().ok_or_else(no_turn_delimiters)?;
     Ok(at
@@ -317,7 +309,7 @@ fn next_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> Result<usize>
         + token.len())
 }
 
-/// Just after the turn's header; no other turn may end in between.
+/// The end of the turn's header; no other turn may end in between.
 fn turn_start(text: &str, at: usize, turns: &TurnDelimiters) -> Result<usize> {
     let header = turns.header.as_ref().ok_or_else(no_turn_delimiters)?;
     let start = text[..at]

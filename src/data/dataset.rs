@@ -1,7 +1,7 @@
 //! An encoded data set and its counts.
 //!
-//! Owns what was read, cut, dropped and skipped, a sample to look at, and the split into training and validation. Knows nothing
-//! of files or tokenizers.
+//! Owns the counts of records read, truncated, dropped and skipped, a sample for display, and the split into training and
+//! validation. Knows nothing of files or tokenizers.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,42 +12,42 @@ use super::batch::Example;
 use super::permutation::{Purpose, permutation};
 use crate::error::{Error, Kind, Result};
 
-/// What became of the records.
+/// Counts of records and tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Counts {
     /// Records read, bad ones included.
     pub records: u64,
-    /// Examples made of them.
+    /// Examples encoded from them.
     pub examples: u64,
     /// Tokens of all examples.
     pub tokens: u64,
-    /// Tokens that are learned.
+    /// Tokens with a loss.
     pub loss_tokens: u64,
-    /// Records cut at the maximum length.
+    /// Records truncated at the maximum length.
     pub truncated: u64,
-    /// Records (also among the truncated, if they were) left with no loss token, hence without an example.
+    /// Records with no loss token left, hence without an example; counted as truncated too if they were.
     pub dropped: u64,
-    /// Bad records left out.
+    /// Bad records omitted.
     pub skipped: u64,
     /// Examples that are windows of a text longer than the maximum length.
     pub windows: u64,
-    /// Completions that meet their prompt without a space: perhaps the prompt lacks a line end.
+    /// Completions with no space between them and their prompt: perhaps the prompt lacks a line end.
     pub glued: u64,
 }
 
-/// A stretch of an example's text, learned or not.
+/// A span of an example's text, with or without a loss.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TextSpan {
     /// The decoded tokens, special ones included.
     pub text: String,
-    /// Whether they are learned.
+    /// Whether they have a loss.
     pub loss: bool,
 }
 
-/// The first example as the model sees it.
+/// The text of an example by loss mask.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RenderedSample {
-    /// The record it was made from.
+    /// File and line of its record.
     pub place: String,
     /// Its text in order, by loss mask.
     pub pieces: Vec<TextSpan>,
@@ -58,22 +58,22 @@ pub struct RenderedSample {
 pub struct Dataset {
     /// In file order.
     pub examples: Arc<[Example]>,
-    /// For each example the record it came from, ascending: windows of one text share it.
+    /// The record of each example, ascending; windows of one text share it.
     pub(super) records: Arc<[u64]>,
-    /// What became of the records.
+    /// Counts of records and tokens.
     pub counts: Counts,
-    /// Whether some example learns to end: eos, or the token that ends an assistant's turn, is among its loss tokens.
+    /// Whether eos, or the end-of-turn token of a chat template, is a loss token of some example.
     pub eos_trained: bool,
     /// Sha256 (hex) of the files' contents, the options and the tokenizer.
     pub fingerprint: String,
-    /// What is learned of the first example, if there is one.
+    /// The first example.
     pub first: Option<RenderedSample>,
 }
 
 impl Dataset {
-    /// Sets `fraction` of the records aside as validation, chosen by `seed`; both parts keep the file's order and have at least
-    /// one record. Windows of one text stay together unless there is only one text. What was truncated, dropped and skipped stays
-    /// in the training part's counts.
+    /// Splits off `fraction` of the records for validation, chosen by `seed`; both parts are in file order and have at least one
+    /// record. Windows of one text stay together unless there is only one text. Truncated, dropped and skipped records are counted in
+    /// the training part. Returns (training, validation).
     ///
     /// # Errors
     /// `Kind::Data` where the fraction is not in (0, 1) or there are fewer than two examples.
@@ -163,7 +163,7 @@ fn windows(records: &[u64]) -> u64 {
         .sum::<usize>() as u64
 }
 
-/// `counts` with examples, tokens and loss tokens counted anew.
+/// `counts` with examples, tokens and loss tokens recounted.
 pub(super) fn with_token_counts(counts: Counts, examples: &[Example]) -> Counts {
     Counts {
         examples: examples.len() as u64,

@@ -1,7 +1,7 @@
 //! TypedRecord records -> token ids and loss masks.
 //!
-//! Takes a `TypedRecord` record and a `Tokenizer`, returns `Example`s of at most `max_length` tokens and what became of the record.
-//! Owns which token is a loss token: by its place in the text, never by searching for ids. Knows nothing of files or order.
+//! Takes a `TypedRecord` and a `Tokenizer`, returns `Example`s of at most `max_length` tokens. Owns the loss mask, by a token's
+//! position in the text, never by its id. Knows nothing of files or order.
 
 use std::ops::Range;
 
@@ -11,22 +11,22 @@ use super::format::TypedRecord;
 use super::tokenizer::{Encoded, Tokenizer};
 use crate::error::Result;
 
-/// What became of one record.
+/// One record encoded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct EncodedRecord {
-    /// One, or several windows of a long text, or none.
+    /// One example, several windows of a long text, or none.
     pub examples: Vec<Example>,
-    /// Cut at `max_length`.
+    /// Truncated at `max_length`.
     pub truncated: bool,
-    /// Nothing of it can be learned.
+    /// No loss token is left.
     pub dropped: bool,
-    /// A token that ends a text or a turn is among the loss tokens.
+    /// Eos or the end-of-turn token is a loss token.
     pub ends: bool,
-    /// Prompt and completion meet without a space between.
+    /// No space between prompt and completion.
     pub glued: bool,
 }
 
-/// Encodes one record. One without any text is dropped: it would teach nothing but to stop at once.
+/// Encodes one record. A record without text is dropped: it would train only the end of text.
 pub(super) fn encode(
     typed: &TypedRecord,
     tokenizer: &Tokenizer,
@@ -78,7 +78,7 @@ fn masked(tokens: Vec<u32>, mut loss: Vec<bool>) -> Example {
     Example { tokens, loss }
 }
 
-/// The tokenizer's own special tokens, the text, and eos unless it is there already: all learned but the first.
+/// The tokenizer's special tokens, the text, and eos unless present: every token but the first has a loss.
 fn text_example(text: &str, tokenizer: &Tokenizer) -> Result<Example> {
     let mut tokens = tokenizer.encode(text, true)?.ids;
     if let Some(eos) = tokenizer.eos_id().filter(|eos| tokens.last() != Some(eos)) {
@@ -88,7 +88,7 @@ fn text_example(text: &str, tokenizer: &Tokenizer) -> Result<Example> {
     Ok(masked(tokens, loss))
 }
 
-/// Prompt and completion as one string: a token is learned when it ends past the prompt, and so is eos.
+/// Prompt and completion as one string: a token has a loss if it ends past the prompt, and so has eos.
 fn completion_example(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> Result<Example> {
     let encoded = tokenizer.encode(&format!("{prompt}{completion}"), true)?;
     let mut tokens = encoded.ids;
@@ -110,11 +110,11 @@ fn completion_example(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> 
 }
 
 fn missing_separator(prompt: &str, completion: &str) -> bool {
-    let meets = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
-    meets(prompt.chars().next_back()) && meets(completion.chars().next())
+    let is_text = |c: Option<char>| c.is_some_and(|c| !c.is_whitespace());
+    is_text(prompt.chars().next_back()) && is_text(completion.chars().next())
 }
 
-/// Whether each token overlaps a span. Tokenizers trim spaces from offsets: a token reaches back to its predecessor's end.
+/// Whether each token overlaps a span. Tokenizers trim spaces from offsets: a token begins at its predecessor's end.
 fn in_spans(encoded: &Encoded, spans: &[Range<usize>]) -> Vec<bool> {
     let mut previous_end = 0;
     let mut at = 0;
@@ -134,7 +134,7 @@ fn in_spans(encoded: &Encoded, spans: &[Range<usize>]) -> Vec<bool> {
         .collect()
 }
 
-/// Cuts the end off a long record.
+/// Truncates a long record.
 fn truncate(
     mut example: Example,
     end: Option<u32>,
@@ -163,7 +163,7 @@ fn trains_token(example: &Example, end: Option<u32>) -> bool {
         .any(|(token, loss)| *loss && Some(*token) == end)
 }
 
-/// Splits a long text into windows that share one token, so that every token but the first is learned exactly once.
+/// Splits a long text into windows that share one token, so that every token but the first has a loss exactly once.
 fn text_windows(example: Example, tokenizer: &Tokenizer, max_length: usize) -> EncodedRecord {
     let ends = trains_token(&example, tokenizer.eos_id());
     let stride = max_length.saturating_sub(1).max(1);
@@ -225,11 +225,11 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_and_eos_are_learned() {
+    fn a_completion_and_eos_have_a_loss() {
         let outcome = completion("a b", " c", 9);
         assert_eq!(one(&outcome), (vec![2, 3, 4, 1], "0011".into()));
         assert!(outcome.ends && !outcome.truncated && !outcome.glued);
-        // " b" straddles the prompt's end: it ends past it, so it is learned.
+        // " b" straddles the prompt's end: it ends past it, so it has a loss.
         assert_eq!(
             one(&completion("a ", "b", 9)),
             (vec![2, 3, 1], "011".into())
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_record_loses_its_end_and_may_be_dropped() {
+    fn a_long_record_is_truncated_and_may_be_dropped() {
         let outcome = completion("a b", " c", 3);
         assert_eq!(one(&outcome), (vec![2, 3, 4], "001".into()));
         assert!(outcome.truncated && !outcome.ends);
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_assistants_turn_and_its_end_are_learned() {
+    fn the_assistants_turn_and_its_end_have_a_loss() {
         let message =
             |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
         let messages = vec![

@@ -1,7 +1,7 @@
-//! What a record's fields mean: text, prompt and completion, instruction, or conversation.
+//! Record formats: text, prompt and completion, instruction, conversation.
 //!
-//! Takes a `Record`, a `Format` and a map of columns, returns a `TypedRecord` record ready for encoding. `Auto` looks at the first
-//! record alone; a field that is missing or of the wrong kind is refused with the fields there are. Knows nothing of tokens.
+//! Takes a `Record`, a `Format` and a map of columns, returns a `TypedRecord` for encoding. `Auto` reads the first record only; a
+//! missing field or one of the wrong type is an error that lists the record's fields. Knows nothing of tokens.
 
 use serde_json::{Map, Value};
 
@@ -12,14 +12,14 @@ use super::options::Format;
 use super::read::Record;
 use crate::error::{Error, Kind, Result};
 
-/// A record whose meaning is known.
+/// A record in a known format.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum TypedRecord {
-    /// Every token is learned.
+    /// Every token has a loss.
     Text(String),
-    /// The second is learned.
+    /// The completion has a loss.
     Completion { prompt: String, completion: String },
-    /// The assistant's turns are learned.
+    /// The assistant's turns have a loss.
     Chat(Chat),
 }
 
@@ -38,15 +38,15 @@ const WANTED: [&str; 8] = [
     "input",
     "output",
 ];
-/// Of these, the fields a record may lack.
+/// Of these, the optional fields.
 const OPTIONAL: [&str; 2] = ["tools", "input"];
-/// Names of the pair that `Completion` reads, in order of preference.
+/// Field names of `Completion`, in order of preference.
 const PAIRS: [(&str, &str); 2] = [("prompt", "completion"), ("question", "answer")];
-/// Names of the list that `Messages` reads.
+/// Field names of `Messages`.
 const CONVERSATIONS: [&str; 2] = ["messages", "conversations"];
 
 impl<'a> Columns<'a> {
-    /// Refuses a map whose left side is no field that any format reads.
+    /// Refuses a map of a field that no format reads.
     pub fn check(&self) -> Result<()> {
         match self.0.iter().find(|(wanted, _)| !WANTED.contains(&wanted.as_str())) {
             None => Ok(()),
@@ -79,7 +79,7 @@ impl<'a> Columns<'a> {
         found.filter(|value| !value.is_null())
     }
 
-    /// Refuses a map to columns that the first record lacks: another column must not step in unnoticed.
+    /// Refuses a map to columns that the first record lacks: no other column may replace them silently.
     pub fn check_first(&self, record: &Record) -> Result<()> {
         let absent = |wanted: &str| {
             !OPTIONAL.contains(&wanted) && self.get(&record.fields, wanted).is_none()
@@ -98,7 +98,7 @@ impl<'a> Columns<'a> {
         }
     }
 
-    /// The names of a prompt and its completion that this record has; only the mapped ones where either is mapped.
+    /// The field names of this record's prompt and completion; only the mapped ones if either is mapped.
     fn pair(&self, record: &Map<String, Value>) -> Option<(&'static str, &'static str)> {
         let mapped = self.mapped(PAIRS[0].0).is_some() || self.mapped(PAIRS[0].1).is_some();
         let pairs = if mapped { &PAIRS[..1] } else { &PAIRS };
@@ -132,7 +132,7 @@ pub(super) fn detect_format(record: &Record, columns: Columns) -> Result<Format>
     }
 }
 
-/// Gives `record` its meaning; `Format::Auto` must have been resolved by `detect_format`.
+/// Reads `record` as `format`; `detect_format` must have resolved `Format::Auto`.
 pub(super) fn interpret(record: &Record, format: Format, columns: Columns) -> Result<TypedRecord> {
     let fields = &record.fields;
     let typed = match format {
@@ -178,10 +178,11 @@ fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<S
 
 fn completion(record: &Map<String, Value>, columns: Columns) -> Result<TypedRecord> {
     let (prompt, completion) = columns.pair(record).unwrap_or(PAIRS[0]);
-    let (asked, answered) = (columns.get(record, prompt), columns.get(record, completion));
-    if let (Some(Value::Array(asked)), Some(Value::Array(answered))) = (asked, answered) {
+    let messages = (columns.get(record, prompt), columns.get(record, completion));
+    if let (Some(Value::Array(prompt)), Some(Value::Array(completion))) = messages {
         let tools = columns.get(record, "tools");
-        return messages::from_prompt_and_completion(asked, answered, tools).map(TypedRecord::Chat);
+        return messages::from_prompt_and_completion(prompt, completion, tools)
+            .map(TypedRecord::Chat);
     }
     Ok(TypedRecord::Completion {
         prompt: text(record, columns, prompt)?,
@@ -258,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fields_tell_the_format() {
+    fn the_fields_determine_the_format() {
         for (fields, format) in [
             (json!({"text": "a"}), Format::Text),
             (
@@ -311,7 +312,7 @@ mod tests {
                 completion: "1".into()
             }
         );
-        // `question` and `answer` are there, but the map asks for something else.
+        // `question` and `answer` are present, but the map names other columns.
         let other = record(json!({"question": "a", "answer": "b"}));
         assert!(
             Columns(&columns)

@@ -1,7 +1,7 @@
 //! Files -> an encoded data set.
 //!
 //! Takes local files, `Options` and a `Tokenizer`, returns a `Dataset` that does not depend on the number of threads, from the
-//! cache where the same contents were encoded before. Knows nothing of recipes: `run` fills the options.
+//! cache if the same contents were encoded before. Knows nothing of recipes.
 
 use std::path::{Path, PathBuf};
 
@@ -18,9 +18,9 @@ use super::read::{Record, extension, read};
 use super::tokenizer::{Tokenizer, hex};
 use crate::error::{Error, Kind, Result};
 
-/// Records encoded side by side before their outcomes are builder in order.
+/// Records encoded in parallel before they are collected in order.
 const CHUNK: usize = 4096;
-/// Raise it when encoding changes: caches of other versions are then ignored.
+/// Increment when encoding changes: caches of other versions are ignored.
 const ENCODING_VERSION: u32 = 2;
 
 /// Loads `paths` in order as one data set; `cache` is a folder for encoded data sets.
@@ -52,7 +52,7 @@ pub fn load(
     }
     let dataset = builder.finish(fingerprint, paths)?;
     if let Some(folder) = cache {
-        // A cache that cannot be written costs the next run some time; the data set is whole without it.
+        // Without a cache the next run encodes again: not an error.
         let _ = cache::save(folder, &dataset);
     }
     Ok(dataset)
@@ -75,7 +75,7 @@ fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
     Columns(&options.columns).check()
 }
 
-/// Sha256 of everything the encoded data set depends on; file names count by extension alone.
+/// SHA-256 of everything that the encoded data set depends on; of file names only the extension.
 fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> Result<String> {
     let mut hash = Sha256::new();
     let Options {
@@ -113,10 +113,10 @@ impl std::io::Write for HashWriter<'_> {
     }
 }
 
-/// A data set in the making.
+/// Collects encoded records into a data set.
 #[derive(Default)]
 struct DatasetBuilder {
-    /// Known once a record has been read.
+    /// Known after the first record.
     format: Option<Format>,
     examples: Vec<Example>,
     records: Vec<u64>,
@@ -148,7 +148,7 @@ impl DatasetBuilder {
             (None, None) => options.format,
         };
         if format == Format::Messages {
-            // Without a template every record fails alike: that is the model's lack, not the records'.
+            // Without a template every record would fail: an error of the model, not of a record.
             tokenizer.template()?;
         }
         let outcomes: Vec<(String, Result<EncodedRecord>)> = chunk
@@ -246,7 +246,7 @@ impl DatasetBuilder {
     }
 }
 
-/// The example's text, cut where its mask changes.
+/// The example's text, split where its loss mask changes.
 fn render_sample(place: &str, example: &Example, tokenizer: &Tokenizer) -> Result<RenderedSample> {
     let mut pieces = Vec::new();
     let mut start = 0;
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_learn_says_why() {
+    fn an_empty_data_set_is_an_error_with_its_reason() {
         let skip = Options {
             on_bad_record: OnBadRecord::Skip,
             format: Format::Text,
@@ -391,7 +391,7 @@ mod tests {
         );
         let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
         assert_eq!(error.kind(), Kind::Tokenizer);
-        // A mapped column that is not there is an error, even where other fields would fit a format.
+        // A missing mapped column is an error, even if other fields would fit a format.
         let mapped = Options {
             columns: vec![("text".into(), "body".into())],
             ..options()

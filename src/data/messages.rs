@@ -1,7 +1,7 @@
-//! Conversations as people store them -> the one form chat templates read.
+//! Conversation formats -> the form that chat templates read.
 //!
 //! Takes OpenAI-style `messages`, ShareGPT's `conversations` and TRL's prompt and completion lists, returns a `Chat`: content as
-//! text, tool calls with parsed arguments, tools as functions, and which messages are learned. Refuses images, unknown roles of
+//! text, tool calls with parsed arguments, tools as functions, and which messages have a loss. Refuses images, unknown roles of
 //! ShareGPT and loss weights other than 0 and 1. Knows nothing of templates.
 
 use serde_json::{Map, Value, json};
@@ -9,16 +9,16 @@ use serde_json::{Map, Value, json};
 use super::chat::{Chat, assistant_mask};
 use crate::error::{Error, Kind, Result};
 
-/// Keys that say whether a message is learned: LLaMA-Factory's, OpenAI's, axolotl's.
+/// Keys for a message's loss weight: LLaMA-Factory's, OpenAI's, axolotl's.
 const WEIGHTS: [&str; 3] = ["loss_weight", "weight", "train"];
-/// Names of an assistant's reasoning; the first is what templates read (transformers, `_REASONING_FIELDS`).
+/// Keys of an assistant's reasoning; templates read the first (transformers, `_REASONING_FIELDS`).
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 fn bad_record(what: impl Into<String>) -> Error {
     Error::new(Kind::Data, what)
 }
 
-/// `messages` or `conversations`; `system` is put in front where the list has no system message.
+/// `messages` or `conversations`; `system` is prepended if the list has no system message.
 pub(super) fn from_list(
     list: &[Value],
     system: Option<&str>,
@@ -48,7 +48,7 @@ pub(super) fn from_list(
     })
 }
 
-/// TRL's conversational prompt and completion: only the completion's assistant turns are learned.
+/// TRL's conversational prompt and completion: only the completion's assistant turns have a loss.
 pub(super) fn from_prompt_and_completion(
     prompt: &[Value],
     completion: &[Value],
@@ -56,10 +56,7 @@ pub(super) fn from_prompt_and_completion(
 ) -> Result<Chat> {
     let all: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
     let mut chat = from_list(&all, None, tools)?;
-    chat.loss_mask
-        .iter_mut()
-        .take(prompt.len())
-        .for_each(|learned| *learned = false);
+    chat.loss_mask[..prompt.len()].fill(false);
     Ok(chat)
 }
 
@@ -67,7 +64,7 @@ fn excerpt(value: &Value) -> String {
     value.to_string().chars().take(120).collect()
 }
 
-/// One message and its own word on whether it is learned.
+/// One message and its loss weight, if it has one.
 fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
     let fields = item.as_object().ok_or_else(|| {
         bad_record("a message is not an object").rule("{\"role\": ..., \"content\": ...}")

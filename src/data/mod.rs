@@ -1,8 +1,8 @@
 //! Records -> rendered text and loss mask -> tokens -> packed batches.
 //!
 //! Owns file formats, chat templates, encoding, packing and the order of records. Takes local files and a tokenizer's files,
-//! returns `Dataset`s of `Example`s and the `MicroBatch`es of each step. Refuses what it would have to guess: a record is named
-//! by file and line, never bent into shape. Token ids stay `u32`: knows nothing of tensors, models, recipes or the network.
+//! returns `Dataset`s of `Example`s and the `MicroBatch`es of each step. Never guesses: a malformed record is refused by file and
+//! line. Token ids stay `u32`. Knows nothing of tensors, models, recipes or the network.
 
 mod alpaca;
 pub mod batch;

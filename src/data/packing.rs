@@ -1,13 +1,13 @@
-//! Records into rows of at most a given length.
+//! Packing: records into rows of at most a given length.
 //!
-//! Takes lengths in a given order, returns rows of indices: each record once, whole, in one row. Knows nothing of tokens.
+//! Takes lengths in a given order, returns rows of indices: each record undivided in exactly one row. Knows nothing of tokens.
 
 use std::collections::BTreeMap;
 
-/// Records looked at together by `best_fit`: bounds memory and keeps packing linear in the data set.
+/// Records that `best_fit` packs at a time: bounds memory and makes packing linear in the data set.
 const WINDOW: usize = 4096;
 
-/// Fills rows in order: a row is closed when the next record does not fit.
+/// Next-fit packing in order: a row is closed when the next record does not fit.
 pub(super) fn next_fit(order: &[u32], lengths: &[usize], max_length: usize) -> Vec<Vec<u32>> {
     let mut rows: Vec<Vec<u32>> = Vec::new();
     let mut used = 0;
@@ -55,7 +55,7 @@ fn best_fit_window(window: &[u32], lengths: &[usize], max_length: usize) -> Vec<
             }
             None => {
                 rows.push(Vec::new());
-                // A record longer than a row has one to itself.
+                // A record longer than a row is alone in one.
                 (rows.len() - 1, max_length.max(length))
             }
         };

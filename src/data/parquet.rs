@@ -1,7 +1,7 @@
 //! Parquet rows as records.
 //!
-//! Takes an open file, returns its rows with nested lists and structs as JSON. Bytes that are UTF-8 count as text, since some
-//! writers leave strings unannotated. Knows nothing of what a column means.
+//! Takes an open file, returns its rows with nested lists and structs as JSON. UTF-8 bytes count as text, since some writers
+//! leave strings unannotated. Knows nothing of formats.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub(super) fn records(file: Arc<str>, source: File) -> Result<Records> {
         .hint("write it again, as with pandas' `to_parquet(path, compression=\"zstd\")`")
     };
     let reader = SerializedFileReader::new(source).map_err(refuse)?;
-    // Fails now, not at the first row, where the schema has no rows as records.
+    // Fails now, not at the first row, if the schema cannot be read as records.
     reader.get_row_iter(None).map_err(refuse)?;
     let rows = parquet::record::reader::RowIter::from_file_into(Box::new(reader));
     let mut failed = false;
@@ -41,7 +41,7 @@ pub(super) fn records(file: Arc<str>, source: File) -> Result<Records> {
                 place: place.clone(),
                 fields,
             }),
-            // A page that cannot be decoded ends the file: the rows after it cannot be found.
+            // A page that cannot be decoded ends the file: later rows cannot be located.
             Err(e) => {
                 failed = true;
                 Err(e.to_string())

@@ -1,16 +1,13 @@
-//! The order of things: permutations that depend on nothing but their key.
-//!
-//! Takes (seed, use, number), returns a permutation. Counter-based: any epoch's order can be drawn without drawing those before.
-//! Knows nothing of what is ordered.
+//! Permutations keyed by (seed, purpose, number): any epoch's order can be drawn without drawing the earlier ones.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use sha2::{Digest, Sha256};
 
-/// What an order is for: two uses of one seed are independent.
+/// The purpose of an order: two purposes of one seed are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// Which records are set aside for validation.
+    /// The validation split.
     Split = 1,
     /// The order in which records are packed into rows.
     Packing = 2,
@@ -20,7 +17,7 @@ pub(super) enum Purpose {
     MicroBatches = 4,
 }
 
-/// A permutation of `0..len` (Fisher-Yates on ChaCha8, keyed by the sha256 of its words).
+/// A permutation of `0..len` (Fisher-Yates on ChaCha8, keyed by the SHA-256 of the key's words).
 pub(super) fn permutation(len: usize, seed: u64, purpose: Purpose, number: u64) -> Vec<u32> {
     let mut hash = Sha256::new();
     hash.update(b"wattune data order");

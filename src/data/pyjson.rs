@@ -1,7 +1,7 @@
-//! JSON as Python's `json.dumps` writes it: what a chat template's `tojson` must give.
+//! JSON as Python's `json.dumps` writes it, for the filter `tojson` of chat templates.
 //!
-//! Takes a JSON value and `Style`, returns text equal to Python's byte for byte: `", "` and `": "` between items, floats as
-//! `repr` writes them, non-ASCII kept unless asked otherwise. Knows nothing of templates.
+//! Takes a JSON value and `Style`, returns text equal to Python's byte for byte: `", "` and `": "` between items, floats as by
+//! `repr`, non-ASCII unescaped unless `ensure_ascii`. Knows nothing of templates.
 
 use std::fmt::Write;
 

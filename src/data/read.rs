@@ -1,7 +1,7 @@
 //! Files to records: `.jsonl .json .csv .tsv .txt .parquet`.
 //!
-//! Takes one local file, returns its records in order, each with its place, so that a bad one can be named by file and line.
-//! Refuses an extension it does not know. Knows nothing of what a record's fields mean.
+//! Takes one local file, returns its records in order, each with its location, so that errors name file and line. Refuses an
+//! unknown extension. Knows nothing of formats.
 
 use std::fmt;
 use std::fs::File;
@@ -15,7 +15,7 @@ use super::options::TxtUnit;
 use super::parquet;
 use crate::error::{Error, Kind, Result};
 
-/// One record: its fields in file order, and where it stands.
+/// One record: its fields in file order, and its location.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {
     /// The file and line, row or record.
@@ -24,7 +24,7 @@ pub struct Record {
     pub fields: Map<String, Value>,
 }
 
-/// Where a record stands.
+/// Location of a record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Location {
     /// The file, as given.
@@ -41,12 +41,12 @@ impl fmt::Display for Location {
     }
 }
 
-/// Records in file order; a bad one is an error in its place and does not end the iteration.
+/// Records in file order; a bad one is an error and does not end the iteration.
 pub type Records = Box<dyn Iterator<Item = Result<Record>>>;
 
-/// What to do with another encoding.
+/// Remedy for another encoding.
 const RECODE: &str = "convert the file, as with `iconv -f latin1 -t utf-8`";
-/// What may be read, for messages.
+/// Known extensions, for messages.
 const EXTENSIONS: &str = ".jsonl, .json, .csv, .tsv, .txt or .parquet";
 
 /// Opens `path` by its extension.
@@ -143,7 +143,7 @@ fn json_record(place: Location, line: &[u8]) -> Result<Record> {
     object(place, value)
 }
 
-/// serde_json's message without its own line and column.
+/// serde_json's message without line and column.
 fn json_reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
     text.split_once(" at line ")
@@ -257,7 +257,7 @@ fn csv_reason(error: &::csv::Error) -> String {
     }
 }
 
-/// Paragraphs (blank lines between them) or the whole file, as `{text}`.
+/// Paragraphs (blank lines between them) or the entire file, as `{text}`.
 fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let text = String::from_utf8(bytes).map_err(|e| {

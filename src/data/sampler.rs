@@ -1,7 +1,7 @@
-//! Which examples each step sees.
+//! The micro-batches of each step.
 //!
-//! Takes the examples and the sizes of a step, returns the micro-batches of any step: a pure function of the step's number, so
-//! that resuming needs nothing else. Micro-batches lay records end to end; there is no padding. Knows nothing of training.
+//! Takes the examples and the sizes of a step, returns the micro-batches of any step: a pure function of the step's number, which
+//! makes resuming exact. Records are concatenated without padding. Knows nothing of training.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,7 +10,7 @@ use super::packing::{best_fit, next_fit};
 use super::permutation::{Purpose, permutation};
 use crate::error::{Error, Kind, Result};
 
-/// Micro-batches whose records are sorted by length together (transformers, `LengthGroupedSampler`: at most 50 batches).
+/// Micro-batches of a megabatch, within which records are sorted by length (transformers, `LengthGroupedSampler`: at most 50 batches).
 const MEGABATCH: usize = 50;
 
 /// The sizes of a step and the order of an epoch.
@@ -30,7 +30,7 @@ pub struct SamplerOptions {
     pub seed: u64,
 }
 
-/// One epoch: each micro-batch as the examples it holds, in order.
+/// One epoch: the example indices of each micro-batch, in order.
 type Epoch = Vec<Vec<u32>>;
 
 /// Draws the micro-batches of any step.
@@ -38,9 +38,9 @@ type Epoch = Vec<Vec<u32>>;
 pub struct Sampler {
     examples: Arc<[Example]>,
     options: SamplerOptions,
-    /// With packing: the rows, the same in every epoch, so that every epoch has as many steps.
+    /// Example indices by row, equal in every epoch, so that every epoch has as many steps.
     rows: Vec<Vec<u32>>,
-    /// The epoch cached_epoch last.
+    /// The epoch used last.
     cached_epoch: Mutex<Option<(u64, Arc<Epoch>)>>,
 }
 
@@ -110,17 +110,15 @@ impl Sampler {
         })
     }
 
-    /// Their sizes, without copying tokens.
+    /// The sizes of the micro-batches of `step`, without copying tokens.
     pub fn step_shape(&self, step: u64) -> Vec<BatchShape> {
         self.map_step(step, |batch| {
-            let of = |i: &u32| &self.examples[*i as usize];
-            let loss_tokens = batch
-                .iter()
-                .map(|i| of(i).loss.iter().skip(1).filter(|l| **l).count())
-                .sum();
+            let examples = || batch.iter().map(|i| &self.examples[*i as usize]);
             BatchShape {
-                segments: batch.iter().map(|i| of(i).tokens.len()).collect(),
-                loss_tokens,
+                segments: examples().map(|example| example.tokens.len()).collect(),
+                loss_tokens: examples()
+                    .map(|example| example.loss.iter().skip(1).filter(|loss| **loss).count())
+                    .sum(),
             }
         })
     }
@@ -137,13 +135,13 @@ impl Sampler {
     }
 
     fn epoch(&self, number: u64) -> Arc<Epoch> {
-        // A panic in another thread leaves the last epoch or none: both are whole.
+        // A panic in another thread leaves the last epoch or none: both are valid.
         let mut cached_epoch = self
             .cached_epoch
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         match &*cached_epoch {
-            Some((held, epoch)) if *held == number => epoch.clone(),
+            Some((cached, epoch)) if *cached == number => epoch.clone(),
             _ => {
                 let epoch = Arc::new(self.draw_epoch(number));
                 *cached_epoch = Some((number, epoch.clone()));
@@ -160,15 +158,14 @@ impl Sampler {
             seed,
             ..
         } = self.options;
-        let order = match shuffle {
-            true => permutation(self.rows.len(), seed, Purpose::Epoch, number),
-            false => (0..self.rows.len() as u32).collect(),
-        };
-        let order = if shuffle && !packing {
-            self.group_by_length(order)
+        let mut order = if shuffle {
+            permutation(self.rows.len(), seed, Purpose::Epoch, number)
         } else {
-            order
+            (0..self.rows.len() as u32).collect()
         };
+        if shuffle && !packing {
+            self.group_by_length(&mut order);
+        }
         let batch = |rows: &[u32]| {
             rows.iter()
                 .flat_map(|row| self.rows[*row as usize].iter().copied())
@@ -178,7 +175,7 @@ impl Sampler {
         if !shuffle || packing {
             return batches;
         }
-        // Sorting put the long ones of each megabatch first; only a smaller last micro-batch keeps its place.
+        // Sorting put the longest of each megabatch first; only a smaller last micro-batch stays in position.
         let whole = self.rows.len() / micro_batch_size;
         let mut mixed: Epoch = permutation(whole, seed, Purpose::MicroBatches, number)
             .into_iter()
@@ -188,8 +185,8 @@ impl Sampler {
         mixed
     }
 
-    /// Sorts by length within megabatches, so that a micro-batch holds records of like length.
-    fn group_by_length(&self, mut order: Vec<u32>) -> Vec<u32> {
+    /// Sorts by length within megabatches, so that a micro-batch has records of similar length.
+    fn group_by_length(&self, order: &mut [u32]) {
         let length = |row: &u32| {
             self.rows[*row as usize]
                 .iter()
@@ -199,7 +196,6 @@ impl Sampler {
         for megabatch in order.chunks_mut(self.options.micro_batch_size.saturating_mul(MEGABATCH)) {
             megabatch.sort_by_key(|row| std::cmp::Reverse(length(row)));
         }
-        order
     }
 }
 
@@ -248,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn without_shuffling_the_files_order_holds_and_the_last_step_is_smaller() {
+    fn without_shuffling_steps_are_in_file_order_and_the_last_is_smaller() {
         let sampler = Sampler::new(examples(&[3; 7]), options(false, false)).unwrap();
         assert_eq!(sampler.steps_per_epoch(), 2);
         assert_eq!(seen(&sampler, 0), [[0, 1], [2, 3]]);
@@ -285,13 +281,13 @@ mod tests {
     }
 
     #[test]
-    fn records_of_like_length_share_a_micro_batch() {
+    fn records_of_similar_length_share_a_micro_batch() {
         let lengths: Vec<usize> = (0..40).map(|i| 2 + (i * 17) % 40).collect();
         let sampler = Sampler::new(examples(&lengths), options(false, true)).unwrap();
         let spread = |shape: &BatchShape| {
             shape.segments.iter().max().unwrap() - shape.segments.iter().min().unwrap()
         };
-        // All 40 lengths differ by one and stand in one megabatch: neighbours are paired.
+        // All 40 lengths differ by one and are in one megabatch: neighbours are paired.
         assert!(
             (0..sampler.steps_per_epoch())
                 .flat_map(|s| sampler.step_shape(s))
@@ -307,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_learn_is_refused() {
+    fn an_empty_data_set_or_step_is_refused() {
         assert_eq!(
             Sampler::new(examples(&[]), options(true, true))
                 .unwrap_err()

@@ -1,8 +1,8 @@
 //! Chat templates: Jinja as transformers runs it.
 //!
-//! Takes a template's source and the special tokens it may name, returns rendered conversations. Owns the environment
+//! Takes a template's source and the special tokens, returns rendered conversations. Owns the environment
 //! (`tojson`, `raise_exception`, `strftime_now`, Python's string methods, `trim_blocks`, `lstrip_blocks`) and the rewriting of
-//! `{% generation %}` tags into sentinels. Knows nothing of tokens: what a sentinel means is `chat`'s affair.
+//! `{% generation %}` tags into sentinels. Knows nothing of tokens; `chat` reads the sentinels.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value as Jinja};
@@ -63,12 +63,12 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether the template itself says, by `{% generation %}` tags, what the assistant produced.
+    /// Whether `{% generation %}` tags mark the assistant's output in the template.
     pub fn has_generation_tags(&self) -> bool {
         self.generation
     }
 
-    /// Renders a conversation; `sentinels` keeps the sentinels of `{% generation %}` blocks.
+    /// Renders a conversation, with sentinels around `{% generation %}` blocks if `sentinels`.
     pub fn render(
         &self,
         messages: &Value,
@@ -91,16 +91,13 @@ impl ChatTemplate {
             "add_generation_prompt".into(),
             Jinja::from(add_generation_prompt),
         ));
-        let name = if tools.is_some() && self.has_tool_use {
-            TOOL_USE
-        } else {
-            CHAT
-        };
-        let name = if sentinels {
-            format!("{name}{WITH_SENTINELS}")
-        } else {
-            name.to_string()
-        };
+        let mut name = CHAT.to_string();
+        if tools.is_some() && self.has_tool_use {
+            name = TOOL_USE.to_string();
+        }
+        if sentinels {
+            name.push_str(WITH_SENTINELS);
+        }
         let template = self
             .environment
             .get_template(&name)
@@ -133,7 +130,7 @@ fn explain(error: &minijinja::Error) -> String {
     )
 }
 
-/// The environment transformers sets up in `_compile_jinja_template`.
+/// The environment of transformers' `_compile_jinja_template`.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder()

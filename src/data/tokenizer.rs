@@ -1,7 +1,7 @@
 //! A model's tokenizer: text to token ids and back, and its chat template.
 //!
-//! Takes local files, returns ids with the byte range of the text each stands for. Owns which token ends a text. Refuses files
-//! it cannot read exactly as their publisher meant; never falls back to another tokenizer. Knows nothing of records.
+//! Takes local files, returns ids with their byte ranges in the text. Owns the choice of the eos token. Refuses files that it cannot
+//! read exactly; never falls back to another tokenizer. Knows nothing of records.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -14,14 +14,14 @@ use super::chat::{TurnDelimiters, detect_turn_delimiters};
 use super::template::ChatTemplate;
 use crate::error::{Error, Kind, Result};
 
-/// Where a tokenizer's files are; an absent one is `None`.
+/// Paths of a tokenizer's files; an absent one is `None`.
 #[derive(Debug, Clone, Default)]
 pub struct TokenizerFiles {
-    /// `tokenizer.json`: needs nothing else to encode.
+    /// `tokenizer.json`: sufficient for encoding.
     pub tokenizer_json: Option<PathBuf>,
-    /// `vocab.json` of a byte-level BPE, used where there is no `tokenizer.json`.
+    /// `vocab.json` of a byte-level BPE, used without a `tokenizer.json`.
     pub vocab_json: Option<PathBuf>,
-    /// `merges.txt` beside it.
+    /// `merges.txt` of the same BPE.
     pub merges: Option<PathBuf>,
     /// `tokenizer_config.json`: the eos token, added tokens, the chat template.
     pub tokenizer_config: Option<PathBuf>,
@@ -29,11 +29,11 @@ pub struct TokenizerFiles {
     pub special_tokens_map: Option<PathBuf>,
     /// `chat_template.jinja`: takes precedence over tokenizer_config.json's, as in transformers.
     pub chat_template: Option<PathBuf>,
-    /// The model's `config.json`: its eos id counts where tokenizer_config.json names no eos token.
+    /// The model's `config.json`: its eos id is used if tokenizer_config.json names no eos token.
     pub config: Option<PathBuf>,
 }
 
-/// Token ids and the byte range of the text each was made from (empty at 0 for tokens that the tokenizer itself added).
+/// Token ids and their byte ranges in the text (empty at 0 for tokens that the tokenizer added).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoded {
     /// Token ids.
@@ -74,7 +74,7 @@ impl Tokenizer {
                 .hint(CONVERT));
             }
         };
-        // A published tokenizer.json may carry the padding and truncation of somebody's last run.
+        // A published tokenizer.json may contain the padding and truncation of an earlier run.
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -99,7 +99,7 @@ impl Tokenizer {
         })
     }
 
-    /// Encodes `text`; `special` adds the tokenizer's own special tokens (bos, or whatever its files say).
+    /// Encodes `text`; `special` adds the tokenizer's special tokens, such as bos.
     pub fn encode(&self, text: &str, special: bool) -> Result<Encoded> {
         let encoding = self.inner.encode(text, special).map_err(|e| {
             Error::new(
@@ -120,17 +120,17 @@ impl Tokenizer {
             .map_err(|e| Error::new(Kind::Tokenizer, format!("the tokenizer cannot decode: {e}")))
     }
 
-    /// The token that ends a text, and its id, where the model names one.
+    /// The eos token and its id, if the model names one.
     pub fn eos(&self) -> Option<(String, u32)> {
         self.eos.clone()
     }
 
-    /// The id of the token that ends a text.
+    /// The id of the eos token.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos.as_ref().map(|(_, id)| *id)
     }
 
-    /// Tokens in all, added ones included.
+    /// Tokens in the vocabulary, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
@@ -146,7 +146,7 @@ impl Tokenizer {
             .render(messages, tools, add_generation_prompt, false)
     }
 
-    /// Sha256 (hex) of the files it was made from.
+    /// SHA-256 (hex) of its files.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -159,7 +159,7 @@ impl Tokenizer {
         })
     }
 
-    /// How the template opens and ends an assistant's turn; learned once, from a probe.
+    /// The template's delimiters of an assistant's turn, detected once.
     pub(super) fn turn_delimiters(&self) -> Result<&TurnDelimiters> {
         let template = self.template()?;
         Ok(self.turn_delimiters.get_or_init(|| {
@@ -174,7 +174,7 @@ impl Tokenizer {
     }
 }
 
-/// What to type where the files are of a layout that only transformers reads.
+/// Remedy for a layout that only transformers reads.
 const CONVERT: &str = "convert it once: python -c \"from transformers import AutoTokenizer; \
     AutoTokenizer.from_pretrained('MODEL_DIR').save_pretrained('MODEL_DIR')\"";
 
@@ -325,7 +325,7 @@ pub(super) mod tests {
     use super::*;
     use serde_json::json;
 
-    /// A tokenizer of whole words for tests: ids are the order of `words`; `<s>`-like words are added tokens.
+    /// A word-level tokenizer for tests: ids are the order of `words`; `<s>`-like words are added tokens.
     pub(in super::super) fn word_tokenizer(
         words: &[&str],
         eos: &str,
@@ -381,7 +381,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_model_without_a_tokenizer_or_template_is_told_so() {
+    fn a_missing_tokenizer_or_template_is_an_error() {
         let error = Tokenizer::load(&TokenizerFiles::default()).unwrap_err();
         assert!(
             error.kind() == Kind::Tokenizer && error.remedy().unwrap().contains("save_pretrained")
