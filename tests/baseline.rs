@@ -64,70 +64,40 @@ fn flops_achieved_rate_and_power_give_published_energy_within_one_percent() {
     let rows = [
         (
             "Evolved Transformer NAS",
-            "tpu-v2",
-            "2.91e21",
-            "24.8",
-            "208",
-            "1.10",
-            "431",
+            "2.91e21 tpu-v2 24.8 208 1.10 431",
             7.5,
             3.2,
         ),
-        (
-            "T5-11B", "tpu-v3", "4.05e22", "45.6", "310", "1.12", "545", 85.7, 46.7,
-        ),
-        (
-            "Meena", "tpu-v3", "1.12e23", "42.3", "289", "1.09", "415", 232.0, 96.4,
-        ),
-        (
-            "GShard-600B",
-            "tpu-v3",
-            "1.33e22",
-            "48.0",
-            "288",
-            "1.09",
-            "177",
-            24.1,
-            4.3,
-        ),
+        ("T5-11B", "4.05e22 tpu-v3 45.6 310 1.12 545", 85.7, 46.7),
+        ("Meena", "1.12e23 tpu-v3 42.3 289 1.09 415", 232.0, 96.4),
+        ("GShard-600B", "1.33e22 tpu-v3 48.0 288 1.09 177", 24.1, 4.3),
         (
             "Switch Transformer 1.5T",
-            "tpu-v3",
-            "8.22e22",
-            "34.4",
-            "245",
-            "1.10",
-            "330",
+            "8.22e22 tpu-v3 34.4 245 1.10 330",
             179.0,
             59.1,
         ),
         (
             "GPT-3 175B",
-            "nvidia-v100-sxm2",
-            "3.14e23",
-            "24.6",
-            "330",
-            "1.10",
-            "429",
+            "3.14e23 nvidia-v100-sxm2 24.6 330 1.10 429",
             1287.0,
             552.1,
         ),
     ];
-    for (name, device, flops, tflops, power, pue, grid, mwh, tonnes) in rows {
-        let typed = [
-            "--flops",
-            flops,
-            "--device",
-            device,
-            "--achieved-tflops",
-            tflops,
-            "--power",
-            power,
-            "--pue",
-            pue,
-            "--grid",
-            grid,
-        ];
+    let flags = [
+        "--flops",
+        "--device",
+        "--achieved-tflops",
+        "--power",
+        "--pue",
+        "--grid",
+    ];
+    for (name, values, mwh, tonnes) in rows {
+        let typed: Vec<&str> = flags
+            .into_iter()
+            .zip(values.split(' '))
+            .flat_map(|(flag, value)| [flag, value])
+            .collect();
         for document in [json(&typed), json(&[name])] {
             assert!(
                 off(figure(&document, "/energy_mwh/central"), mwh) < 0.01,

@@ -220,10 +220,35 @@ fn a_calibrated_profile_is_one_that_recipes_take() {
         "20 ms",
     ];
     let found = json(&arguments);
-    let (nearest, profile) = (
-        Profile::named("generic-cpu").unwrap(),
-        Profile::from_file(&out).unwrap(),
+    check_profile(&found, &Profile::from_file(&out).unwrap());
+    assert!(refused(&arguments).contains("exists already"));
+    let device = [
+        "--set",
+        "energy.device=./mine.toml",
+        "--set",
+        "model.id=embedded:tiny",
+        "--set",
+        "data.max_length=64",
+        "--set",
+    ];
+    let data = format!(
+        "data.train={}/recipes/quickstart/train.jsonl",
+        env!("CARGO_MANIFEST_DIR")
     );
+    let plan = json(
+        &[
+            &["plan", path(&recipe)],
+            device.as_slice(),
+            &[data.as_str()],
+        ]
+        .concat(),
+    );
+    assert_eq!(plan["energy"]["device"], "mine");
+}
+
+/// The calibrated profile holds the measured figures of `calibrate --json`, and the nearest profile's others.
+fn check_profile(found: &Value, profile: &Profile) {
+    let nearest = Profile::named("generic-cpu").unwrap();
     assert_eq!(
         (found["name"].as_str(), found["nearest"].as_str()),
         (Some("mine"), Some("generic-cpu"))
@@ -231,15 +256,15 @@ fn a_calibrated_profile_is_one_that_recipes_take() {
     // What was measured is what a run is charged by; what was not stays.
     assert_eq!(
         profile.rate(Precision::F32),
-        number(&found, "/flops_per_second/f32/measured")
+        number(found, "/flops_per_second/f32/measured")
     );
     assert_eq!(
         profile.rate(Precision::Bf16),
-        number(&found, "/flops_per_second/bf16/measured")
+        number(found, "/flops_per_second/bf16/measured")
     );
     assert_eq!(
         profile.bandwidth * profile.achievable_bandwidth,
-        number(&found, "/bytes_per_second/measured")
+        number(found, "/bytes_per_second/measured")
     );
     let caches = found["caches"].as_array().unwrap();
     for ((level, before), cache) in profile.caches.iter().zip(&nearest.caches).zip(caches) {
@@ -269,29 +294,6 @@ fn a_calibrated_profile_is_one_that_recipes_take() {
         "{}",
         profile.rate(Precision::F32)
     );
-    assert!(refused(&arguments).contains("exists already"));
-    let device = [
-        "--set",
-        "energy.device=./mine.toml",
-        "--set",
-        "model.id=embedded:tiny",
-        "--set",
-        "data.max_length=64",
-        "--set",
-    ];
-    let data = format!(
-        "data.train={}/recipes/quickstart/train.jsonl",
-        env!("CARGO_MANIFEST_DIR")
-    );
-    let plan = json(
-        &[
-            &["plan", path(&recipe)],
-            device.as_slice(),
-            &[data.as_str()],
-        ]
-        .concat(),
-    );
-    assert_eq!(plan["energy"]["device"], "mine");
 }
 
 #[test]

@@ -116,34 +116,14 @@ const LONG: &[(&str, &str)] = &[
     ("src/report/html/figures.rs", "budget_used"),
     ("src/run/training.rs", "run_in"),
     (
-        "tests/baseline.rs",
-        "flops_achieved_rate_and_power_give_published_energy_within_one_percent",
-    ),
-    (
-        "tests/end_to_end/baselines.rs",
-        "a_baseline_that_is_cut_off_goes_on_and_finds_the_same",
-    ),
-    (
-        "tests/end_to_end/baselines.rs",
-        "from_scratch_is_held_against_the_run_at_equal_energy",
-    ),
-    (
         "tests/end_to_end/figures.rs",
         "bounds_are_carried_to_carbon_money_and_ratios",
-    ),
-    (
-        "tests/end_to_end/measured.rs",
-        "a_measured_run_is_held_against_what_was_counted_and_a_profile_keeps_the_factor",
     ),
     (
         "tests/end_to_end/resume.rs",
         "what_cannot_be_resumed_says_why",
     ),
     ("tests/energy.rs", "limited"),
-    (
-        "tests/probe.rs",
-        "a_calibrated_profile_is_one_that_recipes_take",
-    ),
     ("tests/recipe.rs", "defaults_are_the_contracts"),
 ];
 

@@ -27,7 +27,7 @@ fn training(lab: &Lab, ledger: &str) -> Vec<u64> {
 }
 
 #[test]
-fn from_scratch_is_held_against_the_run_at_equal_energy() {
+fn from_scratch_is_compared_with_the_run_at_equal_energy() {
     let lab = Lab::new();
     let keys = set(&["train.steps=12", SCRATCH, "baseline.energy_multiple=1"]);
     let plan = lab.plan(&keys);
@@ -63,35 +63,8 @@ fn from_scratch_is_held_against_the_run_at_equal_energy() {
         microjoules(&scratch["energy_j"]),
         lab.ledger("run/baselines/from_scratch")
     );
-    // Random weights know nothing: every one of 1024 tokens is as likely as another, ln 1024 = 6.93 nats.
-    let curve = block["curve"].as_array().unwrap();
-    assert!(
-        (number(&curve[0], "/val_loss") - 6.93).abs() < 0.1,
-        "{}",
-        curve[0]
-    );
-    let last = &curve[curve.len() - 1];
-    assert_eq!(
-        (&last["val_loss"], microjoules(&last["energy_j"])),
-        (&scratch["val_loss_at_equal_energy"], spent)
-    );
-    // Twelve steps from random weights are no match for a pretrained model.
-    assert!(
-        number(scratch, "/val_loss_at_equal_energy") > number(&report, "/training/val_loss_after")
-    );
-    assert_eq!(block["run_val_loss"], report["training"]["val_loss_after"]);
-    // The run's own curve ends at its own training energy.
-    let own_curve = report["training"]["curve"].as_array().unwrap();
-    let last = &own_curve[own_curve.len() - 1];
-    assert_eq!(
-        (
-            own_curve.len(),
-            microjoules(&last["energy_j"]),
-            &last["val_loss"]
-        ),
-        (13, run, &report["training"]["val_loss_after"])
-    );
-    // Pretraining and the counted full fine-tuning stay beside it, and the page says what was found.
+    check_curves(&report, scratch, run, spent);
+    // Pretraining and the counted full fine-tuning stay, and the page shows the comparison.
     let kinds: Vec<&str> = report["baselines"]
         .as_array()
         .unwrap()
@@ -107,6 +80,39 @@ fn from_scratch_is_held_against_the_run_at_equal_energy() {
         &["after the same training energy (this run: "],
     );
     assert!(!lab.path("run/baselines/from_scratch/checkpoints").exists());
+}
+
+/// The baseline's and the run's curves begin at their losses before training and end at their training energies.
+fn check_curves(report: &Value, scratch: &Value, run: u64, spent: u64) {
+    let block = &scratch["measured"];
+    // Random weights know nothing: every one of 1024 tokens is as likely as another, ln 1024 = 6.93 nats.
+    let curve = block["curve"].as_array().unwrap();
+    assert!(
+        (number(&curve[0], "/val_loss") - 6.93).abs() < 0.1,
+        "{}",
+        curve[0]
+    );
+    let last = &curve[curve.len() - 1];
+    assert_eq!(
+        (&last["val_loss"], microjoules(&last["energy_j"])),
+        (&scratch["val_loss_at_equal_energy"], spent)
+    );
+    // Twelve steps from random weights are no match for a pretrained model.
+    assert!(
+        number(scratch, "/val_loss_at_equal_energy") > number(report, "/training/val_loss_after")
+    );
+    assert_eq!(block["run_val_loss"], report["training"]["val_loss_after"]);
+    // The run's own curve ends at its own training energy.
+    let own_curve = report["training"]["curve"].as_array().unwrap();
+    let last = &own_curve[own_curve.len() - 1];
+    assert_eq!(
+        (
+            own_curve.len(),
+            microjoules(&last["energy_j"]),
+            &last["val_loss"]
+        ),
+        (13, run, &report["training"]["val_loss_after"])
+    );
 }
 
 #[test]
@@ -356,7 +362,7 @@ fn found(report: &Value, kind: &str) -> Vec<Value> {
 }
 
 #[test]
-fn a_baseline_that_is_cut_off_goes_on_and_finds_the_same() {
+fn an_interrupted_or_killed_baseline_resumes_and_finds_the_same() {
     let lab = Lab::new();
     let keys = [
         "train.steps=12",
@@ -422,42 +428,47 @@ fn a_baseline_that_is_cut_off_goes_on_and_finds_the_same() {
     );
 
     for run in ["asked", "killed"] {
-        let before = report(&lab, run);
-        let after = lab.json(&["train", "--resume", run, "--quiet"]);
-        for kind in ["from_scratch_same_task", "full_fine_tuning"] {
-            assert_eq!(found(&after, kind), found(&whole, kind), "{run}: {kind}");
-        }
-        assert_eq!(
-            after["baselines"].as_array().unwrap().len(),
-            whole["baselines"].as_array().unwrap().len()
-        );
-        assert_eq!(after["energy"], before["energy"]);
-        let (spent, alone) = (
-            measured(&after, "from_scratch_same_task"),
-            measured(&whole, "from_scratch_same_task"),
-        );
-        assert_eq!(
-            microjoules(&spent["energy_j"]),
-            lab.ledger(&format!("{run}/baselines/from_scratch"))
-        );
-        assert!(
-            number(spent, "/energy_j") > number(alone, "/energy_j"),
-            "{run}: what was lost and saved is spent"
-        );
-        assert_eq!(after["training"]["curve"], whole["training"]["curve"]);
-        assert!(
-            !lab.path(&format!("{run}/baselines/from_scratch/checkpoints"))
-                .exists()
-        );
-        says(
-            &lab.refused(2, &["train", "--resume", run]),
-            &["this run is finished"],
-        );
+        check_resumed(&lab, run, &whole);
     }
     // The other baseline, which was whole, was not touched.
     assert_eq!(
         lab.read("killed/baselines/full_fine_tuning/ledger.jsonl"),
         other
+    );
+}
+
+/// Resumes `run` to its end: its baselines find what those of the uninterrupted run `whole` did.
+fn check_resumed(lab: &Lab, run: &str, whole: &Value) {
+    let before = report(lab, run);
+    let after = lab.json(&["train", "--resume", run, "--quiet"]);
+    for kind in ["from_scratch_same_task", "full_fine_tuning"] {
+        assert_eq!(found(&after, kind), found(whole, kind), "{run}: {kind}");
+    }
+    assert_eq!(
+        after["baselines"].as_array().unwrap().len(),
+        whole["baselines"].as_array().unwrap().len()
+    );
+    assert_eq!(after["energy"], before["energy"]);
+    let (spent, alone) = (
+        measured(&after, "from_scratch_same_task"),
+        measured(whole, "from_scratch_same_task"),
+    );
+    assert_eq!(
+        microjoules(&spent["energy_j"]),
+        lab.ledger(&format!("{run}/baselines/from_scratch"))
+    );
+    assert!(
+        number(spent, "/energy_j") > number(alone, "/energy_j"),
+        "{run}: what was lost and saved is spent"
+    );
+    assert_eq!(after["training"]["curve"], whole["training"]["curve"]);
+    assert!(
+        !lab.path(&format!("{run}/baselines/from_scratch/checkpoints"))
+            .exists()
+    );
+    says(
+        &lab.refused(2, &["train", "--resume", run]),
+        &["this run is finished"],
     );
 }
 
