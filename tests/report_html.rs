@@ -7,13 +7,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use wattune::energy::Energies;
 use wattune::energy::ledger::{Entry, Lease, Ledger, Phase};
-use wattune::report::compare::{Comparison, compare};
-use wattune::report::html::to_html;
-use wattune::report::measured::{BaselineStop, CurvePoint, EqualLoss, MeasuredBaseline, Reached};
-use wattune::report::types::{BaselineKind, Report};
-use wattune::report::{History, StepLog, comparison_page, files, json, markdown};
+use wattune::energy::{Energies, Interval};
+use wattune::report::baselines::{
+    BaselineKind, BaselineStop, CurvePoint, EqualLoss, MeasuredBaseline, Reached,
+};
+use wattune::report::{
+    Comparison, FiniteReport, History, Report, StepLog, compare, comparison_page, files, to_json,
+    to_markdown,
+};
 use wattune::train::{StepEnergy, StepRecord};
 use wattune::units::{GramsCo2e, Joules, Seconds};
 
@@ -85,8 +87,16 @@ fn history() -> History {
     }
 }
 
+fn finite(report: &Report) -> FiniteReport {
+    FiniteReport::new(report.clone()).unwrap()
+}
+
+fn to_html(name: &str, report: &Report, history: &History) -> String {
+    wattune::report::to_html(name, &finite(report), history).unwrap()
+}
+
 fn page() -> String {
-    to_html("e2e-20260131-120000", &fixture(), &history()).unwrap()
+    to_html("e2e-20260131-120000", &fixture(), &history())
 }
 
 /// Every tag as (name, the rest of it); fails where one is not closed in order.
@@ -139,8 +149,10 @@ fn the_page_is_well_formed_and_its_pictures_have_names() {
     files::write_whole(&folder.join(files::REPORT_HTML), &page).unwrap();
     let tags = tags(&page);
     let pictures = tags.iter().filter(|(name, _)| name == "svg");
-    // Loss, rate, budget, phases, parts, memory and comparison in two widths each; energy and emissions in one.
-    assert_eq!(pictures.clone().count(), 7 * 2 + 2);
+    // Loss, rate and budget in two widths each; energy and emissions in one. Bars are lists: phases, components, memory, comparison.
+    assert_eq!(pictures.clone().count(), 3 * 2 + 2);
+    let lists = values(&page, "aria-label");
+    assert_eq!(lists.len(), 4, "{lists:?}");
     let mut ids = values(&page, "id");
     for (_, attributes) in pictures {
         let named = values(attributes, "aria-labelledby")[0];
@@ -217,7 +229,7 @@ fn texts_from_outside_stay_texts() {
     report.warnings = vec![text()];
     report.baselines[0].source = text();
     report.baselines[0].assumptions = vec![text()];
-    let hostile = to_html(HOSTILE, &report, &history()).unwrap();
+    let hostile = to_html(HOSTILE, &report, &history());
     // Code in backticks is the only markup that a text may bring.
     let shape = |page: &str| {
         let all = tags(page)
@@ -237,7 +249,7 @@ fn texts_from_outside_stay_texts() {
 fn the_figures_are_those_of_the_other_files() {
     let page = page();
     let written: serde_json::Value =
-        serde_json::from_str(&json::to_json(&fixture()).unwrap()).unwrap();
+        serde_json::from_str(&to_json(&finite(&fixture())).unwrap()).unwrap();
     let paths = [
         "/energy/total_j",
         "/carbon/gco2e",
@@ -264,7 +276,7 @@ fn the_figures_are_those_of_the_other_files() {
         let end = at + plain[at..].find("\">").unwrap() + 1;
         plain.replace_range(at..end, "");
     }
-    let rows: Vec<String> = markdown::to_markdown("e2e", &fixture())
+    let rows: Vec<String> = to_markdown("e2e", &finite(&fixture()))
         .unwrap()
         .lines()
         .filter(|line| line.starts_with("| ") && !line.starts_with("| ---"))
@@ -354,9 +366,7 @@ fn a_wide_range_of_losses_is_drawn_by_ratios() {
     let mut history = history();
     history.steps[149].val_loss = Some(0.0037);
     assert!(
-        to_html("run", &report, &history)
-            .unwrap()
-            .contains(">loss, nats per loss token (logarithmic)</text>")
+        to_html("run", &report, &history).contains(">loss, nats per token (logarithmic)</text>")
     );
 }
 
@@ -364,16 +374,16 @@ fn a_wide_range_of_losses_is_drawn_by_ratios() {
 fn a_budget_far_beyond_is_said_and_not_drawn() {
     let mut report = fixture();
     report.budget.limits.energy_j = Some(Joules(360_000.0));
-    let page = to_html("run", &report, &history()).unwrap();
-    assert!(page.contains("The energy budget of 360 kJ (100 Wh) lies beyond the edge."));
+    let page = to_html("run", &report, &history());
+    assert!(page.contains("The energy budget of 360 kJ (100 Wh) is beyond the plotted range."));
     assert!(!page.contains("class=\"rule\""));
 }
 
 #[test]
 fn a_run_without_a_step_says_so() {
-    let page = to_html("run", &fixture(), &History::default()).unwrap();
+    let page = to_html("run", &fixture(), &History::default());
     tags(&page);
-    assert!(page.contains("No step was recorded"));
+    assert!(page.contains("No steps recorded"));
 }
 
 #[test]
@@ -382,17 +392,17 @@ fn no_chart_shows_a_number_that_is_none() {
         let (mut report, mut history) = (fixture(), history());
         report.training.val_loss_before = Some(bad);
         report.training.val_loss_after = Some(bad);
-        report.energy.low_j = Some(Joules(bad));
+        report.energy.total.low = Joules(bad);
         report.energy.meters.timed_j = Some(Joules(bad));
         report.budget.limits.energy_j = Some(Joules(bad));
         report.budget.limits.carbon_gco2e = Some(GramsCo2e(bad));
         report
             .baselines
             .iter_mut()
-            .for_each(|baseline| baseline.energy_j = Some(Joules(bad)));
+            .for_each(|baseline| baseline.energy = Some(Interval::exact(Joules(bad))));
         if bad == 0.0 {
-            report.energy.total_j = Joules(0.0);
-            report.carbon.gco2e = GramsCo2e(0.0);
+            report.energy.total = Interval::exact(Joules(0.0));
+            report.carbon.emissions = Interval::exact(GramsCo2e(0.0));
             report
                 .energy
                 .by_phase
@@ -402,7 +412,7 @@ fn no_chart_shows_a_number_that_is_none() {
         for step in &mut history.steps {
             (step.loss, step.val_loss, step.lr) = (Some(bad), Some(bad), bad);
         }
-        let page = to_html("run", &report, &history).unwrap();
+        let page = to_html("run", &report, &history);
         tags(&page);
         let mut words = page.split(|c: char| !c.is_ascii_alphanumeric());
         assert!(
@@ -421,7 +431,8 @@ fn run_directory() -> (tempfile::TempDir, PathBuf) {
     fs::write(run.join("plan.json"), "{}").unwrap();
     fs::write(run.join("plan.json"), "{}").unwrap();
     fs::write(run.join(files::EMISSIONS_CSV), "timestamp\nnow\n").unwrap();
-    json::write_report(&run.join(files::REPORT_JSON), &fixture()).unwrap();
+    let report = to_json(&finite(&fixture())).unwrap();
+    files::write_whole(&run.join(files::REPORT_JSON), &report).unwrap();
     let mut log = StepLog::append_to(&run.join(files::STEPS_JSONL)).unwrap();
     let mut ledger = Ledger::create(&run.join("ledger.jsonl")).unwrap();
     let history = history();
@@ -458,11 +469,11 @@ fn the_command_prints_every_form() {
     // What is read back from the files is what was written to them.
     assert_eq!(
         shown(&["--format", "html"]),
-        (Some(0), to_html(&name, &fixture(), &history()).unwrap())
+        (Some(0), to_html(&name, &fixture(), &history()))
     );
     assert_eq!(
         shown(&["--format", "md"]),
-        (Some(0), markdown::to_markdown(&name, &fixture()).unwrap())
+        (Some(0), to_markdown(&name, &finite(&fixture())).unwrap())
     );
     assert_eq!(
         shown(&["--format", "csv"]),
@@ -480,8 +491,8 @@ fn the_command_prints_every_form() {
 /// Two runs: the fixture, and one that stopped half-way with two thirds of the gain.
 fn two_runs() -> Vec<(String, Report, History)> {
     let mut half = fixture();
-    (half.energy.total_j, half.energy.meters.counted_j) = (Joules(1801.0), Joules(1801.0));
-    (half.energy.low_j, half.energy.high_j) = (None, None);
+    half.energy.total = Interval::exact(Joules(1801.0));
+    half.energy.meters.counted_j = Joules(1801.0);
     (half.training.steps, half.training.val_loss_after) = (75, Some(2.45));
     let mut course = history();
     course.steps.truncate(75);
@@ -493,16 +504,16 @@ fn two_runs() -> Vec<(String, Report, History)> {
 }
 
 fn comparison_of(runs: Vec<(String, Report, History)>) -> (Comparison, String) {
-    let named: Vec<(String, Report)> = runs
+    let named: Vec<(String, FiniteReport)> = runs
         .iter()
-        .map(|(name, report, _)| (name.clone(), report.clone()))
+        .map(|(name, report, _)| (name.clone(), finite(report)))
         .collect();
     let comparison = compare(&named);
-    let courses: Vec<(Report, History)> = runs
+    let runs: Vec<(FiniteReport, History)> = runs
         .into_iter()
-        .map(|(_, report, history)| (report, history))
+        .map(|(_, report, history)| (finite(&report), history))
         .collect();
-    let page = comparison_page(&comparison, &courses);
+    let page = comparison_page(&comparison, &runs).unwrap();
     (comparison, page)
 }
 
@@ -511,11 +522,9 @@ fn the_page_of_several_runs_says_what_the_other_forms_say() {
     let (comparison, page) = comparison_of(two_runs());
     tags(&page);
     // 1.2 / 3.582 = 0.3350 against 0.8 / 1.801 = 0.4442 nats a kilojoule.
-    assert_eq!(comparison.json()["best"], "runs/half");
-    assert!(
-        page.contains("runs/half bought the most loss per joule.")
-            && comparison.text().contains("runs/half bought the most")
-    );
+    assert_eq!(comparison.best.as_deref(), Some("runs/half"));
+    let verdict = "Largest loss reduction per joule: runs/half.";
+    assert!(page.contains(verdict) && comparison.text().contains(verdict));
     let plain = page.replace('\u{a0}', " ");
     for row in comparison.table().rows() {
         assert!(
@@ -525,9 +534,9 @@ fn the_page_of_several_runs_says_what_the_other_forms_say() {
         );
     }
     assert!(
-        page.contains(">half (the most)</text>")
-            && page.contains(">0.4442</text>")
-            && page.contains(">0.335</text>")
+        page.contains(">half (best)</span>")
+            && page.contains(">0.4442</span>")
+            && page.contains(">0.335</span>")
     );
     // Both courses end where their runs did: 3,451 J and 151 + 75 x 22 = 1,801 J of an axis to 3,582 J.
     let ends: Vec<f64> = ["run-0", "run-1"]
@@ -577,7 +586,7 @@ fn a_comparison_of_what_is_not_known_draws_nothing_false() {
     let (comparison, page) = comparison_of(runs);
     tags(&page);
     assert_eq!(comparison.best, None);
-    assert!(page.contains("No run is named the best.") && !page.contains("What the energy bought"));
+    assert!(page.contains("Runs are not ranked.") && !page.contains("Loss vs energy"));
     assert!(page.contains("&lt;whole&gt;&amp;") && !page.to_lowercase().contains("nan"));
 }
 
@@ -587,28 +596,28 @@ fn the_budgets_are_drawn_as_they_were_used() {
     assert!(page().contains("After the last step: energy 95.9 %, time 2.5 %."));
     let mut report = fixture();
     (report.budget.limits.energy_j, report.budget.limits.time_s) = (None, None);
-    let page = to_html("run", &report, &history()).unwrap();
+    let page = to_html("run", &report, &history());
     assert!(!page.contains("budget used"));
 }
 
 #[test]
 fn bounds_are_drawn_over_the_bars_of_the_comparison() {
-    // From 2,865.6 to 4,298.4 J: on a logarithmic axis as long as ln(1.5), and full fine-tuning's 0.8 to 1.2 of 5,373 J as well.
+    // From 2,865.6 to 4,298.4 J: ln(1.5) long on a logarithmic scale.
     let page = page();
-    let span = numbers(&page, "comparison-wide", "span");
-    let bar = numbers(&page, "comparison-wide", "bar energy");
-    let (left, length) = (bar[0], bar[2]);
-    assert!(
-        span[1] < left + length && left + length < span[5],
-        "{span:?} {bar:?}"
-    );
-    let share = (left + length - span[1]) / (span[5] - span[1]);
+    let bars = page.split("id=\"comparison\"").nth(1).unwrap();
+    let percent = |name: &str| -> f64 {
+        let value = bars.split(&format!("--{name}:")).nth(1).unwrap();
+        value.split('%').next().unwrap().parse().unwrap()
+    };
+    let [width, low, high] = ["width", "low", "high"].map(percent);
+    assert!(low < width && width < high, "{low} {width} {high}");
+    let share = (width - low) / (high - low);
     // ln(3582 / 2865.6) / ln(1.5) = 0.5503.
     assert!((share - 0.5503).abs() < 0.02, "{share}");
 }
 
 #[test]
-fn a_baseline_that_was_trained_stands_beside_the_run() {
+fn a_trained_baseline_is_drawn_next_to_the_run() {
     assert!(!page().contains("equal energy"));
     let point = |step, joules, train_loss, val_loss| CurvePoint {
         step,
@@ -642,14 +651,14 @@ fn a_baseline_that_was_trained_stands_beside_the_run() {
             point(75, 1650.0, Some(6.9), Some(6.9)),
         ],
     });
-    let page = to_html("run", &report, &history()).unwrap();
+    let page = to_html("run", &report, &history());
     tags(&page);
     // Half of the run's training energy is half-way to the line of equal energy, where the run itself ends.
     let (zero, equal) = (
-        numbers(&page, "beside-wide", "base")[1],
-        numbers(&page, "beside-wide", "rule")[1],
+        numbers(&page, "baselines-wide", "base")[1],
+        numbers(&page, "baselines-wide", "rule")[1],
     );
-    assert!((last_x(&page, "beside-wide", "run-0") - equal).abs() < 0.2);
-    assert!((last_x(&page, "beside-wide", "run-1") - (zero + equal) / 2.0).abs() < 0.2);
+    assert!((last_x(&page, "baselines-wide", "run-0") - equal).abs() < 0.2);
+    assert!((last_x(&page, "baselines-wide", "run-1") - (zero + equal) / 2.0).abs() < 0.2);
     assert!(page.contains("<li class=\"key line run-1\">from scratch, same task</li>"));
 }

@@ -1,16 +1,17 @@
 //! `wattune baseline`: what training a model cost or would cost.
 
-use std::fmt::Write;
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
-use crate::report::show;
-use crate::run::{BaselineCost, BaselineRequest, Interval, Method, baseline_cost};
+use crate::report::format;
+use crate::report::text::{Table, bullet};
+use crate::run::{
+    BaselineCost, BaselineRequest, Interval, Method, PublishedFigures, baseline_cost,
+};
 use crate::units::{
-    Count, Flops, GramsCo2e, JOULES_PER_KWH, Joules, ParseQuantityError, Pue, Seconds, Watts,
-    significant,
+    Count, Flops, JOULES_PER_KWH, Joules, ParseQuantityError, Pue, Seconds, Watts, significant,
 };
 
 #[derive(Debug, clap::Args)]
@@ -70,7 +71,7 @@ pub(super) struct Arguments {
 }
 
 const EXAMPLES: &str = "\
-What is given replaces what was published or assumed. Examples:
+Options override published or assumed values. Examples:
   wattune baseline gpt-3
   wattune baseline gpt-3 --device nvidia-h100-sxm5-80gb --grid FR      the same work elsewhere
   wattune baseline --params 7B --tokens 1T --device nvidia-a100-sxm4-80gb --pue 1.1 --grid US
@@ -177,104 +178,86 @@ fn pue(text: &str) -> Result<Pue> {
     })
 }
 
-/// The estimate for people.
 fn page(baseline: &BaselineCost) -> String {
     let estimate = &baseline.estimate;
-    let mut text = match &baseline.name {
-        Some(name) => format!("What training {name} cost\n\n"),
-        None => "What this training would cost\n\n".to_string(),
+    let title = match &baseline.name {
+        Some(name) => format!("Cost of training {name}"),
+        None => "Cost of this training".to_string(),
     };
-    let mut row = |label: &str, value: String| {
-        let _ = writeln!(text, "  {label:<14} {value}");
-    };
-    row("energy", shown(estimate.energy, energy));
-    row(
-        "carbon",
-        shown(estimate.carbon, |carbon: GramsCo2e| carbon.to_string()),
-    );
+    let mut rows = vec![
+        ("energy", shown(estimate.energy, energy)),
+        ("emissions", shown(estimate.carbon, format::carbon)),
+    ];
     if let Some(time) = estimate.device_time {
-        row("device hours", shown(time, |time| hours(time.0 / 3600.0)));
+        rows.push(("device hours", shown(time, |time| hours(time.0 / 3600.0))));
     }
     if let (Some(wall), Some(count)) = (estimate.wall, estimate.count) {
-        row(
-            "wall time",
-            format!(
-                "{} on {count} device{}",
-                shown(wall, |wall| format!("{} h", significant(wall.0 / 3600.0))),
-                if count == 1 { "" } else { "s" }
-            ),
-        );
+        let wall = shown(wall, |wall| format!("{} h", significant(wall.0 / 3600.0)));
+        let devices = format::counted(count, "device");
+        rows.push(("wall time", format!("{wall} on {devices}")));
     }
-    estimate.power_w.iter().for_each(|power| {
-        row(
-            "device power",
-            shown(*power, |power| format!("{} W", significant(power.0))),
-        )
-    });
-    row("PUE", shown(estimate.pue, |pue| significant(pue.value())));
-    estimate
-        .device
-        .iter()
-        .for_each(|device| row("device", device.clone()));
-    estimate
-        .flops
-        .iter()
-        .for_each(|flops| row("work", format!("{:.3e} FLOPs", flops.0)));
-    if let Some(printed) = &baseline.published {
-        let scope = |has| match has {
-            Some(true) => "with PUE",
-            Some(false) => "without PUE",
-            None => "PUE not stated",
-        };
-        printed.energy_mwh.iter().for_each(|mwh| {
-            row(
-                "published",
-                format!("{mwh} MWh, {}", scope(printed.energy_has_pue)),
-            )
-        });
-        printed.tco2e.iter().for_each(|tonnes| {
-            row(
-                "published",
-                format!("{tonnes} tCO2e, {}", scope(printed.tco2e_has_pue)),
-            )
-        });
-        printed
-            .remark
-            .iter()
-            .for_each(|remark| row("note", remark.clone()));
+    if let Some(power) = estimate.power_w {
+        let watts = |power: Watts| format!("{} W", significant(power.0));
+        rows.push(("device power", shown(power, watts)));
     }
-    text += "\nTaken for granted:\n";
-    estimate
+    rows.push(("PUE", shown(estimate.pue, |pue| significant(pue.value()))));
+    rows.extend(estimate.device.clone().map(|device| ("device", device)));
+    rows.extend(
+        estimate
+            .flops
+            .map(|flops| ("work", format!("{:.3e} FLOPs", flops.0))),
+    );
+    rows.extend(baseline.published.iter().flat_map(published));
+    let assumptions: String = estimate
         .assumptions
         .iter()
-        .for_each(|assumption| text += &format!("  {assumption}\n"));
-    text
-}
-
-/// "3.4 MWh", with the ends where it is not exact.
-fn shown<T: Copy + PartialEq>(interval: Interval<T>, show: impl Fn(T) -> String) -> String {
-    let Interval { low, central, high } = interval;
-    if low == high {
-        return show(central);
-    }
+        .map(|text| bullet(text))
+        .collect();
     format!(
-        "{}, between {} and {}",
-        show(central),
-        show(low),
-        show(high)
+        "{title}\n\n{}\nAssumptions:\n{assumptions}",
+        Table::pairs(["", ""], rows).text(2)
     )
 }
 
-/// Thousands in groups: nobody reads seven digits in a row.
+/// Figures as published.
+fn published(printed: &PublishedFigures) -> Vec<(&'static str, String)> {
+    let scope = |has_pue| match has_pue {
+        Some(true) => "with PUE",
+        Some(false) => "without PUE",
+        None => "PUE not stated",
+    };
+    let energy = printed.energy_mwh.map(|mwh| {
+        (
+            "published",
+            format!("{mwh} MWh, {}", scope(printed.energy_has_pue)),
+        )
+    });
+    let emissions = printed.tco2e.map(|tonnes| {
+        (
+            "published",
+            format!("{tonnes} tCO2e, {}", scope(printed.tco2e_has_pue)),
+        )
+    });
+    let remark = printed.remark.clone().map(|remark| ("note", remark));
+    energy.into_iter().chain(emissions).chain(remark).collect()
+}
+
+/// "3.4 MWh", with its range where it is not exact.
+fn shown<T: Copy>(interval: Interval<T>, form: impl Fn(T) -> String) -> String {
+    let range = format::range(&interval, &form).map(|range| format!(", {range}"));
+    form(interval.central) + &range.unwrap_or_default()
+}
+
+/// Large counts are grouped by thousands.
 fn hours(hours: f64) -> String {
     if hours < 10_000.0 {
         significant(hours)
     } else {
-        show::count(hours.round() as u64)
+        format::count(hours.round() as u64)
     }
 }
 
-/// In the unit electricity is sold in.
+/// In units of electricity bills.
 fn energy(energy: Joules) -> String {
     let (unit, name) = match energy.0 {
         joules if joules >= 1e3 * JOULES_PER_KWH => (1e3 * JOULES_PER_KWH, "MWh"),

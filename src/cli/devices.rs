@@ -1,13 +1,15 @@
-//! `wattune devices`: profiles, and what can be measured here.
+//! `wattune devices`: device profiles and hardware counters.
 
-use std::fmt::Write;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
 use super::{Common, out, out_json};
 use crate::error::Result;
-use crate::run::{Profile, SensorState as State, sensor};
+use crate::report::text::{Table, paragraph};
+use crate::run::sensor::{self, Availability};
+use crate::run::{Profile, SensorState as State};
+use crate::units::Watts;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -15,11 +17,11 @@ pub(super) struct Arguments {}
 
 const EXAMPLES: &str = "\
 Examples:
-  wattune devices                          which profile this machine is, what can be measured, every profile
+  wattune devices                          the detected device, hardware counters, all profiles
   wattune devices --json                   the same with every figure and its source
-  wattune plan recipe.toml --set energy.device=nvidia-t4       what the run would cost elsewhere
+  wattune plan recipe.toml --set energy.device=nvidia-t4       cost of the run elsewhere
 
-A container that sees its host's counters elsewhere: WATTUNE_POWERCAP=/host/sys/class/powercap wattune devices
+A container with its host's counters mounted elsewhere: WATTUNE_POWERCAP=/host/sys/class/powercap wattune devices
 
 `NAME@4` is four cores of a processor. For a machine without a profile: `wattune calibrate`.";
 
@@ -40,47 +42,48 @@ pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
             .collect();
         return out_json(&json!({ "here": here, "profiles": Profile::all(), "sensors": sensors }));
     }
-    let mut text = format!("This machine counts as {} ({}).\n", here.name, here.title);
-    here.note
-        .iter()
-        .for_each(|note| text += &format!("  {note}\n"));
-    text += "\nWhat can be measured here:\n";
-    for found in &sensors {
-        let _ = match &found.state {
-            State::Available => {
-                let left_out: String = found
-                    .left_out
-                    .iter()
-                    .map(|zone| format!("\n         without {zone}"))
-                    .collect();
-                writeln!(text, "  {:<6} yes: {}{left_out}", found.name, found.covers)
-            }
-            State::Absent(absent) => writeln!(
-                text,
-                "  {:<6} no: {}\n         {}",
-                found.name, absent.reason, absent.remedy
-            ),
+    out(&page(&here, &sensors))
+}
+
+fn page(here: &Profile, sensors: &[Availability]) -> String {
+    let mut text = format!("Detected device: {} ({})\n", here.name, here.title);
+    text.extend(here.note.iter().map(|note| paragraph(note, 2)));
+    let mut counters = Table::new(&["", "", ""]);
+    for sensor in sensors {
+        let (available, mut lines) = match &sensor.state {
+            State::Available => ("yes", vec![sensor.covers.clone()]),
+            State::Absent(absent) => ("no", vec![absent.reason.clone(), absent.remedy.clone()]),
         };
+        lines.extend(sensor.left_out.iter().map(|zone| format!("without {zone}")));
+        for (index, line) in lines.into_iter().enumerate() {
+            let [name, available] = if index == 0 {
+                [sensor.name.as_str(), available]
+            } else {
+                [""; 2]
+            };
+            counters.row([name.to_string(), available.to_string(), line]);
+        }
     }
-    text += "\nProfiles (write one as `device` in [energy]; ~ before a power: assumed, or not read at its source; all sources: --json):\n";
+    text += &format!("\nHardware counters:\n{}", counters.text(2));
+    let mut profiles = Table::new(&["profile", "device", "idle", "load"]);
     for profile in Profile::all() {
-        let mark = |field: &str| {
-            if profile
+        let power = |field: &str, watts: Watts| {
+            let verified = profile
                 .sources
                 .get(field)
-                .is_some_and(|source| source.verified)
-            {
-                ""
-            } else {
-                "~"
-            }
+                .is_some_and(|source| source.verified);
+            format!("{}{watts}", if verified { "" } else { "~" })
         };
-        let (idle, load) = (mark("idle"), mark("load"));
-        let _ = writeln!(
-            text,
-            "  {:<28} {} · idle {idle}{} · load {load}{}",
-            profile.name, profile.title, profile.idle_w, profile.load_w
-        );
+        profiles.row([
+            profile.name.clone(),
+            profile.title.clone(),
+            power("idle", profile.idle_w),
+            power("load", profile.load_w),
+        ]);
     }
-    out(&text)
+    text += &format!(
+        "\nProfiles, for `device` in [energy] (~: assumed, or not read in its source; sources: --json):\n\n{}",
+        profiles.text(2)
+    );
+    text
 }

@@ -60,9 +60,7 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     let screen = Terminal::new(common.quiet);
     let prepared = run::prepare(recipe, &device, computing, screen.downloads())?;
     let plan = run::plan(&prepared)?;
-    if plan.steps == 0 {
-        return Err(plan.refusal());
-    }
+    plan.check_affordable()?;
     let sample = prepared.train.first.as_ref();
     if common.json {
         let pieces = |sample: &RenderedSample| -> Vec<_> {
@@ -74,15 +72,15 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
         };
         let first = sample.map(|sample| json!({ "place": sample.place, "pieces": pieces(sample) }));
         return out_json(
-            &json!({ "ok": true, "steps": plan.steps, "eos_trained": prepared.train.eos_trained,
-            "warnings": prepared.warnings, "first": first, "data": plan.json["data"] }),
+            &json!({ "ok": true, "steps": plan.steps(), "eos_trained": prepared.train.eos_trained,
+            "warnings": prepared.warnings, "first": first, "data": plan.plan.run.map(|run| run.data) }),
         );
     }
     let mut text = format!(
         "{} is ready: {} steps, about {}.\n",
         path.display(),
-        plan.steps,
-        plan.energy
+        plan.steps(),
+        plan.energy()
     );
     for warning in &prepared.warnings {
         text += &format!("warning: {warning}\n");

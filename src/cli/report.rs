@@ -5,34 +5,33 @@ use std::process::ExitCode;
 
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
-use crate::report::html::to_html;
-use crate::report::json::read_report;
-use crate::report::markdown::to_markdown;
-use crate::report::text::to_text;
-use crate::report::{History, Report, compare as compare_reports, comparison_page};
+use crate::report::{
+    FiniteReport, History, compare as compare_reports, comparison_page, read_report, to_html,
+    to_markdown, to_text,
+};
 use crate::run::RunDirectory;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// The run's directory
     run: PathBuf,
-    /// What to print it as [default: text]
+    /// Output format [default: text]
     #[arg(long, value_enum, value_name = "FORMAT")]
     format: Option<Format>,
 }
 
-/// The report's forms.
+/// Formats of a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Format {
-    /// Lines for a terminal
+    /// Text for a terminal
     Text,
-    /// The document that programs read; as `--json`
+    /// JSON; the same as `--json`
     Json,
     /// Markdown
     Md,
     /// One page with charts
     Html,
-    /// CodeCarbon's columns, as the run wrote them
+    /// CodeCarbon's columns, as written by the run
     Csv,
 }
 
@@ -41,17 +40,17 @@ pub(super) struct CompareArguments {
     /// The runs' directories
     #[arg(required = true, num_args = 2..)]
     runs: Vec<PathBuf>,
-    /// What to print it as [default: text]
+    /// Output format [default: text]
     #[arg(long, value_enum, value_name = "FORMAT")]
     format: Option<CompareFormat>,
 }
 
-/// The comparison's forms.
+/// Formats of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum CompareFormat {
-    /// Lines for a terminal
+    /// Text for a terminal
     Text,
-    /// The document that programs read; as `--json`
+    /// JSON; the same as `--json`
     Json,
     /// One page with charts
     Html,
@@ -61,9 +60,9 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let directory = RunDirectory::open(&arguments.run)?;
     let report = read_report(&directory.report())?;
     let name = directory_name(&arguments.run);
-    match form(arguments.format, common.json, Format::Json, Format::Text)? {
+    match format(arguments.format, common.json, Format::Json, Format::Text)? {
         Format::Json => out_json(&report),
-        Format::Text => out(&to_text(&name, &report)?),
+        Format::Text => out(&to_text(&name, &report)),
         Format::Md => out(&to_markdown(&name, &report)?),
         Format::Html => out(&to_html(&name, &report, &history(&arguments.run)?)?),
         Format::Csv => {
@@ -73,7 +72,7 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     }
 }
 
-/// What a page calls the run: its directory's own name, so that a page handed on says nothing of the machine's folders.
+/// The run's name on a page: its directory without the path, which may hold private names.
 fn directory_name(run: &Path) -> String {
     run.file_name().map_or_else(
         || run.display().to_string(),
@@ -81,8 +80,8 @@ fn directory_name(run: &Path) -> String {
     )
 }
 
-/// The form asked for; `--json` is one of them.
-fn form<F: PartialEq>(format: Option<F>, json: bool, as_json: F, otherwise: F) -> Result<F> {
+/// The chosen format; `--json` is one of them.
+fn format<F: PartialEq>(format: Option<F>, json: bool, as_json: F, otherwise: F) -> Result<F> {
     match (format, json) {
         (Some(other), true) if other != as_json => Err(Error::new(
             Kind::Usage,
@@ -102,26 +101,22 @@ pub(super) fn compare(arguments: &CompareArguments, common: Common) -> Result<Ex
         .map(named)
         .collect::<Result<Vec<_>>>()?;
     let comparison = compare_reports(&runs);
-    match form(
+    match format(
         arguments.format,
         common.json,
         CompareFormat::Json,
         CompareFormat::Text,
     )? {
-        CompareFormat::Json => out_json(&comparison.json()),
+        CompareFormat::Json => out_json(&comparison),
         CompareFormat::Text => out(&comparison.text()),
         CompareFormat::Html => {
-            let courses = arguments
-                .runs
-                .iter()
-                .map(|run| history(run))
-                .collect::<Result<Vec<_>>>()?;
-            let runs: Vec<(Report, History)> = runs
-                .into_iter()
-                .map(|(_, report)| report)
-                .zip(courses)
-                .collect();
-            out(&comparison_page(&comparison, &runs))
+            let histories = arguments.runs.iter().map(|run| history(run));
+            let reports = runs.into_iter().map(|(_, report)| report);
+            let runs: Vec<(FiniteReport, History)> = reports
+                .zip(histories)
+                .map(|(report, history)| Ok((report, history?)))
+                .collect::<Result<_>>()?;
+            out(&comparison_page(&comparison, &runs)?)
         }
     }
 }
@@ -131,6 +126,6 @@ fn history(run: &Path) -> Result<History> {
     History::read(&directory.steps(), &directory.ledger())
 }
 
-fn read(run: &Path) -> Result<Report> {
+fn read(run: &Path) -> Result<FiniteReport> {
     read_report(&RunDirectory::open(run)?.report())
 }

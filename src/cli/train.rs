@@ -9,7 +9,7 @@ use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
-use crate::report::text::to_brief;
+use crate::report::to_brief;
 use crate::run::{self, Stop, TrainRequest};
 
 /// Exit status of an interrupted run.
@@ -67,7 +67,7 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     if common.json {
         out_json(&finished.report)?;
     } else if !common.quiet {
-        out(&to_brief(&path.display().to_string(), &finished.report)?)?;
+        out(&to_brief(&path.display().to_string(), &finished.report))?;
         eprintln!(
             "\nThe result is in `{}`; the whole report: `wattune report {}`.",
             finished.result().display(),

@@ -9,5 +9,5 @@ mod probe;
 mod reconcile;
 
 pub use calibrate::{Calibration, Calibrator, Effort};
-pub use probe::{Probe, probe};
+pub use probe::probe;
 pub use reconcile::{Reconciled, reconcile};

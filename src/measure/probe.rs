@@ -8,7 +8,6 @@ use std::time::Instant;
 use candle_core::{Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rand_chacha::rand_core::Rng;
-use serde::Serialize;
 
 use super::machine::peak_rss;
 use crate::adapter::Site;
@@ -20,24 +19,10 @@ use crate::model::{Architecture, TrainableModel};
 use crate::ops::{Context, Gradients, Slot, Weight};
 use crate::random::{Purpose, stream};
 use crate::recipe::Recipe;
+use crate::report::plan::Probe;
 use crate::train::{Settings, accumulate_gradients};
-use crate::units::{Bytes, Seconds};
+use crate::units::Seconds;
 use crate::work::{Precision, WorkCounter};
-
-/// What a probe measured.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Probe {
-    /// Steps timed; one more ran before them untimed.
-    pub steps: usize,
-    /// Tokens of a step, every row at its full length, over `step_s`.
-    pub tokens_per_second: f64,
-    /// Wall time of a step: the median.
-    pub step_s: Seconds,
-    /// The largest resident memory of this process so far; `None` where the system does not say.
-    pub peak_rss_bytes: Option<Bytes>,
-    /// Executed FLOPs of a step's matrix products and attention, over `step_s`.
-    pub flops_per_second: f64,
-}
 
 /// Times `steps` steps of `recipe` on random weights, after one that warms up caches, allocator and thread pool.
 ///

@@ -10,7 +10,7 @@ use crate::energy::meter::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::recipe::Recipe;
 use crate::report::Report;
-use crate::report::reconciliation::{Compared, Reconciliation};
+use crate::report::energy::{Compared, Reconciliation};
 use crate::units::significant;
 
 /// A profile held against a run.

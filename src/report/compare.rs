@@ -1,65 +1,59 @@
-//! Runs side by side: what each cost, and how much loss each bought per joule.
+//! Comparison of runs: cost of each, and loss reduction per joule.
 //!
-//! Owns the comparison. Takes named reports, returns rows, the run that bought most, and notes on everything that makes the
-//! rows unlike. Refuses to name a winner among runs of different models or data. Knows nothing of run directories.
+//! Runs of different models or data are not ranked. Knows nothing of run directories.
 
 use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use super::show;
-use super::table::Table;
-use super::text::{bullet, paragraph, printable};
-use super::types::{Meter, Report};
+use super::finite::FiniteReport;
+use super::format;
+use super::text::{Table, bullet, paragraph, printable};
+use super::types::{Meter, keys};
+use crate::energy::Interval;
 use crate::units::{GramsCo2e, Joules};
 
-/// One run's line.
+/// Figures of one run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
-    /// As the caller names the run.
+    /// Name given by the caller.
     pub name: String,
     /// Optimizer steps.
     pub steps: u64,
-    /// Tokens trained on.
+    /// Training tokens.
     pub tokens: Option<u64>,
-    /// Energy on the comparison's meter.
-    pub energy_j: Joules,
-    /// A lower bound of it, where the coefficients have one.
-    pub low_j: Option<Joules>,
-    /// An upper bound of it.
-    pub high_j: Option<Joules>,
-    /// The run's own emissions.
-    pub gco2e: GramsCo2e,
-    /// A lower bound of them, where there is one.
-    pub low_gco2e: Option<GramsCo2e>,
-    /// An upper bound of them.
-    pub high_gco2e: Option<GramsCo2e>,
-    /// Validation loss before, nats per loss token.
+    /// On the comparison's meter: `energy_j`, `low_j`, `high_j`.
+    #[serde(flatten, serialize_with = "keys::energy::serialize")]
+    pub energy: Interval<Joules>,
+    /// On the run's own grid: `gco2e`, `low_gco2e`, `high_gco2e`.
+    #[serde(flatten, serialize_with = "keys::emissions::serialize")]
+    pub emissions: Interval<GramsCo2e>,
+    /// Nats per loss token.
     pub val_loss_before: Option<f64>,
-    /// Validation loss after.
+    /// Nats per loss token.
     pub val_loss_after: Option<f64>,
-    /// Nats per loss token that the validation loss fell for each kilojoule.
+    /// Reduction of the validation loss per kilojoule.
     pub loss_per_kj: Option<f64>,
 }
 
-/// Several runs side by side.
+/// Several runs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
-    /// The meter that every row's energy goes by.
+    /// Meter of every row's energy.
     pub meter: Meter,
-    /// One row a run, in the caller's order.
+    /// In the caller's order.
     pub runs: Vec<Row>,
-    /// The run that bought the most loss per joule; `None` where the runs cannot be ranked or none bought any.
+    /// Run of the largest loss reduction per joule; `None` where runs cannot be ranked or no loss fell.
     pub best: Option<String>,
-    /// What a reader of the rows has to know.
+    /// Differences that affect the comparison.
     pub notes: Vec<String>,
 }
 
-/// Compares runs. Where they went by different meters, every row's energy is the counted one, which all of them have.
-pub fn compare(runs: &[(String, Report)]) -> Comparison {
+/// Compares runs. Runs on different meters are compared on the counted one, which all have.
+pub fn compare(runs: &[(String, FiniteReport)]) -> Comparison {
     let meters: BTreeSet<String> = runs
         .iter()
-        .map(|(_, report)| show::word(report.energy.meter))
+        .map(|(_, report)| format::word(report.energy.meter))
         .collect();
     let meter = match runs.first() {
         Some((_, first)) if meters.len() == 1 => first.energy.meter,
@@ -69,36 +63,34 @@ pub fn compare(runs: &[(String, Report)]) -> Comparison {
         .iter()
         .map(|(name, report)| row(name, report, meter))
         .collect();
-    let unlike = unlike(runs);
-    let best = if unlike.is_empty() { best(&rows) } else { None };
-    let mut notes = unlike;
+    let mut notes = incomparable(runs);
+    let best = if notes.is_empty() { best(&rows) } else { None };
     if !notes.is_empty() {
-        notes.push(
-            "no run is named the best: their losses do not measure the same thing".to_string(),
-        );
+        notes.push("runs are not ranked: their losses are not comparable".to_string());
     }
     if meters.len() > 1 {
         let meters: Vec<String> = meters.into_iter().collect();
         notes.push(format!(
-            "the runs went by different meters ({}): energies here are the counted ones",
+            "the runs used different meters ({}): energies here are counted",
             meters.join(", ")
         ));
     }
     notes.extend(differing(
         runs,
-        "the emissions are not comparable: the grids or overheads differ",
+        "emissions are not comparable: grids or overheads differ",
         |report| {
+            let carbon = &report.carbon;
+            let intensity = carbon.gco2e_per_kwh.0;
+            let pue = carbon.pue.value();
             Some(format!(
-                "{} at {} gCO2e/kWh, PUE {}",
-                report.carbon.grid,
-                report.carbon.gco2e_per_kwh.0,
-                report.carbon.pue.value()
+                "{} at {intensity} gCO2e/kWh, PUE {pue}",
+                carbon.grid
             ))
         },
     ));
     notes.extend(differing(
         runs,
-        "the runs were charged to different device profiles",
+        "the runs used different device profiles",
         |report| Some(report.energy.device.clone()),
     ));
     let alone: Vec<&str> = runs
@@ -108,7 +100,7 @@ pub fn compare(runs: &[(String, Report)]) -> Comparison {
         .collect();
     if !alone.is_empty() && alone.len() < runs.len() {
         notes.push(format!(
-            "the machine around the device is in no joule of {}",
+            "host machine not included for {}",
             alone.join(", ")
         ));
     }
@@ -120,62 +112,49 @@ pub fn compare(runs: &[(String, Report)]) -> Comparison {
     }
 }
 
-fn row(name: &str, report: &Report, meter: Meter) -> Row {
-    let own = meter == report.energy.meter;
-    let energy_j = if own {
-        report.energy.total_j
+fn row(name: &str, report: &FiniteReport, meter: Meter) -> Row {
+    let energy = if meter == report.energy.meter {
+        report.energy.total
     } else {
-        report.energy.meters.counted_j
+        Interval::exact(report.energy.meters.counted_j)
     };
+    let training = &report.training;
     let per_kj = report
-        .loss_bought()
-        .map(|bought| bought / (energy_j.0 / 1000.0))
-        .filter(|rate| rate.is_finite());
+        .loss_reduction()
+        .map(|reduction| reduction / (energy.central.0 / 1000.0));
     Row {
         name: name.to_string(),
-        steps: report.training.steps,
-        tokens: report.training.tokens,
-        energy_j,
-        low_j: report.energy.low_j.filter(|low| own && low.0.is_finite()),
-        high_j: report
-            .energy
-            .high_j
-            .filter(|high| own && high.0.is_finite()),
-        gco2e: report.carbon.gco2e,
-        low_gco2e: report.carbon.low_gco2e.filter(|low| low.0.is_finite()),
-        high_gco2e: report.carbon.high_gco2e.filter(|high| high.0.is_finite()),
-        val_loss_before: report
-            .training
-            .val_loss_before
-            .filter(|loss| loss.is_finite()),
-        val_loss_after: report
-            .training
-            .val_loss_after
-            .filter(|loss| loss.is_finite()),
-        loss_per_kj: per_kj,
+        steps: training.steps,
+        tokens: training.tokens,
+        energy,
+        emissions: report.carbon.emissions,
+        val_loss_before: training.val_loss_before,
+        val_loss_after: training.val_loss_after,
+        loss_per_kj: per_kj.filter(|rate| rate.is_finite()),
     }
 }
 
 /// The run of the highest positive rate; of equals the first.
 fn best(rows: &[Row]) -> Option<String> {
-    let bought = rows
+    let rated = rows
         .iter()
         .filter_map(|row| Some((row.loss_per_kj.filter(|rate| *rate > 0.0)?, row)));
-    let best = bought.reduce(|best, next| if next.0 > best.0 { next } else { best });
+    let best = rated.reduce(|best, next| if next.0 > best.0 { next } else { best });
     best.map(|(_, row)| row.name.clone())
 }
 
-/// Why the losses of these runs do not measure the same thing; empty where they do.
-fn unlike(runs: &[(String, Report)]) -> Vec<String> {
-    let mut notes = differing(runs, "the runs are of different models", |report| {
+/// Why the losses of these runs are not comparable; empty where they are.
+fn incomparable(runs: &[(String, FiniteReport)]) -> Vec<String> {
+    let model = differing(runs, "the runs are of different models", |report| {
         Some(report.model.id.clone())
     });
-    notes.extend(differing(runs, "the models' revisions differ", |report| {
+    let revision = differing(runs, "the models' revisions differ", |report| {
         report.model.revision.clone()
-    }));
-    notes.extend(differing(runs, "the runs saw different data", |report| {
+    });
+    let data = differing(runs, "the runs used different data", |report| {
         report.data.fingerprint.clone()
-    }));
+    });
+    let mut notes: Vec<String> = [model, revision, data].into_iter().flatten().collect();
     let unknown: Vec<&str> = runs
         .iter()
         .filter(|(_, report)| report.data.fingerprint.is_none())
@@ -190,37 +169,34 @@ fn unlike(runs: &[(String, Report)]) -> Vec<String> {
     notes
 }
 
-/// A note with each value and its runs, where the known values are not all equal.
+/// A note with each value and its runs, where the known values differ.
 fn differing(
-    runs: &[(String, Report)],
+    runs: &[(String, FiniteReport)],
     what: &str,
-    of: impl Fn(&Report) -> Option<String>,
-) -> Vec<String> {
+    value: impl Fn(&FiniteReport) -> Option<String>,
+) -> Option<String> {
     let values: Vec<(&str, String)> = runs
         .iter()
-        .filter_map(|(name, report)| Some((name.as_str(), of(report)?)))
+        .filter_map(|(name, report)| Some((name.as_str(), value(report)?)))
         .collect();
     let distinct: BTreeSet<&String> = values.iter().map(|(_, value)| value).collect();
     if distinct.len() < 2 {
-        return Vec::new();
+        return None;
     }
-    let runs_of = |value: &String| {
+    let named = |value: &String| {
         let names: Vec<&str> = values
             .iter()
-            .filter(|(_, own)| own == value)
+            .filter(|(_, other)| other == value)
             .map(|(name, _)| *name)
             .collect();
-        names.join(", ")
+        format!("{}: {value}", names.join(", "))
     };
-    let each: Vec<String> = distinct
-        .into_iter()
-        .map(|value| format!("{}: {value}", runs_of(value)))
-        .collect();
-    vec![format!("{what} ({})", each.join("; "))]
+    let all: Vec<String> = distinct.into_iter().map(named).collect();
+    Some(format!("{what} ({})", all.join("; ")))
 }
 
 impl Comparison {
-    /// Every run's figures, one row a run.
+    /// One row a run.
     pub fn table(&self) -> Table {
         let mut table = Table::new(&[
             "run",
@@ -229,66 +205,60 @@ impl Comparison {
             "energy",
             "emissions",
             "loss before",
-            "after",
-            "bought per kJ",
+            "loss after",
+            "reduction per kJ",
         ]);
         for row in &self.runs {
             table.row([
                 row.name.clone(),
-                show::count(row.steps),
-                show::or_unknown(row.tokens, show::count),
-                show::energy(row.energy_j),
-                show::carbon(row.gco2e),
-                show::or_unknown(row.val_loss_before, show::number),
-                show::or_unknown(row.val_loss_after, show::number),
-                show::or_unknown(row.loss_per_kj, show::number),
+                format::count(row.steps),
+                format::or_unknown(row.tokens, format::count),
+                format::energy(row.energy.central),
+                format::carbon(row.emissions.central),
+                format::or_unknown(row.val_loss_before, format::number),
+                format::or_unknown(row.val_loss_after, format::number),
+                format::or_unknown(row.loss_per_kj, format::number),
             ]);
         }
         table
     }
 
-    /// How far each run's energy and emissions may be off.
-    pub fn bounds(&self) -> Vec<String> {
-        let of = |row: &Row| {
-            let energy = show::between(row.low_j, row.high_j, |joules| joules.to_string());
-            let carbon = show::between(row.low_gco2e, row.high_gco2e, show::carbon);
-            let both: Vec<String> = energy.into_iter().chain(carbon).collect();
+    /// Ranges of energy and emissions, by run.
+    pub fn ranges(&self) -> Vec<String> {
+        let ranges = self.runs.iter().filter_map(|row| {
+            let energy = format::range(&row.energy, |joules| joules.to_string());
+            let emissions = format::range(&row.emissions, format::carbon);
+            let both: Vec<String> = energy.into_iter().chain(emissions).collect();
             (!both.is_empty()).then(|| format!("{}: {}", row.name, both.join(", ")))
-        };
-        self.runs.iter().filter_map(of).collect()
+        });
+        ranges.collect()
     }
 
-    /// What the rows' figures are.
+    /// Meter and unit of the figures.
     pub fn basis(&self) -> String {
         format!(
-            "Energy as {}; losses on validation records, in nats per loss token.",
-            show::word(self.meter)
+            "Energy is {}; validation losses are in nats per token.",
+            format::word(self.meter)
         )
     }
 
-    /// Which run bought the most.
+    /// The best run.
     pub fn verdict(&self) -> String {
         match &self.best {
-            Some(name) => format!("{name} bought the most loss per joule."),
-            None => "No run is named the best.".to_string(),
+            Some(name) => format!("Largest loss reduction per joule: {name}."),
+            None => "Runs are not ranked.".to_string(),
         }
     }
 
-    /// The lines for a terminal, at most 100 columns wide.
+    /// Text for a terminal of at most 100 columns.
     pub fn text(&self) -> String {
         let notes: String = self
-            .bounds()
+            .ranges()
             .iter()
             .chain(&self.notes)
             .map(|note| bullet(note))
             .collect();
-        let words = paragraph(&self.basis(), 0) + &paragraph(&self.verdict(), 0);
-        printable(&format!("{}\n{words}{notes}", self.table().text(0)))
-    }
-
-    /// The JSON document of `compare --json`.
-    pub fn json(&self) -> serde_json::Value {
-        // Every optional figure here is finite, and serde_json writes any other number that is not as null.
-        serde_json::to_value(self).expect("a comparison holds only texts, numbers and lists")
+        let sentences = paragraph(&self.basis(), 0) + &paragraph(&self.verdict(), 0);
+        printable(&format!("{}\n{sentences}{notes}", self.table().text(0)))
     }
 }

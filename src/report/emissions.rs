@@ -1,13 +1,13 @@
-//! `emissions.csv`: one run in CodeCarbon's columns, so that its tools and everybody's spreadsheets read it.
+//! `emissions.csv`: one run in CodeCarbon's columns and units (seconds, kilograms, kilowatt-hours, watts, gigabytes).
 //!
-//! Owns the columns and their units: seconds, kilograms, kilowatt-hours, watts, gigabytes. Takes a report and what only the
-//! composition root knows, returns a CSV of one row. What is not known is an empty cell. As in CodeCarbon (its
-//! `_do_measurements`), energies and powers include the facility's overhead, given in `pue`.
+//! An unknown figure is an empty cell. As in CodeCarbon (its `_do_measurements`), energies and powers include the facility
+//! overhead, given in `pue`.
 
 use crate::error::{Error, Kind, Result};
 use crate::units::{Bytes, Joules, Seconds};
 
-use super::types::{Meter, Report};
+use super::finite::FiniteReport;
+use super::types::Meter;
 
 /// CodeCarbon 3.3.0's columns in its order (`codecarbon/output_methods/emissions_data.py`, MIT).
 pub const COLUMNS: [&str; 38] = [
@@ -54,45 +54,45 @@ pub const COLUMNS: [&str; 38] = [
 /// Bytes in CodeCarbon's gigabyte (its `external/hardware.py`).
 const BYTES_PER_GB: f64 = 1_073_741_824.0;
 
-/// The total's parts by device, the machine's own energy; `None` where the meter does not tell them apart.
+/// Energy by device, without facility overhead; `None` where the meter does not separate it.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct EnergyParts {
-    /// The processor's.
+    /// Processor.
     pub cpu: Option<Joules>,
-    /// The accelerator's.
+    /// Accelerator.
     pub gpu: Option<Joules>,
-    /// The memory's.
+    /// Memory.
     pub ram: Option<Joules>,
 }
 
-/// What the row says beyond the report.
+/// Facts of the row that are not in the report.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Emissions {
     /// Local time of the run's end, "2026-01-31T12:00:00".
     pub timestamp: String,
     /// The recipe's name.
     pub project_name: String,
-    /// Tells this run from others.
+    /// Unique to the run.
     pub run_id: String,
-    /// The total's parts.
+    /// Energy by device.
     pub parts: EnergyParts,
-    /// The grid's country.
+    /// Country of the grid.
     pub country_name: Option<String>,
     /// Its ISO 3166-1 alpha-3 code.
     pub country_iso_code: Option<String>,
     /// State or province.
     pub region: Option<String>,
-    /// Where the grid is a cloud region's: whose.
+    /// Provider, where the grid is that of a cloud region.
     pub cloud_provider: Option<String>,
-    /// Where the grid is a cloud region's: which.
+    /// The cloud region.
     pub cloud_region: Option<String>,
-    /// Processors of the machine.
+    /// Available CPUs.
     pub cpu_count: Option<u64>,
     /// Accelerators used.
     pub gpu_count: Option<u64>,
-    /// Their name.
+    /// Name of the accelerator.
     pub gpu_model: Option<String>,
-    /// The machine's memory.
+    /// Memory of the machine.
     pub ram_total: Option<Bytes>,
 }
 
@@ -100,17 +100,16 @@ impl Emissions {
     /// Header and row.
     ///
     /// # Errors
-    /// As [`Report::sealed`].
-    pub fn to_csv(&self, report: &Report) -> Result<String> {
-        let report = report.clone().sealed()?;
+    /// [`Kind::Run`] where it cannot be serialized.
+    pub fn to_csv(&self, report: &FiniteReport) -> Result<String> {
         let failed = |why: String| {
             Error::new(
                 Kind::Run,
-                format!("cannot put the emissions into CSV: {why}"),
+                format!("cannot write the emissions as CSV: {why}"),
             )
         };
         let mut csv = csv::Writer::from_writer(Vec::new());
-        let row = COLUMNS.map(|column| self.cell(column, &report));
+        let row = COLUMNS.map(|column| self.cell(column, report));
         csv.write_record(COLUMNS)
             .and_then(|()| csv.write_record(&row))
             .map_err(|source| failed(source.to_string()))?;
@@ -120,14 +119,15 @@ impl Emissions {
         String::from_utf8(bytes).map_err(|source| failed(source.to_string()))
     }
 
-    fn cell(&self, column: &str, report: &Report) -> String {
-        let (carbon, wall) = (&report.carbon, report.training.wall_s);
+    fn cell(&self, column: &str, report: &FiniteReport) -> String {
+        let carbon = &report.carbon;
+        let wall = report.training.wall_s;
         let facility = |energy: Option<Joules>| energy.map(|energy| carbon.pue * energy);
         let kwh = |energy: Option<Joules>| facility(energy).map(Joules::kwh);
         let watts =
             |energy: Option<Joules>| facility(energy).and_then(|energy| mean_power(energy, wall));
-        let kilograms = carbon.gco2e.0 / 1000.0;
-        let words = |text: &Option<String>| text.clone().unwrap_or_default();
+        let kilograms = carbon.emissions.central.0 / 1000.0;
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
         match column {
             "timestamp" => self.timestamp.clone(),
             "project_name" => self.project_name.clone(),
@@ -141,12 +141,12 @@ impl Emissions {
             "cpu_energy" => decimal(kwh(self.parts.cpu)),
             "gpu_energy" => decimal(kwh(self.parts.gpu)),
             "ram_energy" => decimal(kwh(self.parts.ram)),
-            "energy_consumed" => decimal(kwh(Some(report.energy.total_j))),
-            "country_name" => words(&self.country_name),
-            "country_iso_code" => words(&self.country_iso_code),
-            "region" => words(&self.region),
-            "cloud_provider" => words(&self.cloud_provider),
-            "cloud_region" => words(&self.cloud_region),
+            "energy_consumed" => decimal(kwh(Some(report.energy.total.central))),
+            "country_name" => text(&self.country_name),
+            "country_iso_code" => text(&self.country_iso_code),
+            "region" => text(&self.region),
+            "cloud_provider" => text(&self.cloud_provider),
+            "cloud_region" => text(&self.cloud_region),
             "os" => report.environment.os.clone(),
             "cpu_count" => self
                 .cpu_count
@@ -157,7 +157,7 @@ impl Emissions {
                 .gpu_count
                 .map(|count| count.to_string())
                 .unwrap_or_default(),
-            "gpu_model" => words(&self.gpu_model),
+            "gpu_model" => text(&self.gpu_model),
             "ram_total_size" => decimal(self.ram_total.map(|bytes| bytes.0 as f64 / BYTES_PER_GB)),
             "tracking_mode" => tracking_mode(report.energy.meter).to_string(),
             "on_cloud" => self
@@ -172,7 +172,7 @@ impl Emissions {
     }
 }
 
-/// CodeCarbon's two words: a counter sees the whole machine, a count or an allotted power only this process.
+/// CodeCarbon's term: a counter measures the machine, counted and timed energy are of this process.
 fn tracking_mode(meter: Meter) -> &'static str {
     match meter {
         Meter::Measured => "machine",

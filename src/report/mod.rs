@@ -1,38 +1,35 @@
-//! The run's report: what it cost, against what, what bound it, and how sure the numbers are.
+//! Reports: plan and run report as types, and every page made of them.
 //!
-//! Owns the types of `report.json` and `steps.jsonl`, and every page made of them: Markdown, HTML with charts, terminal text, the
-//! adapter's model card, CodeCarbon's CSV, the comparison of runs. Takes plain numbers, returns texts and files. Refuses to know how
-//! a number was obtained: it measures nothing, counts nothing, prints nothing and never invents what it was not given.
+//! Owns `report.json`, `steps.jsonl`, Markdown, HTML with charts, terminal text, the model card, CodeCarbon's CSV and the
+//! comparison of runs. Takes figures with their units, returns text and files. Measures nothing, counts nothing, prints nothing.
 
-mod budget;
+mod bars;
+pub mod baselines;
 mod chart;
 pub mod compare;
 pub mod emissions;
+pub mod energy;
+mod figures;
 pub mod files;
-pub mod html;
-pub mod inference;
-pub mod json;
-mod limits;
-pub mod markdown;
-mod markup;
-pub mod measured;
-pub mod memory;
-pub mod model_card;
-mod page;
-pub mod parts;
-pub mod reconciliation;
-mod seal;
-pub(crate) mod show;
+mod finite;
+pub mod format;
+mod history;
+mod inference;
+pub mod plan;
+mod sections;
 pub mod steps;
 mod summary;
-mod table;
+mod templates;
 pub mod text;
 pub mod types;
-mod yaml;
 
 pub use compare::{Comparison, compare};
 pub use emissions::{Emissions, EnergyParts};
-pub use html::{History, comparison_page};
-pub use model_card::CardFacts;
+pub use files::{read_report, to_json, to_plan_json, write_whole};
+pub use finite::FiniteReport;
+pub use history::History;
+pub use plan::Plan;
 pub use steps::StepLog;
+pub use templates::{CardFacts, comparison_page, to_html, to_markdown, to_model_card};
+pub use text::{to_brief, to_text};
 pub use types::Report;

@@ -1,7 +1,7 @@
-//! `steps.jsonl`: one line a step, on disk before the next step begins.
+//! `steps.jsonl`: one line a step, written before the next step begins.
 //!
-//! Owns the line's form, the append-only log, its reader and its cutting back on resume. Takes one record a step. A line is
-//! whole or it is the torn last line of a crash, which only `truncate_after` removes. Knows nothing of the training loop.
+//! Owns the append-only log, its reader and its truncation on resume. A last line without line feed was cut off by a crash; only
+//! [`truncate_after`] removes it. Knows nothing of the training loop.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -19,8 +19,7 @@ pub struct StepLog {
 }
 
 impl StepLog {
-    /// Opens the log at `path` to append to it, and creates it where there is none. Before a resumed run appends, the log must
-    /// have been cut back with [`truncate_after`].
+    /// Opens or creates the log at `path` to append to it. A resumed run calls [`truncate_after`] first.
     ///
     /// # Errors
     /// [`Kind::Io`].
@@ -32,29 +31,29 @@ impl StepLog {
         })
     }
 
-    /// Puts a log of these lines in the place of the one at `path`, whole or not at all, and opens it to append to it.
+    /// Replaces the log at `path` atomically by one of these records, and opens it to append to it.
     ///
     /// # Errors
     /// Those of [`StepLog::write`].
     pub fn replace(path: &Path, records: &[StepRecord]) -> Result<Self> {
-        let lines: Vec<String> = records.iter().map(line_of).collect::<Result<_>>()?;
+        let lines: Vec<String> = records.iter().map(line_text).collect::<Result<_>>()?;
         write_whole(path, &lines.concat())?;
         Self::append_to(path)
     }
 
-    /// Appends one line in a single write, so that another process reading along sees whole lines.
+    /// Appends one line in a single write, so that concurrent readers see complete lines.
     ///
     /// # Errors
     /// [`Kind::Io`]; [`Kind::Run`] where the learning rate, an energy or the time is not finite.
     pub fn write(&mut self, record: &StepRecord) -> Result<()> {
         self.file
-            .write_all(line_of(record)?.as_bytes())
+            .write_all(line_text(record)?.as_bytes())
             .map_err(|source| Error::io("write", &self.path, source))
     }
 }
 
-/// A record as its line, the line end included.
-fn line_of(record: &StepRecord) -> Result<String> {
+/// A record as a line, its line feed included.
+fn line_text(record: &StepRecord) -> Result<String> {
     let energy = record.energy_j;
     let required = [record.lr, energy.counted.0, record.wall_s.0];
     let meters = [energy.measured, energy.timed]
@@ -77,25 +76,25 @@ fn line_of(record: &StepRecord) -> Result<String> {
     let line = serde_json::to_string(record).map_err(|source| {
         Error::new(
             Kind::Run,
-            format!("cannot put step {} into JSON: {source}", record.step),
+            format!("cannot serialize step {}: {source}", record.step),
         )
     })?;
     Ok(line + "\n")
 }
 
-/// Reads every line of the log at `path`.
+/// Every record of the log at `path`.
 ///
 /// # Errors
-/// [`Kind::Io`]; [`Kind::Run`] naming file and line of the first that is not a step, a torn last line included.
+/// [`Kind::Io`]; [`Kind::Run`] naming file and line of the first malformed or incomplete line.
 pub fn read_steps(path: &Path) -> Result<Vec<StepRecord>> {
     let text = std::fs::read(path).map_err(|source| Error::io("read", path, source))?;
     lines(&text).map(|line| line.record(path)).collect()
 }
 
-/// Cuts the log at `path` back to its steps up to `step`, and drops a torn last line. A log that is not there is left so.
+/// Truncates the log at `path` after `step`, and drops an incomplete last line. A missing log is no error.
 ///
 /// # Errors
-/// [`Kind::Io`]; [`Kind::Run`] naming file and line of a whole line that is not a step.
+/// [`Kind::Io`]; [`Kind::Run`] naming file and line of a malformed complete line.
 pub fn truncate_after(path: &Path, step: u64) -> Result<()> {
     let text = match std::fs::read(path) {
         Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -103,7 +102,7 @@ pub fn truncate_after(path: &Path, step: u64) -> Result<()> {
     };
     let mut kept = 0;
     for line in lines(&text) {
-        if !line.whole || line.record(path)?.step > step {
+        if !line.complete || line.record(path)?.step > step {
             break;
         }
         kept += line.bytes.len();
@@ -115,36 +114,34 @@ pub fn truncate_after(path: &Path, step: u64) -> Result<()> {
     cut.map_err(|source| Error::io("cut", path, source))
 }
 
-/// A line as it stands in the file, its line end included.
+/// A line of the file, its line feed included.
 struct Line<'a> {
     /// From 1.
     number: usize,
     bytes: &'a [u8],
-    /// Whether its line end was written.
-    whole: bool,
+    /// Ends with a line feed.
+    complete: bool,
 }
 
 impl Line<'_> {
     fn record(&self, path: &Path) -> Result<StepRecord> {
-        let refuse = |why: String| {
+        let malformed = |why: String| {
             let error = Error::new(Kind::Run, "this line is not a training step")
                 .at(format!("{}, line {}", path.display(), self.number))
                 .value(why);
-            match self.whole {
-                true => error.hint("remove the line, or start a new run"),
-                false => error
+            if self.complete {
+                error.hint("remove the line, or start a new run")
+            } else {
+                error
                     .rule("every line ends with a line feed: the run was cut off while writing this one")
-                    .hint("continue the run, which cuts the line off: `wattune train RECIPE --resume RUN_DIR`"),
+                    .hint("continue the run, which cuts the line off: `wattune train RECIPE --resume RUN_DIR`")
             }
         };
-        match self.whole {
-            true => serde_json::from_slice(self.bytes).map_err(|source| refuse(source.to_string())),
-            false => Err(refuse(
-                String::from_utf8_lossy(self.bytes)
-                    .chars()
-                    .take(80)
-                    .collect(),
-            )),
+        if self.complete {
+            serde_json::from_slice(self.bytes).map_err(|source| malformed(source.to_string()))
+        } else {
+            let text = String::from_utf8_lossy(self.bytes);
+            Err(malformed(text.chars().take(80).collect()))
         }
     }
 }
@@ -154,7 +151,7 @@ fn lines(text: &[u8]) -> impl Iterator<Item = Line<'_>> {
     pieces.map(|(index, bytes)| Line {
         number: index + 1,
         bytes,
-        whole: bytes.ends_with(b"\n"),
+        complete: bytes.ends_with(b"\n"),
     })
 }
 
@@ -193,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_holds_the_contracts_keys_and_comes_back() {
+    fn a_line_has_the_contracts_keys_and_round_trips() {
         let (_folder, path) = log_of(2);
         let text = std::fs::read_to_string(&path).unwrap();
         // Written out from the contract.
@@ -236,9 +233,9 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_replaced_whole_and_goes_on() {
+    fn a_log_is_replaced_atomically_and_appended_to() {
         let (folder, path) = log_of(2);
-        // Whoever reads the old one while it is replaced misses no line of it.
+        // A reader that holds the old file open sees all of its lines.
         std::fs::hard_link(&path, folder.path().join("old")).unwrap();
         let amended = StepRecord {
             val_loss: Some(2.5),
@@ -254,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn resume_cuts_back_to_a_step_and_drops_a_torn_line() {
+    fn resume_truncates_to_a_step_and_drops_an_incomplete_line() {
         let (_folder, path) = log_of(3);
         let mut text = std::fs::read_to_string(&path).unwrap();
         text.push_str("{\"step\": 4, \"lo");

@@ -9,18 +9,16 @@ use std::path::PathBuf;
 use super::Screen;
 use super::loss_curve::{LossCurve, to_equal_loss};
 use super::measured_baselines::{Reference, RunContext, label};
-use super::spending::{bounds, carbon_block, interval};
+use super::spending::interval;
 use super::step_logger::StepLogger;
 use super::trainee::{fully_trained, open_weights};
-use crate::energy::baseline::BaselineKind;
-use crate::energy::{Account, Budget, Ledger, Limit, Limits, MeterKind, Phase};
+use crate::energy::{Account, Budget, Interval, Ledger, Limit, Limits, MeterKind, Phase};
 use crate::error::{Error, Result};
-use crate::forecast::BaselineSetup;
+use crate::forecast::{BaselineSetup, emissions};
 use crate::model::TrainableModel;
+use crate::report::baselines::{Baseline, BaselineKind, BaselineStop, Label, MeasuredBaseline};
 use crate::report::files::STEPS_JSONL;
-use crate::report::measured::{BaselineStop, MeasuredBaseline};
 use crate::report::steps::truncate_after;
-use crate::report::types::{self, Label};
 use crate::train::{Checkpoints, Settings, Stop, TrainState, Trainer};
 use crate::units::{Flops, Joules};
 
@@ -124,7 +122,7 @@ impl<'a> BaselineRun<'a> {
     }
 
     /// Trains what is left and returns the report's entry.
-    pub(super) fn run(mut self, screen: &mut dyn Screen) -> Result<types::Baseline> {
+    pub(super) fn run(mut self, screen: &mut dyn Screen) -> Result<Baseline> {
         let stop = if self.is_complete() {
             Stop::Steps
         } else if self.has_room() {
@@ -232,13 +230,13 @@ impl<'a> BaselineRun<'a> {
         Ok(model)
     }
 
-    fn block(&self, stop: &Stop) -> Result<types::Baseline> {
+    fn block(&self, stop: &Stop) -> Result<Baseline> {
         let steps = self.state.step;
         let kind = self.account.kind();
         let spent = self.account.spent();
         let energy = spent.energy.joules();
-        let (low_j, high_j) = bounds(interval(kind, energy));
-        let carbon = carbon_block(self.context.prepared, interval(kind, energy), spent.time);
+        let range = interval(kind, energy);
+        let prepared = self.context.prepared;
         let before = self.state.val_loss_before;
         let curve = LossCurve::read(&self.steps_log, &self.ledger, before, kind)?;
         let run_training_j = self.reference.training.on(kind).joules();
@@ -247,21 +245,17 @@ impl<'a> BaselineRun<'a> {
             BaselineKind::FullFineTuning => "pretrained",
             _ => "random",
         };
-        Ok(types::Baseline {
+        Ok(Baseline {
             kind: self.setup.kind,
             label: Label::Measured,
             flops: Some(Flops(spent.flops as f64)),
-            energy_j: Some(energy),
+            energy: Some(range),
             metered_over_counted: None,
-            gco2e: Some(carbon.gco2e),
-            ratio: Some(energy / self.reference.energy).filter(|ratio| ratio.is_finite()),
-            low_j,
-            high_j,
-            low_gco2e: carbon.low_gco2e,
-            high_gco2e: carbon.high_gco2e,
-            // Where it stopped was chosen, so its ratio is no uncertain estimate.
-            low_ratio: None,
-            high_ratio: None,
+            emissions: Some(emissions(range, &prepared.grid, prepared.budget.rates())),
+            // Where it stopped was chosen: its ratio has no range.
+            ratio: Some(energy / self.reference.energy)
+                .filter(|ratio| ratio.is_finite())
+                .map(Interval::exact),
             source: format!("{steps} steps on every weight, from {start} weights"),
             assumptions: self.assumptions(kind),
             val_loss_at_equal_energy: curve.val_loss_at(self.equal),

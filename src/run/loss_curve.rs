@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::energy::ledger::read_entries;
 use crate::energy::{MeterKind, Phase};
 use crate::error::Result;
-use crate::report::measured::{CurvePoint, EqualLoss, Reached};
+use crate::report::baselines::{CurvePoint, EqualLoss, Reached};
 use crate::report::steps::read_steps;
 use crate::units::{Joules, MicroJoules};
 

@@ -15,14 +15,13 @@ use super::directory::RunDirectory;
 use super::loss_curve::LossCurve;
 use super::prepare::Prepared;
 use super::reporting::write_pages;
-use crate::energy::baseline::BaselineKind;
 use crate::energy::ledger::Totals;
 use crate::energy::{Account, Phase};
 use crate::error::Result;
 use crate::forecast::{BaselineSetup, measured_kinds};
 use crate::recipe::Recipe;
-use crate::report::measured::{BaselineStop, CurvePoint};
-use crate::report::{Report, json::read_report};
+use crate::report::baselines::{BaselineKind, BaselineStop, CurvePoint};
+use crate::report::{FiniteReport, Report, read_report};
 use crate::units::Joules;
 
 /// Where and with what baselines are trained.
@@ -45,7 +44,7 @@ pub(super) struct Reference {
 }
 
 /// The report of a finished run some of whose measured baselines are pending; `None` for any other.
-pub(super) fn pending(recipe: &Recipe, directory: &RunDirectory) -> Option<Report> {
+pub(super) fn pending(recipe: &Recipe, directory: &RunDirectory) -> Option<FiniteReport> {
     let report = read_report(&directory.report()).ok()?;
     let comparable =
         report.training.stop_reason.is_regular() && report.training.val_loss_after.is_some();
@@ -78,9 +77,9 @@ fn not_trained(kind: BaselineKind) -> String {
 pub(super) fn train_pending(
     context: &RunContext<'_>,
     account: &Account,
-    mut report: Report,
+    mut report: FiniteReport,
     screen: &mut dyn Screen,
-) -> Result<(Report, bool)> {
+) -> Result<(FiniteReport, bool)> {
     let recipe = &context.prepared.recipe;
     let val_loss = match report.training.val_loss_after {
         Some(loss) if report.training.stop_reason.is_regular() => loss,
@@ -102,17 +101,18 @@ pub(super) fn train_pending(
                 return Ok((report, true));
             }
             let limit = recipe.baseline.budget.map(|budget| budget - spent);
+            let mut next = report.into_inner();
             train_one(
                 context,
                 kind,
                 &reference,
                 limit,
                 folder.clone(),
-                &mut report,
+                &mut next,
                 screen,
             )?;
-            report.training.curve = run_curve(context.directory, account, &report)?;
-            report = report.sealed()?;
+            next.training.curve = run_curve(context.directory, account, &next)?;
+            report = FiniteReport::new(next)?;
             write_pages(
                 context.prepared,
                 reference.energy,
@@ -129,7 +129,8 @@ pub(super) fn train_pending(
             .baselines
             .iter()
             .find(|entry| entry.kind == kind && entry.measured.is_some());
-        spent += entry.and_then(|entry| entry.energy_j).unwrap_or_default();
+        let energy = entry.and_then(|entry| entry.energy);
+        spent += energy.map_or(Joules::ZERO, |energy| energy.central);
     }
     Ok((report, false))
 }

@@ -36,7 +36,7 @@ pub use inference::ModelRequest;
 pub use machine::{DeviceChoice, allowed_threads};
 pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
-pub use plan::{Plan, plan};
+pub use plan::{Planned, plan};
 pub use prepare::{Prepared, prepare};
 pub use probe::plan_with_probe;
 pub use reconcile::reconcile;
@@ -49,10 +49,11 @@ pub use crate::data::{Format, OnBadRecord, Options as DataOptions, RenderedSampl
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, Interval, Profile};
 pub use crate::forecast::{
-    BaselineCost, BaselineRequest, Choice, Method, PublishedFigures, Target, baseline_cost,
+    BaselineCost, BaselineRequest, Choice, MeasuredForecast, Method, PublishedFigures, Target,
+    baseline_cost,
 };
 pub use crate::hub::{Progress, Silent};
-pub use crate::measure::{Calibration, Calibrator, Effort, Probe, Reconciled, machine::peak_rss};
+pub use crate::measure::{Calibration, Calibrator, Effort, Reconciled, machine::peak_rss};
 pub use crate::model::Sampling;
 pub use crate::train::{StepRecord, Stop};
 

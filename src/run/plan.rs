@@ -1,6 +1,4 @@
-//! What a run will cost before it starts: the report's blocks, forecast.
-
-use serde_json::{Value, json};
+//! The plan of a run: its forecast as blocks of the report.
 
 use super::machine;
 use super::prepare::Prepared;
@@ -10,148 +8,153 @@ use super::sample::sample_prompt;
 use super::spending::{
     budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block,
 };
-use crate::energy::{Limit, MeterKind, Spent};
+use crate::energy::traffic::DRAM;
+use crate::energy::{Interval, Limit, MeterKind, Spent};
 use crate::error::{Error, Kind, Result};
-use crate::forecast::{Choice, Metered, RunForecast, baselines, forecast_run};
+use crate::forecast::{Metered, RunForecast, baselines, emissions, forecast_run};
 use crate::measure::machine::free_memory;
-use crate::train::Stop;
+use crate::report::energy::Meters as MeterTotals;
+use crate::report::plan::{Forecast, Plan, PlannedEnergy, PlannedRun, PlannedTraining};
 use crate::units::{Flops, Joules};
 
-/// A forecast.
+/// A forecast, and the plan that shows it.
 #[derive(Debug)]
-pub struct Plan {
-    /// Steps that the budget admits.
-    pub steps: u64,
-    /// Why the run will end.
-    pub stop: Stop,
-    /// Energy on the counted meter, all phases.
-    pub energy: Joules,
-    /// What each choice beside the recipe's own would cost.
-    pub choices: Vec<Choice>,
-    /// The whole forecast, block by block.
-    pub json: Value,
-    too_small: Option<(Limit, Spent)>,
+pub struct Planned {
+    /// `plan.json`.
+    pub plan: Plan,
+    forecast: RunForecast,
 }
 
 /// Plays the run through without training.
-pub fn plan(prepared: &Prepared) -> Result<Plan> {
+pub fn plan(prepared: &Prepared) -> Result<Planned> {
     let kind = prepared.meters.resolve(prepared.recipe.energy.meter)?;
     let sample = sample_prompt(prepared)?.map(|prompt| prompt.work(&prepared.shape));
-    let run = forecast_run(&prepared.subject(), sample.as_ref())?;
-    let json = to_json(prepared, kind, &run)?;
-    Ok(Plan {
-        steps: run.steps,
-        energy: run.total.energy.joules(),
-        choices: run.choices,
-        json,
-        too_small: run.too_small,
-        stop: run.stop,
-    })
+    let forecast = forecast_run(&prepared.subject(), sample.as_ref())?;
+    let plan = Plan {
+        model: model_block(
+            &prepared.recipe.model.id,
+            &prepared.files,
+            &prepared.architecture,
+        ),
+        adapter: adapter_block(&prepared.target, &prepared.architecture),
+        run: Some(planned_run(prepared, kind, &forecast)?),
+        memory: memory_block(&prepared.memory, free_memory()),
+        warnings: prepared.warnings.clone(),
+        probe: None,
+    };
+    Ok(Planned { plan, forecast })
 }
 
-impl Plan {
-    /// Why a run that cannot do one step is refused.
-    pub fn refusal(&self) -> Error {
-        let (limit, least) = self.too_small.unwrap_or((Limit::Energy, Spent::default()));
+impl Planned {
+    /// Steps that the budget admits.
+    pub fn steps(&self) -> u64 {
+        self.forecast.steps
+    }
+
+    /// Energy of all phases on the counted meter.
+    pub fn energy(&self) -> Joules {
+        self.forecast.total.energy.joules()
+    }
+
+    /// # Errors
+    /// [`Kind::Budget`] where the budget does not hold one step.
+    pub fn check_affordable(&self) -> Result<()> {
+        if self.steps() > 0 {
+            return Ok(());
+        }
+        let unknown = (Limit::Energy, Spent::default());
+        let (limit, least) = self.forecast.too_small.unwrap_or(unknown);
         let least = format!("{} and {}", least.energy, Flops(least.flops as f64));
-        Error::new(Kind::Budget, "the budget cannot hold one step, the evaluations and the save")
+        Err(Error::new(Kind::Budget, "the budget cannot hold one step, the evaluations and the save")
             .at(format!("budget.{}", limit.as_str()))
             .rule(format!("one step with its evaluations and its save takes {least} on the counted meter"))
-            .hint("raise the budget, or make the run cheaper: fewer validation records, a smaller `micro_batch_size` or `max_length`")
-    }
-
-    /// The forecast as a file's text.
-    pub(super) fn to_json_text(&self) -> Result<String> {
-        serde_json::to_string_pretty(&self.json)
-            .map(|text| text + "\n")
-            .map_err(|e| Error::new(Kind::Io, e.to_string()))
+            .hint("raise the budget, or make the run cheaper: fewer validation records, a smaller `micro_batch_size` or `max_length`"))
     }
 }
 
-/// What fits the budget and what it will cost, each figure low, central and high.
-fn forecast_block(prepared: &Prepared, run: &RunForecast) -> Value {
+fn planned_run(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Result<PlannedRun> {
     let total = &run.total;
     let central = total.energy.joules();
+    // A plan is counted, whatever the run's meter.
     let energy = interval(MeterKind::Counted, central);
-    let (grams, rates) = (
-        carbon_block(prepared, energy, total.time),
-        prepared.budget.rates(),
-    );
-    let cost = rates.price.as_ref().map(|price| {
-        let of = |energy: Joules| price.of(rates.pue * energy, total.time);
-        json!({ "low": of(energy.low), "central": of(central), "high": of(energy.high) })
-    });
-    json!({
-        "energy_j": energy,
-        "carbon_gco2e": { "low": grams.low_gco2e, "central": grams.gco2e, "high": grams.high_gco2e },
-        "cost": cost,
-        "wall_s": total.time,
-        "steps_affordable": run.steps,
-        "tokens_affordable": run.tokens,
-    })
-}
-
-fn to_json(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Result<Value> {
-    let total = &run.total;
-    let central = total.energy.joules();
-    // A plan is counted, whatever meter the run will go by.
-    let energy = interval(MeterKind::Counted, central);
-    let parts = total.breakdown;
-    let by_phase: serde_json::Map<String, Value> = run
-        .phases
-        .iter()
-        .map(|(phase, charge)| (phase.as_str().to_string(), json!(charge.energy.joules())))
-        .collect();
-    let baselines = baselines(
-        &prepared.subject(),
-        run.steps,
-        run.evaluations,
-        &Metered {
-            spent: central,
-            metered_over_counted: 1.0,
-            parts: &parts,
-        },
-    )?;
     let spent = Spent {
         energy: total.energy,
         flops: total.flops,
         time: total.time,
     };
-    let pjoule = |energy: Joules| json!(energy);
-    Ok(json!({
-        "model": model_block(&prepared.recipe.model.id, &prepared.files, &prepared.architecture),
-        "adapter": adapter_block(&prepared.target, &prepared.architecture),
-        "data": data_block(prepared),
-        "training": {
-            "steps": run.steps,
-            "stop_reason": run.stop,
-            "tokens": run.tokens,
-            "loss_tokens": run.loss_tokens,
-            "steps_per_epoch": prepared.sampler.steps_per_epoch(),
-            "activation_checkpointing": prepared.recipe.train.activation_checkpointing,
+    let counted = Metered {
+        spent: central,
+        metered_over_counted: 1.0,
+        parts: &total.breakdown,
+    };
+    let baselines = baselines(&prepared.subject(), run.steps, run.evaluations, &counted)?;
+    Ok(PlannedRun {
+        data: data_block(prepared),
+        training: PlannedTraining {
+            steps: run.steps,
+            stop_reason: run.stop.clone(),
+            tokens: run.tokens,
+            loss_tokens: run.loss_tokens,
+            steps_per_epoch: prepared.sampler.steps_per_epoch(),
+            activation_checkpointing: prepared.recipe.train.activation_checkpointing,
         },
-        "energy": {
-            "meter": kind.as_str(),
-            "total_j": pjoule(central),
-            "by_phase": by_phase,
-            "meters": { "counted_j": pjoule(central), "measured_j": null, "timed_j": null },
-            "flops": total.flops,
-            "bytes": total.bytes.get(crate::energy::traffic::DRAM),
-            "bytes_by_level": total.bytes,
-            "counted_parts": counted_parts(&prepared.profile, &parts, &total.bytes, Joules::ZERO),
-            "device": prepared.profile.name,
-            "profile_factor": profile_factor(&prepared.profile),
-            "host_left_out": host_left_out(&prepared.profile, MeterKind::Counted),
+        energy: planned_energy(prepared, kind, run),
+        budget: budget_block(prepared, &spent, energy),
+        carbon: carbon_block(prepared, energy, total.time),
+        baselines: baseline_blocks(&baselines, prepared),
+        environment: machine::environment(),
+        forecast: forecast_block(prepared, run, energy),
+        choices: run.choices.clone(),
+        recomputation: run.recomputation.clone(),
+        measured_baselines: run.measured_baselines.clone(),
+    })
+}
+
+fn planned_energy(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> PlannedEnergy {
+    let profile = &prepared.profile;
+    let total = &run.total;
+    let counted_j = total.energy.joules();
+    let by_phase = run
+        .phases
+        .iter()
+        .map(|(phase, charge)| (*phase, charge.energy.joules()));
+    PlannedEnergy {
+        meter: kind,
+        total_j: counted_j,
+        by_phase: by_phase.collect(),
+        meters: MeterTotals {
+            counted_j,
+            measured_j: None,
+            timed_j: None,
         },
-        "budget": budget_block(prepared, &spent, energy),
-        "carbon": carbon_block(prepared, energy, total.time),
-        "baselines": baseline_blocks(&baselines, prepared),
-        "environment": machine::environment(),
-        "memory": memory_block(&prepared.memory, free_memory()),
-        "forecast": forecast_block(prepared, run),
-        "warnings": prepared.warnings,
-        "choices": run.choices,
-        "recomputation": run.recomputation,
-        "measured_baselines": run.measured_baselines,
-    }))
+        flops: total.flops,
+        bytes: total.bytes.get(DRAM).copied(),
+        bytes_by_level: total.bytes.clone(),
+        counted_parts: counted_parts(profile, &total.breakdown, &total.bytes, Joules::ZERO),
+        device: profile.name.clone(),
+        profile_factor: profile_factor(profile),
+        host_left_out: host_left_out(profile, MeterKind::Counted),
+    }
+}
+
+/// What the budget admits, and its cost.
+fn forecast_block(prepared: &Prepared, run: &RunForecast, energy: Interval<Joules>) -> Forecast {
+    let rates = prepared.budget.rates();
+    let time = run.total.time;
+    let cost = |joules: Joules| {
+        let price = rates.price.as_ref()?;
+        Some(price.of(rates.pue * joules, time))
+    };
+    let Interval { low, central, high } = energy.map(cost);
+    Forecast {
+        energy_j: energy,
+        carbon_gco2e: emissions(energy, &prepared.grid, rates),
+        cost: low
+            .zip(central)
+            .zip(high)
+            .map(|((low, central), high)| Interval { low, central, high }),
+        wall_s: time,
+        steps_affordable: run.steps,
+        tokens_affordable: run.tokens,
+    }
 }

@@ -5,7 +5,6 @@
 use std::num::NonZeroUsize;
 
 use candle_core::Device;
-use serde_json::{Value, json};
 
 use super::checks::{check_length, recompute, refuse_adapter_on_random_weights};
 use super::machine::check_precision;
@@ -23,10 +22,11 @@ use crate::measure::machine::free_memory;
 use crate::measure::probe;
 use crate::model::{Architecture, MemoryForecast};
 use crate::recipe::{DataSource, Recipe, Validation};
+use crate::report::Plan;
 use crate::train;
 
-/// The plan of `recipe` as JSON, with a `probe` block from `steps` timed steps. Where the tokenizer or a local data file is missing the
-/// document holds `model`, `adapter`, `memory`, `probe` and `warnings` alone; a warning says what is missing.
+/// The plan of `recipe` with a `probe` block from `steps` timed steps. Where the tokenizer or a local data file is missing, the plan has
+/// no run and a warning says what is missing.
 ///
 /// # Errors
 /// What preflight refuses, and a step that is not finite.
@@ -36,20 +36,21 @@ pub fn plan_with_probe(
     device: &Device,
     computing: Computing,
     screen: &mut dyn Screen,
-) -> Result<Value> {
+) -> Result<Plan> {
     let parts = ModelParts::new(&recipe, device, screen.downloads())?;
     let missing = missing(&recipe, &parts.files);
-    let warnings = [parts.warnings.as_slice(), missing.as_slice()].concat();
     let mut document = if missing.is_empty() {
         let prepared = prepare(recipe.clone(), device, computing, screen.downloads())?;
-        plan(&prepared)?.json
+        plan(&prepared)?.plan
     } else {
-        json!({
-            "model": model_block(&recipe.model.id, &parts.files, &parts.architecture),
-            "adapter": adapter_block(&parts.target, &parts.architecture),
-            "memory": memory_block(&parts.memory, free_memory()),
-            "warnings": warnings,
-        })
+        Plan {
+            model: model_block(&recipe.model.id, &parts.files, &parts.architecture),
+            adapter: adapter_block(&parts.target, &parts.architecture),
+            run: None,
+            memory: memory_block(&parts.memory, free_memory()),
+            warnings: [parts.warnings.as_slice(), missing.as_slice()].concat(),
+            probe: None,
+        }
     };
     screen.note(&format!(
         "probing: {steps} steps of {} x {} x {} tokens on random weights",
@@ -65,7 +66,7 @@ pub fn plan_with_probe(
         steps,
         device,
     );
-    document["probe"] = json!(found.map_err(Error::while_running)?);
+    document.probe = Some(found.map_err(Error::while_running)?);
     Ok(document)
 }
 

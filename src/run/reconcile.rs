@@ -8,9 +8,8 @@ use crate::energy::{Account, Phase, Profile};
 use crate::error::Result;
 use crate::measure::{self, Reconciled};
 use crate::recipe;
-use crate::report::json::read_report;
-use crate::report::reconciliation::{Compared, Gap, ProfileFactor, Reconciliation};
-use crate::report::types;
+use crate::report::energy::{Compared, Gap, ProfileFactor, Reconciliation};
+use crate::report::{read_report, types};
 use crate::units::MicroJoules;
 
 /// The factor that the profile keeps.
@@ -40,7 +39,7 @@ pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
         .filter_map(|(_, totals)| compared(totals))
         .reduce(|a, b| (a.0 + b.0, a.1 + b.1));
     let of = |(counted, measured): (MicroJoules, MicroJoules)| {
-        Compared::of(counted.joules(), measured.joules())
+        Compared::new(counted.joules(), measured.joules())
     };
     let gap = |(phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
         phase,

@@ -1,4 +1,4 @@
-//! A run's results into the report's blocks, and the report's files.
+//! The report of a run: results as blocks, and the files of the run directory.
 
 use std::path::Path;
 
@@ -8,74 +8,66 @@ use super::prepare::{Prepared, Target};
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
 use super::trainee::{self, copy_companions};
 use crate::adapter::PeftConfig;
-use crate::energy::{Account, Baseline, Interval, Phase, baseline};
+use crate::energy::{Account, Interval, Phase};
 use crate::error::{Error, Result};
-use crate::forecast::{Metered, baselines, inference_cost, model_name, request_too_long};
+use crate::forecast::{
+    Metered, baselines, emissions, inference_cost, model_name, request_too_long,
+};
 use crate::hub::ModelFiles;
 use crate::measure::machine::{memory, peak_rss};
 use crate::model::Architecture;
 use crate::ops::Parameters;
 use crate::recipe::ModelId;
-use crate::report::types;
+use crate::report::baselines::{Baseline, Label};
+use crate::report::files::MODEL_CARD;
+use crate::report::types::{self, Report, Sample};
 use crate::report::{
-    CardFacts, Emissions, EnergyParts, History, Report, html, json, markdown, model_card,
+    CardFacts, Emissions, EnergyParts, FiniteReport, History, to_html, to_json, to_markdown,
+    to_model_card, write_whole,
 };
 use crate::train::{Checkpoints, Outcome, Stop, put_in_place, remove_directory};
-use crate::units::{Bytes, Joules, Seconds};
+use crate::units::{Joules, Seconds};
 
-/// What a report is made of.
-pub(super) struct Inputs<'a> {
+/// A run that has ended.
+pub(super) struct Ended<'a> {
     pub(super) prepared: &'a Prepared,
     pub(super) outcome: &'a Outcome,
     pub(super) account: &'a Account,
     pub(super) checkpoints: &'a Checkpoints,
-    /// ((prompt, before), after).
-    pub(super) sample: Option<((String, String), String)>,
+    pub(super) sample: Option<Sample>,
     pub(super) wall: Seconds,
 }
 
-/// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. A diverged run's values are not
-/// exported: its last checkpoint is the result.
+/// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. The weights of a diverged
+/// run are not exported: its last checkpoint is the result.
 pub(super) fn write_reports(
-    inputs: &Inputs<'_>,
+    run: &Ended<'_>,
     directory: &RunDirectory,
     parameters: &Parameters,
-) -> Result<Report> {
-    let report = report(inputs)?.sealed()?;
-    if !matches!(inputs.outcome.stop, Stop::Diverged(_)) {
-        write_result(inputs, directory, parameters, &report)?;
+) -> Result<FiniteReport> {
+    let report = FiniteReport::new(report(run)?)?;
+    if !matches!(run.outcome.stop, Stop::Diverged(_)) {
+        write_result(run, directory, parameters, &report)?;
     }
-    write_pages(
-        inputs.prepared,
-        inputs.account.spent().energy.joules(),
-        directory,
-        &report,
-    )?;
+    let total = run.account.spent().energy.joules();
+    write_pages(run.prepared, total, directory, &report)?;
     Ok(report)
 }
 
-/// Every file that shows `report`, of a run that spent `total`; the model card only where there is a result for it to stand in.
+/// Every file made of `report`, of a run that spent `total`; the model card only next to trained weights.
 pub(super) fn write_pages(
     prepared: &Prepared,
     total: Joules,
     directory: &RunDirectory,
-    report: &Report,
+    report: &FiniteReport,
 ) -> Result<()> {
-    let write = crate::report::files::write_whole;
-    json::write_report(&directory.report(), report)?;
-    write(
-        &directory.page(),
-        &markdown::to_markdown(&prepared.recipe.name, report)?,
-    )?;
+    let name = &prepared.recipe.name;
     let history = History::read(&directory.steps(), &directory.ledger())?;
-    write(
-        &directory.html_page(),
-        &html::to_html(&prepared.recipe.name, report, &history)?,
-    )?;
-    write(
-        &directory.emissions(),
-        &emissions(prepared, total).to_csv(report)?,
-    )?;
+    let csv = emissions_row(prepared, total).to_csv(report)?;
+    write_whole(&directory.report(), &to_json(report)?)?;
+    write_whole(&directory.page(), &to_markdown(name, report)?)?;
+    write_whole(&directory.html_page(), &to_html(name, report, &history)?)?;
+    write_whole(&directory.emissions(), &csv)?;
     let result = directory.result(prepared.whole_model());
     if result.is_dir() {
         write_card(prepared, &result, report)?;
@@ -83,92 +75,50 @@ pub(super) fn write_pages(
     Ok(())
 }
 
-fn write_card(prepared: &Prepared, dir: &Path, report: &Report) -> Result<()> {
-    let card = model_card::to_model_card(&card_facts(prepared), report)?;
-    crate::report::files::write_whole(&dir.join(crate::report::files::MODEL_CARD), &card)
+fn write_card(prepared: &Prepared, dir: &Path, report: &FiniteReport) -> Result<()> {
+    let card = to_model_card(&card_facts(prepared), report)?;
+    write_whole(&dir.join(MODEL_CARD), &card)
 }
 
 /// The adapter or model directory, complete or absent.
 fn write_result(
-    inputs: &Inputs<'_>,
+    run: &Ended<'_>,
     directory: &RunDirectory,
     parameters: &Parameters,
-    report: &Report,
+    report: &FiniteReport,
 ) -> Result<()> {
-    let prepared = inputs.prepared;
-    let place = directory.result(prepared.whole_model());
-    let draft = place.with_extension("partial");
+    let prepared = run.prepared;
+    let result = directory.result(prepared.whole_model());
+    let draft = result.with_extension("partial");
     remove_directory(&draft)?;
     std::fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
-    trainee::export(
-        prepared,
-        parameters,
-        &draft,
-        Some(inputs.outcome.state.tokens),
-    )?;
+    let tokens = run.outcome.state.tokens;
+    trainee::export(prepared, parameters, &draft, Some(tokens))?;
     if !prepared.whole_model() {
         copy_companions(prepared, &draft)?;
     }
     write_card(prepared, &draft, report)?;
-    put_in_place(&draft, &place)
+    put_in_place(&draft, &result)
 }
 
-fn report(inputs: &Inputs<'_>) -> Result<Report> {
-    let Inputs {
-        prepared,
-        outcome,
-        account,
-        ..
-    } = inputs;
-    let standing = &outcome.state;
+fn report(run: &Ended<'_>) -> Result<Report> {
+    let prepared = run.prepared;
+    let account = run.account;
     let spent = account.spent();
     let energy = interval(account.kind(), spent.energy.joules());
-    let wall = spent.time.max(inputs.wall);
-    let evaluations = account
-        .by_phase()
-        .find(|(phase, _)| *phase == Phase::Eval)
-        .map_or(0, |(_, totals)| totals.entries);
-    let samples =
-        usize::from(standing.sample_before.is_some()) + usize::from(inputs.sample.is_some());
-    let evaluated = (evaluations as usize).saturating_sub(samples);
-    let counted = account.totals().energy_j.counted.joules();
-    let (metered_over_counted, parts) = (account.metered_over_counted(), &account.totals().parts);
-    let run = Metered {
-        spent: energy.central,
-        metered_over_counted,
-        parts,
+    let wall = spent.time.max(run.wall);
+    let mut warnings = warnings(run)?;
+    let inference = match request_too_long(&prepared.subject()) {
+        Some(why) => {
+            warnings.push(why);
+            None
+        }
+        None => {
+            let counted = account.totals().energy_j.counted.joules();
+            let kind = account.kind();
+            Some(inference_cost(&prepared.subject(), counted, kind)?)
+        }
     };
-    let baselines = baselines(&prepared.subject(), standing.step, evaluated, &run)?;
-    let mut warnings = prepared.warnings.clone();
-    if let Stop::Diverged(what) = &outcome.stop {
-        warnings.push(match inputs.checkpoints.steps()?.last() {
-            Some(step) => format!(
-                "{what}; no result is written, the last checkpoint is `{}`",
-                checkpoint_name(inputs, *step)
-            ),
-            None => format!("{what}; no result is written, and no checkpoint was saved before"),
-        });
-    }
-    if let (Some(before), Some(last)) = (standing.val_loss_before, standing.val_loss_last)
-        && last.val_loss > before
-    {
-        warnings.push(format!(
-            "the validation loss rose from {before:.4} to {:.4}: the model is worse at these data than before, and a lower `learning_rate` \
-             in [train] may help",
-            last.val_loss
-        ));
-    }
-    let too_long = request_too_long(&prepared.subject());
-    let inference = if too_long.is_none() {
-        Some(inference_cost(
-            &prepared.subject(),
-            counted,
-            account.kind(),
-        )?)
-    } else {
-        None
-    };
-    warnings.extend(too_long);
     Ok(Report {
         model: model_block(
             &prepared.recipe.model.id,
@@ -177,7 +127,7 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
         ),
         adapter: adapter_block(&prepared.target, &prepared.architecture),
         data: data_block(prepared),
-        training: training_block(inputs, wall),
+        training: training_block(run, wall),
         energy: energy_block(prepared, account),
         budget: types::Budget {
             overshoot_j: Some(account.overshoot().joules()),
@@ -185,20 +135,96 @@ fn report(inputs: &Inputs<'_>) -> Result<Report> {
             ..budget_block(prepared, &spent, energy)
         },
         carbon: carbon_block(prepared, energy, wall),
-        baselines: baseline_blocks(&baselines, prepared),
+        baselines: counted_baselines(run, energy.central)?,
         memory: Some(memory_block(&prepared.memory, None)),
         environment: machine::environment(),
         inference,
         warnings,
-        sample: inputs
-            .sample
-            .clone()
-            .map(|((prompt, before), after)| types::Sample {
-                prompt,
-                before,
-                after,
-            }),
+        sample: run.sample.clone(),
     })
+}
+
+/// Baselines over the run's steps and evaluations, without its samples.
+fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Result<Vec<Baseline>> {
+    let account = run.account;
+    let state = &run.outcome.state;
+    let entries = account
+        .by_phase()
+        .find(|(phase, _)| *phase == Phase::Eval)
+        .map_or(0, |(_, totals)| totals.entries);
+    let samples = usize::from(state.sample_before.is_some()) + usize::from(run.sample.is_some());
+    let evaluations = (entries as usize).saturating_sub(samples);
+    let metered = Metered {
+        spent,
+        metered_over_counted: account.metered_over_counted(),
+        parts: &account.totals().parts,
+    };
+    let subject = run.prepared.subject();
+    let found = baselines(&subject, state.step, evaluations, &metered)?;
+    Ok(baseline_blocks(&found, run.prepared))
+}
+
+/// Warnings of the preparation, divergence, and a validation loss that rose.
+fn warnings(run: &Ended<'_>) -> Result<Vec<String>> {
+    let mut warnings = run.prepared.warnings.clone();
+    if let Stop::Diverged(what) = &run.outcome.stop {
+        warnings.push(match run.checkpoints.steps()?.last() {
+            Some(step) => format!(
+                "{what}; no result is written, the last checkpoint is `{}`",
+                checkpoint_name(run, *step)
+            ),
+            None => format!("{what}; no result is written, and no checkpoint was saved before"),
+        });
+    }
+    let state = &run.outcome.state;
+    if let (Some(before), Some(last)) = (state.val_loss_before, state.val_loss_last)
+        && last.val_loss > before
+    {
+        warnings.push(format!(
+            "validation loss rose from {before:.4} to {:.4}: the model is worse on these data than before; a lower `learning_rate` in \
+             [train] may help",
+            last.val_loss
+        ));
+    }
+    Ok(warnings)
+}
+
+fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
+    let state = &run.outcome.state;
+    let steps_per_epoch = run.prepared.sampler.steps_per_epoch();
+    let after = state
+        .val_loss_last
+        .filter(|last| last.step == state.step && last.step > 0);
+    let rate = state.tokens as f64 / state.train_wall_s;
+    let best = state
+        .best
+        .filter(|best| run.checkpoints.path(best.step).is_dir());
+    types::Training {
+        steps: state.step,
+        epochs: Some(state.step as f64 / steps_per_epoch as f64),
+        tokens: Some(state.tokens),
+        loss_tokens: Some(state.loss_tokens),
+        stop_reason: run.outcome.stop.clone(),
+        val_loss_before: state.val_loss_before,
+        val_loss_after: after.map(|last| last.val_loss),
+        train_loss_last: state.train_loss_last,
+        tokens_per_second: rate.is_finite().then_some(rate),
+        wall_s: wall,
+        peak_rss_bytes: peak_rss(),
+        best: best.map(|best| types::Best {
+            step: best.step,
+            val_loss: best.val_loss,
+            path: checkpoint_name(run, best.step),
+        }),
+        curve: Vec::new(),
+    }
+}
+
+/// A checkpoint's path in the run directory.
+fn checkpoint_name(run: &Ended<'_>, step: u64) -> String {
+    let path = run.checkpoints.path(step);
+    let name = path.file_name().unwrap_or_default();
+    format!("checkpoints/{}", name.display())
 }
 
 pub(super) fn model_block(
@@ -257,86 +283,41 @@ pub(super) fn data_block(prepared: &Prepared) -> types::Data {
     }
 }
 
-fn training_block(inputs: &Inputs<'_>, wall: Seconds) -> types::Training {
-    let (prepared, standing) = (inputs.prepared, &inputs.outcome.state);
-    let after = standing
-        .val_loss_last
-        .filter(|last| last.step == standing.step && last.step > 0);
-    let rate = standing.tokens as f64 / standing.train_wall_s;
-    types::Training {
-        steps: standing.step,
-        epochs: Some(standing.step as f64 / prepared.sampler.steps_per_epoch() as f64),
-        tokens: Some(standing.tokens),
-        loss_tokens: Some(standing.loss_tokens),
-        stop_reason: inputs.outcome.stop.clone(),
-        val_loss_before: standing.val_loss_before,
-        val_loss_after: after.map(|last| last.val_loss),
-        train_loss_last: standing.train_loss_last,
-        tokens_per_second: rate.is_finite().then_some(rate),
-        wall_s: wall,
-        peak_rss_bytes: peak_rss(),
-        best: standing
-            .best
-            .filter(|best| inputs.checkpoints.path(best.step).is_dir())
-            .map(|best| types::Best {
-                step: best.step,
-                val_loss: best.val_loss,
-                path: checkpoint_name(inputs, best.step),
-            }),
-        curve: Vec::new(),
-    }
-}
-
-/// A checkpoint's path in the run directory.
-fn checkpoint_name(inputs: &Inputs<'_>, step: u64) -> String {
-    let path = inputs.checkpoints.path(step);
-    path.file_name().map_or(String::new(), |name| {
-        format!("checkpoints/{}", name.display())
-    })
-}
-
-/// Each baseline with its bounds: its energy is as uncertain as its label says, its emissions also by the grid's years.
-pub(super) fn baseline_blocks(baselines: &[Baseline], prepared: &Prepared) -> Vec<types::Baseline> {
-    use baseline::Label;
-    let bounds = |b: &Baseline| {
-        let energy = if b.label == Label::Measured {
-            Interval::exact(b.energy)
+/// Each baseline with its ranges: energy by its label, emissions also by the years of the grid.
+pub(super) fn baseline_blocks(
+    found: &[crate::energy::Baseline],
+    prepared: &Prepared,
+) -> Vec<Baseline> {
+    let block = |baseline: &crate::energy::Baseline| {
+        let energy = if baseline.label == Label::Measured {
+            Interval::exact(baseline.energy)
         } else {
-            Interval::counted(b.energy)
+            Interval::counted(baseline.energy)
         };
-        let carbon = carbon_block(prepared, energy, Seconds::ZERO);
-        (
-            Some(energy).filter(|energy| energy.low != energy.high),
-            carbon,
-        )
-    };
-    let block = |(b, (energy, carbon)): (&Baseline, (Option<Interval<Joules>>, types::Carbon))| {
-        types::Baseline {
-            kind: b.kind,
-            label: b.label,
-            flops: Some(b.flops),
-            energy_j: Some(b.energy),
-            metered_over_counted: b.metered_over_counted,
-            gco2e: Some(b.gco2e),
-            ratio: b.ratio,
-            low_j: energy.map(|energy| energy.low),
-            high_j: energy.map(|energy| energy.high),
-            low_gco2e: carbon.low_gco2e,
-            high_gco2e: carbon.high_gco2e,
-            low_ratio: b.ratio_bounds.map(|[low, _]| low),
-            high_ratio: b.ratio_bounds.map(|[_, high]| high),
-            source: b.source.clone(),
-            assumptions: b.assumptions.clone(),
+        let emissions = emissions(energy, &prepared.grid, prepared.budget.rates());
+        let ratio = baseline.ratio.map(|central| {
+            let [low, high] = baseline.ratio_bounds.unwrap_or([central; 2]);
+            Interval { low, central, high }
+        });
+        Baseline {
+            kind: baseline.kind,
+            label: baseline.label,
+            flops: Some(baseline.flops),
+            energy: Some(energy),
+            metered_over_counted: baseline.metered_over_counted,
+            emissions: Some(Interval {
+                central: baseline.gco2e,
+                ..emissions
+            }),
+            ratio,
+            source: baseline.source.clone(),
+            assumptions: baseline.assumptions.clone(),
             val_loss_at_equal_energy: None,
             energy_to_equal_loss_j: None,
             measured: None,
         }
     };
-    baselines
-        .iter()
-        .map(|b| (b, bounds(b)))
-        .map(block)
-        .collect()
+    found.iter().map(block).collect()
 }
 
 fn card_facts(prepared: &Prepared) -> CardFacts {
@@ -392,8 +373,8 @@ fn card_facts(prepared: &Prepared) -> CardFacts {
     }
 }
 
-fn emissions(prepared: &Prepared, total: Joules) -> Emissions {
-    let cpu = prepared.profile.kind != crate::energy::profile::DeviceKind::Gpu;
+fn emissions_row(prepared: &Prepared, total: Joules) -> Emissions {
+    let gpu = prepared.profile.kind == crate::energy::profile::DeviceKind::Gpu;
     let total = Some(total);
     let grid = &prepared.grid;
     let (cloud_provider, cloud_region) = grid
@@ -412,8 +393,8 @@ fn emissions(prepared: &Prepared, total: Joules) -> Emissions {
         project_name: prepared.recipe.name.clone(),
         run_id: prepared.digest()[..16].to_string(),
         parts: EnergyParts {
-            cpu: total.filter(|_| cpu),
-            gpu: total.filter(|_| !cpu),
+            cpu: total.filter(|_| !gpu),
+            gpu: total.filter(|_| gpu),
             ram: None,
         },
         country_iso_code: country.as_ref().and_then(|country| country.iso3.clone()),
@@ -422,8 +403,8 @@ fn emissions(prepared: &Prepared, total: Joules) -> Emissions {
         cloud_provider,
         cloud_region,
         cpu_count: Some(crate::energy::allowed_cores() as u64),
-        gpu_count: (!cpu).then_some(1),
-        gpu_model: (!cpu).then(|| prepared.profile.title.clone()),
-        ram_total: memory().map(|(_, all)| all).or(None::<Bytes>),
+        gpu_count: gpu.then_some(1),
+        gpu_model: gpu.then(|| prepared.profile.title.clone()),
+        ram_total: memory().map(|(_, all)| all),
     }
 }

@@ -1,6 +1,5 @@
-//! What a run spent, as the report's blocks: energy and what it is made of, emissions, money, memory.
+//! What a run spent, as blocks of the report: energy by component, emissions, money, memory.
 //!
-//! Takes the account and the profile, returns blocks of `report.json`, each figure with its interval where a coefficient is uncertain.
 //! Plan and report share them. Knows nothing of how a block is shown.
 
 use std::collections::BTreeMap;
@@ -14,12 +13,11 @@ use crate::energy::traffic::{DRAM, Traffic};
 use crate::energy::{Account, EnergyBreakdown, Interval, Limits, MeterKind, Phase, Profile, Spent};
 use crate::forecast::emissions;
 use crate::model::MemoryForecast;
-use crate::report::memory::Memory;
-use crate::report::parts::{CountedParts, Factor, HostLeftOut};
-use crate::report::types::{self, Amounts};
-use crate::units::{Bytes, Flops, Joules, Per, Seconds};
+use crate::report::energy::{CountedParts, Energy, Factor, HostLeftOut, Meters};
+use crate::report::types::{self, Amounts, Memory};
+use crate::units::{Bytes, Flops, GramsCo2e, Joules, Per, Seconds};
 
-/// What `energy` on this meter may be. A counter is taken at its word; what it cannot see is said in words.
+/// Range of `energy` on this meter. A counter reading is exact; the limitations name what it does not include.
 pub(super) fn interval(kind: MeterKind, energy: Joules) -> Interval<Joules> {
     match kind {
         MeterKind::Counted => Interval::counted(energy),
@@ -28,17 +26,10 @@ pub(super) fn interval(kind: MeterKind, energy: Joules) -> Interval<Joules> {
     }
 }
 
-/// The bounds that differ from the central figure.
-pub(super) fn bounds<T: Copy + PartialEq>(of: Interval<T>) -> (Option<T>, Option<T>) {
-    (
-        Some(of.low).filter(|low| *low != of.central),
-        Some(of.high).filter(|high| *high != of.central),
-    )
-}
-
-/// The run's energy by phase, by meter and by what it is made of.
-pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Energy {
-    let (kind, totals) = (account.kind(), account.totals());
+/// The run's energy by phase, meter and component.
+pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> Energy {
+    let kind = account.kind();
+    let totals = account.totals();
     let total = account.spent().energy.joules();
     let present = |totals: &Totals| totals.entries > 0;
     let by_phase: BTreeMap<Phase, Joules> = account
@@ -46,15 +37,12 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
         .filter(|(_, totals)| present(totals))
         .map(|(p, totals)| (p, totals.on(kind).joules()))
         .collect();
-    let (low_j, high_j) = bounds(interval(kind, total));
     let absent = account.meters().absent();
-    types::Energy {
+    Energy {
         meter: kind,
-        total_j: total,
-        low_j,
-        high_j,
+        total: interval(kind, total),
         by_phase,
-        meters: types::Meters {
+        meters: Meters {
             counted_j: totals.energy_j.counted.joules(),
             measured_j: totals.energy_j.measured.map(|energy| energy.joules()),
             timed_j: Some(totals.energy_j.timed.joules()),
@@ -77,7 +65,7 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> types::Ene
     }
 }
 
-/// `parts` as the report shows them, movement by the level that served the bytes; `None` where no entry knew its parts.
+/// Components of the counted energy, data movement by memory level; `None` where no entry has them.
 pub(super) fn counted_parts(
     profile: &Profile,
     parts: &EnergyBreakdown,
@@ -197,8 +185,6 @@ pub(super) fn carbon_block(
     time: Seconds,
 ) -> types::Carbon {
     let (grid, rates) = (&prepared.grid, prepared.budget.rates());
-    let gco2e = emissions(energy, grid, rates);
-    let (low_gco2e, high_gco2e) = bounds(gco2e);
     let manufacture = prepared.profile.embodied;
     let source = prepared
         .profile
@@ -206,9 +192,7 @@ pub(super) fn carbon_block(
         .get("embodied")
         .map_or_else(|| "source not known".to_string(), written);
     types::Carbon {
-        gco2e: gco2e.central,
-        low_gco2e,
-        high_gco2e,
+        emissions: emissions(energy, grid, rates),
         embodied_gco2e: manufacture.map(|grams| embodied_share(grams, time)),
         embodied_source: manufacture.map(|grams| {
             format!(
@@ -228,42 +212,38 @@ pub(super) fn carbon_block(
     }
 }
 
-/// The `budget` block without an overshoot: limits, and what was spent with its bounds.
+/// The `budget` block without overshoot: limits, and the amounts spent with their bounds.
 pub(super) fn budget_block(
     prepared: &Prepared,
     spent: &Spent,
     energy: Interval<Joules>,
 ) -> types::Budget {
     let rates = prepared.budget.rates();
-    let by_energy = rates
-        .price
-        .as_ref()
-        .is_none_or(|price| price.per == Per::KilowattHour);
-    let cost = |energy: Joules| {
-        rates
-            .price
-            .as_ref()
-            .map(|price| price.of(rates.pue * energy, spent.time))
+    let price = rates.price.as_ref();
+    let cost = |energy: Joules| price.map(|price| price.of(rates.pue * energy, spent.time));
+    // A price of time does not depend on energy.
+    let by_energy = price.is_none_or(|price| price.per == Per::KilowattHour);
+    let grams = emissions(energy, &prepared.grid, rates);
+    let bound = |energy_j: Joules, carbon_gco2e: GramsCo2e| {
+        let energy_j = Some(energy_j).filter(|end| *end != energy.central);
+        Amounts {
+            energy_j,
+            carbon_gco2e: Some(carbon_gco2e).filter(|end| *end != grams.central),
+            cost: energy_j.filter(|_| by_energy).and_then(cost),
+            ..Amounts::default()
+        }
     };
-    let carbon = carbon_block(prepared, energy, spent.time);
-    let end = |energy_j: Option<Joules>, carbon_gco2e| Amounts {
-        energy_j,
-        carbon_gco2e,
-        cost: energy_j.filter(|_| by_energy).and_then(cost),
-        ..Amounts::default()
-    };
-    let (low, high) = bounds(energy);
     types::Budget {
         limits: amounts(prepared.budget.limits()),
         spent: Amounts {
             energy_j: Some(energy.central),
-            carbon_gco2e: Some(carbon.gco2e),
+            carbon_gco2e: Some(grams.central),
             flops: Some(Flops(spent.flops as f64)),
             time_s: Some(spent.time),
             cost: cost(energy.central),
         },
-        spent_low: end(low, carbon.low_gco2e),
-        spent_high: end(high, carbon.high_gco2e),
+        spent_low: bound(energy.low, grams.low),
+        spent_high: bound(energy.high, grams.high),
         overshoot_j: None,
         margin_j: None,
     }
@@ -279,7 +259,7 @@ fn amounts(limits: &Limits) -> Amounts {
     }
 }
 
-/// A memory forecast's block; `available` is what is free while it is only a forecast.
+/// The memory forecast; `available` is the free memory in a plan.
 pub(super) fn memory_block(memory: &MemoryForecast, available: Option<Bytes>) -> Memory {
     Memory {
         peak_bytes: memory.peak(),

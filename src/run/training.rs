@@ -9,7 +9,7 @@ use super::checks::check_disk;
 use super::directory::RunDirectory;
 use super::model::fetch_weights;
 use super::prepare::{Prepared, Target, prepare};
-use super::reporting::{Inputs, write_reports};
+use super::reporting::{Ended, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::step_logger::StepLogger;
 use super::trainee;
@@ -21,7 +21,8 @@ use crate::forecast::load_work;
 use crate::model::TrainableModel;
 use crate::recipe::{self, Checkpointing, Init, Recipe};
 use crate::report::steps::truncate_after;
-use crate::report::{Report, json::read_report};
+use crate::report::types::{AdapterType, Sample};
+use crate::report::{FiniteReport, read_report, to_plan_json, write_whole};
 use crate::train::{Checkpoints, Outcome, Scheduled, StepCosts, Stop, TrainState, Trainer};
 use crate::units::Seconds;
 use crate::work::Work;
@@ -48,7 +49,7 @@ pub struct Finished {
     /// Its directory.
     pub directory: RunDirectory,
     /// Its report.
-    pub report: Report,
+    pub report: FiniteReport,
     /// Why it ended.
     pub stop: Stop,
     /// Whether the person stopped the baselines that are trained after it.
@@ -59,7 +60,7 @@ impl Finished {
     /// Where the adapter (or the whole model) is.
     pub fn result(&self) -> PathBuf {
         self.directory
-            .result(self.report.adapter.r#type == crate::report::types::AdapterType::None)
+            .result(self.report.adapter.r#type == AdapterType::None)
     }
 }
 
@@ -85,12 +86,10 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
     let directory = match request.resume {
         Some(run) => RunDirectory::open(run)?,
         None => {
-            if forecast.steps == 0 {
-                return Err(forecast.refusal());
-            }
+            forecast.check_affordable()?;
             let directory = RunDirectory::create(&request.out)?;
-            crate::report::files::write_whole(&directory.recipe(), &prepared.recipe.to_toml())?;
-            crate::report::files::write_whole(&directory.plan(), &forecast.to_json_text()?)?;
+            write_whole(&directory.recipe(), &prepared.recipe.to_toml())?;
+            write_whole(&directory.plan(), &to_plan_json(&forecast.plan)?)?;
             directory
         }
     };
@@ -102,7 +101,7 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
             .map_err(Error::while_running);
     }
     let start = Start::find(&request, &prepared, directory)?;
-    run_in(&request, &prepared, start, forecast.steps, screen).map_err(Error::while_running)
+    run_in(&request, &prepared, start, forecast.steps(), screen).map_err(Error::while_running)
 }
 
 /// The recipe asked for; a resumed run's own, which a given one must equal but for every `auto` that the run resolved.
@@ -352,18 +351,22 @@ fn run_in(
         )?,
     };
     account.close()?;
-    let inputs = Inputs {
+    let ended = Ended {
         prepared,
         outcome: &outcome,
         account: &account,
         checkpoints: &checkpoints,
         sample: prompt
-            .map(|prompt| prompt.text)
             .zip(outcome.state.sample_before.clone())
-            .zip(after),
+            .zip(after)
+            .map(|((prompt, before), after)| Sample {
+                prompt: prompt.text,
+                before,
+                after,
+            }),
         wall: Seconds(started.elapsed().as_secs_f64()),
     };
-    let report = write_reports(&inputs, &directory, &parameters)?;
+    let report = write_reports(&ended, &directory, &parameters)?;
     // A baseline needs the memory that the run no longer does.
     drop((decoder, parameters));
     let (report, baselines_interrupted) =
@@ -383,9 +386,9 @@ fn add_measured_baselines(
     prepared: &Prepared,
     account: &Account,
     directory: &RunDirectory,
-    report: Report,
+    report: FiniteReport,
     screen: &mut dyn Screen,
-) -> Result<(Report, bool)> {
+) -> Result<(FiniteReport, bool)> {
     let TrainRequest {
         ref device,
         interrupted,
@@ -405,7 +408,7 @@ fn resume_baselines(
     request: &TrainRequest<'_>,
     prepared: &Prepared,
     directory: RunDirectory,
-    report: Report,
+    report: FiniteReport,
     screen: &mut dyn Screen,
 ) -> Result<Finished> {
     let account = open_account(request, prepared, &directory)?;

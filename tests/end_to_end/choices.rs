@@ -148,15 +148,15 @@ fn longer_and_shorter_rows_are_close_to_their_plan() {
 }
 
 #[test]
-fn the_table_marks_the_recipes_own_row() {
+fn the_table_marks_the_recipes_row() {
     let lab = Lab::new();
     let output = lab.output(&["plan", "recipe.toml", "--set", "energy.price=0.3 USD/kWh"]);
     let page = String::from_utf8(output.stdout).unwrap();
     says(
         &page,
         &[
-            "> this recipe",
-            "\n  rank 4",
+            ">  this recipe",
+            "\n   rank 4",
             "targets the attention",
             "layers 2 to 3 of 4",
             "device nvidia-t4",
@@ -166,7 +166,7 @@ fn the_table_marks_the_recipes_own_row() {
     // Every row of the table ends in the same column.
     let table: Vec<&str> = page
         .lines()
-        .skip_while(|line| !line.starts_with("  choice"))
+        .skip_while(|line| !line.starts_with("   choice"))
         .filter(|line| !line.is_empty())
         .collect();
     let rows: Vec<&&str> = table
@@ -234,7 +234,7 @@ fn the_plan_says_what_computing_activations_again_costs_and_saves() {
         .stdout;
     says(
         &String::from_utf8(page).unwrap(),
-        &["less, because 2 of 4 blocks compute their activations again: "],
+        &["less by activation checkpointing in 2 of 4 blocks, for "],
     );
     // Where the walk ends half way up, two blocks are all there are.
     let upper = set(&[

@@ -67,8 +67,8 @@ fn a_run_says_what_its_joules_went_into() {
     );
     let page = String::from_utf8(lab.read("run/report.md")).unwrap();
     assert!(
-        page.contains("| moving data, main memory (DRAM) |")
-            && page.contains("Left out: L2 cache."),
+        page.contains("| data movement, main memory (DRAM) |")
+            && page.contains("Not shown apart: L2 cache."),
         "{page}"
     );
 }
@@ -131,13 +131,10 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
             number(&report, &format!("/baselines/0/{end}_ratio"))
         )
     };
+    let grams = wattune::report::format::span(&carbon("low"), &carbon("high"));
     let bounds = [
-        format!(
-            "on the grid of aws:me-central-1, between {} and {}",
-            carbon("low"),
-            carbon("high")
-        ),
-        format!("times, between {} and {})", ratio("low"), ratio("high")),
+        format!("on the grid aws:me-central-1, range {grams}"),
+        format!("times, range {} to {})", ratio("low"), ratio("high")),
     ];
     says(&page, &bounds.each_ref().map(String::as_str));
     // What an accelerator's machine takes beside it is said, not hidden.
@@ -202,8 +199,8 @@ fn assumed_powers_are_marked_where_devices_are_listed() {
             .unwrap_or_else(|| panic!("{name} in {list}"))
     };
     // A datasheet's rated power with a tenth of it for idle; a published idle power.
-    says(row("nvidia-a40 "), &["idle ~30 W", "load 300 W"]);
-    says(row("nvidia-t4 "), &["idle 8 W"]);
+    says(row("nvidia-a40 "), &["  ~30 W  300 W"]);
+    says(row("nvidia-t4 "), &["  8 W  "]);
 }
 
 #[test]
@@ -240,10 +237,8 @@ fn runs_are_compared_alike_in_every_form() {
         );
         String::from_utf8(output.stdout).unwrap()
     };
-    let verdict = format!(
-        "{} bought the most loss per joule.",
-        word(&document, "/best")
-    );
+    let best = word(&document, "/best");
+    let verdict = format!("Largest loss reduction per joule: {best}.");
     let (page, text) = (shown("html"), shown("text"));
     assert!(page.contains(&verdict) && text.contains(&verdict), "{text}");
     assert_eq!(

@@ -1,30 +1,30 @@
-//! An axis: its range, its scale, and ticks that a person can read.
+//! A chart axis: range, scale and round ticks.
 //!
-//! Owns where a value lies between the axis's ends and which values are labelled. Takes the values to be shown, returns places
-//! between 0 and 1. Ticks are 1, 2 or 5 times a power of ten apart. Knows nothing of pixels or SVG.
+//! Takes the values to be shown, returns positions between 0 and 1. Ticks are 1, 2 or 5 times a power of ten apart. Knows
+//! nothing of pixels or SVG.
 
-/// How values are spread over an axis.
+/// Spacing of values along an axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
-    /// Equal differences are equally far apart.
+    /// Equal differences have equal lengths.
     Linear,
-    /// Equal ratios are equally far apart; only values above zero have a place.
+    /// Equal ratios have equal lengths; only values above zero have a position.
     Log,
 }
 
-/// What is to be shown along one side of a chart.
+/// One side of a chart.
 #[derive(Debug, Clone)]
 pub struct Axis {
-    /// What the values are.
+    /// Its label.
     pub label: String,
-    /// How they are spread.
+    /// Its scale.
     pub scale: Scale,
-    /// How a tick's value is written.
+    /// Formats a tick.
     pub form: fn(f64) -> String,
-    /// Whether ticks stand at whole numbers alone.
-    whole: bool,
-    /// Whether the range ends at the values; otherwise it is widened to the next ticks. Linear axes alone.
-    tight: bool,
+    /// Ticks at integers only.
+    integer_ticks: bool,
+    /// The range ends at the values instead of the next ticks; linear axes only.
+    fit: bool,
     low: f64,
     high: f64,
 }
@@ -40,7 +40,7 @@ pub struct Ticks {
 }
 
 impl Axis {
-    /// An axis that covers `values`; `None` where no value has a place on it.
+    /// An axis that covers `values`; `None` where no value has a position on it.
     pub fn over(
         label: &str,
         scale: Scale,
@@ -58,25 +58,22 @@ impl Axis {
             label: label.to_string(),
             scale,
             form,
-            whole: false,
-            tight: false,
+            integer_ticks: false,
+            fit: false,
             low,
             high,
         })
     }
 
-    /// The same axis, ending at its values where it is linear.
-    pub fn tight(self) -> Self {
-        Self {
-            tight: true,
-            ..self
-        }
+    /// Ends a linear axis at its values.
+    pub fn fit(self) -> Self {
+        Self { fit: true, ..self }
     }
 
-    /// The same axis with ticks at whole numbers alone where it is linear.
-    pub fn whole(self) -> Self {
+    /// Restricts the ticks of a linear axis to integers.
+    pub fn integer_ticks(self) -> Self {
         Self {
-            whole: true,
+            integer_ticks: true,
             ..self
         }
     }
@@ -91,18 +88,20 @@ impl Axis {
     }
 
     fn linear(&self, count: usize) -> Ticks {
-        let widened = match self.high - self.low {
-            width if width > 0.0 => width,
-            _ => self.low.abs().max(1.0) * 0.1,
+        let range = self.high - self.low;
+        let range = if range > 0.0 {
+            range
+        } else {
+            self.low.abs().max(1.0) * 0.1
         };
-        let step = nice_step(widened / count as f64).max(if self.whole { 1.0 } else { 0.0 });
+        let step = nice_step(range / count as f64).max(if self.integer_ticks { 1.0 } else { 0.0 });
         let first = (self.low / step).floor();
         let last = (self.high / step).ceil().max(first + 1.0);
-        // Products of whole numbers, so that no rounding error adds up along the axis.
+        // Products of integers: no rounding error accumulates along the axis.
         let marks: Vec<f64> = (0..=(last - first) as u64)
             .map(|index| (first + index as f64) * step)
             .collect();
-        if self.tight && self.high > self.low {
+        if self.fit && self.high > self.low {
             let inside = marks
                 .into_iter()
                 .filter(|mark| (self.low..=self.high).contains(mark))
@@ -123,10 +122,8 @@ impl Axis {
     }
 
     fn log(&self, count: usize) -> Ticks {
-        let (bottom, top) = (
-            self.low.log10().floor() as i32 - 1,
-            self.high.log10().ceil() as i32 + 1,
-        );
+        let bottom = self.low.log10().floor() as i32 - 1;
+        let top = self.high.log10().ceil() as i32 + 1;
         let fine: Vec<f64> = (bottom..=top)
             .flat_map(|decade| [1.0, 2.0, 5.0].map(|m| m * power_of_ten(decade)))
             .collect();
@@ -143,7 +140,7 @@ impl Axis {
         let inside = |tick: &f64| (low..=high).contains(tick);
         let decades: Vec<f64> = (bottom..=top).map(power_of_ten).filter(inside).collect();
         let marks: Vec<f64> = match decades.len() {
-            // Powers of ten alone would leave most of the axis bare.
+            // Powers of ten alone would leave most of the axis without ticks.
             0..=2 => fine.into_iter().filter(inside).collect(),
             found => decades
                 .into_iter()
@@ -160,13 +157,13 @@ impl Axis {
 }
 
 impl Ticks {
-    /// Where `value` lies, 0 at the low end and 1 at the high one; `None` where it has no place.
-    pub fn place(&self, value: f64) -> Option<f64> {
-        let place = match self.scale {
+    /// Position of `value`: 0 at the low end, 1 at the high end; `None` where it has none.
+    pub fn position(&self, value: f64) -> Option<f64> {
+        let position = match self.scale {
             Scale::Linear => (value - self.low) / (self.high - self.low),
             Scale::Log => (value / self.low).ln() / (self.high / self.low).ln(),
         };
-        place.is_finite().then(|| place.clamp(0.0, 1.0))
+        position.is_finite().then(|| position.clamp(0.0, 1.0))
     }
 }
 
@@ -222,26 +219,30 @@ mod tests {
     }
 
     #[test]
-    fn places_run_from_end_to_end() {
+    fn positions_run_from_end_to_end() {
         let axis = |scale| Axis::over("", scale, |v| v.to_string(), [1.0, 100.0]).unwrap();
         let ticks = axis(Scale::Log).ticks(4);
         assert_eq!(
-            [1.0, 10.0, 100.0].map(|v| ticks.place(v).unwrap()),
+            [1.0, 10.0, 100.0].map(|v| ticks.position(v).unwrap()),
             [0.0, 0.5, 1.0]
         );
         assert_eq!(
-            (ticks.place(0.0), ticks.place(-1.0), ticks.place(f64::NAN)),
+            (
+                ticks.position(0.0),
+                ticks.position(-1.0),
+                ticks.position(f64::NAN)
+            ),
             (None, None, None)
         );
         let ticks = axis(Scale::Linear).ticks(4);
         assert_eq!(
-            [0.0, 50.0, 100.0].map(|v| ticks.place(v).unwrap()),
+            [0.0, 50.0, 100.0].map(|v| ticks.position(v).unwrap()),
             [0.0, 0.5, 1.0]
         );
     }
 
     #[test]
-    fn what_has_no_place_makes_no_axis() {
+    fn values_without_a_position_make_no_axis() {
         let over = |scale, values: &[f64]| {
             Axis::over("", scale, |v| v.to_string(), values.iter().copied()).is_some()
         };
@@ -254,20 +255,20 @@ mod tests {
     }
 
     #[test]
-    fn a_tight_axis_ends_with_its_values() {
+    fn a_fitted_axis_ends_with_its_values() {
         let ticks = Axis::over("", Scale::Linear, |v| v.to_string(), [0.0, 161.0])
             .unwrap()
-            .tight()
+            .fit()
             .ticks(4);
         assert_eq!(
-            (ticks.marks.as_slice(), ticks.place(161.0)),
+            (ticks.marks.as_slice(), ticks.position(161.0)),
             ([0.0, 50.0, 100.0, 150.0].as_slice(), Some(1.0))
         );
     }
 
     #[test]
-    fn whole_axes_have_whole_ticks() {
+    fn integer_ticks_are_integers() {
         let axis = Axis::over("", Scale::Linear, |v| v.to_string(), [0.0, 2.0]).unwrap();
-        assert_eq!(axis.whole().ticks(6).marks, [0.0, 1.0, 2.0]);
+        assert_eq!(axis.integer_ticks().ticks(6).marks, [0.0, 1.0, 2.0]);
     }
 }

@@ -1,11 +1,11 @@
-//! Series over two axes.
+//! Plots as SVG: lines, marks, bands and limits over two axes.
 //!
-//! Owns the plot's frame, grid, series and limits. Takes an axis for each side and what to draw between them, returns an SVG.
-//! Colour never tells two series apart alone: lines, marks, bands and limits differ in form. Knows nothing of runs.
+//! Owns geometry and SVG text; colours and fonts are the page's, by class names. A value that is not finite, or has no position
+//! on a logarithmic axis, interrupts its line. Lines, marks, bands and limits differ in form, not in colour alone. Knows nothing
+//! of runs.
 
-use super::axis::Ticks;
-use super::{Axis, label, picture, segment, text_width, tick_row};
-use crate::report::markup::escape;
+use super::axis::{Axis, Ticks};
+use crate::report::templates::escape;
 
 /// Height of a line of labels, in pixels.
 const LINE: f64 = 16.0;
@@ -16,20 +16,20 @@ const TICK_Y: f64 = 36.0;
 /// One marked value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Mark {
-    /// Its place.
+    /// Position.
     pub at: [f64; 2],
-    /// What a pointer over it shows.
-    pub says: String,
-    /// What stands beside it, where anything does.
+    /// Tooltip.
+    pub tooltip: String,
+    /// Text next to it.
     pub label: Option<String>,
 }
 
-/// How a series is drawn.
+/// Form of a series.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Shape {
     /// A line through the points.
     Line(Vec<[f64; 2]>),
-    /// A diamond at each.
+    /// Diamonds.
     Marks(Vec<Mark>),
     /// The area between two values, as [x, low, high].
     Band(Vec<[f64; 3]>),
@@ -38,16 +38,16 @@ pub enum Shape {
 /// A series.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Series {
-    /// For the legend.
+    /// Legend entry; empty: none.
     pub name: String,
-    /// Its class, which the page colours.
+    /// CSS class.
     pub class: &'static str,
     /// Its form.
     pub shape: Shape,
 }
 
 impl Series {
-    /// Where its line or marks lie.
+    /// Its points, for axis ranges.
     pub fn points(&self) -> Vec<[f64; 2]> {
         match &self.shape {
             Shape::Line(points) => points.clone(),
@@ -59,7 +59,7 @@ impl Series {
         }
     }
 
-    /// The last value of a line; `None` of any other form.
+    /// Last value of a line; `None` for any other form.
     pub fn end(&self) -> Option<f64> {
         match &self.shape {
             Shape::Line(points) => points.last().map(|[_, y]| *y).filter(|y| y.is_finite()),
@@ -77,20 +77,20 @@ pub enum Rule {
     Y(f64, String),
 }
 
-/// Two axes and what lies between them.
+/// Series and limits over two axes.
 #[derive(Debug, Clone)]
 pub struct Plot {
-    /// The picture's name.
+    /// SVG title.
     pub title: String,
-    /// What it shows, in words.
+    /// SVG description.
     pub desc: String,
-    /// Along the bottom.
+    /// Horizontal axis.
     pub x: Axis,
-    /// Up the left side.
+    /// Vertical axis.
     pub y: Axis,
-    /// Drawn in this order.
+    /// In drawing order.
     pub series: Vec<Series>,
-    /// Drawn under them.
+    /// Below the series.
     pub rules: Vec<Rule>,
     /// In pixels.
     pub height: f64,
@@ -108,11 +108,11 @@ struct Frame {
 
 impl Frame {
     fn x(&self, value: f64) -> Option<f64> {
-        Some(self.left + self.x.place(value)? * (self.right - self.left))
+        Some(self.left + self.x.position(value)? * (self.right - self.left))
     }
 
     fn y(&self, value: f64) -> Option<f64> {
-        Some(self.bottom - self.y.place(value)? * (self.bottom - self.top))
+        Some(self.bottom - self.y.position(value)? * (self.bottom - self.top))
     }
 
     fn point(&self, [x, y]: [f64; 2]) -> Option<[f64; 2]> {
@@ -121,26 +121,27 @@ impl Frame {
 }
 
 impl Plot {
-    /// The picture, `width` pixels wide; `id` is unique on its page.
+    /// SVG of `width` pixels; `id` is unique on its page.
     pub fn svg(&self, id: &str, width: f64) -> String {
         let frame = self.frame(width);
         let mut body = self.grid(&frame);
         body.extend(self.rules.iter().map(|rule| draw_rule(&frame, rule)));
         body.extend(self.series.iter().map(|series| draw(&frame, series)));
-        picture(id, &self.title, &self.desc, [width, self.height], &body)
+        svg_element(id, &self.title, &self.desc, [width, self.height], &body)
     }
 
-    /// The vertical labels are as wide as the widest; a fixed width per side would shift plots under one another, so a plot that
-    /// shares another's horizontal axis keeps at least the width of seven characters.
+    /// The left margin holds the widest vertical label, at least seven characters, so that stacked plots align.
     fn frame(&self, width: f64) -> Frame {
-        let (top, bottom) = (LINE + 8.0, self.height - 2.0 * LINE - 6.0);
+        let top = LINE + 8.0;
+        let bottom = self.height - 2.0 * LINE - 6.0;
         let y = self.y.ticks(((bottom - top) / TICK_Y) as usize);
         let widest = y
             .marks
             .iter()
             .map(|mark| text_width(&(self.y.form)(*mark)))
             .fold(text_width("0000000"), f64::max);
-        let (left, right) = (widest + 8.0, width - 14.0);
+        let left = widest + 8.0;
+        let right = width - 14.0;
         Frame {
             left,
             right,
@@ -169,19 +170,19 @@ impl Plot {
                 &(self.y.form)(*mark),
             );
         }
-        let places: Vec<(f64, String)> = frame
+        let ticks: Vec<(f64, String)> = frame
             .x
             .marks
             .iter()
             .filter_map(|mark| Some((frame.x(*mark)?, (self.x.form)(*mark))))
             .collect();
         body.extend(
-            places
+            ticks
                 .iter()
                 .map(|(x, _)| segment("grid", [*x, frame.bottom], [*x, frame.bottom + 4.0])),
         );
         // The last label ends with the picture.
-        body += &tick_row(places.into_iter(), frame.right + 13.0, frame.bottom + LINE);
+        body += &tick_row(ticks.into_iter(), frame.right + 13.0, frame.bottom + LINE);
         body + &segment(
             "base",
             [frame.left, frame.bottom],
@@ -193,13 +194,13 @@ impl Plot {
 fn draw_rule(frame: &Frame, rule: &Rule) -> String {
     let drawn = match rule {
         Rule::X(at, text) => frame.x(*at).map(|x| {
-            let (anchor, beside) = if x > (frame.left + frame.right) / 2.0 {
+            let (anchor, text_x) = if x > (frame.left + frame.right) / 2.0 {
                 ("end", x - 5.0)
             } else {
                 ("start", x + 5.0)
             };
             let line = segment("rule", [x, frame.top - 4.0], [x, frame.bottom]);
-            line + &label("limit", anchor, [beside, frame.top + 8.0], text)
+            line + &label("limit", anchor, [text_x, frame.top + 8.0], text)
         }),
         Rule::Y(at, text) => frame.y(*at).map(|y| {
             // Under the line where the axis's name stands above it.
@@ -246,9 +247,9 @@ fn draw_mark(frame: &Frame, class: &str, mark: &Mark) -> Option<String> {
     let diamond = format!(
         "<path class=\"mark {class}\" d=\"M{x:.1} {:.1}l5 5l-5 5l-5 -5z\"><title>{}</title></path>\n",
         y - 5.0,
-        escape(&mark.says)
+        escape(&mark.tooltip)
     );
-    let beside = mark.label.as_ref().map(|text| {
+    let text = mark.label.as_ref().map(|text| {
         let (anchor, x) = if x > (frame.left + frame.right) / 2.0 {
             ("end", x - 8.0)
         } else {
@@ -256,10 +257,10 @@ fn draw_mark(frame: &Frame, class: &str, mark: &Mark) -> Option<String> {
         };
         label("value", anchor, [x, (y - 8.0).max(frame.top + 8.0)], text)
     });
-    Some(diamond + &beside.unwrap_or_default())
+    Some(diamond + &text.unwrap_or_default())
 }
 
-/// SVG's path data; a point without a place lifts the pen.
+/// SVG path data; a point without a position starts a new segment.
 fn path(points: impl Iterator<Item = Option<[f64; 2]>>) -> String {
     let (mut data, mut down) = (String::new(), false);
     for point in points {
@@ -271,15 +272,80 @@ fn path(points: impl Iterator<Item = Option<[f64; 2]>>) -> String {
     data
 }
 
+/// Width in pixels of a character of 12 px in the widest likely font (DejaVu Sans, 0.636 em).
+const CHARACTER: f64 = 7.7;
+
+/// Width of a label in pixels.
+fn text_width(text: &str) -> f64 {
+    text.chars().count() as f64 * CHARACTER
+}
+
+/// An SVG of `width` by `height` pixels with title and description. `id` is unique on its page.
+fn svg_element(id: &str, title: &str, desc: &str, [width, height]: [f64; 2], body: &str) -> String {
+    format!(
+        "<svg role=\"img\" aria-labelledby=\"{id}-t {id}-d\" viewBox=\"0 0 {width:.0} {height:.0}\" width=\"{width:.0}\" \
+         height=\"{height:.0}\">\n<title id=\"{id}-t\">{}</title>\n<desc id=\"{id}-d\">{}</desc>\n{body}</svg>\n",
+        escape(title),
+        escape(desc)
+    )
+}
+
+/// A label; `anchor` is SVG's: start, middle or end.
+fn label(class: &str, anchor: &str, [x, y]: [f64; 2], text: &str) -> String {
+    format!(
+        "<text class=\"{class}\" text-anchor=\"{anchor}\" x=\"{x:.1}\" y=\"{y:.1}\">{}</text>\n",
+        escape(text)
+    )
+}
+
+/// The labels under a horizontal axis, centred at their ticks and inside `width`; one that would touch the label before it is left out.
+fn tick_row(ticks: impl Iterator<Item = (f64, String)>, width: f64, y: f64) -> String {
+    let (mut row, mut end) = (String::new(), f64::NEG_INFINITY);
+    for (x, text) in ticks {
+        let half = text_width(&text) / 2.0;
+        let x = x.min(width - half).max(half);
+        if x - half >= end + CHARACTER {
+            row += &label("tick", "middle", [x, y], &text);
+            end = x + half;
+        }
+    }
+    row
+}
+
+fn segment(class: &str, [x1, y1]: [f64; 2], [x2, y2]: [f64; 2]) -> String {
+    format!(
+        "<line class=\"{class}\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>\n"
+    )
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::Scale;
     use super::*;
+    use crate::report::chart::Scale;
+
+    #[test]
+    fn labels_that_would_touch_are_left_out() {
+        // Four characters of 7.7 px are 30.8 wide: at 10 the first is moved to 15.4 and ends at 30.8, so the next begins at 38.5 or later.
+        let row = tick_row(
+            [10.0, 53.0, 54.0, 95.0]
+                .map(|x| (x, "1234".to_string()))
+                .into_iter(),
+            100.0,
+            5.0,
+        );
+        let places: Vec<&str> = row
+            .split(" x=\"")
+            .skip(1)
+            .map(|rest| rest.split('"').next().unwrap())
+            .collect();
+        assert_eq!(places, ["15.4", "54.0"]);
+    }
 
     fn plot(series: Vec<Series>, rules: Vec<Rule>) -> Plot {
         let axis =
             |label: &str| Axis::over(label, Scale::Linear, |v| v.to_string(), [0.0, 10.0]).unwrap();
-        let (title, desc) = ("a <title>".to_string(), "what \"it\" shows".to_string());
+        let title = "a <title>".to_string();
+        let desc = "what \"it\" shows".to_string();
         Plot {
             title,
             desc,
@@ -320,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_at_the_top_is_named_under_its_line() {
+    fn a_limit_at_the_top_has_its_name_below() {
         // The line of 10 lies on the top edge, 24 px down, where the axis's name ends; that of 5 at 93 px has room above.
         for (at, baseline) in [(10.0, "38.0"), (5.0, "88.0")] {
             let svg = plot(Vec::new(), vec![Rule::Y(at, "the limit".to_string())]).svg("p", 300.0);
@@ -333,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_lifts_the_pen() {
+    fn values_that_are_not_finite_interrupt_the_line() {
         let broken = [Some([1.0, 2.0]), None, Some([3.0, 4.0]), Some([5.0, 6.0])];
         assert_eq!(path(broken.into_iter()), "M1.0 2.0M3.0 4.0L5.0 6.0");
         let line = Shape::Line(vec![[0.0, f64::NAN], [f64::INFINITY, 1.0]]);

@@ -1,8 +1,6 @@
-//! A run's course for its charts: what had been spent when each step was done.
+//! A run over time, for its charts: `steps.jsonl` joined with `ledger.jsonl`.
 //!
-//! Owns the joining of `steps.jsonl` with `ledger.jsonl`. Takes both as read, returns points in the order of steps. Spending on
-//! evaluations, saves and steps that a crash took back is in every later point, so that the last one is the run's total. Knows
-//! nothing of charts.
+//! Every point includes all that was spent before it: evaluations, checkpoints and steps lost in a crash. Knows nothing of charts.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,7 +13,7 @@ use crate::report::types::{Meter, Report};
 use crate::train::StepRecord;
 use crate::units::{Joules, Seconds};
 
-/// What a run wrote step by step.
+/// Steps and ledger of a run.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct History {
     /// `steps.jsonl`.
@@ -24,39 +22,39 @@ pub struct History {
     pub entries: Vec<Entry>,
 }
 
-/// A step with what the whole run had spent when it was done.
+/// A step with the run's spending up to its end.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Point {
     /// From 1.
     pub step: u64,
-    /// Everything spent by then, on the report's meter.
+    /// Energy on the chosen meter.
     pub spent: Joules,
-    /// FLOPs executed by then.
+    /// Executed FLOPs.
     pub flops: u64,
-    /// Wall time of all that was metered by then.
+    /// Metered wall time.
     pub wall: Seconds,
     /// Training loss, nats per loss token.
     pub loss: Option<f64>,
-    /// The learning rate used.
+    /// Learning rate.
     pub lr: f64,
-    /// Validation loss, where the step was followed by an evaluation.
+    /// On steps followed by an evaluation.
     pub val_loss: Option<f64>,
 }
 
-/// The points of a run.
+/// The run, step by step.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Course {
-    /// What was spent before the first step.
+pub struct Timeline {
+    /// Energy spent before the first step.
     pub before: Joules,
-    /// One a step, ascending.
+    /// In the order of steps.
     pub points: Vec<Point>,
 }
 
 impl History {
-    /// Reads both files. A file that is not there holds nothing: a run that ended before its first step has no steps.
+    /// Reads both files; a missing file is empty, as after a run that ended before its first step.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] naming the line that is none.
+    /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] naming a malformed line.
     pub fn read(steps: &Path, ledger: &Path) -> Result<Self> {
         let steps = if steps.exists() {
             read_steps(steps)?
@@ -71,9 +69,11 @@ impl History {
         Ok(Self { steps, entries })
     }
 
-    /// The steps that both files and the report know, on this meter.
-    pub(super) fn course(&self, report: &Report, meter: Meter) -> Course {
-        let (mut sum, mut before, mut after) = (Spent::default(), None, BTreeMap::new());
+    /// The steps that both files and the report contain, with energy on `meter`.
+    pub(super) fn timeline(&self, report: &Report, meter: Meter) -> Timeline {
+        let mut sum = Spent::default();
+        let mut before = None;
+        let mut after = BTreeMap::new();
         for entry in &self.entries {
             if entry.phase == Phase::Train {
                 before.get_or_insert(sum.energy);
@@ -84,7 +84,7 @@ impl History {
                 time: entry.wall_s,
             };
             if entry.phase == Phase::Train {
-                // A step done again after a crash stands where it was done last.
+                // A step repeated after a crash counts where it was last done.
                 after.insert(entry.step, sum);
             }
         }
@@ -98,18 +98,17 @@ impl History {
                 flops,
                 time,
             } = *after.get(&record.step)?;
-            let (step, spent, wall) = (record.step, energy.joules(), time);
             Some(Point {
-                step,
-                spent,
+                step: record.step,
+                spent: energy.joules(),
                 flops,
-                wall,
+                wall: time,
                 loss: record.loss,
                 lr: record.lr,
                 val_loss: record.val_loss,
             })
         });
-        Course {
+        Timeline {
             before: before.unwrap_or(sum.energy).joules(),
             points: points.collect(),
         }
@@ -150,9 +149,9 @@ mod tests {
     }
 
     #[test]
-    fn evaluations_and_lost_steps_are_in_what_was_spent() {
+    fn evaluations_and_lost_steps_are_included() {
         let mut report: Report =
-            serde_json::from_str(include_str!("../../../tests/fixtures/report.json")).unwrap();
+            serde_json::from_str(include_str!("../../tests/fixtures/report.json")).unwrap();
         report.training.steps = 2;
         let entries = vec![
             entry(Phase::Load, 0, 1.0),
@@ -163,16 +162,16 @@ mod tests {
             entry(Phase::Train, 2, 10.0),
             entry(Phase::Eval, 2, 2.0),
         ];
-        // Step 3 is of a continuation that the report does not know yet.
+        // Step 3 is of a resumed run that the report does not include yet.
         let history = History {
             steps: vec![record(1), record(2), record(3)],
             entries,
         };
-        let course = history.course(&report, Meter::Counted);
-        assert_eq!(course.before, Joules(3.0));
+        let timeline = history.timeline(&report, Meter::Counted);
+        assert_eq!(timeline.before, Joules(3.0));
         // 1 + 2 + 10 = 13; 13 + 10 + 5 + 10 = 38: the first try of step 2 was spent too.
         assert_eq!(
-            course
+            timeline
                 .points
                 .iter()
                 .map(|p| (p.step, p.spent))

@@ -1,15 +1,15 @@
-//! How a figure is written on a page: joules with watt-hours beside them, counts in groups, ratios in words.
+//! Figures as text: joules with watt-hours, grouped counts, ratios, ranges, chart ticks.
 //!
-//! Owns the forms alone. Takes quantities, returns texts; what is absent or not finite becomes `UNKNOWN`, so that no page ever
-//! shows a NaN. Knows nothing of reports.
+//! A figure that is absent or not finite becomes [`UNKNOWN`]. Knows nothing of reports.
 
 use std::fmt::Display;
 
 use serde::Serialize;
 
+use crate::energy::Interval;
 use crate::units::{Flops, GramsCo2e, Joules, Seconds, significant};
 
-/// What stands where nothing is known.
+/// Text of an unknown figure.
 pub const UNKNOWN: &str = "not known";
 
 /// `text` where `value` is finite.
@@ -21,7 +21,7 @@ fn finite(value: f64, text: impl FnOnce() -> String) -> String {
     }
 }
 
-/// Joules with watt-hours beside them: "18 kJ (5 Wh)".
+/// Joules with watt-hours: "18 kJ (5 Wh)".
 pub fn energy(value: Joules) -> String {
     or_none(value.0, "0 J", || {
         format!("{value} ({})", watt_hours(value))
@@ -57,12 +57,12 @@ pub fn flops(value: Flops) -> String {
     finite(value.0, || value.to_string())
 }
 
-/// A time as a person says it.
+/// A duration in words.
 pub fn time(value: Seconds) -> String {
     or_none(value.0, "0 s", || value.spoken())
 }
 
-/// `text` where `value` is finite, in the plain unit where it is nothing.
+/// `text` where `value` is finite; a zero in its plain unit.
 fn or_none(value: f64, nothing: &str, text: impl FnOnce() -> String) -> String {
     if value == 0.0 {
         nothing.to_string()
@@ -76,7 +76,7 @@ pub fn number(value: f64) -> String {
     finite(value, || significant(value))
 }
 
-/// `part` of `whole` in per cent; what is not nothing and not all is not rounded to either.
+/// `part` of `whole` in per cent; never rounded to 0 % or 100 %.
 pub fn share(part: f64, whole: f64) -> String {
     let percent = part / whole * 100.0;
     finite(percent, || match percent {
@@ -99,7 +99,7 @@ pub fn times(ratio: f64) -> String {
     })
 }
 
-/// About three significant digits, for what is not known better.
+/// About three significant digits.
 fn three_digits(value: f64) -> String {
     match value.abs() {
         100.0.. => format!("{value:.0}"),
@@ -109,7 +109,7 @@ fn three_digits(value: f64) -> String {
     }
 }
 
-/// The word that `report.json` has for a meter, a phase or a label.
+/// The name of a meter, phase or label in `report.json`.
 pub fn word(value: impl Serialize) -> String {
     let word = serde_json::to_value(value)
         .ok()
@@ -134,15 +134,67 @@ pub fn counted(value: u64, noun: &str) -> String {
     format!("{} {noun}{plural}", count(value))
 }
 
-/// "between 2 J and 4 J", where both ends are known and are not written alike.
-pub fn between<T>(low: Option<T>, high: Option<T>, form: impl Fn(T) -> String) -> Option<String> {
-    let (low, high) = (form(low?), form(high?));
-    (low != high).then(|| format!("between {low} and {high}"))
+/// "range 2.866 to 4.298 kJ"; `None` where both ends read alike.
+pub fn range<T: Copy>(interval: &Interval<T>, form: impl Fn(T) -> String) -> Option<String> {
+    let low = form(interval.low);
+    let high = form(interval.high);
+    (low != high).then(|| format!("range {}", span(&low, &high)))
+}
+
+/// "2.866 to 4.298 kJ": a unit that both ends share is written once.
+pub fn span(low: &str, high: &str) -> String {
+    match (low.rsplit_once(' '), high.rsplit_once(' ')) {
+        (Some((number, unit)), Some((_, same))) if unit == same => format!("{number} to {high}"),
+        _ => format!("{low} to {high}"),
+    }
 }
 
 /// `value` as `form` writes it, or [`UNKNOWN`].
 pub fn or_unknown<T, S: Display>(value: Option<T>, form: impl FnOnce(T) -> S) -> String {
     value.map_or_else(|| UNKNOWN.to_string(), |value| form(value).to_string())
+}
+
+/// A tick of an energy axis: "20 J".
+pub fn energy_tick(value: f64) -> String {
+    if value == 0.0 {
+        "0".to_string()
+    } else {
+        Joules(value).to_string()
+    }
+}
+
+/// A tick of an emissions axis: "2 mg". The axis label names CO2e.
+pub fn mass_tick(value: f64) -> String {
+    if value == 0.0 {
+        "0".to_string()
+    } else {
+        GramsCo2e(value).to_string().replace("CO2e", "")
+    }
+}
+
+/// A plain tick: "0.05", "2e-4".
+pub fn number_tick(value: f64) -> String {
+    match value.abs() {
+        size if size == 0.0 || (1e-3..1e6).contains(&size) => number(value),
+        _ => {
+            let text = format!("{value:.2e}");
+            let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+            format!(
+                "{}e{exponent}",
+                digits.trim_end_matches('0').trim_end_matches('.')
+            )
+        }
+    }
+}
+
+/// A tick of a percentage axis: "20 %".
+pub fn percent_tick(value: f64) -> String {
+    format!("{} %", number((value * 1000.0).round() / 10.0))
+}
+
+/// A tick of a step axis: "1,500".
+pub fn step_tick(value: f64) -> String {
+    count(value.max(0.0).round() as u64)
 }
 
 #[cfg(test)]
@@ -177,6 +229,20 @@ mod tests {
     }
 
     #[test]
+    fn a_range_names_a_shared_unit_once() {
+        let interval = Interval {
+            low: Joules(40.0),
+            central: Joules(50.0),
+            high: Joules(60.0),
+        };
+        let text = |joules: Joules| joules.to_string();
+        assert_eq!(range(&interval, text).unwrap(), "range 40 to 60 J");
+        assert_eq!(range(&Interval::exact(Joules(2.0)), text), None);
+        assert_eq!(span("900 J", "1.1 kJ"), "900 J to 1.1 kJ");
+        assert_eq!(span("1.2", "1.3"), "1.2 to 1.3");
+    }
+
+    #[test]
     fn what_is_not_finite_is_not_known() {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let shown = [
@@ -189,5 +255,17 @@ mod tests {
             assert!(shown.iter().all(|text| text == UNKNOWN), "{shown:?}");
         }
         assert_eq!(share(0.0, 0.0), UNKNOWN);
+    }
+
+    #[test]
+    fn ticks_are_short() {
+        assert_eq!([0.0, 20.0, 1e9].map(energy_tick), ["0", "20 J", "1 GJ"]);
+        assert_eq!([0.0, 0.002, 1000.0].map(mass_tick), ["0", "2 mg", "1 kg"]);
+        assert_eq!(
+            [0.0, 0.05, 2e-4, 1.5e-5, 1e6].map(number_tick),
+            ["0", "0.05", "2e-4", "1.5e-5", "1e6"]
+        );
+        assert_eq!([0.2, 0.9961].map(percent_tick), ["20 %", "99.6 %"]);
+        assert_eq!(step_tick(1500.0), "1,500");
     }
 }

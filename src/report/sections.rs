@@ -1,0 +1,475 @@
+//! The report as sections of paragraphs, tables and lists, before layout.
+//!
+//! Owns what a report shows and in which order; every page lays out the same sections, so that all show the same figures.
+//! Knows nothing of files, templates or terminals.
+
+use serde::Serialize;
+
+use super::energy::{self, HostLeftOut};
+use super::text::Table;
+use super::types::{Amounts, Budget, Memory, Meter, Report};
+use super::{baselines, format, inference};
+use crate::energy::Limit;
+use crate::energy::interval::{MODEL_FACTOR, TIMED_FACTOR};
+use crate::units::{Bytes, Joules};
+
+/// A part of a section. Text between backticks is code.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Block {
+    /// One paragraph.
+    Paragraph(String),
+    /// A table.
+    Table(Table),
+    /// A list.
+    Bullets(Vec<String>),
+    /// Preformatted text.
+    Verbatim {
+        /// Its caption.
+        caption: &'static str,
+        /// The text.
+        text: String,
+    },
+}
+
+/// A heading and its blocks.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Section {
+    /// The heading.
+    pub title: &'static str,
+    /// In reading order.
+    pub blocks: Vec<Block>,
+}
+
+/// Every section in reading order; empty ones are left out.
+pub fn sections(report: &Report) -> Vec<Section> {
+    let reconciliation = report.energy.reconciliation.as_ref();
+    let all = [
+        ("Result", result(report)),
+        ("Memory", memory(report)),
+        ("Energy by phase", energy::by_phase(&report.energy)),
+        ("Energy by component", energy::by_component(&report.energy)),
+        ("Energy by meter", energy::by_meter(&report.energy)),
+        (
+            "Measured vs counted",
+            energy::reconciliation(reconciliation),
+        ),
+        ("Comparison", baselines::comparison(report)),
+        ("Budget", budget(report)),
+        ("Emissions", emissions(report)),
+        ("Inference", inference::section(report.inference.as_ref())),
+        ("Data", data(report)),
+        ("Warnings", bullets(report.warnings.clone())),
+        ("Sample", sample(report)),
+        ("Assumptions and sources", bullets(assumptions(report))),
+        ("Limitations", bullets(limitations(report))),
+        ("Environment", environment(report)),
+    ];
+    all.into_iter()
+        .filter(|(_, blocks)| !blocks.is_empty())
+        .map(|(title, blocks)| Section { title, blocks })
+        .collect()
+}
+
+/// A list; no block where it is empty.
+pub(super) fn bullets(items: Vec<String>) -> Vec<Block> {
+    if items.is_empty() {
+        Vec::new()
+    } else {
+        vec![Block::Bullets(items)]
+    }
+}
+
+fn result(report: &Report) -> Vec<Block> {
+    let training = &report.training;
+    let model = &report.model;
+    let trainable = report.adapter.trainable_parameters;
+    let share = format::share(trainable as f64, model.parameters as f64);
+    let count = format::count(model.parameters);
+    let loss = |loss| format::or_unknown(loss, format::number);
+    let mut rows = vec![
+        (
+            "model",
+            format!("`{}`, {}, {count} parameters", model.id, model.architecture),
+        ),
+        (
+            "trainable parameters",
+            format!("{} ({share} of all parameters)", format::count(trainable)),
+        ),
+        ("steps", format::count(training.steps)),
+        ("stop reason", format!("`{}`", training.stop_reason)),
+        ("validation loss before", loss(training.val_loss_before)),
+        ("validation loss after", loss(training.val_loss_after)),
+        ("last training loss", loss(training.train_loss_last)),
+        ("tokens per second", loss(training.tokens_per_second)),
+        ("wall time", format::time(training.wall_s)),
+    ];
+    if let Some(tokens) = training.tokens {
+        rows.insert(3, ("training tokens", format::count(tokens)));
+    }
+    if let Some(best) = &training.best {
+        let step = format::count(best.step);
+        let loss = format::number(best.val_loss);
+        let place = format!("step {step}, loss {loss}, `{}`", best.path);
+        rows.push(("best checkpoint", place));
+    }
+    let unit = "Losses are in nats per token, over tokens with a loss.";
+    vec![
+        Block::Table(Table::pairs(["result", "value"], rows)),
+        Block::Paragraph(unit.to_string()),
+    ]
+}
+
+/// The measured peak, then the forecast.
+fn memory(report: &Report) -> Vec<Block> {
+    let peak = report.training.peak_rss_bytes;
+    let measured = ("measured peak", format::or_unknown(peak, |bytes| bytes));
+    let forecast = report.memory.iter().flat_map(memory_parts);
+    let rows = [measured]
+        .into_iter()
+        .chain(forecast.map(|(name, bytes)| (name, bytes.to_string())));
+    vec![Block::Table(Table::pairs(
+        ["memory", "size"],
+        rows.collect(),
+    ))]
+}
+
+/// The forecast and its parts, by name.
+pub(super) fn memory_parts(memory: &Memory) -> [(&'static str, Bytes); 6] {
+    [
+        ("forecast: total", memory.peak_bytes),
+        ("forecast: weights", memory.weights),
+        (
+            "forecast: trainable parameters and optimizer",
+            memory.trained,
+        ),
+        ("forecast: activations", memory.activations),
+        ("forecast: logits and temporaries", memory.temporaries),
+        ("forecast: executable", memory.program),
+    ]
+}
+
+/// A limit of the recipe, as text.
+pub(super) struct BudgetRow {
+    pub(super) limit: Limit,
+    pub(super) allowed: String,
+    pub(super) spent: String,
+    pub(super) used: String,
+}
+
+/// The limits that were set, in the recipe's order.
+pub(super) fn budget_rows(budget: &Budget) -> Vec<BudgetRow> {
+    const LIMITS: [Limit; 5] = [
+        Limit::Energy,
+        Limit::Carbon,
+        Limit::Flops,
+        Limit::Time,
+        Limit::Cost,
+    ];
+    let row = |limit: Limit| {
+        let allowed = Amount::new(&budget.limits, limit)?;
+        let spent = Amount::new(&budget.spent, limit);
+        Some(BudgetRow {
+            limit,
+            used: format::or_unknown(spent.as_ref(), |spent| {
+                format::share(spent.size, allowed.size)
+            }),
+            spent: format::or_unknown(spent, |spent| spent.text),
+            allowed: allowed.text,
+        })
+    };
+    LIMITS.into_iter().filter_map(row).collect()
+}
+
+/// An amount of a limited quantity.
+struct Amount {
+    size: f64,
+    text: String,
+}
+
+impl Amount {
+    fn new(amounts: &Amounts, limit: Limit) -> Option<Self> {
+        let (size, text) = match limit {
+            Limit::Energy => amounts
+                .energy_j
+                .map(|joules| (joules.0, format::energy(joules))),
+            Limit::Carbon => amounts
+                .carbon_gco2e
+                .map(|grams| (grams.0, format::carbon(grams))),
+            Limit::Flops => amounts.flops.map(|flops| (flops.0, format::flops(flops))),
+            Limit::Time => amounts.time_s.map(|time| (time.0, format::time(time))),
+            Limit::Cost => {
+                let money = amounts.cost.as_ref();
+                money.map(|money| (money.amount, money.to_string()))
+            }
+        }?;
+        Some(Self { size, text })
+    }
+}
+
+fn budget(report: &Report) -> Vec<Block> {
+    let rows = budget_rows(&report.budget);
+    let money = money(&report.budget).map(Block::Paragraph);
+    if rows.is_empty() {
+        let none = Block::Paragraph("No budget set.".to_string());
+        return [none].into_iter().chain(money).collect();
+    }
+    let mut table = Table::new(&["budget", "limit", "spent", "used", "stopped the run"]);
+    for row in rows {
+        let stopped = report.training.stop_reason.budget() == Some(row.limit);
+        table.row([
+            row.limit.as_str().to_string(),
+            row.allowed,
+            row.spent,
+            row.used,
+            if stopped { "yes" } else { "no" }.to_string(),
+        ]);
+    }
+    let overshoot = report
+        .budget
+        .overshoot_j
+        .map(|over| Block::Paragraph(overshoot(over, report.budget.margin_j)));
+    [Block::Table(table)]
+        .into_iter()
+        .chain(money)
+        .chain(overshoot)
+        .collect()
+}
+
+/// Energy beyond the budget, and its upper bound on a sensor.
+fn overshoot(over: Joules, margin: Option<Joules>) -> String {
+    let exceeded = if over.0 > 0.0 {
+        format!(
+            "The energy budget was exceeded by {}.",
+            format::energy(over)
+        )
+    } else {
+        "The energy budget was not exceeded.".to_string()
+    };
+    match margin.filter(|margin| margin.0 > 0.0) {
+        Some(margin) => format!(
+            "{exceeded} On a sensor, step costs are predicted: the last step and what followed it cost {} more than predicted.",
+            format::energy(margin)
+        ),
+        None => exceeded,
+    }
+}
+
+/// Cost at the recipe's price.
+fn money(budget: &Budget) -> Option<String> {
+    let cost = budget.spent.cost.as_ref()?;
+    let bounds = budget
+        .spent_low
+        .cost
+        .as_ref()
+        .zip(budget.spent_high.cost.as_ref());
+    let range = bounds.map(|(low, high)| format!(", range {low} to {high}"));
+    Some(format!(
+        "At the recipe's price, the run cost {cost}{}.",
+        range.unwrap_or_default()
+    ))
+}
+
+fn emissions(report: &Report) -> Vec<Block> {
+    let carbon = &report.carbon;
+    let total = report.energy.total.central;
+    let facility = carbon.pue * total;
+    let overhead = format::energy(facility - total);
+    let pue = format::number(carbon.pue.value());
+    let intensity = format::number(carbon.gco2e_per_kwh.0);
+    let year = format::or_unknown(carbon.year, |year| year);
+    let host = report.energy.host_left_out;
+    let name = if host.is_some() {
+        "device energy"
+    } else {
+        "machine energy"
+    };
+    let mut rows = vec![(name, format::energy(total))];
+    rows.extend(host.map(|host| ("host machine, not included", host_energy(host, total))));
+    rows.extend([
+        ("facility overhead", format!("{overhead} (PUE {pue})")),
+        ("facility energy", format::energy(facility)),
+        (
+            "grid",
+            format!("`{}`, {intensity} gCO2e/kWh, year {year}", carbon.grid),
+        ),
+    ]);
+    rows.extend(carbon.place.clone().map(|place| ("location", place)));
+    rows.extend(carbon.basis.clone().map(|basis| ("intensity scope", basis)));
+    rows.push(("emissions", format::carbon(carbon.emissions.central)));
+    let range = format::range(&carbon.emissions, format::carbon);
+    rows.extend(range.map(|range| ("range", range.replace("range ", ""))));
+    let made = match carbon.embodied_gco2e {
+        Some(embodied) => format::carbon(embodied),
+        None => "not known for this device".to_string(),
+    };
+    rows.push(("device manufacturing, not included", made));
+    let hash = carbon.dataset_sha256.as_ref();
+    rows.extend(hash.map(|hash| ("SHA-256 of the grid tables", format!("`{hash}`"))));
+    vec![Block::Table(Table::pairs(
+        ["emissions of electricity", "value"],
+        rows,
+    ))]
+}
+
+/// Energy of the host while the device takes `energy`.
+fn host_energy(host: HostLeftOut, energy: Joules) -> String {
+    match host.share.zip(host.times()) {
+        Some((share, times)) => format!(
+            "about {}: {} of the machine's power",
+            format::energy(energy * (times - 1.0)),
+            format::share(share, 1.0)
+        ),
+        None => "share not known".to_string(),
+    }
+}
+
+fn data(report: &Report) -> Vec<Block> {
+    let data = &report.data;
+    let code = |text: &String| format!("`{text}`");
+    let mut rows = vec![
+        ("records", format::count(data.examples)),
+        ("tokens", format::count(data.tokens)),
+        ("loss tokens", format::count(data.loss_tokens)),
+        ("truncated to `max_length`", format::count(data.truncated)),
+        (
+            "dropped: nothing left to train on",
+            format::count(data.dropped),
+        ),
+        ("skipped: could not be read", format::count(data.skipped)),
+    ];
+    if !data.sources.is_empty() {
+        let sources: Vec<String> = data.sources.iter().map(code).collect();
+        rows.push(("source", sources.join(", ")));
+    }
+    rows.extend(
+        data.fingerprint
+            .as_ref()
+            .map(|hash| ("fingerprint", code(hash))),
+    );
+    vec![Block::Table(Table::pairs(["training set", "count"], rows))]
+}
+
+fn sample(report: &Report) -> Vec<Block> {
+    let Some(sample) = &report.sample else {
+        return Vec::new();
+    };
+    let verbatim = |caption, text: &String| Block::Verbatim {
+        caption,
+        text: text.trim_end_matches('\n').to_string(),
+    };
+    vec![
+        verbatim("Prompt", &sample.prompt),
+        verbatim("Before", &sample.before),
+        verbatim("After", &sample.after),
+    ]
+}
+
+fn environment(report: &Report) -> Vec<Block> {
+    let environment = &report.environment;
+    vec![Block::Paragraph(format!(
+        "wattune {} on {}, {}, {}; device profile `{}`.",
+        environment.version,
+        environment.os,
+        environment.cpu,
+        format::counted(environment.threads, "thread"),
+        report.energy.device
+    ))]
+}
+
+/// Each coefficient with value and source, then each baseline's source and assumptions.
+fn assumptions(report: &Report) -> Vec<String> {
+    let energy = &report.energy;
+    let carbon = &report.carbon;
+    let scaled = energy.profile_factor.as_ref().map(|factor| {
+        let value = format::number(factor.value);
+        format!(", counted energy scaled by {value}: {}", factor.source)
+    });
+    let mut found = vec![format!(
+        "energy coefficients: device profile `{}`{}",
+        energy.device,
+        scaled.unwrap_or_default()
+    )];
+    for factor in &energy.factors {
+        let doubt = if factor.verified {
+            ""
+        } else {
+            "; not verified"
+        };
+        found.push(format!(
+            "{}: {}. Source: {}{doubt}",
+            factor.name, factor.value, factor.source
+        ));
+    }
+    let source = carbon.source.as_deref().unwrap_or("source not known");
+    let licence = carbon
+        .licence
+        .as_ref()
+        .map(|licence| format!(" ({licence})"));
+    found.push(format!(
+        "grid `{}`: {} gCO2e/kWh, {source}{}",
+        carbon.grid,
+        format::number(carbon.gco2e_per_kwh.0),
+        licence.unwrap_or_default()
+    ));
+    found.push(format!(
+        "facility overhead: PUE {}, from the recipe",
+        format::number(carbon.pue.value())
+    ));
+    if let Some(source) = &carbon.embodied_source {
+        found.push(format!(
+            "device manufacturing: {source}; in use day and night for that time, host machine not included"
+        ));
+    }
+    found.extend(source_of_bounds(report));
+    for baseline in &report.baselines {
+        let name = baseline.name();
+        let facts = [&baseline.source].into_iter().chain(&baseline.assumptions);
+        found.extend(facts.map(|fact| format!("{name}: {fact}")));
+    }
+    found
+}
+
+fn source_of_bounds(report: &Report) -> Option<String> {
+    let total = &report.energy.total;
+    if total.low == total.central {
+        return None;
+    }
+    Some(match report.energy.meter {
+        Meter::Counted => format!(
+            "range: counted energy divided and multiplied by {MODEL_FACTOR}, the largest mean error published for models from rated \
+             power (arXiv:2506.14551); two counted energies share the error, so their ratio is more certain than either"
+        ),
+        Meter::Timed => format!(
+            "range: timed energy divided and multiplied by {TIMED_FACTOR}, the largest error found against wall meters \
+             (arXiv:2509.22092)"
+        ),
+        Meter::Measured => "range: as given with the counter reading".to_string(),
+    })
+}
+
+/// Caveats that hold for the meters in the report, with their published sources.
+fn limitations(report: &Report) -> Vec<String> {
+    let meters = &report.energy.meters;
+    let counted = "Counted energy is a model. Published models of this kind, calibrated on FLOPs, miss a node's meter by 11 % on \
+                   average, those made from a device's rated power by 27 to 37 % (arXiv:2506.14551).";
+    let measured = "A hardware counter includes every program on the device, but no power supply, fans or disks: in one published \
+                    pair the processor's counter read 60 % of the wall plug (CodeCarbon's load profiles, Threadripper 1950X).";
+    let timed = "Rated power x wall time, without counters, has been found off by up to 40 % against wall meters \
+                 (arXiv:2509.22092).";
+    let host = "Device energy does not include the host machine: processor, memory and fans around the device are in no counted or \
+                timed figure here, nor in the baselines.";
+    let carbon = "Emissions use the yearly average intensity of the grid, not the hour of the run nor the marginal plant.";
+    let scope =
+        "Not included: earlier attempts, downloads, the screen, and use of the model afterwards.";
+    let caveats = [
+        (true, counted),
+        (meters.measured_j.is_some(), measured),
+        (meters.timed_j.is_some(), timed),
+        (report.energy.host_left_out.is_some(), host),
+        (true, carbon),
+        (true, scope),
+    ];
+    let holding = caveats.into_iter().filter(|(holds, _)| *holds);
+    holding.map(|(_, text)| text.to_string()).collect()
+}
