@@ -171,7 +171,7 @@ fn the_keys_are_the_contracts() {
 #[test]
 fn a_report_comes_back_from_its_file() {
     let path = out(files::REPORT_JSON);
-    files::write_whole(&path, &to_json(&finite(&fixture())).unwrap()).unwrap();
+    wattune::files::write_atomic(&path, &to_json(&finite(&fixture())).unwrap()).unwrap();
     assert_eq!(read_report(&path).unwrap().into_inner(), fixture());
     // Neither more nor less than the fixture's own document.
     let written: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
@@ -228,7 +228,7 @@ fn a_models_output_is_shown_as_text_alone() {
 #[test]
 fn the_model_card() {
     let card = to_model_card(&card_facts(), &finite(&fixture())).unwrap();
-    files::write_whole(&out(files::MODEL_CARD), &card).unwrap();
+    wattune::files::write_atomic(&out(files::MODEL_CARD), &card).unwrap();
     insta::assert_snapshot!(card);
 }
 
@@ -266,7 +266,7 @@ fn a_card_leaves_out_what_is_not_known() {
 #[test]
 fn emissions_in_codecarbons_columns_and_units() {
     let csv = emissions().to_csv(&finite(&fixture())).unwrap();
-    files::write_whole(&out(files::EMISSIONS_CSV), &csv).unwrap();
+    wattune::files::write_atomic(&out(files::EMISSIONS_CSV), &csv).unwrap();
     let mut reader = csv::Reader::from_reader(csv.as_bytes());
     assert_eq!(reader.headers().unwrap(), &COLUMNS[..]);
     let row = reader.records().next().unwrap().unwrap();

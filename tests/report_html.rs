@@ -146,7 +146,7 @@ fn the_page_is_well_formed_and_its_pictures_have_names() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("report");
     fs::create_dir_all(&folder).unwrap();
     // For scripts/check_html.py.
-    files::write_whole(&folder.join(files::REPORT_HTML), &page).unwrap();
+    wattune::files::write_atomic(&folder.join(files::REPORT_HTML), &page).unwrap();
     let tags = tags(&page);
     let pictures = tags.iter().filter(|(name, _)| name == "svg");
     // Loss, rate and budget in two widths each; energy and emissions in one. Bars are lists: phases, components, memory, comparison.
@@ -432,7 +432,7 @@ fn run_directory() -> (tempfile::TempDir, PathBuf) {
     fs::write(run.join("plan.json"), "{}").unwrap();
     fs::write(run.join(files::EMISSIONS_CSV), "timestamp\nnow\n").unwrap();
     let report = to_json(&finite(&fixture())).unwrap();
-    files::write_whole(&run.join(files::REPORT_JSON), &report).unwrap();
+    wattune::files::write_atomic(&run.join(files::REPORT_JSON), &report).unwrap();
     let mut log = StepLog::append_to(&run.join(files::STEPS_JSONL)).unwrap();
     let mut ledger = Ledger::create(&run.join("ledger.jsonl")).unwrap();
     let history = history();

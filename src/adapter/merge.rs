@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Kind, Result};
+use crate::files::{DraftDirectory, remove_leftovers};
 use crate::units::Bytes;
 
 use super::peft::{LoraPair, fail_on_problems, to_f32};
@@ -60,21 +61,27 @@ pub struct MergeSummary {
 /// type cannot hold; a file that cannot be read or written. Nothing is left behind then.
 pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     if job.out.exists() {
-        return Err(Error::new(
-            Kind::Usage,
-            "the directory for the merged model exists already",
-        )
-        .at(job.out.display().to_string())
-        .hint("choose another with `--out DIR`, or remove it"));
+        return Err(exists(job.out));
     }
     let tensors = read_headers(job.weights)?;
     let pairs = match_pairs(&tensors, job)?;
     let shards = plan_shards(&tensors, job.max_shard);
     check_copies(job.copy)?;
-    let partial = Partial::create(job.out)?;
+    if job.out.file_name().is_none() {
+        return Err(Error::new(
+            Kind::Usage,
+            "the merged model needs a directory with a name",
+        )
+        .value(job.out.display().to_string())
+        .hint("write it as in `--out merged`"));
+    }
+    if let Some(parent) = job.out.parent() {
+        remove_leftovers(parent);
+    }
+    let draft = DraftDirectory::new(job.out)?;
     for (number, shard) in shards.iter().enumerate() {
         write_shard(
-            &partial.path.join(shard_file_name(number, shards.len())),
+            &draft.path().join(shard_file_name(number, shards.len())),
             shard,
             &tensors,
             &pairs,
@@ -82,19 +89,21 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
         )?;
     }
     if shards.len() > 1 {
-        write_synced(
-            &partial.path.join(INDEX_FILE),
+        write(
+            &draft.path().join(INDEX_FILE),
             index_json(&tensors, &shards).as_bytes(),
         )?;
     }
     for path in job.copy {
         let content = fs::read(path).map_err(|source| Error::io("read", path, source))?;
-        write_synced(
-            &partial.path.join(path.file_name().unwrap_or_default()),
+        write(
+            &draft.path().join(path.file_name().unwrap_or_default()),
             &content,
         )?;
     }
-    partial.finish(job.out)?;
+    if !draft.install_new()? {
+        return Err(exists(job.out));
+    }
     Ok(MergeSummary {
         files: (0..shards.len())
             .map(|number| shard_file_name(number, shards.len()))
@@ -197,56 +206,17 @@ fn check_copies(copies: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// A temporary directory, removed unless `finish` renames it.
-struct Partial {
-    path: PathBuf,
-    finished: bool,
+fn exists(out: &Path) -> Error {
+    Error::new(
+        Kind::Usage,
+        "the directory for the merged model exists already",
+    )
+    .at(out.display().to_string())
+    .hint("choose another with `--out DIR`, or remove it")
 }
 
-impl Partial {
-    fn create(out: &Path) -> Result<Self> {
-        let Some(name) = out.file_name() else {
-            return Err(Error::new(
-                Kind::Usage,
-                "the merged model needs a directory with a name",
-            )
-            .value(out.display().to_string())
-            .hint("write it as in `--out merged`"));
-        };
-        let path = out.with_file_name(format!(
-            ".{}.partial-{}",
-            name.to_string_lossy(),
-            std::process::id()
-        ));
-        fs::create_dir_all(&path).map_err(|source| Error::io("create", &path, source))?;
-        Ok(Self {
-            path,
-            finished: false,
-        })
-    }
-
-    fn finish(mut self, out: &Path) -> Result<()> {
-        fs::rename(&self.path, out).map_err(|source| Error::io("create", out, source))?;
-        self.finished = true;
-        Ok(())
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if !self.finished {
-            // The error that led here is the one to report.
-            let _ = fs::remove_dir_all(&self.path);
-        }
-    }
-}
-
-fn write_synced(path: &Path, content: &[u8]) -> Result<()> {
-    let written = File::create(path).and_then(|mut file| {
-        file.write_all(content)?;
-        file.sync_all()
-    });
-    written.map_err(|source| Error::io("write", path, source))
+fn write(path: &Path, content: &[u8]) -> Result<()> {
+    fs::write(path, content).map_err(|source| Error::io("write", path, source))
 }
 
 fn write_shard(

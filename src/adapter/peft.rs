@@ -11,6 +11,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::error::{Error, Kind, Result};
+use crate::files::write_atomic;
 
 use super::config::{CONFIG_FILE, PeftConfig};
 use super::shards::{F32s, write_f32s};
@@ -395,26 +396,6 @@ pub fn save(
         views.push(view.ok_or_else(|| refuse(format!("it has {} values", values.len())))?);
     }
     fs::create_dir_all(dir).map_err(|source| Error::io("create", dir, source))?;
-    replace_file(&dir.join(WEIGHTS_FILE), |path| {
-        write_f32s(path, views, true)
-    })?;
-    replace_file(&dir.join(CONFIG_FILE), |path| {
-        fs::write(path, config.to_text()).map_err(|source| Error::io("write", path, source))
-    })
-}
-
-/// Replaces a file atomically: `write` writes a temporary file, which is synced and renamed.
-fn replace_file(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let partial = path.with_extension("partial");
-    let written = write(&partial).and_then(|()| {
-        let synced = fs::File::open(&partial).and_then(|file| file.sync_all());
-        synced
-            .and_then(|()| fs::rename(&partial, path))
-            .map_err(|source| Error::io("write", path, source))
-    });
-    if written.is_err() {
-        // A leftover is useless; the first error is the one to report.
-        let _ = fs::remove_file(&partial);
-    }
-    written
+    write_f32s(&dir.join(WEIGHTS_FILE), views, true)?;
+    write_atomic(&dir.join(CONFIG_FILE), config.to_text())
 }

@@ -12,6 +12,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
+use crate::files::write_atomic_with;
 use crate::units::Bytes;
 
 /// File name of the index of sharded weights.
@@ -68,7 +69,7 @@ impl<'a> F32s<'a> {
     }
 }
 
-/// Writes a safetensors file of F32 tensors, sorted by name; `pytorch_format` marks it as PyTorch's. The same tensors give the
+/// Writes a safetensors file of F32 tensors atomically, sorted by name; `pytorch_format` marks it as PyTorch's. The same tensors give the
 /// same bytes. Values are written in chunks, without a second copy in memory.
 pub(crate) fn write_f32s(
     path: &Path,
@@ -88,8 +89,8 @@ pub(crate) fn write_f32s(
         (tensor.name.to_string(), info)
     });
     let header = encode_header(infos.collect(), pytorch_format)?;
-    let write = || {
-        let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    write_atomic_with(path, |file| {
+        let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&header)?;
         for part in tensors
             .iter()
@@ -104,8 +105,7 @@ pub(crate) fn write_f32s(
             }
         }
         file.flush()
-    };
-    write().map_err(|source| Error::io("write", path, source))
+    })
 }
 
 /// The tensors of `files`, in the order of files and of offsets.

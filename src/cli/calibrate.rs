@@ -10,7 +10,7 @@ use super::model::DeviceArgument;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
-use crate::report::files::write_whole;
+use crate::files::write_atomic;
 use crate::run::{self, Calibration, Calibrator, DeviceRef, Effort, Screen};
 use crate::units::{Flops, Seconds, significant};
 
@@ -66,7 +66,7 @@ fn keep(arguments: &Arguments, run: &Path, common: Common) -> Result<ExitCode> {
         .clone()
         .unwrap_or_else(|| PathBuf::from(format!("{}.toml", found.profile.name)));
     check(&path)?;
-    write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
+    write_atomic(&path, found.profile.to_toml()).map_err(Error::while_running)?;
     let (factor, source) = found.profile.factor().unwrap_or((1.0, ""));
     if common.json {
         return out_json(&json!({
@@ -112,7 +112,7 @@ fn measure(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let found = calibrator
         .measure(Effort::new(arguments.each), &mut |line| screen.note(line))
         .map_err(Error::while_running)?;
-    write_whole(&path, &found.profile.to_toml()).map_err(Error::while_running)?;
+    write_atomic(&path, found.profile.to_toml()).map_err(Error::while_running)?;
     if common.json {
         out_json(&document(&path, &found))
     } else {

@@ -3,8 +3,6 @@
 //! Data goes to standard output, everything else to standard error; with `--json` standard output holds one JSON document. One file
 //! per command. Exit status: 0 done, 1 failed while running, 2 refused before it ran, 130 interrupted with a checkpoint saved.
 
-#![allow(clippy::print_stdout, clippy::print_stderr)]
-
 mod baseline;
 mod calibrate;
 mod choices;
@@ -26,6 +24,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Kind, Result};
 use crate::run;
+use crate::text::printable;
 
 /// Specialise an open transformer inside an energy budget, and prove what it cost.
 #[derive(Debug, Parser)]
@@ -120,7 +119,7 @@ pub fn main() -> ExitCode {
     match set_threads(cli.common.threads).and_then(|()| rayon::scope(|_| dispatch(cli))) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error}");
+            note(&format!("error: {error}"));
             ExitCode::from(error.exit_status())
         }
     }
@@ -202,10 +201,15 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
     })
 }
 
+/// Writes a line to standard error. A closed terminal or a full device is ignored: it must not end a run.
+fn note(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{}", printable(text));
+}
+
 /// Writes data to standard output; a reader that went away is no error.
 fn out(text: &str) -> Result<ExitCode> {
     let mut stdout = std::io::stdout().lock();
-    match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
+    match writeln!(stdout, "{}", printable(text.trim_end())).and_then(|()| stdout.flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::new(
             Kind::Io,
             format!("cannot write to standard output: {e}"),

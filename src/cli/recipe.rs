@@ -8,8 +8,8 @@ use serde_json::json;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
+use crate::files::write_atomic;
 use crate::recipe;
-use crate::report::files::write_whole;
 use crate::run::{self, DeviceChoice, RenderedSample, Screen};
 
 #[derive(Debug, clap::Subcommand)]
@@ -41,7 +41,7 @@ pub(super) fn run(command: &Command, common: Common) -> Result<ExitCode> {
                 .hint("give another name: `wattune recipe init OTHER.toml`"))
         }
         Command::Init { path } => {
-            write_whole(path, &recipe::starter())?;
+            write_atomic(path, recipe::starter())?;
             let written = path.display().to_string();
             match common.json {
                 true => out_json(&json!({ "written": written })),

@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::note;
 use crate::run::{Progress, Screen, StepRecord, StepView};
+use crate::text::printable;
 use crate::units::{Joules, Seconds};
 
 /// In a log, a progress line at most this often.
@@ -44,8 +46,8 @@ impl Terminal {
     fn line(&self, text: &str) {
         match &self.bar {
             _ if self.quiet => {}
-            Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.println(printable(text)),
+            None => note(text),
         }
     }
 
@@ -161,7 +163,7 @@ impl Progress for Downloads {
                 .unwrap_or_else(|_| ProgressStyle::default_bar())
                 .progress_chars("=> "),
         );
-        self.bar.set_message(file.to_string());
+        self.bar.set_message(printable(file).into_owned());
     }
 
     fn advance(&self, bytes: u64) {

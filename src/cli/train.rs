@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::model::DeviceArgument;
 use super::screen::Terminal;
-use super::{Common, out, out_json};
+use super::{Common, note, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
 use crate::report::to_brief;
@@ -68,19 +68,19 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         out_json(&finished.report)?;
     } else if !common.quiet {
         out(&to_brief(&path.display().to_string(), &finished.report))?;
-        eprintln!(
+        note(&format!(
             "\nThe result is in `{}`; the whole report: `wattune report {}`.",
             finished.result().display(),
             path.display()
-        );
+        ));
     }
     match finished.stop {
         Stop::Interrupted => {
             if !common.quiet {
-                eprintln!(
+                note(&format!(
                     "interrupted: a checkpoint is saved\n\nhint: continue with `wattune train --resume {}`",
                     path.display()
-                );
+                ));
             }
             Ok(ExitCode::from(INTERRUPTED))
         }
@@ -89,11 +89,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             .while_running()),
         _ if finished.baselines_interrupted => {
             if !common.quiet {
-                eprintln!(
+                note(&format!(
                     "interrupted: the run is finished and its report is whole; of the baseline it holds what was reached\n\n\
                      hint: continue the baseline with `wattune train --resume {}`",
                     path.display()
-                );
+                ));
             }
             Ok(ExitCode::from(INTERRUPTED))
         }
@@ -124,9 +124,7 @@ fn stop_when_asked(quiet: bool) -> Result<()> {
         if quiet {
             return;
         }
-        eprintln!(
-            "\nstopping and saving as soon as what is under way is done; press Ctrl-C again to leave at once"
-        );
+        note("\nfinishing this step and saving; Ctrl-C again quits now");
     };
     let hangup_ignored = ignores_hangup();
     ctrlc::set_handler(handler)

@@ -3,7 +3,6 @@
 //! Owns the file's layout: magic, a JSON header with its length, then per example its record, length, tokens and mask, all little
 //! endian, and the SHA-256 of all preceding bytes. A file that is damaged, of another layout or of other data is ignored.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +10,8 @@ use sha2::{Digest, Sha256};
 
 use super::batch::Example;
 use super::dataset::{Counts, Dataset, RenderedSample};
+use crate::error::{Error, Kind, Result};
+use crate::files::{remove_leftovers, write_atomic};
 
 const MAGIC: &[u8; 16] = b"wattune tokens 1";
 const CHECKSUM: usize = 32;
@@ -38,24 +39,17 @@ pub(super) fn load(folder: &Path, fingerprint: &str) -> Option<Dataset> {
 }
 
 /// Writes `dataset` to `folder` atomically.
-pub(super) fn save(folder: &Path, dataset: &Dataset) -> std::io::Result<()> {
-    std::fs::create_dir_all(folder)?;
+pub(super) fn save(folder: &Path, dataset: &Dataset) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
     let target = path(folder, &dataset.fingerprint);
-    let partial = target.with_extension(format!("tokens.{}.partial", std::process::id()));
     let mut body = body(dataset)?;
     let checksum = Sha256::digest(&body);
     body.extend_from_slice(&checksum);
-    let written = std::fs::File::create(&partial)
-        .and_then(|mut file| file.write_all(&body))
-        .and_then(|()| std::fs::rename(&partial, &target));
-    if written.is_err() {
-        // The first error is the one to report.
-        let _ = std::fs::remove_file(&partial);
-    }
-    written
+    remove_leftovers(folder);
+    write_atomic(&target, body)
 }
 
-fn body(dataset: &Dataset) -> std::io::Result<Vec<u8>> {
+fn body(dataset: &Dataset) -> Result<Vec<u8>> {
     let Dataset {
         counts,
         eos_trained,
@@ -68,7 +62,8 @@ fn body(dataset: &Dataset) -> std::io::Result<Vec<u8>> {
         counts,
         eos_trained,
         first,
-    })?;
+    })
+    .map_err(|e| Error::new(Kind::Data, e.to_string()))?;
     let mut out = MAGIC.to_vec();
     out.extend_from_slice(&(header.len() as u64).to_le_bytes());
     out.extend_from_slice(&header);

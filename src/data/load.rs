@@ -15,8 +15,9 @@ use super::encode::{EncodedRecord, encode};
 use super::format::{Columns, detect_format, interpret};
 use super::options::{Format, OnBadRecord, Options};
 use super::read::{Record, extension, read};
-use super::tokenizer::{Tokenizer, hex};
+use super::tokenizer::Tokenizer;
 use crate::error::{Error, Kind, Result};
+use crate::text::hex;
 
 /// Records encoded in parallel before they are collected in order.
 const CHUNK: usize = 4096;
@@ -95,9 +96,9 @@ fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> R
         let mut content = Sha256::new();
         std::io::copy(&mut file, &mut HashWriter(&mut content))
             .map_err(|e| Error::io("read", path, e))?;
-        hash.update(format!(" {} {}", extension(path), hex(&content.finalize())));
+        hash.update(format!(" {} {}", extension(path), hex(content.finalize())));
     }
-    Ok(hex(&hash.finalize()))
+    Ok(hex(hash.finalize()))
 }
 
 struct HashWriter<'a>(&'a mut Sha256);

@@ -94,7 +94,7 @@ impl Tokenizer {
             inner,
             template,
             eos,
-            fingerprint: hex(&hash.finalize()),
+            fingerprint: crate::text::hex(hash.finalize()),
             turn_delimiters: OnceLock::new(),
         })
     }
@@ -211,11 +211,6 @@ fn read_json(path: Option<&Path>, hash: &mut Sha256) -> Result<Option<Value>> {
             .hint("download the file again")
     })?;
     Ok(Some(value))
-}
-
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// A token written as a string or as `{"content": ...}`.

@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use super::budget::{Allowance, Budget, Limit, Spent};
 use super::charge::Charge;
-use super::ledger::{Energies, Entry, Filled, Gapped, Lease, Ledger, Phase, Totals, now};
+use super::ledger::{Energies, Entry, Filled, Gapped, Lease, Ledger, Phase, Recorded, Totals, now};
 use super::meter::{Meters, Reading, Window};
 use super::options::MeterKind;
 use crate::error::Result;
@@ -319,6 +319,22 @@ impl Account {
             (reading.wall / time, time.0),
         );
         Ok(reading)
+    }
+
+    /// Flushes the ledger to disk and returns its sums, for a checkpoint to hold.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Io`].
+    pub fn record(&mut self) -> Result<Recorded> {
+        self.ledger.record()
+    }
+
+    /// Refuses a ledger that holds less than when a checkpoint was written.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Run`].
+    pub fn check_not_less(&self, earlier: &Recorded) -> Result<()> {
+        self.ledger.check_not_less(earlier)
     }
 
     /// Ends the run in order: the lease is released, and everything is on disk.

@@ -49,7 +49,7 @@ pub fn dataset_sha256() -> String {
     let digest = Sha256::new_with_prefix(GRID_TABLE)
         .chain_update(cloud::TABLE)
         .finalize();
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    crate::text::hex(digest)
 }
 
 /// The table as shipped.

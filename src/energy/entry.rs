@@ -74,7 +74,7 @@ impl Energies {
     }
 }
 
-mod as_joules {
+pub(super) mod as_joules {
     use crate::units::{Joules, MicroJoules};
     use serde::{Deserialize, Deserializer, Serializer};
 

@@ -8,6 +8,7 @@
 //! {"phase":"train","step":7,"energy_j":{"counted":41.2,"measured":null,"timed":39.0},"flops":..,"bytes":{..},"wall_s":..,"t":..}
 //! {"lease":{"steps":12,"energy_j":{..},"flops":..,"time_s":..},"t":..}      written and synced before those steps run
 //! {"settled":true,"t":..}                                                   a clean close: the lease is released
+//! {"run":"5f3c..","t":..}                                                   the first line: the digest of what the run was begun with
 //! ```
 //!
 //! An entry whose counters failed has `"measured":null` and beside it what fills the gap:
@@ -24,9 +25,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use super::entry::as_joules;
 pub use super::entry::{Energies, Entry, Filled, Lease, Phase, Totals};
 use super::traffic::Traffic;
 use crate::error::{Error, Kind, Result};
+use crate::files::write_atomic;
 use crate::units::{MicroJoules, Seconds};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -35,6 +38,17 @@ enum Line {
     Entry(Entry),
     Lease { lease: Lease, t: f64 },
     Settled { settled: bool, t: f64 },
+    Run { run: String, t: f64 },
+}
+
+/// The sums of a ledger at one moment: the same ledger never holds less later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Counted energy.
+    #[serde(with = "as_joules")]
+    pub counted_j: MicroJoules,
+    /// FLOPs of matrix products and attention.
+    pub flops: u64,
 }
 
 /// Every entry of the ledger at `path`, in the order of spending; leases, and a last line cut short, are passed over.
@@ -110,6 +124,26 @@ pub struct Gapped {
 }
 
 impl Ledger {
+    /// A new ledger whose first line is the digest `run` of the recipe, model and data; complete or absent.
+    ///
+    /// # Errors
+    /// [`Kind::Io`], also if a file is there.
+    pub fn create_for_run(path: &Path, run: &str) -> Result<Ledger> {
+        let line = Line::Run {
+            run: run.to_string(),
+            t: now(),
+        };
+        if path.exists() {
+            return Err(Error::io(
+                "create",
+                path,
+                std::io::ErrorKind::AlreadyExists.into(),
+            ));
+        }
+        write_atomic(path, text_of(&line))?;
+        Self::resume_run(path, run)
+    }
+
     /// A new ledger; a file already there is refused.
     pub fn create(path: &Path) -> Result<Ledger> {
         let file = OpenOptions::new()
@@ -135,7 +169,22 @@ impl Ledger {
 
     /// The ledger of a run to be continued: a half-written last line is cut off, and a lease that was never settled is entered
     /// as lost, on disk, before anything else.
+    ///
+    /// # Errors
+    /// [`Kind::Io`]; [`Kind::Run`] if a line is damaged or another process has the ledger.
     pub fn resume(path: &Path) -> Result<Ledger> {
+        Self::reopen(path, None)
+    }
+
+    /// The same for the ledger of [`Ledger::create_for_run`]; `run` is today's digest of the recipe, model and data.
+    ///
+    /// # Errors
+    /// As [`Ledger::resume`]; also [`Kind::Run`] if the ledger is empty or was begun under another digest.
+    pub fn resume_run(path: &Path, run: &str) -> Result<Ledger> {
+        Self::reopen(path, Some(run))
+    }
+
+    fn reopen(path: &Path, run: Option<&str>) -> Result<Ledger> {
         let file = OpenOptions::new()
             .append(true)
             .open(path)
@@ -143,6 +192,7 @@ impl Ledger {
         lock(&file, path)?;
         let mut ledger = Self::on(path, file);
         let mut step = 0;
+        let mut begun_as = None;
         let [whole, all] = read_lines(path, |line| match line {
             Line::Entry(entry) => {
                 step = entry.step;
@@ -150,7 +200,16 @@ impl Ledger {
             }
             Line::Lease { lease, .. } => ledger.lease = lease,
             Line::Settled { .. } => ledger.lease = Lease::default(),
+            Line::Run { run, .. } => begun_as = Some(run),
         })?;
+        if run.is_some() && whole == 0 {
+            return Err(lost_entries(path, "it is empty"));
+        }
+        if let (Some(run), Some(begun_as)) = (run, begun_as)
+            && run != begun_as
+        {
+            return Err(changed_inputs(path));
+        }
         if whole < all {
             ledger
                 .file
@@ -159,6 +218,32 @@ impl Ledger {
         }
         ledger.enter_what_was_lost(step)?;
         Ok(ledger)
+    }
+
+    /// Flushes the ledger to disk and returns its sums.
+    pub fn record(&mut self) -> Result<Recorded> {
+        self.sync()?;
+        Ok(Recorded {
+            counted_j: self.total.energy_j.counted,
+            flops: self.total.flops,
+        })
+    }
+
+    /// Refuses a ledger that holds less than it did at `earlier`.
+    ///
+    /// # Errors
+    /// [`Kind::Run`].
+    pub fn check_not_less(&self, earlier: &Recorded) -> Result<()> {
+        let total = &self.total;
+        if total.energy_j.counted >= earlier.counted_j && total.flops >= earlier.flops {
+            return Ok(());
+        }
+        let why = format!(
+            "it holds {}, and a checkpoint was written when it held {}",
+            total.energy_j.counted.joules(),
+            earlier.counted_j.joules()
+        );
+        Err(lost_entries(&self.path, &why))
     }
 
     /// Appends an entry. Not synced: the lease covers it.
@@ -267,10 +352,8 @@ impl Ledger {
     }
 
     fn write(&mut self, line: &Line) -> Result<()> {
-        let mut text = serde_json::to_string(line).expect("a line holds numbers and words only");
-        text.push('\n');
         self.file
-            .write_all(text.as_bytes())
+            .write_all(text_of(line).as_bytes())
             .map_err(|e| Error::io("write", &self.path, e).while_running())
     }
 
@@ -279,6 +362,35 @@ impl Ledger {
             .sync_data()
             .map_err(|e| Error::io("sync", &self.path, e).while_running())
     }
+}
+
+fn text_of(line: &Line) -> String {
+    let mut text = serde_json::to_string(line).expect("a line holds numbers and words only");
+    text.push('\n');
+    text
+}
+
+/// The error of a run that is continued under another recipe, model or data than it was begun with.
+pub fn changed_inputs(place: &Path) -> Error {
+    Error::new(
+        Kind::Run,
+        "the recipe, the model or the data are no longer those that this run began with",
+    )
+    .at(place.display().to_string())
+    .hint(
+        "put back what was changed (`recipe.toml` in the run directory, data files, a moved branch of the hub), or start a new run with another `--out`",
+    )
+}
+
+fn lost_entries(path: &Path, why: &str) -> Error {
+    Error::new(
+        Kind::Run,
+        "the ledger has lost entries: what this run has spent is not known",
+    )
+    .at(path.display().to_string())
+    .value(why)
+    .rule("a resumed run has what is left of its budget")
+    .hint("restore the file, or start a new run with another `--out`")
 }
 
 fn damaged(path: &Path, line: usize, source: &serde_json::Error) -> Error {
@@ -489,6 +601,40 @@ mod tests {
         assert_eq!(read_entries(&path).unwrap().len(), 1);
         drop(ledger);
         Ledger::resume(&path).unwrap();
+    }
+
+    #[test]
+    fn a_ledger_that_lost_entries_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.jsonl");
+        let mut ledger = Ledger::create_for_run(&path, "digest").unwrap();
+        for step in 0..3 {
+            ledger
+                .append(&entry(Phase::Train, step, energies(10, None, 1)))
+                .unwrap();
+        }
+        let recorded = ledger.record().unwrap();
+        ledger.check_not_less(&recorded).unwrap();
+        drop(ledger);
+        let whole = std::fs::read_to_string(&path).unwrap();
+        assert!(Ledger::create_for_run(&path, "digest").is_err());
+        let reopened = Ledger::resume_run(&path, "digest").unwrap();
+        reopened.check_not_less(&recorded).unwrap();
+        drop(reopened);
+        let error = Ledger::resume_run(&path, "another recipe").unwrap_err();
+        assert!(error.to_string().contains("no longer those"), "{error}");
+        // Cut at a line: the entries that are left do not add up to what the checkpoint recorded.
+        let cut: String = whole.split_inclusive('\n').take(3).collect();
+        std::fs::write(&path, cut).unwrap();
+        let short = Ledger::resume_run(&path, "digest").unwrap();
+        let error = short.check_not_less(&recorded).unwrap_err().to_string();
+        assert!(error.contains("lost entries"), "{error}");
+        drop(short);
+        for damaged in ["".to_string(), "\0".repeat(whole.len())] {
+            std::fs::write(&path, damaged).unwrap();
+            let error = Ledger::resume_run(&path, "digest").unwrap_err().to_string();
+            assert!(error.contains("lost entries"), "{error}");
+        }
     }
 
     #[test]

@@ -84,11 +84,7 @@ fn content_hash(files: &[EmbeddedFile]) -> String {
         hash.update(format!("{name}\0{}\0", bytes.len()));
         hash.update(bytes);
     }
-    hash.finalize()
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    crate::text::hex(&hash.finalize()[..8])
 }
 
 #[cfg(test)]

@@ -1,8 +1,7 @@
-//! Files of a run directory: their names, atomic writing, and `report.json`.
+//! Files of a run directory: their names, and `report.json`.
 
-use std::fs::{self, File};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -24,31 +23,6 @@ pub const EMISSIONS_CSV: &str = "emissions.csv";
 pub const ADAPTER_DIR: &str = "adapter";
 /// The model card inside the adapter's folder.
 pub const MODEL_CARD: &str = "README.md";
-
-/// Writes `text` to `path` atomically: a temporary file in the same folder, synced, then renamed.
-///
-/// # Errors
-/// [`Kind::Io`] where the folder cannot be written to.
-pub fn write_whole(path: &Path, text: &str) -> Result<()> {
-    let temp = temp_path(path);
-    let written = File::create(&temp).and_then(|mut file| {
-        file.write_all(text.as_bytes())?;
-        file.sync_all()
-    });
-    written
-        .and_then(|()| fs::rename(&temp, path))
-        .map_err(|source| {
-            // Best effort: the error to report is the first one.
-            let _ = fs::remove_file(&temp);
-            Error::io("write", path, source)
-        })
-}
-
-/// A name in the same folder (a rename never crosses file systems), unique to the process.
-fn temp_path(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
-}
 
 /// `report.json`.
 ///
@@ -98,21 +72,4 @@ pub fn read_report(path: &Path) -> Result<FiniteReport> {
             .hint("write it again by finishing the run: `wattune train RECIPE --resume RUN_DIR`")
     })?;
     FiniteReport::new(report)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_is_replaced_atomically_and_no_temporary_file_stays() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(REPORT_MD);
-        write_whole(&path, "a longer first text").unwrap();
-        write_whole(&path, "second").unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "second");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
-        let error = write_whole(&folder.path().join("absent/report.md"), "x").unwrap_err();
-        assert!(error.to_string().starts_with("cannot write"), "{error}");
-    }
 }

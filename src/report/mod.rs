@@ -25,7 +25,7 @@ pub mod types;
 
 pub use compare::{Comparison, compare};
 pub use emissions::{Emissions, EnergyParts};
-pub use files::{read_report, to_json, to_plan_json, write_whole};
+pub use files::{read_report, to_json, to_plan_json};
 pub use finite::FiniteReport;
 pub use history::History;
 pub use plan::Plan;

@@ -7,8 +7,8 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::files::write_whole;
 use crate::error::{Error, Kind, Result};
+use crate::files::write_atomic;
 use crate::train::StepRecord;
 
 /// The open log of a run.
@@ -37,7 +37,7 @@ impl StepLog {
     /// Those of [`StepLog::write`].
     pub fn replace(path: &Path, records: &[StepRecord]) -> Result<Self> {
         let lines: Vec<String> = records.iter().map(line_text).collect::<Result<_>>()?;
-        write_whole(path, &lines.concat())?;
+        write_atomic(path, lines.concat())?;
         Self::append_to(path)
     }
 

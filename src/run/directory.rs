@@ -3,14 +3,19 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
+use crate::files::{DraftDirectory, remove_leftovers, write_atomic};
+
+const RECIPE: &str = "recipe.toml";
+const PLAN: &str = "plan.json";
 
 /// The folder of one run.
 #[derive(Debug, Clone)]
 pub struct RunDirectory(PathBuf);
 
 impl RunDirectory {
-    /// A new directory; an existing one that holds anything is refused.
-    pub fn create(path: &Path) -> Result<Self> {
+    /// A new directory that holds the resolved recipe and its forecast; complete or absent. An existing one that holds anything is
+    /// refused.
+    pub fn create(path: &Path, recipe: &str, plan: &str) -> Result<Self> {
         let taken = || {
             Error::new(Kind::Run, "the run directory exists already")
                 .at(path.display().to_string())
@@ -24,13 +29,17 @@ impl RunDirectory {
         if occupied || path.is_file() {
             return Err(taken());
         }
-        std::fs::create_dir_all(path).map_err(|e| Error::io("create", path, e))?;
-        let run = Self(path.to_path_buf());
-        // Of two that start at once, one makes the recipe's file.
-        match std::fs::File::create_new(run.recipe()) {
-            Ok(_) => Ok(run),
-            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Err(taken()),
-            Err(e) => Err(Error::io("create", &run.recipe(), e)),
+        if let Some(parent) = path.parent() {
+            remove_leftovers(parent);
+        }
+        let draft = DraftDirectory::new(path)?;
+        write_atomic(&draft.path().join(RECIPE), recipe)?;
+        write_atomic(&draft.path().join(PLAN), plan)?;
+        // Of two runs that start at once, one gets the place.
+        if draft.install_new()? {
+            Ok(Self(path.to_path_buf()))
+        } else {
+            Err(taken())
         }
     }
 
@@ -53,12 +62,12 @@ impl RunDirectory {
 
     /// `recipe.toml`: the recipe as resolved.
     pub fn recipe(&self) -> PathBuf {
-        self.0.join("recipe.toml")
+        self.0.join(RECIPE)
     }
 
     /// `plan.json`: the forecast.
     pub fn plan(&self) -> PathBuf {
-        self.0.join("plan.json")
+        self.0.join(PLAN)
     }
 
     /// `steps.jsonl`: one line a step.
@@ -108,5 +117,13 @@ impl RunDirectory {
     /// `emissions.csv`.
     pub fn emissions(&self) -> PathBuf {
         self.0.join(crate::report::files::EMISSIONS_CSV)
+    }
+
+    /// The pages of a finished run that are not there.
+    pub fn missing_pages(&self) -> Vec<PathBuf> {
+        [self.page(), self.html_page(), self.emissions()]
+            .into_iter()
+            .filter(|page| !page.is_file())
+            .collect()
     }
 }

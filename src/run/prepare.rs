@@ -225,10 +225,7 @@ fn digest_of<'a>(recipe: &Recipe, inputs: impl Iterator<Item = &'a [u8]>) -> Str
         hash.update(" ");
         hash.update(input);
     }
-    hash.finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    crate::text::hex(hash.finalize())
 }
 
 /// A model's architecture for `device`: a GPU keeps weights in the compute dtype, whatever they are stored in.

@@ -6,26 +6,26 @@ use super::directory::RunDirectory;
 use super::machine;
 use super::prepare::{Prepared, Target};
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
-use super::trainee::{self, copy_companions};
+use super::trainee::copy_companions;
 use crate::adapter::PeftConfig;
 use crate::energy::{Account, Interval, Phase};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::files::{DraftDirectory, write_atomic};
 use crate::forecast::{
     Metered, baselines, emissions, inference_cost, model_name, request_too_long,
 };
 use crate::hub::ModelFiles;
 use crate::measure::machine::{memory, peak_rss};
 use crate::model::Architecture;
-use crate::ops::Parameters;
 use crate::recipe::ModelId;
 use crate::report::baselines::{Baseline, Label};
 use crate::report::files::MODEL_CARD;
 use crate::report::types::{self, Report, Sample};
 use crate::report::{
     CardFacts, Emissions, EnergyParts, FiniteReport, History, to_html, to_json, to_markdown,
-    to_model_card, write_whole,
+    to_model_card,
 };
-use crate::train::{Checkpoints, Outcome, Stop, put_in_place, remove_directory};
+use crate::train::{Checkpoints, Outcome, Stop};
 use crate::units::{Joules, Seconds};
 
 /// A run that has ended.
@@ -38,16 +38,16 @@ pub(super) struct Ended<'a> {
     pub(super) wall: Seconds,
 }
 
-/// Writes the adapter (or model), report.json, report.md, report.html, the model card and emissions.csv. The weights of a diverged
-/// run are not exported: its last checkpoint is the result.
+/// Writes the adapter (or model) by `export`, then the pages, and report.json last: a run is finished when it is there. A diverged
+/// run's weights are not exported: its last checkpoint is the result.
 pub(super) fn write_reports(
     run: &Ended<'_>,
     directory: &RunDirectory,
-    parameters: &Parameters,
+    export: &dyn Fn(&Path) -> Result<()>,
 ) -> Result<FiniteReport> {
     let report = FiniteReport::new(report(run)?)?;
     if !matches!(run.outcome.stop, Stop::Diverged(_)) {
-        write_result(run, directory, parameters, &report)?;
+        write_result(run, directory, export, &report)?;
     }
     let total = run.account.spent().energy.joules();
     write_pages(run.prepared, total, directory, &report)?;
@@ -64,41 +64,36 @@ pub(super) fn write_pages(
     let name = &prepared.recipe.name;
     let history = History::read(&directory.steps(), &directory.ledger())?;
     let csv = emissions_row(prepared, total).to_csv(report)?;
-    write_whole(&directory.report(), &to_json(report)?)?;
-    write_whole(&directory.page(), &to_markdown(name, report)?)?;
-    write_whole(&directory.html_page(), &to_html(name, report, &history)?)?;
-    write_whole(&directory.emissions(), &csv)?;
+    write_atomic(&directory.page(), to_markdown(name, report)?)?;
+    write_atomic(&directory.html_page(), to_html(name, report, &history)?)?;
+    write_atomic(&directory.emissions(), csv)?;
     let result = directory.result(prepared.whole_model());
     if result.is_dir() {
         write_card(prepared, &result, report)?;
     }
-    Ok(())
+    write_atomic(&directory.report(), to_json(report)?)
 }
 
 fn write_card(prepared: &Prepared, dir: &Path, report: &FiniteReport) -> Result<()> {
     let card = to_model_card(&card_facts(prepared), report)?;
-    write_whole(&dir.join(MODEL_CARD), &card)
+    write_atomic(&dir.join(MODEL_CARD), card)
 }
 
 /// The adapter or model directory, complete or absent.
 fn write_result(
     run: &Ended<'_>,
     directory: &RunDirectory,
-    parameters: &Parameters,
+    export: &dyn Fn(&Path) -> Result<()>,
     report: &FiniteReport,
 ) -> Result<()> {
     let prepared = run.prepared;
-    let result = directory.result(prepared.whole_model());
-    let draft = result.with_extension("partial");
-    remove_directory(&draft)?;
-    std::fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
-    let tokens = run.outcome.state.tokens;
-    trainee::export(prepared, parameters, &draft, Some(tokens))?;
+    let draft = DraftDirectory::new(&directory.result(prepared.whole_model()))?;
+    export(draft.path())?;
     if !prepared.whole_model() {
-        copy_companions(prepared, &draft)?;
+        copy_companions(prepared, draft.path())?;
     }
-    write_card(prepared, &draft, report)?;
-    put_in_place(&draft, &result)
+    write_card(prepared, draft.path(), report)?;
+    draft.replace()
 }
 
 fn report(run: &Ended<'_>) -> Result<Report> {

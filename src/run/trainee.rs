@@ -113,6 +113,16 @@ fn export_model(
             .filter_map(|slot| F32s::new(&slot.name, slot.shape.clone(), &values[slot.range()]));
         write_f32s(&dir.join("model.safetensors"), tensors.collect(), true)
     })?;
+    write_model_config(prepared, dir, trained_tokens)?;
+    copy_companions(prepared, dir)
+}
+
+/// Writes the config.json of an exported model: f32, and for a model trained from scratch the tokens it was trained on.
+pub(super) fn write_model_config(
+    prepared: &Prepared,
+    dir: &Path,
+    trained_tokens: Option<u64>,
+) -> Result<()> {
     let mut config: serde_json::Value =
         serde_json::from_str(&super::read_text(&prepared.files.config)?)
             .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")))?;
@@ -126,8 +136,7 @@ fn export_model(
     }
     let text = serde_json::to_string_pretty(&config)
         .map_err(|e| Error::new(Kind::Model, e.to_string()))?;
-    crate::report::files::write_whole(&dir.join("config.json"), &(text + "\n"))?;
-    copy_companions(prepared, dir)
+    crate::files::write_atomic(&dir.join("config.json"), text + "\n")
 }
 
 /// Copies tokenizer and chat template into `dir`.

@@ -9,7 +9,7 @@ use super::checks::check_disk;
 use super::directory::RunDirectory;
 use super::model::fetch_weights;
 use super::prepare::{Prepared, Target, prepare};
-use super::reporting::{Ended, write_reports};
+use super::reporting::{Ended, write_pages, write_reports};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::step_logger::StepLogger;
 use super::trainee;
@@ -17,12 +17,13 @@ use super::{Screen, measured_baselines, plan};
 use crate::energy::meter::Computing;
 use crate::energy::{Account, DeviceRef, Ledger, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
+use crate::files::remove_leftovers;
 use crate::forecast::load_work;
 use crate::model::TrainableModel;
 use crate::recipe::{self, Checkpointing, Init, Recipe};
 use crate::report::steps::truncate_after;
 use crate::report::types::{AdapterType, Sample};
-use crate::report::{FiniteReport, read_report, to_plan_json, write_whole};
+use crate::report::{FiniteReport, read_report, to_plan_json};
 use crate::train::{Checkpoints, Outcome, Scheduled, StepCosts, Stop, TrainState, Trainer};
 use crate::units::Seconds;
 use crate::work::Work;
@@ -87,10 +88,11 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         Some(run) => RunDirectory::open(run)?,
         None => {
             forecast.check_affordable()?;
-            let directory = RunDirectory::create(&request.out)?;
-            write_whole(&directory.recipe(), &prepared.recipe.to_toml())?;
-            write_whole(&directory.plan(), &to_plan_json(&forecast.plan)?)?;
-            directory
+            RunDirectory::create(
+                &request.out,
+                &prepared.recipe.to_toml(),
+                &to_plan_json(&forecast.plan)?,
+            )?
         }
     };
     if let Some(report) = request
@@ -100,7 +102,15 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         return resume_baselines(&request, &prepared, directory, report, screen)
             .map_err(Error::while_running);
     }
-    let start = Start::find(&request, &prepared, directory)?;
+    if request.resume.is_some()
+        && let Some(report) = finished_report(&directory)
+    {
+        return restore_pages(&request, &prepared, directory, report).map_err(Error::while_running);
+    }
+    let start = Start::find(&request, &prepared, directory, screen)?;
+    if start.ended().is_some() {
+        return finish_ended(&request, &prepared, start, screen).map_err(Error::while_running);
+    }
     run_in(&request, &prepared, start, forecast.steps(), screen).map_err(Error::while_running)
 }
 
@@ -143,19 +153,103 @@ fn load_recipe(request: &TrainRequest<'_>) -> Result<Recipe> {
 /// taken as cut off.
 fn refuse_finished(directory: &RunDirectory, recipe: &Recipe) -> Result<()> {
     let run = directory.path().display();
-    let Ok(report) = read_report(&directory.report()) else {
+    let Some(report) = finished_report(directory) else {
         return Ok(());
     };
-    let reason = &report.training.stop_reason;
-    if !reason.is_regular() || measured_baselines::pending(recipe, directory).is_some() {
+    if measured_baselines::pending(recipe, directory).is_some()
+        || !directory.missing_pages().is_empty()
+    {
         return Ok(());
     }
+    let reason = &report.training.stop_reason;
     Err(Error::new(Kind::Run, "this run is finished: there is nothing to resume")
         .at(run.to_string())
         .value(format!("stop_reason {reason}, {} steps", report.training.steps))
         .hint(format!(
             "`wattune report {run}` shows it; to train on, start a new run with `init_from = \"{run}/adapter\"` in [adapter]"
         )))
+}
+
+/// The report of a run that ended as its recipe says.
+fn finished_report(directory: &RunDirectory) -> Option<FiniteReport> {
+    read_report(&directory.report())
+        .ok()
+        .filter(|report| report.training.stop_reason.is_regular())
+}
+
+/// Writes the pages of a finished run again.
+fn restore_pages(
+    request: &TrainRequest<'_>,
+    prepared: &Prepared,
+    directory: RunDirectory,
+    report: FiniteReport,
+) -> Result<Finished> {
+    let account = open_account(request, prepared, &directory)?;
+    write_pages(
+        prepared,
+        account.spent().energy.joules(),
+        &directory,
+        &report,
+    )?;
+    let stop = report.training.stop_reason.clone();
+    Ok(Finished {
+        directory,
+        report,
+        stop,
+        baselines_interrupted: false,
+    })
+}
+
+/// Writes the result and the report of a run whose loop had ended when its process was killed, from its last checkpoint. Nothing is
+/// computed, so nothing is spent.
+fn finish_ended(
+    request: &TrainRequest<'_>,
+    prepared: &Prepared,
+    start: Start,
+    screen: &mut dyn Screen,
+) -> Result<Finished> {
+    let Start {
+        directory,
+        mut account,
+        checkpoints,
+        found,
+        ..
+    } = start;
+    let state = found.unwrap_or_default();
+    let stop = state.ended.clone().unwrap_or(Stop::Interrupted);
+    screen.note(&format!(
+        "the run had ended after step {}: writing its result and report",
+        state.step
+    ));
+    truncate_after(&directory.steps(), state.step)?;
+    account.close()?;
+    let wall = account.spent().time;
+    let outcome = Outcome { stop, state };
+    let ended = Ended {
+        prepared,
+        outcome: &outcome,
+        account: &account,
+        checkpoints: &checkpoints,
+        sample: None,
+        wall,
+    };
+    let step = outcome.state.step;
+    let export = |dir: &Path| {
+        checkpoints.copy_export(step, dir)?;
+        if prepared.whole_model() {
+            trainee::write_model_config(prepared, dir, Some(outcome.state.tokens))?;
+        }
+        Ok(())
+    };
+    let report = write_reports(&ended, &directory, &export)?;
+    let (report, baselines_interrupted) =
+        add_measured_baselines(request, prepared, &account, &directory, report, screen)?;
+    Ok(Finished {
+        directory,
+        report,
+        stop: outcome.stop,
+        baselines_interrupted,
+    })
 }
 
 /// Where a run starts: its directory, what was spent already, and the checkpoint to go on from.
@@ -173,6 +267,7 @@ impl Start {
         request: &TrainRequest<'_>,
         prepared: &Prepared,
         directory: RunDirectory,
+        screen: &mut dyn Screen,
     ) -> Result<Self> {
         let checkpoints = Checkpoints::new(
             directory.checkpoints(),
@@ -191,10 +286,21 @@ impl Start {
             .hint("put the file back, or start a new run with another `--out`"));
         }
         let account = open_account(request, prepared, &directory)?;
-        let found = match request.resume {
-            Some(_) => checkpoints.newest(prepared.digest())?,
-            None => None,
-        };
+        let mut found = None;
+        if request.resume.is_some() {
+            remove_leftovers(directory.path());
+            checkpoints.tidy()?;
+            found = checkpoints.newest(prepared.digest())?;
+            if let Some(spent) = found.as_ref().and_then(|state| state.spent.as_ref()) {
+                account.check_not_less(spent)?;
+            }
+            if found.is_none() && account.spent_on(Phase::Train).flops > 0 {
+                screen.note(&format!(
+                    "warning: this run has no checkpoint: it starts again from step 0, and what it spent ({}) stays spent",
+                    account.spent().energy.joules()
+                ));
+            }
+        }
         let load = load_work(&prepared.architecture, prepared.recipe.model.dtype);
         let start = Self {
             directory,
@@ -204,10 +310,15 @@ impl Start {
             prompt: sample_prompt(prepared)?,
             load,
         };
-        if request.resume.is_some() {
+        if request.resume.is_some() && start.ended().is_none() {
             start.check_room(prepared)?;
         }
         Ok(start)
+    }
+
+    /// Why the loop had ended already, if it had.
+    fn ended(&self) -> Option<&Stop> {
+        self.found.as_ref()?.ended.as_ref()
     }
 
     /// What the loop's caller does after the loop, within the same budget.
@@ -267,8 +378,10 @@ fn open_account(
     let kind = meters.resolve(prepared.recipe.energy.meter)?;
     // A run cut off before its first entry has no ledger yet.
     let ledger = match directory.ledger() {
-        path if request.resume.is_some() && path.exists() => Ledger::resume(&path)?,
-        path => Ledger::create(&path)?,
+        path if request.resume.is_some() && path.exists() => {
+            Ledger::resume_run(&path, prepared.digest())?
+        }
+        path => Ledger::create_for_run(&path, prepared.digest())?,
     };
     Ok(Account::new(prepared.budget.clone(), meters, ledger, kind))
 }
@@ -366,7 +479,9 @@ fn run_in(
             }),
         wall: Seconds(started.elapsed().as_secs_f64()),
     };
-    let report = write_reports(&ended, &directory, &parameters)?;
+    let tokens = outcome.state.tokens;
+    let export = |dir: &Path| trainee::export(prepared, &parameters, dir, Some(tokens));
+    let report = write_reports(&ended, &directory, &export)?;
     // A baseline needs the memory that the run no longer does.
     drop((decoder, parameters));
     let (report, baselines_interrupted) =

@@ -4,16 +4,24 @@
 //! both moments, exactly) and what the caller's `export` adds (the adapter as PEFT reads it). It is written under another name, synced and
 //! renamed.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::adapter::shards::{F32s, read_headers, write_f32s};
+use crate::energy::ledger::{Recorded, changed_inputs};
 use crate::error::{Error, Kind, Result};
+use crate::files::{DraftDirectory, remove_directory, remove_leftovers, sync, write_atomic};
 use crate::model::Source;
 use crate::ops::Parameters;
+use crate::text::hex;
+
+use super::Stop;
 
 const STATE: &str = "state.json";
 const TRAINER: &str = "trainer.safetensors";
@@ -21,15 +29,15 @@ const ROWS: [&str; 3] = ["value", "exp_avg", "exp_avg_sq"];
 
 /// Where a run stands: all that the loop carries from step to step beside the trained values.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct Standing {
+pub struct TrainState {
     /// Steps done.
     pub step: u64,
     /// Validation loss before the first step, in nats per loss token.
     pub val_loss_before: Option<f64>,
     /// The last validation loss and the step it was taken after.
-    pub val_loss_last: Option<Evaluated>,
+    pub val_loss_last: Option<Evaluation>,
     /// The lowest validation loss and its step.
-    pub best: Option<Evaluated>,
+    pub best: Option<Evaluation>,
     /// The last step's loss.
     pub train_loss_last: Option<f64>,
     /// Tokens trained on.
@@ -43,11 +51,20 @@ pub struct Standing {
     /// What the model wrote before the first step, if the caller asked it: a resumed model no longer can.
     #[serde(default)]
     pub sample_before: Option<String>,
+    /// Why the loop ended, in the checkpoint written at its end: nothing is left to train then.
+    #[serde(default)]
+    pub ended: Option<Stop>,
+    /// What the ledger held when the checkpoint was written: a ledger that holds less has lost entries.
+    #[serde(default)]
+    pub spent: Option<Recorded>,
+    /// SHA-256 of the checkpoint's other files, by name.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
 }
 
 /// A validation loss and the step it was taken after.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Evaluated {
+pub struct Evaluation {
     /// Steps done then.
     pub step: u64,
     /// Nats per loss token.
@@ -87,34 +104,72 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// Saves; `export` adds the model's own files to the new directory. Where this step was saved already, its values are those of then, and
-    /// only where the run stands is written anew. Older checkpoints beyond the limit are removed, never `best`.
+    /// Saves; `export` adds the model's own files to the new directory. Of a step that is saved already, only the state is written anew.
+    /// Older checkpoints beyond the limit are removed, never `best`.
     pub fn save(
         &self,
-        standing: &Standing,
+        state: &TrainState,
         parameters: &Parameters,
         export: &dyn Fn(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
-        let place = self.path(standing.step);
-        let draft = self.dir.join(format!(".step-{:06}.partial", standing.step));
-        remove_directory(&draft)?;
-        fs::create_dir_all(&draft).map_err(|e| Error::io("create", &draft, e))?;
-        let state = serde_json::to_vec_pretty(standing)
-            .map_err(|e| Error::new(Kind::Run, e.to_string()))?;
-        fs::write(draft.join(STATE), state).map_err(|e| Error::io("write", &draft, e))?;
+        let place = self.path(state.step);
         if place.exists() {
-            sync_files(&draft)?;
-            fs::rename(draft.join(STATE), place.join(STATE))
-                .map_err(|e| Error::io("rename", &draft, e))?;
+            let files = self.state(state.step)?.files;
+            write_atomic(&place.join(STATE), state_text(state, files)?)?;
             sync(&place)?;
-            remove_directory(&draft)?;
         } else {
-            write_rows(&draft.join(TRAINER), parameters)?;
-            export(&draft)?;
-            put_in_place(&draft, &place)?;
+            let draft = DraftDirectory::new(&place)?;
+            write_rows(&draft.path().join(TRAINER), parameters)?;
+            export(draft.path())?;
+            let files = digests(draft.path())?;
+            write_atomic(&draft.path().join(STATE), state_text(state, files)?)?;
+            draft.replace()?;
         }
-        self.prune(standing.best.map(|best| best.step))?;
+        self.prune(state.best.map(|best| best.step))?;
         Ok(place)
+    }
+
+    /// Removes what a killed process left, and checkpoints beyond the limit.
+    ///
+    /// # Errors
+    /// [`Kind::Io`].
+    pub fn tidy(&self) -> Result<()> {
+        remove_leftovers(&self.dir);
+        let newest = self.steps()?.last().copied();
+        let best = newest.and_then(|step| self.state(step).ok()?.best);
+        self.prune(best.map(|best| best.step))
+    }
+
+    /// Notes in the checkpoint after `step` that the loop ended there, and why.
+    ///
+    /// # Errors
+    /// [`Kind::Io`], or [`Kind::Run`] if the checkpoint's state cannot be read.
+    pub fn record_end(&self, step: u64, stop: &Stop, spent: Recorded) -> Result<()> {
+        let mut state = self.state(step)?;
+        state.ended = Some(stop.clone());
+        state.spent = Some(spent);
+        let files = std::mem::take(&mut state.files);
+        let place = self.path(step);
+        write_atomic(&place.join(STATE), state_text(&state, files)?)?;
+        sync(&place)
+    }
+
+    /// Copies the exported files of the checkpoint after `step` to `dir`.
+    ///
+    /// # Errors
+    /// [`Kind::Io`].
+    pub fn copy_export(&self, step: u64, dir: &Path) -> Result<()> {
+        let place = self.path(step);
+        for name in self
+            .state(step)?
+            .files
+            .keys()
+            .filter(|name| *name != TRAINER)
+        {
+            let to = dir.join(name);
+            fs::copy(place.join(name), &to).map_err(|e| Error::io("write", &to, e))?;
+        }
+        Ok(())
     }
 
     fn prune(&self, best: Option<u64>) -> Result<()> {
@@ -126,28 +181,40 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// The newest whole checkpoint's standing; `None` where there is none.
-    pub fn newest(&self, recipe: &str) -> Result<Option<Standing>> {
+    fn state(&self, step: u64) -> Result<TrainState> {
+        let path = self.path(step);
+        let text =
+            fs::read(path.join(STATE)).map_err(|e| damaged(&path, &format!("{STATE}: {e}")))?;
+        let state: TrainState =
+            serde_json::from_slice(&text).map_err(|e| damaged(&path, &e.to_string()))?;
+        if state.step != step {
+            return Err(damaged(
+                &path,
+                &format!("{STATE} tells of step {}", state.step),
+            ));
+        }
+        Ok(state)
+    }
+
+    /// The newest whole checkpoint's state; `None` where there is none.
+    pub fn newest(&self, recipe: &str) -> Result<Option<TrainState>> {
         let Some(step) = self.steps()?.last().copied() else {
             return Ok(None);
         };
         let path = self.path(step);
-        let state =
-            fs::read(path.join(STATE)).map_err(|e| damaged(&path, &format!("{STATE}: {e}")))?;
-        let standing: Standing =
-            serde_json::from_slice(&state).map_err(|e| damaged(&path, &e.to_string()))?;
-        if standing.recipe != recipe {
-            return Err(Error::new(Kind::Run, "the recipe, the model or the data are no longer those that this run began with")
-                .at(path.display().to_string())
-                .hint("put back what was changed (`recipe.toml` in the run directory, data files, a moved branch of the hub), or start a new run with another `--out`"));
+        let state = self.state(step)?;
+        if state.recipe != recipe {
+            return Err(changed_inputs(&path));
         }
-        match standing.step == step {
-            true => Ok(Some(standing)),
-            false => Err(damaged(
-                &path,
-                &format!("{STATE} tells of step {}", standing.step),
-            )),
+        for (name, digest) in &state.files {
+            let found = file_digest(&path.join(name))
+                .map_err(|e| damaged(&path, &format!("{name}: {e}")))?;
+            if found != *digest {
+                return Err(damaged(&path, &format!("{name} has SHA-256 {found}"))
+                    .rule(format!("{digest}, as {STATE} says")));
+            }
         }
+        Ok(Some(state))
     }
 
     /// The trained values of the checkpoint after `step`, put back into `parameters` row by row: one is in memory beside them.
@@ -202,46 +269,37 @@ fn write_rows(path: &Path, parameters: &Parameters) -> Result<()> {
     })
 }
 
-/// Makes the directory `draft` the one at `place`, which is whole at any moment or absent: what was there goes once the new one stands.
-pub fn put_in_place(draft: &Path, place: &Path) -> Result<()> {
-    sync_files(draft)?;
-    let before = place.with_extension("before");
-    remove_directory(&before)?;
-    match fs::rename(place, &before) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Error::io("rename", place, e));
-        }
-        _ => fs::rename(draft, place).map_err(|e| Error::io("rename", draft, e))?,
-    }
-    sync(place.parent().unwrap_or(place))?;
-    remove_directory(&before)
+fn state_text(state: &TrainState, files: BTreeMap<String, String>) -> Result<Vec<u8>> {
+    let state = TrainState {
+        files,
+        ..state.clone()
+    };
+    serde_json::to_vec_pretty(&state).map_err(|e| Error::new(Kind::Run, e.to_string()))
 }
 
-/// Removes a directory, if it is there.
-pub fn remove_directory(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
-        _ => Ok(()),
-    }
-}
-
-/// Flushes every file below `dir`, and `dir` itself, to the disk.
-fn sync_files(dir: &Path) -> Result<()> {
+/// SHA-256 of each file in `dir`, by name.
+fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let mut digests = BTreeMap::new();
     for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
         let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
-        if path.is_dir() {
-            sync_files(&path)?
-        } else {
-            sync(&path)?
-        }
+        let digest = file_digest(&path).map_err(|e| Error::io("read", &path, e))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        digests.insert(name.into_owned(), digest);
     }
-    sync(dir)
+    Ok(digests)
 }
 
-fn sync(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(|e| Error::io("sync", path, e))
+fn file_digest(path: &Path) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(hex(hash.finalize()));
+        }
+        hash.update(&buffer[..read]);
+    }
 }
 
 #[cfg(test)]
@@ -269,15 +327,18 @@ mod tests {
         {
             saved.restore_row(index, row).unwrap();
         }
-        let standing = Standing {
+        let state = TrainState {
             step: 7,
             tokens: 99,
             recipe: "r".into(),
-            ..Standing::default()
+            ..TrainState::default()
         };
-        checkpoints.save(&standing, &saved, &|_| Ok(())).unwrap();
+        checkpoints.save(&state, &saved, &|_| Ok(())).unwrap();
         let other = parameters(9.0);
-        assert_eq!(checkpoints.newest("r").unwrap(), Some(standing));
+        let mut found = checkpoints.newest("r").unwrap().unwrap();
+        assert_eq!(found.files.keys().collect::<Vec<_>>(), [TRAINER]);
+        found.files.clear();
+        assert_eq!(found, state);
         checkpoints.restore(7, &other).unwrap();
         assert_eq!(other.snapshot().unwrap(), saved.snapshot().unwrap());
         assert_eq!(checkpoints.newest("another").unwrap_err().kind(), Kind::Run);
@@ -287,16 +348,16 @@ mod tests {
     fn a_step_saved_again_stays_whole_and_tells_the_newer_standing() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 1);
-        let first = Standing {
+        let first = TrainState {
             step: 4,
             recipe: "r".into(),
-            ..Standing::default()
+            ..TrainState::default()
         };
         checkpoints
             .save(&first, &parameters(0.5), &|_| Ok(()))
             .unwrap();
-        let second = Standing {
-            best: Some(Evaluated {
+        let second = TrainState {
+            best: Some(Evaluation {
                 step: 4,
                 val_loss: 0.25,
             }),
@@ -307,7 +368,9 @@ mod tests {
                 panic!("the values are there")
             })
             .unwrap();
-        assert_eq!(checkpoints.newest("r").unwrap(), Some(second));
+        let found = checkpoints.newest("r").unwrap().unwrap();
+        assert_eq!(found.files.len(), 1, "the file's digest stays");
+        assert_eq!(found.best, second.best);
         checkpoints.restore(4, &parameters(0.0)).unwrap();
         assert_eq!(
             (
@@ -319,35 +382,14 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_replaced_whole() {
-        let dir = tempfile::tempdir().unwrap();
-        let [draft, place] = ["a.partial", "a"].map(|name| dir.path().join(name));
-        for text in ["first", "second"] {
-            fs::create_dir(&draft).unwrap();
-            fs::write(draft.join(text), text).unwrap();
-            put_in_place(&draft, &place).unwrap();
-            assert!(place.join(text).exists());
-            assert_eq!(
-                (
-                    fs::read_dir(dir.path()).unwrap().count(),
-                    fs::read_dir(&place).unwrap().count()
-                ),
-                (1, 1)
-            );
-        }
-        assert!(put_in_place(&draft, &place).is_err(), "there is no draft");
-        assert!(place.exists(), "what was there stays");
-    }
-
-    #[test]
     fn a_damaged_checkpoint_is_named_with_the_way_out() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
         let path = checkpoints
             .save(
-                &Standing {
+                &TrainState {
                     step: 3,
-                    ..Standing::default()
+                    ..TrainState::default()
                 },
                 &parameters(0.0),
                 &|_| Ok(()),
@@ -374,12 +416,58 @@ mod tests {
     }
 
     #[test]
+    fn a_flipped_bit_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
+        let path = checkpoints
+            .save(&TrainState::default(), &parameters(0.5), &|dir| {
+                write_atomic(&dir.join("adapter.safetensors"), "exported")
+            })
+            .unwrap();
+        let whole = fs::read(path.join(TRAINER)).unwrap();
+        let mut flipped = whole.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        fs::write(path.join(TRAINER), flipped).unwrap();
+        let error = checkpoints.newest("").unwrap_err().to_string();
+        assert!(error.contains("trainer.safetensors has SHA-256"), "{error}");
+        fs::write(path.join(TRAINER), whole).unwrap();
+        checkpoints.newest("").unwrap();
+        fs::remove_file(path.join("adapter.safetensors")).unwrap();
+        checkpoints.newest("").unwrap_err();
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_and_the_limit_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 9);
+        for step in [1, 2, 3] {
+            let state = TrainState {
+                step,
+                ..TrainState::default()
+            };
+            checkpoints
+                .save(&state, &parameters(0.0), &|_| Ok(()))
+                .unwrap();
+        }
+        // Another process was killed while it deleted step 0 and wrote step 4.
+        for name in ["step-000000", "step-000004"] {
+            let suffix = ["deleted", "partial"][usize::from(name.ends_with('4'))];
+            let left = format!(".{name}.{}.{suffix}", u32::MAX);
+            fs::create_dir(dir.path().join(left)).unwrap();
+        }
+        let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
+        checkpoints.tidy().unwrap();
+        assert_eq!(checkpoints.steps().unwrap(), [2, 3]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
     fn a_failed_export_leaves_no_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
         let fail = |_: &Path| Err(Error::new(Kind::Io, "disk full"));
         checkpoints
-            .save(&Standing::default(), &parameters(0.0), &fail)
+            .save(&TrainState::default(), &parameters(0.0), &fail)
             .unwrap_err();
         assert_eq!(checkpoints.steps().unwrap(), Vec::<u64>::new());
         assert!(checkpoints.newest("").unwrap().is_none());
@@ -390,17 +478,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
         for step in 1..=5 {
-            let best = Some(Evaluated {
+            let best = Some(Evaluation {
                 step: step.min(2),
                 val_loss: 1.0,
             });
-            let standing = Standing {
+            let state = TrainState {
                 step,
                 best,
-                ..Standing::default()
+                ..TrainState::default()
             };
             checkpoints
-                .save(&standing, &parameters(0.0), &|_| Ok(()))
+                .save(&state, &parameters(0.0), &|_| Ok(()))
                 .unwrap();
         }
         assert_eq!(checkpoints.steps().unwrap(), [2, 4, 5]);

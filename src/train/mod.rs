@@ -13,10 +13,7 @@ mod step;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use checkpoint::{
-    Checkpoints, Evaluated as Evaluation, Standing as TrainState, checkpoint_bytes, put_in_place,
-    remove_directory,
-};
+pub use checkpoint::{Checkpoints, Evaluation, TrainState, checkpoint_bytes};
 pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast};
 pub use record::{StepEnergy, StepRecord, Stop};
 pub use schedule::{Decay, Schedule};
@@ -185,6 +182,11 @@ impl Training<'_, '_> {
             }
         };
         self.finish(&stop)?;
+        if stop.is_regular() {
+            let spent = self.trainer.account.record()?;
+            let checkpoints = self.trainer.checkpoints;
+            checkpoints.record_end(self.state.step, &stop, spent)?;
+        }
         Ok(stop)
     }
 
@@ -288,9 +290,13 @@ impl Training<'_, '_> {
         trainer.account.admit(Phase::Save, self.costs.save(), &[])?;
         trainer.account.begin();
         self.context.counter.add(self.costs.save().clone());
+        let state = TrainState {
+            spent: Some(trainer.account.record()?),
+            ..self.state.clone()
+        };
         trainer
             .checkpoints
-            .save(&self.state, trainer.parameters, trainer.export)?;
+            .save(&state, trainer.parameters, trainer.export)?;
         self.charge(Phase::Save, self.state.step)?;
         Ok(())
     }

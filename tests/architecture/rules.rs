@@ -6,7 +6,7 @@
 use crate::source::{code, functions, words};
 
 /// What every room may import.
-const COMMON: &[&str] = &["units", "error", "work", "random"];
+const COMMON: &[&str] = &["units", "error", "work", "random", "files", "text"];
 
 /// The import table: each room of `src/` and which rooms it may import besides itself and `COMMON`.
 const ROOMS: &[(&str, &[&str])] = &[
@@ -56,6 +56,8 @@ const GROUND: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("work", &["units", "error"]),
     ("random", &[]),
+    ("files", &["error"]),
+    ("text", &[]),
 ];
 
 /// Crates that some rooms do not name: (crate, rooms, why).
@@ -137,6 +139,14 @@ const NEVER: &[(&str, &str)] = &[
     ("todo!", "write it"),
     ("unimplemented!", "write it"),
     ("dbg!", "take it out"),
+    (
+        "println!",
+        "it panics when the reader has gone: write with `writeln!` and ignore or return the error",
+    ),
+    (
+        "eprintln!",
+        "it panics when standard error is closed: use `cli::note`",
+    ),
     ("Var", "gradients are written, not recorded"),
     ("VarMap", "gradients are written, not recorded"),
     ("GradStore", "gradients are written, not recorded"),

@@ -1,0 +1,301 @@
+//! Files and directories that are complete or absent: written under a temporary name, flushed, renamed.
+//!
+//! Owns the temporary names (`.NAME.PID.tmp` for a file, `.NAME.PID.partial` for a directory, `.NAME.PID.deleted` for one on its way
+//! out) and the rule for leftovers: a temporary name whose process no longer runs may be removed. Knows nothing of file contents.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+const TEMPORARY: [&str; 3] = ["tmp", "partial", "deleted"];
+
+/// Replaces the file at `path` atomically by `bytes`.
+///
+/// # Errors
+/// [`crate::error::Kind::Io`] if the folder cannot be written to; the previous file is then unchanged.
+pub fn write_atomic(path: &Path, bytes: impl AsRef<[u8]>) -> Result<()> {
+    write_atomic_with(path, |file| file.write_all(bytes.as_ref()))
+}
+
+/// Replaces the file at `path` atomically by what `write` writes.
+///
+/// # Errors
+/// As [`write_atomic`].
+pub fn write_atomic_with(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> Result<()> {
+    let temporary = temporary_path(path, "tmp");
+    let written = File::create(&temporary).and_then(|mut file| {
+        write(&mut file)?;
+        file.sync_all()
+    });
+    written
+        .and_then(|()| fs::rename(&temporary, path))
+        .map_err(|source| {
+            // The write's error is the one to report.
+            let _ = fs::remove_file(&temporary);
+            Error::io("write", path, source)
+        })
+}
+
+/// A directory being filled under a temporary name. Dropped before it is installed, it is removed again.
+#[derive(Debug)]
+pub struct DraftDirectory {
+    draft: PathBuf,
+    place: PathBuf,
+}
+
+impl DraftDirectory {
+    /// Creates an empty draft beside `place`, and the folders above it.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Io`]; also if the temporary name exists, so that no planted link is followed.
+    pub fn new(place: &Path) -> Result<Self> {
+        let parent = parent_of(place);
+        fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        let draft = temporary_path(place, "partial");
+        remove_all(&draft)?;
+        fs::create_dir(&draft).map_err(|e| Error::io("create", &draft, e))?;
+        let place = place.to_path_buf();
+        Ok(Self { draft, place })
+    }
+
+    /// Where to write.
+    pub fn path(&self) -> &Path {
+        &self.draft
+    }
+
+    /// Flushes the draft to disk and moves it to its place, replacing a directory there.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Io`]; the previous directory then stays.
+    pub fn replace(self) -> Result<()> {
+        sync_tree(&self.draft)?;
+        let previous = temporary_path(&self.place, "deleted");
+        remove_all(&previous)?;
+        let had_previous = match fs::rename(&self.place, &previous) {
+            Ok(()) => true,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+            Err(e) => return Err(Error::io("rename", &self.place, e)),
+        };
+        if let Err(e) = fs::rename(&self.draft, &self.place) {
+            if had_previous {
+                // The rename's error is the one to report.
+                let _ = fs::rename(&previous, &self.place);
+            }
+            return Err(Error::io("rename", &self.draft, e));
+        }
+        sync(parent_of(&self.place))?;
+        remove_all(&previous)
+    }
+
+    /// Flushes the draft to disk and moves it to its place; returns `false` if a directory that is not empty stands there.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Io`].
+    pub fn install_new(self) -> Result<bool> {
+        sync_tree(&self.draft)?;
+        match fs::rename(&self.draft, &self.place) {
+            Ok(()) => sync(parent_of(&self.place)).map(|()| true),
+            Err(_) if self.place.symlink_metadata().is_ok() => Ok(false),
+            Err(e) => Err(Error::io("create", &self.place, e)),
+        }
+    }
+}
+
+impl Drop for DraftDirectory {
+    fn drop(&mut self) {
+        // After a move there is nothing to remove; otherwise the error that led here is the one to report.
+        let _ = remove_all(&self.draft);
+    }
+}
+
+/// Deletes a directory, if there is one; it disappears at once from its place, never in part.
+///
+/// # Errors
+/// [`crate::error::Kind::Io`].
+pub fn remove_directory(path: &Path) -> Result<()> {
+    let doomed = temporary_path(path, "deleted");
+    remove_all(&doomed)?;
+    match fs::rename(path, &doomed) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(Error::io("remove", path, e)),
+        Ok(()) => remove_all(&doomed),
+    }
+}
+
+fn remove_all(path: &Path) -> Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    match removed {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes leftovers of processes that no longer run from `folder` (not from its subfolders). Failures are ignored: leftovers do no harm.
+pub fn remove_leftovers(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let stale = process_of(&entry.file_name().to_string_lossy())
+            .is_some_and(|process| process != std::process::id() && !is_running(process));
+        if stale {
+            let _ = remove_all(&entry.path());
+        }
+    }
+}
+
+/// The temporary name of `path` in the same folder, so that renaming never crosses file systems.
+pub fn temporary_path(path: &Path, suffix: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{}.{suffix}", std::process::id()))
+}
+
+/// The process that a temporary name belongs to; `None` for other names.
+fn process_of(name: &str) -> Option<u32> {
+    let mut parts = name.strip_prefix('.')?.rsplit('.');
+    let suffix = parts.next()?;
+    let process = parts.next()?.parse().ok()?;
+    (TEMPORARY.contains(&suffix) && parts.next().is_some()).then_some(process)
+}
+
+#[cfg(unix)]
+fn is_running(process: u32) -> bool {
+    let Ok(process) = libc::pid_t::try_from(process) else {
+        return false;
+    };
+    // SAFETY: signal 0 is never delivered; the call only reports whether the process exists.
+    let sent = unsafe { libc::kill(process, 0) };
+    sent == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
+}
+
+#[cfg(not(unix))]
+fn is_running(_: u32) -> bool {
+    true
+}
+
+/// Flushes every file below `dir`, and `dir` itself, to disk.
+fn sync_tree(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
+        let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            sync(&path)?;
+        }
+    }
+    sync(dir)
+}
+
+/// Flushes one file or directory to disk.
+///
+/// # Errors
+/// [`crate::error::Kind::Io`].
+pub fn sync(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(|e| Error::io("sync", path, e))
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_replaced_and_no_temporary_file_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.md");
+        write_atomic(&path, "a longer first text").unwrap();
+        write_atomic(&path, "second").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+        let failed = write_atomic_with(&path, |_| Err(io::Error::other("disk full")));
+        assert!(failed.unwrap_err().to_string().contains("disk full"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+        assert_eq!(names(folder.path()), ["report.md"]);
+        let error = write_atomic(&folder.path().join("absent/report.md"), "x").unwrap_err();
+        assert!(error.to_string().starts_with("cannot write"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_is_replaced_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("adapter");
+        for text in ["first", "second"] {
+            let draft = DraftDirectory::new(&place).unwrap();
+            fs::write(draft.path().join(text), text).unwrap();
+            draft.replace().unwrap();
+            assert_eq!(names(&place), [text]);
+            assert_eq!(names(folder.path()), ["adapter"]);
+        }
+        drop(DraftDirectory::new(&place).unwrap());
+        assert!(!DraftDirectory::new(&place).unwrap().install_new().unwrap());
+        assert_eq!(names(folder.path()), ["adapter"]);
+        assert_eq!(names(&place), ["second"], "the previous directory stays");
+        remove_directory(&place).unwrap();
+        remove_directory(&place).unwrap();
+        assert_eq!(names(folder.path()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn only_leftovers_of_ended_processes_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let ended = u32::MAX;
+        let mine = std::process::id();
+        let stale = [
+            format!(".step-000004.{ended}.deleted"),
+            format!(".report.json.{ended}.tmp"),
+        ];
+        let kept = [
+            format!(".report.json.{mine}.tmp"),
+            ".hidden.7.txt".to_string(),
+            ".tmp".to_string(),
+            format!("report.{ended}.tmp"),
+        ];
+        for name in stale.iter().chain(&kept) {
+            fs::create_dir(folder.path().join(name)).unwrap();
+        }
+        remove_leftovers(folder.path());
+        let mut kept = kept.to_vec();
+        kept.sort();
+        assert_eq!(names(folder.path()), kept);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_planted_link_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("target");
+        fs::create_dir(&target).unwrap();
+        fs::write(target.join("precious"), "x").unwrap();
+        let place = folder.path().join("merged");
+        let planted = temporary_path(&place, "partial");
+        std::os::unix::fs::symlink(&target, &planted).unwrap();
+        let draft = DraftDirectory::new(&place).unwrap();
+        assert!(!fs::symlink_metadata(draft.path()).unwrap().is_symlink());
+        assert_eq!(names(&target), ["precious"]);
+    }
+}

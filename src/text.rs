@@ -1,0 +1,89 @@
+//! Small pieces of text used in messages: hexadecimal digests, the nearest known name, a list cut to its first entries, text without
+//! terminal escape sequences.
+
+use std::borrow::Cow;
+use std::fmt::Write;
+
+/// Lower-case hexadecimal digits of `bytes`.
+pub fn hex(bytes: impl AsRef<[u8]>) -> String {
+    let mut text = String::with_capacity(2 * bytes.as_ref().len());
+    for byte in bytes.as_ref() {
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+/// The candidate most similar to `word` by Jaro-Winkler, if its similarity is at least `threshold` (0 to 1). Case is ignored, and `-`
+/// counts as `_`. Of equals the last one wins.
+pub fn nearest<'a>(
+    word: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+    threshold: f64,
+) -> Option<&'a str> {
+    let word = word.to_lowercase().replace('-', "_");
+    candidates
+        .into_iter()
+        .map(|candidate| (strsim::jaro_winkler(&word, candidate), candidate))
+        .filter(|(similarity, _)| *similarity >= threshold)
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, candidate)| candidate)
+}
+
+/// The first `limit` items, followed by "and N more" if some are left out.
+pub fn first_few(mut items: Vec<String>, limit: usize) -> Vec<String> {
+    let more = items.len().saturating_sub(limit);
+    items.truncate(limit);
+    if more > 0 {
+        items.push(format!("and {more} more"));
+    }
+    items
+}
+
+/// `text` with control characters other than line feed and tab written as escapes: names and records from elsewhere cannot send
+/// escape sequences to the terminal.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    let harmless = |c: char| !c.is_control() || matches!(c, '\n' | '\t');
+    if text.chars().all(harmless) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if harmless(c) {
+            shown.push(c);
+        } else {
+            shown.extend(c.escape_default());
+        }
+    }
+    Cow::Owned(shown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_two_lower_case_digits_each() {
+        assert_eq!(hex([0x00, 0x0f, 0xa0, 0xff]), "000fa0ff");
+    }
+
+    #[test]
+    fn the_nearest_name_is_near_enough_or_none() {
+        let names = ["lora_alpha", "lora_dropout", "r"];
+        assert_eq!(nearest("Lora-Aplha", names, 0.85), Some("lora_alpha"));
+        assert_eq!(nearest("temperature", names, 0.85), None);
+    }
+
+    #[test]
+    fn a_long_list_says_how_many_it_leaves_out() {
+        let items: Vec<String> = (1..=5).map(|n| n.to_string()).collect();
+        assert_eq!(first_few(items.clone(), 5).len(), 5);
+        assert_eq!(first_few(items, 3), ["1", "2", "3", "and 2 more"]);
+    }
+
+    #[test]
+    fn control_characters_are_shown_and_not_sent() {
+        assert_eq!(printable("a\tb\nc é"), "a\tb\nc é");
+        let osc = "\u{1b}]0;title\u{7}x\r\u{9b}2J";
+        assert_eq!(printable(osc), "\\u{1b}]0;title\\u{7}x\\r\\u{9b}2J");
+    }
+}
