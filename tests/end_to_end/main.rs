@@ -11,6 +11,7 @@ mod baselines;
 mod budget;
 mod choices;
 mod continued;
+mod crashes;
 mod figures;
 mod json;
 mod measured;
