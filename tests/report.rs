@@ -171,7 +171,7 @@ fn the_keys_are_the_contracts() {
 #[test]
 fn a_report_comes_back_from_its_file() {
     let path = out(files::REPORT_JSON);
-    wattune::files::write_atomic(&path, &to_json(&finite(&fixture())).unwrap()).unwrap();
+    wattune::files::write_atomic(&path, to_json(&finite(&fixture())).unwrap()).unwrap();
     assert_eq!(read_report(&path).unwrap().into_inner(), fixture());
     // Neither more nor less than the fixture's own document.
     let written: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
