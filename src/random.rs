@@ -1,32 +1,31 @@
-//! Keyed random numbers: one stream for each (seed, use, words, name).
+//! Counter-based random numbers: one stream for each (seed, purpose, counters, name).
 //!
-//! Owns how a key becomes a generator. Takes a seed, what the numbers are for, counters (step, example, ...) and a name (a
-//! module's path); returns a ChaCha8 generator. Holds no state, so a draw depends on its key alone: neither on the order of
-//! draws nor on the thread count. Knows nothing of what is drawn.
+//! Owns how a key becomes a generator. Takes a seed, a purpose, counters (step, example, ...) and a name (a module's path); returns a
+//! ChaCha8 generator. Stateless: a draw depends on its key alone, not on the order of draws or the number of threads.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use sha2::{Digest, Sha256};
 
-/// What random numbers are for: streams of different uses never meet.
+/// What a stream is for; streams of different purposes are independent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Purpose {
-    /// The first values of LoRA's A.
+    /// Initial values of LoRA's A.
     AdapterInit,
     /// Dropout masks.
     Dropout,
-    /// The order of records, and which of them validate.
+    /// Order of records and the validation split.
     Shuffle,
-    /// The weights of a model trained from scratch.
+    /// Initial weights of a model trained from scratch.
     WeightInit,
-    /// Tokens drawn in generation.
+    /// Token sampling in generation.
     Sampling,
-    /// Weights and token ids that mean nothing, for timing steps.
+    /// Arbitrary weights and token ids, for timing.
     Probe,
 }
 
 impl Purpose {
-    /// Its word in the key. A change changes every run's numbers.
+    /// The purpose in the key; changing one changes the random numbers of every run.
     fn tag(self) -> &'static str {
         match self {
             Self::AdapterInit => "adapter-init",
@@ -39,10 +38,10 @@ impl Purpose {
     }
 }
 
-/// The generator of one key.
+/// The generator of a key.
 ///
-/// The 32-byte ChaCha key is SHA-256 of: the use's word, a zero byte, `seed`, the number of `words`, the `words` (each a
-/// little-endian u64), then `name`. Every part but the last has a known length, so different keys hash different bytes.
+/// The ChaCha key is SHA-256 of: the purpose's tag, a zero byte, `seed`, the number of `counters`, the `counters` (each a little-endian
+/// u64), then `name`. Every part but the last has a known length, so different keys hash different bytes.
 ///
 /// ```
 /// use rand_chacha::rand_core::Rng;
@@ -51,14 +50,14 @@ impl Purpose {
 /// let mut b = stream(42, Purpose::Dropout, &[7, 3], "model.layers.0.mlp.up_proj");
 /// assert_eq!(a.next_u64(), b.next_u64());
 /// ```
-pub fn stream(seed: u64, purpose: Purpose, words: &[u64], name: &str) -> ChaCha8Rng {
+pub fn stream(seed: u64, purpose: Purpose, counters: &[u64], name: &str) -> ChaCha8Rng {
     let mut hash = Sha256::new();
     hash.update(purpose.tag());
     hash.update([0]);
     hash.update(seed.to_le_bytes());
-    hash.update((words.len() as u64).to_le_bytes());
-    for word in words {
-        hash.update(word.to_le_bytes());
+    hash.update((counters.len() as u64).to_le_bytes());
+    for counter in counters {
+        hash.update(counter.to_le_bytes());
     }
     hash.update(name);
     ChaCha8Rng::from_seed(hash.finalize().into())
@@ -79,7 +78,7 @@ mod tests {
             (1, Purpose::Dropout, &[7], "q"),
             (1, Purpose::Dropout, &[7, 3], "k"),
             (1, Purpose::Dropout, &[], ""),
-            // Eight bytes of name must not pass for a word.
+            // Eight bytes of name must not pass for a counter.
             (1, Purpose::Dropout, &[7], "\u{3}\0\0\0\0\0\0\0q"),
         ];
         let mut first: Vec<u64> = keys
@@ -92,8 +91,8 @@ mod tests {
     }
 
     #[test]
-    fn the_numbers_are_chacha8_of_the_hashed_key() {
-        // From scripts/random_stream.py, which holds a ChaCha8 of its own.
+    fn streams_are_chacha8_of_the_hashed_key() {
+        // From scripts/random_stream.py, an independent ChaCha8.
         assert_eq!(
             stream(42, Purpose::Shuffle, &[1], "x").next_u64(),
             0xb236_03e3_2c59_32ec

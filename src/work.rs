@@ -1,8 +1,7 @@
-//! What a computation executes: counted, never guessed.
+//! Executed work: matrix products, vector operations and memory sweeps, counted exactly.
 //!
-//! Owns `Work`, a multiset of matrix products and memory sweeps, and `WorkCounter`, the counter an op adds to as it runs. Both
-//! `plan` and the running ops build it from the same cost functions, so that forecast and execution can be compared for
-//! equality. Knows nothing about devices: joules and bytes per memory level are what a device profile makes of a `Work`.
+//! Owns `Work` and the `WorkCounter` that ops add to as they run. `plan` and the running ops use the same cost functions, so that forecast
+//! and execution can be compared for equality. Knows nothing about devices: a device profile turns work into joules.
 
 use std::collections::BTreeMap;
 use std::ops::{Add, AddAssign};
@@ -13,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::Bytes;
 
-/// The number format of a product's inputs (accumulation is f32 in all of them).
+/// Format of a product's inputs; accumulation is always f32.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ValueEnum,
 )]
@@ -28,7 +27,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// The word of recipes and profiles.
+    /// The name in recipes and profiles.
     pub fn as_str(self) -> &'static str {
         match self {
             Precision::F32 => "f32",
@@ -37,7 +36,7 @@ impl Precision {
         }
     }
 
-    /// Bytes of one number.
+    /// Bytes of an element.
     pub fn size(self) -> u64 {
         match self {
             Precision::F32 => 4,
@@ -60,7 +59,7 @@ pub struct Product {
 }
 
 impl Product {
-    /// 2mnk: a multiply-add is two operations.
+    /// 2mnk: a multiply-add is two FLOPs.
     pub fn flops(&self) -> u64 {
         2 * self.m * self.n * self.k
     }
@@ -77,9 +76,9 @@ impl Product {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Work {
     products: BTreeMap<Product, u64>,
-    /// Bytes of one pass over memory -> how many such passes.
+    /// Bytes of a pass over memory -> number of such passes.
     sweeps: BTreeMap<u64, u64>,
-    /// Bytes that no cache can hold ready, because they come from or go to a file.
+    /// Bytes of file I/O, which no cache serves.
     uncached: u64,
     vector_flops: u64,
 }
@@ -90,7 +89,7 @@ impl Work {
         Self::products(1, m, n, k, precision)
     }
 
-    /// `count` equal products (m, k) x (k, n); an empty one is no work.
+    /// `count` equal products (m, k) x (k, n); empty products are no work.
     pub fn products(count: usize, m: usize, n: usize, k: usize, precision: Precision) -> Self {
         let mut work = Self::default();
         if count * m * n * k > 0 {
@@ -115,7 +114,7 @@ impl Work {
         work
     }
 
-    /// Bytes read from a file or written to one: they pass every cache by.
+    /// Bytes read from or written to a file.
     pub fn file(bytes: usize) -> Self {
         Self {
             uncached: bytes as u64,
@@ -136,7 +135,7 @@ impl Work {
         work
     }
 
-    /// FLOPs of matrix products and attention; vector operations are kept apart.
+    /// FLOPs of matrix products and attention, without vector operations.
     pub fn flops(&self) -> u64 {
         self.products
             .iter()
@@ -149,19 +148,19 @@ impl Work {
         self.vector_flops
     }
 
-    /// Each distinct product and how often it ran.
+    /// Each distinct product and its count.
     pub fn iter_products(&self) -> impl Iterator<Item = (Product, u64)> + '_ {
         self.products
             .iter()
             .map(|(product, count)| (*product, *count))
     }
 
-    /// Bytes read from files or written to them.
+    /// Bytes of file I/O.
     pub fn file_bytes(&self) -> Bytes {
         Bytes(self.uncached)
     }
 
-    /// Each distinct memory pass (its bytes) and how often it ran.
+    /// The bytes of each distinct memory pass and its count.
     pub fn iter_sweeps(&self) -> impl Iterator<Item = (Bytes, u64)> + '_ {
         self.sweeps
             .iter()
@@ -196,7 +195,15 @@ impl std::iter::Sum for Work {
     }
 }
 
-/// A counter that running ops add to.
+/// Work counted by running ops, from any thread.
+///
+/// ```
+/// use wattune::work::{Precision, Work, WorkCounter};
+/// let counter = WorkCounter::default();
+/// counter.add(Work::product(2, 3, 4, Precision::F32));
+/// assert_eq!(counter.take().flops(), 48);
+/// assert_eq!(counter.take().flops(), 0);
+/// ```
 #[derive(Debug, Default)]
 pub struct WorkCounter(Mutex<Work>);
 
@@ -206,13 +213,13 @@ impl WorkCounter {
         *self.lock() += &work;
     }
 
-    /// Takes what was counted since the last call.
+    /// The work since the last call.
     pub fn take(&self) -> Work {
         std::mem::take(&mut *self.lock())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Work> {
-        // A panic in another thread cannot leave a half-added sum behind that matters: the run is over by then.
+        // A sum that a panic left incomplete does not matter: the run is over.
         self.0
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -224,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_work_is_equal_however_it_was_added() {
+    fn equality_ignores_the_order_of_addition() {
         let a = Work::product(3, 5, 7, Precision::F32);
         let b = Work::sweep(100, 10);
         assert_eq!(a.clone() + b.clone(), b.clone() + a.clone());
@@ -235,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_counter_is_emptied_by_taking() {
+    fn take_resets_the_counter() {
         let counter = WorkCounter::default();
         counter.add(Work::product(2, 2, 2, Precision::Bf16));
         assert_eq!(counter.take().flops(), 16);

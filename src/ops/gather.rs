@@ -1,4 +1,4 @@
-//! Rows of a matrix by their numbers, and back to their places.
+//! Gathers rows of a matrix by index, and the adjoint: scatter-add.
 
 use candle_core::{DType, Tensor};
 
@@ -7,81 +7,93 @@ use super::parallel::par_for_each;
 use super::storage::{CpuTensor, ROWS_PER_TASK, f32_tensor, uninit_vec};
 use crate::error::Result;
 
-/// x (N, C) and row numbers (L) u32 -> (L, C).
-pub fn gather_rows(context: Context<'_>, x: &Tensor, numbers: &Tensor) -> Result<Tensor> {
-    let (n, c) = x.dims2()?;
-    let Some(numbers) = on_host(context, x, numbers, n)? else {
-        return Ok(x.index_select(numbers, 0)?);
+/// x (N, C), `indices` (L) u32 -> the rows (L, C).
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use wattune::ops::{Context, gather_rows, scatter_rows};
+/// use wattune::work::{Precision, WorkCounter};
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let counter = WorkCounter::default();
+/// let context = Context::new(&counter, Precision::F32);
+/// let x = Tensor::new(&[[1f32, 2.], [3., 4.], [5., 6.]], &Device::Cpu)?;
+/// let indices = Tensor::new(&[2u32, 0], &Device::Cpu)?;
+/// let rows = gather_rows(context, &x, &indices)?;
+/// assert_eq!(rows.to_vec2::<f32>()?, [[5., 6.], [1., 2.]]);
+/// let sums = scatter_rows(context, &rows, &indices, 3)?;
+/// assert_eq!(sums.to_vec2::<f32>()?, [[1., 2.], [0., 0.], [5., 6.]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn gather_rows(context: Context<'_>, x: &Tensor, indices: &Tensor) -> Result<Tensor> {
+    let (n, _) = x.dims2()?;
+    let Some(indices) = cpu_indices(context, x, indices, n)? else {
+        return Ok(x.index_select(indices, 0)?);
     };
-    let host = CpuTensor::borrow_f32(x)?;
-    // SAFETY: the loop writes every row.
-    let mut out: Vec<f32> = unsafe { uninit_vec(numbers.len() * c) };
-    par_for_each(
-        out.chunks_mut((c * ROWS_PER_TASK).max(1))
-            .zip(numbers.chunks(ROWS_PER_TASK)),
-        |(out, numbers)| {
-            for (out, number) in out.chunks_exact_mut(c).zip(numbers) {
-                out.copy_from_slice(&host.f32_slice()[*number as usize * c..][..c]);
-            }
-        },
-    );
-    f32_tensor(out, (numbers.len(), c))
+    let sources: Vec<_> = indices.iter().map(|index| Some(*index as usize)).collect();
+    select_rows(x, &sources)
 }
 
-/// dx (L, C) and the numbers (L) u32 of its rows -> (n, C), the sum of each number's rows, zero where there are none. Fast where no number
-/// comes twice.
+/// dx (L, C), `indices` (L) u32 -> (n, C), the sum of the rows of each index. Distinct indices take the fast path.
 pub fn scatter_rows(
     context: Context<'_>,
     dx: &Tensor,
-    numbers: &Tensor,
+    indices: &Tensor,
     n: usize,
 ) -> Result<Tensor> {
-    let c = dx.dims2()?.1;
-    let Some(places) = on_host(context, dx, numbers, n)?.and_then(|numbers| places(&numbers, n))
-    else {
-        return Ok(Tensor::zeros((n, c), DType::F32, dx.device())?.index_add(numbers, dx, 0)?);
-    };
-    let host = CpuTensor::borrow_f32(dx)?;
+    let sources = cpu_indices(context, dx, indices, n)?.and_then(|indices| inverse(&indices, n));
+    match sources {
+        Some(sources) => select_rows(dx, &sources),
+        None => {
+            let zeros = Tensor::zeros((n, dx.dims2()?.1), DType::F32, dx.device())?;
+            Ok(zeros.index_add(indices, dx, 0)?)
+        }
+    }
+}
+
+/// The rows of x (N, C) at `sources`, zero for `None`: (L, C).
+fn select_rows(x: &Tensor, sources: &[Option<usize>]) -> Result<Tensor> {
+    let (_, c) = x.dims2()?;
+    let host = CpuTensor::borrow_f32(x)?;
     // SAFETY: the loop writes every row.
-    let mut out: Vec<f32> = unsafe { uninit_vec(n * c) };
+    let mut out: Vec<f32> = unsafe { uninit_vec(sources.len() * c) };
+    let chunks = out.chunks_mut((c * ROWS_PER_TASK).max(1));
     par_for_each(
-        out.chunks_mut((c * ROWS_PER_TASK).max(1))
-            .zip(places.chunks(ROWS_PER_TASK)),
-        |(out, places)| {
-            for (out, place) in out.chunks_exact_mut(c).zip(places) {
-                match place {
+        chunks.zip(sources.chunks(ROWS_PER_TASK)),
+        |(out, sources)| {
+            for (out, source) in out.chunks_exact_mut(c).zip(sources) {
+                match source {
                     Some(row) => out.copy_from_slice(&host.f32_slice()[row * c..][..c]),
                     None => out.fill(0.0),
                 }
             }
         },
     );
-    f32_tensor(out, (n, c))
+    f32_tensor(out, (sources.len(), c))
 }
 
-/// The numbers, where the loops here run on x: elsewhere they stay on their device. A number that is not below n is candle's to refuse.
-fn on_host(
+/// The indices, if the CPU loops take `x`. Out-of-range indices are rejected by candle.
+fn cpu_indices(
     context: Context<'_>,
     x: &Tensor,
-    numbers: &Tensor,
+    indices: &Tensor,
     n: usize,
 ) -> Result<Option<Vec<u32>>> {
     if !context.fused(x) || x.dtype() != DType::F32 || !x.is_contiguous() {
         return Ok(None);
     }
-    let numbers = numbers.to_vec1::<u32>()?;
-    Ok(numbers
-        .iter()
-        .all(|number| (*number as usize) < n)
-        .then_some(numbers))
+    let indices = indices.to_vec1::<u32>()?;
+    let in_range = indices.iter().all(|index| (*index as usize) < n);
+    Ok(in_range.then_some(indices))
 }
 
-/// Which row goes to each of n places; none where two go to one.
-fn places(numbers: &[u32], n: usize) -> Option<Vec<Option<usize>>> {
-    let mut places = vec![None; n];
-    let distinct = numbers
-        .iter()
-        .enumerate()
-        .all(|(row, number)| places[*number as usize].replace(row).is_none());
-    distinct.then_some(places)
+/// The position of each of 0..n in `indices`; `None` if one occurs twice.
+fn inverse(indices: &[u32], n: usize) -> Option<Vec<Option<usize>>> {
+    let mut positions = vec![None; n];
+    for (position, index) in indices.iter().enumerate() {
+        if positions[*index as usize].replace(position).is_some() {
+            return None;
+        }
+    }
+    Some(positions)
 }

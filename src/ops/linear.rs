@@ -10,12 +10,11 @@ use super::gemm::{
     GemmTerm, Init, Lhs, MatRef, PackedLhs, gemm, gemm_by_packed, gemm_sum, skinny_gemm,
 };
 use super::parallel::par_for_each;
-use super::residual::residual_cost;
 use super::storage::{
     CpuTensor, ROWS_PER_TASK, check_dims, check_shape, f32_tensor, load_activation,
     to_f32_contiguous, uninit_vec,
 };
-use super::{Context, Gradients, Weight, matmul};
+use super::{Context, Gradients, Weight, matmul, residual_cost};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
@@ -435,7 +434,7 @@ impl Linear {
             ),
             Some(mask) => gemm(
                 context.precision,
-                MatRef::from_f32(&mask.of(input.tensor()?)?, n, i),
+                MatRef::from_f32(&mask.apply(input.tensor()?)?, n, i),
                 a.matrix(r, i).t(),
             ),
         };
@@ -643,7 +642,7 @@ impl Branch<'_> {
             Some(mask) => skinny_gemm(
                 context.precision,
                 few,
-                MatRef::from_f32(&mask.of(x.tensor()?)?, n, i),
+                MatRef::from_f32(&mask.apply(x.tensor()?)?, n, i),
             ),
         };
         gradients.add(&lora.a, f32_tensor(da, (r, i))?)
@@ -715,7 +714,7 @@ fn input_gradient_cpu(
             .map_or(Init::Zero, |base| Init::Matrix(base.f32_slice())),
     );
     for (term, mask) in apart {
-        mask.add(&gemm_sum(&[term], Init::Zero), &mut dx);
+        mask.add_masked(&gemm_sum(&[term], Init::Zero), &mut dx);
     }
     f32_tensor(dx, (n, i))
 }

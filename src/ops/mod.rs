@@ -16,7 +16,6 @@ mod gemm;
 mod linear;
 mod parallel;
 mod parameters;
-mod residual;
 mod rms_norm;
 mod rope;
 mod segments;
@@ -39,7 +38,6 @@ pub use linear::{
 };
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
-pub use residual::residual_cost;
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;
@@ -48,16 +46,16 @@ pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swi
 use candle_core::{DType, Tensor};
 
 use crate::error::Result;
-use crate::work::{Precision, WorkCounter};
+use crate::work::{Precision, Work, WorkCounter};
 
-/// What every op needs beside its tensors.
+/// Settings of an op call.
 #[derive(Debug, Clone, Copy)]
 pub struct Context<'a> {
-    /// Where executed work is counted.
+    /// Counts executed work.
     pub counter: &'a WorkCounter,
-    /// Format of matrix-product inputs.
+    /// Format of GEMM inputs.
     pub precision: Precision,
-    /// Always run the candle-primitive reference, also where a fused CPU pass exists: the oracle of tests.
+    /// Run the candle-primitive reference even if a fused CPU pass exists: the oracle of tests.
     pub reference: bool,
 }
 
@@ -77,12 +75,12 @@ impl<'a> Context<'a> {
     }
 }
 
-/// The instruction set whose tiles this processor multiplies with: `amx`, `avx512_bf16`, `avx512`, `avx2` or `portable`.
+/// The instruction set of this CPU's GEMM kernels: `amx`, `avx512_bf16`, `avx512`, `avx2` or `portable`.
 pub fn instruction_set() -> &'static str {
     gemm::best().name
 }
 
-/// The candle type of a precision.
+/// The candle dtype of a precision.
 pub fn dtype(precision: Precision) -> DType {
     match precision {
         Precision::F32 => DType::F32,
@@ -93,17 +91,22 @@ pub fn dtype(precision: Precision) -> DType {
 
 #[cfg(test)]
 thread_local! {
-    /// FLOPs of the products issued on this thread, from the arguments of the lowest calls: what tests hold the cost functions against.
+    /// FLOPs of the GEMM calls of this thread, which tests compare with the cost functions.
     static FLOPS_ISSUED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
-/// Counts a product where it is issued, in tests; nothing otherwise.
+/// Counts `count` products (m, k) x (k, n); a no-op outside tests.
 fn count_flops(_count: usize, _m: usize, _n: usize, _k: usize) {
     #[cfg(test)]
     FLOPS_ISSUED.set(FLOPS_ISSUED.get() + (2 * _count * _m * _n * _k) as u64);
 }
 
-/// a (batch, m, k) b (batch, k, n) of one type, on any device.
+/// Work of a residual addition (n, c), fused into a GEMM (as its initial C) or a norm: one more operand is read.
+pub fn residual_cost(n: usize, c: usize) -> Work {
+    Work::sweep(4 * n * c, n * c)
+}
+
+/// a (batch, m, k) b (batch, k, n) of one dtype, on any device.
 fn batched(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (count, m, k) = a.dims3()?;
     count_flops(count, m, b.dims3()?.2, k);

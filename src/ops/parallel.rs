@@ -1,10 +1,11 @@
-//! Loops over the threads of the pool, many thousands a step: who has nothing to do looks for more for a while before it sleeps.
+//! Fork-join parallel loops on the rayon pool, with spinning workers.
 //!
-//! rayon puts an idle thread to sleep after some microseconds and wakes it through the system, which takes longer than most loops of a
-//! small model last. Here the pool's threads stay with the thread that hands out work, and go back to rayon when there was nothing for
-//! `SPIN_TIMEOUT`. Each thread takes its own run of the items first, the same part of every loop, so that what it wrote in one loop is still in its
-//! cache in the next, and then what others have left. Which thread takes which item is chance all the same; no result may depend on it.
-//! `par_map` goes further: each thread has whole walks through a model to itself, and threads meet once for all of them.
+//! rayon parks an idle worker within microseconds, and waking one takes longer than most loops of a small model. Here workers of the
+//! current rayon pool stay with the thread that starts the loops and spin for `SPIN_TIMEOUT` before they return to rayon. Each worker takes
+//! its own chunk of the items first, the same part of every loop, so that it finds in its cache what it wrote in the loop before, and then
+//! steals from the other chunks. Which worker takes an item is chance: no result may depend on it.
+//!
+//! `par_map` is data parallelism: each worker runs one item at a time with all loops in it, and workers without items join the others' loops.
 
 use std::cell::{RefCell, UnsafeCell};
 use std::ops::Range;
@@ -13,11 +14,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long a thread looks for more work before it leaves.
+/// How long an idle worker spins before it returns to rayon.
 const SPIN_TIMEOUT: Duration = Duration::from_millis(1);
-/// Looks between two looks at the clock, and between two offers of the processor to others.
+/// Spins between two yields, at which the timeout is checked.
 const SPINS_PER_YIELD: usize = 256;
-/// Most runs that a loop is cut into; more threads share them.
+/// Chunks of a loop at most; more workers share them.
 const MAX_CHUNKS: usize = 64;
 
 /// Calls `work` once for each item, on all threads of the current pool; returns when all are done.
@@ -27,44 +28,46 @@ pub(super) fn par_for_each<I: Send>(items: impl Iterator<Item = I>, work: impl F
         return items.for_each(work);
     }
     let items: Vec<ItemSlot<I>> = items.map(ItemSlot::new).collect();
-    let take = |index: usize| {
-        // SAFETY: every index is handed out once.
+    let task = |index: usize| {
+        // SAFETY: every index is given to one thread, once.
         if let Some(item) = unsafe { items[index].take() } {
             work(item);
         }
     };
     match items.len() {
         0 => {}
-        1 => take(0),
+        1 => task(0),
         count => match WORKER_SLOT.with_borrow(Option::clone) {
-            Some(WorkerSlot { all, own }) => all.teams[own].execute(threads, count, &take, || {}),
-            None => SPIN_POOL.with(|team| {
-                team.execute(threads, count, &take, || team.wake_workers(threads - 1))
+            Some(slot) => slot.pool().execute(threads, count, &task, || {}),
+            None => SPIN_POOL.with(|pool| {
+                pool.execute(threads, count, &task, || pool.wake_workers(threads - 1));
             }),
         },
     }
 }
 
-/// Threads that a loop of this thread runs on.
+/// Threads that a loop started here runs on.
 pub(super) fn num_threads() -> usize {
-    WORKER_SLOT.with_borrow(|lane| match lane {
-        Some(lane) => 1 + lane.all.idle.load(Ordering::Relaxed),
+    WORKER_SLOT.with_borrow(|slot| match slot {
+        Some(slot) => 1 + slot.group.idle.load(Ordering::Relaxed),
         None => rayon::current_num_threads(),
     })
 }
 
-/// Calls `work` once for each item; returns the results in the items' order. Each thread of the current pool takes whole items, and runs their
-/// loops itself: threads meet once for all, not in every loop. One that finds no item left helps the others in theirs.
+/// Maps items in parallel; the results are in the items' order.
+///
+/// Each thread of the current pool runs one item at a time, with the loops in it, so that threads synchronise once and not in every loop.
+/// Threads without an item help with the others' loops.
 pub fn par_map<I: Send, T: Send>(
     items: impl ExactSizeIterator<Item = I>,
     work: impl Fn(I) -> T + Sync,
 ) -> Vec<T> {
     let mut results: Vec<Option<T>> = std::iter::repeat_with(|| None).take(items.len()).collect();
     let slots: Vec<_> = items.zip(&mut results).map(ItemSlot::new).collect();
-    let lanes = Arc::new(WorkerGroup::new(num_threads(), slots.len()));
-    par_for_each(0..lanes.teams.len(), |own| {
-        lanes.run(own, |index| {
-            // SAFETY: every index is handed out once.
+    let group = Arc::new(WorkerGroup::new(num_threads(), slots.len()));
+    par_for_each(0..group.pools.len(), |worker| {
+        group.run(worker, |index| {
+            // SAFETY: every index is given to one thread, once.
             if let Some((item, result)) = unsafe { slots[index].take() } {
                 *result = Some(work(item));
             }
@@ -75,84 +78,87 @@ pub fn par_map<I: Send, T: Send>(
 }
 
 thread_local! {
-    /// The threads that stay with this one.
+    /// The workers that stay with this thread.
     static SPIN_POOL: Arc<SpinPool> = Arc::new(SpinPool::new());
-    /// Where this thread has items of its own, side by side with others.
+    /// This thread's place in the `par_map` that it runs an item of.
     static WORKER_SLOT: RefCell<Option<WorkerSlot>> = const { RefCell::new(None) };
 }
 
-/// Threads side by side.
+/// The workers of one `par_map`.
 struct WorkerGroup {
-    /// Of each, those that help it.
-    teams: Vec<SpinPool>,
+    /// For each worker, its loops, which idle workers join.
+    pools: Vec<SpinPool>,
     /// The next item.
     next: AtomicUsize,
     count: usize,
-    /// Items that are not done.
-    left: AtomicUsize,
-    /// Threads that have no item and may help.
+    /// Items not done.
+    pending: AtomicUsize,
+    /// Workers without an item.
     idle: AtomicUsize,
 }
 
-/// One of them.
 #[derive(Clone)]
 struct WorkerSlot {
-    all: Arc<WorkerGroup>,
-    own: usize,
+    group: Arc<WorkerGroup>,
+    worker: usize,
+}
+
+impl WorkerSlot {
+    fn pool(&self) -> &SpinPool {
+        &self.group.pools[self.worker]
+    }
 }
 
 impl WorkerGroup {
     fn new(threads: usize, count: usize) -> Self {
-        let (next, left, idle) = (
-            AtomicUsize::new(0),
-            AtomicUsize::new(count),
-            AtomicUsize::new(0),
-        );
         Self {
-            teams: (0..threads).map(|_| SpinPool::new()).collect(),
-            next,
+            pools: (0..threads).map(|_| SpinPool::new()).collect(),
+            next: AtomicUsize::new(0),
             count,
-            left,
-            idle,
+            pending: AtomicUsize::new(count),
+            idle: AtomicUsize::new(0),
         }
     }
 
-    /// Takes items until there are none, then helps others until all are done.
-    fn run(self: &Arc<Self>, own: usize, task: impl Fn(usize)) {
-        /// Puts back where the thread was when dropped, also when an item panics.
-        struct RestoreSlot(Option<WorkerSlot>);
-        impl Drop for RestoreSlot {
-            fn drop(&mut self) {
-                WORKER_SLOT.set(self.0.take());
-            }
-        }
-        let within = RestoreSlot(WORKER_SLOT.replace(Some(WorkerSlot {
-            all: Arc::clone(self),
-            own,
-        })));
+    /// Runs items until none is left, then joins the others' loops until all items are done.
+    fn run(self: &Arc<Self>, worker: usize, task: impl Fn(usize)) {
+        let slot = WorkerSlot {
+            group: Arc::clone(self),
+            worker,
+        };
+        let restore = RestoreSlot(WORKER_SLOT.replace(Some(slot)));
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
             if index >= self.count {
                 break;
             }
-            let _done = DecrementOnDrop(&self.left);
+            let _done = DecrementOnDrop(&self.pending);
             task(index);
         }
-        drop(within);
+        drop(restore);
         self.idle.fetch_add(1, Ordering::Relaxed);
         let _idle = DecrementOnDrop(&self.idle);
-        let mut looks = 0;
-        let mut seen = vec![0; self.teams.len()];
-        while self.left.load(Ordering::SeqCst) > 0 {
-            for (team, seen) in self.teams.iter().zip(&mut seen) {
-                team.try_join(seen);
+        let mut spins = 0;
+        let mut seen = vec![0; self.pools.len()];
+        while self.pending.load(Ordering::SeqCst) > 0 {
+            for (pool, seen) in self.pools.iter().zip(&mut seen) {
+                pool.try_join(seen);
             }
-            backoff(&mut looks);
+            backoff(&mut spins);
         }
     }
 }
 
-/// One less when dropped, also when an item panics.
+/// Restores the thread's previous slot, also when an item panics.
+struct RestoreSlot(Option<WorkerSlot>);
+
+impl Drop for RestoreSlot {
+    fn drop(&mut self) {
+        WORKER_SLOT.set(self.0.take());
+    }
+}
+
+/// Decrements on drop, also when an item panics.
 struct DecrementOnDrop<'a>(&'a AtomicUsize);
 
 impl Drop for DecrementOnDrop<'_> {
@@ -170,205 +176,206 @@ impl<I> ItemSlot<I> {
     }
 
     /// # Safety
-    /// One thread calls it, once.
+    /// Called by one thread, once.
     unsafe fn take(&self) -> Option<I> {
         // SAFETY: the caller's promise.
         unsafe { (*self.0.get()).take() }
     }
 }
 
-// SAFETY: a slot is touched by the one thread that its index was handed to.
+// SAFETY: a slot is accessed by the one thread that its index is given to.
 unsafe impl<I: Send> Sync for ItemSlot<I> {}
 
-/// What a thread shares with those that help it.
+/// The loops of one thread, and the workers that join them.
 struct SpinPool {
-    /// The number of the loop that others may join, an odd one; even while there is none.
-    open: AtomicUsize,
-    /// Threads that may look at the loop.
-    inside: AtomicUsize,
-    /// Threads that stay.
-    helpers: AtomicUsize,
-    /// The next item of each run.
-    next: [Next; MAX_CHUNKS],
-    /// Whether a helper's item panicked.
-    failed: AtomicBool,
-    work: UnsafeCell<Option<Job>>,
+    /// Odd while a loop is open: the loop's number. Even while none is.
+    epoch: AtomicUsize,
+    /// Workers that may access the open loop.
+    active: AtomicUsize,
+    /// Workers that spin for a loop.
+    workers: AtomicUsize,
+    /// The next item of each chunk.
+    next: [NextItem; MAX_CHUNKS],
+    /// Whether an item panicked on a worker.
+    panicked: AtomicBool,
+    job: UnsafeCell<Option<Job>>,
 }
 
-/// A run's next item, on a cache line of its own.
+/// Padded to a cache line.
 #[derive(Default)]
 #[repr(align(64))]
-struct Next(AtomicUsize);
+struct NextItem(AtomicUsize);
 
-/// A loop on its owner's stack.
+/// A loop; its closure is on the stack of the thread that started it.
 #[derive(Clone, Copy)]
 struct Job {
     task: *const (dyn Fn(usize) + Sync),
     count: usize,
-    runs: usize,
+    chunks: usize,
 }
 
 impl Job {
-    /// The items of a run.
-    fn run(&self, index: usize) -> Range<usize> {
-        self.count * index / self.runs..self.count * (index + 1) / self.runs
+    fn chunk(&self, index: usize) -> Range<usize> {
+        self.count * index / self.chunks..self.count * (index + 1) / self.chunks
     }
 }
 
-// SAFETY: `work` is written while the loop is closed and nobody is inside, and points to a closure that is `Sync` and outlives the loop.
+// SAFETY: `job` is written while the loop is closed and no worker is active; its closure is `Sync` and outlives the loop.
 unsafe impl Sync for SpinPool {}
 // SAFETY: as above.
 unsafe impl Send for SpinPool {}
 
-/// Closes the loop when dropped, and waits for those inside: also when the owner's own item panics.
+/// Closes the loop on drop and waits for its active workers, also when an item of its own thread panics.
 struct CloseOnDrop<'a>(&'a SpinPool);
 
 impl Drop for CloseOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.open.fetch_add(1, Ordering::SeqCst);
-        let mut looks = 0;
-        while self.0.inside.load(Ordering::SeqCst) != 0 {
-            backoff(&mut looks);
+        self.0.epoch.fetch_add(1, Ordering::SeqCst);
+        let mut spins = 0;
+        while self.0.active.load(Ordering::SeqCst) != 0 {
+            backoff(&mut spins);
         }
     }
 }
 
-/// Leaves the loop when dropped.
+/// Leaves the loop on drop and records a panic.
 struct ActiveGuard<'a>(&'a SpinPool);
 
 impl Drop for ActiveGuard<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.failed.store(true, Ordering::SeqCst);
+            self.0.panicked.store(true, Ordering::SeqCst);
         }
-        self.0.inside.fetch_sub(1, Ordering::SeqCst);
+        self.0.active.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 impl SpinPool {
     fn new() -> Self {
         Self {
-            open: AtomicUsize::new(0),
-            inside: AtomicUsize::new(0),
-            helpers: AtomicUsize::new(0),
-            next: std::array::from_fn(|_| Next::default()),
-            failed: AtomicBool::new(false),
-            work: UnsafeCell::new(None),
+            epoch: AtomicUsize::new(0),
+            active: AtomicUsize::new(0),
+            workers: AtomicUsize::new(0),
+            next: std::array::from_fn(|_| NextItem::default()),
+            panicked: AtomicBool::new(false),
+            job: UnsafeCell::new(None),
         }
     }
 
-    /// Runs the loop with whoever joins; `summon` calls others once it is open. A loop inside an item of the owner's is the owner's alone.
+    /// Runs a loop with the workers that join it; `wake` is called once it is open. A loop nested in an item runs on this thread alone.
     fn execute<'a>(
         &self,
         threads: usize,
         count: usize,
         task: &'a (dyn Fn(usize) + Sync + 'a),
-        summon: impl FnOnce(),
+        wake: impl FnOnce(),
     ) {
-        if is_open(self.open.load(Ordering::Relaxed)) {
+        if is_open(self.epoch.load(Ordering::Relaxed)) {
             return (0..count).for_each(task);
         }
-        // SAFETY: only the lifetime is forgotten, and `CloseOnDrop` waits for every user before `task` goes.
+        // SAFETY: this erases the lifetime alone; `CloseOnDrop` waits for every user before `task` is dropped.
         let task: *const (dyn Fn(usize) + Sync) =
             unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
-        let work = Job {
+        let job = Job {
             task,
             count,
-            runs: threads.min(MAX_CHUNKS),
+            chunks: threads.min(MAX_CHUNKS),
         };
-        // SAFETY: the loop before is closed and left, so that nobody reads.
-        unsafe { *self.work.get() = Some(work) };
-        (0..work.runs).for_each(|run| {
-            self.next[run]
-                .0
-                .store(work.run(run).start, Ordering::SeqCst)
-        });
+        // SAFETY: the previous loop is closed and has no active worker, so nobody reads.
+        unsafe { *self.job.get() = Some(job) };
+        for (index, next) in self.next[..job.chunks].iter().enumerate() {
+            next.0.store(job.chunk(index).start, Ordering::SeqCst);
+        }
         {
-            let _open = CloseOnDrop(self);
-            self.failed.store(false, Ordering::SeqCst);
-            self.open.fetch_add(1, Ordering::SeqCst);
-            summon();
+            let _close = CloseOnDrop(self);
+            self.panicked.store(false, Ordering::SeqCst);
+            self.epoch.fetch_add(1, Ordering::SeqCst);
+            wake();
             self.drain();
         }
         assert!(
-            !self.failed.load(Ordering::SeqCst),
+            !self.panicked.load(Ordering::SeqCst),
             "an item failed on another thread"
         );
     }
 
-    /// Has as many threads of the pool come and stay.
-    fn wake_workers(self: &Arc<Self>, helpers: usize) {
-        while self.helpers.load(Ordering::SeqCst) < helpers {
-            self.helpers.fetch_add(1, Ordering::SeqCst);
-            let team = Arc::clone(self);
+    /// Has rayon start workers until there are `count`.
+    fn wake_workers(self: &Arc<Self>, count: usize) {
+        while self.workers.load(Ordering::SeqCst) < count {
+            self.workers.fetch_add(1, Ordering::SeqCst);
+            let pool = Arc::clone(self);
             rayon::spawn(move || {
-                // Whoever owns the loop tells of an item that panicked.
-                let _ = catch_unwind(AssertUnwindSafe(|| team.worker_loop()));
-                team.helpers.fetch_sub(1, Ordering::SeqCst);
+                // The thread that started the loop reports the panic.
+                let _ = catch_unwind(AssertUnwindSafe(|| pool.worker_loop()));
+                pool.workers.fetch_sub(1, Ordering::SeqCst);
             });
         }
     }
 
-    /// Takes items until there are none: of this thread's run, then of the others.
+    /// Runs items until none is left: of this thread's chunk, then of the others.
     fn drain(&self) {
-        // SAFETY: the caller is the owner or inside, and the loop is open: nobody writes.
-        let Some(work) = (unsafe { *self.work.get() }) else {
+        // SAFETY: this thread started the open loop or is active in it, so nobody writes.
+        let Some(job) = (unsafe { *self.job.get() }) else {
             return;
         };
-        let own = rayon::current_thread_index().unwrap_or(0);
-        for run in (own..own + work.runs).map(|run| run % work.runs) {
-            let (next, end) = (&self.next[run].0, work.run(run).end);
+        let first = rayon::current_thread_index().unwrap_or(0);
+        for chunk in (first..first + job.chunks).map(|chunk| chunk % job.chunks) {
+            let next = &self.next[chunk].0;
+            let end = job.chunk(chunk).end;
             while next.load(Ordering::Relaxed) < end {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= end {
                     break;
                 }
-                // SAFETY: the owner keeps the closure until everybody is out.
-                unsafe { (*work.task)(index) };
+                // SAFETY: the closure outlives the loop's last active worker.
+                unsafe { (*job.task)(index) };
             }
         }
     }
 
-    /// Takes items of the loop, if one is open that is not `seen`: there are none left in one that was. Returns whether one is open.
+    /// Runs items of the open loop, unless it is `seen`: one that was drained before. Returns whether a loop is open.
     fn try_join(&self, seen: &mut usize) -> bool {
-        let open = self.open.load(Ordering::Relaxed);
-        if is_open(open) && open != *seen {
-            self.inside.fetch_add(1, Ordering::SeqCst);
-            let _inside = ActiveGuard(self);
-            if self.open.load(Ordering::SeqCst) == open {
-                *seen = open;
+        let epoch = self.epoch.load(Ordering::Relaxed);
+        if is_open(epoch) && epoch != *seen {
+            self.active.fetch_add(1, Ordering::SeqCst);
+            let _active = ActiveGuard(self);
+            if self.epoch.load(Ordering::SeqCst) == epoch {
+                *seen = epoch;
                 self.drain();
             }
         }
-        is_open(open)
+        is_open(epoch)
     }
 
-    /// Stays until there was nothing to do for a while.
+    /// Joins loops until there was none for `SPIN_TIMEOUT`.
     fn worker_loop(&self) {
-        let (mut since, mut looks, mut seen) = (Instant::now(), 0, 0);
+        let mut idle_since = Instant::now();
+        let mut spins = 0;
+        let mut seen = 0;
         loop {
             if self.try_join(&mut seen) {
-                (since, looks) = (Instant::now(), 0);
+                idle_since = Instant::now();
+                spins = 0;
             }
-            backoff(&mut looks);
-            if looks.is_multiple_of(SPINS_PER_YIELD) && since.elapsed() > SPIN_TIMEOUT {
+            backoff(&mut spins);
+            if spins.is_multiple_of(SPINS_PER_YIELD) && idle_since.elapsed() > SPIN_TIMEOUT {
                 return;
             }
         }
     }
 }
 
-/// Whether `SpinPool::open` names a loop.
-fn is_open(open: usize) -> bool {
-    open % 2 == 1
+fn is_open(epoch: usize) -> bool {
+    epoch % 2 == 1
 }
 
-/// A moment between two looks.
-fn backoff(looks: &mut usize) {
-    *looks += 1;
-    match looks.is_multiple_of(SPINS_PER_YIELD) {
-        true => std::thread::yield_now(),
-        false => std::hint::spin_loop(),
+/// One spin; every `SPINS_PER_YIELD`th yields the core.
+fn backoff(spins: &mut usize) {
+    *spins += 1;
+    if spins.is_multiple_of(SPINS_PER_YIELD) {
+        std::thread::yield_now();
+    } else {
+        std::hint::spin_loop();
     }
 }
 
@@ -380,7 +387,7 @@ mod tests {
     use crate::ops::tests::on;
 
     #[test]
-    fn every_item_is_taken_once_by_any_number_of_threads() {
+    fn every_item_runs_once_on_any_number_of_threads() {
         for threads in [1, 2, 3, 5] {
             on(threads, || {
                 for count in [0, 1, 2, 3, 7, 100, 1000] {
@@ -401,12 +408,10 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_begins_with_its_own_run() {
+    fn a_worker_starts_with_its_chunk() {
         on(2, || {
-            let (firsts, both) = (
-                [const { AtomicUsize::new(usize::MAX) }; 2],
-                std::sync::Barrier::new(2),
-            );
+            let firsts = [const { AtomicUsize::new(usize::MAX) }; 2];
+            let both = std::sync::Barrier::new(2);
             par_for_each(0..64, |item| {
                 let first = &firsts[rayon::current_thread_index().unwrap()];
                 if first
@@ -421,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn loops_follow_each_other_and_pauses() {
+    fn loops_run_after_each_other_and_after_pauses() {
         on(3, || {
             let total = AtomicUsize::new(0);
             for round in 0..2000 {
@@ -437,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn other_threads_take_part() {
+    fn other_threads_join() {
         on(2, || {
             let main = std::thread::current().id();
             let others = AtomicUsize::new(0);
@@ -448,12 +453,12 @@ mod tests {
                     Ordering::Relaxed,
                 );
             });
-            assert!(others.into_inner() > 0, "all was done by one thread");
+            assert!(others.into_inner() > 0, "one thread ran every item");
         });
     }
 
     #[test]
-    fn a_failed_item_fails_the_loop_and_the_next_loop_works() {
+    fn a_panic_fails_the_loop_and_not_the_next() {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(2)
             .panic_handler(|_| {})
@@ -476,8 +481,8 @@ mod tests {
     }
 
     #[test]
-    fn where_every_item_fails_the_threads_stay() {
-        // Without a handler of panics a pool ends the program at the first that reaches it.
+    fn panics_do_not_lose_workers() {
+        // Without a panic handler, rayon aborts at the first panic that reaches it.
         on(3, || {
             for _ in 0..20 {
                 let failed = catch_unwind(|| par_for_each(0..64, |_| panic!("on purpose")));
@@ -488,12 +493,12 @@ mod tests {
                 });
                 assert_eq!(total.into_inner(), 45);
             }
-            assert!(SPIN_POOL.with(|team| team.helpers.load(Ordering::SeqCst)) <= 2);
+            assert!(SPIN_POOL.with(|pool| pool.workers.load(Ordering::SeqCst)) <= 2);
         });
     }
 
     #[test]
-    fn a_loop_inside_an_item_is_done_whole() {
+    fn nested_loops_complete() {
         for threads in [1, 2, 3] {
             on(threads, || {
                 let total = AtomicUsize::new(0);
@@ -508,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn side_by_side_every_item_has_its_result_and_its_loops() {
+    fn par_map_keeps_order_and_runs_loops() {
         for threads in [1, 2, 3, 5] {
             on(threads, || {
                 for count in [0, 1, 2, 7, 50] {
@@ -533,17 +538,17 @@ mod tests {
     }
 
     #[test]
-    fn side_by_side_a_thread_runs_its_own_loops_until_others_are_idle() {
+    fn par_map_loops_get_idle_workers_only() {
         on(2, || {
             let both = std::sync::Barrier::new(2);
             par_map(0..2, |item| {
                 both.wait();
-                let own = std::thread::current().id();
+                let this = std::thread::current().id();
                 par_for_each(0..64, |_| {
                     assert_eq!(
                         std::thread::current().id(),
-                        own,
-                        "the other has an item of its own"
+                        this,
+                        "the other worker has an item"
                     )
                 });
                 both.wait();
@@ -564,7 +569,7 @@ mod tests {
     }
 
     #[test]
-    fn side_by_side_a_failed_item_fails_the_call_and_the_next_works() {
+    fn par_map_a_panic_fails_the_call_and_not_the_next() {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(3)
             .panic_handler(|_| {})

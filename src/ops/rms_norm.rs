@@ -5,13 +5,12 @@ use half::bf16;
 
 use super::gemm::{CpuSlice, Element};
 use super::parallel::par_for_each;
-use super::residual::residual_cost;
 use super::simd::{self, dispatch};
 use super::storage::{
-    CpuTensor, ROWS_PER_TASK, check_shape, f32_tensor, load_activation, save_activation,
-    to_bf16_into, uninit_vec,
+    CpuTensor, ROWS_PER_TASK, cast_into, check_shape, f32_tensor, load_activation, save_activation,
+    uninit_vec,
 };
-use super::{Context, Gradients, Weight};
+use super::{Context, Gradients, Weight, residual_cost};
 use crate::error::Result;
 use crate::work::{Precision, Work};
 
@@ -195,7 +194,7 @@ impl RmsNorm {
                             }
                         }
                         if let Some(copy) = copy {
-                            to_bf16_into(copy, x);
+                            cast_into(copy, x);
                         }
                     },
                 );

@@ -1,16 +1,20 @@
-//! f32 and bf16 slices of CPU tensors: the one door between candle's storage and the fused CPU passes.
+//! Borrowed CPU slices of candle tensors, element casts, and saved activations.
 
 use candle_core::{CpuStorage, DType, Device, Storage, StorageRef, Tensor};
-use half::bf16;
 
 use super::Context;
 use super::gemm::{CpuSlice, Element, MatRef};
 use super::parallel::par_for_each;
-use super::simd::dispatch;
+use super::simd::simd;
 use crate::error::{Error, Kind, Result};
 use crate::work::Precision;
 
-/// A contiguous f32 or bf16 CPU tensor and the lock that keeps its storage readable.
+/// Elements of a parallel elementwise task.
+pub(super) const ELEMENTS_PER_TASK: usize = 16 * 1024;
+/// Rows of a parallel task: fewer cost more than they save.
+pub(super) const ROWS_PER_TASK: usize = 16;
+
+/// A contiguous f32 or bf16 CPU tensor, read-locked.
 pub(super) struct CpuTensor<'a> {
     storage: StorageRef<'a>,
     start: usize,
@@ -18,7 +22,7 @@ pub(super) struct CpuTensor<'a> {
 }
 
 impl<'a> CpuTensor<'a> {
-    /// Opens `tensor`, which must be f32, contiguous and on the CPU.
+    /// Borrows a tensor, which must be f32, contiguous and on the CPU.
     pub(super) fn borrow_f32(tensor: &'a Tensor) -> Result<Self> {
         match tensor.dtype() {
             DType::F32 => Self::borrow(tensor),
@@ -29,7 +33,7 @@ impl<'a> CpuTensor<'a> {
         }
     }
 
-    /// Opens `tensor`, which must be f32 or bf16, contiguous and on the CPU.
+    /// Borrows a tensor, which must be f32 or bf16, contiguous and on the CPU.
     pub(super) fn borrow(tensor: &'a Tensor) -> Result<Self> {
         let (storage, layout) = tensor.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else {
@@ -52,7 +56,7 @@ impl<'a> CpuTensor<'a> {
         }
     }
 
-    /// The numbers of an f32 tensor, row-major; none of a bf16 one.
+    /// The elements of an f32 tensor; empty for bf16.
     pub(super) fn f32_slice(&self) -> &[f32] {
         match self.slice() {
             CpuSlice::F32(values) => values,
@@ -60,12 +64,7 @@ impl<'a> CpuTensor<'a> {
         }
     }
 
-    /// The numbers as a row-major matrix.
-    pub(super) fn matrix(&self, rows: usize, columns: usize) -> MatRef<'_> {
-        MatRef::new(self.slice(), rows, columns)
-    }
-
-    /// The numbers, row-major.
+    /// The elements, row-major.
     pub(super) fn slice(&self) -> CpuSlice<'_> {
         let range = self.start..self.start + self.len;
         match &*self.storage {
@@ -74,12 +73,17 @@ impl<'a> CpuTensor<'a> {
             _ => CpuSlice::F32(&[]),
         }
     }
+
+    /// The elements as a row-major matrix.
+    pub(super) fn matrix(&self, rows: usize, columns: usize) -> MatRef<'_> {
+        MatRef::new(self.slice(), rows, columns)
+    }
 }
 
-/// Room for `n` numbers that hold nothing yet: zeroing large results costs a tenth of a small model's step.
+/// An uninitialised buffer of `n` elements: zeroing large results costs a tenth of a small model's step.
 ///
 /// # Safety
-/// Every number must be written before it is read.
+/// Every element is written before it is read.
 #[allow(clippy::uninit_vec)]
 pub(super) unsafe fn uninit_vec<T: Copy>(n: usize) -> Vec<T> {
     let mut values = Vec::with_capacity(n);
@@ -88,38 +92,28 @@ pub(super) unsafe fn uninit_vec<T: Copy>(n: usize) -> Vec<T> {
     values
 }
 
-/// The same numbers in f32.
-pub(super) fn upcast(values: &[bf16]) -> Vec<f32> {
-    // SAFETY: the loop writes every number.
-    let mut wide = unsafe { uninit_vec(values.len()) };
-    par_for_each(
-        wide.chunks_mut(ELEMENTS_PER_TASK)
-            .zip(values.chunks(ELEMENTS_PER_TASK)),
-        |(wide, narrow)| {
-            dispatch(
-                #[inline(always)]
-                |_| {
-                    wide.iter_mut()
-                        .zip(narrow)
-                        .for_each(|(wide, x)| *wide = x.as_f32())
-                },
-            );
-        },
-    );
-    wide
+/// Casts to another format, in parallel.
+pub(super) fn cast_vec<S: Element, T: Element>(values: &[S]) -> Vec<T> {
+    // SAFETY: the loop writes every element.
+    let mut out = unsafe { uninit_vec(values.len()) };
+    let chunks = out.chunks_mut(ELEMENTS_PER_TASK);
+    par_for_each(chunks.zip(values.chunks(ELEMENTS_PER_TASK)), |(out, x)| {
+        simd!(|_| cast_into(out, x));
+    });
+    out
 }
 
-/// The same numbers in bf16.
+/// Casts as many elements as both slices have.
 #[inline(always)]
-pub(super) fn to_bf16_into<T: Element>(narrow: &mut [bf16], x: &[T]) {
-    let n = narrow.len().min(x.len());
-    let (narrow, x) = (&mut narrow[..n], &x[..n]);
+pub(super) fn cast_into<S: Element, T: Element>(out: &mut [T], x: &[S]) {
+    let n = out.len().min(x.len());
+    let (out, x) = (&mut out[..n], &x[..n]);
     for i in 0..n {
-        narrow[i] = bf16::cast(x[i].as_f32());
+        out[i] = T::cast(x[i].as_f32());
     }
 }
 
-/// What a backward pass keeps of `x`: itself, or a bf16 copy where products are in bf16.
+/// Saves `x` for the backward pass, as bf16 if products are in bf16.
 pub(super) fn save_activation(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
     if context.precision != Precision::Bf16 || x.dtype() != DType::F32 {
         return Ok(x.clone());
@@ -128,23 +122,11 @@ pub(super) fn save_activation(context: Context<'_>, x: &Tensor) -> Result<Tensor
         return Ok(x.to_dtype(DType::BF16)?);
     }
     let host = CpuTensor::borrow_f32(x)?;
-    // SAFETY: the loop writes every number.
-    let mut narrow = unsafe { uninit_vec(host.len) };
-    par_for_each(
-        narrow
-            .chunks_mut(ELEMENTS_PER_TASK)
-            .zip(host.f32_slice().chunks(ELEMENTS_PER_TASK)),
-        |(narrow, x)| {
-            dispatch(
-                #[inline(always)]
-                |_| to_bf16_into(narrow, x),
-            )
-        },
-    );
+    let narrow = cast_vec::<f32, half::bf16>(host.f32_slice());
     Ok(Tensor::from_vec(narrow, x.shape(), &Device::Cpu)?)
 }
 
-/// A tensor that was `kept`, in f32 again.
+/// A saved activation in f32.
 pub(super) fn load_activation(context: Context<'_>, x: &Tensor) -> Result<Tensor> {
     if x.dtype() == DType::F32 {
         return Ok(x.clone());
@@ -158,10 +140,7 @@ pub(super) fn load_activation(context: Context<'_>, x: &Tensor) -> Result<Tensor
     }
 }
 
-/// Elements a parallel elementwise task takes.
-pub(super) const ELEMENTS_PER_TASK: usize = 16 * 1024;
-
-/// A tensor that owns `values`, on the CPU, without copying them.
+/// A CPU tensor of `values`, without a copy.
 pub(super) fn f32_tensor(values: Vec<f32>, shape: (usize, usize)) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
@@ -171,12 +150,12 @@ pub(super) fn to_f32_contiguous(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.to_dtype(DType::F32)?.contiguous()?)
 }
 
-/// Refuses a tensor that is not of `shape`: fused passes walk their slices side by side and would stop at the shortest without a word.
+/// Rejects a tensor that is not of `shape`: the loops of fused passes zip slices, which would silently truncate.
 pub(super) fn check_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
     check_dims(name, tensor.dims(), shape)
 }
 
-/// The same of what is no tensor.
+/// `check_shape` for operands that are not tensors.
 pub(super) fn check_dims(name: &str, found: &[usize], shape: &[usize]) -> Result<()> {
     if found == shape {
         return Ok(());
@@ -189,10 +168,7 @@ pub(super) fn check_dims(name: &str, found: &[usize], shape: &[usize]) -> Result
     .rule(format!("{shape:?}")))
 }
 
-/// Rows a parallel task takes at least: below this a task costs more than it saves.
-pub(super) const ROWS_PER_TASK: usize = 16;
-
-/// Raw pointer that parallel tasks may share; each task writes places no other task touches.
+/// A raw pointer for parallel tasks, each of which writes elements that no other accesses.
 pub(super) struct SendPtr<T = f32>(pub(super) *mut T);
 
 impl<T> Clone for SendPtr<T> {
@@ -203,7 +179,7 @@ impl<T> Clone for SendPtr<T> {
 
 impl<T> Copy for SendPtr<T> {}
 
-// SAFETY: the users of `SendPtr` (attention's heads, tasks of a product) write disjoint elements, stated at each use.
+// SAFETY: tasks write disjoint elements, as stated at each use.
 unsafe impl<T: Send> Send for SendPtr<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for SendPtr<T> {}
@@ -212,7 +188,7 @@ impl<T> SendPtr<T> {
     /// The pointer `offset` elements on.
     ///
     /// # Safety
-    /// `offset` must lie inside the buffer the pointer came from.
+    /// `offset` lies inside the pointer's buffer.
     pub(super) unsafe fn add(self, offset: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }

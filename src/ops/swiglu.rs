@@ -8,7 +8,7 @@ use super::gemm::{CpuSlice, Element};
 use super::parallel::par_for_each;
 use super::simd::{Simd, dispatch};
 use super::storage::{
-    CpuTensor, check_shape, f32_tensor, load_activation, save_activation, to_bf16_into, uninit_vec,
+    CpuTensor, cast_into, check_shape, f32_tensor, load_activation, save_activation, uninit_vec,
 };
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -128,8 +128,8 @@ fn forward_of<X: Element, Y: Element>(gate: &[X], up: &[X], y: &mut [Y], copies:
                         y[i] = Y::cast(swiglu_element(cpu, gate[i].as_f32(), up[i].as_f32()));
                     }
                     if let (Some(gate16), Some(up16)) = (gate16, up16) {
-                        to_bf16_into(gate16, gate);
-                        to_bf16_into(up16, up);
+                        cast_into(gate16, gate);
+                        cast_into(up16, up);
                     }
                 },
             );

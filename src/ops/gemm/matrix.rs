@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::packed_rhs::{PackedRhs, PackedWeightCache};
-use crate::ops::storage::upcast;
+use crate::ops::storage::cast_vec;
 
 /// Contiguous f32 or bf16 elements.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +32,7 @@ impl<'a> CpuSlice<'a> {
     pub(in crate::ops) fn upcast(&self) -> Option<Vec<f32>> {
         match self {
             CpuSlice::F32(_) => None,
-            CpuSlice::Bf16(values) => Some(upcast(values)),
+            CpuSlice::Bf16(values) => Some(cast_vec(values)),
         }
     }
 }

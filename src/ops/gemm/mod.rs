@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 use self::bf16::Bf16Lhs;
 use super::count_flops;
-use super::storage::{uninit_vec, upcast};
+use super::storage::{cast_vec, uninit_vec};
 use crate::work::Precision;
 pub(super) use element::Element;
 pub(super) use matrix::{CpuSlice, MatMut, MatRef};
@@ -124,7 +124,7 @@ impl<'a> Lhs<'a> {
         let form = match (packed.0, a.values) {
             (Some(packed), _) => Form::Packed(packed),
             (None, CpuSlice::F32(values)) => unpacked(Cow::Borrowed(values)),
-            (None, CpuSlice::Bf16(values)) => unpacked(Cow::Owned(upcast(values))),
+            (None, CpuSlice::Bf16(values)) => unpacked(Cow::Owned(cast_vec(values))),
         };
         Self {
             rows: a.rows,

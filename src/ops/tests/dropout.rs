@@ -45,8 +45,8 @@ proptest! {
                 let mask = mask(seed, (rows, columns), p);
                 let tensor = of(&x, &[rows, columns]);
                 let mut added = sum.clone();
-                mask.add(&x, &mut added);
-                (mask.of(&tensor).unwrap(), mask.of(&tensor.to_dtype(candle_core::DType::BF16).unwrap()).unwrap(), added)
+                mask.add_masked(&x, &mut added);
+                (mask.apply(&tensor).unwrap(), mask.apply(&tensor.to_dtype(candle_core::DType::BF16).unwrap()).unwrap(), added)
             });
             for i in 0..x.len() {
                 assert_eq!(masked[i], x[i] * want[i]);
