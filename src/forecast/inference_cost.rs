@@ -8,7 +8,6 @@ use super::inference::{
 };
 use super::subject::{Subject, Target, emissions};
 use crate::energy::{Charge, Interval, MeterKind, carbon};
-use crate::error::Result;
 use crate::model::ModelShape;
 use crate::recipe::LargerModel;
 use crate::units::{GramsCo2e, Joules, MicroJoules};
@@ -62,14 +61,7 @@ pub fn request_too_long(subject: &Subject<'_>) -> Option<String> {
 /// The `inference` block of a run of which `fine_tuning` was counted. Requests are counted whatever meter decided in the run.
 ///
 /// Holds if [`request_too_long`] is `None`.
-///
-/// # Errors
-/// An architecture that cannot be counted.
-pub fn inference_cost(
-    subject: &Subject<'_>,
-    fine_tuning: Joules,
-    meter: MeterKind,
-) -> Result<Inference> {
+pub fn inference_cost(subject: &Subject<'_>, fine_tuning: Joules, meter: MeterKind) -> Inference {
     let report = &subject.recipe.report;
     let prompt = report.prompt_tokens;
     let base_shape =
@@ -98,7 +90,7 @@ pub fn inference_cost(
             meter.as_str()
         ));
     }
-    Ok(Inference {
+    Inference {
         device: subject.profile.name.clone(),
         prompt_tokens: prompt as u64,
         generated_tokens: report.generated_tokens as u64,
@@ -106,7 +98,7 @@ pub fn inference_cost(
         alternative,
         year,
         assumptions,
-    })
+    }
 }
 
 /// A request with `prompt` tokens before the generated ones.

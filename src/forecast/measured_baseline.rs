@@ -6,7 +6,6 @@
 use super::subject::{Subject, load_work};
 use crate::energy::baseline::BaselineKind;
 use crate::energy::{Budget, Limits, Spent};
-use crate::error::Result;
 use crate::model::ModelShape;
 use crate::recipe::{Compared, Recipe};
 use crate::train::{Schedule, Settings, StepCosts, TrainState, forecast};
@@ -42,18 +41,15 @@ pub struct BaselineSetup<'a> {
 
 impl<'a> BaselineSetup<'a> {
     /// The baseline `kind` of the run `subject`.
-    ///
-    /// # Errors
-    /// An architecture that cannot be trained as a whole.
-    pub fn new(subject: Subject<'a>, kind: BaselineKind) -> Result<Self> {
+    pub fn new(subject: Subject<'a>, kind: BaselineKind) -> Self {
         let shape = ModelShape::fully_trained(subject.architecture, subject.precision());
         let trained = subject.architecture.parameters() as usize;
-        Ok(Self {
+        Self {
             subject,
             kind,
             shape,
             trained,
-        })
+        }
     }
 
     /// Names the baseline in its checkpoints.
@@ -108,14 +104,8 @@ impl<'a> BaselineSetup<'a> {
     }
 
     fn costs<'s>(&'s self, settings: &'s Settings) -> StepCosts<'s> {
-        StepCosts::new(
-            &self.shape,
-            self.subject.sampler,
-            self.subject.validation,
-            self.trained,
-            settings,
-            Vec::new(),
-        )
+        self.subject
+            .step_costs(&self.shape, self.trained, settings, Vec::new())
     }
 
     /// Steps whose counted energy is at most `training`, and at most `energy_multiple` times as much.

@@ -84,14 +84,7 @@ pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunF
         .map(|work| (Phase::Eval, work.clone()))
         .into_iter()
         .collect();
-    let costs = StepCosts::new(
-        subject.shape,
-        subject.sampler,
-        subject.validation,
-        subject.trained(),
-        subject.settings,
-        ending,
-    );
+    let costs = subject.step_costs(subject.shape, subject.trained(), subject.settings, ending);
     let charge = |work: &Work| subject.profile.charge(work);
     let load = charge(&load_work(subject.architecture, subject.precision()));
     // Before the first step: a sample and an evaluation.
@@ -109,25 +102,25 @@ pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunF
         before,
         &TrainState::default(),
     );
-    let mut phases = vec![(Phase::Load, load)];
-    for (phase, mut sum) in run.phases.clone() {
-        if phase == Phase::Eval {
-            opening.iter().for_each(|charge| sum += charge);
-        }
-        phases.push((phase, sum));
-    }
-    let training: Charge = run
-        .phases
-        .iter()
-        .filter(|(phase, _)| *phase == Phase::Train)
-        .map(|(_, charge)| charge.clone())
-        .sum();
     let too_small = match &run.stop {
         Stop::Budget(limit) if run.steps == 0 => {
             Some((*limit, least_needed(&costs, subject, before)))
         }
         _ => None,
     };
+    let training: Charge = run
+        .phases
+        .iter()
+        .filter(|(phase, _)| *phase == Phase::Train)
+        .map(|(_, charge)| charge.clone())
+        .sum();
+    let mut phases = vec![(Phase::Load, load)];
+    for (phase, mut sum) in run.phases {
+        if phase == Phase::Eval {
+            opening.iter().for_each(|charge| sum += charge);
+        }
+        phases.push((phase, sum));
+    }
     Ok(RunForecast {
         steps: run.steps,
         tokens: run.tokens,
@@ -137,7 +130,7 @@ pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunF
         phases,
         choices: what_if(subject, run.steps, &training)?,
         recomputation: recomputation(subject, run.steps, &training),
-        measured_baselines: measured_baselines(subject, training.energy)?,
+        measured_baselines: measured_baselines(subject, training.energy),
         too_small,
         stop: run.stop,
     })
@@ -164,14 +157,7 @@ fn recomputation(subject: &Subject<'_>, steps: u64, training: &Charge) -> Recomp
         recompute: Recompute::NONE,
         ..subject.settings.clone()
     };
-    let costs = StepCosts::new(
-        subject.shape,
-        subject.sampler,
-        &[],
-        trained,
-        &settings,
-        Vec::new(),
-    );
+    let costs = subject.step_costs(subject.shape, trained, &settings, Vec::new());
     let stored: Charge = if blocks == 0 {
         training.clone()
     } else {
@@ -195,19 +181,15 @@ fn recomputation(subject: &Subject<'_>, steps: u64, training: &Charge) -> Recomp
     }
 }
 
-fn measured_baselines(
-    subject: &Subject<'_>,
-    training: MicroJoules,
-) -> Result<Vec<MeasuredForecast>> {
-    let budget_j = subject.recipe.baseline.budget;
+fn measured_baselines(subject: &Subject<'_>, training: MicroJoules) -> Vec<MeasuredForecast> {
     measured_kinds(subject.recipe)
         .map(|kind| {
-            let [equal_energy, most] = BaselineSetup::new(*subject, kind)?.expected(training);
-            Ok(MeasuredForecast {
+            let [equal_energy, most] = BaselineSetup::new(*subject, kind).expected(training);
+            MeasuredForecast {
                 kind,
                 energy_j: MeasuredEnergy { equal_energy, most },
-                budget_j,
-            })
+                budget_j: subject.recipe.baseline.budget,
+            }
         })
         .collect()
 }

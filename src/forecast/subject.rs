@@ -2,10 +2,10 @@
 
 use crate::adapter::{LoadedAdapter, LoraConfig, Site};
 use crate::data::{Counts, MicroBatch, Sampler};
-use crate::energy::{Budget, Grid, Interval, Profile, Rates, carbon};
+use crate::energy::{Budget, Grid, Interval, Phase, Profile, Rates, carbon};
 use crate::model::{Architecture, MemoryForecast, ModelShape};
 use crate::recipe::{ModelId, Recipe};
-use crate::train::Settings;
+use crate::train::{Settings, StepCosts};
 use crate::units::{GramsCo2e, Joules};
 use crate::work::{Precision, Work};
 
@@ -74,7 +74,28 @@ pub struct Subject<'a> {
     pub memory: &'a MemoryForecast,
 }
 
-impl Subject<'_> {
+impl<'a> Subject<'a> {
+    /// Work of each activity if `trained` parameters of `shape` were trained with `settings`.
+    pub fn step_costs<'s>(
+        &self,
+        shape: &'s ModelShape,
+        trained: usize,
+        settings: &'s Settings,
+        ending: Vec<(Phase, Work)>,
+    ) -> StepCosts<'s>
+    where
+        'a: 's,
+    {
+        StepCosts::new(
+            shape,
+            self.sampler,
+            self.validation,
+            trained,
+            settings,
+            ending,
+        )
+    }
+
     /// Trainable parameter count.
     pub fn trained(&self) -> usize {
         self.target.parameters(self.architecture)

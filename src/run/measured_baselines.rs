@@ -148,7 +148,7 @@ fn train_one(
     report
         .baselines
         .retain(|entry| entry.kind != kind || entry.measured.is_none());
-    let setup = BaselineSetup::new(context.prepared.subject(), kind)?;
+    let setup = BaselineSetup::new(context.prepared.subject(), kind);
     let [equal, _] = setup.steps(reference.training.energy_j.counted);
     // A baseline that was begun is resumed, whatever is left.
     let fresh_limit = limit.filter(|_| !folder.exists());

@@ -37,7 +37,7 @@ pub fn plan(prepared: &Prepared) -> Result<Planned> {
             &prepared.architecture,
         ),
         adapter: adapter_block(&prepared.target, &prepared.architecture),
-        run: Some(planned_run(prepared, kind, &forecast)?),
+        run: Some(planned_run(prepared, kind, &forecast)),
         memory: memory_block(&prepared.memory, free_memory()),
         warnings: prepared.warnings.clone(),
         probe: None,
@@ -72,23 +72,18 @@ impl Planned {
     }
 }
 
-fn planned_run(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Result<PlannedRun> {
+fn planned_run(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> PlannedRun {
     let total = &run.total;
     let central = total.energy.joules();
     // A plan is counted, whatever the run's meter.
     let energy = interval(MeterKind::Counted, central);
-    let spent = Spent {
-        energy: total.energy,
-        flops: total.flops,
-        time: total.time,
-    };
     let counted = Metered {
         spent: central,
         metered_over_counted: 1.0,
         parts: &total.breakdown,
     };
-    let baselines = baselines(&prepared.subject(), run.steps, run.evaluations, &counted)?;
-    Ok(PlannedRun {
+    let baselines = baselines(&prepared.subject(), run.steps, run.evaluations, &counted);
+    PlannedRun {
         data: data_block(prepared),
         training: PlannedTraining {
             steps: run.steps,
@@ -99,7 +94,7 @@ fn planned_run(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Resul
             activation_checkpointing: prepared.recipe.train.activation_checkpointing,
         },
         energy: planned_energy(prepared, kind, run),
-        budget: budget_block(prepared, &spent, energy),
+        budget: budget_block(prepared, &total.spent(), energy),
         carbon: carbon_block(prepared, energy, total.time),
         baselines: baseline_blocks(&baselines, prepared),
         environment: machine::environment(),
@@ -107,7 +102,7 @@ fn planned_run(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Resul
         choices: run.choices.clone(),
         recomputation: run.recomputation.clone(),
         measured_baselines: run.measured_baselines.clone(),
-    })
+    }
 }
 
 fn planned_energy(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> PlannedEnergy {

@@ -111,7 +111,7 @@ fn report(run: &Ended<'_>) -> Result<Report> {
         None => {
             let counted = account.totals().energy_j.counted.joules();
             let kind = account.kind();
-            Some(inference_cost(&prepared.subject(), counted, kind)?)
+            Some(inference_cost(&prepared.subject(), counted, kind))
         }
     };
     Ok(Report {
@@ -130,7 +130,7 @@ fn report(run: &Ended<'_>) -> Result<Report> {
             ..budget_block(prepared, &spent, energy)
         },
         carbon: carbon_block(prepared, energy, wall),
-        baselines: counted_baselines(run, energy.central)?,
+        baselines: counted_baselines(run, energy.central),
         memory: Some(memory_block(&prepared.memory, None)),
         environment: machine::environment(),
         inference,
@@ -140,7 +140,7 @@ fn report(run: &Ended<'_>) -> Result<Report> {
 }
 
 /// Baselines over the run's steps and evaluations, without its samples.
-fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Result<Vec<Baseline>> {
+fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Vec<Baseline> {
     let account = run.account;
     let state = &run.outcome.state;
     let entries = account
@@ -155,8 +155,8 @@ fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Result<Vec<Baseline>> {
         parts: &account.totals().parts,
     };
     let subject = run.prepared.subject();
-    let found = baselines(&subject, state.step, evaluations, &metered)?;
-    Ok(baseline_blocks(&found, run.prepared))
+    let found = baselines(&subject, state.step, evaluations, &metered);
+    baseline_blocks(&found, run.prepared)
 }
 
 /// Warnings of the preparation, divergence, and a validation loss that rose.
