@@ -521,6 +521,24 @@ fn what_is_no_recipe_is_refused_as_a_file() {
     assert!(refused(&path).to_string().contains("line 1, column 1"));
 }
 
+/// `UPDATE_DOCS=1 cargo test --test recipe` writes the file anew.
+#[test]
+fn the_reference_in_docs_is_the_generated_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/recipe.md");
+    let generated = reference();
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&path, &generated).unwrap();
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        committed == generated,
+        "docs/recipe.md is out of date: run `UPDATE_DOCS=1 cargo test --test recipe`"
+    );
+    for key in ["`learning_rate`", "`[budget]`", "`target_modules`"] {
+        assert!(generated.contains(key), "{key}");
+    }
+}
+
 fn quantity() -> impl Strategy<Value = f64> {
     prop_oneof![1e-6..1e18f64, (1u32..1000).prop_map(f64::from)]
 }

@@ -1,13 +1,17 @@
-//! The way in: a file, or its text, and the command line's overrides become a `Recipe` or all its mistakes.
+//! Loading: a file or its text, and the command line's overrides, become a `Recipe` or all its diagnostics.
 //!
 //! Takes a path, returns what the other files of this room make of it. Knows no key.
 
 use std::io::Read;
 use std::path::Path;
 
-use super::mistake::{self, Mistake, Mistakes};
-use super::raw::Source;
-use super::{Recipe, check as checked, raw, read};
+use super::contradictions;
+use super::diagnostic::{Diagnostic, Diagnostics, render};
+use super::key::Keys;
+use super::reader::Reader;
+use super::sections::Recipe;
+use super::setting::is_file_name;
+use super::tree::{self, RawRecipe, Source};
 use crate::error::{Error, Kind, Result};
 
 /// A recipe is shorter than this, in bytes: what is longer is some other file.
@@ -17,19 +21,19 @@ const LONGEST: u64 = 1 << 20;
 ///
 /// # Errors
 ///
-/// `Kind::Io` where the file cannot be read, `Kind::Recipe` with every mistake where it is not a recipe.
+/// `Kind::Io` where the file cannot be read, `Kind::Recipe` with every diagnostic where it is not a recipe.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
-    let refuse = |source: std::io::Error| match source.kind() {
+    let unreadable = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound => Error::io("read", path, source)
             .hint("check the path, or write a recipe to start from with `wattune recipe init`"),
         _ => Error::io("read", path, source),
     };
     let mut bytes = Vec::new();
     std::fs::File::open(path)
-        .map_err(refuse)?
+        .map_err(unreadable)?
         .take(LONGEST + 1)
         .read_to_end(&mut bytes)
-        .map_err(refuse)?;
+        .map_err(unreadable)?;
     let not_a_recipe = |what| {
         Error::new(Kind::Recipe, what)
             .at(path.display().to_string())
@@ -55,58 +59,67 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
 ///
 /// # Errors
 ///
-/// `Kind::Recipe`; its text shows every mistake with place, caret, rule and remedy.
+/// `Kind::Recipe`; its text shows every diagnostic with place, caret, rule and hint.
 pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Recipe> {
     check(text, path, overrides)
-        .map_err(|mistakes| Error::new(Kind::Recipe, mistake::shown(&mistakes)))
+        .map_err(|diagnostics| Error::new(Kind::Recipe, render(&diagnostics)))
 }
 
-/// As [`parse`], but hands over the mistakes one by one, in reading order.
+/// As [`parse`], but returns the diagnostics one by one, in reading order.
 ///
 /// # Errors
 ///
-/// Every mistake, at least one.
-pub fn check(text: &str, path: &Path, overrides: &[String]) -> Result<Recipe, Vec<Mistake>> {
-    let file = Source {
+/// Every diagnostic, at least one.
+pub fn check(text: &str, path: &Path, overrides: &[String]) -> Result<Recipe, Vec<Diagnostic>> {
+    let mut sources = vec![Source {
         name: path.display().to_string(),
         text: text.to_string(),
         is_override: false,
-    };
-    let on_command_line = |text: &String| Source {
+    }];
+    sources.extend(overrides.iter().map(|text| Source {
         name: format!("--set {text}"),
         text: text.clone(),
         is_override: true,
-    };
-    let sources: Vec<Source> = std::iter::once(file)
-        .chain(overrides.iter().map(on_command_line))
-        .collect();
-    let mut mistakes = Mistakes::new(&sources);
-    let recipe = raw::read(&sources, &mut mistakes).map(|entries| {
-        let given = read::given(&entries, &mut mistakes);
-        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        if folder.to_str().is_none() {
-            let hint = "move the recipe to a folder with a plain name";
-            mistakes.add(
-                mistakes.end_of_file(),
-                "the recipe's folder has a name that is not UTF-8",
-                "UTF-8",
-                hint,
-            );
-        }
-        checked::build(&given, folder, &stem(&path), &mut mistakes)
-    });
+    }));
+    let mut diagnostics = Diagnostics::new(&sources);
+    let recipe =
+        tree::read(&sources, &mut diagnostics).map(|raw| build(&raw, path, &mut diagnostics));
     match recipe {
-        Some(recipe) if mistakes.is_empty() => Ok(recipe),
-        _ => Err(mistakes.into_sorted()),
+        Some(recipe) if diagnostics.is_empty() => Ok(recipe),
+        _ => Err(diagnostics.into_sorted()),
     }
 }
 
-/// The file's name without its extension; "run" where it has none that can name a folder.
+/// The recipe, valid only where nothing is noted.
+fn build(raw: &RawRecipe, path: &Path, diagnostics: &mut Diagnostics<'_>) -> Recipe {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let mut reader = Reader {
+        raw,
+        directory,
+        diagnostics,
+    };
+    reader.note_unknown();
+    let mut recipe = Recipe::read(&mut reader);
+    contradictions::note(&recipe, &mut reader);
+    if directory.to_str().is_none() {
+        diagnostics.add(
+            diagnostics.end_of_file(),
+            "the recipe's folder has a name that is not UTF-8",
+            "UTF-8",
+            "move the recipe to a folder with a plain name",
+        );
+    }
+    if recipe.name.is_empty() {
+        recipe.name = stem(&path);
+    }
+    recipe
+}
+
+/// The file's name without its extension; "run" where it has none that can name a directory.
 fn stem(path: &Path) -> String {
-    let stem = path
-        .file_stem()
-        .and_then(|stem| stem.to_str())
-        .filter(|stem| read::is_name(stem));
-    stem.unwrap_or("run").to_string()
+    let stem = path.file_stem().and_then(|stem| stem.to_str());
+    stem.filter(|stem| is_file_name(stem))
+        .unwrap_or("run")
+        .to_string()
 }

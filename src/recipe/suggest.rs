@@ -1,10 +1,11 @@
-//! What a person probably meant: the key nearest to one that does not exist, the word nearest to one that is no choice.
+//! Suggestions: the key nearest to one that does not exist, the word nearest to one that is no choice.
 //!
-//! Takes what was written, returns the remedy. Never decides for the person: what is unknown stays a mistake.
+//! Takes what was written, returns a hint. Never corrects: what is unknown stays an error.
 
-use super::keys::{self, KEYS, Key, TABLES};
-use super::mistake::Mistakes;
-use super::raw::{Entry, Raw};
+use super::diagnostic::Diagnostics;
+use super::key::{KEYS, Key, of_table};
+use super::sections::TABLES;
+use super::tree::{Entry, Raw};
 
 /// What other programs call a choice.
 const FOREIGN_WORDS: [(&str, &str); 9] = [
@@ -25,31 +26,29 @@ const ALIKE: f64 = 0.8;
 const VERY_ALIKE: f64 = 0.92;
 
 /// Reports a key that `table` (empty: the top) does not have.
-pub(super) fn unknown_key(table: &str, entry: &Entry, mistakes: &mut Mistakes) {
+pub(super) fn note_unknown(table: &str, entry: &Entry, diagnostics: &mut Diagnostics<'_>) {
     let is_table = table.is_empty() && matches!(entry.node.raw, Raw::Table(_));
-    let shown = if is_table {
-        format!("[{}]", entry.key)
+    let (place, whole) = if table.is_empty() {
+        (
+            "at the top of the recipe".to_string(),
+            "a recipe".to_string(),
+        )
     } else {
-        entry.key.clone()
+        (format!("in `[{table}]`"), format!("`[{table}]`"))
     };
-    let whole = if table.is_empty() {
-        "a recipe".to_string()
+    let (what, meant) = if is_table {
+        let tables = TABLES.iter().map(|(name, _)| *name);
+        let meant =
+            nearest(&entry.key, tables, ALIKE).map(|name| format!("did you mean `[{name}]`?"));
+        (format!("unknown table `[{}]`", entry.key), meant)
     } else {
-        format!("`[{table}]`")
-    };
-    let meant = match is_table {
-        true => nearest(&entry.key, TABLES.iter().map(|(name, _)| *name), ALIKE)
-            .map(|name| format!("did you mean `[{name}]`?")),
-        false => nearest_key(table, &entry.key)
-            .map(|key| remedy(table, key, mistakes.is_override(entry.key_place))),
+        let on_command_line = diagnostics.is_override(entry.key_span);
+        let meant =
+            nearest_key(table, &entry.key).map(|key| did_you_mean(table, key, on_command_line));
+        (format!("unknown key `{}` {place}", entry.key), meant)
     };
     let hint = meant.unwrap_or_else(|| format!("remove it; {whole} has {}", listed(table)));
-    mistakes.add(
-        entry.key_place,
-        format!("`{shown}` is no part of {whole}"),
-        "",
-        hint,
-    );
+    diagnostics.add(entry.key_span, what, "", hint);
 }
 
 fn listed(table: &str) -> String {
@@ -57,8 +56,8 @@ fn listed(table: &str) -> String {
         .iter()
         .filter(|_| table.is_empty())
         .map(|(name, _)| format!("`[{name}]`"));
-    let names: Vec<String> = keys::of_table(table)
-        .map(|key| format!("`{}`", key.name()))
+    let names: Vec<String> = of_table(table)
+        .map(|key| format!("`{}`", key.name))
         .chain(tables)
         .collect();
     names.join(", ")
@@ -67,28 +66,30 @@ fn listed(table: &str) -> String {
 /// By its exact name elsewhere, by the name other trainers give it, by likeness; the same table first.
 fn nearest_key(table: &str, name: &str) -> Option<&'static Key> {
     let known_as = |key: &&Key| key.known_as.contains(&name);
-    let alike = |keys: &mut dyn Iterator<Item = &'static Key>, least| {
-        let keys: Vec<&'static Key> = keys.collect();
-        let best = nearest(name, keys.iter().map(|key| key.name()), least)?;
-        keys.into_iter().find(|key| key.name() == best)
+    let all = || KEYS.iter().copied();
+    let alike = |keys: Vec<&'static Key>, least| {
+        let best = nearest(name, keys.iter().map(|key| key.name), least)?;
+        keys.into_iter().find(|key| key.name == best)
     };
-    None.or_else(|| keys::of_table(table).find(known_as))
-        .or_else(|| KEYS.iter().find(|key| key.name() == name))
-        .or_else(|| alike(&mut keys::of_table(table), ALIKE))
-        .or_else(|| KEYS.iter().find(known_as))
-        .or_else(|| alike(&mut KEYS.iter(), VERY_ALIKE))
+    of_table(table)
+        .find(known_as)
+        .or_else(|| all().find(|key| key.name == name))
+        .or_else(|| alike(of_table(table).collect(), ALIKE))
+        .or_else(|| all().find(known_as))
+        .or_else(|| alike(all().collect(), VERY_ALIKE))
 }
 
-/// How to write `key` for someone who wrote under `table`.
-fn remedy(table: &str, key: &Key, on_command_line: bool) -> String {
-    let (home, name) = key.split();
-    match () {
-        () if on_command_line => format!("did you mean `--set {}=...`?", key.path),
-        () if home == table => format!("did you mean `{name}`?"),
-        () if home.is_empty() => {
-            format!("did you mean `{name}`, at the top of the file above the first `[table]`?")
-        }
-        () => format!("did you mean `{name}`, under `[{home}]`?"),
+/// Where `key` belongs, for a user who wrote it under `table`.
+fn did_you_mean(table: &str, key: &Key, on_command_line: bool) -> String {
+    let name = key.name;
+    if on_command_line {
+        format!("did you mean `--set {}=...`?", key.path())
+    } else if key.table == table {
+        format!("did you mean `{name}`?")
+    } else if key.table.is_empty() {
+        format!("did you mean `{name}`, at the top of the file above the first `[table]`?")
+    } else {
+        format!("did you mean `{name}`, under `[{}]`?", key.table)
     }
 }
 
@@ -107,14 +108,13 @@ pub(super) fn nearest<'a>(
 }
 
 /// `did you mean` for a choice, if one of `words` is near.
-pub(super) fn nearest_word(written: &str, words: &[&'static str]) -> Option<&'static str> {
-    let foreign = FOREIGN_WORDS
-        .iter()
-        .find(|(foreign, _)| *foreign == written)
-        .map(|(_, word)| *word);
-    foreign
-        .filter(|word| words.contains(word))
-        .or_else(|| nearest(written, words.iter().copied(), 0.7))
+pub(super) fn nearest_word<'a>(written: &str, words: &[&'a str]) -> Option<&'a str> {
+    let foreign = FOREIGN_WORDS.iter().find(|(name, _)| *name == written);
+    let known = |word: &&str| foreign.is_some_and(|(_, meaning)| meaning == word);
+    let words = || words.iter().copied();
+    words()
+        .find(known)
+        .or_else(|| nearest(written, words(), 0.7))
 }
 
 #[cfg(test)]
@@ -124,7 +124,7 @@ mod tests {
     #[track_caller]
     fn meant(table: &str, name: &str, path: &str) {
         assert_eq!(
-            nearest_key(table, name).map(|key| key.path),
+            nearest_key(table, name).map(Key::path).as_deref(),
             Some(path),
             "[{table}] {name}"
         );

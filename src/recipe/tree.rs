@@ -1,28 +1,29 @@
-//! Exactly the file: TOML as written, every key and value with its place, the command line's `--set` laid over it.
+//! The recipe as written: TOML with the span of every key and value, the command line's `--set` laid over it.
 //!
 //! Takes the recipe's text and the overrides, returns a tree of nodes. Knows how TOML is written; knows no key, no type, no
-//! default: what a recipe may say is `keys`' business.
+//! default.
 
 use std::ops::Range;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::mistake::Mistakes;
+use super::diagnostic::Diagnostics;
+use super::key::Key;
 
 /// One text that values were read from.
 pub(super) struct Source {
     /// The file's path, or `--set KEY=VALUE`.
     pub name: String,
-    /// The whole text that places count in.
+    /// The text that spans count in.
     pub text: String,
     /// Given on the command line.
     pub is_override: bool,
 }
 
-/// A stretch of bytes of one source.
+/// A range of bytes of one source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Place {
+pub(super) struct Span {
     /// Index of the source: 0 is the file.
     pub source: usize,
     /// First byte.
@@ -31,7 +32,7 @@ pub(super) struct Place {
     pub end: usize,
 }
 
-impl Place {
+impl Span {
     fn new(source: usize, offset: usize, span: Range<usize>) -> Self {
         Self {
             source,
@@ -41,14 +42,14 @@ impl Place {
     }
 }
 
-/// A value and where it stands.
+/// A value with its span.
 #[derive(Debug, Clone)]
 pub(super) struct Node {
-    pub place: Place,
+    pub span: Span,
     pub raw: Raw,
 }
 
-/// TOML's values. An integer too large for 128 bits is held at the end of the range: no rule allows it.
+/// TOML's values. An integer too large for 128 bits becomes the end of the range, which no rule allows.
 #[derive(Debug, Clone)]
 pub(super) enum Raw {
     Text(String),
@@ -61,8 +62,17 @@ pub(super) enum Raw {
 }
 
 impl Raw {
-    /// What a person calls it.
-    pub fn called(&self) -> &'static str {
+    /// An integer or a float.
+    pub fn number(&self) -> Option<f64> {
+        match self {
+            Raw::Integer(number) => Some(*number as f64),
+            Raw::Float(number) => Some(*number),
+            _ => None,
+        }
+    }
+
+    /// The type in words.
+    pub fn type_name(&self) -> &'static str {
         match self {
             Raw::Text(_) => "text",
             Raw::Integer(_) => "a whole number",
@@ -79,35 +89,61 @@ impl Raw {
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub key: String,
-    pub key_place: Place,
+    pub key_span: Span,
     pub node: Node,
 }
 
+/// The tree of a recipe.
+#[derive(Debug)]
+pub(super) struct RawRecipe(pub Vec<Entry>);
+
+impl RawRecipe {
+    /// The value given to `key`.
+    pub fn node(&self, key: &Key) -> Option<&Node> {
+        let table = if key.table.is_empty() {
+            &self.0
+        } else {
+            match &self.entry(key.table)?.node.raw {
+                Raw::Table(entries) => entries,
+                _ => return None,
+            }
+        };
+        let entry = table.iter().find(|entry| entry.key == key.name)?;
+        Some(&entry.node)
+    }
+
+    /// Where the recipe names `table`.
+    pub fn table_span(&self, table: &str) -> Option<Span> {
+        self.entry(table).map(|entry| entry.key_span)
+    }
+
+    fn entry(&self, name: &str) -> Option<&Entry> {
+        self.0.iter().find(|entry| entry.key == name)
+    }
+}
+
 /// Reads the file (source 0) and lays the overrides (sources 1, 2, ...) over it. `None` where the file is not TOML.
-pub(super) fn read(sources: &[Source], mistakes: &mut Mistakes) -> Option<Vec<Entry>> {
-    let mut entries = read_file(&sources[0].text, mistakes);
+pub(super) fn read(sources: &[Source], diagnostics: &mut Diagnostics<'_>) -> Option<RawRecipe> {
+    let mut entries = read_file(&sources[0].text, diagnostics);
     for (index, source) in sources.iter().enumerate().skip(1) {
-        let Some((keys, key_place, node)) = read_override(index, &source.text, mistakes) else {
+        let Some((keys, key_span, node)) = read_override(index, &source.text, diagnostics) else {
             continue;
         };
         if let Some(entries) = &mut entries {
-            set(entries, &keys, key_place, node);
+            set(entries, &keys, key_span, node);
         }
     }
-    entries
+    entries.map(RawRecipe)
 }
 
 /// The file's entries, or every syntax error the parser could tell apart.
-fn read_file(text: &str, mistakes: &mut Mistakes) -> Option<Vec<Entry>> {
+fn read_file(text: &str, diagnostics: &mut Diagnostics<'_>) -> Option<Vec<Entry>> {
     let (table, errors) = DeTable::parse_recoverable(text);
     for error in &errors {
-        let place = Place::new(0, 0, error.span().unwrap_or(0..0));
-        mistakes.add(
-            place,
-            format!("this is not TOML: {}", one_line(error.message())),
-            "",
-            syntax_hint(error.message()),
-        );
+        let span = Span::new(0, 0, error.span().unwrap_or(0..0));
+        let message = error.message();
+        let what = format!("this is not TOML: {}", one_line(message));
+        diagnostics.add(span, what, "", syntax_hint(message));
     }
     errors
         .is_empty()
@@ -115,11 +151,8 @@ fn read_file(text: &str, mistakes: &mut Mistakes) -> Option<Vec<Entry>> {
 }
 
 fn one_line(message: &str) -> String {
-    message
-        .lines()
-        .map(str::trim)
-        .collect::<Vec<_>>()
-        .join(", ")
+    let lines: Vec<&str> = message.lines().map(str::trim).collect();
+    lines.join(", ")
 }
 
 /// The commonest slips have a remedy of their own.
@@ -137,18 +170,17 @@ fn syntax_hint(message: &str) -> &'static str {
 fn read_override(
     source: usize,
     text: &str,
-    mistakes: &mut Mistakes,
-) -> Option<(Vec<String>, Place, Node)> {
+    diagnostics: &mut Diagnostics<'_>,
+) -> Option<(Vec<String>, Span, Node)> {
     // A quoted key may hold `=`: the first one that leaves a whole key before it is the separator.
     let parsed = text.match_indices('=').find_map(|(at, _)| {
-        toml_edit::Key::parse(text[..at].trim())
-            .ok()
-            .map(|keys| (at, keys))
+        let keys = toml_edit::Key::parse(text[..at].trim()).ok()?;
+        Some((at, keys))
     });
     let Some((at, keys)) = parsed else {
         let hint = "write KEY=VALUE, as in `--set train.steps=100`";
-        mistakes.add(
-            Place::new(source, 0, 0..text.len()),
+        diagnostics.add(
+            Span::new(source, 0, 0..text.len()),
             "`--set` needs a key and a value",
             "KEY=VALUE with dots in KEY",
             hint,
@@ -157,66 +189,53 @@ fn read_override(
     };
     let value = text[at + 1..].trim();
     let offset = text.len() - text[at + 1..].trim_start().len();
-    let place = Place::new(source, offset, 0..value.len());
+    let span = Span::new(source, offset, 0..value.len());
     let node = match DeValue::parse(value) {
         Ok(parsed) => node_of(source, offset, parsed),
         // What opens a list, a table or a quoted text was meant as TOML: as a bare string it would say something else.
         Err(error) if value.starts_with(['[', '{', '"', '\'']) => {
             let hint = "quote the whole for the shell and each text inside, as in `--set 'adapter.target_modules=[\"q_proj\"]'`";
-            mistakes.add(
-                place,
-                format!("this value is not TOML: {}", one_line(error.message())),
-                "",
-                hint,
-            );
+            let what = format!("this value is not TOML: {}", one_line(error.message()));
+            diagnostics.add(span, what, "", hint);
             return None;
         }
         Err(_) => Node {
-            place,
+            span,
             raw: Raw::Text(value.to_string()),
         },
     };
     let key_end = text[..at].trim_end().len();
     Some((
         keys.iter().map(|key| key.get().to_string()).collect(),
-        Place::new(source, 0, 0..key_end),
+        Span::new(source, 0, 0..key_end),
         node,
     ))
 }
 
-/// Puts `node` at the path `keys`, making tables on the way. Where something else than a table stands in the way, that is
-/// the file's own mistake and is reported as such.
-fn set(entries: &mut Vec<Entry>, keys: &[String], key_place: Place, node: Node) {
+/// Puts `node` at the path `keys`, creating tables. Where the file has a value in place of a table, the file's mistake is
+/// reported.
+fn set(entries: &mut Vec<Entry>, keys: &[String], key_span: Span, node: Node) {
     let Some((key, rest)) = keys.split_first() else {
         return;
     };
     let at = entries.iter().position(|entry| entry.key == *key);
-    if rest.is_empty() {
-        let entry = Entry {
-            key: key.clone(),
-            key_place,
-            node,
-        };
-        match at {
-            Some(at) => entries[at] = entry,
-            None => entries.push(entry),
-        }
-        return;
-    }
     let at = at.unwrap_or_else(|| {
-        let table = Node {
-            place: key_place,
-            raw: Raw::Table(Vec::new()),
-        };
         entries.push(Entry {
             key: key.clone(),
-            key_place,
-            node: table,
+            key_span,
+            node: Node {
+                span: key_span,
+                raw: Raw::Table(Vec::new()),
+            },
         });
         entries.len() - 1
     });
-    if let Raw::Table(inner) = &mut entries[at].node.raw {
-        set(inner, rest, key_place, node);
+    let entry = &mut entries[at];
+    if rest.is_empty() {
+        entry.key_span = key_span;
+        entry.node = node;
+    } else if let Raw::Table(inner) = &mut entry.node.raw {
+        set(inner, rest, key_span, node);
     }
 }
 
@@ -225,17 +244,17 @@ fn entries_of(source: usize, offset: usize, table: DeTable<'_>) -> Vec<Entry> {
     let mut entries: Vec<Entry> = table
         .into_iter()
         .map(|(key, value)| Entry {
-            key_place: Place::new(source, offset, key.span()),
+            key_span: Span::new(source, offset, key.span()),
             key: key.into_inner().into_owned(),
             node: node_of(source, offset, value),
         })
         .collect();
-    entries.sort_by_key(|entry| entry.key_place);
+    entries.sort_by_key(|entry| entry.key_span);
     entries
 }
 
 fn node_of(source: usize, offset: usize, value: Spanned<DeValue<'_>>) -> Node {
-    let place = Place::new(source, offset, value.span());
+    let span = Span::new(source, offset, value.span());
     let raw = match value.into_inner() {
         DeValue::String(text) => Raw::Text(text.into_owned()),
         DeValue::Integer(number) => Raw::Integer(integer(number.as_str(), number.radix())),
@@ -250,7 +269,7 @@ fn node_of(source: usize, offset: usize, value: Spanned<DeValue<'_>>) -> Node {
         ),
         DeValue::Table(table) => Raw::Table(entries_of(source, offset, table)),
     };
-    Node { place, raw }
+    Node { span, raw }
 }
 
 fn integer(digits: &str, radix: u32) -> i128 {

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::check::is_hub_id;
+use super::ids::is_hub_id;
 use crate::units::Count;
 
 /// What may be written.
