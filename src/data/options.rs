@@ -5,6 +5,9 @@
 use clap::ValueEnum;
 use serde::Serialize;
 
+/// File extensions that can be read.
+pub const EXTENSIONS: [&str; 6] = ["jsonl", "json", "csv", "tsv", "txt", "parquet"];
+
 /// How a record is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::options::TxtUnit;
+use super::options::{EXTENSIONS, TxtUnit};
 use super::parquet;
 use crate::error::{Error, Kind, Result};
 
@@ -46,8 +46,6 @@ pub type Records = Box<dyn Iterator<Item = Result<Record>>>;
 
 /// Remedy for another encoding.
 const RECODE: &str = "convert the file, as with `iconv -f latin1 -t utf-8`";
-/// Known extensions, for messages.
-const EXTENSIONS: &str = ".jsonl, .json, .csv, .tsv, .txt or .parquet";
 
 /// Opens `path` by its extension.
 ///
@@ -67,7 +65,10 @@ pub fn read(path: &Path, txt_unit: TxtUnit) -> Result<Records> {
         "parquet" => parquet::records(name, open()?),
         _ => Err(Error::new(Kind::Data, "a file of an unknown kind")
             .at(name.as_ref())
-            .rule(format!("the file's name ends with {EXTENSIONS}"))
+            .rule(format!(
+                "the file's name ends with .{}",
+                EXTENSIONS.join(" .")
+            ))
             .hint("rename or convert the file; a compressed file must be unpacked first")),
     }
 }

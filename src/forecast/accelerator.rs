@@ -2,10 +2,8 @@
 //!
 //! Owns the accelerators of published runs that have no profile, and the ranges around a rated power. Nothing here meters.
 
-use std::path::Path;
-
 use crate::energy::profile::{DeviceKind, Profile};
-use crate::energy::{Interval, did_you_mean, near_matches};
+use crate::energy::{DeviceRef, Interval, did_you_mean, near_matches};
 use crate::error::Result;
 use crate::units::{Watts, significant};
 use crate::work::Precision;
@@ -109,22 +107,17 @@ impl Accelerator {
         if let Some(known) = UNPROFILED.iter().find(|known| known.name == name) {
             return Ok(known.accelerator());
         }
-        match name {
-            "auto" => Ok(Self::from_profile(&Profile::detect())),
-            _ if name.ends_with(".toml") => {
-                Ok(Self::from_profile(&Profile::from_file(Path::new(name))?))
-            }
-            _ if name.contains('@') => Ok(Self::from_profile(&Profile::named(name)?)),
-            _ => Profile::named(name)
-                .map(|profile| Self::from_profile(&profile))
-                .map_err(|error| {
-                    let near = near_matches(
-                        name,
-                        Profile::names().chain(UNPROFILED.iter().map(|known| known.name)),
-                    );
-                    error.hint(did_you_mean(&near, "`wattune devices` lists every profile"))
-                }),
-        }
+        let profile = match name.parse() {
+            Ok(DeviceRef::Auto) => Profile::detect(),
+            Ok(DeviceRef::File(path)) => Profile::from_file(&path)?,
+            Ok(DeviceRef::Named { cores: None, .. }) => Profile::named(name).map_err(|error| {
+                let unprofiled = UNPROFILED.iter().map(|known| known.name);
+                let near = near_matches(name, Profile::names().chain(unprofiled));
+                error.hint(did_you_mean(&near, "`wattune devices` lists every profile"))
+            })?,
+            Ok(DeviceRef::Named { .. }) | Err(_) => Profile::named(name)?,
+        };
+        Ok(Self::from_profile(&profile))
     }
 
     /// A profile's device.

@@ -9,14 +9,12 @@ use serde_json::json;
 use toml_edit::Value;
 
 use super::key::Key;
+use super::larger_model::{self, LargerModel};
 use super::reader::Field;
-use super::reference_model::{self, LargerModel};
 use super::setting::{Setting, Values, setting_as, values};
 use super::tree::{Node, Raw};
+use crate::data::options::EXTENSIONS;
 use crate::energy::options::{DeviceRef, GridRef};
-
-/// File extensions that data may have.
-const DATA_EXTENSIONS: [&str; 6] = ["jsonl", "json", "csv", "tsv", "txt", "parquet"];
 
 /// The prefix of a model inside the program.
 const EMBEDDED: &str = "embedded:";
@@ -145,7 +143,7 @@ fn model_id(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<Mode
 /// A file by its extension, its first character or its existence; else a hub id with an optional split.
 fn data_source(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<DataSource> {
     let has_extension = Path::new(&text).extension().is_some_and(|extension| {
-        DATA_EXTENSIONS
+        EXTENSIONS
             .iter()
             .any(|known| extension.eq_ignore_ascii_case(known))
     });
@@ -159,7 +157,7 @@ fn data_source(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<D
             split: split.to_string(),
         });
     }
-    let extensions = DATA_EXTENSIONS.join(" .");
+    let extensions = EXTENSIONS.join(" .");
     let name = field.key.name;
     field.invalid_by(
         node,
@@ -185,8 +183,8 @@ fn device(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<Device
 
 fn larger_model(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<LargerModel> {
     LargerModel::parse(&text).or_else(|| {
-        let hint = reference_model::HINT.to_string();
-        field.invalid_by(node, reference_model::RULE, Some(hint))
+        let hint = larger_model::HINT.to_string();
+        field.invalid_by(node, larger_model::RULE, Some(hint))
     })
 }
 

@@ -14,9 +14,9 @@ mod contradictions;
 mod diagnostic;
 mod ids;
 mod key;
+mod larger_model;
 mod open;
 mod reader;
-mod reference_model;
 mod schema;
 mod sections;
 mod setting;
@@ -26,8 +26,8 @@ mod write;
 
 pub use diagnostic::Diagnostic;
 pub use ids::{DataSource, ModelId};
+pub use larger_model::LargerModel;
 pub use open::{check, load, parse};
-pub use reference_model::LargerModel;
 pub use schema::json_schema;
 pub use sections::{
     Adapter, Baseline, Checkpointing, Compared, Data, Energy, Init, Length, Lora, Model, Recipe,

@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use super::ids::{DataSource, ModelId};
 use super::key::*;
+use super::larger_model::LargerModel;
 use super::reader::Reader;
-use super::reference_model::LargerModel;
 use super::setting::Setting;
 use crate::adapter::options::{LoraConfig, Targets};
 use crate::data::options::{Format, OnBadRecord, TxtUnit};
