@@ -12,6 +12,7 @@ mod generate;
 mod merge;
 mod model;
 mod plan;
+mod push;
 mod recipe;
 mod report;
 mod screen;
@@ -75,6 +76,12 @@ enum Command {
     Generate(generate::Arguments),
     /// Merge an adapter into its model: a whole model directory
     Merge(merge::Arguments),
+    /// Upload a run's adapter (or trained model) and its model card to the hub
+    ///
+    /// One commit, or with --create-pr a pull request. The token comes from HF_TOKEN or `hf auth login` and needs write access. Large
+    /// files go through the hub's xet storage, whose client reports transfer statistics to the hub: HF_HUB_DISABLE_TELEMETRY=1 stops
+    /// that.
+    Push(push::Arguments),
     /// Show what a run cost, against what, and how sure the numbers are
     Report(report::Arguments),
     /// Compare runs: which bought the most loss per joule
@@ -133,6 +140,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Eval(arguments) => eval::run(&arguments, common),
         Command::Generate(arguments) => generate::run(&arguments, common),
         Command::Merge(arguments) => merge::run(&arguments, common),
+        Command::Push(arguments) => push::run(&arguments, common),
         Command::Report(arguments) => report::run(&arguments, common),
         Command::Compare(arguments) => report::compare(&arguments, common),
         Command::Baseline(arguments) => baseline::run(&arguments, common),

@@ -1,15 +1,14 @@
-//! The cache on disk, as Python's `huggingface_hub` lays it out, so that both use each other's files.
+//! The cache layout of `huggingface_hub` and hf-hub, shared with both.
 //!
 //! ```text
-//! models--owner--name/blobs/ETAG                the bytes, complete or absent
-//!                    /blobs/ETAG.incomplete     the beginning of a file, taken up again later
+//! models--owner--name/blobs/ETAG                the contents of a file, complete or absent
+//!                    /blobs/ETAG.incomplete     a partial download
 //!                    /snapshots/COMMIT/FILE     a symbolic link to its blob
-//!                    /refs/REVISION             the commit a branch or tag stood at
-//! .locks/models--owner--name/ETAG.lock          held while a blob is written
+//!                    /refs/REVISION             the commit of a branch or tag
+//! .locks/models--owner--name/ETAG.lock          locked while the blob is written
 //! ```
 //!
-//! Owns this layout. Takes checked names, returns paths. Knows nothing of the network. Everything is written beside its
-//! place and renamed onto it, so that another process sees all of it or nothing.
+//! hf-hub 1.0 keeps the functions for these paths private.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -17,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
-use super::names::{Repo, is_commit};
+use super::repo::{Repo, is_commit};
 
 /// One repository's folder in the cache.
 #[derive(Debug, Clone)]
@@ -28,9 +27,10 @@ pub(super) struct RepoCache {
 
 impl RepoCache {
     pub(super) fn new(root: &Path, repo: &Repo) -> Self {
+        let name = repo.cache_folder();
         Self {
-            folder: root.join(repo.folder()),
-            locks: root.join(".locks").join(repo.folder()),
+            folder: root.join(&name),
+            locks: root.join(".locks").join(name),
         }
     }
 
@@ -39,12 +39,11 @@ impl RepoCache {
         self.folder.join("snapshots").join(commit)
     }
 
-    /// Where the blob with this ETag is, or will be.
     pub(super) fn blob(&self, etag: &str) -> PathBuf {
         self.folder.join("blobs").join(etag)
     }
 
-    /// The commit that `revision` stood at when it was last fetched.
+    /// The commit of `revision` when it was last fetched.
     pub(super) fn commit_of(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_string());
@@ -53,54 +52,50 @@ impl RepoCache {
         Some(text.trim().to_string()).filter(|commit| is_commit(commit))
     }
 
-    /// Records the commit that `revision` stands at; a commit needs no record.
-    pub(super) fn record(&self, revision: &str, commit: &str) -> Result<()> {
-        if is_commit(revision) || self.commit_of(revision).as_deref() == Some(commit) {
+    /// Writes the commit of `revision`; a commit needs no ref.
+    pub(super) fn write_ref(&self, revision: &str, commit: &str) -> Result<()> {
+        if self.commit_of(revision).as_deref() == Some(commit) {
             return Ok(());
         }
-        write_whole(&self.folder.join("refs").join(revision), commit.as_bytes())
+        write_atomically(&self.folder.join("refs").join(revision), commit.as_bytes())
     }
 
-    /// The files of a commit that are here, as paths relative to its snapshot, sorted; a link to a missing blob is not here.
-    pub(super) fn files_of(&self, commit: &str) -> Vec<String> {
+    /// The relative paths of a commit's files whose blobs exist, sorted.
+    pub(super) fn files(&self, commit: &str) -> Vec<String> {
         let mut files = Vec::new();
-        walk(&self.snapshot(commit), "", &mut files);
+        collect_files(&self.snapshot(commit), "", &mut files);
         files.sort();
         files
     }
 
-    /// Makes `file` of `commit` stand for the blob `etag`; returns its path.
+    /// Links `file` of `commit` to the blob `etag`; returns its path.
     pub(super) fn link(&self, commit: &str, file: &str, etag: &str) -> Result<PathBuf> {
         let pointer = self.snapshot(commit).join(file);
         let blob = self.blob(etag);
-        make_parent(&pointer)?;
-        let beside = unique_beside(&pointer);
+        create_parent(&pointer)?;
+        let temporary = temporary_path(&pointer);
         // From snapshots/COMMIT/a/b up to the repository's folder: two levels and one for each folder in `file`.
         let up = "../".repeat(2 + file.matches('/').count());
-        symlink(Path::new(&format!("{up}blobs/{etag}")), &beside)
-            // Where the file system or the account knows no symbolic links: another name for the bytes, else a copy of them.
-            .or_else(|_| fs::hard_link(&blob, &beside))
-            .or_else(|_| fs::copy(&blob, &beside).map(drop))
-            .and_then(|()| fs::rename(&beside, &pointer))
+        symlink(Path::new(&format!("{up}blobs/{etag}")), &temporary)
+            // Without symbolic links (file system, account): a hard link, else a copy.
+            .or_else(|_| fs::hard_link(&blob, &temporary))
+            .or_else(|_| fs::copy(&blob, &temporary).map(drop))
+            .and_then(|()| fs::rename(&temporary, &pointer))
             .map_err(|source| {
-                let _ = fs::remove_file(&beside);
+                let _ = fs::remove_file(&temporary);
                 Error::io("create", &pointer, source)
             })?;
         Ok(pointer)
     }
 
-    /// Waits until no other process writes the blob `etag`. `None` where the file system knows no locks: then the caller writes
-    /// under a name of its own.
+    /// Waits until no other process writes the blob `etag`. `None` where the file system has no locks.
     pub(super) fn lock(&self, etag: &str) -> Result<Option<File>> {
         let path = self.locks.join(format!("{etag}.lock"));
-        make_parent(&path)?;
-        let file = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path);
+        create_parent(&path)?;
+        let mut options = File::options();
+        let file = options.create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(|source| Error::io("create", &path, source))?;
-        // The kernel lets go of the lock when the file is closed, a crash included; Python's lock is the same flock.
+        // An flock, as Python's: released when the file is closed, also by a crash.
         Ok(file.lock().is_ok().then_some(file))
     }
 }
@@ -115,38 +110,36 @@ fn symlink(_target: &Path, _link: &Path) -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
-/// Writes a file so that it is there in full or not at all.
-pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    make_parent(path)?;
-    let beside = unique_beside(path);
-    fs::write(&beside, bytes)
-        .and_then(|()| fs::rename(&beside, path))
+/// Writes a file completely or not at all.
+pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    create_parent(path)?;
+    let temporary = temporary_path(path);
+    fs::write(&temporary, bytes)
+        .and_then(|()| fs::rename(&temporary, path))
         .map_err(|source| {
-            let _ = fs::remove_file(&beside);
+            let _ = fs::remove_file(&temporary);
             Error::io("write", path, source)
         })
 }
 
-/// Creates the folder that `path` is to stand in.
-pub(super) fn make_parent(path: &Path) -> Result<()> {
-    match path.parent() {
-        Some(parent) => fs::create_dir_all(parent).map_err(|source| {
-            Error::io("create", parent, source)
-                .hint("set HF_HOME to a directory you may write to, on a disk with room")
-        }),
-        None => Ok(()),
-    }
+/// Creates the folder of `path`.
+pub(super) fn create_parent(path: &Path) -> Result<()> {
+    let parent = path.parent().unwrap_or(path);
+    fs::create_dir_all(parent).map_err(|source| {
+        Error::io("create", parent, source)
+            .hint("set HF_HOME to a directory you may write to, on a disk with room")
+    })
 }
 
-/// A name beside `path` that no other thread or process uses.
-pub(super) fn unique_beside(path: &Path) -> PathBuf {
+/// A path in the folder of `path` that no other thread or process uses; `crate::files` tells processes apart, not threads.
+pub(super) fn temporary_path(path: &Path) -> PathBuf {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     path.with_file_name(format!(".{name}.{}-{count}.incomplete", std::process::id()))
 }
 
-fn walk(folder: &Path, prefix: &str, files: &mut Vec<String>) {
+fn collect_files(folder: &Path, prefix: &str, files: &mut Vec<String>) {
     let Ok(entries) = fs::read_dir(folder) else {
         return;
     };
@@ -155,78 +148,13 @@ fn walk(folder: &Path, prefix: &str, files: &mut Vec<String>) {
             continue;
         };
         let path = format!("{prefix}{name}");
+        // Follows the link: one to a missing blob is skipped.
         match fs::metadata(entry.path()) {
-            Ok(found) if found.is_dir() => walk(&entry.path(), &format!("{path}/"), files),
+            Ok(found) if found.is_dir() => {
+                collect_files(&entry.path(), &format!("{path}/"), files);
+            }
             Ok(_) if !name.ends_with(".incomplete") => files.push(path),
             _ => {}
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::names::RepoKind;
-    use super::*;
-
-    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-
-    fn cache() -> (tempfile::TempDir, RepoCache) {
-        let root = tempfile::tempdir().unwrap();
-        let cache = RepoCache::new(
-            root.path(),
-            &Repo::new(RepoKind::Model, "owner/name", "main").unwrap(),
-        );
-        (root, cache)
-    }
-
-    // Expected paths: huggingface_hub's guide "Understand caching".
-    #[cfg(unix)]
-    #[test]
-    fn the_layout_is_pythons() {
-        let (root, cache) = cache();
-        let folder = root.path().join("models--owner--name");
-        write_whole(&cache.blob("etag1"), b"bytes").unwrap();
-        cache.link(COMMIT, "config.json", "etag1").unwrap();
-        cache.link(COMMIT, "sub/dir/x.json", "etag1").unwrap();
-        cache.record("main", COMMIT).unwrap();
-        let snapshot = folder.join("snapshots").join(COMMIT);
-        assert_eq!(
-            fs::read_link(snapshot.join("config.json")).unwrap(),
-            Path::new("../../blobs/etag1")
-        );
-        assert_eq!(
-            fs::read_link(snapshot.join("sub/dir/x.json")).unwrap(),
-            Path::new("../../../../blobs/etag1")
-        );
-        assert_eq!(fs::read(snapshot.join("sub/dir/x.json")).unwrap(), b"bytes");
-        assert_eq!(
-            fs::read_to_string(folder.join("refs/main")).unwrap(),
-            COMMIT
-        );
-        assert_eq!(cache.files_of(COMMIT), ["config.json", "sub/dir/x.json"]);
-    }
-
-    #[test]
-    fn a_link_to_a_missing_blob_is_no_file_and_is_replaced() {
-        let (_root, cache) = cache();
-        write_whole(&cache.blob("old"), b"old").unwrap();
-        let pointer = cache.link(COMMIT, "a", "old").unwrap();
-        fs::remove_file(cache.blob("old")).unwrap();
-        #[cfg(unix)]
-        assert_eq!(cache.files_of(COMMIT), Vec::<String>::new());
-        write_whole(&cache.blob("new"), b"new").unwrap();
-        cache.link(COMMIT, "a", "new").unwrap();
-        assert_eq!(fs::read(pointer).unwrap(), b"new");
-    }
-
-    #[test]
-    fn a_ref_that_holds_no_commit_is_no_ref() {
-        let (_root, cache) = cache();
-        assert_eq!(cache.commit_of("main"), None);
-        cache.record("refs/pr/1", COMMIT).unwrap();
-        assert_eq!(cache.commit_of("refs/pr/1").as_deref(), Some(COMMIT));
-        write_whole(&cache.folder.join("refs/main"), b"../../x").unwrap();
-        assert_eq!(cache.commit_of("main"), None);
-        assert_eq!(cache.commit_of(COMMIT).as_deref(), Some(COMMIT));
     }
 }

@@ -1,497 +1,345 @@
-//! One request to the hub: addresses, redirects, the token's reach, and trying again.
+//! `Hub`: settings, HTTP clients, retries, and the listing of a repository.
 //!
-//! Owns the HTTP client. Takes an address built from checked names; returns a response and what the hub said about the file
-//! on the way to it. Knows nothing of the cache. The token goes to the endpoint's own scheme, host and port and nowhere else.
+//! Listings and uploads go through hf-hub. The transfer of a file has clients of its own; `download`
+//! says why. The token is sent to the scheme, host and port of the endpoint alone.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use reqwest::blocking::Response;
-use reqwest::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, ETAG, HeaderMap, LOCATION, RANGE,
-};
-use reqwest::{Method, StatusCode, Url};
+use hf_hub::{HFClient, HFClientSync, split_id};
+use reqwest::Url;
+use reqwest::redirect::Policy;
 
 use crate::error::{Error, Kind, Result};
 
-use super::names::{self, Repo, RepoKind};
-use super::refusal::{self, Subject};
+use super::cache::RepoCache;
+use super::errors::{RequestContext, RequestError, Retry, not_cached, root_cause};
+use super::repo::{Repo, RepoKind, is_commit, is_relative_path};
 use super::settings::{Settings, Token};
 
-/// Waiting for a connection.
-const CONNECT: Duration = Duration::from_secs(10);
-/// Waiting for the next bytes of a response; a whole body may take as long as it takes.
-const SILENCE: Duration = Duration::from_secs(60);
-/// As many redirects as browsers and `huggingface_hub` follow at most, and then some.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two reads of a file.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
+/// For the answer to a listing, or to a commit after its upload.
+const API_TIMEOUT: Duration = Duration::from_secs(120);
 const MAX_REDIRECTS: usize = 10;
 
-/// How often and how long a failing request is tried again.
+/// How often and how long a failed request is retried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Patience {
+pub struct RetryPolicy {
     /// Attempts in a row without progress, the first included.
-    pub attempts: u32,
-    /// The wait after the first failure; it doubles after each.
-    pub first_wait: Duration,
-    /// A server that asks for a longer wait than this is not waited for.
-    pub longest_wait: Duration,
+    pub max_attempts: u32,
+    /// The delay after the first failure; it doubles after each.
+    pub base_delay: Duration,
+    /// A server that asks for a longer delay is not waited for.
+    pub max_delay: Duration,
 }
 
-impl Default for Patience {
-    /// Five attempts over about four seconds, and up to the five minutes after which the hub's rate limits start anew.
+impl Default for RetryPolicy {
+    /// Five attempts over about four seconds, and up to five minutes: the window of the hub's rate limits.
     fn default() -> Self {
         Self {
-            attempts: 5,
-            first_wait: Duration::from_millis(250),
-            longest_wait: Duration::from_secs(300),
+            max_attempts: 5,
+            base_delay: Duration::from_millis(250),
+            max_delay: Duration::from_secs(300),
         }
     }
 }
 
-/// Whether and when a failed request may be sent again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Again {
-    Never,
-    Soon,
-    After(Duration),
+/// Exponential backoff over consecutive failures.
+pub(super) struct Backoff {
+    policy: RetryPolicy,
+    failures: u32,
 }
 
-/// A request that failed, and whether trying again can help.
-#[derive(Debug)]
-pub(super) struct Failure {
-    pub(super) error: Error,
-    pub(super) again: Again,
-}
-
-impl Failure {
-    pub(super) fn soon(error: Error) -> Self {
-        Self {
-            error,
-            again: Again::Soon,
-        }
-    }
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self {
-            error,
-            again: Again::Never,
-        }
-    }
-}
-
-/// Counts failures in a row and waits between them.
-pub(super) struct Tries {
-    patience: Patience,
-    failed: u32,
-}
-
-impl Tries {
-    pub(super) fn new(patience: Patience) -> Self {
-        Self {
-            patience,
-            failed: 0,
-        }
+impl Backoff {
+    pub(super) fn new(policy: RetryPolicy) -> Self {
+        let failures = 0;
+        Self { policy, failures }
     }
 
-    /// Waits before the next attempt, or gives the failure back when there is to be none.
-    pub(super) fn wait(&mut self, failure: Failure) -> Result<()> {
-        let backoff = self
-            .patience
-            .first_wait
-            .saturating_mul(1 << self.failed.min(16));
-        self.failed += 1;
-        let wait = match failure.again {
-            Again::Never => return Err(failure.error),
-            Again::Soon => backoff.min(self.patience.longest_wait),
-            Again::After(wait) => wait.max(backoff),
+    /// Sleeps before the next attempt, or returns the error when retries are exhausted or cannot help.
+    pub(super) fn wait(&mut self, failed: RequestError) -> Result<()> {
+        let backoff = self.policy.base_delay * (1 << self.failures.min(16));
+        self.failures += 1;
+        let delay = match failed.retry {
+            Retry::Never => return Err(failed.error),
+            Retry::Backoff => backoff.min(self.policy.max_delay),
+            Retry::After(delay) => delay.max(backoff),
         };
-        if self.failed >= self.patience.attempts || wait > self.patience.longest_wait {
-            return Err(failure.error);
+        if self.failures >= self.policy.max_attempts || delay > self.policy.max_delay {
+            return Err(failed.error);
         }
-        std::thread::sleep(wait);
+        std::thread::sleep(delay);
         Ok(())
     }
 
-    /// Progress was made: the count starts anew.
-    pub(super) fn succeeded_partly(&mut self) {
-        self.failed = 0;
+    /// Starts over after progress.
+    pub(super) fn reset(&mut self) {
+        self.failures = 0;
     }
 }
 
-/// What the hub says about a file, gathered along the redirects.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Facts {
-    /// The name of the file's blob.
-    pub(super) etag: Option<String>,
-    /// Its size in bytes.
-    pub(super) size: Option<u64>,
-    /// The commit it belongs to.
-    pub(super) commit: Option<String>,
+/// The hub, its cache and the settings to use them with.
+#[derive(Debug)]
+pub struct Hub {
+    pub(super) cache: PathBuf,
+    /// None offline.
+    pub(super) client: Option<Client>,
 }
 
-/// What is asked: an address and, when above zero, the first byte wanted.
-#[derive(Debug, Clone)]
-pub(super) struct Request {
-    method: Method,
-    url: Url,
-    from: u64,
+/// The files of a repository at one commit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Listing {
+    pub(super) repo: Repo,
+    pub(super) commit: String,
+    /// Validated relative paths; offline only those in the cache.
+    pub(super) files: Vec<String>,
 }
 
-impl Request {
-    pub(super) fn get(url: Url, from: u64) -> Self {
-        Self {
-            method: Method::GET,
-            url,
-            from,
+impl Listing {
+    pub(super) fn contains(&self, file: &str) -> bool {
+        self.files.iter().any(|listed| listed == file)
+    }
+}
+
+impl Hub {
+    /// A hub with these settings.
+    ///
+    /// # Errors
+    /// When the endpoint is not an address or HTTPS cannot be set up.
+    pub fn new(settings: Settings) -> Result<Self> {
+        Self::with_retry_policy(settings, RetryPolicy::default())
+    }
+
+    /// A hub with the settings of the environment.
+    ///
+    /// # Errors
+    /// As [`Settings::from_env`] and [`Hub::new`].
+    pub fn from_env() -> Result<Self> {
+        Self::new(Settings::from_env()?)
+    }
+
+    /// The same with another retry policy.
+    ///
+    /// # Errors
+    /// As [`Hub::new`].
+    pub fn with_retry_policy(settings: Settings, policy: RetryPolicy) -> Result<Self> {
+        let client = if settings.offline {
+            None
+        } else {
+            Some(Client::new(&settings, policy)?)
+        };
+        let cache = settings.cache;
+        Ok(Self { cache, client })
+    }
+
+    pub(super) fn cache(&self, repo: &Repo) -> RepoCache {
+        RepoCache::new(&self.cache, repo)
+    }
+
+    pub(super) fn is_offline(&self) -> bool {
+        self.client.is_none()
+    }
+
+    /// The files of a repository: as the hub lists them, or offline as the cache has them.
+    pub(super) fn listing(&self, repo: &Repo) -> Result<Listing> {
+        if let Some(client) = &self.client {
+            return client.retry(|| client.list(repo));
         }
-    }
-
-    pub(super) fn head(url: Url) -> Self {
-        Self {
-            method: Method::HEAD,
-            url,
-            from: 0,
+        let cache = self.cache(repo);
+        let commit = cache.commit_of(&repo.revision);
+        let commit = commit.ok_or_else(|| not_cached(repo, None))?;
+        let files = cache.files(&commit);
+        if files.is_empty() {
+            return Err(not_cached(repo, None));
         }
+        let repo = repo.clone();
+        Ok(Listing {
+            repo,
+            commit,
+            files,
+        })
     }
 }
 
-/// The HTTP client with its endpoint and token.
+/// The clients for requests to one endpoint.
 #[derive(Debug)]
 pub(super) struct Client {
-    http: reqwest::blocking::Client,
-    endpoint: Url,
-    token: Option<Token>,
-    pub(super) patience: Patience,
+    /// Listings and uploads. Follows redirects.
+    pub(super) api: HFClientSync,
+    /// Metadata of a file: follows redirects within the endpoint and stops where one leaves it.
+    pub(super) metadata: reqwest::blocking::Client,
+    /// Contents of a file. Follows redirects.
+    pub(super) contents: reqwest::blocking::Client,
+    pub(super) endpoint: Url,
+    pub(super) token: Option<Token>,
+    pub(super) policy: RetryPolicy,
 }
 
 impl Client {
-    pub(super) fn new(settings: &Settings, patience: Patience) -> Result<Self> {
-        let endpoint = Url::parse(&settings.endpoint)
-            .ok()
-            .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
-        let endpoint = endpoint.ok_or_else(|| {
-            let error = Error::new(Kind::Hub, "the hub's address is not one")
-                .value(shown_text(&settings.endpoint));
-            error
-                .rule("http:// or https:// and a host")
-                .hint("unset HF_ENDPOINT, or set it as in HF_ENDPOINT=https://huggingface.co")
-        })?;
-        let mut builder = reqwest::blocking::Client::builder()
-            .user_agent(concat!("wattune/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(CONNECT)
-            // In the blocking client this bounds each wait (for the headers, then for each read), not the whole transfer.
-            .timeout(SILENCE);
-        if is_loopback(&endpoint) {
-            // No proxy elsewhere can reach this machine's own loopback.
-            builder = builder.no_proxy();
-        }
-        let http = builder.build().map_err(|source| {
-            let error = Error::new(Kind::Hub, format!("cannot set up HTTPS: {}", cause(&source)));
-            error.hint("install the system's CA certificates (package `ca-certificates`), or set SSL_CERT_FILE to a file that holds some")
-        })?;
+    fn new(settings: &Settings, policy: RetryPolicy) -> Result<Self> {
+        let endpoint = parse_endpoint(&settings.endpoint)?;
+        let token = settings.token.clone();
+        let blocking = |stay: bool| {
+            reqwest::blocking::ClientBuilder::from(http(&endpoint, stay))
+                // Here the timeout of each read, not of the transfer.
+                .timeout(READ_TIMEOUT)
+                .build()
+                .map_err(|source| no_https(&source))
+        };
+        let http = http(&endpoint, false).read_timeout(API_TIMEOUT);
         Ok(Self {
-            http,
+            api: hf_client(http, &endpoint, token.as_ref())?,
+            metadata: blocking(true)?,
+            contents: blocking(false)?,
             endpoint,
-            token: settings.token.clone(),
-            patience,
+            token,
+            policy,
         })
     }
 
-    /// `ENDPOINT/api/models/ID/revision/REVISION`.
-    pub(super) fn listing_url(&self, repo: &Repo) -> Url {
-        let mut parts = vec!["api", repo.kind.plural()];
-        parts.extend(repo.id.split('/'));
-        parts.extend(["revision", &repo.revision]);
-        self.address(&parts)
+    /// Sends a request until it succeeds or the retry policy ends.
+    pub(super) fn retry<T>(
+        &self,
+        mut request: impl FnMut() -> Result<T, RequestError>,
+    ) -> Result<T> {
+        let mut backoff = Backoff::new(self.policy);
+        loop {
+            match request() {
+                Ok(done) => return Ok(done),
+                Err(failed) => backoff.wait(failed)?,
+            }
+        }
     }
 
-    /// `ENDPOINT/[datasets/]ID/resolve/COMMIT/FILE`.
+    pub(super) fn context<'a>(
+        &'a self,
+        repo: &'a Repo,
+        file: Option<&'a str>,
+    ) -> RequestContext<'a> {
+        RequestContext {
+            repo,
+            file,
+            key: repo.kind.key(),
+            endpoint: &self.endpoint,
+            token: self.token.as_ref(),
+            upload: false,
+        }
+    }
+
+    /// `ENDPOINT/[datasets/]ID/resolve/COMMIT/FILE`, each segment percent-encoded.
     pub(super) fn file_url(&self, repo: &Repo, commit: &str, file: &str) -> Url {
-        let mut parts = match repo.kind {
-            RepoKind::Model => vec![],
-            RepoKind::Dataset => vec!["datasets"],
-        };
-        parts.extend(repo.id.split('/'));
-        parts.extend(["resolve", commit]);
-        parts.extend(file.split('/'));
-        self.address(&parts)
-    }
-
-    /// The endpoint with path segments, each percent-encoded (a `/` in a revision too, as the hub wants it).
-    fn address(&self, parts: &[&str]) -> Url {
         let mut url = self.endpoint.clone();
         url.path_segments_mut()
             .expect("an http address has a path")
             .pop_if_empty()
-            .extend(parts);
+            .extend(repo.page().split('/'))
+            .extend(["resolve", commit])
+            .extend(file.split('/'));
         url
     }
 
-    /// Sends `request` and follows its redirects, once. A HEAD stops where a redirect leaves the hub: the hub's own answer has
-    /// said all there is to know.
-    pub(super) fn send(
-        &self,
-        request: &Request,
-        subject: &Subject<'_>,
-    ) -> Result<(Response, Facts), Failure> {
-        let mut url = request.url.clone();
-        let mut facts = Facts::default();
-        let mut linked = false;
-        for _ in 0..=MAX_REDIRECTS {
-            let response = self
-                .hop(request, &url)
-                .map_err(|source| refusal::unreachable(&source, &shown(&url), subject))?;
-            linked = facts.note(response.status(), response.headers(), linked);
-            let Some(next) = redirect(&response, &url) else {
-                return self.accepted(request, response, facts, subject);
-            };
-            if request.method == Method::HEAD && !self.is_hub(&next) {
-                return Ok((response, facts));
+    fn list(&self, repo: &Repo) -> Result<Listing, RequestError> {
+        let context = self.context(repo, None);
+        let (owner, name) = split_id(&repo.id);
+        let revision = repo.revision.as_str();
+        let info = match repo.kind {
+            RepoKind::Model => {
+                let model = self.api.model(owner, name);
+                let info = model.info().revision(revision).send();
+                info.map(|info| (info.sha, info.siblings))
             }
-            if url.scheme() == "https" && next.scheme() != "https" {
-                let error = Error::new(
-                    Kind::Hub,
-                    "the hub redirects to an address that is not encrypted",
-                )
-                .at(subject.place());
-                return Err(error
-                    .value(shown(&next))
-                    .hint("check HF_ENDPOINT and the proxy")
-                    .into());
+            RepoKind::Dataset => {
+                let dataset = self.api.dataset(owner, name);
+                let info = dataset.info().revision(revision).send();
+                info.map(|info| (info.sha, info.siblings))
             }
-            url = next;
+        };
+        let (commit, siblings) = info.map_err(|error| context.hf_error(error))?;
+        let Some(commit) = commit.filter(|commit| is_commit(commit)) else {
+            return Err(context
+                .unexpected("the hub's listing names no commit")
+                .into());
+        };
+        let siblings = siblings.unwrap_or_default().into_iter();
+        let files: Vec<String> = siblings.map(|sibling| sibling.rfilename).collect();
+        if let Some(file) = files.iter().find(|file| !is_relative_path(file)) {
+            let error =
+                context.unexpected("the hub's listing holds a file name that leads elsewhere");
+            return Err(error.value(file.escape_debug().to_string()).into());
         }
-        let error = Error::new(Kind::Hub, "the hub's redirects lead nowhere")
-            .at(subject.place())
-            .value(shown(&url));
-        Err(error.hint("check HF_ENDPOINT and the proxy").into())
-    }
-
-    fn hop(&self, request: &Request, url: &Url) -> reqwest::Result<Response> {
-        // Bytes as they are stored: a size or a range of a compressed body would mean something else.
-        let mut sent = self
-            .http
-            .request(request.method.clone(), url.clone())
-            .header(ACCEPT_ENCODING, "identity");
-        if request.from > 0 {
-            sent = sent.header(RANGE, format!("bytes={}-", request.from));
-        }
-        if let Some(token) = self.token.as_ref().filter(|_| self.is_hub(url)) {
-            sent = sent.header(AUTHORIZATION, token.bearer());
-        }
-        sent.send()
-    }
-
-    fn accepted(
-        &self,
-        request: &Request,
-        response: Response,
-        facts: Facts,
-        subject: &Subject<'_>,
-    ) -> Result<(Response, Facts), Failure> {
-        let status = response.status();
-        // A range that is not there is the business of whoever asked for it.
-        if status.is_success() || (status == StatusCode::RANGE_NOT_SATISFIABLE && request.from > 0)
-        {
-            return Ok((response, facts));
-        }
-        Err(refusal::refused(
-            status,
-            response.headers(),
-            subject,
-            &shown(&self.endpoint),
-            self.token.as_ref(),
-        ))
-    }
-
-    /// Whether an address is the hub's own: same scheme, host and port as the endpoint.
-    fn is_hub(&self, url: &Url) -> bool {
-        url.origin() == self.endpoint.origin()
+        let repo = repo.clone();
+        Ok(Listing {
+            repo,
+            commit,
+            files,
+        })
     }
 }
 
-impl Facts {
-    /// Takes note of a response's headers. A large file's own ETag and size stand in X-Linked-* headers of the hub's first
-    /// answer, and hold against those of later ones; `linked` says that they were seen.
-    fn note(&mut self, status: StatusCode, headers: &HeaderMap, linked: bool) -> bool {
-        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let number = |name: &str| text(name).and_then(|text| text.trim().parse().ok());
-        if self.commit.is_none() {
-            self.commit = text("x-repo-commit")
-                .filter(|commit| names::is_commit(commit))
-                .map(str::to_string);
+fn parse_endpoint(text: &str) -> Result<Url> {
+    let url = Url::parse(text).ok();
+    let url = url.filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    url.ok_or_else(|| {
+        // A user and password may stand before an `@`.
+        let shown = text.rsplit_once('@').map_or(text, |(_, rest)| rest);
+        Error::new(Kind::Hub, "the hub's address is not one")
+            .value(shown)
+            .rule("http:// or https:// and a host")
+            .hint("unset HF_ENDPOINT, or set it as in HF_ENDPOINT=https://huggingface.co")
+    })
+}
+
+/// The options of all clients. reqwest removes the Authorization header where a redirect changes host or port.
+fn http(endpoint: &Url, stay: bool) -> reqwest::ClientBuilder {
+    let origin = endpoint.origin();
+    let policy = Policy::custom(move |attempt| {
+        let encrypted = attempt.previous().last().map(Url::scheme) == Some("https");
+        if encrypted && attempt.url().scheme() != "https" {
+            return attempt.error("a redirect to an address that is not encrypted");
         }
-        if linked {
-            return true;
+        if attempt.previous().len() > MAX_REDIRECTS {
+            return attempt.error("too many redirects");
         }
-        let linked_etag = text("x-linked-etag")
-            .and_then(names::etag)
-            .map(str::to_string);
-        let own_size = number(CONTENT_LENGTH.as_str()).filter(|_| status.is_success());
-        self.size = number("x-linked-size").or(own_size);
-        let linked = linked_etag.is_some();
-        self.etag = linked_etag.or_else(|| {
-            text(ETAG.as_str())
-                .and_then(names::etag)
-                .map(str::to_string)
-        });
-        linked
+        if stay && attempt.url().origin() != origin {
+            return attempt.stop();
+        }
+        attempt.follow()
+    });
+    let builder = reqwest::Client::builder()
+        .user_agent(concat!("wattune/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(CONNECT_TIMEOUT)
+        .redirect(policy);
+    let host = endpoint.host_str().unwrap_or_default();
+    let address = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>();
+    if host == "localhost" || address.is_ok_and(|address| address.is_loopback()) {
+        // A proxy on another host cannot reach this loopback.
+        return builder.no_proxy();
     }
+    builder
 }
 
-/// Where a redirect leads.
-fn redirect(response: &Response, url: &Url) -> Option<Url> {
-    let follow = matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308);
-    let location = response
-        .headers()
-        .get(LOCATION)
-        .filter(|_| follow)?
-        .to_str()
-        .ok()?;
-    url.join(location).ok()
+fn hf_client(
+    http: reqwest::ClientBuilder,
+    endpoint: &Url,
+    token: Option<&Token>,
+) -> Result<HFClientSync> {
+    let http = http.build().map_err(|source| no_https(&source))?;
+    HFClient::builder()
+        .client(http)
+        .endpoint(endpoint.as_str())
+        // Without a token hf-hub would look for one; a text that cannot be a header is sent nowhere.
+        .token(token.map_or("\n", Token::secret))
+        // Retries are ours: hf-hub's ignore Retry-After.
+        .retry_max_attempts(0)
+        .build_sync()
+        .map_err(|source| no_https(&source))
 }
 
-/// An address for a message: without user, password, query (signed links carry secrets there) and fragment.
-fn shown(url: &Url) -> String {
-    format!(
-        "{}{}",
-        url.origin().ascii_serialization(),
-        url.path().trim_end_matches('/')
+fn no_https(source: &dyn std::error::Error) -> Error {
+    let what = format!("cannot set up HTTPS: {}", root_cause(source));
+    Error::new(Kind::Hub, what).hint(
+        "install the system's CA certificates (package `ca-certificates`), or set SSL_CERT_FILE to a file that holds some",
     )
-}
-
-/// The same for a text that is no address: what stands before an `@` may be a password.
-fn shown_text(text: &str) -> &str {
-    text.rsplit_once('@').map_or(text, |(_, rest)| rest)
-}
-
-fn is_loopback(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
-    host == "localhost"
-        || host
-            .parse::<std::net::IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback())
-}
-
-/// The innermost reason of a failed transfer; the outer ones repeat the address.
-pub(super) fn cause(error: &dyn std::error::Error) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    innermost.to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn client(endpoint: &str) -> Result<Client> {
-        let settings = Settings {
-            cache: "/c".into(),
-            endpoint: endpoint.into(),
-            token: None,
-            offline: false,
-        };
-        Client::new(&settings, Patience::default())
-    }
-
-    // Expected addresses: huggingface_hub's hf_hub_url and HfApi.repo_info.
-    #[test]
-    fn addresses_are_the_hubs() {
-        let hub = client("https://huggingface.co").unwrap();
-        let model = Repo::new(RepoKind::Model, "a/b", "refs/pr/1").unwrap();
-        assert_eq!(
-            hub.listing_url(&model).as_str(),
-            "https://huggingface.co/api/models/a/b/revision/refs%2Fpr%2F1"
-        );
-        assert_eq!(
-            hub.file_url(&model, "c0", "x y/z#.json").as_str(),
-            "https://huggingface.co/a/b/resolve/c0/x%20y/z%23.json"
-        );
-        let data = Repo::new(RepoKind::Dataset, "squad", "main").unwrap();
-        let mirror = client("https://mirror.example/hf/").unwrap();
-        assert_eq!(
-            mirror.file_url(&data, "c0", "t.csv").as_str(),
-            "https://mirror.example/hf/datasets/squad/resolve/c0/t.csv"
-        );
-    }
-
-    #[test]
-    fn an_address_that_is_none_is_refused_without_its_password() {
-        for bad in ["huggingface.co", "ftp://x", "", "me:secret@host"] {
-            let error = client(bad).unwrap_err().to_string();
-            assert!(
-                error.contains("HF_ENDPOINT=") && !error.contains("secret"),
-                "{error}"
-            );
-        }
-        let url = Url::parse("https://u:secret@host:8/p/?sig=secret#secret").unwrap();
-        assert_eq!(shown(&url), "https://host:8/p");
-    }
-
-    #[test]
-    fn the_linked_etag_and_size_hold_against_later_ones() {
-        let headers = |pairs: &[(&'static str, &str)]| {
-            pairs
-                .iter()
-                .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
-                .collect::<HeaderMap>()
-        };
-        let mut facts = Facts::default();
-        let first = headers(&[
-            ("x-linked-etag", "\"sha\""),
-            ("x-linked-size", "7"),
-            ("etag", "\"git\""),
-            ("content-length", "99"),
-        ]);
-        assert!(facts.note(StatusCode::FOUND, &first, false));
-        facts.note(
-            StatusCode::OK,
-            &headers(&[("etag", "\"cdn\""), ("content-length", "8")]),
-            true,
-        );
-        assert_eq!((facts.etag.as_deref(), facts.size), (Some("sha"), Some(7)));
-
-        let mut facts = Facts::default();
-        assert!(!facts.note(
-            StatusCode::TEMPORARY_REDIRECT,
-            &headers(&[("content-length", "99")]),
-            false
-        ));
-        facts.note(
-            StatusCode::OK,
-            &headers(&[("etag", "W/\"git\""), ("content-length", "8")]),
-            false,
-        );
-        assert_eq!((facts.etag.as_deref(), facts.size), (Some("git"), Some(8)));
-    }
-
-    #[test]
-    fn a_wait_longer_than_allowed_is_not_begun() {
-        let patience = Patience {
-            attempts: 9,
-            first_wait: Duration::ZERO,
-            longest_wait: Duration::from_secs(5),
-        };
-        let failure = |again| Failure {
-            error: Error::new(Kind::Hub, "no"),
-            again,
-        };
-        assert!(
-            Tries::new(patience)
-                .wait(failure(Again::After(Duration::from_secs(6))))
-                .is_err()
-        );
-        assert!(Tries::new(patience).wait(failure(Again::Never)).is_err());
-        let mut tries = Tries::new(Patience {
-            attempts: 3,
-            ..patience
-        });
-        let waits: Vec<bool> = (0..3)
-            .map(|_| tries.wait(failure(Again::Soon)).is_ok())
-            .collect();
-        assert_eq!(waits, [true, true, false]);
-    }
 }

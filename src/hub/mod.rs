@@ -1,40 +1,51 @@
-//! Model and data set ids -> local files.
+//! Model and data set ids -> local files; a finished run -> a repository.
 //!
-//! Owns the hub's protocol (listing, redirects, retries, tokens), the cache that Python's `huggingface_hub` shares, model
-//! directories and the models inside the program. Takes an id and a revision; returns paths and the commit they belong to.
-//! Knows nothing of what is in a file: not what a tensor, a token or a record is. Never prints.
+//! Owns the use of the hub: hf-hub lists repositories and uploads, the transfer of files resumes and
+//! verifies, the cache is the one of `huggingface_hub`. Takes an id and a revision; returns paths and
+//! their commit. Knows nothing of what is in a file. Never prints.
 //!
 //! ```text
-//! settings  who asks, where, with which token      names    ids, revisions and paths that may be used
-//! client    one request: redirects, retries        refusal  what the hub said no to, in words
-//! cache     models--owner--name/{blobs,refs,...}   fetch    one file: HEAD, GET, resume, link
-//! listing   a repository's files at a commit       part     the bytes that are here so far, and their check
-//! model     which files a model is made of         dataset  which files a split is made of
-//! embedded  models inside the program
+//! settings  endpoint, token, cache, offline       client    HTTP clients, retries, listings
+//! repo      ids, revisions, file names            download  one file: metadata, resume, verify
+//! errors    HTTP errors -> messages               cache     models--owner--name/{blobs,refs,snapshots}
+//! model     a model's directory and its files     dataset   the files of a split
+//! embedded  models inside the program             upload    a folder as one commit
 //! ```
-//!
-//! The transfer is plain HTTP: a file stored with xet is served through the hub's own bridge, to which its redirect leads.
 
 mod cache;
 mod client;
 mod dataset;
+mod download;
 mod embedded;
-mod fetch;
-mod front_matter;
-mod listing;
+mod errors;
 mod model;
-mod names;
-mod part;
-mod progress;
-mod refusal;
+mod repo;
 mod settings;
-mod split;
-mod weights;
+mod upload;
 
-pub use client::Patience;
+pub use client::{Hub, RetryPolicy};
 pub use dataset::DatasetFiles;
 pub use embedded::embedded;
-pub use fetch::Hub;
-pub use model::{ModelFiles, local_model};
-pub use progress::{Progress, Silent};
+pub use model::ModelFiles;
 pub use settings::{Settings, Token};
+pub use upload::{Upload, Uploaded};
+
+/// Watches transfers, one at a time.
+pub trait Progress {
+    /// A transfer begins, or begins again from its first byte; `bytes` is its size where known.
+    fn start(&self, file: &str, bytes: Option<u64>);
+    /// So many more bytes are done (after `start`, first those that an earlier run left).
+    fn advance(&self, bytes: u64);
+    /// The transfer is complete.
+    fn finish(&self);
+}
+
+/// Shows nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn start(&self, _file: &str, _bytes: Option<u64>) {}
+    fn advance(&self, _bytes: u64) {}
+    fn finish(&self) {}
+}

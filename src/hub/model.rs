@@ -1,24 +1,25 @@
-//! Which files a model is made of, wherever they come from.
+//! A model's directory and the files in it.
 //!
-//! Owns `ModelFiles`: from a directory, from the hub in two steps (first what is small, then the weights), or from the cache.
-//! Takes an id or a directory; returns paths that exist. Knows nothing of what a configuration or a tensor is.
+//! A hub model becomes a directory (a snapshot in the cache), first with its small files, then with its
+//! weights; an embedded one is written to a directory. Knows nothing of configurations and tensors.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
 
 use crate::error::{Error, Kind, Result};
 
-use super::fetch::Hub;
-use super::front_matter;
-use super::listing::{Listing, not_cached};
-use super::names::{Repo, RepoKind};
-use super::progress::Progress;
-use super::refusal::Subject;
-use super::weights::{self, INDEX, Layout, SINGLE};
+use super::Progress;
+use super::client::{Hub, Listing};
+use super::errors::not_cached;
+use super::repo::{Repo, RepoKind, is_relative_path};
 
 const CONFIG: &str = "config.json";
 const CARD: &str = "README.md";
-/// The small files of a model: all that is fetched before the weights.
-const SMALL: [&str; 9] = [
+/// All that is fetched before the weights.
+const SMALL_FILES: [&str; 9] = [
     CONFIG,
     "generation_config.json",
     "tokenizer.json",
@@ -29,166 +30,137 @@ const SMALL: [&str; 9] = [
     "merges.txt",
     CARD,
 ];
-/// The revision of a model that has none.
+/// All weights in one file; transformers, too, prefers it to an index.
+const SINGLE: &str = "model.safetensors";
+/// Tensor name -> shard.
+const INDEX: &str = "model.safetensors.index.json";
+/// The first bytes of the file that Git LFS leaves in place of the real one.
+const LFS_POINTER: &[u8] = b"version https://git-lfs";
+/// The revision of a model in a directory.
 const LOCAL: &str = "local";
 
-/// A model's files on this machine.
+/// A model in a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelFiles {
-    /// The hub id, or the directory as it was given.
+    /// The hub id, `embedded:NAME`, or the directory as given.
     pub id: String,
-    /// The branch, tag or commit asked for; `local` for a directory.
+    /// The branch, tag or commit of a hub model, else `local`.
     pub revision: String,
-    /// The commit it stood at; none for a directory.
+    /// The commit of a hub model.
     pub commit: Option<String>,
-    /// The directory that holds the files.
+    /// The directory.
     pub dir: PathBuf,
     /// `config.json`.
     pub config: PathBuf,
-    /// The safetensors files, shards in the index's order; empty until they are fetched or where there are none.
+    /// The safetensors files, shards in the index's order; empty until fetched, and where there are none.
     pub weights: Vec<PathBuf>,
-    /// `model.safetensors.index.json`, where the weights are sharded and fetched.
-    pub weight_map: Option<PathBuf>,
-    /// `tokenizer.json`.
-    pub tokenizer_json: Option<PathBuf>,
-    /// `tokenizer_config.json`.
-    pub tokenizer_config: Option<PathBuf>,
-    /// `chat_template.jinja`.
-    pub chat_template: Option<PathBuf>,
-    /// `special_tokens_map.json`.
-    pub special_tokens_map: Option<PathBuf>,
-    /// `generation_config.json`.
-    pub generation_config: Option<PathBuf>,
-    /// `vocab.json`.
-    pub vocab_json: Option<PathBuf>,
-    /// `merges.txt`.
-    pub merges: Option<PathBuf>,
-    /// The licence that the model card names.
+    /// The licence in the model card's front matter.
     pub license: Option<String>,
-    /// All files the model has, here or on the hub.
+    /// All file names: those in the directory, or those on the hub.
     listing: Vec<String>,
 }
 
-/// The model in a directory. Weights may be absent (a random start needs none): [`ModelFiles::require_weights`] refuses that.
-///
-/// # Errors
-/// When there is no such directory, no `config.json` in it, or an index whose shards are not all there.
-pub fn local_model(dir: &Path) -> Result<ModelFiles> {
-    if !dir.is_dir() {
-        let what = if dir.exists() {
-            "the model is a file, not a directory"
-        } else {
-            "there is no such model directory"
-        };
-        let error = Error::new(Kind::Hub, what).at(dir.display().to_string());
-        return Err(error.hint("set model.id to a hub id as in `owner/name`, or to a directory with `config.json` in it"));
-    }
-    let mut listing = names_in(dir)?;
-    listing.sort();
-    if !listing.iter().any(|name| name == CONFIG) {
-        return Err(no_config(&dir.display().to_string(), &listing));
-    }
-    let mut model = ModelFiles::gather(
-        dir.display().to_string(),
-        LOCAL.to_string(),
-        None,
-        dir,
-        listing,
-    );
-    match model.layout() {
-        Layout::Single => model.weights = vec![dir.join(SINGLE)],
-        Layout::Sharded => {
-            let index = dir.join(INDEX);
-            model.weights = weights::shards(&index)?
-                .iter()
-                .map(|shard| dir.join(shard))
-                .collect();
-            model.weight_map = Some(index);
-            let missing: Vec<String> = model
-                .weights
-                .iter()
-                .filter(|path| !path.is_file())
-                .map(|path| name_of(path))
-                .collect();
-            if !missing.is_empty() {
-                let error = Error::new(Kind::Hub, "weights are missing")
-                    .at(dir.display().to_string())
-                    .value(missing.join(", "));
-                return Err(error
-                    .rule(format!("every file that `{INDEX}` names"))
-                    .hint("copy the missing files there"));
-            }
-        }
-        Layout::Absent => {}
-    }
-    Ok(model)
-}
-
 impl ModelFiles {
-    /// The weight files.
+    /// The model in a directory. [`ModelFiles::require_weights`] refuses one without weights.
     ///
     /// # Errors
-    /// When there are none (says what is there instead, and how to convert PyTorch files), or one is empty or a Git LFS pointer.
-    pub fn require_weights(&self) -> Result<&[PathBuf]> {
-        if self.weights.is_empty() {
-            let hub = format!("model `{}` at revision `{}`", self.id, self.revision);
-            let place = if self.commit.is_some() {
-                hub
+    /// When there is no such directory, no `config.json` in it, or an index with missing shards.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let place = dir.display().to_string();
+        if !dir.is_dir() {
+            let what = if dir.exists() {
+                "the model is a file, not a directory"
             } else {
-                self.id.clone()
+                "there is no such model directory"
             };
-            if self.layout() != Layout::Absent {
-                let error =
-                    Error::new(Kind::Hub, "the model's weights are not fetched yet").at(place);
-                return Err(error.hint("run `wattune train` with a network: it fetches them"));
-            }
-            return Err(weights::absent(&place, &self.id, &self.listing));
+            return Err(Error::new(Kind::Hub, what).at(place).hint(
+                "set model.id to a hub id as in `owner/name`, or to a directory with `config.json` in it",
+            ));
         }
-        self.weights
-            .iter()
-            .try_for_each(|path| weights::check(path))?;
-        Ok(&self.weights)
+        let entries = std::fs::read_dir(dir).map_err(|source| Error::io("read", dir, source))?;
+        let mut listing: Vec<String> = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect();
+        listing.sort();
+        let mut model = Self::in_directory(dir, place, listing)?;
+        model.find_weights()?;
+        Ok(model)
     }
 
-    /// What `dir` holds of a model's small files.
-    fn gather(
-        id: String,
-        revision: String,
-        commit: Option<String>,
-        dir: &Path,
-        listing: Vec<String>,
-    ) -> Self {
-        let found = |name: &str| Some(dir.join(name)).filter(|path| path.is_file());
-        // A card that is no UTF-8 still names its licence in ASCII.
-        let card = found(CARD).and_then(|path| std::fs::read(path).ok());
-        Self {
+    fn in_directory(dir: &Path, id: String, listing: Vec<String>) -> Result<Self> {
+        if !listing.iter().any(|name| name == CONFIG) {
+            return Err(no_config(&id, &listing));
+        }
+        // A card that is not UTF-8 still names its licence in ASCII.
+        let card = std::fs::read(dir.join(CARD)).unwrap_or_default();
+        Ok(Self {
             id,
-            revision,
-            commit,
+            revision: LOCAL.to_string(),
+            commit: None,
             dir: dir.to_path_buf(),
             config: dir.join(CONFIG),
             weights: Vec::new(),
-            weight_map: None,
-            tokenizer_json: found("tokenizer.json"),
-            tokenizer_config: found("tokenizer_config.json"),
-            chat_template: found("chat_template.jinja"),
-            special_tokens_map: found("special_tokens_map.json"),
-            generation_config: found("generation_config.json"),
-            vocab_json: found("vocab.json"),
-            merges: found("merges.txt"),
-            license: card.and_then(|card| front_matter::license(&String::from_utf8_lossy(&card))),
+            license: license(&String::from_utf8_lossy(&card)),
             listing,
+        })
+    }
+
+    /// The path of a file, if it is in the directory.
+    pub fn file(&self, name: &str) -> Option<PathBuf> {
+        Some(self.dir.join(name)).filter(|path| path.is_file())
+    }
+
+    fn lists(&self, name: &str) -> bool {
+        self.listing.iter().any(|file| file == name)
+    }
+
+    /// The weight files.
+    ///
+    /// # Errors
+    /// When there are none (names what there is, and how to convert PyTorch files), or one is empty or a Git LFS pointer.
+    pub fn require_weights(&self) -> Result<&[PathBuf]> {
+        if self.weights.is_empty() {
+            let place = match self.commit {
+                Some(_) => format!("model `{}` at revision `{}`", self.id, self.revision),
+                None => self.id.clone(),
+            };
+            if self.lists(SINGLE) || self.lists(INDEX) {
+                let what = "the model's weights are not fetched yet";
+                return Err(Error::new(Kind::Hub, what)
+                    .at(place)
+                    .hint("run `wattune train` with a network: it fetches them"));
+            }
+            return Err(no_weights(&self.id, &self.listing).at(place));
         }
+        self.weights.iter().try_for_each(|path| check_file(path))?;
+        Ok(&self.weights)
     }
 
-    fn layout(&self) -> Layout {
-        weights::layout(|name| self.listing.iter().any(|file| file == name))
-    }
-
-    /// The same model under another name.
-    pub(super) fn named(mut self, id: String) -> Self {
-        self.id = id;
-        self
+    /// Fills `weights` from the directory.
+    fn find_weights(&mut self) -> Result<()> {
+        let names = if self.lists(SINGLE) {
+            vec![SINGLE.to_string()]
+        } else if self.lists(INDEX) {
+            shards(&self.dir.join(INDEX))?
+        } else {
+            return Ok(());
+        };
+        let is_missing = |name: &&String| !self.dir.join(name).is_file();
+        let missing: Vec<&str> = names
+            .iter()
+            .filter(is_missing)
+            .map(String::as_str)
+            .collect();
+        if !missing.is_empty() {
+            return Err(Error::new(Kind::Hub, "weights are missing")
+                .at(self.dir.display().to_string())
+                .value(missing.join(", "))
+                .rule(format!("every file that `{INDEX}` names"))
+                .hint("copy the missing files there"));
+        }
+        self.weights = names.iter().map(|name| self.dir.join(name)).collect();
+        Ok(())
     }
 }
 
@@ -196,118 +168,145 @@ impl Hub {
     /// Fetches a model's small files: configuration, tokenizer, chat template, model card.
     ///
     /// # Errors
-    /// When the id or revision is none, the hub refuses or cannot be reached, offline when the files are not in the cache, or
-    /// when the model has no `config.json`.
-    pub fn model_metadata(
-        &self,
-        id: &str,
-        revision: &str,
-        progress: &dyn Progress,
-    ) -> Result<ModelFiles> {
+    /// When the id or revision is invalid, the request fails, the files are not in the cache offline, or the model has no
+    /// `config.json`.
+    pub fn model(&self, id: &str, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
         let repo = Repo::new(RepoKind::Model, id, revision)?;
         let listing = self.listing(&repo)?;
-        let cache = self.cache(&repo);
-        if !listing.files.iter().any(|file| file == CONFIG) {
-            return Err(if self.is_offline() {
-                not_cached(&repo, Some(CONFIG))
-            } else {
-                no_config(&repo.called(), &listing.files)
-            });
+        if self.is_offline() && !listing.contains(CONFIG) {
+            return Err(not_cached(&repo, Some(CONFIG)));
         }
-        for file in SMALL
-            .iter()
-            .filter(|file| listing.files.iter().any(|listed| listed == *file))
-        {
+        if !listing.contains(CONFIG) {
+            return Err(no_config(&repo.place(None), &listing.files));
+        }
+        for file in SMALL_FILES.iter().filter(|file| listing.contains(file)) {
             self.file(&listing, file, progress)?;
         }
-        cache.record(revision, &listing.commit)?;
+        let cache = self.cache(&repo);
+        cache.write_ref(revision, &listing.commit)?;
         let dir = cache.snapshot(&listing.commit);
-        Ok(ModelFiles::gather(
-            repo.id,
-            repo.revision,
-            Some(listing.commit),
-            &dir,
-            listing.files,
-        ))
+        let mut model = ModelFiles::in_directory(&dir, repo.id, listing.files)?;
+        model.revision = repo.revision;
+        model.commit = Some(listing.commit);
+        Ok(model)
     }
 
-    /// Fetches a model's weights: one safetensors file, or the index and the shards it names. A model from a directory has them.
+    /// Fetches a hub model's weights: one safetensors file, or the index and its shards. A model from a directory has them.
     ///
     /// # Errors
-    /// When the model has no safetensors weights, or as [`Hub::model_metadata`].
+    /// When the model has no safetensors weights, or as [`Hub::model`].
     pub fn model_weights(&self, model: &mut ModelFiles, progress: &dyn Progress) -> Result<()> {
         let Some(commit) = model.commit.clone() else {
             return model.require_weights().map(drop);
         };
-        let repo = Repo::new(RepoKind::Model, &model.id, &model.revision)?;
         let listing = Listing {
-            repo,
+            repo: Repo::new(RepoKind::Model, &model.id, &model.revision)?,
             commit,
             files: model.listing.clone(),
         };
-        match model.layout() {
-            Layout::Single => model.weights = vec![self.file(&listing, SINGLE, progress)?],
-            Layout::Sharded => {
-                let index = self.file(&listing, INDEX, progress)?;
-                let shards = weights::shards(&index)?;
-                self.require_listed(&listing, &shards)?;
-                model.weights = shards
-                    .iter()
-                    .map(|shard| self.file(&listing, shard, progress))
-                    .collect::<Result<_>>()?;
-                model.weight_map = Some(index);
+        if model.lists(SINGLE) {
+            self.file(&listing, SINGLE, progress)?;
+        } else if model.lists(INDEX) {
+            let shards = shards(&self.file(&listing, INDEX, progress)?)?;
+            self.require_listed(&listing, &shards)?;
+            for shard in &shards {
+                self.file(&listing, shard, progress)?;
             }
-            Layout::Absent if self.is_offline() && !self.has_other_weights(&listing) => {
+        } else if self.is_offline() {
+            // Weights in another format tell more than "not in the cache".
+            let other = |file: &String| file.ends_with(".bin") || file.ends_with(".gguf");
+            if !listing.files.iter().any(other) {
                 return Err(not_cached(&listing.repo, Some(SINGLE)));
             }
-            Layout::Absent => {}
         }
+        model.find_weights()?;
         model.require_weights().map(drop)
     }
 
-    /// Refuses before the first byte of a large file when one of its companions is not there.
+    /// Refuses an index with a missing shard before the first shard is fetched.
     fn require_listed(&self, listing: &Listing, shards: &[String]) -> Result<()> {
+        let is_missing = |shard: &&String| !listing.contains(shard);
         let missing: Vec<&str> = shards
             .iter()
+            .filter(is_missing)
             .map(String::as_str)
-            .filter(|shard| !listing.files.iter().any(|file| file == shard))
             .collect();
         match missing.first() {
             None => Ok(()),
             Some(file) if self.is_offline() => Err(not_cached(&listing.repo, Some(file))),
             Some(_) => {
-                let place = Subject {
-                    repo: &listing.repo,
-                    file: Some(INDEX),
-                }
-                .place();
-                let error = Error::new(
-                    Kind::Hub,
-                    "the index names weights that the model does not have",
-                )
-                .at(place);
-                Err(error
+                let what = "the index names weights that the model does not have";
+                Err(Error::new(Kind::Hub, what)
+                    .at(listing.repo.place(Some(INDEX)))
                     .value(missing.join(", "))
                     .hint("choose another revision"))
             }
         }
     }
+}
 
-    /// Offline, weights in another format say more about a model than "not in the cache".
-    fn has_other_weights(&self, listing: &Listing) -> bool {
-        listing
-            .files
-            .iter()
-            .any(|file| file.ends_with(".bin") || file.ends_with(".gguf"))
+/// The shards of an index, in order of first mention.
+fn shards(index: &Path) -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Index {
+        /// In the file's order.
+        weight_map: serde_json::Map<String, serde_json::Value>,
     }
+    let invalid = |value: String| {
+        Error::new(Kind::Hub, "the index of the weights cannot be used")
+            .at(index.display().to_string())
+            .value(value)
+            .rule("`weight_map` names a safetensors file beside the index for each tensor")
+            .hint("fetch the model's files again")
+    };
+    let text = std::fs::read(index).map_err(|source| Error::io("read", index, source))?;
+    let parsed: Index =
+        serde_json::from_slice(&text).map_err(|source| invalid(source.to_string()))?;
+    let mut shards: Vec<String> = Vec::new();
+    for (tensor, shard) in &parsed.weight_map {
+        let Some(shard) = shard.as_str() else {
+            return Err(invalid(format!("{tensor}: {shard}")));
+        };
+        if !is_relative_path(shard) || !shard.ends_with(".safetensors") {
+            return Err(invalid(shard.escape_debug().to_string()));
+        }
+        // Neighbours are nearly always in the same shard.
+        if shards.last().is_none_or(|last| last != shard) && !shards.iter().any(|s| s == shard) {
+            shards.push(shard.to_string());
+        }
+    }
+    if shards.is_empty() {
+        return Err(invalid("an empty `weight_map`".to_string()));
+    }
+    Ok(shards)
+}
+
+/// Refuses an empty weight file and a Git LFS pointer.
+fn check_file(path: &Path) -> Result<()> {
+    let mut start = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(LFS_POINTER.len() as u64).read_to_end(&mut start))
+        .map_err(|source| Error::io("read", path, source))?;
+    let (what, hint) = match start.as_slice() {
+        [] => ("the weights are an empty file", "fetch the file again"),
+        LFS_POINTER => (
+            "this is a Git LFS pointer, not the weights",
+            "run `git lfs install && git lfs pull` in that directory",
+        ),
+        _ => return Ok(()),
+    };
+    Err(Error::new(Kind::Hub, what)
+        .at(path.display().to_string())
+        .hint(hint))
 }
 
 fn no_config(place: &str, files: &[String]) -> Error {
-    let error = Error::new(Kind::Hub, "the model has no `config.json`").at(place);
     let has = |name: &str| files.iter().any(|file| file == name);
+    let error = Error::new(Kind::Hub, "the model has no `config.json`").at(place);
     if has("adapter_config.json") {
-        return error
-            .hint("this is an adapter: name it with `--adapter` or init_from under [adapter], and its base model as the model");
+        return error.hint(
+            "this is an adapter: name it with `--adapter` or init_from under [adapter], and its base model as the model",
+        );
     }
     if has("snapshots") {
         return error.hint(
@@ -315,157 +314,71 @@ fn no_config(place: &str, files: &[String]) -> Error {
         );
     }
     match files.iter().find(|file| file.ends_with(".gguf")) {
-        Some(file) => error.value(format!("a GGUF file: {file}")).hint("choose the repository it was converted from"),
-        None => error.hint("choose a model in transformers format: `config.json`, `tokenizer.json` and `model.safetensors`"),
+        Some(file) => error
+            .value(format!("a GGUF file: {file}"))
+            .hint("choose the repository it was converted from"),
+        None => error.hint(
+            "choose a model in transformers format: `config.json`, `tokenizer.json` and `model.safetensors`",
+        ),
     }
 }
 
-fn names_in(dir: &Path) -> Result<Vec<String>> {
-    let entries = std::fs::read_dir(dir).map_err(|source| Error::io("read", dir, source))?;
-    Ok(entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect())
+/// No safetensors weights: names what there is instead, and the way to safetensors.
+fn no_weights(source: &str, files: &[String]) -> Error {
+    let find = |extensions: &[&str]| {
+        let has_extension = |file: &&String| extensions.iter().any(|end| file.ends_with(end));
+        files.iter().find(has_extension)
+    };
+    let error = Error::new(Kind::Hub, "the model has no weights in safetensors format")
+        .rule(format!("`{SINGLE}`, or `{INDEX}` and the shards it names"));
+    if let Some(file) = find(&[".bin", ".pt", ".pth", ".ckpt"]) {
+        return error.value(format!("only PyTorch weights: {file}")).hint(format!(
+            "convert them once: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
+             M.from_pretrained('{source}').save_pretrained('converted'); T.from_pretrained('{source}')\
+             .save_pretrained('converted')\", and set model.id to that directory"
+        ));
+    }
+    match find(&[".gguf", ".h5", ".msgpack", ".onnx"]) {
+        Some(file) => error
+            .value(format!("only weights in another format: {file}"))
+            .hint("choose the repository these were converted from"),
+        None => error.hint(format!(
+            "put `{SINGLE}` there, or set init = \"random\" under [model] to train from scratch"
+        )),
+    }
 }
 
-fn name_of(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-
-    fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        files
-            .iter()
-            .for_each(|(name, text)| fs::write(folder.path().join(name), text).unwrap());
-        folder
+/// The `license` of a model card's front matter, or its `license_name` where that is `other`. Reads the three forms of the
+/// hub's cards: a scalar, a list in brackets, a list of dashes.
+fn license(card: &str) -> Option<String> {
+    let mut lines = card.trim_start_matches('\u{feff}').lines();
+    if lines.next()?.trim_end() != "---" {
+        return None;
     }
-
-    const INDEX_TEXT: &str =
-        r#"{"weight_map": {"b": "model-2.safetensors", "a": "model-1.safetensors"}}"#;
-
-    #[test]
-    fn a_directory_with_one_weight_file_is_a_model() {
-        let dir = folder(&[
-            (CONFIG, "{}"),
-            (SINGLE, "w"),
-            ("merges.txt", ""),
-            ("chat_template.jinja", ""),
-            (CARD, "---\nlicense: mit\n---\n"),
-            (INDEX, INDEX_TEXT),
-        ]);
-        let model = local_model(dir.path()).unwrap();
-        assert_eq!(model.require_weights().unwrap(), [dir.path().join(SINGLE)]);
-        assert_eq!(model.config, dir.path().join(CONFIG));
-        assert_eq!(model.merges, Some(dir.path().join("merges.txt")));
-        assert_eq!(
-            model.chat_template,
-            Some(dir.path().join("chat_template.jinja"))
-        );
-        assert_eq!(
-            (model.vocab_json, model.tokenizer_json, model.commit),
-            (None, None, None)
-        );
-        assert_eq!(
-            (model.license.as_deref(), model.revision.as_str()),
-            (Some("mit"), "local")
-        );
-    }
-
-    #[test]
-    fn shards_must_all_be_there() {
-        let dir = folder(&[
-            (CONFIG, "{}"),
-            (INDEX, INDEX_TEXT),
-            ("model-2.safetensors", "w"),
-        ]);
-        let error = local_model(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("value: model-1.safetensors\n"), "{error}");
-        fs::write(dir.path().join("model-1.safetensors"), "w").unwrap();
-        let model = local_model(dir.path()).unwrap();
-        assert_eq!(
-            model.weights,
-            [
-                dir.path().join("model-2.safetensors"),
-                dir.path().join("model-1.safetensors")
-            ]
-        );
-        assert_eq!(model.weight_map, Some(dir.path().join(INDEX)));
-    }
-
-    #[test]
-    fn a_configuration_alone_is_a_model_without_weights() {
-        let dir = folder(&[(CONFIG, "{}")]);
-        let model = local_model(dir.path()).unwrap();
-        assert!(model.weights.is_empty());
-        assert!(
-            model
-                .require_weights()
-                .unwrap_err()
-                .to_string()
-                .contains("init = \"random\"")
-        );
-        let dir = folder(&[(CONFIG, "{}"), ("pytorch_model.bin", "w")]);
-        let error = local_model(dir.path())
-            .unwrap()
-            .require_weights()
-            .unwrap_err();
-        assert!(
-            error.remedy().unwrap().contains("save_pretrained"),
-            "{error}"
-        );
-        assert!(error.to_string().contains("pytorch_model.bin"), "{error}");
-    }
-
-    #[test]
-    fn what_is_no_model_says_what_it_is() {
-        let remedy = |files: &[(&str, &str)]| {
-            local_model(folder(files).path())
-                .unwrap_err()
-                .remedy()
-                .unwrap()
-                .to_string()
+    let head: Vec<&str> = lines.take_while(|line| line.trim_end() != "---").collect();
+    let plain = |text: &str| {
+        let text = text.split(" #").next().unwrap_or_default();
+        text.trim().trim_matches(['"', '\'']).to_string()
+    };
+    let field = |key: &str| {
+        let prefix = format!("{key}:");
+        let at = head.iter().position(|line| line.starts_with(&prefix))?;
+        let value = plain(&head[at][prefix.len()..]);
+        let items: Vec<String> = if let Some(list) = value.strip_prefix('[') {
+            list.trim_end_matches(']').split(',').map(plain).collect()
+        } else if value.is_empty() {
+            let rest = head[at + 1..].iter();
+            let items = rest.map_while(|line| line.trim_start().strip_prefix("- "));
+            items.map(plain).collect()
+        } else {
+            vec![value]
         };
-        assert!(remedy(&[("adapter_config.json", "{}")]).contains("--adapter"));
-        assert!(remedy(&[("snapshots", "")]).contains("snapshots"));
-        assert!(remedy(&[("m.gguf", "")]).contains("converted from"));
-        assert!(remedy(&[]).contains("config.json"));
-        assert_eq!(
-            local_model(Path::new("no/such/dir")).unwrap_err().kind(),
-            Kind::Hub
-        );
-        let file = folder(&[("x", "")]);
-        assert!(
-            local_model(&file.path().join("x"))
-                .unwrap_err()
-                .to_string()
-                .contains("a file, not a directory")
-        );
+        let items: Vec<String> = items.into_iter().filter(|item| !item.is_empty()).collect();
+        (!items.is_empty()).then(|| items.join(", "))
+    };
+    let license = field("license")?;
+    if license == "other" {
+        return field("license_name").or(Some(license));
     }
-
-    #[test]
-    fn a_git_lfs_pointer_is_no_weight_file() {
-        let dir = folder(&[
-            (CONFIG, "{}"),
-            (
-                SINGLE,
-                "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-            ),
-        ]);
-        let error = local_model(dir.path())
-            .unwrap()
-            .require_weights()
-            .unwrap_err();
-        assert!(error.remedy().unwrap().contains("git lfs pull"), "{error}");
-        let dir = folder(&[(CONFIG, "{}"), (SINGLE, "")]);
-        assert!(local_model(dir.path()).unwrap().require_weights().is_err());
-    }
+    Some(license)
 }

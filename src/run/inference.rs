@@ -52,7 +52,7 @@ pub(super) fn model_id(text: &str) -> Result<ModelId> {
 pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Result<ModelFiles> {
     let id = model_id(request.model)?;
     let mut files = find_model(&id, request.revision, progress)?;
-    fetch_weights(&id, &mut files, progress)?;
+    fetch_weights(&mut files, progress)?;
     Ok(files)
 }
 

@@ -53,7 +53,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     };
     let mut copy = companions(&files);
     copy.push(files.config.clone());
-    copy.extend(files.generation_config.clone());
+    copy.extend(files.file("generation_config.json"));
     adapter::merge(&MergeJob {
         weights: &files.weights,
         pairs: &pairs,

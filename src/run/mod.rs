@@ -19,6 +19,7 @@ mod options;
 mod plan;
 mod prepare;
 mod probe;
+mod push;
 mod reconcile;
 mod records;
 mod reporting;
@@ -39,6 +40,7 @@ pub use model::{find_model, tokenizer_of};
 pub use plan::{Planned, plan};
 pub use prepare::{Prepared, prepare};
 pub use probe::plan_with_probe;
+pub use push::{PushRequest, push};
 pub use reconcile::reconcile;
 pub use training::{Finished, TrainRequest, train};
 

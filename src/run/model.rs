@@ -1,62 +1,58 @@
-//! A model id -> its files and tokenizer.
+//! A model id -> a directory with its files; the tokenizer in it.
 
 use std::path::PathBuf;
 
 use crate::data::{Tokenizer, TokenizerFiles};
 use crate::error::{Error, Kind, Result};
-use crate::hub::{self, Hub, ModelFiles, Progress, Settings};
+use crate::hub::{self, Hub, ModelFiles, Progress};
 use crate::recipe::ModelId;
 
-/// The files of a model; a hub model's weights are fetched only by `fetch_weights`.
+/// The directory of a model; a hub model's weights are fetched by [`fetch_weights`] alone.
 pub fn find_model(id: &ModelId, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
     match id {
-        ModelId::Directory(dir) => hub::local_model(dir),
+        ModelId::Directory(dir) => ModelFiles::open(dir),
         ModelId::Embedded(name) => {
             hub::embedded(name, &cache_root()?.join("embedded")).map_err(|e| match e.kind() {
                 Kind::Io => e.hint("set WATTUNE_CACHE to a folder you may write to"),
                 _ => e,
             })
         }
-        ModelId::Hub(id) => Hub::new(Settings::from_env()?)?.model_metadata(id, revision, progress),
+        ModelId::Hub(id) => Hub::from_env()?.model(id, revision, progress),
     }
 }
 
-/// Fetches a hub model's weights; checks that another model's are there.
-pub(super) fn fetch_weights(
-    id: &ModelId,
-    files: &mut ModelFiles,
-    progress: &dyn Progress,
-) -> Result<()> {
-    match id {
-        ModelId::Hub(_) => Hub::new(Settings::from_env()?)?.model_weights(files, progress),
-        _ => files.require_weights().map(|_| ()),
+/// Fetches the weights that are not in the model's directory yet; checks them.
+pub(super) fn fetch_weights(files: &mut ModelFiles, progress: &dyn Progress) -> Result<()> {
+    if files.commit.is_some() {
+        return Hub::from_env()?.model_weights(files, progress);
     }
+    files.require_weights().map(drop)
 }
 
 /// The tokenizer among a model's files.
 pub fn tokenizer_of(files: &ModelFiles) -> Result<Tokenizer> {
     Tokenizer::load(&TokenizerFiles {
-        tokenizer_json: files.tokenizer_json.clone(),
-        vocab_json: files.vocab_json.clone(),
-        merges: files.merges.clone(),
-        tokenizer_config: files.tokenizer_config.clone(),
-        special_tokens_map: files.special_tokens_map.clone(),
-        chat_template: files.chat_template.clone(),
+        tokenizer_json: files.file("tokenizer.json"),
+        vocab_json: files.file("vocab.json"),
+        merges: files.file("merges.txt"),
+        tokenizer_config: files.file("tokenizer_config.json"),
+        special_tokens_map: files.file("special_tokens_map.json"),
+        chat_template: files.file("chat_template.jinja"),
         config: Some(files.config.clone()),
     })
 }
 
-/// The files that a copy of the model needs beside its weights.
+/// The files that a copy of the model needs besides its weights.
 pub(super) fn companions(files: &ModelFiles) -> Vec<PathBuf> {
-    let optional = [
-        &files.tokenizer_json,
-        &files.tokenizer_config,
-        &files.special_tokens_map,
-        &files.chat_template,
-        &files.vocab_json,
-        &files.merges,
+    let names = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
     ];
-    optional.into_iter().flatten().cloned().collect()
+    names.iter().filter_map(|name| files.file(name)).collect()
 }
 
 /// The folder for what wattune itself caches: `WATTUNE_CACHE`, else `wattune` in the user's cache folder.

@@ -73,7 +73,9 @@ pub fn plan_with_probe(
 /// What a complete plan needs and is missing.
 fn missing(recipe: &Recipe, files: &ModelFiles) -> Vec<String> {
     let mut missing = Vec::new();
-    if files.tokenizer_json.is_none() && (files.vocab_json.is_none() || files.merges.is_none()) {
+    let has = |name: &str| files.file(name).is_some();
+    let tokenizer = has("tokenizer.json") || (has("vocab.json") && has("merges.txt"));
+    if !tokenizer {
         missing.push(format!(
             "`{}` holds no tokenizer: data, energy and time are not forecast",
             files.id

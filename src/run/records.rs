@@ -6,7 +6,7 @@ use super::model::cache_root;
 use super::options::data_options;
 use crate::data::{self, Dataset, Tokenizer};
 use crate::error::Result;
-use crate::hub::{Hub, Progress, Settings};
+use crate::hub::{Hub, Progress};
 use crate::recipe::{DataSource, Recipe, Validation};
 
 /// The records of a run.
@@ -74,7 +74,7 @@ fn locate(source: &DataSource, progress: &dyn Progress) -> Result<(Vec<PathBuf>,
     match source {
         DataSource::File(path) => Ok((vec![path.clone()], path.display().to_string())),
         DataSource::Hub { id, split } => {
-            let files = Hub::new(Settings::from_env()?)?.dataset(id, "main", split, progress)?;
+            let files = Hub::from_env()?.dataset(id, "main", split, progress)?;
             Ok((files.files, format!("{id}:{split}@{}", files.commit)))
         }
     }

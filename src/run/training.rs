@@ -80,8 +80,7 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         .for_each(|warning| screen.note(&format!("warning: {warning}")));
     let forecast = plan::plan(&prepared)?;
     if prepared.recipe.model.init == Init::Pretrained {
-        let id = prepared.recipe.model.id.clone();
-        fetch_weights(&id, &mut prepared.files, screen.downloads())?;
+        fetch_weights(&mut prepared.files, screen.downloads())?;
     }
     check_disk(&prepared, request.resume.unwrap_or(&request.out))?;
     let directory = match request.resume {

@@ -77,6 +77,14 @@ const FOREIGN: &[(&str, &[&str], &str)] = &[
         "knows nothing of tensors",
     ),
     (
+        "hf_hub",
+        &[
+            "recipe", "data", "ops", "adapter", "model", "train", "energy", "forecast", "measure",
+            "report", "cli",
+        ],
+        "never touches the network",
+    ),
+    (
         "reqwest",
         &[
             "recipe", "data", "ops", "adapter", "model", "train", "energy", "forecast", "measure",
@@ -96,7 +104,6 @@ const LONG_FILES: &[&str] = &[
     "src/ops/attention/cpu.rs",
     "src/ops/linear.rs",
     "tests/adapter.rs",
-    "tests/hub.rs",
 ];
 const MAIN_LINES: usize = 59;
 /// Hard limit of a function, in lines; tables and matches that are longer stand in `LONG`, as (file, function).

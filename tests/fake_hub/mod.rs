@@ -1,11 +1,11 @@
-//! A hub on loopback that answers by script and remembers what it was asked.
+//! A hub on loopback that answers by script and records its requests.
 //!
 //! It speaks HTTP/1.1 and answers as the hub does: a listing under `/api`, `resolve` addresses with `X-Repo-Commit`, ETags,
 //! redirects of large files to another host with `X-Linked-Etag` and `X-Linked-Size`. It can be told to refuse, to break a
 //! connection and to send what it should not.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
@@ -61,21 +61,22 @@ impl Reply {
     }
 }
 
-/// What was asked: "METHOD path" and the headers in lower case.
+/// A request: "METHOD path", the headers in lower case, the body.
 #[derive(Clone)]
-pub struct Asked {
+pub struct Request {
     pub line: String,
     pub headers: HashMap<String, String>,
+    pub body: String,
 }
 
 #[derive(Default)]
 struct Script {
     /// The replies of a line, in order; the last is repeated.
     replies: HashMap<String, Vec<Reply>>,
-    asked: Vec<Asked>,
+    requests: Vec<Request>,
 }
 
-/// A hub that answers by script and remembers what it was asked.
+/// A hub that answers by script and records its requests.
 #[derive(Clone)]
 pub struct FakeHub {
     pub address: String,
@@ -119,7 +120,7 @@ impl FakeHub {
             .map(|(name, _)| format!("{{\"rfilename\": \"{name}\"}}"))
             .collect();
         let listing = format!(
-            "{{\"sha\": \"{COMMIT}\", \"siblings\": [{}]}}",
+            "{{\"id\": \"{ID}\", \"sha\": \"{COMMIT}\", \"siblings\": [{}]}}",
             siblings.join(", ")
         );
         self.on(
@@ -158,16 +159,22 @@ impl FakeHub {
         store.on(&format!("GET /store/{name}?signature=secret"), replies);
     }
 
-    pub fn asked(&self) -> Vec<Asked> {
-        self.script.lock().unwrap().asked.clone()
+    pub fn requests(&self) -> Vec<Request> {
+        self.script.lock().unwrap().requests.clone()
     }
 
     pub fn lines(&self) -> Vec<String> {
-        self.asked().into_iter().map(|asked| asked.line).collect()
+        self.requests()
+            .into_iter()
+            .map(|request| request.line)
+            .collect()
     }
 
     pub fn count(&self, line: &str) -> usize {
-        self.lines().iter().filter(|asked| *asked == line).count()
+        self.lines()
+            .iter()
+            .filter(|request| *request == line)
+            .count()
     }
 }
 
@@ -193,11 +200,16 @@ fn answer(stream: TcpStream, script: &Mutex<Script>) {
     let headers = lines
         .filter_map(|line| line.split_once(": "))
         .map(|(name, value)| (name.to_lowercase(), value.to_string()));
-    let asked = Asked {
+    let mut request = Request {
         line: line.clone(),
         headers: headers.collect(),
+        body: String::new(),
     };
-    let from = asked.headers.get("range").and_then(|range| {
+    let length = request.headers.get("content-length");
+    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+    reader.read_exact(&mut body).unwrap();
+    request.body = String::from_utf8(body).unwrap();
+    let from = request.headers.get("range").and_then(|range| {
         range
             .strip_prefix("bytes=")?
             .strip_suffix('-')?
@@ -206,7 +218,7 @@ fn answer(stream: TcpStream, script: &Mutex<Script>) {
     });
     let reply = {
         let mut script = script.lock().unwrap();
-        script.asked.push(asked);
+        script.requests.push(request);
         match script.replies.get_mut(&line) {
             Some(replies) if replies.len() > 1 => replies.remove(0),
             Some(replies) => replies[0].clone(),
