@@ -451,7 +451,7 @@ fn poisoned(bad: f64) -> Report {
     report.adapter.lora_alpha = Some(bad);
     report.energy.total.low = Joules(bad);
     report.energy.meters.timed_j = Some(Joules(bad));
-    report.budget.limits.time_s = Some(Seconds(bad));
+    report.budget.limits.time = Some(Seconds(bad));
     report.budget.overshoot_j = Some(Joules(bad));
     report.carbon.embodied_gco2e = Some(GramsCo2e(bad));
     for baseline in &mut report.baselines {

@@ -373,7 +373,7 @@ fn a_wide_range_of_losses_is_drawn_by_ratios() {
 #[test]
 fn a_budget_far_beyond_is_said_and_not_drawn() {
     let mut report = fixture();
-    report.budget.limits.energy_j = Some(Joules(360_000.0));
+    report.budget.limits.energy = Some(Joules(360_000.0));
     let page = to_html("run", &report, &history());
     assert!(page.contains("The energy budget of 360 kJ (100 Wh) is beyond the plotted range."));
     assert!(!page.contains("class=\"rule\""));
@@ -394,8 +394,8 @@ fn no_chart_shows_a_number_that_is_none() {
         report.training.val_loss_after = Some(bad);
         report.energy.total.low = Joules(bad);
         report.energy.meters.timed_j = Some(Joules(bad));
-        report.budget.limits.energy_j = Some(Joules(bad));
-        report.budget.limits.carbon_gco2e = Some(GramsCo2e(bad));
+        report.budget.limits.energy = Some(Joules(bad));
+        report.budget.limits.carbon = Some(GramsCo2e(bad));
         report
             .baselines
             .iter_mut()
@@ -595,7 +595,7 @@ fn the_budgets_are_drawn_as_they_were_used() {
     // 3,451 of 3,600 J after the last step: 95.9 %; 152 entries of 0.1 s of 600 s by then: 2.5 %.
     assert!(page().contains("After the last step: energy 95.9 %, time 2.5 %."));
     let mut report = fixture();
-    (report.budget.limits.energy_j, report.budget.limits.time_s) = (None, None);
+    (report.budget.limits.energy, report.budget.limits.time) = (None, None);
     let page = to_html("run", &report, &history());
     assert!(!page.contains("budget used"));
 }

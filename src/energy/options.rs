@@ -36,16 +36,19 @@ impl MeterKind {
     }
 }
 
-/// What a run may spend; absent limits do not bind.
-#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+/// An amount of each quantity that a budget can limit: a limit, or what was spent. `None`: no limit, or not known.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Limits {
     /// The machine's energy, without the facility's overhead.
+    #[serde(rename = "energy_j")]
     pub energy: Option<Joules>,
     /// Greenhouse gas, the facility's overhead included.
+    #[serde(rename = "carbon_gco2e")]
     pub carbon: Option<GramsCo2e>,
     /// FLOPs of matrix products and attention.
     pub flops: Option<Flops>,
     /// Wall time.
+    #[serde(rename = "time_s")]
     pub time: Option<Seconds>,
     /// Money, by the price of the rates.
     pub cost: Option<Money>,

@@ -103,7 +103,7 @@ pub fn loss_figures(report: &Report, timeline: &Timeline) -> Vec<Figure> {
 
 /// The energy limit, where it can be drawn.
 fn near_limit(report: &Report) -> Option<Joules> {
-    let limit = report.budget.limits.energy_j?;
+    let limit = report.budget.limits.energy?;
     let reach = LIMIT_WITHIN * report.energy.total.central.0;
     (limit.0 > 0.0 && limit.0 <= reach).then_some(limit)
 }
@@ -211,7 +211,7 @@ fn loss(report: &Report, timeline: &Timeline) -> Option<Figure> {
     };
     let mut caption =
         "Loss against cumulative energy, evaluations and checkpoints included.".to_string();
-    if let Some(far) = report.budget.limits.energy_j.filter(|_| limit.is_none()) {
+    if let Some(far) = report.budget.limits.energy.filter(|_| limit.is_none()) {
         let far = format::energy(far);
         caption += &format!(" The energy budget of {far} is beyond the plotted range.");
     }
@@ -292,10 +292,10 @@ fn budget_series(report: &Report, timeline: &Timeline) -> Vec<Series> {
             shape: Shape::Line(thinned(&line)),
         })
     };
-    let energy = limits.energy_j.map(|limit| limit.0);
-    let carbon = limits.carbon_gco2e.map(|limit| limit.0);
+    let energy = limits.energy.map(|limit| limit.0);
+    let carbon = limits.carbon.map(|limit| limit.0);
     let flops = limits.flops.map(|limit| limit.0);
-    let time = limits.time_s.map(|limit| limit.0);
+    let time = limits.time.map(|limit| limit.0);
     let price = limits.cost.as_ref().filter(|_| cost.is_some());
     let price = price.map(|limit| limit.amount);
     let share = |point: &Point| point.spent / total;
@@ -315,7 +315,7 @@ fn budget_series(report: &Report, timeline: &Timeline) -> Vec<Series> {
 pub fn growth_figures(report: &Report, timeline: &Timeline) -> Vec<Figure> {
     let grams = &report.carbon.emissions;
     let reach = LIMIT_WITHIN * grams.central.0;
-    let gram_limit = report.budget.limits.carbon_gco2e;
+    let gram_limit = report.budget.limits.carbon;
     let gram_limit = gram_limit.filter(|limit| limit.0 > 0.0 && limit.0 <= reach);
     let energy = Growth {
         id: "energy",

@@ -191,13 +191,11 @@ impl Amount {
     fn new(amounts: &Amounts, limit: Limit) -> Option<Self> {
         let (size, text) = match limit {
             Limit::Energy => amounts
-                .energy_j
+                .energy
                 .map(|joules| (joules.0, format::energy(joules))),
-            Limit::Carbon => amounts
-                .carbon_gco2e
-                .map(|grams| (grams.0, format::carbon(grams))),
+            Limit::Carbon => amounts.carbon.map(|grams| (grams.0, format::carbon(grams))),
             Limit::Flops => amounts.flops.map(|flops| (flops.0, format::flops(flops))),
-            Limit::Time => amounts.time_s.map(|time| (time.0, format::time(time))),
+            Limit::Time => amounts.time.map(|time| (time.0, format::time(time))),
             Limit::Cost => {
                 let money = amounts.cost.as_ref();
                 money.map(|money| (money.amount, money.to_string()))

@@ -12,12 +12,13 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::baselines::{Baseline, CurvePoint};
 use super::energy::Energy;
 use crate::energy::Interval;
+pub use crate::energy::Limits as Amounts;
 pub use crate::energy::MeterKind as Meter;
 pub use crate::energy::Phase;
 pub use crate::energy::sensor::Absent;
 use crate::forecast::Inference;
 use crate::train::Stop;
-use crate::units::{Bytes, Flops, GramsCo2e, GramsPerKwh, Joules, Money, Pue, Seconds};
+use crate::units::{Bytes, GramsCo2e, GramsPerKwh, Joules, Pue, Seconds};
 
 /// Everything a run reports.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -135,18 +136,6 @@ pub struct Training {
     /// Loss against training energy, where a baseline was trained; `steps.jsonl` has every step.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub curve: Vec<CurvePoint>,
-}
-
-/// An amount of each thing a budget can limit; `None`: no limit, or not known.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct Amounts {
-    /// Without facility overhead.
-    pub energy_j: Option<Joules>,
-    /// With facility overhead.
-    pub carbon_gco2e: Option<GramsCo2e>,
-    pub flops: Option<Flops>,
-    pub time_s: Option<Seconds>,
-    pub cost: Option<Money>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -10,7 +10,7 @@ use crate::energy::carbon::{LIFE_YEARS, dataset_sha256, embodied_share};
 use crate::energy::ledger::Totals;
 use crate::energy::profile::DeviceKind;
 use crate::energy::traffic::{DRAM, Traffic};
-use crate::energy::{Account, EnergyBreakdown, Interval, Limits, MeterKind, Phase, Profile, Spent};
+use crate::energy::{Account, EnergyBreakdown, Interval, MeterKind, Phase, Profile, Spent};
 use crate::forecast::emissions;
 use crate::model::MemoryForecast;
 use crate::report::energy::{CountedParts, Energy, Factor, HostLeftOut, Meters};
@@ -224,38 +224,28 @@ pub(super) fn budget_block(
     // A price of time does not depend on energy.
     let by_energy = price.is_none_or(|price| price.per == Per::KilowattHour);
     let grams = emissions(energy, &prepared.grid, rates);
-    let bound = |energy_j: Joules, carbon_gco2e: GramsCo2e| {
-        let energy_j = Some(energy_j).filter(|end| *end != energy.central);
+    let bound = |joules: Joules, carbon: GramsCo2e| {
+        let joules = Some(joules).filter(|end| *end != energy.central);
         Amounts {
-            energy_j,
-            carbon_gco2e: Some(carbon_gco2e).filter(|end| *end != grams.central),
-            cost: energy_j.filter(|_| by_energy).and_then(cost),
+            energy: joules,
+            carbon: Some(carbon).filter(|end| *end != grams.central),
+            cost: joules.filter(|_| by_energy).and_then(cost),
             ..Amounts::default()
         }
     };
     types::Budget {
-        limits: amounts(prepared.budget.limits()),
+        limits: prepared.budget.limits().clone(),
         spent: Amounts {
-            energy_j: Some(energy.central),
-            carbon_gco2e: Some(grams.central),
+            energy: Some(energy.central),
+            carbon: Some(grams.central),
             flops: Some(Flops(spent.flops as f64)),
-            time_s: Some(spent.time),
+            time: Some(spent.time),
             cost: cost(energy.central),
         },
         spent_low: bound(energy.low, grams.low),
         spent_high: bound(energy.high, grams.high),
         overshoot_j: None,
         margin_j: None,
-    }
-}
-
-fn amounts(limits: &Limits) -> Amounts {
-    Amounts {
-        energy_j: limits.energy,
-        carbon_gco2e: limits.carbon,
-        flops: limits.flops,
-        time_s: limits.time,
-        cost: limits.cost.clone(),
     }
 }
 
