@@ -1,15 +1,14 @@
-//! One error type: what went wrong, where, the value, the rule, and what to type.
+//! The error type: what failed, where, the value, the rule and the remedy.
 //!
-//! Owns the kinds of failure and their exit statuses; knows nothing about how a message is shown. A kind is an enum, so that
-//! code and tests ask `error.kind()` and never search a text.
+//! Code and tests match on [`Error::kind`], never on a message. The exit status follows from the stage of the failure.
 
 use std::fmt;
 use std::path::Path;
 
-/// The result every room returns.
+/// The result of every module.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What sort of thing failed.
+/// Kind of failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// The command line.
@@ -30,28 +29,28 @@ pub enum Kind {
     Adapter,
     /// A device profile or a sensor.
     Energy,
-    /// A budget that cannot be kept.
+    /// An invalid or unsatisfiable budget.
     Budget,
-    /// Memory or disk that does not suffice.
+    /// Insufficient memory or disk space.
     Resources,
-    /// A compute device that is not there or was not compiled in.
+    /// A compute device that is absent or not compiled in.
     Device,
-    /// A loss or a gradient that is not finite.
+    /// A non-finite loss or gradient.
     Diverged,
-    /// A run directory: present already, incomplete, of another recipe.
+    /// A run directory: existing, incomplete, or of another recipe.
     Run,
-    /// A tensor operation that should not have failed.
+    /// A failed tensor operation.
     Tensor,
 }
 
-/// When it failed: decides the exit status.
+/// Stage of the failure, which decides the exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Preflight,
     Running,
 }
 
-/// A failure with everything a person needs to act on it.
+/// A failure with its place, value, rule and remedy.
 ///
 /// ```
 /// use wattune::error::{Error, Kind};
@@ -88,7 +87,7 @@ impl Error {
         }))
     }
 
-    /// A failed file operation: `doing` is what was tried ("read", "write", "create").
+    /// A failed file operation; `doing` is its verb ("read", "write", "create").
     pub fn io(doing: &str, path: &Path, source: std::io::Error) -> Self {
         let error = Self::new(
             Kind::Io,
@@ -108,7 +107,7 @@ impl Error {
         }
     }
 
-    /// Adds the place: a file and line, a key, a tensor's name.
+    /// Adds the place: a file and line, a key, a tensor.
     pub fn at(mut self, place: impl Into<String>) -> Self {
         self.0.place = Some(place.into());
         self
@@ -120,35 +119,35 @@ impl Error {
         self
     }
 
-    /// Adds the rule that was broken.
+    /// Adds the violated rule.
     pub fn rule(mut self, rule: impl Into<String>) -> Self {
         self.0.rule = Some(rule.into());
         self
     }
 
-    /// Adds the remedy: what to type or change.
+    /// Adds the remedy.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());
         self
     }
 
-    /// Marks the failure as one after preflight: exit status 1.
+    /// Marks a failure after preflight: exit status 1.
     pub fn while_running(mut self) -> Self {
         self.0.stage = Stage::Running;
         self
     }
 
-    /// What sort of thing failed.
+    /// Kind of failure.
     pub fn kind(&self) -> Kind {
         self.0.kind
     }
 
-    /// The remedy, if there is one.
+    /// The remedy, if any.
     pub fn remedy(&self) -> Option<&str> {
         self.0.hint.as_deref()
     }
 
-    /// The exit status: 2 for what preflight refuses, 1 for what fails after that.
+    /// 2 for a failure in preflight, 1 for a later one.
     pub fn exit_status(&self) -> u8 {
         match self.0.stage {
             Stage::Preflight => 2,

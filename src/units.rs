@@ -1,8 +1,6 @@
-//! Physical quantities: what every other room speaks in.
+//! Physical quantities and money, their parsing ("5 Wh", "18 kJ", "2 g", "10 min", "1e15 FLOP") and display.
 //!
-//! Owns the types (`Joules`, `Watts`, `Seconds`, `Flops`, `Bytes`, `GramsCo2e`, `GramsPerKwh`, `Pue`, `Money`, `Price`), how
-//! they are written ("5 Wh", "18 kJ", "2 g", "10 min", "1e15 FLOP") and how they are shown. Knows nothing about where a
-//! quantity comes from. A bare `f64` never stands for a quantity outside this file.
+//! Every other module uses these types for quantities instead of a bare `f64`.
 
 use std::fmt;
 use std::iter::Sum;
@@ -16,12 +14,12 @@ pub const JOULES_PER_WH: f64 = 3600.0;
 /// Joules in one kilowatt-hour.
 pub const JOULES_PER_KWH: f64 = 3.6e6;
 
-/// A text that is not a quantity: the text and the rule it breaks.
+/// A text that is not a quantity, and the accepted form.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParseQuantityError {
-    /// What was written.
+    /// The text.
     pub value: String,
-    /// What may be written, with an example.
+    /// The accepted form, with an example.
     pub rule: String,
 }
 
@@ -33,55 +31,44 @@ impl fmt::Display for ParseQuantityError {
 
 impl std::error::Error for ParseQuantityError {}
 
-/// Splits "5 Wh" into its number and its unit; the number must be finite and not negative.
-fn number_and_unit<'a>(text: &'a str, rule: &str) -> Result<(f64, &'a str), ParseQuantityError> {
-    let refuse = || ParseQuantityError {
-        value: text.to_string(),
-        rule: rule.to_string(),
-    };
-    let trimmed = text.trim();
-    // The longest prefix that reads as a number: an `e` of an exponent belongs to it, the `E` of "EFLOP" does not.
-    let end = (1..=trimmed.len())
-        .rev()
-        .find(|&i| {
-            trimmed.is_char_boundary(i)
-                && !trimmed[..i].ends_with(' ')
-                && is_plain_number(&trimmed[..i])
-        })
-        .ok_or_else(refuse)?;
-    let number: f64 = trimmed[..end]
-        .replace('_', "")
-        .parse()
-        .map_err(|_| refuse())?;
-    if !number.is_finite() || number < 0.0 {
-        return Err(refuse());
-    }
-    Ok((number, trimmed[end..].trim()))
-}
-
-fn is_plain_number(text: &str) -> bool {
-    text.chars()
-        .all(|c| c.is_ascii_digit() || matches!(c, '.' | '_' | 'e' | 'E' | '+' | '-'))
-        && text.replace('_', "").parse::<f64>().is_ok()
-}
-
-/// Parses `text` against a table of (unit, factor to the base unit).
-fn parse_with(text: &str, units: &[(&str, f64)], rule: &str) -> Result<f64, ParseQuantityError> {
-    let (number, unit) = number_and_unit(text, rule)?;
-    let factor = units
-        .iter()
-        .find(|(name, _)| *name == unit)
-        .map(|(_, factor)| factor);
-    match factor {
-        Some(factor) => Ok(number * factor),
-        None => Err(ParseQuantityError {
-            value: text.to_string(),
+impl ParseQuantityError {
+    fn new(value: &str, rule: &str) -> Self {
+        Self {
+            value: value.to_string(),
             rule: rule.to_string(),
-        }),
+        }
     }
 }
 
-/// Writes `value` with three or four significant digits in the largest unit that keeps it at or above one.
+/// Splits "5 Wh" into number and unit; `None` unless the number is finite and not negative.
+fn number_and_unit(text: &str) -> Option<(f64, &str)> {
+    let text = text.trim();
+    // The longest prefix that is a number: the `e` of an exponent is part of it, the `E` of "EFLOP" is not.
+    let prefixes = (1..=text.len())
+        .rev()
+        .filter_map(|end| text.split_at_checked(end));
+    let mut numbers = prefixes.filter_map(|(number, unit)| Some((parse_number(number)?, unit)));
+    let (number, unit) = numbers.next()?;
+    (number.is_finite() && number >= 0.0).then_some((number, unit.trim()))
+}
+
+/// Parses digits with `_`, a decimal point and an exponent; no "inf" or "nan".
+fn parse_number(text: &str) -> Option<f64> {
+    let allowed = |c: char| c.is_ascii_digit() || matches!(c, '.' | '_' | 'e' | 'E' | '+' | '-');
+    let digits = text.chars().all(allowed).then(|| text.replace('_', ""))?;
+    digits.parse().ok()
+}
+
+/// Parses `text` with a table of (unit, factor to the base unit).
+fn parse_with(text: &str, units: &[(&str, f64)], rule: &str) -> Result<f64, ParseQuantityError> {
+    let parsed = number_and_unit(text).and_then(|(number, unit)| {
+        let (_, factor) = units.iter().find(|(name, _)| *name == unit)?;
+        Some(number * factor)
+    });
+    parsed.ok_or_else(|| ParseQuantityError::new(text, rule))
+}
+
+/// Formats `value` with up to four significant digits, in the largest unit in which it is at least one.
 fn scaled(f: &mut fmt::Formatter<'_>, value: f64, units: &[(f64, &str)]) -> fmt::Result {
     let (factor, unit) = units
         .iter()
@@ -93,7 +80,7 @@ fn scaled(f: &mut fmt::Formatter<'_>, value: f64, units: &[(f64, &str)]) -> fmt:
     write!(f, "{} {unit}", significant(value / factor))
 }
 
-/// A number with about four significant digits and no needless zeros.
+/// Formats with about four significant digits and without trailing zeros.
 pub fn significant(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return format!("{value}");
@@ -119,7 +106,7 @@ macro_rules! quantity {
         pub struct $name(pub f64);
 
         impl $name {
-            /// Nothing of it.
+            /// Zero.
             pub const ZERO: Self = Self(0.0);
 
             /// The larger of the two.
@@ -227,7 +214,7 @@ quantity!(
 );
 
 quantity!(
-    /// How many: parameters, tokens, hours. The letters are those of model names: 7 B parameters, 1.4 T tokens.
+    /// A count of parameters, tokens or hours, with the suffixes of model names: 7 B parameters, 1.4 T tokens.
     Count,
     units [("", 1.0), ("K", 1e3), ("k", 1e3), ("M", 1e6), ("m", 1e6), ("B", 1e9), ("b", 1e9), ("T", 1e12), ("t", 1e12)],
     shown [(1.0, ""), (1e3, "K"), (1e6, "M"), (1e9, "B"), (1e12, "T")],
@@ -269,7 +256,7 @@ impl Joules {
         self.0 / JOULES_PER_KWH
     }
 
-    /// The same energy as a whole number of microjoules, rounded half away from zero and held at zero below.
+    /// Rounds to whole microjoules, half away from zero; negative energies become zero.
     pub fn rounded(self) -> MicroJoules {
         MicroJoules((self.0 * 1e6).round().max(0.0) as u64)
     }
@@ -290,7 +277,7 @@ impl Mul<Joules> for GramsPerKwh {
 }
 
 impl Seconds {
-    /// The time as a person says it: "12 s", "3 min 05 s", "2 h 07 min".
+    /// "12 s", "3 min 05 s", "2 h 07 min".
     pub fn spoken(self) -> String {
         let whole = self.0.round() as u64;
         match whole {
@@ -301,7 +288,7 @@ impl Seconds {
     }
 }
 
-/// Energy as a whole number of microjoules: the unit of the ledger, where sums must be exact.
+/// Energy in whole microjoules, for the exact sums of the ledger. Arithmetic saturates.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash, Serialize, Deserialize,
 )]
@@ -309,32 +296,40 @@ impl Seconds {
 pub struct MicroJoules(pub u64);
 
 impl MicroJoules {
-    /// No energy.
+    /// Zero.
     pub const ZERO: Self = Self(0);
 
-    /// The same energy as floating-point joules.
+    /// The energy in joules.
     pub fn joules(self) -> Joules {
         Joules(self.0 as f64 / 1e6)
     }
 
-    /// The difference, held at zero.
+    /// The difference, or zero if negative.
     pub fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
     }
 }
 
-impl Add for MicroJoules {
-    type Output = Self;
-    fn add(self, other: Self) -> Self {
-        Self(self.0.saturating_add(other.0))
-    }
+/// Saturating `+` and `+=` of a count.
+macro_rules! saturating_add {
+    ($name:ident) => {
+        impl Add for $name {
+            type Output = Self;
+            fn add(self, other: Self) -> Self {
+                Self(self.0.saturating_add(other.0))
+            }
+        }
+
+        impl AddAssign for $name {
+            fn add_assign(&mut self, other: Self) {
+                *self = *self + other;
+            }
+        }
+    };
 }
 
-impl AddAssign for MicroJoules {
-    fn add_assign(&mut self, other: Self) {
-        *self = *self + other;
-    }
-}
+saturating_add!(MicroJoules);
+saturating_add!(Bytes);
 
 impl Sum for MicroJoules {
     fn sum<I: Iterator<Item = Self>>(items: I) -> Self {
@@ -353,19 +348,6 @@ impl fmt::Display for MicroJoules {
 #[serde(transparent)]
 pub struct Bytes(pub u64);
 
-impl Add for Bytes {
-    type Output = Self;
-    fn add(self, other: Self) -> Self {
-        Self(self.0.saturating_add(other.0))
-    }
-}
-
-impl AddAssign for Bytes {
-    fn add_assign(&mut self, other: Self) {
-        *self = *self + other;
-    }
-}
-
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [(f64, &str); 5] = [
@@ -379,7 +361,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// Power usage effectiveness: facility energy over the machines' own, at least one.
+/// Power usage effectiveness: facility energy over machine energy, at least one.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Serialize)]
 #[serde(transparent)]
 pub struct Pue(f64);
@@ -388,12 +370,12 @@ impl Pue {
     /// A facility without overhead.
     pub const ONE: Self = Self(1.0);
 
-    /// A power usage effectiveness; `None` below one or where not finite.
+    /// `None` below one or if not finite.
     pub fn new(value: f64) -> Option<Self> {
         (value.is_finite() && value >= 1.0).then_some(Self(value))
     }
 
-    /// The plain ratio.
+    /// The ratio.
     pub fn value(self) -> f64 {
         self.0
     }
@@ -409,7 +391,7 @@ impl Mul<Joules> for Pue {
 /// An amount of money with its currency ("0.05 USD").
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Money {
-    /// How much.
+    /// In units of the currency.
     pub amount: f64,
     /// ISO 4217 code, three capital letters.
     pub currency: String,
@@ -419,17 +401,10 @@ impl FromStr for Money {
     type Err = ParseQuantityError;
     fn from_str(text: &str) -> Result<Self, ParseQuantityError> {
         let rule = "an amount and a currency of three capital letters, as in \"0.05 USD\"";
-        let (amount, currency) = number_and_unit(text, rule)?;
-        if !is_currency(currency) {
-            return Err(ParseQuantityError {
-                value: text.to_string(),
-                rule: rule.to_string(),
-            });
-        }
-        Ok(Self {
-            amount,
-            currency: currency.to_string(),
-        })
+        let parsed = number_and_unit(text).filter(|(_, currency)| is_currency(currency));
+        let (amount, currency) = parsed.ok_or_else(|| ParseQuantityError::new(text, rule))?;
+        let currency = currency.to_string();
+        Ok(Self { amount, currency })
     }
 }
 
@@ -443,13 +418,13 @@ impl fmt::Display for Money {
     }
 }
 
-/// What a price is paid for.
+/// Unit of a price.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Per {
-    /// Each kilowatt-hour of facility energy.
+    /// Kilowatt-hour of facility energy.
     KilowattHour,
-    /// Each hour a device is held.
+    /// Hour of device time.
     DeviceHour,
 }
 
@@ -458,13 +433,13 @@ pub enum Per {
 pub struct Price {
     /// The price of one unit.
     pub money: Money,
-    /// The unit.
+    /// What it is paid for.
     pub per: Per,
 }
 
 impl Price {
-    /// What `energy` (facility side) or `time` on the device costs.
-    pub fn of(&self, energy: Joules, time: Seconds) -> Money {
+    /// The cost of facility `energy` or of device `time`, whichever the price is per.
+    pub fn cost(&self, energy: Joules, time: Seconds) -> Money {
         let units = match self.per {
             Per::KilowattHour => energy.kwh(),
             Per::DeviceHour => time.0 / 3600.0,
@@ -480,20 +455,16 @@ impl FromStr for Price {
     type Err = ParseQuantityError;
     fn from_str(text: &str) -> Result<Self, ParseQuantityError> {
         let rule = "an amount, a currency and /kWh or /h, as in \"0.30 USD/kWh\" or \"2.50 USD/h\"";
-        let refuse = || ParseQuantityError {
-            value: text.to_string(),
-            rule: rule.to_string(),
-        };
-        let (money, unit) = text.split_once('/').ok_or_else(refuse)?;
-        let per = match unit.trim() {
-            "kWh" => Per::KilowattHour,
-            "h" => Per::DeviceHour,
-            _ => return Err(refuse()),
-        };
-        Ok(Self {
-            money: money.parse().map_err(|_| refuse())?,
-            per,
-        })
+        let price = text.split_once('/').and_then(|(money, unit)| {
+            let per = match unit.trim() {
+                "kWh" => Per::KilowattHour,
+                "h" => Per::DeviceHour,
+                _ => return None,
+            };
+            let money = money.parse().ok()?;
+            Some(Self { money, per })
+        });
+        price.ok_or_else(|| ParseQuantityError::new(text, rule))
     }
 }
 
@@ -512,7 +483,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantities_are_read_in_their_units() {
+    fn quantities_are_parsed_in_their_units() {
         assert_eq!("5 Wh".parse(), Ok(Joules(18_000.0)));
         assert_eq!("2.5kWh".parse(), Ok(Joules(9e6)));
         assert_eq!("1e15".parse(), Ok(Flops(1e15)));
@@ -532,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_quantity_is_refused_with_its_rule() {
+    fn an_invalid_quantity_is_refused_with_the_accepted_form() {
         for bad in [
             "",
             "5",
@@ -551,15 +522,15 @@ mod tests {
     }
 
     #[test]
-    fn a_price_is_paid_for_energy_or_for_time() {
+    fn a_price_is_per_energy_or_per_time() {
         let price: Price = "0.30 USD/kWh".parse().unwrap();
-        assert!((price.of(Joules(3.6e6), Seconds(7.0)).amount - 0.30).abs() < 1e-12);
+        assert!((price.cost(Joules(3.6e6), Seconds(7.0)).amount - 0.30).abs() < 1e-12);
         let price: Price = "2.50 USD/h".parse().unwrap();
-        assert!((price.of(Joules(3.6e6), Seconds(1800.0)).amount - 1.25).abs() < 1e-12);
+        assert!((price.cost(Joules(3.6e6), Seconds(1800.0)).amount - 1.25).abs() < 1e-12);
     }
 
     #[test]
-    fn numbers_are_shown_short() {
+    fn quantities_are_displayed_with_four_digits() {
         assert_eq!(Joules(41_230.0).to_string(), "41.23 kJ");
         assert_eq!(Joules(0.0).to_string(), "0 µJ");
         assert_eq!(Bytes(3 << 20).to_string(), "3 MiB");
@@ -568,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gram_is_intensity_times_energy() {
+    fn emissions_are_intensity_times_energy() {
         assert_eq!(
             GramsPerKwh(429.0) * (Pue::new(1.1).unwrap() * Joules(3.6e6)),
             GramsCo2e(429.0 * 1.1)

@@ -356,13 +356,13 @@ fn largest_energy(keeps: impl Fn(MicroJoules) -> bool) -> MicroJoules {
 fn cost_cap(cost: &Money, price: &Price, pue: Pue) -> Cap {
     match price.per {
         Per::KilowattHour => Cap::Energy(largest_energy(|energy| {
-            price.of(pue * energy.joules(), Seconds::ZERO).amount <= cost.amount
+            price.cost(pue * energy.joules(), Seconds::ZERO).amount <= cost.amount
         })),
         // The bits of a float that is not negative rise with it, so the same search finds the largest number of seconds.
         Per::DeviceHour => {
             let seconds = |bits: u64| f64::from_bits(bits.min(f64::MAX.to_bits()));
             let bits = largest(|bits| {
-                price.of(Joules::ZERO, Seconds(seconds(bits))).amount <= cost.amount
+                price.cost(Joules::ZERO, Seconds(seconds(bits))).amount <= cost.amount
             });
             Cap::Time(Seconds(seconds(bits)))
         }

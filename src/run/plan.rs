@@ -138,7 +138,7 @@ fn forecast_block(prepared: &Prepared, run: &RunForecast, energy: Interval<Joule
     let time = run.total.time;
     let cost = |joules: Joules| {
         let price = rates.price.as_ref()?;
-        Some(price.of(rates.pue * joules, time))
+        Some(price.cost(rates.pue * joules, time))
     };
     let Interval { low, central, high } = energy.map(cost);
     Forecast {

@@ -220,7 +220,7 @@ pub(super) fn budget_block(
 ) -> types::Budget {
     let rates = prepared.budget.rates();
     let price = rates.price.as_ref();
-    let cost = |energy: Joules| price.map(|price| price.of(rates.pue * energy, spent.time));
+    let cost = |energy: Joules| price.map(|price| price.cost(rates.pue * energy, spent.time));
     // A price of time does not depend on energy.
     let by_energy = price.is_none_or(|price| price.per == Per::KilowattHour);
     let grams = emissions(energy, &prepared.grid, rates);
