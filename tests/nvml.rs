@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use wattune::energy::meter::Computing;
+use wattune::energy::Computing;
 use wattune::energy::sensor::{NvmlSensor, Sensor, gpu_name};
 use wattune::energy::{
     Account, Budget, Counters, Ledger, Limits, MeterKind, Meters, Phase, Profile, Rates,

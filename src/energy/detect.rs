@@ -1,25 +1,57 @@
-//! Which profile this machine is.
+//! Detection of this machine's device profile.
 //!
-//! Owns the recognition of the processor (`/proc/cpuinfo`, else the system's own name for it), of a graphics processor by its
-//! driver's name, and the number of physical cores this process may use (affinity, cgroup). Never guesses a graphics processor;
-//! an unknown processor gets a generic profile that says so.
+//! Recognises the processor (`/proc/cpuinfo`, else the system's name for it), a GPU by its driver's name,
+//! and the physical cores this process may use (affinity, cgroup). An unknown processor gets a generic
+//! profile with a note; an unknown GPU is an error.
 
-use super::meter::Computing;
+use super::options::DeviceRef;
 use super::profile::{DeviceKind, Profile};
 use super::sensor::gpu_name;
-use super::{did_you_mean, near_matches};
+use super::suggest::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
 
+/// The device that computes; its counter makes a measurement complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Computing {
+    /// The processor.
+    Cpu,
+    /// The NVIDIA GPU of this CUDA ordinal.
+    Nvidia(u32),
+    /// A device without a supported counter.
+    Other,
+}
+
+const NAME_A_PROFILE: &str = "write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file";
+
 impl Profile {
-    /// The profile of this machine's processor, scaled to the cores this process may use; its `note` says how it was found.
+    /// The profile of a recipe's `energy.device`. A name means all of the device; `auto`, the computing
+    /// device, gives "NAME@CORES" for a processor.
+    pub fn resolve(device: &DeviceRef, computing: Computing) -> Result<Profile> {
+        match device {
+            DeviceRef::Auto => Self::of_machine(computing),
+            DeviceRef::File(path) => Self::from_file(path),
+            DeviceRef::Named { name, cores } => Self::shipped(name, *cores),
+        }
+    }
+
+    /// The value of `energy.device` that resolves to this profile.
+    pub fn reference(&self) -> DeviceRef {
+        self.name.parse().unwrap_or_else(|_| DeviceRef::Named {
+            name: self.name.clone(),
+            cores: None,
+        })
+    }
+
+    /// The profile of this machine's processor, scaled to the cores this process may use; `note` says how
+    /// it was recognised.
     pub fn detect() -> Profile {
         let info = cpuinfo();
         let cores = allowed_cores();
         let mut profile = recognise(&info).scaled_to(cores);
         let note = profile.note.take().unwrap_or_default();
+        let plural = if cores == 1 { "" } else { "s" };
         profile.note = Some(format!(
-            "{note}; {cores} core{} allowed to this process",
-            if cores == 1 { "" } else { "s" }
+            "{note}; {cores} core{plural} allowed to this process"
         ));
         profile
     }
@@ -30,85 +62,91 @@ impl Profile {
             Computing::Cpu => Ok(Self::detect()),
             Computing::Nvidia(index) => {
                 let name = gpu_name(index).map_err(|absent| {
-                    Error::new(Kind::Energy, format!("the graphics processor cannot be recognised: {}", absent.reason))
-                        .hint(format!("{}; or name the device in the recipe's [energy] table", absent.remedy))
+                    let what = format!(
+                        "the graphics processor cannot be recognised: {}",
+                        absent.reason
+                    );
+                    let hint = format!(
+                        "{}; or name the device in the recipe's [energy] table",
+                        absent.remedy
+                    );
+                    Error::new(Kind::Energy, what).hint(hint)
                 })?;
                 Self::of_gpu(&name)
             }
             Computing::Other => match Self::detect() {
                 chip if chip.kind == DeviceKind::Soc => Ok(chip),
-                _ => Err(Error::new(Kind::Energy, "this device cannot be recognised, and none is guessed")
-                    .hint("write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file")),
+                _ => {
+                    let what = "this device cannot be recognised, and none is guessed";
+                    Err(Error::new(Kind::Energy, what).hint(NAME_A_PROFILE))
+                }
             },
         }
     }
 
-    /// The profile of a graphics processor by the name its driver reports ("NVIDIA H100 80GB HBM3").
+    /// The profile of a GPU by the name its driver reports ("NVIDIA H100 80GB HBM3").
     pub fn of_gpu(reported: &str) -> Result<Profile> {
-        let same = |name: &String| name.eq_ignore_ascii_case(reported.trim());
-        let found = Profile::all()
+        let is_reported = |name: &String| name.eq_ignore_ascii_case(reported.trim());
+        let found = Self::all()
             .iter()
             .filter(|p| p.kind != DeviceKind::Cpu)
-            .find(|p| p.matches.iter().any(same));
+            .find(|p| p.matches.iter().any(is_reported));
         if let Some(profile) = found {
-            return Ok(Profile {
-                note: Some(format!("recognised by the driver's name `{reported}`")),
-                ..profile.clone()
-            });
+            return Ok(profile.with_note(format!("recognised by the driver's name `{reported}`")));
         }
         let slug = reported.to_lowercase().replace(' ', "-");
-        let near = near_matches(
-            &slug,
-            Profile::all()
-                .iter()
-                .filter(|p| p.kind == DeviceKind::Gpu)
-                .map(|p| p.name.as_str()),
-        );
-        Err(Error::new(Kind::Energy, "this graphics processor has no profile, and none is guessed").value(reported).hint(
-            did_you_mean(
-                &near,
-                "write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file",
-            ),
-        ))
+        let gpus = Self::all().iter().filter(|p| p.kind == DeviceKind::Gpu);
+        let near = near_matches(&slug, gpus.map(|p| p.name.as_str()));
+        let what = "this graphics processor has no profile, and none is guessed";
+        Err(Error::new(Kind::Energy, what)
+            .value(reported)
+            .hint(did_you_mean(&near, NAME_A_PROFILE)))
+    }
+
+    fn with_note(&self, note: String) -> Profile {
+        Profile {
+            note: Some(note),
+            ..self.clone()
+        }
     }
 }
 
-/// Physical cores this process may use: the system's allowed CPUs, two of which may be one core.
+/// Physical cores this process may use: allowed CPUs over threads per core.
 pub fn allowed_cores() -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (cpus / threads_per_core(&cpuinfo())).max(1)
 }
 
-/// The CPUs this process may use and all that the system lists, where the first are fewer.
+/// The CPUs this process may use and all CPUs of the system, if the process may not use all.
 pub fn part_of_machine() -> Option<(usize, usize)> {
     let allowed = std::thread::available_parallelism().ok()?.get();
-    let all = listed(&cpuinfo());
+    let all = cpu_count(&cpuinfo());
     (allowed < all).then_some((allowed, all))
 }
 
-/// The CPUs that `/proc/cpuinfo` lists.
-fn listed(info: &str) -> usize {
-    info.lines()
-        .filter(|line| {
-            line.split_once(':')
-                .is_some_and(|(key, _)| key.trim() == "processor")
-        })
-        .count()
+/// CPUs listed in `/proc/cpuinfo`.
+fn cpu_count(info: &str) -> usize {
+    fields(info).filter(|(key, _)| *key == "processor").count()
 }
 
 fn cpuinfo() -> String {
     std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()
 }
 
-/// The value of the first line "key : value".
-fn field<'a>(info: &'a str, key: &str) -> Option<&'a str> {
-    info.lines()
-        .filter_map(|line| line.split_once(':'))
-        .find(|(name, _)| name.trim() == key)
-        .map(|(_, value)| value.trim())
+/// The lines "key : value".
+fn fields(info: &str) -> impl Iterator<Item = (&str, &str)> {
+    let lines = info.lines().filter_map(|line| line.split_once(':'));
+    lines.map(|(key, value)| (key.trim(), value.trim()))
 }
 
-/// "siblings" over "cpu cores" of the first package; one where the system does not say.
+fn field<'a>(info: &'a str, key: &str) -> Option<&'a str> {
+    let mut fields = fields(info);
+    fields
+        .find(|(name, _)| *name == key)
+        .map(|(_, value)| value)
+}
+
+/// "siblings" over "cpu cores" of the first package; one if the system does not state them.
 fn threads_per_core(info: &str) -> usize {
     let number = |key| field(info, key).and_then(|text| text.parse::<usize>().ok());
     match (number("siblings"), number("cpu cores")) {
@@ -117,33 +155,14 @@ fn threads_per_core(info: &str) -> usize {
     }
 }
 
-/// The profile of the processor that `/proc/cpuinfo` describes: by name, else by vendor, family and model, else generic.
+/// The profile of the processor in `/proc/cpuinfo`: by name, else by vendor, family and model, else generic.
 fn recognise(info: &str) -> Profile {
-    let fallback = || sysinfo_brand().unwrap_or_default();
-    // Arm boards name themselves in "Model"; x86 processors in "model name".
-    let name = field(info, "model name")
-        .or(field(info, "Model"))
+    // x86 processors have "model name", Arm boards "Model".
+    let name = field(info, "model name").or(field(info, "Model"));
+    let name = name
         .map(str::to_string)
-        .unwrap_or_else(fallback);
-    let padded = format!("{name} ");
-    let chips = || Profile::all().iter().filter(|p| p.kind != DeviceKind::Gpu);
-    // The longest text wins: "Apple M4 Max" is not "Apple M4".
-    let length = |p: &Profile| {
-        p.matches
-            .iter()
-            .filter(|text| padded.contains(text.as_str()))
-            .map(String::len)
-            .max()
-    };
-    if let Some(profile) = chips()
-        .filter(|p| length(p).is_some())
-        .max_by_key(|p| length(p))
-    {
-        return Profile {
-            note: Some(format!("recognised by the processor's name `{name}`")),
-            ..profile.clone()
-        };
-    }
+        .or_else(system_cpu_name)
+        .unwrap_or_default();
     let part = |key| field(info, key).unwrap_or("?");
     let id = format!(
         "{}/{}/{}",
@@ -151,39 +170,52 @@ fn recognise(info: &str) -> Profile {
         part("cpu family"),
         part("model")
     );
-    if let Some(profile) = chips().find(|p| p.cpuid.contains(&id)) {
-        let note = format!(
-            "`{name}` hides its model; {} stands for its family ({id})",
+    if let Some(profile) = by_name(&name) {
+        profile.with_note(format!("recognised by the processor's name `{name}`"))
+    } else if let Some(profile) = processors().find(|p| p.cpuid.contains(&id)) {
+        profile.with_note(format!(
+            "CPU model not reported (`{name}`); using the {} profile (same family, {id})",
             profile.title
-        );
-        return Profile {
-            note: Some(note),
-            ..profile.clone()
-        };
-    }
-    let generic = Profile::named("generic-cpu").expect("a shipped profile: a test asks for it");
-    let shown = if name.is_empty() {
-        "a processor without a name"
+        ))
     } else {
-        &name
-    };
-    Profile {
-        note: Some(format!(
-            "no profile for {shown}: a generic one is used, name the device in [energy] for better figures"
-        )),
-        ..generic
+        let generic = Profile::named("generic-cpu").expect("a shipped profile: a test asks for it");
+        let name = if name.is_empty() {
+            "a processor without a name"
+        } else {
+            &name
+        };
+        generic.with_note(format!(
+            "no profile for {name}: a generic one is used, name the device in [energy] for better figures"
+        ))
     }
 }
 
-/// The processor's name where there is no `/proc/cpuinfo` (macOS, Windows).
-fn sysinfo_brand() -> Option<String> {
-    let what = sysinfo::RefreshKind::nothing().with_cpu(sysinfo::CpuRefreshKind::nothing());
-    let system = sysinfo::System::new_with_specifics(what).ok()?;
-    system
-        .cpus()
-        .first()
-        .map(|cpu| cpu.brand().trim().to_string())
-        .filter(|brand| !brand.is_empty())
+fn processors() -> impl Iterator<Item = &'static Profile> {
+    Profile::all().iter().filter(|p| p.kind != DeviceKind::Gpu)
+}
+
+/// The processor with the longest match in `name`: "Apple M4 Max" is not "Apple M4".
+fn by_name(name: &str) -> Option<&'static Profile> {
+    // A match may end in a space, as a word boundary.
+    let padded = format!("{name} ");
+    let longest_match = |p: &Profile| {
+        let matches = p
+            .matches
+            .iter()
+            .filter(|text| padded.contains(text.as_str()));
+        matches.map(String::len).max()
+    };
+    processors()
+        .filter(|p| longest_match(p).is_some())
+        .max_by_key(|p| longest_match(p))
+}
+
+/// The processor's name on systems without `/proc/cpuinfo` (macOS, Windows).
+fn system_cpu_name() -> Option<String> {
+    let cpus = sysinfo::RefreshKind::nothing().with_cpu(sysinfo::CpuRefreshKind::nothing());
+    let system = sysinfo::System::new_with_specifics(cpus).ok()?;
+    let brand = system.cpus().first()?.brand().trim().to_string();
+    Some(brand).filter(|brand| !brand.is_empty())
 }
 
 #[cfg(test)]
@@ -197,23 +229,21 @@ mod tests {
     }
 
     #[test]
-    fn processors_are_recognised_by_name_then_family_then_not_at_all() {
+    fn processors_are_recognised_by_name_then_by_family() {
         let named = recognise(&x86(
             "Intel(R) Xeon(R) Platinum 8275CL CPU @ 3.00GHz",
             6,
             85,
         ));
         assert_eq!(named.name, "intel-xeon-platinum-8275cl");
-        let hidden = recognise(&x86("Intel(R) Xeon(R) Processor", 6, 207));
-        assert_eq!(hidden.name, "intel-xeon-platinum-8592plus");
-        assert!(hidden.note.unwrap().contains("hides its model"));
+        let same_family = recognise(&x86("Intel(R) Xeon(R) Processor", 6, 207));
+        assert_eq!(same_family.name, "intel-xeon-platinum-8592plus");
+        assert!(same_family.note.unwrap().contains("CPU model not reported"));
         let unknown = recognise(&x86("Mystery 3000", 1, 2));
         assert_eq!(unknown.name, "generic-cpu");
         assert!(unknown.note.unwrap().contains("Mystery 3000"));
-        assert_eq!(
-            recognise("processor : 0\nModel : Raspberry Pi 5 Model B Rev 1.0\n").name,
-            "raspberry-pi-5"
-        );
+        let pi = recognise("processor : 0\nModel : Raspberry Pi 5 Model B Rev 1.0\n");
+        assert_eq!(pi.name, "raspberry-pi-5");
         assert_eq!(
             recognise("model name : Apple M4 Max\n").name,
             "apple-m4-max"
@@ -221,29 +251,23 @@ mod tests {
     }
 
     #[test]
-    fn two_threads_of_a_core_are_one_core() {
+    fn two_threads_of_a_core_count_once() {
         assert_eq!(threads_per_core(&x86("x", 6, 1)), 2);
         assert_eq!(threads_per_core(""), 1);
-        // As the kernel prints them on x86; the Raspberry Pi's have no model names between them.
-        assert_eq!(
-            listed("processor\t: 0\nmodel name\t: processor x\n\nprocessor\t: 1\n"),
-            2
-        );
+        // As x86 kernels print them; a Raspberry Pi's have no model names in between.
+        let two = "processor\t: 0\nmodel name\t: processor x\n\nprocessor\t: 1\n";
+        assert_eq!(cpu_count(two), 2);
         assert!(allowed_cores() >= 1);
         let here = Profile::detect();
         assert!(here.cores.unwrap() <= allowed_cores(), "{here:?}");
     }
 
     #[test]
-    fn a_graphics_processor_is_never_guessed() {
-        assert_eq!(
-            Profile::of_gpu("NVIDIA H100 80GB HBM3").unwrap().name,
-            "nvidia-h100-sxm5-80gb"
-        );
+    fn an_unknown_gpu_is_an_error() {
+        let h100 = Profile::of_gpu("NVIDIA H100 80GB HBM3").unwrap();
+        assert_eq!(h100.name, "nvidia-h100-sxm5-80gb");
         let error = Profile::of_gpu("NVIDIA H100 96GB HBM9").unwrap_err();
-        assert!(
-            error.kind() == Kind::Energy && error.to_string().contains("nvidia-h100"),
-            "{error}"
-        );
+        assert_eq!(error.kind(), Kind::Energy);
+        assert!(error.to_string().contains("nvidia-h100"), "{error}");
     }
 }

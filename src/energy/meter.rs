@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::charge::Charge;
 use super::counters::{Counters, Snapshot};
-use super::detect::{allowed_cores, part_of_machine};
+use super::detect::{Computing, allowed_cores, part_of_machine};
 use super::ledger::Energies;
 use super::options::MeterKind;
 use super::profile::{DeviceKind, Profile};
@@ -17,17 +17,6 @@ use super::sensor::{Absent, AttributedSensor, Gap, NvmlSensor, RaplSensor, Senso
 use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds, Watts};
 use crate::work::Work;
-
-/// Which device computes, and so which counter makes a measurement complete.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Computing {
-    /// The processor.
-    Cpu,
-    /// The NVIDIA graphics processor of this index.
-    Nvidia(u32),
-    /// A device for which there is no counter here.
-    Other,
-}
 
 /// What one window cost on every meter.
 #[derive(Debug, Clone, PartialEq)]

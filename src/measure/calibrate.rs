@@ -14,7 +14,7 @@ use candle_core::{Device, Tensor};
 
 use self::time_budget::TimeBudget;
 use super::machine::cpu_name;
-use crate::energy::meter::Computing;
+use crate::energy::Computing;
 use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
 use crate::energy::{
     Counters, DeviceRef, Measured, MeasuredCache, MeasuredPower, Profile, allowed_cores,

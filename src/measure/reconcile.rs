@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
+use crate::energy::Computing;
 use crate::energy::Profile;
-use crate::energy::meter::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::recipe::Recipe;
 use crate::report::Report;

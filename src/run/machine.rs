@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use candle_core::Device;
 
-use crate::energy::meter::Computing;
+use crate::energy::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::measure::machine::cpu_name;
 use crate::report::types::Environment;

@@ -17,7 +17,7 @@ use super::records::Records;
 use super::target::{shape_of, target};
 use crate::adapter::shards::read_headers;
 use crate::data::{Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
-use crate::energy::meter::Computing;
+use crate::energy::Computing;
 use crate::energy::{Budget, DeviceRef, Grid, Meters, Profile, Rates};
 use crate::error::Result;
 use crate::forecast::Subject;

@@ -15,7 +15,7 @@ use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::target::{shape_of, target};
 use super::{Screen, plan, prepare};
-use crate::energy::meter::Computing;
+use crate::energy::Computing;
 use crate::error::{Error, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::measure::machine::free_memory;

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use super::prepare::Prepared;
 use super::reconcile::{profile_factor, reconciliation};
-use crate::energy::carbon::{LIFE_YEARS, dataset_sha256, embodied_share};
+use crate::energy::carbon::{LIFE_YEARS, embodied_share};
+use crate::energy::grid::dataset_sha256;
 use crate::energy::ledger::Totals;
 use crate::energy::profile::DeviceKind;
 use crate::energy::traffic::{DRAM, Traffic};

@@ -14,7 +14,7 @@ use super::sample::{SamplePrompt, sample_prompt};
 use super::step_logger::StepLogger;
 use super::trainee;
 use super::{Screen, measured_baselines, plan};
-use crate::energy::meter::Computing;
+use crate::energy::Computing;
 use crate::energy::{Account, DeviceRef, Ledger, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::files::remove_leftovers;
