@@ -111,6 +111,27 @@ fn no_import_crosses_the_table() {
 }
 
 #[test]
+fn files_of_energy_form_no_import_cycle() {
+    for folder in ["src/energy/", "src/energy/sensor/"] {
+        let sources: Vec<_> = rust_files(folder)
+            .into_iter()
+            .map(|(path, text)| {
+                (
+                    path[folder.len()..].to_string(),
+                    without_tests(&code(&text)),
+                )
+            })
+            .collect();
+        let files = sources.iter().filter_map(|(path, code)| {
+            let module = path.strip_suffix(".rs")?;
+            (module != "mod" && !module.contains('/')).then_some((module, code.as_str()))
+        });
+        let cycle = rules::import_cycle(&files.collect::<Vec<_>>());
+        assert!(cycle.is_empty(), "{folder}: {cycle:?}");
+    }
+}
+
+#[test]
 fn rooms_name_only_the_crates_of_their_trade() {
     every_source(rules::foreign_crates);
 }
