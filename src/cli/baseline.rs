@@ -1,4 +1,4 @@
-//! `wattune baseline`: what training a model cost or would cost.
+//! `wattune baseline`: the cost of training a model.
 
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -20,7 +20,7 @@ pub(super) struct Arguments {
     /// A published training run, such as gpt-3 or bloom-176b
     #[arg(conflicts_with_all = ["params", "tokens", "flops", "method"])]
     name: Option<String>,
-    /// Parameters that compute on a token (a mixture of experts: the active ones): 1.75e11, 175B, 7M
+    /// Parameters active per token, such as 1.75e11, 175B or 7M
     #[arg(
         long,
         value_name = "N",
@@ -28,7 +28,7 @@ pub(super) struct Arguments {
         allow_hyphen_values = true
     )]
     params: Option<String>,
-    /// Training tokens, over all epochs: 1.4T; pretraining without them takes 20 a parameter
+    /// Training tokens over all epochs, such as 1.4T [default for pretraining: 20 per parameter]
     #[arg(
         long,
         value_name = "D",
@@ -36,19 +36,19 @@ pub(super) struct Arguments {
         allow_hyphen_values = true
     )]
     tokens: Option<String>,
-    /// FLOPs, in place of parameters and tokens
+    /// Training FLOPs, instead of parameters and tokens
     #[arg(long, value_name = "F", allow_hyphen_values = true)]
     flops: Option<String>,
-    /// How it is trained: 6ND, for lora 4ND
+    /// Training method: 6ND FLOPs, 4ND for lora
     #[arg(long, value_enum, default_value = "pretraining")]
     method: MethodName,
-    /// Profile of one device (`wattune devices`), a profile file, or tpu-v2, tpu-v3, tpu-v4, nvidia-h800-sxm
+    /// Device profile (see `wattune devices`), a profile file, or tpu-v2, tpu-v3, tpu-v4, nvidia-h800-sxm
     #[arg(long, value_name = "NAME")]
     device: Option<String>,
-    /// Devices at once: for the wall time
+    /// Number of devices, for the wall time
     #[arg(long, value_name = "N", allow_hyphen_values = true)]
     count: Option<String>,
-    /// TFLOP/s that one device reaches, averaged over the training
+    /// Mean TFLOP/s achieved per device
     #[arg(
         long,
         value_name = "T",
@@ -56,16 +56,16 @@ pub(super) struct Arguments {
         conflicts_with = "hours"
     )]
     achieved_tflops: Option<String>,
-    /// Watts of one device, averaged over the training
+    /// Mean power per device, in watts
     #[arg(long, value_name = "W", allow_hyphen_values = true)]
     power: Option<String>,
-    /// Device hours, added up over all devices
+    /// Total device hours
     #[arg(long, value_name = "DEVICE_HOURS", allow_hyphen_values = true)]
     hours: Option<String>,
-    /// The facility's energy over its machines'
+    /// Power usage effectiveness of the facility
     #[arg(long, value_name = "P", allow_hyphen_values = true)]
     pue: Option<String>,
-    /// ISO code, US state, cloud region, world, or gCO2e/kWh
+    /// Grid: ISO code, US state, cloud region, world, or gCO2e/kWh
     #[arg(long, value_name = "G", allow_hyphen_values = true)]
     grid: Option<String>,
 }
@@ -140,7 +140,7 @@ fn refused(flag: &str, value: &str, rule: &str, hint: &str) -> Error {
         .hint(hint)
 }
 
-/// A quantity of more than zero.
+/// Parses a quantity above zero.
 fn quantity<T: FromStr<Err = ParseQuantityError> + PartialOrd + Default>(
     flag: &str,
     text: Option<&str>,
@@ -154,7 +154,7 @@ fn quantity<T: FromStr<Err = ParseQuantityError> + PartialOrd + Default>(
     }
 }
 
-/// Watts, with the unit or without.
+/// Parses watts, with or without the unit.
 fn watts(text: Option<&str>) -> Result<Option<Watts>> {
     let with_unit = text.map(|text| {
         if text.trim().parse::<f64>().is_ok() {

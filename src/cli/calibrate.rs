@@ -1,4 +1,4 @@
-//! `wattune calibrate`: a profile file of this machine.
+//! `wattune calibrate`: measures this machine and writes its profile file.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -17,21 +17,21 @@ use crate::units::{Flops, Seconds, significant};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Arguments {
-    /// The profile file, ending in `.toml`; an existing file is refused [default: NAME.toml]
+    /// Profile file to write, ending in `.toml`; must not exist [default: NAME.toml]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
-    /// What the profile is called: lower-case letters, digits, hyphens [default: the nearest profile's name and "calibrated"]
+    /// Profile name: lower-case letters, digits, hyphens [default: the base profile's name and "calibrated"]
     #[arg(long)]
     name: Option<String>,
-    /// The profile that stands nearest: a name from `wattune devices`, or a profile file
+    /// Base profile: a name from `wattune devices`, or a profile file
     #[arg(long, value_name = "PROFILE", default_value = "auto")]
     like: DeviceRef,
     #[command(flatten)]
     device: DeviceArgument,
-    /// Time for each figure
+    /// Measurement time for each figure
     #[arg(long, value_name = "TIME", default_value = "2 s")]
     each: Seconds,
-    /// Measure nothing anew: keep in the profile what this run's counters showed over what was counted
+    /// Measure nothing; store this run's ratio of measured to counted energy in the profile
     #[arg(long, value_name = "RUN_DIR", conflicts_with_all = ["like", "device", "each"])]
     from_run: Option<PathBuf>,
 }
@@ -40,7 +40,7 @@ const EXAMPLES: &str = "\
 Examples:
   wattune calibrate --out my-machine.toml --name my-machine
   wattune plan recipe.toml --set energy.device=./my-machine.toml
-  wattune calibrate --from-run runs/mine --out mine.toml       counted joules times what the run measured over counted
+  wattune calibrate --from-run runs/mine --out mine.toml       counted joules times the run's measured / counted
 
 In a recipe:
   [energy]
@@ -48,7 +48,7 @@ In a recipe:
 
 Only runs charged to the same profile can be compared: keep the file with the recipe.";
 
-/// The longest that one figure may take: with all of them, under a minute.
+/// Longest measurement time of one figure: all of them take under a minute.
 const LONGEST: Seconds = Seconds(10.0);
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
@@ -58,7 +58,7 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     }
 }
 
-/// Keeps a run's factor in the profile it was charged to.
+/// Stores a run's factor in the profile it was charged to.
 fn keep(arguments: &Arguments, run: &Path, common: Common) -> Result<ExitCode> {
     let found = run::reconcile(run, arguments.name.as_deref())?;
     let path = arguments
@@ -120,7 +120,7 @@ fn measure(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     }
 }
 
-/// Refuses, before anything is measured, a file that no recipe could name or that is there already.
+/// Refuses a file that exists or that a recipe cannot name, before anything is measured.
 fn check(path: &Path) -> Result<()> {
     if path.extension().is_none_or(|extension| extension != "toml") {
         return Err(Error::new(Kind::Usage, "a profile file ends in `.toml`")
@@ -184,7 +184,7 @@ fn page(path: &Path, found: &Calibration) -> String {
         notes,
     } = found;
     let mut text = format!(
-        "{} · measured, and in brackets what {} says\n\n",
+        "{} · measured (in brackets: {})\n\n",
         profile.name, base.name
     );
     let mut row = |label: &str, value: String| {
@@ -221,7 +221,7 @@ fn page(path: &Path, found: &Calibration) -> String {
             )
         }
         None => format!(
-            "not measured: idle {}, load {} as {} has it",
+            "not measured: idle {}, load {} from {}",
             profile.idle_w, profile.load_w, base.name
         ),
     };
@@ -229,7 +229,7 @@ fn page(path: &Path, found: &Calibration) -> String {
     text + &ending(path, notes)
 }
 
-/// The notes, and how a recipe names the file.
+/// The notes, and the recipe key that uses the file.
 fn ending(path: &Path, notes: &[String]) -> String {
     let notes: String = notes
         .iter()
@@ -241,7 +241,7 @@ fn ending(path: &Path, notes: &[String]) -> String {
     )
 }
 
-/// A relative path with `./` before it, so that a recipe reads it as a path.
+/// Prefixes a relative path with `./`, so that a recipe reads it as a path.
 fn shown(path: &Path) -> String {
     if path.is_relative() && !path.starts_with(".") && !path.starts_with("..") {
         return format!("./{}", path.display());

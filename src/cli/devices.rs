@@ -18,12 +18,12 @@ pub(super) struct Arguments {}
 const EXAMPLES: &str = "\
 Examples:
   wattune devices                          the detected device, hardware counters, all profiles
-  wattune devices --json                   the same with every figure and its source
+  wattune devices --json                   the same with all figures and sources
   wattune plan recipe.toml --set energy.device=nvidia-t4       cost of the run elsewhere
 
 A container with its host's counters mounted elsewhere: WATTUNE_POWERCAP=/host/sys/class/powercap wattune devices
 
-`NAME@4` is four cores of a processor. For a machine without a profile: `wattune calibrate`.";
+`NAME@4` is four cores of a processor. To create a profile: `wattune calibrate`.";
 
 pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
     let here = Profile::detect();

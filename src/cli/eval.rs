@@ -13,22 +13,22 @@ use crate::run::{self, DataOptions, EvaluationJob, Format, OnBadRecord, TxtUnit}
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// Records: .jsonl .json .csv .tsv .txt or .parquet
+    /// Data files: .jsonl .json .csv .tsv .txt or .parquet
     #[arg(long, required = true, num_args = 1..)]
     data: Vec<PathBuf>,
-    /// How a record is read
+    /// Record format
     #[arg(long, default_value = "auto")]
     format: Format,
-    /// The wanted field's column, such as `--column prompt=question`
+    /// Column of a field, such as `--column prompt=question`
     #[arg(long = "column", value_name = "FIELD=COLUMN")]
     columns: Vec<String>,
-    /// Longest record in tokens
+    /// Maximum length of a record in tokens
     #[arg(long, default_value_t = 512)]
     max_length: usize,
-    /// Records in one forward pass
+    /// Records per forward pass
     #[arg(long, default_value_t = 8)]
     micro_batch_size: usize,
-    /// Only the first so many records
+    /// Evaluate only the first N records
     #[arg(long)]
     limit: Option<usize>,
 }

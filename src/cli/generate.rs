@@ -13,28 +13,28 @@ use crate::run::{self, GenerationJob, Sampling};
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// What the model goes on from
+    /// Prompt to continue
     #[arg(long)]
     prompt: String,
-    /// Render the prompt as a person's message by the model's chat template
+    /// Format the prompt as a user message with the model's chat template
     #[arg(long)]
     chat: bool,
-    /// Tokens at most
+    /// Maximum number of new tokens
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
-    /// 0 takes the likeliest token; higher values vary more
+    /// Sampling temperature; 0 is greedy
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// Draw among the likeliest tokens whose probabilities reach this sum
+    /// Sample from the most likely tokens whose probabilities sum to this (nucleus sampling)
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
-    /// Draw among so many likeliest tokens (0: all)
+    /// Sample from the k most likely tokens (0: all)
     #[arg(long, default_value_t = 0)]
     top_k: usize,
-    /// Seeds the draw
+    /// Random seed
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// End the text before this
+    /// Stop before this text
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 }

@@ -12,16 +12,16 @@ use crate::run::{self, MergeRequest};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Hub id, directory, or embedded:tiny
+    /// Model: hub id, directory, or embedded:tiny
     #[arg(long)]
     model: String,
     /// Branch, tag or commit of a hub model
     #[arg(long, default_value = "main")]
     revision: String,
-    /// The PEFT adapter's directory
+    /// PEFT adapter directory
     #[arg(long)]
     adapter: PathBuf,
-    /// The directory to make; an existing one is refused
+    /// Output directory; must not exist
     #[arg(long)]
     out: PathBuf,
 }

@@ -27,7 +27,7 @@ use crate::error::{Error, Kind, Result};
 use crate::run;
 use crate::text::printable;
 
-/// Specialise an open transformer inside an energy budget, and prove what it cost.
+/// Fine-tune an open transformer within an energy budget, and report what it cost.
 #[derive(Debug, Parser)]
 #[command(name = "wattune", version, max_term_width = 110, after_help = EXAMPLES)]
 struct Cli {
@@ -39,42 +39,41 @@ struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  wattune train recipes/quickstart.toml            specialise a small model, offline, in under a minute
-  wattune plan recipes/quickstart.toml             what that would cost, before it starts
-  wattune report runs/quickstart-20260101-120000   what it did cost
-  wattune recipe init my.toml                      a commented recipe to begin with
+  wattune train recipes/quickstart.toml            fine-tune a small model, offline, in under a minute
+  wattune plan recipes/quickstart.toml             forecast its cost without training
+  wattune report runs/quickstart-20260101-120000   report what a run cost
+  wattune recipe init my.toml                      write a commented starter recipe
 
 Exit status: 0 done (a budget stop is done), 1 failed while running, 2 refused before it ran, 130 interrupted with a checkpoint saved.";
 
 /// Flags of every command.
 #[derive(Debug, Clone, Copy, clap::Args)]
 struct Common {
-    /// Print one JSON document on standard output and nothing else there
+    /// Print one JSON document, and nothing else, on standard output
     #[arg(long, global = true)]
     json: bool,
-    /// Show no progress and no notes
+    /// Hide progress and notes
     #[arg(long, short, global = true)]
     quiet: bool,
-    /// Compute with so many threads (default: all the process may use; RAYON_NUM_THREADS is honoured)
+    /// Number of threads [default: RAYON_NUM_THREADS, else all CPUs the process may use]
     #[arg(long, global = true, value_name = "N")]
     threads: Option<usize>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train by a recipe: adapter, checkpoints and report in a run directory
+    /// Train a recipe; writes adapter, checkpoints and report to a run directory
     Train(train::Arguments),
     /// Forecast a recipe's energy, time and memory without training
     ///
-    /// Reads the configuration, the tokenizer and the data, plays the run through on the counted meter (executed work times device
-    /// profile) and shows where the budget would stop it. With --probe it also runs a few steps on random weights: how fast this
-    /// machine is, from a configuration alone.
+    /// Reads configuration, tokenizer and data, simulates the run on the counted meter (executed work times device profile) and shows
+    /// where the budget would stop it. With --probe it also times a few steps on random weights.
     Plan(plan::Arguments),
-    /// The loss of a model on records
+    /// Evaluate a model's loss on records
     Eval(eval::Arguments),
     /// Generate text from a model
     Generate(generate::Arguments),
-    /// Merge an adapter into its model: a whole model directory
+    /// Merge an adapter into its model; writes a complete model directory
     Merge(merge::Arguments),
     /// Upload a run's adapter (or trained model) and its model card to the hub
     ///
@@ -82,31 +81,31 @@ enum Command {
     /// files go through the hub's xet storage, whose client reports transfer statistics to the hub: HF_HUB_DISABLE_TELEMETRY=1 stops
     /// that.
     Push(push::Arguments),
-    /// Show what a run cost, against what, and how sure the numbers are
+    /// Show a run's cost, its baselines and the uncertainty of the figures
     Report(report::Arguments),
-    /// Compare runs: which bought the most loss per joule
+    /// Compare runs by loss reduction per joule
     Compare(report::CompareArguments),
-    /// What training a model cost or would cost: a published run by name, or parameters, tokens and a device
+    /// Estimate the cost of training a model: a published run by name, or parameters, tokens and a device
     ///
-    /// Energy and greenhouse gas with their intervals, the facility's overhead counted once, and everything taken for granted with its
-    /// source. What is typed replaces what was published or assumed. A published run whose figures contradict each other is refused.
+    /// Shows energy and emissions with their intervals, the PUE applied once, and every assumption with its source. Options override
+    /// published and assumed values. A published run with contradictory figures is refused.
     Baseline(baseline::Arguments),
-    /// Show the device profiles and what can be measured on this machine
+    /// List device profiles and this machine's energy counters
     ///
-    /// Says which profile this machine counts as and how it was recognised, which energy counters this process may read and what to do
-    /// about those it may not, and every shipped profile by the name that `energy.device` takes.
+    /// Shows the profile of the detected device and how it was recognised, the energy counters this process may read, how to enable the
+    /// others, and every shipped profile by the name that `energy.device` takes.
     Devices(devices::Arguments),
-    /// Measure this machine: a device profile of its own, in under a minute
+    /// Measure this machine and write a device profile, in under a minute
     ///
-    /// Takes the profile that stands nearest and puts in what can be measured: FLOP/s of matrix products in each number format, bytes
-    /// per second of memory, and idle and load power where an energy counter can be read. The rest stays as the nearest profile has
-    /// it, and the notes say so. Run it with nothing else running: other work makes the figures too low. With --from-run it keeps what a
-    /// run's counters showed over what was counted, as a factor of every counted joule.
+    /// Starts from the nearest profile and replaces the figures that can be measured: FLOP/s of matrix products by precision, memory and
+    /// cache bandwidth, and idle and load power if an energy counter is readable. The notes name the figures that were kept. Run it on
+    /// an idle machine: other load makes the figures too low. With --from-run it stores a run's ratio of measured to counted energy as a
+    /// factor of every counted joule.
     Calibrate(calibrate::Arguments),
-    /// Write, check or describe recipes
+    /// Write or check recipes, or print their JSON Schema
     #[command(subcommand)]
     Recipe(recipe::Command),
-    /// Print completions for a shell
+    /// Print shell completions
     Completions {
         /// bash, zsh, fish, elvish or powershell
         shell: clap_complete::Shell,
@@ -155,9 +154,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
     }
 }
 
-/// Threads for each core, at most: beyond, they only keep each other waiting.
+/// Most threads per core: more only wait for each other.
 const MOST_THREADS: usize = 16;
-/// Bytes of stack of a pool's thread: as much as a process's first thread has.
+/// Stack size of pool threads: that of a process's main thread.
 const STACK: usize = 8 << 20;
 
 /// Fixes the number of threads: `--threads`, else RAYON_NUM_THREADS, else all that the process may use.
@@ -214,7 +213,7 @@ fn note(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{}", printable(text));
 }
 
-/// Writes data to standard output; a reader that went away is no error.
+/// Writes data to standard output; ignores a closed pipe (EPIPE).
 fn out(text: &str) -> Result<ExitCode> {
     let mut stdout = std::io::stdout().lock();
     match writeln!(stdout, "{}", printable(text.trim_end())).and_then(|()| stdout.flush()) {

@@ -1,4 +1,4 @@
-//! The flags that name a model, shared by the commands that load one.
+//! Model options shared by several commands.
 
 use std::path::PathBuf;
 
@@ -7,13 +7,13 @@ use crate::work::Precision;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ModelArguments {
-    /// Hub id, directory, or embedded:tiny
+    /// Model: hub id, directory, or embedded:tiny
     #[arg(long)]
     pub(super) model: String,
     /// Branch, tag or commit of a hub model
     #[arg(long, default_value = "main")]
     pub(super) revision: String,
-    /// A PEFT adapter's directory
+    /// PEFT adapter directory
     #[arg(long)]
     pub(super) adapter: Option<PathBuf>,
     /// Compute precision

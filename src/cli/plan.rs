@@ -19,12 +19,12 @@ use crate::units::{Bytes, Flops, Joules, Seconds, significant};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Arguments {
-    /// The recipe file
+    /// Recipe file
     recipe: PathBuf,
-    /// Override one key of the recipe, such as `--set train.steps=500`
+    /// Override a recipe key, such as `--set train.steps=500`
     #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Also time N steps on this machine, with random weights and random token ids: tokens per second, peak memory
+    /// Also time N steps on this machine with random weights and token ids: tokens per second, peak memory
     ///
     /// config.json alone is enough: without tokenizer or data, the plan has only the blocks that need neither. Every row has
     /// `data.max_length` tokens and a loss at every token but its first, so no data makes such a step more expensive. One untimed

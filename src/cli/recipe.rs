@@ -14,21 +14,21 @@ use crate::run::{self, DeviceChoice, RenderedSample, Screen};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Write a commented recipe to begin with
+    /// Write a commented starter recipe
     Init {
-        /// Where; an existing file is refused
+        /// File to write; must not exist
         #[arg(default_value = "recipe.toml")]
         path: PathBuf,
     },
-    /// Run the whole preflight without training
+    /// Run every check that precedes training
     Check {
-        /// The recipe file
+        /// Recipe file
         recipe: PathBuf,
-        /// Override one key of the recipe
+        /// Override a recipe key
         #[arg(long = "set", value_name = "KEY=VALUE")]
         overrides: Vec<String>,
     },
-    /// Print the JSON Schema of recipes, for editors
+    /// Print the JSON Schema of recipes
     Schema,
 }
 

@@ -13,7 +13,7 @@ use crate::run::RunDirectory;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// The run's directory
+    /// Run directory
     run: PathBuf,
     /// Output format [default: text]
     #[arg(long, value_enum, value_name = "FORMAT")]
@@ -29,7 +29,7 @@ enum Format {
     Json,
     /// Markdown
     Md,
-    /// One page with charts
+    /// HTML page with charts
     Html,
     /// CodeCarbon's columns, as written by the run
     Csv,
@@ -37,7 +37,7 @@ enum Format {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct CompareArguments {
-    /// The runs' directories
+    /// Run directories
     #[arg(required = true, num_args = 2..)]
     runs: Vec<PathBuf>,
     /// Output format [default: text]
@@ -52,7 +52,7 @@ enum CompareFormat {
     Text,
     /// JSON; the same as `--json`
     Json,
-    /// One page with charts
+    /// HTML page with charts
     Html,
 }
 

@@ -19,16 +19,16 @@ static ASKED_TO_STOP: AtomicBool = AtomicBool::new(false);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// The recipe file (not needed with --resume: a run has its own, and one given must be the same)
+    /// Recipe file (optional with --resume; must then equal the run's)
     #[arg(required_unless_present = "resume")]
     recipe: Option<PathBuf>,
-    /// Override one key of the recipe, such as `--set train.learning_rate=1e-4`
+    /// Override a recipe key, such as `--set train.learning_rate=1e-4`
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "recipe")]
     overrides: Vec<String>,
-    /// Where the run goes; a directory that holds anything is refused [default: runs/NAME-TIMESTAMP]
+    /// Run directory; must be empty or absent [default: runs/NAME-TIMESTAMP]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Continue this run from its newest whole checkpoint; a finished one goes on with the baselines that were not measured to their end
+    /// Resume a run from its newest complete checkpoint, or its unfinished measured baselines
     #[arg(long, value_name = "RUN_DIR", conflicts_with = "out")]
     resume: Option<PathBuf>,
     #[command(flatten)]
