@@ -1,11 +1,10 @@
-//! The energy room from outside: published runs recomputed, a budget that is never passed, a crash replayed.
+//! Energy through its public interface: published runs recomputed, budgets never exceeded, crashes replayed.
 
 use proptest::prelude::*;
-use wattune::energy::budget::Allowance;
 use wattune::energy::ledger::Lease;
 use wattune::energy::{
-    Account, Budget, Energies, Ledger, Limit, Limits, MeterKind, Meters, Phase, Profile, Rates,
-    Spent, Verdict, carbon,
+    Account, Allowance, Budget, Energies, Ledger, Limit, Limits, MeterKind, Meters, Phase, Profile,
+    Rates, Spent, Verdict, carbon,
 };
 use wattune::units::{Flops, GramsCo2e, GramsPerKwh, Joules, MicroJoules, Pue, Seconds, Watts};
 use wattune::work::{Precision, Work};
@@ -51,97 +50,55 @@ fn published_runs_are_recomputed() {
     }
 }
 
-/// Whether an amount keeps a limit.
+/// Whether an amount is within a limit.
 type Rule = Box<dyn Fn(&Spent) -> bool>;
 
-/// A budget with one limit, in the units a person writes, and the exact rule in integers or reals that it must keep.
-fn limited(which: usize, size: f64) -> (Budget, Rule) {
-    let rates = |price: Option<&str>| Rates {
-        grid: GramsPerKwh(383.5),
-        pue: Pue::new(1.13).unwrap(),
-        price: price.map(|p| p.parse().unwrap()),
-    };
-    let (grid, pue) = (383.5, 1.13);
-    let kwh = |spent: &Spent| spent.energy.0 as f64 / 3.6e12;
-    let none = Limits::default();
+const GRID: GramsPerKwh = GramsPerKwh(383.5);
+const PUE: f64 = 1.13;
+
+/// The kinds of limits, each with a size that `limited` scales.
+fn limits(which: usize, size: f64) -> (Limits, Option<&'static str>) {
+    let mut limits = Limits::default();
     match which {
-        0 => {
-            let budget = Budget::new(
-                Limits {
-                    energy: Some(Joules(size)),
-                    ..none
-                },
-                rates(None),
-            )
-            .unwrap();
-            (budget, Box::new(move |s| s.energy.0 as f64 / 1e6 <= size))
-        }
-        1 => {
-            let grams = size * 1e-4;
-            let budget = Budget::new(
-                Limits {
-                    carbon: Some(GramsCo2e(grams)),
-                    ..none
-                },
-                rates(None),
-            )
-            .unwrap();
-            // A hair of room: the rule here multiplies in another order than the code.
-            (
-                budget,
-                Box::new(move |s| kwh(s) * pue * grid <= grams * (1.0 + 1e-12)),
-            )
-        }
-        2 => {
-            let flops = size * 1e3;
-            let budget = Budget::new(
-                Limits {
-                    flops: Some(Flops(flops)),
-                    ..none
-                },
-                rates(None),
-            )
-            .unwrap();
-            (budget, Box::new(move |s| s.flops as f64 <= flops))
-        }
-        3 => {
-            let cost = format!("{} EUR", size * 1e-6);
-            let amount = size * 1e-6;
-            let budget = Budget::new(
-                Limits {
-                    cost: Some(cost.parse().unwrap()),
-                    ..none
-                },
-                rates(Some("0.31 EUR/kWh")),
-            )
-            .unwrap();
-            (
-                budget,
-                Box::new(move |s| kwh(s) * pue * 0.31 <= amount * (1.0 + 1e-12)),
-            )
-        }
-        _ => {
-            let cost = format!("{} EUR", size * 1e-6);
-            let amount = size * 1e-6;
-            let budget = Budget::new(
-                Limits {
-                    cost: Some(cost.parse().unwrap()),
-                    ..none
-                },
-                rates(Some("2.5 EUR/h")),
-            )
-            .unwrap();
-            (
-                budget,
-                Box::new(move |s| s.time.0 / 3600.0 * 2.5 <= amount * (1.0 + 1e-12)),
-            )
-        }
+        0 => limits.energy = Some(Joules(size)),
+        1 => limits.carbon = Some(GramsCo2e(size * 1e-4)),
+        2 => limits.flops = Some(Flops(size * 1e3)),
+        _ => limits.cost = Some(format!("{} EUR", size * 1e-6).parse().unwrap()),
     }
+    let price = match which {
+        3 => Some("0.31 EUR/kWh"),
+        4 => Some("2.5 EUR/h"),
+        _ => None,
+    };
+    (limits, price)
+}
+
+/// A budget with one limit, and the exact rule that it must keep, in integers or reals.
+fn limited(which: usize, size: f64) -> (Budget, Rule) {
+    let (limits, price) = limits(which, size);
+    let rates = Rates {
+        grid: GRID,
+        pue: Pue::new(PUE).unwrap(),
+        price: price.map(|price| price.parse().unwrap()),
+    };
+    let kwh = |spent: &Spent| spent.energy.0 as f64 / 3.6e12;
+    // A relative tolerance where the rule multiplies in another order than the code.
+    let tolerance = 1.0 + 1e-12;
+    let grams = size * 1e-4;
+    let cost = size * 1e-6;
+    let rule: Rule = match which {
+        0 => Box::new(move |s| s.energy.0 as f64 / 1e6 <= size),
+        1 => Box::new(move |s| kwh(s) * PUE * GRID.0 <= grams * tolerance),
+        2 => Box::new(move |s| s.flops as f64 <= size * 1e3),
+        3 => Box::new(move |s| kwh(s) * PUE * 0.31 <= cost * tolerance),
+        _ => Box::new(move |s| s.time.0 / 3600.0 * 2.5 <= cost * tolerance),
+    };
+    (Budget::new(limits, rates).unwrap(), rule)
 }
 
 proptest! {
     #[test]
-    fn what_is_admitted_never_passes_a_limit(
+    fn admitted_steps_never_exceed_a_limit(
         which in 0..5_usize,
         size in 0.001..1e4_f64,
         steps in prop::collection::vec((0..3_000_000_000_u64, 0..2_000_000_u64, 0.0..5e-3_f64), 1..60),
@@ -155,7 +112,7 @@ proptest! {
             let step = make(step);
             match budget.admits(&spent, &step, &reserve) {
                 Ok(()) => spent += step,
-                // Not refused for nothing: one part in a million more would have passed the limit.
+                // No needless refusal: one part in a million more would have exceeded the limit.
                 Err(_) => {
                     let total = spent + step + reserve;
                     let more = Spent {
@@ -166,13 +123,13 @@ proptest! {
                     prop_assert!(!keeps(&more));
                 }
             }
-            // Whatever comes next, the reserve can still be spent.
+            // The reserve can still be spent.
             prop_assert!(spent == Spent::default() || keeps(&(spent + reserve)));
         }
     }
 
     #[test]
-    fn progress_never_falls(parts in prop::collection::vec(0..1_000_000_u64, 1..40)) {
+    fn progress_is_monotone(parts in prop::collection::vec(0..1_000_000_u64, 1..40)) {
         let allowance = Allowance { energy: Some(MicroJoules(10_000_000)), flops: None, time: None };
         let (mut spent, mut before) = (Spent::default(), 0.0);
         for part in parts {
@@ -189,9 +146,9 @@ proptest! {
     // Every case syncs to disk.
     #![proptest_config(ProptestConfig::with_cases(12))]
 
-    /// A process that dies after any step, any number of times, never spends more than its budget: on disk is at least what it did.
+    /// A process that dies after any step, any number of times, stays within its budget; the ledger has at least what it spent.
     #[test]
-    fn crashes_never_hide_what_was_spent(deaths in prop::collection::vec(1..9_u64, 1..5)) {
+    fn crashes_hide_no_spending(deaths in prop::collection::vec(1..9_u64, 1..5)) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger.jsonl");
         let profile = Profile::named("generic-cpu").unwrap();
@@ -199,16 +156,16 @@ proptest! {
         let one = profile.charge(&step).energy.0;
         let limit = MicroJoules(one * 30);
         let mut done = 0;
-        for lives in deaths {
+        for steps in deaths {
             let ledger = if path.exists() { Ledger::resume(&path) } else { Ledger::create(&path) }.unwrap();
             let rates = Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None };
             let budget = Budget::new(Limits { energy: Some(limit.joules()), ..Limits::default() }, rates).unwrap();
             let mut account = Account::new(budget, Meters::without_counters(profile.clone()), ledger, MeterKind::Counted);
-            for _ in 0..lives {
+            for _ in 0..steps {
                 if account.admit(Phase::Train, &step, &[]).unwrap() != Verdict::Continue {
                     break;
                 }
-                // The step runs; its entry may still be lost with the power.
+                // The step runs; its entry may be lost in a power cut.
                 done += 1;
                 account.charge(Phase::Train, done, &step).unwrap();
             }
@@ -219,7 +176,7 @@ proptest! {
 }
 
 #[test]
-fn a_power_cut_that_takes_unsynced_entries_is_covered_by_the_lease() {
+fn unsynced_entries_are_covered_by_the_lease() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ledger.jsonl");
     let mut ledger = Ledger::create(&path).unwrap();
@@ -246,32 +203,22 @@ fn a_power_cut_that_takes_unsynced_entries_is_covered_by_the_lease() {
 }
 
 #[test]
-fn a_run_that_cannot_hold_one_step_is_refused_before_it_starts() {
+fn a_budget_below_one_step_stops_at_once() {
     let dir = tempfile::tempdir().unwrap();
-    let profile = Profile::named("raspberry-pi-5").unwrap();
     let rates = Rates {
         grid: GramsPerKwh(473.0),
         pue: Pue::ONE,
         price: None,
     };
-    let budget = Budget::new(
-        Limits {
-            carbon: Some("1 mg".parse().unwrap()),
-            ..Limits::default()
-        },
-        rates,
-    )
-    .unwrap();
+    let limits = Limits {
+        carbon: Some("1 mg".parse().unwrap()),
+        ..Limits::default()
+    };
+    let budget = Budget::new(limits, rates).unwrap();
     let ledger = Ledger::create(&dir.path().join("ledger.jsonl")).unwrap();
-    let account = Account::new(
-        budget,
-        Meters::without_counters(profile),
-        ledger,
-        MeterKind::Counted,
-    );
+    let meters = Meters::without_counters(Profile::named("raspberry-pi-5").unwrap());
+    let account = Account::new(budget, meters, ledger, MeterKind::Counted);
     let step = Work::product(4096, 4096, 4096, Precision::F32).times(10);
-    assert_eq!(
-        account.fits(Phase::Train, &step, &[]),
-        Verdict::Stop(Limit::Carbon)
-    );
+    let verdict = account.fits(Phase::Train, &step, &[]);
+    assert_eq!(verdict, Verdict::Stop(Limit::Carbon));
 }

@@ -1,4 +1,4 @@
-//! The measured meter from outside: replayed traces, counters that fail, budgets on a noisy meter, runs that are killed, the thread's cost.
+//! The measured meter: replayed traces, failing counters, budgets on a noisy meter, killed runs, the cost of the sampling thread.
 
 mod replay;
 
@@ -25,7 +25,7 @@ fn counted(work: &Work) -> u64 {
     profile().charge(work).energy.0
 }
 
-/// A new process on this ledger: a new one, or what an earlier process left.
+/// An account of a new process, which resumes the ledger if it exists.
 fn account(path: &Path, device: &Device, limit: Option<MicroJoules>, kind: MeterKind) -> Account {
     let ledger = if path.exists() {
         Ledger::resume(path)
@@ -46,7 +46,7 @@ fn account(path: &Path, device: &Device, limit: Option<MicroJoules>, kind: Meter
     Account::new(Budget::new(limits, rates).unwrap(), meters, ledger, kind)
 }
 
-/// Sums the ledger's file itself: by phase and over all, on the measured meter with its gaps filled, and counted.
+/// Sums of the ledger's file: measured energy with gap fills, and counted energy.
 fn summed(path: &Path) -> (u64, u64) {
     let micro = |value: &Value| (value.as_f64().unwrap() * 1e6).round() as u64;
     let text = std::fs::read_to_string(path).unwrap();
@@ -68,8 +68,8 @@ fn summed(path: &Path) -> (u64, u64) {
 }
 
 #[test]
-fn a_replayed_epoch_costs_what_was_measured() {
-    let Some(folder) = replay::traces("a_replayed_epoch_costs_what_was_measured") else {
+fn a_replayed_epoch_costs_its_published_energy() {
+    let Some(folder) = replay::traces("a_replayed_epoch_costs_its_published_energy") else {
         return;
     };
     // BERT-base on SQuAD, one epoch at the card's highest power limit: kWh as the published summary of these traces has them.
@@ -91,10 +91,10 @@ fn a_replayed_epoch_costs_what_was_measured() {
         for number in 1..=200 {
             account.begin();
             device.draw(power, time / 400.0);
-            // A counter that is out in the middle of a step shows everything when it is back.
-            device.out(number % 7 == 0);
+            // A counter that fails inside a step includes everything when it is back.
+            device.fail(number % 7 == 0);
             device.draw(power, time / 400.0);
-            device.out(false);
+            device.fail(false);
             account.charge(Phase::Train, number, &step()).unwrap();
         }
         let measured = account.totals().energy_j.measured.unwrap();
@@ -109,9 +109,8 @@ fn a_replayed_epoch_costs_what_was_measured() {
 }
 
 #[test]
-fn a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named() {
-    let Some(folder) =
-        replay::traces("a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named")
+fn a_replayed_sweep_over_power_limits_has_its_gap_filled() {
+    let Some(folder) = replay::traces("a_replayed_sweep_over_power_limits_has_its_gap_filled")
     else {
         return;
     };
@@ -128,7 +127,7 @@ fn a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named() {
         }
         account.charge(Phase::Train, number, &step()).unwrap();
     }
-    // The first four are measured: what they drew over what was counted fills the fifth, whatever it drew.
+    // The first four are measured: their ratio of measured to counted energy fills the fifth.
     let joules = |(power, time): &(Watts, Seconds)| (*power * *time).rounded().0;
     let four: u64 = epochs[..4].iter().map(joules).sum();
     let filled =
@@ -155,47 +154,47 @@ fn a_replayed_sweep_over_power_limits_has_its_gaps_filled_and_named() {
     assert!(account.totals().unmeasured == 1 && summed(&path).0 == account.spent().energy.0);
 }
 
-/// What goes wrong in a step, if anything.
+/// A fault in a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Fault {
     None,
-    /// The counter is out for a while inside the step.
-    OutInside,
-    /// It is out when the step ends.
-    OutAtEnd,
+    /// The counter fails for a while inside the step.
+    FailsInside,
+    /// It fails at the end of the step.
+    FailsAtEnd,
     Reset,
     /// The process dies before the step's entry is written.
     Death,
 }
 
 fn fault() -> impl Strategy<Value = Fault> {
-    use Fault::{Death, None, OutAtEnd, OutInside, Reset};
-    prop_oneof![12 => Just(None), 2 => Just(OutInside), 1 => Just(OutAtEnd), 1 => Just(Reset), 1 => Just(Death)]
+    use Fault::{Death, FailsAtEnd, FailsInside, None, Reset};
+    prop_oneof![12 => Just(None), 2 => Just(FailsInside), 1 => Just(FailsAtEnd), 1 => Just(Reset), 1 => Just(Death)]
 }
 
-/// A run of steps and what ends it, over and over until no process dies; returns (steps done, evaluations and saves done, deaths).
-struct Sim<'a> {
+/// A run that is restarted until a process ends in order.
+struct Simulation<'a> {
     path: &'a Path,
     device: Device,
     limit: MicroJoules,
     kind: MeterKind,
     work: Work,
     ending: [(Phase, Work); 2],
-    /// Measured over counted of each step, and what goes wrong in it.
+    /// Measured over counted energy of each work, and its fault.
     course: std::vec::IntoIter<(f64, Fault)>,
     steps: u64,
     deaths: u64,
 }
 
-impl Sim<'_> {
-    /// Does `work` between `begin` and `charge`; false where the process dies in it.
+impl Simulation<'_> {
+    /// Does `work` between `begin` and `charge`; false if the process dies in it.
     fn spend(&mut self, account: &mut Account, phase: Phase, work: &Work) -> bool {
         let (ratio, fault) = self.course.next().unwrap_or((1.0, Fault::None));
         let energy = Joules(counted(work) as f64 * 1e-6 * ratio).rounded();
         account.begin();
-        self.device.out(fault == Fault::OutInside);
+        self.device.fail(fault == Fault::FailsInside);
         self.device.spend(energy);
-        self.device.out(fault == Fault::OutAtEnd);
+        self.device.fail(fault == Fault::FailsAtEnd);
         if fault == Fault::Reset {
             self.device.reset();
         }
@@ -205,19 +204,19 @@ impl Sim<'_> {
             return false;
         }
         account.charge(phase, self.steps, work).unwrap();
-        self.device.out(false);
+        self.device.fail(false);
         true
     }
 
-    /// One process; true where it ended in order.
-    fn live(&mut self, account: &mut Account) -> bool {
+    /// One process; true if it ended in order.
+    fn run_process(&mut self, account: &mut Account) -> bool {
         let (work, ending) = (self.work.clone(), self.ending.clone());
         while account.admit(Phase::Train, &work, &ending).unwrap() == Verdict::Continue {
             if !self.spend(account, Phase::Train, &work) {
                 return false;
             }
         }
-        // What was reserved is spent; here nothing dies, or the ending would be begun twice.
+        // The reserve is spent without deaths: the ending would run twice.
         self.course = self
             .course
             .by_ref()
@@ -245,7 +244,7 @@ impl Sim<'_> {
     fn run(&mut self) -> Account {
         loop {
             let mut account = account(self.path, &self.device, Some(self.limit), self.kind);
-            if self.live(&mut account) {
+            if self.run_process(&mut account) {
                 return account;
             }
         }
@@ -256,11 +255,12 @@ proptest! {
     // Every process syncs to disk.
     #![proptest_config(ProptestConfig::with_cases(40))]
 
-    /// Counted budgets are never passed. Measured ones are passed by at most the stated margin: what the last step and the ending cost more
-    /// than predicted, which for ratios of measured to counted between lo and hi (1 among them: the first prediction, the first fill) is at
-    /// most (hi - lo) of their counted energy. The truth, with steps lost in a crash or in a gap, by as much again for each of these.
+    /// Counted budgets are never exceeded. Measured ones are exceeded by at most the stated margin: the excess of the last step and the
+    /// ending over their prediction, which for ratios of measured to counted energy between lo and hi (1 included: the first prediction,
+    /// the first fill) is at most (hi - lo) of their counted energy. The true energy, with steps lost in a crash or in a gap, may exceed it
+    /// by as much again for each of these.
     #[test]
-    fn budgets_hold_whatever_the_counter_and_the_process_do(
+    fn budgets_hold_with_failing_counters_and_dying_processes(
         size in (50..500_usize, 50..500_usize, 50..500_usize),
         room in 1.0..60.0_f64,
         course in prop::collection::vec((0.4..3.0_f64, fault()), 0..80),
@@ -275,10 +275,10 @@ proptest! {
         let kind = if measured { MeterKind::Measured } else { MeterKind::Counted };
         let (low, high) = course.iter().fold((1.0_f64, 1.0_f64), |(low, high), (ratio, _)| (low.min(*ratio), high.max(*ratio)));
         let course_left = course.clone().into_iter();
-        let mut sim = Sim { path: &path, device: Device::default(), limit, kind, work: work.clone(), ending, course: course_left, steps: 0, deaths: 0 };
+        let mut sim = Simulation { path: &path, device: Device::default(), limit, kind, work: work.clone(), ending, course: course_left, steps: 0, deaths: 0 };
         let account = sim.run();
 
-        // The sum of phases is the total, to the microjoule, on every meter, and it is what the file holds.
+        // The phases sum to the total, to the microjoule, on every meter, and equal the file.
         for meter in [MeterKind::Counted, MeterKind::Measured, MeterKind::Timed] {
             let phases: MicroJoules = account.by_phase().map(|(_, totals)| totals.on(meter)).sum();
             prop_assert_eq!(phases, account.totals().on(meter));
@@ -288,7 +288,7 @@ proptest! {
 
         let spread = |works: u64| ((high - low) * works as f64).ceil() as u64 + 4;
         let over = account.overshoot();
-        // A process that admits nothing more (its predecessor died near the end) has no margin of its own to state.
+        // A process that admits nothing (its predecessor died near the end) has no margin.
         prop_assert!(over <= account.margin().unwrap_or(MicroJoules(spread(counted(&work) + reserve))), "{} over", over);
         match kind {
             MeterKind::Counted => {
@@ -302,12 +302,12 @@ proptest! {
                 prop_assert!(sim.device.spent().0 <= limit.0 + spread(counted(&work) + reserve + unseen));
             }
         }
-        // Nothing that failed was taken for nothing.
+        // No gap is filled with zero.
         prop_assert!(account.gaps().all(|(_, _, gapped)| gapped.energy.0 > 0));
     }
 }
 
-/// The processor time of this process's thread of that name; `None` where the system does not say.
+/// CPU time of this process's thread of that name; `None` if the system does not provide it.
 #[cfg(target_os = "linux")]
 fn thread_time(name: &str) -> Option<std::time::Duration> {
     let tasks = std::fs::read_dir("/proc/self/task")
@@ -326,14 +326,14 @@ fn thread_time(name: &str) -> Option<std::time::Duration> {
         .map(std::time::Duration::from_nanos)
 }
 
-/// `cargo test --test energy_measured sampling -- --nocapture` shows the number.
+/// `cargo test --test energy_measured sampling -- --nocapture` prints the share.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_sampling_thread_takes_less_than_a_thousandth_of_a_core() {
     use wattune::energy::Counters;
     use wattune::energy::sensor::{Gap, RaplSensor, Sensor};
 
-    /// A counter in a file that asks to be read fifty times a second.
+    /// A counter in a file that must be read fifty times a second.
     struct Eager(RaplSensor);
 
     impl Sensor for Eager {

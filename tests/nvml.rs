@@ -1,8 +1,7 @@
-//! Energy of graphics processors through the driver library's own interface: a stand-in for it, built from `nvml/driver.rs`, is loaded where
-//! the driver's would be.
+//! Energy of GPUs through the C interface of NVML, against a fake library built from `nvml/driver.rs`.
 //!
-//! A process looks for libraries where it was told when it began, so a test that meters starts itself again with the stand-in in its path
-//! (`Driver::of`). What only a real card can show, and no test here does: how often its counter moves, and what a reading costs.
+//! The library path is fixed when a process starts, so a test that meters restarts itself with the fake library in its path
+//! (`Driver::start`). Not covered, because only a real GPU has them: the update rate of the counter and the cost of a reading.
 
 #![cfg(target_os = "linux")]
 
@@ -20,19 +19,19 @@ use wattune::energy::{
 use wattune::units::{GramsPerKwh, Joules, MicroJoules, Pue};
 use wattune::work::{Precision, Work};
 
-/// Names the file that the stand-in answers from.
-const CARDS: &str = "WATTUNE_TEST_CARDS";
-/// What would choose among the machine's own cards.
-const CHOICE: [&str; 2] = ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"];
+/// Names the file with the fake GPUs.
+const GPUS: &str = "WATTUNE_TEST_CARDS";
+/// Variables that select GPUs.
+const SELECTION: [&str; 2] = ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"];
 
-/// The folder that holds the stand-in, built once.
+/// The directory of the fake library, built once.
 fn library() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("nvml");
         std::fs::create_dir_all(&folder).unwrap();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/nvml/driver.rs");
-        let beside = folder.join(format!("{}.so", std::process::id()));
+        let temporary = folder.join(format!("{}.so", std::process::id()));
         let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
         let mut command = Command::new(rustc);
         command
@@ -45,7 +44,7 @@ fn library() -> &'static Path {
                 "nvml",
                 "-o",
             ])
-            .arg(&beside)
+            .arg(&temporary)
             .arg(source);
         let built = command.output().unwrap();
         assert!(
@@ -53,58 +52,56 @@ fn library() -> &'static Path {
             "{}",
             String::from_utf8_lossy(&built.stderr)
         );
-        std::fs::rename(beside, folder.join("libnvidia-ml.so.1")).unwrap();
+        std::fs::rename(temporary, folder.join("libnvidia-ml.so.1")).unwrap();
         folder
     })
 }
 
-/// `program` on a machine with these cards, whose file lies in `folder`.
-fn with_cards(program: impl AsRef<std::ffi::OsStr>, folder: &Path, cards: &str) -> Command {
+/// `program` on a machine with these GPUs, whose file is in `folder`.
+fn with_gpus(program: impl AsRef<std::ffi::OsStr>, folder: &Path, cards: &str) -> Command {
     let file = folder.join("cards");
     std::fs::write(&file, cards).unwrap();
     let mut command = Command::new(program);
-    CHOICE
+    SELECTION
         .iter()
         .for_each(|variable| _ = command.env_remove(variable));
     command
         .env("LD_LIBRARY_PATH", library())
-        .env(CARDS, file)
+        .env(GPUS, file)
         .env("WATTUNE_POWERCAP", folder.join("no-powercap"));
     command
 }
 
-/// The driver of this process.
+/// The fake driver of this process.
 struct Driver(PathBuf);
 
 impl Driver {
-    /// In a process that a test started: its driver. Else starts the test again with these cards and variables, and `None`.
-    fn of(test: &str, cards: &str, variables: &[(&str, &str)]) -> Option<Driver> {
-        if let Some(file) = std::env::var_os(CARDS) {
+    /// The driver, in a process that was restarted by a test; else restarts the test with these GPUs and variables and returns `None`.
+    fn start(test: &str, cards: &str, variables: &[(&str, &str)]) -> Option<Driver> {
+        if let Some(file) = std::env::var_os(GPUS) {
             return Some(Driver(file.into()));
         }
         let folder = tempfile::tempdir().unwrap();
-        let mut again = with_cards(std::env::current_exe().unwrap(), folder.path(), cards);
-        let output = again
+        let mut restarted = with_gpus(std::env::current_exe().unwrap(), folder.path(), cards);
+        let output = restarted
             .args(["--exact", test, "--nocapture"])
             .envs(variables.iter().copied())
             .output()
             .unwrap();
-        let (told, failed) = (
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr),
-        );
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(
-            output.status.success() && told.contains("1 passed"),
-            "{told}\n{failed}"
+            output.status.success() && stdout.contains("1 passed"),
+            "{stdout}\n{stderr}"
         );
         None
     }
 
-    /// What the cards answer from now on; no reader sees half of it.
-    fn show(&self, cards: &str) {
-        let beside = self.0.with_extension("next");
-        std::fs::write(&beside, cards).unwrap();
-        std::fs::rename(beside, &self.0).unwrap();
+    /// Replaces the GPUs' readings atomically.
+    fn set(&self, cards: &str) {
+        let temporary = self.0.with_extension("next");
+        std::fs::write(&temporary, cards).unwrap();
+        std::fs::rename(temporary, &self.0).unwrap();
     }
 }
 
@@ -112,10 +109,10 @@ fn open(ordinal: u32) -> NvmlSensor {
     NvmlSensor::open(ordinal).unwrap_or_else(|absent| panic!("{absent:?}"))
 }
 
-/// Runs the program on a machine with these cards.
+/// Runs the program on a machine with these GPUs.
 fn wattune(cards: &str, arguments: &[&str]) -> Output {
     let folder = tempfile::tempdir().unwrap();
-    let mut command = with_cards(env!("CARGO_BIN_EXE_wattune"), folder.path(), cards);
+    let mut command = with_gpus(env!("CARGO_BIN_EXE_wattune"), folder.path(), cards);
     command
         .args(arguments)
         .current_dir(folder.path())
@@ -139,8 +136,8 @@ fn sensors(cards: &str) -> Vec<Value> {
 }
 
 #[test]
-fn devices_lists_every_card_with_what_it_can_show_and_why_not() {
-    // A counter; none but power (NVML_ERROR_NOT_SUPPORTED is 3); neither; a card that fell off the bus (NVML_ERROR_GPU_IS_LOST, 15).
+fn devices_lists_every_gpu_with_its_sensor_or_the_reason_for_none() {
+    // A counter; power only (NVML_ERROR_NOT_SUPPORTED is 3); neither; a GPU that fell off the bus (NVML_ERROR_GPU_IS_LOST, 15).
     let cards = "GPU-a;NVIDIA H100 80GB HBM3;7000;90000\nGPU-b;Tesla P100;!3;40000\nGPU-c;Tesla K80;!3;!4\n!15;NVIDIA T4;1;1\n";
     let found = sensors(cards);
     assert_eq!(found.len(), 4, "{found:?}");
@@ -178,7 +175,7 @@ fn devices_lists_every_card_with_what_it_can_show_and_why_not() {
         !available && reason.starts_with("the driver knows no device 3: "),
         "{reason}"
     );
-    // A library without its driver (NVML_ERROR_DRIVER_NOT_LOADED, 9).
+    // The library without a driver (NVML_ERROR_DRIVER_NOT_LOADED, 9).
     let found = sensors("!9\n");
     let (name, available) = (&found[0]["name"], &found[0]["available"]);
     assert_eq!(
@@ -195,7 +192,7 @@ fn devices_lists_every_card_with_what_it_can_show_and_why_not() {
 }
 
 #[test]
-fn a_run_on_the_processor_does_not_take_the_cards_counter_for_its_own() {
+fn a_cpu_run_does_not_use_the_gpus_counter() {
     let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/recipes/quickstart.toml");
     let arguments = [
         "train",
@@ -217,16 +214,16 @@ fn a_run_on_the_processor_does_not_take_the_cards_counter_for_its_own() {
 }
 
 #[test]
-fn a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once() {
-    let test = "a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once";
-    let Some(driver) = Driver::of(
+fn each_gpu_is_counted_once_and_a_reloaded_driver_is_a_gap() {
+    let test = "each_gpu_is_counted_once_and_a_reloaded_driver_is_a_gap";
+    let Some(driver) = Driver::start(
         test,
         "GPU-a;NVIDIA T4;1000;1\nGPU-b;NVIDIA T4;50000;1\n",
         &[],
     ) else {
         return;
     };
-    // As four ranks on two cards would open them.
+    // As opened by four ranks on two GPUs.
     let ranks = [0, 1, 0, 1].map(|ordinal| Box::new(open(ordinal)) as Box<dyn Sensor>);
     let mut counters = Counters::new(ranks.into());
     assert_eq!(
@@ -237,11 +234,11 @@ fn a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once
         ]
     );
     let snapshot = counters.snapshot();
-    // 2.5 J on the one, 4 J on the other.
-    driver.show("GPU-a;NVIDIA T4;3500;1\nGPU-b;NVIDIA T4;54000;1\n");
+    // 2.5 J and 4 J.
+    driver.set("GPU-a;NVIDIA T4;3500;1\nGPU-b;NVIDIA T4;54000;1\n");
     assert_eq!(counters.energy_since(&snapshot), Ok(MicroJoules(6_500_000)));
-    // The first card's driver was loaded anew: its counter began at zero.
-    driver.show("GPU-a;NVIDIA T4;10;1\nGPU-b;NVIDIA T4;54001;1\n");
+    // The first GPU's driver was reloaded: its counter starts at zero.
+    driver.set("GPU-a;NVIDIA T4;10;1\nGPU-b;NVIDIA T4;54001;1\n");
     let gap = counters.energy_since(&snapshot).unwrap_err();
     assert!(
         gap.lost && gap.reason.starts_with("nvml:0: ") && gap.reason.contains("reset"),
@@ -250,9 +247,9 @@ fn a_counter_gives_the_joules_between_two_readings_and_each_card_is_metered_once
 }
 
 #[test]
-fn a_card_without_a_counter_has_its_power_sampled() {
-    let test = "a_card_without_a_counter_has_its_power_sampled";
-    let Some(driver) = Driver::of(test, "GPU-a;Tesla P100;!3;100000\n", &[]) else {
+fn a_gpu_without_a_counter_has_its_power_sampled() {
+    let test = "a_gpu_without_a_counter_has_its_power_sampled";
+    let Some(driver) = Driver::start(test, "GPU-a;Tesla P100;!3;100000\n", &[]) else {
         return;
     };
     let mut counters = Counters::new(vec![Box::new(open(0))]);
@@ -260,7 +257,7 @@ fn a_card_without_a_counter_has_its_power_sampled() {
         counters.names(),
         ["nvml:0 (Tesla P100, no energy counter: its power is sampled)"]
     );
-    // A steady 100 W: the time between the two readings lies between these two.
+    // Constant 100 W: the interval between the two readings is between these two.
     let (outer, snapshot, inner) = (Instant::now(), counters.snapshot(), Instant::now());
     std::thread::sleep(Duration::from_millis(100));
     let least = inner.elapsed().as_secs_f64();
@@ -270,12 +267,12 @@ fn a_card_without_a_counter_has_its_power_sampled() {
         (100.0 * least..=100.0 * most).contains(&energy),
         "{energy} J in {least} to {most} s"
     );
-    // 300 W that are over before anybody asks: only the thread has seen them.
+    // 300 W that end before the next snapshot: only the sampling thread reads them.
     let snapshot = counters.snapshot();
-    driver.show("GPU-a;Tesla P100;!3;300000\n");
+    driver.set("GPU-a;Tesla P100;!3;300000\n");
     let start = Instant::now();
     std::thread::sleep(Duration::from_millis(900));
-    driver.show("GPU-a;Tesla P100;!3;100000\n");
+    driver.set("GPU-a;Tesla P100;!3;100000\n");
     let (energy, wall) = (
         counters.energy_since(&snapshot).unwrap().joules().0,
         start.elapsed().as_secs_f64(),
@@ -287,9 +284,9 @@ fn a_card_without_a_counter_has_its_power_sampled() {
 }
 
 #[test]
-fn a_card_that_is_lost_on_the_way_leaves_named_gaps_and_no_zero() {
-    let test = "a_card_that_is_lost_on_the_way_leaves_named_gaps_and_no_zero";
-    let Some(driver) = Driver::of(test, "GPU-a;NVIDIA T4;1000;1\n", &[]) else {
+fn a_lost_gpu_leaves_named_gaps_and_no_zero() {
+    let test = "a_lost_gpu_leaves_named_gaps_and_no_zero";
+    let Some(driver) = Driver::start(test, "GPU-a;NVIDIA T4;1000;1\n", &[]) else {
         return;
     };
     let profile = Profile::named("nvidia-t4").unwrap();
@@ -314,14 +311,14 @@ fn a_card_that_is_lost_on_the_way_leaves_named_gaps_and_no_zero() {
         Ledger::create(&path).unwrap(),
         MeterKind::Measured,
     );
-    // 5 J; then the card is gone within a step, and for a whole one; then it is back, with 3 J more than it had before that step.
-    let shown = ["6000", "!15", "!15", "20000", "23000"];
-    for (number, millijoules) in (1..).zip(shown) {
+    // 5 J; then the GPU is lost within a step and during the next; then it is back, with 3 J in the last step.
+    let readings = ["6000", "!15", "!15", "20000", "23000"];
+    for (number, millijoules) in (1..).zip(readings) {
         account.begin();
-        driver.show(&format!("GPU-a;NVIDIA T4;{millijoules};1\n"));
+        driver.set(&format!("GPU-a;NVIDIA T4;{millijoules};1\n"));
         account.charge(Phase::Train, number, &step).unwrap();
     }
-    // The fourth step's window began while the card was gone: it is unknown too. Each is filled with what the first one shows.
+    // The fourth step's window began while the GPU was lost: it is unknown too. Each is filled with the ratio of the first.
     let gaps: Vec<_> = account.gaps().collect();
     let reason = "nvml:0: the driver gave no reading: ";
     assert!(
@@ -353,10 +350,10 @@ fn a_card_that_is_lost_on_the_way_leaves_named_gaps_and_no_zero() {
 }
 
 #[test]
-fn the_card_that_computes_is_the_one_that_is_metered() {
-    let test = "the_card_that_computes_is_the_one_that_is_metered";
+fn the_computing_gpu_is_metered() {
+    let test = "the_computing_gpu_is_metered";
     let cards = "GPU-a1;NVIDIA T4;1000;1\nGPU-b2;NVIDIA H100 80GB HBM3;2000;1\n";
-    let Some(driver) = Driver::of(test, cards, &[("CUDA_VISIBLE_DEVICES", "GPU-b")]) else {
+    let Some(driver) = Driver::start(test, cards, &[("CUDA_VISIBLE_DEVICES", "GPU-b")]) else {
         return;
     };
     assert_eq!(
@@ -367,7 +364,7 @@ fn the_card_that_computes_is_the_one_that_is_metered() {
         Profile::of_machine(Computing::Nvidia(0)).unwrap().name,
         "nvidia-h100-sxm5-80gb"
     );
-    // The whole of a run's meters: the card, and its host by name where the host has no counter.
+    // All meters of a run: the GPU, and its modelled host if that has no counter.
     let mut meters = Meters::open(
         Profile::of_machine(Computing::Nvidia(0)).unwrap(),
         Computing::Nvidia(0),
@@ -381,10 +378,10 @@ fn the_card_that_computes_is_the_one_that_is_metered() {
     );
     assert_eq!(meters.resolve(None).unwrap(), MeterKind::Measured);
     let window = meters.begin();
-    driver.show("GPU-a1;NVIDIA T4;9999;1\nGPU-b2;NVIDIA H100 80GB HBM3;4000;1\n");
+    driver.set("GPU-a1;NVIDIA T4;9999;1\nGPU-b2;NVIDIA H100 80GB HBM3;4000;1\n");
     let reading = meters.end(window, &Work::default());
     let measured = reading.energies().measured.unwrap().joules();
-    // 2 J of the card; a host draws less than a kilowatt.
+    // 2 J of the GPU; a host draws less than a kilowatt.
     assert!(
         measured >= Joules(2.0) && measured.0 < 2.0 + 1000.0 * reading.wall.0,
         "{measured} in {:?}",
@@ -400,10 +397,10 @@ fn the_card_that_computes_is_the_one_that_is_metered() {
 }
 
 #[test]
-fn a_slice_of_a_card_and_cards_that_differ_are_not_taken_for_one_another() {
-    let test = "a_slice_of_a_card_and_cards_that_differ_are_not_taken_for_one_another";
+fn mig_slices_and_gpus_of_ambiguous_order_are_refused() {
+    let test = "mig_slices_and_gpus_of_ambiguous_order_are_refused";
     let cards = "GPU-a;NVIDIA T4;1000;1\nGPU-b;NVIDIA A40;2000;1\n";
-    let Some(_) = Driver::of(test, cards, &[("CUDA_VISIBLE_DEVICES", "MIG-5c89,1")]) else {
+    let Some(_) = Driver::start(test, cards, &[("CUDA_VISIBLE_DEVICES", "MIG-5c89,1")]) else {
         return;
     };
     let meters = Meters::open(Profile::named("nvidia-t4").unwrap(), Computing::Nvidia(0));

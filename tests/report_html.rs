@@ -64,7 +64,7 @@ fn entry(phase: Phase, step: u64, joules: f64) -> Entry {
         energy_j,
         flops: 1,
         bytes: Default::default(),
-        parts: None,
+        breakdown: None,
         wall_s: Seconds(0.1),
         t: 0.0,
         gap: None,

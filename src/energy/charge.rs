@@ -16,8 +16,8 @@ use std::ops::{Add, AddAssign};
 
 use serde::{Deserialize, Serialize};
 
-use super::budget::Spent;
 use super::profile::Profile;
+use super::spent::Spent;
 use super::traffic::{DRAM, Traffic, traffic, without_reuse};
 use crate::units::{Bytes, Joules, MicroJoules, Seconds};
 use crate::work::{Precision, Work};
@@ -60,7 +60,7 @@ impl AddAssign<&EnergyBreakdown> for EnergyBreakdown {
 }
 
 impl Charge {
-    /// The quantities that budgets limit.
+    /// The quantities that a budget limits.
     pub fn spent(&self) -> Spent {
         Spent {
             energy: self.energy,

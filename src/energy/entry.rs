@@ -1,17 +1,16 @@
-//! What the ledger's lines hold, and their sums.
+//! Contents of the ledger's lines, and their sums.
 //!
-//! Owns phases, amounts on every meter, entries, leases and totals: plain values that are added, subtracted and written as JSON.
-//! Takes nothing from a file and keeps nothing; knows nothing of budgets.
+//! Plain values: phases, energies on every meter, entries, leases and totals.
 
 use serde::{Deserialize, Serialize};
 
-use super::budget::Spent;
 use super::charge::EnergyBreakdown;
 use super::options::MeterKind;
+use super::spent::Spent;
 use super::traffic::Traffic;
 use crate::units::{MicroJoules, Seconds};
 
-/// What energy was spent on.
+/// Activity that energy is spent on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -37,7 +36,7 @@ impl Phase {
         Phase::Lost,
     ];
 
-    /// The word in the ledger and in reports.
+    /// Name in the ledger and in reports.
     pub fn as_str(self) -> &'static str {
         match self {
             Phase::Load => "load",
@@ -49,22 +48,22 @@ impl Phase {
     }
 }
 
-/// One amount on every meter. In files: joules, exact to the microjoule up to 2^53 of them.
+/// An energy on every meter. In files: joules, exact to the microjoule up to 2^53 of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Energies {
     /// Work times profile.
     #[serde(with = "as_joules")]
     pub counted: MicroJoules,
-    /// The machine's counters; `None` where there were none or they failed.
+    /// The machine's counters; `None` if absent or failed.
     #[serde(with = "as_joules_or_null")]
     pub measured: Option<MicroJoules>,
-    /// Profile power times wall time.
+    /// Full-load power times wall time.
     #[serde(with = "as_joules")]
     pub timed: MicroJoules,
 }
 
 impl Energies {
-    /// The amount on `kind`; the counted one where there is no measured one (an entry knows better: `Entry::on`).
+    /// The energy on `kind`; the counted one if the measured one is missing (see also `Entry::on`).
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match kind {
             MeterKind::Counted => self.counted,
@@ -100,51 +99,53 @@ mod as_joules_or_null {
     }
 }
 
-/// One line of spending.
+/// One expenditure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
-    /// On what.
+    /// Activity.
     pub phase: Phase,
-    /// The optimizer step it belongs to.
+    /// Optimizer step it belongs to.
     pub step: u64,
-    /// How much.
+    /// Energy on every meter.
     pub energy_j: Energies,
     /// FLOPs of matrix products and attention.
     pub flops: u64,
     /// Bytes by memory level.
     pub bytes: Traffic,
-    /// What the counted energy is made of; not known of what a crash took.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parts: Option<EnergyBreakdown>,
+    /// Composition of the counted energy; unknown for energy lost in a crash.
+    #[serde(rename = "parts", default, skip_serializing_if = "Option::is_none")]
+    pub breakdown: Option<EnergyBreakdown>,
     /// Wall time.
     pub wall_s: Seconds,
-    /// When, in Unix seconds.
+    /// Unix seconds.
     pub t: f64,
-    /// Where the counters failed: why, and what stands in for them.
+    /// Failure of the counters, with the energy that fills the gap.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gap: Option<Filled>,
+    pub gap: Option<GapFill>,
 }
 
 impl Entry {
-    /// The amount on `kind`; where the counters failed, what fills the gap.
+    /// The energy on `kind`, with the fill of a gap in the measured one.
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match (&self.gap, kind) {
-            (Some(filled), MeterKind::Measured) => filled.energy_j,
+            (Some(gap), MeterKind::Measured) => gap.energy_j,
             _ => self.energy_j.on(kind),
         }
     }
 }
 
-/// What stands in for the counters where they failed. Never nothing.
+/// Estimate in place of failed counters; never zero.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Filled {
-    /// Why they failed.
+pub struct GapFill {
+    /// Cause of the failure.
     pub reason: String,
-    /// The meter it is taken from.
-    pub filled: MeterKind,
-    /// Times that meter: this run's measured over counted so far, 1 before anything was measured.
-    pub times: f64,
-    /// The amount.
+    /// Meter it is estimated from.
+    #[serde(rename = "filled")]
+    pub meter: MeterKind,
+    /// Factor on that meter: the run's measured over counted energy so far, 1 before any measurement.
+    #[serde(rename = "times")]
+    pub factor: f64,
+    /// The estimate.
     #[serde(with = "as_joules")]
     pub energy_j: MicroJoules,
 }
@@ -152,28 +153,27 @@ pub struct Filled {
 /// Steps paid for before they run.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Lease {
-    /// How many steps.
+    /// Number of steps.
     pub steps: u64,
-    /// Their energy.
+    /// Energy.
     pub energy_j: Energies,
-    /// Their FLOPs.
+    /// FLOPs.
     pub flops: u64,
-    /// Their wall time.
+    /// Wall time.
     pub time_s: Seconds,
 }
 
 impl Lease {
-    /// What is left of it after `entry`.
-    pub(super) fn less(&self, entry: &Entry) -> Lease {
-        let (mine, spent) = (&self.energy_j, &entry.energy_j);
+    /// The remainder of the lease after `entry`.
+    pub(super) fn after(&self, entry: &Entry) -> Lease {
+        let measured = self.energy_j.measured;
         Lease {
             steps: self.steps.saturating_sub(1),
             energy_j: Energies {
-                counted: mine.counted.saturating_sub(spent.counted),
-                measured: mine
-                    .measured
-                    .map(|measured| measured.saturating_sub(entry.on(MeterKind::Measured))),
-                timed: mine.timed.saturating_sub(spent.timed),
+                counted: self.energy_j.counted.saturating_sub(entry.energy_j.counted),
+                measured: measured
+                    .map(|leased| leased.saturating_sub(entry.on(MeterKind::Measured))),
+                timed: self.energy_j.timed.saturating_sub(entry.energy_j.timed),
             },
             flops: self.flops.saturating_sub(entry.flops),
             time_s: (self.time_s - entry.wall_s).max(Seconds::ZERO),
@@ -184,26 +184,27 @@ impl Lease {
 /// Sums over entries.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct Totals {
-    /// Joules by meter; `measured` is the sum over entries that were measured, `None` where none was.
+    /// Energy by meter; `measured` sums the measured entries, `None` without any.
     pub energy_j: Energies,
     /// FLOPs of matrix products and attention.
     pub flops: u64,
     /// Bytes by memory level.
     pub bytes: Traffic,
-    /// What the counted energy is made of, over the entries that know it.
-    pub parts: EnergyBreakdown,
-    /// The counted energy of the others.
+    /// Composition of the counted energy, over the entries that state it.
+    #[serde(rename = "parts")]
+    pub breakdown: EnergyBreakdown,
+    /// Counted energy of the entries without a composition.
     #[serde(skip)]
-    pub unparted: MicroJoules,
+    pub without_breakdown: MicroJoules,
     /// Wall time.
     pub wall_s: Seconds,
-    /// Entries.
+    /// Number of entries.
     pub entries: u64,
-    /// Entries without a measured energy.
+    /// Number of entries without a measured energy.
     pub unmeasured: u64,
-    /// The counted joules of the entries that were measured: what `energy_j.measured` is to be compared with.
+    /// Counted energy of the measured entries, for comparison with `energy_j.measured`.
     pub counted_where_measured: MicroJoules,
-    /// The sum of `Entry::on(Measured)`: measured, and filled in the gaps.
+    /// Sum of `Entry::on(Measured)`: measured energy and gap fills.
     #[serde(skip)]
     measured_or_filled: MicroJoules,
 }
@@ -214,37 +215,29 @@ impl Totals {
         self.energy_j.timed += entry.energy_j.timed;
         self.measured_or_filled += entry.on(MeterKind::Measured);
         match entry.energy_j.measured {
-            Some(measured) => {
-                self.energy_j.measured =
-                    Some(self.energy_j.measured.unwrap_or_default() + measured);
-                self.counted_where_measured += entry.energy_j.counted;
-            }
+            Some(energy) => self.add_measured(Some(energy), entry.energy_j.counted),
             None => self.unmeasured += 1,
         }
         self.flops = self.flops.saturating_add(entry.flops);
         for (level, bytes) in &entry.bytes {
             *self.bytes.entry(level.clone()).or_default() += *bytes;
         }
-        match &entry.parts {
-            Some(parts) => self.parts += parts,
-            None => self.unparted += entry.energy_j.counted,
+        match &entry.breakdown {
+            Some(breakdown) => self.breakdown += breakdown,
+            None => self.without_breakdown += entry.energy_j.counted,
         }
         self.wall_s += entry.wall_s;
         self.entries += 1;
     }
 
-    /// Adds what was measured, and what was counted beside it.
-    pub(super) fn add_measured(&mut self, other: &Totals) {
-        let measured = self
-            .energy_j
-            .measured
-            .into_iter()
-            .chain(other.energy_j.measured);
-        self.energy_j.measured = measured.reduce(std::ops::Add::add);
-        self.counted_where_measured += other.counted_where_measured;
+    /// Adds a measured energy and the counted energy of the same entries.
+    pub(super) fn add_measured(&mut self, measured: Option<MicroJoules>, counted: MicroJoules) {
+        let sum = self.energy_j.measured.into_iter().chain(measured);
+        self.energy_j.measured = sum.reduce(std::ops::Add::add);
+        self.counted_where_measured += counted;
     }
 
-    /// The total on one meter; on `Measured` with what fills the gaps.
+    /// The total on one meter; on `Measured` with the gap fills.
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match kind {
             MeterKind::Counted => self.energy_j.counted,
@@ -253,13 +246,13 @@ impl Totals {
         }
     }
 
-    /// Measured over counted, of the entries that were measured; `None` where nothing was.
+    /// Measured over counted energy of the measured entries; `None` without any.
     pub fn ratio(&self) -> Option<f64> {
         let ratio = self.energy_j.measured?.joules() / self.counted_where_measured.joules();
         (ratio.is_finite() && ratio > 0.0).then_some(ratio)
     }
 
-    /// The total as a budget sees it.
+    /// The total in the quantities of a budget.
     pub fn spent(&self, kind: MeterKind) -> Spent {
         Spent {
             energy: self.on(kind),

@@ -1,7 +1,8 @@
 //! The three meters: counted, measured, timed.
 //!
-//! Owns the measurement window and the choice of the meter that decides. Takes a `Work` at a window's end, returns a `Reading`
-//! with every meter that was available. Refuses to turn a missing or failed counter into a number: it is a reason.
+//! Opens measurement windows and selects the deciding meter. Takes a `Work` at the end of a window,
+//! returns a [`Reading`] of every available meter. A missing or failed counter yields its reason, never a
+//! number.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -10,7 +11,7 @@ use std::time::Instant;
 use super::charge::Charge;
 use super::counters::{Counters, Snapshot};
 use super::detect::{Computing, allowed_cores, part_of_machine};
-use super::ledger::Energies;
+use super::entry::Energies;
 use super::options::MeterKind;
 use super::profile::{DeviceKind, Profile};
 use super::sensor::{Absent, AttributedSensor, Gap, NvmlSensor, RaplSensor, Sensor};
@@ -18,55 +19,54 @@ use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds, Watts};
 use crate::work::Work;
 
-/// What one window cost on every meter.
+/// The energy of one window on every meter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reading {
     /// Work times profile.
     pub counted: MicroJoules,
-    /// Profile power times wall time.
+    /// Full-load power times wall time.
     pub timed: MicroJoules,
-    /// The counters, or why they failed inside the window; `None` where there are none.
+    /// The counters' energy, or why they failed inside the window; `None` without counters.
     pub measured: Option<std::result::Result<MicroJoules, Gap>>,
     /// Wall time of the window.
     pub wall: Seconds,
-    /// How `counted` came about.
+    /// Details of `counted`.
     pub charge: Charge,
 }
 
 impl Reading {
-    /// The amounts as the ledger holds them.
+    /// The energies as stored in the ledger.
     pub fn energies(&self) -> Energies {
         let measured = self
             .measured
             .as_ref()
-            .and_then(|measured| measured.as_ref().ok())
-            .copied();
+            .and_then(|measured| measured.as_ref().ok());
         Energies {
             counted: self.counted,
-            measured,
+            measured: measured.copied(),
             timed: self.timed,
         }
     }
 }
 
-/// An open measurement.
+/// An open measurement window.
 #[derive(Debug)]
 pub struct Window {
     start: Instant,
-    start_snapshot: Option<Snapshot>,
+    counters: Option<Snapshot>,
 }
 
-/// The meters of one run. A clone reads the same counters.
+/// The meters of one run. Clones share the counters.
 #[derive(Clone)]
 pub struct Meters {
     profile: Profile,
     timed_power: Watts,
     counters: Rc<RefCell<Counters>>,
-    /// A host without a counter beside a device that has one: its profile's name and the power it is taken to draw.
-    host: Option<(String, Watts)>,
-    /// Why `measured` is not to be had.
+    /// Name and assumed power of a host without a counter, for a GPU with one.
+    modelled_host: Option<(String, Watts)>,
+    /// Why there is no measured energy.
     absent: Option<Absent>,
-    /// The computing device's joules are a share by head: no measurement, so that `auto` does not take them for one.
+    /// The counters' energy is attributed by CPU share, which `auto` does not accept as a measurement.
     attributed: bool,
 }
 
@@ -85,58 +85,49 @@ impl Meters {
             profile,
             timed_power,
             counters: Rc::new(RefCell::new(Counters::new(Vec::new()))),
-            host: None,
+            modelled_host: None,
             absent: Some(absent),
             attributed: false,
         }
     }
 
-    /// Counted and timed, and whatever counters this machine lets this process read. Where the process may use a part of the machine's
-    /// processors, theirs is attributed by share.
+    /// Counted and timed, and the counters this process may read. If it may use only some of the machine's
+    /// CPUs, the processor's energy is attributed by their share.
     pub fn open(profile: Profile, computing: Computing) -> Meters {
-        let rapl = RaplSensor::open_default().map(|sensor| match part_of_machine() {
-            Some((allowed, all)) => {
-                Box::new(AttributedSensor::new(Box::new(sensor), allowed, all)) as Box<dyn Sensor>
-            }
-            None => Box::new(sensor),
-        });
-        let mut meters = Self::without_counters(profile);
+        let meters = Self::without_counters(profile);
         match computing {
-            Computing::Cpu => match rapl {
+            Computing::Cpu => match open_rapl() {
                 Ok(sensor) => Meters {
                     attributed: part_of_machine().is_some(),
                     ..meters.with_counters(vec![sensor], None)
                 },
-                Err(absent) => meters.explained(absent),
+                Err(absent) => meters.without_measurement(absent),
             },
-            Computing::Nvidia(index) => match (NvmlSensor::open(index), rapl) {
+            Computing::Nvidia(index) => match (NvmlSensor::open(index), open_rapl()) {
                 (Ok(gpu), Ok(host)) => meters.with_counters(vec![Box::new(gpu), host], None),
                 (Ok(gpu), Err(_)) => meters.with_counters(vec![Box::new(gpu)], Some(host_model())),
-                (Err(absent), _) => meters.explained(absent),
+                (Err(absent), _) => meters.without_measurement(absent),
             },
-            Computing::Other => {
-                meters.absent = Some(Absent {
-                    reason: "this device has no energy counter that can be read".to_string(),
-                    remedy: "write `meter = \"counted\"` in [energy]".to_string(),
-                });
-                meters
-            }
+            Computing::Other => meters.without_measurement(Absent {
+                reason: "this device has no energy counter that can be read".to_string(),
+                remedy: "write `meter = \"counted\"` in [energy]".to_string(),
+            }),
         }
     }
 
-    /// These counters, which together cover the computing device; `host` is a modelled host's name and power.
+    /// With `sensors` that together cover the computing device; `modelled_host`: name and power.
     pub fn with_counters(
         mut self,
         sensors: Vec<Box<dyn Sensor>>,
-        host: Option<(String, Watts)>,
+        modelled_host: Option<(String, Watts)>,
     ) -> Meters {
         self.absent = None;
         self.counters = Rc::new(RefCell::new(Counters::new(sensors)));
-        self.host = host;
+        self.modelled_host = modelled_host;
         self
     }
 
-    fn explained(mut self, absent: Absent) -> Meters {
+    fn without_measurement(mut self, absent: Absent) -> Meters {
         self.absent = Some(absent);
         self
     }
@@ -146,35 +137,37 @@ impl Meters {
         &self.profile
     }
 
-    /// The power that `timed` multiplies with wall time: full load of the cores this process may use.
+    /// Power of the timed meter: full load of the cores this process may use.
     pub fn timed_power(&self) -> Watts {
         self.timed_power
     }
 
-    /// What `measured` consists of ("rapl (package-0)", "generic-cpu modelled at 17 W"); empty where there is no counter.
+    /// Components of the measured energy ("rapl (package-0)", "generic-cpu modelled at 17 W"); empty without
+    /// counters.
     pub fn measured_by(&self) -> Vec<String> {
-        let modelled = self
-            .host
-            .iter()
-            .map(|(name, power)| format!("{name} modelled at {power}"));
-        let names = self.counters.borrow().names();
-        names.into_iter().chain(modelled).collect()
+        let mut components = self.counters.borrow().names();
+        if let Some((name, power)) = &self.modelled_host {
+            components.push(format!("{name} modelled at {power}"));
+        }
+        components
     }
 
-    /// Why there is no `measured`, and what would help.
+    /// Why there is no measured energy, with the remedy.
     pub fn absent(&self) -> Option<&Absent> {
         self.absent.as_ref()
     }
 
-    /// The meter that decides: the one asked for, or (`None`) measured where complete, else counted.
-    pub fn resolve(&self, asked: Option<MeterKind>) -> Result<MeterKind> {
-        match (asked, &self.absent) {
-            (Some(MeterKind::Measured), Some(absent)) => Err(Error::new(
-                Kind::Energy,
-                format!("energy cannot be measured here: {}", absent.reason),
-            )
-            .at("energy.meter")
-            .hint(format!("{}; or write `meter = \"counted\"`", absent.remedy))),
+    /// The deciding meter: the requested one; by default measured if complete, else counted.
+    ///
+    /// # Errors
+    /// [`Kind::Energy`] if `Measured` is requested but absent.
+    pub fn resolve(&self, requested: Option<MeterKind>) -> Result<MeterKind> {
+        match (requested, &self.absent) {
+            (Some(MeterKind::Measured), Some(absent)) => {
+                let what = format!("energy cannot be measured here: {}", absent.reason);
+                let hint = format!("{}; or write `meter = \"counted\"`", absent.remedy);
+                Err(Error::new(Kind::Energy, what).at("energy.meter").hint(hint))
+            }
             (Some(kind), _) => Ok(kind),
             (None, None) if !self.attributed => Ok(MeterKind::Measured),
             (None, _) => Ok(MeterKind::Counted),
@@ -184,25 +177,19 @@ impl Meters {
     /// Opens a window.
     pub fn begin(&mut self) -> Window {
         let mut counters = self.counters.borrow_mut();
-        let start_snapshot = (!counters.is_empty()).then(|| counters.snapshot());
+        let snapshot = (!counters.is_empty()).then(|| counters.snapshot());
         Window {
             start: Instant::now(),
-            start_snapshot,
+            counters: snapshot,
         }
     }
 
     /// Closes `window` and charges `work` to it.
     pub fn end(&mut self, window: Window, work: &Work) -> Reading {
         let wall = Seconds(window.start.elapsed().as_secs_f64());
-        let host = self
-            .host
-            .as_ref()
-            .map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded());
-        let measured = window.start_snapshot.map(|start| {
-            self.counters
-                .borrow_mut()
-                .energy_since(&start)
-                .map(|energy| energy + host)
+        let measured = window.counters.map(|start| {
+            let energy = self.counters.borrow_mut().energy_since(&start)?;
+            Ok(energy + self.host_energy(wall))
         });
         let charge = self.profile.charge(work);
         Reading {
@@ -213,13 +200,27 @@ impl Meters {
             charge,
         }
     }
+
+    fn host_energy(&self, wall: Seconds) -> MicroJoules {
+        let host = self.modelled_host.as_ref();
+        host.map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded())
+    }
 }
 
-/// A host that feeds a graphics processor keeps about one core busy: idle power and one core's share of the rest.
+/// The processor's counters, attributed by CPU share if this process may not use every CPU.
+fn open_rapl() -> std::result::Result<Box<dyn Sensor>, Absent> {
+    let sensor = Box::new(RaplSensor::open_default()?);
+    Ok(match part_of_machine() {
+        Some((allowed, all)) => Box::new(AttributedSensor::new(sensor, allowed, all)),
+        None => sensor,
+    })
+}
+
+/// Assumes one busy core on the host of a GPU: idle power plus one core's share of the dynamic power.
 fn host_model() -> (String, Watts) {
     let host = Profile::detect();
-    let busy = (host.load_w - host.idle_w) / host.cores.unwrap_or(1) as f64;
-    (host.name.clone(), host.idle_w + busy)
+    let busy_core = (host.load_w - host.idle_w) / host.cores.unwrap_or(1) as f64;
+    (host.name.clone(), host.idle_w + busy_core)
 }
 
 #[cfg(test)]
@@ -227,8 +228,10 @@ mod tests {
     use super::*;
     use crate::work::Precision;
 
-    /// A counter that shows what it is told.
-    struct Scripted(Vec<std::result::Result<u64, Gap>>);
+    type Script = Vec<std::result::Result<u64, Gap>>;
+
+    /// Returns these readings one after another.
+    struct Scripted(Script);
 
     impl Sensor for Scripted {
         fn name(&self) -> &str {
@@ -240,14 +243,20 @@ mod tests {
         }
     }
 
-    fn with(script: Vec<std::result::Result<u64, Gap>>, host: Option<(String, Watts)>) -> Meters {
+    fn scripted(script: Script, modelled_host: Option<(String, Watts)>) -> Meters {
         Meters::without_counters(Profile::named("nvidia-t4").unwrap())
-            .with_counters(vec![Box::new(Scripted(script))], host)
+            .with_counters(vec![Box::new(Scripted(script))], modelled_host)
+    }
+
+    /// A window without work.
+    fn idle_window(meters: &mut Meters) -> Reading {
+        let window = meters.begin();
+        meters.end(window, &Work::default())
     }
 
     #[test]
-    fn a_window_is_the_difference_of_its_ends() {
-        let mut meters = with(vec![Ok(100), Ok(350)], None);
+    fn a_window_is_read_on_every_meter() {
+        let mut meters = scripted(vec![Ok(100), Ok(350)], None);
         let work = Work::product(64, 64, 64, Precision::F32);
         let window = meters.begin();
         let reading = meters.end(window, &work);
@@ -260,58 +269,47 @@ mod tests {
     #[test]
     fn a_failed_counter_is_a_gap_and_never_zero() {
         let lost = Gap::lost("told to fail");
-        let mut meters = with(vec![Ok(100), Err(lost), Ok(300), Ok(300), Ok(400)], None);
-        let window = meters.begin();
-        let reading = meters.end(window, &Work::default());
-        assert!(reading.measured.as_ref().unwrap().is_err());
-        assert_eq!(reading.energies().measured, None);
-        let window = meters.begin();
-        assert_eq!(
-            meters.end(window, &Work::default()).energies().measured,
-            Some(MicroJoules(100))
-        );
+        let mut meters = scripted(vec![Ok(100), Err(lost), Ok(300), Ok(300), Ok(400)], None);
+        let failed = idle_window(&mut meters);
+        assert!(failed.measured.as_ref().unwrap().is_err());
+        assert_eq!(failed.energies().measured, None);
+        let next = idle_window(&mut meters);
+        assert_eq!(next.energies().measured, Some(MicroJoules(100)));
     }
 
     #[test]
-    fn a_host_without_a_counter_is_modelled_by_name() {
-        let mut meters = with(
-            vec![Ok(0), Ok(10)],
-            Some(("generic-cpu".to_string(), Watts(1e6))),
-        );
-        let window = meters.begin();
-        let reading = meters.end(window, &Work::default());
+    fn a_host_without_a_counter_is_modelled_and_named() {
+        let host = ("generic-cpu".to_string(), Watts(1e6));
+        let mut meters = scripted(vec![Ok(0), Ok(10)], Some(host));
+        let reading = idle_window(&mut meters);
+        let host_energy = (Watts(1e6) * reading.wall).rounded();
         assert_eq!(
             reading.energies().measured.unwrap(),
-            MicroJoules(10) + (Watts(1e6) * reading.wall).rounded()
+            MicroJoules(10) + host_energy
         );
-        assert_eq!(
-            meters.measured_by(),
-            ["scripted", "generic-cpu modelled at 1 MW"]
-        );
+        let components = meters.measured_by();
+        assert_eq!(components, ["scripted", "generic-cpu modelled at 1 MW"]);
     }
 
     #[test]
-    fn auto_is_measured_where_complete_and_counted_elsewhere() {
-        assert_eq!(
-            with(vec![], None).resolve(None).unwrap(),
-            MeterKind::Measured
-        );
-        let share = Meters {
+    fn auto_is_measured_if_complete_and_else_counted() {
+        let complete = scripted(vec![], None);
+        assert_eq!(complete.resolve(None).unwrap(), MeterKind::Measured);
+        let attributed = Meters {
             attributed: true,
-            ..with(vec![], None)
+            ..scripted(vec![], None)
         };
-        assert_eq!(share.resolve(None).unwrap(), MeterKind::Counted);
+        assert_eq!(attributed.resolve(None).unwrap(), MeterKind::Counted);
+        let requested = attributed.resolve(Some(MeterKind::Measured)).unwrap();
+        assert_eq!(requested, MeterKind::Measured);
+        let absent = Meters::without_counters(Profile::named("generic-cpu").unwrap());
+        assert_eq!(absent.resolve(None).unwrap(), MeterKind::Counted);
         assert_eq!(
-            share.resolve(Some(MeterKind::Measured)).unwrap(),
-            MeterKind::Measured
-        );
-        let none = Meters::without_counters(Profile::named("generic-cpu").unwrap());
-        assert_eq!(none.resolve(None).unwrap(), MeterKind::Counted);
-        assert_eq!(
-            none.resolve(Some(MeterKind::Timed)).unwrap(),
+            absent.resolve(Some(MeterKind::Timed)).unwrap(),
             MeterKind::Timed
         );
-        let error = none.resolve(Some(MeterKind::Measured)).unwrap_err();
-        assert!(error.kind() == Kind::Energy && error.remedy().unwrap().contains("counted"));
+        let error = absent.resolve(Some(MeterKind::Measured)).unwrap_err();
+        assert_eq!(error.kind(), Kind::Energy);
+        assert!(error.remedy().unwrap().contains("counted"));
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! profile, traffic ──► charge ─────────────┐
 //! sensor ──► counters ──► meter ───────────┤
-//! carbon ──► budget ──► entry ──► ledger ──┴─► account
+//! spent ──► budget, entry ──► ledger ──────┴─► account
 //! ```
 //!
 //! A `Work` is charged to a [`Profile`]; [`Meters`] measure it in a window; a [`Budget`] decides whether
@@ -22,18 +22,21 @@ mod entry;
 pub mod grid;
 pub mod interval;
 pub mod ledger;
+mod ledger_file;
 pub mod meter;
 pub mod options;
+mod prediction;
 pub mod profile;
 mod profile_file;
 mod profile_rules;
 pub mod sensor;
+mod spent;
 mod suggest;
 pub mod traffic;
 
 pub use account::{Account, Verdict};
 pub use baseline::Baseline;
-pub use budget::{Budget, Limit, Rates, Spent};
+pub use budget::{Budget, Limit, Rates};
 pub use calibration::{Measured, MeasuredCache, MeasuredPower};
 pub use carbon::carbon;
 pub use charge::{Charge, EnergyBreakdown};
@@ -45,4 +48,5 @@ pub use ledger::{Energies, Entry, Ledger, Phase};
 pub use meter::{Meters, Reading};
 pub use options::{DeviceRef, GridRef, Limits, MeterKind};
 pub use profile::Profile;
+pub use spent::{Allowance, Spent};
 pub(crate) use suggest::{did_you_mean, near_matches};

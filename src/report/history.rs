@@ -133,7 +133,7 @@ mod tests {
             energy_j,
             flops: 0,
             bytes: Default::default(),
-            parts: None,
+            breakdown: None,
             wall_s: Seconds(0.0),
             t: 0.0,
             gap: None,

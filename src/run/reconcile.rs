@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::directory::RunDirectory;
-use crate::energy::ledger::{Gapped, Totals};
+use crate::energy::ledger::{GapTotals, Totals};
 use crate::energy::{Account, Phase, Profile};
 use crate::error::Result;
 use crate::measure::{self, Reconciled};
@@ -41,7 +41,7 @@ pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
     let of = |(counted, measured): (MicroJoules, MicroJoules)| {
         Compared::new(counted.joules(), measured.joules())
     };
-    let gap = |(phase, reason, gapped): (Phase, &str, &Gapped)| Gap {
+    let gap = |(phase, reason, gapped): (Phase, &str, &GapTotals)| Gap {
         phase,
         reason: reason.to_string(),
         entries: gapped.entries,

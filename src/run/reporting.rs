@@ -152,7 +152,7 @@ fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Vec<Baseline> {
     let metered = Metered {
         spent,
         metered_over_counted: account.metered_over_counted(),
-        parts: &account.totals().parts,
+        parts: &account.totals().breakdown,
     };
     let subject = run.prepared.subject();
     let found = baselines(&subject, state.step, evaluations, &metered);

@@ -51,9 +51,9 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> Energy {
         measured_absent: absent.cloned(),
         counted_parts: counted_parts(
             &prepared.profile,
-            &totals.parts,
+            &totals.breakdown,
             &totals.bytes,
-            totals.unparted.joules(),
+            totals.without_breakdown.joules(),
         ),
         profile_factor: profile_factor(&prepared.profile),
         reconciliation: reconciliation(account),

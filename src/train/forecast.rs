@@ -2,8 +2,8 @@
 
 use super::{Settings, Stop, TrainState, checkpoint_bytes};
 use crate::data::{BatchShape, MicroBatch, Sampler};
-use crate::energy::budget::Allowance;
-use crate::energy::{Account, Budget, Charge, Phase, Profile, Spent};
+
+use crate::energy::{Account, Allowance, Budget, Charge, Phase, Profile, Spent};
 use crate::model::ModelShape;
 use crate::ops::adamw_cost;
 use crate::work::Work;
@@ -305,7 +305,7 @@ impl BudgetProgress {
     ) -> Self {
         let spending = if !account.budget().is_limited() {
             Spending::Unlimited
-        } else if account.foresees() {
+        } else if account.is_predictable() {
             let profile = account.meters().profile();
             let (budget, spent) = (account.budget(), account.spent());
             let plan = forecast(costs, settings, profile, budget, spent, state);

@@ -99,7 +99,6 @@ const FILE_LINES: usize = 700;
 pub const NOTED: usize = 400;
 /// Files that are still longer.
 const LONG_FILES: &[&str] = &[
-    "src/energy/account.rs",
     "src/ops/attention/cpu.rs",
     "src/ops/linear.rs",
     "tests/adapter.rs",
@@ -127,7 +126,6 @@ const LONG: &[(&str, &str)] = &[
         "tests/end_to_end/resume.rs",
         "what_cannot_be_resumed_says_why",
     ),
-    ("tests/energy.rs", "limited"),
     ("tests/recipe.rs", "defaults_are_the_contracts"),
 ];
 

@@ -409,7 +409,7 @@ fn a_run_that_is_still_going_is_left_alone() {
     assert!(reached(&lab, &mut child, "run", 2));
     says(
         &lab.refused(2, &["train", "--resume", "run"]),
-        &["another process is at work in this run", "run/ledger.jsonl"],
+        &["another process is using this run", "run/ledger.jsonl"],
     );
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));

@@ -1,9 +1,9 @@
-//! A stand-in for NVIDIA's management library: the C functions that wattune resolves in `libnvidia-ml.so.1`, by their public signatures
-//! (NVML API reference and `nvml.h`, docs.nvidia.com/deploy/nvml-api). Built as a shared library of its own by the tests.
+//! A fake NVML library: the C functions that wattune resolves in `libnvidia-ml.so.1`, with their public signatures (NVML API
+//! reference and `nvml.h`, docs.nvidia.com/deploy/nvml-api). Built as a shared library by the tests.
 //!
-//! What it answers stands in the file that `WATTUNE_TEST_CARDS` names, read at every call: one card a line, "UUID;name;millijoules;milliwatts".
-//! `!15` in place of a number, or of the UUID, is the return code of the call that asks for it (the UUID's: of the call for the handle); a
-//! line of `!9` alone is that of nvmlInit_v2.
+//! Returns the contents of the file that `WATTUNE_TEST_CARDS` names, read at every call: one GPU a line,
+//! "UUID;name;millijoules;milliwatts". `!15` in place of a number, or of the UUID, is the return code of the function that returns it (the
+//! UUID's: of the function that returns the handle); a line of `!9` alone is that of nvmlInit_v2.
 
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 
@@ -18,7 +18,7 @@ fn lines() -> Vec<String> {
     std::fs::read_to_string(path).expect("the test wrote it").lines().map(str::to_string).collect()
 }
 
-/// A field of a card's line, or the return code that stands there. A handle is the card's number from one.
+/// A field of a GPU's line, or its return code. A handle is the number of the line, from one.
 fn field(device: Device, field: usize) -> Result<String, c_int> {
     let line = lines().get((device as usize).wrapping_sub(1)).cloned().ok_or(INVALID_ARGUMENT)?;
     let text = line.split(';').nth(field).ok_or(INVALID_ARGUMENT)?;

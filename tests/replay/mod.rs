@@ -1,7 +1,6 @@
-//! A device whose energy is played back, and a counter of it that fails when told to.
+//! A simulated device with a counter that fails on demand.
 //!
-//! The test draws power from the device, second by second as a trace says or joule by joule; the sensor shows what a hardware counter would.
-//! Traces are read where they lie: rows of the Zeus power measurements (ml-energy/zeus, Apache-2.0; You et al., NSDI 2023), each with the
+//! A test draws energy from the device, or power over time as in a trace; the sensor returns what a hardware counter would. Traces are rows of the Zeus power measurements (ml-energy/zeus, Apache-2.0; You et al., NSDI 2023), each with the
 //! mean power and the time of one epoch.
 
 use std::path::{Path, PathBuf};
@@ -10,14 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use wattune::energy::sensor::{Gap, Sensor};
 use wattune::units::{MicroJoules, Seconds, Watts};
 
-/// The device; every clone is the same one.
+/// The device; clones share its state.
 #[derive(Clone, Default)]
 pub struct Device(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
     spent: u64,
-    out: bool,
+    failing: bool,
     resets: u64,
 }
 
@@ -26,27 +25,27 @@ impl Device {
         self.0.lock().unwrap()
     }
 
-    /// Draws so much energy.
+    /// Draws energy.
     pub fn spend(&self, energy: MicroJoules) {
         self.state().spent += energy.0;
     }
 
-    /// Draws this power for this time.
+    /// Draws power for a time.
     pub fn draw(&self, power: Watts, time: Seconds) {
         self.spend((power * time).rounded());
     }
 
-    /// The truth, whatever the counter shows.
+    /// The energy drawn, independent of the counter.
     pub fn spent(&self) -> MicroJoules {
         MicroJoules(self.state().spent)
     }
 
-    /// The counter cannot be read, or can be read again.
-    pub fn out(&self, out: bool) {
-        self.state().out = out;
+    /// Makes reading the counter fail, or succeed again.
+    pub fn fail(&self, failing: bool) {
+        self.state().failing = failing;
     }
 
-    /// The counter starts at zero again.
+    /// Resets the counter to zero.
     pub fn reset(&self) {
         self.state().resets += 1;
     }
@@ -80,7 +79,7 @@ impl Sensor for Replay {
 
     fn read(&mut self) -> Result<MicroJoules, Gap> {
         let state = self.device.state();
-        if state.out {
+        if state.failing {
             return Err(Gap::unread("the counter cannot be read"));
         }
         let risen = state.spent - std::mem::replace(&mut self.last, state.spent);
@@ -92,7 +91,7 @@ impl Sensor for Replay {
     }
 }
 
-/// The folder of recorded traces, or `None` with a visible line that names the skipped test.
+/// The directory of recorded traces; `None`, with a line on stderr, if absent.
 pub fn traces(test: &str) -> Option<PathBuf> {
     let shared = match std::env::var_os("WATTUNE_ASSETS") {
         Some(assets) => PathBuf::from(assets)
@@ -111,7 +110,7 @@ pub fn traces(test: &str) -> Option<PathBuf> {
     None
 }
 
-/// Mean power and time of one epoch, by rising power limit: the rows of `card` that begin with `job`.
+/// Mean power and time of an epoch, by ascending power limit: the rows of `card` that begin with `job`.
 pub fn epochs(folder: &Path, card: &str, job: &str) -> Vec<(Watts, Seconds)> {
     let path = folder.join(format!("summary_power_{card}.csv"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
