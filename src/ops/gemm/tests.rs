@@ -1,4 +1,4 @@
-//! Products against sums in f64, by every instruction set of this processor.
+//! GEMM against f64 sums, on every instruction set of this CPU.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,15 +11,15 @@ use super::schedule::par_for_each_task;
 use super::*;
 use crate::ops::tests::{cases, uniform, with};
 
-/// Numbers that bf16 holds exactly, so that both formats have one expected value.
-fn numbers(seed: u64, n: usize) -> Vec<f32> {
+/// Values exact in bf16, so that both formats have one expected value.
+fn exact_values(seed: u64, n: usize) -> Vec<f32> {
     uniform(seed, n)
         .iter()
         .map(|u| bf16::from_f32(2.0 * u - 1.0).to_f32())
         .collect()
 }
 
-/// A matrix's numbers in both formats, stored as they stand or transposed.
+/// A matrix in both formats, row-major or transposed.
 struct TestMatrix {
     wide: Vec<f32>,
     narrow: Vec<bf16>,
@@ -31,7 +31,7 @@ struct TestMatrix {
 
 impl TestMatrix {
     fn new(seed: u64, rows: usize, columns: usize, transposed: bool, bf16: bool) -> Self {
-        let wide = numbers(seed, rows * columns);
+        let wide = exact_values(seed, rows * columns);
         let narrow = wide.iter().map(|x| half::bf16::from_f32(*x)).collect();
         Self {
             wide,
@@ -47,18 +47,18 @@ impl TestMatrix {
         self.with_cache(None)
     }
 
-    /// The same with packed forms in `packings`.
-    fn with_cache<'a>(&'a self, packings: Option<&'a PackedWeightCache>) -> MatRef<'a> {
+    /// The matrix with a cache of packed forms.
+    fn with_cache<'a>(&'a self, cache: Option<&'a PackedWeightCache>) -> MatRef<'a> {
         let values = if self.bf16 {
             CpuSlice::Bf16(&self.narrow)
         } else {
             CpuSlice::F32(&self.wide)
         };
-        match self.transposed {
-            true => MatRef::new(values, self.columns, self.rows)
-                .with_cache(packings)
-                .t(),
-            false => MatRef::new(values, self.rows, self.columns).with_cache(packings),
+        if self.transposed {
+            let stored = MatRef::new(values, self.columns, self.rows);
+            stored.with_cache(cache).t()
+        } else {
+            MatRef::new(values, self.rows, self.columns).with_cache(cache)
         }
     }
 
@@ -73,7 +73,7 @@ impl TestMatrix {
     }
 }
 
-/// `precision`'s product of numbers that bf16 holds: exact factors in either. Some of the B's are packed for good, too, which changes no byte.
+/// Sums of products in `precision` against f64, on these numbers of threads; some B's cached in packed form, which changes no bit.
 fn check(
     isa: &'static Isa,
     precision: Precision,
@@ -81,16 +81,16 @@ fn check(
     start: Init<'_>,
     threads: &[usize],
 ) {
-    let packings: Vec<PackedWeightCache> =
+    let caches: Vec<PackedWeightCache> =
         terms.iter().map(|_| PackedWeightCache::default()).collect();
     let on = |threads: usize, kept: Range<usize>| {
         crate::ops::tests::on(threads, || {
-            let lefts: Vec<Lhs<'_>> = terms
+            let lhs: Vec<Lhs<'_>> = terms
                 .iter()
                 .map(|(a, _)| Lhs::with_isa(isa, precision, a.matrix()))
                 .collect();
-            let kept = |index: usize| kept.contains(&index).then(|| &packings[index]);
-            let views = lefts
+            let kept = |index: usize| kept.contains(&index).then(|| &caches[index]);
+            let views = lhs
                 .iter()
                 .zip(terms)
                 .enumerate()
@@ -106,7 +106,7 @@ fn check(
         assert_eq!(
             bits(&got),
             bits(&on(*more, 0..0)),
-            "{}: bytes at {} threads",
+            "{}: bits on {} threads",
             isa.name,
             more
         );
@@ -116,7 +116,7 @@ fn check(
         assert_eq!(
             bits(&got),
             bits(&again),
-            "{}: bytes with B of terms {kept:?} packed for good",
+            "{}: bits with B of terms {kept:?} cached",
             isa.name
         );
     }
@@ -135,11 +135,9 @@ fn check(
                     .sum::<f64>()
             };
             let want = start + terms.iter().map(sum).sum::<f64>();
-            // Every factor is below 1, so that each of the additions is off by half of EPSILON times the largest partial sum at most.
-            let (got, off) = (
-                f64::from(got[row * n + column]),
-                (depth + 2) as f64 * (depth + 1) as f64 / 2.0,
-            );
+            // Factors are below 1: each addition is off by at most half of EPSILON times the largest partial sum.
+            let got = f64::from(got[row * n + column]);
+            let off = (depth + 2) as f64 * (depth + 1) as f64 / 2.0;
             let bound = (off * f64::from(f32::EPSILON)).min(2e-3);
             assert!(
                 (got - want).abs() <= bound,
@@ -154,7 +152,7 @@ proptest! {
     #![proptest_config(cases(96))]
 
     #[test]
-    fn products_are_sums(
+    fn sums_match_f64(
         (m, n, k, r) in (1usize..90, 1usize..100, 1usize..70, prop::option::of(1usize..20)),
         flags in prop::array::uniform8(any::<bool>()),
         start in 0usize..3,
@@ -164,7 +162,8 @@ proptest! {
         if let Some(r) = r {
             terms.push((TestMatrix::new(seed ^ 2, m, r, flags[4], flags[5]), TestMatrix::new(seed ^ 3, r, n, flags[6], flags[7])));
         }
-        let (row, matrix) = (numbers(seed ^ 4, n), numbers(seed ^ 5, m * n));
+        let row = exact_values(seed ^ 4, n);
+        let matrix = exact_values(seed ^ 5, m * n);
         let start = [Init::Zero, Init::Bias(&row), Init::Matrix(&matrix)][start];
         for isa in available() {
             for precision in [Precision::F32, Precision::Bf16] {
@@ -174,9 +173,9 @@ proptest! {
     }
 }
 
-/// A B whose columns are whole is read where it lies, by one row; its other cases go as those of many rows.
+/// B contiguous along k takes the GEMV path, any other the path of many rows.
 #[test]
-fn one_row_times_columns_is_a_product() {
+fn gemv_matches_f64() {
     for (index, (n, k, r)) in [
         (1, 1, 1),
         (5, 15, 3),
@@ -202,7 +201,7 @@ fn one_row_times_columns_is_a_product() {
             );
             let terms: Vec<_> = std::iter::once(w).chain(adapter).collect();
             assert!(n == 1 || k == 1 || terms[0].1.matrix().row_stride == 1);
-            let row = numbers(seed + 4, n);
+            let row = exact_values(seed + 4, n);
             for start in [Init::Zero, Init::Bias(&row), Init::Matrix(&row)] {
                 check(best(), Precision::F32, &terms, start, &[1, 2, 3]);
                 check(best(), Precision::Bf16, &terms, start, &[1, 2, 3]);
@@ -211,10 +210,10 @@ fn one_row_times_columns_is_a_product() {
     }
 }
 
-/// Deeper than one panel, and beside another term, so that there are several passes.
+/// Deeper than one panel, with a second term: several passes.
 #[test]
-fn deep_products_are_sums() {
-    let of = |Isa { max_kc, kc, .. }: &Isa| {
+fn deep_sums_match_f64() {
+    let shapes = |Isa { max_kc, kc, .. }: &Isa| {
         [
             (3, 5, max_kc + 1),
             (15, 33, 2 * kc + 7),
@@ -222,7 +221,7 @@ fn deep_products_are_sums() {
             (33, 64, *kc),
         ]
     };
-    for (m, n, k) in available().iter().flat_map(|isa| of(isa)) {
+    for (m, n, k) in available().iter().flat_map(|isa| shapes(isa)) {
         let terms = [
             (
                 TestMatrix::new(1, m, k, false, false),
@@ -233,7 +232,7 @@ fn deep_products_are_sums() {
                 TestMatrix::new(4, 9, n, false, false),
             ),
         ];
-        let matrix = numbers(5, m * n);
+        let matrix = exact_values(5, m * n);
         for isa in available() {
             check(isa, Precision::F32, &terms, Init::Matrix(&matrix), &[1, 2]);
             check(isa, Precision::Bf16, &terms, Init::Matrix(&matrix), &[1, 2]);
@@ -241,19 +240,20 @@ fn deep_products_are_sums() {
     }
 }
 
-/// All 24 bits of f32 count, by every instruction set: numbers over eight powers of ten, and the error against f64 beside what rounding
-/// each addition to f32 may cost.
+/// All 24 bits of f32 count: values over eight powers of ten, and an error against f64 within that of rounding each addition.
 #[test]
-fn products_in_f32_keep_all_bits() {
+fn f32_keeps_24_bits() {
     let (m, n, k) = (40, 70, 300);
     let spread = |seed: u64, n: usize| -> Vec<f32> {
-        let (u, powers) = (uniform(seed, n), uniform(seed ^ 9, n));
-        u.iter()
+        let powers = uniform(seed ^ 9, n);
+        uniform(seed, n)
+            .iter()
             .zip(powers)
             .map(|(u, power)| (2.0 * u - 1.0) * 10f32.powf(8.0 * power - 4.0))
             .collect()
     };
-    let (a, b) = (spread(1, m * k), spread(2, k * n));
+    let a = spread(1, m * k);
+    let b = spread(2, k * n);
     for isa in available() {
         let left = Lhs::with_isa(isa, Precision::F32, MatRef::from_f32(&a, m, k));
         let got = gemm_sum_with(
@@ -272,7 +272,7 @@ fn products_in_f32_keep_all_bits() {
             });
             worst = worst.max((f64::from(got[row * n + column]) - sum).abs() / size);
         }
-        // Half of EPSILON an addition; tile registers make six where others make one, but round the sum of a pair once.
+        // MixedTerm of EPSILON an addition; AMX makes six for one, but rounds the sum of a pair once.
         assert!(
             worst < 8.0 * f64::from(f32::EPSILON),
             "{}: {worst:e} of the sum of sizes",
@@ -286,41 +286,40 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// Numbers of all 24 bits.
-fn wide(seed: u64, n: usize) -> Vec<f32> {
+/// Values of all 24 bits.
+fn f32_values(seed: u64, n: usize) -> Vec<f32> {
     uniform(seed, n)
         .iter()
         .map(|u| (2.0 * u - 1.0) * 1.234_567_9)
         .collect()
 }
 
-/// One term of a sum in f32: A of all bits, B of numbers that bf16 holds.
-struct Half {
+/// A term of a sum in f32: A of all bits, B exact in bf16.
+struct MixedTerm {
     a: Vec<f32>,
     b: TestMatrix,
 }
 
-impl Half {
-    /// `stored`: whether B's rows and columns are exchanged, and whether it is stored in bf16.
-    fn new(seed: u64, (m, k, n): (usize, usize, usize), stored: (bool, bool)) -> Self {
+impl MixedTerm {
+    fn new(seed: u64, shape: [usize; 3], transposed: bool, bf16: bool) -> Self {
+        let [m, k, n] = shape;
         Self {
-            a: wide(seed, m * k),
-            b: TestMatrix::new(seed ^ 77, k, n, stored.0, stored.1),
+            a: f32_values(seed, m * k),
+            b: TestMatrix::new(seed ^ 77, k, n, transposed, bf16),
         }
     }
 }
 
-/// The sum of the terms in f32, whatever B is stored in, with each B in f32.
-fn check_half(terms: &mut [Half], m: usize, start: Init<'_>) {
+/// Sums in f32 do not depend on the format of B.
+fn check_mixed(terms: &mut [MixedTerm], m: usize, start: Init<'_>) {
     for isa in available() {
-        let sum = |terms: &[Half], threads: usize| {
+        let sum = |terms: &[MixedTerm], threads: usize| {
             crate::ops::tests::on(threads, || {
                 let a = terms
                     .iter()
                     .map(|term| MatRef::from_f32(&term.a, m, term.b.rows));
-                let lefts: Vec<Lhs<'_>> =
-                    a.map(|a| Lhs::with_isa(isa, Precision::F32, a)).collect();
-                let views: Vec<GemmTerm<'_>> = lefts
+                let lhs: Vec<Lhs<'_>> = a.map(|a| Lhs::with_isa(isa, Precision::F32, a)).collect();
+                let views: Vec<GemmTerm<'_>> = lhs
                     .iter()
                     .zip(terms)
                     .map(|(a, term)| GemmTerm {
@@ -347,26 +346,26 @@ fn check_half(terms: &mut [Half], m: usize, start: Init<'_>) {
     }
 }
 
-/// A (m, k) times the k rows of what was packed as A is the product of matrices, to the last bit.
-fn check_by(
+/// A product with B packed as a left-hand side is the same to the last bit.
+fn check_by_packed(
     precision: Precision,
-    (m, k, n): (usize, usize, usize),
-    turned: bool,
-    (b_bf16, seed): (bool, u64),
+    shape: [usize; 3],
+    transposed: bool,
+    b_bf16: bool,
+    seed: u64,
 ) {
-    // One row more, so that a single one goes through blocks here too: what a row gives does not depend on the others.
-    let (a, b) = (
-        wide(seed, (m + 1) * k),
-        TestMatrix::new(seed ^ 1, k, n, false, b_bf16),
-    );
-    let b_wide = wide(seed ^ 2, k * n);
+    let [m, k, n] = shape;
+    // One row more, so that a single row is packed too: a row's result does not depend on the others.
+    let a = f32_values(seed, (m + 1) * k);
+    let b = TestMatrix::new(seed ^ 1, k, n, false, b_bf16);
+    let b_wide = f32_values(seed ^ 2, k * n);
     let b = if b_bf16 {
         b.matrix()
     } else {
         MatRef::from_f32(&b_wide, k, n)
     };
     let across: Vec<f32> = (0..m * k).map(|at| a[at % m * k + at / m]).collect();
-    let few = if turned {
+    let few = if transposed {
         MatRef::from_f32(&across, k, m).t()
     } else {
         MatRef::from_f32(&a[..m * k], m, k)
@@ -387,7 +386,7 @@ fn check_by(
                         .map(|packed| bits(&gemm_by_packed(few, packed, n)))
                 })
             });
-            assert_eq!(got.is_some(), k > 1, "one row alone is not packed");
+            assert_eq!(got.is_some(), k > 1, "a single row is not packed");
             assert!(
                 got.is_none_or(|got| got == want),
                 "{}, {precision:?}: ({m}, {k}) by ({k}, {n}) at {threads} threads",
@@ -400,23 +399,24 @@ fn check_by(
 proptest! {
     #![proptest_config(cases(96))]
 
-    /// A B stored in bf16 is one plane of three, in any order of such terms and others: not a bit of the sum knows.
+    /// B stored in bf16 is one plane of three, in any order of such terms and others.
     #[test]
-    fn bf16_in_an_f32_sum_is_its_f32(
+    fn bf16_rhs_in_f32_matches_f32_rhs(
         (m, n) in (1usize..90, 1usize..100),
         depths in prop::collection::vec(prop_oneof![4 => 1usize..70, 1 => 600usize..1500], 1..5),
         flags in prop::array::uniform8(any::<bool>()),
         start in 0usize..3,
         seed: u64,
     ) {
-        let term = |(index, k): (usize, &usize)| Half::new(seed ^ index as u64, (m, *k, n), (flags[index], flags[4 + index]));
-        let mut terms: Vec<Half> = depths.iter().enumerate().map(term).collect();
-        let (row, matrix) = (numbers(seed ^ 4, n), numbers(seed ^ 5, m * n));
-        check_half(&mut terms, m, [Init::Zero, Init::Bias(&row), Init::Matrix(&matrix)][start]);
+        let term = |(index, k): (usize, &usize)| MixedTerm::new(seed ^ index as u64, [m, *k, n], flags[index], flags[4 + index]);
+        let mut terms: Vec<MixedTerm> = depths.iter().enumerate().map(term).collect();
+        let row = exact_values(seed ^ 4, n);
+        let matrix = exact_values(seed ^ 5, m * n);
+        check_mixed(&mut terms, m, [Init::Zero, Init::Bias(&row), Init::Matrix(&matrix)][start]);
     }
 
     #[test]
-    fn a_product_by_packed_rows_is_a_product(
+    fn gemm_by_packed_matches_gemm(
         m in 1usize..70,
         k in prop_oneof![4 => 1usize..100, 1 => 600usize..1500],
         n in 1usize..140,
@@ -424,25 +424,26 @@ proptest! {
         seed: u64,
     ) {
         for precision in [Precision::F32, Precision::Bf16] {
-            check_by(precision, (m, k, n), flags.0, (flags.1, seed));
+            check_by_packed(precision, [m, k, n], flags.0, flags.1, seed);
         }
     }
 }
 
-/// Several passes in bf16 too, and several tasks.
+/// Several passes and tasks, in bf16 too.
 #[test]
-fn deep_packed_rows_are_a_matrix() {
-    for shape in [(1, 4100, 33), (33, 2100, 700), (65, 700, 1900)] {
-        check_by(Precision::F32, shape, true, (true, 8));
-        check_by(Precision::Bf16, shape, true, (false, 8));
+fn deep_gemm_by_packed_matches_gemm() {
+    for shape in [[1, 4100, 33], [33, 2100, 700], [65, 700, 1900]] {
+        check_by_packed(Precision::F32, shape, true, true, 8);
+        check_by_packed(Precision::Bf16, shape, true, false, 8);
     }
 }
 
-/// In bf16 blocks round factors to nearest, once; what is left is f32.
+/// In bf16, matrix units round operands to nearest, once; sums are f32.
 #[test]
-fn blocks_round_factors_to_bf16() {
+fn bf16_units_round_operands_once() {
     let (m, n, k) = (40, 70, 300);
-    let (a, b) = (uniform(1, m * k), uniform(2, k * n));
+    let a = uniform(1, m * k);
+    let b = uniform(2, k * n);
     let rounded = |values: &[f32]| {
         values
             .iter()
@@ -450,7 +451,7 @@ fn blocks_round_factors_to_bf16() {
             .collect::<Vec<_>>()
     };
     for isa in available().iter().filter(|isa| isa.matrix_unit.is_some()) {
-        let of = |a: &[f32], b: &[f32], precision| {
+        let gemm = |a: &[f32], b: &[f32], precision| {
             let left = Lhs::with_isa(isa, precision, MatRef::from_f32(a, m, k));
             gemm_sum_with(
                 isa,
@@ -461,10 +462,8 @@ fn blocks_round_factors_to_bf16() {
                 Init::Zero,
             )
         };
-        let (got, want) = (
-            of(&a, &b, Precision::Bf16),
-            of(&rounded(&a), &rounded(&b), Precision::F32),
-        );
+        let got = gemm(&a, &b, Precision::Bf16);
+        let want = gemm(&rounded(&a), &rounded(&b), Precision::F32);
         assert!(
             got.iter()
                 .zip(&want)
@@ -474,23 +473,20 @@ fn blocks_round_factors_to_bf16() {
         );
         assert!(
             got.iter()
-                .zip(of(&a, &b, Precision::F32))
+                .zip(gemm(&a, &b, Precision::F32))
                 .any(|(got, exact)| (got - exact).abs() > 1e-3),
-            "rounding shows"
+            "operands are rounded"
         );
     }
 }
 
 #[test]
-fn nothing_is_a_product_too() {
+fn empty_products_are_the_initial_value() {
     let none = TestMatrix::new(1, 0, 4, false, false);
     let b = TestMatrix::new(2, 4, 3, false, false);
     assert!(gemm(Precision::F32, none.matrix(), b.matrix()).is_empty());
-    // A sum of nothing is what it starts from.
-    let (start, left) = (
-        numbers(3, 6),
-        Lhs::with_packed(MatRef::from_f32(&[], 2, 0), PackedLhs::default()),
-    );
+    let start = exact_values(3, 6);
+    let left = Lhs::with_packed(MatRef::from_f32(&[], 2, 0), PackedLhs::default());
     let terms = [GemmTerm {
         lhs: &left,
         rhs: MatRef::from_f32(&[], 0, 3),
@@ -503,9 +499,9 @@ fn nothing_is_a_product_too() {
     assert_eq!(gemm_sum(&terms, Init::Zero), [0.0; 6]);
 }
 
-/// Every strip of every panel once, and no thread without a task where there are panels enough.
+/// Every strip of every panel once, and a task for each thread if there are enough panels.
 #[test]
-fn tasks_are_for_all_threads() {
+fn tasks_cover_the_result_and_use_all_threads() {
     for (panels, strips, threads) in [
         (18, 1, 4),
         (18, 32, 16),
@@ -516,10 +512,8 @@ fn tasks_are_for_all_threads() {
         (64, 1, 3),
         (5, 0, 2),
     ] {
-        let (count, done) = (
-            AtomicU64::new(0),
-            std::sync::Mutex::new(vec![0; panels * strips]),
-        );
+        let count = AtomicU64::new(0);
+        let done = std::sync::Mutex::new(vec![0; panels * strips]);
         crate::ops::tests::on(threads, || {
             par_for_each_task(
                 panels,
@@ -546,10 +540,10 @@ fn tasks_are_for_all_threads() {
     }
 }
 
-/// Every part of a range once, none longer than asked, none empty.
+/// Every element of a range once, in parts of nearly one length, at most `max`.
 #[test]
-fn parts_are_even() {
-    for (length, most) in [
+fn even_parts_cover_the_range() {
+    for (length, max) in [
         (0, 14),
         (1, 14),
         (14, 14),
@@ -558,15 +552,13 @@ fn parts_are_even() {
         (1024, 14),
         (29, 6),
     ] {
-        let parts: Vec<_> = even_parts(7..7 + length, most).collect();
+        let parts: Vec<_> = even_parts(7..7 + length, max).collect();
         assert_eq!(
             parts.iter().flat_map(Clone::clone).collect::<Vec<_>>(),
             (7..7 + length).collect::<Vec<_>>()
         );
-        let (longest, shortest) = (
-            parts.iter().map(Range::len).max(),
-            parts.iter().map(Range::len).min(),
-        );
-        assert!(longest.unwrap_or(0) <= most && longest.unwrap_or(0) <= shortest.unwrap_or(0) + 1);
+        let longest = parts.iter().map(Range::len).max().unwrap_or(0);
+        let shortest = parts.iter().map(Range::len).min().unwrap_or(0);
+        assert!(longest <= max && longest <= shortest + 1);
     }
 }
