@@ -157,7 +157,8 @@ fn linears(bench: &Bench<'_>) {
         };
         let x = random(&[TOKENS, input], DType::F32);
         let dy = random(&[TOKENS, output], DType::F32);
-        let forward = |context| linear.forward(context, &x, None, None).expect("forward");
+        let forward =
+            |context: Context<'_>| linear.forward(context, &x, None, None).expect("forward");
         bench.line(&format!("linear {name} forward"), |context| {
             forward(context);
         });
@@ -182,7 +183,7 @@ fn attentions(bench: &Bench<'_>) {
         let segments = Segments::from_lengths(vec![length; TOKENS / length]);
         let q = random(&[TOKENS, HIDDEN], DType::F32);
         let kv = random(&[TOKENS, 192], DType::F32);
-        let forward = |context| {
+        let forward = |context: Context<'_>| {
             attention
                 .forward(context, q.clone(), kv.clone(), kv.clone(), &segments)
                 .expect("forward")
