@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PEFT's own answers, for tests/adapter.rs: $PY scripts/peft_targets.py
+"""PEFT's own answers, for tests/adapter: $PY scripts/peft_targets.py
 
 Writes, from random weights and without a download:
   tests/golden/peft_targets.json         which modules LoRA lands on, with which rank and scaling, for many settings;

@@ -1,0 +1,334 @@
+//! Merging into safetensors files: PEFT's results, shards, refusals.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::Value;
+use wattune::adapter::targets::Site;
+use wattune::adapter::{LoraPair, MergeJob, merge};
+use wattune::units::Bytes;
+
+use super::golden;
+
+type Encode = fn(f32) -> Vec<u8>;
+
+/// The three types a weight may have, how each is written, and its unit roundoff.
+const TYPES: [(&str, Dtype, Encode, f32); 3] = [
+    (
+        "float32",
+        Dtype::F32,
+        |v| v.to_le_bytes().to_vec(),
+        f32::EPSILON,
+    ),
+    (
+        "bfloat16",
+        Dtype::BF16,
+        |v| half::bf16::from_f32(v).to_le_bytes().to_vec(),
+        1.0 / 256.0,
+    ),
+    (
+        "float16",
+        Dtype::F16,
+        |v| half::f16::from_f32(v).to_le_bytes().to_vec(),
+        1.0 / 2048.0,
+    ),
+];
+
+fn decode(view: &TensorView) -> Vec<f32> {
+    let words = view.data().as_chunks().0.iter().copied();
+    let halves = view.data().as_chunks().0.iter().copied();
+    match view.dtype() {
+        Dtype::F32 => words.map(f32::from_le_bytes).collect(),
+        Dtype::F16 => halves
+            .map(|b| half::f16::from_le_bytes(b).to_f32())
+            .collect(),
+        Dtype::BF16 => halves
+            .map(|b| half::bf16::from_le_bytes(b).to_f32())
+            .collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn write_model(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (
+            *name,
+            TensorView::new(*dtype, shape.clone(), bytes).unwrap(),
+        )
+    });
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+fn floats(values: &[f32], encode: Encode) -> Vec<u8> {
+    values.iter().flat_map(|v| encode(*v)).collect()
+}
+
+fn matrix(value: &Value) -> Vec<f32> {
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|row| row.as_array().unwrap())
+        .map(|v| v.as_f64().unwrap() as f32)
+        .collect()
+}
+
+fn pair<'a>(
+    path: &str,
+    out_features: usize,
+    in_features: usize,
+    a: &'a [f32],
+    b: &'a [f32],
+    scaling: f64,
+) -> LoraPair<'a> {
+    let r = a.len() / in_features;
+    LoraPair {
+        site: Site {
+            path: path.into(),
+            in_features,
+            out_features,
+            r,
+            lora_alpha: scaling * r as f64,
+            scaling,
+        },
+        a,
+        b,
+    }
+}
+
+#[test]
+fn merging_equals_pefts_merge_and_unload() {
+    let golden = golden("peft_merge.json");
+    for (name, dtype, encode, roundoff) in TYPES {
+        let case = &golden[name];
+        let (w, a, b) = (matrix(&case["w"]), matrix(&case["a"]), matrix(&case["b"]));
+        let expected = matrix(&case["merged"]);
+        let (rows, columns) = (8, 16);
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model.safetensors");
+        write_model(
+            &model,
+            &[(
+                "model.layers.0.self_attn.k_proj.weight",
+                dtype,
+                vec![rows, columns],
+                floats(&w, encode),
+            )],
+        );
+        let pairs = [pair(
+            "model.layers.0.self_attn.k_proj",
+            rows,
+            columns,
+            &a,
+            &b,
+            case["scaling"].as_f64().unwrap(),
+        )];
+        let out = dir.path().join("merged");
+        let job = MergeJob {
+            weights: &[model],
+            pairs: &pairs,
+            tied: &[],
+            copy: &[],
+            out: &out,
+            max_shard: Bytes(1 << 20),
+        };
+        merge(&job).unwrap();
+        let bytes = fs::read(out.join("model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let view = file
+            .tensor("model.layers.0.self_attn.k_proj.weight")
+            .unwrap();
+        assert_eq!(view.dtype(), dtype);
+        let merged = decode(&view);
+        assert!(
+            w.iter().zip(&merged).any(|(w, m)| (w - m).abs() > 0.05),
+            "{name}: nothing was merged"
+        );
+        // Sums of three products in another order: equal in f32 to a few last places. A 16-bit result then differs by one place
+        // if the sum lies on the border of two values (1 of 128 here; rounding B A first, too, would change 45).
+        let mut moved = 0;
+        for (found, expected) in merged.iter().zip(&expected) {
+            let apart = (found - expected).abs();
+            if name == "float32" {
+                assert!(apart <= 4.0 * f32::EPSILON, "{found} {expected}");
+            } else if apart > 0.0 {
+                assert!(
+                    apart <= expected.abs() * 2.0 * roundoff,
+                    "{name}: {found} {expected}"
+                );
+                moved += 1;
+            }
+        }
+        assert!(moved <= 2, "{name}: {moved} values differ");
+    }
+}
+
+/// Two files, two layers, an integer tensor; the adapter touches layer 1 only. Returns the weights' paths.
+fn sharded_model(dir: &Path, prefix: &str) -> Vec<PathBuf> {
+    let encode = TYPES[0].2;
+    let [one, two] = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    .map(|name| dir.join(name));
+    let name = |rest: &str| format!("{prefix}{rest}");
+    let layer = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+    write_model(
+        &one,
+        &[
+            (
+                &name("embed_tokens.weight"),
+                TYPES[1].1,
+                vec![5, 2],
+                floats(&[0.1; 10], TYPES[1].2),
+            ),
+            (
+                &name("layers.0.q_proj.weight"),
+                TYPES[0].1,
+                vec![3, 2],
+                floats(&layer, encode),
+            ),
+        ],
+    );
+    write_model(
+        &two,
+        &[
+            (
+                &name("layers.1.q_proj.weight"),
+                TYPES[0].1,
+                vec![3, 2],
+                floats(&layer, encode),
+            ),
+            (&name("position_ids"), Dtype::I64, vec![2], vec![7; 16]),
+        ],
+    );
+    fs::write(dir.join("config.json"), "{}").unwrap();
+    vec![one, two]
+}
+
+/// rank 2: B A of row i is b_i0 * (1, 2) + b_i1 * (10, 20).
+const A: [f32; 4] = [1.0, 2.0, 10.0, 20.0];
+const B: [f32; 6] = [1.0, 0.0, 0.0, 1.0, -1.0, 1.0];
+
+#[test]
+fn a_sharded_model_merges_to_values_by_hand() {
+    for prefix in ["model.", ""] {
+        let dir = tempfile::tempdir().unwrap();
+        let weights = sharded_model(dir.path(), prefix);
+        let pairs = [pair("model.layers.1.q_proj", 3, 2, &A, &B, 0.5)];
+        let (out, copy) = (
+            dir.path().join("deep/merged"),
+            [dir.path().join("config.json")],
+        );
+        // 20 + 24 bytes fit into 44; the next 24 + 16 make a second file.
+        let job = MergeJob {
+            weights: &weights,
+            pairs: &pairs,
+            tied: &[],
+            copy: &copy,
+            out: &out,
+            max_shard: Bytes(44),
+        };
+        let summary = merge(&job).unwrap();
+        assert_eq!(
+            summary.files,
+            [
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors"
+            ]
+        );
+        assert_eq!(
+            (summary.merged, summary.kept, summary.size),
+            (1, 3, Bytes(84))
+        );
+        assert_eq!(fs::read(out.join("config.json")).unwrap(), b"{}");
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 4);
+        let index: Value = serde_json::from_str(
+            &fs::read_to_string(out.join("model.safetensors.index.json")).unwrap(),
+        )
+        .unwrap();
+        assert_eq!(index["metadata"]["total_size"], 84);
+
+        let mut seen = 0;
+        for (name, file) in index["weight_map"].as_object().unwrap() {
+            let bytes = fs::read(out.join(file.as_str().unwrap())).unwrap();
+            let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let view = tensors.tensor(name).unwrap();
+            match name.strip_prefix(prefix).unwrap() {
+                // Rows (1,2), (3,4), (5,6) plus half of (1,2), (10,20), (9,18).
+                "layers.1.q_proj.weight" => {
+                    assert_eq!(decode(&view), [1.5, 3.0, 8.0, 14.0, 9.5, 15.0])
+                }
+                "layers.0.q_proj.weight" => {
+                    assert_eq!(decode(&view), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+                }
+                "embed_tokens.weight" => assert_eq!(view.data(), floats(&[0.1; 10], TYPES[1].2)),
+                "position_ids" => assert_eq!(view.data(), [7; 16]),
+                other => panic!("{other}"),
+            }
+            seen += 1;
+        }
+        assert_eq!(seen, 4);
+    }
+}
+
+#[test]
+fn a_refused_merge_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let weights = sharded_model(dir.path(), "model.");
+    let before = fs::read_dir(dir.path()).unwrap().count();
+    let out = dir.path().join("merged");
+    let tied = [[
+        "lm_head.weight".to_string(),
+        "model.embed_tokens.weight".to_string(),
+    ]];
+    let attempt = |pairs: &[LoraPair], copy: &[PathBuf], out: &Path| {
+        let job = MergeJob {
+            weights: &weights,
+            pairs,
+            tied: &tied,
+            copy,
+            out,
+            max_shard: Bytes(1 << 20),
+        };
+        merge(&job).unwrap_err().to_string()
+    };
+    let fits = pair("model.layers.1.q_proj", 3, 2, &A, &B, 0.5);
+
+    let wide = [0.0; 10];
+    let wrong = [
+        pair("lm_head", 5, 2, &A, &wide, 1.0),
+        pair("model.layers.9.q_proj", 3, 2, &A, &B, 1.0),
+        pair("model.layers.0.q_proj", 2, 3, &B, &A, 1.0),
+    ];
+    let text = attempt(&wrong, &[], &out);
+    assert!(
+        text.contains("`lm_head.weight` and `model.embed_tokens.weight` are one tensor"),
+        "{text}"
+    );
+    assert!(
+        text.contains("no `model.layers.9.q_proj.weight`") && text.contains("[3, 2], not [2, 3]"),
+        "{text}"
+    );
+
+    let text = attempt(
+        std::slice::from_ref(&fits),
+        &[dir.path().join("absent.json")],
+        &out,
+    );
+    assert!(text.contains("absent.json"), "{text}");
+    assert!(attempt(std::slice::from_ref(&fits), &weights, &out).contains("written anew"));
+    let huge = [f32::MAX; 4];
+    assert!(
+        attempt(
+            &[pair("model.layers.1.q_proj", 3, 2, &huge, &B, 2.0)],
+            &[],
+            &out
+        )
+        .contains("holds a value that F32 cannot")
+    );
+    assert!(attempt(std::slice::from_ref(&fits), &[], dir.path()).contains("exists already"));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), before);
+}
