@@ -4,10 +4,13 @@
 //! out) and the rule for leftovers: a temporary name whose process no longer runs may be removed. Knows nothing of file contents.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use crate::error::{Error, Result};
+use crate::text::hex;
 
 const TEMPORARY: [&str; 3] = ["tmp", "partial", "deleted"];
 
@@ -193,6 +196,23 @@ fn sync_tree(dir: &Path) -> Result<()> {
         }
     }
     sync(dir)
+}
+
+/// SHA-256 of a file in hexadecimal digits.
+///
+/// # Errors
+/// Those of reading the file.
+pub fn sha256(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok(hex(hash.finalize()));
+        }
+        hash.update(&buffer[..read]);
+    }
 }
 
 /// Flushes one file or directory to disk.

@@ -57,8 +57,8 @@ pub struct MergeSummary {
 /// Writes the merged model.
 ///
 /// # Errors
-/// A target that exists; a pair whose weight is not there, has another shape or type, or is tied to another; a sum that its
-/// type cannot hold; a file that cannot be read or written. Nothing is left behind then.
+/// A target that exists; a pair whose weight is missing, has another shape or type, or is tied to another; a sum out of the type's
+/// range; a file that cannot be read or written. Nothing is left behind then.
 pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     if job.out.exists() {
         return Err(exists(job.out));
@@ -68,46 +68,37 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     let shards = plan_shards(&tensors, job.max_shard);
     check_copies(job.copy)?;
     if job.out.file_name().is_none() {
-        return Err(Error::new(
+        let error = Error::new(
             Kind::Usage,
             "the merged model needs a directory with a name",
         )
-        .value(job.out.display().to_string())
-        .hint("write it as in `--out merged`"));
+        .value(job.out.display().to_string());
+        return Err(error.hint("write it as in `--out merged`"));
     }
     if let Some(parent) = job.out.parent() {
         remove_leftovers(parent);
     }
     let draft = DraftDirectory::new(job.out)?;
-    for (number, shard) in shards.iter().enumerate() {
-        write_shard(
-            &draft.path().join(shard_file_name(number, shards.len())),
-            shard,
-            &tensors,
-            &pairs,
-            job,
-        )?;
+    let files: Vec<String> = (0..shards.len())
+        .map(|number| shard_file_name(number, shards.len()))
+        .collect();
+    for (name, shard) in files.iter().zip(&shards) {
+        write_shard(&draft.path().join(name), shard, &tensors, &pairs, job)?;
     }
     if shards.len() > 1 {
-        write(
-            &draft.path().join(INDEX_FILE),
-            index_json(&tensors, &shards).as_bytes(),
-        )?;
+        let index = index_json(&tensors, &shards);
+        write(&draft.path().join(INDEX_FILE), index.as_bytes())?;
     }
     for path in job.copy {
         let content = fs::read(path).map_err(|source| Error::io("read", path, source))?;
-        write(
-            &draft.path().join(path.file_name().unwrap_or_default()),
-            &content,
-        )?;
+        let name = path.file_name().unwrap_or_default();
+        write(&draft.path().join(name), &content)?;
     }
     if !draft.install_new()? {
         return Err(exists(job.out));
     }
     Ok(MergeSummary {
-        files: (0..shards.len())
-            .map(|number| shard_file_name(number, shards.len()))
-            .collect(),
+        files,
         merged: pairs.len(),
         kept: tensors.len() - pairs.len(),
         size: Bytes(tensors.iter().map(|tensor| tensor.size).sum()),

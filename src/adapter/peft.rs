@@ -12,9 +12,10 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
+use crate::text::first_few;
 
 use super::config::{CONFIG_FILE, PeftConfig};
-use super::shards::{F32s, write_f32s};
+use super::shards::{F32Tensor, write_f32s};
 use super::targets::{Module, RankResolver, Site, last_segments, select_modules};
 use super::unsupported::{Factor, PREFIX, parse_tensor_name, unsupported_settings};
 
@@ -242,12 +243,8 @@ pub(super) fn fail_on_problems(
     if problems.is_empty() {
         return Ok(());
     }
-    let shown = problems.iter().take(SHOWN);
-    let mut list: String = shown.map(|problem| format!("\n  - {problem}")).collect();
-    if problems.len() > SHOWN {
-        list.push_str(&format!("\n  - and {} more", problems.len() - SHOWN));
-    }
-    let error = Error::new(Kind::Adapter, format!("the adapter {verdict}:{list}")).hint(hint);
+    let list = first_few(problems, SHOWN).join("\n  - ");
+    let error = Error::new(Kind::Adapter, format!("the adapter {verdict}:\n  - {list}")).hint(hint);
     Err(match dir {
         Some(dir) => error.at(dir.display().to_string()),
         None => error,
@@ -392,7 +389,7 @@ pub fn save(
         if !seen.insert(name) {
             return Err(refuse("the name occurs twice".to_string()));
         }
-        let view = F32s::new(name, shape.to_vec(), values);
+        let view = F32Tensor::new(name, shape.to_vec(), values);
         views.push(view.ok_or_else(|| refuse(format!("it has {} values", values.len())))?);
     }
     fs::create_dir_all(dir).map_err(|source| Error::io("create", dir, source))?;

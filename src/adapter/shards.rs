@@ -43,13 +43,13 @@ pub(crate) struct TensorEntry {
 
 /// An F32 tensor to be written.
 #[derive(Debug, Clone)]
-pub(crate) struct F32s<'a> {
+pub(crate) struct F32Tensor<'a> {
     name: &'a str,
     shape: Vec<usize>,
     values: &'a [f32],
 }
 
-impl<'a> F32s<'a> {
+impl<'a> F32Tensor<'a> {
     /// `values` row by row; `None` if their count does not fit `shape`.
     pub(crate) fn new(name: &'a str, shape: Vec<usize>, values: &'a [f32]) -> Option<Self> {
         (shape.iter().product::<usize>() == values.len()).then_some(Self {
@@ -73,7 +73,7 @@ impl<'a> F32s<'a> {
 /// same bytes. Values are written in chunks, without a second copy in memory.
 pub(crate) fn write_f32s(
     path: &Path,
-    mut tensors: Vec<F32s<'_>>,
+    mut tensors: Vec<F32Tensor<'_>>,
     pytorch_format: bool,
 ) -> Result<()> {
     tensors.sort_by_key(|tensor| tensor.name);

@@ -4,6 +4,7 @@
 //! does, but refuses every entry that matches nothing, where PEFT requires only one match. Knows nothing of tensors and files.
 
 use crate::error::{Error, Kind, Result};
+use crate::text::nearest;
 
 use super::matching::{
     LayerFilter, MatchKind, Matcher, first_match, is_suffix, matches, pattern_key,
@@ -347,7 +348,8 @@ fn no_such_module(modules: &[Module], unmatched: &[(&'static str, String)]) -> E
     )
     .rule(format!("the linear layers are {}", names.join(", ")));
     let (setting, entry) = &unmatched[0];
-    match nearest(entry, &names) {
+    let last_segment = entry.rsplit('.').next().unwrap_or(entry);
+    match nearest(last_segment, names.iter().copied(), 0.7) {
         Some(name) => error.hint(format!("`{name}` is nearest to `{entry}`")),
         None if *setting == "layers_to_transform" => error.hint("layers are counted from 0"),
         None => error.hint(format!(
@@ -355,17 +357,6 @@ fn no_such_module(modules: &[Module], unmatched: &[(&'static str, String)]) -> E
             names.first().unwrap_or(&"q_proj")
         )),
     }
-}
-
-/// The name nearest to the last segment of `entry`, if any is similar.
-fn nearest<'a>(entry: &str, names: &[&'a str]) -> Option<&'a str> {
-    let last = entry.rsplit('.').next().unwrap_or(entry);
-    let alike = |name: &&str| strsim::jaro_winkler(last, name);
-    names
-        .iter()
-        .copied()
-        .max_by(|a, b| alike(a).total_cmp(&alike(b)))
-        .filter(|name| alike(name) > 0.7)
 }
 
 fn no_modules_selected(modules: &[Module], settings: &LoraConfig) -> Error {

@@ -14,9 +14,10 @@ use super::dataset::{Counts, Dataset, RenderedSample, TextSpan, with_token_count
 use super::encode::{EncodedRecord, encode};
 use super::format::{Columns, detect_format, interpret};
 use super::options::{Format, OnBadRecord, Options};
-use super::read::{Record, extension, read};
+use super::read::{Location, Record, extension, read};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Kind, Result};
+use crate::files::sha256;
 use crate::text::hex;
 
 /// Records encoded in parallel before they are collected in order.
@@ -92,26 +93,10 @@ fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> R
     );
     hash.update(words);
     for path in paths {
-        let mut file = std::fs::File::open(path).map_err(|e| Error::io("read", path, e))?;
-        let mut content = Sha256::new();
-        std::io::copy(&mut file, &mut HashWriter(&mut content))
-            .map_err(|e| Error::io("read", path, e))?;
-        hash.update(format!(" {} {}", extension(path), hex(content.finalize())));
+        let content = sha256(path).map_err(|e| Error::io("read", path, e))?;
+        hash.update(format!(" {} {content}", extension(path)));
     }
     Ok(hex(hash.finalize()))
-}
-
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl std::io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Collects encoded records into a data set.
@@ -135,41 +120,30 @@ impl DatasetBuilder {
         tokenizer: &Tokenizer,
     ) -> Result<()> {
         let columns = Columns(&options.columns);
-        let first = chunk.iter().flatten().next();
-        let format = match (self.format, first) {
-            (Some(format), _) => format,
-            (None, Some(first)) => {
-                columns.check_first(first)?;
-                *self.format.insert(if options.format == Format::Auto {
-                    detect_format(first, columns)?
-                } else {
-                    options.format
-                })
-            }
-            (None, None) => options.format,
-        };
+        if let (None, Some(first)) = (self.format, chunk.iter().flatten().next()) {
+            columns.check_first(first)?;
+            self.format = Some(match options.format {
+                Format::Auto => detect_format(first, columns)?,
+                format => format,
+            });
+        }
+        let format = self.format.unwrap_or(options.format);
         if format == Format::Messages {
             // Without a template every record would fail: an error of the model, not of a record.
             tokenizer.template()?;
         }
-        let outcomes: Vec<(String, Result<EncodedRecord>)> = chunk
-            .into_par_iter()
-            .map(|record| match record {
-                Ok(record) => {
-                    let place = record.place.to_string();
-                    let outcome = interpret(&record, format, columns).and_then(|typed| {
-                        encode(&typed, tokenizer, options.max_length)
-                            .map_err(|e| e.at(place.clone()))
-                    });
-                    (place, outcome)
-                }
-                Err(error) => (String::new(), Err(error)),
-            })
-            .collect();
-        for (place, outcome) in outcomes {
+        let encode_record = |record: Result<Record>| {
+            let record = record?;
+            let typed = interpret(&record, format, columns)?;
+            let encoded = encode(&typed, tokenizer, options.max_length)
+                .map_err(|e| e.at(record.place.to_string()))?;
+            Ok((record.place, encoded))
+        };
+        let encoded: Vec<Result<_>> = chunk.into_par_iter().map(encode_record).collect();
+        for record in encoded {
             self.counts.records += 1;
-            match outcome {
-                Ok(outcome) => self.add_outcome(&place, outcome, tokenizer)?,
+            match record {
+                Ok((place, encoded)) => self.add_encoded(&place, encoded, tokenizer)?,
                 Err(error)
                     if options.on_bad_record == OnBadRecord::Stop || error.kind() != Kind::Data =>
                 {
@@ -184,71 +158,71 @@ impl DatasetBuilder {
         Ok(())
     }
 
-    fn add_outcome(
+    fn add_encoded(
         &mut self,
-        place: &str,
-        outcome: EncodedRecord,
+        place: &Location,
+        encoded: EncodedRecord,
         tokenizer: &Tokenizer,
     ) -> Result<()> {
         let counts = &mut self.counts;
-        counts.truncated += u64::from(outcome.truncated);
-        counts.dropped += u64::from(outcome.dropped);
-        counts.glued += u64::from(outcome.glued);
-        if outcome.examples.len() > 1 {
-            counts.windows += outcome.examples.len() as u64;
+        counts.truncated += u64::from(encoded.truncated);
+        counts.dropped += u64::from(encoded.dropped);
+        counts.glued += u64::from(encoded.glued);
+        if encoded.examples.len() > 1 {
+            counts.windows += encoded.examples.len() as u64;
         }
-        self.eos_trained |= outcome.ends;
-        if let (None, Some(example)) = (&self.first, outcome.examples.first()) {
+        self.eos_trained |= encoded.ends;
+        if let (None, Some(example)) = (&self.first, encoded.examples.first()) {
             self.first = Some(render_sample(place, example, tokenizer)?);
         }
         let record = self.counts.records - 1;
-        self.records.extend(outcome.examples.iter().map(|_| record));
-        self.examples.extend(outcome.examples);
+        self.records.extend(encoded.examples.iter().map(|_| record));
+        self.examples.extend(encoded.examples);
         Ok(())
     }
 
     fn finish(self, fingerprint: String, paths: &[PathBuf]) -> Result<Dataset> {
-        let DatasetBuilder {
-            examples,
-            records,
-            counts,
-            eos_trained,
-            first,
-            first_bad,
-            ..
-        } = self;
-        if let (true, Some(error)) = (counts.skipped == counts.records, first_bad) {
+        let counts = self.counts;
+        if let (true, Some(error)) = (counts.skipped == counts.records, self.first_bad) {
             return Err(error.rule("at least one record can be read; all of them are bad"));
         }
-        if examples.is_empty() {
-            let Counts {
-                records,
-                skipped,
-                dropped,
-                ..
-            } = counts;
-            return Err(Error::new(Kind::Data, "the data hold nothing to learn")
-                .at(paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", "))
-                .value(format!("{records} records, {skipped} skipped, {dropped} dropped for want of a loss token"))
-                .hint(match records {
-                    0 => "the file holds no record: check that it is the right one",
-                    _ => "raise `data.max_length` if prompts fill it, and check `data.format` and `data.columns`",
-                }));
+        if self.examples.is_empty() {
+            return Err(nothing_to_learn(&counts, paths));
         }
-        let counts = with_token_counts(counts, &examples);
         Ok(Dataset {
-            examples: examples.into(),
-            records: records.into(),
-            counts,
-            eos_trained,
+            counts: with_token_counts(counts, &self.examples),
+            examples: self.examples.into(),
+            records: self.records.into(),
+            eos_trained: self.eos_trained,
             fingerprint,
-            first,
+            first: self.first,
         })
     }
 }
 
+fn nothing_to_learn(counts: &Counts, paths: &[PathBuf]) -> Error {
+    let paths: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
+    let Counts {
+        records,
+        skipped,
+        dropped,
+        ..
+    } = counts;
+    Error::new(Kind::Data, "the data hold nothing to learn")
+        .at(paths.join(", "))
+        .value(format!("{records} records, {skipped} skipped, {dropped} dropped for want of a loss token"))
+        .hint(match records {
+            0 => "the file holds no record: check that it is the right one",
+            _ => "raise `data.max_length` if prompts fill it, and check `data.format` and `data.columns`",
+        })
+}
+
 /// The example's text, split where its loss mask changes.
-fn render_sample(place: &str, example: &Example, tokenizer: &Tokenizer) -> Result<RenderedSample> {
+fn render_sample(
+    place: &Location,
+    example: &Example,
+    tokenizer: &Tokenizer,
+) -> Result<RenderedSample> {
     let mut pieces = Vec::new();
     let mut start = 0;
     for run in example.loss.chunk_by(|a, b| a == b) {
@@ -295,19 +269,18 @@ mod tests {
         load(&[path], options, &tokenizer(), cache)
     }
 
+    fn skip() -> Options {
+        Options {
+            on_bad_record: OnBadRecord::Skip,
+            ..options()
+        }
+    }
+
     #[test]
-    fn everything_is_counted() {
+    fn records_and_tokens_are_counted() {
         let error = load_lines(LINES, &options(), None).unwrap_err();
         assert!(error.to_string().contains("d.jsonl, line 2"), "{error}");
-        let dataset = load_lines(
-            LINES,
-            &Options {
-                on_bad_record: OnBadRecord::Skip,
-                ..options()
-            },
-            None,
-        )
-        .unwrap();
+        let dataset = load_lines(LINES, &skip(), None).unwrap();
         let counts = Counts {
             records: 4,
             examples: 2,
@@ -322,97 +295,58 @@ mod tests {
         assert!(dataset.eos_trained);
         let first = dataset.first.unwrap();
         assert!(first.place.ends_with("d.jsonl, line 1"));
-        let piece = |text: &str, loss| TextSpan {
+        let span = |text: &str, loss| TextSpan {
             text: text.into(),
             loss,
         };
-        assert_eq!(first.pieces, [piece("a", false), piece(" b<eos>", true)]);
+        assert_eq!(first.pieces, [span("a", false), span(" b<eos>", true)]);
     }
 
     #[test]
     fn the_cache_is_used_until_something_changes() {
         let folder = tempfile::tempdir().unwrap();
-        let skip = Options {
-            on_bad_record: OnBadRecord::Skip,
-            ..options()
-        };
-        let fresh = load_lines(LINES, &skip, Some(folder.path())).unwrap();
+        let cached = || load_lines(LINES, &skip(), Some(folder.path())).unwrap();
+        let fresh = cached();
         let file = folder.path().join(format!("{}.tokens", fresh.fingerprint));
         assert!(file.exists());
-        assert_eq!(
-            load_lines(LINES, &skip, Some(folder.path()))
-                .unwrap()
-                .examples,
-            fresh.examples
-        );
+        assert_eq!(cached().examples, fresh.examples);
         std::fs::write(&file, "damaged").unwrap();
-        assert_eq!(
-            load_lines(LINES, &skip, Some(folder.path()))
-                .unwrap()
-                .examples,
-            fresh.examples
-        );
-        let longer = load_lines(
-            LINES,
-            &Options {
-                max_length: 9,
-                ..skip.clone()
-            },
-            None,
-        )
-        .unwrap();
-        let other = load_lines(&LINES.replace(" b b b b", " c"), &skip, None).unwrap();
+        assert_eq!(cached().examples, fresh.examples);
+        let options = Options {
+            max_length: 9,
+            ..skip()
+        };
+        let longer = load_lines(LINES, &options, None).unwrap();
+        let other = load_lines(&LINES.replace(" b b b b", " c"), &skip(), None).unwrap();
         assert!(longer.fingerprint != fresh.fingerprint && other.fingerprint != fresh.fingerprint);
     }
 
     #[test]
     fn an_empty_data_set_is_an_error_with_its_reason() {
-        let skip = Options {
-            on_bad_record: OnBadRecord::Skip,
+        let text = Options {
             format: Format::Text,
-            ..options()
+            ..skip()
         };
-        assert!(
-            load_lines("{}\n{}\n", &skip, None)
-                .unwrap_err()
-                .to_string()
-                .contains("all of them are bad")
-        );
-        assert!(
-            load_lines("{\"text\": \"\"}", &skip, None)
-                .unwrap_err()
-                .to_string()
-                .contains("1 dropped")
-        );
-        assert!(
-            load_lines("", &options(), None)
-                .unwrap_err()
-                .to_string()
-                .contains("0 records")
-        );
-        let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
-        assert_eq!(error.kind(), Kind::Tokenizer);
         // A missing mapped column is an error, even if other fields would fit a format.
         let mapped = Options {
             columns: vec![("text".into(), "body".into())],
             ..options()
         };
-        assert!(
-            load_lines(LINES, &mapped, None)
-                .unwrap_err()
-                .to_string()
-                .contains("has no `body`")
-        );
-        assert!(
-            load_lines(
-                "{}",
-                &Options {
-                    max_length: 1,
-                    ..options()
-                },
-                None
-            )
-            .is_err()
-        );
+        for (lines, options, reason) in [
+            ("{}\n{}\n", &text, "all of them are bad"),
+            ("{\"text\": \"\"}", &text, "1 dropped"),
+            ("", &options(), "0 records"),
+            (LINES, &mapped, "has no `body`"),
+        ] {
+            let error = load_lines(lines, options, None).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
+        assert_eq!(error.kind(), Kind::Tokenizer);
+        let short = Options {
+            max_length: 1,
+            ..options()
+        };
+        assert!(load_lines("{}", &short, None).is_err());
     }
 }

@@ -35,6 +35,16 @@ pub struct Location {
     pub number: u64,
 }
 
+impl Location {
+    fn line(file: &Arc<str>, number: u64) -> Self {
+        Self {
+            file: file.clone(),
+            unit: "line",
+            number,
+        }
+    }
+}
+
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, {} {}", self.file, self.unit, self.number)
@@ -46,6 +56,7 @@ pub type Records = Box<dyn Iterator<Item = Result<Record>>>;
 
 /// Remedy for another encoding.
 const RECODE: &str = "convert the file, as with `iconv -f latin1 -t utf-8`";
+const CORRECT_LINE: &str = "correct or remove the line, or set `on_bad_record = \"skip\"`";
 
 /// Opens `path` by its extension.
 ///
@@ -93,11 +104,7 @@ fn json_lines(
     std::iter::from_fn(move || {
         loop {
             number += 1;
-            let place = Location {
-                file: file.clone(),
-                unit: "line",
-                number,
-            };
+            let place = Location::line(&file, number);
             let line = match lines.next()? {
                 Ok(line) => line,
                 Err(e) => {
@@ -139,7 +146,7 @@ fn json_record(place: Location, line: &[u8]) -> Result<Record> {
                 e.column()
             ),
         )
-        .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")
+        .hint(CORRECT_LINE)
     })?;
     object(place, value)
 }
@@ -166,17 +173,15 @@ fn json(file: Arc<str>, path: &Path) -> Result<Records> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let numbered = move |items: Vec<Value>| {
-        let record = move |(i, value)| {
-            object(
-                Location {
-                    file: file.clone(),
-                    unit: "record",
-                    number: i as u64 + 1,
-                },
-                value,
-            )
+        let record = move |(number, value)| {
+            let place = Location {
+                file: file.clone(),
+                unit: "record",
+                number,
+            };
+            object(place, value)
         };
-        Box::new(items.into_iter().enumerate().map(record)) as Records
+        Box::new((1..).zip(items).map(record)) as Records
     };
     match serde_json::from_str(text) {
         Ok(Value::Array(items)) => Ok(numbered(items)),
@@ -208,15 +213,10 @@ fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Rec
         .delimiter(delimiter)
         .quoting(quoting)
         .from_reader(source);
-    let at = |unit, number| Location {
-        file: file.clone(),
-        unit,
-        number,
-    };
-    let header = reader
-        .headers()
-        .map_err(|e| record_error(&at("line", 1), format!("the header cannot be read: {e}")))?
-        .clone();
+    let header = reader.headers().map_err(|e| {
+        let message = format!("the header cannot be read: {e}");
+        record_error(&Location::line(&file, 1), message)
+    })?;
     let names: Vec<String> = header
         .iter()
         .map(|name| name.trim_start_matches('\u{feff}').to_string())
@@ -224,27 +224,17 @@ fn csv(file: Arc<str>, source: File, delimiter: u8, quoting: bool) -> Result<Rec
     let mut rows = reader.into_records();
     Ok(Box::new(std::iter::from_fn(move || {
         let row = rows.next()?;
-        let line = match &row {
-            Ok(row) => row.position().map_or(0, ::csv::Position::line),
-            Err(e) => e.position().map_or(0, ::csv::Position::line),
+        let position = match &row {
+            Ok(row) => row.position(),
+            Err(e) => e.position(),
         };
-        let place = Location {
-            file: file.clone(),
-            unit: "line",
-            number: line,
-        };
-        Some(match row {
-            Ok(row) => {
-                let fields = names
-                    .iter()
-                    .cloned()
-                    .zip(row.iter().map(|cell| Value::String(cell.to_string())))
-                    .collect();
-                Ok(Record { place, fields })
-            }
-            Err(e) => Err(record_error(&place, csv_reason(&e))
-                .hint("correct or remove the line, or set `on_bad_record = \"skip\"`")),
-        })
+        let place = Location::line(&file, position.map_or(0, ::csv::Position::line));
+        let row = row.map_err(|e| record_error(&place, csv_reason(&e)).hint(CORRECT_LINE));
+        Some(row.map(|row| {
+            let cells = row.iter().map(|cell| Value::String(cell.to_string()));
+            let fields = names.iter().cloned().zip(cells).collect();
+            Record { place, fields }
+        }))
     })))
 }
 
@@ -262,20 +252,9 @@ fn csv_reason(error: &::csv::Error) -> String {
 fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let text = String::from_utf8(bytes).map_err(|e| {
-        let line = e.as_bytes()[..e.utf8_error().valid_up_to()]
-            .iter()
-            .filter(|b| **b == b'\n')
-            .count()
-            + 1;
-        record_error(
-            &Location {
-                file: file.clone(),
-                unit: "line",
-                number: line as u64,
-            },
-            "not valid UTF-8",
-        )
-        .hint(RECODE)
+        let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        let line = 1 + valid.iter().filter(|b| **b == b'\n').count();
+        record_error(&Location::line(&file, line as u64), "not valid UTF-8").hint(RECODE)
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let texts = match unit {
@@ -284,14 +263,8 @@ fn txt(file: Arc<str>, path: &Path, unit: TxtUnit) -> Result<Records> {
     };
     Ok(Box::new(texts.into_iter().map(move |(number, text)| {
         let fields = Map::from_iter([("text".to_string(), Value::String(text))]);
-        Ok(Record {
-            place: Location {
-                file: file.clone(),
-                unit: "line",
-                number,
-            },
-            fields,
-        })
+        let place = Location::line(&file, number);
+        Ok(Record { place, fields })
     })))
 }
 
@@ -328,6 +301,10 @@ mod tests {
         }
     }
 
+    fn first_error(records: &[Result<Record, String>]) -> &str {
+        records.iter().find_map(|r| r.as_ref().err()).unwrap()
+    }
+
     fn texts(records: &[Result<Record, String>]) -> Vec<(u64, &str)> {
         records
             .iter()
@@ -337,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_line_is_named_and_the_rest_is_read() {
+    fn a_bad_line_is_an_error_and_the_rest_is_read() {
         let records = all(
             "a.jsonl",
             b"\xef\xbb\xbf{\"text\": \"x\"}\n\n{bad\n[1]\n{\"text\": \"y\"}\r\n\xff\n",
@@ -364,11 +341,8 @@ mod tests {
                 "{content}"
             );
         }
-        let errors = all("a.json", b"[{\"text\": 1},\n {]", TxtUnit::File);
-        assert!(
-            errors[0].as_ref().unwrap_err().contains("line 2, column 3"),
-            "{errors:?}"
-        );
+        let records = all("a.json", b"[{\"text\": 1},\n {]", TxtUnit::File);
+        assert!(first_error(&records).contains("line 2, column 3"));
     }
 
     #[test]
@@ -379,7 +353,7 @@ mod tests {
             TxtUnit::File,
         );
         assert_eq!(texts(&records), [(2, "x,\n\"y\""), (5, "w")]);
-        let error = records[1].as_ref().unwrap_err();
+        let error = first_error(&records);
         assert!(
             error.contains("1 cells where the header has 2") && error.contains("line 4"),
             "{error}"
@@ -401,17 +375,9 @@ mod tests {
             texts(&all("a.txt", b"a\n\nb\n", TxtUnit::File)),
             [(1, "a\n\nb\n")]
         );
-        assert!(
-            all("a.doc", b"", TxtUnit::File)[0]
-                .as_ref()
-                .unwrap_err()
-                .contains(".parquet")
-        );
-        assert!(
-            all("a.txt", b"a\n\xff", TxtUnit::File)[0]
-                .as_ref()
-                .unwrap_err()
-                .contains("line 2")
-        );
+        let unknown = all("a.doc", b"", TxtUnit::File);
+        assert!(first_error(&unknown).contains(".parquet"));
+        let latin1 = all("a.txt", b"a\n\xff", TxtUnit::File);
+        assert!(first_error(&latin1).contains("line 2"));
     }
 }

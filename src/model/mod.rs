@@ -27,6 +27,6 @@ pub use cost::{ModelShape, Recompute};
 pub use decoder::{BackwardOptions, Decoder, WeightSource};
 pub use generate::{Sampling, Session};
 pub use memory::{MemoryForecast, forecast_memory, least_recompute};
-pub(crate) use stored::StoredTensor as Source;
+pub(crate) use stored::StoredTensor;
 pub use trainable::{TrainableModel, initial_factors};
 pub use weights::{Weights, random_tensor};

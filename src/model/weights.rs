@@ -14,6 +14,7 @@ use super::stored::{StoredTensor, read_at};
 use crate::adapter::shards::{TensorEntry, read_headers};
 use crate::error::{Error, Kind, Result};
 use crate::random::{Purpose, stream};
+use crate::text::first_few;
 
 /// Bytes at either end of a tensor that a fingerprint covers.
 const SAMPLE: usize = 4096;
@@ -139,16 +140,11 @@ fn match_tensors(
         return Ok(names);
     }
     const SHOWN: usize = 12;
-    let more = problems.len().saturating_sub(SHOWN);
-    problems.truncate(SHOWN);
-    if more > 0 {
-        problems.push(format!("and {more} more"));
-    }
     Err(Error::new(
         Kind::Model,
         format!(
             "the weight files do not fit config.json:\n  {}",
-            problems.join("\n  ")
+            first_few(problems, SHOWN).join("\n  ")
         ),
     )
     .hint("config.json and the weights must come from the same revision of the same model"))

@@ -6,7 +6,7 @@ use candle_core::Device;
 
 use super::model::companions;
 use super::prepare::{Prepared, Target};
-use crate::adapter::shards::{F32s, write_f32s};
+use crate::adapter::shards::{F32Tensor, write_f32s};
 use crate::adapter::{self, PeftConfig};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::model_name;
@@ -109,8 +109,9 @@ fn export_model(
 ) -> Result<()> {
     parameters.with_rows(|[values, ..]| {
         let slots = parameters.slots().iter();
-        let tensors = slots
-            .filter_map(|slot| F32s::new(&slot.name, slot.shape.clone(), &values[slot.range()]));
+        let tensors = slots.filter_map(|slot| {
+            F32Tensor::new(&slot.name, slot.shape.clone(), &values[slot.range()])
+        });
         write_f32s(&dir.join("model.safetensors"), tensors.collect(), true)
     })?;
     write_model_config(prepared, dir, trained_tokens)?;

@@ -1,25 +1,24 @@
-//! Checkpoints: complete or absent, never half; enough to go on with the same bytes.
+//! Checkpoints: complete or absent; a run resumed from one produces the same bytes.
 //!
-//! A checkpoint is a directory `step-000050` that holds `state.json` (where the run stood), `trainer.safetensors` (every trained value and
-//! both moments, exactly) and what the caller's `export` adds (the adapter as PEFT reads it). It is written under another name, synced and
-//! renamed.
+//! A checkpoint is a directory `step-000050` with `state.json` (the loop's state), `trainer.safetensors` (every trained value and
+//! both moments, exactly) and the files of the caller's `export` (the adapter in PEFT's format). It is written under a temporary name,
+//! synced and renamed.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::adapter::shards::{F32s, read_headers, write_f32s};
+use crate::adapter::shards::{F32Tensor, read_headers, write_f32s};
 use crate::energy::ledger::{Recorded, changed_inputs};
 use crate::error::{Error, Kind, Result};
-use crate::files::{DraftDirectory, remove_directory, remove_leftovers, sync, write_atomic};
-use crate::model::Source;
+use crate::files::{
+    DraftDirectory, remove_directory, remove_leftovers, sha256, sync, write_atomic,
+};
+use crate::model::StoredTensor;
 use crate::ops::Parameters;
-use crate::text::hex;
 
 use super::Stop;
 
@@ -27,16 +26,16 @@ const STATE: &str = "state.json";
 const TRAINER: &str = "trainer.safetensors";
 const ROWS: [&str; 3] = ["value", "exp_avg", "exp_avg_sq"];
 
-/// Where a run stands: all that the loop carries from step to step beside the trained values.
+/// State of the training loop, except the trained values and moments.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct TrainState {
     /// Steps done.
     pub step: u64,
     /// Validation loss before the first step, in nats per loss token.
     pub val_loss_before: Option<f64>,
-    /// The last validation loss and the step it was taken after.
+    /// The last evaluation.
     pub val_loss_last: Option<Evaluation>,
-    /// The lowest validation loss and its step.
+    /// The evaluation with the lowest loss.
     pub best: Option<Evaluation>,
     /// The last step's loss.
     pub train_loss_last: Option<f64>,
@@ -46,15 +45,15 @@ pub struct TrainState {
     pub loss_tokens: u64,
     /// Wall time of training steps, in seconds.
     pub train_wall_s: f64,
-    /// A digest of the resolved recipe and of what it read: a run is resumed under what it began with.
+    /// Digest of the resolved recipe and of its inputs: a run resumes only with the same ones.
     pub recipe: String,
-    /// What the model wrote before the first step, if the caller asked it: a resumed model no longer can.
+    /// Sample text of the untrained model, if the caller generated one: a resumed model cannot reproduce it.
     #[serde(default)]
     pub sample_before: Option<String>,
-    /// Why the loop ended, in the checkpoint written at its end: nothing is left to train then.
+    /// Why the loop ended, in the checkpoint written at its end.
     #[serde(default)]
     pub ended: Option<Stop>,
-    /// What the ledger held when the checkpoint was written: a ledger that holds less has lost entries.
+    /// The ledger's total when the checkpoint was written: a ledger with less has lost entries.
     #[serde(default)]
     pub spent: Option<Recorded>,
     /// SHA-256 of the checkpoint's other files, by name.
@@ -62,10 +61,10 @@ pub struct TrainState {
     pub files: BTreeMap<String, String>,
 }
 
-/// A validation loss and the step it was taken after.
+/// A validation loss and its step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Steps done then.
+    /// Steps done before it.
     pub step: u64,
     /// Nats per loss token.
     pub val_loss: f64,
@@ -79,7 +78,7 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// The folder `dir`, in which the newest `keep` checkpoints stay, and the best.
+    /// The folder `dir`, which retains the newest `keep` checkpoints and the best.
     pub fn new(dir: PathBuf, keep: usize) -> Self {
         Self { dir, keep }
     }
@@ -89,7 +88,7 @@ impl Checkpoints {
         self.dir.join(format!("step-{step:06}"))
     }
 
-    /// Steps of whole checkpoints, ascending.
+    /// Steps of the checkpoints, ascending.
     pub fn steps(&self) -> Result<Vec<u64>> {
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
@@ -104,8 +103,8 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// Saves; `export` adds the model's own files to the new directory. Of a step that is saved already, only the state is written anew.
-    /// Older checkpoints beyond the limit are removed, never `best`.
+    /// Saves a checkpoint; `export` adds the model's files to the new directory. Of a step already saved only the state is rewritten.
+    /// Removes older checkpoints beyond the limit, except the best.
     pub fn save(
         &self,
         state: &TrainState,
@@ -140,7 +139,7 @@ impl Checkpoints {
         self.prune(best.map(|best| best.step))
     }
 
-    /// Notes in the checkpoint after `step` that the loop ended there, and why.
+    /// Records in the checkpoint after `step` that the loop ended there, and why.
     ///
     /// # Errors
     /// [`Kind::Io`], or [`Kind::Run`] if the checkpoint's state cannot be read.
@@ -160,12 +159,8 @@ impl Checkpoints {
     /// [`Kind::Io`].
     pub fn copy_export(&self, step: u64, dir: &Path) -> Result<()> {
         let place = self.path(step);
-        for name in self
-            .state(step)?
-            .files
-            .keys()
-            .filter(|name| *name != TRAINER)
-        {
+        let files = self.state(step)?.files;
+        for name in files.keys().filter(|name| *name != TRAINER) {
             let to = dir.join(name);
             fs::copy(place.join(name), &to).map_err(|e| Error::io("write", &to, e))?;
         }
@@ -196,7 +191,10 @@ impl Checkpoints {
         Ok(state)
     }
 
-    /// The newest whole checkpoint's state; `None` where there is none.
+    /// The state of the newest checkpoint, if there is one.
+    ///
+    /// # Errors
+    /// [`Kind::Run`] if its recipe is not `recipe`, or a file is damaged.
     pub fn newest(&self, recipe: &str) -> Result<Option<TrainState>> {
         let Some(step) = self.steps()?.last().copied() else {
             return Ok(None);
@@ -207,8 +205,8 @@ impl Checkpoints {
             return Err(changed_inputs(&path));
         }
         for (name, digest) in &state.files {
-            let found = file_digest(&path.join(name))
-                .map_err(|e| damaged(&path, &format!("{name}: {e}")))?;
+            let found =
+                sha256(&path.join(name)).map_err(|e| damaged(&path, &format!("{name}: {e}")))?;
             if found != *digest {
                 return Err(damaged(&path, &format!("{name} has SHA-256 {found}"))
                     .rule(format!("{digest}, as {STATE} says")));
@@ -217,7 +215,7 @@ impl Checkpoints {
         Ok(Some(state))
     }
 
-    /// The trained values of the checkpoint after `step`, put back into `parameters` row by row: one is in memory beside them.
+    /// Restores `parameters` from the checkpoint after `step`, one row in memory at a time.
     pub fn restore(&self, step: u64, parameters: &Parameters) -> Result<()> {
         let path = self.path(step);
         let file = path.join(TRAINER);
@@ -231,7 +229,7 @@ impl Checkpoints {
                 let found = format!("`{name}` holds {:?} {:?}", row.dtype, row.shape);
                 return Err(damaged(&path, &found).rule(format!("F32 [{}]", parameters.len())));
             }
-            let source = Source {
+            let source = StoredTensor {
                 path: &file,
                 file: &open,
                 tensor: row,
@@ -243,7 +241,7 @@ impl Checkpoints {
     }
 }
 
-/// Bytes that a checkpoint of `trained` numbers writes, exported files included: three rows and the values once more.
+/// Bytes of a checkpoint of `trained` parameters: value and two moments, and the values again in the exported files.
 pub fn checkpoint_bytes(trained: usize) -> usize {
     16 * trained
 }
@@ -255,17 +253,12 @@ fn damaged(path: &Path, why: &str) -> Error {
         .hint("delete this checkpoint's folder: the run then resumes from the one before it")
 }
 
-/// Writes the three rows one after the other: their bytes are never all in memory beside the rows themselves.
+/// Writes the values and moments without a second copy in memory.
 fn write_rows(path: &Path, parameters: &Parameters) -> Result<()> {
     parameters.with_rows(|rows| {
-        write_f32s(
-            path,
-            ROWS.into_iter()
-                .zip(rows)
-                .map(|(name, row)| F32s::flat(name, row))
-                .collect(),
-            false,
-        )
+        let rows = ROWS.into_iter().zip(rows);
+        let tensors = rows.map(|(name, row)| F32Tensor::flat(name, row));
+        write_f32s(path, tensors.collect(), false)
     })
 }
 
@@ -282,24 +275,11 @@ fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
     let mut digests = BTreeMap::new();
     for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
         let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
-        let digest = file_digest(&path).map_err(|e| Error::io("read", &path, e))?;
+        let digest = sha256(&path).map_err(|e| Error::io("read", &path, e))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         digests.insert(name.into_owned(), digest);
     }
     Ok(digests)
-}
-
-fn file_digest(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            return Ok(hex(hash.finalize()));
-        }
-        hash.update(&buffer[..read]);
-    }
 }
 
 #[cfg(test)]
