@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use super::Screen;
 use super::loss_curve::{LossCurve, to_equal_loss};
 use super::measured_baselines::{Reference, RunContext, label};
+use super::session::{Segment, Session};
 use super::spending::interval;
-use super::step_logger::StepLogger;
 use super::trainee::{fully_trained, open_weights};
 use crate::energy::{Account, Budget, Interval, Ledger, Limit, Limits, MeterKind, Phase};
 use crate::error::{Error, Result};
@@ -19,7 +19,7 @@ use crate::model::TrainableModel;
 use crate::report::baselines::{Baseline, BaselineKind, BaselineStop, Label, MeasuredBaseline};
 use crate::report::files::STEPS_JSONL;
 use crate::report::steps::truncate_after;
-use crate::train::{Checkpoints, Settings, Stop, TrainState, Trainer};
+use crate::train::{Checkpoints, Settings, Stop, TrainState};
 use crate::units::{Flops, Joules};
 
 /// A baseline with an open ledger.
@@ -27,15 +27,12 @@ pub(super) struct BaselineRun<'a> {
     context: &'a RunContext<'a>,
     setup: BaselineSetup<'a>,
     reference: &'a Reference,
-    account: Account,
-    checkpoints: Checkpoints,
-    steps_log: PathBuf,
+    session: Session<'a>,
     ledger: PathBuf,
     /// Steps for the run's training energy.
     equal: u64,
     /// Steps for `energy_multiple` times as much.
     most: u64,
-    state: TrainState,
 }
 
 /// Why a baseline cannot be trained: not one step fits the run's training energy, or what `limit` leaves of its budget.
@@ -79,25 +76,29 @@ impl<'a> BaselineRun<'a> {
             Ledger::create(&ledger)?
         };
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
-        let digest = setup.digest();
-        let state = checkpoints.newest(&digest)?.unwrap_or_else(|| TrainState {
-            recipe: digest,
-            ..TrainState::default()
-        });
-        let steps_log = folder.join(STEPS_JSONL);
-        truncate_after(&steps_log, state.step)?;
+        let found = checkpoints.newest(&setup.digest())?;
+        let session = Session {
+            prepared,
+            account: Account::new(budget, meters, opened, kind),
+            checkpoints,
+            steps_log: folder.join(STEPS_JSONL),
+            has_checkpoint: found.is_some(),
+            state: TrainState {
+                recipe: setup.digest(),
+                ended: None,
+                ..found.unwrap_or_default()
+            },
+        };
+        truncate_after(&session.steps_log, session.state.step)?;
         let [equal, most] = setup.steps(reference.training.energy_j.counted);
         Ok(Self {
-            account: Account::new(budget, meters, opened, kind),
             context,
             setup,
             reference,
-            checkpoints,
-            steps_log,
+            session,
             ledger,
             equal,
             most,
-            state,
         })
     }
 
@@ -109,7 +110,7 @@ impl<'a> BaselineRun<'a> {
         } else {
             String::new()
         };
-        let resumed = match self.state.step {
+        let resumed = match self.session.state.step {
             0 => String::new(),
             step => format!(", resuming after step {step}"),
         };
@@ -130,14 +131,15 @@ impl<'a> BaselineRun<'a> {
         } else {
             Stop::Budget(Limit::Energy)
         };
-        self.account.close()?;
+        self.session.account.close()?;
         self.block(&stop)
     }
 
     /// Whether an earlier process reached the end and evaluated there.
     fn is_complete(&self) -> bool {
-        let step = self.state.step;
+        let step = self.session.state.step;
         let evaluated = self
+            .session
             .state
             .val_loss_last
             .is_some_and(|last| last.step == step);
@@ -146,27 +148,29 @@ impl<'a> BaselineRun<'a> {
 
     /// Whether the last evaluation was above the run's loss.
     fn is_above_run(&self) -> bool {
-        let last = self.state.val_loss_last;
+        let last = self.session.state.val_loss_last;
         last.is_some_and(|last| last.val_loss > self.reference.val_loss)
     }
 
     /// Whether the budget holds loading, a step, and what follows the last one.
     fn has_room(&self) -> bool {
-        let step = self.state.step;
+        let step = self.session.state.step;
         let reload = self
             .setup
             .load()
             .filter(|_| step > 0)
-            .map(|work| self.account.forecast(&[(Phase::Load, work)]).energy);
+            .map(|work| self.session.account.forecast(&[(Phase::Load, work)]).energy);
         let least = self.setup.energy(step, step + 1, self.equal) + reload.unwrap_or_default();
-        let limit = self.account.budget().limits().energy;
-        limit.is_none_or(|limit| self.account.spent().energy.joules() + least.joules() <= limit)
+        let limit = self.session.account.budget().limits().energy;
+        limit.is_none_or(|limit| {
+            self.session.account.spent().energy.joules() + least.joules() <= limit
+        })
     }
 
     fn train(&mut self, screen: &mut dyn Screen) -> Result<Stop> {
         let model = self.load_model()?;
         let mut stop = Stop::Steps;
-        if self.state.step <= self.equal {
+        if self.session.state.step <= self.equal {
             stop = self.segment(&model, self.equal, None, screen)?;
         }
         if stop == Stop::Steps && self.is_above_run() && self.most > self.equal {
@@ -188,57 +192,39 @@ impl<'a> BaselineRun<'a> {
             target_loss,
             ..self.setup.settings(steps, self.equal)
         };
-        let mut logger = StepLogger::new(self.steps_log.clone(), screen, steps, steps)?;
-        let prepared = self.context.prepared;
-        let mut trainer = Trainer {
-            decoder: &model.decoder,
-            parameters: &model.parameters,
+        let segment = Segment {
+            model,
             shape: &self.setup.shape,
-            sampler: &prepared.sampler,
-            validation: &prepared.validation_batches,
             settings: &settings,
-            account: &mut self.account,
-            checkpoints: &self.checkpoints,
+            ending: Vec::new(),
+            expected_steps: steps,
             export: &|_| Ok(()),
             interrupted: self.context.interrupted,
-            ending: Vec::new(),
         };
-        let outcome = trainer.train(self.state.clone(), &mut logger)?;
-        logger.flush()?;
-        self.state = outcome.state;
-        Ok(outcome.stop)
+        self.session.train(segment, screen)
     }
 
-    /// Random or pretrained weights (only the latter are charged), then the checkpoint's.
+    /// Random or pretrained weights, of which only the latter are charged.
     fn load_model(&mut self) -> Result<TrainableModel> {
-        let prepared = self.context.prepared;
-        let device = self.context.device;
-        let model = match self.setup.load() {
-            None => fully_trained(prepared, None, device)?,
-            Some(load) => {
-                self.account.admit(Phase::Load, &load, &[])?;
-                self.account.begin();
-                let model = fully_trained(prepared, Some(&open_weights(prepared)?), device)?;
-                self.account.charge(Phase::Load, self.state.step, &load)?;
-                model
-            }
-        };
-        if self.state.step > 0 {
-            self.checkpoints
-                .restore(self.state.step, &model.parameters)?;
-        }
-        Ok(model)
+        let RunContext {
+            prepared, device, ..
+        } = *self.context;
+        let load = self.setup.load();
+        self.session.load_model(load.as_ref(), || {
+            let weights = load.is_some().then(|| open_weights(prepared)).transpose()?;
+            fully_trained(prepared, weights.as_ref(), device)
+        })
     }
 
     fn block(&self, stop: &Stop) -> Result<Baseline> {
-        let steps = self.state.step;
-        let kind = self.account.kind();
-        let spent = self.account.spent();
+        let steps = self.session.state.step;
+        let kind = self.session.account.kind();
+        let spent = self.session.account.spent();
         let energy = spent.energy.joules();
         let range = interval(kind, energy);
         let prepared = self.context.prepared;
-        let before = self.state.val_loss_before;
-        let curve = LossCurve::read(&self.steps_log, &self.ledger, before, kind)?;
+        let before = self.session.state.val_loss_before;
+        let curve = LossCurve::read(&self.session.steps_log, &self.ledger, before, kind)?;
         let run_training_j = self.reference.training.on(kind).joules();
         let equal_loss = to_equal_loss(&curve, self.reference.val_loss, run_training_j);
         let start = match self.setup.kind {

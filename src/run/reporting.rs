@@ -5,10 +5,11 @@ use std::path::Path;
 use super::directory::RunDirectory;
 use super::machine;
 use super::prepare::{Prepared, Target};
+use super::session::Session;
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
 use super::trainee::copy_companions;
 use crate::adapter::PeftConfig;
-use crate::energy::{Account, Interval, Phase};
+use crate::energy::{Interval, Phase};
 use crate::error::Result;
 use crate::files::{DraftDirectory, write_atomic};
 use crate::forecast::{
@@ -25,15 +26,13 @@ use crate::report::{
     CardFacts, Emissions, EnergyParts, FiniteReport, History, to_html, to_json, to_markdown,
     to_model_card,
 };
-use crate::train::{Checkpoints, Outcome, Stop};
+use crate::train::Stop;
 use crate::units::{Joules, Seconds};
 
 /// A run that has ended.
 pub(super) struct Ended<'a> {
-    pub(super) prepared: &'a Prepared,
-    pub(super) outcome: &'a Outcome,
-    pub(super) account: &'a Account,
-    pub(super) checkpoints: &'a Checkpoints,
+    pub(super) session: &'a Session<'a>,
+    pub(super) stop: &'a Stop,
     pub(super) sample: Option<Sample>,
     pub(super) wall: Seconds,
 }
@@ -46,11 +45,11 @@ pub(super) fn write_reports(
     export: &dyn Fn(&Path) -> Result<()>,
 ) -> Result<FiniteReport> {
     let report = FiniteReport::new(report(run)?)?;
-    if !matches!(run.outcome.stop, Stop::Diverged(_)) {
+    if !matches!(run.stop, Stop::Diverged(_)) {
         write_result(run, directory, export, &report)?;
     }
-    let total = run.account.spent().energy.joules();
-    write_pages(run.prepared, total, directory, &report)?;
+    let total = run.session.account.spent().energy.joules();
+    write_pages(run.session.prepared, total, directory, &report)?;
     Ok(report)
 }
 
@@ -86,7 +85,7 @@ fn write_result(
     export: &dyn Fn(&Path) -> Result<()>,
     report: &FiniteReport,
 ) -> Result<()> {
-    let prepared = run.prepared;
+    let prepared = run.session.prepared;
     let draft = DraftDirectory::new(&directory.result(prepared.whole_model()))?;
     export(draft.path())?;
     if !prepared.whole_model() {
@@ -97,8 +96,8 @@ fn write_result(
 }
 
 fn report(run: &Ended<'_>) -> Result<Report> {
-    let prepared = run.prepared;
-    let account = run.account;
+    let prepared = run.session.prepared;
+    let account = &run.session.account;
     let spent = account.spent();
     let energy = interval(account.kind(), spent.energy.joules());
     let wall = spent.time.max(run.wall);
@@ -141,8 +140,8 @@ fn report(run: &Ended<'_>) -> Result<Report> {
 
 /// Baselines over the run's steps and evaluations, without its samples.
 fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Vec<Baseline> {
-    let account = run.account;
-    let state = &run.outcome.state;
+    let account = &run.session.account;
+    let state = &run.session.state;
     let entries = account
         .by_phase()
         .find(|(phase, _)| *phase == Phase::Eval)
@@ -154,16 +153,16 @@ fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Vec<Baseline> {
         metered_over_counted: account.metered_over_counted(),
         parts: &account.totals().breakdown,
     };
-    let subject = run.prepared.subject();
+    let subject = run.session.prepared.subject();
     let found = baselines(&subject, state.step, evaluations, &metered);
-    baseline_blocks(&found, run.prepared)
+    baseline_blocks(&found, run.session.prepared)
 }
 
 /// Warnings of the preparation, divergence, and a validation loss that rose.
 fn warnings(run: &Ended<'_>) -> Result<Vec<String>> {
-    let mut warnings = run.prepared.warnings.clone();
-    if let Stop::Diverged(what) = &run.outcome.stop {
-        warnings.push(match run.checkpoints.steps()?.last() {
+    let mut warnings = run.session.prepared.warnings.clone();
+    if let Stop::Diverged(what) = run.stop {
+        warnings.push(match run.session.checkpoints.steps()?.last() {
             Some(step) => format!(
                 "{what}; no result is written, the last checkpoint is `{}`",
                 checkpoint_name(run, *step)
@@ -171,7 +170,7 @@ fn warnings(run: &Ended<'_>) -> Result<Vec<String>> {
             None => format!("{what}; no result is written, and no checkpoint was saved before"),
         });
     }
-    let state = &run.outcome.state;
+    let state = &run.session.state;
     if let (Some(before), Some(last)) = (state.val_loss_before, state.val_loss_last)
         && last.val_loss > before
     {
@@ -185,21 +184,21 @@ fn warnings(run: &Ended<'_>) -> Result<Vec<String>> {
 }
 
 fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
-    let state = &run.outcome.state;
-    let steps_per_epoch = run.prepared.sampler.steps_per_epoch();
+    let state = &run.session.state;
+    let steps_per_epoch = run.session.prepared.sampler.steps_per_epoch();
     let after = state
         .val_loss_last
         .filter(|last| last.step == state.step && last.step > 0);
     let rate = state.tokens as f64 / state.train_wall_s;
     let best = state
         .best
-        .filter(|best| run.checkpoints.path(best.step).is_dir());
+        .filter(|best| run.session.checkpoints.path(best.step).is_dir());
     types::Training {
         steps: state.step,
         epochs: Some(state.step as f64 / steps_per_epoch as f64),
         tokens: Some(state.tokens),
         loss_tokens: Some(state.loss_tokens),
-        stop_reason: run.outcome.stop.clone(),
+        stop_reason: run.stop.clone(),
         val_loss_before: state.val_loss_before,
         val_loss_after: after.map(|last| last.val_loss),
         train_loss_last: state.train_loss_last,
@@ -217,7 +216,7 @@ fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
 
 /// A checkpoint's path in the run directory.
 fn checkpoint_name(run: &Ended<'_>, step: u64) -> String {
-    let path = run.checkpoints.path(step);
+    let path = run.session.checkpoints.path(step);
     let name = path.file_name().unwrap_or_default();
     format!("checkpoints/{}", name.display())
 }

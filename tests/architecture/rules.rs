@@ -113,7 +113,6 @@ const LONG: &[(&str, &str)] = &[
     ("src/ops/tests/costs.rs", "a_step_costs_what_torch_counts"),
     ("src/ops/tests/lm_head.rs", "prove_bf16"),
     ("src/ops/tests/linear.rs", "together"),
-    ("src/run/training.rs", "run_in"),
     (
         "tests/end_to_end/figures.rs",
         "bounds_are_carried_to_carbon_money_and_ratios",

@@ -267,7 +267,7 @@ fn a_measured_run_is_held_against_baselines_as_its_counter_would_show_them() {
         &[
             "This run is measured and took ",
             "| counted, times ",
-            "not against its measured energy",
+            "not with its measured energy",
         ],
     );
 }
