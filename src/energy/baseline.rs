@@ -254,13 +254,8 @@ pub fn pretraining(
     profile: &Profile,
     rates: &Rates,
 ) -> Baseline {
-    let TokenCount {
-        tokens,
-        label,
-        source,
-        caveat,
-    } = token_count(model_id, params, tokens);
-    let flops = training_flops(params, tokens, shape);
+    let count = token_count(model_id, params, tokens);
+    let flops = training_flops(params, count.tokens, shape);
     let precision = if profile.peak_flops.contains_key(&Precision::Bf16) {
         Precision::Bf16
     } else {
@@ -277,17 +272,17 @@ pub fn pretraining(
         profile.name
     );
     let mut assumptions = vec![formula.to_string(), device];
-    assumptions.extend(caveat.map(str::to_string));
+    assumptions.extend(count.caveat.map(str::to_string));
     Baseline {
         breakdown: Some(breakdown),
         assumptions,
         ..Baseline::new(
             BaselineKind::Pretraining,
-            label,
+            count.label,
             flops,
             energy,
             rates,
-            &source,
+            &count.source,
         )
     }
 }

@@ -114,7 +114,7 @@ impl Profile {
         self.set_sources(&["idle", "load", "pj_per_flop"], &source);
     }
 
-    /// Replaces measured capacities and bandwidths; a level never holds less than the one inside it.
+    /// Replaces measured capacities and bandwidths.
     fn set_caches(&mut self, measured: &[MeasuredCache]) {
         let mut sized = Vec::new();
         let mut timed = Vec::new();
@@ -138,30 +138,30 @@ impl Profile {
                 ));
             }
         }
+        self.grow_outer_caches();
+        if measured.is_empty() {
+            return;
+        }
+        let rest = self.sources.get("caches").map(|source| &source.title);
+        let sources = [
+            ("sizes as the system shows them: ", sized.join(", ")),
+            ("bandwidth measured on this machine: ", timed.join(", ")),
+            ("the rest: ", rest.cloned().unwrap_or_default()),
+        ];
+        let stated = sources.iter().filter(|(_, figures)| !figures.is_empty());
+        let titles: Vec<String> = stated
+            .map(|(kind, figures)| format!("{kind}{figures}"))
+            .collect();
+        self.set_sources(&["caches"], &titles.join("; "));
+    }
+
+    /// Raises each level to at least the capacity of the one inside it.
+    fn grow_outer_caches(&mut self) {
         let mut inner = Bytes(0);
         for level in &mut self.caches {
             level.bytes = level.bytes.max(inner);
             inner = level.bytes;
         }
-        if measured.is_empty() {
-            return;
-        }
-        let mut sources = Vec::new();
-        if !sized.is_empty() {
-            sources.push(format!(
-                "sizes as the system shows them: {}",
-                sized.join(", ")
-            ));
-        }
-        if !timed.is_empty() {
-            sources.push(format!(
-                "bandwidth measured on this machine: {}",
-                timed.join(", ")
-            ));
-        }
-        let rest = self.sources.get("caches");
-        sources.extend(rest.map(|source| format!("the rest: {}", source.title)));
-        self.set_sources(&["caches"], &sources.join("; "));
     }
 }
 

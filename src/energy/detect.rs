@@ -7,8 +7,8 @@
 use super::options::DeviceRef;
 use super::profile::{DeviceKind, Profile};
 use super::sensor::gpu_name;
-use super::suggest::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
+use crate::text::{did_you_mean, near_matches};
 
 /// The device that computes; its counter makes a measurement complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

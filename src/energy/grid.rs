@@ -12,9 +12,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::options::GridRef;
-use super::suggest::{did_you_mean, near_matches};
 use crate::error::{Error, Kind, Result};
-use crate::text::hex;
+use crate::text::{did_you_mean, hex, near_matches};
 use crate::units::GramsPerKwh;
 
 const INTENSITIES: &str = include_str!("grid.csv");

@@ -31,7 +31,6 @@ mod profile_file;
 mod profile_rules;
 pub mod sensor;
 mod spent;
-mod suggest;
 pub mod traffic;
 
 pub use account::{Account, Verdict};
@@ -49,4 +48,3 @@ pub use meter::{Meters, Reading};
 pub use options::{DeviceRef, GridRef, Limits, MeterKind};
 pub use profile::Profile;
 pub use spent::{Allowance, Spent};
-pub(crate) use suggest::{did_you_mean, near_matches};

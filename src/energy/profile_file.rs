@@ -17,9 +17,9 @@ use toml_edit::{InlineTable, value};
 use super::options::DeviceRef;
 use super::profile::{DeviceKind, Profile, Source};
 use super::profile_rules::check;
-use super::suggest::{did_you_mean, near_matches};
 use super::traffic::traffic;
 use crate::error::{Error, Kind, Result};
+use crate::text::{did_you_mean, near_matches};
 use crate::units::significant;
 use crate::work::{Precision, Work};
 

@@ -3,8 +3,9 @@
 //! Owns the accelerators of published runs that have no profile, and the ranges around a rated power. Nothing here meters.
 
 use crate::energy::profile::{DeviceKind, Profile};
-use crate::energy::{DeviceRef, Interval, did_you_mean, near_matches};
+use crate::energy::{DeviceRef, Interval};
 use crate::error::Result;
+use crate::text::{did_you_mean, near_matches};
 use crate::units::{Watts, significant};
 use crate::work::Precision;
 

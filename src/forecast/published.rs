@@ -8,8 +8,9 @@ use std::sync::LazyLock;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::accelerator::Accelerator;
-use crate::energy::{Interval, did_you_mean, near_matches};
+use crate::energy::Interval;
 use crate::error::{Error, Kind, Result};
+use crate::text::{did_you_mean, near_matches};
 use crate::units::{Count, Flops, GramsCo2e, GramsPerKwh, Joules, Pue, Seconds, Watts};
 
 /// A row of the table; `None` where the source prints nothing.
