@@ -110,6 +110,11 @@ enum Command {
         /// bash, zsh, fish, elvish or powershell
         shell: clap_complete::Shell,
     },
+    /// Write man pages to a directory
+    Man {
+        /// Directory for `wattune.1`, `wattune-train.1`, ...
+        dir: std::path::PathBuf,
+    },
 }
 
 /// Runs the program.
@@ -146,6 +151,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Devices(arguments) => devices::run(&arguments, common),
         Command::Calibrate(arguments) => calibrate::run(&arguments, common),
         Command::Recipe(command) => recipe::run(&command, common),
+        Command::Man { dir } => clap_mangen::generate_to(Cli::command(), &dir)
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(|e| Error::io("write man pages to", &dir, e)),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "wattune", &mut script);
