@@ -70,7 +70,7 @@ fn five_mistakes_are_shown_together() {
 }
 
 #[test]
-fn mistakes_are_handed_over_one_by_one() {
+fn check_returns_every_diagnostic() {
     let mistakes = check("[model]\nid = 3\n", Path::new("demo.toml"), &[]).unwrap_err();
     let places: Vec<_> = mistakes
         .iter()
@@ -86,7 +86,7 @@ fn mistakes_are_handed_over_one_by_one() {
 
 /// The values of the design's section 6, typed off by hand.
 #[test]
-fn defaults_are_the_contracts() {
+fn defaults_are_as_designed() {
     let recipe = read(SMALLEST);
     let Adapter::Lora(lora) = &recipe.adapter else {
         panic!("LoRA is the default")
@@ -332,7 +332,7 @@ fn overrides_are_read_as_toml_or_else_as_text() {
 }
 
 #[test]
-fn an_override_takes_the_place_of_the_files_own_value() {
+fn an_override_replaces_the_files_value() {
     let mistaken = SMALLEST.replace("steps = 5", "steps = 0");
     assert!(with(&mistaken, &[]).is_err());
     assert_eq!(
@@ -342,7 +342,7 @@ fn an_override_takes_the_place_of_the_files_own_value() {
 }
 
 #[test]
-fn what_is_missing_from_an_empty_recipe_is_said_with_what_to_type() {
+fn an_empty_recipe_lists_every_missing_key() {
     insta::assert_snapshot!(
         parse("", Path::new("empty.toml"), &[])
             .unwrap_err()
@@ -351,7 +351,7 @@ fn what_is_missing_from_an_empty_recipe_is_said_with_what_to_type() {
 }
 
 #[test]
-fn overrides_go_through_the_same_checks_and_name_themselves() {
+fn overrides_are_checked_and_named_in_diagnostics() {
     for (text, expected) in [
         (
             "train.lerning_rate=1",
@@ -384,7 +384,7 @@ fn overrides_go_through_the_same_checks_and_name_themselves() {
 }
 
 #[test]
-fn what_the_recipe_wrote_is_remembered_beside_an_adapter_to_continue_from() {
+fn given_keys_are_recorded_with_init_from() {
     let text = format!("{SMALLEST}[adapter]\ninit_from = \"old\"\nr = 8\n");
     let recipe = read(&text);
     let Adapter::Lora(lora) = &recipe.adapter else {
@@ -425,7 +425,7 @@ fn a_resolved_recipe_shows_every_default() {
 }
 
 #[test]
-fn the_starter_reads_and_says_what_the_contract_says() {
+fn the_starter_is_a_valid_recipe() {
     insta::assert_snapshot!(starter());
     let recipe = read(&starter());
     assert_eq!(
@@ -501,7 +501,7 @@ fn the_schema_describes_every_key_and_no_other() {
 }
 
 #[test]
-fn what_is_no_recipe_is_refused_as_a_file() {
+fn unreadable_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("r.toml");
     let refused = |path: &Path| load(path, &[]).unwrap_err();

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::screen::Terminal;
 use super::{Common, out, out_json};
@@ -43,12 +43,12 @@ pub(super) fn run(command: &Command, common: Common) -> Result<ExitCode> {
         Command::Init { path } => {
             write_atomic(path, recipe::starter())?;
             let written = path.display().to_string();
-            match common.json {
-                true => out_json(&json!({ "written": written })),
-                false => out(&format!(
-                    "Wrote {written}. Next: edit it, then `wattune recipe check {written}`."
-                )),
+            if common.json {
+                return out_json(&json!({ "written": written }));
             }
+            out(&format!(
+                "Wrote {written}. Next: edit it, then `wattune recipe check {written}`."
+            ))
         }
         Command::Check { recipe, overrides } => check(recipe, overrides, common),
     }
@@ -63,17 +63,9 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     plan.check_affordable()?;
     let sample = prepared.train.first.as_ref();
     if common.json {
-        let pieces = |sample: &RenderedSample| -> Vec<_> {
-            sample
-                .pieces
-                .iter()
-                .map(|piece| json!({ "text": piece.text, "loss": piece.loss }))
-                .collect()
-        };
-        let first = sample.map(|sample| json!({ "place": sample.place, "pieces": pieces(sample) }));
         return out_json(
             &json!({ "ok": true, "steps": plan.steps(), "eos_trained": prepared.train.eos_trained,
-            "warnings": prepared.warnings, "first": first, "data": plan.plan.run.map(|run| run.data) }),
+            "warnings": prepared.warnings, "first": sample.map(sample_json), "data": plan.plan.run.map(|run| run.data) }),
         );
     }
     let mut text = format!(
@@ -85,18 +77,27 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     for warning in &prepared.warnings {
         text += &format!("warning: {warning}\n");
     }
-    if let Some(sample) = sample {
-        text += &format!(
-            "\nThe first record ({}); what is learned stands in »«:\n\n",
-            sample.place
-        );
-        for piece in &sample.pieces {
-            text += &if piece.loss {
-                format!("»{}«", piece.text)
-            } else {
-                piece.text.clone()
-            };
-        }
-    }
+    text += &sample.map(sample_text).unwrap_or_default();
     out(&text)
+}
+
+fn sample_json(sample: &RenderedSample) -> Value {
+    let pieces = sample
+        .pieces
+        .iter()
+        .map(|piece| json!({ "text": piece.text, "loss": piece.loss }));
+    json!({ "place": sample.place, "pieces": pieces.collect::<Vec<_>>() })
+}
+
+fn sample_text(sample: &RenderedSample) -> String {
+    let pieces = sample.pieces.iter().map(|piece| {
+        if piece.loss {
+            format!("»{}«", piece.text)
+        } else {
+            piece.text.clone()
+        }
+    });
+    let place = &sample.place;
+    let text: String = pieces.collect();
+    format!("\nThe first record ({place}); trained text is marked »«:\n\n{text}")
 }

@@ -108,7 +108,7 @@ fn is_column_entry(entry: &Entry, field: &mut Field<'_, '_>) -> bool {
     };
     field.diagnostics.add(
         entry.key_span,
-        format!("`{}` is no field that a record is made of", entry.key),
+        format!("unknown record field `{}`", entry.key),
         field.key.rule(),
         hint,
     );

@@ -51,14 +51,12 @@ fn layers_without_names(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
     let targets = match &config.target_modules {
         Targets::Names(_) => return,
         Targets::Regex(_) => "a regex in `adapter.target_modules`",
-        Targets::AllLinear => {
-            "`target_modules = \"all-linear\"`, which holds where nothing is written"
-        }
+        Targets::AllLinear => "`target_modules = \"all-linear\"`, the default",
     };
     reader.diagnostics.add(
         span,
         format!(
-            "`{}` cannot stand beside {targets}",
+            "`{}` cannot be combined with {targets}",
             lora::layers_to_transform.path()
         ),
         "layers are chosen for a list of names",

@@ -1,6 +1,6 @@
-//! The larger model that would be prompted instead of a fine-tuned one: a number of parameters, as typed or as a hub id says it.
+//! The larger model to prompt instead of a fine-tuned one, by its number of parameters or by a hub id that contains it.
 //!
-//! Takes a text, returns name and parameters. Asks no hub and knows no table: the size is the one in the model's own name.
+//! Takes a text, returns name and parameters. Never asks the hub and has no table of models.
 
 use std::sync::LazyLock;
 
@@ -9,24 +9,24 @@ use regex::Regex;
 use super::ids::is_hub_id;
 use crate::units::Count;
 
-/// What may be written.
+/// Valid values, for messages.
 pub(super) const RULE: &str = "a number of parameters, or a hub id `owner/name` whose name says it";
-/// An example of each.
+/// An example of each, for messages.
 pub(super) const HINT: &str =
     "write for example `larger_model = \"7B\"` or `larger_model = \"Qwen/Qwen2.5-7B\"`";
 
-/// A model of which nothing but its size is known.
+/// A model known by its size alone.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LargerModel {
-    /// As the recipe wrote it.
+    /// As given in the recipe.
     pub name: String,
-    /// Its parameters.
+    /// Number of parameters.
     pub parameters: Count,
 }
 
 impl LargerModel {
-    /// Reads "7B", "1.5e9" or "Qwen/Qwen2.5-7B-Instruct". `None` where there is no size, or where the name holds one of experts
-    /// ("8x7B"), which says neither how many weights there are nor how many compute.
+    /// Reads "7B", "1.5e9" or "Qwen/Qwen2.5-7B-Instruct". `None` without a size, and for experts ("8x7B"), whose
+    /// name gives neither the total nor the active parameters.
     ///
     /// ```
     /// use wattune::{recipe::LargerModel, units::Count};

@@ -192,7 +192,7 @@ fn read_override(
     let span = Span::new(source, offset, 0..value.len());
     let node = match DeValue::parse(value) {
         Ok(parsed) => node_of(source, offset, parsed),
-        // What opens a list, a table or a quoted text was meant as TOML: as a bare string it would say something else.
+        // An opening bracket or quote means TOML; read as a bare string the value would change.
         Err(error) if value.starts_with(['[', '{', '"', '\'']) => {
             let hint = "quote the whole for the shell and each text inside, as in `--set 'adapter.target_modules=[\"q_proj\"]'`";
             let what = format!("this value is not TOML: {}", one_line(error.message()));

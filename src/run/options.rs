@@ -1,4 +1,4 @@
-//! The recipe's words into the other rooms' plain arguments: configuration stops here.
+//! Recipe sections as the plain arguments of data and training; no other room takes a recipe's section.
 
 use crate::data;
 use crate::model::Recompute;

@@ -121,7 +121,7 @@ const LONG: &[(&str, &str)] = &[
         "tests/end_to_end/resume.rs",
         "what_cannot_be_resumed_says_why",
     ),
-    ("tests/recipe.rs", "defaults_are_the_contracts"),
+    ("tests/recipe.rs", "defaults_are_as_designed"),
 ];
 
 /// Words that code outside tests does not hold, and why. `.backward()` without arguments is candle's; ours take some.
