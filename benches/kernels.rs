@@ -11,8 +11,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use wattune::ops::{
-    Attention, Context, Gradients, Linear, LmHead, Lora, Parameters, RmsNorm, Segments, Weight,
-    instruction_set, swiglu, swiglu_backward,
+    Attention, Context, Gradients, InputGradient, Linear, LmHead, Lora, Parameters, RmsNorm,
+    Segments, Weight, instruction_set, swiglu, swiglu_backward,
 };
 use wattune::work::{Precision, WorkCounter};
 
@@ -166,7 +166,14 @@ fn linears(bench: &Bench<'_>) {
         bench.line(&format!("linear {name} backward"), |context| {
             let gradients = &mut Gradients::new(2);
             linear
-                .backward(context, &dy, (Some(&x), &saved), (true, None), gradients)
+                .backward(
+                    context,
+                    &dy,
+                    Some(&x),
+                    &saved,
+                    InputGradient::Compute,
+                    gradients,
+                )
                 .expect("backward");
         });
     }

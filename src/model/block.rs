@@ -8,9 +8,9 @@ use super::kv_cache::KvCache;
 use super::linears::{LINEAR_NAMES, Linears};
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, Branch, Context, DropoutMask, FeedForward, FeedForwardLayer,
-    FeedForwardSaved, Gradients, Linear, LinearInput, LinearSaved, RmsNorm, RmsNormSaved,
-    RopeTables, Segments, backward_shared_input,
+    Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask, FeedForward,
+    FeedForwardLayer, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput, LinearSaved,
+    RmsNorm, RmsNormSaved, RopeTables, Segments, backward_shared_input,
 };
 use crate::random::{self, Purpose};
 
@@ -209,11 +209,19 @@ impl Block {
     ) -> Result<Option<Tensor>> {
         let norm = &self.post_attention_layernorm;
         let h = recompute_norm(pass, norm, &saved.norm, needs.mlp_input)?;
+        let depth = if needs.attention {
+            BackwardDepth::Input
+        } else if needs.gate {
+            BackwardDepth::Weights
+        } else {
+            BackwardDepth::Down
+        };
         let dh = self.feed_forward().backward(
             pass.context,
             dy,
-            (h.as_ref(), &saved.feed_forward),
-            (needs.gate, needs.attention),
+            h.as_ref(),
+            &saved.feed_forward,
+            depth,
             gradients,
         )?;
         drop(h);
@@ -234,8 +242,9 @@ impl Block {
         let d_mixed = self.linears.o_proj.backward(
             context,
             dx1,
-            (Some(saved.attention.output()), &saved.output.o),
-            (needs.qkv, None),
+            Some(saved.attention.output()),
+            &saved.output.o,
+            InputGradient::when(needs.qkv),
             gradients,
         )?;
         let Some(d_mixed) = d_mixed else {
@@ -273,7 +282,7 @@ impl Block {
             branch(&l.k_proj, &dk, k),
             branch(&l.v_proj, &dv, v),
         ];
-        let wanted = (needs.input, None);
+        let wanted = InputGradient::when(needs.input);
         let dh = backward_shared_input(context, &branches, h.as_ref(), wanted, gradients)?;
         dh.map(|dh| {
             self.input_layernorm

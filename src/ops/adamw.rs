@@ -1,6 +1,7 @@
-//! AdamW over the flat parameter buffer in one pass (Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW's order of operations).
+//! AdamW over the flat parameter buffer in one pass (Loshchilov and Hutter 2019, algorithm 2; in
+//! torch.optim.AdamW's order of operations).
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor};
+use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Tensor};
 
 use super::parallel::par_for_each;
 use super::simd::dispatch;
@@ -9,10 +10,30 @@ use super::{Context, Parameters};
 use crate::error::Result;
 use crate::work::Work;
 
-/// Elements a parallel task takes; also the unit of the norm's partial sums, so that its bytes do not depend on the thread count.
+/// Elements of a task and of a partial sum of the norm, whose bytes so do not depend on the number
+/// of threads.
 const ELEMENTS_PER_TASK: usize = 64 * 1024;
 
 /// Hyperparameters of AdamW.
+///
+/// The first step moves a parameter by the learning rate against the sign of its gradient:
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use wattune::ops::{AdamW, Context, Parameters};
+/// # use wattune::work::{Precision, WorkCounter};
+/// let (beta1, beta2, epsilon) = (0.9, 0.999, 1e-8);
+/// let adamw = AdamW { beta1, beta2, epsilon, weight_decay: 0., max_grad_norm: 1. };
+/// let tensors = vec![("w".to_string(), vec![2], vec![1f32, 1.])];
+/// let parameters = Parameters::new(tensors, &Device::Cpu)?;
+/// let gradient = Tensor::new(&[3f32, -4.], &Device::Cpu)?;
+/// let counter = WorkCounter::default();
+/// let context = Context::new(&counter, Precision::F32);
+/// let norm = adamw.step(context, &parameters, &gradient, 0.1, 1)?;
+/// let values = parameters.values(0)?;
+/// assert!(norm == 5. && (values[0] - 0.9).abs() < 1e-6 && (values[1] - 1.1).abs() < 1e-6);
+/// # Ok::<(), wattune::error::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
     /// Decay of the first moment.
@@ -23,16 +44,16 @@ pub struct AdamW {
     pub epsilon: f64,
     /// Decoupled decay of the values.
     pub weight_decay: f64,
-    /// Global gradient norm is clipped here; 0 never clips.
+    /// Limit of the global gradient norm; 0 disables clipping.
     pub max_grad_norm: f64,
 }
 
-/// Work of one step over n trained numbers: read value, gradient and moments, write value and moments.
+/// Work of one step over n parameters: reads value, gradient and moments, writes value and moments.
 pub fn adamw_cost(n: usize) -> Work {
     Work::sweep(32 * n, 16 * n)
 }
 
-/// The constants of one pass.
+/// Constants of one step.
 struct FusedStep {
     clip: f32,
     decay: f32,
@@ -45,8 +66,8 @@ struct FusedStep {
 }
 
 impl AdamW {
-    /// Updates `parameters` by the flat `gradient` (n) at rate `lr`; `step` counts from 1. Returns the gradient's norm before
-    /// clipping; a norm that is not finite updates nothing.
+    /// Updates `parameters` by the flat `gradient` (n) at rate `lr`; `step` counts from 1. Returns
+    /// the gradient's norm before clipping; a norm that is not finite updates nothing.
     pub fn step(
         &self,
         context: Context<'_>,
@@ -66,7 +87,7 @@ impl AdamW {
         } else {
             1.0
         };
-        let pass = FusedStep {
+        let fused = FusedStep {
             clip: clip as f32,
             decay: (1.0 - lr * self.weight_decay) as f32,
             // Subtracted in f64: 1 - 0.999 in f32 is off by 5e-5 of itself.
@@ -78,9 +99,9 @@ impl AdamW {
             epsilon: self.epsilon as f32,
         };
         if context.fused(gradient) {
-            parameters.state().inplace_op2(gradient, &pass)?;
+            parameters.state().inplace_op2(gradient, &fused)?;
         } else {
-            pass.reference(parameters.state(), gradient)?;
+            fused.reference(parameters.state(), gradient)?;
         }
         Ok(norm)
     }
@@ -88,41 +109,34 @@ impl AdamW {
 
 /// The Euclidean norm, summed in f64 by fixed chunks.
 fn norm(gradient: &Tensor) -> Result<f64> {
-    let host_copy = gradient.to_device(&candle_core::Device::Cpu)?;
-    let host = CpuTensor::borrow_f32(&host_copy)?;
-    let square = |chunk: &[f32]| {
+    let gradient = gradient.to_device(&Device::Cpu)?;
+    let gradient = CpuTensor::borrow_f32(&gradient)?;
+    let chunks = gradient.f32_slice().chunks(ELEMENTS_PER_TASK);
+    let sum_of_squares = |chunk: &[f32]| {
         dispatch(
             #[inline(always)]
             |_| {
                 let (chunks, rest) = chunk.as_chunks::<8>();
+                let square = |g: &f32| f64::from(*g) * f64::from(*g);
                 let mut lanes = [0.0f64; 8];
                 for chunk in chunks {
-                    lanes
-                        .iter_mut()
-                        .zip(chunk)
-                        .for_each(|(lane, g)| *lane += f64::from(*g) * f64::from(*g));
+                    let pairs = lanes.iter_mut().zip(chunk);
+                    pairs.for_each(|(lane, g)| *lane += square(g));
                 }
-                lanes.iter().sum::<f64>()
-                    + rest
-                        .iter()
-                        .map(|g| f64::from(*g) * f64::from(*g))
-                        .sum::<f64>()
+                lanes.iter().sum::<f64>() + rest.iter().map(square).sum::<f64>()
             },
         )
     };
-    let mut partial = vec![0.0; host.f32_slice().len().div_ceil(ELEMENTS_PER_TASK)];
-    par_for_each(
-        partial
-            .iter_mut()
-            .zip(host.f32_slice().chunks(ELEMENTS_PER_TASK)),
-        |(partial, chunk)| *partial = square(chunk),
-    );
+    let mut partial = vec![0.0; chunks.len()];
+    par_for_each(partial.iter_mut().zip(chunks), |(partial, chunk)| {
+        *partial = sum_of_squares(chunk);
+    });
     Ok(partial.iter().sum::<f64>().sqrt())
 }
 
 impl FusedStep {
     #[inline(always)]
-    fn update(&self, (value, first, second): (&mut f32, &mut f32, &mut f32), gradient: f32) {
+    fn update(&self, value: &mut f32, first: &mut f32, second: &mut f32, gradient: f32) {
         let gradient = gradient * self.clip;
         *first += (gradient - *first) * self.rate1;
         *second = *second * self.beta2 + gradient * gradient * self.rate2;
@@ -130,7 +144,7 @@ impl FusedStep {
         *value = *value * self.decay - self.step_size * (*first / denominator);
     }
 
-    /// The same in candle primitives.
+    /// The same in candle primitives, also on devices.
     fn reference(&self, state: &Tensor, gradient: &Tensor) -> Result<()> {
         let row = |i: usize| state.narrow(0, i, 1)?.flatten_all()?.copy();
         let (value, first, second) = (row(0)?, row(1)?, row(2)?);
@@ -162,36 +176,30 @@ impl InplaceOp2 for FusedStep {
         layout: &Layout,
     ) -> candle_core::Result<()> {
         let (CpuStorage::F32(state), CpuStorage::F32(gradient)) = (state, gradient) else {
-            return Err(candle_core::Error::Msg(
-                "adamw keeps its state and gradient in f32".into(),
-            ));
+            candle_core::bail!("adamw needs state and gradient in f32");
         };
         let Some((start, end)) = layout.contiguous_offsets() else {
-            return Err(candle_core::Error::Msg(
-                "adamw needs a contiguous gradient".into(),
-            ));
+            candle_core::bail!("adamw needs a contiguous gradient");
         };
         let gradient = &gradient[start..end];
         let (value, moments) = state.split_at_mut(gradient.len());
         let (first, second) = moments.split_at_mut(gradient.len());
-        let rows = value
+        let tasks = value
             .chunks_mut(ELEMENTS_PER_TASK)
             .zip(first.chunks_mut(ELEMENTS_PER_TASK))
-            .zip(second.chunks_mut(ELEMENTS_PER_TASK));
-        par_for_each(
-            rows.zip(gradient.chunks(ELEMENTS_PER_TASK)),
-            |(((value, first), second), gradient)| {
-                dispatch(
-                    #[inline(always)]
-                    |_| {
-                        let numbers = value.iter_mut().zip(first).zip(second).zip(gradient);
-                        numbers.for_each(|(((value, first), second), gradient)| {
-                            self.update((value, first, second), *gradient)
-                        });
-                    },
-                );
-            },
-        );
+            .zip(second.chunks_mut(ELEMENTS_PER_TASK))
+            .zip(gradient.chunks(ELEMENTS_PER_TASK));
+        par_for_each(tasks, |(((value, first), second), gradient)| {
+            dispatch(
+                #[inline(always)]
+                |_| {
+                    let elements = value.iter_mut().zip(first).zip(second).zip(gradient);
+                    elements.for_each(|(((value, first), second), gradient)| {
+                        self.update(value, first, second, *gradient)
+                    });
+                },
+            );
+        });
         Ok(())
     }
 }

@@ -1,9 +1,14 @@
 //! Primitives with an explicit forward and backward.
 //!
-//! Each op is one file or folder and one pair on plain tensors: `forward(x) -> (y, Saved)` and `backward(dy, Saved) -> (dx, gradients)`,
-//! as candle primitives (the reference, on any device), as a fused CPU pass where that pays, and with its cost. A running op adds
-//! to the context's counter the very value that its cost function predicts. Activations are (N, C): N tokens of all segments laid
-//! end to end, C channels. Knows nothing of models.
+//! Each op is one file or folder and one pair on plain tensors: `forward(x) -> (y, Saved)` and
+//! `backward(dy, Saved) -> (dx, gradients)`, with a cost function of the shapes. A running op adds
+//! to the context's counter the very value that its cost function returns. Activations are (N, C):
+//! N tokens of all segments laid end to end, C channels. Knows nothing of models.
+//!
+//! An op has up to three implementations ([`Context`] and the tensor's device choose): a fused CPU
+//! pass, a device pass (CUDA, Metal) with candle-nn's fused forwards, and the reference in candle
+//! primitives, which candle's autograd can follow. Where candle-nn has no kernel, the device runs
+//! the reference.
 
 mod adamw;
 mod attention;
@@ -31,10 +36,11 @@ pub use attention::{
 pub use cross_entropy::{LmHead, LmHeadShape};
 pub use dropout::DropoutMask;
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
-pub use feed_forward::{FeedForward, FeedForwardLayer, FeedForwardSaved, Masks};
+pub use feed_forward::{BackwardDepth, FeedForward, FeedForwardLayer, FeedForwardSaved, Masks};
 pub use gather::{gather_rows, scatter_rows};
 pub use linear::{
-    Branch, Linear, LinearInput, LinearSaved, LinearShape, Lora, backward_shared_input,
+    Branch, InputGradient, Linear, LinearInput, LinearSaved, LinearShape, Lora,
+    backward_shared_input,
 };
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
@@ -43,7 +49,7 @@ pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;
 pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
 
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Device, Tensor, WithDType};
 
 use crate::error::Result;
 use crate::work::{Precision, Work, WorkCounter};
@@ -55,8 +61,19 @@ pub struct Context<'a> {
     pub counter: &'a WorkCounter,
     /// Format of GEMM inputs.
     pub precision: Precision,
-    /// Run the candle-primitive reference even if a fused CPU pass exists: the oracle of tests.
+    /// Always run the reference: the oracle of tests.
     pub reference: bool,
+}
+
+/// An implementation of an op.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Path {
+    /// The fused CPU pass.
+    Cpu,
+    /// candle-nn's fused forwards on CUDA or Metal, and primitives.
+    Device,
+    /// Candle primitives on any device.
+    Reference,
 }
 
 impl<'a> Context<'a> {
@@ -69,13 +86,30 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// Whether the fused CPU pass runs on this tensor.
+    /// The implementation that runs on the device of `x`.
+    fn path(&self, x: &Tensor) -> Path {
+        if self.reference {
+            return Path::Reference;
+        }
+        #[cfg(test)]
+        if FORCE_DEVICE_PATH.get() {
+            return Path::Device;
+        }
+        if x.device().is_cpu() {
+            Path::Cpu
+        } else {
+            Path::Device
+        }
+    }
+
+    /// Whether the fused CPU pass runs on `x`.
     fn fused(&self, x: &Tensor) -> bool {
-        !self.reference && x.device().is_cpu()
+        self.path(x) == Path::Cpu
     }
 }
 
-/// The instruction set of this CPU's GEMM kernels: `amx`, `avx512_bf16`, `avx512`, `avx2` or `portable`.
+/// The instruction set of the GEMM kernels on this CPU: `amx`, `avx512_bf16`, `avx512`, `avx2` or
+/// `portable`.
 pub fn instruction_set() -> &'static str {
     gemm::best().name
 }
@@ -93,6 +127,8 @@ pub fn dtype(precision: Precision) -> DType {
 thread_local! {
     /// FLOPs of the GEMM calls of this thread, which tests compare with the cost functions.
     static FLOPS_ISSUED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+    /// Runs the device path on CPU tensors.
+    static FORCE_DEVICE_PATH: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// Counts `count` products (m, k) x (k, n); a no-op outside tests.
@@ -101,25 +137,61 @@ fn count_flops(_count: usize, _m: usize, _n: usize, _k: usize) {
     FLOPS_ISSUED.set(FLOPS_ISSUED.get() + (2 * _count * _m * _n * _k) as u64);
 }
 
-/// Work of a residual addition (n, c), fused into a GEMM (as its initial C) or a norm: one more operand is read.
+/// Work of a residual addition (n, c), fused into a GEMM (as its initial C) or a norm: one more
+/// operand is read.
 pub fn residual_cost(n: usize, c: usize) -> Work {
     Work::sweep(4 * n * c, n * c)
 }
 
 /// a (batch, m, k) b (batch, k, n) of one dtype, on any device.
-fn batched(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+fn batched_matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (count, m, k) = a.dims3()?;
     count_flops(count, m, b.dims3()?.2, k);
     Ok(a.matmul(b)?)
 }
 
-/// `a (m, k) x b (k, n) -> (m, n)` in f32: inputs are rounded to the context's precision, sums are f32, and a result of 16-bit inputs
-/// is rounded to their precision once more.
+/// `a (m, k) x b (k, n) -> (m, n)` in f32: inputs are rounded to the context's precision, sums are
+/// f32, and a result of 16-bit inputs is rounded to their precision once more.
 fn matmul(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    count_flops(1, a.dims2()?.0, b.dims2()?.1, a.dims2()?.1);
+    let (m, k) = a.dims2()?;
+    count_flops(1, m, b.dims2()?.1, k);
     let dtype = dtype(context.precision);
-    let (a, b) = (a.to_dtype(dtype)?, b.to_dtype(dtype)?);
-    Ok(a.matmul(&b)?.to_dtype(DType::F32)?)
+    let y = a.to_dtype(dtype)?.matmul(&b.to_dtype(dtype)?)?;
+    Ok(y.to_dtype(DType::F32)?)
+}
+
+/// Softmax over the last dimension, and its log-sum-exp (last dimension 1), by candle.
+fn softmax(path: Path, x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let max = x.max_keepdim(D::Minus1)?;
+    if path == Path::Device {
+        let p = candle_nn::ops::softmax_last_dim(&x.contiguous()?)?;
+        // The largest probability is exp(max - lse).
+        let lse = (max - p.max_keepdim(D::Minus1)?.log()?)?;
+        return Ok((p, lse));
+    }
+    let e = x.broadcast_sub(&max)?.exp()?;
+    let sum = e.sum_keepdim(D::Minus1)?;
+    Ok((e.broadcast_div(&sum)?, (max + sum.log()?)?))
+}
+
+/// Chunks of an output that is empty if it is not wanted: then `None` for every task.
+fn optional_chunks<T>(x: &mut [T], size: usize) -> impl Iterator<Item = Option<&mut [T]>> {
+    let chunks = x.chunks_mut(size).map(Some);
+    chunks.chain(std::iter::repeat_with(|| None))
+}
+
+/// A CPU tensor of `shape` that `write` fills.
+///
+/// # Safety
+/// `write` writes every element, or fails.
+unsafe fn new_tensor<T: WithDType>(
+    shape: (usize, usize),
+    write: impl FnOnce(&mut [T]) -> Result<()>,
+) -> Result<Tensor> {
+    // SAFETY: the caller's promise.
+    let mut values = unsafe { storage::uninit_vec(shape.0 * shape.1) };
+    write(&mut values)?;
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
 #[cfg(test)]

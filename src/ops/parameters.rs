@@ -1,7 +1,7 @@
-//! What is trained: one flat buffer of f32 values with named views, and its gradients.
+//! Trained parameters: one flat f32 buffer with named views, and its gradients.
 //!
-//! A trained tensor is a view into the buffer, so an optimizer step on the buffer is seen by every op at once and clipping and AdamW
-//! are one pass each. A frozen weight has no slot, so a gradient for it cannot exist.
+//! A trained tensor is a view into the buffer: ops see an optimizer step at once, and clipping and
+//! AdamW are one pass each. A frozen weight has no slot, so a gradient for it cannot exist.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,9 +17,9 @@ use crate::error::{Error, Kind, Result};
 pub struct Weight {
     /// The values.
     pub tensor: Tensor,
-    /// Which slot of the parameters it is; `None` where it is frozen.
+    /// Index of its slot in the parameters; `None` if frozen.
     pub slot: Option<usize>,
-    /// Its packed forms, where they stay.
+    /// Packed forms that are reused across GEMMs.
     pub(super) packings: Option<Arc<PackedWeightCache>>,
 }
 
@@ -33,56 +33,55 @@ impl Weight {
         }
     }
 
-    /// A frozen weight keeps what fused passes pack of it, one form for each direction: twice its size in f32. Nothing for a trained one, whose
-    /// values change.
+    /// Caches the packed forms of a frozen weight, one for each direction: twice its size in f32.
+    /// Ignored for a trained weight, whose values change.
     pub fn with_packed_cache(self) -> Self {
         let packings = (!self.is_trained()).then(Arc::default);
         Self { packings, ..self }
     }
 
-    /// Its numbers, (rows, columns), from `host`, which is its own.
-    pub(super) fn matrix<'a>(&'a self, host: &'a CpuTensor<'_>) -> Result<MatRef<'a>> {
+    /// The matrix of a 2-d weight; `storage` is that of its tensor.
+    pub(super) fn matrix<'a>(&'a self, storage: &'a CpuTensor<'_>) -> Result<MatRef<'a>> {
         let (rows, columns) = self.tensor.dims2()?;
-        Ok(host
-            .matrix(rows, columns)
-            .with_cache(self.packings.as_deref()))
+        let matrix = storage.matrix(rows, columns);
+        Ok(matrix.with_cache(self.packings.as_deref()))
     }
 
-    /// Whether a gradient is wanted.
+    /// Whether it has a gradient.
     pub fn is_trained(&self) -> bool {
         self.slot.is_some()
     }
 }
 
-/// One trained tensor's place in the buffer.
+/// Position of a trained tensor in the buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
-    /// Its name in the files.
+    /// Name in adapter files.
     pub name: String,
-    /// Its shape.
+    /// Dimensions.
     pub shape: Vec<usize>,
-    /// Where it starts in the buffer.
+    /// First element in the buffer.
     pub offset: usize,
 }
 
 impl Slot {
-    /// How many numbers it holds.
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Whether it holds none.
+    /// Whether it has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Its numbers' places in the buffer.
+    /// Elements in the buffer.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len()
     }
 }
 
-/// Every trained value with AdamW's two moments: one (3, n) tensor, rows value, first moment, second moment.
+/// All trained values with AdamW's moments, a (3, n) tensor: values, first and second moments.
 #[derive(Debug)]
 pub struct Parameters {
     slots: Vec<Slot>,
@@ -100,19 +99,19 @@ impl Parameters {
         Self::from_fn(shapes, |_, _| Ok(data.next().unwrap_or_default()), device)
     }
 
-    /// The same from names and shapes; `make` gives each tensor's values by its index and slot, one after the other, so that they are never
-    /// all in memory twice.
+    /// The same from names and shapes; `make` returns the values of one tensor after the other, so
+    /// that they are never all in memory twice.
     pub fn from_fn(
         shapes: Vec<(String, Vec<usize>)>,
         mut make: impl FnMut(usize, &Slot) -> Result<Vec<f32>>,
         device: &Device,
     ) -> Result<Self> {
         let mut slots = Vec::with_capacity(shapes.len());
-        let count: usize = shapes
+        let sizes = shapes
             .iter()
-            .map(|(_, shape)| shape.iter().product::<usize>())
-            .sum();
-        // Room for the moments at once: to grow later would be to copy.
+            .map(|(_, shape)| shape.iter().product::<usize>());
+        let count: usize = sizes.sum();
+        // Capacity for the moments too: growing later would copy.
         let mut values = Vec::with_capacity(3 * count);
         for (index, (name, shape)) in shapes.into_iter().enumerate() {
             let slot = Slot {
@@ -142,22 +141,22 @@ impl Parameters {
         })
     }
 
-    /// The trained tensors' places, in order.
+    /// The trained tensors, in order.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
     }
 
-    /// How many numbers are trained.
+    /// Number of trained parameters.
     pub fn len(&self) -> usize {
         self.slots.last().map_or(0, |slot| slot.offset + slot.len())
     }
 
-    /// Whether nothing is trained.
+    /// Whether there are no trained parameters.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A view of slot `index`; it follows every later step.
+    /// A view of slot `index`; later steps are visible through it.
     pub fn weight(&self, index: usize) -> Result<Weight> {
         let slot = &self.slots[index];
         let view = self
@@ -171,7 +170,7 @@ impl Parameters {
         })
     }
 
-    /// The (3, n) buffer itself, for the optimizer.
+    /// The (3, n) buffer, for the optimizer.
     pub(super) fn state(&self) -> &Tensor {
         &self.state
     }
@@ -187,7 +186,7 @@ impl Parameters {
         Ok(self.row(0)?.narrow(0, slot.offset, slot.len())?.to_vec1()?)
     }
 
-    /// What `read` makes of all three rows, which are not copied where they lie on the CPU.
+    /// Reads all three rows, without a copy on the CPU.
     pub fn with_rows<T>(&self, read: impl FnOnce([&[f32]; 3]) -> Result<T>) -> Result<T> {
         let state = self.state.to_device(&Device::Cpu)?;
         let host = CpuTensor::borrow_f32(&state)?;
@@ -201,7 +200,7 @@ impl Parameters {
         self.with_rows(|rows| Ok(rows.map(<[f32]>::to_vec)))
     }
 
-    /// Puts a checkpoint's row back: 0 (values), 1 (first moments) or 2 (second moments), of `len()` numbers.
+    /// Restores row 0 (values), 1 (first moments) or 2 (second moments) from a checkpoint.
     pub fn restore_row(&self, index: usize, row: &[f32]) -> Result<()> {
         if row.len() != self.len() {
             let (found, wanted) = (row.len(), self.len());
@@ -217,7 +216,7 @@ impl Parameters {
     }
 }
 
-/// Gradients of one step, summed over its micro-batches, by slot.
+/// Gradients of one step by slot, accumulated over its micro-batches.
 #[derive(Debug, Default)]
 pub struct Gradients {
     by_slot: Vec<Option<Tensor>>,
@@ -231,21 +230,22 @@ impl Gradients {
         }
     }
 
-    /// None yet, for as many trained tensors.
+    /// No gradients yet, for the same trained tensors.
     pub fn empty_like(&self) -> Self {
         Self::new(self.by_slot.len())
     }
 
-    /// Adds those of other micro-batches, or of other parts of one.
+    /// Adds the gradients of other micro-batches, or of other parts of one.
     pub fn merge(&mut self, others: Self) -> Result<()> {
         for (sum, gradient) in self.by_slot.iter_mut().zip(others.by_slot) {
-            let Some(gradient) = gradient else { continue };
-            add(sum, gradient)?;
+            if let Some(gradient) = gradient {
+                add(sum, gradient)?;
+            }
         }
         Ok(())
     }
 
-    /// Adds `gradient` to that of `weight`; a frozen weight's gradient is a programming error and refused.
+    /// Accumulates the gradient of `weight`; refuses one of a frozen weight.
     pub fn add(&mut self, weight: &Weight, gradient: Tensor) -> Result<()> {
         let Some(entry) = weight.slot.and_then(|slot| self.by_slot.get_mut(slot)) else {
             return Err(Error::new(
@@ -261,7 +261,7 @@ impl Gradients {
         self.by_slot.get(index).and_then(Option::as_ref)
     }
 
-    /// All gradients as one flat f32 tensor in the parameters' order; a slot without one is named in the error.
+    /// All gradients as one flat f32 tensor in the parameters' order; refuses a slot without one.
     pub fn flat(&self, parameters: &Parameters) -> Result<Tensor> {
         let mut parts = Vec::with_capacity(self.by_slot.len());
         for (index, slot) in parameters.slots().iter().enumerate() {

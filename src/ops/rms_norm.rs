@@ -10,11 +10,24 @@ use super::storage::{
     CpuTensor, ROWS_PER_TASK, cast_into, check_shape, f32_tensor, load_activation, save_activation,
     uninit_vec,
 };
-use super::{Context, Gradients, Weight, residual_cost};
+use super::{Context, Gradients, Path, Weight, new_tensor, optional_chunks, residual_cost};
 use crate::error::Result;
 use crate::work::{Precision, Work};
 
 /// A norm: its weight (C) and epsilon.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use wattune::ops::{Context, RmsNorm, Weight};
+/// # use wattune::work::{Precision, WorkCounter};
+/// let weight = Weight::frozen(Tensor::new(&[1f32, 10.], &Device::Cpu)?);
+/// let norm = RmsNorm { weight, eps: 0. };
+/// let x = Tensor::new(&[[1f32, 7.]], &Device::Cpu)?; // rms = sqrt((1 + 49) / 2) = 5
+/// let counter = WorkCounter::default();
+/// let (y, _) = norm.forward(Context::new(&counter, Precision::F32), &x)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[0.2, 14.]]);
+/// # Ok::<(), wattune::error::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
     /// (C).
@@ -23,7 +36,7 @@ pub struct RmsNorm {
     pub eps: f64,
 }
 
-/// What `backward` needs: the input (N, C), in the compute type; everything else is cheaper to compute again.
+/// Input of `backward`: x (N, C) in the compute type; the rest is cheaper to recompute.
 #[derive(Debug, Clone)]
 pub struct RmsNormSaved {
     x: Tensor,
@@ -41,40 +54,37 @@ pub fn rms_norm_backward_cost(n: usize, c: usize, trained: bool) -> Work {
 }
 
 impl RmsNorm {
-    /// x (N, C) -> y (N, C), in the compute type where the fused pass runs: y goes into matrix products alone.
+    /// x (N, C) -> y (N, C); on the CPU in the compute type, because the next op is a GEMM.
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
-        self.count(context, x)?;
-        match context.fused(x) {
-            true => {
-                CpuTensor::borrow_f32(x)?;
-                self.forward_cpu(context, x)
-            }
-            false => Ok((
-                self.forward_reference(x)?,
-                RmsNormSaved {
-                    x: save_activation(context, x)?,
-                },
-            )),
+        self.check_and_count(context, x)?;
+        if context.path(x) == Path::Cpu {
+            CpuTensor::borrow_f32(x)?;
+            return self.forward_cpu(context, x);
         }
+        let saved = RmsNormSaved {
+            x: save_activation(context, x)?,
+        };
+        Ok((self.forward_primitives(context, x)?, saved))
     }
 
-    /// The output again, in the backward pass.
+    /// The output, recomputed in the backward pass.
     pub fn recompute(&self, context: Context<'_>, saved: &RmsNormSaved) -> Result<Tensor> {
-        self.count(context, &saved.x)?;
-        match context.fused(&saved.x) {
-            true => Ok(self.forward_cpu(context, &saved.x)?.0),
-            false => self.forward_reference(&load_activation(context, &saved.x)?),
+        self.check_and_count(context, &saved.x)?;
+        if context.path(&saved.x) == Path::Cpu {
+            return Ok(self.forward_cpu(context, &saved.x)?.0);
         }
+        self.forward_primitives(context, &load_activation(context, &saved.x)?)
     }
 
-    fn count(&self, context: Context<'_>, x: &Tensor) -> Result<()> {
+    fn check_and_count(&self, context: Context<'_>, x: &Tensor) -> Result<()> {
         let (n, c) = x.dims2()?;
         check_shape("weight", &self.weight.tensor, &[c])?;
         context.counter.add(rms_norm_cost(n, c));
         Ok(())
     }
 
-    /// dy (N, C) -> dx (N, C), added to `base` where there is one; the weight's gradient where it is trained.
+    /// dy (N, C) -> dx (N, C), added to `base` if given; adds the weight's gradient where it is
+    /// trained.
     pub fn backward(
         &self,
         context: Context<'_>,
@@ -85,18 +95,21 @@ impl RmsNorm {
     ) -> Result<Tensor> {
         let (n, c) = saved.x.dims2()?;
         check_shape("dy", dy, &[n, c])?;
-        context
-            .counter
-            .add(rms_norm_backward_cost(n, c, self.weight.is_trained()));
+        let trained = self.weight.is_trained();
+        context.counter.add(rms_norm_backward_cost(n, c, trained));
         if let Some(base) = base {
             check_shape("base", base, &[n, c])?;
             context.counter.add(residual_cost(n, c));
         }
-        if context.fused(dy) {
-            return self.backward_cpu(dy, &saved.x, base, gradients);
+        if context.path(dy) == Path::Cpu {
+            let x = CpuTensor::borrow(&saved.x)?;
+            return match x.slice() {
+                CpuSlice::F32(x) => self.backward_cpu(dy, x, base, gradients),
+                CpuSlice::Bf16(x) => self.backward_cpu(dy, x, base, gradients),
+            };
         }
         let x = load_activation(context, &saved.x)?;
-        if self.weight.is_trained() {
+        if trained {
             let normed = x.broadcast_mul(&self.inverse_rms(&x)?)?;
             gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
         }
@@ -107,16 +120,31 @@ impl RmsNorm {
         })
     }
 
+    fn forward_primitives(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
+        match context.path(x) {
+            Path::Device => self.forward_device(x),
+            Path::Cpu | Path::Reference => self.forward_reference(x),
+        }
+    }
+
+    fn forward_device(&self, x: &Tensor) -> Result<Tensor> {
+        let eps = self.eps as f32;
+        Ok(candle_nn::ops::rms_norm(
+            &x.contiguous()?,
+            &self.weight.tensor,
+            eps,
+        )?)
+    }
+
     /// 1 / sqrt(mean(x^2) + eps), (N, 1).
     fn inverse_rms(&self, x: &Tensor) -> Result<Tensor> {
-        Ok((x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?
-            .sqrt()?
-            .recip()?)
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
+        Ok((mean + self.eps)?.sqrt()?.recip()?)
     }
 
     fn forward_reference(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.broadcast_mul(&self.inverse_rms(x)?)?
-            .broadcast_mul(&self.weight.tensor)?)
+        let normed = x.broadcast_mul(&self.inverse_rms(x)?)?;
+        Ok(normed.broadcast_mul(&self.weight.tensor)?)
     }
 
     /// With s = inverse rms and g = dy * weight: dx = s g - x s^3 mean(g x).
@@ -127,182 +155,172 @@ impl RmsNorm {
         Ok((g.broadcast_mul(&s)? - x.broadcast_mul(&along)?)?)
     }
 
-    /// x (N, C) in f32, or as it was kept -> y in the compute type, and what is kept of x.
+    /// x (N, C) in f32, or as it was saved -> y in the compute type, and x to save.
     fn forward_cpu(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
         let shape = x.dims2()?;
-        let (n, host) = (shape.0 * shape.1, CpuTensor::borrow(x)?);
         if context.precision != Precision::Bf16 {
-            // SAFETY: `rows` writes every number.
-            let mut y = unsafe { uninit_vec(n) };
-            self.rows(host.slice(), shape.1, &mut y, &mut [])?;
-            return Ok((f32_tensor(y, shape)?, RmsNormSaved { x: x.clone() }));
+            let write = |y: &mut [f32]| self.write_rows(x, y, &mut []);
+            // SAFETY: `write_rows` writes every element.
+            let y = unsafe { new_tensor(shape, write) }?;
+            return Ok((y, RmsNormSaved { x: x.clone() }));
         }
-        // SAFETY: as above, and of the copy where it is as long.
-        let (mut y, mut copy): (Vec<bf16>, Vec<bf16>) = unsafe {
-            (
-                uninit_vec(n),
-                uninit_vec(if x.dtype() == DType::BF16 { 0 } else { n }),
-            )
+        let saved_already = x.dtype() == DType::BF16;
+        let copied = if saved_already { 0 } else { x.elem_count() };
+        // SAFETY: `write_rows` writes every element of both.
+        let (y, copy) = unsafe {
+            let mut copy: Vec<bf16> = uninit_vec(copied);
+            let write = |y: &mut [bf16]| self.write_rows(x, y, &mut copy);
+            (new_tensor(shape, write)?, copy)
         };
-        self.rows(host.slice(), shape.1, &mut y, &mut copy)?;
-        let x = if copy.is_empty() {
+        let x = if saved_already {
             x.clone()
         } else {
             Tensor::from_vec(copy, shape, x.device())?
         };
-        Ok((Tensor::from_vec(y, shape, x.device())?, RmsNormSaved { x }))
+        Ok((y, RmsNormSaved { x }))
     }
 
-    /// Writes y, and x itself where `copy` has room for it.
-    fn rows<Y: Element>(
-        &self,
-        x: CpuSlice<'_>,
-        c: usize,
-        y: &mut [Y],
-        copy: &mut [bf16],
-    ) -> Result<()> {
-        match x {
-            CpuSlice::F32(x) => self.rows_of(x, c, y, copy),
-            CpuSlice::Bf16(x) => self.rows_of(x, c, y, copy),
-        }
-    }
-
-    fn rows_of<X: Element, Y: Element>(
-        &self,
-        x: &[X],
-        c: usize,
-        y: &mut [Y],
-        copy: &mut [bf16],
-    ) -> Result<()> {
+    /// Writes y, and x itself to `copy` unless that is empty.
+    fn write_rows<Y: Element>(&self, x: &Tensor, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
         let weight = CpuTensor::borrow_f32(&self.weight.tensor)?;
-        let (weight, rows) = (weight.f32_slice(), c.max(1) * ROWS_PER_TASK);
-        let copies = copy
-            .chunks_mut(rows)
-            .map(Some)
-            .chain(std::iter::repeat_with(|| None));
-        par_for_each(
-            y.chunks_mut(rows).zip(x.chunks(rows)).zip(copies),
-            |((y, x), copy)| {
-                dispatch(
-                    #[inline(always)]
-                    |_| {
-                        let weight = &weight[..c];
-                        for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                            let (y, s) = (&mut y[..c], self.inverse_rms_of(x));
-                            for i in 0..c {
-                                y[i] = Y::cast(x[i].as_f32() * s * weight[i]);
-                            }
-                        }
-                        if let Some(copy) = copy {
-                            cast_into(copy, x);
-                        }
-                    },
-                );
-            },
-        );
+        match CpuTensor::borrow(x)?.slice() {
+            CpuSlice::F32(x) => self.normalize(x, weight.f32_slice(), y, copy),
+            CpuSlice::Bf16(x) => self.normalize(x, weight.f32_slice(), y, copy),
+        }
         Ok(())
     }
 
-    fn backward_cpu(
+    fn normalize<X: Element, Y: Element>(
         &self,
-        dy: &Tensor,
-        x: &Tensor,
-        base: Option<&Tensor>,
-        gradients: &mut Gradients,
-    ) -> Result<Tensor> {
-        let host = CpuTensor::borrow(x)?;
-        match host.slice() {
-            CpuSlice::F32(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
-            CpuSlice::Bf16(values) => self.backward_of(dy, values, x.dims2()?, base, gradients),
-        }
+        x: &[X],
+        weight: &[f32],
+        y: &mut [Y],
+        copy: &mut [bf16],
+    ) {
+        let c = weight.len();
+        let size = c.max(1) * ROWS_PER_TASK;
+        let copies = optional_chunks(copy, size);
+        let tasks = y.chunks_mut(size).zip(x.chunks(size)).zip(copies);
+        par_for_each(tasks, |((y, x), copy)| {
+            dispatch(
+                #[inline(always)]
+                |_| {
+                    let weight = &weight[..c];
+                    for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                        let (y, s) = (&mut y[..c], self.row_inverse_rms(x));
+                        for i in 0..c {
+                            y[i] = Y::cast(x[i].as_f32() * s * weight[i]);
+                        }
+                    }
+                    if let Some(copy) = copy {
+                        cast_into(copy, x);
+                    }
+                },
+            );
+        });
     }
 
-    fn backward_of<X: Element>(
+    fn backward_cpu<X: Element>(
         &self,
         dy: &Tensor,
         x: &[X],
-        (n, c): (usize, usize),
         base: Option<&Tensor>,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let (dy, weight) = (
-            CpuTensor::borrow_f32(dy)?,
-            CpuTensor::borrow_f32(&self.weight.tensor)?,
-        );
-        let (dy, weight) = (dy.f32_slice(), weight.f32_slice());
+        let shape = dy.dims2()?;
+        let (n, c) = shape;
+        let dy = CpuTensor::borrow_f32(dy)?;
+        let weight = CpuTensor::borrow_f32(&self.weight.tensor)?;
+        let weight = weight.f32_slice();
         let base = base.map(CpuTensor::borrow_f32).transpose()?;
-        // SAFETY: the loop writes every row, from `base` where there is one.
+        let base = base.as_ref().map(CpuTensor::f32_slice);
+        // SAFETY: the loop writes every row.
         let mut dx: Vec<f32> = unsafe { uninit_vec(n * c) };
-        let rows = c.max(1) * ROWS_PER_TASK;
-        // What each task adds to a trained weight's gradient.
-        let mut sums = vec![
-            0.0;
-            if self.weight.is_trained() {
-                n.div_ceil(ROWS_PER_TASK) * c
-            } else {
-                0
-            }
-        ];
-        let own = sums
-            .chunks_mut(c.max(1))
-            .map(Some)
-            .chain(std::iter::repeat_with(|| None));
-        par_for_each(
-            dx.chunks_mut(rows)
-                .zip(dy.chunks(rows))
-                .zip(x.chunks(rows))
-                .zip(own)
-                .enumerate(),
-            |(index, (((dx, dy), x), mut own))| {
-                let mut g = vec![0.0; c];
-                dispatch(
-                    #[inline(always)]
-                    |_| {
-                        let (g, weight) = (&mut g[..c], &weight[..c]);
-                        for (row, (dx, dy)) in
-                            dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).enumerate()
-                        {
-                            let (dx, dy, x) = (&mut dx[..c], &dy[..c], &x[row * c..][..c]);
-                            let s = self.inverse_rms_of(x);
-                            for i in 0..c {
-                                g[i] = dy[i] * weight[i];
-                            }
-                            if let Some(own) = &mut own {
-                                let own = &mut own[..c];
-                                for i in 0..c {
-                                    own[i] += dy[i] * (x[i].as_f32() * s);
-                                }
-                            }
-                            let along = simd::dot(g, x) as f32 / c as f32 * s * s * s;
-                            match &base {
-                                Some(base) => {
-                                    let base = &base.f32_slice()[index * rows + row * c..][..c];
-                                    for i in 0..c {
-                                        dx[i] = g[i] * s - x[i].as_f32() * along + base[i];
-                                    }
-                                }
-                                None => {
-                                    for i in 0..c {
-                                        dx[i] = g[i] * s - x[i].as_f32() * along;
-                                    }
-                                }
-                            }
-                        }
-                    },
-                );
-            },
-        );
+        let size = c.max(1) * ROWS_PER_TASK;
+        // The weight's gradient, by task.
+        let tasks = if self.weight.is_trained() {
+            n.div_ceil(ROWS_PER_TASK)
+        } else {
+            0
+        };
+        let mut partial = vec![0.0; tasks * c];
+        let partials = optional_chunks(&mut partial, c.max(1));
+        let inputs = dy.f32_slice().chunks(size).zip(x.chunks(size));
+        let tasks = dx.chunks_mut(size).zip(inputs).zip(partials).enumerate();
+        par_for_each(tasks, |(index, ((dx, (dy, x)), mut dweight))| {
+            let mut g = vec![0.0; c];
+            dispatch(
+                #[inline(always)]
+                |_| {
+                    let rows = dx.chunks_exact_mut(c).zip(dy.chunks_exact(c));
+                    for (row, (dx, dy)) in rows.enumerate() {
+                        let row = BackwardRow {
+                            dy,
+                            x: &x[row * c..][..c],
+                            weight,
+                            base: base.map(|base| &base[index * size + row * c..][..c]),
+                        };
+                        row.run(
+                            self.row_inverse_rms(row.x),
+                            &mut g,
+                            dx,
+                            dweight.as_deref_mut(),
+                        );
+                    }
+                },
+            );
+        });
         if self.weight.is_trained() {
             let mut sum = vec![0.0; c];
-            sums.chunks(c.max(1))
-                .for_each(|own| sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own));
+            for partial in partial.chunks(c.max(1)) {
+                sum.iter_mut().zip(partial).for_each(|(sum, x)| *sum += x);
+            }
             gradients.add(&self.weight, Tensor::from_vec(sum, c, &Device::Cpu)?)?;
         }
-        f32_tensor(dx, (n, c))
+        f32_tensor(dx, shape)
     }
 
     #[inline(always)]
-    fn inverse_rms_of<X: Element>(&self, x: &[X]) -> f32 {
+    fn row_inverse_rms<X: Element>(&self, x: &[X]) -> f32 {
         1.0 / (simd::sum_of_squares(x) as f32 / x.len() as f32 + self.eps as f32).sqrt()
+    }
+}
+
+/// One row's inputs of the backward pass, C elements each.
+struct BackwardRow<'a, X> {
+    dy: &'a [f32],
+    x: &'a [X],
+    weight: &'a [f32],
+    base: Option<&'a [f32]>,
+}
+
+impl<X: Element> BackwardRow<'_, X> {
+    /// Writes dx, and adds to the weight's gradient if given; `s` is the inverse rms of x, `g`
+    /// scratch.
+    #[inline(always)]
+    fn run(&self, s: f32, g: &mut [f32], dx: &mut [f32], dweight: Option<&mut [f32]>) {
+        let c = g.len();
+        let (dx, dy) = (&mut dx[..c], &self.dy[..c]);
+        let (x, weight) = (&self.x[..c], &self.weight[..c]);
+        for i in 0..c {
+            g[i] = dy[i] * weight[i];
+        }
+        if let Some(dweight) = dweight {
+            let dweight = &mut dweight[..c];
+            for i in 0..c {
+                dweight[i] += dy[i] * (x[i].as_f32() * s);
+            }
+        }
+        let along = simd::dot(g, x) as f32 / c as f32 * s * s * s;
+        if let Some(base) = self.base {
+            let base = &base[..c];
+            for i in 0..c {
+                dx[i] = g[i] * s - x[i].as_f32() * along + base[i];
+            }
+        } else {
+            for i in 0..c {
+                dx[i] = g[i] * s - x[i].as_f32() * along;
+            }
+        }
     }
 }

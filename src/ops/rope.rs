@@ -1,7 +1,9 @@
-//! Rotary position embedding, half-rotated layout: for each head, channel i < D/2 is paired with channel i + D/2 (Su et al. 2021).
+//! Rotary position embedding, half-rotated layout: for each head, channel i < D/2 is paired with
+//! channel i + D/2 (Su et al. 2021).
 //!
-//! The backward pass is the rotation by the negative angle. Frequency scaling follows the published definitions: linear (Chen et al.
-//! 2023), dynamic NTK and YaRN (Peng et al. 2023), and the piecewise rule of Llama 3.1's model card.
+//! The backward pass is the rotation by the negative angle. Frequency scaling follows the published
+//! definitions: linear (Chen et al. 2023), dynamic NTK and YaRN (Peng et al. 2023), and the
+//! piecewise rule of Llama 3.1's model card.
 
 use std::f64::consts::PI;
 
@@ -11,48 +13,48 @@ use half::bf16;
 use super::gemm::Element;
 use super::parallel::par_for_each;
 use super::simd::dispatch;
-use super::storage::{CpuTensor, ROWS_PER_TASK, check_shape, f32_tensor, uninit_vec};
-use super::{Context, Segments};
+use super::storage::{CpuTensor, ROWS_PER_TASK, check_shape};
+use super::{Context, Path, Segments, new_tensor};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
-/// How frequencies are stretched beyond the trained length.
+/// Frequency scaling for sequences beyond the trained length.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     None,
-    /// All divided by `factor`.
+    /// Divides every frequency.
     Linear {
         /// The divisor.
         factor: f64,
     },
-    /// The base grows with the sequence, beyond `original` positions.
+    /// Dynamic NTK: raises the base with the sequence length, beyond `original` positions.
     Dynamic {
-        /// The growth.
+        /// Growth of the base.
         factor: f64,
         /// Positions the model was trained on.
         original: usize,
     },
-    /// Low frequencies divided by `factor`, high ones kept, a ramp between.
+    /// Divides low frequencies by `factor`, leaves high ones, ramps between.
     Llama3 {
         /// The divisor.
         factor: f64,
         /// Wavelengths above `original / low` are divided.
         low: f64,
-        /// Wavelengths below `original / high` are kept.
+        /// Wavelengths below `original / high` are unchanged.
         high: f64,
         /// Positions the model was trained on.
         original: usize,
     },
-    /// A ramp over dimensions, and logits scaled through cos and sin.
+    /// Ramps over dimensions, and scales logits through cos and sin.
     Yarn {
         /// The divisor.
         factor: f64,
-        /// Rotations above which a dimension is kept.
+        /// Rotations above which a dimension is unchanged.
         beta_fast: f64,
         /// Rotations below which a dimension is divided.
         beta_slow: f64,
-        /// What cos and sin are multiplied by.
+        /// Factor of cos and sin.
         attention_factor: f64,
         /// Positions the model was trained on.
         original: usize,
@@ -62,13 +64,28 @@ pub enum RopeScaling {
 }
 
 /// A model's rotary embedding.
+///
+/// With theta 1 every pair of channels rotates by one radian per position:
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use wattune::ops::{Context, Rope, RopeScaling, Segments};
+/// # use wattune::work::{Precision, WorkCounter};
+/// let rope = Rope { head_dim: 2, theta: 1., scaling: RopeScaling::None };
+/// let tables = rope.tables(&Segments::from_lengths([2]), &Device::Cpu)?;
+/// let x = Tensor::new(&[[1f32, 0.], [1., 0.]], &Device::Cpu)?;
+/// let counter = WorkCounter::default();
+/// let y = tables.forward(Context::new(&counter, Precision::F32), &x)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[1., 0.], [1f32.cos(), 1f32.sin()]]);
+/// # Ok::<(), wattune::error::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     /// Channels of one head; even.
     pub head_dim: usize,
-    /// The base of the frequencies.
+    /// Base of the frequencies.
     pub theta: f64,
-    /// Their stretching.
+    /// Frequency scaling.
     pub scaling: RopeScaling,
 }
 
@@ -118,7 +135,7 @@ impl Rope {
         }
     }
 
-    /// The share of interpolation in dimension pair `i`.
+    /// Interpolation weight of each pair of dimensions.
     fn yarn_ramp(
         &self,
         beta_fast: f64,
@@ -151,9 +168,10 @@ impl Rope {
         }
     }
 
-    /// Angles of positions `first..first + length` of a sequence that is `whole` tokens long: cos, then sin, row by row.
-    fn angles(&self, first: usize, length: usize, whole: usize) -> (Vec<f32>, Vec<f32>) {
-        let frequencies = self.inverse_frequencies(whole);
+    /// cos and sin of the angles at positions `first..first + length` of a sequence of `total`
+    /// tokens, row by row.
+    fn angles(&self, first: usize, length: usize, total: usize) -> (Vec<f32>, Vec<f32>) {
+        let frequencies = self.inverse_frequencies(total);
         let factor = self.attention_factor();
         let each =
             || (first..first + length).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
@@ -175,8 +193,8 @@ impl Rope {
         let by_length = matches!(self.scaling, RopeScaling::Dynamic { .. });
         let shared = self.angles(0, longest, longest);
         for range in segments.ranges() {
-            let own = by_length.then(|| self.angles(0, range.len(), range.len()));
-            let (c, s) = own.as_ref().unwrap_or(&shared);
+            let scaled = by_length.then(|| self.angles(0, range.len(), range.len()));
+            let (c, s) = scaled.as_ref().unwrap_or(&shared);
             let end = range.len() * self.head_dim / 2;
             cos.extend_from_slice(&c[..end]);
             sin.extend_from_slice(&s[..end]);
@@ -184,7 +202,7 @@ impl Rope {
         self.upload(cos, sin, device)
     }
 
-    /// Tables for `length` tokens that follow `first` earlier ones of the same sequence.
+    /// Tables for `length` tokens from position `first` on.
     pub fn tables_from(&self, first: usize, length: usize, device: &Device) -> Result<RopeTables> {
         let (cos, sin) = self.angles(first, length, first + length);
         self.upload(cos, sin, device)
@@ -218,12 +236,13 @@ impl RopeTables {
         Work::sweep(8 * n * c, 3 * n * c)
     }
 
-    /// Rotates x (N, H * D) by each token's angles; in the compute type where the fused pass runs, as for `backward`.
+    /// Rotates x (N, H D) by each token's angles; on the CPU the result is in the compute type, as
+    /// of `backward`.
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
         self.rotate(context, x, 1.0)
     }
 
-    /// Rotates dy (N, H * D) back.
+    /// Rotates dy (N, H D) by the negative angles.
     pub fn backward(&self, context: Context<'_>, dy: &Tensor) -> Result<Tensor> {
         self.rotate(context, dy, -1.0)
     }
@@ -240,18 +259,31 @@ impl RopeTables {
             );
         }
         context.counter.add(Self::cost(n, c));
-        if context.fused(x) {
-            self.rotate_cpu(context, x, direction)
-        } else {
-            self.rotate_reference(x, direction)
+        match context.path(x) {
+            Path::Cpu => self.rotate_cpu(context, x, direction),
+            Path::Device => self.rotate_device(x, direction),
+            Path::Reference => self.rotate_reference(x, direction),
         }
+    }
+
+    fn rotate_device(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
+        let (n, c) = x.dims2()?;
+        let head_dim = 2 * self.cos.dims2()?.1;
+        let heads = x.contiguous()?.reshape((1, n, c / head_dim, head_dim))?;
+        let sin = if direction < 0.0 {
+            self.sin.neg()?
+        } else {
+            self.sin.clone()
+        };
+        Ok(candle_nn::rotary_emb::rope_thd(&heads, &self.cos, &sin)?.reshape((n, c))?)
     }
 
     fn rotate_reference(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
         let half = self.cos.dims2()?.1;
         let x = x.reshape((n, c / (2 * half), 2, half))?;
-        let (first, second) = (x.narrow(2, 0, 1)?, x.narrow(2, 1, 1)?);
+        let first = x.narrow(2, 0, 1)?;
+        let second = x.narrow(2, 1, 1)?;
         let cos = self.cos.reshape((n, 1, 1, half))?;
         let sin = (self.sin.reshape((n, 1, 1, half))? * f64::from(direction))?;
         let y1 = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
@@ -261,57 +293,50 @@ impl RopeTables {
 
     fn rotate_cpu(&self, context: Context<'_>, x: &Tensor, direction: f32) -> Result<Tensor> {
         let shape = x.dims2()?;
-        let n = shape.0 * shape.1;
-        if context.precision != Precision::Bf16 {
-            // SAFETY: `rotate_into` writes every number.
-            let mut y: Vec<f32> = unsafe { uninit_vec(n) };
-            self.rotate_into(x, direction, &mut y)?;
-            return f32_tensor(y, shape);
+        // SAFETY: `rotate_into` writes every element.
+        unsafe {
+            match context.precision {
+                Precision::Bf16 => {
+                    new_tensor(shape, |y: &mut [bf16]| self.rotate_into(x, direction, y))
+                }
+                Precision::F32 | Precision::F16 => {
+                    new_tensor(shape, |y: &mut [f32]| self.rotate_into(x, direction, y))
+                }
+            }
         }
-        // SAFETY: as above.
-        let mut y: Vec<bf16> = unsafe { uninit_vec(n) };
-        self.rotate_into(x, direction, &mut y)?;
-        Ok(Tensor::from_vec(y, shape, &Device::Cpu)?)
     }
 
     fn rotate_into<Y: Element>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
-        let (c, half) = (x.dims2()?.1, self.cos.dims2()?.1);
-        let (x, cos, sin) = (
-            CpuTensor::borrow_f32(x)?,
-            CpuTensor::borrow_f32(&self.cos)?,
-            CpuTensor::borrow_f32(&self.sin)?,
-        );
-        let (x, cos, sin) = (x.f32_slice(), cos.f32_slice(), sin.f32_slice());
-        let rows = |width: usize| width.max(1) * ROWS_PER_TASK;
-        let angles = cos.chunks(rows(half)).zip(sin.chunks(rows(half)));
-        par_for_each(
-            y.chunks_mut(rows(c)).zip(x.chunks(rows(c))).zip(angles),
-            |((y, x), (cos, sin))| {
-                dispatch(
-                    #[inline(always)]
-                    |_| {
-                        let heads = c / (2 * half);
-                        for (head, (y, x)) in y
-                            .chunks_exact_mut(2 * half)
-                            .zip(x.chunks_exact(2 * half))
-                            .enumerate()
-                        {
-                            let (cos, sin) = (
-                                &cos[head / heads * half..][..half],
-                                &sin[head / heads * half..][..half],
-                            );
-                            let ((y1, y2), (x1, x2)) = (y.split_at_mut(half), x.split_at(half));
-                            let (x1, x2, y2) = (&x1[..half], &x2[..half], &mut y2[..half]);
-                            for i in 0..half {
-                                let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
-                                y1[i] = Y::cast(a * cos[i] - b * s);
-                                y2[i] = Y::cast(b * cos[i] + a * s);
-                            }
+        let c = x.dims2()?.1;
+        let half = self.cos.dims2()?.1;
+        let x = CpuTensor::borrow_f32(x)?;
+        let cos = CpuTensor::borrow_f32(&self.cos)?;
+        let sin = CpuTensor::borrow_f32(&self.sin)?;
+        let size = |width: usize| width.max(1) * ROWS_PER_TASK;
+        let cos = cos.f32_slice().chunks(size(half));
+        let angles = cos.zip(sin.f32_slice().chunks(size(half)));
+        let inputs = x.f32_slice().chunks(size(c)).zip(angles);
+        par_for_each(y.chunks_mut(size(c)).zip(inputs), |(y, (x, (cos, sin)))| {
+            dispatch(
+                #[inline(always)]
+                |_| {
+                    let heads = y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
+                    for (head, (y, x)) in heads.enumerate() {
+                        let row = head / (c / (2 * half));
+                        let cos = &cos[row * half..][..half];
+                        let sin = &sin[row * half..][..half];
+                        let (y1, y2) = y.split_at_mut(half);
+                        let (x1, x2) = (&x[..half], &x[half..][..half]);
+                        let y2 = &mut y2[..half];
+                        for i in 0..half {
+                            let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
+                            y1[i] = Y::cast(a * cos[i] - b * s);
+                            y2[i] = Y::cast(b * cos[i] + a * s);
                         }
-                    },
-                );
-            },
-        );
+                    }
+                },
+            );
+        });
         Ok(())
     }
 }

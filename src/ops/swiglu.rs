@@ -1,19 +1,22 @@
 //! `y = silu(gate) * up` (Shazeer 2020, "GLU variants improve transformer").
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::bf16;
 
-use super::Context;
 use super::gemm::{CpuSlice, Element};
 use super::parallel::par_for_each;
 use super::simd::{Simd, dispatch};
 use super::storage::{
-    CpuTensor, cast_into, check_shape, f32_tensor, load_activation, save_activation, uninit_vec,
+    CpuTensor, cast_into, check_shape, load_activation, save_activation, uninit_vec,
 };
+use super::{Context, Path, new_tensor, optional_chunks};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
-/// What `backward` needs: gate and up (N, F), in the compute type.
+/// Elements of a task.
+const ELEMENTS: usize = 2048;
+
+/// Input of `backward`: gate and up (N, F), in the compute type.
 #[derive(Debug, Clone)]
 pub struct SwigluSaved {
     gate: Tensor,
@@ -30,217 +33,203 @@ pub fn swiglu_backward_cost(n: usize) -> Work {
     Work::sweep(20 * n, 10 * n)
 }
 
-/// gate, up (N, F) -> y (N, F), in the compute type where the fused pass runs: y goes into matrix products alone.
+/// gate, up (N, F) -> y (N, F); on the CPU in the compute type, because the next op is a GEMM.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use wattune::ops::{Context, swiglu};
+/// # use wattune::work::{Precision, WorkCounter};
+/// let gate = Tensor::new(&[[0f32, 1., 100.]], &Device::Cpu)?;
+/// let up = Tensor::new(&[[5f32, 2., 2.]], &Device::Cpu)?;
+/// let counter = WorkCounter::default();
+/// let (y, _) = swiglu(Context::new(&counter, Precision::F32), &gate, &up)?;
+/// let y = y.to_vec2::<f32>()?; // silu(1) = 1 / (1 + 1 / e) = 0.73106
+/// assert!(y[0][0] == 0. && (y[0][1] - 1.46212).abs() < 1e-5 && y[0][2] == 200.);
+/// # Ok::<(), wattune::error::Error>(())
+/// ```
 pub fn swiglu(context: Context<'_>, gate: &Tensor, up: &Tensor) -> Result<(Tensor, SwigluSaved)> {
     check_shape("up", up, gate.dims())?;
     context.counter.add(swiglu_cost(gate.elem_count()));
-    if !context.fused(gate) {
-        return Ok((
-            (gate.silu()? * up)?,
-            SwigluSaved {
-                gate: save_activation(context, gate)?,
-                up: save_activation(context, up)?,
-            },
-        ));
+    if context.path(gate) != Path::Cpu {
+        let saved = SwigluSaved {
+            gate: save_activation(context, gate)?,
+            up: save_activation(context, up)?,
+        };
+        return Ok((forward_reference(gate, up)?, saved));
     }
     CpuTensor::borrow_f32(gate)?;
     CpuTensor::borrow_f32(up)?;
-    let n = gate.elem_count();
+    let shape = gate.dims2()?;
     if context.precision != Precision::Bf16 {
-        // SAFETY: `forward` writes every number.
-        let mut y: Vec<f32> = unsafe { uninit_vec(n) };
-        forward(gate, up, &mut y, [&mut [], &mut []])?;
-        return Ok((
-            f32_tensor(y, gate.dims2()?)?,
-            SwigluSaved {
-                gate: gate.clone(),
-                up: up.clone(),
-            },
-        ));
+        let write = |y: &mut [f32]| forward_cpu(gate, up, y, [&mut [], &mut []]);
+        // SAFETY: `forward_cpu` writes every element.
+        let y = unsafe { new_tensor(shape, write) }?;
+        let (gate, up) = (gate.clone(), up.clone());
+        return Ok((y, SwigluSaved { gate, up }));
     }
-    // SAFETY: as above.
-    let mut narrow: [Vec<bf16>; 3] = unsafe { [uninit_vec(n), uninit_vec(n), uninit_vec(n)] };
-    let [y, gate16, up16] = &mut narrow;
-    forward(gate, up, y, [gate16, up16])?;
-    let [y, gate16, up16] =
-        narrow.map(|values| Tensor::from_vec(values, gate.shape(), &Device::Cpu));
-    Ok((
-        y?,
-        SwigluSaved {
-            gate: gate16?,
-            up: up16?,
-        },
-    ))
-}
-
-/// The output again, in the backward pass.
-pub fn swiglu_recompute(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor> {
-    let (gate, up) = (&saved.gate, &saved.up);
     let n = gate.elem_count();
-    context.counter.add(swiglu_cost(n));
-    if !context.fused(gate) {
-        return Ok((load_activation(context, gate)?.silu()? * load_activation(context, up)?)?);
-    }
-    if gate.dtype() == DType::F32 {
-        // SAFETY: `forward` writes every number.
-        let mut y: Vec<f32> = unsafe { uninit_vec(n) };
-        forward(gate, up, &mut y, [&mut [], &mut []])?;
-        return f32_tensor(y, gate.dims2()?);
-    }
-    // SAFETY: as above.
-    let mut y: Vec<bf16> = unsafe { uninit_vec(n) };
-    forward(gate, up, &mut y, [&mut [], &mut []])?;
-    Ok(Tensor::from_vec(y, gate.shape(), &Device::Cpu)?)
+    // SAFETY: `forward_cpu` writes every element of all three.
+    let (y, gate16, up16) = unsafe {
+        let (mut gate16, mut up16): (Vec<bf16>, Vec<bf16>) = (uninit_vec(n), uninit_vec(n));
+        let write = |y: &mut [bf16]| forward_cpu(gate, up, y, [&mut gate16, &mut up16]);
+        (new_tensor(shape, write)?, gate16, up16)
+    };
+    let saved = SwigluSaved {
+        gate: Tensor::from_vec(gate16, shape, gate.device())?,
+        up: Tensor::from_vec(up16, shape, gate.device())?,
+    };
+    Ok((y, saved))
 }
 
-/// Writes y, and gate and up themselves where `copies` have room for them.
-fn forward<Y: Element>(
+/// The output, recomputed in the backward pass.
+pub fn swiglu_recompute(context: Context<'_>, saved: &SwigluSaved) -> Result<Tensor> {
+    let SwigluSaved { gate, up } = saved;
+    context.counter.add(swiglu_cost(gate.elem_count()));
+    if context.path(gate) != Path::Cpu {
+        let gate = load_activation(context, gate)?;
+        return forward_reference(&gate, &load_activation(context, up)?);
+    }
+    let shape = gate.dims2()?;
+    // SAFETY: `forward_cpu` writes every element.
+    unsafe {
+        match gate.dtype() {
+            DType::F32 => new_tensor(shape, |y: &mut [f32]| {
+                forward_cpu(gate, up, y, [&mut [], &mut []])
+            }),
+            _ => new_tensor(shape, |y: &mut [bf16]| {
+                forward_cpu(gate, up, y, [&mut [], &mut []])
+            }),
+        }
+    }
+}
+
+/// Also the device path: `silu` is one kernel.
+fn forward_reference(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    Ok((gate.silu()? * up)?)
+}
+
+/// Writes y, and gate and up themselves to `copies` unless those are empty.
+fn forward_cpu<Y: Element>(
     gate: &Tensor,
     up: &Tensor,
     y: &mut [Y],
     copies: [&mut [bf16]; 2],
 ) -> Result<()> {
-    let (gate, up) = (CpuTensor::borrow(gate)?, CpuTensor::borrow(up)?);
+    let gate = CpuTensor::borrow(gate)?;
+    let up = CpuTensor::borrow(up)?;
     match (gate.slice(), up.slice()) {
-        (CpuSlice::F32(gate), CpuSlice::F32(up)) => forward_of(gate, up, y, copies),
-        (CpuSlice::Bf16(gate), CpuSlice::Bf16(up)) => forward_of(gate, up, y, copies),
-        _ => return Err(unlike()),
+        (CpuSlice::F32(gate), CpuSlice::F32(up)) => forward_elements(gate, up, y, copies),
+        (CpuSlice::Bf16(gate), CpuSlice::Bf16(up)) => forward_elements(gate, up, y, copies),
+        _ => return Err(mixed_dtypes()),
     }
     Ok(())
 }
 
-fn forward_of<X: Element, Y: Element>(gate: &[X], up: &[X], y: &mut [Y], copies: [&mut [bf16]; 2]) {
-    let [gates, ups] = copies.map(|copy| {
-        copy.chunks_mut(SWEEP)
-            .map(Some)
-            .chain(std::iter::repeat_with(|| None))
+fn forward_elements<X: Element, Y: Element>(
+    gate: &[X],
+    up: &[X],
+    y: &mut [Y],
+    copies: [&mut [bf16]; 2],
+) {
+    let [gate_copies, up_copies] = copies.map(|copy| optional_chunks(copy, ELEMENTS));
+    let inputs = gate.chunks(ELEMENTS).zip(up.chunks(ELEMENTS));
+    let tasks = y.chunks_mut(ELEMENTS).zip(inputs);
+    let tasks = tasks.zip(gate_copies.zip(up_copies));
+    par_for_each(tasks, |((y, (gate, up)), (gate_copy, up_copy))| {
+        let n = y.len();
+        dispatch(
+            #[inline(always)]
+            |cpu| {
+                let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
+                for i in 0..n {
+                    y[i] = Y::cast(swiglu_element(cpu, gate[i].as_f32(), up[i].as_f32()));
+                }
+                if let (Some(gate_copy), Some(up_copy)) = (gate_copy, up_copy) {
+                    cast_into(gate_copy, gate);
+                    cast_into(up_copy, up);
+                }
+            },
+        );
     });
-    let inputs = gate.chunks(SWEEP).zip(up.chunks(SWEEP));
-    par_for_each(
-        y.chunks_mut(SWEEP).zip(inputs).zip(gates.zip(ups)),
-        |((y, (gate, up)), (gate16, up16))| {
-            let n = y.len();
-            dispatch(
-                #[inline(always)]
-                |cpu| {
-                    let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
-                    for i in 0..n {
-                        y[i] = Y::cast(swiglu_element(cpu, gate[i].as_f32(), up[i].as_f32()));
-                    }
-                    if let (Some(gate16), Some(up16)) = (gate16, up16) {
-                        cast_into(gate16, gate);
-                        cast_into(up16, up);
-                    }
-                },
-            );
-        },
-    );
 }
 
-/// What is said where one of two tensors is in f32 and the other in bf16.
-fn unlike() -> Error {
+fn mixed_dtypes() -> Error {
     Error::new(Kind::Tensor, "gate and up are of one type").rule("both f32 or both bf16")
 }
 
-/// dy (N, F) -> (dgate, dup), in the compute type where the fused pass runs. With s = sigmoid(gate): dup = dy gate s,
-/// dgate = dy up s (1 + gate (1 - s)).
+/// dy (N, F) -> (dgate, dup); on the CPU in the compute type. With s = sigmoid(gate): dup = dy gate
+/// s, dgate = dy up s (1 + gate (1 - s)).
 pub fn swiglu_backward(
     context: Context<'_>,
     dy: &Tensor,
     saved: &SwigluSaved,
 ) -> Result<(Tensor, Tensor)> {
-    let (gate, up) = (&saved.gate, &saved.up);
+    let SwigluSaved { gate, up } = saved;
     check_shape("dy", dy, gate.dims())?;
     context.counter.add(swiglu_backward_cost(gate.elem_count()));
-    if !context.fused(dy) {
-        let (gate, up) = (
-            &load_activation(context, gate)?,
-            &load_activation(context, up)?,
-        );
-        let s = (gate.neg()?.exp()? + 1.0)?.recip()?;
-        let slope = (&s * ((gate * (1.0 - &s)?)? + 1.0)?)?;
-        return Ok((((dy * up)? * slope)?, (dy * (gate * &s)?)?));
+    let path = context.path(dy);
+    if path == Path::Cpu {
+        return match context.precision {
+            Precision::Bf16 => backward_cpu::<bf16>(dy, saved),
+            Precision::F32 | Precision::F16 => backward_cpu::<f32>(dy, saved),
+        };
     }
-    let (n, shape) = (gate.elem_count(), gate.dims2()?);
-    if context.precision != Precision::Bf16 {
-        // SAFETY: `backward` writes every number.
-        let (mut dgate, mut dup): (Vec<f32>, Vec<f32>) = unsafe { (uninit_vec(n), uninit_vec(n)) };
-        backward(dy, saved, &mut dgate, &mut dup)?;
-        return Ok((f32_tensor(dgate, shape)?, f32_tensor(dup, shape)?));
-    }
-    // SAFETY: as above.
-    let (mut dgate, mut dup): (Vec<bf16>, Vec<bf16>) = unsafe { (uninit_vec(n), uninit_vec(n)) };
-    backward(dy, saved, &mut dgate, &mut dup)?;
-    Ok((
-        Tensor::from_vec(dgate, shape, &Device::Cpu)?,
-        Tensor::from_vec(dup, shape, &Device::Cpu)?,
-    ))
+    let gate = &load_activation(context, gate)?;
+    let up = &load_activation(context, up)?;
+    let s = match path {
+        Path::Device => candle_nn::ops::sigmoid(gate)?,
+        Path::Cpu | Path::Reference => (gate.neg()?.exp()? + 1.0)?.recip()?,
+    };
+    let slope = (&s * ((gate * (1.0 - &s)?)? + 1.0)?)?;
+    Ok((((dy * up)? * slope)?, (dy * (gate * &s)?)?))
 }
 
-fn backward<Y: Element>(
+fn backward_cpu<Y: Element + WithDType>(
     dy: &Tensor,
     saved: &SwigluSaved,
-    dgate: &mut [Y],
-    dup: &mut [Y],
-) -> Result<()> {
-    let (dy, gate, up) = (
-        CpuTensor::borrow_f32(dy)?,
-        CpuTensor::borrow(&saved.gate)?,
-        CpuTensor::borrow(&saved.up)?,
-    );
+) -> Result<(Tensor, Tensor)> {
+    let shape = saved.gate.dims2()?;
+    let dy = CpuTensor::borrow_f32(dy)?;
+    let gate = CpuTensor::borrow(&saved.gate)?;
+    let up = CpuTensor::borrow(&saved.up)?;
+    let n = shape.0 * shape.1;
+    // SAFETY: `backward_elements` writes every element.
+    let (mut dgate, mut dup): (Vec<Y>, Vec<Y>) = unsafe { (uninit_vec(n), uninit_vec(n)) };
+    let (dy, grads) = (dy.f32_slice(), [&mut dgate[..], &mut dup]);
     match (gate.slice(), up.slice()) {
-        (CpuSlice::F32(gate), CpuSlice::F32(up)) => {
-            backward_of(dy.f32_slice(), gate, up, dgate, dup)
-        }
-        (CpuSlice::Bf16(gate), CpuSlice::Bf16(up)) => {
-            backward_of(dy.f32_slice(), gate, up, dgate, dup)
-        }
-        _ => return Err(unlike()),
+        (CpuSlice::F32(gate), CpuSlice::F32(up)) => backward_elements(dy, gate, up, grads),
+        (CpuSlice::Bf16(gate), CpuSlice::Bf16(up)) => backward_elements(dy, gate, up, grads),
+        _ => return Err(mixed_dtypes()),
     }
-    Ok(())
+    let [dgate, dup] = [dgate, dup].map(|grad| Tensor::from_vec(grad, shape, &Device::Cpu));
+    Ok((dgate?, dup?))
 }
 
-fn backward_of<X: Element, Y: Element>(
+fn backward_elements<X: Element, Y: Element>(
     dy: &[f32],
     gate: &[X],
     up: &[X],
-    dgate: &mut [Y],
-    dup: &mut [Y],
+    [dgate, dup]: [&mut [Y]; 2],
 ) {
-    let inputs = dy
-        .chunks(SWEEP)
-        .zip(gate.chunks(SWEEP))
-        .zip(up.chunks(SWEEP));
-    par_for_each(
-        dgate
-            .chunks_mut(SWEEP)
-            .zip(dup.chunks_mut(SWEEP))
-            .zip(inputs),
-        |((dgate, dup), ((dy, gate), up))| {
-            let n = dy.len();
-            dispatch(
-                #[inline(always)]
-                |cpu| {
-                    let (dgate, dup, dy, gate, up) = (
-                        &mut dgate[..n],
-                        &mut dup[..n],
-                        &dy[..n],
-                        &gate[..n],
-                        &up[..n],
-                    );
-                    for i in 0..n {
-                        let [of_gate, of_up, _] =
-                            gradients(cpu, dy[i], gate[i].as_f32(), up[i].as_f32());
-                        (dgate[i], dup[i]) = (Y::cast(of_gate), Y::cast(of_up));
-                    }
-                },
-            );
-        },
-    );
+    let inputs = gate.chunks(ELEMENTS).zip(up.chunks(ELEMENTS));
+    let inputs = dy.chunks(ELEMENTS).zip(inputs);
+    let grads = dgate.chunks_mut(ELEMENTS).zip(dup.chunks_mut(ELEMENTS));
+    par_for_each(grads.zip(inputs), |((dgate, dup), (dy, (gate, up)))| {
+        let n = dy.len();
+        dispatch(
+            #[inline(always)]
+            |cpu| {
+                let (dgate, dup) = (&mut dgate[..n], &mut dup[..n]);
+                let (dy, gate, up) = (&dy[..n], &gate[..n], &up[..n]);
+                for i in 0..n {
+                    let (gate, up) = (gate[i].as_f32(), up[i].as_f32());
+                    let [of_gate, of_up, _] = swiglu_backward_element(cpu, dy[i], gate, up);
+                    (dgate[i], dup[i]) = (Y::cast(of_gate), Y::cast(of_up));
+                }
+            },
+        );
+    });
 }
-
-/// Numbers of a task.
-const SWEEP: usize = 2048;
 
 /// silu(gate) up.
 #[inline(always)]
@@ -248,9 +237,9 @@ pub(super) fn swiglu_element(cpu: Simd, gate: f32, up: f32) -> f32 {
     gate * sigmoid(cpu, gate) * up
 }
 
-/// The gradients of gate and up, from that of y = silu(gate) up; and y again.
+/// The gradients of gate and up from that of y = silu(gate) up, and y recomputed.
 #[inline(always)]
-pub(super) fn gradients(cpu: Simd, dy: f32, gate: f32, up: f32) -> [f32; 3] {
+pub(super) fn swiglu_backward_element(cpu: Simd, dy: f32, gate: f32, up: f32) -> [f32; 3] {
     let s = sigmoid(cpu, gate);
     [
         dy * up * s * (1.0 + gate * (1.0 - s)),

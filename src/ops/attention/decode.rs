@@ -1,86 +1,101 @@
-//! One new token against the keys and values of those before it, read once where they lie: each key head meets all of its query heads, by runs
-//! of keys, and the runs' sums are put together as those of one softmax (Dao et al. 2023, "Flash-Decoding").
+//! One new token against a KV cache, read once where it lies: one task per key head and key block,
+//! whose partial softmaxes are combined afterwards (Dao et al. 2023, "Flash-Decoding").
 
 #![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
-use super::Attention;
+use candle_core::Tensor;
+
+use super::{Attention, KEY_BLOCK};
+use crate::error::Result;
+use crate::ops::count_flops;
 use crate::ops::parallel::par_for_each;
 use crate::ops::simd::{Simd, dispatch, max};
-use crate::ops::{count_flops, storage::uninit_vec};
-
-/// Keys of one task: few enough to share a long text among threads.
-const KEYS: usize = 256;
+use crate::ops::storage::{CpuTensor, f32_tensor, to_f32_contiguous, uninit_vec};
 
 impl Attention {
-    /// q (Hq D) against rows `seen` of k, v (T, Hkv D) -> (Hq D).
-    pub(super) fn decode_cpu(
-        &self,
-        q: &[f32],
-        [k, v]: [&[f32]; 2],
-        seen: Range<usize>,
-    ) -> Vec<f32> {
-        count_flops(self.heads, 1, seen.len(), self.head_dim);
-        count_flops(self.heads, 1, self.head_dim, seen.len());
-        let (d, group, runs) = (self.head_dim, self.group(), seen.len().div_ceil(KEYS));
-        // SAFETY: `run` writes all of its part: of each query head the largest score, the sum of the exponentials against it, and their product
-        // with the values.
-        let mut parts: Vec<f32> = unsafe { uninit_vec(runs * self.heads * (2 + d)) };
-        par_for_each(
-            parts.chunks_mut(group * (2 + d)).enumerate(),
-            |(index, part)| {
-                let (run, head) = (index / self.kv_heads, index % self.kv_heads);
-                let start = seen.start + run * KEYS;
-                let x = [k, v].map(|x| &x[(start * self.kv_heads + head) * d..]);
-                let q = &q[head * group * d..][..group * d];
-                dispatch(
-                    #[inline(always)]
-                    |cpu| self.run(cpu, q, x, KEYS.min(seen.end - start), part),
-                );
-            },
-        );
+    /// q (1, Hq D) against rows `seen` of k, v (T, Hkv D) -> (1, Hq D).
+    pub(super) fn decode_cpu(&self, [q, k, v]: [&Tensor; 3], seen: Range<usize>) -> Result<Tensor> {
+        let [q, k, v] = [q, k, v].map(to_f32_contiguous);
+        let (q, k, v) = (q?, k?, v?);
+        let q = CpuTensor::borrow_f32(&q)?;
+        let k = CpuTensor::borrow_f32(&k)?;
+        let v = CpuTensor::borrow_f32(&v)?;
+        let partials = self.decode_partials(q.f32_slice(), [k.f32_slice(), v.f32_slice()], seen);
+        let d = self.head_dim;
         let mut out = vec![0.0; self.heads * d];
         for (head, out) in out.chunks_mut(d).enumerate() {
-            let parts = || parts.chunks(2 + d).skip(head).step_by(self.heads);
-            let most = parts()
-                .map(|part| part[0])
-                .fold(f32::NEG_INFINITY, f32::max);
-            let share = |part: &[f32]| (part[0] - most).exp();
-            let sum: f32 = parts().map(|part| share(part) * part[1]).sum();
-            for part in parts() {
-                let share = share(part) / sum;
+            let partials = || partials.chunks(2 + d).skip(head).step_by(self.heads);
+            let max = partials().map(|partial| partial[0]);
+            let max = max.fold(f32::NEG_INFINITY, f32::max);
+            let rescale = |partial: &[f32]| (partial[0] - max).exp();
+            let sum: f32 = partials()
+                .map(|partial| rescale(partial) * partial[1])
+                .sum();
+            for partial in partials() {
+                let weight = rescale(partial) / sum;
+                let pv = &partial[2..];
                 out.iter_mut()
-                    .zip(&part[2..])
-                    .for_each(|(out, x)| *out += share * x);
+                    .zip(pv)
+                    .for_each(|(out, x)| *out += weight * x);
             }
         }
-        out
+        f32_tensor(out, (1, self.heads * d))
     }
 
-    /// One key head's query heads against a run of `n` keys, whose first row k and v begin with.
+    /// Of each key block and query head: the largest score, the sum of exp(score - largest), and P
+    /// V in those units.
+    fn decode_partials(&self, q: &[f32], [k, v]: [&[f32]; 2], seen: Range<usize>) -> Vec<f32> {
+        count_flops(self.heads, 1, seen.len(), self.head_dim);
+        count_flops(self.heads, 1, self.head_dim, seen.len());
+        let (d, group) = (self.head_dim, self.group());
+        let blocks = seen.len().div_ceil(KEY_BLOCK);
+        // SAFETY: `decode_block` writes all of its partials.
+        let mut partials: Vec<f32> = unsafe { uninit_vec(blocks * self.heads * (2 + d)) };
+        let tasks = partials.chunks_mut(group * (2 + d)).enumerate();
+        par_for_each(tasks, |(index, partials)| {
+            let (block, head) = (index / self.kv_heads, index % self.kv_heads);
+            let start = seen.start + block * KEY_BLOCK;
+            let n = KEY_BLOCK.min(seen.end - start);
+            let kv = [k, v].map(|x| &x[(start * self.kv_heads + head) * d..]);
+            let q = &q[head * group * d..][..group * d];
+            dispatch(
+                #[inline(always)]
+                |cpu| self.decode_block(cpu, q, kv, n, partials),
+            );
+        });
+        partials
+    }
+
+    /// The query heads of one key head against a block of `n` keys, whose first row k and v begin
+    /// with.
     #[inline(always)]
-    fn run(&self, cpu: Simd, q: &[f32], [k, v]: [&[f32]; 2], n: usize, part: &mut [f32]) {
-        let (scale, d, stride) = (
-            self.scale() as f32,
-            self.head_dim,
-            self.kv_heads * self.head_dim,
-        );
-        for (q, part) in q.chunks_exact(d).zip(part.chunks_exact_mut(2 + d)) {
-            let mut scores = [0.0; KEYS];
+    fn decode_block(
+        &self,
+        cpu: Simd,
+        q: &[f32],
+        [k, v]: [&[f32]; 2],
+        n: usize,
+        partials: &mut [f32],
+    ) {
+        let scale = self.scale() as f32;
+        let (d, stride) = (self.head_dim, self.kv_heads * self.head_dim);
+        for (q, partial) in q.chunks_exact(d).zip(partials.chunks_exact_mut(2 + d)) {
+            let mut scores = [0.0; KEY_BLOCK];
             let scores = &mut scores[..n];
             for key in 0..n {
                 scores[key] = scale * cpu.dot(q, &k[key * stride..][..d]);
             }
-            let most = max(scores);
+            let largest = max(scores);
             for key in 0..n {
-                scores[key] = cpu.exp(scores[key] - most);
+                scores[key] = cpu.exp(scores[key] - largest);
             }
-            let (head, mix) = part.split_at_mut(2);
-            head.copy_from_slice(&[most, scores.iter().sum()]);
-            mix.fill(0.0);
+            let (head, pv) = partial.split_at_mut(2);
+            head.copy_from_slice(&[largest, scores.iter().sum()]);
+            pv.fill(0.0);
             for key in 0..n {
-                cpu.axpy(mix, scores[key], &v[key * stride..][..d]);
+                cpu.axpy(pv, scores[key], &v[key * stride..][..d]);
             }
         }
     }

@@ -1,8 +1,8 @@
-//! The head whose table is frozen: a block of rows meets some words at a time, forward and back, so that logits never leave the caches and
-//! W is packed once for all rows.
+//! Fused linear cross-entropy for a frozen LM head, as in Liger Kernel and cut-cross-entropy:
+//! logits are computed one vocabulary chunk at a time with an online softmax (Milakov and
+//! Gimelshein 2018) and never leave the cache; W is packed once for all rows.
 //!
-//! Each row's largest logit so far is what its exponentials are held against; where a larger one comes, what was summed is scaled down. With
-//! s the sum of exponentials e, dh = scale (e W / s - W[target]).
+//! With e = exp(z - running max) and s = sum of e, dh = scale (e W / s - W[target]).
 
 use std::ops::Range;
 
@@ -17,11 +17,12 @@ use crate::ops::simd::{self, dispatch};
 use crate::ops::storage::{CpuTensor, f32_tensor, uninit_vec};
 use crate::ops::{Context, count_flops};
 
-/// Words that are packed at a time, for every block.
+/// Rows of W that are packed at a time, for every block of rows of h.
 const VOCAB_CHUNK: usize = 512;
 
 impl LmHead {
-    /// h (L, C), targets (L) -> the losses, and dh of `scale * sum of losses` where there is a scale and a row.
+    /// h (L, C), targets (L) -> the losses; with `scale` also dh of `scale * sum of losses`, unless
+    /// L is 0.
     pub(super) fn fused_linear_cross_entropy(
         &self,
         context: Context<'_>,
@@ -29,188 +30,195 @@ impl LmHead {
         targets: &[u32],
         scale: Option<f64>,
     ) -> Result<Losses> {
-        let (h, (l, c), v) = (h.contiguous()?, h.dims2()?, self.weight.tensor.dims2()?.0);
-        if l == 0 {
+        let rows = targets.len();
+        if rows == 0 {
             return Ok((Vec::new(), None));
         }
-        let (h, w) = (
-            CpuTensor::borrow(&h)?,
-            CpuTensor::borrow(&self.weight.tensor)?,
-        );
-        let (table, h) = (w.matrix(v, c), Lhs::new(context.precision, h.matrix(l, c)));
-        count_flops(1 + usize::from(scale.is_some()), l, v, c);
-        let mut own = [PackedRhs::for_lhs(&h), PackedRhs::for_lhs(&h)];
-        // As many blocks for each thread; a row's sums do not depend on its block.
-        let parts = l
-            .div_ceil(own[0].max_rows())
-            .next_multiple_of(num_threads());
-        let (size, width) = (
-            l.div_ceil(parts).next_multiple_of(own[0].row_alignment()),
-            c.next_multiple_of(PADDING),
-        );
-        let mut dh = vec![
-            0.0;
-            if scale.is_some() {
-                l.next_multiple_of(size) * width
-            } else {
-                0
-            }
-        ];
-        let mut outs = dh.chunks_mut(size * width);
-        let mut blocks: Vec<RowBlock> = targets
-            .chunks(size)
-            .enumerate()
-            .map(|(index, targets)| {
-                RowBlock::new(index * size, targets, outs.next().map(|dh| (dh, width)))
-            })
-            .collect();
-        // A single row is not packed as others are, and what is kept is for those.
-        let packings = self.weight.packings.as_ref().filter(|_| l > 1);
-        let kept = packings.and_then(|packings| {
-            packings.row_chunks(&table, VOCAB_CHUNK, &|| PackedRhs::for_lhs(&h))
-        });
-        for (index, start) in (0..v).step_by(VOCAB_CHUNK).enumerate() {
-            let words = start..(start + VOCAB_CHUNK).min(v);
-            let table = table.row_range(words.start, words.end);
-            let [columns, rows] = match kept {
-                Some(kept) => &kept[index],
-                None => {
-                    own[0].pack(&table.t());
-                    if scale.is_some() {
-                        own[1].pack(&table);
-                    }
-                    &own
-                }
-            };
-            par_for_each(blocks.iter_mut(), |block| {
-                block.accumulate_chunk(&words, &h, columns, rows)
-            });
+        let (vocab, hidden) = self.weight.tensor.dims2()?;
+        let h = h.contiguous()?;
+        let h = CpuTensor::borrow(&h)?;
+        let w = CpuTensor::borrow(&self.weight.tensor)?;
+        let lhs = Lhs::new(context.precision, h.matrix(rows, hidden));
+        count_flops(1 + usize::from(scale.is_some()), rows, vocab, hidden);
+        // The same number of blocks for each thread; a row's sums do not depend on its block.
+        let rhs = PackedRhs::for_lhs(&lhs);
+        let blocks = rows.div_ceil(rhs.max_rows());
+        let blocks = blocks.next_multiple_of(num_threads());
+        let block_rows = rows.div_ceil(blocks).next_multiple_of(rhs.row_alignment());
+        let width = hidden.next_multiple_of(PADDING);
+        let mut dh = Vec::new();
+        if scale.is_some() {
+            dh.resize(rows.next_multiple_of(block_rows) * width, 0.0);
         }
+        let mut dh_blocks = dh.chunks_mut(block_rows * width);
+        let block =
+            |(index, targets)| RowBlock::new(index * block_rows, targets, dh_blocks.next(), width);
+        let mut blocks: Vec<_> = targets.chunks(block_rows).enumerate().map(block).collect();
+        self.accumulate_vocabulary(&mut blocks, &lhs, w.matrix(vocab, hidden), vocab);
         let losses = blocks.iter().flat_map(RowBlock::losses).collect();
         let Some(scale) = scale else {
             return Ok((losses, None));
         };
         par_for_each(blocks.iter_mut(), |block| match w.slice() {
-            CpuSlice::F32(w) => block.finish(w, c, scale),
-            CpuSlice::Bf16(w) => block.finish(w, c, scale),
+            CpuSlice::F32(w) => block.finish(w, hidden, scale),
+            CpuSlice::Bf16(w) => block.finish(w, hidden, scale),
         });
         drop(blocks);
-        match width == c {
-            true => dh.truncate(l * c),
-            false => {
-                dh = dh
-                    .chunks(width)
-                    .take(l)
-                    .flat_map(|row| &row[..c])
-                    .copied()
-                    .collect()
-            }
+        Ok((
+            losses,
+            Some(f32_tensor(
+                without_padding(dh, width, rows, hidden),
+                (rows, hidden),
+            )?),
+        ))
+    }
+
+    /// Runs every vocabulary chunk through every block, with W packed now or before.
+    fn accumulate_vocabulary(
+        &self,
+        blocks: &mut [RowBlock<'_>],
+        lhs: &Lhs<'_>,
+        w: MatRef<'_>,
+        vocab: usize,
+    ) {
+        let rows: usize = blocks.iter().map(|block| block.targets.len()).sum();
+        let mut scratch = [PackedRhs::for_lhs(lhs), PackedRhs::for_lhs(lhs)];
+        // A single row is packed differently, and the cache serves the others.
+        let cache = self.weight.packings.as_ref().filter(|_| rows > 1);
+        let cached =
+            cache.and_then(|cache| cache.row_chunks(&w, VOCAB_CHUNK, &|| PackedRhs::for_lhs(lhs)));
+        for (index, start) in (0..vocab).step_by(VOCAB_CHUNK).enumerate() {
+            let chunk = start..(start + VOCAB_CHUNK).min(vocab);
+            let [w_t, w] = match cached {
+                Some(cached) => &cached[index],
+                None => {
+                    let w = w.row_range(chunk.start, chunk.end);
+                    scratch[0].pack(&w.t());
+                    if blocks[0].dh.is_some() {
+                        scratch[1].pack(&w);
+                    }
+                    &scratch
+                }
+            };
+            par_for_each(blocks.iter_mut(), |block| {
+                block.accumulate_chunk(&chunk, lhs, w_t, w)
+            });
         }
-        Ok((losses, Some(f32_tensor(dh, (l, c))?)))
     }
 }
 
-/// Some rows, and what is summed for them over the words so far.
+/// Some rows of h with their running sums over the vocabulary.
 struct RowBlock<'a> {
-    /// The first row.
     first: usize,
     targets: &'a [u32],
     max: Vec<f32>,
-    sums: Vec<f64>,
+    sum: Vec<f64>,
     target_logits: Vec<f32>,
-    /// e W, and the numbers of a row.
-    dh: Option<(&'a mut [f32], usize)>,
+    /// e W, rows `width` apart; `None` where dh is not wanted.
+    dh: Option<&'a mut [f32]>,
+    width: usize,
 }
 
 impl<'a> RowBlock<'a> {
-    fn new(first: usize, targets: &'a [u32], dh: Option<(&'a mut [f32], usize)>) -> Self {
-        let n = targets.len();
+    fn new(first: usize, targets: &'a [u32], dh: Option<&'a mut [f32]>, width: usize) -> Self {
+        let rows = targets.len();
         Self {
             first,
             targets,
-            max: vec![f32::MIN; n],
-            sums: vec![0.0; n],
-            target_logits: vec![0.0; n],
+            max: vec![f32::MIN; rows],
+            sum: vec![0.0; rows],
+            target_logits: vec![0.0; rows],
             dh,
+            width,
         }
     }
 
-    /// Goes on with `words`: `columns` is (C, words), `rows` (words, C).
+    /// One online-softmax update with the logits of one vocabulary chunk: logits = h W^T, running
+    /// max and sum, dh = rescale dh + e W. `w_t` is (C, chunk), `w` (chunk, C).
     fn accumulate_chunk(
         &mut self,
-        words: &Range<usize>,
+        chunk: &Range<usize>,
         h: &Lhs<'_>,
-        columns: &PackedRhs,
-        rows: &PackedRhs,
+        w_t: &PackedRhs,
+        w: &PackedRhs,
     ) {
-        let n = self.targets.len();
-        // SAFETY: the product writes every row's first numbers, and only these are read.
-        let mut z = unsafe { uninit_vec(n.next_multiple_of(PADDING) * VOCAB_CHUNK) };
-        columns.gemm(
+        let rows = self.targets.len();
+        // SAFETY: the product writes the first `chunk.len()` elements of `rows` rows, and only
+        // these are read.
+        let mut logits = unsafe { uninit_vec(rows.next_multiple_of(PADDING) * VOCAB_CHUNK) };
+        w_t.gemm(
             h,
-            self.first..self.first + n,
-            MatMut::new(&mut z, VOCAB_CHUNK),
+            self.first..self.first + rows,
+            MatMut::new(&mut logits, VOCAB_CHUNK),
         );
-        for (row, target) in self.targets.iter().enumerate() {
-            let (z, target) = (&mut z[row * VOCAB_CHUNK..][..words.len()], *target as usize);
-            if words.contains(&target) {
-                self.target_logits[row] = z[target - words.start];
+        for (row, &target) in self.targets.iter().enumerate() {
+            let logits = &mut logits[row * VOCAB_CHUNK..][..chunk.len()];
+            if chunk.contains(&(target as usize)) {
+                self.target_logits[row] = logits[target as usize - chunk.start];
             }
-            let before = self.max[row];
-            let (max, share, sum) = dispatch(
+            let previous = self.max[row];
+            let (max, rescale, sum) = dispatch(
                 #[inline(always)]
                 |cpu| {
-                    let max = before.max(simd::max(z));
-                    z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
-                    (max, cpu.exp(before - max), simd::sum_map(z, |e| e))
+                    let max = previous.max(simd::max(logits));
+                    logits.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
+                    (max, cpu.exp(previous - max), simd::sum_map(logits, |e| e))
                 },
             );
-            if max > before {
+            if max > previous {
                 self.max[row] = max;
-                self.sums[row] *= f64::from(share);
-                if let Some((dh, width)) = &mut self.dh {
-                    dh[row * *width..][..*width]
-                        .iter_mut()
-                        .for_each(|dh| *dh *= share);
+                self.sum[row] *= f64::from(rescale);
+                if let Some(dh) = &mut self.dh {
+                    let dh = &mut dh[row * self.width..][..self.width];
+                    dh.iter_mut().for_each(|dh| *dh *= rescale);
                 }
             }
-            self.sums[row] += sum;
+            self.sum[row] += sum;
         }
-        if let Some((dh, width)) = &mut self.dh {
-            let z = MatRef::strided(CpuSlice::F32(&z), [n, words.len()], [VOCAB_CHUNK, 1]);
-            rows.gemm_add(z, MatMut::new(dh, *width));
+        if let Some(dh) = &mut self.dh {
+            let e = MatRef::strided(
+                CpuSlice::F32(&logits),
+                [rows, chunk.len()],
+                [VOCAB_CHUNK, 1],
+            );
+            w.gemm_add(e, MatMut::new(dh, self.width));
         }
     }
 
     fn losses(&self) -> impl Iterator<Item = f32> + use<'_> {
         (0..self.targets.len())
-            .map(|row| self.max[row] + self.sums[row].ln() as f32 - self.target_logits[row])
+            .map(|row| self.max[row] + self.sum[row].ln() as f32 - self.target_logits[row])
     }
 
-    /// e W -> dh, with W (V, `c`).
-    fn finish<T: Element>(&mut self, w: &[T], c: usize, scale: f64) {
-        let Some((dh, width)) = &mut self.dh else {
-            return;
-        };
-        for ((row, target), dh) in self
+    /// e W -> dh, with W (V, `hidden`).
+    fn finish<T: Element>(&mut self, w: &[T], hidden: usize, scale: f64) {
+        let Some(dh) = &mut self.dh else { return };
+        for (row, (&target, dh)) in self
             .targets
             .iter()
+            .zip(dh.chunks_exact_mut(self.width))
             .enumerate()
-            .zip(dh.chunks_exact_mut(*width))
         {
-            let (w, share, scale) = (
-                &w[*target as usize * c..][..c],
-                (scale / self.sums[row]) as f32,
-                scale as f32,
-            );
+            let w = &w[target as usize * hidden..][..hidden];
+            let (factor, scale) = ((scale / self.sum[row]) as f32, scale as f32);
             dispatch(
                 #[inline(always)]
                 |_| {
                     dh.iter_mut()
                         .zip(w)
-                        .for_each(|(dh, w)| *dh = share * *dh - scale * w.as_f32())
+                        .for_each(|(dh, w)| *dh = factor * *dh - scale * w.as_f32())
                 },
             );
         }
     }
+}
+
+/// The first `columns` of `rows` rows that are `width` apart.
+fn without_padding(mut x: Vec<f32>, width: usize, rows: usize, columns: usize) -> Vec<f32> {
+    if width == columns {
+        x.truncate(rows * columns);
+        return x;
+    }
+    let rows = x.chunks(width).take(rows);
+    rows.flat_map(|row| &row[..columns]).copied().collect()
 }

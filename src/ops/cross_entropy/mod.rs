@@ -1,30 +1,47 @@
-//! Output embedding and negative log-likelihood together: a (tokens, vocabulary) matrix never exists. Where W is frozen, the fused pass keeps
-//! no logits (`words`); elsewhere they come in chunks of rows.
+//! LM head and cross-entropy in one op: a (tokens, vocabulary) matrix of logits never exists.
 //!
-//! For row i with logits z = h W^T (+ adapter-free): loss = log sum exp z - z[target]; dz = (softmax z - onehot target) * scale. Only rows at
-//! loss positions are given in, so a prompt costs nothing here.
+//! For a row h with logits z = W h: loss = log sum exp z - z[target] and dz = scale (softmax z -
+//! onehot target). Only rows at loss positions come in, so prompt tokens cost nothing here. A
+//! frozen W on the CPU takes vocabulary chunks (`chunked`); otherwise logits come in chunks of
+//! rows.
 
 mod chunked;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::Tensor;
 
 use super::gemm::{MatRef, gemm};
 use super::parallel::par_for_each;
 use super::simd::{self, dispatch};
 use super::storage::{CpuTensor, check_shape, f32_tensor};
-use super::{Context, Gradients, Weight, matmul};
+use super::{Context, Gradients, Path, Weight, matmul, softmax};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
-/// Numbers one chunk of logits holds, about (24 MiB of f32: W is packed once for each chunk, so that few rows cost time), in whole
-/// tiles of rows.
+/// Logits of one chunk of rows, about: 24 MiB of f32. W is packed once per chunk, so short chunks
+/// cost time.
 const CHUNK_LOGITS: usize = 6 << 20;
+/// A chunk has a multiple of this many rows: whole GEMM tiles.
 const CHUNK_ROWS: usize = 32;
 
-/// The output embedding: W (V, C).
+/// The output embedding.
+///
+/// With W = 0 every token has probability 1 / V, so the loss of a row is ln V:
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use wattune::ops::{Context, LmHead, Weight};
+/// # use wattune::work::{Precision, WorkCounter};
+/// let zeros = Tensor::zeros((4, 2), DType::F32, &Device::Cpu)?;
+/// let head = LmHead { weight: Weight::frozen(zeros) };
+/// let h = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
+/// let counter = WorkCounter::default();
+/// let losses = head.forward(Context::new(&counter, Precision::F32), &h, &[3])?;
+/// assert!((losses[0] - 4f32.ln()).abs() < 1e-6);
+/// # Ok::<(), wattune::error::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct LmHead {
-    /// (V, C); the input embedding itself where they are tied.
+    /// W, (V, C); the input embedding where the two are tied.
     pub weight: Weight,
 }
 
@@ -43,14 +60,14 @@ pub struct LmHeadShape {
 
 impl LmHeadShape {
     /// Rows of each chunk, in order.
-    fn chunks(&self) -> impl Iterator<Item = usize> + use<> {
-        // Where W is trained each chunk makes a gradient of W's size, and adds it to the last: few chunks, each of that size too.
-        let numbers = if self.trained {
+    fn row_chunks(&self) -> impl Iterator<Item = usize> + use<> {
+        // A trained W adds a gradient of its size per chunk: few chunks, each of that size too.
+        let logits = if self.trained {
             CHUNK_LOGITS.max(self.vocab * self.hidden)
         } else {
             CHUNK_LOGITS
         };
-        let rows = (numbers / self.vocab.max(1))
+        let rows = (logits / self.vocab.max(1))
             .max(1)
             .next_multiple_of(CHUNK_ROWS);
         let total = self.loss_tokens;
@@ -59,18 +76,18 @@ impl LmHeadShape {
             .map(move |start| rows.min(total - start))
     }
 
-    /// Work of losses alone.
+    /// Work of the losses alone.
     pub fn forward_cost(&self, precision: Precision) -> Work {
         let sweep = |rows: usize| Work::sweep(4 * rows * self.vocab, 3 * rows * self.vocab);
-        self.chunks()
+        self.row_chunks()
             .map(|rows| Work::product(rows, self.vocab, self.hidden, precision) + sweep(rows))
             .sum()
     }
 
-    /// Work of losses and gradients; `input_gradient`: whether dh is wanted.
+    /// Work of losses and gradients; `input_gradient`: with dh.
     pub fn backward_cost(&self, precision: Precision, input_gradient: bool) -> Work {
         let mut work = self.forward_cost(precision);
-        for rows in self.chunks() {
+        for rows in self.row_chunks() {
             work += &Work::sweep(8 * rows * self.vocab, 2 * rows * self.vocab);
             if input_gradient {
                 work += &Work::product(rows, self.hidden, self.vocab, precision);
@@ -83,8 +100,15 @@ impl LmHeadShape {
     }
 }
 
-/// Each row's loss, and dh (L, C) where it is wanted.
+/// Each row's loss, and dh (L, C) if it is wanted.
 type Losses = (Vec<f32>, Option<Tensor>);
+
+/// The gradients that are wanted besides the losses, of `scale * sum of losses`.
+struct Backward<'a> {
+    scale: f64,
+    input_gradient: bool,
+    gradients: &'a mut Gradients,
+}
 
 impl LmHead {
     fn shape(&self, loss_tokens: usize) -> Result<LmHeadShape> {
@@ -98,68 +122,47 @@ impl LmHead {
     }
 
     /// The shape for these rows; refuses rows without a target and targets beyond the vocabulary.
-    fn checked(&self, h: &Tensor, targets: &[u32]) -> Result<LmHeadShape> {
+    fn checked_shape(&self, h: &Tensor, targets: &[u32]) -> Result<LmHeadShape> {
         let shape = self.shape(targets.len())?;
         check_shape("h", h, &[shape.loss_tokens, shape.hidden])?;
-        if let Some(beyond) = targets
+        let beyond = targets
             .iter()
-            .find(|target| **target as usize >= shape.vocab)
-        {
-            return Err(
+            .find(|target| **target as usize >= shape.vocab);
+        beyond.map_or(Ok(shape), |target| {
+            Err(
                 Error::new(Kind::Tensor, "a target lies beyond the vocabulary")
-                    .value(beyond.to_string())
+                    .value(target.to_string())
                     .rule(format!("below {}", shape.vocab)),
-            );
-        }
-        Ok(shape)
+            )
+        })
     }
 
     /// h (N, C) -> logits (N, V), for generation and tests.
     pub fn logits(&self, context: Context<'_>, h: &Tensor) -> Result<Tensor> {
         let shape = self.shape(h.dims2()?.0)?;
-        context.counter.add(Work::product(
-            shape.loss_tokens,
-            shape.vocab,
-            shape.hidden,
-            context.precision,
-        ));
-        match context.fused(h) {
-            true => f32_tensor(
-                self.logits_cpu(context, h)?,
-                (shape.loss_tokens, shape.vocab),
-            ),
-            false => matmul(context, h, &self.weight.tensor.t()?),
+        let (n, hidden, vocab) = (shape.loss_tokens, shape.hidden, shape.vocab);
+        let cost = Work::product(n, vocab, hidden, context.precision);
+        context.counter.add(cost);
+        if context.path(h) != Path::Cpu {
+            return matmul(context, h, &self.weight.tensor.t()?);
         }
+        let h = h.contiguous()?;
+        let h = CpuTensor::borrow(&h)?;
+        let w = CpuTensor::borrow(&self.weight.tensor)?;
+        let w_t = w.matrix(vocab, hidden).t();
+        let logits = gemm(context.precision, h.matrix(n, hidden), w_t);
+        f32_tensor(logits, (n, vocab))
     }
 
     /// h (L, C), targets (L) -> the loss of each row in nats.
     pub fn forward(&self, context: Context<'_>, h: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
-        let shape = self.checked(h, targets)?;
+        let shape = self.checked_shape(h, targets)?;
         context.counter.add(shape.forward_cost(context.precision));
-        if self.uses_vocabulary_chunks(context, h) {
-            return Ok(self
-                .fused_linear_cross_entropy(context, h, targets, None)?
-                .0);
-        }
-        let mut losses = Vec::with_capacity(targets.len());
-        for rows in shape.chunks() {
-            let start = losses.len();
-            let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
-            if context.fused(&h) {
-                let mut logits = self.logits_cpu(context, &h)?;
-                losses.extend(self::losses(&mut logits, targets, None));
-            } else {
-                losses.extend(row_losses(
-                    &matmul(context, &h, &self.weight.tensor.t()?)?,
-                    targets,
-                )?);
-            }
-        }
-        Ok(losses)
+        Ok(self.losses(context, h, targets, shape, None)?.0)
     }
 
-    /// h (L, C), targets (L) -> each row's loss, and dh (L, C) of `scale * sum of losses`; W's gradient where it is trained.
-    /// Without a row there is nothing to pass on: no dh, and nothing is added to W's gradient.
+    /// h (L, C), targets (L) -> each row's loss in nats, and dh (L, C) of `scale * sum of losses`;
+    /// adds W's gradient where W is trained. With L = 0 there is no dh and no gradient of W.
     pub fn forward_backward(
         &self,
         context: Context<'_>,
@@ -169,38 +172,42 @@ impl LmHead {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Option<Tensor>)> {
-        let shape = self.checked(h, targets)?;
-        context
-            .counter
-            .add(shape.backward_cost(context.precision, input_gradient));
-        if self.uses_vocabulary_chunks(context, h) {
-            return self.fused_linear_cross_entropy(
-                context,
-                h,
-                targets,
-                input_gradient.then_some(scale),
-            );
+        let shape = self.checked_shape(h, targets)?;
+        let cost = shape.backward_cost(context.precision, input_gradient);
+        context.counter.add(cost);
+        let backward = Backward {
+            scale,
+            input_gradient,
+            gradients,
+        };
+        self.losses(context, h, targets, shape, Some(backward))
+    }
+
+    fn losses(
+        &self,
+        context: Context<'_>,
+        h: &Tensor,
+        targets: &[u32],
+        shape: LmHeadShape,
+        mut backward: Option<Backward<'_>>,
+    ) -> Result<Losses> {
+        if context.path(h) == Path::Cpu && !shape.trained {
+            let backward = backward.filter(|backward| backward.input_gradient);
+            let scale = backward.map(|backward| backward.scale);
+            return self.fused_linear_cross_entropy(context, h, targets, scale);
         }
         let mut losses = Vec::with_capacity(targets.len());
         let mut parts = Vec::new();
-        for rows in shape.chunks() {
+        for rows in shape.row_chunks() {
             let start = losses.len();
-            let (h, targets) = (h.narrow(0, start, rows)?, &targets[start..start + rows]);
-            if context.fused(&h) {
-                let mut logits = self.logits_cpu(context, &h)?;
-                losses.extend(self::losses(&mut logits, targets, Some(scale as f32)));
-                parts.extend(self.backward_cpu(context, &h, &logits, input_gradient, gradients)?);
-                continue;
-            }
-            let logits = matmul(context, &h, &self.weight.tensor.t()?)?;
-            losses.extend(row_losses(&logits, targets)?);
-            let dz = logit_gradients_reference(&logits, targets, scale)?;
-            if shape.trained {
-                gradients.add(&self.weight, matmul(context, &dz.t()?, &h)?)?;
-            }
-            if input_gradient {
-                parts.push(matmul(context, &dz, &self.weight.tensor)?);
-            }
+            let h = h.narrow(0, start, rows)?;
+            let targets = &targets[start..start + rows];
+            let (chunk, dh) = match context.path(&h) {
+                Path::Cpu => self.chunk_cpu(context, &h, targets, backward.as_mut())?,
+                _ => self.chunk_reference(context, &h, targets, backward.as_mut())?,
+            };
+            losses.extend(chunk);
+            parts.extend(dh);
         }
         let dh = match parts.len() {
             0 | 1 => parts.pop(),
@@ -209,57 +216,68 @@ impl LmHead {
         Ok((losses, dh))
     }
 
-    /// Whether rows of h accumulate_chunk the words without logits.
-    fn uses_vocabulary_chunks(&self, context: Context<'_>, h: &Tensor) -> bool {
-        context.fused(h) && !self.weight.is_trained()
-    }
-
-    /// h (L, C) -> logits (L, V).
-    fn logits_cpu(&self, context: Context<'_>, h: &Tensor) -> Result<Vec<f32>> {
-        let (h, l, (v, c)) = (h.contiguous()?, h.dims2()?.0, self.weight.tensor.dims2()?);
-        let (h, w) = (
-            CpuTensor::borrow(&h)?,
-            CpuTensor::borrow(&self.weight.tensor)?,
-        );
-        Ok(gemm(context.precision, h.matrix(l, c), w.matrix(v, c).t()))
-    }
-
-    /// dz (L, V) -> dh (L, C) where wanted; W's gradient where it is trained.
-    fn backward_cpu(
+    /// Losses and gradients of one chunk of rows.
+    fn chunk_cpu(
         &self,
         context: Context<'_>,
         h: &Tensor,
-        dz: &[f32],
-        input_gradient: bool,
-        gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
-        let (l, (v, c)) = (h.dims2()?.0, self.weight.tensor.dims2()?);
+        targets: &[u32],
+        backward: Option<&mut Backward<'_>>,
+    ) -> Result<Losses> {
+        let (vocab, hidden) = self.weight.tensor.dims2()?;
+        let rows = targets.len();
         let h = h.contiguous()?;
-        let (h, w) = (
-            CpuTensor::borrow(&h)?,
-            CpuTensor::borrow(&self.weight.tensor)?,
-        );
-        let dz = MatRef::from_f32(dz, l, v);
+        let h = CpuTensor::borrow(&h)?;
+        let h = h.matrix(rows, hidden);
+        let w = CpuTensor::borrow(&self.weight.tensor)?;
+        let w = w.matrix(vocab, hidden);
+        let mut logits = gemm(context.precision, h, w.t());
+        let scale = backward.as_ref().map(|backward| backward.scale as f32);
+        let losses = cross_entropy_cpu(&mut logits, targets, scale);
+        let Some(backward) = backward else {
+            return Ok((losses, None));
+        };
+        let dz = MatRef::from_f32(&logits, rows, vocab);
         if self.weight.is_trained() {
-            let dw = gemm(context.precision, dz.t(), h.matrix(l, c));
-            gradients.add(&self.weight, f32_tensor(dw, (v, c))?)?;
+            let dw = f32_tensor(gemm(context.precision, dz.t(), h), (vocab, hidden))?;
+            backward.gradients.add(&self.weight, dw)?;
         }
-        let dh = input_gradient.then(|| gemm(context.precision, dz, w.matrix(v, c)));
-        dh.map(|dh| f32_tensor(dh, (l, c))).transpose()
+        let dh = backward
+            .input_gradient
+            .then(|| f32_tensor(gemm(context.precision, dz, w), (rows, hidden)));
+        Ok((losses, dh.transpose()?))
+    }
+
+    /// The same in candle primitives.
+    fn chunk_reference(
+        &self,
+        context: Context<'_>,
+        h: &Tensor,
+        targets: &[u32],
+        backward: Option<&mut Backward<'_>>,
+    ) -> Result<Losses> {
+        let w = &self.weight.tensor;
+        let logits = matmul(context, h, &w.t()?)?;
+        let (p, lse) = softmax(context.path(h), &logits)?;
+        let targets = Tensor::from_slice(targets, (targets.len(), 1), h.device())?;
+        let losses = (lse - logits.gather(&targets, 1)?)?.squeeze(1)?.to_vec1()?;
+        let Some(backward) = backward else {
+            return Ok((losses, None));
+        };
+        let minus_one = Tensor::full(-1f32, targets.shape(), h.device())?;
+        let dz = (p.scatter_add(&targets, &minus_one, 1)? * backward.scale)?;
+        if self.weight.is_trained() {
+            let dw = matmul(context, &dz.t()?, h)?;
+            backward.gradients.add(&self.weight, dw)?;
+        }
+        let dh = backward.input_gradient.then(|| matmul(context, &dz, w));
+        Ok((losses, dh.transpose()?))
     }
 }
 
-/// logits (L, V) -> each row's loss.
-fn row_losses(logits: &Tensor, targets: &[u32]) -> Result<Vec<f32>> {
-    let max = logits.max_keepdim(D::Minus1)?;
-    let sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?;
-    let lse = (sum.log()? + max)?.squeeze(1)?;
-    let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
-    Ok((&lse - logits.gather(&index, 1)?.squeeze(1)?)?.to_vec1()?)
-}
-
-/// The same in one pass over logits (L, V), which become their gradients where `scale` is given.
-fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
+/// The losses of logits (L, V), which become their gradients where `scale` is given: one pass per
+/// row.
+fn cross_entropy_cpu(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
     let vocab = logits.len() / targets.len().max(1);
     let mut losses = vec![0.0; targets.len()];
     let rows = logits
@@ -268,39 +286,25 @@ fn losses(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
         .zip(&mut losses);
     par_for_each(rows, |((z, target), loss)| {
         let target = *target as usize;
-        let at_target = z[target];
+        let target_logit = z[target];
         let (max, sum) = dispatch(
             #[inline(always)]
             |cpu| {
                 let max = simd::max(z);
-                let sum = match scale {
-                    None => simd::sum_map(z, |z| cpu.exp(z - max)),
-                    Some(_) => {
-                        z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
-                        simd::sum_map(z, |z| z)
-                    }
+                let Some(scale) = scale else {
+                    return (max, simd::sum_map(z, |z| cpu.exp(z - max)));
                 };
-                if let Some(scale) = scale {
-                    let share = (f64::from(scale) / sum) as f32;
-                    z.iter_mut().for_each(|z| *z *= share);
-                }
+                z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
+                let sum = simd::sum_map(z, |z| z);
+                let factor = (f64::from(scale) / sum) as f32;
+                z.iter_mut().for_each(|z| *z *= factor);
                 (max, sum)
             },
         );
         if let Some(scale) = scale {
             z[target] -= scale;
         }
-        *loss = max + sum.ln() as f32 - at_target;
+        *loss = max + sum.ln() as f32 - target_logit;
     });
     losses
-}
-
-fn logit_gradients_reference(logits: &Tensor, targets: &[u32], scale: f64) -> Result<Tensor> {
-    let max = logits.max_keepdim(D::Minus1)?;
-    let e = logits.broadcast_sub(&max)?.exp()?;
-    let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
-    let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
-    let ones = Tensor::ones((targets.len(), 1), DType::F32, logits.device())?;
-    let onehot = p.zeros_like()?.scatter_add(&index, &ones, 1)?;
-    Ok(((p - onehot)? * scale)?)
 }

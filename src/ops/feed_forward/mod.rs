@@ -1,7 +1,8 @@
-//! `y = down(silu(gate(x)) * up(x))`: a block's gated feed-forward layers as one pair (Shazeer 2020, "GLU variants improve transformer").
+//! `y = down(silu(gate(x)) * up(x))`: a block's gated feed-forward layers as one op (SwiGLU;
+//! Shazeer 2020, "GLU variants improve transformer").
 //!
-//! x and y are (N, C), what lies between (N, F). Layer by layer, or in blocks with everything between the layers done while a tile
-//! is in the cache (`tiles`): what they read and write of memory takes longer than their products there.
+//! x and y are (N, C), the intermediate activations (N, F). They run layer by layer, or fused in 32
+//! x 32 tiles (`tiles`), which saves the memory traffic of the intermediate activations.
 
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -10,7 +11,7 @@ use candle_core::Tensor;
 
 use super::swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_recompute};
 use super::{
-    Branch, Context, DropoutMask, Gradients, Linear, LinearInput, LinearSaved,
+    Branch, Context, DropoutMask, Gradients, InputGradient, Linear, LinearInput, LinearSaved,
     backward_shared_input,
 };
 use crate::error::Result;
@@ -18,6 +19,23 @@ use crate::error::Result;
 use crate::error::{Error, Kind};
 
 /// The three layers.
+///
+/// ```
+/// # use candle_core::{Device, Tensor};
+/// # use wattune::ops::{Context, FeedForward, Linear, LinearInput, Weight};
+/// # use wattune::work::{Precision, WorkCounter};
+/// # let linear = |w: f32| Ok::<_, candle_core::Error>(Linear {
+/// #     weight: Weight::frozen(Tensor::new(&[[w]], &Device::Cpu)?), bias: None, lora: None });
+/// let (gate, up, down) = (linear(0.)?, linear(2.)?, linear(3.)?); // 1 x 1 each
+/// let layers = FeedForward { gate: &gate, up: &up, down: &down };
+/// let counter = WorkCounter::default();
+/// let context = Context::new(&counter, Precision::F32);
+/// let x = Tensor::new(&[[5f32]], &Device::Cpu)?;
+/// let input = LinearInput::new(context, x.clone())?;
+/// let (y, _) = layers.forward(context, input, None, &x, true)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[5.]]); // 5 + 3 * (silu(0) * 10)
+/// # Ok::<(), wattune::error::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct FeedForward<'a> {
     /// C to F.
@@ -28,15 +46,15 @@ pub struct FeedForward<'a> {
     pub down: &'a Linear,
 }
 
-/// What `backward` needs of a forward pass.
+/// Input of `backward` besides x.
 pub struct FeedForwardSaved {
-    between: Intermediate,
+    intermediate: Intermediate,
     gate: LinearSaved,
     up: LinearSaved,
     down: LinearSaved,
 }
 
-/// What gate and up gave, in the compute type.
+/// The outputs of gate and up, in the compute type.
 enum Intermediate {
     Rows(SwigluSaved),
     #[cfg(target_arch = "x86_64")]
@@ -45,17 +63,13 @@ enum Intermediate {
 
 #[cfg(test)]
 impl FeedForwardSaved {
-    /// Whether the pass ran in blocks.
+    /// Whether the pass ran in tiles.
     pub(super) fn in_tiles(&self) -> bool {
-        match &self.between {
-            Intermediate::Rows(_) => false,
-            #[cfg(target_arch = "x86_64")]
-            Intermediate::Tiles(_) => true,
-        }
+        !matches!(self.intermediate, Intermediate::Rows(_))
     }
 }
 
-/// Which of the layers a dropout mask is for.
+/// One of the three layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FeedForwardLayer {
     /// `gate_proj`
@@ -66,67 +80,75 @@ pub enum FeedForwardLayer {
     Down,
 }
 
-/// The mask of a layer's adapter, (N, in), for its input.
+/// The dropout mask (N, in) of a layer's adapter for its input.
 pub type Masks<'a> = &'a dyn Fn(FeedForwardLayer, &LinearInput) -> Option<DropoutMask>;
 
+/// How far a backward pass goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackwardDepth {
+    /// Weight gradients of `down` alone.
+    Down,
+    /// Weight gradients of all layers.
+    Weights,
+    /// Weight gradients of all layers, and dx.
+    Input,
+}
+
 impl FeedForward<'_> {
-    /// x (N, C) -> base + y (N, C). `masks`: where adapters have dropout. `through`: whether a backward pass is sure to ask for
-    /// the gradients of what lies between.
+    /// x (N, C) -> base + y (N, C). `masks`: LoRA dropout. `all_layers`: whether the backward pass
+    /// is sure to reach gate and up; the tiled pass requires it.
     pub fn forward(
         &self,
         context: Context<'_>,
         x: LinearInput,
         masks: Option<Masks<'_>>,
         base: &Tensor,
-        through: bool,
+        all_layers: bool,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         #[cfg(target_arch = "x86_64")]
-        if masks.is_none() && through && self.supports_tiles(&x) {
+        if masks.is_none() && all_layers && self.supports_tiles(&x) {
             return self.forward_tiles(context, x, base);
         }
-        let _ = through;
-        let mask = |part: FeedForwardLayer, x: &LinearInput| masks.and_then(|masks| masks(part, x));
-        let (gate, gate_saved) =
-            self.gate
-                .forward_input(context, &x, mask(FeedForwardLayer::Gate, &x), None)?;
-        let (up, up_saved) =
-            self.up
-                .forward_input(context, &x, mask(FeedForwardLayer::Up, &x), None)?;
+        let _ = all_layers;
+        let apply = |layer, linear: &Linear, x: &LinearInput, base| {
+            let mask = masks.and_then(|masks| masks(layer, x));
+            linear.forward_input(context, x, mask, base)
+        };
+        let (gate, gate_saved) = apply(FeedForwardLayer::Gate, self.gate, &x, None)?;
+        let (up, up_saved) = apply(FeedForwardLayer::Up, self.up, &x, None)?;
         drop(x);
-        let (inner, saved) = swiglu(context, &gate, &up)?;
+        let (inner, swiglu_saved) = swiglu(context, &gate, &up)?;
         drop((gate, up));
         let inner = LinearInput::new(context, inner)?;
-        let (y, down) = self.down.forward_input(
-            context,
-            &inner,
-            mask(FeedForwardLayer::Down, &inner),
-            Some(base),
-        )?;
-        Ok((
-            y,
-            FeedForwardSaved {
-                between: Intermediate::Rows(saved),
-                gate: gate_saved,
-                up: up_saved,
-                down,
-            },
-        ))
+        let (y, down_saved) = apply(FeedForwardLayer::Down, self.down, &inner, Some(base))?;
+        let saved = FeedForwardSaved {
+            intermediate: Intermediate::Rows(swiglu_saved),
+            gate: gate_saved,
+            up: up_saved,
+            down: down_saved,
+        };
+        Ok((y, saved))
     }
 
-    /// dy (N, C) and the forward pass's x (where gate or up keeps it) -> dx (N, C) where `input_gradient`. `through`: whether anything is
-    /// wanted beyond the last layer's own gradients.
+    /// dy (N, C) and the forward pass's x (where gate or up needs it) -> dx (N, C) with
+    /// `BackwardDepth::Input`; adds the gradients of trained weights.
     pub fn backward(
         &self,
         context: Context<'_>,
         dy: &Tensor,
-        (x, saved): (Option<&LinearInput>, &FeedForwardSaved),
-        (through, input_gradient): (bool, bool),
+        x: Option<&LinearInput>,
+        saved: &FeedForwardSaved,
+        depth: BackwardDepth,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let rows = match &saved.between {
-            Intermediate::Rows(rows) => rows,
+        let [d_gate, d_up] = match &saved.intermediate {
+            Intermediate::Rows(rows) => {
+                let d = self.backward_down(context, dy, rows, saved, depth, gradients)?;
+                let Some(d) = d else { return Ok(None) };
+                d
+            }
             #[cfg(target_arch = "x86_64")]
-            Intermediate::Tiles(_) if !through => {
+            Intermediate::Tiles(_) if depth == BackwardDepth::Down => {
                 return Err(Error::new(
                     Kind::Tensor,
                     "a pass in tiles goes back through all of its layers",
@@ -134,66 +156,54 @@ impl FeedForward<'_> {
             }
             #[cfg(target_arch = "x86_64")]
             Intermediate::Tiles(tiles) => {
-                return self.backward_tiles(
-                    context,
-                    dy,
-                    (x, saved, tiles),
-                    input_gradient,
-                    gradients,
-                );
+                self.backward_tiles(context, dy, tiles, &saved.down, gradients)?
             }
         };
+        let gate = Branch {
+            linear: self.gate,
+            dy: &d_gate,
+            saved: &saved.gate,
+        };
+        let up = Branch {
+            linear: self.up,
+            dy: &d_up,
+            saved: &saved.up,
+        };
+        let dx = InputGradient::when(depth == BackwardDepth::Input);
+        backward_shared_input(context, &[gate, up], x, dx, gradients)
+    }
+
+    /// Backward through `down` and SwiGLU: the gradients of the outputs of gate and up; `None` with
+    /// `BackwardDepth::Down`.
+    fn backward_down(
+        &self,
+        context: Context<'_>,
+        dy: &Tensor,
+        rows: &SwigluSaved,
+        saved: &FeedForwardSaved,
+        depth: BackwardDepth,
+        gradients: &mut Gradients,
+    ) -> Result<Option<[LinearInput; 2]>> {
         let inner = self
             .down
             .needs_input()
             .then(|| LinearInput::new(context, swiglu_recompute(context, rows)?))
             .transpose()?;
-        let d = LinearInput::new(context, dy.clone())?;
+        let dy = LinearInput::new(context, dy.clone())?;
         let down = Branch {
             linear: self.down,
-            dy: &d,
+            dy: &dy,
             saved: &saved.down,
         };
-        let Some(d_inner) =
-            backward_shared_input(context, &[down], inner.as_ref(), (through, None), gradients)?
-        else {
+        let dx = InputGradient::when(depth != BackwardDepth::Down);
+        let d_inner = backward_shared_input(context, &[down], inner.as_ref(), dx, gradients)?;
+        drop((inner, dy));
+        let Some(d_inner) = d_inner else {
             return Ok(None);
         };
-        drop((inner, d));
         let (d_gate, d_up) = swiglu_backward(context, &d_inner, rows)?;
         drop(d_inner);
-        let (d_gate, d_up) = (
-            LinearInput::new(context, d_gate)?,
-            LinearInput::new(context, d_up)?,
-        );
-        self.backward_outer(
-            context,
-            [&d_gate, &d_up],
-            (x, saved),
-            input_gradient,
-            gradients,
-        )
-    }
-
-    /// Gate's and up's backward passes.
-    fn backward_outer(
-        &self,
-        context: Context<'_>,
-        [d_gate, d_up]: [&LinearInput; 2],
-        (x, saved): (Option<&LinearInput>, &FeedForwardSaved),
-        input_gradient: bool,
-        gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
-        let gate = Branch {
-            linear: self.gate,
-            dy: d_gate,
-            saved: &saved.gate,
-        };
-        let up = Branch {
-            linear: self.up,
-            dy: d_up,
-            saved: &saved.up,
-        };
-        backward_shared_input(context, &[gate, up], x, (input_gradient, None), gradients)
+        let d_gate = LinearInput::new(context, d_gate)?;
+        Ok(Some([d_gate, LinearInput::new(context, d_up)?]))
     }
 }

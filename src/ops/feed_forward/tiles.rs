@@ -1,5 +1,6 @@
-//! The layers in blocks: 32 x 32 numbers of gate and up become a block of the last layer's input while they are in the cache, and
-//! on the way back a block of its gradient becomes blocks of theirs. Nothing between the layers is ever written in f32 rows.
+//! The layers fused in 32 x 32 tiles: SwiGLU runs on tiles of gate and up while they are in cache,
+//! and writes them as packed input of `down`; backward likewise. Intermediate activations are never
+//! written as f32 rows.
 
 use candle_core::Tensor;
 
@@ -10,19 +11,21 @@ use crate::ops::gemm::bf16::{
 };
 use crate::ops::gemm::{MatRef, PackedLhs};
 use crate::ops::simd::dispatch;
-use crate::ops::storage::{CpuTensor, SendPtr, check_shape};
-use crate::ops::swiglu::{gradients, swiglu_backward_cost, swiglu_cost, swiglu_element};
+use crate::ops::storage::{CpuTensor, SendPtr, check_shape, uninit_vec};
+use crate::ops::swiglu::{
+    swiglu_backward_cost, swiglu_backward_element, swiglu_cost, swiglu_element,
+};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Weight};
 use crate::work::Precision;
 
-/// Gate and up (N, F), block by block.
+/// The outputs of gate and up (N, F), in tiles.
 pub(super) struct GateUpTiles {
     shape: (usize, usize),
     gate: SavedTiles,
     up: SavedTiles,
 }
 
-/// The numbers of a matrix in the compute type, in blocks of 32 x 32, zero beyond its last row and column.
+/// A matrix in the compute type, in tiles, zero beyond its last row and column.
 enum SavedTiles {
     Narrow(PackedOperand),
     Wide { tiles: Vec<Tile>, panels: usize },
@@ -30,24 +33,23 @@ enum SavedTiles {
 
 impl SavedTiles {
     /// # Safety
-    /// Every block must be written before it is read.
-    unsafe fn uninitialized(precision: Precision, rows: usize, columns: usize) -> Self {
-        match precision {
-            Precision::F32 => {
-                let panels = columns.div_ceil(TILE);
-                // SAFETY: the caller's promise.
-                let tiles =
-                    unsafe { crate::ops::storage::uninit_vec(rows.div_ceil(TILE) * panels) };
-                Self::Wide { tiles, panels }
-            }
-            Precision::Bf16 | Precision::F16 => {
-                // SAFETY: the caller's promise.
-                Self::Narrow(unsafe { PackedOperand::uninit(BF16_PLANES, rows, columns) })
+    /// Every tile must be written before it is read.
+    unsafe fn uninit(precision: Precision, rows: usize, columns: usize) -> Self {
+        let panels = columns.div_ceil(TILE);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match precision {
+                Precision::F32 => Self::Wide {
+                    tiles: uninit_vec(rows.div_ceil(TILE) * panels),
+                    panels,
+                },
+                Precision::Bf16 | Precision::F16 => {
+                    Self::Narrow(PackedOperand::uninit(BF16_PLANES, rows, columns))
+                }
             }
         }
     }
 
-    /// What writes its blocks.
     fn writer(&mut self) -> TileWriter {
         match self {
             Self::Narrow(operand) => TileWriter::Narrow(operand.block_writer()),
@@ -63,7 +65,7 @@ impl SavedTiles {
     }
 }
 
-/// The blocks of a `SavedTiles` that several threads write.
+/// Writes tiles of a `SavedTiles` from several threads.
 #[derive(Clone, Copy)]
 enum TileWriter {
     Narrow(BlockWriter),
@@ -84,17 +86,17 @@ impl TileWriter {
     }
 }
 
-/// What a sum is made of: W, and the second half of the adapter.
+/// The right-hand sides of a layer's products.
 struct LayerRhs<'a> {
     w: WeightRhs<'a>,
-    /// The scaled rows of the first half, packed, and B or A.
-    low: Option<(PackedLhs, WeightRhs<'a>)>,
+    /// The packed, scaled rows (N, r), and B (forward) or A (backward).
+    lora: Option<(PackedLhs, WeightRhs<'a>)>,
 }
 
-/// The right side of a product: a weight as it is stored, or transposed.
+/// A weight as the right-hand side of a GEMM.
 struct WeightRhs<'a> {
     weight: &'a Weight,
-    host: CpuTensor<'a>,
+    storage: CpuTensor<'a>,
     transposed: bool,
 }
 
@@ -102,61 +104,58 @@ impl<'a> WeightRhs<'a> {
     fn new(weight: &'a Weight, transposed: bool) -> Result<Self> {
         Ok(Self {
             weight,
-            host: CpuTensor::borrow(&weight.tensor)?,
+            storage: CpuTensor::borrow(&weight.tensor)?,
             transposed,
         })
     }
 
     fn matrix(&self) -> Result<MatRef<'_>> {
-        let matrix = self.weight.matrix(&self.host)?;
+        let matrix = self.weight.matrix(&self.storage)?;
         Ok(if self.transposed { matrix.t() } else { matrix })
     }
 }
 
 impl<'a> LayerRhs<'a> {
-    /// W, and where there is an adapter its scaled rows (N, r) and the weight that they are multiplied by.
+    /// W, and the adapter's scaled rows (N, r) with the weight that they are multiplied by.
     fn new(
         context: Context<'_>,
         w: &'a Weight,
-        low: Option<(&[f32], &'a Weight)>,
+        lora: Option<(&[f32], &'a Weight)>,
         transposed: bool,
     ) -> Result<Self> {
-        let low = low.map(|(scaled, weight)| -> Result<_> {
+        let lora = lora.map(|(scaled, weight)| -> Result<_> {
             let (rows, columns) = weight.tensor.dims2()?;
             let r = if transposed { columns } else { rows };
-            let rows = MatRef::from_f32(scaled, scaled.len() / r.max(1), r);
-            Ok((
-                PackedLhs::new(context.precision, &rows),
-                WeightRhs::new(weight, transposed)?,
-            ))
+            let scaled = MatRef::from_f32(scaled, scaled.len() / r.max(1), r);
+            let packed = PackedLhs::new(context.precision, &scaled);
+            Ok((packed, WeightRhs::new(weight, transposed)?))
         });
         Ok(Self {
             w: WeightRhs::new(w, transposed)?,
-            low: low.transpose()?,
+            lora: lora.transpose()?,
         })
     }
 
     /// x times W, and the adapter's rows times theirs.
     fn terms<'b>(&'b self, x: &'b LinearInput) -> Result<Vec<(&'b Bf16Lhs, MatRef<'b>)>> {
-        let mut terms = vec![(packed(x.prepared())?, self.w.matrix()?)];
-        if let Some((rows, factor)) = &self.low {
-            terms.push((packed(rows)?, factor.matrix()?));
+        let mut terms = vec![(packed(x.packed())?, self.w.matrix()?)];
+        if let Some((rows, weight)) = &self.lora {
+            terms.push((packed(rows)?, weight.matrix()?));
         }
         Ok(terms)
     }
 }
 
-fn packed(prepared: &PackedLhs) -> Result<&Bf16Lhs> {
-    prepared
-        .packed()
-        .ok_or_else(|| Error::new(Kind::Tensor, "blocks are made of what is packed"))
+fn packed(lhs: &PackedLhs) -> Result<&Bf16Lhs> {
+    lhs.packed()
+        .ok_or_else(|| Error::new(Kind::Tensor, "the tiled pass needs a packed input"))
 }
 
 impl FeedForward<'_> {
-    /// Whether this pass runs: x is packed, and nothing but W and an adapter is to be added or trained.
+    /// Whether the tiled pass runs: x is packed, and layers have no bias and no trained W.
     pub(super) fn supports_tiles(&self, x: &LinearInput) -> bool {
         let plain = |linear: &&Linear| linear.bias.is_none() && !linear.weight.is_trained();
-        x.prepared().packed().is_some() && [self.gate, self.up, self.down].iter().all(plain)
+        x.packed().packed().is_some() && [self.gate, self.up, self.down].iter().all(plain)
     }
 
     pub(super) fn forward_tiles(
@@ -167,143 +166,111 @@ impl FeedForward<'_> {
     ) -> Result<(Tensor, FeedForwardSaved)> {
         let (n, f) = (x.shape().0, self.gate.weight.tensor.dims2()?.0);
         check_shape("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
-        let (gate_factors, gate_saved) = self.outer(context, self.gate, &x)?;
-        let (up_factors, up_saved) = self.outer(context, self.up, &x)?;
+        let (gate_rhs, gate_saved) = layer_rhs(context, self.gate, &x)?;
+        let (up_rhs, up_saved) = layer_rhs(context, self.up, &x)?;
         context.counter.add(swiglu_cost(n * f));
-        // SAFETY: `gemm_tiles` gives every block, and each is written.
+        // SAFETY: `gemm_tiles` visits every tile, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
-            let kept = || SavedTiles::uninitialized(context.precision, n, f);
-            (kept(), kept(), packed(x.prepared())?.uninit_like(n, f))
+            let saved = || SavedTiles::uninit(context.precision, n, f);
+            (saved(), saved(), packed(x.packed())?.uninit_like(n, f))
         };
-        {
-            let (write_gate, write_up, write_inner) =
-                (gate.writer(), up.writer(), inner.block_writer());
-            let (gate, up) = (gate_factors.terms(&x)?, up_factors.terms(&x)?);
-            gemm_tiles([&gate, &up], |strip, panel, tiles| {
-                let [gate, up] = tiles;
-                // SAFETY: `gemm_tiles` gives each strip and panel of this shape once, and what is written outlives it.
-                unsafe {
-                    write_gate.write(strip, panel, gate);
-                    write_up.write(strip, panel, up);
-                    swiglu_tile(gate, up);
-                    write_inner.write(strip, panel, gate);
-                }
-            });
-        }
+        let (write_gate, write_up) = (gate.writer(), up.writer());
+        let write_inner = inner.block_writer();
+        let terms = [&*gate_rhs.terms(&x)?, &up_rhs.terms(&x)?];
+        gemm_tiles(terms, |strip, panel, [gate, up]| {
+            // SAFETY: `gemm_tiles` visits each strip and panel of this shape once, and the buffers
+            // outlive it.
+            unsafe {
+                write_gate.write(strip, panel, gate);
+                write_up.write(strip, panel, up);
+                swiglu_tile(gate, up);
+                write_inner.write(strip, panel, gate);
+            }
+        });
         drop(x);
-        let inner = LinearInput::packed((n, f), PackedLhs::from_bf16(inner));
-        let (y, down) = self.down.forward_input(context, &inner, None, Some(base))?;
-        Ok((
-            y,
-            FeedForwardSaved {
-                between: Intermediate::Tiles(GateUpTiles {
-                    shape: (n, f),
-                    gate,
-                    up,
-                }),
-                gate: gate_saved,
-                up: up_saved,
-                down,
-            },
-        ))
+        let inner = LinearInput::from_packed((n, f), PackedLhs::from_bf16(inner));
+        let (y, down_saved) = self.down.forward_input(context, &inner, None, Some(base))?;
+        let shape = (n, f);
+        let saved = FeedForwardSaved {
+            intermediate: Intermediate::Tiles(GateUpTiles { shape, gate, up }),
+            gate: gate_saved,
+            up: up_saved,
+            down: down_saved,
+        };
+        Ok((y, saved))
     }
 
-    /// Counts a layer that reads x, and runs the first half of its adapter.
-    fn outer<'a>(
-        &self,
-        context: Context<'_>,
-        linear: &'a Linear,
-        x: &LinearInput,
-    ) -> Result<(LayerRhs<'a>, LinearSaved)> {
-        linear.expect_input(x)?;
-        context.counter.add(
-            linear
-                .shape(x.shape().0, false)?
-                .forward_cost(context.precision),
-        );
-        let (saved, scaled) = linear.low(context, x, &x.left(&None)?, None)?.unzip();
-        let low = scaled
-            .as_deref()
-            .zip(linear.lora.as_ref().map(|lora| &lora.b));
-        Ok((
-            LayerRhs::new(context, &linear.weight, low, true)?,
-            saved.unwrap_or_default(),
-        ))
-    }
-
+    /// Backward through `down` and SwiGLU: the gradients of the outputs of gate and up.
     pub(super) fn backward_tiles(
         &self,
         context: Context<'_>,
         dy: &Tensor,
-        (x, saved, between): (Option<&LinearInput>, &FeedForwardSaved, &GateUpTiles),
-        input_gradient: bool,
+        tiles: &GateUpTiles,
+        saved: &LinearSaved,
         gradients: &mut Gradients,
-    ) -> Result<Option<Tensor>> {
-        let ((n, f), c) = (between.shape, self.down.weight.tensor.dims2()?.0);
+    ) -> Result<[LinearInput; 2]> {
+        let (n, f) = tiles.shape;
+        let c = self.down.weight.tensor.dims2()?.0;
         check_shape("dy", dy, &[n, c])?;
         check_shape("down", &self.down.weight.tensor, &[c, f])?;
         let dy = LinearInput::new(context, dy.clone())?;
-        context.counter.add(
-            self.down
-                .shape(n, false)?
-                .backward_cost(context.precision, true),
-        );
+        let shape = self.down.shape(n, false)?;
+        context
+            .counter
+            .add(shape.backward_cost(context.precision, true));
         context.counter.add(swiglu_backward_cost(n * f));
         let down = Branch {
             linear: self.down,
             dy: &dy,
-            saved: &saved.down,
+            saved,
         };
-        let d_low = down.lora_b_gradient(context, gradients)?;
-        let low = d_low
-            .as_deref()
-            .zip(self.down.lora.as_ref().map(|lora| &lora.a));
-        let factors = LayerRhs::new(context, &self.down.weight, low, false)?;
-        // SAFETY: `gemm_tiles` gives every block, and each is written.
-        let room = || packed(dy.prepared()).map(|dy| unsafe { dy.uninit_like(n, f) });
-        let (mut d_gate, mut d_up) = (room()?, room()?);
-        let mut inner = None;
-        if d_low.is_some() {
+        let dxa = down.lora_b_gradient(context, gradients)?;
+        let a = self.down.lora.as_ref().map(|lora| &lora.a);
+        let rhs = LayerRhs::new(context, &self.down.weight, dxa.as_deref().zip(a), false)?;
+        // SAFETY: `gemm_tiles` visits every tile, and each is written.
+        let buffer = || packed(dy.packed()).map(|dy| unsafe { dy.uninit_like(n, f) });
+        let (mut d_gate, mut d_up) = (buffer()?, buffer()?);
+        let mut inner = dxa.is_some().then(buffer).transpose()?;
+        if inner.is_some() {
             context.counter.add(swiglu_cost(n * f));
-            inner = Some(room()?);
         }
-        {
-            let terms = factors.terms(&dy)?;
-            let (write_gate, write_up, write_inner) = (
-                d_gate.block_writer(),
-                d_up.block_writer(),
-                inner.as_mut().map(Bf16Lhs::block_writer),
-            );
-            gemm_tiles([&terms], |strip, panel, [d_inner]| {
-                let (mut gate, mut up) = (
-                    between.gate.read(strip, panel),
-                    between.up.read(strip, panel),
-                );
-                // SAFETY: as in the forward pass.
-                unsafe {
-                    swiglu_tile_backward(d_inner, &mut gate, &mut up);
-                    write_gate.write(strip, panel, &gate);
-                    write_up.write(strip, panel, &up);
-                    if let Some(write_inner) = write_inner {
-                        write_inner.write(strip, panel, d_inner);
-                    }
+        let (write_gate, write_up) = (d_gate.block_writer(), d_up.block_writer());
+        let write_inner = inner.as_mut().map(Bf16Lhs::block_writer);
+        gemm_tiles([&rhs.terms(&dy)?], |strip, panel, [d_inner]| {
+            let mut gate = tiles.gate.read(strip, panel);
+            let mut up = tiles.up.read(strip, panel);
+            // SAFETY: as in the forward pass.
+            unsafe {
+                swiglu_tile_backward(d_inner, &mut gate, &mut up);
+                write_gate.write(strip, panel, &gate);
+                write_up.write(strip, panel, &up);
+                if let Some(write_inner) = write_inner {
+                    write_inner.write(strip, panel, d_inner);
                 }
-            });
+            }
+        });
+        let input = |tiles: Bf16Lhs| LinearInput::from_packed((n, f), PackedLhs::from_bf16(tiles));
+        if let (Some(inner), Some(dxa)) = (inner, dxa) {
+            down.lora_a_gradient(context, &input(inner), &dxa, gradients)?;
         }
-        let packed = |blocks: Bf16Lhs| LinearInput::packed((n, f), PackedLhs::from_bf16(blocks));
-        if let (Some(inner), Some(d_low)) = (inner, d_low) {
-            down.lora_a_gradient(context, &packed(inner), &d_low, gradients)?;
-        }
-        drop(dy);
-        let (d_gate, d_up) = (packed(d_gate), packed(d_up));
-        self.backward_outer(
-            context,
-            [&d_gate, &d_up],
-            (x, saved),
-            input_gradient,
-            gradients,
-        )
+        Ok([input(d_gate), input(d_up)])
     }
+}
+
+/// Counts a layer that reads x, and runs the down projection of its adapter.
+fn layer_rhs<'a>(
+    context: Context<'_>,
+    linear: &'a Linear,
+    x: &LinearInput,
+) -> Result<(LayerRhs<'a>, LinearSaved)> {
+    linear.check_input(x)?;
+    let shape = linear.shape(x.shape().0, false)?;
+    context.counter.add(shape.forward_cost(context.precision));
+    let down = linear.lora_down(context, x, &x.lhs(&None)?, None)?;
+    let (saved, scaled) = down.unzip();
+    let b = linear.lora.as_ref().map(|lora| &lora.b);
+    let rhs = LayerRhs::new(context, &linear.weight, scaled.as_deref().zip(b), true)?;
+    Ok((rhs, saved.unwrap_or_default()))
 }
 
 /// gate = silu(gate) up.
@@ -319,14 +286,14 @@ fn swiglu_tile(gate: &mut Tile, up: &Tile) {
     );
 }
 
-/// gate and up become their gradients, from that of silu(gate) up, and d becomes silu(gate) up itself.
+/// From d = dL/d(silu(gate) up): gate and up become their gradients, d becomes silu(gate) up.
 fn swiglu_tile_backward(d: &mut Tile, gate: &mut Tile, up: &mut Tile) {
     let (d, gate, up) = (&mut d.0, &mut gate.0, &mut up.0);
     dispatch(
         #[inline(always)]
         |cpu| {
             for i in 0..TILE * TILE {
-                [gate[i], up[i], d[i]] = gradients(cpu, d[i], gate[i], up[i]);
+                [gate[i], up[i], d[i]] = swiglu_backward_element(cpu, d[i], gate[i], up[i]);
             }
         },
     );

@@ -1,0 +1,207 @@
+//! Attention tasks on bf16 matrix units: products in tiles of 32 keys by 32 queries, softmax in
+//! f32.
+//!
+//! In f32 the vector pass is as fast, because softmax takes longer than the products. Operands are
+//! packed straight from the (N, H D) tensors, keys and values once per task, queries once per
+//! panel. Scores lie as (keys, queries): dV and dK pack them as they lie, O = P V and dQ = dS K
+//! transposed. The FLOPs counted are those of `Attention::query_blocks`; whole tiles compute some
+//! that are masked.
+
+use std::ops::Range;
+
+use super::QueryBlock;
+use super::cpu::{BackwardTask, ForwardTask, Grad};
+use super::softmax::{Panel, online_softmax, softmax_backward};
+use crate::ops::gemm::bf16::{
+    ActiveUnit, BF16_PLANES, MatrixUnit, PackedOperand, TILE, gemm_strips,
+};
+use crate::ops::gemm::{Element, MatMut, MatRef};
+
+/// A block's panels of up to 32 queries, with the keys up to their last in whole tiles.
+fn panels(block: &QueryBlock) -> impl Iterator<Item = Panel> + use<> {
+    let queries = block.queries.clone();
+    let first = block.keys.start / TILE * TILE;
+    queries.clone().step_by(TILE).map(move |start| {
+        let queries = start..(start + TILE).min(queries.end);
+        Panel {
+            keys: first..queries.end.next_multiple_of(TILE),
+            queries,
+            stride: TILE,
+        }
+    })
+}
+
+fn tiles(range: Range<usize>) -> Range<usize> {
+    range.start / TILE..range.end.div_ceil(TILE)
+}
+
+/// Scores (keys, 32).
+fn score_matrix(scores: &[f32]) -> MatRef<'_> {
+    MatRef::from_f32(scores, scores.len() / TILE, TILE)
+}
+
+/// The GEMMs of a task, with the scratch for operands that are packed once per panel.
+struct Products {
+    unit: ActiveUnit,
+    lhs: PackedOperand,
+    rhs: PackedOperand,
+    /// Elements from one row of an output to the next: head_dim in whole tiles.
+    width: usize,
+}
+
+impl Products {
+    fn new(unit: MatrixUnit, head_dim: usize) -> Self {
+        Self {
+            unit: ActiveUnit::new(unit),
+            lhs: PackedOperand::new(BF16_PLANES),
+            rhs: PackedOperand::new(BF16_PLANES),
+            width: head_dim.next_multiple_of(TILE),
+        }
+    }
+
+    /// out (keys, 32) = the key tiles of `lhs` times `queries` (32, D) transposed: K Q^T, V dO^T.
+    fn scores(
+        &mut self,
+        keys: Range<usize>,
+        lhs: &PackedOperand,
+        queries: MatRef<'_>,
+        out: &mut Vec<f32>,
+    ) {
+        out.resize(keys.len() * TILE * TILE, 0.0);
+        self.rhs.pack_rhs(queries.t());
+        let (lhs, rhs) = (lhs.strips_from(keys, 0), self.rhs.strips_from(0..1, 0));
+        let out = MatMut::new(out, TILE);
+        gemm_strips(&self.unit, lhs, rhs, self.rhs.steps(), out, false);
+    }
+
+    /// out (32, D) = scores^T times the packed keys from tile `first` on: P V, dS K.
+    fn queries(&mut self, scores: &[f32], keys: &PackedOperand, first: usize, out: &mut [f32]) {
+        self.lhs.pack_lhs(score_matrix(scores).t());
+        let lhs = self.lhs.strips_from(0..1, 0);
+        let rhs = keys.strips_from(0..self.width / TILE, first);
+        let steps = scores.len() / (TILE * TILE);
+        gemm_strips(
+            &self.unit,
+            lhs,
+            rhs,
+            steps,
+            MatMut::new(out, self.width),
+            false,
+        );
+    }
+
+    /// out (keys, D) += scores (keys, 32) times `queries` (32, D): P^T dO, dS^T Q.
+    fn accumulate_keys(&mut self, scores: &[f32], queries: MatRef<'_>, out: &mut [f32]) {
+        self.lhs.pack_lhs(score_matrix(scores));
+        self.rhs.pack_rhs(queries);
+        let lhs = self.lhs.strips_from(0..scores.len() / (TILE * TILE), 0);
+        let rhs = self.rhs.strips_from(0..self.width / TILE, 0);
+        gemm_strips(&self.unit, lhs, rhs, 1, MatMut::new(out, self.width), true);
+    }
+}
+
+impl<O: Element> ForwardTask<'_, O> {
+    pub(super) fn run_bf16(&self, unit: MatrixUnit) {
+        let [q, k, v] = self.heads();
+        let scale = self.attention().scale() as f32;
+        let k = PackedOperand::lhs(BF16_PLANES, k.rows(0..self.queries.end));
+        let v = PackedOperand::rhs(BF16_PLANES, v.rows(0..self.queries.end));
+        let mut products = Products::new(unit, q.d);
+        let width = products.width;
+        let mut p = Vec::new();
+        let mut pv = vec![0.0f32; TILE * width];
+        for panel in self.blocks().iter().flat_map(panels) {
+            let keys = tiles(panel.keys.clone());
+            let queries = q.rows(panel.queries.clone());
+            products.scores(keys.clone(), &k, queries, &mut p);
+            panel.mask(self.attention().window, &mut p);
+            let (mut max, mut sum) = ([f32::MIN; TILE], [0.0f32; TILE]);
+            online_softmax::<TILE>(&mut p, TILE, scale, &mut max, &mut sum, &mut [0.0; TILE]);
+            products.queries(&p, &v, keys.start, &mut pv);
+            for (lane, query) in panel.queries.enumerate() {
+                self.store(query, max[lane], sum[lane], &pv[lane * width..]);
+            }
+        }
+    }
+}
+
+/// Operands and sums of a backward task.
+struct BackwardState {
+    products: Products,
+    k_rows: PackedOperand,
+    k_channels: PackedOperand,
+    v_rows: PackedOperand,
+    p: Vec<f32>,
+    ds: Vec<f32>,
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+impl BackwardState {
+    fn new(unit: MatrixUnit, task: &BackwardTask<'_>) -> Self {
+        let [_, k, v, _] = task.heads();
+        let keys = || task.range.keys.clone();
+        let products = Products::new(unit, k.d);
+        let rows = keys().len().next_multiple_of(TILE);
+        Self {
+            k_rows: PackedOperand::lhs(BF16_PLANES, k.rows(keys())),
+            k_channels: PackedOperand::rhs(BF16_PLANES, k.rows(keys())),
+            v_rows: PackedOperand::lhs(BF16_PLANES, v.rows(keys())),
+            p: Vec::new(),
+            ds: Vec::new(),
+            dq: vec![0.0; TILE * products.width],
+            dk: vec![0.0; rows * products.width],
+            dv: vec![0.0; rows * products.width],
+            products,
+        }
+    }
+
+    /// P and dS of a panel, dV += P^T dO, dK += dS^T Q, dQ = dS K.
+    fn accumulate(&mut self, task: &BackwardTask<'_>, panel: &Panel) {
+        let [q, _, _, dout] = task.heads();
+        let (p, ds, products) = (&mut self.p, &mut self.ds, &mut self.products);
+        let first = task.range.keys.start;
+        let keys = tiles(panel.keys.start - first..panel.keys.end - first);
+        let (q, dout) = (
+            q.rows(panel.queries.clone()),
+            dout.rows(panel.queries.clone()),
+        );
+        products.scores(keys.clone(), &self.k_rows, q, p);
+        panel.mask(task.attention().window, p);
+        products.scores(keys.clone(), &self.v_rows, dout, ds);
+        let (mut lse, mut delta) = ([0.0f32; TILE], [0.0f32; TILE]);
+        for (to, lse) in lse.iter_mut().zip(task.lse(panel.queries.clone())) {
+            *to = lse;
+        }
+        task.delta(panel.queries.start, &mut delta[..panel.queries.len()]);
+        let scale = task.attention().scale() as f32;
+        softmax_backward::<TILE>(p, ds, TILE, scale, &lse, &delta);
+        let below = keys.start * TILE * products.width;
+        products.accumulate_keys(p, dout, &mut self.dv[below..]);
+        products.accumulate_keys(ds, q, &mut self.dk[below..]);
+        products.queries(ds, &self.k_channels, keys.start, &mut self.dq);
+    }
+}
+
+impl BackwardTask<'_> {
+    pub(super) fn run_bf16(&self, unit: MatrixUnit) {
+        let keys = &self.range.keys;
+        let end = keys.start + keys.len().next_multiple_of(TILE);
+        let mut state = BackwardState::new(unit, self);
+        let width = state.products.width;
+        for mut panel in self.blocks().iter().flat_map(panels) {
+            let start = panel.keys.start.max(keys.start);
+            panel.keys = start..panel.keys.end.min(end).max(start);
+            if panel.keys.is_empty() {
+                state.dq.fill(0.0);
+            } else {
+                state.accumulate(self, &panel);
+            }
+            let rows = &state.dq[..panel.queries.len() * width];
+            self.store(Grad::Q, panel.queries.start, rows, width);
+        }
+        self.store(Grad::K, keys.start, &state.dk[..keys.len() * width], width);
+        self.store(Grad::V, keys.start, &state.dv[..keys.len() * width], width);
+    }
+}

@@ -1,0 +1,146 @@
+//! Elementwise passes over a tile of scores (keys, queries): the mask, the online softmax and its
+//! backward pass.
+//!
+//! Queries lie along the vectors, so softmax runs down columns and no tile is transposed.
+
+#![allow(clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use super::KEY_BLOCK;
+use crate::ops::gemm::Element;
+use crate::ops::simd::dispatch;
+
+/// Query columns of a tile and the keys they have scores with, both counted from the segment's
+/// start.
+pub(super) struct Panel {
+    pub(super) queries: Range<usize>,
+    pub(super) keys: Range<usize>,
+    /// Elements from one key's scores to the next's.
+    pub(super) stride: usize,
+}
+
+impl Panel {
+    /// Sets the scores of keys after the query (causal mask), or `window` or more before it, to
+    /// minus infinity.
+    pub(super) fn mask(&self, window: Option<usize>, scores: &mut [f32]) {
+        let first = self.keys.start;
+        let count = self.queries.len();
+        for key in first.max(self.queries.start + 1)..self.keys.end {
+            let hidden = (key - self.queries.start).min(count);
+            scores[(key - first) * self.stride..][..hidden].fill(f32::NEG_INFINITY);
+        }
+        let Some(window) = window else { return };
+        let end = self.queries.end.saturating_sub(window);
+        for key in first..self.keys.end.min(end) {
+            let visible = (key + window).saturating_sub(self.queries.start);
+            scores[(key - first) * self.stride..][visible..count].fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// Calls `$name::<LANES>` with the number of lanes as a constant.
+macro_rules! by_lanes {
+    ($lanes:expr, $name:ident($($argument:expr),*)) => {
+        match $lanes {
+            8 => $name::<8>($($argument),*),
+            16 => $name::<16>($($argument),*),
+            _ => $name::<32>($($argument),*),
+        }
+    };
+}
+pub(super) use by_lanes;
+
+/// One online-softmax update (Milakov and Gimelshein 2018) of `L` queries by the scores of one key
+/// block, keys `stride` apart.
+///
+/// scores -> exp(scale (score - max)), not yet divided by the sum. `max` and `sum` are running
+/// values, from `f32::MIN` and zero on; what was accumulated with the previous maximum is to be
+/// multiplied by `rescale`.
+pub(super) fn online_softmax<const L: usize>(
+    scores: &mut [f32],
+    stride: usize,
+    scale: f32,
+    max: &mut [f32],
+    sum: &mut [f32],
+    rescale: &mut [f32],
+) {
+    dispatch(
+        #[inline(always)]
+        |cpu| {
+            let (mut largest, mut total) = ([0.0f32; L], [0.0f32; L]);
+            largest.copy_from_slice(&max[..L]);
+            total.copy_from_slice(&sum[..L]);
+            for scores in scores.chunks(stride) {
+                let scores = &scores[..L];
+                for lane in 0..L {
+                    largest[lane] = if scores[lane] > largest[lane] {
+                        scores[lane]
+                    } else {
+                        largest[lane]
+                    };
+                }
+            }
+            for lane in 0..L {
+                rescale[lane] = cpu.exp(scale * (max[lane] - largest[lane]));
+                total[lane] *= rescale[lane];
+            }
+            for scores in scores.chunks_mut(KEY_BLOCK * stride) {
+                let mut partial = [0.0f32; L];
+                for scores in scores.chunks_mut(stride) {
+                    let scores = &mut scores[..L];
+                    for lane in 0..L {
+                        scores[lane] = cpu.exp(scale * (scores[lane] - largest[lane]));
+                        partial[lane] += scores[lane];
+                    }
+                }
+                for lane in 0..L {
+                    total[lane] += partial[lane];
+                }
+            }
+            max[..L].copy_from_slice(&largest);
+            sum[..L].copy_from_slice(&total);
+        },
+    );
+}
+
+/// Scores and dP -> P = exp(scale score - lse) and dS = scale P (dP - delta), in place, of `L`
+/// queries, keys `stride` apart.
+pub(super) fn softmax_backward<const L: usize>(
+    scores: &mut [f32],
+    dp: &mut [f32],
+    stride: usize,
+    scale: f32,
+    lse: &[f32],
+    delta: &[f32],
+) {
+    let (mut lses, mut deltas) = ([0.0; L], [0.0; L]);
+    lses[..lse.len()].copy_from_slice(lse);
+    deltas[..delta.len()].copy_from_slice(delta);
+    dispatch(
+        #[inline(always)]
+        |cpu| {
+            for (p, ds) in scores.chunks_mut(stride).zip(dp.chunks_mut(stride)) {
+                let (p, ds) = (&mut p[..L], &mut ds[..L]);
+                for lane in 0..L {
+                    p[lane] = cpu.exp(scale * p[lane] - lses[lane]);
+                    ds[lane] = p[lane] * (ds[lane] - deltas[lane]) * scale;
+                }
+            }
+        },
+    );
+}
+
+/// out = factor x.
+pub(super) fn scale_into<O: Element>(out: &mut [O], x: &[f32], factor: f32) {
+    let n = out.len();
+    dispatch(
+        #[inline(always)]
+        |_| {
+            let (out, x) = (&mut out[..n], &x[..n]);
+            for i in 0..n {
+                out[i] = O::cast(x[i] * factor);
+            }
+        },
+    );
+}
