@@ -1,14 +1,29 @@
-//! Cost functions against hand counts and against torch's FlopCounterMode. That a running op counts its cost, and issues just those
-//! products, is part of every proof (`Pair::run`).
+//! Cost functions against hand counts and torch's FlopCounterMode. `Pair::run` checks that a
+//! running op counts its cost and issues just those products.
 
 use serde_json::Value;
 
 use super::super::{
     Attention, LinearShape, LmHeadShape, attention_backward_cost, attention_forward_cost,
 };
+use super::attention;
 use crate::work::{Precision::F32, Work};
 
-/// Query-key pairs of one head, by hand from blocks of 64 query rows: rows x keys from the first row's first key to the block's end.
+/// A frozen layer without a bias or an adapter.
+fn linear(tokens: usize, in_features: usize, out_features: usize) -> LinearShape {
+    LinearShape {
+        tokens,
+        in_features,
+        out_features,
+        r: None,
+        bias: false,
+        trained: false,
+        dropout: false,
+    }
+}
+
+/// Query-key pairs of one head, by hand from blocks of 64 query rows: rows x keys from the first
+/// row's first key to the block's end.
 ///
 /// | T | no window | window 16 |
 /// |---|---|---|
@@ -27,58 +42,39 @@ fn attention_costs_its_blocks() {
     for (length, all, near) in pairs {
         for (window, pairs) in [(None, all), (Some(16), near)] {
             let attention = Attention {
-                heads: 6,
-                kv_heads: 2,
-                head_dim: 5,
                 window,
+                ..attention(6, 2, 5)
             };
-            // Forward q k^T and p v, backward q k^T, dy v^T, ds k, ds^T q, p^T dy; 2 * D FLOPs a pair, in each query head.
-            assert_eq!(
-                attention_forward_cost(&attention, &[length]).flops(),
-                6 * 2 * 2 * 5 * pairs,
-                "T {length} {window:?}"
-            );
-            assert_eq!(
-                attention_backward_cost(&attention, &[length]).flops(),
-                6 * 5 * 2 * 5 * pairs,
-                "T {length} {window:?}"
-            );
-            let (one, three) = (
-                attention_forward_cost(&attention, &[length]),
-                attention_forward_cost(&attention, &[length; 3]),
-            );
-            assert_eq!(three.flops(), 3 * one.flops(), "segments add up");
+            // Forward q k^T and p v, backward q k^T, dy v^T, ds k, ds^T q, p^T dy; 2 * D FLOPs a
+            // pair, in each query head.
+            let forward = |lengths: &[usize]| attention_forward_cost(&attention, lengths).flops();
+            let backward = attention_backward_cost(&attention, &[length]).flops();
+            let one = forward(&[length]);
+            assert_eq!(one, 6 * 2 * 2 * 5 * pairs, "T {length} {window:?}");
+            assert_eq!(backward, 6 * 5 * 2 * 5 * pairs, "T {length} {window:?}");
+            assert_eq!(forward(&[length; 3]), 3 * one, "segments add up");
             let square = 6 * 2 * 2 * 5 * (length * length) as u64;
-            assert!(
-                one.flops() <= square && (one.flops() == square) == (length <= 64),
-                "never beyond the square"
-            );
+            let within = one <= square && (one == square) == (length <= 64);
+            assert!(within, "never beyond the square");
         }
     }
 }
 
-/// T 2, D 3, one head: (queries, keys, D) for scores, again for the scores and dP of the backward pass; (queries, D, keys) for a mix.
+/// T 2, D 3, one head: (queries, keys, D) for scores, again for the scores and dP of the backward
+/// pass; (queries, D, keys) for P V.
 #[test]
 fn attention_costs_products_of_their_shapes() {
-    let attention = Attention {
-        heads: 1,
-        kv_heads: 1,
-        head_dim: 3,
-        window: None,
-    };
+    let attention = attention(1, 1, 3);
     let shapes = |work: Work| {
-        work.iter_products()
+        let products = work.iter_products();
+        products
             .map(|(p, count)| ((p.m, p.n, p.k), count))
             .collect::<Vec<_>>()
     };
-    assert_eq!(
-        shapes(attention_forward_cost(&attention, &[2])),
-        [((2, 2, 3), 1), ((2, 3, 2), 1)]
-    );
-    assert_eq!(
-        shapes(attention_backward_cost(&attention, &[2])),
-        [((2, 2, 3), 2), ((2, 3, 2), 3)]
-    );
+    let forward = shapes(attention_forward_cost(&attention, &[2]));
+    assert_eq!(forward, [((2, 2, 3), 1), ((2, 3, 2), 1)]);
+    let backward = shapes(attention_backward_cost(&attention, &[2]));
+    assert_eq!(backward, [((2, 2, 3), 2), ((2, 3, 2), 3)]);
 }
 
 /// N 3, in 5, out 7, r 2: 2mnk of each product.
@@ -86,33 +82,19 @@ fn attention_costs_products_of_their_shapes() {
 fn a_linear_layer_costs_its_products() {
     let (w, a, b) = (2 * 3 * 5 * 7, 2 * 3 * 5 * 2, 2 * 3 * 2 * 7);
     let plain = LinearShape {
-        tokens: 3,
-        in_features: 5,
-        out_features: 7,
-        r: None,
         bias: true,
-        trained: false,
-        dropout: false,
+        ..linear(3, 5, 7)
+    };
+    let backward = |shape: &LinearShape| {
+        [true, false].map(|input_gradient| shape.backward_cost(F32, input_gradient).flops())
     };
     assert_eq!(plain.forward_cost(F32).flops(), w);
-    assert_eq!(
-        (
-            plain.backward_cost(F32, true).flops(),
-            plain.backward_cost(F32, false).flops()
-        ),
-        (w, 0)
-    );
+    assert_eq!(backward(&plain), [w, 0]);
     let trained = LinearShape {
         trained: true,
         ..plain
     };
-    assert_eq!(
-        (
-            trained.backward_cost(F32, true).flops(),
-            trained.backward_cost(F32, false).flops()
-        ),
-        (2 * w, w)
-    );
+    assert_eq!(backward(&trained), [2 * w, w]);
     let lora = LinearShape {
         r: Some(2),
         dropout: true,
@@ -120,103 +102,99 @@ fn a_linear_layer_costs_its_products() {
     };
     assert_eq!(lora.forward_cost(F32).flops(), w + a + b);
     // dy B, dB and dA always; W's and A's share of dx where it is wanted.
-    assert_eq!(lora.backward_cost(F32, false).flops(), 2 * b + a);
-    assert_eq!(lora.backward_cost(F32, true).flops(), 2 * b + a + w + a);
+    assert_eq!(backward(&lora), [2 * b + a + w + a, 2 * b + a]);
 }
 
-/// One LoRA step of a model, from our costs alone, is torch's count to the last FLOP: T = 64 is one block, so that the attention's
-/// blocks are torch's square, and torch's fused attention computes the scores again in its backward pass as ours does.
+/// One LoRA step of a model, from our costs alone, is torch's count to the last FLOP: T = 64 is one
+/// block, so that the attention's blocks are torch's square, and torch's fused attention computes
+/// the scores again in its backward pass as ours does.
 #[test]
 fn a_step_costs_what_torch_counts() {
     let text = include_str!("../../../tests/golden/torch_flops.json");
     let torch: Value = serde_json::from_str(text).unwrap();
     for name in ["gqa", "tinystories"] {
-        let size = |key: &str| torch[name]["shape"][key].as_u64().unwrap() as usize;
-        let of = |path: &str| torch[name].pointer(path).unwrap().as_i64().unwrap();
-        let (hidden, inner, layers, r) = (
-            size("hidden_size"),
-            size("intermediate_size"),
-            size("num_hidden_layers") as i64,
-            size("r"),
-        );
-        let (heads, kv_heads, head_dim) = (
-            size("num_attention_heads"),
-            size("num_key_value_heads"),
-            size("head_dim"),
-        );
-        let (tokens, segments) = (
-            size("batch") * size("length"),
-            vec![size("length"); size("batch")],
-        );
-        let site = |in_features, out_features| LinearShape {
-            tokens,
-            in_features,
-            out_features,
-            r: Some(r),
-            bias: false,
-            trained: false,
-            dropout: false,
-        };
-        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        let first = [site(hidden, q), site(hidden, kv), site(hidden, kv)];
-        let rest = [
-            site(q, hidden),
-            site(hidden, inner),
-            site(hidden, inner),
-            site(inner, hidden),
-        ];
-        let sum = |sites: &[LinearShape], f: &dyn Fn(&LinearShape) -> u64| {
-            sites.iter().map(f).sum::<u64>() as i64
-        };
-        let forward = |s: &LinearShape| s.forward_cost(F32).flops();
-        let backward = |s: &LinearShape| s.backward_cost(F32, true).flops();
-        let linear_forward = layers * (sum(&first, &forward) + sum(&rest, &forward));
-        let linear_backward = layers * (sum(&first, &backward) + sum(&rest, &backward));
-        let form = |key: &str| of(&format!("/sdpa/closed_form/{key}"));
-        assert_eq!(
-            linear_forward,
-            form("base_linear_forward") + form("lora_forward"),
-            "{name}"
-        );
-        assert_eq!(
-            linear_backward,
-            form("base_linear_dx") + form("lora_dx") + form("lora_dw"),
-            "{name}"
-        );
-        let unneeded =
-            sum(&first, &|s| s.backward_cost(F32, false).flops()) - sum(&first, &backward);
-        assert_eq!(unneeded, form("layer0_dx_not_needed"), "{name}");
-        let attention = Attention {
-            heads,
-            kv_heads,
-            head_dim,
-            window: None,
-        };
-        let (into, back) = (
-            attention_forward_cost(&attention, &segments),
-            attention_backward_cost(&attention, &segments),
-        );
-        let (into, back) = (layers * into.flops() as i64, layers * back.flops() as i64);
-        assert_eq!(
-            (into, back),
-            (
-                form("attention_square_forward"),
-                form("attention_square_backward")
-            ),
-            "{name}"
-        );
-        let head = LmHeadShape {
-            loss_tokens: tokens,
-            hidden,
-            vocab: size("vocab_size"),
-            trained: false,
-        };
-        let head = head.backward_cost(F32, true).flops() as i64;
-        assert_eq!(head, form("lm_head_forward") + form("lm_head_dx"), "{name}");
-        assert_eq!(
-            linear_forward + linear_backward + unneeded + into + back + head,
-            of("/sdpa/total"),
-            "{name}"
-        );
+        check_step(name, &Torch(&torch[name]));
     }
+}
+
+/// Torch's counts of one step of a model.
+struct Torch<'a>(&'a Value);
+
+impl Torch<'_> {
+    fn size(&self, key: &str) -> usize {
+        self.0["shape"][key].as_u64().unwrap() as usize
+    }
+
+    /// The sum of these terms of its closed form.
+    fn flops(&self, terms: &[&str]) -> i64 {
+        let form = &self.0["sdpa"]["closed_form"];
+        terms.iter().map(|term| form[*term].as_i64().unwrap()).sum()
+    }
+}
+
+fn check_step(name: &str, torch: &Torch<'_>) {
+    let (hidden, inner) = (torch.size("hidden_size"), torch.size("intermediate_size"));
+    let (layers, length) = (torch.size("num_hidden_layers") as i64, torch.size("length"));
+    let (heads, kv_heads) = (
+        torch.size("num_attention_heads"),
+        torch.size("num_key_value_heads"),
+    );
+    let head_dim = torch.size("head_dim");
+    let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+    let segments = vec![length; torch.size("batch")];
+    let site = |in_features, out_features| LinearShape {
+        r: Some(torch.size("r")),
+        ..linear(segments.len() * length, in_features, out_features)
+    };
+    let qkv = [site(hidden, q), site(hidden, kv), site(hidden, kv)];
+    let rest = [
+        (q, hidden),
+        (hidden, inner),
+        (hidden, inner),
+        (inner, hidden),
+    ];
+    let all = [&qkv[..], &rest.map(|(i, o)| site(i, o))].concat();
+    let sum = |sites: &[LinearShape], cost: &dyn Fn(&LinearShape) -> Work| -> i64 {
+        sites.iter().map(|site| cost(site).flops() as i64).sum()
+    };
+    let backward = |site: &LinearShape| site.backward_cost(F32, true);
+    let without_dx = |site: &LinearShape| site.backward_cost(F32, false);
+    let attention = attention(heads, kv_heads, head_dim);
+    let head = LmHeadShape {
+        loss_tokens: segments.len() * length,
+        hidden,
+        vocab: torch.size("vocab_size"),
+        trained: false,
+    };
+    let counts: [(i64, &[&str]); 6] = [
+        (
+            layers * sum(&all, &|site| site.forward_cost(F32)),
+            &["base_linear_forward", "lora_forward"],
+        ),
+        (
+            layers * sum(&all, &backward),
+            &["base_linear_dx", "lora_dx", "lora_dw"],
+        ),
+        (
+            sum(&qkv, &without_dx) - sum(&qkv, &backward),
+            &["layer0_dx_not_needed"],
+        ),
+        (
+            layers * attention_forward_cost(&attention, &segments).flops() as i64,
+            &["attention_square_forward"],
+        ),
+        (
+            layers * attention_backward_cost(&attention, &segments).flops() as i64,
+            &["attention_square_backward"],
+        ),
+        (
+            head.backward_cost(F32, true).flops() as i64,
+            &["lm_head_forward", "lm_head_dx"],
+        ),
+    ];
+    for (ours, terms) in counts {
+        assert_eq!(ours, torch.flops(terms), "{name}, {terms:?}");
+    }
+    let total: i64 = counts.iter().map(|(ours, _)| ours).sum();
+    assert_eq!(Some(total), torch.0["sdpa"]["total"].as_i64(), "{name}");
 }

@@ -4,7 +4,7 @@ use candle_core::Device;
 use half::bf16;
 use proptest::prelude::*;
 
-use super::{cases, flat, mask, of, on, random, uniform, within};
+use super::{cases, flat, mask, on, random, tensor, uniform, within};
 use crate::ops::DropoutMask;
 
 /// u < p is dropped, u = p is kept; what is kept grows by 1 / (1 - p), so that the mean stays.
@@ -43,7 +43,7 @@ proptest! {
         for threads in [1, 3] {
             let (masked, narrow, added) = on(threads, || {
                 let mask = mask(seed, (rows, columns), p);
-                let tensor = of(&x, &[rows, columns]);
+                let tensor = tensor(&x, &[rows, columns]);
                 let mut added = sum.clone();
                 mask.add_masked(&x, &mut added);
                 (mask.apply(&tensor).unwrap(), mask.apply(&tensor.to_dtype(candle_core::DType::BF16).unwrap()).unwrap(), added)

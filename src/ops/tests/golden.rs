@@ -1,15 +1,16 @@
-//! PyTorch's figures, made by `scripts/ops_reference.py` in f64: forward and backward to 1e-5 of a tensor's largest number, every way.
+//! PyTorch's values, made by `scripts/ops_reference.py` in f64: forward and backward to 1e-5 of a
+//! tensor's largest magnitude, by every implementation.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
-use super::super::swiglu::{swiglu, swiglu_backward};
 use super::super::{
-    AdamW, Attention, Gradients, LmHead, Parameters, RmsNorm, Rope, RopeScaling, Segments, Weight,
+    AdamW, Attention, Gradients, LmHead, RmsNorm, Rope, RopeScaling, Segments, Weight, swiglu,
+    swiglu_backward,
 };
-use super::{flat, for_each_path, within};
+use super::{flat, for_each_path, parameters, trained, within};
 
 struct Golden(HashMap<String, Tensor>);
 
@@ -26,24 +27,16 @@ impl Golden {
     }
 
     fn sizes(&self, name: &str) -> Vec<usize> {
-        self.0[name]
-            .to_vec1::<i64>()
-            .unwrap()
-            .into_iter()
-            .map(|n| n as usize)
-            .collect()
+        let sizes = self.0[name].to_vec1::<i64>().unwrap();
+        sizes.into_iter().map(|n| n as usize).collect()
     }
 
     /// `name` as the only trained tensor.
     fn trained(&self, name: &str) -> Weight {
-        let (shape, values) = (self.0[name].dims().to_vec(), flat(&self.0[name]));
-        Parameters::new(vec![(name.into(), shape, values)], &Device::Cpu)
-            .unwrap()
-            .weight(0)
-            .unwrap()
+        trained(&self.0[name])
     }
 
-    fn holds(&self, name: &str, got: &Tensor) {
+    fn check(&self, name: &str, got: &Tensor) {
         let want = &self.0[name];
         let largest = flat(want).into_iter().fold(0.0f32, |a, b| a.max(b.abs()));
         within(name, got, want, 1e-5 * largest);
@@ -69,7 +62,7 @@ fn attention_with_groups_window_and_segments() {
             .unwrap();
         [("y", y), ("dq", dq), ("dk", dk), ("dv", dv)]
             .iter()
-            .for_each(|(name, x)| golden.holds(name, x));
+            .for_each(|(name, x)| golden.check(name, x));
     });
 }
 
@@ -83,14 +76,10 @@ fn rms_norm() {
     for_each_path(|context| {
         let mut gradients = Gradients::new(1);
         let (y, saved) = norm.forward(context, &golden.get("x")).unwrap();
-        golden.holds("y", &y);
-        golden.holds(
-            "dx",
-            &norm
-                .backward(context, &golden.get("dy"), &saved, None, &mut gradients)
-                .unwrap(),
-        );
-        golden.holds("dweight", gradients.get(0).unwrap());
+        golden.check("y", &y);
+        let dx = norm.backward(context, &golden.get("dy"), &saved, None, &mut gradients);
+        golden.check("dx", &dx.unwrap());
+        golden.check("dweight", gradients.get(0).unwrap());
     });
 }
 
@@ -100,10 +89,10 @@ fn swiglu_and_its_gradients() {
     let (gate, up) = (golden.get("gate"), golden.get("up"));
     for_each_path(|context| {
         let (y, saved) = swiglu(context, &gate, &up).unwrap();
-        golden.holds("y", &y);
+        golden.check("y", &y);
         let (dgate, dup) = swiglu_backward(context, &golden.get("dy"), &saved).unwrap();
-        golden.holds("dgate", &dgate);
-        golden.holds("dup", &dup);
+        golden.check("dgate", &dgate);
+        golden.check("dup", &dup);
     });
 }
 
@@ -113,28 +102,24 @@ fn cross_entropy() {
     let head = LmHead {
         weight: golden.trained("weight"),
     };
-    let targets: Vec<u32> = golden
-        .sizes("targets")
-        .into_iter()
-        .map(|t| t as u32)
-        .collect();
+    let targets = golden.sizes("targets");
+    let targets: Vec<u32> = targets.into_iter().map(|t| t as u32).collect();
     for_each_path(|context| {
         let mut gradients = Gradients::new(1);
         let h = golden.get("h");
         let (losses, dh) = head
             .forward_backward(context, &h, &targets, 0.3, true, &mut gradients)
             .unwrap();
-        golden.holds("losses", &Tensor::new(losses, &Device::Cpu).unwrap());
-        golden.holds(
-            "losses",
-            &Tensor::new(head.forward(context, &h, &targets).unwrap(), &Device::Cpu).unwrap(),
-        );
-        golden.holds("dh", &dh.unwrap());
-        golden.holds("dweight", gradients.get(0).unwrap());
+        for losses in [losses, head.forward(context, &h, &targets).unwrap()] {
+            golden.check("losses", &Tensor::new(losses, &Device::Cpu).unwrap());
+        }
+        golden.check("dh", &dh.unwrap());
+        golden.check("dweight", gradients.get(0).unwrap());
     });
 }
 
-/// The settings are those of the script. YaRN's attention factor is its default, 0.1 ln(factor) + 1 (Peng et al. 2023, section 3.4).
+/// The settings are those of the script. YaRN's attention factor is its default, 0.1 ln(factor) + 1
+/// (Peng et al. 2023, section 3.4).
 #[test]
 fn rope_with_every_scaling() {
     let yarn = RopeScaling::Yarn {
@@ -145,27 +130,22 @@ fn rope_with_every_scaling() {
         original: 64,
         truncate: true,
     };
+    let linear = RopeScaling::Linear { factor: 4.0 };
+    let dynamic = RopeScaling::Dynamic {
+        factor: 4.0,
+        original: 32,
+    };
+    let llama3 = RopeScaling::Llama3 {
+        factor: 8.0,
+        low: 1.0,
+        high: 4.0,
+        original: 64,
+    };
     let cases = [
         ("default", 10_000.0, RopeScaling::None),
-        ("linear", 10_000.0, RopeScaling::Linear { factor: 4.0 }),
-        (
-            "dynamic",
-            10_000.0,
-            RopeScaling::Dynamic {
-                factor: 4.0,
-                original: 32,
-            },
-        ),
-        (
-            "llama3",
-            500_000.0,
-            RopeScaling::Llama3 {
-                factor: 8.0,
-                low: 1.0,
-                high: 4.0,
-                original: 64,
-            },
-        ),
+        ("linear", 10_000.0, linear),
+        ("dynamic", 10_000.0, dynamic),
+        ("llama3", 500_000.0, llama3),
         ("yarn", 10_000.0, yarn),
     ];
     for (name, theta, scaling) in cases {
@@ -179,8 +159,8 @@ fn rope_with_every_scaling() {
             .tables(&Segments::from_lengths([70]), &Device::Cpu)
             .unwrap();
         for_each_path(|context| {
-            golden.holds("y", &tables.forward(context, &golden.get("x")).unwrap());
-            golden.holds("dx", &tables.backward(context, &golden.get("dy")).unwrap());
+            golden.check("y", &tables.forward(context, &golden.get("x")).unwrap());
+            golden.check("dx", &tables.backward(context, &golden.get("dy")).unwrap());
         });
     }
 }
@@ -202,20 +182,15 @@ fn adamw_with_decay_and_clipping() {
         "both sides of the limit"
     );
     for_each_path(|context| {
-        let values = flat(&golden.get("values"));
-        let parameters =
-            Parameters::new(vec![("w".into(), vec![values.len()], values)], &Device::Cpu).unwrap();
+        let parameters = parameters([("w", &golden.get("values"))]);
         for (i, norm) in norms.iter().enumerate() {
-            let gradient = gradients.get(i).unwrap();
+            let (gradient, step) = (gradients.get(i).unwrap(), i as u64 + 1);
             let ours = adamw
-                .step(context, &parameters, &gradient, 0.02, i as u64 + 1)
+                .step(context, &parameters, &gradient, 0.02, step)
                 .unwrap() as f32;
             assert!((ours - norm).abs() <= 1e-6 * norm, "{ours} is not {norm}");
-            let (got, want) = (
-                Tensor::new(parameters.values(0).unwrap(), &Device::Cpu).unwrap(),
-                after.get(i).unwrap(),
-            );
-            within("values", &got, &want, 1e-5);
+            let got = Tensor::new(parameters.values(0).unwrap(), &Device::Cpu).unwrap();
+            within("values", &got, &after.get(i).unwrap(), 1e-5);
         }
     });
 }

@@ -4,40 +4,33 @@ use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
 use super::super::{Context, Rope, RopeScaling, RopeTables, Segments};
-use super::{Pair, cases, close, flat, of, random};
+use super::{Pair, cases, close, flat, for_each_path, random, tensor};
+use crate::error::Result;
 use crate::work::{Precision, WorkCounter};
 
-/// Channel i and i + D/2 as the complex number x_i + i x_(i + D/2), turned by position * frequency. `frequency`: of a pair, in a
-/// segment of a length.
+/// Channel i and i + D/2 as the complex number x_i + i x_(i + D/2), rotated by position *
+/// frequency. `frequency`: of a pair, in a segment of a length.
 fn naive(
     x: &Tensor,
     lengths: &[usize],
     head_dim: usize,
     frequency: impl Fn(usize, usize) -> f64,
-) -> Tensor {
-    let (n, c) = x.dims2().unwrap();
+) -> candle_core::Result<Tensor> {
+    let (n, c) = x.dims2()?;
     let half = head_dim / 2;
-    let at = |length: &usize| (0..*length).map(|p| (p, *length)).collect::<Vec<_>>();
-    let angles = lengths.iter().flat_map(at).flat_map(|(p, length)| {
-        let frequency = &frequency;
-        (0..half).map(move |i| p as f64 * frequency(i, length))
-    });
-    let angles = Tensor::from_vec(angles.collect(), (n, 1, half), &Device::Cpu).unwrap();
-    let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
-    let x = x.reshape((n, c / head_dim, head_dim)).unwrap();
-    let (re, im) = (
-        x.narrow(2, 0, half).unwrap(),
-        x.narrow(2, half, half).unwrap(),
-    );
-    let turned = |a: &Tensor, b: &Tensor| {
-        (
-            a.broadcast_mul(&cos).unwrap(),
-            b.broadcast_mul(&sin).unwrap(),
-        )
-    };
-    let ((re_cos, im_sin), (im_cos, re_sin)) = (turned(&re, &im), turned(&im, &re));
-    let y = Tensor::cat(&[(re_cos - im_sin).unwrap(), (im_cos + re_sin).unwrap()], 2).unwrap();
-    y.reshape((n, c)).unwrap()
+    let mut angles = Vec::new();
+    for &length in lengths {
+        for position in 0..length {
+            angles.extend((0..half).map(|i| position as f64 * frequency(i, length)));
+        }
+    }
+    let angles = Tensor::from_vec(angles, (n, 1, half), &Device::Cpu)?;
+    let (cos, sin) = (angles.cos()?, angles.sin()?);
+    let x = x.reshape((n, c / head_dim, head_dim))?;
+    let (re, im) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let real = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
+    let imaginary = (im.broadcast_mul(&cos)? + re.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[real, imaginary], 2)?.reshape((n, c))
 }
 
 fn prove(
@@ -47,19 +40,15 @@ fn prove(
     seed: u64,
     frequency: impl Fn(usize, usize) -> f64 + Sync,
 ) {
-    let tables = rope
-        .tables(
-            &Segments::from_lengths(lengths.iter().copied()),
-            &Device::Cpu,
-        )
-        .unwrap();
+    let segments = Segments::from_lengths(lengths.iter().copied());
+    let tables = rope.tables(&segments, &Device::Cpu).unwrap();
     let shape = [lengths.iter().sum(), heads * rope.head_dim];
     Pair {
         inputs: &[random(seed, &shape)],
         dy: &random(seed ^ 1, &shape),
         op: |context: Context<'_>, x: &[Tensor], dy: &Tensor| {
-            let y = tables.forward(context, &x[0]).unwrap();
-            (y, vec![Some(tables.backward(context, dy).unwrap())])
+            let y = tables.forward(context, &x[0])?;
+            Ok((y, vec![Some(tables.backward(context, dy)?)]))
         },
         naive: |x: &[Tensor]| naive(&x[0], lengths, rope.head_dim, &frequency),
         cost: RopeTables::cost(shape[0], shape[1]).times(2),
@@ -85,7 +74,8 @@ proptest! {
         let rope = Rope { scaling: RopeScaling::Linear { factor: 4.0 }, ..rope };
         prove(&rope, &lengths, heads, seed, |i, _| plain(i, theta) / 4.0);
         if half > 1 {
-            // base' = base * (factor * length / original - (factor - 1)) ^ (D / (D - 2)) beyond the original length.
+            // base' = base * (factor * length / original - (factor - 1)) ^ (D / (D - 2)) beyond the
+            // original length.
             let rope = Rope { scaling: RopeScaling::Dynamic { factor: 3.0, original: 20 }, ..rope };
             prove(&rope, &lengths, heads, seed, |i, length| {
                 let stretch = if length > 20 { 3.0 * length as f64 / 20.0 - 2.0 } else { 1.0 };
@@ -95,68 +85,59 @@ proptest! {
     }
 }
 
-/// Frequencies of Llama 3.1's rule, theta 2^16, D = 8: 2^0, 2^-4, 2^-8, 2^-12; wavelengths 6.28, 100.5, 1608, 25736.
-/// With original 256, low 1, high 4: below 64 kept, above 256 divided by 8, and at 100.5 a share of
-/// (256 / 100.53 - 1) / 3 = 0.515493 kept: 2^-4 * (0.515493 + 0.484507 / 8) = 2^-4 * 0.576056.
+/// D = 8, theta 2^16: frequencies 2^0, 2^-4, 2^-8, 2^-12 before scaling.
+fn scaled(scaling: RopeScaling) -> Rope {
+    Rope {
+        head_dim: 8,
+        theta: 65536.0,
+        scaling,
+    }
+}
+
+/// Frequencies of Llama 3.1's rule: wavelengths 6.28, 100.5, 1608, 25736. With original 256, low 1,
+/// high 4: below 64 unchanged, above 256 divided by 8, and at 100.5 a share of (256 / 100.53 - 1) /
+/// 3 = 0.515493 unchanged: 2^-4 * (0.515493 + 0.484507 / 8) = 2^-4 * 0.576056.
 #[test]
 fn llama3_has_three_zones() {
-    let scaling = RopeScaling::Llama3 {
+    let rope = scaled(RopeScaling::Llama3 {
         factor: 8.0,
         low: 1.0,
         high: 4.0,
         original: 256,
-    };
-    let rope = Rope {
-        head_dim: 8,
-        theta: 65536.0,
-        scaling,
-    };
+    });
     let frequencies = [1.0, 0.576056 / 16.0, 1.0 / 256.0 / 8.0, 1.0 / 4096.0 / 8.0];
     prove(&rope, &[3, 2], 1, 5, |i, _| frequencies[i]);
 }
 
-/// YaRN, theta 2^16, D = 8, original 256: pair(rotations) = 8 ln(256 / (2 pi rotations)) / (2 ln 65536); pair(32) = 0.0871,
-/// pair(1) = 1.3371. Rounded to 0 and 2: the ramp is 0, 1/2, 1, 1. Not rounded: 0, (1 - 0.0871) / 1.25 = 0.730299, 1, 1. cos and sin times 1.25.
+/// YaRN with original 256: pair(rotations) = 8 ln(256 / (2 pi rotations)) / (2 ln 65536); pair(32)
+/// = 0.0871, pair(1) = 1.3371. Rounded to 0 and 2: the ramp is 0, 1/2, 1, 1. Not rounded: 0, (1 -
+/// 0.0871) / 1.25 = 0.730299, 1, 1. cos and sin times 1.25.
 #[test]
-fn yarn_ramps_over_dimensions() {
+fn yarn_ramps_over_dimensions() -> Result<()> {
     for (truncate, share) in [(true, 0.5), (false, 0.730299)] {
-        let scaling = RopeScaling::Yarn {
+        let rope = scaled(RopeScaling::Yarn {
             factor: 4.0,
             beta_fast: 32.0,
             beta_slow: 1.0,
             attention_factor: 1.25,
             original: 256,
             truncate,
-        };
-        let rope = Rope {
-            head_dim: 8,
-            theta: 65536.0,
-            scaling,
-        };
-        let frequencies = [
-            1.0,
-            (share / 4.0 + 1.0 - share) / 16.0,
-            1.0 / 256.0 / 4.0,
-            1.0 / 4096.0 / 4.0,
-        ];
-        let x = random(3, &[4, 16]);
-        let counter = WorkCounter::default();
-        let context = Context::new(&counter, Precision::F32);
-        let y = rope
-            .tables(&Segments::from_lengths([4]), &Device::Cpu)
-            .unwrap()
-            .forward(context, &x)
-            .unwrap();
-        let want = naive(&x.to_dtype(DType::F64).unwrap(), &[4], 8, |i, _| {
-            frequencies[i]
         });
-        close("y", &y, &(want * 1.25).unwrap(), 16);
+        let second = (share / 4.0 + 1.0 - share) / 16.0;
+        let frequencies = [1.0, second, 1.0 / 256.0 / 4.0, 1.0 / 4096.0 / 4.0];
+        let x = random(3, &[4, 16]);
+        let tables = rope.tables(&Segments::from_lengths([4]), &Device::Cpu)?;
+        let want = naive(&x.to_dtype(DType::F64)?, &[4], 8, |i, _| frequencies[i])?;
+        let want = (want * 1.25)?;
+        for_each_path(|context| close("y", &tables.forward(context, &x).unwrap(), &want, 16));
     }
+    Ok(())
 }
 
-/// Positions restart in every segment; `tables_from` goes on where a cache ends; rotating back undoes a rotation.
+/// Positions restart in every segment; `tables_from` continues where a cache ends; rotating back
+/// undoes a rotation.
 #[test]
-fn positions_restart_and_go_on() {
+fn positions_restart_and_continue() -> Result<()> {
     let rope = Rope {
         head_dim: 4,
         theta: 100.0,
@@ -165,38 +146,22 @@ fn positions_restart_and_go_on() {
     let counter = WorkCounter::default();
     let context = Context::new(&counter, Precision::F32);
     let row = random(1, &[1, 8]);
-    let x = row.repeat((7, 1)).unwrap();
-    let tables = rope
-        .tables(&Segments::from_lengths([3, 4]), &Device::Cpu)
-        .unwrap();
-    let y = tables.forward(context, &x).unwrap();
+    let x = row.repeat((7, 1))?;
+    let tables = rope.tables(&Segments::from_lengths([3, 4]), &Device::Cpu)?;
+    let y = tables.forward(context, &x)?;
     let rows = |t: usize| flat(&y.narrow(0, t, 1).unwrap());
     assert_eq!([rows(0), rows(1), rows(2)], [rows(3), rows(4), rows(5)]);
     assert_eq!(rows(0), flat(&row));
     assert_ne!(rows(6), rows(2));
-    let later = rope
-        .tables_from(3, 1, &Device::Cpu)
-        .unwrap()
-        .forward(context, &row)
-        .unwrap();
-    assert_eq!(flat(&later), rows(6));
-    close(
-        "there and back",
-        &tables.backward(context, &y).unwrap(),
-        &x,
-        8,
-    );
-    // A quarter turn by hand: theta ^ 0 = 1, so at position p channels 0 and 2 turn by p radians.
-    let unit = of(&[1.0, 0.0, 0.0, 0.0], &[1, 4]);
-    let turned = rope
-        .tables_from(2, 1, &Device::Cpu)
-        .unwrap()
-        .forward(context, &unit)
-        .unwrap();
-    close(
-        "two radians",
-        &turned,
-        &of(&[-0.416_146_84, 0.0, 0.909_297_4, 0.0], &[1, 4]),
-        4,
-    );
+    let at = |position, x| {
+        rope.tables_from(position, 1, &Device::Cpu)?
+            .forward(context, x)
+    };
+    assert_eq!(flat(&at(3, &row)?), rows(6));
+    close("there and back", &tables.backward(context, &y)?, &x, 8);
+    // theta ^ 0 = 1, so at position p channels 0 and 2 rotate by p radians.
+    let unit = tensor(&[1.0, 0.0, 0.0, 0.0], &[1, 4]);
+    let want = tensor(&[-0.416_146_84, 0.0, 0.909_297_4, 0.0], &[1, 4]);
+    close("two radians", &at(2, &unit)?, &want, 4);
+    Ok(())
 }

@@ -1,0 +1,132 @@
+//! candle-nn as an outside oracle: its layers, loss and optimizer on the same values. (Its KV cache
+//! feeds decoding in `attention`.)
+
+use candle_core::{Device, Tensor, Var};
+use candle_nn::optim::{AdamW as CandleAdamW, Optimizer, ParamsAdamW};
+use candle_nn::{Linear as CandleLinear, Module, RmsNorm as CandleRmsNorm};
+
+use super::adamw::ADAMW;
+use super::{close, flat, for_each_path, indices, parameters, random, trained};
+use crate::error::Result;
+use crate::ops::{AdamW, Gradients, InputGradient, Linear, LmHead, RmsNorm, Weight};
+
+#[test]
+fn a_linear_layer_with_its_gradients() -> Result<()> {
+    let (x, dy) = (Var::from_tensor(&random(1, &[5, 7]))?, random(2, &[5, 3]));
+    let (w, bias) = (
+        Var::from_tensor(&random(3, &[3, 7]))?,
+        Var::from_tensor(&random(4, &[3]))?,
+    );
+    let theirs = CandleLinear::new(w.as_tensor().clone(), Some(bias.as_tensor().clone()));
+    let want = theirs.forward(&x)?;
+    let gradients = (&want * &dy)?.sum_all()?.backward()?;
+    for_each_path(|context| {
+        let slots = parameters([("w", w.as_tensor()), ("bias", bias.as_tensor())]);
+        let ours = Linear {
+            weight: slots.weight(0).unwrap(),
+            bias: Some(slots.weight(1).unwrap()),
+            lora: None,
+        };
+        let (y, saved) = ours.forward(context, &x, None, None).unwrap();
+        let (mut got, wanted) = (Gradients::new(2), InputGradient::Compute);
+        let dx = ours.backward(context, &dy, Some(&x), &saved, wanted, &mut got);
+        close("y", &y, &want, 16);
+        close("dx", &dx.unwrap().unwrap(), gradients.get(&x).unwrap(), 16);
+        close("dw", got.get(0).unwrap(), gradients.get(&w).unwrap(), 16);
+        close(
+            "dbias",
+            got.get(1).unwrap(),
+            gradients.get(&bias).unwrap(),
+            16,
+        );
+    });
+    Ok(())
+}
+
+#[test]
+fn rms_norm_with_its_gradients() -> Result<()> {
+    let (x, weight) = (
+        Var::from_tensor(&random(1, &[5, 7]))?,
+        Var::from_tensor(&random(2, &[7]))?,
+    );
+    let dy = random(3, &[5, 7]);
+    let want = CandleRmsNorm::new(weight.as_tensor().clone(), 1e-5).forward_diff(&x)?;
+    let gradients = (&want * &dy)?.sum_all()?.backward()?;
+    for_each_path(|context| {
+        let weight_slot = trained(weight.as_tensor());
+        let ours = RmsNorm {
+            weight: weight_slot,
+            eps: 1e-5,
+        };
+        let (y, saved) = ours.forward(context, &x).unwrap();
+        let mut got = Gradients::new(1);
+        let dx = ours.backward(context, &dy, &saved, None, &mut got).unwrap();
+        close("y", &y, &want, 32);
+        close("dx", &dx, gradients.get(&x).unwrap(), 64);
+        close(
+            "dweight",
+            got.get(0).unwrap(),
+            gradients.get(&weight).unwrap(),
+            32,
+        );
+    });
+    Ok(())
+}
+
+#[test]
+fn cross_entropy_with_its_gradient() -> Result<()> {
+    let (n, v) = (9, 40);
+    let (h, w) = (Var::from_tensor(&random(1, &[n, 6]))?, random(2, &[v, 6]));
+    let targets = indices(3, n, v);
+    let index = Tensor::new(&targets[..], &Device::Cpu)?;
+    let want = candle_nn::loss::cross_entropy(&h.matmul(&w.t()?)?, &index)?;
+    let gradients = want.backward()?;
+    for_each_path(|context| {
+        let head = LmHead {
+            weight: Weight::frozen(w.clone()),
+        };
+        let (scale, none) = (1.0 / n as f64, &mut Gradients::new(0));
+        let (losses, dh) = head
+            .forward_backward(context, &h, &targets, scale, true, none)
+            .unwrap();
+        let mean = Tensor::new(losses.iter().sum::<f32>() / n as f32, &Device::Cpu).unwrap();
+        close("mean loss", &mean, &want, 32);
+        close("dh", &dh.unwrap(), gradients.get(&h).unwrap(), 32);
+    });
+    Ok(())
+}
+
+/// Ten steps, on gradients handed to candle's optimizer as those of `sum(value * gradient)`.
+#[test]
+fn ten_steps_of_adamw() -> Result<()> {
+    let n = 33;
+    let start = random(1, &[n]);
+    let gradient = |step: u64| random(10 + step, &[n]);
+    let value = Var::from_tensor(&start)?;
+    let settings = ParamsAdamW {
+        lr: 0.1,
+        beta1: ADAMW.beta1,
+        beta2: ADAMW.beta2,
+        eps: ADAMW.epsilon,
+        weight_decay: ADAMW.weight_decay,
+    };
+    let mut theirs = CandleAdamW::new(vec![value.clone()], settings)?;
+    for step in 1..=10 {
+        theirs.backward_step(&(value.as_tensor() * gradient(step))?.sum_all()?)?;
+    }
+    let ours = AdamW {
+        max_grad_norm: 0.0,
+        ..ADAMW
+    };
+    for_each_path(|context| {
+        let parameters = parameters([("w", &start)]);
+        for step in 1..=10 {
+            ours.step(context, &parameters, &gradient(step), 0.1, step)
+                .unwrap();
+        }
+        let got = parameters.weight(0).unwrap().tensor;
+        assert_ne!(flat(&got), flat(&start));
+        close("values", &got, value.as_tensor(), 160);
+    });
+    Ok(())
+}
