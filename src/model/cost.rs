@@ -100,14 +100,14 @@ impl ModelShape {
     }
 
     /// The blocks that the backward pass visits.
-    fn backward(&self) -> BackwardRange {
+    fn backward_range(&self) -> BackwardRange {
         let trained = self.ranks.iter().map(|ranks| ranks.any(Option::is_some));
         BackwardRange::new(trained, self.all_trained)
     }
 
     /// The number of blocks that the backward pass visits.
     pub fn backward_blocks(&self) -> usize {
-        self.backward().visited().len()
+        self.backward_range().visited().len()
     }
 
     /// Format of matrix-product inputs.
@@ -271,7 +271,7 @@ impl ModelShape {
     pub fn training(&self, segments: &[usize], loss_tokens: usize, recompute: Recompute) -> Work {
         let c = self.architecture.hidden_size;
         let n = segments.iter().sum();
-        let backward = self.backward();
+        let backward = self.backward_range();
         let visited = backward.visited();
         let mut work = self.blocks_forward(segments, loss_tokens, self.dropout);
         let head = self.head(loss_tokens);
