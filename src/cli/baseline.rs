@@ -244,8 +244,7 @@ fn published(printed: &PublishedFigures) -> Vec<(&'static str, String)> {
 
 /// "3.4 MWh", with its range where it is not exact.
 fn shown<T: Copy>(interval: Interval<T>, form: impl Fn(T) -> String) -> String {
-    let range = format::range(&interval, &form).map(|range| format!(", {range}"));
-    form(interval.central) + &range.unwrap_or_default()
+    form(interval.central) + &format::range_suffix(&interval, &form)
 }
 
 /// Large counts are grouped by thousands.

@@ -106,8 +106,6 @@ fn forecast(run: &PlannedRun) -> Rows {
     let data = &run.data;
     let training = &run.training;
     let energy = &run.energy;
-    let carbon = &run.carbon;
-    let range = |range: Option<String>| range.map(|range| format!(", {range}")).unwrap_or_default();
     let mut rows = vec![
         (
             "data",
@@ -128,9 +126,8 @@ fn forecast(run: &PlannedRun) -> Rows {
             ),
         ),
     ];
-    let interval = &run.forecast.energy_j;
-    let energy_range = range(format::range(interval, |joules| joules.to_string()));
-    rows.push(("energy", format::energy(energy.total_j) + &energy_range));
+    let range = format::range_suffix(&run.forecast.energy_j, |joules| joules.to_string());
+    rows.push(("energy", format::energy(energy.total_j) + &range));
     for (phase, joules) in &energy.by_phase {
         rows.push(("", format!("{} {joules}", format::word(phase))));
     }
@@ -141,15 +138,23 @@ fn forecast(run: &PlannedRun) -> Rows {
         });
         rows.push(("", format!("host machine not included: {share}")));
     }
-    rows.push((
+    rows.extend(cost(run));
+    rows
+}
+
+/// Emissions, money, work, device and time.
+fn cost(run: &PlannedRun) -> Rows {
+    let energy = &run.energy;
+    let carbon = &run.carbon;
+    let range = format::range_suffix(&carbon.emissions, format::carbon);
+    let mut rows = vec![(
         "emissions",
         format!(
-            "{} on the grid {}{}",
+            "{} on the grid {}{range}",
             format::carbon(carbon.emissions.central),
             carbon.grid,
-            range(format::range(&carbon.emissions, format::carbon))
         ),
-    ));
+    )];
     if let Some(cost) = &run.forecast.cost {
         let bounds = format::span(&cost.low.to_string(), &cost.high.to_string());
         rows.push(("cost", format!("{}, range {bounds}", cost.central)));
@@ -197,8 +202,7 @@ fn baseline(baseline: &Baseline) -> (&'static str, String) {
     let energy = baseline.energy.map(|energy| energy.central);
     let energy = format::or_unknown(energy, |joules: Joules| joules);
     let ratio = baseline.ratio.map(|ratio| {
-        let range = format::range(&ratio, format::times);
-        let range = range.map(|range| format!(", {range}")).unwrap_or_default();
+        let range = format::range_suffix(&ratio, format::times);
         format!(" ({} times{range})", format::times(ratio.central))
     });
     let text = format!("{}: {energy}{}", baseline.name(), ratio.unwrap_or_default());

@@ -275,7 +275,7 @@ impl SensitivityTable<'_> {
         let all = (Targets::AllLinear, "all-linear".to_string());
         let choices = [
             ("targets q_proj, v_proj", named(&["q_proj", "v_proj"])),
-            ("targets the attention", named(&ATTENTION)),
+            ("attention only", named(&ATTENTION)),
             ("targets all-linear", all),
         ];
         let paths = |sites: Vec<Site>| sites.into_iter().map(|site| site.path);
@@ -371,8 +371,8 @@ impl SensitivityTable<'_> {
         let blocks = self.recipe.shape.backward_blocks();
         let own = self.recipe.recompute.count(blocks);
         let choices = [
-            (Recompute::NONE, "activations kept", "never"),
-            (Recompute::ALL, "activations computed again", "always"),
+            (Recompute::NONE, "no activation checkpointing", "never"),
+            (Recompute::ALL, "activation checkpointing", "always"),
         ];
         for (recompute, choice, value) in choices {
             if recompute.count(blocks) != own {

@@ -64,10 +64,12 @@ pub fn compare(runs: &[(String, FiniteReport)]) -> Comparison {
         .map(|(name, report)| row(name, report, meter))
         .collect();
     let mut notes = incomparable(runs);
-    let best = if notes.is_empty() { best(&rows) } else { None };
-    if !notes.is_empty() {
+    let best = if notes.is_empty() {
+        best(&rows)
+    } else {
         notes.push("runs are not ranked: their losses are not comparable".to_string());
-    }
+        None
+    };
     if meters.len() > 1 {
         let meters: Vec<String> = meters.into_iter().collect();
         notes.push(format!(
@@ -75,7 +77,18 @@ pub fn compare(runs: &[(String, FiniteReport)]) -> Comparison {
             meters.join(", ")
         ));
     }
-    notes.extend(differing(
+    notes.extend(different_bases(runs));
+    Comparison {
+        meter,
+        runs: rows,
+        best,
+        notes,
+    }
+}
+
+/// Differences of grids, device profiles and what the energy includes.
+fn different_bases(runs: &[(String, FiniteReport)]) -> Vec<String> {
+    let grids = differing(
         runs,
         "emissions are not comparable: grids or overheads differ",
         |report| {
@@ -87,29 +100,18 @@ pub fn compare(runs: &[(String, FiniteReport)]) -> Comparison {
                 carbon.grid
             ))
         },
-    ));
-    notes.extend(differing(
-        runs,
-        "the runs used different device profiles",
-        |report| Some(report.energy.device.clone()),
-    ));
+    );
+    let devices = differing(runs, "the runs used different device profiles", |report| {
+        Some(report.energy.device.clone())
+    });
     let alone: Vec<&str> = runs
         .iter()
         .filter(|(_, report)| report.energy.host_left_out.is_some())
         .map(|(name, _)| name.as_str())
         .collect();
-    if !alone.is_empty() && alone.len() < runs.len() {
-        notes.push(format!(
-            "host machine not included for {}",
-            alone.join(", ")
-        ));
-    }
-    Comparison {
-        meter,
-        runs: rows,
-        best,
-        notes,
-    }
+    let hosts = (!alone.is_empty() && alone.len() < runs.len())
+        .then(|| format!("host machine not included for {}", alone.join(", ")));
+    [grids, devices, hosts].into_iter().flatten().collect()
 }
 
 fn row(name: &str, report: &FiniteReport, meter: Meter) -> Row {

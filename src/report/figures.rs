@@ -374,8 +374,7 @@ impl Growth {
         let steps = shares.iter().map(|[step, _]| *step);
         let limit = self.limit.as_ref().map(|(limit, _)| *limit);
         let tops = [0.0, central, high].into_iter().chain(limit);
-        let range = format::range(&self.amount, self.text);
-        let range = range.map(|range| format!(", {range}")).unwrap_or_default();
+        let range = format::range_suffix(&self.amount, self.text);
         let total = format!("Total: {}{range}.", (self.text)(central));
         let rule = self.limit.map(|(limit, name)| Rule::Y(limit, name));
         let plot = Plot {

@@ -141,6 +141,12 @@ pub fn range<T: Copy>(interval: &Interval<T>, form: impl Fn(T) -> String) -> Opt
     (low != high).then(|| format!("range {}", span(&low, &high)))
 }
 
+/// ", range 2.866 to 4.298 kJ"; empty where both ends read alike.
+pub fn range_suffix<T: Copy>(interval: &Interval<T>, form: impl Fn(T) -> String) -> String {
+    let range = range(interval, form).map(|range| format!(", {range}"));
+    range.unwrap_or_default()
+}
+
 /// "2.866 to 4.298 kJ": a unit that both ends share is written once.
 pub fn span(low: &str, high: &str) -> String {
     match (low.rsplit_once(' '), high.rsplit_once(' ')) {

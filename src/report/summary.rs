@@ -134,8 +134,7 @@ fn certainty(report: &Report) -> String {
             energy.device
         ),
     };
-    let range = format::range(&energy.total, |joules| joules.to_string());
-    let range = range.map(|range| format!(", {range}")).unwrap_or_default();
+    let range = format::range_suffix(&energy.total, |joules| joules.to_string());
     let mut text = format!("Energy is {source}{range}.");
     let meters = &energy.meters;
     let others = [

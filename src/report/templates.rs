@@ -19,10 +19,9 @@ use super::format;
 use super::history::History;
 use super::sections::{Block, Section, bullets, sections};
 use super::summary::summary;
-use super::text::Table;
 use super::types::AdapterType;
 use crate::error::{Error, Kind, Result};
-use crate::units::Joules;
+use crate::units::{GramsCo2e, Joules, Seconds};
 
 static TEMPLATES: LazyLock<Environment<'static>> = LazyLock::new(environment);
 
@@ -46,6 +45,13 @@ fn environment() -> Environment<'static> {
     environment.set_syntax(syntax.expect("the default delimiters are valid"));
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_formatter(write_escaped);
+    environment.add_filter("joules", |value: f64| Joules(value).to_string());
+    environment.add_filter("watt_hours", |value: f64| format::watt_hours(Joules(value)));
+    environment.add_filter("grams", |value: f64| format::carbon(GramsCo2e(value)));
+    environment.add_filter("duration", |value: f64| format::time(Seconds(value)));
+    environment.add_filter("number", format::number);
+    environment.add_filter("count", format::count);
+    environment.add_filter("counted", format::counted);
     environment.add_filter("inline", inline);
     environment.add_filter("unbroken", unbroken);
     environment.add_filter("one_line", one_line);
@@ -84,93 +90,16 @@ pub fn to_html(name: &str, report: &FiniteReport, history: &History) -> Result<S
             title => format!("{name}: energy report"),
             name,
             summary => summary(report),
-            facts => Serde(facts(report)),
+            energy_range => format::range(&report.energy.total, |joules| joules.to_string()),
+            emissions_range => format::range(&report.carbon.emissions, format::carbon),
+            report => Serde(report),
             recorded => !timeline.points.is_empty(),
             loss => Serde(loss_figures(report, &timeline)),
             growth => Serde(growth_figures(report, &timeline)),
             sections => Serde(sections),
             figures => Serde(figures),
-            version => report.environment.version.as_str(),
         },
     )
-}
-
-/// A headline figure with a note below.
-#[derive(Serialize)]
-struct Fact {
-    name: &'static str,
-    figures: Vec<Datum>,
-    note: String,
-}
-
-/// A figure as text, with its exact value where it is known.
-#[derive(Serialize)]
-struct Datum {
-    value: Option<String>,
-    text: String,
-}
-
-impl Datum {
-    fn new(value: f64, text: String) -> Self {
-        Self {
-            value: Some(value.to_string()),
-            text,
-        }
-    }
-}
-
-fn facts(report: &FiniteReport) -> [Fact; 4] {
-    let total = report.energy.total;
-    let emissions = report.carbon.emissions;
-    let training = &report.training;
-    let plain = |joules: Joules| joules.to_string();
-    let range = format::range(&total, plain).map(|range| format!(", {range}"));
-    let loss = |loss: Option<f64>| match loss {
-        Some(loss) => Datum::new(loss, format::number(loss)),
-        None => Datum {
-            value: None,
-            text: format::UNKNOWN.to_string(),
-        },
-    };
-    let losses = match (training.val_loss_before, training.val_loss_after) {
-        (None, None) => vec![loss(None)],
-        (before, after) => vec![loss(before), loss(after)],
-    };
-    let steps = format::counted(training.steps, "step");
-    [
-        Fact {
-            name: "energy",
-            figures: vec![Datum::new(total.central.0, plain(total.central))],
-            note: format!(
-                "{}, {}{}",
-                format::watt_hours(total.central),
-                format::word(report.energy.meter),
-                range.unwrap_or_default()
-            ),
-        },
-        Fact {
-            name: "emissions",
-            figures: vec![Datum::new(
-                emissions.central.0,
-                format::carbon(emissions.central),
-            )],
-            note: format::range(&emissions, format::carbon).unwrap_or_default(),
-        },
-        Fact {
-            name: "validation loss",
-            figures: losses,
-            note: "nats per token, before and after".to_string(),
-        },
-        Fact {
-            name: "training",
-            figures: vec![Datum::new(training.steps as f64, steps)],
-            note: format!(
-                "{}, stop reason {}",
-                format::time(training.wall_s),
-                training.stop_reason
-            ),
-        },
-    ]
 }
 
 /// The page of `comparison`; `runs` in the order of its rows.
@@ -264,34 +193,13 @@ pub struct CardFacts {
 /// # Errors
 /// [`Kind::Run`] where the template fails.
 pub fn to_model_card(card: &CardFacts, report: &FiniteReport) -> Result<String> {
-    let mut hyperparameters = Table::new(&["hyperparameter", "value"]);
-    for (name, value) in &card.hyperparameters {
-        hyperparameters.row([format!("`{name}`"), value.clone()]);
-    }
-    let carbon = &report.carbon;
-    let data = &report.data;
     let context = context! {
         card => Serde(card),
+        report => Serde(report),
         lora => report.adapter.r#type == AdapterType::Lora,
-        model => report.model.id.as_str(),
         // YAML 1.1 reads `1e-5` as text: plain decimals.
-        grams => carbon.emissions.central.0.to_string(),
-        source => format!(
-            "wattune {}: {} energy, grid {} at {} gCO2e/kWh, PUE {}",
-            report.environment.version,
-            format::word(report.energy.meter),
-            carbon.grid,
-            format::number(carbon.gco2e_per_kwh.0),
-            format::number(carbon.pue.value())
-        ),
+        grams => report.carbon.emissions.central.0.to_string(),
         summary => summary(report),
-        records => format!(
-            "Trained on {} ({}, {} of them with a loss).",
-            format::counted(data.examples, "record"),
-            format::counted(data.tokens, "token"),
-            format::count(data.loss_tokens)
-        ),
-        hyperparameters => Serde(hyperparameters),
         sections => Serde(card_sections(report)),
     };
     render("model_card.md", context)

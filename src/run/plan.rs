@@ -96,7 +96,7 @@ fn planned_run(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Plann
         energy: planned_energy(prepared, kind, run),
         budget: budget_block(prepared, &total.spent(), energy),
         carbon: carbon_block(prepared, energy, total.time),
-        baselines: baseline_blocks(&baselines, prepared),
+        baselines: baseline_blocks(baselines, prepared),
         environment: machine::environment(),
         forecast: forecast_block(prepared, run, energy),
         choices: run.choices.clone(),

@@ -155,7 +155,7 @@ fn counted_baselines(run: &Ended<'_>, spent: Joules) -> Vec<Baseline> {
     };
     let subject = run.session.prepared.subject();
     let found = baselines(&subject, state.step, evaluations, &metered);
-    baseline_blocks(&found, run.session.prepared)
+    baseline_blocks(found, run.session.prepared)
 }
 
 /// Warnings of the preparation, divergence, and a validation loss that rose.
@@ -279,10 +279,10 @@ pub(super) fn data_block(prepared: &Prepared) -> types::Data {
 
 /// Each baseline with its ranges: energy by its label, emissions also by the years of the grid.
 pub(super) fn baseline_blocks(
-    found: &[crate::energy::Baseline],
+    found: Vec<crate::energy::Baseline>,
     prepared: &Prepared,
 ) -> Vec<Baseline> {
-    let block = |baseline: &crate::energy::Baseline| {
+    let block = |baseline: crate::energy::Baseline| {
         let energy = if baseline.label == Label::Measured {
             Interval::exact(baseline.energy)
         } else {
@@ -304,14 +304,14 @@ pub(super) fn baseline_blocks(
                 ..emissions
             }),
             ratio,
-            source: baseline.source.clone(),
-            assumptions: baseline.assumptions.clone(),
+            source: baseline.source,
+            assumptions: baseline.assumptions,
             val_loss_at_equal_energy: None,
             energy_to_equal_loss_j: None,
             measured: None,
         }
     };
-    found.iter().map(block).collect()
+    found.into_iter().map(block).collect()
 }
 
 fn card_facts(prepared: &Prepared) -> CardFacts {

@@ -157,7 +157,7 @@ fn the_table_marks_the_recipes_row() {
         &[
             ">  this recipe",
             "\n   rank 4",
-            "targets the attention",
+            "attention only",
             "layers 2 to 3 of 4",
             "device nvidia-t4",
             "cost",

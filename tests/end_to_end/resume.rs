@@ -206,7 +206,11 @@ fn an_interrupted_run_saves_and_goes_on() {
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130), "{name}");
         let resume_with = format!("wattune train --resume {name}");
-        let words = ["stopping and saving", "a checkpoint is saved", &resume_with];
+        let words = [
+            "finishing this step and saving",
+            "a checkpoint is saved",
+            &resume_with,
+        ];
         says(&String::from_utf8(output.stderr).unwrap(), &words);
         let report: Value =
             serde_json::from_slice(&lab.read(&format!("{name}/report.json"))).unwrap();
