@@ -77,7 +77,7 @@ fn from_scratch_is_compared_with_the_run_at_equal_energy() {
     );
     says(
         &String::from_utf8(lab.read("run/report.md")).unwrap(),
-        &["after the same training energy (this run: "],
+        &["at equal training energy (this run: "],
     );
     assert!(!lab.path("run/baselines/from_scratch/checkpoints").exists());
 }
@@ -241,7 +241,7 @@ fn a_baseline_keeps_to_its_own_budget() {
     );
     says(
         &String::from_utf8(lab.read("half/report.md")).unwrap(),
-        &["cut short by `baseline.budget`"],
+        &["stopped at `baseline.budget`"],
     );
     // Too little for one step: the run stands, and says why there is no baseline.
     let report = lab.train("none", &keys("1 mJ"));

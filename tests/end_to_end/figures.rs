@@ -159,7 +159,7 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
     );
     says(
         &page,
-        &["without the machine around the device: 30.0 % of a machine's power"],
+        &["host machine not included: 30.0 % of the machine's power"],
     );
     assert!(
         lab.plan(&[])["energy"]["host_left_out"].is_null(),

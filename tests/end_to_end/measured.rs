@@ -208,7 +208,7 @@ fn check_reconciliation(lab: &Lab, report: &Value) -> f64 {
     let page = String::from_utf8(lab.read("run/report.md")).unwrap();
     says(
         &page,
-        &["## Measured against counted", "Measured by rapl (package-0"],
+        &["## Measured vs counted", "Measured by rapl (package-0"],
     );
     measured / counted
 }
@@ -265,8 +265,8 @@ fn a_measured_run_is_held_against_baselines_as_its_counter_would_show_them() {
     says(
         &page,
         &[
-            "This run is measured and took ",
-            "| counted, times ",
+            "The measured energy of this run is ",
+            "| counted, scaled by ",
             "not with its measured energy",
         ],
     );

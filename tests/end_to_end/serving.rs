@@ -136,9 +136,9 @@ fn a_larger_model_is_counted_and_paid_back_as_by_hand() {
     says(
         &page,
         &[
-            "## In use",
+            "## Inference",
             "a model of 100 M parameters",
-            "has paid for itself after",
+            "pays off after",
             "a year of use takes",
         ],
     );
