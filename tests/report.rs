@@ -169,7 +169,7 @@ fn the_keys_are_the_contracts() {
 }
 
 #[test]
-fn a_report_comes_back_from_its_file() {
+fn a_report_round_trips() {
     let path = out(files::REPORT_JSON);
     wattune::files::write_atomic(&path, to_json(&finite(&fixture())).unwrap()).unwrap();
     assert_eq!(read_report(&path).unwrap().into_inner(), fixture());
@@ -182,7 +182,7 @@ fn a_report_comes_back_from_its_file() {
 }
 
 #[test]
-fn a_file_that_is_no_report_is_named() {
+fn an_invalid_report_file_is_named() {
     let path = out("broken.json");
     fs::write(&path, "{\n  \"model\": 3\n}\n").unwrap();
     let message = read_report(&path).unwrap_err().to_string();
@@ -213,7 +213,7 @@ fn the_terminal() {
 }
 
 #[test]
-fn a_models_output_is_shown_as_text_alone() {
+fn model_output_cannot_break_a_page() {
     let mut report = fixture();
     report.sample.as_mut().unwrap().after = "\u{1b}[2J```\n# heading".to_string();
     let report = finite(&report);
@@ -233,7 +233,7 @@ fn the_model_card() {
 }
 
 #[test]
-fn a_card_leaves_out_what_is_not_known() {
+fn a_card_leaves_out_unknown_fields() {
     let mut report = fixture();
     report.adapter.r#type = AdapterType::None;
     let card = to_model_card(
@@ -299,7 +299,7 @@ fn emissions_in_codecarbons_columns_and_units() {
 }
 
 #[test]
-fn a_device_s_energy_is_not_taken_for_its_machine_s() {
+fn device_energy_is_not_machine_energy() {
     let mut report = fixture();
     let page = |report: &Report| to_markdown("run", &finite(report)).unwrap();
     let said = [
@@ -365,7 +365,7 @@ fn runs_side_by_side() {
 }
 
 #[test]
-fn unlike_runs_have_no_winner() {
+fn incomparable_runs_are_not_ranked() {
     let mut other = half();
     other.data.fingerprint = Some("sha256:000000".to_string());
     let comparison = compare(&[
@@ -423,7 +423,7 @@ fn runs_on_different_meters_are_compared_on_the_counted_one() {
 }
 
 #[test]
-fn what_differs_is_named_once_with_all_its_runs() {
+fn a_difference_is_named_once_with_all_its_runs() {
     let mut other = half();
     other.energy.device = "nvidia-a40".to_string();
     other.energy.host_left_out = Some(HostLeftOut { share: Some(0.3) });
@@ -463,7 +463,7 @@ fn poisoned(bad: f64) -> Report {
 }
 
 #[test]
-fn no_page_shows_a_number_that_is_none() {
+fn no_page_shows_a_non_finite_number() {
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let report = poisoned(bad);
         let named = finite(&report);
@@ -509,7 +509,7 @@ fn no_page_shows_a_number_that_is_none() {
 }
 
 #[test]
-fn a_total_that_is_not_finite_is_refused_by_name() {
+fn a_non_finite_total_is_rejected_by_name() {
     let mut report = fixture();
     report
         .energy
@@ -523,7 +523,7 @@ fn a_total_that_is_not_finite_is_refused_by_name() {
 }
 
 #[test]
-fn the_summary_names_the_budget_that_bound() {
+fn the_summary_names_the_budget_that_stopped_the_run() {
     let mut report = fixture();
     let summary = |report: &Report| {
         to_text("run", &finite(report))

@@ -141,7 +141,7 @@ fn values<'a>(page: &'a str, attribute: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn the_page_is_well_formed_and_its_pictures_have_names() {
+fn the_page_is_well_formed_and_its_charts_have_names() {
     let page = page();
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("report");
     fs::create_dir_all(&folder).unwrap();
@@ -168,7 +168,7 @@ fn the_page_is_well_formed_and_its_pictures_have_names() {
 }
 
 #[test]
-fn nothing_is_loaded_and_nothing_runs() {
+fn the_page_loads_and_runs_nothing() {
     let page = page();
     for way in [
         "src=", "href=", "url(", "@import", "://", "<script", "<link", "<iframe", " on",
@@ -194,7 +194,7 @@ fn nothing_is_loaded_and_nothing_runs() {
 }
 
 #[test]
-fn texts_from_outside_stay_texts() {
+fn foreign_text_is_escaped() {
     let text = || HOSTILE.to_string();
     let mut report = fixture();
     let sample = report.sample.as_mut().unwrap();
@@ -246,7 +246,7 @@ fn texts_from_outside_stay_texts() {
 }
 
 #[test]
-fn the_figures_are_those_of_the_other_files() {
+fn figures_match_the_other_formats() {
     let page = page();
     let written: serde_json::Value =
         serde_json::from_str(&to_json(&finite(&fixture())).unwrap()).unwrap();
@@ -326,7 +326,7 @@ fn numbers(page: &str, id: &str, class: &str) -> Vec<f64> {
 }
 
 #[test]
-fn losses_stand_where_their_energy_was_spent() {
+fn losses_are_plotted_over_cumulative_energy() {
     let page = page();
     // 151 J = 41.94 mWh; 3,451 J = 0.9586 Wh.
     assert!(page.contains("<title>step 0: validation loss 3.25 after 151 J (41.94 mWh)</title>"));
@@ -359,7 +359,7 @@ fn losses_stand_where_their_energy_was_spent() {
 }
 
 #[test]
-fn a_wide_range_of_losses_is_drawn_by_ratios() {
+fn a_wide_range_of_losses_has_a_logarithmic_axis() {
     assert!(!page().contains("(logarithmic)"));
     let mut report = fixture();
     report.training.val_loss_before = Some(3.7);
@@ -371,7 +371,7 @@ fn a_wide_range_of_losses_is_drawn_by_ratios() {
 }
 
 #[test]
-fn a_budget_far_beyond_is_said_and_not_drawn() {
+fn a_distant_budget_is_named_and_not_drawn() {
     let mut report = fixture();
     report.budget.limits.energy = Some(Joules(360_000.0));
     let page = to_html("run", &report, &history());
@@ -380,14 +380,14 @@ fn a_budget_far_beyond_is_said_and_not_drawn() {
 }
 
 #[test]
-fn a_run_without_a_step_says_so() {
+fn a_run_without_steps_has_no_plots() {
     let page = to_html("run", &fixture(), &History::default());
     tags(&page);
     assert!(page.contains("No steps recorded"));
 }
 
 #[test]
-fn no_chart_shows_a_number_that_is_none() {
+fn no_chart_shows_a_non_finite_number() {
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0] {
         let (mut report, mut history) = (fixture(), history());
         report.training.val_loss_before = Some(bad);
@@ -518,7 +518,7 @@ fn comparison_of(runs: Vec<(String, Report, History)>) -> (Comparison, String) {
 }
 
 #[test]
-fn the_page_of_several_runs_says_what_the_other_forms_say() {
+fn the_comparison_page_matches_the_other_formats() {
     let (comparison, page) = comparison_of(two_runs());
     tags(&page);
     // 1.2 / 3.582 = 0.3350 against 0.8 / 1.801 = 0.4442 nats a kilojoule.
@@ -573,7 +573,7 @@ fn last_x(page: &str, id: &str, class: &str) -> f64 {
 }
 
 #[test]
-fn a_comparison_of_what_is_not_known_draws_nothing_false() {
+fn a_comparison_of_unknown_losses_plots_nothing() {
     let mut runs = two_runs();
     for (_, report, history) in &mut runs {
         (
@@ -591,7 +591,7 @@ fn a_comparison_of_what_is_not_known_draws_nothing_false() {
 }
 
 #[test]
-fn the_budgets_are_drawn_as_they_were_used() {
+fn budget_use_is_plotted() {
     // 3,451 of 3,600 J after the last step: 95.9 %; 152 entries of 0.1 s of 600 s by then: 2.5 %.
     assert!(page().contains("After the last step: energy 95.9 %, time 2.5 %."));
     let mut report = fixture();
@@ -601,7 +601,7 @@ fn the_budgets_are_drawn_as_they_were_used() {
 }
 
 #[test]
-fn bounds_are_drawn_over_the_bars_of_the_comparison() {
+fn ranges_are_drawn_over_the_bars() {
     // From 2,865.6 to 4,298.4 J: ln(1.5) long on a logarithmic scale.
     let page = page();
     let bars = page.split("id=\"comparison\"").nth(1).unwrap();
