@@ -6,6 +6,7 @@ use super::diagnostic::Diagnostics;
 use super::key::{KEYS, Key, of_table};
 use super::sections::TABLES;
 use super::tree::{Entry, Raw};
+use crate::text::nearest;
 
 /// What other programs call a choice.
 const FOREIGN_WORDS: [(&str, &str); 9] = [
@@ -91,20 +92,6 @@ fn did_you_mean(table: &str, key: &Key, on_command_line: bool) -> String {
     } else {
         format!("did you mean `{name}`, under `[{}]`?", key.table)
     }
-}
-
-/// The candidate most like `word`, if it is at least so much alike. Case and `-` for `_` do not count.
-pub(super) fn nearest<'a>(
-    word: &str,
-    candidates: impl Iterator<Item = &'a str>,
-    least: f64,
-) -> Option<&'a str> {
-    let word = word.to_lowercase().replace('-', "_");
-    candidates
-        .map(|candidate| (strsim::jaro_winkler(&word, candidate), candidate))
-        .filter(|(likeness, _)| *likeness >= least)
-        .max_by(|(a, _), (b, _)| a.total_cmp(b))
-        .map(|(_, candidate)| candidate)
 }
 
 /// `did you mean` for a choice, if one of `words` is near.
