@@ -128,16 +128,16 @@ pub(crate) fn read_headers(files: &[PathBuf]) -> Result<Vec<TensorEntry>> {
     Ok(tensors)
 }
 
-fn read_header(path: &Path, file: usize) -> Result<Vec<TensorEntry>> {
-    let failed = |source| Error::io("read", path, source);
-    let damaged = |why: String| {
-        Error::new(
-            Kind::Model,
-            format!("the file is damaged or no safetensors file: {why}"),
-        )
+fn damaged(path: &Path, why: &str) -> Error {
+    let what = format!("the file is damaged or no safetensors file: {why}");
+    Error::new(Kind::Model, what)
         .at(path.display().to_string())
         .hint("fetch the file again")
-    };
+}
+
+fn read_header(path: &Path, file: usize) -> Result<Vec<TensorEntry>> {
+    let failed = |source| Error::io("read", path, source);
+    let damaged = |why: String| damaged(path, &why);
     let mut reader = File::open(path).map_err(failed)?;
     let total = reader.metadata().map_err(failed)?.len();
     if total < LENGTH_FIELD {

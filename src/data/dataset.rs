@@ -95,34 +95,37 @@ impl Dataset {
             .rule("at least 2")
             .hint("add records, or give `data.validation` a file of its own"));
         }
-        let mut units: Vec<u64> = self.records.to_vec();
-        units.dedup();
-        let by_record = units.len() > 1;
-        let unit_count = if by_record {
-            units.len()
-        } else {
-            self.examples.len()
+        let (validation, train): (Vec<usize>, Vec<usize>) = {
+            let is_validation = self.validation_mask(fraction, seed);
+            (0..self.examples.len()).partition(|i| is_validation[*i])
         };
-        let wanted = ((unit_count as f64 * fraction).round() as usize).clamp(1, unit_count - 1);
-        let mut chosen = vec![false; unit_count];
-        permutation(unit_count, seed, Purpose::Split, 0)
-            .into_iter()
-            .take(wanted)
-            .for_each(|unit| chosen[unit as usize] = true);
-        let position: BTreeMap<u64, usize> = units.into_iter().zip(0..).collect();
-        let (validation, train): (Vec<usize>, Vec<usize>) =
-            (0..self.examples.len()).partition(|i| {
-                let unit = if by_record {
-                    position[&self.records[*i]]
-                } else {
-                    *i
-                };
-                chosen[unit]
-            });
         Ok((
             self.subset(&train, "train", self.counts),
             self.subset(&validation, "validation", Counts::default()),
         ))
+    }
+
+    /// Whether each example is in the validation part: by record, or by example if there is only one record.
+    fn validation_mask(&self, fraction: f64, seed: u64) -> Vec<bool> {
+        let mut records: Vec<u64> = self.records.to_vec();
+        records.dedup();
+        let by_record = records.len() > 1;
+        let units = if by_record {
+            records.len()
+        } else {
+            self.examples.len()
+        };
+        let count = ((units as f64 * fraction).round() as usize).clamp(1, units - 1);
+        let mut chosen = vec![false; units];
+        for unit in &permutation(units, seed, Purpose::Split, 0)[..count] {
+            chosen[*unit as usize] = true;
+        }
+        if !by_record {
+            return chosen;
+        }
+        let unit_of: BTreeMap<u64, usize> = records.into_iter().zip(0..).collect();
+        let records = self.records.iter();
+        records.map(|record| chosen[unit_of[record]]).collect()
     }
 
     fn subset(&self, indices: &[usize], name: &str, counts: Counts) -> Dataset {
