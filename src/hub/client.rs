@@ -107,7 +107,7 @@ impl Hub {
     /// A hub with these settings.
     ///
     /// # Errors
-    /// When the endpoint is not an address or HTTPS cannot be set up.
+    /// When the endpoint is not a URL or HTTPS cannot be set up.
     pub fn new(settings: Settings) -> Result<Self> {
         Self::with_retry_policy(settings, RetryPolicy::default())
     }
@@ -266,7 +266,7 @@ impl Client {
         let files: Vec<String> = siblings.map(|sibling| sibling.rfilename).collect();
         if let Some(file) = files.iter().find(|file| !is_relative_path(file)) {
             let error =
-                context.unexpected("the hub's listing holds a file name that leads elsewhere");
+                context.unexpected("the hub's listing contains a path outside the repository");
             return Err(error.value(file.escape_debug().to_string()).into());
         }
         let repo = repo.clone();
@@ -284,7 +284,7 @@ fn parse_endpoint(text: &str) -> Result<Url> {
     url.ok_or_else(|| {
         // A user and password may stand before an `@`.
         let shown = text.rsplit_once('@').map_or(text, |(_, rest)| rest);
-        Error::new(Kind::Hub, "the hub's address is not one")
+        Error::new(Kind::Hub, "the hub endpoint is not a valid URL")
             .value(shown)
             .rule("http:// or https:// and a host")
             .hint("unset HF_ENDPOINT, or set it as in HF_ENDPOINT=https://huggingface.co")
@@ -297,7 +297,7 @@ fn http(endpoint: &Url, stay: bool) -> reqwest::ClientBuilder {
     let policy = Policy::custom(move |attempt| {
         let encrypted = attempt.previous().last().map(Url::scheme) == Some("https");
         if encrypted && attempt.url().scheme() != "https" {
-            return attempt.error("a redirect to an address that is not encrypted");
+            return attempt.error("a redirect from https to http");
         }
         if attempt.previous().len() > MAX_REDIRECTS {
             return attempt.error("too many redirects");

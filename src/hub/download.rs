@@ -100,20 +100,11 @@ impl Download<'_> {
             return Err(self.context.status_error(status, headers));
         }
         let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        match text("x-repo-commit") {
-            Some(commit) if commit == self.commit => {}
-            Some(commit) => {
-                let error = self
-                    .context
-                    .unexpected("the hub answers with another commit");
-                return Err(error.value(commit).into());
-            }
-            None => {
-                return Err(self
-                    .context
-                    .unexpected("the hub's answer names no commit")
-                    .into());
-            }
+        if text("x-repo-commit") != Some(self.commit) {
+            let error = self
+                .context
+                .unexpected("the hub answers without the commit of the request");
+            return Err(error.into());
         }
         let etag = text("x-linked-etag").or_else(|| text(ETAG.as_str()));
         let Some(etag) = etag.and_then(blob_name) else {

@@ -1,4 +1,4 @@
-//! Models inside the program: `embedded:NAME`.
+//! Models embedded in the program: `embedded:NAME`.
 
 use std::fs;
 use std::path::Path;
@@ -42,7 +42,7 @@ pub fn embedded(name: &str, cache_root: &Path) -> Result<ModelFiles> {
             .iter()
             .map(|(known, _)| format!("\"embedded:{known}\""))
             .collect();
-        return Err(Error::new(Kind::Hub, "no such model is inside the program")
+        return Err(Error::new(Kind::Hub, "no embedded model has this name")
             .value(format!("embedded:{name}"))
             .hint(format!("set model.id to {}", names.join(" or "))));
     };

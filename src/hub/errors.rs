@@ -62,11 +62,11 @@ impl RequestContext<'_> {
         self.repo.place(self.file)
     }
 
-    /// A response that no hub gives.
+    /// A response that the hub never gives.
     pub(super) fn unexpected(&self, what: &str) -> Error {
         Error::new(Kind::Hub, what)
             .at(self.place())
-            .hint("check HF_ENDPOINT and the proxy: this does not answer as the hub does")
+            .hint("check HF_ENDPOINT and the proxy: this server does not respond like the hub")
     }
 
     /// An error status of our own request.
@@ -125,7 +125,7 @@ impl RequestContext<'_> {
         let Repo { kind, id, .. } = self.repo;
         let error = Error::new(Kind::Hub, what).at(self.place()).hint(format!(
             "check the network, and HTTPS_PROXY or HF_ENDPOINT if you use them; a {} that is in the cache works \
-             with HF_HUB_OFFLINE=1; if `{id}` is meant as a path, there is nothing at it",
+             with HF_HUB_OFFLINE=1; if `{id}` is meant as a path, it does not exist",
             kind.name()
         ));
         if source.is_builder() || source.is_redirect() {
@@ -181,7 +181,7 @@ impl RequestContext<'_> {
                 ),
             ),
             (401 | 403, "GatedRepo", _) | (403, ..) => (
-                "the hub gives this only to accounts that were granted access".to_string(),
+                format!("the {name} is gated: only accounts with granted access can read it"),
                 format!("accept the licence on {page} while signed in; {account}"),
             ),
             (401, ..) if self.token.is_some() => (
@@ -217,7 +217,7 @@ impl RequestContext<'_> {
                 format!("wait {wait} and try again{quota}"),
             ),
             (408 | 500..=599, ..) => (
-                format!("the hub is out of order: {}", status_line(status)),
+                format!("the hub reports an error: {}", status_line(status)),
                 "try again later; https://status.huggingface.co shows the state of the hub"
                     .to_string(),
             ),
@@ -241,8 +241,7 @@ impl RequestContext<'_> {
 /// Missing from the cache while requests are forbidden.
 pub(super) fn not_cached(repo: &Repo, file: Option<&str>) -> Error {
     let (name, key) = (repo.kind.name(), repo.kind.key());
-    let what =
-        format!("this {name} is not in the cache, and HF_HUB_OFFLINE forbids asking the hub");
+    let what = format!("this {name} is not in the cache, and HF_HUB_OFFLINE forbids requests");
     Error::new(Kind::Hub, what)
         .at(repo.place(file))
         .hint(format!(

@@ -9,7 +9,7 @@
 //! repo      ids, revisions, file names            download  one file: metadata, resume, verify
 //! errors    HTTP errors -> messages               cache     models--owner--name/{blobs,refs,snapshots}
 //! model     a model's directory and its files     dataset   the files of a split
-//! embedded  models inside the program             upload    a folder as one commit
+//! embedded  models embedded in the program             upload    a folder as one commit
 //! ```
 
 mod cache;

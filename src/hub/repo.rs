@@ -52,7 +52,7 @@ impl Repo {
             && !id.contains("..")
             && !id.ends_with(".git");
         if !is_id {
-            let what = format!("this is no {} id of the hub", kind.name());
+            let what = format!("this is not a valid {} id", kind.name());
             let key = kind.key();
             return Err(Error::new(Kind::Hub, what)
                 .value(id)
@@ -60,7 +60,7 @@ impl Repo {
                 .hint(format!("set {key} to an id as on its page, or to a path that exists")));
         }
         if !is_relative_path(revision) {
-            return Err(Error::new(Kind::Hub, "this is no revision")
+            return Err(Error::new(Kind::Hub, "this is not a valid revision")
                 .value(revision)
                 .rule("a branch, a tag or a commit")
                 .hint("leave `revision` out to use `main`"));

@@ -1,4 +1,4 @@
-//! Model directories, and the models inside the program.
+//! Model directories, and the embedded models.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -413,7 +413,7 @@ fn ids_and_revisions_are_validated() {
         "a\nb",
     ] {
         assert!(
-            refused(ID, revision).contains("this is no revision"),
+            refused(ID, revision).contains("not a valid revision"),
             "{revision}"
         );
     }

@@ -448,22 +448,16 @@ fn requests_go_to_the_addresses_of_the_hub() {
     hub.model(ID, "refs/pr/1", &Silent).unwrap_err();
     assert_eq!(fixture.hub.lines(), [listing, config]);
 
-    let odd = [("x y/z#.json", "[]")];
-    fixture.hub.repository("datasets", &odd);
-    let file =
-        "GET /datasets/owner/name/resolve/0123456789abcdef0123456789abcdef01234567/x%20y/z%23.json";
-    let reply = fixture
-        .hub
-        .next(&format!("GET {}", path_of("datasets", odd[0].0)));
-    fixture
-        .hub
-        .on(&file.replace("GET", "HEAD"), std::slice::from_ref(&reply));
-    fixture.hub.on(file, &[reply]);
-    fixture
-        .client()
-        .dataset(ID, "main", odd[0].0, &Silent)
-        .unwrap();
-    assert_eq!(fixture.hub.count(file), 1);
+    let odd = "x y/z#.json";
+    fixture.hub.repository("datasets", &[(odd, "")]);
+    let file = format!("/datasets/{ID}/resolve/{COMMIT}/x%20y/z%23.json");
+    let headers = [("ETag", "\"odd\""), ("X-Repo-Commit", COMMIT)];
+    for method in ["HEAD", "GET"] {
+        let reply = Reply::new(200, &headers).body(b"[]");
+        fixture.hub.on(&format!("{method} {file}"), &[reply]);
+    }
+    let found = fixture.client().dataset(ID, "main", odd, &Silent).unwrap();
+    assert_eq!(fs::read(&found.files[0]).unwrap(), b"[]");
 }
 
 #[test]
