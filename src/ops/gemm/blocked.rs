@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::microkernel::{Isa, KernelArgs, KernelTerm, MicroKernel, gemm_strip};
 use super::panels::Panels;
-use super::schedule::{even_parts, par_for_each_task};
+use super::schedule::{blocks, even_parts, par_for_each_task};
 use super::{CpuSlice, Form, GemmTerm, Init, pack};
 use crate::ops::storage::SendPtr;
 
@@ -69,13 +69,10 @@ fn passes(isa: &Isa, terms: &[GemmTerm<'_>]) -> Vec<Vec<KBlock>> {
     for (term, GemmTerm { lhs, rhs }) in terms.iter().enumerate() {
         let length = if lhs.rows <= MAX_UNPACKED_ROWS && rhs.column_stride == 1 {
             tlb_rows(rhs.row_stride)
-        } else if lhs.columns > isa.max_kc {
-            isa.kc
         } else {
-            lhs.columns.max(1)
+            isa.block_depth(lhs.columns)
         };
-        for start in (0..lhs.columns).step_by(length) {
-            let k = start..(start + length).min(lhs.columns);
+        for k in blocks(0..lhs.columns, length) {
             if depth > 0 && depth + k.len() > isa.max_kc {
                 passes.push(Vec::new());
                 depth = 0;
@@ -160,15 +157,16 @@ impl GemmPass<'_> {
     /// Whole vectors of columns, block by block of k, with B in place.
     fn run_unpacked(&self, columns: Range<usize>, rows: Range<usize>) {
         let lanes = self.isa.lanes;
-        let blocks = self.k_blocks.iter().zip(self.kernel_terms(rows.start));
-        for (index, (block, mut term)) in blocks.enumerate() {
+        let terms = self.k_blocks.iter().zip(self.kernel_terms(rows.start));
+        for (index, (block, mut term)) in terms.enumerate() {
             let rhs = self.terms[block.term].rhs;
             let CpuSlice::F32(values) = rhs.values else {
                 return;
             };
             term.rs_b = rhs.row_stride;
-            for column in columns.clone().step_by(self.isa.nr()) {
-                let vectors = (columns.end - column).min(self.isa.nr()) / lanes;
+            for columns in blocks(columns.clone(), self.isa.nr()) {
+                let column = columns.start;
+                let vectors = columns.len() / lanes;
                 let (init, rs_init) = if index == 0 {
                     self.init_at(rows.start, column)
                 } else {
@@ -216,12 +214,7 @@ impl GemmPass<'_> {
 
     /// Packs B's columns, unless they are cached or the previous task packed them, and runs the micro-kernels.
     fn run_packed(&self, columns: Range<usize>, rows: Range<usize>) {
-        let nr = self.isa.nr();
-        let panels: Vec<Range<usize>> = columns
-            .clone()
-            .step_by(nr)
-            .map(|first| first..(first + nr).min(columns.end))
-            .collect();
+        let panels: Vec<Range<usize>> = blocks(columns.clone(), self.isa.nr()).collect();
         let depth: usize = self.needs_packing().map(|block| block.k.len()).sum();
         PACKED.with_borrow_mut(|packed| {
             if packed.pass != self.id || packed.columns != columns {
@@ -293,11 +286,10 @@ impl GemmPass<'_> {
             } else {
                 k.len()
             };
-            for start in (k.start..k.end).step_by(rows_at_once) {
-                let rows = start..(start + rows_at_once).min(k.end);
+            for rows in blocks(k.clone(), rows_at_once) {
                 for (columns, panel) in panels.iter().zip(values.chunks_mut(size.max(1))) {
                     let width = columns.len().next_multiple_of(self.isa.lanes);
-                    let at = (done + start - k.start) * width;
+                    let at = (done + rows.start - k.start) * width;
                     pack(self.isa, b, rows.clone(), columns.clone(), &mut panel[at..]);
                 }
             }

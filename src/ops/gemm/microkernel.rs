@@ -131,6 +131,11 @@ impl Isa {
         2 * self.lanes
     }
 
+    /// Size of the blocks that a `k` deep product is cut into.
+    pub(super) fn block_depth(&self, k: usize) -> usize {
+        if k > self.max_kc { self.kc } else { k.max(1) }
+    }
+
     /// The matrix unit for linear layers in `precision`.
     pub(in crate::ops) fn gemm_unit(&self, precision: Precision) -> Option<MatrixUnit> {
         self.matrix_unit.filter(|unit| unit.supports(precision))
@@ -143,7 +148,7 @@ impl Isa {
 }
 
 /// How `pack` transposes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Transpose {
     /// Element by element.
     Portable,
@@ -274,11 +279,8 @@ unsafe fn arrays<const M: usize, const V: usize>(
     unsafe {
         for term in args.terms {
             for k in 0..term.k {
-                let b = term
-                    .b
-                    .add(k * term.rs_b)
-                    .cast::<[[f32; 8]; V]>()
-                    .read_unaligned();
+                let b = term.b.add(k * term.rs_b).cast::<[[f32; 8]; V]>();
+                let b = b.read_unaligned();
                 for m in 0..M {
                     let a = *term.a.add(m * term.rs_a + k * term.cs_a);
                     for v in 0..V {
@@ -299,10 +301,8 @@ unsafe fn arrays<const M: usize, const V: usize>(
                     }
                 }
             }
-            args.out
-                .add(m * args.rs_out)
-                .cast::<[[f32; 8]; V]>()
-                .write_unaligned(sums[m]);
+            let out = args.out.add(m * args.rs_out);
+            out.cast::<[[f32; 8]; V]>().write_unaligned(sums[m]);
         }
     }
 }

@@ -47,22 +47,17 @@ fn pack_panel<T: Element>(
             (columns - 1) * b.column_stride + panel.len() / width <= values.len(),
             "every column lies inside the matrix"
         );
-        match isa.transpose {
-            Transpose::Portable => {}
-            #[cfg(target_arch = "x86_64")]
-            Transpose::Avx2 => {
-                // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the CPU has it.
-                return unsafe {
-                    transpose_panel_8(values.as_ptr(), b.column_stride, columns, panel, width)
-                };
-            }
-            #[cfg(target_arch = "x86_64")]
-            Transpose::Avx512 => {
-                // SAFETY: as above.
-                return unsafe {
-                    transpose_panel_16(values.as_ptr(), b.column_stride, columns, panel, width)
-                };
-            }
+        #[cfg(target_arch = "x86_64")]
+        if isa.transpose != Transpose::Portable {
+            let values = values.as_ptr();
+            // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the CPU has it.
+            return unsafe {
+                if isa.transpose == Transpose::Avx512 {
+                    transpose_panel_16(values, b.column_stride, columns, panel, width)
+                } else {
+                    transpose_panel_8(values, b.column_stride, columns, panel, width)
+                }
+            };
         }
     }
     for (row, out) in panel.chunks_exact_mut(width).enumerate() {

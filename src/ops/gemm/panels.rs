@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::microkernel::{Isa, KernelArgs, KernelTerm};
 use super::packed_rhs::PackedRhs;
+use super::schedule::blocks;
 use super::{MatMut, MatRef, even_parts, pack};
 use crate::ops::parallel::par_for_each;
 
@@ -51,58 +52,51 @@ impl Panels {
         });
     }
 
-    /// out = the first `m` rows of `a` (row-major, `rs_a` elements apart) times B, or out += it.
+    /// out = the first `m` rows of `a` (row-major, `rs_a` elements apart) times B, or out += it, on this thread.
     pub(super) fn gemm(&self, m: usize, a: &[f32], rs_a: usize, accumulate: bool, out: MatMut<'_>) {
+        self.check_room(m, a.len(), rs_a, &out);
         let isa = self.isa;
         let nr = isa.nr();
         let rs_out = out.stride;
-        assert!(
-            m == 0 || a.len() >= (m - 1) * rs_a + self.k,
-            "every row of a has k elements"
-        );
-        assert!(
-            m == 0
-                || out.values.len() >= (m - 1) * rs_out + self.columns.next_multiple_of(isa.lanes),
-            "every row of out has room for its vectors"
-        );
         let out = out.values.as_mut_ptr();
-        let kc = if self.k > isa.max_kc {
-            isa.kc
-        } else {
-            self.k.max(1)
-        };
-        for start in (0..self.k).step_by(kc) {
-            let k = start..(start + kc).min(self.k);
+        for k in blocks(0..self.k, isa.block_depth(self.k)) {
             // Half as many panels as a packing task has: the rows take the other half of the cache.
             let group = nr * (isa.packed_elements / 2 / (k.len() * nr)).max(1);
-            for first in (0..self.columns).step_by(group) {
+            for group in blocks(0..self.columns, group) {
                 for rows in even_parts(0..m, isa.mr) {
-                    for column in (first..(first + group).min(self.columns)).step_by(nr) {
-                        let columns = column..(column + nr).min(self.columns);
+                    for columns in blocks(group.clone(), nr) {
                         let vectors = columns.len().div_ceil(isa.lanes);
-                        // SAFETY: these rows and columns lie inside `a` and `out` (asserted), and the panel has k rows of `vectors`.
+                        // SAFETY: these rows and columns lie inside `a` and `out` (checked), and the panel has k rows of `vectors`.
                         unsafe {
-                            let term = KernelTerm {
+                            let terms = [KernelTerm {
                                 k: k.len(),
-                                a: a.as_ptr().add(rows.start * rs_a + start),
+                                a: a.as_ptr().add(rows.start * rs_a + k.start),
                                 rs_a,
                                 cs_a: 1,
                                 b: self.panel(&columns, &k).as_ptr(),
                                 rs_b: vectors * isa.lanes,
-                            };
-                            let out = out.add(rows.start * rs_out + column);
-                            let accumulate = accumulate || start > 0;
-                            isa.kernel(rows.len(), vectors)(KernelArgs::new(
-                                &[term],
-                                out,
-                                rs_out,
-                                accumulate,
-                            ));
+                            }];
+                            let out = out.add(rows.start * rs_out + columns.start);
+                            let add = accumulate || k.start > 0;
+                            let kernel = isa.kernel(rows.len(), vectors);
+                            kernel(KernelArgs::new(&terms, out, rs_out, add));
                         }
                     }
                 }
             }
         }
+    }
+
+    fn check_room(&self, m: usize, a_len: usize, rs_a: usize, out: &MatMut<'_>) {
+        let width = self.columns.next_multiple_of(self.isa.lanes);
+        assert!(
+            m == 0 || a_len >= (m - 1) * rs_a + self.k,
+            "every row of a has k elements"
+        );
+        assert!(
+            m == 0 || out.values.len() >= (m - 1) * out.stride + width,
+            "every row of out has room for its vectors"
+        );
     }
 
     /// Rows `k` of the panel of `columns`.

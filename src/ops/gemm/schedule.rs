@@ -51,6 +51,14 @@ pub(super) fn par_for_each_task(
     }
 }
 
+/// Splits `range` into blocks of `size` elements; the last may be shorter.
+pub(super) fn blocks(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range
+        .step_by(size)
+        .map(move |start| start..(start + size).min(end))
+}
+
 /// Splits `range` into the fewest parts of at most `max` elements, of nearly equal length.
 pub(in crate::ops) fn even_parts(
     range: Range<usize>,

@@ -73,78 +73,65 @@ impl TestMatrix {
     }
 }
 
+type Terms = [(TestMatrix, TestMatrix)];
+
 /// Sums of products in `precision` against f64, on these numbers of threads; some B's cached in packed form, which changes no bit.
 fn check(
     isa: &'static Isa,
     precision: Precision,
-    terms: &[(TestMatrix, TestMatrix)],
-    start: Init<'_>,
+    terms: &Terms,
+    init: Init<'_>,
     threads: &[usize],
 ) {
     let caches: Vec<PackedWeightCache> =
         terms.iter().map(|_| PackedWeightCache::default()).collect();
-    let on = |threads: usize, kept: Range<usize>| {
+    let sum = |threads: usize, cached: Range<usize>| {
         crate::ops::tests::on(threads, || {
             let lhs: Vec<Lhs<'_>> = terms
                 .iter()
                 .map(|(a, _)| Lhs::with_isa(isa, precision, a.matrix()))
                 .collect();
-            let kept = |index: usize| kept.contains(&index).then(|| &caches[index]);
-            let views = lhs
-                .iter()
-                .zip(terms)
-                .enumerate()
-                .map(|(index, (a, (_, b)))| GemmTerm {
-                    lhs: a,
-                    rhs: b.with_cache(kept(index)),
-                });
-            gemm_sum_with(isa, &views.collect::<Vec<_>>(), start)
+            let term = |index: usize| GemmTerm {
+                lhs: &lhs[index],
+                rhs: (terms[index].1).with_cache(cached.contains(&index).then(|| &caches[index])),
+            };
+            let views: Vec<_> = (0..terms.len()).map(term).collect();
+            gemm_sum_with(isa, &views, init)
         })
     };
-    let got = on(threads[0], 0..0);
-    for more in &threads[1..] {
+    let got = sum(threads[0], 0..0);
+    let alone = threads[1..].iter().map(|threads| (*threads, 0..0));
+    let cached = [0..1, 0..terms.len(), 1..terms.len()];
+    let cached = cached.map(|cached| (threads[threads.len() - 1], cached));
+    for (threads, cached) in alone.chain(cached) {
         assert_eq!(
             bits(&got),
-            bits(&on(*more, 0..0)),
-            "{}: bits on {} threads",
-            isa.name,
-            more
-        );
-    }
-    for kept in [0..1, 0..terms.len(), 1..terms.len()] {
-        let again = on(threads[threads.len() - 1], kept.clone());
-        assert_eq!(
-            bits(&got),
-            bits(&again),
-            "{}: bits with B of terms {kept:?} cached",
+            bits(&sum(threads, cached.clone())),
+            "{}: bits on {threads} threads with B of terms {cached:?} cached",
             isa.name
         );
     }
-    let (m, n) = (terms[0].0.rows, terms[0].1.columns);
+    check_close(isa, &got, terms, init);
+}
+
+fn check_close(isa: &Isa, got: &[f32], terms: &Terms, init: Init<'_>) {
+    let m = terms[0].0.rows;
+    let n = terms[0].1.columns;
     let depth: usize = terms.iter().map(|(a, _)| a.columns).sum();
-    for row in 0..m {
-        for column in 0..n {
-            let start = match start {
-                Init::Zero => 0.0,
-                Init::Bias(values) => f64::from(values[column]),
-                Init::Matrix(values) => f64::from(values[row * n + column]),
-            };
-            let sum = |(a, b): &(TestMatrix, TestMatrix)| {
-                (0..a.columns)
-                    .map(|k| a.at(row, k) * b.at(k, column))
-                    .sum::<f64>()
-            };
-            let want = start + terms.iter().map(sum).sum::<f64>();
-            // Factors are below 1: each addition is off by at most half of EPSILON times the largest partial sum.
-            let got = f64::from(got[row * n + column]);
-            let off = (depth + 2) as f64 * (depth + 1) as f64 / 2.0;
-            let bound = (off * f64::from(f32::EPSILON)).min(2e-3);
-            assert!(
-                (got - want).abs() <= bound,
-                "{}: ({row}, {column}) of ({m}, {n}) is {got}, not {want}",
-                isa.name
-            );
-        }
+    // Factors are below 1: each addition is off by at most half of EPSILON times the largest partial sum.
+    let off = (depth + 2) as f64 * (depth + 1) as f64 / 2.0;
+    let bound = (off * f64::from(f32::EPSILON)).min(2e-3);
+    for (index, (got, init)) in got.iter().zip(init.to_vec(m, n)).enumerate() {
+        let (row, column) = (index / n, index % n);
+        let sum = |(a, b): &(TestMatrix, TestMatrix)| -> f64 {
+            (0..a.columns).map(|k| a.at(row, k) * b.at(k, column)).sum()
+        };
+        let want = f64::from(init) + terms.iter().map(sum).sum::<f64>();
+        assert!(
+            (f64::from(*got) - want).abs() <= bound,
+            "{}: ({row}, {column}) of ({m}, {n}) is {got}, not {want}",
+            isa.name
+        );
     }
 }
 

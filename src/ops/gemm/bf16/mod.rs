@@ -55,21 +55,8 @@ pub(in crate::ops) fn gemm_strips(
     out: MatMut<'_>,
     accumulate: bool,
 ) {
-    assert!(
-        a.exist(steps) && b.exist(steps),
-        "operands have these strips and steps"
-    );
+    check_room(&a, &b, steps, &out);
     let planes = a.operand.planes;
-    assert!(
-        b.operand.planes == planes || b.operand.planes == BF16_PLANES,
-        "B has A's planes or one"
-    );
-    let rows = a.strips.len() * TILE;
-    let columns = b.strips.len() * TILE;
-    assert!(
-        columns <= out.stride && rows * out.stride + columns <= out.values.len() + out.stride,
-        "the result has room for its micro-tiles"
-    );
     let depth = a.operand.depth_of(a.first_step..a.first_step + steps);
     for (row, strip) in a.strips.clone().enumerate() {
         for (column, panel) in b.strips.clone().enumerate() {
@@ -79,7 +66,7 @@ pub(in crate::ops) fn gemm_strips(
                 planes: b.operand.planes,
                 depth,
             };
-            // SAFETY: all asserted above.
+            // SAFETY: checked above.
             unsafe {
                 let at = row * TILE * out.stride + column * TILE;
                 let out = TileOut {
@@ -93,6 +80,23 @@ pub(in crate::ops) fn gemm_strips(
             }
         }
     }
+}
+
+fn check_room(a: &Strips<'_>, b: &Strips<'_>, steps: usize, out: &MatMut<'_>) {
+    assert!(
+        a.exist(steps) && b.exist(steps),
+        "operands have these strips and steps"
+    );
+    assert!(
+        b.operand.planes == a.operand.planes || b.operand.planes == BF16_PLANES,
+        "B has A's planes or one"
+    );
+    let rows = a.strips.len() * TILE;
+    let columns = b.strips.len() * TILE;
+    assert!(
+        columns <= out.stride && rows * out.stride + columns <= out.values.len() + out.stride,
+        "the result has room for its micro-tiles"
+    );
 }
 
 /// A left-hand side packed for a unit.

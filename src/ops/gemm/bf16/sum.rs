@@ -406,18 +406,16 @@ impl Output<'_> {
         let row = strip * TILE;
         let column = panel * TILE;
         let init = self.init.rows_from(row, column, self.n);
-        let rows = (self.m - row).min(TILE);
-        let columns = (self.n - column).min(TILE);
         // SAFETY: no other task writes these rows and columns of `out` (m, n); the panel is packed.
         unsafe {
             let out = TileOut {
                 ptr: self.out.add(row * self.n + column),
                 stride: self.n,
-                rows,
-                columns,
+                rows: (self.m - row).min(TILE),
+                columns: (self.n - column).min(TILE),
                 accumulate: self.accumulate,
             };
-            if rows == TILE && columns == TILE && init.is_none() {
+            if out.rows == TILE && out.columns == TILE && init.is_none() {
                 return sum.tile(unit, strip, panel, packed, out);
             }
             let mut scratch = MaybeUninit::<Tile>::uninit();
@@ -427,11 +425,10 @@ impl Output<'_> {
                 ..out
             };
             if self.accumulate {
-                for row in 0..rows {
+                for row in 0..out.rows {
                     let from = out.ptr.add(row * out.stride);
-                    tile.ptr
-                        .add(row * TILE)
-                        .copy_from_nonoverlapping(from, columns);
+                    let to = tile.ptr.add(row * TILE);
+                    to.copy_from_nonoverlapping(from, out.columns);
                 }
             }
             sum.tile(unit, strip, panel, packed, tile);
