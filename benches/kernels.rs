@@ -3,8 +3,9 @@
 //!     cargo bench --bench kernels              every op
 //!     cargo bench --bench kernels -- linear    ops whose name contains `linear`
 //!
-//! The peaks are measured first, on the same threads: a large GEMM in each precision, or FMAs in registers if faster, and a copy far beyond
-//! the caches. Sizes are SmolLM2-135M's at 4 x 256 tokens. The best of several runs counts, since other processes only slow runs down.
+//! The peaks are measured first, on the same threads: a large GEMM in each precision, or FMAs in
+//! registers if faster, and a copy far beyond the caches. Sizes are SmolLM2-135M's at 4 x 256
+//! tokens. The best of several runs counts, since other processes only slow runs down.
 
 use std::time::Instant;
 
@@ -292,7 +293,8 @@ fn fma_peak() -> f64 {
         });
         (2 * threads * ROUNDS * N) as f64 / seconds
     }
-    // Twelve vectors of eight lanes, then of sixteen: enough to hide the latency, and they fit the registers.
+    // Twelve vectors of eight lanes, then of sixteen: enough to hide the latency, and they fit the
+    // registers.
     rate::<96>().max(rate::<192>())
 }
 

@@ -1,7 +1,8 @@
 //! Counter-based random numbers: one stream for each (seed, purpose, counters, name).
 //!
-//! Owns how a key becomes a generator. Takes a seed, a purpose, counters (step, example, ...) and a name (a module's path); returns a
-//! ChaCha8 generator. Stateless: a draw depends on its key alone, not on the order of draws or the number of threads.
+//! Owns how a key becomes a generator. Takes a seed, a purpose, counters (step, example, ...) and a
+//! name (a module's path); returns a ChaCha8 generator. Stateless: a draw depends on its key alone,
+//! not on the order of draws or the number of threads.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
@@ -40,8 +41,9 @@ impl Purpose {
 
 /// The generator of a key.
 ///
-/// The ChaCha key is SHA-256 of: the purpose's tag, a zero byte, `seed`, the number of `counters`, the `counters` (each a little-endian
-/// u64), then `name`. Every part but the last has a known length, so different keys hash different bytes.
+/// The ChaCha key is SHA-256 of: the purpose's tag, a zero byte, `seed`, the number of `counters`,
+/// the `counters` (each a little-endian u64), then `name`. Every part but the last has a known
+/// length, so different keys hash different bytes.
 ///
 /// ```
 /// use rand_chacha::rand_core::Rng;

@@ -1,7 +1,8 @@
 //! Executed work: matrix products, vector operations and memory sweeps, counted exactly.
 //!
-//! Owns `Work` and the `WorkCounter` that ops add to as they run. `plan` and the running ops use the same cost functions, so that forecast
-//! and execution can be compared for equality. Knows nothing about devices: a device profile turns work into joules.
+//! Owns `Work` and the `WorkCounter` that ops add to as they run. `plan` and the running ops use
+//! the same cost functions, so that forecast and execution can be compared for equality. Knows
+//! nothing about devices: a device profile turns work into joules.
 
 use std::collections::BTreeMap;
 use std::ops::{Add, AddAssign};

@@ -1,7 +1,7 @@
 //! Bit-packed dropout masks for LoRA inputs (Srivastava et al. 2014, "Dropout").
 //!
-//! Takes random bits from the caller; returns masked inputs and gradients. A mask in f32 would be as large as all other activations that a
-//! block saves.
+//! Takes random bits from the caller; returns masked inputs and gradients. A mask in f32 would be
+//! as large as all other activations that a block saves.
 
 use std::sync::Arc;
 
@@ -39,8 +39,8 @@ pub struct DropoutMask {
 }
 
 impl DropoutMask {
-    /// Samples a mask for an input of `shape`, which drops each element with probability `p` < 1. `draw` fills a row with uniform random
-    /// bits, for rows in any order and in parallel.
+    /// Samples a mask for an input of `shape`, which drops each element with probability `p` < 1.
+    /// `draw` fills a row with uniform random bits, for rows in any order and in parallel.
     pub fn sample(shape: (usize, usize), p: f64, draw: impl Fn(usize, &mut [u32]) + Sync) -> Self {
         let (rows, width) = shape;
         // The upper 24 bits are a fraction of 2^24 to compare with p.

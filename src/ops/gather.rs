@@ -34,7 +34,8 @@ pub fn gather_rows(context: Context<'_>, x: &Tensor, indices: &Tensor) -> Result
     select_rows(x, &sources)
 }
 
-/// dx (L, C), `indices` (L) u32 -> (n, C), the sum of the rows of each index. Distinct indices take the fast path.
+/// dx (L, C), `indices` (L) u32 -> (n, C), the sum of the rows of each index. Distinct indices take
+/// the fast path.
 pub fn scatter_rows(
     context: Context<'_>,
     dx: &Tensor,

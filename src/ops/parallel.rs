@@ -1,11 +1,14 @@
 //! Fork-join parallel loops on the rayon pool, with spinning workers.
 //!
-//! rayon parks an idle worker within microseconds, and waking one takes longer than most loops of a small model. Here workers of the
-//! current rayon pool stay with the thread that starts the loops and spin for `SPIN_TIMEOUT` before they return to rayon. Each worker takes
-//! its own chunk of the items first, the same part of every loop, so that it finds in its cache what it wrote in the loop before, and then
-//! steals from the other chunks. Which worker takes an item is chance: no result may depend on it.
+//! rayon parks an idle worker within microseconds, and waking one takes longer than most loops of a
+//! small model. Here workers of the current rayon pool stay with the thread that starts the loops
+//! and spin for `SPIN_TIMEOUT` before they return to rayon. Each worker takes its own chunk of the
+//! items first, the same part of every loop, so that it finds in its cache what it wrote in the
+//! loop before, and then steals from the other chunks. Which worker takes an item is chance: no
+//! result may depend on it.
 //!
-//! `par_map` is data parallelism: each worker runs one item at a time with all loops in it, and workers without items join the others' loops.
+//! `par_map` is data parallelism: each worker runs one item at a time with all loops in it, and
+//! workers without items join the others' loops.
 
 use std::cell::{RefCell, UnsafeCell};
 use std::ops::Range;
@@ -56,8 +59,13 @@ pub(super) fn num_threads() -> usize {
 
 /// Maps items in parallel; the results are in the items' order.
 ///
-/// Each thread of the current pool runs one item at a time, with the loops in it, so that threads synchronise once and not in every loop.
-/// Threads without an item help with the others' loops.
+/// Each thread of the current pool runs one item at a time, with the loops in it, so that threads
+/// synchronise once and not in every loop. Threads without an item help with the others' loops.
+///
+/// ```
+/// use wattune::ops::par_map;
+/// assert_eq!(par_map([1, 2, 3].iter(), |x| x * x), [1, 4, 9]);
+/// ```
 pub fn par_map<I: Send, T: Send>(
     items: impl ExactSizeIterator<Item = I>,
     work: impl Fn(I) -> T + Sync,
@@ -220,12 +228,14 @@ impl Job {
     }
 }
 
-// SAFETY: `job` is written while the loop is closed and no worker is active; its closure is `Sync` and outlives the loop.
+// SAFETY: `job` is written while the loop is closed and no worker is active; its closure is `Sync`
+// and outlives the loop.
 unsafe impl Sync for SpinPool {}
 // SAFETY: as above.
 unsafe impl Send for SpinPool {}
 
-/// Closes the loop on drop and waits for its active workers, also when an item of its own thread panics.
+/// Closes the loop on drop and waits for its active workers, also when an item of its own thread
+/// panics.
 struct CloseOnDrop<'a>(&'a SpinPool);
 
 impl Drop for CloseOnDrop<'_> {
@@ -262,7 +272,8 @@ impl SpinPool {
         }
     }
 
-    /// Runs a loop with the workers that join it; `wake` is called once it is open. A loop nested in an item runs on this thread alone.
+    /// Runs a loop with the workers that join it; `wake` is called once it is open. A loop nested
+    /// in an item runs on this thread alone.
     fn execute<'a>(
         &self,
         threads: usize,
@@ -273,7 +284,8 @@ impl SpinPool {
         if is_open(self.epoch.load(Ordering::Relaxed)) {
             return (0..count).for_each(task);
         }
-        // SAFETY: this erases the lifetime alone; `CloseOnDrop` waits for every user before `task` is dropped.
+        // SAFETY: this erases the lifetime alone; `CloseOnDrop` waits for every user before `task`
+        // is dropped.
         let task: *const (dyn Fn(usize) + Sync) =
             unsafe { std::mem::transmute::<&'a (dyn Fn(usize) + Sync + 'a), _>(task) };
         let job = Job {
@@ -333,7 +345,8 @@ impl SpinPool {
         }
     }
 
-    /// Runs items of the open loop, unless it is `seen`: one that was drained before. Returns whether a loop is open.
+    /// Runs items of the open loop, unless it is `seen`: one that was drained before. Returns
+    /// whether a loop is open.
     fn try_join(&self, seen: &mut usize) -> bool {
         let epoch = self.epoch.load(Ordering::Relaxed);
         if is_open(epoch) && epoch != *seen {

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-/// Sequences laid end to end in one token list. Attention never crosses one; positions restart in each.
+/// Sequences laid end to end in one token list. Attention never crosses one; positions restart in
+/// each.
 ///
 /// ```
 /// use wattune::ops::Segments;

@@ -1,8 +1,10 @@
 //! Elementwise arithmetic and reductions on the CPU's vector instructions.
 //!
-//! `simd!` compiles a loop for each instruction set and selects one at run time. Reductions use `LANES` partial sums in a fixed order, so
-//! all instruction sets agree to the bit, except that a multiply-add rounds once where it is fused. The loops are plain indices over
-//! slices of one length, or chunks of a constant length: zipped iterators and a `Vec` behind a reference do not vectorize.
+//! `simd!` compiles a loop for each instruction set and selects one at run time. Reductions use
+//! `LANES` partial sums in a fixed order, so all instruction sets agree to the bit, except that a
+//! multiply-add rounds once where it is fused. The loops are plain indices over slices of one
+//! length, or chunks of a constant length: zipped iterators and a `Vec` behind a reference do not
+//! vectorize.
 
 #![allow(clippy::needless_range_loop)]
 
@@ -20,7 +22,8 @@ pub(super) struct Simd {
     fused: bool,
 }
 
-/// `simd!(|simd| body)`: runs `body` compiled for the best instruction set of the CPU. Functions it calls must be inlined into it.
+/// `simd!(|simd| body)`: runs `body` compiled for the best instruction set of the CPU. Functions it
+/// calls must be inlined into it.
 macro_rules! simd {
     (|$simd:pat_param| $body:expr) => {
         $crate::ops::simd::dispatch(
@@ -93,8 +96,9 @@ impl Simd {
 
     /// e^x, within 2.5 ulp on [-87.3, 88]; 0 below, e^88 above.
     ///
-    /// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. ln 2 is subtracted in two parts, the first exact in f32 times any n here
-    /// (Cody and Waite 1980). e^r = 1 + r + r^2 q(r), q of degree 3 and minimax: its relative error on that interval is 1.05e-7.
+    /// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2. ln 2 is subtracted in two parts,
+    /// the first exact in f32 times any n here (Cody and Waite 1980). e^r = 1 + r + r^2 q(r), q of
+    /// degree 3 and minimax: its relative error on that interval is 1.05e-7.
     #[inline(always)]
     pub(super) fn exp(self, x: f32) -> f32 {
         const LN_2_HIGH: f32 = 0.693_359_4;
@@ -110,7 +114,8 @@ impl Simd {
         for coefficient in [0.041_890_33, 0.166_671_16, 0.499_992_3, 1.0, 1.0] {
             p = self.mul_add(r, p, coefficient);
         }
-        // Above -87.3 p lies in [0.7, 1.5) and, where n is -126, above 1: adding n to its exponent gives a normal float.
+        // Above -87.3 p lies in [0.7, 1.5) and, where n is -126, above 1: adding n to its exponent
+        // gives a normal float.
         let value = f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23));
         if x < -87.3 { 0.0 } else { value }
     }
@@ -133,7 +138,8 @@ pub(super) fn max(row: &[f32]) -> f32 {
         .fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// The sum of `f` over the elements: `LANES` partial sums in f32 for each `BLOCK`, the blocks in f64.
+/// The sum of `f` over the elements: `LANES` partial sums in f32 for each `BLOCK`, the blocks in
+/// f64.
 #[inline(always)]
 pub(super) fn sum_map(row: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     sum_map2(row, row, |x, _| f(x))

@@ -80,7 +80,8 @@ impl<'a> CpuTensor<'a> {
     }
 }
 
-/// An uninitialised buffer of `n` elements: zeroing large results costs a tenth of a small model's step.
+/// An uninitialised buffer of `n` elements: zeroing large results costs a tenth of a small model's
+/// step.
 ///
 /// # Safety
 /// Every element is written before it is read.
@@ -150,7 +151,8 @@ pub(super) fn to_f32_contiguous(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.to_dtype(DType::F32)?.contiguous()?)
 }
 
-/// Rejects a tensor that is not of `shape`: the loops of fused passes zip slices, which would silently truncate.
+/// Rejects a tensor that is not of `shape`: the loops of fused passes zip slices, which would
+/// silently truncate.
 pub(super) fn check_shape(name: &str, tensor: &Tensor, shape: &[usize]) -> Result<()> {
     check_dims(name, tensor.dims(), shape)
 }

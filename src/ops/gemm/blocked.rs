@@ -1,8 +1,9 @@
-//! Blocked GEMM on vector registers: panels of B, NR wide, are packed by the task that reads them; A is read in place, MR rows at a
-//! time, by broadcasts.
+//! Blocked GEMM on vector registers: panels of B, NR wide, are packed by the task that reads them;
+//! A is read in place, MR rows at a time, by broadcasts.
 //!
-//! A task's packed panels fill half of L2 while its strips of A pass over them, and k is cut into blocks (KC) so that they do. Up to
-//! `MAX_UNPACKED_ROWS` rows B is read in place too: copying it would take longer than the product.
+//! A task's packed panels fill half of L2 while its strips of A pass over them, and k is cut into
+//! blocks (KC) so that they do. Up to `MAX_UNPACKED_ROWS` rows B is read in place too: copying it
+//! would take longer than the product.
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
@@ -17,7 +18,8 @@ use crate::ops::storage::SendPtr;
 
 /// Tasks of one thread that share the panels it packed.
 pub(super) const TASKS_PER_PACK: usize = 8;
-/// Pages of B that stay in the TLB while all panels of a task read them, and f32 elements of a 4 KiB page.
+/// Pages of B that stay in the TLB while all panels of a task read them, and f32 elements of a 4
+/// KiB page.
 const TLB_PAGES: usize = 32;
 const PAGE_ELEMENTS: usize = 1024;
 /// Rows of B read between two panels at most, so that a panel of them fits L1.
@@ -138,7 +140,8 @@ impl GemmPass<'_> {
         );
     }
 
-    /// Computes these rows and columns: whole vectors of few rows from B in place, all else from packed panels.
+    /// Computes these rows and columns: whole vectors of few rows from B in place, all else from
+    /// packed panels.
     fn task(&self, columns: Range<usize>, rows: Range<usize>) {
         let in_place = |block: &KBlock| {
             let rhs = self.terms[block.term].rhs;
@@ -175,7 +178,8 @@ impl GemmPass<'_> {
                 let b = &values[block.k.start * rhs.row_stride + column..];
                 debug_assert!((term.k - 1) * rhs.row_stride + vectors * lanes <= b.len());
                 term.b = b.as_ptr();
-                // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; no other task writes these rows and columns.
+                // SAFETY: rows, columns and k lie inside A, B and (m, n) buffers; no other task
+                // writes these rows and columns.
                 unsafe {
                     let args = KernelArgs {
                         terms: &[term],
@@ -212,7 +216,8 @@ impl GemmPass<'_> {
         })
     }
 
-    /// Packs B's columns, unless they are cached or the previous task packed them, and runs the micro-kernels.
+    /// Packs B's columns, unless they are cached or the previous task packed them, and runs the
+    /// micro-kernels.
     fn run_packed(&self, columns: Range<usize>, rows: Range<usize>) {
         let panels: Vec<Range<usize>> = blocks(columns.clone(), self.isa.nr()).collect();
         let depth: usize = self.needs_packing().map(|block| block.k.len()).sum();
@@ -235,7 +240,8 @@ impl GemmPass<'_> {
         });
     }
 
-    /// The k blocks of each panel, with A from `row` on and B cached or in `values` as `pack_panels` left it.
+    /// The k blocks of each panel, with A from `row` on and B cached or in `values` as
+    /// `pack_panels` left it.
     fn panel_terms(
         &self,
         depth: usize,
@@ -271,8 +277,8 @@ impl GemmPass<'_> {
             .filter(|block| self.prepacked[block.term].is_none())
     }
 
-    /// Packs these columns of B, panel by panel, all blocks of a panel after each other. A few rows at a time are read for all panels,
-    /// so that their pages stay in the TLB.
+    /// Packs these columns of B, panel by panel, all blocks of a panel after each other. A few rows
+    /// at a time are read for all panels, so that their pages stay in the TLB.
     fn pack_panels(&self, depth: usize, panels: &[Range<usize>], values: &mut Vec<f32>) {
         let size = depth * self.isa.nr();
         if values.len() < panels.len() * size {
@@ -302,8 +308,9 @@ impl GemmPass<'_> {
         let width = columns.len().next_multiple_of(self.isa.lanes);
         let kernel = self.isa.kernel(rows.len(), width / self.isa.lanes);
         let (mut init, mut rs_init) = self.init_at(rows.start, columns.start);
-        // SAFETY: rows and k lie inside A, whose slice is the matrix, and panels hold k rows of `width`; no other task writes these
-        // rows and columns of `out`. Partial vectors go through `scratch`, which has room for every micro-tile.
+        // SAFETY: rows and k lie inside A, whose slice is the matrix, and panels hold k rows of
+        // `width`; no other task writes these rows and columns of `out`. Partial vectors go through
+        // `scratch`, which has room for every micro-tile.
         unsafe {
             let out = self.out.add(rows.start * self.n + columns.start);
             if width == columns.len() {

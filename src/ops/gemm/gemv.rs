@@ -1,4 +1,5 @@
-//! GEMV: one row times matrices that are contiguous along k, each read once as stored. Generation of one token is this product.
+//! GEMV: one row times matrices that are contiguous along k, each read once as stored. Generation
+//! of one token is this product.
 //!
 //! Packing pays only if many rows read a panel; here the time is that of reading B from memory.
 
@@ -6,7 +7,8 @@ use super::{CpuSlice, Element, Form, GemmTerm, Init, MatRef};
 use crate::ops::parallel::par_for_each;
 use crate::ops::simd::simd;
 
-/// Elements of B that a task reads, about: long enough for hardware prefetching, short enough to balance threads.
+/// Elements of B that a task reads, about: long enough for hardware prefetching, short enough to
+/// balance threads.
 const TASK_ELEMENTS: usize = 32 << 10;
 
 /// Each term's row and B, if every A is one contiguous row and every B is contiguous along k.

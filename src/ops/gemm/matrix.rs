@@ -92,8 +92,8 @@ impl<'a> MatRef<'a> {
         }
     }
 
-    /// The cached packed form, made now if it is the first; `None` without a cache, or if it is cached in another form than
-    /// `empty` has.
+    /// The cached packed form, made now if it is the first; `None` without a cache, or if it is
+    /// cached in another form than `empty` has.
     pub(super) fn prepacked(&self, empty: &dyn Fn() -> PackedRhs) -> Option<&'a PackedRhs> {
         let (cache, transposed) = self.cache?;
         cache.get_or_pack(transposed, self, empty)

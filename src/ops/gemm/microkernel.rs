@@ -1,8 +1,10 @@
 //! Register-tiled micro-kernels, one family per instruction set.
 //!
-//! A micro-kernel keeps an `M` x `V`-vector tile of the result in registers over all of k (BLIS's MR x NR micro-tile). It reads A by
-//! broadcasts through two strides and B row by row from a packed panel. The loops are plain indices: an iterator call that is not
-//! inlined would spill the registers. Every instruction set sums over k in the same order, with fused multiply-adds if it has them.
+//! A micro-kernel keeps an `M` x `V`-vector tile of the result in registers over all of k (BLIS's
+//! MR x NR micro-tile). It reads A by broadcasts through two strides and B row by row from a packed
+//! panel. The loops are plain indices: an iterator call that is not inlined would spill the
+//! registers. Every instruction set sums over k in the same order, with fused multiply-adds if it
+//! has them.
 
 #![allow(clippy::needless_range_loop)]
 
@@ -14,10 +16,12 @@ use super::bf16::MatrixUnit;
 use super::bf16::{amx, avx512_bf16};
 use super::schedule::even_parts;
 
-/// out (M, V * lanes) = init + the sum over the terms of a (M, k) b (k, V * lanes). Strides are in elements.
+/// out (M, V * lanes) = init + the sum over the terms of a (M, k) b (k, V * lanes). Strides are in
+/// elements.
 ///
 /// # Safety
-/// Each term's `a` is readable at `i * rs_a + j * cs_a` for i < M, j < k; `b`, `init` and `out` at V * lanes elements of each row.
+/// Each term's `a` is readable at `i * rs_a + j * cs_a` for i < M, j < k; `b`, `init` and `out` at
+/// V * lanes elements of each row.
 pub(in crate::ops) type MicroKernel = unsafe fn(KernelArgs<'_>);
 
 /// Operands of a micro-kernel.
@@ -321,7 +325,8 @@ unsafe fn portable<const M: usize, const V: usize>(args: KernelArgs<'_>) {
     }
 }
 
-/// A micro-kernel of x86-64 intrinsics: name, features, lanes, and the intrinsics for zero, load, broadcast, FMA, add and store.
+/// A micro-kernel of x86-64 intrinsics: name, features, lanes, and the intrinsics for zero, load,
+/// broadcast, FMA, add and store.
 #[cfg(target_arch = "x86_64")]
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $zero:ident, $load:ident, $set:ident, $fma:ident, $add:ident, $store:ident) => {

@@ -1,4 +1,5 @@
-//! Packing of B for micro-kernels: panels of rows of k, each as wide as the micro-tile, in f32, zero beyond B's last column.
+//! Packing of B for micro-kernels: panels of rows of k, each as wide as the micro-tile, in f32,
+//! zero beyond B's last column.
 
 use std::ops::Range;
 
@@ -9,7 +10,8 @@ use crate::ops::simd::simd;
 /// Rows prefetched ahead: they lie on other pages, across which hardware does not prefetch.
 const PREFETCH_ROWS: usize = 16;
 
-/// Packs rows `k` of b's columns `columns` into `panel` (k, width), with width the columns rounded up to vectors.
+/// Packs rows `k` of b's columns `columns` into `panel` (k, width), with width the columns rounded
+/// up to vectors.
 pub(in crate::ops) fn pack(
     isa: &Isa,
     b: &MatRef<'_>,
@@ -50,7 +52,8 @@ fn pack_panel<T: Element>(
         #[cfg(target_arch = "x86_64")]
         if isa.transpose != Transpose::Portable {
             let values = values.as_ptr();
-            // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the CPU has it.
+            // SAFETY: the columns are readable (asserted), and `isa` is chosen only where the CPU
+            // has it.
             return unsafe {
                 if isa.transpose == Transpose::Avx512 {
                     transpose_panel_16(values, b.column_stride, columns, panel, width)
@@ -69,8 +72,8 @@ fn pack_panel<T: Element>(
     }
 }
 
-/// Packs rows of `columns` contiguous elements. Widths of micro-tiles and of usual heads are constants, so that no row is a call of
-/// memcpy.
+/// Packs rows of `columns` contiguous elements. Widths of micro-tiles and of usual heads are
+/// constants, so that no row is a call of memcpy.
 fn copy_panel<T: Element>(
     values: &[T],
     row_stride: usize,
@@ -124,10 +127,12 @@ fn prefetch<T: Element>(values: &[T], start: usize, count: usize) {
     let _ = (values, start, count);
 }
 
-/// Packs a B that is contiguous along k (a weight in its forward pass) by 16 x 16 transposes in registers.
+/// Packs a B that is contiguous along k (a weight in its forward pass) by 16 x 16 transposes in
+/// registers.
 ///
 /// # Safety
-/// `columns` runs of `panel.len() / width` elements, `stride` apart, are readable; the CPU has AVX-512 F, BW and VL.
+/// `columns` runs of `panel.len() / width` elements, `stride` apart, are readable; the CPU has
+/// AVX-512 F, BW and VL.
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -147,14 +152,16 @@ unsafe fn transpose_panel_16<T: Element>(
             let mut block = [_mm512_setzero_ps(); 16];
             for row in 0..16 {
                 let mask = if first + row < columns { mask } else { 0 };
-                // SAFETY: column `first + row` has the elements under the mask, which is empty beyond the last column.
+                // SAFETY: column `first + row` has the elements under the mask, which is empty
+                // beyond the last column.
                 block[row] =
                     unsafe { T::load(values.wrapping_add((first + row) * stride + start), mask) };
             }
             transpose_16(&mut block);
             for row in 0..16 {
                 if row < depth {
-                    // SAFETY: row `start + row` < k of the panel has 16 elements from `first` on: width is a multiple of 16.
+                    // SAFETY: row `start + row` < k of the panel has 16 elements from `first` on:
+                    // width is a multiple of 16.
                     unsafe {
                         _mm512_storeu_ps(
                             panel.as_mut_ptr().add((start + row) * width + first),
@@ -206,7 +213,8 @@ pub(super) fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
 /// `transpose_panel_16` by 8 x 8 transposes.
 ///
 /// # Safety
-/// `columns` runs of `panel.len() / width` elements, `stride` apart, are readable; the CPU has AVX2.
+/// `columns` runs of `panel.len() / width` elements, `stride` apart, are readable; the CPU has
+/// AVX2.
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx2")]
@@ -236,7 +244,8 @@ unsafe fn transpose_panel_8<T: Element>(
             }
             transpose_8(&mut block);
             for row in 0..depth {
-                // SAFETY: row `start + row` < k of the panel has 8 elements from `first` on: width is a multiple of 8.
+                // SAFETY: row `start + row` < k of the panel has 8 elements from `first` on: width
+                // is a multiple of 8.
                 unsafe {
                     _mm256_storeu_ps(
                         panel.as_mut_ptr().add((start + row) * width + first),

@@ -1,4 +1,5 @@
-//! Pre-packed right-hand side, reused across GEMM calls. Each call runs on one thread, for a block of rows that fits its L2 cache.
+//! Pre-packed right-hand side, reused across GEMM calls. Each call runs on one thread, for a block
+//! of rows that fits its L2 cache.
 
 use std::fmt;
 use std::ops::Range;
@@ -28,7 +29,8 @@ pub(in crate::ops) struct PackedWeightCache {
 }
 
 impl PackedWeightCache {
-    /// The packed form of `matrix`, the weight or its transpose; `None` if it is cached in another form than `empty` has.
+    /// The packed form of `matrix`, the weight or its transpose; `None` if it is cached in another
+    /// form than `empty` has.
     pub(super) fn get_or_pack(
         &self,
         transposed: bool,
@@ -40,7 +42,8 @@ impl PackedWeightCache {
         packed.is_compatible(&empty()).then_some(packed)
     }
 
-    /// The weight in chunks of `count` rows, each transposed and as stored; `None` as in `get_or_pack`.
+    /// The weight in chunks of `count` rows, each transposed and as stored; `None` as in
+    /// `get_or_pack`.
     pub(in crate::ops) fn row_chunks(
         &self,
         weight: &MatRef<'_>,
@@ -117,7 +120,8 @@ impl PackedRhs {
         }
     }
 
-    /// out = `lhs`'s `rows` times B. Rows and columns beyond the product, up to a multiple of `PADDING`, may be overwritten.
+    /// out = `lhs`'s `rows` times B. Rows and columns beyond the product, up to a multiple of
+    /// `PADDING`, may be overwritten.
     pub(in crate::ops) fn gemm(&self, lhs: &Lhs<'_>, rows: Range<usize>, out: MatMut<'_>) {
         match (self, &lhs.form) {
             (

@@ -8,7 +8,8 @@ use super::schedule::blocks;
 use super::{MatMut, MatRef, even_parts, pack};
 use crate::ops::parallel::par_for_each;
 
-/// B (k, columns) in panels of NR columns; the last is as wide as the vectors that its columns fill.
+/// B (k, columns) in panels of NR columns; the last is as wide as the vectors that its columns
+/// fill.
 pub(in crate::ops) struct Panels {
     isa: &'static Isa,
     values: Vec<f32>,
@@ -52,7 +53,8 @@ impl Panels {
         });
     }
 
-    /// out = the first `m` rows of `a` (row-major, `rs_a` elements apart) times B, or out += it, on this thread.
+    /// out = the first `m` rows of `a` (row-major, `rs_a` elements apart) times B, or out += it, on
+    /// this thread.
     pub(super) fn gemm(&self, m: usize, a: &[f32], rs_a: usize, accumulate: bool, out: MatMut<'_>) {
         self.check_room(m, a.len(), rs_a, &out);
         let isa = self.isa;
@@ -66,7 +68,8 @@ impl Panels {
                 for rows in even_parts(0..m, isa.mr) {
                     for columns in blocks(group.clone(), nr) {
                         let vectors = columns.len().div_ceil(isa.lanes);
-                        // SAFETY: these rows and columns lie inside `a` and `out` (checked), and the panel has k rows of `vectors`.
+                        // SAFETY: these rows and columns lie inside `a` and `out` (checked), and
+                        // the panel has k rows of `vectors`.
                         unsafe {
                             let terms = [KernelTerm {
                                 k: k.len(),

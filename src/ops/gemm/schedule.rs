@@ -7,9 +7,10 @@ use crate::ops::parallel::{num_threads, par_for_each};
 /// Strips of rows of a task at least: fewer do not repay packing its panels again.
 const MIN_STRIPS: usize = 4;
 
-/// Runs `task(panels, strips)` over the result in parallel: ranges of at most `max_panels` panels (of columns), and of strips (of
-/// rows), as many for each thread and of nearly one size. A thread's rows come in up to `tasks_per_pack` consecutive tasks on the same
-/// panels, so that other threads can take over what a delayed one has left.
+/// Runs `task(panels, strips)` over the result in parallel: ranges of at most `max_panels` panels
+/// (of columns), and of strips (of rows), as many for each thread and of nearly one size. A
+/// thread's rows come in up to `tasks_per_pack` consecutive tasks on the same panels, so that other
+/// threads can take over what a delayed one has left.
 pub(super) fn par_for_each_task(
     panels: usize,
     max_panels: usize,
@@ -18,8 +19,9 @@ pub(super) fn par_for_each_task(
     task: impl Fn(Range<usize>, Range<usize>) + Sync,
 ) {
     let threads = num_threads();
-    // Split by rows, although each part packs the panels again: few panels that threads cannot share evenly, and panels no more than
-    // the strips, which are then read by the thread that wrote them.
+    // Split by rows, although each part packs the panels again: few panels that threads cannot
+    // share evenly, and panels no more than the strips, which are then read by the thread that
+    // wrote them.
     let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
     let by_rows = uneven || panels <= strips && strips >= MIN_STRIPS * threads;
     let row_parts = if by_rows {

@@ -75,7 +75,8 @@ impl TestMatrix {
 
 type Terms = [(TestMatrix, TestMatrix)];
 
-/// Sums of products in `precision` against f64, on these numbers of threads; some B's cached in packed form, which changes no bit.
+/// Sums of products in `precision` against f64, on these numbers of threads; some B's cached in
+/// packed form, which changes no bit.
 fn check(
     isa: &'static Isa,
     precision: Precision,
@@ -118,7 +119,8 @@ fn check_close(isa: &Isa, got: &[f32], terms: &Terms, init: Init<'_>) {
     let m = terms[0].0.rows;
     let n = terms[0].1.columns;
     let depth: usize = terms.iter().map(|(a, _)| a.columns).sum();
-    // Factors are below 1: each addition is off by at most half of EPSILON times the largest partial sum.
+    // Factors are below 1: each addition is off by at most half of EPSILON times the largest
+    // partial sum.
     let off = (depth + 2) as f64 * (depth + 1) as f64 / 2.0;
     let bound = (off * f64::from(f32::EPSILON)).min(2e-3);
     for (index, (got, init)) in got.iter().zip(init.to_vec(m, n)).enumerate() {
@@ -227,7 +229,8 @@ fn deep_sums_match_f64() {
     }
 }
 
-/// All 24 bits of f32 count: values over eight powers of ten, and an error against f64 within that of rounding each addition.
+/// All 24 bits of f32 count: values over eight powers of ten, and an error against f64 within that
+/// of rounding each addition.
 #[test]
 fn f32_keeps_24_bits() {
     let (m, n, k) = (40, 70, 300);
@@ -259,7 +262,8 @@ fn f32_keeps_24_bits() {
             });
             worst = worst.max((f64::from(got[row * n + column]) - sum).abs() / size);
         }
-        // MixedTerm of EPSILON an addition; AMX makes six for one, but rounds the sum of a pair once.
+        // MixedTerm of EPSILON an addition; AMX makes six for one, but rounds the sum of a pair
+        // once.
         assert!(
             worst < 8.0 * f64::from(f32::EPSILON),
             "{}: {worst:e} of the sum of sizes",
@@ -342,7 +346,8 @@ fn check_by_packed(
     seed: u64,
 ) {
     let [m, k, n] = shape;
-    // One row more, so that a single row is packed too: a row's result does not depend on the others.
+    // One row more, so that a single row is packed too: a row's result does not depend on the
+    // others.
     let a = f32_values(seed, (m + 1) * k);
     let b = TestMatrix::new(seed ^ 1, k, n, false, b_bf16);
     let b_wide = f32_values(seed ^ 2, k * n);

@@ -1,7 +1,8 @@
 //! The innermost loop on Intel AMX: a 32 x 32 result in tile registers over a block of k.
 //!
-//! Rust 1.95 has no stable AMX intrinsics, so the loop is inline assembly: one block for each combination of planes, which loads or zeroes
-//! the result, runs over k and stores it. Tile registers 0 to 3 are the result, 4 and 5 A, 6 and 7 B.
+//! Rust 1.95 has no stable AMX intrinsics, so the loop is inline assembly: one block for each
+//! combination of planes, which loads or zeroes the result, runs over k and stores it. Tile
+//! registers 0 to 3 are the result, 4 and 5 A, 6 and 7 B.
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
@@ -22,7 +23,8 @@ pub(in crate::ops::gemm) fn permitted() -> bool {
 
 #[cfg(target_os = "linux")]
 fn request_permission() -> bool {
-    // ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA (Linux kernel documentation, "Using XSTATE features in user space applications").
+    // ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA (Linux kernel documentation, "Using XSTATE
+    // features in user space applications").
     const REQUEST: usize = 0x1023;
     const TILE_DATA: usize = 18;
     // SAFETY: this call takes two numbers and touches no memory.
@@ -37,8 +39,8 @@ fn request_permission() -> bool {
 /// Configures this thread's eight tile registers as 16 rows of 64 bytes (palette 1).
 pub(super) fn configure() {
     assert!(permitted(), "AMX is permitted");
-    // Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved bytes, then 16 row widths in bytes
-    // (u16) and 16 row counts (u8).
+    // Intel's Software Developer's Manual, volume 1, section 18.2: palette, start row, 14 reserved
+    // bytes, then 16 row widths in bytes (u16) and 16 row counts (u8).
     let mut config = [0u8; 64];
     config[0] = 1;
     for register in 0..8 {
@@ -94,7 +96,8 @@ macro_rules! rounded_step {
     };
 }
 
-/// A step in f32: a = a0 + a1 + a2, 8 of its 24 bits each. The products left out are below 2^-24 of a b.
+/// A step in f32: a = a0 + a1 + a2, 8 of its 24 bits each. The products left out are below 2^-24 of
+/// a b.
 macro_rules! split_step {
     () => {
         concat!(
@@ -109,7 +112,8 @@ macro_rules! split_step {
     };
 }
 
-/// A step of f32 times bf16, whose other planes are zero: the remaining products of `split_step`, in its order.
+/// A step of f32 times bf16, whose other planes are zero: the remaining products of `split_step`,
+/// in its order.
 macro_rules! mixed_step {
     () => {
         concat!(
@@ -127,10 +131,12 @@ macro_rules! kernel {
         /// out = the runs' products, or out += them.
         ///
         /// # Safety
-        /// The tile registers are configured; every step of A and B is readable, `out` is writable as 32 x 32.
+        /// The tile registers are configured; every step of A and B is readable, `out` is writable
+        /// as 32 x 32.
         unsafe fn $name(runs: Runs, out: TileOut) {
             let [(a, b, steps), (next_a, next_b, more)] = runs.map(|run| (run.a, run.b, run.depth.div_ceil(K_STEP)));
-            // SAFETY: the caller's promise; the loops run `steps` and `more` times, both tested first.
+            // SAFETY: the caller's promise; the loops run `steps` and `more` times, both tested
+            // first.
             unsafe {
                 asm!(
                     "test {accumulate}, {accumulate}",

@@ -6,8 +6,8 @@ use std::arch::x86_64::*;
 
 use super::unit::{BLOCK_LINES, K_STEP, KRun, Runs, TILE, TileOut};
 
-/// Rows summed in registers at a time: with two vectors of columns, 16 independent accumulators. More rows gained nothing
-/// (benches/LOG.md, "a processor with fast dot products of bf16 pairs").
+/// Rows summed in registers at a time: with two vectors of columns, 16 independent accumulators.
+/// More rows gained nothing (benches/LOG.md, "a processor with fast dot products of bf16 pairs").
 const ROWS: usize = 8;
 /// f32 lanes of a vector.
 const LANES: usize = 16;
@@ -20,7 +20,8 @@ pub(in crate::ops::gemm) fn present() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-/// Whether these dot products are faster than f32 FMA: twice as fast on AMD, which issues them at the same rate; half as fast on Intel.
+/// Whether these dot products are faster than f32 FMA: twice as fast on AMD, which issues them at
+/// the same rate; half as fast on Intel.
 pub(in crate::ops::gemm) fn fast() -> bool {
     let vendor = __cpuid(0);
     // "AuthenticAMD"

@@ -1,10 +1,11 @@
-//! GEMM on bf16 matrix units: bf16 in, f32 sums, micro-tiles of 32 x 32, on AMX tile registers or AVX512-BF16 dot products, which share
-//! one packed layout (`operand`).
+//! GEMM on bf16 matrix units: bf16 in, f32 sums, micro-tiles of 32 x 32, on AMX tile registers or
+//! AVX512-BF16 dot products, which share one packed layout (`operand`).
 //!
-//! In bf16, operands are rounded once, while they are packed. In f32, on AMX alone, each operand is split into three bf16 planes that add
-//! up to its 24 bits, and the six products of planes above 2^-24 are summed: as exact as f32 multiply-adds, and faster. B stored in bf16
-//! is one plane, which leaves three products. Denormals count as zero. The order of a sum depends neither on the number of threads nor
-//! on the other size of the product.
+//! In bf16, operands are rounded once, while they are packed. In f32, on AMX alone, each operand is
+//! split into three bf16 planes that add up to its 24 bits, and the six products of planes above
+//! 2^-24 are summed: as exact as f32 multiply-adds, and faster. B stored in bf16 is one plane,
+//! which leaves three products. Denormals count as zero. The order of a sum depends neither on the
+//! number of threads nor on the other size of the product.
 
 pub(super) mod amx;
 pub(super) mod avx512_bf16;
@@ -27,14 +28,15 @@ pub(in crate::ops) use self::sum::gemm_tiles;
 pub(super) use self::sum::{gemm_by_packed, gemm_sum};
 pub(in crate::ops) use self::unit::{ActiveUnit, BF16_PLANES, MatrixUnit, TILE};
 
-/// Bytes of a panel of B at most: with A's strip it streams through an L2 of 2 MiB, which every CPU with AMX has.
+/// Bytes of a panel of B at most: with A's strip it streams through an L2 of 2 MiB, which every CPU
+/// with AMX has.
 const MAX_PANEL_BYTES: usize = 128 << 10;
-/// Bytes of packed B of one task: half of that L2. (Less gained nothing where L2 is 1 MiB: benches/LOG.md, "a processor with fast dot
-/// products of bf16 pairs".)
+/// Bytes of packed B of one task: half of that L2. (Less gained nothing where L2 is 1 MiB:
+/// benches/LOG.md, "a processor with fast dot products of bf16 pairs".)
 const TASK_BYTES: usize = 1 << 20;
 
-/// Rows of A from which it is packed. A single row, a generated token, takes no longer than reading B; from two rows on, a row's result
-/// does not depend on how many there are.
+/// Rows of A from which it is packed. A single row, a generated token, takes no longer than reading
+/// B; from two rows on, a row's result does not depend on how many there are.
 const MIN_ROWS: usize = 2;
 
 /// A micro-tile of the result, row-major.
@@ -46,7 +48,8 @@ impl Tile {
     pub(in crate::ops) const ZERO: Self = Self([0.0; TILE * TILE]);
 }
 
-/// out = strips of A times strips of B over `steps` steps of k, or out += it, on this thread. B has A's planes, or one.
+/// out = strips of A times strips of B over `steps` steps of k, or out += it, on this thread. B has
+/// A's planes, or one.
 pub(in crate::ops) fn gemm_strips(
     unit: &ActiveUnit,
     a: Strips<'_>,
@@ -124,7 +127,8 @@ impl Bf16Lhs {
         Some(Self { unit, operand })
     }
 
-    /// A left-hand side (rows, columns) of the same unit and planes, to be written by its `block_writer`.
+    /// A left-hand side (rows, columns) of the same unit and planes, to be written by its
+    /// `block_writer`.
     ///
     /// # Safety
     /// Every block is written before it is read.
@@ -184,7 +188,8 @@ impl Bf16Rhs {
         self.gemm_strips(&a, 0..a.strips(), out, true);
     }
 
-    /// out = strips of A times B, or out += it, on this thread, as much of B at a time as a parallel task packs.
+    /// out = strips of A times B, or out += it, on this thread, as much of B at a time as a
+    /// parallel task packs.
     fn gemm_strips(
         &self,
         a: &PackedOperand,

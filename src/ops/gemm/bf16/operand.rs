@@ -1,7 +1,8 @@
 //! Operands packed for a matrix unit.
 //!
-//! A lane is a row of A or a column of B. Lanes are packed in strips of 32, a strip in steps of 32 k, a step in planes, and a plane is
-//! 32 cache lines (`pack`). For A, a plane is a block of 32 rows by 32 k in row-major bf16.
+//! A lane is a row of A or a column of B. Lanes are packed in strips of 32, a strip in steps of 32
+//! k, a step in planes, and a plane is 32 cache lines (`pack`). For A, a plane is a block of 32
+//! rows by 32 k in row-major bf16.
 
 use std::ops::Range;
 
@@ -195,7 +196,8 @@ impl BlockWriter {
     /// Packs a tile as step `step` of a strip.
     ///
     /// # Safety
-    /// The operand has this block and outlives the call, and no other thread accesses the block; the CPU has AVX-512 F, BW, VL and BF16.
+    /// The operand has this block and outlives the call, and no other thread accesses the block;
+    /// the CPU has AVX-512 F, BW, VL and BF16.
     pub(in crate::ops) unsafe fn write(self, strip: usize, step: usize, tile: &Tile) {
         let line = strip * self.strip_lines + step * self.planes * BLOCK_LINES;
         // SAFETY: the caller's promise.

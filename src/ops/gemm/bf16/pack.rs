@@ -1,7 +1,9 @@
-//! Packing of operands for matrix units: bf16 in steps of 32 k, each step in planes, each plane in two tiles of 16 lanes.
+//! Packing of operands for matrix units: bf16 in steps of 32 k, each step in planes, each plane in
+//! two tiles of 16 lanes.
 //!
-//! A tile of A has a lane in each row, its 32 elements of k side by side. A tile of B has pairs of neighbouring k in each row, one pair
-//! for each lane (the VNNI layout). The loops are plain indices, as the kernels' are.
+//! A tile of A has a lane in each row, its 32 elements of k side by side. A tile of B has pairs of
+//! neighbouring k in each row, one pair for each lane (the VNNI layout). The loops are plain
+//! indices, as the kernels' are.
 
 #![allow(clippy::needless_range_loop)]
 
@@ -74,7 +76,8 @@ impl<'a> OperandView<'a> {
         self.k_stride == 1
     }
 
-    /// Packs `k` of lanes `first..first + 32` in so many planes, step by step, zero beyond the matrix and beyond `k`.
+    /// Packs `k` of lanes `first..first + 32` in so many planes, step by step, zero beyond the
+    /// matrix and beyond `k`.
     pub(super) fn pack(&self, planes: usize, first: usize, k: Range<usize>, out: &mut [CacheLine]) {
         assert!(
             k.end <= self.depth && first < self.lanes,
@@ -118,8 +121,9 @@ impl<'a> OperandView<'a> {
                 };
                 let out = step[half * LANES..].as_mut_ptr();
                 let transposed = self.contiguous_k() == (self.side == Side::Rhs);
-                // SAFETY: these lanes and k lie inside the matrix (asserted by `pack`), and `step` has room for them; a view is only
-                // made for a matrix unit, and every CPU with one has the instructions used here.
+                // SAFETY: these lanes and k lie inside the matrix (asserted by `pack`), and `step`
+                // has room for them; a view is only made for a matrix unit, and every CPU with one
+                // has the instructions used here.
                 unsafe {
                     if self.contiguous_k() {
                         pack_contiguous_k::<T, P>(from, transposed, out);
@@ -169,8 +173,8 @@ pub(super) unsafe fn pack_block(planes: usize, tile: &Tile, out: *mut CacheLine)
 pub(super) fn upcast_block(block: &[CacheLine]) -> Tile {
     assert_eq!(block.len(), BLOCK_LINES, "a plane of a block");
     let mut tile = MaybeUninit::<Tile>::uninit();
-    // SAFETY: 32 lines are 32 rows of 32 bf16, and every element of the tile is written; operands are only made for a matrix unit, and
-    // every CPU with one has AVX-512.
+    // SAFETY: 32 lines are 32 rows of 32 bf16, and every element of the tile is written; operands
+    // are only made for a matrix unit, and every CPU with one has AVX-512.
     unsafe {
         upcast_lines(block.as_ptr(), tile.as_mut_ptr().cast());
         tile.assume_init()
@@ -204,7 +208,8 @@ pub(super) fn transpose_block(block: &[CacheLine], out: &mut [CacheLine]) {
         block.len() == BLOCK_LINES && out.len() == BLOCK_LINES,
         "a plane of a block"
     );
-    // SAFETY: both are 32 lines; operands are only made for a matrix unit, and every CPU with one has AVX-512.
+    // SAFETY: both are 32 lines; operands are only made for a matrix unit, and every CPU with one
+    // has AVX-512.
     unsafe { interleave_lines(block.as_ptr(), out.as_mut_ptr()) };
 }
 
@@ -212,7 +217,8 @@ pub(super) fn transpose_block(block: &[CacheLine], out: &mut [CacheLine]) {
 /// 32 lines are readable and 32 writable; the CPU has AVX-512 F and BW.
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn interleave_lines(block: *const CacheLine, out: *mut CacheLine) {
-    // Element i of the first row, then element i of the second: the lower half of each row, and the upper.
+    // Element i of the first row, then element i of the second: the lower half of each row, and the
+    // upper.
     let lower = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
         35, 3, 34, 2, 33, 1, 32, 0,
@@ -306,7 +312,8 @@ unsafe fn pack_contiguous_lanes<T: Element, const P: usize>(
     }
 }
 
-/// The planes of sixteen lines `line_stride` apart; each is sixteen elements, and sixteen more `half_stride` on.
+/// The planes of sixteen lines `line_stride` apart; each is sixteen elements, and sixteen more
+/// `half_stride` on.
 ///
 /// # Safety
 /// As `load_line`'s, for the masks of each line.
@@ -330,7 +337,8 @@ unsafe fn load_planes<T: Element, const P: usize>(
     planes
 }
 
-/// Writes sixteen lines of each plane; if `transposed`, 32-bit word j of line i becomes word i of line j.
+/// Writes sixteen lines of each plane; if `transposed`, 32-bit word j of line i becomes word i of
+/// line j.
 ///
 /// # Safety
 /// They are writable; the CPU has AVX-512 F.
@@ -362,7 +370,8 @@ unsafe fn store_planes<const P: usize>(
     }
 }
 
-/// Sixteen elements and sixteen more as bf16, in `P` planes that add up to them: rounded, or the 24 bits of f32 in three times 8.
+/// Sixteen elements and sixteen more as bf16, in `P` planes that add up to them: rounded, or the 24
+/// bits of f32 in three times 8.
 ///
 /// # Safety
 /// The elements under the masks are readable; the CPU has AVX-512 F, BW, VL and BF16.
@@ -394,7 +403,8 @@ unsafe fn load_line<T: Element, const P: usize>(
     line
 }
 
-/// Splits x into planes that add up to it, each but the last of 8 bits; the last is rounded when stored.
+/// Splits x into planes that add up to it, each but the last of 8 bits; the last is rounded when
+/// stored.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn split<const P: usize>(x: __m512) -> [__m512; P] {

@@ -60,8 +60,8 @@ impl<'a> Rhs<'a> {
         }
     }
 
-    /// Steps packed for all panels of a task before the next. A matrix strided along k is read one step at a time: else every panel
-    /// would touch the pages of all its rows again.
+    /// Steps packed for all panels of a task before the next. A matrix strided along k is read one
+    /// step at a time: else every panel would touch the pages of all its rows again.
     fn steps_at_once(&self, steps: usize) -> usize {
         match self {
             Self::View(view) if !view.contiguous_k() => 1,
@@ -158,8 +158,8 @@ fn gemm_packed(unit: MatrixUnit, terms: &[PackedTerm<'_>], init: Init<'_>, out: 
     }
 }
 
-/// Computes `S` sums of one shape and passes the micro-tiles of each (strip, panel) to `consume` while they are in cache; they are zero
-/// beyond the last row and column.
+/// Computes `S` sums of one shape and passes the micro-tiles of each (strip, panel) to `consume`
+/// while they are in cache; they are zero beyond the last row and column.
 pub(in crate::ops) fn gemm_tiles<const S: usize>(
     sums: [&[(&Bf16Lhs, MatRef<'_>)]; S],
     consume: impl Fn(usize, usize, &mut [Tile; S]) + Sync,
@@ -200,8 +200,8 @@ pub(in crate::ops) fn gemm_tiles<const S: usize>(
     );
 }
 
-/// Calls `tile(scratch, unit, strip, panel, packed)` for every micro-tile of (m, n) in parallel, with the panel of each of `sums` packed
-/// one after the other and a `scratch` for each task.
+/// Calls `tile(scratch, unit, strip, panel, packed)` for every micro-tile of (m, n) in parallel,
+/// with the panel of each of `sums` packed one after the other and a `scratch` for each task.
 fn par_for_each_tile<T>(
     unit: MatrixUnit,
     sums: &[&SumPass<'_>],
@@ -271,7 +271,8 @@ impl PackedKBlock<'_> {
     }
 }
 
-/// The blocks of k summed while a micro-tile stays in registers: at most two, the one of fewer planes first.
+/// The blocks of k summed while a micro-tile stays in registers: at most two, the one of fewer
+/// planes first.
 struct SumPass<'a> {
     lhs_planes: usize,
     blocks: Vec<PackedKBlock<'a>>,
@@ -304,7 +305,8 @@ impl<'a> SumPass<'a> {
             assert_eq!(lhs.planes, planes, "operands of one sum are packed alike");
             let rhs_planes = rhs.planes(planes);
             for steps in even_parts(0..lhs.steps, max_steps) {
-                // An eighth more than a full panel, so that an adapter's few steps join the pass of its layer.
+                // An eighth more than a full panel, so that an adapter's few steps join the pass of
+                // its layer.
                 let fits = done + steps.len() <= max_steps + max_steps / 8
                     && passes.last().is_some_and(|pass| {
                         pass.len() < 2 && pass.iter().all(|block| block.rhs_planes <= rhs_planes)
@@ -458,7 +460,8 @@ unsafe fn store_tile(tile: *const f32, init: Option<(&[f32], usize)>, out: TileO
             } else {
                 u16::MAX
             };
-            // SAFETY: the mask covers what lies inside every row: the caller's promise, and asserted.
+            // SAFETY: the mask covers what lies inside every row: the caller's promise, and
+            // asserted.
             unsafe {
                 let mut sum = _mm512_maskz_loadu_ps(mask, tile.add(row * TILE + column));
                 if let Some((init, stride)) = init {

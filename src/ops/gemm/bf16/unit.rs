@@ -21,7 +21,8 @@ pub(super) const F32_PLANES: usize = 3;
 #[repr(C, align(64))]
 pub(in crate::ops) struct CacheLine([u8; ROW_BYTES]);
 
-/// A run over `depth` elements of k from the start of a step: A's and B's lines there, and B's planes.
+/// A run over `depth` elements of k from the start of a step: A's and B's lines there, and B's
+/// planes.
 #[derive(Clone, Copy)]
 pub(super) struct KRun {
     pub(super) a: *const CacheLine,
@@ -65,7 +66,8 @@ pub(in crate::ops) enum MatrixUnit {
 }
 
 impl MatrixUnit {
-    /// Whether linear layers in `precision` use this unit. f32 needs six products of planes: more than dot products of pairs gain.
+    /// Whether linear layers in `precision` use this unit. f32 needs six products of planes: more
+    /// than dot products of pairs gain.
     pub(in crate::ops) fn supports(self, precision: Precision) -> bool {
         self == Self::Amx || precision != Precision::F32
     }
@@ -85,7 +87,8 @@ impl ActiveUnit {
         Self(unit)
     }
 
-    /// out = the runs' products, or out += them, for an A of `planes`. Each run's B has as many or one, and not one after more.
+    /// out = the runs' products, or out += them, for an A of `planes`. Each run's B has as many or
+    /// one, and not one after more.
     ///
     /// # Safety
     /// A's and B's steps are readable, `out` is writable as 32 x 32.
