@@ -4,7 +4,7 @@
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Tensor};
 
 use super::parallel::par_for_each;
-use super::simd::dispatch;
+use super::simd::simd;
 use super::storage::{CpuTensor, check_shape};
 use super::{Context, Parameters};
 use crate::error::Result;
@@ -113,19 +113,16 @@ fn norm(gradient: &Tensor) -> Result<f64> {
     let gradient = CpuTensor::borrow_f32(&gradient)?;
     let chunks = gradient.f32_slice().chunks(ELEMENTS_PER_TASK);
     let sum_of_squares = |chunk: &[f32]| {
-        dispatch(
-            #[inline(always)]
-            |_| {
-                let (chunks, rest) = chunk.as_chunks::<8>();
-                let square = |g: &f32| f64::from(*g) * f64::from(*g);
-                let mut lanes = [0.0f64; 8];
-                for chunk in chunks {
-                    let pairs = lanes.iter_mut().zip(chunk);
-                    pairs.for_each(|(lane, g)| *lane += square(g));
-                }
-                lanes.iter().sum::<f64>() + rest.iter().map(square).sum::<f64>()
-            },
-        )
+        simd!(|_| {
+            let (chunks, rest) = chunk.as_chunks::<8>();
+            let square = |g: &f32| f64::from(*g) * f64::from(*g);
+            let mut lanes = [0.0f64; 8];
+            for chunk in chunks {
+                let pairs = lanes.iter_mut().zip(chunk);
+                pairs.for_each(|(lane, g)| *lane += square(g));
+            }
+            lanes.iter().sum::<f64>() + rest.iter().map(square).sum::<f64>()
+        })
     };
     let mut partial = vec![0.0; chunks.len()];
     par_for_each(partial.iter_mut().zip(chunks), |(partial, chunk)| {
@@ -190,15 +187,12 @@ impl InplaceOp2 for FusedStep {
             .zip(second.chunks_mut(ELEMENTS_PER_TASK))
             .zip(gradient.chunks(ELEMENTS_PER_TASK));
         par_for_each(tasks, |(((value, first), second), gradient)| {
-            dispatch(
-                #[inline(always)]
-                |_| {
-                    let elements = value.iter_mut().zip(first).zip(second).zip(gradient);
-                    elements.for_each(|(((value, first), second), gradient)| {
-                        self.update(value, first, second, *gradient)
-                    });
-                },
-            );
+            simd!(|_| {
+                let elements = value.iter_mut().zip(first).zip(second).zip(gradient);
+                elements.for_each(|(((value, first), second), gradient)| {
+                    self.update(value, first, second, *gradient)
+                });
+            });
         });
         Ok(())
     }

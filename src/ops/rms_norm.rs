@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::gemm::{CpuSlice, Element};
 use super::parallel::par_for_each;
-use super::simd::{self, dispatch};
+use super::simd::{self, simd};
 use super::storage::{
     CpuTensor, ROWS_PER_TASK, cast_into, check_shape, f32_tensor, load_activation, save_activation,
     uninit_vec,
@@ -202,21 +202,18 @@ impl RmsNorm {
         let copies = optional_chunks(copy, size);
         let tasks = y.chunks_mut(size).zip(x.chunks(size)).zip(copies);
         par_for_each(tasks, |((y, x), copy)| {
-            dispatch(
-                #[inline(always)]
-                |_| {
-                    let weight = &weight[..c];
-                    for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                        let (y, s) = (&mut y[..c], self.row_inverse_rms(x));
-                        for i in 0..c {
-                            y[i] = Y::cast(x[i].as_f32() * s * weight[i]);
-                        }
+            simd!(|_| {
+                let weight = &weight[..c];
+                for (y, x) in y.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                    let (y, s) = (&mut y[..c], self.row_inverse_rms(x));
+                    for i in 0..c {
+                        y[i] = Y::cast(x[i].as_f32() * s * weight[i]);
                     }
-                    if let Some(copy) = copy {
-                        cast_into(copy, x);
-                    }
-                },
-            );
+                }
+                if let Some(copy) = copy {
+                    cast_into(copy, x);
+                }
+            });
         });
     }
 
@@ -249,26 +246,23 @@ impl RmsNorm {
         let tasks = dx.chunks_mut(size).zip(inputs).zip(partials).enumerate();
         par_for_each(tasks, |(index, ((dx, (dy, x)), mut dweight))| {
             let mut g = vec![0.0; c];
-            dispatch(
-                #[inline(always)]
-                |_| {
-                    let rows = dx.chunks_exact_mut(c).zip(dy.chunks_exact(c));
-                    for (row, (dx, dy)) in rows.enumerate() {
-                        let row = BackwardRow {
-                            dy,
-                            x: &x[row * c..][..c],
-                            weight,
-                            base: base.map(|base| &base[index * size + row * c..][..c]),
-                        };
-                        row.run(
-                            self.row_inverse_rms(row.x),
-                            &mut g,
-                            dx,
-                            dweight.as_deref_mut(),
-                        );
-                    }
-                },
-            );
+            simd!(|_| {
+                let rows = dx.chunks_exact_mut(c).zip(dy.chunks_exact(c));
+                for (row, (dx, dy)) in rows.enumerate() {
+                    let row = BackwardRow {
+                        dy,
+                        x: &x[row * c..][..c],
+                        weight,
+                        base: base.map(|base| &base[index * size + row * c..][..c]),
+                    };
+                    row.run(
+                        self.row_inverse_rms(row.x),
+                        &mut g,
+                        dx,
+                        dweight.as_deref_mut(),
+                    );
+                }
+            });
         });
         if self.weight.is_trained() {
             let mut sum = vec![0.0; c];

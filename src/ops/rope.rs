@@ -12,7 +12,7 @@ use half::bf16;
 
 use super::gemm::Element;
 use super::parallel::par_for_each;
-use super::simd::dispatch;
+use super::simd::simd;
 use super::storage::{CpuTensor, ROWS_PER_TASK, check_shape};
 use super::{Context, Path, Segments, new_tensor};
 use crate::error::{Error, Kind, Result};
@@ -317,25 +317,22 @@ impl RopeTables {
         let angles = cos.zip(sin.f32_slice().chunks(size(half)));
         let inputs = x.f32_slice().chunks(size(c)).zip(angles);
         par_for_each(y.chunks_mut(size(c)).zip(inputs), |(y, (x, (cos, sin)))| {
-            dispatch(
-                #[inline(always)]
-                |_| {
-                    let heads = y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
-                    for (head, (y, x)) in heads.enumerate() {
-                        let row = head / (c / (2 * half));
-                        let cos = &cos[row * half..][..half];
-                        let sin = &sin[row * half..][..half];
-                        let (y1, y2) = y.split_at_mut(half);
-                        let (x1, x2) = (&x[..half], &x[half..][..half]);
-                        let y2 = &mut y2[..half];
-                        for i in 0..half {
-                            let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
-                            y1[i] = Y::cast(a * cos[i] - b * s);
-                            y2[i] = Y::cast(b * cos[i] + a * s);
-                        }
+            simd!(|_| {
+                let heads = y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
+                for (head, (y, x)) in heads.enumerate() {
+                    let row = head / (c / (2 * half));
+                    let cos = &cos[row * half..][..half];
+                    let sin = &sin[row * half..][..half];
+                    let (y1, y2) = y.split_at_mut(half);
+                    let (x1, x2) = (&x[..half], &x[half..][..half]);
+                    let y2 = &mut y2[..half];
+                    for i in 0..half {
+                        let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
+                        y1[i] = Y::cast(a * cos[i] - b * s);
+                        y2[i] = Y::cast(b * cos[i] + a * s);
                     }
-                },
-            );
+                }
+            });
         });
         Ok(())
     }

@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::gemm::{CpuSlice, Element};
 use super::parallel::par_for_each;
-use super::simd::{Simd, dispatch};
+use super::simd::{Simd, simd};
 use super::storage::{
     CpuTensor, cast_into, check_shape, load_activation, save_activation, uninit_vec,
 };
@@ -137,19 +137,16 @@ fn forward_elements<X: Element, Y: Element>(
     let tasks = tasks.zip(gate_copies.zip(up_copies));
     par_for_each(tasks, |((y, (gate, up)), (gate_copy, up_copy))| {
         let n = y.len();
-        dispatch(
-            #[inline(always)]
-            |cpu| {
-                let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
-                for i in 0..n {
-                    y[i] = Y::cast(swiglu_element(cpu, gate[i].as_f32(), up[i].as_f32()));
-                }
-                if let (Some(gate_copy), Some(up_copy)) = (gate_copy, up_copy) {
-                    cast_into(gate_copy, gate);
-                    cast_into(up_copy, up);
-                }
-            },
-        );
+        simd!(|simd| {
+            let (y, gate, up) = (&mut y[..n], &gate[..n], &up[..n]);
+            for i in 0..n {
+                y[i] = Y::cast(swiglu_element(simd, gate[i].as_f32(), up[i].as_f32()));
+            }
+            if let (Some(gate_copy), Some(up_copy)) = (gate_copy, up_copy) {
+                cast_into(gate_copy, gate);
+                cast_into(up_copy, up);
+            }
+        });
     });
 }
 
@@ -216,31 +213,28 @@ fn backward_elements<X: Element, Y: Element>(
     let grads = dgate.chunks_mut(ELEMENTS).zip(dup.chunks_mut(ELEMENTS));
     par_for_each(grads.zip(inputs), |((dgate, dup), (dy, (gate, up)))| {
         let n = dy.len();
-        dispatch(
-            #[inline(always)]
-            |cpu| {
-                let (dgate, dup) = (&mut dgate[..n], &mut dup[..n]);
-                let (dy, gate, up) = (&dy[..n], &gate[..n], &up[..n]);
-                for i in 0..n {
-                    let (gate, up) = (gate[i].as_f32(), up[i].as_f32());
-                    let [of_gate, of_up, _] = swiglu_backward_element(cpu, dy[i], gate, up);
-                    (dgate[i], dup[i]) = (Y::cast(of_gate), Y::cast(of_up));
-                }
-            },
-        );
+        simd!(|simd| {
+            let (dgate, dup) = (&mut dgate[..n], &mut dup[..n]);
+            let (dy, gate, up) = (&dy[..n], &gate[..n], &up[..n]);
+            for i in 0..n {
+                let (gate, up) = (gate[i].as_f32(), up[i].as_f32());
+                let [of_gate, of_up, _] = swiglu_backward_element(simd, dy[i], gate, up);
+                (dgate[i], dup[i]) = (Y::cast(of_gate), Y::cast(of_up));
+            }
+        });
     });
 }
 
 /// silu(gate) up.
 #[inline(always)]
-pub(super) fn swiglu_element(cpu: Simd, gate: f32, up: f32) -> f32 {
-    gate * sigmoid(cpu, gate) * up
+pub(super) fn swiglu_element(simd: Simd, gate: f32, up: f32) -> f32 {
+    gate * sigmoid(simd, gate) * up
 }
 
 /// The gradients of gate and up from that of y = silu(gate) up, and y recomputed.
 #[inline(always)]
-pub(super) fn swiglu_backward_element(cpu: Simd, dy: f32, gate: f32, up: f32) -> [f32; 3] {
-    let s = sigmoid(cpu, gate);
+pub(super) fn swiglu_backward_element(simd: Simd, dy: f32, gate: f32, up: f32) -> [f32; 3] {
+    let s = sigmoid(simd, gate);
     [
         dy * up * s * (1.0 + gate * (1.0 - s)),
         dy * gate * s,
@@ -249,6 +243,6 @@ pub(super) fn swiglu_backward_element(cpu: Simd, dy: f32, gate: f32, up: f32) ->
 }
 
 #[inline(always)]
-fn sigmoid(cpu: Simd, x: f32) -> f32 {
-    1.0 / (1.0 + cpu.exp(-x))
+fn sigmoid(simd: Simd, x: f32) -> f32 {
+    1.0 / (1.0 + simd.exp(-x))
 }

@@ -18,7 +18,7 @@ use super::{Attention, AttentionSaved, KEY_BLOCK, QUERY_BLOCK, QueryBlock};
 use crate::error::Result;
 use crate::ops::gemm::{CpuSlice, Element, best};
 use crate::ops::parallel::par_for_each;
-use crate::ops::simd::{self, dispatch};
+use crate::ops::simd::{self, simd};
 use crate::ops::storage::{
     CpuTensor, ELEMENTS_PER_TASK, ROWS_PER_TASK, SendPtr, f32_tensor, uninit_vec,
 };
@@ -408,13 +408,10 @@ impl BackwardTask<'_> {
 
 /// Dot products of rows of `d` elements, `stride` apart.
 fn row_dots<T: Element>(a: &[f32], b: &[T], stride: usize, d: usize, out: &mut [f32]) {
-    dispatch(
-        #[inline(always)]
-        |_| {
-            for (row, out) in out.iter_mut().enumerate() {
-                let at = row * stride;
-                *out = simd::dot(&a[at..at + d], &b[at..at + d]) as f32;
-            }
-        },
-    );
+    simd!(|_| {
+        for (row, out) in out.iter_mut().enumerate() {
+            let at = row * stride;
+            *out = simd::dot(&a[at..at + d], &b[at..at + d]) as f32;
+        }
+    });
 }

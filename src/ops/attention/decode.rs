@@ -11,7 +11,7 @@ use super::{Attention, KEY_BLOCK};
 use crate::error::Result;
 use crate::ops::count_flops;
 use crate::ops::parallel::par_for_each;
-use crate::ops::simd::{Simd, dispatch, max};
+use crate::ops::simd::{Simd, max, simd};
 use crate::ops::storage::{CpuTensor, f32_tensor, to_f32_contiguous, uninit_vec};
 
 impl Attention {
@@ -60,10 +60,7 @@ impl Attention {
             let n = KEY_BLOCK.min(seen.end - start);
             let kv = [k, v].map(|x| &x[(start * self.kv_heads + head) * d..]);
             let q = &q[head * group * d..][..group * d];
-            dispatch(
-                #[inline(always)]
-                |cpu| self.decode_block(cpu, q, kv, n, partials),
-            );
+            simd!(|simd| self.decode_block(simd, q, kv, n, partials));
         });
         partials
     }
@@ -73,7 +70,7 @@ impl Attention {
     #[inline(always)]
     fn decode_block(
         &self,
-        cpu: Simd,
+        simd: Simd,
         q: &[f32],
         [k, v]: [&[f32]; 2],
         n: usize,
@@ -85,17 +82,17 @@ impl Attention {
             let mut scores = [0.0; KEY_BLOCK];
             let scores = &mut scores[..n];
             for key in 0..n {
-                scores[key] = scale * cpu.dot(q, &k[key * stride..][..d]);
+                scores[key] = scale * simd.dot(q, &k[key * stride..][..d]);
             }
             let largest = max(scores);
             for key in 0..n {
-                scores[key] = cpu.exp(scores[key] - largest);
+                scores[key] = simd.exp(scores[key] - largest);
             }
             let (head, pv) = partial.split_at_mut(2);
             head.copy_from_slice(&[largest, scores.iter().sum()]);
             pv.fill(0.0);
             for key in 0..n {
-                cpu.axpy(pv, scores[key], &v[key * stride..][..d]);
+                simd.axpy(pv, scores[key], &v[key * stride..][..d]);
             }
         }
     }

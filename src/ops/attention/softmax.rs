@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::KEY_BLOCK;
 use crate::ops::gemm::Element;
-use crate::ops::simd::dispatch;
+use crate::ops::simd::simd;
 
 /// Query columns of a tile and the keys they have scores with, both counted from the segment's
 /// start.
@@ -65,43 +65,40 @@ pub(super) fn online_softmax<const L: usize>(
     sum: &mut [f32],
     rescale: &mut [f32],
 ) {
-    dispatch(
-        #[inline(always)]
-        |cpu| {
-            let (mut largest, mut total) = ([0.0f32; L], [0.0f32; L]);
-            largest.copy_from_slice(&max[..L]);
-            total.copy_from_slice(&sum[..L]);
-            for scores in scores.chunks(stride) {
-                let scores = &scores[..L];
+    simd!(|simd| {
+        let (mut largest, mut total) = ([0.0f32; L], [0.0f32; L]);
+        largest.copy_from_slice(&max[..L]);
+        total.copy_from_slice(&sum[..L]);
+        for scores in scores.chunks(stride) {
+            let scores = &scores[..L];
+            for lane in 0..L {
+                largest[lane] = if scores[lane] > largest[lane] {
+                    scores[lane]
+                } else {
+                    largest[lane]
+                };
+            }
+        }
+        for lane in 0..L {
+            rescale[lane] = simd.exp(scale * (max[lane] - largest[lane]));
+            total[lane] *= rescale[lane];
+        }
+        for scores in scores.chunks_mut(KEY_BLOCK * stride) {
+            let mut partial = [0.0f32; L];
+            for scores in scores.chunks_mut(stride) {
+                let scores = &mut scores[..L];
                 for lane in 0..L {
-                    largest[lane] = if scores[lane] > largest[lane] {
-                        scores[lane]
-                    } else {
-                        largest[lane]
-                    };
+                    scores[lane] = simd.exp(scale * (scores[lane] - largest[lane]));
+                    partial[lane] += scores[lane];
                 }
             }
             for lane in 0..L {
-                rescale[lane] = cpu.exp(scale * (max[lane] - largest[lane]));
-                total[lane] *= rescale[lane];
+                total[lane] += partial[lane];
             }
-            for scores in scores.chunks_mut(KEY_BLOCK * stride) {
-                let mut partial = [0.0f32; L];
-                for scores in scores.chunks_mut(stride) {
-                    let scores = &mut scores[..L];
-                    for lane in 0..L {
-                        scores[lane] = cpu.exp(scale * (scores[lane] - largest[lane]));
-                        partial[lane] += scores[lane];
-                    }
-                }
-                for lane in 0..L {
-                    total[lane] += partial[lane];
-                }
-            }
-            max[..L].copy_from_slice(&largest);
-            sum[..L].copy_from_slice(&total);
-        },
-    );
+        }
+        max[..L].copy_from_slice(&largest);
+        sum[..L].copy_from_slice(&total);
+    });
 }
 
 /// Scores and dP -> P = exp(scale score - lse) and dS = scale P (dP - delta), in place, of `L`
@@ -117,30 +114,24 @@ pub(super) fn softmax_backward<const L: usize>(
     let (mut lses, mut deltas) = ([0.0; L], [0.0; L]);
     lses[..lse.len()].copy_from_slice(lse);
     deltas[..delta.len()].copy_from_slice(delta);
-    dispatch(
-        #[inline(always)]
-        |cpu| {
-            for (p, ds) in scores.chunks_mut(stride).zip(dp.chunks_mut(stride)) {
-                let (p, ds) = (&mut p[..L], &mut ds[..L]);
-                for lane in 0..L {
-                    p[lane] = cpu.exp(scale * p[lane] - lses[lane]);
-                    ds[lane] = p[lane] * (ds[lane] - deltas[lane]) * scale;
-                }
+    simd!(|simd| {
+        for (p, ds) in scores.chunks_mut(stride).zip(dp.chunks_mut(stride)) {
+            let (p, ds) = (&mut p[..L], &mut ds[..L]);
+            for lane in 0..L {
+                p[lane] = simd.exp(scale * p[lane] - lses[lane]);
+                ds[lane] = p[lane] * (ds[lane] - deltas[lane]) * scale;
             }
-        },
-    );
+        }
+    });
 }
 
 /// out = factor x.
 pub(super) fn scale_into<O: Element>(out: &mut [O], x: &[f32], factor: f32) {
     let n = out.len();
-    dispatch(
-        #[inline(always)]
-        |_| {
-            let (out, x) = (&mut out[..n], &x[..n]);
-            for i in 0..n {
-                out[i] = O::cast(x[i] * factor);
-            }
-        },
-    );
+    simd!(|_| {
+        let (out, x) = (&mut out[..n], &x[..n]);
+        for i in 0..n {
+            out[i] = O::cast(x[i] * factor);
+        }
+    });
 }

@@ -12,7 +12,7 @@ use super::{QUERY_BLOCK, QueryBlock};
 use crate::ops::gemm::{
     CpuSlice, Isa, KernelArgs, KernelTerm, MatRef, even_parts, gemm_strip, pack,
 };
-use crate::ops::simd::dispatch;
+use crate::ops::simd::simd;
 
 /// Rows and channels of one head inside a (N, `stride`) tensor, from the segment's first row on.
 #[derive(Clone, Copy)]
@@ -103,10 +103,7 @@ impl RowBuffer {
     pub(super) fn scale(&mut self, row: usize, factor: f32) {
         let width = self.width;
         let row = &mut self.tail_mut(row)[..width];
-        dispatch(
-            #[inline(always)]
-            |_| row.iter_mut().for_each(|x| *x *= factor),
-        );
+        simd!(|_| row.iter_mut().for_each(|x| *x *= factor));
     }
 
     /// Column panels of a micro-kernel's width: first column, number of vectors.

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::ops::gemm::packed_rhs::{PADDING, PackedRhs};
 use crate::ops::gemm::{CpuSlice, Element, Lhs, MatMut, MatRef};
 use crate::ops::parallel::{num_threads, par_for_each};
-use crate::ops::simd::{self, dispatch};
+use crate::ops::simd::{self, simd};
 use crate::ops::storage::{CpuTensor, f32_tensor, uninit_vec};
 use crate::ops::{Context, count_flops};
 
@@ -157,14 +157,11 @@ impl<'a> RowBlock<'a> {
                 self.target_logits[row] = logits[target as usize - chunk.start];
             }
             let previous = self.max[row];
-            let (max, rescale, sum) = dispatch(
-                #[inline(always)]
-                |cpu| {
-                    let max = previous.max(simd::max(logits));
-                    logits.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
-                    (max, cpu.exp(previous - max), simd::sum_map(logits, |e| e))
-                },
-            );
+            let (max, rescale, sum) = simd!(|simd| {
+                let max = previous.max(simd::max(logits));
+                logits.iter_mut().for_each(|z| *z = simd.exp(*z - max));
+                (max, simd.exp(previous - max), simd::sum_map(logits, |e| e))
+            });
             if max > previous {
                 self.max[row] = max;
                 self.sum[row] *= f64::from(rescale);
@@ -201,14 +198,11 @@ impl<'a> RowBlock<'a> {
         {
             let w = &w[target as usize * hidden..][..hidden];
             let (factor, scale) = ((scale / self.sum[row]) as f32, scale as f32);
-            dispatch(
-                #[inline(always)]
-                |_| {
-                    dh.iter_mut()
-                        .zip(w)
-                        .for_each(|(dh, w)| *dh = factor * *dh - scale * w.as_f32())
-                },
-            );
+            simd!(|_| {
+                dh.iter_mut()
+                    .zip(w)
+                    .for_each(|(dh, w)| *dh = factor * *dh - scale * w.as_f32())
+            });
         }
     }
 }

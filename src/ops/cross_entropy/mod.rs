@@ -11,7 +11,7 @@ use candle_core::Tensor;
 
 use super::gemm::{MatRef, gemm};
 use super::parallel::par_for_each;
-use super::simd::{self, dispatch};
+use super::simd::{self, simd};
 use super::storage::{CpuTensor, check_shape, f32_tensor};
 use super::{Context, Gradients, Path, Weight, matmul, softmax};
 use crate::error::{Error, Kind, Result};
@@ -287,20 +287,17 @@ fn cross_entropy_cpu(logits: &mut [f32], targets: &[u32], scale: Option<f32>) ->
     par_for_each(rows, |((z, target), loss)| {
         let target = *target as usize;
         let target_logit = z[target];
-        let (max, sum) = dispatch(
-            #[inline(always)]
-            |cpu| {
-                let max = simd::max(z);
-                let Some(scale) = scale else {
-                    return (max, simd::sum_map(z, |z| cpu.exp(z - max)));
-                };
-                z.iter_mut().for_each(|z| *z = cpu.exp(*z - max));
-                let sum = simd::sum_map(z, |z| z);
-                let factor = (f64::from(scale) / sum) as f32;
-                z.iter_mut().for_each(|z| *z *= factor);
-                (max, sum)
-            },
-        );
+        let (max, sum) = simd!(|simd| {
+            let max = simd::max(z);
+            let Some(scale) = scale else {
+                return (max, simd::sum_map(z, |z| simd.exp(z - max)));
+            };
+            z.iter_mut().for_each(|z| *z = simd.exp(*z - max));
+            let sum = simd::sum_map(z, |z| z);
+            let factor = (f64::from(scale) / sum) as f32;
+            z.iter_mut().for_each(|z| *z *= factor);
+            (max, sum)
+        });
         if let Some(scale) = scale {
             z[target] -= scale;
         }

@@ -10,7 +10,7 @@ use crate::ops::gemm::bf16::{
     BF16_PLANES, Bf16Lhs, BlockWriter, PackedOperand, TILE, Tile, gemm_tiles,
 };
 use crate::ops::gemm::{MatRef, PackedLhs};
-use crate::ops::simd::dispatch;
+use crate::ops::simd::simd;
 use crate::ops::storage::{CpuTensor, SendPtr, check_shape, uninit_vec};
 use crate::ops::swiglu::{
     swiglu_backward_cost, swiglu_backward_element, swiglu_cost, swiglu_element,
@@ -276,25 +276,19 @@ fn layer_rhs<'a>(
 /// gate = silu(gate) up.
 fn swiglu_tile(gate: &mut Tile, up: &Tile) {
     let (gate, up) = (&mut gate.0, &up.0);
-    dispatch(
-        #[inline(always)]
-        |cpu| {
-            for i in 0..TILE * TILE {
-                gate[i] = swiglu_element(cpu, gate[i], up[i]);
-            }
-        },
-    );
+    simd!(|simd| {
+        for i in 0..TILE * TILE {
+            gate[i] = swiglu_element(simd, gate[i], up[i]);
+        }
+    });
 }
 
 /// From d = dL/d(silu(gate) up): gate and up become their gradients, d becomes silu(gate) up.
 fn swiglu_tile_backward(d: &mut Tile, gate: &mut Tile, up: &mut Tile) {
     let (d, gate, up) = (&mut d.0, &mut gate.0, &mut up.0);
-    dispatch(
-        #[inline(always)]
-        |cpu| {
-            for i in 0..TILE * TILE {
-                [gate[i], up[i], d[i]] = swiglu_backward_element(cpu, d[i], gate[i], up[i]);
-            }
-        },
-    );
+    simd!(|simd| {
+        for i in 0..TILE * TILE {
+            [gate[i], up[i], d[i]] = swiglu_backward_element(simd, d[i], gate[i], up[i]);
+        }
+    });
 }
