@@ -29,7 +29,7 @@ pub struct Inference {
 pub enum ServedModel {
     /// The model before training.
     Base,
-    /// The model with its adapter beside it.
+    /// The model with an unmerged adapter.
     Adapter,
     /// The adapter merged into the weights.
     Merged,
@@ -46,7 +46,7 @@ pub struct Served {
     pub request_flops: u64,
     /// Energy of reading the prompt.
     pub prompt_j: Joules,
-    /// Energy of a whole request.
+    /// Energy of a request.
     pub request_j: Joules,
     /// Energy of 1,000 generated tokens, their prompts included.
     pub per_1000_tokens_j: Joules,
@@ -103,7 +103,7 @@ pub struct Alternative {
     pub per_1000_tokens_bounds: Option<Bounds>,
     /// What the fine-tuned model takes less, a request; negative where it takes more.
     pub saved_per_request_j: Joules,
-    /// Requests after which the run's whole energy is saved; `None` where a request saves nothing.
+    /// Requests after which the run's energy is saved; `None` if a request saves nothing.
     pub pays_after_requests: Option<u64>,
 }
 
@@ -125,6 +125,6 @@ pub struct Year {
     pub share_of_life_cycle: f64,
     /// Fine-tuning over the same.
     pub fine_tuning_share: f64,
-    /// Days after which the run's whole energy is saved.
+    /// Days after which the run's energy is saved.
     pub pays_after_days: Option<f64>,
 }

@@ -62,7 +62,7 @@ pub struct MeasuredForecast {
     pub kind: BaselineKind,
     /// Over all phases.
     pub energy_j: MeasuredEnergy,
-    /// Its own limit.
+    /// Its limit.
     pub budget_j: Option<Joules>,
 }
 

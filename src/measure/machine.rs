@@ -1,4 +1,4 @@
-//! Memory, disk and processor name of this machine; `None` where the system does not say.
+//! Memory, disk and processor name of this machine.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ pub fn cpu_name() -> String {
     brand.unwrap_or_else(|| "unknown".to_string())
 }
 
-/// The largest resident memory of this process so far; `None` where the system does not say.
+/// The largest resident memory of this process so far.
 pub fn peak_rss() -> Option<Bytes> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
@@ -22,7 +22,7 @@ pub fn peak_rss() -> Option<Bytes> {
     Some(Bytes(kibibytes * 1024))
 }
 
-/// Memory that can still be taken, and the machine's whole; `None` where the system does not say.
+/// Available and total memory, of the cgroup if it is limited.
 pub fn memory() -> Option<(Bytes, Bytes)> {
     let mut system = sysinfo::System::new().ok()?;
     system.refresh_memory();
@@ -36,12 +36,12 @@ pub fn memory() -> Option<(Bytes, Bytes)> {
     (all > 0).then_some((Bytes(free), Bytes(all)))
 }
 
-/// Memory that can still be taken.
+/// Available memory.
 pub fn free_memory() -> Option<Bytes> {
     memory().map(|(free, _)| free)
 }
 
-/// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not say.
+/// Free space on the disk that holds `path` or its nearest existing parent.
 pub fn free_disk(path: &Path) -> Option<Bytes> {
     let path = std::path::absolute(path).ok()?;
     let existing = path.ancestors().find(|p| p.exists())?.canonicalize().ok()?;

@@ -13,20 +13,20 @@ use crate::report::Report;
 use crate::report::energy::{Compared, Reconciliation};
 use crate::units::significant;
 
-/// A profile held against a run.
+/// A profile with the factor of a run.
 #[derive(Debug)]
 pub struct Reconciled {
     /// The profile that the run was charged to.
     pub base: Profile,
     /// That profile with the factor.
     pub profile: Profile,
-    /// What was compared.
+    /// Counted and measured energy of the run.
     pub compared: Compared,
-    /// What to keep in mind.
+    /// Caveats.
     pub notes: Vec<String>,
 }
 
-/// The profile of the run in `directory`, with what its counters showed, called `name`; the default name is the profile's with
+/// The profile of the run in `directory` with its measured factor, called `name`; the default name is the profile's with
 /// "reconciled" behind it.
 ///
 /// # Errors

@@ -11,7 +11,7 @@ use super::loss_curve::{LossCurve, to_equal_loss};
 use super::measured_baselines::{Reference, RunContext, label};
 use super::session::{Segment, Session};
 use super::spending::interval;
-use super::trainee::{fully_trained, open_weights};
+use super::trained_model::{fully_trained, open_weights};
 use crate::energy::{Account, Budget, Interval, Ledger, Limit, Limits, MeterKind, Phase};
 use crate::error::{Error, Result};
 use crate::forecast::{BaselineSetup, emissions};
@@ -328,7 +328,7 @@ mod tests {
             (&budget, 12, true, BaselineStop::Budget),
             (&Stop::Interrupted, 12, true, BaselineStop::Interrupted),
             (&Stop::Epochs, 12, true, BaselineStop::EnergyMultiple),
-            // At equal energy the loss is no matter; before it, its own budget or a person ended it.
+            // At equal energy the loss is no matter; before it, its budget or the user ended it.
             (&Stop::Steps, 10, false, BaselineStop::EqualEnergy),
             (&Stop::Steps, 10, true, BaselineStop::EqualEnergy),
             (&budget, 10, false, BaselineStop::Budget),

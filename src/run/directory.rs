@@ -1,4 +1,4 @@
-//! A run's directory: its files by name, made for a new run and opened for a resumed one.
+//! The run directory: file names, creation and opening.
 
 use std::path::{Path, PathBuf};
 

@@ -29,7 +29,7 @@ mod session;
 mod spending;
 mod step_logger;
 mod target;
-mod trainee;
+mod trained_model;
 mod training;
 
 pub use directory::RunDirectory;

@@ -1,4 +1,4 @@
-//! Measured against counted: the report's block, and the command that keeps a run's factor in its device profile.
+//! Measured compared with counted energy: the report's block, and `calibrate --from-run`.
 
 use std::path::Path;
 

@@ -7,7 +7,7 @@ use super::machine;
 use super::prepare::{Prepared, Target};
 use super::session::Session;
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
-use super::trainee::copy_companions;
+use super::trained_model::copy_companions;
 use crate::adapter::PeftConfig;
 use crate::energy::{Interval, Phase};
 use crate::error::Result;

@@ -15,7 +15,7 @@ use super::reporting::{Ended, write_pages, write_reports};
 use super::resume::{finished_report, load_recipe};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::session::{Segment, Session};
-use super::{Screen, plan, trainee};
+use super::{Screen, plan, trained_model};
 use crate::energy::{Account, Computing, Ledger, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::files::remove_leftovers;
@@ -216,7 +216,7 @@ impl<'a> Run<'a> {
         let prepared = self.prepared;
         let load = self.load.clone();
         let model = self.session.load_model(Some(&load), || {
-            trainee::assemble(prepared, &self.request.device)
+            trained_model::assemble(prepared, &self.request.device)
         })?;
         if self.request.resume.is_some() {
             let step = self.session.state.step;
@@ -235,7 +235,7 @@ impl<'a> Run<'a> {
             settings: &prepared.settings,
             ending: self.ending(),
             expected_steps,
-            export: &|dir| trainee::export(prepared, &model.parameters, dir, None),
+            export: &|dir| trained_model::export(prepared, &model.parameters, dir, None),
             interrupted: self.request.interrupted,
         };
         let stop = self.session.train(segment, screen)?;
@@ -247,7 +247,7 @@ impl<'a> Run<'a> {
         self.session.account.close()?;
         let wall = Seconds(started.elapsed().as_secs_f64());
         let tokens = Some(self.session.state.tokens);
-        let export = |dir: &Path| trainee::export(prepared, &model.parameters, dir, tokens);
+        let export = |dir: &Path| trained_model::export(prepared, &model.parameters, dir, tokens);
         let report = self.write_reports(&stop, after, wall, &export)?;
         // Measured baselines need the model's memory.
         drop(model);
@@ -269,7 +269,7 @@ impl<'a> Run<'a> {
         let export = |dir: &Path| {
             checkpoints.copy_export(step, dir)?;
             if prepared.whole_model() {
-                trainee::write_model_config(prepared, dir, tokens)?;
+                trained_model::write_model_config(prepared, dir, tokens)?;
             }
             Ok(())
         };

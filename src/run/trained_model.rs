@@ -1,4 +1,4 @@
-//! The model put together for training: frozen weights, trained values, and how they are written out.
+//! The trained model of a run: built from weights, and exported as adapter or model directory.
 
 use std::path::Path;
 
@@ -60,8 +60,8 @@ pub(super) fn fully_trained(
     TrainableModel::fully_trained(architecture, values, device)
 }
 
-/// Writes what was trained into `dir`: PEFT's files, or a whole model directory. `trained_tokens` goes into the configuration of a model
-/// trained from scratch, where baselines look for it.
+/// Writes PEFT's files, or a model directory, into `dir`. `trained_tokens` goes into the config.json of a model trained from
+/// scratch, where baselines read it.
 pub(super) fn export(
     prepared: &Prepared,
     parameters: &Parameters,
