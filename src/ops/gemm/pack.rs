@@ -189,10 +189,8 @@ pub(super) fn transpose_16(rows: &mut [std::arch::x86_64::__m512; 16]) {
     let mut fours = [_mm512_setzero_ps(); 16];
     for i in 0..4 {
         for j in 0..2 {
-            let (a, b) = (
-                _mm512_castps_pd(pairs[4 * i + j]),
-                _mm512_castps_pd(pairs[4 * i + j + 2]),
-            );
+            let a = _mm512_castps_pd(pairs[4 * i + j]);
+            let b = _mm512_castps_pd(pairs[4 * i + j + 2]);
             fours[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
             fours[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
         }
@@ -286,10 +284,8 @@ fn transpose_8(rows: &mut [std::arch::x86_64::__m256; 8]) {
             rows[4 * i + 2],
             rows[4 * i + 3],
         ];
-        let (low, high) = (
-            [_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)],
-            [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)],
-        );
+        let low = [_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d)];
+        let high = [_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d)];
         fours[4 * i] = _mm256_shuffle_ps::<0x44>(low[0], low[1]);
         fours[4 * i + 1] = _mm256_shuffle_ps::<0xee>(low[0], low[1]);
         fours[4 * i + 2] = _mm256_shuffle_ps::<0x44>(high[0], high[1]);

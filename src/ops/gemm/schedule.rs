@@ -19,9 +19,8 @@ pub(super) fn par_for_each_task(
     task: impl Fn(Range<usize>, Range<usize>) + Sync,
 ) {
     let threads = num_threads();
-    // Split by rows, although each part packs the panels again: few panels that threads cannot
-    // share evenly, and panels no more than the strips, which are then read by the thread that
-    // wrote them.
+    // Each part of the rows packs the panels again. It pays if threads cannot share few panels
+    // evenly, or if panels are no more than strips, which their writer then reads.
     let uneven = panels < 8 * threads && !panels.is_multiple_of(threads);
     let by_rows = uneven || panels <= strips && strips >= MIN_STRIPS * threads;
     let row_parts = if by_rows {

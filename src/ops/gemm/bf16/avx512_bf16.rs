@@ -66,15 +66,11 @@ unsafe fn strip<const V: usize>(runs: Runs, out: *mut f32, stride: usize, accumu
                 }
             }
         }
-        for KRun {
-            mut a,
-            mut b,
-            depth,
-            ..
-        } in runs
-        {
-            for start in (0..depth).step_by(K_STEP) {
-                for pair in 0..(depth - start).min(K_STEP).div_ceil(2) {
+        for run in runs {
+            let mut a = run.a;
+            let mut b = run.b;
+            for start in (0..run.depth).step_by(K_STEP) {
+                for pair in 0..(run.depth - start).min(K_STEP).div_ceil(2) {
                     let mut columns = [_mm512_setzero_si512(); V];
                     for v in 0..V {
                         columns[v] = _mm512_load_si512(b.add(v * LANES + pair).cast());
