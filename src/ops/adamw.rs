@@ -10,8 +10,8 @@ use super::{Context, Parameters};
 use crate::error::Result;
 use crate::work::Work;
 
-/// Elements of a task and of a partial sum of the norm, whose bytes so do not depend on the number
-/// of threads.
+/// Elements per task, and per partial sum of the gradient norm: the size is fixed, so the norm is
+/// the same to the bit for any number of threads.
 const ELEMENTS_PER_TASK: usize = 64 * 1024;
 
 /// Hyperparameters of AdamW.
@@ -53,7 +53,8 @@ pub fn adamw_cost(n: usize) -> Work {
     Work::sweep(32 * n, 16 * n)
 }
 
-/// Constants of one step.
+/// The scalars of one step, equal for all elements: `rate1` = 1 - beta1, `rate2` = 1 - beta2,
+/// `step_size` = lr / (1 - beta1^step), `root_correction` = sqrt(1 - beta2^step).
 struct FusedStep {
     clip: f32,
     decay: f32,
@@ -107,7 +108,7 @@ impl AdamW {
     }
 }
 
-/// The Euclidean norm, summed in f64 by fixed chunks.
+/// The Euclidean norm, summed in f64 over chunks of `ELEMENTS_PER_TASK`.
 fn norm(gradient: &Tensor) -> Result<f64> {
     let gradient = gradient.to_device(&Device::Cpu)?;
     let gradient = CpuTensor::borrow_f32(&gradient)?;
@@ -132,6 +133,7 @@ fn norm(gradient: &Tensor) -> Result<f64> {
 }
 
 impl FusedStep {
+    /// Updates one parameter and its moments in place.
     #[inline(always)]
     fn update(&self, value: &mut f32, first: &mut f32, second: &mut f32, gradient: f32) {
         let gradient = gradient * self.clip;
@@ -141,7 +143,7 @@ impl FusedStep {
         *value = *value * self.decay - self.step_size * (*first / denominator);
     }
 
-    /// The same in candle primitives, also on devices.
+    /// The step in candle primitives on any device; `state` is (3, n), `gradient` (n).
     fn reference(&self, state: &Tensor, gradient: &Tensor) -> Result<()> {
         let row = |i: usize| state.narrow(0, i, 1)?.flatten_all()?.copy();
         let (value, first, second) = (row(0)?, row(1)?, row(2)?);

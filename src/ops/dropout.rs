@@ -40,7 +40,8 @@ pub struct DropoutMask {
 
 impl DropoutMask {
     /// Samples a mask for an input of `shape`, which drops each element with probability `p` < 1.
-    /// `draw` fills a row with uniform random bits, for rows in any order and in parallel.
+    /// `draw(row, bits)` fills one row with 32 uniform random bits per element; rows are drawn in
+    /// any order and in parallel.
     pub fn sample(shape: (usize, usize), p: f64, draw: impl Fn(usize, &mut [u32]) + Sync) -> Self {
         let (rows, width) = shape;
         // The upper 24 bits are a fraction of 2^24 to compare with p.
@@ -96,6 +97,7 @@ impl DropoutMask {
         self.apply_into::<true, f32>(x, sum);
     }
 
+    /// out = x, masked; or out += it.
     fn apply_into<const ADD: bool, T: Element>(&self, x: &[T], out: &mut [f32]) {
         let (rows, width) = self.shape;
         assert!(
@@ -128,7 +130,7 @@ impl DropoutMask {
         });
     }
 
-    /// The factor of element `i` of a word.
+    /// The factor of the element of bit `i`: `scale` or 0.
     #[inline(always)]
     fn factor(&self, word: u32, i: usize) -> f32 {
         ((word >> i) & 1) as f32 * self.scale

@@ -73,7 +73,8 @@ fn select_rows(x: &Tensor, sources: &[Option<usize>]) -> Result<Tensor> {
     f32_tensor(out, (sources.len(), c))
 }
 
-/// The indices, if the CPU loops take `x`. Out-of-range indices are rejected by candle.
+/// The indices on the CPU if the fused loop can run: x is contiguous f32 on the CPU and all indices
+/// are below `n`. Otherwise `None`, and candle's op runs, which rejects indices out of range.
 fn cpu_indices(
     context: Context<'_>,
     x: &Tensor,
@@ -88,7 +89,8 @@ fn cpu_indices(
     Ok(in_range.then_some(indices))
 }
 
-/// The position of each of 0..n in `indices`; `None` if one occurs twice.
+/// The position of each of 0..n in `indices`, `None` if it is absent; `None` if an index occurs
+/// twice.
 fn inverse(indices: &[u32], n: usize) -> Option<Vec<Option<usize>>> {
     let mut positions = vec![None; n];
     for (position, index) in indices.iter().enumerate() {

@@ -1,10 +1,10 @@
 //! Fork-join parallel loops on the rayon pool, with spinning workers.
 //!
 //! rayon parks an idle worker within microseconds, and waking one takes longer than most loops of a
-//! small model. Here workers of the current rayon pool stay with the thread that starts the loops
-//! and spin for `SPIN_TIMEOUT` before they return to rayon. Each worker takes its own chunk of the
-//! items first, the same part of every loop, so that it finds in its cache what it wrote in the
-//! loop before, and then steals from the other chunks. Which worker takes an item is chance: no
+//! small model. Here workers of the current rayon pool stay assigned to the thread that starts the
+//! loops and spin for `SPIN_TIMEOUT` before they return to rayon. Each worker takes its own chunk
+//! of the items first, the same part of every loop, so that it finds in its cache what it wrote in
+//! the loop before, and then steals from the other chunks. Which worker takes an item is chance: no
 //! result may depend on it.
 //!
 //! `par_map` is data parallelism: each worker runs one item at a time with all loops in it, and
@@ -86,9 +86,9 @@ pub fn par_map<I: Send, T: Send>(
 }
 
 thread_local! {
-    /// The workers that stay with this thread.
+    /// The loops that this thread starts, and the workers assigned to it.
     static SPIN_POOL: Arc<SpinPool> = Arc::new(SpinPool::new());
-    /// This thread's place in the `par_map` that it runs an item of.
+    /// Set while this thread runs an item of a `par_map`.
     static WORKER_SLOT: RefCell<Option<WorkerSlot>> = const { RefCell::new(None) };
 }
 
@@ -105,6 +105,7 @@ struct WorkerGroup {
     idle: AtomicUsize,
 }
 
+/// A `par_map`, and the index of this thread's worker in it.
 #[derive(Clone)]
 struct WorkerSlot {
     group: Arc<WorkerGroup>,
@@ -311,7 +312,7 @@ impl SpinPool {
         );
     }
 
-    /// Has rayon start workers until there are `count`.
+    /// Spawns rayon tasks until `count` workers spin for this thread's loops.
     fn wake_workers(self: &Arc<Self>, count: usize) {
         while self.workers.load(Ordering::SeqCst) < count {
             self.workers.fetch_add(1, Ordering::SeqCst);

@@ -99,8 +99,8 @@ impl Parameters {
         Self::from_fn(shapes, |_, _| Ok(data.next().unwrap_or_default()), device)
     }
 
-    /// The same from names and shapes; `make` returns the values of one tensor after the other, so
-    /// that they are never all in memory twice.
+    /// As `new`, from names and shapes: `make(index, slot)` returns the values of one tensor at a
+    /// time, so that they are never all in memory twice.
     pub fn from_fn(
         shapes: Vec<(String, Vec<usize>)>,
         mut make: impl FnMut(usize, &Slot) -> Result<Vec<f32>>,

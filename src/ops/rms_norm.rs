@@ -120,6 +120,7 @@ impl RmsNorm {
         })
     }
 
+    /// x (N, C) -> y (N, C) in candle ops: the device pass or the reference.
     fn forward_primitives(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
         match context.path(x) {
             Path::Device => self.forward_device(x),
@@ -155,7 +156,7 @@ impl RmsNorm {
         Ok((g.broadcast_mul(&s)? - x.broadcast_mul(&along)?)?)
     }
 
-    /// x (N, C) in f32, or as it was saved -> y in the compute type, and x to save.
+    /// x (N, C) in f32, or in the compute type as saved -> y in the compute type, and x to save.
     fn forward_cpu(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, RmsNormSaved)> {
         let shape = x.dims2()?;
         if context.precision != Precision::Bf16 {
@@ -180,7 +181,7 @@ impl RmsNorm {
         Ok((y, RmsNormSaved { x }))
     }
 
-    /// Writes y, and x itself to `copy` unless that is empty.
+    /// Writes y (N, C), and a bf16 copy of x to `copy` unless that is empty.
     fn write_rows<Y: Element>(&self, x: &Tensor, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
         let weight = CpuTensor::borrow_f32(&self.weight.tensor)?;
         match CpuTensor::borrow(x)?.slice() {

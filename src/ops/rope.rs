@@ -39,20 +39,20 @@ pub enum RopeScaling {
     Llama3 {
         /// The divisor.
         factor: f64,
-        /// Wavelengths above `original / low` are divided.
+        /// `low_freq_factor`: frequencies of wavelengths above `original / low` are divided.
         low: f64,
-        /// Wavelengths below `original / high` are unchanged.
+        /// `high_freq_factor`: those of wavelengths below `original / high` are unchanged.
         high: f64,
         /// Positions the model was trained on.
         original: usize,
     },
-    /// Ramps over dimensions, and scales logits through cos and sin.
+    /// Ramps over pairs of channels, and scales attention scores through cos and sin.
     Yarn {
         /// The divisor.
         factor: f64,
-        /// Rotations above which a dimension is unchanged.
+        /// Rotations over `original` positions above which a frequency is unchanged.
         beta_fast: f64,
-        /// Rotations below which a dimension is divided.
+        /// Rotations over `original` positions below which a frequency is divided.
         beta_slow: f64,
         /// Factor of cos and sin.
         attention_factor: f64,
@@ -135,7 +135,7 @@ impl Rope {
         }
     }
 
-    /// Interpolation weight of each pair of dimensions.
+    /// Interpolation weight of each pair of channels: 0 leaves its frequency, 1 divides it.
     fn yarn_ramp(
         &self,
         beta_fast: f64,
@@ -159,6 +159,7 @@ impl Rope {
         move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0)
     }
 
+    /// Factor of cos and sin: YaRN's, else 1.
     fn attention_factor(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn {
@@ -247,6 +248,7 @@ impl RopeTables {
         self.rotate(context, dy, -1.0)
     }
 
+    /// Rotates x (N, H D) by `direction` (1 or -1) times the angles.
     fn rotate(&self, context: Context<'_>, x: &Tensor, direction: f32) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
         let half = self.cos.dims2()?.1;

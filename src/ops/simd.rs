@@ -34,7 +34,7 @@ macro_rules! simd {
 }
 pub(super) use simd;
 
-/// `simd!`'s function; `work` must be `#[inline(always)]`.
+/// The function that `simd!` expands to; `work` must be `#[inline(always)]`.
 #[inline(always)]
 pub(super) fn dispatch<R>(work: impl FnOnce(Simd) -> R) -> R {
     match pulp::Arch::new() {

@@ -104,7 +104,7 @@ pub(super) fn cast_vec<S: Element, T: Element>(values: &[S]) -> Vec<T> {
     out
 }
 
-/// Casts as many elements as both slices have.
+/// Casts elements up to the length of the shorter slice.
 #[inline(always)]
 pub(super) fn cast_into<S: Element, T: Element>(out: &mut [T], x: &[S]) {
     let n = out.len().min(x.len());

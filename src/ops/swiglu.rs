@@ -108,7 +108,7 @@ fn forward_reference(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok((gate.silu()? * up)?)
 }
 
-/// Writes y, and gate and up themselves to `copies` unless those are empty.
+/// Writes y, and bf16 copies of gate and up to `copies` unless those are empty.
 fn forward_cpu<Y: Element>(
     gate: &Tensor,
     up: &Tensor,
@@ -231,7 +231,7 @@ pub(super) fn swiglu_element(simd: Simd, gate: f32, up: f32) -> f32 {
     gate * sigmoid(simd, gate) * up
 }
 
-/// The gradients of gate and up from that of y = silu(gate) up, and y recomputed.
+/// `[dgate, dup, y]` of y = silu(gate) up.
 #[inline(always)]
 pub(super) fn swiglu_backward_element(simd: Simd, dy: f32, gate: f32, up: f32) -> [f32; 3] {
     let s = sigmoid(simd, gate);

@@ -3,9 +3,9 @@
 //!
 //! In f32 the vector pass is as fast, because softmax takes longer than the products. Operands are
 //! packed straight from the (N, H D) tensors, keys and values once per task, queries once per
-//! panel. Scores lie as (keys, queries): dV and dK pack them as they lie, O = P V and dQ = dS K
-//! transposed. The FLOPs counted are those of `Attention::query_blocks`; whole tiles compute some
-//! that are masked.
+//! panel. Scores are stored as (keys, queries): the left-hand sides of dV and dK are packed without
+//! a transpose, those of O = P V and dQ = dS K with one. The FLOPs counted are those of
+//! `Attention::query_blocks`; the tiles execute a few more, on masked scores.
 
 use std::ops::Range;
 
@@ -17,7 +17,8 @@ use crate::ops::gemm::bf16::{
 };
 use crate::ops::gemm::{Element, MatMut, MatRef};
 
-/// A block's panels of up to 32 queries, with the keys up to their last in whole tiles.
+/// Splits a block into panels of up to 32 queries; the keys of a panel end with its last query,
+/// rounded out to whole tiles.
 fn panels(block: &QueryBlock) -> impl Iterator<Item = Panel> + use<> {
     let queries = block.queries.clone();
     let first = block.keys.start / TILE * TILE;
@@ -31,21 +32,22 @@ fn panels(block: &QueryBlock) -> impl Iterator<Item = Panel> + use<> {
     })
 }
 
+/// The tiles of 32 rows that cover `range`.
 fn tiles(range: Range<usize>) -> Range<usize> {
     range.start / TILE..range.end.div_ceil(TILE)
 }
 
-/// Scores (keys, 32).
+/// Views scores as a row-major matrix (keys, 32).
 fn score_matrix(scores: &[f32]) -> MatRef<'_> {
     MatRef::from_f32(scores, scores.len() / TILE, TILE)
 }
 
-/// The GEMMs of a task, with the scratch for operands that are packed once per panel.
+/// The GEMMs of a task, with scratch for the operands that are packed for each panel.
 struct Products {
     unit: ActiveUnit,
     lhs: PackedOperand,
     rhs: PackedOperand,
-    /// Elements from one row of an output to the next: head_dim in whole tiles.
+    /// Row stride of the outputs O, dQ, dK and dV: head_dim rounded up to whole tiles.
     width: usize,
 }
 
@@ -59,7 +61,8 @@ impl Products {
         }
     }
 
-    /// out (keys, 32) = the key tiles of `lhs` times `queries` (32, D) transposed: K Q^T, V dO^T.
+    /// out (keys, 32) = the key tiles `keys` of `lhs`, times `queries` (32, D) transposed: K Q^T
+    /// or V dO^T.
     fn scores(
         &mut self,
         keys: Range<usize>,
@@ -74,7 +77,7 @@ impl Products {
         gemm_strips(&self.unit, lhs, rhs, self.rhs.steps(), out, false);
     }
 
-    /// out (32, D) = scores^T times the packed keys from tile `first` on: P V, dS K.
+    /// out (32, D) = scores^T times the packed V or K from key tile `first` on: P V or dS K.
     fn queries(&mut self, scores: &[f32], keys: &PackedOperand, first: usize, out: &mut [f32]) {
         self.lhs.pack_lhs(score_matrix(scores).t());
         let lhs = self.lhs.strips_from(0..1, 0);
@@ -125,7 +128,8 @@ impl<O: Element> ForwardTask<'_, O> {
     }
 }
 
-/// Operands and sums of a backward task.
+/// Packed operands, scratch and accumulated gradients of a backward task; `k_rows` and `v_rows` are
+/// packed as left-hand sides, `k_channels` as a right-hand side.
 struct BackwardState {
     products: Products,
     k_rows: PackedOperand,
@@ -157,7 +161,7 @@ impl BackwardState {
         }
     }
 
-    /// P and dS of a panel, dV += P^T dO, dK += dS^T Q, dQ = dS K.
+    /// Recomputes P and dS of a panel; dV += P^T dO, dK += dS^T Q, dQ = dS K.
     fn accumulate(&mut self, task: &BackwardTask<'_>, panel: &Panel) {
         let [q, _, _, dout] = task.heads();
         let (p, ds, products) = (&mut self.p, &mut self.ds, &mut self.products);

@@ -1,7 +1,7 @@
 //! The CPU passes: FlashAttention tiling (Dao et al. 2022), one task per query head and part of a
 //! segment.
 //!
-//! A forward task takes some query blocks, a backward task a range of keys with all queries that
+//! A forward task computes some query blocks, a backward task a range of keys with all queries that
 //! attend to them. A task runs in f32 vectors (`vector`) or, where the CPU has them, bf16 matrix
 //! units (`bf16`). Sums across tasks, dK and dV over the query heads of a key head and dQ over key
 //! ranges, are added afterwards in a fixed order.
@@ -27,10 +27,10 @@ use crate::work::Precision;
 
 /// Query rows of a forward task: enough to amortise packing the keys.
 const QUERIES_PER_TASK: usize = 4 * QUERY_BLOCK;
-/// Keys of a backward task, at least and in whole key blocks.
+/// Minimum number of keys of a backward task, in whole key blocks.
 const MIN_KEYS_PER_TASK: usize = 2 * KEY_BLOCK;
-/// Key ranges of a segment, at most: enough tasks for more threads than heads, while partial dQ
-/// take at most 1.5 times dQ.
+/// Maximum number of key ranges of a segment: enough tasks for more threads than heads, while the
+/// partial dQ take at most 1.5 times the memory of dQ.
 const MAX_KEY_RANGES: usize = 4;
 
 impl Attention {
@@ -178,14 +178,14 @@ impl Attention {
         sums
     }
 
-    /// A query head of q (N, Hq D), or of what has its shape, from row `start` on.
+    /// Query head `head` of q, or of another tensor (N, Hq D), from row `start` on.
     fn query_head<'a>(&self, values: CpuSlice<'a>, start: usize, head: usize) -> HeadView<'a> {
         let (stride, d) = (self.heads * self.head_dim, self.head_dim);
         let values = values.slice_from(start * stride + head * d);
         HeadView { values, stride, d }
     }
 
-    /// The key head of k or v (N, Hkv D) that a query head reads, from row `start` on.
+    /// The key head of k or v (N, Hkv D) that query head `head` reads, from row `start` on.
     fn key_head<'a>(&self, values: CpuSlice<'a>, start: usize, head: usize) -> HeadView<'a> {
         let (stride, d) = (self.kv_heads * self.head_dim, self.head_dim);
         let values = values.slice_from(start * stride + head / self.group() * d);
@@ -240,7 +240,8 @@ impl<O: Element> ForwardTask<'_, O> {
         blocks
     }
 
-    /// Writes a query's output row sum(P V) / sum(P) and its log-sum-exp.
+    /// Writes the output row `pv / sum` of a query, and its log-sum-exp; `pv` (D) and `sum` are the
+    /// sums of exp(scale (score - max)) V and of exp(scale (score - max)).
     pub(super) fn store(&self, query: usize, max: f32, sum: f32, pv: &[f32]) {
         let (heads, d) = (self.pass.attention.heads, self.pass.attention.head_dim);
         let row = self.segment.start + query;
@@ -254,17 +255,17 @@ impl<O: Element> ForwardTask<'_, O> {
     }
 }
 
-/// A range of a segment's keys, with all queries that come no earlier.
+/// A range of a segment's keys, with all queries from its first key to the end of the segment.
 pub(super) struct KeyRange {
     segment: Range<usize>,
     /// Counted from the segment's start.
     pub(super) keys: Range<usize>,
-    /// Its first row of the partial dQ; `None` where it writes dQ itself.
+    /// First row of its partial sum in the buffer of partial dQ; `None`: it writes to dQ directly.
     partial_dq: Option<usize>,
 }
 
 impl KeyRange {
-    /// Every segment's ranges, and the rows of the partial dQ.
+    /// The key ranges of all segments, and the number of rows in the buffer of partial dQ.
     fn split(segments: &[Range<usize>]) -> (Vec<Self>, usize) {
         let mut ranges = Vec::new();
         let mut rows = 0;
@@ -285,7 +286,7 @@ impl KeyRange {
         (ranges, rows)
     }
 
-    /// Adds the range's partial dQ, if any, to dQ; rows are `width` apart.
+    /// Adds the range's partial dQ, if any, to dQ; both have a row stride of `width`.
     fn add_partial_dq(&self, partial: &[f32], dq: &mut [f32], width: usize) {
         let Some(first) = self.partial_dq else { return };
         let start = self.segment.start + self.keys.start;
@@ -296,12 +297,13 @@ impl KeyRange {
         });
     }
 
-    /// The queries that may attend to the keys, and others whose window ends before them.
+    /// All queries from the first key on, counted from the segment's start; with a sliding window
+    /// the last ones may attend to none of the keys.
     pub(super) fn queries(&self) -> Range<usize> {
         self.keys.start..self.segment.len()
     }
 
-    /// The block's keys in this range.
+    /// The keys of this range that the query block attends to; empty if none.
     pub(super) fn visible(&self, block: &QueryBlock) -> Range<usize> {
         let start = block.keys.start.max(self.keys.start);
         start..block.keys.end.min(self.keys.end).max(start)
@@ -328,7 +330,7 @@ pub(super) struct BackwardTask<'a> {
     head: usize,
 }
 
-/// A gradient of the shape of q (N, Hq D).
+/// The gradient that a task writes: dq, dk or dv, each (N, Hq D) before the sum over groups.
 #[derive(Clone, Copy)]
 pub(super) enum Grad {
     Q,
@@ -387,7 +389,8 @@ impl BackwardTask<'_> {
         }
     }
 
-    /// Writes rows of a gradient from row `first` of the segment on; `rows` are `width` apart.
+    /// Writes the first D columns of `rows` (row stride `width`) to a gradient, from row `first` of
+    /// the segment on.
     pub(super) fn store(&self, grad: Grad, first: usize, rows: &[f32], width: usize) {
         let (heads, d) = (self.pass.attention.heads, self.pass.attention.head_dim);
         let row = self.range.segment.start + first;
@@ -406,7 +409,7 @@ impl BackwardTask<'_> {
     }
 }
 
-/// Dot products of rows of `d` elements, `stride` apart.
+/// `out[i]` = dot product of row i of `a` and of `b`: rows of `d` elements, `stride` apart.
 fn row_dots<T: Element>(a: &[f32], b: &[T], stride: usize, d: usize, out: &mut [f32]) {
     simd!(|_| {
         for (row, out) in out.iter_mut().enumerate() {

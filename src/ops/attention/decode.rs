@@ -1,5 +1,6 @@
-//! One new token against a KV cache, read once where it lies: one task per key head and key block,
-//! whose partial softmaxes are combined afterwards (Dao et al. 2023, "Flash-Decoding").
+//! Attention of one new token to a KV cache, which is read once, in place: one task per key head
+//! and key block, whose partial softmaxes are combined afterwards (Dao et al. 2023,
+//! "Flash-Decoding").
 
 #![allow(clippy::needless_range_loop)]
 
@@ -15,7 +16,7 @@ use crate::ops::simd::{Simd, max, simd};
 use crate::ops::storage::{CpuTensor, f32_tensor, to_f32_contiguous, uninit_vec};
 
 impl Attention {
-    /// q (1, Hq D) against rows `seen` of k, v (T, Hkv D) -> (1, Hq D).
+    /// Attention of q (1, Hq D) to rows `seen` of k, v (T, Hkv D) -> (1, Hq D).
     pub(super) fn decode_cpu(&self, [q, k, v]: [&Tensor; 3], seen: Range<usize>) -> Result<Tensor> {
         let [q, k, v] = [q, k, v].map(to_f32_contiguous);
         let (q, k, v) = (q?, k?, v?);
@@ -44,8 +45,8 @@ impl Attention {
         f32_tensor(out, (1, self.heads * d))
     }
 
-    /// Of each key block and query head: the largest score, the sum of exp(score - largest), and P
-    /// V in those units.
+    /// Partial softmaxes (key blocks, Hq, 2 + D): the largest score, the sum of exp(score -
+    /// largest), and the sum of exp(score - largest) v.
     fn decode_partials(&self, q: &[f32], [k, v]: [&[f32]; 2], seen: Range<usize>) -> Vec<f32> {
         count_flops(self.heads, 1, seen.len(), self.head_dim);
         count_flops(self.heads, 1, self.head_dim, seen.len());
@@ -65,8 +66,8 @@ impl Attention {
         partials
     }
 
-    /// The query heads of one key head against a block of `n` keys, whose first row k and v begin
-    /// with.
+    /// Partial softmaxes (group, 2 + D) of one key head's query heads q (group, D) over the first
+    /// `n` rows of k and v.
     #[inline(always)]
     fn decode_block(
         &self,

@@ -91,7 +91,7 @@ impl Attention {
         self.heads / self.kv_heads
     }
 
-    /// The keys that query row `i` of a segment attends to.
+    /// The keys that query `i` attends to, both counted from the segment's start.
     fn visible(&self, i: usize) -> Range<usize> {
         (i + 1).saturating_sub(self.window.unwrap_or(usize::MAX))..i + 1
     }
@@ -134,8 +134,8 @@ pub fn attention_decode_cost(attention: &Attention, keys: usize) -> Work {
         + Work::products(heads, 1, d, seen, Precision::F32)
 }
 
-/// Input of `backward`: q, k, v and the output in the compute type, and each row's log-sum-exp (N,
-/// Hq).
+/// Input of `backward`: q, k, v and the output in the compute type, and the log-sum-exp of each row
+/// and head (N, Hq).
 #[derive(Debug, Clone)]
 pub struct AttentionSaved {
     q: Tensor,
@@ -151,7 +151,7 @@ impl AttentionSaved {
         Ok((self.k.to_dtype(DType::F32)?, self.v.to_dtype(DType::F32)?))
     }
 
-    /// The output (N, Hq D) in the compute type, for the backward pass of the layer it went into.
+    /// The output (N, Hq D) in the compute type, the input of the output projection.
     pub fn output(&self) -> &Tensor {
         &self.out
     }

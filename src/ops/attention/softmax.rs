@@ -1,7 +1,7 @@
 //! Elementwise passes over a tile of scores (keys, queries): the mask, the online softmax and its
 //! backward pass.
 //!
-//! Queries lie along the vectors, so softmax runs down columns and no tile is transposed.
+//! Vector lanes are queries: softmax reduces over the rows of a tile, and no tile is transposed.
 
 #![allow(clippy::needless_range_loop)]
 
@@ -11,12 +11,12 @@ use super::KEY_BLOCK;
 use crate::ops::gemm::Element;
 use crate::ops::simd::simd;
 
-/// Query columns of a tile and the keys they have scores with, both counted from the segment's
+/// Some query columns of a tile and the keys of their scores, both counted from the segment's
 /// start.
 pub(super) struct Panel {
     pub(super) queries: Range<usize>,
     pub(super) keys: Range<usize>,
-    /// Elements from one key's scores to the next's.
+    /// Row stride: elements from the scores of one key to those of the next.
     pub(super) stride: usize,
 }
 
@@ -54,9 +54,9 @@ pub(super) use by_lanes;
 /// One online-softmax update (Milakov and Gimelshein 2018) of `L` queries by the scores of one key
 /// block, keys `stride` apart.
 ///
-/// scores -> exp(scale (score - max)), not yet divided by the sum. `max` and `sum` are running
-/// values, from `f32::MIN` and zero on; what was accumulated with the previous maximum is to be
-/// multiplied by `rescale`.
+/// scores -> exp(scale (score - max)), not yet divided by the sum. `max` and `sum` (L) are running
+/// values that start at `f32::MIN` and zero. The caller multiplies its accumulated P V by `rescale`
+/// (L), which is exp(scale (previous max - max)).
 pub(super) fn online_softmax<const L: usize>(
     scores: &mut [f32],
     stride: usize,

@@ -1,9 +1,9 @@
 //! Operands of the f32 pass: packed rows of one head, and the GEMMs of one query block x key block
 //! tile of scores.
 //!
-//! Scores lie as (keys, `QUERY_BLOCK`): S^T = K Q^T. The same buffer serves as the left-hand side
-//! in either direction: O += P V and dQ += dS K read its columns, dV += P^T dO and dK += dS^T Q its
-//! rows.
+//! Scores are stored as (keys, `QUERY_BLOCK`): S^T = K Q^T. The same buffer serves as the left-hand
+//! side in either direction: O += P V and dQ += dS K read its columns, dV += P^T dO and dK += dS^T
+//! Q its rows.
 
 use std::ops::Range;
 
@@ -29,8 +29,8 @@ impl<'a> HeadView<'a> {
         MatRef::strided(values, [rows.len(), self.d], [self.stride, 1])
     }
 
-    /// Packs rows as columns, in f32, one panel after the other: (d, lanes) each, zero beyond the
-    /// last row.
+    /// Packs rows transposed, in f32: panels (d, NR) one after the other, the last as wide as whole
+    /// vectors, zero beyond the last row.
     pub(super) fn pack_columns(&self, isa: &Isa, rows: Range<usize>, out: &mut Vec<f32>) {
         out.resize(self.d * rows.len().next_multiple_of(isa.lanes), 0.0);
         let matrix = self.rows(rows.clone()).t();
@@ -41,7 +41,7 @@ impl<'a> HeadView<'a> {
         }
     }
 
-    /// Packs rows one after the other.
+    /// Packs rows without a transpose.
     pub(super) fn pack_rows(&self, isa: &Isa, rows: Range<usize>, out: &mut RowBuffer) {
         out.resize(isa, rows.clone(), self.d);
         let matrix = self.rows(rows.clone());
@@ -76,7 +76,7 @@ impl RowBuffer {
         self.first <= rows.start && rows.end <= self.first + self.values.len() / self.width
     }
 
-    /// Rows of the segment as rows of this buffer.
+    /// Converts rows of the segment to rows of this buffer.
     pub(super) fn local(&self, rows: &Range<usize>) -> Range<usize> {
         rows.start - self.first..rows.end - self.first
     }
@@ -90,7 +90,7 @@ impl RowBuffer {
         }
     }
 
-    /// The buffer from a row of the segment on.
+    /// The values from row `row` of the segment on.
     pub(super) fn tail(&self, row: usize) -> &[f32] {
         &self.values[(row - self.first) * self.width..]
     }
@@ -99,14 +99,14 @@ impl RowBuffer {
         &mut self.values[(row - self.first) * self.width..]
     }
 
-    /// Multiplies a row.
+    /// Multiplies row `row` of the segment by `factor`.
     pub(super) fn scale(&mut self, row: usize, factor: f32) {
         let width = self.width;
         let row = &mut self.tail_mut(row)[..width];
         simd!(|_| row.iter_mut().for_each(|x| *x *= factor));
     }
 
-    /// Column panels of a micro-kernel's width: first column, number of vectors.
+    /// Splits the columns into panels of up to NR: (first column, number of vectors) of each.
     fn panels(&self, isa: &Isa) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (width, nr, lanes) = (self.width, isa.nr(), isa.lanes);
         (0..width)
@@ -156,7 +156,7 @@ impl<'a> ScoreTile<'a> {
         })
     }
 
-    /// First column of a panel's scores.
+    /// Column of the panel's first query in the tile.
     pub(super) fn column(&self, panel: &Panel) -> usize {
         panel.queries.start - self.queries.start
     }
@@ -166,7 +166,7 @@ impl<'a> ScoreTile<'a> {
         panel.queries.len().div_ceil(self.isa.lanes)
     }
 
-    /// Lanes that hold a panel's queries.
+    /// Columns of a panel, rounded up to whole vectors.
     pub(super) fn lanes(&self, panel: &Panel) -> usize {
         self.vectors(panel) * self.isa.lanes
     }

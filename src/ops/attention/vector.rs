@@ -21,7 +21,7 @@ pub(super) struct Scratch {
     sum: RowBuffer,
     dk: RowBuffer,
     dv: RowBuffer,
-    /// Query or dO rows as columns.
+    /// Query or dO rows, packed transposed.
     columns: Vec<f32>,
     /// Scores, then probabilities, and their gradients; written before they are read.
     p: Vec<f32>,

@@ -1,8 +1,8 @@
 //! Fused linear cross-entropy for a frozen LM head, as in Liger Kernel and cut-cross-entropy:
-//! logits are computed one vocabulary chunk at a time with an online softmax (Milakov and
+//! logits z are computed one vocabulary chunk at a time with an online softmax (Milakov and
 //! Gimelshein 2018) and never leave the cache; W is packed once for all rows.
 //!
-//! With e = exp(z - running max) and s = sum of e, dh = scale (e W / s - W[target]).
+//! With e = exp(z - max z), dh = scale (e W / sum(e) - W[target]).
 
 use std::ops::Range;
 
@@ -17,12 +17,12 @@ use crate::ops::simd::{self, simd};
 use crate::ops::storage::{CpuTensor, f32_tensor, uninit_vec};
 use crate::ops::{Context, count_flops};
 
-/// Rows of W that are packed at a time, for every block of rows of h.
+/// Rows of W in a vocabulary chunk, packed once for all blocks of rows of h.
 const VOCAB_CHUNK: usize = 512;
 
 impl LmHead {
-    /// h (L, C), targets (L) -> the losses; with `scale` also dh of `scale * sum of losses`, unless
-    /// L is 0.
+    /// h (L, C), targets (L) -> the losses (L) in nats; with `scale` also dh (L, C) of `scale * sum
+    /// of losses`, unless L is 0.
     pub(super) fn fused_linear_cross_entropy(
         &self,
         context: Context<'_>,
@@ -73,7 +73,7 @@ impl LmHead {
         ))
     }
 
-    /// Runs every vocabulary chunk through every block, with W packed now or before.
+    /// Accumulates every chunk of W (V, C) in every block; packs the chunks that are not cached.
     fn accumulate_vocabulary(
         &self,
         blocks: &mut [RowBlock<'_>],
@@ -107,14 +107,15 @@ impl LmHead {
     }
 }
 
-/// Some rows of h with their running sums over the vocabulary.
+/// The rows of h from `first` on, one for each target, with their online softmax: running maximum,
+/// sum of e, and target logit.
 struct RowBlock<'a> {
     first: usize,
     targets: &'a [u32],
     max: Vec<f32>,
     sum: Vec<f64>,
     target_logits: Vec<f32>,
-    /// e W, rows `width` apart; `None` where dh is not wanted.
+    /// e W with a row stride of `width`, which `finish` converts to dh; `None`: losses only.
     dh: Option<&'a mut [f32]>,
     width: usize,
 }
@@ -187,7 +188,7 @@ impl<'a> RowBlock<'a> {
             .map(|row| self.max[row] + self.sum[row].ln() as f32 - self.target_logits[row])
     }
 
-    /// e W -> dh, with W (V, `hidden`).
+    /// Converts e W to dh = scale (e W / sum(e) - W[target]); `w` is W (V, `hidden`).
     fn finish<T: Element>(&mut self, w: &[T], hidden: usize, scale: f64) {
         let Some(dh) = &mut self.dh else { return };
         for (row, (&target, dh)) in self
@@ -207,7 +208,7 @@ impl<'a> RowBlock<'a> {
     }
 }
 
-/// The first `columns` of `rows` rows that are `width` apart.
+/// x (at least `rows`, `width`) -> its first `rows` rows and `columns` columns.
 fn without_padding(mut x: Vec<f32>, width: usize, rows: usize, columns: usize) -> Vec<f32> {
     if width == columns {
         x.truncate(rows * columns);

@@ -17,8 +17,8 @@ use super::{Context, Gradients, Path, Weight, matmul, softmax};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
-/// Logits of one chunk of rows, about: 24 MiB of f32. W is packed once per chunk, so short chunks
-/// cost time.
+/// Approximate number of logits in one chunk of rows: 24 MiB of f32. W is packed once per chunk, so
+/// short chunks cost time.
 const CHUNK_LOGITS: usize = 6 << 20;
 /// A chunk has a multiple of this many rows: whole GEMM tiles.
 const CHUNK_ROWS: usize = 32;
@@ -45,7 +45,7 @@ pub struct LmHead {
     pub weight: Weight,
 }
 
-/// All that the head's cost depends on.
+/// Everything that the cost of the LM head depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LmHeadShape {
     /// Rows with a loss.
@@ -183,6 +183,7 @@ impl LmHead {
         self.losses(context, h, targets, shape, Some(backward))
     }
 
+    /// As `forward_backward`; without `backward` the losses alone. Counts no work.
     fn losses(
         &self,
         context: Context<'_>,
@@ -248,7 +249,7 @@ impl LmHead {
         Ok((losses, dh.transpose()?))
     }
 
-    /// The same in candle primitives.
+    /// `chunk_cpu` in candle primitives, on any device.
     fn chunk_reference(
         &self,
         context: Context<'_>,
@@ -275,8 +276,8 @@ impl LmHead {
     }
 }
 
-/// The losses of logits (L, V), which become their gradients where `scale` is given: one pass per
-/// row.
+/// Logits (L, V), targets (L) -> the losses (L) in nats. With `scale` the logits are replaced by
+/// their gradients, `scale (softmax z - onehot target)`.
 fn cross_entropy_cpu(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
     let vocab = logits.len() / targets.len().max(1);
     let mut losses = vec![0.0; targets.len()];

@@ -46,7 +46,7 @@ pub struct FeedForward<'a> {
     pub down: &'a Linear,
 }
 
-/// Input of `backward` besides x.
+/// Saved by `forward` for `backward`, which also takes x.
 pub struct FeedForwardSaved {
     intermediate: Intermediate,
     gate: LinearSaved,
@@ -95,8 +95,8 @@ pub enum BackwardDepth {
 }
 
 impl FeedForward<'_> {
-    /// x (N, C) -> base + y (N, C). `masks`: LoRA dropout. `all_layers`: whether the backward pass
-    /// is sure to reach gate and up; the tiled pass requires it.
+    /// x (N, C) -> base + y (N, C). `masks`: LoRA dropout. `all_layers`: whether the backward
+    /// pass, if any, includes gate and up; the tiled pass requires it.
     pub fn forward(
         &self,
         context: Context<'_>,

@@ -25,13 +25,16 @@ pub(super) struct GateUpTiles {
     up: SavedTiles,
 }
 
-/// A matrix in the compute type, in tiles, zero beyond its last row and column.
+/// A matrix in tiles of 32 x 32 in bf16 (`Narrow`) or f32 (`Wide`), zero beyond its last row and
+/// column. A tile is addressed by strip (of rows) and panel (of columns).
 enum SavedTiles {
     Narrow(PackedOperand),
     Wide { tiles: Vec<Tile>, panels: usize },
 }
 
 impl SavedTiles {
+    /// A matrix (rows, columns) to be written by `writer`.
+    ///
     /// # Safety
     /// Every tile must be written before it is read.
     unsafe fn uninit(precision: Precision, rows: usize, columns: usize) -> Self {
@@ -86,10 +89,10 @@ impl TileWriter {
     }
 }
 
-/// The right-hand sides of a layer's products.
+/// The right-hand sides of a layer: W, and the term of its adapter.
 struct LayerRhs<'a> {
     w: WeightRhs<'a>,
-    /// The packed, scaled rows (N, r), and B (forward) or A (backward).
+    /// Forward: `scaling * x A^T` (N, r) and B^T. Backward: `scaling * dy B` (N, r) and A.
     lora: Option<(PackedLhs, WeightRhs<'a>)>,
 }
 
@@ -116,7 +119,8 @@ impl<'a> WeightRhs<'a> {
 }
 
 impl<'a> LayerRhs<'a> {
-    /// W, and the adapter's scaled rows (N, r) with the weight that they are multiplied by.
+    /// `lora`: row-major (N, r) and the factor that it is multiplied by. `transposed`: whether the
+    /// weights are multiplied as their transposes (forward).
     fn new(
         context: Context<'_>,
         w: &'a Weight,
@@ -136,7 +140,7 @@ impl<'a> LayerRhs<'a> {
         })
     }
 
-    /// x times W, and the adapter's rows times theirs.
+    /// The (lhs, rhs) terms whose sum is the layer's product with `x`.
     fn terms<'b>(&'b self, x: &'b LinearInput) -> Result<Vec<(&'b Bf16Lhs, MatRef<'b>)>> {
         let mut terms = vec![(packed(x.packed())?, self.w.matrix()?)];
         if let Some((rows, weight)) = &self.lora {
@@ -146,6 +150,7 @@ impl<'a> LayerRhs<'a> {
     }
 }
 
+/// The packed form of a left-hand side; an error if there is none.
 fn packed(lhs: &PackedLhs) -> Result<&Bf16Lhs> {
     lhs.packed()
         .ok_or_else(|| Error::new(Kind::Tensor, "the tiled pass needs a packed input"))
@@ -158,6 +163,7 @@ impl FeedForward<'_> {
         x.packed().packed().is_some() && [self.gate, self.up, self.down].iter().all(plain)
     }
 
+    /// `forward` without dropout, in tiles.
     pub(super) fn forward_tiles(
         &self,
         context: Context<'_>,
@@ -200,7 +206,8 @@ impl FeedForward<'_> {
         Ok((y, saved))
     }
 
-    /// Backward through `down` and SwiGLU: the gradients of the outputs of gate and up.
+    /// Backward through `down` and SwiGLU: dy (N, C) -> the gradients (N, F) of the outputs of gate
+    /// and up, packed.
     pub(super) fn backward_tiles(
         &self,
         context: Context<'_>,
@@ -257,7 +264,8 @@ impl FeedForward<'_> {
     }
 }
 
-/// Counts a layer that reads x, and runs the down projection of its adapter.
+/// Computes `scaling * x A^T` of the adapter and counts the layer's forward pass; returns the
+/// layer's right-hand sides and its input of the backward pass.
 fn layer_rhs<'a>(
     context: Context<'_>,
     linear: &'a Linear,

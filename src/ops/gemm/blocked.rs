@@ -22,7 +22,7 @@ pub(super) const TASKS_PER_PACK: usize = 8;
 /// KiB page.
 const TLB_PAGES: usize = 32;
 const PAGE_ELEMENTS: usize = 1024;
-/// Rows of B read between two panels at most, so that a panel of them fits L1.
+/// Maximum rows of B packed at a time for all panels of a task, so that those of one panel fit L1.
 const MAX_TLB_ROWS: usize = 256;
 /// Rows of A up to which row-major f32 B is read in place.
 const MAX_UNPACKED_ROWS: usize = 16;
@@ -105,7 +105,7 @@ thread_local! {
     static PACKED: RefCell<PackedPanels> = RefCell::default();
 }
 
-/// Passes started so far: their number identifies what was packed for each.
+/// Number of passes started, from which each gets the `id` that marks its packed panels.
 static PASSES: AtomicU64 = AtomicU64::new(0);
 
 /// One pass over the result.
@@ -194,7 +194,7 @@ impl GemmPass<'_> {
         }
     }
 
-    /// The k blocks with A from `row` on, and without B.
+    /// One term for each k block, with A from `row` on and `b` to be set.
     fn kernel_terms(&self, row: usize) -> impl Iterator<Item = KernelTerm> + '_ {
         self.k_blocks.iter().filter_map(move |block| {
             let Form::Unpacked {

@@ -7,8 +7,8 @@ use super::{CpuSlice, Element, Form, GemmTerm, Init, MatRef};
 use crate::ops::parallel::par_for_each;
 use crate::ops::simd::simd;
 
-/// Elements of B that a task reads, about: long enough for hardware prefetching, short enough to
-/// balance threads.
+/// Approximate number of elements of B per task: long enough for hardware prefetching, short enough
+/// to balance threads.
 const TASK_ELEMENTS: usize = 32 << 10;
 
 /// Each term's row and B, if every A is one contiguous row and every B is contiguous along k.

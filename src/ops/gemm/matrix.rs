@@ -84,7 +84,7 @@ impl<'a> MatRef<'a> {
         }
     }
 
-    /// The same matrix, whose packed forms are cached in `cache`.
+    /// The same matrix, a frozen weight as stored, with the cache of its packed forms.
     pub(in crate::ops) fn with_cache(self, cache: Option<&'a PackedWeightCache>) -> Self {
         Self {
             cache: cache.map(|cache| (cache, false)),
@@ -92,8 +92,8 @@ impl<'a> MatRef<'a> {
         }
     }
 
-    /// The cached packed form, made now if it is the first; `None` without a cache, or if it is
-    /// cached in another form than `empty` has.
+    /// The cached packed form, packed at its first use; `None` without a cache, or if its format is
+    /// not that of `empty`.
     pub(super) fn prepacked(&self, empty: &dyn Fn() -> PackedRhs) -> Option<&'a PackedRhs> {
         let (cache, transposed) = self.cache?;
         cache.get_or_pack(transposed, self, empty)
@@ -121,10 +121,10 @@ impl<'a> MatRef<'a> {
     }
 }
 
-/// A row-major f32 result with room for more columns than a product has.
+/// A row-major f32 result, whose rows may be longer than the product's.
 pub(in crate::ops) struct MatMut<'a> {
     pub(super) values: &'a mut [f32],
-    /// Elements from row to row.
+    /// Leading dimension: elements from row to row.
     pub(super) stride: usize,
 }
 

@@ -145,7 +145,7 @@ impl Isa {
         self.matrix_unit.filter(|unit| unit.supports(precision))
     }
 
-    /// The matrix unit of ops that stay on vectors in f32 whatever the unit supports.
+    /// The matrix unit of ops that use one in bf16 only (attention): `None` in f32.
     pub(in crate::ops) fn bf16_unit(&self, precision: Precision) -> Option<MatrixUnit> {
         self.matrix_unit.filter(|_| precision != Precision::F32)
     }

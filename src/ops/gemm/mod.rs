@@ -6,9 +6,9 @@
 //! instruction set. bf16 is upcast while it is packed, or multiplied as bf16 by AMX or AVX512-BF16
 //! (`bf16`). m = 1 takes the GEMV path (`gemv`), small m the unpacked path (`blocked`).
 //!
-//! Takes strided views of slices. The order of a sum depends on the instruction set, on k, on B's
-//! strides, on the column, and on which of these paths m selects; never on the number of threads.
-//! Knows nothing of tensors, layers or gradients.
+//! Takes strided views of slices. The order of accumulation depends on the instruction set, on k,
+//! on B's strides, on the column, and on which of these paths m selects; never on the number of
+//! threads. Knows nothing of tensors, layers or gradients.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod bf16;
@@ -69,8 +69,8 @@ enum Form<'a> {
     Packed(Arc<Bf16Lhs>),
 }
 
-/// A left-hand side packed for a matrix unit, shared by all products of one matrix; empty if its
-/// precision has no unit.
+/// A left-hand side packed for a matrix unit, shared by all products of one matrix; `None` if no
+/// unit multiplies it.
 #[derive(Clone, Default)]
 pub(super) struct PackedLhs(Option<Arc<Bf16Lhs>>);
 
@@ -194,7 +194,7 @@ pub(super) fn gemm(precision: Precision, a: MatRef<'_>, b: MatRef<'_>) -> Vec<f3
     gemm_sum(&[GemmTerm { lhs, rhs: b }], Init::Zero)
 }
 
-/// a b for an `a` with as many rows as an adapter's rank. In f32, splitting B into bf16 planes
+/// a b for an `a` of few rows, such as an adapter's rank. In f32, splitting B into bf16 planes
 /// would cost more than such a product.
 pub(super) fn skinny_gemm(precision: Precision, a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
     if precision == Precision::F32 && a.rows < SKINNY_ROWS {

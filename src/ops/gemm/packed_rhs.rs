@@ -10,10 +10,11 @@ use super::microkernel::best;
 use super::panels::Panels;
 use super::{Form, Lhs, MatMut, MatRef};
 
-/// Results have room for rows and columns up to a multiple of this: the widest micro-tile.
+/// The buffer of a result has its rows and columns rounded up to a multiple of this, the widest
+/// micro-tile.
 pub(in crate::ops) const PADDING: usize = 32;
 
-/// B (k, n), packed for one kind of left-hand side.
+/// B (k, n), packed for vector micro-kernels (`Panels`) or for a matrix unit (`Bf16`).
 pub(in crate::ops) enum PackedRhs {
     Panels(Panels),
     Bf16(Bf16Rhs),
@@ -22,15 +23,15 @@ pub(in crate::ops) enum PackedRhs {
 /// The packed forms of a frozen weight (out, in), each made at its first use and never dropped.
 #[derive(Default)]
 pub(in crate::ops) struct PackedWeightCache {
-    /// As stored, for the gradient of the input; transposed, for the output.
+    /// As stored (for dx), and transposed (for y).
     forms: [OnceLock<PackedRhs>; 2],
-    /// Chunks of rows, each transposed and as stored, for the fused loss.
+    /// Chunks of rows, each transposed and as stored, for the fused linear cross-entropy.
     row_chunks: OnceLock<Vec<[PackedRhs; 2]>>,
 }
 
 impl PackedWeightCache {
-    /// The packed form of `matrix`, the weight or its transpose; `None` if it is cached in another
-    /// form than `empty` has.
+    /// The packed form of `matrix`, the weight or its transpose. `empty` makes an empty right-hand
+    /// side of the wanted format; `None` if the cached one has another format.
     pub(super) fn get_or_pack(
         &self,
         transposed: bool,
@@ -42,8 +43,8 @@ impl PackedWeightCache {
         packed.is_compatible(&empty()).then_some(packed)
     }
 
-    /// The weight in chunks of `count` rows, each transposed and as stored; `None` as in
-    /// `get_or_pack`.
+    /// The weight in chunks of `count` rows, each transposed and as stored. `empty` and the result
+    /// `None` are those of `get_or_pack`.
     pub(in crate::ops) fn row_chunks(
         &self,
         weight: &MatRef<'_>,
@@ -79,7 +80,7 @@ impl PackedRhs {
         packed
     }
 
-    /// Whether both are packed for the same left-hand sides.
+    /// Whether both have the same packed format.
     fn is_compatible(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Panels(a), Self::Panels(b)) => a.is_compatible(b),
@@ -88,7 +89,7 @@ impl PackedRhs {
         }
     }
 
-    /// An empty buffer for right-hand sides of `lhs`.
+    /// An empty right-hand side for products with `lhs`.
     pub(in crate::ops) fn for_lhs(lhs: &Lhs<'_>) -> Self {
         match lhs.packed().map(Bf16Lhs::empty_rhs) {
             Some(rhs) => Self::Bf16(rhs),
@@ -96,7 +97,7 @@ impl PackedRhs {
         }
     }
 
-    /// Rows of one call at most: they and the packed panels share L2.
+    /// Maximum rows of A in one call of `gemm`: they and the packed panels share L2.
     pub(in crate::ops) fn max_rows(&self) -> usize {
         match self {
             Self::Panels(_) => 64,
@@ -104,7 +105,7 @@ impl PackedRhs {
         }
     }
 
-    /// The first row of a call is a multiple of this.
+    /// The first row of a call of `gemm` must be a multiple of this.
     pub(in crate::ops) fn row_alignment(&self) -> usize {
         match self {
             Self::Panels(_) => 1,
@@ -120,7 +121,7 @@ impl PackedRhs {
         }
     }
 
-    /// out = `lhs`'s `rows` times B. Rows and columns beyond the product, up to a multiple of
+    /// out = rows `rows` of `lhs` times B. Rows and columns beyond the product, up to a multiple of
     /// `PADDING`, may be overwritten.
     pub(in crate::ops) fn gemm(&self, lhs: &Lhs<'_>, rows: Range<usize>, out: MatMut<'_>) {
         match (self, &lhs.form) {

@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use crate::ops::parallel::{num_threads, par_for_each};
 
-/// Strips of rows of a task at least: fewer do not repay packing its panels again.
+/// Minimum strips of rows of a task: fewer do not repay packing its panels again.
 const MIN_STRIPS: usize = 4;
 
 /// Runs `task(panels, strips)` over the result in parallel: ranges of at most `max_panels` panels
-/// (of columns), and of strips (of rows), as many for each thread and of nearly one size. A
-/// thread's rows come in up to `tasks_per_pack` consecutive tasks on the same panels, so that other
-/// threads can take over what a delayed one has left.
+/// (of columns), and of strips (of rows), of nearly equal size, with the same number of tasks for
+/// each thread. A thread's rows are split into up to `tasks_per_pack` consecutive tasks on the same
+/// panels, so that other threads can take over the remaining tasks of a delayed one.
 pub(super) fn par_for_each_task(
     panels: usize,
     max_panels: usize,

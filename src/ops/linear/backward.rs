@@ -11,7 +11,7 @@ use crate::ops::storage::{
 };
 use crate::ops::{Context, Gradients, Path, matmul, residual_cost};
 
-/// Whether a backward pass computes dx.
+/// Whether a backward pass computes dx, and what it is added to.
 #[derive(Debug, Clone, Copy)]
 pub enum InputGradient<'a> {
     /// No dx.
@@ -66,7 +66,7 @@ impl Linear {
     }
 }
 
-/// Input of one layer's backward pass.
+/// One of the layers that read the same input, in the backward pass.
 #[derive(Clone, Copy)]
 pub struct Branch<'a> {
     /// The layer.
@@ -77,8 +77,8 @@ pub struct Branch<'a> {
     pub saved: &'a LinearSaved,
 }
 
-/// The backward passes of layers that read one input x: the sum of their dx (N, in) where wanted;
-/// adds the gradients of trained weights.
+/// The backward passes of layers that read one input: x (N, in), where a layer's `needs_input` ->
+/// the sum of their dx (N, in) where wanted; adds the gradients of trained weights.
 pub fn backward_shared_input(
     context: Context<'_>,
     branches: &[Branch<'_>],
@@ -269,7 +269,7 @@ impl Branch<'_> {
     }
 }
 
-/// Storage of a branch that the products of its dx read.
+/// The borrowed tensors of a branch that the GEMM of dx reads.
 struct BranchStorage<'a> {
     dy: Option<CpuTensor<'a>>,
     w: CpuTensor<'a>,

@@ -4,7 +4,7 @@ use super::Linear;
 use crate::error::Result;
 use crate::work::{Precision, Work};
 
-/// All that a linear layer's cost depends on.
+/// Everything that the cost of a linear layer depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LinearShape {
     /// Rows of x.

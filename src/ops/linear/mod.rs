@@ -98,7 +98,7 @@ impl LinearInput {
         })
     }
 
-    /// Only a packed form.
+    /// An input (N, in) that exists in packed form only.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn from_packed(shape: (usize, usize), packed: PackedLhs) -> Self {
         Self {
@@ -119,7 +119,7 @@ impl LinearInput {
         &self.packed
     }
 
-    /// x (N, in), in the type that layers read.
+    /// x (N, in) in f32 or bf16; an error if only the packed form exists.
     pub fn tensor(&self) -> Result<&Tensor> {
         self.x.as_ref().ok_or_else(only_packed)
     }
@@ -153,7 +153,7 @@ fn only_packed() -> Error {
     Error::new(Kind::Tensor, "this layer input exists only in packed form")
 }
 
-/// Input of `backward` besides x.
+/// Saved by `forward` for `backward`, which also takes x.
 #[derive(Debug, Clone, Default)]
 pub struct LinearSaved {
     lora: Option<LoraSaved>,

@@ -28,15 +28,15 @@ pub(in crate::ops) use self::sum::gemm_tiles;
 pub(super) use self::sum::{gemm_by_packed, gemm_sum};
 pub(in crate::ops) use self::unit::{ActiveUnit, BF16_PLANES, MatrixUnit, TILE};
 
-/// Bytes of a panel of B at most: with A's strip it streams through an L2 of 2 MiB, which every CPU
+/// Maximum size of a panel of B: with A's strip it streams through an L2 of 2 MiB, which every CPU
 /// with AMX has.
 const MAX_PANEL_BYTES: usize = 128 << 10;
 /// Bytes of packed B of one task: half of that L2. (Less gained nothing where L2 is 1 MiB:
 /// benches/LOG.md, "a processor with fast dot products of bf16 pairs".)
 const TASK_BYTES: usize = 1 << 20;
 
-/// Rows of A from which it is packed. A single row, a generated token, takes no longer than reading
-/// B; from two rows on, a row's result does not depend on how many there are.
+/// Minimum rows of A for a matrix unit. The product of a single row (a generated token) is bound by
+/// reading B; from two rows on, the result of a row does not depend on the number of rows.
 const MIN_ROWS: usize = 2;
 
 /// A micro-tile of the result, row-major.
@@ -49,7 +49,7 @@ impl Tile {
 }
 
 /// out = strips of A times strips of B over `steps` steps of k, or out += it, on this thread. B has
-/// A's planes, or one.
+/// as many planes as A, or one. `out` has room for whole micro-tiles.
 pub(in crate::ops) fn gemm_strips(
     unit: &ActiveUnit,
     a: Strips<'_>,
@@ -85,6 +85,7 @@ pub(in crate::ops) fn gemm_strips(
     }
 }
 
+/// Panics unless the operands contain these steps and `out` has room for whole micro-tiles.
 fn check_room(a: &Strips<'_>, b: &Strips<'_>, steps: usize, out: &MatMut<'_>) {
     assert!(
         a.exist(steps) && b.exist(steps),
@@ -102,7 +103,7 @@ fn check_room(a: &Strips<'_>, b: &Strips<'_>, steps: usize, out: &MatMut<'_>) {
     );
 }
 
-/// A left-hand side packed for a unit.
+/// A left-hand side packed for a matrix unit.
 pub(in crate::ops) struct Bf16Lhs {
     unit: MatrixUnit,
     operand: PackedOperand,
@@ -145,7 +146,7 @@ impl Bf16Lhs {
         self.operand.block_writer()
     }
 
-    /// An empty buffer for right-hand sides of this one.
+    /// An empty right-hand side for products with this left-hand side.
     pub(super) fn empty_rhs(&self) -> Bf16Rhs {
         Bf16Rhs {
             unit: self.unit,
@@ -155,7 +156,7 @@ impl Bf16Lhs {
     }
 }
 
-/// A right-hand side packed for a unit.
+/// A right-hand side packed for a matrix unit.
 pub(in crate::ops) struct Bf16Rhs {
     unit: MatrixUnit,
     lhs_planes: usize,
@@ -163,7 +164,7 @@ pub(in crate::ops) struct Bf16Rhs {
 }
 
 impl Bf16Rhs {
-    /// Whether both are packed for the same left-hand sides.
+    /// Whether both are packed for left-hand sides of the same unit and number of planes.
     pub(super) fn is_compatible(&self, other: &Self) -> bool {
         self.unit == other.unit && self.lhs_planes == other.lhs_planes
     }
@@ -175,7 +176,7 @@ impl Bf16Rhs {
         self.operand.par_pack(&view);
     }
 
-    /// out = `a`'s `rows`, from a multiple of 32 on, times B.
+    /// out = rows `rows` of `a` times B; `rows` starts at a multiple of 32.
     pub(super) fn gemm(&self, a: &Bf16Lhs, rows: Range<usize>, out: MatMut<'_>) {
         assert!(rows.start.is_multiple_of(TILE), "rows start with a strip");
         let strips = rows.start / TILE..rows.end.div_ceil(TILE);
@@ -188,8 +189,7 @@ impl Bf16Rhs {
         self.gemm_strips(&a, 0..a.strips(), out, true);
     }
 
-    /// out = strips of A times B, or out += it, on this thread, as much of B at a time as a
-    /// parallel task packs.
+    /// out = strips of A times B, or out += it, on this thread, in blocks of B of `TASK_BYTES`.
     fn gemm_strips(
         &self,
         a: &PackedOperand,
@@ -216,12 +216,12 @@ impl Bf16Rhs {
     }
 }
 
-/// Steps of k of one panel at most.
+/// Maximum number of steps of k in one panel.
 fn max_steps(planes: usize) -> usize {
     MAX_PANEL_BYTES / (planes * BLOCK_LINES * size_of::<CacheLine>())
 }
 
-/// Panels of one task, of `lines` cache lines each.
+/// Number of panels of one task if each has `lines` cache lines.
 fn panels_per_task(lines: usize) -> usize {
     (TASK_BYTES / (lines * size_of::<CacheLine>()).max(1)).max(1)
 }

@@ -18,8 +18,11 @@ pub(in crate::ops) struct PackedOperand {
     lines: Vec<CacheLine>,
     /// `BF16_PLANES` or `F32_PLANES`.
     pub(super) planes: usize,
+    /// Rows of A or columns of B.
     pub(super) lanes: usize,
+    /// k.
     pub(super) depth: usize,
+    /// Steps of 32 k: `depth / 32`, rounded up.
     pub(super) steps: usize,
 }
 
@@ -73,6 +76,7 @@ impl PackedOperand {
         self.pack(&OperandView::rhs(&b));
     }
 
+    /// Packs `view` on this thread.
     fn pack(&mut self, view: &OperandView<'_>) {
         let planes = self.planes;
         self.strips_mut(view).for_each(|(strip, lines)| {
@@ -88,7 +92,7 @@ impl PackedOperand {
         });
     }
 
-    /// The lines of each strip, resized for `view`.
+    /// Resizes for `view`; returns each strip's index and cache lines.
     fn strips_mut(
         &mut self,
         view: &OperandView<'_>,
@@ -109,19 +113,22 @@ impl PackedOperand {
         }
     }
 
+    /// Number of strips.
     pub(super) fn strips(&self) -> usize {
         self.lanes.div_ceil(TILE)
     }
 
-    /// Steps of k.
+    /// Number of steps of k.
     pub(in crate::ops) fn steps(&self) -> usize {
         self.steps
     }
 
+    /// Cache lines of a strip.
     fn strip_lines(&self) -> usize {
         self.steps * self.step_lines()
     }
 
+    /// Cache lines of a step of a strip: all its planes.
     pub(super) fn step_lines(&self) -> usize {
         self.planes * BLOCK_LINES
     }
@@ -131,7 +138,7 @@ impl PackedOperand {
         (steps.end * K_STEP).min(self.depth) - steps.start * K_STEP
     }
 
-    /// All planes of a step of a strip.
+    /// The cache lines of a step of a strip: all its planes.
     pub(super) fn block(&self, strip: usize, step: usize) -> &[CacheLine] {
         &self.lines[strip * self.strip_lines() + step * self.step_lines()..][..self.step_lines()]
     }
@@ -141,7 +148,7 @@ impl PackedOperand {
         upcast_block(&self.block(strip, step)[..BLOCK_LINES])
     }
 
-    /// The lines of a strip from a step on.
+    /// The cache lines of a strip from a step on.
     pub(super) fn at(&self, strip: usize, step: usize) -> *const CacheLine {
         self.lines[strip * self.strip_lines() + step * self.step_lines()..].as_ptr()
     }
@@ -155,7 +162,7 @@ impl PackedOperand {
         }
     }
 
-    /// These strips, from `first_step` of k on.
+    /// A view of these strips from step `first_step` of k on.
     pub(in crate::ops) fn strips_from(
         &self,
         strips: Range<usize>,
@@ -169,7 +176,7 @@ impl PackedOperand {
     }
 }
 
-/// Strips of an operand, from a step of k on.
+/// A view of some strips of an operand, from a step of k on.
 pub(in crate::ops) struct Strips<'a> {
     pub(super) operand: &'a PackedOperand,
     pub(super) strips: Range<usize>,

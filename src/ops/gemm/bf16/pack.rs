@@ -63,7 +63,7 @@ impl<'a> OperandView<'a> {
         view
     }
 
-    /// Planes as B in a product with an A of `lhs_planes`: one if stored in bf16.
+    /// Planes of this matrix as B, for an A of `lhs_planes`: one if it is stored in bf16.
     pub(super) fn rhs_planes(&self, lhs_planes: usize) -> usize {
         match self.values {
             CpuSlice::F32(_) => lhs_planes,
@@ -76,7 +76,7 @@ impl<'a> OperandView<'a> {
         self.k_stride == 1
     }
 
-    /// Packs `k` of lanes `first..first + 32` in so many planes, step by step, zero beyond the
+    /// Packs `k` of lanes `first..first + 32` in `planes` planes, step by step, zero beyond the
     /// matrix and beyond `k`.
     pub(super) fn pack(&self, planes: usize, first: usize, k: Range<usize>, out: &mut [CacheLine]) {
         assert!(

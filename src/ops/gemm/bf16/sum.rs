@@ -20,9 +20,9 @@ use crate::ops::storage::{SendPtr, uninit_vec};
 enum Rhs<'a> {
     /// A matrix (k, n).
     View(OperandView<'a>),
-    /// The cached packed form of one.
+    /// A weight's cached packed form.
     Prepacked(&'a PackedOperand),
-    /// A left-hand side (k, n).
+    /// A matrix (k, n) that was packed as a left-hand side.
     Transposed(&'a PackedOperand),
 }
 
@@ -52,7 +52,7 @@ impl<'a> Rhs<'a> {
         }
     }
 
-    /// Planes in a product with an A of `lhs_planes`.
+    /// Planes of B in a product with an A of `lhs_planes`.
     fn planes(&self, lhs_planes: usize) -> usize {
         match self {
             Self::View(view) => view.rhs_planes(lhs_planes),
@@ -69,7 +69,7 @@ impl<'a> Rhs<'a> {
         }
     }
 
-    /// Packs these steps of a panel.
+    /// Packs steps `steps` of a panel.
     fn pack(&self, planes: usize, panel: usize, steps: Range<usize>, out: &mut [CacheLine]) {
         match self {
             Self::View(view) => {
@@ -89,14 +89,14 @@ impl<'a> Rhs<'a> {
     }
 }
 
-/// A product of a sum.
+/// One product of a sum, in packed form.
 #[derive(Clone, Copy)]
 struct PackedTerm<'a> {
     lhs: &'a PackedOperand,
     rhs: Rhs<'a>,
 }
 
-/// The terms, each with its B's cached form if there is one.
+/// The terms with the source of each B: its cached form if there is one.
 fn packed_terms<'a>(unit: MatrixUnit, terms: &[(&'a Bf16Lhs, MatRef<'a>)]) -> Vec<PackedTerm<'a>> {
     assert!(
         terms.iter().all(|(a, _)| a.unit == unit),
@@ -256,12 +256,12 @@ struct PackedKBlock<'a> {
 }
 
 impl PackedKBlock<'_> {
-    /// Lines of B's panel.
+    /// Cache lines of B's panel.
     fn lines(&self) -> usize {
         self.steps.len() * self.rhs_planes * BLOCK_LINES
     }
 
-    /// Those that are packed for this product.
+    /// Cache lines of B's panel to pack: none if B is cached.
     fn packed_lines(&self) -> usize {
         if matches!(self.rhs, Rhs::Prepacked(_)) {
             0
@@ -276,7 +276,7 @@ impl PackedKBlock<'_> {
 struct SumPass<'a> {
     lhs_planes: usize,
     blocks: Vec<PackedKBlock<'a>>,
-    /// Lines of a panel of B over all blocks, and those of them that are packed for this product.
+    /// Cache lines of a panel of B over all blocks, and those to pack: all but the cached ones.
     lines: usize,
     packed_lines: usize,
 }
@@ -385,7 +385,7 @@ impl<'a> SumPass<'a> {
     }
 }
 
-/// The result of one pass.
+/// Where a pass writes its result (m, n).
 struct Output<'a> {
     init: Init<'a>,
     /// Whether `out` has the sum of the passes before.

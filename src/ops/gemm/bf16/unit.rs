@@ -43,7 +43,7 @@ impl KRun {
 /// Two consecutive runs, the second perhaps empty.
 pub(super) type Runs = [KRun; 2];
 
-/// Where a micro-tile goes.
+/// Destination of a micro-tile.
 #[derive(Clone, Copy)]
 pub(super) struct TileOut {
     pub(super) ptr: *mut f32,
@@ -87,8 +87,8 @@ impl ActiveUnit {
         Self(unit)
     }
 
-    /// out = the runs' products, or out += them, for an A of `planes`. Each run's B has as many or
-    /// one, and not one after more.
+    /// out = the runs' products, or out += them, for an A of `planes`. In each run B
+    /// has as many planes or one; a run with one does not follow a run with more.
     ///
     /// # Safety
     /// A's and B's steps are readable, `out` is writable as 32 x 32.
