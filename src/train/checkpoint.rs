@@ -1,8 +1,9 @@
 //! Checkpoints: complete or absent; a run resumed from one produces the same bytes.
 //!
-//! A checkpoint is a directory `step-000050` with `state.json` (the loop's state), `trainer.safetensors` (every trained value and
-//! both moments, exactly) and the files of the caller's `export` (the adapter in PEFT's format). It is written under a temporary name,
-//! synced and renamed.
+//! A checkpoint is a directory `step-000050` with `state.json` (the loop's state),
+//! `trainer.safetensors` (every trained value and both moments, exactly) and the files of the
+//! caller's `export` (the adapter in PEFT's format). It is written under a temporary name, synced
+//! and renamed.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -22,8 +23,11 @@ use crate::ops::Parameters;
 
 use super::Stop;
 
+/// File of the loop's state.
 const STATE: &str = "state.json";
+/// File of the trained values and moments.
 const TRAINER: &str = "trainer.safetensors";
+/// Tensors of `TRAINER`, one for each row of `Parameters`: f32 (n).
 const ROWS: [&str; 3] = ["value", "exp_avg", "exp_avg_sq"];
 
 /// State of the training loop, except the trained values and moments.
@@ -47,7 +51,8 @@ pub struct TrainState {
     pub train_wall_s: f64,
     /// Digest of the resolved recipe and of its inputs: a run resumes only with the same ones.
     pub recipe: String,
-    /// Sample text of the untrained model, if the caller generated one: a resumed model cannot reproduce it.
+    /// Sample text of the untrained model, if the caller generated one: a resumed model cannot
+    /// reproduce it.
     #[serde(default)]
     pub sample_before: Option<String>,
     /// Why the loop ended, in the checkpoint written at its end.
@@ -103,8 +108,9 @@ impl Checkpoints {
         Ok(steps)
     }
 
-    /// Saves a checkpoint; `export` adds the model's files to the new directory. Of a step already saved only the state is rewritten.
-    /// Removes older checkpoints beyond the limit, except the best.
+    /// Saves a checkpoint and returns its path; `export` adds the model's files to the new
+    /// directory. If the step has a checkpoint, only its state is rewritten. Removes older
+    /// checkpoints beyond the limit, except the best.
     pub fn save(
         &self,
         state: &TrainState,
@@ -128,7 +134,7 @@ impl Checkpoints {
         Ok(place)
     }
 
-    /// Removes what a killed process left, and checkpoints beyond the limit.
+    /// Removes the temporary files of a killed process, and checkpoints beyond the limit.
     ///
     /// # Errors
     /// [`Kind::Io`].
@@ -139,7 +145,7 @@ impl Checkpoints {
         self.prune(best.map(|best| best.step))
     }
 
-    /// Records in the checkpoint after `step` that the loop ended there, and why.
+    /// Adds the reason that the loop ended, and the ledger's total, to the checkpoint after `step`.
     ///
     /// # Errors
     /// [`Kind::Io`], or [`Kind::Run`] if the checkpoint's state cannot be read.
@@ -167,6 +173,7 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Removes all but the newest `keep` checkpoints and that of step `best`.
     fn prune(&self, best: Option<u64>) -> Result<()> {
         let steps = self.steps()?;
         let old = steps.len().saturating_sub(self.keep);
@@ -176,6 +183,7 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Reads the state of the checkpoint after `step`.
     fn state(&self, step: u64) -> Result<TrainState> {
         let path = self.path(step);
         let text =
@@ -191,7 +199,7 @@ impl Checkpoints {
         Ok(state)
     }
 
-    /// The state of the newest checkpoint, if there is one.
+    /// The state of the newest checkpoint, if there is one, after a check of its files' digests.
     ///
     /// # Errors
     /// [`Kind::Run`] if its recipe is not `recipe`, or a file is damaged.
@@ -215,7 +223,8 @@ impl Checkpoints {
         Ok(Some(state))
     }
 
-    /// Restores `parameters` from the checkpoint after `step`, one row in memory at a time.
+    /// Restores the values and moments of `parameters` from the checkpoint after `step`, with one
+    /// row in memory at a time.
     pub fn restore(&self, step: u64, parameters: &Parameters) -> Result<()> {
         let path = self.path(step);
         let file = path.join(TRAINER);
@@ -241,7 +250,8 @@ impl Checkpoints {
     }
 }
 
-/// Bytes of a checkpoint of `trained` parameters: value and two moments, and the values again in the exported files.
+/// Bytes of a checkpoint of `trained` parameters in f32: value and two moments, and the values
+/// again in the exported files.
 pub fn checkpoint_bytes(trained: usize) -> usize {
     16 * trained
 }

@@ -1,4 +1,5 @@
-//! The work of a run; before it starts, the step at which the budget will stop it; while it runs, its progress.
+//! The work of a run; before it starts, the step at which the budget will stop it; while it runs,
+//! its progress.
 
 use super::{Settings, Stop, TrainState, checkpoint_bytes};
 use crate::data::{BatchShape, MicroBatch, Sampler};
@@ -8,7 +9,7 @@ use crate::model::ModelShape;
 use crate::ops::adamw_cost;
 use crate::work::Work;
 
-/// What follows a step.
+/// The activities scheduled after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Scheduled {
     /// An evaluation.
@@ -18,7 +19,8 @@ pub struct Scheduled {
 }
 
 impl Settings {
-    /// What follows once `step` steps are done. The end of the run has its evaluation and checkpoint apart from these.
+    /// The activities scheduled after `step` completed steps. The evaluation and checkpoint at the
+    /// end of the run are not among them.
     pub fn scheduled_after(&self, step: u64) -> Scheduled {
         let every = |n: u64| n > 0 && step.is_multiple_of(n) && step < self.steps;
         let evaluation = every(self.eval_every);
@@ -29,7 +31,8 @@ impl Settings {
     }
 }
 
-/// The work of each activity of a run.
+/// The work of each activity of a run: step, evaluation, checkpoint and the caller's work after the
+/// loop.
 pub struct StepCosts<'a> {
     shape: &'a ModelShape,
     sampler: &'a Sampler,
@@ -87,6 +90,7 @@ impl<'a> StepCosts<'a> {
         self.step_with_shape(&self.sampler.step_shape(step))
     }
 
+    /// Work of a step whose micro-batches have these shapes.
     fn step_with_shape(&self, batches: &[BatchShape]) -> Work {
         let recompute = self.settings.recompute;
         let work = batches
@@ -99,14 +103,15 @@ impl<'a> StepCosts<'a> {
         work + adamw_cost(self.trained)
     }
 
-    /// What the budget must still hold after a step: what is scheduled after it, and the entries that end the run.
+    /// Work to reserve before a step is admitted: the activities `due` after it, and the last
+    /// evaluation, checkpoint and work of the caller.
     pub fn reserve(&self, due: Scheduled) -> Vec<(Phase, Work)> {
         let evaluations = 1 + usize::from(due.evaluation);
         let saves = 1 + usize::from(due.save);
         self.entries(evaluations, saves)
     }
 
-    /// This many evaluations and checkpoints, and the caller's entries that end the run.
+    /// This many evaluations and checkpoints, and the caller's work after the loop.
     fn entries(&self, evaluations: usize, saves: usize) -> Vec<(Phase, Work)> {
         let repeat = |phase, work: &Work, count| std::iter::repeat_n((phase, work.clone()), count);
         self.evaluation
@@ -186,14 +191,14 @@ impl Charges {
         }
     }
 
-    /// The last evaluation, the last checkpoint and the caller's entries.
+    /// The last evaluation, the last checkpoint and the caller's work after the loop.
     fn reserve(&self) -> Spent {
         let ending = self.ending.iter().map(|(_, charge)| charge);
         let charges = self.evaluation.iter().chain([&self.save]).chain(ending);
         charges.map(Charge::spent).sum()
     }
 
-    /// A step with charge `step` and what follows it.
+    /// A step with charge `step` and the activities `due` after it.
     fn step(&self, step: &Charge, due: Scheduled) -> Spent {
         let evaluation = self.evaluation.iter().filter(|_| due.evaluation);
         let save = due.save.then_some(&self.save);
@@ -205,6 +210,7 @@ impl Charges {
             .sum()
     }
 
+    /// Charge by phase of a run with charge `training` for all its steps.
     fn phases(&self, training: Charge, evaluations: usize, saves: usize) -> Vec<(Phase, Charge)> {
         let repeat =
             |charge: &Charge, count| std::iter::repeat_n(charge.clone(), count).sum::<Charge>();
@@ -228,7 +234,8 @@ impl Charges {
     }
 }
 
-/// Simulates the run from `state` on the counted meter: every step, evaluation and checkpoint that `budget` admits after `before`.
+/// Simulates the run from `state` on the counted meter: every step, evaluation and checkpoint that
+/// `budget` admits when `before` is already spent. Executes nothing.
 pub fn forecast(
     costs: &StepCosts<'_>,
     settings: &Settings,
@@ -266,7 +273,8 @@ pub fn forecast(
         run.count_step(&batches, due);
         last = due;
     }
-    // The end of the run repeats neither an evaluation nor a checkpoint that its last step has just made.
+    // The end of the run repeats neither an evaluation nor a checkpoint that its last step has just
+    // made.
     let evaluated = last.evaluation || !costs.has_validation();
     run.evaluations += usize::from(!evaluated);
     run.saves += usize::from(!(last.save && evaluated));
@@ -274,23 +282,24 @@ pub fn forecast(
     run
 }
 
-/// Progress of a run, which the learning rate follows.
+/// The progress that the learning rate is a function of: by steps, and with a budget also by the
+/// amount spent.
 pub struct BudgetProgress {
     steps: u64,
     spending: Spending,
 }
 
-/// What training may spend, on the deciding meter.
+/// How progress by the budget is determined.
 enum Spending {
     /// No budget.
     Unlimited,
-    /// All entries besides training are known: the allowance of training over the run.
+    /// All future costs are exactly predictable: the allowance of training over the whole run.
     Planned(Allowance),
-    /// Only past readings predict future ones: re-estimated before every step.
+    /// Future costs are estimated from past readings, before every step.
     Observed {
         /// Work amortised per step, with its frequency.
         amortized: Vec<(Phase, Work, f64)>,
-        /// The entries that end the run.
+        /// Work at the end of the run.
         ending: Vec<(Phase, Work)>,
     },
 }
@@ -323,8 +332,9 @@ impl BudgetProgress {
         }
     }
 
-    /// Progress in [0, 1] at the step whose work is `next`: the larger of steps done over all steps and, with a budget, what training has
-    /// spent at the step's midpoint over its allowance. Without a budget the learning rates are transformers'.
+    /// Progress in [0, 1] at the step whose work is `next`: the larger of steps done over all steps
+    /// and, with a budget, the fraction of training's allowance that is spent at the midpoint of
+    /// the step. Without a budget it is `step / steps`, as in transformers.
     pub(super) fn at(&self, state: &TrainState, account: &Account, next: &Work) -> f64 {
         let by_steps = state.step as f64 / self.steps as f64;
         match &self.spending {

@@ -1,8 +1,9 @@
 //! The training loop: one optimizer step at a time, inside the budget.
 //!
-//! Takes a model, its trained parameters, batches, settings and an energy account; returns how the run ended. The account admits
-//! each step before it runs and is charged after it. Evaluations and checkpoints are charged to the same account; the cost of
-//! the last ones is reserved. Never prints: an `Observer` receives the events.
+//! Takes a model, its trained parameters, batches, settings and an energy account; returns how the
+//! run ended. The account admits each step before it runs and is charged after it. Evaluations and
+//! checkpoints are charged to the same account; the cost of the last ones is reserved. Never
+//! prints: an `Observer` receives the events.
 
 mod checkpoint;
 mod forecast;
@@ -48,7 +49,7 @@ pub struct Trainer<'a> {
     pub export: &'a dyn Fn(&Path) -> Result<()>,
     /// Set when the user interrupts.
     pub interrupted: &'a AtomicBool,
-    /// Work that the caller does after the loop, within the budget.
+    /// Work of the caller after the loop, reserved in the budget.
     pub ending: Vec<(Phase, Work)>,
 }
 
@@ -100,12 +101,14 @@ pub trait Observer {
     fn evaluating(&mut self, done: usize, of: usize);
     /// An evaluation gave a loss in nats per loss token.
     fn evaluated(&mut self, step: u64, val_loss: f64) -> Result<()>;
-    /// A checkpoint is about to be written: earlier events must reach the disk first, since a resumed run relies on them.
+    /// A checkpoint is about to be written: earlier events must reach the disk first, since a
+    /// resumed run relies on them.
     fn saving(&mut self) -> Result<()>;
 }
 
 impl Trainer<'_> {
-    /// Trains from `state` until the steps are done, a budget binds, the user interrupts, or a loss or gradient is not finite.
+    /// Trains from `state` until the steps are done, a budget binds, the user interrupts, or a loss
+    /// or gradient is not finite.
     pub fn train(&mut self, state: TrainState, observer: &mut dyn Observer) -> Result<Outcome> {
         let counter = WorkCounter::default();
         let costs = StepCosts::new(
@@ -147,7 +150,8 @@ struct Training<'r, 'a> {
 }
 
 impl Training<'_, '_> {
-    /// The loop. A loss or gradient that is not finite is an error of `Kind::Diverged`, which names step and records.
+    /// Runs the loop to its end and returns the reason. A loss or gradient that is not finite is an
+    /// error of `Kind::Diverged`, which names the step and its records.
     fn run(&mut self) -> Result<Stop> {
         self.evaluate_before_training()?;
         let settings = self.trainer.settings;
@@ -190,7 +194,8 @@ impl Training<'_, '_> {
         Ok(stop)
     }
 
-    /// Validation loss of the untrained model, once a run; not if the user has already interrupted it.
+    /// Evaluates the untrained model, once a run and before its first step; skipped after an
+    /// interrupt.
     fn evaluate_before_training(&mut self) -> Result<()> {
         let state = &self.state;
         let first = state.step == 0 && state.val_loss_before.is_none();
@@ -212,6 +217,7 @@ impl Training<'_, '_> {
         self.trainer.interrupted.load(Ordering::Relaxed)
     }
 
+    /// Why the loop ends before the next step, budgets aside; `None` if it continues.
     fn finished(&self) -> Option<Stop> {
         let settings = self.trainer.settings;
         let loss = self.state.val_loss_last.map(|last| last.val_loss);
@@ -226,7 +232,7 @@ impl Training<'_, '_> {
         }
     }
 
-    /// The last evaluation (unless just made, or interrupted) and the last checkpoint.
+    /// Makes the last evaluation (unless just made, or interrupted) and the last checkpoint.
     fn finish(&mut self, stop: &Stop) -> Result<()> {
         let step = self.state.step;
         let evaluated = self
@@ -241,7 +247,8 @@ impl Training<'_, '_> {
         self.save()
     }
 
-    /// Evaluates and records the loss. A loss that is not finite ends the run before such parameters replace a good checkpoint.
+    /// Evaluates and records the loss. A loss that is not finite ends the run before such
+    /// parameters replace a good checkpoint.
     fn evaluate(&mut self) -> Result<()> {
         let val_loss = self.validation_loss()?;
         let step = self.state.step;
@@ -260,7 +267,8 @@ impl Training<'_, '_> {
 
     /// Validation loss in nats per loss token, charged as one entry.
     ///
-    /// Its energy was reserved, so the verdict is ignored: admission only leases it, in case of a crash.
+    /// Its energy was reserved, so the verdict is ignored: `admit` is called for its lease alone,
+    /// which covers a crash.
     fn validation_loss(&mut self) -> Result<f64> {
         let account = &mut *self.trainer.account;
         if let Some(work) = self.costs.evaluation() {
@@ -284,6 +292,7 @@ impl Training<'_, '_> {
         Ok(val_loss)
     }
 
+    /// Saves a checkpoint and charges it.
     fn save(&mut self) -> Result<()> {
         self.observer.saving()?;
         let trainer = &mut *self.trainer;
@@ -309,7 +318,7 @@ impl Training<'_, '_> {
 }
 
 impl Settings {
-    /// Why a run ends whose steps are all done.
+    /// The reason of a run that completed all its steps: steps or epochs, as the user stated them.
     fn last_step(&self) -> Stop {
         if self.by_epochs {
             Stop::Epochs

@@ -1,4 +1,5 @@
-//! What the loop returns, as `steps.jsonl` and `report.json` hold it: the record of a step, and why a run stopped.
+//! The record of a step and the reason a run stopped, as written to `steps.jsonl` and
+//! `report.json`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -68,7 +69,8 @@ pub enum Stop {
     Budget(Limit),
     /// Interrupted by the user.
     Interrupted,
-    /// A loss or gradient was not finite; the text names step and records, and is not part of the files.
+    /// A loss or gradient was not finite; the text names step and records, and is not part of the
+    /// files.
     Diverged(String),
 }
 

@@ -29,7 +29,8 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The rate at `progress` (0 at the start, 1 at the end). At `step / steps` it equals transformers' schedule of the same name.
+    /// The rate at `progress` (0 at the start, 1 at the end). At `step / steps` it equals
+    /// transformers' schedule of the same name.
     ///
     /// ```
     /// use wattune::train::{Decay, Schedule};
@@ -60,8 +61,10 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    /// transformers 5.23, get_{linear,cosine}_schedule_with_warmup(optimizer(lr=1), 3, 12): the rates of steps 0..12, by
-    /// `[scheduler.get_last_lr()[0] for _ in range(12) if (optimizer.step(), scheduler.step()) or True]` from the first.
+    /// transformers 5.23, get_{linear,cosine}_schedule_with_warmup(optimizer(lr=1), 3, 12): the
+    /// rates of steps 0..12, by
+    /// `[scheduler.get_last_lr()[0] for _ in range(12) if (optimizer.step(), scheduler.step()) or True]`
+    /// from the first.
     #[test]
     fn rates_are_those_of_transformers() {
         let linear = [

@@ -40,8 +40,8 @@ impl Training<'_, '_> {
         Ok((loss, gradients))
     }
 
-    /// Clips and applies the gradients at rate `lr`; returns their global norm before clipping. A norm that is not finite updates
-    /// nothing and is an error.
+    /// Clips and applies the gradients at rate `lr`; returns their global norm before clipping. A
+    /// norm that is not finite updates nothing and is an error.
     pub(super) fn optimizer_step(
         &self,
         lr: f64,
@@ -111,8 +111,8 @@ impl Training<'_, '_> {
         })
     }
 
-    /// Charges what a step executed before its loss or gradient was found not to be finite; nothing after a failed evaluation, which
-    /// is charged already.
+    /// Charges what a step executed before its loss or gradient was found not to be finite; nothing
+    /// after a failed evaluation, which is charged already.
     pub(super) fn charge_failed_step(&mut self) -> Result<()> {
         let work = self.context.counter.take();
         if work != Work::default() {
@@ -123,8 +123,8 @@ impl Training<'_, '_> {
     }
 }
 
-/// Adds the gradients of the mean loss over `batches` to `gradients` and returns that loss in nats per loss token; `step` counts
-/// from 0 and keys the dropout masks.
+/// Adds the gradients of the mean loss over `batches` to `gradients` and returns that loss in nats
+/// per loss token; `step` counts from 0 and keys the dropout masks.
 ///
 /// # Errors
 /// `Kind::Diverged`, naming step, micro-batch and records, where a loss is not finite.
