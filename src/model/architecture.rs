@@ -40,7 +40,8 @@ pub struct Architecture {
     pub biases: Biases,
     /// Standard deviation of random weights.
     pub initializer_range: f64,
-    /// Whether its matrices are stored in bf16: from config.json (`dtype`, earlier `torch_dtype`) until the files are opened.
+    /// Whether the matrices are stored in bf16: as config.json states (`dtype`, earlier
+    /// `torch_dtype`), corrected by the weight files once they are opened.
     pub stored_in_bf16: bool,
 }
 
@@ -128,7 +129,8 @@ impl Architecture {
         })
     }
 
-    /// Format of frozen matrices in memory for products in `precision`: the same, except that bf16 weights stay bf16 for f32 products.
+    /// Format of frozen matrices in memory for products in `precision`: the same, except that bf16
+    /// weights stay bf16 for f32 products.
     pub fn frozen_precision(&self, precision: Precision) -> Precision {
         match precision {
             Precision::F32 if self.stored_in_bf16 => Precision::Bf16,
@@ -224,14 +226,16 @@ impl Architecture {
             .sum()
     }
 
-    /// Whether a layer's products take less time than synchronising the threads that would share them. On a CPU each thread then runs the
-    /// whole model on a shard of the batch, and frozen weights stay packed for both directions.
+    /// Whether a layer's products take less time than synchronising the threads that would share
+    /// them. On a CPU each thread then runs the whole model on a shard of the batch, and frozen
+    /// weights stay packed for both directions.
     pub fn is_small(&self) -> bool {
         self.parameters() <= SMALL
     }
 }
 
-/// Most parameters of a small model: packed for both directions they take 32 MB, or 48 MB for tile registers.
+/// Most parameters of a small model: packed for both directions they take 32 MB, or 48 MB for tile
+/// registers.
 const SMALL: u64 = 4_000_000;
 
 fn check_supported(model_type: &str, config: &Config<'_>) -> Result<()> {

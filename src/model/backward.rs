@@ -1,11 +1,11 @@
-//! How far a backward pass goes: a gradient flows only to where something below is trained.
+//! The extent of a backward pass: a gradient is computed only if it leads to a trained weight.
 
 use std::ops::Range;
 
 use super::linears::Linears;
 
-/// The part of a model that a backward pass visits: the blocks from the last down to the lowest trained one, then the embedding if
-/// that is trained.
+/// The part of a model that a backward pass visits: the blocks from the last down to the lowest
+/// trained one, then the embedding if that is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BackwardRange {
     /// The lowest block visited; the number of blocks if there is none.
@@ -44,14 +44,14 @@ impl BackwardRange {
     }
 }
 
-/// What a block's backward pass computes: it ends as soon as nothing before it is trained.
+/// The gradients that a block's backward pass computes: those that lead to a trained weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct BackwardNeeds {
     /// The gradient of the block's input.
     pub(super) input: bool,
     /// The gradients of q, k and v.
     pub(super) qkv: bool,
-    /// The gradient of the attention's output and of the residual stream there.
+    /// The gradient of the residual stream after attention, dx1.
     pub(super) attention: bool,
     /// The gradients of gate and up.
     pub(super) gate: bool,
@@ -62,7 +62,8 @@ pub(super) struct BackwardNeeds {
 }
 
 impl BackwardNeeds {
-    /// `trained`: which linear layers hold trained values; `input`: whether the gradient of the block's input is needed.
+    /// `trained`: which linear layers hold trained values; `input`: whether the gradient of the
+    /// block's input is needed.
     pub(super) fn new(trained: &Linears<bool>, input: bool) -> Self {
         let qkv_input = trained.q_proj || trained.k_proj || trained.v_proj;
         let mlp_input = trained.gate_proj || trained.up_proj;

@@ -7,24 +7,28 @@ use candle_core::{Device, Tensor};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Segments;
 
-/// Least tokens of a shard, on average.
+/// Minimum average number of tokens of a shard.
 const MIN_SHARD_TOKENS: usize = 256;
-/// Most shards of a batch: each has a copy of the gradients until they are summed.
+/// Maximum number of shards of a batch: each has a copy of the gradients until they are summed.
 const MAX_SHARDS: usize = 8;
 
 /// The input of one forward pass on the device.
 #[derive(Debug, Clone)]
 pub struct Batch {
+    /// Token ids (N), u32.
     pub(super) ids: Tensor,
     pub(super) segments: Segments,
+    /// Index of each segment's example.
     pub(super) examples: Vec<u64>,
+    /// Rows with a loss (L), u32, ascending.
     pub(super) loss_positions: Tensor,
+    /// Token ids to predict (L).
     pub(super) targets: Vec<u32>,
 }
 
 impl Batch {
-    /// `tokens` (N) of segments with the given lengths and example indices, end to end; the logits at `loss_positions` (ascending)
-    /// predict `targets`.
+    /// `tokens` (N) of segments with the given lengths and example indices, end to end; the logits
+    /// at `loss_positions` (ascending) predict `targets`.
     pub fn new(
         tokens: &[u32],
         lengths: &[usize],
@@ -74,7 +78,8 @@ impl Batch {
         .hint("use the tokenizer that was published with the model"))
     }
 
-    /// Shards of nearly equal size, segments undivided and in order: a function of the segments' lengths alone.
+    /// Shards of nearly equal size, segments undivided and in order: a function of the segments'
+    /// lengths alone.
     pub(super) fn split(&self) -> Result<Vec<Self>> {
         let ids = self.ids.to_vec1::<u32>()?;
         let positions = self.loss_positions.to_vec1::<u32>()?;
@@ -102,7 +107,7 @@ impl Batch {
     }
 }
 
-/// Most shards of a batch of `tokens` tokens.
+/// Maximum number of shards of a batch of `tokens` tokens.
 pub(super) fn max_shards(tokens: usize) -> usize {
     (tokens / MIN_SHARD_TOKENS).clamp(1, MAX_SHARDS)
 }

@@ -1,4 +1,5 @@
-//! One transformer block, forward and backward: `x1 = x + o(attention(norm x))`, `y = x1 + down(swiglu(gate, up)(norm x1))`.
+//! One transformer block, forward and backward: `x1 = x + o(attention(norm x))`,
+//! `y = x1 + down(swiglu(gate, up)(norm x1))`.
 
 use candle_core::{DType, Tensor};
 use rand_chacha::rand_core::Rng;
@@ -25,8 +26,8 @@ pub(super) struct Block {
     pub(super) attention: Attention,
 }
 
-/// LoRA dropout of one step. Masks are drawn from (seed, step, example, module), so that recomputation, resuming and another batching
-/// redraw the same ones.
+/// LoRA dropout of one step. A mask is a function of (seed, step, example, module), so
+/// recomputation, a resumed run and another batching draw the same one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dropout {
     /// Probability that an element is dropped.
@@ -47,21 +48,21 @@ pub(super) struct Pass<'a> {
     pub(super) dropout: Option<Dropout>,
 }
 
-/// What a block's backward pass needs of its forward pass.
+/// Everything that a block's forward pass saves for its backward pass.
 pub(super) struct BlockSaved {
     qkv: QkvSaved,
     attention: AttentionSaved,
     output: OutputSaved,
 }
 
-/// What the backward pass needs of [`Block::qkv`].
+/// Saved by [`Block::qkv`] for the backward pass.
 struct QkvSaved {
     norm: RmsNormSaved,
     /// Of q, k and v.
     linears: [LinearSaved; 3],
 }
 
-/// What the backward pass needs of [`Block::output`].
+/// Saved by [`Block::output`] for the backward pass.
 struct OutputSaved {
     o: LinearSaved,
     norm: RmsNormSaved,
@@ -76,14 +77,15 @@ impl BlockSaved {
 }
 
 impl Block {
-    /// x (N, C) -> y (N, C). Here and in `backward` tensors are dropped as soon as possible: they decide whether a step fits in memory.
+    /// x (N, C) -> y (N, C). Here and in `backward` tensors are dropped as early as possible, which
+    /// lowers the peak memory of a step.
     pub(super) fn forward(&self, pass: &Pass<'_>, x: &Tensor) -> Result<(Tensor, BlockSaved)> {
         let ([q, k, v], qkv) = self.qkv(pass, x)?;
-        let (mixed, attention) = self
-            .attention
-            .forward(pass.context, q, k, v, pass.segments)?;
-        let through = BackwardNeeds::new(&self.trained_linears(), false).gate;
-        let (y, output) = self.output(pass, x, mixed, through)?;
+        let (attn_output, attention) =
+            self.attention
+                .forward(pass.context, q, k, v, pass.segments)?;
+        let gate_gradients = BackwardNeeds::new(&self.trained_linears(), false).gate;
+        let (y, output) = self.output(pass, x, attn_output, gate_gradients)?;
         let saved = BlockSaved {
             qkv,
             attention,
@@ -92,7 +94,8 @@ impl Block {
         Ok((y, saved))
     }
 
-    /// x (1, C) of one token that follows those in `cache` -> y (1, C). Saves nothing for a backward pass.
+    /// x (1, C) of one token that follows those in `cache` -> y (1, C). Saves nothing for a
+    /// backward pass.
     pub(super) fn decode(
         &self,
         pass: &Pass<'_>,
@@ -103,8 +106,8 @@ impl Block {
         // The cache is f32, whatever the compute type.
         let q = q.to_dtype(DType::F32)?;
         let (keys, values) = cache.append(&k.to_dtype(DType::F32)?, &v)?;
-        let mixed = self.attention.decode(pass.context, &q, &keys, &values)?;
-        Ok(self.output(pass, x, mixed, false)?.0)
+        let attn_output = self.attention.decode(pass.context, &q, &keys, &values)?;
+        Ok(self.output(pass, x, attn_output, false)?.0)
     }
 
     /// x (N, C) -> q (N, Hq D) and k (N, Hkv D), both rotated, and v (N, Hkv D).
@@ -125,19 +128,19 @@ impl Block {
         Ok(([rotated_q, rotated_k, v], saved))
     }
 
-    /// The block's input x (N, C) and the attention's output (N, Hq D) -> y (N, C). `through`: whether a backward pass is sure to need the
-    /// gradients inside the feed-forward layers.
+    /// The block's input x (N, C) and the attention's output (N, Hq D) -> y (N, C).
+    /// `gate_gradients`: whether the backward pass, if any, computes the gradients of gate and up.
     fn output(
         &self,
         pass: &Pass<'_>,
         x: &Tensor,
-        mixed: Tensor,
-        through: bool,
+        attn_output: Tensor,
+        gate_gradients: bool,
     ) -> Result<(Tensor, OutputSaved)> {
         let l = &self.linears;
-        let mixed = LinearInput::new(pass.context, mixed)?;
-        let (x1, o) = self.linear(pass, &l.o_proj, LINEAR_NAMES.o_proj, &mixed, Some(x))?;
-        drop(mixed);
+        let attn_output = LinearInput::new(pass.context, attn_output)?;
+        let (x1, o) = self.linear(pass, &l.o_proj, LINEAR_NAMES.o_proj, &attn_output, Some(x))?;
+        drop(attn_output);
         let (h, norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
         let h = LinearInput::new(pass.context, h)?;
         let masks = |part: FeedForwardLayer, x: &LinearInput| {
@@ -155,7 +158,7 @@ impl Block {
         let dropout = masked.then_some(&masks as _);
         let (y, feed_forward) =
             self.feed_forward()
-                .forward(pass.context, h, dropout, &x1, through)?;
+                .forward(pass.context, h, dropout, &x1, gate_gradients)?;
         let saved = OutputSaved {
             o,
             norm,
@@ -178,7 +181,8 @@ impl Block {
         self.linears.as_ref().map(Linear::needs_input)
     }
 
-    /// dy (N, C) -> dx (N, C) if `input_gradient`. Ends as soon as nothing before is trained.
+    /// dy (N, C) -> dx (N, C) if `input_gradient`; adds the gradients of trained weights. Ends as
+    /// soon as no earlier layer is trained.
     pub(super) fn backward(
         &self,
         pass: &Pass<'_>,
@@ -198,7 +202,8 @@ impl Block {
         self.qkv_backward(pass, d_qkv, &dx1, &saved.qkv, needs, gradients)
     }
 
-    /// dy (N, C) -> dx1 (N, C).
+    /// dy (N, C) -> dx1 (N, C), the gradient of the residual stream after attention; `None` if no
+    /// earlier layer is trained.
     fn feed_forward_backward(
         &self,
         pass: &Pass<'_>,
@@ -229,7 +234,8 @@ impl Block {
             .transpose()
     }
 
-    /// dx1 (N, C) -> the gradients of q, k and v before rotation.
+    /// dx1 (N, C) -> the gradients of q, k (before the rotation) and v; `None` if nothing
+    /// before `o_proj` is trained.
     fn attention_backward(
         &self,
         pass: &Pass<'_>,
@@ -239,7 +245,7 @@ impl Block {
         gradients: &mut Gradients,
     ) -> Result<Option<[Tensor; 3]>> {
         let context = pass.context;
-        let d_mixed = self.linears.o_proj.backward(
+        let d_attn_output = self.linears.o_proj.backward(
             context,
             dx1,
             Some(saved.attention.output()),
@@ -247,13 +253,13 @@ impl Block {
             InputGradient::when(needs.qkv),
             gradients,
         )?;
-        let Some(d_mixed) = d_mixed else {
+        let Some(d_attn_output) = d_attn_output else {
             return Ok(None);
         };
         let (dq, dk, dv) =
             self.attention
-                .backward(context, &d_mixed, &saved.attention, pass.segments)?;
-        drop(d_mixed);
+                .backward(context, &d_attn_output, &saved.attention, pass.segments)?;
+        drop(d_attn_output);
         let d_rotated_q = pass.rope.backward(context, &dq)?;
         let d_rotated_k = pass.rope.backward(context, &dk)?;
         Ok(Some([d_rotated_q, d_rotated_k, dv]))
@@ -304,7 +310,8 @@ impl Block {
         linear.forward_input(pass.context, x, mask, base)
     }
 
-    /// The dropout mask of the adapter's input x (N, in), if it has an adapter and the pass has dropout.
+    /// The dropout mask of the adapter's input x (N, in), if it has an adapter and the pass has
+    /// dropout.
     fn mask(
         &self,
         pass: &Pass<'_>,

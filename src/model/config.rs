@@ -122,7 +122,8 @@ pub(super) fn rope_scaling(table: &Config<'_>, max_position: usize) -> Result<Ro
     })
 }
 
-/// YaRN's factor on cos and sin: given, or 0.1 mscale ln(factor) + 1 (Peng et al. 2023, equation 22), or the ratio of two such factors.
+/// YaRN's factor on cos and sin: given, or 0.1 mscale ln(factor) + 1 (Peng et al. 2023, equation
+/// 22), or the ratio of two such factors.
 fn yarn_attention_factor(table: &Config<'_>) -> Result<f64> {
     if let Some(given) = table.number("attention_factor")? {
         return Ok(given);

@@ -1,6 +1,7 @@
 //! `Architecture` and batch sizes -> `Work`: the forecast of what the decoder executes, op by op.
 //!
-//! Sums the same cost functions that the running ops add to the counter: forecast and execution are equal, not close.
+//! Sums the same cost functions that the running ops add to the counter: forecast and execution are
+//! equal, not close.
 
 use std::ops::Range;
 
@@ -15,10 +16,11 @@ use crate::ops::{
 };
 use crate::work::{Precision, Work};
 
-/// Activation checkpointing (Chen et al. 2016): of this many blocks only the input is saved, and their forward pass runs again in the
-/// backward pass.
+/// Activation checkpointing (Chen et al. 2016): of this many blocks only the input is saved, and
+/// their forward pass runs again in the backward pass.
 ///
-/// They are the lowest of the blocks that the backward pass visits: by then the memory of the others is free again.
+/// They are the lowest of the blocks that the backward pass visits: by then the memory of the
+/// others is free again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Recompute(usize);
 
@@ -28,7 +30,8 @@ impl Recompute {
     /// In every block.
     pub const ALL: Self = Self(usize::MAX);
 
-    /// In the lowest `blocks` of those that the backward pass visits, or in all of them if there are fewer.
+    /// In the lowest `blocks` of those that the backward pass visits, or in all of them if there
+    /// are fewer.
     pub fn lowest(blocks: usize) -> Self {
         Self(blocks)
     }
@@ -39,7 +42,8 @@ impl Recompute {
     }
 }
 
-/// A decoder's sizes and what is trained in it: all that the cost of a step depends on besides the batch.
+/// A decoder's sizes and what is trained in it: all that the cost of a step depends on besides the
+/// batch.
 #[derive(Debug, Clone)]
 pub struct ModelShape {
     architecture: Architecture,
@@ -120,8 +124,9 @@ impl ModelShape {
         self.all_trained
     }
 
-    /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute type: its input, q, k, v, the attention's
-    /// output, x1, gate, up. In f32: x A^T of each adapter. One bit an element: dropout masks.
+    /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute
+    /// type: its input, q, k, v, the attention's output, x1, gate, up. In f32: x A^T of each
+    /// adapter. One bit an element: dropout masks.
     pub(super) fn saved_bytes(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
         let (q, kv) = self.head_widths();
@@ -149,6 +154,7 @@ impl ModelShape {
         )
     }
 
+    /// Shapes of the linear layers of block `layer` for `tokens` rows.
     fn linears(&self, layer: usize, tokens: usize, dropout: bool) -> Linears<LinearShape> {
         let linears = self.architecture.linears();
         linears
@@ -251,7 +257,8 @@ impl ModelShape {
             })
     }
 
-    /// The sum of `work` over these blocks, computed once for neighbours with equal adapters.
+    /// The sum of `work(layer)` over these blocks, evaluated once for consecutive blocks with equal
+    /// adapters.
     fn sum_over_blocks(&self, blocks: Range<usize>, work: impl Fn(usize) -> Work) -> Work {
         let mut first = blocks.start;
         let alike = self.ranks[blocks].chunk_by(|a, b| a == b).map(|run| {
@@ -261,13 +268,13 @@ impl ModelShape {
         alike.sum()
     }
 
-    /// Work of the losses of one micro-batch.
+    /// Work of the losses of one micro-batch; `segments`: the length of each.
     pub fn evaluation(&self, segments: &[usize], loss_tokens: usize) -> Work {
         self.blocks_forward(segments, loss_tokens, false)
             + self.head(loss_tokens).forward_cost(self.precision)
     }
 
-    /// Work of the losses and gradients of one micro-batch.
+    /// Work of the losses and gradients of one micro-batch; `segments`: the length of each.
     pub fn training(&self, segments: &[usize], loss_tokens: usize, recompute: Recompute) -> Work {
         let c = self.architecture.hidden_size;
         let n = segments.iter().sum();
@@ -307,7 +314,7 @@ impl ModelShape {
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
     }
 
-    /// Work of generating one token after `before` others are cached.
+    /// Work of generating one token when `before` tokens are cached.
     pub fn decoding(&self, before: usize) -> Work {
         let a = &self.architecture;
         let mut work = embedding_cost(1, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
@@ -324,7 +331,7 @@ pub(super) fn gather_cost(n: usize, c: usize) -> Work {
     Work::sweep(8 * n * c, 0)
 }
 
-/// Work of scattering `rows` rows of c elements into n.
+/// Work of scattering `rows` rows of c elements into n rows.
 pub(super) fn scatter_cost(n: usize, rows: usize, c: usize) -> Work {
     Work::sweep(4 * n * c + 8 * rows * c, rows * c)
 }

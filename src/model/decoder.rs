@@ -1,4 +1,5 @@
-//! The decoder: embedding, blocks, norm, head; losses, and gradients by visiting the blocks in reverse.
+//! The decoder: embedding, blocks, norm, head; losses, and gradients by visiting the blocks in
+//! reverse.
 
 use candle_core::{Device, Tensor};
 
@@ -107,7 +108,7 @@ pub struct BackwardOptions {
     pub dropout: Option<Dropout>,
 }
 
-/// What a block's backward pass starts from.
+/// What is saved of a block's forward pass.
 enum SavedActivations {
     /// No backward pass: nothing at or below the block is trained.
     Nothing,
@@ -181,8 +182,8 @@ impl Decoder {
         })
     }
 
-    /// Embeds `ids` (N) and runs all blocks; `visit` receives each block's number, its input (N, C) and what it saved for a backward
-    /// pass. Returns the last block's output (N, C).
+    /// Embeds `ids` (N) and runs all blocks; `visit` receives each block's number, its input (N, C)
+    /// and what it saved for a backward pass. Returns the last block's output (N, C).
     pub(super) fn run_blocks(
         &self,
         pass: &Pass<'_>,
@@ -197,7 +198,8 @@ impl Decoder {
         Ok(x)
     }
 
-    /// Runs all blocks on one token that follows the `position` earlier ones in `cache`; returns (1, C).
+    /// Runs all blocks on one token that follows the `position` earlier ones in `cache`; returns
+    /// (1, C).
     pub(super) fn decode_token(
         &self,
         context: Context<'_>,
@@ -258,7 +260,8 @@ impl Decoder {
         self.head.forward(context, &h, &batch.targets)
     }
 
-    /// The loss of each target in nats; adds the gradients of `options.scale * sum of losses` to `gradients`.
+    /// The loss of each target in nats; adds the gradients of `options.scale * sum of losses` to
+    /// `gradients`.
     pub fn losses_and_gradients(
         &self,
         context: Context<'_>,
@@ -286,8 +289,9 @@ impl Decoder {
         Ok(losses)
     }
 
-    /// Splits a batch for data parallelism; empty if not split. Not split if a shard would have no loss token: it would have no backward
-    /// pass, and the work would differ from the whole batch's.
+    /// Splits a batch for data parallelism; empty if not split. Not split if a shard would have no
+    /// loss token: it would have no backward pass, and the work would differ from the whole
+    /// batch's.
     fn shards(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<Batch>> {
         if !self.data_parallel || context.reference {
             return Ok(Vec::new());
@@ -299,7 +303,7 @@ impl Decoder {
         Ok(shards)
     }
 
-    /// What the work of a pass depends on besides the batch.
+    /// The shape for cost functions: which weights are trained, and with which adapters.
     fn shape(&self, precision: Precision, dropout: bool) -> Result<ModelShape> {
         let rank = |linear: &Linear| Ok(linear.shape(0, false)?.r);
         let ranks = self
@@ -346,7 +350,7 @@ impl Decoder {
         Ok(losses)
     }
 
-    /// Runs the blocks and saves what each one's backward pass starts from.
+    /// Runs all blocks; returns the last one's output (N, C), and what is saved of each block.
     fn forward_saving(
         &self,
         pass: &Pass<'_>,
@@ -418,7 +422,8 @@ impl Decoder {
     }
 }
 
-/// Runs `run` on each shard in parallel. Counts `work`, that of the whole batch, which does not depend on the split.
+/// Runs `run` on each shard in parallel. Counts `work`, that of the whole batch, which does not
+/// depend on the split.
 fn data_parallel<T: Send>(
     context: Context<'_>,
     shards: &[Batch],

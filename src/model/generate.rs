@@ -1,4 +1,5 @@
-//! Text generation: the prompt in one pass, then one token at a time with a cache of keys and values.
+//! Text generation: the prompt in one pass, then one token at a time with a cache of keys and
+//! values.
 
 use candle_core::Tensor;
 use rand::RngExt;
@@ -14,7 +15,8 @@ use crate::random::{Purpose, stream};
 pub struct Sampling {
     /// Divides the logits; 0: greedy.
     pub temperature: f64,
-    /// Nucleus sampling: only the likeliest tokens whose probabilities reach this sum; 1: all (Holtzman et al. 2020).
+    /// Nucleus sampling: only the likeliest tokens whose probabilities reach this sum; 1: all
+    /// (Holtzman et al. 2020).
     pub top_p: f64,
     /// Only this many likeliest tokens; 0: all.
     pub top_k: usize,

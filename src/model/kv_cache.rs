@@ -33,7 +33,8 @@ impl KvCache {
     }
 }
 
-/// Writes `row` (1, C) behind the first `length` rows of `buffer` (capacity, C), which grows by half when full; returns the rows in use.
+/// Writes `row` (1, C) behind the first `length` rows of `buffer` (capacity, C), which grows by
+/// half when full; returns the rows in use.
 fn push(buffer: &mut Tensor, length: usize, row: &Tensor) -> Result<Tensor> {
     let (capacity, width) = buffer.dims2()?;
     if length == capacity {

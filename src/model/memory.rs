@@ -1,7 +1,8 @@
-//! Forecast of a run's peak memory from sizes alone, and the least activation checkpointing that fits.
+//! Forecast of a run's peak memory from sizes alone, and the least activation checkpointing that
+//! fits.
 //!
-//! Takes a model's shape, the number of trained parameters and the tokens of a micro-batch; returns bytes by use. Reads nothing of the
-//! machine.
+//! Takes a model's shape, the number of trained parameters and the tokens of a micro-batch; returns
+//! bytes by use. Reads nothing of the machine.
 
 use super::batch::max_shards;
 use super::cost::{ModelShape, Recompute};
@@ -11,7 +12,8 @@ use crate::units::Bytes;
 /// The parts of a run's peak memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryForecast {
-    /// Frozen weights as stored in memory; of a small model also their packed forms for both directions.
+    /// Frozen weights as stored in memory; of a small model also their packed forms for both
+    /// directions.
     pub weights: Bytes,
     /// Trained values, moments and gradients in f32.
     pub trained: Bytes,
@@ -30,16 +32,18 @@ impl MemoryForecast {
     }
 }
 
-/// The program, its tokenizer and records, and the allocator's pages for each size of tensor (benches/LOG.md, "what the forecast of memory
-/// leaves out").
+/// The program, its tokenizer and records, and the allocator's pages for each size of tensor
+/// (benches/LOG.md, "what the forecast of memory leaves out").
 const PROGRAM: u64 = 44 << 20;
-/// One in so many bytes allocated and freed within a step is lost to fragmentation (the same entry).
+/// Inverse of the share of bytes allocated and freed within a step that is lost to fragmentation
+/// (the same entry).
 const SLACK: u64 = 8;
-/// One chunk of logits, which becomes its gradient (see `ops::LmHead`): about 24 MiB. The fused CPU pass of a frozen head has none, and
-/// peaks up to 6 % below the forecast.
+/// One chunk of logits, which becomes its gradient (see `ops::LmHead`): about 24 MiB. The fused CPU
+/// pass of a frozen head has none, and peaks up to 6 % below the forecast.
 const LOGITS: u64 = 24 << 20;
 
-/// The peak of a step with `tokens` tokens in a micro-batch and `trained` parameters, in addition to or instead of the frozen weights.
+/// The peak of a step with `tokens` tokens in a micro-batch and `trained` trained parameters: LoRA
+/// factors on frozen weights, or all weights.
 pub fn forecast_memory(
     shape: &ModelShape,
     trained: u64,
@@ -55,15 +59,16 @@ pub fn forecast_memory(
     let mut logits = LOGITS;
     let mut table_gradients = 0;
     let mut weights = 0;
-    // Packed forms are f32, or three planes of bf16; each shard of a batch has gradients until they are summed.
+    // Packed forms are f32, or three planes of bf16; each shard of a batch has gradients until they
+    // are summed.
     let (packed, shards) = if a.is_small() {
         (2 * 6, max_shards(tokens) as u64)
     } else {
         (0, 1)
     };
     if shape.all_trained() {
-        // A chunk is as large as the gradient of the table, which is the sum of the head's and the embedding's: three at once, of which
-        // one stays.
+        // A chunk is as large as the gradient of the table, which is the sum of the head's and the
+        // embedding's: three at once, of which one stays.
         logits = LOGITS.max(4 * table);
         table_gradients = 8 * table;
     } else {
@@ -72,7 +77,8 @@ pub fn forecast_memory(
     }
     let short_lived = logits.min(4 * n * a.vocab_size as u64) + 4 * n * (4 * f + 4 * c);
     let temporaries = short_lived + (activations + short_lived) / SLACK + table_gradients;
-    // Gradients are concatenated for the optimizer after the activations are freed, in fragments too small for a large buffer.
+    // Gradients are concatenated for the optimizer after the activations are freed, in fragments
+    // too small for a large buffer.
     let flat = if 4 * trained > LOGITS { 4 * trained } else { 0 };
     MemoryForecast {
         weights: Bytes(weights),
@@ -83,8 +89,9 @@ pub fn forecast_memory(
     }
 }
 
-/// The most activations saved at once. A recomputed block saves its input, in f32, until the backward pass reaches it, and then for a
-/// moment what any block saves: by then the blocks above it are freed.
+/// The most activations saved at once. A recomputed block saves its input, in f32, until the
+/// backward pass reaches it, and then briefly what any block saves; the blocks above it are freed
+/// by then.
 fn activations(shape: &ModelShape, tokens: usize, recompute: Recompute) -> u64 {
     let visited = shape.backward_blocks();
     let blocks = shape.architecture().num_hidden_layers;
@@ -99,7 +106,8 @@ fn activations(shape: &ModelShape, tokens: usize, recompute: Recompute) -> u64 {
     at_head.max(at_recomputation.unwrap_or_default())
 }
 
-/// The fewest recomputed blocks with which a run fits in `free`; if nothing fits, those with the smallest peak.
+/// The fewest recomputed blocks with which a run fits in `free`; if nothing fits, those with the
+/// smallest peak.
 pub fn least_recompute(shape: &ModelShape, trained: u64, tokens: usize, free: Bytes) -> Recompute {
     let peak = |recompute: &Recompute| forecast_memory(shape, trained, tokens, *recompute).peak();
     let mut counts = (0..=shape.backward_blocks()).map(Recompute::lowest);
@@ -116,7 +124,8 @@ mod tests {
     use crate::model::Architecture;
     use crate::work::Precision;
 
-    /// A tied Llama: hidden and intermediate size, layers, attention and key/value heads, vocabulary.
+    /// A tied Llama: hidden and intermediate size, layers, attention and key/value heads,
+    /// vocabulary.
     fn llama(sizes: [usize; 6]) -> Architecture {
         let [hidden, inner, layers, heads, kv_heads, vocabulary] = sizes;
         let config = serde_json::json!({
@@ -128,7 +137,8 @@ mod tests {
         Architecture::from_config(&config).unwrap()
     }
 
-    /// SmolLM2-135M's shape in bf16 with rank 16 on every linear layer of the blocks from `first` on: 30 blocks.
+    /// SmolLM2-135M's shape in bf16 with rank 16 on every linear layer of the blocks from `first`
+    /// on: 30 blocks.
     fn smollm2(first: usize, dropout: bool) -> (ModelShape, u64) {
         let architecture = llama([576, 1536, 30, 9, 3, 49152]);
         let layer = |path: &str| path.split('.').nth(2)?.parse::<usize>().ok();
@@ -153,8 +163,9 @@ mod tests {
         forecast_memory(shape, 0, tokens, recompute).activations.0
     }
 
-    /// By hand, in bf16, 100 tokens: input and x1 2 x 576, q and the attention's output 2 x 576, k and v 2 x 192, gate and up 2 x 1536, two
-    /// bytes each; x A^T of seven adapters, 16 elements of four bytes each. A recomputed block: its input, 576 elements of four bytes.
+    /// By hand, in bf16, 100 tokens: input and x1 2 x 576, q and the attention's output 2 x 576, k
+    /// and v 2 x 192, gate and up 2 x 1536, two bytes each; x A^T of seven adapters, 16 elements of
+    /// four bytes each. A recomputed block: its input, 576 elements of four bytes.
     #[test]
     fn a_block_saves_its_activations_or_its_input() {
         let (shape, _) = smollm2(0, false);
@@ -169,8 +180,9 @@ mod tests {
         assert_eq!(saved(&shape, 100, Recompute::ALL), lowest(30));
     }
 
-    /// By hand: 64 x 8 elements of the tied table, four matrices of 8 x 8 and three of 16 x 8 in the block, three norms of 8; four bytes
-    /// each, and twice six for the packed forms. 600 tokens are two shards, each with gradients.
+    /// By hand: 64 x 8 elements of the tied table, four matrices of 8 x 8 and three of 16 x 8 in
+    /// the block, three norms of 8; four bytes each, and twice six for the packed forms. 600 tokens
+    /// are two shards, each with gradients.
     #[test]
     fn a_small_model_has_packed_weights_and_gradients_of_each_shard() {
         let architecture = llama([8, 16, 1, 2, 2, 64]);

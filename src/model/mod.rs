@@ -1,9 +1,11 @@
-//! config.json -> `Architecture`; `Architecture` -> `Work` per step; weights; one decoder driven by the configuration.
+//! config.json -> `Architecture`; `Architecture` -> `Work` per step; weights; one decoder driven by
+//! the configuration.
 //!
-//! Owns the sizes, tensor names and layers of a Llama-architecture decoder, its forward and backward passes, and generation. Knows
-//! nothing of files on the hub, data sets, optimizers or energy. The forward pass saves each layer's activations; the backward pass
-//! visits the layers in reverse, frees them, and ends where nothing below is trained. On a CPU threads share the products of a large
-//! model, and take shards of a small model's batch (data parallelism).
+//! Owns the sizes, tensor names and layers of a Llama-architecture decoder, its forward and
+//! backward passes, and generation. Knows nothing of files on the hub, data sets, optimizers or
+//! energy. The forward pass saves each layer's activations; the backward pass visits the layers in
+//! reverse, frees them, and ends where nothing below is trained. On a CPU threads share the
+//! products of a large model, and take shards of a small model's batch (data parallelism).
 
 mod architecture;
 mod backward;

@@ -1,8 +1,9 @@
 //! Reads a tensor of a safetensors file into its final buffer.
 //!
-//! Takes an open file and a tensor's location; returns its values in the requested type. Files are read, not mapped: the pages of a
-//! mapped file count as memory of the process in addition to the copy. Chunks are read and converted in parallel, while they are in
-//! the cache. Knows nothing of models.
+//! Takes an open file and a tensor's location; returns its values in the requested type. Files are
+//! read, not mapped: the pages of a mapped file count as memory of the process in addition to the
+//! copy. Chunks are read and converted in parallel, while they are in the cache. Knows nothing of
+//! models.
 
 use std::fs::File;
 use std::path::Path;
@@ -30,7 +31,7 @@ pub(crate) struct StoredTensor<'a> {
 }
 
 impl StoredTensor<'_> {
-    /// As a tensor of `dtype` on `device`.
+    /// Reads the tensor as `dtype` (f32, bf16 or f16) on `device`.
     pub(super) fn tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
         let shape = self.tensor.shape.as_slice();
         Ok(match dtype {
@@ -52,12 +53,13 @@ impl StoredTensor<'_> {
         })
     }
 
-    /// In f32, row by row.
+    /// Reads the values in f32, row-major.
     pub(crate) fn f32s(&self) -> Result<Vec<f32>> {
         self.read_as(Dtype::F32, |wide| wide)
     }
 
-    /// Converts each element by `narrow`, except where the stored type is `same`, whose bits are equal.
+    /// Reads the elements, each decoded to f32 and converted by `narrow`; if the stored type is
+    /// `same`, the bits of `T`, they are copied instead.
     fn read_as<T>(&self, same: Dtype, narrow: impl Fn(f32) -> T + Copy + Sync) -> Result<Vec<T>>
     where
         T: bytemuck::Pod + Default + Send,
@@ -76,7 +78,8 @@ impl StoredTensor<'_> {
             .hint("use an unquantised copy of the model"));
         };
         let copy = self.tensor.dtype == same && cfg!(target_endian = "little");
-        // Zeroed memory comes from the system lazily: a page is first touched when its chunk is read.
+        // Zeroed memory comes from the system lazily: a page is first touched when its chunk is
+        // read.
         let mut values = vec![T::default(); self.tensor.size as usize / size];
         values.par_chunks_mut(CHUNK).enumerate().try_for_each_init(
             Vec::new,
@@ -94,6 +97,7 @@ impl StoredTensor<'_> {
         Ok(values)
     }
 
+    /// Fills `bytes` from offset `at` of the file.
     fn read(&self, bytes: &mut [u8], at: u64) -> Result<()> {
         read_at(self.file, bytes, at).map_err(|source| Error::io("read", self.path, source))
     }
@@ -158,7 +162,8 @@ mod tests {
     use crate::adapter::shards::read_headers;
     use crate::error::Kind;
 
-    /// Two full chunks and a remainder; values that each type rounds differently, both zeros and an infinity.
+    /// Two full chunks and a remainder; values that each type rounds differently, both zeros and an
+    /// infinity.
     fn sample_values() -> Tensor {
         let values = (0..2 * CHUNK as u32 + 6)
             .map(|i| (f64::from(i) * 0.317).sin() * 10f64.powi((i % 9) as i32 - 5));
@@ -185,7 +190,8 @@ mod tests {
         (path, file, stored)
     }
 
-    /// candle's reader and conversions are the oracle: equal bits from every stored type in every compute type.
+    /// candle's reader and conversions are the oracle: equal bits from every stored type in every
+    /// compute type.
     #[test]
     fn values_are_those_that_candle_reads() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! A decoder with the parameters that are trained in it: LoRA factors on frozen weights, or every weight.
+//! A decoder with the parameters that are trained in it: LoRA factors on frozen weights, or every
+//! weight.
 
 use candle_core::{DType, Device};
 use safetensors::tensor::Dtype;
@@ -20,7 +21,8 @@ pub struct TrainableModel {
 }
 
 impl TrainableModel {
-    /// Frozen weights by `weight`, LoRA factors by `factors`: A (r, in) and B (out, r) of each site, in this order.
+    /// A model with LoRA adapters on `sites`. `weight` returns a frozen weight by name and shape,
+    /// `factors` the values of A (r, in) and B (out, r) of each site, in this order.
     ///
     /// # Errors
     /// What the closures return, and weights that do not fit the architecture.
@@ -73,7 +75,8 @@ impl TrainableModel {
         })
     }
 
-    /// Every weight trained, its values by `values`.
+    /// A model with every weight trained. `values(index, slot)` returns the values of one tensor,
+    /// in model order.
     ///
     /// # Errors
     /// What the closure returns.
@@ -106,8 +109,9 @@ impl TrainableModel {
 }
 
 impl Weights {
-    /// A frozen weight for compute in `precision`. Norms and biases act on the f32 residual stream and stay f32; on a CPU
-    /// bf16 matrices stay as stored, because products read them without rounding.
+    /// A frozen weight for compute in `precision`. Norms and biases act on the f32 residual stream
+    /// and stay f32; on a CPU bf16 matrices stay as stored, because products read them without
+    /// rounding.
     pub fn frozen(
         &self,
         name: &str,

@@ -58,7 +58,8 @@ impl Weights {
         })
     }
 
-    /// Identifies these weights among others of the same shapes: a digest of every tensor's name, type, shape, first and last bytes.
+    /// Identifies these weights among others of the same shapes: a digest of every tensor's name,
+    /// type, shape, first and last bytes.
     pub fn fingerprint(&self) -> Result<Vec<u8>> {
         let mut hash = Sha256::new();
         for (name, tensor) in &self.locations {
@@ -75,7 +76,8 @@ impl Weights {
         Ok(hash.finalize().to_vec())
     }
 
-    /// The tensor `name` of the architecture as `dtype` on `device`, read and converted in one pass.
+    /// The tensor `name` of the architecture as `dtype` on `device`, read and converted in one
+    /// pass.
     pub fn get(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         self.source(name)?.tensor(dtype, device)
     }
@@ -85,7 +87,7 @@ impl Weights {
         Ok(self.source(name)?.tensor.dtype)
     }
 
-    /// The values of the tensor `name` of the architecture, row by row.
+    /// The values of the tensor `name` of the architecture in f32, row-major.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         self.source(name)?.f32s()
     }
@@ -102,7 +104,8 @@ impl Weights {
     }
 }
 
-/// Maps the names of the architecture's tensors to their names in the files, `found` with their shapes.
+/// Maps the names of the architecture's tensors to their names in the files. `found`: the shape of
+/// each tensor in the files.
 fn match_tensors(
     architecture: &Architecture,
     found: &BTreeMap<String, Vec<usize>>,
@@ -150,6 +153,8 @@ fn match_tensors(
     .hint("config.json and the weights must come from the same revision of the same model"))
 }
 
+/// The name in the files of the tensor `name` of the architecture; `bare`: the files lack the
+/// prefix `model.`. A tied embedding may be stored as the head.
 fn stored_name(
     architecture: &Architecture,
     found: &BTreeMap<String, Vec<usize>>,
@@ -170,8 +175,9 @@ fn stored_name(
     }
 }
 
-/// Initial values of a tensor for training from scratch, as in transformers: norms one, biases zero, all others normal with standard
-/// deviation `initializer_range`. Each tensor has its random stream, keyed by seed and name.
+/// Initial values of a tensor for training from scratch, as in transformers: norms one, biases
+/// zero, all others normal with standard deviation `initializer_range`. Each tensor has a separate
+/// random stream, keyed by seed and name.
 pub fn random_tensor(name: &str, shape: &[usize], initializer_range: f64, seed: u64) -> Vec<f32> {
     let count = shape.iter().product();
     if name.ends_with("norm.weight") {
