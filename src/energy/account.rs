@@ -1,17 +1,19 @@
 //! The account of a run: budget, meters and ledger combined.
 //!
-//! Takes the next work and the work that must remain possible after it, returns a verdict; takes the work
-//! that was done, returns a reading and enters it in the ledger. Independent of what a step does.
+//! Takes the next work and the work that must remain possible after it, returns a verdict; takes
+//! the work that was done, returns a reading and enters it in the ledger. Independent of what a
+//! step does.
 //!
-//! On the counted meter a prediction is the charge itself. On the others it is the charge times the upper
-//! bound of the recent ratios (`prediction`), before any entry the ledger's ratio, else 1. Time is always
-//! predicted from wall time over roofline time. If the counters fail inside a window, its counted energy
-//! times the run's measured over counted energy fills the gap.
+//! On the counted meter a prediction is the charge itself. On the others it is the charge times the
+//! upper bound of the recent ratios (`prediction`); before any entry the factor is the ledger's
+//! ratio (measured meter), else 1. Time is always predicted from wall time over roofline time. If
+//! the counters fail inside a window, its counted energy times the run's measured over counted
+//! energy fills the gap.
 //!
-//! Overshoot on a sensor: a step is admitted if it and everything reserved fit as predicted, so the budget
-//! is exceeded by at most the excess of the last step and the reserve over their prediction. With ratios
-//! of measured to counted energy between `lo` and `hi` that is at most `(hi - lo)` times their counted
-//! energy.
+//! Overshoot on a sensor: a step is admitted if it and everything reserved fit as predicted, so the
+//! budget is exceeded by at most the excess of the last step and the reserve over their prediction.
+//! With ratios of measured to counted energy between `lo` and `hi` that is at most `(hi - lo)`
+//! times their counted energy.
 
 use std::time::Instant;
 
@@ -58,8 +60,8 @@ pub struct Account {
 }
 
 impl Account {
-    /// An account on a new or resumed ledger, whose entries count as spent; `kind` is the deciding meter
-    /// (`Meters::resolve`).
+    /// An account on a new or resumed ledger, whose entries count as spent; `kind` is the deciding
+    /// meter (`Meters::resolve`).
     pub fn new(budget: Budget, meters: Meters, ledger: Ledger, kind: MeterKind) -> Account {
         let spent = ledger.total().spent(kind);
         Account {
@@ -91,8 +93,8 @@ impl Account {
         &self.meters
     }
 
-    /// The amount spent so far on the deciding meter; time is wall time since the run began, earlier runs
-    /// included.
+    /// The amount spent so far on the deciding meter; time is wall time since the run began,
+    /// earlier runs included.
     pub fn spent(&self) -> Spent {
         let elapsed = Seconds(self.opened.elapsed().as_secs_f64());
         Spent {
@@ -121,8 +123,8 @@ impl Account {
         self.budget.overshoot(&self.spent())
     }
 
-    /// Upper bound of the overshoot: energy spent beyond what was predicted at the last admission. `None`
-    /// before any admission; zero on the counted meter.
+    /// Upper bound of the overshoot: energy spent beyond what was predicted at the last admission.
+    /// `None` before any admission; zero on the counted meter.
     pub fn margin(&self) -> Option<MicroJoules> {
         self.admitted
             .map(|admitted| self.spent.energy.saturating_sub(admitted))
@@ -148,7 +150,8 @@ impl Account {
         }
     }
 
-    /// Predicted cost of `works`, each charged as an entry; exact on the counted meter except for time.
+    /// Predicted cost of `works`, each charged as an entry; exact on the counted meter except for
+    /// time.
     pub fn forecast(&self, works: &[(Phase, Work)]) -> Spent {
         works
             .iter()
@@ -156,9 +159,9 @@ impl Account {
             .sum()
     }
 
-    /// The amount that training may spend, in this run and the earlier ones of a resumed ledger, with
-    /// `reserved` (final evaluation and save, every other one still planned) held back. To be called once,
-    /// before the first step.
+    /// The amount that training may spend, in this run and the earlier ones of a resumed ledger,
+    /// with `reserved` (final evaluation and save, every other one still planned) held back. To be
+    /// called once, before the first step.
     pub fn allowance(&self, reserved: &[(Phase, Work)]) -> Allowance {
         let all = self.spent();
         let training = self.spent_on(Phase::Train);
@@ -170,16 +173,17 @@ impl Account {
         self.budget.allowance(&before, &self.forecast(reserved))
     }
 
-    /// Whether the cost of all future work is exactly predictable: only counted energy and FLOPs are
-    /// limited.
+    /// Whether the cost of all future work is exactly predictable: only counted energy and FLOPs
+    /// are limited.
     pub fn is_predictable(&self) -> bool {
         self.kind == MeterKind::Counted && self.budget.remaining(&Spent::default()).time.is_none()
     }
 
-    /// Progress of training in 0..=1 when its total is not predictable: the amount spent on training by the
-    /// midpoint of the step `next`, over that amount plus training's share of the remainder, with `ending`
-    /// held back. The share is that of a step in a step plus `overhead`: works with their frequency per
-    /// step. One if nothing more fits.
+    /// Progress of training in 0..=1 when its total is not predictable:
+    /// `t / (spent on training + share * remainder)`. `t` is the amount spent on training at the
+    /// midpoint of the step `next`; the remainder is what the budget leaves after `ending`; the
+    /// share is that of a step in the cost of a step plus `overhead`, works with their frequency
+    /// per step. One if nothing more fits.
     pub fn progress(
         &self,
         next: &Work,
@@ -201,14 +205,15 @@ impl Account {
             .fraction(&(trained + step.half()))
     }
 
-    /// Whether `next` fits with `reserve` still possible after it. Writes nothing, so that preflight can
-    /// call it too.
+    /// Whether `next` fits with `reserve` still possible after it. Writes nothing, so that
+    /// preflight can call it too.
     pub fn fits(&self, phase: Phase, next: &Work, reserve: &[(Phase, Work)]) -> Verdict {
         let next = self.predict(phase, &self.charge_of(next));
         self.verdict(&next, &self.forecast(reserve))
     }
 
-    /// As `fits`, immediately before `next` runs: on `Continue` the ledger has a lease that covers it.
+    /// As `fits`, immediately before `next` runs: on `Continue` the ledger has a lease that covers
+    /// it.
     pub fn admit(
         &mut self,
         phase: Phase,
@@ -235,7 +240,8 @@ impl Account {
         self.window = Some(self.meters.begin());
     }
 
-    /// Closes the window (an empty one if none is open), charges `work` to it and enters it in the ledger.
+    /// Closes the window (an empty one if none is open), charges `work` to it and enters it in the
+    /// ledger.
     pub fn charge(&mut self, phase: Phase, step: u64, work: &Work) -> Result<Reading> {
         let window = self.window.take().unwrap_or_else(|| self.meters.begin());
         let reading = self.meters.end(window, work);
@@ -291,7 +297,7 @@ impl Account {
         self.ledger.settle()
     }
 
-    /// The estimate in place of failed counters.
+    /// The estimate in place of failed counters; `None` if they did not fail.
     fn gap_fill(&self, phase: Phase, reading: &Reading) -> Option<GapFill> {
         let reason = reading.measured.as_ref()?.as_ref().err()?.reason.clone();
         let factor = self.ledger.ratio(phase).unwrap_or(1.0);
@@ -303,6 +309,7 @@ impl Account {
         })
     }
 
+    /// The charge of `work` on the run's profile.
     fn charge_of(&self, work: &Work) -> Charge {
         self.meters.profile().charge(work)
     }
@@ -313,11 +320,13 @@ impl Account {
             .map_or_else(Verdict::Stop, |()| Verdict::Continue)
     }
 
+    /// Upper bound of the cost of `charge`.
     fn predict(&self, phase: Phase, charge: &Charge) -> Spent {
         self.estimate(phase, charge, Statistic::UpperBound)
     }
 
-    /// Converts a charge to the deciding meter by the recent ratios of its phase.
+    /// Converts a charge to energy on the deciding meter and wall time, by the recent ratios of its
+    /// phase.
     fn estimate(&self, phase: Phase, charge: &Charge, statistic: Statistic) -> Spent {
         let recent = self.predictor.energy_ratio(phase, statistic);
         let ratio = match self.kind {
@@ -343,8 +352,8 @@ impl Account {
             && lease.flops >= predicted.flops
     }
 
-    /// Leases as many steps like this one as run in about a second and fit the budget; one step until a
-    /// step's wall time is known, from which the roofline may be far off.
+    /// Leases as many steps like this one as run in about a second and fit the budget; one step
+    /// until a step's wall time is known, from which the roofline may be far off.
     fn renew_lease(&mut self, charge: &Charge, step: &Spent, reserve: &Spent) -> Result<()> {
         let mut steps = if self.predictor.knows_step_time() {
             (LEASE_S / step.time.0.max(1e-3)).ceil() as u64

@@ -1,8 +1,8 @@
 //! Baselines: the energy of other ways to train the same model.
 //!
 //! Holds the 6ND formula, the table of published token counts (`pretraining_tokens.csv`) and the
-//! comparison itself. Takes parameters, tokens and a profile, returns a labelled [`Baseline`] with its
-//! source and every assumption.
+//! comparison itself. Takes parameters, tokens and a profile, returns a labelled [`Baseline`] with
+//! its source and every assumption.
 
 use std::sync::LazyLock;
 
@@ -109,9 +109,9 @@ impl Baseline {
         self
     }
 
-    /// Sets the ratio to a run of `energy`; none to a run of zero energy. With the `breakdown` of the
-    /// run's counted energy the errors they share cancel (see [`ratio_bounds`]); a run without one is
-    /// taken as exact.
+    /// Sets the ratio to a run of `energy`; none to a run of zero energy. With the `breakdown` of
+    /// the run's counted energy the errors they share cancel (see [`ratio_bounds`]); a run without
+    /// one is taken as exact.
     pub fn compared_to(mut self, energy: Joules, breakdown: Option<&EnergyBreakdown>) -> Baseline {
         if energy.0 > 0.0 {
             let ratio = self.energy / energy;
@@ -195,7 +195,7 @@ fn published_tokens(model_id: &str) -> Option<&'static PublishedTokens> {
         .max_by_key(|row| row.prefix.len())
 }
 
-/// "2 trillion tokens".
+/// A token count in words: "2 trillion tokens".
 pub(crate) fn describe_tokens(tokens: f64) -> String {
     const WORDS: [(f64, &str); 3] = [(1e12, " trillion"), (1e9, " billion"), (1e6, " million")];
     let (unit, word) = WORDS
@@ -213,8 +213,8 @@ struct TokenCount {
     caveat: Option<&'static str>,
 }
 
-/// The published token count of `model_id`, else the given one, else 20 tokens a parameter (Hoffmann et
-/// al. 2022).
+/// The published token count of `model_id`, else the given one, else 20 tokens a parameter
+/// (Hoffmann et al. 2022).
 fn token_count(model_id: &str, params: f64, given: Option<f64>) -> TokenCount {
     if let Some(row) = published_tokens(model_id) {
         return TokenCount {
@@ -244,8 +244,8 @@ fn token_count(model_id: &str, params: f64, given: Option<f64>) -> TokenCount {
     }
 }
 
-/// Training the base model from random weights: 6ND for the published token count of `model_id`, else
-/// for the given `tokens`, else for an assumed count. `shape` adds attention.
+/// Training the base model from random weights: 6ND for the published token count of `model_id`,
+/// else for the given `tokens`, else for an assumed count. `shape` adds attention.
 pub fn pretraining(
     model_id: &str,
     params: f64,
@@ -338,7 +338,8 @@ mod tests {
         assert_eq!(assumed.label, Label::Assumed);
         assert_eq!(assumed.flops, Flops(6.0 * 135e6 * 20.0 * 135e6));
         assert!(assumed.assumptions.iter().any(|text| text.contains("20")));
-        // The longest prefix applies: Llama 3.1 is not Llama 3; a copy under another owner has no row.
+        // The longest prefix applies: Llama 3.1 is not Llama 3; a copy under another owner has no
+        // row.
         assert!(
             baseline("meta-llama/Llama-3.2-1B", None)
                 .source
@@ -351,8 +352,9 @@ mod tests {
     fn published_training_flops_are_reproduced() {
         // Llama 3.1 405B: 3.8e25 FLOPs for 15.6e12 tokens (arXiv:2407.21783, section 3.2).
         assert!((training_flops(405e9, 15.6e12, None).0 / 3.8e25 - 1.0).abs() < 0.01);
-        // PaLM 540B, 118 layers, 48 heads of 256, sequences of 2048, 780e9 tokens: 2.5272e24 published for all of it (arXiv:2204.02311,
-        // table 21: 6ND, to which attention adds 12 * 118 * 12288 * 2048 = 3.56e10 a token over 6N = 3.24e12, 1.1 %).
+        // PaLM 540B, 118 layers, 48 heads of 256, sequences of 2048, 780e9 tokens: 2.5272e24
+        // published for all of it (arXiv:2204.02311, table 21: 6ND, to which attention adds 12 *
+        // 118 * 12288 * 2048 = 3.56e10 a token over 6N = 3.24e12, 1.1 %).
         let shape = Shape {
             layers: 118,
             attention_size: 12_288,
@@ -404,7 +406,8 @@ mod tests {
         let counted = baseline.clone().compared_to(Joules(100.0), Some(&parts));
         let [low, high] = counted.ratio_bounds.unwrap();
         assert!((low - 3.0).abs() < 1e-12 && (high - 3.0).abs() < 1e-12);
-        // On the meter of a run that showed twice its counted energy: twice the energy and emissions, the same ratio.
+        // On the meter of a run that showed twice its counted energy: twice the energy and
+        // emissions, the same ratio.
         let metered = baseline
             .clone()
             .on_meter(2.0)

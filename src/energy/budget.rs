@@ -1,8 +1,8 @@
 //! Budgets: whether the next step may be spent.
 //!
 //! Takes amounts, returns a verdict; pure. Limits on energy, carbon and money per kilowatt-hour are
-//! converted to the largest whole number of microjoules within them, so that a budget on the counted
-//! meter is never exceeded, not by a microjoule. Independent of meters and steps.
+//! converted to the largest whole number of microjoules within them, so that a budget on the
+//! counted meter is never exceeded, not by a microjoule. Independent of meters and steps.
 
 use serde::{Deserialize, Serialize};
 
@@ -64,7 +64,8 @@ impl Budget {
     /// A budget.
     ///
     /// # Errors
-    /// [`Kind::Budget`] for a limit that is not above zero, or a cost without a price in its currency.
+    /// [`Kind::Budget`] for a limit that is not above zero, or a cost without a price in its
+    /// currency.
     ///
     /// ```
     /// use wattune::energy::{Budget, Limit, Limits, Rates, Spent};
@@ -101,8 +102,8 @@ impl Budget {
         !self.thresholds.is_empty()
     }
 
-    /// Whether `next` may be spent with `reserve` still possible after it; else the first limit, in the
-    /// order of `Limits`, that would be exceeded.
+    /// Whether `next` may be spent with `reserve` still possible after it; else the first limit, in
+    /// the order of `Limits`, that would be exceeded.
     pub fn admits(
         &self,
         spent: &Spent,
@@ -348,7 +349,8 @@ mod tests {
     #[test]
     fn carbon_and_cost_limits_become_microjoules_or_seconds() {
         let left = |limits, price| budget(limits, price).remaining(&Spent::default());
-        // 1 kWh (3.6e12 uJ) at 429 g and PUE 1.1 is 471.9 g: the largest whole number of microjoules is that or one less.
+        // 1 kWh (3.6e12 uJ) at 429 g and PUE 1.1 is 471.9 g: the largest whole number of
+        // microjoules is that or one less.
         let energy = left(carbon_limit(471.9), None).energy.unwrap().0;
         assert!(energy.abs_diff(3_600_000_000_000) <= 1, "{energy}");
         // 0.33 USD at 0.30 USD per facility kWh and PUE 1.1: again 1 kWh of the machine.
@@ -396,7 +398,8 @@ mod tests {
 
     #[test]
     fn progress_is_the_fraction_of_trainings_allowance() {
-        // 100 uJ, of which 10 went on loading and 20 are reserved: 70 for training. 35 spent is half of it.
+        // 100 uJ, of which 10 went on loading and 20 are reserved: 70 for training. 35 spent is
+        // half of it.
         let limited = budget(energy_limit(1e-4), None);
         let allowance = limited.allowance(&spent(10, 0, 0.0), &spent(20, 0, 0.0));
         assert_eq!(allowance.energy, Some(MicroJoules(70)));

@@ -49,10 +49,10 @@ pub struct MeasuredPower {
 }
 
 impl Profile {
-    /// This device with measured figures. Derived pJ/FLOP are derived again, so that the device still
-    /// draws `load_w` at full load; a precision without a measurement keeps its rate. Measured power
-    /// replaces every pJ/FLOP and drops the load points. A reconciliation factor is dropped with the
-    /// figures it was for.
+    /// This device with measured figures. Derived pJ/FLOP are derived again, so that the device
+    /// still draws `load_w` at full load; a precision without a measurement keeps its rate.
+    /// Measured power replaces every pJ/FLOP and drops the load points. A reconciliation factor is
+    /// dropped with the figures it was for.
     pub fn calibrated(&self, name: &str, measured: &Measured) -> Result<Profile> {
         let mut profile = self.file_form();
         profile.name = name.to_string();
@@ -77,8 +77,8 @@ impl Profile {
         profile.complete(None, Some("measured by `wattune calibrate`".to_string()))
     }
 
-    /// This device with every counted joule multiplied by a further `ratio`: measured over counted energy
-    /// of a run charged to this profile.
+    /// This device with every counted joule multiplied by a further `ratio`: measured over counted
+    /// energy of a run charged to this profile.
     ///
     /// # Errors
     /// A ratio that is not above zero, or an invalid name.
@@ -212,7 +212,8 @@ mod tests {
         let levels: Vec<_> = levels
             .map(|level| (level.name.as_str(), level.bytes.0, level.bandwidth))
             .collect();
-        // The last level, of which only 2 MiB were known, holds at least as much as the one inside it.
+        // The last level, of which only 2 MiB were known, holds at least as much as the one inside
+        // it.
         let expected = [
             ("L1", 64 << 10, None),
             ("L2", 4 << 20, Some(1e9)),
@@ -232,7 +233,8 @@ mod tests {
         let read_back = Profile::from_file(&path).unwrap();
         assert_eq!(read_back.caches, mine.caches);
         assert_eq!(read_back.scaled_to(2).caches[1].bandwidth, Some(5e8));
-        // L2 serves L1's misses at 1 GB/s: slower than arithmetic and memory, so it bounds the time.
+        // L2 serves L1's misses at 1 GB/s: slower than arithmetic and memory, so it bounds the
+        // time.
         let charge = mine.charge(&Work::product(512, 512, 512, Precision::F32));
         let l2_time = charge.bytes["L2"].0 as f64 / 1e9;
         assert!((charge.time.0 - l2_time).abs() < 1e-12, "{charge:?}");
@@ -240,7 +242,8 @@ mod tests {
 
     #[test]
     fn measured_power_replaces_every_figure_that_depends_on_power() {
-        // The definition of the derivation: a 4096-cube product draws `load` on average over its roofline time; and idle is idle.
+        // The definition of the derivation: a 4096-cube product draws `load` on average over its
+        // roofline time; and idle is idle.
         let h100 = Profile::named("nvidia-h100-sxm5-80gb").unwrap();
         let measured = Measured {
             rates: BTreeMap::from([(Precision::Bf16, 6e14)]),

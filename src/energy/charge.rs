@@ -5,11 +5,11 @@
 //! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable))
 //! ```
 //!
-//! The time is a roofline (Williams et al. 2009): a cache with a measured bandwidth (`calibrate`) may
-//! bound it too. A profile reconciled with a measured run multiplies each part by
-//! `measured_over_counted`. Vector operations run at f32's rate and energy; they are in `energy` and
-//! `time`, not in `flops`. `traffic` counts the bytes. A pure function of profile and work, whatever
-//! kernel runs.
+//! The time is a roofline (Williams et al. 2009): a cache with a measured bandwidth (`calibrate`)
+//! may bound it too. A profile reconciled with a measured run multiplies each part by
+//! `measured_over_counted`. Vector operations run at f32's rate and energy; they are in `energy`
+//! and `time`, not in `flops`. `traffic` counts the bytes. A pure function of profile and work,
+//! whatever kernel runs.
 
 use std::collections::BTreeMap;
 use std::ops::{Add, AddAssign};
@@ -40,9 +40,9 @@ pub struct Charge {
 /// Composition of a counted energy; the three energies sum to it within half a microjoule a charge.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct EnergyBreakdown {
-    /// Operations, and caches without an energy per byte.
+    /// Energy of all FLOPs; includes the caches without a known energy per byte.
     pub arithmetic_j: Joules,
-    /// Bytes moved, on the levels with a known energy per byte.
+    /// Energy of the bytes moved, on the levels with a known energy per byte.
     pub movement_j: Joules,
     /// Idle power over the roofline time.
     pub idle_j: Joules,
@@ -132,7 +132,7 @@ impl Profile {
         }
     }
 
-    /// The longest of arithmetic, DRAM and each cache with a known bandwidth.
+    /// The roofline time: the longest of arithmetic, DRAM and each cache with a known bandwidth.
     pub(super) fn roofline(&self, work: &Work, bytes: &Traffic) -> Seconds {
         let products: f64 = work
             .iter_products()
@@ -145,6 +145,7 @@ impl Profile {
         Seconds(transfers.fold(compute, f64::max))
     }
 
+    /// The energy of all FLOPs before calibration.
     fn arithmetic_energy(&self, work: &Work) -> Joules {
         let products: f64 = work
             .iter_products()
@@ -222,7 +223,8 @@ impl Profile {
 mod tests {
     use super::*;
 
-    /// 10 W idle, 1e12 FLOP/s and 1e10 B/s reached, 5 pJ/FLOP (3 in bf16), 100 pJ a DRAM byte, 2 pJ an LLC byte.
+    /// 10 W idle, 1e12 FLOP/s and 1e10 B/s reached, 5 pJ/FLOP (3 in bf16), 100 pJ a DRAM byte, 2 pJ
+    /// an LLC byte.
     fn desk() -> Profile {
         let text = "name = \"desk\"\nkind = \"cpu\"\ncores = 4\nidle_w = 10\nload_w = 60\nbandwidth = 2e10\n\
             achievable_flops = 0.5\nachievable_bandwidth = 0.5\npeak_flops = { f32 = 2e12, bf16 = 4e12 }\n\
@@ -244,11 +246,15 @@ mod tests {
 
     #[test]
     fn a_product_costs_the_hand_computed_energy() {
-        // (m, n, k) = (300, 200, 400), f32. Operands: 4*(300*400 + 400*200) + 4*300*200 = 800 000 + 240 000 = 1 040 000 bytes.
-        // L2, 120 000: does not fit; b = floor(sqrt(120000/12)) = 100; 4*(120000*ceil(200/100) + 80000*ceil(300/100)) + 240000
-        //   = 4*(240000 + 240000) + 240000 = 2 160 000, served by the LLC. LLC, 1 200 000: fits, 1 040 000 from DRAM.
+        // (m, n, k) = (300, 200, 400), f32.
+        // Operands: 4*(300*400 + 400*200) + 4*300*200 = 800 000 + 240 000 = 1 040 000 bytes.
+        // L2, 120 000: does not fit; b = floor(sqrt(120000/12)) = 100;
+        //   4*(120000*ceil(200/100) + 80000*ceil(300/100)) + 240000
+        //   = 4*(240000 + 240000) + 240000 = 2 160 000, served by the LLC.
+        // LLC, 1 200 000: fits, 1 040 000 from DRAM.
         // flops = 2*300*200*400 = 48e6. t = max(48e6/1e12, 1.04e6/1e10) = max(48, 104) us = 104 us.
-        // idle 10 W * 104 us = 1040 uJ; arithmetic 48e6 * 5 pJ = 240 uJ; movement 2.16e6*2 + 1.04e6*100 pJ = 4.32 + 104 uJ.
+        // idle 10 W * 104 us = 1040 uJ; arithmetic 48e6 * 5 pJ = 240 uJ; movement 2.16e6*2 +
+        // 1.04e6*100 pJ = 4.32 + 104 uJ.
         let charge = desk().charge(&product(Precision::F32));
         assert_eq!(
             (charge.bytes["LLC"].0, charge.bytes[DRAM].0),
@@ -261,8 +267,9 @@ mod tests {
 
     #[test]
     fn the_breakdown_and_the_energy_by_level_are_as_computed_by_hand() {
-        // The product above: arithmetic 240 uJ, idle 1040 uJ, LLC 2.16e6 * 2 pJ = 4.32 uJ, DRAM 1.04e6 * 100 pJ = 104 uJ. Without reuse:
-        // 300*200*400 multiply-adds of two operands of 4 bytes and 300*200 results of 4: 192 000 000 + 240 000 bytes, 19 224 uJ.
+        // The product above: arithmetic 240 uJ, idle 1040 uJ, LLC 2.16e6 * 2 pJ = 4.32 uJ, DRAM
+        // 1.04e6 * 100 pJ = 104 uJ. Without reuse: 300*200*400 multiply-adds of two operands of 4
+        // bytes and 300*200 results of 4: 192 000 000 + 240 000 bytes, 19 224 uJ.
         let profile = desk();
         let charge = profile.charge(&product(Precision::F32));
         let parts = charge.breakdown;
@@ -310,15 +317,17 @@ mod tests {
 
     #[test]
     fn precision_decides_bytes_rate_and_energy() {
-        // The same in bf16: operands 2*200000 + 240000 = 640 000; L2: b = floor(sqrt(120000/6)) = 141;
-        // 2*(120000*2 + 80000*3) + 240000 = 1 200 000. t = max(48e6/2e12, 64e-6) = 64 us: 640 + 144 + 2.4 + 64 = 850.4 uJ.
+        // The same in bf16: operands 2*200000 + 240000 = 640 000;
+        // L2: b = floor(sqrt(120000/6)) = 141; 2*(120000*2 + 80000*3) + 240000 = 1 200 000.
+        // t = max(48e6/2e12, 64e-6) = 64 us: 640 + 144 + 2.4 + 64 = 850.4 uJ.
         let charge = desk().charge(&product(Precision::Bf16));
         assert_eq!(
             (charge.bytes["LLC"].0, charge.bytes[DRAM].0),
             (1_200_000, 640_000)
         );
         assert_eq!(charge.energy, MicroJoules(850));
-        // f16 has no peak here: f32's rate and energy, two bytes an element. 640 + 240 + 2.4 + 64 = 946.4 uJ.
+        // f16 has no peak here: f32's rate and energy, two bytes an element. 640 + 240 + 2.4 + 64 =
+        // 946.4 uJ.
         assert_eq!(
             desk().charge(&product(Precision::F16)).energy,
             MicroJoules(946)

@@ -1,13 +1,14 @@
 //! The hardware counters of one run, read together.
 //!
-//! Takes sensors, each device once; returns the energy between two snapshots, or why it is unknown. A
-//! reading that fails inside a window has no effect; a counter reset, a wrap-around that went
-//! unnoticed or a suspend of the machine makes the energy of the window unknown. Independent of work,
-//! profiles and the way gaps are filled.
+//! Takes sensors, each device once; returns the energy between two snapshots, or why it is unknown.
+//! A reading that fails inside a window has no effect; a counter reset, a wrap-around that went
+//! unnoticed or a suspend of the machine makes the energy of the window unknown. Independent of
+//! work, profiles and the way gaps are filled.
 //!
-//! A background thread reads sensors with a `max_read_interval` (power that must be sampled, a counter
-//! that may wrap within a step). It sleeps until it has used at most 1/`MIN_IDLE_RATIO` of the time
-//! since it started: less than a thousandth of a core. Without such a sensor no thread starts.
+//! A background thread reads sensors with a `max_read_interval` (power that must be sampled, a
+//! counter that may wrap within a step). It sleeps until it has used at most 1/`MIN_IDLE_RATIO` of
+//! the time since it started: less than a thousandth of a core. Without such a sensor no thread
+//! starts.
 
 use std::collections::BTreeSet;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -47,10 +48,13 @@ pub struct Counters {
 /// The counters at one moment.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
+    /// Sum over the sensors since they were opened.
     energy: Result<MicroJoules, Gap>,
+    /// Losses so far: another number later means that energy in between is unknown.
     losses: u64,
 }
 
+/// The sensors, and the energy losses since they were opened.
 struct SensorSet {
     sensors: Vec<Box<dyn Sensor>>,
     clock: Clock,
@@ -61,6 +65,7 @@ struct SensorSet {
     loss_reason: String,
 }
 
+/// The background thread that reads sensors with a `max_read_interval`.
 struct Sampler {
     stop: Sender<()>,
     thread: Option<JoinHandle<()>>,
@@ -139,8 +144,8 @@ impl Counters {
 }
 
 impl SensorSet {
-    /// The sum over every sensor. Reads all of them even if one fails, and retries a failed one once:
-    /// after a loss it counts from there, and other failures may be transient.
+    /// The sum over every sensor. Reads all of them even if one fails, and retries a failed one
+    /// once: after a loss it counts from there, and other failures may be transient.
     fn read(&mut self) -> Result<MicroJoules, Gap> {
         self.detect_suspend();
         let mut readings = Vec::new();
@@ -207,8 +212,8 @@ impl SensorSet {
 }
 
 impl Sampler {
-    /// Starts the thread if a sensor needs it. If the thread cannot be spawned, the sensors report the
-    /// exceeded read interval.
+    /// Starts the thread if a sensor needs it. If the thread cannot be spawned, the sensors report
+    /// the exceeded read interval.
     fn start(sensors: &Arc<Mutex<SensorSet>>) -> Option<Sampler> {
         let period = lock(sensors).sampling_period()?;
         let (stop, stopped) = channel();
@@ -219,7 +224,8 @@ impl Sampler {
             while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
                 let sample_start = Instant::now();
                 lock(&sensors).sample();
-                // Waking up costs as much as reading a file: only the thread's CPU clock includes it.
+                // Waking up costs as much as reading a file: only the thread's CPU clock includes
+                // it.
                 let idle = match thread_cpu_time() {
                     Some(cpu) => (cpu * MIN_IDLE_RATIO).saturating_sub(start.elapsed()),
                     None => sample_start.elapsed() * MIN_IDLE_RATIO,

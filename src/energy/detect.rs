@@ -1,8 +1,8 @@
 //! Detection of this machine's device profile.
 //!
-//! Recognises the processor (`/proc/cpuinfo`, else the system's name for it), a GPU by its driver's name,
-//! and the physical cores this process may use (affinity, cgroup). An unknown processor gets a generic
-//! profile with a note; an unknown GPU is an error.
+//! Recognises the processor (`/proc/cpuinfo`, else the system's name for it), a GPU by its driver's
+//! name, and the physical cores this process may use (affinity, cgroup). An unknown processor gets
+//! a generic profile with a note; an unknown GPU is an error.
 
 use super::options::DeviceRef;
 use super::profile::{DeviceKind, Profile};
@@ -10,7 +10,7 @@ use super::sensor::gpu_name;
 use crate::error::{Error, Kind, Result};
 use crate::text::{did_you_mean, near_matches};
 
-/// The device that computes; its counter makes a measurement complete.
+/// The device that computes. Energy is measured only if it has a readable counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Computing {
     /// The processor.
@@ -24,8 +24,9 @@ pub enum Computing {
 const NAME_A_PROFILE: &str = "write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file";
 
 impl Profile {
-    /// The profile of a recipe's `energy.device`. A name means all of the device; `auto`, the computing
-    /// device, gives "NAME@CORES" for a processor.
+    /// The profile of a recipe's `energy.device`. A name stands for the whole device, `NAME@CORES`
+    /// for some cores of a processor, `auto` for the computing device; of a processor `auto` takes
+    /// the cores this process may use.
     pub fn resolve(device: &DeviceRef, computing: Computing) -> Result<Profile> {
         match device {
             DeviceRef::Auto => Self::of_machine(computing),
@@ -42,8 +43,8 @@ impl Profile {
         })
     }
 
-    /// The profile of this machine's processor, scaled to the cores this process may use; `note` says how
-    /// it was recognised.
+    /// The profile of this machine's processor, scaled to the cores this process may use; `note`
+    /// says how it was recognised.
     pub fn detect() -> Profile {
         let info = cpuinfo();
         let cores = allowed_cores();
@@ -117,7 +118,7 @@ pub fn allowed_cores() -> usize {
     (cpus / threads_per_core(&cpuinfo())).max(1)
 }
 
-/// The CPUs this process may use and all CPUs of the system, if the process may not use all.
+/// (CPUs this process may use, CPUs of the system); `None` if it may use all of them.
 pub fn part_of_machine() -> Option<(usize, usize)> {
     let allowed = std::thread::available_parallelism().ok()?.get();
     let all = cpu_count(&cpuinfo());
@@ -155,7 +156,8 @@ fn threads_per_core(info: &str) -> usize {
     }
 }
 
-/// The profile of the processor in `/proc/cpuinfo`: by name, else by vendor, family and model, else generic.
+/// The profile of the processor in `/proc/cpuinfo`: by name, else by vendor, family and model, else
+/// generic.
 fn recognise(info: &str) -> Profile {
     // x86 processors have "model name", Arm boards "Model".
     let name = field(info, "model name").or(field(info, "Model"));

@@ -48,7 +48,8 @@ impl Phase {
     }
 }
 
-/// An energy on every meter. In files: joules, exact to the microjoule up to 2^53 of them.
+/// An energy on every meter. In files it is in joules, exact to the microjoule up to 2^53
+/// microjoules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Energies {
     /// Work times profile.
@@ -99,12 +100,12 @@ mod as_joules_or_null {
     }
 }
 
-/// One expenditure.
+/// One charged activity: a training step, an evaluation, a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// Activity.
     pub phase: Phase,
-    /// Optimizer step it belongs to.
+    /// Number of the training step, from 1; in other phases, of steps completed before.
     pub step: u64,
     /// Energy on every meter.
     pub energy_j: Energies,
@@ -142,7 +143,8 @@ pub struct GapFill {
     /// Meter it is estimated from.
     #[serde(rename = "filled")]
     pub meter: MeterKind,
-    /// Factor on that meter: the run's measured over counted energy so far, 1 before any measurement.
+    /// Factor on that meter: the run's measured over counted energy so far, 1 before any
+    /// measurement.
     #[serde(rename = "times")]
     pub factor: f64,
     /// The estimate.
@@ -150,7 +152,7 @@ pub struct GapFill {
     pub energy_j: MicroJoules,
 }
 
-/// Steps paid for before they run.
+/// Amounts recorded for steps before they run; after a crash they count as spent.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Lease {
     /// Number of steps.

@@ -1,8 +1,8 @@
 //! Electricity grids: carbon intensity by country, state or cloud region.
 //!
-//! Holds two tables: intensities (`grid.csv`, made by `scripts/grid_tables.py`), and the grids of AWS
-//! and Azure regions, whose providers publish no current open intensities (`cloud_grids.csv`). A
-//! region's location is its provider's statement; that it draws the location's average mix is an
+//! Holds two tables: intensities (`grid.csv`, made by `scripts/grid_tables.py`), and the grids of
+//! AWS and Azure regions, whose providers publish no current open intensities (`cloud_grids.csv`).
+//! A region's location is its provider's statement; that it draws the location's average mix is an
 //! assumption, stated in its basis. Takes a name, returns a [`Grid`] with year, basis, source and
 //! licence; an unknown name is an error with near matches, never an average.
 
@@ -19,8 +19,8 @@ use crate::units::GramsPerKwh;
 const INTENSITIES: &str = include_str!("grid.csv");
 const CLOUD_REGIONS: &str = include_str!("cloud_grids.csv");
 
-/// SHA-256 of both tables (`grid.csv`, then `cloud_grids.csv`), in hexadecimal: equal for two reports
-/// that used the same data.
+/// SHA-256 of both tables (`grid.csv`, then `cloud_grids.csv`), in hexadecimal: equal for two
+/// reports that used the same data.
 pub fn dataset_sha256() -> String {
     let tables = Sha256::new_with_prefix(INTENSITIES).chain_update(CLOUD_REGIONS);
     hex(tables.finalize())
@@ -204,8 +204,8 @@ impl Grid {
         GRIDS.iter().map(|entry| &entry.grid)
     }
 
-    /// Finds a grid by "world", ISO code of two or three letters, name, "US-CA", "gcp:us-central1" or
-    /// "us-central1", in any letter case; or takes a number of gCO2e/kWh.
+    /// Finds a grid by "world", ISO code of two or three letters, name, "US-CA", "gcp:us-central1"
+    /// or "us-central1", in any letter case; or takes a number of gCO2e/kWh.
     ///
     /// ```
     /// use wattune::energy::Grid;
@@ -249,8 +249,8 @@ impl Grid {
         }
     }
 
-    /// The country of a country's, a state's or a province's grid; `None` for larger areas, cloud regions
-    /// and numbers.
+    /// The country of a country's, a state's or a province's grid; `None` for larger areas, cloud
+    /// regions and numbers.
     pub fn country(&self) -> Option<Grid> {
         if self.iso3.is_some() {
             return Some(self.clone());
@@ -304,7 +304,8 @@ mod tests {
             let is_2024 = (grid.gco2e_per_kwh.0 - 44.2).abs() < 0.05 && grid.year == Some(2024);
             assert!(is_2024, "{text}: {grid:?}");
         }
-        // World 2024 and US 2024 of the same table; California 2020 of Green Algorithms; Iowa's region 2024 of Google.
+        // World 2024 and US 2024 of the same table; California 2020 of Green Algorithms; Iowa's
+        // region 2024 of Google.
         for (text, grams) in [
             ("world", 473.0),
             ("US", 383.5),

@@ -1,15 +1,15 @@
 //! Uncertain figures as intervals: low, central, high.
 //!
-//! Interval ends are combined as if every uncertain factor were at the same end at once, which gives
-//! the widest interval; no probability is attached to an end.
+//! Interval ends are combined as if every uncertain factor were at the same end at once, which
+//! gives the widest interval; no probability is attached to an end.
 
 use serde::Serialize;
 
 use super::charge::EnergyBreakdown;
 use crate::units::Joules;
 
-/// Factor between a counted energy and either end of its interval: power models from rated power are
-/// off by 27 to 37 % on average (Newkirk et al. 2025, arXiv:2506.14551).
+/// Factor between a counted energy and either end of its interval: power models from rated power
+/// are off by 27 to 37 % on average (Newkirk et al. 2025, arXiv:2506.14551).
 pub const MODEL_FACTOR: f64 = 1.37;
 
 /// Factor between a timed energy and either end of its interval: power times wall time, without
@@ -85,12 +85,12 @@ impl<T: Copy> Interval<T> {
     }
 }
 
-/// Bounds of the ratio `other / run` of two energies counted on one profile, as factors of the central
-/// ratio; `None` if either is zero.
+/// Bounds of the ratio `other / run` of two energies counted on one profile, as factors of the
+/// central ratio; `None` if either is zero.
 ///
-/// Both energies are `a * arithmetic + m * movement + i * idle` with the same unknown factors, each in
-/// `1/MODEL_FACTOR ..= MODEL_FACTOR`. Errors that affect both alike cancel: two works of the same mix have
-/// an exact ratio. The extremes lie at corners of the cube of factors.
+/// Both energies are `a * arithmetic + m * movement + i * idle` with the same unknown factors, each
+/// in `1/MODEL_FACTOR ..= MODEL_FACTOR`. Errors that affect both alike cancel: two works of the
+/// same mix have an exact ratio. The extremes lie at corners of the cube of factors.
 ///
 /// ```
 /// use wattune::{energy::{EnergyBreakdown, interval::ratio_bounds}, units::Joules};
@@ -156,15 +156,16 @@ mod tests {
 
     #[test]
     fn shared_errors_cancel_in_a_ratio() {
-        // All arithmetic against all movement: the factors are independent, 1.37 squared = 1.8769 either way.
+        // All arithmetic against all movement: the factors are independent, 1.37 squared = 1.8769
+        // either way.
         let [low, high] =
             ratio_bounds(&breakdown(1.0, 0.0, 0.0), &breakdown(0.0, 4.0, 0.0)).unwrap();
         assert!(
             (low - 1.0 / 1.8769).abs() < 1e-12 && (high - 1.8769).abs() < 1e-12,
             "{low} {high}"
         );
-        // Half of the run is shared: largest at a = 1/f, m = f, that is 4 f / (1/f + f) with f = 1.37: 5.48 / 2.0999270 = 2.6096146,
-        // where the central ratio is 2.
+        // Half of the run is shared: largest at a = 1/f, m = f, that is 4 f / (1/f + f) with f =
+        // 1.37: 5.48 / 2.0999270 = 2.6096146, where the central ratio is 2.
         let [low, high] =
             ratio_bounds(&breakdown(1.0, 1.0, 0.0), &breakdown(0.0, 4.0, 0.0)).unwrap();
         assert!(

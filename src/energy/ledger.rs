@@ -1,9 +1,9 @@
 //! The ledger: entries and leases on disk, and their sums.
 //!
-//! Takes entries and leases, writes them to `ledger.jsonl` (`ledger_file`), returns totals by phase and
-//! meter in whole microjoules. Entries are written at once but not synced; the lease in the last synced
-//! line covers whatever a crash or power cut takes. On resume, that lease less the entries after it
-//! becomes an entry of phase "lost" and counts as spent.
+//! Takes entries and leases, writes them to `ledger.jsonl` (`ledger_file`), returns totals by phase
+//! and meter in whole microjoules. Entries are written at once but not synced; the lease in the
+//! last synced line covers whatever a crash or power cut takes. On resume, that lease less the
+//! entries after it becomes an entry of phase "lost" and counts as spent.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -52,7 +52,8 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Creates a ledger whose first line is `run`, the digest of recipe, model and data; atomically.
+    /// Creates a ledger whose first line is `run`, the digest of recipe, model and data;
+    /// atomically.
     ///
     /// # Errors
     /// [`crate::error::Kind::Io`], also if the file exists.
@@ -79,22 +80,22 @@ impl Ledger {
         }
     }
 
-    /// Opens the ledger of a run to be continued: cuts off an incomplete last line and enters an unsettled
-    /// lease as lost, on disk.
+    /// Opens the ledger of a run to be continued: cuts off an incomplete last line and enters an
+    /// unsettled lease as lost, on disk.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] if a line is invalid or another process
-    /// uses the ledger.
+    /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] if a line is invalid or another
+    /// process uses the ledger.
     pub fn resume(path: &Path) -> Result<Ledger> {
         Self::reopen(path, None)
     }
 
-    /// As [`Ledger::resume`], for a ledger of [`Ledger::create_for_run`]; `run` is the present digest of
-    /// recipe, model and data.
+    /// As [`Ledger::resume`], for a ledger of [`Ledger::create_for_run`]; `run` is the present
+    /// digest of recipe, model and data.
     ///
     /// # Errors
-    /// As [`Ledger::resume`]; also [`crate::error::Kind::Run`] if the ledger is empty or has another
-    /// digest.
+    /// As [`Ledger::resume`]; also [`crate::error::Kind::Run`] if the ledger is empty or has
+    /// another digest.
     pub fn resume_run(path: &Path, run: &str) -> Result<Ledger> {
         Self::reopen(path, Some(run))
     }
@@ -158,7 +159,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Pays for steps before they run; replaces the last lease and syncs to disk.
+    /// Records the lease of steps before they run; replaces the last lease and syncs to disk.
     pub fn lease(&mut self, lease: Lease) -> Result<()> {
         self.file.append(&LedgerLine::Lease { lease, t: now() })?;
         self.file.sync()?;
@@ -203,8 +204,8 @@ impl Ledger {
         gaps.map(|((phase, reason), totals)| (*phase, reason.as_str(), totals))
     }
 
-    /// Measured over counted energy of the phase's measured entries, else of all measured entries; energy
-    /// lost in a crash was not measured.
+    /// Measured over counted energy of the phase's measured entries, else of all measured entries;
+    /// energy lost in a crash was not measured.
     pub fn ratio(&self, phase: Phase) -> Option<f64> {
         self.phase(phase).ratio().or_else(|| {
             let mut all = Totals::default();

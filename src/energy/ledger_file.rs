@@ -136,8 +136,8 @@ pub(super) fn read_lines(path: &Path, mut each: impl FnMut(LedgerLine)) -> Resul
     Ok(Extent { complete, total })
 }
 
-/// Every entry of the ledger at `path`, in the order of spending; other lines and an incomplete last line
-/// are skipped.
+/// Every entry of the ledger at `path`, in the order of spending; other lines and an incomplete
+/// last line are skipped.
 ///
 /// # Errors
 /// [`Kind::Io`]; [`Kind::Run`] with file and line of a complete but invalid line.

@@ -1,8 +1,8 @@
 //! The three meters: counted, measured, timed.
 //!
 //! Opens measurement windows and selects the deciding meter. Takes a `Work` at the end of a window,
-//! returns a [`Reading`] of every available meter. A missing or failed counter yields its reason, never a
-//! number.
+//! returns a [`Reading`] of every available meter. A missing or failed counter yields its reason,
+//! never a number.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -66,7 +66,8 @@ pub struct Meters {
     modelled_host: Option<(String, Watts)>,
     /// Why there is no measured energy.
     absent: Option<Absent>,
-    /// The counters' energy is attributed by CPU share, which `auto` does not accept as a measurement.
+    /// The counters' energy is attributed by CPU share, which `auto` does not accept as a
+    /// measurement.
     attributed: bool,
 }
 
@@ -91,8 +92,8 @@ impl Meters {
         }
     }
 
-    /// Counted and timed, and the counters this process may read. If it may use only some of the machine's
-    /// CPUs, the processor's energy is attributed by their share.
+    /// Counted and timed, and the counters this process may read. If it may use only some of the
+    /// machine's CPUs, the processor's energy is attributed by their share.
     pub fn open(profile: Profile, computing: Computing) -> Meters {
         let meters = Self::without_counters(profile);
         match computing {
@@ -115,7 +116,8 @@ impl Meters {
         }
     }
 
-    /// With `sensors` that together cover the computing device; `modelled_host`: name and power.
+    /// Adds the measured meter: `sensors` together cover the computing device. `modelled_host`:
+    /// name and assumed power of a host without a counter.
     pub fn with_counters(
         mut self,
         sensors: Vec<Box<dyn Sensor>>,
@@ -142,8 +144,8 @@ impl Meters {
         self.timed_power
     }
 
-    /// Components of the measured energy ("rapl (package-0)", "generic-cpu modelled at 17 W"); empty without
-    /// counters.
+    /// Components of the measured energy ("rapl (package-0)", "generic-cpu modelled at 17 W");
+    /// empty without counters.
     pub fn measured_by(&self) -> Vec<String> {
         let mut components = self.counters.borrow().names();
         if let Some((name, power)) = &self.modelled_host {
@@ -157,7 +159,8 @@ impl Meters {
         self.absent.as_ref()
     }
 
-    /// The deciding meter: the requested one; by default measured if complete, else counted.
+    /// The deciding meter: the requested one; by default measured, or counted if the counters are
+    /// absent or attributed by CPU share.
     ///
     /// # Errors
     /// [`Kind::Energy`] if `Measured` is requested but absent.
@@ -201,6 +204,7 @@ impl Meters {
         }
     }
 
+    /// Energy of the modelled host over `wall`; zero without one.
     fn host_energy(&self, wall: Seconds) -> MicroJoules {
         let host = self.modelled_host.as_ref();
         host.map_or(MicroJoules::ZERO, |(_, power)| (*power * wall).rounded())
@@ -216,7 +220,8 @@ fn open_rapl() -> std::result::Result<Box<dyn Sensor>, Absent> {
     })
 }
 
-/// Assumes one busy core on the host of a GPU: idle power plus one core's share of the dynamic power.
+/// Assumes one busy core on the host of a GPU: idle power plus one core's share of the dynamic
+/// power.
 fn host_model() -> (String, Watts) {
     let host = Profile::detect();
     let busy_core = (host.load_w - host.idle_w) / host.cores.unwrap_or(1) as f64;

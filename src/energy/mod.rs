@@ -6,9 +6,10 @@
 //! spent ──► budget, entry ──► ledger ──────┴─► account
 //! ```
 //!
-//! A `Work` is charged to a [`Profile`]; [`Meters`] measure it in a window; a [`Budget`] decides whether
-//! more may be spent; the [`Ledger`] stores it on disk; an [`Account`] combines them. Files import in this
-//! direction only. Independent of tensors, models and training: a phase is a name, a step a number.
+//! A `Work` is charged to a [`Profile`]; [`Meters`] measure it in a window; a [`Budget`] decides
+//! whether more may be spent; the [`Ledger`] stores it on disk; an [`Account`] combines them. Files
+//! import in this direction only. Independent of tensors, models and training: a phase is a name, a
+//! step a number.
 
 pub mod account;
 pub mod baseline;

@@ -1,6 +1,7 @@
 //! The energy options of a recipe: device, grid, meter and limits as the user names them.
 //!
-//! Plain values with their text forms; resolving a name to a profile or a grid happens in `profile` and `carbon`.
+//! Plain values with their text forms; `detect` resolves a device to a profile, `grid` a name to a
+//! grid.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -36,7 +37,8 @@ impl MeterKind {
     }
 }
 
-/// An amount of each quantity that a budget can limit: a limit, or what was spent. `None`: no limit, or not known.
+/// An amount of each quantity that a budget can limit: a limit, or what was spent. `None`: no
+/// limit, or not known.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Limits {
     /// The machine's energy, without the facility's overhead.

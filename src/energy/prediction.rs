@@ -1,8 +1,8 @@
 //! Prediction of metered energy and wall time from recent entries.
 //!
-//! Learns, per phase, the ratio of observed to charged over the last [`WINDOW`] entries. The upper bound
-//! is the charge-weighted mean plus three standard deviations: weighted, so that small noisy entries do
-//! not inflate large ones.
+//! Keeps the ratios of observed to charged amounts of the last [`WINDOW`] entries of each phase.
+//! The upper bound is the charge-weighted mean plus three standard deviations: weighted, so that
+//! small noisy entries do not inflate large ones.
 
 use std::collections::VecDeque;
 
@@ -119,7 +119,8 @@ mod tests {
 
     #[test]
     fn the_upper_bound_is_weighted_by_charge() {
-        // 97 parts at ratio 28 and 3 at 100: the mean is 30.16, the variance 97 % of 2.16 squared + 3 % of 69.84 squared = 150.9.
+        // 97 parts at ratio 28 and 3 at 100: the mean is 30.16, the variance 97 % of 2.16 squared +
+        // 3 % of 69.84 squared = 150.9.
         let bound = upper_bound(&[(28.0, 0.97), (100.0, 0.03)]).unwrap();
         let expected = 30.16 + 3.0 * (0.97 * 2.16_f64.powi(2) + 0.03 * 69.84_f64.powi(2)).sqrt();
         assert!((bound - expected).abs() < 1e-9);

@@ -1,8 +1,8 @@
 //! Device profiles: power, achievable rates and energy per operation and byte of a device.
 //!
-//! A [`Profile`] is read from TOML by `profile_file`, validated by `profile_rules`, recognised on this
-//! machine by `detect` and used by `charge`. This file holds its figures and their scaling to some of a
-//! processor's cores.
+//! A [`Profile`] is read from TOML by `profile_file`, validated by `profile_rules`, recognised on
+//! this machine by `detect` and used by `charge`. This file holds its figures and their scaling to
+//! some of a processor's cores.
 
 use std::collections::BTreeMap;
 
@@ -34,10 +34,11 @@ pub struct CacheLevel {
     /// Energy of a byte served to the next level in; if absent it is part of pJ/FLOP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pj_per_byte: Option<f64>,
-    /// Bytes per second served to all cores together, as copies reach it; if absent it bounds nothing.
+    /// Bytes per second served to all cores together, as a copy loop reaches it; if absent,
+    /// the level does not bound the roofline time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<f64>,
-    /// Shared by all cores: some of the cores get their share of it.
+    /// Shared by all cores; a profile scaled to some of the cores has their share of it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
 }
@@ -52,7 +53,8 @@ pub struct Source {
     pub year: u16,
     /// Licence of the table; "facts" for bare specifications.
     pub licence: String,
-    /// Read in the source itself; false for recalled and assumed figures.
+    /// Whether the figure was read in the source itself; false for figures from memory and
+    /// assumptions.
     pub verified: bool,
 }
 
@@ -110,9 +112,11 @@ pub struct Profile {
     pub caches: Vec<CacheLevel>,
     /// Picojoules per byte from or to main memory.
     pub dram_pj_per_byte: f64,
-    /// Factor of every counted joule: measured over counted energy of an earlier run on this device.
+    /// Factor of every counted joule: measured over counted energy of an earlier run on this
+    /// device.
     pub measured_over_counted: Option<f64>,
-    /// Share of a training machine's power outside its accelerators. Not included in any other figure.
+    /// Share of a training machine's power outside its accelerators. Not included in any other
+    /// figure.
     pub host_share: Option<f64>,
     /// Emissions of manufacturing the device.
     #[serde(
@@ -135,7 +139,7 @@ pub struct Profile {
     pub note: Option<String>,
 }
 
-/// Assumed share of a peak that tuned kernels reach, for a file without one.
+/// `achievable_flops` and `achievable_bandwidth` of a profile file that states none.
 fn default_fraction() -> f64 {
     0.8
 }
@@ -153,8 +157,9 @@ fn titles<'de, D: Deserializer<'de>>(file: D) -> Result<BTreeMap<String, Source>
 }
 
 impl Profile {
-    /// The same processor with `cores` of its cores: their share of its power, peak, bandwidth and shared
-    /// caches. Other devices, and a number of cores that is no smaller, are returned unchanged.
+    /// The same processor with `cores` of its cores: their share of its power, peak, bandwidth and
+    /// shared caches. Other devices, and a number of cores that is no smaller, are returned
+    /// unchanged.
     pub fn scaled_to(&self, cores: usize) -> Profile {
         let scalable = self
             .cores
@@ -183,7 +188,8 @@ impl Profile {
         }
     }
 
-    /// Every bandwidth and the shared capacities times `share`; no level smaller than a private one.
+    /// Every bandwidth and the shared capacities times `share`; no level smaller than a private
+    /// one.
     fn scaled_caches(&self, share: f64) -> Vec<CacheLevel> {
         let private = self.caches.iter().filter(|level| !level.shared);
         let largest_private = private.map(|level| level.bytes).max().unwrap_or_default();
@@ -209,7 +215,8 @@ impl Profile {
         self.host_share.map(|share| 1.0 / (1.0 - share))
     }
 
-    /// The factor of every counted joule, with its source.
+    /// `measured_over_counted` with the title of its source; `None` if the profile is not
+    /// reconciled.
     pub fn factor(&self) -> Option<(f64, &str)> {
         let source = self.sources.get("measured_over_counted");
         let title = source.map_or("the profile file does not say", |source| {
@@ -236,7 +243,8 @@ impl Profile {
         *energy.expect("a valid profile has a figure for f32")
     }
 
-    /// Power at `load` in 0..1, interpolated linearly between idle, the measured points and full load.
+    /// Power at `load` in 0..1, interpolated linearly between idle, the measured points and full
+    /// load.
     pub fn power_at(&self, load: f64) -> Watts {
         let load = load.clamp(0.0, 1.0);
         let mut previous = (0.0, self.idle_w);
@@ -278,7 +286,8 @@ mod tests {
 
     #[test]
     fn power_is_interpolated_between_measured_points() {
-        // EPYC 8024P (RAPL): 18.6 W at 10 %, 43.2 W at 50 %, 46.1 W at 100 %; half-way between the last two is 44.65 W.
+        // EPYC 8024P (RAPL): 18.6 W at 10 %, 43.2 W at 50 %, 46.1 W at 100 %; half-way between the
+        // last two is 44.65 W.
         let epyc = named("amd-epyc-8024p");
         assert!((epyc.power_at(0.75).0 - 44.65).abs() < 1e-9);
         assert_eq!(epyc.power_at(1.0), Watts(46.1));

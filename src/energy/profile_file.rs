@@ -2,10 +2,11 @@
 //!
 //! Reads, completes, validates and writes profiles, and looks up shipped ones by name.
 //!
-//! A pJ/FLOP that is not published is derived so that a large matrix product draws `load_w`: for the
-//! product 4096 x 4096 x 4096 in that precision, with its roofline time t and its DRAM traffic from the
-//! blocking model, `pj_per_flop = ((load_w - idle_w) * t - movement) / flops`. Dynamic power at full load
-//! is thereby split between arithmetic (with the caches) and memory, and no joule is counted twice.
+//! A pJ/FLOP that is not published is derived so that a large matrix product draws `load_w`: for
+//! the product 4096 x 4096 x 4096 in that precision, with its roofline time t and its DRAM traffic
+//! from the blocking model, `pj_per_flop = ((load_w - idle_w) * t - movement) / flops`. Dynamic
+//! power at full load is thereby split between arithmetic (with the caches) and memory, and no
+//! joule is counted twice.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -108,7 +109,8 @@ impl Profile {
             .map_err(|e| e.at(&place))
     }
 
-    /// The profile as a file that `from_file` reads; derived figures are left out, to be derived again.
+    /// The profile as a file that `from_file` reads; derived figures are left out, to be derived
+    /// again.
     pub fn to_toml(&self) -> String {
         let profile = self.file_form();
         let mut file = toml_edit::ser::to_document(&profile)
@@ -290,7 +292,8 @@ mod tests {
 
     #[test]
     fn with_a_derived_pj_per_flop_a_large_product_draws_the_rated_power() {
-        // The definition of the derivation: joules over roofline seconds of the 4096-cube product is load_w.
+        // The definition of the derivation: joules over roofline seconds of the 4096-cube product
+        // is load_w.
         for name in [
             "nvidia-a100-sxm4-80gb",
             "raspberry-pi-5",
@@ -305,8 +308,9 @@ mod tests {
                 "{name}: {watts} W of {load}"
             );
         }
-        // LLaMA's own A100 runs spent 2.5-3.0 pJ/FLOP at 400 W and a utilisation of 0.43-0.51 (arXiv:2302.13971, table 15);
-        // at the achievable 0.869 the same 400 W give 400 / (312e12 * 0.869) = 1.475 pJ/FLOP, idle and memory included.
+        // LLaMA's own A100 runs spent 2.5-3.0 pJ/FLOP at 400 W and a utilisation of 0.43-0.51
+        // (arXiv:2302.13971, table 15); at the achievable 0.869 the same 400 W give 400 / (312e12 *
+        // 0.869) = 1.475 pJ/FLOP, idle and memory included.
         let a100 = Profile::named("nvidia-a100-sxm4-80gb").unwrap();
         let charge = a100.charge(&Work::product(4096, 4096, 4096, Precision::Bf16));
         let pj = charge.energy.joules().0 / charge.flops as f64 * 1e12;

@@ -1,4 +1,5 @@
-//! Amounts spent and allowances, in the quantities that a budget compares: microjoules, FLOPs, seconds.
+//! Amounts spent and allowances, in the quantities that a budget compares: microjoules, FLOPs,
+//! seconds.
 
 use std::ops::{Add, AddAssign};
 
@@ -124,7 +125,8 @@ impl Allowance {
         }
     }
 
-    /// The largest fraction of the allowance that `spent` is, over every limit, in 0..=1; 0 if unlimited.
+    /// The largest fraction of the allowance that `spent` is, over every limit, in 0..=1; 0 if
+    /// unlimited.
     pub fn fraction(&self, spent: &Spent) -> f64 {
         let thresholds = [
             self.energy.map(Threshold::Energy),
@@ -138,9 +140,9 @@ impl Allowance {
         fractions.fold(0.0, f64::max).min(1.0)
     }
 
-    /// Converts the remainder of a run to the total of its training: `trained` so far, plus training's
-    /// share of the remainder. In each quantity the share is that of a `step` in a step plus its
-    /// `overhead` (evaluations and saves).
+    /// Converts the remainder of a run to the total of its training: `trained` so far, plus
+    /// training's share of the remainder. In each quantity the share is that of a `step` in a step
+    /// plus its `overhead` (evaluations and saves).
     pub fn with_trained(&self, trained: &Spent, step: &Spent, overhead: &Spent) -> Allowance {
         let share = |remainder: f64, step: f64, overhead: f64| {
             if step > 0.0 {
@@ -197,8 +199,8 @@ mod tests {
 
     #[test]
     fn the_remainder_is_shared_between_steps_and_their_overhead() {
-        // 60 uJ and 9 s are left; a step takes 2 uJ and 1 s, its overhead 1 uJ and 0.5 s: two thirds of both go to training, which has
-        // spent 35 uJ and 4 s.
+        // 60 uJ and 9 s are left; a step takes 2 uJ and 1 s, its overhead 1 uJ and 0.5 s: two
+        // thirds of both go to training, which has spent 35 uJ and 4 s.
         let left = allowance(60, 9.0);
         let total = left.with_trained(&spent(35, 7, 4.0), &spent(2, 3, 1.0), &spent(1, 0, 0.5));
         assert_eq!(total, allowance(75, 10.0));

@@ -1,11 +1,12 @@
 //! Bytes moved between memory levels: the blocking model of the counted meter.
 //!
-//! A product (m, k) x (k, n) with `e` bytes an element through a cache of `Z` bytes: if both operands
-//! and the f32 result fit, each crosses once, `e(mk + kn) + 4mn`. Otherwise the product is tiled in
-//! squares of side `b = floor(sqrt(Z / 3e))`, three to a cache, and `e(mk ceil(n/b) + kn ceil(m/b)) +
-//! 4mn` bytes cross: the lower bound of Hong & Kung (1981) as blocked implementations reach it (Goto &
-//! van de Geijn 2008). A sweep over memory crosses every level smaller than itself. Bytes that cross a
-//! level are served by the next level out, and those that cross the last by DRAM.
+//! A product (m, k) x (k, n) with `e` bytes an element through a cache of `Z` bytes: if both
+//! operands and the f32 result fit, each crosses once, `e(mk + kn) + 4mn`. Otherwise the product is
+//! tiled in squares of side `b = floor(sqrt(Z / 3e))`, three to a cache, and
+//! `e(mk ceil(n/b) + kn ceil(m/b)) + 4mn` bytes cross: the lower bound of Hong & Kung (1981) as
+//! blocked implementations reach it (Goto & van de Geijn 2008). A sweep over memory crosses every
+//! level smaller than itself. Bytes that cross a level are served by the next level out, and those
+//! that cross the last by DRAM.
 
 use std::collections::BTreeMap;
 
@@ -32,8 +33,8 @@ pub(super) fn traffic(caches: &[CacheLevel], work: &Work) -> Traffic {
         .collect()
 }
 
-/// Bytes of `work` that DRAM would serve without any reuse: both operands of every multiply-add, every
-/// result, every sweep and file.
+/// Bytes of `work` that DRAM would serve without any reuse: both operands of every multiply-add,
+/// every result, every sweep and file.
 pub(super) fn without_reuse(work: &Work) -> Bytes {
     total(work, unblocked_product, |_| true)
 }

@@ -82,7 +82,8 @@ fn predicted_energy(account: &Account, phase: Phase) -> MicroJoules {
     account.forecast(&[(phase, step())]).energy
 }
 
-/// A counter that rises by the next increment at every second reading; an increment of zero is a reset.
+/// A counter that rises by the next increment at every second reading; an increment of zero is a
+/// reset.
 struct Increments {
     increments: Vec<u64>,
     total: u64,
@@ -186,7 +187,8 @@ fn on_a_sensor_a_step_is_predicted_from_recent_ones() {
     for number in 1..=2 {
         spend(&mut account, Phase::Train, number, &step());
     }
-    // Twice and four times the counted energy: mean 3, deviation 1, so 3 + 3 * 1 = 6 times; evaluations use the same ratio.
+    // Twice and four times the counted energy: mean 3, deviation 1, so 3 + 3 * 1 = 6 times;
+    // evaluations use the same ratio.
     assert_eq!(predicted_energy(&account, Phase::Train).0, 6 * counted);
     assert_eq!(predicted_energy(&account, Phase::Eval).0, 6 * counted);
     assert_eq!(account.spent().energy.0, 6 * counted);
@@ -242,8 +244,9 @@ fn progress_on_a_sensor_reaches_one_when_the_budget_ends() {
     }
     let spent = account.spent().energy;
     assert!(spent.0 + 8 * counted <= budget, "{spent}");
-    // Of 200, 12 for the first evaluation; then five steps and an evaluation take 28: some thirty steps. Progress starts near zero, is
-    // one half after half of the steps, and nears one only at the end.
+    // Of 200, 12 for the first evaluation; then five steps and an evaluation take 28: some thirty
+    // steps. Progress starts near zero, is one half after half of the steps, and nears one only at
+    // the end.
     let middle = progress[progress.len() / 2];
     assert!(done > 30 && progress[0] < 0.03, "{progress:?}");
     assert!((middle - 0.5).abs() < 0.1, "{progress:?}");

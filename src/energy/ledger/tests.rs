@@ -116,7 +116,8 @@ fn a_crash_costs_the_remainder_of_the_lease_once() {
     torn.extend_from_slice(b"{\"phase\":\"train\",\"step\":2,\"ener");
     std::fs::write(&path, torn).unwrap();
     for _ in 0..2 {
-        // One step of four is entered, three are lost: 30 counted, 60 timed, 300 FLOPs, 1.5 s; and only once.
+        // One step of four is entered, three are lost: 30 counted, 60 timed, 300 FLOPs, 1.5 s; and
+        // only once.
         let ledger = Ledger::resume(&path).unwrap();
         assert_eq!(ledger.phase(Phase::Lost).energy_j, energies(30, None, 60));
         let spent = Spent {

@@ -33,7 +33,7 @@ impl CounterLimits {
     }
 }
 
-/// Accumulates raw readings into energy since the first.
+/// Accumulates raw readings in microjoules into energy since the first.
 #[derive(Debug, Clone)]
 pub(super) struct Counter {
     limits: CounterLimits,
@@ -56,10 +56,13 @@ impl Counter {
         &self.limits
     }
 
-    /// Adds the increment up to `raw`, read at `at`. A decrease that is no plausible wrap-around is
-    /// a reset; so is, or is misread, an increment above `max_power_w`. After a read interval in which
-    /// it may have wrapped unnoticed, the increment is unknown. In each case the energy since the
-    /// last reading is lost and counting continues from `raw`.
+    /// Adds the increment up to `raw`, read at `at`; returns the microjoules since the first
+    /// reading.
+    ///
+    /// # Errors
+    /// A lost gap, after which counting continues from `raw`: a decrease that is no plausible
+    /// wrap-around (a reset), an increment above `max_power_w`, or a read interval so long that the
+    /// counter may have wrapped unnoticed.
     pub fn update(&mut self, raw: u64, at: Duration) -> Result<u64, Gap> {
         let interval = at.saturating_sub(self.last_read);
         let last = std::mem::replace(&mut self.last, raw);

@@ -2,8 +2,8 @@
 //!
 //! The only access to the machine's counters: a [`Sensor`] returns the microjoules since it was
 //! opened, or a [`Gap`] when it cannot. A sensor that cannot be opened is [`Absent`], with a reason
-//! and a remedy. An unreadable counter never reads as zero. Independent of measurement windows, work
-//! and budgets.
+//! and a remedy. An unreadable counter never reads as zero. Independent of measurement windows,
+//! work and budgets.
 
 mod attributed;
 mod counter;

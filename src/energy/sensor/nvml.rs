@@ -1,9 +1,9 @@
 //! Energy of an NVIDIA GPU, from its driver (NVML).
 //!
-//! Reads the driver's total-energy counter (millijoules since the driver was loaded, Volta and newer)
-//! or, on older GPUs, integrates sampled power. Without the library the sensor is absent, with the
-//! reason. A decreasing counter was reset with its driver: a gap. The counter covers the GPU, not one
-//! process; `nvml_device` finds the GPU that CUDA uses.
+//! Reads the driver's total-energy counter (millijoules since the driver was loaded, Volta and
+//! newer) or, on older GPUs, integrates sampled power. Without the library the sensor is absent,
+//! with the reason. A decreasing counter was reset with its driver: a gap. The counter covers the
+//! GPU, not one process; `nvml_device` finds the GPU that CUDA uses.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

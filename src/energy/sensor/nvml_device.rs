@@ -1,8 +1,8 @@
 //! The NVML library, and the NVML index of a CUDA device ordinal.
 //!
-//! The library is loaded at run time. CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER may map ordinal 0 to any GPU of the machine; a counter
-//! of GPU 0 would then measure other work. Takes the ordinal and the environment, returns the
-//! driver's index, or why it cannot be determined.
+//! The library is loaded at run time. CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER may map ordinal 0
+//! to any GPU of the machine; a counter of GPU 0 would then measure other work. Takes the ordinal
+//! and the environment, returns the driver's index, or why it cannot be determined.
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
@@ -75,8 +75,8 @@ fn uuids_and_names(nvml: &Nvml) -> Result<Vec<(String, String)>, NvmlError> {
         .collect()
 }
 
-/// The entry of `list` that `ordinal` selects; without a list the ordinal is the index. An error says
-/// why there is none, or none with a counter.
+/// The entry of `list` that `ordinal` selects; without a list the ordinal is the index. An error
+/// says why there is none, or none with a counter.
 fn visible_device(ordinal: u32, list: Option<&str>) -> Result<VisibleDevice, String> {
     let Some(list) = list else {
         return Ok(VisibleDevice::Index(ordinal));

@@ -35,14 +35,15 @@ struct Domain {
 }
 
 impl RaplSensor {
-    /// The sensor of this machine: `/sys/class/powercap`, or the tree that `WATTUNE_POWERCAP` names.
+    /// The sensor of this machine: `/sys/class/powercap`, or the tree that `WATTUNE_POWERCAP`
+    /// names.
     pub fn open_default() -> Result<RaplSensor, Absent> {
         let root = std::env::var_os(ROOT_VARIABLE).unwrap_or_else(|| ROOT.into());
         Self::open(Path::new(&root))
     }
 
-    /// The sensor of the powercap tree under `root`. Every selected zone must be readable: a partial
-    /// sum would pass for the total.
+    /// The sensor of the powercap tree under `root`. Every selected zone must be readable: a
+    /// partial sum would pass for the total.
     pub fn open(root: &Path) -> Result<RaplSensor, Absent> {
         let zones = zones::find(root).map_err(|e| no_tree(root, &e))?;
         if zones.selected.is_empty() {
@@ -66,8 +67,8 @@ impl RaplSensor {
         &self.left_out
     }
 
-    /// Energy since the sensor was opened; `elapsed` is the time since then. Reads every domain even
-    /// if one fails; a lost interval takes precedence over a failed reading.
+    /// Energy since the sensor was opened; `elapsed` is the time since then. Reads every domain
+    /// even if one fails; a lost interval takes precedence over a failed reading.
     fn read_at(&mut self, elapsed: Duration) -> Result<MicroJoules, Gap> {
         let readings: Vec<Result<u64, Gap>> = self
             .domains
@@ -252,8 +253,8 @@ mod tests {
 
     #[test]
     fn a_failed_read_is_a_gap_and_adds_no_range() {
-        // A known bug of another meter: an error read as 0 adds one full range, and the next reading
-        // the absolute counter.
+        // A known bug of another meter: an error read as 0 adds one full range, and the next
+        // reading the absolute counter.
         let (root, mut sensor) = one_package(5_000_000_000);
         for broken in ["", "garbage"] {
             set(root.path(), "intel-rapl:0", broken);

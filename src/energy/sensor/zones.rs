@@ -155,8 +155,8 @@ mod tests {
 
     #[test]
     fn a_laptop_package_is_counted_once() {
-        // A client Intel machine: package with core, uncore and memory, the platform, and the package
-        // again by mmio.
+        // A client Intel machine: package with core, uncore and memory, the platform, and the
+        // package again by mmio.
         let (selected, left_out) = find_in(&[
             ("intel-rapl:0", "package-0"),
             ("intel-rapl:0:0", "core"),
