@@ -23,7 +23,7 @@ use crate::text::hex;
 /// Records encoded in parallel before they are collected in order.
 const CHUNK: usize = 4096;
 /// Increment when encoding changes: caches of other versions are ignored.
-const ENCODING_VERSION: u32 = 2;
+const ENCODING_VERSION: u32 = 3;
 
 /// Loads `paths` in order as one data set; `cache` is a folder for encoded data sets.
 ///
@@ -38,7 +38,10 @@ pub fn load(
 ) -> Result<Dataset> {
     check(paths, options)?;
     let fingerprint = fingerprint(paths, options, tokenizer)?;
-    if let Some(dataset) = cache.and_then(|folder| cache::load(folder, &fingerprint)) {
+    if let Some(mut dataset) = cache.and_then(|folder| cache::load(folder, &fingerprint)) {
+        if let Some(first) = &mut dataset.first {
+            first.place = place_from_cache(&first.place, paths);
+        }
         return Ok(dataset);
     }
     let mut builder = DatasetBuilder::default();
@@ -54,10 +57,33 @@ pub fn load(
     }
     let dataset = builder.finish(fingerprint, paths)?;
     if let Some(folder) = cache {
+        let mut cached = dataset.clone();
+        if let Some(first) = &mut cached.first {
+            first.place = place_for_cache(&first.place, paths);
+        }
         // Without a cache the next run encodes again: not an error.
-        let _ = cache::save(folder, &dataset);
+        let _ = cache::save(folder, &cached);
     }
     Ok(dataset)
+}
+
+/// A record's place with the file's index instead of its path: equal contents at another path share a cache entry.
+fn place_for_cache(place: &str, paths: &[PathBuf]) -> String {
+    let of_file = |(index, path): (usize, &PathBuf)| {
+        let rest = place.strip_prefix(&path.display().to_string())?;
+        Some(format!("{index}{rest}"))
+    };
+    let shortened = paths.iter().enumerate().find_map(of_file);
+    shortened.unwrap_or_else(|| place.to_string())
+}
+
+fn place_from_cache(place: &str, paths: &[PathBuf]) -> String {
+    let digits = place.len() - place.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (index, rest) = place.split_at(digits);
+    match index.parse().ok().and_then(|index: usize| paths.get(index)) {
+        Some(path) => format!("{}{rest}", path.display()),
+        None => place.to_string(),
+    }
 }
 
 fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
@@ -348,5 +374,17 @@ mod tests {
             ..options()
         };
         assert!(load_lines("{}", &short, None).is_err());
+    }
+
+    #[test]
+    fn a_cached_sample_names_the_file_of_this_recipe() {
+        let place = place_for_cache(
+            "one/d.jsonl, line 7",
+            &["zero".into(), "one/d.jsonl".into()],
+        );
+        assert_eq!(place, "1, line 7");
+        let paths = ["a".into(), "two/d.jsonl".into()];
+        assert_eq!(place_from_cache(&place, &paths), "two/d.jsonl, line 7");
+        assert_eq!(place_from_cache("9, line 7", &paths), "9, line 7");
     }
 }

@@ -1,5 +1,6 @@
 //! Preflight: turns a recipe into everything that a run needs before weights are read, or refuses it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::Device;
@@ -15,16 +16,18 @@ use super::model::{find_model, tokenizer_of};
 use super::options::{sampler_options, settings};
 use super::records::Records;
 use super::target::{shape_of, target};
+use crate::adapter::peft::WEIGHTS_FILE;
 use crate::adapter::shards::read_headers;
 use crate::data::{Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::Computing;
 use crate::energy::{Budget, DeviceRef, Grid, Meters, Profile, Rates};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::files::sha256;
 use crate::forecast::Subject;
 pub(super) use crate::forecast::Target;
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{Architecture, MemoryForecast, ModelShape, Weights};
-use crate::recipe::{Checkpointing, Init, Recipe};
+use crate::recipe::{Adapter, Checkpointing, DataSource, Init, ModelId, Recipe, Validation};
 use crate::train::Settings;
 
 /// A recipe that can run.
@@ -152,7 +155,9 @@ pub fn prepare(
         recipe.energy.device = profile.reference();
     }
     recipe.energy.meter = Some(meters.resolve(recipe.energy.meter)?);
+    let files_read = local_inputs(&recipe, &profile)?;
     let inputs = weights.as_deref().into_iter().chain(records.fingerprints());
+    let inputs = inputs.chain(files_read.iter().map(String::as_bytes));
     let digest = digest_of(&recipe, inputs);
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     check_steps(&settings)?;
@@ -218,14 +223,55 @@ fn weights_fingerprint(
     }
 }
 
-/// SHA-256 of a resolved recipe and its inputs, in hex.
+/// SHA-256 of a resolved recipe and its inputs, in hex. Local paths are left out, because the inputs' contents are in: a run
+/// whose folder was moved resumes.
 fn digest_of<'a>(recipe: &Recipe, inputs: impl Iterator<Item = &'a [u8]>) -> String {
-    let mut hash = Sha256::new_with_prefix(recipe.to_toml());
+    let mut hash = Sha256::new_with_prefix(without_paths(recipe).to_toml());
     for input in inputs {
         hash.update(" ");
         hash.update(input);
     }
     crate::text::hex(hash.finalize())
+}
+
+/// Hashes of the adapter that is continued and of the profile file, if the recipe names any.
+fn local_inputs(recipe: &Recipe, profile: &Profile) -> Result<Vec<String>> {
+    let mut inputs = Vec::new();
+    if let Adapter::Lora(lora) = &recipe.adapter
+        && let Some(path) = &lora.init_from
+    {
+        let weights = path.join(WEIGHTS_FILE);
+        inputs.push(sha256(&weights).map_err(|e| Error::io("read", &weights, e))?);
+    }
+    if matches!(recipe.energy.device, DeviceRef::File(_)) {
+        inputs.push(profile.to_toml());
+    }
+    Ok(inputs)
+}
+
+/// The recipe with `.` for every local path.
+fn without_paths(recipe: &Recipe) -> Recipe {
+    let mut recipe = recipe.clone();
+    let anywhere = || PathBuf::from(".");
+    if let ModelId::Directory(path) = &mut recipe.model.id {
+        *path = anywhere();
+    }
+    let validation = match &mut recipe.data.validation {
+        Validation::Source(source) => Some(source),
+        _ => None,
+    };
+    for source in validation.into_iter().chain([&mut recipe.data.train]) {
+        if let DataSource::File(path) = source {
+            *path = anywhere();
+        }
+    }
+    if let Adapter::Lora(lora) = &mut recipe.adapter {
+        lora.init_from = lora.init_from.as_ref().map(|_| anywhere());
+    }
+    if let DeviceRef::File(path) = &mut recipe.energy.device {
+        *path = anywhere();
+    }
+    recipe
 }
 
 /// A model's architecture for `device`: a GPU keeps weights in the compute dtype, whatever they are stored in.

@@ -191,3 +191,29 @@ fn what_a_killed_process_left_is_swept() {
         assert_eq!(left, Vec::<String>::new(), "{folder}");
     }
 }
+
+#[test]
+fn a_run_resumes_where_its_folder_was_moved() {
+    let lab = Lab::new();
+    lab.train("run", &keys());
+    fs::remove_file(lab.path("run/report.json")).unwrap();
+    fs::create_dir(lab.path("there")).unwrap();
+    for name in ["run", "train.jsonl", "validation.jsonl"] {
+        fs::rename(lab.path(name), lab.path(&format!("there/{name}"))).unwrap();
+    }
+    // The resolved recipe holds absolute paths, which the user corrects.
+    let here = lab.path("").display().to_string();
+    let recipe = String::from_utf8(lab.read("there/run/recipe.toml")).unwrap();
+    assert!(recipe.contains(&here), "{recipe}");
+    let moved = recipe.replace(&here, &format!("{here}there/"));
+    lab.write("there/run/recipe.toml", &moved);
+    let report = lab.json(&["train", "--resume", "there/run", "--quiet"]);
+    assert_eq!(report["training"]["steps"], 4);
+    // Other data at the new place are not those that the run began with.
+    fs::remove_file(lab.path("there/run/report.json")).unwrap();
+    lab.records("there/train.jsonl", "recipes/quickstart/train.jsonl", 23);
+    says(
+        &lab.refused(2, &["train", "--resume", "there/run"]),
+        &["no longer those that this run began with"],
+    );
+}
