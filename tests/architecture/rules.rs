@@ -97,22 +97,10 @@ const FOREIGN: &[(&str, &[&str], &str)] = &[
 /// Hard limit of a source file, in lines; `NOTED` is what a file should aim at.
 const FILE_LINES: usize = 700;
 pub const NOTED: usize = 400;
-/// Files that are still longer.
-const LONG_FILES: &[&str] = &[];
 const MAIN_LINES: usize = 59;
 /// Hard limit of a function, in lines; tables and matches that are longer stand in `LONG`, as (file, function).
 const FUNCTION_LINES: usize = 80;
-const LONG: &[(&str, &str)] = &[
-    (
-        "tests/end_to_end/figures.rs",
-        "bounds_are_carried_to_carbon_money_and_ratios",
-    ),
-    (
-        "tests/end_to_end/resume.rs",
-        "what_cannot_be_resumed_says_why",
-    ),
-    ("tests/recipe.rs", "defaults_are_as_designed"),
-];
+const LONG: &[(&str, &str)] = &[];
 
 /// Words that code outside tests does not hold, and why. `.backward()` without arguments is candle's; ours take some.
 const NEVER: &[(&str, &str)] = &[
@@ -385,7 +373,7 @@ pub fn file_shape(path: &str, text: &str) -> Vec<Finding> {
         FILE_LINES
     };
     let mut found = Vec::new();
-    if lines > limit && !LONG_FILES.contains(&path) {
+    if lines > limit {
         found.push(finding(
             lines,
             format!("{lines} lines; a file ends by line {limit}"),

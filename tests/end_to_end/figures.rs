@@ -76,7 +76,7 @@ fn a_run_says_what_its_joules_went_into() {
 #[test]
 fn bounds_are_carried_to_carbon_money_and_ratios() {
     let lab = Lab::new();
-    let (plan, report) = (lab.plan(&keys()), lab.train("run", &keys()));
+    let report = lab.train("run", &keys());
     let total = number(&report, "/energy/total_j");
     assert!(
         close(number(&report, "/energy/low_j"), total / 1.37)
@@ -119,7 +119,13 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
             "{baseline}"
         );
     }
-    // A person who plans sees them too.
+}
+
+#[test]
+fn a_plan_shows_the_bounds_and_what_the_profile_leaves_out() {
+    let lab = Lab::new();
+    let plan = lab.plan(&keys());
+    let report = lab.train("run", &keys());
     let output = lab.output(&[&["plan", "recipe.toml"], &flags(&keys())[..]].concat());
     let page = String::from_utf8(output.stdout).unwrap();
     let carbon = |end: &str| {
@@ -173,6 +179,12 @@ fn bounds_are_carried_to_carbon_money_and_ratios() {
         word(peak, "/value"),
         &["TFLOP/s in f32, ", "TFLOP/s in bf16"],
     );
+}
+
+#[test]
+fn embodied_carbon_and_the_cloud_region_are_reported() {
+    let lab = Lab::new();
+    let report = lab.train("run", &keys());
     // 164 kg (EcoLogits) over three years of 365.25 days.
     let share = 164_000.0 * number(&report, "/training/wall_s") / (3.0 * 365.25 * 86_400.0);
     assert!(close(number(&report, "/carbon/embodied_gco2e"), share));

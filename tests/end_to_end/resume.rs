@@ -296,14 +296,9 @@ fn a_second_interrupt_leaves_at_once() {
 }
 
 #[test]
-fn what_cannot_be_resumed_says_why() {
+fn another_recipe_and_a_finished_run_are_refused() {
     let lab = Lab::new();
-    let keys = set(&[
-        "train.steps=6",
-        "train.save_every=2",
-        "train.keep_best=false",
-        "train.activation_checkpointing=2",
-    ]);
+    let keys = six_steps();
     lab.train("whole", &keys);
     // A finished run.
     let before = lab.read("whole/ledger.jsonl");
@@ -348,6 +343,23 @@ fn what_cannot_be_resumed_says_why() {
         &lab.refused(2, &["train", "--resume", "run", "--set", "train.steps=7"]),
         &["RECIPE"],
     );
+}
+
+fn six_steps() -> Vec<String> {
+    set(&[
+        "train.steps=6",
+        "train.save_every=2",
+        "train.keep_best=false",
+        "train.activation_checkpointing=2",
+    ])
+}
+
+#[test]
+fn changed_data_a_lost_ledger_and_a_damaged_checkpoint_are_refused() {
+    let lab = Lab::new();
+    let keys = six_steps();
+    lab.train("whole", &keys);
+    killed_after(&lab, "run", &keys, 5);
     // Other data under the same name.
     let records = lab.read("train.jsonl");
     lab.records("train.jsonl", "recipes/quickstart/train.jsonl", 23);
