@@ -1,11 +1,12 @@
 //! Files and directories that are complete or absent: written under a temporary name, flushed, renamed.
 //!
 //! Owns the temporary names (`.NAME.PID.tmp` for a file, `.NAME.PID.partial` for a directory, `.NAME.PID.deleted` for one on its way
-//! out) and the rule for leftovers: a temporary name whose process no longer runs may be removed. Knows nothing of file contents.
+//! out) and the removal of leftovers. Knows nothing of file contents.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -13,6 +14,8 @@ use crate::error::{Error, Result};
 use crate::text::hex;
 
 const TEMPORARY: [&str; 3] = ["tmp", "partial", "deleted"];
+/// A leftover of another process may be removed when it is older.
+const MAX_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// Replaces the file at `path` atomically by `bytes`.
 ///
@@ -41,7 +44,8 @@ pub fn write_atomic_with(
             // The write's error is the one to report.
             let _ = fs::remove_file(&temporary);
             Error::io("write", path, source)
-        })
+        })?;
+    sync(parent_of(path))
 }
 
 /// A directory being filled under a temporary name. Dropped before it is installed, it is removed again.
@@ -142,15 +146,34 @@ fn remove_all(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes leftovers of processes that no longer run from `folder` (not from its subfolders). Failures are ignored: leftovers do no harm.
+/// Removes every leftover of an interrupted write from `folder`, not from its subfolders. The caller is the only user of the folder.
+/// Failures are ignored: leftovers do no harm.
 pub fn remove_leftovers(folder: &Path) {
-    let Ok(entries) = fs::read_dir(folder) else {
+    sweep(folder, |_, _| true);
+}
+
+/// Removes leftovers older than a day from a folder that other processes may use; of `place` alone, if it is given.
+pub fn remove_old_leftovers(folder: &Path, place: Option<&Path>) {
+    let name = place.map(|place| place.file_name().unwrap_or_default().to_string_lossy());
+    sweep(folder, |of, entry| {
+        let modified = entry.metadata().and_then(|found| found.modified()).ok();
+        let age = modified.and_then(|time| time.elapsed().ok());
+        age.is_some_and(|age| age > MAX_AGE) && name.as_ref().is_none_or(|name| of == name)
+    });
+}
+
+/// Removes the temporary names that `stale` selects by the name they stand for.
+fn sweep(folder: &Path, stale: impl Fn(&str, &fs::DirEntry) -> bool) {
+    let Ok(entries) = fs::read_dir(if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    }) else {
         return;
     };
     for entry in entries.flatten() {
-        let stale = process_of(&entry.file_name().to_string_lossy())
-            .is_some_and(|process| process != std::process::id() && !is_running(process));
-        if stale {
+        let name = entry.file_name();
+        if temporary_of(&name.to_string_lossy()).is_some_and(|of| stale(of, &entry)) {
             let _ = remove_all(&entry.path());
         }
     }
@@ -162,27 +185,12 @@ pub fn temporary_path(path: &Path, suffix: &str) -> PathBuf {
     path.with_file_name(format!(".{name}.{}.{suffix}", std::process::id()))
 }
 
-/// The process that a temporary name belongs to; `None` for other names.
-fn process_of(name: &str) -> Option<u32> {
-    let mut parts = name.strip_prefix('.')?.rsplit('.');
-    let suffix = parts.next()?;
-    let process = parts.next()?.parse().ok()?;
-    (TEMPORARY.contains(&suffix) && parts.next().is_some()).then_some(process)
-}
-
-#[cfg(unix)]
-fn is_running(process: u32) -> bool {
-    let Ok(process) = libc::pid_t::try_from(process) else {
-        return false;
-    };
-    // SAFETY: signal 0 is never delivered; the call only reports whether the process exists.
-    let sent = unsafe { libc::kill(process, 0) };
-    sent == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
-}
-
-#[cfg(not(unix))]
-fn is_running(_: u32) -> bool {
-    true
+/// The name that a temporary name stands for; `None` for other names.
+fn temporary_of(name: &str) -> Option<&str> {
+    let (rest, suffix) = name.strip_prefix('.')?.rsplit_once('.')?;
+    let (of, process) = rest.rsplit_once('.')?;
+    let is_temporary = TEMPORARY.contains(&suffix) && process.parse::<u32>().is_ok();
+    (is_temporary && !of.is_empty()).then_some(of)
 }
 
 /// Flushes every file below `dir`, and `dir` itself, to disk.
@@ -220,9 +228,19 @@ pub fn sha256(path: &Path) -> io::Result<String> {
 /// # Errors
 /// [`crate::error::Kind::Io`].
 pub fn sync(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(|e| Error::io("sync", path, e))
+    match File::open(path).and_then(|file| file.sync_all()) {
+        // Some file systems cannot flush a directory.
+        Err(e)
+            if path.is_dir()
+                && matches!(
+                    e.kind(),
+                    io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported
+                ) =>
+        {
+            Ok(())
+        }
+        flushed => flushed.map_err(|e| Error::io("sync", path, e)),
+    }
 }
 
 fn parent_of(path: &Path) -> &Path {
@@ -281,23 +299,29 @@ mod tests {
     }
 
     #[test]
-    fn only_leftovers_of_ended_processes_are_removed() {
+    fn leftovers_are_removed_and_other_names_stay() {
         let folder = tempfile::tempdir().unwrap();
-        let ended = u32::MAX;
-        let mine = std::process::id();
-        let stale = [
-            format!(".step-000004.{ended}.deleted"),
-            format!(".report.json.{ended}.tmp"),
-        ];
+        let left = [".step-000004.7.deleted", ".run.7.partial"];
         let kept = [
-            format!(".report.json.{mine}.tmp"),
-            ".hidden.7.txt".to_string(),
-            ".tmp".to_string(),
-            format!("report.{ended}.tmp"),
+            ".hidden.7.txt",
+            ".tmp",
+            ".a.b.tmp",
+            "report.7.tmp",
+            "..7.tmp",
         ];
-        for name in stale.iter().chain(&kept) {
+        for name in left.iter().chain(&kept) {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
+        let run = folder.path().join("run");
+        remove_old_leftovers(folder.path(), Some(&run));
+        assert_eq!(names(folder.path()).len(), 7, "they may be in use");
+        for name in left {
+            let long_ago = std::time::SystemTime::now() - 2 * MAX_AGE;
+            let entry = File::open(folder.path().join(name)).unwrap();
+            entry.set_modified(long_ago).unwrap();
+        }
+        remove_old_leftovers(folder.path(), Some(&run));
+        assert_eq!(names(folder.path()).len(), 6, "of this place alone");
         remove_leftovers(folder.path());
         let mut kept = kept.to_vec();
         kept.sort();

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Kind, Result};
-use crate::files::{DraftDirectory, remove_leftovers};
+use crate::files::{DraftDirectory, remove_old_leftovers};
 use crate::units::Bytes;
 
 use super::peft::{LoraPair, fail_on_problems, to_f32};
@@ -76,7 +76,7 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
         return Err(error.hint("write it as in `--out merged`"));
     }
     if let Some(parent) = job.out.parent() {
-        remove_leftovers(parent);
+        remove_old_leftovers(parent, Some(job.out));
     }
     let draft = DraftDirectory::new(job.out)?;
     let files: Vec<String> = (0..shards.len())

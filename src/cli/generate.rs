@@ -1,11 +1,10 @@
 //! `wattune generate`.
 
-use std::io::Write;
 use std::process::ExitCode;
 
 use super::model::ModelArguments;
 use super::screen::Terminal;
-use super::{Common, out, out_json};
+use super::{Common, out, out_json, write_out};
 use crate::error::{Error, Kind, Result};
 use crate::run::{self, GenerationJob, Sampling};
 
@@ -77,9 +76,8 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let mut screen = Terminal::new(common.quiet);
     let mut show = |piece: &str| {
         if !common.json {
-            // A reader that went away ends the text, not the program.
-            let mut stdout = std::io::stdout().lock();
-            let _ = write!(stdout, "{piece}").and_then(|()| stdout.flush());
+            // An output that fails ends the text, not the program.
+            let _ = write_out(piece);
         }
     };
     let result = run::generate(&job, &mut screen, &mut show)?;

@@ -18,7 +18,7 @@ mod report;
 mod screen;
 mod train;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -221,10 +221,20 @@ fn note(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{}", printable(text));
 }
 
-/// Writes data to standard output; ignores a closed pipe (EPIPE).
+/// Writes data to standard output; ignores a closed pipe (EPIPE). Control characters are escaped if it is a terminal.
 fn out(text: &str) -> Result<ExitCode> {
+    write_out(&format!("{}\n", text.trim_end()))
+}
+
+/// Writes `text` as it is, without a line end of its own.
+fn write_out(text: &str) -> Result<ExitCode> {
     let mut stdout = std::io::stdout().lock();
-    match writeln!(stdout, "{}", printable(text.trim_end())).and_then(|()| stdout.flush()) {
+    let shown = if stdout.is_terminal() {
+        printable(text)
+    } else {
+        text.into()
+    };
+    match write!(stdout, "{shown}").and_then(|()| stdout.flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::new(
             Kind::Io,
             format!("cannot write to standard output: {e}"),
@@ -234,7 +244,17 @@ fn out(text: &str) -> Result<ExitCode> {
     }
 }
 
-/// Writes a JSON document to standard output.
+/// Writes a JSON document to standard output, control characters as JSON escapes.
 fn out_json(value: &impl serde::Serialize) -> Result<ExitCode> {
-    out(&serde_json::to_string_pretty(value).map_err(|e| Error::new(Kind::Io, e.to_string()))?)
+    let text =
+        serde_json::to_string_pretty(value).map_err(|e| Error::new(Kind::Io, e.to_string()))?;
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && c != '\n' {
+            escaped.push_str(&format!("\\u{:04x}", u32::from(c)));
+        } else {
+            escaped.push(c);
+        }
+    }
+    out(&escaped)
 }

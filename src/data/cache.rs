@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::batch::Example;
 use super::dataset::{Counts, Dataset, RenderedSample};
 use crate::error::{Error, Kind, Result};
-use crate::files::{remove_leftovers, write_atomic};
+use crate::files::{remove_old_leftovers, write_atomic};
 
 const MAGIC: &[u8; 16] = b"wattune tokens 1";
 const CHECKSUM: usize = 32;
@@ -45,7 +45,7 @@ pub(super) fn save(folder: &Path, dataset: &Dataset) -> Result<()> {
     let mut body = body(dataset)?;
     let checksum = Sha256::digest(&body);
     body.extend_from_slice(&checksum);
-    remove_leftovers(folder);
+    remove_old_leftovers(folder, None);
     write_atomic(&target, body)
 }
 

@@ -77,9 +77,14 @@ impl<'a> BaselineRun<'a> {
         };
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
         let found = checkpoints.newest(&setup.digest())?;
+        checkpoints.tidy(found.as_ref())?;
+        let account = Account::new(budget, meters, opened, kind);
+        if let Some(spent) = found.as_ref().and_then(|state| state.spent.as_ref()) {
+            account.check_not_less(spent)?;
+        }
         let session = Session {
             prepared,
-            account: Account::new(budget, meters, opened, kind),
+            account,
             checkpoints,
             steps_log: folder.join(STEPS_JSONL),
             has_checkpoint: found.is_some(),

@@ -1,9 +1,11 @@
 //! The run directory: file names, creation and opening.
 
+use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Kind, Result};
-use crate::files::{DraftDirectory, remove_leftovers, write_atomic};
+use crate::files::{DraftDirectory, remove_old_leftovers, write_atomic};
 
 const RECIPE: &str = "recipe.toml";
 const PLAN: &str = "plan.json";
@@ -29,15 +31,25 @@ impl RunDirectory {
         if occupied || path.is_file() {
             return Err(taken());
         }
+        let run = Self(path.to_path_buf());
+        if path.is_dir() {
+            // A mount point or the current directory cannot be replaced. Of two runs that start at once, one makes the file.
+            write_atomic(&run.plan(), plan)?;
+            return match File::create_new(run.recipe()) {
+                Ok(_) => write_atomic(&run.recipe(), recipe).map(|()| run),
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => Err(taken()),
+                Err(e) => Err(Error::io("create", &run.recipe(), e)),
+            };
+        }
         if let Some(parent) = path.parent() {
-            remove_leftovers(parent);
+            remove_old_leftovers(parent, Some(path));
         }
         let draft = DraftDirectory::new(path)?;
         write_atomic(&draft.path().join(RECIPE), recipe)?;
         write_atomic(&draft.path().join(PLAN), plan)?;
         // Of two runs that start at once, one gets the place.
         if draft.install_new()? {
-            Ok(Self(path.to_path_buf()))
+            Ok(run)
         } else {
             Err(taken())
         }

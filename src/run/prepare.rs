@@ -1,6 +1,6 @@
 //! Preflight: turns a recipe into everything that a run needs before weights are read, or refuses it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
@@ -16,6 +16,7 @@ use super::model::{find_model, tokenizer_of};
 use super::options::{sampler_options, settings};
 use super::records::Records;
 use super::target::{shape_of, target};
+use crate::adapter::config::CONFIG_FILE;
 use crate::adapter::peft::WEIGHTS_FILE;
 use crate::adapter::shards::read_headers;
 use crate::data::{Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
@@ -155,10 +156,10 @@ pub fn prepare(
         recipe.energy.device = profile.reference();
     }
     recipe.energy.meter = Some(meters.resolve(recipe.energy.meter)?);
-    let files_read = local_inputs(&recipe, &profile)?;
+    let files_read = local_inputs(&recipe, &files, &profile)?;
     let inputs = weights.as_deref().into_iter().chain(records.fingerprints());
     let inputs = inputs.chain(files_read.iter().map(String::as_bytes));
-    let digest = digest_of(&recipe, inputs);
+    let digest = digest_of(&recipe, files.commit.is_some(), inputs);
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     check_steps(&settings)?;
     warnings.extend(profile.note.clone());
@@ -225,8 +226,12 @@ fn weights_fingerprint(
 
 /// SHA-256 of a resolved recipe and its inputs, in hex. Local paths are left out, because the inputs' contents are in: a run
 /// whose folder was moved resumes.
-fn digest_of<'a>(recipe: &Recipe, inputs: impl Iterator<Item = &'a [u8]>) -> String {
-    let mut hash = Sha256::new_with_prefix(without_paths(recipe).to_toml());
+fn digest_of<'a>(
+    recipe: &Recipe,
+    has_commit: bool,
+    inputs: impl Iterator<Item = &'a [u8]>,
+) -> String {
+    let mut hash = Sha256::new_with_prefix(without_paths(recipe, has_commit).to_toml());
     for input in inputs {
         hash.update(" ");
         hash.update(input);
@@ -234,14 +239,15 @@ fn digest_of<'a>(recipe: &Recipe, inputs: impl Iterator<Item = &'a [u8]>) -> Str
     crate::text::hex(hash.finalize())
 }
 
-/// Hashes of the adapter that is continued and of the profile file, if the recipe names any.
-fn local_inputs(recipe: &Recipe, profile: &Profile) -> Result<Vec<String>> {
-    let mut inputs = Vec::new();
+/// Hashes of config.json, of the adapter that is continued and of the profile file, if the recipe names any.
+fn local_inputs(recipe: &Recipe, files: &ModelFiles, profile: &Profile) -> Result<Vec<String>> {
+    let hash = |path: &Path| sha256(path).map_err(|e| Error::io("read", path, e));
+    let mut inputs = vec![hash(&files.config)?];
     if let Adapter::Lora(lora) = &recipe.adapter
         && let Some(path) = &lora.init_from
     {
-        let weights = path.join(WEIGHTS_FILE);
-        inputs.push(sha256(&weights).map_err(|e| Error::io("read", &weights, e))?);
+        inputs.push(hash(&path.join(CONFIG_FILE))?);
+        inputs.push(hash(&path.join(WEIGHTS_FILE))?);
     }
     if matches!(recipe.energy.device, DeviceRef::File(_)) {
         inputs.push(profile.to_toml());
@@ -249,9 +255,12 @@ fn local_inputs(recipe: &Recipe, profile: &Profile) -> Result<Vec<String>> {
     Ok(inputs)
 }
 
-/// The recipe with `.` for every local path.
-fn without_paths(recipe: &Recipe) -> Recipe {
+/// The recipe with `.` for every local path, and no revision if the model's commit is hashed: it can then be pinned later.
+fn without_paths(recipe: &Recipe, has_commit: bool) -> Recipe {
     let mut recipe = recipe.clone();
+    if has_commit {
+        recipe.model.revision.clear();
+    }
     let anywhere = || PathBuf::from(".");
     if let ModelId::Directory(path) = &mut recipe.model.id {
         *path = anywhere();

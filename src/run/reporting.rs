@@ -67,7 +67,7 @@ pub(super) fn write_pages(
     write_atomic(&directory.html_page(), to_html(name, report, &history)?)?;
     write_atomic(&directory.emissions(), csv)?;
     let result = directory.result(prepared.whole_model());
-    if result.is_dir() {
+    if result.is_dir() && !matches!(report.training.stop_reason, Stop::Diverged(_)) {
         write_card(prepared, &result, report)?;
     }
     write_atomic(&directory.report(), to_json(report)?)

@@ -85,7 +85,10 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
     if prepared.recipe.model.init == Init::Pretrained {
         fetch_weights(&mut prepared.files, screen.downloads())?;
     }
-    check_disk(&prepared, request.resume.unwrap_or(&request.out))?;
+    if request.resume.is_none() {
+        // A resumed run's checkpoints occupy their space already.
+        check_disk(&prepared, &request.out)?;
+    }
     let directory = if let Some(run) = request.resume {
         let directory = RunDirectory::open(run)?;
         if let Some(report) = pending(&prepared.recipe, &directory) {
@@ -131,15 +134,6 @@ impl<'a> Run<'a> {
         let keep = prepared.recipe.train.save_total_limit;
         let checkpoints = Checkpoints::new(directory.checkpoints(), keep);
         let resumed = request.resume.is_some();
-        if resumed && !directory.ledger().exists() && !checkpoints.steps()?.is_empty() {
-            return Err(Error::new(
-                Kind::Run,
-                "the ledger of this run is gone: what it has spent is not known",
-            )
-            .at(directory.ledger().display().to_string())
-            .rule("a run that was begun goes on with what is left of its budget")
-            .hint("put the file back, or start a new run with another `--out`"));
-        }
         let account = open_account(request, prepared, &directory)?;
         let found = if resumed {
             remove_leftovers(directory.path());
@@ -335,13 +329,33 @@ fn open_account(
     let meters = prepared.meters.clone();
     let kind = meters.resolve(prepared.recipe.energy.meter)?;
     let path = directory.ledger();
-    // A run killed before its first entry has no ledger yet.
-    let ledger = if request.resume.is_some() && path.exists() {
-        Ledger::resume_run(&path, prepared.digest())?
-    } else {
-        Ledger::create_for_run(&path, prepared.digest())?
-    };
-    Ok(Account::new(prepared.budget.clone(), meters, ledger, kind))
+    let budget = prepared.budget.clone();
+    if request.resume.is_none() {
+        let ledger = Ledger::create_for_run(&path, prepared.digest())?;
+        return Ok(Account::new(budget, meters, ledger, kind));
+    }
+    let keep = prepared.recipe.train.save_total_limit;
+    let checkpoints = Checkpoints::new(directory.checkpoints(), keep);
+    if path.exists() {
+        let ledger = Ledger::resume_run(&path, prepared.digest())?;
+        let account = Account::new(budget, meters, ledger, kind);
+        if let Some(spent) = checkpoints.newest_spent() {
+            account.check_not_less(&spent)?;
+        }
+        return Ok(account);
+    }
+    if directory.report().exists() || !checkpoints.steps()?.is_empty() {
+        return Err(Error::new(
+            Kind::Run,
+            "the ledger of this run is gone: what it has spent is not known",
+        )
+        .at(path.display().to_string())
+        .rule("a run that was begun goes on with what is left of its budget")
+        .hint("put the file back, or start a new run with another `--out`"));
+    }
+    // The run was killed before its first entry.
+    let ledger = Ledger::create_for_run(&path, prepared.digest())?;
+    Ok(Account::new(budget, meters, ledger, kind))
 }
 
 /// State of a resumed run's newest checkpoint.
@@ -351,11 +365,8 @@ fn newest_state(
     account: &Account,
     screen: &mut dyn Screen,
 ) -> Result<Option<TrainState>> {
-    checkpoints.tidy()?;
     let found = checkpoints.newest(digest)?;
-    if let Some(spent) = found.as_ref().and_then(|state| state.spent.as_ref()) {
-        account.check_not_less(spent)?;
-    }
+    checkpoints.tidy(found.as_ref())?;
     if found.is_none() && account.spent_on(Phase::Train).flops > 0 {
         screen.note(&format!(
             "warning: this run has no checkpoint: it starts again from step 0, and what it spent ({}) stays spent",

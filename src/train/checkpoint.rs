@@ -134,15 +134,23 @@ impl Checkpoints {
         Ok(place)
     }
 
-    /// Removes the temporary files of a killed process, and checkpoints beyond the limit.
+    /// Removes the temporary files of a killed process, and checkpoints beyond the limit; `newest` is the state of the newest checkpoint, read
+    /// and verified.
     ///
     /// # Errors
     /// [`Kind::Io`].
-    pub fn tidy(&self) -> Result<()> {
+    pub fn tidy(&self, newest: Option<&TrainState>) -> Result<()> {
         remove_leftovers(&self.dir);
-        let newest = self.steps()?.last().copied();
-        let best = newest.and_then(|step| self.state(step).ok()?.best);
-        self.prune(best.map(|best| best.step))
+        match newest {
+            Some(state) => self.prune(state.best.map(|best| best.step)),
+            None => Ok(()),
+        }
+    }
+
+    /// What the ledger held when the newest checkpoint was written; `None` without a readable checkpoint.
+    pub fn newest_spent(&self) -> Option<Recorded> {
+        let step = self.steps().ok()?.last().copied()?;
+        self.state(step).ok()?.spent
     }
 
     /// Adds the reason that the loop ended, and the ledger's total, to the checkpoint after `step`.
@@ -166,6 +174,9 @@ impl Checkpoints {
     pub fn copy_export(&self, step: u64, dir: &Path) -> Result<()> {
         let place = self.path(step);
         let files = self.state(step)?.files;
+        if files.is_empty() {
+            return Err(damaged(&place, &format!("{STATE} names no files")));
+        }
         for name in files.keys().filter(|name| *name != TRAINER) {
             let to = dir.join(name);
             fs::copy(place.join(name), &to).map_err(|e| Error::io("write", &to, e))?;
@@ -195,6 +206,10 @@ impl Checkpoints {
                 &path,
                 &format!("{STATE} tells of step {}", state.step),
             ));
+        }
+        let is_plain = |name: &String| Path::new(name).file_name() == Some(name.as_ref());
+        if let Some(name) = state.files.keys().find(|name| !is_plain(name)) {
+            return Err(damaged(&path, &format!("{STATE} names the file {name:?}")));
         }
         Ok(state)
     }
@@ -446,7 +461,8 @@ mod tests {
             fs::create_dir(dir.path().join(left)).unwrap();
         }
         let checkpoints = Checkpoints::new(dir.path().to_path_buf(), 2);
-        checkpoints.tidy().unwrap();
+        let newest = checkpoints.newest("").unwrap();
+        checkpoints.tidy(newest.as_ref()).unwrap();
         assert_eq!(checkpoints.steps().unwrap(), [2, 3]);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }

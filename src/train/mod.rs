@@ -182,15 +182,10 @@ impl Training<'_, '_> {
                 self.evaluate()?;
             }
             if due.save {
-                self.save()?;
+                self.save(None)?;
             }
         };
         self.finish(&stop)?;
-        if stop.is_regular() {
-            let spent = self.trainer.account.record()?;
-            let checkpoints = self.trainer.checkpoints;
-            checkpoints.record_end(self.state.step, &stop, spent)?;
-        }
         Ok(stop)
     }
 
@@ -242,9 +237,14 @@ impl Training<'_, '_> {
         if *stop != Stop::Interrupted && self.costs.has_validation() && !evaluated {
             self.evaluate()?;
         } else if self.trainer.checkpoints.steps()?.last() == Some(&step) {
+            if stop.is_regular() {
+                let spent = self.trainer.account.record()?;
+                let checkpoints = self.trainer.checkpoints;
+                checkpoints.record_end(step, stop, spent)?;
+            }
             return Ok(());
         }
-        self.save()
+        self.save(stop.is_regular().then_some(stop))
     }
 
     /// Evaluates and records the loss. A loss that is not finite ends the run before such
@@ -292,8 +292,8 @@ impl Training<'_, '_> {
         Ok(val_loss)
     }
 
-    /// Saves a checkpoint and charges it.
-    fn save(&mut self) -> Result<()> {
+    /// Saves a checkpoint and charges it; `ended` is the reason if it is the loop's last.
+    fn save(&mut self, ended: Option<&Stop>) -> Result<()> {
         self.observer.saving()?;
         let trainer = &mut *self.trainer;
         trainer.account.admit(Phase::Save, self.costs.save(), &[])?;
@@ -301,6 +301,7 @@ impl Training<'_, '_> {
         self.context.counter.add(self.costs.save().clone());
         let state = TrainState {
             spent: Some(trainer.account.record()?),
+            ended: ended.cloned(),
             ..self.state.clone()
         };
         trainer
