@@ -211,7 +211,7 @@ fn assumed_powers_are_marked_where_devices_are_listed() {
             .unwrap_or_else(|| panic!("{name} in {list}"))
     };
     // A datasheet's rated power with a tenth of it for idle; a published idle power.
-    says(row("nvidia-a40 "), &["  ~30 W  300 W"]);
+    says(row("nvidia-a40 "), &["  ~30 W     300 W"]);
     says(row("nvidia-t4 "), &["  8 W  "]);
 }
 

@@ -383,7 +383,7 @@ fn changed_data_a_lost_ledger_and_a_damaged_checkpoint_are_refused() {
     let newest = "run/checkpoints/step-000004";
     cut(&lab, &format!("{newest}/trainer.safetensors"), 100);
     says(
-        &lab.refused(1, &["train", "--resume", "run"]),
+        &lab.refused(2, &["train", "--resume", "run"]),
         &[
             "a checkpoint cannot be read",
             newest,
