@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 const SPIN_TIMEOUT: Duration = Duration::from_millis(1);
 /// Spins between two yields, at which the timeout is checked.
 const SPINS_PER_YIELD: usize = 256;
-/// Chunks of a loop at most; more workers share them.
+/// Maximum number of chunks of a loop; workers beyond it share them.
 const MAX_CHUNKS: usize = 64;
 
 /// Calls `work` once for each item, on all threads of the current pool; returns when all are done.

@@ -103,7 +103,7 @@ impl LmHeadShape {
 /// Each row's loss, and dh (L, C) if it is wanted.
 type Losses = (Vec<f32>, Option<Tensor>);
 
-/// The gradients that are wanted besides the losses, of `scale * sum of losses`.
+/// The gradients to compute with the losses: those of `scale * sum of losses`.
 struct Backward<'a> {
     scale: f64,
     input_gradient: bool,

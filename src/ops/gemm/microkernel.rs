@@ -107,11 +107,11 @@ pub(in crate::ops) unsafe fn gemm_strip(
 pub(in crate::ops) struct Isa {
     /// Name in reports.
     pub(in crate::ops) name: &'static str,
-    /// MR: rows of a micro-tile at most.
+    /// MR: maximum rows of a micro-tile.
     pub(in crate::ops) mr: usize,
     /// f32 elements of a vector; a micro-tile is one or two of them wide.
     pub(in crate::ops) lanes: usize,
-    /// By vectors - 1, then rows - 1.
+    /// Micro-kernels, indexed by vectors - 1, then by rows - 1.
     kernels: [&'static [MicroKernel]; 2],
     /// Depth of a panel of B at most: a strip's micro-tiles read a deeper one again from beyond L2.
     pub(super) max_kc: usize,
@@ -130,7 +130,7 @@ impl Isa {
         self.kernels[vectors - 1][rows - 1]
     }
 
-    /// NR: columns of a micro-tile at most.
+    /// NR: maximum columns of a micro-tile.
     pub(in crate::ops) fn nr(&self) -> usize {
         2 * self.lanes
     }

@@ -295,8 +295,8 @@ impl Linear {
         Ok((y, down.map(|(saved, _)| saved).unwrap_or_default()))
     }
 
-    /// The adapter's down projection: what its backward pass needs, and `scaling * dropout(x) A^T`,
-    /// (N, r).
+    /// The adapter's down projection: the saved tensors of the layer, and
+    /// `scaling * dropout(x) A^T` (N, r); `None` without an adapter.
     pub(super) fn lora_down(
         &self,
         context: Context<'_>,

@@ -439,7 +439,7 @@ impl Output<'_> {
     }
 }
 
-/// out = a tile + init, rows `init.1` elements apart.
+/// out = a tile + init; `init`: elements and row stride.
 ///
 /// # Safety
 /// The tile is readable and `out` writable; the CPU has AVX-512 F.

@@ -52,7 +52,7 @@ pub(super) struct TileOut {
     /// Rows and columns that are needed; the rest of the 32 x 32 may be overwritten.
     pub(super) rows: usize,
     pub(super) columns: usize,
-    /// Whether the product is added to what is there.
+    /// Whether the product is added to the present elements.
     pub(super) accumulate: bool,
 }
 
