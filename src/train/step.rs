@@ -111,8 +111,8 @@ impl Training<'_, '_> {
         })
     }
 
-    /// Charges what a step executed before its loss or gradient was found not to be finite; nothing
-    /// after a failed evaluation, which is charged already.
+    /// Charges the work of a step whose loss or gradient is not finite; nothing after a failed
+    /// evaluation, which is already charged.
     pub(super) fn charge_failed_step(&mut self) -> Result<()> {
         let work = self.context.counter.take();
         if work != Work::default() {
@@ -169,6 +169,7 @@ fn loss_tokens(batches: &[MicroBatch]) -> usize {
     batches.iter().map(|batch| batch.targets.len()).sum()
 }
 
+/// The records of a micro-batch, for error messages.
 fn describe_batch(batch: &MicroBatch) -> String {
     const SHOWN: usize = 8;
     let examples = batch.segments.iter().take(SHOWN);
