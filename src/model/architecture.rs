@@ -183,7 +183,7 @@ impl Architecture {
         modules
     }
 
-    /// Every tensor of the model in order; a tied output embedding is not listed apart.
+    /// Every tensor of the model in order; a tied output embedding is not listed.
     pub fn tensors(&self) -> Vec<TensorShape> {
         let hidden = self.hidden_size;
         let mut tensors = Vec::new();

@@ -42,8 +42,8 @@ impl Recompute {
     }
 }
 
-/// A decoder's sizes and what is trained in it: all that the cost of a step depends on besides the
-/// batch.
+/// A decoder's sizes and trained weights: with the batch, everything that the cost of a step
+/// depends on.
 #[derive(Debug, Clone)]
 pub struct ModelShape {
     architecture: Architecture,

@@ -165,7 +165,8 @@ impl Decoder {
         &self.device
     }
 
-    /// A pass over whole `segments`, whose `examples` key the masks of `dropout`.
+    /// Prepares a pass over `segments`, each from position 0; `examples`, one for each segment, key
+    /// the masks of `dropout`.
     pub(super) fn pass<'p>(
         &self,
         context: Context<'p>,

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 
-/// Rows that a full cache grows by, at least.
+/// Minimum number of rows by which a full cache grows.
 const MIN_GROWTH: usize = 64;
 
 /// The keys and values of one block: `length` rows of f32 in buffers (capacity, Hkv D).
