@@ -96,8 +96,9 @@ impl Baseline {
         }
     }
 
-    /// Converts the counted energy to the meter of a run that showed `factor` times its own counted
-    /// energy. Without it the ratio to a metered run would include the error of the profile.
+    /// Converts the counted energy to the meter of a run, by `factor`: energy of the run on that
+    /// meter over its counted energy. Without it the ratio to a metered run would include the error
+    /// of the profile.
     pub fn on_meter(mut self, factor: f64) -> Baseline {
         self.energy = self.energy * factor;
         self.gco2e = self.gco2e * factor;

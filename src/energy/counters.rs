@@ -19,7 +19,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::sensor::{Gap, Sensor};
 use crate::units::MicroJoules;
 
-/// Elapsed time over CPU time of the sampling thread, at least: half a thousandth of a core.
+/// Minimum ratio of elapsed time to CPU time of the sampling thread: half a thousandth of a core.
 const MIN_IDLE_RATIO: u32 = 2000;
 /// Name of the sampling thread.
 const THREAD_NAME: &str = "wattune-sampler";

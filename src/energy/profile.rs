@@ -144,11 +144,13 @@ fn default_fraction() -> f64 {
     0.8
 }
 
+/// Reads `embodied` from kilograms of CO2e.
 fn kilograms<'de, D: Deserializer<'de>>(file: D) -> Result<Option<GramsCo2e>, D::Error> {
     let kilograms = Option::<f64>::deserialize(file)?;
     Ok(kilograms.map(|kg| GramsCo2e(kg * 1000.0)))
 }
 
+/// Reads `sources` from the title of each field's source.
 fn titles<'de, D: Deserializer<'de>>(file: D) -> Result<BTreeMap<String, Source>, D::Error> {
     let titles = BTreeMap::<String, String>::deserialize(file)?.into_iter();
     Ok(titles

@@ -1,7 +1,8 @@
 //! Attribution of a machine-wide counter to a process that may use some of its CPUs.
 //!
 //! Scales a sensor's energy by allowed CPUs over all CPUs. This is an attribution, not a
-//! measurement: load of other processes is shared out alike, and `covers` says so.
+//! measurement: the energy of other processes is attributed in the same proportion. `covers` states
+//! it.
 
 use std::time::Duration;
 
