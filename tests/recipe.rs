@@ -94,12 +94,9 @@ fn defaults_of_model_adapter_and_data_are_as_designed() {
     let config = &lora.config;
     assert_eq!((recipe.name.as_str(), recipe.seed), ("demo", 42));
     assert_eq!(recipe.model.id, ModelId::Embedded("tiny".into()));
+    let model = &recipe.model;
     assert_eq!(
-        (
-            recipe.model.revision.as_str(),
-            recipe.model.dtype,
-            recipe.model.init
-        ),
+        (model.revision.as_str(), model.dtype, model.init),
         ("main", Precision::F32, Init::Pretrained)
     );
     assert_eq!(
@@ -142,14 +139,9 @@ fn defaults_of_model_adapter_and_data_are_as_designed() {
 fn defaults_of_training_energy_and_report_are_as_designed() {
     let recipe = read(SMALLEST);
     let train = &recipe.train;
-    assert_eq!(
-        (
-            train.length,
-            train.micro_batch_size,
-            train.gradient_accumulation_steps
-        ),
-        (Length::Steps(5), 8, 1)
-    );
+    assert_eq!(train.length, Length::Steps(5));
+    assert_eq!(train.micro_batch_size, 8);
+    assert_eq!(train.gradient_accumulation_steps, 1);
     assert_eq!(
         (train.learning_rate, train.schedule, train.warmup),
         (2e-4, Decay::Linear, Warmup::Ratio(0.03))
@@ -192,14 +184,9 @@ fn defaults_of_training_energy_and_report_are_as_designed() {
     );
     assert_eq!((baseline.learning_rate, baseline.budget), (None, None));
     let report = &recipe.report;
-    assert_eq!(
-        (
-            report.prompt_tokens,
-            report.generated_tokens,
-            report.few_shot_examples
-        ),
-        (256, 128, 5)
-    );
+    assert_eq!(report.prompt_tokens, 256);
+    assert_eq!(report.generated_tokens, 128);
+    assert_eq!(report.few_shot_examples, 5);
     assert_eq!(
         (report.requests_per_day, &report.larger_model),
         (None, &None)
