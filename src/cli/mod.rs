@@ -151,7 +151,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Devices(arguments) => devices::run(&arguments, common),
         Command::Calibrate(arguments) => calibrate::run(&arguments, common),
         Command::Recipe(command) => recipe::run(&command, common),
-        Command::Man { dir } => clap_mangen::generate_to(Cli::command(), &dir)
+        Command::Man { dir } => std::fs::create_dir_all(&dir)
+            .and_then(|()| clap_mangen::generate_to(Cli::command(), &dir))
             .map(|()| ExitCode::SUCCESS)
             .map_err(|e| Error::io("write man pages to", &dir, e)),
         Command::Completions { shell } => {
