@@ -40,7 +40,7 @@ pub struct Lora {
 /// # use candle_core::{Device, Tensor};
 /// # use wattune::ops::{Context, Linear, Lora, Weight};
 /// # use wattune::work::{Precision, WorkCounter};
-/// # let weight = |x: &[[f32; 2]]| Tensor::new(x, &Device::Cpu).map(Weight::frozen);
+/// # let weight = |x: &[[f32; 2]; 1]| Tensor::new(x, &Device::Cpu).map(Weight::frozen);
 /// let lora = Lora {
 ///     a: weight(&[[1., -1.]])?, // r = 1
 ///     b: Weight::frozen(Tensor::new(&[[3f32]], &Device::Cpu)?),
