@@ -1,11 +1,13 @@
-//! Files and directories that are complete or absent: written under a temporary name, flushed, renamed.
+//! Files and directories that are complete or absent: written under a temporary name, flushed,
+//! renamed.
 //!
-//! Owns the temporary names (`.NAME.PID.tmp` for a file, `.NAME.PID.partial` for a directory, `.NAME.PID.deleted` for one on its way
-//! out) and the removal of leftovers. Knows nothing of file contents.
+//! Owns the temporary names (`.NAME.PID-THREAD.tmp` for a file, `.partial` for a directory,
+//! `.deleted` for one being deleted) and the removal of leftovers. Knows nothing of file contents.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -146,13 +148,14 @@ fn remove_all(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes every leftover of an interrupted write from `folder`, not from its subfolders. The caller is the only user of the folder.
-/// Failures are ignored: leftovers do no harm.
+/// Removes every leftover of an interrupted write from `folder`, not from its subfolders. The caller
+/// is the only user of the folder. Failures are ignored: leftovers do no harm.
 pub fn remove_leftovers(folder: &Path) {
     sweep(folder, |_, _| true);
 }
 
-/// Removes leftovers older than a day from a folder that other processes may use; of `place` alone, if it is given.
+/// Removes leftovers older than a day from a folder that other processes may use; of `place` alone,
+/// if it is given.
 pub fn remove_old_leftovers(folder: &Path, place: Option<&Path>) {
     let name = place.map(|place| place.file_name().unwrap_or_default().to_string_lossy());
     sweep(folder, |of, entry| {
@@ -164,11 +167,8 @@ pub fn remove_old_leftovers(folder: &Path, place: Option<&Path>) {
 
 /// Removes the temporary names that `stale` selects by the name they stand for.
 fn sweep(folder: &Path, stale: impl Fn(&str, &fs::DirEntry) -> bool) {
-    let Ok(entries) = fs::read_dir(if folder.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        folder
-    }) else {
+    let folder = non_empty(folder);
+    let Ok(entries) = fs::read_dir(folder) else {
         return;
     };
     for entry in entries.flatten() {
@@ -179,18 +179,28 @@ fn sweep(folder: &Path, stale: impl Fn(&str, &fs::DirEntry) -> bool) {
     }
 }
 
-/// The temporary name of `path` in the same folder, so that renaming never crosses file systems.
+/// The temporary name of `path` in the same folder, so that renaming never crosses file systems;
+/// that of no other thread or process.
 pub fn temporary_path(path: &Path, suffix: &str) -> PathBuf {
+    static THREADS: AtomicU32 = AtomicU32::new(0);
+    thread_local!(static THREAD: u32 = THREADS.fetch_add(1, Ordering::Relaxed));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.{}.{suffix}", std::process::id()))
+    let writer = format!("{}-{}", std::process::id(), THREAD.with(|thread| *thread));
+    path.with_file_name(format!(".{name}.{writer}.{suffix}"))
+}
+
+/// Whether a file name is a temporary one.
+pub fn is_temporary(name: &str) -> bool {
+    temporary_of(name).is_some()
 }
 
 /// The name that a temporary name stands for; `None` for other names.
 fn temporary_of(name: &str) -> Option<&str> {
     let (rest, suffix) = name.strip_prefix('.')?.rsplit_once('.')?;
-    let (of, process) = rest.rsplit_once('.')?;
-    let is_temporary = TEMPORARY.contains(&suffix) && process.parse::<u32>().is_ok();
-    (is_temporary && !of.is_empty()).then_some(of)
+    let (of, writer) = rest.rsplit_once('.')?;
+    let (process, thread) = writer.split_once('-').unwrap_or((writer, "0"));
+    let is_writer = process.parse::<u32>().is_ok() && thread.parse::<u32>().is_ok();
+    (TEMPORARY.contains(&suffix) && is_writer && !of.is_empty()).then_some(of)
 }
 
 /// Flushes every file below `dir`, and `dir` itself, to disk.
@@ -224,10 +234,7 @@ pub fn sha256(path: &Path) -> io::Result<String> {
 }
 
 /// Flushes one file or directory to disk.
-///
-/// # Errors
-/// [`crate::error::Kind::Io`].
-pub fn sync(path: &Path) -> Result<()> {
+fn sync(path: &Path) -> Result<()> {
     match File::open(path).and_then(|file| file.sync_all()) {
         // Some file systems cannot flush a directory.
         Err(e)
@@ -244,9 +251,15 @@ pub fn sync(path: &Path) -> Result<()> {
 }
 
 fn parent_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+    non_empty(path.parent().unwrap_or(Path::new("")))
+}
+
+/// `.` for the empty path, as `Path::parent` gives it.
+fn non_empty(folder: &Path) -> &Path {
+    if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
     }
 }
 

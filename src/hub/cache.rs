@@ -12,9 +12,9 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+use crate::files::{is_temporary, temporary_path, write_atomic};
 
 use super::repo::{Repo, is_commit};
 
@@ -57,7 +57,7 @@ impl RepoCache {
         if self.commit_of(revision).as_deref() == Some(commit) {
             return Ok(());
         }
-        write_atomically(&self.folder.join("refs").join(revision), commit.as_bytes())
+        write_file(&self.folder.join("refs").join(revision), commit.as_bytes())
     }
 
     /// The relative paths of a commit's files whose blobs exist, sorted.
@@ -73,7 +73,7 @@ impl RepoCache {
         let pointer = self.snapshot(commit).join(file);
         let blob = self.blob(etag);
         create_parent(&pointer)?;
-        let temporary = temporary_path(&pointer);
+        let temporary = temporary_path(&pointer, "tmp");
         // From snapshots/COMMIT/a/b up to the repository's folder: two levels and one for each folder in `file`.
         let up = "../".repeat(2 + file.matches('/').count());
         symlink(Path::new(&format!("{up}blobs/{etag}")), &temporary)
@@ -110,16 +110,10 @@ fn symlink(_target: &Path, _link: &Path) -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
-/// Writes a file completely or not at all.
-pub(super) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Replaces the file at `path` atomically, and creates the folder it is in.
+pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     create_parent(path)?;
-    let temporary = temporary_path(path);
-    fs::write(&temporary, bytes)
-        .and_then(|()| fs::rename(&temporary, path))
-        .map_err(|source| {
-            let _ = fs::remove_file(&temporary);
-            Error::io("write", path, source)
-        })
+    write_atomic(path, bytes)
 }
 
 /// Creates the folder of `path`.
@@ -129,14 +123,6 @@ pub(super) fn create_parent(path: &Path) -> Result<()> {
         Error::io("create", parent, source)
             .hint("set HF_HOME to a directory you may write to, on a disk with room")
     })
-}
-
-/// A path in the folder of `path` that no other thread or process uses; `crate::files` tells processes apart, not threads.
-pub(super) fn temporary_path(path: &Path) -> PathBuf {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    path.with_file_name(format!(".{name}.{}-{count}.incomplete", std::process::id()))
 }
 
 fn collect_files(folder: &Path, prefix: &str, files: &mut Vec<String>) {
@@ -153,7 +139,7 @@ fn collect_files(folder: &Path, prefix: &str, files: &mut Vec<String>) {
             Ok(found) if found.is_dir() => {
                 collect_files(&entry.path(), &format!("{path}/"), files);
             }
-            Ok(_) if !name.ends_with(".incomplete") => files.push(path),
+            Ok(_) if !is_temporary(&name) && !name.ends_with(".incomplete") => files.push(path),
             _ => {}
         }
     }

@@ -18,10 +18,11 @@ use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, RANG
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Kind, Result};
+use crate::files::temporary_path;
 use crate::text;
 
 use super::Progress;
-use super::cache::{RepoCache, create_parent, temporary_path};
+use super::cache::{RepoCache, create_parent};
 use super::client::{Backoff, Client, Hub, Listing};
 use super::errors::{RequestContext, RequestError, Retry, not_cached, root_cause};
 use super::repo::blob_name;
@@ -131,7 +132,7 @@ impl Download<'_> {
         }
         let path = match lock {
             Some(_) => blob.with_file_name(format!("{}.incomplete", metadata.etag)),
-            None => temporary_path(&blob),
+            None => temporary_path(&blob, "tmp"),
         };
         let mut partial = PartialDownload::open(path.clone(), metadata)?;
         let resumed = partial.len > 0;

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Kind, Result};
 
-use super::cache::write_atomically;
+use super::cache::write_file;
 use super::model::ModelFiles;
 
 /// A file's name and contents.
@@ -52,7 +52,7 @@ pub fn embedded(name: &str, cache_root: &Path) -> Result<ModelFiles> {
     for (file, bytes) in *files {
         let path = dir.join(file);
         if !fs::read(&path).is_ok_and(|found| found == *bytes) {
-            write_atomically(&path, bytes)?;
+            write_file(&path, bytes)?;
         }
     }
     let mut model = ModelFiles::open(&dir)?;
