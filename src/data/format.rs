@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::alpaca;
 use super::chat::Chat;
 use super::messages;
-use super::options::Format;
+use super::options::{COLUMN_FIELDS, Format};
 use super::read::Record;
 use crate::error::{Error, Kind, Result};
 
@@ -27,17 +27,6 @@ pub(super) enum TypedRecord {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Columns<'a>(pub &'a [(String, String)]);
 
-/// The fields a recipe may map to columns.
-const WANTED: [&str; 8] = [
-    "text",
-    "prompt",
-    "completion",
-    "messages",
-    "tools",
-    "instruction",
-    "input",
-    "output",
-];
 /// Of these, the optional fields.
 const OPTIONAL: [&str; 2] = ["tools", "input"];
 /// Field names of `Completion`, in order of preference.
@@ -48,11 +37,11 @@ const CONVERSATIONS: [&str; 2] = ["messages", "conversations"];
 impl<'a> Columns<'a> {
     /// Refuses a map of a field that no format reads.
     pub fn check(&self) -> Result<()> {
-        match self.0.iter().find(|(wanted, _)| !WANTED.contains(&wanted.as_str())) {
+        match self.0.iter().find(|(wanted, _)| !COLUMN_FIELDS.contains(&wanted.as_str())) {
             None => Ok(()),
             Some((wanted, column)) => Err(Error::new(Kind::Data, "`columns` maps a field that no format reads")
                 .value(format!("{wanted} = \"{column}\""))
-                .rule(format!("one of {}", WANTED.join(", ")))
+                .rule(format!("one of {}", COLUMN_FIELDS.join(", ")))
                 .hint("the field is on the left and the file's column on the right: columns = { prompt = \"question\" }")),
         }
     }

@@ -8,6 +8,18 @@ use serde::Serialize;
 /// File extensions that can be read.
 pub const EXTENSIONS: [&str; 6] = ["jsonl", "json", "csv", "tsv", "txt", "parquet"];
 
+/// The fields that `data.columns` may map: those of the record formats.
+pub const COLUMN_FIELDS: [&str; 8] = [
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "tools",
+    "instruction",
+    "input",
+    "output",
+];
+
 /// How a record is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]

@@ -11,21 +11,10 @@ use super::setting::{Setting, Values, values};
 use super::suggest;
 use super::tree::{Entry, Node, Raw};
 use crate::adapter::options::Targets;
+use crate::data::options::COLUMN_FIELDS;
 
 /// The word for "every linear layer except the output embedding".
 const ALL_LINEAR: &str = "all-linear";
-
-/// The fields that `data.columns` may map: those of the record formats.
-const FIELDS: [&str; 8] = [
-    "text",
-    "prompt",
-    "completion",
-    "messages",
-    "tools",
-    "instruction",
-    "input",
-    "output",
-];
 
 /// Whether `pattern` compiles; module patterns match the full path of a module.
 fn is_pattern(pattern: &str, node: &Node, field: &mut Field<'_, '_>) -> bool {
@@ -99,10 +88,10 @@ fn is_pattern_entry(entry: &Entry, field: &mut Field<'_, '_>) -> bool {
 }
 
 fn is_column_entry(entry: &Entry, field: &mut Field<'_, '_>) -> bool {
-    if FIELDS.contains(&entry.key.as_str()) {
+    if COLUMN_FIELDS.contains(&entry.key.as_str()) {
         return true;
     }
-    let hint = match suggest::nearest_word(&entry.key, &FIELDS) {
+    let hint = match suggest::nearest_word(&entry.key, &COLUMN_FIELDS) {
         Some(field) => format!("did you mean `{field}`?"),
         None => "write the wanted field first, then the file's column: `columns = { prompt = \"question\" }`".into(),
     };
@@ -249,12 +238,12 @@ impl Setting for Vec<(String, f64)> {
 impl Setting for Vec<(String, String)> {
     fn values(_: &Key) -> Values {
         let column = json!({ "type": "string", "minLength": 1 });
-        let columns = FIELDS.map(|field| (field.to_string(), column.clone()));
+        let columns = COLUMN_FIELDS.map(|field| (field.to_string(), column.clone()));
         let fields = Map::from_iter(columns);
         values(
             format!(
                 "a table of the file's columns by wanted field ({})",
-                FIELDS.join(", ")
+                COLUMN_FIELDS.join(", ")
             ),
             json!({ "type": "object", "properties": fields, "additionalProperties": false }),
         )
