@@ -91,12 +91,8 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
     }
     let directory = if let Some(run) = request.resume {
         let directory = RunDirectory::open(run)?;
-        if let Some(report) = pending(&prepared.recipe, &directory) {
-            return resume_baselines(&request, &prepared, directory, report, screen)
-                .map_err(Error::while_running);
-        }
         if let Some(report) = finished_report(&directory) {
-            return restore_pages(&request, &prepared, directory, report)
+            return complete(&request, &prepared, directory, report, screen)
                 .map_err(Error::while_running);
         }
         directory
@@ -329,22 +325,12 @@ fn open_account(
     let meters = prepared.meters.clone();
     let kind = meters.resolve(prepared.recipe.energy.meter)?;
     let path = directory.ledger();
-    let budget = prepared.budget.clone();
-    if request.resume.is_none() {
-        let ledger = Ledger::create_for_run(&path, prepared.digest())?;
-        return Ok(Account::new(budget, meters, ledger, kind));
-    }
+    let resumed = request.resume.is_some();
     let keep = prepared.recipe.train.save_total_limit;
     let checkpoints = Checkpoints::new(directory.checkpoints(), keep);
-    if path.exists() {
-        let ledger = Ledger::resume_run(&path, prepared.digest())?;
-        let account = Account::new(budget, meters, ledger, kind);
-        if let Some(spent) = checkpoints.newest_spent() {
-            account.check_not_less(&spent)?;
-        }
-        return Ok(account);
-    }
-    if directory.report().exists() || !checkpoints.steps()?.is_empty() {
+    let ledger = if resumed && path.exists() {
+        Ledger::resume_run(&path, prepared.digest())?
+    } else if resumed && (directory.report().exists() || !checkpoints.steps()?.is_empty()) {
         return Err(Error::new(
             Kind::Run,
             "the ledger of this run is gone: what it has spent is not known",
@@ -352,10 +338,15 @@ fn open_account(
         .at(path.display().to_string())
         .rule("a run that was begun goes on with what is left of its budget")
         .hint("put the file back, or start a new run with another `--out`"));
+    } else {
+        // A new run, or one killed before its first entry.
+        Ledger::create_for_run(&path, prepared.digest())?
+    };
+    let account = Account::new(prepared.budget.clone(), meters, ledger, kind);
+    if resumed && let Some(spent) = checkpoints.newest_spent() {
+        account.check_not_less(&spent)?;
     }
-    // The run was killed before its first entry.
-    let ledger = Ledger::create_for_run(&path, prepared.digest())?;
-    Ok(Account::new(budget, meters, ledger, kind))
+    Ok(account)
 }
 
 /// State of a resumed run's newest checkpoint.
@@ -389,8 +380,8 @@ fn context<'a>(
     }
 }
 
-/// Trains the pending baselines of a run that is finished.
-fn resume_baselines(
+/// Writes the missing pages of a finished run and trains its pending baselines.
+fn complete(
     request: &TrainRequest<'_>,
     prepared: &Prepared,
     directory: RunDirectory,
@@ -398,33 +389,26 @@ fn resume_baselines(
     screen: &mut dyn Screen,
 ) -> Result<Finished> {
     let account = open_account(request, prepared, &directory)?;
+    if !directory.missing_pages().is_empty() {
+        write_pages(
+            prepared,
+            account.spent().energy.joules(),
+            &directory,
+            &report,
+        )?;
+    }
     let stop = report.training.stop_reason.clone();
-    let context = context(request, prepared, &directory);
-    let (report, baselines_interrupted) = train_pending(&context, &account, report, screen)?;
+    let (report, baselines_interrupted) = if pending(&prepared.recipe, &directory).is_some() {
+        let context = context(request, prepared, &directory);
+        train_pending(&context, &account, report, screen)?
+    } else {
+        (report, false)
+    };
     Ok(Finished {
         directory,
         report,
         stop,
         baselines_interrupted,
-    })
-}
-
-/// Writes the pages of a finished run again.
-fn restore_pages(
-    request: &TrainRequest<'_>,
-    prepared: &Prepared,
-    directory: RunDirectory,
-    report: FiniteReport,
-) -> Result<Finished> {
-    let account = open_account(request, prepared, &directory)?;
-    let total = account.spent().energy.joules();
-    write_pages(prepared, total, &directory, &report)?;
-    let stop = report.training.stop_reason.clone();
-    Ok(Finished {
-        directory,
-        report,
-        stop,
-        baselines_interrupted: false,
     })
 }
 

@@ -15,9 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::shards::{F32Tensor, read_headers, write_f32s};
 use crate::energy::ledger::{Recorded, changed_inputs};
 use crate::error::{Error, Kind, Result};
-use crate::files::{
-    DraftDirectory, remove_directory, remove_leftovers, sha256, sync, write_atomic,
-};
+use crate::files::{DraftDirectory, remove_directory, remove_leftovers, sha256, write_atomic};
 use crate::model::StoredTensor;
 use crate::ops::Parameters;
 
@@ -121,7 +119,6 @@ impl Checkpoints {
         if place.exists() {
             let files = self.state(state.step)?.files;
             write_atomic(&place.join(STATE), state_text(state, files)?)?;
-            sync(&place)?;
         } else {
             let draft = DraftDirectory::new(&place)?;
             write_rows(&draft.path().join(TRAINER), parameters)?;
@@ -134,8 +131,8 @@ impl Checkpoints {
         Ok(place)
     }
 
-    /// Removes the temporary files of a killed process, and checkpoints beyond the limit; `newest` is the state of the newest checkpoint, read
-    /// and verified.
+    /// Removes the temporary files of a killed process, and checkpoints beyond the limit. `newest`
+    /// is the state of the newest checkpoint, read and verified.
     ///
     /// # Errors
     /// [`Kind::Io`].
@@ -147,24 +144,10 @@ impl Checkpoints {
         }
     }
 
-    /// What the ledger held when the newest checkpoint was written; `None` without a readable checkpoint.
+    /// The ledger's total when the newest checkpoint was written; `None` without a readable one.
     pub fn newest_spent(&self) -> Option<Recorded> {
         let step = self.steps().ok()?.last().copied()?;
         self.state(step).ok()?.spent
-    }
-
-    /// Adds the reason that the loop ended, and the ledger's total, to the checkpoint after `step`.
-    ///
-    /// # Errors
-    /// [`Kind::Io`], or [`Kind::Run`] if the checkpoint's state cannot be read.
-    pub fn record_end(&self, step: u64, stop: &Stop, spent: Recorded) -> Result<()> {
-        let mut state = self.state(step)?;
-        state.ended = Some(stop.clone());
-        state.spent = Some(spent);
-        let files = std::mem::take(&mut state.files);
-        let place = self.path(step);
-        write_atomic(&place.join(STATE), state_text(&state, files)?)?;
-        sync(&place)
     }
 
     /// Copies the exported files of the checkpoint after `step` to `dir`.

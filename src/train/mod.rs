@@ -238,9 +238,8 @@ impl Training<'_, '_> {
             self.evaluate()?;
         } else if self.trainer.checkpoints.steps()?.last() == Some(&step) {
             if stop.is_regular() {
-                let spent = self.trainer.account.record()?;
-                let checkpoints = self.trainer.checkpoints;
-                checkpoints.record_end(step, stop, spent)?;
+                // The parameters are saved: only the state changes, and nothing is charged.
+                self.write_checkpoint(Some(stop))?;
             }
             return Ok(());
         }
@@ -299,6 +298,13 @@ impl Training<'_, '_> {
         trainer.account.admit(Phase::Save, self.costs.save(), &[])?;
         trainer.account.begin();
         self.context.counter.add(self.costs.save().clone());
+        self.write_checkpoint(ended)?;
+        self.charge(Phase::Save, self.state.step)?;
+        Ok(())
+    }
+
+    fn write_checkpoint(&mut self, ended: Option<&Stop>) -> Result<()> {
+        let trainer = &mut *self.trainer;
         let state = TrainState {
             spent: Some(trainer.account.record()?),
             ended: ended.cloned(),
@@ -307,7 +313,6 @@ impl Training<'_, '_> {
         trainer
             .checkpoints
             .save(&state, trainer.parameters, trainer.export)?;
-        self.charge(Phase::Save, self.state.step)?;
         Ok(())
     }
 
