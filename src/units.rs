@@ -256,7 +256,7 @@ impl Joules {
         self.0 / JOULES_PER_KWH
     }
 
-    /// Rounds to whole microjoules, half away from zero; negative energies become zero.
+    /// Rounds to integer microjoules, half away from zero; negative energies become zero.
     pub fn rounded(self) -> MicroJoules {
         MicroJoules((self.0 * 1e6).round().max(0.0) as u64)
     }
@@ -288,7 +288,7 @@ impl Seconds {
     }
 }
 
-/// Energy in whole microjoules, for the exact sums of the ledger. Arithmetic saturates.
+/// Energy in integer microjoules, for the exact sums of the ledger. Arithmetic saturates.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Hash, Serialize, Deserialize,
 )]

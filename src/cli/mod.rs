@@ -227,7 +227,7 @@ fn out(text: &str) -> Result<ExitCode> {
     write_out(&format!("{}\n", text.trim_end()))
 }
 
-/// Writes `text` as it is, without a line end of its own.
+/// Writes `text` to standard output without appending a newline.
 fn write_out(text: &str) -> Result<ExitCode> {
     let mut stdout = std::io::stdout().lock();
     let shown = if stdout.is_terminal() {

@@ -160,7 +160,7 @@ impl Account {
     }
 
     /// The amount that training may spend, in this run and the earlier ones of a resumed ledger,
-    /// with `reserved` (final evaluation and save, every other one still planned) held back. To be
+    /// with `reserved` (final evaluation and save, every other one still planned) reserved. To be
     /// called once, before the first step.
     pub fn allowance(&self, reserved: &[(Phase, Work)]) -> Allowance {
         let all = self.spent();

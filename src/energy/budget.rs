@@ -1,7 +1,7 @@
 //! Budgets: whether the next step may be spent.
 //!
 //! Takes amounts, returns a verdict; pure. Limits on energy, carbon and money per kilowatt-hour are
-//! converted to the largest whole number of microjoules within them, so that a budget on the
+//! converted to the largest integer number of microjoules within them, so that a budget on the
 //! counted meter is never exceeded, not by a microjoule. Independent of meters and steps.
 
 use serde::{Deserialize, Serialize};
@@ -192,7 +192,7 @@ fn cost_threshold(cost: &Money, price: &Price, pue: Pue) -> Threshold {
     }
 }
 
-/// The largest energy within a limit, in whole microjoules.
+/// The largest energy within a limit, in integer microjoules.
 fn largest_energy(within: impl Fn(Joules) -> bool) -> Threshold {
     Threshold::Energy(MicroJoules(largest(|energy| {
         within(MicroJoules(energy).joules())
@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn carbon_and_cost_limits_become_microjoules_or_seconds() {
         let left = |limits, price| budget(limits, price).remaining(&Spent::default());
-        // 1 kWh (3.6e12 uJ) at 429 g and PUE 1.1 is 471.9 g: the largest whole number of
+        // 1 kWh (3.6e12 uJ) at 429 g and PUE 1.1 is 471.9 g: the largest integer number of
         // microjoules is that or one less.
         let energy = left(carbon_limit(471.9), None).energy.unwrap().0;
         assert!(energy.abs_diff(3_600_000_000_000) <= 1, "{energy}");

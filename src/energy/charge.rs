@@ -25,7 +25,7 @@ use crate::work::{Precision, Work};
 /// The cost of a work. A sum of charges is the cost of works charged one by one.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Charge {
-    /// Total, in whole microjoules.
+    /// Total, in integer microjoules.
     pub energy: MicroJoules,
     /// Roofline time.
     pub time: Seconds,

@@ -24,7 +24,7 @@ pub enum Computing {
 const NAME_A_PROFILE: &str = "write `device = \"NAME\"` in the recipe's [energy] table with a name from `wattune devices`, or a profile file";
 
 impl Profile {
-    /// The profile of a recipe's `energy.device`. A name stands for the whole device, `NAME@CORES`
+    /// The profile of a recipe's `energy.device`. A name means all of its cores, `NAME@CORES`
     /// for some cores of a processor, `auto` for the computing device; of a processor `auto` takes
     /// the cores this process may use.
     pub fn resolve(device: &DeviceRef, computing: Computing) -> Result<Profile> {

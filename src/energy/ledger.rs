@@ -1,7 +1,7 @@
 //! The ledger: entries and leases on disk, and their sums.
 //!
 //! Takes entries and leases, writes them to `ledger.jsonl` (`ledger_file`), returns totals by phase
-//! and meter in whole microjoules. Entries are written at once but not synced; the lease in the
+//! and meter in integer microjoules. Entries are written at once but not synced; the lease in the
 //! last synced line covers whatever a crash or power cut takes. On resume, that lease less the
 //! entries after it becomes an entry of phase "lost" and counts as spent.
 

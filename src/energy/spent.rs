@@ -42,7 +42,7 @@ impl std::iter::Sum for Spent {
 }
 
 impl Spent {
-    /// The amount times `factor`, rounded to whole microjoules and FLOPs.
+    /// The amount times `factor`, rounded to integer microjoules and FLOPs.
     pub fn scaled(&self, factor: f64) -> Spent {
         let rounded = |amount: u64| (amount as f64 * factor).round() as u64;
         Spent {
@@ -61,7 +61,7 @@ impl Spent {
         }
     }
 
-    /// Half the amount, rounded down to whole microjoules and FLOPs.
+    /// Half the amount, rounded down to integer microjoules and FLOPs.
     pub fn half(&self) -> Spent {
         Spent {
             energy: MicroJoules(self.energy.0 / 2),
