@@ -142,9 +142,28 @@ impl Error {
         self.0.kind
     }
 
+    /// What failed, in one sentence.
+    pub fn what(&self) -> &str {
+        &self.0.what
+    }
+
     /// The remedy, if any.
     pub fn remedy(&self) -> Option<&str> {
         self.0.hint.as_deref()
+    }
+
+    /// Its parts for programs: `kind`, `what`, `place`, `value`, `rule`, `hint` (null where there is none), `exit_status`.
+    pub fn to_json(&self) -> serde_json::Value {
+        let parts = &self.0;
+        serde_json::json!({ "error": {
+            "kind": format!("{:?}", parts.kind).to_lowercase(),
+            "what": parts.what,
+            "place": parts.place,
+            "value": parts.value,
+            "rule": parts.rule,
+            "hint": parts.hint,
+            "exit_status": self.exit_status(),
+        }})
     }
 
     /// 2 for a failure in preflight, 1 for a later one.

@@ -14,10 +14,24 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::text::hex;
+use crate::units::Bytes;
 
 const TEMPORARY: [&str; 3] = ["tmp", "partial", "deleted"];
 /// A leftover of another process may be removed when it is older.
 const MAX_AGE: Duration = Duration::from_secs(24 * 3600);
+
+/// Free space on the disk that holds `path` or its nearest existing parent; `None` where the system does not tell.
+pub fn available_space(path: &Path) -> Option<Bytes> {
+    let path = std::path::absolute(path).ok()?;
+    let existing = path.ancestors().find(|p| p.exists())?.canonicalize().ok()?;
+    let disks = sysinfo::Disks::new_with_refreshed_list().ok()?;
+    let holds = disks
+        .iter()
+        .filter(|disk| existing.starts_with(disk.mount_point()));
+    holds
+        .max_by_key(|disk| disk.mount_point().as_os_str().len())
+        .map(|disk| Bytes(disk.available_space()))
+}
 
 /// Replaces the file at `path` atomically by `bytes`.
 ///

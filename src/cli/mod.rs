@@ -20,10 +20,12 @@ mod train;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Kind, Result};
+use crate::report::text as report_text;
 use crate::run;
 use crate::text::printable;
 
@@ -126,11 +128,17 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
+    let json = cli.common.json;
+    report_text::set_width(terminal_width());
     // On a thread of the pool: from outside it every parallel loop would put this thread to sleep and wake it again.
     match set_threads(cli.common.threads).and_then(|()| rayon::scope(|_| dispatch(cli))) {
         Ok(code) => code,
         Err(error) => {
-            note(&format!("error: {error}"));
+            screen::announce(&format!("error: {error}"));
+            if json && !DOCUMENT_WRITTEN.load(Ordering::Relaxed) {
+                // The failure that is reported already counts.
+                let _ = out_json(&error.to_json());
+            }
             ExitCode::from(error.exit_status())
         }
     }
@@ -217,6 +225,12 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
     })
 }
 
+/// Columns of the terminal on standard output; `usize::MAX` for a file or a pipe.
+fn terminal_width() -> usize {
+    let size = terminal_size::terminal_size_of(std::io::stdout());
+    size.map_or(usize::MAX, |size| usize::from(size.0.0))
+}
+
 /// Writes a line to standard error. A closed terminal or a full device is ignored: it must not end a run.
 fn note(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{}", printable(text));
@@ -245,8 +259,12 @@ fn write_out(text: &str) -> Result<ExitCode> {
     }
 }
 
+/// Whether `--json` has got its document.
+static DOCUMENT_WRITTEN: AtomicBool = AtomicBool::new(false);
+
 /// Writes a JSON document to standard output, control characters as JSON escapes.
 fn out_json(value: &impl serde::Serialize) -> Result<ExitCode> {
+    DOCUMENT_WRITTEN.store(true, Ordering::Relaxed);
     let text =
         serde_json::to_string_pretty(value).map_err(|e| Error::new(Kind::Io, e.to_string()))?;
     let mut escaped = String::with_capacity(text.len());

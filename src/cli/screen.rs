@@ -1,5 +1,6 @@
 //! Progress on standard error: a live line on a terminal, a line now and then in a log.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -11,6 +12,22 @@ use crate::units::{Joules, Seconds};
 
 /// In a log, a progress line at most this often.
 const LOG_EVERY: Duration = Duration::from_secs(10);
+/// The live line, for [`announce`].
+static LIVE: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+/// Sets the live line, or takes it away.
+fn set_live(bar: Option<ProgressBar>) {
+    *LIVE.lock().unwrap_or_else(PoisonError::into_inner) = bar;
+}
+
+/// Writes a line above the live line, if there is one; also from a signal's thread.
+pub(super) fn announce(text: &str) {
+    let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    match live {
+        Some(bar) => bar.suspend(|| note(text)),
+        None => note(text),
+    }
+}
 
 /// The command line's screen.
 pub(super) struct Terminal {
@@ -39,15 +56,14 @@ impl Terminal {
     /// Takes the live line away.
     pub(super) fn clear(&mut self) {
         if let Some(bar) = self.bar.take() {
+            set_live(None);
             bar.finish_and_clear();
         }
     }
 
     fn line(&self, text: &str) {
-        match &self.bar {
-            _ if self.quiet => {}
-            Some(bar) => bar.println(printable(text)),
-            None => note(text),
+        if !self.quiet {
+            announce(text);
         }
     }
 
@@ -55,9 +71,10 @@ impl Terminal {
         let bar = self.bar.get_or_insert_with(|| {
             let bar =
                 ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr_with_hz(8));
-            let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}")
+            let style = ProgressStyle::with_template("{bar:12} {pos}/{len} {wide_msg}")
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
             bar.set_style(style.progress_chars("=> "));
+            set_live(Some(bar.clone()));
             bar
         });
         // A baseline after the run has a length of its own.
@@ -113,11 +130,11 @@ impl Screen for Terminal {
     }
 }
 
-/// "loss 2.31 · 5,210 tok/s · 12.4 J of budget energy 61 % · 8 s left".
+/// "loss 2.3100 · 61 % of the energy budget · 8 s left · 12.4 J · 5210 tok/s · lr 2.00e-4": a narrow terminal cuts the end.
 fn progress(record: &StepRecord, view: &StepView) -> String {
     let rate = view.tokens as f64 / view.train_wall.0.max(1e-9);
     let budget = match view.budget {
-        Some((limit, part)) => format!(" · {:.0} % of the {limit} budget", 100.0 * part),
+        Some((limit, part)) => format!("{:.0} % of the {limit} budget · ", 100.0 * part),
         None => String::new(),
     };
     let per_step = Seconds(view.train_wall.0 / view.done.max(1) as f64);
@@ -125,12 +142,12 @@ fn progress(record: &StepRecord, view: &StepView) -> String {
         Seconds((per_step.0 * view.expected_steps.saturating_sub(record.step) as f64).ceil());
     let spent: Joules = view.spent;
     format!(
-        "loss {} · lr {:.2e} · {rate:.0} tok/s · {spent}{budget} · {} left",
+        "loss {} · {budget}{} left · {spent} · {rate:.0} tok/s · lr {:.2e}",
         record
             .loss
             .map_or_else(|| "not finite".to_string(), |loss| format!("{loss:.4}")),
-        record.lr,
-        left.spoken()
+        left.spoken(),
+        record.lr
     )
 }
 
@@ -148,6 +165,14 @@ impl Downloads {
 }
 
 impl Progress for Downloads {
+    fn retry(&self, reason: &str, delay: Duration) {
+        if !self.quiet {
+            let delay = Seconds(delay.as_secs_f64().ceil());
+            let line = format!("{reason}; trying again in {}", delay.spoken());
+            self.bar.suspend(|| note(&line));
+        }
+    }
+
     fn start(&self, file: &str, bytes: Option<u64>) {
         if self.quiet {
             return;

@@ -12,16 +12,15 @@ use reqwest::redirect::Policy;
 
 use crate::error::{Error, Kind, Result};
 
+use super::Progress;
 use super::cache::RepoCache;
 use super::errors::{RequestContext, RequestError, Retry, not_cached, root_cause};
 use super::repo::{Repo, RepoKind, is_commit, is_relative_path};
 use super::settings::{Settings, Token};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two reads of a file.
-const READ_TIMEOUT: Duration = Duration::from_secs(60);
-/// For the answer to a listing, or to a commit after its upload.
-const API_TIMEOUT: Duration = Duration::from_secs(120);
+/// For the answer to a commit after its upload: the hub verifies the files first.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 const MAX_REDIRECTS: usize = 10;
 
 /// How often and how long a failed request is retried.
@@ -31,8 +30,10 @@ pub struct RetryPolicy {
     pub max_attempts: u32,
     /// The delay after the first failure; it doubles after each.
     pub base_delay: Duration,
-    /// A server that asks for a longer delay is not waited for.
+    /// The longest wait without progress, over all attempts: a server that asks for more is not waited for.
     pub max_delay: Duration,
+    /// A server that sends nothing, or next to nothing, for so long is disconnected.
+    pub stall_timeout: Duration,
 }
 
 impl Default for RetryPolicy {
@@ -42,20 +43,27 @@ impl Default for RetryPolicy {
             max_attempts: 5,
             base_delay: Duration::from_millis(250),
             max_delay: Duration::from_secs(300),
+            stall_timeout: Duration::from_secs(30),
         }
     }
 }
 
 /// Exponential backoff over consecutive failures.
-pub(super) struct Backoff {
+pub(super) struct Backoff<'a> {
     policy: RetryPolicy,
+    progress: &'a dyn Progress,
     failures: u32,
+    waited: Duration,
 }
 
-impl Backoff {
-    pub(super) fn new(policy: RetryPolicy) -> Self {
-        let failures = 0;
-        Self { policy, failures }
+impl<'a> Backoff<'a> {
+    pub(super) fn new(policy: RetryPolicy, progress: &'a dyn Progress) -> Self {
+        Self {
+            policy,
+            progress,
+            failures: 0,
+            waited: Duration::ZERO,
+        }
     }
 
     /// Sleeps before the next attempt, or returns the error when retries are exhausted or cannot help.
@@ -67,9 +75,11 @@ impl Backoff {
             Retry::Backoff => backoff.min(self.policy.max_delay),
             Retry::After(delay) => delay.max(backoff),
         };
-        if self.failures >= self.policy.max_attempts || delay > self.policy.max_delay {
+        self.waited += delay;
+        if self.failures >= self.policy.max_attempts || self.waited > self.policy.max_delay {
             return Err(failed.error);
         }
+        self.progress.retry(failed.error.what(), delay);
         std::thread::sleep(delay);
         Ok(())
     }
@@ -77,6 +87,7 @@ impl Backoff {
     /// Starts over after progress.
     pub(super) fn reset(&mut self) {
         self.failures = 0;
+        self.waited = Duration::ZERO;
     }
 }
 
@@ -143,9 +154,9 @@ impl Hub {
     }
 
     /// The files of a repository: as the hub lists them, or offline as the cache has them.
-    pub(super) fn listing(&self, repo: &Repo) -> Result<Listing> {
+    pub(super) fn listing(&self, repo: &Repo, progress: &dyn Progress) -> Result<Listing> {
         if let Some(client) = &self.client {
-            return client.retry(|| client.list(repo));
+            return client.retry(progress, || client.list(repo));
         }
         let cache = self.cache(repo);
         let commit = cache.commit_of(&repo.revision);
@@ -184,11 +195,11 @@ impl Client {
         let blocking = |stay: bool| {
             reqwest::blocking::ClientBuilder::from(http(&endpoint, stay))
                 // Here the timeout of each read, not of the transfer.
-                .timeout(READ_TIMEOUT)
+                .timeout(policy.stall_timeout)
                 .build()
                 .map_err(|source| no_https(&source))
         };
-        let http = http(&endpoint, false).read_timeout(API_TIMEOUT);
+        let http = http(&endpoint, false).read_timeout(UPLOAD_TIMEOUT);
         Ok(Self {
             api: hf_client(http, &endpoint, token.as_ref())?,
             metadata: blocking(true)?,
@@ -202,9 +213,10 @@ impl Client {
     /// Sends a request until it succeeds or the retry policy ends.
     pub(super) fn retry<T>(
         &self,
+        progress: &dyn Progress,
         mut request: impl FnMut() -> Result<T, RequestError>,
     ) -> Result<T> {
-        let mut backoff = Backoff::new(self.policy);
+        let mut backoff = Backoff::new(self.policy, progress);
         loop {
             match request() {
                 Ok(done) => return Ok(done),

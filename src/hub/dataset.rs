@@ -70,7 +70,7 @@ impl Hub {
         progress: &dyn Progress,
     ) -> Result<DatasetFiles> {
         let repo = Repo::new(RepoKind::Dataset, id, revision)?;
-        let listing = self.listing(&repo)?;
+        let listing = self.listing(&repo, progress)?;
         let wanted = files_of_split(&listing.files, split)
             .map_err(|reason| self.no_split(&listing, split, reason))?;
         let files = wanted

@@ -10,24 +10,33 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
 use reqwest::Url;
 use reqwest::blocking::{RequestBuilder, Response};
-use reqwest::header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, RANGE};
+use reqwest::header::{
+    ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, RANGE,
+};
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Kind, Result};
-use crate::files::temporary_path;
+use crate::files::{available_space, temporary_path};
 use crate::text;
+use crate::units::Bytes;
 
 use super::Progress;
 use super::cache::{RepoCache, create_parent};
 use super::client::{Backoff, Client, Hub, Listing};
 use super::errors::{RequestContext, RequestError, Retry, not_cached, root_cause};
-use super::repo::blob_name;
+use super::repo::{RepoKind, blob_name, is_commit};
 
 const CHUNK: usize = 128 << 10;
+/// The largest file of a model that is neither weights nor data: several times the largest tokenizer.
+const MAX_SMALL_FILE: u64 = 256 << 20;
+/// Below this rate, in bytes per second over the policy's stall timeout, a transfer counts as stalled (curl's `--speed-limit`).
+const MIN_RATE: u64 = 1 << 10;
 /// A failed transfer of at least so many bytes is left for the next run.
 const WORTH_KEEPING: u64 = 1 << 20;
 
@@ -72,7 +81,7 @@ impl Hub {
             file,
             progress,
         };
-        let metadata = client.retry(|| download.metadata())?;
+        let metadata = client.retry(progress, || download.metadata())?;
         if !is_complete(&cache.blob(&metadata.etag), metadata.size) {
             download.fill_blob(&cache, &metadata)?;
         }
@@ -135,13 +144,19 @@ impl Download<'_> {
             None => temporary_path(&blob, "tmp"),
         };
         let mut partial = PartialDownload::open(path.clone(), metadata)?;
+        if let Err(error) = self.check_size(&blob, metadata.size, partial.len) {
+            // A partial download stays for a disk with more room; an empty file is of no use.
+            let _ = (partial.len == 0).then(|| fs::remove_file(&path));
+            return Err(error);
+        }
         let resumed = partial.len > 0;
         let mut outcome = self.transfer(&mut partial, metadata);
         if resumed && outcome.is_err() && partial.len == 0 {
             // The partial file was not the beginning of this one: again without it.
             outcome = self.transfer(&mut partial, metadata);
         }
-        if outcome.is_err() && (partial.len < WORTH_KEEPING || lock.is_none()) {
+        let resumable = lock.is_some() && partial.hash.is_some();
+        if outcome.is_err() && (partial.len < WORTH_KEEPING || !resumable) {
             // A failed removal leaves only what the next run resumes.
             let _ = fs::remove_file(&path);
         }
@@ -157,13 +172,14 @@ impl Download<'_> {
         if partial.len > 0 {
             self.progress.advance(partial.len);
         }
+        let least = least_bytes(self.client.policy.stall_timeout);
         let mut furthest = partial.len;
-        let mut backoff = Backoff::new(self.client.policy);
+        let mut backoff = Backoff::new(self.client.policy, self.progress);
         while metadata.size.is_none_or(|size| partial.len < size) {
             let Err(failed) = self.receive(partial, metadata.size) else {
                 break;
             };
-            if partial.len > furthest {
+            if partial.len > furthest + least {
                 furthest = partial.len;
                 backoff.reset();
             }
@@ -180,7 +196,9 @@ impl Download<'_> {
     ) -> Result<(), RequestError> {
         let mut response = self.request_from(partial, size)?;
         let mut chunk = vec![0; CHUNK];
-        while size.is_none_or(|size| partial.len <= size) {
+        let most = size.unwrap_or(self.max_size());
+        let (mut window, mut in_window) = (Instant::now(), 0);
+        while partial.len <= most {
             let received = response.read(&mut chunk).map_err(|source| {
                 let what = format!("the connection broke: {}", root_cause(&source));
                 self.interrupted(&what, "check the network and run the same command again")
@@ -190,8 +208,20 @@ impl Download<'_> {
             }
             partial.append(&chunk[..received])?;
             self.progress.advance(received as u64);
+            in_window += received as u64;
+            let elapsed = window.elapsed();
+            if elapsed >= self.client.policy.stall_timeout {
+                if in_window < least_bytes(elapsed) {
+                    return Err(self.interrupted(
+                        "the connection stalled: less than 1 KB/s arrives",
+                        "check the network and run the same command again",
+                    ));
+                }
+                (window, in_window) = (Instant::now(), 0);
+            }
         }
         match size {
+            None if partial.len > most => Err(self.too_large(partial.len).into()),
             Some(size) if partial.len < size => {
                 let error = wrong_size(&self.context.place(), partial.len, size);
                 Err(RequestError::new(error, Retry::Backoff))
@@ -217,6 +247,15 @@ impl Download<'_> {
         if !status.is_success() && !refused_range {
             return Err(self.context.status_error(status, response.headers()));
         }
+        if let Some(encoding) = response.headers().get(CONTENT_ENCODING)
+            && encoding != "identity"
+        {
+            let error = self.context.unexpected("the hub's answer is compressed");
+            return Err(error
+                .value(format!("{encoding:?}"))
+                .rule("the file's own bytes")
+                .into());
+        }
         if from > 0 && !continues_at(&response, from) {
             partial.restart()?;
             self.progress.start(self.file, size);
@@ -228,10 +267,49 @@ impl Download<'_> {
         Ok(response)
     }
 
+    /// The most bytes of this file that are accepted.
+    fn max_size(&self) -> u64 {
+        let is_small =
+            self.context.repo.kind == RepoKind::Model && !self.file.ends_with(".safetensors");
+        if is_small { MAX_SMALL_FILE } else { u64::MAX }
+    }
+
+    /// Refuses a file that is larger than any of its kind, or than the free space.
+    fn check_size(&self, blob: &Path, size: Option<u64>, present: u64) -> Result<()> {
+        let Some(size) = size else {
+            return Ok(());
+        };
+        if size > self.max_size() {
+            return Err(self.too_large(size));
+        }
+        let missing = Bytes(size.saturating_sub(present));
+        match available_space(blob).filter(|free| *free < missing) {
+            None => Ok(()),
+            Some(free) => Err(Error::new(Kind::Hub, "the disk is too full for this file")
+                .at(self.context.place())
+                .value(format!("{missing} to fetch"))
+                .rule(format!("{free} are free at {}", blob.display()))
+                .hint("free some space, or set HF_HOME to a directory on another disk")),
+        }
+    }
+
+    fn too_large(&self, size: u64) -> Error {
+        Error::new(Kind::Hub, "the file is too large for its kind")
+            .at(self.context.place())
+            .value(Bytes(size).to_string())
+            .rule(format!("at most {}", Bytes(self.max_size())))
+            .hint("check the id: no configuration, tokenizer or template is so large")
+    }
+
     fn interrupted(&self, what: &str, hint: &str) -> RequestError {
         let error = Error::new(Kind::Hub, what).at(self.context.place());
         RequestError::new(error.hint(hint), Retry::Backoff)
     }
+}
+
+/// The bytes that a transfer at `MIN_RATE` brings in `time`.
+fn least_bytes(time: Duration) -> u64 {
+    (MIN_RATE as f64 * time.as_secs_f64()) as u64
 }
 
 /// Whether a response has the bytes from `from` on.
@@ -258,6 +336,14 @@ fn wrong_size(place: &str, received: u64, size: u64) -> Error {
         .at(place)
         .value(format!("{received} bytes"))
         .rule(format!("{size} bytes"))
+        .hint("run the same command again")
+}
+
+fn wrong_bytes(place: &str, algorithm: &str, received: &str, expected: &str) -> Error {
+    Error::new(Kind::Hub, "the bytes received are not the file's")
+        .at(place)
+        .value(format!("{algorithm} {received}"))
+        .rule(format!("{algorithm} {expected}"))
         .hint("run the same command again")
 }
 
@@ -344,16 +430,42 @@ impl PartialDownload {
             let hash = text::hex(hash.finalize());
             if !hash.eq_ignore_ascii_case(&metadata.etag) {
                 self.restart()?;
-                return Err(
-                    Error::new(Kind::Hub, "the bytes received are not the file's")
-                        .at(place)
-                        .value(format!("SHA-256 {hash}"))
-                        .rule(format!("SHA-256 {}", metadata.etag))
-                        .hint("run the same command again"),
-                );
+                return Err(wrong_bytes(place, "SHA-256", &hash, &metadata.etag));
             }
         }
+        self.verify_git_hash(place, metadata)?;
         let flushed = self.file.sync_data();
         flushed.map_err(|source| Error::io("write", &self.path, source))
+    }
+
+    /// Checks the SHA-1 that names a file stored in git: of its blob, or on mirrors of its bytes alone.
+    fn verify_git_hash(&mut self, place: &str, metadata: &FileMetadata) -> Result<()> {
+        if !is_commit(&metadata.etag) {
+            return Ok(());
+        }
+        let mut plain = Sha1::new();
+        let mut blob = Sha1::new_with_prefix(format!("blob {}\0", self.len));
+        let mut chunk = vec![0; CHUNK];
+        let unreadable = |source| Error::io("read", &self.path, source);
+        self.file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
+        loop {
+            let read = self.file.read(&mut chunk);
+            match read.map_err(unreadable)? {
+                0 => break,
+                read => {
+                    plain.update(&chunk[..read]);
+                    blob.update(&chunk[..read]);
+                }
+            }
+        }
+        let found = [blob, plain].map(|hash| text::hex(hash.finalize()));
+        if found
+            .iter()
+            .any(|hash| hash.eq_ignore_ascii_case(&metadata.etag))
+        {
+            return Ok(());
+        }
+        self.restart()?;
+        Err(wrong_bytes(place, "SHA-1", &found[0], &metadata.etag))
     }
 }

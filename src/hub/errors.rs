@@ -115,7 +115,7 @@ impl RequestContext<'_> {
 
     /// A request without a response.
     pub(super) fn transport_error(&self, source: reqwest::Error) -> RequestError {
-        let address = display_url(source.url().unwrap_or(self.endpoint));
+        let address = self.one_line(&display_url(source.url().unwrap_or(self.endpoint)));
         let source = source.without_url();
         let what = if source.is_timeout() {
             format!("no answer from {address} in time")

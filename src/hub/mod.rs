@@ -12,6 +12,8 @@
 //! embedded  models embedded in the program             upload    a folder as one commit
 //! ```
 
+use std::time::Duration;
+
 mod cache;
 mod client;
 mod dataset;
@@ -32,6 +34,9 @@ pub use upload::{Upload, Uploaded};
 
 /// Watches transfers, one at a time.
 pub trait Progress {
+    /// A request failed for this reason and is sent again after the delay.
+    fn retry(&self, reason: &str, delay: Duration);
+
     /// A transfer begins, or begins again from its first byte; `bytes` is its size where known.
     fn start(&self, file: &str, bytes: Option<u64>);
     /// So many more bytes are done (after `start`, first those that an earlier run left).
@@ -45,6 +50,7 @@ pub trait Progress {
 pub struct Silent;
 
 impl Progress for Silent {
+    fn retry(&self, _reason: &str, _delay: Duration) {}
     fn start(&self, _file: &str, _bytes: Option<u64>) {}
     fn advance(&self, _bytes: u64) {}
     fn finish(&self) {}

@@ -172,7 +172,7 @@ impl Hub {
     /// `config.json`.
     pub fn model(&self, id: &str, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
         let repo = Repo::new(RepoKind::Model, id, revision)?;
-        let listing = self.listing(&repo)?;
+        let listing = self.listing(&repo, progress)?;
         if self.is_offline() && !listing.contains(CONFIG) {
             return Err(not_cached(&repo, Some(CONFIG)));
         }

@@ -68,8 +68,8 @@ impl Hub {
             upload: true,
             ..client.context(&repo, None)
         };
-        client.retry(|| client.prepare_repository(upload, &context))?;
-        let commit = client.retry(|| client.commit(upload, &context, progress))?;
+        client.retry(progress, || client.prepare_repository(upload, &context))?;
+        let commit = client.retry(progress, || client.commit(upload, &context, progress))?;
         Ok(Uploaded {
             url: format!("{}/{}", display_url(&client.endpoint), repo.page()),
             commit: commit.commit_oid,

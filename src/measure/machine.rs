@@ -1,7 +1,5 @@
 //! Memory, disk and processor name of this machine.
 
-use std::path::Path;
-
 use crate::units::Bytes;
 
 /// Brand string of the first processor, or "unknown".
@@ -39,17 +37,4 @@ pub fn memory() -> Option<(Bytes, Bytes)> {
 /// Available memory.
 pub fn free_memory() -> Option<Bytes> {
     memory().map(|(free, _)| free)
-}
-
-/// Free space on the disk that holds `path` or its nearest existing parent.
-pub fn free_disk(path: &Path) -> Option<Bytes> {
-    let path = std::path::absolute(path).ok()?;
-    let existing = path.ancestors().find(|p| p.exists())?.canonicalize().ok()?;
-    let disks = sysinfo::Disks::new_with_refreshed_list().ok()?;
-    let holds = disks
-        .iter()
-        .filter(|disk| existing.starts_with(disk.mount_point()));
-    holds
-        .max_by_key(|disk| disk.mount_point().as_os_str().len())
-        .map(|disk| Bytes(disk.available_space()))
 }

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use super::prepare::{Prepared, Target};
 use crate::error::{Error, Kind, Result};
+use crate::files::available_space;
 use crate::forecast::measured_kinds;
-use crate::measure::machine::{free_disk, free_memory};
+use crate::measure::machine::free_memory;
 use crate::model::{
     Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory, least_recompute,
 };
@@ -146,7 +147,7 @@ pub(super) fn check_disk(prepared: &Prepared, out: &Path) -> Result<()> {
         needed += checkpoints(Target::All.parameters(&prepared.architecture), 1);
     }
     let needed = Bytes(needed as u64);
-    match free_disk(out).filter(|free| *free < needed) {
+    match available_space(out).filter(|free| *free < needed) {
         None => Ok(()),
         Some(free) => Err(Error::new(Kind::Resources, "the disk has no room for the checkpoints")
             .at(out.display().to_string())

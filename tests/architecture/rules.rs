@@ -56,7 +56,7 @@ const GROUND: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("work", &["units", "error"]),
     ("random", &[]),
-    ("files", &["error", "text"]),
+    ("files", &["error", "text", "units"]),
     ("text", &[]),
 ];
 

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -24,6 +25,8 @@ pub struct Reply {
     cut: Option<usize>,
     /// A Range header is honoured.
     ranged: bool,
+    /// The body comes one byte at a time, with this pause after each.
+    pause: Option<Duration>,
 }
 
 impl Reply {
@@ -49,6 +52,13 @@ impl Reply {
     pub fn cut(self, at: usize) -> Self {
         Self {
             cut: Some(at),
+            ..self
+        }
+    }
+
+    pub fn dripping(self, pause: Duration) -> Self {
+        Self {
+            pause: Some(pause),
             ..self
         }
     }
@@ -253,7 +263,16 @@ fn send(
     }
     stream.write_all(b"\r\n")?;
     if !line.starts_with("HEAD ") {
-        stream.write_all(&reply.body[..reply.cut.unwrap_or(reply.body.len())])?;
+        let body = &reply.body[..reply.cut.unwrap_or(reply.body.len())];
+        match reply.pause {
+            None => stream.write_all(body)?,
+            Some(pause) => {
+                for byte in body {
+                    stream.write_all(&[*byte])?;
+                    std::thread::sleep(pause);
+                }
+            }
+        }
     }
     stream.flush()
 }

@@ -187,6 +187,16 @@ fn a_rate_limit_is_waited_for_up_to_the_maximum() {
     fixture.client().model(ID, "main", &Silent).unwrap();
     assert!(start.elapsed() >= Duration::from_secs(1));
 
+    // Not twice: the maximum holds for all attempts together.
+    fixture
+        .hub
+        .on(listing, &[Reply::new(429, &[("Retry-After", "2")])]);
+    let log = Log::default();
+    let error = fixture.client().model(ID, "main", &log).unwrap_err();
+    assert!(error.remedy().unwrap().contains("wait 2 s"), "{error}");
+    let said = ["the hub limits the rate of requests; again in 2 s"];
+    assert_eq!(*log.0.lock().unwrap(), said);
+
     fixture
         .hub
         .on(listing, &[Reply::new(429, &[("Retry-After", "3600")])]);

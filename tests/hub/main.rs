@@ -23,6 +23,12 @@ use wattune::error::{Error, Kind, Result};
 use wattune::hub::{Hub, ModelFiles, Progress, RetryPolicy, Settings, Silent, Token};
 
 const WEIGHTS: &str = "model.safetensors";
+const POLICY: RetryPolicy = RetryPolicy {
+    max_attempts: 4,
+    base_delay: Duration::from_millis(2),
+    max_delay: Duration::from_secs(2),
+    stall_timeout: Duration::from_secs(10),
+};
 
 /// Bytes that repeat at no power of two, so that a part in the wrong fixture changes the hash.
 fn bytes(len: usize) -> Vec<u8> {
@@ -64,12 +70,7 @@ impl Fixture {
     }
 
     fn open(&self, settings: Settings) -> Hub {
-        let policy = RetryPolicy {
-            max_attempts: 4,
-            base_delay: Duration::from_millis(2),
-            max_delay: Duration::from_secs(2),
-        };
-        Hub::with_retry_policy(settings, policy).unwrap()
+        Hub::with_retry_policy(settings, POLICY).unwrap()
     }
 
     fn client(&self) -> Hub {
@@ -348,6 +349,10 @@ fn a_data_set_is_the_files_of_its_split() {
 struct Log(Mutex<Vec<String>>);
 
 impl Progress for Log {
+    fn retry(&self, reason: &str, delay: Duration) {
+        let line = format!("{reason}; again in {} s", delay.as_secs());
+        self.0.lock().unwrap().push(line);
+    }
     fn start(&self, file: &str, bytes: Option<u64>) {
         self.0
             .lock()

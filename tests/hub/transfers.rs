@@ -7,8 +7,8 @@ fn a_broken_transfer_is_resumed() {
     let fixture = fixture();
     let bytes = bytes(300_000);
     let whole = ok(&bytes).ranged();
-    // Five breaks where four attempts are allowed: each brought something, so none counts against the next.
-    let breaks = [100_000, 50_000, 10_000, 10_000, 10_000].map(|at| whole.clone().cut(at));
+    // Five breaks where four attempts are allowed: each brought enough, so none counts against the next.
+    let breaks = [100_000, 50_000, 20_000, 20_000, 20_000].map(|at| whole.clone().cut(at));
     fixture.hub.large(
         WEIGHTS,
         &bytes,
@@ -135,4 +135,113 @@ fn concurrent_runs_share_one_transfer() {
     assert_eq!(fixture.store.lines().len(), 1);
     let names = ["git-README.md", "git-config.json"].map(str::to_string);
     assert!(fixture.blobs().len() == 3 && names.iter().all(|name| fixture.blobs().contains(name)));
+}
+
+#[test]
+fn a_stalled_server_is_disconnected_with_a_word() {
+    let fixture = fixture();
+    let bytes = bytes(3000);
+    let drip = ok(&bytes).dripping(Duration::from_millis(20));
+    fixture.hub.large(WEIGHTS, &bytes, &fixture.store, &[drip]);
+    let policy = RetryPolicy {
+        max_attempts: 2,
+        stall_timeout: Duration::from_millis(300),
+        ..POLICY
+    };
+    let hub = Hub::with_retry_policy(fixture.settings(), policy).unwrap();
+    let log = Log::default();
+    let mut model = hub.model(ID, "main", &Silent).unwrap();
+    let start = Instant::now();
+    let error = hub.model_weights(&mut model, &log).unwrap_err().to_string();
+    assert!(error.contains("less than 1 KB/s"), "{error}");
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "all of it takes 60 s"
+    );
+    let log = log.0.lock().unwrap();
+    let told = |line: &&String| line.contains("stalled") && line.ends_with("again in 0 s");
+    assert_eq!(log.iter().filter(told).count(), 1, "{log:?}");
+}
+
+#[test]
+fn a_file_stored_in_git_is_verified() {
+    let fixture = fixture();
+    // `printf '{}' | git hash-object --stdin`, and its plain SHA-1, which some mirrors send.
+    let (blob, plain) = (
+        "9e26dfeeb6e641a33dae4961196235bdb965b21b",
+        "bf21a9e8fbc5a3846fb05b4fa0859e0917b2202f",
+    );
+    let path = path_of("models", "config.json");
+    let serve = |etag: &str, body: &[u8]| {
+        let headers = [("ETag", etag), ("X-Repo-Commit", COMMIT)];
+        for method in ["HEAD", "GET"] {
+            let reply = Reply::new(200, &headers).body(body);
+            fixture.hub.on(&format!("{method} {path}"), &[reply]);
+        }
+    };
+    serve(blob, b"[]");
+    let error = fixture.refused().to_string();
+    assert!(
+        error.contains("not the file's") && error.contains(blob),
+        "{error}"
+    );
+    assert!(fixture.blobs().is_empty(), "{:?}", fixture.blobs());
+    for etag in [blob, plain] {
+        serve(etag, b"{}");
+        fixture.client().model(ID, "main", &Silent).unwrap();
+        assert!(fixture.blobs().contains(&etag.to_string()));
+        fs::remove_dir_all(fixture.repo()).unwrap();
+    }
+}
+
+#[test]
+fn a_compressed_answer_is_refused() {
+    let fixture = fixture();
+    let headers = [("ETag", "\"x\""), ("X-Repo-Commit", COMMIT)];
+    let path = path_of("models", "config.json");
+    let head = Reply::new(200, &headers).body(b"{}");
+    let get = Reply::new(200, &[("Content-Encoding", "gzip")]).body(b"{}");
+    fixture.hub.on(&format!("HEAD {path}"), &[head]);
+    fixture.hub.on(&format!("GET {path}"), &[get]);
+    let error = fixture.refused().to_string();
+    assert!(
+        error.contains("compressed") && error.contains("gzip"),
+        "{error}"
+    );
+    assert!(fixture.blobs().is_empty());
+}
+
+#[test]
+fn a_file_too_large_for_its_kind_or_the_disk_is_refused_before_its_first_byte() {
+    let fixture = fixture();
+    let size = |bytes: u64| {
+        let bytes = bytes.to_string();
+        let headers = [
+            ("ETag", "\"x\""),
+            ("X-Repo-Commit", COMMIT),
+            ("X-Linked-Size", &bytes),
+        ];
+        [Reply::new(200, &headers)]
+    };
+    let line = |name: &str| format!("HEAD {}", path_of("models", name));
+    fixture.hub.on(&line("config.json"), &size(3 << 30));
+    let error = fixture.refused().to_string();
+    assert!(error.contains("too large for its kind"), "{error}");
+    fixture.hub.on(&line("config.json"), &size(2));
+    fixture.hub.on(&line(WEIGHTS), &size(1 << 60));
+    let error = fixture.model().unwrap_err();
+    assert!(error.to_string().contains("disk is too full"), "{error}");
+    assert!(error.remedy().unwrap().contains("HF_HOME"));
+    assert_eq!(
+        fixture
+            .hub
+            .count(&format!("GET {}", path_of("models", WEIGHTS))),
+        0
+    );
+    assert!(
+        fixture
+            .blobs()
+            .iter()
+            .all(|name| !name.contains("incomplete"))
+    );
 }
