@@ -19,8 +19,8 @@ use wattune::report::emissions::{COLUMNS, Emissions, EnergyParts};
 use wattune::report::energy::HostLeftOut;
 use wattune::report::types::{AdapterType, Meter, Phase, Report};
 use wattune::report::{
-    CardFacts, FiniteReport, compare, files, read_report, to_json, to_markdown, to_model_card,
-    to_text,
+    CardFacts, Comparison, FiniteReport, compare, files, read_report, to_json, to_markdown,
+    to_model_card, to_text,
 };
 use wattune::train::Stop;
 use wattune::units::{GramsCo2e, Joules, Seconds};
@@ -365,6 +365,36 @@ fn runs_side_by_side() {
 }
 
 #[test]
+fn runs_within_a_standard_error_are_tied() {
+    let (mut lower, mut higher) = (fixture(), fixture());
+    lower.training.val_loss_after = Some(2.00);
+    higher.training.val_loss_after = Some(2.01);
+    let compared = |standard_error| {
+        let runs = [("lower", &lower), ("higher", &higher)].map(|(name, report)| {
+            let mut report = report.clone();
+            report.training.val_loss_after_se = standard_error;
+            (name.to_string(), finite(&report))
+        });
+        compare(&runs)
+    };
+    let both = |comparison: &Comparison| {
+        let name = |run: &Option<String>| run.clone().unwrap_or_default();
+        [name(&comparison.best), name(&comparison.lowest_loss)]
+    };
+    for known in [None, Some(0.009)] {
+        assert_eq!(both(&compared(known)), ["lower", "lower"]);
+    }
+    let tied = compared(Some(0.011));
+    assert_eq!(both(&tied), ["", ""]);
+    assert!(tied.notes.iter().all(|note| note.contains("a tie")) && tied.notes.len() == 2);
+    assert!(tied.text().contains("Runs are not ranked."));
+    // Two copies of one run, whatever is known.
+    let copies = [("a", fixture()), ("b", fixture())];
+    let copies = copies.map(|(name, report)| (name.to_string(), finite(&report)));
+    assert_eq!(both(&compare(&copies)), ["", ""]);
+}
+
+#[test]
 fn incomparable_runs_are_not_ranked() {
     let mut other = half();
     other.data.fingerprint = Some("sha256:000000".to_string());
@@ -427,6 +457,7 @@ fn a_difference_is_named_once_with_all_its_runs() {
     let mut other = half();
     other.energy.device = "nvidia-a40".to_string();
     other.energy.host_left_out = Some(HostLeftOut { share: Some(0.3) });
+    other.training.val_loss_after = Some(2.2);
     let runs = [("a", fixture()), ("b", other), ("c", half())]
         .map(|(name, report)| (name.to_string(), finite(&report)));
     let expected = [

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::report::{
-    FiniteReport, History, compare as compare_reports, comparison_page, read_report, to_html,
-    to_markdown, to_text,
+    FiniteReport, History, compare as compare_reports, comparison_page, read_report, read_steps,
+    to_html, to_markdown, to_text,
 };
 use crate::run::RunDirectory;
 
@@ -58,7 +58,7 @@ enum CompareFormat {
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let directory = RunDirectory::open(&arguments.run)?;
-    let report = read_report(&directory.report())?;
+    let report = read(&arguments.run)?;
     let name = directory_name(&arguments.run);
     match format(arguments.format, common.json, Format::Json, Format::Text)? {
         Format::Json => out_json(&report),
@@ -100,7 +100,9 @@ pub(super) fn compare(arguments: &CompareArguments, common: Common) -> Result<Ex
         .iter()
         .map(named)
         .collect::<Result<Vec<_>>>()?;
-    let comparison = compare_reports(&runs);
+    let mut comparison = compare_reports(&runs);
+    let recipes = arguments.runs.iter().map(|run| recipe_of(run));
+    comparison.note_recipes(&recipes.collect::<Result<Vec<_>>>()?);
     match format(
         arguments.format,
         common.json,
@@ -121,11 +123,53 @@ pub(super) fn compare(arguments: &CompareArguments, common: Common) -> Result<Ex
     }
 }
 
+fn recipe_of(run: &Path) -> Result<toml::Table> {
+    let path = RunDirectory::open(run)?.recipe();
+    let text = std::fs::read_to_string(&path).map_err(|source| Error::io("read", &path, source))?;
+    text.parse().map_err(|source: toml::de::Error| {
+        Error::new(Kind::Run, "the run's recipe cannot be read")
+            .at(path.display().to_string())
+            .value(source.message())
+    })
+}
+
 fn history(run: &Path) -> Result<History> {
     let directory = RunDirectory::open(run)?;
     History::read(&directory.steps(), &directory.ledger())
 }
 
 fn read(run: &Path) -> Result<FiniteReport> {
-    read_report(&RunDirectory::open(run)?.report())
+    let directory = RunDirectory::open(run)?;
+    if !directory.report().exists() {
+        return Err(no_report(run, &directory));
+    }
+    read_report(&directory.report())
+}
+
+/// A run that still trains, or that was cut off, with what its log tells.
+fn no_report(run: &Path, directory: &RunDirectory) -> Error {
+    let steps = read_steps(&directory.steps()).unwrap_or_default();
+    let progress = steps.last().map_or("no step yet".to_string(), |last| {
+        let loss = last
+            .loss
+            .map_or("not finite".to_string(), |loss| format!("{loss:.4}"));
+        format!("step {}, training loss {loss}", last.step)
+    });
+    let run = run.display();
+    let (what, hint) = if directory.is_running() {
+        let steps = directory.steps();
+        let hint = format!(
+            "wait for its end, or follow it: `tail -f {}`",
+            steps.display()
+        );
+        ("this run is still training", hint)
+    } else {
+        let hint = format!("resume it: `wattune train --resume {run}`");
+        ("this run was cut off before its end", hint)
+    };
+    Error::new(Kind::Run, what)
+        .at(run.to_string())
+        .value(progress)
+        .rule("a run writes its report when it ends")
+        .hint(hint)
 }

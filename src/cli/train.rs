@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::model::DeviceArgument;
-use super::screen::Terminal;
+use super::screen::{Terminal, announce};
 use super::{Common, note, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
@@ -23,7 +23,7 @@ pub(super) struct Arguments {
     #[arg(required_unless_present = "resume")]
     recipe: Option<PathBuf>,
     /// Override a recipe key, such as `--set train.learning_rate=1e-4`
-    #[arg(long = "set", value_name = "KEY=VALUE", requires = "recipe")]
+    #[arg(long = "set", value_name = "KEY=VALUE")]
     overrides: Vec<String>,
     /// Run directory; must be empty or absent [default: runs/NAME-TIMESTAMP]
     #[arg(long, value_name = "DIR")]
@@ -36,9 +36,10 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
-    let recipe = match (&arguments.recipe, &arguments.resume) {
+    let recipe = match (&arguments.recipe, arguments.overrides.first()) {
         (Some(path), _) => Some(recipe::load(path, &arguments.overrides)?),
-        (None, _) => None,
+        (None, None) => None,
+        (None, Some(first)) => return Err(changed_on_resume(first)),
     };
     let (device, computing) = arguments.device.device.open()?;
     stop_when_asked(common.quiet)?;
@@ -101,6 +102,16 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     }
 }
 
+fn changed_on_resume(set: &str) -> Error {
+    Error::new(Kind::Usage, "a resumed run keeps its recipe")
+        .value(format!("--set {set}"))
+        .rule("schedule, budget and data order follow from the recipe that the run began with")
+        .hint(
+            "leave `--set` out to resume; to train on with other settings, start a run with \
+             `--set adapter.init_from=RUN/adapter`",
+        )
+}
+
 /// A directory for a run that is not there yet: of runs begun in one second the later ones have a number.
 fn free_directory(name: &str) -> PathBuf {
     let folder = PathBuf::from("runs");
@@ -124,7 +135,7 @@ fn stop_when_asked(quiet: bool) -> Result<()> {
         if quiet {
             return;
         }
-        note("\nfinishing this step and saving; Ctrl-C again quits now");
+        announce("\nfinishing this step and saving; Ctrl-C again quits now");
     };
     let hangup_ignored = ignores_hangup();
     ctrlc::set_handler(handler)

@@ -2,7 +2,7 @@
 //!
 //! Runs of different models or data are not ranked. Knows nothing of run directories.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -32,6 +32,9 @@ pub struct Row {
     pub val_loss_before: Option<f64>,
     /// Nats per loss token.
     pub val_loss_after: Option<f64>,
+    /// Standard error of `val_loss_after` over the loss tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub val_loss_after_se: Option<f64>,
     /// Reduction of the validation loss per kilojoule.
     pub loss_per_kj: Option<f64>,
 }
@@ -43,8 +46,11 @@ pub struct Comparison {
     pub meter: Meter,
     /// In the caller's order.
     pub runs: Vec<Row>,
-    /// Run of the largest loss reduction per joule; `None` where runs cannot be ranked or no loss fell.
+    /// Run of the largest loss reduction per joule; `None` where runs cannot be ranked, no loss fell, or the first two differ
+    /// by no more than the standard error of their losses.
     pub best: Option<String>,
+    /// Run of the lowest validation loss, under the same conditions.
+    pub lowest_loss: Option<String>,
     /// Differences that affect the comparison.
     pub notes: Vec<String>,
 }
@@ -64,12 +70,27 @@ pub fn compare(runs: &[(String, FiniteReport)]) -> Comparison {
         .map(|(name, report)| row(name, report, meter))
         .collect();
     let mut notes = incomparable(runs);
-    let best = if notes.is_empty() {
-        best(&rows)
+    let (mut best, mut lowest_loss) = (None, None);
+    let mut ties = Vec::new();
+    if notes.is_empty() {
+        let kilojoules = |row: &Row| row.energy.central.0 / 1000.0;
+        best = winner(
+            &rows,
+            "loss reductions per joule",
+            |row| row.loss_per_kj.filter(|rate| *rate > 0.0),
+            |row| Some(row.val_loss_after_se? / kilojoules(row)),
+            &mut ties,
+        );
+        lowest_loss = winner(
+            &rows,
+            "losses",
+            |row| row.val_loss_after.map(|loss| -loss),
+            |row| row.val_loss_after_se,
+            &mut ties,
+        );
     } else {
         notes.push("runs are not ranked: their losses are not comparable".to_string());
-        None
-    };
+    }
     if meters.len() > 1 {
         let meters: Vec<String> = meters.into_iter().collect();
         notes.push(format!(
@@ -78,10 +99,12 @@ pub fn compare(runs: &[(String, FiniteReport)]) -> Comparison {
         ));
     }
     notes.extend(different_bases(runs));
+    notes.extend(ties);
     Comparison {
         meter,
         runs: rows,
         best,
+        lowest_loss,
         notes,
     }
 }
@@ -132,17 +155,40 @@ fn row(name: &str, report: &FiniteReport, meter: Meter) -> Row {
         emissions: report.carbon.emissions,
         val_loss_before: training.val_loss_before,
         val_loss_after: training.val_loss_after,
+        val_loss_after_se: training.val_loss_after_se,
         loss_per_kj: per_kj.filter(|rate| rate.is_finite()),
     }
 }
 
-/// The run of the highest positive rate; of equals the first.
-fn best(rows: &[Row]) -> Option<String> {
-    let rated = rows
+/// The run of the highest score, each with its standard error (zero where unknown). Two runs that differ by no more than that are a
+/// tie, which a note says.
+fn winner(
+    rows: &[Row],
+    what: &str,
+    score: impl Fn(&Row) -> Option<f64>,
+    standard_error: impl Fn(&Row) -> Option<f64>,
+    notes: &mut Vec<String>,
+) -> Option<String> {
+    let mut scored: Vec<(f64, &Row)> = rows
         .iter()
-        .filter_map(|row| Some((row.loss_per_kj.filter(|rate| *rate > 0.0)?, row)));
-    let best = rated.reduce(|best, next| if next.0 > best.0 { next } else { best });
-    best.map(|(_, row)| row.name.clone())
+        .filter_map(|row| Some((score(row)?, row)))
+        .collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let (best, winner) = *scored.first()?;
+    let error = |row: &Row| standard_error(row).unwrap_or(0.0);
+    let tied: Vec<&str> = scored
+        .iter()
+        .filter(|(score, row)| best - score <= error(winner).max(error(row)))
+        .map(|(_, row)| row.name.as_str())
+        .collect();
+    if tied.len() < 2 {
+        return Some(winner.name.clone());
+    }
+    notes.push(format!(
+        "a tie: the {what} of {} differ by no more than their standard error",
+        tied.join(", ")
+    ));
+    None
 }
 
 /// Why the losses of these runs are not comparable; empty where they are.
@@ -197,6 +243,23 @@ fn differing(
     Some(format!("{what} ({})", all.join("; ")))
 }
 
+/// The values of a recipe by dotted key.
+fn flattened(recipe: &toml::Table) -> BTreeMap<String, String> {
+    let mut flat = BTreeMap::new();
+    for (key, value) in recipe {
+        match value {
+            toml::Value::Table(table) => {
+                let nested = flattened(table).into_iter();
+                flat.extend(nested.map(|(inner, value)| (format!("{key}.{inner}"), value)));
+            }
+            value => {
+                flat.insert(key.clone(), value.to_string());
+            }
+        }
+    }
+    flat
+}
+
 impl Comparison {
     /// One row a run.
     pub fn table(&self) -> Table {
@@ -244,11 +307,38 @@ impl Comparison {
         )
     }
 
-    /// The best run.
+    /// The best runs.
     pub fn verdict(&self) -> String {
-        match &self.best {
-            Some(name) => format!("Largest loss reduction per joule: {name}."),
-            None => "Runs are not ranked.".to_string(),
+        let named = |what: &str, run: &Option<String>| {
+            let run = run.as_ref()?;
+            Some(format!("{what}: {run}."))
+        };
+        let best = named("Largest loss reduction per joule", &self.best);
+        let lowest = named("Lowest validation loss", &self.lowest_loss);
+        let said: Vec<String> = best.into_iter().chain(lowest).collect();
+        if said.is_empty() {
+            "Runs are not ranked.".to_string()
+        } else {
+            said.join(" ")
+        }
+    }
+
+    /// Adds the keys in which the runs' recipes differ, each with its values. `recipes` is in the order of the runs.
+    pub fn note_recipes(&mut self, recipes: &[toml::Table]) {
+        let flat: Vec<BTreeMap<String, String>> = recipes.iter().map(flattened).collect();
+        let keys: BTreeSet<&String> = flat.iter().flat_map(BTreeMap::keys).collect();
+        for key in keys {
+            let values: BTreeSet<Option<&String>> = flat.iter().map(|keys| keys.get(key)).collect();
+            if values.len() < 2 {
+                continue;
+            }
+            let named = self.runs.iter().zip(&flat).map(|(run, keys)| {
+                let value = keys.get(key).map_or("not set", String::as_str);
+                format!("{}: {value}", run.name)
+            });
+            let named: Vec<String> = named.collect();
+            self.notes
+                .push(format!("{key} differs ({})", named.join("; ")));
         }
     }
 

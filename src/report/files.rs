@@ -51,14 +51,15 @@ fn pretty(document: &impl Serialize) -> Result<String> {
 /// # Errors
 /// [`Kind::Io`] where the file cannot be read; [`Kind::Run`] where it is not a report.
 pub fn read_report(path: &Path) -> Result<FiniteReport> {
-    let text = fs::read_to_string(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => Error::new(
-            Kind::Run,
-            format!("no report at `{}`", path.display()),
-        )
-        .rule("a run writes its report when it ends")
-        .hint("if the run was cut off, finish it first: `wattune train RECIPE --resume RUN_DIR`"),
-        _ => Error::io("read", path, source),
+    let text = fs::read_to_string(path).map_err(|source| {
+        let missing = source.kind() == std::io::ErrorKind::NotFound;
+        let error = Error::io("read", path, source);
+        if missing {
+            return error.hint(
+                "a run writes its report when it ends; if it was cut off: `wattune train --resume RUN_DIR`",
+            );
+        }
+        error
     })?;
     let report = serde_json::from_str(&text).map_err(|source| {
         Error::new(Kind::Run, "this file is not a run's report")
@@ -69,7 +70,7 @@ pub fn read_report(path: &Path) -> Result<FiniteReport> {
                 source.column()
             ))
             .value(source.to_string())
-            .hint("write it again by finishing the run: `wattune train RECIPE --resume RUN_DIR`")
+            .hint("move the file away and write it again with `wattune train --resume RUN_DIR`")
     })?;
     FiniteReport::new(report)
 }

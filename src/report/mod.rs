@@ -29,7 +29,7 @@ pub use files::{read_report, to_json, to_plan_json};
 pub use finite::FiniteReport;
 pub use history::History;
 pub use plan::Plan;
-pub use steps::StepLog;
+pub use steps::{StepLog, read_steps};
 pub use templates::{CardFacts, comparison_page, to_html, to_markdown, to_model_card};
 pub use text::{to_brief, to_text};
 pub use types::Report;

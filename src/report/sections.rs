@@ -46,6 +46,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
     let reconciliation = report.energy.reconciliation.as_ref();
     let all = [
         ("Result", result(report)),
+        ("Sample", sample(report)),
         ("Memory", memory(report)),
         ("Energy by phase", energy::by_phase(&report.energy)),
         ("Energy by component", energy::by_component(&report.energy)),
@@ -60,7 +61,6 @@ pub fn sections(report: &Report) -> Vec<Section> {
         ("Inference", inference::section(report.inference.as_ref())),
         ("Data", data(report)),
         ("Warnings", bullets(report.warnings.clone())),
-        ("Sample", sample(report)),
         ("Assumptions and sources", bullets(assumptions(report))),
         ("Limitations", bullets(limitations(report))),
         ("Environment", environment(report)),
@@ -340,11 +340,6 @@ fn data(report: &Report) -> Vec<Block> {
         let sources: Vec<String> = data.sources.iter().map(code).collect();
         rows.push(("source", sources.join(", ")));
     }
-    rows.extend(
-        data.fingerprint
-            .as_ref()
-            .map(|hash| ("fingerprint", code(hash))),
-    );
     vec![Block::Table(Table::pairs(["training set", "count"], rows))]
 }
 

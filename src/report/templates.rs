@@ -87,7 +87,7 @@ pub fn to_html(name: &str, report: &FiniteReport, history: &History) -> Result<S
     render(
         "report.html",
         context! {
-            title => format!("{name}: energy report"),
+            title => format!("{name}, {}: energy report", one_line(&report.model.id)),
             name,
             summary => summary(report),
             energy_range => format::range(&report.energy.total, |joules| joules.to_string()),

@@ -1,6 +1,8 @@
-//! Tables and text for a terminal of at most 100 columns, and the report as such text.
+//! Tables and text for a terminal of 80 to 100 columns, and the report as such text.
 //!
 //! Owns column widths, alignment and wrapping. Prints nothing; control characters in a model's output are removed.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
 
@@ -8,8 +10,11 @@ use super::finite::FiniteReport;
 use super::sections::{Block, sections};
 use super::summary::summary;
 
-/// Columns of a terminal.
-pub const WIDTH: usize = 100;
+/// The most columns of a line, and those of text that is not for a terminal.
+const MAX_WIDTH: usize = 100;
+/// The fewest columns of a line; a narrower terminal wraps.
+const LEAST_WIDTH: usize = 80;
+static WIDTH: AtomicUsize = AtomicUsize::new(MAX_WIDTH);
 /// Spaces between two columns of a table.
 const GAP: usize = 2;
 /// Least width of a column.
@@ -18,6 +23,16 @@ const MIN_WIDTH: usize = 8;
 const INDENT: usize = 2;
 /// Sections of the short form.
 const BRIEF: [&str; 3] = ["Comparison", "Sample", "Warnings"];
+
+/// Fits all later text to a terminal of so many columns.
+pub fn set_width(columns: usize) {
+    let columns = columns.clamp(LEAST_WIDTH, MAX_WIDTH);
+    WIDTH.store(columns, Ordering::Relaxed);
+}
+
+fn width() -> usize {
+    WIDTH.load(Ordering::Relaxed)
+}
 
 /// Column names and rows of the same length; without names only rows are shown.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -75,12 +90,12 @@ impl Table {
         &self.rows
     }
 
-    /// Aligned columns, at most [`WIDTH`] wide, each line after `indent` spaces; backticks are removed.
+    /// Aligned columns, at most as wide as the terminal, each line after `indent` spaces; backticks are removed.
     pub fn text(&self, indent: usize) -> String {
         let plain_row = |row: &Vec<String>| row.iter().map(|cell| plain(cell)).collect();
         let head: Vec<String> = plain_row(&self.head);
         let rows: Vec<Vec<String>> = self.rows.iter().map(plain_row).collect();
-        let widths = widths(&head, &rows, WIDTH - indent);
+        let widths = widths(&head, &rows, width() - indent);
         let mut out = String::new();
         if head.iter().any(|name| !name.is_empty()) {
             let named = head.iter().zip(&widths);
@@ -207,7 +222,7 @@ fn page(name: &str, report: &FiniteReport, shown: impl Fn(&str) -> bool) -> Stri
 
 /// Wrapped lines, each after `indent` spaces.
 pub fn paragraph(text: &str, indent: usize) -> String {
-    let lines = wrapped(text, WIDTH - indent);
+    let lines = wrapped(text, width() - indent);
     let indented = lines
         .iter()
         .map(|line| format!("{}{line}\n", " ".repeat(indent)));
@@ -216,7 +231,7 @@ pub fn paragraph(text: &str, indent: usize) -> String {
 
 /// A list item with its later lines indented.
 pub fn bullet(text: &str) -> String {
-    let lines = wrapped(text, WIDTH - INDENT - 2);
+    let lines = wrapped(text, width() - INDENT - 2);
     let marked = lines
         .iter()
         .enumerate()
@@ -260,7 +275,10 @@ mod tests {
         table.row(["short".to_string(), "word ".repeat(60)]);
         table.row(["n".repeat(300), "end".to_string()]);
         let text = table.text(2);
-        assert!(text.lines().all(|line| columns(line) <= WIDTH), "{text}");
+        assert!(
+            text.lines().all(|line| columns(line) <= MAX_WIDTH),
+            "{text}"
+        );
         assert_eq!(text.matches("word").count(), 60);
         assert_eq!(
             text.matches('n').count(),
@@ -281,6 +299,6 @@ mod tests {
             lines[0].starts_with("  - word") && lines[1].starts_with("    word"),
             "{item}"
         );
-        assert!(lines.iter().all(|line| line.len() <= WIDTH), "{item}");
+        assert!(lines.iter().all(|line| line.len() <= MAX_WIDTH), "{item}");
     }
 }

@@ -125,6 +125,9 @@ pub struct Training {
     pub stop_reason: Stop,
     pub val_loss_before: Option<f64>,
     pub val_loss_after: Option<f64>,
+    /// Standard error of `val_loss_after` over the loss tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub val_loss_after_se: Option<f64>,
     pub train_loss_last: Option<f64>,
     /// Over the wall time of training steps alone.
     pub tokens_per_second: Option<f64>,

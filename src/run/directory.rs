@@ -1,6 +1,6 @@
 //! The run directory: file names, creation and opening.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -65,6 +65,12 @@ impl RunDirectory {
             .at(path.display().to_string())
             .rule("a run directory holds recipe.toml and plan.json")
             .hint("give the directory that `wattune train` printed, such as `runs/NAME-TIMESTAMP`"))
+    }
+
+    /// Whether a process is training in it: one that does has locked the ledger.
+    pub fn is_running(&self) -> bool {
+        let ledger = File::open(self.ledger());
+        ledger.is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// The directory itself.

@@ -71,6 +71,9 @@ pub struct Evaluation {
     pub step: u64,
     /// Nats per loss token.
     pub val_loss: f64,
+    /// Standard error of `val_loss` over the loss tokens.
+    #[serde(default)]
+    pub standard_error: Option<f64>,
 }
 
 /// A run's checkpoint folder.
@@ -348,6 +351,7 @@ mod tests {
             best: Some(Evaluation {
                 step: 4,
                 val_loss: 0.25,
+                standard_error: None,
             }),
             ..first
         };
@@ -470,6 +474,7 @@ mod tests {
             let best = Some(Evaluation {
                 step: step.min(2),
                 val_loss: 1.0,
+                standard_error: None,
             });
             let state = TrainState {
                 step,

@@ -197,14 +197,14 @@ impl Training<'_, '_> {
         if !first || !self.costs.has_validation() || self.is_interrupted() {
             return Ok(());
         }
-        let val_loss = self.validation_loss()?;
-        if !val_loss.is_finite() {
+        let evaluation = self.validation_loss()?;
+        if !evaluation.val_loss.is_finite() {
             return Err(diverged(
                 "the validation loss is not finite before the first step",
             ));
         }
-        self.state.val_loss_before = Some(val_loss);
-        self.state.val_loss_last = Some(Evaluation { step: 0, val_loss });
+        self.state.val_loss_before = Some(evaluation.val_loss);
+        self.state.val_loss_last = Some(evaluation);
         Ok(())
     }
 
@@ -249,26 +249,26 @@ impl Training<'_, '_> {
     /// Evaluates and records the loss. A loss that is not finite ends the run before such
     /// parameters replace a good checkpoint.
     fn evaluate(&mut self) -> Result<()> {
-        let val_loss = self.validation_loss()?;
-        let step = self.state.step;
-        if !val_loss.is_finite() {
+        let evaluation = self.validation_loss()?;
+        if !evaluation.val_loss.is_finite() {
             return Err(diverged(format!(
-                "the validation loss is not finite after step {step}"
+                "the validation loss is not finite after step {}",
+                evaluation.step
             )));
         }
-        let evaluation = Evaluation { step, val_loss };
         self.state.val_loss_last = Some(evaluation);
-        if self.state.best.is_none_or(|best| val_loss < best.val_loss) {
+        let best = self.state.best;
+        if best.is_none_or(|best| evaluation.val_loss < best.val_loss) {
             self.state.best = Some(evaluation);
         }
         Ok(())
     }
 
-    /// Validation loss in nats per loss token, charged as one entry.
+    /// Validation loss after the steps so far, charged as one entry.
     ///
     /// Its energy was reserved, so the verdict is ignored: `admit` is called for its lease alone,
     /// which covers a crash.
-    fn validation_loss(&mut self) -> Result<f64> {
+    fn validation_loss(&mut self) -> Result<Evaluation> {
         let account = &mut *self.trainer.account;
         if let Some(work) = self.costs.evaluation() {
             account.admit(Phase::Eval, work, &[])?;
@@ -276,6 +276,7 @@ impl Training<'_, '_> {
         account.begin();
         let batches = self.trainer.validation;
         let mut sum = 0.0;
+        let mut sum_of_squares = 0.0;
         let mut loss_tokens = 0;
         for (done, batch) in batches.iter().enumerate() {
             self.observer.evaluating(done, batches.len());
@@ -283,12 +284,21 @@ impl Training<'_, '_> {
             let batch = batch_to_device(batch, decoder.device())?;
             let losses = decoder.losses(self.context, &batch)?;
             sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
+            let squares = losses.iter().map(|loss| f64::from(*loss).powi(2));
+            sum_of_squares += squares.sum::<f64>();
             loss_tokens += losses.len();
         }
-        self.charge(Phase::Eval, self.state.step)?;
-        let val_loss = sum / loss_tokens as f64;
-        self.observer.evaluated(self.state.step, val_loss)?;
-        Ok(val_loss)
+        let step = self.state.step;
+        self.charge(Phase::Eval, step)?;
+        let n = loss_tokens as f64;
+        let val_loss = sum / n;
+        let variance = (sum_of_squares / n - val_loss * val_loss).max(0.0) * n / (n - 1.0);
+        self.observer.evaluated(step, val_loss)?;
+        Ok(Evaluation {
+            step,
+            val_loss,
+            standard_error: Some((variance / n).sqrt()).filter(|error| error.is_finite()),
+        })
     }
 
     /// Saves a checkpoint and charges it; `ended` is the reason if it is the loop's last.

@@ -4,6 +4,7 @@
 
 use std::fs::{self, OpenOptions};
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -217,5 +218,48 @@ fn a_run_resumes_where_its_folder_was_moved() {
     says(
         &lab.refused(2, &["train", "--resume", "there/run"]),
         &["no longer those that this run began with"],
+    );
+}
+
+#[test]
+fn a_report_of_an_unfinished_run_says_how_far_it_is() {
+    let lab = Lab::new();
+    let train = [
+        "train",
+        "recipe.toml",
+        "--out",
+        "run",
+        "--set",
+        "train.steps=100000",
+    ];
+    let mut child = lab.wattune(&train).spawn().unwrap();
+    let asked = |lab: &Lab| {
+        let output = lab.output(&["report", "run"]);
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let begun = Instant::now();
+    let running = loop {
+        let said = asked(&lab);
+        if said.contains("training loss") || begun.elapsed() > Duration::from_secs(120) {
+            break said;
+        }
+    };
+    assert!(running.contains("this run is still training"), "{running}");
+    assert!(running.contains("tail -f run/steps.jsonl"), "{running}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let cut = asked(&lab);
+    assert!(
+        cut.contains("was cut off") && cut.contains("training loss"),
+        "{cut}"
+    );
+    assert!(cut.contains("wattune train --resume run"), "{cut}");
+    // A resumed run keeps its recipe.
+    let other = ["train", "--resume", "run", "--set", "train.steps=9"];
+    let refused = lab.output(&other);
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        refused.status.code() == Some(2) && said.contains("adapter.init_from"),
+        "{said}"
     );
 }

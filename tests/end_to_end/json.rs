@@ -71,7 +71,7 @@ fn every_command_prints_one_document_and_can_be_quiet() {
 }
 
 #[test]
-fn a_refusal_keeps_standard_output_empty() {
+fn a_refusal_is_one_document_too() {
     let lab = Lab::new();
     for arguments in [
         &["train", "absent.toml", "--json"][..],
@@ -80,10 +80,14 @@ fn a_refusal_keeps_standard_output_empty() {
     ] {
         let output = lab.output(arguments);
         assert!(
-            output.status.code() == Some(2)
-                && output.stdout.is_empty()
-                && output.stderr.starts_with(b"error: "),
+            output.status.code() == Some(2) && output.stderr.starts_with(b"error: "),
             "{arguments:?}"
         );
+        let document: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let error = &document["error"];
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(error["exit_status"], 2);
+        assert!(told.contains(error["what"].as_str().unwrap()), "{error}");
+        assert!(told.contains(error["hint"].as_str().unwrap()), "{error}");
     }
 }
