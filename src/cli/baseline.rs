@@ -9,6 +9,7 @@ use crate::report::format;
 use crate::report::text::{Table, bullet};
 use crate::run::{
     BaselineCost, BaselineRequest, Interval, Method, PublishedFigures, baseline_cost,
+    published_runs,
 };
 use crate::units::{
     Count, Flops, JOULES_PER_KWH, Joules, ParseQuantityError, Pue, Seconds, Watts, significant,
@@ -20,6 +21,9 @@ pub(super) struct Arguments {
     /// A published training run, such as gpt-3 or bloom-176b
     #[arg(conflicts_with_all = ["params", "tokens", "flops", "method"])]
     name: Option<String>,
+    /// List the published training runs
+    #[arg(long, conflicts_with_all = ["name", "params", "flops"])]
+    list: bool,
     /// Parameters active per token, such as 1.75e11, 175B or 7M
     #[arg(
         long,
@@ -72,6 +76,7 @@ pub(super) struct Arguments {
 
 const EXAMPLES: &str = "\
 Options override published or assumed values. Examples:
+  wattune baseline --list                                             the published runs
   wattune baseline gpt-3
   wattune baseline gpt-3 --device nvidia-h100-sxm5-80gb --grid FR      the same work elsewhere
   wattune baseline --params 7B --tokens 1T --device nvidia-a100-sxm4-80gb --pue 1.1 --grid US
@@ -97,12 +102,36 @@ impl From<MethodName> for Method {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    if arguments.list {
+        return list(common);
+    }
     let baseline = baseline_cost(&request(arguments)?)?;
     if common.json {
         out_json(&baseline)
     } else {
         out(&page(&baseline))
     }
+}
+
+/// The published runs, each with its size and device hours where they are printed.
+fn list(common: Common) -> Result<ExitCode> {
+    if common.json {
+        let names: Vec<&str> = published_runs()
+            .iter()
+            .map(|run| run.name.as_str())
+            .collect();
+        return out_json(&names);
+    }
+    let mut table = Table::new(&["name", "parameters", "tokens", "hardware"]);
+    for run in published_runs() {
+        table.row([
+            run.name.clone(),
+            format::or_unknown(run.parameters, |count| significant(count.0)),
+            format::or_unknown(run.tokens, |count| significant(count.0)),
+            run.hardware.clone(),
+        ]);
+    }
+    out(&table.text(0))
 }
 
 fn request(arguments: &Arguments) -> Result<BaselineRequest> {

@@ -23,7 +23,7 @@ pub use inference::{Alternative, AlternativeKind, Bounds, Inference, Served, Ser
 pub use inference_cost::{inference_cost, request_too_long};
 pub use measured_baseline::{BaselineSetup, measured_kinds};
 pub use plan::{MeasuredForecast, Recomputation, RunForecast, forecast_run};
-pub use published::PublishedRun;
+pub use published::{PublishedRun, published_runs};
 pub use subject::{Subject, Target, emissions, load_work, model_name};
 pub use training_cost::{Estimate, Method, TrainingJob};
 pub use what_if::Choice;

@@ -70,6 +70,11 @@ pub struct PublishedRun {
     pub source: String,
 }
 
+/// All published runs.
+pub fn published_runs() -> &'static [PublishedRun] {
+    &RUNS
+}
+
 fn scaled<'de, D: Deserializer<'de>, T>(
     d: D,
     f: impl Fn(f64) -> T,

@@ -34,6 +34,15 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Recipe> {
         .take(LONGEST + 1)
         .read_to_end(&mut bytes)
         .map_err(unreadable)?;
+    let extension = path.extension().map(std::ffi::OsStr::to_ascii_lowercase);
+    if let Some("yaml" | "yml" | "json") = extension.as_deref().and_then(std::ffi::OsStr::to_str) {
+        return Err(Error::new(Kind::Recipe, "a recipe is TOML, not YAML or JSON")
+            .at(path.display().to_string())
+            .hint(
+                "write a commented recipe with `wattune recipe init recipe.toml`, and copy the settings: PEFT's names stand in \
+                 [adapter], model.id is the base model, data.train the data set",
+            ));
+    }
     let not_a_recipe = |what| {
         Error::new(Kind::Recipe, what)
             .at(path.display().to_string())

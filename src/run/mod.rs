@@ -54,7 +54,7 @@ pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, Interval, Profile};
 pub use crate::forecast::{
     BaselineCost, BaselineRequest, Choice, MeasuredForecast, Method, PublishedFigures, Target,
-    baseline_cost,
+    baseline_cost, published_runs,
 };
 pub use crate::hub::{Progress, Silent};
 pub use crate::measure::{Calibration, Calibrator, Effort, Reconciled, machine::peak_rss};

@@ -240,3 +240,33 @@ fn an_evaluation_of_nothing_is_refused() {
         &["prose", "completion"],
     );
 }
+
+#[test]
+fn a_recipe_of_another_trainer_is_one_mistake() {
+    let lab = Lab::new();
+    let axolotl =
+        "base_model: HuggingFaceTB/SmolLM2-135M\nadapter: lora\nlora_r: 8\nmicro_batch_size: 2\n";
+    for name in ["config.yml", "config.yaml", "config.json"] {
+        lab.write(name, axolotl);
+        let said = lab.refused(2, &["train", name]);
+        assert!(
+            said.contains("a recipe is TOML") && said.contains("wattune recipe init"),
+            "{said}"
+        );
+        assert_eq!(said.matches("hint:").count(), 1, "{said}");
+    }
+}
+
+#[test]
+fn the_published_runs_are_listed_and_found_by_their_names() {
+    let lab = Lab::new();
+    let names = lab.json(&["baseline", "--list"]);
+    let names = names.as_array().unwrap();
+    let table = String::from_utf8(lab.output(&["baseline", "--list"]).stdout).unwrap();
+    assert!(
+        names.len() > 20
+            && names
+                .iter()
+                .all(|name| table.contains(name.as_str().unwrap()))
+    );
+}
