@@ -48,22 +48,7 @@ pub(super) fn run(_: &Arguments, common: Common) -> Result<ExitCode> {
 fn page(here: &Profile, sensors: &[Availability]) -> String {
     let mut text = format!("Detected device: {} ({})\n", here.name, here.title);
     text.extend(here.note.iter().map(|note| paragraph(note, 2)));
-    let mut counters = Table::new(&["", "", ""]);
-    for sensor in sensors {
-        let (available, mut lines) = match &sensor.state {
-            State::Available => ("yes", vec![sensor.covers.clone()]),
-            State::Absent(absent) => ("no", vec![absent.reason.clone(), absent.remedy.clone()]),
-        };
-        lines.extend(sensor.left_out.iter().map(|zone| format!("without {zone}")));
-        for (index, line) in lines.into_iter().enumerate() {
-            let [name, available] = if index == 0 {
-                [sensor.name.as_str(), available]
-            } else {
-                [""; 2]
-            };
-            counters.row([name.to_string(), available.to_string(), line]);
-        }
-    }
+    let counters = counters_table(sensors);
     text += &format!("\nHardware counters:\n{}", counters.text(2));
     let mut profiles = Table::new(&["profile", "device", "idle", "load"]);
     for profile in Profile::all() {
@@ -86,4 +71,24 @@ fn page(here: &Profile, sensors: &[Availability]) -> String {
         profiles.text(2)
     );
     text
+}
+
+fn counters_table(sensors: &[Availability]) -> Table {
+    let mut counters = Table::new(&["", "", ""]);
+    for sensor in sensors {
+        let (available, mut lines) = match &sensor.state {
+            State::Available => ("yes", vec![sensor.covers.clone()]),
+            State::Absent(absent) => ("no", vec![absent.reason.clone(), absent.remedy.clone()]),
+        };
+        lines.extend(sensor.left_out.iter().map(|zone| format!("without {zone}")));
+        for (index, line) in lines.into_iter().enumerate() {
+            let [name, available] = if index == 0 {
+                [sensor.name.as_str(), available]
+            } else {
+                [""; 2]
+            };
+            counters.row([name.to_string(), available.to_string(), line]);
+        }
+    }
+    counters
 }

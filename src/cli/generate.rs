@@ -38,7 +38,8 @@ pub(super) struct Arguments {
     stop: Vec<String>,
 }
 
-pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+/// Refuses sampling settings out of their ranges.
+fn check(arguments: &Arguments) -> Result<()> {
     let refuse = |flag: &str, value: f64, rule: &str| {
         Err(Error::new(Kind::Usage, format!("`{flag}` is out of range"))
             .value(value.to_string())
@@ -59,6 +60,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             .rule("a text of at least one character")
             .hint("leave `--stop` out to end at the end-of-text token or after --max-new-tokens"));
     }
+    Ok(())
+}
+
+pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    check(arguments)?;
     let (device, _) = arguments.model.device.device.open()?;
     let job = GenerationJob {
         model: arguments.model.request(&device),

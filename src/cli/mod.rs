@@ -182,24 +182,8 @@ const STACK: usize = 8 << 20;
 /// (benches/LOG.md has the measurement). Its products size themselves by RAYON_NUM_THREADS and otherwise read the processor list anew
 /// at every call.
 fn set_threads(threads: Option<usize>) -> Result<()> {
-    if threads == Some(0) {
-        return Err(Error::new(Kind::Usage, "`--threads` must be at least one").value("0"));
-    }
     let cores = run::allowed_threads();
-    let threads = match (threads, std::env::var("RAYON_NUM_THREADS")) {
-        (Some(threads), _) => threads,
-        (None, Ok(text)) if !text.is_empty() => text
-            .parse()
-            .ok()
-            .filter(|threads| *threads > 0)
-            .ok_or_else(|| {
-                Error::new(Kind::Usage, "RAYON_NUM_THREADS is not a number of threads")
-                    .value(text)
-                    .rule("a whole number of at least one")
-                    .hint("unset it, or write `--threads 2`")
-            })?,
-        _ => cores,
-    };
+    let threads = requested_threads(threads)?.unwrap_or(cores);
     if threads > MOST_THREADS * cores {
         return Err(
             Error::new(Kind::Usage, "more threads than the machine has use for")
@@ -223,6 +207,23 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
             format!("the thread pool cannot be set up: {e}"),
         )
     })
+}
+
+/// `--threads`, else RAYON_NUM_THREADS.
+fn requested_threads(threads: Option<usize>) -> Result<Option<usize>> {
+    match (threads, std::env::var("RAYON_NUM_THREADS")) {
+        (Some(0), _) => Err(Error::new(Kind::Usage, "`--threads` must be at least one").value("0")),
+        (None, Ok(text)) if !text.is_empty() => match text.parse() {
+            Ok(threads) if threads > 0 => Ok(Some(threads)),
+            _ => Err(
+                Error::new(Kind::Usage, "RAYON_NUM_THREADS is not a number of threads")
+                    .value(text)
+                    .rule("a whole number of at least one")
+                    .hint("unset it, or write `--threads 2`"),
+            ),
+        },
+        (threads, _) => Ok(threads),
+    }
 }
 
 /// Columns of the terminal on standard output; `usize::MAX` for a file or a pipe.

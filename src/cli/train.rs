@@ -10,7 +10,7 @@ use super::{Common, note, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe;
 use crate::report::to_brief;
-use crate::run::{self, Stop, TrainRequest};
+use crate::run::{self, Finished, Stop, TrainRequest};
 
 /// Exit status of an interrupted run.
 const INTERRUPTED: u8 = 130;
@@ -64,6 +64,12 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let finished = run::train(request, &mut screen);
     screen.clear();
     let finished = finished?;
+    show(&finished, common)?;
+    exit_status(finished, common)
+}
+
+/// The report, and where the result is.
+fn show(finished: &Finished, common: Common) -> Result<()> {
     let path = finished.directory.path();
     if common.json {
         out_json(&finished.report)?;
@@ -75,31 +81,29 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             path.display()
         ));
     }
-    match finished.stop {
-        Stop::Interrupted => {
-            if !common.quiet {
-                note(&format!(
-                    "interrupted: a checkpoint is saved\n\nhint: continue with `wattune train --resume {}`",
-                    path.display()
-                ));
-            }
-            Ok(ExitCode::from(INTERRUPTED))
+    Ok(())
+}
+
+fn exit_status(finished: Finished, common: Common) -> Result<ExitCode> {
+    let (state, part) = match finished.stop {
+        Stop::Diverged(what) => {
+            let hint = "lower `train.learning_rate`, or look at the records named; the last good checkpoint is in the run directory";
+            return Err(Error::new(Kind::Diverged, what).hint(hint).while_running());
         }
-        Stop::Diverged(what) => Err(Error::new(Kind::Diverged, what)
-            .hint("lower `train.learning_rate`, or look at the records named; the last good checkpoint is in the run directory")
-            .while_running()),
-        _ if finished.baselines_interrupted => {
-            if !common.quiet {
-                note(&format!(
-                    "interrupted: the run is finished and its report is whole; of the baseline it holds what was reached\n\n\
-                     hint: continue the baseline with `wattune train --resume {}`",
-                    path.display()
-                ));
-            }
-            Ok(ExitCode::from(INTERRUPTED))
-        }
-        _ => Ok(ExitCode::SUCCESS),
+        Stop::Interrupted => ("a checkpoint is saved", "continue"),
+        _ if finished.baselines_interrupted => (
+            "the run is finished and its report is complete; of the baseline it holds what was reached",
+            "continue the baseline",
+        ),
+        _ => return Ok(ExitCode::SUCCESS),
+    };
+    if !common.quiet {
+        let path = finished.directory.path().display();
+        note(&format!(
+            "interrupted: {state}\n\nhint: {part} with `wattune train --resume {path}`"
+        ));
     }
+    Ok(ExitCode::from(INTERRUPTED))
 }
 
 fn changed_on_resume(set: &str) -> Error {

@@ -70,27 +70,13 @@ pub fn compare(runs: &[(String, FiniteReport)]) -> Comparison {
         .map(|(name, report)| row(name, report, meter))
         .collect();
     let mut notes = incomparable(runs);
-    let (mut best, mut lowest_loss) = (None, None);
     let mut ties = Vec::new();
-    if notes.is_empty() {
-        let kilojoules = |row: &Row| row.energy.central.0 / 1000.0;
-        best = winner(
-            &rows,
-            "loss reductions per joule",
-            |row| row.loss_per_kj.filter(|rate| *rate > 0.0),
-            |row| Some(row.val_loss_after_se? / kilojoules(row)),
-            &mut ties,
-        );
-        lowest_loss = winner(
-            &rows,
-            "losses",
-            |row| row.val_loss_after.map(|loss| -loss),
-            |row| row.val_loss_after_se,
-            &mut ties,
-        );
+    let [best, lowest_loss] = if notes.is_empty() {
+        winners(&rows, &mut ties)
     } else {
         notes.push("runs are not ranked: their losses are not comparable".to_string());
-    }
+        [None, None]
+    };
     if meters.len() > 1 {
         let meters: Vec<String> = meters.into_iter().collect();
         notes.push(format!(
@@ -158,6 +144,26 @@ fn row(name: &str, report: &FiniteReport, meter: Meter) -> Row {
         val_loss_after_se: training.val_loss_after_se,
         loss_per_kj: per_kj.filter(|rate| rate.is_finite()),
     }
+}
+
+/// The runs of the largest loss reduction per joule and of the lowest loss.
+fn winners(rows: &[Row], ties: &mut Vec<String>) -> [Option<String>; 2] {
+    let kilojoules = |row: &Row| row.energy.central.0 / 1000.0;
+    let best = winner(
+        rows,
+        "loss reductions per joule",
+        |row| row.loss_per_kj.filter(|rate| *rate > 0.0),
+        |row| Some(row.val_loss_after_se? / kilojoules(row)),
+        ties,
+    );
+    let lowest_loss = winner(
+        rows,
+        "losses",
+        |row| row.val_loss_after.map(|loss| -loss),
+        |row| row.val_loss_after_se,
+        ties,
+    );
+    [best, lowest_loss]
 }
 
 /// The run of the highest score, each with its standard error (zero where unknown). Two runs that differ by no more than that are a

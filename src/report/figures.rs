@@ -184,17 +184,17 @@ fn loss(report: &Report, timeline: &Timeline) -> Option<Figure> {
             format::counted(timeline.points.len() as u64, "step")
         ),
     };
-    let mut series = vec![Series {
-        name: "training loss".to_string(),
-        class: "training",
-        shape: Shape::Line(thinned(&line)),
-    }];
+    let mut series = vec![Series::new(
+        "training loss",
+        "training",
+        Shape::Line(thinned(&line)),
+    )];
     if !marks.is_empty() {
-        series.push(Series {
-            name: "validation loss".to_string(),
-            class: "validation",
-            shape: Shape::Marks(marks),
-        });
+        series.push(Series::new(
+            "validation loss",
+            "validation",
+            Shape::Marks(marks),
+        ));
     }
     let limit = near_limit(report);
     let plot = Plot {
@@ -470,15 +470,10 @@ fn curve_series(
     };
     let marks: Vec<Mark> = curve.iter().filter_map(mark).collect();
     let line = marks.iter().map(|mark| mark.at).collect();
-    let series = |name: &str, class, shape| Series {
-        name: name.to_string(),
-        class,
-        shape,
-    };
     vec![
-        series("", thin, Shape::Line(thinned(&training))),
-        series(name, class, Shape::Line(line)),
-        series("", class, Shape::Marks(marks)),
+        Series::new("", thin, Shape::Line(thinned(&training))),
+        Series::new(name, class, Shape::Line(line)),
+        Series::new("", class, Shape::Marks(marks)),
     ]
 }
 
@@ -488,32 +483,18 @@ pub fn losses_of_runs<'a>(
     names: &[String],
     runs: impl Iterator<Item = (&'a Report, &'a History)>,
 ) -> Option<Figure> {
-    let mut series = Vec::new();
-    for ((class, name), (report, history)) in RUNS.into_iter().zip(names).zip(runs) {
-        let timeline = history.timeline(report, comparison.meter);
-        let mut marks = validation(report, &timeline);
-        marks.iter_mut().for_each(|mark| mark.label = None);
-        let validated = marks.len() > 1;
-        let line = if validated {
-            marks.iter().map(|mark| mark.at).collect()
-        } else {
-            line_of(&timeline, |point| point.loss.unwrap_or(f64::NAN))
-        };
-        if line.iter().all(|at| !at[1].is_finite()) {
-            continue;
-        }
-        let training = if validated { "" } else { " (training loss)" };
-        series.push(Series {
-            name: format!("{name}{training}"),
-            class,
-            shape: Shape::Line(thinned(&line)),
-        });
-        series.push(Series {
-            name: String::new(),
-            class,
-            shape: Shape::Marks(marks),
-        });
-    }
+    let named = RUNS.into_iter().zip(names).zip(runs);
+    let series: Vec<Series> = named
+        .filter_map(|((class, name), (report, history))| {
+            loss_of_run(
+                name,
+                class,
+                report,
+                &history.timeline(report, comparison.meter),
+            )
+        })
+        .flatten()
+        .collect();
     let points: Vec<[f64; 2]> = series.iter().flat_map(Series::points).collect();
     let energies = comparison.runs.iter().map(|row| row.energy.central.0);
     let label = format!("energy spent, {}", format::word(comparison.meter));
@@ -531,6 +512,34 @@ pub fn losses_of_runs<'a>(
         caption += &format!(" Only the first {} runs are drawn.", RUNS.len());
     }
     Some(Figure::plot("losses", &plot, &FULL, caption))
+}
+
+/// One run's line and marks; `None` without a finite loss.
+fn loss_of_run(
+    name: &str,
+    class: &'static str,
+    report: &Report,
+    timeline: &Timeline,
+) -> Option<[Series; 2]> {
+    let mut marks = validation(report, timeline);
+    marks.iter_mut().for_each(|mark| mark.label = None);
+    let (line, suffix) = if marks.len() > 1 {
+        (marks.iter().map(|mark| mark.at).collect(), "")
+    } else {
+        let line = line_of(timeline, |point| point.loss.unwrap_or(f64::NAN));
+        (line, " (training loss)")
+    };
+    let is_finite = line.iter().any(|at| at[1].is_finite());
+    is_finite.then(|| {
+        [
+            Series::new(
+                &format!("{name}{suffix}"),
+                class,
+                Shape::Line(thinned(&line)),
+            ),
+            Series::new("", class, Shape::Marks(marks)),
+        ]
+    })
 }
 
 /// (energy spent, `value`) of every step.

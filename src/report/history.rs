@@ -69,14 +69,14 @@ impl History {
         Ok(Self { steps, entries })
     }
 
-    /// The steps that both files and the report contain, with energy on `meter`.
-    pub(super) fn timeline(&self, report: &Report, meter: Meter) -> Timeline {
+    /// What was spent before the first step, and after each. A step repeated after a crash counts where it was last done.
+    fn spent(&self, meter: Meter) -> (Spent, BTreeMap<u64, Spent>) {
         let mut sum = Spent::default();
         let mut before = None;
         let mut after = BTreeMap::new();
         for entry in &self.entries {
             if entry.phase == Phase::Train {
-                before.get_or_insert(sum.energy);
+                before.get_or_insert(sum);
             }
             sum += Spent {
                 energy: entry.on(meter),
@@ -84,10 +84,15 @@ impl History {
                 time: entry.wall_s,
             };
             if entry.phase == Phase::Train {
-                // A step repeated after a crash counts where it was last done.
                 after.insert(entry.step, sum);
             }
         }
+        (before.unwrap_or(sum), after)
+    }
+
+    /// The steps that both files and the report contain, with energy on `meter`.
+    pub(super) fn timeline(&self, report: &Report, meter: Meter) -> Timeline {
+        let (before, after) = self.spent(meter);
         let known = self
             .steps
             .iter()
@@ -109,7 +114,7 @@ impl History {
             })
         });
         Timeline {
-            before: before.unwrap_or(sum.energy).joules(),
+            before: before.energy.joules(),
             points: points.collect(),
         }
     }

@@ -5,7 +5,7 @@
 
 use serde::Serialize;
 
-use super::energy::{self, HostLeftOut};
+use super::energy::{self, Factor, HostLeftOut};
 use super::text::Table;
 use super::types::{Amounts, Budget, Memory, Meter, Report};
 use super::{baselines, format, inference};
@@ -383,17 +383,20 @@ fn assumptions(report: &Report) -> Vec<String> {
         energy.device,
         scaled.unwrap_or_default()
     )];
-    for factor in &energy.factors {
+    found.extend(energy.factors.iter().map(|factor| {
         let doubt = if factor.verified {
             ""
         } else {
             "; not verified"
         };
-        found.push(format!(
-            "{}: {}. Source: {}{doubt}",
-            factor.name, factor.value, factor.source
-        ));
-    }
+        let Factor {
+            name,
+            value,
+            source,
+            ..
+        } = factor;
+        format!("{name}: {value}. Source: {source}{doubt}")
+    }));
     let source = carbon.source.as_deref().unwrap_or("source not known");
     let licence = carbon
         .licence

@@ -3,6 +3,7 @@
 //! Every figure names its source; what is not known is left out.
 
 use super::baselines::{Baseline, BaselineKind, sorted};
+use super::energy::Energy;
 use super::format;
 use super::sections::budget_rows;
 use super::types::{AdapterType, Meter, Report};
@@ -136,25 +137,7 @@ fn certainty(report: &Report) -> String {
     };
     let range = format::range_suffix(&energy.total, |joules| joules.to_string());
     let mut text = format!("Energy is {source}{range}.");
-    let meters = &energy.meters;
-    let others = [
-        (Meter::Counted, "Counting", Some(meters.counted_j)),
-        (Meter::Measured, "Hardware counters", meters.measured_j),
-        (Meter::Timed, "Rated power x wall time", meters.timed_j),
-    ];
-    for (meter, name, joules) in others {
-        if let Some(joules) = joules.filter(|_| meter != energy.meter) {
-            let verb = if meter == Meter::Measured {
-                "give"
-            } else {
-                "gives"
-            };
-            text += &format!(
-                " {name} {verb} {}.",
-                other_meter(joules, energy.total.central)
-            );
-        }
-    }
+    text += &other_meters(energy);
     if let Some(host) = energy.host_left_out {
         let times = host
             .times()
@@ -164,10 +147,32 @@ fn certainty(report: &Report) -> String {
             times.unwrap_or_default()
         );
     }
-    if meters.measured_j.is_none() {
+    if energy.meters.measured_j.is_none() {
         text += " No hardware counter available.";
     }
     text
+}
+
+/// A sentence for each further meter.
+fn other_meters(energy: &Energy) -> String {
+    let meters = &energy.meters;
+    let others = [
+        (Meter::Counted, "Counting gives", Some(meters.counted_j)),
+        (Meter::Measured, "Hardware counters give", meters.measured_j),
+        (
+            Meter::Timed,
+            "Rated power x wall time gives",
+            meters.timed_j,
+        ),
+    ];
+    let sentences = others.into_iter().filter_map(|(meter, gives, joules)| {
+        let joules = joules.filter(|_| meter != energy.meter)?;
+        Some(format!(
+            " {gives} {}.",
+            other_meter(joules, energy.total.central)
+        ))
+    });
+    sentences.collect()
 }
 
 /// "5.85 kJ (1.63 times)".

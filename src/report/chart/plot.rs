@@ -47,6 +47,12 @@ pub struct Series {
 }
 
 impl Series {
+    /// A series.
+    pub fn new(name: &str, class: &'static str, shape: Shape) -> Self {
+        let name = name.to_string();
+        Self { name, class, shape }
+    }
+
     /// Its points, for axis ranges.
     pub fn points(&self) -> Vec<[f64; 2]> {
         match &self.shape {
