@@ -5,7 +5,7 @@
 Needs torch, transformers and peft (golden.json names the versions used). CPU, one thread, float32 end to end, eager
 attention, each sequence run alone without padding. Deterministic: a second run writes the same bytes.
 
-Two kinds of model. All have hidden 32 and 2 layers; every weight is random, norms (not 1) and biases (not 0) too.
+Three kinds of model. All have hidden 32 and 2 layers or 3; every weight is random, norms (not 1) and biases (not 0) too.
 
 full: gqa (4 heads, 2 kv) · tied (tied embeddings, head_dim 12 although hidden/heads = 8) · biases (attention and MLP
 biases) · qwen2 (bias on q, k, v alone) · llama3rope (rope scaling whose three frequency zones are all hit: head_dim 16)
@@ -26,6 +26,9 @@ biases) · qwen2 (bias on q, k, v alone) · llama3rope (rope scaling whose three
   PEFT_NAME is the name in adapter_model.safetensors: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight.
   A step's loss is taken before its update; grad_norm is the global L2 norm before clipping. Losses are nats per loss
   token, weighted by token over both segments.
+
+families: qwen3 (q/k norm on each head, biases on q, k, v, o, a sliding window from layer 1 on)
+  as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
 logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
 inside them: `dynamic` must scale the first and not the second) · mistral (sliding window 16 over 40 tokens, then 10)
@@ -49,7 +52,7 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
@@ -85,6 +88,12 @@ LOGITS_ONLY = {
                                  rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=64)), (100, 20)),
     "mistral": (lambda: MistralConfig(**{**LONG, "num_attention_heads": 4, "num_key_value_heads": 2}, head_dim=8,
                                       sliding_window=16, max_position_embeddings=64), (40, 10)),
+}
+# Decoder families, every quirk on; smaller than the models above, with greedy continuations.
+FAMILY = {**SMALL, "num_hidden_layers": 3, "vocab_size": 48, "intermediate_size": 24, "num_attention_heads": 4}
+FAMILIES = {
+    "qwen3": lambda: Qwen3Config(**FAMILY, head_dim=12, attention_bias=True, use_sliding_window=True, sliding_window=5,
+                                 max_window_layers=1, rope_parameters=rope("default", 1e4)),
 }
 # Per segment: 0 = context, 1 = predicted.
 LOSS_MASKS = [[0] * 4 + [1] * 3 + [0] * 2 + [1] * 4, [0] * 3 + [1] * 6]
@@ -252,7 +261,7 @@ def write(name, tensors, record, sequences):
 
 
 def golden_full(name, seed):
-    save_model(name, FULL[name](), seed)
+    save_model(name, (FULL | FAMILIES)[name](), seed)
     save_adapter(name, seed + 1)
     masks = [torch.tensor(m, dtype=torch.uint8) for m in LOSS_MASKS]
     sequences = random_ids(load(name).config.vocab_size, [len(m) for m in masks], seed + 2)
@@ -278,9 +287,19 @@ def golden_full(name, seed):
     record |= {"loss_mask": torch.cat(masks).tolist(), "loss_tokens": int(torch.cat(masks).sum()),
                "optimizer": {"type": "AdamW", **OPTIMIZER, "max_grad_norm": MAX_GRAD_NORM, "schedule": "constant"},
                "steps": steps, "loss_after": after, "noise": noise}
+    if name in FAMILIES:
+        record["greedy"] = greedy(load(name, adapter=True), sequences[0])
     write(name, tensors, record, sequences)
     losses = f"base {record['base_loss']:.6f} adapter {record['adapter_loss']:.6f} after {after:.6f}"
     return f"{losses} noise {max(noise.values()):.1e}"
+
+
+def greedy(model, ids):
+    """The ten likeliest tokens after `ids`, each recomputed from the whole sequence."""
+    with torch.no_grad():
+        for _ in range(10):
+            ids = torch.cat([ids, model(input_ids=ids[None]).logits[0, -1].argmax()[None]])
+    return ids[-10:].tolist()
 
 
 def golden_logits(name, seed):
@@ -302,13 +321,13 @@ def main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.logging.disable_progress_bar()
-    known = [*FULL, *LOGITS_ONLY]
+    known = [*FULL, *LOGITS_ONLY, *FAMILIES]
     unknown = set(sys.argv[1:]) - set(known)
     if unknown:
         sys.exit(f"no such model: {', '.join(sorted(unknown))} (known: {', '.join(known)})")
     for i, name in enumerate(known):  # the seed is the place in the list: naming one model does not change it
         if not sys.argv[1:] or name in sys.argv[1:]:
-            print(name, golden_full(name, 100 * i) if name in FULL else golden_logits(name, 100 * i), flush=True)
+            print(name, golden_logits(name, 100 * i) if name in LOGITS_ONLY else golden_full(name, 100 * i), flush=True)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,10 @@ pub struct Product {
 }
 
 impl Product {
-    /// 2mnk: a multiply-add is two FLOPs.
+    /// 2mnk: a multiply-add is two FLOPs. Counts end at `u64::MAX`, here and in sums.
     pub fn flops(&self) -> u64 {
-        2 * self.m * self.n * self.k
+        let area = self.m.saturating_mul(self.n);
+        area.saturating_mul(self.k).saturating_mul(2)
     }
 }
 
@@ -93,7 +94,7 @@ impl Work {
     /// `count` equal products (m, k) x (k, n); empty products are no work.
     pub fn products(count: usize, m: usize, n: usize, k: usize, precision: Precision) -> Self {
         let mut work = Self::default();
-        if count * m * n * k > 0 {
+        if [count, m, n, k].iter().all(|size| *size > 0) {
             let product = Product {
                 m: m as u64,
                 n: n as u64,
@@ -129,10 +130,10 @@ impl Work {
         if count == 0 {
             return Self::default();
         }
-        work.products.values_mut().for_each(|n| *n *= count);
-        work.sweeps.values_mut().for_each(|n| *n *= count);
-        work.uncached *= count;
-        work.vector_flops *= count;
+        let counts = work.products.values_mut().chain(work.sweeps.values_mut());
+        for n in counts.chain([&mut work.uncached, &mut work.vector_flops]) {
+            *n = n.saturating_mul(count);
+        }
         work
     }
 
@@ -140,8 +141,8 @@ impl Work {
     pub fn flops(&self) -> u64 {
         self.products
             .iter()
-            .map(|(product, count)| product.flops() * count)
-            .sum()
+            .map(|(product, count)| product.flops().saturating_mul(*count))
+            .fold(0, u64::saturating_add)
     }
 
     /// Elementwise operations.
@@ -171,14 +172,15 @@ impl Work {
 
 impl AddAssign<&Work> for Work {
     fn add_assign(&mut self, other: &Work) {
+        let add = |sum: &mut u64, count: &u64| *sum = sum.saturating_add(*count);
         for (product, count) in &other.products {
-            *self.products.entry(*product).or_default() += count;
+            add(self.products.entry(*product).or_default(), count);
         }
         for (bytes, count) in &other.sweeps {
-            *self.sweeps.entry(*bytes).or_default() += count;
+            add(self.sweeps.entry(*bytes).or_default(), count);
         }
-        self.uncached += other.uncached;
-        self.vector_flops += other.vector_flops;
+        add(&mut self.uncached, &other.uncached);
+        add(&mut self.vector_flops, &other.vector_flops);
     }
 }
 

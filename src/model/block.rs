@@ -1,5 +1,5 @@
 //! One transformer block, forward and backward: `x1 = x + o(attention(norm x))`,
-//! `y = x1 + down(swiglu(gate, up)(norm x1))`.
+//! `y = x1 + down(swiglu(gate, up)(norm x1))`; q and k may have a norm on each head (Qwen3).
 
 use candle_core::{DType, Tensor};
 use rand_chacha::rand_core::Rng;
@@ -22,6 +22,10 @@ pub(super) struct Block {
     pub(super) path: String,
     pub(super) input_layernorm: RmsNorm,
     pub(super) post_attention_layernorm: RmsNorm,
+    /// On each head of q, before the rotation.
+    pub(super) q_norm: Option<RmsNorm>,
+    /// On each head of k, before the rotation.
+    pub(super) k_norm: Option<RmsNorm>,
     pub(super) linears: Linears<Linear>,
     pub(super) attention: Attention,
 }
@@ -60,6 +64,8 @@ struct QkvSaved {
     norm: RmsNormSaved,
     /// Of q, k and v.
     linears: [LinearSaved; 3],
+    q_norm: Option<RmsNormSaved>,
+    k_norm: Option<RmsNormSaved>,
 }
 
 /// Saved by [`Block::output`] for the backward pass.
@@ -119,11 +125,15 @@ impl Block {
         let (k, k_saved) = self.linear(pass, &l.k_proj, LINEAR_NAMES.k_proj, &h, None)?;
         let (v, v_saved) = self.linear(pass, &l.v_proj, LINEAR_NAMES.v_proj, &h, None)?;
         drop(h);
+        let (q, q_norm) = forward_heads(pass, self.q_norm.as_ref(), q)?;
+        let (k, k_norm) = forward_heads(pass, self.k_norm.as_ref(), k)?;
         let rotated_q = pass.rope.forward(pass.context, &q)?;
         let rotated_k = pass.rope.forward(pass.context, &k)?;
         let saved = QkvSaved {
             norm,
             linears: [q_saved, k_saved, v_saved],
+            q_norm,
+            k_norm,
         };
         Ok(([rotated_q, rotated_k, v], saved))
     }
@@ -260,9 +270,19 @@ impl Block {
             self.attention
                 .backward(context, &d_attn_output, &saved.attention, pass.segments)?;
         drop(d_attn_output);
-        let d_rotated_q = pass.rope.backward(context, &dq)?;
-        let d_rotated_k = pass.rope.backward(context, &dk)?;
-        Ok(Some([d_rotated_q, d_rotated_k, dv]))
+        let rotated_back =
+            |dy: &Tensor, norm: Option<&RmsNorm>, saved, gradients: &mut Gradients| {
+                let Some((norm, saved)) = norm.zip(saved) else {
+                    return pass.rope.backward(context, dy);
+                };
+                // The norm's backward pass takes f32.
+                let dy = pass.rope.backward(context.in_f32(), dy)?;
+                norm.backward_heads(context, &dy, saved, gradients)
+            };
+        let QkvSaved { q_norm, k_norm, .. } = &saved.qkv;
+        let dq = rotated_back(&dq, self.q_norm.as_ref(), q_norm.as_ref(), gradients)?;
+        let dk = rotated_back(&dk, self.k_norm.as_ref(), k_norm.as_ref(), gradients)?;
+        Ok(Some([dq, dk, dv]))
     }
 
     /// The gradients of q, k and v, and dx1 (N, C) -> dx (N, C).
@@ -341,6 +361,19 @@ impl Block {
             },
         ))
     }
+}
+
+/// x (N, H D) -> each head normalised by `norm`, if there is one.
+fn forward_heads(
+    pass: &Pass<'_>,
+    norm: Option<&RmsNorm>,
+    x: Tensor,
+) -> Result<(Tensor, Option<RmsNormSaved>)> {
+    let Some(norm) = norm else {
+        return Ok((x, None));
+    };
+    let (y, saved) = norm.forward_heads(pass.context, &x)?;
+    Ok((y, Some(saved)))
 }
 
 /// The output of `norm` as an input of linear layers, if `wanted`.

@@ -1,141 +1,266 @@
 //! Reading config.json field by field, with errors that name the key, the value and the rule.
+//!
+//! Takes the parsed file; returns values checked for type and range. An absent key has the default
+//! of transformers' class for the model type (`class_defaults.json`); null stands for itself. A key
+//! that the model type does not have, set to a value that changes the result in another, is an
+//! error.
+
+use std::sync::LazyLock;
 
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Kind, Result};
-use crate::ops::RopeScaling;
 
-/// A JSON object of a configuration.
-pub(super) struct Config<'a>(pub(super) &'a Map<String, Value>);
+/// The declared defaults of transformers' configuration classes by model type, for the keys that
+/// are read; written by scripts/config_reference.py.
+static CLASS_DEFAULTS: LazyLock<Map<String, Value>> = LazyLock::new(|| {
+    serde_json::from_str(include_str!("class_defaults.json")).expect("the embedded table is JSON")
+});
 
-impl Config<'_> {
-    /// The value of `key`; null counts as absent.
-    pub(super) fn get(&self, key: &str) -> Option<&Value> {
-        self.0.get(key).filter(|value| !value.is_null())
+/// Largest size of one dimension: far beyond any published model, and small enough that the
+/// products of two sizes and of a micro-batch stay within 64 bits.
+const MAX_SIZE: usize = 1 << 24;
+
+/// A JSON object of a configuration, and the defaults of its absent keys.
+pub(super) struct Config<'a> {
+    pub(super) object: &'a Map<String, Value>,
+    pub(super) defaults: Option<&'a Map<String, Value>>,
+}
+
+/// A range of numbers and how an error states it.
+#[derive(Clone, Copy)]
+pub(super) struct Range {
+    contains: fn(f64) -> bool,
+    rule: &'static str,
+}
+
+impl Range {
+    pub(super) const ANY: Self = Self {
+        contains: |_| true,
+        rule: "a number",
+    };
+    pub(super) const POSITIVE: Self = Self {
+        contains: |x| x > 0.0,
+        rule: "a number above 0",
+    };
+    pub(super) const NON_NEGATIVE: Self = Self {
+        contains: |x| x >= 0.0,
+        rule: "a number of at least 0",
+    };
+}
+
+impl<'a> Config<'a> {
+    /// The configuration of a model type that transformers' class defaults are known for.
+    ///
+    /// # Errors
+    /// `model_type` absent or none of these.
+    pub(super) fn new(object: &'a Map<String, Value>) -> Result<(Self, &'a str)> {
+        let supported = || {
+            let names: Vec<&str> = CLASS_DEFAULTS.keys().map(String::as_str).collect();
+            format!("one of {}", names.join(", "))
+        };
+        let Some(model_type) = object.get("model_type").and_then(Value::as_str) else {
+            let listed = object.get("architectures").map(Value::to_string);
+            let error = Error::new(Kind::Model, "config.json: `model_type` is missing")
+                .value(format!("architectures = {}", listed.unwrap_or_default()))
+                .rule(supported());
+            return Err(error.hint(
+                "add the model's type to config.json, for example `\"model_type\": \"llama\"`",
+            ));
+        };
+        let Some(defaults) = CLASS_DEFAULTS.get(model_type).and_then(Value::as_object) else {
+            return Err(
+                Error::new(Kind::Model, "config.json: this model type is not supported")
+                    .value(model_type)
+                    .rule(supported())
+                    .hint("choose a decoder of one of these types, such as `HuggingFaceTB/SmolLM2-135M`"),
+            );
+        };
+        let config = Self {
+            object,
+            defaults: Some(defaults),
+        };
+        config.refuse_foreign_keys(model_type)?;
+        Ok((config, model_type))
     }
 
-    pub(super) fn text(&self, key: &str) -> Option<&str> {
-        self.get(key).and_then(Value::as_str)
+    /// The value of `key`, or its class default; `None` for null, and for a key without either.
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+        let default = || self.defaults?.get(key);
+        let value = self.object.get(key).or_else(default);
+        value.filter(|value| !value.is_null())
     }
 
-    /// A positive integer.
+    /// Whether the model type has the key.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.defaults
+            .is_some_and(|defaults| defaults.contains_key(key))
+    }
+
+    /// A text.
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        let Some(value) = self.get(key) else {
+            return Ok(None);
+        };
+        let wrong = || self.wrong(key, "a text");
+        value.as_str().map(Some).ok_or_else(wrong)
+    }
+
+    /// A positive integer of at most `MAX_SIZE`.
     pub(super) fn size(&self, key: &str) -> Result<Option<usize>> {
         let size = |value: &Value| {
-            let size = value.as_u64().filter(|n| *n > 0 && *n < 1 << 32)?;
-            Some(size as usize)
+            let size = usize::try_from(value.as_u64()?).ok()?;
+            (1..=MAX_SIZE).contains(&size).then_some(size)
         };
-        self.read(key, "a whole number of at least one", size)
+        self.read(key, &format!("a whole number from 1 to {MAX_SIZE}"), size)
     }
 
     /// The value of `key` as `convert` reads it; `rule` is for the error.
-    fn read<T>(
+    pub(super) fn read<T>(
         &self,
         key: &str,
         rule: &str,
-        convert: impl Fn(&Value) -> Option<T>,
+        convert: impl Fn(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
         self.get(key)
-            .map(|value| convert(value).ok_or_else(|| wrong(key, value, rule)))
+            .map(|value| convert(value).ok_or_else(|| self.wrong(key, rule)))
             .transpose()
     }
 
     pub(super) fn required_size(&self, key: &str) -> Result<usize> {
-        self.size(key)?.ok_or_else(|| missing(key))
+        self.size(key)?.ok_or_else(|| self.wrong(key, "a number"))
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.read(key, "a number", Value::as_f64)
+    pub(super) fn number(&self, key: &str, range: Range) -> Result<Option<f64>> {
+        let number = |value: &Value| {
+            let number = value.as_f64()?;
+            (number.is_finite() && (range.contains)(number)).then_some(number)
+        };
+        self.read(key, range.rule, number)
     }
 
-    fn required_number(&self, key: &str) -> Result<f64> {
-        self.number(key)?.ok_or_else(|| missing(key))
+    pub(super) fn required_number(&self, key: &str, range: Range) -> Result<f64> {
+        self.number(key, range)?
+            .ok_or_else(|| self.wrong(key, range.rule))
     }
 
-    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
-        self.read(key, "true or false", Value::as_bool)
-    }
-
-    /// The rope table: `rope_parameters` (transformers 5) or `rope_scaling`, if there is one.
-    pub(super) fn rope_table(&self) -> Option<Config<'_>> {
-        self.get("rope_parameters")
-            .or_else(|| self.get("rope_scaling"))
-            .and_then(Value::as_object)
-            .map(Config)
-    }
-}
-
-fn wrong(key: &str, value: &Value, rule: &str) -> Error {
-    Error::new(
-        Kind::Model,
-        format!("config.json: `{key}` is not what it must be"),
-    )
-    .value(value.to_string())
-    .rule(rule)
-}
-
-fn missing(key: &str) -> Error {
-    Error::new(Kind::Model, format!("config.json: `{key}` is missing"))
-        .hint("use the config.json that was published with the model")
-}
-
-/// Reads a rope table; `max_position` is the model's limit.
-pub(super) fn rope_scaling(table: &Config<'_>, max_position: usize) -> Result<RopeScaling> {
-    let kind = table
-        .text("rope_type")
-        .or_else(|| table.text("type"))
-        .unwrap_or("default");
-    let original = table
-        .size("original_max_position_embeddings")?
-        .unwrap_or(max_position);
-    let number = |key: &str, default: f64| Ok::<f64, Error>(table.number(key)?.unwrap_or(default));
-    Ok(match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear {
-            factor: table.required_number("factor")?,
-        },
-        "dynamic" => RopeScaling::Dynamic {
-            factor: table.required_number("factor")?,
-            original,
-        },
-        "llama3" => RopeScaling::Llama3 {
-            factor: table.required_number("factor")?,
-            low: table.required_number("low_freq_factor")?,
-            high: table.required_number("high_freq_factor")?,
-            original,
-        },
-        "yarn" => RopeScaling::Yarn {
-            factor: table.required_number("factor")?,
-            beta_fast: number("beta_fast", 32.0)?,
-            beta_slow: number("beta_slow", 1.0)?,
-            attention_factor: yarn_attention_factor(table)?,
-            original,
-            truncate: table.flag("truncate")?.unwrap_or(true),
-        },
-        other => {
-            return Err(Error::new(
-                Kind::Model,
-                "config.json: this kind of rope scaling is not supported",
-            )
-            .value(other)
-            .rule("default, linear, dynamic, llama3 or yarn"));
+    /// A flag; `false` for a key that the model type does not have.
+    pub(super) fn flag(&self, key: &str) -> Result<bool> {
+        if !self.has(key) {
+            return Ok(false);
         }
-    })
+        self.read(key, "true or false", Value::as_bool)?
+            .ok_or_else(|| self.wrong(key, "true or false"))
+    }
+
+    /// The object under `key`, without defaults.
+    pub(super) fn object(&self, key: &str) -> Result<Option<Config<'a>>> {
+        let object = self.read(key, "an object, as in {\"rope_type\": ...}", |value| {
+            value.as_object()
+        })?;
+        Ok(object.map(|object| Config {
+            object,
+            defaults: None,
+        }))
+    }
+
+    /// The error about the value of `key`.
+    pub(super) fn wrong(&self, key: &str, rule: &str) -> Error {
+        let Some(value) = self.object.get(key) else {
+            return Error::new(Kind::Model, format!("config.json: `{key}` is missing"))
+                .rule(rule)
+                .hint("use the config.json that was published with the model");
+        };
+        Error::new(
+            Kind::Model,
+            format!("config.json: `{key}` has a value that the model cannot have"),
+        )
+        .value(value.to_string())
+        .rule(rule)
+    }
+
+    /// Refuses keys of other model types whose value would change the result there.
+    fn refuse_foreign_keys(&self, model_type: &str) -> Result<()> {
+        let matters = |(key, neutral): &&(&str, Neutral)| {
+            !self.has(key) && self.get(key).is_some_and(|value| !neutral.is(value))
+        };
+        let unused_window = self.object.get("use_sliding_window") == Some(&Value::Bool(false));
+        let found = FOREIGN_KEYS
+            .iter()
+            .filter(|(key, _)| !(unused_window && *key == "sliding_window"))
+            .find(matters);
+        let Some((key, _)) = found else { return Ok(()) };
+        let rule = match *key {
+            "quantization_config" | "compression_config" => "weights in f32, bf16 or f16".into(),
+            _ => format!("a model of type {model_type} has no such setting"),
+        };
+        Err(self.wrong(key, &rule).hint(match *key {
+            "quantization_config" | "compression_config" => {
+                "use the model's original, unquantised repository"
+            }
+            _ => {
+                "transformers would ignore it: remove it from config.json, or correct `model_type`"
+            }
+        }))
+    }
 }
 
-/// YaRN's factor on cos and sin: given, or 0.1 mscale ln(factor) + 1 (Peng et al. 2023, equation
-/// 22), or the ratio of two such factors.
-fn yarn_attention_factor(table: &Config<'_>) -> Result<f64> {
-    if let Some(given) = table.number("attention_factor")? {
-        return Ok(given);
-    }
-    let factor = table.required_number("factor")?;
-    let attention_factor = |mscale: f64| 0.1 * mscale * factor.max(1.0).ln() + 1.0;
-    let mscale = table.number("mscale")?.filter(|mscale| *mscale != 0.0);
-    let all_dim = table
-        .number("mscale_all_dim")?
-        .filter(|mscale| *mscale != 0.0);
-    Ok(match (mscale, all_dim) {
-        (Some(mscale), Some(all_dim)) => attention_factor(mscale) / attention_factor(all_dim),
-        _ => attention_factor(1.0),
-    })
+/// The values of a key that change nothing.
+enum Neutral {
+    /// null, false, zero or empty.
+    Off,
+    /// One.
+    One,
+    /// A list of this text alone, or of ones.
+    Each(&'static str),
 }
+
+impl Neutral {
+    fn is(&self, value: &Value) -> bool {
+        match self {
+            Self::Off => match value {
+                Value::Number(number) => number.as_f64() == Some(0.0),
+                Value::Array(list) => list.is_empty(),
+                Value::Object(object) => object.is_empty(),
+                other => other == &Value::Bool(false),
+            },
+            Self::One => value.as_f64() == Some(1.0),
+            Self::Each(text) => value
+                .as_array()
+                .is_some_and(|list| list.iter().all(|x| x == text || x == 1)),
+        }
+    }
+}
+
+/// Keys that change what some model type of transformers computes.
+const FOREIGN_KEYS: &[(&str, Neutral)] = &[
+    ("quantization_config", Neutral::Off),
+    ("compression_config", Neutral::Off),
+    ("partial_rotary_factor", Neutral::One),
+    ("rotary_pct", Neutral::One),
+    ("sliding_window", Neutral::Off),
+    ("use_sliding_window", Neutral::Off),
+    ("attention_chunk_size", Neutral::Off),
+    ("layer_types", Neutral::Each("full_attention")),
+    ("no_rope_layers", Neutral::Each("1")),
+    ("attn_logit_softcapping", Neutral::Off),
+    ("final_logit_softcapping", Neutral::Off),
+    ("query_pre_attn_scalar", Neutral::Off),
+    ("llama_4_scaling_beta", Neutral::Off),
+    ("embedding_multiplier", Neutral::One),
+    ("residual_multiplier", Neutral::One),
+    ("attention_multiplier", Neutral::Off),
+    ("logits_scaling", Neutral::One),
+    ("logit_scale", Neutral::One),
+    ("scale_emb", Neutral::One),
+    ("clip_qkv", Neutral::Off),
+    ("use_qk_norm", Neutral::Off),
+    ("qk_layernorm", Neutral::Off),
+    ("alibi", Neutral::Off),
+    ("use_bidirectional_attention", Neutral::Off),
+    ("add_cross_attention", Neutral::Off),
+    ("num_experts", Neutral::Off),
+    ("num_local_experts", Neutral::Off),
+    ("n_routed_experts", Neutral::Off),
+    ("num_kv_shared_layers", Neutral::Off),
+];

@@ -3,6 +3,7 @@
 //! Sums the same cost functions that the running ops add to the counter: forecast and execution are
 //! equal, not close.
 
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use super::architecture::{Architecture, LinearSpec};
@@ -49,6 +50,8 @@ pub struct ModelShape {
     architecture: Architecture,
     /// Rank of the adapter on each linear layer, by block.
     ranks: Vec<Linears<Option<usize>>>,
+    /// For each block the first one that does the same work.
+    alike: Vec<usize>,
     all_trained: bool,
     dropout: bool,
     precision: Precision,
@@ -62,10 +65,13 @@ impl ModelShape {
         dropout: bool,
         precision: Precision,
     ) -> Self {
+        let by_path: HashMap<&str, usize> = sites
+            .iter()
+            .map(|site| (site.path.as_str(), site.r))
+            .collect();
         let rank = |layer: usize, linear: LinearSpec| {
             let path = format!("model.layers.{layer}.{}", linear.name);
-            let site = sites.iter().find(|site| site.path == path);
-            site.map(|site| site.r)
+            by_path.get(path.as_str()).copied()
         };
         let ranks = (0..architecture.num_hidden_layers)
             .map(|layer| architecture.linears().map(|linear| rank(layer, linear)))
@@ -81,8 +87,16 @@ impl ModelShape {
         dropout: bool,
         precision: Precision,
     ) -> Self {
+        let alike = |layer: usize| {
+            let same = |other: &usize| {
+                let [a, b] = [layer, *other].map(|i| (architecture.layers[i], &ranks[i]));
+                a == b
+            };
+            (0..layer).find(same).unwrap_or(layer)
+        };
         Self {
             architecture: architecture.clone(),
+            alike: (0..ranks.len()).map(alike).collect(),
             ranks,
             all_trained,
             dropout,
@@ -125,12 +139,13 @@ impl ModelShape {
     }
 
     /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute
-    /// type: its input, q, k, v, the attention's output, x1, gate, up. In f32: x A^T of each
-    /// adapter. One bit an element: dropout masks.
+    /// type: its input, q, k, v, the attention's output, x1, gate, up; q and k before their norms.
+    /// In f32: x A^T of each adapter. One bit an element: dropout masks.
     pub(super) fn saved_bytes(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
         let (q, kv) = self.head_widths();
-        let compute_type = 2 * (a.hidden_size + q + kv + a.intermediate_size);
+        let before_norms = if a.qk_norm { q + kv } else { 0 };
+        let compute_type = 2 * (a.hidden_size + q + kv + a.intermediate_size) + before_norms;
         let adapter = |shape: LinearShape| {
             let mask = if shape.dropout {
                 shape.in_features.div_ceil(32)
@@ -171,7 +186,7 @@ impl ModelShape {
     }
 
     fn block_forward(&self, layer: usize, segments: &[usize], dropout: bool) -> Work {
-        let attention = attention_forward_cost(&self.architecture.attention, segments);
+        let attention = attention_forward_cost(&self.architecture.attention(layer), segments);
         self.block_without_attention(layer, segments.iter().sum(), dropout) + attention
     }
 
@@ -184,6 +199,9 @@ impl ModelShape {
             .map(|shape| shape.forward_cost(self.precision))
             .sum();
         work += &rms_norm_cost(n, a.hidden_size).times(2);
+        if a.qk_norm {
+            work += &(rms_norm_cost(n, q) + rms_norm_cost(n, kv));
+        }
         work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
         work += &swiglu_cost(n * a.intermediate_size);
         work + residual_cost(n, a.hidden_size).times(2)
@@ -220,8 +238,12 @@ impl ModelShape {
             work += &linear(&shapes.o_proj, needs.qkv);
         }
         if needs.qkv {
-            work += &attention_backward_cost(&a.attention, segments);
+            work += &attention_backward_cost(&a.attention(layer), segments);
             work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
+            if a.qk_norm {
+                let cost = |width: usize| rms_norm_backward_cost(n, width, self.all_trained);
+                work += &(cost(q) + cost(kv));
+            }
             for shape in [&shapes.q_proj, &shapes.k_proj, &shapes.v_proj] {
                 work += &linear(shape, needs.input);
             }
@@ -257,15 +279,14 @@ impl ModelShape {
             })
     }
 
-    /// The sum of `work(layer)` over these blocks, evaluated once for consecutive blocks with equal
-    /// adapters.
+    /// The sum of `work(layer)` over these blocks, evaluated once for blocks that are alike.
     fn sum_over_blocks(&self, blocks: Range<usize>, work: impl Fn(usize) -> Work) -> Work {
-        let mut first = blocks.start;
-        let alike = self.ranks[blocks].chunk_by(|a, b| a == b).map(|run| {
-            first += run.len();
-            work(first - run.len()).times(run.len() as u64)
-        });
-        alike.sum()
+        let mut counts: BTreeMap<usize, u64> = BTreeMap::new();
+        for first in &self.alike[blocks] {
+            *counts.entry(*first).or_default() += 1;
+        }
+        let each = |(layer, count): (usize, u64)| work(layer).times(count);
+        counts.into_iter().map(each).sum()
     }
 
     /// Work of the losses of one micro-batch; `segments`: the length of each.
@@ -318,9 +339,9 @@ impl ModelShape {
     pub fn decoding(&self, before: usize) -> Work {
         let a = &self.architecture;
         let mut work = embedding_cost(1, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
-        let attention = attention_decode_cost(&a.attention, before + 1);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
-            self.block_without_attention(layer, 1, false) + attention.clone()
+            self.block_without_attention(layer, 1, false)
+                + attention_decode_cost(&a.attention(layer), before + 1)
         });
         work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
     }

@@ -48,9 +48,10 @@ impl Builder<'_> {
         self.matrix(name, [a.vocab_size, a.hidden_size])
     }
 
-    fn norm(&self, name: &str) -> Result<RmsNorm> {
+    /// The norm of rows of `width` elements.
+    fn norm(&self, name: &str, width: usize) -> Result<RmsNorm> {
         Ok(RmsNorm {
-            weight: (self.source.weight)(name, &[self.architecture.hidden_size])?,
+            weight: (self.source.weight)(&format!("{name}.weight"), &[width])?,
             eps: self.architecture.rms_norm_eps,
         })
     }
@@ -71,13 +72,23 @@ impl Builder<'_> {
 
     fn block(&self, layer: usize) -> Result<Block> {
         let path = format!("model.layers.{layer}");
-        let linears = self.architecture.linears();
+        let a = self.architecture;
+        let norm = |name: &str| self.norm(&format!("{path}.{name}"), a.hidden_size);
+        let head_norm = |name: &str| {
+            a.qk_norm
+                .then(|| self.norm(&format!("{path}.{name}"), a.attention.head_dim))
+                .transpose()
+        };
         Ok(Block {
-            input_layernorm: self.norm(&format!("{path}.input_layernorm.weight"))?,
-            post_attention_layernorm: self
-                .norm(&format!("{path}.post_attention_layernorm.weight"))?,
-            linears: linears.map(|spec| self.linear(&path, spec)).transpose()?,
-            attention: self.architecture.attention,
+            input_layernorm: norm("input_layernorm")?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            q_norm: head_norm("self_attn.q_norm")?,
+            k_norm: head_norm("self_attn.k_norm")?,
+            linears: a
+                .linears()
+                .map(|spec| self.linear(&path, spec))
+                .transpose()?,
+            attention: a.attention(layer),
             path,
         })
     }
@@ -146,7 +157,7 @@ impl Decoder {
         Ok(Self {
             backward: BackwardRange::new(trained, embed_tokens.is_trained()),
             architecture: architecture.clone(),
-            norm: builder.norm("model.norm.weight")?,
+            norm: builder.norm("model.norm", architecture.hidden_size)?,
             head: LmHead { weight },
             embed_tokens,
             blocks,

@@ -1,7 +1,7 @@
 //! config.json -> `Architecture`; `Architecture` -> `Work` per step; weights; one decoder driven by
 //! the configuration.
 //!
-//! Owns the sizes, tensor names and layers of a Llama-architecture decoder, its forward and
+//! Owns the sizes, tensor names and layers of a decoder, its forward and
 //! backward passes, and generation. Knows nothing of files on the hub, data sets, optimizers or
 //! energy. The forward pass saves each layer's activations; the backward pass visits the layers in
 //! reverse, frees them, and ends where nothing below is trained. On a CPU threads share the
@@ -14,15 +14,19 @@ mod block;
 mod config;
 mod cost;
 mod decoder;
+mod family;
 mod generate;
 mod kv_cache;
 mod linears;
 mod memory;
+mod rope_config;
 mod stored;
+#[cfg(test)]
+mod tests;
 mod trainable;
 mod weights;
 
-pub use architecture::{Architecture, Biases, TensorShape};
+pub use architecture::{Architecture, Biases, LayerKind, TensorShape};
 pub use batch::Batch;
 pub use block::Dropout;
 pub use cost::{ModelShape, Recompute};

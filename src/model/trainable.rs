@@ -1,6 +1,8 @@
 //! A decoder with the parameters that are trained in it: LoRA factors on frozen weights, or every
 //! weight.
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Device};
 use safetensors::tensor::Dtype;
 
@@ -54,8 +56,12 @@ impl TrainableModel {
             None => Ok(vec![0.0; slot.len()]),
         };
         let parameters = Parameters::from_fn(shapes, values, device)?;
+        let by_path: HashMap<&str, usize> = (0..)
+            .zip(sites)
+            .map(|(i, site)| (site.path.as_str(), i))
+            .collect();
         let lora = |path: &str| {
-            let Some(index) = sites.iter().position(|site| site.path == path) else {
+            let Some(index) = by_path.get(path).copied() else {
                 return Ok(None);
             };
             Ok(Some(Lora {
@@ -91,10 +97,13 @@ impl TrainableModel {
             .map(|tensor| (tensor.name, tensor.shape))
             .collect();
         let parameters = Parameters::from_fn(shapes, values, device)?;
+        let by_name: HashMap<&str, usize> = (0..)
+            .zip(parameters.slots())
+            .map(|(i, slot)| (slot.name.as_str(), i))
+            .collect();
         let weight = |name: &str, _: &[usize]| {
-            let slot = parameters.slots().iter().position(|slot| slot.name == name);
             let missing = || Error::new(Kind::Model, format!("the model has no tensor `{name}`"));
-            parameters.weight(slot.ok_or_else(missing)?)
+            parameters.weight(*by_name.get(name).ok_or_else(missing)?)
         };
         let source = WeightSource {
             weight: &weight,

@@ -18,6 +18,8 @@ use crate::text::first_few;
 
 /// Bytes at either end of a tensor that a fingerprint covers.
 const SAMPLE: usize = 4096;
+/// Bytes of two tensors that are compared at once.
+const COMPARED: usize = 1 << 20;
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
@@ -29,12 +31,24 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Opens the files and checks their headers. Reads no values.
+    /// Opens the files and checks their headers. Reads no values, except those of a tied head that
+    /// is stored beside its embedding.
     ///
     /// # Errors
-    /// A damaged or truncated file; missing, mis-shaped and surplus tensors, all in one error.
+    /// A damaged or truncated file; missing, mis-shaped and surplus tensors, all in one error; two
+    /// different tensors where the architecture has a tied one.
     pub fn open(paths: &[PathBuf], architecture: &Architecture) -> Result<Self> {
-        let mut stored: BTreeMap<String, TensorEntry> = read_headers(paths)?
+        let headers = read_headers(paths)?;
+        if architecture.tie_word_embeddings && has_separate_head(paths, &headers)? {
+            return Err(Error::new(
+                Kind::Model,
+                "config.json ties the embeddings, but the weight files hold two different ones",
+            )
+            .value(format!("`{HEAD}` differs from `{EMBEDDING}`"))
+            .rule("`tie_word_embeddings` = true is for one tensor, or two equal ones")
+            .hint("run the command again now that the files are there: the head is then read as stored"));
+        }
+        let mut stored: BTreeMap<String, TensorEntry> = headers
             .into_iter()
             .map(|tensor| (tensor.name.clone(), tensor))
             .collect();
@@ -102,6 +116,53 @@ impl Weights {
         let (path, file) = &self.files[tensor.file];
         Ok(StoredTensor { path, file, tensor })
     }
+}
+
+impl Architecture {
+    /// Corrects what config.json states by the weight files: the stored type of the matrices, and
+    /// the tie of the embeddings. As in transformers 5, a head that is stored beside its embedding
+    /// and differs from it is not tied.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn correct_by_files(&mut self, paths: &[PathBuf]) -> Result<()> {
+        let headers = read_headers(paths)?;
+        let mut matrices = headers.iter().filter(|tensor| tensor.shape.len() > 1);
+        self.stored_in_bf16 = matrices.all(|tensor| tensor.dtype == Dtype::BF16);
+        if self.tie_word_embeddings && has_separate_head(paths, &headers)? {
+            self.tie_word_embeddings = false;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the files hold a head that differs from the embedding.
+fn has_separate_head(paths: &[PathBuf], tensors: &[TensorEntry]) -> Result<bool> {
+    let find = |wanted: &str| tensors.iter().find(|tensor| tensor.name == wanted);
+    let bare = || find(EMBEDDING.strip_prefix("model.").unwrap_or(EMBEDDING));
+    let (Some(head), Some(embedding)) = (find(HEAD), find(EMBEDDING).or_else(bare)) else {
+        return Ok(false);
+    };
+    if (head.dtype, &head.shape) != (embedding.dtype, &embedding.shape) {
+        return Ok(true);
+    }
+    let open = |tensor: &TensorEntry| {
+        let path = &paths[tensor.file];
+        File::open(path).map_err(|source| Error::io("read", path, source))
+    };
+    let files = [open(head)?, open(embedding)?];
+    let mut buffers = [vec![0; COMPARED], vec![0; COMPARED]];
+    for offset in (0..head.size).step_by(COMPARED) {
+        let length = (head.size - offset).min(COMPARED as u64) as usize;
+        for ((file, tensor), buffer) in files.iter().zip([head, embedding]).zip(&mut buffers) {
+            read_at(file, &mut buffer[..length], tensor.start + offset)
+                .map_err(|source| Error::io("read", &paths[tensor.file], source))?;
+        }
+        if buffers[0][..length] != buffers[1][..length] {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Maps the names of the architecture's tensors to their names in the files. `found`: the shape of

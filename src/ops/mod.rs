@@ -86,6 +86,14 @@ impl<'a> Context<'a> {
         }
     }
 
+    /// The same with results in f32.
+    pub(crate) fn in_f32(self) -> Self {
+        Self {
+            precision: Precision::F32,
+            ..self
+        }
+    }
+
     /// The implementation that runs on the device of `x`.
     fn path(&self, x: &Tensor) -> Path {
         if self.reference {

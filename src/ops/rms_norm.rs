@@ -11,7 +11,7 @@ use super::storage::{
     uninit_vec,
 };
 use super::{Context, Gradients, Path, Weight, new_tensor, optional_chunks, residual_cost};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
 
 /// A norm: its weight (C) and epsilon.
@@ -74,6 +74,45 @@ impl RmsNorm {
             return Ok(self.forward_cpu(context, &saved.x)?.0);
         }
         self.forward_primitives(context, &load_activation(context, &saved.x)?)
+    }
+
+    /// x (N, H D) in f32 -> y (N, H D) in f32: each of the H heads is normalised with the weight
+    /// (D), as of queries and keys before their rotation.
+    pub fn forward_heads(
+        &self,
+        context: Context<'_>,
+        x: &Tensor,
+    ) -> Result<(Tensor, RmsNormSaved)> {
+        let (y, saved) = self.forward(context.in_f32(), &self.heads(x)?)?;
+        let y = y.reshape(x.dims2()?)?;
+        let x = save_activation(context, &saved.x)?;
+        Ok((y, RmsNormSaved { x }))
+    }
+
+    /// dy (N, H D) in f32 -> dx (N, H D) in f32; adds the weight's gradient where it is trained.
+    pub fn backward_heads(
+        &self,
+        context: Context<'_>,
+        dy: &Tensor,
+        saved: &RmsNormSaved,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
+        let dx = self.backward(context, &self.heads(dy)?, saved, None, gradients)?;
+        Ok(dx.reshape(dy.dims2()?)?)
+    }
+
+    /// x (N, H D) as (N H, D).
+    fn heads(&self, x: &Tensor) -> Result<Tensor> {
+        let (n, width) = x.dims2()?;
+        let head_dim = self.weight.tensor.dims1()?;
+        if head_dim == 0 || !width.is_multiple_of(head_dim) {
+            return Err(
+                Error::new(Kind::Tensor, "normalised rows must hold whole heads")
+                    .value(width.to_string())
+                    .rule(format!("a multiple of head_dim = {head_dim}")),
+            );
+        }
+        Ok(x.reshape((n * width / head_dim, head_dim))?)
     }
 
     fn check_and_count(&self, context: Context<'_>, x: &Tensor) -> Result<()> {

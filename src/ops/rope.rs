@@ -171,7 +171,7 @@ impl Rope {
 
     /// cos and sin of the angles at positions `first..first + length` of a sequence of `total`
     /// tokens, row by row.
-    fn angles(&self, first: usize, length: usize, total: usize) -> (Vec<f32>, Vec<f32>) {
+    pub(crate) fn angles(&self, first: usize, length: usize, total: usize) -> (Vec<f32>, Vec<f32>) {
         let frequencies = self.inverse_frequencies(total);
         let factor = self.attention_factor();
         let each =

@@ -27,6 +27,22 @@ pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
     Ok(())
 }
 
+/// Refuses to train a model whose config.json has dropout: transformers applies it in training.
+pub(super) fn refuse_dropout(architecture: &Architecture) -> Result<()> {
+    let Some((key, p)) = architecture.dropout else {
+        return Ok(());
+    };
+    Err(Error::new(
+        Kind::Model,
+        "config.json has dropout, which is not supported in training",
+    )
+    .value(format!("{key} = {p}"))
+    .rule("0: only `adapter.lora_dropout` drops elements")
+    .hint(format!(
+        "set `\"{key}\": 0.0` in the config.json of a local copy, and `lora_dropout` in [adapter]"
+    )))
+}
+
 pub(super) fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {
     let length = recipe.data.max_length;
     let most = architecture.max_position_embeddings;

@@ -6,13 +6,14 @@ use candle_core::Device;
 
 use super::machine::check_precision;
 use super::model::{fetch_weights, find_model, tokenizer_of};
+use super::prepare::architecture_of;
 use crate::adapter::{self, Site};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{Architecture, Decoder, TrainableModel, Weights, initial_factors};
 use crate::ops::Parameters;
-use crate::recipe::ModelId;
+use crate::recipe::{Init, ModelId};
 use crate::work::Precision;
 
 /// A model, an adapter, a device and a dtype.
@@ -59,7 +60,7 @@ pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resu
 pub(super) fn load(request: &ModelRequest<'_>, progress: &dyn Progress) -> Result<LoadedModel> {
     check_precision(request.device, request.precision)?;
     let files = fetch(request, progress)?;
-    let architecture = Architecture::from_file(&files.config)?;
+    let architecture = architecture_of(&files, Init::Pretrained, request.device)?;
     let tokenizer = tokenizer_of(&files)?;
     let weights = Weights::open(&files.weights, &architecture)?;
     let loaded = request.adapter.map(adapter::load).transpose()?;

@@ -7,9 +7,11 @@ use candle_core::Device;
 use super::Screen;
 use super::inference::{ModelRequest, fetch};
 use super::model::companions;
+use super::prepare::architecture_of;
 use crate::adapter::{self, MergeJob, MergeSummary};
 use crate::error::Result;
-use crate::model::{Architecture, Weights};
+use crate::model::Weights;
+use crate::recipe::Init;
 use crate::work::Precision;
 
 /// A merge.
@@ -38,7 +40,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
         precision: Precision::F32,
     };
     let files = fetch(&model, screen.downloads())?;
-    let architecture = Architecture::from_file(&files.config)?;
+    let architecture = architecture_of(&files, Init::Pretrained, &device)?;
     // Refuses weights that do not fit config.json before anything is written.
     Weights::open(&files.weights, &architecture)?;
     let loaded = adapter::load(request.adapter)?;

@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
-use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::checks::{
     check_baseline_memory, check_length, check_steps, checkpointing_value, recompute,
-    refuse_adapter_on_random_weights,
+    refuse_adapter_on_random_weights, refuse_dropout,
 };
 use super::machine::check_precision;
 use super::model::{find_model, tokenizer_of};
@@ -18,7 +17,6 @@ use super::records::Records;
 use super::target::{shape_of, target};
 use crate::adapter::config::CONFIG_FILE;
 use crate::adapter::peft::WEIGHTS_FILE;
-use crate::adapter::shards::read_headers;
 use crate::data::{Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
 use crate::energy::Computing;
 use crate::energy::{Budget, DeviceRef, Grid, Meters, Profile, Rates};
@@ -125,7 +123,8 @@ pub fn prepare(
     let budget = budget(&recipe, &grid)?;
 
     let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
-    let architecture = architecture_of(&files, device)?;
+    let architecture = architecture_of(&files, recipe.model.init, device)?;
+    refuse_dropout(&architecture)?;
     let pretraining_tokens = pretraining_tokens(&files)?;
     let target = target(&recipe, &architecture)?;
     let weights = weights_fingerprint(&recipe, &files, &architecture)?;
@@ -283,19 +282,21 @@ fn without_paths(recipe: &Recipe, has_commit: bool) -> Recipe {
     recipe
 }
 
-/// A model's architecture for `device`: a GPU keeps weights in the compute dtype, whatever they are stored in.
-pub(super) fn architecture_of(files: &ModelFiles, device: &Device) -> Result<Architecture> {
+/// A model's architecture for `device`, corrected by its weight files where they are there and read:
+/// a GPU keeps weights in the compute dtype, whatever they are stored in.
+pub(super) fn architecture_of(
+    files: &ModelFiles,
+    init: Init,
+    device: &Device,
+) -> Result<Architecture> {
     let mut architecture = Architecture::from_file(&files.config)?;
-    architecture.stored_in_bf16 =
-        device.is_cpu() && in_bf16(files).unwrap_or(architecture.stored_in_bf16);
+    if init == Init::Pretrained
+        && let Ok(weights) = files.require_weights()
+    {
+        architecture.correct_by_files(weights)?;
+    }
+    architecture.stored_in_bf16 &= device.is_cpu();
     Ok(architecture)
-}
-
-/// Whether all matrices are stored in bf16; `None` if the files cannot be read yet.
-fn in_bf16(files: &ModelFiles) -> Option<bool> {
-    let tensors = read_headers(files.require_weights().ok()?).ok()?;
-    let mut matrices = tensors.iter().filter(|tensor| tensor.shape.len() > 1);
-    Some(matrices.all(|tensor| tensor.dtype == Dtype::BF16))
 }
 
 /// Tokens of the largest micro-batch among the first epoch's steps and the evaluation.

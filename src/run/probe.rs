@@ -114,7 +114,7 @@ impl ModelParts {
         check_precision(device, recipe.model.dtype)?;
         refuse_adapter_on_random_weights(recipe)?;
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
-        let architecture = architecture_of(&files, device)?;
+        let architecture = architecture_of(&files, recipe.model.init, device)?;
         let target = target(recipe, &architecture)?;
         check_length(recipe, &architecture)?;
         let mut warnings = Vec::new();

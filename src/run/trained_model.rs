@@ -118,7 +118,7 @@ fn export_model(
     copy_companions(prepared, dir)
 }
 
-/// Writes the config.json of an exported model: f32, and for a model trained from scratch the tokens it was trained on.
+/// Writes the config.json of an exported model: f32, tied as its tensors are, and for a model trained from scratch the tokens it was trained on.
 pub(super) fn write_model_config(
     prepared: &Prepared,
     dir: &Path,
@@ -130,6 +130,7 @@ pub(super) fn write_model_config(
     if let (Some(tokens), Init::Random) = (trained_tokens, prepared.recipe.model.init) {
         config["pretraining_tokens"] = tokens.into();
     }
+    config["tie_word_embeddings"] = prepared.architecture.tie_word_embeddings.into();
     config["torch_dtype"] = "float32".into();
     // The later name of the same key.
     if let Some(dtype) = config.get_mut("dtype") {

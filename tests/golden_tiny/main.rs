@@ -8,12 +8,14 @@ use candle_core::{Device, Tensor};
 use golden::{Golden, close, contexts, near};
 use wattune::adapter::Site;
 use wattune::model::{
-    Architecture, BackwardOptions, Batch, Decoder, Dropout, ModelShape, Recompute, Session,
+    Architecture, BackwardOptions, Batch, Decoder, Dropout, ModelShape, Recompute, Sampling,
+    Session,
 };
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters};
 use wattune::work::{Precision, WorkCounter};
 
-const FULL: [&str; 5] = ["gqa", "tied", "biases", "qwen2", "llama3rope"];
+const FULL: [&str; 6] = ["gqa", "tied", "biases", "qwen2", "llama3rope", "qwen3"];
+const FAMILIES: [&str; 1] = ["qwen3"];
 const LOGITS_ONLY: [&str; 4] = ["linear", "dynamic", "yarn", "mistral"];
 
 #[test]
@@ -69,6 +71,25 @@ fn decoding_token_by_token_gives_the_logits_of_one_pass() {
                     &logits,
                     &whole.get(t).unwrap(),
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn greedy_ids_equal_those_of_transformers() {
+    for name in FAMILIES {
+        let golden = Golden::open(name);
+        let counter = WorkCounter::default();
+        for context in contexts(&counter) {
+            let (decoder, _) = golden.adapted();
+            let mut session = Session::new(&decoder, context);
+            let mut logits = session
+                .read(&golden.list("input_ids")[..golden.lengths()[0]])
+                .unwrap();
+            for expected in golden.list("greedy") {
+                assert_eq!(Sampling::GREEDY.choose(&logits, 0), expected, "{name}");
+                logits = session.read(&[expected]).unwrap();
             }
         }
     }

@@ -82,7 +82,8 @@ impl Attention {
         })
     }
 
-    fn scale(&self) -> f64 {
+    /// Factor of the scores.
+    pub(crate) fn scale(&self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
     }
 
@@ -263,7 +264,8 @@ impl Attention {
             );
         }
         tensors.iter().try_for_each(|(name, tensor, heads)| {
-            check_shape(name, tensor, &[tokens, heads * self.head_dim])
+            let width = heads.checked_mul(self.head_dim).unwrap_or(usize::MAX);
+            check_shape(name, tensor, &[tokens, width])
         })
     }
 }

@@ -52,7 +52,11 @@ pub(in crate::ops) struct MatRef<'a> {
 impl<'a> MatRef<'a> {
     /// A row-major matrix that fills its slice.
     pub(in crate::ops) fn new(values: CpuSlice<'a>, rows: usize, columns: usize) -> Self {
-        assert_eq!(values.len(), rows * columns, "a matrix fills its slice");
+        assert_eq!(
+            Some(values.len()),
+            rows.checked_mul(columns),
+            "a matrix fills its slice"
+        );
         Self::strided(values, [rows, columns], [columns, 1])
     }
 
@@ -69,9 +73,9 @@ impl<'a> MatRef<'a> {
     ) -> Self {
         let [rows, columns] = shape;
         let [row_stride, column_stride] = strides;
-        let last = rows.saturating_sub(1) * row_stride + columns.saturating_sub(1) * column_stride;
+        let end = span(columns, column_stride, 1).and_then(|row| span(rows, row_stride, row));
         assert!(
-            rows * columns == 0 || last < values.len(),
+            columns == 0 || end.is_some_and(|end| end <= values.len()),
             "a matrix lies inside its slice"
         );
         Self {
@@ -119,6 +123,21 @@ impl<'a> MatRef<'a> {
             ..self
         }
     }
+}
+
+/// Elements of a result (rows, columns).
+pub(super) fn area(rows: usize, columns: usize) -> usize {
+    rows.checked_mul(columns)
+        .expect("a result of two matrices in memory is within the range of an index")
+}
+
+/// Elements from the start of the first of `rows` rows to the end of the last, `columns` wide and
+/// `stride` apart; `None` beyond the range of an index, which assertions take as too many.
+pub(super) fn span(rows: usize, stride: usize, columns: usize) -> Option<usize> {
+    if rows == 0 {
+        return Some(0);
+    }
+    (rows - 1).checked_mul(stride)?.checked_add(columns)
 }
 
 /// A row-major f32 result, whose rows may be longer than the product's.

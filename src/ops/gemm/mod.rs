@@ -29,6 +29,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use self::bf16::Bf16Lhs;
+use self::matrix::{area, span};
 use super::count_flops;
 use super::storage::{cast_vec, uninit_vec};
 use crate::work::Precision;
@@ -160,14 +161,16 @@ impl<'a> Init<'a> {
         match self {
             Init::Zero => {}
             Init::Bias(bias) => assert_eq!(bias.len(), n, "a bias is (n)"),
-            Init::Matrix(matrix) => assert_eq!(matrix.len(), m * n, "an initial matrix is (m, n)"),
+            Init::Matrix(matrix) => {
+                assert_eq!(matrix.len(), area(m, n), "an initial matrix is (m, n)")
+            }
         }
     }
 
     /// The value as a row-major (m, n).
     fn to_vec(self, m: usize, n: usize) -> Vec<f32> {
         match self {
-            Init::Zero => vec![0.0; m * n],
+            Init::Zero => vec![0.0; area(m, n)],
             Init::Bias(bias) => bias.repeat(m),
             Init::Matrix(matrix) => matrix.to_vec(),
         }
@@ -208,7 +211,7 @@ pub(super) fn skinny_gemm(precision: Precision, a: MatRef<'_>, b: MatRef<'_>) ->
 pub(super) fn gemm_by_packed(a: MatRef<'_>, b: &Bf16Lhs, columns: usize) -> Vec<f32> {
     count_flops(1, a.rows, columns, a.columns);
     // SAFETY: the product writes every element.
-    let mut out = unsafe { uninit_vec(a.rows * columns) };
+    let mut out = unsafe { uninit_vec(area(a.rows, columns)) };
     bf16::gemm_by_packed(&a, b, &mut out);
     out
 }
@@ -229,7 +232,7 @@ fn gemm_sum_with(isa: &'static Isa, terms: &[GemmTerm<'_>], init: Init<'_>) -> V
         return init.to_vec(m, n);
     }
     // SAFETY: every path below writes all elements before it reads one.
-    let mut out = unsafe { uninit_vec(m * n) };
+    let mut out = unsafe { uninit_vec(area(m, n)) };
     if out.is_empty() {
         return out;
     }

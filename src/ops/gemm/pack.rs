@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::microkernel::{Isa, Transpose};
-use super::{CpuSlice, Element, MatRef};
+use super::{CpuSlice, Element, MatRef, span};
 use crate::ops::simd::simd;
 
 /// Rows prefetched ahead: they lie on other pages, across which hardware does not prefetch.
@@ -46,7 +46,8 @@ fn pack_panel<T: Element>(
     }
     if b.row_stride == 1 {
         assert!(
-            (columns - 1) * b.column_stride + panel.len() / width <= values.len(),
+            span(columns, b.column_stride, panel.len() / width)
+                .is_some_and(|end| end <= values.len()),
             "every column lies inside the matrix"
         );
         #[cfg(target_arch = "x86_64")]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::microkernel::{Isa, KernelArgs, KernelTerm};
 use super::packed_rhs::PackedRhs;
 use super::schedule::blocks;
-use super::{MatMut, MatRef, even_parts, pack};
+use super::{MatMut, MatRef, even_parts, pack, span};
 use crate::ops::parallel::par_for_each;
 
 /// B (k, columns) in panels of NR columns; the last is as wide as the vectors that its columns
@@ -93,11 +93,11 @@ impl Panels {
     fn check_room(&self, m: usize, a_len: usize, rs_a: usize, out: &MatMut<'_>) {
         let width = self.columns.next_multiple_of(self.isa.lanes);
         assert!(
-            m == 0 || a_len >= (m - 1) * rs_a + self.k,
+            span(m, rs_a, self.k).is_some_and(|end| end <= a_len),
             "every row of a has k elements"
         );
         assert!(
-            m == 0 || out.values.len() >= (m - 1) * out.stride + width,
+            span(m, out.stride, width).is_some_and(|end| end <= out.values.len()),
             "every row of out has room for its vectors"
         );
     }

@@ -20,7 +20,7 @@ use self::operand::Strips;
 use self::pack::OperandView;
 use self::unit::{BLOCK_LINES, CacheLine, F32_PLANES, KRun, TileOut};
 use super::schedule::even_parts;
-use super::{MatMut, MatRef};
+use super::{MatMut, MatRef, span};
 use crate::work::Precision;
 
 pub(in crate::ops) use self::operand::{BlockWriter, PackedOperand};
@@ -98,7 +98,8 @@ fn check_room(a: &Strips<'_>, b: &Strips<'_>, steps: usize, out: &MatMut<'_>) {
     let rows = a.strips.len() * TILE;
     let columns = b.strips.len() * TILE;
     assert!(
-        columns <= out.stride && rows * out.stride + columns <= out.values.len() + out.stride,
+        columns <= out.stride
+            && span(rows, out.stride, columns).is_some_and(|end| end <= out.values.len()),
         "the result has room for its micro-tiles"
     );
 }

@@ -12,7 +12,7 @@ use super::{
 use crate::ops::count_flops;
 use crate::ops::gemm::packed_rhs::PackedRhs;
 use crate::ops::gemm::schedule::{even_parts, par_for_each_task};
-use crate::ops::gemm::{Init, MatRef};
+use crate::ops::gemm::{Init, MatRef, span};
 use crate::ops::storage::{SendPtr, uninit_vec};
 
 /// Source of B's panels.
@@ -133,7 +133,7 @@ pub(in crate::ops::gemm) fn gemm_sum(
 fn gemm_packed(unit: MatrixUnit, terms: &[PackedTerm<'_>], init: Init<'_>, out: &mut [f32]) {
     let m = terms[0].lhs.lanes;
     let n = terms[0].rhs.lanes();
-    assert_eq!(out.len(), m * n, "a result is (m, n)");
+    assert_eq!(Some(out.len()), m.checked_mul(n), "a result is (m, n)");
     let passes = SumPass::all(terms, m, n);
     for (index, sum) in passes.iter().enumerate() {
         let last = index + 1 == passes.len();
@@ -449,7 +449,7 @@ unsafe fn store_tile(tile: *const f32, init: Option<(&[f32], usize)>, out: TileO
     let TileOut { rows, columns, .. } = out;
     if let Some((init, stride)) = init {
         assert!(
-            rows == 0 || (rows - 1) * stride + columns <= init.len(),
+            span(rows, stride, columns).is_some_and(|end| end <= init.len()),
             "every element has an initial value"
         );
     }

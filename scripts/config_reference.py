@@ -1,0 +1,198 @@
+"""How transformers reads config.json: the class defaults that the program embeds, and the golden file of its tests.
+
+    python scripts/config_reference.py     # writes src/model/class_defaults.json and tests/golden/config_variants.json
+
+Needs torch and transformers (the golden file names the versions). class_defaults.json: for each model type the declared
+default of every key that the program reads (null: derived from other keys); `rope_theta` is the class's `default_theta`.
+config_variants.json: configurations and the figures of the model that transformers builds from each, or the error. A variant
+under "refused" is one that transformers accepts, ignoring a key or with a warning; the program refuses it.
+"""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
+READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
+max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
+use_sliding_window max_window_layers layer_types attention_dropout""".split()
+
+TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+
+
+def tiny(model_type="llama", drop=(), **keys):
+    config = {"model_type": model_type, **TINY, **keys}
+    return {k: v for k, v in config.items() if k not in drop}
+
+
+# Obeyed, or an error in transformers too.
+VARIANTS = {
+    "plain": tiny(),
+    "both spellings of theta: the table's holds": tiny(rope_theta=5e5, rope_parameters=dict(rope_type="default", rope_theta=2e4)),
+    "theta in the table alone": tiny(rope_parameters=dict(rope_type="default", rope_theta=2e4)),
+    "theta at the top alone": tiny(rope_theta=5e5),
+    "a table without theta, theta at the top": tiny(rope_theta=5e5, rope_parameters=dict(rope_type="linear", factor=2.0)),
+    "a table without theta, none at the top": tiny(rope_parameters=dict(rope_type="linear", factor=2.0)),
+    "theta in an old table, another at the top": tiny(rope_theta=5e5, rope_scaling=dict(type="linear", factor=2.0, rope_theta=3e4)),
+    "both tables: rope_scaling holds": tiny(rope_scaling=dict(type="linear", factor=2.0),
+                                            rope_parameters=dict(rope_type="linear", factor=8.0, rope_theta=2e4)),
+    "an empty rope_scaling is none": tiny(rope_scaling={}, rope_theta=3e4),
+    "rope_scaling null": tiny(rope_scaling=None, rope_theta=3e4),
+    "rope_parameters null": tiny(rope_parameters=None, rope_theta=3e4),
+    "rope_scaling no object": tiny(rope_scaling="linear"),
+    "rope_scaling a number": tiny(rope_scaling=4.0),
+    "rope_scaling a list": tiny(rope_scaling=[1.0]),
+    "rope_parameters no object": tiny(rope_parameters="yarn"),
+    "rope kind unknown": tiny(rope_scaling=dict(rope_type="magic", factor=2.0)),
+    "rope_type beats type": tiny(rope_scaling=dict(rope_type="linear", type="dynamic", factor=2.0)),
+    "linear without factor": tiny(rope_scaling=dict(type="linear")),
+    "llama3, original absent": tiny(rope_scaling=LLAMA3),
+    "llama3, original in the table": tiny(rope_scaling=dict(LLAMA3, original_max_position_embeddings=64)),
+    "llama3, original at the top": tiny(rope_scaling=LLAMA3, original_max_position_embeddings=16),
+    "llama3, original at both": tiny(rope_scaling=dict(LLAMA3, original_max_position_embeddings=64), original_max_position_embeddings=16),
+    "dynamic": tiny(rope_scaling=dict(type="dynamic", factor=2.0)),
+    "dynamic, original in the table": tiny(rope_scaling=dict(type="dynamic", factor=2.0, original_max_position_embeddings=32)),
+    "yarn": tiny(rope_scaling=YARN),
+    "yarn, factors of zero": tiny(rope_scaling=dict(YARN, beta_fast=0, beta_slow=0, mscale=0.0, mscale_all_dim=1.0)),
+    "yarn, mscale": tiny(rope_scaling=dict(YARN, mscale=0.7, mscale_all_dim=1.3)),
+    "yarn, attention_factor": tiny(rope_scaling=dict(YARN, attention_factor=1.5)),
+    "yarn, not truncated": tiny(rope_scaling=dict(YARN, truncate=False, beta_fast=16.0, beta_slow=2.0)),
+    "yarn, factor null": tiny(rope_scaling=dict(YARN, factor=None)),
+    "yarn, factor below one": tiny(rope_scaling=dict(YARN, factor=0.5)),
+    "head_dim": tiny(head_dim=16),
+    "head_dim null": tiny(head_dim=None),
+    "key/value heads null": tiny(num_key_value_heads=None),
+    "key/value heads absent": tiny(drop=["num_key_value_heads"]),
+    "eps absent": tiny(drop=["rms_norm_eps"]),
+    "eps null": tiny(rms_norm_eps=None),
+    "sizes absent": {"model_type": "llama", "num_hidden_layers": 2},
+    "vocabulary absent": tiny(drop=["vocab_size"]),
+    "vocabulary null": tiny(vocab_size=None),
+    "vocabulary a text": tiny(vocab_size="64"),
+    "vocabulary a fraction": tiny(vocab_size=64.5),
+    "layers true": tiny(num_hidden_layers=True),
+    "positions absent": tiny(drop=["max_position_embeddings"], rope_scaling=LLAMA3),
+    "tied": tiny(tie_word_embeddings=True),
+    "tied null": tiny(tie_word_embeddings=None),
+    "biases": tiny(attention_bias=True, mlp_bias=True),
+    "activation swish": tiny(hidden_act="swish"),
+    "activation null": tiny(hidden_act=None),
+    "model_type absent": tiny(drop=["model_type"], architectures=["LlamaForCausalLM"]),
+    "model_type null": tiny(model_type=None),
+    "model_type unknown": tiny(model_type="llama9"),
+    "bf16 by its old name": tiny(torch_dtype="bfloat16"),
+    "bf16 by its new name": tiny(dtype="bfloat16"),
+    "both dtypes: the new one holds": tiny(dtype="float32", torch_dtype="bfloat16"),
+    "dtype unknown": tiny(dtype="int3"),
+    "mistral": tiny("mistral"),
+    "mistral, window null": tiny("mistral", sliding_window=None),
+    "mistral, window 16": tiny("mistral", sliding_window=16),
+    "mistral, heads and key/value heads absent": tiny("mistral", hidden_size=128, drop=["num_attention_heads", "num_key_value_heads"]),
+    "mistral, attention_bias is none of its keys": tiny("mistral", attention_bias=False),
+    "mistral, attention_bias": tiny("mistral", attention_bias=True),
+    "qwen2, mlp_bias": tiny("qwen2", mlp_bias=True),
+    "qwen2": tiny("qwen2", attention_bias=False),
+    "qwen2, window not used": tiny("qwen2", sliding_window=16, use_sliding_window=False, max_window_layers=1),
+    "qwen2, window used": tiny("qwen2", sliding_window=16, use_sliding_window=True, max_window_layers=1),
+    "qwen2, window used, size absent": tiny("qwen2", use_sliding_window=True, max_window_layers=2),
+    "qwen2, layers of the window absent": tiny("qwen2", sliding_window=16, use_sliding_window=True),
+    "qwen2, layer_types": tiny("qwen2", sliding_window=16, use_sliding_window=True,
+                               layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "qwen2, layer_types, window not used": tiny("qwen2", sliding_window=16, layer_types=["full_attention"] * 3),
+    "qwen2, too few layer_types": tiny("qwen2", layer_types=["full_attention"] * 2),
+    "qwen3": tiny("qwen3"),
+    "qwen3, head_dim 16, biases": tiny("qwen3", head_dim=16, attention_bias=True),
+    "qwen3, everything absent": {"model_type": "qwen3", "num_hidden_layers": 2},
+    "qwen3, window used": tiny("qwen3", sliding_window=16, use_sliding_window=True, max_window_layers=1, head_dim=8),
+    "qwen3, theta in the table": tiny("qwen3", head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "qwen3, yarn": tiny("qwen3", head_dim=16, rope_theta=1e6, rope_scaling=YARN),
+}
+# Accepted by transformers, which ignores the key, warns, or computes with a number that no model was trained with.
+REFUSED = {
+    "linear, factor negative": tiny(rope_scaling=dict(type="linear", factor=-2.0)),
+    "linear, factor zero": tiny(rope_scaling=dict(type="linear", factor=0.0)),
+    "llama3, factor negative": tiny(rope_scaling=dict(LLAMA3, factor=-8.0)),
+    "llama3, ranges reversed": tiny(rope_scaling=dict(LLAMA3, low_freq_factor=4.0, high_freq_factor=1.0)),
+    "yarn, beta_fast negative": tiny(rope_scaling=dict(YARN, beta_fast=-1.0)),
+    "yarn, attention_factor negative": tiny(rope_scaling=dict(YARN, attention_factor=-1.0)),
+    "theta negative": tiny(rope_theta=-1e4),
+    "theta zero": tiny(rope_theta=0.0),
+    "eps negative": tiny(rms_norm_eps=-1e-5),
+    "initializer_range negative": tiny(initializer_range=-0.02),
+    "partial_rotary_factor": tiny(partial_rotary_factor=0.5),
+    "partial_rotary_factor in the table": tiny(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+    "qwen3, partial_rotary_factor": tiny("qwen3", partial_rotary_factor=0.25),
+    "llama, sliding_window": tiny(sliding_window=16),
+    "llama, layer_types": tiny(layer_types=["sliding_attention"] * 3),
+    "llama, no_rope_layers": tiny(no_rope_layers=[1, 0, 1]),
+    "llama, attn_logit_softcapping": tiny(attn_logit_softcapping=50.0),
+    "llama, embedding_multiplier": tiny(embedding_multiplier=12.0),
+    "llama, num_experts": tiny(num_experts=8),
+    "mistral, layer_types": tiny("mistral", sliding_window=16, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    "qwen2, unknown layer_types": tiny("qwen2", layer_types=["linear_attention"] * 3),
+    "quantised": tiny(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "gelu": tiny(hidden_act="gelu"),
+}
+
+
+def figures(config):
+    """What transformers builds: sizes, tensors of the first block and around, rotary frequencies, windows."""
+    kind = config["model_type"]
+    if kind == "mistral" and "layer_types" in config:  # AutoConfig.from_pretrained does this
+        kind = "ministral"
+    parsed = CONFIG_MAPPING[kind].from_dict(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(parsed)
+    model.tie_weights()
+    block = model.model.layers[0]
+    rotary = type(model.model.rotary_emb)(parsed)
+    types = getattr(parsed, "layer_types", None) or ["sliding_attention"] * parsed.num_hidden_layers
+    window = getattr(parsed, "sliding_window", None)
+    outer = {n: list(p.shape) for n, p in model.named_parameters() if ".layers." not in n or ".layers.0." in n}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()), "tensors": outer, "tied": "lm_head.weight" not in outer,
+        "layers": parsed.num_hidden_layers, "heads": parsed.num_attention_heads, "head_dim": block.self_attn.head_dim,
+        "eps": block.input_layernorm.variance_epsilon, "scaling": block.self_attn.scaling,
+        "max_position_embeddings": parsed.max_position_embeddings, "initializer_range": parsed.initializer_range,
+        "windows": [window if t == "sliding_attention" else None for t in types], "bf16": parsed.dtype == torch.bfloat16,
+        "inverse_frequencies": rotary.inv_freq.tolist(), "attention_factor": rotary.attention_scaling,
+    }
+
+
+def read(config):
+    try:
+        return {"read": figures(copy.deepcopy(config))}
+    except Exception as error:  # any refusal counts, whatever its type
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+
+
+def defaults(model_type):
+    config = CONFIG_MAPPING[model_type]
+    declared = {f.name: f.default for f in dataclasses.fields(config)}
+    return {k: declared[k] for k in READ if k in declared} | {"rope_theta": config.default_theta}
+
+
+def write(path, rows):
+    lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()]
+    (ROOT / path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def main():
+    write("src/model/class_defaults.json", {t: defaults(t) for t in MODEL_TYPES})
+    rows = {"versions": {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}}
+    rows |= {name: {"config": config, **read(config)} for name, config in VARIANTS.items()}
+    rows |= {name: {"config": config, "refused": True} for name, config in REFUSED.items()}
+    write("tests/golden/config_variants.json", rows)
+
+
+main()
