@@ -7,13 +7,15 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Kind, Result};
 
+use super::fields::Fields;
 pub use super::fields::{InitWeights, JsonNumber, ModulePattern, OneOrMany};
-use super::matching::{first_match, pattern_key};
+use super::keys;
+use super::matching::{KeyPattern, first_match};
 use super::options::{LoraConfig, Targets};
 use super::targets::{Module, Site, shortest_names};
 
@@ -23,8 +25,7 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const PEFT_VERSION: &str = "0.21.2";
 
 /// The content of `adapter_config.json` under PEFT's keys. A key that a file lacks has PEFT's default.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 #[allow(missing_docs)]
 pub struct PeftConfig {
     pub alpha_pattern: ModulePattern<JsonNumber>,
@@ -44,9 +45,12 @@ pub struct PeftConfig {
     pub target_modules: Option<OneOrMany<String>>,
     pub task_type: Option<String>,
     pub use_rslora: bool,
-    /// All other keys of LoraConfig; a key that PEFT 0.21 does not know is left out.
+    /// All other keys of LoraConfig.
     #[serde(flatten)]
     pub variants: Map<String, Value>,
+    /// Keys of the file that PEFT 0.21 does not know, sorted. Not written.
+    #[serde(skip)]
+    pub unknown: Vec<String>,
 }
 
 impl Default for PeftConfig {
@@ -70,25 +74,9 @@ impl Default for PeftConfig {
             target_modules: None,
             task_type: None,
             use_rslora: false,
-            variants: variant_defaults(),
+            variants: keys::defaults(),
+            unknown: Vec::new(),
         }
-    }
-}
-
-/// PEFT's defaults of the keys of [`PeftConfig::variants`].
-fn variant_defaults() -> Map<String, Value> {
-    let defaults = json!({
-        "alora_invocation_tokens": null, "arrow_config": null, "auto_mapping": null, "corda_config": null,
-        "ensure_weight_tying": false, "eva_config": null, "fan_in_fan_out": false, "inference_mode": true,
-        "kasa_config": null, "layer_replication": null, "loftq_config": {}, "lora_bias": false,
-        "lora_ga_config": null, "megatron_config": null, "megatron_core": "megatron.core",
-        "modules_to_save": null, "monteclora_config": null, "qalora_group_size": 16,
-        "target_parameters": null, "trainable_token_indices": null, "use_bdlora": null, "use_dora": false,
-        "use_qalora": false, "velora_config": null,
-    });
-    match defaults {
-        Value::Object(defaults) => defaults,
-        _ => Map::new(),
     }
 }
 
@@ -145,7 +133,8 @@ impl PeftConfig {
         })
     }
 
-    /// The settings of this file. A file without `target_modules` selects no module.
+    /// The settings of this file. A file without `target_modules` selects no module; empty lists and texts mean none, as in
+    /// PEFT.
     pub fn settings(&self) -> LoraConfig {
         let target_modules = match &self.target_modules {
             Some(OneOrMany::One(text)) => Targets::from_text(text),
@@ -153,11 +142,16 @@ impl PeftConfig {
             None => Targets::Names(Vec::new()),
         };
         // In `exclude_modules` `all-linear` is an expression like any other.
-        let exclude_modules = self.exclude_modules.clone().map(|excluded| match excluded {
-            OneOrMany::One(text) => Targets::Regex(text),
-            OneOrMany::Many(names) => Targets::Names(names),
-        });
+        let exclude_modules = match self.exclude_modules.clone() {
+            Some(OneOrMany::One(text)) if !text.is_empty() => Some(Targets::Regex(text)),
+            Some(OneOrMany::Many(names)) if !names.is_empty() => Some(Targets::Names(names)),
+            _ => None,
+        };
         let alphas = self.alpha_pattern.0.iter();
+        let layers = self.layers_to_transform.clone().map(OneOrMany::into_vec);
+        let layers_pattern = self.layers_pattern.clone().map(OneOrMany::into_vec);
+        let mut layers_pattern = layers_pattern.unwrap_or_default();
+        layers_pattern.retain(|pattern| !pattern.is_empty());
         LoraConfig {
             r: self.r,
             lora_alpha: self.lora_alpha.0,
@@ -167,33 +161,66 @@ impl PeftConfig {
             use_rslora: self.use_rslora,
             rank_pattern: self.rank_pattern.0.clone(),
             alpha_pattern: alphas.map(|(key, alpha)| (key.clone(), alpha.0)).collect(),
-            layers_to_transform: self.layers_to_transform.clone().map(OneOrMany::into_vec),
-            layers_pattern: self
-                .layers_pattern
-                .clone()
-                .map(OneOrMany::into_vec)
-                .unwrap_or_default(),
+            layers_to_transform: layers.filter(|layers| !layers.is_empty()),
+            layers_pattern,
         }
     }
 
     /// Reads a file's text; `path` names the file in errors.
     ///
     /// # Errors
-    /// What is not JSON, or a field of another type than PEFT's.
+    /// What is not a JSON object; every field of another type than PEFT reads, all in one error.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
-        let mut config: Self = serde_json::from_str(text).map_err(|source| {
-            Error::new(Kind::Adapter, format!("`{CONFIG_FILE}` cannot be read: {source}"))
+        let refuse = |what: String| {
+            Error::new(Kind::Adapter, what)
                 .at(path.display().to_string())
                 .rule("the JSON that PEFT's save_pretrained writes")
                 .hint("fetch the file again, or save the adapter again with PEFT's `model.save_pretrained(DIR)`")
-        })?;
-        let mut read = std::mem::replace(&mut config.variants, variant_defaults());
-        for (key, value) in &mut config.variants {
-            if let Some(given) = read.remove(key) {
-                *value = given;
-            }
+        };
+        let values: Map<String, Value> = serde_json::from_str(text)
+            .map_err(|source| refuse(format!("`{CONFIG_FILE}` cannot be read: {source}")))?;
+        let mut fields = Fields::new(values);
+        let config = Self::read(&mut fields);
+        if fields.problems.is_empty() {
+            return Ok(config);
         }
-        Ok(config)
+        let list = fields.problems.join("\n  - ");
+        Err(refuse(format!(
+            "`{CONFIG_FILE}` cannot be read:\n  - {list}"
+        )))
+    }
+
+    /// The fields as PEFT reads them: null in a switch is false (`init_lora_weights` too).
+    fn read(fields: &mut Fields) -> Self {
+        let text = "a text or null";
+        let names = "a name pattern or a list of names";
+        let ranks = "an object of module patterns with whole numbers";
+        let alphas = "an object of module patterns with numbers";
+        let default = Self::default();
+        Self {
+            alpha_pattern: fields.optional("alpha_pattern", alphas).unwrap_or_default(),
+            base_model_name_or_path: fields.optional("base_model_name_or_path", text),
+            bias: fields.required("bias", "none, all or lora_only", default.bias),
+            exclude_modules: fields.optional("exclude_modules", names),
+            init_lora_weights: fields.init_weights(),
+            layers_pattern: fields.optional("layers_pattern", names),
+            layers_to_transform: fields.optional(
+                "layers_to_transform",
+                "a layer number or a list of them, from 0",
+            ),
+            lora_alpha: fields.required("lora_alpha", "a number", default.lora_alpha),
+            lora_dropout: fields.required("lora_dropout", "a probability", default.lora_dropout),
+            peft_type: fields.optional("peft_type", text),
+            peft_version: fields.optional("peft_version", text),
+            r: fields.required("r", "a whole number of at least 1", default.r),
+            rank_pattern: fields.optional("rank_pattern", ranks).unwrap_or_default(),
+            revision: fields.optional("revision", text),
+            target_modules: fields.optional("target_modules", names),
+            task_type: fields.optional("task_type", text),
+            use_rslora: fields.switch("use_rslora"),
+            variants: fields.variants(default.variants),
+            unknown: fields.unknown(),
+        }
     }
 
     /// The file's text as PEFT writes it: two spaces, sorted keys, no final newline.
@@ -224,7 +251,7 @@ fn sortable<T: Copy + PartialEq>(
     sorted.sort_by(|a, b| a.0.cmp(&b.0));
     let compiled = sorted
         .iter()
-        .map(|(key, value)| Ok((pattern_key(key, "pattern")?, *value)))
+        .map(|(key, value)| Ok((KeyPattern::new(key, "pattern")?, *value)))
         .collect::<Result<Vec<_>>>()?;
     for site in sites {
         let matched = first_match(&compiled, &site.path)?.unwrap_or(default);
@@ -361,7 +388,7 @@ mod tests {
             PeftConfig::parse(r#"{"r":"eight"}"#, Path::new("x"))
                 .unwrap_err()
                 .to_string()
-                .contains("line 1")
+                .contains("`r` is \"eight\": it must be a whole number")
         );
     }
 }

@@ -24,9 +24,66 @@ pub fn fullmatch(pattern: &str, key: &str) -> Result<Regex> {
 }
 
 /// A key of `rank_pattern` or `alpha_pattern`: the path's end from a dot or the start on, `re.match(r"(.*\.)?(KEY)$", path)`.
-pub fn pattern_key(pattern: &str, key: &str) -> Result<Regex> {
-    compile(pattern, key)?;
-    compile(&format!(r"\A(.*\.)?({pattern})$"), key)
+pub enum KeyPattern {
+    /// A key of names and dots, as most are, from its end: compared without a regular expression.
+    Plain(Vec<KeyChar>),
+    /// Any other key.
+    Regex(Regex),
+}
+
+/// A character of a plain key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyChar {
+    /// This character.
+    Is(char),
+    /// A dot: any character but a line's end.
+    Any,
+}
+
+impl KeyPattern {
+    /// Compiles the key `pattern` of the setting `key`.
+    pub fn new(pattern: &str, key: &str) -> Result<Self> {
+        if let Some(plain) = plain_key(pattern) {
+            return Ok(Self::Plain(plain));
+        }
+        compile(pattern, key)?;
+        Ok(Self::Regex(compile(
+            &format!(r"\A(.*\.)?({pattern})$"),
+            key,
+        )?))
+    }
+
+    /// Whether it matches `path`.
+    pub fn matches(&self, path: &str) -> Result<bool> {
+        let plain = match self {
+            Self::Regex(regex) => return matches(regex, path),
+            Self::Plain(plain) => plain,
+        };
+        let mut rest = path.chars().rev();
+        let equal = plain.iter().all(|wanted| {
+            rest.next().is_some_and(|char| match wanted {
+                KeyChar::Is(wanted) => char == *wanted,
+                KeyChar::Any => char != '\n',
+            })
+        });
+        Ok(equal && rest.next().is_none_or(|before| before == '.'))
+    }
+}
+
+/// The characters of a key of letters, digits, `_`, `-`, `.` and `\.`, last first; `None` for any other.
+fn plain_key(pattern: &str) -> Option<Vec<KeyChar>> {
+    let mut chars = pattern.chars();
+    let mut plain = Vec::with_capacity(pattern.len());
+    while let Some(char) = chars.next() {
+        plain.push(match char {
+            '.' => KeyChar::Any,
+            '\\' => KeyChar::Is(chars.next().filter(|escaped| *escaped == '.')?),
+            _ if char.is_ascii_alphanumeric() || matches!(char, '_' | '-') => KeyChar::Is(char),
+            _ => return None,
+        });
+    }
+    plain.reverse();
+    (!plain.is_empty()).then_some(plain)
 }
 
 fn compile(pattern: &str, key: &str) -> Result<Regex> {
@@ -52,9 +109,9 @@ pub fn matches(regex: &Regex, path: &str) -> Result<bool> {
 }
 
 /// The value of the first pattern that matches `path`.
-pub fn first_match<T: Copy>(patterns: &[(Regex, T)], path: &str) -> Result<Option<T>> {
-    for (regex, value) in patterns {
-        if matches(regex, path)? {
+pub fn first_match<T: Copy>(patterns: &[(KeyPattern, T)], path: &str) -> Result<Option<T>> {
+    for (pattern, value) in patterns {
+        if pattern.matches(path)? {
             return Ok(Some(*value));
         }
     }

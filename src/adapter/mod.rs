@@ -7,12 +7,14 @@
 pub mod config;
 mod fields;
 pub mod init;
+mod keys;
 pub mod matching;
 pub mod merge;
 pub mod options;
 pub mod peft;
 pub mod portability;
 pub(crate) mod shards;
+mod target_errors;
 pub mod targets;
 pub mod unsupported;
 

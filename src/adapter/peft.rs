@@ -1,8 +1,8 @@
 //! A PEFT adapter's directory: loading, attaching to a model, saving.
 //!
 //! Takes a directory with `adapter_config.json` and `adapter_model.safetensors`; returns a checked configuration and pairs of
-//! A and B as f32, or writes both files. Strict: features other than plain LoRA are refused by name, all in one error. Knows nothing of
-//! computation.
+//! A and B as f32, or writes both files. Strict: features other than plain LoRA, and tensors and configuration that disagree, are
+//! refused by name, all in one error. Knows nothing of computation.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,8 +15,11 @@ use crate::files::write_atomic;
 use crate::text::first_few;
 
 use super::config::{CONFIG_FILE, PeftConfig};
+use super::keys;
+use super::options::{LoraConfig, Targets};
 use super::shards::{F32Tensor, write_f32s};
-use super::targets::{Module, RankResolver, Site, last_segments, select_modules};
+use super::target_errors::last_segments;
+use super::targets::{Module, RankResolver, Site, select_modules, unmatched_entries};
 use super::unsupported::{Factor, PREFIX, parse_tensor_name, unsupported_settings};
 
 /// File name of the weights in an adapter's directory.
@@ -252,35 +255,30 @@ pub(super) fn fail_on_problems(
 }
 
 impl LoadedAdapter {
-    /// Each LoRA pair with its layer, in the order of `modules` (the model's linear layers).
+    /// Each LoRA pair with its layer, in the order of `modules` (the model's linear layers, of which `output_embedding` is the one
+    /// that `all-linear` leaves out).
     ///
     /// # Errors
-    /// A tensor whose module is not there or has other sizes; a module that `adapter_config.json` names and that has no
-    /// tensor. All of them in one error.
-    pub fn attach(&self, modules: &[Module]) -> Result<Vec<LoraPair<'_>>> {
+    /// A tensor whose module is not there or has other sizes; a tensor whose module `adapter_config.json` does not select, which
+    /// PEFT drops; a module that it selects and that has no tensor. All of them in one error.
+    pub fn attach(&self, modules: &[Module], output_embedding: &str) -> Result<Vec<LoraPair<'_>>> {
         let settings = self.config.settings();
         let ranks = RankResolver::new(&settings)?;
         let mut problems = self.shape_mismatches(modules);
         let present = paths(&self.tensors);
-        // `all-linear` in an edited file: which layer is the output embedding is unknown here.
-        let named = if settings.target_modules == super::Targets::AllLinear {
-            Vec::new()
-        } else {
-            select_modules(modules, "", &settings)?
-        };
-        for module in named
-            .into_iter()
-            .filter(|module| !present.contains(module.path.as_str()))
-        {
-            problems
-                .push(format!("`{}`: `{CONFIG_FILE}` names this module, but `{WEIGHTS_FILE}` has no tensor for it", module.path));
+        let selected = select_modules(modules, output_embedding, &settings)?;
+        let selected: Vec<&str> = selected.iter().map(|module| module.path.as_str()).collect();
+        if problems.is_empty() {
+            problems.extend(selection_mismatches(&present, &selected, &settings));
         }
         let base = self
             .config
             .base_model_name_or_path
             .as_deref()
             .unwrap_or("a model it does not name");
-        let hint = format!("the adapter was trained on {base}: choose that model");
+        let hint = format!(
+            "the adapter was trained on {base}: choose that model, and keep `{CONFIG_FILE}` and `{WEIGHTS_FILE}` as they were saved"
+        );
         fail_on_problems(problems, "does not fit the model", None, &hint)?;
         let mut fitted = Vec::new();
         for module in modules
@@ -299,6 +297,64 @@ impl LoadedAdapter {
             });
         }
         Ok(fitted)
+    }
+
+    /// The configuration's settings without the entries that match none of `modules`.
+    ///
+    /// # Errors
+    /// A pattern that is no regular expression.
+    pub fn settings(&self, modules: &[Module], output_embedding: &str) -> Result<LoraConfig> {
+        let mut settings = self.config.settings();
+        let selected = select_modules(modules, output_embedding, &settings)?;
+        let unmatched = unmatched_entries(modules, &selected, output_embedding, &settings)?;
+        let keep = |setting: &str, entry: &str| {
+            let mut unmatched = unmatched.iter();
+            !unmatched.any(|(from, name)| *from == setting && name == entry)
+        };
+        if let Targets::Names(names) = &mut settings.target_modules {
+            names.retain(|name| keep("target_modules", name));
+        }
+        settings.exclude_modules = settings
+            .exclude_modules
+            .and_then(|excluded| match excluded {
+                Targets::Names(mut names) => {
+                    names.retain(|name| keep("exclude_modules", name));
+                    (!names.is_empty()).then_some(Targets::Names(names))
+                }
+                Targets::Regex(regex) => {
+                    keep("exclude_modules", &regex).then_some(Targets::Regex(regex))
+                }
+                Targets::AllLinear => None,
+            });
+        settings
+            .rank_pattern
+            .retain(|(key, _)| keep("rank_pattern", key));
+        settings
+            .alpha_pattern
+            .retain(|(key, _)| keep("alpha_pattern", key));
+        if let Some(layers) = &mut settings.layers_to_transform {
+            layers.retain(|layer| keep("layers_to_transform", &layer.to_string()));
+        }
+        Ok(settings)
+    }
+
+    /// One sentence for each part of `adapter_config.json` that has no effect: keys that PEFT does not know or ignores, and
+    /// entries that match none of `modules`.
+    ///
+    /// # Errors
+    /// A pattern that is no regular expression.
+    pub fn warnings(&self, modules: &[Module], output_embedding: &str) -> Result<Vec<String>> {
+        let settings = self.config.settings();
+        let selected = select_modules(modules, output_embedding, &settings)?;
+        let unmatched = unmatched_entries(modules, &selected, output_embedding, &settings)?;
+        let unknown = self.config.unknown.iter().map(|key| keys::unknown(key));
+        let ignored = keys::ignored(&self.config.variants);
+        let unmatched = unmatched.iter().map(|(setting, entry)| {
+            format!(
+                "`{entry}` of the adapter's `{setting}` matches no adapted layer and has no effect"
+            )
+        });
+        Ok(unknown.chain(ignored).chain(unmatched).collect())
     }
 
     /// Tensors whose module is not in `modules` or has other sizes.
@@ -333,6 +389,33 @@ impl LoadedAdapter {
         }
         problems
     }
+}
+
+/// Modules with tensors that `selected` lacks, and the reverse, by path.
+fn selection_mismatches(
+    present: &BTreeSet<&str>,
+    selected: &[&str],
+    settings: &LoraConfig,
+) -> Vec<String> {
+    let selected: BTreeSet<&str> = selected.iter().copied().collect();
+    let mut by = vec!["target_modules"];
+    by.extend(settings.exclude_modules.as_ref().map(|_| "exclude_modules"));
+    by.extend(
+        settings
+            .layers_to_transform
+            .as_ref()
+            .map(|_| "layers_to_transform"),
+    );
+    let by = by.join("`, `");
+    let dropped = present.difference(&selected).map(|path| {
+        format!("`{path}`: `{WEIGHTS_FILE}` holds its tensors, but `{by}` of `{CONFIG_FILE}` leaves it out")
+    });
+    let missing = selected.difference(present).map(|path| {
+        format!(
+            "`{path}`: `{CONFIG_FILE}` names this module, but `{WEIGHTS_FILE}` has no tensor for it"
+        )
+    });
+    dropped.chain(missing).collect()
 }
 
 /// The error for an unknown `path`: the nearest module with the same last segment, or the names that exist.

@@ -3,13 +3,13 @@
 //! Takes the model's linear layers (path, sizes) and `LoraConfig`; returns one `Site` for each selected layer. Selects as PEFT
 //! does, but refuses every entry that matches nothing, where PEFT requires only one match. Knows nothing of tensors and files.
 
-use crate::error::{Error, Kind, Result};
-use crate::text::nearest;
+use std::collections::BTreeMap;
 
-use super::matching::{
-    LayerFilter, MatchKind, Matcher, first_match, is_suffix, matches, pattern_key,
-};
+use crate::error::{Error, Kind, Result};
+
+use super::matching::{KeyPattern, LayerFilter, MatchKind, Matcher, first_match, is_suffix};
 use super::options::{LoraConfig, Targets};
+use super::target_errors::{no_modules_selected, no_such_module};
 
 /// A linear layer of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,11 +57,33 @@ pub fn select(
     settings: &LoraConfig,
 ) -> Result<Vec<Site>> {
     check_values(settings)?;
-    check_entries(modules, output_embedding, settings)?;
     let chosen = select_modules(modules, output_embedding, settings)?;
+    let unmatched = unmatched_entries(modules, &chosen, output_embedding, settings)?;
+    if !unmatched.is_empty() {
+        return Err(no_such_module(modules, &unmatched, settings));
+    }
     if chosen.is_empty() {
         return Err(no_modules_selected(modules, settings));
     }
+    sites(chosen, settings)
+}
+
+/// The sites of `settings`, as [`select`]; entries that match nothing are no errors.
+///
+/// # Errors
+/// A pattern that is no regular expression.
+pub fn select_matching(
+    modules: &[Module],
+    output_embedding: &str,
+    settings: &LoraConfig,
+) -> Result<Vec<Site>> {
+    sites(
+        select_modules(modules, output_embedding, settings)?,
+        settings,
+    )
+}
+
+fn sites(chosen: Vec<&Module>, settings: &LoraConfig) -> Result<Vec<Site>> {
     let ranks = RankResolver::new(settings)?;
     chosen
         .into_iter()
@@ -115,8 +137,8 @@ pub(super) struct RankResolver {
     r: usize,
     lora_alpha: f64,
     use_rslora: bool,
-    rank_pattern: Vec<(fancy_regex::Regex, usize)>,
-    alpha_pattern: Vec<(fancy_regex::Regex, f64)>,
+    rank_pattern: Vec<(KeyPattern, usize)>,
+    alpha_pattern: Vec<(KeyPattern, f64)>,
 }
 
 impl RankResolver {
@@ -125,11 +147,11 @@ impl RankResolver {
         let ranks = settings
             .rank_pattern
             .iter()
-            .map(|(key, r)| Ok((pattern_key(key, "rank_pattern")?, *r)));
+            .map(|(key, r)| Ok((KeyPattern::new(key, "rank_pattern")?, *r)));
         let alphas = settings
             .alpha_pattern
             .iter()
-            .map(|(key, alpha)| Ok((pattern_key(key, "alpha_pattern")?, *alpha)));
+            .map(|(key, alpha)| Ok((KeyPattern::new(key, "alpha_pattern")?, *alpha)));
         Ok(Self {
             r: settings.r,
             lora_alpha: settings.lora_alpha,
@@ -198,7 +220,40 @@ fn suffixes(path: &str) -> impl Iterator<Item = &str> {
         .chain(std::iter::once(path))
 }
 
-fn check_values(settings: &LoraConfig) -> Result<()> {
+/// Refuses a rank that no layer of this rank can use: B A of a layer (out, in) has a rank of at most min(out, in).
+///
+/// # Errors
+/// A rank above the smaller dimension of every layer that has it.
+pub fn check_ranks(settings: &LoraConfig, sites: &[Site]) -> Result<()> {
+    let mut usable = BTreeMap::new();
+    for site in sites {
+        let most = usable.entry(site.r).or_insert(0);
+        *most = site.in_features.min(site.out_features).max(*most);
+    }
+    let Some((r, most)) = usable.into_iter().find(|(r, most)| r > most) else {
+        return Ok(());
+    };
+    let key = if r == settings.r { "r" } else { "rank_pattern" };
+    Err(Error::new(
+        Kind::Adapter,
+        format!(
+            "the rank is larger than any of its layers, which makes B A no more expressive: `{key}`"
+        ),
+    )
+    .value(r.to_string())
+    .rule(format!(
+        "at most {most}, the smaller dimension of the largest of its layers"
+    ))
+    .hint(format!(
+        "write {most} or less; ranks from 4 to 64 are usual"
+    )))
+}
+
+/// Refuses values with which LoRA cannot be trained.
+///
+/// # Errors
+/// A rank of 0, an alpha that is not above 0, a dropout of 1, and layers that PEFT would not accept.
+pub fn check_values(settings: &LoraConfig) -> Result<()> {
     let refuse = |key: &str, value: String, rule: &str| {
         Err(Error::new(Kind::Adapter, format!("`{key}` is not usable"))
             .value(value)
@@ -215,8 +270,8 @@ fn check_values(settings: &LoraConfig) -> Result<()> {
     let alphas = alphas.map(|(key, alpha)| (format!("alpha_pattern.\"{key}\""), *alpha));
     let lora_alpha = ("lora_alpha".to_string(), settings.lora_alpha);
     for (key, alpha) in [lora_alpha].into_iter().chain(alphas) {
-        if !alpha.is_finite() || alpha == 0.0 {
-            let rule = "a finite number other than 0, which would switch the adapter off";
+        if !alpha.is_finite() || alpha <= 0.0 {
+            let rule = "a finite number above 0, which would switch the adapter off";
             return refuse(&key, alpha.to_string(), rule);
         }
     }
@@ -251,8 +306,14 @@ fn check_layers(settings: &LoraConfig) -> Result<()> {
     ))
 }
 
-/// Every entry that matches nothing, in one error.
-fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraConfig) -> Result<()> {
+/// Each (setting, entry) that matches no module, or, of `rank_pattern` and `alpha_pattern`, none of the `chosen` ones if there are
+/// any; `exclude_modules` may name the output embedding in any case.
+pub(super) fn unmatched_entries(
+    modules: &[Module],
+    chosen: &[&Module],
+    output_embedding: &str,
+    settings: &LoraConfig,
+) -> Result<Vec<(&'static str, String)>> {
     let targets = &settings.target_modules;
     let mut unmatched = unmatched_targets(modules, "target_modules", targets, "")?;
     if let Some(exclude) = &settings.exclude_modules {
@@ -264,8 +325,13 @@ fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraConf
     let alphas = settings.alpha_pattern.iter();
     let alphas = alphas.map(|(key, _)| ("alpha_pattern", key));
     for (setting, key) in ranks.chain(alphas) {
-        let regex = pattern_key(key, setting)?;
-        if !any_module(modules, |path| matches(&regex, path))? {
+        let pattern = KeyPattern::new(key, setting)?;
+        let matched = if chosen.is_empty() {
+            any_module(modules, |path| pattern.matches(path))?
+        } else {
+            any_module(chosen.iter().copied(), |path| pattern.matches(path))?
+        };
+        if !matched {
             unmatched.push((setting, key.clone()));
         }
     }
@@ -275,11 +341,7 @@ fn check_entries(modules: &[Module], output_embedding: &str, settings: &LoraConf
             unmatched.push(("layers_to_transform", layer.to_string()));
         }
     }
-    if unmatched.is_empty() {
-        Ok(())
-    } else {
-        Err(no_such_module(modules, &unmatched))
-    }
+    Ok(unmatched)
 }
 
 /// The entries of `targets` that match no module; `optional` may be named although no module has that path.
@@ -310,79 +372,14 @@ fn unmatched_targets(
     Ok(unmatched)
 }
 
-fn any_module(modules: &[Module], mut test: impl FnMut(&str) -> Result<bool>) -> Result<bool> {
+fn any_module<'m>(
+    modules: impl IntoIterator<Item = &'m Module>,
+    mut test: impl FnMut(&str) -> Result<bool>,
+) -> Result<bool> {
     for module in modules {
         if test(&module.path)? {
             return Ok(true);
         }
     }
     Ok(false)
-}
-
-/// The last segments of all paths, once each, in model order.
-pub(super) fn last_segments(modules: &[Module]) -> Vec<&str> {
-    let mut names: Vec<&str> = Vec::new();
-    for module in modules {
-        let name = module.path.rsplit('.').next().unwrap_or(&module.path);
-        if !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    names
-}
-
-fn no_such_module(modules: &[Module], unmatched: &[(&'static str, String)]) -> Error {
-    let names = last_segments(modules);
-    let written: Vec<String> = unmatched
-        .iter()
-        .map(|(setting, entry)| format!("`{entry}` of `{setting}`"))
-        .collect();
-    let verb = if unmatched.len() == 1 {
-        "matches"
-    } else {
-        "match"
-    };
-    let error = Error::new(
-        Kind::Adapter,
-        format!("{} {verb} no linear layer of the model", written.join(", ")),
-    )
-    .rule(format!("the linear layers are {}", names.join(", ")));
-    let (setting, entry) = &unmatched[0];
-    let last_segment = entry.rsplit('.').next().unwrap_or(entry);
-    match nearest(last_segment, names.iter().copied(), 0.7) {
-        Some(name) => error.hint(format!("`{name}` is nearest to `{entry}`")),
-        None if *setting == "layers_to_transform" => error.hint("layers are counted from 0"),
-        None => error.hint(format!(
-            "write names of that list, as in `target_modules = [\"{}\"]`",
-            names.first().unwrap_or(&"q_proj")
-        )),
-    }
-}
-
-fn no_modules_selected(modules: &[Module], settings: &LoraConfig) -> Error {
-    let mut narrowing = vec!["`target_modules`"];
-    narrowing.extend(
-        settings
-            .exclude_modules
-            .as_ref()
-            .map(|_| "`exclude_modules`"),
-    );
-    narrowing.extend(
-        settings
-            .layers_to_transform
-            .as_ref()
-            .map(|_| "`layers_to_transform`"),
-    );
-    Error::new(
-        Kind::Adapter,
-        format!(
-            "no linear layer is left to adapt by {}",
-            narrowing.join(" and ")
-        ),
-    )
-    .rule(format!(
-        "the linear layers are {}",
-        last_segments(modules).join(", ")
-    ))
-    .hint("name at least one of them, as in `target_modules = \"all-linear\"`")
 }

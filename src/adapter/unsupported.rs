@@ -3,15 +3,21 @@
 //! Takes a configuration or a tensor's name; returns the reasons, one sentence each. Names everything that would be dropped or
 //! computed differently from PEFT, so that nothing is silently left out. Knows nothing of shapes and values.
 
-use serde_json::Value;
-
-use super::config::{InitWeights, PeftConfig};
+use super::config::{InitWeights, OneOrMany, PeftConfig};
+use super::keys;
 
 /// Prefix of every tensor's name.
 pub const PREFIX: &str = "base_model.model.";
 
-/// Initialisations that do not change the base model: the adapter is a plain LoRA.
-const INITS_ON_THE_SAME_BASE: [&str; 4] = ["gaussian", "eva", "orthogonal", "mica"];
+/// Values of `init_lora_weights` that leave the base model as it is, and whether PEFT reads them in any case.
+const INITS_ON_THE_SAME_BASE: [(&str, bool); 4] = [
+    ("gaussian", true),
+    ("eva", false),
+    ("orthogonal", false),
+    ("mica", true),
+];
+/// The beginnings of those that change it.
+const INITS_OF_THE_BASE: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
 /// Each reason why an adapter with this configuration cannot be loaded.
 pub fn unsupported_settings(config: &PeftConfig) -> Vec<String> {
@@ -38,95 +44,60 @@ pub fn unsupported_settings(config: &PeftConfig) -> Vec<String> {
             config.bias
         ));
     }
-    if config.target_modules.is_none() {
-        reasons.push(
-            "`target_modules` is missing: which modules it means depends on PEFT's version"
-                .to_string(),
-        );
-    }
     if config.r == 0 || config.rank_pattern.0.iter().any(|(_, r)| *r == 0) {
         reasons
             .push("a rank is 0: `r` and every rank of `rank_pattern` are at least 1".to_string());
     }
-    reasons.extend(unsupported_variants(config));
+    if !(0.0..=1.0).contains(&config.lora_dropout) {
+        reasons.push(format!(
+            "`lora_dropout` is {}: a probability is from 0 to 1",
+            config.lora_dropout
+        ));
+    }
+    reasons.extend(keys::refused(&config.variants));
     reasons.extend(unsupported_init(&config.init_lora_weights));
+    reasons.extend(contradicting_targets(config));
     reasons
 }
 
-/// Keys of variants that must be null, false or empty, with the reason.
-const UNSUPPORTED_KEYS: [(&str, &str); 14] = [
-    (
-        "fan_in_fan_out",
-        "layers that store (in, out), as GPT-2's Conv1D, are not supported",
-    ),
-    (
-        "use_dora",
-        "DoRA rescales each row of the weight, which is not plain LoRA",
-    ),
-    ("lora_bias", "a bias on B is not supported"),
-    (
-        "use_qalora",
-        "QALoRA pools the input, which is not plain LoRA",
-    ),
-    (
-        "modules_to_save",
-        "modules trained in full cannot be loaded beside LoRA",
-    ),
-    (
-        "trainable_token_indices",
-        "trained token rows cannot be loaded",
-    ),
-    (
-        "target_parameters",
-        "LoRA on bare parameters (experts) is not supported",
-    ),
-    (
-        "alora_invocation_tokens",
-        "activated LoRA acts on some tokens only",
-    ),
-    (
-        "layer_replication",
-        "the model would have more layers than its files",
-    ),
-    ("use_bdlora", "block-diagonal LoRA is not supported"),
-    ("arrow_config", "Arrow routes between several adapters"),
-    ("kasa_config", "KaSA truncates the base weights"),
-    ("monteclora_config", "variational LoRA is not supported"),
-    (
-        "megatron_config",
-        "Megatron's parallel layers are not supported",
-    ),
-];
-
-fn unsupported_variants(config: &PeftConfig) -> impl Iterator<Item = String> {
-    UNSUPPORTED_KEYS.iter().filter_map(|(key, why)| {
-        let value = config.variants.get(*key).filter(|value| is_set(value))?;
-        Some(format!("`{key}` is {value}: {why}"))
-    })
-}
-
-fn is_set(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(items) => !items.is_empty(),
-        _ => true,
-    }
+/// The rules of LoraConfig's `__post_init__`, and a file without `target_modules`.
+fn contradicting_targets(config: &PeftConfig) -> Option<String> {
+    let layers_pattern = config.settings().layers_pattern;
+    let reason = match &config.target_modules {
+        None => "`target_modules` is missing: which modules it means depends on PEFT's version",
+        Some(OneOrMany::One(_)) if config.layers_to_transform.is_some() => {
+            "`layers_to_transform` needs a list of `target_modules`: PEFT refuses it beside a text"
+        }
+        Some(OneOrMany::One(_)) if config.layers_pattern.is_some() => {
+            "`layers_pattern` needs a list of `target_modules`: PEFT refuses it beside a text"
+        }
+        Some(_) if config.layers_to_transform.is_none() && !layers_pattern.is_empty() => {
+            "`layers_pattern` needs `layers_to_transform`, which is missing"
+        }
+        Some(_) => return None,
+    };
+    Some(reason.to_string())
 }
 
 fn unsupported_init(init: &InitWeights) -> Option<String> {
-    match init {
-        InitWeights::Plain(_) => None,
-        InitWeights::Named(name)
-            if INITS_ON_THE_SAME_BASE.contains(&name.to_lowercase().as_str()) =>
-        {
-            None
-        }
-        InitWeights::Named(name) => Some(format!(
-            "`init_lora_weights` is `{name}`: it changed the base weights, so the adapter alone is wrong on the original \
-             model; save it again with PEFT's `path_initial_model_for_weight_conversion`"
-        )),
+    let InitWeights::Named(name) = init else {
+        return None;
+    };
+    let lower = name.to_lowercase();
+    let harmless = INITS_ON_THE_SAME_BASE
+        .iter()
+        .any(|(init, any_case)| name == init || (*any_case && lower == *init));
+    if harmless {
+        return None;
     }
+    let known = INITS_OF_THE_BASE.iter().any(|init| lower.starts_with(init));
+    let why = if known {
+        "it changed the base weights, so the adapter alone is wrong on the original model; save it again with PEFT's \
+         `path_initial_model_for_weight_conversion`"
+    } else {
+        "PEFT has no such initialisation"
+    };
+    Some(format!("`init_lora_weights` is `{name}`: {why}"))
 }
 
 /// A low-rank factor of a LoRA pair.
@@ -251,6 +222,8 @@ mod tests {
             "\"init_lora_weights\":\"gaussian\"",
             "\"modules_to_save\":[]",
             "\"loftq_config\":{}",
+            "\"fan_in_fan_out\":true",
+            "\"use_dora\":null",
         ] {
             assert_eq!(
                 unsupported_settings(&with(harmless)),
@@ -259,7 +232,6 @@ mod tests {
             );
         }
         for (extra, word) in [
-            (r#""fan_in_fan_out":true"#, "Conv1D"),
             (r#""r":0"#, "at least 1"),
             (r#""rank_pattern":{"q":0}"#, "at least 1"),
             (r#""use_dora":true"#, "DoRA"),
@@ -271,7 +243,11 @@ mod tests {
             (r#""target_parameters":["x"]"#, "experts"),
             (r#""alora_invocation_tokens":[1]"#, "activated"),
             (r#""layer_replication":[[0,4]]"#, "layers"),
-            (r#""use_bdlora":{"nblocks":2}"#, "block-diagonal"),
+            (r#""use_bdlora":{}"#, "block-diagonal"),
+            (r#""target_modules":"q","layers_to_transform":[0]"#, "list"),
+            (r#""layers_pattern":"h""#, "layers_to_transform"),
+            (r#""init_lora_weights":"Kaiming""#, "no such"),
+            (r#""velora_config":{}"#, "VeLoRA"),
             (r#""kasa_config":{"beta":1}"#, "KaSA"),
             (r#""init_lora_weights":"pissa_niter_16""#, "pissa_niter_16"),
             (r#""init_lora_weights":"olora""#, "olora"),

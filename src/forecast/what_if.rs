@@ -9,7 +9,8 @@ use serde::Serialize;
 
 use self::row_length::regrouped;
 use super::subject::{Subject, Target};
-use crate::adapter::{LoraConfig, Site, Targets, select};
+use crate::adapter::targets::{check_ranks, select_matching};
+use crate::adapter::{LoraConfig, Site, Targets};
 use crate::data::BatchShape;
 use crate::energy::{Charge, Profile};
 use crate::error::Result;
@@ -205,7 +206,12 @@ impl SensitivityTable<'_> {
     }
 
     fn sites(&self, settings: &LoraConfig) -> Result<Vec<Site>> {
-        select(&self.subject.architecture.modules(), "lm_head", settings)
+        let architecture = self.subject.architecture;
+        select_matching(
+            &architecture.modules(),
+            architecture.output_embedding(),
+            settings,
+        )
     }
 
     fn with_sites(&self, sites: &[Site], precision: Precision) -> Result<Variant> {
@@ -227,7 +233,8 @@ impl SensitivityTable<'_> {
         })
     }
 
-    /// Adds an adapter with other settings. A `rank_pattern` would override the key, so it is dropped and no `--set` is given.
+    /// Adds an adapter with other settings, unless they select no layer or too high a rank. A `rank_pattern` would override the
+    /// key, so it is dropped and no `--set` is given.
     fn add_adapter(
         &mut self,
         kind: &'static str,
@@ -240,10 +247,14 @@ impl SensitivityTable<'_> {
         } else {
             Vec::new()
         };
-        let sites = self.sites(&LoraConfig {
+        let settings = LoraConfig {
             rank_pattern: Vec::new(),
             ..settings
-        })?;
+        };
+        let sites = self.sites(&settings)?;
+        if sites.is_empty() || check_ranks(&settings, &sites).is_err() {
+            return Ok(());
+        }
         let variant = self.with_sites(&sites, self.subject.precision())?;
         self.add(kind, choice, set, &variant);
         Ok(())

@@ -127,6 +127,11 @@ impl Architecture {
         })
     }
 
+    /// Path of the output embedding among [`Architecture::modules`], which `all-linear` leaves out.
+    pub fn output_embedding(&self) -> &'static str {
+        "lm_head"
+    }
+
     /// Every linear layer in model order, the output embedding last: what adapters can target.
     pub fn modules(&self) -> Vec<Module> {
         let mut modules = Vec::new();
@@ -139,7 +144,7 @@ impl Architecture {
             }));
         }
         modules.push(Module {
-            path: "lm_head".into(),
+            path: self.output_embedding().into(),
             out_features: self.vocab_size,
             in_features: self.hidden_size,
         });

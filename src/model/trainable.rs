@@ -149,7 +149,7 @@ pub fn initial_factors(
     seed: u64,
 ) -> Result<impl FnMut(&Site, Factor) -> Result<Vec<f32>>> {
     let attached = from
-        .map(|adapter| adapter.attach(&architecture.modules()))
+        .map(|adapter| adapter.attach(&architecture.modules(), architecture.output_embedding()))
         .transpose()?;
     Ok(move |site: &Site, factor: Factor| {
         let Some(attached) = &attached else {

@@ -1,12 +1,12 @@
 //! AdamW over the flat parameter buffer in one pass (Loshchilov and Hutter 2019, algorithm 2; in
-//! torch.optim.AdamW's order of operations).
+//! torch.optim.AdamW's order of operations, with the parameter groups of transformers' Trainer).
 
 use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Tensor};
 
 use super::parallel::par_for_each;
 use super::simd::simd;
 use super::storage::{CpuTensor, check_shape};
-use super::{Context, Parameters};
+use super::{Context, Parameters, Slot};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -42,7 +42,7 @@ pub struct AdamW {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled decay of the values.
+    /// Decoupled decay of the values of [`decayed`] slots.
     pub weight_decay: f64,
     /// Limit of the global gradient norm; 0 disables clipping.
     pub max_grad_norm: f64,
@@ -53,11 +53,39 @@ pub fn adamw_cost(n: usize) -> Work {
     Work::sweep(32 * n, 16 * n)
 }
 
+/// Whether weight decay applies to `slot`: to all but norm weights and biases, as in transformers'
+/// `Trainer.get_decay_parameter_names`. A vector called `weight` is a norm's.
+pub fn decayed(slot: &Slot) -> bool {
+    let is_norm = slot.shape.len() == 1 && slot.name.ends_with(".weight");
+    !is_norm && !slot.name.contains("bias")
+}
+
+/// Neighbouring elements with the same factor `decay` on their values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct DecayRun {
+    len: usize,
+    decay: f32,
+}
+
+/// The runs of the buffer whose decayed values are scaled by `decay`.
+fn decay_runs(slots: &[Slot], decay: f32) -> Vec<DecayRun> {
+    let mut runs: Vec<DecayRun> = Vec::new();
+    for slot in slots {
+        let len = slot.len();
+        let decay = if decayed(slot) { decay } else { 1.0 };
+        match runs.last_mut() {
+            Some(run) if run.decay == decay => run.len += len,
+            _ => runs.push(DecayRun { len, decay }),
+        }
+    }
+    runs
+}
+
 /// The scalars of one step, equal for all elements: `rate1` = 1 - beta1, `rate2` = 1 - beta2,
 /// `step_size` = lr / (1 - beta1^step), `root_correction` = sqrt(1 - beta2^step).
 struct FusedStep {
     clip: f32,
-    decay: f32,
+    runs: Vec<DecayRun>,
     rate1: f32,
     beta2: f32,
     rate2: f32,
@@ -90,7 +118,7 @@ impl AdamW {
         };
         let fused = FusedStep {
             clip: clip as f32,
-            decay: (1.0 - lr * self.weight_decay) as f32,
+            runs: decay_runs(parameters.slots(), (1.0 - lr * self.weight_decay) as f32),
             // Subtracted in f64: 1 - 0.999 in f32 is off by 5e-5 of itself.
             rate1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
@@ -135,12 +163,30 @@ fn norm(gradient: &Tensor) -> Result<f64> {
 impl FusedStep {
     /// Updates one parameter and its moments in place.
     #[inline(always)]
-    fn update(&self, value: &mut f32, first: &mut f32, second: &mut f32, gradient: f32) {
+    fn update(
+        &self,
+        decay: f32,
+        value: &mut f32,
+        first: &mut f32,
+        second: &mut f32,
+        gradient: f32,
+    ) {
         let gradient = gradient * self.clip;
         *first += (gradient - *first) * self.rate1;
         *second = *second * self.beta2 + gradient * gradient * self.rate2;
         let denominator = second.sqrt() / self.root_correction + self.epsilon;
-        *value = *value * self.decay - self.step_size * (*first / denominator);
+        *value = *value * decay - self.step_size * (*first / denominator);
+    }
+
+    /// `value` (n) times the decay of each run.
+    fn decayed(&self, value: &Tensor) -> Result<Tensor> {
+        if let [run] = self.runs[..] {
+            return Ok((value * f64::from(run.decay))?);
+        }
+        let runs = self.runs.iter();
+        let decay = runs.flat_map(|run| std::iter::repeat_n(run.decay, run.len));
+        let decay = Tensor::from_iter(decay, value.device())?;
+        Ok((value * decay)?)
     }
 
     /// The step in candle primitives on any device; `state` is (3, n), `gradient` (n).
@@ -153,8 +199,8 @@ impl FusedStep {
             ((second * f64::from(self.beta2))? + (gradient.sqr()? * f64::from(self.rate2))?)?;
         let denominator =
             ((second.sqrt()? / f64::from(self.root_correction))? + f64::from(self.epsilon))?;
-        let value = ((value * f64::from(self.decay))?
-            - ((&first / denominator)? * f64::from(self.step_size))?)?;
+        let value =
+            (self.decayed(&value)? - ((&first / denominator)? * f64::from(self.step_size))?)?;
         for (i, row) in [value, first, second].iter().enumerate() {
             state.slice_set(&row.unsqueeze(0)?, 0, i)?;
         }
@@ -180,22 +226,33 @@ impl InplaceOp2 for FusedStep {
         let Some((start, end)) = layout.contiguous_offsets() else {
             candle_core::bail!("adamw needs a contiguous gradient");
         };
-        let gradient = &gradient[start..end];
-        let (value, moments) = state.split_at_mut(gradient.len());
-        let (first, second) = moments.split_at_mut(gradient.len());
-        let tasks = value
-            .chunks_mut(ELEMENTS_PER_TASK)
-            .zip(first.chunks_mut(ELEMENTS_PER_TASK))
-            .zip(second.chunks_mut(ELEMENTS_PER_TASK))
-            .zip(gradient.chunks(ELEMENTS_PER_TASK));
-        par_for_each(tasks, |(((value, first), second), gradient)| {
-            simd!(|_| {
-                let elements = value.iter_mut().zip(first).zip(second).zip(gradient);
-                elements.for_each(|(((value, first), second), gradient)| {
-                    self.update(value, first, second, *gradient)
+        let mut gradient = &gradient[start..end];
+        let (mut value, moments) = state.split_at_mut(gradient.len());
+        let (mut first, mut second) = moments.split_at_mut(gradient.len());
+        let mut tasks = Vec::new();
+        for run in &self.runs {
+            let values = value.split_off_mut(..run.len).unwrap_or_default();
+            let firsts = first.split_off_mut(..run.len).unwrap_or_default();
+            let seconds = second.split_off_mut(..run.len).unwrap_or_default();
+            let gradients = gradient.split_off(..run.len).unwrap_or_default();
+            let chunks = values
+                .chunks_mut(ELEMENTS_PER_TASK)
+                .zip(firsts.chunks_mut(ELEMENTS_PER_TASK))
+                .zip(seconds.chunks_mut(ELEMENTS_PER_TASK))
+                .zip(gradients.chunks(ELEMENTS_PER_TASK));
+            tasks.extend(chunks.map(|chunk| (run.decay, chunk)));
+        }
+        par_for_each(
+            tasks.into_iter(),
+            |(decay, (((value, first), second), gradient))| {
+                simd!(|_| {
+                    let elements = value.iter_mut().zip(first).zip(second).zip(gradient);
+                    elements.for_each(|(((value, first), second), gradient)| {
+                        self.update(decay, value, first, second, *gradient)
+                    });
                 });
-            });
-        });
+            },
+        );
         Ok(())
     }
 }

@@ -18,6 +18,11 @@ const ALL_LINEAR: &str = "all-linear";
 
 /// Whether `pattern` compiles; module patterns match the full path of a module.
 fn is_pattern(pattern: &str, node: &Node, field: &mut Field<'_, '_>) -> bool {
+    // Names compile: a long table of them is read without compiling each.
+    let is_name_char = |char: char| char.is_ascii_alphanumeric() || matches!(char, '_' | '-' | '.');
+    if !pattern.is_empty() && pattern.chars().all(is_name_char) {
+        return true;
+    }
     let reason = match fancy_regex::Regex::new(&format!("^(?:{pattern})$")) {
         _ if pattern.is_empty() => "it is empty".to_string(),
         Ok(_) => return true,
@@ -137,7 +142,9 @@ impl Setting for Targets {
     fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
         let all_linear = matches!(field.key.bounds, Bounds::AllLinear);
         match &node.raw {
-            Raw::Text(text) if all_linear && text == ALL_LINEAR => Some(Targets::AllLinear),
+            Raw::Text(text) if all_linear && text.eq_ignore_ascii_case(ALL_LINEAR) => {
+                Some(Targets::AllLinear)
+            }
             Raw::Text(regex) => {
                 is_pattern(regex, node, field).then(|| Targets::Regex(regex.clone()))
             }

@@ -39,9 +39,16 @@ fn lora_keys_without_lora(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
 
 /// PEFT refuses the pair too: layers are chosen among names.
 fn layers_without_names(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
-    let Adapter::Lora(Lora { config, .. }) = &recipe.adapter else {
+    let Adapter::Lora(Lora {
+        config, init_from, ..
+    }) = &recipe.adapter
+    else {
         return;
     };
+    if init_from.is_some() && reader.span(&lora::target_modules).is_none() {
+        // The adapter names the modules.
+        return;
+    }
     let (Some(_), Some(span)) = (
         &config.layers_to_transform,
         reader.span(&lora::layers_to_transform),

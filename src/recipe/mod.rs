@@ -33,7 +33,7 @@ pub use sections::{
     Adapter, Baseline, Checkpointing, Compared, Data, Energy, Init, Length, Lora, Model, Recipe,
     Report, Train, Validation, Warmup,
 };
-pub use write::{reference, starter};
+pub use write::{lora_setting, reference, starter};
 
 pub use crate::adapter::options::Targets;
 pub use crate::data::options::{Format, OnBadRecord, TxtUnit};

@@ -7,6 +7,7 @@ use std::fmt::Write;
 
 use super::key::{KEYS, Key, Keys, Presence, of_table};
 use super::sections::{Adapter, Recipe, TABLES};
+use crate::adapter::options::LoraConfig;
 
 /// Column at which a comment starts, where the value leaves room.
 const COMMENT: usize = 40;
@@ -46,6 +47,14 @@ impl Recipe {
             _ => false,
         }
     }
+}
+
+/// `key = value` of a LoRA key as a recipe writes it; `None` where it is not written.
+pub fn lora_setting(config: &LoraConfig, key: &str) -> Option<String> {
+    let mut written = Vec::new();
+    config.write(&mut written);
+    let (key, value) = written.into_iter().find(|(found, _)| found.name == key)?;
+    Some(format!("{} = {}", key.name, value?))
 }
 
 /// A commented recipe to start from: keys that most runs set are written, all others are comments with their default.

@@ -48,7 +48,7 @@ pub fn generate(
     screen: &mut dyn Screen,
     show: &mut dyn FnMut(&str),
 ) -> Result<Generated> {
-    let loaded = load(&job.model, screen.downloads())?;
+    let loaded = load(&job.model, screen)?;
     let prompt = encode_prompt(job, &loaded.tokenizer)?;
     let most = max_tokens(job, &loaded, prompt.len(), screen)?;
     let counter = WorkCounter::default();

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use candle_core::Device;
 
+use super::Screen;
 use super::machine::check_precision;
 use super::model::{fetch_weights, find_model, tokenizer_of};
 use super::prepare::architecture_of;
@@ -57,18 +58,24 @@ pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resu
     Ok(files)
 }
 
-pub(super) fn load(request: &ModelRequest<'_>, progress: &dyn Progress) -> Result<LoadedModel> {
+/// Loads a model and its adapter; shows the parts of the adapter's configuration that have no effect.
+pub(super) fn load(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Result<LoadedModel> {
     check_precision(request.device, request.precision)?;
-    let files = fetch(request, progress)?;
+    let files = fetch(request, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, request.device)?;
     let tokenizer = tokenizer_of(&files)?;
     let weights = Weights::open(&files.weights, &architecture)?;
     let loaded = request.adapter.map(adapter::load).transpose()?;
-    let attached = match &loaded {
-        Some(adapter) => adapter.attach(&architecture.modules())?,
-        None => Vec::new(),
-    };
-    let sites: Vec<Site> = attached.into_iter().map(|layer| layer.site).collect();
+    let modules = architecture.modules();
+    let output_embedding = architecture.output_embedding();
+    let mut sites: Vec<Site> = Vec::new();
+    if let Some(adapter) = &loaded {
+        let attached = adapter.attach(&modules, output_embedding)?;
+        sites.extend(attached.into_iter().map(|pair| pair.site));
+        for warning in adapter.warnings(&modules, output_embedding)? {
+            screen.note(&format!("warning: {warning}"));
+        }
+    }
     let model = TrainableModel::with_adapters(
         &architecture,
         &sites,

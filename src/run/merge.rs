@@ -44,7 +44,12 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     // Refuses weights that do not fit config.json before anything is written.
     Weights::open(&files.weights, &architecture)?;
     let loaded = adapter::load(request.adapter)?;
-    let pairs = loaded.attach(&architecture.modules())?;
+    let modules = architecture.modules();
+    let output_embedding = architecture.output_embedding();
+    let pairs = loaded.attach(&modules, output_embedding)?;
+    for warning in loaded.warnings(&modules, output_embedding)? {
+        screen.note(&format!("warning: {warning}"));
+    }
     let tied = if architecture.tie_word_embeddings {
         vec![[
             "lm_head.weight".to_string(),

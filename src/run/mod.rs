@@ -6,6 +6,7 @@
 
 mod baseline_run;
 mod checks;
+mod continued;
 mod directory;
 mod evaluate;
 mod generate;

@@ -14,7 +14,7 @@ use super::machine::check_precision;
 use super::model::{find_model, tokenizer_of};
 use super::options::{sampler_options, settings};
 use super::records::Records;
-use super::target::{shape_of, target};
+use super::target::{adapter_warnings, shape_of, target};
 use crate::adapter::config::CONFIG_FILE;
 use crate::adapter::peft::WEIGHTS_FILE;
 use crate::data::{Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
@@ -126,13 +126,14 @@ pub fn prepare(
     let architecture = architecture_of(&files, recipe.model.init, device)?;
     refuse_dropout(&architecture)?;
     let pretraining_tokens = pretraining_tokens(&files)?;
-    let target = target(&recipe, &architecture)?;
+    let target = target(&mut recipe, &architecture)?;
     let weights = weights_fingerprint(&recipe, &files, &architecture)?;
     let tokenizer = tokenizer_of(&files)?;
     check_length(&recipe, &architecture)?;
 
     let records = Records::load(&recipe, &tokenizer, progress)?;
-    let mut warnings = records.warnings();
+    let mut warnings = adapter_warnings(&target, &architecture)?;
+    warnings.extend(records.warnings());
     let sampler = Sampler::new(
         Arc::clone(&records.train.examples),
         sampler_options(&recipe),

@@ -13,7 +13,7 @@ use super::options::settings;
 use super::prepare::{Target, architecture_of};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
-use super::target::{shape_of, target};
+use super::target::{adapter_warnings, shape_of, target};
 use super::{Screen, plan, prepare};
 use crate::energy::Computing;
 use crate::error::{Error, Result};
@@ -31,13 +31,13 @@ use crate::train;
 /// # Errors
 /// What preflight refuses, and a step that is not finite.
 pub fn plan_with_probe(
-    recipe: Recipe,
+    mut recipe: Recipe,
     steps: NonZeroUsize,
     device: &Device,
     computing: Computing,
     screen: &mut dyn Screen,
 ) -> Result<Plan> {
-    let parts = ModelParts::new(&recipe, device, screen.downloads())?;
+    let parts = ModelParts::new(&mut recipe, device, screen.downloads())?;
     let missing = missing(&recipe, &parts.files);
     let mut document = if missing.is_empty() {
         let prepared = prepare(recipe.clone(), device, computing, screen.downloads())?;
@@ -110,14 +110,14 @@ struct ModelParts {
 
 impl ModelParts {
     /// Every row of a micro-batch is taken at its full length.
-    fn new(recipe: &Recipe, device: &Device, progress: &dyn Progress) -> Result<Self> {
+    fn new(recipe: &mut Recipe, device: &Device, progress: &dyn Progress) -> Result<Self> {
         check_precision(device, recipe.model.dtype)?;
         refuse_adapter_on_random_weights(recipe)?;
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
         let architecture = architecture_of(&files, recipe.model.init, device)?;
         let target = target(recipe, &architecture)?;
         check_length(recipe, &architecture)?;
-        let mut warnings = Vec::new();
+        let mut warnings = adapter_warnings(&target, &architecture)?;
         let tokens = recipe.train.micro_batch_size * recipe.data.max_length;
         let shape = shape_of(recipe, &architecture, &target);
         let (recompute, memory) = recompute(

@@ -1,93 +1,61 @@
 //! The trained part of a recipe, resolved against the model's layers.
 
+use super::continued::continue_adapter;
 use super::prepare::Target;
-use crate::adapter::{self, LoraConfig};
+use crate::adapter;
+use crate::adapter::targets::check_ranks;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Architecture, ModelShape};
-use crate::recipe::{self, Adapter, Recipe};
+use crate::recipe::{Adapter, Recipe};
 
-/// The layers that the recipe trains.
+/// The layers that the recipe trains. With `init_from` the recipe gets the adapter's settings.
 ///
 /// # Errors
-/// Targets that match no layer, an adapter of `init_from` that does not fit or that the recipe contradicts.
-pub(super) fn target(recipe: &Recipe, architecture: &Architecture) -> Result<Target> {
-    let Adapter::Lora(lora) = &recipe.adapter else {
+/// Targets that match no layer, a rank that no layer can use, an adapter of `init_from` that does not fit or that the recipe
+/// contradicts.
+pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result<Target> {
+    let Adapter::Lora(lora) = &mut recipe.adapter else {
         return Ok(Target::All);
     };
     let modules = architecture.modules();
-    let mut settings = lora.config.clone();
-    let mut from = None;
-    let sites = if let Some(path) = &lora.init_from {
-        let adapter = adapter::load(path)?;
-        let lora_dropout = settings.lora_dropout;
-        settings = LoraConfig {
-            lora_dropout,
-            ..adapter.config.settings()
-        };
-        refuse_contradictions(lora, &settings)?;
-        let layers = adapter.attach(&modules)?;
-        let sites = layers.into_iter().map(|layer| layer.site).collect();
-        from = Some(Box::new(adapter));
-        sites
-    } else {
-        adapter::select(&modules, "lm_head", &settings)?
+    let output_embedding = architecture.output_embedding();
+    let target = match lora.init_from.clone() {
+        Some(path) => continue_adapter(lora, &path, &modules, output_embedding)?,
+        None => {
+            let sites = adapter::select(&modules, output_embedding, &lora.config)?;
+            check_ranks(&lora.config, &sites)?;
+            Target::Lora {
+                settings: Box::new(lora.config.clone()),
+                sites,
+                from: None,
+            }
+        }
     };
-    if let Some(site) = sites.iter().find(|site| site.path == "lm_head") {
-        return Err(Error::new(
-            Kind::Adapter,
-            "an adapter on the output embedding is not supported",
-        )
-        .value(site.path.clone())
-        .hint("leave `lm_head` out of target_modules"));
+    match &target {
+        Target::Lora { sites, .. } if sites.iter().any(|site| site.path == output_embedding) => {
+            Err(Error::new(
+                Kind::Adapter,
+                "an adapter on the output embedding is not supported",
+            )
+            .value(output_embedding)
+            .hint(format!("leave `{output_embedding}` out of target_modules")))
+        }
+        _ => Ok(target),
     }
-    Ok(Target::Lora {
-        settings: Box::new(settings),
-        sites,
-        from,
-    })
 }
 
-/// With `init_from` the adapter's settings hold: keys that the recipe writes may repeat them, not contradict them.
-fn refuse_contradictions(lora: &recipe::Lora, adapter: &LoraConfig) -> Result<()> {
-    let written = &lora.config;
-    let differs = |key: &str| {
-        let (differs, value) = match key {
-            "r" => (written.r != adapter.r, adapter.r.to_string()),
-            "lora_alpha" => (
-                written.lora_alpha != adapter.lora_alpha,
-                adapter.lora_alpha.to_string(),
-            ),
-            "use_rslora" => (
-                written.use_rslora != adapter.use_rslora,
-                adapter.use_rslora.to_string(),
-            ),
-            "target_modules" => (
-                written.target_modules != adapter.target_modules,
-                format!("{:?}", adapter.target_modules),
-            ),
-            "rank_pattern" => (
-                written.rank_pattern != adapter.rank_pattern,
-                format!("{:?}", adapter.rank_pattern),
-            ),
-            "alpha_pattern" => (
-                written.alpha_pattern != adapter.alpha_pattern,
-                format!("{:?}", adapter.alpha_pattern),
-            ),
-            _ => return None,
-        };
-        differs.then_some(value)
-    };
-    let mut keys = lora.written.iter();
-    let Some((key, value)) = keys.find_map(|key| Some((key, differs(key)?))) else {
-        return Ok(());
-    };
-    Err(Error::new(
-        Kind::Recipe,
-        format!("`adapter.{key}` contradicts the adapter that `init_from` continues"),
-    )
-    .at(format!("adapter.{key}"))
-    .rule(format!("the adapter holds {value}"))
-    .hint(format!("leave `{key}` out of [adapter]")))
+/// Parts of the continued adapter's configuration that have no effect.
+pub(super) fn adapter_warnings(
+    target: &Target,
+    architecture: &Architecture,
+) -> Result<Vec<String>> {
+    match target {
+        Target::Lora {
+            from: Some(adapter),
+            ..
+        } => adapter.warnings(&architecture.modules(), architecture.output_embedding()),
+        _ => Ok(Vec::new()),
+    }
 }
 
 /// The shape that a step's work and memory follow from.

@@ -4,6 +4,7 @@
 
 mod files;
 mod merging;
+mod readings;
 mod targets;
 
 use std::fs;

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde_json::Value;
 use wattune::adapter::config::PeftConfig;
-use wattune::adapter::targets::{select, shortest_names};
+use wattune::adapter::matching::KeyPattern;
+use wattune::adapter::targets::{check_ranks, select, shortest_names};
 use wattune::error::Kind;
 
 use super::{golden, modules, settings};
@@ -155,4 +156,148 @@ fn illegal_values_are_refused() {
             .to_string();
         assert!(text.contains(word), "{text}");
     }
+}
+
+#[test]
+fn a_wrong_entry_is_answered_with_what_to_type() {
+    let modules = modules(&golden("peft_targets.json")["modules"]["llama"]);
+    for (keywords, hint) in [
+        (
+            r#"{"target_modules": "q_proj"}"#,
+            r#"`target_modules = ["q_proj"]`"#,
+        ),
+        (
+            r#"{"target_modules": "q_proj,v_proj"}"#,
+            r#"`target_modules = ["q_proj", "v_proj"]`"#,
+        ),
+        (
+            r#"{"target_modules": "q_proj, v_porj"}"#,
+            r#"`target_modules = ["q_proj", "v_proj"]`"#,
+        ),
+        (
+            r#"{"target_modules": "(q_proj|v_proj)"}"#,
+            r#"`target_modules = ["q_proj", "v_proj"]`"#,
+        ),
+        (
+            r#"{"target_modules": "mlp.up_proj"}"#,
+            r#"`target_modules = ["mlp.up_proj"]`"#,
+        ),
+        (
+            r#"{"target_modules": "all_linear"}"#,
+            r#"`target_modules = "all-linear"`"#,
+        ),
+        (
+            r#"{"target_modules": "all"}"#,
+            r#"`target_modules = "all-linear"`"#,
+        ),
+        (
+            r#"{"target_modules": ["all-linear"]}"#,
+            r#"`target_modules = "all-linear"`, without brackets"#,
+        ),
+        (
+            r#"{"target_modules": ["q_proj,v_proj"]}"#,
+            r#"["q_proj", "v_proj"]"#,
+        ),
+        (
+            r#"{"target_modules": ["q_proj", ".*v_proj"]}"#,
+            "`target_modules = '.*v_proj'`",
+        ),
+        (
+            r#"{"target_modules": "[qv]_proj"}"#,
+            "`target_modules = '.*[qv]_proj'`",
+        ),
+        (
+            r#"{"target_modules": "model.layers.1"}"#,
+            "`target_modules = 'model.layers.1.*'`",
+        ),
+        (
+            r#"{"target_modules": ["q_proj"], "exclude_modules": "q_proj"}"#,
+            r#"`exclude_modules = ["q_proj"]`"#,
+        ),
+        (
+            r#"{"target_modules": ["q_proj"], "layers_to_transform": [99]}"#,
+            "counted from 0",
+        ),
+        (
+            r#"{"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}"#,
+            "`v_proj` of `rank_pattern` matches no adapted linear layer",
+        ),
+    ] {
+        let keywords: Value = serde_json::from_str(keywords).unwrap();
+        let error = select(&modules, "lm_head", &settings(&keywords)).unwrap_err();
+        assert!(error.to_string().contains(hint), "{keywords}: {error}");
+    }
+}
+
+#[test]
+fn a_rank_that_no_layer_can_use_is_refused() {
+    let modules = modules(&golden("peft_targets.json")["modules"]["llama"]);
+    // q_proj is 16 x 16, k_proj 8 x 16, up_proj 24 x 16.
+    for (keywords, most) in [
+        (r#"{"target_modules": ["q_proj"], "r": 16}"#, None),
+        (r#"{"target_modules": ["q_proj", "k_proj"], "r": 16}"#, None),
+        (
+            r#"{"target_modules": ["k_proj"], "r": 9}"#,
+            Some("at most 8"),
+        ),
+        (
+            r#"{"target_modules": "all-linear", "r": 5000}"#,
+            Some("at most 16"),
+        ),
+        (
+            r#"{"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 9}}"#,
+            Some("`rank_pattern`"),
+        ),
+    ] {
+        let keywords: Value = serde_json::from_str(keywords).unwrap();
+        let settings = settings(&keywords);
+        let sites = select(&modules, "lm_head", &settings).unwrap();
+        match (check_ranks(&settings, &sites), most) {
+            (Ok(()), None) => {}
+            (Err(error), Some(most)) => {
+                assert!(error.to_string().contains(most), "{keywords}: {error}");
+            }
+            (got, _) => panic!("{keywords}: {got:?}"),
+        }
+    }
+}
+
+/// Keys of names and dots are compared without a regular expression, and match the same paths.
+#[test]
+fn plain_keys_match_as_their_expression() {
+    let keys = [
+        "q_proj",
+        "1.q_proj",
+        "layers.1.q_proj",
+        r"layers\.1\.q_proj",
+        "proj",
+        "a",
+        "m.layers.1.q_proj",
+        "layers-1",
+    ];
+    let paths = [
+        "m.layers.1.q_proj",
+        "m.layers.11.q_proj",
+        "m.layersx1.q_proj",
+        "q_proj",
+        "1xq_proj",
+        "x.1xq_proj",
+        "mxlayers.1.q_proj",
+        "",
+    ];
+    for key in keys {
+        let pattern = KeyPattern::new(key, "rank_pattern").unwrap();
+        assert!(matches!(pattern, KeyPattern::Plain(_)), "{key}");
+        let regex = regex::Regex::new(&format!(r"\A(.*\.)?({key})$")).unwrap();
+        for path in paths {
+            assert_eq!(
+                pattern.matches(path).unwrap(),
+                regex.is_match(path),
+                "{key} {path}"
+            );
+        }
+    }
+    let regex = KeyPattern::new("(?:q|v)_proj", "rank_pattern").unwrap();
+    assert!(matches!(regex, KeyPattern::Regex(_)) && regex.matches("m.v_proj").unwrap());
+    assert!(KeyPattern::new("a)(b", "rank_pattern").is_err());
 }

@@ -203,7 +203,7 @@ fn an_adapter_can_be_continued() {
         &message,
         &[
             "`adapter.r` contradicts",
-            "the adapter holds 2",
+            "the adapter holds `r = 2`",
             "leave `r` out",
         ],
     );

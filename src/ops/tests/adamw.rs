@@ -3,7 +3,8 @@
 use candle_core::Device;
 use proptest::prelude::*;
 
-use super::super::{AdamW, Context, Parameters, adamw_cost};
+use super::super::adamw::decayed;
+use super::super::{AdamW, Context, Parameters, Slot, adamw_cost};
 use super::{Implementation, cases, close, flat, for_each_path, on, parameters, random, tensor};
 use crate::work::Precision;
 
@@ -153,4 +154,64 @@ fn a_non_finite_gradient_changes_nothing() {
             assert_eq!(after, [vec![1.0, 2.0], vec![0.0; 2], vec![0.0; 2]]);
         });
     }
+}
+
+/// scripts/weight_decay.py: transformers' Trainer on models of nine families and on adapters.
+#[test]
+fn norms_and_biases_are_not_decayed() {
+    let golden: serde_json::Value =
+        serde_json::from_str(include_str!("../../../tests/golden/weight_decay.json")).unwrap();
+    let mut seen = [0, 0];
+    for (model, parameters) in golden["names"].as_object().unwrap() {
+        for parameter in parameters.as_array().unwrap() {
+            let (slot, wanted) = (slot(parameter), parameter[2].as_bool().unwrap());
+            assert_eq!(decayed(&slot), wanted, "{model}: {}", slot.name);
+            seen[usize::from(wanted)] += 1;
+        }
+    }
+    assert!(seen[0] > 60 && seen[1] > 60, "{seen:?}");
+}
+
+fn slot(parameter: &serde_json::Value) -> Slot {
+    Slot {
+        name: parameter[0].as_str().unwrap().into(),
+        shape: serde_json::from_value(parameter[1].clone()).unwrap(),
+        offset: 0,
+    }
+}
+
+/// scripts/weight_decay.py: three steps of torch.optim.AdamW with the Trainer's two groups, norms
+/// between matrices.
+#[test]
+fn groups_of_parameters_are_stepped_as_by_the_trainer() {
+    let golden: serde_json::Value =
+        serde_json::from_str(include_str!("../../../tests/golden/weight_decay.json")).unwrap();
+    let floats =
+        |value: &serde_json::Value| -> Vec<f32> { serde_json::from_value(value.clone()).unwrap() };
+    let adamw = AdamW {
+        beta2: 0.99,
+        epsilon: 1e-6,
+        weight_decay: 0.3,
+        ..ADAMW
+    };
+    let steps = &golden["steps"];
+    for_each_path(|context| {
+        let tensors = steps["tensors"].as_array().unwrap().iter();
+        let tensors = tensors.map(|t| (slot(t).name, slot(t).shape, floats(&t[2])));
+        let parameters = Parameters::new(tensors.collect(), &Device::Cpu).unwrap();
+        let n = parameters.len();
+        for (step, after) in steps["after"].as_array().unwrap().iter().enumerate() {
+            let gradient = tensor(&floats(&steps["gradients"][step]), &[n]);
+            adamw
+                .step(context, &parameters, &gradient, 0.1, step as u64 + 1)
+                .unwrap();
+            let [values, ..] = parameters.snapshot().unwrap();
+            close(
+                "values",
+                &tensor(&values, &[n]),
+                &tensor(&floats(after), &[n]),
+                64,
+            );
+        }
+    });
 }
