@@ -1,9 +1,13 @@
-//! The error type: what failed, where, the value, the rule and the remedy.
+//! The error type: what failed, where, the value, the rule and the remedy; the boundary for panics of libraries.
 //!
 //! Code and tests match on [`Error::kind`], never on a message. The exit status follows from the stage of the failure.
 
+use std::any::Any;
+use std::cell::Cell;
 use std::fmt;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
+use std::sync::Once;
 
 /// The result of every module.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -201,4 +205,45 @@ impl From<candle_core::Error> for Error {
     fn from(source: candle_core::Error) -> Self {
         Self::new(Kind::Tensor, source.to_string())
     }
+}
+
+thread_local! {
+    /// Whether [`catch_panic`] is on this thread's stack.
+    static CATCHES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls a library that may panic on malformed input. The error is the library's own or the panic's message, which is not
+/// printed. Panics of other threads are not caught.
+///
+/// ```
+/// use wattune::error::catch_panic;
+/// let half = |length: usize| catch_panic(|| Ok::<usize, String>(10 / length));
+/// assert_eq!(half(2), Ok(5));
+/// assert_eq!(half(0), Err("attempt to divide by zero".to_string()));
+/// ```
+pub fn catch_panic<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let print = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !CATCHES.get() {
+                print(info);
+            }
+        }));
+    });
+    let outer = CATCHES.replace(true);
+    let outcome = panic::catch_unwind(AssertUnwindSafe(call));
+    CATCHES.set(outer);
+    match outcome {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(payload) => Err(panic_message(payload.as_ref()).to_string()),
+    }
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> &str {
+    let formatted = || payload.downcast_ref::<String>().map(String::as_str);
+    let constant = payload.downcast_ref::<&str>().copied();
+    constant
+        .or_else(formatted)
+        .unwrap_or("a panic without a message")
 }

@@ -1,15 +1,17 @@
 //! Files and directories that are complete or absent: written under a temporary name, flushed,
 //! renamed.
 //!
-//! Owns the temporary names (`.NAME.PID-THREAD.tmp` for a file, `.partial` for a directory,
+//! Also `~` and variables in paths. Owns the temporary names (`.NAME.PID-THREAD.tmp` for a file, `.partial` for a directory,
 //! `.deleted` for one being deleted) and the removal of leftovers. Knows nothing of file contents.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use regex::Regex;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
@@ -235,16 +237,61 @@ fn sync_tree(dir: &Path) -> Result<()> {
 /// # Errors
 /// Those of reading the file.
 pub fn sha256(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
+    sha256_of(File::open(path)?)
+}
+
+/// SHA-256 of the rest of `source` in hexadecimal digits.
+///
+/// # Errors
+/// Those of reading it.
+pub fn sha256_of(mut source: impl Read) -> io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let read = file.read(&mut buffer)?;
+        let read = source.read(&mut buffer)?;
         if read == 0 {
             return Ok(hex(hash.finalize()));
         }
         hash.update(&buffer[..read]);
     }
+}
+
+/// A path with `~`, `$NAME` and `${NAME}` replaced, as a shell does it.
+///
+/// # Errors
+/// The rule that the path breaks: a variable is not set, or there is no home directory.
+pub fn expand(path: &str) -> Result<String, String> {
+    static VARIABLE: LazyLock<Regex> = LazyLock::new(|| {
+        Regex::new(r"^~(?:/|$)|\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
+            .expect("the pattern is valid")
+    });
+    if path.starts_with('~') && !path.starts_with("~/") && path != "~" {
+        return Err("`~` stands alone or before `/`: another user's home is not looked up".into());
+    }
+    let mut expanded = String::new();
+    let mut end = 0;
+    for found in VARIABLE.captures_iter(path) {
+        let all = found.get(0).expect("the entire match");
+        let name = found
+            .get(1)
+            .or(found.get(2))
+            .map_or("HOME", |name| name.as_str());
+        let value = match name {
+            "HOME" => {
+                std::env::home_dir().and_then(|home| home.into_os_string().into_string().ok())
+            }
+            name => std::env::var(name).ok(),
+        };
+        let value = value.filter(|value| !value.is_empty());
+        expanded.push_str(&path[end..all.start()]);
+        expanded.push_str(&value.ok_or_else(|| format!("the variable `{name}` is set, in UTF-8"))?);
+        if all.as_str() == "~/" {
+            expanded.push('/');
+        }
+        end = all.end();
+    }
+    expanded.push_str(&path[end..]);
+    Ok(expanded)
 }
 
 /// Flushes one file or directory to disk.
@@ -303,6 +350,29 @@ mod tests {
         assert_eq!(names(folder.path()), ["report.md"]);
         let error = write_atomic(&folder.path().join("absent/report.md"), "x").unwrap_err();
         assert!(error.to_string().starts_with("cannot write"), "{error}");
+    }
+
+    #[test]
+    fn a_path_is_expanded_as_by_a_shell() {
+        let home = std::env::home_dir().unwrap().display().to_string();
+        let search = std::env::var("PATH").unwrap();
+        for (path, expanded) in [
+            ("~", home.clone()),
+            ("~/a/~", format!("{home}/a/~")),
+            ("$HOME/a", format!("{home}/a")),
+            ("a/${PATH}.csv", format!("a/{search}.csv")),
+            ("$PATH-1", format!("{search}-1")),
+            ("a~b/$/5$", "a~b/$/5$".into()),
+        ] {
+            assert_eq!(expand(path).as_ref(), Ok(&expanded), "{path}");
+        }
+        for (path, reason) in [
+            ("$NOT_SET_ANYWHERE/a", "NOT_SET_ANYWHERE"),
+            ("${}", "``"),
+            ("~other/a", "another user"),
+        ] {
+            assert!(expand(path).unwrap_err().contains(reason), "{path}");
+        }
     }
 
     #[test]

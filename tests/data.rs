@@ -11,6 +11,7 @@ use wattune::data::{
     Dataset, Format, OnBadRecord, Options, Tokenizer, TokenizerFiles, TxtUnit, load, read,
 };
 use wattune::error::Kind;
+use wattune::hub::Silent;
 
 fn assets(test: &str) -> Option<PathBuf> {
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/assets");
@@ -157,7 +158,7 @@ fn learned(
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("d.jsonl");
     std::fs::write(&path, lines).unwrap();
-    let dataset = load(&[path], &options(format, 4096), tokenizer, None)?;
+    let dataset = load(&[path], &options(format, 4096), tokenizer, None, &Silent)?;
     let texts = dataset
         .examples
         .iter()
@@ -190,6 +191,7 @@ fn options(format: Format, max_length: usize) -> Options {
         max_length,
         on_bad_record: OnBadRecord::Stop,
         txt_unit: TxtUnit::Paragraph,
+        prompt_template: None,
     }
 }
 
@@ -235,7 +237,14 @@ fn completion_masks_equal_trls_on_all_of_e2e() {
         };
         let tokenizer = Tokenizer::load(&files).unwrap();
         let path = assets.join(case["data"].as_str().unwrap());
-        let dataset = load(&[path], &options(Format::Auto, 2048), &tokenizer, None).unwrap();
+        let dataset = load(
+            &[path],
+            &options(Format::Auto, 2048),
+            &tokenizer,
+            None,
+            &Silent,
+        )
+        .unwrap();
         let counts = dataset.counts;
         assert_eq!(
             [counts.examples, counts.tokens, counts.loss_tokens].map(Value::from),
@@ -312,6 +321,7 @@ fn conversations_with_tools_are_learned_call_by_call() {
         &options(Format::Auto, 16_384),
         &tokenizer,
         None,
+        &Silent,
     )
     .unwrap();
     let records: Vec<_> = read(&path, TxtUnit::File)
@@ -390,7 +400,14 @@ fn qwen3_learns_reasoning_and_calls_with_their_turn() {
         ["A<|im_end|>"]
     );
     let path = assets.join("datasets/llamafactory/glaive_toolcall_en_demo.json");
-    let dataset = load(&[path], &options(Format::Auto, 16_384), &tokenizer, None).unwrap();
+    let dataset = load(
+        &[path],
+        &options(Format::Auto, 16_384),
+        &tokenizer,
+        None,
+        &Silent,
+    )
+    .unwrap();
     assert_eq!(
         (dataset.counts.records, dataset.counts.examples),
         (300, 300)
@@ -416,6 +433,7 @@ fn loss_weights_are_followed() {
         &options(Format::Auto, 8192),
         &tokenizer,
         None,
+        &Silent,
     )
     .unwrap();
     assert_eq!((dataset.counts.records, dataset.examples.len()), (500, 500));
@@ -526,6 +544,7 @@ fn real_data_sets_fit_a_format() {
             &options,
             &tokenizer,
             None,
+            &Silent,
         )
         .unwrap();
         let counts = dataset.counts;
@@ -560,6 +579,7 @@ fn a_whole_file_is_cut_into_windows() {
         &options,
         &tokenizer,
         None,
+        &Silent,
     )
     .unwrap();
     // 338,025 tokens by GPT-2's BPE (301,966 + 36,059 in karpathy/nanoGPT, data/shakespeare); every one but the first is learned.
@@ -589,6 +609,7 @@ fn threads_do_not_change_a_data_set() {
                 &options(Format::Auto, 64),
                 &tokenizer,
                 None,
+                &Silent,
             )
             .unwrap()
         })

@@ -120,7 +120,7 @@ fn defaults_of_model_adapter_and_data_are_as_designed() {
     assert_eq!(
         (&data.train, &data.validation),
         (
-            &DataSource::File("/demo/train.jsonl".into()),
+            &DataSource::Files(vec!["/demo/train.jsonl".into()]),
             &Validation::None
         )
     );
@@ -249,11 +249,11 @@ fn ids_and_paths_are_told_apart() {
     );
     assert_eq!(
         data("sub/train.CSV"),
-        DataSource::File(folder.path().join("sub/train.CSV"))
+        DataSource::Files(vec![folder.path().join("sub/train.CSV")])
     );
     assert_eq!(
         data("records"),
-        DataSource::File(folder.path().join("records"))
+        DataSource::Files(vec![folder.path().join("records")])
     );
     assert_eq!(
         data("tatsu-lab/alpaca"),
@@ -276,7 +276,9 @@ fn a_relative_recipe_gives_absolute_paths() {
     let recipe = parse(SMALLEST, Path::new("sub/demo.toml"), &[]).unwrap();
     assert_eq!(
         recipe.data.train,
-        DataSource::File(std::env::current_dir().unwrap().join("sub/train.jsonl"))
+        DataSource::Files(vec![
+            std::env::current_dir().unwrap().join("sub/train.jsonl")
+        ])
     );
 }
 
@@ -589,13 +591,13 @@ prop_compose! {
 prop_compose! {
     fn data()(
         train in prop_oneof![
-            word().prop_map(|name| DataSource::File(Path::new("/d").join(name))),
+            word().prop_map(|name| DataSource::Files(vec![Path::new("/d").join(name)])),
             "[a-z]{1,5}".prop_map(|split| DataSource::Hub { id: "owner/name".into(), split }),
         ],
         validation in prop_oneof![
             Just(Validation::None),
             (1e-9..1.0f64).prop_map(Validation::Fraction),
-            Just(Validation::Source(DataSource::File("/v.csv".into()))),
+            Just(Validation::Source(DataSource::Files(vec!["/v.csv".into()]))),
         ],
         columns in prop::option::of(word()),
         (max_length, packing, shuffle) in (2usize..9999, any::<bool>(), any::<bool>()),
@@ -603,6 +605,7 @@ prop_compose! {
         Data {
             train, validation, max_length, packing, shuffle,
             format: Format::Alpaca, on_bad_record: OnBadRecord::Skip, txt_unit: TxtUnit::File,
+            prompt_template: Some(PromptTemplate::Text { before: "Q: ".into(), after: "\n".into() }),
             columns: columns.map(|column| vec![("prompt".into(), column.clone()), ("completion".into(), column)]).unwrap_or_default(),
         }
     }

@@ -7,13 +7,13 @@ use super::model::ModelArguments;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
-use crate::run::{self, DataOptions, EvaluationJob, Format, OnBadRecord, TxtUnit};
+use crate::run::{self, DataOptions, EvaluationJob, Format, OnBadRecord, PromptTemplate, TxtUnit};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// Data files: .jsonl .json .csv .tsv .txt or .parquet
+    /// Data files (.jsonl .json .csv .tsv .txt .parquet), folders or patterns
     #[arg(long, required = true, num_args = 1..)]
     data: Vec<PathBuf>,
     /// Record format
@@ -22,6 +22,9 @@ pub(super) struct Arguments {
     /// Column of a field, such as `--column prompt=question`
     #[arg(long = "column", value_name = "FIELD=COLUMN")]
     columns: Vec<String>,
+    /// What a prompt becomes, such as "{prompt} "; "chat": the user's turn of the chat template
+    #[arg(long)]
+    prompt_template: Option<PromptTemplate>,
     /// Maximum length of a record in tokens
     #[arg(long, default_value_t = 512)]
     max_length: usize,
@@ -78,5 +81,6 @@ fn options(arguments: &Arguments) -> Result<DataOptions> {
         max_length: arguments.max_length,
         on_bad_record: OnBadRecord::Stop,
         txt_unit: TxtUnit::Paragraph,
+        prompt_template: arguments.prompt_template.clone(),
     })
 }

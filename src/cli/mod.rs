@@ -18,13 +18,18 @@ mod report;
 mod screen;
 mod train;
 
+use std::any::TypeId;
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::error::{Error, Kind, Result};
+use crate::files::expand;
 use crate::report::text as report_text;
 use crate::run;
 use crate::text::printable;
@@ -121,7 +126,8 @@ enum Command {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let arguments = with_expanded_paths(Cli::command()).try_get_matches();
+    let cli = match arguments.and_then(|found| Cli::from_arg_matches(&found)) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
@@ -142,6 +148,24 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_status())
         }
     }
+}
+
+/// Expands `~` and variables in every path argument: a shell leaves those after `--out=` and within quotes as they are.
+fn with_expanded_paths(command: clap::Command) -> clap::Command {
+    let expanded = |text: OsString| match text.into_string() {
+        Ok(text) => expand(&text).map(PathBuf::from),
+        Err(text) => Ok(PathBuf::from(text)),
+    };
+    let with_path = move |argument: clap::Arg| {
+        if argument.get_value_parser().type_id() == TypeId::of::<PathBuf>() {
+            argument.value_parser(OsStringValueParser::new().try_map(expanded))
+        } else {
+            argument
+        }
+    };
+    command
+        .mut_args(with_path)
+        .mut_subcommands(with_expanded_paths)
 }
 
 fn dispatch(cli: Cli) -> Result<ExitCode> {
@@ -277,4 +301,29 @@ fn out_json(value: &impl serde::Serialize) -> Result<ExitCode> {
         }
     }
     out(&escaped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn home_is_expanded_in_every_path_argument() {
+        let home = std::env::home_dir().unwrap();
+        for (line, expanded) in [
+            ("wattune train ~/r.toml --out=~/x", 2),
+            ("wattune train --resume=~/x", 1),
+            ("wattune eval --model a/b --data=~/d.jsonl --adapter ~/a", 2),
+            ("wattune merge --model a/b --adapter=~/a --out=~/m", 2),
+            ("wattune report ~/run", 1),
+            ("wattune recipe check ~/r.toml", 1),
+            ("wattune man ~", 1),
+            ("wattune generate --model a/b --prompt ~/x", 0),
+        ] {
+            let parsed = with_expanded_paths(Cli::command()).try_get_matches_from(line.split(' '));
+            let shown = format!("{:?}", Cli::from_arg_matches(&parsed.unwrap()).unwrap());
+            let found = shown.matches(&format!("\"{}", home.display())).count();
+            assert_eq!(found, expanded, "{shown}");
+        }
+    }
 }

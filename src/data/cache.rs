@@ -3,6 +3,8 @@
 //! Owns the file's layout: magic, a JSON header with its length, then per example its record, length, tokens and mask, all little
 //! endian, and the SHA-256 of all preceding bytes. A file that is damaged, of another layout or of other data is ignored.
 
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -10,8 +12,8 @@ use sha2::{Digest, Sha256};
 
 use super::batch::Example;
 use super::dataset::{Counts, Dataset, RenderedSample};
-use crate::error::{Error, Kind, Result};
-use crate::files::{remove_old_leftovers, write_atomic};
+use crate::error::{Error, Result};
+use crate::files::{remove_old_leftovers, write_atomic_with};
 
 const MAGIC: &[u8; 16] = b"wattune tokens 1";
 const CHECKSUM: usize = 32;
@@ -30,94 +32,130 @@ fn path(folder: &Path, fingerprint: &str) -> PathBuf {
 
 /// The data set of `fingerprint`, if `folder` has an intact file of it.
 pub(super) fn load(folder: &Path, fingerprint: &str) -> Option<Dataset> {
-    let bytes = std::fs::read(path(folder, fingerprint)).ok()?;
-    let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(CHECKSUM)?)?;
-    if Sha256::digest(body).as_slice() != checksum {
-        return None;
-    }
-    parse(body).filter(|dataset| dataset.fingerprint == fingerprint)
+    let file = File::open(path(folder, fingerprint)).ok()?;
+    let size = file.metadata().ok()?.len();
+    let mut body = CacheReader {
+        left: size.checked_sub(CHECKSUM as u64)?,
+        file: BufReader::new(file),
+        hash: Sha256::new(),
+    };
+    let dataset = parse(&mut body).filter(|dataset| dataset.fingerprint == fingerprint)?;
+    body.verify().then_some(dataset)
 }
 
 /// Writes `dataset` to `folder` atomically.
 pub(super) fn save(folder: &Path, dataset: &Dataset) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    let target = path(folder, &dataset.fingerprint);
-    let mut body = body(dataset)?;
-    let checksum = Sha256::digest(&body);
-    body.extend_from_slice(&checksum);
     remove_old_leftovers(folder, None);
-    write_atomic(&target, body)
+    write_atomic_with(&path(folder, &dataset.fingerprint), |file| {
+        let mut out = CacheWriter {
+            file: BufWriter::new(file),
+            hash: Sha256::new(),
+        };
+        write_body(&mut out, dataset)?;
+        let CacheWriter { mut file, hash } = out;
+        file.write_all(&hash.finalize())?;
+        file.flush()
+    })
 }
 
-fn body(dataset: &Dataset) -> Result<Vec<u8>> {
-    let Dataset {
-        counts,
-        eos_trained,
-        fingerprint,
-        first,
-        ..
-    } = dataset.clone();
+/// Hashes what it writes.
+struct CacheWriter<W> {
+    file: W,
+    hash: Sha256,
+}
+
+impl<W: Write> CacheWriter<W> {
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.hash.update(bytes);
+        self.file.write_all(bytes)
+    }
+}
+
+fn write_body(out: &mut CacheWriter<impl Write>, dataset: &Dataset) -> io::Result<()> {
     let header = serde_json::to_vec(&Header {
-        fingerprint,
-        counts,
-        eos_trained,
-        first,
-    })
-    .map_err(|e| Error::new(Kind::Data, e.to_string()))?;
-    let mut out = MAGIC.to_vec();
-    out.extend_from_slice(&(header.len() as u64).to_le_bytes());
-    out.extend_from_slice(&header);
+        fingerprint: dataset.fingerprint.clone(),
+        counts: dataset.counts,
+        eos_trained: dataset.eos_trained,
+        first: dataset.first.clone(),
+    })?;
+    out.put(MAGIC)?;
+    out.put(&(header.len() as u64).to_le_bytes())?;
+    out.put(&header)?;
     for (example, record) in dataset.examples.iter().zip(&*dataset.records) {
-        out.extend_from_slice(&record.to_le_bytes());
-        out.extend_from_slice(&(example.tokens.len() as u64).to_le_bytes());
-        example
+        out.put(&record.to_le_bytes())?;
+        out.put(&(example.tokens.len() as u64).to_le_bytes())?;
+        let tokens: Vec<u8> = example
             .tokens
             .iter()
-            .for_each(|token| out.extend_from_slice(&token.to_le_bytes()));
-        out.extend(example.loss.iter().map(|loss| u8::from(*loss)));
+            .flat_map(|token| token.to_le_bytes())
+            .collect();
+        let loss: Vec<u8> = example.loss.iter().map(|loss| u8::from(*loss)).collect();
+        out.put(&tokens)?;
+        out.put(&loss)?;
     }
-    Ok(out)
+    Ok(())
 }
 
-fn parse(body: &[u8]) -> Option<Dataset> {
-    let mut rest = body.strip_prefix(MAGIC)?;
-    let header_length = usize::try_from(take_u64(&mut rest)?).ok()?;
-    let Header {
-        fingerprint,
-        counts,
-        eos_trained,
-        first,
-    } = serde_json::from_slice(take(&mut rest, header_length)?).ok()?;
-    let (mut examples, mut records) = (Vec::new(), Vec::new());
-    while !rest.is_empty() {
-        records.push(take_u64(&mut rest)?);
-        let length = usize::try_from(take_u64(&mut rest)?).ok()?;
-        let tokens = take(&mut rest, length.checked_mul(4)?)?;
+/// Hashes what it reads, and reads no further than the checksum.
+struct CacheReader {
+    file: BufReader<File>,
+    hash: Sha256,
+    left: u64,
+}
+
+impl CacheReader {
+    fn take(&mut self, length: usize) -> Option<Vec<u8>> {
+        self.left = self.left.checked_sub(length as u64)?;
+        let mut bytes = vec![0; length];
+        self.file.read_exact(&mut bytes).ok()?;
+        self.hash.update(&bytes);
+        Some(bytes)
+    }
+
+    fn take_u64(&mut self) -> Option<u64> {
+        self.take(8)?.try_into().ok().map(u64::from_le_bytes)
+    }
+
+    fn take_length(&mut self) -> Option<usize> {
+        usize::try_from(self.take_u64()?).ok()
+    }
+
+    /// Whether the checksum that follows is that of the bytes read.
+    fn verify(mut self) -> bool {
+        let mut checksum = [0; CHECKSUM];
+        let read = self.file.read_exact(&mut checksum);
+        read.is_ok() && self.hash.finalize().as_slice() == checksum
+    }
+}
+
+fn parse(body: &mut CacheReader) -> Option<Dataset> {
+    if body.take(MAGIC.len())? != MAGIC {
+        return None;
+    }
+    let header_length = body.take_length()?;
+    let header: Header = serde_json::from_slice(&body.take(header_length)?).ok()?;
+    let mut examples = Vec::new();
+    let mut records = Vec::new();
+    while body.left > 0 {
+        records.push(body.take_u64()?);
+        let length = body.take_length()?;
+        let tokens = body.take(length.checked_mul(4)?)?;
         let tokens = tokens
             .chunks_exact(4)
             .map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")))
             .collect();
-        let loss = take(&mut rest, length)?.iter().map(|b| *b != 0).collect();
+        let loss = body.take(length)?.iter().map(|b| *b != 0).collect();
         examples.push(Example { tokens, loss });
     }
     Some(Dataset {
         examples: examples.into(),
         records: records.into(),
-        counts,
-        eos_trained,
-        fingerprint,
-        first,
+        counts: header.counts,
+        eos_trained: header.eos_trained,
+        fingerprint: header.fingerprint,
+        first: header.first,
     })
-}
-
-fn take<'a>(rest: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
-    let (taken, left) = rest.split_at_checked(length)?;
-    *rest = left;
-    Some(taken)
-}
-
-fn take_u64(rest: &mut &[u8]) -> Option<u64> {
-    take(rest, 8)?.try_into().ok().map(u64::from_le_bytes)
 }
 
 #[cfg(test)]

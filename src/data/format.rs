@@ -1,15 +1,17 @@
 //! Record formats: text, prompt and completion, instruction, conversation.
 //!
-//! Takes a `Record`, a `Format` and a map of columns, returns a `TypedRecord` for encoding. `Auto` reads the first record only; a
-//! missing field or one of the wrong type is an error that lists the record's fields. Knows nothing of tokens.
+//! Takes a `Record`, a `Format` and a map of columns, returns a `TypedRecord` for encoding. `Auto` is decided by the fields of all
+//! records; a missing field or one of the wrong type is an error that lists the record's fields. Knows nothing of tokens.
 
-use serde_json::{Map, Value};
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value, json};
 
 use super::alpaca;
 use super::chat::Chat;
 use super::messages;
-use super::options::{COLUMN_FIELDS, Format};
-use super::read::Record;
+use super::options::{COLUMN_FIELDS, Format, PromptTemplate};
+use super::read::{NeededColumns, Record};
 use crate::error::{Error, Kind, Result};
 
 /// A record in a known format.
@@ -27,8 +29,6 @@ pub(super) enum TypedRecord {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Columns<'a>(pub &'a [(String, String)]);
 
-/// Of these, the optional fields.
-const OPTIONAL: [&str; 2] = ["tools", "input"];
 /// Field names of `Completion`, in order of preference.
 const PAIRS: [(&str, &str); 2] = [("prompt", "completion"), ("question", "answer")];
 /// Field names of `Messages`.
@@ -68,25 +68,6 @@ impl<'a> Columns<'a> {
         found.filter(|value| !value.is_null())
     }
 
-    /// Refuses a map to columns that the first record lacks: no other column may replace them silently.
-    pub fn check_first(&self, record: &Record) -> Result<()> {
-        let absent = |wanted: &str| {
-            !OPTIONAL.contains(&wanted) && self.get(&record.fields, wanted).is_none()
-        };
-        match self.0.iter().find(|(wanted, _)| absent(wanted)) {
-            None => Ok(()),
-            Some((wanted, column)) => Err(Error::new(
-                Kind::Data,
-                format!("the first record has no `{column}`, which `columns` names"),
-            )
-            .at(record.place.to_string())
-            .value(format!("its fields: {}", names(&record.fields)))
-            .hint(format!(
-                "correct the map: columns = {{ {wanted} = \"COLUMN\" }}"
-            ))),
-        }
-    }
-
     /// The field names of this record's prompt and completion; only the mapped ones if either is mapped.
     fn pair(&self, record: &Map<String, Value>) -> Option<(&'static str, &'static str)> {
         let mapped = self.mapped(PAIRS[0].0).is_some() || self.mapped(PAIRS[0].1).is_some();
@@ -97,37 +78,127 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// The format of a data set, by its first record.
-pub(super) fn detect_format(record: &Record, columns: Columns) -> Result<Format> {
-    let has = |name: &str| columns.get(&record.fields, name).is_some();
-    if CONVERSATIONS.iter().any(|name| {
-        columns
-            .get(&record.fields, name)
-            .is_some_and(Value::is_array)
-    }) {
-        Ok(Format::Messages)
-    } else if has("instruction") && has("output") {
-        Ok(Format::Alpaca)
-    } else if columns.pair(&record.fields).is_some() {
-        Ok(Format::Completion)
-    } else if has("text") {
-        Ok(Format::Text)
-    } else {
-        Err(Error::new(Kind::Data, "no format fits the first record's fields")
-            .at(record.place.to_string())
-            .value(names(&record.fields))
+/// The required fields of each format in order of preference; the last two are two forms of one.
+const REQUIRED: [(Format, &[&str]); 6] = [
+    (Format::Messages, &["messages"]),
+    (Format::Messages, &["conversations"]),
+    (Format::Alpaca, &["instruction", "output"]),
+    (Format::Completion, &["prompt", "completion"]),
+    (Format::Completion, &["question", "answer"]),
+    (Format::Text, &["text"]),
+];
+
+/// Fields that some format reads besides the required ones.
+const FURTHER: [&str; 4] = ["input", "tools", "system", "history"];
+
+/// The columns that the formats read.
+pub(super) fn needed_columns(columns: Columns) -> NeededColumns {
+    let known = REQUIRED
+        .iter()
+        .flat_map(|(_, fields)| *fields)
+        .chain(&FURTHER);
+    let mapped = columns.0.iter().map(|(_, column)| column.clone());
+    let roots = columns
+        .0
+        .iter()
+        .filter_map(|(_, column)| column.split('.').next());
+    let names = known
+        .copied()
+        .chain(roots)
+        .map(str::to_string)
+        .chain(mapped);
+    NeededColumns::Named(names.collect())
+}
+
+/// The fields of a data set so far, by which `Format::Auto` is resolved: a null or missing field in one record decides nothing.
+#[derive(Debug, Default)]
+pub(super) struct FieldsSeen {
+    /// Required fields that some record has.
+    present: BTreeSet<&'static str>,
+    /// Location and field names of the first record.
+    first: Option<(String, String)>,
+}
+
+impl FieldsSeen {
+    pub fn add(&mut self, record: &Record, columns: Columns) {
+        if self.first.is_none() {
+            self.first = Some((record.place.to_string(), names(&record.fields)));
+        }
+        for (format, fields) in REQUIRED {
+            for field in fields {
+                let value = columns.get(&record.fields, field);
+                let fits = |value| format != Format::Messages || is_conversation(value);
+                if value.is_some_and(fits) {
+                    self.present.insert(field);
+                }
+            }
+        }
+    }
+
+    /// The format whose required fields are present, each in some record, and which reads every mapped field.
+    pub fn format(&self, columns: Columns) -> Option<Format> {
+        let reads = |fields: &[&str], format, wanted: &str| match wanted {
+            "tools" => matches!(format, Format::Messages | Format::Completion),
+            "input" => format == Format::Alpaca,
+            wanted => fields.contains(&wanted),
+        };
+        let fits = |(format, fields): &&(Format, &[&str])| {
+            fields.iter().all(|field| self.present.contains(field))
+                && columns
+                    .0
+                    .iter()
+                    .all(|(wanted, _)| reads(fields, *format, wanted))
+        };
+        REQUIRED.iter().find(fits).map(|(format, _)| *format)
+    }
+
+    /// The error of a data set that no format fits; `None` without records.
+    pub fn no_format(&self, columns: Columns) -> Option<Error> {
+        let (place, names) = self.first.as_ref()?;
+        let is_absent = |wanted: &String| {
+            let required = |(_, fields): &(Format, &[&str])| fields.contains(&wanted.as_str());
+            REQUIRED.iter().any(required) && !self.present.contains(wanted.as_str())
+        };
+        let absent = columns.0.iter().find(|(wanted, _)| is_absent(wanted));
+        let (what, remedy) = match absent {
+            Some((wanted, column)) => (
+                format!("no record has `{column}`, which `columns` names"),
+                format!("correct the map: columns = {{ {wanted} = \"COLUMN\" }}"),
+            ),
+            None => (
+                "no format fits the records' fields".to_string(),
+                "say which columns to read: columns = { prompt = \"COLUMN\", completion = \"COLUMN\" }".to_string(),
+            ),
+        };
+        Some(Error::new(Kind::Data, what)
+            .at(place.clone())
+            .value(format!("the first record's fields: {names}"))
             .rule("text | prompt, completion | question, answer | instruction, output | messages | conversations")
-            .hint("say which columns to read: columns = { prompt = \"COLUMN\", completion = \"COLUMN\" }"))
+            .hint(remedy))
     }
 }
 
-/// Reads `record` as `format`; `detect_format` must have resolved `Format::Auto`.
-pub(super) fn interpret(record: &Record, format: Format, columns: Columns) -> Result<TypedRecord> {
+/// Whether a value is a list of messages, or may be its JSON text.
+fn is_conversation(value: &Value) -> bool {
+    match value {
+        Value::Array(_) => true,
+        Value::String(text) => text.trim_start().starts_with('['),
+        _ => false,
+    }
+}
+
+/// Reads `record` as `format`; `FieldsSeen` must have resolved `Format::Auto`.
+pub(super) fn interpret(
+    record: &Record,
+    format: Format,
+    columns: Columns,
+    template: Option<&PromptTemplate>,
+) -> Result<TypedRecord> {
     let fields = &record.fields;
     let typed = match format {
         Format::Text | Format::Auto => text(fields, columns, "text").map(TypedRecord::Text),
-        Format::Completion => completion(fields, columns),
-        Format::Alpaca => instruction(fields, columns),
+        Format::Completion => completion(fields, columns, template),
+        Format::Alpaca => instruction(fields, columns, template),
         Format::Messages => conversation(fields, columns),
     };
     typed.map_err(|e| e.at(record.place.to_string()))
@@ -165,21 +236,55 @@ fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<S
     }
 }
 
-fn completion(record: &Map<String, Value>, columns: Columns) -> Result<TypedRecord> {
+/// A prompt in its template, and its completion.
+fn templated(
+    prompt: String,
+    completion: String,
+    template: Option<&PromptTemplate>,
+) -> Result<TypedRecord> {
+    let prompt = match template {
+        None => prompt,
+        Some(PromptTemplate::Text { before, after }) => format!("{before}{prompt}{after}"),
+        Some(PromptTemplate::Chat) => {
+            let list = [
+                json!({"role": "user", "content": prompt}),
+                json!({"role": "assistant", "content": completion}),
+            ];
+            return messages::from_list(&list, None, None).map(TypedRecord::Chat);
+        }
+    };
+    Ok(TypedRecord::Completion { prompt, completion })
+}
+
+fn completion(
+    record: &Map<String, Value>,
+    columns: Columns,
+    template: Option<&PromptTemplate>,
+) -> Result<TypedRecord> {
     let (prompt, completion) = columns.pair(record).unwrap_or(PAIRS[0]);
     let messages = (columns.get(record, prompt), columns.get(record, completion));
     if let (Some(Value::Array(prompt)), Some(Value::Array(completion))) = messages {
+        if let Some(PromptTemplate::Text { .. }) = template {
+            return Err(Error::new(
+                Kind::Data,
+                "a record's prompt is a list of messages, not text",
+            )
+            .rule("`data.prompt_template` is put around a text")
+            .hint("remove `data.prompt_template`"));
+        }
         let tools = columns.get(record, "tools");
         return messages::from_prompt_and_completion(prompt, completion, tools)
             .map(TypedRecord::Chat);
     }
-    Ok(TypedRecord::Completion {
-        prompt: text(record, columns, prompt)?,
-        completion: text(record, columns, completion)?,
-    })
+    let prompt = text(record, columns, prompt)?;
+    templated(prompt, text(record, columns, completion)?, template)
 }
 
-fn instruction(record: &Map<String, Value>, columns: Columns) -> Result<TypedRecord> {
+fn instruction(
+    record: &Map<String, Value>,
+    columns: Columns,
+    template: Option<&PromptTemplate>,
+) -> Result<TypedRecord> {
     for unread in ["history", "system"] {
         let filled = match columns.get(record, unread) {
             Some(Value::Array(items)) => !items.is_empty(),
@@ -200,11 +305,13 @@ fn instruction(record: &Map<String, Value>, columns: Columns) -> Result<TypedRec
     } else {
         String::new()
     };
-    let prompt = alpaca::prompt(&text(record, columns, "instruction")?, &input);
-    Ok(TypedRecord::Completion {
-        prompt,
-        completion: text(record, columns, "output")?,
-    })
+    let instruction = text(record, columns, "instruction")?;
+    let prompt = match template {
+        None => alpaca::prompt(&instruction, &input),
+        Some(_) if input.is_empty() => instruction,
+        Some(_) => format!("{instruction}\n{input}"),
+    };
+    templated(prompt, text(record, columns, "output")?, template)
 }
 
 fn conversation(record: &Map<String, Value>, columns: Columns) -> Result<TypedRecord> {
@@ -212,22 +319,18 @@ fn conversation(record: &Map<String, Value>, columns: Columns) -> Result<TypedRe
         .iter()
         .find_map(|name| columns.get(record, name));
     let list = list.ok_or_else(|| missing(record, columns, "messages"))?;
-    let list = list.as_array().ok_or_else(|| {
-        Error::new(Kind::Data, "a record's `messages` is not a list")
-            .rule("[{\"role\": \"user\", \"content\": \"...\"}, ...]")
-    })?;
+    let list = messages::list(list)?;
     let system = record
         .get("system")
         .and_then(Value::as_str)
         .filter(|text| !text.is_empty());
-    messages::from_list(list, system, columns.get(record, "tools")).map(TypedRecord::Chat)
+    messages::from_list(&list, system, columns.get(record, "tools")).map(TypedRecord::Chat)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::data::read::Location;
-    use serde_json::json;
 
     fn record(value: Value) -> Record {
         let Value::Object(fields) = value else {
@@ -243,8 +346,13 @@ mod tests {
         }
     }
 
-    fn detected(value: Value, columns: &[(String, String)]) -> Result<Format> {
-        detect_format(&record(value), Columns(columns))
+    fn detected(values: &[Value], columns: &[(String, String)]) -> Result<Format> {
+        let mut seen = FieldsSeen::default();
+        for value in values {
+            seen.add(&record(value.clone()), Columns(columns));
+        }
+        let format = seen.format(Columns(columns));
+        format.ok_or_else(|| seen.no_format(Columns(columns)).unwrap())
     }
 
     #[test]
@@ -263,9 +371,25 @@ mod tests {
             (json!({"messages": [], "prompt": "a"}), Format::Messages),
             (json!({"conversations": []}), Format::Messages),
         ] {
-            assert_eq!(detected(fields.clone(), &[]).unwrap(), format, "{fields}");
+            // Records with nulls and without the fields decide nothing, wherever they stand.
+            let nulls = json!({"messages": null, "prompt": null, "completion": null, "instruction": null, "text": null});
+            for records in [[&fields, &nulls], [&nulls, &fields], [&json!({}), &fields]] {
+                assert_eq!(
+                    detected(&records.map(Value::clone), &[]).unwrap(),
+                    format,
+                    "{fields}"
+                );
+            }
         }
-        let error = detected(json!({"sentence": "a", "label": 1}), &[])
+        let halves = [
+            json!({"prompt": "a", "completion": null}),
+            json!({"prompt": null, "completion": "b"}),
+        ];
+        assert_eq!(detected(&halves, &[]).unwrap(), Format::Completion);
+        let text = json!({"messages": "[{\"role\": \"user\"}]"});
+        assert_eq!(detected(&[text], &[]).unwrap(), Format::Messages);
+        assert!(detected(&[json!({"messages": "hello"})], &[]).is_err());
+        let error = detected(&[json!({"sentence": "a", "label": 1})], &[])
             .unwrap_err()
             .to_string();
         assert!(
@@ -277,8 +401,13 @@ mod tests {
             ("completion".to_string(), "label".to_string()),
         ];
         assert_eq!(
-            detected(json!({"sentence": "a", "label": 1}), &columns).unwrap(),
-            Format::Completion
+            detected(
+                &[json!({"sentence": "a", "label": 1, "messages": []})],
+                &columns
+            )
+            .unwrap(),
+            Format::Completion,
+            "the map names the format"
         );
     }
 
@@ -292,6 +421,7 @@ mod tests {
             &record(json!({"extra": {"q": "Q"}, "label": 1})),
             Format::Completion,
             Columns(&columns),
+            None,
         )
         .unwrap();
         assert_eq!(
@@ -303,14 +433,9 @@ mod tests {
         );
         // `question` and `answer` are present, but the map names other columns.
         let other = record(json!({"question": "a", "answer": "b"}));
-        assert!(
-            Columns(&columns)
-                .check_first(&other)
-                .unwrap_err()
-                .to_string()
-                .contains("`extra.q`")
-        );
-        assert!(interpret(&other, Format::Completion, Columns(&columns)).is_err());
+        let error = detected(&[json!({"question": "a", "answer": "b"})], &columns).unwrap_err();
+        assert!(error.to_string().contains("`extra.q`"), "{error}");
+        assert!(interpret(&other, Format::Completion, Columns(&columns), None).is_err());
         let wrong = [("promt".to_string(), "a".to_string())];
         assert!(
             Columns(&wrong)
@@ -328,7 +453,7 @@ mod tests {
             (json!({"text": null}), Format::Text),
             (json!({"text": [1]}), Format::Text),
         ] {
-            let error = interpret(&record(fields), format, Columns(&[])).unwrap_err();
+            let error = interpret(&record(fields), format, Columns(&[]), None).unwrap_err();
             assert!(
                 error.kind() == Kind::Data && error.to_string().contains("f.jsonl, line 7"),
                 "{error}"
@@ -338,7 +463,7 @@ mod tests {
 
     #[test]
     fn alpaca_has_two_prompts_and_refuses_what_it_cannot_place() {
-        let typed = |value| interpret(&record(value), Format::Alpaca, Columns(&[]));
+        let typed = |value| interpret(&record(value), Format::Alpaca, Columns(&[]), None);
         let Ok(TypedRecord::Completion { prompt, .. }) =
             typed(json!({"instruction": "I", "input": "X", "output": "O"}))
         else {
@@ -354,5 +479,41 @@ mod tests {
         assert!(
             typed(json!({"instruction": "I", "output": "O", "history": [["a", "b"]]})).is_err()
         );
+    }
+
+    #[test]
+    fn a_prompt_is_put_into_its_template() {
+        let pair = json!({"prompt": "P", "completion": "C"});
+        let alpaca = json!({"instruction": "I", "input": "X", "output": "C"});
+        for (fields, format, template, prompt) in [
+            (&pair, Format::Completion, "Q: {prompt}\nA: ", "Q: P\nA: "),
+            (&alpaca, Format::Alpaca, "{prompt} ", "I\nX "),
+        ] {
+            let template = Some(&template.parse().unwrap());
+            let typed = interpret(&record(fields.clone()), format, Columns(&[]), template).unwrap();
+            let completion = "C".to_string();
+            assert_eq!(
+                typed,
+                TypedRecord::Completion {
+                    prompt: prompt.into(),
+                    completion
+                }
+            );
+        }
+        let chat = Some(&PromptTemplate::Chat);
+        let typed = interpret(&record(pair), Format::Completion, Columns(&[]), chat).unwrap();
+        let TypedRecord::Chat(chat) = typed else {
+            panic!("{typed:?}")
+        };
+        assert_eq!(
+            chat.messages,
+            [
+                json!({"role": "user", "content": "P"}),
+                json!({"role": "assistant", "content": "C"})
+            ]
+        );
+        for bad in ["", "prompt", "{prompt}{prompt}"] {
+            assert!(bad.parse::<PromptTemplate>().is_err(), "{bad}");
+        }
     }
 }

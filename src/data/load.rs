@@ -3,6 +3,8 @@
 //! Takes local files, `Options` and a `Tokenizer`, returns a `Dataset` that does not depend on the number of threads, from the
 //! cache if the same contents were encoded before. Knows nothing of recipes.
 
+use std::fs::File;
+use std::io::Seek;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -12,54 +14,63 @@ use super::batch::Example;
 use super::cache;
 use super::dataset::{Counts, Dataset, RenderedSample, TextSpan, with_token_counts};
 use super::encode::{EncodedRecord, encode};
-use super::format::{Columns, detect_format, interpret};
-use super::options::{Format, OnBadRecord, Options};
-use super::read::{Location, Record, extension, read};
+use super::format::{Columns, FieldsSeen, interpret, needed_columns};
+use super::options::{Format, OnBadRecord, Options, PromptTemplate};
+use super::paths;
+use super::read::{Location, NeededColumns, RawRecord, RawRecords, Record, open};
+use super::source::{Source, extension, open_regular};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Kind, Result};
-use crate::files::sha256;
+use crate::files::sha256_of;
+use crate::hub::Progress;
 use crate::text::hex;
 
-/// Records encoded in parallel before they are collected in order.
+/// Records, and bytes of their text, encoded in parallel before they are collected in order.
 const CHUNK: usize = 4096;
-/// Increment when encoding changes: caches of other versions are ignored.
-const ENCODING_VERSION: u32 = 3;
+const CHUNK_BYTES: usize = 16 << 20;
+/// Progress is shown for files of at least so many bytes.
+const LARGE: u64 = 16 << 20;
+/// Increment when reading or encoding changes: caches of other versions are ignored.
+const ENCODING_VERSION: u32 = 4;
 
-/// Loads `paths` in order as one data set; `cache` is a folder for encoded data sets.
+/// Loads `data` (files, folders or patterns) in order as one data set; `cache` is a folder for encoded data sets.
 ///
 /// # Errors
-/// `Kind::Io` and `Kind::Data` for files and records that cannot be read (with `OnBadRecord::Skip`: only where all are bad);
-/// `Kind::Tokenizer` where the format needs a chat template that the model lacks.
+/// `Kind::Io` and `Kind::Data` for files and records that cannot be read (with `OnBadRecord::Skip`, records only where all are bad)
+/// and files that change meanwhile; `Kind::Tokenizer` where the format needs a chat template that the model lacks.
 pub fn load(
-    paths: &[PathBuf],
+    data: &[PathBuf],
     options: &Options,
     tokenizer: &Tokenizer,
     cache: Option<&Path>,
+    progress: &dyn Progress,
 ) -> Result<Dataset> {
-    check(paths, options)?;
-    let fingerprint = fingerprint(paths, options, tokenizer)?;
+    check(options)?;
+    let paths = paths::files(data)?;
+    let digests = paths
+        .iter()
+        .map(|path| digest(path))
+        .collect::<Result<Vec<_>>>()?;
+    let fingerprint = fingerprint(&paths, &digests, options, tokenizer);
     if let Some(mut dataset) = cache.and_then(|folder| cache::load(folder, &fingerprint)) {
         if let Some(first) = &mut dataset.first {
-            first.place = place_from_cache(&first.place, paths);
+            first.place = place_from_cache(&first.place, &paths);
         }
         return Ok(dataset);
     }
-    let mut builder = DatasetBuilder::default();
-    for path in paths {
-        let mut records = read(path, options.txt_unit)?;
-        loop {
-            let chunk: Vec<Result<Record>> = records.by_ref().take(CHUNK).collect();
-            if chunk.is_empty() {
-                break;
-            }
-            builder.add(chunk, options, tokenizer)?;
-        }
-    }
-    let dataset = builder.finish(fingerprint, paths)?;
+    let loading = Loading {
+        paths: &paths,
+        digests: &digests,
+        needed: needed_columns(Columns(&options.columns)),
+        options,
+        tokenizer,
+        progress,
+    };
+    let dataset = loading.dataset()?.finish(fingerprint, &paths)?;
     if let Some(folder) = cache {
         let mut cached = dataset.clone();
         if let Some(first) = &mut cached.first {
-            first.place = place_for_cache(&first.place, paths);
+            first.place = place_for_cache(&first.place, &paths);
         }
         // Without a cache the next run encodes again: not an error.
         let _ = cache::save(folder, &cached);
@@ -86,12 +97,7 @@ fn place_from_cache(place: &str, paths: &[PathBuf]) -> String {
     }
 }
 
-fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
-    if paths.is_empty() {
-        return Err(
-            Error::new(Kind::Data, "there are no data files").hint("set data.train to a file")
-        );
-    }
+fn check(options: &Options) -> Result<()> {
     if options.max_length < 2 {
         return Err(
             Error::new(Kind::Data, "`max_length` leaves nothing to predict")
@@ -103,8 +109,17 @@ fn check(paths: &[PathBuf], options: &Options) -> Result<()> {
     Columns(&options.columns).check()
 }
 
+fn digest(path: &Path) -> Result<String> {
+    sha256_of(open_regular(path)?).map_err(|e| Error::io("read", path, e))
+}
+
 /// SHA-256 of everything that the encoded data set depends on; of file names only the extension.
-fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> Result<String> {
+fn fingerprint(
+    paths: &[PathBuf],
+    digests: &[String],
+    options: &Options,
+    tokenizer: &Tokenizer,
+) -> String {
     let mut hash = Sha256::new();
     let Options {
         format,
@@ -112,24 +127,180 @@ fn fingerprint(paths: &[PathBuf], options: &Options, tokenizer: &Tokenizer) -> R
         max_length,
         on_bad_record,
         txt_unit,
+        prompt_template,
     } = options;
     let words = format!(
-        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {}",
+        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {prompt_template:?} {}",
         tokenizer.fingerprint()
     );
     hash.update(words);
-    for path in paths {
-        let content = sha256(path).map_err(|e| Error::io("read", path, e))?;
-        hash.update(format!(" {} {content}", extension(path)));
+    for (path, digest) in paths.iter().zip(digests) {
+        hash.update(format!(" {} {digest}", extension(path)));
     }
-    Ok(hex(hash.finalize()))
+    hex(hash.finalize())
+}
+
+/// The files of a data set being read.
+struct Loading<'a> {
+    paths: &'a [PathBuf],
+    /// SHA-256 of each file's content, part of the fingerprint.
+    digests: &'a [String],
+    needed: NeededColumns,
+    options: &'a Options,
+    tokenizer: &'a Tokenizer,
+    progress: &'a dyn Progress,
+}
+
+/// How far one pass over the files came.
+struct Pass {
+    builder: DatasetBuilder,
+    /// Records were read, encoded or not.
+    begun: bool,
+    format: Option<Format>,
+}
+
+impl Loading<'_> {
+    /// Encodes all records; `Format::Auto` is decided by all of them, and a field that appears late restarts the pass.
+    fn dataset(&self) -> Result<DatasetBuilder> {
+        let mut seen = FieldsSeen::default();
+        loop {
+            let mut pass = Pass {
+                builder: DatasetBuilder::default(),
+                begun: false,
+                format: self.format(&seen),
+            };
+            let mut is_whole = true;
+            for (path, digest) in self.paths.iter().zip(self.digests) {
+                is_whole = self.read_file(path, digest, &mut seen, &mut pass)?;
+                if !is_whole {
+                    break;
+                }
+            }
+            if is_whole {
+                let without_format = match pass.format {
+                    None => seen.no_format(self.columns()),
+                    Some(_) => None,
+                };
+                return without_format.map_or(Ok(pass.builder), Err);
+            }
+        }
+    }
+
+    fn columns(&self) -> Columns<'_> {
+        Columns(&self.options.columns)
+    }
+
+    fn format(&self, seen: &FieldsSeen) -> Option<Format> {
+        match self.options.format {
+            Format::Auto => seen.format(self.columns()),
+            format => Some(format),
+        }
+    }
+
+    /// Reads one file into `pass`; `false` where the format turns out to be another one.
+    fn read_file(
+        &self,
+        path: &Path,
+        digest: &str,
+        seen: &mut FieldsSeen,
+        pass: &mut Pass,
+    ) -> Result<bool> {
+        let unreadable = |e| Error::io("read", path, e);
+        let source = Source::open(path)?;
+        let mut content = source.file.try_clone().map_err(unreadable)?;
+        let is_large = source.size >= LARGE;
+        if is_large {
+            self.progress
+                .start(&format!("reading {}", path.display()), Some(source.size));
+        }
+        let mut file = open(source, self.options.txt_unit, &self.needed)?;
+        let mut shown = 0;
+        loop {
+            let chunk = next_chunk(&mut file.records);
+            if is_large {
+                self.progress.advance(file.consumed.get() - shown);
+                shown = file.consumed.get();
+            }
+            if chunk.is_empty() {
+                break;
+            }
+            if !self.add(chunk, seen, pass)? {
+                return Ok(false);
+            }
+        }
+        if is_large {
+            self.progress.finish();
+        }
+        check_unchanged(path, &mut content, digest)?;
+        Ok(true)
+    }
+
+    /// Parses and encodes a chunk; `false` where its fields change the format after other records were read.
+    fn add(
+        &self,
+        chunk: Vec<Result<RawRecord>>,
+        seen: &mut FieldsSeen,
+        pass: &mut Pass,
+    ) -> Result<bool> {
+        let needed = &self.needed;
+        let parse = |raw: Result<RawRecord>| match raw {
+            Ok(raw) => raw.parse(needed),
+            Err(error) => vec![Err(error)],
+        };
+        let records: Vec<Result<Record>> = chunk.into_par_iter().flat_map_iter(parse).collect();
+        for record in records.iter().flatten() {
+            seen.add(record, self.columns());
+        }
+        let format = self.format(seen);
+        if format != pass.format && pass.begun {
+            return Ok(false);
+        }
+        pass.begun = true;
+        pass.format = format;
+        match format {
+            Some(format) => pass
+                .builder
+                .add(records, format, self.options, self.tokenizer)?,
+            None => {
+                for error in records.into_iter().filter_map(Result::err) {
+                    pass.builder.counts.records += 1;
+                    pass.builder.skip(error, self.options)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The next records, at most `CHUNK` of them and little more than `CHUNK_BYTES`.
+fn next_chunk(records: &mut RawRecords) -> Vec<Result<RawRecord>> {
+    let mut chunk = Vec::new();
+    let mut bytes = 0;
+    while chunk.len() < CHUNK && bytes < CHUNK_BYTES {
+        let Some(record) = records.next() else { break };
+        bytes += record.as_ref().map_or(0, RawRecord::size);
+        chunk.push(record);
+    }
+    chunk
+}
+
+/// The file that was read must be the one that was hashed before: the fingerprint stands for what was encoded.
+fn check_unchanged(path: &Path, content: &mut File, digest: &str) -> Result<()> {
+    let rewound = content.rewind().and_then(|()| sha256_of(content));
+    if rewound.map_err(|e| Error::io("read", path, e))? == digest {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Io,
+        format!("`{}` changed while it was read", path.display()),
+    )
+    .rule("a data file stays as it is until it has been read")
+    .hint("run the command again once nothing writes to the file"))
 }
 
 /// Collects encoded records into a data set.
 #[derive(Default)]
 struct DatasetBuilder {
-    /// Known after the first record.
-    format: Option<Format>,
     examples: Vec<Example>,
     records: Vec<u64>,
     counts: Counts,
@@ -141,46 +312,52 @@ struct DatasetBuilder {
 impl DatasetBuilder {
     fn add(
         &mut self,
-        chunk: Vec<Result<Record>>,
+        records: Vec<Result<Record>>,
+        format: Format,
         options: &Options,
         tokenizer: &Tokenizer,
     ) -> Result<()> {
-        let columns = Columns(&options.columns);
-        if let (None, Some(first)) = (self.format, chunk.iter().flatten().next()) {
-            columns.check_first(first)?;
-            self.format = Some(match options.format {
-                Format::Auto => detect_format(first, columns)?,
-                format => format,
-            });
+        let template = options.prompt_template.as_ref();
+        if template.is_some() && matches!(format, Format::Text | Format::Messages) {
+            return Err(Error::new(
+                Kind::Data,
+                "the records have no prompt for the prompt template",
+            )
+            .at("data.prompt_template")
+            .rule("prompt and completion, or instruction and output")
+            .hint(
+                "remove `data.prompt_template`, or say which columns to read in `data.columns`",
+            ));
         }
-        let format = self.format.unwrap_or(options.format);
-        if format == Format::Messages {
+        if format == Format::Messages || template == Some(&PromptTemplate::Chat) {
             // Without a template every record would fail: an error of the model, not of a record.
             tokenizer.template()?;
         }
         let encode_record = |record: Result<Record>| {
             let record = record?;
-            let typed = interpret(&record, format, columns)?;
+            let typed = interpret(&record, format, Columns(&options.columns), template)?;
             let encoded = encode(&typed, tokenizer, options.max_length)
                 .map_err(|e| e.at(record.place.to_string()))?;
             Ok((record.place, encoded))
         };
-        let encoded: Vec<Result<_>> = chunk.into_par_iter().map(encode_record).collect();
+        let encoded: Vec<Result<_>> = records.into_par_iter().map(encode_record).collect();
         for record in encoded {
             self.counts.records += 1;
             match record {
                 Ok((place, encoded)) => self.add_encoded(&place, encoded, tokenizer)?,
-                Err(error)
-                    if options.on_bad_record == OnBadRecord::Stop || error.kind() != Kind::Data =>
-                {
-                    return Err(error);
-                }
-                Err(error) => {
-                    self.counts.skipped += 1;
-                    self.first_bad.get_or_insert(error);
-                }
+                Err(error) => self.skip(error, options)?,
             }
         }
+        Ok(())
+    }
+
+    /// Counts a bad record, or returns its error.
+    fn skip(&mut self, error: Error, options: &Options) -> Result<()> {
+        if options.on_bad_record == OnBadRecord::Stop || error.kind() != Kind::Data {
+            return Err(error);
+        }
+        self.counts.skipped += 1;
+        self.first_bad.get_or_insert(error);
         Ok(())
     }
 
@@ -270,6 +447,7 @@ mod tests {
     use super::super::options::TxtUnit;
     use super::*;
     use crate::data::tokenizer::tests::word_tokenizer;
+    use crate::hub::Silent;
 
     fn options() -> Options {
         Options {
@@ -278,6 +456,7 @@ mod tests {
             max_length: 4,
             on_bad_record: OnBadRecord::Stop,
             txt_unit: TxtUnit::Paragraph,
+            prompt_template: None,
         }
     }
 
@@ -292,7 +471,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("d.jsonl");
         std::fs::write(&path, text).unwrap();
-        load(&[path], options, &tokenizer(), cache)
+        load(&[path], options, &tokenizer(), cache, &Silent)
     }
 
     fn skip() -> Options {
@@ -362,11 +541,17 @@ mod tests {
             ("{}\n{}\n", &text, "all of them are bad"),
             ("{\"text\": \"\"}", &text, "1 dropped"),
             ("", &options(), "0 records"),
-            (LINES, &mapped, "has no `body`"),
+            (LINES, &mapped, "no record has `body`"),
         ] {
             let error = load_lines(lines, options, None).unwrap_err().to_string();
             assert!(error.contains(reason), "{error}");
         }
+        let templated = Options {
+            prompt_template: Some("{prompt} ".parse().unwrap()),
+            ..options()
+        };
+        let error = load_lines("{\"text\": \"a\"}", &templated, None).unwrap_err();
+        assert!(error.to_string().contains("no prompt"), "{error}");
         let error = load_lines("{\"messages\": []}", &options(), None).unwrap_err();
         assert_eq!(error.kind(), Kind::Tokenizer);
         let short = Options {
@@ -374,6 +559,46 @@ mod tests {
             ..options()
         };
         assert!(load_lines("{}", &short, None).is_err());
+    }
+
+    #[test]
+    fn fields_that_appear_late_decide_the_format() {
+        let late = "{\"text\": \"a\"}\n".repeat(CHUNK + 1)
+            + "{\"prompt\": \"a\", \"completion\": \" b\"}\n";
+        let dataset = load_lines(&late, &skip(), None).unwrap();
+        let counts = (
+            dataset.counts.records,
+            dataset.counts.skipped,
+            dataset.counts.examples,
+        );
+        assert_eq!(counts, (CHUNK as u64 + 2, CHUNK as u64 + 1, 1));
+        let error = load_lines(&late, &options(), None).unwrap_err().to_string();
+        assert!(
+            error.contains("no `prompt`") && error.contains("line 1"),
+            "{error}"
+        );
+        let nulls = "{\"prompt\": null}\n".repeat(CHUNK + 1)
+            + "{\"prompt\": \"a\", \"completion\": \" b\"}\n";
+        assert_eq!(
+            load_lines(&nulls, &skip(), None).unwrap().counts.examples,
+            1
+        );
+    }
+
+    #[test]
+    fn a_file_that_changed_since_it_was_hashed_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("d.jsonl");
+        std::fs::write(&path, LINES).unwrap();
+        let digest = digest(&path).unwrap();
+        let mut content = File::open(&path).unwrap();
+        check_unchanged(&path, &mut content, &digest).unwrap();
+        std::fs::write(&path, "{}").unwrap();
+        let error = check_unchanged(&path, &mut content, &digest).unwrap_err();
+        assert!(
+            error.kind() == Kind::Io && error.to_string().contains("changed while"),
+            "{error}"
+        );
     }
 
     #[test]

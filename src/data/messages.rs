@@ -4,6 +4,8 @@
 //! text, tool calls with parsed arguments, tools as functions, and which messages have a loss. Refuses images, unknown roles of
 //! ShareGPT and loss weights other than 0 and 1. Knows nothing of templates.
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value, json};
 
 use super::chat::{Chat, assistant_mask};
@@ -36,6 +38,7 @@ pub(super) fn from_list(
         messages.insert(0, json!({"role": "system", "content": text}));
         weights.insert(0, None);
     }
+    check_roles(&messages)?;
     let loss_mask = assistant_mask(&messages)
         .into_iter()
         .zip(weights)
@@ -60,6 +63,35 @@ pub(super) fn from_prompt_and_completion(
     Ok(chat)
 }
 
+/// A list of messages, or its JSON text, as columnar files have it.
+pub(super) fn list(value: &Value) -> Result<Cow<'_, [Value]>> {
+    let rule = "[{\"role\": \"user\", \"content\": \"...\"}, ...], or its JSON text";
+    match value {
+        Value::Array(list) => Ok(Cow::Borrowed(list.as_slice())),
+        Value::String(text) => from_json_text("messages", text, rule).map(Cow::Owned),
+        other => Err(bad_record("a record's `messages` is not a list")
+            .value(excerpt(other))
+            .rule(rule)),
+    }
+}
+
+/// A list written as JSON text in `field`.
+fn from_json_text(field: &str, text: &str, rule: &str) -> Result<Vec<Value>> {
+    serde_json::from_str(text).map_err(|e| {
+        let error = bad_record(format!("`{field}` is text that is no JSON list: {e}"))
+            .value(text.chars().take(120).collect::<String>())
+            .rule(rule);
+        // pandas writes a list to CSV as Python's `str` of it.
+        if text.contains("{'") {
+            error.hint(format!(
+                "the text is Python's notation of a list: write it as JSON, as with `df[\"{field}\"] = df[\"{field}\"].map(json.dumps)`"
+            ))
+        } else {
+            error.hint("correct the record, or set `on_bad_record = \"skip\"`")
+        }
+    })
+}
+
 fn excerpt(value: &Value) -> String {
     value.to_string().chars().take(120).collect()
 }
@@ -79,9 +111,12 @@ fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
     if !fields.contains_key("role") && fields.contains_key("from") {
         fields = from_sharegpt(&fields)?;
     }
-    if fields.get("role").and_then(Value::as_str).is_none() {
+    let Some(role) = fields.get("role").and_then(Value::as_str) else {
         return Err(bad_record("a message has no role")
             .rule("{\"role\": ..., \"content\": ...} or {\"from\": ..., \"value\": ...}"));
+    };
+    if let Some(role) = known_role(role) {
+        fields.insert("role".into(), json!(role));
     }
     let content = content(fields.get("content"), fields.contains_key("tool_calls"))?;
     fields.insert("content".into(), Value::String(content));
@@ -130,10 +165,7 @@ fn from_sharegpt(fields: &Map<String, Value>) -> Result<Map<String, Value>> {
         .unwrap_or_default();
     let value = fields.get("value").cloned().unwrap_or(Value::Null);
     let role = match from {
-        "human" | "user" => "user",
-        "gpt" | "assistant" | "model" | "chatgpt" | "bot" => "assistant",
-        "system" => "system",
-        "observation" | "tool" | "function_response" => "tool",
+        "observation" | "function_response" => "tool",
         "function_call" => {
             let calls = parse_calls(value.as_str().unwrap_or_default())?;
             return Ok(Map::from_iter([
@@ -141,16 +173,44 @@ fn from_sharegpt(fields: &Map<String, Value>) -> Result<Map<String, Value>> {
                 ("tool_calls".to_string(), calls),
             ]));
         }
-        _ => {
-            return Err(bad_record("a message is from somebody unknown")
+        other => known_role(other).ok_or_else(|| {
+            bad_record("a message is from somebody unknown")
                 .rule("from: human, gpt, system, function_call or observation")
-                .hint("rename the speaker, or write the record as `messages`"));
-        }
+                .hint("rename the speaker, or write the record as `messages`")
+        })?,
     };
     Ok(Map::from_iter([
         ("role".to_string(), json!(role)),
         ("content".to_string(), value),
     ]))
+}
+
+/// The role that a data set means by a name in any case: axolotl's and ShareGPT's names, OpenAssistant's `prompter`.
+fn known_role(name: &str) -> Option<&'static str> {
+    match name.to_lowercase().as_str() {
+        "human" | "user" | "prompter" => Some("user"),
+        "gpt" | "assistant" | "model" | "chatgpt" | "bot" | "chatbot" | "ai" => Some("assistant"),
+        "system" => Some("system"),
+        "tool" => Some("tool"),
+        _ => None,
+    }
+}
+
+/// Refuses a conversation without the assistant's turns where a role is unknown: it may be the assistant's.
+fn check_roles(messages: &[Value]) -> Result<()> {
+    let roles: Vec<&str> = messages.iter().filter_map(|m| m["role"].as_str()).collect();
+    let unknown = roles.iter().find(|role| known_role(role).is_none());
+    match unknown {
+        Some(unknown) if !roles.contains(&"assistant") => {
+            Err(bad_record("no message has the role `assistant`")
+                .value(roles.join(", "))
+                .rule("role: system, user, assistant or tool")
+                .hint(format!(
+                    "if `{unknown}` is the assistant, rename the role in the data, or set `on_bad_record = \"skip\"`"
+                )))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// `{"name", "arguments"}`, or a list of them, written as text.
@@ -169,8 +229,16 @@ fn parse_calls(text: &str) -> Result<Value> {
 
 const CALL: &str = "{\"name\": \"...\", \"arguments\": {...}}";
 
-/// Checks each call and parses its arguments where they are text (OpenAI's form; templates want the object).
+/// Checks each call and parses its arguments where they are text (OpenAI's form; templates want the object); the list itself may be
+/// JSON text.
 fn tool_calls(calls: &mut Value) -> Result<()> {
+    if let Value::String(text) = calls {
+        let list = match text.trim() {
+            "" => Vec::new(),
+            text => from_json_text("tool_calls", text, CALL)?,
+        };
+        *calls = Value::Array(list);
+    }
     let list = calls.as_array_mut().ok_or_else(|| {
         bad_record("`tool_calls` is not a list").rule("[{\"function\": {...}}, ...]")
     })?;
@@ -223,14 +291,10 @@ fn part(part: &Value) -> Result<String> {
 /// Tools as the list of `{"type": "function", "function": ...}` that templates print; given as a list or as its JSON text.
 fn functions(tools: &Value) -> Result<Option<Value>> {
     let rule = "a list of functions, {\"name\": ..., \"description\": ..., \"parameters\": ...}, or its JSON text";
-    let parsed = match tools {
+    let list = match tools {
         Value::String(text) if text.trim().is_empty() => return Ok(None),
-        Value::String(text) => serde_json::from_str(text)
-            .map_err(|e| bad_record(format!("`tools` is not JSON: {e}")).rule(rule))?,
-        other => other.clone(),
-    };
-    let list = match parsed {
-        Value::Array(list) => list,
+        Value::String(text) => from_json_text("tools", text, rule)?,
+        Value::Array(list) => list.clone(),
         _ => return Err(bad_record("`tools` is not a list").rule(rule)),
     };
     let wrap = |tool: Value| match tool.get("function").is_some() || tool.get("name").is_none() {
@@ -280,6 +344,58 @@ mod tests {
             chat.tools,
             Some(json!([{"type": "function", "function": {"name": "f"}}]))
         );
+    }
+
+    #[test]
+    fn role_names_are_those_of_other_tools() {
+        // axolotl's default map of roles, in any case.
+        for (name, role) in [
+            ("human", "user"),
+            ("User", "user"),
+            ("gpt", "assistant"),
+            ("Assistant", "assistant"),
+            ("bot", "assistant"),
+            ("SYSTEM", "system"),
+        ] {
+            let list =
+                json!([{"role": name, "content": "q"}, {"role": "assistant", "content": "a"}]);
+            assert_eq!(chat(list).unwrap().messages[0]["role"], role, "{name}");
+        }
+        let known_to_a_template =
+            json!([{"role": "observation", "content": "q"}, {"role": "assistant", "content": "a"}]);
+        assert_eq!(
+            chat(known_to_a_template).unwrap().messages[0]["role"],
+            "observation"
+        );
+        let error =
+            chat(json!([{"role": "user", "content": "q"}, {"role": "Helper", "content": "a"}]))
+                .unwrap_err()
+                .to_string();
+        assert!(
+            error.contains("user, Helper") && error.contains("rename the role"),
+            "{error}"
+        );
+        assert!(chat(json!([{"role": "user", "content": "q"}])).is_ok());
+    }
+
+    #[test]
+    fn lists_may_be_json_text() {
+        let text = json!("[{\"role\": \"user\", \"content\": \"q\"}]");
+        assert_eq!(list(&text).unwrap().len(), 1);
+        let python = list(&json!("[{'role': 'user', 'content': 'q'}]"))
+            .unwrap_err()
+            .to_string();
+        assert!(python.contains("json.dumps"), "{python}");
+        assert!(
+            list(&json!("hello"))
+                .unwrap_err()
+                .to_string()
+                .contains("no JSON list")
+        );
+        let calls = "[{\"function\": {\"name\": \"f\", \"arguments\": {}}}]";
+        let chat = chat(json!([{"role": "user", "content": "q", "tool_calls": ""}, {"role": "assistant", "tool_calls": calls}])).unwrap();
+        assert_eq!(chat.messages[1]["tool_calls"][0]["function"]["name"], "f");
+        assert!(chat.messages[0].get("tool_calls").is_none());
     }
 
     #[test]

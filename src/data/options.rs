@@ -2,6 +2,9 @@
 //!
 //! Plain values without behaviour, so that a recipe can hold them.
 
+use std::fmt;
+use std::str::FromStr;
+
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -24,7 +27,7 @@ pub const COLUMN_FIELDS: [&str; 8] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// By the first record's fields.
+    /// By the records' fields.
     Auto,
     /// `{text}`.
     Text,
@@ -56,6 +59,50 @@ pub enum TxtUnit {
     File,
 }
 
+/// What a prompt becomes before its completion.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PromptTemplate {
+    /// Text around the prompt.
+    Text {
+        /// Before it.
+        before: String,
+        /// Between it and the completion.
+        after: String,
+    },
+    /// The user's turn of the model's chat template; the completion is the assistant's.
+    Chat,
+}
+
+impl PromptTemplate {
+    /// The values that are read.
+    pub const RULE: &str = "a text that holds `{prompt}` once, or \"chat\"";
+    const PROMPT: &str = "{prompt}";
+}
+
+impl FromStr for PromptTemplate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(Self::PROMPT) {
+            _ if text == "chat" => Ok(Self::Chat),
+            Some((before, after)) if !after.contains(Self::PROMPT) => Ok(Self::Text {
+                before: before.to_string(),
+                after: after.to_string(),
+            }),
+            _ => Err(Self::RULE.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for PromptTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text { before, after } => write!(f, "{before}{}{after}", Self::PROMPT),
+            Self::Chat => f.write_str("chat"),
+        }
+    }
+}
+
 /// How files are read and encoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -69,4 +116,6 @@ pub struct Options {
     pub on_bad_record: OnBadRecord,
     /// How a `.txt` file is cut into texts.
     pub txt_unit: TxtUnit,
+    /// What a prompt becomes; `None`: as the format has it.
+    pub prompt_template: Option<PromptTemplate>,
 }

@@ -1,71 +1,174 @@
 //! Parquet rows as records.
 //!
-//! Takes an open file, returns its rows with nested lists and structs as JSON. UTF-8 bytes count as text, since some writers
-//! leave strings unannotated. Knows nothing of formats.
+//! Takes an open file, decodes the needed columns and returns its rows with nested lists and structs as JSON. UTF-8 bytes count as
+//! text, since some writers leave strings unannotated. Panics of the library on malformed files become errors. Knows nothing of formats.
 
-use std::fs::File;
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
+use chrono::DateTime;
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
-use serde_json::Value;
+use parquet::schema::types::{GroupTypeBuilder, Type};
+use serde_json::{Map, Value};
 
-use super::read::{Location, Record, Records};
-use crate::error::{Error, Kind, Result};
+use super::read::{Content, Location, NeededColumns, RawRecord, RawRecords};
+use super::source::Source;
+use crate::error::{Error, Kind, Result, catch_panic};
 
 /// The rows of `source` in order.
-pub(super) fn records(file: Arc<str>, source: File) -> Result<Records> {
-    let refuse = |e: parquet::errors::ParquetError| {
-        Error::new(
+pub(super) fn records(source: Source, columns: &NeededColumns) -> Result<RawRecords> {
+    let file = source.name.clone();
+    let refuse = |reason| damaged(&file, reason);
+    let opened = catch_panic(|| SerializedFileReader::new(source.file));
+    let reader = opened.map_err(refuse)?;
+    let schema = reader.metadata().file_metadata().schema().clone();
+    let count = reader.metadata().file_metadata().num_rows().max(1) as u64;
+    let names: Vec<String> = schema
+        .get_fields()
+        .iter()
+        .map(|field| field.name().to_string())
+        .collect();
+    let is_needed = |name: &String| columns.contains(name);
+    let twice =
+        (1..names.len()).find(|i| is_needed(&names[*i]) && names[..*i].contains(&names[*i]));
+    if let Some(i) = twice {
+        return Err(Error::new(
             Kind::Data,
-            format!("not a Parquet file that can be read: {e}"),
+            format!("the file has two columns `{}`", names[i]),
         )
         .at(file.as_ref())
-        .rule("compression none, snappy, gzip or zstd")
-        .hint("write it again, as with pandas' `to_parquet(path, compression=\"zstd\")`")
-    };
-    let reader = SerializedFileReader::new(source).map_err(refuse)?;
-    // Fails now, not at the first row, if the schema cannot be read as records.
-    reader.get_row_iter(None).map_err(refuse)?;
-    let rows = parquet::record::reader::RowIter::from_file_into(Box::new(reader));
-    let mut failed = false;
-    Ok(Box::new(rows.enumerate().map_while(move |(i, row)| {
-        let place = Location {
-            file: file.clone(),
-            unit: "row",
-            number: i as u64 + 1,
-        };
-        let result = match row {
-            _ if failed => return None,
-            Ok(row) => fields(&row).map(|fields| Record {
-                place: place.clone(),
-                fields,
-            }),
-            // A page that cannot be decoded ends the file: later rows cannot be located.
-            Err(e) => {
-                failed = true;
-                Err(e.to_string())
-            }
-        };
-        Some(result.map_err(|e| {
-            Error::new(Kind::Data, format!("a row cannot be read: {e}")).at(place.to_string())
-        }))
-    })))
+        .hint("rename one of them"));
+    }
+    let projection = project(&schema, columns);
+    let rows = catch_panic(|| RowIter::from_file_into(Box::new(reader)).project(Some(projection?)));
+    Ok(Box::new(Rows {
+        rows: rows.map_err(refuse)?,
+        file,
+        names,
+        bytes_per_row: source.size / count,
+        consumed: source.consumed,
+        number: 0,
+        ended: false,
+    }))
 }
 
-fn fields(row: &Row) -> Result<serde_json::Map<String, Value>, String> {
-    row.get_column_iter()
-        .map(|(name, field)| {
-            let value = match field {
-                Field::Bytes(bytes) => Value::String(
-                    String::from_utf8(bytes.data().to_vec())
-                        .map_err(|_| format!("column `{name}` holds bytes that are no text"))?,
-                ),
-                other => other.to_json_value(),
-            };
-            Ok((name.clone(), value))
+/// The part of a schema that holds the needed columns.
+fn project(schema: &Type, columns: &NeededColumns) -> Result<Type, ParquetError> {
+    let needed = schema
+        .get_fields()
+        .iter()
+        .filter(|field| columns.contains(field.name()));
+    GroupTypeBuilder::new(schema.name())
+        .with_fields(needed.cloned().collect())
+        .build()
+}
+
+fn damaged(place: impl ToString, reason: String) -> Error {
+    Error::new(
+        Kind::Io,
+        format!("not a Parquet file that can be read: {reason}"),
+    )
+    .at(place.to_string())
+    .rule("compression none, snappy, gzip or zstd")
+    .hint("write it again, as with pandas' `to_parquet(path, compression=\"zstd\")`")
+}
+
+/// The rows of a file. A page that cannot be decoded ends it: later rows cannot be located.
+struct Rows {
+    file: Arc<str>,
+    rows: RowIter<'static>,
+    /// Of all columns.
+    names: Vec<String>,
+    bytes_per_row: u64,
+    consumed: Rc<Cell<u64>>,
+    number: u64,
+    ended: bool,
+}
+
+impl Iterator for Rows {
+    type Item = Result<RawRecord>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        self.number += 1;
+        self.consumed.set(self.number * self.bytes_per_row);
+        let place = Location::new(&self.file, "row", self.number);
+        match catch_panic(|| self.rows.next().transpose()) {
+            Ok(None) => None,
+            Ok(Some(row)) => Some(self.record(place, &row)),
+            Err(reason) => {
+                self.ended = true;
+                Some(Err(damaged(place, reason)))
+            }
+        }
+    }
+}
+
+impl Rows {
+    fn record(&self, place: Location, row: &Row) -> Result<RawRecord> {
+        let decoded = object(row).map_err(|reason| {
+            Error::new(Kind::Data, format!("a row cannot be read: {reason}"))
+                .at(place.to_string())
+                .hint("correct the row, or set `on_bad_record = \"skip\"`")
+        });
+        let mut decoded = decoded?;
+        let fields = self.names.iter().map(|name| {
+            let value = decoded.get_mut(name).map_or(Value::Null, Value::take);
+            (name.clone(), value)
+        });
+        Ok(RawRecord {
+            content: Content::Fields(fields.collect()),
+            place,
+        })
+    }
+}
+
+fn object(row: &Row) -> Result<Map<String, Value>, String> {
+    let fields = row.get_column_iter();
+    fields
+        .map(|(name, field)| match value(field) {
+            Ok(value) => Ok((name.clone(), value)),
+            Err(reason) => Err(format!("`{name}` {reason}")),
         })
         .collect()
+}
+
+fn value(field: &Field) -> Result<Value, String> {
+    let in_calendar = match field {
+        Field::Bytes(bytes) => {
+            let text = String::from_utf8(bytes.data().to_vec());
+            return text
+                .map(Value::String)
+                .map_err(|_| "holds bytes that are no text".into());
+        }
+        Field::Group(row) => return object(row).map(Value::Object),
+        Field::ListInternal(list) => return list.elements().iter().map(value).collect(),
+        Field::MapInternal(map) => {
+            let entry = |(key, item): &(Field, Field)| {
+                let key = match value(key)? {
+                    Value::String(key) => key,
+                    key => key.to_string(),
+                };
+                Ok((key, value(item)?))
+            };
+            return map.entries().iter().map(entry).collect();
+        }
+        Field::Date(days) => DateTime::from_timestamp(i64::from(*days) * 86_400, 0).is_some(),
+        Field::TimestampMillis(time) => DateTime::from_timestamp_millis(*time).is_some(),
+        Field::TimestampMicros(time) => DateTime::from_timestamp_micros(*time).is_some(),
+        _ => true,
+    };
+    if in_calendar {
+        catch_panic(|| Ok::<_, String>(field.to_json_value()))
+    } else {
+        Err(format!("is not in the calendar: {field:?}"))
+    }
 }
 
 #[cfg(test)]

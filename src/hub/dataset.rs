@@ -205,6 +205,18 @@ impl<'a> DataFile<'a> {
     }
 }
 
+/// Whether a file of this name may hold records.
+pub fn is_data_file(name: &str) -> bool {
+    DataFile::parse(name).is_some()
+}
+
+/// The split that a data file's name has a word for.
+pub fn split_in_name(name: &str) -> Option<&'static str> {
+    let file = DataFile::parse(name)?;
+    let split = SPLITS.iter().find(|(_, words)| file.contains(words));
+    split.map(|(split, _)| *split)
+}
+
 /// The files of `split`, sorted. `split` is also `folder/split`, `split.format`, both, or a file's full name.
 fn files_of_split(files: &[String], split: &str) -> Result<Vec<String>, NoSplit> {
     if files.iter().any(|file| file == split) {

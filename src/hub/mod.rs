@@ -26,7 +26,7 @@ mod settings;
 mod upload;
 
 pub use client::{Hub, RetryPolicy};
-pub use dataset::DatasetFiles;
+pub use dataset::{DatasetFiles, is_data_file, split_in_name};
 pub use embedded::embedded;
 pub use model::ModelFiles;
 pub use settings::{Settings, Token};

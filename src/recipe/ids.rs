@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use toml_edit::Value;
+use toml_edit::{Array, Value};
 
 use super::key::Key;
 use super::larger_model::{self, LargerModel};
@@ -15,6 +15,7 @@ use super::setting::{Setting, Values, setting_as, values};
 use super::tree::{Node, Raw};
 use crate::data::options::EXTENSIONS;
 use crate::energy::options::{DeviceRef, GridRef};
+use crate::files::expand;
 
 /// The prefix of a model inside the program.
 const EMBEDDED: &str = "embedded:";
@@ -33,8 +34,8 @@ pub enum ModelId {
 /// Where records are found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DataSource {
-    /// A local file.
-    File(PathBuf),
+    /// Local files, folders of files, and patterns (`dir/*.jsonl`).
+    Files(Vec<PathBuf>),
     /// A data set on the hub.
     Hub {
         /// `owner/name`.
@@ -51,7 +52,8 @@ impl ModelId {
             return is_hub_name(name).then(|| ModelId::Embedded(name.to_string()));
         }
         if is_path(text) || directory.join(text).is_dir() {
-            return Some(ModelId::Directory(tidy(&directory.join(text))));
+            let path = expand(text).unwrap_or_else(|_| text.to_string());
+            return Some(ModelId::Directory(tidy(&directory.join(path))));
         }
         (is_hub_name(text) || is_hub_id(text)).then(|| ModelId::Hub(text.to_string()))
     }
@@ -59,7 +61,7 @@ impl ModelId {
 
 /// Whether a text can only be a path.
 fn is_path(text: &str) -> bool {
-    text.starts_with(['.', '~', '/']) || Path::new(text).is_absolute()
+    text.starts_with(['.', '~', '/', '$']) || Path::new(text).is_absolute()
 }
 
 /// `owner/name`.
@@ -88,21 +90,11 @@ fn tidy(path: &Path) -> PathBuf {
     path.components().collect()
 }
 
-/// An absolute path: `~` is the home directory, all else counts from the recipe's directory.
+/// An absolute path: `~` and variables are expanded, all else counts from the recipe's directory.
 fn resolve(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<PathBuf> {
-    let in_home = match text.strip_prefix('~') {
-        Some("") => Some(""),
-        Some(rest) => rest.strip_prefix('/'),
-        None => return Some(tidy(&field.directory.join(&text))),
-    };
-    let home = std::env::home_dir().filter(|home| home.is_absolute() && home.to_str().is_some());
-    match (in_home, home) {
-        (Some(rest), Some(home)) => Some(tidy(&home.join(rest))),
-        _ => field.invalid_by(
-            node,
-            "`~` alone or `~/...`, with a home folder that is known",
-            Some("write the whole path, from `/` on".into()),
-        ),
+    match expand(&text) {
+        Ok(path) => Some(tidy(&field.directory.join(path))),
+        Err(rule) => field.invalid_by(node, rule, Some("write the whole path, from `/` on".into())),
     }
 }
 
@@ -118,10 +110,6 @@ setting_as! {
         ModelId::Hub(id) => id.clone(),
         ModelId::Directory(path) => path_text(path),
         ModelId::Embedded(name) => format!("{EMBEDDED}{name}"),
-    };
-    DataSource: data_source, |source| match source {
-        DataSource::File(path) => path_text(path),
-        DataSource::Hub { id, split } => format!("{id}:{split}"),
     };
     DeviceRef: device, |device| device.to_string();
     LargerModel: larger_model, |model| model.name.clone();
@@ -140,30 +128,81 @@ fn model_id(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<Mode
     }
 }
 
-/// A file by its extension, its first character or its existence; else a hub id with an optional split.
-fn data_source(text: String, node: &Node, field: &mut Field<'_, '_>) -> Option<DataSource> {
-    let has_extension = Path::new(&text).extension().is_some_and(|extension| {
+impl Setting for DataSource {
+    fn values(_: &Key) -> Values {
+        let path = json!({ "type": "string", "minLength": 1 });
+        let list = json!({ "type": "array", "items": path, "minItems": 1 });
+        values(data_rule(), json!({ "anyOf": [path, list] }))
+    }
+
+    fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
+        match &node.raw {
+            Raw::Text(text) if !text.is_empty() => data_source(text, node, field),
+            Raw::List(paths) if !paths.is_empty() => {
+                let read: Vec<Option<PathBuf>> =
+                    paths.iter().map(|node| data_path(node, field)).collect();
+                read.into_iter()
+                    .collect::<Option<_>>()
+                    .map(DataSource::Files)
+            }
+            Raw::Text(_) | Raw::List(_) => field.invalid(node),
+            _ => field.wrong_type(node),
+        }
+    }
+
+    fn write(&self) -> Option<Value> {
+        Some(match self {
+            DataSource::Files(paths) => match paths.as_slice() {
+                [path] => path_text(path).into(),
+                paths => paths
+                    .iter()
+                    .map(|path| path_text(path))
+                    .collect::<Array>()
+                    .into(),
+            },
+            DataSource::Hub { id, split } => format!("{id}:{split}").into(),
+        })
+    }
+}
+
+fn data_rule() -> String {
+    format!(
+        "a file that ends in .{}, a folder of such files, a pattern (\"dir/*.jsonl\"), a list of these, \
+         or a hub id `owner/name` or `owner/name:split`",
+        EXTENSIONS.join(" .")
+    )
+}
+
+/// An item of a list: a path in any form.
+fn data_path(node: &Node, field: &mut Field<'_, '_>) -> Option<PathBuf> {
+    match &node.raw {
+        Raw::Text(text) if !text.is_empty() => resolve(text.clone(), node, field),
+        _ => field.invalid_by(node, "a list of paths in double quotes", None),
+    }
+}
+
+/// A path by its extension, first character, `*` or existence; else a hub id with an optional split.
+fn data_source(text: &str, node: &Node, field: &mut Field<'_, '_>) -> Option<DataSource> {
+    let has_extension = Path::new(text).extension().is_some_and(|extension| {
         EXTENSIONS
             .iter()
             .any(|known| extension.eq_ignore_ascii_case(known))
     });
-    if has_extension || is_path(&text) || field.directory.join(&text).exists() {
-        return resolve(text, node, field).map(DataSource::File);
+    let is_pattern = text.contains(['*', '?', '[']);
+    if has_extension || is_pattern || is_path(text) || field.directory.join(text).exists() {
+        return resolve(text.to_string(), node, field).map(|path| DataSource::Files(vec![path]));
     }
-    let (id, split) = text.split_once(':').unwrap_or((&text, "train"));
+    let (id, split) = text.split_once(':').unwrap_or((text, "train"));
     if is_hub_id(id) && !split.is_empty() && !split.contains(char::is_whitespace) {
         return Some(DataSource::Hub {
             id: id.to_string(),
             split: split.to_string(),
         });
     }
-    let extensions = EXTENSIONS.join(" .");
     let name = field.key.name;
     field.invalid_by(
         node,
-        format!(
-            "a file that ends in .{extensions}, or a hub id `owner/name` or `owner/name:split`"
-        ),
+        data_rule(),
         Some(format!(
             "write for example `{name} = \"./{name}.jsonl\"` or `{name} = \"owner/name:train\"`"
         )),

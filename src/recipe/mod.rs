@@ -36,5 +36,5 @@ pub use sections::{
 pub use write::{lora_setting, reference, starter};
 
 pub use crate::adapter::options::Targets;
-pub use crate::data::options::{Format, OnBadRecord, TxtUnit};
+pub use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 pub use crate::train::schedule::Decay;

@@ -14,7 +14,7 @@ use super::larger_model::LargerModel;
 use super::reader::Reader;
 use super::setting::Setting;
 use crate::adapter::options::{LoraConfig, Targets};
-use crate::data::options::{Format, OnBadRecord, TxtUnit};
+use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 use crate::energy::options::{DeviceRef, GridRef, Limits, MeterKind};
 use crate::train::schedule::Decay;
 use crate::units::{Flops, GramsCo2e, Joules, Money, Price, Pue, Seconds};
@@ -190,13 +190,13 @@ impl Keys for Adapter {
 section! {
     /// The `[data]` table.
     pub struct Data in "data" mod data {
-        /// A .jsonl .json .csv .tsv .txt .parquet file, or a hub id with :split
+        /// A .jsonl .json .csv .tsv .txt .parquet file, a folder, "dir/*.jsonl", a list of these, or a hub id with :split
         train: DataSource = required("\"train.jsonl\"")
             .known_as(&["train_file", "train_path", "dataset", "path", "file"])
             .in_starter(),
         /// Where the loss is evaluated.
         validation: Validation,
-        /// How a record is read; auto: by the first one's fields
+        /// How a record is read; auto: by the fields of all
         format: Format = default("\"auto\"").known_as(&["type"]),
         /// Wanted field -> the file's column
         columns: Vec<(String, String)> =
@@ -213,6 +213,9 @@ section! {
         on_bad_record: OnBadRecord = default("\"stop\""),
         /// What one text of a .txt file is
         txt_unit: TxtUnit = default("\"paragraph\""),
+        /// What a prompt becomes before its completion; "chat": the user's turn of the chat template
+        prompt_template: Option<PromptTemplate> = optional("\"{prompt} \"")
+            .known_as(&["template", "prompt_style", "separator", "prompt_format"]),
     }
 }
 
@@ -223,7 +226,7 @@ section! {
             .known_as(&["valid", "val", "eval", "validation_file", "eval_file", "test"]),
         /// Or this share of the training records, chosen by the seed
         validation_fraction: Option<f64> = optional("0.05").within(FRACTION)
-            .known_as(&["val_fraction", "val_size", "val_set_size", "test_size"]),
+            .known_as(&["val_fraction", "val_size", "val_set_size", "test_size", "validation_split", "val_split", "eval_split"]),
     }
 }
 

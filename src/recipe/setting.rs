@@ -15,7 +15,7 @@ use super::reader::Field;
 use super::sections::{AdapterType, Checkpointing, Compared, Init};
 use super::suggest;
 use super::tree::{Node, Raw};
-use crate::data::options::{Format, OnBadRecord, TxtUnit};
+use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 use crate::energy::options::MeterKind;
 use crate::train::schedule::Decay;
 use crate::units::{Flops, GramsCo2e, Joules, Money, ParseQuantityError, Per, Price, Pue, Seconds};
@@ -244,6 +244,24 @@ impl Setting for String {
 
     fn write(&self) -> Option<Value> {
         Some(self.as_str().into())
+    }
+}
+
+impl Setting for PromptTemplate {
+    fn values(_: &Key) -> Values {
+        let schema = json!({ "type": "string", "pattern": r"^chat$|\{prompt\}" });
+        values(Self::RULE, schema)
+    }
+
+    fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
+        let Raw::Text(text) = &node.raw else {
+            return field.wrong_type(node);
+        };
+        text.parse().ok().or_else(|| field.invalid(node))
+    }
+
+    fn write(&self) -> Option<Value> {
+        Some(self.to_string().into())
     }
 }
 

@@ -49,7 +49,13 @@ pub struct Evaluation {
 /// A model or data that cannot be loaded, records longer than the positions, and a loss that is not finite.
 pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Evaluation> {
     let loaded = load(&job.model, screen)?;
-    let set = data::load(&job.data, &job.options, &loaded.tokenizer, None)?;
+    let set = data::load(
+        &job.data,
+        &job.options,
+        &loaded.tokenizer,
+        None,
+        screen.downloads(),
+    )?;
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
     check(
         &set.examples[..count],

@@ -50,7 +50,9 @@ pub use training::{Finished, TrainRequest, train};
 // For `cli`, which imports `run`, `recipe` and `report` alone.
 pub use candle_core::Device;
 
-pub use crate::data::{Format, OnBadRecord, Options as DataOptions, RenderedSample, TxtUnit};
+pub use crate::data::{
+    Format, OnBadRecord, Options as DataOptions, PromptTemplate, RenderedSample, TxtUnit,
+};
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, Interval, Profile};
 pub use crate::forecast::{

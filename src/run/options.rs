@@ -13,6 +13,7 @@ pub(super) fn data_options(data: &recipe::Data) -> data::Options {
         max_length: data.max_length,
         on_bad_record: data.on_bad_record,
         txt_unit: data.txt_unit,
+        prompt_template: data.prompt_template.clone(),
     }
 }
 

@@ -270,8 +270,8 @@ fn without_paths(recipe: &Recipe, has_commit: bool) -> Recipe {
         _ => None,
     };
     for source in validation.into_iter().chain([&mut recipe.data.train]) {
-        if let DataSource::File(path) = source {
-            *path = anywhere();
+        if let DataSource::Files(paths) = source {
+            *paths = vec![anywhere()];
         }
     }
     if let Adapter::Lora(lora) = &mut recipe.adapter {

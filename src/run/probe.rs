@@ -15,6 +15,7 @@ use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::target::{adapter_warnings, shape_of, target};
 use super::{Screen, plan, prepare};
+use crate::data;
 use crate::energy::Computing;
 use crate::error::{Error, Result};
 use crate::hub::{ModelFiles, Progress};
@@ -86,13 +87,15 @@ fn missing(recipe: &Recipe, files: &ModelFiles) -> Vec<String> {
         Validation::None | Validation::Fraction(_) => None,
     };
     for source in [&recipe.data.train].into_iter().chain(validation) {
-        if let DataSource::File(path) = source
-            && !path.exists()
-        {
-            missing.push(format!(
-                "there is no file `{}`: data, energy and time are not forecast",
-                path.display()
-            ));
+        if let DataSource::Files(paths) = source {
+            let files = data::files(paths).unwrap_or_else(|_| paths.clone());
+            let absent = files.iter().filter(|path| !path.exists());
+            missing.extend(absent.map(|path| {
+                format!(
+                    "there is no file `{}`: data, energy and time are not forecast",
+                    path.display()
+                )
+            }));
         }
     }
     missing

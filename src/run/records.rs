@@ -33,7 +33,7 @@ impl Records {
         let mut load = |source: &DataSource| -> Result<Dataset> {
             let (paths, name) = locate(source, progress)?;
             sources.push(name);
-            data::load(&paths, &options, tokenizer, cache.as_deref())
+            data::load(&paths, &options, tokenizer, cache.as_deref(), progress)
         };
         let train = load(&recipe.data.train)?;
         let (train, validation) = match &recipe.data.validation {
@@ -69,10 +69,16 @@ impl Records {
     }
 }
 
-/// Local files of a source, and its name in the report.
+/// Local paths of a source, and its name in the report.
 fn locate(source: &DataSource, progress: &dyn Progress) -> Result<(Vec<PathBuf>, String)> {
     match source {
-        DataSource::File(path) => Ok((vec![path.clone()], path.display().to_string())),
+        DataSource::Files(paths) => {
+            let names: Vec<String> = paths
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect();
+            Ok((paths.clone(), names.join(", ")))
+        }
         DataSource::Hub { id, split } => {
             let files = Hub::from_env()?.dataset(id, "main", split, progress)?;
             Ok((files.files, format!("{id}:{split}@{}", files.commit)))
@@ -89,7 +95,10 @@ fn set_warnings(name: &str, set: &Dataset) -> Vec<String> {
         ),
         (counts.dropped, "have no loss token left and were dropped"),
         (counts.skipped, "could not be read and were skipped"),
-        (counts.glued, "have no space between prompt and completion"),
+        (
+            counts.glued,
+            "have no space between prompt and completion: where one belongs there, set data.prompt_template = \"{prompt} \"",
+        ),
     ];
     let mut warnings = Vec::new();
     for (count, event) in events {

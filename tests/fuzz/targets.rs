@@ -13,6 +13,7 @@ use wattune::adapter;
 use wattune::data::{self, Format, OnBadRecord, Options, Tokenizer, TokenizerFiles, TxtUnit};
 use wattune::energy::ledger::Lease;
 use wattune::energy::{Ledger, Profile};
+use wattune::hub::Silent;
 use wattune::model::{Architecture, Weights};
 use wattune::recipe;
 use wattune::report::{read_report, read_steps};
@@ -183,9 +184,10 @@ fn records(
                     max_length: 64,
                     on_bad_record,
                     txt_unit: TxtUnit::Paragraph,
+                    prompt_template: None,
                     columns: Vec::new(),
                 };
-                let _ = data::load(&[file.to_path_buf()], &options, &tiny, None);
+                let _ = data::load(&[file.to_path_buf()], &options, &tiny, None, &Silent);
             }
         }),
     });
