@@ -186,6 +186,7 @@ fn attentions(bench: &Bench<'_>) {
         kv_heads: 3,
         head_dim: 64,
         window: None,
+        scale: None,
     };
     for length in [256, 1024] {
         let segments = Segments::from_lengths(vec![length; TOKENS / length]);
@@ -225,6 +226,7 @@ fn elementwise(bench: &Bench<'_>) {
     let norm = RmsNorm {
         weight: Weight::frozen(random(&[HIDDEN], DType::F32)),
         eps: 1e-5,
+        factor: 1.0,
     };
     bench.line("rms_norm forward", |context| {
         norm.forward(context, &x).expect("forward");

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
-use_sliding_window max_window_layers layer_types attention_dropout""".split()
+use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
+embedding_multiplier residual_multiplier attention_multiplier logits_scaling""".split()
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128)
@@ -115,6 +116,18 @@ VARIANTS = {
     "qwen3, everything absent": {"model_type": "qwen3", "num_hidden_layers": 2},
     "qwen3, window used": tiny("qwen3", sliding_window=16, use_sliding_window=True, max_window_layers=1, head_dim=8),
     "qwen3, theta in the table": tiny("qwen3", head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "smollm3": tiny("smollm3", pad_token_id=0, num_hidden_layers=5),
+    "smollm3, no_rope_layers": tiny("smollm3", pad_token_id=0, no_rope_layers=[0, 1, 1]),
+    "smollm3, interval 2, window": tiny("smollm3", pad_token_id=0, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=16),
+    "smollm3, too few no_rope_layers": tiny("smollm3", pad_token_id=0, no_rope_layers=[0, 1]),
+    "granite": tiny("granite", attention_multiplier=0.2, embedding_multiplier=6.0, residual_multiplier=0.3, logits_scaling=4.0),
+    "granite, multipliers absent": tiny("granite"),
+    "olmo2": tiny("olmo2", drop=["num_key_value_heads"]),
+    "olmo3": tiny("olmo3", num_hidden_layers=4),
+    "olmo3, yarn by its old keys": tiny("olmo3", rope_theta=5e5, rope_scaling=YARN),
+    "olmo3, type alone is not read": tiny("olmo3", rope_scaling=dict(type="linear", factor=2.0)),
+    "olmo3, by layer type": tiny("olmo3", layer_types=["full_attention", "sliding_attention", "full_attention"], rope_parameters={
+        "full_attention": dict(YARN, rope_theta=1e6), "sliding_attention": dict(rope_type="default", rope_theta=2e4)}),
     "qwen3, yarn": tiny("qwen3", head_dim=16, rope_theta=1e6, rope_scaling=YARN),
 }
 # Accepted by transformers, which ignores the key, warns, or computes with a number that no model was trained with.
@@ -155,18 +168,29 @@ def figures(config):
         model = AutoModelForCausalLM.from_config(parsed)
     model.tie_weights()
     block = model.model.layers[0]
-    rotary = type(model.model.rotary_emb)(parsed)
     types = getattr(parsed, "layer_types", None) or ["sliding_attention"] * parsed.num_hidden_layers
-    window = getattr(parsed, "sliding_window", None)
+    window = getattr(parsed, "sliding_window", None) if getattr(parsed, "use_sliding_window", True) else None
+    rotated = getattr(parsed, "no_rope_layers", None) or [1] * parsed.num_hidden_layers
     outer = {n: list(p.shape) for n, p in model.named_parameters() if ".layers." not in n or ".layers.0." in n}
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "tensors": outer, "tied": "lm_head.weight" not in outer,
         "layers": parsed.num_hidden_layers, "heads": parsed.num_attention_heads, "head_dim": block.self_attn.head_dim,
-        "eps": block.input_layernorm.variance_epsilon, "scaling": block.self_attn.scaling,
+        "eps": model.model.norm.variance_epsilon, "scaling": block.self_attn.scaling,
         "max_position_embeddings": parsed.max_position_embeddings, "initializer_range": parsed.initializer_range,
         "windows": [window if t == "sliding_attention" else None for t in types], "bf16": parsed.dtype == torch.bfloat16,
-        "inverse_frequencies": rotary.inv_freq.tolist(), "attention_factor": rotary.attention_scaling,
+        "ropes": [rope(parsed, kind) if used else None for kind, used in zip(types, rotated)],
+        "factors": [getattr(parsed, key, 1.0) for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling")],
     }
+
+
+def rope(parsed, layer_type):
+    """The rotary frequencies of a layer type, and the factor on cos and sin."""
+    with torch.device("meta"):
+        rotary = AutoModelForCausalLM.from_config(parsed).model.rotary_emb
+    rotary = type(rotary)(parsed)
+    if hasattr(rotary, "inv_freq"):
+        return [rotary.attention_scaling, *rotary.inv_freq.tolist()]
+    return [getattr(rotary, f"{layer_type}_attention_scaling"), *getattr(rotary, f"{layer_type}_inv_freq").tolist()]
 
 
 def read(config):

@@ -27,7 +27,9 @@ biases) · qwen2 (bias on q, k, v alone) · llama3rope (rope scaling whose three
   A step's loss is taken before its update; grad_norm is the global L2 norm before clipping. Losses are nats per loss
   token, weighted by token over both segments.
 
-families: qwen3 (q/k norm on each head, biases on q, k, v, o, a sliding window from layer 1 on)
+families: qwen3 (q/k norm on each head, biases on q, k, v, o, a sliding window from layer 1 on) · smollm3 (tied, layer 1
+without rotation, biases) · granite (four multipliers, biases) · olmo2 (norms on results, q/k norm over the rows, biases) ·
+olmo3 (the same, windows and rotations by layer type)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
 logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
@@ -52,7 +54,8 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (AutoConfig, AutoModelForCausalLM, GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, Olmo3Config, Qwen2Config,
+                          Qwen3Config, SmolLM3Config)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
@@ -94,6 +97,15 @@ FAMILY = {**SMALL, "num_hidden_layers": 3, "vocab_size": 48, "intermediate_size"
 FAMILIES = {
     "qwen3": lambda: Qwen3Config(**FAMILY, head_dim=12, attention_bias=True, use_sliding_window=True, sliding_window=5,
                                  max_window_layers=1, rope_parameters=rope("default", 1e4)),
+    "smollm3": lambda: SmolLM3Config(**{**FAMILY, "tie_word_embeddings": True}, no_rope_layers=[1, 0, 1], attention_bias=True,
+                                     mlp_bias=True, pad_token_id=0, rope_parameters=rope("default", 1e4)),
+    "granite": lambda: GraniteConfig(**FAMILY, attention_bias=True, embedding_multiplier=3.0, residual_multiplier=0.4,
+                                     attention_multiplier=0.25, logits_scaling=2.0, rope_parameters=rope("default", 1e4)),
+    "olmo2": lambda: Olmo2Config(**FAMILY, pad_token_id=0, attention_bias=True, rope_parameters=rope("default", 1e4)),
+    "olmo3": lambda: Olmo3Config(**FAMILY, pad_token_id=0, sliding_window=5,
+                                 layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                                 rope_parameters={"sliding_attention": rope("default", 1e4), "full_attention":
+                                                  rope("yarn", 1e4, factor=4.0, original_max_position_embeddings=8)}),
 }
 # Per segment: 0 = context, 1 = predicted.
 LOSS_MASKS = [[0] * 4 + [1] * 3 + [0] * 2 + [1] * 4, [0] * 3 + [1] * 6]
@@ -129,7 +141,7 @@ def save_model(name, config, seed):
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     saved = json.loads((folder / "config.json").read_text())
-    if saved["rope_parameters"]["rope_type"] != "default":
+    if name not in FAMILIES and saved["rope_parameters"]["rope_type"] != "default":
         save_old_config(folder, saved)
 
 

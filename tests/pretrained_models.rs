@@ -124,3 +124,28 @@ fn tinystories_656k_by_the_reference_ops_equals_its_golden_file() {
 fn stories260k_equals_its_golden_file() {
     check("stories260K", false);
 }
+
+/// Published configurations: the parameters are those that transformers counts, or the model type
+/// is refused by name.
+#[test]
+fn published_configurations_have_their_parameters() {
+    let Some(assets) = common::assets("published_configurations_have_their_parameters") else {
+        return;
+    };
+    let configs = assets.join("configs");
+    let read =
+        |path: &Path| -> Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
+    let counts = read(&configs.join("param_counts.json"));
+    let mut counted = 0;
+    for (file, expected) in counts.as_object().unwrap() {
+        match Architecture::from_config(&read(&configs.join(file))) {
+            Ok(found) => {
+                assert_eq!(found.parameters(), expected.as_u64().unwrap(), "{file}");
+                counted += 1;
+            }
+            Err(error) => assert!(error.to_string().contains("model type"), "{file}: {error}"),
+        }
+    }
+    // All but Gemma, GPT-2 and Phi-3.
+    assert_eq!(counted, 39);
+}

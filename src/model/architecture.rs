@@ -1,6 +1,7 @@
 //! The architecture of a decoder: its sizes and switches, linear layers and tensors.
 
 use super::linears::{LINEAR_NAMES, Linears};
+use super::residual::BranchNorms;
 use crate::adapter::Module;
 use crate::ops::{Attention, Rope};
 use crate::work::Precision;
@@ -22,16 +23,26 @@ pub struct Architecture {
     pub attention: Attention,
     /// What differs from block to block, one entry each.
     pub layers: Vec<LayerKind>,
-    /// Whether each head of q and k has an RMSNorm before its rotation.
-    pub qk_norm: bool,
+    /// The norms of q and k before their rotation, if they have any.
+    pub qk_norm: Option<QkNorm>,
+    /// The norms around attention.
+    pub attention_norms: BranchNorms,
+    /// The norms around the MLP.
+    pub mlp_norms: BranchNorms,
+    /// Factor of the embedding.
+    pub embedding_factor: f64,
+    /// Factor of each branch before it is added to the residual stream.
+    pub residual_factor: f64,
+    /// Factor of the logits.
+    pub logits_factor: f64,
     /// Rows of the embedding.
     pub vocab_size: usize,
     /// Longest sequence that the model supports.
     pub max_position_embeddings: usize,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f64,
-    /// Position embedding.
-    pub rope: Rope,
+    /// Rotary embeddings, one of which a block may use.
+    pub ropes: Vec<Rope>,
     /// Whether input and output embedding are one tensor: as config.json states, corrected by the
     /// weight files once they are opened.
     pub tie_word_embeddings: bool,
@@ -51,6 +62,17 @@ pub struct Architecture {
 pub struct LayerKind {
     /// Sliding window of its attention, as in [`Attention`].
     pub window: Option<usize>,
+    /// Its rotary embedding in [`Architecture::ropes`]; `None`: q and k are not rotated.
+    pub rope: Option<usize>,
+}
+
+/// The rows that a norm of q or k is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head: a weight (head_dim).
+    Heads,
+    /// All heads together: a weight (heads x head_dim).
+    Rows,
 }
 
 /// Which linear layers have a bias.
@@ -90,6 +112,28 @@ impl Architecture {
             window: self.layers[layer].window,
             ..self.attention
         }
+    }
+
+    /// Names of a block's norms on the residual stream.
+    fn norm_names(&self) -> impl Iterator<Item = &'static str> + use<> {
+        [self.attention_norms, self.mlp_norms]
+            .into_iter()
+            .flat_map(|norms| [norms.input, norms.output])
+            .flatten()
+    }
+
+    /// Elements of the weights of the norms of q and k.
+    pub(super) fn qk_norm_widths(&self) -> Option<[usize; 2]> {
+        let Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.attention;
+        Some(match self.qk_norm? {
+            QkNorm::Heads => [head_dim, head_dim],
+            QkNorm::Rows => [heads * head_dim, kv_heads * head_dim],
+        })
     }
 
     /// Format of frozen matrices in memory for products in `precision`: the same, except that bf16
@@ -165,11 +209,12 @@ impl Architecture {
         );
         for layer in 0..self.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
-            add(format!("{prefix}.input_layernorm.weight"), &[hidden]);
-            if self.qk_norm {
-                let head = &[self.attention.head_dim];
-                add(format!("{prefix}.self_attn.q_norm.weight"), head);
-                add(format!("{prefix}.self_attn.k_norm.weight"), head);
+            for norm in self.norm_names() {
+                add(format!("{prefix}.{norm}.weight"), &[hidden]);
+            }
+            if let Some([q, k]) = self.qk_norm_widths() {
+                add(format!("{prefix}.self_attn.q_norm.weight"), &[q]);
+                add(format!("{prefix}.self_attn.k_norm.weight"), &[k]);
             }
             for linear in self.linears().into_array() {
                 let path = format!("{prefix}.{}", linear.name);
@@ -179,10 +224,6 @@ impl Architecture {
                     add(format!("{path}.bias"), &shape[..1]);
                 }
             }
-            add(
-                format!("{prefix}.post_attention_layernorm.weight"),
-                &[hidden],
-            );
         }
         add("model.norm.weight".into(), &[hidden]);
         if !self.tie_word_embeddings {

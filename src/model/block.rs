@@ -1,5 +1,6 @@
 //! One transformer block, forward and backward: `x1 = x + o(attention(norm x))`,
-//! `y = x1 + down(swiglu(gate, up)(norm x1))`; q and k may have a norm on each head (Qwen3).
+//! `y = x1 + down(swiglu(gate, up)(norm x1))`. Which norms there are, and on q and k too, is the
+//! architecture's data.
 
 use candle_core::{DType, Tensor};
 use rand_chacha::rand_core::Rng;
@@ -7,6 +8,7 @@ use rand_chacha::rand_core::Rng;
 use super::backward::BackwardNeeds;
 use super::kv_cache::KvCache;
 use super::linears::{LINEAR_NAMES, Linears};
+use super::residual::ResidualBranch;
 use crate::error::Result;
 use crate::ops::{
     Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask, FeedForward,
@@ -20,12 +22,14 @@ use crate::random::{self, Purpose};
 pub(super) struct Block {
     /// `model.layers.N`, the prefix of its tensors.
     pub(super) path: String,
-    pub(super) input_layernorm: RmsNorm,
-    pub(super) post_attention_layernorm: RmsNorm,
-    /// On each head of q, before the rotation.
+    pub(super) attention_branch: ResidualBranch,
+    pub(super) mlp_branch: ResidualBranch,
+    /// On q, or each of its heads, before the rotation.
     pub(super) q_norm: Option<RmsNorm>,
-    /// On each head of k, before the rotation.
+    /// On k, or each of its heads, before the rotation.
     pub(super) k_norm: Option<RmsNorm>,
+    /// Its rotation among those of the pass, if it has one.
+    pub(super) rope: Option<usize>,
     pub(super) linears: Linears<Linear>,
     pub(super) attention: Attention,
 }
@@ -48,7 +52,7 @@ pub(super) struct Pass<'a> {
     pub(super) segments: &'a Segments,
     /// Example of each segment; used by dropout only.
     pub(super) examples: &'a [u64],
-    pub(super) rope: RopeTables,
+    pub(super) ropes: Vec<RopeTables>,
     pub(super) dropout: Option<Dropout>,
 }
 
@@ -61,7 +65,7 @@ pub(super) struct BlockSaved {
 
 /// Saved by [`Block::qkv`] for the backward pass.
 struct QkvSaved {
-    norm: RmsNormSaved,
+    input: RmsNormSaved,
     /// Of q, k and v.
     linears: [LinearSaved; 3],
     q_norm: Option<RmsNormSaved>,
@@ -71,8 +75,10 @@ struct QkvSaved {
 /// Saved by [`Block::output`] for the backward pass.
 struct OutputSaved {
     o: LinearSaved,
-    norm: RmsNormSaved,
+    attention_output: Option<RmsNormSaved>,
+    input: RmsNormSaved,
     feed_forward: FeedForwardSaved,
+    mlp_output: Option<RmsNormSaved>,
 }
 
 impl BlockSaved {
@@ -119,18 +125,20 @@ impl Block {
     /// x (N, C) -> q (N, Hq D) and k (N, Hkv D), both rotated, and v (N, Hkv D).
     fn qkv(&self, pass: &Pass<'_>, x: &Tensor) -> Result<([Tensor; 3], QkvSaved)> {
         let l = &self.linears;
-        let (h, norm) = self.input_layernorm.forward(pass.context, x)?;
-        let h = LinearInput::new(pass.context, h)?;
+        let (h, input) = self.attention_branch.input(pass.context, x)?;
         let (q, q_saved) = self.linear(pass, &l.q_proj, LINEAR_NAMES.q_proj, &h, None)?;
         let (k, k_saved) = self.linear(pass, &l.k_proj, LINEAR_NAMES.k_proj, &h, None)?;
         let (v, v_saved) = self.linear(pass, &l.v_proj, LINEAR_NAMES.v_proj, &h, None)?;
         drop(h);
-        let (q, q_norm) = forward_heads(pass, self.q_norm.as_ref(), q)?;
-        let (k, k_norm) = forward_heads(pass, self.k_norm.as_ref(), k)?;
-        let rotated_q = pass.rope.forward(pass.context, &q)?;
-        let rotated_k = pass.rope.forward(pass.context, &k)?;
+        let (q, q_norm) = forward_groups(pass, self.q_norm.as_ref(), q)?;
+        let (k, k_norm) = forward_groups(pass, self.k_norm.as_ref(), k)?;
+        let rotated = |x: Tensor| match self.rope {
+            Some(rope) => pass.ropes[rope].forward(pass.context, &x),
+            None => Ok(x),
+        };
+        let (rotated_q, rotated_k) = (rotated(q)?, rotated(k)?);
         let saved = QkvSaved {
-            norm,
+            input,
             linears: [q_saved, k_saved, v_saved],
             q_norm,
             k_norm,
@@ -149,10 +157,12 @@ impl Block {
     ) -> Result<(Tensor, OutputSaved)> {
         let l = &self.linears;
         let attn_output = LinearInput::new(pass.context, attn_output)?;
-        let (x1, o) = self.linear(pass, &l.o_proj, LINEAR_NAMES.o_proj, &attn_output, Some(x))?;
+        let (attention, mlp) = (&self.attention_branch, &self.mlp_branch);
+        let base = attention.base(x);
+        let (y, o) = self.linear(pass, &l.o_proj, LINEAR_NAMES.o_proj, &attn_output, base)?;
         drop(attn_output);
-        let (h, norm) = self.post_attention_layernorm.forward(pass.context, &x1)?;
-        let h = LinearInput::new(pass.context, h)?;
+        let (x1, attention_output) = attention.add(pass.context, x, y)?;
+        let (h, input) = mlp.input(pass.context, &x1)?;
         let masks = |part: FeedForwardLayer, x: &LinearInput| {
             let (linear, name) = match part {
                 FeedForwardLayer::Gate => (&l.gate_proj, LINEAR_NAMES.gate_proj),
@@ -166,13 +176,17 @@ impl Block {
                 .iter()
                 .any(|linear| linear.lora.is_some());
         let dropout = masked.then_some(&masks as _);
+        let base = mlp.base(&x1);
         let (y, feed_forward) =
             self.feed_forward()
-                .forward(pass.context, h, dropout, &x1, gate_gradients)?;
+                .forward(pass.context, h, dropout, base, gate_gradients)?;
+        let (y, mlp_output) = mlp.add(pass.context, &x1, y)?;
         let saved = OutputSaved {
             o,
-            norm,
+            attention_output,
+            input,
             feed_forward,
+            mlp_output,
         };
         Ok((y, saved))
     }
@@ -222,8 +236,9 @@ impl Block {
         needs: BackwardNeeds,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let norm = &self.post_attention_layernorm;
-        let h = recompute_norm(pass, norm, &saved.norm, needs.mlp_input)?;
+        let (context, branch) = (pass.context, &self.mlp_branch);
+        let h = branch.recompute_input(context, &saved.input, needs.mlp_input)?;
+        let d_output = branch.output_backward(context, dy, saved.mlp_output.as_ref(), gradients)?;
         let depth = if needs.attention {
             BackwardDepth::Input
         } else if needs.gate {
@@ -232,15 +247,15 @@ impl Block {
             BackwardDepth::Down
         };
         let dh = self.feed_forward().backward(
-            pass.context,
-            dy,
+            context,
+            &d_output,
             h.as_ref(),
             &saved.feed_forward,
             depth,
             gradients,
         )?;
-        drop(h);
-        dh.map(|dh| norm.backward(pass.context, &dh, &saved.norm, Some(dy), gradients))
+        drop((h, d_output));
+        dh.map(|dh| branch.input_backward(context, &dh, &saved.input, dy, gradients))
             .transpose()
     }
 
@@ -255,9 +270,13 @@ impl Block {
         gradients: &mut Gradients,
     ) -> Result<Option<[Tensor; 3]>> {
         let context = pass.context;
+        let attention_output = saved.output.attention_output.as_ref();
+        let d_output =
+            self.attention_branch
+                .output_backward(context, dx1, attention_output, gradients)?;
         let d_attn_output = self.linears.o_proj.backward(
             context,
-            dx1,
+            &d_output,
             Some(saved.attention.output()),
             &saved.output.o,
             InputGradient::when(needs.qkv),
@@ -270,18 +289,21 @@ impl Block {
             self.attention
                 .backward(context, &d_attn_output, &saved.attention, pass.segments)?;
         drop(d_attn_output);
-        let rotated_back =
-            |dy: &Tensor, norm: Option<&RmsNorm>, saved, gradients: &mut Gradients| {
-                let Some((norm, saved)) = norm.zip(saved) else {
-                    return pass.rope.backward(context, dy);
-                };
-                // The norm's backward pass takes f32.
-                let dy = pass.rope.backward(context.in_f32(), dy)?;
-                norm.backward_heads(context, &dy, saved, gradients)
+        let rotated_back = |dy: Tensor, context| match self.rope {
+            Some(rope) => pass.ropes[rope].backward(context, &dy),
+            None => Ok(dy),
+        };
+        let before_norm = |dy, norm: Option<&RmsNorm>, saved, gradients: &mut Gradients| {
+            let Some((norm, saved)) = norm.zip(saved) else {
+                return rotated_back(dy, context);
             };
+            // The norm's backward pass takes f32.
+            let dy = rotated_back(dy, context.in_f32())?;
+            norm.backward_groups(context, &dy, saved, gradients)
+        };
         let QkvSaved { q_norm, k_norm, .. } = &saved.qkv;
-        let dq = rotated_back(&dq, self.q_norm.as_ref(), q_norm.as_ref(), gradients)?;
-        let dk = rotated_back(&dk, self.k_norm.as_ref(), k_norm.as_ref(), gradients)?;
+        let dq = before_norm(dq, self.q_norm.as_ref(), q_norm.as_ref(), gradients)?;
+        let dk = before_norm(dk, self.k_norm.as_ref(), k_norm.as_ref(), gradients)?;
         Ok(Some([dq, dk, dv]))
     }
 
@@ -297,24 +319,22 @@ impl Block {
     ) -> Result<Option<Tensor>> {
         let context = pass.context;
         let l = &self.linears;
-        let h = recompute_norm(pass, &self.input_layernorm, &saved.norm, needs.qkv_input)?;
+        let branch = &self.attention_branch;
+        let h = branch.recompute_input(context, &saved.input, needs.qkv_input)?;
         let dq = LinearInput::new(context, dq)?;
         let dk = LinearInput::new(context, dk)?;
         let dv = LinearInput::new(context, dv)?;
         let [q, k, v] = &saved.linears;
-        let branch = |linear, dy, saved| Branch { linear, dy, saved };
-        let branches = [
-            branch(&l.q_proj, &dq, q),
-            branch(&l.k_proj, &dk, k),
-            branch(&l.v_proj, &dv, v),
+        let layer = |linear, dy, saved| Branch { linear, dy, saved };
+        let layers = [
+            layer(&l.q_proj, &dq, q),
+            layer(&l.k_proj, &dk, k),
+            layer(&l.v_proj, &dv, v),
         ];
         let wanted = InputGradient::when(needs.input);
-        let dh = backward_shared_input(context, &branches, h.as_ref(), wanted, gradients)?;
-        dh.map(|dh| {
-            self.input_layernorm
-                .backward(context, &dh, &saved.norm, Some(dx1), gradients)
-        })
-        .transpose()
+        let dh = backward_shared_input(context, &layers, h.as_ref(), wanted, gradients)?;
+        dh.map(|dh| branch.input_backward(context, &dh, &saved.input, dx1, gradients))
+            .transpose()
     }
 
     /// One linear layer with dropout on its adapter's input, added to `base` if there is one.
@@ -363,8 +383,8 @@ impl Block {
     }
 }
 
-/// x (N, H D) -> each head normalised by `norm`, if there is one.
-fn forward_heads(
+/// x (N, H D) -> x normalised by `norm`, if there is one.
+fn forward_groups(
     pass: &Pass<'_>,
     norm: Option<&RmsNorm>,
     x: Tensor,
@@ -372,18 +392,6 @@ fn forward_heads(
     let Some(norm) = norm else {
         return Ok((x, None));
     };
-    let (y, saved) = norm.forward_heads(pass.context, &x)?;
+    let (y, saved) = norm.forward_groups(pass.context, &x)?;
     Ok((y, Some(saved)))
-}
-
-/// The output of `norm` as an input of linear layers, if `wanted`.
-fn recompute_norm(
-    pass: &Pass<'_>,
-    norm: &RmsNorm,
-    saved: &RmsNormSaved,
-    wanted: bool,
-) -> Result<Option<LinearInput>> {
-    wanted
-        .then(|| LinearInput::new(pass.context, norm.recompute(pass.context, saved)?))
-        .transpose()
 }

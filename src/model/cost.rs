@@ -9,11 +9,12 @@ use std::ops::Range;
 use super::architecture::{Architecture, LinearSpec};
 use super::backward::{BackwardNeeds, BackwardRange};
 use super::linears::Linears;
+use super::residual::{BranchNorms, BranchShape};
 use crate::adapter::Site;
 use crate::ops::{
     LinearShape, LmHeadShape, RopeTables, attention_backward_cost, attention_decode_cost,
     attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, residual_cost,
-    rms_norm_backward_cost, rms_norm_cost, swiglu_backward_cost, swiglu_cost,
+    rms_norm_backward_cost, rms_norm_cost, scale_cost, swiglu_backward_cost, swiglu_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -139,12 +140,14 @@ impl ModelShape {
     }
 
     /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute
-    /// type: its input, q, k, v, the attention's output, x1, gate, up; q and k before their norms.
+    /// type: its input, q, k, v, the attention's output, x1, gate, up; the inputs of other norms.
     /// In f32: x A^T of each adapter. One bit an element: dropout masks.
     pub(super) fn saved_bytes(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
         let (q, kv) = self.head_widths();
-        let before_norms = if a.qk_norm { q + kv } else { 0 };
+        let outputs = [a.attention_norms.output, a.mlp_norms.output];
+        let before_norms =
+            outputs.iter().flatten().count() * a.hidden_size + a.qk_norm.map_or(0, |_| q + kv);
         let compute_type = 2 * (a.hidden_size + q + kv + a.intermediate_size) + before_norms;
         let adapter = |shape: LinearShape| {
             let mask = if shape.dropout {
@@ -198,13 +201,27 @@ impl ModelShape {
             .iter()
             .map(|shape| shape.forward_cost(self.precision))
             .sum();
-        work += &rms_norm_cost(n, a.hidden_size).times(2);
-        if a.qk_norm {
+        for branch in [a.attention_norms, a.mlp_norms] {
+            work += &self.branch(n, branch).forward_cost();
+        }
+        if a.qk_norm.is_some() {
             work += &(rms_norm_cost(n, q) + rms_norm_cost(n, kv));
         }
-        work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
-        work += &swiglu_cost(n * a.intermediate_size);
-        work + residual_cost(n, a.hidden_size).times(2)
+        if a.layers[layer].rope.is_some() {
+            work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
+        }
+        work + swiglu_cost(n * a.intermediate_size)
+    }
+
+    /// Attention or feed-forward layers' part around them, for `tokens` rows.
+    fn branch(&self, tokens: usize, norms: BranchNorms) -> BranchShape {
+        BranchShape {
+            tokens,
+            hidden: self.architecture.hidden_size,
+            norms,
+            factor: self.architecture.residual_factor,
+            trained: self.all_trained,
+        }
     }
 
     /// `input`: whether the gradient of the block's input is needed.
@@ -218,8 +235,8 @@ impl ModelShape {
             .map(|shape| shape.r.is_some() || shape.trained);
         let needs = BackwardNeeds::new(&trained, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
-        let norm_backward = rms_norm_backward_cost(n, a.hidden_size, self.all_trained);
-        let mut work = linear(&shapes.down_proj, needs.gate);
+        let [attention, mlp] = [a.attention_norms, a.mlp_norms].map(|norms| self.branch(n, norms));
+        let mut work = mlp.output_backward_cost() + linear(&shapes.down_proj, needs.gate);
         // The input of a trained layer is recomputed from what was saved.
         if trained.down_proj {
             work += &swiglu_cost(n * a.intermediate_size);
@@ -230,17 +247,19 @@ impl ModelShape {
             work += &linear(&shapes.up_proj, needs.attention);
         }
         if needs.mlp_input {
-            work += &rms_norm_cost(n, a.hidden_size);
+            work += &mlp.recompute_cost();
         }
         if needs.attention {
-            work += &norm_backward;
-            work += &residual_cost(n, a.hidden_size).times(2);
-            work += &linear(&shapes.o_proj, needs.qkv);
+            // The input gradients of gate and up are added.
+            work += &(mlp.input_backward_cost() + residual_cost(n, a.hidden_size));
+            work += &(attention.output_backward_cost() + linear(&shapes.o_proj, needs.qkv));
         }
         if needs.qkv {
             work += &attention_backward_cost(&a.attention(layer), segments);
-            work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
-            if a.qk_norm {
+            if a.layers[layer].rope.is_some() {
+                work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
+            }
+            if a.qk_norm.is_some() {
                 let cost = |width: usize| rms_norm_backward_cost(n, width, self.all_trained);
                 work += &(cost(q) + cost(kv));
             }
@@ -249,11 +268,12 @@ impl ModelShape {
             }
         }
         if needs.qkv_input {
-            work += &rms_norm_cost(n, a.hidden_size);
+            work += &attention.recompute_cost();
         }
         if needs.input {
-            work += &norm_backward;
-            work += &residual_cost(n, a.hidden_size).times(3);
+            // The input gradients of q, k and v are added.
+            work += &attention.input_backward_cost();
+            work += &residual_cost(n, a.hidden_size).times(2);
         }
         work
     }
@@ -268,9 +288,15 @@ impl ModelShape {
         }
     }
 
+    fn embed_cost(&self, tokens: usize) -> Work {
+        let a = &self.architecture;
+        embedding_cost(tokens, a.hidden_size)
+            + scale_cost(tokens, a.hidden_size, a.embedding_factor)
+    }
+
     fn blocks_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
         let c = self.architecture.hidden_size;
-        let around = embedding_cost(segments.iter().sum(), c)
+        let around = self.embed_cost(segments.iter().sum())
             + gather_cost(loss_tokens, c)
             + rms_norm_cost(loss_tokens, c);
         around
@@ -320,6 +346,7 @@ impl ModelShape {
             });
         }
         if backward.embedding {
+            work += &scale_cost(n, c, self.architecture.embedding_factor);
             work += &embedding_backward_cost(n, c, self.architecture.vocab_size);
         }
         work
@@ -328,7 +355,7 @@ impl ModelShape {
     /// Work of reading a prompt of `tokens` tokens and the logits that follow it.
     pub fn prefill(&self, tokens: usize) -> Work {
         let a = &self.architecture;
-        let mut work = embedding_cost(tokens, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
+        let mut work = self.embed_cost(tokens) + rms_norm_cost(1, a.hidden_size);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_forward(layer, &[tokens], false)
         });
@@ -338,7 +365,7 @@ impl ModelShape {
     /// Work of generating one token when `before` tokens are cached.
     pub fn decoding(&self, before: usize) -> Work {
         let a = &self.architecture;
-        let mut work = embedding_cost(1, a.hidden_size) + rms_norm_cost(1, a.hidden_size);
+        let mut work = self.embed_cost(1) + rms_norm_cost(1, a.hidden_size);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_without_attention(layer, 1, false)
                 + attention_decode_cost(&a.attention(layer), before + 1)

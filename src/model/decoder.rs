@@ -9,10 +9,11 @@ use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
 use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
 use super::kv_cache::KvCache;
-use crate::error::Result;
+use super::residual::{BranchNorms, ResidualBranch};
+use crate::error::{Error, Result};
 use crate::ops::{
-    Context, Gradients, Linear, LmHead, Lora, RmsNorm, Segments, Weight, embedding,
-    embedding_backward, gather_rows, par_map, scatter_rows,
+    Context, Gradients, Linear, LmHead, Lora, RmsNorm, Rope, RopeTables, Segments, Weight,
+    embedding, embedding_backward, gather_rows, par_map, scale, scatter_rows,
 };
 use crate::work::{Precision, Work, WorkCounter};
 
@@ -53,6 +54,7 @@ impl Builder<'_> {
         Ok(RmsNorm {
             weight: (self.source.weight)(&format!("{name}.weight"), &[width])?,
             eps: self.architecture.rms_norm_eps,
+            factor: 1.0,
         })
     }
 
@@ -73,17 +75,24 @@ impl Builder<'_> {
     fn block(&self, layer: usize) -> Result<Block> {
         let path = format!("model.layers.{layer}");
         let a = self.architecture;
-        let norm = |name: &str| self.norm(&format!("{path}.{name}"), a.hidden_size);
-        let head_norm = |name: &str| {
-            a.qk_norm
-                .then(|| self.norm(&format!("{path}.{name}"), a.attention.head_dim))
+        let norm = |name: Option<&str>, width: usize| {
+            name.map(|name| self.norm(&format!("{path}.{name}"), width))
                 .transpose()
         };
+        let branch = |norms: BranchNorms| {
+            Ok::<_, Error>(ResidualBranch {
+                input_norm: norm(norms.input, a.hidden_size)?,
+                output_norm: norm(norms.output, a.hidden_size)?,
+                factor: a.residual_factor,
+            })
+        };
+        let [q_width, k_width] = a.qk_norm_widths().unwrap_or_default();
         Ok(Block {
-            input_layernorm: norm("input_layernorm")?,
-            post_attention_layernorm: norm("post_attention_layernorm")?,
-            q_norm: head_norm("self_attn.q_norm")?,
-            k_norm: head_norm("self_attn.k_norm")?,
+            attention_branch: branch(a.attention_norms)?,
+            mlp_branch: branch(a.mlp_norms)?,
+            q_norm: norm(a.qk_norm.map(|_| "self_attn.q_norm"), q_width)?,
+            k_norm: norm(a.qk_norm.map(|_| "self_attn.k_norm"), k_width)?,
+            rope: a.layers[layer].rope,
             linears: a
                 .linears()
                 .map(|spec| self.linear(&path, spec))
@@ -157,7 +166,10 @@ impl Decoder {
         Ok(Self {
             backward: BackwardRange::new(trained, embed_tokens.is_trained()),
             architecture: architecture.clone(),
-            norm: builder.norm("model.norm", architecture.hidden_size)?,
+            norm: RmsNorm {
+                factor: architecture.logits_factor,
+                ..builder.norm("model.norm", architecture.hidden_size)?
+            },
             head: LmHead { weight },
             embed_tokens,
             blocks,
@@ -189,9 +201,19 @@ impl Decoder {
             context,
             segments,
             examples,
-            rope: self.architecture.rope.tables(segments, &self.device)?,
+            ropes: self.rope_tables(|rope| rope.tables(segments, &self.device))?,
             dropout,
         })
+    }
+
+    fn rope_tables(&self, tables: impl Fn(&Rope) -> Result<RopeTables>) -> Result<Vec<RopeTables>> {
+        self.architecture.ropes.iter().map(tables).collect()
+    }
+
+    /// ids (N) -> (N, C).
+    fn embed(&self, context: Context<'_>, ids: &Tensor) -> Result<Tensor> {
+        let x = embedding(context, ids, &self.embed_tokens)?;
+        scale(context, &x, self.architecture.embedding_factor)
     }
 
     /// Embeds `ids` (N) and runs all blocks; `visit` receives each block's number, its input (N, C)
@@ -202,7 +224,7 @@ impl Decoder {
         ids: &Tensor,
         mut visit: impl FnMut(usize, Tensor, BlockSaved) -> Result<()>,
     ) -> Result<Tensor> {
-        let mut x = embedding(pass.context, ids, &self.embed_tokens)?;
+        let mut x = self.embed(pass.context, ids)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(pass, &x)?;
             visit(layer, std::mem::replace(&mut x, y), saved)?;
@@ -220,16 +242,16 @@ impl Decoder {
         cache: &mut [KvCache],
     ) -> Result<Tensor> {
         let segments = Segments::from_lengths([1]);
-        let rope = &self.architecture.rope;
+        let tables = |rope: &Rope| rope.tables_from(position, 1, &self.device);
         let pass = Pass {
             context,
             segments: &segments,
             examples: &[],
-            rope: rope.tables_from(position, 1, &self.device)?,
+            ropes: self.rope_tables(tables)?,
             dropout: None,
         };
         let ids = Tensor::from_slice(&[token], 1, &self.device)?;
-        let mut x = embedding(context, &ids, &self.embed_tokens)?;
+        let mut x = self.embed(context, &ids)?;
         for (block, cache) in self.blocks.iter().zip(cache) {
             x = block.decode(&pass, &x, cache)?;
         }
@@ -408,6 +430,7 @@ impl Decoder {
             }
         }
         if self.backward.embedding {
+            let dx = scale(pass.context, &dx, self.architecture.embedding_factor)?;
             embedding_backward(pass.context, ids, &dx, &self.embed_tokens, gradients)?;
         }
         Ok(())

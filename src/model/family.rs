@@ -7,9 +7,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::architecture::{Architecture, Biases, LayerKind};
+use super::architecture::{Architecture, Biases, LayerKind, QkNorm};
 use super::config::{Config, Range};
-use super::rope_config::rope;
+use super::residual::BranchNorms;
+use super::rope_config::{RopeShape, rope, ropes_by_layer_type};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Attention;
 
@@ -18,6 +19,63 @@ use crate::ops::Attention;
 const MAX_PARAMETERS: u64 = 1 << 44;
 const MAX_LAYERS: usize = 1024;
 const MAX_WIDTH: usize = 1 << 24;
+
+/// What a model type's class does that no key of config.json says.
+struct Family {
+    qk_norm: Option<QkNorm>,
+    attention_norms: BranchNorms,
+    mlp_norms: BranchNorms,
+    /// Whether q, k and v have biases whatever `attention_bias` says.
+    qkv_bias: bool,
+    /// Whether full and sliding attention have rotary embeddings of their own.
+    ropes_by_layer_type: bool,
+}
+
+const LLAMA: Family = Family {
+    qk_norm: None,
+    attention_norms: BranchNorms {
+        input: Some("input_layernorm"),
+        output: None,
+    },
+    mlp_norms: BranchNorms {
+        input: Some("post_attention_layernorm"),
+        output: None,
+    },
+    qkv_bias: false,
+    ropes_by_layer_type: false,
+};
+
+const OLMO2: Family = Family {
+    qk_norm: Some(QkNorm::Rows),
+    attention_norms: BranchNorms {
+        input: None,
+        output: Some("post_attention_layernorm"),
+    },
+    mlp_norms: BranchNorms {
+        input: None,
+        output: Some("post_feedforward_layernorm"),
+    },
+    ..LLAMA
+};
+
+fn family(model_type: &str) -> Family {
+    match model_type {
+        "qwen2" => Family {
+            qkv_bias: true,
+            ..LLAMA
+        },
+        "qwen3" => Family {
+            qk_norm: Some(QkNorm::Heads),
+            ..LLAMA
+        },
+        "olmo2" => OLMO2,
+        "olmo3" => Family {
+            ropes_by_layer_type: true,
+            ..OLMO2
+        },
+        _ => LLAMA,
+    }
+}
 
 impl Architecture {
     /// Reads a config.json file.
@@ -41,9 +99,14 @@ impl Architecture {
         let (config, model_type) = Config::new(object)?;
         check_activation(&config)?;
         let hidden_size = config.required_size("hidden_size")?;
+        let family = family(model_type);
         let attention = attention(&config, hidden_size)?;
         let max_position_embeddings = config.required_size("max_position_embeddings")?;
-        let layers = layers(&config, model_type)?;
+        let layers = layers(&config, &family)?;
+        let shape = RopeShape {
+            head_dim: attention.head_dim,
+            max_position: max_position_embeddings,
+        };
         let architecture = Self {
             class: class(&config, model_type),
             model_type: model_type.to_string(),
@@ -52,13 +115,22 @@ impl Architecture {
             num_hidden_layers: layers.len(),
             attention,
             layers,
-            qk_norm: model_type == "qwen3",
+            qk_norm: family.qk_norm,
+            attention_norms: family.attention_norms,
+            mlp_norms: family.mlp_norms,
+            embedding_factor: factor(&config, "embedding_multiplier")?,
+            residual_factor: factor(&config, "residual_multiplier")?,
+            logits_factor: 1.0 / factor(&config, "logits_scaling")?,
             vocab_size: config.required_size("vocab_size")?,
             max_position_embeddings,
             rms_norm_eps: config.required_number("rms_norm_eps", Range::NON_NEGATIVE)?,
-            rope: rope(&config, attention.head_dim, max_position_embeddings)?,
+            ropes: if family.ropes_by_layer_type {
+                ropes_by_layer_type(&config, shape)?
+            } else {
+                vec![rope(&config, shape)?]
+            },
             tie_word_embeddings: config.flag("tie_word_embeddings")?,
-            biases: biases(&config, model_type)?,
+            biases: biases(&config, &family)?,
             initializer_range: config.required_number("initializer_range", Range::NON_NEGATIVE)?,
             stored_in_bf16: stored_in_bf16(&config)?,
             dropout: dropout(&config)?,
@@ -121,59 +193,101 @@ fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
         kv_heads,
         head_dim,
         window: None,
+        scale: if config.has("attention_multiplier") {
+            Some(config.required_number("attention_multiplier", Range::POSITIVE)?)
+        } else {
+            None
+        },
     })
 }
 
-/// The blocks. The window is on the layers that `layer_types` names, else on those from
-/// `max_window_layers` on, else, for a type without these keys (Mistral), on all.
-fn layers(config: &Config<'_>, model_type: &str) -> Result<Vec<LayerKind>> {
+/// The blocks: which have a window, and which a rotation.
+fn layers(config: &Config<'_>, family: &Family) -> Result<Vec<LayerKind>> {
     let count = config.required_size("num_hidden_layers")?;
     if count > MAX_LAYERS {
         let rule = format!("a whole number from 1 to {MAX_LAYERS}");
         return Err(config.wrong("num_hidden_layers", &rule));
     }
     let by_flag = config.has("use_sliding_window");
-    let window =
-        if config.has("sliding_window") && (!by_flag || config.flag("use_sliding_window")?) {
-            config.size("sliding_window")?
-        } else {
-            None
-        };
-    let types = config.read("layer_types", "a list", Value::as_array)?;
-    if types.is_some_and(|types| types.len() != count) {
-        return Err(config.wrong("layer_types", "one entry for each of `num_hidden_layers`"));
-    }
-    let first = if by_flag {
-        let whole = |value: &Value| Some(value.as_u64()?.min(MAX_LAYERS as u64) as usize);
-        config
-            .read("max_window_layers", "a whole number", whole)?
-            .unwrap_or(count)
+    let has_window =
+        config.has("sliding_window") && (!by_flag || config.flag("use_sliding_window")?);
+    let window = if has_window {
+        config.size("sliding_window")?
     } else {
-        0
+        None
     };
-    let is_sliding = |layer: usize| match types {
-        None => Ok(layer >= first),
-        Some(types) => match types[layer].as_str() {
-            Some("sliding_attention") => Ok(true),
-            Some("full_attention") => Ok(false),
-            _ => {
-                let rule = format!("full_attention or sliding_attention in a {model_type} model");
-                Err(config.wrong("layer_types", &rule))
-            }
-        },
+    let rotated = rotated_layers(config, count)?;
+    let sliding = sliding_layers(config, family, &rotated)?;
+    let kinds = rotated.into_iter().zip(sliding);
+    let kind = |(rotated, sliding): (bool, bool)| LayerKind {
+        window: window.filter(|_| sliding),
+        rope: rotated.then_some(usize::from(family.ropes_by_layer_type && sliding)),
     };
-    let kind = |layer| {
-        Ok(LayerKind {
-            window: if is_sliding(layer)? { window } else { None },
-        })
-    };
-    (0..count).map(kind).collect()
+    Ok(kinds.map(kind).collect())
 }
 
-fn biases(config: &Config<'_>, model_type: &str) -> Result<Biases> {
+/// Which blocks rotate q and k: those with 1 in `no_rope_layers` (SmolLM 3), or all but every
+/// `no_rope_layer_interval`th, or all.
+fn rotated_layers(config: &Config<'_>, count: usize) -> Result<Vec<bool>> {
+    if !config.has("no_rope_layers") {
+        return Ok(vec![true; count]);
+    }
+    let flag = |value: &Value| Some(value.as_u64().filter(|flag| *flag <= 1)? == 1);
+    let flags = |value: &Value| {
+        let flags: Option<Vec<bool>> = value.as_array()?.iter().map(flag).collect();
+        flags.filter(|flags| flags.len() == count)
+    };
+    let rule = "a list with 1 (rotated) or 0 for each of `num_hidden_layers`";
+    if let Some(rotated) = config.read("no_rope_layers", rule, flags)? {
+        return Ok(rotated);
+    }
+    let interval = config.required_size("no_rope_layer_interval")?;
+    Ok((1..=count).map(|n| !n.is_multiple_of(interval)).collect())
+}
+
+/// Which blocks have the window: those that `layer_types` names; without it those that the type's
+/// class chooses.
+fn sliding_layers(config: &Config<'_>, family: &Family, rotated: &[bool]) -> Result<Vec<bool>> {
+    let count = rotated.len();
+    if config.has("layer_types")
+        && let Some(types) = config.read("layer_types", "a list", Value::as_array)?
+    {
+        if types.len() != count {
+            return Err(config.wrong("layer_types", "one entry for each of `num_hidden_layers`"));
+        }
+        let is_sliding = |kind: &Value| match kind.as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => Err(config.wrong("layer_types", "each full_attention or sliding_attention")),
+        };
+        return types.iter().map(is_sliding).collect();
+    }
+    if config.has("max_window_layers") {
+        let whole = |value: &Value| usize::try_from(value.as_u64()?).ok();
+        let first = config.read("max_window_layers", "a whole number", whole)?;
+        let first = first.ok_or_else(|| config.wrong("max_window_layers", "a whole number"))?;
+        return Ok((0..count).map(|layer| layer >= first).collect());
+    }
+    if config.has("no_rope_layers") {
+        return Ok(rotated.iter().map(|rotated| !rotated).collect());
+    }
+    // OLMo 3: every fourth is full. Mistral: none.
+    let full = |n: usize| family.ropes_by_layer_type && n.is_multiple_of(4);
+    Ok((1..=count).map(|n| !full(n)).collect())
+}
+
+/// A factor of Granite; 1 for other types.
+fn factor(config: &Config<'_>, key: &str) -> Result<f64> {
+    if config.has(key) {
+        return config.required_number(key, Range::POSITIVE);
+    }
+    Ok(1.0)
+}
+
+fn biases(config: &Config<'_>, family: &Family) -> Result<Biases> {
     let attention = config.flag("attention_bias")?;
     Ok(Biases {
-        qkv: attention || model_type == "qwen2",
+        qkv: attention || family.qkv_bias,
         o: attention,
         mlp: config.flag("mlp_bias")?,
     })

@@ -19,6 +19,7 @@ mod generate;
 mod kv_cache;
 mod linears;
 mod memory;
+mod residual;
 mod rope_config;
 mod stored;
 #[cfg(test)]
@@ -26,13 +27,14 @@ mod tests;
 mod trainable;
 mod weights;
 
-pub use architecture::{Architecture, Biases, LayerKind, TensorShape};
+pub use architecture::{Architecture, Biases, LayerKind, QkNorm, TensorShape};
 pub use batch::Batch;
 pub use block::Dropout;
 pub use cost::{ModelShape, Recompute};
 pub use decoder::{BackwardOptions, Decoder, WeightSource};
 pub use generate::{Sampling, Session};
 pub use memory::{MemoryForecast, forecast_memory, least_recompute};
+pub use residual::BranchNorms;
 pub(crate) use stored::StoredTensor;
 pub use trainable::{TrainableModel, initial_factors};
 pub use weights::{Weights, random_tensor};

@@ -1,31 +1,74 @@
 //! The rotary embedding of a config.json: `rope_parameters` (transformers 5), or `rope_theta` and
 //! `rope_scaling` (transformers 4).
 
+use serde_json::{Map, Value};
+
 use super::config::{Config, Range};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Rope, RopeScaling};
 
-/// Reads the rotary embedding for heads of `head_dim` channels; `max_position` is the model's
-/// limit. As in transformers, `rope_scaling` replaces `rope_parameters` unless it is empty, and a
-/// table's `rope_theta` precedes the top level's.
-pub(super) fn rope(config: &Config<'_>, head_dim: usize, max_position: usize) -> Result<Rope> {
+/// What a table is read for: heads of `head_dim` channels in a model of at most `max_position`
+/// positions.
+#[derive(Clone, Copy)]
+pub(super) struct RopeShape {
+    pub(super) head_dim: usize,
+    pub(super) max_position: usize,
+}
+
+/// Reads the one rotary embedding of a model. As in transformers, `rope_scaling` replaces
+/// `rope_parameters` unless it is empty, and a table's `rope_theta` precedes the top level's.
+pub(super) fn rope(config: &Config<'_>, shape: RopeShape) -> Result<Rope> {
     let scaling = config.object("rope_scaling")?;
-    let table = scaling.filter(|table| !table.object.is_empty());
-    let table = match table {
+    let table = match scaling.filter(|table| !table.object.is_empty()) {
         Some(table) => Some(table),
         None => config.object("rope_parameters")?,
     };
-    let in_table = table
-        .as_ref()
-        .map(|table| table.number("rope_theta", Range::POSITIVE))
-        .transpose()?
-        .flatten();
-    let theta = match in_table {
+    read_table(config, table.as_ref(), shape)
+}
+
+/// Reads the rotary embeddings of full and of sliding attention (OLMo 3), in this order:
+/// `rope_parameters` by type, or the keys of transformers 4, whose `rope_scaling` is for full
+/// attention alone.
+pub(super) fn ropes_by_layer_type(config: &Config<'_>, shape: RopeShape) -> Result<Vec<Rope>> {
+    let tables = config.object("rope_parameters")?;
+    let table = |name: &str| {
+        let given = tables
+            .as_ref()
+            .map(|tables| tables.object(name))
+            .transpose()?;
+        let mut entries = given
+            .flatten()
+            .map_or_else(Map::new, |table| table.object.clone());
+        entries.entry("rope_type").or_insert("default".into());
+        Ok::<_, Error>(entries)
+    };
+    let [mut full, sliding] = [table("full_attention")?, table("sliding_attention")?];
+    if let Some(scaling) = config.object("rope_scaling")? {
+        full.extend(scaling.object.clone());
+    }
+    // transformers 5 reads a top-level theta for full attention alone, transformers 4 for both.
+    let given = config.object.get("rope_theta");
+    let default = config.defaults.and_then(|keys| keys.get("rope_theta"));
+    let differs = given.is_some_and(|given| given.as_f64() != default.and_then(Value::as_f64));
+    if differs && !sliding.contains_key("rope_theta") {
+        return Err(config.wrong("rope_theta", "one in `rope_parameters` for each layer type"));
+    }
+    let read = |object| {
+        let defaults = None;
+        read_table(config, Some(&Config { object, defaults }), shape)
+    };
+    [full, sliding].iter().map(read).collect()
+}
+
+/// Reads a table; where it has no theta, the top level's holds.
+fn read_table(config: &Config<'_>, table: Option<&Config<'_>>, shape: RopeShape) -> Result<Rope> {
+    let in_table = table.map(|table| table.number("rope_theta", Range::POSITIVE));
+    let theta = match in_table.transpose()?.flatten() {
         Some(theta) => theta,
         None => config.required_number("rope_theta", Range::POSITIVE)?,
     };
     let scaling = match table {
-        Some(table) => rope_scaling(config, &table, max_position)?,
+        Some(table) => rope_scaling(config, table, shape.max_position)?,
         None => RopeScaling::None,
     };
     if theta <= 1.0 && matches!(scaling, RopeScaling::Yarn { .. }) {
@@ -33,7 +76,7 @@ pub(super) fn rope(config: &Config<'_>, head_dim: usize, max_position: usize) ->
         return Err(error.value(theta.to_string()).rule("above 1"));
     }
     Ok(Rope {
-        head_dim,
+        head_dim: shape.head_dim,
         theta,
         scaling,
     })
@@ -111,7 +154,7 @@ fn yarn(table: &Config<'_>, original: usize, max_position: usize) -> Result<Rope
         Some(given) => given,
         None => yarn_attention_factor(table, factor)?,
     };
-    let truncate = table.read("truncate", "true or false", serde_json::Value::as_bool)?;
+    let truncate = table.read("truncate", "true or false", Value::as_bool)?;
     Ok(RopeScaling::Yarn {
         factor,
         beta_fast: beta("beta_fast", 32.0)?,

@@ -21,6 +21,7 @@ mod gemm;
 mod linear;
 mod parallel;
 mod parameters;
+mod residual;
 mod rms_norm;
 mod rope;
 mod segments;
@@ -44,6 +45,7 @@ pub use linear::{
 };
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
+pub use residual::{add_scaled, add_scaled_cost, scale, scale_cost};
 pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;

@@ -1,4 +1,4 @@
-//! `y = x / sqrt(mean(x^2) + eps) * weight`, row by row (Zhang and Sennrich 2019, equation 4).
+//! `y = x / sqrt(mean(x^2) + eps) * factor weight`, row by row (Zhang and Sennrich 2019, equation 4).
 
 use candle_core::{D, DType, Device, Tensor};
 use half::bf16;
@@ -21,7 +21,7 @@ use crate::work::{Precision, Work};
 /// # use wattune::ops::{Context, RmsNorm, Weight};
 /// # use wattune::work::{Precision, WorkCounter};
 /// let weight = Weight::frozen(Tensor::new(&[1f32, 10.], &Device::Cpu)?);
-/// let norm = RmsNorm { weight, eps: 0. };
+/// let norm = RmsNorm { weight, eps: 0., factor: 1. };
 /// let x = Tensor::new(&[[1f32, 7.]], &Device::Cpu)?; // rms = sqrt((1 + 49) / 2) = 5
 /// let counter = WorkCounter::default();
 /// let (y, _) = norm.forward(Context::new(&counter, Precision::F32), &x)?;
@@ -34,12 +34,27 @@ pub struct RmsNorm {
     pub weight: Weight,
     /// Added to the mean square.
     pub eps: f64,
+    /// Factor of the result: 1, except where logits are scaled through the last norm.
+    pub factor: f64,
 }
 
 /// Input of `backward`: x (N, C) in the compute type; the rest is cheaper to recompute.
 #[derive(Debug, Clone)]
 pub struct RmsNormSaved {
     x: Tensor,
+}
+
+impl RmsNormSaved {
+    /// Saves an input x (N, C) that no norm precedes, in the compute type.
+    pub(crate) fn new(context: Context<'_>, x: &Tensor) -> Result<Self> {
+        let x = save_activation(context, x)?;
+        Ok(Self { x })
+    }
+
+    /// x (N, C).
+    pub(crate) fn x(&self) -> &Tensor {
+        &self.x
+    }
 }
 
 /// Work of a forward pass over (n, c).
@@ -76,43 +91,43 @@ impl RmsNorm {
         self.forward_primitives(context, &load_activation(context, &saved.x)?)
     }
 
-    /// x (N, H D) in f32 -> y (N, H D) in f32: each of the H heads is normalised with the weight
-    /// (D), as of queries and keys before their rotation.
-    pub fn forward_heads(
+    /// x (N, H D) in f32 -> y (N, H D) in f32: each of the H groups of columns is normalised with
+    /// the weight (D), as the heads of queries and keys before their rotation.
+    pub fn forward_groups(
         &self,
         context: Context<'_>,
         x: &Tensor,
     ) -> Result<(Tensor, RmsNormSaved)> {
-        let (y, saved) = self.forward(context.in_f32(), &self.heads(x)?)?;
+        let (y, saved) = self.forward(context.in_f32(), &self.groups(x)?)?;
         let y = y.reshape(x.dims2()?)?;
         let x = save_activation(context, &saved.x)?;
         Ok((y, RmsNormSaved { x }))
     }
 
     /// dy (N, H D) in f32 -> dx (N, H D) in f32; adds the weight's gradient where it is trained.
-    pub fn backward_heads(
+    pub fn backward_groups(
         &self,
         context: Context<'_>,
         dy: &Tensor,
         saved: &RmsNormSaved,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let dx = self.backward(context, &self.heads(dy)?, saved, None, gradients)?;
+        let dx = self.backward(context, &self.groups(dy)?, saved, None, gradients)?;
         Ok(dx.reshape(dy.dims2()?)?)
     }
 
     /// x (N, H D) as (N H, D).
-    fn heads(&self, x: &Tensor) -> Result<Tensor> {
+    fn groups(&self, x: &Tensor) -> Result<Tensor> {
         let (n, width) = x.dims2()?;
-        let head_dim = self.weight.tensor.dims1()?;
-        if head_dim == 0 || !width.is_multiple_of(head_dim) {
+        let group = self.weight.tensor.dims1()?;
+        if group == 0 || !width.is_multiple_of(group) {
             return Err(
-                Error::new(Kind::Tensor, "normalised rows must hold whole heads")
+                Error::new(Kind::Tensor, "normalised rows must hold whole groups")
                     .value(width.to_string())
-                    .rule(format!("a multiple of head_dim = {head_dim}")),
+                    .rule(format!("a multiple of the weight's {group} elements")),
             );
         }
-        Ok(x.reshape((n * width / head_dim, head_dim))?)
+        Ok(x.reshape((n * width / group, group))?)
     }
 
     fn check_and_count(&self, context: Context<'_>, x: &Tensor) -> Result<()> {
@@ -149,7 +164,7 @@ impl RmsNorm {
         }
         let x = load_activation(context, &saved.x)?;
         if trained {
-            let normed = x.broadcast_mul(&self.inverse_rms(&x)?)?;
+            let normed = (x.broadcast_mul(&self.inverse_rms(&x)?)? * self.factor)?;
             gradients.add(&self.weight, (dy * normed)?.sum(0)?)?;
         }
         let dx = self.backward_reference(dy, &x)?;
@@ -171,9 +186,17 @@ impl RmsNorm {
         let eps = self.eps as f32;
         Ok(candle_nn::ops::rms_norm(
             &x.contiguous()?,
-            &self.weight.tensor,
+            &self.gain()?,
             eps,
         )?)
+    }
+
+    /// factor weight (C).
+    fn gain(&self) -> Result<Tensor> {
+        if self.factor == 1.0 {
+            return Ok(self.weight.tensor.clone());
+        }
+        Ok((&self.weight.tensor * self.factor)?)
     }
 
     /// 1 / sqrt(mean(x^2) + eps), (N, 1).
@@ -184,13 +207,13 @@ impl RmsNorm {
 
     fn forward_reference(&self, x: &Tensor) -> Result<Tensor> {
         let normed = x.broadcast_mul(&self.inverse_rms(x)?)?;
-        Ok(normed.broadcast_mul(&self.weight.tensor)?)
+        Ok(normed.broadcast_mul(&self.gain()?)?)
     }
 
-    /// With s = inverse rms and g = dy * weight: dx = s g - x s^3 mean(g x).
+    /// With s = inverse rms and g = dy * gain: dx = s g - x s^3 mean(g x).
     fn backward_reference(&self, dy: &Tensor, x: &Tensor) -> Result<Tensor> {
         let s = self.inverse_rms(x)?;
-        let g = dy.broadcast_mul(&self.weight.tensor)?;
+        let g = dy.broadcast_mul(&self.gain()?)?;
         let along = ((&g * x)?.mean_keepdim(D::Minus1)? * s.powf(3.0)?)?;
         Ok((g.broadcast_mul(&s)? - x.broadcast_mul(&along)?)?)
     }
@@ -222,7 +245,8 @@ impl RmsNorm {
 
     /// Writes y (N, C), and a bf16 copy of x to `copy` unless that is empty.
     fn write_rows<Y: Element>(&self, x: &Tensor, y: &mut [Y], copy: &mut [bf16]) -> Result<()> {
-        let weight = CpuTensor::borrow_f32(&self.weight.tensor)?;
+        let gain = self.gain()?;
+        let weight = CpuTensor::borrow_f32(&gain)?;
         match CpuTensor::borrow(x)?.slice() {
             CpuSlice::F32(x) => self.normalize(x, weight.f32_slice(), y, copy),
             CpuSlice::Bf16(x) => self.normalize(x, weight.f32_slice(), y, copy),
@@ -267,7 +291,8 @@ impl RmsNorm {
         let shape = dy.dims2()?;
         let (n, c) = shape;
         let dy = CpuTensor::borrow_f32(dy)?;
-        let weight = CpuTensor::borrow_f32(&self.weight.tensor)?;
+        let gain = self.gain()?;
+        let weight = CpuTensor::borrow_f32(&gain)?;
         let weight = weight.f32_slice();
         let base = base.map(CpuTensor::borrow_f32).transpose()?;
         let base = base.as_ref().map(CpuTensor::f32_slice);
@@ -309,6 +334,7 @@ impl RmsNorm {
             for partial in partial.chunks(c.max(1)) {
                 sum.iter_mut().zip(partial).for_each(|(sum, x)| *sum += x);
             }
+            sum.iter_mut().for_each(|sum| *sum *= self.factor as f32);
             gradients.add(&self.weight, Tensor::from_vec(sum, c, &Device::Cpu)?)?;
         }
         f32_tensor(dx, shape)

@@ -14,8 +14,19 @@ use wattune::model::{
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters};
 use wattune::work::{Precision, WorkCounter};
 
-const FULL: [&str; 6] = ["gqa", "tied", "biases", "qwen2", "llama3rope", "qwen3"];
-const FAMILIES: [&str; 1] = ["qwen3"];
+const FULL: [&str; 10] = [
+    "gqa",
+    "tied",
+    "biases",
+    "qwen2",
+    "llama3rope",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "olmo2",
+    "olmo3",
+];
+const FAMILIES: [&str; 5] = ["qwen3", "smollm3", "granite", "olmo2", "olmo3"];
 const LOGITS_ONLY: [&str; 4] = ["linear", "dynamic", "yarn", "mistral"];
 
 #[test]

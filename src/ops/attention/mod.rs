@@ -39,7 +39,7 @@ const KEY_BLOCK: usize = 256;
 /// # use candle_core::{Device, Tensor};
 /// # use wattune::ops::{Attention, Context, Segments};
 /// # use wattune::work::{Precision, WorkCounter};
-/// let attention = Attention { heads: 1, kv_heads: 1, head_dim: 1, window: None };
+/// let attention = Attention { heads: 1, kv_heads: 1, head_dim: 1, window: None, scale: None };
 /// let zeros = Tensor::new(&[[0f32], [0.], [0.]], &Device::Cpu)?;
 /// let v = Tensor::new(&[[1f32], [3.], [8.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
@@ -49,7 +49,7 @@ const KEY_BLOCK: usize = 256;
 /// assert_eq!(y.to_vec2::<f32>()?, [[1.], [2.], [4.]]);
 /// # Ok::<(), wattune::error::Error>(())
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Attention {
     /// Query heads.
     pub heads: usize,
@@ -60,6 +60,8 @@ pub struct Attention {
     /// Sliding window: a token attends to itself and the `window - 1` tokens before it; `None`: to
     /// all before it.
     pub window: Option<usize>,
+    /// Factor of the scores; `None`: 1 / sqrt(head_dim).
+    pub scale: Option<f64>,
 }
 
 /// A query block of a segment and the key rows it attends to, both counted from the segment's
@@ -84,7 +86,8 @@ impl Attention {
 
     /// Factor of the scores.
     pub(crate) fn scale(&self) -> f64 {
-        1.0 / (self.head_dim as f64).sqrt()
+        self.scale
+            .unwrap_or_else(|| 1.0 / (self.head_dim as f64).sqrt())
     }
 
     /// Query heads per key head.

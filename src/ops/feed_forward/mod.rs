@@ -32,7 +32,7 @@ use crate::error::{Error, Kind};
 /// let context = Context::new(&counter, Precision::F32);
 /// let x = Tensor::new(&[[5f32]], &Device::Cpu)?;
 /// let input = LinearInput::new(context, x.clone())?;
-/// let (y, _) = layers.forward(context, input, None, &x, true)?;
+/// let (y, _) = layers.forward(context, input, None, Some(&x), true)?;
 /// assert_eq!(y.to_vec2::<f32>()?, [[5.]]); // 5 + 3 * (silu(0) * 10)
 /// # Ok::<(), wattune::error::Error>(())
 /// ```
@@ -95,14 +95,14 @@ pub enum BackwardDepth {
 }
 
 impl FeedForward<'_> {
-    /// x (N, C) -> base + y (N, C). `masks`: LoRA dropout. `all_layers`: whether the backward
+    /// x (N, C) -> y (N, C), added to `base` if given. `masks`: LoRA dropout. `all_layers`: whether the backward
     /// pass, if any, includes gate and up; the tiled pass requires it.
     pub fn forward(
         &self,
         context: Context<'_>,
         x: LinearInput,
         masks: Option<Masks<'_>>,
-        base: &Tensor,
+        base: Option<&Tensor>,
         all_layers: bool,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         #[cfg(target_arch = "x86_64")]
@@ -120,7 +120,7 @@ impl FeedForward<'_> {
         let (inner, swiglu_saved) = swiglu(context, &gate, &up)?;
         drop((gate, up));
         let inner = LinearInput::new(context, inner)?;
-        let (y, down_saved) = apply(FeedForwardLayer::Down, self.down, &inner, Some(base))?;
+        let (y, down_saved) = apply(FeedForwardLayer::Down, self.down, &inner, base)?;
         let saved = FeedForwardSaved {
             intermediate: Intermediate::Rows(swiglu_saved),
             gate: gate_saved,

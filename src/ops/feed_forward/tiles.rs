@@ -168,7 +168,7 @@ impl FeedForward<'_> {
         &self,
         context: Context<'_>,
         x: LinearInput,
-        base: &Tensor,
+        base: Option<&Tensor>,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         let (n, f) = (x.shape().0, self.gate.weight.tensor.dims2()?.0);
         check_shape("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
@@ -195,7 +195,7 @@ impl FeedForward<'_> {
         });
         drop(x);
         let inner = LinearInput::from_packed((n, f), PackedLhs::from_bf16(inner));
-        let (y, down_saved) = self.down.forward_input(context, &inner, None, Some(base))?;
+        let (y, down_saved) = self.down.forward_input(context, &inner, None, base)?;
         let shape = (n, f);
         let saved = FeedForwardSaved {
             intermediate: Intermediate::Tiles(GateUpTiles { shape, gate, up }),

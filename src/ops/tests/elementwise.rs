@@ -6,8 +6,9 @@ use proptest::prelude::*;
 use super::super::gemm::best;
 use super::super::swiglu::swiglu_recompute;
 use super::super::{
-    Context, Gradients, RmsNorm, Weight, embedding, embedding_backward, embedding_backward_cost,
-    embedding_cost, gather_rows, rms_norm_backward_cost, rms_norm_cost, scatter_rows, swiglu,
+    Context, Gradients, RmsNorm, Weight, add_scaled, add_scaled_cost, embedding,
+    embedding_backward, embedding_backward_cost, embedding_cost, gather_rows,
+    rms_norm_backward_cost, rms_norm_cost, scale, scale_cost, scatter_rows, swiglu,
     swiglu_backward, swiglu_backward_cost, swiglu_cost,
 };
 use super::{
@@ -30,7 +31,11 @@ fn run_rms_norm(
     } else {
         Weight::frozen(inputs[1].clone())
     };
-    let norm = RmsNorm { weight, eps };
+    let norm = RmsNorm {
+        weight,
+        eps,
+        factor: 0.75,
+    };
     let (y, saved) = norm.forward(context, &inputs[0])?;
     let dx = norm.backward(context, dy, &saved, None, &mut gradients)?;
     Ok((y, vec![Some(dx), gradients.get(0).cloned()]))
@@ -51,10 +56,28 @@ proptest! {
             op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_rms_norm(context, inputs, dy, eps, trains),
             naive: |inputs: &[Tensor]| {
                 let rms = (inputs[0].sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-                inputs[0].broadcast_div(&rms)?.broadcast_mul(&inputs[1])
+                inputs[0].broadcast_div(&rms)?.broadcast_mul(&inputs[1])? * 0.75
             },
             cost: rms_norm_cost(n, c) + rms_norm_backward_cost(n, c, trains),
             roundings: c + n + 48,
+        }
+        .prove();
+    }
+
+    /// Beyond one parallel task.
+    #[test]
+    fn add_scaled_is_its_definition(n in 1usize..40, c in 1usize..1000, seed: u64) {
+        let inputs = [random(seed, &[n, c]), random(seed ^ 1, &[n, c])];
+        Pair {
+            inputs: &inputs,
+            dy: &random(seed ^ 2, &[n, c]),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| {
+                let y = add_scaled(context, &inputs[0], &inputs[1], 0.75)?;
+                Ok((y, vec![Some(dy.clone()), Some(scale(context, dy, 0.75)?)]))
+            },
+            naive: |inputs: &[Tensor]| &inputs[0] + (&inputs[1] * 0.75)?,
+            cost: add_scaled_cost(n, c) + scale_cost(n, c, 0.75),
+            roundings: 4,
         }
         .prove();
     }
@@ -129,7 +152,7 @@ fn rows_are_gathered_and_scattered_as_candle_does() -> Result<()> {
     Ok(())
 }
 
-/// A row of zeros has rms sqrt(eps): y = 0 and dx = dy * weight / sqrt(eps).
+/// A row of zeros has rms sqrt(eps): y = 0 and dx = dy * factor weight / sqrt(eps), factor 0.75.
 #[test]
 fn eps_bounds_rms_norm_of_zeros() {
     let inputs = [tensor(&[0.0; 4], &[2, 2]), tensor(&[3.0, -1.0], &[2])];
@@ -137,7 +160,7 @@ fn eps_bounds_rms_norm_of_zeros() {
     for_each_path(|context| {
         let (y, gradients) = run_rms_norm(context, &inputs, &dy, 1e-6, true).unwrap();
         assert_eq!(flat(&y), [0.0; 4]);
-        let want = tensor(&[3e3, -2e3, 0.0, -4e3], &[2, 2]);
+        let want = tensor(&[2.25e3, -1.5e3, 0.0, -3e3], &[2, 2]);
         within("dx", gradients[0].as_ref().unwrap(), &want, 1e-2);
         assert_eq!(flat(gradients[1].as_ref().unwrap()), [0.0; 2]);
     });
@@ -182,7 +205,11 @@ fn swiglu_beyond_one_task_is_the_reference() {
 fn bf16_activations_are_rounded_once() {
     let [gate, up, dy] = [1, 2, 3].map(|seed| random(seed, &[5, 37]));
     let weight = Weight::frozen(random(4, &[37]));
-    let norm = RmsNorm { weight, eps: 1e-3 };
+    let norm = RmsNorm {
+        weight,
+        eps: 1e-3,
+        factor: 1.0,
+    };
     let run = |context: Context<'_>| -> Result<_> {
         let (y, saved) = swiglu(context, &gate, &up)?;
         let (dgate, dup) = swiglu_backward(context, &dy, &saved)?;

@@ -137,7 +137,7 @@ impl Parts {
         let [gate, up, down] = &self.linears(inputs);
         let layers = FeedForward { gate, up, down };
         let x = || LinearInput::new(context, inputs[0].clone());
-        let (y, saved) = layers.forward(context, x()?, masks, base, self.all_layers)?;
+        let (y, saved) = layers.forward(context, x()?, masks, Some(base), self.all_layers)?;
         let fused = context.fused(&inputs[0]);
         let tiles = masks.is_none() && self.in_tiles(context, inputs[0].dims()[0], fused);
         assert_eq!(saved.in_tiles(), tiles, "tiles, where they should be");

@@ -52,6 +52,7 @@ fn attention_with_groups_window_and_segments() {
         kv_heads,
         head_dim,
         window: Some(window),
+        scale: None,
     };
     let segments = Segments::from_lengths(golden.sizes("segments"));
     for_each_path(|context| {
@@ -72,6 +73,7 @@ fn rms_norm() {
     let norm = RmsNorm {
         weight: golden.trained("weight"),
         eps: 1e-5,
+        factor: 1.0,
     };
     for_each_path(|context| {
         let mut gradients = Gradients::new(1);

@@ -227,6 +227,7 @@ const fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> Attention 
         kv_heads,
         head_dim,
         window: None,
+        scale: None,
     }
 }
 

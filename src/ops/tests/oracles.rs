@@ -57,6 +57,7 @@ fn rms_norm_with_its_gradients() -> Result<()> {
         let ours = RmsNorm {
             weight: weight_slot,
             eps: 1e-5,
+            factor: 1.0,
         };
         let (y, saved) = ours.forward(context, &x).unwrap();
         let mut got = Gradients::new(1);

@@ -35,7 +35,11 @@ fn view(seed: u64, rows: usize, columns: usize) -> Tensor {
 
 fn norm(c: usize) -> RmsNorm {
     let weight = Weight::frozen(random(9, &[c]));
-    RmsNorm { weight, eps: 1e-6 }
+    RmsNorm {
+        weight,
+        eps: 1e-6,
+        factor: 1.0,
+    }
 }
 
 fn linear(o: usize, i: usize) -> Linear {
@@ -175,7 +179,7 @@ fn feed_forward_layers_that_contradict_each_other_are_refused() {
         let base = random(3, &[4, 6]);
         let forward = |layers: FeedForward<'_>, rows: usize| {
             let x = LinearInput::new(context, random(2, &[rows, 6])).unwrap();
-            layers.forward(context, x, None, &base, true)
+            layers.forward(context, x, None, Some(&base), true)
         };
         says(
             "`up`",

@@ -1,0 +1,174 @@
+//! The residual form of a block's attention or feed-forward layers f: `x + factor n(f(n(x)))`, with
+//! a norm before the layers (Llama), on their result (OLMo 2) or both (Gemma).
+//!
+//! Without a norm and a factor on the result, the last layer of f adds it to x itself.
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::ops::{
+    Context, Gradients, LinearInput, RmsNorm, RmsNormSaved, add_scaled, add_scaled_cost,
+    residual_cost, rms_norm_backward_cost, rms_norm_cost, scale, scale_cost,
+};
+use crate::work::Work;
+
+/// Names of the norms before and after the layers, inside the block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BranchNorms {
+    /// Before the layers.
+    pub input: Option<&'static str>,
+    /// On their result.
+    pub output: Option<&'static str>,
+}
+
+/// The norms around the layers, and the factor of their result.
+#[derive(Debug)]
+pub(super) struct ResidualBranch {
+    pub(super) input_norm: Option<RmsNorm>,
+    pub(super) output_norm: Option<RmsNorm>,
+    pub(super) factor: f64,
+}
+
+impl ResidualBranch {
+    /// x (N, C) -> the input of the layers; what is saved serves [`ResidualBranch::recompute_input`]
+    /// and [`ResidualBranch::input_backward`].
+    pub(super) fn input(
+        &self,
+        context: Context<'_>,
+        x: &Tensor,
+    ) -> Result<(LinearInput, RmsNormSaved)> {
+        let (h, saved) = match &self.input_norm {
+            Some(norm) => norm.forward(context, x)?,
+            None => {
+                let saved = RmsNormSaved::new(context, x)?;
+                (saved.x().clone(), saved)
+            }
+        };
+        Ok((LinearInput::new(context, h)?, saved))
+    }
+
+    /// The input of the layers again, if `wanted`.
+    pub(super) fn recompute_input(
+        &self,
+        context: Context<'_>,
+        saved: &RmsNormSaved,
+        wanted: bool,
+    ) -> Result<Option<LinearInput>> {
+        if !wanted {
+            return Ok(None);
+        }
+        let h = match &self.input_norm {
+            Some(norm) => norm.recompute(context, saved)?,
+            None => saved.x().clone(),
+        };
+        Ok(Some(LinearInput::new(context, h)?))
+    }
+
+    /// What the last layer adds its result to; `None` if [`ResidualBranch::add`] does.
+    pub(super) fn base<'x>(&self, x: &'x Tensor) -> Option<&'x Tensor> {
+        (self.output_norm.is_none() && self.factor == 1.0).then_some(x)
+    }
+
+    /// x and the result y of the last layer, which includes x if `base` gave it -> x1 (N, C).
+    pub(super) fn add(
+        &self,
+        context: Context<'_>,
+        x: &Tensor,
+        y: Tensor,
+    ) -> Result<(Tensor, Option<RmsNormSaved>)> {
+        if self.base(x).is_some() {
+            return Ok((y, None));
+        }
+        let Some(norm) = &self.output_norm else {
+            return Ok((add_scaled(context, x, &y, self.factor)?, None));
+        };
+        let (y, saved) = norm.forward_groups(context, &y)?;
+        Ok((add_scaled(context, x, &y, self.factor)?, Some(saved)))
+    }
+
+    /// dx1 (N, C) -> the gradient of the last layer's result.
+    pub(super) fn output_backward(
+        &self,
+        context: Context<'_>,
+        dx1: &Tensor,
+        saved: Option<&RmsNormSaved>,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
+        let dy = scale(context, dx1, self.factor)?;
+        match self.output_norm.as_ref().zip(saved) {
+            Some((norm, saved)) => norm.backward_groups(context, &dy, saved, gradients),
+            None => Ok(dy),
+        }
+    }
+
+    /// The gradients of the layers' input and of x1 -> dx (N, C).
+    pub(super) fn input_backward(
+        &self,
+        context: Context<'_>,
+        dh: &Tensor,
+        saved: &RmsNormSaved,
+        dx1: &Tensor,
+        gradients: &mut Gradients,
+    ) -> Result<Tensor> {
+        match &self.input_norm {
+            Some(norm) => norm.backward(context, dh, saved, Some(dx1), gradients),
+            None => add_scaled(context, dx1, dh, 1.0),
+        }
+    }
+}
+
+/// The cost of a branch around its layers, for `tokens` tokens of `hidden` channels.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BranchShape {
+    pub(super) tokens: usize,
+    pub(super) hidden: usize,
+    pub(super) norms: BranchNorms,
+    pub(super) factor: f64,
+    /// Whether the norms are trained.
+    pub(super) trained: bool,
+}
+
+impl BranchShape {
+    /// Work of a norm, if there is one.
+    fn norm_cost(&self, norm: Option<&str>) -> Work {
+        norm.map_or_else(Work::default, |_| rms_norm_cost(self.tokens, self.hidden))
+    }
+
+    fn norm_backward_cost(&self) -> Work {
+        rms_norm_backward_cost(self.tokens, self.hidden, self.trained)
+    }
+
+    /// Work of the forward pass, with the addition that the last layer may do.
+    pub(super) fn forward_cost(&self) -> Work {
+        let (n, c) = (self.tokens, self.hidden);
+        let norms = self.recompute_cost() + self.norm_cost(self.norms.output);
+        if self.norms.output.is_none() && self.factor == 1.0 {
+            norms + residual_cost(n, c)
+        } else {
+            norms + add_scaled_cost(n, c)
+        }
+    }
+
+    /// Work of `recompute_input`.
+    pub(super) fn recompute_cost(&self) -> Work {
+        self.norm_cost(self.norms.input)
+    }
+
+    /// Work of `output_backward`.
+    pub(super) fn output_backward_cost(&self) -> Work {
+        let scaled = scale_cost(self.tokens, self.hidden, self.factor);
+        match self.norms.output {
+            Some(_) => scaled + self.norm_backward_cost(),
+            None => scaled,
+        }
+    }
+
+    /// Work of `input_backward`.
+    pub(super) fn input_backward_cost(&self) -> Work {
+        let (n, c) = (self.tokens, self.hidden);
+        match self.norms.input {
+            Some(_) => self.norm_backward_cost() + residual_cost(n, c),
+            None => add_scaled_cost(n, c),
+        }
+    }
+}
