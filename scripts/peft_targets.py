@@ -133,7 +133,7 @@ def adapter_config() -> None:
 def merge() -> None:
     """A round trip through PEFT: B filled with noise, merged by merge_and_unload in each dtype."""
     out = {}
-    for dtype in ["float32", "bfloat16", "float16"]:
+    for dtype in ["float64", "float32", "bfloat16", "float16"]:
         torch.manual_seed(1)
         model = get_peft_model(llama(1), LoraConfig(r=3, lora_alpha=4, target_modules=["k_proj"], use_rslora=True))
         path = "base_model.model.model.layers.0.self_attn.k_proj"
@@ -142,13 +142,16 @@ def merge() -> None:
         weight.mul_(20)
         layer.lora_B["default"].weight.data.normal_()
         layer.base_layer.to(getattr(torch, dtype))
+        if dtype == "float64":
+            # Values that float32 does not hold.
+            layer.base_layer.weight.data.mul_(1 + 2.0**-40)
         a, b = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
         out[dtype] = {
             "scaling": layer.scaling["default"],
-            "w": layer.base_layer.weight.data.float().tolist(),
+            "w": layer.base_layer.weight.data.double().tolist(),
             "a": a.float().tolist(),
             "b": b.float().tolist(),
-            "merged": model.merge_and_unload().get_submodule("model.layers.0.self_attn.k_proj").weight.float().tolist(),
+            "merged": model.merge_and_unload().get_submodule("model.layers.0.self_attn.k_proj").weight.double().tolist(),
         }
     (GOLDEN / "peft_merge.json").write_text(json.dumps(out))
 

@@ -42,6 +42,7 @@ fn files(folder: &Path) -> TokenizerFiles {
         merges: present("merges.txt"),
         tokenizer_config: present("tokenizer_config.json"),
         special_tokens_map: present("special_tokens_map.json"),
+        added_tokens: present("added_tokens.json"),
         chat_template: present("chat_template.jinja"),
         config: present("config.json"),
     }

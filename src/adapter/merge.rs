@@ -1,14 +1,15 @@
 //! Merges an adapter into a model's weights: a model directory that needs no adapter.
 //!
-//! Takes the model's safetensors files and LoRA pairs; writes `W' = W + scaling * B A`, computed in f32 and rounded once to
-//! the type of W, one tensor at a time. The bytes of every other tensor stay the same. The directory is created atomically. Knows
+//! Takes the model's safetensors files and LoRA pairs; writes `W' = W + scaling * B A`, computed in f32 (f64 where W is F64) and rounded
+//! once to the type of W, one tensor at a time. The bytes of every other tensor stay the same. The directory is created atomically. Knows
 //! nothing of architectures.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
@@ -16,7 +17,7 @@ use crate::error::{Error, Kind, Result};
 use crate::files::{DraftDirectory, remove_old_leftovers};
 use crate::units::Bytes;
 
-use super::peft::{LoraPair, fail_on_problems, to_f32};
+use super::peft::{LoraPair, fail_on_problems};
 use super::shards::{
     INDEX_FILE, TensorEntry, header, index_json, plan_shards, read_headers, shard_file_name,
 };
@@ -25,7 +26,7 @@ use super::shards::{
 pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
 
 /// Inputs and output of a merge.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct MergeJob<'a> {
     /// The model's safetensors files: one, or all shards.
     pub weights: &'a [PathBuf],
@@ -33,8 +34,8 @@ pub struct MergeJob<'a> {
     pub pairs: &'a [LoraPair<'a>],
     /// Names of weights that are the same tensor in the model, as `["lm_head.weight", "model.embed_tokens.weight"]`.
     pub tied: &'a [[String; 2]],
-    /// Files to copy unchanged: configuration, tokenizer, chat template, licence.
-    pub copy: &'a [PathBuf],
+    /// Writes the model's other files into the new directory: configuration, tokenizer, chat template, licence.
+    pub other_files: &'a dyn Fn(&Path) -> Result<()>,
     /// The directory to create.
     pub out: &'a Path,
     /// Most bytes of values in one file.
@@ -66,7 +67,6 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     let tensors = read_headers(job.weights)?;
     let pairs = match_pairs(&tensors, job)?;
     let shards = plan_shards(&tensors, job.max_shard);
-    check_copies(job.copy)?;
     if job.out.file_name().is_none() {
         let error = Error::new(
             Kind::Usage,
@@ -87,13 +87,10 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     }
     if shards.len() > 1 {
         let index = index_json(&tensors, &shards);
-        write(&draft.path().join(INDEX_FILE), index.as_bytes())?;
+        let path = draft.path().join(INDEX_FILE);
+        fs::write(&path, index).map_err(|source| Error::io("write", &path, source))?;
     }
-    for path in job.copy {
-        let content = fs::read(path).map_err(|source| Error::io("read", path, source))?;
-        let name = path.file_name().unwrap_or_default();
-        write(&draft.path().join(name), &content)?;
-    }
+    (job.other_files)(draft.path())?;
     if !draft.install_new()? {
         return Err(exists(job.out));
     }
@@ -163,38 +160,12 @@ fn pair_problem(tensor: &TensorEntry, pair: &LoraPair) -> Option<String> {
         ));
     }
     match tensor.dtype {
-        Dtype::F32 | Dtype::F16 | Dtype::BF16 => None,
+        Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 => None,
         other => Some(format!(
-            "`{}` is stored as {other:?}; F32, F16 and BF16 can be merged",
+            "`{}` is stored as {other:?}; F64, F32, F16 and BF16 can be merged",
             tensor.name
         )),
     }
-}
-
-fn check_copies(copies: &[PathBuf]) -> Result<()> {
-    let mut names = BTreeSet::new();
-    for path in copies {
-        let refuse = |why: &str| {
-            Err(
-                Error::new(Kind::Adapter, format!("a file cannot be copied: {why}"))
-                    .at(path.display().to_string()),
-            )
-        };
-        let Some(name) = path.file_name() else {
-            return refuse("it has no name");
-        };
-        if name == INDEX_FILE
-            || path
-                .extension()
-                .is_some_and(|extension| extension == "safetensors")
-        {
-            return refuse("it is one of the model's weights, which are written anew");
-        }
-        if !names.insert(name) {
-            return refuse("another file has the same name");
-        }
-    }
-    Ok(())
 }
 
 fn exists(out: &Path) -> Error {
@@ -204,10 +175,6 @@ fn exists(out: &Path) -> Error {
     )
     .at(out.display().to_string())
     .hint("choose another with `--out DIR`, or remove it")
-}
-
-fn write(path: &Path, content: &[u8]) -> Result<()> {
-    fs::write(path, content).map_err(|source| Error::io("write", path, source))
 }
 
 fn write_shard(
@@ -273,31 +240,38 @@ fn add_pair(bytes: &mut [u8], tensor: &TensorEntry, pair: &LoraPair) -> Result<(
         })
 }
 
-/// Adds `scale * delta` to a row of stored values; `None` if a sum is not finite.
+/// Adds `scale * delta` to a row of stored values, in f64 where these are F64, else in f32; `None` if a sum is not finite.
 fn add_row(bytes: &mut [u8], dtype: Dtype, delta: &[f32], scale: f32) -> Option<()> {
-    let weights = to_f32(dtype, bytes)?;
-    let stored = bytes.chunks_exact_mut(dtype.bitsize() / 8);
-    for ((weight, delta), stored) in weights.into_iter().zip(delta).zip(stored) {
-        let sum = weight + delta * scale;
-        let is_finite = match dtype {
-            Dtype::F32 => {
-                stored.copy_from_slice(&sum.to_le_bytes());
-                sum.is_finite()
-            }
-            Dtype::F16 => {
-                let rounded = half::f16::from_f32(sum);
-                stored.copy_from_slice(&rounded.to_le_bytes());
-                rounded.is_finite()
-            }
-            _ => {
-                let rounded = half::bf16::from_f32(sum);
-                stored.copy_from_slice(&rounded.to_le_bytes());
-                rounded.is_finite()
-            }
-        };
-        if !is_finite {
-            return None;
-        }
+    match dtype {
+        Dtype::F64 => add_each(bytes, delta, |stored, delta| {
+            let sum = f64::from_le_bytes(stored) + f64::from(delta * scale);
+            sum.is_finite().then(|| sum.to_le_bytes())
+        }),
+        Dtype::F32 => add_each(bytes, delta, |stored, delta| {
+            let sum = f32::from_le_bytes(stored) + delta * scale;
+            sum.is_finite().then(|| sum.to_le_bytes())
+        }),
+        Dtype::F16 => add_each(bytes, delta, |stored, delta| {
+            let sum = f16::from_f32(f16::from_le_bytes(stored).to_f32() + delta * scale);
+            sum.is_finite().then(|| sum.to_le_bytes())
+        }),
+        Dtype::BF16 => add_each(bytes, delta, |stored, delta| {
+            let sum = bf16::from_f32(bf16::from_le_bytes(stored).to_f32() + delta * scale);
+            sum.is_finite().then(|| sum.to_le_bytes())
+        }),
+        _ => None,
+    }
+}
+
+/// Replaces each stored value of `N` bytes by the result of `add`, until one is `None`.
+fn add_each<const N: usize>(
+    bytes: &mut [u8],
+    delta: &[f32],
+    add: impl Fn([u8; N], f32) -> Option<[u8; N]>,
+) -> Option<()> {
+    let stored = bytes.as_chunks_mut::<N>().0;
+    for (stored, delta) in stored.iter_mut().zip(delta) {
+        *stored = add(*stored, *delta)?;
     }
     Some(())
 }

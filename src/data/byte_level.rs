@@ -3,17 +3,18 @@
 //! Takes the two files' text and tokenizer_config.json, returns a `tokenizers` pipeline equal to the one transformers' converter
 //! builds for Qwen2 and GPT-2 tokenizers. Refuses other tokenizer classes: their splitting rules are not in these files.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
+use tokenizers::Tokenizer;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::tokenizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, Tokenizer};
 
-use super::tokenizer::token_text;
+use super::added_tokens::token_text;
 use crate::error::{Error, Kind, Result};
 
 /// Qwen2's pre-tokenisation (transformers, `Qwen2Converter`; Apache-2.0).
@@ -26,14 +27,19 @@ enum Family {
     Qwen2,
 }
 
-/// Builds the tokenizer from the text of its files.
-pub(super) fn tokenizer(vocab: &str, merges: &str, config: Option<&Value>) -> Result<Tokenizer> {
-    let family = family(config)?;
+/// Builds the tokenizer from the text of its files, without added tokens; `settings` gets the token that both classes name by default.
+pub(super) fn tokenizer(
+    vocab: &str,
+    merges: &str,
+    settings: &mut Map<String, Value>,
+) -> Result<Tokenizer> {
+    let family = family(settings)?;
     let bpe = bpe(vocab, merges)?;
     let mut tokenizer = Tokenizer::new(bpe);
-    let prefix_space = config
-        .and_then(|c| c.get("add_prefix_space")?.as_bool())
-        .unwrap_or(false);
+    let unknown = settings.entry("unk_token");
+    unknown.or_insert_with(|| "<|endoftext|>".into());
+    let prefix_space = settings.get("add_prefix_space").and_then(Value::as_bool);
+    let prefix_space = prefix_space.unwrap_or(false);
     match family {
         Family::Gpt2 => {
             tokenizer.with_pre_tokenizer(Some(ByteLevel::new(prefix_space, true, true)));
@@ -57,7 +63,6 @@ pub(super) fn tokenizer(vocab: &str, merges: &str, config: Option<&Value>) -> Re
         }
     }
     tokenizer.with_decoder(Some(ByteLevel::default()));
-    add_tokens(&mut tokenizer, config)?;
     Ok(tokenizer)
 }
 
@@ -69,8 +74,8 @@ fn broken(error: impl std::fmt::Display) -> Error {
     .hint("download both files again; they must come from the same model")
 }
 
-fn family(config: Option<&Value>) -> Result<Family> {
-    match config.and_then(|c| c.get("tokenizer_class")?.as_str()) {
+fn family(settings: &Map<String, Value>) -> Result<Family> {
+    match settings.get("tokenizer_class").and_then(Value::as_str) {
         None => Ok(Family::Gpt2),
         Some(class) if class.starts_with("GPT2Tokenizer") => Ok(Family::Gpt2),
         Some(class) if class.starts_with("Qwen2Tokenizer") => Ok(Family::Qwen2),
@@ -107,37 +112,33 @@ fn bpe(vocab: &str, merges: &str) -> Result<BPE> {
         .map_err(broken)
 }
 
-/// Adds tokenizer_config.json's `added_tokens_decoder` in the order of ids, which must result as written.
-fn add_tokens(tokenizer: &mut Tokenizer, config: Option<&Value>) -> Result<()> {
-    let Some(table) = config.and_then(|c| c.get("added_tokens_decoder")?.as_object()) else {
-        return Ok(());
+/// Puts bos and eos around every text where `settings` say so (`add_bos_token`, `add_eos_token`).
+pub(super) fn add_special_tokens(
+    tokenizer: &mut Tokenizer,
+    settings: &Map<String, Value>,
+) -> Result<()> {
+    let wanted = |flag: &str, name: &str| {
+        let is_on = settings.get(flag).and_then(Value::as_bool) == Some(true);
+        let token = settings.get(name).and_then(token_text)?;
+        let id = tokenizer.token_to_id(token)?;
+        is_on.then(|| (token.to_string(), id))
     };
-    let mut tokens: Vec<(u32, &Value)> = table
-        .iter()
-        .filter_map(|(id, token)| Some((id.parse().ok()?, token)))
-        .collect();
-    tokens.sort_by_key(|(id, _)| *id);
-    for (id, token) in tokens {
-        let content =
-            token_text(token).ok_or_else(|| broken(format!("added token {id} has no content")))?;
-        let flag = |name: &str| token.get(name).and_then(Value::as_bool).unwrap_or(false);
-        let added = AddedToken::from(content, flag("special"))
-            .single_word(flag("single_word"))
-            .lstrip(flag("lstrip"))
-            .rstrip(flag("rstrip"))
-            .normalized(flag("normalized"));
-        if flag("special") {
-            tokenizer.add_special_tokens([added])
-        } else {
-            tokenizer.add_tokens([added])
-        }
-        .map_err(broken)?;
-        if tokenizer.token_to_id(content) != Some(id) {
-            return Err(broken(format!(
-                "added token `{content}` cannot have id {id}"
-            )));
-        }
+    let bos = wanted("add_bos_token", "bos_token");
+    let eos = wanted("add_eos_token", "eos_token");
+    if bos.is_none() && eos.is_none() {
+        return Ok(());
     }
+    let name = |token: &Option<(String, u32)>| token.iter().map(|(text, _)| text.clone()).collect();
+    let [before, after]: [Vec<String>; 2] = [name(&bos), name(&eos)];
+    let pieces = [before, vec!["$A".to_string()], after].concat();
+    let special: Vec<(String, u32)> = bos.into_iter().chain(eos).collect();
+    let template = TemplateProcessing::builder()
+        .try_single(pieces)
+        .map_err(broken)?
+        .special_tokens(special)
+        .build()
+        .map_err(broken)?;
+    tokenizer.with_post_processor(Some(template));
     Ok(())
 }
 
@@ -149,34 +150,23 @@ mod tests {
     const VOCAB: &str = r#"{"a": 0, "b": 1, "Ġ": 2, "Ġb": 3, "1": 4}"#;
 
     #[test]
-    fn qwen_splits_digits_and_keeps_added_ids() {
-        let config = json!({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": {"5": {"content": "<|e|>", "special": true}}});
+    fn qwen_splits_digits() {
+        let mut settings = json!({"tokenizer_class": "Qwen2Tokenizer"});
+        let settings = settings.as_object_mut().unwrap();
         let merges = "#version: 0.2\nĠ b\n1 1";
         assert!(
-            tokenizer(VOCAB, merges, Some(&config)).is_err(),
+            tokenizer(VOCAB, merges, settings).is_err(),
             "`11` is no token"
         );
-        let t = tokenizer(VOCAB, "Ġ b", Some(&config)).unwrap();
-        assert_eq!(
-            t.encode("a b11<|e|>", false).unwrap().get_ids(),
-            [0, 3, 4, 4, 5]
-        );
-        assert_eq!(t.decode(&[0, 3, 5], false).unwrap(), "a b<|e|>");
+        let t = tokenizer(VOCAB, "Ġ b", settings).unwrap();
+        assert_eq!(t.encode("a b11", false).unwrap().get_ids(), [0, 3, 4, 4]);
+        assert_eq!(t.decode(&[0, 3], false).unwrap(), "a b");
     }
 
     #[test]
-    fn an_added_token_with_a_wrong_id_and_an_unknown_class_are_refused() {
-        let config = json!({"added_tokens_decoder": {"9": {"content": "<|e|>"}}});
-        assert!(
-            tokenizer(VOCAB, "Ġ b", Some(&config))
-                .unwrap_err()
-                .to_string()
-                .contains("cannot have id 9")
-        );
-        let config = json!({"tokenizer_class": "CodeGenTokenizer"});
-        assert_eq!(
-            tokenizer(VOCAB, "Ġ b", Some(&config)).unwrap_err().kind(),
-            Kind::Tokenizer
-        );
+    fn an_unknown_class_is_refused() {
+        let mut settings = json!({"tokenizer_class": "CodeGenTokenizer"});
+        let error = tokenizer(VOCAB, "Ġ b", settings.as_object_mut().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Tokenizer);
     }
 }

@@ -4,6 +4,7 @@
 //! returns `Dataset`s of `Example`s and the `MicroBatch`es of each step. Never guesses: a malformed record is refused by file and
 //! line. Token ids stay `u32`. Knows nothing of tensors, models, recipes or the network.
 
+mod added_tokens;
 mod alpaca;
 pub mod batch;
 mod byte_level;
@@ -21,12 +22,14 @@ mod packing;
 mod parquet;
 mod paths;
 mod permutation;
+mod pipeline;
 mod pyjson;
 mod read;
 mod sampler;
 mod source;
 mod template;
 mod tokenizer;
+mod tokenizer_config;
 
 pub use batch::{BatchShape, Example, MicroBatch, Segment};
 pub use dataset::{Counts, Dataset, RenderedSample, TextSpan};

@@ -6,13 +6,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use super::added_tokens::{add_tokens, check_id, effective_config, token_text};
 use super::byte_level;
 use super::chat::{TurnDelimiters, detect_turn_delimiters};
+use super::pipeline::Pipeline;
 use super::template::ChatTemplate;
-use crate::error::{Error, Kind, Result};
+use super::tokenizer_config::{apply, clean_up_spaces, cleans_up_spaces, disable_dropout};
+use crate::error::{Error, Kind, Result, catch_panic};
 
 /// Paths of a tokenizer's files; an absent one is `None`.
 #[derive(Debug, Clone, Default)]
@@ -25,8 +29,10 @@ pub struct TokenizerFiles {
     pub merges: Option<PathBuf>,
     /// `tokenizer_config.json`: the eos token, added tokens, the chat template.
     pub tokenizer_config: Option<PathBuf>,
-    /// `special_tokens_map.json`.
+    /// `special_tokens_map.json`: void beside tokenizer_config.json's `added_tokens_decoder`.
     pub special_tokens_map: Option<PathBuf>,
+    /// `added_tokens.json`: likewise.
+    pub added_tokens: Option<PathBuf>,
     /// `chat_template.jinja`: takes precedence over tokenizer_config.json's, as in transformers.
     pub chat_template: Option<PathBuf>,
     /// The model's `config.json`: its eos id is used if tokenizer_config.json names no eos token.
@@ -34,7 +40,7 @@ pub struct TokenizerFiles {
 }
 
 /// Token ids and their byte ranges in the text (empty at 0 for tokens that the tokenizer added).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Encoded {
     /// Token ids.
     pub ids: Vec<u32>,
@@ -45,7 +51,11 @@ pub struct Encoded {
 /// A loaded tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    pipeline: Pipeline,
+    /// Rows of the model's embedding: ids are below.
+    embedding_rows: usize,
+    cleans_up_spaces: bool,
+    warnings: Vec<String>,
     template: Option<ChatTemplate>,
     eos: Option<(String, u32)>,
     fingerprint: String,
@@ -59,11 +69,19 @@ impl Tokenizer {
         let config = read_json(files.tokenizer_config.as_deref(), &mut hash)?;
         let map = read_json(files.special_tokens_map.as_deref(), &mut hash)?;
         let model_config = read_json(files.config.as_deref(), &mut hash)?;
+        let added = read_json(files.added_tokens.as_deref(), &mut hash)?;
+        let mut settings = effective_config(config.as_ref(), map.as_ref());
+        let class = model_config.as_ref().and_then(|c| c.get("tokenizer_class"));
+        if let Some(class) = class {
+            let own = settings.entry("tokenizer_class");
+            own.or_insert_with(|| class.clone());
+        }
         let mut inner = match (&files.tokenizer_json, &files.vocab_json, &files.merges) {
             (Some(path), ..) => from_tokenizer_json(path, &mut hash)?,
             (None, Some(vocab), Some(merges)) => {
-                let (vocab, merges) = (read_text(vocab, &mut hash)?, read_text(merges, &mut hash)?);
-                byte_level::tokenizer(&vocab, &merges, config.as_ref())?
+                let vocab = read_text(vocab, &mut hash)?;
+                let merges = read_text(merges, &mut hash)?;
+                byte_level::tokenizer(&vocab, &merges, &mut settings)?
             }
             _ => {
                 return Err(Error::new(
@@ -74,12 +92,16 @@ impl Tokenizer {
                 .hint(CONVERT));
             }
         };
-        // A published tokenizer.json may contain the padding and truncation of an earlier run.
-        inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|e| Error::new(Kind::Tokenizer, e.to_string()))?;
-        let eos = eos(config.as_ref(), map.as_ref(), model_config.as_ref(), &inner)?;
+        if let Some(padding) = inner.get_padding() {
+            let pad = settings.entry("pad_token");
+            pad.or_insert_with(|| padding.pad_token.clone().into());
+        }
+        add_tokens(&mut inner, &settings, added.as_ref())?;
+        if files.tokenizer_json.is_none() {
+            byte_level::add_special_tokens(&mut inner, &settings)?;
+        }
+        let warnings = configure(&mut inner, &settings)?;
+        let eos = eos(&settings, map.as_ref(), model_config.as_ref(), &inner)?;
         let jinja = files
             .chat_template
             .as_deref()
@@ -91,7 +113,10 @@ impl Tokenizer {
             special_tokens(config.as_ref(), map.as_ref()),
         )?;
         Ok(Self {
-            inner,
+            cleans_up_spaces: cleans_up_spaces(&inner, &settings),
+            pipeline: Pipeline::new(inner)?,
+            embedding_rows: usize::MAX,
+            warnings,
             template,
             eos,
             fingerprint: crate::text::hex(hash.finalize()),
@@ -99,25 +124,49 @@ impl Tokenizer {
         })
     }
 
+    /// The tokenizer of a model whose embedding has `rows` rows: encoding refuses every id beyond.
+    ///
+    /// # Errors
+    /// `Kind::Tokenizer` where the eos token lies beyond.
+    pub fn with_embedding_rows(mut self, rows: usize) -> Result<Self> {
+        self.embedding_rows = rows;
+        self.fingerprint = crate::text::hex(Sha256::digest(format!("{} {rows}", self.fingerprint)));
+        self.check_ids(self.eos_id().as_slice())?;
+        Ok(self)
+    }
+
     /// Encodes `text`; `special` adds the tokenizer's special tokens, such as bos.
+    ///
+    /// # Errors
+    /// `Kind::Tokenizer` where a component of the tokenizer fails, or a token lies beyond the embedding.
     pub fn encode(&self, text: &str, special: bool) -> Result<Encoded> {
-        let encoding = self.inner.encode(text, special).map_err(|e| {
-            Error::new(
-                Kind::Tokenizer,
-                format!("the tokenizer cannot encode a text: {e}"),
-            )
-        })?;
-        Ok(Encoded {
-            ids: encoding.get_ids().to_vec(),
-            offsets: encoding.get_offsets().to_vec(),
-        })
+        let encoded = self.pipeline.encode(text, special)?;
+        self.check_ids(&encoded.ids)?;
+        Ok(encoded)
+    }
+
+    /// Refuses ids beyond the model's embedding.
+    fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        let rows = self.embedding_rows;
+        let Some(id) = ids.iter().find(|id| **id as usize >= rows) else {
+            return Ok(());
+        };
+        let token = self.pipeline.inner().id_to_token(*id).unwrap_or_default();
+        Err(beyond_embedding(&format!("`{token}`, id {id}"), rows))
     }
 
     /// The text of `ids`, special tokens included.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner
-            .decode(ids, false)
-            .map_err(|e| Error::new(Kind::Tokenizer, format!("the tokenizer cannot decode: {e}")))
+        let text = self.pipeline.decode(ids)?;
+        if self.cleans_up_spaces {
+            return Ok(clean_up_spaces(&text));
+        }
+        Ok(text)
+    }
+
+    /// Settings of its files that are not followed, one sentence each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The eos token and its id, if the model names one.
@@ -132,7 +181,7 @@ impl Tokenizer {
 
     /// Tokens in the vocabulary, added ones included.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.pipeline.inner().get_vocab_size(true)
     }
 
     /// Renders `messages` (a list of `{role, content, ...}`) by the model's chat template, as transformers' `apply_chat_template`.
@@ -164,7 +213,8 @@ impl Tokenizer {
         let template = self.template()?;
         Ok(self.turn_delimiters.get_or_init(|| {
             let added: Vec<(String, u32)> = self
-                .inner
+                .pipeline
+                .inner()
                 .get_added_tokens_decoder()
                 .into_iter()
                 .map(|(id, t)| (t.content, id))
@@ -178,17 +228,69 @@ impl Tokenizer {
 const CONVERT: &str = "convert it once: python -c \"from transformers import AutoTokenizer; \
     AutoTokenizer.from_pretrained('MODEL_DIR').save_pretrained('MODEL_DIR')\"";
 
+/// The error about `token`, its name and id, of a model whose embedding has `rows` rows.
+pub(super) fn beyond_embedding(token: &str, rows: usize) -> Error {
+    Error::new(Kind::Tokenizer, "a token lies beyond the model's embedding")
+        .value(token)
+        .rule(format!("ids below {rows}, the rows of the embedding (`vocab_size` in config.json)"))
+        .hint(
+            "use the tokenizer that was published with the model, or give the model rows for its new tokens once: \
+             python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; m, t = M.from_pretrained('MODEL_DIR'), \
+             T.from_pretrained('MODEL_DIR'); m.resize_token_embeddings(len(t)); m.save_pretrained('MODEL_DIR')\"",
+        )
+}
+
+/// Switches off what would make encoding depend on more than the text, and applies `settings`. Returns warnings.
+fn configure(
+    inner: &mut tokenizers::Tokenizer,
+    settings: &Map<String, Value>,
+) -> Result<Vec<String>> {
+    // A published tokenizer.json may contain the padding and truncation of an earlier run.
+    inner.with_padding(None);
+    let configured = catch_panic(|| {
+        inner.with_truncation(None)?;
+        apply(inner, settings)
+    });
+    configured.map_err(|cause| {
+        let what = format!("tokenizer_config.json does not fit the tokenizer: {cause}");
+        Error::new(Kind::Tokenizer, what).hint("take both files from one revision of the model")
+    })?;
+    let mut warnings = Vec::new();
+    if disable_dropout(inner) {
+        warnings.push("`dropout` of the BPE model in tokenizer.json is switched off: a text always has the same tokens".to_string());
+    }
+    Ok(warnings)
+}
+
 fn from_tokenizer_json(path: &Path, hash: &mut Sha256) -> Result<tokenizers::Tokenizer> {
+    /// An added token with its declared id.
+    #[derive(Deserialize)]
+    struct Added {
+        id: u32,
+        content: String,
+    }
+    #[derive(Deserialize)]
+    struct File {
+        #[serde(default)]
+        added_tokens: Vec<Added>,
+    }
     let text = read_text(path, hash)?;
-    tokenizers::Tokenizer::from_bytes(text.as_bytes()).map_err(|e| {
+    let refused = |cause: String| {
         Error::new(
             Kind::Tokenizer,
-            format!("tokenizer.json cannot be read: {e}"),
+            format!("tokenizer.json cannot be read: {cause}"),
         )
         .at(path.display().to_string())
         .rule("the layout that tokenizers 0.14 and later write")
         .hint(CONVERT)
-    })
+    };
+    let tokenizer = catch_panic(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()));
+    let tokenizer = tokenizer.map_err(refused)?;
+    let file: File = serde_json::from_str(&text).map_err(|e| refused(e.to_string()))?;
+    for Added { id, content } in file.added_tokens {
+        check_id(&tokenizer, &content, id, "tokenizer.json")?;
+    }
+    Ok(tokenizer)
 }
 
 fn read_text(path: &Path, hash: &mut Sha256) -> Result<String> {
@@ -213,23 +315,15 @@ fn read_json(path: Option<&Path>, hash: &mut Sha256) -> Result<Option<Value>> {
     Ok(Some(value))
 }
 
-/// A token written as a string or as `{"content": ...}`.
-pub(super) fn token_text(value: &Value) -> Option<&str> {
-    value.as_str().or_else(|| value.get("content")?.as_str())
-}
-
 /// tokenizer_config.json's eos token, else config.json's id if it is a single one, else special_tokens_map.json's.
 fn eos(
-    config: Option<&Value>,
+    settings: &Map<String, Value>,
     map: Option<&Value>,
     model_config: Option<&Value>,
     inner: &tokenizers::Tokenizer,
 ) -> Result<Option<(String, u32)>> {
-    let named = |file: Option<&Value>| {
-        file.and_then(|c| token_text(c.get("eos_token")?))
-            .map(str::to_string)
-    };
-    if let Some(token) = named(config) {
+    let named = |token: Option<&Value>| token.and_then(token_text).map(str::to_string);
+    if let Some(token) = named(settings.get("eos_token")) {
         return with_id(token, inner).map(Some);
     }
     if let Some(id) = model_config.and_then(|c| c.get("eos_token_id")?.as_u64()) {
@@ -245,7 +339,9 @@ fn eos(
             .hint("name the token as `eos_token` in tokenizer_config.json")
         });
     }
-    named(map).map(|token| with_id(token, inner)).transpose()
+    named(map.and_then(|map| map.get("eos_token")))
+        .map(|token| with_id(token, inner))
+        .transpose()
 }
 
 fn with_id(token: String, inner: &tokenizers::Tokenizer) -> Result<(String, u32)> {
@@ -389,6 +485,38 @@ pub(super) mod tests {
                 .to_string()
                 .contains("no chat template")
         );
+    }
+
+    #[test]
+    fn an_id_beyond_the_embedding_is_refused() {
+        let words = ["<unk>", "a", "<eos>", "<m>"];
+        let rows = |rows| word_tokenizer(&words, "<eos>", None).with_embedding_rows(rows);
+        let tokenizer = rows(3).unwrap();
+        assert_eq!(tokenizer.encode("a<eos>", true).unwrap().ids, [1, 2]);
+        let text = tokenizer.encode("a<m>", true).unwrap_err().to_string();
+        assert!(
+            text.contains("`<m>`, id 3") && text.contains("ids below 3"),
+            "{text}"
+        );
+        assert_ne!(tokenizer.fingerprint(), rows(4).unwrap().fingerprint());
+        let text = rows(2).map(drop).unwrap_err().to_string();
+        assert!(text.contains("`<eos>`, id 2"), "{text}");
+    }
+
+    #[test]
+    fn dropout_is_switched_off_and_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        let model = json!({"type": "BPE", "dropout": 1.0, "vocab": {"a": 0, "aa": 1}, "merges": [["a", "a"]]});
+        let tokenizer = json!({"version": "1.0", "added_tokens": [], "model": model});
+        std::fs::write(&path, tokenizer.to_string()).unwrap();
+        let tokenizer = Tokenizer::load(&TokenizerFiles {
+            tokenizer_json: Some(path),
+            ..TokenizerFiles::default()
+        })
+        .unwrap();
+        assert_eq!(tokenizer.encode("aa", true).unwrap().ids, [1]);
+        assert!(tokenizer.warnings()[0].contains("`dropout`"));
     }
 
     #[test]

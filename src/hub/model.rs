@@ -18,18 +18,38 @@ use super::repo::{Repo, RepoKind, is_relative_path};
 
 const CONFIG: &str = "config.json";
 const CARD: &str = "README.md";
-/// All that is fetched before the weights.
-const SMALL_FILES: [&str; 9] = [
-    CONFIG,
+/// Folder of further chat templates, one `.jinja` file each.
+const CHAT_TEMPLATES: &str = "additional_chat_templates";
+/// Files that every copy of a model carries besides its weights and configuration, as far as their names follow no pattern: all
+/// that transformers reads or writes for a tokenizer, a processor and generation.
+const COMPANIONS: [&str; 13] = [
     "generation_config.json",
-    "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    CARD,
+    "tekken.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 ];
+/// Starts and endings of the names of vocabulary files: tokenizers, SentencePiece, tiktoken.
+const VOCABULARY_START: &str = "tokenizer.";
+const VOCABULARY_ENDINGS: [&str; 2] = [".model", ".tiktoken"];
+/// Words in the names of licence files, in lower case, and the endings that such a file may have.
+const LICENCE_WORDS: [&str; 6] = [
+    "license",
+    "licence",
+    "notice",
+    "copying",
+    "copyright",
+    "use_policy",
+];
+const LICENCE_ENDINGS: [&str; 6] = ["", "txt", "md", "rst", "html", "pdf"];
 /// All weights in one file; transformers, too, prefers it to an index.
 const SINGLE: &str = "model.safetensors";
 /// Tensor name -> shard.
@@ -78,10 +98,14 @@ impl ModelFiles {
             ));
         }
         let entries = std::fs::read_dir(dir).map_err(|source| Error::io("read", dir, source))?;
-        let mut listing: Vec<String> = entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .collect();
+        let names = |entries: std::fs::ReadDir| {
+            let names = entries.flatten().map(|entry| entry.file_name());
+            names.filter_map(|name| name.into_string().ok())
+        };
+        let mut listing: Vec<String> = names(entries).collect();
+        if let Ok(entries) = std::fs::read_dir(dir.join(CHAT_TEMPLATES)) {
+            listing.extend(names(entries).map(|name| format!("{CHAT_TEMPLATES}/{name}")));
+        }
         listing.sort();
         let mut model = Self::in_directory(dir, place, listing)?;
         model.find_weights()?;
@@ -109,6 +133,13 @@ impl ModelFiles {
     /// The path of a file, if it is in the directory.
     pub fn file(&self, name: &str) -> Option<PathBuf> {
         Some(self.dir.join(name)).filter(|path| path.is_file())
+    }
+
+    /// Names, in the directory, of the files that a copy of the model carries besides weights and configuration: tokenizer, chat
+    /// templates, processor, generation settings, licence.
+    pub fn companions(&self) -> impl Iterator<Item = &str> {
+        let names = self.listing.iter().map(String::as_str);
+        names.filter(|name| is_companion(name) && self.dir.join(name).is_file())
     }
 
     fn lists(&self, name: &str) -> bool {
@@ -179,7 +210,9 @@ impl Hub {
         if !listing.contains(CONFIG) {
             return Err(no_config(&repo.place(None), &listing.files));
         }
-        for file in SMALL_FILES.iter().filter(|file| listing.contains(file)) {
+        let is_small =
+            |name: &&String| [CONFIG, CARD].contains(&name.as_str()) || is_companion(name);
+        for file in listing.files.iter().filter(is_small) {
             self.file(&listing, file, progress)?;
         }
         let cache = self.cache(&repo);
@@ -243,6 +276,19 @@ impl Hub {
             }
         }
     }
+}
+
+fn is_companion(name: &str) -> bool {
+    if let Some((folder, file)) = name.split_once('/') {
+        return folder == CHAT_TEMPLATES && !file.contains('/') && file.ends_with(".jinja");
+    }
+    let lower = name.to_lowercase();
+    let ending = lower.rsplit_once('.').map_or("", |(_, ending)| ending);
+    COMPANIONS.contains(&name)
+        || name.starts_with(VOCABULARY_START)
+        || VOCABULARY_ENDINGS.iter().any(|end| name.ends_with(end))
+        || (LICENCE_ENDINGS.contains(&ending)
+            && LICENCE_WORDS.iter().any(|word| lower.contains(word)))
 }
 
 /// The shards of an index, in order of first mention.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::Screen;
-use super::inference::{ModelRequest, load, not_finite};
+use super::inference::{ModelRequest, load, not_finite, open};
 use crate::data::{self, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::ops::Context;
@@ -48,18 +48,18 @@ pub struct Evaluation {
 /// # Errors
 /// A model or data that cannot be loaded, records longer than the positions, and a loss that is not finite.
 pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Evaluation> {
-    let loaded = load(&job.model, screen)?;
+    let mut model = open(&job.model, screen)?;
     let set = data::load(
         &job.data,
         &job.options,
-        &loaded.tokenizer,
+        &model.tokenizer,
         None,
         screen.downloads(),
     )?;
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
     check(
         &set.examples[..count],
-        loaded.architecture.max_position_embeddings,
+        model.architecture.max_position_embeddings,
     )?;
     if set.counts.truncated + set.counts.dropped > 0 {
         let data::Counts {
@@ -72,6 +72,7 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
             "warning: of {records} records, {truncated} were cut at --max-length and {dropped} had no loss token left"
         ));
     }
+    let loaded = load(&mut model, &job.model, screen)?;
     let batches = evaluation_batches(&set.examples[..count], job.micro_batch_size);
     let counter = WorkCounter::default();
     let context = Context::new(&counter, job.model.precision);

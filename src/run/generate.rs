@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Screen;
-use super::inference::{LoadedModel, ModelRequest, load, not_finite};
+use super::inference::{ModelRequest, OpenedModel, load, not_finite, open};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Sampling, Session};
@@ -48,9 +48,11 @@ pub fn generate(
     screen: &mut dyn Screen,
     show: &mut dyn FnMut(&str),
 ) -> Result<Generated> {
-    let loaded = load(&job.model, screen)?;
-    let prompt = encode_prompt(job, &loaded.tokenizer)?;
-    let most = max_tokens(job, &loaded, prompt.len(), screen)?;
+    let mut model = open(&job.model, screen)?;
+    let prompt = encode_prompt(job, &model.tokenizer)?;
+    let most = max_tokens(job, &model, prompt.len(), screen)?;
+    let loaded = load(&mut model, &job.model, screen)?;
+    let is_end = |id| model.tokenizer.eos_id() == Some(id) || model.end_ids.contains(&id);
     let counter = WorkCounter::default();
     let context = Context::new(&counter, job.model.precision);
     let mut session = Session::new(&loaded.decoder, context);
@@ -63,10 +65,10 @@ pub fn generate(
         }
         let token = job.sampling.choose(&logits, index as u64);
         tokens.push(token);
-        if loaded.tokenizer.eos_id() == Some(token) {
+        if is_end(token) {
             break;
         }
-        text.update(continuation(&loaded.tokenizer, &prompt, &tokens)?);
+        text.update(continuation(&model.tokenizer, &prompt, &tokens)?);
         if text.is_stopped || index + 1 == most {
             break;
         }
@@ -93,11 +95,11 @@ fn encode_prompt(job: &GenerationJob<'_>, tokenizer: &Tokenizer) -> Result<Vec<u
 /// New tokens that the job and the model's positions allow.
 fn max_tokens(
     job: &GenerationJob<'_>,
-    loaded: &LoadedModel,
+    model: &OpenedModel,
     prompt: usize,
     screen: &mut dyn Screen,
 ) -> Result<usize> {
-    let positions = loaded.architecture.max_position_embeddings;
+    let positions = model.architecture.max_position_embeddings;
     if prompt >= positions {
         return Err(Error::new(
             Kind::Usage,

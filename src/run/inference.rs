@@ -6,7 +6,7 @@ use candle_core::Device;
 
 use super::Screen;
 use super::machine::check_precision;
-use super::model::{fetch_weights, find_model, tokenizer_of};
+use super::model::{end_ids, fetch_weights, find_model, tokenizer_of};
 use super::prepare::architecture_of;
 use crate::adapter::{self, Site};
 use crate::data::Tokenizer;
@@ -31,10 +31,17 @@ pub struct ModelRequest<'a> {
     pub precision: Precision,
 }
 
-/// A loaded model.
-pub(super) struct LoadedModel {
+/// A model whose weights are not read yet.
+pub(super) struct OpenedModel {
+    files: ModelFiles,
     pub(super) architecture: Architecture,
     pub(super) tokenizer: Tokenizer,
+    /// Ids that end a generation besides the tokenizer's eos.
+    pub(super) end_ids: Vec<u32>,
+}
+
+/// The weights of a model, with an adapter's.
+pub(super) struct LoadedModel {
     pub(super) decoder: Decoder,
     /// Owns the adapter's values, which the decoder reads.
     _parameters: Parameters,
@@ -58,13 +65,34 @@ pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resu
     Ok(files)
 }
 
-/// Loads a model and its adapter; shows the parts of the adapter's configuration that have no effect.
-pub(super) fn load(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Result<LoadedModel> {
+/// Reads configuration and tokenizer of a model; shows the tokenizer's warnings.
+pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Result<OpenedModel> {
     check_precision(request.device, request.precision)?;
-    let files = fetch(request, screen.downloads())?;
+    let id = model_id(request.model)?;
+    let files = find_model(&id, request.revision, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, request.device)?;
-    let tokenizer = tokenizer_of(&files)?;
-    let weights = Weights::open(&files.weights, &architecture)?;
+    let tokenizer = tokenizer_of(&files, architecture.vocab_size)?;
+    for warning in tokenizer.warnings() {
+        screen.note(&format!("warning: {warning}"));
+    }
+    Ok(OpenedModel {
+        end_ids: end_ids(&files, architecture.vocab_size)?,
+        files,
+        architecture,
+        tokenizer,
+    })
+}
+
+/// Reads the weights of an opened model and the adapter; shows the parts of the adapter's configuration that have no effect.
+pub(super) fn load(
+    opened: &mut OpenedModel,
+    request: &ModelRequest<'_>,
+    screen: &mut dyn Screen,
+) -> Result<LoadedModel> {
+    fetch_weights(&mut opened.files, screen.downloads())?;
+    opened.architecture = architecture_of(&opened.files, Init::Pretrained, request.device)?;
+    let architecture = &opened.architecture;
+    let weights = Weights::open(&opened.files.weights, architecture)?;
     let loaded = request.adapter.map(adapter::load).transpose()?;
     let modules = architecture.modules();
     let output_embedding = architecture.output_embedding();
@@ -77,15 +105,13 @@ pub(super) fn load(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Resul
         }
     }
     let model = TrainableModel::with_adapters(
-        &architecture,
+        architecture,
         &sites,
         &|name, shape| weights.frozen(name, shape, request.precision, request.device),
-        initial_factors(&architecture, loaded.as_ref(), 0)?,
+        initial_factors(architecture, loaded.as_ref(), 0)?,
         request.device,
     )?;
     Ok(LoadedModel {
-        architecture,
-        tokenizer,
         decoder: model.decoder,
         _parameters: model.parameters,
     })

@@ -6,12 +6,15 @@ use candle_core::Device;
 
 use super::Screen;
 use super::inference::{ModelRequest, fetch};
-use super::model::companions;
+use super::model::{copy_companions, copy_file};
 use super::prepare::architecture_of;
 use crate::adapter::{self, MergeJob, MergeSummary};
 use crate::error::Result;
+use crate::files::write_atomic;
+use crate::hub::ModelFiles;
 use crate::model::Weights;
 use crate::recipe::Init;
+use crate::report::files::MODEL_CARD;
 use crate::work::Precision;
 
 /// A merge.
@@ -58,15 +61,30 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     } else {
         Vec::new()
     };
-    let mut copy = companions(&files);
-    copy.push(files.config.clone());
-    copy.extend(files.file("generation_config.json"));
+    let other_files = |dir: &Path| {
+        copy_companions(&files, dir)?;
+        write_atomic(&dir.join(MODEL_CARD), card(request, &files))?;
+        copy_file(&files.config, &dir.join("config.json"))
+    };
     adapter::merge(&MergeJob {
         weights: &files.weights,
         pairs: &pairs,
         tied: &tied,
-        copy: &copy,
+        other_files: &other_files,
         out: request.out,
         max_shard: adapter::merge::DEFAULT_MAX_SHARD,
     })
+}
+
+/// The model card of the merged model: its base and the base's licence.
+fn card(request: &MergeRequest<'_>, files: &ModelFiles) -> String {
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let license = files.license.as_deref();
+    let license = license.map_or(String::new(), |name| format!("license: {}\n", quoted(name)));
+    format!(
+        "---\nlibrary_name: transformers\nbase_model: {}\n{license}---\n\n`{}` with the LoRA adapter `{}` merged into its weights by wattune.\n",
+        quoted(&files.id),
+        files.id,
+        request.adapter.display(),
+    )
 }

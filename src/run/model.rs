@@ -1,6 +1,8 @@
 //! A model id -> a directory with its files; the tokenizer in it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
 
 use crate::data::{Tokenizer, TokenizerFiles};
 use crate::error::{Error, Kind, Result};
@@ -29,30 +31,80 @@ pub(super) fn fetch_weights(files: &mut ModelFiles, progress: &dyn Progress) -> 
     files.require_weights().map(drop)
 }
 
-/// The tokenizer among a model's files.
-pub fn tokenizer_of(files: &ModelFiles) -> Result<Tokenizer> {
-    Tokenizer::load(&TokenizerFiles {
+/// The tokenizer among a model's files, for an embedding of `rows` rows.
+///
+/// # Errors
+/// Files that are missing, malformed or contradict each other; an eos token beyond the embedding.
+pub fn tokenizer_of(files: &ModelFiles, rows: usize) -> Result<Tokenizer> {
+    let tokenizer = Tokenizer::load(&TokenizerFiles {
         tokenizer_json: files.file("tokenizer.json"),
         vocab_json: files.file("vocab.json"),
         merges: files.file("merges.txt"),
         tokenizer_config: files.file("tokenizer_config.json"),
         special_tokens_map: files.file("special_tokens_map.json"),
+        added_tokens: files.file("added_tokens.json"),
         chat_template: files.file("chat_template.jinja"),
         config: Some(files.config.clone()),
-    })
+    })?;
+    end_ids(files, rows)?;
+    tokenizer.with_embedding_rows(rows)
 }
 
-/// The files that a copy of the model needs besides its weights.
-pub(super) fn companions(files: &ModelFiles) -> Vec<PathBuf> {
-    let names = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "vocab.json",
-        "merges.txt",
-    ];
-    names.iter().filter_map(|name| files.file(name)).collect()
+/// The ids that end a generation: generation_config.json's `eos_token_id`, one or several, below `rows`.
+///
+/// # Errors
+/// A file that is not JSON, and an id beyond the embedding.
+pub(super) fn end_ids(files: &ModelFiles, rows: usize) -> Result<Vec<u32>> {
+    let Some(path) = files.file("generation_config.json") else {
+        return Ok(Vec::new());
+    };
+    let place = path.display().to_string();
+    let config: Value = serde_json::from_str(&super::read_text(&path)?).map_err(|e| {
+        Error::new(
+            Kind::Model,
+            format!("generation_config.json is not JSON: {e}"),
+        )
+        .at(&place)
+        .hint("download the file again")
+    })?;
+    let ids = match config.get("eos_token_id") {
+        Some(Value::Array(ids)) => ids.as_slice(),
+        Some(id) => std::slice::from_ref(id),
+        None => &[],
+    };
+    let mut ends = Vec::new();
+    for id in ids.iter().filter_map(Value::as_u64) {
+        if id >= rows as u64 {
+            return Err(Error::new(
+                Kind::Model,
+                "an end token lies beyond the model's embedding",
+            )
+            .at(format!("{place}, `eos_token_id`"))
+            .value(id.to_string())
+            .rule(format!(
+                "below {rows}, the rows of the embedding (`vocab_size` in config.json)"
+            ))
+            .hint("correct the id: it is that of the tokenizer's `eos_token`"));
+        }
+        ends.push(id as u32);
+    }
+    Ok(ends)
+}
+
+/// Copies tokenizer, chat templates, processor, generation settings and licence of a model into `dir`.
+pub(super) fn copy_companions(files: &ModelFiles, dir: &Path) -> Result<()> {
+    for name in files.companions() {
+        copy_file(&files.dir.join(name), &dir.join(name))?;
+    }
+    Ok(())
+}
+
+/// Copies the content of a file, with the permissions of a new one; creates its folder.
+pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    let content = std::fs::read(from).map_err(|e| Error::io("read", from, e))?;
+    let folder = to.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let written = folder.and_then(|()| std::fs::write(to, content));
+    written.map_err(|e| Error::io("write", to, e))
 }
 
 /// The folder for what wattune itself caches: `WATTUNE_CACHE`, else `wattune` in the user's cache folder.

@@ -128,11 +128,12 @@ pub fn prepare(
     let pretraining_tokens = pretraining_tokens(&files)?;
     let target = target(&mut recipe, &architecture)?;
     let weights = weights_fingerprint(&recipe, &files, &architecture)?;
-    let tokenizer = tokenizer_of(&files)?;
+    let tokenizer = tokenizer_of(&files, architecture.vocab_size)?;
     check_length(&recipe, &architecture)?;
 
     let records = Records::load(&recipe, &tokenizer, progress)?;
     let mut warnings = adapter_warnings(&target, &architecture)?;
+    warnings.extend(tokenizer.warnings().iter().cloned());
     warnings.extend(records.warnings());
     let sampler = Sampler::new(
         Arc::clone(&records.train.examples),

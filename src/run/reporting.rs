@@ -7,7 +7,6 @@ use super::machine;
 use super::prepare::{Prepared, Target};
 use super::session::Session;
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
-use super::trained_model::copy_companions;
 use crate::adapter::PeftConfig;
 use crate::energy::{Interval, Phase};
 use crate::error::Result;
@@ -88,9 +87,6 @@ fn write_result(
     let prepared = run.session.prepared;
     let draft = DraftDirectory::new(&directory.result(prepared.whole_model()))?;
     export(draft.path())?;
-    if !prepared.whole_model() {
-        copy_companions(prepared, draft.path())?;
-    }
     write_card(prepared, draft.path(), report)?;
     draft.replace()
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use super::model::companions;
+use super::model::copy_companions;
 use super::prepare::{Prepared, Target};
 use crate::adapter::shards::{F32Tensor, write_f32s};
 use crate::adapter::{self, PeftConfig};
@@ -60,7 +60,7 @@ pub(super) fn fully_trained(
     TrainableModel::fully_trained(architecture, values, device)
 }
 
-/// Writes PEFT's files, or a model directory, into `dir`. `trained_tokens` goes into the config.json of a model trained from
+/// Writes PEFT's files, or a model directory, with the model's companion files into `dir`. `trained_tokens` goes into the config.json of a model trained from
 /// scratch, where baselines read it.
 pub(super) fn export(
     prepared: &Prepared,
@@ -68,6 +68,7 @@ pub(super) fn export(
     dir: &Path,
     trained_tokens: Option<u64>,
 ) -> Result<()> {
+    copy_companions(&prepared.files, dir)?;
     match &prepared.target {
         Target::Lora {
             settings, sites, ..
@@ -114,8 +115,7 @@ fn export_model(
         });
         write_f32s(&dir.join("model.safetensors"), tensors.collect(), true)
     })?;
-    write_model_config(prepared, dir, trained_tokens)?;
-    copy_companions(prepared, dir)
+    write_model_config(prepared, dir, trained_tokens)
 }
 
 /// Writes the config.json of an exported model: f32, tied as its tensors are, and for a model trained from scratch the tokens it was trained on.
@@ -139,15 +139,4 @@ pub(super) fn write_model_config(
     let text = serde_json::to_string_pretty(&config)
         .map_err(|e| Error::new(Kind::Model, e.to_string()))?;
     crate::files::write_atomic(&dir.join("config.json"), text + "\n")
-}
-
-/// Copies tokenizer and chat template into `dir`.
-pub(super) fn copy_companions(prepared: &Prepared, dir: &Path) -> Result<()> {
-    for file in companions(&prepared.files) {
-        if let Some(name) = file.file_name() {
-            let to = dir.join(name);
-            std::fs::copy(&file, &to).map_err(|e| Error::io("write", &to, e))?;
-        }
-    }
-    Ok(())
 }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use safetensors::tensor::Dtype;
 use serde::{Deserialize, Serialize};
@@ -165,7 +165,10 @@ impl Checkpoints {
         }
         for name in files.keys().filter(|name| *name != TRAINER) {
             let to = dir.join(name);
-            fs::copy(place.join(name), &to).map_err(|e| Error::io("write", &to, e))?;
+            let folder = to.parent().map_or(Ok(()), fs::create_dir_all);
+            folder
+                .and_then(|()| fs::copy(place.join(name), &to))
+                .map_err(|e| Error::io("write", &to, e))?;
         }
         Ok(())
     }
@@ -193,8 +196,11 @@ impl Checkpoints {
                 &format!("{STATE} tells of step {}", state.step),
             ));
         }
-        let is_plain = |name: &String| Path::new(name).file_name() == Some(name.as_ref());
-        if let Some(name) = state.files.keys().find(|name| !is_plain(name)) {
+        let is_inside = |name: &String| {
+            let mut parts = Path::new(name).components();
+            parts.all(|part| matches!(part, Component::Normal(_)))
+        };
+        if let Some(name) = state.files.keys().find(|name| !is_inside(name)) {
             return Err(damaged(&path, &format!("{STATE} names the file {name:?}")));
         }
         Ok(state)
@@ -281,16 +287,21 @@ fn state_text(state: &TrainState, files: BTreeMap<String, String>) -> Result<Vec
     serde_json::to_vec_pretty(&state).map_err(|e| Error::new(Kind::Run, e.to_string()))
 }
 
-/// SHA-256 of each file in `dir`, by name.
+/// SHA-256 of each file in `dir` and its folders, by relative path with `/`.
 fn digests(dir: &Path) -> Result<BTreeMap<String, String>> {
-    let mut digests = BTreeMap::new();
+    let mut found = BTreeMap::new();
     for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
         let path = entry.map_err(|e| Error::io("read", dir, e))?.path();
-        let digest = sha256(&path).map_err(|e| Error::io("read", &path, e))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        digests.insert(name.into_owned(), digest);
+        if path.is_dir() {
+            let inner = digests(&path)?.into_iter();
+            found.extend(inner.map(|(file, digest)| (format!("{name}/{file}"), digest)));
+            continue;
+        }
+        let digest = sha256(&path).map_err(|e| Error::io("read", &path, e))?;
+        found.insert(name.into_owned(), digest);
     }
-    Ok(digests)
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -243,6 +243,54 @@ fn an_embedded_model_is_written_once_and_repaired_when_damaged() {
     assert_eq!(unchanged, written);
 }
 
+/// The files that transformers' `save_pretrained` writes for tokenizer, processor and generation, those that its tokenizers read,
+/// and licences.
+const COMPANIONS: [&str; 22] = [
+    "COPYING",
+    "LICENSE-APACHE",
+    "Licence.md",
+    "NOTICE",
+    "USE_POLICY.md",
+    "added_tokens.json",
+    "additional_chat_templates/rag.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "qwen.tiktoken",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model.v3",
+    "tokenizer_config.json",
+    "vocab.txt",
+];
+
+#[test]
+fn a_copy_carries_every_file_but_weights_and_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let others = [
+        CONFIG,
+        WEIGHTS,
+        CARD,
+        "pytorch_model.bin",
+        "license.py",
+        "original/tokenizer.model",
+        "additional_chat_templates/x.txt",
+    ];
+    for name in COMPANIONS.iter().chain(&others) {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "{}").unwrap();
+    }
+    let model = ModelFiles::open(dir.path()).unwrap();
+    assert_eq!(model.companions().collect::<Vec<_>>(), COMPANIONS);
+}
+
 #[test]
 fn an_unknown_embedded_name_lists_the_known_ones() {
     let error = embedded("three", Path::new("unused")).unwrap_err();
