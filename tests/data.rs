@@ -45,6 +45,7 @@ fn files(folder: &Path) -> TokenizerFiles {
         added_tokens: present("added_tokens.json"),
         chat_template: present("chat_template.jinja"),
         config: present("config.json"),
+        ..TokenizerFiles::default()
     }
 }
 
@@ -396,10 +397,16 @@ fn qwen3_learns_reasoning_and_calls_with_their_turn() {
     let (_, texts) = learned(&tokenizer, lines, Format::Auto).unwrap();
     assert_eq!(texts, ["<think>\nhm\n</think>\n\nA<|im_end|>"]);
     let lines = r#"{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}"#;
+    // The template writes an empty reasoning, which the model has to produce as well.
     assert_eq!(
         learned(&tokenizer, lines, Format::Auto).unwrap().1,
-        ["A<|im_end|>"]
+        ["<think>\n\n</think>\n\nA<|im_end|>"]
     );
+    // Reasoning as a field is learned as in tags; of earlier rounds the template leaves it out.
+    let lines = r#"{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "reasoning_content": "hm"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "B", "reasoning": "so"}]}"#;
+    let (dataset, texts) = learned(&tokenizer, lines, Format::Auto).unwrap();
+    assert_eq!(texts, ["A<|im_end|>|<think>\nso\n</think>\n\nB<|im_end|>"]);
+    assert_eq!(dataset.counts.without_reasoning, 1);
     let path = assets.join("datasets/llamafactory/glaive_toolcall_en_demo.json");
     let dataset = load(
         &[path],

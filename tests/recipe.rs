@@ -604,7 +604,7 @@ prop_compose! {
     ) -> Data {
         Data {
             train, validation, max_length, packing, shuffle,
-            format: Format::Alpaca, on_bad_record: OnBadRecord::Skip, txt_unit: TxtUnit::File,
+            chat_date: "2026-01-31".parse().ok(), format: Format::Alpaca, on_bad_record: OnBadRecord::Skip, txt_unit: TxtUnit::File,
             prompt_template: Some(PromptTemplate::Text { before: "Q: ".into(), after: "\n".into() }),
             columns: columns.map(|column| vec![("prompt".into(), column.clone()), ("completion".into(), column)]).unwrap_or_default(),
         }

@@ -1,27 +1,24 @@
 //! Loss spans of a conversation: the characters that the assistant produced.
 //!
-//! Takes a chat template and a `Chat`, returns the rendered text and the byte ranges with a loss. Content is wrapped in private-use
-//! sentinels, rendered, located and stripped; if a sentinel is lost or the stripped text differs from the plain rendering, the
-//! conversation is refused, never guessed. Knows no token id except the end-of-turn token's.
+//! Takes a chat template and a `Chat`, returns the rendered text and the byte ranges with a loss: from the end of the generation
+//! prompt to the end-of-turn token. Contents, reasoning and calls are marked with private-use sentinels, rendered, located and
+//! stripped; if one is lost or the stripped text differs from the plain rendering, the conversation is refused, never guessed. Knows
+//! no token id except the end-of-turn tokens'.
 
 use std::ops::Range;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use super::sentinel::{CALL, CLOSE, OPEN, REASONING, Sentinel, is_sentinel, sentinel, strip};
 use super::template::ChatTemplate;
+use super::turns::TurnDelimiters;
 use crate::error::{Error, Kind, Result};
 
-// Sentinels are in the last private-use plane, which common scripts, emoji and icon fonts do not use.
-const OPEN: char = '\u{10FE00}';
-const CLOSE: char = '\u{10FE01}';
-const CALL: char = '\u{10FE02}';
-/// Ends every sentinel, after its kind and the message's index in digits from `ZERO`.
-const END: char = '\u{10FE03}';
-const ZERO: u32 = 0x10FE10;
-/// Where a `{% generation %}` block begins.
-pub(super) const GENERATION_OPEN: &str = "\u{10FE00}\u{10FE03}";
-/// Where it ends.
-pub(super) const GENERATION_CLOSE: &str = "\u{10FE01}\u{10FE03}";
+/// Fields of an assistant's reasoning (transformers, `_REASONING_FIELDS`).
+pub(super) const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+/// Delimiters of reasoning within the content.
+pub(super) const THINK: &str = "<think>";
+const THINK_END: &str = "</think>";
 
 /// A conversation ready for a template.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,119 +31,33 @@ pub(super) struct Chat {
     pub loss_mask: Vec<bool>,
 }
 
-/// A template's delimiters of an assistant's turn.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct TurnDelimiters {
-    /// The generation prompt before the turn, if the template has one.
-    pub header: Option<String>,
-    /// The end-of-turn token and its id, if one follows the content.
-    pub end: Option<(String, u32)>,
-}
-
 /// A conversation's text and its loss spans.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Rendered {
     /// Equal to transformers' `apply_chat_template`.
     pub text: String,
     /// Byte ranges, ascending.
     pub spans: Vec<Range<usize>>,
+    /// Turns with a loss and nothing in them.
+    pub empty_turns: u64,
+    /// Turns with a loss whose reasoning the template leaves out.
+    pub without_reasoning: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Sentinel {
-    kind: char,
-    /// The message it belongs to; none for a `{% generation %}` block.
-    message: Option<usize>,
-    /// Byte offset in the stripped text.
-    at: usize,
+/// Where one message's sentinels stand in the stripped text.
+#[derive(Debug, Clone, Default)]
+struct Marks {
+    opens: Vec<usize>,
+    closes: Vec<usize>,
+    calls: Vec<usize>,
+    reasoning: Vec<usize>,
 }
 
-fn sentinel(kind: char, message: usize) -> String {
-    let number = message.to_string();
-    let digits = number
-        .bytes()
-        .map(|d| char::from_u32(ZERO + u32::from(d - b'0')).expect("a private-use character"));
-    [kind].into_iter().chain(digits).chain([END]).collect()
-}
-
-fn is_sentinel(c: char) -> bool {
-    ('\u{10FE00}'..='\u{10FE1F}').contains(&c)
-}
-
-/// Removes the sentinels from `text`; `None` if one is malformed.
-fn strip(text: &str) -> Option<(String, Vec<Sentinel>)> {
-    let (mut plain, mut sentinels) = (String::with_capacity(text.len()), Vec::new());
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        if !is_sentinel(c) {
-            plain.push(c);
-            continue;
-        }
-        if !matches!(c, OPEN | CLOSE | CALL) {
-            return None;
-        }
-        let mut message = None;
-        loop {
-            match chars.next()? {
-                END => break,
-                d if (ZERO..ZERO + 10).contains(&(d as u32)) => {
-                    message = Some(
-                        message.unwrap_or(0_usize).checked_mul(10)? + (d as u32 - ZERO) as usize,
-                    );
-                }
-                _ => return None,
-            }
-        }
-        sentinels.push(Sentinel {
-            kind: c,
-            message,
-            at: plain.len(),
-        });
+impl Marks {
+    fn all(&self) -> impl Iterator<Item = usize> {
+        let kinds = [&self.opens, &self.closes, &self.calls, &self.reasoning];
+        kinds.into_iter().flatten().copied()
     }
-    Some((plain, sentinels))
-}
-
-/// Renders a conversation of one question and one answer to find the delimiters of the answer.
-pub(super) fn detect_turn_delimiters(
-    template: &ChatTemplate,
-    added_tokens: &[(String, u32)],
-) -> TurnDelimiters {
-    let user = json!({"role": "user", "content": "x"});
-    let answer = json!({"role": "assistant", "content": format!("{}y{}", sentinel(OPEN, 1), sentinel(CLOSE, 1))});
-    let render =
-        |messages: Value, prompt: bool| template.render(&messages, None, prompt, false).ok();
-    let Some((text, sentinels)) =
-        render(json!([user, answer]), false).and_then(|text| strip(&text))
-    else {
-        return TurnDelimiters::default();
-    };
-    let header = render(json!([user]), true)
-        .zip(render(json!([user]), false))
-        .and_then(|(with, without)| {
-            let header = &with[common_prefix(&with, &without)..];
-            (text.starts_with(&with) && !header.is_empty()).then(|| header.to_string())
-        });
-    let end = sentinels
-        .iter()
-        .find(|m| m.kind == CLOSE)
-        .and_then(|close| {
-            let rest = text[close.at..].trim_start();
-            added_tokens
-                .iter()
-                .filter(|(token, _)| !token.is_empty() && rest.starts_with(token.as_str()))
-                .max_by_key(|(token, _)| token.len())
-        });
-    TurnDelimiters {
-        header,
-        end: end.cloned(),
-    }
-}
-
-fn common_prefix(a: &str, b: &str) -> usize {
-    a.char_indices()
-        .zip(b.chars())
-        .find(|((_, x), y)| x != y)
-        .map_or(a.len().min(b.len()), |((at, _), _)| at)
 }
 
 /// Renders `chat` and locates its loss spans.
@@ -156,7 +67,8 @@ pub(super) fn render(
     chat: &Chat,
 ) -> Result<Rendered> {
     let messages = Value::Array(chat.messages.clone());
-    let text = template.render(&messages, chat.tools.as_ref(), false, false)?;
+    let tools = chat.tools.as_ref();
+    let text = template.render(&messages, tools, false, false)?;
     if text.contains(is_sentinel) {
         return Err(bad_record(
             "the conversation holds characters from U+10FE00 to U+10FE1F, which are reserved here",
@@ -164,34 +76,78 @@ pub(super) fn render(
         .hint("remove them from the record"));
     }
     let by_tags =
-        template.has_generation_tags() && chat.loss_mask == assistant_mask(&chat.messages);
-    let marked = match by_tags {
-        true => template.render(&messages, chat.tools.as_ref(), false, true)?,
-        false => template.render(
-            &Value::Array(with_sentinels(chat)),
-            chat.tools.as_ref(),
-            false,
-            false,
-        )?,
+        template.has_generation_tags(tools) && chat.loss_mask == assistant_mask(&chat.messages);
+    let locate = |with_bounds: bool| {
+        let marked = Value::Array(with_sentinels(chat, with_bounds));
+        let marked = template.render(&marked, tools, false, by_tags).ok()?;
+        strip(&marked).filter(|(stripped, _)| *stripped == text)
     };
-    let (stripped, sentinels) = strip(&marked).ok_or_else(unlocatable)?;
-    if stripped != text {
-        return Err(unlocatable());
+    let has_calls = learned(chat).any(|i| calls_of(&chat.messages[i]) > 0);
+    let located = locate(has_calls).or_else(|| locate(false).filter(|_| has_calls));
+    let mut out = Rendered {
+        text,
+        empty_turns: learned(chat)
+            .filter(|i| is_empty(&chat.messages[*i]))
+            .count() as u64,
+        ..Rendered::default()
+    };
+    let Some((_, sentinels)) = located else {
+        if !by_tags {
+            return Err(unlocatable());
+        }
+        // The template changes contents: its tags alone say what is learned.
+        let tagged = template.render(&messages, tools, false, true)?;
+        let (_, sentinels) = strip(&tagged).ok_or_else(unlocatable)?;
+        out.spans = tagged_spans(&sentinels)?;
+        let is_complete = out.spans.len() >= learned(chat).count();
+        return is_complete.then_some(out).ok_or_else(unlocatable);
+    };
+    let marks = marks_of(chat.messages.len(), &sentinels);
+    for i in learned(chat) {
+        out.without_reasoning += u64::from(!check_complete(&chat.messages[i], &marks[i])?);
     }
-    let spans = if by_tags {
-        tagged_spans(&sentinels)?
+    out.spans = if by_tags {
+        let spans = tagged_spans(&sentinels)?;
+        check_tagged(chat, &marks, &spans)?;
+        spans
     } else {
-        sentinel_spans(chat, turns, &text, &sentinels)?
+        turn_spans(chat, turns, &out.text, &marks)?
     };
-    Ok(Rendered { text, spans })
+    Ok(out)
 }
 
 /// The default loss mask: the assistant's messages.
 pub(super) fn assistant_mask(messages: &[Value]) -> Vec<bool> {
-    messages
-        .iter()
-        .map(|m| m.get("role").and_then(Value::as_str) == Some("assistant"))
-        .collect()
+    messages.iter().map(is_assistant).collect()
+}
+
+fn is_assistant(message: &Value) -> bool {
+    message.get("role").and_then(Value::as_str) == Some("assistant")
+}
+
+/// The messages with a loss.
+fn learned(chat: &Chat) -> impl Iterator<Item = usize> {
+    (0..chat.messages.len()).filter(|i| chat.loss_mask[*i])
+}
+
+fn text_of<'a>(message: &'a Value, field: &str) -> &'a str {
+    message
+        .get(field)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+        .trim()
+}
+
+fn calls_of(message: &Value) -> usize {
+    let calls = message.get("tool_calls").and_then(Value::as_array);
+    calls.map_or(0, Vec::len)
+}
+
+/// Without text, reasoning and calls.
+fn is_empty(message: &Value) -> bool {
+    let mut fields = REASONING_FIELDS.iter().chain([&"content"]);
+    let has_text = fields.any(|field| !text_of(message, field).is_empty());
+    !has_text && calls_of(message) == 0
 }
 
 fn bad_record(what: &str) -> Error {
@@ -204,45 +160,105 @@ fn unlocatable() -> Error {
         .hint("put `{% generation %}` tags into the model's chat_template.jinja around the assistant's part, or set `on_bad_record = \"skip\"`")
 }
 
-/// The messages with sentinels around the contents with a loss (inside spaces at their ends, which templates trim) and before the
-/// names of called functions.
-fn with_sentinels(chat: &Chat) -> Vec<Value> {
+/// The messages with sentinels around the contents with a loss (inside spaces at their ends, which templates trim), before the
+/// names of called functions, and within reasoning; `with_bounds`: also before the content that follows calls.
+fn with_sentinels(chat: &Chat, with_bounds: bool) -> Vec<Value> {
     let mut messages = chat.messages.clone();
-    let masked = messages.iter_mut().zip(&chat.loss_mask).enumerate();
-    for (i, (message, _)) in masked.filter(|(_, (_, has_loss))| **has_loss) {
-        let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
-        let called = calls.is_some();
-        for call in calls.into_iter().flatten() {
-            let function = if call.get("function").is_some() {
-                &mut call["function"]
-            } else {
-                call
+    for i in learned(chat) {
+        let message = &mut messages[i];
+        let calls = calls_of(message);
+        for call in 0..calls {
+            let call = &mut message["tool_calls"][call];
+            let function = match call.get("function").is_some() {
+                true => &mut call["function"],
+                false => call,
             };
             if let Some(Value::String(name)) = function.get_mut("name") {
                 name.insert_str(0, &sentinel(CALL, i));
             }
         }
-        if let Some(Value::String(content)) = message.get_mut("content") {
-            let core = content.trim();
-            if called && core.is_empty() {
-                continue;
+        for field in REASONING_FIELDS {
+            if let Some(Value::String(text)) = message.get_mut(field) {
+                insert_reasoning(text, 0, i);
             }
+        }
+        if let Some(Value::String(content)) = message.get_mut("content")
+            && (calls == 0 || !content.trim().is_empty())
+        {
             let start = content.len() - content.trim_start().len();
-            let (before, after) = (&content[..start], &content[start + core.len()..]);
-            *content = format!(
-                "{before}{}{core}{}{after}",
-                sentinel(OPEN, i),
-                sentinel(CLOSE, i)
-            );
+            let end = start + content.trim().len();
+            content.insert_str(end, &sentinel(CLOSE, i));
+            if let Some(from) = reasoning_in(content) {
+                insert_reasoning(content, from, i);
+            }
+            content.insert_str(start, &sentinel(OPEN, i));
+        }
+        let is_bound = with_bounds && calls > 0 && chat.loss_mask.get(i + 1) == Some(&false);
+        if is_bound && let Some(Value::String(content)) = messages[i + 1].get_mut("content") {
+            let start = content.len() - content.trim_start().len();
+            content.insert_str(start, &sentinel(OPEN, i + 1));
         }
     }
     messages
 }
 
+/// Where a content's reasoning begins.
+fn reasoning_in(content: &str) -> Option<usize> {
+    let from = content.find(THINK)? + THINK.len();
+    let length = content[from..].find(THINK_END)?;
+    let is_blank = content[from..from + length].trim().is_empty();
+    (!is_blank).then_some(from)
+}
+
+/// Marks the reasoning that begins at `from`, if there is any.
+fn insert_reasoning(text: &mut String, from: usize, message: usize) {
+    let rest = text[from..].trim_start();
+    if !rest.is_empty() {
+        let at = text.len() - rest.len();
+        text.insert_str(at, &sentinel(REASONING, message));
+    }
+}
+
+fn marks_of(messages: usize, sentinels: &[Sentinel]) -> Vec<Marks> {
+    let mut marks = vec![Marks::default(); messages];
+    for sentinel in sentinels {
+        let Some(marks) = sentinel.message.and_then(|i| marks.get_mut(i)) else {
+            continue;
+        };
+        match sentinel.kind {
+            OPEN => marks.opens.push(sentinel.at),
+            CLOSE => marks.closes.push(sentinel.at),
+            CALL => marks.calls.push(sentinel.at),
+            _ => marks.reasoning.push(sentinel.at),
+        }
+    }
+    marks
+}
+
+/// Refuses a message whose content or calls the template leaves out; whether its reasoning is printed, if it has any.
+fn check_complete(message: &Value, marks: &Marks) -> Result<bool> {
+    if marks.calls.len() < calls_of(message) {
+        return Err(bad_record("the chat template leaves out the assistant's tool calls")
+            .value(message.to_string().chars().take(120).collect::<String>())
+            .rule("everything that the assistant said is learned as the template writes it")
+            .hint("train a model whose chat template has tools, or set `on_bad_record = \"skip\"`"));
+    }
+    let content = text_of(message, "content");
+    if marks.closes.is_empty() && !content.is_empty() {
+        return Err(unlocatable());
+    }
+    let has_reasoning = reasoning_in(content).is_some()
+        || REASONING_FIELDS
+            .iter()
+            .any(|field| !text_of(message, field).is_empty());
+    Ok(!has_reasoning || !marks.reasoning.is_empty())
+}
+
 /// The `{% generation %}` blocks.
 fn tagged_spans(sentinels: &[Sentinel]) -> Result<Vec<Range<usize>>> {
+    let tags: Vec<&Sentinel> = sentinels.iter().filter(|s| s.message.is_none()).collect();
     let mut spans = Vec::new();
-    for pair in sentinels.chunks(2) {
+    for pair in tags.chunks(2) {
         match pair {
             [open, close] if open.kind == OPEN && close.kind == CLOSE => {
                 spans.push(open.at..close.at)
@@ -253,34 +269,51 @@ fn tagged_spans(sentinels: &[Sentinel]) -> Result<Vec<Range<usize>>> {
     Ok(spans)
 }
 
-fn sentinel_spans(
+/// Refuses a conversation with a learned message outside all `{% generation %}` blocks.
+fn check_tagged(chat: &Chat, marks: &[Marks], spans: &[Range<usize>]) -> Result<()> {
+    let is_tagged = |from: usize, to: usize| {
+        let next = spans.partition_point(|span| span.end < to);
+        spans.get(next).is_some_and(|span| span.start <= from)
+    };
+    // A call and reasoning are at least one character long.
+    let is_complete = |marks: &Marks| {
+        let texts = marks.opens.iter().chain(&marks.closes);
+        let others = marks.calls.iter().chain(&marks.reasoning);
+        texts.copied().all(|at| is_tagged(at, at))
+            && others.copied().all(|at| is_tagged(at, at + 1))
+    };
+    match learned(chat).find(|i| !is_complete(&marks[*i])) {
+        None => Ok(()),
+        Some(i) => Err(bad_record(
+            "the chat template's `{% generation %}` tags leave out what the assistant said",
+        )
+        .value(format!("message {}", i + 1))
+        .rule(
+            "each of the assistant's messages stands within the tags, with its reasoning and calls",
+        )
+        .hint(
+            "move the tags in the model's chat_template.jinja, or set `on_bad_record = \"skip\"`",
+        )),
+    }
+}
+
+fn turn_spans(
     chat: &Chat,
     turns: &TurnDelimiters,
     text: &str,
-    sentinels: &[Sentinel],
+    marks: &[Marks],
 ) -> Result<Vec<Range<usize>>> {
     let mut spans: Vec<Range<usize>> = Vec::new();
-    for i in (0..chat.messages.len()).filter(|i| chat.loss_mask[*i]) {
-        let [open, close, calls] = [OPEN, CLOSE, CALL].map(|kind| {
-            let matching = sentinels
-                .iter()
-                .filter(|s| s.kind == kind && s.message == Some(i));
-            matching.map(|s| s.at).collect::<Vec<_>>()
-        });
-        let span = match (open.as_slice(), close.as_slice(), calls.as_slice()) {
-            ([start], [end], []) => *start..after_turn_end(text, *end, turns),
-            // The template split the content (reasoning in <think> tags): the turn still ends where the content does.
-            ([], [end], []) => turn_start(text, *end, turns)?..after_turn_end(text, *end, turns),
-            ([] | [_], [] | [_], [first, .., last] | [first @ last]) => {
-                let first = open.iter().chain(&close).fold(*first, |a, b| a.min(*b));
-                turn_start(text, first, turns)?..next_turn_end(text, *last, turns)?
-            }
-            _ => return Err(unlocatable()),
+    for i in learned(chat) {
+        let after = marks[i + 1..].iter().find_map(|marks| marks.all().min());
+        let previous_end = spans.last().map_or(0, |span| span.end);
+        let bounds = previous_end..after.unwrap_or(text.len());
+        let message = &chat.messages[i];
+        let span = match is_assistant(message) {
+            true => assistant_span(turns, text, message, &marks[i], bounds)?,
+            false => content_span(turns, text, &marks[i], bounds)?,
         };
-        if spans
-            .last()
-            .is_some_and(|previous| previous.end > span.start)
-        {
+        if previous_end > span.start || span.end < span.start {
             return Err(unlocatable());
         }
         spans.push(span);
@@ -288,37 +321,53 @@ fn sentinel_spans(
     Ok(spans)
 }
 
-/// The end of the end-of-turn token if only spaces precede it, else `at`.
-fn after_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> usize {
-    let rest = text[at..].trim_start();
-    match &turns.end {
-        Some((token, _)) if rest.starts_with(token.as_str()) => {
-            text.len() - rest.len() + token.len()
-        }
-        _ => at,
+/// From the end of the generation prompt to the end-of-turn token; from the content where the template has no such prompt.
+fn assistant_span(
+    turns: &TurnDelimiters,
+    text: &str,
+    message: &Value,
+    marks: &Marks,
+    bounds: Range<usize>,
+) -> Result<Range<usize>> {
+    let (Some(first), Some(last)) = (marks.all().min(), marks.all().max()) else {
+        return Err(unlocatable());
+    };
+    if marks.opens.len() > 1 || marks.closes.len() > 1 || first < bounds.start || last > bounds.end
+    {
+        return Err(unlocatable());
+    }
+    let has_beginning = marks.closes.first() != Some(&first) || marks.opens.first() == Some(&first);
+    let header = turns.headers.last().map_or("", String::as_str);
+    if !has_beginning && text_of(message, "content").contains(header) {
+        return Err(no_turn_delimiters());
+    }
+    let is_plain = marks.calls.is_empty() && marks.opens.first() == Some(&first);
+    let start = match turns.turn_start(text, bounds.start..first) {
+        Some(start) => start,
+        None if is_plain => first,
+        None => return Err(no_turn_delimiters()),
+    };
+    let is_bounded = !marks.calls.is_empty() && bounds.end < text.len();
+    match turns.turn_end(text, last..bounds.end, is_bounded) {
+        Some(end) => Ok(start..end),
+        None if marks.calls.is_empty() => Ok(start..last),
+        None => Err(no_turn_delimiters()),
     }
 }
 
-/// The end of the next end-of-turn token: after tool calls the template's text comes in between.
-fn next_turn_end(text: &str, at: usize, turns: &TurnDelimiters) -> Result<usize> {
-    let (token, _) = turns.end.as_ref().ok_or_else(no_turn_delimiters)?;
-    Ok(at
-        + text[at..]
-            .find(token.as_str())
-            .ok_or_else(no_turn_delimiters)?
-        + token.len())
-}
-
-/// The end of the turn's header; no other turn may end in between.
-fn turn_start(text: &str, at: usize, turns: &TurnDelimiters) -> Result<usize> {
-    let header = turns.header.as_ref().ok_or_else(no_turn_delimiters)?;
-    let start = text[..at]
-        .rfind(header.as_str())
-        .ok_or_else(no_turn_delimiters)?
-        + header.len();
-    match &turns.end {
-        Some((token, _)) if text[start..at].contains(token.as_str()) => Err(no_turn_delimiters()),
-        _ => Ok(start),
+/// Another role's content and the end-of-turn token after it.
+fn content_span(
+    turns: &TurnDelimiters,
+    text: &str,
+    marks: &Marks,
+    bounds: Range<usize>,
+) -> Result<Range<usize>> {
+    match (marks.opens.as_slice(), marks.closes.as_slice()) {
+        ([start], [end]) if *end <= bounds.end => Ok(*start
+            ..turns
+                .turn_end(text, *end..bounds.end, false)
+                .unwrap_or(*end)),
+        _ => Err(unlocatable()),
     }
 }
 
@@ -330,15 +379,25 @@ fn no_turn_delimiters() -> Error {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use chrono::NaiveDate;
+
+    use serde_json::json;
+
     use super::*;
+    use crate::data::turns::detect_turn_delimiters;
 
     const CHATML: &str = "{% for m in messages %}{{ '<s>' + m.role + '\\n' + m.content | trim }}{% for c in m.tool_calls %}\
         {{ '(' + c.function.name + c.function.arguments | tojson + ')' }}{% endfor %}{{ '<e>\\n' }}{% endfor %}\
         {% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}";
 
     fn compiled(source: &str) -> (ChatTemplate, TurnDelimiters) {
-        let template = ChatTemplate::new(source, None, vec![]).unwrap();
-        let turns = detect_turn_delimiters(&template, &[("<s>".into(), 1), ("<e>".into(), 2)]);
+        let templates = BTreeMap::from([("default".to_string(), source.to_string())]);
+        let template = ChatTemplate::new(&templates, BTreeMap::new(), NaiveDate::MIN).unwrap();
+        let tokens =
+            [("<s>", 1), ("<e>", 2), ("<c>", 3), ("\n", 4)].map(|(t, id)| (t.to_string(), id));
+        let turns = detect_turn_delimiters(&template, None, &tokens);
         (template, turns)
     }
 
@@ -364,13 +423,15 @@ mod tests {
 
     #[test]
     fn content_and_the_token_that_ends_the_turn_are_learned() {
-        assert_eq!(
-            compiled(CHATML).1,
-            TurnDelimiters {
-                header: Some("<s>assistant\n".into()),
-                end: Some(("<e>".into(), 2))
-            }
-        );
+        let turns = compiled(CHATML).1;
+        assert_eq!(turns.headers, ["<s>assistant\n"]);
+        assert_eq!(turns.start.as_deref(), Some("<s>"));
+        let ends: Vec<_> = turns
+            .ends
+            .iter()
+            .map(|end| (end.token.as_str(), end.id))
+            .collect();
+        assert_eq!(ends, [("<e>", 2)]);
         let chat = json!([{"role": "user", "content": "q<e>"}, {"role": "assistant", "content": " a1 "},
             {"role": "user", "content": "q"}, {"role": "assistant", "content": "a2"}]);
         assert_eq!(
@@ -435,5 +496,102 @@ mod tests {
             {{ '<e>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}";
         let chat = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "<t>why</t>a"}]);
         assert_eq!(learned(source, chat, None).unwrap(), ["<t>why</t>a<e>"]);
+    }
+
+    /// Role tokens around every message, as in gpt-oss, Llama 3 and DeepSeek; `calls` and `why` as their templates write them.
+    const ROLES: &str = "{% for m in messages %}{{ '<s>' + m.role }}{% if m.reasoning_content %}<c>why{{ m.reasoning_content }}{% endif %}\
+        {{ '<c>' + m.content }}{% for c in m.tool_calls %}{{ '<c>' + c.name }}{% endfor %}{{ '<e>' if m.role != 'assistant' or not m.tool_calls else '<c>' }}\n{% endfor %}\
+        {% if add_generation_prompt %}<s>assistant{% endif %}";
+
+    #[test]
+    fn a_turn_is_learned_from_the_generation_prompt_to_its_end() {
+        let user = json!({"role": "user", "content": "q <s>assistant"});
+        let call = json!({"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]});
+        let result = json!({"role": "tool", "content": "r"});
+        let answer =
+            json!({"role": "assistant", "content": "<s>assistant", "reasoning_content": "r"});
+        let chat = json!([user, call, result, answer]);
+        // The turn of calls ends by a token of its own; what the user quotes of the template is no turn.
+        assert_eq!(
+            learned(ROLES, chat, None).unwrap(),
+            ["<c><c>f<c>", "<c>whyr<c><s>assistant<e>"]
+        );
+        // A suffix of the template stands between the answer and the token that ends it.
+        let suffix = CHATML.replace("'<e>\\n'", "'</a><e>\\n'");
+        let chat = json!([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]);
+        assert_eq!(learned(&suffix, chat.clone(), None).unwrap(), ["a</a><e>"]);
+        // A token of the next turn's header ends none.
+        let long = json!([chat[0], chat[1], chat[0], chat[1]]);
+        for end in [";", ""] {
+            let header = "{% for m in messages %}<s>{{ m.role }}<c>{{ m.content }}END{% endfor %}{% if add_generation_prompt %}<s>assistant<c>{% endif %}";
+            let header = header.replace("END", end);
+            assert_eq!(learned(&header, long.clone(), None).unwrap(), ["a", "a"]);
+        }
+        // Without generation prompt and tokens the content alone is learned.
+        let plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+        assert_eq!(learned(plain, chat, None).unwrap(), ["a"]);
+    }
+
+    #[test]
+    fn what_the_template_leaves_out_is_refused_or_counted() {
+        let source = "{% for m in messages %}{{ '<s>' + m.role + '\\n' + m.content + '<e>' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}";
+        let (template, turns) = compiled(source);
+        let outcome = |message: Value| {
+            let messages = vec![json!({"role": "user", "content": "q"}), message];
+            let loss_mask = vec![false, true];
+            render(
+                &template,
+                &turns,
+                &Chat {
+                    messages,
+                    tools: None,
+                    loss_mask,
+                },
+            )
+        };
+        let message =
+            |field: &str, value: Value| json!({"role": "assistant", "content": "a", field: value});
+        let error = outcome(message("tool_calls", json!([{"name": "f"}]))).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("leaves out the assistant's tool calls"),
+            "{error}"
+        );
+        for field in REASONING_FIELDS {
+            assert_eq!(
+                outcome(message(field, json!("r")))
+                    .unwrap()
+                    .without_reasoning,
+                1
+            );
+            assert_eq!(
+                outcome(message(field, json!(" ")))
+                    .unwrap()
+                    .without_reasoning,
+                0
+            );
+        }
+        assert_eq!(
+            outcome(message("content", json!("<think>r</think>a")))
+                .unwrap()
+                .without_reasoning,
+            0
+        );
+        assert_eq!(
+            outcome(message("content", json!(" "))).unwrap().empty_turns,
+            1
+        );
+        assert_eq!(outcome(message("name", json!("n"))).unwrap().empty_turns, 0);
+
+        let tags = "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
+        let call = json!([{"role": "assistant", "content": "a", "tool_calls": [{"name": "f"}]}]);
+        let error = learned(tags, call, None).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("`{% generation %}` tags leave out"),
+            "{error}"
+        );
     }
 }

@@ -33,6 +33,12 @@ pub struct Counts {
     pub windows: u64,
     /// Completions with no space between them and their prompt: perhaps the prompt lacks a line end.
     pub glued: u64,
+    /// Conversations rendered by the chat template.
+    pub conversations: u64,
+    /// Records with an answer without text: they teach to end at once.
+    pub empty_answers: u64,
+    /// Conversations with reasoning that the chat template leaves out.
+    pub without_reasoning: u64,
 }
 
 /// A span of an example's text, with or without a loss.

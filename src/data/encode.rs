@@ -24,6 +24,12 @@ pub(super) struct EncodedRecord {
     pub ends: bool,
     /// No space between prompt and completion.
     pub glued: bool,
+    /// Rendered by the chat template.
+    pub is_chat: bool,
+    /// An answer without text.
+    pub empty_answer: bool,
+    /// Reasoning that the chat template leaves out.
+    pub without_reasoning: bool,
 }
 
 /// Encodes one record. A record without text is dropped: it would train only the end of text.
@@ -45,7 +51,8 @@ pub(super) fn encode(
             ..EncodedRecord::default()
         });
     }
-    let (example, end, glued) = match typed {
+    let mut outcome = EncodedRecord::default();
+    let (example, ends) = match typed {
         TypedRecord::Text(text) => {
             return Ok(text_windows(
                 text_example(text, tokenizer)?,
@@ -53,21 +60,26 @@ pub(super) fn encode(
                 max_length,
             ));
         }
-        TypedRecord::Completion { prompt, completion } => (
-            completion_example(prompt, completion, tokenizer)?,
-            tokenizer.eos_id(),
-            missing_separator(prompt, completion),
-        ),
+        TypedRecord::Completion { prompt, completion } => {
+            outcome.glued = missing_separator(prompt, completion);
+            outcome.empty_answer = completion.trim().is_empty();
+            let example = completion_example(prompt, completion, tokenizer)?;
+            (example, Vec::from_iter(tokenizer.eos_id()))
+        }
         TypedRecord::Chat(conversation) => {
-            let turns = tokenizer.turn_delimiters()?;
+            let turns = tokenizer.turn_delimiters(conversation.tools.as_ref())?;
             let rendered = chat::render(tokenizer.template()?, turns, conversation)?;
             let encoded = tokenizer.encode(&rendered.text, false)?;
             let loss = in_spans(&encoded, &rendered.spans);
-            let end = turns.end.as_ref().map(|(_, id)| *id).or(tokenizer.eos_id());
-            (masked(encoded.ids, loss), end, false)
+            outcome.is_chat = true;
+            outcome.empty_answer = rendered.empty_turns > 0;
+            outcome.without_reasoning = rendered.without_reasoning > 0;
+            let ends = turns.ends.iter().map(|end| end.id);
+            let ends = ends.chain(tokenizer.eos_id()).collect();
+            (masked(encoded.ids, loss), ends)
         }
     };
-    Ok(truncate(example, end, max_length, glued))
+    Ok(truncate(example, &ends, max_length, outcome))
 }
 
 fn masked(tokens: Vec<u32>, mut loss: Vec<bool>) -> Example {
@@ -137,35 +149,35 @@ fn in_spans(encoded: &Encoded, spans: &[Range<usize>]) -> Vec<bool> {
 /// Truncates a long record.
 fn truncate(
     mut example: Example,
-    end: Option<u32>,
+    ends: &[u32],
     max_length: usize,
-    glued: bool,
+    outcome: EncodedRecord,
 ) -> EncodedRecord {
     let truncated = example.tokens.len() > max_length;
     example.tokens.truncate(max_length);
     example.loss.truncate(max_length);
     let dropped = !example.loss.contains(&true);
-    let ends = trains_token(&example, end);
+    let ends = trains_token(&example, ends);
     EncodedRecord {
         examples: if dropped { vec![] } else { vec![example] },
         truncated,
         dropped,
         ends,
-        glued,
+        ..outcome
     }
 }
 
-fn trains_token(example: &Example, end: Option<u32>) -> bool {
+fn trains_token(example: &Example, ends: &[u32]) -> bool {
     example
         .tokens
         .iter()
         .zip(&example.loss)
-        .any(|(token, loss)| *loss && Some(*token) == end)
+        .any(|(token, loss)| *loss && ends.contains(token))
 }
 
 /// Splits a long text into windows that share one token, so that every token but the first has a loss exactly once.
 fn text_windows(example: Example, tokenizer: &Tokenizer, max_length: usize) -> EncodedRecord {
-    let ends = trains_token(&example, tokenizer.eos_id());
+    let ends = trains_token(&example, &Vec::from_iter(tokenizer.eos_id()));
     let stride = max_length.saturating_sub(1).max(1);
     let windows = example.tokens.len().saturating_sub(1).div_ceil(stride);
     let examples: Vec<Example> = (0..windows)

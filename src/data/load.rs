@@ -31,7 +31,7 @@ const CHUNK_BYTES: usize = 16 << 20;
 /// Progress is shown for files of at least so many bytes.
 const LARGE: u64 = 16 << 20;
 /// Increment when reading or encoding changes: caches of other versions are ignored.
-const ENCODING_VERSION: u32 = 4;
+const ENCODING_VERSION: u32 = 5;
 
 /// Loads `data` (files, folders or patterns) in order as one data set; `cache` is a folder for encoded data sets.
 ///
@@ -371,6 +371,9 @@ impl DatasetBuilder {
         counts.truncated += u64::from(encoded.truncated);
         counts.dropped += u64::from(encoded.dropped);
         counts.glued += u64::from(encoded.glued);
+        counts.conversations += u64::from(encoded.is_chat);
+        counts.empty_answers += u64::from(encoded.empty_answer);
+        counts.without_reasoning += u64::from(encoded.without_reasoning);
         if encoded.examples.len() > 1 {
             counts.windows += encoded.examples.len() as u64;
         }

@@ -8,13 +8,13 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value, json};
 
-use super::chat::{Chat, assistant_mask};
+use super::chat::{Chat, REASONING_FIELDS, assistant_mask};
 use crate::error::{Error, Kind, Result};
 
 /// Keys for a message's loss weight: LLaMA-Factory's, OpenAI's, axolotl's.
 const WEIGHTS: [&str; 3] = ["loss_weight", "weight", "train"];
-/// Keys of an assistant's reasoning; templates read the first (transformers, `_REASONING_FIELDS`).
-const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+/// Fields of what an assistant said that no chat template writes.
+const UNWRITTEN: [&str; 3] = ["function_call", "refusal", "audio"];
 
 fn bad_record(what: impl Into<String>) -> Error {
     Error::new(Kind::Data, what)
@@ -126,13 +126,38 @@ fn message(item: &Value) -> Result<(Map<String, Value>, Option<bool>)> {
             fields.shift_remove("tool_calls");
         }
     }
-    if let Some(reasoning) = REASONING.iter().find_map(|name| fields.get(*name).cloned()) {
-        fields
-            .entry("thinking")
-            .or_insert_with(|| reasoning.clone());
-        fields.insert(REASONING[0].into(), reasoning);
+    refuse_unwritten(&fields)?;
+    Ok((with_reasoning(fields)?, weight))
+}
+
+fn refuse_unwritten(fields: &Map<String, Value>) -> Result<()> {
+    let has = |field: &&&str| fields.get(**field).is_some_and(|value| *value != json!(""));
+    let field = UNWRITTEN.iter().find(has);
+    match field.filter(|_| fields.get("role") == Some(&json!("assistant"))) {
+        None => Ok(()),
+        Some(field) => Err(bad_record(format!("a message has a `{field}`, which chat templates leave out"))
+            .rule("what the assistant said: content, reasoning_content, tool_calls")
+            .hint("write a `function_call` as `tool_calls` and a refusal as `content`, or set `on_bad_record = \"skip\"`")),
     }
-    Ok((fields, weight))
+}
+
+/// Reasoning under the names that templates read, as transformers' `_alias_reasoning_fields`.
+fn with_reasoning(fields: Map<String, Value>) -> Result<Map<String, Value>> {
+    let Some(reasoning) = REASONING_FIELDS
+        .iter()
+        .find_map(|name| fields.get(*name).cloned())
+    else {
+        return Ok(fields);
+    };
+    if !reasoning.is_string() {
+        return Err(bad_record("a message's reasoning is not text")
+            .rule("reasoning_content: a string")
+            .hint("correct the record, or set `on_bad_record = \"skip\"`"));
+    }
+    let mut named = Map::from_iter([("thinking".to_string(), reasoning.clone())]);
+    named.extend(fields);
+    named.insert(REASONING_FIELDS[0].into(), reasoning);
+    Ok(named)
 }
 
 fn take_weight(fields: &mut Map<String, Value>) -> Result<Option<bool>> {

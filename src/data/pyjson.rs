@@ -10,21 +10,23 @@ use serde_json::Value;
 /// The arguments of `json.dumps` that templates use.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Style {
-    /// Spaces per level; `None` writes one line.
-    pub indent: Option<usize>,
+    /// What a level is indented by; `None` writes one line.
+    pub indent: Option<String>,
     /// Between items and between key and value; Python's defaults where `None`.
     pub separators: Option<(String, String)>,
     /// Escape everything beyond ASCII.
     pub ensure_ascii: bool,
     /// Keys in code point order.
     pub sort_keys: bool,
+    /// Where writing stops.
+    pub max_bytes: usize,
 }
 
-/// Writes `value` as Python would.
-pub(super) fn dumps(value: &Value, style: &Style) -> String {
+/// Writes `value` as Python would; `None` where that takes more than `max_bytes`.
+pub(super) fn dumps(value: &Value, style: &Style) -> Option<String> {
     let mut out = String::new();
     write_value(&mut out, value, style, 0);
-    out
+    (out.len() <= style.max_bytes).then_some(out)
 }
 
 fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) {
@@ -67,13 +69,16 @@ fn write_items(
         None => (", ", ": "),
     };
     let new_line = |out: &mut String, depth: usize| {
-        if let Some(indent) = style.indent {
+        if let Some(indent) = &style.indent {
             out.push('\n');
-            out.extend(std::iter::repeat_n(' ', indent * depth));
+            out.extend(std::iter::repeat_n(indent.as_str(), depth));
         }
     };
     out.push(open);
     for (i, (key, item)) in items.iter().enumerate() {
+        if out.len() > style.max_bytes {
+            return;
+        }
         if i > 0 {
             out.push_str(between);
         }
@@ -101,7 +106,7 @@ fn write_string(out: &mut String, text: &str, ensure_ascii: bool) {
             '\t' => out.push_str("\\t"),
             '\u{8}' => out.push_str("\\b"),
             '\u{c}' => out.push_str("\\f"),
-            c if (c as u32) < 0x20 || (ensure_ascii && !c.is_ascii()) => {
+            c if (c as u32) < 0x20 || (ensure_ascii && c > '~') => {
                 for unit in c.encode_utf16(&mut [0; 2]) {
                     write!(out, "\\u{unit:04x}").expect("writing to a String cannot fail");
                 }
@@ -113,7 +118,7 @@ fn write_string(out: &mut String, text: &str, ensure_ascii: bool) {
 }
 
 /// A float as Python's `repr`: the shortest digits that read back, an exponent below 1e-4 and from 1e16.
-fn python_float(value: f64) -> String {
+pub(super) fn python_float(value: f64) -> String {
     let magnitude = value.abs();
     if magnitude != 0.0 && !(1e-4..1e16).contains(&magnitude) {
         let text = format!("{value:e}");
@@ -136,16 +141,15 @@ mod tests {
     fn text_equals_pythons() {
         let value = json!({"a": [1, 2.0, 1e16, 1e-5, -0.0001], "é\u{1}": {"x": null, "y": []}, "t\"": true});
         let plain = "{\"a\": [1, 2.0, 1e+16, 1e-05, -0.0001], \"é\\u0001\": {\"x\": null, \"y\": []}, \"t\\\"\": true}";
-        assert_eq!(dumps(&value, &Style::default()), plain);
-        let indented = dumps(
-            &json!({"a": [1, {}], "b": 2}),
-            &Style {
-                indent: Some(2),
-                ..Style::default()
-            },
-        );
+        let style = |indent: Option<&str>| Style {
+            indent: indent.map(str::to_string),
+            max_bytes: 100,
+            ..Style::default()
+        };
+        assert_eq!(dumps(&value, &style(None)).unwrap(), plain);
+        assert_eq!(dumps(&json!([plain, plain]), &style(None)), None);
         assert_eq!(
-            indented,
+            dumps(&json!({"a": [1, {}], "b": 2}), &style(Some("  "))).unwrap(),
             "{\n  \"a\": [\n    1,\n    {}\n  ],\n  \"b\": 2\n}"
         );
         let ascii = dumps(
@@ -153,9 +157,12 @@ mod tests {
             &Style {
                 ensure_ascii: true,
                 sort_keys: true,
-                ..Style::default()
+                ..style(None)
             },
         );
-        assert_eq!(ascii, "{\"a\": 1, \"b\": \"\\ud83d\\ude00\\u00e9\"}");
+        assert_eq!(
+            ascii.unwrap(),
+            "{\"a\": 1, \"b\": \"\\ud83d\\ude00\\u00e9\"}"
+        );
     }
 }

@@ -1,71 +1,134 @@
 //! Chat templates: Jinja as transformers runs it.
 //!
-//! Takes a template's source and the special tokens, returns rendered conversations. Owns the environment
-//! (`tojson`, `raise_exception`, `strftime_now`, Python's string methods, `trim_blocks`, `lstrip_blocks`) and the rewriting of
-//! `{% generation %}` tags into sentinels. Knows nothing of tokens; `chat` reads the sentinels.
+//! Takes named templates, the special tokens and a date, returns rendered conversations. Owns the environment (`tojson`,
+//! `raise_exception`, `strftime_now`, `trim_blocks`, `lstrip_blocks`, Python's methods by `python`) and the limits of a rendering.
+//! Knows nothing of tokens; `chat` reads the sentinels.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use chrono::NaiveDate;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value as Jinja};
+use minijinja::value::{Kwargs, Rest, Serde, Value as Jinja, ValueKind};
 use minijinja::{Environment, ErrorKind};
-use regex::{Captures, Regex};
 use serde_json::Value;
 
-use super::chat::{GENERATION_CLOSE, GENERATION_OPEN};
-use super::pyjson::{Style, dumps};
+use super::jinja::{ATTRIBUTE, BOUNDED, MODULO, Translated, translate};
+use super::pyjson::{Style, dumps, python_float};
+use super::python;
+use super::sentinel::{GENERATION_CLOSE, GENERATION_OPEN};
 use crate::error::{Error, Kind, Result};
 
-/// The template for conversations without tools.
-const CHAT: &str = "chat";
-/// The template for conversations with tools, where a model names one.
+/// The template for conversations without tools, and with them where a model names no other.
+const DEFAULT: &str = "default";
+/// The template for conversations with tools.
 const TOOL_USE: &str = "tool_use";
 /// Suffix of the variant whose `{% generation %}` blocks are delimited by sentinels.
 const WITH_SENTINELS: &str = "#marked";
+
+/// Steps of one rendering (minijinja's fuel: an instruction, or 64 bytes of data), and more for each byte of the conversation.
+const STEPS: u64 = 4_000_000;
+const STEPS_PER_BYTE: u64 = 32;
+/// Bytes of one rendered conversation, and more for each of its own.
+const OUTPUT_BYTES: u64 = 16 << 20;
+const OUTPUT_PER_BYTE: u64 = 16;
+/// What an object of the conversation counts for, in bytes.
+const BYTES_PER_VALUE: u64 = 32;
+/// Most spaces of a level that `tojson` indents.
+const MAX_INDENT: usize = 100;
+/// The stack for compiling: minijinja recurses over nested operators.
+const COMPILER_STACK: usize = 64 << 20;
 
 /// A compiled chat template.
 #[derive(Debug)]
 pub(super) struct ChatTemplate {
     environment: Environment<'static>,
     /// Variables such as `bos_token`.
-    special_tokens: Vec<(String, String)>,
-    has_tool_use: bool,
-    generation: bool,
+    special_tokens: BTreeMap<String, String>,
+    /// Names of all templates.
+    names: Vec<String>,
+    /// Those with `{% generation %}` tags.
+    generation: BTreeSet<String>,
+    /// Variables named `*_token` that are printed and not defined.
+    undefined_tokens: BTreeSet<String>,
+    uses_date: bool,
 }
 
 impl ChatTemplate {
-    /// Compiles `source`, and `tool_use` for conversations with tools. Refuses a template that does not parse.
+    /// Compiles the templates named `default` and `tool_use`; `strftime_now` writes `date`.
+    ///
+    /// # Errors
+    /// `Kind::Tokenizer` where one does not parse or is too large.
     pub fn new(
-        source: &str,
-        tool_use: Option<&str>,
-        special_tokens: Vec<(String, String)>,
+        templates: &BTreeMap<String, String>,
+        special_tokens: BTreeMap<String, String>,
+        date: NaiveDate,
     ) -> Result<Self> {
-        let mut environment = environment();
-        let mut generation = true;
-        for (name, text) in
-            std::iter::once((CHAT, source)).chain(tool_use.map(|text| (TOOL_USE, text)))
-        {
-            generation &= generation_tag().is_match(text);
-            for (suffix, open, close) in [
-                ("", "", ""),
-                (WITH_SENTINELS, GENERATION_OPEN, GENERATION_CLOSE),
-            ] {
-                let source = replace_generation_tags(text, open, close);
-                environment.add_template_owned(format!("{name}{suffix}"), source).map_err(|e| {
-                    Error::new(Kind::Tokenizer, format!("the chat template cannot be compiled: {}", explain(&e)))
-                        .hint("correct `chat_template` in tokenizer_config.json (or chat_template.jinja), or use a format without a template")
-                })?;
+        let mut sources = Vec::new();
+        let mut generation = BTreeSet::new();
+        let mut printed = BTreeSet::new();
+        let mut uses_date = false;
+        for name in [DEFAULT, TOOL_USE] {
+            let Some(source) = templates.get(name) else {
+                continue;
+            };
+            let plain = translate(source, "", "")?;
+            let marked = translate(source, GENERATION_OPEN, GENERATION_CLOSE)?;
+            let Translated { printed_tokens, .. } = marked;
+            printed.extend(printed_tokens);
+            uses_date |= source.contains("strftime_now");
+            if plain.generation {
+                generation.insert(name.to_string());
             }
+            sources.push((name.to_string(), plain.text));
+            sources.push((format!("{name}{WITH_SENTINELS}"), marked.text));
         }
+        let environment = compile(sources, date)?;
+        let undeclared: BTreeSet<String> = environment
+            .templates()
+            .flat_map(|(_, template)| template.undeclared_variables(false))
+            .collect();
+        let is_undefined =
+            |name: &String| undeclared.contains(name) && !special_tokens.contains_key(name);
         Ok(Self {
+            undefined_tokens: printed.into_iter().filter(is_undefined).collect(),
             environment,
             special_tokens,
-            has_tool_use: tool_use.is_some(),
+            names: templates.keys().cloned().collect(),
             generation,
+            uses_date,
         })
     }
 
-    /// Whether `{% generation %}` tags mark the assistant's output in the template.
-    pub fn has_generation_tags(&self) -> bool {
-        self.generation
+    /// Whether a template calls `strftime_now`.
+    pub fn uses_date(&self) -> bool {
+        self.uses_date
+    }
+
+    /// Variables of special tokens that a template prints though the tokenizer does not define them: printed as nothing.
+    pub fn undefined_tokens(&self) -> impl Iterator<Item = &str> {
+        self.undefined_tokens.iter().map(String::as_str)
+    }
+
+    /// The template for a conversation, as transformers chooses it.
+    fn name(&self, tools: Option<&Value>) -> Result<&'static str> {
+        let has = |name: &str| self.names.iter().any(|other| other == name);
+        match tools {
+            Some(_) if has(TOOL_USE) => Ok(TOOL_USE),
+            _ if has(DEFAULT) => Ok(DEFAULT),
+            _ => Err(Error::new(
+                Kind::Tokenizer,
+                "the model has several chat templates and none named `default`",
+            )
+            .value(self.names.join(", "))
+            .rule("one named `default`, or only `tool_use` for conversations with tools")
+            .hint("copy the one to train with to `chat_template.jinja` in the model's directory")),
+        }
+    }
+
+    /// Whether `{% generation %}` tags mark the assistant's output in the template for `tools`.
+    pub fn has_generation_tags(&self, tools: Option<&Value>) -> bool {
+        self.name(tools)
+            .is_ok_and(|name| self.generation.contains(name))
     }
 
     /// Renders a conversation, with sentinels around `{% generation %}` blocks if `sentinels`.
@@ -76,39 +139,92 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         sentinels: bool,
     ) -> Result<String> {
-        let mut context: Vec<(String, Jinja)> = self
-            .special_tokens
-            .iter()
-            .map(|(name, token)| (name.clone(), Jinja::from(token.as_str())))
-            .collect();
-        context.push(("messages".into(), Jinja::from(Serde(messages))));
-        context.push((
-            "tools".into(),
-            tools.map_or(Jinja::from(()), |tools| Jinja::from(Serde(tools))),
-        ));
-        context.push(("documents".into(), Jinja::from(())));
-        context.push((
-            "add_generation_prompt".into(),
-            Jinja::from(add_generation_prompt),
-        ));
-        let mut name = CHAT.to_string();
-        if tools.is_some() && self.has_tool_use {
-            name = TOOL_USE.to_string();
-        }
+        let mut name = self.name(tools)?.to_string();
         if sentinels {
             name.push_str(WITH_SENTINELS);
         }
-        let template = self
-            .environment
+        let tokens = self.special_tokens.iter();
+        let mut context: BTreeMap<&str, Jinja> = tokens
+            .map(|(name, token)| (name.as_str(), Jinja::from(token.as_str())))
+            .collect();
+        context.insert("messages", Jinja::from(Serde(messages)));
+        context.insert(
+            "tools",
+            tools.map_or(Jinja::from(()), |tools| Jinja::from(Serde(tools))),
+        );
+        context.insert("documents", Jinja::from(()));
+        context.insert("add_generation_prompt", Jinja::from(add_generation_prompt));
+        let bytes = size(messages) + tools.map_or(0, size);
+        let steps = STEPS + STEPS_PER_BYTE * bytes;
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(steps));
+        let text = environment
             .get_template(&name)
-            .map_err(|e| refused(&e))?;
-        template
-            .render(Jinja::from_pairs(context))
-            .map_err(|e| refused(&e))
+            .and_then(|template| template.render(Jinja::from_pairs(context)))
+            .map_err(|e| refused(&e, steps))?;
+        let limit = OUTPUT_BYTES + OUTPUT_PER_BYTE * bytes;
+        if text.len() as u64 > limit {
+            return Err(limit_passed("writes too much")
+                .value(format!("{} bytes", text.len()))
+                .rule(format!(
+                    "limit: at most {limit} bytes for this conversation"
+                )));
+        }
+        Ok(text)
     }
 }
 
-fn refused(error: &minijinja::Error) -> Error {
+/// The size of a value, in bytes: its text and what each value counts for.
+fn size(value: &Value) -> u64 {
+    let inner = match value {
+        Value::String(text) => text.len() as u64,
+        Value::Array(items) => items.iter().map(size).sum(),
+        Value::Object(fields) => {
+            let sizes = fields
+                .iter()
+                .map(|(key, value)| key.len() as u64 + size(value));
+            sizes.sum()
+        }
+        _ => 0,
+    };
+    BYTES_PER_VALUE + inner
+}
+
+fn compile(sources: Vec<(String, String)>, date: NaiveDate) -> Result<Environment<'static>> {
+    let compiler = move || {
+        let mut environment = environment(date);
+        for (name, source) in sources {
+            environment.add_template_owned(name, source)?;
+        }
+        Ok(environment)
+    };
+    let cannot = |reason: String| {
+        Error::new(Kind::Tokenizer, format!("the chat template cannot be compiled: {reason}"))
+            .hint("correct the chat template (chat_template.jinja, or `chat_template` in tokenizer_config.json), or use a format without one")
+    };
+    let thread = std::thread::Builder::new()
+        .stack_size(COMPILER_STACK)
+        .spawn(compiler)
+        .map_err(|e| cannot(e.to_string()))?;
+    match thread.join() {
+        Ok(compiled) => compiled.map_err(|e: minijinja::Error| cannot(explain(&e))),
+        Err(_) => Err(cannot("the compiler of templates failed".to_string())),
+    }
+}
+
+fn limit_passed(what: &str) -> Error {
+    Error::new(Kind::Tokenizer, format!("the model's chat template {what}"))
+        .hint("use the chat template that the model's publisher gives")
+}
+
+fn refused(error: &minijinja::Error, steps: u64) -> Error {
+    if error.kind() == ErrorKind::OutOfFuel {
+        return limit_passed("takes too long")
+            .value(explain(error))
+            .rule(format!(
+                "limit: at most {steps} steps for this conversation"
+            ));
+    }
     Error::new(
         Kind::Data,
         format!(
@@ -131,7 +247,7 @@ fn explain(error: &minijinja::Error) -> String {
 }
 
 /// The environment of transformers' `_compile_jinja_template`.
-fn environment() -> Environment<'static> {
+fn environment(date: NaiveDate) -> Environment<'static> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder()
         .trim_blocks(true)
@@ -139,22 +255,41 @@ fn environment() -> Environment<'static> {
         .build();
     environment.set_syntax(syntax.expect("the default delimiters are valid"));
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(python::call_method);
     environment.add_filter("tojson", tojson);
+    environment.add_filter(MODULO, python::modulo);
+    environment.add_filter(ATTRIBUTE, python::attribute);
+    environment.add_filter("default", python::default);
+    environment.add_filter("d", python::default);
+    for name in ["escape", "e", "forceescape"] {
+        environment.add_filter(name, |value: &Jinja| python::escape(&value.to_string()));
+    }
+    environment.add_test("sequence", python::is_sequence);
+    environment.set_formatter(|out, state, value| match value.kind() {
+        ValueKind::Number if !value.is_integer() => {
+            let float = f64::try_from(value.clone())?;
+            out.write_str(&python_float(float))
+                .map_err(minijinja::Error::from)
+        }
+        _ => minijinja::escape_formatter(out, state, value),
+    });
+    environment.add_filter(BOUNDED, python::bounded);
     environment.add_function(
         "raise_exception",
         |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         },
     );
-    environment.add_function("strftime_now", strftime_now);
+    environment.add_function("strftime_now", move |format: &str| strftime(date, format));
     environment
 }
 
-fn strftime_now(format: String) -> Result<String, minijinja::Error> {
+/// `date` at midnight by a format of `strftime`.
+fn strftime(date: NaiveDate, format: &str) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut text = String::new();
-    write!(text, "{}", chrono::Local::now().format(&format)).map_err(|_| {
+    let midnight = date.and_time(chrono::NaiveTime::MIN);
+    write!(text, "{}", midnight.format(format)).map_err(|_| {
         minijinja::Error::new(
             ErrorKind::InvalidOperation,
             format!("`{format}` is not a date format"),
@@ -163,47 +298,81 @@ fn strftime_now(format: String) -> Result<String, minijinja::Error> {
     Ok(text)
 }
 
-fn tojson(value: Jinja, indent: Option<usize>, options: Kwargs) -> Result<Jinja, minijinja::Error> {
-    let json = serde_json::to_value(&value).map_err(|e| {
+/// transformers' `tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
+fn tojson(
+    value: &Jinja,
+    arguments: Rest<Jinja>,
+    named: Kwargs,
+) -> Result<String, minijinja::Error> {
+    let invalid = |what: String| minijinja::Error::new(ErrorKind::InvalidOperation, what);
+    let argument = |at: usize, name: &str| match arguments.get(at) {
+        Some(value) => Ok(value.clone()),
+        None => named
+            .get::<Option<Jinja>>(name)
+            .map(|value| value.unwrap_or(Jinja::from(()))),
+    };
+    let ensure_ascii = argument(0, "ensure_ascii")?.is_true();
+    let indent = argument(1, "indent")?;
+    let separators = argument(2, "separators")?;
+    let sort_keys = argument(3, "sort_keys")?.is_true();
+    named.assert_all_used()?;
+    if value.is_undefined() || arguments.len() > 4 {
+        return Err(invalid(
+            "tojson takes a value and up to four arguments".into(),
+        ));
+    }
+    let indent = match (indent.as_str(), indent.is_none()) {
+        (_, true) => None,
+        (Some(text), _) => Some(text.to_string()),
+        _ => {
+            let spaces = i64::try_from(indent)?.max(0);
+            Some(
+                " ".repeat(
+                    usize::try_from(spaces)
+                        .unwrap_or(usize::MAX)
+                        .min(MAX_INDENT + 1),
+                ),
+            )
+        }
+    };
+    if indent
+        .as_ref()
+        .is_some_and(|indent| indent.len() > MAX_INDENT)
+    {
+        let limit = format!("tojson indents by more than the limit of {MAX_INDENT} spaces");
+        return Err(invalid(limit));
+    }
+    let separators = match separators.is_none() {
+        true => None,
+        false => {
+            let parts: Vec<Jinja> = separators.try_iter()?.collect();
+            let texts: Vec<String> = parts
+                .iter()
+                .filter_map(|p| p.as_str().map(str::to_string))
+                .collect();
+            let [item, key] = <[String; 2]>::try_from(texts)
+                .map_err(|_| invalid("`separators` of tojson are not two strings".into()))?;
+            Some((item, key))
+        }
+    };
+    let json = serde_json::to_value(value).map_err(|e| {
         minijinja::Error::new(
             ErrorKind::BadSerialization,
             format!("not a JSON value: {e}"),
         )
     })?;
-    let separators: Option<Vec<String>> = options.get("separators")?;
     let style = Style {
-        indent: match options.get::<Option<usize>>("indent")? {
-            Some(indent) => Some(indent),
-            None => indent,
-        },
-        separators: separators
-            .and_then(|s| <[String; 2]>::try_from(s).ok())
-            .map(|[item, key]| (item, key)),
-        ensure_ascii: options
-            .get::<Option<bool>>("ensure_ascii")?
-            .unwrap_or(false),
-        sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        indent,
+        separators,
+        ensure_ascii,
+        sort_keys,
+        max_bytes: OUTPUT_BYTES as usize,
     };
-    options.assert_all_used()?;
-    Ok(Jinja::from(dumps(&json, &style)))
-}
-
-fn generation_tag() -> Regex {
-    Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a fixed pattern")
-}
-
-/// minijinja cannot parse `{% generation %}`: each tag becomes two `if` tags around a literal, so that whitespace control on
-/// either side works as on the tag itself.
-fn replace_generation_tags(source: &str, open: &str, close: &str) -> String {
-    generation_tag()
-        .replace_all(source, |tag: &Captures| {
-            let (left, right) = (&tag[1], &tag[3]);
-            match tag.get(2) {
-                None => format!("{{%{left} if true %}}{{{{ \"{open}\" }}}}{{% if true {right}%}}"),
-                Some(_) => format!("{{%{left} endif %}}{{{{ \"{close}\" }}}}{{% endif {right}%}}"),
-            }
-        })
-        .into_owned()
+    dumps(&json, &style).ok_or_else(|| {
+        invalid(format!(
+            "tojson writes more than the limit of {OUTPUT_BYTES} bytes"
+        ))
+    })
 }
 
 #[cfg(test)]
@@ -211,21 +380,107 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    fn compiled(source: &str) -> Result<ChatTemplate> {
+        let templates = BTreeMap::from([("default".to_string(), source.to_string())]);
+        let tokens = BTreeMap::from([("eos_token".to_string(), "</s>".to_string())]);
+        ChatTemplate::new(&templates, tokens, NaiveDate::MIN)
+    }
+
     fn render(source: &str) -> Result<String> {
         let messages =
             json!([{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": "Yo"}]);
-        ChatTemplate::new(source, None, vec![("eos_token".into(), "</s>".into())])?
-            .render(&messages, None, false, false)
+        compiled(source)?.render(&messages, None, false, false)
     }
 
+    /// What transformers renders and this refuses by name: no published template that was looked at has any of it.
+    const REFUSED: &[&str] = &[
+        "'%r' %",
+        "'{!r}'",
+        "casefold()",
+        "expandtabs",
+        "'²'.is",
+        "'½'.is",
+        "istitle()",
+        "isidentifier()",
+        "isprintable()",
+        "translate(",
+        "encode()",
+        "\\N{BULLET}",
+        "| wordcount",
+        "| truncate(",
+        "| indent('> ')",
+        "| center(9)",
+        "| striptags",
+        "| urlencode",
+        "'x' | int }}",
+        "'x' | float }}",
+        "| wordwrap(",
+        "dict([(",
+        "| random",
+        "cycler(",
+        "{{ + 3",
+        "is callable",
+        "{1: 'a', none: 'b', true: 'c', 1.5: 'd'} | tojson",
+        "{{ varargs }}",
+    ];
+    /// What transformers refuses and this renders.
+    const RENDERED: &[&str] = &[
+        "1 in 'abc'",
+        "| split(','",
+        "1 < 'a'",
+        "x | int",
+        "x < 1",
+        "range(3) | tojson",
+        "map(attribute='role') | tojson",
+        "namespace(a=1) | tojson",
+        "for i in none",
+        "namespace(_a=1)",
+    ];
+    /// What prints otherwise: Python's own names of values that are no text, and characters without a shape in lists.
+    const DIFFERENT: &[&str] = &[
+        "'\\u200b']",
+        "map(attribute='name') | list",
+        "map(attribute='content.x')",
+        "{{ range(3) }}",
+        "f.arguments",
+    ];
+
+    /// Expected texts: scripts/chat_expressions.py.
     #[test]
-    fn pythons_methods_and_loop_controls_work() {
-        let source = "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m['content'].upper() }}{% endfor %}{{ eos_token }}";
-        assert_eq!(render(source).unwrap(), "YO</s>");
-        assert_eq!(
-            render("{{ messages[0].content.rstrip('\\n').split('i')[0] }}{{ none }}{{ true }}")
-                .unwrap(),
-            "HNoneTrue"
+    fn expressions_render_as_in_transformers() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let golden = std::fs::read(path.join("tests/golden/chat_expressions.json")).unwrap();
+        let golden: Value = serde_json::from_slice(&golden).unwrap();
+        let tokens: BTreeMap<String, String> =
+            serde_json::from_value(golden["special"].clone()).unwrap();
+        let date = golden["date"].as_str().unwrap().parse().unwrap();
+        let mut failures = Vec::new();
+        for case in golden["cases"].as_array().unwrap() {
+            let source = case[0].as_str().unwrap();
+            let templates = BTreeMap::from([("default".to_string(), source.to_string())]);
+            let ours = ChatTemplate::new(&templates, tokens.clone(), date).and_then(|template| {
+                template.render(&golden["messages"], Some(&golden["tools"]), false, false)
+            });
+            let is_of = |list: &[&str]| list.iter().any(|part| source.contains(part));
+            let fits = match (case[1].as_str(), &ours) {
+                (Some(text), Ok(ours)) => (text == ours) != is_of(DIFFERENT),
+                (Some(_), Err(_)) => is_of(REFUSED),
+                (None, Ok(_)) => is_of(RENDERED),
+                (None, Err(_)) => true,
+            };
+            if !fits {
+                let ours = ours.map_err(|e| e.to_string());
+                failures.push(format!(
+                    "{source}\n  expected {}\n  rendered {ours:?}",
+                    case[1]
+                ));
+            }
+        }
+        assert!(
+            failures.is_empty(),
+            "{}\n{} failures",
+            failures.join("\n"),
+            failures.len()
         );
     }
 
@@ -244,16 +499,77 @@ mod tests {
 
     #[test]
     fn the_tool_template_is_used_with_tools_only() {
-        let template = ChatTemplate::new("plain", Some("tools"), vec![]).unwrap();
-        assert_eq!(
-            template.render(&json!([]), None, false, false).unwrap(),
-            "plain"
+        let templates = BTreeMap::from(["default", "tool_use"].map(|n| (n.into(), n.into())));
+        let template = ChatTemplate::new(&templates, BTreeMap::new(), NaiveDate::MIN).unwrap();
+        let tools = json!([{}]);
+        for (tools, name) in [(None, "default"), (Some(&tools), "tool_use")] {
+            assert_eq!(
+                template.render(&json!([]), tools, false, false).unwrap(),
+                name
+            );
+        }
+    }
+
+    #[test]
+    fn a_template_without_end_is_refused_by_the_limit_it_passes() {
+        let nested = "1".to_string() + &"+1".repeat(50_000);
+        let branches = "{% if 0 %}".to_string() + &"{% elif 0 %}".repeat(50_000) + "{% endif %}";
+        for (source, limit) in [
+            (
+                "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}",
+                "steps",
+            ),
+            (
+                "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+                "steps",
+            ),
+            (
+                "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+                "recursion limit",
+            ),
+            (
+                "{% set ns = namespace(x=[]) %}{% for i in range(10000) %}{% set ns.x = [ns.x] %}{% endfor %}",
+                "limit of 64",
+            ),
+            (
+                "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+                "cannot hold a namespace",
+            ),
+            ("{{ messages | tojson(indent=10**12) }}", "limit of 100"),
+            ("{{ '%999999999d' % 1 }}", "limit of 10000"),
+            ("{{ '{:999999999}'.format(1) }}", "limit of 10000"),
+            ("{{ '%*d' % (999999999, 1) }}", "limit of 10000"),
+            ("{{ '%999999999d' | format(1) }}", "limit: at most"),
+            ("{{ 'a'.center(999999999) }}", "limit of 10000"),
+            ("{{ 'a' * 10 ** 9 }}", "limit: at most"),
+            ("{{ range(10 ** 9) | list }}", "too many elements"),
+            (&format!("{{{{ {nested} }}}}"), "at most 4096 operators"),
+            (&branches, "at most 1024 `elif`"),
+            (&"x".repeat(2 << 20), "at most 1048576 bytes"),
+            (
+                &format!("{{{{ {}1{} }}}}", "(".repeat(2000), ")".repeat(2000)),
+                "recursion limits",
+            ),
+        ] {
+            let error = render(source).unwrap_err().to_string();
+            assert!(
+                error.contains(limit),
+                "{}: {error}",
+                &source[..source.len().min(80)]
+            );
+        }
+        assert!(render(&format!("{{{{ {}1 }}}}", "1 + ".repeat(2000))).is_ok());
+    }
+
+    #[test]
+    fn printed_tokens_that_nothing_defines_are_named() {
+        let template = compiled(
+            "{{ bos_token }}{{ eos_token }}{% if pad_token is defined %}{{ a.b_token }}{% endif %}{% set my_token = 1 %}{{ my_token }}",
         );
+        let template = template.unwrap();
         assert_eq!(
-            template
-                .render(&json!([]), Some(&json!([{}])), false, false)
-                .unwrap(),
-            "tools"
+            template.undefined_tokens().collect::<Vec<_>>(),
+            ["bos_token"]
         );
     }
 }

@@ -3,19 +3,22 @@
 //! Takes local files, returns ids with their byte ranges in the text. Owns the choice of the eos token. Refuses files that it cannot
 //! read exactly; never falls back to another tokenizer. Knows nothing of records.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use chrono::NaiveDate;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::added_tokens::{add_tokens, check_id, effective_config, token_text};
 use super::byte_level;
-use super::chat::{TurnDelimiters, detect_turn_delimiters};
 use super::pipeline::Pipeline;
 use super::template::ChatTemplate;
+use super::template_files::{special_tokens, templates};
 use super::tokenizer_config::{apply, clean_up_spaces, cleans_up_spaces, disable_dropout};
+use super::turns::{TurnDelimiters, detect_turn_delimiters};
 use crate::error::{Error, Kind, Result, catch_panic};
 
 /// Paths of a tokenizer's files; an absent one is `None`.
@@ -35,6 +38,12 @@ pub struct TokenizerFiles {
     pub added_tokens: Option<PathBuf>,
     /// `chat_template.jinja`: takes precedence over tokenizer_config.json's, as in transformers.
     pub chat_template: Option<PathBuf>,
+    /// `additional_chat_templates/NAME.jinja`.
+    pub additional_chat_templates: Vec<PathBuf>,
+    /// `chat_template.json` of a processor, used where no other file has a template.
+    pub processor_template: Option<PathBuf>,
+    /// The date that chat templates write (`strftime_now`); `None`: today.
+    pub chat_date: Option<NaiveDate>,
     /// The model's `config.json`: its eos id is used if tokenizer_config.json names no eos token.
     pub config: Option<PathBuf>,
 }
@@ -59,7 +68,9 @@ pub struct Tokenizer {
     template: Option<ChatTemplate>,
     eos: Option<(String, u32)>,
     fingerprint: String,
-    turn_delimiters: OnceLock<TurnDelimiters>,
+    chat_date: NaiveDate,
+    /// Of conversations without and with tools.
+    turn_delimiters: [OnceLock<TurnDelimiters>; 2],
 }
 
 impl Tokenizer {
@@ -102,16 +113,23 @@ impl Tokenizer {
         }
         let warnings = configure(&mut inner, &settings)?;
         let eos = eos(&settings, map.as_ref(), model_config.as_ref(), &inner)?;
-        let jinja = files
-            .chat_template
-            .as_deref()
-            .map(|path| read_text(path, &mut hash))
-            .transpose()?;
-        let template = template(
-            jinja,
+        let processor = read_json(files.processor_template.as_deref(), &mut hash)?;
+        let templates = templates(
+            jinja_files(files, &mut hash)?,
             config.as_ref(),
-            special_tokens(config.as_ref(), map.as_ref()),
+            processor.as_ref(),
         )?;
+        let tokens = special_tokens(config.as_ref(), map.as_ref());
+        let chat_date = files
+            .chat_date
+            .unwrap_or_else(|| chrono::Local::now().date_naive());
+        let template = match templates.is_empty() {
+            true => None,
+            false => Some(ChatTemplate::new(&templates, tokens, chat_date)?),
+        };
+        if template.as_ref().is_some_and(ChatTemplate::uses_date) {
+            hash.update(chat_date.to_string());
+        }
         Ok(Self {
             cleans_up_spaces: cleans_up_spaces(&inner, &settings),
             pipeline: Pipeline::new(inner)?,
@@ -120,7 +138,8 @@ impl Tokenizer {
             template,
             eos,
             fingerprint: crate::text::hex(hash.finalize()),
-            turn_delimiters: OnceLock::new(),
+            chat_date,
+            turn_delimiters: Default::default(),
         })
     }
 
@@ -195,7 +214,22 @@ impl Tokenizer {
             .render(messages, tools, add_generation_prompt, false)
     }
 
-    /// SHA-256 (hex) of its files.
+    /// The date that the chat template writes; `None` where it writes none.
+    pub fn chat_date(&self) -> Option<NaiveDate> {
+        let uses_date = self.template.as_ref().is_some_and(ChatTemplate::uses_date);
+        uses_date.then_some(self.chat_date)
+    }
+
+    /// Variables of special tokens that the chat template prints and no file defines.
+    pub fn undefined_tokens(&self) -> Vec<String> {
+        let template = self.template.iter();
+        template
+            .flat_map(ChatTemplate::undefined_tokens)
+            .map(str::to_string)
+            .collect()
+    }
+
+    /// SHA-256 (hex) of its files, and of the chat template's date if it writes one.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -209,19 +243,35 @@ impl Tokenizer {
     }
 
     /// The template's delimiters of an assistant's turn, detected once.
-    pub(super) fn turn_delimiters(&self) -> Result<&TurnDelimiters> {
+    pub(super) fn turn_delimiters(&self, tools: Option<&Value>) -> Result<&TurnDelimiters> {
         let template = self.template()?;
-        Ok(self.turn_delimiters.get_or_init(|| {
-            let added: Vec<(String, u32)> = self
-                .pipeline
-                .inner()
-                .get_added_tokens_decoder()
-                .into_iter()
-                .map(|(id, t)| (t.content, id))
-                .collect();
-            detect_turn_delimiters(template, &added)
-        }))
+        Ok(
+            self.turn_delimiters[usize::from(tools.is_some())].get_or_init(|| {
+                let added: Vec<(String, u32)> = self
+                    .pipeline
+                    .inner()
+                    .get_added_tokens_decoder()
+                    .into_iter()
+                    .map(|(id, t)| (t.content, id))
+                    .collect();
+                detect_turn_delimiters(template, tools, &added)
+            }),
+        )
     }
+}
+
+/// The templates in .jinja files by name: `default` for chat_template.jinja.
+fn jinja_files(files: &TokenizerFiles, hash: &mut Sha256) -> Result<BTreeMap<String, String>> {
+    let mut templates = BTreeMap::new();
+    if let Some(path) = &files.chat_template {
+        templates.insert("default".to_string(), read_text(path, hash)?);
+    }
+    for path in &files.additional_chat_templates {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        hash.update(name.as_bytes());
+        templates.insert(name.into_owned(), read_text(path, hash)?);
+    }
+    Ok(templates)
 }
 
 /// Remedy for a layout that only transformers reads.
@@ -356,61 +406,6 @@ fn with_id(token: String, inner: &tokenizers::Tokenizer) -> Result<(String, u32)
     Ok((token, id))
 }
 
-/// `bos_token`, `eos_token` and the like: variables of the chat template.
-fn special_tokens(config: Option<&Value>, map: Option<&Value>) -> Vec<(String, String)> {
-    [
-        "bos_token",
-        "eos_token",
-        "unk_token",
-        "pad_token",
-        "sep_token",
-        "cls_token",
-        "mask_token",
-    ]
-    .into_iter()
-    .filter_map(|name| {
-        let token = [config, map]
-            .into_iter()
-            .flatten()
-            .find_map(|file| token_text(file.get(name)?))?;
-        Some((name.to_string(), token.to_string()))
-    })
-    .collect()
-}
-
-/// chat_template.jinja, else tokenizer_config.json's `chat_template`: a string, or a list of named ones.
-fn template(
-    jinja: Option<String>,
-    config: Option<&Value>,
-    special: Vec<(String, String)>,
-) -> Result<Option<ChatTemplate>> {
-    let written = config
-        .and_then(|c| c.get("chat_template"))
-        .filter(|t| !t.is_null());
-    if let Some(source) = jinja.as_deref().or_else(|| written?.as_str()) {
-        return ChatTemplate::new(source, None, special).map(Some);
-    }
-    let Some(written) = written else {
-        return Ok(None);
-    };
-    let named = |name: &str| {
-        let list = written.as_array()?;
-        list.iter()
-            .find(|t| t.get("name").and_then(Value::as_str) == Some(name))?
-            .get("template")?
-            .as_str()
-    };
-    let default = named("default").ok_or_else(|| {
-        Error::new(
-            Kind::Tokenizer,
-            "tokenizer_config.json's `chat_template` has no template named `default`",
-        )
-        .rule("a string, or a list of {name, template} with one named `default`")
-        .hint("name one of the templates `default`")
-    })?;
-    ChatTemplate::new(default, named("tool_use"), special).map(Some)
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -517,27 +512,5 @@ pub(super) mod tests {
         .unwrap();
         assert_eq!(tokenizer.encode("aa", true).unwrap().ids, [1]);
         assert!(tokenizer.warnings()[0].contains("`dropout`"));
-    }
-
-    #[test]
-    fn named_templates_are_found_by_name() {
-        let config = json!({"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D{{ eos_token }}"}]});
-        let template = template(
-            None,
-            Some(&config),
-            vec![("eos_token".into(), "<e>".into())],
-        )
-        .unwrap()
-        .unwrap();
-        assert_eq!(
-            template.render(&json!([]), None, false, false).unwrap(),
-            "D<e>"
-        );
-        assert_eq!(
-            template
-                .render(&json!([]), Some(&json!([])), false, false)
-                .unwrap(),
-            "T"
-        );
     }
 }

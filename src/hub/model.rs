@@ -142,6 +142,17 @@ impl ModelFiles {
         names.filter(|name| is_companion(name) && self.dir.join(name).is_file())
     }
 
+    /// The chat templates besides `chat_template.jinja`, in order of their names.
+    pub fn additional_chat_templates(&self) -> Vec<PathBuf> {
+        let is_template = |name: &&str| {
+            name.split_once('/')
+                .is_some_and(|(folder, _)| folder == CHAT_TEMPLATES)
+        };
+        let mut names: Vec<&str> = self.companions().filter(is_template).collect();
+        names.sort_unstable();
+        names.into_iter().map(|name| self.dir.join(name)).collect()
+    }
+
     fn lists(&self, name: &str) -> bool {
         self.listing.iter().any(|file| file == name)
     }

@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 
+use chrono::NaiveDate;
 use clap::ValueEnum;
 use serde::Serialize;
 
@@ -216,6 +217,8 @@ section! {
         /// What a prompt becomes before its completion; "chat": the user's turn of the chat template
         prompt_template: Option<PromptTemplate> = optional("\"{prompt} \"")
             .known_as(&["template", "prompt_style", "separator", "prompt_format"]),
+        /// Date that a chat template writes (strftime_now), else the run's first day
+        chat_date: Option<NaiveDate> = optional("\"2026-01-31\""),
     }
 }
 

@@ -6,6 +6,7 @@
 use std::fmt::Display;
 use std::str::FromStr;
 
+use chrono::NaiveDate;
 use clap::ValueEnum;
 use serde_json::{Value as Json, json};
 use toml_edit::Value;
@@ -256,6 +257,26 @@ impl Setting for PromptTemplate {
     fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
         let Raw::Text(text) = &node.raw else {
             return field.wrong_type(node);
+        };
+        text.parse().ok().or_else(|| field.invalid(node))
+    }
+
+    fn write(&self) -> Option<Value> {
+        Some(self.to_string().into())
+    }
+}
+
+impl Setting for NaiveDate {
+    fn values(_: &Key) -> Values {
+        let schema = json!({ "type": "string", "format": "date" });
+        values("a date as YEAR-MONTH-DAY", schema)
+    }
+
+    fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
+        let text = match &node.raw {
+            Raw::Text(text) => text.as_str(),
+            Raw::Date => field.source_text(node),
+            _ => return field.wrong_type(node),
         };
         text.parse().ok().or_else(|| field.invalid(node))
     }

@@ -71,7 +71,7 @@ pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Resul
     let id = model_id(request.model)?;
     let files = find_model(&id, request.revision, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, request.device)?;
-    let tokenizer = tokenizer_of(&files, architecture.vocab_size)?;
+    let tokenizer = tokenizer_of(&files, architecture.vocab_size, None)?;
     for warning in tokenizer.warnings() {
         screen.note(&format!("warning: {warning}"));
     }

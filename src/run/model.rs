@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use chrono::NaiveDate;
 use serde_json::Value;
 
 use crate::data::{Tokenizer, TokenizerFiles};
@@ -31,11 +32,16 @@ pub(super) fn fetch_weights(files: &mut ModelFiles, progress: &dyn Progress) -> 
     files.require_weights().map(drop)
 }
 
-/// The tokenizer among a model's files, for an embedding of `rows` rows.
+/// The tokenizer among a model's files, for an embedding of `rows` rows; its chat template writes `chat_date`, or
+/// today's date.
 ///
 /// # Errors
 /// Files that are missing, malformed or contradict each other; an eos token beyond the embedding.
-pub fn tokenizer_of(files: &ModelFiles, rows: usize) -> Result<Tokenizer> {
+pub fn tokenizer_of(
+    files: &ModelFiles,
+    rows: usize,
+    chat_date: Option<NaiveDate>,
+) -> Result<Tokenizer> {
     let tokenizer = Tokenizer::load(&TokenizerFiles {
         tokenizer_json: files.file("tokenizer.json"),
         vocab_json: files.file("vocab.json"),
@@ -44,6 +50,9 @@ pub fn tokenizer_of(files: &ModelFiles, rows: usize) -> Result<Tokenizer> {
         special_tokens_map: files.file("special_tokens_map.json"),
         added_tokens: files.file("added_tokens.json"),
         chat_template: files.file("chat_template.jinja"),
+        additional_chat_templates: files.additional_chat_templates(),
+        processor_template: files.file("chat_template.json"),
+        chat_date,
         config: Some(files.config.clone()),
     })?;
     end_ids(files, rows)?;

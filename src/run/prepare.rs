@@ -128,7 +128,8 @@ pub fn prepare(
     let pretraining_tokens = pretraining_tokens(&files)?;
     let target = target(&mut recipe, &architecture)?;
     let weights = weights_fingerprint(&recipe, &files, &architecture)?;
-    let tokenizer = tokenizer_of(&files, architecture.vocab_size)?;
+    let tokenizer = tokenizer_of(&files, architecture.vocab_size, recipe.data.chat_date)?;
+    recipe.data.chat_date = tokenizer.chat_date();
     check_length(&recipe, &architecture)?;
 
     let records = Records::load(&recipe, &tokenizer, progress)?;

@@ -15,6 +15,8 @@ pub(super) struct Records {
     pub(super) validation: Option<Dataset>,
     /// Paths, or hub ids with their commits.
     pub(super) sources: Vec<String>,
+    /// Variables that the chat template prints and the tokenizer does not define.
+    undefined_tokens: Vec<String>,
 }
 
 impl Records {
@@ -48,6 +50,7 @@ impl Records {
             train,
             validation,
             sources,
+            undefined_tokens: tokenizer.undefined_tokens(),
         })
     }
 
@@ -59,11 +62,19 @@ impl Records {
             .map(|set| set.fingerprint.as_bytes())
     }
 
-    /// Warnings about truncated, dropped and skipped records.
+    /// Warnings about truncated, dropped and skipped records, and about the chat template.
     pub(super) fn warnings(&self) -> Vec<String> {
         let mut warnings = set_warnings("training", &self.train);
         if let Some(validation) = &self.validation {
             warnings.extend(set_warnings("validation", validation));
+        }
+        if self.train.counts.conversations > 0 {
+            warnings.extend(self.undefined_tokens.iter().map(|token| {
+                format!(
+                    "the chat template prints `{token}`, which no file of the tokenizer defines: \
+                     nothing stands there (transformers renders the same)"
+                )
+            }));
         }
         warnings
     }
@@ -98,6 +109,14 @@ fn set_warnings(name: &str, set: &Dataset) -> Vec<String> {
         (
             counts.glued,
             "have no space between prompt and completion: where one belongs there, set data.prompt_template = \"{prompt} \"",
+        ),
+        (
+            counts.empty_answers,
+            "have an empty answer: they teach the model to stop at once",
+        ),
+        (
+            counts.without_reasoning,
+            "have reasoning that the model's chat template leaves out",
         ),
     ];
     let mut warnings = Vec::new();
