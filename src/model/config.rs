@@ -177,6 +177,7 @@ impl<'a> Config<'a> {
         )
         .value(value.to_string())
         .rule(rule)
+        .hint("correct config.json, or use the one that was published with the model")
     }
 
     /// Refuses keys of other model types whose value would change the result there.

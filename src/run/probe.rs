@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 
 use candle_core::Device;
 
-use super::checks::{check_length, recompute, refuse_adapter_on_random_weights};
+use super::checks::{check_length, recompute, refuse_adapter_on_random_weights, refuse_dropout};
 use super::machine::check_precision;
 use super::model::find_model;
 use super::options::settings;
@@ -118,6 +118,7 @@ impl ModelParts {
         refuse_adapter_on_random_weights(recipe)?;
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
         let architecture = architecture_of(&files, recipe.model.init, device)?;
+        refuse_dropout(&architecture)?;
         let target = target(recipe, &architecture)?;
         check_length(recipe, &architecture)?;
         let mut warnings = adapter_warnings(&target, &architecture)?;
