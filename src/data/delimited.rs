@@ -26,7 +26,7 @@ pub(super) fn records(source: Source, columns: &NeededColumns) -> Result<RawReco
     let is_tsv = source.extension == "tsv";
     let delimiter = delimiter(&source.start, if is_tsv { b'\t' } else { b',' });
     let quoting = !is_tsv || is_well_quoted(Path::new(&*file), delimiter)?;
-    let quotes = Rc::new(RefCell::new(Quotes::new(delimiter)));
+    let quotes = quoting.then(|| Rc::new(RefCell::new(Quotes::new(delimiter))));
     let checked = CheckedReader {
         source: source.into_reader(),
         quotes: quotes.clone(),
@@ -35,8 +35,7 @@ pub(super) fn records(source: Source, columns: &NeededColumns) -> Result<RawReco
         .delimiter(delimiter)
         .quoting(quoting)
         .from_reader(checked);
-    Rows::new(file, reader, quoting.then_some(quotes), columns)
-        .map(|rows| Box::new(rows) as RawRecords)
+    Rows::new(file, reader, quotes, columns).map(|rows| Box::new(rows) as RawRecords)
 }
 
 /// The first of `own` and the other delimiters that stands in the first line; `own` where none does.
@@ -182,19 +181,21 @@ impl Quotes {
     }
 }
 
-/// Passes bytes through and notes their quoting.
+/// Passes bytes through and notes their quoting, if there is any.
 struct CheckedReader<R> {
     source: R,
-    quotes: Rc<RefCell<Quotes>>,
+    quotes: Option<Rc<RefCell<Quotes>>>,
 }
 
 impl<R: Read> Read for CheckedReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.source.read(buffer)?;
-        let mut quotes = self.quotes.borrow_mut();
-        quotes.scan(&buffer[..count]);
-        if count == 0 {
-            quotes.finish();
+        if let Some(quotes) = &self.quotes {
+            let mut quotes = quotes.borrow_mut();
+            quotes.scan(&buffer[..count]);
+            if count == 0 {
+                quotes.finish();
+            }
         }
         Ok(count)
     }

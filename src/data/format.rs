@@ -167,7 +167,7 @@ impl FieldsSeen {
             ),
             None => (
                 "no format fits the records' fields".to_string(),
-                "say which columns to read: columns = { prompt = \"COLUMN\", completion = \"COLUMN\" }".to_string(),
+                "say which columns to read: columns = { prompt = \"COLUMN\", completion = \"COLUMN\" }; the first line of a .csv or .tsv file names its columns".to_string(),
             ),
         };
         Some(Error::new(Kind::Data, what)

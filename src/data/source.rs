@@ -119,6 +119,14 @@ impl Source {
     pub fn open(path: &Path) -> Result<Self> {
         let file = open_regular(path)?;
         let extension = extension(path);
+        let unreadable = |e| Error::io("read", path, e);
+        let size = file.metadata().map_err(unreadable)?.len();
+        let mut start = Vec::new();
+        (&file)
+            .take(START)
+            .read_to_end(&mut start)
+            .map_err(unreadable)?;
+        check_content(path, &extension, &start)?;
         if !EXTENSIONS.contains(&extension.as_str()) {
             return Err(Error::new(Kind::Data, "a file of an unknown kind")
                 .at(path.display().to_string())
@@ -128,14 +136,6 @@ impl Source {
                 ))
                 .hint("rename or convert the file; a compressed file must be unpacked first"));
         }
-        let unreadable = |e| Error::io("read", path, e);
-        let size = file.metadata().map_err(unreadable)?.len();
-        let mut start = Vec::new();
-        (&file)
-            .take(START)
-            .read_to_end(&mut start)
-            .map_err(unreadable)?;
-        check_content(path, &extension, &start)?;
         let mark = start
             .starts_with(BYTE_ORDER_MARK)
             .then_some(BYTE_ORDER_MARK.len());
@@ -264,14 +264,18 @@ fn check_content(path: &Path, extension: &str, start: &[u8]) -> Result<()> {
     };
     Err(Error::new(Kind::Data, format!("the file is {what}"))
         .at(path.display().to_string())
-        .rule(format!("a .{extension} file, in UTF-8 where it is text"))
+        .rule(format!("a .{} file; text in UTF-8", EXTENSIONS.join(" .")))
         .hint(remedy_for(remedy, path)))
 }
 
-/// `remedy` with the names of the file and of its conversion.
+/// `remedy` with the names of the file and of its conversion: `a.converted.csv` for `a.csv`, `a.csv` for `a.csv.gz`.
 fn remedy_for(remedy: &str, path: &Path) -> String {
-    let extension = path.extension().unwrap_or_default().to_string_lossy();
-    let converted = path.with_extension(format!("utf8.{extension}"));
+    let extension = extension(path);
+    let converted = if EXTENSIONS.contains(&extension.as_str()) {
+        path.with_extension(format!("converted.{extension}"))
+    } else {
+        path.with_extension("")
+    };
     remedy
         .replace("{in}", &path.display().to_string())
         .replace("{out}", &converted.display().to_string())
@@ -330,4 +334,63 @@ pub(super) fn not_utf8(file: &str, place: impl ToString, bytes: &[u8]) -> Error 
     .at(place.to_string())
     .rule(format!("UTF-8; the bytes fit {encoding}"))
     .hint(remedy_for(&remedy, Path::new(file)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(name: &str, content: &[u8]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let error = Source::open(&path).err().unwrap().to_string();
+        error.replace(&folder.path().display().to_string(), "DIR")
+    }
+
+    #[test]
+    fn other_content_is_refused_with_the_command_that_converts_it() {
+        // First bytes from the formats' specifications (RFC 1952, RFC 8878, APPNOTE.TXT, Parquet's README).
+        for (name, content, remedy) in [
+            (
+                "a.jsonl.gz",
+                &b"\x1f\x8b\x08"[..],
+                "gunzip -c DIR/a.jsonl.gz > DIR/a.jsonl`",
+            ),
+            (
+                "a.csv",
+                b"\x1f\x8b\x08",
+                "gunzip -c DIR/a.csv > DIR/a.converted.csv`",
+            ),
+            ("a.csv", b"\x28\xb5\x2f\xfd", "zstd -dc DIR/a.csv"),
+            ("a.xlsx", b"PK\x03\x04", "save the workbook as CSV"),
+            ("a.csv", b"PAR1", "rename it to end in .parquet"),
+            ("a.csv", b" {\"text\": 1}", "rename it to end in .jsonl"),
+            (
+                "a.txt",
+                b"version https://git-lfs.github.com/spec/v1\n",
+                "git lfs pull",
+            ),
+            ("a.doc", b"text", "rename or convert"),
+        ] {
+            let error = refused(name, content);
+            assert!(error.contains(remedy), "{name}: {error}");
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_device_or_a_socket_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s.jsonl");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for (path, name) in [
+            (Path::new("/dev/zero"), "a device"),
+            (&socket, "a socket"),
+            (folder.path(), "a folder"),
+        ] {
+            let error = open_regular(path).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
+    }
 }
