@@ -29,13 +29,24 @@ pub fn nearest<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// The names most similar to `text` by Jaro-Winkler distance, best first, at most five.
+/// The names most similar to `text`, best first, at most five: those that contain all its words
+/// ("rtx4090" in "nvidia-rtx-4090"), and those near by Jaro-Winkler distance.
 pub fn near_matches<'a>(text: &str, names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     let wanted = text.to_lowercase();
+    let words = wanted.split(|c: char| !c.is_alphanumeric());
+    let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
     let similarity = |name: &str| {
         let name = name.to_lowercase();
-        let contained = name.contains(&wanted) || wanted.contains(&name);
-        strsim::jaro_winkler(&wanted, &name) + if contained { 0.2 } else { 0.0 }
+        let squeezed = name.replace(|c: char| !c.is_alphanumeric(), "");
+        let likeness = strsim::jaro_winkler(&wanted, &name);
+        let has_words = !words.is_empty() && words.iter().all(|word| squeezed.contains(word));
+        if has_words {
+            0.8 + 0.4 * likeness
+        } else if wanted.contains(&name) {
+            likeness + 0.2
+        } else {
+            likeness
+        }
     };
     let mut scored: Vec<(f64, &str)> = names
         .map(|name| (similarity(name), name))
@@ -53,6 +64,11 @@ pub fn did_you_mean(near: &[&str], otherwise: &str) -> String {
     }
     let quoted: Vec<String> = near.iter().map(|name| format!("`{name}`")).collect();
     format!("did you mean {}? {otherwise}", quoted.join(", "))
+}
+
+/// The local time; also of a clock that is set before 1970, at which `chrono::Local::now` panics.
+pub fn local_time() -> chrono::DateTime<chrono::Local> {
+    std::time::SystemTime::now().into()
 }
 
 /// The first `limit` items, followed by "and N more" if some are left out.
@@ -97,6 +113,23 @@ mod tests {
         let names = ["lora_alpha", "lora_dropout", "r"];
         assert_eq!(nearest("Lora-Aplha", names, 0.85), Some("lora_alpha"));
         assert_eq!(nearest("temperature", names, 0.85), None);
+    }
+
+    #[test]
+    fn names_are_found_by_their_words() {
+        let names = [
+            "nvidia-rtx-4090",
+            "nvidia-a40",
+            "intel-xeon-platinum-8592plus",
+            "apple-m4-max",
+        ];
+        let found = |text: &str| near_matches(text, names.into_iter());
+        for text in ["rtx4090", "RTX 4090", "4090", "nvidia_rtx_4090"] {
+            assert_eq!(found(text)[0], "nvidia-rtx-4090", "{text}");
+        }
+        assert_eq!(found("xeon 8592+"), ["intel-xeon-platinum-8592plus"]);
+        assert_eq!(found("m4max"), ["apple-m4-max"]);
+        assert!(found("").is_empty() && found("toaster").is_empty());
     }
 
     #[test]

@@ -59,13 +59,64 @@ fn parse_number(text: &str) -> Option<f64> {
     digits.parse().ok()
 }
 
-/// Parses `text` with a table of (unit, factor to the base unit).
-fn parse_with(text: &str, units: &[(&str, f64)], rule: &str) -> Result<f64, ParseQuantityError> {
-    let parsed = number_and_unit(text).and_then(|(number, unit)| {
-        let (_, factor) = units.iter().find(|(name, _)| *name == unit)?;
-        Some(number * factor)
-    });
-    parsed.ok_or_else(|| ParseQuantityError::new(text, rule))
+/// A unit's name and its factor to the base unit.
+pub type Unit = (&'static str, f64);
+
+/// Largest relative difference between two printed forms of an amount, each of four digits.
+const ROUNDING: f64 = 1.1e-3;
+
+/// The factor of a unit; spaces inside it are ignored, and the Greek letter mu is the micro sign.
+fn factor_of(unit: &str, units: &[Unit]) -> Option<f64> {
+    let unit: String = unit.chars().filter(|c| !c.is_whitespace()).collect();
+    let unit = unit.replace('μ', "µ");
+    let (_, factor) = units.iter().find(|(name, _)| *name == unit)?;
+    Some(*factor)
+}
+
+/// Parses an amount, "18 kJ", or two printed forms of it, "18 kJ (5 Wh)", which must agree.
+fn parse_amount(text: &str, units: &[Unit]) -> Option<f64> {
+    let amount = |text: &str| {
+        let (number, unit) = number_and_unit(text)?;
+        Some(number * factor_of(unit, units)?)
+    };
+    let forms = text.trim().strip_suffix(')');
+    let Some((first, second)) = forms.and_then(|forms| forms.split_once('(')) else {
+        return amount(text);
+    };
+    let value = amount(first)?;
+    let difference = (value - amount(second)?).abs();
+    (difference <= ROUNDING * value).then_some(value)
+}
+
+/// Parses a sum of amounts in ever smaller units, "2 min 25 s".
+fn parse_sum(text: &str, units: &[Unit]) -> Option<f64> {
+    let mut rest = text;
+    let mut sum = 0.0;
+    let mut larger = f64::INFINITY;
+    loop {
+        let (number, tail) = number_and_unit(rest)?;
+        let end = tail.find(|c: char| !c.is_alphabetic());
+        let (unit, next) = tail.split_at(end.unwrap_or(tail.len()));
+        let factor = factor_of(unit, units).filter(|factor| *factor < larger)?;
+        sum += number * factor;
+        if next.is_empty() {
+            return Some(sum);
+        }
+        larger = factor;
+        rest = next;
+    }
+}
+
+/// Parses an amount whose digits may be in groups of three, "134,515,008".
+fn parse_count(text: &str, units: &[Unit]) -> Option<f64> {
+    let digits = |group: &str| group.bytes().take_while(u8::is_ascii_digit).count();
+    let (first, groups) = text.trim().split_once(',').unwrap_or((text, ""));
+    let is_grouped = groups.split(',').all(|group| digits(group) == 3);
+    if groups.is_empty() || ((1..=3).contains(&digits(first)) && is_grouped) {
+        parse_amount(&text.replace(',', ""), units)
+    } else {
+        None
+    }
 }
 
 /// Formats `value` with up to four significant digits, in the largest unit in which it is at least one.
@@ -99,7 +150,7 @@ pub fn significant(value: f64) -> String {
 }
 
 macro_rules! quantity {
-    ($(#[$doc:meta])* $name:ident, units $units:expr, shown $shown:expr, rule $rule:expr) => {
+    ($(#[$doc:meta])* $name:ident, $parse:ident of $units:expr, shown $shown:expr, rule $rule:expr) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, PartialOrd, Default, Serialize, Deserialize)]
         #[serde(transparent)]
@@ -108,6 +159,9 @@ macro_rules! quantity {
         impl $name {
             /// Zero.
             pub const ZERO: Self = Self(0.0);
+
+            /// The units that are read.
+            pub const UNITS: &[Unit] = &$units;
 
             /// The larger of the two.
             pub fn max(self, other: Self) -> Self {
@@ -170,7 +224,8 @@ macro_rules! quantity {
         impl FromStr for $name {
             type Err = ParseQuantityError;
             fn from_str(text: &str) -> Result<Self, ParseQuantityError> {
-                parse_with(text, &$units, $rule).map(Self)
+                let parsed = $parse(text, Self::UNITS);
+                parsed.map(Self).ok_or_else(|| ParseQuantityError::new(text, $rule))
             }
         }
 
@@ -191,16 +246,16 @@ quantity!(
     /// assert_eq!("18 kJ".parse::<Joules>().unwrap().to_string(), "18 kJ");
     /// ```
     Joules,
-    units [("J", 1.0), ("mJ", 1e-3), ("uJ", 1e-6), ("µJ", 1e-6), ("kJ", 1e3), ("MJ", 1e6), ("GJ", 1e9), ("Wh", 3600.0), ("mWh", 3.6),
-        ("kWh", 3.6e6), ("MWh", 3.6e9), ("GWh", 3.6e12)],
+    parse_amount of [("J", 1.0), ("mJ", 1e-3), ("uJ", 1e-6), ("µJ", 1e-6), ("kJ", 1e3), ("MJ", 1e6), ("GJ", 1e9), ("TJ", 1e12), ("Wh", 3600.0),
+        ("µWh", 3.6e-3), ("uWh", 3.6e-3), ("mWh", 3.6), ("kWh", 3.6e6), ("MWh", 3.6e9), ("GWh", 3.6e12), ("TWh", 3.6e15)],
     shown [(1e-6, "µJ"), (1e-3, "mJ"), (1.0, "J"), (1e3, "kJ"), (1e6, "MJ"), (1e9, "GJ"), (1e12, "TJ")],
-    rule "a number and one of J, kJ, MJ, GJ, mWh, Wh, kWh, MWh, as in \"5 Wh\" or \"18 kJ\""
+    rule "a number and one of J, kJ, MJ, GJ, mWh, Wh, kWh, MWh, or smaller and larger ones, as in \"5 Wh\" or \"18 kJ\""
 );
 
 quantity!(
     /// Power in watts.
     Watts,
-    units [("W", 1.0), ("mW", 1e-3), ("kW", 1e3), ("MW", 1e6)],
+    parse_amount of [("W", 1.0), ("mW", 1e-3), ("kW", 1e3), ("MW", 1e6)],
     shown [(1e-3, "mW"), (1.0, "W"), (1e3, "kW"), (1e6, "MW")],
     rule "a number and one of W, kW, MW, as in \"65 W\""
 );
@@ -208,7 +263,8 @@ quantity!(
 quantity!(
     /// A count of floating-point operations of matrix products and attention; one multiply-add is two.
     Flops,
-    units [("", 1.0), ("FLOP", 1.0), ("FLOPs", 1.0), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15), ("EFLOP", 1e18)],
+    parse_amount of [("", 1.0), ("FLOP", 1.0), ("FLOPs", 1.0), ("kFLOP", 1e3), ("MFLOP", 1e6), ("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15),
+        ("EFLOP", 1e18), ("ZFLOP", 1e21), ("YFLOP", 1e24)],
     shown [(1.0, "FLOP"), (1e6, "MFLOP"), (1e9, "GFLOP"), (1e12, "TFLOP"), (1e15, "PFLOP"), (1e18, "EFLOP")],
     rule "a number, alone or with FLOP, GFLOP, TFLOP, PFLOP or EFLOP, as in \"1e15\" or \"2 PFLOP\""
 );
@@ -216,7 +272,7 @@ quantity!(
 quantity!(
     /// A count of parameters, tokens or hours, with the suffixes of model names: 7 B parameters, 1.4 T tokens.
     Count,
-    units [("", 1.0), ("K", 1e3), ("k", 1e3), ("M", 1e6), ("m", 1e6), ("B", 1e9), ("b", 1e9), ("T", 1e12), ("t", 1e12)],
+    parse_count of [("", 1.0), ("K", 1e3), ("k", 1e3), ("M", 1e6), ("m", 1e6), ("B", 1e9), ("b", 1e9), ("T", 1e12), ("t", 1e12)],
     shown [(1.0, ""), (1e3, "K"), (1e6, "M"), (1e9, "B"), (1e12, "T")],
     rule "a number, alone or with K, M, B or T, as in \"1.75e11\", \"175B\" or \"1.4T\""
 );
@@ -224,15 +280,16 @@ quantity!(
 quantity!(
     /// Mass of greenhouse gas in grams of CO2 equivalent.
     GramsCo2e,
-    units [("g", 1.0), ("gCO2e", 1.0), ("mg", 1e-3), ("kg", 1e3), ("kgCO2e", 1e3), ("t", 1e6), ("tCO2e", 1e6)],
+    parse_amount of [("g", 1.0), ("gCO2e", 1.0), ("mg", 1e-3), ("mgCO2e", 1e-3), ("µg", 1e-6), ("ug", 1e-6), ("µgCO2e", 1e-6), ("ugCO2e", 1e-6),
+        ("kg", 1e3), ("kgCO2e", 1e3), ("t", 1e6), ("tCO2e", 1e6)],
     shown [(1e-6, "µgCO2e"), (1e-3, "mgCO2e"), (1.0, "gCO2e"), (1e3, "kgCO2e"), (1e6, "tCO2e")],
-    rule "a number and one of mg, g, kg, t, as in \"2 g\""
+    rule "a number and one of µg, mg, g, kg, t, alone or with CO2e, as in \"2 g\" or \"90 mgCO2e\""
 );
 
 quantity!(
     /// Intensity of an electricity grid in grams of CO2 equivalent per kilowatt-hour.
     GramsPerKwh,
-    units [("", 1.0), ("g/kWh", 1.0), ("gCO2e/kWh", 1.0)],
+    parse_amount of [("", 1.0), ("g/kWh", 1.0), ("gCO2e/kWh", 1.0)],
     shown [(1.0, "gCO2e/kWh")],
     rule "a number of gCO2e per kWh, as in \"473\""
 );
@@ -240,9 +297,9 @@ quantity!(
 quantity!(
     /// Time in seconds.
     Seconds,
-    units [("s", 1.0), ("ms", 1e-3), ("min", 60.0), ("h", 3600.0), ("d", 86400.0)],
+    parse_sum of [("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("us", 1e-6), ("min", 60.0), ("h", 3600.0), ("d", 86400.0)],
     shown [(1e-6, "µs"), (1e-3, "ms"), (1.0, "s")],
-    rule "a number and one of s, min, h, d, as in \"10 min\""
+    rule "a number and one of ms, s, min, h, d, or a sum of them, as in \"10 min\" or \"2 min 25 s\""
 );
 
 impl Joules {
@@ -500,6 +557,14 @@ mod tests {
             [Ok(Count(7e6)), Ok(Count(1.4e12))]
         );
         assert_eq!("2 g".parse(), Ok(GramsCo2e(2.0)));
+        assert_eq!("134,515,008".parse(), Ok(Count(134_515_008.0)));
+        assert_eq!("1 d 2 h 3 min 4.5 s".parse(), Ok(Seconds(93_784.5)));
+        // The Greek letter and the micro sign.
+        assert_eq!(
+            ["3 μJ", "3 µJ"].map(str::parse),
+            [Ok(Joules(3e-6)), Ok(Joules(3e-6))]
+        );
+        assert_eq!("18 kJ (5 Wh)".parse(), Ok(Joules(18_000.0)));
     }
 
     #[test]
@@ -513,9 +578,18 @@ mod tests {
             "inf J",
             "nan J",
             "5 Wh extra",
+            "5 Wh 3 J",
+            "5 J (2 J)",
+            "1,5 J",
         ] {
             let error = bad.parse::<Joules>().unwrap_err();
             assert!(error.rule.contains("\"5 Wh\""), "{bad}: {error}");
+        }
+        for bad in ["2 s 3 min", "2 min 3", "2 min 3 min", "min"] {
+            assert!(bad.parse::<Seconds>().is_err(), "{bad}");
+        }
+        for bad in ["1,5", "1,5000", "1000,000", ",100"] {
+            assert!(bad.parse::<Count>().is_err(), "{bad}");
         }
         assert!("0.30 USD".parse::<Price>().is_err());
         assert!("0.30 usd/kWh".parse::<Price>().is_err());

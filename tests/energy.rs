@@ -185,14 +185,13 @@ fn unsynced_entries_are_covered_by_the_lease() {
         measured: None,
         timed: MicroJoules(60),
     };
-    ledger
-        .lease(Lease {
-            steps: 5,
-            energy_j,
-            flops: 500,
-            time_s: Seconds(5.0),
-        })
-        .unwrap();
+    let lease = Lease {
+        steps: 5,
+        energy_j,
+        flops: 500,
+        time_s: Seconds(5.0),
+    };
+    ledger.lease(lease, Seconds(1.0)).unwrap();
     let synced = std::fs::read(&path).unwrap();
     drop(ledger);
     // Five steps ran, none of their lines reached the disk.
@@ -200,6 +199,8 @@ fn unsynced_entries_are_covered_by_the_lease() {
     let ledger = Ledger::resume(&path).unwrap();
     assert_eq!(ledger.total().energy_j, energy_j);
     assert_eq!(ledger.phase(Phase::Lost).flops, 500);
+    // A second before the lease, and its five.
+    assert_eq!(ledger.elapsed(), Seconds(6.0));
 }
 
 #[test]

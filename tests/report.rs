@@ -119,7 +119,7 @@ fn the_keys_are_the_contracts() {
         (
             "/training",
             "steps stop_reason val_loss_before val_loss_after train_loss_last tokens_per_second wall_s peak_rss_bytes \
-             | epochs tokens loss_tokens best",
+             | cpu_s epochs tokens loss_tokens best",
         ),
         (
             "/energy",
@@ -571,12 +571,25 @@ fn the_summary_names_the_budget_that_stopped_the_run() {
     );
     assert!(!summary(&report).contains("exceeded the energy budget"));
     report.energy.meter = Meter::Measured;
-    report.budget.overshoot_j = Some(Joules(36.0));
+    report.budget.spent.energy = report
+        .budget
+        .limits
+        .energy
+        .map(|limit| limit + Joules(36.0));
     assert!(
         summary(&report).contains("It exceeded the energy budget by 36 J (10 mWh)."),
         "{}",
         summary(&report)
     );
+    // Each in its own unit, and none that was not set.
+    report.budget.limits.energy = None;
+    report.budget.spent.time = report.budget.limits.time.map(|limit| limit + Seconds(0.36));
+    let text = summary(&report);
+    assert!(
+        text.contains("It exceeded the time budget by 360 ms."),
+        "{text}"
+    );
+    assert!(!text.contains("energy budget"), "{text}");
     report
         .baselines
         .retain(|baseline| baseline.kind != BaselineKind::FullFineTuning);

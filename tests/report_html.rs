@@ -440,12 +440,12 @@ fn run_directory() -> (tempfile::TempDir, PathBuf) {
         .steps
         .iter()
         .for_each(|record| log.write(record).unwrap());
-    ledger.lease(Lease::default()).unwrap();
+    ledger.lease(Lease::default(), Seconds::ZERO).unwrap();
     history
         .entries
         .iter()
         .for_each(|entry| ledger.append(entry).unwrap());
-    ledger.settle().unwrap();
+    ledger.settle(Seconds::ZERO).unwrap();
     (folder, run)
 }
 

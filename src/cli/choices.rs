@@ -18,7 +18,7 @@ pub(super) fn table(choices: &[Choice]) -> String {
         "per step",
         "same tokens",
         "times",
-        "time, at least",
+        "time, roofline",
         "peak memory",
     ])
     .right_from(2);
@@ -81,7 +81,7 @@ mod tests {
         let expected = "
 Cost of training with one choice changed, for the same number of tokens
 
-   choice                 per step  same tokens  times  time, at least  peak memory
+   choice                 per step  same tokens  times  time, roofline  peak memory
    ---------------------  --------  -----------  -----  --------------  -----------
 >  this recipe                10 J        100 J   1.00      1 min 30 s        3 MiB
 

@@ -11,9 +11,9 @@ use crate::error::Result;
 use crate::recipe;
 use crate::report::baselines::{Baseline, kind_name};
 use crate::report::format;
-use crate::report::plan::{Plan, PlannedRun, Probe};
+use crate::report::plan::{Plan, PlannedRun, PlannedTraining, Probe};
 use crate::report::text::{Table, paragraph};
-use crate::run::{self, Screen, Stop};
+use crate::run::{self, Purpose, Screen, Stop};
 use crate::units::{Bytes, Flops, Joules, Seconds, significant};
 
 #[derive(Debug, clap::Args)]
@@ -53,9 +53,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let plan = if let Some(steps) = arguments.probe {
         run::plan_with_probe(recipe, steps, &device, computing, &mut screen)?
     } else {
-        let prepared = run::prepare(recipe, &device, computing, screen.downloads())?;
-        run::plan(&prepared)?.plan
+        let plan = Purpose::Plan;
+        let prepared = run::prepare(recipe, &device, computing, plan, screen.downloads())?;
+        run::plan(&prepared, &mut screen)?.plan
     };
+    screen.clear();
     if common.json {
         out_json(&plan)
     } else {
@@ -119,13 +121,15 @@ fn forecast(run: &PlannedRun) -> Rows {
         (
             "steps",
             format!(
-                "{} ({}), {} tokens",
-                format::count(training.steps),
-                limit(&training.stop_reason),
+                "{}, {} tokens",
+                ending(training),
                 format::count(training.tokens)
             ),
         ),
     ];
+    if let Some(machine) = &energy.this_machine {
+        rows.push(("device", machine.beside(&energy.device)));
+    }
     let range = format::range_suffix(&run.forecast.energy_j, |joules| joules.to_string());
     rows.push(("energy", format::energy(energy.total_j) + &range));
     for (phase, joules) in &energy.by_phase {
@@ -160,7 +164,9 @@ fn cost(run: &PlannedRun) -> Rows {
         rows.push(("cost", format!("{}, range {bounds}", cost.central)));
     }
     rows.push(("work", Flops(energy.flops as f64).to_string()));
-    rows.push(("device", energy.device.clone()));
+    if energy.this_machine.is_none() {
+        rows.push(("device", energy.device.clone()));
+    }
     if let Some(factor) = &energy.profile_factor {
         let value = significant(factor.value);
         rows.push((
@@ -170,18 +176,29 @@ fn cost(run: &PlannedRun) -> Rows {
     }
     rows.push((
         "time",
-        format!("at least {}", format::time(run.forecast.wall_s)),
+        format!(
+            "{} at the profile's usual rates, at least {}",
+            format::time(run.forecast.wall_s),
+            format::time(run.forecast.least_s)
+        ),
     ));
     rows
 }
 
-/// What ends the run.
-fn limit(stop: &Stop) -> String {
-    match stop {
+/// The steps of a run, and what ends it: "31 of 200 (energy budget)".
+pub(super) fn ending(training: &PlannedTraining) -> String {
+    let steps = format::count(training.steps);
+    let limit = match &training.stop_reason {
         Stop::Steps => "step limit".to_string(),
         Stop::Epochs => "epoch limit".to_string(),
-        Stop::Budget(limit) => format!("{} budget", limit.as_str()),
-        Stop::Interrupted | Stop::Diverged(_) => stop.to_string(),
+        Stop::Budget(limit) => format!("{limit} budget"),
+        stop @ (Stop::Interrupted | Stop::Diverged(_)) => stop.to_string(),
+    };
+    match training.steps_requested {
+        Some(requested) if requested > training.steps => {
+            format!("{steps} of {} ({limit})", format::count(requested))
+        }
+        _ => format!("{steps} ({limit})"),
     }
 }
 
@@ -239,6 +256,17 @@ fn probe(probe: &Probe, run: Option<&PlannedRun>) -> Rows {
             Flops(probe.flops_per_second)
         ),
     )];
+    let all = probe.all_steps_j;
+    let all = all.map(|energy| format!(", {energy} for all steps of such rows"));
+    rows.push((
+        "",
+        format!(
+            "{} of counted energy per step on {}{}",
+            probe.step_j,
+            probe.device,
+            all.unwrap_or_default()
+        ),
+    ));
     rows.extend(
         probe
             .peak_rss_bytes

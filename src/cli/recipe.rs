@@ -5,12 +5,13 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
+use super::plan::ending;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
 use crate::recipe;
-use crate::run::{self, DeviceChoice, RenderedSample, Screen};
+use crate::run::{self, DeviceChoice, Purpose, RenderedSample, Screen};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -57,10 +58,12 @@ pub(super) fn run(command: &Command, common: Common) -> Result<ExitCode> {
 fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result<ExitCode> {
     let recipe = recipe::load(path, overrides)?;
     let (device, computing) = DeviceChoice::Auto.open()?;
-    let screen = Terminal::new(common.quiet);
-    let prepared = run::prepare(recipe, &device, computing, screen.downloads())?;
-    let plan = run::plan(&prepared)?;
-    plan.check_affordable()?;
+    let mut screen = Terminal::new(common.quiet);
+    let purpose = Purpose::Run;
+    let prepared = run::prepare(recipe, &device, computing, purpose, screen.downloads())?;
+    let plan = run::plan(&prepared, &mut screen)?;
+    screen.clear();
+    plan.check_affordable(&prepared)?;
     let sample = prepared.train.first.as_ref();
     if common.json {
         return out_json(
@@ -68,10 +71,11 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
             "warnings": prepared.warnings, "first": sample.map(sample_json), "data": plan.plan.run.map(|run| run.data) }),
         );
     }
+    let steps = plan.plan.run.as_ref().map(|run| ending(&run.training));
     let mut text = format!(
         "{} is ready: {} steps, about {}.\n",
         path.display(),
-        plan.steps(),
+        steps.unwrap_or_default(),
         plan.energy()
     );
     for warning in &prepared.warnings {

@@ -29,6 +29,9 @@ pub(super) fn announce(text: &str) {
     }
 }
 
+/// The progress of a plan is shown so often.
+const PLAN_EVERY: Duration = Duration::from_secs(1);
+
 /// The command line's screen.
 pub(super) struct Terminal {
     quiet: bool,
@@ -86,6 +89,21 @@ impl Terminal {
 impl Screen for Terminal {
     fn note(&mut self, line: &str) {
         self.line(line);
+    }
+
+    fn planning(&mut self, done: u64, of: u64) {
+        let last = *self.last_line.get_or_insert_with(Instant::now);
+        if self.quiet || last.elapsed() < PLAN_EVERY {
+            return;
+        }
+        self.last_line = Some(Instant::now());
+        if self.live {
+            let bar = self.bar(of);
+            bar.set_position(done);
+            bar.set_message("steps planned");
+        } else {
+            self.line(&format!("{done} of {of} steps planned"));
+        }
     }
 
     fn step(&mut self, record: &StepRecord, view: &StepView) {

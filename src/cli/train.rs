@@ -48,7 +48,7 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         (None, Some(recipe)) => free_directory(&format!(
             "{}-{}",
             recipe.name,
-            chrono::Local::now().format("%Y%m%d-%H%M%S")
+            crate::text::local_time().format("%Y%m%d-%H%M%S")
         )),
         (None, None) => PathBuf::new(),
     };

@@ -37,6 +37,8 @@ type Epoch = Vec<Vec<u32>>;
 #[derive(Debug)]
 pub struct Sampler {
     examples: Arc<[Example]>,
+    /// Loss tokens of each example.
+    loss_tokens: Vec<usize>,
     options: SamplerOptions,
     /// Example indices by row, equal in every epoch, so that every epoch has as many steps.
     rows: Vec<Vec<u32>>,
@@ -78,7 +80,10 @@ impl Sampler {
             ),
             (false, _) => (0..count as u32).map(|i| vec![i]).collect(),
         };
+        let loss_tokens =
+            |example: &Example| example.loss.iter().skip(1).filter(|loss| **loss).count();
         Ok(Self {
+            loss_tokens: examples.iter().map(loss_tokens).collect(),
             examples,
             options,
             rows,
@@ -113,12 +118,10 @@ impl Sampler {
     /// The sizes of the micro-batches of `step`, without copying tokens.
     pub fn step_shape(&self, step: u64) -> Vec<BatchShape> {
         self.map_step(step, |batch| {
-            let examples = || batch.iter().map(|i| &self.examples[*i as usize]);
+            let tokens = |i: &u32| self.examples[*i as usize].tokens.len();
             BatchShape {
-                segments: examples().map(|example| example.tokens.len()).collect(),
-                loss_tokens: examples()
-                    .map(|example| example.loss.iter().skip(1).filter(|loss| **loss).count())
-                    .sum(),
+                segments: batch.iter().map(tokens).collect(),
+                loss_tokens: batch.iter().map(|i| self.loss_tokens[*i as usize]).sum(),
             }
         })
     }

@@ -5,10 +5,15 @@
 //! step does.
 //!
 //! On the counted meter a prediction is the charge itself. On the others it is the charge times the
-//! upper bound of the recent ratios (`prediction`); before any entry the factor is the ledger's
-//! ratio (measured meter), else 1. Time is always predicted from wall time over roofline time. If
-//! the counters fail inside a window, its counted energy times the run's measured over counted
-//! energy fills the gap.
+//! upper bound of the recent ratios of its phase (`prediction`); before any entry of the phase the
+//! factor is that of the phase's entries in a resumed ledger (measured meter), else 1. Another
+//! phase's ratio is not used: a file's load takes many times its counted energy, a step does not.
+//! Time is always predicted from wall time over roofline time.
+//!
+//! If the counters fail inside a window, an estimate fills the gap: the window's counted energy
+//! times the ratio of its phase or of training; without one, the wall time at the mean measured
+//! power; before any measurement, the counted energy. It is at most what the sensors' devices can
+//! draw.
 //!
 //! Overshoot on a sensor: a step is admitted if it and everything reserved fit as predicted, so the
 //! budget is exceeded by at most the excess of the last step and the reserve over their prediction.
@@ -27,7 +32,7 @@ use super::options::MeterKind;
 use super::prediction::{Predictor, Sample, Statistic};
 use super::spent::{Allowance, Spent};
 use crate::error::Result;
-use crate::units::{MicroJoules, Seconds};
+use crate::units::{Joules, MicroJoules, Seconds};
 use crate::work::Work;
 
 /// Predicted duration of a lease, which is synced to disk once.
@@ -50,9 +55,9 @@ pub struct Account {
     kind: MeterKind,
     /// Everything but wall time.
     spent: Spent,
-    /// Wall time of earlier runs in this ledger.
+    /// Wall time of the run's earlier processes.
     time_before: Seconds,
-    opened: Instant,
+    started: Instant,
     /// Largest total that was predicted at an admission; within the budget.
     admitted: Option<MicroJoules>,
     window: Option<Window>,
@@ -64,18 +69,25 @@ impl Account {
     /// meter (`Meters::resolve`).
     pub fn new(budget: Budget, meters: Meters, ledger: Ledger, kind: MeterKind) -> Account {
         let spent = ledger.total().spent(kind);
+        let time_before = ledger.elapsed();
         Account {
             budget,
             meters,
             ledger,
             kind,
             spent,
-            time_before: spent.time,
-            opened: Instant::now(),
+            time_before,
+            started: Instant::now(),
             admitted: None,
             window: None,
             predictor: Predictor::default(),
         }
+    }
+
+    /// Counts wall time from `start`, where the process began to work for the run.
+    pub fn started_at(mut self, start: Instant) -> Account {
+        self.started = start;
+        self
     }
 
     /// The deciding meter.
@@ -96,7 +108,7 @@ impl Account {
     /// The amount spent so far on the deciding meter; time is wall time since the run began,
     /// earlier runs included.
     pub fn spent(&self) -> Spent {
-        let elapsed = Seconds(self.opened.elapsed().as_secs_f64());
+        let elapsed = Seconds(self.started.elapsed().as_secs_f64());
         Spent {
             time: self.time_before + elapsed,
             ..self.spent
@@ -197,7 +209,7 @@ impl Account {
             .iter()
             .map(|(phase, work, frequency)| expected(*phase, work).scaled(*frequency))
             .sum();
-        let committed = self.spent() + self.forecast(ending);
+        let committed = self.committed() + self.forecast(ending);
         let trained = self.spent_on(Phase::Train);
         self.budget
             .remaining(&committed)
@@ -294,19 +306,40 @@ impl Account {
 
     /// Ends the run in order: releases the lease and syncs the ledger to disk.
     pub fn close(&mut self) -> Result<()> {
-        self.ledger.settle()
+        let elapsed = self.spent().time;
+        self.ledger.settle(elapsed)
     }
 
     /// The estimate in place of failed counters; `None` if they did not fail.
     fn gap_fill(&self, phase: Phase, reading: &Reading) -> Option<GapFill> {
         let reason = reading.measured.as_ref()?.as_ref().err()?.reason.clone();
-        let factor = self.ledger.ratio(phase).unwrap_or(1.0);
+        let ratio = |phase| self.ledger.phase(phase).ratio();
+        let (meter, factor) = match ratio(phase).or_else(|| ratio(Phase::Train)) {
+            Some(ratio) => (MeterKind::Counted, ratio),
+            None => match self.ledger.total().power_ratio() {
+                Some(ratio) => (MeterKind::Timed, ratio),
+                None => (MeterKind::Counted, 1.0),
+            },
+        };
+        let energy = (reading.energies().on(meter).joules() * factor).rounded();
+        let most = self.meters.max_power();
+        let most = most.map(|power| (power * reading.wall).rounded());
         Some(GapFill {
             reason,
-            meter: MeterKind::Counted,
+            meter,
             factor,
-            energy_j: (reading.counted.joules() * factor).rounded(),
+            energy_j: most.map_or(energy, |most| energy.min(most)),
         })
+    }
+
+    /// What is spent, and an estimate of what the counters have not shown yet.
+    fn committed(&self) -> Spent {
+        let mut spent = self.spent();
+        if self.kind == MeterKind::Measured {
+            let ratio = self.predictor.energy_ratio(Phase::Train, Statistic::Mean);
+            spent.energy += Joules(self.predictor.unshown() * ratio.unwrap_or(1.0)).rounded();
+        }
+        spent
     }
 
     /// The charge of `work` on the run's profile.
@@ -316,7 +349,7 @@ impl Account {
 
     fn verdict(&self, next: &Spent, reserve: &Spent) -> Verdict {
         self.budget
-            .admits(&self.spent(), next, reserve)
+            .admits(&self.committed(), next, reserve)
             .map_or_else(Verdict::Stop, |()| Verdict::Continue)
     }
 
@@ -332,7 +365,10 @@ impl Account {
         let ratio = match self.kind {
             MeterKind::Counted => None,
             MeterKind::Timed => Some(recent.unwrap_or(1.0)),
-            MeterKind::Measured => Some(recent.or_else(|| self.ledger.ratio(phase)).unwrap_or(1.0)),
+            MeterKind::Measured => {
+                let earlier = || self.ledger.phase(phase).ratio();
+                Some(recent.or_else(earlier).unwrap_or(1.0))
+            }
         };
         let time_ratio = self.predictor.time_ratio(phase, statistic);
         Spent {
@@ -369,7 +405,7 @@ impl Account {
         } else {
             (self.meters.timed_power() * total.time).rounded()
         };
-        self.ledger.lease(Lease {
+        let lease = Lease {
             steps,
             energy_j: Energies {
                 counted: MicroJoules(charge.energy.0.saturating_mul(steps)),
@@ -378,7 +414,9 @@ impl Account {
             },
             flops: total.flops,
             time_s: total.time,
-        })
+        };
+        let elapsed = self.spent().time;
+        self.ledger.lease(lease, elapsed)
     }
 }
 

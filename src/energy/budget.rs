@@ -10,7 +10,7 @@ use super::carbon::carbon;
 use super::options::Limits;
 use super::spent::{Allowance, Spent, Threshold};
 use crate::error::{Error, Kind, Result};
-use crate::units::{GramsPerKwh, Joules, MicroJoules, Money, Per, Price, Pue, Seconds};
+use crate::units::{Flops, GramsPerKwh, Joules, MicroJoules, Money, Per, Price, Pue, Seconds};
 
 /// Conversion of joules and seconds to emissions and money.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -50,6 +50,20 @@ impl Limit {
             Limit::Cost => "cost",
         }
     }
+}
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Relative error of an amount that was computed in another order, or printed and parsed.
+const ROUNDING: f64 = 8.0 * f64::EPSILON;
+
+/// Whether `amount` is within `limit`, but for rounding.
+pub(super) fn is_within(amount: f64, limit: f64) -> bool {
+    amount <= limit * (1.0 + ROUNDING)
 }
 
 /// Limits with the rates that make them comparable.
@@ -95,6 +109,35 @@ impl Budget {
     /// The rates as given.
     pub fn rates(&self) -> &Rates {
         &self.rates
+    }
+
+    /// `spent` in the unit of `limit`, "8.5 mgCO2e".
+    pub fn amount(&self, limit: Limit, spent: &Spent) -> String {
+        let Rates { grid, pue, price } = &self.rates;
+        let energy = spent.energy.joules();
+        match limit {
+            Limit::Energy => energy.to_string(),
+            Limit::Carbon => carbon(energy, *pue, *grid).to_string(),
+            Limit::Flops => Flops(spent.flops as f64).to_string(),
+            Limit::Time => spent.time.spoken(),
+            Limit::Cost => {
+                let price = price.as_ref();
+                let cost = price.map(|price| price.cost(*pue * energy, spent.time));
+                cost.map_or_else(|| energy.to_string(), |cost| cost.to_string())
+            }
+        }
+    }
+
+    /// The limit itself, "2 gCO2e"; `None` if it is not set.
+    pub fn allowed(&self, limit: Limit) -> Option<String> {
+        let limits = &self.limits;
+        match limit {
+            Limit::Energy => limits.energy.map(|limit| limit.to_string()),
+            Limit::Carbon => limits.carbon.map(|limit| limit.to_string()),
+            Limit::Flops => limits.flops.map(|limit| limit.to_string()),
+            Limit::Time => limits.time.map(Seconds::spoken),
+            Limit::Cost => limits.cost.as_ref().map(Money::to_string),
+        }
     }
 
     /// Whether there is any limit.
@@ -157,10 +200,10 @@ impl Budget {
 fn thresholds(limits: &Limits, rates: &Rates) -> Vec<(Limit, Threshold)> {
     let energy = limits
         .energy
-        .map(|limit| largest_energy(|energy| energy <= limit));
-    let carbon = limits
-        .carbon
-        .map(|limit| largest_energy(|energy| carbon(energy, rates.pue, rates.grid) <= limit));
+        .map(|limit| largest_energy(|energy| is_within(energy.0, limit.0)));
+    let carbon = limits.carbon.map(|limit| {
+        largest_energy(|energy| is_within(carbon(energy, rates.pue, rates.grid).0, limit.0))
+    });
     // The cast saturates: a count above u64::MAX cannot be reached.
     let flops = limits.flops.map(|flops| Threshold::Flops(flops.0 as u64));
     let priced = limits.cost.as_ref().zip(rates.price.as_ref());
@@ -180,7 +223,7 @@ fn thresholds(limits: &Limits, rates: &Rates) -> Vec<(Limit, Threshold)> {
 
 /// Money as energy (priced per facility kilowatt-hour) or as device time.
 fn cost_threshold(cost: &Money, price: &Price, pue: Pue) -> Threshold {
-    let affords = |energy, time| price.cost(energy, time).amount <= cost.amount;
+    let affords = |energy, time| is_within(price.cost(energy, time).amount, cost.amount);
     match price.per {
         Per::KilowattHour => largest_energy(|energy| affords(pue * energy, Seconds::ZERO)),
         Per::DeviceHour => {
@@ -273,7 +316,7 @@ fn check_rates(rates: &Rates, cost: Option<&Money>) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{Flops, GramsCo2e};
+    use crate::units::GramsCo2e;
 
     fn rates(price: Option<&str>) -> Rates {
         Rates {
@@ -320,6 +363,63 @@ mod tests {
             energy: MicroJoules(energy),
             flops,
             time: Seconds(time),
+        }
+    }
+
+    #[test]
+    fn a_limit_equal_to_the_cost_admits_it() {
+        // A hundred unequal amounts, each as computed, and printed and parsed in another unit.
+        for step in 1..=100u64 {
+            let energy = 7_919_317 * step * step;
+            let spent = spent(energy, 0, 0.1 * step as f64);
+            let joules = spent.energy.joules();
+            let grams = carbon(joules, rates(None).pue, rates(None).grid).0;
+            let carbon_text = |text: String| carbon_limit(text.parse::<GramsCo2e>().unwrap().0);
+            let per_kwh = Some("0.37 EUR/kWh");
+            let per_hour = Some("0.7 EUR/h");
+            let cost = |price: Option<&str>| {
+                let price = rates(price).price.unwrap();
+                let amount = price.cost(rates(None).pue * joules, spent.time).amount;
+                cost_limit(&format!("{amount} EUR"))
+            };
+            let limits = [
+                (energy_limit(joules.0), None),
+                (
+                    energy_limit(
+                        format!("{} mJ", joules.0 * 1e3)
+                            .parse::<Joules>()
+                            .unwrap()
+                            .0,
+                    ),
+                    None,
+                ),
+                (
+                    energy_limit(
+                        format!("{} mWh", joules.0 / 3.6)
+                            .parse::<Joules>()
+                            .unwrap()
+                            .0,
+                    ),
+                    None,
+                ),
+                (carbon_limit(grams), None),
+                (carbon_text(format!("{} mg", grams * 1e3)), None),
+                (carbon_text(format!("{} kg", grams / 1e3)), None),
+                (cost(per_kwh), per_kwh),
+                (cost(per_hour), per_hour),
+                (time_limit(0.1 * step as f64), None),
+            ];
+            for (limit, price) in limits {
+                let budget = budget(limit.clone(), price);
+                let none = Spent::default();
+                assert_eq!(budget.admits(&none, &spent, &none), Ok(()), "{limit:?}");
+                let more = Spent {
+                    energy: MicroJoules(energy + 2),
+                    time: spent.time * 1.000001,
+                    ..spent
+                };
+                assert!(budget.admits(&none, &more, &none).is_err(), "{limit:?}");
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::profile::{Profile, Source};
-use super::profile_rules::check;
+use super::profile_rules::{FACTOR_RULE, check, is_factor};
 use crate::error::{Error, Kind, Result};
 use crate::units::{Bytes, Watts};
 use crate::work::Precision;
@@ -81,18 +81,19 @@ impl Profile {
     /// energy of a run charged to this profile.
     ///
     /// # Errors
-    /// A ratio that is not above zero, or an invalid name.
+    /// A ratio that no device has, or an invalid name.
     pub fn reconciled(&self, name: &str, ratio: f64, source: &str) -> Result<Profile> {
         let mut profile = Profile {
             name: name.to_string(),
             ..self.clone()
         };
         check(&profile, None)?;
-        if !(ratio.is_finite() && ratio > 0.0) {
+        let factor = ratio * self.measured_over_counted.unwrap_or(1.0);
+        if !is_factor(factor) {
             let error = Error::new(Kind::Energy, "measured over counted is no factor");
-            return Err(error.value(ratio.to_string()).rule("a number above zero"));
+            return Err(error.value(factor.to_string()).rule(FACTOR_RULE));
         }
-        profile.measured_over_counted = Some(ratio * self.measured_over_counted.unwrap_or(1.0));
+        profile.measured_over_counted = Some(factor);
         let key = "measured_over_counted".to_string();
         profile.sources.insert(key, Source::user(source, true));
         Ok(profile)

@@ -27,8 +27,10 @@ use crate::work::{Precision, Work};
 pub struct Charge {
     /// Total, in integer microjoules.
     pub energy: MicroJoules,
-    /// Roofline time.
+    /// Roofline time: as tuned code takes it.
     pub time: Seconds,
+    /// Lower bound of the time: the arithmetic at the highest rate of the device.
+    pub least_time: Seconds,
     /// FLOPs of matrix products and attention.
     pub flops: u64,
     /// Bytes by memory level.
@@ -74,6 +76,7 @@ impl AddAssign<&Charge> for Charge {
     fn add_assign(&mut self, other: &Charge) {
         self.energy += other.energy;
         self.time += other.time;
+        self.least_time += other.least_time;
         self.flops = self.flops.saturating_add(other.flops);
         for (level, bytes) in &other.bytes {
             *self.bytes.entry(level.clone()).or_default() += *bytes;
@@ -126,6 +129,7 @@ impl Profile {
         Charge {
             energy: (idle_j + arithmetic_j + movement_j).rounded(),
             time,
+            least_time: self.arithmetic_time(work, Self::highest_rate),
             flops: work.flops(),
             bytes,
             breakdown,
@@ -134,15 +138,20 @@ impl Profile {
 
     /// The roofline time: the longest of arithmetic, DRAM and each cache with a known bandwidth.
     pub(super) fn roofline(&self, work: &Work, bytes: &Traffic) -> Seconds {
-        let products: f64 = work
-            .iter_products()
-            .map(|(p, count)| p.flops() as f64 * count as f64 / self.rate(p.precision))
-            .sum();
-        let compute = products + work.vector_flops() as f64 / self.rate(Precision::F32);
+        let compute = self.arithmetic_time(work, Self::rate).0;
         let transfers = bytes
             .iter()
             .filter_map(|(level, bytes)| Some(bytes.0 as f64 / self.bandwidth_of(level)?));
         Seconds(transfers.fold(compute, f64::max))
+    }
+
+    /// The time of all FLOPs at the rates of their precisions.
+    fn arithmetic_time(&self, work: &Work, rate: fn(&Self, Precision) -> f64) -> Seconds {
+        let products: f64 = work
+            .iter_products()
+            .map(|(p, count)| p.flops() as f64 * count as f64 / rate(self, p.precision))
+            .sum();
+        Seconds(products + work.vector_flops() as f64 / rate(self, Precision::F32))
     }
 
     /// The energy of all FLOPs before calibration.

@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::sensor::{Gap, Sensor};
-use crate::units::MicroJoules;
+use crate::units::{MicroJoules, Watts};
 
 /// Minimum ratio of elapsed time to CPU time of the sampling thread: half a thousandth of a core.
 const MIN_IDLE_RATIO: u32 = 2000;
@@ -118,6 +118,12 @@ impl Counters {
             .iter()
             .map(|sensor| name(sensor.as_ref()))
             .collect()
+    }
+
+    /// Power that the sensors together never exceed; `None` if unknown of any.
+    pub fn max_power(&self) -> Option<Watts> {
+        let set = lock(&self.sensors);
+        set.sensors.iter().map(|sensor| sensor.max_power()).sum()
     }
 
     /// Reads every counter. The first snapshot starts the sampling thread if a sensor needs it.

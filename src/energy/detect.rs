@@ -26,7 +26,7 @@ const NAME_A_PROFILE: &str = "write `device = \"NAME\"` in the recipe's [energy]
 impl Profile {
     /// The profile of a recipe's `energy.device`. A name means all of its cores, `NAME@CORES`
     /// for some cores of a processor, `auto` for the computing device; of a processor `auto` takes
-    /// the cores this process may use.
+    /// the cores that compute.
     pub fn resolve(device: &DeviceRef, computing: Computing) -> Result<Profile> {
         match device {
             DeviceRef::Auto => Self::of_machine(computing),
@@ -43,17 +43,15 @@ impl Profile {
         })
     }
 
-    /// The profile of this machine's processor, scaled to the cores this process may use; `note`
-    /// says how it was recognised.
+    /// The profile of this machine's processor, scaled to the cores that compute; `note` says how it
+    /// was recognised.
     pub fn detect() -> Profile {
         let info = cpuinfo();
-        let cores = allowed_cores();
+        let cores = computing_cores();
         let mut profile = recognise(&info).scaled_to(cores);
         let note = profile.note.take().unwrap_or_default();
         let plural = if cores == 1 { "" } else { "s" };
-        profile.note = Some(format!(
-            "{note}; {cores} core{plural} allowed to this process"
-        ));
+        profile.note = Some(format!("{note}; {cores} core{plural} computing"));
         profile
     }
 
@@ -116,6 +114,15 @@ impl Profile {
 pub fn allowed_cores() -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     (cpus / threads_per_core(&cpuinfo())).max(1)
+}
+
+/// Physical cores that compute: those this process may use, or its threads if they are fewer.
+pub fn computing_cores() -> usize {
+    // The command line sets it, whatever stated the number of threads.
+    let threads = std::env::var("RAYON_NUM_THREADS").ok();
+    let threads = threads.and_then(|threads| threads.parse().ok());
+    let threads = threads.filter(|threads| *threads > 0);
+    allowed_cores().min(threads.unwrap_or(usize::MAX))
 }
 
 /// (CPUs this process may use, CPUs of the system); `None` if it may use all of them.

@@ -143,8 +143,8 @@ pub struct GapFill {
     /// Meter it is estimated from.
     #[serde(rename = "filled")]
     pub meter: MeterKind,
-    /// Factor on that meter: the run's measured over counted energy so far, 1 before any
-    /// measurement.
+    /// Factor on that meter: measured energy of the run so far over its energy on that meter, 1
+    /// before any measurement.
     #[serde(rename = "times")]
     pub factor: f64,
     /// The estimate.
@@ -206,6 +206,9 @@ pub struct Totals {
     pub unmeasured: u64,
     /// Counted energy of the measured entries, for comparison with `energy_j.measured`.
     pub counted_where_measured: MicroJoules,
+    /// Timed energy of the measured entries.
+    #[serde(skip)]
+    timed_where_measured: MicroJoules,
     /// Sum of `Entry::on(Measured)`: measured energy and gap fills.
     #[serde(skip)]
     measured_or_filled: MicroJoules,
@@ -217,7 +220,11 @@ impl Totals {
         self.energy_j.timed += entry.energy_j.timed;
         self.measured_or_filled += entry.on(MeterKind::Measured);
         match entry.energy_j.measured {
-            Some(energy) => self.add_measured(Some(energy), entry.energy_j.counted),
+            Some(energy) => {
+                self.energy_j.measured = Some(self.energy_j.measured.unwrap_or_default() + energy);
+                self.counted_where_measured += entry.energy_j.counted;
+                self.timed_where_measured += entry.energy_j.timed;
+            }
             None => self.unmeasured += 1,
         }
         self.flops = self.flops.saturating_add(entry.flops);
@@ -232,13 +239,6 @@ impl Totals {
         self.entries += 1;
     }
 
-    /// Adds a measured energy and the counted energy of the same entries.
-    pub(super) fn add_measured(&mut self, measured: Option<MicroJoules>, counted: MicroJoules) {
-        let sum = self.energy_j.measured.into_iter().chain(measured);
-        self.energy_j.measured = sum.reduce(std::ops::Add::add);
-        self.counted_where_measured += counted;
-    }
-
     /// The total on one meter; on `Measured` with the gap fills.
     pub fn on(&self, kind: MeterKind) -> MicroJoules {
         match kind {
@@ -250,7 +250,17 @@ impl Totals {
 
     /// Measured over counted energy of the measured entries; `None` without any.
     pub fn ratio(&self) -> Option<f64> {
-        let ratio = self.energy_j.measured?.joules() / self.counted_where_measured.joules();
+        self.measured_over(self.counted_where_measured)
+    }
+
+    /// Measured over timed energy of the measured entries: their power over the timed meter's;
+    /// `None` without any.
+    pub fn power_ratio(&self) -> Option<f64> {
+        self.measured_over(self.timed_where_measured)
+    }
+
+    fn measured_over(&self, energy: MicroJoules) -> Option<f64> {
+        let ratio = self.energy_j.measured?.joules() / energy.joules();
         (ratio.is_finite() && ratio > 0.0).then_some(ratio)
     }
 

@@ -14,6 +14,7 @@ use super::entry::as_joules;
 pub use super::entry::{Energies, Entry, GapFill, Lease, Phase, Totals};
 use super::ledger_file::{LedgerFile, LedgerLine, lost_entries, now, read_lines};
 pub use super::ledger_file::{changed_inputs, read_entries};
+use super::options::MeterKind;
 use super::traffic::Traffic;
 use crate::error::Result;
 use crate::units::{MicroJoules, Seconds};
@@ -29,8 +30,10 @@ pub struct Recorded {
 }
 
 /// The gaps of one phase and one reason.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GapTotals {
+    /// Meter that the last one is estimated from.
+    pub meter: MeterKind,
     /// Number of entries.
     pub entries: u64,
     /// Their wall time.
@@ -48,6 +51,8 @@ pub struct Ledger {
     /// In the order of `Phase::ALL`.
     phases: [Totals; Phase::ALL.len()],
     total: Totals,
+    /// Wall time of the run, also between entries.
+    elapsed: Seconds,
     gaps: BTreeMap<(Phase, String), GapTotals>,
 }
 
@@ -76,6 +81,7 @@ impl Ledger {
             lease: Lease::default(),
             phases: Default::default(),
             total: Totals::default(),
+            elapsed: Seconds::ZERO,
             gaps: BTreeMap::new(),
         }
     }
@@ -109,16 +115,31 @@ impl Ledger {
                 step = entry.step;
                 ledger.add(&entry);
             }
-            LedgerLine::Lease { lease, .. } => ledger.lease = lease,
-            LedgerLine::Settled { .. } => ledger.lease = Lease::default(),
+            LedgerLine::Lease {
+                lease, elapsed_s, ..
+            } => {
+                ledger.lease = lease;
+                ledger.elapsed = ledger.elapsed.max(elapsed_s);
+            }
+            LedgerLine::Settled { elapsed_s, .. } => {
+                ledger.lease = Lease::default();
+                ledger.elapsed = ledger.elapsed.max(elapsed_s);
+            }
             LedgerLine::Run { run, .. } => first_run = Some(run),
         })?;
         if let Some(run) = run {
             if extent.complete == 0 {
                 return Err(lost_entries(path, "it is empty"));
             }
-            if first_run.is_some_and(|first_run| first_run != run) {
-                return Err(changed_inputs(path));
+            match first_run {
+                Some(first_run) if first_run == run => {}
+                Some(_) => return Err(changed_inputs(path)),
+                None => {
+                    return Err(lost_entries(
+                        path,
+                        "it does not begin with the run's digest",
+                    ));
+                }
             }
         }
         ledger.file.truncate(&extent)?;
@@ -160,8 +181,14 @@ impl Ledger {
     }
 
     /// Records the lease of steps before they run; replaces the last lease and syncs to disk.
-    pub fn lease(&mut self, lease: Lease) -> Result<()> {
-        self.file.append(&LedgerLine::Lease { lease, t: now() })?;
+    /// `elapsed` is the wall time of the run so far.
+    pub fn lease(&mut self, lease: Lease, elapsed: Seconds) -> Result<()> {
+        self.elapsed = self.elapsed.max(elapsed);
+        self.file.append(&LedgerLine::Lease {
+            lease,
+            elapsed_s: self.elapsed,
+            t: now(),
+        })?;
         self.file.sync()?;
         self.lease = lease;
         Ok(())
@@ -172,10 +199,17 @@ impl Ledger {
         &self.lease
     }
 
-    /// Ends a run in order: releases the lease and syncs to disk.
-    pub fn settle(&mut self) -> Result<()> {
+    /// Wall time of the run over all its processes, as far as it was recorded.
+    pub fn elapsed(&self) -> Seconds {
+        self.elapsed
+    }
+
+    /// Ends a run in order: releases the lease and syncs to disk. `elapsed` as for `lease`.
+    pub fn settle(&mut self, elapsed: Seconds) -> Result<()> {
+        self.elapsed = self.elapsed.max(elapsed);
         self.file.append(&LedgerLine::Settled {
             settled: true,
+            elapsed_s: self.elapsed,
             t: now(),
         })?;
         self.file.sync()?;
@@ -204,31 +238,23 @@ impl Ledger {
         gaps.map(|((phase, reason), totals)| (*phase, reason.as_str(), totals))
     }
 
-    /// Measured over counted energy of the phase's measured entries, else of all measured entries;
-    /// energy lost in a crash was not measured.
-    pub fn ratio(&self, phase: Phase) -> Option<f64> {
-        self.phase(phase).ratio().or_else(|| {
-            let mut all = Totals::default();
-            for (phase, totals) in self.by_phase() {
-                if phase != Phase::Lost {
-                    all.add_measured(totals.energy_j.measured, totals.counted_where_measured);
-                }
-            }
-            all.ratio()
-        })
-    }
-
     /// Adds an entry to the sums and deducts it from the lease.
     fn add(&mut self, entry: &Entry) {
         if let Some(gap) = &entry.gap {
-            let totals = self
-                .gaps
-                .entry((entry.phase, gap.reason.clone()))
-                .or_default();
+            let none = GapTotals {
+                meter: gap.meter,
+                entries: 0,
+                wall_s: Seconds::ZERO,
+                energy: MicroJoules::ZERO,
+            };
+            let reason = gap.reason.clone();
+            let totals = self.gaps.entry((entry.phase, reason)).or_insert(none);
             totals.entries += 1;
             totals.wall_s += entry.wall_s;
             totals.energy += gap.energy_j;
+            totals.meter = gap.meter;
         }
+        self.elapsed += entry.wall_s;
         self.total.add(entry);
         self.phases[entry.phase as usize].add(entry);
         self.lease = self.lease.after(entry);
@@ -252,7 +278,7 @@ impl Ledger {
             t: now(),
             gap: None,
         })?;
-        self.settle()
+        self.settle(self.elapsed)
     }
 }
 

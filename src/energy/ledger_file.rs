@@ -3,9 +3,11 @@
 //! ```text
 //! {"run":"5f3c..","t":..}                                                   first line: digest of the run's inputs
 //! {"phase":"train","step":7,"energy_j":{"counted":41.2,"measured":null,"timed":39.0},"flops":..,"bytes":{..},"wall_s":..,"t":..}
-//! {"lease":{"steps":12,"energy_j":{..},"flops":..,"time_s":..},"t":..}      written and synced before those steps run
-//! {"settled":true,"t":..}                                                   a clean close: the lease is released
+//! {"lease":{"steps":12,"energy_j":{..},"flops":..,"time_s":..},"elapsed_s":..,"t":..}   written and synced before those steps run
+//! {"settled":true,"elapsed_s":..,"t":..}                                    a clean close: the lease is released
 //! ```
+//!
+//! `elapsed_s` is the wall time of the run so far, over all its processes.
 //!
 //! An entry whose counters failed has `"measured":null` and the energy that fills the gap:
 //! `"gap":{"reason":"rapl: the counter decreased ...","filled":"counted","times":1.08,"energy_j":44.5}`.
@@ -20,15 +22,29 @@ use serde::{Deserialize, Serialize};
 use super::entry::{Entry, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
+use crate::units::Seconds;
 
 /// A line of the file; `t` is Unix seconds.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
 pub(super) enum LedgerLine {
     Entry(Entry),
-    Lease { lease: Lease, t: f64 },
-    Settled { settled: bool, t: f64 },
-    Run { run: String, t: f64 },
+    Lease {
+        lease: Lease,
+        #[serde(default)]
+        elapsed_s: Seconds,
+        t: f64,
+    },
+    Settled {
+        settled: bool,
+        #[serde(default)]
+        elapsed_s: Seconds,
+        t: f64,
+    },
+    Run {
+        run: String,
+        t: f64,
+    },
 }
 
 impl LedgerLine {

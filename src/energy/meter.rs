@@ -6,15 +6,17 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::charge::Charge;
 use super::counters::{Counters, Snapshot};
-use super::detect::{Computing, allowed_cores, part_of_machine};
+use super::detect::{Computing, computing_cores, part_of_machine};
 use super::entry::Energies;
 use super::options::MeterKind;
 use super::profile::{DeviceKind, Profile};
-use super::sensor::{Absent, AttributedSensor, Gap, NvmlSensor, RaplSensor, Sensor};
+use super::sensor::{
+    Absent, AttributedSensor, Gap, NvmlSensor, PATIENCE, PATIENCE_IF_MEASURED, RaplSensor, Sensor,
+};
 use crate::error::{Error, Kind, Result};
 use crate::units::{MicroJoules, Seconds, Watts};
 use crate::work::Work;
@@ -75,13 +77,13 @@ impl Meters {
     /// Counted and timed only.
     pub fn without_counters(profile: Profile) -> Meters {
         let timed_power = match profile.kind {
-            DeviceKind::Cpu => profile.scaled_to(allowed_cores()).power_at(1.0),
+            DeviceKind::Cpu => profile.scaled_to(computing_cores()).power_at(1.0),
             DeviceKind::Gpu | DeviceKind::Soc => profile.power_at(1.0),
         };
-        let absent = Absent {
-            reason: "no hardware counter was asked for".to_string(),
-            remedy: "write `meter = \"auto\"` in [energy]".to_string(),
-        };
+        let absent = Absent::new(
+            "no hardware counter was asked for",
+            "write `meter = \"auto\"` in [energy]",
+        );
         Meters {
             profile,
             timed_power,
@@ -93,26 +95,34 @@ impl Meters {
     }
 
     /// Counted and timed, and the counters this process may read. If it may use only some of the
-    /// machine's CPUs, the processor's energy is attributed by their share.
-    pub fn open(profile: Profile, computing: Computing) -> Meters {
+    /// machine's CPUs, the processor's energy is attributed by their share. `requested` decides how
+    /// long a counter may take to move for the first time.
+    pub fn open(profile: Profile, computing: Computing, requested: Option<MeterKind>) -> Meters {
         let meters = Self::without_counters(profile);
+        let patience = match requested {
+            Some(MeterKind::Measured) => PATIENCE_IF_MEASURED,
+            Some(MeterKind::Counted | MeterKind::Timed) => PATIENCE / 10,
+            None => PATIENCE,
+        };
         match computing {
-            Computing::Cpu => match open_rapl() {
+            Computing::Cpu => match open_rapl(patience) {
                 Ok(sensor) => Meters {
                     attributed: part_of_machine().is_some(),
                     ..meters.with_counters(vec![sensor], None)
                 },
                 Err(absent) => meters.without_measurement(absent),
             },
-            Computing::Nvidia(index) => match (NvmlSensor::open(index), open_rapl()) {
-                (Ok(gpu), Ok(host)) => meters.with_counters(vec![Box::new(gpu), host], None),
-                (Ok(gpu), Err(_)) => meters.with_counters(vec![Box::new(gpu)], Some(host_model())),
-                (Err(absent), _) => meters.without_measurement(absent),
+            Computing::Nvidia(index) => match NvmlSensor::open_moving(index, patience) {
+                Ok(gpu) => match open_rapl(patience) {
+                    Ok(host) => meters.with_counters(vec![Box::new(gpu), host], None),
+                    Err(_) => meters.with_counters(vec![Box::new(gpu)], Some(host_model())),
+                },
+                Err(absent) => meters.without_measurement(absent),
             },
-            Computing::Other => meters.without_measurement(Absent {
-                reason: "this device has no energy counter that can be read".to_string(),
-                remedy: "write `meter = \"counted\"` in [energy]".to_string(),
-            }),
+            Computing::Other => meters.without_measurement(Absent::new(
+                "this device has no energy counter that can be read",
+                "write `meter = \"counted\"` in [energy]",
+            )),
         }
     }
 
@@ -139,7 +149,7 @@ impl Meters {
         &self.profile
     }
 
-    /// Power of the timed meter: full load of the cores this process may use.
+    /// Power of the timed meter: full load of the cores that compute.
     pub fn timed_power(&self) -> Watts {
         self.timed_power
     }
@@ -157,6 +167,22 @@ impl Meters {
     /// Why there is no measured energy, with the remedy.
     pub fn absent(&self) -> Option<&Absent> {
         self.absent.as_ref()
+    }
+
+    /// Says that a counter is present and not credible, so that nothing is measured.
+    pub fn warning(&self) -> Option<String> {
+        let absent = self.absent.as_ref().filter(|absent| absent.distrusted)?;
+        Some(format!(
+            "energy is counted, not measured: {}; {}",
+            absent.reason, absent.remedy
+        ))
+    }
+
+    /// Power that the measured components together never exceed; `None` if unknown.
+    pub fn max_power(&self) -> Option<Watts> {
+        let host = self.modelled_host.as_ref();
+        let host = host.map_or(Watts::ZERO, |(_, power)| *power);
+        Some(self.counters.borrow().max_power()? + host)
     }
 
     /// The deciding meter: the requested one; by default measured, or counted if the counters are
@@ -212,8 +238,8 @@ impl Meters {
 }
 
 /// The processor's counters, attributed by CPU share if this process may not use every CPU.
-fn open_rapl() -> std::result::Result<Box<dyn Sensor>, Absent> {
-    let sensor = Box::new(RaplSensor::open_default()?);
+fn open_rapl(patience: Duration) -> std::result::Result<Box<dyn Sensor>, Absent> {
+    let sensor = Box::new(RaplSensor::open_default(patience)?);
     Ok(match part_of_machine() {
         Some((allowed, all)) => Box::new(AttributedSensor::new(sensor, allowed, all)),
         None => sensor,

@@ -41,7 +41,7 @@ pub use calibration::{Measured, MeasuredCache, MeasuredPower};
 pub use carbon::carbon;
 pub use charge::{Charge, EnergyBreakdown};
 pub use counters::Counters;
-pub use detect::{Computing, allowed_cores, part_of_machine};
+pub use detect::{Computing, allowed_cores, computing_cores, part_of_machine};
 pub use grid::Grid;
 pub use interval::Interval;
 pub use ledger::{Energies, Entry, Ledger, Phase};

@@ -126,6 +126,7 @@ impl fmt::Display for DeviceRef {
 /// use wattune::units::GramsPerKwh;
 /// assert_eq!("FR".parse(), Ok(GridRef::Named("FR".into())));
 /// assert_eq!("250".parse(), Ok(GridRef::Intensity(GramsPerKwh(250.0))));
+/// assert_eq!("250 gCO2e/kWh".parse(), Ok(GridRef::Intensity(GramsPerKwh(250.0))));
 /// assert!("-1".parse::<GridRef>().is_err());
 /// ```
 #[derive(Debug, Clone, PartialEq)]
@@ -156,7 +157,9 @@ impl FromStr for GridRef {
         match text.parse() {
             Ok(number) => Self::from_intensity(number).ok_or(Self::RULE),
             Err(_) if text.is_empty() => Err(Self::RULE),
-            Err(_) => Ok(GridRef::Named(text.to_string())),
+            Err(_) => Ok(text
+                .parse()
+                .map_or_else(|_| GridRef::Named(text.to_string()), GridRef::Intensity)),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Prediction of metered energy and wall time from recent entries.
 //!
-//! Keeps the ratios of observed to charged amounts of the last [`WINDOW`] entries of each phase.
+//! Keeps the ratios of observed to charged amounts of the last [`WINDOW`] entries of each phase. An
+//! entry in which a counter did not move is judged together with the one in which it does.
 //! The upper bound is the charge-weighted mean plus three standard deviations: weighted, so that
 //! small noisy entries do not inflate large ones.
 
@@ -75,13 +76,31 @@ impl Window {
 pub(super) struct Predictor {
     energy: [Window; Phase::ALL.len()],
     time: [Window; Phase::ALL.len()],
+    /// Charges of the entries since the counters last moved.
+    unshown: f64,
 }
 
 impl Predictor {
     /// Adds an entry's ratios of metered to counted energy and of wall to roofline time.
     pub fn record(&mut self, phase: Phase, energy: Sample, time: Sample) {
-        self.energy[phase as usize].push(energy);
         self.time[phase as usize].push(time);
+        if energy.ratio == 0.0 {
+            self.unshown += energy.charged;
+            return;
+        }
+        let unshown = if energy.ratio.is_finite() {
+            std::mem::take(&mut self.unshown)
+        } else {
+            0.0
+        };
+        let charged = energy.charged + unshown;
+        let ratio = energy.ratio * energy.charged / charged;
+        self.energy[phase as usize].push(Sample::new(ratio, charged));
+    }
+
+    /// Counted joules of the entries that the counters have not shown yet.
+    pub fn unshown(&self) -> f64 {
+        self.unshown
     }
 
     /// Metered over counted energy of a phase.
@@ -115,6 +134,19 @@ mod tests {
             window.push(Sample::new(*ratio, *charged));
         }
         window.statistic(Statistic::UpperBound)
+    }
+
+    #[test]
+    fn entries_that_a_slow_counter_has_not_shown_are_judged_with_the_next() {
+        // Ten steps of one joule each, shown as 30 at the tenth: three times the counted energy.
+        let mut predictor = Predictor::default();
+        for step in 1..=10 {
+            let shown = if step == 10 { 30.0 } else { 0.0 };
+            assert_eq!(predictor.unshown(), (step - 1) as f64);
+            predictor.record(Phase::Train, Sample::new(shown, 1.0), Sample::new(1.0, 1.0));
+        }
+        let bound = predictor.energy_ratio(Phase::Train, Statistic::UpperBound);
+        assert_eq!((bound, predictor.unshown()), (Some(3.0), 0.0));
     }
 
     #[test]

@@ -158,10 +158,23 @@ fn titles<'de, D: Deserializer<'de>>(file: D) -> Result<BTreeMap<String, Source>
         .collect())
 }
 
+/// Bytes per second that one core draws from memory, before `achievable_bandwidth`: a few cores of a
+/// socket share its bandwidth less than evenly. STREAM on one core of server processors reaches 12
+/// to 14 GB/s (McCalpin, measurements of Xeon Platinum 8160).
+const CORE_BANDWIDTH: f64 = 1.5e10;
+
+/// Largest ratio of a processor's highest clock to the base clock that its peak is stated for
+/// (server and desktop processors of the shipped table: 1.1 to 2.1).
+const CLOCK_RATIO: f64 = 2.2;
+
+/// Largest ratio of a processor's rate in a 16-bit format to that in f32: 2048 bf16 operations a
+/// cycle in AMX tiles over 64 f32 operations in two AVX-512 units.
+const HALF_RATIO: f64 = 32.0;
+
 impl Profile {
-    /// The same processor with `cores` of its cores: their share of its power, peak, bandwidth and
-    /// shared caches. Other devices, and a number of cores that is no smaller, are returned
-    /// unchanged.
+    /// The same processor with `cores` of its cores: their share of its power, peak and shared
+    /// caches, and of its bandwidth at least what so many cores draw. Other devices, and a number of
+    /// cores that is no smaller, are returned unchanged.
     pub fn scaled_to(&self, cores: usize) -> Profile {
         let scalable = self
             .cores
@@ -183,7 +196,9 @@ impl Profile {
                 .map(|(load, watts)| (*load, *watts * share))
                 .collect(),
             peak_flops,
-            bandwidth: self.bandwidth * share,
+            bandwidth: (self.bandwidth * share)
+                .max(CORE_BANDWIDTH * cores as f64)
+                .min(self.bandwidth),
             embodied: self.embodied.map(|grams| grams * share),
             caches: self.scaled_caches(share),
             ..self.clone()
@@ -236,6 +251,22 @@ impl Profile {
         peak.expect("a valid profile has a peak for f32") * self.achievable_flops
     }
 
+    /// FLOP/s that no program passes in this precision: the peak, of a processor at its highest clock
+    /// with its fastest units.
+    pub(super) fn highest_rate(&self, precision: Precision) -> f64 {
+        let peak = self.rate(precision) / self.achievable_flops;
+        if self.kind != DeviceKind::Cpu {
+            return peak;
+        }
+        let f32_peak = self.rate(Precision::F32) / self.achievable_flops;
+        let units = if precision == Precision::F32 {
+            f32_peak
+        } else {
+            peak.max(HALF_RATIO * f32_peak)
+        };
+        CLOCK_RATIO * units
+    }
+
     /// Picojoules per FLOP of this precision; f32's if the device has no unit for it.
     pub fn pj_per_flop(&self, precision: Precision) -> f64 {
         let energy = self
@@ -281,6 +312,9 @@ mod tests {
         assert!((two.load_w.0 - 280.0 * 2.0 / 64.0).abs() < 1e-9);
         assert!((two.rate(Precision::F32) - all.rate(Precision::F32) / 32.0).abs() < 1.0);
         assert_eq!(two.caches[1].bytes, all.caches[1].bytes);
+        // Two cores draw more than 2/64 of the bandwidth; 60 draw all of it.
+        assert_eq!(two.bandwidth, 2.0 * CORE_BANDWIDTH);
+        assert_eq!(named("amd-epyc-7763@60").bandwidth, all.bandwidth);
         assert_eq!(two.caches[2].bytes, Bytes(8 << 20));
         assert_eq!(all.scaled_to(64), all);
         assert_eq!(all.scaled_to(1000), all);

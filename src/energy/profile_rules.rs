@@ -35,6 +35,15 @@ fn non_negative(value: f64) -> bool {
     value.is_finite() && value >= 0.0
 }
 
+/// Rule of `measured_over_counted`.
+pub(super) const FACTOR_RULE: &str = "measured joules over counted ones, from 0.0001 to 10000";
+
+/// Whether `value` can be measured over counted energy: within a factor of 10 000 of each other,
+/// beyond which one of them is not of this device.
+pub(super) fn is_factor(value: f64) -> bool {
+    (1e-4..=1e4).contains(&value)
+}
+
 fn fraction(value: f64) -> bool {
     value > 0.0 && value <= 1.0
 }
@@ -179,8 +188,8 @@ fn factors(p: &Profile) -> Vec<Rule> {
     vec![
         rule(
             "measured_over_counted",
-            p.measured_over_counted.is_none_or(positive),
-            "measured joules over counted ones, more than zero",
+            p.measured_over_counted.is_none_or(is_factor),
+            FACTOR_RULE,
             &p.measured_over_counted,
         ),
         rule(
@@ -236,6 +245,11 @@ mod tests {
             ("f32 = 2e11", "bf16 = 2e11", "`peak_flops`"),
             ("idle_w", "idle", "line 4"),
             ("cores = 4", "cores = 4\nhost_share = 1.0", "`host_share`"),
+            (
+                "cores = 4",
+                "cores = 4\nmeasured_over_counted = 1e-300",
+                "`measured_over_counted`",
+            ),
             ("bytes = 1000000", "bytes = 0", "`caches`"),
             (
                 "bytes = 1000000",

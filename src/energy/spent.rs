@@ -71,6 +71,9 @@ impl Spent {
     }
 }
 
+/// Relative error of a sum of times in another order.
+const TIME_ROUNDING: f64 = 1e-12;
+
 /// A limit in the quantity that is compared.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Threshold {
@@ -80,12 +83,13 @@ pub(super) enum Threshold {
 }
 
 impl Threshold {
-    /// Whether `spent` stays within it; false for a time that is not a number.
+    /// Whether `spent` stays within it, of a time but for rounding; false for a time that is not a
+    /// number.
     pub fn admits(&self, spent: &Spent) -> bool {
         match self {
             Threshold::Energy(limit) => spent.energy <= *limit,
             Threshold::Flops(limit) => spent.flops <= *limit,
-            Threshold::Time(limit) => spent.time <= *limit,
+            Threshold::Time(limit) => spent.time.0 <= limit.0 * (1.0 + TIME_ROUNDING),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::energy::baseline::BaselineKind;
 use crate::energy::{Budget, Limits, Spent};
 use crate::model::ModelShape;
 use crate::recipe::{Compared, Recipe};
-use crate::train::{Schedule, Settings, StepCosts, TrainState, forecast};
+use crate::train::{Schedule, Settings, StepCosts, TrainState, forecast, unseen};
 use crate::units::{Joules, MicroJoules};
 use crate::work::Work;
 
@@ -151,6 +151,7 @@ impl<'a> BaselineSetup<'a> {
             &unlimited,
             Spent::default(),
             &standing,
+            &mut unseen,
         );
         let load = self.load();
         let before: MicroJoules = load

@@ -26,4 +26,4 @@ pub use plan::{MeasuredForecast, Recomputation, RunForecast, forecast_run};
 pub use published::{PublishedRun, published_runs};
 pub use subject::{Subject, Target, emissions, load_work, model_name};
 pub use training_cost::{Estimate, Method, TrainingJob};
-pub use what_if::Choice;
+pub use what_if::{Choice, machine_over_profile};

@@ -75,11 +75,16 @@ pub struct MeasuredEnergy {
     pub most: Joules,
 }
 
-/// Plays the run through; `sample` is the work of the text that is generated before and after training.
+/// Plays the run through; `sample` is the work of the text that is generated before and after training, `progress` as of
+/// [`forecast`].
 ///
 /// # Errors
 /// An architecture or adapter that some choice cannot be counted for.
-pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunForecast> {
+pub fn forecast_run(
+    subject: &Subject<'_>,
+    sample: Option<&Work>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<RunForecast> {
     let ending = sample
         .map(|work| (Phase::Eval, work.clone()))
         .into_iter()
@@ -101,6 +106,7 @@ pub fn forecast_run(subject: &Subject<'_>, sample: Option<&Work>) -> Result<RunF
         subject.budget,
         before,
         &TrainState::default(),
+        progress,
     );
     let too_small = match &run.stop {
         Stop::Budget(limit) if run.steps == 0 => {

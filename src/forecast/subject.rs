@@ -72,6 +72,8 @@ pub struct Subject<'a> {
     pub longest_batch: usize,
     /// The memory forecast.
     pub memory: &'a MemoryForecast,
+    /// The computing device, where `profile` is of another one.
+    pub machine: Option<&'a Profile>,
 }
 
 impl<'a> Subject<'a> {

@@ -64,7 +64,7 @@ pub struct Choice {
     pub same_tokens_j: Joules,
     /// FLOPs of the same.
     pub same_tokens_flops: f64,
-    /// Roofline time of the same, a lower bound.
+    /// Roofline time of the same: as tuned code takes it.
     pub same_tokens_s: Seconds,
     /// Peak memory.
     pub peak_bytes: Bytes,
@@ -87,6 +87,22 @@ struct Variant {
 }
 
 impl Variant {
+    /// The recipe's own, in a run of `steps` steps.
+    fn of_recipe(subject: &Subject<'_>, steps: u64) -> Self {
+        let steps = steps.max(1);
+        let samples = steps.min(SAMPLED);
+        Self {
+            shape: subject.shape.clone(),
+            trained: subject.trained(),
+            recompute: subject.settings.recompute,
+            steps: (0..samples)
+                .map(|sample| subject.sampler.step_shape(sample * steps / samples))
+                .collect(),
+            longest_batch: subject.longest_batch,
+            count: steps as f64,
+        }
+    }
+
     fn work(&self, step: &[BatchShape]) -> Work {
         step.iter()
             .map(|batch| {
@@ -105,6 +121,13 @@ impl Variant {
     }
 }
 
+/// Energy of `steps` training steps on the computing device, over that on the run's profile; `None` where they are the same.
+pub fn machine_over_profile(subject: &Subject<'_>, steps: u64) -> Option<f64> {
+    let recipe = Variant::of_recipe(subject, steps);
+    let joules = |profile| recipe.charge(profile).energy.joules();
+    Some(joules(subject.machine?) / joules(subject.profile))
+}
+
 /// Collects the rows.
 struct SensitivityTable<'a> {
     subject: &'a Subject<'a>,
@@ -119,18 +142,7 @@ struct SensitivityTable<'a> {
 /// The recipe's row, then one for each alternative. `planned` is the charge of the plan's `count` training steps; one step
 /// stands for a plan without steps.
 pub(super) fn what_if(subject: &Subject<'_>, count: u64, planned: &Charge) -> Result<Vec<Choice>> {
-    let steps = count.max(1);
-    let samples = steps.min(SAMPLED);
-    let recipe = Variant {
-        shape: subject.shape.clone(),
-        trained: subject.trained(),
-        recompute: subject.settings.recompute,
-        steps: (0..samples)
-            .map(|sample| subject.sampler.step_shape(sample * steps / samples))
-            .collect(),
-        longest_batch: subject.longest_batch,
-        count: steps as f64,
-    };
+    let recipe = Variant::of_recipe(subject, count);
     let sampled = recipe.charge(subject.profile);
     let planned = if count == 0 { &sampled } else { planned };
     let mut table = SensitivityTable {

@@ -15,7 +15,7 @@ use candle_core::{Device, Tensor};
 use self::time_budget::TimeBudget;
 use super::machine::cpu_name;
 use crate::energy::Computing;
-use crate::energy::sensor::{Absent, NvmlSensor, RaplSensor, Sensor};
+use crate::energy::sensor::{Absent, NvmlSensor, PATIENCE_IF_MEASURED, RaplSensor, Sensor};
 use crate::energy::{
     Counters, DeviceRef, Measured, MeasuredCache, MeasuredPower, Profile, allowed_cores,
     part_of_machine,
@@ -302,8 +302,12 @@ fn counter(base: &Profile, computing: Computing) -> Result<Box<dyn Sensor>, Stri
             "a part of this machine's cores is measured, and its counter would show all of them"
                 .to_string(),
         ),
-        Computing::Cpu => Ok(Box::new(RaplSensor::open_default().map_err(why)?)),
-        Computing::Nvidia(index) => Ok(Box::new(NvmlSensor::open(index).map_err(why)?)),
+        Computing::Cpu => Ok(Box::new(
+            RaplSensor::open_default(PATIENCE_IF_MEASURED).map_err(why)?,
+        )),
+        Computing::Nvidia(index) => Ok(Box::new(
+            NvmlSensor::open_moving(index, PATIENCE_IF_MEASURED).map_err(why)?,
+        )),
         Computing::Other => Err("this device has no energy counter that can be read".to_string()),
     }
 }

@@ -1,6 +1,6 @@
 //! Memory, disk and processor name of this machine.
 
-use crate::units::Bytes;
+use crate::units::{Bytes, Seconds};
 
 /// Brand string of the first processor, or "unknown".
 pub fn cpu_name() -> String {
@@ -18,6 +18,22 @@ pub fn peak_rss() -> Option<Bytes> {
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
     let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(Bytes(kibibytes * 1024))
+}
+
+/// CPU time of this process, all threads together; `None` where the system does not report it.
+pub fn cpu_time() -> Option<Seconds> {
+    #[cfg(unix)]
+    {
+        let mut time = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the call writes to the one struct that it is given, which lives until it returns.
+        let status = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
+        (status == 0).then_some(Seconds(time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64))
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 /// Available and total memory, of the cgroup if it is limited.

@@ -13,18 +13,19 @@ use super::machine::peak_rss;
 use crate::adapter::Site;
 use crate::adapter::unsupported::Factor;
 use crate::data::{Example, MicroBatch};
+use crate::energy::Profile;
 use crate::error::{Error, Kind, Result};
 use crate::forecast::Target;
 use crate::model::{Architecture, TrainableModel};
 use crate::ops::{Context, Gradients, Slot, Weight};
 use crate::random::{Purpose, stream};
-use crate::recipe::Recipe;
+use crate::recipe::{Length, Recipe};
 use crate::report::plan::Probe;
 use crate::train::{Settings, accumulate_gradients};
 use crate::units::Seconds;
-use crate::work::{Precision, WorkCounter};
+use crate::work::{Precision, Work, WorkCounter};
 
-/// Times `steps` steps of `recipe` on random weights, after one that warms up caches, allocator and thread pool.
+/// Times `steps` steps of `recipe` on random weights, and counts one on `profile`, after one that warms up caches, allocator and thread pool.
 ///
 /// # Errors
 /// A step whose loss or gradient is not finite.
@@ -33,6 +34,7 @@ pub fn probe(
     architecture: &Architecture,
     target: &Target,
     settings: &Settings,
+    profile: &Profile,
     steps: NonZeroUsize,
     device: &Device,
 ) -> Result<Probe> {
@@ -43,22 +45,31 @@ pub fn probe(
     train_step(context, &model, settings, &batches, 0)?;
     let steps = steps.get();
     let mut walls = Vec::with_capacity(steps);
-    let mut flops = 0;
+    let mut work = Work::default();
     for step in 1..=steps as u64 {
         counter.take();
         let start = Instant::now();
         train_step(context, &model, settings, &batches, step)?;
         walls.push(start.elapsed().as_secs_f64());
-        flops = counter.take().flops();
+        work = counter.take();
     }
     let tokens: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
     let step_s = median(walls);
+    let charge = profile.charge(&work);
+    let step_j = charge.energy.joules();
+    let all_steps = match recipe.train.length {
+        Length::Steps(steps) => Some(steps),
+        Length::Epochs(_) | Length::Budget => None,
+    };
     Ok(Probe {
         steps,
         tokens_per_second: tokens as f64 / step_s,
         step_s: Seconds(step_s),
         peak_rss_bytes: peak_rss(),
-        flops_per_second: flops as f64 / step_s,
+        flops_per_second: charge.flops as f64 / step_s,
+        step_j,
+        device: profile.name.clone(),
+        all_steps_j: all_steps.map(|steps| step_j * steps as f64),
     })
 }
 

@@ -26,7 +26,13 @@ pub fn json_schema() -> Value {
         "type": "object",
         "additionalProperties": false,
         "properties": properties,
-        "required": ["model", "data", "train"],
+        "required": ["model", "data"],
+        // Steps, epochs, or a budget.
+        "anyOf": [
+            { "properties": { "train": { "required": ["steps"] } }, "required": ["train"] },
+            { "properties": { "train": { "required": ["epochs"] } }, "required": ["train"] },
+            { "properties": { "budget": { "minProperties": 1 } }, "required": ["budget"] },
+        ],
         // A budget of money needs a price.
         "if": { "properties": { "budget": { "required": ["cost"] } }, "required": ["budget"] },
         "then": { "properties": { "energy": { "required": ["price"] } }, "required": ["energy"] },
@@ -49,8 +55,9 @@ fn table_schema(table: &str, about: &str) -> Value {
     }
     match table {
         "train" => {
-            schema["oneOf"] = json!([{ "required": ["steps"] }, { "required": ["epochs"] }]);
-            schema["not"] = json!({ "required": ["warmup_ratio", "warmup_steps"] });
+            let both = [["steps", "epochs"], ["warmup_ratio", "warmup_steps"]];
+            let both = both.map(|keys| json!({ "required": keys }));
+            schema["not"] = json!({ "anyOf": both });
         }
         "data" => schema["not"] = json!({ "required": ["validation", "validation_fraction"] }),
         "adapter" => {

@@ -275,7 +275,7 @@ impl Keys for Validation {
 
 section! {
     struct LengthKeys in "train" mod length {
-        /// Optimizer steps; or epochs
+        /// Optimizer steps; or epochs, or as many as a limit in [budget] holds
         steps: Option<u64> = optional("200").within(SIZE)
             .known_as(&["max_steps", "iters", "num_steps", "max_iters"])
             .in_starter(),
@@ -292,6 +292,8 @@ pub enum Length {
     Steps(u64),
     /// Passes over the data, fractions allowed.
     Epochs(f64),
+    /// As many steps as the budget holds.
+    Budget,
 }
 
 impl Keys for Length {
@@ -302,16 +304,27 @@ impl Keys for Length {
     fn read(reader: &mut Reader<'_, '_>) -> Self {
         let keys = LengthKeys::read(reader);
         reader.exclusive(&length::steps, &length::epochs);
-        if reader.span(&length::steps).is_none() && reader.span(&length::epochs).is_none() {
+        let given = |key: &Key| reader.span(key).is_some();
+        let limits = [
+            &budget::energy,
+            &budget::carbon,
+            &budget::flops,
+            &budget::time,
+            &budget::cost,
+        ];
+        let by_budget = limits.into_iter().any(given);
+        let is_given = given(&length::steps) || given(&length::epochs);
+        if !is_given && !by_budget {
             reader.missing(
                 &length::steps,
                 "`train.steps` or `train.epochs` is missing".into(),
-                "one of the two says how long to train".into(),
+                "one of the two, or a limit in [budget], says how long to train".into(),
                 format!(" (or `{}`)", length::epochs.sample()),
             );
         }
         match (keys.steps, keys.epochs) {
             (None, Some(epochs)) => Length::Epochs(epochs),
+            (None, None) if !is_given && by_budget => Length::Budget,
             // Neither is valid: a diagnostic has been noted.
             (steps, _) => Length::Steps(steps.unwrap_or(1)),
         }
@@ -321,6 +334,7 @@ impl Keys for Length {
         let (steps, epochs) = match *self {
             Length::Steps(steps) => (Some(steps), None),
             Length::Epochs(epochs) => (None, Some(epochs)),
+            Length::Budget => (None, None),
         };
         LengthKeys { steps, epochs }.write(to);
     }

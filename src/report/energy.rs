@@ -47,6 +47,9 @@ pub struct Energy {
     pub bytes_by_level: BTreeMap<String, Bytes>,
     /// Name of the device profile.
     pub device: String,
+    /// The machine that ran, where `device` is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub this_machine: Option<ThisMachine>,
     /// Coefficients of the profile.
     #[serde(default)]
     pub factors: Vec<Factor>,
@@ -98,6 +101,26 @@ pub struct Factor {
     pub source: String,
     /// Read in the source itself.
     pub verified: bool,
+}
+
+/// The machine that runs what is counted for another device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ThisMachine {
+    /// Name of its profile.
+    pub device: String,
+    /// The same steps counted on that profile.
+    pub counted_j: Joules,
+}
+
+impl ThisMachine {
+    /// "counted for `raspberry-pi-5`, not for this machine: on its profile `generic-cpu@2` the same work counts 12 J".
+    pub fn beside(&self, device: &str) -> String {
+        format!(
+            "counted for `{device}`, not for this machine: on its profile `{}` the same work counts {}",
+            self.device,
+            format::energy(self.counted_j)
+        )
+    }
 }
 
 /// The machine around an accelerator, left out of the run's energy.
@@ -157,7 +180,7 @@ pub struct Gap {
     pub wall_s: Seconds,
     /// Meter that fills the gap.
     pub filled: Meter,
-    /// Counted joules, scaled by measured over counted up to the gap.
+    /// Estimate from that meter, scaled by what was measured up to the gap.
     pub energy_j: Joules,
 }
 
@@ -293,6 +316,12 @@ fn saved_by_reuse(parts: &CountedParts) -> Option<String> {
     ))
 }
 
+/// What each meter includes.
+const WHY_METERS_DIFFER: &str = "The meters differ by what they include. Counted: the executed work at the device's usual rates, and idle \
+    power for as long as that takes; the same on every machine, without the time that the process waited. Measured: the \
+    processor, with every program on it. Timed: the rated power of the cores in use for the whole wall time, busy or waiting. Tools that \
+    take the whole processor's rated power, or add memory by its size, arrive at more.";
+
 /// Every meter, its ratio to the counted one, and its definition.
 pub(super) fn by_meter(energy: &Energy) -> Vec<Block> {
     let counters = match &energy.reconciliation {
@@ -300,7 +329,7 @@ pub(super) fn by_meter(energy: &Energy) -> Vec<Block> {
         None => "hardware energy counters".to_string(),
     };
     let counted = "executed FLOPs and bytes x device profile, plus idle power".to_string();
-    let timed = "rated power x wall time".to_string();
+    let timed = "rated power of the cores in use x wall time".to_string();
     let meters = &energy.meters;
     let rows = [
         (Meter::Counted, Some(meters.counted_j), counted),
@@ -317,7 +346,10 @@ pub(super) fn by_meter(energy: &Energy) -> Vec<Block> {
             definition,
         ]);
     }
-    let mut blocks = vec![Block::Table(table)];
+    let mut blocks = vec![
+        Block::Table(table),
+        Block::Paragraph(WHY_METERS_DIFFER.to_string()),
+    ];
     if let Some(absent) = &energy.measured_absent {
         blocks.push(Block::Paragraph(format!(
             "Not measured: {}. To measure: {}",
@@ -341,7 +373,8 @@ pub(super) fn reconciliation(found: Option<&Reconciliation>) -> Vec<Block> {
     );
     if !found.gaps.is_empty() {
         blocks.push(Block::Table(gap_table(&found.gaps)));
-        let rule = "A gap is filled with its counted energy, scaled by measured over counted up to the gap.";
+        let rule = "A gap is filled with its counted energy, scaled by measured over counted of its phase or of training up to the gap; \
+                    before either was measured, with its wall time at the mean power measured so far.";
         blocks.push(Block::Paragraph(rule.to_string()));
     }
     blocks

@@ -205,7 +205,110 @@ pub fn step_tick(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::units::{Count, GramsPerKwh, Money, Price, Watts};
+
+    /// A printer, its parser, and the largest relative error of a printed figure.
+    type Form = (fn(f64) -> String, fn(&str) -> Option<f64>, f64);
+
+    /// Every form in which a quantity that a recipe or an option takes is printed.
+    const FORMS: [Form; 15] = [
+        (
+            |x| Joules(x).to_string(),
+            |s| Some(s.parse::<Joules>().ok()?.0),
+            5e-4,
+        ),
+        (
+            |x| energy(Joules(x)),
+            |s| Some(s.parse::<Joules>().ok()?.0),
+            5e-4,
+        ),
+        (
+            |x| watt_hours(Joules(x)),
+            |s| Some(s.parse::<Joules>().ok()?.0),
+            5e-4,
+        ),
+        (energy_tick, |s| Some(s.parse::<Joules>().ok()?.0), 5e-4),
+        (
+            |x| Watts(x).to_string(),
+            |s| Some(s.parse::<Watts>().ok()?.0),
+            5e-4,
+        ),
+        (
+            |x| flops(Flops(x)),
+            |s| Some(s.parse::<Flops>().ok()?.0),
+            5e-4,
+        ),
+        (
+            |x| carbon(GramsCo2e(x)),
+            |s| Some(s.parse::<GramsCo2e>().ok()?.0),
+            5e-4,
+        ),
+        (mass_tick, |s| Some(s.parse::<GramsCo2e>().ok()?.0), 5e-4),
+        (
+            |x| GramsPerKwh(x).to_string(),
+            |s| Some(s.parse::<GramsPerKwh>().ok()?.0),
+            5e-4,
+        ),
+        (
+            |x| Seconds(x).to_string(),
+            |s| Some(s.parse::<Seconds>().ok()?.0),
+            5e-4,
+        ),
+        // Whole seconds from a minute on, whole minutes from an hour on.
+        (
+            |x| time(Seconds(x)),
+            |s| Some(s.parse::<Seconds>().ok()?.0),
+            1.0 / 60.0,
+        ),
+        (
+            |x| Count(x).to_string(),
+            |s| Some(s.parse::<Count>().ok()?.0),
+            5e-4,
+        ),
+        (
+            |x| count(x as u64),
+            |s| Some(s.parse::<Count>().ok()?.0),
+            1.0,
+        ),
+        (
+            |x| money(x).to_string(),
+            |s| Some(s.parse::<Money>().ok()?.amount),
+            5e-4,
+        ),
+        (
+            |x| price(x).to_string(),
+            |s| Some(s.parse::<Price>().ok()?.money.amount),
+            5e-4,
+        ),
+    ];
+
+    fn money(amount: f64) -> Money {
+        let currency = "EUR".to_string();
+        Money { amount, currency }
+    }
+
+    fn price(amount: f64) -> Price {
+        let per = crate::units::Per::KilowattHour;
+        Price {
+            money: money(amount),
+            per,
+        }
+    }
+
+    proptest! {
+        /// What is printed can be typed back, to the digits that are shown.
+        #[test]
+        fn every_printed_quantity_is_read_back(exponent in -10.0..19.0_f64, form in 0..FORMS.len()) {
+            let (print, parse, error) = FORMS[form];
+            let value = 10f64.powf(exponent);
+            let text = print(value);
+            let read = parse(&text);
+            prop_assert!(read.is_some_and(|read| (read - value).abs() <= 1.01 * error * value), "{text}: {read:?} of {value}");
+        }
+    }
 
     #[test]
     fn figures_are_written_for_people() {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Serialize, Serializer};
 
 use super::baselines::Baseline;
-use super::energy::{CountedParts, HostLeftOut, Meters, ProfileFactor};
+use super::energy::{CountedParts, HostLeftOut, Meters, ProfileFactor, ThisMachine};
 use super::types::{Adapter, Budget, Carbon, Data, Environment, Memory, Meter, Model, Phase, keys};
 use crate::energy::Interval;
 use crate::forecast::{Choice, MeasuredForecast, Recomputation};
@@ -54,6 +54,8 @@ pub struct PlannedTraining {
     /// Steps that the budget admits.
     pub steps: u64,
     pub stop_reason: Stop,
+    /// Steps of the recipe; `None` where the budget alone ends the run.
+    pub steps_requested: Option<u64>,
     pub tokens: u64,
     pub loss_tokens: u64,
     pub steps_per_epoch: u64,
@@ -73,6 +75,9 @@ pub struct PlannedEnergy {
     pub bytes_by_level: BTreeMap<String, Bytes>,
     pub counted_parts: Option<CountedParts>,
     pub device: String,
+    /// The computing device, where `device` is another one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub this_machine: Option<ThisMachine>,
     pub profile_factor: Option<ProfileFactor>,
     pub host_left_out: Option<HostLeftOut>,
 }
@@ -84,8 +89,10 @@ pub struct Forecast {
     pub carbon_gco2e: Interval<GramsCo2e>,
     /// `None` without a price.
     pub cost: Option<Interval<Money>>,
-    /// Roofline time, a lower bound.
+    /// Roofline time: as tuned code takes it.
     pub wall_s: Seconds,
+    /// Lower bound: the arithmetic at the device's highest rate.
+    pub least_s: Seconds,
     pub steps_affordable: u64,
     pub tokens_affordable: u64,
 }
@@ -112,4 +119,10 @@ pub struct Probe {
     pub peak_rss_bytes: Option<Bytes>,
     /// Executed FLOPs of a step's matrix products and attention, over `step_s`.
     pub flops_per_second: f64,
+    /// Energy of a step on the counted meter.
+    pub step_j: Joules,
+    /// The device profile that it is counted on.
+    pub device: String,
+    /// `step_j` times the recipe's steps; `None` without a number of steps.
+    pub all_steps_j: Option<Joules>,
 }

@@ -11,7 +11,7 @@ use super::types::{Amounts, Budget, Memory, Meter, Report};
 use super::{baselines, format, inference};
 use crate::energy::Limit;
 use crate::energy::interval::{MODEL_FACTOR, TIMED_FACTOR};
-use crate::units::{Bytes, Joules};
+use crate::units::{Bytes, Flops, GramsCo2e, Joules, Money, Seconds};
 
 /// A part of a section. Text between backticks is code.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -104,6 +104,13 @@ fn result(report: &Report) -> Vec<Block> {
         ("tokens per second", loss(training.tokens_per_second)),
         ("wall time", format::time(training.wall_s)),
     ];
+    if let Some(cpu) = training.cpu_s {
+        let threads = report.environment.threads;
+        let share = format::share(cpu.0, training.wall_s.0 * threads as f64);
+        let of = format::counted(threads, "thread");
+        let text = format!("{}, {share} of {of}", format::time(cpu));
+        rows.push(("processor time", text));
+    }
     if let Some(tokens) = training.tokens {
         rows.insert(3, ("training tokens", format::count(tokens)));
     }
@@ -155,6 +162,8 @@ pub(super) struct BudgetRow {
     pub(super) allowed: String,
     pub(super) spent: String,
     pub(super) used: String,
+    /// What was spent beyond it.
+    pub(super) excess: Option<String>,
 }
 
 /// The limits that were set, in the recipe's order.
@@ -167,41 +176,53 @@ pub(super) fn budget_rows(budget: &Budget) -> Vec<BudgetRow> {
         Limit::Cost,
     ];
     let row = |limit: Limit| {
-        let allowed = Amount::new(&budget.limits, limit)?;
-        let spent = Amount::new(&budget.spent, limit);
+        let allowed = size(&budget.limits, limit)?;
+        let spent = size(&budget.spent, limit);
+        let currency = budget
+            .limits
+            .cost
+            .as_ref()
+            .map(|cost| cost.currency.as_str());
+        let text = |size: f64| amount_text(limit, size, currency.unwrap_or_default());
+        let excess = spent.map(|spent| spent - allowed);
         Some(BudgetRow {
             limit,
-            used: format::or_unknown(spent.as_ref(), |spent| {
-                format::share(spent.size, allowed.size)
-            }),
-            spent: format::or_unknown(spent, |spent| spent.text),
-            allowed: allowed.text,
+            used: format::or_unknown(spent, |spent| format::share(spent, allowed)),
+            spent: format::or_unknown(spent, text),
+            excess: excess
+                .filter(|excess| *excess > ROUNDING * allowed)
+                .map(text),
+            allowed: text(allowed),
         })
     };
     LIMITS.into_iter().filter_map(row).collect()
 }
 
-/// An amount of a limited quantity.
-struct Amount {
-    size: f64,
-    text: String,
+/// Relative error of sums in another order.
+const ROUNDING: f64 = 1e-9;
+
+/// A limited quantity in its base unit.
+fn size(amounts: &Amounts, limit: Limit) -> Option<f64> {
+    match limit {
+        Limit::Energy => amounts.energy.map(|energy| energy.0),
+        Limit::Carbon => amounts.carbon.map(|carbon| carbon.0),
+        Limit::Flops => amounts.flops.map(|flops| flops.0),
+        Limit::Time => amounts.time.map(|time| time.0),
+        Limit::Cost => amounts.cost.as_ref().map(|cost| cost.amount),
+    }
 }
 
-impl Amount {
-    fn new(amounts: &Amounts, limit: Limit) -> Option<Self> {
-        let (size, text) = match limit {
-            Limit::Energy => amounts
-                .energy
-                .map(|joules| (joules.0, format::energy(joules))),
-            Limit::Carbon => amounts.carbon.map(|grams| (grams.0, format::carbon(grams))),
-            Limit::Flops => amounts.flops.map(|flops| (flops.0, format::flops(flops))),
-            Limit::Time => amounts.time.map(|time| (time.0, format::time(time))),
-            Limit::Cost => {
-                let money = amounts.cost.as_ref();
-                money.map(|money| (money.amount, money.to_string()))
-            }
-        }?;
-        Some(Self { size, text })
+fn amount_text(limit: Limit, size: f64, currency: &str) -> String {
+    match limit {
+        Limit::Energy => format::energy(Joules(size)),
+        Limit::Carbon => format::carbon(GramsCo2e(size)),
+        Limit::Flops => format::flops(Flops(size)),
+        Limit::Time => format::time(Seconds(size)),
+        Limit::Cost => Money {
+            amount: size,
+            currency: currency.to_string(),
+        }
+        .to_string(),
     }
 }
 
@@ -213,6 +234,7 @@ fn budget(report: &Report) -> Vec<Block> {
         return [none].into_iter().chain(money).collect();
     }
     let mut table = Table::new(&["budget", "limit", "spent", "used", "stopped the run"]);
+    let exceeded = exceeded(&rows, report.budget.margin_j);
     for row in rows {
         let stopped = report.training.stop_reason.budget() == Some(row.limit);
         table.row([
@@ -223,34 +245,33 @@ fn budget(report: &Report) -> Vec<Block> {
             if stopped { "yes" } else { "no" }.to_string(),
         ]);
     }
-    let overshoot = report
-        .budget
-        .overshoot_j
-        .map(|over| Block::Paragraph(overshoot(over, report.budget.margin_j)));
     [Block::Table(table)]
         .into_iter()
         .chain(money)
-        .chain(overshoot)
+        .chain([Block::Paragraph(exceeded)])
         .collect()
 }
 
-/// Energy beyond the budget, and its upper bound on a sensor.
-fn overshoot(over: Joules, margin: Option<Joules>) -> String {
-    let exceeded = if over.0 > 0.0 {
-        format!(
-            "The energy budget was exceeded by {}.",
-            format::energy(over)
-        )
-    } else {
-        "The energy budget was not exceeded.".to_string()
-    };
-    match margin.filter(|margin| margin.0 > 0.0) {
-        Some(margin) => format!(
-            "{exceeded} On a sensor, step costs are predicted: the last step and what followed it cost {} more than predicted.",
-            format::energy(margin)
-        ),
-        None => exceeded,
+/// What was spent beyond each budget, in its own unit, and the upper bound of energy on a sensor.
+fn exceeded(rows: &[BudgetRow], margin: Option<Joules>) -> String {
+    let over = rows.iter().filter_map(|row| {
+        let excess = row.excess.as_ref()?;
+        Some(format!(
+            "The {} budget was exceeded by {excess}.",
+            row.limit
+        ))
+    });
+    let mut sentences: Vec<String> = over.collect();
+    if sentences.is_empty() {
+        sentences.push("No budget was exceeded.".to_string());
     }
+    if let Some(margin) = margin.filter(|margin| margin.0 > 0.0) {
+        sentences.push(format!(
+            "On a sensor, step costs are predicted: the last step and what followed it cost {} more than predicted.",
+            format::energy(margin)
+        ));
+    }
+    sentences.join(" ")
 }
 
 /// Cost at the recipe's price.

@@ -13,7 +13,10 @@ use crate::units::Joules;
 /// The paragraph.
 pub fn summary(report: &Report) -> String {
     let loss = loss(report);
-    let sentences = [Some(cost(report)), loss, Some(comparison(report))];
+    let machine = report.energy.this_machine.as_ref();
+    let machine =
+        machine.map(|machine| format!("Energy is {}.", machine.beside(&report.energy.device)));
+    let sentences = [machine, Some(cost(report)), loss, Some(comparison(report))];
     let ending = [stop(report), certainty(report)];
     let all: Vec<String> = sentences.into_iter().flatten().chain(ending).collect();
     all.join(" ")
@@ -100,25 +103,27 @@ fn clause(baseline: &Baseline) -> Option<String> {
 fn stop(report: &Report) -> String {
     let reason = &report.training.stop_reason;
     let steps = format::counted(report.training.steps, "step");
-    let stop = match reason {
+    let rows = budget_rows(&report.budget);
+    let row = |limit| rows.iter().find(|row| row.limit == limit);
+    let mut text = match reason {
         Stop::Budget(limit) => {
-            let rows = budget_rows(&report.budget);
-            let row = rows.into_iter().find(|row| row.limit == *limit);
-            let allowed = row.map(|row| row.allowed + " ").unwrap_or_default();
-            format!("It stopped at its {allowed}{} budget.", limit.as_str())
+            let allowed = row(*limit).map(|row| format!("{} ", row.allowed));
+            format!(
+                "It stopped at its {}{limit} budget.",
+                allowed.unwrap_or_default()
+            )
         }
         Stop::Steps => format!("It stopped after the requested {steps}."),
         Stop::Epochs => format!("It stopped after the requested epochs, {steps}."),
         Stop::Interrupted => "It was interrupted; progress is saved.".to_string(),
         Stop::Diverged(_) => "It diverged: a loss or gradient was not finite.".to_string(),
     };
-    match report.budget.overshoot_j.filter(|over| over.0 > 0.0) {
-        Some(over) => format!(
-            "{stop} It exceeded the energy budget by {}.",
-            format::energy(over)
-        ),
-        None => stop,
+    for row in &rows {
+        if let Some(excess) = &row.excess {
+            text += &format!(" It exceeded the {} budget by {excess}.", row.limit);
+        }
     }
+    text
 }
 
 /// Source and range of the energy, the other meters, and what is not included.
@@ -129,7 +134,10 @@ fn certainty(report: &Report) -> String {
             "counted from executed work and the coefficients of the profile `{}`",
             energy.device
         ),
-        Meter::Measured => "read from hardware counters, which include other programs".to_string(),
+        Meter::Measured => format!(
+            "read from hardware counters, which include other programs{}",
+            estimated(report)
+        ),
         Meter::Timed => format!(
             "the rated power of the profile `{}` x wall time",
             energy.device
@@ -147,8 +155,12 @@ fn certainty(report: &Report) -> String {
             times.unwrap_or_default()
         );
     }
-    if energy.meters.measured_j.is_none() {
-        text += " No hardware counter available.";
+    if energy.meters.measured_j.is_none() && energy.meter != Meter::Measured {
+        let absent = energy.measured_absent.as_ref();
+        text += &absent.filter(|absent| absent.distrusted).map_or_else(
+            || " No hardware counter available.".to_string(),
+            |absent| format!(" Not measured: {}.", absent.reason),
+        );
     }
     text
 }
@@ -173,6 +185,22 @@ fn other_meters(energy: &Energy) -> String {
         ))
     });
     sentences.collect()
+}
+
+/// The share of a measured total that stands in for failed readings.
+fn estimated(report: &Report) -> String {
+    let gaps = report
+        .energy
+        .reconciliation
+        .iter()
+        .flat_map(|found| &found.gaps);
+    let filled: Joules = gaps.map(|gap| gap.energy_j).sum();
+    if filled.0 > 0.0 {
+        let share = format::share(filled.0, report.energy.total.central.0);
+        format!("; {share} of it is estimated, where they failed")
+    } else {
+        String::new()
+    }
 }
 
 /// "5.85 kJ (1.63 times)".

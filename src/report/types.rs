@@ -133,6 +133,9 @@ pub struct Training {
     pub tokens_per_second: Option<f64>,
     /// Of the run, evaluations and checkpoints included.
     pub wall_s: Seconds,
+    /// CPU time of the process, all threads together; `None` of a resumed run.
+    #[serde(default)]
+    pub cpu_s: Option<Seconds>,
     pub peak_rss_bytes: Option<Bytes>,
     #[serde(default)]
     pub best: Option<Best>,
@@ -151,7 +154,7 @@ pub struct Budget {
     pub spent_low: Amounts,
     #[serde(default)]
     pub spent_high: Amounts,
-    /// Energy beyond the budget; zero on the counted meter; `None` without an energy budget.
+    /// Energy beyond the tightest limit on energy, carbon or money; zero on the counted meter.
     pub overshoot_j: Option<Joules>,
     /// Cost of the last step and everything after it beyond the prediction: an upper bound of the overshoot.
     #[serde(default)]

@@ -2,20 +2,17 @@
 
 use std::path::Path;
 
+use super::options::MAX_STEPS;
 use super::prepare::{Prepared, Target};
 use crate::error::{Error, Kind, Result};
 use crate::files::available_space;
 use crate::forecast::measured_kinds;
-use crate::measure::machine::free_memory;
 use crate::model::{
     Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory, least_recompute,
 };
 use crate::recipe::{Adapter, Checkpointing, Init, Recipe};
 use crate::train::{Settings, checkpoint_bytes};
 use crate::units::Bytes;
-
-/// Steps of a run, at most: a plan plays each of them through.
-const MAX_STEPS: u64 = 10_000_000;
 
 pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
     if recipe.model.init == Init::Random && matches!(recipe.adapter, Adapter::Lora(_)) {
@@ -78,7 +75,7 @@ pub(super) fn check_steps(settings: &Settings) -> Result<()> {
 }
 
 /// Activation checkpointing (`auto`: of as few blocks as memory allows) and the memory forecast of `trained` parameters and
-/// `tokens` in the largest micro-batch.
+/// `tokens` in the largest micro-batch. `free`: memory of the device; `None` if it is not known.
 ///
 /// # Errors
 /// More blocks than the backward pass walks, and a run that does not fit in free memory.
@@ -87,9 +84,9 @@ pub(super) fn recompute(
     shape: &ModelShape,
     trained: usize,
     tokens: usize,
+    free: Option<Bytes>,
     warnings: &mut Vec<String>,
 ) -> Result<(Recompute, MemoryForecast)> {
-    let free = free_memory();
     let walked = shape.backward_blocks();
     let chosen = match recipe.train.activation_checkpointing {
         Checkpointing::Always => Recompute::ALL,
@@ -143,13 +140,14 @@ pub(super) fn check_baseline_memory(
     recipe: &Recipe,
     architecture: &Architecture,
     tokens: usize,
+    free: Option<Bytes>,
 ) -> Result<()> {
     if measured_kinds(recipe).next().is_none() {
         return Ok(());
     }
     let shape = ModelShape::fully_trained(architecture, recipe.model.dtype);
     let trained = Target::All.parameters(architecture);
-    recompute(recipe, &shape, trained, tokens, &mut Vec::new())
+    recompute(recipe, &shape, trained, tokens, free, &mut Vec::new())
         .map(|_| ())
         .map_err(|e| e.at("[baseline]: a measured baseline trains every weight"))
 }

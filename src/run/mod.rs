@@ -41,7 +41,7 @@ pub use machine::{DeviceChoice, allowed_threads};
 pub use merge::{MergeRequest, merge_model};
 pub use model::{find_model, tokenizer_of};
 pub use plan::{Planned, plan};
-pub use prepare::{Prepared, prepare};
+pub use prepare::{Prepared, Purpose, prepare};
 pub use probe::plan_with_probe;
 pub use push::{PushRequest, push};
 pub use reconcile::reconcile;
@@ -70,6 +70,8 @@ use crate::error::Result;
 pub trait Screen {
     /// A line of text: an activity or a warning.
     fn note(&mut self, line: &str);
+    /// `done` of `of` steps were planned.
+    fn planning(&mut self, _done: u64, _of: u64) {}
     /// A step was completed.
     fn step(&mut self, record: &StepRecord, view: &StepView);
     /// `done` of `of` evaluation batches were computed.

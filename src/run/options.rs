@@ -6,6 +6,9 @@ use crate::ops::AdamW;
 use crate::recipe::{self, Recipe};
 use crate::train::{Schedule, Settings};
 
+/// Steps of a run, at most: a plan plays each of them through.
+pub(super) const MAX_STEPS: u64 = 10_000_000;
+
 pub(super) fn data_options(data: &recipe::Data) -> data::Options {
     data::Options {
         format: data.format,
@@ -42,20 +45,12 @@ pub(super) fn settings(
             (epochs * steps_per_epoch as f64).ceil().max(1.0) as u64,
             true,
         ),
-    };
-    let warmup_steps = match train.warmup {
-        recipe::Warmup::Steps(steps) => steps,
-        recipe::Warmup::Ratio(ratio) => (steps as f64 * ratio).ceil() as u64,
+        recipe::Length::Budget => (MAX_STEPS, false),
     };
     Settings {
         steps,
         by_epochs,
-        schedule: Schedule {
-            peak: train.learning_rate,
-            decay: train.schedule,
-            steps,
-            warmup_steps,
-        },
+        schedule: schedule(train, steps),
         optimizer: AdamW {
             beta1: train.adam_beta1,
             beta2: train.adam_beta2,
@@ -75,5 +70,19 @@ pub(super) fn settings(
         seed: recipe.seed,
         precision: recipe.model.dtype,
         recipe: digest,
+    }
+}
+
+/// The learning rate over `steps` steps.
+pub(super) fn schedule(train: &recipe::Train, steps: u64) -> Schedule {
+    let warmup_steps = match train.warmup {
+        recipe::Warmup::Steps(steps) => steps,
+        recipe::Warmup::Ratio(ratio) => (steps as f64 * ratio).ceil() as u64,
+    };
+    Schedule {
+        peak: train.learning_rate,
+        decay: train.schedule,
+        steps,
+        warmup_steps,
     }
 }

@@ -1,21 +1,22 @@
 //! The plan of a run: its forecast as blocks of the report.
 
-use super::machine;
 use super::prepare::Prepared;
 use super::reconcile::profile_factor;
 use super::reporting::{adapter_block, baseline_blocks, data_block, model_block};
 use super::sample::sample_prompt;
 use super::spending::{
-    budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block,
+    budget_block, carbon_block, counted_parts, host_left_out, interval, memory_block, this_machine,
 };
+use super::{Screen, machine};
 use crate::energy::traffic::DRAM;
 use crate::energy::{Interval, Limit, MeterKind, Spent};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::{Metered, RunForecast, baselines, emissions, forecast_run};
 use crate::measure::machine::free_memory;
+use crate::recipe::Length;
 use crate::report::energy::Meters as MeterTotals;
 use crate::report::plan::{Forecast, Plan, PlannedEnergy, PlannedRun, PlannedTraining};
-use crate::units::{Flops, Joules};
+use crate::units::Joules;
 
 /// A forecast, and the plan that shows it.
 #[derive(Debug)]
@@ -26,10 +27,11 @@ pub struct Planned {
 }
 
 /// Plays the run through without training.
-pub fn plan(prepared: &Prepared) -> Result<Planned> {
+pub fn plan(prepared: &Prepared, screen: &mut dyn Screen) -> Result<Planned> {
     let kind = prepared.meters.resolve(prepared.recipe.energy.meter)?;
     let sample = sample_prompt(prepared)?.map(|prompt| prompt.work(&prepared.shape));
-    let forecast = forecast_run(&prepared.subject(), sample.as_ref())?;
+    let mut progress = |done, of| screen.planning(done, of);
+    let forecast = forecast_run(&prepared.subject(), sample.as_ref(), &mut progress)?;
     let plan = Plan {
         model: model_block(
             &prepared.recipe.model.id,
@@ -58,15 +60,16 @@ impl Planned {
 
     /// # Errors
     /// [`Kind::Budget`] where the budget does not hold one step.
-    pub fn check_affordable(&self) -> Result<()> {
+    pub fn check_affordable(&self, prepared: &Prepared) -> Result<()> {
         if self.steps() > 0 {
             return Ok(());
         }
         let unknown = (Limit::Energy, Spent::default());
         let (limit, least) = self.forecast.too_small.unwrap_or(unknown);
-        let least = format!("{} and {}", least.energy, Flops(least.flops as f64));
+        let least = prepared.budget.amount(limit, &least);
         Err(Error::new(Kind::Budget, "the budget cannot hold one step, the evaluations and the save")
-            .at(format!("budget.{}", limit.as_str()))
+            .at(format!("budget.{limit}"))
+            .value(prepared.budget.allowed(limit).unwrap_or_default())
             .rule(format!("one step with its evaluations and its save takes {least} on the counted meter"))
             .hint("raise the budget, or make the run cheaper: fewer validation records, a smaller `micro_batch_size` or `max_length`"))
     }
@@ -88,6 +91,8 @@ fn planned_run(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Plann
         training: PlannedTraining {
             steps: run.steps,
             stop_reason: run.stop.clone(),
+            steps_requested: (prepared.recipe.train.length != Length::Budget)
+                .then_some(prepared.settings.steps),
             tokens: run.tokens,
             loss_tokens: run.loss_tokens,
             steps_per_epoch: prepared.sampler.steps_per_epoch(),
@@ -127,6 +132,7 @@ fn planned_energy(prepared: &Prepared, kind: MeterKind, run: &RunForecast) -> Pl
         bytes_by_level: total.bytes.clone(),
         counted_parts: counted_parts(profile, &total.breakdown, &total.bytes, Joules::ZERO),
         device: profile.name.clone(),
+        this_machine: this_machine(prepared, run.steps, total.energy.joules()),
         profile_factor: profile_factor(profile),
         host_left_out: host_left_out(profile, MeterKind::Counted),
     }
@@ -149,6 +155,7 @@ fn forecast_block(prepared: &Prepared, run: &RunForecast, energy: Interval<Joule
             .zip(high)
             .map(|((low, central), high)| Interval { low, central, high }),
         wall_s: time,
+        least_s: run.total.least_time,
         steps_affordable: run.steps,
         tokens_affordable: run.tokens,
     }

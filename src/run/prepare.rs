@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use candle_core::Device;
 use sha2::{Digest, Sha256};
@@ -12,7 +13,7 @@ use super::checks::{
 };
 use super::machine::check_precision;
 use super::model::{find_model, tokenizer_of};
-use super::options::{sampler_options, settings};
+use super::options::{sampler_options, schedule, settings};
 use super::records::Records;
 use super::target::{adapter_warnings, shape_of, target};
 use crate::adapter::config::CONFIG_FILE;
@@ -22,15 +23,29 @@ use crate::energy::Computing;
 use crate::energy::{Budget, DeviceRef, Grid, Meters, Profile, Rates};
 use crate::error::{Error, Result};
 use crate::files::sha256;
-use crate::forecast::Subject;
 pub(super) use crate::forecast::Target;
+use crate::forecast::{Subject, forecast_run};
 use crate::hub::{ModelFiles, Progress};
+use crate::measure::machine::free_memory;
 use crate::model::{Architecture, MemoryForecast, ModelShape, Weights};
-use crate::recipe::{Adapter, Checkpointing, DataSource, Init, ModelId, Recipe, Validation};
-use crate::train::Settings;
+use crate::recipe::{
+    Adapter, Checkpointing, DataSource, Init, Length, ModelId, Recipe, Validation,
+};
+use crate::train::{Schedule, Settings, unseen};
+
+/// What a recipe is prepared for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Training on this machine, now or later.
+    Run,
+    /// A plan, which may be for another device.
+    Plan,
+}
 
 /// A recipe that can run.
 pub struct Prepared {
+    /// When preparing began.
+    pub started: Instant,
     /// The recipe with every `auto` resolved.
     pub recipe: Recipe,
     /// The model's files.
@@ -59,6 +74,8 @@ pub struct Prepared {
     pub settings: Settings,
     /// The device profile that work is charged to.
     pub profile: Profile,
+    /// The computing device's profile, where `profile` is of another device.
+    pub machine: Option<Profile>,
     /// The meters of the machine, opened once.
     pub meters: Meters,
     /// The electricity grid.
@@ -79,6 +96,15 @@ impl Prepared {
         self.target.parameters(&self.architecture)
     }
 
+    /// Where the budget alone ends the run: the learning rate over the steps that it admits, as counted.
+    fn with_schedule_over_budget(mut self) -> Result<Self> {
+        if self.recipe.train.length == Length::Budget {
+            let forecast = forecast_run(&self.subject(), None, &mut unseen)?;
+            self.settings.schedule = schedule(&self.recipe.train, forecast.steps.max(1));
+        }
+        Ok(self)
+    }
+
     /// The parts that forecasts need.
     pub fn subject(&self) -> Subject<'_> {
         Subject {
@@ -97,6 +123,7 @@ impl Prepared {
             budget: &self.budget,
             longest_batch: self.longest_batch,
             memory: &self.memory,
+            machine: self.machine.as_ref(),
         }
     }
 
@@ -114,8 +141,10 @@ pub fn prepare(
     mut recipe: Recipe,
     device: &Device,
     computing: Computing,
+    purpose: Purpose,
     progress: &dyn Progress,
 ) -> Result<Prepared> {
+    let started = Instant::now();
     check_precision(device, recipe.model.dtype)?;
     refuse_adapter_on_random_weights(&recipe)?;
     let profile = Profile::resolve(&recipe.energy.device, computing)?;
@@ -147,17 +176,17 @@ pub fn prepare(
     let shape = shape_of(&recipe, &architecture, &target);
     let longest_batch = longest_batch(&sampler, &validation_batches);
     let trained = target.parameters(&architecture);
-    let (recompute, memory) = recompute(&recipe, &shape, trained, longest_batch, &mut warnings)?;
-    let meters = Meters::open(profile.clone(), computing);
-    if recipe.train.activation_checkpointing == Checkpointing::Auto {
-        recipe.train.activation_checkpointing =
-            checkpointing_value(recompute, shape.backward_blocks());
+    let machine = machine_beside(&recipe, &profile, computing);
+    let free = free_memory().filter(|_| purpose == Purpose::Run || machine.is_none());
+    let (recompute, memory) =
+        recompute(&recipe, &shape, trained, longest_batch, free, &mut warnings)?;
+    let meters = Meters::open(profile.clone(), computing, recipe.energy.meter);
+    if recipe.energy.meter.is_none() {
+        warnings.extend(meters.warning());
     }
-    check_baseline_memory(&recipe, &architecture, longest_batch)?;
-    if recipe.energy.device == DeviceRef::Auto {
-        recipe.energy.device = profile.reference();
-    }
-    recipe.energy.meter = Some(meters.resolve(recipe.energy.meter)?);
+    let recomputed = checkpointing_value(recompute, shape.backward_blocks());
+    resolve_autos(&mut recipe, recomputed, &profile, &meters)?;
+    check_baseline_memory(&recipe, &architecture, longest_batch, free)?;
     let files_read = local_inputs(&recipe, &files, &profile)?;
     let inputs = weights.as_deref().into_iter().chain(records.fingerprints());
     let inputs = inputs.chain(files_read.iter().map(String::as_bytes));
@@ -165,7 +194,9 @@ pub fn prepare(
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     check_steps(&settings)?;
     warnings.extend(profile.note.clone());
-    Ok(Prepared {
+    warnings.extend(warmup_warning(&settings, &budget));
+    Prepared {
+        started,
         recipe,
         files,
         architecture,
@@ -180,12 +211,59 @@ pub fn prepare(
         shape,
         settings,
         profile,
+        machine,
         meters,
         grid,
         budget,
         longest_batch,
         memory,
         warnings,
+    }
+    .with_schedule_over_budget()
+}
+
+/// Replaces each `auto` of the recipe.
+fn resolve_autos(
+    recipe: &mut Recipe,
+    recomputed: Checkpointing,
+    profile: &Profile,
+    meters: &Meters,
+) -> Result<()> {
+    if recipe.train.activation_checkpointing == Checkpointing::Auto {
+        recipe.train.activation_checkpointing = recomputed;
+    }
+    if recipe.energy.device == DeviceRef::Auto {
+        recipe.energy.device = profile.reference();
+    }
+    recipe.energy.meter = Some(meters.resolve(recipe.energy.meter)?);
+    Ok(())
+}
+
+/// The computing device's profile, if the recipe names the shipped profile of another device.
+fn machine_beside(recipe: &Recipe, profile: &Profile, computing: Computing) -> Option<Profile> {
+    let base = |profile: &Profile| profile.name.split('@').next().map(str::to_string);
+    let is_named = matches!(recipe.energy.device, DeviceRef::Named { .. });
+    let machine = Profile::of_machine(computing).ok().filter(|_| is_named)?;
+    (base(&machine) != base(profile)).then_some(machine)
+}
+
+/// A warning if the rate never reaches its peak.
+fn warmup_warning(settings: &Settings, budget: &Budget) -> Option<String> {
+    let Schedule {
+        steps,
+        warmup_steps,
+        peak,
+        ..
+    } = settings.schedule;
+    (warmup_steps >= steps && !budget.is_limited()).then(|| {
+        let first = if steps == 1 {
+            "is 0 in its only step".to_string()
+        } else {
+            format!("never reaches {peak}")
+        };
+        format!(
+            "warm-up takes {warmup_steps} of {steps} steps: the learning rate {first}; write `warmup_steps = 0` in [train]"
+        )
     })
 }
 

@@ -10,13 +10,13 @@ use super::checks::{check_length, recompute, refuse_adapter_on_random_weights, r
 use super::machine::check_precision;
 use super::model::find_model;
 use super::options::settings;
-use super::prepare::{Target, architecture_of};
+use super::prepare::{Purpose, Target, architecture_of};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::target::{adapter_warnings, shape_of, target};
 use super::{Screen, plan, prepare};
 use crate::data;
-use crate::energy::Computing;
+use crate::energy::{Computing, Profile};
 use crate::error::{Error, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::measure::machine::free_memory;
@@ -38,11 +38,18 @@ pub fn plan_with_probe(
     computing: Computing,
     screen: &mut dyn Screen,
 ) -> Result<Plan> {
+    let profile = Profile::resolve(&recipe.energy.device, computing)?;
     let parts = ModelParts::new(&mut recipe, device, screen.downloads())?;
     let missing = missing(&recipe, &parts.files);
     let mut document = if missing.is_empty() {
-        let prepared = prepare(recipe.clone(), device, computing, screen.downloads())?;
-        plan(&prepared)?.plan
+        let prepared = prepare(
+            recipe.clone(),
+            device,
+            computing,
+            Purpose::Plan,
+            screen.downloads(),
+        )?;
+        plan(&prepared, screen)?.plan
     } else {
         Plan {
             model: model_block(&recipe.model.id, &parts.files, &parts.architecture),
@@ -64,6 +71,7 @@ pub fn plan_with_probe(
         &parts.architecture,
         &parts.target,
         &parts.settings,
+        &profile,
         steps,
         device,
     );
@@ -78,7 +86,7 @@ fn missing(recipe: &Recipe, files: &ModelFiles) -> Vec<String> {
     let tokenizer = has("tokenizer.json") || (has("vocab.json") && has("merges.txt"));
     if !tokenizer {
         missing.push(format!(
-            "`{}` holds no tokenizer: data, energy and time are not forecast",
+            "`{}` holds no tokenizer: energy and time are those of full rows, not of the data",
             files.id
         ));
     }
@@ -92,7 +100,7 @@ fn missing(recipe: &Recipe, files: &ModelFiles) -> Vec<String> {
             let absent = files.iter().filter(|path| !path.exists());
             missing.extend(absent.map(|path| {
                 format!(
-                    "there is no file `{}`: data, energy and time are not forecast",
+                    "there is no file `{}`: energy and time are those of full rows, not of the data",
                     path.display()
                 )
             }));
@@ -129,6 +137,7 @@ impl ModelParts {
             &shape,
             target.parameters(&architecture),
             tokens,
+            free_memory(),
             &mut warnings,
         )?;
         // The probe has its step count: neither steps nor epochs matter.

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::measure::{self, Reconciled};
 use crate::recipe;
 use crate::report::energy::{Compared, Gap, ProfileFactor, Reconciliation};
-use crate::report::{read_report, types};
+use crate::report::read_report;
 use crate::units::MicroJoules;
 
 /// The factor that the profile keeps.
@@ -46,7 +46,7 @@ pub(super) fn reconciliation(account: &Account) -> Option<Reconciliation> {
         reason: reason.to_string(),
         entries: gapped.entries,
         wall_s: gapped.wall_s,
-        filled: types::Meter::Counted,
+        filled: gapped.meter,
         energy_j: gapped.energy.joules(),
     };
     Some(Reconciliation {

@@ -15,7 +15,7 @@ use crate::forecast::{
     Metered, baselines, emissions, inference_cost, model_name, request_too_long,
 };
 use crate::hub::ModelFiles;
-use crate::measure::machine::{memory, peak_rss};
+use crate::measure::machine::{cpu_time, memory, peak_rss};
 use crate::model::Architecture;
 use crate::recipe::ModelId;
 use crate::report::baselines::{Baseline, Label};
@@ -118,7 +118,7 @@ fn report(run: &Ended<'_>) -> Result<Report> {
         adapter: adapter_block(&prepared.target, &prepared.architecture),
         data: data_block(prepared),
         training: training_block(run, wall),
-        energy: energy_block(prepared, account),
+        energy: energy_block(prepared, account, run.session.state.step),
         budget: types::Budget {
             overshoot_j: Some(account.overshoot().joules()),
             margin_j: account.margin().map(|margin| margin.joules()),
@@ -189,6 +189,9 @@ fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
     let best = state
         .best
         .filter(|best| run.session.checkpoints.path(best.step).is_dir());
+    // Earlier processes' CPU time is not known.
+    let started = run.session.prepared.started;
+    let is_resumed = wall.0 > 1.05 * started.elapsed().as_secs_f64();
     types::Training {
         steps: state.step,
         epochs: Some(state.step as f64 / steps_per_epoch as f64),
@@ -201,6 +204,7 @@ fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
         train_loss_last: state.train_loss_last,
         tokens_per_second: rate.is_finite().then_some(rate),
         wall_s: wall,
+        cpu_s: cpu_time().filter(|_| !is_resumed),
         peak_rss_bytes: peak_rss(),
         best: best.map(|best| types::Best {
             step: best.step,
@@ -380,7 +384,9 @@ fn emissions_row(prepared: &Prepared, total: Joules) -> Emissions {
         .filter(|_| cloud_region.is_none())
         .map(|_| grid.name.clone());
     Emissions {
-        timestamp: chrono::Local::now().format("%Y-%m-%dT%H:%M:%S").to_string(),
+        timestamp: crate::text::local_time()
+            .format("%Y-%m-%dT%H:%M:%S")
+            .to_string(),
         project_name: prepared.recipe.name.clone(),
         run_id: prepared.digest()[..16].to_string(),
         parts: EnergyParts {

@@ -12,9 +12,9 @@ use crate::energy::ledger::Totals;
 use crate::energy::profile::DeviceKind;
 use crate::energy::traffic::{DRAM, Traffic};
 use crate::energy::{Account, EnergyBreakdown, Interval, MeterKind, Phase, Profile, Spent};
-use crate::forecast::emissions;
+use crate::forecast::{emissions, machine_over_profile};
 use crate::model::MemoryForecast;
-use crate::report::energy::{CountedParts, Energy, Factor, HostLeftOut, Meters};
+use crate::report::energy::{CountedParts, Energy, Factor, HostLeftOut, Meters, ThisMachine};
 use crate::report::types::{self, Amounts, Memory};
 use crate::units::{Bytes, Flops, GramsCo2e, Joules, Per, Seconds};
 
@@ -28,7 +28,7 @@ pub(super) fn interval(kind: MeterKind, energy: Joules) -> Interval<Joules> {
 }
 
 /// The run's energy by phase, meter and component.
-pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> Energy {
+pub(super) fn energy_block(prepared: &Prepared, account: &Account, steps: u64) -> Energy {
     let kind = account.kind();
     let totals = account.totals();
     let total = account.spent().energy.joules();
@@ -61,6 +61,7 @@ pub(super) fn energy_block(prepared: &Prepared, account: &Account) -> Energy {
         bytes: totals.bytes.get(DRAM).copied().unwrap_or_default(),
         bytes_by_level: totals.bytes.clone(),
         device: prepared.profile.name.clone(),
+        this_machine: this_machine(prepared, steps, totals.energy_j.counted.joules()),
         factors: factors(&prepared.profile),
         host_left_out: host_left_out(&prepared.profile, kind),
     }
@@ -149,6 +150,19 @@ pub(super) fn host_left_out(profile: &Profile, kind: MeterKind) -> Option<HostLe
     let alone = profile.kind == DeviceKind::Gpu && kind != MeterKind::Measured;
     alone.then_some(HostLeftOut {
         share: profile.host_share,
+    })
+}
+
+/// The computing device's figure for `counted` joules of a run of `steps` steps that are counted on another device's profile.
+pub(super) fn this_machine(
+    prepared: &Prepared,
+    steps: u64,
+    counted: Joules,
+) -> Option<ThisMachine> {
+    let ratio = machine_over_profile(&prepared.subject(), steps)?;
+    Some(ThisMachine {
+        device: prepared.machine.as_ref()?.name.clone(),
+        counted_j: counted * ratio,
     })
 }
 

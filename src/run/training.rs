@@ -10,13 +10,13 @@ use super::checks::check_disk;
 use super::directory::RunDirectory;
 use super::measured_baselines::{RunContext, pending, train_pending};
 use super::model::fetch_weights;
-use super::prepare::{Prepared, prepare};
+use super::prepare::{Prepared, Purpose, prepare};
 use super::reporting::{Ended, write_pages, write_reports};
 use super::resume::{finished_report, load_recipe};
 use super::sample::{SamplePrompt, sample_prompt};
 use super::session::{Segment, Session};
 use super::{Screen, plan, trained_model};
-use crate::energy::{Account, Computing, Ledger, Phase, Verdict};
+use crate::energy::{Account, Computing, Ledger, Limit, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::files::remove_leftovers;
 use crate::forecast::load_work;
@@ -25,7 +25,7 @@ use crate::recipe::{Init, Recipe};
 use crate::report::steps::truncate_after;
 use crate::report::types::{AdapterType, Sample};
 use crate::report::{FiniteReport, to_plan_json};
-use crate::train::{Checkpoints, Scheduled, Stop, TrainState};
+use crate::train::{Checkpoints, Scheduled, StepCosts, Stop, TrainState};
 use crate::units::Seconds;
 use crate::work::Work;
 
@@ -76,12 +76,20 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         recipe,
         &request.device,
         request.computing,
+        Purpose::Run,
         screen.downloads(),
     )?;
     for warning in &prepared.warnings {
         screen.note(&format!("warning: {warning}"));
     }
-    let forecast = plan::plan(&prepared)?;
+    if let Some(machine) = &prepared.machine {
+        let device = &prepared.profile.name;
+        let machine = &machine.name;
+        screen.note(&format!(
+            "energy is counted for `{device}`, not for this machine (`{machine}`)"
+        ));
+    }
+    let forecast = plan::plan(&prepared, screen)?;
     if prepared.recipe.model.init == Init::Pretrained {
         fetch_weights(&mut prepared.files, screen.downloads())?;
     }
@@ -97,7 +105,7 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         }
         directory
     } else {
-        forecast.check_affordable()?;
+        forecast.check_affordable(&prepared)?;
         let recipe = prepared.recipe.to_toml();
         RunDirectory::create(&request.out, &recipe, &to_plan_json(&forecast.plan)?)?
     };
@@ -106,7 +114,11 @@ pub fn train(request: TrainRequest<'_>, screen: &mut dyn Screen) -> Result<Finis
         Some(stop) => run.finish_ended(stop, screen),
         None => run.train(forecast.steps(), screen),
     };
-    finished.map_err(Error::while_running)
+    // A budget that turns out too small for one step is refused as in preflight.
+    finished.map_err(|error| match error.kind() {
+        Kind::Budget => error,
+        _ => error.while_running(),
+    })
 }
 
 /// A run in its directory.
@@ -137,7 +149,7 @@ impl<'a> Run<'a> {
         } else {
             None
         };
-        let run = Self {
+        let mut run = Self {
             request,
             prepared,
             prompt: sample_prompt(prepared)?,
@@ -156,7 +168,7 @@ impl<'a> Run<'a> {
             directory,
         };
         if resumed && run.session.state.ended.is_none() {
-            run.check_room()?;
+            run.session.state.ended = run.end_without_room()?;
         }
         Ok(run)
     }
@@ -169,35 +181,70 @@ impl<'a> Run<'a> {
             .collect()
     }
 
-    /// Refuses to resume if the budget cannot hold loading and everything that ends a run.
-    fn check_room(&self) -> Result<()> {
+    /// The works of a step, an evaluation, a checkpoint and the end of the run.
+    fn costs(&self) -> StepCosts<'a> {
         let prepared = self.prepared;
-        let costs = prepared.subject().step_costs(
+        prepared.subject().step_costs(
             &prepared.shape,
             prepared.trained(),
             &prepared.settings,
             self.ending(),
-        );
+        )
+    }
+
+    /// Why a resumed run ends at its checkpoint: the budget cannot hold loading and everything that
+    /// ends a run.
+    ///
+    /// # Errors
+    /// A run in that state without a trained checkpoint.
+    fn end_without_room(&self) -> Result<Option<Stop>> {
+        let costs = self.costs();
         let mut rest = costs.reserve(Scheduled::default());
         if self.session.state.step == 0 {
             rest.extend(self.ending());
             rest.extend(costs.evaluation().map(|work| (Phase::Eval, work.clone())));
         }
         let Verdict::Stop(limit) = self.session.account.fits(Phase::Load, &self.load, &rest) else {
-            return Ok(());
+            return Ok(None);
         };
-        let error = Error::new(Kind::Budget, format!("the {} budget of this run has no room left to go on", limit.as_str()))
+        if self.session.has_checkpoint && self.session.state.step > 0 {
+            return Ok(Some(Stop::Budget(limit)));
+        }
+        Err(Error::new(Kind::Budget, format!("the {limit} budget of this run has no room left to go on"))
             .at(self.directory.path().display().to_string())
-            .rule("loading, the last evaluation and the save must fit; what a run that was cut off had spent is spent");
-        Err(if self.session.has_checkpoint {
-            let checkpoint = self.session.checkpoints.path(self.session.state.step);
-            error.hint(format!(
-                "its last checkpoint is whole: `{}`",
-                checkpoint.display()
-            ))
-        } else {
-            error.hint("start a new run with a larger budget and another `--out`")
-        })
+            .value(self.spent_of(limit))
+            .rule("loading, the last evaluation and the save must fit; what a run that was cut off had spent is spent")
+            .hint("start a new run with a larger budget and another `--out`"))
+    }
+
+    /// "1.2 s of 1 s".
+    fn spent_of(&self, limit: Limit) -> String {
+        let account = &self.session.account;
+        let budget = account.budget();
+        let spent = budget.amount(limit, &account.spent());
+        format!("{spent} of {}", budget.allowed(limit).unwrap_or_default())
+    }
+
+    /// The error of a run whose `limit` was not found too small before its first step was due.
+    fn too_small(&self, limit: Limit) -> Error {
+        let costs = self.costs();
+        let mut rest = costs.reserve(self.prepared.settings.scheduled_after(1));
+        rest.push((Phase::Train, costs.step(0)));
+        let account = &self.session.account;
+        let least = account.budget().amount(limit, &account.forecast(&rest));
+        Error::new(
+            Kind::Budget,
+            format!("the {limit} budget cannot hold one step"),
+        )
+        .at(format!("budget.{limit}"))
+        .value(format!(
+            "{} spent before the first step",
+            self.spent_of(limit)
+        ))
+        .rule(format!(
+            "one step and everything that ends a run must fit: by prediction at least {least} more"
+        ))
+        .hint("raise the budget and start a new run with another `--out`")
     }
 
     /// Loads the model, trains it, and writes result and report.
@@ -229,6 +276,12 @@ impl<'a> Run<'a> {
             interrupted: self.request.interrupted,
         };
         let stop = self.session.train(segment, screen)?;
+        if let Stop::Budget(limit) = stop
+            && self.session.state.step == 0
+        {
+            self.session.account.close()?;
+            return Err(self.too_small(limit));
+        }
         let after = if stop.is_regular() {
             self.sample(&model.decoder)?
         } else {
@@ -342,7 +395,8 @@ fn open_account(
         // A new run, or one killed before its first entry.
         Ledger::create_for_run(&path, prepared.digest())?
     };
-    let account = Account::new(prepared.budget.clone(), meters, ledger, kind);
+    let account =
+        Account::new(prepared.budget.clone(), meters, ledger, kind).started_at(prepared.started);
     if resumed && let Some(spent) = checkpoints.newest_spent() {
         account.check_not_less(&spent)?;
     }

@@ -1,6 +1,8 @@
 //! The work of a run; before it starts, the step at which the budget will stop it; while it runs,
 //! its progress.
 
+use rayon::prelude::*;
+
 use super::{Settings, Stop, TrainState, checkpoint_bytes};
 use crate::data::{BatchShape, MicroBatch, Sampler};
 
@@ -234,8 +236,31 @@ impl Charges {
     }
 }
 
+/// Largest number of steps that are charged at once.
+const LARGEST_BLOCK: u64 = 4096;
+
+/// A step's sizes and its charge.
+struct ChargedStep {
+    batches: Vec<BatchShape>,
+    charge: Charge,
+}
+
+impl StepCosts<'_> {
+    /// The steps from `from` on, at most `count`, charged on all threads.
+    fn charge_steps(&self, from: u64, count: u64, profile: &Profile) -> Vec<ChargedStep> {
+        let steps = (from..from + count).map(|step| self.sampler.step_shape(step));
+        let steps: Vec<Vec<BatchShape>> = steps.collect();
+        let charged = |batches: Vec<BatchShape>| ChargedStep {
+            charge: profile.charge(&self.step_with_shape(&batches)),
+            batches,
+        };
+        steps.into_par_iter().map(charged).collect()
+    }
+}
+
 /// Simulates the run from `state` on the counted meter: every step, evaluation and checkpoint that
-/// `budget` admits when `before` is already spent. Executes nothing.
+/// `budget` admits when `before` is already spent. Executes nothing. `progress` is called with the
+/// steps simulated and the steps of the run.
 pub fn forecast(
     costs: &StepCosts<'_>,
     settings: &Settings,
@@ -243,6 +268,7 @@ pub fn forecast(
     budget: &Budget,
     before: Spent,
     state: &TrainState,
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Forecast {
     let charges = Charges::new(costs, profile);
     let reserve = charges.reserve();
@@ -258,20 +284,24 @@ pub fn forecast(
     let mut so_far = before;
     let mut training = Charge::default();
     let mut last = Scheduled::default();
-    while run.steps < settings.steps {
-        let mut due = settings.scheduled_after(run.steps + 1);
-        let batches = costs.sampler.step_shape(run.steps);
-        let step = profile.charge(&costs.step_with_shape(&batches));
-        let next = charges.step(&step, due);
-        if let Err(limit) = budget.admits(&so_far, &next, &reserve) {
-            run.stop = Stop::Budget(limit);
-            break;
+    let mut block = 16;
+    'run: while run.steps < settings.steps {
+        let count = block.min(settings.steps - run.steps);
+        for step in costs.charge_steps(run.steps, count, profile) {
+            let mut due = settings.scheduled_after(run.steps + 1);
+            let next = charges.step(&step.charge, due);
+            if let Err(limit) = budget.admits(&so_far, &next, &reserve) {
+                run.stop = Stop::Budget(limit);
+                break 'run;
+            }
+            so_far += next;
+            training += &step.charge;
+            due.evaluation &= costs.has_validation();
+            run.count_step(&step.batches, due);
+            last = due;
         }
-        so_far += next;
-        training += &step;
-        due.evaluation &= costs.has_validation();
-        run.count_step(&batches, due);
-        last = due;
+        progress(run.steps, settings.steps);
+        block = (2 * block).min(LARGEST_BLOCK);
     }
     // The end of the run repeats neither an evaluation nor a checkpoint that its last step has just
     // made.
@@ -281,6 +311,9 @@ pub fn forecast(
     run.phases = charges.phases(training, run.evaluations, run.saves);
     run
 }
+
+/// The progress of a simulation that is not shown.
+pub fn unseen(_: u64, _: u64) {}
 
 /// The progress that the learning rate is a function of: by steps, and with a budget also by the
 /// amount spent.
@@ -317,7 +350,7 @@ impl BudgetProgress {
         } else if account.is_predictable() {
             let profile = account.meters().profile();
             let (budget, spent) = (account.budget(), account.spent());
-            let plan = forecast(costs, settings, profile, budget, spent, state);
+            let plan = forecast(costs, settings, profile, budget, spent, state, &mut unseen);
             let planned = costs.entries(plan.evaluations, plan.saves);
             Spending::Planned(account.allowance(&planned))
         } else {

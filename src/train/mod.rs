@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use checkpoint::{Checkpoints, Evaluation, TrainState, checkpoint_bytes};
-pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast};
+pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast, unseen};
 pub use record::{StepEnergy, StepRecord, Stop};
 pub use schedule::{Decay, Schedule};
 pub use step::{accumulate_gradients, batch_to_device};
@@ -185,7 +185,10 @@ impl Training<'_, '_> {
                 self.save(None)?;
             }
         };
-        self.finish(&stop)?;
+        let is_untrained = self.state.step == 0 && matches!(stop, Stop::Budget(_));
+        if !is_untrained {
+            self.finish(&stop)?;
+        }
         Ok(stop)
     }
 

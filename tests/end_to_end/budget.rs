@@ -265,6 +265,103 @@ fn carbon_and_flop_budgets_bind_where_the_plan_says() {
     );
 }
 
+#[test]
+fn a_budget_alone_says_how_long_to_train() {
+    let lab = Lab::new();
+    let six = lab.plan(&set(&["train.steps=6"]));
+    let exact = microjoules(&six["energy"]["total_j"]);
+    lab.edit("steps = 4\n", "");
+    lab.edit("warmup_steps = 0\n", "warmup_steps = 2\n");
+    let keys = set(&[&format!("budget.energy={} J", exact as f64 / 1e6)]);
+    let report = run(&lab, "run", &keys, "budget:energy");
+    assert_eq!(report["training"]["steps"], 6);
+    let check = [&["recipe", "check", "recipe.toml"][..], &flags(&keys)].concat();
+    let check = String::from_utf8(lab.output(&check).stdout).unwrap();
+    says(&check, &["6 (energy budget) steps"]);
+    // The rate rises over two of the six steps, and falls to its end.
+    let lines = lab.lines("run/steps.jsonl");
+    let rates: Vec<f64> = lines.iter().map(|line| number(line, "/lr")).collect();
+    assert!(rates[0] < rates[1] && rates[2] > rates[5], "{rates:?}");
+    assert!(rates[5] < 1e-3, "of a peak of 5e-3: {rates:?}");
+    let message = lab.refused(2, &["train", "recipe.toml", "--out", "none"]);
+    says(
+        &message,
+        &[
+            "`train.steps` or `train.epochs` is missing",
+            "or a limit in [budget]",
+        ],
+    );
+}
+
+#[test]
+fn a_time_budget_that_holds_no_step_is_refused() {
+    let lab = Lab::new();
+    // Enough for a step as counted, not for starting the program.
+    let one = lab.plan(&set(&["train.steps=1"]));
+    let seconds = 1.01 * number(&one, "/forecast/wall_s");
+    let time = format!("budget.time={seconds} s");
+    let keys = set(&["train.steps=500", &time]);
+    let arguments = [&["train", "recipe.toml", "--out", "run"][..], &flags(&keys)].concat();
+    let message = lab.refused(2, &arguments);
+    says(
+        &message,
+        &[
+            "the time budget cannot hold one step",
+            "budget.time",
+            "hint: raise the budget",
+        ],
+    );
+    assert!(!lab.path("run/report.json").exists());
+    let message = lab.refused(2, &["train", "--resume", "run"]);
+    says(&message, &["no room left"]);
+}
+
+#[test]
+fn a_limit_that_is_too_small_is_answered_in_its_own_unit() {
+    let lab = Lab::new();
+    let cases = [
+        (vec!["budget.carbon=1 ug"], "CO2e on the counted meter"),
+        (vec!["budget.energy=1 uJ"], "J on the counted meter"),
+        (vec!["budget.flops=1000"], "FLOP on the counted meter"),
+        (
+            vec!["budget.cost=1e-12 EUR", "energy.price=0.3 EUR/kWh"],
+            "EUR on the counted meter",
+        ),
+    ];
+    for (keys, unit) in cases {
+        let arguments = [
+            &["train", "recipe.toml", "--out", "run"][..],
+            &flags(&set(&keys)),
+        ]
+        .concat();
+        says(&lab.refused(2, &arguments), &["cannot hold one step", unit]);
+    }
+}
+
+/// The bound of the time is one on this machine, for one thread and for two.
+#[test]
+fn a_run_takes_no_less_than_its_least_time() {
+    let lab = Lab::new();
+    for threads in ["1", "2"] {
+        let keys = set(&["train.steps=6", "energy.device=auto"]);
+        let arguments = [&["--threads", threads][..], &flags(&keys)].concat();
+        let plan = lab.json(&[&["plan", "recipe.toml"][..], &arguments].concat());
+        let out = format!("run-{threads}");
+        let train = ["train", "recipe.toml", "--quiet", "--out", &out];
+        let report = lab.json(&[&train[..], &arguments].concat());
+        let least = number(&plan, "/forecast/least_s");
+        let wall = number(&report, "/training/wall_s");
+        assert!(least > 0.0 && least <= wall, "{threads}: {least} of {wall}");
+        assert!(least <= number(&plan, "/forecast/wall_s"));
+        let device = word(&plan, "/energy/device");
+        let cores: usize = device
+            .split('@')
+            .nth(1)
+            .map_or(1, |cores| cores.parse().unwrap());
+        assert!(cores <= threads.parse().unwrap(), "{device}");
+    }
+}
+
 /// Keys of a random small run, and which counted budget at which part of the unlimited run.
 fn anything() -> impl Strategy<Value = (Vec<String>, Option<&'static str>, f64)> {
     let sizes = (1..4u32, 1..7u32, 1..4u32, 1..3u32, 0..4u32, 0..4u32);

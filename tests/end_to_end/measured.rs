@@ -14,11 +14,13 @@ use super::lab::{Lab, flags, microjoules, number, says, set, word};
 /// What the package draws.
 const WATTS: f64 = 20.0;
 
-/// A machine with one package whose counter starts anew every `resets` milliseconds (0: never).
+/// A machine with one package whose counter starts anew every `resets` milliseconds (0: never), and is
+/// updated every `period` milliseconds.
 struct Machine {
     root: PathBuf,
     stop: Arc<AtomicBool>,
     resets: Arc<AtomicU64>,
+    period: Arc<AtomicU64>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -30,11 +32,11 @@ impl Machine {
         std::fs::write(zone.join("name"), "package-0\n").unwrap();
         std::fs::write(zone.join("max_energy_range_uj"), "262143328850\n").unwrap();
         show(&zone, 0);
-        let (stop, resets) = (
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicU64::new(0)),
-        );
+        let stop = Arc::new(AtomicBool::new(false));
+        let resets = Arc::new(AtomicU64::new(0));
+        let period = Arc::new(AtomicU64::new(1));
         let (stopped, every) = (Arc::clone(&stop), Arc::clone(&resets));
+        let pause = Arc::clone(&period);
         let run = move || {
             let mut start = Instant::now();
             while !stopped.load(Ordering::Relaxed) {
@@ -43,13 +45,14 @@ impl Machine {
                     start = Instant::now();
                 }
                 show(&zone, (start.elapsed().as_secs_f64() * WATTS * 1e6) as u64);
-                std::thread::sleep(Duration::from_millis(1));
+                std::thread::sleep(Duration::from_millis(pause.load(Ordering::Relaxed)));
             }
         };
         Machine {
             root,
             stop,
             resets,
+            period,
             thread: Some(std::thread::spawn(run)),
         }
     }
@@ -382,5 +385,74 @@ fn a_counter_that_is_reset_leaves_named_gaps_and_no_zero() {
     says(
         &String::from_utf8(lab.read("run/report.md")).unwrap(),
         &["A gap is filled with its counted energy"],
+    );
+}
+
+#[test]
+fn a_counter_that_moves_rarely_is_believed_fully() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    machine.period.store(400, Ordering::Relaxed);
+    let keys = set(&["train.steps=60", "energy.meter=measured"]);
+    let report = machine.train(&lab, "run", &keys);
+    adds_up(&report);
+    let found = &report["energy"]["reconciliation"];
+    assert_eq!(found["gaps"].as_array().unwrap().len(), 0, "{found}");
+    let lines = lab.lines("run/ledger.jsonl");
+    let wall: f64 = lines
+        .iter()
+        .filter_map(|line| line["wall_s"].as_f64())
+        .sum();
+    let measured = number(&report, "/energy/total_j");
+    // To a period at either end.
+    let error = (measured - WATTS * share() * wall).abs();
+    assert!(error < WATTS * 0.9, "{measured} J in {wall} s");
+}
+
+#[test]
+fn a_counter_that_stands_still_is_no_measurement() {
+    let lab = Lab::new();
+    let machine = Machine::new(&lab);
+    machine.stop.store(true, Ordering::Relaxed);
+    std::thread::sleep(Duration::from_millis(50));
+    let four = lab.plan(&set(&["train.steps=4"]));
+    let exact = microjoules(&four["energy"]["total_j"]);
+    let budget = format!("budget.energy={} J", exact as f64 / 1e6);
+    let keys = set(&["train.steps=50", "energy.meter=auto", &budget]);
+    let report = machine.train(&lab, "run", &keys);
+    // The counted meter decides, the budget binds, and the report says why.
+    assert_eq!(word(&report, "/energy/meter"), "counted");
+    assert_eq!(word(&report, "/training/stop_reason"), "budget:energy");
+    assert_eq!(report["training"]["steps"], 4);
+    assert!(report["energy"]["meters"]["measured_j"].is_null());
+    says(
+        word(&report, "/energy/measured_absent/reason"),
+        &["package-0", "stands still"],
+    );
+    says(
+        word(&report, "/warnings/0"),
+        &["energy is counted, not measured", "stands still"],
+    );
+    let asked = [
+        "train",
+        "recipe.toml",
+        "--out",
+        "none",
+        "--set",
+        "energy.meter=measured",
+    ];
+    let refused = lab
+        .wattune(&asked)
+        .env("WATTUNE_POWERCAP", &machine.root)
+        .output()
+        .unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    says(
+        &String::from_utf8(refused.stderr).unwrap(),
+        &[
+            "energy cannot be measured here",
+            "stands still",
+            "meter = \"counted\"",
+        ],
     );
 }

@@ -497,21 +497,19 @@ fn a_budget_holds_however_often_the_run_is_killed() {
         );
         assert!(report["energy"]["by_phase"].get("lost").is_some());
     } else {
-        // Too little was left to load once more, evaluate and save.
+        // No checkpoint, and too little left to load once more, evaluate and save.
         assert_eq!(last.status.code(), Some(2));
         let message = String::from_utf8(last.stderr).unwrap();
         says(
             &message,
-            &[
-                "the energy budget of this run has no room left to go on",
-                "its last checkpoint is whole: `run/checkpoints/step-",
-            ],
+            &["the energy budget of this run has no room left to go on"],
         );
+        assert!(!lab.path("run/checkpoints").exists());
     }
 }
 
 #[test]
-fn a_run_with_room_to_load_alone_is_not_resumed() {
+fn a_run_with_room_to_load_alone_ends_at_its_checkpoint() {
     let lab = Lab::new();
     let limit = microjoules(&lab.plan(&set(&["train.steps=12"]))["energy"]["total_j"]);
     let keys = set(&[
@@ -539,15 +537,17 @@ fn a_run_with_room_to_load_alone_is_not_resumed() {
     );
     let before = lab.ledger("run");
     assert_eq!(before, limit - 10 * load);
-    let message = lab.refused(2, &["train", "--resume", "run"]);
-    says(
-        &message,
-        &[
-            "the energy budget of this run has no room left to go on",
-            "its last checkpoint is whole: `run/checkpoints/step-",
-        ],
+    let report = resume(&lab, "run");
+    assert_eq!(word(&report, "/training/stop_reason"), "budget:energy");
+    let steps = report["training"]["steps"].as_u64().unwrap();
+    assert!(
+        lab.path(&format!("run/checkpoints/step-{steps:06}"))
+            .is_dir()
     );
+    assert!(!lab.adapter("run").is_empty());
+    // Nothing more was spent.
     assert_eq!(lab.ledger("run"), before);
+    assert_eq!(number(&report, "/budget/overshoot_j"), 0.0);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::super::options::Limits;
 use super::super::profile::Profile;
 use super::super::sensor::{Gap, Sensor};
 use super::*;
-use crate::units::{GramsPerKwh, Pue};
+use crate::units::{GramsPerKwh, Pue, Watts};
 use crate::work::Precision;
 
 fn profile() -> Profile {
@@ -276,10 +276,111 @@ fn a_gap_is_filled_with_counted_energy_times_the_runs_ratio() {
     assert_eq!(gap.energy.0, 3 * counted);
     first.close().unwrap();
     drop(first);
-    // A resumed run predicts with the ledger's ratio: 5 over 2 of the measured steps.
+    // A resumed run predicts with the ratio of the phase in the ledger: 5 over 2 of the measured
+    // steps. A phase that was not measured is predicted as counted.
     let second = open_measured(Limits::default(), &path, Increments::new([]));
     let expected = (counted as f64 * 2.5).round() as u64;
     assert_eq!(predicted_energy(&second, Phase::Train).0, expected);
+    assert_eq!(predicted_energy(&second, Phase::Eval).0, counted);
+}
+
+#[test]
+fn a_first_step_is_predicted_as_counted_whatever_loading_took() {
+    let (_dir, path) = ledger_path();
+    let counted = counted(&step());
+    // Loading takes a thousand times its counted energy.
+    let sensor = Increments::new([1000 * counted, counted]);
+    let mut account = open_measured(energy_limit(1003 * counted), &path, sensor);
+    spend(&mut account, Phase::Load, 0, &step());
+    assert_eq!(predicted_energy(&account, Phase::Train).0, counted);
+    let verdict = account.fits(Phase::Train, &step(), &[(Phase::Eval, step())]);
+    assert_eq!(verdict, Verdict::Continue);
+}
+
+#[test]
+fn a_gap_before_its_phase_was_measured_is_filled_by_power() {
+    let (_dir, path) = ledger_path();
+    // 1 mJ while loading, then a reset in the first step: the power of loading.
+    let sensor = Increments::new([1000, 0, 7]);
+    let mut account = open_measured(Limits::default(), &path, sensor);
+    let load = spend(&mut account, Phase::Load, 0, &save());
+    let first = spend(&mut account, Phase::Train, 1, &step());
+    let gaps: Vec<_> = account.gaps().collect();
+    assert_eq!(
+        (gaps[0].0, gaps[0].2.meter),
+        (Phase::Train, MeterKind::Timed)
+    );
+    // By the timed meter, whose power is constant.
+    let expected = 1000.0 * first.timed.0 as f64 / load.timed.0 as f64;
+    assert!(
+        (gaps[0].2.energy.0 as f64 - expected).abs() <= 1.0,
+        "{gaps:?} of {expected}"
+    );
+}
+
+#[test]
+fn a_gap_is_filled_with_no_more_than_the_device_can_draw() {
+    let (_dir, path) = ledger_path();
+    struct Broken;
+    impl Sensor for Broken {
+        fn name(&self) -> &str {
+            "broken"
+        }
+
+        fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
+            Err(Gap::unread("told to fail"))
+        }
+
+        fn max_power(&self) -> Option<Watts> {
+            Some(Watts(1.0))
+        }
+    }
+    let mut account = open_measured(Limits::default(), &path, Broken);
+    // Thousands of counted joules in no time.
+    let work = Work::product(1 << 14, 1 << 14, 1 << 14, Precision::F32);
+    let reading = spend(&mut account, Phase::Train, 1, &work);
+    let most = (Watts(1.0) * reading.wall).rounded();
+    assert!(counted(&work) > most.0);
+    assert_eq!(account.spent().energy, most);
+}
+
+#[test]
+fn what_a_slow_counter_has_not_shown_counts_against_the_budget() {
+    let (_dir, path) = ledger_path();
+    let counted = counted(&step());
+    struct Still;
+    impl Sensor for Still {
+        fn name(&self) -> &str {
+            "still"
+        }
+
+        fn read(&mut self) -> std::result::Result<MicroJoules, Gap> {
+            Ok(MicroJoules::ZERO)
+        }
+    }
+    let mut account = open_measured(energy_limit(5 * counted), &path, Still);
+    let mut steps = 0;
+    while account.admit(Phase::Train, &step(), &[]).unwrap() == Verdict::Continue {
+        steps += 1;
+        spend(&mut account, Phase::Train, steps, &step());
+    }
+    assert_eq!(steps, 5);
+}
+
+#[test]
+fn time_between_entries_and_before_the_first_counts_in_every_process() {
+    let (_dir, path) = ledger_path();
+    let start = Instant::now()
+        .checked_sub(std::time::Duration::from_secs(100))
+        .unwrap();
+    let mut first = open_counted(Limits::default(), &path).started_at(start);
+    assert!(first.spent().time.0 >= 100.0);
+    first.admit(Phase::Train, &step(), &[]).unwrap();
+    // Killed.
+    drop(first);
+    let second = open_counted(Limits::default(), &path);
+    let time = second.spent().time;
+    assert!((100.0..101.0).contains(&time.0), "{time}");
 }
 
 #[test]

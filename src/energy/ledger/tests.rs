@@ -83,9 +83,12 @@ fn gaps_are_summed_by_reason_and_survive_the_file() {
     let check = |ledger: &Ledger| {
         // 20 measured and twice 22 filled; the ratio is that of the measured entry alone.
         assert_eq!(ledger.total().on(MeterKind::Measured), MicroJoules(64));
-        assert_eq!(ledger.ratio(Phase::Train), Some(2.0));
-        assert_eq!(ledger.ratio(Phase::Eval), Some(2.0));
+        assert_eq!(ledger.phase(Phase::Train).ratio(), Some(2.0));
+        assert_eq!(ledger.phase(Phase::Eval).ratio(), None);
+        // 20 measured where the timed meter has 5.
+        assert_eq!(ledger.total().power_ratio(), Some(4.0));
         let totals = GapTotals {
+            meter: MeterKind::Counted,
             entries: 2,
             wall_s: Seconds(1.0),
             energy: MicroJoules(44),
@@ -108,7 +111,7 @@ fn a_crash_costs_the_remainder_of_the_lease_once() {
         flops: 400,
         time_s: Seconds(2.0),
     };
-    ledger.lease(lease).unwrap();
+    ledger.lease(lease, Seconds::ZERO).unwrap();
     append(&mut ledger, Phase::Train, 1, energies(10, None, 20));
     drop(ledger);
     // A power cut in the middle of the second entry.
@@ -139,9 +142,9 @@ fn a_clean_close_loses_nothing() {
         flops: 9,
         time_s: Seconds(9.0),
     };
-    ledger.lease(lease).unwrap();
+    ledger.lease(lease, Seconds::ZERO).unwrap();
     append(&mut ledger, Phase::Train, 1, energies(10, Some(9), 20));
-    ledger.settle().unwrap();
+    ledger.settle(Seconds::ZERO).unwrap();
     drop(ledger);
     let resumed = Ledger::resume(&path).unwrap();
     assert_eq!(resumed.total().energy_j, energies(10, Some(9), 20));

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::{Gap, Sensor};
-use crate::units::MicroJoules;
+use crate::units::{MicroJoules, Watts};
 
 /// A sensor and the share of its energy attributed to this process.
 pub struct AttributedSensor {
@@ -56,6 +56,10 @@ impl Sensor for AttributedSensor {
 
     fn max_read_interval(&self) -> Option<Duration> {
         self.sensor.max_read_interval()
+    }
+
+    fn max_power(&self) -> Option<Watts> {
+        self.sensor.max_power()
     }
 }
 

@@ -13,7 +13,7 @@ mod power;
 mod rapl;
 mod zones;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +23,7 @@ pub use rapl::RaplSensor;
 
 use counter::{Counter, CounterLimits};
 
-use crate::units::MicroJoules;
+use crate::units::{MicroJoules, Seconds, Watts};
 
 /// An energy counter.
 pub trait Sensor: Send {
@@ -46,6 +46,11 @@ pub trait Sensor: Send {
 
     /// Longest time between two readings without loss of energy; `None` if unlimited.
     fn max_read_interval(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Power that the device never exceeds; `None` if unknown.
+    fn max_power(&self) -> Option<Watts> {
         None
     }
 }
@@ -84,6 +89,53 @@ pub struct Absent {
     pub reason: String,
     /// What to type or change.
     pub remedy: String,
+    /// It can be read, and its readings are not credible: worth a warning where it was to be used.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub distrusted: bool,
+}
+
+impl Absent {
+    /// A sensor that is missing or unreadable.
+    pub fn new(reason: impl Into<String>, remedy: impl Into<String>) -> Absent {
+        Absent {
+            reason: reason.into(),
+            remedy: remedy.into(),
+            distrusted: false,
+        }
+    }
+
+    /// The sensor of `what`, which showed no credible energy for `patience`.
+    fn standing_still(what: &str, patience: Duration) -> Absent {
+        let seconds = Seconds(patience.as_secs_f64());
+        let reason =
+            format!("the counter of {what} showed no energy for {seconds}: it stands still");
+        let remedy = format!(
+            "virtual machines have such counters: write `meter = \"counted\"` in [energy]; for a counter that moves only every few seconds write `meter = \"measured\"`, which waits up to {}",
+            Seconds(PATIENCE_IF_MEASURED.as_secs_f64())
+        );
+        Absent {
+            distrusted: true,
+            ..Absent::new(reason, remedy)
+        }
+    }
+}
+
+/// Time given to a counter to move once, where the measured meter is requested.
+pub const PATIENCE_IF_MEASURED: Duration = Duration::from_secs(5);
+/// The same, where any meter may decide.
+pub const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Calls `has_moved` until it holds; false if it does not within `patience`. Real counters move
+/// within milliseconds.
+fn wait_until(patience: Duration, mut has_moved: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    while !has_moved() {
+        if start.elapsed() >= patience {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    true
 }
 
 /// Whether a sensor can be used.
@@ -122,7 +174,7 @@ impl Availability {
 
 /// Tries every supported sensor on this machine.
 pub fn probe() -> Vec<Availability> {
-    let rapl = match RaplSensor::open_default() {
+    let rapl = match RaplSensor::open_default(PATIENCE) {
         Ok(sensor) => Availability {
             name: "rapl".to_string(),
             covers: sensor.covers(),
@@ -141,7 +193,7 @@ mod tests {
     #[test]
     fn an_absent_sensor_has_a_reason_and_a_remedy() {
         for Availability { name, state, .. } in probe() {
-            if let State::Absent(Absent { reason, remedy }) = state {
+            if let State::Absent(Absent { reason, remedy, .. }) = state {
                 assert!(!reason.is_empty() && !remedy.is_empty(), "{name}");
             }
         }

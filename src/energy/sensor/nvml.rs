@@ -1,7 +1,7 @@
 //! Energy of an NVIDIA GPU, from its driver (NVML).
 //!
 //! Reads the driver's total-energy counter (millijoules since the driver was loaded, Volta and
-//! newer) or, on older GPUs, integrates sampled power. Without the library the sensor is absent,
+//! newer) or, on older GPUs and where the counter stands still, integrates sampled power. Without the library the sensor is absent,
 //! with the reason. A decreasing counter was reset with its driver: a gap. The counter covers the
 //! GPU, not one process; `nvml_device` finds the GPU that CUDA uses.
 
@@ -13,8 +13,10 @@ use nvml_wrapper::error::NvmlError;
 
 use super::nvml_device::{driver, no_driver, nvml_index};
 use super::power::PowerIntegral;
-use super::{Absent, Availability, Counter, CounterLimits, Gap, Sensor, State};
-use crate::units::MicroJoules;
+use super::{
+    Absent, Availability, Counter, CounterLimits, Gap, PATIENCE, Sensor, State, wait_until,
+};
+use crate::units::{MicroJoules, Watts};
 
 /// Watts no device draws.
 const MAX_POWER_W: f64 = 3000.0;
@@ -33,6 +35,8 @@ pub struct NvmlSensor {
     uuid: String,
     read_raw: ReadFn,
     source: Source,
+    /// Reads the power, where `source` is a counter.
+    read_power: Option<ReadFn>,
     opened: Instant,
 }
 
@@ -41,8 +45,8 @@ pub struct NvmlSensor {
 enum Source {
     /// Millijoules of the driver's counter.
     Counter(Counter),
-    /// Milliwatts, to be integrated.
-    Power(PowerIntegral),
+    /// Milliwatts, to be integrated, and why.
+    Power(PowerIntegral, &'static str),
 }
 
 impl NvmlSensor {
@@ -51,6 +55,32 @@ impl NvmlSensor {
         let nvml = driver()?;
         let index = nvml_index(&nvml, ordinal)?;
         Self::open_index(Arc::new(nvml), index)
+    }
+
+    /// As `open`, once the counter has moved; sampled power in place of one that does not within
+    /// `patience`.
+    ///
+    /// # Errors
+    /// Also a GPU without any credible reading.
+    pub fn open_moving(ordinal: u32, patience: Duration) -> Result<NvmlSensor, Absent> {
+        Self::open(ordinal)?.moving(patience)
+    }
+
+    fn moving(mut self, patience: Duration) -> Result<NvmlSensor, Absent> {
+        if let Some(mut power) = self.read_power.take() {
+            if wait_until(patience, || self.read().is_ok_and(|energy| energy.0 > 0)) {
+                return Ok(self);
+            }
+            let watts = power().map_or(0.0, |milliwatts| milliwatts as f64 / 1000.0);
+            let integral = PowerIntegral::new(watts, self.opened.elapsed());
+            self.source = Source::Power(integral, "its energy counter stands still");
+            self.read_raw = power;
+        }
+        if (self.read_raw)().is_ok_and(|milliwatts| milliwatts > 0) {
+            Ok(self)
+        } else {
+            Err(Absent::standing_still(&self.title, patience))
+        }
     }
 
     /// The GPU of this NVML index.
@@ -84,17 +114,18 @@ impl NvmlSensor {
         let limits = CounterLimits {
             wrap_range: None,
             max_power_w: MAX_POWER_W,
+            min_power_w: 0.0,
             update_lag: UPDATE_LAG,
         };
-        let (read_raw, source) = match energy() {
+        let (read_raw, source, read_power) = match energy() {
             Ok(first) => {
                 let counter = Counter::new(limits, first.saturating_mul(1000), Duration::ZERO);
-                (energy, Source::Counter(counter))
+                (energy, Source::Counter(counter), Some(power))
             }
             Err(no_energy) => {
                 let first = power().map_err(|no_power| no_reading(index, &no_energy, &no_power))?;
                 let integral = PowerIntegral::new(first as f64 / 1000.0, Duration::ZERO);
-                (power, Source::Power(integral))
+                (power, Source::Power(integral, "no energy counter"), None)
             }
         };
         Ok(NvmlSensor {
@@ -103,6 +134,7 @@ impl NvmlSensor {
             uuid,
             read_raw,
             source,
+            read_power,
             opened: Instant::now(),
         })
     }
@@ -113,7 +145,7 @@ impl NvmlSensor {
             .map_err(|e| Gap::unread(format!("the driver gave no reading: {e}")))?;
         let energy = match &mut self.source {
             Source::Counter(counter) => counter.update(raw.saturating_mul(1000), elapsed),
-            Source::Power(integral) => integral.add_sample(raw as f64 / 1000.0, elapsed),
+            Source::Power(integral, _) => integral.add_sample(raw as f64 / 1000.0, elapsed),
         };
         energy.map(MicroJoules)
     }
@@ -129,11 +161,10 @@ impl Sensor for NvmlSensor {
     }
 
     fn covers(&self) -> String {
-        let source = match self.source {
-            Source::Counter(_) => "energy counter",
-            Source::Power(_) => "no energy counter: its power is sampled",
-        };
-        format!("{}, {source}", self.title)
+        match self.source {
+            Source::Counter(_) => format!("{}, energy counter", self.title),
+            Source::Power(_, why) => format!("{}, {why}: its power is sampled", self.title),
+        }
     }
 
     fn device(&self) -> &str {
@@ -141,7 +172,11 @@ impl Sensor for NvmlSensor {
     }
 
     fn max_read_interval(&self) -> Option<Duration> {
-        matches!(self.source, Source::Power(_)).then_some(MAX_SAMPLE_INTERVAL)
+        matches!(self.source, Source::Power(..)).then_some(MAX_SAMPLE_INTERVAL)
+    }
+
+    fn max_power(&self) -> Option<Watts> {
+        Some(Watts(MAX_POWER_W))
     }
 }
 
@@ -168,7 +203,8 @@ pub(super) fn probe() -> Vec<Availability> {
 fn list_gpus() -> Result<Vec<Availability>, Absent> {
     let nvml = Arc::new(driver()?);
     let count = nvml.device_count().map_err(|e| no_driver(&e))?;
-    let gpu = |index| match NvmlSensor::open_index(Arc::clone(&nvml), index) {
+    let open = |index| NvmlSensor::open_index(Arc::clone(&nvml), index)?.moving(PATIENCE);
+    let gpu = |index| match open(index) {
         Ok(sensor) => Availability {
             name: sensor.name.clone(),
             covers: sensor.covers(),
@@ -184,18 +220,17 @@ fn list_gpus() -> Result<Vec<Availability>, Absent> {
 }
 
 fn unknown_device(index: u32, source: &NvmlError) -> Absent {
-    Absent {
-        reason: format!("the driver knows no device {index}: {source}"),
-        remedy: "`nvidia-smi -L` lists the devices".to_string(),
-    }
+    Absent::new(
+        format!("the driver knows no device {index}: {source}"),
+        "`nvidia-smi -L` lists the devices",
+    )
 }
 
 fn no_reading(index: u32, energy: &str, power: &str) -> Absent {
-    Absent {
-        reason: format!("device {index} gives neither its energy ({energy}) nor its power ({power})"),
-        remedy: "counters exist on Volta and newer, power on most GPUs; a MIG slice has neither: use the counted meter"
-            .to_string(),
-    }
+    Absent::new(
+        format!("device {index} gives neither its energy ({energy}) nor its power ({power})"),
+        "counters exist on Volta and newer, power on most GPUs; a MIG slice has neither: use the counted meter",
+    )
 }
 
 #[cfg(test)]
@@ -240,6 +275,25 @@ mod tests {
         assert!(!read(&mut volta, 2).unwrap_err().lost);
         assert_eq!(read(&mut volta, 3), Ok(MicroJoules(5_500_000)));
         assert_eq!((volta.max_read_interval(), volta.device()), (None, "GPU-1"));
+    }
+
+    #[test]
+    fn a_counter_that_stands_still_is_replaced_by_power() {
+        let still = || sensor(&[Ok(7_000), Ok(7_000)], &[Ok(100_000), Ok(100_000)]);
+        let sampled = still().unwrap().moving(Duration::ZERO).unwrap();
+        assert_eq!(
+            sampled.covers(),
+            "NVIDIA Test, its energy counter stands still: its power is sampled"
+        );
+        let moving = sensor(&[Ok(7_000), Ok(7_001)], &[]).unwrap();
+        let counted = moving.moving(Duration::ZERO).unwrap();
+        assert_eq!(counted.covers(), "NVIDIA Test, energy counter");
+        let no_power = sensor(&[Ok(0), Ok(0)], &[Ok(0), Ok(0)]).unwrap();
+        let absent = no_power.moving(Duration::ZERO).err().unwrap();
+        assert!(
+            absent.distrusted && absent.reason.contains("NVIDIA Test"),
+            "{absent:?}"
+        );
     }
 
     #[test]

@@ -23,20 +23,19 @@ pub(super) fn driver() -> Result<Nvml, Absent> {
 }
 
 pub(super) fn no_driver(source: &NvmlError) -> Absent {
-    Absent {
-        reason: format!("no NVIDIA driver: {source}"),
-        remedy: "install the NVIDIA driver (libnvidia-ml.so.1), or start the container with `--gpus all`".to_string(),
-    }
+    Absent::new(
+        format!("no NVIDIA driver: {source}"),
+        "install the NVIDIA driver (libnvidia-ml.so.1), or start the container with `--gpus all`",
+    )
 }
 
 /// The NVML index of the GPU that CUDA calls `ordinal`.
 pub(super) fn nvml_index(nvml: &Nvml, ordinal: u32) -> Result<u32, Absent> {
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
-    let device = visible_device(ordinal, visible.as_deref()).map_err(|reason| Absent {
-        reason,
-        remedy:
-            "`nvidia-smi -L` lists the devices; CUDA_VISIBLE_DEVICES takes their numbers or UUIDs"
-                .to_string(),
+    let device = visible_device(ordinal, visible.as_deref()).map_err(|reason| {
+        let remedy =
+            "`nvidia-smi -L` lists the devices; CUDA_VISIBLE_DEVICES takes their numbers or UUIDs";
+        Absent::new(reason, remedy)
     })?;
     match device {
         VisibleDevice::Uuid(prefix) => index_of_uuid(nvml, &prefix),
@@ -45,10 +44,10 @@ pub(super) fn nvml_index(nvml: &Nvml, ordinal: u32) -> Result<u32, Absent> {
                 std::env::var("CUDA_DEVICE_ORDER").is_ok_and(|order| order == "PCI_BUS_ID");
             let devices = uuids_and_names(nvml).unwrap_or_default();
             if !pci_order && devices.iter().any(|(_, name)| *name != devices[0].1) {
-                return Err(Absent {
-                    reason: "the GPUs differ, and CUDA numbers them by speed where the driver numbers them by PCI bus".to_string(),
-                    remedy: "`export CUDA_DEVICE_ORDER=PCI_BUS_ID`, then choose the GPU again".to_string(),
-                });
+                return Err(Absent::new(
+                    "the GPUs differ, and CUDA numbers them by speed where the driver numbers them by PCI bus",
+                    "`export CUDA_DEVICE_ORDER=PCI_BUS_ID`, then choose the GPU again",
+                ));
             }
             Ok(index)
         }
@@ -60,9 +59,11 @@ fn index_of_uuid(nvml: &Nvml, prefix: &str) -> Result<u32, Absent> {
     let index = devices
         .iter()
         .position(|(uuid, _)| uuid.starts_with(prefix));
-    index.map(|index| index as u32).ok_or_else(|| Absent {
-        reason: format!("the driver lists no device `{prefix}` of CUDA_VISIBLE_DEVICES"),
-        remedy: "`nvidia-smi -L` lists the devices".to_string(),
+    index.map(|index| index as u32).ok_or_else(|| {
+        Absent::new(
+            format!("the driver lists no device `{prefix}` of CUDA_VISIBLE_DEVICES"),
+            "`nvidia-smi -L` lists the devices",
+        )
     })
 }
 

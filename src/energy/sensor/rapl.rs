@@ -1,21 +1,29 @@
 //! Processor energy from the Linux powercap tree (RAPL).
 //!
 //! Takes the tree's root, returns the sum over every package and its memory, each counted once
-//! (`zones` selects them). RAPL counts a socket, not one process.
+//! (`zones` selects them). A counter that stands still is replaced by another one of the same zone,
+//! packages without any by the platform's. RAPL counts a socket, not one process.
 
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::zones::{self, Zone};
-use super::{Absent, Counter, CounterLimits, Gap, Sensor};
-use crate::units::MicroJoules;
+use super::{Absent, Counter, CounterLimits, Gap, Sensor, wait_until};
+use crate::units::{MicroJoules, Watts};
 
 /// The powercap tree of Linux; `ROOT_VARIABLE` names another (a host's, mounted in a container).
 const ROOT: &str = "/sys/class/powercap";
 const ROOT_VARIABLE: &str = "WATTUNE_POWERCAP";
-/// Watts no domain draws, if the kernel states no limit.
+/// Watts no domain draws, whatever its rated power: turbo limits are several times that of a mobile
+/// processor.
 const MAX_POWER_W: f64 = 1000.0;
+/// Multiple of the largest stated power limit that no domain draws.
+const LIMIT_FACTOR: f64 = 4.0;
+/// Watts that a package draws at least.
+const MIN_POWER_W: f64 = 0.1;
+/// Time given to a memory's counter once every package's has moved.
+const MEMORY_PATIENCE: Duration = Duration::from_millis(50);
 /// Counters tick every millisecond; the reading thread may be preempted before it reads the clock.
 const UPDATE_LAG: Duration = Duration::from_millis(100);
 
@@ -23,43 +31,114 @@ const UPDATE_LAG: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct RaplSensor {
     domains: Vec<Domain>,
+    /// Replacements for domains that stand still.
+    spare: Vec<Domain>,
     left_out: Vec<String>,
     opened: Instant,
 }
 
 #[derive(Debug)]
 struct Domain {
-    label: String,
-    energy_file: PathBuf,
+    zone: Zone,
     counter: Counter,
 }
 
 impl RaplSensor {
-    /// The sensor of this machine: `/sys/class/powercap`, or the tree that `WATTUNE_POWERCAP`
-    /// names.
-    pub fn open_default() -> Result<RaplSensor, Absent> {
+    /// The sensor of this machine, `/sys/class/powercap` or the tree that `WATTUNE_POWERCAP` names,
+    /// once its counters have moved.
+    ///
+    /// # Errors
+    /// A tree that is missing or unreadable, and counters that do not move within `patience`.
+    pub fn open_default(patience: Duration) -> Result<RaplSensor, Absent> {
         let root = std::env::var_os(ROOT_VARIABLE).unwrap_or_else(|| ROOT.into());
-        Self::open(Path::new(&root))
+        Self::open(Path::new(&root))?.moving(patience)
     }
 
-    /// The sensor of the powercap tree under `root`. Every selected zone must be readable: a
-    /// partial sum would pass for the total.
+    /// The sensor of the powercap tree under `root`. Every package must be readable: a partial sum
+    /// would pass for the total. Memory that is not is left out.
     pub fn open(root: &Path) -> Result<RaplSensor, Absent> {
-        let zones = zones::find(root).map_err(|e| no_tree(root, &e))?;
+        let mut zones = zones::find(root).map_err(|e| no_tree(root, &e))?;
         if zones.selected.is_empty() {
-            return Err(Absent {
-                reason: format!("{} lists no processor package", root.display()),
-                remedy:
-                    "load the driver with `sudo modprobe intel_rapl_msr`; virtual machines and containers often have no counter"
-                        .to_string(),
-            });
+            return Err(Absent::new(
+                format!("{} lists no processor package", root.display()),
+                "load the driver with `sudo modprobe intel_rapl_msr`; virtual machines and containers often have no counter",
+            ));
         }
-        let domains = zones.selected.into_iter().map(Domain::open);
+        let mut domains = Vec::new();
+        let mut unreadable = None;
+        for zone in zones.selected {
+            let is_memory = zone.is_memory();
+            match Domain::open(zone.clone()) {
+                Ok(domain) => domains.push(domain),
+                Err(absent) if is_memory => {
+                    zones
+                        .left_out
+                        .push(format!("{}: {}", zone.label, absent.reason));
+                }
+                Err(absent) => unreadable = Some(absent),
+            }
+        }
+        let spare = zones.spare.into_iter().map(Domain::open);
+        let mut spare: Vec<Domain> = spare.filter_map(Result::ok).collect();
+        if let Some(absent) = unreadable {
+            zones.left_out.push(absent.reason.clone());
+            spare.retain(|domain| domain.zone.is_platform());
+            domains = vec![spare.pop().ok_or(absent)?];
+        }
         Ok(RaplSensor {
-            domains: domains.collect::<Result<_, _>>()?,
+            domains,
+            spare,
             left_out: zones.left_out,
             opened: Instant::now(),
         })
+    }
+
+    /// This sensor once every package has moved; what has not within `patience` is replaced, or
+    /// left out if it is memory.
+    fn moving(mut self, patience: Duration) -> Result<RaplSensor, Absent> {
+        let packages = |domain: &&Domain| !domain.zone.is_memory();
+        wait_until(patience, || {
+            self.read_all();
+            self.domains.iter().filter(packages).all(Domain::has_moved)
+        });
+        wait_until(MEMORY_PATIENCE.min(patience), || {
+            self.read_all();
+            self.domains.iter().all(Domain::has_moved)
+        });
+        let mut still = None;
+        for domain in std::mem::take(&mut self.domains) {
+            let label = domain.zone.label.clone();
+            let same = |spare: &Domain| spare.zone.label == label && spare.has_moved();
+            if domain.has_moved() {
+                self.domains.push(domain);
+            } else if let Some(at) = self.spare.iter().position(same) {
+                self.left_out.push(format!(
+                    "{label}: its counter stands still, read through another interface"
+                ));
+                self.domains.push(self.spare.swap_remove(at));
+            } else if domain.zone.is_memory() {
+                self.left_out
+                    .push(format!("{label}: its counter stands still"));
+            } else {
+                still = Some(Absent::standing_still(&label, patience));
+            }
+        }
+        let Some(absent) = still else {
+            return Ok(self);
+        };
+        self.left_out.push(absent.reason.clone());
+        let platform = |spare: &Domain| spare.zone.is_platform() && spare.has_moved();
+        let at = self.spare.iter().position(platform).ok_or(absent)?;
+        self.domains = vec![self.spare.swap_remove(at)];
+        Ok(self)
+    }
+
+    /// Reads every counter, spares too, for the side effects.
+    fn read_all(&mut self) {
+        let elapsed = self.opened.elapsed();
+        for domain in self.domains.iter_mut().chain(&mut self.spare) {
+            let _ = domain.read(elapsed);
+        }
     }
 
     /// The zones not summed, each with its reason.
@@ -99,7 +178,7 @@ impl Sensor for RaplSensor {
         let labels: Vec<&str> = self
             .domains
             .iter()
-            .map(|domain| domain.label.as_str())
+            .map(|domain| domain.zone.label.as_str())
             .collect();
         labels.join(", ")
     }
@@ -108,37 +187,44 @@ impl Sensor for RaplSensor {
         let limits = self.domains.iter().map(|domain| domain.counter.limits());
         limits.filter_map(CounterLimits::max_read_interval).min()
     }
+
+    fn max_power(&self) -> Option<Watts> {
+        let limits = self.domains.iter().map(|domain| domain.counter.limits());
+        Some(Watts(limits.map(|limits| limits.max_power_w).sum()))
+    }
 }
 
 impl Domain {
-    fn open(Zone { label, dir }: Zone) -> Result<Domain, Absent> {
-        let required = |path: &Path| read_integer(path).map_err(|e| unreadable(path, &e));
-        let energy_file = dir.join("energy_uj");
-        let first = required(&energy_file)?;
-        let range = required(&dir.join("max_energy_range_uj"))?;
-        // The long-term limit is the rated power; no package sustains twice that for seconds.
-        let rated_uw = read_integer(&dir.join("constraint_0_max_power_uw")).unwrap_or(0);
+    /// A domain without a stated range never wraps around.
+    fn open(zone: Zone) -> Result<Domain, Absent> {
+        let path = zone.energy_file();
+        let first = read_integer(&path).map_err(|e| unreadable(&path, &e))?;
+        let stated = |name: String| read_integer(&zone.dir.join(name)).ok();
+        let powers = (0..3).filter_map(|n| stated(format!("constraint_{n}_max_power_uw")));
+        let limit_w = powers.max().unwrap_or(0) as f64 / 1e6;
         let limits = CounterLimits {
-            wrap_range: Some(range),
-            max_power_w: if rated_uw > 0 {
-                2.0 * rated_uw as f64 / 1e6
-            } else {
-                MAX_POWER_W
-            },
+            wrap_range: stated("max_energy_range_uj".to_string()).filter(|range| *range > 0),
+            max_power_w: MAX_POWER_W.max(LIMIT_FACTOR * limit_w),
+            min_power_w: if zone.is_memory() { 0.0 } else { MIN_POWER_W },
             update_lag: UPDATE_LAG,
         };
         let counter = Counter::new(limits, first, Duration::ZERO);
-        Ok(Domain {
-            label,
-            energy_file,
-            counter,
-        })
+        Ok(Domain { zone, counter })
+    }
+
+    fn has_moved(&self) -> bool {
+        self.counter.has_moved()
     }
 
     fn read(&mut self, elapsed: Duration) -> Result<u64, Gap> {
-        let raw = read_integer(&self.energy_file)
-            .map_err(|e| Gap::unread(format!("cannot read {}: {e}", self.energy_file.display())))?;
-        self.counter.update(raw, elapsed)
+        let path = self.zone.energy_file();
+        let raw = read_integer(&path)
+            .map_err(|e| Gap::unread(format!("cannot read {}: {e}", path.display())))?;
+        let label = &self.zone.label;
+        self.counter.update(raw, elapsed).map_err(|gap| Gap {
+            reason: format!("{label}: {}", gap.reason),
+            ..gap
+        })
     }
 }
 
@@ -150,11 +236,10 @@ fn read_integer(path: &Path) -> std::io::Result<u64> {
 }
 
 fn no_tree(root: &Path, source: &std::io::Error) -> Absent {
-    Absent {
-        reason: format!("no powercap tree under {}: {source}", root.display()),
-        remedy: "on a Linux machine, load the driver with `sudo modprobe intel_rapl_msr`; virtual machines and containers have none"
-            .to_string(),
-    }
+    Absent::new(
+        format!("no powercap tree under {}: {source}", root.display()),
+        "on a Linux machine, load the driver with `sudo modprobe intel_rapl_msr`; virtual machines and containers have none",
+    )
 }
 
 fn unreadable(path: &Path, source: &std::io::Error) -> Absent {
@@ -164,10 +249,7 @@ fn unreadable(path: &Path, source: &std::io::Error) -> Absent {
         }
         _ => "use the counted meter on this machine",
     };
-    Absent {
-        reason: format!("cannot read {}: {source}", path.display()),
-        remedy: remedy.to_string(),
-    }
+    Absent::new(format!("cannot read {}: {source}", path.display()), remedy)
 }
 
 #[cfg(test)]
@@ -232,16 +314,110 @@ mod tests {
         assert_eq!(sensor.left_out().len(), 4);
         // 262 kJ at 1000 W.
         assert_eq!(sensor.max_read_interval().unwrap().as_secs(), 262);
-        set(root.path(), "intel-rapl:0", "1100");
-        set(root.path(), "intel-rapl:1", "1100");
+        set(root.path(), "intel-rapl:0", "1001000");
+        set(root.path(), "intel-rapl:1", "1001000");
         for counted_elsewhere in ["intel-rapl:0:0", "intel-rapl:2", "intel-rapl-mmio:0"] {
-            set(root.path(), counted_elsewhere, "1100");
+            set(root.path(), counted_elsewhere, "1001000");
         }
         for memory in ["intel-rapl:0:1", "intel-rapl:0/intel-rapl:0:1"] {
             set(root.path(), memory, "1007");
         }
-        // Two packages rose by 100, one memory by 7.
-        assert_eq!(read(&mut sensor, 1), Ok(MicroJoules(207)));
+        // Two packages rose by a joule, one memory by 7 uJ.
+        assert_eq!(read(&mut sensor, 1), Ok(MicroJoules(2_000_007)));
+    }
+
+    /// A sensor of zones (directory, name) of which these move, waited for.
+    fn moving(zones: &[(&str, &str)], moved: &[&str]) -> Result<RaplSensor, Absent> {
+        let root = tempfile::tempdir().unwrap();
+        for (zone, name) in zones {
+            add_zone(root.path(), zone, name, 1000);
+        }
+        let sensor = RaplSensor::open(root.path()).unwrap();
+        for zone in moved {
+            set(root.path(), zone, "2000");
+        }
+        sensor.moving(Duration::ZERO)
+    }
+
+    #[test]
+    fn a_counter_that_stands_still_is_no_measurement() {
+        let server = [
+            ("intel-rapl:0", "package-0"),
+            ("intel-rapl:0:0", "dram"),
+            ("intel-rapl:1", "package-1"),
+            ("intel-rapl:2", "psys"),
+            ("intel-rapl-mmio:0", "package-0"),
+        ];
+        // What moves, and what is summed.
+        let summed = [
+            (
+                vec!["intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"],
+                "package-0, dram of package-0, package-1",
+            ),
+            (vec!["intel-rapl:0", "intel-rapl:1"], "package-0, package-1"),
+            (
+                vec!["intel-rapl-mmio:0", "intel-rapl:1"],
+                "package-0, package-1",
+            ),
+            // A part of the machine would pass for all of it.
+            (vec!["intel-rapl:0", "intel-rapl:2"], "psys"),
+            (vec!["intel-rapl:2"], "psys"),
+        ];
+        for (moved, covers) in summed {
+            let sensor = moving(&server, &moved).unwrap();
+            assert_eq!(sensor.covers(), covers, "{moved:?}");
+        }
+        for moved in [vec![], vec!["intel-rapl:0"], vec!["intel-rapl:0:0"]] {
+            let absent = moving(&server, &moved).unwrap_err();
+            let named =
+                absent.reason.contains("stands still") && absent.reason.contains("package-");
+            assert!(named && absent.distrusted, "{moved:?}: {absent:?}");
+        }
+    }
+
+    #[test]
+    fn draw_above_the_rated_power_is_believed() {
+        // 15 W rated, 61 W for ten seconds.
+        let root = tempfile::tempdir().unwrap();
+        add_zone(root.path(), "intel-rapl:0", "package-0", 1000);
+        let rated = root.path().join("intel-rapl:0/constraint_0_max_power_uw");
+        std::fs::write(rated, "15000000").unwrap();
+        let mut sensor = RaplSensor::open(root.path()).unwrap();
+        set(root.path(), "intel-rapl:0", "610001000");
+        assert_eq!(read(&mut sensor, 10), Ok(MicroJoules(610_000_000)));
+    }
+
+    #[test]
+    fn a_range_that_is_missing_or_zero_is_no_range() {
+        for range in [None, Some("0"), Some("")] {
+            let root = tempfile::tempdir().unwrap();
+            add_zone(root.path(), "intel-rapl:0", "package-0", 5_000_000);
+            let file = root.path().join("intel-rapl:0/max_energy_range_uj");
+            match range {
+                Some(text) => std::fs::write(file, text).unwrap(),
+                None => std::fs::remove_file(file).unwrap(),
+            }
+            let mut sensor = RaplSensor::open(root.path()).unwrap();
+            set(root.path(), "intel-rapl:0", "9000000");
+            assert_eq!(
+                read(&mut sensor, 1),
+                Ok(MicroJoules(4_000_000)),
+                "{range:?}"
+            );
+            set(root.path(), "intel-rapl:0", "10");
+            assert!(read(&mut sensor, 2).unwrap_err().lost, "{range:?}");
+        }
+    }
+
+    #[test]
+    fn memory_that_cannot_be_read_is_left_out() {
+        let root = tempfile::tempdir().unwrap();
+        add_zone(root.path(), "intel-rapl:0", "package-0", 1);
+        add_zone(root.path(), "intel-rapl:0:0", "dram", 1);
+        set(root.path(), "intel-rapl:0:0", "nothing");
+        let sensor = RaplSensor::open(root.path()).unwrap();
+        assert_eq!(sensor.covers(), "package-0");
+        assert!(sensor.left_out()[0].contains("`nothing` is no number"));
     }
 
     #[test]
@@ -260,13 +436,13 @@ mod tests {
             set(root.path(), "intel-rapl:0", broken);
             assert!(read(&mut sensor, 1).is_err());
         }
-        set(root.path(), "intel-rapl:0", "5000040000");
-        assert_eq!(read(&mut sensor, 2), Ok(MicroJoules(40_000)));
+        set(root.path(), "intel-rapl:0", "5004000000");
+        assert_eq!(read(&mut sensor, 2), Ok(MicroJoules(4_000_000)));
         // A fall to 1 J is no wrap-around: 258 kJ cannot be drawn in a second.
         set(root.path(), "intel-rapl:0", "1000000");
         assert!(read(&mut sensor, 3).unwrap_err().reason.contains("reset"));
         set(root.path(), "intel-rapl:0", "1000005");
-        assert_eq!(read(&mut sensor, 4), Ok(MicroJoules(40_005)));
+        assert_eq!(read(&mut sensor, 4), Ok(MicroJoules(4_000_005)));
         std::fs::remove_file(root.path().join("intel-rapl:0/energy_uj")).unwrap();
         assert!(read(&mut sensor, 5).is_err());
     }

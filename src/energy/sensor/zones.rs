@@ -7,8 +7,8 @@
 //! | `package-N`, `package-N-die-M` | a processor (Intel, AMD), or one of its dies | yes |
 //! | `dram` in a package | memory attached to the processor | yes |
 //! | `core`, `uncore` in a package | part of the package (AMD reports one core as `core`) | no |
-//! | `psys` | platform: packages, memory and more | only if no package is listed |
-//! | `intel-rapl-mmio:N` | the package of that name through another interface | only if listed nowhere else |
+//! | `psys` | platform: packages, memory and more | no; a spare for packages that are missing or not credible |
+//! | `intel-rapl-mmio:N` | the package of that name through another interface | only if listed nowhere else; else a spare |
 //!
 //! Reads names only, no energy.
 
@@ -31,9 +31,31 @@ pub(super) struct Zone {
 pub(super) struct Zones {
     /// To be summed.
     pub selected: Vec<Zone>,
+    /// Other interfaces to selected zones, and the platform.
+    pub spare: Vec<Zone>,
     /// Description and reason of every other zone.
     pub left_out: Vec<String>,
 }
+
+impl Zone {
+    /// The file of its counter, in microjoules.
+    pub fn energy_file(&self) -> PathBuf {
+        self.dir.join("energy_uj")
+    }
+
+    /// Whether it is memory, which is part of the machine only in addition to its package.
+    pub fn is_memory(&self) -> bool {
+        self.label.starts_with("dram")
+    }
+
+    /// Whether it is the platform.
+    pub fn is_platform(&self) -> bool {
+        self.label == PLATFORM
+    }
+}
+
+/// Name of the platform's zone.
+const PLATFORM: &str = "psys";
 
 /// A zone as listed. `interface` is an index of [`INTERFACES`]; `parent` is a directory name.
 #[derive(Debug)]
@@ -83,6 +105,7 @@ impl ListedZone {
 fn select(listed: &BTreeMap<String, ListedZone>) -> Zones {
     let has_packages = listed.values().any(ListedZone::is_package);
     let mut left_out = Vec::new();
+    let mut spare = Vec::new();
     let mut selected: BTreeMap<String, PathBuf> = BTreeMap::new();
     for (interface, prefix) in INTERFACES.iter().enumerate() {
         for zone in listed.values().filter(|zone| zone.interface == interface) {
@@ -97,6 +120,10 @@ fn select(listed: &BTreeMap<String, ListedZone>) -> Zones {
             if let Some(reason) = exclusion(zone, parent.is_some(), has_packages).or(duplicate) {
                 let interface = prefix.trim_end_matches(':');
                 left_out.push(format!("{label} ({interface}): {reason}"));
+                if duplicate.is_some() || (parent.is_none() && label == PLATFORM) {
+                    let dir = zone.dir.clone();
+                    spare.push(Zone { label, dir });
+                }
             } else {
                 selected.insert(label, zone.dir.clone());
             }
@@ -109,7 +136,11 @@ fn select(listed: &BTreeMap<String, ListedZone>) -> Zones {
         let package = zone.label.rsplit(' ').next().map(str::to_string);
         (package, zone.label.len())
     });
-    Zones { selected, left_out }
+    Zones {
+        selected,
+        spare,
+        left_out,
+    }
 }
 
 /// Why a zone is not summed, by the table of the module's documentation.
@@ -117,8 +148,8 @@ fn exclusion(zone: &ListedZone, in_package: bool, has_packages: bool) -> Option<
     match zone.name.as_str() {
         _ if zone.is_package() => None,
         "dram" if in_package => None,
-        "psys" if !in_package && !has_packages => None,
-        "psys" => Some("includes the packages, which are counted"),
+        PLATFORM if !in_package && !has_packages => None,
+        PLATFORM => Some("includes the packages, which are counted"),
         "core" | "uncore" => Some("part of its package"),
         _ => Some("unknown coverage"),
     }
