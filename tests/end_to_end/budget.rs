@@ -329,9 +329,10 @@ fn a_limit_that_is_too_small_is_answered_in_its_own_unit() {
         ),
     ];
     for (keys, unit) in cases {
+        let keys = set(&keys);
         let arguments = [
             &["train", "recipe.toml", "--out", "run"][..],
-            &flags(&set(&keys)),
+            &flags(&keys)[..],
         ]
         .concat();
         says(&lab.refused(2, &arguments), &["cannot hold one step", unit]);
