@@ -165,10 +165,8 @@ pub fn prepare(
     let mut warnings = adapter_warnings(&target, &architecture)?;
     warnings.extend(tokenizer.warnings().iter().cloned());
     warnings.extend(records.warnings());
-    let sampler = Sampler::new(
-        Arc::clone(&records.train.examples),
-        sampler_options(&recipe),
-    )?;
+    let examples = Arc::clone(&records.train.examples);
+    let sampler = Sampler::new(examples, sampler_options(&recipe))?;
     let validation_batches = match &records.validation {
         Some(set) => evaluation_batches(&set.examples, recipe.train.micro_batch_size),
         None => Vec::new(),
@@ -181,9 +179,7 @@ pub fn prepare(
     let (recompute, memory) =
         recompute(&recipe, &shape, trained, longest_batch, free, &mut warnings)?;
     let meters = Meters::open(profile.clone(), computing, recipe.energy.meter);
-    if recipe.energy.meter.is_none() {
-        warnings.extend(meters.warning());
-    }
+    warnings.extend(meters.warning().filter(|_| recipe.energy.meter.is_none()));
     let recomputed = checkpointing_value(recompute, shape.backward_blocks());
     resolve_autos(&mut recipe, recomputed, &profile, &meters)?;
     check_baseline_memory(&recipe, &architecture, longest_batch, free)?;
