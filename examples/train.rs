@@ -8,8 +8,8 @@ use std::sync::atomic::AtomicBool;
 use wattune::error::Result;
 use wattune::recipe;
 use wattune::run::{
-    DeviceChoice, Progress, Screen, Silent, StepRecord, StepView, TrainRequest, plan, prepare,
-    train,
+    DeviceChoice, Progress, Purpose, Screen, Silent, StepRecord, StepView, TrainRequest, plan,
+    prepare, train,
 };
 
 /// Prints one line a step; `run::NoProgress` prints nothing.
@@ -44,8 +44,9 @@ fn main() -> Result<()> {
 
     let recipe = recipe::load(Path::new(&recipe), &[])?;
     let (device, computing) = "auto".parse::<DeviceChoice>()?.open()?;
-    let prepared = prepare(recipe.clone(), &device, computing, &Silent)?;
-    let forecast = plan(&prepared)?;
+    let purpose = Purpose::Run;
+    let prepared = prepare(recipe.clone(), &device, computing, purpose, &Silent)?;
+    let forecast = plan(&prepared, &mut Lines)?;
     println!("the plan: {} steps", forecast.steps());
 
     let interrupted = AtomicBool::new(false);
