@@ -295,8 +295,10 @@ fn a_ledger() -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger.jsonl");
     let mut ledger = Ledger::create_for_run(&path, "digest").unwrap();
-    ledger.lease(Lease::default()).unwrap();
-    ledger.settle().unwrap();
+    ledger
+        .lease(Lease::default(), wattune::units::Seconds::ZERO)
+        .unwrap();
+    ledger.settle(wattune::units::Seconds::ZERO).unwrap();
     fs::read(&path).unwrap()
 }
 
