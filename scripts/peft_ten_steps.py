@@ -10,6 +10,9 @@ The committed golden files come from TinyStories-656K and the E2E NLG set's firs
     OUT/ten_steps.json -> tests/golden/tinystories_e2e_ten_steps.json
     OUT/start          -> tests/golden/tinystories_start_adapter
 
+    with --start tests/golden/tinystories_start_adapter --weight-decay 0.1 --loraplus-lr-ratio 16:
+    OUT/ten_steps.json -> tests/golden/tinystories_loraplus_ten_steps.json
+
 Start: PEFT's own initialisation at `--seed` (A Kaiming-uniform), then B ~ N(0, 0.02^2), so that every gradient is non-zero
 from the first step; saved to OUT_DIR/start, and loaded from there. Steps: records in file order, no shuffling, `--batch` to a
 step; AdamW (betas 0.9, 0.999, eps 1e-8, no decay), gradients clipped to a global norm of 1, transformers'
@@ -36,6 +39,7 @@ import torch
 import transformers
 
 import completion_loss as cl
+from peft.optimizers import create_loraplus_optimizer
 from reference import file_name, tidy_adapter_config, versions
 
 
@@ -51,6 +55,7 @@ def arguments():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--loraplus-lr-ratio", type=float, help="LoRA+: PEFT's create_loraplus_optimizer with this ratio")
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--lora-alpha", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,8 +95,12 @@ def save(model, folder, args):
 def train(model, examples, args):
     """(a record per step, L2 norm of each tensor's gradient in step 0)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.weight_decay,
-                                  foreach=False)
+    settings = dict(lr=args.lr, betas=(0.9, 0.999), eps=1e-8, foreach=False)
+    if args.loraplus_lr_ratio:
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=args.loraplus_lr_ratio,
+                                              loraplus_weight_decay=args.weight_decay, **settings)
+    else:
+        optimizer = torch.optim.AdamW(trainable, weight_decay=args.weight_decay, **settings)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=args.steps)
     steps, first = [], None
     for step in range(args.steps):
@@ -140,7 +149,7 @@ def main():
         "made_by": "scripts/peft_ten_steps.py", "versions": versions(),
         "settings": {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": "all-linear", "lr": args.lr,
                      "schedule": "linear", "warmup_steps": 0, "betas": [0.9, 0.999], "eps": 1e-8,
-                     "weight_decay": args.weight_decay, "max_grad_norm": 1.0, "batch": args.batch, "max_length": args.max_length,
+                     "weight_decay": args.weight_decay, "loraplus_lr_ratio": args.loraplus_lr_ratio, "max_grad_norm": 1.0, "batch": args.batch, "max_length": args.max_length,
                      "packing_style": args.packing_style, "seed": args.seed},
         "sha256": {"model": sha256(args.model_dir / "model.safetensors"), "data": sha256(args.data)},
         "bos": encoder.special, "eos": encoder.eos, "examples": len(examples), **counts, "steps": steps,

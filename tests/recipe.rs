@@ -560,6 +560,7 @@ prop_compose! {
         alphas in prop::collection::btree_map("[a-z_.]{1,9}", quantity(), 0..3),
         layers in prop::option::of(prop::collection::vec(0usize..99, 1..4)),
         init_from in prop::option::of(word().prop_map(|name| Path::new("/a b").join(name))),
+        loraplus_lr_ratio in prop::option::of(quantity()),
         written in prop::sample::subsequence(vec!["r", "lora_alpha", "use_rslora"], 0..=3),
     ) -> Lora {
         let names = matches!(target_modules, Targets::Names(_));
@@ -570,7 +571,7 @@ prop_compose! {
             layers_to_transform: layers.filter(|_| names),
             layers_pattern: Vec::new(),
         };
-        let mut lora = Lora { config, init_from, written: Vec::new() };
+        let mut lora = Lora { config, loraplus_lr_ratio, init_from, written: Vec::new() };
         if lora.init_from.is_some() {
             // What the recipe did not write is the default.
             let chosen = |name| written.contains(&name);

@@ -23,7 +23,8 @@ const ELEMENTS_PER_TASK: usize = 64 * 1024;
 /// # use wattune::ops::{AdamW, Context, Parameters};
 /// # use wattune::work::{Precision, WorkCounter};
 /// let (beta1, beta2, epsilon) = (0.9, 0.999, 1e-8);
-/// let adamw = AdamW { beta1, beta2, epsilon, weight_decay: 0., max_grad_norm: 1. };
+/// let (weight_decay, lr_ratio, max_grad_norm) = (0., 1., 1.);
+/// let adamw = AdamW { beta1, beta2, epsilon, weight_decay, lr_ratio, max_grad_norm };
 /// let tensors = vec![("w".to_string(), vec![2], vec![1f32, 1.])];
 /// let parameters = Parameters::new(tensors, &Device::Cpu)?;
 /// let gradient = Tensor::new(&[3f32, -4.], &Device::Cpu)?;
@@ -44,6 +45,8 @@ pub struct AdamW {
     pub epsilon: f64,
     /// Decoupled decay of the values of [`decayed`] slots.
     pub weight_decay: f64,
+    /// Factor on the rate of an adapter's B and vectors (LoRA+, Hayou et al. 2024); 1 for one rate.
+    pub lr_ratio: f64,
     /// Limit of the global gradient norm; 0 disables clipping.
     pub max_grad_norm: f64,
 }
@@ -60,36 +63,28 @@ pub fn decayed(slot: &Slot) -> bool {
     !is_norm && !slot.name.contains("bias")
 }
 
-/// Neighbouring elements with the same factor `decay` on their values.
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct DecayRun {
-    len: usize,
-    decay: f32,
+/// Whether `lr_ratio` applies to `slot`: to B and vectors, as in PEFT's `create_loraplus_optimizer`.
+fn has_raised_rate(slot: &Slot) -> bool {
+    slot.name.contains("lora_B") || slot.shape.len() == 1
 }
 
-/// The runs of the buffer whose decayed values are scaled by `decay`.
-fn decay_runs(slots: &[Slot], decay: f32) -> Vec<DecayRun> {
-    let mut runs: Vec<DecayRun> = Vec::new();
-    for slot in slots {
-        let len = slot.len();
-        let decay = if decayed(slot) { decay } else { 1.0 };
-        match runs.last_mut() {
-            Some(run) if run.decay == decay => run.len += len,
-            _ => runs.push(DecayRun { len, decay }),
-        }
-    }
-    runs
+/// Scalars of neighbouring elements: the factor on the value, and lr / (1 - beta1^step) at the
+/// group's lr.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct GroupRun {
+    len: usize,
+    decay: f32,
+    step_size: f32,
 }
 
 /// The scalars of one step, equal for all elements: `rate1` = 1 - beta1, `rate2` = 1 - beta2,
-/// `step_size` = lr / (1 - beta1^step), `root_correction` = sqrt(1 - beta2^step).
+/// `root_correction` = sqrt(1 - beta2^step).
 struct FusedStep {
     clip: f32,
-    runs: Vec<DecayRun>,
+    runs: Vec<GroupRun>,
     rate1: f32,
     beta2: f32,
     rate2: f32,
-    step_size: f32,
     root_correction: f32,
     epsilon: f32,
 }
@@ -118,12 +113,11 @@ impl AdamW {
         };
         let fused = FusedStep {
             clip: clip as f32,
-            runs: decay_runs(parameters.slots(), (1.0 - lr * self.weight_decay) as f32),
+            runs: self.runs(parameters.slots(), lr, step),
             // Subtracted in f64: 1 - 0.999 in f32 is off by 5e-5 of itself.
             rate1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
             rate2: (1.0 - self.beta2) as f32,
-            step_size: (lr / (1.0 - self.beta1.powf(step as f64))) as f32,
             root_correction: (1.0 - self.beta2.powf(step as f64)).sqrt() as f32,
             epsilon: self.epsilon as f32,
         };
@@ -133,6 +127,41 @@ impl AdamW {
             fused.reference(parameters.state(), gradient)?;
         }
         Ok(norm)
+    }
+
+    /// The buffer's runs of equal scalars.
+    fn runs(&self, slots: &[Slot], lr: f64, step: u64) -> Vec<GroupRun> {
+        let correction = 1.0 - self.beta1.powf(step as f64);
+        let mut runs: Vec<GroupRun> = Vec::new();
+        for slot in slots {
+            let ratio = if has_raised_rate(slot) {
+                self.lr_ratio
+            } else {
+                1.0
+            };
+            let decay = if decayed(slot) {
+                self.weight_decay
+            } else {
+                0.0
+            };
+            let run = GroupRun {
+                len: slot.len(),
+                decay: (1.0 - lr * ratio * decay) as f32,
+                step_size: (lr * ratio / correction) as f32,
+            };
+            match runs.last_mut() {
+                Some(last)
+                    if GroupRun {
+                        len: last.len,
+                        ..run
+                    } == *last =>
+                {
+                    last.len += run.len
+                }
+                _ => runs.push(run),
+            }
+        }
+        runs
     }
 }
 
@@ -165,7 +194,7 @@ impl FusedStep {
     #[inline(always)]
     fn update(
         &self,
-        decay: f32,
+        group: &GroupRun,
         value: &mut f32,
         first: &mut f32,
         second: &mut f32,
@@ -175,18 +204,17 @@ impl FusedStep {
         *first += (gradient - *first) * self.rate1;
         *second = *second * self.beta2 + gradient * gradient * self.rate2;
         let denominator = second.sqrt() / self.root_correction + self.epsilon;
-        *value = *value * decay - self.step_size * (*first / denominator);
+        *value = *value * group.decay - group.step_size * (*first / denominator);
     }
 
-    /// `value` (n) times the decay of each run.
-    fn decayed(&self, value: &Tensor) -> Result<Tensor> {
-        if let [run] = self.runs[..] {
-            return Ok((value * f64::from(run.decay))?);
+    /// `elements` (n) times the `scalar` of each run.
+    fn scaled(&self, elements: &Tensor, scalar: impl Fn(&GroupRun) -> f32) -> Result<Tensor> {
+        if let [run] = &self.runs[..] {
+            return Ok((elements * f64::from(scalar(run)))?);
         }
         let runs = self.runs.iter();
-        let decay = runs.flat_map(|run| std::iter::repeat_n(run.decay, run.len));
-        let decay = Tensor::from_iter(decay, value.device())?;
-        Ok((value * decay)?)
+        let scalars = runs.flat_map(|run| std::iter::repeat_n(scalar(run), run.len));
+        Ok((elements * Tensor::from_iter(scalars, elements.device())?)?)
     }
 
     /// The step in candle primitives on any device; `state` is (3, n), `gradient` (n).
@@ -199,8 +227,8 @@ impl FusedStep {
             ((second * f64::from(self.beta2))? + (gradient.sqr()? * f64::from(self.rate2))?)?;
         let denominator =
             ((second.sqrt()? / f64::from(self.root_correction))? + f64::from(self.epsilon))?;
-        let value =
-            (self.decayed(&value)? - ((&first / denominator)? * f64::from(self.step_size))?)?;
+        let update = self.scaled(&(&first / denominator)?, |run| run.step_size)?;
+        let value = (self.scaled(&value, |run| run.decay)? - update)?;
         for (i, row) in [value, first, second].iter().enumerate() {
             state.slice_set(&row.unsqueeze(0)?, 0, i)?;
         }
@@ -240,15 +268,15 @@ impl InplaceOp2 for FusedStep {
                 .zip(firsts.chunks_mut(ELEMENTS_PER_TASK))
                 .zip(seconds.chunks_mut(ELEMENTS_PER_TASK))
                 .zip(gradients.chunks(ELEMENTS_PER_TASK));
-            tasks.extend(chunks.map(|chunk| (run.decay, chunk)));
+            tasks.extend(chunks.map(|chunk| (run, chunk)));
         }
         par_for_each(
             tasks.into_iter(),
-            |(decay, (((value, first), second), gradient))| {
+            |(run, (((value, first), second), gradient))| {
                 simd!(|_| {
                     let elements = value.iter_mut().zip(first).zip(second).zip(gradient);
                     elements.for_each(|(((value, first), second), gradient)| {
-                        self.update(decay, value, first, second, *gradient)
+                        self.update(run, value, first, second, *gradient)
                     });
                 });
             },

@@ -23,7 +23,7 @@ fn lora_keys_without_lora(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
     }
     for key in keys_of::<LoraConfig>()
         .into_iter()
-        .chain([&adapter::init_from])
+        .chain([&adapter::loraplus_lr_ratio, &adapter::init_from])
     {
         if let Some(span) = reader.span(key) {
             let path = key.path();

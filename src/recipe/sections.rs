@@ -95,6 +95,8 @@ section! {
         kind: AdapterType = default("\"lora\"").named("type").known_as(&["peft_type", "method"]),
         /// LoRA.
         config: LoraConfig,
+        /// LoRA+: the rate of B is this many times learning_rate
+        loraplus_lr_ratio: Option<f64> = optional("16.0").within(POSITIVE),
         /// Continue from a PEFT adapter: its r, alpha and targets hold
         init_from: Option<PathBuf> = optional("\"path-to-adapter\"")
             .known_as(&["resume_from", "adapter_path"]),
@@ -148,6 +150,8 @@ pub enum Adapter {
 pub struct Lora {
     /// PEFT's configuration.
     pub config: LoraConfig,
+    /// Ratio of the rate of B to that of A (LoRA+).
+    pub loraplus_lr_ratio: Option<f64>,
     /// An existing PEFT adapter to continue from.
     pub init_from: Option<PathBuf>,
     /// The keys that the recipe gives: with `init_from` only these may contradict the adapter. Empty without `init_from`.
@@ -171,6 +175,7 @@ impl Keys for Adapter {
         Adapter::Lora(Lora {
             written: given.map(|key| key.name.to_string()).collect(),
             config: keys.config,
+            loraplus_lr_ratio: keys.loraplus_lr_ratio,
             init_from: keys.init_from,
         })
     }
@@ -181,6 +186,7 @@ impl Keys for Adapter {
             Adapter::Lora(lora) => AdapterKeys {
                 kind: AdapterType::Lora,
                 config: lora.config.clone(),
+                loraplus_lr_ratio: lora.loraplus_lr_ratio,
                 init_from: lora.init_from.clone(),
             }
             .write(to),

@@ -42,7 +42,7 @@ impl Recipe {
         match &self.adapter {
             Adapter::Lora(lora) if lora.init_from.is_some() && key.table == "adapter" => {
                 let given = lora.written.iter().any(|name| name == key.name);
-                !given && !matches!(key.name, "type" | "init_from")
+                !given && !matches!(key.name, "type" | "loraplus_lr_ratio" | "init_from")
             }
             _ => false,
         }

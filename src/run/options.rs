@@ -56,6 +56,10 @@ pub(super) fn settings(
             beta2: train.adam_beta2,
             epsilon: train.adam_epsilon,
             weight_decay: train.weight_decay,
+            lr_ratio: match &recipe.adapter {
+                recipe::Adapter::Lora(lora) => lora.loraplus_lr_ratio.unwrap_or(1.0),
+                recipe::Adapter::None => 1.0,
+            },
             max_grad_norm: train.max_grad_norm,
         },
         eval_every: train.eval_every,

@@ -55,18 +55,25 @@ fn ten_steps_on_e2e_are_those_of_peft_and_torch() {
         return;
     };
     let lab = ten_steps(&assets);
-    let golden = golden("tinystories_e2e_ten_steps.json");
-    let expected = golden["steps"].as_array().unwrap();
-    for (run, keys) in [
-        ("8x1", &[][..]),
+    let plain = golden("tinystories_e2e_ten_steps.json");
+    let loraplus = golden("tinystories_loraplus_ten_steps.json");
+    for (run, golden, keys) in [
+        ("8x1", &plain, &[][..]),
         (
             "1x8",
+            &plain,
             &[
                 "train.micro_batch_size=1",
                 "train.gradient_accumulation_steps=8",
             ],
         ),
+        (
+            "loraplus",
+            &loraplus,
+            &["adapter.loraplus_lr_ratio=16.0", "train.weight_decay=0.1"],
+        ),
     ] {
+        let expected = golden["steps"].as_array().unwrap();
         lab.train(run, &set(keys));
         let steps = lab.lines(&format!("{run}/steps.jsonl"));
         assert_eq!((steps.len(), expected.len()), (10, 10));

@@ -216,6 +216,7 @@ fn ten_adamw_steps_equal_those_of_torch() {
                     beta2: 0.999,
                     epsilon: 1e-8,
                     weight_decay: 0.01,
+                    lr_ratio: 1.0,
                     max_grad_norm: 1.0,
                 };
                 let norm = adamw

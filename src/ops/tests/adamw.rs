@@ -16,6 +16,7 @@ pub(super) const ADAMW: AdamW = AdamW {
     beta2: 0.999,
     epsilon: 1e-8,
     weight_decay: 0.5,
+    lr_ratio: 1.0,
     max_grad_norm: 1.0,
 };
 

@@ -175,6 +175,7 @@ fn adamw_with_decay_and_clipping() {
         beta2: 0.99,
         epsilon: 1e-6,
         weight_decay: 0.1,
+        lr_ratio: 1.0,
         max_grad_norm: 1.5,
     };
     let (gradients, after) = (golden.get("gradients"), golden.get("after"));
