@@ -7,11 +7,15 @@ use serde_json::{Value, json};
 
 use super::plan::ending;
 use super::screen::Terminal;
-use super::{Common, out, out_json};
+use super::{Common, note, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
-use crate::recipe;
+use crate::recipe::{self, DataSource, Validation};
 use crate::run::{self, DeviceChoice, Purpose, RenderedSample, Screen};
+use crate::text::first_few;
+
+/// Names in a note of files.
+const SHOWN_FILES: usize = 6;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -64,6 +68,9 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     let plan = run::plan(&prepared, &mut screen)?;
     screen.clear();
     plan.check_affordable(&prepared)?;
+    if !common.quiet && !common.json {
+        note_files(&prepared.recipe.data);
+    }
     let sample = prepared.train.first.as_ref();
     if common.json {
         return out_json(
@@ -83,6 +90,31 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     }
     text += &sample.map(sample_text).unwrap_or_default();
     out(&text)
+}
+
+/// Says which files a folder, a pattern or a list stands for.
+fn note_files(data: &recipe::Data) {
+    let validation = match &data.validation {
+        Validation::Source(source) => Some(source),
+        _ => None,
+    };
+    let sources = [("train", Some(&data.train)), ("validation", validation)];
+    for (key, source) in sources {
+        let Some(DataSource::Files(paths)) = source else {
+            continue;
+        };
+        if paths.len() > 1 {
+            let names: Vec<String> = paths
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect();
+            note(&format!(
+                "data.{key}: {} files in this order: {}\nhint: a list of paths chooses other files or another order",
+                names.len(),
+                first_few(names, SHOWN_FILES).join(", ")
+            ));
+        }
+    }
 }
 
 fn sample_json(sample: &RenderedSample) -> Value {
