@@ -341,7 +341,7 @@ fn another_recipe_and_a_finished_run_are_refused() {
     // Overrides without a recipe would be lost: refused.
     says(
         &lab.refused(2, &["train", "--resume", "run", "--set", "train.steps=7"]),
-        &["RECIPE"],
+        &["adapter.init_from"],
     );
 }
 
