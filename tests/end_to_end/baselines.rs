@@ -297,7 +297,7 @@ fn ctrl_c_during_a_baseline_keeps_the_finished_run() {
         &message,
         &[
             "measuring the from-scratch baseline",
-            "the run is finished and its report is whole",
+            "the run is finished and its report is complete",
         ],
     );
     let report: Value = serde_json::from_slice(&lab.read("run/report.json")).unwrap();
