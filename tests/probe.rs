@@ -96,9 +96,14 @@ fn a_configuration_alone_is_enough_and_the_figures_fit_together() {
             "tokens_per_second",
             "step_s",
             "peak_rss_bytes",
-            "flops_per_second"
+            "flops_per_second",
+            "step_j",
+            "device",
+            "all_steps_j"
         ]
     );
+    // Counted for the detected device.
+    assert!(number(&plan, "/probe/step_j") > 0.0 && plan["probe"]["device"].is_string());
     assert_eq!(plan["probe"]["steps"], 3);
     // Two micro-batches of three rows of 16 tokens.
     let (step, speed) = (
