@@ -11,7 +11,7 @@ use super::{Common, note, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
 use crate::recipe::{self, DataSource, Validation};
-use crate::run::{self, DeviceChoice, Purpose, RenderedSample, Screen};
+use crate::run::{self, DeviceChoice, Purpose, RenderedSample, Screen, data_files};
 use crate::text::first_few;
 
 /// Names in a note of files.
@@ -69,7 +69,7 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     screen.clear();
     plan.check_affordable(&prepared)?;
     if !common.quiet && !common.json {
-        note_files(&prepared.recipe.data);
+        note_files(&prepared.recipe.data)?;
     }
     let sample = prepared.train.first.as_ref();
     if common.json {
@@ -80,7 +80,7 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     }
     let steps = plan.plan.run.as_ref().map(|run| ending(&run.training));
     let mut text = format!(
-        "{} is ready: {} steps, about {}.\n",
+        "{} is ready. Steps: {}; energy: about {}.\n",
         path.display(),
         steps.unwrap_or_default(),
         plan.energy()
@@ -92,29 +92,28 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     out(&text)
 }
 
-/// Says which files a folder, a pattern or a list stands for.
-fn note_files(data: &recipe::Data) {
+/// Says which files a folder or a pattern stands for.
+fn note_files(data: &recipe::Data) -> Result<()> {
     let validation = match &data.validation {
         Validation::Source(source) => Some(source),
         _ => None,
     };
     let sources = [("train", Some(&data.train)), ("validation", validation)];
     for (key, source) in sources {
-        let Some(DataSource::Files(paths)) = source else {
+        let Some(source) = source else {
             continue;
         };
-        if paths.len() > 1 {
-            let names: Vec<String> = paths
-                .iter()
-                .map(|path| path.display().to_string())
-                .collect();
+        let files = data_files(source)?;
+        if matches!(source, DataSource::Files(paths) if *paths != files) {
+            let names = files.iter().map(|path| path.display().to_string());
             note(&format!(
                 "data.{key}: {} files in this order: {}\nhint: a list of paths chooses other files or another order",
-                names.len(),
-                first_few(names, SHOWN_FILES).join(", ")
+                files.len(),
+                first_few(names.collect(), SHOWN_FILES).join(", ")
             ));
         }
     }
+    Ok(())
 }
 
 fn sample_json(sample: &RenderedSample) -> Value {

@@ -45,6 +45,7 @@ pub use prepare::{Prepared, Purpose, prepare};
 pub use probe::plan_with_probe;
 pub use push::{PushRequest, push};
 pub use reconcile::reconcile;
+pub use records::data_files;
 pub use training::{Finished, TrainRequest, train};
 
 // For `cli`, which imports `run`, `recipe` and `report` alone.

@@ -80,6 +80,17 @@ impl Records {
     }
 }
 
+/// The local files that a source stands for; none of a data set on the hub.
+///
+/// # Errors
+/// As [`data::files`].
+pub fn data_files(source: &DataSource) -> Result<Vec<PathBuf>> {
+    match source {
+        DataSource::Files(paths) => data::files(paths),
+        DataSource::Hub { .. } => Ok(Vec::new()),
+    }
+}
+
 /// Local paths of a source, and its name in the report.
 fn locate(source: &DataSource, progress: &dyn Progress) -> Result<(Vec<PathBuf>, String)> {
     match source {
