@@ -159,12 +159,12 @@ fn titles<'de, D: Deserializer<'de>>(file: D) -> Result<BTreeMap<String, Source>
 }
 
 /// Bytes per second that one core draws from memory, before `achievable_bandwidth`: a few cores of a
-/// socket share its bandwidth less than evenly. STREAM on one core of server processors reaches 12
-/// to 14 GB/s (McCalpin, measurements of Xeon Platinum 8160).
+/// socket share its bandwidth less than evenly. Assumed, not verified: one core of a 64-core server
+/// processor was seen to read 11 to 12 GB/s.
 const CORE_BANDWIDTH: f64 = 1.5e10;
 
-/// Largest ratio of a processor's highest clock to the base clock that its peak is stated for
-/// (server and desktop processors of the shipped table: 1.1 to 2.1).
+/// Largest ratio of a processor's highest clock to the base clock that its peak is stated for.
+/// Assumed, not verified.
 const CLOCK_RATIO: f64 = 2.2;
 
 /// Largest ratio of a processor's rate in a 16-bit format to that in f32: 2048 bf16 operations a

@@ -277,7 +277,7 @@ fn a_budget_alone_says_how_long_to_train() {
     assert_eq!(report["training"]["steps"], 6);
     let check = [&["recipe", "check", "recipe.toml"][..], &flags(&keys)].concat();
     let check = String::from_utf8(lab.output(&check).stdout).unwrap();
-    says(&check, &["6 (energy budget) steps"]);
+    says(&check, &["Steps: 6 (energy budget)"]);
     // The rate rises over two of the six steps, and falls to its end.
     let lines = lab.lines("run/steps.jsonl");
     let rates: Vec<f64> = lines.iter().map(|line| number(line, "/lr")).collect();
