@@ -79,7 +79,8 @@ fn remedy(modules: &[Module], setting: &str, entry: &str, settings: &LoraConfig)
     }
 }
 
-/// For a text, which is read as a regular expression: the list of the names in it, `all-linear`, or an expression for whole paths.
+/// The remedy for a `target_modules` string, which is a regular expression: a list of the module names in it, `all-linear`, or
+/// an expression that matches full module paths.
 fn text_remedy(modules: &[Module], setting: &str, text: &str) -> Option<String> {
     if let Some(names) = names_in(modules, text) {
         return Some(format!(

@@ -59,7 +59,7 @@ pub(super) fn save(folder: &Path, dataset: &Dataset) -> Result<()> {
     })
 }
 
-/// Hashes what it writes.
+/// A writer that updates a SHA-256 with every byte written.
 struct CacheWriter<W> {
     file: W,
     hash: Sha256,
@@ -97,7 +97,7 @@ fn write_body(out: &mut CacheWriter<impl Write>, dataset: &Dataset) -> io::Resul
     Ok(())
 }
 
-/// Hashes what it reads, and reads no further than the checksum.
+/// A reader that updates a SHA-256 with every byte read; it stops before the trailing checksum.
 struct CacheReader {
     file: BufReader<File>,
     hash: Sha256,

@@ -511,7 +511,7 @@ mod tests {
         let answer =
             json!({"role": "assistant", "content": "<s>assistant", "reasoning_content": "r"});
         let chat = json!([user, call, result, answer]);
-        // The turn of calls ends by a token of its own; what the user quotes of the template is no turn.
+        // A turn of tool calls has a different end-of-turn token; template text quoted by the user does not end a turn.
         assert_eq!(
             learned(ROLES, chat, None).unwrap(),
             ["<c><c>f<c>", "<c>whyr<c><s>assistant<e>"]

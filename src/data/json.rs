@@ -49,7 +49,7 @@ pub(super) fn records(source: Source) -> Result<RawRecords> {
     }
 }
 
-/// Whether the first object goes on in the next line; `start` receives the lines that were read.
+/// Whether the first JSON object spans several lines; the lines read are appended to `start`.
 fn spans_lines(reader: &mut impl BufRead, start: &mut Vec<u8>) -> io::Result<bool> {
     while start.trim_ascii().is_empty() {
         if reader.read_until(b'\n', start)? == 0 {

@@ -28,7 +28,7 @@ const WITH_SENTINELS: &str = "#marked";
 /// Steps of one rendering (minijinja's fuel: an instruction, or 64 bytes of data), and more for each byte of the conversation.
 const STEPS: u64 = 4_000_000;
 const STEPS_PER_BYTE: u64 = 32;
-/// Bytes of one rendered conversation, and more for each of its own.
+/// Output limit of one rendering in bytes: a constant, and an allowance for each byte of the conversation.
 const OUTPUT_BYTES: u64 = 16 << 20;
 const OUTPUT_PER_BYTE: u64 = 16;
 /// What an object of the conversation counts for, in bytes.

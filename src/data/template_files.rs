@@ -140,15 +140,19 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    /// The cases of one list of tests/golden/chat_files.json.
+    fn golden(list: &str) -> Vec<Value> {
+        let golden = include_bytes!("../../tests/golden/chat_files.json");
+        let mut golden: Value = serde_json::from_slice(golden).unwrap();
+        serde_json::from_value(golden[list].take()).unwrap()
+    }
+
     /// Expected: `AutoTokenizer.from_pretrained(..).special_tokens_map` of transformers 5.24 for such files
     /// (scripts/chat_files.py prints it).
     #[test]
     fn special_tokens_are_those_of_transformers() {
-        let golden =
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chat_files.json");
-        let golden: Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
-        let cases = golden["special_tokens"].as_array().unwrap();
-        for case in cases {
+        let cases = golden("special_tokens");
+        for case in &cases {
             let file = |name: &str| case.get(name).filter(|file| !file.is_null());
             let ours = special_tokens(file("tokenizer_config"), file("special_tokens_map"));
             assert_eq!(json!(ours), case["expected"], "{case}");
@@ -158,11 +162,8 @@ mod tests {
 
     #[test]
     fn templates_are_those_of_transformers() {
-        let golden =
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chat_files.json");
-        let golden: Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
-        let cases = golden["templates"].as_array().unwrap();
-        for case in cases {
+        let cases = golden("templates");
+        for case in &cases {
             let jinja = serde_json::from_value(case["jinja"].clone()).unwrap();
             let ours = templates(jinja, Some(&case["tokenizer_config"]), None).unwrap();
             let choose = |with_tools: bool| {

@@ -32,9 +32,9 @@ pub struct TokenizerFiles {
     pub merges: Option<PathBuf>,
     /// `tokenizer_config.json`: the eos token, added tokens, the chat template.
     pub tokenizer_config: Option<PathBuf>,
-    /// `special_tokens_map.json`: void beside tokenizer_config.json's `added_tokens_decoder`.
+    /// `special_tokens_map.json`: ignored if tokenizer_config.json has an `added_tokens_decoder`.
     pub special_tokens_map: Option<PathBuf>,
-    /// `added_tokens.json`: likewise.
+    /// `added_tokens.json`: ignored under the same condition.
     pub added_tokens: Option<PathBuf>,
     /// `chat_template.jinja`: takes precedence over tokenizer_config.json's, as in transformers.
     pub chat_template: Option<PathBuf>,

@@ -2,7 +2,7 @@
 //!
 //! Takes the pipeline and the settings, changes it as transformers' classes do. tokenizer.json decides everything else: a class that
 //! transformers 5 builds anew from vocabulary and merges keeps the normalizer and splitting of its file here, as in
-//! transformers 4; `add_bos_token` and `add_eos_token` have no effect beside a tokenizer.json, nor has `add_prefix_space` with
+//! transformers 4; `add_bos_token` and `add_eos_token` are ignored if there is a tokenizer.json, and so is `add_prefix_space` for
 //! a class that transformers 5 does not build. Knows nothing of added tokens.
 
 use serde_json::{Map, Value};
