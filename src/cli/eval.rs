@@ -3,55 +3,69 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::model::ModelArguments;
+use super::model::{ComputeArguments, ModelArguments};
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
+use crate::recipe::Recipe;
+use crate::run::Screen as _;
 use crate::run::{self, DataOptions, EvaluationJob, Format, OnBadRecord, PromptTemplate, TxtUnit};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
-    /// Data files (.jsonl .json .csv .tsv .txt .parquet), folders or patterns
-    #[arg(long, required = true, num_args = 1..)]
+    #[command(flatten)]
+    compute: ComputeArguments,
+    /// Data files (.jsonl .json .csv .tsv .txt .parquet), folders or patterns [default: the run's
+    /// validation files]
+    #[arg(long, num_args = 1..)]
     data: Vec<PathBuf>,
-    /// Record format
-    #[arg(long, default_value = "auto")]
-    format: Format,
+    /// Record format [default: the run's, else auto]
+    #[arg(long)]
+    format: Option<Format>,
     /// Column of a field, such as `--column prompt=question`
     #[arg(long = "column", value_name = "FIELD=COLUMN")]
     columns: Vec<String>,
     /// What a prompt becomes, such as "{prompt} "; "chat": the user's turn of the chat template
     #[arg(long)]
     prompt_template: Option<PromptTemplate>,
-    /// Maximum length of a record in tokens
-    #[arg(long, default_value_t = 512)]
-    max_length: usize,
-    /// Records per forward pass
-    #[arg(long, default_value_t = 8)]
-    micro_batch_size: usize,
+    /// Maximum length of a record in tokens [default: the run's, else 512]
+    #[arg(long)]
+    max_length: Option<usize>,
+    /// Records per forward pass [default: the run's, else 8]
+    #[arg(long)]
+    micro_batch_size: Option<usize>,
     /// Evaluate only the first N records
     #[arg(long)]
     limit: Option<usize>,
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
-    if arguments.micro_batch_size == 0 || arguments.max_length == 0 {
+    if [arguments.micro_batch_size, arguments.max_length].contains(&Some(0)) {
         let rule = "`--micro-batch-size` and `--max-length` are at least 1";
         return Err(Error::new(Kind::Usage, "a forward pass holds no tokens")
             .value("0")
             .rule(rule));
     }
-    let (device, _) = arguments.model.device.device.open()?;
+    let source = arguments.model.resolve()?;
+    let device = arguments.compute.open()?;
+    let of_run = source.recipe.as_ref();
+    let mut screen = Terminal::new(common.quiet);
+    let data = match arguments.data.as_slice() {
+        [] => run::validation_files(&source, screen.downloads())?,
+        files => files.to_vec(),
+    };
+    let micro_batch_size = arguments.micro_batch_size;
     let job = EvaluationJob {
-        model: arguments.model.request(&device),
-        data: arguments.data.clone(),
-        options: options(arguments)?,
-        micro_batch_size: arguments.micro_batch_size,
+        model: arguments.compute.request(&source, &device),
+        data,
+        options: options(arguments, of_run)?,
+        micro_batch_size: micro_batch_size
+            .or(of_run.map(|recipe| recipe.train.micro_batch_size))
+            .unwrap_or(8),
         limit: arguments.limit,
     };
-    let mut screen = Terminal::new(common.quiet);
     let result = run::evaluate(&job, &mut screen)?;
     screen.clear();
     if common.json {
@@ -63,7 +77,8 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     ))
 }
 
-fn options(arguments: &Arguments) -> Result<DataOptions> {
+/// The options of the run's recipe, replaced where an argument is given.
+fn options(arguments: &Arguments, recipe: Option<&Recipe>) -> Result<DataOptions> {
     let pair = |text: &String| {
         let split = text
             .split_once('=')
@@ -74,13 +89,25 @@ fn options(arguments: &Arguments) -> Result<DataOptions> {
                 .value(text.clone())
         })
     };
-    let columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;
-    Ok(DataOptions {
-        format: arguments.format,
-        columns,
-        max_length: arguments.max_length,
-        on_bad_record: OnBadRecord::Stop,
-        txt_unit: TxtUnit::Paragraph,
-        prompt_template: arguments.prompt_template.clone(),
-    })
+    let mut options = recipe.map_or_else(
+        || DataOptions {
+            format: Format::Auto,
+            columns: Default::default(),
+            max_length: 512,
+            on_bad_record: OnBadRecord::Stop,
+            txt_unit: TxtUnit::Paragraph,
+            prompt_template: None,
+        },
+        |recipe| run::data_options(&recipe.data),
+    );
+    if !arguments.columns.is_empty() {
+        options.columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;
+    }
+    options.format = arguments.format.unwrap_or(options.format);
+    options.max_length = arguments.max_length.unwrap_or(options.max_length);
+    options.prompt_template = arguments
+        .prompt_template
+        .clone()
+        .or(options.prompt_template);
+    Ok(options)
 }

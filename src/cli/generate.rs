@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::model::ModelArguments;
+use super::model::{ComputeArguments, ModelArguments};
 use super::screen::Terminal;
 use super::{Common, out, out_json, write_out};
 use crate::error::{Error, Kind, Result};
@@ -12,6 +12,8 @@ use crate::run::{self, GenerationJob, Sampling};
 pub(super) struct Arguments {
     #[command(flatten)]
     model: ModelArguments,
+    #[command(flatten)]
+    compute: ComputeArguments,
     /// Prompt to continue
     #[arg(long)]
     prompt: String,
@@ -65,9 +67,10 @@ fn check(arguments: &Arguments) -> Result<()> {
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     check(arguments)?;
-    let (device, _) = arguments.model.device.device.open()?;
+    let source = arguments.model.resolve()?;
+    let device = arguments.compute.open()?;
     let job = GenerationJob {
-        model: arguments.model.request(&device),
+        model: arguments.compute.request(&source, &device),
         prompt: &arguments.prompt,
         chat: arguments.chat,
         max_new_tokens: arguments.max_new_tokens,

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
+use super::model::ModelArguments;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::Result;
@@ -12,15 +13,8 @@ use crate::run::{self, MergeRequest};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Model: hub id, directory, or embedded:tiny
-    #[arg(long)]
-    model: String,
-    /// Branch, tag or commit of a hub model
-    #[arg(long, default_value = "main")]
-    revision: String,
-    /// PEFT adapter directory
-    #[arg(long)]
-    adapter: PathBuf,
+    #[command(flatten)]
+    model: ModelArguments,
     /// Output directory; must not exist
     #[arg(long)]
     out: PathBuf,
@@ -28,9 +22,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let request = MergeRequest {
-        model: &arguments.model,
-        revision: &arguments.revision,
-        adapter: &arguments.adapter,
+        source: &arguments.model.resolve()?,
         out: &arguments.out,
     };
     let summary = run::merge_model(&request, &mut Terminal::new(common.quiet))?;

@@ -2,25 +2,34 @@
 
 use std::path::PathBuf;
 
-use crate::run::{Device, DeviceChoice, ModelRequest};
+use crate::error::Result;
+use crate::run::{Device, DeviceChoice, ModelRequest, ModelSelection, ModelSource};
 use crate::work::Precision;
 
+/// The model of `eval`, `generate` and `merge`.
 #[derive(Debug, clap::Args)]
 pub(super) struct ModelArguments {
-    /// Model: hub id, directory, or embedded:tiny
+    /// Run directory, or a PEFT adapter's directory: the base model and the adapter come from it
+    run: Option<PathBuf>,
+    /// Model: hub id, directory, or embedded:tiny; replaces the base model of a run or adapter
     #[arg(long)]
-    pub(super) model: String,
-    /// Branch, tag or commit of a hub model
-    #[arg(long, default_value = "main")]
-    pub(super) revision: String,
-    /// PEFT adapter directory
+    model: Option<String>,
+    /// Branch, tag or commit of a hub model [default: that of the run or adapter, else main]
     #[arg(long)]
-    pub(super) adapter: Option<PathBuf>,
-    /// Compute precision
-    #[arg(long, default_value = "f32")]
-    pub(super) dtype: Precision,
+    revision: Option<String>,
+    /// PEFT adapter directory; names the base model where `--model` does not
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+}
+
+/// `--device` and `--dtype`.
+#[derive(Debug, clap::Args)]
+pub(super) struct ComputeArguments {
+    /// Compute precision [default: the run's, else f32]
+    #[arg(long)]
+    dtype: Option<Precision>,
     #[command(flatten)]
-    pub(super) device: DeviceArgument,
+    device: DeviceArgument,
 }
 
 /// `--device`, the same for every command that computes.
@@ -32,13 +41,32 @@ pub(super) struct DeviceArgument {
 }
 
 impl ModelArguments {
-    pub(super) fn request<'a>(&'a self, device: &'a Device) -> ModelRequest<'a> {
-        ModelRequest {
-            model: &self.model,
-            revision: &self.revision,
+    pub(super) fn resolve(&self) -> Result<ModelSource> {
+        let selection = ModelSelection {
+            run: self.run.as_deref(),
+            model: self.model.as_deref(),
+            revision: self.revision.as_deref(),
             adapter: self.adapter.as_deref(),
+        };
+        selection.resolve()
+    }
+}
+
+impl ComputeArguments {
+    pub(super) fn open(&self) -> Result<Device> {
+        Ok(self.device.device.open()?.0)
+    }
+
+    pub(super) fn request<'a>(
+        &self,
+        source: &'a ModelSource,
+        device: &'a Device,
+    ) -> ModelRequest<'a> {
+        let of_run = source.recipe.as_ref().map(|recipe| recipe.model.dtype);
+        ModelRequest {
+            source,
             device,
-            precision: self.dtype,
+            precision: self.dtype.or(of_run).unwrap_or(Precision::F32),
         }
     }
 }

@@ -6,9 +6,13 @@ use serde::Serialize;
 
 use super::Screen;
 use super::inference::{ModelRequest, load, not_finite, open};
+use super::model_source::ModelSource;
+use super::records::locate;
 use crate::data::{self, evaluation_batches};
 use crate::error::{Error, Kind, Result};
+use crate::hub::Progress;
 use crate::ops::Context;
+use crate::recipe::Validation;
 use crate::train::batch_to_device;
 use crate::work::WorkCounter;
 
@@ -41,6 +45,24 @@ pub struct Evaluation {
     pub examples: u64,
     /// Executed FLOPs of matrix products and attention.
     pub flops: u64,
+}
+
+/// The validation files of the run that `source` was given by.
+///
+/// # Errors
+/// No run, a run without a validation set of its own, a data set that cannot be fetched.
+pub fn validation_files(source: &ModelSource, progress: &dyn Progress) -> Result<Vec<PathBuf>> {
+    let none = |reason: &str| {
+        Err(Error::new(Kind::Usage, reason).hint("name the records with `--data FILE...`"))
+    };
+    let Some(recipe) = &source.recipe else {
+        return none("no data was given");
+    };
+    match &recipe.data.validation {
+        Validation::Source(source) => Ok(locate(source, progress)?.0),
+        Validation::Fraction(_) => none("the run's validation set is a part of its training data"),
+        Validation::None => none("the run has no validation set"),
+    }
 }
 
 /// Evaluates.

@@ -1,12 +1,11 @@
 //! Loading of a model, with or without an adapter, for evaluation and generation.
 
-use std::path::Path;
-
 use candle_core::Device;
 
 use super::Screen;
 use super::machine::check_precision;
 use super::model::{end_ids, fetch_weights, find_model, tokenizer_of};
+use super::model_source::ModelSource;
 use super::prepare::architecture_of;
 use crate::adapter::{self, Site};
 use crate::data::Tokenizer;
@@ -14,17 +13,13 @@ use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{Architecture, Decoder, TrainableModel, Weights, initial_factors};
 use crate::ops::Parameters;
-use crate::recipe::{Init, ModelId};
+use crate::recipe::Init;
 use crate::work::Precision;
 
-/// A model, an adapter, a device and a dtype.
+/// A model to run, and where.
 pub struct ModelRequest<'a> {
-    /// Hub id, directory or `embedded:NAME`.
-    pub model: &'a str,
-    /// Branch, tag or commit of a hub model.
-    pub revision: &'a str,
-    /// A PEFT adapter's directory.
-    pub adapter: Option<&'a Path>,
+    /// The model and its adapter.
+    pub source: &'a ModelSource,
     /// Compute device.
     pub device: &'a Device,
     /// Compute dtype.
@@ -47,20 +42,9 @@ pub(super) struct LoadedModel {
     _parameters: Parameters,
 }
 
-/// Parses `--model`.
-pub(super) fn model_id(text: &str) -> Result<ModelId> {
-    ModelId::parse(text, Path::new("")).ok_or_else(|| {
-        Error::new(Kind::Usage, "not a model id or model directory")
-            .value(text)
-            .rule("a hub id `owner/name`, a directory, or `embedded:NAME`")
-            .hint("for example `--model HuggingFaceTB/SmolLM2-135M` or `--model ./my-model`")
-    })
-}
-
 /// A model's files, weights included.
-pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Result<ModelFiles> {
-    let id = model_id(request.model)?;
-    let mut files = find_model(&id, request.revision, progress)?;
+pub(super) fn fetch(source: &ModelSource, progress: &dyn Progress) -> Result<ModelFiles> {
+    let mut files = find_model(&source.id, &source.revision, progress)?;
     fetch_weights(&mut files, progress)?;
     Ok(files)
 }
@@ -68,10 +52,10 @@ pub(super) fn fetch(request: &ModelRequest<'_>, progress: &dyn Progress) -> Resu
 /// Reads configuration and tokenizer of a model; shows the tokenizer's warnings.
 pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Result<OpenedModel> {
     check_precision(request.device, request.precision)?;
-    let id = model_id(request.model)?;
-    let files = find_model(&id, request.revision, screen.downloads())?;
+    let source = request.source;
+    let files = find_model(&source.id, &source.revision, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, request.device)?;
-    let tokenizer = tokenizer_of(&files, architecture.vocab_size, None)?;
+    let tokenizer = tokenizer_of(&files, architecture.vocab_size, source.chat_date())?;
     for warning in tokenizer.warnings() {
         screen.note(&format!("warning: {warning}"));
     }
@@ -93,7 +77,12 @@ pub(super) fn load(
     opened.architecture = architecture_of(&opened.files, Init::Pretrained, request.device)?;
     let architecture = &opened.architecture;
     let weights = Weights::open(&opened.files.weights, architecture)?;
-    let loaded = request.adapter.map(adapter::load).transpose()?;
+    let loaded = request
+        .source
+        .adapter
+        .as_deref()
+        .map(adapter::load)
+        .transpose()?;
     let modules = architecture.modules();
     let output_embedding = architecture.output_embedding();
     let mut sites: Vec<Site> = Vec::new();

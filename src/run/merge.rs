@@ -5,26 +5,21 @@ use std::path::Path;
 use candle_core::Device;
 
 use super::Screen;
-use super::inference::{ModelRequest, fetch};
+use super::inference::fetch;
 use super::model::{copy_companions, copy_file};
+use super::model_source::ModelSource;
 use super::prepare::architecture_of;
 use crate::adapter::{self, MergeJob, MergeSummary};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
-use crate::hub::ModelFiles;
 use crate::model::Weights;
-use crate::recipe::Init;
+use crate::recipe::{Init, ModelId};
 use crate::report::files::MODEL_CARD;
-use crate::work::Precision;
 
 /// A merge.
 pub struct MergeRequest<'a> {
-    /// The base model.
-    pub model: &'a str,
-    /// Its revision on the hub.
-    pub revision: &'a str,
-    /// The adapter's directory.
-    pub adapter: &'a Path,
+    /// The base model and its adapter.
+    pub source: &'a ModelSource,
     /// The directory to create.
     pub out: &'a Path,
 }
@@ -35,18 +30,12 @@ pub struct MergeRequest<'a> {
 /// A model or adapter that cannot be loaded, or that do not fit each other.
 pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Result<MergeSummary> {
     let device = Device::Cpu;
-    let model = ModelRequest {
-        model: request.model,
-        revision: request.revision,
-        adapter: Some(request.adapter),
-        device: &device,
-        precision: Precision::F32,
-    };
-    let files = fetch(&model, screen.downloads())?;
+    let adapter = adapter_of(request.source)?;
+    let files = fetch(request.source, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, &device)?;
     // Refuses weights that do not fit config.json before anything is written.
     Weights::open(&files.weights, &architecture)?;
-    let loaded = adapter::load(request.adapter)?;
+    let loaded = adapter::load(adapter)?;
     let modules = architecture.modules();
     let output_embedding = architecture.output_embedding();
     let pairs = loaded.attach(&modules, output_embedding)?;
@@ -63,7 +52,10 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     };
     let other_files = |dir: &Path| {
         copy_companions(&files, dir)?;
-        write_atomic(&dir.join(MODEL_CARD), card(request, &files))?;
+        write_atomic(
+            &dir.join(MODEL_CARD),
+            card(request.source, files.license.as_deref()),
+        )?;
         copy_file(&files.config, &dir.join("config.json"))
     };
     adapter::merge(&MergeJob {
@@ -76,15 +68,39 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     })
 }
 
-/// The model card of the merged model: its base and the base's licence.
-fn card(request: &MergeRequest<'_>, files: &ModelFiles) -> String {
+/// The adapter to merge.
+fn adapter_of(source: &ModelSource) -> Result<&Path> {
+    source.adapter.as_deref().ok_or_else(|| match &source.id {
+        ModelId::Directory(dir) if source.recipe.is_some() => Error::new(
+            Kind::Usage,
+            "the run has no adapter: it trained every weight",
+        )
+        .hint(format!(
+            "`{}` is a model directory as it stands",
+            dir.display()
+        )),
+        _ => Error::new(Kind::Usage, "no adapter was given")
+            .hint("give a run directory or `--adapter DIRECTORY`"),
+    })
+}
+
+/// The model card of the merged model: its base and the base's licence. No place on this machine is written into it.
+fn card(source: &ModelSource, license: Option<&str>) -> String {
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
-    let license = files.license.as_deref();
-    let license = license.map_or(String::new(), |name| format!("license: {}\n", quoted(name)));
+    let mut lines = vec!["library_name: transformers".to_string()];
+    let base = match &source.id {
+        ModelId::Hub(id) => {
+            lines.push(format!("base_model: {}", quoted(id)));
+            id.clone()
+        }
+        ModelId::Directory(dir) => dir
+            .file_name()
+            .map_or_else(|| "model".into(), |name| name.display().to_string()),
+        ModelId::Embedded(name) => format!("embedded:{name}"),
+    };
+    lines.extend(license.map(|name| format!("license: {}", quoted(name))));
     format!(
-        "---\nlibrary_name: transformers\nbase_model: {}\n{license}---\n\n`{}` with the LoRA adapter `{}` merged into its weights by wattune.\n",
-        quoted(&files.id),
-        files.id,
-        request.adapter.display(),
+        "---\n{}\n---\n\n`{base}` with a LoRA adapter merged into its weights by wattune.\n",
+        lines.join("\n")
     )
 }

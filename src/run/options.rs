@@ -9,7 +9,8 @@ use crate::train::{Schedule, Settings};
 /// Steps of a run, at most: a plan plays each of them through.
 pub(super) const MAX_STEPS: u64 = 10_000_000;
 
-pub(super) fn data_options(data: &recipe::Data) -> data::Options {
+/// How the recipe's records are read and tokenized.
+pub fn data_options(data: &recipe::Data) -> data::Options {
     data::Options {
         format: data.format,
         columns: data.columns.clone(),

@@ -92,7 +92,10 @@ pub fn data_files(source: &DataSource) -> Result<Vec<PathBuf>> {
 }
 
 /// Local paths of a source, and its name in the report.
-fn locate(source: &DataSource, progress: &dyn Progress) -> Result<(Vec<PathBuf>, String)> {
+pub(super) fn locate(
+    source: &DataSource,
+    progress: &dyn Progress,
+) -> Result<(Vec<PathBuf>, String)> {
     match source {
         DataSource::Files(paths) => {
             let names: Vec<String> = paths

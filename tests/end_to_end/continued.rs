@@ -1,6 +1,6 @@
 //! The same numbers, however the work is cut up: threads, micro-batches, dropout masks, rank and alpha.
 
-use super::lab::{Lab, number, set};
+use super::lab::{Lab, number, says, set};
 
 #[test]
 fn the_thread_count_changes_no_byte() {
@@ -132,6 +132,14 @@ fn a_merged_model_is_the_base_with_its_adapter() {
     let report = lab.json(&["report", "run"]);
     assert!((number(&report, "/training/val_loss_after") - adapted).abs() < 1e-6);
     assert!((number(&report, "/training/val_loss_before") - base).abs() < 1e-6);
+    // The run names the model, the adapter and the validation files; an adapter names its model.
+    assert_eq!(eval_of(&lab, &["run"]), adapted);
+    assert_eq!(eval_of(&lab, &["run/adapter", data[0], data[1]]), adapted);
+    assert_eq!(
+        eval_of(&lab, &["--adapter", "run/adapter", data[0], data[1]]),
+        adapted
+    );
+    assert_ne!(eval_of(&lab, &["run", "--model", "./merged"]), adapted);
     // A second merge does not overwrite the first.
     let message = lab.refused(
         2,
@@ -145,7 +153,67 @@ fn a_merged_model_is_the_base_with_its_adapter() {
             "merged",
         ],
     );
-    super::lab::says(&message, &["merged"]);
+    says(&message, &["merged"]);
+}
+
+fn eval_of(lab: &Lab, arguments: &[&str]) -> f64 {
+    number(&lab.json(&[&["eval"], arguments].concat()), "/loss")
+}
+
+#[test]
+fn a_model_is_found_or_what_is_missing_is_named() {
+    let lab = Lab::new();
+    lab.train("run", &set(&["train.steps=1"]));
+    lab.edit("r = 2\nlora_alpha = 6", "type = \"none\"");
+    lab.edit("validation = \"validation.jsonl\"\n", "");
+    lab.train("full", &set(&["train.steps=1"]));
+    let generate = |arguments: &[&str]| {
+        let end = ["--prompt", "Once", "--max-new-tokens", "2"];
+        lab.json(&[&["generate"], arguments, &end].concat())["tokens"].clone()
+    };
+    assert_eq!(generate(&["full"]), generate(&["--model", "./full/model"]));
+    let config = String::from_utf8(lab.read("run/adapter/adapter_config.json")).unwrap();
+    for (folder, base) in [("moved", "\"/nowhere/base\""), ("nameless", "null")] {
+        std::fs::create_dir(lab.path(folder)).unwrap();
+        let config = config.replace("\"embedded:tiny\"", base);
+        lab.write(&format!("{folder}/adapter_config.json"), &config);
+        lab.write(&format!("{folder}/adapter_model.safetensors"), "");
+    }
+    std::fs::remove_dir_all(lab.path("run/adapter")).unwrap();
+    let cases: [(&[&str], &[&str]); 8] = [
+        (
+            &["generate", "--prompt", "x"],
+            &["no model", "run directory"],
+        ),
+        (
+            &["generate", "recipe.toml", "--prompt", "x"],
+            &["not a run directory"],
+        ),
+        (
+            &["generate", "moved", "--prompt", "x"],
+            &["/nowhere/base", "base_model_name_or_path"],
+        ),
+        (
+            &["generate", "nameless", "--prompt", "x"],
+            &["does not name", "--model"],
+        ),
+        (
+            &["generate", "run", "--prompt", "x"],
+            &["no result yet", "--resume run", "checkpoints"],
+        ),
+        (
+            &["generate", "full", "--adapter", "moved", "--prompt", "x"],
+            &["two adapters"],
+        ),
+        (
+            &["merge", "full", "--out", "out"],
+            &["trained every weight", "full/model"],
+        ),
+        (&["eval", "full"], &["no validation set", "--data"]),
+    ];
+    for (arguments, parts) in cases {
+        says(&lab.refused(2, arguments), parts);
+    }
 }
 
 #[test]
@@ -199,7 +267,7 @@ fn an_adapter_can_be_continued() {
             "third",
         ],
     );
-    super::lab::says(
+    says(
         &message,
         &[
             "`adapter.r` contradicts",
