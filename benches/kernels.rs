@@ -12,7 +12,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use wattune::ops::{
-    Attention, Context, Gradients, InputGradient, Linear, LmHead, Lora, Parameters, RmsNorm,
+    Attention, Context, Gradients, InputGradient, Linear, LmHead, Lora, Norm, NormKind, Parameters,
     Segments, Weight, instruction_set, swiglu, swiglu_backward,
 };
 use wattune::work::{Precision, WorkCounter};
@@ -223,8 +223,10 @@ fn head(bench: &Bench<'_>) {
 
 fn elementwise(bench: &Bench<'_>) {
     let x = random(&[TOKENS, HIDDEN], DType::F32);
-    let norm = RmsNorm {
+    let norm = Norm {
+        kind: NormKind::Rms,
         weight: Weight::frozen(random(&[HIDDEN], DType::F32)),
+        bias: None,
         eps: 1e-5,
         factor: 1.0,
     };

@@ -3,7 +3,7 @@
 use super::linears::{LINEAR_NAMES, Linears};
 use super::residual::BranchNorms;
 use crate::adapter::Module;
-use crate::ops::{Attention, Rope};
+use crate::ops::{Attention, NormKind, Rope};
 use crate::work::Precision;
 
 /// Every size and switch of a decoder.
@@ -39,14 +39,16 @@ pub struct Architecture {
     pub vocab_size: usize,
     /// Longest sequence that the model supports.
     pub max_position_embeddings: usize,
+    /// What every norm does to a row.
+    pub norm_kind: NormKind,
     /// Added to the mean square in every norm.
-    pub rms_norm_eps: f64,
+    pub norm_eps: f64,
     /// Rotary embeddings, one of which a block may use.
     pub ropes: Vec<Rope>,
     /// Whether input and output embedding are one tensor: as config.json states, corrected by the
     /// weight files once they are opened.
     pub tie_word_embeddings: bool,
-    /// Which linear layers have biases.
+    /// Which layers have biases.
     pub biases: Biases,
     /// Standard deviation of random weights.
     pub initializer_range: f64,
@@ -75,7 +77,7 @@ pub enum QkNorm {
     Rows,
 }
 
-/// Which linear layers have a bias.
+/// Which layers have a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Biases {
     /// q, k and v.
@@ -84,6 +86,8 @@ pub struct Biases {
     pub o: bool,
     /// gate, up and down.
     pub mlp: bool,
+    /// Every norm.
+    pub norm: bool,
 }
 
 /// A linear layer of a block.
@@ -150,7 +154,7 @@ impl Architecture {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let heads = self.attention.heads * self.attention.head_dim;
         let kv_heads = self.attention.kv_heads * self.attention.head_dim;
-        let Biases { qkv, o, mlp } = self.biases;
+        let Biases { qkv, o, mlp, .. } = self.biases;
         let shapes = Linears {
             q_proj: (heads, hidden, qkv),
             k_proj: (kv_heads, hidden, qkv),
@@ -199,35 +203,38 @@ impl Architecture {
     pub fn tensors(&self) -> Vec<TensorShape> {
         let hidden = self.hidden_size;
         let mut tensors = Vec::new();
-        let mut add = |name: String, shape: &[usize]| {
-            let shape = shape.to_vec();
-            tensors.push(TensorShape { name, shape });
+        let mut add = |name: String, shape: &[usize], bias: bool| {
+            let mut tensor = |part, shape: &[usize]| {
+                let name = format!("{name}.{part}");
+                let shape = shape.to_vec();
+                tensors.push(TensorShape { name, shape });
+            };
+            tensor("weight", shape);
+            if bias {
+                tensor("bias", &shape[..1]);
+            }
         };
-        add(
-            "model.embed_tokens.weight".into(),
-            &[self.vocab_size, hidden],
-        );
+        let norm_bias = self.biases.norm;
+        let vocabulary = [self.vocab_size, hidden];
+        add("model.embed_tokens".into(), &vocabulary, false);
         for layer in 0..self.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
             for norm in self.norm_names() {
-                add(format!("{prefix}.{norm}.weight"), &[hidden]);
+                add(format!("{prefix}.{norm}"), &[hidden], norm_bias);
             }
             if let Some([q, k]) = self.qk_norm_widths() {
-                add(format!("{prefix}.self_attn.q_norm.weight"), &[q]);
-                add(format!("{prefix}.self_attn.k_norm.weight"), &[k]);
+                add(format!("{prefix}.self_attn.q_norm"), &[q], norm_bias);
+                add(format!("{prefix}.self_attn.k_norm"), &[k], norm_bias);
             }
             for linear in self.linears().into_array() {
                 let path = format!("{prefix}.{}", linear.name);
                 let shape = [linear.out_features, linear.in_features];
-                add(format!("{path}.weight"), &shape);
-                if linear.bias {
-                    add(format!("{path}.bias"), &shape[..1]);
-                }
+                add(path, &shape, linear.bias);
             }
         }
-        add("model.norm.weight".into(), &[hidden]);
+        add("model.norm".into(), &[hidden], norm_bias);
         if !self.tie_word_embeddings {
-            add("lm_head.weight".into(), &[self.vocab_size, hidden]);
+            add("lm_head".into(), &vocabulary, false);
         }
         tensors
     }

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::ops::{
     Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask, FeedForward,
     FeedForwardLayer, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput, LinearSaved,
-    RmsNorm, RmsNormSaved, RopeTables, Segments, backward_shared_input,
+    Norm, NormSaved, RopeTables, Segments, backward_shared_input,
 };
 use crate::random::{self, Purpose};
 
@@ -25,9 +25,9 @@ pub(super) struct Block {
     pub(super) attention_branch: ResidualBranch,
     pub(super) mlp_branch: ResidualBranch,
     /// On q, or each of its heads, before the rotation.
-    pub(super) q_norm: Option<RmsNorm>,
+    pub(super) q_norm: Option<Norm>,
     /// On k, or each of its heads, before the rotation.
-    pub(super) k_norm: Option<RmsNorm>,
+    pub(super) k_norm: Option<Norm>,
     /// Its rotation among those of the pass, if it has one.
     pub(super) rope: Option<usize>,
     pub(super) linears: Linears<Linear>,
@@ -65,20 +65,20 @@ pub(super) struct BlockSaved {
 
 /// Saved by [`Block::qkv`] for the backward pass.
 struct QkvSaved {
-    input: RmsNormSaved,
+    input: NormSaved,
     /// Of q, k and v.
     linears: [LinearSaved; 3],
-    q_norm: Option<RmsNormSaved>,
-    k_norm: Option<RmsNormSaved>,
+    q_norm: Option<NormSaved>,
+    k_norm: Option<NormSaved>,
 }
 
 /// Saved by [`Block::output`] for the backward pass.
 struct OutputSaved {
     o: LinearSaved,
-    attention_output: Option<RmsNormSaved>,
-    input: RmsNormSaved,
+    attention_output: Option<NormSaved>,
+    input: NormSaved,
     feed_forward: FeedForwardSaved,
-    mlp_output: Option<RmsNormSaved>,
+    mlp_output: Option<NormSaved>,
 }
 
 impl BlockSaved {
@@ -293,7 +293,7 @@ impl Block {
             Some(rope) => pass.ropes[rope].backward(context, &dy),
             None => Ok(dy),
         };
-        let before_norm = |dy, norm: Option<&RmsNorm>, saved, gradients: &mut Gradients| {
+        let before_norm = |dy, norm: Option<&Norm>, saved, gradients: &mut Gradients| {
             let Some((norm, saved)) = norm.zip(saved) else {
                 return rotated_back(dy, context);
             };
@@ -386,9 +386,9 @@ impl Block {
 /// x (N, H D) -> x normalised by `norm`, if there is one.
 fn forward_groups(
     pass: &Pass<'_>,
-    norm: Option<&RmsNorm>,
+    norm: Option<&Norm>,
     x: Tensor,
-) -> Result<(Tensor, Option<RmsNormSaved>)> {
+) -> Result<(Tensor, Option<NormSaved>)> {
     let Some(norm) = norm else {
         return Ok((x, None));
     };

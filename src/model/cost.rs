@@ -13,8 +13,8 @@ use super::residual::{BranchNorms, BranchShape};
 use crate::adapter::Site;
 use crate::ops::{
     LinearShape, LmHeadShape, RopeTables, attention_backward_cost, attention_decode_cost,
-    attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, residual_cost,
-    rms_norm_backward_cost, rms_norm_cost, scale_cost, swiglu_backward_cost, swiglu_cost,
+    attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, norm_backward_cost,
+    norm_cost, residual_cost, scale_cost, swiglu_backward_cost, swiglu_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -205,7 +205,7 @@ impl ModelShape {
             work += &self.branch(n, branch).forward_cost();
         }
         if a.qk_norm.is_some() {
-            work += &(rms_norm_cost(n, q) + rms_norm_cost(n, kv));
+            work += &(norm_cost(a.norm_kind, n, q) + norm_cost(a.norm_kind, n, kv));
         }
         if a.layers[layer].rope.is_some() {
             work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
@@ -219,6 +219,7 @@ impl ModelShape {
             tokens,
             hidden: self.architecture.hidden_size,
             norms,
+            norm_kind: self.architecture.norm_kind,
             factor: self.architecture.residual_factor,
             trained: self.all_trained,
         }
@@ -260,7 +261,8 @@ impl ModelShape {
                 work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
             }
             if a.qk_norm.is_some() {
-                let cost = |width: usize| rms_norm_backward_cost(n, width, self.all_trained);
+                let cost =
+                    |width: usize| norm_backward_cost(a.norm_kind, n, width, self.all_trained);
                 work += &(cost(q) + cost(kv));
             }
             for shape in [&shapes.q_proj, &shapes.k_proj, &shapes.v_proj] {
@@ -298,7 +300,7 @@ impl ModelShape {
         let c = self.architecture.hidden_size;
         let around = self.embed_cost(segments.iter().sum())
             + gather_cost(loss_tokens, c)
-            + rms_norm_cost(loss_tokens, c);
+            + norm_cost(self.architecture.norm_kind, loss_tokens, c);
         around
             + self.sum_over_blocks(0..self.architecture.num_hidden_layers, |layer| {
                 self.block_forward(layer, segments, dropout)
@@ -331,7 +333,8 @@ impl ModelShape {
         let head = self.head(loss_tokens);
         work += &head.backward_cost(self.precision, !backward.is_empty());
         if !backward.is_empty() {
-            work += &rms_norm_backward_cost(loss_tokens, c, self.all_trained);
+            let kind = self.architecture.norm_kind;
+            work += &norm_backward_cost(kind, loss_tokens, c, self.all_trained);
             work += &scatter_cost(n, loss_tokens, c);
         }
         let recomputed = visited.start..visited.start + recompute.count(visited.len());
@@ -355,7 +358,7 @@ impl ModelShape {
     /// Work of reading a prompt of `tokens` tokens and the logits that follow it.
     pub fn prefill(&self, tokens: usize) -> Work {
         let a = &self.architecture;
-        let mut work = self.embed_cost(tokens) + rms_norm_cost(1, a.hidden_size);
+        let mut work = self.embed_cost(tokens) + norm_cost(a.norm_kind, 1, a.hidden_size);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_forward(layer, &[tokens], false)
         });
@@ -365,7 +368,7 @@ impl ModelShape {
     /// Work of generating one token when `before` tokens are cached.
     pub fn decoding(&self, before: usize) -> Work {
         let a = &self.architecture;
-        let mut work = self.embed_cost(1) + rms_norm_cost(1, a.hidden_size);
+        let mut work = self.embed_cost(1) + norm_cost(a.norm_kind, 1, a.hidden_size);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_without_attention(layer, 1, false)
                 + attention_decode_cost(&a.attention(layer), before + 1)

@@ -12,8 +12,8 @@ use super::kv_cache::KvCache;
 use super::residual::{BranchNorms, ResidualBranch};
 use crate::error::{Error, Result};
 use crate::ops::{
-    Context, Gradients, Linear, LmHead, Lora, RmsNorm, Rope, RopeTables, Segments, Weight,
-    embedding, embedding_backward, gather_rows, par_map, scale, scatter_rows,
+    Context, Gradients, Linear, LmHead, Lora, Norm, Rope, RopeTables, Segments, Weight, embedding,
+    embedding_backward, gather_rows, par_map, scale, scatter_rows,
 };
 use crate::work::{Precision, Work, WorkCounter};
 
@@ -50,10 +50,14 @@ impl Builder<'_> {
     }
 
     /// The norm of rows of `width` elements.
-    fn norm(&self, name: &str, width: usize) -> Result<RmsNorm> {
-        Ok(RmsNorm {
-            weight: (self.source.weight)(&format!("{name}.weight"), &[width])?,
-            eps: self.architecture.rms_norm_eps,
+    fn norm(&self, name: &str, width: usize) -> Result<Norm> {
+        let a = self.architecture;
+        let tensor = |part| (self.source.weight)(&format!("{name}.{part}"), &[width]);
+        Ok(Norm {
+            kind: a.norm_kind,
+            weight: tensor("weight")?,
+            bias: a.biases.norm.then(|| tensor("bias")).transpose()?,
+            eps: a.norm_eps,
             factor: 1.0,
         })
     }
@@ -109,7 +113,7 @@ pub struct Decoder {
     architecture: Architecture,
     embed_tokens: Weight,
     blocks: Vec<Block>,
-    norm: RmsNorm,
+    norm: Norm,
     head: LmHead,
     device: Device,
     /// Whether threads take shards of a batch.
@@ -166,7 +170,7 @@ impl Decoder {
         Ok(Self {
             backward: BackwardRange::new(trained, embed_tokens.is_trained()),
             architecture: architecture.clone(),
-            norm: RmsNorm {
+            norm: Norm {
                 factor: architecture.logits_factor,
                 ..builder.norm("model.norm", architecture.hidden_size)?
             },

@@ -12,7 +12,7 @@ use super::config::{Config, Range};
 use super::residual::BranchNorms;
 use super::rope_config::{RopeShape, rope, ropes_by_layer_type};
 use crate::error::{Error, Kind, Result};
-use crate::ops::Attention;
+use crate::ops::{Attention, NormKind};
 
 /// Most parameters, blocks and columns of q: far beyond any published model, and small enough that the work of a
 /// step stays within 64 bits.
@@ -22,6 +22,7 @@ const MAX_WIDTH: usize = 1 << 24;
 
 /// What a model type's class does that no key of config.json says.
 struct Family {
+    norm_kind: NormKind,
     qk_norm: Option<QkNorm>,
     attention_norms: BranchNorms,
     mlp_norms: BranchNorms,
@@ -32,6 +33,7 @@ struct Family {
 }
 
 const LLAMA: Family = Family {
+    norm_kind: NormKind::Rms,
     qk_norm: None,
     attention_norms: BranchNorms {
         input: Some("input_layernorm"),
@@ -123,7 +125,8 @@ impl Architecture {
             logits_factor: 1.0 / factor(&config, "logits_scaling")?,
             vocab_size: config.required_size("vocab_size")?,
             max_position_embeddings,
-            rms_norm_eps: config.required_number("rms_norm_eps", Range::NON_NEGATIVE)?,
+            norm_kind: family.norm_kind,
+            norm_eps: config.required_number("rms_norm_eps", Range::NON_NEGATIVE)?,
             ropes: if family.ropes_by_layer_type {
                 ropes_by_layer_type(&config, shape)?
             } else {
@@ -290,6 +293,7 @@ fn biases(config: &Config<'_>, family: &Family) -> Result<Biases> {
         qkv: attention || family.qkv_bias,
         o: attention,
         mlp: config.flag("mlp_bias")?,
+        norm: false,
     })
 }
 

@@ -7,8 +7,8 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::ops::{
-    Context, Gradients, LinearInput, RmsNorm, RmsNormSaved, add_scaled, add_scaled_cost,
-    residual_cost, rms_norm_backward_cost, rms_norm_cost, scale, scale_cost,
+    Context, Gradients, LinearInput, Norm, NormKind, NormSaved, add_scaled, add_scaled_cost,
+    norm_backward_cost, norm_cost, residual_cost, scale, scale_cost,
 };
 use crate::work::Work;
 
@@ -24,8 +24,8 @@ pub struct BranchNorms {
 /// The norms around the layers, and the factor of their result.
 #[derive(Debug)]
 pub(super) struct ResidualBranch {
-    pub(super) input_norm: Option<RmsNorm>,
-    pub(super) output_norm: Option<RmsNorm>,
+    pub(super) input_norm: Option<Norm>,
+    pub(super) output_norm: Option<Norm>,
     pub(super) factor: f64,
 }
 
@@ -36,11 +36,11 @@ impl ResidualBranch {
         &self,
         context: Context<'_>,
         x: &Tensor,
-    ) -> Result<(LinearInput, RmsNormSaved)> {
+    ) -> Result<(LinearInput, NormSaved)> {
         let (h, saved) = match &self.input_norm {
             Some(norm) => norm.forward(context, x)?,
             None => {
-                let saved = RmsNormSaved::new(context, x)?;
+                let saved = NormSaved::new(context, x)?;
                 (saved.x().clone(), saved)
             }
         };
@@ -51,7 +51,7 @@ impl ResidualBranch {
     pub(super) fn recompute_input(
         &self,
         context: Context<'_>,
-        saved: &RmsNormSaved,
+        saved: &NormSaved,
         wanted: bool,
     ) -> Result<Option<LinearInput>> {
         if !wanted {
@@ -75,7 +75,7 @@ impl ResidualBranch {
         context: Context<'_>,
         x: &Tensor,
         y: Tensor,
-    ) -> Result<(Tensor, Option<RmsNormSaved>)> {
+    ) -> Result<(Tensor, Option<NormSaved>)> {
         if self.base(x).is_some() {
             return Ok((y, None));
         }
@@ -91,7 +91,7 @@ impl ResidualBranch {
         &self,
         context: Context<'_>,
         dx1: &Tensor,
-        saved: Option<&RmsNormSaved>,
+        saved: Option<&NormSaved>,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
         let dy = scale(context, dx1, self.factor)?;
@@ -106,7 +106,7 @@ impl ResidualBranch {
         &self,
         context: Context<'_>,
         dh: &Tensor,
-        saved: &RmsNormSaved,
+        saved: &NormSaved,
         dx1: &Tensor,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
@@ -123,6 +123,7 @@ pub(super) struct BranchShape {
     pub(super) tokens: usize,
     pub(super) hidden: usize,
     pub(super) norms: BranchNorms,
+    pub(super) norm_kind: NormKind,
     pub(super) factor: f64,
     /// Whether the norms are trained.
     pub(super) trained: bool,
@@ -131,11 +132,13 @@ pub(super) struct BranchShape {
 impl BranchShape {
     /// Work of a norm, if there is one.
     fn norm_cost(&self, norm: Option<&str>) -> Work {
-        norm.map_or_else(Work::default, |_| rms_norm_cost(self.tokens, self.hidden))
+        norm.map_or_else(Work::default, |_| {
+            norm_cost(self.norm_kind, self.tokens, self.hidden)
+        })
     }
 
     fn norm_backward_cost(&self) -> Work {
-        rms_norm_backward_cost(self.tokens, self.hidden, self.trained)
+        norm_backward_cost(self.norm_kind, self.tokens, self.hidden, self.trained)
     }
 
     /// Work of the forward pass, with the addition that the last layer may do.

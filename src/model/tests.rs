@@ -29,7 +29,7 @@ fn figures(a: &Architecture) -> Value {
     json!({
         "parameters": a.parameters(), "tensors": outer.collect::<serde_json::Map<_, _>>(),
         "tied": a.tie_word_embeddings, "layers": a.num_hidden_layers, "heads": a.attention.heads,
-        "head_dim": a.attention.head_dim, "eps": a.rms_norm_eps,
+        "head_dim": a.attention.head_dim, "eps": a.norm_eps,
         "max_position_embeddings": a.max_position_embeddings, "windows": windows,
         "initializer_range": a.initializer_range, "bf16": a.stored_in_bf16,
         "factors": [a.embedding_factor, a.residual_factor, 1.0 / a.logits_factor],

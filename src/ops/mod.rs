@@ -19,10 +19,10 @@ mod feed_forward;
 mod gather;
 mod gemm;
 mod linear;
+mod norm;
 mod parallel;
 mod parameters;
 mod residual;
-mod rms_norm;
 mod rope;
 mod segments;
 mod simd;
@@ -43,10 +43,10 @@ pub use linear::{
     Branch, InputGradient, Linear, LinearInput, LinearSaved, LinearShape, Lora,
     backward_shared_input,
 };
+pub use norm::{Norm, NormKind, NormSaved, norm_backward_cost, norm_cost};
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::{add_scaled, add_scaled_cost, scale, scale_cost};
-pub use rms_norm::{RmsNorm, RmsNormSaved, rms_norm_backward_cost, rms_norm_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;
 pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};

@@ -414,7 +414,7 @@ fn row_dots<T: Element>(a: &[f32], b: &[T], stride: usize, d: usize, out: &mut [
     simd!(|_| {
         for (row, out) in out.iter_mut().enumerate() {
             let at = row * stride;
-            *out = simd::dot(&a[at..at + d], &b[at..at + d]) as f32;
+            *out = simd::sum_map2(&a[at..at + d], &b[at..at + d], |a, b: T| a * b.as_f32()) as f32;
         }
     });
 }

@@ -1,4 +1,4 @@
-//! rms_norm, swiglu and the embedding.
+//! Norms, swiglu and the embedding.
 
 use candle_core::{D, DType, Device, Tensor};
 use proptest::prelude::*;
@@ -6,39 +6,49 @@ use proptest::prelude::*;
 use super::super::gemm::best;
 use super::super::swiglu::swiglu_recompute;
 use super::super::{
-    Context, Gradients, RmsNorm, Weight, add_scaled, add_scaled_cost, embedding,
-    embedding_backward, embedding_backward_cost, embedding_cost, gather_rows,
-    rms_norm_backward_cost, rms_norm_cost, scale, scale_cost, scatter_rows, swiglu,
-    swiglu_backward, swiglu_backward_cost, swiglu_cost,
+    Context, Gradients, Norm, NormKind, Weight, add_scaled, add_scaled_cost, embedding,
+    embedding_backward, embedding_backward_cost, embedding_cost, gather_rows, norm_backward_cost,
+    norm_cost, scale, scale_cost, scatter_rows, swiglu, swiglu_backward, swiglu_backward_cost,
+    swiglu_cost,
 };
 use super::{
-    Implementation, Outputs, Pair, cases, close, flat, for_each_path, indices, random, tensor,
-    trained, within,
+    Implementation, Outputs, Pair, cases, close, flat, for_each_path, indices, parameters, random,
+    tensor, trained, within,
 };
 use crate::error::Result;
 use crate::work::Precision;
 
-fn run_rms_norm(
+/// A norm of `inputs` x, weight and, if given, bias, that multiplies its result by 0.75.
+fn run_norm(
     context: Context<'_>,
+    kind: NormKind,
     inputs: &[Tensor],
     dy: &Tensor,
     eps: f64,
     trains: bool,
 ) -> Result<Outputs> {
-    let mut gradients = Gradients::new(1);
-    let weight = if trains {
-        trained(&inputs[1])
-    } else {
-        Weight::frozen(inputs[1].clone())
+    let mut gradients = Gradients::new(2);
+    let names = ["weight", "bias"].into_iter();
+    let slots = parameters(names.zip(&inputs[1..]));
+    let weight = |index: usize| {
+        let weight = slots.weight(index).unwrap();
+        if trains {
+            weight
+        } else {
+            Weight::frozen(weight.tensor)
+        }
     };
-    let norm = RmsNorm {
-        weight,
+    let norm = Norm {
+        kind,
+        weight: weight(0),
+        bias: (inputs.len() == 3).then(|| weight(1)),
         eps,
         factor: 0.75,
     };
     let (y, saved) = norm.forward(context, &inputs[0])?;
     let dx = norm.backward(context, dy, &saved, None, &mut gradients)?;
-    Ok((y, vec![Some(dx), gradients.get(0).cloned()]))
+    let of_weights = (1..inputs.len()).map(|i| gradients.get(i - 1).cloned());
+    Ok((y, std::iter::once(Some(dx)).chain(of_weights).collect()))
 }
 
 proptest! {
@@ -53,13 +63,39 @@ proptest! {
         Pair {
             inputs: &[x, random(seed ^ 1, &[c])],
             dy: &random(seed ^ 2, &[n, c]),
-            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_rms_norm(context, inputs, dy, eps, trains),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_norm(context, NormKind::Rms, inputs, dy, eps, trains),
             naive: |inputs: &[Tensor]| {
                 let rms = (inputs[0].sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
                 inputs[0].broadcast_div(&rms)?.broadcast_mul(&inputs[1])? * 0.75
             },
-            cost: rms_norm_cost(n, c) + rms_norm_backward_cost(n, c, trains),
+            cost: norm_cost(NormKind::Rms, n, c) + norm_backward_cost(NormKind::Rms, n, c, trains),
             roundings: c + n + 48,
+        }
+        .prove();
+    }
+
+    #[test]
+    fn layer_norm_is_its_definition(n in 1usize..40, c in 4usize..70, [bias, trains]: [bool; 2], seed: u64) {
+        // Alternately near 0.75 and -0.75, so that 1 / standard deviation stays below 4.
+        let sign: Vec<f32> = (0..n * c).map(|i| if i % c % 2 == 0 { 0.5 } else { -0.5 }).collect();
+        let x = (random(seed, &[n, c]).affine(0.25, 0.3)? + tensor(&sign, &[n, c]))?;
+        let (kind, eps) = (NormKind::Layer, 1e-3);
+        let inputs = [x, random(seed ^ 1, &[c]), random(seed ^ 3, &[c])];
+        Pair {
+            inputs: &inputs[..if bias { 3 } else { 2 }],
+            dy: &random(seed ^ 2, &[n, c]),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_norm(context, kind, inputs, dy, eps, trains),
+            naive: |inputs: &[Tensor]| {
+                let centred = inputs[0].broadcast_sub(&inputs[0].mean_keepdim(D::Minus1)?)?;
+                let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
+                let y = centred.broadcast_div(&deviation)?.broadcast_mul(&inputs[1])?;
+                match inputs.get(2) {
+                    Some(bias) => y.broadcast_add(bias)? * 0.75,
+                    None => y * 0.75,
+                }
+            },
+            cost: norm_cost(kind, n, c) + norm_backward_cost(kind, n, c, trains),
+            roundings: 2 * c + n + 64,
         }
         .prove();
     }
@@ -158,7 +194,7 @@ fn eps_bounds_rms_norm_of_zeros() {
     let inputs = [tensor(&[0.0; 4], &[2, 2]), tensor(&[3.0, -1.0], &[2])];
     let dy = tensor(&[1.0, 2.0, 0.0, 4.0], &[2, 2]);
     for_each_path(|context| {
-        let (y, gradients) = run_rms_norm(context, &inputs, &dy, 1e-6, true).unwrap();
+        let (y, gradients) = run_norm(context, NormKind::Rms, &inputs, &dy, 1e-6, true).unwrap();
         assert_eq!(flat(&y), [0.0; 4]);
         let want = tensor(&[2.25e3, -1.5e3, 0.0, -3e3], &[2, 2]);
         within("dx", gradients[0].as_ref().unwrap(), &want, 1e-2);
@@ -205,8 +241,10 @@ fn swiglu_beyond_one_task_is_the_reference() {
 fn bf16_activations_are_rounded_once() {
     let [gate, up, dy] = [1, 2, 3].map(|seed| random(seed, &[5, 37]));
     let weight = Weight::frozen(random(4, &[37]));
-    let norm = RmsNorm {
+    let norm = Norm {
+        kind: NormKind::Rms,
         weight,
+        bias: None,
         eps: 1e-3,
         factor: 1.0,
     };

@@ -7,8 +7,8 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::super::{
-    AdamW, Attention, Gradients, LmHead, RmsNorm, Rope, RopeScaling, Segments, Weight, swiglu,
-    swiglu_backward,
+    AdamW, Attention, Gradients, LmHead, Norm, NormKind, Rope, RopeScaling, Segments, Weight,
+    swiglu, swiglu_backward,
 };
 use super::{flat, for_each_path, parameters, trained, within};
 
@@ -70,8 +70,10 @@ fn attention_with_groups_window_and_segments() {
 #[test]
 fn rms_norm() {
     let golden = Golden::open("rms_norm");
-    let norm = RmsNorm {
+    let norm = Norm {
+        kind: NormKind::Rms,
         weight: golden.trained("weight"),
+        bias: None,
         eps: 1e-5,
         factor: 1.0,
     };

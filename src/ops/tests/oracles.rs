@@ -2,13 +2,14 @@
 //! feeds decoding in `attention`.)
 
 use candle_core::{Device, Tensor, Var};
+use candle_nn::ops::layer_norm_slow;
 use candle_nn::optim::{AdamW as CandleAdamW, Optimizer, ParamsAdamW};
 use candle_nn::{Linear as CandleLinear, Module, RmsNorm as CandleRmsNorm};
 
 use super::adamw::ADAMW;
-use super::{close, flat, for_each_path, indices, parameters, random, trained};
+use super::{close, flat, for_each_path, indices, parameters, random};
 use crate::error::Result;
-use crate::ops::{AdamW, Gradients, InputGradient, Linear, LmHead, RmsNorm, Weight};
+use crate::ops::{AdamW, Gradients, InputGradient, Linear, LmHead, Norm, NormKind, Weight};
 
 #[test]
 fn a_linear_layer_with_its_gradients() -> Result<()> {
@@ -44,33 +45,41 @@ fn a_linear_layer_with_its_gradients() -> Result<()> {
 }
 
 #[test]
-fn rms_norm_with_its_gradients() -> Result<()> {
-    let (x, weight) = (
-        Var::from_tensor(&random(1, &[5, 7]))?,
-        Var::from_tensor(&random(2, &[7]))?,
-    );
-    let dy = random(3, &[5, 7]);
-    let want = CandleRmsNorm::new(weight.as_tensor().clone(), 1e-5).forward_diff(&x)?;
-    let gradients = (&want * &dy)?.sum_all()?.backward()?;
-    for_each_path(|context| {
-        let weight_slot = trained(weight.as_tensor());
-        let ours = RmsNorm {
-            weight: weight_slot,
-            eps: 1e-5,
+fn norms_with_their_gradients() -> Result<()> {
+    let [x, weight, bias] = [(1, &[5, 7][..]), (2, &[7]), (3, &[7])]
+        .map(|(seed, shape)| Var::from_tensor(&random(seed, shape)).unwrap());
+    let (dy, eps) = (random(4, &[5, 7]), 1e-5);
+    let [w, b] = [&weight, &bias].map(|var| var.as_tensor().clone());
+    let rms = CandleRmsNorm::new(w.clone(), eps).forward_diff(&x)?;
+    let layer = layer_norm_slow(&x, &w, &b, eps as f32)?;
+    let slots = parameters([("weight", weight.as_tensor()), ("bias", bias.as_tensor())]);
+    for (kind, want) in [(NormKind::Rms, rms), (NormKind::Layer, layer)] {
+        let gradients = (&want * &dy)?.sum_all()?.backward()?;
+        let biased = kind == NormKind::Layer;
+        let ours = Norm {
+            kind,
+            weight: slots.weight(0)?,
+            bias: biased.then(|| slots.weight(1)).transpose()?,
+            eps,
             factor: 1.0,
         };
-        let (y, saved) = ours.forward(context, &x).unwrap();
-        let mut got = Gradients::new(1);
-        let dx = ours.backward(context, &dy, &saved, None, &mut got).unwrap();
-        close("y", &y, &want, 32);
-        close("dx", &dx, gradients.get(&x).unwrap(), 64);
-        close(
-            "dweight",
-            got.get(0).unwrap(),
-            gradients.get(&weight).unwrap(),
-            32,
-        );
-    });
+        for_each_path(|context| {
+            let (y, saved) = ours.forward(context, &x).unwrap();
+            let mut got = Gradients::new(2);
+            let dx = ours.backward(context, &dy, &saved, None, &mut got).unwrap();
+            close("y", &y, &want, 64);
+            close("dx", &dx, gradients.get(&x).unwrap(), 128);
+            let variables = if biased {
+                &[&weight, &bias][..]
+            } else {
+                &[&weight]
+            };
+            for (slot, variable) in variables.iter().enumerate() {
+                let wanted = gradients.get(variable).unwrap();
+                close(&format!("slot {slot}"), got.get(slot).unwrap(), wanted, 64);
+            }
+        });
+    }
     Ok(())
 }
 

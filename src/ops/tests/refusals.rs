@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use super::super::gemm::best;
 use super::super::{
     Attention, BackwardDepth, Context, FeedForward, Gradients, InputGradient, Linear, LinearInput,
-    LmHead, Parameters, RmsNorm, Rope, RopeScaling, RopeTables, Segments, Weight, embedding,
+    LmHead, Norm, NormKind, Parameters, Rope, RopeScaling, RopeTables, Segments, Weight, embedding,
     embedding_backward, swiglu, swiglu_backward,
 };
 use super::adamw::ADAMW;
@@ -33,10 +33,12 @@ fn view(seed: u64, rows: usize, columns: usize) -> Tensor {
     x.narrow(1, 2, columns).unwrap()
 }
 
-fn norm(c: usize) -> RmsNorm {
+fn norm(c: usize) -> Norm {
     let weight = Weight::frozen(random(9, &[c]));
-    RmsNorm {
+    Norm {
+        kind: NormKind::Rms,
         weight,
+        bias: None,
         eps: 1e-6,
         factor: 1.0,
     }
