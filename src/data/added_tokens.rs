@@ -278,50 +278,37 @@ mod tests {
     #[test]
     fn an_id_that_is_not_the_declared_one_is_refused() {
         let golden = golden();
-        let size = golden["bases"]["byte_level"]["model"]["vocab"]
-            .as_object()
-            .unwrap()
-            .len();
-        let token = json!({"content": "<im>", "special": true});
+        let vocabulary = golden["bases"]["byte_level"]["model"]["vocab"].as_object();
+        let size = vocabulary.unwrap().len();
         let with_id = |id: usize| {
-            let mut token = token.clone();
-            token["id"] = id.into();
-            for flag in ["single_word", "lstrip", "rstrip", "normalized"] {
-                token[flag] = false.into();
-            }
-            json!({"added_tokens": [token]})
+            json!({"added_tokens": [{"content": "<im>", "special": true, "id": id,
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}]})
         };
-        let decoder = |id: &str| json!({"tokenizer_config": {"added_tokens_decoder": {id: token}}});
+        let token = json!({"content": "<im>", "special": true});
+        let config = |config: Value| json!({"tokenizer_config": config});
+        let decoder = |id: &str| config(json!({"added_tokens_decoder": {id: token}}));
+        let gap = (size + 7).to_string();
         let none = json!({});
-        let cases = [
-            ("a gap in tokenizer.json", with_id(size + 1), none.clone()),
-            (
-                "an id of tokenizer.json that is taken",
-                with_id(3),
-                none.clone(),
-            ),
-            ("the highest id", with_id(u32::MAX as usize), none.clone()),
-            (
-                "a gap in the decoder",
-                none.clone(),
-                decoder(&(size + 7).to_string()),
-            ),
-            ("a negative id", none.clone(), decoder("-1")),
-            (
-                "no content",
-                none.clone(),
-                json!({"tokenizer_config": {"pad_token": 7}}),
-            ),
+        // tokenizer.json changed, or other files beside it.
+        let changes = [
+            ("a gap in tokenizer.json", with_id(size + 1)),
+            ("an id of tokenizer.json that is taken", with_id(3)),
+            ("the highest id", with_id(u32::MAX as usize)),
+        ];
+        let others = [
+            ("a gap in the decoder", decoder(&gap)),
+            ("a negative id", decoder("-1")),
+            ("no content", config(json!({"pad_token": 7}))),
             (
                 "a gap in added_tokens.json",
-                none.clone(),
                 json!({"added_tokens": {"<im>": size + 1}}),
             ),
         ];
-        for (name, changes, others) in cases {
-            let error = load(&golden, "byte_level", &changes, &others)
-                .map(drop)
-                .unwrap_err();
+        let changes = changes.iter().map(|(name, changes)| (name, changes, &none));
+        let others = others.iter().map(|(name, others)| (name, &none, others));
+        for (name, changes, others) in changes.chain(others) {
+            let error = load(&golden, "byte_level", changes, others).map(drop);
+            let error = error.unwrap_err();
             assert!(
                 error.kind() == Kind::Tokenizer && error.remedy().is_some(),
                 "{name}: {error}"

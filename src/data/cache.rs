@@ -162,37 +162,33 @@ fn parse(body: &mut CacheReader) -> Option<Dataset> {
 mod tests {
     use super::*;
 
+    fn dataset() -> Dataset {
+        let example = |tokens: &[u32], loss: &[bool]| Example {
+            tokens: tokens.to_vec(),
+            loss: loss.to_vec(),
+        };
+        let examples = vec![example(&[7, 70_000], &[false, true]), example(&[], &[])];
+        Dataset {
+            examples: examples.into(),
+            records: [0, 2].as_slice().into(),
+            counts: Counts {
+                records: 3,
+                glued: 1,
+                ..Counts::default()
+            },
+            eos_trained: true,
+            fingerprint: "ab".into(),
+            first: Some(RenderedSample {
+                place: "f, line 1".into(),
+                pieces: vec![],
+            }),
+        }
+    }
+
     #[test]
     fn what_was_saved_is_loaded_and_damage_is_seen() {
         let folder = tempfile::tempdir().unwrap();
-        let examples = vec![
-            Example {
-                tokens: vec![7, 70_000],
-                loss: vec![false, true],
-            },
-            Example {
-                tokens: vec![],
-                loss: vec![],
-            },
-        ];
-        let first = Some(RenderedSample {
-            place: "f, line 1".into(),
-            pieces: vec![],
-        });
-        let counts = Counts {
-            records: 3,
-            glued: 1,
-            ..Counts::default()
-        };
-        let records = [0, 2].as_slice().into();
-        let dataset = Dataset {
-            examples: examples.into(),
-            records,
-            counts,
-            eos_trained: true,
-            fingerprint: "ab".into(),
-            first,
-        };
+        let dataset = dataset();
         save(folder.path(), &dataset).unwrap();
         assert_eq!(load(folder.path(), "ab"), Some(dataset));
         assert_eq!(load(folder.path(), "cd"), None);

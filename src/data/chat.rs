@@ -77,43 +77,60 @@ pub(super) fn render(
     }
     let by_tags =
         template.has_generation_tags(tools) && chat.loss_mask == assistant_mask(&chat.messages);
-    let locate = |with_bounds: bool| {
-        let marked = Value::Array(with_sentinels(chat, with_bounds));
-        let marked = template.render(&marked, tools, false, by_tags).ok()?;
-        strip(&marked).filter(|(stripped, _)| *stripped == text)
-    };
-    let has_calls = learned(chat).any(|i| calls_of(&chat.messages[i]) > 0);
-    let located = locate(has_calls).or_else(|| locate(false).filter(|_| has_calls));
+    let empty = learned(chat).filter(|i| is_empty(&chat.messages[*i]));
     let mut out = Rendered {
-        text,
-        empty_turns: learned(chat)
-            .filter(|i| is_empty(&chat.messages[*i]))
-            .count() as u64,
+        empty_turns: empty.count() as u64,
         ..Rendered::default()
     };
-    let Some((_, sentinels)) = located else {
-        if !by_tags {
-            return Err(unlocatable());
+    match locate(template, chat, &text, by_tags) {
+        Some(sentinels) => {
+            let marks = marks_of(chat.messages.len(), &sentinels);
+            for i in learned(chat) {
+                out.without_reasoning += u64::from(!check_complete(&chat.messages[i], &marks[i])?);
+            }
+            out.spans = if by_tags {
+                let spans = tagged_spans(&sentinels)?;
+                check_tagged(chat, &marks, &spans)?;
+                spans
+            } else {
+                turn_spans(chat, turns, &text, &marks)?
+            };
         }
-        // The template changes contents: its tags alone say what is learned.
-        let tagged = template.render(&messages, tools, false, true)?;
-        let (_, sentinels) = strip(&tagged).ok_or_else(unlocatable)?;
-        out.spans = tagged_spans(&sentinels)?;
-        let is_complete = out.spans.len() >= learned(chat).count();
-        return is_complete.then_some(out).ok_or_else(unlocatable);
-    };
-    let marks = marks_of(chat.messages.len(), &sentinels);
-    for i in learned(chat) {
-        out.without_reasoning += u64::from(!check_complete(&chat.messages[i], &marks[i])?);
+        None if by_tags => out.spans = spans_of_tags_alone(template, chat, &messages)?,
+        None => return Err(unlocatable()),
     }
-    out.spans = if by_tags {
-        let spans = tagged_spans(&sentinels)?;
-        check_tagged(chat, &marks, &spans)?;
-        spans
-    } else {
-        turn_spans(chat, turns, &out.text, &marks)?
-    };
+    out.text = text;
     Ok(out)
+}
+
+/// The `{% generation %}` blocks of a template that changes contents, at least one for each learned message.
+fn spans_of_tags_alone(
+    template: &ChatTemplate,
+    chat: &Chat,
+    messages: &Value,
+) -> Result<Vec<Range<usize>>> {
+    let tagged = template.render(messages, chat.tools.as_ref(), false, true)?;
+    let (_, sentinels) = strip(&tagged).ok_or_else(unlocatable)?;
+    let spans = tagged_spans(&sentinels)?;
+    let is_complete = spans.len() >= learned(chat).count();
+    is_complete.then_some(spans).ok_or_else(unlocatable)
+}
+
+/// The sentinels of `chat` in its rendered `text`; `None` where the template changes a marked content.
+fn locate(
+    template: &ChatTemplate,
+    chat: &Chat,
+    text: &str,
+    by_tags: bool,
+) -> Option<Vec<Sentinel>> {
+    let locate = |with_bounds: bool| {
+        let marked = Value::Array(with_sentinels(chat, with_bounds));
+        let marked = template.render(&marked, chat.tools.as_ref(), false, by_tags);
+        let (stripped, sentinels) = strip(&marked.ok()?)?;
+        (stripped == text).then_some(sentinels)
+    };
+    let has_calls = learned(chat).any(|i| calls_of(&chat.messages[i]) > 0);
+    locate(has_calls).or_else(|| locate(false).filter(|_| has_calls))
 }
 
 /// The default loss mask: the assistant's messages.
@@ -536,62 +553,40 @@ mod tests {
     fn what_the_template_leaves_out_is_refused_or_counted() {
         let source = "{% for m in messages %}{{ '<s>' + m.role + '\\n' + m.content + '<e>' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}";
         let (template, turns) = compiled(source);
-        let outcome = |message: Value| {
-            let messages = vec![json!({"role": "user", "content": "q"}), message];
-            let loss_mask = vec![false, true];
-            render(
-                &template,
-                &turns,
-                &Chat {
-                    messages,
-                    tools: None,
-                    loss_mask,
-                },
-            )
+        let outcome = |field: &str, value: Value| {
+            let answer = json!({"role": "assistant", "content": "a", field: value});
+            let chat = Chat {
+                messages: vec![json!({"role": "user", "content": "q"}), answer],
+                tools: None,
+                loss_mask: vec![false, true],
+            };
+            render(&template, &turns, &chat)
         };
-        let message =
-            |field: &str, value: Value| json!({"role": "assistant", "content": "a", field: value});
-        let error = outcome(message("tool_calls", json!([{"name": "f"}]))).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("leaves out the assistant's tool calls"),
-            "{error}"
-        );
-        for field in REASONING_FIELDS {
-            assert_eq!(
-                outcome(message(field, json!("r")))
-                    .unwrap()
-                    .without_reasoning,
-                1
-            );
-            assert_eq!(
-                outcome(message(field, json!(" ")))
-                    .unwrap()
-                    .without_reasoning,
-                0
-            );
+        let reasoning = REASONING_FIELDS.map(|field| (field, "r", [1, 0]));
+        let blank = REASONING_FIELDS.map(|field| (field, " ", [0, 0]));
+        let others = [
+            ("content", "<think>r</think>a", [0, 0]),
+            ("content", " ", [0, 1]),
+            ("name", "n", [0, 0]),
+        ];
+        for (field, value, counts) in [&reasoning[..], &blank, &others].concat() {
+            let rendered = outcome(field, json!(value)).unwrap();
+            let found = [rendered.without_reasoning, rendered.empty_turns];
+            assert_eq!(found, counts, "{field} = {value:?}");
         }
-        assert_eq!(
-            outcome(message("content", json!("<think>r</think>a")))
-                .unwrap()
-                .without_reasoning,
-            0
+        let error = outcome("tool_calls", json!([{"name": "f"}])).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("leaves out the assistant's tool calls"),
+            "{text}"
         );
-        assert_eq!(
-            outcome(message("content", json!(" "))).unwrap().empty_turns,
-            1
-        );
-        assert_eq!(outcome(message("name", json!("n"))).unwrap().empty_turns, 0);
+    }
 
+    #[test]
+    fn tags_that_leave_out_calls_are_refused() {
         let tags = "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].name }}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}";
         let call = json!([{"role": "assistant", "content": "a", "tool_calls": [{"name": "f"}]}]);
-        let error = learned(tags, call, None).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("`{% generation %}` tags leave out"),
-            "{error}"
-        );
+        let text = learned(tags, call, None).unwrap_err().to_string();
+        assert!(text.contains("`{% generation %}` tags leave out"), "{text}");
     }
 }

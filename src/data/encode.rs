@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::batch::Example;
-use super::chat;
+use super::chat::{self, Chat};
 use super::format::TypedRecord;
 use super::tokenizer::{Encoded, Tokenizer};
 use crate::error::Result;
@@ -38,47 +38,47 @@ pub(super) fn encode(
     tokenizer: &Tokenizer,
     max_length: usize,
 ) -> Result<EncodedRecord> {
-    let empty = match typed {
-        TypedRecord::Text(text) => text.is_empty(),
-        TypedRecord::Completion { prompt, completion } => {
-            prompt.is_empty() && completion.is_empty()
-        }
-        TypedRecord::Chat(_) => false,
+    let dropped = EncodedRecord {
+        dropped: true,
+        ..EncodedRecord::default()
     };
-    if empty {
-        return Ok(EncodedRecord {
-            dropped: true,
-            ..EncodedRecord::default()
-        });
-    }
-    let mut outcome = EncodedRecord::default();
-    let (example, ends) = match typed {
+    match typed {
+        TypedRecord::Text(text) if text.is_empty() => Ok(dropped),
         TypedRecord::Text(text) => {
-            return Ok(text_windows(
-                text_example(text, tokenizer)?,
-                tokenizer,
-                max_length,
-            ));
+            let example = text_example(text, tokenizer)?;
+            Ok(text_windows(example, tokenizer, max_length))
         }
         TypedRecord::Completion { prompt, completion } => {
-            outcome.glued = missing_separator(prompt, completion);
-            outcome.empty_answer = completion.trim().is_empty();
+            if prompt.is_empty() && completion.is_empty() {
+                return Ok(dropped);
+            }
+            let outcome = EncodedRecord {
+                glued: missing_separator(prompt, completion),
+                empty_answer: completion.trim().is_empty(),
+                ..EncodedRecord::default()
+            };
             let example = completion_example(prompt, completion, tokenizer)?;
-            (example, Vec::from_iter(tokenizer.eos_id()))
+            let ends = Vec::from_iter(tokenizer.eos_id());
+            Ok(truncate(example, &ends, max_length, outcome))
         }
-        TypedRecord::Chat(conversation) => {
-            let turns = tokenizer.turn_delimiters(conversation.tools.as_ref())?;
-            let rendered = chat::render(tokenizer.template()?, turns, conversation)?;
-            let encoded = tokenizer.encode(&rendered.text, false)?;
-            let loss = in_spans(&encoded, &rendered.spans);
-            outcome.is_chat = true;
-            outcome.empty_answer = rendered.empty_turns > 0;
-            outcome.without_reasoning = rendered.without_reasoning > 0;
-            let ends = turns.ends.iter().map(|end| end.id);
-            let ends = ends.chain(tokenizer.eos_id()).collect();
-            (masked(encoded.ids, loss), ends)
-        }
+        TypedRecord::Chat(chat) => encode_chat(chat, tokenizer, max_length),
+    }
+}
+
+fn encode_chat(chat: &Chat, tokenizer: &Tokenizer, max_length: usize) -> Result<EncodedRecord> {
+    let turns = tokenizer.turn_delimiters(chat.tools.as_ref())?;
+    let rendered = chat::render(tokenizer.template()?, turns, chat)?;
+    let outcome = EncodedRecord {
+        is_chat: true,
+        empty_answer: rendered.empty_turns > 0,
+        without_reasoning: rendered.without_reasoning > 0,
+        ..EncodedRecord::default()
     };
+    let encoded = tokenizer.encode(&rendered.text, false)?;
+    let loss = in_spans(&encoded, &rendered.spans);
+    let ends = turns.ends.iter().map(|end| end.id);
+    let ends: Vec<u32> = ends.chain(tokenizer.eos_id()).collect();
+    let example = masked(encoded.ids, loss);
     Ok(truncate(example, &ends, max_length, outcome))
 }
 

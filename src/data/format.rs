@@ -369,16 +369,17 @@ mod tests {
                 Format::Alpaca,
             ),
             (json!({"messages": [], "prompt": "a"}), Format::Messages),
+            (
+                json!({"messages": "[{\"role\": \"user\"}]"}),
+                Format::Messages,
+            ),
             (json!({"conversations": []}), Format::Messages),
         ] {
             // Records with nulls and without the fields decide nothing, wherever they stand.
             let nulls = json!({"messages": null, "prompt": null, "completion": null, "instruction": null, "text": null});
             for records in [[&fields, &nulls], [&nulls, &fields], [&json!({}), &fields]] {
-                assert_eq!(
-                    detected(&records.map(Value::clone), &[]).unwrap(),
-                    format,
-                    "{fields}"
-                );
+                let found = detected(&records.map(Value::clone), &[]);
+                assert_eq!(found.unwrap(), format, "{fields}");
             }
         }
         let halves = [
@@ -386,29 +387,22 @@ mod tests {
             json!({"prompt": null, "completion": "b"}),
         ];
         assert_eq!(detected(&halves, &[]).unwrap(), Format::Completion);
-        let text = json!({"messages": "[{\"role\": \"user\"}]"});
-        assert_eq!(detected(&[text], &[]).unwrap(), Format::Messages);
         assert!(detected(&[json!({"messages": "hello"})], &[]).is_err());
-        let error = detected(&[json!({"sentence": "a", "label": 1})], &[])
-            .unwrap_err()
-            .to_string();
+    }
+
+    #[test]
+    fn fields_of_no_format_are_listed_and_a_map_names_one() {
+        let fields = json!({"sentence": "a", "label": 1, "messages": []});
+        let unknown = json!({"sentence": "a", "label": 1});
+        let error = detected(&[unknown], &[]).unwrap_err().to_string();
         assert!(
             error.contains("sentence, label") && error.contains("f.jsonl, line 7"),
             "{error}"
         );
-        let columns = [
-            ("prompt".to_string(), "sentence".to_string()),
-            ("completion".to_string(), "label".to_string()),
-        ];
-        assert_eq!(
-            detected(
-                &[json!({"sentence": "a", "label": 1, "messages": []})],
-                &columns
-            )
-            .unwrap(),
-            Format::Completion,
-            "the map names the format"
-        );
+        let columns = [("prompt", "sentence"), ("completion", "label")];
+        let columns = columns.map(|(field, column)| (field.to_string(), column.to_string()));
+        let found = detected(&[fields], &columns).unwrap();
+        assert_eq!(found, Format::Completion);
     }
 
     #[test]

@@ -44,6 +44,21 @@ const KEYWORDS: [&str; 14] = [
     "recursive",
 ];
 
+/// Python's escapes of one character, a line end among them.
+const ESCAPES: [(char, &str); 11] = [
+    ('\n', ""),
+    ('\\', "\\"),
+    ('\'', "'"),
+    ('"', "\""),
+    ('a', "\x07"),
+    ('b', "\x08"),
+    ('f', "\x0c"),
+    ('n', "\n"),
+    ('r', "\r"),
+    ('t', "\t"),
+    ('v', "\x0b"),
+];
+
 /// A translated template.
 #[derive(Debug, Default)]
 pub(super) struct Translated {
@@ -79,59 +94,71 @@ pub(super) fn translate(source: &str, open: &str, close: &str) -> Result<Transla
         rest = &rest[start..];
         let Some((tokens, tail)) = tokens_of(rest)? else {
             // A comment, or a tag without an end: minijinja names the fault.
-            let length = comment_length(rest);
-            out.text.push_str(&rest[..length]);
-            rest = &rest[length..];
+            let (comment, tail) = rest.split_at(comment_length(rest));
+            out.text.push_str(comment);
+            rest = tail;
             continue;
         };
-        let is_block = rest.starts_with("{%");
-        let length = rest.len() - tail.len();
+        let tag = &rest[..rest.len() - tail.len()];
+        let is_block = tag.starts_with("{%");
         let words: Vec<&str> = tokens.iter().map(|token| &*token.text).take(2).collect();
+        rest = tail;
         match (is_block, words.as_slice()) {
-            (true, ["raw"]) => {
-                let raw = raw_length(rest, length);
-                out.text.push_str(&rest[..length]);
-                // jinja2 keeps the line end after this tag, minijinja does not.
-                if !rest[..length].ends_with("-%}") && rest[length..].starts_with('\n') {
-                    out.text.push('\n');
-                }
-                out.text.push_str(&rest[length..raw]);
-                rest = &rest[raw..];
-                continue;
-            }
+            (true, ["raw"]) => rest = out.copy_raw(tag, tail),
             (true, ["generation"]) => {
                 out.generation = true;
-                let (left, right) = controls(&rest[..length]);
-                out.text +=
-                    &format!("{{%{left} if true %}}{{{{ \"{open}\" }}}}{{% with {right}%}}");
+                out.print(tag, "if true", open, "with");
             }
-            (true, ["endgeneration"]) => {
-                let (left, right) = controls(&rest[..length]);
-                out.text +=
-                    &format!("{{%{left} endwith %}}{{{{ \"{close}\" }}}}{{% endif {right}%}}");
-            }
+            (true, ["endgeneration"]) => out.print(tag, "endwith", close, "endif"),
             (_, words) => {
                 elifs += usize::from(is_block && words.first() == Some(&"elif"));
                 if elifs > MAX_ELIF {
                     return Err(too_large("`elif` tags", elifs, MAX_ELIF));
                 }
-                if !is_block {
-                    out.printed_tokens.extend(printed_tokens(&tokens));
-                }
-                let (left, right) = controls(&rest[..length]);
-                out.text += &rest[..2];
-                out.text += left;
-                for token in rewritten(tokens, is_block) {
-                    out.text += token.space;
-                    out.text += &token.text;
-                }
-                out.text += &format!(" {right}{}", if is_block { "%}" } else { "}}" });
+                out.rewrite(tag, tokens, is_block);
             }
         }
-        rest = tail;
     }
     out.text.push_str(rest);
     Ok(out)
+}
+
+impl Translated {
+    /// Copies a raw block of the tag `tag`; returns the text after the block.
+    fn copy_raw<'a>(&mut self, tag: &str, tail: &'a str) -> &'a str {
+        static END: LazyLock<Regex> =
+            LazyLock::new(|| Regex::new(r"\{%[-+]?\s*endraw\s*[-+]?%\}").expect("a fixed pattern"));
+        self.text.push_str(tag);
+        // jinja2 keeps the line end after this tag, minijinja does not.
+        if !tag.ends_with("-%}") && tail.starts_with('\n') {
+            self.text.push('\n');
+        }
+        let end = END.find(tail).map_or(tail.len(), |end| end.end());
+        self.text.push_str(&tail[..end]);
+        &tail[end..]
+    }
+
+    /// The tags `before` and `after` with `printed` between them, with the white space controls of `tag`.
+    fn print(&mut self, tag: &str, before: &str, printed: &str, after: &str) {
+        let (left, right) = controls(tag);
+        self.text +=
+            &format!("{{%{left} {before} %}}{{{{ \"{printed}\" }}}}{{% {after} {right}%}}");
+    }
+
+    /// A tag of `tokens`, rewritten for minijinja.
+    fn rewrite(&mut self, tag: &str, tokens: Vec<Token<'_>>, is_block: bool) {
+        if !is_block {
+            self.printed_tokens.extend(printed_tokens(&tokens));
+        }
+        let (left, right) = controls(tag);
+        self.text += &tag[..2];
+        self.text += left;
+        for token in rewritten(tokens, is_block) {
+            self.text += token.space;
+            self.text += &token.text;
+        }
+        self.text += &format!(" {right}{}", if is_block { "%}" } else { "}}" });
+    }
 }
 
 fn too_large(unit: &str, count: usize, limit: usize) -> Error {
@@ -153,14 +180,6 @@ fn find_tag(text: &str) -> Option<usize> {
 fn comment_length(text: &str) -> usize {
     let end = text.strip_prefix("{#").and_then(|body| body.find("#}"));
     end.map_or(text.len(), |end| end + 4)
-}
-
-/// The bytes of a raw block that begins with a tag of `tag` bytes.
-fn raw_length(text: &str, tag: usize) -> usize {
-    static END: LazyLock<Regex> =
-        LazyLock::new(|| Regex::new(r"\{%[-+]?\s*endraw\s*[-+]?%\}").expect("a fixed pattern"));
-    END.find(&text[tag..])
-        .map_or(text.len(), |end| tag + end.end())
 }
 
 /// The white space controls of a tag.
@@ -252,60 +271,57 @@ fn unescaped(token: &str) -> Cow<'_, str> {
         return Cow::Borrowed(token);
     }
     let mut out = String::from("'");
-    let mut push = |c: char| match c {
-        '\\' => out.push_str("\\\\"),
-        '\'' => out.push_str("\\'"),
-        c => out.push(c),
-    };
-    let mut chars = token[1..token.len() - 1].chars();
-    while let Some(c) = chars.next() {
-        let escape = match (c, chars.clone().next()) {
-            ('\\', Some(escape)) => escape,
-            _ => {
-                push(c);
-                continue;
-            }
-        };
-        let octal = chars
-            .as_str()
-            .chars()
-            .take(3)
-            .take_while(|c| c.is_digit(8))
-            .count();
-        let digits = |skip: usize, length: usize, radix: u32| {
-            let text = chars.as_str().get(skip..skip + length)?;
-            char::from_u32(u32::from_str_radix(text, radix).ok()?)
-        };
-        let plain = "\n\\'\"abfnrtv";
-        let meaning = [
-            "", "\\", "'", "\"", "\x07", "\x08", "\x0c", "\n", "\r", "\t", "\x0b",
-        ];
-        let (value, length) = match escape {
-            'x' => (digits(1, 2, 16), 3),
-            'u' => (digits(1, 4, 16), 5),
-            'U' => (digits(1, 8, 16), 9),
-            '0'..='7' => (digits(0, octal, 8), octal),
-            _ => (None, 0),
-        };
-        match (value, plain.find(escape)) {
-            (Some(value), _) => {
-                push(value);
-                chars = chars.as_str()[length..].chars();
-            }
-            (None, Some(at)) => {
-                meaning[at].chars().for_each(&mut push);
-                chars.next();
+    let mut rest = &token[1..token.len() - 1];
+    while let Some(at) = rest.find('\\') {
+        push_quoted(&mut out, &rest[..at]);
+        let escape = &rest[at + 1..];
+        match (escaped_text(escape), escape.chars().next()) {
+            (Some((text, length)), _) => {
+                push_quoted(&mut out, &text);
+                rest = &escape[length..];
             }
             // Surrogates: minijinja joins or refuses them.
-            (None, None) if escape == 'u' => return Cow::Borrowed(token),
+            (None, Some('u')) => return Cow::Borrowed(token),
             // Names of characters and malformed escapes: minijinja refuses this one.
-            (None, None) if matches!(escape, 'N' | 'x' | 'U') => return Cow::Borrowed("'\\x'"),
+            (None, Some('N' | 'x' | 'U')) => return Cow::Borrowed("'\\x'"),
             // No escape of Python's: the backslash stays.
-            (None, None) => push(c),
+            (None, _) => {
+                push_quoted(&mut out, "\\");
+                rest = escape;
+            }
         }
     }
+    push_quoted(&mut out, rest);
     out.push('\'');
     Cow::Owned(out)
+}
+
+fn push_quoted(out: &mut String, text: &str) {
+    for c in text.chars() {
+        if matches!(c, '\\' | '\'') {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+}
+
+/// What the escape at the start of `text`, after its backslash, stands for, and its bytes.
+fn escaped_text(text: &str) -> Option<(Cow<'static, str>, usize)> {
+    let escape = text.chars().next()?;
+    if let Some((_, meaning)) = ESCAPES.iter().find(|(name, _)| *name == escape) {
+        return Some((Cow::Borrowed(meaning), 1));
+    }
+    let octal = text.chars().take(3).take_while(|c| c.is_digit(8)).count();
+    let (digits, radix) = match escape {
+        'x' => (1..3, 16),
+        'u' => (1..5, 16),
+        'U' => (1..9, 16),
+        '0'..='7' => (0..octal, 8),
+        _ => return None,
+    };
+    let code = u32::from_str_radix(text.get(digits.clone())?, radix).ok()?;
+    let character = char::from_u32(code)?;
+    Some((Cow::Owned(character.to_string()), digits.end))
 }
 
 fn printed_tokens<'a>(tokens: &'a [Token<'_>]) -> impl Iterator<Item = String> + 'a {

@@ -66,51 +66,38 @@ fn files_of_folder(folder: &Path) -> Result<Vec<PathBuf>> {
     let unreadable = |e| Error::io("read", folder, e);
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(unreadable)? {
-        names.push(
-            entry
-                .map_err(unreadable)?
-                .file_name()
-                .to_string_lossy()
-                .into_owned(),
-        );
+        let name = entry.map_err(unreadable)?.file_name();
+        names.push(name.to_string_lossy().into_owned());
     }
     names.sort();
-    let is_data = |name: &&String| is_data_file(name) && !folder.join(name).is_dir();
-    let data: Vec<&String> = names.iter().filter(is_data).collect();
-    let refuse = |what: &str, names: Vec<String>, remedy: &str| {
-        Error::new(Kind::Data, what)
-            .at(folder.display().to_string())
-            .value(first_few(names, SHOWN).join(", "))
-            .hint(format!(
-                "{remedy}: train = \"{}\"",
-                folder.join("*.jsonl").display()
-            ))
-    };
-    let names_of = |data: &[&String]| data.iter().map(ToString::to_string).collect::<Vec<_>>();
-    if data.is_empty() {
-        return Err(refuse(
-            "the folder holds no data files",
-            names,
-            "name the files, or a pattern",
-        ));
-    }
+    let is_data = |name: &String| is_data_file(name) && !folder.join(name).is_dir();
+    let (data, others): (Vec<String>, Vec<String>) = names.into_iter().partition(is_data);
     let kinds: BTreeSet<String> = data.iter().map(|name| extension(Path::new(name))).collect();
     let splits: BTreeSet<Option<&str>> = data.iter().map(|name| split_in_name(name)).collect();
-    if kinds.len() > 1 {
-        return Err(refuse(
+    let (what, remedy) = if data.is_empty() {
+        (
+            "the folder holds no data files",
+            "name the files, or a pattern",
+        )
+    } else if kinds.len() > 1 {
+        (
             "the folder holds data files of several kinds, perhaps the same records twice",
-            names_of(&data),
             "choose one kind by a pattern",
-        ));
-    }
-    if splits.len() > 1 {
-        return Err(refuse(
+        )
+    } else if splits.len() > 1 {
+        (
             "the folder holds files of several splits",
-            names_of(&data),
             "name the files of one split, or a pattern",
-        ));
-    }
-    Ok(data.into_iter().map(|name| folder.join(name)).collect())
+        )
+    } else {
+        return Ok(data.into_iter().map(|name| folder.join(name)).collect());
+    };
+    let shown = if data.is_empty() { others } else { data };
+    let pattern = folder.join("*.jsonl");
+    Err(Error::new(Kind::Data, what)
+        .at(folder.display().to_string())
+        .value(first_few(shown, SHOWN).join(", "))
+        .hint(format!("{remedy}: train = \"{}\"", pattern.display())))
 }
 
 #[cfg(test)]
@@ -123,10 +110,20 @@ mod tests {
         files(&data).map(|files| files.into_iter().map(relative).collect())
     }
 
+    /// A folder with empty files.
+    fn folder_of(names: &[&str]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for name in names {
+            let path = root.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "").unwrap();
+        }
+        root
+    }
+
     #[test]
     fn files_folders_and_patterns_are_files_in_order() {
-        let root = tempfile::tempdir().unwrap();
-        for name in [
+        let root = folder_of(&[
             "d/b.jsonl",
             "d/a.jsonl",
             "d/README.md",
@@ -134,16 +131,7 @@ mod tests {
             "d/license.txt",
             "d/sub/c.jsonl",
             "x[1].csv",
-            "mixed/a.csv",
-            "mixed/a.parquet",
-            "split/train.csv",
-            "split/test.csv",
-            "none/a.md",
-        ] {
-            let path = root.path().join(name);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, "").unwrap();
-        }
+        ]);
         for (data, files) in [
             (&["d"][..], &["d/a.jsonl", "d/b.jsonl"][..]),
             (&["d/*.jsonl"], &["d/a.jsonl", "d/b.jsonl"]),
@@ -157,6 +145,18 @@ mod tests {
         ] {
             assert_eq!(found(root.path(), data).unwrap(), files, "{data:?}");
         }
+    }
+
+    #[test]
+    fn folders_and_patterns_that_name_no_data_set_are_refused() {
+        let root = folder_of(&[
+            "d/a.jsonl",
+            "mixed/a.csv",
+            "mixed/a.parquet",
+            "split/train.csv",
+            "split/test.csv",
+            "none/a.md",
+        ]);
         for (data, reason) in [
             ("d/*.csv", "no file matches"),
             ("d/[.csv", "not a pattern"),

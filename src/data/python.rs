@@ -18,7 +18,7 @@ const MAX_WIDTH: usize = 10_000;
 
 type Result<T> = std::result::Result<T, Error>;
 
-fn invalid(what: impl Into<String>) -> Error {
+pub(super) fn invalid(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, what.into())
 }
 
@@ -60,38 +60,10 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         "removeprefix" | "removesuffix" | "strip" | "lstrip" | "rstrip" => {
             trim(text, method, args)?
         }
-        "count" => {
-            let (part, start, end): (&str, Option<i64>, Option<i64>) = from_args(args)?;
-            let (text, _) = range(text, start, end);
-            Value::from(match part {
-                "" => text.chars().count() + 1,
-                part => text.matches(part).count(),
-            })
-        }
+        "count" => count(text, args)?,
         "splitlines" => split_lines(text, args)?,
-        "isspace" => {
-            let () = from_args(args)?;
-            Value::from(!text.is_empty() && text.chars().all(is_space))
-        }
-        "isdigit" | "isdecimal" | "isnumeric" => {
-            let () = from_args(args)?;
-            if text.chars().any(|c| c.is_numeric() && !c.is_ascii()) {
-                return Err(invalid(format!("{method} of a digit that is not ASCII")));
-            }
-            Value::from(!text.is_empty() && text.chars().all(|c| c.is_ascii_digit()))
-        }
-        "title" => {
-            let () = from_args(args)?;
-            Value::from(title(text))
-        }
-        "swapcase" => {
-            let () = from_args(args)?;
-            let swap = |c: char| match c.is_uppercase() {
-                true => c.to_lowercase().to_string(),
-                false => c.to_uppercase().to_string(),
-            };
-            Value::from(text.chars().map(swap).collect::<String>())
-        }
+        "isspace" | "isdigit" | "isdecimal" | "isnumeric" => consists_of(text, method, args)?,
+        "title" | "swapcase" => recase(text, method, args)?,
         "center" | "ljust" | "rjust" | "zfill" => pad(text, method, args)?,
         "join" => {
             let (items,): (Value,) = from_args(args)?;
@@ -107,6 +79,41 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         _ => return Ok(None),
     };
     Ok(Some(result))
+}
+
+fn count(text: &str, args: &[Value]) -> Result<Value> {
+    let (part, start, end): (&str, Option<i64>, Option<i64>) = from_args(args)?;
+    let (text, _) = range(text, start, end);
+    Ok(Value::from(match part {
+        "" => text.chars().count() + 1,
+        part => text.matches(part).count(),
+    }))
+}
+
+/// `isspace`, `isdigit` and its like.
+fn consists_of(text: &str, method: &str, args: &[Value]) -> Result<Value> {
+    let () = from_args(args)?;
+    let is_space_wanted = method == "isspace";
+    if !is_space_wanted && text.chars().any(|c| c.is_numeric() && !c.is_ascii()) {
+        return Err(invalid(format!("{method} of a digit that is not ASCII")));
+    }
+    let fits = |c: char| match is_space_wanted {
+        true => is_space(c),
+        false => c.is_ascii_digit(),
+    };
+    Ok(Value::from(!text.is_empty() && text.chars().all(fits)))
+}
+
+fn recase(text: &str, method: &str, args: &[Value]) -> Result<Value> {
+    let () = from_args(args)?;
+    if method == "title" {
+        return Ok(Value::from(title(text)));
+    }
+    let swap = |c: char| match c.is_uppercase() {
+        true => c.to_lowercase().to_string(),
+        false => c.to_uppercase().to_string(),
+    };
+    Ok(Value::from(text.chars().map(swap).collect::<String>()))
 }
 
 fn partition(text: &str, method: &str, args: &[Value]) -> Result<Value> {

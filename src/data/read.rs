@@ -339,71 +339,60 @@ mod tests {
         Ok(found)
     }
 
-    /// Cases and values from `scripts/tables.py`.
+    /// The cases of `scripts/tables.py`.
+    fn golden_tables() -> Vec<Value> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tables.json");
+        let mut golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        serde_json::from_value(golden["cases"].take()).unwrap()
+    }
+
+    /// A case's file: one character a byte.
+    fn bytes_of(case: &Value) -> Vec<u8> {
+        let text = case["content"].as_str().unwrap();
+        text.chars().map(|c| c as u8).collect()
+    }
+
+    /// Reads the file of `case` at `path` and compares with `datasets`, or with our departure from it.
+    fn compare(case: &Value, path: &Path) -> Result<(), String> {
+        let name = case["file"].as_str().unwrap();
+        std::fs::write(path, bytes_of(case)).unwrap();
+        let departure = DEPARTURES.iter().find(|(file, _)| *file == name);
+        let departure = departure.map(|(_, ours)| *ours);
+        let expected = match departure {
+            Some(values) if values.starts_with('{') => serde_json::from_str(values).unwrap(),
+            Some(_) => Value::Null,
+            None => case["reference"]["values"].clone(),
+        };
+        let none = Map::new();
+        let found = columns_of(path, expected.as_object().unwrap_or(&none));
+        let as_expected = match (&found, departure) {
+            (Ok(found), _) => expected == Value::Object(found.clone()),
+            (Err(error), Some(words)) => {
+                let error = error.replace(path.to_str().unwrap(), "FILE");
+                expected.is_null() && error.contains(words)
+            }
+            (Err(_), None) => false,
+        };
+        let difference = format!("{name}: {found:?}, not {departure:?} or {expected}");
+        as_expected.then_some(()).ok_or(difference)
+    }
+
     #[test]
     fn tables_are_read_as_datasets_reads_them() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tables.json");
-        let golden: Value =
-            serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
         let folder = tempfile::tempdir().unwrap();
-        let mut failures = Vec::new();
-        for case in golden["cases"].as_array().unwrap() {
-            let name = case["file"].as_str().unwrap();
-            let path = folder.path().join(name);
-            let content: Vec<u8> = case["content"]
-                .as_str()
-                .unwrap()
-                .chars()
-                .map(|c| c as u8)
-                .collect();
-            std::fs::write(&path, content).unwrap();
-            let departure = DEPARTURES
-                .iter()
-                .find(|(file, _)| *file == name)
-                .map(|(_, ours)| *ours);
-            let expected = match departure {
-                Some(values) if values.starts_with('{') => serde_json::from_str(values).unwrap(),
-                Some(_) => Value::Null,
-                None => case["reference"]["values"].clone(),
-            };
-            let none = Map::new();
-            let found = columns_of(&path, expected.as_object().unwrap_or(&none));
-            let as_expected = match (&found, departure) {
-                (Ok(found), _) => expected == Value::Object(found.clone()),
-                (Err(error), Some(words)) => {
-                    expected.is_null()
-                        && error
-                            .replace(path.to_str().unwrap(), "FILE")
-                            .contains(words)
-                }
-                (Err(_), None) => false,
-            };
-            if !as_expected {
-                failures.push(format!(
-                    "{name}: {found:?}, not {departure:?} or {expected}"
-                ));
-            }
-        }
+        let compare =
+            |case: &Value| compare(case, &folder.path().join(case["file"].as_str()?)).err();
+        let failures: Vec<String> = golden_tables().iter().filter_map(compare).collect();
         assert!(failures.is_empty(), "{}", failures.join("\n"));
     }
 
     /// Damage at 1,500 places of a Parquet file with every type: rows or errors, no panic.
     #[test]
     fn damaged_parquet_files_do_not_panic() {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tables.json");
-        let golden: Value =
-            serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
-        let cases = golden["cases"].as_array().unwrap();
-        let case = cases
-            .iter()
-            .find(|case| case["file"] == "all_columns.parquet")
-            .unwrap();
-        let whole: Vec<u8> = case["content"]
-            .as_str()
-            .unwrap()
-            .chars()
-            .map(|c| c as u8)
-            .collect();
+        let cases = golden_tables();
+        let mut cases = cases.iter();
+        let case = cases.find(|case| case["file"] == "all_columns.parquet");
+        let whole = bytes_of(case.unwrap());
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("d.parquet");
         let mut errors = 0;

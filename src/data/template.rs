@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::jinja::{ATTRIBUTE, BOUNDED, MODULO, Translated, translate};
 use super::pyjson::{Style, dumps, python_float};
-use super::python;
+use super::python::{self, invalid};
 use super::sentinel::{GENERATION_CLOSE, GENERATION_OPEN};
 use crate::error::{Error, Kind, Result};
 
@@ -276,9 +276,7 @@ fn environment(date: NaiveDate) -> Environment<'static> {
     environment.add_filter(BOUNDED, python::bounded);
     environment.add_function(
         "raise_exception",
-        |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        },
+        |message: String| -> Result<String, minijinja::Error> { Err(invalid(message)) },
     );
     environment.add_function("strftime_now", move |format: &str| strftime(date, format));
     environment
@@ -289,12 +287,8 @@ fn strftime(date: NaiveDate, format: &str) -> Result<String, minijinja::Error> {
     use std::fmt::Write;
     let mut text = String::new();
     let midnight = date.and_time(chrono::NaiveTime::MIN);
-    write!(text, "{}", midnight.format(format)).map_err(|_| {
-        minijinja::Error::new(
-            ErrorKind::InvalidOperation,
-            format!("`{format}` is not a date format"),
-        )
-    })?;
+    write!(text, "{}", midnight.format(format))
+        .map_err(|_| invalid(format!("`{format}` is not a date format")))?;
     Ok(text)
 }
 
@@ -304,7 +298,6 @@ fn tojson(
     arguments: Rest<Jinja>,
     named: Kwargs,
 ) -> Result<String, minijinja::Error> {
-    let invalid = |what: String| minijinja::Error::new(ErrorKind::InvalidOperation, what);
     let argument = |at: usize, name: &str| match arguments.get(at) {
         Some(value) => Ok(value.clone()),
         None => named
@@ -317,62 +310,57 @@ fn tojson(
     let sort_keys = argument(3, "sort_keys")?.is_true();
     named.assert_all_used()?;
     if value.is_undefined() || arguments.len() > 4 {
-        return Err(invalid(
-            "tojson takes a value and up to four arguments".into(),
-        ));
+        return Err(invalid("tojson takes a value and up to four arguments"));
     }
-    let indent = match (indent.as_str(), indent.is_none()) {
-        (_, true) => None,
-        (Some(text), _) => Some(text.to_string()),
-        _ => {
-            let spaces = i64::try_from(indent)?.max(0);
-            Some(
-                " ".repeat(
-                    usize::try_from(spaces)
-                        .unwrap_or(usize::MAX)
-                        .min(MAX_INDENT + 1),
-                ),
-            )
-        }
-    };
-    if indent
-        .as_ref()
-        .is_some_and(|indent| indent.len() > MAX_INDENT)
-    {
-        let limit = format!("tojson indents by more than the limit of {MAX_INDENT} spaces");
-        return Err(invalid(limit));
-    }
-    let separators = match separators.is_none() {
-        true => None,
-        false => {
-            let parts: Vec<Jinja> = separators.try_iter()?.collect();
-            let texts: Vec<String> = parts
-                .iter()
-                .filter_map(|p| p.as_str().map(str::to_string))
-                .collect();
-            let [item, key] = <[String; 2]>::try_from(texts)
-                .map_err(|_| invalid("`separators` of tojson are not two strings".into()))?;
-            Some((item, key))
-        }
-    };
-    let json = serde_json::to_value(value).map_err(|e| {
-        minijinja::Error::new(
-            ErrorKind::BadSerialization,
-            format!("not a JSON value: {e}"),
-        )
-    })?;
     let style = Style {
-        indent,
-        separators,
+        indent: json_indent(&indent)?,
+        separators: json_separators(&separators)?,
         ensure_ascii,
         sort_keys,
         max_bytes: OUTPUT_BYTES as usize,
     };
+    let json = serde_json::to_value(value).map_err(|e| {
+        let what = format!("not a JSON value: {e}");
+        minijinja::Error::new(ErrorKind::BadSerialization, what)
+    })?;
     dumps(&json, &style).ok_or_else(|| {
-        invalid(format!(
-            "tojson writes more than the limit of {OUTPUT_BYTES} bytes"
-        ))
+        let limit = format!("tojson writes more than the limit of {OUTPUT_BYTES} bytes");
+        invalid(limit)
     })
+}
+
+/// `indent` of `json.dumps`: spaces, or the text itself.
+fn json_indent(indent: &Jinja) -> Result<Option<String>, minijinja::Error> {
+    if indent.is_none() {
+        return Ok(None);
+    }
+    let text = match indent.as_str() {
+        Some(text) => text.to_string(),
+        None => {
+            let spaces = i64::try_from(indent.clone())?.max(0);
+            let spaces = usize::try_from(spaces).unwrap_or(usize::MAX);
+            " ".repeat(spaces.min(MAX_INDENT + 1))
+        }
+    };
+    if text.len() > MAX_INDENT {
+        let limit = format!("tojson indents by more than the limit of {MAX_INDENT} spaces");
+        return Err(invalid(limit));
+    }
+    Ok(Some(text))
+}
+
+/// `separators` of `json.dumps`: between items, and between key and value.
+fn json_separators(separators: &Jinja) -> Result<Option<(String, String)>, minijinja::Error> {
+    if separators.is_none() {
+        return Ok(None);
+    }
+    let parts = separators.try_iter()?;
+    let texts: Vec<String> = parts
+        .filter_map(|part| part.as_str().map(str::to_string))
+        .collect();
+    let [item, key] = <[String; 2]>::try_from(texts)
+        .map_err(|_| invalid("`separators` of tojson are not two strings"))?;
+    Ok(Some((item, key)))
 }
 
 #[cfg(test)]
@@ -510,54 +498,60 @@ mod tests {
         }
     }
 
+    /// Templates that pass a limit, and words of the error.
+    const UNBOUNDED: [(&str, &str); 13] = [
+        (
+            "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}",
+            "steps",
+        ),
+        (
+            "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+            "steps",
+        ),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "recursion limit",
+        ),
+        (
+            "{% set ns = namespace(x=[]) %}{% for i in range(10000) %}{% set ns.x = [ns.x] %}{% endfor %}",
+            "limit of 64",
+        ),
+        (
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+            "cannot hold a namespace",
+        ),
+        ("{{ messages | tojson(indent=10**12) }}", "limit of 100"),
+        ("{{ '%999999999d' % 1 }}", "limit of 10000"),
+        ("{{ '{:999999999}'.format(1) }}", "limit of 10000"),
+        ("{{ '%*d' % (999999999, 1) }}", "limit of 10000"),
+        ("{{ '%999999999d' | format(1) }}", "limit: at most"),
+        ("{{ 'a'.center(999999999) }}", "limit of 10000"),
+        ("{{ 'a' * 10 ** 9 }}", "limit: at most"),
+        ("{{ range(10 ** 9) | list }}", "too many elements"),
+    ];
+
+    fn refused_by(source: &str, limit: &str) {
+        let error = render(source).unwrap_err().to_string();
+        let beginning = &source[..source.len().min(80)];
+        assert!(error.contains(limit), "{beginning}: {error}");
+    }
+
     #[test]
     fn a_template_without_end_is_refused_by_the_limit_it_passes() {
-        let nested = "1".to_string() + &"+1".repeat(50_000);
-        let branches = "{% if 0 %}".to_string() + &"{% elif 0 %}".repeat(50_000) + "{% endif %}";
-        for (source, limit) in [
-            (
-                "{% for i in range(10000) %}{% for j in range(10000) %}{% endfor %}{% endfor %}",
-                "steps",
-            ),
-            (
-                "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-                "steps",
-            ),
-            (
-                "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-                "recursion limit",
-            ),
-            (
-                "{% set ns = namespace(x=[]) %}{% for i in range(10000) %}{% set ns.x = [ns.x] %}{% endfor %}",
-                "limit of 64",
-            ),
-            (
-                "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
-                "cannot hold a namespace",
-            ),
-            ("{{ messages | tojson(indent=10**12) }}", "limit of 100"),
-            ("{{ '%999999999d' % 1 }}", "limit of 10000"),
-            ("{{ '{:999999999}'.format(1) }}", "limit of 10000"),
-            ("{{ '%*d' % (999999999, 1) }}", "limit of 10000"),
-            ("{{ '%999999999d' | format(1) }}", "limit: at most"),
-            ("{{ 'a'.center(999999999) }}", "limit of 10000"),
-            ("{{ 'a' * 10 ** 9 }}", "limit: at most"),
-            ("{{ range(10 ** 9) | list }}", "too many elements"),
-            (&format!("{{{{ {nested} }}}}"), "at most 4096 operators"),
-            (&branches, "at most 1024 `elif`"),
-            (&"x".repeat(2 << 20), "at most 1048576 bytes"),
-            (
-                &format!("{{{{ {}1{} }}}}", "(".repeat(2000), ")".repeat(2000)),
-                "recursion limits",
-            ),
-        ] {
-            let error = render(source).unwrap_err().to_string();
-            assert!(
-                error.contains(limit),
-                "{}: {error}",
-                &source[..source.len().min(80)]
-            );
+        for (source, limit) in UNBOUNDED {
+            refused_by(source, limit);
         }
+    }
+
+    #[test]
+    fn a_template_too_large_to_compile_is_refused() {
+        let operators = "1".to_string() + &"+1".repeat(50_000);
+        let branches = "{% if 0 %}".to_string() + &"{% elif 0 %}".repeat(50_000) + "{% endif %}";
+        let brackets = format!("{{{{ {}1{} }}}}", "(".repeat(2000), ")".repeat(2000));
+        refused_by(&format!("{{{{ {operators} }}}}"), "at most 4096 operators");
+        refused_by(&branches, "at most 1024 `elif`");
+        refused_by(&"x".repeat(2 << 20), "at most 1048576 bytes");
+        refused_by(&brackets, "recursion limits");
         assert!(render(&format!("{{{{ {}1 }}}}", "1 + ".repeat(2000))).is_ok());
     }
 

@@ -87,22 +87,7 @@ impl Tokenizer {
             let own = settings.entry("tokenizer_class");
             own.or_insert_with(|| class.clone());
         }
-        let mut inner = match (&files.tokenizer_json, &files.vocab_json, &files.merges) {
-            (Some(path), ..) => from_tokenizer_json(path, &mut hash)?,
-            (None, Some(vocab), Some(merges)) => {
-                let vocab = read_text(vocab, &mut hash)?;
-                let merges = read_text(merges, &mut hash)?;
-                byte_level::tokenizer(&vocab, &merges, &mut settings)?
-            }
-            _ => {
-                return Err(Error::new(
-                    Kind::Tokenizer,
-                    "the model has no tokenizer that can be read",
-                )
-                .rule("`tokenizer.json`, or `vocab.json` with `merges.txt`")
-                .hint(CONVERT));
-            }
-        };
+        let mut inner = base_tokenizer(files, &mut settings, &mut hash)?;
         if let Some(padding) = inner.get_padding() {
             let pad = settings.entry("pad_token");
             pad.or_insert_with(|| padding.pad_token.clone().into());
@@ -113,23 +98,10 @@ impl Tokenizer {
         }
         let warnings = configure(&mut inner, &settings)?;
         let eos = eos(&settings, map.as_ref(), model_config.as_ref(), &inner)?;
-        let processor = read_json(files.processor_template.as_deref(), &mut hash)?;
-        let templates = templates(
-            jinja_files(files, &mut hash)?,
-            config.as_ref(),
-            processor.as_ref(),
-        )?;
+        let today = || chrono::Local::now().date_naive();
+        let chat_date = files.chat_date.unwrap_or_else(today);
         let tokens = special_tokens(config.as_ref(), map.as_ref());
-        let chat_date = files
-            .chat_date
-            .unwrap_or_else(|| chrono::Local::now().date_naive());
-        let template = match templates.is_empty() {
-            true => None,
-            false => Some(ChatTemplate::new(&templates, tokens, chat_date)?),
-        };
-        if template.as_ref().is_some_and(ChatTemplate::uses_date) {
-            hash.update(chat_date.to_string());
-        }
+        let template = chat_template(files, config.as_ref(), tokens, chat_date, &mut hash)?;
         Ok(Self {
             cleans_up_spaces: cleans_up_spaces(&inner, &settings),
             pipeline: Pipeline::new(inner)?,
@@ -258,6 +230,48 @@ impl Tokenizer {
             }),
         )
     }
+}
+
+/// The tokenizer of tokenizer.json, else of vocab.json and merges.txt, without the tokens that other files add.
+fn base_tokenizer(
+    files: &TokenizerFiles,
+    settings: &mut Map<String, Value>,
+    hash: &mut Sha256,
+) -> Result<tokenizers::Tokenizer> {
+    match (&files.tokenizer_json, &files.vocab_json, &files.merges) {
+        (Some(path), ..) => from_tokenizer_json(path, hash),
+        (None, Some(vocab), Some(merges)) => {
+            let vocab = read_text(vocab, hash)?;
+            let merges = read_text(merges, hash)?;
+            byte_level::tokenizer(&vocab, &merges, settings)
+        }
+        _ => Err(Error::new(
+            Kind::Tokenizer,
+            "the model has no tokenizer that can be read",
+        )
+        .rule("`tokenizer.json`, or `vocab.json` with `merges.txt`")
+        .hint(CONVERT)),
+    }
+}
+
+/// The compiled chat template; `hash` gets its text, and `date` if it writes one.
+fn chat_template(
+    files: &TokenizerFiles,
+    config: Option<&Value>,
+    special_tokens: BTreeMap<String, String>,
+    date: NaiveDate,
+    hash: &mut Sha256,
+) -> Result<Option<ChatTemplate>> {
+    let processor = read_json(files.processor_template.as_deref(), hash)?;
+    let templates = templates(jinja_files(files, hash)?, config, processor.as_ref())?;
+    if templates.is_empty() {
+        return Ok(None);
+    }
+    let template = ChatTemplate::new(&templates, special_tokens, date)?;
+    if template.uses_date() {
+        hash.update(date.to_string());
+    }
+    Ok(Some(template))
 }
 
 /// The templates in .jinja files by name: `default` for chat_template.jinja.

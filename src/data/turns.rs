@@ -8,7 +8,7 @@ use std::ops::Range;
 use serde_json::{Value, json};
 
 use super::chat::THINK;
-use super::sentinel::{CLOSE, OPEN, sentinel, strip};
+use super::sentinel::{CLOSE, OPEN, Sentinel, sentinel, strip};
 use super::template::ChatTemplate;
 
 /// A template's delimiters of an assistant's turn.
@@ -85,75 +85,102 @@ pub(super) fn detect_turn_delimiters(
     tools: Option<&Value>,
     added_tokens: &[(String, u32)],
 ) -> TurnDelimiters {
-    let marked = |role: &str, i: usize| {
-        let content = format!("{}x{}", sentinel(OPEN, i), sentinel(CLOSE, i));
-        json!({"role": role, "content": content})
-    };
     let render = |messages: &[Value], prompt: bool| {
-        template.render(&json!(messages), tools, prompt, false).ok()
+        let text = template.render(&json!(messages), tools, prompt, false);
+        strip(&text.ok()?)
     };
-    let roles = ["user", "assistant", "user", "assistant"];
-    let messages: Vec<Value> = roles
-        .iter()
-        .zip(0..)
-        .map(|(role, i)| marked(role, i))
-        .collect();
+    let messages = sample_messages();
+    let Some((text, sentinels)) = render(&messages, false) else {
+        return TurnDelimiters::default();
+    };
+    let sample = Sample { text, sentinels };
     let added_tokens: Vec<(String, u32)> = added_tokens
         .iter()
         .filter(|(token, _)| !token.trim().is_empty())
         .cloned()
         .collect();
-    let rendered = render(&messages, false).and_then(|text| strip(&text));
-    let Some((text, sentinels)) = rendered else {
-        return TurnDelimiters::default();
-    };
-    let at = |kind: char, message: usize| {
-        let mut found = sentinels
-            .iter()
-            .filter(|s| s.kind == kind && s.message == Some(message));
-        found.next().map(|s| s.at)
-    };
-    let prompts = render(&messages[..1], true).zip(render(&messages[..1], false));
-    let prompts = prompts.and_then(|(with, without)| Some((strip(&with)?.0, strip(&without)?.0)));
-    let prompt = prompts.map(|(with, without)| added_text(&with, &without, &added_tokens));
-    let headers = prompt.map_or(Vec::new(), |prompt| {
-        let before = [(0, at(OPEN, 1)), (at(CLOSE, 2).unwrap_or(0), at(OPEN, 3))];
-        let is_used = |header: &&str| {
-            let mut regions = before
-                .iter()
-                .filter_map(|(from, to)| text.get(*from..(*to)?));
-            regions.any(|region| region.contains(header))
-        };
-        let forms = headers(&prompt, &added_tokens);
-        forms
-            .into_iter()
-            .filter(is_used)
-            .map(str::to_string)
-            .collect()
-    });
-    let gap = |from: usize, to: Option<usize>| {
-        let from = at(CLOSE, from)?;
-        text.get(from..to.unwrap_or(text.len()))
-    };
-    let between = gap(1, at(OPEN, 2)).unwrap_or_default();
-    let ends = turn_ends(between, gap(3, None).unwrap_or_default(), &added_tokens);
-    let begins_a_turn = |token: &&str| {
-        let mut rests = ends.iter().filter_map(|end| {
-            let rest = between.strip_prefix(end.before.as_str())?;
-            rest.strip_prefix(end.token.as_str())
-        });
-        let header = headers.last().map_or("", String::as_str);
-        header.starts_with(*token) && rests.any(|rest| rest.trim_start().starts_with(*token))
-    };
-    let tokens = added_tokens.iter().map(|(token, _)| token.as_str());
-    let start = tokens.filter(begins_a_turn).max_by_key(|token| token.len());
-    let start = start.map(str::to_string);
+    let question = &messages[..1];
+    let prompts = render(question, true).zip(render(question, false));
+    let prompt =
+        prompts.map(|((with, _), (without, _))| added_text(&with, &without, &added_tokens));
+    let prompt = prompt.unwrap_or_default();
+    let headers: Vec<String> = headers(&prompt, &added_tokens)
+        .into_iter()
+        .filter(|header| sample.is_before_an_answer(header))
+        .map(str::to_string)
+        .collect();
+    let between = sample.after_content(1);
+    let ends = turn_ends(between, sample.after_content(3), &added_tokens);
+    let start = turn_start_token(&headers, between, &ends, &added_tokens);
     TurnDelimiters {
         headers,
         start,
         ends,
         added_tokens,
     }
+}
+
+/// Two questions and two answers with sentinels around their contents.
+fn sample_messages() -> [Value; 4] {
+    let mut index = 0..;
+    ["user", "assistant", "user", "assistant"].map(|role| {
+        let i = index.next().unwrap_or_default();
+        let content = format!("{}x{}", sentinel(OPEN, i), sentinel(CLOSE, i));
+        json!({"role": role, "content": content})
+    })
+}
+
+/// The messages of [`sample_messages`] as the template renders them, sentinels stripped.
+struct Sample {
+    text: String,
+    sentinels: Vec<Sentinel>,
+}
+
+impl Sample {
+    fn at(&self, kind: char, message: usize) -> Option<usize> {
+        let mut found = self.sentinels.iter();
+        found
+            .find(|s| s.kind == kind && s.message == Some(message))
+            .map(|s| s.at)
+    }
+
+    /// The text between the content of `message` and the next one, or the end.
+    fn after_content(&self, message: usize) -> &str {
+        let end = self.at(OPEN, message + 1).unwrap_or(self.text.len());
+        let start = self.at(CLOSE, message);
+        start
+            .and_then(|start| self.text.get(start..end))
+            .unwrap_or_default()
+    }
+
+    /// Whether `header` stands before the content of an answer.
+    fn is_before_an_answer(&self, header: &str) -> bool {
+        let starts = [(0, 1), (self.at(CLOSE, 2).unwrap_or(0), 3)];
+        starts.into_iter().any(|(from, answer)| {
+            let region = self.at(OPEN, answer).and_then(|to| self.text.get(from..to));
+            region.is_some_and(|region| region.contains(header))
+        })
+    }
+}
+
+/// The longest token that begins both the generation prompt and the turn after an answer.
+fn turn_start_token(
+    headers: &[String],
+    between: &str,
+    ends: &[TurnEnd],
+    added_tokens: &[(String, u32)],
+) -> Option<String> {
+    let header = headers.last().map_or("", String::as_str);
+    let begins_a_turn = |token: &&str| {
+        let mut rests = ends.iter().filter_map(|end| {
+            let rest = between.strip_prefix(end.before.as_str())?;
+            rest.strip_prefix(end.token.as_str())
+        });
+        header.starts_with(*token) && rests.any(|rest| rest.trim_start().starts_with(*token))
+    };
+    let tokens = added_tokens.iter().map(|(token, _)| token.as_str());
+    let start = tokens.filter(begins_a_turn).max_by_key(|token| token.len());
+    start.map(str::to_string)
 }
 
 fn common_prefix(a: &str, b: &str) -> usize {
