@@ -88,52 +88,40 @@ impl Hub {
 
     fn no_split(&self, listing: &Listing, split: &str, reason: NoSplit) -> Error {
         let id = &listing.repo.id;
-        let (what, value, rule, hint) = match reason {
+        let error = |what: String| Error::new(Kind::Hub, what).at(listing.repo.place(None));
+        match reason {
             NoSplit::Absent(_) | NoSplit::Incomplete { .. } if self.is_offline() => {
-                return not_cached(&listing.repo, Some(split));
+                not_cached(&listing.repo, Some(split))
             }
-            NoSplit::Absent(files) if files.is_empty() => (
-                "the data set has no files that can be read".to_string(),
-                match listing.files.as_slice() {
-                    [] => "no files".to_string(),
-                    files => first_names(files),
-                },
-                Some("parquet, jsonl, json, csv, tsv or txt, not compressed".to_string()),
-                "convert it to one of these and set data.train to the file".to_string(),
-            ),
-            NoSplit::Absent(files) => (
-                format!("the data set has no split `{split}`"),
-                first_names(&files),
-                None,
-                format!(
+            NoSplit::Absent(files) if files.is_empty() => {
+                error("the data set has no files that can be read".to_string())
+                    .value(match listing.files.as_slice() {
+                        [] => "no files".to_string(),
+                        files => first_names(files),
+                    })
+                    .rule("parquet, jsonl, json, csv, tsv or txt, not compressed")
+                    .hint("convert it to one of these and set data.train to the file")
+            }
+            NoSplit::Absent(files) => error(format!("the data set has no split `{split}`"))
+                .value(first_names(&files))
+                .hint(format!(
                     "write the split after the id, as in \"{id}:validation\", or a file, as in \"{id}:{}\"",
                     files[0]
-                ),
-            ),
+                )),
             NoSplit::Ambiguous(sets) => {
                 let choice = |set: &String| format!("\"{id}:{set}\"");
                 let choices: Vec<String> = sets.iter().take(SHOWN).map(choice).collect();
-                (
-                    format!("more than one set of files is named for the split `{split}`"),
-                    first_names(&sets),
-                    None,
-                    format!("choose one of {}", choices.join(", ")),
-                )
+                let what = format!("more than one set of files is named for the split `{split}`");
+                error(what)
+                    .value(first_names(&sets))
+                    .hint(format!("choose one of {}", choices.join(", ")))
             }
-            NoSplit::Incomplete { name, found, count } => (
-                format!("the split `{split}` is incomplete"),
-                format!("{found} files `{name}-...`"),
-                Some(format!("{count} of them")),
-                "choose another revision of the data set".to_string(),
-            ),
-        };
-        let error = Error::new(Kind::Hub, what)
-            .at(listing.repo.place(None))
-            .value(value)
-            .hint(hint);
-        match rule {
-            Some(rule) => error.rule(rule),
-            None => error,
+            NoSplit::Incomplete { name, found, count } => {
+                error(format!("the split `{split}` is incomplete"))
+                    .value(format!("{found} files `{name}-...`"))
+                    .rule(format!("{count} of them"))
+                    .hint("choose another revision of the data set")
+            }
         }
     }
 }

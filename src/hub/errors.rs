@@ -159,71 +159,106 @@ impl RequestContext<'_> {
 
     /// What an error status means, and the remedy.
     fn explain(&self, status: u16, code: &str, delay: Option<Duration>) -> (String, String) {
-        let Repo { kind, id, revision } = self.repo;
+        let is_absent = matches!(status, 404 | 410)
+            || matches!(code, "RevisionNotFound" | "EntryNotFound" | "RepoNotFound");
+        match status {
+            401 | 403 => self.explain_access(status, code),
+            _ if is_absent => self.explain_absence(code),
+            _ => self.explain_failure(status, delay),
+        }
+    }
+
+    /// The repository's page on the hub.
+    fn page(&self) -> String {
+        format!("{}/{}", display_url(self.endpoint), self.repo.page())
+    }
+
+    /// A repository that the token, or none, does not open.
+    fn explain_access(&self, status: u16, code: &str) -> (String, String) {
+        let Repo { kind, id, .. } = self.repo;
         let (name, key) = (kind.name(), self.key);
         let endpoint = display_url(self.endpoint);
-        let page = format!("{endpoint}/{}", self.repo.page());
-        let (account, quota) = match self.token {
-            Some(_) => ("HF_TOKEN must belong to that account", ""),
-            None => (
-                "set HF_TOKEN to that account's token",
-                ", or set HF_TOKEN: an account may send more requests",
-            ),
-        };
-        let wait = delay.map_or("some minutes".into(), |delay| {
-            format!("{} s", delay.as_secs())
-        });
-        match (status, code, self.file) {
-            (403, ..) if self.upload => (
+        if status == 403 && self.upload {
+            return (
                 format!("the token may not write to `{id}`"),
                 format!(
                     "set HF_TOKEN to a token with write access from {endpoint}/settings/tokens, or change {key}"
                 ),
-            ),
-            (401 | 403, "GatedRepo", _) | (403, ..) => (
+            );
+        }
+        if status == 403 || code == "GatedRepo" {
+            let account = match self.token {
+                Some(_) => "HF_TOKEN must belong to that account",
+                None => "set HF_TOKEN to that account's token",
+            };
+            let page = self.page();
+            return (
                 format!("the {name} is gated: only accounts with granted access can read it"),
                 format!("accept the licence on {page} while signed in; {account}"),
-            ),
-            (401, ..) if self.token.is_some() => (
+            );
+        }
+        if self.token.is_some() {
+            return (
                 "the hub does not accept the token".to_string(),
                 format!(
                     "make a new one on {endpoint}/settings/tokens and set HF_TOKEN, or unset HF_TOKEN for a public {name}"
                 ),
+            );
+        }
+        (
+            format!("there is no such {name}, or it is private"),
+            format!(
+                "check the id `{id}` ({key}); for a private {name} set HF_TOKEN or run `hf auth login`"
             ),
-            (401, ..) => (
-                format!("there is no such {name}, or it is private"),
-                format!(
-                    "check the id `{id}` ({key}); for a private {name} set HF_TOKEN or run `hf auth login`"
-                ),
-            ),
-            (_, "RevisionNotFound", _) => (
+        )
+    }
+
+    /// A repository, revision or file that the hub does not have.
+    fn explain_absence(&self, code: &str) -> (String, String) {
+        let Repo { kind, id, revision } = self.repo;
+        let (name, key, page) = (kind.name(), self.key, self.page());
+        match (code, self.file) {
+            ("RevisionNotFound", _) => (
                 format!("{name} `{id}` has no revision `{revision}`"),
                 format!("choose a branch, tag or commit listed on {page}/tree/main"),
             ),
-            (_, "EntryNotFound", Some(file)) => (
+            ("EntryNotFound", Some(file)) => (
                 format!("{name} `{id}` has no file `{file}`"),
                 format!("look at its files on {page}/tree/{revision}"),
             ),
-            (404 | 410, _, Some(file)) if code != "RepoNotFound" => (
+            (code, Some(file)) if code != "RepoNotFound" => (
                 format!("the hub does not find `{file}` of {name} `{id}`"),
                 format!("check the id, the revision and the files on {page}/tree/{revision}"),
             ),
-            (404 | 410, ..) | (_, "RepoNotFound" | "EntryNotFound", _) => (
+            _ => (
                 format!("the hub has no {name} `{id}`"),
                 format!("check the id ({key}): it is `owner/name` as on {page}"),
             ),
-            (429, ..) => (
+        }
+    }
+
+    /// A request that the hub does not serve now, or never.
+    fn explain_failure(&self, status: u16, delay: Option<Duration>) -> (String, String) {
+        let wait = delay.map_or("some minutes".into(), |delay| {
+            format!("{} s", delay.as_secs())
+        });
+        let quota = match self.token {
+            Some(_) => "",
+            None => ", or set HF_TOKEN: an account may send more requests",
+        };
+        match status {
+            429 => (
                 "the hub limits the rate of requests".to_string(),
                 format!("wait {wait} and try again{quota}"),
             ),
-            (408 | 500..=599, ..) => (
+            408 | 500..=599 => (
                 format!("the hub reports an error: {}", status_line(status)),
                 "try again later; https://status.huggingface.co shows the state of the hub"
                     .to_string(),
             ),
             _ => (
                 format!("the hub refuses the request: {}", status_line(status)),
-                format!("look at {page}"),
+                format!("look at {}", self.page()),
             ),
         }
     }
