@@ -177,56 +177,57 @@ fn document(path: &Path, found: &Calibration) -> Value {
 }
 
 fn page(path: &Path, found: &Calibration) -> String {
+    let mut text = format!(
+        "{} · measured (in brackets: {})\n\n",
+        found.profile.name, found.base.name
+    );
+    for (label, value) in rows(found) {
+        let _ = writeln!(text, "  {label:<10} {value}");
+    }
+    text + &ending(path, &found.notes)
+}
+
+/// What was measured, in brackets what the base profile has.
+fn rows(found: &Calibration) -> Vec<(&str, String)> {
     let Calibration {
         base,
         profile,
         measured,
-        notes,
+        ..
     } = found;
-    let mut text = format!(
-        "{} · measured (in brackets: {})\n\n",
-        profile.name, base.name
-    );
-    let mut row = |label: &str, value: String| {
-        let _ = writeln!(text, "  {label:<10} {value}");
-    };
-    for (precision, rate) in &measured.rates {
-        row(
-            precision.as_str(),
-            format!("{}/s ({}/s)", Flops(*rate), Flops(base.rate(*precision))),
-        );
-    }
     let gigabytes = |rate: f64| significant(rate / 1e9);
-    row(
-        "memory",
-        format!(
-            "{} GB/s ({})",
-            gigabytes(measured.bandwidth),
-            gigabytes(base.bandwidth * base.achievable_bandwidth)
-        ),
+    let rates = measured.rates.iter().map(|(precision, rate)| {
+        let nearest = Flops(base.rate(*precision));
+        (
+            precision.as_str(),
+            format!("{}/s ({nearest}/s)", Flops(*rate)),
+        )
+    });
+    let memory = format!(
+        "{} GB/s ({})",
+        gigabytes(measured.bandwidth),
+        gigabytes(base.bandwidth * base.achievable_bandwidth)
     );
-    for cache in &measured.caches {
-        if let Some((rate, set)) = cache.bandwidth {
-            row(
-                &cache.name,
-                format!("{} GB/s, copied within {set} a thread", gigabytes(rate)),
-            );
-        }
-    }
+    let caches = measured.caches.iter().filter_map(|cache| {
+        let (rate, set) = cache.bandwidth?;
+        let value = format!("{} GB/s, copied within {set} a thread", gigabytes(rate));
+        Some((cache.name.as_str(), value))
+    });
     let power = match &measured.power {
-        Some(power) => {
-            format!(
-                "idle {} ({}), load {} ({}), by {}",
-                power.idle, base.idle_w, power.load, base.load_w, power.counter
-            )
-        }
+        Some(power) => format!(
+            "idle {} ({}), load {} ({}), by {}",
+            power.idle, base.idle_w, power.load, base.load_w, power.counter
+        ),
         None => format!(
             "not measured: idle {}, load {} from {}",
             profile.idle_w, profile.load_w, base.name
         ),
     };
-    row("power", power);
-    text + &ending(path, notes)
+    rates
+        .chain([("memory", memory)])
+        .chain(caches)
+        .chain([("power", power)])
+        .collect()
 }
 
 /// The notes, and the recipe key that uses the file.

@@ -108,25 +108,15 @@ fn forecast(run: &PlannedRun) -> Rows {
     let data = &run.data;
     let training = &run.training;
     let energy = &run.energy;
-    let mut rows = vec![
-        (
-            "data",
-            format!(
-                "{} examples, {} tokens, {} with a loss",
-                format::count(data.examples),
-                format::count(data.tokens),
-                format::count(data.loss_tokens)
-            ),
-        ),
-        (
-            "steps",
-            format!(
-                "{}, {} tokens",
-                ending(training),
-                format::count(training.tokens)
-            ),
-        ),
-    ];
+    let examples = format!(
+        "{} examples, {} tokens, {} with a loss",
+        format::count(data.examples),
+        format::count(data.tokens),
+        format::count(data.loss_tokens)
+    );
+    let tokens = format::count(training.tokens);
+    let steps = format!("{}, {tokens} tokens", ending(training));
+    let mut rows = vec![("data", examples), ("steps", steps)];
     if let Some(machine) = &energy.this_machine {
         rows.push(("device", machine.beside(&energy.device)));
     }

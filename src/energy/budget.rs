@@ -366,58 +366,47 @@ mod tests {
         }
     }
 
+    /// Limits that equal `spent`: as computed, and printed and parsed in another unit; with a price where the limit is money.
+    fn equal_limits(spent: &Spent) -> Vec<(Limits, Option<&'static str>)> {
+        let joules = spent.energy.joules();
+        let grams = carbon(joules, rates(None).pue, rates(None).grid).0;
+        let energy_text = |text: String| energy_limit(text.parse::<Joules>().unwrap().0);
+        let carbon_text = |text: String| carbon_limit(text.parse::<GramsCo2e>().unwrap().0);
+        let cost = |price: &'static str| {
+            let price_of = rates(Some(price)).price.unwrap();
+            let amount = price_of.cost(rates(None).pue * joules, spent.time).amount;
+            (cost_limit(&format!("{amount} EUR")), Some(price))
+        };
+        let free = [
+            energy_limit(joules.0),
+            energy_text(format!("{} mJ", joules.0 * 1e3)),
+            energy_text(format!("{} mWh", joules.0 / 3.6)),
+            carbon_limit(grams),
+            carbon_text(format!("{} mg", grams * 1e3)),
+            carbon_text(format!("{} kg", grams / 1e3)),
+            time_limit(spent.time.0),
+        ];
+        let priced = [cost("0.37 EUR/kWh"), cost("0.7 EUR/h")];
+        free.map(|limit| (limit, None))
+            .into_iter()
+            .chain(priced)
+            .collect()
+    }
+
     #[test]
     fn a_limit_equal_to_the_cost_admits_it() {
-        // A hundred unequal amounts, each as computed, and printed and parsed in another unit.
         for step in 1..=100u64 {
             let energy = 7_919_317 * step * step;
             let spent = spent(energy, 0, 0.1 * step as f64);
-            let joules = spent.energy.joules();
-            let grams = carbon(joules, rates(None).pue, rates(None).grid).0;
-            let carbon_text = |text: String| carbon_limit(text.parse::<GramsCo2e>().unwrap().0);
-            let per_kwh = Some("0.37 EUR/kWh");
-            let per_hour = Some("0.7 EUR/h");
-            let cost = |price: Option<&str>| {
-                let price = rates(price).price.unwrap();
-                let amount = price.cost(rates(None).pue * joules, spent.time).amount;
-                cost_limit(&format!("{amount} EUR"))
+            let more = Spent {
+                energy: MicroJoules(energy + 2),
+                time: spent.time * 1.000001,
+                ..spent
             };
-            let limits = [
-                (energy_limit(joules.0), None),
-                (
-                    energy_limit(
-                        format!("{} mJ", joules.0 * 1e3)
-                            .parse::<Joules>()
-                            .unwrap()
-                            .0,
-                    ),
-                    None,
-                ),
-                (
-                    energy_limit(
-                        format!("{} mWh", joules.0 / 3.6)
-                            .parse::<Joules>()
-                            .unwrap()
-                            .0,
-                    ),
-                    None,
-                ),
-                (carbon_limit(grams), None),
-                (carbon_text(format!("{} mg", grams * 1e3)), None),
-                (carbon_text(format!("{} kg", grams / 1e3)), None),
-                (cost(per_kwh), per_kwh),
-                (cost(per_hour), per_hour),
-                (time_limit(0.1 * step as f64), None),
-            ];
-            for (limit, price) in limits {
+            for (limit, price) in equal_limits(&spent) {
                 let budget = budget(limit.clone(), price);
                 let none = Spent::default();
                 assert_eq!(budget.admits(&none, &spent, &none), Ok(()), "{limit:?}");
-                let more = Spent {
-                    energy: MicroJoules(energy + 2),
-                    time: spent.time * 1.000001,
-                    ..spent
-                };
                 assert!(budget.admits(&none, &more, &none).is_err(), "{limit:?}");
             }
         }

@@ -120,6 +120,14 @@ fn published_job(run: &PublishedRun) -> Result<TrainingJob> {
                 .to_string(),
         );
     }
+    let energy = run.energy.map(|energy| match run.energy_has_pue {
+        Some(true) => energy / overhead,
+        _ => energy,
+    });
+    let carbon = run.carbon.map(|carbon| match run.tco2e_has_pue {
+        Some(false) => carbon * overhead,
+        _ => carbon,
+    });
     Ok(TrainingJob {
         published_name: Some(run.name.clone()),
         flops: run.flops,
@@ -128,33 +136,24 @@ fn published_job(run: &PublishedRun) -> Result<TrainingJob> {
         power,
         device_time: run.device_time,
         pue: run.pue,
-        grid: run
-            .gco2e_per_kwh
-            .map(|grid| Grid::custom(grid.0))
-            .transpose()?
-            .map(|grid| Grid {
-                name: run.source.clone(),
-                source: run.source.clone(),
-                basis: "as published".to_string(),
-                ..grid
-            }),
-        energy: run.energy.map(|energy| {
-            if run.energy_has_pue == Some(true) {
-                energy / overhead
-            } else {
-                energy
-            }
-        }),
-        carbon: run.carbon.map(|carbon| {
-            if run.tco2e_has_pue == Some(false) {
-                carbon * overhead
-            } else {
-                carbon
-            }
-        }),
+        grid: published_grid(run)?,
+        energy,
+        carbon,
         assumptions,
         device,
     })
+}
+
+fn published_grid(run: &PublishedRun) -> Result<Option<Grid>> {
+    let Some(intensity) = run.gco2e_per_kwh else {
+        return Ok(None);
+    };
+    Ok(Some(Grid {
+        name: run.source.clone(),
+        source: run.source.clone(),
+        basis: "as published".to_string(),
+        ..Grid::custom(intensity.0)?
+    }))
 }
 
 /// Replaces published figures, and those derived from them, by the request's.

@@ -186,51 +186,70 @@ fn alternative(
     tuned: Joules,
     fine_tuning: Joules,
 ) -> Option<Alternative> {
-    let report = &subject.recipe.report;
-    let (kind, name, parameters, prompt, request) = if let Some(model) = &report.larger_model {
-        let name = if model.name.contains('/') {
-            format!("{} ({} parameters)", model.name, model.parameters)
-        } else {
-            format!("a model of {} parameters", model.parameters)
-        };
-        (
-            AlternativeKind::LargerModel,
-            name,
-            model.parameters.0 as u64,
-            report.prompt_tokens,
-            larger_request(subject, model),
-        )
-    } else {
-        let positions = subject.architecture.max_position_embeddings;
-        let room = positions - report.prompt_tokens - report.generated_tokens;
-        let example = example_tokens(subject);
-        let examples = report.few_shot_examples.min(room / example);
-        if examples == 0 {
-            return None;
-        }
-        let prompt = report.prompt_tokens + examples * example;
-        let plural = if examples == 1 { "example" } else { "examples" };
-        (
-            AlternativeKind::FewShot,
-            format!("the base model with {examples} {plural} in its prompt"),
-            subject.architecture.parameters(),
-            prompt,
-            request(subject, base, prompt),
-        )
+    let other = match &subject.recipe.report.larger_model {
+        Some(model) => larger_model(subject, model),
+        None => few_shot(subject, base)?,
     };
-    let saved = request.energy() - tuned;
-    let per_1000_tokens_j = per_1000_tokens(subject, request);
+    let energy = other.request.energy();
+    let saved = energy - tuned;
+    let per_1000_tokens_j = per_1000_tokens(subject, other.request);
     Some(Alternative {
-        kind,
-        name,
-        parameters,
-        prompt_tokens: prompt as u64,
-        request_j: request.energy(),
+        kind: other.kind,
+        name: other.name,
+        parameters: other.parameters,
+        prompt_tokens: other.prompt as u64,
+        request_j: energy,
         per_1000_tokens_j,
         per_1000_tokens_gco2e: Some(operational_carbon(subject, per_1000_tokens_j)),
         per_1000_tokens_bounds: Some(bounds(subject, per_1000_tokens_j)),
         saved_per_request_j: saved,
         pays_after_requests: (saved.0 > 0.0).then(|| (fine_tuning / saved).ceil() as u64),
+    })
+}
+
+/// What would be prompted instead of the fine-tuned model.
+struct Other {
+    kind: AlternativeKind,
+    name: String,
+    parameters: u64,
+    /// Tokens of its prompt.
+    prompt: usize,
+    request: Request,
+}
+
+fn larger_model(subject: &Subject<'_>, model: &LargerModel) -> Other {
+    let name = if model.name.contains('/') {
+        format!("{} ({} parameters)", model.name, model.parameters)
+    } else {
+        format!("a model of {} parameters", model.parameters)
+    };
+    Other {
+        kind: AlternativeKind::LargerModel,
+        name,
+        parameters: model.parameters.0 as u64,
+        prompt: subject.recipe.report.prompt_tokens,
+        request: larger_request(subject, model),
+    }
+}
+
+/// The base model with examples in its prompt; `None` if not one fits.
+fn few_shot(subject: &Subject<'_>, base: &ModelShape) -> Option<Other> {
+    let report = &subject.recipe.report;
+    let positions = subject.architecture.max_position_embeddings;
+    let room = positions - report.prompt_tokens - report.generated_tokens;
+    let example = example_tokens(subject);
+    let examples = report.few_shot_examples.min(room / example);
+    if examples == 0 {
+        return None;
+    }
+    let prompt = report.prompt_tokens + examples * example;
+    let plural = if examples == 1 { "example" } else { "examples" };
+    Some(Other {
+        kind: AlternativeKind::FewShot,
+        name: format!("the base model with {examples} {plural} in its prompt"),
+        parameters: subject.architecture.parameters(),
+        prompt,
+        request: request(subject, base, prompt),
     })
 }
 

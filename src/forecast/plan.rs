@@ -85,19 +85,14 @@ pub fn forecast_run(
     sample: Option<&Work>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<RunForecast> {
-    let ending = sample
-        .map(|work| (Phase::Eval, work.clone()))
-        .into_iter()
-        .collect();
+    let ending = sample.map(|work| (Phase::Eval, work.clone()));
+    let ending = ending.into_iter().collect();
     let costs = subject.step_costs(subject.shape, subject.trained(), subject.settings, ending);
     let charge = |work: &Work| subject.profile.charge(work);
     let load = charge(&load_work(subject.architecture, subject.precision()));
     // Before the first step: a sample and an evaluation.
-    let opening: Vec<Charge> = sample
-        .into_iter()
-        .chain(costs.evaluation())
-        .map(charge)
-        .collect();
+    let opening = sample.into_iter().chain(costs.evaluation()).map(charge);
+    let opening: Vec<Charge> = opening.collect();
     let before: Spent = opening.iter().chain([&load]).map(Charge::spent).sum();
     let run = forecast(
         &costs,
@@ -108,25 +103,18 @@ pub fn forecast_run(
         &TrainState::default(),
         progress,
     );
+    let training = run.charge(Phase::Train);
+    let mut phases = vec![(Phase::Load, load)];
+    phases.extend(run.phases);
+    for (_, sum) in phases.iter_mut().filter(|(p, _)| *p == Phase::Eval) {
+        opening.iter().for_each(|charge| *sum += charge);
+    }
     let too_small = match &run.stop {
         Stop::Budget(limit) if run.steps == 0 => {
             Some((*limit, least_needed(&costs, subject, before)))
         }
         _ => None,
     };
-    let training: Charge = run
-        .phases
-        .iter()
-        .filter(|(phase, _)| *phase == Phase::Train)
-        .map(|(_, charge)| charge.clone())
-        .sum();
-    let mut phases = vec![(Phase::Load, load)];
-    for (phase, mut sum) in run.phases {
-        if phase == Phase::Eval {
-            opening.iter().for_each(|charge| sum += charge);
-        }
-        phases.push((phase, sum));
-    }
     Ok(RunForecast {
         steps: run.steps,
         tokens: run.tokens,

@@ -336,54 +336,48 @@ mod tests {
         );
     }
 
+    /// The first rule that a row breaks.
+    fn broken_rule(run: &PublishedRun) -> Option<&'static str> {
+        let basis = run.flops_basis.as_str();
+        let power = ["measured", "rated"].contains(&run.power_is.as_str());
+        let is_share = |share: f64| (0.02..0.6).contains(&share);
+        let as_counted = match (run.parameters, run.tokens, run.flops) {
+            (Some(n), Some(d), Some(flops)) if basis == "6ND" => {
+                let counted = crate::energy::baseline::training_flops(n.0, d.0, None);
+                (counted / flops - 1.0).abs() < 1e-4
+            }
+            _ => true,
+        };
+        let rules = [
+            (
+                run.device.is_empty() || Accelerator::named(&run.device).is_ok(),
+                "the device is known",
+            ),
+            (
+                ["published", "6ND", ""].contains(&basis),
+                "the basis of FLOPs is known",
+            ),
+            (!run.source.is_empty(), "there is a source"),
+            (
+                run.flops.is_some() != basis.is_empty(),
+                "FLOPs have a basis",
+            ),
+            (run.power_w.is_some() == power, "power has a basis"),
+            (run.fraction().is_none_or(is_share), "the share is likely"),
+            (as_counted, "6ND is 6ND"),
+        ];
+        rules
+            .into_iter()
+            .find(|(holds, _)| !holds)
+            .map(|(_, rule)| rule)
+    }
+
     #[test]
     fn every_row_is_sound() {
-        for (i, run) in RUNS.iter().enumerate() {
-            assert!(
-                RUNS[..i]
-                    .iter()
-                    .all(|other| normalized(&other.name) != normalized(&run.name)),
-                "{}",
-                run.name
-            );
-            assert!(
-                run.device.is_empty() || Accelerator::named(&run.device).is_ok(),
-                "{}",
-                run.device
-            );
-            assert!(
-                ["published", "6ND", ""].contains(&run.flops_basis.as_str())
-                    && !run.source.is_empty()
-            );
-            assert_eq!(
-                run.flops.is_some(),
-                !run.flops_basis.is_empty(),
-                "{}",
-                run.name
-            );
-            assert_eq!(
-                run.power_w.is_some(),
-                ["measured", "rated"].contains(&run.power_is.as_str()),
-                "{}",
-                run.name
-            );
-            assert!(
-                run.fraction()
-                    .is_none_or(|share| (0.02..0.6).contains(&share)),
-                "{} {:?}",
-                run.name,
-                run.fraction()
-            );
-            if let (Some(n), Some(d), "6ND") =
-                (run.parameters, run.tokens, run.flops_basis.as_str())
-            {
-                let counted = crate::energy::baseline::training_flops(n.0, d.0, None);
-                assert!(
-                    (counted / run.flops.unwrap() - 1.0).abs() < 1e-4,
-                    "{}",
-                    run.name
-                );
-            }
+        let mut names = std::collections::BTreeSet::new();
+        for run in RUNS.iter() {
+            assert_eq!(broken_rule(run), None, "{}", run.name);
+            assert!(names.insert(normalized(&run.name)), "{} twice", run.name);
         }
     }
 

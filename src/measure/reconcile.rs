@@ -40,23 +40,7 @@ pub fn reconcile(
     let (found, compared, ratio) = compared(directory, report)?;
     // A resolved recipe names its device: what computes here does not matter.
     let base = Profile::resolve(&recipe.energy.device, Computing::Other)?;
-    let factor = report
-        .energy
-        .profile_factor
-        .as_ref()
-        .map(|factor| factor.value);
-    if base.name != report.energy.device || base.measured_over_counted != factor {
-        return Err(Error::new(
-            Kind::Run,
-            "the device profile is no longer what this run was charged to",
-        )
-        .at(recipe.energy.device.to_string())
-        .value(format!(
-            "then `{}`, now `{}`",
-            report.energy.device, base.name
-        ))
-        .hint("run it again with the profile as it is now, then reconcile that run"));
-    }
+    check_profile(&base, recipe, report)?;
     let name = name.map_or_else(|| default_name(&base.name), str::to_string);
     let of = directory
         .file_name()
@@ -77,6 +61,22 @@ pub fn reconcile(
         compared,
         notes,
     })
+}
+
+/// Refuses a profile that has changed since the run.
+fn check_profile(base: &Profile, recipe: &Recipe, report: &Report) -> Result<()> {
+    let energy = &report.energy;
+    let factor = energy.profile_factor.as_ref().map(|factor| factor.value);
+    if base.name == energy.device && base.measured_over_counted == factor {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Run,
+        "the device profile is no longer what this run was charged to",
+    )
+    .at(recipe.energy.device.to_string())
+    .value(format!("then `{}`, now `{}`", energy.device, base.name))
+    .hint("run it again with the profile as it is now, then reconcile that run"))
 }
 
 fn compared<'a>(

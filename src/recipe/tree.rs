@@ -192,16 +192,9 @@ fn read_override(
     let span = Span::new(source, offset, 0..value.len());
     let node = match DeValue::parse(value) {
         Ok(parsed) => node_of(source, offset, parsed),
-        // An opening bracket or quote means TOML; read as a bare string the value would change.
-        Err(error) if value.starts_with(['[', '{', '"', '\'']) => {
-            let hint = "quote the whole for the shell and each text inside, as in `--set 'adapter.target_modules=[\"q_proj\"]'`";
-            let what = format!("this value is not TOML: {}", one_line(error.message()));
-            diagnostics.add(span, what, "", hint);
-            return None;
-        }
-        Err(_) => Node {
+        Err(error) => Node {
+            raw: bare_string(value, span, &error, diagnostics)?,
             span,
-            raw: Raw::Text(value.to_string()),
         },
     };
     let key_end = text[..at].trim_end().len();
@@ -210,6 +203,22 @@ fn read_override(
         Span::new(source, 0, 0..key_end),
         node,
     ))
+}
+
+/// A value that is not TOML as text. An opening bracket or quote means TOML: as a bare string the value would change.
+fn bare_string(
+    value: &str,
+    span: Span,
+    error: &toml::de::Error,
+    diagnostics: &mut Diagnostics<'_>,
+) -> Option<Raw> {
+    if !value.starts_with(['[', '{', '"', '\'']) {
+        return Some(Raw::Text(value.to_string()));
+    }
+    let hint = "quote the whole for the shell and each text inside, as in `--set 'adapter.target_modules=[\"q_proj\"]'`";
+    let what = format!("this value is not TOML: {}", one_line(error.message()));
+    diagnostics.add(span, what, "", hint);
+    None
 }
 
 /// Puts `node` at the path `keys`, creating tables. Where the file has a value in place of a table, the file's mistake is

@@ -123,11 +123,13 @@ impl Emissions {
         let carbon = &report.carbon;
         let wall = report.training.wall_s;
         let facility = |energy: Option<Joules>| energy.map(|energy| carbon.pue * energy);
-        let kwh = |energy: Option<Joules>| facility(energy).map(Joules::kwh);
-        let watts =
-            |energy: Option<Joules>| facility(energy).and_then(|energy| mean_power(energy, wall));
+        let kwh = |energy: Option<Joules>| decimal(facility(energy).map(Joules::kwh));
+        let watts = |energy: Option<Joules>| {
+            decimal(facility(energy).and_then(|energy| mean_power(energy, wall)))
+        };
         let kilograms = carbon.emissions.central.0 / 1000.0;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let number = |count: Option<u64>| count.map_or_else(String::new, |count| count.to_string());
         match column {
             "timestamp" => self.timestamp.clone(),
             "project_name" => self.project_name.clone(),
@@ -135,36 +137,26 @@ impl Emissions {
             "duration" => decimal(Some(wall.0)),
             "emissions" => decimal(Some(kilograms)),
             "emissions_rate" => decimal((wall.0 > 0.0).then(|| kilograms / wall.0)),
-            "cpu_power" => decimal(watts(self.parts.cpu)),
-            "gpu_power" => decimal(watts(self.parts.gpu)),
-            "ram_power" => decimal(watts(self.parts.ram)),
-            "cpu_energy" => decimal(kwh(self.parts.cpu)),
-            "gpu_energy" => decimal(kwh(self.parts.gpu)),
-            "ram_energy" => decimal(kwh(self.parts.ram)),
-            "energy_consumed" => decimal(kwh(Some(report.energy.total.central))),
+            "cpu_power" => watts(self.parts.cpu),
+            "gpu_power" => watts(self.parts.gpu),
+            "ram_power" => watts(self.parts.ram),
+            "cpu_energy" => kwh(self.parts.cpu),
+            "gpu_energy" => kwh(self.parts.gpu),
+            "ram_energy" => kwh(self.parts.ram),
+            "energy_consumed" => kwh(Some(report.energy.total.central)),
             "country_name" => text(&self.country_name),
             "country_iso_code" => text(&self.country_iso_code),
             "region" => text(&self.region),
             "cloud_provider" => text(&self.cloud_provider),
             "cloud_region" => text(&self.cloud_region),
             "os" => report.environment.os.clone(),
-            "cpu_count" => self
-                .cpu_count
-                .map(|count| count.to_string())
-                .unwrap_or_default(),
+            "cpu_count" => number(self.cpu_count),
             "cpu_model" => report.environment.cpu.clone(),
-            "gpu_count" => self
-                .gpu_count
-                .map(|count| count.to_string())
-                .unwrap_or_default(),
+            "gpu_count" => number(self.gpu_count),
             "gpu_model" => text(&self.gpu_model),
             "ram_total_size" => decimal(self.ram_total.map(|bytes| bytes.0 as f64 / BYTES_PER_GB)),
             "tracking_mode" => tracking_mode(report.energy.meter).to_string(),
-            "on_cloud" => self
-                .cloud_provider
-                .as_ref()
-                .map(|_| "Y".to_string())
-                .unwrap_or_default(),
+            "on_cloud" => self.cloud_provider.iter().map(|_| "Y").collect(),
             "pue" => decimal(Some(carbon.pue.value())),
             // Python, CodeCarbon itself, water, coordinates, utilisation: not known here.
             _ => String::new(),

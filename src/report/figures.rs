@@ -170,43 +170,33 @@ fn loss_axis(losses: impl Iterator<Item = f64> + Clone) -> Option<Axis> {
 fn loss(report: &Report, timeline: &Timeline) -> Option<Figure> {
     let line = line_of(timeline, |point| point.loss.unwrap_or(f64::NAN));
     let marks = validation(report, timeline);
-    let losses = line
-        .iter()
-        .chain(marks.iter().map(|mark| &mark.at))
-        .map(|at| at[1]);
-    let y = loss_axis(losses)?;
-    let desc = match (marks.first(), marks.last()) {
-        (Some(first), Some(last)) if marks.len() > 1 => {
-            format!("From {} to {}.", first.tooltip, last.tooltip)
+    let desc = match marks.as_slice() {
+        [first, .., last] => format!("From {} to {}.", first.tooltip, last.tooltip),
+        _ => {
+            let steps = format::counted(timeline.points.len() as u64, "step");
+            format!("Training loss of {steps}.")
         }
-        _ => format!(
-            "Training loss of {}.",
-            format::counted(timeline.points.len() as u64, "step")
-        ),
     };
-    let mut series = vec![Series::new(
-        "training loss",
-        "training",
-        Shape::Line(thinned(&line)),
-    )];
+    let line = Shape::Line(thinned(&line));
+    let mut series = vec![Series::new("training loss", "training", line)];
     if !marks.is_empty() {
-        series.push(Series::new(
-            "validation loss",
-            "validation",
-            Shape::Marks(marks),
-        ));
+        let marks = Shape::Marks(marks);
+        series.push(Series::new("validation loss", "validation", marks));
     }
+    let losses: Vec<f64> = series
+        .iter()
+        .flat_map(Series::points)
+        .map(|at| at[1])
+        .collect();
     let limit = near_limit(report);
+    let rule = limit.map(|limit| Rule::X(limit.0, format!("budget {limit}")));
     let plot = Plot {
         title: "Loss against energy".to_string(),
         desc,
         x: joules_axis(report)?,
-        y,
+        y: loss_axis(losses.into_iter())?,
         series,
-        rules: limit
-            .map(|limit| Rule::X(limit.0, format!("budget {limit}")))
-            .into_iter()
-            .collect(),
+        rules: rule.into_iter().collect(),
         height: 320.0,
     };
     let mut caption =

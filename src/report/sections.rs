@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::energy::{self, Factor, HostLeftOut};
 use super::text::Table;
-use super::types::{Amounts, Budget, Memory, Meter, Report};
+use super::types::{Amounts, Budget, Carbon, Memory, Meter, Report};
 use super::{baselines, format, inference};
 use crate::energy::Limit;
 use crate::energy::interval::{MODEL_FACTOR, TIMED_FACTOR};
@@ -394,7 +394,6 @@ fn environment(report: &Report) -> Vec<Block> {
 /// Each coefficient with value and source, then each baseline's source and assumptions.
 fn assumptions(report: &Report) -> Vec<String> {
     let energy = &report.energy;
-    let carbon = &report.carbon;
     let scaled = energy.profile_factor.as_ref().map(|factor| {
         let value = format::number(factor.value);
         format!(", counted energy scaled by {value}: {}", factor.source)
@@ -404,46 +403,54 @@ fn assumptions(report: &Report) -> Vec<String> {
         energy.device,
         scaled.unwrap_or_default()
     )];
-    found.extend(energy.factors.iter().map(|factor| {
-        let doubt = if factor.verified {
-            ""
-        } else {
-            "; not verified"
-        };
-        let Factor {
-            name,
-            value,
-            source,
-            ..
-        } = factor;
-        format!("{name}: {value}. Source: {source}{doubt}")
-    }));
-    let source = carbon.source.as_deref().unwrap_or("source not known");
-    let licence = carbon
-        .licence
-        .as_ref()
-        .map(|licence| format!(" ({licence})"));
-    found.push(format!(
-        "grid `{}`: {} gCO2e/kWh, {source}{}",
-        carbon.grid,
-        format::number(carbon.gco2e_per_kwh.0),
-        licence.unwrap_or_default()
-    ));
-    found.push(format!(
-        "facility overhead: PUE {}, from the recipe",
-        format::number(carbon.pue.value())
-    ));
-    if let Some(source) = &carbon.embodied_source {
-        found.push(format!(
-            "device manufacturing: {source}; in use day and night for that time, host machine not included"
-        ));
-    }
+    found.extend(energy.factors.iter().map(source_of_factor));
+    found.extend(sources_of_carbon(&report.carbon));
     found.extend(source_of_bounds(report));
     for baseline in &report.baselines {
         let name = baseline.name();
         let facts = [&baseline.source].into_iter().chain(&baseline.assumptions);
         found.extend(facts.map(|fact| format!("{name}: {fact}")));
     }
+    found
+}
+
+fn source_of_factor(factor: &Factor) -> String {
+    let Factor {
+        name,
+        value,
+        source,
+        ..
+    } = factor;
+    let doubt = if factor.verified {
+        ""
+    } else {
+        "; not verified"
+    };
+    format!("{name}: {value}. Source: {source}{doubt}")
+}
+
+/// Grid, facility overhead and the device's manufacture.
+fn sources_of_carbon(carbon: &Carbon) -> Vec<String> {
+    let source = carbon.source.as_deref().unwrap_or("source not known");
+    let licence = carbon.licence.as_ref();
+    let licence = licence.map(|licence| format!(" ({licence})"));
+    let mut found = vec![
+        format!(
+            "grid `{}`: {} gCO2e/kWh, {source}{}",
+            carbon.grid,
+            format::number(carbon.gco2e_per_kwh.0),
+            licence.unwrap_or_default()
+        ),
+        format!(
+            "facility overhead: PUE {}, from the recipe",
+            format::number(carbon.pue.value())
+        ),
+    ];
+    found.extend(carbon.embodied_source.as_ref().map(|source| {
+        format!(
+            "device manufacturing: {source}; in use day and night for that time, host machine not included"
+        )
+    }));
     found
 }
 

@@ -4,11 +4,12 @@
 //! still above the run's, a schedule over `energy_multiple` times that energy continues from there until an evaluation is at
 //! or below the run's loss (the energy to equal loss). An interrupted baseline resumes from its newest checkpoint.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Screen;
 use super::loss_curve::{LossCurve, to_equal_loss};
 use super::measured_baselines::{Reference, RunContext, label};
+use super::prepare::Prepared;
 use super::session::{Segment, Session};
 use super::spending::interval;
 use super::trained_model::{fully_trained, open_weights};
@@ -51,6 +52,23 @@ pub(super) fn why_impossible(
     ))
 }
 
+/// The account of a baseline that may spend `limit`, with its own ledger.
+fn open_account(prepared: &Prepared, limit: Option<Joules>, ledger: &Path) -> Result<Account> {
+    let limits = Limits {
+        energy: limit,
+        ..Limits::default()
+    };
+    let budget = Budget::new(limits, prepared.budget.rates().clone())?;
+    let meters = prepared.meters.clone();
+    let kind = meters.resolve(prepared.recipe.energy.meter)?;
+    let opened = if ledger.exists() {
+        Ledger::resume(ledger)?
+    } else {
+        Ledger::create(ledger)?
+    };
+    Ok(Account::new(budget, meters, opened, kind))
+}
+
 impl<'a> BaselineRun<'a> {
     /// Opens `folder`, new or left by an earlier process. `limit` is the energy it may spend, earlier processes included.
     pub(super) fn open(
@@ -60,30 +78,17 @@ impl<'a> BaselineRun<'a> {
         limit: Option<Joules>,
         folder: PathBuf,
     ) -> Result<Self> {
-        let prepared = context.prepared;
         std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-        let limits = Limits {
-            energy: limit,
-            ..Limits::default()
-        };
-        let budget = Budget::new(limits, prepared.budget.rates().clone())?;
-        let meters = prepared.meters.clone();
-        let kind = meters.resolve(prepared.recipe.energy.meter)?;
         let ledger = folder.join("ledger.jsonl");
-        let opened = if ledger.exists() {
-            Ledger::resume(&ledger)?
-        } else {
-            Ledger::create(&ledger)?
-        };
+        let account = open_account(context.prepared, limit, &ledger)?;
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
         let found = checkpoints.newest(&setup.digest())?;
         checkpoints.tidy(found.as_ref())?;
-        let account = Account::new(budget, meters, opened, kind);
         if let Some(spent) = found.as_ref().and_then(|state| state.spent.as_ref()) {
             account.check_not_less(spent)?;
         }
         let session = Session {
-            prepared,
+            prepared: context.prepared,
             account,
             checkpoints,
             steps_log: folder.join(STEPS_JSONL),

@@ -8,9 +8,10 @@ use super::Screen;
 use super::inference::{ModelRequest, load, not_finite, open};
 use super::model_source::ModelSource;
 use super::records::locate;
-use crate::data::{self, evaluation_batches};
+use crate::data::{self, MicroBatch, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::hub::Progress;
+use crate::model::Decoder;
 use crate::ops::Context;
 use crate::recipe::Validation;
 use crate::train::batch_to_device;
@@ -71,44 +72,44 @@ pub fn validation_files(source: &ModelSource, progress: &dyn Progress) -> Result
 /// A model or data that cannot be loaded, records longer than the positions, and a loss that is not finite.
 pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Evaluation> {
     let mut model = open(&job.model, screen)?;
-    let set = data::load(
-        &job.data,
-        &job.options,
-        &model.tokenizer,
-        None,
-        screen.downloads(),
-    )?;
+    let downloads = screen.downloads();
+    let set = data::load(&job.data, &job.options, &model.tokenizer, None, downloads)?;
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
-    check(
-        &set.examples[..count],
-        model.architecture.max_position_embeddings,
-    )?;
-    if set.counts.truncated + set.counts.dropped > 0 {
-        let data::Counts {
-            records,
-            truncated,
-            dropped,
-            ..
-        } = set.counts;
+    let examples = &set.examples[..count];
+    check(examples, model.architecture.max_position_embeddings)?;
+    let data::Counts {
+        records,
+        truncated,
+        dropped,
+        ..
+    } = set.counts;
+    if truncated + dropped > 0 {
         screen.note(&format!(
             "warning: of {records} records, {truncated} were cut at --max-length and {dropped} had no loss token left"
         ));
     }
     let loaded = load(&mut model, &job.model, screen)?;
-    let batches = evaluation_batches(&set.examples[..count], job.micro_batch_size);
+    let batches = evaluation_batches(examples, job.micro_batch_size);
+    losses_of(&loaded.decoder, job, &batches, screen)
+}
+
+/// The mean loss over `batches`.
+fn losses_of(
+    decoder: &Decoder,
+    job: &EvaluationJob<'_>,
+    batches: &[MicroBatch],
+    screen: &mut dyn Screen,
+) -> Result<Evaluation> {
     let counter = WorkCounter::default();
     let context = Context::new(&counter, job.model.precision);
     let mut sum = 0.0;
     let mut loss_tokens = 0;
-    let mut tokens = 0;
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
-        let losses = loaded
-            .decoder
-            .losses(context, &batch_to_device(batch, job.model.device)?)?;
+        let input = batch_to_device(batch, job.model.device)?;
+        let losses = decoder.losses(context, &input)?;
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         loss_tokens += losses.len() as u64;
-        tokens += batch.tokens.len() as u64;
     }
     let loss = sum / loss_tokens as f64;
     if !loss.is_finite() {
@@ -117,9 +118,12 @@ pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Eval
     Ok(Evaluation {
         loss,
         perplexity: loss.exp(),
-        tokens,
+        tokens: batches.iter().map(|batch| batch.tokens.len() as u64).sum(),
         loss_tokens,
-        examples: count as u64,
+        examples: batches
+            .iter()
+            .map(|batch| batch.segments.len() as u64)
+            .sum(),
         flops: counter.take().flops(),
     })
 }

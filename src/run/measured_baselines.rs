@@ -43,6 +43,20 @@ pub(super) struct Reference {
     pub(super) energy: Joules,
 }
 
+impl Reference {
+    /// `None` for a run that ended early or has no validation loss.
+    fn of(report: &Report, account: &Account) -> Option<Self> {
+        let loss = report.training.val_loss_after;
+        let val_loss = loss.filter(|_| report.training.stop_reason.is_regular())?;
+        let training = account.by_phase().find(|(phase, _)| *phase == Phase::Train);
+        Some(Self {
+            training: training.map_or_else(Totals::default, |(_, totals)| totals.clone()),
+            val_loss,
+            energy: account.spent().energy.joules(),
+        })
+    }
+}
+
 /// The report of a finished run some of whose measured baselines are pending; `None` for any other.
 pub(super) fn pending(recipe: &Recipe, directory: &RunDirectory) -> Option<FiniteReport> {
     let report = read_report(&directory.report()).ok()?;
@@ -81,17 +95,8 @@ pub(super) fn train_pending(
     screen: &mut dyn Screen,
 ) -> Result<(FiniteReport, bool)> {
     let recipe = &context.prepared.recipe;
-    let val_loss = match report.training.val_loss_after {
-        Some(loss) if report.training.stop_reason.is_regular() => loss,
-        _ => return Ok((report, false)),
-    };
-    let training = account.by_phase().find(|(phase, _)| *phase == Phase::Train);
-    let reference = Reference {
-        training: training
-            .map(|(_, totals)| totals.clone())
-            .unwrap_or_default(),
-        val_loss,
-        energy: account.spent().energy.joules(),
+    let Some(reference) = Reference::of(&report, account) else {
+        return Ok((report, false));
     };
     let mut spent = Joules::ZERO;
     for kind in measured_kinds(recipe) {
@@ -102,37 +107,28 @@ pub(super) fn train_pending(
             }
             let limit = recipe.baseline.budget.map(|budget| budget - spent);
             let mut next = report.into_inner();
-            train_one(
-                context,
-                kind,
-                &reference,
-                limit,
-                folder.clone(),
-                &mut next,
-                screen,
-            )?;
+            let (folder, target) = (folder.clone(), &mut next);
+            train_one(context, kind, &reference, limit, folder, target, screen)?;
             next.training.curve = run_curve(context.directory, account, &next)?;
             report = FiniteReport::new(next)?;
-            write_pages(
-                context.prepared,
-                reference.energy,
-                context.directory,
-                &report,
-            )?;
+            let energy = reference.energy;
+            write_pages(context.prepared, energy, context.directory, &report)?;
         }
         if !is_complete(&report, kind) {
             return Ok((report, true));
         }
         // Checkpoints only served to resume: a baseline has no result but its figures.
         let _ = std::fs::remove_dir_all(folder.join("checkpoints"));
-        let entry = report
-            .baselines
-            .iter()
-            .find(|entry| entry.kind == kind && entry.measured.is_some());
-        let energy = entry.and_then(|entry| entry.energy);
-        spent += energy.map_or(Joules::ZERO, |energy| energy.central);
+        spent += measured_energy(&report, kind).unwrap_or(Joules::ZERO);
     }
     Ok((report, false))
+}
+
+/// The energy of a trained baseline.
+fn measured_energy(report: &Report, kind: BaselineKind) -> Option<Joules> {
+    let mut entries = report.baselines.iter();
+    let entry = entries.find(|entry| entry.kind == kind && entry.measured.is_some())?;
+    entry.energy.map(|energy| energy.central)
 }
 
 /// Trains one baseline into `report`, or adds a warning why not.

@@ -3,7 +3,7 @@
 use crate::data;
 use crate::model::Recompute;
 use crate::ops::AdamW;
-use crate::recipe::{self, Recipe};
+use crate::recipe::{self, Adapter, Length, Recipe};
 use crate::train::{Schedule, Settings};
 
 /// Steps of a run, at most: a plan plays each of them through.
@@ -40,27 +40,25 @@ pub(super) fn settings(
     digest: String,
 ) -> Settings {
     let train = &recipe.train;
-    let (steps, by_epochs) = match train.length {
-        recipe::Length::Steps(steps) => (steps, false),
-        recipe::Length::Epochs(epochs) => (
-            (epochs * steps_per_epoch as f64).ceil().max(1.0) as u64,
-            true,
-        ),
-        recipe::Length::Budget => (MAX_STEPS, false),
+    let steps = match train.length {
+        Length::Steps(steps) => steps,
+        Length::Epochs(epochs) => (epochs * steps_per_epoch as f64).ceil().max(1.0) as u64,
+        Length::Budget => MAX_STEPS,
+    };
+    let lora = match &recipe.adapter {
+        Adapter::Lora(lora) => Some(lora),
+        Adapter::None => None,
     };
     Settings {
         steps,
-        by_epochs,
+        by_epochs: matches!(train.length, Length::Epochs(_)),
         schedule: schedule(train, steps),
         optimizer: AdamW {
             beta1: train.adam_beta1,
             beta2: train.adam_beta2,
             epsilon: train.adam_epsilon,
             weight_decay: train.weight_decay,
-            lr_ratio: match &recipe.adapter {
-                recipe::Adapter::Lora(lora) => lora.loraplus_lr_ratio.unwrap_or(1.0),
-                recipe::Adapter::None => 1.0,
-            },
+            lr_ratio: lora.and_then(|l| l.loraplus_lr_ratio).unwrap_or(1.0),
             max_grad_norm: train.max_grad_norm,
         },
         eval_every: train.eval_every,
@@ -68,10 +66,7 @@ pub(super) fn settings(
         keep_best: train.keep_best && recipe.data.validation != recipe::Validation::None,
         target_loss: None,
         recompute,
-        dropout: match &recipe.adapter {
-            recipe::Adapter::Lora(lora) => lora.config.lora_dropout,
-            recipe::Adapter::None => 0.0,
-        },
+        dropout: lora.map_or(0.0, |lora| lora.config.lora_dropout),
         seed: recipe.seed,
         precision: recipe.model.dtype,
         recipe: digest,

@@ -42,23 +42,11 @@ pub fn plan_with_probe(
     let parts = ModelParts::new(&mut recipe, device, screen.downloads())?;
     let missing = missing(&recipe, &parts.files);
     let mut document = if missing.is_empty() {
-        let prepared = prepare(
-            recipe.clone(),
-            device,
-            computing,
-            Purpose::Plan,
-            screen.downloads(),
-        )?;
+        let (recipe, downloads) = (recipe.clone(), screen.downloads());
+        let prepared = prepare(recipe, device, computing, Purpose::Plan, downloads)?;
         plan(&prepared, screen)?.plan
     } else {
-        Plan {
-            model: model_block(&recipe.model.id, &parts.files, &parts.architecture),
-            adapter: adapter_block(&parts.target, &parts.architecture),
-            run: None,
-            memory: memory_block(&parts.memory, free_memory()),
-            warnings: [parts.warnings.as_slice(), missing.as_slice()].concat(),
-            probe: None,
-        }
+        parts.plan_without_run(&recipe, &missing)
     };
     screen.note(&format!(
         "probing: {steps} steps of {} x {} x {} tokens on random weights",
@@ -150,5 +138,17 @@ impl ModelParts {
             memory,
             warnings,
         })
+    }
+
+    /// The plan's blocks that need no data; `missing` joins the warnings.
+    fn plan_without_run(&self, recipe: &Recipe, missing: &[String]) -> Plan {
+        Plan {
+            model: model_block(&recipe.model.id, &self.files, &self.architecture),
+            adapter: adapter_block(&self.target, &self.architecture),
+            run: None,
+            memory: memory_block(&self.memory, free_memory()),
+            warnings: [&self.warnings, missing].concat(),
+            probe: None,
+        }
     }
 }

@@ -317,41 +317,8 @@ pub(super) fn baseline_blocks(
 
 fn card_facts(prepared: &Prepared) -> CardFacts {
     let recipe = &prepared.recipe;
-    let pair = |key: &str, value: String| (key.to_string(), value);
-    let mut hyperparameters = vec![
-        pair("learning_rate", recipe.train.learning_rate.to_string()),
-        pair(
-            "micro_batch_size",
-            recipe.train.micro_batch_size.to_string(),
-        ),
-        pair(
-            "gradient_accumulation_steps",
-            recipe.train.gradient_accumulation_steps.to_string(),
-        ),
-        pair("max_length", recipe.data.max_length.to_string()),
-        pair("seed", recipe.seed.to_string()),
-    ];
-    if let Target::Lora {
-        settings, sites, ..
-    } = &prepared.target
-    {
-        hyperparameters.push(pair("r", settings.r.to_string()));
-        hyperparameters.push(pair("lora_alpha", settings.lora_alpha.to_string()));
-        let modules = prepared.architecture.modules();
-        let base = model_name(&recipe.model.id);
-        if let Ok(config) = PeftConfig::for_sites(settings, sites, &modules, &base, None) {
-            hyperparameters.extend(
-                crate::adapter::portability(&config)
-                    .into_iter()
-                    .map(|note| pair("portability", note)),
-            );
-        }
-    }
-    let hub_sources = prepared
-        .sources
-        .iter()
-        .filter_map(|source| source.split_once(':'))
-        .map(|(id, _)| id.to_string());
+    let sources = prepared.sources.iter();
+    let ids = sources.filter_map(|source| Some(source.split_once(':')?.0.to_string()));
     CardFacts {
         name: recipe.name.clone(),
         base_model: match &recipe.model.id {
@@ -359,13 +326,42 @@ fn card_facts(prepared: &Prepared) -> CardFacts {
             _ => None,
         },
         license: prepared.files.license.clone(),
-        datasets: hub_sources
+        datasets: ids
             .filter(|id| id.contains('/') && !id.starts_with('/'))
             .collect(),
         location: Some(prepared.grid.name.clone()),
         hardware: Some(prepared.profile.title.clone()),
-        hyperparameters,
+        hyperparameters: hyperparameters(prepared),
     }
+}
+
+/// The model card's settings, and where the adapter runs.
+fn hyperparameters(prepared: &Prepared) -> Vec<(String, String)> {
+    let recipe = &prepared.recipe;
+    let train = &recipe.train;
+    let accumulation = train.gradient_accumulation_steps;
+    let mut pairs = vec![
+        ("learning_rate", train.learning_rate.to_string()),
+        ("micro_batch_size", train.micro_batch_size.to_string()),
+        ("gradient_accumulation_steps", accumulation.to_string()),
+        ("max_length", recipe.data.max_length.to_string()),
+        ("seed", recipe.seed.to_string()),
+    ];
+    if let Target::Lora {
+        settings, sites, ..
+    } = &prepared.target
+    {
+        pairs.push(("r", settings.r.to_string()));
+        pairs.push(("lora_alpha", settings.lora_alpha.to_string()));
+        let modules = prepared.architecture.modules();
+        let base = model_name(&recipe.model.id);
+        if let Ok(config) = PeftConfig::for_sites(settings, sites, &modules, &base, None) {
+            let notes = crate::adapter::portability(&config);
+            pairs.extend(notes.into_iter().map(|note| ("portability", note)));
+        }
+    }
+    let owned = |(key, value): (&str, String)| (key.to_string(), value);
+    pairs.into_iter().map(owned).collect()
 }
 
 fn emissions_row(prepared: &Prepared, total: Joules) -> Emissions {

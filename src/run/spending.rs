@@ -88,6 +88,24 @@ pub(super) fn counted_parts(
 
 /// The profile's coefficients with their sources.
 pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
+    let values = coefficients(profile).into_iter();
+    let factor = |(field, name, value): (&str, &str, String)| {
+        let known = profile.sources.get(field);
+        let source = known.map_or_else(|| "source not known".to_string(), written);
+        Factor {
+            name: name.to_string(),
+            value,
+            source,
+            verified: known.is_some_and(|source| source.verified),
+        }
+    };
+    let host = (profile.kind == DeviceKind::Gpu)
+        .then(|| ("host", "the machine around the device", host(profile)));
+    values.chain(host).map(factor).collect()
+}
+
+/// The profile's fields with their names and values.
+fn coefficients(profile: &Profile) -> [(&'static str, &'static str, String); 8] {
     let each = |of: &BTreeMap<crate::work::Precision, f64>, written: fn(f64) -> String| {
         let each = of
             .iter()
@@ -104,45 +122,20 @@ pub(super) fn factors(profile: &Profile) -> Vec<Factor> {
         percent(profile.achievable_flops),
         percent(profile.achievable_bandwidth)
     );
-    let rows = [
+    let peak = each(&profile.peak_flops, |rate| format!("{}/s", Flops(rate)));
+    let operation = each(&profile.pj_per_flop, |pj| format!("{} pJ", round(pj)));
+    let bandwidth = format!("{} GB/s", round(profile.bandwidth * 1e-9));
+    let dram = format!("{} pJ a byte", round(profile.dram_pj_per_byte));
+    [
         ("idle", "idle power", profile.idle_w.to_string()),
         ("load", "power at full load", profile.load_w.to_string()),
-        (
-            "peak_flops",
-            "peak rate",
-            each(&profile.peak_flops, |rate| format!("{}/s", Flops(rate))),
-        ),
-        (
-            "bandwidth",
-            "memory bandwidth",
-            format!("{} GB/s", round(profile.bandwidth * 1e-9)),
-        ),
+        ("peak_flops", "peak rate", peak),
+        ("bandwidth", "memory bandwidth", bandwidth),
         ("achievable", "what tuned code reaches", achievable),
-        (
-            "pj_per_flop",
-            "energy of an operation",
-            each(&profile.pj_per_flop, |pj| format!("{} pJ", round(pj))),
-        ),
+        ("pj_per_flop", "energy of an operation", operation),
         ("caches", "caches", caches.collect::<Vec<_>>().join(", ")),
-        (
-            "dram",
-            "energy of main memory",
-            format!("{} pJ a byte", round(profile.dram_pj_per_byte)),
-        ),
-    ];
-    let factor = |(field, name, value): (&str, &str, String)| {
-        let known = profile.sources.get(field);
-        let source = known.map_or_else(|| "source not known".to_string(), written);
-        Factor {
-            name: name.to_string(),
-            value,
-            source,
-            verified: known.is_some_and(|source| source.verified),
-        }
-    };
-    let host = (profile.kind == DeviceKind::Gpu)
-        .then(|| ("host", "the machine around the device", host(profile)));
-    rows.into_iter().chain(host).map(factor).collect()
+        ("dram", "energy of main memory", dram),
+    ]
 }
 
 /// The machine around an accelerator, where a figure of this meter is the device's alone.

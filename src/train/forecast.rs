@@ -160,6 +160,12 @@ pub struct Forecast {
 }
 
 impl Forecast {
+    /// The charge of `phase`.
+    pub fn charge(&self, phase: Phase) -> Charge {
+        let of_phase = self.phases.iter().filter(|(other, _)| *other == phase);
+        of_phase.map(|(_, charge)| charge.clone()).sum()
+    }
+
     /// Energy, FLOPs and roofline time of all phases.
     pub fn total(&self) -> Spent {
         self.phases.iter().map(|(_, charge)| charge.spent()).sum()

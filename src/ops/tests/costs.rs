@@ -132,43 +132,47 @@ impl Torch<'_> {
     }
 }
 
-fn check_step(name: &str, torch: &Torch<'_>) {
-    let (hidden, inner) = (torch.size("hidden_size"), torch.size("intermediate_size"));
-    let (layers, length) = (torch.size("num_hidden_layers") as i64, torch.size("length"));
-    let (heads, kv_heads) = (
-        torch.size("num_attention_heads"),
-        torch.size("num_key_value_heads"),
-    );
-    let head_dim = torch.size("head_dim");
+/// Our costs of one step's parts, each with the terms of torch's closed form that it equals.
+fn counted_parts(torch: &Torch<'_>) -> [(i64, &'static [&'static str]); 6] {
+    let [hidden, inner, length] =
+        ["hidden_size", "intermediate_size", "length"].map(|key| torch.size(key));
+    let layers = torch.size("num_hidden_layers") as i64;
+    let [heads, kv_heads, head_dim] =
+        ["num_attention_heads", "num_key_value_heads", "head_dim"].map(|key| torch.size(key));
     let (q, kv) = (heads * head_dim, kv_heads * head_dim);
     let segments = vec![length; torch.size("batch")];
-    let site = |in_features, out_features| LinearShape {
+    let tokens = segments.len() * length;
+    let site = |(in_features, out_features)| LinearShape {
         r: Some(torch.size("r")),
-        ..linear(segments.len() * length, in_features, out_features)
+        ..linear(tokens, in_features, out_features)
     };
-    let qkv = [site(hidden, q), site(hidden, kv), site(hidden, kv)];
-    let rest = [
+    let qkv = [(hidden, q), (hidden, kv), (hidden, kv)].map(site);
+    let others = [
         (q, hidden),
         (hidden, inner),
         (hidden, inner),
         (inner, hidden),
-    ];
-    let all = [&qkv[..], &rest.map(|(i, o)| site(i, o))].concat();
+    ]
+    .map(site);
+    let all = [&qkv[..], &others].concat();
     let sum = |sites: &[LinearShape], cost: &dyn Fn(&LinearShape) -> Work| -> i64 {
         sites.iter().map(|site| cost(site).flops() as i64).sum()
     };
+    let forward = |site: &LinearShape| site.forward_cost(F32);
     let backward = |site: &LinearShape| site.backward_cost(F32, true);
     let without_dx = |site: &LinearShape| site.backward_cost(F32, false);
     let attention = attention(heads, kv_heads, head_dim);
+    let scores = attention_forward_cost(&attention, &segments).flops() as i64;
+    let scores_backward = attention_backward_cost(&attention, &segments).flops() as i64;
     let head = LmHeadShape {
-        loss_tokens: segments.len() * length,
+        loss_tokens: tokens,
         hidden,
         vocab: torch.size("vocab_size"),
         trained: false,
     };
-    let counts: [(i64, &[&str]); 6] = [
+    [
         (
-            layers * sum(&all, &|site| site.forward_cost(F32)),
+            layers * sum(&all, &forward),
             &["base_linear_forward", "lora_forward"],
         ),
         (
@@ -179,19 +183,17 @@ fn check_step(name: &str, torch: &Torch<'_>) {
             sum(&qkv, &without_dx) - sum(&qkv, &backward),
             &["layer0_dx_not_needed"],
         ),
-        (
-            layers * attention_forward_cost(&attention, &segments).flops() as i64,
-            &["attention_square_forward"],
-        ),
-        (
-            layers * attention_backward_cost(&attention, &segments).flops() as i64,
-            &["attention_square_backward"],
-        ),
+        (layers * scores, &["attention_square_forward"]),
+        (layers * scores_backward, &["attention_square_backward"]),
         (
             head.backward_cost(F32, true).flops() as i64,
             &["lm_head_forward", "lm_head_dx"],
         ),
-    ];
+    ]
+}
+
+fn check_step(name: &str, torch: &Torch<'_>) {
+    let counts = counted_parts(torch);
     for (ours, terms) in counts {
         assert_eq!(ours, torch.flops(terms), "{name}, {terms:?}");
     }
