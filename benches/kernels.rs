@@ -12,8 +12,8 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use wattune::ops::{
-    Attention, Context, Gradients, InputGradient, Linear, LmHead, Lora, Norm, NormKind, Parameters,
-    Segments, Weight, instruction_set, swiglu, swiglu_backward,
+    Activation, Attention, Context, Gradients, InputGradient, Linear, LmHead, Lora, Norm, NormKind,
+    Parameters, Segments, Weight, instruction_set,
 };
 use wattune::work::{Precision, WorkCounter};
 
@@ -239,13 +239,21 @@ fn elementwise(bench: &Bench<'_>) {
             .expect("backward");
     });
     let gate = random(&[TOKENS, INNER], DType::F32);
-    bench.line("swiglu forward", |context| {
-        swiglu(context, &gate, &gate).expect("forward");
-    });
-    let (_, saved) = bench.once(|context| swiglu(context, &gate, &gate).expect("forward"));
-    bench.line("swiglu backward", |context| {
-        swiglu_backward(context, &gate, &saved).expect("backward");
-    });
+    for (name, activation) in [
+        ("swiglu", Activation::Silu),
+        ("geglu", Activation::Gelu),
+        ("geglu tanh", Activation::GeluTanh),
+    ] {
+        let forward = |context: Context<'_>| activation.forward(context, &gate, Some(&gate));
+        bench.line(&format!("{name} forward"), |context| {
+            forward(context).expect("forward");
+        });
+        let (_, saved) = bench.once(|context| forward(context).expect("forward"));
+        bench.line(&format!("{name} backward"), |context| {
+            let gradients = activation.backward(context, &gate, &saved);
+            gradients.expect("backward");
+        });
+    }
 }
 
 /// FLOP/s of a GEMM of 2048 x 2048 matrices.

@@ -154,7 +154,7 @@ REFUSED = {
     "mistral, layer_types": tiny("mistral", sliding_window=16, layer_types=["full_attention", "sliding_attention", "full_attention"]),
     "qwen2, unknown layer_types": tiny("qwen2", layer_types=["linear_attention"] * 3),
     "quantised": tiny(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-    "gelu": tiny(hidden_act="gelu"),
+    "an activation that nothing implements": tiny(hidden_act="quick_gelu"),
 }
 
 

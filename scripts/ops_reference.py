@@ -10,6 +10,7 @@ sum(y * dy) with respect to it.
   attention  q, k, v, dy -> y, dq, dk, dv; segments (lengths), sizes (heads, kv_heads, head_dim, window)
   rms_norm   x, weight, dy -> y, dx, dweight; eps 1e-5
   swiglu     gate, up, dy -> y, dgate, dup
+  activation x, up, dy -> y_NAME, dx_NAME of NAME(x), gated_NAME, dgate_NAME, dup_NAME of NAME(x) up; NAME as in config.json
   head       h, weight, targets -> losses, dh, dweight of 0.3 * sum of losses
   rope_KIND  x, dy -> y, dx of one segment; KIND: default, linear, dynamic, llama3, yarn (settings below)
   adamw      values, gradients (steps, n) -> after (steps, n) and norms (steps) before clipping
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -82,6 +84,17 @@ def swiglu():
     save("swiglu", gate=gate, up=up, dy=dy, y=y, dgate=gate.grad, dup=up.grad)
 
 
+def activation():
+    x, up, dy = random(5, 33, size=2), random(5, 33), random(5, 33)
+    made = {}
+    for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu"):
+        plain, gate, factor = leaves(x, x, up)
+        made[f"y_{name}"], made[f"gated_{name}"] = ACT2FN[name](plain), ACT2FN[name](gate) * factor
+        ((made[f"y_{name}"] + made[f"gated_{name}"]) * dy).sum().backward()
+        made |= {f"dx_{name}": plain.grad, f"dgate_{name}": gate.grad, f"dup_{name}": factor.grad}
+    save("activation", x=x, up=up, dy=dy, **made)
+
+
 def head():
     h, weight = leaves(random(7, 12), random(50, 12))
     targets = torch.randint(0, 50, (7,))
@@ -133,6 +146,7 @@ def main():
         make()
     for kind in ROPES:
         rope(kind)
+    activation()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 use super::linears::{LINEAR_NAMES, Linears};
 use super::residual::BranchNorms;
 use crate::adapter::Module;
-use crate::ops::{Attention, NormKind, Rope};
+use crate::ops::{Activation, Attention, NormKind, Rope};
 use crate::work::Precision;
 
 /// Every size and switch of a decoder.
@@ -25,6 +25,8 @@ pub struct Architecture {
     pub layers: Vec<LayerKind>,
     /// The norms of q and k before their rotation, if they have any.
     pub qk_norm: Option<QkNorm>,
+    /// The activation of gate.
+    pub activation: Activation,
     /// The norms around attention.
     pub attention_norms: BranchNorms,
     /// The norms around the MLP.

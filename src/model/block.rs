@@ -1,6 +1,6 @@
 //! One transformer block, forward and backward: `x1 = x + o(attention(norm x))`,
-//! `y = x1 + down(swiglu(gate, up)(norm x1))`. Which norms there are, and on q and k too, is the
-//! architecture's data.
+//! `y = x1 + down(f(gate) up)(norm x1)`. The activation f, which norms there are, and on q and k
+//! too, are the architecture's data.
 
 use candle_core::{DType, Tensor};
 use rand_chacha::rand_core::Rng;
@@ -11,9 +11,9 @@ use super::linears::{LINEAR_NAMES, Linears};
 use super::residual::ResidualBranch;
 use crate::error::Result;
 use crate::ops::{
-    Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask, FeedForward,
-    FeedForwardLayer, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput, LinearSaved,
-    Norm, NormSaved, RopeTables, Segments, backward_shared_input,
+    Activation, Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask,
+    FeedForward, FeedForwardLayer, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput,
+    LinearSaved, Norm, NormSaved, RopeTables, Segments, backward_shared_input,
 };
 use crate::random::{self, Purpose};
 
@@ -32,6 +32,7 @@ pub(super) struct Block {
     pub(super) rope: Option<usize>,
     pub(super) linears: Linears<Linear>,
     pub(super) attention: Attention,
+    pub(super) activation: Activation,
 }
 
 /// LoRA dropout of one step. A mask is a function of (seed, step, example, module), so
@@ -194,6 +195,7 @@ impl Block {
     fn feed_forward(&self) -> FeedForward<'_> {
         let l = &self.linears;
         FeedForward {
+            activation: self.activation,
             gate: &l.gate_proj,
             up: &l.up_proj,
             down: &l.down_proj,

@@ -14,7 +14,7 @@ use crate::adapter::Site;
 use crate::ops::{
     LinearShape, LmHeadShape, RopeTables, attention_backward_cost, attention_decode_cost,
     attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, norm_backward_cost,
-    norm_cost, residual_cost, scale_cost, swiglu_backward_cost, swiglu_cost,
+    norm_cost, residual_cost, scale_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -210,7 +210,7 @@ impl ModelShape {
         if a.layers[layer].rope.is_some() {
             work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
         }
-        work + swiglu_cost(n * a.intermediate_size)
+        work + a.activation.cost(n * a.intermediate_size, true)
     }
 
     /// Attention or feed-forward layers' part around them, for `tokens` rows.
@@ -240,10 +240,10 @@ impl ModelShape {
         let mut work = mlp.output_backward_cost() + linear(&shapes.down_proj, needs.gate);
         // The input of a trained layer is recomputed from what was saved.
         if trained.down_proj {
-            work += &swiglu_cost(n * a.intermediate_size);
+            work += &a.activation.cost(n * a.intermediate_size, true);
         }
         if needs.gate {
-            work += &swiglu_backward_cost(n * a.intermediate_size);
+            work += &a.activation.backward_cost(n * a.intermediate_size, true);
             work += &linear(&shapes.gate_proj, needs.attention);
             work += &linear(&shapes.up_proj, needs.attention);
         }

@@ -102,6 +102,7 @@ impl Builder<'_> {
                 .map(|spec| self.linear(&path, spec))
                 .transpose()?,
             attention: a.attention(layer),
+            activation: a.activation,
             path,
         })
     }

@@ -12,7 +12,7 @@ use super::config::{Config, Range};
 use super::residual::BranchNorms;
 use super::rope_config::{RopeShape, rope, ropes_by_layer_type};
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Attention, NormKind};
+use crate::ops::{Activation, Attention, NormKind};
 
 /// Most parameters, blocks and columns of q: far beyond any published model, and small enough that the work of a
 /// step stays within 64 bits.
@@ -99,7 +99,6 @@ impl Architecture {
             .as_object()
             .ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
         let (config, model_type) = Config::new(object)?;
-        check_activation(&config)?;
         let hidden_size = config.required_size("hidden_size")?;
         let family = family(model_type);
         let attention = attention(&config, hidden_size)?;
@@ -118,6 +117,7 @@ impl Architecture {
             attention,
             layers,
             qk_norm: family.qk_norm,
+            activation: activation(&config)?,
             attention_norms: family.attention_norms,
             mlp_norms: family.mlp_norms,
             embedding_factor: factor(&config, "embedding_multiplier")?,
@@ -153,11 +153,9 @@ impl Architecture {
     }
 }
 
-fn check_activation(config: &Config<'_>) -> Result<()> {
-    match config.text("hidden_act")? {
-        Some("silu" | "swish") => Ok(()),
-        _ => Err(config.wrong("hidden_act", "silu: no other activation is supported")),
-    }
+fn activation(config: &Config<'_>) -> Result<Activation> {
+    let activation = config.text("hidden_act")?.and_then(Activation::from_name);
+    activation.ok_or_else(|| config.wrong("hidden_act", "silu, gelu, gelu_pytorch_tanh or relu"))
 }
 
 fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {

@@ -99,7 +99,7 @@ fn a_refused_value_is_named() {
             "partial_rotary_factor",
         ),
         ("llama, sliding_window", "sliding_window"),
-        ("gelu", "hidden_act"),
+        ("an activation that nothing implements", "hidden_act"),
         ("dtype unknown", "dtype"),
         ("model_type absent", "model_type"),
         ("vocabulary null", "vocab_size"),

@@ -10,6 +10,7 @@
 //! primitives, which candle's autograd can follow. Where candle-nn has no kernel, the device runs
 //! the reference.
 
+mod activation;
 mod adamw;
 mod attention;
 mod cross_entropy;
@@ -27,8 +28,8 @@ mod rope;
 mod segments;
 mod simd;
 mod storage;
-mod swiglu;
 
+pub use activation::{Activation, ActivationSaved};
 pub use adamw::{AdamW, adamw_cost};
 pub use attention::{
     Attention, AttentionSaved, attention_backward_cost, attention_decode_cost,
@@ -49,7 +50,6 @@ pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::{add_scaled, add_scaled_cost, scale, scale_cost};
 pub use rope::{Rope, RopeScaling, RopeTables};
 pub use segments::Segments;
-pub use swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_backward_cost, swiglu_cost};
 
 use candle_core::{D, DType, Device, Tensor, WithDType};
 

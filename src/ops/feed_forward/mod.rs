@@ -1,4 +1,4 @@
-//! `y = down(silu(gate(x)) * up(x))`: a block's gated feed-forward layers as one op (SwiGLU;
+//! `y = down(f(gate(x)) * up(x))`: a block's gated feed-forward layers as one op (SwiGLU, GeGLU;
 //! Shazeer 2020, "GLU variants improve transformer").
 //!
 //! x and y are (N, C), the intermediate activations (N, F). They run layer by layer, or fused in 32
@@ -9,25 +9,25 @@ mod tiles;
 
 use candle_core::Tensor;
 
-use super::swiglu::{SwigluSaved, swiglu, swiglu_backward, swiglu_recompute};
 use super::{
-    Branch, Context, DropoutMask, Gradients, InputGradient, Linear, LinearInput, LinearSaved,
-    backward_shared_input,
+    Activation, ActivationSaved, Branch, Context, DropoutMask, Gradients, InputGradient, Linear,
+    LinearInput, LinearSaved, backward_shared_input,
 };
 use crate::error::Result;
 #[cfg(target_arch = "x86_64")]
 use crate::error::{Error, Kind};
 
-/// The three layers.
+/// The three layers, and the activation function of gate.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
-/// # use wattune::ops::{Context, FeedForward, Linear, LinearInput, Weight};
+/// # use wattune::ops::{Activation, Context, FeedForward, Linear, LinearInput, Weight};
 /// # use wattune::work::{Precision, WorkCounter};
 /// # let linear = |w: f32| Ok::<_, candle_core::Error>(Linear {
 /// #     weight: Weight::frozen(Tensor::new(&[[w]], &Device::Cpu)?), bias: None, lora: None });
 /// let (gate, up, down) = (linear(0.)?, linear(2.)?, linear(3.)?); // 1 x 1 each
-/// let layers = FeedForward { gate: &gate, up: &up, down: &down };
+/// let activation = Activation::Silu;
+/// let layers = FeedForward { activation, gate: &gate, up: &up, down: &down };
 /// let counter = WorkCounter::default();
 /// let context = Context::new(&counter, Precision::F32);
 /// let x = Tensor::new(&[[5f32]], &Device::Cpu)?;
@@ -38,6 +38,8 @@ use crate::error::{Error, Kind};
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct FeedForward<'a> {
+    /// f.
+    pub activation: Activation,
     /// C to F.
     pub gate: &'a Linear,
     /// C to F.
@@ -56,7 +58,7 @@ pub struct FeedForwardSaved {
 
 /// The outputs of gate and up, in the compute type.
 enum Intermediate {
-    Rows(SwigluSaved),
+    Rows(ActivationSaved),
     #[cfg(target_arch = "x86_64")]
     Tiles(tiles::GateUpTiles),
 }
@@ -117,12 +119,12 @@ impl FeedForward<'_> {
         let (gate, gate_saved) = apply(FeedForwardLayer::Gate, self.gate, &x, None)?;
         let (up, up_saved) = apply(FeedForwardLayer::Up, self.up, &x, None)?;
         drop(x);
-        let (inner, swiglu_saved) = swiglu(context, &gate, &up)?;
+        let (inner, activation_saved) = self.activation.forward(context, &gate, Some(&up))?;
         drop((gate, up));
         let inner = LinearInput::new(context, inner)?;
         let (y, down_saved) = apply(FeedForwardLayer::Down, self.down, &inner, base)?;
         let saved = FeedForwardSaved {
-            intermediate: Intermediate::Rows(swiglu_saved),
+            intermediate: Intermediate::Rows(activation_saved),
             gate: gate_saved,
             up: up_saved,
             down: down_saved,
@@ -173,13 +175,13 @@ impl FeedForward<'_> {
         backward_shared_input(context, &[gate, up], x, dx, gradients)
     }
 
-    /// Backward through `down` and SwiGLU: the gradients of the outputs of gate and up; `None` with
+    /// Backward through `down` and the activation: the gradients of the outputs of gate and up; `None` with
     /// `BackwardDepth::Down`.
     fn backward_down(
         &self,
         context: Context<'_>,
         dy: &Tensor,
-        rows: &SwigluSaved,
+        rows: &ActivationSaved,
         saved: &FeedForwardSaved,
         depth: BackwardDepth,
         gradients: &mut Gradients,
@@ -187,7 +189,7 @@ impl FeedForward<'_> {
         let inner = self
             .down
             .needs_input()
-            .then(|| LinearInput::new(context, swiglu_recompute(context, rows)?))
+            .then(|| LinearInput::new(context, self.activation.recompute(context, rows)?))
             .transpose()?;
         let dy = LinearInput::new(context, dy.clone())?;
         let down = Branch {
@@ -201,9 +203,12 @@ impl FeedForward<'_> {
         let Some(d_inner) = d_inner else {
             return Ok(None);
         };
-        let (d_gate, d_up) = swiglu_backward(context, &d_inner, rows)?;
+        let (d_gate, d_up) = self.activation.backward(context, &d_inner, rows)?;
         drop(d_inner);
         let d_gate = LinearInput::new(context, d_gate)?;
-        Ok(Some([d_gate, LinearInput::new(context, d_up)?]))
+        let d_up = d_up
+            .map(|d_up| LinearInput::new(context, d_up))
+            .transpose()?;
+        Ok(d_up.map(|d_up| [d_gate, d_up]))
     }
 }

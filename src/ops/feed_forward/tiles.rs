@@ -1,20 +1,18 @@
-//! The layers fused in 32 x 32 tiles: SwiGLU runs on tiles of gate and up while they are in cache,
-//! and writes them as packed input of `down`; backward likewise. Intermediate activations are never
+//! The layers fused in 32 x 32 tiles: the activation runs on tiles of gate and up while they are in
+//! cache, and writes them as packed input of `down`; backward likewise. Intermediate activations are never
 //! written as f32 rows.
 
 use candle_core::Tensor;
 
 use super::{FeedForward, FeedForwardSaved, Intermediate};
 use crate::error::{Error, Kind, Result};
+use crate::ops::activation::{Function, with_function};
 use crate::ops::gemm::bf16::{
     BF16_PLANES, Bf16Lhs, BlockWriter, PackedOperand, TILE, Tile, gemm_tiles,
 };
 use crate::ops::gemm::{MatRef, PackedLhs};
 use crate::ops::simd::simd;
 use crate::ops::storage::{CpuTensor, SendPtr, check_shape, uninit_vec};
-use crate::ops::swiglu::{
-    swiglu_backward_cost, swiglu_backward_element, swiglu_cost, swiglu_element,
-};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Weight};
 use crate::work::Precision;
 
@@ -174,7 +172,7 @@ impl FeedForward<'_> {
         check_shape("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
         let (gate_rhs, gate_saved) = layer_rhs(context, self.gate, &x)?;
         let (up_rhs, up_saved) = layer_rhs(context, self.up, &x)?;
-        context.counter.add(swiglu_cost(n * f));
+        context.counter.add(self.activation.cost(n * f, true));
         // SAFETY: `gemm_tiles` visits every tile, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
             let saved = || SavedTiles::uninit(context.precision, n, f);
@@ -189,7 +187,7 @@ impl FeedForward<'_> {
             unsafe {
                 write_gate.write(strip, panel, gate);
                 write_up.write(strip, panel, up);
-                swiglu_tile(gate, up);
+                with_function!(self.activation, F => gated_tile::<F>(gate, up));
                 write_inner.write(strip, panel, gate);
             }
         });
@@ -206,7 +204,7 @@ impl FeedForward<'_> {
         Ok((y, saved))
     }
 
-    /// Backward through `down` and SwiGLU: dy (N, C) -> the gradients (N, F) of the outputs of gate
+    /// Backward through `down` and the activation: dy (N, C) -> the gradients (N, F) of the outputs of gate
     /// and up, packed.
     pub(super) fn backward_tiles(
         &self,
@@ -225,7 +223,8 @@ impl FeedForward<'_> {
         context
             .counter
             .add(shape.backward_cost(context.precision, true));
-        context.counter.add(swiglu_backward_cost(n * f));
+        let cost = self.activation.backward_cost(n * f, true);
+        context.counter.add(cost);
         let down = Branch {
             linear: self.down,
             dy: &dy,
@@ -239,7 +238,7 @@ impl FeedForward<'_> {
         let (mut d_gate, mut d_up) = (buffer()?, buffer()?);
         let mut inner = dxa.is_some().then(buffer).transpose()?;
         if inner.is_some() {
-            context.counter.add(swiglu_cost(n * f));
+            context.counter.add(self.activation.cost(n * f, true));
         }
         let (write_gate, write_up) = (d_gate.block_writer(), d_up.block_writer());
         let write_inner = inner.as_mut().map(Bf16Lhs::block_writer);
@@ -248,7 +247,8 @@ impl FeedForward<'_> {
             let mut up = tiles.up.read(strip, panel);
             // SAFETY: as in the forward pass.
             unsafe {
-                swiglu_tile_backward(d_inner, &mut gate, &mut up);
+                let gradients = [&mut *d_inner, &mut gate, &mut up];
+                with_function!(self.activation, F => gated_tile_backward::<F>(gradients));
                 write_gate.write(strip, panel, &gate);
                 write_up.write(strip, panel, &up);
                 if let Some(write_inner) = write_inner {
@@ -281,22 +281,22 @@ fn layer_rhs<'a>(
     Ok((rhs, saved.unwrap_or_default()))
 }
 
-/// gate = silu(gate) up.
-fn swiglu_tile(gate: &mut Tile, up: &Tile) {
+/// gate = f(gate) up.
+fn gated_tile<F: Function>(gate: &mut Tile, up: &Tile) {
     let (gate, up) = (&mut gate.0, &up.0);
     simd!(|simd| {
         for i in 0..TILE * TILE {
-            gate[i] = swiglu_element(simd, gate[i], up[i]);
+            gate[i] = F::value(simd, gate[i]) * up[i];
         }
     });
 }
 
-/// From d = dL/d(silu(gate) up): gate and up become their gradients, d becomes silu(gate) up.
-fn swiglu_tile_backward(d: &mut Tile, gate: &mut Tile, up: &mut Tile) {
+/// From d = dL/d(f(gate) up): gate and up become their gradients, d becomes f(gate) up.
+fn gated_tile_backward<F: Function>([d, gate, up]: [&mut Tile; 3]) {
     let (d, gate, up) = (&mut d.0, &mut gate.0, &mut up.0);
     simd!(|simd| {
         for i in 0..TILE * TILE {
-            [gate[i], up[i], d[i]] = swiglu_backward_element(simd, d[i], gate[i], up[i]);
+            [gate[i], up[i], d[i]] = F::gated_backward(simd, d[i], gate[i], up[i]);
         }
     });
 }

@@ -1,15 +1,13 @@
-//! Norms, swiglu and the embedding.
+//! Norms, the activations and the embedding.
 
 use candle_core::{D, DType, Device, Tensor};
 use proptest::prelude::*;
 
 use super::super::gemm::best;
-use super::super::swiglu::swiglu_recompute;
 use super::super::{
-    Context, Gradients, Norm, NormKind, Weight, add_scaled, add_scaled_cost, embedding,
+    Activation, Context, Gradients, Norm, NormKind, Weight, add_scaled, add_scaled_cost, embedding,
     embedding_backward, embedding_backward_cost, embedding_cost, gather_rows, norm_backward_cost,
-    norm_cost, scale, scale_cost, scatter_rows, swiglu, swiglu_backward, swiglu_backward_cost,
-    swiglu_cost,
+    norm_cost, scale, scale_cost, scatter_rows,
 };
 use super::{
     Implementation, Outputs, Pair, cases, close, flat, for_each_path, indices, parameters, random,
@@ -17,6 +15,13 @@ use super::{
 };
 use crate::error::Result;
 use crate::work::Precision;
+
+const ALL: [Activation; 4] = [
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Relu,
+];
 
 /// A norm of `inputs` x, weight and, if given, bias, that multiplies its result by 0.75.
 fn run_norm(
@@ -49,6 +54,21 @@ fn run_norm(
     let dx = norm.backward(context, dy, &saved, None, &mut gradients)?;
     let of_weights = (1..inputs.len()).map(|i| gradients.get(i - 1).cloned());
     Ok((y, std::iter::once(Some(dx)).chain(of_weights).collect()))
+}
+
+/// In primitives that autograd follows in f64.
+pub(super) fn naive_activation(activation: Activation, x: &Tensor) -> candle_core::Result<Tensor> {
+    match activation {
+        Activation::Silu => x.div(&(x.neg()?.exp()? + 1.0)?),
+        Activation::Gelu => x * (x / std::f64::consts::SQRT_2)?.erf()?.affine(0.5, 0.5)?,
+        Activation::GeluTanh => {
+            let z = (x + (x.powf(3.0)? * 0.044715)?)?;
+            x * (z * (2.0 / std::f64::consts::PI).sqrt())?
+                .tanh()?
+                .affine(0.5, 0.5)?
+        }
+        Activation::Relu => x.relu(),
+    }
 }
 
 proptest! {
@@ -119,22 +139,27 @@ proptest! {
     }
 
     #[test]
-    fn swiglu_is_its_definition(n in 1usize..80, f in 1usize..300, seed: u64) {
+    fn activations_are_their_definitions(n in 1usize..80, f in 1usize..300, gated: bool, index in 0..ALL.len(), seed: u64) {
+        let activation = ALL[index];
+        // Away from the corner of relu, which finite differences must not cross.
+        let x = random(seed, &[n, f]);
+        let x = x.affine(5.0, 0.0)? + (x.sign()? * 0.1)?;
         Pair {
-            inputs: &[random(seed, &[n, f]).affine(6.0, 0.0)?, random(seed ^ 1, &[n, f])],
+            inputs: &[x?, random(seed ^ 1, &[n, f])][..1 + usize::from(gated)],
             dy: &random(seed ^ 2, &[n, f]),
             op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| {
-                let (y, saved) = swiglu(context, &inputs[0], &inputs[1])?;
-                let (dgate, dup) = swiglu_backward(context, dy, &saved)?;
-                assert_eq!(flat(&swiglu_recompute(context, &saved)?), flat(&y));
-                Ok((y, vec![Some(dgate), Some(dup)]))
+                let (y, saved) = activation.forward(context, &inputs[0], inputs.get(1))?;
+                let (dx, dup) = activation.backward(context, dy, &saved)?;
+                assert_eq!(flat(&activation.recompute(context, &saved)?), flat(&y));
+                let gradients = std::iter::once(dx).chain(dup).map(Some);
+                Ok((y, gradients.collect()))
             },
             naive: |inputs: &[Tensor]| {
-                let below = (inputs[0].neg()?.exp()? + 1.0)?;
-                inputs[0].div(&below)? * &inputs[1]
+                let y = naive_activation(activation, &inputs[0])?;
+                if gated { y * &inputs[1] } else { Ok(y) }
             },
-            cost: swiglu_cost(n * f).times(2) + swiglu_backward_cost(n * f),
-            roundings: 16,
+            cost: activation.cost(n * f, gated).times(2) + activation.backward_cost(n * f, gated),
+            roundings: 32,
         }
         .prove();
     }
@@ -205,26 +230,49 @@ fn eps_bounds_rms_norm_of_zeros() {
 /// y = 0 far below and gate * up far above; the slope is 0 or up. exp overflows on the way and must
 /// do no harm.
 #[test]
-fn swiglu_saturates_without_overflow() {
+fn activations_saturate_without_overflow() {
     let row = |values: [f32; 4]| tensor(&values, &[1, 4]);
     let gate = row([-1e4, -200.0, 200.0, 1e4]);
-    for_each_path(|context| {
-        let (y, saved) = swiglu(context, &gate, &row([2.0; 4])).unwrap();
-        close("y", &y, &row([0.0, 0.0, 400.0, 2e4]), 1);
-        let (dgate, dup) = swiglu_backward(context, &row([1.0; 4]), &saved).unwrap();
-        close("dgate", &dgate, &row([0.0, 0.0, 2.0, 2.0]), 1);
-        close("dup", &dup, &row([0.0, 0.0, 200.0, 1e4]), 1);
-    });
+    for activation in ALL {
+        for_each_path(|context| {
+            let (y, saved) = activation
+                .forward(context, &gate, Some(&row([2.0; 4])))
+                .unwrap();
+            close("y", &y, &row([0.0, 0.0, 400.0, 2e4]), 1);
+            let dy = row([1.0; 4]);
+            let (dgate, dup) = activation.backward(context, &dy, &saved).unwrap();
+            close("dgate", &dgate, &row([0.0, 0.0, 2.0, 2.0]), 1);
+            close("dup", &dup.unwrap(), &row([0.0, 0.0, 200.0, 1e4]), 1);
+        });
+    }
 }
 
-/// More elements than one task of swiglu takes: the second task must read where it writes.
+/// PyTorch's: NaN stays NaN (candle's relu drops it), and the slope of relu at 0 is 0.
 #[test]
-fn swiglu_beyond_one_task_is_the_reference() {
+fn fused_activations_pass_nan_on() {
+    let x = tensor(&[f32::NAN, 0.0], &[1, 2]);
+    for activation in ALL {
+        Implementation::Fused(best()).run(Precision::F32, |context| {
+            let (y, saved) = activation.forward(context, &x, None).unwrap();
+            let dy = tensor(&[1.0; 2], &[1, 2]);
+            let dx = flat(&activation.backward(context, &dy, &saved).unwrap().0);
+            let relu = activation == Activation::Relu;
+            let slope = if relu { 0.0 } else { 0.5 };
+            assert!(flat(&y)[0].is_nan() && flat(&y)[1] == 0.0, "{activation:?}");
+            assert!((dx[1] - slope).abs() < 1e-6, "{activation:?}: {dx:?}");
+        });
+    }
+}
+
+/// More elements than one task takes: the second task must read where it writes.
+#[test]
+fn gated_activation_beyond_one_task_is_the_reference() {
     let [gate, up, dy] = [1, 2, 3].map(|seed| random(seed, &[3, 16 * 1024 / 2 + 5]));
     let run = |context: Context<'_>| -> Result<_> {
-        let (y, saved) = swiglu(context, &gate, &up)?;
-        let (dgate, dup) = swiglu_backward(context, &dy, &saved)?;
-        Ok([y, dgate, dup, swiglu_recompute(context, &saved)?])
+        let (y, saved) = Activation::Silu.forward(context, &gate, Some(&up))?;
+        let (dgate, dup) = Activation::Silu.backward(context, &dy, &saved)?;
+        let dup = dup.unwrap();
+        Ok([y, dgate, dup, Activation::Silu.recompute(context, &saved)?])
     };
     let want = Implementation::Reference.run(Precision::F32, run).unwrap();
     for_each_path(|context| {
@@ -249,9 +297,10 @@ fn bf16_activations_are_rounded_once() {
         factor: 1.0,
     };
     let run = |context: Context<'_>| -> Result<_> {
-        let (y, saved) = swiglu(context, &gate, &up)?;
-        let (dgate, dup) = swiglu_backward(context, &dy, &saved)?;
-        let again = swiglu_recompute(context, &saved)?;
+        let (y, saved) = Activation::Silu.forward(context, &gate, Some(&up))?;
+        let (dgate, dup) = Activation::Silu.backward(context, &dy, &saved)?;
+        let dup = dup.unwrap();
+        let again = Activation::Silu.recompute(context, &saved)?;
         let (h, saved) = norm.forward(context, &gate)?;
         let dx = norm.backward(context, &dy, &saved, None, &mut Gradients::new(0))?;
         Ok([

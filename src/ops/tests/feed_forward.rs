@@ -6,9 +6,10 @@ use proptest::prelude::*;
 
 use super::super::gemm::{available, best};
 use super::super::{
-    BackwardDepth, Context, DropoutMask, FeedForward, FeedForwardLayer, Gradients, Linear,
-    LinearInput, Masks, Weight, residual_cost, swiglu_backward_cost, swiglu_cost,
+    Activation, BackwardDepth, Context, DropoutMask, FeedForward, FeedForwardLayer, Gradients,
+    Linear, LinearInput, Masks, Weight, residual_cost,
 };
+use super::elementwise::naive_activation;
 use super::{
     FLOPS_ISSUED, Implementation, Layer, Outputs, Pair, autograd, bits, cases, flat, layers, mask,
     named, on, parameters, random,
@@ -19,6 +20,7 @@ use crate::work::{Precision, Work};
 /// Gate, up and down, and their passes.
 #[derive(Debug, Clone, Copy)]
 struct Parts {
+    activation: Activation,
     layers: [Layer; 3],
     /// Whether frozen weights are stored in bf16.
     narrow: bool,
@@ -38,6 +40,7 @@ fn adapters(r: [Option<usize>; 3]) -> Parts {
         trained: false,
     };
     Parts {
+        activation: Activation::Silu,
         layers: r.map(layer),
         narrow: true,
         cached: false,
@@ -135,7 +138,12 @@ impl Parts {
         masks: Option<Masks<'_>>,
     ) -> Result<Outputs> {
         let [gate, up, down] = &self.linears(inputs);
-        let layers = FeedForward { gate, up, down };
+        let layers = FeedForward {
+            activation: self.activation,
+            gate,
+            up,
+            down,
+        };
         let x = || LinearInput::new(context, inputs[0].clone());
         let (y, saved) = layers.forward(context, x()?, masks, Some(base), self.all_layers)?;
         let fused = context.fused(&inputs[0]);
@@ -165,12 +173,11 @@ impl Parts {
         };
         let gate = layer(0, &inputs[0])?;
         let up = layer(1, &inputs[0])?;
-        let below = (gate.neg()?.exp()? + 1.0)?;
-        let inner = (gate.div(&below)? * up)?;
+        let inner = (naive_activation(self.activation, &gate)? * up)?;
         layer(2, &inner)? + base.to_dtype(DType::F64)?
     }
 
-    /// Both passes: the layers, SwiGLU (recomputed for the weight gradients of `down`), the base,
+    /// Both passes: the layers, the activation (recomputed for the weight gradients of `down`), the base,
     /// and the sum of the dx of gate and up.
     fn cost(&self, [n, c, f]: [usize; 3], inputs: &[Tensor], precision: Precision) -> Work {
         let linears = self.linears(inputs);
@@ -178,16 +185,16 @@ impl Parts {
             .each_ref()
             .map(|linear| linear.shape(n, self.dropout));
         let [gate, up, down] = shapes.map(Result::unwrap);
-        let mut cost = swiglu_cost(n * f) + residual_cost(n, c);
+        let mut cost = self.activation.cost(n * f, true) + residual_cost(n, c);
         for shape in [gate, up, down] {
             cost += &shape.forward_cost(precision);
         }
         cost += &down.backward_cost(precision, self.reaches_gate());
         if linears[2].needs_input() {
-            cost += &swiglu_cost(n * f);
+            cost += &self.activation.cost(n * f, true);
         }
         if self.reaches_gate() {
-            cost += &swiglu_backward_cost(n * f);
+            cost += &self.activation.backward_cost(n * f, true);
             cost += &gate.backward_cost(precision, self.input_gradient());
             cost += &up.backward_cost(precision, self.input_gradient());
         }
@@ -320,6 +327,15 @@ impl Parts {
     }
 }
 
+/// relu apart, whose corner finite differences would cross.
+fn activation() -> impl Strategy<Value = Activation> {
+    prop::sample::select(vec![
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+    ])
+}
+
 fn rank() -> impl Strategy<Value = Option<usize>> {
     prop::option::of(1usize..40)
 }
@@ -327,7 +343,9 @@ fn rank() -> impl Strategy<Value = Option<usize>> {
 /// Nothing but W and adapters: what tiles take.
 fn plain() -> impl Strategy<Value = Parts> {
     let flags = prop::array::uniform3(any::<bool>());
-    (prop::array::uniform3(rank()), flags).prop_map(|(r, [narrow, cached, input_gradient])| Parts {
+    let parts = (prop::array::uniform3(rank()), flags, activation());
+    parts.prop_map(|(r, [narrow, cached, input_gradient], activation)| Parts {
+        activation,
         narrow,
         cached,
         depth: if input_gradient {
@@ -341,7 +359,8 @@ fn plain() -> impl Strategy<Value = Parts> {
 
 fn parts() -> impl Strategy<Value = Parts> {
     let flags = prop::array::uniform6(any::<bool>());
-    (prop::array::uniform3(layers(1..40)), flags).prop_map(|(layers, flags)| {
+    let parts = (prop::array::uniform3(layers(1..40)), flags, activation());
+    parts.prop_map(|(layers, flags, activation)| {
         let [
             narrow,
             cached,
@@ -356,6 +375,7 @@ fn parts() -> impl Strategy<Value = Parts> {
             (false, _) => BackwardDepth::Down,
         };
         Parts {
+            activation,
             layers,
             narrow,
             cached,

@@ -7,10 +7,12 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use super::super::{
-    AdamW, Attention, Gradients, LmHead, Norm, NormKind, Rope, RopeScaling, Segments, Weight,
-    swiglu, swiglu_backward,
+    Activation, AdamW, Attention, Gradients, LmHead, Norm, NormKind, Rope, RopeScaling, Segments,
+    Weight,
 };
 use super::{flat, for_each_path, parameters, trained, within};
+
+const SILU: Activation = Activation::Silu;
 
 struct Golden(HashMap<String, Tensor>);
 
@@ -92,12 +94,34 @@ fn swiglu_and_its_gradients() {
     let golden = Golden::open("swiglu");
     let (gate, up) = (golden.get("gate"), golden.get("up"));
     for_each_path(|context| {
-        let (y, saved) = swiglu(context, &gate, &up).unwrap();
+        let (y, saved) = SILU.forward(context, &gate, Some(&up)).unwrap();
         golden.check("y", &y);
-        let (dgate, dup) = swiglu_backward(context, &golden.get("dy"), &saved).unwrap();
+        let (dgate, dup) = SILU.backward(context, &golden.get("dy"), &saved).unwrap();
         golden.check("dgate", &dgate);
-        golden.check("dup", &dup);
+        golden.check("dup", &dup.unwrap());
     });
+}
+
+/// The names of config.json: exact and tanh GELU differ by 5e-4 at most.
+#[test]
+fn activations_and_their_gradients() {
+    let golden = Golden::open("activation");
+    let (x, up, dy) = (golden.get("x"), golden.get("up"), golden.get("dy"));
+    for name in ["silu", "gelu", "gelu_pytorch_tanh", "relu"] {
+        let activation = Activation::from_name(name).unwrap();
+        for_each_path(|context| {
+            for (up, [y, dx]) in [(None, ["y", "dx"]), (Some(&up), ["gated", "dgate"])] {
+                let (output, saved) = activation.forward(context, &x, up).unwrap();
+                golden.check(&format!("{y}_{name}"), &output);
+                let (of_x, of_up) = activation.backward(context, &dy, &saved).unwrap();
+                golden.check(&format!("{dx}_{name}"), &of_x);
+                assert_eq!(of_up.is_some(), up.is_some());
+                if let Some(of_up) = of_up {
+                    golden.check(&format!("dup_{name}"), &of_up);
+                }
+            }
+        });
+    }
 }
 
 #[test]

@@ -5,14 +5,16 @@ use candle_core::{DType, Device, Tensor};
 
 use super::super::gemm::best;
 use super::super::{
-    Attention, BackwardDepth, Context, FeedForward, Gradients, InputGradient, Linear, LinearInput,
-    LmHead, Norm, NormKind, Parameters, Rope, RopeScaling, RopeTables, Segments, Weight, embedding,
-    embedding_backward, swiglu, swiglu_backward,
+    Activation, Attention, BackwardDepth, Context, FeedForward, Gradients, InputGradient, Linear,
+    LinearInput, LmHead, Norm, NormKind, Parameters, Rope, RopeScaling, RopeTables, Segments,
+    Weight, embedding, embedding_backward,
 };
 use super::adamw::ADAMW;
 use super::{Implementation, attention, flat, for_each_path, parameters, random, tensor, trained};
 use crate::error::{Kind, Result};
 use crate::work::Precision;
+
+const SILU: Activation = Activation::Silu;
 
 /// The message of an error of this kind.
 fn refused<T>(kind: Kind, result: Result<T>) -> String {
@@ -84,10 +86,10 @@ fn fused_passes_name_a_tensor_that_is_not_contiguous() {
         let none = &mut Gradients::new(0);
         says(norm(6).forward(context, &x).map(drop));
         says(norm(6).backward(context, &x, &saved, None, none).map(drop));
-        let saved = swiglu(context, &all, &all).unwrap().1;
-        says(swiglu(context, &x, &all).map(drop));
-        says(swiglu(context, &all, &x).map(drop));
-        says(swiglu_backward(context, &x, &saved).map(drop));
+        let saved = SILU.forward(context, &all, Some(&all)).unwrap().1;
+        says(SILU.forward(context, &x, Some(&all)).map(drop));
+        says(SILU.forward(context, &all, Some(&x)).map(drop));
+        says(SILU.backward(context, &x, &saved).map(drop));
         says(tables(6).forward(context, &x).map(drop));
         let segments = Segments::from_lengths([4]);
         for strided in 0..3 {
@@ -134,7 +136,7 @@ fn fused_passes_take_f32_alone() {
     let x = random(1, &[4, 6]).to_dtype(DType::BF16).unwrap();
     fused(|context| {
         says("f32", norm(6).forward(context, &x));
-        says("f32", swiglu(context, &x, &x));
+        says("f32", SILU.forward(context, &x, Some(&x)));
     });
 }
 
@@ -149,9 +151,9 @@ fn shapes_that_contradict_each_other_are_refused() {
             "`dy`",
             norm(6).backward(context, &short, &saved, None, none),
         );
-        says("`up`", swiglu(context, &x, &short));
-        let saved = swiglu(context, &x, &x).unwrap().1;
-        says("`dy`", swiglu_backward(context, &short, &saved));
+        says("`up`", SILU.forward(context, &x, Some(&short)));
+        let saved = SILU.forward(context, &x, Some(&x)).unwrap().1;
+        says("`dy`", SILU.backward(context, &short, &saved));
         says("whole heads", tables(4).forward(context, &x));
         says("`cos`", tables(4).forward(context, &random(1, &[5, 4])));
         let head = head(5, 6);
@@ -174,6 +176,7 @@ fn feed_forward_layers_that_contradict_each_other_are_refused() {
     let (up, down, wide) = (linear(5, 6), linear(6, 5), linear(7, 6));
     for_each_path(|context| {
         let layers = FeedForward {
+            activation: SILU,
             gate: &up,
             up: &up,
             down: &down,
