@@ -66,6 +66,25 @@ pub fn write_atomic_with(
     sync(parent_of(path))
 }
 
+/// Creates the file at `path` with `bytes`, whole or not at all; of two processes that do so at once, one succeeds.
+///
+/// # Errors
+/// As [`write_atomic`]; also if the file exists.
+pub fn create_atomic(path: &Path, bytes: impl AsRef<[u8]>) -> Result<()> {
+    let temporary = temporary_path(path, "tmp");
+    write_atomic(&temporary, bytes)?;
+    let linked = match fs::hard_link(&temporary, path) {
+        // A file system without hard links.
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists && !path.exists() => {
+            fs::rename(&temporary, path)
+        }
+        linked => linked,
+    };
+    let _ = fs::remove_file(&temporary);
+    linked.map_err(|e| Error::io("create", path, e))?;
+    sync(parent_of(path))
+}
+
 /// A directory being filled under a temporary name. Dropped before it is installed, it is removed again.
 #[derive(Debug)]
 pub struct DraftDirectory {

@@ -157,7 +157,7 @@ proptest! {
         let limit = MicroJoules(one * 30);
         let mut done = 0;
         for steps in deaths {
-            let ledger = if path.exists() { Ledger::resume(&path) } else { Ledger::create(&path) }.unwrap();
+            let ledger = if path.exists() { Ledger::resume(&path, "run") } else { Ledger::create(&path, "run") }.unwrap();
             let rates = Rates { grid: GramsPerKwh(473.0), pue: Pue::ONE, price: None };
             let budget = Budget::new(Limits { energy: Some(limit.joules()), ..Limits::default() }, rates).unwrap();
             let mut account = Account::new(budget, Meters::without_counters(profile.clone()), ledger, MeterKind::Counted);
@@ -179,7 +179,7 @@ proptest! {
 fn unsynced_entries_are_covered_by_the_lease() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ledger.jsonl");
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     let energy_j = Energies {
         counted: MicroJoules(50),
         measured: None,
@@ -196,7 +196,7 @@ fn unsynced_entries_are_covered_by_the_lease() {
     drop(ledger);
     // Five steps ran, none of their lines reached the disk.
     std::fs::write(&path, synced).unwrap();
-    let ledger = Ledger::resume(&path).unwrap();
+    let ledger = Ledger::resume(&path, "run").unwrap();
     assert_eq!(ledger.total().energy_j, energy_j);
     assert_eq!(ledger.phase(Phase::Lost).flops, 500);
     // A second before the lease, and its five.
@@ -216,7 +216,7 @@ fn a_budget_below_one_step_stops_at_once() {
         ..Limits::default()
     };
     let budget = Budget::new(limits, rates).unwrap();
-    let ledger = Ledger::create(&dir.path().join("ledger.jsonl")).unwrap();
+    let ledger = Ledger::create(&dir.path().join("ledger.jsonl"), "run").unwrap();
     let meters = Meters::without_counters(Profile::named("raspberry-pi-5").unwrap());
     let account = Account::new(budget, meters, ledger, MeterKind::Counted);
     let step = Work::product(4096, 4096, 4096, Precision::F32).times(10);

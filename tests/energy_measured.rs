@@ -28,9 +28,9 @@ fn counted(work: &Work) -> u64 {
 /// An account of a new process, which resumes the ledger if it exists.
 fn account(path: &Path, device: &Device, limit: Option<MicroJoules>, kind: MeterKind) -> Account {
     let ledger = if path.exists() {
-        Ledger::resume(path)
+        Ledger::resume(path, "run")
     } else {
-        Ledger::create(path)
+        Ledger::create(path, "run")
     }
     .unwrap();
     let rates = Rates {

@@ -308,7 +308,7 @@ fn a_lost_gpu_leaves_named_gaps_and_no_zero() {
     let mut account = Account::new(
         budget,
         meters,
-        Ledger::create(&path).unwrap(),
+        Ledger::create(&path, "run").unwrap(),
         MeterKind::Measured,
     );
     // 5 J; then the GPU is lost within a step and during the next; then it is back, with 3 J in the last step.

@@ -415,6 +415,23 @@ fn patterns_keep_the_files_order() {
 }
 
 #[test]
+fn only_changed_keys_identify_a_recipe() {
+    let changed = |more: &str| read(&format!("{SMALLEST}{more}")).changed_keys();
+    assert_eq!(
+        changed(""),
+        changed("max_length = 512\n[adapter]\nr = 16\n")
+    );
+    assert!(!changed("").contains("adapter."), "{}", changed(""));
+    let own = changed("max_length = 256\nchat_date = \"2026-01-31\"\n");
+    for line in [
+        "data.max_length = 256\n",
+        "data.chat_date = \"2026-01-31\"\n",
+    ] {
+        assert!(own.contains(line), "{own}");
+    }
+}
+
+#[test]
 fn a_resolved_recipe_shows_every_default() {
     insta::assert_snapshot!(read(SMALLEST).to_toml());
 }

@@ -434,7 +434,7 @@ fn run_directory() -> (tempfile::TempDir, PathBuf) {
     let report = to_json(&finite(&fixture())).unwrap();
     wattune::files::write_atomic(&run.join(files::REPORT_JSON), &report).unwrap();
     let mut log = StepLog::append_to(&run.join(files::STEPS_JSONL)).unwrap();
-    let mut ledger = Ledger::create(&run.join("ledger.jsonl")).unwrap();
+    let mut ledger = Ledger::create(&run.join("ledger.jsonl"), "run").unwrap();
     let history = history();
     history
         .steps

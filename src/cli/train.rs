@@ -139,7 +139,8 @@ fn stop_when_asked(quiet: bool) -> Result<()> {
         if quiet {
             return;
         }
-        announce("\nfinishing this step and saving; Ctrl-C again quits now");
+        // A thread of its own: a standard error that blocks must not keep the second signal from being seen.
+        std::thread::spawn(|| announce("\nfinishing this step and saving; Ctrl-C again quits now"));
     };
     let hangup_ignored = ignores_hangup();
     ctrlc::set_handler(handler)

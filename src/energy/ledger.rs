@@ -62,17 +62,12 @@ impl Ledger {
     ///
     /// # Errors
     /// [`crate::error::Kind::Io`], also if the file exists.
-    pub fn create_for_run(path: &Path, run: &str) -> Result<Ledger> {
+    pub fn create(path: &Path, run: &str) -> Result<Ledger> {
         let line = LedgerLine::Run {
             run: run.to_string(),
             t: now(),
         };
-        LedgerFile::create_with(path, &line).map(Self::empty)
-    }
-
-    /// Creates an empty ledger; an existing file is refused.
-    pub fn create(path: &Path) -> Result<Ledger> {
-        LedgerFile::create(path).map(Self::empty)
+        LedgerFile::create(path, &line).map(Self::empty)
     }
 
     fn empty(file: LedgerFile) -> Ledger {
@@ -87,26 +82,12 @@ impl Ledger {
     }
 
     /// Opens the ledger of a run to be continued: cuts off an incomplete last line and enters an
-    /// unsettled lease as lost, on disk.
+    /// unsettled lease as lost, on disk. `run` is the present digest of recipe, model and data.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] if a line is invalid or another
-    /// process uses the ledger.
-    pub fn resume(path: &Path) -> Result<Ledger> {
-        Self::reopen(path, None)
-    }
-
-    /// As [`Ledger::resume`], for a ledger of [`Ledger::create_for_run`]; `run` is the present
-    /// digest of recipe, model and data.
-    ///
-    /// # Errors
-    /// As [`Ledger::resume`]; also [`crate::error::Kind::Run`] if the ledger is empty or has
-    /// another digest.
-    pub fn resume_run(path: &Path, run: &str) -> Result<Ledger> {
-        Self::reopen(path, Some(run))
-    }
-
-    fn reopen(path: &Path, run: Option<&str>) -> Result<Ledger> {
+    /// [`crate::error::Kind::Io`]; [`crate::error::Kind::Run`] if a line is invalid, another process
+    /// uses the ledger, it is empty, or it was created for another digest.
+    pub fn resume(path: &Path, run: &str) -> Result<Ledger> {
         let mut ledger = Self::empty(LedgerFile::open(path)?);
         let mut step = 0;
         let mut first_run = None;
@@ -127,19 +108,17 @@ impl Ledger {
             }
             LedgerLine::Run { run, .. } => first_run = Some(run),
         })?;
-        if let Some(run) = run {
-            if extent.complete == 0 {
-                return Err(lost_entries(path, "it is empty"));
-            }
-            match first_run {
-                Some(first_run) if first_run == run => {}
-                Some(_) => return Err(changed_inputs(path)),
-                None => {
-                    return Err(lost_entries(
-                        path,
-                        "it does not begin with the run's digest",
-                    ));
-                }
+        if extent.complete == 0 {
+            return Err(lost_entries(path, "it is empty"));
+        }
+        match first_run {
+            Some(first_run) if first_run == run => {}
+            Some(_) => return Err(changed_inputs(path)),
+            None => {
+                return Err(lost_entries(
+                    path,
+                    "it does not begin with the run's digest",
+                ));
             }
         }
         ledger.file.truncate(&extent)?;

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::entry::{Entry, Lease};
 use crate::error::{Error, Kind, Result};
-use crate::files::write_atomic;
+use crate::files::create_atomic;
 use crate::units::Seconds;
 
 /// A line of the file; `t` is Unix seconds.
@@ -75,19 +75,9 @@ pub(super) struct Extent {
 }
 
 impl LedgerFile {
-    /// Creates an empty file; an existing one is refused.
-    pub fn create(path: &Path) -> Result<LedgerFile> {
-        let file = OpenOptions::new().create_new(true).append(true).open(path);
-        Self::locked(path, file.map_err(|e| Error::io("create", path, e))?)
-    }
-
     /// Creates a file of one line atomically and opens it; an existing one is refused.
-    pub fn create_with(path: &Path, line: &LedgerLine) -> Result<LedgerFile> {
-        if path.exists() {
-            let exists = std::io::ErrorKind::AlreadyExists;
-            return Err(Error::io("create", path, exists.into()));
-        }
-        write_atomic(path, line.to_json())?;
+    pub fn create(path: &Path, line: &LedgerLine) -> Result<LedgerFile> {
+        create_atomic(path, line.to_json())?;
         Self::open(path)
     }
 

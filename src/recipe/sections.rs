@@ -1,7 +1,7 @@
 //! Every key of a recipe, once: its type, default, bounds and meaning.
 //!
 //! The reader, the writer, the starter, the JSON Schema and the reference follow from these declarations. A doc comment here
-//! is also the comment in the file: one sentence without a final full stop. Changing one changes the digest of a run.
+//! is also the comment in the file: one sentence without a final full stop.
 
 use std::path::PathBuf;
 

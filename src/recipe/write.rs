@@ -38,6 +38,24 @@ impl Recipe {
         lay_out(head, lines)
     }
 
+    /// `table.key = value` of every key that differs from its default, one a line: what identifies a recipe. A later
+    /// version's new keys and reworded comments leave it as it is.
+    pub fn changed_keys(&self) -> String {
+        let mut written = Vec::new();
+        self.write(&mut written);
+        let mut text = String::new();
+        for (key, value) in written {
+            let Some(value) = value.map(|value| value.to_string()) else {
+                continue;
+            };
+            let is_default = key.presence == Presence::Defaulted && value == key.value;
+            if !is_default && !self.is_left_to_the_adapter(key) {
+                let _ = writeln!(text, "{}.{} = {value}", key.table, key.name);
+            }
+        }
+        text
+    }
+
     fn is_left_to_the_adapter(&self, key: &Key) -> bool {
         match &self.adapter {
             Adapter::Lora(lora) if lora.init_from.is_some() && key.table == "adapter" => {

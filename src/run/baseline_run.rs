@@ -53,7 +53,12 @@ pub(super) fn why_impossible(
 }
 
 /// The account of a baseline that may spend `limit`, with its own ledger.
-fn open_account(prepared: &Prepared, limit: Option<Joules>, ledger: &Path) -> Result<Account> {
+fn open_account(
+    prepared: &Prepared,
+    limit: Option<Joules>,
+    ledger: &Path,
+    digest: &str,
+) -> Result<Account> {
     let limits = Limits {
         energy: limit,
         ..Limits::default()
@@ -62,9 +67,9 @@ fn open_account(prepared: &Prepared, limit: Option<Joules>, ledger: &Path) -> Re
     let meters = prepared.meters.clone();
     let kind = meters.resolve(prepared.recipe.energy.meter)?;
     let opened = if ledger.exists() {
-        Ledger::resume(ledger)?
+        Ledger::resume(ledger, digest)?
     } else {
-        Ledger::create(ledger)?
+        Ledger::create(ledger, digest)?
     };
     Ok(Account::new(budget, meters, opened, kind))
 }
@@ -80,7 +85,7 @@ impl<'a> BaselineRun<'a> {
     ) -> Result<Self> {
         std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
         let ledger = folder.join("ledger.jsonl");
-        let account = open_account(context.prepared, limit, &ledger)?;
+        let account = open_account(context.prepared, limit, &ledger, &setup.digest())?;
         let checkpoints = Checkpoints::new(folder.join("checkpoints"), 1);
         let found = checkpoints.newest(&setup.digest())?;
         checkpoints.tidy(found.as_ref())?;

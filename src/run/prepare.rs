@@ -300,14 +300,14 @@ fn weights_fingerprint(
     }
 }
 
-/// SHA-256 of a resolved recipe and its inputs, in hex. Local paths are left out, because the inputs' contents are in: a run
+/// SHA-256 of a resolved recipe's changed keys and its inputs, in hex. Local paths are left out, because the inputs' contents are in: a run
 /// whose folder was moved resumes.
 fn digest_of<'a>(
     recipe: &Recipe,
     has_commit: bool,
     inputs: impl Iterator<Item = &'a [u8]>,
 ) -> String {
-    let mut hash = Sha256::new_with_prefix(without_paths(recipe, has_commit).to_toml());
+    let mut hash = Sha256::new_with_prefix(without_paths(recipe, has_commit).changed_keys());
     for input in inputs {
         hash.update(" ");
         hash.update(input);

@@ -382,7 +382,7 @@ fn open_account(
     let keep = prepared.recipe.train.save_total_limit;
     let checkpoints = Checkpoints::new(directory.checkpoints(), keep);
     let ledger = if resumed && path.exists() {
-        Ledger::resume_run(&path, prepared.digest())?
+        Ledger::resume(&path, prepared.digest())?
     } else if resumed && (directory.report().exists() || !checkpoints.steps()?.is_empty()) {
         return Err(Error::new(
             Kind::Run,
@@ -393,7 +393,7 @@ fn open_account(
         .hint("put the file back, or start a new run with another `--out`"));
     } else {
         // A new run, or one killed before its first entry.
-        Ledger::create_for_run(&path, prepared.digest())?
+        Ledger::create(&path, prepared.digest())?
     };
     let account =
         Account::new(prepared.budget.clone(), meters, ledger, kind).started_at(prepared.started);

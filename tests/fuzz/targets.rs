@@ -294,7 +294,7 @@ fn adapter_configurations() {
 fn a_ledger() -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger.jsonl");
-    let mut ledger = Ledger::create_for_run(&path, "digest").unwrap();
+    let mut ledger = Ledger::create(&path, "digest").unwrap();
     ledger
         .lease(Lease::default(), wattune::units::Seconds::ZERO)
         .unwrap();
@@ -316,7 +316,7 @@ fn ledgers() {
             "\n",
         ],
         read: Box::new(|file| {
-            let _ = Ledger::resume(file);
+            let _ = Ledger::resume(file, "digest");
         }),
     });
 }

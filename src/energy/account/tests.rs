@@ -49,9 +49,9 @@ fn ledger_path() -> (tempfile::TempDir, PathBuf) {
 /// An account on the ledger at `path`, resumed if it exists.
 fn open(limits: Limits, path: &Path, meters: Meters, kind: MeterKind) -> Account {
     let ledger = if path.exists() {
-        Ledger::resume(path)
+        Ledger::resume(path, "run")
     } else {
-        Ledger::create(path)
+        Ledger::create(path, "run")
     };
     let rates = Rates {
         grid: GramsPerKwh(473.0),

@@ -43,7 +43,7 @@ fn ledger_path() -> (tempfile::TempDir, PathBuf) {
 #[test]
 fn phases_add_up_to_the_total_on_every_meter() {
     let (_dir, path) = ledger_path();
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     append(&mut ledger, Phase::Load, 0, energies(3, Some(4), 5));
     append(&mut ledger, Phase::Train, 1, energies(10, None, 20));
     append(&mut ledger, Phase::Train, 2, energies(10, Some(7), 20));
@@ -59,13 +59,13 @@ fn phases_add_up_to_the_total_on_every_meter() {
         (total.unmeasured, ledger.phase(Phase::Train).flops),
         (1, 200)
     );
-    assert!(Ledger::create(&path).is_err());
+    assert!(Ledger::create(&path, "run").is_err());
 }
 
 #[test]
 fn gaps_are_summed_by_reason_and_survive_the_file() {
     let (_dir, path) = ledger_path();
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     append(&mut ledger, Phase::Train, 1, energies(10, Some(20), 5));
     for step in 2..4 {
         let gap = GapFill {
@@ -98,13 +98,13 @@ fn gaps_are_summed_by_reason_and_survive_the_file() {
     };
     check(&ledger);
     drop(ledger);
-    check(&Ledger::resume(&path).unwrap());
+    check(&Ledger::resume(&path, "run").unwrap());
 }
 
 #[test]
 fn a_crash_costs_the_remainder_of_the_lease_once() {
     let (_dir, path) = ledger_path();
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     let lease = Lease {
         steps: 4,
         energy_j: energies(40, None, 80),
@@ -121,7 +121,7 @@ fn a_crash_costs_the_remainder_of_the_lease_once() {
     for _ in 0..2 {
         // One step of four is entered, three are lost: 30 counted, 60 timed, 300 FLOPs, 1.5 s; and
         // only once.
-        let ledger = Ledger::resume(&path).unwrap();
+        let ledger = Ledger::resume(&path, "run").unwrap();
         assert_eq!(ledger.phase(Phase::Lost).energy_j, energies(30, None, 60));
         let spent = Spent {
             energy: MicroJoules(40),
@@ -135,7 +135,7 @@ fn a_crash_costs_the_remainder_of_the_lease_once() {
 #[test]
 fn a_clean_close_loses_nothing() {
     let (_dir, path) = ledger_path();
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     let lease = Lease {
         steps: 9,
         energy_j: energies(90, Some(90), 90),
@@ -146,7 +146,7 @@ fn a_clean_close_loses_nothing() {
     append(&mut ledger, Phase::Train, 1, energies(10, Some(9), 20));
     ledger.settle(Seconds::ZERO).unwrap();
     drop(ledger);
-    let resumed = Ledger::resume(&path).unwrap();
+    let resumed = Ledger::resume(&path, "run").unwrap();
     assert_eq!(resumed.total().energy_j, energies(10, Some(9), 20));
 }
 
@@ -154,30 +154,33 @@ fn a_clean_close_loses_nothing() {
 fn microjoules_survive_the_file() {
     let (_dir, path) = ledger_path();
     let energy = energies(123_456_789_012_345, Some(1), 999_999_999_999);
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     append(&mut ledger, Phase::Save, 3, energy);
     drop(ledger);
-    assert_eq!(Ledger::resume(&path).unwrap().total().energy_j, energy);
+    assert_eq!(
+        Ledger::resume(&path, "run").unwrap().total().energy_j,
+        energy
+    );
 }
 
 #[test]
 fn one_process_at_a_time_has_the_ledger() {
     let (_dir, path) = ledger_path();
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     append(&mut ledger, Phase::Load, 0, energies(1, None, 1));
-    let error = Ledger::resume(&path).unwrap_err();
+    let error = Ledger::resume(&path, "run").unwrap_err();
     assert_eq!(error.kind(), Kind::Run);
     assert!(error.to_string().contains("another process"), "{error}");
     // Reading needs no lock.
     assert_eq!(read_entries(&path).unwrap().len(), 1);
     drop(ledger);
-    Ledger::resume(&path).unwrap();
+    Ledger::resume(&path, "run").unwrap();
 }
 
 #[test]
 fn a_ledger_that_lost_entries_is_refused() {
     let (_dir, path) = ledger_path();
-    let mut ledger = Ledger::create_for_run(&path, "digest").unwrap();
+    let mut ledger = Ledger::create(&path, "digest").unwrap();
     for step in 0..3 {
         append(&mut ledger, Phase::Train, step, energies(10, None, 1));
     }
@@ -185,22 +188,22 @@ fn a_ledger_that_lost_entries_is_refused() {
     ledger.check_not_less(&recorded).unwrap();
     drop(ledger);
     let text = std::fs::read_to_string(&path).unwrap();
-    assert!(Ledger::create_for_run(&path, "digest").is_err());
-    let reopened = Ledger::resume_run(&path, "digest").unwrap();
+    assert!(Ledger::create(&path, "digest").is_err());
+    let reopened = Ledger::resume(&path, "digest").unwrap();
     reopened.check_not_less(&recorded).unwrap();
     drop(reopened);
-    let error = Ledger::resume_run(&path, "another recipe").unwrap_err();
+    let error = Ledger::resume(&path, "another recipe").unwrap_err();
     assert!(error.to_string().contains("no longer those"), "{error}");
     // Cut at a line: the remaining entries do not add up to what the checkpoint recorded.
     let cut: String = text.split_inclusive('\n').take(3).collect();
     std::fs::write(&path, cut).unwrap();
-    let short = Ledger::resume_run(&path, "digest").unwrap();
+    let short = Ledger::resume(&path, "digest").unwrap();
     let error = short.check_not_less(&recorded).unwrap_err().to_string();
     assert!(error.contains("lost entries"), "{error}");
     drop(short);
     for damaged in [String::new(), "\0".repeat(text.len())] {
         std::fs::write(&path, damaged).unwrap();
-        let error = Ledger::resume_run(&path, "digest").unwrap_err().to_string();
+        let error = Ledger::resume(&path, "digest").unwrap_err().to_string();
         assert!(error.contains("lost entries"), "{error}");
     }
 }
@@ -208,13 +211,13 @@ fn a_ledger_that_lost_entries_is_refused() {
 #[test]
 fn an_invalid_line_is_located() {
     let (_dir, path) = ledger_path();
-    let mut ledger = Ledger::create(&path).unwrap();
+    let mut ledger = Ledger::create(&path, "run").unwrap();
     append(&mut ledger, Phase::Load, 0, energies(1, None, 1));
     append(&mut ledger, Phase::Load, 0, energies(1, None, 1));
     drop(ledger);
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replacen("load", "lunch", 1)).unwrap();
-    let error = Ledger::resume(&path).unwrap_err();
+    let error = Ledger::resume(&path, "run").unwrap_err();
     assert_eq!(error.kind(), Kind::Run);
-    assert!(error.to_string().contains("line 1"), "{error}");
+    assert!(error.to_string().contains("line 2"), "{error}");
 }
