@@ -185,6 +185,7 @@ fn attentions(bench: &Bench<'_>) {
         heads: 9,
         kv_heads: 3,
         head_dim: 64,
+        causal: true,
         window: None,
         scale: None,
     };

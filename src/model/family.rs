@@ -193,6 +193,7 @@ fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
         heads,
         kv_heads,
         head_dim,
+        causal: true,
         window: None,
         scale: if config.has("attention_multiplier") {
             Some(config.required_number("attention_multiplier", Range::POSITIVE)?)

@@ -17,15 +17,17 @@ use crate::ops::gemm::bf16::{
 };
 use crate::ops::gemm::{Element, MatMut, MatRef};
 
-/// Splits a block into panels of up to 32 queries; the keys of a panel end with its last query,
-/// rounded out to whole tiles.
-fn panels(block: &QueryBlock) -> impl Iterator<Item = Panel> + use<> {
-    let queries = block.queries.clone();
-    let first = block.keys.start / TILE * TILE;
+/// Splits a block into panels of up to 32 queries; the keys of a panel end with the block's, or, if
+/// causal, with its last query, rounded out to whole tiles.
+fn panels(causal: bool, block: &QueryBlock) -> impl Iterator<Item = Panel> + use<> {
+    let QueryBlock { queries, keys } = block.clone();
+    let first = keys.start / TILE * TILE;
     queries.clone().step_by(TILE).map(move |start| {
         let queries = start..(start + TILE).min(queries.end);
+        let end = if causal { queries.end } else { keys.end };
         Panel {
-            keys: first..queries.end.next_multiple_of(TILE),
+            keys: first..end.next_multiple_of(TILE),
+            padding: keys.end,
             queries,
             stride: TILE,
         }
@@ -106,18 +108,24 @@ impl Products {
 impl<O: Element> ForwardTask<'_, O> {
     pub(super) fn run_bf16(&self, unit: MatrixUnit) {
         let [q, k, v] = self.heads();
-        let scale = self.attention().scale() as f32;
-        let k = PackedOperand::lhs(BF16_PLANES, k.rows(0..self.queries.end));
-        let v = PackedOperand::rhs(BF16_PLANES, v.rows(0..self.queries.end));
+        let attention = self.attention();
+        let scale = attention.scale() as f32;
+        let blocks = self.blocks();
+        let end = blocks.last().map_or(0, |block| block.keys.end);
+        let k = PackedOperand::lhs(BF16_PLANES, k.rows(0..end));
+        let v = PackedOperand::rhs(BF16_PLANES, v.rows(0..end));
         let mut products = Products::new(unit, q.d);
         let width = products.width;
         let mut p = Vec::new();
         let mut pv = vec![0.0f32; TILE * width];
-        for panel in self.blocks().iter().flat_map(panels) {
+        for panel in blocks
+            .iter()
+            .flat_map(|block| panels(attention.causal, block))
+        {
             let keys = tiles(panel.keys.clone());
             let queries = q.rows(panel.queries.clone());
             products.scores(keys.clone(), &k, queries, &mut p);
-            panel.mask(self.attention().window, &mut p);
+            panel.mask(attention, &mut p);
             let (mut max, mut sum) = ([f32::MIN; TILE], [0.0f32; TILE]);
             online_softmax::<TILE>(&mut p, TILE, scale, &mut max, &mut sum, &mut [0.0; TILE]);
             products.queries(&p, &v, keys.start, &mut pv);
@@ -172,7 +180,7 @@ impl BackwardState {
             dout.rows(panel.queries.clone()),
         );
         products.scores(keys.clone(), &self.k_rows, q, p);
-        panel.mask(task.attention().window, p);
+        panel.mask(task.attention(), p);
         products.scores(keys.clone(), &self.v_rows, dout, ds);
         let (mut lse, mut delta) = ([0.0f32; TILE], [0.0f32; TILE]);
         for (to, lse) in lse.iter_mut().zip(task.lse(panel.queries.clone())) {
@@ -194,7 +202,9 @@ impl BackwardTask<'_> {
         let end = keys.start + keys.len().next_multiple_of(TILE);
         let mut state = BackwardState::new(unit, self);
         let width = state.products.width;
-        for mut panel in self.blocks().iter().flat_map(panels) {
+        let causal = self.attention().causal;
+        let blocks = self.blocks();
+        for mut panel in blocks.iter().flat_map(|block| panels(causal, block)) {
             let start = panel.keys.start.max(keys.start);
             panel.keys = start..panel.keys.end.min(end).max(start);
             if panel.keys.is_empty() {

@@ -30,7 +30,7 @@ const QUERIES_PER_TASK: usize = 4 * QUERY_BLOCK;
 /// Minimum number of keys of a backward task, in whole key blocks.
 const MIN_KEYS_PER_TASK: usize = 2 * KEY_BLOCK;
 /// Maximum number of key ranges of a segment: enough tasks for more threads than heads, while the
-/// partial dQ take at most 1.5 times the memory of dQ.
+/// partial dQ take at most 1.5 times the memory of dQ, or 3 times if bidirectional.
 const MAX_KEY_RANGES: usize = 4;
 
 impl Attention {
@@ -115,7 +115,7 @@ impl Attention {
         let v = CpuTensor::borrow(&saved.v)?;
         let out = CpuTensor::borrow(&saved.out)?;
         let lse = CpuTensor::borrow_f32(&saved.lse)?;
-        let (ranges, partial_rows) = KeyRange::split(segments.ranges());
+        let (ranges, partial_rows) = KeyRange::split(self.causal, segments.ranges());
         // SAFETY: every row and query head belongs to one task, which writes it.
         let buffer = |rows: usize| unsafe { uninit_vec::<f32>(rows * width) };
         let (mut dq, mut partial_dq) = (buffer(n), buffer(partial_rows));
@@ -255,31 +255,36 @@ impl<O: Element> ForwardTask<'_, O> {
     }
 }
 
-/// A range of a segment's keys, with all queries from its first key to the end of the segment.
+/// A range of a segment's keys, with all queries of the segment, or, if causal, those from its first
+/// key on. With a sliding window some may attend to none of the keys.
 pub(super) struct KeyRange {
     segment: Range<usize>,
     /// Counted from the segment's start.
     pub(super) keys: Range<usize>,
+    /// Counted from the segment's start.
+    pub(super) queries: Range<usize>,
     /// First row of its partial sum in the buffer of partial dQ; `None`: it writes to dQ directly.
     partial_dq: Option<usize>,
 }
 
 impl KeyRange {
     /// The key ranges of all segments, and the number of rows in the buffer of partial dQ.
-    fn split(segments: &[Range<usize>]) -> (Vec<Self>, usize) {
+    fn split(causal: bool, segments: &[Range<usize>]) -> (Vec<Self>, usize) {
         let mut ranges = Vec::new();
         let mut rows = 0;
         for segment in segments {
             let size = segment.len().div_ceil(MAX_KEY_RANGES);
             let size = size.next_multiple_of(KEY_BLOCK).max(MIN_KEYS_PER_TASK);
             for start in (0..segment.len()).step_by(size) {
+                let first = if causal { start } else { 0 };
                 ranges.push(Self {
                     segment: segment.clone(),
                     keys: start..(start + size).min(segment.len()),
+                    queries: first..segment.len(),
                     partial_dq: (start > 0).then_some(rows),
                 });
                 if start > 0 {
-                    rows += segment.len() - start;
+                    rows += segment.len() - first;
                 }
             }
         }
@@ -289,18 +294,12 @@ impl KeyRange {
     /// Adds the range's partial dQ, if any, to dQ; both have a row stride of `width`.
     fn add_partial_dq(&self, partial: &[f32], dq: &mut [f32], width: usize) {
         let Some(first) = self.partial_dq else { return };
-        let start = self.segment.start + self.keys.start;
+        let start = self.segment.start + self.queries.start;
         let to = dq[start * width..self.segment.end * width].chunks_mut(ELEMENTS_PER_TASK);
         let from = partial[first * width..].chunks(ELEMENTS_PER_TASK);
         par_for_each(to.zip(from), |(to, from)| {
             to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
         });
-    }
-
-    /// All queries from the first key on, counted from the segment's start; with a sliding window
-    /// the last ones may attend to none of the keys.
-    pub(super) fn queries(&self) -> Range<usize> {
-        self.keys.start..self.segment.len()
     }
 
     /// The keys of this range that the query block attends to; empty if none.
@@ -355,12 +354,12 @@ impl BackwardTask<'_> {
         ]
     }
 
-    /// The query blocks from the first key on; counts their products with this range.
+    /// The range's query blocks; counts their products with its keys.
     pub(super) fn blocks(&self) -> Vec<QueryBlock> {
         let attention = self.pass.attention;
         let blocks = attention.query_blocks(self.range.segment.len());
         let blocks: Vec<_> = blocks
-            .filter(|block| block.queries.start >= self.range.keys.start)
+            .filter(|block| block.queries.start >= self.range.queries.start)
             .collect();
         for block in &blocks {
             let keys = self.range.visible(block).len();
@@ -394,7 +393,7 @@ impl BackwardTask<'_> {
     pub(super) fn store(&self, grad: Grad, first: usize, rows: &[f32], width: usize) {
         let (heads, d) = (self.pass.attention.heads, self.pass.attention.head_dim);
         let row = self.range.segment.start + first;
-        let within = first - self.range.keys.start;
+        let within = first - self.range.queries.start;
         let (to, row) = match (grad, self.range.partial_dq) {
             (Grad::Q, Some(partial)) => (self.pass.partial_dq, partial + within),
             (Grad::Q, None) => (self.pass.dq, row),

@@ -1,9 +1,9 @@
-//! Causal grouped-query attention over segments, without a (T, T) score matrix.
+//! Causal or bidirectional grouped-query attention over segments, without a (T, T) score matrix.
 //!
 //! q is (N, Hq D), k and v (N, Hkv D), the output (N, Hq D); query head h reads key head h / (Hq /
-//! Hkv). Query blocks of `QUERY_BLOCK` rows attend to the keys up to the block's end, one key block
-//! at a time (FlashAttention tiling, Dao et al. 2022): memory is linear in T, and the executed work
-//! is that of the blocks, not of the full square. The forward pass saves each row's log-sum-exp,
+//! Hkv). Query blocks of `QUERY_BLOCK` rows attend to the keys up to the block's end, or to all if
+//! bidirectional, one key block at a time (FlashAttention tiling, Dao et al. 2022): memory is linear
+//! in T, and the executed work is that of the blocks, not of the full square. The forward pass saves each row's log-sum-exp,
 //! from which the backward pass recomputes probabilities.
 
 #[cfg(target_arch = "x86_64")]
@@ -39,14 +39,18 @@ const KEY_BLOCK: usize = 256;
 /// # use candle_core::{Device, Tensor};
 /// # use wattune::ops::{Attention, Context, Segments};
 /// # use wattune::work::{Precision, WorkCounter};
-/// let attention = Attention { heads: 1, kv_heads: 1, head_dim: 1, window: None, scale: None };
+/// let attention =
+///     Attention { heads: 1, kv_heads: 1, head_dim: 1, causal: true, window: None, scale: None };
 /// let zeros = Tensor::new(&[[0f32], [0.], [0.]], &Device::Cpu)?;
 /// let v = Tensor::new(&[[1f32], [3.], [8.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
 /// let context = Context::new(&counter, Precision::F32);
 /// let segments = Segments::from_lengths([3]);
-/// let (y, _) = attention.forward(context, zeros.clone(), zeros, v, &segments)?;
+/// let (y, _) = attention.forward(context, zeros.clone(), zeros.clone(), v.clone(), &segments)?;
 /// assert_eq!(y.to_vec2::<f32>()?, [[1.], [2.], [4.]]);
+/// let attention = Attention { causal: false, ..attention };
+/// let (y, _) = attention.forward(context, zeros.clone(), zeros, v, &segments)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[4.], [4.], [4.]]);
 /// # Ok::<(), wattune::error::Error>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,8 +61,10 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Channels of a head.
     pub head_dim: usize,
-    /// Sliding window: a token attends to itself and the `window - 1` tokens before it; `None`: to
-    /// all before it.
+    /// Whether a token attends to itself and those before it only.
+    pub causal: bool,
+    /// Sliding window: a token attends to itself and the `window - 1` tokens before it, and after
+    /// it unless causal; `None`: to all.
     pub window: Option<usize>,
     /// Factor of the scores; `None`: 1 / sqrt(head_dim).
     pub scale: Option<f64>,
@@ -66,6 +72,7 @@ pub struct Attention {
 
 /// A query block of a segment and the key rows it attends to, both counted from the segment's
 /// start.
+#[derive(Clone)]
 struct QueryBlock {
     queries: Range<usize>,
     keys: Range<usize>,
@@ -74,12 +81,13 @@ struct QueryBlock {
 impl Attention {
     /// The query blocks of a segment of `length` tokens.
     fn query_blocks(&self, length: usize) -> impl Iterator<Item = QueryBlock> + use<> {
-        let window = self.window.unwrap_or(usize::MAX);
+        let attention = *self;
         (0..length).step_by(QUERY_BLOCK).map(move |start| {
             let end = (start + QUERY_BLOCK).min(length);
             QueryBlock {
                 queries: start..end,
-                keys: (start + 1).saturating_sub(window)..end,
+                keys: attention.visible(start, length).start
+                    ..attention.visible(end - 1, length).end,
             }
         })
     }
@@ -95,9 +103,19 @@ impl Attention {
         self.heads / self.kv_heads
     }
 
-    /// The keys that query `i` attends to, both counted from the segment's start.
-    fn visible(&self, i: usize) -> Range<usize> {
-        (i + 1).saturating_sub(self.window.unwrap_or(usize::MAX))..i + 1
+    /// Distance from a query to the first key behind it that it does not attend to.
+    fn ahead(&self) -> usize {
+        if self.causal {
+            return 1;
+        }
+        self.window.unwrap_or(usize::MAX)
+    }
+
+    /// The keys that query `i` of a segment of `length` tokens attends to, both counted from the
+    /// segment's start.
+    fn visible(&self, i: usize, length: usize) -> Range<usize> {
+        let start = (i + 1).saturating_sub(self.window.unwrap_or(usize::MAX));
+        start..i.saturating_add(self.ahead()).min(length)
     }
 
     /// Work of `score_gemms` (queries, keys, D) and `value_gemms` (queries, D, keys) products per
@@ -234,7 +252,7 @@ impl Attention {
     }
 
     /// One new token: q (1, Hq D) against the cached k, v (T, Hkv D), of which a window hides the
-    /// oldest -> (1, Hq D).
+    /// oldest -> (1, Hq D). Causal attention only.
     pub fn decode(
         &self,
         context: Context<'_>,
@@ -247,7 +265,7 @@ impl Attention {
         self.check(1, &[("q", q, self.heads)])?;
         self.check(keys, &[("k", k, hkv), ("v", v, hkv)])?;
         context.counter.add(attention_decode_cost(self, keys));
-        let seen = self.visible(keys - 1);
+        let seen = self.visible(keys - 1, keys);
         match context.path(q) {
             Path::Cpu => self.decode_cpu([q, k, v], seen),
             path => self.decode_reference(path, [q, k, v], seen),

@@ -167,9 +167,8 @@ impl Attention {
         let (queries, keys) = (block.queries.len(), block.keys.len());
         let mut mask = vec![f32::NEG_INFINITY; queries * keys];
         for (row, query) in mask.chunks_mut(keys).zip(block.queries.clone()) {
-            let visible = self.visible(query);
-            let first = visible.start.max(block.keys.start) - block.keys.start;
-            row[first..visible.end - block.keys.start].fill(0.0);
+            let visible = self.visible(query, block.keys.end);
+            row[visible.start - block.keys.start..visible.end - block.keys.start].fill(0.0);
         }
         Ok(Tensor::from_vec(mask, (queries, keys), device)?)
     }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use super::KEY_BLOCK;
+use super::{Attention, KEY_BLOCK};
 use crate::ops::gemm::Element;
 use crate::ops::simd::simd;
 
@@ -16,21 +16,29 @@ use crate::ops::simd::simd;
 pub(super) struct Panel {
     pub(super) queries: Range<usize>,
     pub(super) keys: Range<usize>,
+    /// The first key that is padding.
+    pub(super) padding: usize,
     /// Row stride: elements from the scores of one key to those of the next.
     pub(super) stride: usize,
 }
 
 impl Panel {
-    /// Sets the scores of keys after the query (causal mask), or `window` or more before it, to
-    /// minus infinity.
-    pub(super) fn mask(&self, window: Option<usize>, scores: &mut [f32]) {
+    /// Sets the scores of keys that the query does not attend to, and of padding, to minus
+    /// infinity.
+    pub(super) fn mask(&self, attention: &Attention, scores: &mut [f32]) {
         let first = self.keys.start;
         let count = self.queries.len();
-        for key in first.max(self.queries.start + 1)..self.keys.end {
-            let hidden = (key - self.queries.start).min(count);
+        let ahead = attention.ahead();
+        for key in first.max(self.queries.start.saturating_add(ahead))..self.keys.end {
+            let hidden = (key - self.queries.start - ahead + 1).min(count);
             scores[(key - first) * self.stride..][..hidden].fill(f32::NEG_INFINITY);
         }
-        let Some(window) = window else { return };
+        for key in self.padding.max(first)..self.keys.end {
+            scores[(key - first) * self.stride..][..count].fill(f32::NEG_INFINITY);
+        }
+        let Some(window) = attention.window else {
+            return;
+        };
         let end = self.queries.end.saturating_sub(window);
         for key in first..self.keys.end.min(end) {
             let visible = (key + window).saturating_sub(self.queries.start);

@@ -123,14 +123,19 @@ pub(super) struct ScoreTile<'a> {
     keys: Range<usize>,
     /// Rows of micro-tiles: up to MR keys each.
     strips: Vec<Range<usize>>,
-    /// Columns of micro-tiles: up to NR queries each, with the strips that begin at or before their
-    /// last query.
+    /// Columns of micro-tiles: up to NR queries each, with all strips or, if causal, those that begin
+    /// at or before their last query.
     pub(super) panels: Vec<Panel>,
 }
 
 impl<'a> ScoreTile<'a> {
     /// `None` where the query block attends to none of these keys.
-    pub(super) fn new(isa: &'a Isa, block: &QueryBlock, keys: &Range<usize>) -> Option<Self> {
+    pub(super) fn new(
+        isa: &'a Isa,
+        causal: bool,
+        block: &QueryBlock,
+        keys: &Range<usize>,
+    ) -> Option<Self> {
         let queries = block.queries.clone();
         let keys = block.keys.start.max(keys.start)..block.keys.end.min(keys.end);
         if keys.is_empty() {
@@ -139,9 +144,12 @@ impl<'a> ScoreTile<'a> {
         let strips: Vec<Range<usize>> = even_parts(keys.clone(), isa.mr).collect();
         let panel = |start: usize| {
             let queries = start..(start + isa.nr()).min(queries.end);
-            let visible = strips.iter().take_while(|strip| strip.start < queries.end);
+            let seen = |strip: &&Range<usize>| !causal || strip.start < queries.end;
+            let end = strips.iter().take_while(seen).last();
+            let keys = keys.start..end.map_or(keys.start, |strip| strip.end);
             Panel {
-                keys: keys.start..visible.last().map_or(keys.start, |strip| strip.end),
+                padding: keys.end,
+                keys,
                 queries,
                 stride: QUERY_BLOCK,
             }
@@ -178,7 +186,7 @@ impl<'a> ScoreTile<'a> {
         assert!(rows.contains(&self.keys) && out.len() >= self.keys.len() * QUERY_BLOCK);
         assert!(columns.len() >= d * self.queries.len().next_multiple_of(isa.lanes));
         for keys in &self.strips {
-            let seen = |panel: &&Panel| keys.start < panel.queries.end;
+            let seen = |panel: &&Panel| keys.start < panel.keys.end;
             for panel in self.panels.iter().filter(seen) {
                 let (column, vectors) = (self.column(panel), self.vectors(panel));
                 let out = &mut out[(keys.start - self.keys.start) * QUERY_BLOCK + column..];
@@ -230,8 +238,12 @@ impl<'a> ScoreTile<'a> {
         assert!(sum.contains(&self.keys) && sum.width == rows.width);
         let width = sum.width;
         for keys in &self.strips {
-            // Panels of earlier queries hold no scores of this strip.
-            let column = keys.start.saturating_sub(self.queries.start) / isa.nr() * isa.nr();
+            // Panels of queries before a causal strip hold no scores of it.
+            let seen = |panel: &&Panel| keys.start < panel.keys.end;
+            let Some(panel) = self.panels.iter().find(seen) else {
+                continue;
+            };
+            let column = self.column(panel);
             for (first, vectors) in rows.panels(isa) {
                 let scores = &scores[(keys.start - self.keys.start) * QUERY_BLOCK + column..];
                 let terms = [KernelTerm {

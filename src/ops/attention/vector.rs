@@ -58,7 +58,10 @@ impl<O: Element> ForwardTask<'_, O> {
     pub(super) fn run_vector(&self, isa: &Isa, scratch: &mut Scratch) {
         let queries = self.queries.clone();
         let [q, k, v] = self.heads();
-        scratch.reserve(queries.end);
+        let blocks = self.blocks();
+        let first = blocks.first().map_or(0, |block| block.keys.start);
+        let end = blocks.last().map_or(0, |block| block.keys.end);
+        scratch.reserve(end);
         q.pack_columns(isa, queries.clone(), &mut scratch.columns);
         scratch.sum.clear(isa, queries.clone(), q.d);
         let lanes = queries.len().next_multiple_of(isa.lanes);
@@ -66,13 +69,12 @@ impl<O: Element> ForwardTask<'_, O> {
             max: vec![f32::MIN; lanes],
             sum: vec![0.0; lanes],
         };
-        let blocks = self.blocks();
-        let first = blocks.iter().map(|block| block.keys.start).min();
-        for keys in key_blocks(first.unwrap_or(queries.end)..queries.end) {
+        let causal = self.attention().causal;
+        for keys in key_blocks(first..end) {
             k.pack_rows(isa, keys.clone(), &mut scratch.k);
             v.pack_rows(isa, keys.clone(), &mut scratch.v);
             for block in &blocks {
-                if let Some(tile) = ScoreTile::new(isa, block, &keys) {
+                if let Some(tile) = ScoreTile::new(isa, causal, block, &keys) {
                     self.accumulate(&tile, block.keys.start < keys.start, &mut state, scratch);
                 }
             }
@@ -111,7 +113,7 @@ impl<O: Element> ForwardTask<'_, O> {
         for panel in &tile.panels {
             let column = tile.column(panel);
             let scores = &mut p[column..panel.keys.len() * QUERY_BLOCK];
-            panel.mask(self.attention().window, scores);
+            panel.mask(self.attention(), scores);
             let max = &mut state.max[first + column..];
             let sum = &mut state.sum[first + column..];
             let mut factors = [0.0; 32];
@@ -137,7 +139,7 @@ struct RowStatistics {
 
 impl BackwardTask<'_> {
     pub(super) fn run_vector(&self, isa: &Isa, scratch: &mut Scratch) {
-        let queries = self.range.queries();
+        let queries = self.range.queries.clone();
         let [q, k, v, dout] = self.heads();
         let d = q.d;
         scratch.reserve(self.range.keys.len());
@@ -151,13 +153,14 @@ impl BackwardTask<'_> {
         self.delta(queries.start, &mut rows.delta);
         let visible = |block: &QueryBlock| !self.range.visible(block).is_empty();
         let blocks: Vec<_> = self.blocks().into_iter().filter(visible).collect();
+        let causal = self.attention().causal;
         for keys in key_blocks(self.range.keys.clone()) {
             k.pack_rows(isa, keys.clone(), &mut scratch.k);
             v.pack_rows(isa, keys.clone(), &mut scratch.v);
             scratch.dk.clear(isa, keys.clone(), d);
             scratch.dv.clear(isa, keys.clone(), d);
             for block in &blocks {
-                if let Some(tile) = ScoreTile::new(isa, block, &keys) {
+                if let Some(tile) = ScoreTile::new(isa, causal, block, &keys) {
                     self.accumulate(isa, &tile, &rows, scratch);
                 }
             }
@@ -203,7 +206,7 @@ impl BackwardTask<'_> {
         for panel in &tile.panels {
             let scores = tile.column(panel)..panel.keys.len() * QUERY_BLOCK;
             let (p, ds) = (&mut p[scores.clone()], &mut ds[scores]);
-            panel.mask(self.attention().window, p);
+            panel.mask(self.attention(), p);
             let queries = q.local(&panel.queries);
             let (lse, delta) = (&rows.lse[queries.clone()], &rows.delta[queries]);
             by_lanes!(

@@ -27,7 +27,10 @@ fn naive(
     let segments = lengths.iter().enumerate();
     let segment: Vec<usize> = segments.flat_map(|(i, length)| vec![i; *length]).collect();
     let window = attention.window.unwrap_or(n);
-    let sees = |i: usize, j: usize| segment[i] == segment[j] && j <= i && i - j < window;
+    let sees = |i: usize, j: usize| {
+        let before = j <= i || !attention.causal;
+        segment[i] == segment[j] && before && i.abs_diff(j) < window
+    };
     let mask = (0..n * n).map(|at| f64::from(u8::from(sees(at / n, at % n))));
     let mask = Tensor::from_iter(mask, &Device::Cpu)?.reshape((n, n))?;
     let heads = |x: &Tensor, heads: usize| {
@@ -122,9 +125,10 @@ prop_compose! {
         kv_heads in 1usize..4,
         group in 1usize..4,
         head_dim in head_dims(),
+        causal: bool,
         window in prop::option::of(1usize..80),
     ) -> Attention {
-        Attention { window, ..attention(kv_heads * group, kv_heads, head_dim) }
+        Attention { causal, window, ..attention(kv_heads * group, kv_heads, head_dim) }
     }
 }
 
@@ -148,19 +152,27 @@ proptest! {
 /// with windows below, at and above them.
 #[test]
 fn block_edges_do_not_show() {
-    let attention = |window| Attention {
+    let attention = |causal, window| Attention {
+        causal,
         window,
         ..attention(2, 1, 4)
     };
     let many: &[usize] = &[1, 64, 1, 65, 63, 1];
     for lengths in [&[1][..], &[63], &[64], &[65], &[130], &[257], many] {
-        prove(attention(None), lengths, 11);
+        prove(attention(true, None), lengths, 11);
+    }
+    for lengths in [&[65][..], &[257], many] {
+        prove(attention(false, None), lengths, 11);
     }
     for window in [1, 16, 63, 64, 65, 1000] {
-        prove(attention(Some(window)), &[130, 1], 12);
+        prove(attention(true, Some(window)), &[130, 1], 12);
+        prove(attention(false, Some(window)), &[130, 1], 12);
     }
     for window in [1, 63, 127, 128, 129, 200, 255, 256, 257] {
-        prove(attention(Some(window)), &[300], 13);
+        prove(attention(true, Some(window)), &[300], 13);
+    }
+    for window in [129, 256] {
+        prove(attention(false, Some(window)), &[300], 13);
     }
 }
 
@@ -168,13 +180,16 @@ fn block_edges_do_not_show() {
 /// before, in and behind the next range.
 #[test]
 fn key_ranges_do_not_show() {
-    let long: [(_, &[usize]); 3] = [
-        (None, &[513]),
-        (Some(40), &[1100]),
-        (Some(600), &[3, 1030, 700]),
+    let long: [(_, _, &[usize]); 5] = [
+        (true, None, &[513]),
+        (true, Some(40), &[1100]),
+        (true, Some(600), &[3, 1030, 700]),
+        (false, None, &[3, 513]),
+        (false, Some(600), &[1030]),
     ];
-    for (window, lengths) in long {
+    for (causal, window, lengths) in long {
         let attention = Attention {
+            causal,
             window,
             ..attention(2, 1, 4)
         };

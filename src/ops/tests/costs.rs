@@ -60,6 +60,31 @@ fn attention_costs_its_blocks() {
     }
 }
 
+/// The same by hand if every token attends to all, or to those up to 15 away on both sides:
+///
+/// | T | all | window 16 |
+/// |---|---|---|
+/// | 65 | 64x65 + 1x65 | 64x65 + 1x16: row 64 sees keys 49 to 64 |
+/// | 130 | 130x130 | 64x79 (keys 0 to 78) + 64x81 (49 to 129) + 2x17 (113 to 129) |
+#[test]
+fn bidirectional_attention_costs_its_blocks() {
+    let pairs = [
+        (65, 65 * 65, 64 * 65 + 16),
+        (130, 130 * 130, 64 * 79 + 64 * 81 + 2 * 17),
+    ];
+    for (length, all, near) in pairs {
+        for (window, pairs) in [(None, all), (Some(16), near)] {
+            let attention = Attention {
+                causal: false,
+                window,
+                ..attention(6, 2, 5)
+            };
+            let forward = attention_forward_cost(&attention, &[length]).flops();
+            assert_eq!(forward, 6 * 2 * 2 * 5 * pairs, "T {length} {window:?}");
+        }
+    }
+}
+
 /// T 2, D 3, one head: (queries, keys, D) for scores, again for the scores and dP of the backward
 /// pass; (queries, D, keys) for P V.
 #[test]

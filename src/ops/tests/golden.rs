@@ -53,6 +53,7 @@ fn attention_with_groups_window_and_segments() {
         heads,
         kv_heads,
         head_dim,
+        causal: true,
         window: Some(window),
         scale: None,
     };

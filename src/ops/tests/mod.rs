@@ -226,6 +226,7 @@ const fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> Attention 
         heads,
         kv_heads,
         head_dim,
+        causal: true,
         window: None,
         scale: None,
     }
