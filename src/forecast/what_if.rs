@@ -23,17 +23,6 @@ use crate::work::{Precision, Work};
 /// Steps sampled evenly over the run; a shorter run is counted in full.
 const SAMPLED: u64 = 4;
 const RANKS: [usize; 5] = [4, 8, 16, 32, 64];
-const ATTENTION: [&str; 4] = ["q_proj", "k_proj", "v_proj", "o_proj"];
-/// The linear layers of a block.
-const LINEARS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
 /// Devices from a desk to a data centre.
 const DEVICES: [&str; 7] = [
     "raspberry-pi-5",
@@ -296,11 +285,16 @@ impl SensitivityTable<'_> {
             (targets, toml_list(names))
         };
         let all = (Targets::AllLinear, "all-linear".to_string());
-        let choices = [
-            ("targets q_proj, v_proj", named(&["q_proj", "v_proj"])),
-            ("attention only", named(&ATTENTION)),
-            ("targets all-linear", all),
-        ];
+        let names = &self.subject.architecture.names.linears;
+        let target = |name: &&'static str| names.target(name);
+        let qkv: Vec<&str> = names.qkv.iter().map(target).collect();
+        let mut choices = Vec::new();
+        if let [q, _, v] = qkv.as_slice() {
+            choices.push((format!("targets {q}, {v}"), named(&[q, v])));
+        }
+        let attention = [&qkv[..], &[names.target(names.o)]].concat();
+        choices.push(("attention only".to_string(), named(&attention)));
+        choices.push(("targets all-linear".to_string(), all));
         let paths = |sites: Vec<Site>| sites.into_iter().map(|site| site.path);
         for (choice, (targets, value)) in choices {
             // PEFT refuses a list of layers with "all-linear".
@@ -314,7 +308,7 @@ impl SensitivityTable<'_> {
             if !paths(self.sites(&other)?).eq(paths(self.sites(settings)?)) {
                 self.add_adapter(
                     "targets",
-                    choice,
+                    &choice,
                     format!("adapter.target_modules={value}"),
                     other,
                 )?;
@@ -330,10 +324,8 @@ impl SensitivityTable<'_> {
             return Ok(());
         }
         let upper: Vec<usize> = (layers / 2..layers).collect();
-        let layer_of = |site: &Site| -> Option<usize> {
-            let rest = site.path.strip_prefix("model.layers.")?;
-            rest.split('.').next()?.parse().ok()
-        };
+        let names = &self.subject.architecture.names;
+        let layer_of = |site: &Site| names.layer_of(&site.path);
         let mut sites = self.sites(settings)?;
         sites.retain(|site| layer_of(site).is_some_and(|layer| upper.contains(&layer)));
         if sites.is_empty() {
@@ -344,8 +336,10 @@ impl SensitivityTable<'_> {
             Targets::Names(_) => vec![layers_key],
             // PEFT wants names beside a list of layers.
             Targets::AllLinear => {
-                let names = format!("adapter.target_modules={}", toml_list(&LINEARS));
-                vec![names, layers_key]
+                let linears = &names.linears;
+                let targets: Vec<&str> = linears.iter().map(|name| linears.target(name)).collect();
+                let targets = format!("adapter.target_modules={}", toml_list(&targets));
+                vec![targets, layers_key]
             }
             Targets::Regex(_) => Vec::new(),
         };

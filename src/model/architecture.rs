@@ -1,6 +1,7 @@
 //! The architecture of a decoder: its sizes and switches, linear layers and tensors.
 
-use super::linears::{LINEAR_NAMES, Linears};
+use super::linears::Linears;
+use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use crate::adapter::Module;
 use crate::ops::{Activation, Attention, NormKind, Rope};
@@ -13,6 +14,8 @@ pub struct Architecture {
     pub model_type: String,
     /// config.json's first `architectures` entry, or one made from the model type.
     pub class: String,
+    /// Names of its modules.
+    pub names: ModuleNames,
     /// Channels of the residual stream.
     pub hidden_size: usize,
     /// Channels inside the MLP.
@@ -23,6 +26,9 @@ pub struct Architecture {
     pub attention: Attention,
     /// What differs from block to block, one entry each.
     pub layers: Vec<LayerKind>,
+    /// Groups that the columns of a fused q, k, v fall into, each with a share of q, of k and of v: 1
+    /// for `[q|k|v]`, the number of heads for `[h][q,k,v]`.
+    pub qkv_groups: usize,
     /// The norms of q and k before their rotation, if they have any.
     pub qk_norm: Option<QkNorm>,
     /// The activation of gate.
@@ -156,39 +162,50 @@ impl Architecture {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let heads = self.attention.heads * self.attention.head_dim;
         let kv_heads = self.attention.kv_heads * self.attention.head_dim;
-        let Biases { qkv, o, mlp, .. } = self.biases;
-        let shapes = Linears {
-            q_proj: (heads, hidden, qkv),
-            k_proj: (kv_heads, hidden, qkv),
-            v_proj: (kv_heads, hidden, qkv),
-            o_proj: (hidden, heads, o),
-            gate_proj: (inner, hidden, mlp),
-            up_proj: (inner, hidden, mlp),
-            down_proj: (hidden, inner, mlp),
+        let spec = |name, out_features, in_features, bias| LinearSpec {
+            name,
+            out_features,
+            in_features,
+            bias,
         };
-        LINEAR_NAMES.zip(shapes).map(|(name, shape)| {
-            let (out_features, in_features, bias) = shape;
-            LinearSpec {
-                name,
-                out_features,
-                in_features,
-                bias,
+        // One layer for each part, or one with the columns of all parts.
+        let fused = |names: &[&'static str], widths: &[usize], bias| match names {
+            [name] => vec![spec(name, widths.iter().sum(), hidden, bias)],
+            names => {
+                let layers = names.iter().zip(widths);
+                layers
+                    .map(|(name, width)| spec(name, *width, hidden, bias))
+                    .collect()
             }
-        })
+        };
+        let names = &self.names.linears;
+        let Biases { qkv, o, mlp, .. } = self.biases;
+        Linears {
+            qkv: fused(names.qkv, &[heads, kv_heads, kv_heads], qkv),
+            o: spec(names.o, hidden, heads, o),
+            gate_up: fused(names.gate_up, &[inner, inner], mlp),
+            down: spec(names.down, hidden, inner, mlp),
+        }
     }
 
     /// Path of the output embedding among [`Architecture::modules`], which `all-linear` leaves out.
     pub fn output_embedding(&self) -> &'static str {
-        "lm_head"
+        self.names.lm_head
+    }
+
+    /// Names of the tensors that are one if the embeddings are tied: the head's and the embedding's.
+    pub fn tied_tensors(&self) -> [String; 2] {
+        let embed_tokens = self.names.embed_tokens_path();
+        [self.names.lm_head, &embed_tokens].map(|path| format!("{path}.weight"))
     }
 
     /// Every linear layer in model order, the output embedding last: what adapters can target.
     pub fn modules(&self) -> Vec<Module> {
         let mut modules = Vec::new();
         for layer in 0..self.num_hidden_layers {
-            let linears = self.linears().into_array();
-            modules.extend(linears.map(|linear| Module {
-                path: format!("model.layers.{layer}.{}", linear.name),
+            let block = self.names.block_path(layer);
+            modules.extend(self.linears().iter().map(|linear| Module {
+                path: format!("{block}.{}", linear.name),
                 out_features: linear.out_features,
                 in_features: linear.in_features,
             }));
@@ -218,9 +235,9 @@ impl Architecture {
         };
         let norm_bias = self.biases.norm;
         let vocabulary = [self.vocab_size, hidden];
-        add("model.embed_tokens".into(), &vocabulary, false);
+        add(self.names.embed_tokens_path(), &vocabulary, false);
         for layer in 0..self.num_hidden_layers {
-            let prefix = format!("model.layers.{layer}");
+            let prefix = self.names.block_path(layer);
             for norm in self.norm_names() {
                 add(format!("{prefix}.{norm}"), &[hidden], norm_bias);
             }
@@ -228,15 +245,15 @@ impl Architecture {
                 add(format!("{prefix}.self_attn.q_norm"), &[q], norm_bias);
                 add(format!("{prefix}.self_attn.k_norm"), &[k], norm_bias);
             }
-            for linear in self.linears().into_array() {
+            for linear in self.linears().iter() {
                 let path = format!("{prefix}.{}", linear.name);
                 let shape = [linear.out_features, linear.in_features];
                 add(path, &shape, linear.bias);
             }
         }
-        add("model.norm".into(), &[hidden], norm_bias);
+        add(self.names.norm_path(), &[hidden], norm_bias);
         if !self.tie_word_embeddings {
-            add("lm_head".into(), &vocabulary, false);
+            add(self.names.lm_head.into(), &vocabulary, false);
         }
         tensors
     }

@@ -65,10 +65,10 @@ impl BackwardNeeds {
     /// `trained`: which linear layers hold trained values; `input`: whether the gradient of the
     /// block's input is needed.
     pub(super) fn new(trained: &Linears<bool>, input: bool) -> Self {
-        let qkv_input = trained.q_proj || trained.k_proj || trained.v_proj;
-        let mlp_input = trained.gate_proj || trained.up_proj;
+        let qkv_input = trained.qkv.contains(&true);
+        let mlp_input = trained.gate_up.contains(&true);
         let qkv = input || qkv_input;
-        let attention = qkv || trained.o_proj;
+        let attention = qkv || trained.o;
         Self {
             input,
             qkv,

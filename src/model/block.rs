@@ -7,21 +7,19 @@ use rand_chacha::rand_core::Rng;
 
 use super::backward::BackwardNeeds;
 use super::kv_cache::KvCache;
-use super::linears::{LINEAR_NAMES, Linears};
+use super::linears::Linears;
 use super::residual::ResidualBranch;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::ops::{
     Activation, Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask,
-    FeedForward, FeedForwardLayer, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput,
-    LinearSaved, Norm, NormSaved, RopeTables, Segments, backward_shared_input,
+    FeedForward, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput, LinearSaved,
+    Norm, NormSaved, RopeTables, Segments, backward_shared_input, join_columns, split_columns,
 };
 use crate::random::{self, Purpose};
 
 /// A block's weights.
 #[derive(Debug)]
 pub(super) struct Block {
-    /// `model.layers.N`, the prefix of its tensors.
-    pub(super) path: String,
     pub(super) attention_branch: ResidualBranch,
     pub(super) mlp_branch: ResidualBranch,
     /// On q, or each of its heads, before the rotation.
@@ -31,6 +29,10 @@ pub(super) struct Block {
     /// Its rotation among those of the pass, if it has one.
     pub(super) rope: Option<usize>,
     pub(super) linears: Linears<Linear>,
+    /// Paths of the linear layers, as `model.layers.N.self_attn.q_proj`.
+    pub(super) paths: Linears<String>,
+    /// As the architecture's.
+    pub(super) qkv_groups: usize,
     pub(super) attention: Attention,
     pub(super) activation: Activation,
 }
@@ -67,8 +69,7 @@ pub(super) struct BlockSaved {
 /// Saved by [`Block::qkv`] for the backward pass.
 struct QkvSaved {
     input: NormSaved,
-    /// Of q, k and v.
-    linears: [LinearSaved; 3],
+    linears: Vec<LinearSaved>,
     q_norm: Option<NormSaved>,
     k_norm: Option<NormSaved>,
 }
@@ -125,11 +126,8 @@ impl Block {
 
     /// x (N, C) -> q (N, Hq D) and k (N, Hkv D), both rotated, and v (N, Hkv D).
     fn qkv(&self, pass: &Pass<'_>, x: &Tensor) -> Result<([Tensor; 3], QkvSaved)> {
-        let l = &self.linears;
         let (h, input) = self.attention_branch.input(pass.context, x)?;
-        let (q, q_saved) = self.linear(pass, &l.q_proj, LINEAR_NAMES.q_proj, &h, None)?;
-        let (k, k_saved) = self.linear(pass, &l.k_proj, LINEAR_NAMES.k_proj, &h, None)?;
-        let (v, v_saved) = self.linear(pass, &l.v_proj, LINEAR_NAMES.v_proj, &h, None)?;
+        let ([q, k, v], linears) = self.project_qkv(pass, &h)?;
         drop(h);
         let (q, q_norm) = forward_groups(pass, self.q_norm.as_ref(), q)?;
         let (k, k_norm) = forward_groups(pass, self.k_norm.as_ref(), k)?;
@@ -140,11 +138,43 @@ impl Block {
         let (rotated_q, rotated_k) = (rotated(q)?, rotated(k)?);
         let saved = QkvSaved {
             input,
-            linears: [q_saved, k_saved, v_saved],
+            linears,
             q_norm,
             k_norm,
         };
         Ok(([rotated_q, rotated_k, v], saved))
+    }
+
+    /// h (N, C) -> q (N, Hq D), k and v (N, Hkv D).
+    fn project_qkv(
+        &self,
+        pass: &Pass<'_>,
+        h: &LinearInput,
+    ) -> Result<([Tensor; 3], Vec<LinearSaved>)> {
+        let (mut outputs, mut saved) = (Vec::new(), Vec::new());
+        for (linear, path) in self.linears.qkv.iter().zip(&self.paths.qkv) {
+            let (y, of_linear) = self.linear(pass, linear, path, h, None)?;
+            outputs.push(y);
+            saved.push(of_linear);
+        }
+        if let [fused] = outputs.as_slice() {
+            let Attention {
+                heads,
+                kv_heads,
+                head_dim,
+                ..
+            } = self.attention;
+            let widths =
+                [heads, kv_heads, kv_heads].map(|heads| heads * head_dim / self.qkv_groups);
+            outputs = split_columns(pass.context, fused, self.qkv_groups, &widths)?;
+        }
+        let outputs = outputs.try_into().map_err(|_| {
+            Error::new(
+                Kind::Model,
+                "q, k and v are the output of one layer or of three",
+            )
+        })?;
+        Ok((outputs, saved))
     }
 
     /// The block's input x (N, C) and the attention's output (N, Hq D) -> y (N, C).
@@ -156,26 +186,23 @@ impl Block {
         attn_output: Tensor,
         gate_gradients: bool,
     ) -> Result<(Tensor, OutputSaved)> {
-        let l = &self.linears;
+        let (l, paths) = (&self.linears, &self.paths);
         let attn_output = LinearInput::new(pass.context, attn_output)?;
         let (attention, mlp) = (&self.attention_branch, &self.mlp_branch);
         let base = attention.base(x);
-        let (y, o) = self.linear(pass, &l.o_proj, LINEAR_NAMES.o_proj, &attn_output, base)?;
+        let (y, o) = self.linear(pass, &l.o, &paths.o, &attn_output, base)?;
         drop(attn_output);
         let (x1, attention_output) = attention.add(pass.context, x, y)?;
         let (h, input) = mlp.input(pass.context, &x1)?;
-        let masks = |part: FeedForwardLayer, x: &LinearInput| {
-            let (linear, name) = match part {
-                FeedForwardLayer::Gate => (&l.gate_proj, LINEAR_NAMES.gate_proj),
-                FeedForwardLayer::Up => (&l.up_proj, LINEAR_NAMES.up_proj),
-                FeedForwardLayer::Down => (&l.down_proj, LINEAR_NAMES.down_proj),
+        let masks = |index: usize, x: &LinearInput| {
+            let (linear, path) = match l.gate_up.get(index) {
+                Some(linear) => (linear, &paths.gate_up[index]),
+                None => (&l.down, &paths.down),
             };
-            self.mask(pass, linear, name, x)
+            self.mask(pass, linear, path, x)
         };
-        let masked = pass.dropout.is_some()
-            && [&l.gate_proj, &l.up_proj, &l.down_proj]
-                .iter()
-                .any(|linear| linear.lora.is_some());
+        let adapted = |linear: &Linear| linear.lora.is_some();
+        let masked = pass.dropout.is_some() && (l.gate_up.iter().any(adapted) || adapted(&l.down));
         let dropout = masked.then_some(&masks as _);
         let base = mlp.base(&x1);
         let (y, feed_forward) =
@@ -196,15 +223,14 @@ impl Block {
         let l = &self.linears;
         FeedForward {
             activation: self.activation,
-            gate: &l.gate_proj,
-            up: &l.up_proj,
-            down: &l.down_proj,
+            gate_up: &l.gate_up,
+            down: &l.down,
         }
     }
 
     /// Which linear layers hold trained values.
     pub(super) fn trained_linears(&self) -> Linears<bool> {
-        self.linears.as_ref().map(Linear::needs_input)
+        self.linears.map(Linear::needs_input)
     }
 
     /// dy (N, C) -> dx (N, C) if `input_gradient`; adds the gradients of trained weights. Ends as
@@ -276,7 +302,7 @@ impl Block {
         let d_output =
             self.attention_branch
                 .output_backward(context, dx1, attention_output, gradients)?;
-        let d_attn_output = self.linears.o_proj.backward(
+        let d_attn_output = self.linears.o.backward(
             context,
             &d_output,
             Some(saved.attention.output()),
@@ -320,19 +346,20 @@ impl Block {
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
         let context = pass.context;
-        let l = &self.linears;
         let branch = &self.attention_branch;
         let h = branch.recompute_input(context, &saved.input, needs.qkv_input)?;
-        let dq = LinearInput::new(context, dq)?;
-        let dk = LinearInput::new(context, dk)?;
-        let dv = LinearInput::new(context, dv)?;
-        let [q, k, v] = &saved.linears;
-        let layer = |linear, dy, saved| Branch { linear, dy, saved };
-        let layers = [
-            layer(&l.q_proj, &dq, q),
-            layer(&l.k_proj, &dk, k),
-            layer(&l.v_proj, &dv, v),
-        ];
+        let mut d_outputs = vec![dq, dk, dv];
+        if self.linears.qkv.len() == 1 {
+            d_outputs = vec![join_columns(context, &d_outputs, self.qkv_groups)?];
+        }
+        let inputs = d_outputs
+            .into_iter()
+            .map(|dy| LinearInput::new(context, dy));
+        let d_outputs = inputs.collect::<Result<Vec<_>>>()?;
+        let layers = self.linears.qkv.iter().zip(&d_outputs).zip(&saved.linears);
+        let layers: Vec<_> = layers
+            .map(|((linear, dy), saved)| Branch { linear, dy, saved })
+            .collect();
         let wanted = InputGradient::when(needs.input);
         let dh = backward_shared_input(context, &layers, h.as_ref(), wanted, gradients)?;
         dh.map(|dh| branch.input_backward(context, &dh, &saved.input, dx1, gradients))
@@ -344,11 +371,11 @@ impl Block {
         &self,
         pass: &Pass<'_>,
         linear: &Linear,
-        name: &str,
+        path: &str,
         x: &LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let mask = self.mask(pass, linear, name, x);
+        let mask = self.mask(pass, linear, path, x);
         linear.forward_input(pass.context, x, mask, base)
     }
 
@@ -358,16 +385,15 @@ impl Block {
         &self,
         pass: &Pass<'_>,
         linear: &Linear,
-        name: &str,
+        path: &str,
         x: &LinearInput,
     ) -> Option<DropoutMask> {
         let dropout = pass.dropout.filter(|_| linear.lora.is_some())?;
         let ranges = pass.segments.ranges();
-        let path = format!("{}.{name}", self.path);
         let (rows, width) = x.shape();
         let stream = |example: &u64| {
             let key = [dropout.step, *example];
-            random::stream(dropout.seed, Purpose::Dropout, &key, &path)
+            random::stream(dropout.seed, Purpose::Dropout, &key, path)
         };
         let streams: Vec<_> = pass.examples.iter().map(stream).collect();
         Some(DropoutMask::sample(

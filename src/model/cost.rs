@@ -12,9 +12,9 @@ use super::linears::Linears;
 use super::residual::{BranchNorms, BranchShape};
 use crate::adapter::Site;
 use crate::ops::{
-    LinearShape, LmHeadShape, RopeTables, attention_backward_cost, attention_decode_cost,
-    attention_forward_cost, dtype, embedding_backward_cost, embedding_cost, norm_backward_cost,
-    norm_cost, residual_cost, scale_cost,
+    LinearShape, LmHeadShape, attention_backward_cost, attention_decode_cost,
+    attention_forward_cost, columns_cost, dtype, embedding_backward_cost, embedding_cost,
+    norm_backward_cost, norm_cost, residual_cost, rope_cost, scale_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -70,12 +70,14 @@ impl ModelShape {
             .iter()
             .map(|site| (site.path.as_str(), site.r))
             .collect();
-        let rank = |layer: usize, linear: LinearSpec| {
-            let path = format!("model.layers.{layer}.{}", linear.name);
+        let linears = architecture.linears();
+        let rank = |block: &str, linear: &LinearSpec| {
+            let path = format!("{block}.{}", linear.name);
             by_path.get(path.as_str()).copied()
         };
         let ranks = (0..architecture.num_hidden_layers)
-            .map(|layer| architecture.linears().map(|linear| rank(layer, linear)))
+            .map(|layer| architecture.names.block_path(layer))
+            .map(|block| linears.map(|linear| rank(&block, linear)))
             .collect();
         Self::new(architecture, ranks, false, dropout, precision)
     }
@@ -120,7 +122,10 @@ impl ModelShape {
 
     /// The blocks that the backward pass visits.
     fn backward_range(&self) -> BackwardRange {
-        let trained = self.ranks.iter().map(|ranks| ranks.any(Option::is_some));
+        let trained = self
+            .ranks
+            .iter()
+            .map(|ranks| ranks.iter().any(Option::is_some));
         BackwardRange::new(trained, self.all_trained)
     }
 
@@ -149,7 +154,7 @@ impl ModelShape {
         let before_norms =
             outputs.iter().flatten().count() * a.hidden_size + a.qk_norm.map_or(0, |_| q + kv);
         let compute_type = 2 * (a.hidden_size + q + kv + a.intermediate_size) + before_norms;
-        let adapter = |shape: LinearShape| {
+        let adapter = |shape: &LinearShape| {
             let mask = if shape.dropout {
                 shape.in_features.div_ceil(32)
             } else {
@@ -157,8 +162,8 @@ impl ModelShape {
             };
             shape.r.map_or(0, |r| r + mask)
         };
-        let shapes = self.linears(layer, tokens, self.dropout).into_array();
-        let words: usize = shapes.into_iter().map(adapter).sum();
+        let shapes = self.linears(layer, tokens, self.dropout);
+        let words: usize = shapes.iter().map(adapter).sum();
         let element = dtype(self.precision).size_in_bytes();
         (tokens * (compute_type * element + 4 * words)) as u64
     }
@@ -174,10 +179,10 @@ impl ModelShape {
 
     /// Shapes of the linear layers of block `layer` for `tokens` rows.
     fn linears(&self, layer: usize, tokens: usize, dropout: bool) -> Linears<LinearShape> {
-        let linears = self.architecture.linears();
-        linears
-            .zip(self.ranks[layer].clone())
-            .map(|(linear, r)| LinearShape {
+        let mut ranks = self.ranks[layer].iter();
+        self.architecture.linears().map(|linear| {
+            let r = ranks.next().copied().flatten();
+            LinearShape {
                 tokens,
                 in_features: linear.in_features,
                 out_features: linear.out_features,
@@ -185,7 +190,8 @@ impl ModelShape {
                 bias: linear.bias,
                 trained: self.all_trained,
                 dropout: dropout && r.is_some(),
-            })
+            }
+        })
     }
 
     fn block_forward(&self, layer: usize, segments: &[usize], dropout: bool) -> Work {
@@ -196,7 +202,7 @@ impl ModelShape {
     fn block_without_attention(&self, layer: usize, n: usize, dropout: bool) -> Work {
         let a = &self.architecture;
         let (q, kv) = self.head_widths();
-        let linears = self.linears(layer, n, dropout).into_array();
+        let linears = self.linears(layer, n, dropout);
         let mut work: Work = linears
             .iter()
             .map(|shape| shape.forward_cost(self.precision))
@@ -207,10 +213,24 @@ impl ModelShape {
         if a.qk_norm.is_some() {
             work += &(norm_cost(a.norm_kind, n, q) + norm_cost(a.norm_kind, n, kv));
         }
-        if a.layers[layer].rope.is_some() {
-            work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
+        if let Some(rope) = a.layers[layer].rope {
+            work += &self.rope_cost(rope, n);
+        }
+        if linears.qkv.len() == 1 {
+            work += &columns_cost(n, q + 2 * kv);
+        }
+        if linears.gate_up.len() == 1 {
+            work += &columns_cost(n, 2 * a.intermediate_size);
         }
         work + a.activation.cost(n * a.intermediate_size, true)
+    }
+
+    /// Work of rotating q and k of `n` tokens.
+    fn rope_cost(&self, rope: usize, n: usize) -> Work {
+        let (q, kv) = self.head_widths();
+        let rope = &self.architecture.ropes[rope];
+        let cost = |c: usize| rope_cost(n, c, c / rope.head_dim * rope.rotary_dim);
+        cost(q) + cost(kv)
     }
 
     /// Attention or feed-forward layers' part around them, for `tokens` rows.
@@ -231,51 +251,60 @@ impl ModelShape {
         let n: usize = segments.iter().sum();
         let (q, kv) = self.head_widths();
         let shapes = self.linears(layer, n, self.dropout);
-        let trained = shapes
-            .as_ref()
-            .map(|shape| shape.r.is_some() || shape.trained);
+        let trained = shapes.map(|shape| shape.r.is_some() || shape.trained);
         let needs = BackwardNeeds::new(&trained, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
         let [attention, mlp] = [a.attention_norms, a.mlp_norms].map(|norms| self.branch(n, norms));
-        let mut work = mlp.output_backward_cost() + linear(&shapes.down_proj, needs.gate);
+        let mut work = mlp.output_backward_cost() + linear(&shapes.down, needs.gate);
         // The input of a trained layer is recomputed from what was saved.
-        if trained.down_proj {
+        if trained.down {
             work += &a.activation.cost(n * a.intermediate_size, true);
         }
         if needs.gate {
             work += &a.activation.backward_cost(n * a.intermediate_size, true);
-            work += &linear(&shapes.gate_proj, needs.attention);
-            work += &linear(&shapes.up_proj, needs.attention);
+            work +=
+                &self.inputs_backward(&shapes.gate_up, 2 * a.intermediate_size, needs.attention);
         }
         if needs.mlp_input {
             work += &mlp.recompute_cost();
         }
         if needs.attention {
-            // The input gradients of gate and up are added.
-            work += &(mlp.input_backward_cost() + residual_cost(n, a.hidden_size));
-            work += &(attention.output_backward_cost() + linear(&shapes.o_proj, needs.qkv));
+            work += &mlp.input_backward_cost();
+            work += &(attention.output_backward_cost() + linear(&shapes.o, needs.qkv));
         }
         if needs.qkv {
             work += &attention_backward_cost(&a.attention(layer), segments);
-            if a.layers[layer].rope.is_some() {
-                work += &(RopeTables::cost(n, q) + RopeTables::cost(n, kv));
+            if let Some(rope) = a.layers[layer].rope {
+                work += &self.rope_cost(rope, n);
             }
             if a.qk_norm.is_some() {
                 let cost =
                     |width: usize| norm_backward_cost(a.norm_kind, n, width, self.all_trained);
                 work += &(cost(q) + cost(kv));
             }
-            for shape in [&shapes.q_proj, &shapes.k_proj, &shapes.v_proj] {
-                work += &linear(shape, needs.input);
-            }
+            work += &self.inputs_backward(&shapes.qkv, q + 2 * kv, needs.input);
         }
         if needs.qkv_input {
             work += &attention.recompute_cost();
         }
         if needs.input {
-            // The input gradients of q, k and v are added.
             work += &attention.input_backward_cost();
-            work += &residual_cost(n, a.hidden_size).times(2);
+        }
+        work
+    }
+
+    /// Backward of layers that read one input and have `columns` together; `input`: whether the
+    /// gradient of that input is needed. The gradients of one layer's parts are joined, the input
+    /// gradients of several layers added.
+    fn inputs_backward(&self, layers: &[LinearShape], columns: usize, input: bool) -> Work {
+        let linear = |shape: &LinearShape| shape.backward_cost(self.precision, input);
+        let (n, c) = (layers[0].tokens, layers[0].in_features);
+        let mut work: Work = layers.iter().map(linear).sum();
+        if layers.len() == 1 {
+            work += &columns_cost(n, columns);
+        }
+        if input {
+            work += &residual_cost(n, c).times(layers.len() as u64 - 1);
         }
         work
     }

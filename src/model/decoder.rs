@@ -43,7 +43,7 @@ impl Builder<'_> {
         })
     }
 
-    /// `embed_tokens` or `lm_head`.
+    /// The embedding or the head.
     fn vocabulary_matrix(&self, name: &str) -> Result<Weight> {
         let a = self.architecture;
         self.matrix(name, [a.vocab_size, a.hidden_size])
@@ -62,7 +62,7 @@ impl Builder<'_> {
         })
     }
 
-    fn linear(&self, block: &str, spec: LinearSpec) -> Result<Linear> {
+    fn linear(&self, block: &str, spec: &LinearSpec) -> Result<Linear> {
         let path = format!("{block}.{}", spec.name);
         let shape = [spec.out_features, spec.in_features];
         let bias = spec
@@ -77,8 +77,9 @@ impl Builder<'_> {
     }
 
     fn block(&self, layer: usize) -> Result<Block> {
-        let path = format!("model.layers.{layer}");
         let a = self.architecture;
+        let path = a.names.block_path(layer);
+        let linears = a.linears();
         let norm = |name: Option<&str>, width: usize| {
             name.map(|name| self.norm(&format!("{path}.{name}"), width))
                 .transpose()
@@ -97,13 +98,11 @@ impl Builder<'_> {
             q_norm: norm(a.qk_norm.map(|_| "self_attn.q_norm"), q_width)?,
             k_norm: norm(a.qk_norm.map(|_| "self_attn.k_norm"), k_width)?,
             rope: a.layers[layer].rope,
-            linears: a
-                .linears()
-                .map(|spec| self.linear(&path, spec))
-                .transpose()?,
+            linears: linears.try_map(|spec| self.linear(&path, spec))?,
+            paths: linears.map(|spec| format!("{path}.{}", spec.name)),
+            qkv_groups: a.qkv_groups,
             attention: a.attention(layer),
             activation: a.activation,
-            path,
         })
     }
 }
@@ -156,24 +155,25 @@ impl Decoder {
             source,
             keep_packed: data_parallel,
         };
-        let embed_tokens = builder.vocabulary_matrix("model.embed_tokens.weight")?;
+        let [lm_head, embed_tokens] = architecture.tied_tensors();
+        let embed_tokens = builder.vocabulary_matrix(&embed_tokens)?;
         let blocks = (0..architecture.num_hidden_layers)
             .map(|layer| builder.block(layer))
             .collect::<Result<Vec<_>>>()?;
         let weight = if architecture.tie_word_embeddings {
             embed_tokens.clone()
         } else {
-            builder.vocabulary_matrix("lm_head.weight")?
+            builder.vocabulary_matrix(&lm_head)?
         };
         let trained = blocks
             .iter()
-            .map(|block| block.trained_linears().any(|trained| *trained));
+            .map(|block| block.trained_linears().iter().any(|trained| *trained));
         Ok(Self {
             backward: BackwardRange::new(trained, embed_tokens.is_trained()),
             architecture: architecture.clone(),
             norm: Norm {
                 factor: architecture.logits_factor,
-                ..builder.norm("model.norm", architecture.hidden_size)?
+                ..builder.norm(&architecture.names.norm_path(), architecture.hidden_size)?
             },
             head: LmHead { weight },
             embed_tokens,
@@ -348,7 +348,7 @@ impl Decoder {
         let ranks = self
             .blocks
             .iter()
-            .map(|block| block.linears.as_ref().map(rank).transpose())
+            .map(|block| block.linears.try_map(rank))
             .collect::<Result<_>>()?;
         Ok(ModelShape::new(
             &self.architecture,

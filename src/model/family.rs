@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::architecture::{Architecture, Biases, LayerKind, QkNorm};
 use super::config::{Config, Range};
+use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use super::rope_config::{RopeShape, rope, ropes_by_layer_type};
 use crate::error::{Error, Kind, Result};
@@ -23,6 +24,7 @@ const MAX_WIDTH: usize = 1 << 24;
 /// What a model type's class does that no key of config.json says.
 struct Family {
     norm_kind: NormKind,
+    names: ModuleNames,
     qk_norm: Option<QkNorm>,
     attention_norms: BranchNorms,
     mlp_norms: BranchNorms,
@@ -34,6 +36,7 @@ struct Family {
 
 const LLAMA: Family = Family {
     norm_kind: NormKind::Rms,
+    names: ModuleNames::LLAMA,
     qk_norm: None,
     attention_norms: BranchNorms {
         input: Some("input_layernorm"),
@@ -111,11 +114,13 @@ impl Architecture {
         let architecture = Self {
             class: class(&config, model_type),
             model_type: model_type.to_string(),
+            names: family.names,
             hidden_size,
             intermediate_size: config.required_size("intermediate_size")?,
             num_hidden_layers: layers.len(),
             attention,
             layers,
+            qkv_groups: 1,
             qk_norm: family.qk_norm,
             activation: activation(&config)?,
             attention_norms: family.attention_norms,

@@ -77,6 +77,7 @@ fn read_table(config: &Config<'_>, table: Option<&Config<'_>>, shape: RopeShape)
     }
     Ok(Rope {
         head_dim: shape.head_dim,
+        rotary_dim: shape.head_dim,
         theta,
         scaling,
     })

@@ -20,8 +20,6 @@ use crate::text::first_few;
 const SAMPLE: usize = 4096;
 /// Bytes of two tensors that are compared at once.
 const COMPARED: usize = 1 << 20;
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// Open weight files that hold every tensor of the architecture with its shape.
 pub struct Weights {
@@ -39,12 +37,13 @@ impl Weights {
     /// different tensors where the architecture has a tied one.
     pub fn open(paths: &[PathBuf], architecture: &Architecture) -> Result<Self> {
         let headers = read_headers(paths)?;
-        if architecture.tie_word_embeddings && has_separate_head(paths, &headers)? {
+        if architecture.tie_word_embeddings && has_separate_head(architecture, paths, &headers)? {
+            let [head, embedding] = architecture.tied_tensors();
             return Err(Error::new(
                 Kind::Model,
                 "config.json ties the embeddings, but the weight files hold two different ones",
             )
-            .value(format!("`{HEAD}` differs from `{EMBEDDING}`"))
+            .value(format!("`{head}` differs from `{embedding}`"))
             .rule("`tie_word_embeddings` = true is for one tensor, or two equal ones")
             .hint("run the command again now that the files are there: the head is then read as stored"));
         }
@@ -119,6 +118,12 @@ impl Weights {
 }
 
 impl Architecture {
+    /// The name of a tensor in files of the bare decoder, which lack the prefix of the base.
+    fn bare_name<'n>(&self, name: &'n str) -> &'n str {
+        let rest = name.strip_prefix(self.names.base);
+        rest.and_then(|rest| rest.strip_prefix('.')).unwrap_or(name)
+    }
+
     /// Corrects what config.json states by the weight files: the stored type of the matrices, and
     /// the tie of the embeddings. As in transformers 5, a head that is stored beside its embedding
     /// and differs from it is not tied.
@@ -129,7 +134,7 @@ impl Architecture {
         let headers = read_headers(paths)?;
         let mut matrices = headers.iter().filter(|tensor| tensor.shape.len() > 1);
         self.stored_in_bf16 = matrices.all(|tensor| tensor.dtype == Dtype::BF16);
-        if self.tie_word_embeddings && has_separate_head(paths, &headers)? {
+        if self.tie_word_embeddings && has_separate_head(self, paths, &headers)? {
             self.tie_word_embeddings = false;
         }
         Ok(())
@@ -137,10 +142,15 @@ impl Architecture {
 }
 
 /// Whether the files hold a head that differs from the embedding.
-fn has_separate_head(paths: &[PathBuf], tensors: &[TensorEntry]) -> Result<bool> {
+fn has_separate_head(
+    architecture: &Architecture,
+    paths: &[PathBuf],
+    tensors: &[TensorEntry],
+) -> Result<bool> {
+    let [head, embedding] = architecture.tied_tensors();
     let find = |wanted: &str| tensors.iter().find(|tensor| tensor.name == wanted);
-    let bare = || find(EMBEDDING.strip_prefix("model.").unwrap_or(EMBEDDING));
-    let (Some(head), Some(embedding)) = (find(HEAD), find(EMBEDDING).or_else(bare)) else {
+    let bare = || find(architecture.bare_name(&embedding));
+    let (Some(head), Some(embedding)) = (find(&head), find(&embedding).or_else(bare)) else {
         return Ok(false);
     };
     if (head.dtype, &head.shape) != (embedding.dtype, &embedding.shape) {
@@ -171,8 +181,11 @@ fn match_tensors(
     architecture: &Architecture,
     found: &BTreeMap<String, Vec<usize>>,
 ) -> Result<BTreeMap<String, String>> {
-    // Files saved from the bare decoder lack the prefix `model.`.
-    let bare = !found.keys().any(|name| name.starts_with("model."));
+    // Files saved from the bare decoder lack the prefix of the base.
+    let bare = !found
+        .keys()
+        .any(|name| architecture.bare_name(name) != name);
+    let [head, embedding] = architecture.tied_tensors();
     let mut names = BTreeMap::new();
     let mut problems = Vec::new();
     for TensorShape { name, shape } in architecture.tensors() {
@@ -192,7 +205,7 @@ fn match_tensors(
     let known = |name: &str| {
         names.values().any(|stored| stored == name)
             || name.ends_with("rotary_emb.inv_freq")
-            || (architecture.tie_word_embeddings && (name == HEAD || name == EMBEDDING))
+            || (architecture.tie_word_embeddings && (name == head || name == embedding))
     };
     problems.extend(
         found
@@ -215,7 +228,7 @@ fn match_tensors(
 }
 
 /// The name in the files of the tensor `name` of the architecture; `bare`: the files lack the
-/// prefix `model.`. A tied embedding may be stored as the head.
+/// prefix of the base. A tied embedding may be stored as the head.
 fn stored_name(
     architecture: &Architecture,
     found: &BTreeMap<String, Vec<usize>>,
@@ -223,17 +236,14 @@ fn stored_name(
     bare: bool,
 ) -> String {
     let stored = if bare {
-        name.strip_prefix("model.").unwrap_or(name)
+        architecture.bare_name(name)
     } else {
         name
     };
+    let [head, embedding] = architecture.tied_tensors();
     let tied_alias =
-        architecture.tie_word_embeddings && name == EMBEDDING && !found.contains_key(stored);
-    if tied_alias {
-        HEAD.to_string()
-    } else {
-        stored.to_string()
-    }
+        architecture.tie_word_embeddings && name == embedding && !found.contains_key(stored);
+    if tied_alias { head } else { stored.to_string() }
 }
 
 /// Initial values of a tensor for training from scratch, as in transformers: norms one, biases

@@ -13,6 +13,7 @@
 mod activation;
 mod adamw;
 mod attention;
+mod columns;
 mod cross_entropy;
 mod dropout;
 mod embedding;
@@ -35,10 +36,11 @@ pub use attention::{
     Attention, AttentionSaved, attention_backward_cost, attention_decode_cost,
     attention_forward_cost,
 };
+pub use columns::{columns_cost, join_columns, split_columns};
 pub use cross_entropy::{LmHead, LmHeadShape};
 pub use dropout::DropoutMask;
 pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
-pub use feed_forward::{BackwardDepth, FeedForward, FeedForwardLayer, FeedForwardSaved, Masks};
+pub use feed_forward::{BackwardDepth, FeedForward, FeedForwardSaved, Masks};
 pub use gather::{gather_rows, scatter_rows};
 pub use linear::{
     Branch, InputGradient, Linear, LinearInput, LinearSaved, LinearShape, Lora,
@@ -48,7 +50,7 @@ pub use norm::{Norm, NormKind, NormSaved, norm_backward_cost, norm_cost};
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::{add_scaled, add_scaled_cost, scale, scale_cost};
-pub use rope::{Rope, RopeScaling, RopeTables};
+pub use rope::{Rope, RopeScaling, RopeTables, rope_cost};
 pub use segments::Segments;
 
 use candle_core::{D, DType, Device, Tensor, WithDType};

@@ -1,9 +1,9 @@
-//! Rotary position embedding, half-rotated layout: for each head, channel i < D/2 is paired with
-//! channel i + D/2 (Su et al. 2021).
+//! Rotary position embedding, half-rotated layout: of the first R channels of each head, channel i <
+//! R/2 is paired with channel i + R/2 (Su et al. 2021); the others pass through unchanged.
 //!
 //! The backward pass is the rotation by the negative angle. Frequency scaling follows the published
-//! definitions: linear (Chen et al. 2023), dynamic NTK and YaRN (Peng et al. 2023), and the
-//! piecewise rule of Llama 3.1's model card.
+//! definitions: linear (Chen et al. 2023), dynamic NTK and YaRN (Peng et al. 2023), LongRoPE (Ding et
+//! al. 2024), and the piecewise rule of Llama 3.1's model card.
 
 use std::f64::consts::PI;
 
@@ -13,7 +13,7 @@ use half::bf16;
 use super::gemm::Element;
 use super::parallel::par_for_each;
 use super::simd::simd;
-use super::storage::{CpuTensor, ROWS_PER_TASK, check_shape};
+use super::storage::{CpuTensor, ROWS_PER_TASK, cast_into, check_shape};
 use super::{Context, Path, Segments, new_tensor};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -61,6 +61,17 @@ pub enum RopeScaling {
         /// Whether the ramp's ends are rounded to whole dimensions.
         truncate: bool,
     },
+    /// LongRoPE: a divisor for each frequency, of two lists by the length of the sequence.
+    LongRope {
+        /// Divisors (R / 2) of sequences of at most `original` tokens.
+        short: Vec<f64>,
+        /// Divisors (R / 2) of longer ones.
+        long: Vec<f64>,
+        /// Factor of cos and sin, in both cases.
+        attention_factor: f64,
+        /// Positions the model was trained on.
+        original: usize,
+    },
 }
 
 /// A model's rotary embedding.
@@ -71,7 +82,7 @@ pub enum RopeScaling {
 /// # use candle_core::{Device, Tensor};
 /// # use wattune::ops::{Context, Rope, RopeScaling, Segments};
 /// # use wattune::work::{Precision, WorkCounter};
-/// let rope = Rope { head_dim: 2, theta: 1., scaling: RopeScaling::None };
+/// let rope = Rope { head_dim: 2, rotary_dim: 2, theta: 1., scaling: RopeScaling::None };
 /// let tables = rope.tables(&Segments::from_lengths([2]), &Device::Cpu)?;
 /// let x = Tensor::new(&[[1f32, 0.], [1., 0.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
@@ -81,27 +92,30 @@ pub enum RopeScaling {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// Channels of one head; even.
+    /// Channels of one head.
     pub head_dim: usize,
+    /// The first of them, which are rotated; even.
+    pub rotary_dim: usize,
     /// Base of the frequencies.
     pub theta: f64,
     /// Frequency scaling.
     pub scaling: RopeScaling,
 }
 
-/// cos and sin of every token's angles: each (N, head_dim / 2).
+/// cos and sin of every token's angles: each (N, rotary_dim / 2).
 #[derive(Debug, Clone)]
 pub struct RopeTables {
+    head_dim: usize,
     cos: Tensor,
     sin: Tensor,
 }
 
 impl Rope {
-    /// Inverse frequencies (head_dim / 2) for a sequence of `length` tokens.
+    /// Inverse frequencies (rotary_dim / 2) for a sequence of `length` tokens.
     fn inverse_frequencies(&self, length: usize) -> Vec<f64> {
-        let dim = self.head_dim as f64;
+        let dim = self.rotary_dim as f64;
         let plain =
-            |base: f64| (0..self.head_dim / 2).map(move |i| base.powf(-2.0 * i as f64 / dim));
+            |base: f64| (0..self.rotary_dim / 2).map(move |i| base.powf(-2.0 * i as f64 / dim));
         match &self.scaling {
             RopeScaling::None => plain(self.theta).collect(),
             RopeScaling::Linear { factor } => plain(self.theta).map(|f| f / factor).collect(),
@@ -132,6 +146,18 @@ impl Rope {
                     .map(|(i, f)| ramp(i) * f / factor + (1.0 - ramp(i)) * f)
                     .collect()
             }
+            RopeScaling::LongRope {
+                short,
+                long,
+                original,
+                ..
+            } => {
+                let divisors = if length > *original { long } else { short };
+                plain(self.theta)
+                    .zip(divisors)
+                    .map(|(f, d)| f / d)
+                    .collect()
+            }
         }
     }
 
@@ -143,7 +169,7 @@ impl Rope {
         original: f64,
         truncate: bool,
     ) -> impl Fn(usize) -> f64 {
-        let dim = self.head_dim as f64;
+        let dim = self.rotary_dim as f64;
         let pair = |rotations: f64| {
             dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
         };
@@ -159,13 +185,24 @@ impl Rope {
         move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0)
     }
 
-    /// Factor of cos and sin: YaRN's, else 1.
+    /// Factor of cos and sin: YaRN's and LongRoPE's, else 1.
     fn attention_factor(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn {
                 attention_factor, ..
+            }
+            | RopeScaling::LongRope {
+                attention_factor, ..
             } => attention_factor,
             _ => 1.0,
+        }
+    }
+
+    /// The length above which LongRoPE rotates every position of a sequence by other frequencies.
+    pub fn long_above(&self) -> Option<usize> {
+        match self.scaling {
+            RopeScaling::LongRope { original, .. } => Some(original),
+            _ => None,
         }
     }
 
@@ -182,7 +219,8 @@ impl Rope {
         )
     }
 
-    /// Tables for every token of `segments`; positions restart in each.
+    /// Tables for every token of `segments`; positions restart in each, and scaling by length goes by
+    /// the length of each.
     pub fn tables(&self, segments: &Segments, device: &Device) -> Result<RopeTables> {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         let longest = segments
@@ -191,12 +229,15 @@ impl Rope {
             .map(|range| range.len())
             .max()
             .unwrap_or(0);
-        let by_length = matches!(self.scaling, RopeScaling::Dynamic { .. });
+        let by_length = matches!(
+            self.scaling,
+            RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. }
+        );
         let shared = self.angles(0, longest, longest);
         for range in segments.ranges() {
             let scaled = by_length.then(|| self.angles(0, range.len(), range.len()));
             let (c, s) = scaled.as_ref().unwrap_or(&shared);
-            let end = range.len() * self.head_dim / 2;
+            let end = range.len() * self.rotary_dim / 2;
             cos.extend_from_slice(&c[..end]);
             sin.extend_from_slice(&s[..end]);
         }
@@ -210,8 +251,9 @@ impl Rope {
     }
 
     fn upload(&self, cos: Vec<f32>, sin: Vec<f32>, device: &Device) -> Result<RopeTables> {
-        let shape = (cos.len() / (self.head_dim / 2), self.head_dim / 2);
+        let shape = (cos.len() / (self.rotary_dim / 2), self.rotary_dim / 2);
         Ok(RopeTables {
+            head_dim: self.head_dim,
             cos: Tensor::from_vec(cos, shape, device)?,
             sin: Tensor::from_vec(sin, shape, device)?,
         })
@@ -231,12 +273,12 @@ fn llama3(frequency: f64, factor: f64, low: f64, high: f64, original: f64) -> f6
     }
 }
 
-impl RopeTables {
-    /// Work of rotating (n, c).
-    pub fn cost(n: usize, c: usize) -> Work {
-        Work::sweep(8 * n * c, 3 * n * c)
-    }
+/// Work of a pass over (n, c) in which `rotated` columns of each row rotate.
+pub fn rope_cost(n: usize, c: usize, rotated: usize) -> Work {
+    Work::sweep(8 * n * c, 3 * n * rotated)
+}
 
+impl RopeTables {
     /// Rotates x (N, H D) by each token's angles; on the CPU the result is in the compute type, as
     /// of `backward`.
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
@@ -253,44 +295,67 @@ impl RopeTables {
         let (n, c) = x.dims2()?;
         let half = self.cos.dims2()?.1;
         check_shape("cos", &self.cos, &[n, half])?;
-        if !c.is_multiple_of(2 * half) {
+        if !c.is_multiple_of(self.head_dim) {
             return Err(
                 Error::new(Kind::Tensor, "rotated rows must hold whole heads")
                     .value(c.to_string())
-                    .rule(format!("a multiple of head_dim = {}", 2 * half)),
+                    .rule(format!("a multiple of head_dim = {}", self.head_dim)),
             );
         }
-        context.counter.add(Self::cost(n, c));
+        let rotated = c / self.head_dim * 2 * half;
+        context.counter.add(rope_cost(n, c, rotated));
         match context.path(x) {
             Path::Cpu => self.rotate_cpu(context, x, direction),
-            Path::Device => self.rotate_device(x, direction),
-            Path::Reference => self.rotate_reference(x, direction),
+            Path::Device => self.rotate_channels(x, |x| self.rotate_device(x, direction)),
+            Path::Reference => self.rotate_channels(x, |x| self.rotate_reference(x, direction)),
         }
     }
 
-    fn rotate_device(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
+    /// x (N, H D) with `rotate` (of (N, H, R)) on the first R channels of each head.
+    fn rotate_channels(
+        &self,
+        x: &Tensor,
+        rotate: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let (n, c) = x.dims2()?;
-        let head_dim = 2 * self.cos.dims2()?.1;
-        let heads = x.contiguous()?.reshape((1, n, c / head_dim, head_dim))?;
+        let rotary_dim = 2 * self.cos.dims2()?.1;
+        let heads = x.reshape((n, c / self.head_dim, self.head_dim))?;
+        let rotated = rotate(&heads.narrow(2, 0, rotary_dim)?.contiguous()?)?;
+        let rest = heads.narrow(2, rotary_dim, self.head_dim - rotary_dim)?;
+        let heads = if self.head_dim > rotary_dim {
+            Tensor::cat(&[rotated, rest], 2)?
+        } else {
+            rotated
+        };
+        Ok(heads.reshape((n, c))?)
+    }
+
+    /// x (N, H, R) by candle's fused pass.
+    fn rotate_device(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
         let sin = if direction < 0.0 {
             self.sin.neg()?
         } else {
             self.sin.clone()
         };
-        Ok(candle_nn::rotary_emb::rope_thd(&heads, &self.cos, &sin)?.reshape((n, c))?)
+        let rotated = candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0)?, &self.cos, &sin)?;
+        Ok(rotated.squeeze(0)?)
     }
 
+    /// x (N, H, R) by primitives.
     fn rotate_reference(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
-        let (n, c) = x.dims2()?;
-        let half = self.cos.dims2()?.1;
-        let x = x.reshape((n, c / (2 * half), 2, half))?;
-        let first = x.narrow(2, 0, 1)?;
-        let second = x.narrow(2, 1, 1)?;
-        let cos = self.cos.reshape((n, 1, 1, half))?;
-        let sin = (self.sin.reshape((n, 1, 1, half))? * f64::from(direction))?;
-        let y1 = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
-        let y2 = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-        Ok(Tensor::cat(&[y1, y2], 2)?.reshape((n, c))?)
+        let (n, heads, rotary_dim) = x.dims3()?;
+        let half = rotary_dim / 2;
+        let first = x.narrow(2, 0, half)?;
+        let second = x.narrow(2, half, half)?;
+        let cos = self
+            .cos
+            .reshape((n, 1, half))?
+            .broadcast_as((n, heads, half))?;
+        let sin = (self.sin.reshape((n, 1, half))? * f64::from(direction))?;
+        let sin = sin.broadcast_as((n, heads, half))?;
+        let y1 = ((&first * &cos)? - (&second * &sin)?)?;
+        let y2 = ((&second * &cos)? + (&first * &sin)?)?;
+        Ok(Tensor::cat(&[y1, y2], 2)?)
     }
 
     fn rotate_cpu(&self, context: Context<'_>, x: &Tensor, direction: f32) -> Result<Tensor> {
@@ -311,6 +376,7 @@ impl RopeTables {
     fn rotate_into<Y: Element>(&self, x: &Tensor, direction: f32, y: &mut [Y]) -> Result<()> {
         let c = x.dims2()?.1;
         let half = self.cos.dims2()?.1;
+        let head_dim = self.head_dim;
         let x = CpuTensor::borrow_f32(x)?;
         let cos = CpuTensor::borrow_f32(&self.cos)?;
         let sin = CpuTensor::borrow_f32(&self.sin)?;
@@ -320,19 +386,20 @@ impl RopeTables {
         let inputs = x.f32_slice().chunks(size(c)).zip(angles);
         par_for_each(y.chunks_mut(size(c)).zip(inputs), |(y, (x, (cos, sin)))| {
             simd!(|_| {
-                let heads = y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
+                let heads = y.chunks_exact_mut(head_dim).zip(x.chunks_exact(head_dim));
                 for (head, (y, x)) in heads.enumerate() {
-                    let row = head / (c / (2 * half));
+                    let row = head / (c / head_dim);
                     let cos = &cos[row * half..][..half];
                     let sin = &sin[row * half..][..half];
                     let (y1, y2) = y.split_at_mut(half);
+                    let (y2, rest) = y2.split_at_mut(half);
                     let (x1, x2) = (&x[..half], &x[half..][..half]);
-                    let y2 = &mut y2[..half];
                     for i in 0..half {
                         let (a, b, s) = (x1[i], x2[i], direction * sin[i]);
                         y1[i] = Y::cast(a * cos[i] - b * s);
                         y2[i] = Y::cast(b * cos[i] + a * s);
                     }
+                    cast_into(rest, &x[2 * half..]);
                 }
             });
         });

@@ -43,10 +43,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
         screen.note(&format!("warning: {warning}"));
     }
     let tied = if architecture.tie_word_embeddings {
-        vec![[
-            "lm_head.weight".to_string(),
-            "model.embed_tokens.weight".to_string(),
-        ]]
+        vec![architecture.tied_tensors()]
     } else {
         Vec::new()
     };

@@ -2,7 +2,8 @@
 //! Shazeer 2020, "GLU variants improve transformer").
 //!
 //! x and y are (N, C), the intermediate activations (N, F). They run layer by layer, or fused in 32
-//! x 32 tiles (`tiles`), which saves the memory traffic of the intermediate activations.
+//! x 32 tiles (`tiles`), which saves the memory traffic of the intermediate activations. gate and up
+//! may be one layer, `[gate|up]` (2 F, C).
 
 #[cfg(target_arch = "x86_64")]
 mod tiles;
@@ -11,13 +12,13 @@ use candle_core::Tensor;
 
 use super::{
     Activation, ActivationSaved, Branch, Context, DropoutMask, Gradients, InputGradient, Linear,
-    LinearInput, LinearSaved, backward_shared_input,
+    LinearInput, LinearSaved, backward_shared_input, join_columns, split_columns,
 };
 use crate::error::Result;
 #[cfg(target_arch = "x86_64")]
 use crate::error::{Error, Kind};
 
-/// The three layers, and the activation function of gate.
+/// The layers, and the activation function of gate.
 ///
 /// ```
 /// # use candle_core::{Device, Tensor};
@@ -25,9 +26,9 @@ use crate::error::{Error, Kind};
 /// # use wattune::work::{Precision, WorkCounter};
 /// # let linear = |w: f32| Ok::<_, candle_core::Error>(Linear {
 /// #     weight: Weight::frozen(Tensor::new(&[[w]], &Device::Cpu)?), bias: None, lora: None });
-/// let (gate, up, down) = (linear(0.)?, linear(2.)?, linear(3.)?); // 1 x 1 each
+/// let (gate_up, down) = ([linear(0.)?, linear(2.)?], linear(3.)?); // 1 x 1 each
 /// let activation = Activation::Silu;
-/// let layers = FeedForward { activation, gate: &gate, up: &up, down: &down };
+/// let layers = FeedForward { activation, gate_up: &gate_up, down: &down };
 /// let counter = WorkCounter::default();
 /// let context = Context::new(&counter, Precision::F32);
 /// let x = Tensor::new(&[[5f32]], &Device::Cpu)?;
@@ -40,10 +41,8 @@ use crate::error::{Error, Kind};
 pub struct FeedForward<'a> {
     /// f.
     pub activation: Activation,
-    /// C to F.
-    pub gate: &'a Linear,
-    /// C to F.
-    pub up: &'a Linear,
+    /// gate and up, C to F each; or one layer of both, C to 2 F.
+    pub gate_up: &'a [Linear],
     /// F to C.
     pub down: &'a Linear,
 }
@@ -51,8 +50,7 @@ pub struct FeedForward<'a> {
 /// Saved by `forward` for `backward`, which also takes x.
 pub struct FeedForwardSaved {
     intermediate: Intermediate,
-    gate: LinearSaved,
-    up: LinearSaved,
+    gate_up: Vec<LinearSaved>,
     down: LinearSaved,
 }
 
@@ -71,19 +69,9 @@ impl FeedForwardSaved {
     }
 }
 
-/// One of the three layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FeedForwardLayer {
-    /// `gate_proj`
-    Gate,
-    /// `up_proj`
-    Up,
-    /// `down_proj`
-    Down,
-}
-
-/// The dropout mask (N, in) of a layer's adapter for its input.
-pub type Masks<'a> = &'a dyn Fn(FeedForwardLayer, &LinearInput) -> Option<DropoutMask>;
+/// The dropout mask (N, in) of a layer's adapter for its input; the layer by its index in
+/// `gate_up`, `down` after them.
+pub type Masks<'a> = &'a dyn Fn(usize, &LinearInput) -> Option<DropoutMask>;
 
 /// How far a backward pass goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,25 +96,36 @@ impl FeedForward<'_> {
         all_layers: bool,
     ) -> Result<(Tensor, FeedForwardSaved)> {
         #[cfg(target_arch = "x86_64")]
-        if masks.is_none() && all_layers && self.supports_tiles(&x) {
-            return self.forward_tiles(context, x, base);
+        if masks.is_none()
+            && all_layers
+            && let Some(layers) = self.tiled_layers(&x)
+        {
+            return self.forward_tiles(context, layers, x, base);
         }
         let _ = all_layers;
         let apply = |layer, linear: &Linear, x: &LinearInput, base| {
             let mask = masks.and_then(|masks| masks(layer, x));
             linear.forward_input(context, x, mask, base)
         };
-        let (gate, gate_saved) = apply(FeedForwardLayer::Gate, self.gate, &x, None)?;
-        let (up, up_saved) = apply(FeedForwardLayer::Up, self.up, &x, None)?;
+        let (mut outputs, mut gate_up_saved) = (Vec::new(), Vec::new());
+        for (index, linear) in self.gate_up.iter().enumerate() {
+            let (y, saved) = apply(index, linear, &x, None)?;
+            outputs.push(y);
+            gate_up_saved.push(saved);
+        }
         drop(x);
-        let (inner, activation_saved) = self.activation.forward(context, &gate, Some(&up))?;
-        drop((gate, up));
+        if let [both] = outputs.as_slice() {
+            let f = both.dims2()?.1 / 2;
+            outputs = split_columns(context, both, 1, &[f, f])?;
+        }
+        let (gate, up) = (&outputs[0], outputs.get(1));
+        let (inner, activation_saved) = self.activation.forward(context, gate, up)?;
+        drop(outputs);
         let inner = LinearInput::new(context, inner)?;
-        let (y, down_saved) = apply(FeedForwardLayer::Down, self.down, &inner, base)?;
+        let (y, down_saved) = apply(self.gate_up.len(), self.down, &inner, base)?;
         let saved = FeedForwardSaved {
             intermediate: Intermediate::Rows(activation_saved),
-            gate: gate_saved,
-            up: up_saved,
+            gate_up: gate_up_saved,
             down: down_saved,
         };
         Ok((y, saved))
@@ -143,7 +142,7 @@ impl FeedForward<'_> {
         depth: BackwardDepth,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let [d_gate, d_up] = match &saved.intermediate {
+        let d_gate_up = match &saved.intermediate {
             Intermediate::Rows(rows) => {
                 let d = self.backward_down(context, dy, rows, saved, depth, gradients)?;
                 let Some(d) = d else { return Ok(None) };
@@ -158,24 +157,18 @@ impl FeedForward<'_> {
             }
             #[cfg(target_arch = "x86_64")]
             Intermediate::Tiles(tiles) => {
-                self.backward_tiles(context, dy, tiles, &saved.down, gradients)?
+                let d = self.backward_tiles(context, dy, tiles, &saved.down, gradients)?;
+                d.into()
             }
         };
-        let gate = Branch {
-            linear: self.gate,
-            dy: &d_gate,
-            saved: &saved.gate,
-        };
-        let up = Branch {
-            linear: self.up,
-            dy: &d_up,
-            saved: &saved.up,
-        };
+        let layers = self.gate_up.iter().zip(&d_gate_up).zip(&saved.gate_up);
+        let branch = |((linear, dy), saved)| Branch { linear, dy, saved };
+        let branches: Vec<_> = layers.map(branch).collect();
         let dx = InputGradient::when(depth == BackwardDepth::Input);
-        backward_shared_input(context, &[gate, up], x, dx, gradients)
+        backward_shared_input(context, &branches, x, dx, gradients)
     }
 
-    /// Backward through `down` and the activation: the gradients of the outputs of gate and up; `None` with
+    /// Backward through `down` and the activation: the gradients of the outputs of `gate_up`; `None` with
     /// `BackwardDepth::Down`.
     fn backward_down(
         &self,
@@ -185,7 +178,7 @@ impl FeedForward<'_> {
         saved: &FeedForwardSaved,
         depth: BackwardDepth,
         gradients: &mut Gradients,
-    ) -> Result<Option<[LinearInput; 2]>> {
+    ) -> Result<Option<Vec<LinearInput>>> {
         let inner = self
             .down
             .needs_input()
@@ -205,10 +198,11 @@ impl FeedForward<'_> {
         };
         let (d_gate, d_up) = self.activation.backward(context, &d_inner, rows)?;
         drop(d_inner);
-        let d_gate = LinearInput::new(context, d_gate)?;
-        let d_up = d_up
-            .map(|d_up| LinearInput::new(context, d_up))
-            .transpose()?;
-        Ok(d_up.map(|d_up| [d_gate, d_up]))
+        let mut d_gate_up: Vec<_> = [Some(d_gate), d_up].into_iter().flatten().collect();
+        if self.gate_up.len() == 1 {
+            d_gate_up = vec![join_columns(context, &d_gate_up, 1)?];
+        }
+        let inputs = d_gate_up.into_iter().map(|d| LinearInput::new(context, d));
+        Ok(Some(inputs.collect::<Result<_>>()?))
     }
 }

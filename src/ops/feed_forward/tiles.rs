@@ -155,23 +155,27 @@ fn packed(lhs: &PackedLhs) -> Result<&Bf16Lhs> {
 }
 
 impl FeedForward<'_> {
-    /// Whether the tiled pass runs: x is packed, and layers have no bias and no trained W.
-    pub(super) fn supports_tiles(&self, x: &LinearInput) -> bool {
-        let plain = |linear: &&Linear| linear.bias.is_none() && !linear.weight.is_trained();
-        x.packed().packed().is_some() && [self.gate, self.up, self.down].iter().all(plain)
+    /// gate and up if the tiled pass runs: they are two layers, x is packed, and no layer has a bias
+    /// or a trained W.
+    pub(super) fn tiled_layers(&self, x: &LinearInput) -> Option<&[Linear; 2]> {
+        let plain = |linear: &Linear| linear.bias.is_none() && !linear.weight.is_trained();
+        x.packed().packed()?;
+        let layers = self.gate_up.as_array()?;
+        (layers.iter().all(plain) && plain(self.down)).then_some(layers)
     }
 
     /// `forward` without dropout, in tiles.
     pub(super) fn forward_tiles(
         &self,
         context: Context<'_>,
+        [gate, up]: &[Linear; 2],
         x: LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, FeedForwardSaved)> {
-        let (n, f) = (x.shape().0, self.gate.weight.tensor.dims2()?.0);
-        check_shape("up", &self.up.weight.tensor, self.gate.weight.tensor.dims())?;
-        let (gate_rhs, gate_saved) = layer_rhs(context, self.gate, &x)?;
-        let (up_rhs, up_saved) = layer_rhs(context, self.up, &x)?;
+        let (n, f) = (x.shape().0, gate.weight.tensor.dims2()?.0);
+        check_shape("up", &up.weight.tensor, gate.weight.tensor.dims())?;
+        let (gate_rhs, gate_saved) = layer_rhs(context, gate, &x)?;
+        let (up_rhs, up_saved) = layer_rhs(context, up, &x)?;
         context.counter.add(self.activation.cost(n * f, true));
         // SAFETY: `gemm_tiles` visits every tile, and each is written.
         let (mut gate, mut up, mut inner) = unsafe {
@@ -197,8 +201,7 @@ impl FeedForward<'_> {
         let shape = (n, f);
         let saved = FeedForwardSaved {
             intermediate: Intermediate::Tiles(GateUpTiles { shape, gate, up }),
-            gate: gate_saved,
-            up: up_saved,
+            gate_up: vec![gate_saved, up_saved],
             down: down_saved,
         };
         Ok((y, saved))

@@ -6,13 +6,13 @@ use proptest::prelude::*;
 
 use super::super::gemm::{available, best};
 use super::super::{
-    Activation, BackwardDepth, Context, DropoutMask, FeedForward, FeedForwardLayer, Gradients,
-    Linear, LinearInput, Masks, Weight, residual_cost,
+    Activation, BackwardDepth, Context, DropoutMask, FeedForward, Gradients, Linear, LinearInput,
+    Lora, Masks, Weight, residual_cost,
 };
 use super::elementwise::naive_activation;
 use super::{
-    FLOPS_ISSUED, Implementation, Layer, Outputs, Pair, autograd, bits, cases, flat, layers, mask,
-    named, on, parameters, random,
+    FLOPS_ISSUED, Implementation, Layer, Outputs, Pair, autograd, bits, cases, close, flat,
+    for_each_path, layers, mask, named, on, parameters, random,
 };
 use crate::error::Result;
 use crate::work::{Precision, Work};
@@ -137,11 +137,10 @@ impl Parts {
         [base, dy]: [&Tensor; 2],
         masks: Option<Masks<'_>>,
     ) -> Result<Outputs> {
-        let [gate, up, down] = &self.linears(inputs);
+        let [gate_up @ .., down] = &self.linears(inputs);
         let layers = FeedForward {
             activation: self.activation,
-            gate,
-            up,
+            gate_up,
             down,
         };
         let x = || LinearInput::new(context, inputs[0].clone());
@@ -149,7 +148,9 @@ impl Parts {
         let fused = context.fused(&inputs[0]);
         let tiles = masks.is_none() && self.in_tiles(context, inputs[0].dims()[0], fused);
         assert_eq!(saved.in_tiles(), tiles, "tiles, where they should be");
-        let x = (gate.needs_input() || up.needs_input())
+        let x = gate_up
+            .iter()
+            .any(Linear::needs_input)
             .then(x)
             .transpose()?;
         let mut gradients = Gradients::new(inputs.len());
@@ -216,9 +217,7 @@ impl Parts {
         let inputs = self.inputs(shape, seed);
         let masks = self.masks(shape, seed ^ 20);
         let base = random(seed ^ 30, &[n, c]);
-        let mask = |layer: FeedForwardLayer, _: &LinearInput| {
-            masks.as_ref().map(|masks| masks[layer as usize].clone())
-        };
+        let mask = |layer: usize, _: &LinearInput| masks.as_ref().map(|masks| masks[layer].clone());
         Pair {
             inputs: &inputs,
             dy: &random(seed ^ 31, &[n, c]),
@@ -245,9 +244,7 @@ impl Parts {
         let inputs = self.inputs(shape, seed);
         let masks = self.masks(shape, seed ^ 20);
         let (base, dy) = (random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
-        let mask = |layer: FeedForwardLayer, _: &LinearInput| {
-            masks.as_ref().map(|masks| masks[layer as usize].clone())
-        };
+        let mask = |layer: usize, _: &LinearInput| masks.as_ref().map(|masks| masks[layer].clone());
         let naive = |inputs: &[Tensor]| self.naive(inputs, &base, masks.as_ref());
         let want = named(autograd(&inputs, &dy, naive).unwrap());
         let cost = self.cost(shape, &inputs, Precision::Bf16);
@@ -293,7 +290,7 @@ impl Parts {
         let [n, c, _] = shape;
         let inputs = self.inputs(shape, seed);
         let (base, dy) = (random(seed ^ 30, &[n, c]), random(seed ^ 31, &[n, c]));
-        let no_mask = |_: FeedForwardLayer, _: &LinearInput| None;
+        let no_mask = |_: usize, _: &LinearInput| None;
         for isa in available().iter().filter(|isa| isa.matrix_unit.is_some()) {
             for precision in [Precision::F32, Precision::Bf16] {
                 let run = |threads: usize, tiles: bool, cached: bool| {
@@ -444,4 +441,56 @@ fn deep_layers_change_no_byte_in_tiles() {
         parts.prove_tiles([33, 2100, 740], 4);
         parts.prove_tiles([710, 50, 90], 5);
     }
+}
+
+/// gate and up as one layer with one adapter: as two layers, of which each has A and its rows of B.
+#[test]
+fn one_layer_of_gate_and_up_is_both() {
+    let (n, c, f, r) = (5, 6, 9, 2);
+    let [x, dy] = [[n, c], [n, c]].map(|shape| random(9, &shape));
+    let [w, a, b, down] =
+        [[2 * f, c], [r, c], [2 * f, r], [c, f]].map(|shape| random(shape[0] as u64, &shape));
+    let half = |x: &Tensor, part: usize| x.narrow(0, part * f, f).unwrap();
+    let tensors = [&a, &b, &a, &half(&b, 0), &a, &half(&b, 1)];
+    let slots = parameters(tensors.map(|x| ("", x)));
+    let linear = |w: Tensor, first: Option<usize>| Linear {
+        weight: Weight::frozen(w),
+        bias: None,
+        lora: first.map(|first| Lora {
+            a: slots.weight(first).unwrap(),
+            b: slots.weight(first + 1).unwrap(),
+            scaling: 0.5,
+        }),
+    };
+    let down = linear(down, None);
+    let both = [linear(w.clone(), Some(0))];
+    let apart = [0, 1].map(|part| linear(half(&w, part), Some(2 + 2 * part)));
+    for_each_path(|context| {
+        let run = |gate_up: &[Linear]| {
+            let layers = FeedForward {
+                activation: Activation::GeluTanh,
+                gate_up,
+                down: &down,
+            };
+            let x = || LinearInput::new(context, x.clone()).unwrap();
+            let (y, saved) = layers.forward(context, x(), None, None, true).unwrap();
+            let gradients = &mut Gradients::new(6);
+            let dx = layers.backward(
+                context,
+                &dy,
+                Some(&x()),
+                &saved,
+                BackwardDepth::Input,
+                gradients,
+            );
+            let weights: Vec<_> = (0..6).filter_map(|i| gradients.get(i).cloned()).collect();
+            ([y, dx.unwrap().unwrap()], weights)
+        };
+        let ((outputs, weights), (wanted, parts)) = (run(&both), run(&apart));
+        close("y", &outputs[0], &wanted[0], c + f);
+        close("dx", &outputs[1], &wanted[1], c + f);
+        close("dA", &weights[0], &(&parts[0] + &parts[2]).unwrap(), n + f);
+        let db = Tensor::cat(&[&parts[1], &parts[3]], 0).unwrap();
+        close("dB", &weights[1], &db, n + f);
+    });
 }

@@ -181,6 +181,7 @@ fn rope_with_every_scaling() {
         let golden = Golden::open(&format!("rope_{name}"));
         let rope = Rope {
             head_dim: 16,
+            rotary_dim: 16,
             theta,
             scaling,
         };

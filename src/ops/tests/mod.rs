@@ -8,6 +8,7 @@
 
 mod adamw;
 mod attention;
+mod columns;
 mod costs;
 mod dropout;
 mod elementwise;

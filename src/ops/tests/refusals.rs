@@ -63,6 +63,7 @@ fn head(vocab: usize, hidden: usize) -> LmHead {
 fn tables(head_dim: usize) -> RopeTables {
     let rope = Rope {
         head_dim,
+        rotary_dim: head_dim,
         theta: 10.0,
         scaling: RopeScaling::None,
     };
@@ -175,10 +176,10 @@ fn shapes_that_contradict_each_other_are_refused() {
 fn feed_forward_layers_that_contradict_each_other_are_refused() {
     let (up, down, wide) = (linear(5, 6), linear(6, 5), linear(7, 6));
     for_each_path(|context| {
+        let (same, other) = ([up.clone(), up.clone()], [up.clone(), wide.clone()]);
         let layers = FeedForward {
             activation: SILU,
-            gate: &up,
-            up: &up,
+            gate_up: &same,
             down: &down,
         };
         let base = random(3, &[4, 6]);
@@ -190,7 +191,7 @@ fn feed_forward_layers_that_contradict_each_other_are_refused() {
             "`up`",
             forward(
                 FeedForward {
-                    up: &wide,
+                    gate_up: &other,
                     ..layers
                 },
                 4,

@@ -3,21 +3,21 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::{Context, Rope, RopeScaling, RopeTables, Segments};
+use super::super::{Context, Rope, RopeScaling, Segments, rope_cost};
 use super::{Pair, cases, close, flat, for_each_path, random, tensor};
 use crate::error::Result;
 use crate::work::{Precision, WorkCounter};
 
-/// Channel i and i + D/2 as the complex number x_i + i x_(i + D/2), rotated by position *
+/// Channel i and i + R/2 as the complex number x_i + i x_(i + R/2), rotated by position *
 /// frequency. `frequency`: of a pair, in a segment of a length.
 fn naive(
     x: &Tensor,
     lengths: &[usize],
-    head_dim: usize,
+    rope: &Rope,
     frequency: impl Fn(usize, usize) -> f64,
 ) -> candle_core::Result<Tensor> {
     let (n, c) = x.dims2()?;
-    let half = head_dim / 2;
+    let (head_dim, half) = (rope.head_dim, rope.rotary_dim / 2);
     let mut angles = Vec::new();
     for &length in lengths {
         for position in 0..length {
@@ -30,7 +30,10 @@ fn naive(
     let (re, im) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
     let real = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
     let imaginary = (im.broadcast_mul(&cos)? + re.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[real, imaginary], 2)?.reshape((n, c))
+    let rest = x.narrow(2, 2 * half, head_dim - 2 * half)?;
+    let parts = [real, imaginary, rest];
+    let parts = &parts[..if 2 * half < head_dim { 3 } else { 2 }];
+    Tensor::cat(parts, 2)?.reshape((n, c))
 }
 
 fn prove(
@@ -50,8 +53,8 @@ fn prove(
             let y = tables.forward(context, &x[0])?;
             Ok((y, vec![Some(tables.backward(context, dy)?)]))
         },
-        naive: |x: &[Tensor]| naive(&x[0], lengths, rope.head_dim, &frequency),
-        cost: RopeTables::cost(shape[0], shape[1]).times(2),
+        naive: |x: &[Tensor]| naive(&x[0], lengths, rope, &frequency),
+        cost: rope_cost(shape[0], shape[1], heads * rope.rotary_dim).times(2),
         roundings: 8,
     }
     .prove();
@@ -65,11 +68,13 @@ proptest! {
         lengths in prop::collection::vec(1usize..50, 1..5),
         heads in 1usize..4,
         half in 1usize..9,
+        unrotated in 0usize..5,
         seed: u64,
     ) {
-        let (theta, head_dim) = (10_000f64, 2 * half);
+        let (theta, rotary_dim) = (10_000f64, 2 * half);
+        let head_dim = rotary_dim + unrotated;
         let plain = |i: usize, theta: f64| theta.powf(-(i as f64) / half as f64);
-        let rope = Rope { head_dim, theta, scaling: RopeScaling::None };
+        let rope = Rope { head_dim, rotary_dim, theta, scaling: RopeScaling::None };
         prove(&rope, &lengths, heads, seed, |i, _| plain(i, theta));
         let rope = Rope { scaling: RopeScaling::Linear { factor: 4.0 }, ..rope };
         prove(&rope, &lengths, heads, seed, |i, _| plain(i, theta) / 4.0);
@@ -79,7 +84,7 @@ proptest! {
             let rope = Rope { scaling: RopeScaling::Dynamic { factor: 3.0, original: 20 }, ..rope };
             prove(&rope, &lengths, heads, seed, |i, length| {
                 let stretch = if length > 20 { 3.0 * length as f64 / 20.0 - 2.0 } else { 1.0 };
-                plain(i, theta * stretch.powf(head_dim as f64 / (head_dim as f64 - 2.0)))
+                plain(i, theta * stretch.powf(rotary_dim as f64 / (rotary_dim as f64 - 2.0)))
             });
         }
     }
@@ -89,6 +94,7 @@ proptest! {
 fn scaled(scaling: RopeScaling) -> Rope {
     Rope {
         head_dim: 8,
+        rotary_dim: 8,
         theta: 65536.0,
         scaling,
     }
@@ -127,10 +133,33 @@ fn yarn_ramps_over_dimensions() -> Result<()> {
         let frequencies = [1.0, second, 1.0 / 256.0 / 4.0, 1.0 / 4096.0 / 4.0];
         let x = random(3, &[4, 16]);
         let tables = rope.tables(&Segments::from_lengths([4]), &Device::Cpu)?;
-        let want = naive(&x.to_dtype(DType::F64)?, &[4], 8, |i, _| frequencies[i])?;
+        let want = naive(&x.to_dtype(DType::F64)?, &[4], &rope, |i, _| frequencies[i])?;
         let want = (want * 1.25)?;
         for_each_path(|context| close("y", &tables.forward(context, &x).unwrap(), &want, 16));
     }
+    Ok(())
+}
+
+/// Each segment by its length: four tokens and fewer by the short divisors, five by the long ones;
+/// cos and sin times 1.5.
+#[test]
+fn longrope_chooses_by_the_length_of_a_segment() -> Result<()> {
+    let (short, long) = ([1.0, 2.0, 4.0, 5.0], [2.0, 4.0, 8.0, 16.0]);
+    let rope = scaled(RopeScaling::LongRope {
+        short: short.to_vec(),
+        long: long.to_vec(),
+        attention_factor: 1.5,
+        original: 4,
+    });
+    let lengths = [4, 5, 1];
+    let frequency = |i: usize, length: usize| {
+        let divisors = if length == 5 { long } else { short };
+        [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0][i] / divisors[i]
+    };
+    let x = random(3, &[10, 16]);
+    let want = (naive(&x.to_dtype(DType::F64)?, &lengths, &rope, frequency)? * 1.5)?;
+    let tables = rope.tables(&Segments::from_lengths(lengths), &Device::Cpu)?;
+    for_each_path(|context| close("y", &tables.forward(context, &x).unwrap(), &want, 16));
     Ok(())
 }
 
@@ -140,6 +169,7 @@ fn yarn_ramps_over_dimensions() -> Result<()> {
 fn positions_restart_and_continue() -> Result<()> {
     let rope = Rope {
         head_dim: 4,
+        rotary_dim: 4,
         theta: 100.0,
         scaling: RopeScaling::None,
     };

@@ -1,0 +1,86 @@
+//! Names of a decoder's modules, as in its files and for PEFT.
+
+/// Names of the linear layers inside a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearNames {
+    /// q, k and v; or one layer with the columns of all three.
+    pub qkv: &'static [&'static str],
+    /// The attention's output.
+    pub o: &'static str,
+    /// gate and up; or one layer with the columns of both.
+    pub gate_up: &'static [&'static str],
+    /// The output of the MLP.
+    pub down: &'static str,
+}
+
+/// Names of the modules outside the blocks, and of the linear layers inside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModuleNames {
+    /// The decoder without its head, whose files omit this prefix: `model`.
+    pub base: &'static str,
+    /// The embedding, inside the base.
+    pub embed_tokens: &'static str,
+    /// The list of blocks, inside the base.
+    pub layers: &'static str,
+    /// The norm before the head, inside the base.
+    pub norm: &'static str,
+    /// The output embedding.
+    pub lm_head: &'static str,
+    /// The linear layers, inside a block.
+    pub linears: LinearNames,
+}
+
+impl ModuleNames {
+    /// Llama's, which most families share.
+    pub const LLAMA: Self = Self {
+        base: "model",
+        embed_tokens: "embed_tokens",
+        layers: "layers",
+        norm: "norm",
+        lm_head: "lm_head",
+        linears: LinearNames {
+            qkv: &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            o: "self_attn.o_proj",
+            gate_up: &["mlp.gate_proj", "mlp.up_proj"],
+            down: "mlp.down_proj",
+        },
+    };
+
+    /// Path of the embedding.
+    pub fn embed_tokens_path(&self) -> String {
+        format!("{}.{}", self.base, self.embed_tokens)
+    }
+
+    /// Path of the norm before the head.
+    pub fn norm_path(&self) -> String {
+        format!("{}.{}", self.base, self.norm)
+    }
+
+    /// Path of block `layer`.
+    pub fn block_path(&self, layer: usize) -> String {
+        format!("{}.{}.{layer}", self.base, self.layers)
+    }
+
+    /// The block of a module inside one.
+    pub fn layer_of(&self, path: &str) -> Option<usize> {
+        let rest = path.strip_prefix(self.base)?.strip_prefix('.')?;
+        let rest = rest.strip_prefix(self.layers)?.strip_prefix('.')?;
+        rest.split('.').next()?.parse().ok()
+    }
+}
+
+impl LinearNames {
+    /// The names, in model order.
+    pub fn iter(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let qkv = self.qkv.iter().copied().chain([self.o]);
+        qkv.chain(self.gate_up.iter().copied()).chain([self.down])
+    }
+
+    /// The last segment of `name`, or all of it if another layer's is the same: a target that means
+    /// this layer alone.
+    pub fn target(&self, name: &'static str) -> &'static str {
+        let last = |name: &'static str| name.rsplit('.').next().unwrap_or(name);
+        let same = self.iter().filter(|other| last(other) == last(name));
+        if same.count() == 1 { last(name) } else { name }
+    }
+}
