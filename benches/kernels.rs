@@ -188,6 +188,7 @@ fn attentions(bench: &Bench<'_>) {
         causal: true,
         window: None,
         scale: None,
+        softcap: None,
     };
     for length in [256, 1024] {
         let segments = Segments::from_lengths(vec![length; TOKENS / length]);
@@ -213,6 +214,7 @@ fn attentions(bench: &Bench<'_>) {
 fn head(bench: &Bench<'_>) {
     let head = LmHead {
         weight: bench.frozen(&[VOCABULARY, HIDDEN]),
+        softcap: None,
     };
     let h = random(&[256, HIDDEN], DType::F32);
     let targets = vec![7u32; 256];
@@ -228,6 +230,7 @@ fn elementwise(bench: &Bench<'_>) {
         kind: NormKind::Rms,
         weight: Weight::frozen(random(&[HIDDEN], DType::F32)),
         bias: None,
+        unit_offset: false,
         eps: 1e-5,
         factor: 1.0,
     };

@@ -19,11 +19,17 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3"]
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
 use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
-embedding_multiplier residual_multiplier attention_multiplier logits_scaling""".split()
+embedding_multiplier residual_multiplier attention_multiplier logits_scaling hidden_activation query_pre_attn_scalar attn_logit_softcapping
+final_logit_softcapping""".split()
+
+# Declared, but read by no layer.
+UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
+# Keyword arguments that are no fields, with their defaults.
+KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}}
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128)
@@ -128,6 +134,23 @@ VARIANTS = {
     "olmo3, type alone is not read": tiny("olmo3", rope_scaling=dict(type="linear", factor=2.0)),
     "olmo3, by layer type": tiny("olmo3", layer_types=["full_attention", "sliding_attention", "full_attention"], rope_parameters={
         "full_attention": dict(YARN, rope_theta=1e6), "sliding_attention": dict(rope_type="default", rope_theta=2e4)}),
+    "gemma": tiny("gemma"),
+    "gemma, gelu means tanh": tiny("gemma", hidden_act="gelu"),
+    "gemma, everything absent": {"model_type": "gemma", "num_hidden_layers": 2},
+    "gemma2": tiny("gemma2"),
+    "gemma2, everything absent": {"model_type": "gemma2", "num_hidden_layers": 3},
+    "gemma2, its keys": tiny("gemma2", head_dim=16, query_pre_attn_scalar=144, sliding_window=8, hidden_act="gelu",
+                             attn_logit_softcapping=20.0, final_logit_softcapping=10.0),
+    "gemma2, no caps": tiny("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma3, final_logit_softcapping": tiny("gemma3_text", final_logit_softcapping=30.0),
+    "gemma3": tiny("gemma3_text", num_hidden_layers=7),
+    "gemma3, everything absent": {"model_type": "gemma3_text", "num_hidden_layers": 2},
+    "gemma3, by its old keys": tiny("gemma3_text", num_hidden_layers=4, head_dim=16, sliding_window=8, sliding_window_pattern=2,
+                                    query_pre_attn_scalar=9, rope_theta=5e5, rope_local_base_freq=2e4,
+                                    rope_scaling=dict(rope_type="linear", factor=8.0)),
+    "gemma3, by layer type": tiny("gemma3_text", layer_types=["full_attention", "sliding_attention", "full_attention"], rope_parameters={
+        "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6), "sliding_attention": dict(rope_type="default", rope_theta=2e4)}),
+    "gemma3, a window of null": tiny("gemma3_text", sliding_window=None),
     "qwen3, yarn": tiny("qwen3", head_dim=16, rope_theta=1e6, rope_scaling=YARN),
 }
 # Accepted by transformers, which ignores the key, warns, or computes with a number that no model was trained with.
@@ -154,6 +177,8 @@ REFUSED = {
     "mistral, layer_types": tiny("mistral", sliding_window=16, layer_types=["full_attention", "sliding_attention", "full_attention"]),
     "qwen2, unknown layer_types": tiny("qwen2", layer_types=["linear_attention"] * 3),
     "quantised": tiny(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "gemma3, bidirectional": tiny("gemma3_text", use_bidirectional_attention=True),
+    "gemma3, attn_logit_softcapping is not read": tiny("gemma3_text", attn_logit_softcapping=50.0),
     "an activation that nothing implements": tiny(hidden_act="quick_gelu"),
 }
 
@@ -175,12 +200,18 @@ def figures(config):
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "tensors": outer, "tied": "lm_head.weight" not in outer,
         "layers": parsed.num_hidden_layers, "heads": parsed.num_attention_heads, "head_dim": block.self_attn.head_dim,
-        "eps": model.model.norm.variance_epsilon, "scaling": block.self_attn.scaling,
+        "eps": getattr(model.model.norm, "variance_epsilon", None) or model.model.norm.eps, "scaling": block.self_attn.scaling,
         "max_position_embeddings": parsed.max_position_embeddings, "initializer_range": parsed.initializer_range,
         "windows": [window if t == "sliding_attention" else None for t in types], "bf16": parsed.dtype == torch.bfloat16,
         "ropes": [rope(parsed, kind) if used else None for kind, used in zip(types, rotated)],
-        "factors": [getattr(parsed, key, 1.0) for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling")],
+        "softcaps": [block.self_attn.attn_logit_softcapping if kind == "gemma2" else None,
+                     getattr(parsed, "final_logit_softcapping", None)],
+        "factors": [embedding_factor(parsed), *[getattr(parsed, key, 1.0) for key in ("residual_multiplier", "logits_scaling")]],
     }
+
+
+def embedding_factor(parsed):
+    return parsed.hidden_size ** 0.5 if parsed.model_type.startswith("gemma") else getattr(parsed, "embedding_multiplier", 1.0)
 
 
 def rope(parsed, layer_type):
@@ -203,7 +234,10 @@ def read(config):
 def defaults(model_type):
     config = CONFIG_MAPPING[model_type]
     declared = {f.name: f.default for f in dataclasses.fields(config)}
-    return {k: declared[k] for k in READ if k in declared} | {"rope_theta": config.default_theta}
+    theta = config.default_theta
+    theta = theta["global"] if isinstance(theta, dict) else theta
+    known = [k for k in READ if k in declared and k not in UNREAD.get(model_type, ())]
+    return {k: declared[k] for k in known} | {"rope_theta": theta} | KEYWORDS.get(model_type, {})
 
 
 def write(path, rows):

@@ -29,7 +29,9 @@ biases) · qwen2 (bias on q, k, v alone) · llama3rope (rope scaling whose three
 
 families: qwen3 (q/k norm on each head, biases on q, k, v, o, a sliding window from layer 1 on) · smollm3 (tied, layer 1
 without rotation, biases) · granite (four multipliers, biases) · olmo2 (norms on results, q/k norm over the rows, biases) ·
-olmo3 (the same, windows and rotations by layer type)
+olmo3 (the same, windows and rotations by layer type) · gemma (tied, norms that scale by 1 + weight, embedding x
+sqrt(hidden), tanh GELU, biases) · gemma2 (the same, norms before and after, scale, window by layer type, both softcaps) ·
+gemma3 (gemma2 without softcaps, q/k norm on each head, rotations by layer type)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
 logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
@@ -54,8 +56,8 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, Olmo3Config, Qwen2Config,
-                          Qwen3Config, SmolLM3Config)
+from transformers import (AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig,
+                          Olmo2Config, Olmo3Config, Qwen2Config, Qwen3Config, SmolLM3Config)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
@@ -94,6 +96,9 @@ LOGITS_ONLY = {
 }
 # Decoder families, every quirk on; smaller than the models above, with greedy continuations.
 FAMILY = {**SMALL, "num_hidden_layers": 3, "vocab_size": 48, "intermediate_size": 24, "num_attention_heads": 4}
+GEMMA3 = dict(head_dim=12, attention_bias=True, pad_token_id=0, query_pre_attn_scalar=7, sliding_window=5,
+              layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+              rope_parameters={"sliding_attention": rope("default", 1e2), "full_attention": rope("linear", 1e4, factor=4.0)})
 FAMILIES = {
     "qwen3": lambda: Qwen3Config(**FAMILY, head_dim=12, attention_bias=True, use_sliding_window=True, sliding_window=5,
                                  max_window_layers=1, rope_parameters=rope("default", 1e4)),
@@ -106,18 +111,27 @@ FAMILIES = {
                                  layer_types=["sliding_attention", "full_attention", "sliding_attention"],
                                  rope_parameters={"sliding_attention": rope("default", 1e4), "full_attention":
                                                   rope("yarn", 1e4, factor=4.0, original_max_position_embeddings=8)}),
+    "gemma": lambda: GemmaConfig(**{**FAMILY, "tie_word_embeddings": True}, head_dim=12, attention_bias=True, pad_token_id=0,
+                                 rope_parameters=rope("default", 1e4)),
+    "gemma3": lambda: Gemma3TextConfig(**{**FAMILY, "tie_word_embeddings": True}, **GEMMA3),
+    "gemma2": lambda: Gemma2Config(**{**FAMILY, "tie_word_embeddings": True}, **{**GEMMA3, "rope_parameters": rope("default", 1e4)},
+                                   attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
 }
+# Models without sdpa attention: noise comes from padding alone.
+OTHER = {"gemma2": "eager"}
 # Per segment: 0 = context, 1 = predicted.
 LOSS_MASKS = [[0] * 4 + [1] * 3 + [0] * 2 + [1] * 4, [0] * 3 + [1] * 6]
 
 
 def randomise(model, seed):
-    """Fills every parameter: matrices N(0, 0.2^2), biases N(0, 0.3^2), norm weights uniform in [0.5, 1.5]."""
+    """Fills every parameter: matrices N(0, 0.2^2), biases N(0, 0.3^2), norm weights uniform in [0.5, 1.5],
+    in [-0.5, 0.5] where 1 + weight is the scale."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             if "norm" in name:
-                p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
+                offset = -0.5 if model.config.model_type.startswith("gemma") else 0.5
+                p.copy_(torch.rand(p.shape, generator=generator) + offset)
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if name.endswith("bias") else 0.2))
 
@@ -281,7 +295,7 @@ def golden_full(name, seed):
     for kind in ("base", "adapter"):
         model = load(name, adapter=kind == "adapter")
         logits, loss, grads = measure(model, sequences, masks)
-        again = measure(load(name, kind == "adapter", "sdpa"), sequences, masks, padded=True)
+        again = measure(load(name, kind == "adapter", OTHER.get(name, "sdpa")), sequences, masks, padded=True)
         noise |= {f"{kind}_logits": difference(logits, again[0]), f"{kind}_loss": abs(loss - again[1]),
                   f"{kind}_grad": difference(grads, again[2])}
         assert all(g.abs().max() > 0 for g in grads.values()), "a gradient is zero"
@@ -290,7 +304,7 @@ def golden_full(name, seed):
         tensors |= {f"{kind}.logits.{i}": l for i, l in enumerate(logits)}
         tensors |= {f"{kind}.grad.{n}": g for n, g in grads.items()}
     steps, after, final = train(model, sequences, masks)
-    again = train(load(name, True, "sdpa"), sequences, masks, padded=True)
+    again = train(load(name, True, OTHER.get(name, "sdpa")), sequences, masks, padded=True)
     noise |= {"step_loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(steps, again[0])), "loss_after": abs(after - again[1]),
               "step_grad_norm": max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(steps, again[0])),
               "adapter_final": difference(final, again[2])}

@@ -1,5 +1,7 @@
 //! The architecture of a decoder: its sizes and switches, linear layers and tensors.
 
+use half::{bf16, f16};
+
 use super::linears::Linears;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
@@ -37,12 +39,16 @@ pub struct Architecture {
     pub attention_norms: BranchNorms,
     /// The norms around the MLP.
     pub mlp_norms: BranchNorms,
-    /// Factor of the embedding.
+    /// Factor of the embedding in f32.
     pub embedding_factor: f64,
+    /// Whether the factor of the embedding is rounded to the compute type, as in transformers' Gemma.
+    pub rounds_embedding_factor: bool,
     /// Factor of each branch before it is added to the residual stream.
     pub residual_factor: f64,
     /// Factor of the logits.
     pub logits_factor: f64,
+    /// c of c tanh(logit / c), after the factor.
+    pub logits_softcap: Option<f64>,
     /// Rows of the embedding.
     pub vocab_size: usize,
     /// Longest sequence that the model supports.
@@ -51,6 +57,8 @@ pub struct Architecture {
     pub norm_kind: NormKind,
     /// Added to the mean square in every norm.
     pub norm_eps: f64,
+    /// Whether norms scale by 1 + weight.
+    pub norm_unit_offset: bool,
     /// Rotary embeddings, one of which a block may use.
     pub ropes: Vec<Rope>,
     /// Whether input and output embedding are one tensor: as config.json states, corrected by the
@@ -123,6 +131,16 @@ impl Architecture {
         Attention {
             window: self.layers[layer].window,
             ..self.attention
+        }
+    }
+
+    /// Factor of the embedding in a pass of this precision.
+    pub(super) fn embedding_factor(&self, precision: Precision) -> f64 {
+        let factor = self.embedding_factor;
+        match precision {
+            Precision::Bf16 if self.rounds_embedding_factor => bf16::from_f64(factor).to_f64(),
+            Precision::F16 if self.rounds_embedding_factor => f16::from_f64(factor).to_f64(),
+            _ => factor,
         }
     }
 

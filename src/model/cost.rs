@@ -316,13 +316,14 @@ impl ModelShape {
             hidden,
             vocab,
             trained: self.all_trained,
+            softcap: self.architecture.logits_softcap.is_some(),
         }
     }
 
     fn embed_cost(&self, tokens: usize) -> Work {
         let a = &self.architecture;
         embedding_cost(tokens, a.hidden_size)
-            + scale_cost(tokens, a.hidden_size, a.embedding_factor)
+            + scale_cost(tokens, a.hidden_size, a.embedding_factor(self.precision))
     }
 
     fn blocks_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
@@ -378,7 +379,7 @@ impl ModelShape {
             });
         }
         if backward.embedding {
-            work += &scale_cost(n, c, self.architecture.embedding_factor);
+            work += &scale_cost(n, c, self.architecture.embedding_factor(self.precision));
             work += &embedding_backward_cost(n, c, self.architecture.vocab_size);
         }
         work
@@ -391,7 +392,7 @@ impl ModelShape {
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_forward(layer, &[tokens], false)
         });
-        work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
+        work + self.head(1).logits_cost(self.precision)
     }
 
     /// Work of generating one token when `before` tokens are cached.
@@ -402,7 +403,7 @@ impl ModelShape {
             self.block_without_attention(layer, 1, false)
                 + attention_decode_cost(&a.attention(layer), before + 1)
         });
-        work + Work::product(1, a.vocab_size, a.hidden_size, self.precision)
+        work + self.head(1).logits_cost(self.precision)
     }
 }
 

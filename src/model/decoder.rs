@@ -57,6 +57,7 @@ impl Builder<'_> {
             kind: a.norm_kind,
             weight: tensor("weight")?,
             bias: a.biases.norm.then(|| tensor("bias")).transpose()?,
+            unit_offset: a.norm_unit_offset,
             eps: a.norm_eps,
             factor: 1.0,
         })
@@ -175,7 +176,10 @@ impl Decoder {
                 factor: architecture.logits_factor,
                 ..builder.norm(&architecture.names.norm_path(), architecture.hidden_size)?
             },
-            head: LmHead { weight },
+            head: LmHead {
+                weight,
+                softcap: architecture.logits_softcap,
+            },
             embed_tokens,
             blocks,
             device: device.clone(),
@@ -218,7 +222,8 @@ impl Decoder {
     /// ids (N) -> (N, C).
     fn embed(&self, context: Context<'_>, ids: &Tensor) -> Result<Tensor> {
         let x = embedding(context, ids, &self.embed_tokens)?;
-        scale(context, &x, self.architecture.embedding_factor)
+        let factor = self.architecture.embedding_factor(context.precision);
+        scale(context, &x, factor)
     }
 
     /// Embeds `ids` (N) and runs all blocks; `visit` receives each block's number, its input (N, C)
@@ -435,7 +440,8 @@ impl Decoder {
             }
         }
         if self.backward.embedding {
-            let dx = scale(pass.context, &dx, self.architecture.embedding_factor)?;
+            let factor = self.architecture.embedding_factor(pass.context.precision);
+            let dx = scale(pass.context, &dx, factor)?;
             embedding_backward(pass.context, ids, &dx, &self.embed_tokens, gradients)?;
         }
         Ok(())

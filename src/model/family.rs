@@ -32,6 +32,10 @@ struct Family {
     qkv_bias: bool,
     /// Whether full and sliding attention have rotary embeddings of their own.
     ropes_by_layer_type: bool,
+    /// Without `layer_types`: every how many blocks attention is full; 0: never.
+    full_attention_interval: usize,
+    /// Gemma: norms scale by 1 + weight, the embedding by sqrt(hidden_size).
+    is_gemma: bool,
 }
 
 const LLAMA: Family = Family {
@@ -48,6 +52,8 @@ const LLAMA: Family = Family {
     },
     qkv_bias: false,
     ropes_by_layer_type: false,
+    full_attention_interval: 0,
+    is_gemma: false,
 };
 
 const OLMO2: Family = Family {
@@ -60,6 +66,20 @@ const OLMO2: Family = Family {
         input: None,
         output: Some("post_feedforward_layernorm"),
     },
+    ..LLAMA
+};
+
+const GEMMA2: Family = Family {
+    attention_norms: BranchNorms {
+        input: Some("input_layernorm"),
+        output: Some("post_attention_layernorm"),
+    },
+    mlp_norms: BranchNorms {
+        input: Some("pre_feedforward_layernorm"),
+        output: Some("post_feedforward_layernorm"),
+    },
+    full_attention_interval: 2,
+    is_gemma: true,
     ..LLAMA
 };
 
@@ -76,7 +96,18 @@ fn family(model_type: &str) -> Family {
         "olmo2" => OLMO2,
         "olmo3" => Family {
             ropes_by_layer_type: true,
+            full_attention_interval: 4,
             ..OLMO2
+        },
+        "gemma" => Family {
+            is_gemma: true,
+            ..LLAMA
+        },
+        "gemma2" => GEMMA2,
+        "gemma3_text" => Family {
+            qk_norm: Some(QkNorm::Heads),
+            ropes_by_layer_type: true,
+            ..GEMMA2
         },
         _ => LLAMA,
     }
@@ -122,15 +153,22 @@ impl Architecture {
             layers,
             qkv_groups: 1,
             qk_norm: family.qk_norm,
-            activation: activation(&config)?,
+            activation: activation(&config, &family)?,
             attention_norms: family.attention_norms,
             mlp_norms: family.mlp_norms,
-            embedding_factor: factor(&config, "embedding_multiplier")?,
+            embedding_factor: if family.is_gemma {
+                (hidden_size as f64).sqrt()
+            } else {
+                factor(&config, "embedding_multiplier")?
+            },
+            rounds_embedding_factor: family.is_gemma,
             residual_factor: factor(&config, "residual_multiplier")?,
             logits_factor: 1.0 / factor(&config, "logits_scaling")?,
+            logits_softcap: config.number("final_logit_softcapping", Range::POSITIVE)?,
             vocab_size: config.required_size("vocab_size")?,
             max_position_embeddings,
             norm_kind: family.norm_kind,
+            norm_unit_offset: family.is_gemma,
             norm_eps: config.required_number("rms_norm_eps", Range::NON_NEGATIVE)?,
             ropes: if family.ropes_by_layer_type {
                 ropes_by_layer_type(&config, shape)?
@@ -158,9 +196,22 @@ impl Architecture {
     }
 }
 
-fn activation(config: &Config<'_>) -> Result<Activation> {
-    let activation = config.text("hidden_act")?.and_then(Activation::from_name);
-    activation.ok_or_else(|| config.wrong("hidden_act", "silu, gelu, gelu_pytorch_tanh or relu"))
+fn activation(config: &Config<'_>, family: &Family) -> Result<Activation> {
+    let key = if config.has("hidden_activation") {
+        "hidden_activation"
+    } else {
+        "hidden_act"
+    };
+    let activation = config.text(key)?.and_then(Activation::from_name);
+    let activation =
+        activation.ok_or_else(|| config.wrong(key, "silu, gelu, gelu_pytorch_tanh or relu"))?;
+    // Gemma's first files say gelu and mean its tanh approximation.
+    let means_tanh = family.is_gemma && key == "hidden_act" && activation == Activation::Gelu;
+    Ok(if means_tanh {
+        Activation::GeluTanh
+    } else {
+        activation
+    })
 }
 
 fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
@@ -200,11 +251,20 @@ fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
         head_dim,
         causal: true,
         window: None,
-        scale: if config.has("attention_multiplier") {
-            Some(config.required_number("attention_multiplier", Range::POSITIVE)?)
-        } else {
-            None
-        },
+        scale: scale(config)?,
+        softcap: config.number("attn_logit_softcapping", Range::POSITIVE)?,
+    })
+}
+
+/// Factor of the scores: Granite's multiplier, Gemma's `query_pre_attn_scalar`^(-1/2).
+fn scale(config: &Config<'_>) -> Result<Option<f64>> {
+    let required = |key| config.required_number(key, Range::POSITIVE);
+    Ok(if config.has("attention_multiplier") {
+        Some(required("attention_multiplier")?)
+    } else if config.has("query_pre_attn_scalar") {
+        Some(required("query_pre_attn_scalar")?.powf(-0.5))
+    } else {
+        None
     })
 }
 
@@ -278,8 +338,12 @@ fn sliding_layers(config: &Config<'_>, family: &Family, rotated: &[bool]) -> Res
     if config.has("no_rope_layers") {
         return Ok(rotated.iter().map(|rotated| !rotated).collect());
     }
-    // OLMo 3: every fourth is full. Mistral: none.
-    let full = |n: usize| family.ropes_by_layer_type && n.is_multiple_of(4);
+    let interval = if config.has("sliding_window_pattern") {
+        config.required_size("sliding_window_pattern")?
+    } else {
+        family.full_attention_interval
+    };
+    let full = |n: usize| interval > 0 && n.is_multiple_of(interval);
     Ok((1..=count).map(|n| !full(n)).collect())
 }
 

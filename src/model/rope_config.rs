@@ -26,7 +26,7 @@ pub(super) fn rope(config: &Config<'_>, shape: RopeShape) -> Result<Rope> {
     read_table(config, table.as_ref(), shape)
 }
 
-/// Reads the rotary embeddings of full and of sliding attention (OLMo 3), in this order:
+/// Reads the rotary embeddings of full and of sliding attention (OLMo 3, Gemma 3), in this order:
 /// `rope_parameters` by type, or the keys of transformers 4, whose `rope_scaling` is for full
 /// attention alone.
 pub(super) fn ropes_by_layer_type(config: &Config<'_>, shape: RopeShape) -> Result<Vec<Rope>> {
@@ -42,9 +42,14 @@ pub(super) fn ropes_by_layer_type(config: &Config<'_>, shape: RopeShape) -> Resu
         entries.entry("rope_type").or_insert("default".into());
         Ok::<_, Error>(entries)
     };
-    let [mut full, sliding] = [table("full_attention")?, table("sliding_attention")?];
+    let [mut full, mut sliding] = [table("full_attention")?, table("sliding_attention")?];
     if let Some(scaling) = config.object("rope_scaling")? {
         full.extend(scaling.object.clone());
+    }
+    let local = "rope_local_base_freq";
+    if config.has(local) {
+        let theta = config.required_number(local, Range::POSITIVE)?;
+        sliding.entry("rope_theta").or_insert(theta.into());
     }
     // transformers 5 reads a top-level theta for full attention alone, transformers 4 for both.
     let given = config.object.get("rope_theta");

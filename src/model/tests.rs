@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::{Architecture, Weights};
 use crate::error::Kind;
 use crate::ops::Rope;
+use crate::work::Precision;
 
 fn variants() -> serde_json::Map<String, Value> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/config_variants.json");
@@ -32,6 +33,7 @@ fn figures(a: &Architecture) -> Value {
         "head_dim": a.attention.head_dim, "eps": a.norm_eps,
         "max_position_embeddings": a.max_position_embeddings, "windows": windows,
         "initializer_range": a.initializer_range, "bf16": a.stored_in_bf16,
+        "softcaps": [a.attention.softcap, a.logits_softcap],
         "factors": [a.embedding_factor, a.residual_factor, 1.0 / a.logits_factor],
     })
 }
@@ -136,6 +138,19 @@ fn sizes_beyond_any_model_are_refused() {
     }
     let error = Architecture::from_config(&config).unwrap_err();
     assert!(error.to_string().contains("parameters"), "{error}");
+}
+
+/// transformers' Gemma multiplies by sqrt(hidden_size) in the type of the weights: sqrt(3072) =
+/// 55.43 is 55.5 in bf16.
+#[test]
+fn the_embedding_factor_of_gemma_is_rounded() {
+    let config = &variants()["gemma, everything absent"]["config"];
+    let gemma = Architecture::from_config(config).unwrap();
+    assert_eq!(gemma.embedding_factor(Precision::F32), 3072f64.sqrt());
+    assert_eq!(gemma.embedding_factor(Precision::Bf16), 55.5);
+    let config = json!({"model_type": "granite", "embedding_multiplier": 55.43});
+    let granite = Architecture::from_config(&config).unwrap();
+    assert_eq!(granite.embedding_factor(Precision::Bf16), 55.43);
 }
 
 #[test]

@@ -246,13 +246,23 @@ fn stored_name(
     if tied_alias { head } else { stored.to_string() }
 }
 
-/// Initial values of a tensor for training from scratch, as in transformers: norms one, biases
+/// Initial values of a tensor for training from scratch, as in transformers: scales of norms one, biases
 /// zero, all others normal with standard deviation `initializer_range`. Each tensor has a separate
 /// random stream, keyed by seed and name.
-pub fn random_tensor(name: &str, shape: &[usize], initializer_range: f64, seed: u64) -> Vec<f32> {
+pub fn random_tensor(
+    architecture: &Architecture,
+    name: &str,
+    shape: &[usize],
+    seed: u64,
+) -> Vec<f32> {
     let count = shape.iter().product();
     if name.ends_with("norm.weight") {
-        return vec![1.0; count];
+        let scale = if architecture.norm_unit_offset {
+            0.0
+        } else {
+            1.0
+        };
+        return vec![scale; count];
     }
     if name.ends_with(".bias") {
         return vec![0.0; count];
@@ -268,6 +278,6 @@ pub fn random_tensor(name: &str, shape: &[usize], initializer_range: f64, seed: 
     std::iter::repeat_with(pair)
         .flatten()
         .take(count)
-        .map(|z| (z * initializer_range) as f32)
+        .map(|z| (z * architecture.initializer_range) as f32)
         .collect()
 }

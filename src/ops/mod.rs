@@ -28,6 +28,7 @@ mod residual;
 mod rope;
 mod segments;
 mod simd;
+mod softcap;
 mod storage;
 
 pub use activation::{Activation, ActivationSaved};

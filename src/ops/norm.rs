@@ -31,7 +31,7 @@ pub enum NormKind {
 /// # use wattune::ops::{Context, Norm, NormKind, Weight};
 /// # use wattune::work::{Precision, WorkCounter};
 /// let weight = Weight::frozen(Tensor::new(&[1f32, 10.], &Device::Cpu)?);
-/// let norm = Norm { kind: NormKind::Rms, weight, bias: None, eps: 0., factor: 1. };
+/// let norm = Norm { kind: NormKind::Rms, weight, bias: None, unit_offset: false, eps: 0., factor: 1. };
 /// let x = Tensor::new(&[[1f32, 7.]], &Device::Cpu)?; // rms = sqrt((1 + 49) / 2) = 5
 /// let counter = WorkCounter::default();
 /// let context = Context::new(&counter, Precision::F32);
@@ -48,6 +48,8 @@ pub struct Norm {
     pub weight: Weight,
     /// (C).
     pub bias: Option<Weight>,
+    /// Whether the scale is 1 + weight (Gemma).
+    pub unit_offset: bool,
     /// Added to the mean square.
     pub eps: f64,
     /// Factor of the result: 1, except where logits are scaled through the last norm.
@@ -227,8 +229,11 @@ impl Norm {
         })
     }
 
-    /// factor weight (C).
+    /// factor weight, or factor (1 + weight) (C).
     fn gain(&self) -> Result<Tensor> {
+        if self.unit_offset {
+            return Ok(self.weight.tensor.affine(self.factor, self.factor)?);
+        }
         self.scaled(&self.weight)
     }
 

@@ -47,13 +47,12 @@ pub(super) fn fully_trained(
     device: &Device,
 ) -> Result<TrainableModel> {
     let architecture = &prepared.architecture;
-    let range = architecture.initializer_range;
     let values = |_, slot: &Slot| match weights {
         Some(weights) => weights.values(&slot.name),
         None => Ok(random_tensor(
+            architecture,
             &slot.name,
             &slot.shape,
-            range,
             prepared.recipe.seed,
         )),
     };

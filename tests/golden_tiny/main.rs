@@ -14,7 +14,7 @@ use wattune::model::{
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters};
 use wattune::work::{Precision, WorkCounter};
 
-const FULL: [&str; 10] = [
+const FULL: [&str; 13] = [
     "gqa",
     "tied",
     "biases",
@@ -25,8 +25,13 @@ const FULL: [&str; 10] = [
     "granite",
     "olmo2",
     "olmo3",
+    "gemma",
+    "gemma2",
+    "gemma3",
 ];
-const FAMILIES: [&str; 5] = ["qwen3", "smollm3", "granite", "olmo2", "olmo3"];
+const FAMILIES: [&str; 8] = [
+    "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3",
+];
 const LOGITS_ONLY: [&str; 4] = ["linear", "dynamic", "yarn", "mistral"];
 
 #[test]

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::QueryBlock;
 use super::cpu::{BackwardTask, ForwardTask, Grad};
-use super::softmax::{Panel, online_softmax, softmax_backward};
+use super::softmax::{Panel, ScoreScaling, cap_scores, online_softmax, softmax_backward};
 use crate::ops::gemm::bf16::{
     ActiveUnit, BF16_PLANES, MatrixUnit, PackedOperand, TILE, gemm_strips,
 };
@@ -109,7 +109,7 @@ impl<O: Element> ForwardTask<'_, O> {
     pub(super) fn run_bf16(&self, unit: MatrixUnit) {
         let [q, k, v] = self.heads();
         let attention = self.attention();
-        let scale = attention.scale() as f32;
+        let scaling = ScoreScaling::new(attention);
         let blocks = self.blocks();
         let end = blocks.last().map_or(0, |block| block.keys.end);
         let k = PackedOperand::lhs(BF16_PLANES, k.rows(0..end));
@@ -125,8 +125,10 @@ impl<O: Element> ForwardTask<'_, O> {
             let keys = tiles(panel.keys.clone());
             let queries = q.rows(panel.queries.clone());
             products.scores(keys.clone(), &k, queries, &mut p);
+            cap_scores::<TILE>(&mut p, TILE, scaling);
             panel.mask(attention, &mut p);
             let (mut max, mut sum) = ([f32::MIN; TILE], [0.0f32; TILE]);
+            let scale = scaling.after_cap();
             online_softmax::<TILE>(&mut p, TILE, scale, &mut max, &mut sum, &mut [0.0; TILE]);
             products.queries(&p, &v, keys.start, &mut pv);
             for (lane, query) in panel.queries.enumerate() {
@@ -180,6 +182,8 @@ impl BackwardState {
             dout.rows(panel.queries.clone()),
         );
         products.scores(keys.clone(), &self.k_rows, q, p);
+        let scaling = ScoreScaling::new(task.attention());
+        cap_scores::<TILE>(p, TILE, scaling);
         panel.mask(task.attention(), p);
         products.scores(keys.clone(), &self.v_rows, dout, ds);
         let (mut lse, mut delta) = ([0.0f32; TILE], [0.0f32; TILE]);
@@ -187,8 +191,7 @@ impl BackwardState {
             *to = lse;
         }
         task.delta(panel.queries.start, &mut delta[..panel.queries.len()]);
-        let scale = task.attention().scale() as f32;
-        softmax_backward::<TILE>(p, ds, TILE, scale, &lse, &delta);
+        softmax_backward::<TILE>(p, ds, TILE, scaling, &lse, &delta);
         let below = keys.start * TILE * products.width;
         products.accumulate_keys(p, dout, &mut self.dv[below..]);
         products.accumulate_keys(ds, q, &mut self.dk[below..]);

@@ -11,7 +11,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 use half::bf16;
 
-use super::softmax::scale_into;
+use super::softmax::{ScoreScaling, scale_into};
 use super::tile::HeadView;
 use super::vector::SCRATCH;
 use super::{Attention, AttentionSaved, KEY_BLOCK, QUERY_BLOCK, QueryBlock};
@@ -241,11 +241,12 @@ impl<O: Element> ForwardTask<'_, O> {
     }
 
     /// Writes the output row `pv / sum` of a query, and its log-sum-exp; `pv` (D) and `sum` are the
-    /// sums of exp(scale (score - max)) V and of exp(scale (score - max)).
+    /// sums of exp(scale (score - max)) V and of exp(scale (score - max)), scores after
+    /// `cap_scores`.
     pub(super) fn store(&self, query: usize, max: f32, sum: f32, pv: &[f32]) {
         let (heads, d) = (self.pass.attention.heads, self.pass.attention.head_dim);
         let row = self.segment.start + query;
-        let lse = self.pass.attention.scale() as f32 * max + sum.ln();
+        let lse = ScoreScaling::new(self.pass.attention).after_cap() * max + sum.ln();
         // SAFETY: this row of this head belongs to this task alone.
         let out = unsafe {
             *self.pass.lse.add(row * heads + self.head) = lse;

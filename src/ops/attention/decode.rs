@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::ops::count_flops;
 use crate::ops::parallel::par_for_each;
 use crate::ops::simd::{Simd, max, simd};
+use crate::ops::softcap::capped;
 use crate::ops::storage::{CpuTensor, f32_tensor, to_f32_contiguous, uninit_vec};
 
 impl Attention {
@@ -78,12 +79,18 @@ impl Attention {
         partials: &mut [f32],
     ) {
         let scale = self.scale() as f32;
+        let softcap = self.softcap.map(|c| c as f32);
         let (d, stride) = (self.head_dim, self.kv_heads * self.head_dim);
         for (q, partial) in q.chunks_exact(d).zip(partials.chunks_exact_mut(2 + d)) {
             let mut scores = [0.0; KEY_BLOCK];
             let scores = &mut scores[..n];
             for key in 0..n {
                 scores[key] = scale * simd.dot(q, &k[key * stride..][..d]);
+            }
+            if let Some(c) = softcap {
+                for key in 0..n {
+                    scores[key] = capped(simd, scores[key], c);
+                }
             }
             let largest = max(scores);
             for key in 0..n {

@@ -19,6 +19,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
+use super::softcap::{CAP_OPERATIONS, SLOPE_OPERATIONS};
 use super::storage::{check_shape, load_activation, save_activation};
 use super::{Context, Path, Segments};
 use crate::error::{Error, Kind, Result};
@@ -39,8 +40,8 @@ const KEY_BLOCK: usize = 256;
 /// # use candle_core::{Device, Tensor};
 /// # use wattune::ops::{Attention, Context, Segments};
 /// # use wattune::work::{Precision, WorkCounter};
-/// let attention =
-///     Attention { heads: 1, kv_heads: 1, head_dim: 1, causal: true, window: None, scale: None };
+/// let attention = Attention {
+///     heads: 1, kv_heads: 1, head_dim: 1, causal: true, window: None, scale: None, softcap: None };
 /// let zeros = Tensor::new(&[[0f32], [0.], [0.]], &Device::Cpu)?;
 /// let v = Tensor::new(&[[1f32], [3.], [8.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
@@ -68,6 +69,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Factor of the scores; `None`: 1 / sqrt(head_dim).
     pub scale: Option<f64>,
+    /// c of c tanh(scaled score / c), before the mask (Gemma 2).
+    pub softcap: Option<f64>,
 }
 
 /// A query block of a segment and the key rows it attends to, both counted from the segment's
@@ -96,6 +99,11 @@ impl Attention {
     pub(crate) fn scale(&self) -> f64 {
         self.scale
             .unwrap_or_else(|| 1.0 / (self.head_dim as f64).sqrt())
+    }
+
+    /// Operations per score, of which a softcap adds `of_softcap`.
+    fn score_operations(&self, operations: usize, of_softcap: usize) -> usize {
+        operations + self.softcap.map_or(0, |_| of_softcap)
     }
 
     /// Query heads per key head.
@@ -140,12 +148,23 @@ impl Attention {
 
 /// Work of a forward pass over segments of these lengths: S = Q K^T and O = P V.
 pub fn attention_forward_cost(attention: &Attention, segments: &[usize]) -> Work {
-    attention.blocks_cost(segments, [1, 1], [4, 4])
+    attention.blocks_cost(
+        segments,
+        [1, 1],
+        [4, attention.score_operations(4, CAP_OPERATIONS)],
+    )
 }
 
 /// Work of a backward pass: S again and dP = dO V^T; dQ = dS K, dK = dS^T Q and dV = P^T dO.
 pub fn attention_backward_cost(attention: &Attention, segments: &[usize]) -> Work {
-    attention.blocks_cost(segments, [2, 3], [8, 6])
+    attention.blocks_cost(
+        segments,
+        [2, 3],
+        [
+            8,
+            attention.score_operations(6, CAP_OPERATIONS + SLOPE_OPERATIONS),
+        ],
+    )
 }
 
 /// Work of one new token against `keys` cached ones (itself included).
@@ -154,6 +173,10 @@ pub fn attention_decode_cost(attention: &Attention, keys: usize) -> Work {
     let (heads, d) = (attention.heads, attention.head_dim);
     Work::products(heads, 1, seen, d, Precision::F32)
         + Work::products(heads, 1, d, seen, Precision::F32)
+        + Work::sweep(
+            0,
+            attention.score_operations(0, CAP_OPERATIONS) * heads * seen,
+        )
 }
 
 /// Input of `backward`: q, k, v and the output in the compute type, and the log-sum-exp of each row

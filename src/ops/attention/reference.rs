@@ -6,6 +6,7 @@ use candle_core::{D, Device, Tensor};
 
 use super::{Attention, AttentionSaved, QueryBlock};
 use crate::error::Result;
+use crate::ops::softcap::{capped_gradient, capped_tensor};
 use crate::ops::{Path, Segments, batched_matmul, softmax};
 
 /// One segment's tensors (Hq, T, D), key heads repeated for their group.
@@ -42,7 +43,9 @@ impl Attention {
         for range in segments.ranges() {
             let heads = self.heads(qkv, range)?;
             for block in self.query_blocks(range.len()) {
-                let (p, lse) = softmax(path, &self.block_scores(&heads, &block)?)?;
+                let scores = self.block_scores(&heads, &block)?;
+                let mask = self.mask(&block, scores.device())?;
+                let (p, lse) = softmax(path, &scores.broadcast_add(&mask)?)?;
                 let out = batched_matmul(&p, &block.keys_of(&heads.v)?)?;
                 outs.push(self.tokens_first(&out)?);
                 lses.push(lse.squeeze(2)?.t()?.contiguous()?);
@@ -91,11 +94,12 @@ impl Attention {
         let mut dv = heads.v.zeros_like()?;
         for block in self.query_blocks(length) {
             let scores = self.block_scores(heads, &block)?;
-            let p = scores.broadcast_sub(&block.queries_of(lse)?)?.exp()?;
+            let masked = scores.broadcast_add(&self.mask(&block, scores.device())?)?;
+            let p = masked.broadcast_sub(&block.queries_of(lse)?)?.exp()?;
             let dout = block.queries_of(dout)?;
             let dp = batched_matmul(&dout, &block.keys_of(&heads.v)?.t()?)?;
             let ds = (&p * dp.broadcast_sub(&block.queries_of(delta)?)?)?;
-            let ds = (ds * self.scale())?;
+            let ds = (capped_gradient(ds, &scores, self.softcap)? * self.scale())?;
             dq.push(batched_matmul(&ds, &block.keys_of(&heads.k)?)?);
             let pad = |x: Tensor| x.pad_with_zeros(1, block.keys.start, length - block.keys.end);
             let q = block.queries_of(&heads.q)?;
@@ -120,6 +124,7 @@ impl Attention {
         };
         let q = q.reshape((self.kv_heads, self.group(), d))?;
         let scores = (batched_matmul(&q, &heads_first(k)?.t()?)? * self.scale())?;
+        let scores = capped_tensor(scores, self.softcap)?;
         let (p, _) = softmax(path, &scores)?;
         Ok(batched_matmul(&p, &heads_first(v)?)?.reshape((1, self.heads * d))?)
     }
@@ -153,13 +158,12 @@ impl Attention {
         Ok(x.reshape((heads, self.heads / heads, t, d))?.sum(1)?)
     }
 
-    /// Scaled scores of a block, (H, queries, keys): minus infinity where the causal mask or the
-    /// window hides a key.
+    /// Scaled and capped scores of a block, (H, queries, keys), before the mask.
     fn block_scores(&self, heads: &Heads, block: &QueryBlock) -> Result<Tensor> {
         let q = block.queries_of(&heads.q)?;
         let k = block.keys_of(&heads.k)?;
         let scores = (batched_matmul(&q, &k.t()?)? * self.scale())?;
-        Ok(scores.broadcast_add(&self.mask(block, scores.device())?)?)
+        capped_tensor(scores, self.softcap)
     }
 
     /// The additive mask of a block (queries, keys): zero where visible, minus infinity elsewhere.

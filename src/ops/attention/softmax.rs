@@ -10,6 +10,7 @@ use std::ops::Range;
 use super::{Attention, KEY_BLOCK};
 use crate::ops::gemm::Element;
 use crate::ops::simd::simd;
+use crate::ops::softcap::{capped, slope};
 
 /// Some query columns of a tile and the keys of their scores, both counted from the segment's
 /// start.
@@ -45,6 +46,41 @@ impl Panel {
             scores[(key - first) * self.stride..][visible..count].fill(f32::NEG_INFINITY);
         }
     }
+}
+
+/// How a score becomes the logit of the softmax: scale score, or c tanh(scale score / c).
+#[derive(Clone, Copy)]
+pub(super) struct ScoreScaling {
+    scale: f32,
+    softcap: Option<f32>,
+}
+
+impl ScoreScaling {
+    pub(super) fn new(attention: &Attention) -> Self {
+        Self {
+            scale: attention.scale() as f32,
+            softcap: attention.softcap.map(|c| c as f32),
+        }
+    }
+
+    /// Factor of what `cap_scores` leaves.
+    pub(super) fn after_cap(self) -> f32 {
+        self.softcap.map_or(self.scale, |_| 1.0)
+    }
+}
+
+/// scores -> c tanh(scale score / c) of `L` queries, keys `stride` apart; unchanged without a
+/// softcap.
+pub(super) fn cap_scores<const L: usize>(scores: &mut [f32], stride: usize, scaling: ScoreScaling) {
+    let Some(c) = scaling.softcap else { return };
+    simd!(|simd| {
+        for scores in scores.chunks_mut(stride) {
+            let scores = &mut scores[..L];
+            for lane in 0..L {
+                scores[lane] = capped(simd, scaling.scale * scores[lane], c);
+            }
+        }
+    });
 }
 
 /// Calls `$name::<LANES>` with the number of lanes as a constant.
@@ -109,22 +145,31 @@ pub(super) fn online_softmax<const L: usize>(
     });
 }
 
-/// Scores and dP -> P = exp(scale score - lse) and dS = scale P (dP - delta), in place, of `L`
-/// queries, keys `stride` apart.
+/// Scores, after `cap_scores`, and dP -> P = exp(logit - lse) and dS = scale slope P (dP - delta),
+/// in place, of `L` queries, keys `stride` apart; slope: that of the softcap.
 pub(super) fn softmax_backward<const L: usize>(
     scores: &mut [f32],
     dp: &mut [f32],
     stride: usize,
-    scale: f32,
+    scaling: ScoreScaling,
     lse: &[f32],
     delta: &[f32],
 ) {
     let (mut lses, mut deltas) = ([0.0; L], [0.0; L]);
     lses[..lse.len()].copy_from_slice(lse);
     deltas[..delta.len()].copy_from_slice(delta);
+    let scale = scaling.scale;
     simd!(|simd| {
         for (p, ds) in scores.chunks_mut(stride).zip(dp.chunks_mut(stride)) {
             let (p, ds) = (&mut p[..L], &mut ds[..L]);
+            if let Some(c) = scaling.softcap {
+                for lane in 0..L {
+                    let scale = scale * slope(p[lane], c);
+                    p[lane] = simd.exp(p[lane] - lses[lane]);
+                    ds[lane] = p[lane] * (ds[lane] - deltas[lane]) * scale;
+                }
+                continue;
+            }
             for lane in 0..L {
                 p[lane] = simd.exp(scale * p[lane] - lses[lane]);
                 ds[lane] = p[lane] * (ds[lane] - deltas[lane]) * scale;

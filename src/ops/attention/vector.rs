@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::cpu::{BackwardTask, ForwardTask, Grad};
-use super::softmax::{by_lanes, online_softmax, softmax_backward};
+use super::softmax::{ScoreScaling, by_lanes, cap_scores, online_softmax, softmax_backward};
 use super::tile::{RowBuffer, ScoreTile};
 use super::{KEY_BLOCK, QUERY_BLOCK, QueryBlock};
 use crate::ops::gemm::{Element, Isa};
@@ -99,7 +99,7 @@ impl<O: Element> ForwardTask<'_, O> {
         scratch: &mut Scratch,
     ) {
         let d = self.attention().head_dim;
-        let scale = self.attention().scale() as f32;
+        let scaling = ScoreScaling::new(self.attention());
         let Scratch {
             k,
             v,
@@ -113,13 +113,21 @@ impl<O: Element> ForwardTask<'_, O> {
         for panel in &tile.panels {
             let column = tile.column(panel);
             let scores = &mut p[column..panel.keys.len() * QUERY_BLOCK];
+            by_lanes!(tile.lanes(panel), cap_scores(scores, QUERY_BLOCK, scaling));
             panel.mask(self.attention(), scores);
             let max = &mut state.max[first + column..];
             let sum = &mut state.sum[first + column..];
             let mut factors = [0.0; 32];
             by_lanes!(
                 tile.lanes(panel),
-                online_softmax(scores, QUERY_BLOCK, scale, max, sum, &mut factors)
+                online_softmax(
+                    scores,
+                    QUERY_BLOCK,
+                    scaling.after_cap(),
+                    max,
+                    sum,
+                    &mut factors
+                )
             );
             if rescale {
                 for (query, factor) in panel.queries.clone().zip(factors) {
@@ -185,7 +193,7 @@ impl BackwardTask<'_> {
         scratch: &mut Scratch,
     ) {
         let d = self.attention().head_dim;
-        let scale = self.attention().scale() as f32;
+        let scaling = ScoreScaling::new(self.attention());
         let Scratch {
             q,
             k,
@@ -206,12 +214,13 @@ impl BackwardTask<'_> {
         for panel in &tile.panels {
             let scores = tile.column(panel)..panel.keys.len() * QUERY_BLOCK;
             let (p, ds) = (&mut p[scores.clone()], &mut ds[scores]);
+            by_lanes!(tile.lanes(panel), cap_scores(p, QUERY_BLOCK, scaling));
             panel.mask(self.attention(), p);
             let queries = q.local(&panel.queries);
             let (lse, delta) = (&rows.lse[queries.clone()], &rows.delta[queries]);
             by_lanes!(
                 tile.lanes(panel),
-                softmax_backward(p, ds, QUERY_BLOCK, scale, lse, delta)
+                softmax_backward(p, ds, QUERY_BLOCK, scaling, lse, delta)
             );
         }
         tile.accumulate_keys(p, dout, dv);

@@ -2,7 +2,8 @@
 //! logits z are computed one vocabulary chunk at a time with an online softmax (Milakov and
 //! Gimelshein 2018) and never leave the cache; W is packed once for all rows.
 //!
-//! With e = exp(z - max z), dh = scale (e W / sum(e) - W[target]).
+//! With e = exp(z - max z), dh = scale (e W / sum(e) - W[target]). With a softcap z are the capped
+//! logits, and e and onehot target are multiplied by its slope.
 
 use std::ops::Range;
 
@@ -14,6 +15,7 @@ use crate::ops::gemm::packed_rhs::{PADDING, PackedRhs};
 use crate::ops::gemm::{CpuSlice, Element, Lhs, MatMut, MatRef};
 use crate::ops::parallel::{num_threads, par_for_each};
 use crate::ops::simd::{self, simd};
+use crate::ops::softcap::{capped, slope};
 use crate::ops::storage::{CpuTensor, f32_tensor, uninit_vec};
 use crate::ops::{Context, count_flops};
 
@@ -51,10 +53,13 @@ impl LmHead {
             dh.resize(rows.next_multiple_of(block_rows) * width, 0.0);
         }
         let mut dh_blocks = dh.chunks_mut(block_rows * width);
-        let block =
-            |(index, targets)| RowBlock::new(index * block_rows, targets, dh_blocks.next(), width);
+        let block = |(index, targets)| RowBlock {
+            softcap: self.softcap.map(|c| c as f32),
+            ..RowBlock::new(index * block_rows, targets, dh_blocks.next(), width)
+        };
         let mut blocks: Vec<_> = targets.chunks(block_rows).enumerate().map(block).collect();
         self.accumulate_vocabulary(&mut blocks, &lhs, w.matrix(vocab, hidden), vocab);
+
         let losses = blocks.iter().flat_map(RowBlock::losses).collect();
         let Some(scale) = scale else {
             return Ok((losses, None));
@@ -118,6 +123,7 @@ struct RowBlock<'a> {
     /// e W with a row stride of `width`, which `finish` converts to dh; `None`: losses only.
     dh: Option<&'a mut [f32]>,
     width: usize,
+    softcap: Option<f32>,
 }
 
 impl<'a> RowBlock<'a> {
@@ -131,6 +137,7 @@ impl<'a> RowBlock<'a> {
             target_logits: vec![0.0; rows],
             dh,
             width,
+            softcap: None,
         }
     }
 
@@ -152,26 +159,9 @@ impl<'a> RowBlock<'a> {
             self.first..self.first + rows,
             MatMut::new(&mut logits, VOCAB_CHUNK),
         );
-        for (row, &target) in self.targets.iter().enumerate() {
+        for row in 0..rows {
             let logits = &mut logits[row * VOCAB_CHUNK..][..chunk.len()];
-            if chunk.contains(&(target as usize)) {
-                self.target_logits[row] = logits[target as usize - chunk.start];
-            }
-            let previous = self.max[row];
-            let (max, rescale, sum) = simd!(|simd| {
-                let max = previous.max(simd::max(logits));
-                logits.iter_mut().for_each(|z| *z = simd.exp(*z - max));
-                (max, simd.exp(previous - max), simd::sum_map(logits, |e| e))
-            });
-            if max > previous {
-                self.max[row] = max;
-                self.sum[row] *= f64::from(rescale);
-                if let Some(dh) = &mut self.dh {
-                    let dh = &mut dh[row * self.width..][..self.width];
-                    dh.iter_mut().for_each(|dh| *dh *= rescale);
-                }
-            }
-            self.sum[row] += sum;
+            self.update_row(row, chunk.start, logits);
         }
         if let Some(dh) = &mut self.dh {
             let e = MatRef::strided(
@@ -183,12 +173,50 @@ impl<'a> RowBlock<'a> {
         }
     }
 
+    /// Updates the softmax of row `row`; its logits of the chunk from token `start` on become e,
+    /// times the slope of the softcap.
+    fn update_row(&mut self, row: usize, start: usize, logits: &mut [f32]) {
+        let mut slopes = self.softcap.map(|_| [0.0; VOCAB_CHUNK]);
+        if let Some((c, slopes)) = self.softcap.zip(slopes.as_mut()) {
+            simd!(|simd| {
+                for (z, slope_of_z) in logits.iter_mut().zip(slopes) {
+                    *z = capped(simd, *z, c);
+                    *slope_of_z = slope(*z, c);
+                }
+            });
+        }
+        let target = (self.targets[row] as usize).checked_sub(start);
+        if let Some(logit) = target.and_then(|target| logits.get(target)) {
+            self.target_logits[row] = *logit;
+        }
+        let previous = self.max[row];
+        let (max, rescale, sum) = simd!(|simd| {
+            let max = previous.max(simd::max(logits));
+            logits.iter_mut().for_each(|z| *z = simd.exp(*z - max));
+            (max, simd.exp(previous - max), simd::sum_map(logits, |e| e))
+        });
+        if max > previous {
+            self.max[row] = max;
+            self.sum[row] *= f64::from(rescale);
+            if let Some(dh) = &mut self.dh {
+                let dh = &mut dh[row * self.width..][..self.width];
+                dh.iter_mut().for_each(|dh| *dh *= rescale);
+            }
+        }
+        self.sum[row] += sum;
+        let slopes = slopes.iter().flatten();
+        logits
+            .iter_mut()
+            .zip(slopes)
+            .for_each(|(e, slope)| *e *= slope);
+    }
+
     fn losses(&self) -> impl Iterator<Item = f32> + use<'_> {
         (0..self.targets.len())
             .map(|row| self.max[row] + self.sum[row].ln() as f32 - self.target_logits[row])
     }
 
-    /// Converts e W to dh = scale (e W / sum(e) - W[target]); `w` is W (V, `hidden`).
+    /// Converts e W to dh = scale (e W / sum(e) - slope W[target]); `w` is W (V, `hidden`).
     fn finish<T: Element>(&mut self, w: &[T], hidden: usize, scale: f64) {
         let Some(dh) = &mut self.dh else { return };
         for (row, (&target, dh)) in self
@@ -198,7 +226,9 @@ impl<'a> RowBlock<'a> {
             .enumerate()
         {
             let w = &w[target as usize * hidden..][..hidden];
-            let (factor, scale) = ((scale / self.sum[row]) as f32, scale as f32);
+            let target_slope = self.softcap.map(|c| slope(self.target_logits[row], c));
+            let factor = (scale / self.sum[row]) as f32;
+            let scale = scale as f32 * target_slope.unwrap_or(1.0);
             simd!(|_| {
                 dh.iter_mut()
                     .zip(w)

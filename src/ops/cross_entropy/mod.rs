@@ -12,7 +12,10 @@ use candle_core::Tensor;
 use super::gemm::{MatRef, gemm};
 use super::parallel::par_for_each;
 use super::simd::{self, simd};
-use super::storage::{CpuTensor, check_shape, f32_tensor};
+use super::softcap::{
+    CAP_OPERATIONS, SLOPE_OPERATIONS, capped, capped_gradient, capped_tensor, slope,
+};
+use super::storage::{CpuTensor, ELEMENTS_PER_TASK, check_shape, f32_tensor};
 use super::{Context, Gradients, Path, Weight, matmul, softmax};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
@@ -32,7 +35,7 @@ const CHUNK_ROWS: usize = 32;
 /// # use wattune::ops::{Context, LmHead, Weight};
 /// # use wattune::work::{Precision, WorkCounter};
 /// let zeros = Tensor::zeros((4, 2), DType::F32, &Device::Cpu)?;
-/// let head = LmHead { weight: Weight::frozen(zeros) };
+/// let head = LmHead { weight: Weight::frozen(zeros), softcap: None };
 /// let h = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
 /// let losses = head.forward(Context::new(&counter, Precision::F32), &h, &[3])?;
@@ -43,6 +46,8 @@ const CHUNK_ROWS: usize = 32;
 pub struct LmHead {
     /// W, (V, C); the input embedding where the two are tied.
     pub weight: Weight,
+    /// c of c tanh(logit / c) (Gemma 2).
+    pub softcap: Option<f64>,
 }
 
 /// Everything that the cost of the LM head depends on.
@@ -56,6 +61,8 @@ pub struct LmHeadShape {
     pub vocab: usize,
     /// Whether W is trained.
     pub trained: bool,
+    /// Whether logits are capped.
+    pub softcap: bool,
 }
 
 impl LmHeadShape {
@@ -76,9 +83,21 @@ impl LmHeadShape {
             .map(move |start| rows.min(total - start))
     }
 
+    /// Work of the logits of all rows.
+    pub fn logits_cost(&self, precision: Precision) -> Work {
+        let product = Work::product(self.loss_tokens, self.vocab, self.hidden, precision);
+        if !self.softcap {
+            return product;
+        }
+        let logits = self.loss_tokens * self.vocab;
+        product + Work::sweep(8 * logits, CAP_OPERATIONS * logits)
+    }
+
     /// Work of the losses alone.
     pub fn forward_cost(&self, precision: Precision) -> Work {
-        let sweep = |rows: usize| Work::sweep(4 * rows * self.vocab, 3 * rows * self.vocab);
+        let operations = 3 + if self.softcap { CAP_OPERATIONS } else { 0 };
+        let sweep =
+            |rows: usize| Work::sweep(4 * rows * self.vocab, operations * rows * self.vocab);
         self.row_chunks()
             .map(|rows| Work::product(rows, self.vocab, self.hidden, precision) + sweep(rows))
             .sum()
@@ -87,8 +106,9 @@ impl LmHeadShape {
     /// Work of losses and gradients; `input_gradient`: with dh.
     pub fn backward_cost(&self, precision: Precision, input_gradient: bool) -> Work {
         let mut work = self.forward_cost(precision);
+        let operations = 2 + if self.softcap { SLOPE_OPERATIONS } else { 0 };
         for rows in self.row_chunks() {
-            work += &Work::sweep(8 * rows * self.vocab, 2 * rows * self.vocab);
+            work += &Work::sweep(8 * rows * self.vocab, operations * rows * self.vocab);
             if input_gradient {
                 work += &Work::product(rows, self.hidden, self.vocab, precision);
             }
@@ -118,6 +138,7 @@ impl LmHead {
             hidden,
             vocab,
             trained: self.weight.is_trained(),
+            softcap: self.softcap.is_some(),
         })
     }
 
@@ -141,17 +162,28 @@ impl LmHead {
     pub fn logits(&self, context: Context<'_>, h: &Tensor) -> Result<Tensor> {
         let shape = self.shape(h.dims2()?.0)?;
         let (n, hidden, vocab) = (shape.loss_tokens, shape.hidden, shape.vocab);
-        let cost = Work::product(n, vocab, hidden, context.precision);
-        context.counter.add(cost);
+        context.counter.add(shape.logits_cost(context.precision));
         if context.path(h) != Path::Cpu {
-            return matmul(context, h, &self.weight.tensor.t()?);
+            let logits = matmul(context, h, &self.weight.tensor.t()?)?;
+            return capped_tensor(logits, self.softcap);
         }
         let h = h.contiguous()?;
         let h = CpuTensor::borrow(&h)?;
         let w = CpuTensor::borrow(&self.weight.tensor)?;
         let w_t = w.matrix(vocab, hidden).t();
-        let logits = gemm(context.precision, h.matrix(n, hidden), w_t);
+        let mut logits = gemm(context.precision, h.matrix(n, hidden), w_t);
+        self.cap(&mut logits);
         f32_tensor(logits, (n, vocab))
+    }
+
+    /// Caps logits in place, if there is a softcap.
+    fn cap(&self, logits: &mut [f32]) {
+        let Some(c) = self.softcap else { return };
+        par_for_each(logits.chunks_mut(ELEMENTS_PER_TASK), |logits| {
+            simd!(|simd| logits
+                .iter_mut()
+                .for_each(|z| *z = capped(simd, *z, c as f32)));
+        });
     }
 
     /// h (L, C), targets (L) -> the loss of each row in nats.
@@ -233,8 +265,9 @@ impl LmHead {
         let w = CpuTensor::borrow(&self.weight.tensor)?;
         let w = w.matrix(vocab, hidden);
         let mut logits = gemm(context.precision, h, w.t());
+        self.cap(&mut logits);
         let scale = backward.as_ref().map(|backward| backward.scale as f32);
-        let losses = cross_entropy_cpu(&mut logits, targets, scale);
+        let losses = cross_entropy_cpu(&mut logits, targets, scale, self.softcap);
         let Some(backward) = backward else {
             return Ok((losses, None));
         };
@@ -258,7 +291,7 @@ impl LmHead {
         backward: Option<&mut Backward<'_>>,
     ) -> Result<Losses> {
         let w = &self.weight.tensor;
-        let logits = matmul(context, h, &w.t()?)?;
+        let logits = capped_tensor(matmul(context, h, &w.t()?)?, self.softcap)?;
         let (p, lse) = softmax(context.path(h), &logits)?;
         let targets = Tensor::from_slice(targets, (targets.len(), 1), h.device())?;
         let losses = (lse - logits.gather(&targets, 1)?)?.squeeze(1)?.to_vec1()?;
@@ -267,6 +300,7 @@ impl LmHead {
         };
         let minus_one = Tensor::full(-1f32, targets.shape(), h.device())?;
         let dz = (p.scatter_add(&targets, &minus_one, 1)? * backward.scale)?;
+        let dz = capped_gradient(dz, &logits, self.softcap)?;
         if self.weight.is_trained() {
             let dw = matmul(context, &dz.t()?, h)?;
             backward.gradients.add(&self.weight, dw)?;
@@ -276,9 +310,15 @@ impl LmHead {
     }
 }
 
-/// Logits (L, V), targets (L) -> the losses (L) in nats. With `scale` the logits are replaced by
-/// their gradients, `scale (softmax z - onehot target)`.
-fn cross_entropy_cpu(logits: &mut [f32], targets: &[u32], scale: Option<f32>) -> Vec<f32> {
+/// Logits (L, V), capped if there is a softcap, and targets (L) -> the losses (L) in nats. With
+/// `scale` the logits are replaced by the gradients before the cap, `scale slope (softmax z -
+/// onehot target)`.
+fn cross_entropy_cpu(
+    logits: &mut [f32],
+    targets: &[u32],
+    scale: Option<f32>,
+    softcap: Option<f64>,
+) -> Vec<f32> {
     let vocab = logits.len() / targets.len().max(1);
     let mut losses = vec![0.0; targets.len()];
     let rows = logits
@@ -288,6 +328,8 @@ fn cross_entropy_cpu(logits: &mut [f32], targets: &[u32], scale: Option<f32>) ->
     par_for_each(rows, |((z, target), loss)| {
         let target = *target as usize;
         let target_logit = z[target];
+        let cap = softcap.filter(|_| scale.is_some()).map(|c| c as f32);
+        let slopes: Option<Vec<f32>> = cap.map(|c| z.iter().map(|z| slope(*z, c)).collect());
         let (max, sum) = simd!(|simd| {
             let max = simd::max(z);
             let Some(scale) = scale else {
@@ -301,6 +343,8 @@ fn cross_entropy_cpu(logits: &mut [f32], targets: &[u32], scale: Option<f32>) ->
         });
         if let Some(scale) = scale {
             z[target] -= scale;
+            let slopes = slopes.iter().flatten();
+            z.iter_mut().zip(slopes).for_each(|(z, slope)| *z *= slope);
         }
         *loss = max + sum.ln() as f32 - target_logit;
     });

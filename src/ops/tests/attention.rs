@@ -43,7 +43,10 @@ fn naive(
     let q = heads(&inputs[0], attention.heads)?;
     let k = heads(&inputs[1], attention.kv_heads)?;
     let v = heads(&inputs[2], attention.kv_heads)?;
-    let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (d as f64).sqrt())?;
+    let mut scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (d as f64).sqrt())?;
+    if let Some(c) = attention.softcap {
+        scores = ((scores / c)?.tanh()? * c)?;
+    }
     let e = scores.exp()?.broadcast_mul(&mask)?;
     let p = e.broadcast_div(&e.sum_keepdim(2)?)?;
     p.matmul(&v)?
@@ -127,8 +130,9 @@ prop_compose! {
         head_dim in head_dims(),
         causal: bool,
         window in prop::option::of(1usize..80),
+        softcap in prop::option::of(0.2..3.0),
     ) -> Attention {
-        Attention { causal, window, ..attention(kv_heads * group, kv_heads, head_dim) }
+        Attention { causal, window, softcap, ..attention(kv_heads * group, kv_heads, head_dim) }
     }
 }
 
@@ -191,6 +195,7 @@ fn key_ranges_do_not_show() {
         let attention = Attention {
             causal,
             window,
+            softcap: window.map(|_| 0.7),
             ..attention(2, 1, 4)
         };
         prove(attention, lengths, 14);
@@ -253,14 +258,15 @@ fn large_logits_do_not_overflow() {
 /// window or not, in one key block or several.
 #[test]
 fn decoding_continues_the_forward_pass() {
-    for (tokens, window, read) in [
-        (9, None, 0..9),
-        (9, Some(3), 0..9),
-        (600, None, 254..258),
-        (600, Some(300), 597..600),
+    for (tokens, window, softcap, read) in [
+        (9, None, None, 0..9),
+        (9, Some(3), Some(0.5), 0..9),
+        (600, None, Some(0.5), 254..258),
+        (600, Some(300), None, 597..600),
     ] {
         let attention = Attention {
             window,
+            softcap,
             ..attention(6, 2, 4)
         };
         let ([q, k, v], _) = inputs(&attention, tokens, 1);

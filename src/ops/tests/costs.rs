@@ -194,6 +194,7 @@ fn counted_parts(torch: &Torch<'_>) -> [(i64, &'static [&'static str]); 6] {
         hidden,
         vocab: torch.size("vocab_size"),
         trained: false,
+        softcap: false,
     };
     [
         (

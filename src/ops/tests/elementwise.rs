@@ -30,7 +30,7 @@ fn run_norm(
     inputs: &[Tensor],
     dy: &Tensor,
     eps: f64,
-    trains: bool,
+    [trains, unit_offset]: [bool; 2],
 ) -> Result<Outputs> {
     let mut gradients = Gradients::new(2);
     let names = ["weight", "bias"].into_iter();
@@ -47,6 +47,7 @@ fn run_norm(
         kind,
         weight: weight(0),
         bias: (inputs.len() == 3).then(|| weight(1)),
+        unit_offset,
         eps,
         factor: 0.75,
     };
@@ -75,7 +76,7 @@ proptest! {
     #![proptest_config(cases(24))]
 
     #[test]
-    fn rms_norm_is_its_definition(n in 1usize..40, c in 1usize..70, trains: bool, seed: u64) {
+    fn rms_norm_is_its_definition(n in 1usize..40, c in 1usize..70, [trains, unit_offset]: [bool; 2], seed: u64) {
         // Away from zero, so that 1 / rms stays below 4 and with it every intermediate.
         let x = random(seed, &[n, c]);
         let x = (&x + x.sign()?)?.affine(0.5, 0.0)?;
@@ -83,10 +84,11 @@ proptest! {
         Pair {
             inputs: &[x, random(seed ^ 1, &[c])],
             dy: &random(seed ^ 2, &[n, c]),
-            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_norm(context, NormKind::Rms, inputs, dy, eps, trains),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_norm(context, NormKind::Rms, inputs, dy, eps, [trains, unit_offset]),
             naive: |inputs: &[Tensor]| {
                 let rms = (inputs[0].sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
-                inputs[0].broadcast_div(&rms)?.broadcast_mul(&inputs[1])? * 0.75
+                let scale = (&inputs[1] + if unit_offset { 1.0 } else { 0.0 })?;
+                inputs[0].broadcast_div(&rms)?.broadcast_mul(&scale)? * 0.75
             },
             cost: norm_cost(NormKind::Rms, n, c) + norm_backward_cost(NormKind::Rms, n, c, trains),
             roundings: c + n + 48,
@@ -104,7 +106,7 @@ proptest! {
         Pair {
             inputs: &inputs[..if bias { 3 } else { 2 }],
             dy: &random(seed ^ 2, &[n, c]),
-            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_norm(context, kind, inputs, dy, eps, trains),
+            op: |context: Context<'_>, inputs: &[Tensor], dy: &Tensor| run_norm(context, kind, inputs, dy, eps, [trains, false]),
             naive: |inputs: &[Tensor]| {
                 let centred = inputs[0].broadcast_sub(&inputs[0].mean_keepdim(D::Minus1)?)?;
                 let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
@@ -219,7 +221,8 @@ fn eps_bounds_rms_norm_of_zeros() {
     let inputs = [tensor(&[0.0; 4], &[2, 2]), tensor(&[3.0, -1.0], &[2])];
     let dy = tensor(&[1.0, 2.0, 0.0, 4.0], &[2, 2]);
     for_each_path(|context| {
-        let (y, gradients) = run_norm(context, NormKind::Rms, &inputs, &dy, 1e-6, true).unwrap();
+        let (y, gradients) =
+            run_norm(context, NormKind::Rms, &inputs, &dy, 1e-6, [true, false]).unwrap();
         assert_eq!(flat(&y), [0.0; 4]);
         let want = tensor(&[2.25e3, -1.5e3, 0.0, -3e3], &[2, 2]);
         within("dx", gradients[0].as_ref().unwrap(), &want, 1e-2);
@@ -293,6 +296,7 @@ fn bf16_activations_are_rounded_once() {
         kind: NormKind::Rms,
         weight,
         bias: None,
+        unit_offset: false,
         eps: 1e-3,
         factor: 1.0,
     };

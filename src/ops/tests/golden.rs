@@ -56,6 +56,7 @@ fn attention_with_groups_window_and_segments() {
         causal: true,
         window: Some(window),
         scale: None,
+        softcap: None,
     };
     let segments = Segments::from_lengths(golden.sizes("segments"));
     for_each_path(|context| {
@@ -77,6 +78,7 @@ fn rms_norm() {
         kind: NormKind::Rms,
         weight: golden.trained("weight"),
         bias: None,
+        unit_offset: false,
         eps: 1e-5,
         factor: 1.0,
     };
@@ -130,6 +132,7 @@ fn cross_entropy() {
     let golden = Golden::open("head");
     let head = LmHead {
         weight: golden.trained("weight"),
+        softcap: None,
     };
     let targets = golden.sizes("targets");
     let targets: Vec<u32> = targets.into_iter().map(|t| t as u32).collect();

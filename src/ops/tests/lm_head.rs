@@ -20,7 +20,10 @@ fn head(weight: &Tensor, trains: bool) -> LmHead {
     } else {
         Weight::frozen(weight.clone())
     };
-    LmHead { weight }
+    LmHead {
+        weight,
+        softcap: None,
+    }
 }
 
 fn run(
@@ -30,7 +33,22 @@ fn run(
     trains: bool,
     input_gradient: bool,
 ) -> Result<Outputs> {
-    let (h, head) = (&inputs[0], head(&inputs[1], trains));
+    run_head(
+        context,
+        &head(&inputs[1], trains),
+        &inputs[0],
+        targets,
+        input_gradient,
+    )
+}
+
+fn run_head(
+    context: Context<'_>,
+    head: &LmHead,
+    h: &Tensor,
+    targets: &[u32],
+    input_gradient: bool,
+) -> Result<Outputs> {
     let mut gradients = Gradients::new(1);
     let (losses, dh) =
         head.forward_backward(context, h, targets, SCALE, input_gradient, &mut gradients)?;
@@ -39,8 +57,11 @@ fn run(
 }
 
 /// log sum exp of each row less its target's logit.
-fn naive(inputs: &[Tensor], targets: &[u32]) -> candle_core::Result<Tensor> {
-    let logits = inputs[0].matmul(&inputs[1].t()?)?;
+fn naive(inputs: &[Tensor], targets: &[u32], softcap: Option<f64>) -> candle_core::Result<Tensor> {
+    let mut logits = inputs[0].matmul(&inputs[1].t()?)?;
+    if let Some(c) = softcap {
+        logits = ((logits / c)?.tanh()? * c)?;
+    }
     let max = logits.max_keepdim(D::Minus1)?.detach();
     let sum = logits.broadcast_sub(&max)?.exp()?.sum_keepdim(D::Minus1)?;
     let index = Tensor::from_slice(targets, (targets.len(), 1), &Device::Cpu)?;
@@ -53,19 +74,38 @@ fn shape(loss_tokens: usize, hidden: usize, vocab: usize, trained: bool) -> LmHe
         hidden,
         vocab,
         trained,
+        softcap: false,
     }
 }
 
 fn prove(n: usize, c: usize, v: usize, trained: bool, input_gradient: bool, seed: u64) {
+    prove_capped([n, c, v], None, trained, input_gradient, seed);
+}
+
+fn prove_capped(
+    [n, c, v]: [usize; 3],
+    softcap: Option<f64>,
+    trained: bool,
+    input_gradient: bool,
+    seed: u64,
+) {
     let targets = indices(seed ^ 3, n, v);
     Pair {
         inputs: &[random(seed, &[n, c]), random(seed ^ 1, &[v, c])],
         dy: &tensor(&vec![SCALE as f32; n], &[n]),
         op: |context: Context<'_>, inputs: &[Tensor], _: &Tensor| {
-            run(context, inputs, &targets, trained, input_gradient)
+            let head = LmHead {
+                softcap,
+                ..head(&inputs[1], trained)
+            };
+            run_head(context, &head, &inputs[0], &targets, input_gradient)
         },
-        naive: |inputs: &[Tensor]| naive(inputs, &targets),
-        cost: shape(n, c, v, trained).backward_cost(Precision::F32, input_gradient),
+        naive: |inputs: &[Tensor]| naive(inputs, &targets, softcap),
+        cost: LmHeadShape {
+            softcap: softcap.is_some(),
+            ..shape(n, c, v, trained)
+        }
+        .backward_cost(Precision::F32, input_gradient),
         roundings: c + n + 48,
     }
     .prove();
@@ -80,6 +120,28 @@ proptest! {
     ) {
         prove(n, c, v, trained, input_gradient, seed);
     }
+
+    /// Logits of up to 4 against caps around them, over several vocabulary chunks.
+    #[test]
+    fn capped_cross_entropy_is_its_definition(
+        n in 1usize..60, c in 1usize..20, v in 1usize..1200, softcap in 0.5..6.0, trained: bool, seed: u64,
+    ) {
+        prove_capped([n, c, v], Some(softcap), trained, true, seed);
+    }
+}
+
+/// c tanh(z / c) of z = 1, 2 and -100 with c = 2.
+#[test]
+fn logits_are_capped() {
+    let head = LmHead {
+        softcap: Some(2.0),
+        ..head(&tensor(&[1.0, 2.0, -100.0], &[3, 1]), false)
+    };
+    for_each_path(|context| {
+        let logits = head.logits(context, &tensor(&[1.0], &[1, 1])).unwrap();
+        let want = tensor(&[0.924_234_3, 1.523_188_3, -2.0], &[1, 3]);
+        within("logits", &logits, &want, 1e-6);
+    });
 }
 
 /// Several vocabulary chunks, each row's largest logit in any of them, and several blocks of rows.
@@ -98,7 +160,7 @@ fn deep_rows_are_sums_of_their_parts() -> Result<()> {
     let small = |seed, shape: &[usize]| random(seed, shape).affine(0.1, 0.0);
     let inputs = [small(1, &[n, c])?, small(2, &[v, c])?];
     let targets = vec![3; n];
-    let want = naive(&inputs, &targets)?;
+    let want = naive(&inputs, &targets, None)?;
     let run = |context: Context<'_>| run(context, &inputs, &targets, false, true).unwrap();
     let (_, reference) = Implementation::Reference.run(Precision::F32, run);
     for_each_path(|context| {
@@ -150,7 +212,10 @@ fn cached_packing_changes_no_byte() -> Result<()> {
     for table in [wide, narrow] {
         let plain = Weight::frozen(table);
         let cached = plain.clone().with_packed_cache();
-        let heads = [plain, cached].map(|weight| LmHead { weight });
+        let heads = [plain, cached].map(|weight| LmHead {
+            weight,
+            softcap: Some(3.0),
+        });
         for isa in available().iter().chain(available()) {
             for (precision, threads) in ways {
                 let run = |head: &LmHead| {

@@ -230,6 +230,7 @@ const fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> Attention 
         causal: true,
         window: None,
         scale: None,
+        softcap: None,
     }
 }
 

@@ -60,6 +60,7 @@ fn norms_with_their_gradients() -> Result<()> {
             kind,
             weight: slots.weight(0)?,
             bias: biased.then(|| slots.weight(1)).transpose()?,
+            unit_offset: false,
             eps,
             factor: 1.0,
         };
@@ -94,6 +95,7 @@ fn cross_entropy_with_its_gradient() -> Result<()> {
     for_each_path(|context| {
         let head = LmHead {
             weight: Weight::frozen(w.clone()),
+            softcap: None,
         };
         let (scale, none) = (1.0 / n as f64, &mut Gradients::new(0));
         let (losses, dh) = head

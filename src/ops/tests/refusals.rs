@@ -41,6 +41,7 @@ fn norm(c: usize) -> Norm {
         kind: NormKind::Rms,
         weight,
         bias: None,
+        unit_offset: false,
         eps: 1e-6,
         factor: 1.0,
     }
@@ -56,7 +57,10 @@ fn linear(o: usize, i: usize) -> Linear {
 
 fn head(vocab: usize, hidden: usize) -> LmHead {
     let weight = Weight::frozen(random(4, &[vocab, hidden]));
-    LmHead { weight }
+    LmHead {
+        weight,
+        softcap: None,
+    }
 }
 
 /// Tables for four tokens.
