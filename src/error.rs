@@ -74,6 +74,22 @@ struct Parts {
     value: Option<String>,
     rule: Option<String>,
     hint: Option<String>,
+    /// The recipe key whose value is at fault.
+    key: Option<&'static str>,
+    written: Option<Written>,
+    /// Independent failures that this one stands for; empty for one failure.
+    all: Vec<Error>,
+}
+
+/// Where a recipe, or a `--set`, gives a value.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// `line 3, column 9 of recipe.toml`, or `--set KEY=VALUE`.
+    pub place: String,
+    /// The line with a caret under the value.
+    pub snippet: String,
+    /// Orders places as they are read.
+    pub order: (usize, usize),
 }
 
 impl Error {
@@ -88,7 +104,26 @@ impl Error {
             value: None,
             rule: None,
             hint: None,
+            key: None,
+            written: None,
+            all: Vec::new(),
         }))
+    }
+
+    /// Failures that do not follow from each other, as one; `None` for an empty list.
+    pub fn all(errors: Vec<Error>) -> Option<Self> {
+        let single = |error: Error| match error.0.all.is_empty() {
+            true => vec![error],
+            false => error.0.all,
+        };
+        let mut errors: Vec<Error> = errors.into_iter().flat_map(single).collect();
+        if errors.len() < 2 {
+            return errors.pop();
+        }
+        let what = format!("the recipe cannot run for {} reasons", errors.len());
+        let mut all = Self::new(errors[0].kind(), what);
+        all.0.all = errors;
+        Some(all)
     }
 
     /// A failed file operation; `doing` is its verb ("read", "write", "create").
@@ -114,6 +149,27 @@ impl Error {
     /// Adds the place: a file and line, a key, a tensor.
     pub fn at(mut self, place: impl Into<String>) -> Self {
         self.0.place = Some(place.into());
+        self
+    }
+
+    /// Adds the recipe key whose value is at fault, unless one is named already.
+    pub fn key(mut self, key: &'static str) -> Self {
+        self.0.key.get_or_insert(key);
+        self.0.all = self.0.all.into_iter().map(|one| one.key(key)).collect();
+        self
+    }
+
+    /// Adds where the key at fault, or the key that is the place, is written; several failures come in reading order.
+    pub fn located(mut self, written: &dyn Fn(&str) -> Option<Written>) -> Self {
+        let parts = &mut self.0;
+        let keys = [parts.place.as_deref(), parts.key];
+        parts.written = keys.into_iter().flatten().find_map(written);
+        let all = std::mem::take(&mut parts.all).into_iter();
+        parts.all = all.map(|one| one.located(written)).collect();
+        let order = |one: &Error| one.0.written.as_ref().map(|written| written.order);
+        parts
+            .all
+            .sort_by_key(|one| (order(one).is_none(), order(one)));
         self
     }
 
@@ -156,18 +212,49 @@ impl Error {
         self.0.hint.as_deref()
     }
 
-    /// Its parts for programs: `kind`, `what`, `place`, `value`, `rule`, `hint` (null where there is none), `exit_status`.
+    /// Its parts for programs: `kind`, `what`, `place`, `value`, `rule`, `hint` (null where there is none), `exit_status`; of several
+    /// failures also `all`, a list of them.
     pub fn to_json(&self) -> serde_json::Value {
+        let mut error = self.parts_as_json();
+        error["exit_status"] = self.exit_status().into();
+        if !self.0.all.is_empty() {
+            error["all"] = self.0.all.iter().map(Self::parts_as_json).collect();
+        }
+        serde_json::json!({ "error": error })
+    }
+
+    fn parts_as_json(&self) -> serde_json::Value {
         let parts = &self.0;
-        serde_json::json!({ "error": {
+        let written = parts.written.as_ref().map(|written| &written.place);
+        serde_json::json!({
             "kind": format!("{:?}", parts.kind).to_lowercase(),
             "what": parts.what,
-            "place": parts.place,
+            "place": parts.place.as_ref().or(written),
             "value": parts.value,
             "rule": parts.rule,
             "hint": parts.hint,
-            "exit_status": self.exit_status(),
-        }})
+        })
+    }
+
+    /// Everything but the remedy.
+    fn write_finding(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = &self.0;
+        f.write_str(&parts.what)?;
+        let written = parts.written.as_ref();
+        let places = parts.place.iter().chain(written.map(|at| &at.place));
+        let places: Vec<&str> = places.map(String::as_str).collect();
+        if !places.is_empty() {
+            write!(f, "\n  at {}", places.join(", "))?;
+        }
+        if let Some(written) = written {
+            write!(f, "\n{}", written.snippet)?;
+        }
+        for (label, text) in [("value:", &parts.value), ("rule:", &parts.rule)] {
+            if let Some(text) = text {
+                write!(f, "\n  {label} {text}")?;
+            }
+        }
+        Ok(())
     }
 
     /// 2 for a failure in preflight, 1 for a later one.
@@ -181,18 +268,15 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let parts = &self.0;
-        f.write_str(&parts.what)?;
-        for (label, text) in [
-            ("at", &parts.place),
-            ("value:", &parts.value),
-            ("rule:", &parts.rule),
-        ] {
-            if let Some(text) = text {
-                write!(f, "\n  {label} {text}")?;
+        self.write_finding(f)?;
+        for one in &self.0.all {
+            f.write_str("\n\n")?;
+            one.write_finding(f)?;
+            if let Some(hint) = one.remedy() {
+                write!(f, "\n  hint: {hint}")?;
             }
         }
-        match &parts.hint {
+        match &self.0.hint {
             Some(hint) => write!(f, "\n\nhint: {hint}"),
             None => Ok(()),
         }

@@ -51,12 +51,13 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let (device, computing) = arguments.device.device.open()?;
     let mut screen = Terminal::new(common.quiet);
     let plan = if let Some(steps) = arguments.probe {
-        run::plan_with_probe(recipe, steps, &device, computing, &mut screen)?
+        run::plan_with_probe(recipe, steps, &device, computing, &mut screen)
     } else {
         let plan = Purpose::Plan;
-        let prepared = run::prepare(recipe, &device, computing, plan, screen.downloads())?;
-        run::plan(&prepared, &mut screen)?.plan
+        run::prepare(recipe, &device, computing, plan, screen.downloads())
+            .and_then(|prepared| Ok(run::plan(&prepared, &mut screen)?.plan))
     };
+    let plan = plan.map_err(|e| recipe::locate(e, &arguments.recipe, &arguments.overrides))?;
     screen.clear();
     if common.json {
         out_json(&plan)

@@ -64,10 +64,12 @@ fn check(path: &std::path::Path, overrides: &[String], common: Common) -> Result
     let (device, computing) = DeviceChoice::Auto.open()?;
     let mut screen = Terminal::new(common.quiet);
     let purpose = Purpose::Run;
-    let prepared = run::prepare(recipe, &device, computing, purpose, screen.downloads())?;
+    let located = |error| recipe::locate(error, path, overrides);
+    let prepared = run::prepare(recipe, &device, computing, purpose, screen.downloads());
+    let prepared = prepared.map_err(located)?;
     let plan = run::plan(&prepared, &mut screen)?;
     screen.clear();
-    plan.check_affordable(&prepared)?;
+    plan.check_affordable(&prepared).map_err(located)?;
     if !common.quiet && !common.json {
         note_files(&prepared.recipe.data)?;
     }

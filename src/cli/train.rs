@@ -63,7 +63,11 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let mut screen = Terminal::new(common.quiet);
     let finished = run::train(request, &mut screen);
     screen.clear();
-    let finished = finished?;
+    let located = |error| match &arguments.recipe {
+        Some(path) => recipe::locate(error, path, &arguments.overrides),
+        None => error,
+    };
+    let finished = finished.map_err(located)?;
     show(&finished, common)?;
     exit_status(finished, common)
 }

@@ -78,6 +78,14 @@ pub fn load(
     Ok(dataset)
 }
 
+/// Opens a data file and looks at its first bytes.
+///
+/// # Errors
+/// As [`load`] for a file that cannot be opened or is not what its extension says.
+pub fn check_file(path: &Path) -> Result<()> {
+    Source::open(path).map(drop)
+}
+
 /// A record's place with the file's index instead of its path: equal contents at another path share a cache entry.
 fn place_for_cache(place: &str, paths: &[PathBuf]) -> String {
     let of_file = |(index, path): (usize, &PathBuf)| {

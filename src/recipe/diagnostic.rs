@@ -6,6 +6,7 @@
 use serde::Serialize;
 
 use super::tree::{Source, Span};
+use crate::error::Written;
 
 /// Characters of a line shown at most.
 const SHOWN: usize = 110;
@@ -53,23 +54,36 @@ impl<'a> Diagnostics<'a> {
         hint: impl Into<String>,
     ) {
         let source = &self.sources[span.source];
-        let location = Location::new(&source.text, span);
-        let Location { line, column, .. } = location;
+        let Location { line, column, .. } = Location::new(&source.text, span);
         let in_file = |number| (!source.is_override).then_some(number);
+        let Written { place, snippet, .. } = self.written(span);
         let diagnostic = Diagnostic {
-            place: if source.is_override {
-                source.name.clone()
-            } else {
-                format!("line {line}, column {column} of {}", source.name)
-            },
+            place,
             line: in_file(line),
             column: in_file(column),
             what: what.into(),
             rule: rule.into(),
             hint: hint.into(),
-            snippet: location.snippet(in_file(line)),
+            snippet,
         };
         self.found.push((span, diagnostic));
+    }
+
+    /// The place and the line of `span`.
+    pub fn written(&self, span: Span) -> Written {
+        let source = &self.sources[span.source];
+        let location = Location::new(&source.text, span);
+        let Location { line, column, .. } = location;
+        let place = if source.is_override {
+            source.name.clone()
+        } else {
+            format!("line {line}, column {column} of {}", source.name)
+        };
+        Written {
+            place,
+            snippet: location.snippet((!source.is_override).then_some(line)),
+            order: (span.source, span.start),
+        }
     }
 
     /// Whether the recipe is valid.

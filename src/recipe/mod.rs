@@ -27,7 +27,7 @@ mod write;
 pub use diagnostic::Diagnostic;
 pub use ids::{DataSource, ModelId};
 pub use larger_model::LargerModel;
-pub use open::{check, load, parse};
+pub use open::{check, load, locate, parse};
 pub use schema::json_schema;
 pub use sections::{
     Adapter, Baseline, Checkpointing, Compared, Data, Energy, Init, Length, Lora, Model, Recipe,

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::contradictions;
 use super::diagnostic::{Diagnostic, Diagnostics, render};
-use super::key::Keys;
+use super::key::{KEYS, Keys};
 use super::reader::Reader;
 use super::sections::Recipe;
 use super::setting::is_file_name;
@@ -80,16 +80,7 @@ pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Recipe> {
 ///
 /// Every diagnostic, at least one.
 pub fn check(text: &str, path: &Path, overrides: &[String]) -> Result<Recipe, Vec<Diagnostic>> {
-    let mut sources = vec![Source {
-        name: path.display().to_string(),
-        text: text.to_string(),
-        is_override: false,
-    }];
-    sources.extend(overrides.iter().map(|text| Source {
-        name: format!("--set {text}"),
-        text: text.clone(),
-        is_override: true,
-    }));
+    let sources = sources(text, path, overrides);
     let mut diagnostics = Diagnostics::new(&sources);
     let recipe =
         tree::read(&sources, &mut diagnostics).map(|raw| build(&raw, path, &mut diagnostics));
@@ -97,6 +88,38 @@ pub fn check(text: &str, path: &Path, overrides: &[String]) -> Result<Recipe, Ve
         Some(recipe) if diagnostics.is_empty() => Ok(recipe),
         _ => Err(diagnostics.into_sorted()),
     }
+}
+
+/// The recipe's text, then the overrides.
+fn sources(text: &str, path: &Path, overrides: &[String]) -> Vec<Source> {
+    let file = Source {
+        name: path.display().to_string(),
+        text: text.to_string(),
+        is_override: false,
+    };
+    let set = overrides.iter().map(|text| Source {
+        name: format!("--set {text}"),
+        text: text.clone(),
+        is_override: true,
+    });
+    std::iter::once(file).chain(set).collect()
+}
+
+/// `error`, found in preflight, with line and caret of each recipe key that it names; unchanged where the recipe at `path` cannot be
+/// read any more.
+pub fn locate(error: Error, path: &Path, overrides: &[String]) -> Error {
+    let Ok(text) = std::fs::read_to_string(path) else {
+        return error;
+    };
+    let sources = sources(&text, path, overrides);
+    let mut diagnostics = Diagnostics::new(&sources);
+    let Some(raw) = tree::read(&sources, &mut diagnostics) else {
+        return error;
+    };
+    error.located(&|name| {
+        let key = KEYS.iter().find(|key| key.path() == name)?;
+        Some(diagnostics.written(raw.node(key)?.span))
+    })
 }
 
 /// The recipe, valid only where nothing is noted.

@@ -14,6 +14,28 @@ use crate::recipe::{Adapter, Checkpointing, Init, Recipe};
 use crate::train::{Settings, checkpoint_bytes};
 use crate::units::Bytes;
 
+/// Failures of checks that do not depend on each other.
+#[derive(Default)]
+pub(super) struct Failures(Vec<Error>);
+
+impl Failures {
+    /// The value; notes a failure.
+    pub(super) fn note<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.0.push(error)).ok()
+    }
+
+    /// `value`, which is there if nothing failed.
+    ///
+    /// # Errors
+    /// All failures.
+    pub(super) fn or<T>(self, value: Option<T>) -> Result<T> {
+        match (Error::all(self.0), value) {
+            (Some(error), _) => Err(error),
+            (None, value) => Ok(value.expect("a value is missing only where a check failed")),
+        }
+    }
+}
+
 pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
     if recipe.model.init == Init::Random && matches!(recipe.adapter, Adapter::Lora(_)) {
         return Err(Error::new(Kind::Recipe, "an adapter cannot be trained on random weights")

@@ -8,13 +8,13 @@ use candle_core::Device;
 use sha2::{Digest, Sha256};
 
 use super::checks::{
-    check_baseline_memory, check_length, check_steps, checkpointing_value, recompute,
+    Failures, check_baseline_memory, check_length, check_steps, checkpointing_value, recompute,
     refuse_adapter_on_random_weights, refuse_dropout,
 };
 use super::machine::check_precision;
 use super::model::{find_model, tokenizer_of};
 use super::options::{sampler_options, schedule, settings};
-use super::records::Records;
+use super::records::{Records, Sources};
 use super::target::{adapter_warnings, shape_of, target};
 use crate::adapter::config::CONFIG_FILE;
 use crate::adapter::peft::WEIGHTS_FILE;
@@ -136,7 +136,8 @@ impl Prepared {
 /// Runs the preflight of `recipe` for `device`.
 ///
 /// # Errors
-/// Everything that preflight refuses: files, data, memory, and settings that contradict the model.
+/// Everything that preflight refuses: files, data, memory, and settings that contradict the model. Failures that do not follow from
+/// each other come together.
 pub fn prepare(
     mut recipe: Recipe,
     device: &Device,
@@ -145,23 +146,27 @@ pub fn prepare(
     progress: &dyn Progress,
 ) -> Result<Prepared> {
     let started = Instant::now();
-    check_precision(device, recipe.model.dtype)?;
-    refuse_adapter_on_random_weights(&recipe)?;
-    let profile = Profile::resolve(&recipe.energy.device, computing)?;
-    let grid = Grid::resolve(&recipe.energy.grid)?;
-    let budget = budget(&recipe, &grid)?;
-
-    let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
-    let architecture = architecture_of(&files, recipe.model.init, device)?;
-    refuse_dropout(&architecture)?;
-    let pretraining_tokens = pretraining_tokens(&files)?;
-    let target = target(&mut recipe, &architecture)?;
-    let weights = weights_fingerprint(&recipe, &files, &architecture)?;
-    let tokenizer = tokenizer_of(&files, architecture.vocab_size, recipe.data.chat_date)?;
+    let Inputs {
+        counting,
+        model,
+        sources,
+    } = Inputs::find(&mut recipe, device, computing, purpose, progress)?;
+    let Counting {
+        profile,
+        grid,
+        budget,
+        meters,
+    } = counting;
+    let PreparedModel {
+        files,
+        architecture,
+        tokenizer,
+        target,
+        weights,
+    } = model;
     recipe.data.chat_date = tokenizer.chat_date();
-    check_length(&recipe, &architecture)?;
-
-    let records = Records::load(&recipe, &tokenizer, progress)?;
+    let pretraining_tokens = pretraining_tokens(&files)?;
+    let records = Records::load(&recipe, sources, &tokenizer, progress)?;
     let mut warnings = adapter_warnings(&target, &architecture)?;
     warnings.extend(tokenizer.warnings().iter().cloned());
     warnings.extend(records.warnings());
@@ -178,7 +183,6 @@ pub fn prepare(
     let free = free_memory().filter(|_| purpose == Purpose::Run || machine.is_none());
     let (recompute, memory) =
         recompute(&recipe, &shape, trained, longest_batch, free, &mut warnings)?;
-    let meters = Meters::open(profile.clone(), computing, recipe.energy.meter);
     warnings.extend(meters.warning().filter(|_| recipe.energy.meter.is_none()));
     let recomputed = checkpointing_value(recompute, shape.backward_blocks());
     resolve_autos(&mut recipe, recomputed, &profile, &meters)?;
@@ -216,6 +220,123 @@ pub fn prepare(
         warnings,
     }
     .with_schedule_over_budget()
+}
+
+/// What a recipe names, found: none of the parts depends on another.
+struct Inputs {
+    counting: Counting,
+    model: PreparedModel,
+    sources: Sources,
+}
+
+impl Inputs {
+    fn find(
+        recipe: &mut Recipe,
+        device: &Device,
+        computing: Computing,
+        purpose: Purpose,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let mut failures = Failures::default();
+        failures.note(check_precision(device, recipe.model.dtype));
+        failures.note(refuse_adapter_on_random_weights(recipe));
+        let counting = failures.note(Counting::resolve(recipe, computing));
+        let sources = failures.note(Sources::find(recipe, progress));
+        let model = failures.note(PreparedModel::open(recipe, device, purpose, progress));
+        let inputs = counting.zip(model).zip(sources);
+        failures.or(inputs.map(|((counting, model), sources)| Self {
+            counting,
+            model,
+            sources,
+        }))
+    }
+}
+
+/// How energy is counted and limited.
+struct Counting {
+    profile: Profile,
+    grid: Grid,
+    budget: Budget,
+    meters: Meters,
+}
+
+impl Counting {
+    fn resolve(recipe: &Recipe, computing: Computing) -> Result<Self> {
+        let mut failures = Failures::default();
+        let energy = &recipe.energy;
+        let profile = Profile::resolve(&energy.device, computing);
+        let profile = failures.note(profile.map_err(|e| e.key("energy.device")));
+        let grid = failures.note(Grid::resolve(&energy.grid).map_err(|e| e.key("energy.grid")));
+        let budget = grid.as_ref().map(|grid| budget(recipe, grid));
+        let budget = budget.and_then(|budget| failures.note(budget));
+        let meters = profile.as_ref().map(|profile| {
+            let meters = Meters::open(profile.clone(), computing, energy.meter);
+            failures.note(meters.resolve(energy.meter));
+            meters
+        });
+        let parts = profile.zip(grid).zip(budget.zip(meters));
+        failures.or(parts.map(|((profile, grid), (budget, meters))| Self {
+            profile,
+            grid,
+            budget,
+            meters,
+        }))
+    }
+}
+
+/// A model's files, as far as preflight reads them.
+struct PreparedModel {
+    files: ModelFiles,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    target: Target,
+    /// Identifies pretrained weights.
+    weights: Option<Vec<u8>>,
+}
+
+impl PreparedModel {
+    fn open(
+        recipe: &mut Recipe,
+        device: &Device,
+        purpose: Purpose,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let of_model = |error: Error| error.key("model.id");
+        let files = find_model(&recipe.model.id, &recipe.model.revision, progress);
+        let files = files.map_err(of_model)?;
+        let mut failures = Failures::default();
+        let architecture = architecture_of(&files, recipe.model.init, device);
+        let architecture = failures.note(architecture.map_err(of_model));
+        let rows = architecture.as_ref().map_or(usize::MAX, |a| a.vocab_size);
+        let tokenizer = tokenizer_of(&files, rows, recipe.data.chat_date);
+        let tokenizer = failures.note(tokenizer.map_err(of_model));
+        if purpose == Purpose::Run
+            && recipe.model.init == Init::Pretrained
+            && files.commit.is_none()
+        {
+            failures.note(files.require_weights().map(drop).map_err(of_model));
+        }
+        let of_architecture = architecture.map(|architecture| {
+            failures.note(refuse_dropout(&architecture).map_err(of_model));
+            failures.note(check_length(recipe, &architecture));
+            let weights = weights_fingerprint(recipe, &files, &architecture);
+            let weights = failures.note(weights.map_err(of_model));
+            let target = failures.note(target(recipe, &architecture));
+            weights
+                .zip(target)
+                .map(|(weights, target)| (architecture, weights, target))
+        });
+        let parts = of_architecture.flatten().zip(tokenizer);
+        failures.or(
+            parts.map(|((architecture, weights, target), tokenizer)| Self {
+                files,
+                architecture,
+                tokenizer,
+                target,
+                weights,
+            }),
+        )
+    }
 }
 
 /// Replaces each `auto` of the recipe.

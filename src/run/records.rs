@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::checks::Failures;
 use super::model::cache_root;
 use super::options::data_options;
 use crate::data::{self, Dataset, Tokenizer};
@@ -20,36 +21,33 @@ pub(super) struct Records {
 }
 
 impl Records {
-    /// Reads and tokenizes the recipe's data.
+    /// Reads and tokenizes the recipe's data in the files of `found`.
     ///
     /// # Errors
-    /// Data that cannot be found, read or tokenized.
+    /// Data that cannot be read or tokenized.
     pub(super) fn load(
         recipe: &Recipe,
+        found: Sources,
         tokenizer: &Tokenizer,
         progress: &dyn Progress,
     ) -> Result<Self> {
         let options = data_options(&recipe.data);
         let cache = cache_root().ok().map(|root| root.join("tokens"));
-        let mut sources = Vec::new();
-        let mut load = |source: &DataSource| -> Result<Dataset> {
-            let (paths, name) = locate(source, progress)?;
-            sources.push(name);
-            data::load(&paths, &options, tokenizer, cache.as_deref(), progress)
-        };
-        let train = load(&recipe.data.train)?;
-        let (train, validation) = match &recipe.data.validation {
-            Validation::None => (train, None),
-            Validation::Source(source) => (train, Some(load(source)?)),
-            Validation::Fraction(fraction) => {
+        let load =
+            |paths: &[PathBuf]| data::load(paths, &options, tokenizer, cache.as_deref(), progress);
+        let train = load(&found.train)?;
+        let (train, validation) = match (&recipe.data.validation, &found.validation) {
+            (Validation::Fraction(fraction), _) => {
                 let (train, validation) = train.split(*fraction, recipe.seed)?;
                 (train, Some(validation))
             }
+            (_, Some(paths)) => (train, Some(load(paths)?)),
+            (_, None) => (train, None),
         };
         Ok(Self {
             train,
             validation,
-            sources,
+            sources: found.names,
             undefined_tokens: tokenizer.undefined_tokens(),
         })
     }
@@ -77,6 +75,44 @@ impl Records {
             }));
         }
         warnings
+    }
+}
+
+/// Files of a recipe's records.
+pub(super) struct Sources {
+    train: Vec<PathBuf>,
+    validation: Option<Vec<PathBuf>>,
+    /// Paths, or hub ids with their commits.
+    names: Vec<String>,
+}
+
+impl Sources {
+    /// Finds the files, those of the hub fetched, and looks at the beginning of each local one.
+    ///
+    /// # Errors
+    /// All that cannot be found, fetched or opened.
+    pub(super) fn find(recipe: &Recipe, progress: &dyn Progress) -> Result<Self> {
+        let mut failures = Failures::default();
+        let mut names = Vec::new();
+        let mut find = |key: &'static str, source: &DataSource| {
+            let (paths, name) = failures.note(locate(source, progress).map_err(|e| e.key(key)))?;
+            names.push(name);
+            let files = failures.note(data::files(&paths).map_err(|e| e.key(key)));
+            for file in files.iter().flatten() {
+                failures.note(data::check_file(file).map_err(|e| e.key(key)));
+            }
+            Some(paths)
+        };
+        let train = find("data.train", &recipe.data.train);
+        let validation = match &recipe.data.validation {
+            Validation::Source(source) => find("data.validation", source),
+            Validation::None | Validation::Fraction(_) => None,
+        };
+        failures.or(train).map(|train| Self {
+            train,
+            validation,
+            names,
+        })
     }
 }
 

@@ -20,10 +20,12 @@ pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result
     let modules = architecture.modules();
     let output_embedding = architecture.output_embedding();
     let target = match lora.init_from.clone() {
-        Some(path) => continue_adapter(lora, &path, &modules, output_embedding)?,
+        Some(path) => continue_adapter(lora, &path, &modules, output_embedding)
+            .map_err(|e| e.key("adapter.init_from"))?,
         None => {
-            let sites = adapter::select(&modules, output_embedding, &lora.config)?;
-            check_ranks(&lora.config, &sites)?;
+            let sites = adapter::select(&modules, output_embedding, &lora.config)
+                .map_err(|e| e.key("adapter.target_modules"))?;
+            check_ranks(&lora.config, &sites).map_err(|e| e.key("adapter.r"))?;
             Target::Lora {
                 settings: Box::new(lora.config.clone()),
                 sites,

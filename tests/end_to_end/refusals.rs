@@ -76,6 +76,96 @@ fn preflight_refuses_with_status_2_and_leaves_nothing() {
     }
 }
 
+/// Recipe text to replace and parts of the failure that follows; none of them hides another.
+const FAULTS: [(&str, &str, &[&str]); 7] = [
+    (
+        "id = \"embedded:tiny\"",
+        "id = \"./bare\"",
+        &[
+            "no tokenizer that can be read",
+            "line 5, column 6",
+            "5 | id",
+        ],
+    ),
+    (
+        "id = \"embedded:tiny\"",
+        "id = \"./absent\"",
+        &["there is no such model directory", "line 5, column 6"],
+    ),
+    (
+        "train = \"train.jsonl\"",
+        "train = \"absent.jsonl\"",
+        &["cannot read", "absent.jsonl", "line 10, column 9", "^^^^"],
+    ),
+    (
+        "validation = \"validation.jsonl\"",
+        "validation = [\"validation.jsonl\", \"pointer.jsonl\"]",
+        &["git LFS pointer", "line 11, column 14"],
+    ),
+    (
+        "device = \"raspberry-pi-5\"",
+        "device = \"raspbery-pi-5\"",
+        &["raspbery-pi-5", "line 23, column 10"],
+    ),
+    (
+        "meter = \"counted\"",
+        "grid = \"Germny\"",
+        &["Germny", "line 24, column 8"],
+    ),
+    (
+        "r = 2",
+        "target_modules = [\"q_prj\"]",
+        &["q_prj", "line 7, column 18"],
+    ),
+];
+
+#[test]
+fn what_model_data_and_machine_tell_comes_at_once() {
+    for faults in [
+        &[0, 2, 4][..],
+        &[1, 2, 3, 4, 5],
+        &[0, 5, 6],
+        &[2, 3],
+        &[4, 5],
+        &[1, 4],
+        &[2, 6],
+        &[0, 2, 3, 4, 5, 6],
+        &[3],
+    ] {
+        let lab = Lab::new();
+        std::fs::create_dir(lab.path("bare")).unwrap();
+        let config = include_str!("../../recipes/quickstart/tiny/config.json");
+        lab.write("bare/config.json", config);
+        lab.write(
+            "pointer.jsonl",
+            "version https://git-lfs.github.com/spec/v1\n",
+        );
+        for fault in faults {
+            lab.edit(FAULTS[*fault].0, FAULTS[*fault].1);
+        }
+        // A plan needs no weights, which `bare` lacks too.
+        let message = lab.refused(2, &["plan", "recipe.toml"]);
+        for fault in faults {
+            says(&message, FAULTS[*fault].2);
+        }
+        let several = format!("the recipe cannot run for {} reasons", faults.len());
+        assert_eq!(message.contains(&several), faults.len() > 1, "{message}");
+        assert_eq!(
+            message.matches(" of recipe.toml").count(),
+            faults.len(),
+            "{message}"
+        );
+        let places = message.split("line ").skip(1);
+        let lines: Vec<usize> = places
+            .filter_map(|place| place.split_once(", column")?.0.parse().ok())
+            .collect();
+        assert!(
+            lines.len() == faults.len() && lines.is_sorted(),
+            "{message}"
+        );
+    }
+}
+
 #[test]
 fn a_recipe_is_refused_by_line() {
     let lab = Lab::new();
