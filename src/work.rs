@@ -137,6 +137,14 @@ impl Work {
         work
     }
 
+    /// The work without its passes over memory; their vector operations stay.
+    pub fn without_sweeps(&self) -> Self {
+        Self {
+            sweeps: BTreeMap::new(),
+            ..self.clone()
+        }
+    }
+
     /// FLOPs of matrix products and attention, without vector operations.
     pub fn flops(&self) -> u64 {
         self.products

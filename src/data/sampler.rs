@@ -117,24 +117,35 @@ impl Sampler {
 
     /// The sizes of the micro-batches of `step`, without copying tokens.
     pub fn step_shape(&self, step: u64) -> Vec<BatchShape> {
-        self.map_step(step, |batch| {
-            let tokens = |i: &u32| self.examples[*i as usize].tokens.len();
-            BatchShape {
-                segments: batch.iter().map(tokens).collect(),
-                loss_tokens: batch.iter().map(|i| self.loss_tokens[*i as usize]).sum(),
-            }
+        self.map_step(step, |batch| BatchShape {
+            segments: batch.iter().map(|i| self.tokens_of(*i)).collect(),
+            loss_tokens: batch.iter().map(|i| self.loss_tokens_of(*i)).sum(),
         })
     }
 
     fn map_step<T>(&self, step: u64, make: impl Fn(&[u32]) -> T) -> Vec<T> {
+        let mut made = Vec::new();
+        self.visit_step(step, |batch| made.push(make(batch)));
+        made
+    }
+
+    /// Calls `visit` with the indices of the examples of each micro-batch of `step`.
+    pub fn visit_step(&self, step: u64, mut visit: impl FnMut(&[u32])) {
         let per_epoch = self.steps_per_epoch();
         let epoch = self.epoch(step / per_epoch);
         let per_step = self.options.gradient_accumulation_steps;
-        let batches = epoch
-            .chunks(per_step)
-            .nth((step % per_epoch) as usize)
-            .unwrap_or_default();
-        batches.iter().map(|batch| make(batch)).collect()
+        let batches = epoch.chunks(per_step).nth((step % per_epoch) as usize);
+        batches.into_iter().flatten().for_each(|batch| visit(batch));
+    }
+
+    /// Tokens of an example.
+    pub fn tokens_of(&self, example: u32) -> usize {
+        self.examples[example as usize].tokens.len()
+    }
+
+    /// Loss tokens of an example.
+    pub fn loss_tokens_of(&self, example: u32) -> usize {
+        self.loss_tokens[example as usize]
     }
 
     fn epoch(&self, number: u64) -> Arc<Epoch> {

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::profile::Profile;
 use super::spent::Spent;
-use super::traffic::{DRAM, Traffic, traffic, without_reuse};
+use super::traffic::{DRAM, Traffic, capacities, servers, traffic, without_reuse};
 use crate::units::{Bytes, Joules, MicroJoules, Seconds};
 use crate::work::{Precision, Work};
 
@@ -58,6 +58,47 @@ impl AddAssign<&EnergyBreakdown> for EnergyBreakdown {
         self.movement_j += other.movement_j;
         self.idle_j += other.idle_j;
         self.unreused_bytes += other.unreused_bytes;
+    }
+}
+
+/// FLOPs and bytes that a charge follows from. Integers: their sums do not depend on an order, so that the totals of a work are those
+/// of its parts together.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WorkTotals {
+    /// FLOPs of matrix products and attention, by [`Precision`] in its order.
+    flops: [u64; 3],
+    vector_flops: u64,
+    /// Bytes that each level of the profile serves, from the inside out.
+    served: Vec<u64>,
+    /// Bytes without any reuse.
+    unreused: u64,
+}
+
+impl WorkTotals {
+    /// FLOPs of each precision that there are any of.
+    fn products(&self) -> impl Iterator<Item = (Precision, u64)> + '_ {
+        let all = [Precision::F32, Precision::Bf16, Precision::F16];
+        all.into_iter()
+            .zip(self.flops)
+            .filter(|(_, flops)| *flops > 0)
+    }
+
+    /// Adds vector operations.
+    pub fn add_vector_flops(&mut self, flops: u64) {
+        self.vector_flops = self.vector_flops.saturating_add(flops);
+    }
+}
+
+impl AddAssign<&WorkTotals> for WorkTotals {
+    fn add_assign(&mut self, other: &WorkTotals) {
+        let add = |sum: &mut u64, part: &u64| *sum = sum.saturating_add(*part);
+        self.served
+            .resize(self.served.len().max(other.served.len()), 0);
+        let sums = self.flops.iter_mut().chain(&mut self.served);
+        let parts = other.flops.iter().chain(&other.served);
+        sums.zip(parts).for_each(|(sum, part)| add(sum, part));
+        add(&mut self.vector_flops, &other.vector_flops);
+        add(&mut self.unreused, &other.unreused);
     }
 }
 
@@ -111,14 +152,48 @@ impl Profile {
     /// assert_eq!(charge.energy, (parts.idle_j + parts.arithmetic_j + parts.movement_j).rounded());
     /// ```
     pub fn charge(&self, work: &Work) -> Charge {
-        let bytes = traffic(&self.caches, work);
-        let time = self.roofline(work, &bytes);
+        let totals = self.totals(work);
+        Charge {
+            bytes: self.traffic_of(&totals),
+            ..self.charge_without_bytes(&totals)
+        }
+    }
+
+    /// What the charge of `work` follows from.
+    pub fn totals(&self, work: &Work) -> WorkTotals {
+        let mut totals = WorkTotals {
+            vector_flops: work.vector_flops(),
+            served: traffic(&self.caches, work),
+            unreused: without_reuse(work).0,
+            ..WorkTotals::default()
+        };
+        for (product, count) in work.iter_products() {
+            let flops = &mut totals.flops[product.precision as usize];
+            *flops = flops.saturating_add(product.flops().saturating_mul(count));
+        }
+        totals
+    }
+
+    /// Adds `count` passes over `bytes` of memory.
+    pub fn add_sweeps(&self, totals: &mut WorkTotals, bytes: u64, count: u64) {
+        let all = bytes.saturating_mul(count);
+        for (served, capacity) in totals.served.iter_mut().zip(capacities(&self.caches)) {
+            if capacity.is_none_or(|capacity| bytes > capacity) {
+                *served = served.saturating_add(all);
+            }
+        }
+        totals.unreused = totals.unreused.saturating_add(all);
+    }
+
+    /// The charge of works with these totals; `bytes` stays empty.
+    pub fn charge_without_bytes(&self, totals: &WorkTotals) -> Charge {
+        let time = self.roofline(totals);
         let factor = self.calibration_factor();
         let breakdown = EnergyBreakdown {
-            arithmetic_j: self.arithmetic_energy(work) * factor,
-            movement_j: self.movement_energy(&bytes) * factor,
+            arithmetic_j: self.arithmetic_energy(totals) * factor,
+            movement_j: self.movement_energy(totals) * factor,
             idle_j: self.idle_w * time * factor,
-            unreused_bytes: without_reuse(work),
+            unreused_bytes: Bytes(totals.unreused),
         };
         let EnergyBreakdown {
             arithmetic_j,
@@ -129,46 +204,54 @@ impl Profile {
         Charge {
             energy: (idle_j + arithmetic_j + movement_j).rounded(),
             time,
-            least_time: self.arithmetic_time(work, Self::highest_rate),
-            flops: work.flops(),
-            bytes,
+            least_time: self.arithmetic_time(totals, Self::highest_rate),
+            flops: totals.flops.iter().copied().fold(0, u64::saturating_add),
+            bytes: Traffic::new(),
             breakdown,
         }
     }
 
+    /// The bytes of `totals` by the level that serves them.
+    pub fn traffic_of(&self, totals: &WorkTotals) -> Traffic {
+        let named = servers(&self.caches).zip(&totals.served);
+        named
+            .map(|(level, bytes)| (level.to_string(), Bytes(*bytes)))
+            .collect()
+    }
+
     /// The roofline time: the longest of arithmetic, DRAM and each cache with a known bandwidth.
-    pub(super) fn roofline(&self, work: &Work, bytes: &Traffic) -> Seconds {
-        let compute = self.arithmetic_time(work, Self::rate).0;
-        let transfers = bytes
-            .iter()
-            .filter_map(|(level, bytes)| Some(bytes.0 as f64 / self.bandwidth_of(level)?));
+    pub(super) fn roofline(&self, totals: &WorkTotals) -> Seconds {
+        let compute = self.arithmetic_time(totals, Self::rate).0;
+        let transfers = servers(&self.caches)
+            .zip(&totals.served)
+            .filter_map(|(level, bytes)| Some(*bytes as f64 / self.bandwidth_of(level)?));
         Seconds(transfers.fold(compute, f64::max))
     }
 
     /// The time of all FLOPs at the rates of their precisions.
-    fn arithmetic_time(&self, work: &Work, rate: fn(&Self, Precision) -> f64) -> Seconds {
-        let products: f64 = work
-            .iter_products()
-            .map(|(p, count)| p.flops() as f64 * count as f64 / rate(self, p.precision))
+    fn arithmetic_time(&self, totals: &WorkTotals, rate: fn(&Self, Precision) -> f64) -> Seconds {
+        let products: f64 = totals
+            .products()
+            .map(|(precision, flops)| flops as f64 / rate(self, precision))
             .sum();
-        Seconds(products + work.vector_flops() as f64 / rate(self, Precision::F32))
+        Seconds(products + totals.vector_flops as f64 / rate(self, Precision::F32))
     }
 
     /// The energy of all FLOPs before calibration.
-    fn arithmetic_energy(&self, work: &Work) -> Joules {
-        let products: f64 = work
-            .iter_products()
-            .map(|(p, count)| p.flops() as f64 * count as f64 * self.pj_per_flop(p.precision))
+    fn arithmetic_energy(&self, totals: &WorkTotals) -> Joules {
+        let products: f64 = totals
+            .products()
+            .map(|(precision, flops)| flops as f64 * self.pj_per_flop(precision))
             .sum();
-        let vector = work.vector_flops() as f64 * self.pj_per_flop(Precision::F32);
+        let vector = totals.vector_flops as f64 * self.pj_per_flop(Precision::F32);
         Joules((products + vector) * 1e-12)
     }
 
-    /// The energy of `bytes` before calibration; a level without an energy per byte adds none.
-    pub(super) fn movement_energy(&self, bytes: &Traffic) -> Joules {
-        let picojoules = bytes
-            .iter()
-            .map(|(level, bytes)| self.pj_per_byte(level).unwrap_or(0.0) * bytes.0 as f64);
+    /// The energy of the bytes moved before calibration; a level without an energy per byte adds none.
+    pub(super) fn movement_energy(&self, totals: &WorkTotals) -> Joules {
+        let picojoules = servers(&self.caches)
+            .zip(&totals.served)
+            .map(|(level, bytes)| self.pj_per_byte(level).unwrap_or(0.0) * *bytes as f64);
         Joules(picojoules.sum::<f64>() * 1e-12)
     }
 

@@ -39,7 +39,7 @@ pub use baseline::Baseline;
 pub use budget::{Budget, Limit, Rates};
 pub use calibration::{Measured, MeasuredCache, MeasuredPower};
 pub use carbon::carbon;
-pub use charge::{Charge, EnergyBreakdown};
+pub use charge::{Charge, EnergyBreakdown, WorkTotals};
 pub use counters::Counters;
 pub use detect::{Computing, allowed_cores, computing_cores, part_of_machine};
 pub use grid::Grid;

@@ -18,7 +18,6 @@ use toml_edit::{InlineTable, value};
 use super::options::DeviceRef;
 use super::profile::{DeviceKind, Profile, Source};
 use super::profile_rules::check;
-use super::traffic::traffic;
 use crate::error::{Error, Kind, Result};
 use crate::text::{did_you_mean, near_matches};
 use crate::units::significant;
@@ -169,9 +168,9 @@ impl Profile {
             .collect();
         for precision in &missing {
             let product = Work::product(4096, 4096, 4096, *precision);
-            let bytes = traffic(&self.caches, &product);
-            let dynamic = (self.load_w - self.idle_w) * self.roofline(&product, &bytes);
-            let arithmetic = dynamic - self.movement_energy(&bytes);
+            let totals = self.totals(&product);
+            let dynamic = (self.load_w - self.idle_w) * self.roofline(&totals);
+            let arithmetic = dynamic - self.movement_energy(&totals);
             if arithmetic.0 <= 0.0 {
                 return Err(self.no_energy_for_arithmetic());
             }

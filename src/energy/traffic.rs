@@ -20,17 +20,23 @@ pub const DRAM: &str = "dram";
 /// Bytes by the memory level that served them.
 pub type Traffic = BTreeMap<String, Bytes>;
 
-/// The bytes of every product and sweep of `work`, through `caches` from the inside out.
-pub(super) fn traffic(caches: &[CacheLevel], work: &Work) -> Traffic {
-    if caches.is_empty() {
-        return Traffic::from([(DRAM.to_string(), crossing(None, work))]);
-    }
+/// The bytes of every product and sweep of `work`, through `caches` from the inside out: those that each next level serves, main
+/// memory last.
+pub(super) fn traffic(caches: &[CacheLevel], work: &Work) -> Vec<u64> {
+    let crossing = |capacity| crossing(capacity, work).0;
+    capacities(caches).map(crossing).collect()
+}
+
+/// The capacity in front of each level that serves; `None` without caches.
+pub(super) fn capacities(caches: &[CacheLevel]) -> impl Iterator<Item = Option<u64>> + '_ {
+    let inner = caches.iter().map(|level| Some(level.bytes.0));
+    inner.chain(caches.is_empty().then_some(None))
+}
+
+/// The names of the levels that serve, from the inside out.
+pub(super) fn servers(caches: &[CacheLevel]) -> impl Iterator<Item = &str> {
     let outer = caches.iter().skip(1).map(|level| level.name.as_str());
-    caches
-        .iter()
-        .zip(outer.chain([DRAM]))
-        .map(|(level, server)| (server.to_string(), crossing(Some(level.bytes.0), work)))
-        .collect()
+    outer.chain([DRAM])
 }
 
 /// Bytes of `work` that DRAM would serve without any reuse: both operands of every multiply-add,
@@ -105,7 +111,7 @@ mod tests {
             shared: false,
         };
         let served = traffic(&[level("L2", 120_000), level("LLC", 1_200_000)], work);
-        [served["LLC"].0, served[DRAM].0]
+        [served[0], served[1]]
     }
 
     #[test]

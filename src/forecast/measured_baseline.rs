@@ -112,6 +112,7 @@ impl<'a> BaselineSetup<'a> {
     pub fn steps(&self, training: MicroJoules) -> [u64; 2] {
         let settings = self.settings(1, 1);
         let costs = self.costs(&settings);
+        let mut charges = costs.charges(self.subject.profile);
         let most = (training.joules() * self.subject.recipe.baseline.energy_multiple)
             .rounded()
             .max(training);
@@ -119,7 +120,7 @@ impl<'a> BaselineSetup<'a> {
         let mut step = 0;
         let mut equal = 0;
         loop {
-            spent += self.subject.profile.charge(&costs.step(step)).energy;
+            spent += charges.charge(step).energy;
             if spent > most {
                 return [equal, step];
             }

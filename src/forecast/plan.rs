@@ -155,9 +155,7 @@ fn recomputation(subject: &Subject<'_>, steps: u64, training: &Charge) -> Recomp
     let stored: Charge = if blocks == 0 {
         training.clone()
     } else {
-        (0..steps)
-            .map(|step| subject.profile.charge(&costs.step(step)))
-            .sum()
+        costs.charges(subject.profile).sum(0..steps)
     };
     let peak = forecast_memory(
         subject.shape,

@@ -44,6 +44,22 @@ impl Recompute {
     }
 }
 
+/// The tokens of a micro-batch, and the lengths of the segments that attend to themselves.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    tokens: usize,
+    segments: &'a [usize],
+}
+
+impl<'a> Rows<'a> {
+    fn of(segments: &'a [usize]) -> Self {
+        Self {
+            tokens: segments.iter().sum(),
+            segments,
+        }
+    }
+}
+
 /// A decoder's sizes and trained weights: with the batch, everything that the cost of a step
 /// depends on.
 #[derive(Debug, Clone)]
@@ -194,9 +210,10 @@ impl ModelShape {
         })
     }
 
-    fn block_forward(&self, layer: usize, segments: &[usize], dropout: bool) -> Work {
-        let attention = attention_forward_cost(&self.architecture.attention(layer), segments);
-        self.block_without_attention(layer, segments.iter().sum(), dropout) + attention
+    fn block_forward(&self, layer: usize, rows: Rows<'_>, dropout: bool) -> Work {
+        let attention = self.architecture.attention(layer);
+        self.block_without_attention(layer, rows.tokens, dropout)
+            + attention_forward_cost(&attention, rows.segments)
     }
 
     fn block_without_attention(&self, layer: usize, n: usize, dropout: bool) -> Work {
@@ -246,12 +263,12 @@ impl ModelShape {
     }
 
     /// `input`: whether the gradient of the block's input is needed.
-    fn block_backward(&self, layer: usize, segments: &[usize], input: bool) -> Work {
+    fn block_backward(&self, layer: usize, rows: Rows<'_>, input: bool) -> Work {
         let a = &self.architecture;
-        let n: usize = segments.iter().sum();
+        let n = rows.tokens;
         let (q, kv) = self.head_widths();
         let shapes = self.linears(layer, n, self.dropout);
-        let trained = shapes.map(|shape| shape.r.is_some() || shape.trained);
+        let trained = self.trained_linears(layer);
         let needs = BackwardNeeds::new(&trained, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
         let [attention, mlp] = [a.attention_norms, a.mlp_norms].map(|norms| self.branch(n, norms));
@@ -273,7 +290,7 @@ impl ModelShape {
             work += &(attention.output_backward_cost() + linear(&shapes.o, needs.qkv));
         }
         if needs.qkv {
-            work += &attention_backward_cost(&a.attention(layer), segments);
+            work += &attention_backward_cost(&a.attention(layer), rows.segments);
             if let Some(rope) = a.layers[layer].rope {
                 work += &self.rope_cost(rope, n);
             }
@@ -326,56 +343,126 @@ impl ModelShape {
             + scale_cost(tokens, a.hidden_size, a.embedding_factor(self.precision))
     }
 
-    fn blocks_forward(&self, segments: &[usize], loss_tokens: usize, dropout: bool) -> Work {
-        let c = self.architecture.hidden_size;
-        let around = self.embed_cost(segments.iter().sum())
-            + gather_cost(loss_tokens, c)
-            + norm_cost(self.architecture.norm_kind, loss_tokens, c);
-        around
+    fn blocks_forward(&self, rows: Rows<'_>, dropout: bool) -> Work {
+        self.embed_cost(rows.tokens)
             + self.sum_over_blocks(0..self.architecture.num_hidden_layers, |layer| {
-                self.block_forward(layer, segments, dropout)
+                self.block_forward(layer, rows, dropout)
             })
+    }
+
+    /// The rows with a loss, and the norm before the output embedding.
+    fn final_norm(&self, loss_tokens: usize) -> Work {
+        let c = self.architecture.hidden_size;
+        gather_cost(loss_tokens, c) + norm_cost(self.architecture.norm_kind, loss_tokens, c)
     }
 
     /// The sum of `work(layer)` over these blocks, evaluated once for blocks that are alike.
     fn sum_over_blocks(&self, blocks: Range<usize>, work: impl Fn(usize) -> Work) -> Work {
-        let mut counts: BTreeMap<usize, u64> = BTreeMap::new();
-        for first in &self.alike[blocks] {
-            *counts.entry(*first).or_default() += 1;
-        }
         let each = |(layer, count): (usize, u64)| work(layer).times(count);
-        counts.into_iter().map(each).sum()
+        self.counted(blocks).into_iter().map(each).sum()
+    }
+
+    /// Of each kind of block among `blocks` the first block, and how many there are.
+    fn counted(&self, blocks: impl Iterator<Item = usize>) -> BTreeMap<usize, u64> {
+        let mut counts = BTreeMap::new();
+        for block in blocks {
+            *counts.entry(self.alike[block]).or_default() += 1;
+        }
+        counts
+    }
+
+    /// Which linear layers of block `layer` are trained.
+    fn trained_linears(&self, layer: usize) -> Linears<bool> {
+        self.ranks[layer].map(|rank| rank.is_some() || self.all_trained)
     }
 
     /// Work of the losses of one micro-batch; `segments`: the length of each.
     pub fn evaluation(&self, segments: &[usize], loss_tokens: usize) -> Work {
-        self.blocks_forward(segments, loss_tokens, false)
+        self.blocks_forward(Rows::of(segments), false)
+            + self.final_norm(loss_tokens)
             + self.head(loss_tokens).forward_cost(self.precision)
     }
 
     /// Work of the losses and gradients of one micro-batch; `segments`: the length of each.
     pub fn training(&self, segments: &[usize], loss_tokens: usize, recompute: Recompute) -> Work {
-        let c = self.architecture.hidden_size;
-        let n = segments.iter().sum();
+        let rows = Rows::of(segments);
+        self.rows_training(rows, recompute)
+            + self.losses_training(loss_tokens)
+            + self.scatter_training(rows.tokens, loss_tokens)
+    }
+
+    /// The part of [`ModelShape::training`] that depends on the number of tokens alone.
+    pub fn tokens_training(&self, tokens: usize, recompute: Recompute) -> Work {
+        let rows = Rows {
+            tokens,
+            segments: &[],
+        };
+        self.rows_training(rows, recompute)
+    }
+
+    /// The attention of [`ModelShape::training`] for segments of these lengths: the work of each kind of pass with its count. Its
+    /// products add up over segments; its sweeps are as large as those of all segments together.
+    pub fn attention_training(&self, segments: &[usize], recompute: Recompute) -> Vec<(Work, u64)> {
         let backward = self.backward_range();
         let visited = backward.visited();
-        let mut work = self.blocks_forward(segments, loss_tokens, self.dropout);
-        let head = self.head(loss_tokens);
-        work += &head.backward_cost(self.precision, !backward.is_empty());
-        if !backward.is_empty() {
-            let kind = self.architecture.norm_kind;
-            work += &norm_backward_cost(kind, loss_tokens, c, self.all_trained);
-            work += &scatter_cost(n, loss_tokens, c);
+        let recomputed = visited.start..visited.start + recompute.count(visited.len());
+        let forward = (0..self.architecture.num_hidden_layers).chain(recomputed);
+        let reaches_attention = |layer: &usize| {
+            let input = backward.needs_input_gradient(*layer);
+            BackwardNeeds::new(&self.trained_linears(*layer), input).qkv
+        };
+        let attention = |layer| self.architecture.attention(layer);
+        let forward = self.counted(forward).into_iter().map(|(layer, count)| {
+            let work = attention_forward_cost(&attention(layer), segments);
+            (work, count)
+        });
+        let walked = visited.clone().filter(reaches_attention);
+        let backward = self.counted(walked).into_iter().map(|(layer, count)| {
+            let work = attention_backward_cost(&attention(layer), segments);
+            (work, count)
+        });
+        forward.chain(backward).collect()
+    }
+
+    /// The part of [`ModelShape::training`] that depends on the number of losses alone.
+    pub fn losses_training(&self, loss_tokens: usize) -> Work {
+        let a = &self.architecture;
+        let is_walked = !self.backward_range().is_empty();
+        let mut work = self.final_norm(loss_tokens);
+        work += &self
+            .head(loss_tokens)
+            .backward_cost(self.precision, is_walked);
+        if is_walked {
+            let c = a.hidden_size;
+            work += &norm_backward_cost(a.norm_kind, loss_tokens, c, self.all_trained);
         }
+        work
+    }
+
+    /// The part of [`ModelShape::training`] that depends on both: the gradients of the rows with a loss among all rows.
+    pub fn scatter_training(&self, tokens: usize, loss_tokens: usize) -> Work {
+        if self.backward_range().is_empty() {
+            return Work::default();
+        }
+        scatter_cost(tokens, loss_tokens, self.architecture.hidden_size)
+    }
+
+    /// Embedding and blocks, forward and backward.
+    fn rows_training(&self, rows: Rows<'_>, recompute: Recompute) -> Work {
+        let c = self.architecture.hidden_size;
+        let n = rows.tokens;
+        let backward = self.backward_range();
+        let visited = backward.visited();
+        let mut work = self.blocks_forward(rows, self.dropout);
         let recomputed = visited.start..visited.start + recompute.count(visited.len());
         work += &self.sum_over_blocks(recomputed, |layer| {
-            self.block_forward(layer, segments, self.dropout)
+            self.block_forward(layer, rows, self.dropout)
         });
         if !visited.is_empty() {
             let first = visited.start;
-            work += &self.block_backward(first, segments, backward.needs_input_gradient(first));
+            work += &self.block_backward(first, rows, backward.needs_input_gradient(first));
             work += &self.sum_over_blocks(first + 1..visited.end, |layer| {
-                self.block_backward(layer, segments, true)
+                self.block_backward(layer, rows, true)
             });
         }
         if backward.embedding {
@@ -390,7 +477,7 @@ impl ModelShape {
         let a = &self.architecture;
         let mut work = self.embed_cost(tokens) + norm_cost(a.norm_kind, 1, a.hidden_size);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
-            self.block_forward(layer, &[tokens], false)
+            self.block_forward(layer, Rows::of(&[tokens]), false)
         });
         work + self.head(1).logits_cost(self.precision)
     }

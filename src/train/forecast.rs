@@ -1,11 +1,9 @@
 //! The work of a run; before it starts, the step at which the budget will stop it; while it runs,
 //! its progress.
 
-use rayon::prelude::*;
-
+use super::step_charges::{ChargeSum, ChargedStep, StepCharges};
 use super::{Settings, Stop, TrainState, checkpoint_bytes};
 use crate::data::{BatchShape, MicroBatch, Sampler};
-
 use crate::energy::{Account, Allowance, Budget, Charge, Phase, Profile, Spent};
 use crate::model::ModelShape;
 use crate::ops::adamw_cost;
@@ -36,10 +34,10 @@ impl Settings {
 /// The work of each activity of a run: step, evaluation, checkpoint and the caller's work after the
 /// loop.
 pub struct StepCosts<'a> {
-    shape: &'a ModelShape,
-    sampler: &'a Sampler,
-    settings: &'a Settings,
-    trained: usize,
+    pub(super) shape: &'a ModelShape,
+    pub(super) sampler: &'a Sampler,
+    pub(super) settings: &'a Settings,
+    pub(super) trained: usize,
     evaluation: Option<Work>,
     save: Work,
     /// Work of the caller after the loop, within the same budget.
@@ -89,20 +87,18 @@ impl<'a> StepCosts<'a> {
 
     /// Work of step `step`, counted from 0: its micro-batches and the optimizer.
     pub fn step(&self, step: u64) -> Work {
-        self.step_with_shape(&self.sampler.step_shape(step))
+        let recompute = self.settings.recompute;
+        let training = |batch: BatchShape| {
+            self.shape
+                .training(&batch.segments, batch.loss_tokens, recompute)
+        };
+        let batches = self.sampler.step_shape(step).into_iter();
+        batches.map(training).sum::<Work>() + adamw_cost(self.trained)
     }
 
-    /// Work of a step whose micro-batches have these shapes.
-    fn step_with_shape(&self, batches: &[BatchShape]) -> Work {
-        let recompute = self.settings.recompute;
-        let work = batches
-            .iter()
-            .map(|batch| {
-                self.shape
-                    .training(&batch.segments, batch.loss_tokens, recompute)
-            })
-            .sum::<Work>();
-        work + adamw_cost(self.trained)
+    /// The charges of many steps on `profile`.
+    pub fn charges<'s>(&'s self, profile: &'s Profile) -> StepCharges<'s> {
+        StepCharges::new(self, profile)
     }
 
     /// Work to reserve before a step is admitted: the activities `due` after it, and the last
@@ -171,12 +167,25 @@ impl Forecast {
         self.phases.iter().map(|(_, charge)| charge.spent()).sum()
     }
 
-    fn count_step(&mut self, batches: &[BatchShape], due: Scheduled) {
+    /// After `step` steps of a run, with nothing counted yet.
+    pub(super) fn at(step: u64, settings: &Settings) -> Self {
+        Self {
+            steps: step,
+            stop: settings.last_step(),
+            phases: Vec::new(),
+            evaluations: 0,
+            saves: 0,
+            tokens: 0,
+            loss_tokens: 0,
+        }
+    }
+
+    pub(super) fn count_step(&mut self, step: &ChargedStep, due: Scheduled) {
         self.steps += 1;
         self.evaluations += usize::from(due.evaluation);
         self.saves += usize::from(due.save);
-        self.tokens += batches.iter().map(|s| s.tokens() as u64).sum::<u64>();
-        self.loss_tokens += batches.iter().map(|s| s.loss_tokens as u64).sum::<u64>();
+        self.tokens += step.tokens;
+        self.loss_tokens += step.loss_tokens;
     }
 }
 
@@ -242,27 +251,8 @@ impl Charges {
     }
 }
 
-/// Largest number of steps that are charged at once.
-const LARGEST_BLOCK: u64 = 4096;
-
-/// A step's sizes and its charge.
-struct ChargedStep {
-    batches: Vec<BatchShape>,
-    charge: Charge,
-}
-
-impl StepCosts<'_> {
-    /// The steps from `from` on, at most `count`, charged on all threads.
-    fn charge_steps(&self, from: u64, count: u64, profile: &Profile) -> Vec<ChargedStep> {
-        let steps = (from..from + count).map(|step| self.sampler.step_shape(step));
-        let steps: Vec<Vec<BatchShape>> = steps.collect();
-        let charged = |batches: Vec<BatchShape>| ChargedStep {
-            charge: profile.charge(&self.step_with_shape(&batches)),
-            batches,
-        };
-        steps.into_par_iter().map(charged).collect()
-    }
-}
+/// Steps between two calls of a simulation's `progress`.
+const PROGRESS_EVERY: u64 = 4096;
 
 /// Simulates the run from `state` on the counted meter: every step, evaluation and checkpoint that
 /// `budget` admits when `before` is already spent. Executes nothing. `progress` is called with the
@@ -278,43 +268,34 @@ pub fn forecast(
 ) -> Forecast {
     let charges = Charges::new(costs, profile);
     let reserve = charges.reserve();
-    let mut run = Forecast {
-        steps: state.step,
-        stop: settings.last_step(),
-        phases: Vec::new(),
-        evaluations: 0,
-        saves: 0,
-        tokens: 0,
-        loss_tokens: 0,
-    };
+    let mut steps = costs.charges(profile);
+    let mut run = Forecast::at(state.step, settings);
     let mut so_far = before;
-    let mut training = Charge::default();
+    let mut training = ChargeSum::default();
     let mut last = Scheduled::default();
-    let mut block = 16;
-    'run: while run.steps < settings.steps {
-        let count = block.min(settings.steps - run.steps);
-        for step in costs.charge_steps(run.steps, count, profile) {
-            let mut due = settings.scheduled_after(run.steps + 1);
-            let next = charges.step(&step.charge, due);
-            if let Err(limit) = budget.admits(&so_far, &next, &reserve) {
-                run.stop = Stop::Budget(limit);
-                break 'run;
-            }
-            so_far += next;
-            training += &step.charge;
-            due.evaluation &= costs.has_validation();
-            run.count_step(&step.batches, due);
-            last = due;
+    while run.steps < settings.steps {
+        let step = steps.step(run.steps);
+        let mut due = settings.scheduled_after(run.steps + 1);
+        let next = charges.step(&step.charge, due);
+        if let Err(limit) = budget.admits(&so_far, &next, &reserve) {
+            run.stop = Stop::Budget(limit);
+            break;
         }
-        progress(run.steps, settings.steps);
-        block = (2 * block).min(LARGEST_BLOCK);
+        so_far += next;
+        training.add(&step);
+        due.evaluation &= costs.has_validation();
+        run.count_step(&step, due);
+        last = due;
+        if run.steps.is_multiple_of(PROGRESS_EVERY) {
+            progress(run.steps, settings.steps);
+        }
     }
     // The end of the run repeats neither an evaluation nor a checkpoint that its last step has just
     // made.
     let evaluated = last.evaluation || !costs.has_validation();
     run.evaluations += usize::from(!evaluated);
     run.saves += usize::from(!(last.save && evaluated));
-    run.phases = charges.phases(training, run.evaluations, run.saves);
+    run.phases = charges.phases(training.finish(profile), run.evaluations, run.saves);
     run
 }
 

@@ -10,6 +10,7 @@ mod forecast;
 mod record;
 pub mod schedule;
 mod step;
+mod step_charges;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +20,7 @@ pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast, uns
 pub use record::{StepEnergy, StepRecord, Stop};
 pub use schedule::{Decay, Schedule};
 pub use step::{accumulate_gradients, batch_to_device};
+pub use step_charges::StepCharges;
 
 use crate::data::{MicroBatch, Sampler};
 use crate::energy::{Account, Phase, Reading, Verdict};
