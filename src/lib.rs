@@ -31,6 +31,7 @@ pub mod cli;
 pub mod data;
 pub mod energy;
 pub mod error;
+pub mod export;
 pub mod files;
 pub mod forecast;
 pub mod hub;

@@ -1,6 +1,6 @@
 //! `wattune merge`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use serde_json::json;
@@ -9,7 +9,7 @@ use super::model::ModelArguments;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::Result;
-use crate::run::{self, MergeRequest};
+use crate::run::{self, MergeRequest, ModelSource};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -21,12 +21,17 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    write(&arguments.model.resolve()?, &arguments.out, common)
+}
+
+/// Merges into the directory `out`, and says what was written.
+pub(super) fn write(source: &ModelSource, directory: &Path, common: Common) -> Result<ExitCode> {
     let request = MergeRequest {
-        source: &arguments.model.resolve()?,
-        out: &arguments.out,
+        source,
+        out: directory,
     };
     let summary = run::merge_model(&request, &mut Terminal::new(common.quiet))?;
-    let path = arguments.out.display().to_string();
+    let path = directory.display().to_string();
     if common.json {
         let (merged, kept) = (summary.merged, summary.kept);
         return out_json(

@@ -8,6 +8,7 @@ mod calibrate;
 mod choices;
 mod devices;
 mod eval;
+mod export;
 mod generate;
 mod merge;
 mod model;
@@ -82,6 +83,10 @@ enum Command {
     Generate(generate::Arguments),
     /// Merge an adapter into its model; writes a complete model directory
     Merge(merge::Arguments),
+    /// Write a model as a GGUF file for llama.cpp and Ollama, or as a Hugging Face directory
+    ///
+    /// An adapter is merged first. Formats and names are llama.cpp's; a Modelfile for Ollama is written beside the file.
+    Export(export::Arguments),
     /// Upload a run's adapter (or trained model) and its model card to the hub
     ///
     /// One commit, or with --create-pr a pull request. The token comes from HF_TOKEN or `hf auth login` and needs write access. Large
@@ -176,6 +181,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Eval(arguments) => eval::run(&arguments, common),
         Command::Generate(arguments) => generate::run(&arguments, common),
         Command::Merge(arguments) => merge::run(&arguments, common),
+        Command::Export(arguments) => export::run(&arguments, common),
         Command::Push(arguments) => push::run(&arguments, common),
         Command::Report(arguments) => report::run(&arguments, common),
         Command::Compare(arguments) => report::compare(&arguments, common),

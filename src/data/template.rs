@@ -51,6 +51,8 @@ pub(super) struct ChatTemplate {
     /// Variables named `*_token` that are printed and not defined.
     undefined_tokens: BTreeSet<String>,
     uses_date: bool,
+    /// The template named `default`, as written.
+    source: Option<String>,
 }
 
 impl ChatTemplate {
@@ -96,7 +98,13 @@ impl ChatTemplate {
             names: templates.keys().cloned().collect(),
             generation,
             uses_date,
+            source: templates.get(DEFAULT).cloned(),
         })
+    }
+
+    /// The template named `default`, as written.
+    pub fn source(&self) -> Option<&str> {
+        self.source.as_deref()
     }
 
     /// Whether a template calls `strftime_now`.

@@ -66,6 +66,8 @@ pub struct Tokenizer {
     cleans_up_spaces: bool,
     warnings: Vec<String>,
     template: Option<ChatTemplate>,
+    /// Tokens by variable, such as `bos_token`.
+    special_tokens: BTreeMap<String, String>,
     eos: Option<(String, u32)>,
     fingerprint: String,
     chat_date: NaiveDate,
@@ -101,13 +103,14 @@ impl Tokenizer {
         let today = || chrono::Local::now().date_naive();
         let chat_date = files.chat_date.unwrap_or_else(today);
         let tokens = special_tokens(config.as_ref(), map.as_ref());
-        let template = chat_template(files, config.as_ref(), tokens, chat_date, &mut hash)?;
+        let template = chat_template(files, config.as_ref(), tokens.clone(), chat_date, &mut hash)?;
         Ok(Self {
             cleans_up_spaces: cleans_up_spaces(&inner, &settings),
             pipeline: Pipeline::new(inner)?,
             embedding_rows: usize::MAX,
             warnings,
             template,
+            special_tokens: tokens,
             eos,
             fingerprint: crate::text::hex(hash.finalize()),
             chat_date,
@@ -153,6 +156,29 @@ impl Tokenizer {
             return Ok(clean_up_spaces(&text));
         }
         Ok(text)
+    }
+
+    /// As tokenizer.json, with every added token.
+    ///
+    /// # Errors
+    /// `Kind::Tokenizer` where it cannot be serialized.
+    pub fn to_json(&self) -> Result<Value> {
+        serde_json::to_value(self.pipeline.inner()).map_err(|e| {
+            Error::new(
+                Kind::Tokenizer,
+                format!("the tokenizer has no JSON form: {e}"),
+            )
+        })
+    }
+
+    /// Special tokens by variable, such as `bos_token`.
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.special_tokens
+    }
+
+    /// The chat template as written.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.template.as_ref().and_then(ChatTemplate::source)
     }
 
     /// Settings of its files that are not followed, one sentence each.

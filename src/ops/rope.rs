@@ -111,6 +111,21 @@ pub struct RopeTables {
 }
 
 impl Rope {
+    /// Unscaled over scaled inverse frequencies of a short sequence, (rotary_dim / 2).
+    pub fn frequency_divisors(&self) -> Vec<f32> {
+        let unscaled = Self {
+            scaling: RopeScaling::None,
+            ..self.clone()
+        };
+        let pairs = unscaled
+            .inverse_frequencies(1)
+            .into_iter()
+            .zip(self.inverse_frequencies(1));
+        pairs
+            .map(|(unscaled, scaled)| (unscaled / scaled) as f32)
+            .collect()
+    }
+
     /// Inverse frequencies (rotary_dim / 2) for a sequence of `length` tokens.
     fn inverse_frequencies(&self, length: usize) -> Vec<f64> {
         let dim = self.rotary_dim as f64;

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::Device;
 
 use super::Screen;
+use super::export::name_of;
 use super::inference::fetch;
 use super::model::{copy_companions, copy_file};
 use super::model_source::ModelSource;
@@ -85,16 +86,10 @@ fn adapter_of(source: &ModelSource) -> Result<&Path> {
 fn card(source: &ModelSource, license: Option<&str>) -> String {
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let mut lines = vec!["library_name: transformers".to_string()];
-    let base = match &source.id {
-        ModelId::Hub(id) => {
-            lines.push(format!("base_model: {}", quoted(id)));
-            id.clone()
-        }
-        ModelId::Directory(dir) => dir
-            .file_name()
-            .map_or_else(|| "model".into(), |name| name.display().to_string()),
-        ModelId::Embedded(name) => format!("embedded:{name}"),
-    };
+    if let ModelId::Hub(id) = &source.id {
+        lines.push(format!("base_model: {}", quoted(id)));
+    }
+    let base = name_of(&source.id);
     lines.extend(license.map(|name| format!("license: {}", quoted(name))));
     format!(
         "---\n{}\n---\n\n`{base}` with a LoRA adapter merged into its weights by wattune.\n",

@@ -9,6 +9,7 @@ mod checks;
 mod continued;
 mod directory;
 mod evaluate;
+mod export;
 mod generate;
 mod inference;
 mod loss_curve;
@@ -36,6 +37,7 @@ mod training;
 
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate, validation_files};
+pub use export::{ExportFormat, ExportRequest, Exported, export_gguf};
 pub use generate::{Generated, GenerationJob, generate};
 pub use inference::ModelRequest;
 pub use machine::{DeviceChoice, allowed_threads};
@@ -59,6 +61,7 @@ pub use crate::data::{
 };
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, Interval, Profile};
+pub use crate::export::Quantization;
 pub use crate::forecast::{
     BaselineCost, BaselineRequest, Choice, MeasuredForecast, Method, PublishedFigures, Target,
     baseline_cost, published_runs,

@@ -18,6 +18,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("model", &["ops", "adapter"]),
     ("train", &["model", "adapter", "data", "ops", "energy"]),
     ("energy", &[]),
+    ("export", &["model", "ops"]),
     (
         "forecast",
         &[
@@ -34,8 +35,8 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "run",
         &[
-            "recipe", "hub", "data", "ops", "adapter", "model", "train", "energy", "forecast",
-            "measure", "report",
+            "recipe", "hub", "data", "ops", "adapter", "model", "train", "energy", "export",
+            "forecast", "measure", "report",
         ],
     ),
     ("cli", &["run", "recipe", "report"]),

@@ -12,6 +12,7 @@ mod budget;
 mod choices;
 mod continued;
 mod crashes;
+mod export;
 mod figures;
 mod json;
 mod measured;

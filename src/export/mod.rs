@@ -1,0 +1,17 @@
+//! A model directory as one GGUF file, the format of llama.cpp and Ollama.
+//!
+//! Takes weights, architecture, config.json and tokenizer, returns the file's metadata, tensor names and quantised values. Names,
+//! metadata keys and types are those of the GGUF specification and of llama.cpp's `convert_hf_to_gguf.py` and `llama-quantize`.
+//! Knows no command, no run and no adapter: an adapter is merged before.
+
+pub mod container;
+pub mod family;
+pub mod format;
+pub mod modelfile;
+pub mod quantization;
+pub mod tokenizer;
+
+pub use container::{TensorInfo, Value};
+pub use family::{Family, family};
+pub use format::Format;
+pub use quantization::Quantization;

@@ -1,0 +1,95 @@
+//! `export`: a GGUF file that another reader finds whole.
+
+use std::fs::File;
+
+use candle_core::Device;
+use candle_core::quantized::gguf_file::Content;
+
+use super::lab::{Lab, number, says, set};
+
+#[test]
+fn a_run_is_exported_as_the_merged_model() {
+    let lab = Lab::new();
+    lab.train("run", &set(&["train.steps=2", "train.learning_rate=2e-2"]));
+    lab.json(&["merge", "run", "--out", "merged"]);
+    let arguments = ["export", "run", "--format", "gguf", "--quantization"];
+    let written = lab.json(&[&arguments[..], &["f32", "--out", "exact"]].concat());
+    let small = lab.json(&[&arguments[..], &["q8_0", "--out", "small"]].concat());
+    assert_eq!(number(&written, "/tensors"), 38.0);
+    assert!(number(&small, "/bytes") < 0.3 * number(&written, "/bytes"));
+    let modelfile = String::from_utf8(lab.read("small/Modelfile")).unwrap();
+    assert!(
+        modelfile.starts_with("FROM ./model-Q8_0.gguf\n"),
+        "{modelfile}"
+    );
+    let merged =
+        candle_core::safetensors::load(lab.path("merged/model.safetensors"), &Device::Cpu).unwrap();
+    let mut file = File::open(lab.path("exact/model-F32.gguf")).unwrap();
+    let content = Content::read(&mut file).unwrap();
+    assert_eq!(content.tensor_infos.len(), 38);
+    let pairs = [
+        ("token_embd.weight", "model.embed_tokens.weight", 1),
+        (
+            "blk.3.attn_v.weight",
+            "model.layers.3.self_attn.v_proj.weight",
+            1,
+        ),
+        (
+            "blk.1.ffn_norm.weight",
+            "model.layers.1.post_attention_layernorm.weight",
+            1,
+        ),
+        (
+            "blk.2.attn_q.weight",
+            "model.layers.2.self_attn.q_proj.weight",
+            4,
+        ),
+        (
+            "blk.2.attn_k.weight",
+            "model.layers.2.self_attn.k_proj.weight",
+            2,
+        ),
+    ];
+    for (gguf, own, heads) in pairs {
+        let read = content.tensor(&mut file, gguf, &Device::Cpu).unwrap();
+        let read = read.dequantize(&Device::Cpu).unwrap();
+        let mut own = merged[own].clone();
+        if heads > 1 {
+            // llama.cpp rotates neighbours: the halves of each head are interleaved.
+            let (rows, columns) = own.dims2().unwrap();
+            let halves = own.reshape((heads, 2, rows / heads / 2, columns)).unwrap();
+            let halves = halves.transpose(1, 2).unwrap().contiguous().unwrap();
+            own = halves.reshape((rows, columns)).unwrap();
+        }
+        let flat =
+            |tensor: &candle_core::Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(read.dims(), own.dims(), "{gguf}");
+        assert!(flat(&read) == flat(&own), "{gguf}");
+    }
+    let again = lab.refused(2, &[&arguments[..], &["f32", "--out", "exact"]].concat());
+    says(&again, &["exists already", "exact"]);
+    let hf = lab.refused(
+        2,
+        &[
+            "export",
+            "run",
+            "--format",
+            "hf",
+            "--quantization",
+            "q8_0",
+            "--out",
+            "x",
+        ],
+    );
+    says(&hf, &["--quantization", "--format gguf"]);
+    let names: Vec<_> = std::fs::read_dir(lab.path("")).unwrap().collect();
+    let temporary = |entry: &std::io::Result<std::fs::DirEntry>| {
+        entry
+            .as_ref()
+            .unwrap()
+            .file_name()
+            .to_string_lossy()
+            .starts_with('.')
+    };
+    assert!(!names.iter().any(temporary), "{names:?}");
+}
