@@ -19,21 +19,22 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text"]
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
 use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
 embedding_multiplier residual_multiplier attention_multiplier logits_scaling hidden_activation query_pre_attn_scalar attn_logit_softcapping
-final_logit_softcapping""".split()
+final_logit_softcapping original_max_position_embeddings resid_pdrop embd_pdrop""".split()
 
 # Declared, but read by no layer.
 UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
 # Keyword arguments that are no fields, with their defaults.
-KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}}
+KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0}}
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LONGROPE = dict(type="longrope", short_factor=[1.0, 1.2, 1.5, 2.0], long_factor=[1.0, 2.0, 4.0, 8.0])
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 
 
@@ -151,6 +152,22 @@ VARIANTS = {
     "gemma3, by layer type": tiny("gemma3_text", layer_types=["full_attention", "sliding_attention", "full_attention"], rope_parameters={
         "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6), "sliding_attention": dict(rope_type="default", rope_theta=2e4)}),
     "gemma3, a window of null": tiny("gemma3_text", sliding_window=None),
+    "phi3": tiny("phi3", pad_token_id=0),
+    "phi3, everything absent": {"model_type": "phi3", "num_hidden_layers": 2},
+    "phi3, window": tiny("phi3", pad_token_id=0, sliding_window=16),
+    "phi3, a part of a head": tiny("phi3", pad_token_id=0, partial_rotary_factor=0.75),
+    "phi3, the table's part holds": tiny("phi3", pad_token_id=0, partial_rotary_factor=0.75,
+                                         rope_parameters=dict(rope_type="default", partial_rotary_factor=0.25)),
+    "phi3, longrope": tiny("phi3", pad_token_id=0, original_max_position_embeddings=32, rope_scaling=LONGROPE),
+    "phi3, su": tiny("phi3", pad_token_id=0, original_max_position_embeddings=32, rope_scaling=dict(
+        LONGROPE, type="su", original_max_position_embeddings=32)),
+    "phi3, longrope, original absent": tiny("phi3", pad_token_id=0, rope_scaling=LONGROPE),
+    "phi3, longrope, factor": tiny("phi3", pad_token_id=0, original_max_position_embeddings=32, rope_scaling=dict(LONGROPE, factor=2.0)),
+    "phi3, longrope, attention_factor": tiny("phi3", pad_token_id=0, original_max_position_embeddings=32,
+                                             rope_scaling=dict(LONGROPE, attention_factor=1.25)),
+    "phi3, a list too short": tiny("phi3", pad_token_id=0, original_max_position_embeddings=32, partial_rotary_factor=0.5, rope_scaling=LONGROPE),
+    "phi3, linear": tiny("phi3", pad_token_id=0, rope_scaling=dict(type="linear", factor=2.0)),
+    "llama, longrope": tiny(rope_parameters=dict(LONGROPE, rope_type="longrope", original_max_position_embeddings=32)),
     "qwen3, yarn": tiny("qwen3", head_dim=16, rope_theta=1e6, rope_scaling=YARN),
 }
 # Accepted by transformers, which ignores the key, warns, or computes with a number that no model was trained with.

@@ -31,15 +31,16 @@ families: qwen3 (q/k norm on each head, biases on q, k, v, o, a sliding window f
 without rotation, biases) · granite (four multipliers, biases) · olmo2 (norms on results, q/k norm over the rows, biases) ·
 olmo3 (the same, windows and rotations by layer type) · gemma (tied, norms that scale by 1 + weight, embedding x
 sqrt(hidden), tanh GELU, biases) · gemma2 (the same, norms before and after, scale, window by layer type, both softcaps) ·
-gemma3 (gemma2 without softcaps, q/k norm on each head, rotations by layer type)
+gemma3 (gemma2 without softcaps, q/k norm on each head, rotations by layer type) · phi3 (q, k, v in one layer, gate and up
+in one, a window, LongRoPE on the first six of eight channels of a head, whose long factors begin within the greedy ids)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
 logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
-inside them: `dynamic` must scale the first and not the second) · mistral (sliding window 16 over 40 tokens, then 10)
+inside them: `dynamic` must scale the first and not the second) · longrope (the same in Phi-3, 12 of 16 channels) · mistral (sliding window 16 over 40 tokens, then 10)
   config.json, model.safetensors; golden.safetensors: input_ids, segments, base.logits.I; golden.json: versions,
   segments, input_ids, noise.
 
-Models with rope scaling also get config_v4.json: the same config in the words of transformers 4 (rope_theta and
+Models of the first and third kind with rope scaling also get config_v4.json: the same config in the words of transformers 4 (rope_theta and
 rope_scaling instead of rope_parameters), as most published checkpoints have it; the script checks that both read alike.
 """
 
@@ -57,7 +58,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import (AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig,
-                          Olmo2Config, Olmo3Config, Qwen2Config, Qwen3Config, SmolLM3Config)
+                          Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
@@ -91,6 +92,9 @@ LOGITS_ONLY = {
     "dynamic": (lambda: LlamaConfig(**LONG, max_position_embeddings=64, rope_parameters=rope("dynamic", factor=4.0)), (100, 20)),
     "yarn": (lambda: LlamaConfig(**LONG, max_position_embeddings=256,
                                  rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=64)), (100, 20)),
+    "longrope": (lambda: Phi3Config(**LONG, pad_token_id=0, max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=rope(
+        "longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.2, 1.4, 1.5, 2.0], long_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 16.0])),
+                 (100, 20)),
     "mistral": (lambda: MistralConfig(**{**LONG, "num_attention_heads": 4, "num_key_value_heads": 2}, head_dim=8,
                                       sliding_window=16, max_position_embeddings=64), (40, 10)),
 }
@@ -119,6 +123,13 @@ FAMILIES = {
 }
 # Models without sdpa attention: noise comes from padding alone.
 OTHER = {"gemma2": "eager"}
+# The same for families with other modules than Llama's.
+OTHER_MODULES = {
+    "phi3": lambda: Phi3Config(**FAMILY, pad_token_id=0, sliding_window=5, max_position_embeddings=64, original_max_position_embeddings=16,
+                               rope_parameters=rope("longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.25, 1.5],
+                                                    long_factor=[1.5, 2.0, 4.0])),
+}
+FAMILIES |= OTHER_MODULES
 # Per segment: 0 = context, 1 = predicted.
 LOSS_MASKS = [[0] * 4 + [1] * 3 + [0] * 2 + [1] * 4, [0] * 3 + [1] * 6]
 
@@ -163,6 +174,8 @@ def save_old_config(folder, config):
     """The config in transformers 4's words, read back to prove that it means the same."""
     scaling = dict(config.pop("rope_parameters"))
     config["rope_theta"] = scaling.pop("rope_theta")
+    if "partial_rotary_factor" in scaling:
+        config["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
     if scaling["rope_type"] in ("linear", "dynamic"):  # the oldest spelling
         scaling["type"] = scaling.pop("rope_type")
     config["rope_scaling"] = scaling
@@ -347,13 +360,16 @@ def main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.logging.disable_progress_bar()
-    known = [*FULL, *LOGITS_ONLY, *FAMILIES]
-    unknown = set(sys.argv[1:]) - set(known)
+    later = ["longrope", *OTHER_MODULES]
+    known = [name for name in [*FULL, *LOGITS_ONLY, *FAMILIES] if name not in later]
+    # The place in a list: naming one model does not change it.
+    seeds = {name: 100 * i for i, name in enumerate(known)} | {name: 8000 + 100 * i for i, name in enumerate(later)}
+    unknown = set(sys.argv[1:]) - set(seeds)
     if unknown:
-        sys.exit(f"no such model: {', '.join(sorted(unknown))} (known: {', '.join(known)})")
-    for i, name in enumerate(known):  # the seed is the place in the list: naming one model does not change it
+        sys.exit(f"no such model: {', '.join(sorted(unknown))} (known: {', '.join(seeds)})")
+    for name, seed in seeds.items():
         if not sys.argv[1:] or name in sys.argv[1:]:
-            print(name, golden_logits(name, 100 * i) if name in LOGITS_ONLY else golden_full(name, 100 * i), flush=True)
+            print(name, golden_logits(name, seed) if name in LOGITS_ONLY else golden_full(name, seed), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,17 @@ pub struct Architecture {
     /// Whether the matrices are stored in bf16: as config.json states (`dtype`, earlier
     /// `torch_dtype`), corrected by the weight files once they are opened.
     pub stored_in_bf16: bool,
-    /// The first dropout key of config.json above zero. transformers applies it in training.
-    pub dropout: Option<(&'static str, f64)>,
+    /// The dropouts of config.json above zero. transformers applies them in training.
+    pub dropout: Vec<ConfigDropout>,
+}
+
+/// A dropout of config.json.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ConfigDropout {
+    /// Its key.
+    pub key: &'static str,
+    /// Probability that an element is dropped.
+    pub p: f64,
 }
 
 /// What differs from block to block.
@@ -164,6 +173,13 @@ impl Architecture {
             QkNorm::Heads => [head_dim, head_dim],
             QkNorm::Rows => [heads * head_dim, kv_heads * head_dim],
         })
+    }
+
+    /// Whether a sequence of `length` tokens is the longest by its rotations: with one more token, all
+    /// of its positions rotate by other frequencies (LongRoPE), and cached keys do not fit.
+    pub(super) fn rotations_end_at(&self, length: usize) -> bool {
+        let mut limits = self.ropes.iter().map(Rope::long_above);
+        limits.any(|limit| limit == Some(length))
     }
 
     /// Format of frozen matrices in memory for products in `precision`: the same, except that bf16

@@ -254,6 +254,7 @@ const FOREIGN_KEYS: &[(&str, Neutral)] = &[
     ("logits_scaling", Neutral::One),
     ("logit_scale", Neutral::One),
     ("scale_emb", Neutral::One),
+    ("lm_head_bias", Neutral::Off),
     ("clip_qkv", Neutral::Off),
     ("use_qk_norm", Neutral::Off),
     ("qk_layernorm", Neutral::Off),

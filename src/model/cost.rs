@@ -482,9 +482,13 @@ impl ModelShape {
         work + self.head(1).logits_cost(self.precision)
     }
 
-    /// Work of generating one token when `before` tokens are cached.
+    /// Work of generating one token when `before` tokens are cached; of reading them all again where
+    /// their rotations end.
     pub fn decoding(&self, before: usize) -> Work {
         let a = &self.architecture;
+        if a.rotations_end_at(before) {
+            return self.prefill(before + 1);
+        }
         let mut work = self.embed_cost(1) + norm_cost(a.norm_kind, 1, a.hidden_size);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_without_attention(layer, 1, false)

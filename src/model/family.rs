@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::architecture::{Architecture, Biases, LayerKind, QkNorm};
+use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm};
 use super::config::{Config, Range};
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
@@ -20,6 +20,9 @@ use crate::ops::{Activation, Attention, NormKind};
 const MAX_PARAMETERS: u64 = 1 << 44;
 const MAX_LAYERS: usize = 1024;
 const MAX_WIDTH: usize = 1 << 24;
+
+/// Keys of dropouts that transformers applies in training.
+const DROPOUT_KEYS: [&str; 3] = ["attention_dropout", "resid_pdrop", "embd_pdrop"];
 
 /// What a model type's class does that no key of config.json says.
 struct Family {
@@ -36,6 +39,8 @@ struct Family {
     full_attention_interval: usize,
     /// Gemma: norms scale by 1 + weight, the embedding by sqrt(hidden_size).
     is_gemma: bool,
+    /// Whether the class reads the rotations `su` and `yarn` as `longrope` and has no others.
+    scales_by_longrope_alone: bool,
 }
 
 const LLAMA: Family = Family {
@@ -54,6 +59,7 @@ const LLAMA: Family = Family {
     ropes_by_layer_type: false,
     full_attention_interval: 0,
     is_gemma: false,
+    scales_by_longrope_alone: false,
 };
 
 const OLMO2: Family = Family {
@@ -109,6 +115,11 @@ fn family(model_type: &str) -> Family {
             ropes_by_layer_type: true,
             ..GEMMA2
         },
+        "phi3" => Family {
+            names: ModuleNames::PHI3,
+            scales_by_longrope_alone: true,
+            ..LLAMA
+        },
         _ => LLAMA,
     }
 }
@@ -141,6 +152,7 @@ impl Architecture {
         let shape = RopeShape {
             head_dim: attention.head_dim,
             max_position: max_position_embeddings,
+            longrope_alone: family.scales_by_longrope_alone,
         };
         let architecture = Self {
             class: class(&config, model_type),
@@ -379,10 +391,13 @@ fn stored_in_bf16(config: &Config<'_>) -> Result<bool> {
     }
 }
 
-fn dropout(config: &Config<'_>) -> Result<Option<(&'static str, f64)>> {
-    let key = "attention_dropout";
-    let p = config.number(key, Range::NON_NEGATIVE)?;
-    Ok(p.filter(|p| *p > 0.0).map(|p| (key, p)))
+fn dropout(config: &Config<'_>) -> Result<Vec<ConfigDropout>> {
+    let mut dropout = Vec::new();
+    for key in DROPOUT_KEYS.into_iter().filter(|key| config.has(key)) {
+        let p = config.number(key, Range::NON_NEGATIVE)?;
+        dropout.extend(p.filter(|p| *p > 0.0).map(|p| ConfigDropout { key, p }));
+    }
+    Ok(dropout)
 }
 
 /// The first `architectures` entry, else the name that transformers gives the type's causal model.

@@ -30,7 +30,7 @@ pub struct Session<'a> {
     context: Context<'a>,
     /// Of each block.
     cache: Vec<KvCache>,
-    length: usize,
+    tokens: Vec<u32>,
 }
 
 impl<'a> Session<'a> {
@@ -40,7 +40,7 @@ impl<'a> Session<'a> {
             decoder,
             context,
             cache: Vec::with_capacity(decoder.architecture().num_hidden_layers),
-            length: 0,
+            tokens: Vec::new(),
         }
     }
 
@@ -50,8 +50,9 @@ impl<'a> Session<'a> {
             return Err(Error::new(Kind::Usage, "the prompt holds no token")
                 .hint("give a prompt that is not empty"));
         };
-        let x = if self.length == 0 {
-            self.prefill(tokens)?
+        let x = if self.tokens.is_empty() {
+            self.tokens.extend(tokens);
+            self.prefill()?
         } else {
             for token in earlier {
                 self.decode(*token)?;
@@ -62,28 +63,33 @@ impl<'a> Session<'a> {
         Ok(logits.squeeze(0)?.to_vec1()?)
     }
 
-    /// Computes the whole prompt in one pass; returns the last token's hidden state (1, C).
-    fn prefill(&mut self, tokens: &[u32]) -> Result<Tensor> {
+    /// Computes all tokens in one pass; returns the last one's hidden state (1, C).
+    fn prefill(&mut self) -> Result<Tensor> {
         let decoder = self.decoder;
-        let segments = Segments::from_lengths([tokens.len()]);
+        let length = self.tokens.len();
+        let segments = Segments::from_lengths([length]);
         let pass = decoder.pass(self.context, &segments, &[], None)?;
-        let ids = Tensor::from_slice(tokens, tokens.len(), decoder.device())?;
+        let ids = Tensor::from_slice(&self.tokens, length, decoder.device())?;
+        self.cache.clear();
         let x = decoder.run_blocks(&pass, &ids, |_, _, saved| {
             let (keys, values) = saved.keys_and_values()?;
             self.cache.push(KvCache::new(&keys, &values)?);
             Ok(())
         })?;
-        self.length = tokens.len();
-        Ok(x.narrow(0, tokens.len() - 1, 1)?.contiguous()?)
+        Ok(x.narrow(0, length - 1, 1)?.contiguous()?)
     }
 
-    /// Appends one token; returns its hidden state (1, C).
+    /// Appends one token; returns its hidden state (1, C). Where the rotations of a shorter sequence
+    /// end, all keys are computed again, as transformers' Phi-3 does.
     fn decode(&mut self, token: u32) -> Result<Tensor> {
-        let x = self
-            .decoder
-            .decode_token(self.context, token, self.length, &mut self.cache)?;
-        self.length += 1;
-        Ok(x)
+        let position = self.tokens.len();
+        self.tokens.push(token);
+        if self.decoder.architecture().rotations_end_at(position) {
+            return self.prefill();
+        }
+        let cache = &mut self.cache;
+        self.decoder
+            .decode_token(self.context, token, position, cache)
     }
 }
 

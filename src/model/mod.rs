@@ -28,7 +28,7 @@ mod tests;
 mod trainable;
 mod weights;
 
-pub use architecture::{Architecture, Biases, LayerKind, QkNorm, TensorShape};
+pub use architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm, TensorShape};
 pub use batch::Batch;
 pub use block::Dropout;
 pub use cost::{ModelShape, Recompute};

@@ -46,6 +46,16 @@ impl ModuleNames {
         },
     };
 
+    /// Phi-3's: q, k and v are one layer, and so are gate and up.
+    pub const PHI3: Self = Self {
+        linears: LinearNames {
+            qkv: &["self_attn.qkv_proj"],
+            gate_up: &["mlp.gate_up_proj"],
+            ..Self::LLAMA.linears
+        },
+        ..Self::LLAMA
+    };
+
     /// Path of the embedding.
     pub fn embed_tokens_path(&self) -> String {
         format!("{}.{}", self.base, self.embed_tokens)

@@ -13,6 +13,8 @@ use crate::ops::{Rope, RopeScaling};
 pub(super) struct RopeShape {
     pub(super) head_dim: usize,
     pub(super) max_position: usize,
+    /// Whether `su` and `yarn` mean `longrope`, and there are no other kinds (Phi-3).
+    pub(super) longrope_alone: bool,
 }
 
 /// Reads the one rotary embedding of a model. As in transformers, `rope_scaling` replaces
@@ -72,8 +74,9 @@ fn read_table(config: &Config<'_>, table: Option<&Config<'_>>, shape: RopeShape)
         Some(theta) => theta,
         None => config.required_number("rope_theta", Range::POSITIVE)?,
     };
+    let rotary_dim = rotary_dim(config, table, shape.head_dim)?;
     let scaling = match table {
-        Some(table) => rope_scaling(config, table, shape.max_position)?,
+        Some(table) => rope_scaling(config, table, shape, rotary_dim)?,
         None => RopeScaling::None,
     };
     if theta <= 1.0 && matches!(scaling, RopeScaling::Yarn { .. }) {
@@ -82,25 +85,53 @@ fn read_table(config: &Config<'_>, table: Option<&Config<'_>>, shape: RopeShape)
     }
     Ok(Rope {
         head_dim: shape.head_dim,
-        rotary_dim: shape.head_dim,
+        rotary_dim,
         theta,
         scaling,
     })
 }
 
+/// The channels of a head that rotate: `partial_rotary_factor` of the table, or of the top level,
+/// times `head_dim`, rounded down.
+fn rotary_dim(config: &Config<'_>, table: Option<&Config<'_>>, head_dim: usize) -> Result<usize> {
+    const KEY: &str = "partial_rotary_factor";
+    let in_table = table.map(|table| table.number(KEY, Range::POSITIVE));
+    let in_table = in_table.transpose()?.flatten();
+    if !config.has(KEY) {
+        return match (table, in_table) {
+            (Some(table), Some(given)) if given != 1.0 => {
+                Err(table.wrong(KEY, "1: this model type rotates whole heads"))
+            }
+            _ => Ok(head_dim),
+        };
+    }
+    let factor = match in_table {
+        Some(factor) => factor,
+        None => config.required_number(KEY, Range::POSITIVE)?,
+    };
+    let rotary_dim = (head_dim as f64 * factor) as usize;
+    if rotary_dim == 0 || rotary_dim > head_dim || !rotary_dim.is_multiple_of(2) {
+        let error = Error::new(
+            Kind::Model,
+            "config.json: `partial_rotary_factor` must leave an even number of channels of a head",
+        );
+        return Err(error
+            .value(format!("{factor} of {head_dim} channels"))
+            .rule(format!("an even number from 2 to {head_dim}"))
+            .hint("use the config.json that was published with the model"));
+    }
+    Ok(rotary_dim)
+}
+
 fn rope_scaling(
     config: &Config<'_>,
     table: &Config<'_>,
-    max_position: usize,
+    shape: RopeShape,
+    rotary_dim: usize,
 ) -> Result<RopeScaling> {
-    for (key, neutral) in [("partial_rotary_factor", 1.0), ("alpha", 0.0)] {
-        let given = table.number(key, Range::ANY)?.unwrap_or(neutral);
-        if given != neutral {
-            return Err(table.wrong(
-                key,
-                "this model type rotates whole heads by plain frequencies",
-            ));
-        }
+    let max_position = shape.max_position;
+    if table.number("alpha", Range::ANY)?.unwrap_or(0.0) != 0.0 {
+        return Err(table.wrong("alpha", "this model type rotates by plain frequencies"));
     }
     let kind = match table.text("rope_type")? {
         Some(kind) => kind,
@@ -113,6 +144,13 @@ fn rope_scaling(
         let inner = table.size("original_max_position_embeddings")?;
         Ok::<usize, Error>(top.or(inner).unwrap_or(max_position))
     };
+    if shape.longrope_alone {
+        return match kind {
+            "default" => Ok(RopeScaling::None),
+            "longrope" | "su" | "yarn" => longrope(table, original()?, max_position, rotary_dim),
+            _ => Err(table.wrong(kind_key(table), "default or longrope")),
+        };
+    }
     Ok(match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: factor()? },
@@ -134,14 +172,57 @@ fn rope_scaling(
             }
         }
         "yarn" => yarn(table, original()?, max_position)?,
+        "longrope" => longrope(table, original()?, max_position, rotary_dim)?,
         _ => {
-            let key = if table.get("rope_type").is_some() {
-                "rope_type"
-            } else {
-                "type"
-            };
-            return Err(table.wrong(key, "default, linear, dynamic, llama3 or yarn"));
+            let rule = "default, linear, dynamic, llama3, yarn or longrope";
+            return Err(table.wrong(kind_key(table), rule));
         }
+    })
+}
+
+/// The key that names the kind of a table.
+fn kind_key(table: &Config<'_>) -> &'static str {
+    if table.get("rope_type").is_some() {
+        "rope_type"
+    } else {
+        "type"
+    }
+}
+
+/// LongRoPE (Ding et al. 2024), whose factors go by the length of each sequence: an adapter trained on
+/// records of at most `original` tokens has seen the short ones alone.
+///
+/// The attention factor is sqrt(1 + ln(factor) / ln(original)) unless
+/// the table gives it.
+fn longrope(
+    table: &Config<'_>,
+    original: usize,
+    max_position: usize,
+    rotary_dim: usize,
+) -> Result<RopeScaling> {
+    let divisors = |key: &str| {
+        let count = rotary_dim / 2;
+        let rule = format!("a list of {count} numbers above 0, one for each pair of channels");
+        let positive = |value: &Value| value.as_f64().filter(|x| *x > 0.0 && x.is_finite());
+        let list = |value: &Value| {
+            let list: Option<Vec<f64>> = value.as_array()?.iter().map(positive).collect();
+            list.filter(|list| list.len() == count)
+        };
+        let read = table.read(key, &rule, list)?;
+        read.ok_or_else(|| table.wrong(key, &rule))
+    };
+    let factor = table.number("factor", Range::POSITIVE)?;
+    let factor = factor.unwrap_or(max_position as f64 / original as f64);
+    let attention_factor = match table.number("attention_factor", Range::NON_NEGATIVE)? {
+        Some(given) => given,
+        None if factor <= 1.0 => 1.0,
+        None => (1.0 + factor.ln() / (original.max(2) as f64).ln()).sqrt(),
+    };
+    Ok(RopeScaling::LongRope {
+        short: divisors("short_factor")?,
+        long: divisors("long_factor")?,
+        attention_factor,
+        original,
     })
 }
 

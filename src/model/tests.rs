@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
-use super::{Architecture, Weights};
+use super::{Architecture, ConfigDropout, Weights};
 use crate::error::Kind;
 use crate::ops::Rope;
 use crate::work::Precision;
@@ -156,10 +156,11 @@ fn the_embedding_factor_of_gemma_is_rounded() {
 #[test]
 fn dropout_is_reported() {
     let mut config = variants()["plain"]["config"].clone();
-    assert_eq!(Architecture::from_config(&config).unwrap().dropout, None);
+    assert_eq!(Architecture::from_config(&config).unwrap().dropout, []);
     config["attention_dropout"] = 0.1.into();
     let dropout = Architecture::from_config(&config).unwrap().dropout;
-    assert_eq!(dropout, Some(("attention_dropout", 0.1)));
+    let key = "attention_dropout";
+    assert_eq!(dropout, [ConfigDropout { key, p: 0.1 }]);
 }
 
 /// A tied architecture and a file of its tensors, with a head if `head` gives its first value.

@@ -8,7 +8,8 @@ use crate::error::{Error, Kind, Result};
 use crate::files::available_space;
 use crate::forecast::measured_kinds;
 use crate::model::{
-    Architecture, MemoryForecast, ModelShape, Recompute, forecast_memory, least_recompute,
+    Architecture, ConfigDropout, MemoryForecast, ModelShape, Recompute, forecast_memory,
+    least_recompute,
 };
 use crate::recipe::{Adapter, Checkpointing, Init, Recipe};
 use crate::train::{Settings, checkpoint_bytes};
@@ -48,17 +49,22 @@ pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
 
 /// Refuses to train a model whose config.json has dropout: transformers applies it in training.
 pub(super) fn refuse_dropout(architecture: &Architecture) -> Result<()> {
-    let Some((key, p)) = architecture.dropout else {
+    let dropout = &architecture.dropout;
+    if dropout.is_empty() {
         return Ok(());
-    };
+    }
+    let each = |text: fn(&ConfigDropout) -> String| dropout.iter().map(text).collect::<Vec<_>>();
+    let found = each(|dropout| format!("{} = {}", dropout.key, dropout.p));
+    let wanted = each(|dropout| format!("`\"{}\": 0.0`", dropout.key));
     Err(Error::new(
         Kind::Model,
         "config.json has dropout, which is not supported in training",
     )
-    .value(format!("{key} = {p}"))
+    .value(found.join(", "))
     .rule("0: only `adapter.lora_dropout` drops elements")
     .hint(format!(
-        "set `\"{key}\": 0.0` in the config.json of a local copy, and `lora_dropout` in [adapter]"
+        "set {} in the config.json of a local copy, and `lora_dropout` in [adapter]",
+        wanted.join(", ")
     )))
 }
 
