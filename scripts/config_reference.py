@@ -19,17 +19,20 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3"]
+MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3",
+               "gpt_neox", "stablelm", "starcoder2"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
 use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
 embedding_multiplier residual_multiplier attention_multiplier logits_scaling hidden_activation query_pre_attn_scalar attn_logit_softcapping
-final_logit_softcapping original_max_position_embeddings resid_pdrop embd_pdrop""".split()
+final_logit_softcapping original_max_position_embeddings resid_pdrop embd_pdrop hidden_dropout residual_dropout embedding_dropout layer_norm_eps norm_epsilon use_parallel_residual use_bias
+use_qkv_bias""".split()
 
 # Declared, but read by no layer.
 UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
 # Keyword arguments that are no fields, with their defaults.
-KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0}}
+KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0},
+            "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25}}
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128)
@@ -152,6 +155,17 @@ VARIANTS = {
     "gemma3, by layer type": tiny("gemma3_text", layer_types=["full_attention", "sliding_attention", "full_attention"], rope_parameters={
         "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6), "sliding_attention": dict(rope_type="default", rope_theta=2e4)}),
     "gemma3, a window of null": tiny("gemma3_text", sliding_window=None),
+    "gpt_neox": tiny("gpt_neox"),
+    "gpt_neox, everything absent": {"model_type": "gpt_neox", "num_hidden_layers": 2},
+    "gpt_neox, its keys": tiny("gpt_neox", layer_norm_eps=1e-3, rotary_pct=0.5, rotary_emb_base=5e5, tie_word_embeddings=True),
+    "gpt_neox, no biases of attention": tiny("gpt_neox", attention_bias=False, use_parallel_residual=False),
+    "gpt_neox, the table holds": tiny("gpt_neox", rotary_pct=0.5, rope_parameters=dict(rope_type="default", partial_rotary_factor=1.0, rope_theta=2e4)),
+    "stablelm": tiny("stablelm"),
+    "stablelm, everything absent": {"model_type": "stablelm", "num_hidden_layers": 2},
+    "stablelm, parallel, biases": tiny("stablelm", use_parallel_residual=True, use_qkv_bias=True, partial_rotary_factor=0.5),
+    "starcoder2": tiny("starcoder2", sliding_window=16),
+    "starcoder2, everything absent": {"model_type": "starcoder2", "num_hidden_layers": 2},
+    "starcoder2, no biases": tiny("starcoder2", use_bias=False, norm_epsilon=1e-3, tie_word_embeddings=False),
     "phi3": tiny("phi3", pad_token_id=0),
     "phi3, everything absent": {"model_type": "phi3", "num_hidden_layers": 2},
     "phi3, window": tiny("phi3", pad_token_id=0, sliding_window=16),
@@ -193,6 +207,7 @@ REFUSED = {
     "llama, num_experts": tiny(num_experts=8),
     "mistral, layer_types": tiny("mistral", sliding_window=16, layer_types=["full_attention", "sliding_attention", "full_attention"]),
     "qwen2, unknown layer_types": tiny("qwen2", layer_types=["linear_attention"] * 3),
+    "stablelm, norms of q and k": tiny("stablelm", qk_layernorm=True),
     "quantised": tiny(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "gemma3, bidirectional": tiny("gemma3_text", use_bidirectional_attention=True),
     "gemma3, attn_logit_softcapping is not read": tiny("gemma3_text", attn_logit_softcapping=50.0),
@@ -209,15 +224,18 @@ def figures(config):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(parsed)
     model.tie_weights()
-    block = model.model.layers[0]
+    inner = model.base_model
+    block = inner.layers[0]
+    attention = block.attention if kind == "gpt_neox" else block.self_attn
+    norm = inner.final_layer_norm if kind == "gpt_neox" else inner.norm
     types = getattr(parsed, "layer_types", None) or ["sliding_attention"] * parsed.num_hidden_layers
     window = getattr(parsed, "sliding_window", None) if getattr(parsed, "use_sliding_window", True) else None
     rotated = getattr(parsed, "no_rope_layers", None) or [1] * parsed.num_hidden_layers
     outer = {n: list(p.shape) for n, p in model.named_parameters() if ".layers." not in n or ".layers.0." in n}
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "tensors": outer, "tied": "lm_head.weight" not in outer,
-        "layers": parsed.num_hidden_layers, "heads": parsed.num_attention_heads, "head_dim": block.self_attn.head_dim,
-        "eps": getattr(model.model.norm, "variance_epsilon", None) or model.model.norm.eps, "scaling": block.self_attn.scaling,
+        "layers": parsed.num_hidden_layers, "heads": parsed.num_attention_heads, "head_dim": attention.head_size if kind == "gpt_neox" else attention.head_dim,
+        "eps": getattr(norm, "variance_epsilon", None) or norm.eps, "scaling": attention.scaling,
         "max_position_embeddings": parsed.max_position_embeddings, "initializer_range": parsed.initializer_range,
         "windows": [window if t == "sliding_attention" else None for t in types], "bf16": parsed.dtype == torch.bfloat16,
         "ropes": [rope(parsed, kind) if used else None for kind, used in zip(types, rotated)],
@@ -234,7 +252,7 @@ def embedding_factor(parsed):
 def rope(parsed, layer_type):
     """The rotary frequencies of a layer type, and the factor on cos and sin."""
     with torch.device("meta"):
-        rotary = AutoModelForCausalLM.from_config(parsed).model.rotary_emb
+        rotary = AutoModelForCausalLM.from_config(parsed).base_model.rotary_emb
     rotary = type(rotary)(parsed)
     if hasattr(rotary, "inv_freq"):
         return [rotary.attention_scaling, *rotary.inv_freq.tolist()]

@@ -32,7 +32,9 @@ without rotation, biases) · granite (four multipliers, biases) · olmo2 (norms 
 olmo3 (the same, windows and rotations by layer type) · gemma (tied, norms that scale by 1 + weight, embedding x
 sqrt(hidden), tanh GELU, biases) · gemma2 (the same, norms before and after, scale, window by layer type, both softcaps) ·
 gemma3 (gemma2 without softcaps, q/k norm on each head, rotations by layer type) · phi3 (q, k, v in one layer, gate and up
-in one, a window, LongRoPE on the first six of eight channels of a head, whose long factors begin within the greedy ids)
+in one, a window, LongRoPE on the first six of eight channels of a head, whose long factors begin within the greedy ids) ·
+gpt_neox (q, k, v in one layer by head, parallel branches of two LayerNorms, half of a head rotates, biases) · starcoder2 (LayerNorm, MLP without a gate, biases, a
+window) · stablelm (parallel branches of one LayerNorm, biases on q, k, v, half of a head rotates)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
 logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
@@ -57,8 +59,8 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig,
-                          Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config)
+from transformers import (AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig,
+                          Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config, StableLmConfig, Starcoder2Config)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
@@ -95,6 +97,8 @@ LOGITS_ONLY = {
     "longrope": (lambda: Phi3Config(**LONG, pad_token_id=0, max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=rope(
         "longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.1, 1.2, 1.4, 1.5, 2.0], long_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 16.0])),
                  (100, 20)),
+    "neox_serial": (lambda: GPTNeoXConfig(**{k: v for k, v in LONG.items() if k not in ("num_key_value_heads", "rms_norm_eps")}, hidden_act="gelu_new",
+                                          attention_bias=False, use_parallel_residual=False, rope_parameters=rope("default")), (40, 10)),
     "mistral": (lambda: MistralConfig(**{**LONG, "num_attention_heads": 4, "num_key_value_heads": 2}, head_dim=8,
                                       sliding_window=16, max_position_embeddings=64), (40, 10)),
 }
@@ -123,11 +127,17 @@ FAMILIES = {
 }
 # Models without sdpa attention: noise comes from padding alone.
 OTHER = {"gemma2": "eager"}
+LAYER_NORM = {k: v for k, v in FAMILY.items() if k not in ("num_key_value_heads", "rms_norm_eps")}
 # The same for families with other modules than Llama's.
 OTHER_MODULES = {
     "phi3": lambda: Phi3Config(**FAMILY, pad_token_id=0, sliding_window=5, max_position_embeddings=64, original_max_position_embeddings=16,
                                rope_parameters=rope("longrope", partial_rotary_factor=0.75, short_factor=[1.0, 1.25, 1.5],
                                                     long_factor=[1.5, 2.0, 4.0])),
+    "gpt_neox": lambda: GPTNeoXConfig(**LAYER_NORM, layer_norm_eps=1e-5, rope_parameters=rope("default", partial_rotary_factor=0.5)),
+    "starcoder2": lambda: Starcoder2Config(**LAYER_NORM, num_key_value_heads=2, norm_epsilon=1e-5, sliding_window=5,
+                                           rope_parameters=rope("default")),
+    "stablelm": lambda: StableLmConfig(**LAYER_NORM, num_key_value_heads=2, layer_norm_eps=1e-5, use_qkv_bias=True,
+                                       use_parallel_residual=True, rope_parameters=rope("default", partial_rotary_factor=0.5)),
 }
 FAMILIES |= OTHER_MODULES
 # Per segment: 0 = context, 1 = predicted.
@@ -360,7 +370,7 @@ def main():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     transformers.logging.disable_progress_bar()
-    later = ["longrope", *OTHER_MODULES]
+    later = ["longrope", *OTHER_MODULES, "neox_serial"]
     known = [name for name in [*FULL, *LOGITS_ONLY, *FAMILIES] if name not in later]
     # The place in a list: naming one model does not change it.
     seeds = {name: 100 * i for i, name in enumerate(known)} | {name: 8000 + 100 * i for i, name in enumerate(later)}

@@ -39,6 +39,11 @@ pub struct Architecture {
     pub attention_norms: BranchNorms,
     /// The norms around the MLP.
     pub mlp_norms: BranchNorms,
+    /// Whether attention and MLP both read the block's input, x + a(n(x)) + m(n(x)), rather than one
+    /// the other's sum.
+    pub parallel: bool,
+    /// Whether the MLP is gated, down(f(gate x) up x), rather than down(f(up x)).
+    pub gated_mlp: bool,
     /// Factor of the embedding in f32.
     pub embedding_factor: f64,
     /// Whether the factor of the embedding is rounded to the compute type, as in transformers' Gemma.
@@ -153,11 +158,13 @@ impl Architecture {
         }
     }
 
-    /// Names of a block's norms on the residual stream.
+    /// Names of a block's norms on the residual stream; one that is before attention and the MLP is
+    /// named once.
     fn norm_names(&self) -> impl Iterator<Item = &'static str> + use<> {
-        [self.attention_norms, self.mlp_norms]
+        let (attention, mlp) = (self.attention_norms, self.mlp_norms);
+        let mlp_input = mlp.input.filter(|_| mlp.input != attention.input);
+        [attention.input, attention.output, mlp_input, mlp.output]
             .into_iter()
-            .flat_map(|norms| [norms.input, norms.output])
             .flatten()
     }
 
@@ -191,6 +198,11 @@ impl Architecture {
         }
     }
 
+    /// Intermediate activations of the MLP that are saved: gate and up, or one.
+    pub(super) fn inner_parts(&self) -> usize {
+        1 + usize::from(self.gated_mlp)
+    }
+
     /// The linear layers of a block.
     pub(super) fn linears(&self) -> Linears<LinearSpec> {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
@@ -217,7 +229,7 @@ impl Architecture {
         Linears {
             qkv: fused(names.qkv, &[heads, kv_heads, kv_heads], qkv),
             o: spec(names.o, hidden, heads, o),
-            gate_up: fused(names.gate_up, &[inner, inner], mlp),
+            gate_up: fused(names.gate_up, &[inner, inner][..self.inner_parts()], mlp),
             down: spec(names.down, hidden, inner, mlp),
         }
     }

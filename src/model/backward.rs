@@ -51,10 +51,12 @@ pub(super) struct BackwardNeeds {
     pub(super) input: bool,
     /// The gradients of q, k and v.
     pub(super) qkv: bool,
-    /// The gradient of the residual stream after attention, dx1.
+    /// The gradient of the attention's output.
     pub(super) attention: bool,
     /// The gradients of gate and up.
     pub(super) gate: bool,
+    /// The gradient of the normalised input of gate and up.
+    pub(super) mlp_input_gradient: bool,
     /// The normalised input of q, k and v, recomputed for their gradients.
     pub(super) qkv_input: bool,
     /// The normalised input of gate and up, recomputed for their gradients.
@@ -63,17 +65,19 @@ pub(super) struct BackwardNeeds {
 
 impl BackwardNeeds {
     /// `trained`: which linear layers hold trained values; `input`: whether the gradient of the
-    /// block's input is needed.
-    pub(super) fn new(trained: &Linears<bool>, input: bool) -> Self {
+    /// block's input is needed; `parallel`: whether attention and MLP both read it.
+    pub(super) fn new(trained: &Linears<bool>, input: bool, parallel: bool) -> Self {
         let qkv_input = trained.qkv.contains(&true);
         let mlp_input = trained.gate_up.contains(&true);
         let qkv = input || qkv_input;
         let attention = qkv || trained.o;
+        let mlp_input_gradient = if parallel { input } else { attention };
         Self {
             input,
             qkv,
             attention,
-            gate: attention || mlp_input,
+            gate: mlp_input_gradient || mlp_input,
+            mlp_input_gradient,
             qkv_input,
             mlp_input,
         }

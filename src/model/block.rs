@@ -1,6 +1,6 @@
 //! One transformer block, forward and backward: `x1 = x + o(attention(norm x))`,
-//! `y = x1 + down(f(gate) up)(norm x1)`. The activation f, which norms there are, and on q and k
-//! too, are the architecture's data.
+//! `y = x1 + down(f(gate) up)(norm x1)`, or of `norm x` in a parallel block. The activation f, which
+//! norms there are, and on q and k too, are the architecture's data.
 
 use candle_core::{DType, Tensor};
 use rand_chacha::rand_core::Rng;
@@ -33,6 +33,8 @@ pub(super) struct Block {
     pub(super) paths: Linears<String>,
     /// As the architecture's.
     pub(super) qkv_groups: usize,
+    pub(super) parallel: bool,
+    pub(super) gated_mlp: bool,
     pub(super) attention: Attention,
     pub(super) activation: Activation,
 }
@@ -98,7 +100,7 @@ impl Block {
         let (attn_output, attention) =
             self.attention
                 .forward(pass.context, q, k, v, pass.segments)?;
-        let gate_gradients = BackwardNeeds::new(&self.trained_linears(), false).gate;
+        let gate_gradients = BackwardNeeds::new(&self.trained_linears(), false, self.parallel).gate;
         let (y, output) = self.output(pass, x, attn_output, gate_gradients)?;
         let saved = BlockSaved {
             qkv,
@@ -193,7 +195,8 @@ impl Block {
         let (y, o) = self.linear(pass, &l.o, &paths.o, &attn_output, base)?;
         drop(attn_output);
         let (x1, attention_output) = attention.add(pass.context, x, y)?;
-        let (h, input) = mlp.input(pass.context, &x1)?;
+        let mlp_input = if self.parallel { x } else { &x1 };
+        let (h, input) = mlp.input(pass.context, mlp_input)?;
         let masks = |index: usize, x: &LinearInput| {
             let (linear, path) = match l.gate_up.get(index) {
                 Some(linear) => (linear, &paths.gate_up[index]),
@@ -223,6 +226,7 @@ impl Block {
         let l = &self.linears;
         FeedForward {
             activation: self.activation,
+            gated: self.gated_mlp,
             gate_up: &l.gate_up,
             down: &l.down,
         }
@@ -243,19 +247,31 @@ impl Block {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let needs = BackwardNeeds::new(&self.trained_linears(), input_gradient);
-        let Some(dx1) = self.feed_forward_backward(pass, dy, &saved.output, needs, gradients)?
-        else {
+        let needs = BackwardNeeds::new(&self.trained_linears(), input_gradient, self.parallel);
+        let below_mlp = self.feed_forward_backward(pass, dy, &saved.output, needs, gradients)?;
+        // What attention's output is added to: in a parallel block y itself.
+        let d_sum = if self.parallel {
+            Some(dy)
+        } else {
+            below_mlp.as_ref()
+        };
+        let Some(d_sum) = d_sum.filter(|_| needs.attention) else {
             return Ok(None);
         };
-        let Some(d_qkv) = self.attention_backward(pass, &dx1, saved, needs, gradients)? else {
+        let Some(d_qkv) = self.attention_backward(pass, d_sum, saved, needs, gradients)? else {
             return Ok(None);
         };
-        self.qkv_backward(pass, d_qkv, &dx1, &saved.qkv, needs, gradients)
+        self.qkv_backward(
+            pass,
+            d_qkv,
+            below_mlp.as_ref(),
+            &saved.qkv,
+            needs,
+            gradients,
+        )
     }
 
-    /// dy (N, C) -> dx1 (N, C), the gradient of the residual stream after attention; `None` if no
-    /// earlier layer is trained.
+    /// dy (N, C) -> dy plus the gradient of the MLP's input (N, C), where that is needed.
     fn feed_forward_backward(
         &self,
         pass: &Pass<'_>,
@@ -267,7 +283,7 @@ impl Block {
         let (context, branch) = (pass.context, &self.mlp_branch);
         let h = branch.recompute_input(context, &saved.input, needs.mlp_input)?;
         let d_output = branch.output_backward(context, dy, saved.mlp_output.as_ref(), gradients)?;
-        let depth = if needs.attention {
+        let depth = if needs.mlp_input_gradient {
             BackwardDepth::Input
         } else if needs.gate {
             BackwardDepth::Weights
@@ -287,12 +303,12 @@ impl Block {
             .transpose()
     }
 
-    /// dx1 (N, C) -> the gradients of q, k (before the rotation) and v; `None` if nothing
-    /// before `o_proj` is trained.
+    /// The gradient of the sum with attention's output (N, C) -> the gradients of q, k (before the
+    /// rotation) and v; `None` if nothing before `o_proj` is trained.
     fn attention_backward(
         &self,
         pass: &Pass<'_>,
-        dx1: &Tensor,
+        d_sum: &Tensor,
         saved: &BlockSaved,
         needs: BackwardNeeds,
         gradients: &mut Gradients,
@@ -301,7 +317,7 @@ impl Block {
         let attention_output = saved.output.attention_output.as_ref();
         let d_output =
             self.attention_branch
-                .output_backward(context, dx1, attention_output, gradients)?;
+                .output_backward(context, d_sum, attention_output, gradients)?;
         let d_attn_output = self.linears.o.backward(
             context,
             &d_output,
@@ -335,12 +351,12 @@ impl Block {
         Ok(Some([dq, dk, dv]))
     }
 
-    /// The gradients of q, k and v, and dx1 (N, C) -> dx (N, C).
+    /// The gradients of q, k and v, and of the block's input by all other ways (N, C) -> dx (N, C).
     fn qkv_backward(
         &self,
         pass: &Pass<'_>,
         [dq, dk, dv]: [Tensor; 3],
-        dx1: &Tensor,
+        residual: Option<&Tensor>,
         saved: &QkvSaved,
         needs: BackwardNeeds,
         gradients: &mut Gradients,
@@ -362,7 +378,10 @@ impl Block {
             .collect();
         let wanted = InputGradient::when(needs.input);
         let dh = backward_shared_input(context, &layers, h.as_ref(), wanted, gradients)?;
-        dh.map(|dh| branch.input_backward(context, &dh, &saved.input, dx1, gradients))
+        dh.zip(residual)
+            .map(|(dh, residual)| {
+                branch.input_backward(context, &dh, &saved.input, residual, gradients)
+            })
             .transpose()
     }
 

@@ -25,7 +25,23 @@ const MAX_SIZE: usize = 1 << 24;
 pub(super) struct Config<'a> {
     pub(super) object: &'a Map<String, Value>,
     pub(super) defaults: Option<&'a Map<String, Value>>,
+    /// Keys of other names in this model type: the common name and its own.
+    pub(super) key_names: &'static [[&'static str; 2]],
 }
+
+/// What the class of a model type calls keys that most types have under one name.
+const KEY_NAMES: &[(&str, &[[&str; 2]])] = &[
+    (
+        "gpt_neox",
+        &[
+            ["rms_norm_eps", "layer_norm_eps"],
+            ["rope_theta", "rotary_emb_base"],
+            ["partial_rotary_factor", "rotary_pct"],
+        ],
+    ),
+    ("stablelm", &[["rms_norm_eps", "layer_norm_eps"]]),
+    ("starcoder2", &[["rms_norm_eps", "norm_epsilon"]]),
+];
 
 /// A range of numbers and how an error states it.
 #[derive(Clone, Copy)]
@@ -76,16 +92,25 @@ impl<'a> Config<'a> {
                     .hint("choose a decoder of one of these types, such as `HuggingFaceTB/SmolLM2-135M`"),
             );
         };
+        let named = KEY_NAMES.iter().find(|(name, _)| *name == model_type);
         let config = Self {
             object,
             defaults: Some(defaults),
+            key_names: named.map_or(&[], |(_, names)| names),
         };
         config.refuse_foreign_keys(model_type)?;
         Ok((config, model_type))
     }
 
+    /// What the model type calls `key`.
+    fn name<'k>(&self, key: &'k str) -> &'k str {
+        let named = self.key_names.iter().find(|[common, _]| *common == key);
+        named.map_or(key, |[_, name]| name)
+    }
+
     /// The value of `key`, or its class default; `None` for null, and for a key without either.
     pub(super) fn get(&self, key: &str) -> Option<&'a Value> {
+        let key = self.name(key);
         let default = || self.defaults?.get(key);
         let value = self.object.get(key).or_else(default);
         value.filter(|value| !value.is_null())
@@ -93,6 +118,7 @@ impl<'a> Config<'a> {
 
     /// Whether the model type has the key.
     pub(super) fn has(&self, key: &str) -> bool {
+        let key = self.name(key);
         self.defaults
             .is_some_and(|defaults| defaults.contains_key(key))
     }
@@ -161,11 +187,13 @@ impl<'a> Config<'a> {
         Ok(object.map(|object| Config {
             object,
             defaults: None,
+            key_names: &[],
         }))
     }
 
     /// The error about the value of `key`.
     pub(super) fn wrong(&self, key: &str, rule: &str) -> Error {
+        let key = self.name(key);
         let Some(value) = self.object.get(key) else {
             return Error::new(Kind::Model, format!("config.json: `{key}` is missing"))
                 .rule(rule)
@@ -193,12 +221,14 @@ impl<'a> Config<'a> {
         let Some((key, _)) = found else { return Ok(()) };
         let rule = match *key {
             "quantization_config" | "compression_config" => "weights in f32, bf16 or f16".into(),
+            "qk_layernorm" => "false: these norms of q and k are not supported".into(),
             _ => format!("a model of type {model_type} has no such setting"),
         };
         Err(self.wrong(key, &rule).hint(match *key {
             "quantization_config" | "compression_config" => {
                 "use the model's original, unquantised repository"
             }
+            "qk_layernorm" => "choose a model whose config.json has it false",
             _ => {
                 "transformers would ignore it: remove it from config.json, or correct `model_type`"
             }

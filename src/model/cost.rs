@@ -161,7 +161,8 @@ impl ModelShape {
     }
 
     /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute
-    /// type: its input, q, k, v, the attention's output, x1, gate, up; the inputs of other norms.
+    /// type: its input, q, k, v, the attention's output, x1, gate, up if there is one; the inputs of
+    /// other norms.
     /// In f32: x A^T of each adapter. One bit an element: dropout masks.
     pub(super) fn saved_bytes(&self, layer: usize, tokens: usize) -> u64 {
         let a = &self.architecture;
@@ -169,7 +170,10 @@ impl ModelShape {
         let outputs = [a.attention_norms.output, a.mlp_norms.output];
         let before_norms =
             outputs.iter().flatten().count() * a.hidden_size + a.qk_norm.map_or(0, |_| q + kv);
-        let compute_type = 2 * (a.hidden_size + q + kv + a.intermediate_size) + before_norms;
+        // Parallel branches save one input, of which each rounds a copy.
+        let inputs = 2 - usize::from(a.parallel && self.precision == Precision::F32);
+        let inner = a.inner_parts() * a.intermediate_size;
+        let compute_type = inputs * a.hidden_size + 2 * (q + kv) + inner + before_norms;
         let adapter = |shape: &LinearShape| {
             let mask = if shape.dropout {
                 shape.in_features.div_ceil(32)
@@ -233,13 +237,8 @@ impl ModelShape {
         if let Some(rope) = a.layers[layer].rope {
             work += &self.rope_cost(rope, n);
         }
-        if linears.qkv.len() == 1 {
-            work += &columns_cost(n, q + 2 * kv);
-        }
-        if linears.gate_up.len() == 1 {
-            work += &columns_cost(n, 2 * a.intermediate_size);
-        }
-        work + a.activation.cost(n * a.intermediate_size, true)
+        work += &(fused_cost(&linears.qkv, 3) + fused_cost(&linears.gate_up, a.inner_parts()));
+        work + a.activation.cost(n * a.intermediate_size, a.gated_mlp)
     }
 
     /// Work of rotating q and k of `n` tokens.
@@ -269,24 +268,28 @@ impl ModelShape {
         let (q, kv) = self.head_widths();
         let shapes = self.linears(layer, n, self.dropout);
         let trained = self.trained_linears(layer);
-        let needs = BackwardNeeds::new(&trained, input);
+        let needs = BackwardNeeds::new(&trained, input, a.parallel);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
         let [attention, mlp] = [a.attention_norms, a.mlp_norms].map(|norms| self.branch(n, norms));
         let mut work = mlp.output_backward_cost() + linear(&shapes.down, needs.gate);
         // The input of a trained layer is recomputed from what was saved.
         if trained.down {
-            work += &a.activation.cost(n * a.intermediate_size, true);
+            work += &a.activation.cost(n * a.intermediate_size, a.gated_mlp);
         }
         if needs.gate {
-            work += &a.activation.backward_cost(n * a.intermediate_size, true);
-            work +=
-                &self.inputs_backward(&shapes.gate_up, 2 * a.intermediate_size, needs.attention);
+            work += &a
+                .activation
+                .backward_cost(n * a.intermediate_size, a.gated_mlp);
+            work += &fused_cost(&shapes.gate_up, a.inner_parts());
+            work += &self.inputs_backward(&shapes.gate_up, needs.mlp_input_gradient);
         }
         if needs.mlp_input {
             work += &mlp.recompute_cost();
         }
-        if needs.attention {
+        if needs.mlp_input_gradient {
             work += &mlp.input_backward_cost();
+        }
+        if needs.attention {
             work += &(attention.output_backward_cost() + linear(&shapes.o, needs.qkv));
         }
         if needs.qkv {
@@ -299,7 +302,8 @@ impl ModelShape {
                     |width: usize| norm_backward_cost(a.norm_kind, n, width, self.all_trained);
                 work += &(cost(q) + cost(kv));
             }
-            work += &self.inputs_backward(&shapes.qkv, q + 2 * kv, needs.input);
+            work += &fused_cost(&shapes.qkv, 3);
+            work += &self.inputs_backward(&shapes.qkv, needs.input);
         }
         if needs.qkv_input {
             work += &attention.recompute_cost();
@@ -310,20 +314,16 @@ impl ModelShape {
         work
     }
 
-    /// Backward of layers that read one input and have `columns` together; `input`: whether the
-    /// gradient of that input is needed. The gradients of one layer's parts are joined, the input
-    /// gradients of several layers added.
-    fn inputs_backward(&self, layers: &[LinearShape], columns: usize, input: bool) -> Work {
+    /// Backward of layers that read one input; `input`: whether its gradient is needed, the sum of
+    /// theirs.
+    fn inputs_backward(&self, layers: &[LinearShape], input: bool) -> Work {
         let linear = |shape: &LinearShape| shape.backward_cost(self.precision, input);
-        let (n, c) = (layers[0].tokens, layers[0].in_features);
-        let mut work: Work = layers.iter().map(linear).sum();
-        if layers.len() == 1 {
-            work += &columns_cost(n, columns);
+        let work: Work = layers.iter().map(linear).sum();
+        if !input {
+            return work;
         }
-        if input {
-            work += &residual_cost(n, c).times(layers.len() as u64 - 1);
-        }
-        work
+        let addition = residual_cost(layers[0].tokens, layers[0].in_features);
+        work + addition.times(layers.len() as u64 - 1)
     }
 
     fn head(&self, loss_tokens: usize) -> LmHeadShape {
@@ -409,7 +409,12 @@ impl ModelShape {
         let forward = (0..self.architecture.num_hidden_layers).chain(recomputed);
         let reaches_attention = |layer: &usize| {
             let input = backward.needs_input_gradient(*layer);
-            BackwardNeeds::new(&self.trained_linears(*layer), input).qkv
+            BackwardNeeds::new(
+                &self.trained_linears(*layer),
+                input,
+                self.architecture.parallel,
+            )
+            .qkv
         };
         let attention = |layer| self.architecture.attention(layer);
         let forward = self.counted(forward).into_iter().map(|(layer, count)| {
@@ -495,6 +500,14 @@ impl ModelShape {
                 + attention_decode_cost(&a.attention(layer), before + 1)
         });
         work + self.head(1).logits_cost(self.precision)
+    }
+}
+
+/// Work of splitting the columns of one layer into `parts`, or of joining them.
+fn fused_cost(layers: &[LinearShape], parts: usize) -> Work {
+    match layers {
+        [fused] if parts > 1 => columns_cost(fused.tokens, fused.out_features),
+        _ => Work::default(),
     }
 }
 

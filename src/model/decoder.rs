@@ -102,6 +102,8 @@ impl Builder<'_> {
             linears: linears.try_map(|spec| self.linear(&path, spec))?,
             paths: linears.map(|spec| format!("{path}.{}", spec.name)),
             qkv_groups: a.qkv_groups,
+            parallel: a.parallel,
+            gated_mlp: a.gated_mlp,
             attention: a.attention(layer),
             activation: a.activation,
         })

@@ -22,7 +22,14 @@ const MAX_LAYERS: usize = 1024;
 const MAX_WIDTH: usize = 1 << 24;
 
 /// Keys of dropouts that transformers applies in training.
-const DROPOUT_KEYS: [&str; 3] = ["attention_dropout", "resid_pdrop", "embd_pdrop"];
+const DROPOUT_KEYS: [&str; 6] = [
+    "attention_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "hidden_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+];
 
 /// What a model type's class does that no key of config.json says.
 struct Family {
@@ -31,8 +38,13 @@ struct Family {
     qk_norm: Option<QkNorm>,
     attention_norms: BranchNorms,
     mlp_norms: BranchNorms,
-    /// Whether q, k and v have biases whatever `attention_bias` says.
-    qkv_bias: bool,
+    /// Layers that have biases whatever config.json says.
+    biases: Biases,
+    gated_mlp: bool,
+    /// Whether the columns of a fused q, k, v are grouped by head.
+    groups_qkv_by_head: bool,
+    /// Whether parallel branches share the norm before attention.
+    shares_parallel_norm: bool,
     /// Whether full and sliding attention have rotary embeddings of their own.
     ropes_by_layer_type: bool,
     /// Without `layer_types`: every how many blocks attention is full; 0: never.
@@ -55,11 +67,31 @@ const LLAMA: Family = Family {
         input: Some("post_attention_layernorm"),
         output: None,
     },
-    qkv_bias: false,
+    biases: NO_BIASES,
+    gated_mlp: true,
+    groups_qkv_by_head: false,
+    shares_parallel_norm: false,
     ropes_by_layer_type: false,
     full_attention_interval: 0,
     is_gemma: false,
     scales_by_longrope_alone: false,
+};
+
+const NO_BIASES: Biases = Biases {
+    qkv: false,
+    o: false,
+    mlp: false,
+    norm: false,
+};
+
+/// Llama with LayerNorm.
+const LAYER_NORM: Family = Family {
+    norm_kind: NormKind::Layer,
+    biases: Biases {
+        norm: true,
+        ..NO_BIASES
+    },
+    ..LLAMA
 };
 
 const OLMO2: Family = Family {
@@ -92,7 +124,10 @@ const GEMMA2: Family = Family {
 fn family(model_type: &str) -> Family {
     match model_type {
         "qwen2" => Family {
-            qkv_bias: true,
+            biases: Biases {
+                qkv: true,
+                ..NO_BIASES
+            },
             ..LLAMA
         },
         "qwen3" => Family {
@@ -119,6 +154,25 @@ fn family(model_type: &str) -> Family {
             names: ModuleNames::PHI3,
             scales_by_longrope_alone: true,
             ..LLAMA
+        },
+        "gpt_neox" => Family {
+            names: ModuleNames::GPT_NEOX,
+            biases: Biases {
+                mlp: true,
+                ..LAYER_NORM.biases
+            },
+            gated_mlp: false,
+            groups_qkv_by_head: true,
+            ..LAYER_NORM
+        },
+        "stablelm" => Family {
+            shares_parallel_norm: true,
+            ..LAYER_NORM
+        },
+        "starcoder2" => Family {
+            names: ModuleNames::STARCODER2,
+            gated_mlp: false,
+            ..LAYER_NORM
         },
         _ => LLAMA,
     }
@@ -147,6 +201,12 @@ impl Architecture {
         let hidden_size = config.required_size("hidden_size")?;
         let family = family(model_type);
         let attention = attention(&config, hidden_size)?;
+        let parallel = config.flag("use_parallel_residual")?;
+        let mlp_norms = if parallel && family.shares_parallel_norm {
+            family.attention_norms
+        } else {
+            family.mlp_norms
+        };
         let max_position_embeddings = config.required_size("max_position_embeddings")?;
         let layers = layers(&config, &family)?;
         let shape = RopeShape {
@@ -163,11 +223,17 @@ impl Architecture {
             num_hidden_layers: layers.len(),
             attention,
             layers,
-            qkv_groups: 1,
+            qkv_groups: if family.groups_qkv_by_head {
+                attention.kv_heads
+            } else {
+                1
+            },
             qk_norm: family.qk_norm,
             activation: activation(&config, &family)?,
             attention_norms: family.attention_norms,
-            mlp_norms: family.mlp_norms,
+            mlp_norms,
+            parallel,
+            gated_mlp: family.gated_mlp,
             embedding_factor: if family.is_gemma {
                 (hidden_size as f64).sqrt()
             } else {
@@ -228,7 +294,12 @@ fn activation(config: &Config<'_>, family: &Family) -> Result<Activation> {
 
 fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
     let heads = config.required_size("num_attention_heads")?;
-    let kv_heads = config.size("num_key_value_heads")?.unwrap_or(heads);
+    let kv_heads = if config.has("num_key_value_heads") {
+        config.size("num_key_value_heads")?
+    } else {
+        None
+    };
+    let kv_heads = kv_heads.unwrap_or(heads);
     let given = config.size("head_dim")?;
     let head_dim = given.unwrap_or(hidden_size / heads);
     let refuse = |what: &str, value: String| {
@@ -368,12 +439,14 @@ fn factor(config: &Config<'_>, key: &str) -> Result<f64> {
 }
 
 fn biases(config: &Config<'_>, family: &Family) -> Result<Biases> {
-    let attention = config.flag("attention_bias")?;
+    let always = family.biases;
+    let all = config.flag("use_bias")?;
+    let attention = all || config.flag("attention_bias")?;
     Ok(Biases {
-        qkv: attention || family.qkv_bias,
-        o: attention,
-        mlp: config.flag("mlp_bias")?,
-        norm: false,
+        qkv: attention || config.flag("use_qkv_bias")? || always.qkv,
+        o: attention || always.o,
+        mlp: all || config.flag("mlp_bias")? || always.mlp,
+        norm: always.norm,
     })
 }
 

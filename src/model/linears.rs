@@ -7,7 +7,8 @@ pub(super) struct Linears<T> {
     pub(super) qkv: Vec<T>,
     /// The attention's output.
     pub(super) o: T,
-    /// gate and up; or one layer with the columns of both.
+    /// gate and up; or one layer with the columns of both; or the one before the activation where
+    /// nothing gates it.
     pub(super) gate_up: Vec<T>,
     /// The output of the MLP.
     pub(super) down: T,

@@ -7,7 +7,8 @@ pub struct LinearNames {
     pub qkv: &'static [&'static str],
     /// The attention's output.
     pub o: &'static str,
-    /// gate and up; or one layer with the columns of both.
+    /// gate and up; or one layer with the columns of both; or the one before the activation where
+    /// nothing gates it.
     pub gate_up: &'static [&'static str],
     /// The output of the MLP.
     pub down: &'static str,
@@ -26,6 +27,8 @@ pub struct ModuleNames {
     pub norm: &'static str,
     /// The output embedding.
     pub lm_head: &'static str,
+    /// Its name in files, if it is another.
+    pub lm_head_in_files: Option<&'static str>,
     /// The linear layers, inside a block.
     pub linears: LinearNames,
 }
@@ -38,6 +41,7 @@ impl ModuleNames {
         layers: "layers",
         norm: "norm",
         lm_head: "lm_head",
+        lm_head_in_files: None,
         linears: LinearNames {
             qkv: &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
             o: "self_attn.o_proj",
@@ -51,6 +55,31 @@ impl ModuleNames {
         linears: LinearNames {
             qkv: &["self_attn.qkv_proj"],
             gate_up: &["mlp.gate_up_proj"],
+            ..Self::LLAMA.linears
+        },
+        ..Self::LLAMA
+    };
+
+    /// GPT-NeoX's.
+    pub const GPT_NEOX: Self = Self {
+        base: "gpt_neox",
+        embed_tokens: "embed_in",
+        norm: "final_layer_norm",
+        lm_head_in_files: Some("embed_out"),
+        linears: LinearNames {
+            qkv: &["attention.query_key_value"],
+            o: "attention.dense",
+            gate_up: &["mlp.dense_h_to_4h"],
+            down: "mlp.dense_4h_to_h",
+        },
+        ..Self::LLAMA
+    };
+
+    /// StarCoder 2's.
+    pub const STARCODER2: Self = Self {
+        linears: LinearNames {
+            gate_up: &["mlp.c_fc"],
+            down: "mlp.c_proj",
             ..Self::LLAMA.linears
         },
         ..Self::LLAMA

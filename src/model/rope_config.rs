@@ -61,8 +61,12 @@ pub(super) fn ropes_by_layer_type(config: &Config<'_>, shape: RopeShape) -> Resu
         return Err(config.wrong("rope_theta", "one in `rope_parameters` for each layer type"));
     }
     let read = |object| {
-        let defaults = None;
-        read_table(config, Some(&Config { object, defaults }), shape)
+        let table = Config {
+            object,
+            defaults: None,
+            key_names: &[],
+        };
+        read_table(config, Some(&table), shape)
     };
     [full, sliding].iter().map(read).collect()
 }

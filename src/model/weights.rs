@@ -16,6 +16,14 @@ use crate::error::{Error, Kind, Result};
 use crate::random::{Purpose, stream};
 use crate::text::first_few;
 
+/// Buffers of masks and frequencies in older files, which are no weights.
+const BUFFERS: [&str; 5] = [
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+];
 /// Bytes at either end of a tensor that a fingerprint covers.
 const SAMPLE: usize = 4096;
 /// Bytes of two tensors that are compared at once.
@@ -204,7 +212,7 @@ fn match_tensors(
     }
     let known = |name: &str| {
         names.values().any(|stored| stored == name)
-            || name.ends_with("rotary_emb.inv_freq")
+            || BUFFERS.iter().any(|suffix| name.ends_with(suffix))
             || (architecture.tie_word_embeddings && (name == head || name == embedding))
     };
     problems.extend(
@@ -241,6 +249,12 @@ fn stored_name(
         name
     };
     let [head, embedding] = architecture.tied_tensors();
+    if name == head
+        && !found.contains_key(stored)
+        && let Some(other) = architecture.names.lm_head_in_files
+    {
+        return format!("{other}.weight");
+    }
     let tied_alias =
         architecture.tie_word_embeddings && name == embedding && !found.contains_key(stored);
     if tied_alias { head } else { stored.to_string() }
@@ -256,7 +270,7 @@ pub fn random_tensor(
     seed: u64,
 ) -> Vec<f32> {
     let count = shape.iter().product();
-    if name.ends_with("norm.weight") {
+    if name.ends_with(".weight") && shape.len() == 1 {
         let scale = if architecture.norm_unit_offset {
             0.0
         } else {

@@ -14,7 +14,7 @@ use wattune::model::{
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters};
 use wattune::work::{Precision, WorkCounter};
 
-const FULL: [&str; 14] = [
+const FULL: [&str; 17] = [
     "gqa",
     "tied",
     "biases",
@@ -29,11 +29,32 @@ const FULL: [&str; 14] = [
     "gemma2",
     "gemma3",
     "phi3",
+    "gpt_neox",
+    "starcoder2",
+    "stablelm",
 ];
-const FAMILIES: [&str; 9] = [
-    "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3", "phi3",
+const FAMILIES: [&str; 12] = [
+    "qwen3",
+    "smollm3",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "gpt_neox",
+    "starcoder2",
+    "stablelm",
 ];
-const LOGITS_ONLY: [&str; 5] = ["linear", "dynamic", "yarn", "longrope", "mistral"];
+const LOGITS_ONLY: [&str; 6] = [
+    "linear",
+    "dynamic",
+    "yarn",
+    "longrope",
+    "mistral",
+    "neox_serial",
+];
 
 #[test]
 fn logits_equal_those_of_transformers() {

@@ -28,7 +28,7 @@ use crate::error::{Error, Kind};
 /// #     weight: Weight::frozen(Tensor::new(&[[w]], &Device::Cpu)?), bias: None, lora: None });
 /// let (gate_up, down) = ([linear(0.)?, linear(2.)?], linear(3.)?); // 1 x 1 each
 /// let activation = Activation::Silu;
-/// let layers = FeedForward { activation, gate_up: &gate_up, down: &down };
+/// let layers = FeedForward { activation, gated: true, gate_up: &gate_up, down: &down };
 /// let counter = WorkCounter::default();
 /// let context = Context::new(&counter, Precision::F32);
 /// let x = Tensor::new(&[[5f32]], &Device::Cpu)?;
@@ -41,7 +41,9 @@ use crate::error::{Error, Kind};
 pub struct FeedForward<'a> {
     /// f.
     pub activation: Activation,
-    /// gate and up, C to F each; or one layer of both, C to 2 F.
+    /// Whether up multiplies f(gate): y = down(f(gate(x)) up(x)), rather than y = down(f(gate(x))).
+    pub gated: bool,
+    /// gate and up, C to F each; or one layer of both, C to 2 F; or gate alone.
     pub gate_up: &'a [Linear],
     /// F to C.
     pub down: &'a Linear,
@@ -114,7 +116,7 @@ impl FeedForward<'_> {
             gate_up_saved.push(saved);
         }
         drop(x);
-        if let [both] = outputs.as_slice() {
+        if let ([both], true) = (outputs.as_slice(), self.gated) {
             let f = both.dims2()?.1 / 2;
             outputs = split_columns(context, both, 1, &[f, f])?;
         }
@@ -199,7 +201,7 @@ impl FeedForward<'_> {
         let (d_gate, d_up) = self.activation.backward(context, &d_inner, rows)?;
         drop(d_inner);
         let mut d_gate_up: Vec<_> = [Some(d_gate), d_up].into_iter().flatten().collect();
-        if self.gate_up.len() == 1 {
+        if d_gate_up.len() > self.gate_up.len() {
             d_gate_up = vec![join_columns(context, &d_gate_up, 1)?];
         }
         let inputs = d_gate_up.into_iter().map(|d| LinearInput::new(context, d));

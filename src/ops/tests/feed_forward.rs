@@ -140,6 +140,7 @@ impl Parts {
         let [gate_up @ .., down] = &self.linears(inputs);
         let layers = FeedForward {
             activation: self.activation,
+            gated: true,
             gate_up,
             down,
         };
@@ -469,6 +470,7 @@ fn one_layer_of_gate_and_up_is_both() {
         let run = |gate_up: &[Linear]| {
             let layers = FeedForward {
                 activation: Activation::GeluTanh,
+                gated: true,
                 gate_up,
                 down: &down,
             };

@@ -183,6 +183,7 @@ fn feed_forward_layers_that_contradict_each_other_are_refused() {
         let (same, other) = ([up.clone(), up.clone()], [up.clone(), wide.clone()]);
         let layers = FeedForward {
             activation: SILU,
+            gated: true,
             gate_up: &same,
             down: &down,
         };
