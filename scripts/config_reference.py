@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Ministral3Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3",
-               "gpt_neox", "stablelm", "starcoder2"]
+               "gpt_neox", "stablelm", "starcoder2", "ministral3"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
 use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
@@ -32,13 +32,17 @@ use_qkv_bias""".split()
 UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
 # Keyword arguments that are no fields, with their defaults.
 KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0},
-            "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25}}
+            "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25},
+            "ministral3": {"rope_parameters": {k: v for k, v in Ministral3Config().rope_parameters.items() if k != "max_position_embeddings"}}}
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 LONGROPE = dict(type="longrope", short_factor=[1.0, 1.2, 1.5, 2.0], long_factor=[1.0, 2.0, 4.0, 8.0])
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+
+SIZES_OF_270M = dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
+                     head_dim=256, vocab_size=262144, sliding_window=512, max_position_embeddings=32768)
 
 
 def tiny(model_type="llama", drop=(), **keys):
@@ -148,6 +152,7 @@ VARIANTS = {
     "gemma2, no caps": tiny("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
     "gemma3, final_logit_softcapping": tiny("gemma3_text", final_logit_softcapping=30.0),
     "gemma3": tiny("gemma3_text", num_hidden_layers=7),
+    "gemma3, the sizes of 270M": {**SIZES_OF_270M, "model_type": "gemma3_text"},
     "gemma3, everything absent": {"model_type": "gemma3_text", "num_hidden_layers": 2},
     "gemma3, by its old keys": tiny("gemma3_text", num_hidden_layers=4, head_dim=16, sliding_window=8, sliding_window_pattern=2,
                                     query_pre_attn_scalar=9, rope_theta=5e5, rope_local_base_freq=2e4,
@@ -182,6 +187,9 @@ VARIANTS = {
     "phi3, a list too short": tiny("phi3", pad_token_id=0, original_max_position_embeddings=32, partial_rotary_factor=0.5, rope_scaling=LONGROPE),
     "phi3, linear": tiny("phi3", pad_token_id=0, rope_scaling=dict(type="linear", factor=2.0)),
     "llama, longrope": tiny(rope_parameters=dict(LONGROPE, rope_type="longrope", original_max_position_embeddings=32)),
+    "ministral3": tiny("ministral3", head_dim=16, tie_word_embeddings=True, rope_parameters=dict(
+        YARN, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)),
+    "ministral3, everything absent": {"model_type": "ministral3", "num_hidden_layers": 2},
     "qwen3, yarn": tiny("qwen3", head_dim=16, rope_theta=1e6, rope_scaling=YARN),
 }
 # Accepted by transformers, which ignores the key, warns, or computes with a number that no model was trained with.

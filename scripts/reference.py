@@ -34,7 +34,9 @@ sqrt(hidden), tanh GELU, biases) · gemma2 (the same, norms before and after, sc
 gemma3 (gemma2 without softcaps, q/k norm on each head, rotations by layer type) · phi3 (q, k, v in one layer, gate and up
 in one, a window, LongRoPE on the first six of eight channels of a head, whose long factors begin within the greedy ids) ·
 gpt_neox (q, k, v in one layer by head, parallel branches of two LayerNorms, half of a head rotates, biases) · starcoder2 (LayerNorm, MLP without a gate, biases, a
-window) · stablelm (parallel branches of one LayerNorm, biases on q, k, v, half of a head rotates)
+window) · stablelm (parallel branches of one LayerNorm, biases on q, k, v, half of a head rotates) ·
+gemma3_vision (gemma3 in the composite class, beside a vision tower) · ministral3 (yarn, a factor of queries by position,
+tied, in the composite class)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
 logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
@@ -59,7 +61,7 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPTNeoXConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, Mistral3Config, MistralConfig,
                           Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config, StableLmConfig, Starcoder2Config)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,7 @@ FAMILY = {**SMALL, "num_hidden_layers": 3, "vocab_size": 48, "intermediate_size"
 GEMMA3 = dict(head_dim=12, attention_bias=True, pad_token_id=0, query_pre_attn_scalar=7, sliding_window=5,
               layer_types=["sliding_attention", "full_attention", "sliding_attention"],
               rope_parameters={"sliding_attention": rope("default", 1e2), "full_attention": rope("linear", 1e4, factor=4.0)})
+VISION = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
 FAMILIES = {
     "qwen3": lambda: Qwen3Config(**FAMILY, head_dim=12, attention_bias=True, use_sliding_window=True, sliding_window=5,
                                  max_window_layers=1, rope_parameters=rope("default", 1e4)),
@@ -124,6 +127,13 @@ FAMILIES = {
     "gemma3": lambda: Gemma3TextConfig(**{**FAMILY, "tie_word_embeddings": True}, **GEMMA3),
     "gemma2": lambda: Gemma2Config(**{**FAMILY, "tie_word_embeddings": True}, **{**GEMMA3, "rope_parameters": rope("default", 1e4)},
                                    attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
+    "gemma3_vision": lambda: Gemma3Config(
+        text_config={**FAMILY, **GEMMA3, "model_type": "gemma3_text"}, mm_tokens_per_image=4, tie_word_embeddings=True,
+        vision_config={**VISION, "model_type": "siglip_vision_model"}),
+    "ministral3": lambda: Mistral3Config(
+        text_config={**FAMILY, "model_type": "ministral3", "head_dim": 12, "max_position_embeddings": 64, "rope_parameters": rope(
+            "yarn", 1e4, factor=16.0, original_max_position_embeddings=4, mscale=1.0, mscale_all_dim=0.7, llama_4_scaling_beta=0.5)},
+        vision_config={**VISION, "model_type": "pixtral", "head_dim": 8}, tie_word_embeddings=True),
 }
 # Models without sdpa attention: noise comes from padding alone.
 OTHER = {"gemma2": "eager"}
@@ -171,7 +181,7 @@ def save_model(name, config, seed):
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(config).from_config(config).float()
     randomise(model, seed)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -198,9 +208,18 @@ def save_old_config(folder, config):
     assert known == new.rope_parameters, (known, new.rope_parameters)
 
 
+def auto_class(config):
+    return AutoModelForImageTextToText if is_composite(config) else AutoModelForCausalLM
+
+
+def is_composite(config):
+    return hasattr(config, "vision_config")
+
+
 def load(name, adapter=False, attention="eager"):
     """The model from its saved files: goldens describe what is on disk."""
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / name, attn_implementation=attention, dtype=torch.float32)
+    kind = auto_class(AutoConfig.from_pretrained(GOLDEN / name))
+    model = kind.from_pretrained(GOLDEN / name, attn_implementation=attention, dtype=torch.float32)
     if adapter:
         return peft.PeftModel.from_pretrained(model, GOLDEN / name / "adapter", is_trainable=True)
     return model.requires_grad_(True)
@@ -210,7 +229,8 @@ def save_adapter(name, seed):
     """A PEFT adapter whose r is not its alpha; its target list sorted, for PEFT writes a set in hash order."""
     base = load(name)
     base.name_or_path = (GOLDEN / name).as_posix()
-    settings = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = r"model\.language_model\..*_proj" if is_composite(base.config) else "all-linear"
+    settings = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, settings)
     randomise_adapter(model, seed)
     folder = GOLDEN / name / "adapter"
@@ -223,7 +243,8 @@ def tidy_adapter_config(folder, base_model):
     """Sorts the target list and names the base model portably."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = sorted(config["target_modules"])
     config["base_model_name_or_path"] = base_model
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
@@ -260,7 +281,7 @@ def measure(model, sequences, masks, padded=False):
     model.zero_grad()
     logits, loss = run(model, sequences, masks, padded)
     loss.backward()
-    grads = {file_name(n): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    grads = {file_name(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return [l.detach().clone() for l in logits], loss.item(), grads
 
 
@@ -313,7 +334,7 @@ def golden_full(name, seed):
     save_model(name, (FULL | FAMILIES)[name](), seed)
     save_adapter(name, seed + 1)
     masks = [torch.tensor(m, dtype=torch.uint8) for m in LOSS_MASKS]
-    sequences = random_ids(load(name).config.vocab_size, [len(m) for m in masks], seed + 2)
+    sequences = random_ids(load(name).config.get_text_config().vocab_size, [len(m) for m in masks], seed + 2)
     tensors, record, noise = {"loss_mask": torch.cat(masks)}, {}, {}
     for kind in ("base", "adapter"):
         model = load(name, adapter=kind == "adapter")

@@ -148,4 +148,8 @@ fn published_configurations_have_their_parameters() {
     }
     // All but GPT-2.
     assert_eq!(counted, 47);
+    // The language model of transformers' Mistral3ForConditionalGeneration, whose head is tied.
+    let composite = read(&configs.join("mlc_presets/ministral3_3b_2512.json"));
+    let decoder = Architecture::from_config(&composite).unwrap();
+    assert_eq!(decoder.parameters(), 3_429_006_336);
 }

@@ -30,6 +30,8 @@ pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
 pub struct MergeJob<'a> {
     /// The model's safetensors files: one, or all shards.
     pub weights: &'a [PathBuf],
+    /// Names of the model's tensors -> their names in the files; a name that is not listed is the same there.
+    pub stored_names: &'a BTreeMap<String, String>,
     /// The adapter on the model: `LoadedAdapter::attach`.
     pub pairs: &'a [LoraPair<'a>],
     /// Names of weights that are the same tensor in the model, as `["lm_head.weight", "model.embed_tokens.weight"]`.
@@ -124,9 +126,8 @@ fn match_pairs<'a>(
             ));
             continue;
         }
-        // A file saved from the bare base model lacks the first segment (`model.`, `transformer.`); transformers adds it.
-        let bare = wanted.split_once('.').map_or("", |(_, rest)| rest);
-        match by_name.get(wanted.as_str()).or_else(|| by_name.get(bare)) {
+        let stored = job.stored_names.get(&wanted).unwrap_or(&wanted);
+        match by_name.get(stored.as_str()) {
             None => problems.push(format!("`{path}`: the model's files have no `{wanted}`")),
             Some(index) => match pair_problem(&tensors[*index], pair) {
                 Some(why) => problems.push(format!("`{path}`: {why}")),

@@ -339,17 +339,25 @@ impl LoadedAdapter {
     }
 
     /// One sentence for each part of `adapter_config.json` that has no effect: keys that PEFT does not know or ignores, and
-    /// entries that match none of `modules`.
+    /// entries that match none of `modules`, except the expression `beside` for modules of the model that are not listed.
     ///
     /// # Errors
     /// A pattern that is no regular expression.
-    pub fn warnings(&self, modules: &[Module], output_embedding: &str) -> Result<Vec<String>> {
+    pub fn warnings(
+        &self,
+        modules: &[Module],
+        output_embedding: &str,
+        beside: Option<&str>,
+    ) -> Result<Vec<String>> {
         let settings = self.config.settings();
         let selected = select_modules(modules, output_embedding, &settings)?;
         let unmatched = unmatched_entries(modules, &selected, output_embedding, &settings)?;
         let unknown = self.config.unknown.iter().map(|key| keys::unknown(key));
         let ignored = keys::ignored(&self.config.variants);
-        let unmatched = unmatched.iter().map(|(setting, entry)| {
+        let unmatched = unmatched
+            .iter()
+            .filter(|(_, entry)| beside != Some(entry.as_str()));
+        let unmatched = unmatched.map(|(setting, entry)| {
             format!(
                 "`{entry}` of the adapter's `{setting}` matches no adapted layer and has no effect"
             )

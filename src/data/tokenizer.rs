@@ -416,7 +416,7 @@ fn eos(
     if let Some(token) = named(settings.get("eos_token")) {
         return with_id(token, inner).map(Some);
     }
-    if let Some(id) = model_config.and_then(|c| c.get("eos_token_id")?.as_u64()) {
+    if let Some(id) = model_config.and_then(eos_token_id) {
         let token = u32::try_from(id)
             .ok()
             .and_then(|id| Some((inner.id_to_token(id)?, id)));
@@ -432,6 +432,14 @@ fn eos(
     named(map.and_then(|map| map.get("eos_token")))
         .map(|token| with_id(token, inner))
         .transpose()
+}
+
+/// config.json's `eos_token_id` if it is a single one; that of the text decoder in a composite
+/// model's.
+fn eos_token_id(model_config: &Value) -> Option<u64> {
+    let text_config = || model_config.get("text_config")?.get("eos_token_id");
+    let id = model_config.get("eos_token_id").or_else(text_config)?;
+    id.as_u64()
 }
 
 fn with_id(token: String, inner: &tokenizers::Tokenizer) -> Result<(String, u32)> {

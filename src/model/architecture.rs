@@ -6,7 +6,7 @@ use super::linears::Linears;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use crate::adapter::Module;
-use crate::ops::{Activation, Attention, NormKind, Rope};
+use crate::ops::{Activation, Attention, NormKind, QueryScaling, Rope};
 use crate::work::Precision;
 
 /// Every size and switch of a decoder.
@@ -66,6 +66,8 @@ pub struct Architecture {
     pub norm_unit_offset: bool,
     /// Rotary embeddings, one of which a block may use.
     pub ropes: Vec<Rope>,
+    /// Factor of rotated queries by position.
+    pub query_scaling: Option<QueryScaling>,
     /// Whether input and output embedding are one tensor: as config.json states, corrected by the
     /// weight files once they are opened.
     pub tie_word_embeddings: bool,

@@ -57,7 +57,10 @@ pub(super) struct Pass<'a> {
     pub(super) segments: &'a Segments,
     /// Example of each segment; used by dropout only.
     pub(super) examples: &'a [u64],
+    /// Rotations of keys.
     pub(super) ropes: Vec<RopeTables>,
+    /// Rotations of queries, with their factors by position.
+    pub(super) query_ropes: Vec<RopeTables>,
     pub(super) dropout: Option<Dropout>,
 }
 
@@ -133,11 +136,12 @@ impl Block {
         drop(h);
         let (q, q_norm) = forward_groups(pass, self.q_norm.as_ref(), q)?;
         let (k, k_norm) = forward_groups(pass, self.k_norm.as_ref(), k)?;
-        let rotated = |x: Tensor| match self.rope {
-            Some(rope) => pass.ropes[rope].forward(pass.context, &x),
+        let rotated = |x: Tensor, tables: &[RopeTables]| match self.rope {
+            Some(rope) => tables[rope].forward(pass.context, &x),
             None => Ok(x),
         };
-        let (rotated_q, rotated_k) = (rotated(q)?, rotated(k)?);
+        let rotated_q = rotated(q, &pass.query_ropes)?;
+        let rotated_k = rotated(k, &pass.ropes)?;
         let saved = QkvSaved {
             input,
             linears,
@@ -333,21 +337,22 @@ impl Block {
             self.attention
                 .backward(context, &d_attn_output, &saved.attention, pass.segments)?;
         drop(d_attn_output);
-        let rotated_back = |dy: Tensor, context| match self.rope {
-            Some(rope) => pass.ropes[rope].backward(context, &dy),
+        let rotated_back = |dy: Tensor, tables: &[RopeTables], context| match self.rope {
+            Some(rope) => tables[rope].backward(context, &dy),
             None => Ok(dy),
         };
-        let before_norm = |dy, norm: Option<&Norm>, saved, gradients: &mut Gradients| {
+        let before_norm = |dy, tables, norm: Option<&Norm>, saved, gradients: &mut Gradients| {
             let Some((norm, saved)) = norm.zip(saved) else {
-                return rotated_back(dy, context);
+                return rotated_back(dy, tables, context);
             };
             // The norm's backward pass takes f32.
-            let dy = rotated_back(dy, context.in_f32())?;
+            let dy = rotated_back(dy, tables, context.in_f32())?;
             norm.backward_groups(context, &dy, saved, gradients)
         };
         let QkvSaved { q_norm, k_norm, .. } = &saved.qkv;
-        let dq = before_norm(dq, self.q_norm.as_ref(), q_norm.as_ref(), gradients)?;
-        let dk = before_norm(dk, self.k_norm.as_ref(), k_norm.as_ref(), gradients)?;
+        let [of_q, of_k] = [self.q_norm.as_ref(), self.k_norm.as_ref()];
+        let dq = before_norm(dq, &pass.query_ropes, of_q, q_norm.as_ref(), gradients)?;
+        let dk = before_norm(dk, &pass.ropes, of_k, k_norm.as_ref(), gradients)?;
         Ok(Some([dq, dk, dv]))
     }
 

@@ -17,6 +17,41 @@ static CLASS_DEFAULTS: LazyLock<Map<String, Value>> = LazyLock::new(|| {
     serde_json::from_str(include_str!("class_defaults.json")).expect("the embedded table is JSON")
 });
 
+/// Composite models whose text decoder is supported, and its type where it is not stated.
+const COMPOSITES: [(&str, &str); 3] = [
+    ("gemma3", "gemma3_text"),
+    ("mistral3", "mistral"),
+    ("ministral3", "ministral3"),
+];
+
+/// Keys of a composite model's configuration that hold for its text decoder.
+const OUTER_KEYS: [&str; 4] = [
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+];
+
+/// The configuration of the text decoder in a composite model's; `None` for other models.
+pub(super) fn text_config(object: &Map<String, Value>) -> Option<Map<String, Value>> {
+    let outer = object.get("model_type")?.as_str()?;
+    let (_, model_type) = COMPOSITES.iter().find(|(name, _)| *name == outer)?;
+    let mut text = object.get("text_config")?.as_object()?.clone();
+    text.entry("model_type").or_insert((*model_type).into());
+    for key in OUTER_KEYS {
+        if let Some(value) = object.get(key) {
+            text.insert(key.into(), value.clone());
+        }
+    }
+    // The composite class ties by its own key alone.
+    let tied = object.get("tie_word_embeddings");
+    text.insert(
+        "tie_word_embeddings".into(),
+        tied.cloned().unwrap_or(true.into()),
+    );
+    Some(text)
+}
+
 /// Largest size of one dimension: far beyond any published model, and small enough that the
 /// products of two sizes and of a micro-batch stay within 64 bits.
 const MAX_SIZE: usize = 1 << 24;
@@ -72,7 +107,12 @@ impl<'a> Config<'a> {
     /// `model_type` absent or none of these.
     pub(super) fn new(object: &'a Map<String, Value>) -> Result<(Self, &'a str)> {
         let supported = || {
-            let names: Vec<&str> = CLASS_DEFAULTS.keys().map(String::as_str).collect();
+            let composites = COMPOSITES
+                .iter()
+                .map(|(name, _)| *name)
+                .filter(|name| !CLASS_DEFAULTS.contains_key(*name));
+            let names = CLASS_DEFAULTS.keys().map(String::as_str);
+            let names: Vec<&str> = names.chain(composites).collect();
             format!("one of {}", names.join(", "))
         };
         let Some(model_type) = object.get("model_type").and_then(Value::as_str) else {

@@ -208,17 +208,33 @@ impl Decoder {
         examples: &'p [u64],
         dropout: Option<Dropout>,
     ) -> Result<Pass<'p>> {
+        let ropes = self.rope_tables(|rope| rope.tables(segments, &self.device))?;
+        let positions = || segments.ranges().iter().flat_map(|range| 0..range.len());
         Ok(Pass {
             context,
             segments,
             examples,
-            ropes: self.rope_tables(|rope| rope.tables(segments, &self.device))?,
+            query_ropes: self.query_tables(&ropes, positions)?,
+            ropes,
             dropout,
         })
     }
 
     fn rope_tables(&self, tables: impl Fn(&Rope) -> Result<RopeTables>) -> Result<Vec<RopeTables>> {
         self.architecture.ropes.iter().map(tables).collect()
+    }
+
+    /// The tables of queries at `positions`, from those of keys.
+    fn query_tables<P: Iterator<Item = usize>>(
+        &self,
+        keys: &[RopeTables],
+        positions: impl Fn() -> P,
+    ) -> Result<Vec<RopeTables>> {
+        let Some(scaling) = self.architecture.query_scaling else {
+            return Ok(keys.to_vec());
+        };
+        let tables = |keys| scaling.query_tables(keys, positions());
+        keys.iter().map(tables).collect()
     }
 
     /// ids (N) -> (N, C).
@@ -255,11 +271,13 @@ impl Decoder {
     ) -> Result<Tensor> {
         let segments = Segments::from_lengths([1]);
         let tables = |rope: &Rope| rope.tables_from(position, 1, &self.device);
+        let ropes = self.rope_tables(tables)?;
         let pass = Pass {
             context,
             segments: &segments,
             examples: &[],
-            ropes: self.rope_tables(tables)?,
+            query_ropes: self.query_tables(&ropes, || std::iter::once(position))?,
+            ropes,
             dropout: None,
         };
         let ids = Tensor::from_slice(&[token], 1, &self.device)?;

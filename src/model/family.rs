@@ -8,10 +8,10 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm};
-use super::config::{Config, Range};
+use super::config::{Config, Range, text_config};
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
-use super::rope_config::{RopeShape, rope, ropes_by_layer_type};
+use super::rope_config::{RopeShape, query_scaling, rope, ropes_by_layer_type};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Activation, Attention, NormKind};
 
@@ -49,6 +49,8 @@ struct Family {
     ropes_by_layer_type: bool,
     /// Without `layer_types`: every how many blocks attention is full; 0: never.
     full_attention_interval: usize,
+    /// Whether rotated queries have a factor by position.
+    scales_queries: bool,
     /// Gemma: norms scale by 1 + weight, the embedding by sqrt(hidden_size).
     is_gemma: bool,
     /// Whether the class reads the rotations `su` and `yarn` as `longrope` and has no others.
@@ -73,6 +75,7 @@ const LLAMA: Family = Family {
     shares_parallel_norm: false,
     ropes_by_layer_type: false,
     full_attention_interval: 0,
+    scales_queries: false,
     is_gemma: false,
     scales_by_longrope_alone: false,
 };
@@ -140,6 +143,10 @@ fn family(model_type: &str) -> Family {
             full_attention_interval: 4,
             ..OLMO2
         },
+        "ministral3" => Family {
+            scales_queries: true,
+            ..LLAMA
+        },
         "gemma" => Family {
             is_gemma: true,
             ..LLAMA
@@ -189,7 +196,8 @@ impl Architecture {
         Self::from_config(&value).map_err(|e| e.at(path.display().to_string()))
     }
 
-    /// Reads a parsed config.json, as transformers' class of its `model_type` does.
+    /// Reads a parsed config.json, as transformers' class of its `model_type` does; of a composite
+    /// model the text decoder's part.
     ///
     /// # Errors
     /// A value that the model type cannot have or that nothing here implements, by its key.
@@ -197,7 +205,8 @@ impl Architecture {
         let object = value
             .as_object()
             .ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
-        let (config, model_type) = Config::new(object)?;
+        let decoder = text_config(object);
+        let (config, model_type) = Config::new(decoder.as_ref().unwrap_or(object))?;
         let hidden_size = config.required_size("hidden_size")?;
         let family = family(model_type);
         let attention = attention(&config, hidden_size)?;
@@ -217,7 +226,11 @@ impl Architecture {
         let architecture = Self {
             class: class(&config, model_type),
             model_type: model_type.to_string(),
-            names: family.names,
+            names: if decoder.is_some() {
+                ModuleNames::IN_LLAVA
+            } else {
+                family.names
+            },
             hidden_size,
             intermediate_size: config.required_size("intermediate_size")?,
             num_hidden_layers: layers.len(),
@@ -252,6 +265,11 @@ impl Architecture {
                 ropes_by_layer_type(&config, shape)?
             } else {
                 vec![rope(&config, shape)?]
+            },
+            query_scaling: if family.scales_queries {
+                Some(query_scaling(&config)?)
+            } else {
+                None
             },
             tie_word_embeddings: config.flag("tie_word_embeddings")?,
             biases: biases(&config, &family)?,

@@ -31,6 +31,19 @@ pub struct ModuleNames {
     pub lm_head_in_files: Option<&'static str>,
     /// The linear layers, inside a block.
     pub linears: LinearNames,
+    /// The composite model that the decoder is a part of.
+    pub composite: Option<Composite>,
+}
+
+/// A model of several modalities around the decoder, whose other parts stay as they are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Composite {
+    /// Prefix, in files, of the decoder with its head.
+    pub prefix: &'static str,
+    /// Base of the decoder under that prefix.
+    pub base: &'static str,
+    /// Modules beside the decoder, in files and inside `model`.
+    pub towers: &'static [&'static str],
 }
 
 impl ModuleNames {
@@ -48,6 +61,7 @@ impl ModuleNames {
             gate_up: &["mlp.gate_proj", "mlp.up_proj"],
             down: "mlp.down_proj",
         },
+        composite: None,
     };
 
     /// Phi-3's: q, k and v are one layer, and so are gate and up.
@@ -84,6 +98,52 @@ impl ModuleNames {
         },
         ..Self::LLAMA
     };
+
+    /// Llama's inside a composite model with a vision tower (LLaVA, Gemma 3, Mistral 3).
+    pub const IN_LLAVA: Self = Self {
+        base: "model.language_model",
+        composite: Some(Composite {
+            prefix: "language_model",
+            base: "model",
+            towers: &["vision_tower", "multi_modal_projector"],
+        }),
+        ..Self::LLAMA
+    };
+
+    /// The name of tensor `name` in files that do not name it as PEFT: those of the bare decoder,
+    /// which lack the prefix of the base, or of a composite model.
+    pub fn other_name(&self, name: &str) -> String {
+        let rest = name.strip_prefix(self.base);
+        let rest = rest.and_then(|rest| rest.strip_prefix('.'));
+        match (self.composite, rest) {
+            (Some(composite), Some(rest)) => {
+                format!("{}.{}.{rest}", composite.prefix, composite.base)
+            }
+            (Some(composite), None) => format!("{}.{name}", composite.prefix),
+            (None, Some(rest)) => rest.to_string(),
+            (None, None) => {
+                let head = name.strip_prefix(self.lm_head).zip(self.lm_head_in_files);
+                head.map_or_else(|| name.to_string(), |(part, head)| format!("{head}{part}"))
+            }
+        }
+    }
+
+    /// Whether a tensor is of a composite model's other parts.
+    pub fn is_of_tower(&self, name: &str) -> bool {
+        let name = name.strip_prefix("model.").unwrap_or(name);
+        let of = |tower: &&str| {
+            name.strip_prefix(*tower)
+                .is_some_and(|rest| rest.starts_with('.'))
+        };
+        self.composite
+            .is_some_and(|composite| composite.towers.iter().any(of))
+    }
+
+    /// An expression, as PEFT reads it, for the modules of a composite model's other parts.
+    pub fn tower_modules(&self) -> Option<String> {
+        let towers = self.composite?.towers.join("|");
+        Some(format!(r"model\.({towers})\..*"))
+    }
 
     /// Path of the embedding.
     pub fn embed_tokens_path(&self) -> String {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::config::{Config, Range};
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Rope, RopeScaling};
+use crate::ops::{QueryScaling, Rope, RopeScaling};
 
 /// What a table is read for: heads of `head_dim` channels in a model of at most `max_position`
 /// positions.
@@ -20,12 +20,23 @@ pub(super) struct RopeShape {
 /// Reads the one rotary embedding of a model. As in transformers, `rope_scaling` replaces
 /// `rope_parameters` unless it is empty, and a table's `rope_theta` precedes the top level's.
 pub(super) fn rope(config: &Config<'_>, shape: RopeShape) -> Result<Rope> {
+    read_table(config, table(config)?.as_ref(), shape)
+}
+
+fn table<'a>(config: &Config<'a>) -> Result<Option<Config<'a>>> {
     let scaling = config.object("rope_scaling")?;
-    let table = match scaling.filter(|table| !table.object.is_empty()) {
-        Some(table) => Some(table),
-        None => config.object("rope_parameters")?,
-    };
-    read_table(config, table.as_ref(), shape)
+    match scaling.filter(|table| !table.object.is_empty()) {
+        Some(table) => Ok(Some(table)),
+        None => config.object("rope_parameters"),
+    }
+}
+
+/// Reads the factor of queries by position (Ministral 3), which stands in the table.
+pub(super) fn query_scaling(config: &Config<'_>) -> Result<QueryScaling> {
+    let table = table(config)?.ok_or_else(|| config.wrong("rope_parameters", "an object"))?;
+    let original = table.required_size("original_max_position_embeddings")?;
+    let beta = table.required_number("llama_4_scaling_beta", Range::NON_NEGATIVE)?;
+    Ok(QueryScaling { beta, original })
 }
 
 /// Reads the rotary embeddings of full and of sliding attention (OLMo 3, Gemma 3), in this order:

@@ -113,6 +113,14 @@ impl Weights {
         self.source(name)?.f32s()
     }
 
+    /// The name in the files of each tensor of the architecture.
+    pub fn stored_names(&self) -> BTreeMap<String, String> {
+        let names = self.locations.iter();
+        names
+            .map(|(name, tensor)| (name.clone(), tensor.name.clone()))
+            .collect()
+    }
+
     fn source(&self, name: &str) -> Result<StoredTensor<'_>> {
         let Some(tensor) = self.locations.get(name) else {
             return Err(Error::new(
@@ -126,12 +134,6 @@ impl Weights {
 }
 
 impl Architecture {
-    /// The name of a tensor in files of the bare decoder, which lack the prefix of the base.
-    fn bare_name<'n>(&self, name: &'n str) -> &'n str {
-        let rest = name.strip_prefix(self.names.base);
-        rest.and_then(|rest| rest.strip_prefix('.')).unwrap_or(name)
-    }
-
     /// Corrects what config.json states by the weight files: the stored type of the matrices, and
     /// the tie of the embeddings. As in transformers 5, a head that is stored beside its embedding
     /// and differs from it is not tied.
@@ -140,7 +142,10 @@ impl Architecture {
     /// A damaged file.
     pub fn correct_by_files(&mut self, paths: &[PathBuf]) -> Result<()> {
         let headers = read_headers(paths)?;
-        let mut matrices = headers.iter().filter(|tensor| tensor.shape.len() > 1);
+        let decoder = headers
+            .iter()
+            .filter(|tensor| !self.names.is_of_tower(&tensor.name));
+        let mut matrices = decoder.filter(|tensor| tensor.shape.len() > 1);
         self.stored_in_bf16 = matrices.all(|tensor| tensor.dtype == Dtype::BF16);
         if self.tie_word_embeddings && has_separate_head(self, paths, &headers)? {
             self.tie_word_embeddings = false;
@@ -156,9 +161,12 @@ fn has_separate_head(
     tensors: &[TensorEntry],
 ) -> Result<bool> {
     let [head, embedding] = architecture.tied_tensors();
-    let find = |wanted: &str| tensors.iter().find(|tensor| tensor.name == wanted);
-    let bare = || find(architecture.bare_name(&embedding));
-    let (Some(head), Some(embedding)) = (find(&head), find(&embedding).or_else(bare)) else {
+    let find = |wanted: &str| {
+        let other = architecture.names.other_name(wanted);
+        let named = |name: &str| tensors.iter().find(|tensor| tensor.name == name);
+        named(wanted).or_else(|| named(&other))
+    };
+    let (Some(head), Some(embedding)) = (find(&head), find(&embedding)) else {
         return Ok(false);
     };
     if (head.dtype, &head.shape) != (embedding.dtype, &embedding.shape) {
@@ -189,15 +197,15 @@ fn match_tensors(
     architecture: &Architecture,
     found: &BTreeMap<String, Vec<usize>>,
 ) -> Result<BTreeMap<String, String>> {
-    // Files saved from the bare decoder lack the prefix of the base.
-    let bare = !found
-        .keys()
-        .any(|name| architecture.bare_name(name) != name);
-    let [head, embedding] = architecture.tied_tensors();
+    let tied = architecture.tied_tensors();
+    let tied = tied
+        .iter()
+        .flat_map(|name| [name.clone(), architecture.names.other_name(name)]);
+    let tied: Vec<String> = tied.filter(|_| architecture.tie_word_embeddings).collect();
     let mut names = BTreeMap::new();
     let mut problems = Vec::new();
     for TensorShape { name, shape } in architecture.tensors() {
-        let stored = stored_name(architecture, found, &name, bare);
+        let stored = stored_name(architecture, found, &name);
         match found.get(&stored) {
             None => problems.push(format!("missing: `{name}` {shape:?}")),
             Some(other) if *other != shape => {
@@ -213,7 +221,8 @@ fn match_tensors(
     let known = |name: &str| {
         names.values().any(|stored| stored == name)
             || BUFFERS.iter().any(|suffix| name.ends_with(suffix))
-            || (architecture.tie_word_embeddings && (name == head || name == embedding))
+            || tied.iter().any(|tied| tied == name)
+            || architecture.names.is_of_tower(name)
     };
     problems.extend(
         found
@@ -235,29 +244,20 @@ fn match_tensors(
     .hint("config.json and the weights must come from the same revision of the same model"))
 }
 
-/// The name in the files of the tensor `name` of the architecture; `bare`: the files lack the
-/// prefix of the base. A tied embedding may be stored as the head.
+/// The name in the files of the tensor `name` of the architecture. A tied embedding may be stored
+/// as the head.
 fn stored_name(
     architecture: &Architecture,
     found: &BTreeMap<String, Vec<usize>>,
     name: &str,
-    bare: bool,
 ) -> String {
-    let stored = if bare {
-        architecture.bare_name(name)
-    } else {
-        name
-    };
     let [head, embedding] = architecture.tied_tensors();
-    if name == head
-        && !found.contains_key(stored)
-        && let Some(other) = architecture.names.lm_head_in_files
-    {
-        return format!("{other}.weight");
-    }
-    let tied_alias =
-        architecture.tie_word_embeddings && name == embedding && !found.contains_key(stored);
-    if tied_alias { head } else { stored.to_string() }
+    let is_tied = architecture.tie_word_embeddings && name == embedding;
+    let alias = is_tied.then_some(head.as_str());
+    let names = std::iter::once(name).chain(alias);
+    let names = names.flat_map(|name| [name.to_string(), architecture.names.other_name(name)]);
+    let stored = names.into_iter().find(|name| found.contains_key(name));
+    stored.unwrap_or_else(|| name.to_string())
 }
 
 /// Initial values of a tensor for training from scratch, as in transformers: scales of norms one, biases

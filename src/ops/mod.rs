@@ -51,7 +51,7 @@ pub use norm::{Norm, NormKind, NormSaved, norm_backward_cost, norm_cost};
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use residual::{add_scaled, add_scaled_cost, scale, scale_cost};
-pub use rope::{Rope, RopeScaling, RopeTables, rope_cost};
+pub use rope::{QueryScaling, Rope, RopeScaling, RopeTables, rope_cost};
 pub use segments::Segments;
 
 use candle_core::{D, DType, Device, Tensor, WithDType};

@@ -102,6 +102,35 @@ pub struct Rope {
     pub scaling: RopeScaling,
 }
 
+/// A factor of queries by position: 1 + beta ln(1 + floor(position / original)) (Ministral 3).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QueryScaling {
+    /// Growth of the factor.
+    pub beta: f64,
+    /// Positions with a factor of 1: the length the model was trained on.
+    pub original: usize,
+}
+
+impl QueryScaling {
+    /// The tables of queries at these positions, from the tables of keys.
+    pub fn query_tables(
+        &self,
+        keys: &RopeTables,
+        positions: impl Iterator<Item = usize>,
+    ) -> Result<RopeTables> {
+        let factor =
+            |position| (self.beta * ((position / self.original) as f64).ln_1p() + 1.0) as f32;
+        let factors: Vec<f32> = positions.map(factor).collect();
+        let shape = (factors.len(), 1);
+        let factors = Tensor::from_vec(factors, shape, keys.cos.device())?;
+        Ok(RopeTables {
+            cos: keys.cos.broadcast_mul(&factors)?,
+            sin: keys.sin.broadcast_mul(&factors)?,
+            ..keys.clone()
+        })
+    }
+}
+
 /// cos and sin of every token's angles: each (N, rotary_dim / 2).
 #[derive(Debug, Clone)]
 pub struct RopeTables {

@@ -89,7 +89,8 @@ pub(super) fn load(
     if let Some(adapter) = &loaded {
         let attached = adapter.attach(&modules, output_embedding)?;
         sites.extend(attached.into_iter().map(|pair| pair.site));
-        for warning in adapter.warnings(&modules, output_embedding)? {
+        let beside = architecture.names.tower_modules();
+        for warning in adapter.warnings(&modules, output_embedding, beside.as_deref())? {
             screen.note(&format!("warning: {warning}"));
         }
     }

@@ -35,12 +35,13 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     let files = fetch(request.source, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, &device)?;
     // Refuses weights that do not fit config.json before anything is written.
-    Weights::open(&files.weights, &architecture)?;
+    let stored_names = Weights::open(&files.weights, &architecture)?.stored_names();
     let loaded = adapter::load(adapter)?;
     let modules = architecture.modules();
     let output_embedding = architecture.output_embedding();
     let pairs = loaded.attach(&modules, output_embedding)?;
-    for warning in loaded.warnings(&modules, output_embedding)? {
+    let beside = architecture.names.tower_modules();
+    for warning in loaded.warnings(&modules, output_embedding, beside.as_deref())? {
         screen.note(&format!("warning: {warning}"));
     }
     let tied = if architecture.tie_word_embeddings {
@@ -58,6 +59,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     };
     adapter::merge(&MergeJob {
         weights: &files.weights,
+        stored_names: &stored_names,
         pairs: &pairs,
         tied: &tied,
         other_files: &other_files,

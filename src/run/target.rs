@@ -15,6 +15,15 @@ use crate::recipe::{Adapter, Recipe};
 /// contradicts.
 pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result<Target> {
     let Adapter::Lora(lora) = &mut recipe.adapter else {
+        if architecture.names.composite.is_some() {
+            return Err(Error::new(
+                Kind::Model,
+                "every weight of a composite model is to be trained, and only its text decoder can be",
+            )
+            .value(&architecture.class)
+            .rule("`adapter.type` = \"lora\": the other parts then stay as they are stored")
+            .hint("write `type = \"lora\"` in [adapter], or use the text-only model"));
+        }
         return Ok(Target::All);
     };
     let modules = architecture.modules();
@@ -55,7 +64,11 @@ pub(super) fn adapter_warnings(
         Target::Lora {
             from: Some(adapter),
             ..
-        } => adapter.warnings(&architecture.modules(), architecture.output_embedding()),
+        } => {
+            let beside = architecture.names.tower_modules();
+            let output_embedding = architecture.output_embedding();
+            adapter.warnings(&architecture.modules(), output_embedding, beside.as_deref())
+        }
         _ => Ok(Vec::new()),
     }
 }

@@ -6,6 +6,7 @@ use candle_core::Device;
 
 use super::model::copy_companions;
 use super::prepare::{Prepared, Target};
+use crate::adapter::config::OneOrMany;
 use crate::adapter::shards::{F32Tensor, write_f32s};
 use crate::adapter::{self, PeftConfig};
 use crate::error::{Error, Kind, Result};
@@ -75,13 +76,17 @@ pub(super) fn export(
             let recipe = &prepared.recipe.model;
             let revision = prepared.files.commit.as_deref();
             let modules = prepared.architecture.modules();
-            let config = PeftConfig::for_sites(
+            let mut config = PeftConfig::for_sites(
                 settings,
                 sites,
                 &modules,
                 &model_name(&recipe.id),
                 revision,
             )?;
+            // A list of names would match layers of the other parts, too.
+            let towers = prepared.architecture.names.tower_modules();
+            let excluded = config.exclude_modules.take();
+            config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
             parameters.with_rows(|[values, ..]| {
                 let tensor = |slot: &Slot| {
                     (

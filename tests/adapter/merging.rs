@@ -1,5 +1,6 @@
 //! Merging into safetensors files: PEFT's results, shards, refusals.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -139,6 +140,7 @@ fn merging_equals_pefts_merge_and_unload() {
         let out = dir.path().join("merged");
         let job = MergeJob {
             weights: &[model],
+            stored_names: &BTreeMap::new(),
             pairs: &pairs,
             tied: &[],
             other_files: &|_| Ok(()),
@@ -237,9 +239,13 @@ fn a_sharded_model_merges_to_values_by_hand() {
             fs::copy(dir.path().join("config.json"), to.join("config.json")).unwrap();
             Ok(())
         };
+        let name = "model.layers.1.q_proj.weight".to_string();
+        let stored = name.replacen("model.", prefix, 1);
+        let stored_names = BTreeMap::from([(name, stored)]);
         // 20 + 24 bytes fit into 44; the next 24 + 16 make a second file.
         let job = MergeJob {
             weights: &weights,
+            stored_names: &stored_names,
             pairs: &pairs,
             tied: &[],
             other_files: &other_files,
@@ -302,6 +308,7 @@ fn a_refused_merge_leaves_nothing_behind() {
     let attempt = |pairs: &[LoraPair], out: &Path| {
         let job = MergeJob {
             weights: &weights,
+            stored_names: &BTreeMap::new(),
             pairs,
             tied: &tied,
             other_files: &|_| Err(Error::new(Kind::Io, "absent.json")),

@@ -98,7 +98,7 @@ fn read(golden: &Value, case: &Value, dir: &Path) -> Result<Reading> {
         sites: sites
             .map(|site| (site.path, site.r as u64, site.scaling))
             .collect(),
-        warnings: loaded.warnings(&modules, "lm_head")?,
+        warnings: loaded.warnings(&modules, "lm_head", None)?,
     })
 }
 

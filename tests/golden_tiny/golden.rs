@@ -41,6 +41,12 @@ impl Golden {
         }
     }
 
+    /// config.json.
+    pub fn config(&self) -> Value {
+        let text = std::fs::read(self.dir.join("config.json")).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+
     pub fn lengths(&self) -> Vec<usize> {
         self.json["segments"]
             .as_array()

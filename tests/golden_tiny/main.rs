@@ -2,6 +2,7 @@
 //!
 //! The golden files are made by `scripts/reference.py`, which documents their contents.
 
+mod composite;
 mod golden;
 
 use candle_core::{Device, Tensor};
@@ -14,7 +15,7 @@ use wattune::model::{
 use wattune::ops::{AdamW, Context, Gradients, Lora, Parameters};
 use wattune::work::{Precision, WorkCounter};
 
-const FULL: [&str; 17] = [
+const FULL: [&str; 19] = [
     "gqa",
     "tied",
     "biases",
@@ -32,8 +33,10 @@ const FULL: [&str; 17] = [
     "gpt_neox",
     "starcoder2",
     "stablelm",
+    "gemma3_vision",
+    "ministral3",
 ];
-const FAMILIES: [&str; 12] = [
+const FAMILIES: [&str; 14] = [
     "qwen3",
     "smollm3",
     "granite",
@@ -46,6 +49,8 @@ const FAMILIES: [&str; 12] = [
     "gpt_neox",
     "starcoder2",
     "stablelm",
+    "gemma3_vision",
+    "ministral3",
 ];
 const LOGITS_ONLY: [&str; 6] = [
     "linear",

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use proptest::prelude::*;
 
-use super::super::{Context, Rope, RopeScaling, Segments, rope_cost};
+use super::super::{Context, QueryScaling, Rope, RopeScaling, RopeTables, Segments, rope_cost};
 use super::{Pair, cases, close, flat, for_each_path, random, tensor};
 use crate::error::Result;
 use crate::work::{Precision, WorkCounter};
@@ -194,4 +194,36 @@ fn positions_restart_and_continue() -> Result<()> {
     let want = tensor(&[-0.416_146_84, 0.0, 0.909_297_4, 0.0], &[1, 4]);
     close("two radians", &at(2, &unit)?, &want, 4);
     Ok(())
+}
+
+/// With beta 0.5 and 4 positions in training the factor is 1 + 0.5 ln(1 + floor(position / 4)).
+#[test]
+fn queries_beyond_the_trained_length_are_scaled() {
+    let scaling = QueryScaling {
+        beta: 0.5,
+        original: 4,
+    };
+    let segments = Segments::from_lengths([9, 5]);
+    let keys = scaled(RopeScaling::None).tables(&segments, &Device::Cpu);
+    let keys = keys.unwrap();
+    let positions = (0..9).chain(0..5);
+    let queries = scaling.query_tables(&keys, positions.clone()).unwrap();
+    let x = random(1, &[14, 16]);
+    let factors = [1.0, 1.346_573_6, 1.549_306_1];
+    let factors = positions.map(|position| factors[position / 4]);
+    let factors = tensor(&factors.collect::<Vec<f32>>(), &[14, 1]);
+    for_each_path(|context| {
+        for backward in [false, true] {
+            let rotate = |tables: &RopeTables| {
+                let rotated = if backward {
+                    tables.backward(context, &x)
+                } else {
+                    tables.forward(context, &x)
+                };
+                rotated.unwrap()
+            };
+            let want = rotate(&keys).broadcast_mul(&factors).unwrap();
+            close("queries", &rotate(&queries), &want, 4);
+        }
+    });
 }
