@@ -8,7 +8,7 @@ use super::container::Value;
 use super::quantization::Role;
 use crate::error::{Error, Kind, Result};
 use crate::model::Architecture;
-use crate::ops::RopeScaling;
+use crate::ops::{Rope, RopeScaling};
 
 /// What GGUF writes differently for a family.
 #[derive(Debug)]
@@ -19,6 +19,8 @@ pub struct Family {
     arch: &'static str,
     /// Whether the rows of q and k are stored with the two halves of each head interleaved.
     interleaves_qk: bool,
+    /// Whether llama.cpp applies the sliding window of its layers.
+    has_window: bool,
     /// Keys of config.json that are written, with their name after the architecture's.
     extra: &'static [(&'static str, &'static str)],
 }
@@ -30,6 +32,17 @@ const FAMILIES: &[Family] = &[
     plain("qwen3", "qwen3", false),
     plain("smollm3", "smollm3", true),
     plain("olmo2", "olmo2", false),
+    windowed("phi3", "phi3", &[]),
+    plain("gemma", "gemma", false),
+    windowed(
+        "gemma2",
+        "gemma2",
+        &[
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ],
+    ),
+    windowed("gemma3_text", "gemma3", &[]),
     Family {
         extra: &[
             ("attention_multiplier", "attention.scale"),
@@ -46,16 +59,30 @@ const fn plain(model_type: &'static str, arch: &'static str, interleaves_qk: boo
         model_type,
         arch,
         interleaves_qk,
+        has_window: false,
         extra: &[],
     }
 }
 
+const fn windowed(
+    model_type: &'static str,
+    arch: &'static str,
+    extra: &'static [(&'static str, &'static str)],
+) -> Family {
+    Family {
+        has_window: true,
+        extra,
+        ..plain(model_type, arch, false)
+    }
+}
+
 /// Names of a block's tensors. A norm on the result of attention has a name of its own.
-const BLOCK: [(&str, &str); 13] = [
+const BLOCK: [(&str, &str); 15] = [
     ("input_layernorm", "attn_norm"),
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
+    ("self_attn.qkv_proj", "attn_qkv"),
     ("self_attn.o_proj", "attn_output"),
     ("self_attn.q_norm", "attn_q_norm"),
     ("self_attn.k_norm", "attn_k_norm"),
@@ -63,6 +90,7 @@ const BLOCK: [(&str, &str); 13] = [
     ("post_feedforward_layernorm", "post_ffw_norm"),
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
+    ("mlp.gate_up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("pre_feedforward_layernorm", "ffn_norm"),
 ];
@@ -120,13 +148,23 @@ impl Family {
                 layer,
                 layers: architecture.num_hidden_layers,
             },
+            "attn_qkv" => Role::Qkv,
             _ => Role::Other,
         };
         Some((format!("blk.{layer}.{gguf}.{part}"), role))
     }
 
-    /// Brings the values of the tensor `name` into GGUF's order of rows.
-    pub fn reorder(&self, name: &str, values: Vec<f32>, architecture: &Architecture) -> Vec<f32> {
+    /// The values of the tensor `name` as GGUF holds them: the weight of a norm with its offset of 1, the rows of q and k in
+    /// their order.
+    pub fn convert(
+        &self,
+        name: &str,
+        mut values: Vec<f32>,
+        architecture: &Architecture,
+    ) -> Vec<f32> {
+        if architecture.norm_unit_offset && name.ends_with("norm.weight") {
+            values.iter_mut().for_each(|weight| *weight += 1.0);
+        }
         let attention = architecture.attention;
         let heads = match name {
             _ if !self.interleaves_qk => return values,
@@ -147,7 +185,7 @@ impl Family {
         config: &Json,
     ) -> Result<Vec<(String, Value)>> {
         let attention = architecture.attention;
-        let rope = architecture.ropes.first();
+        let rope = global_rope(architecture);
         let size = |value: usize| {
             u32::try_from(value).map(Value::U32).map_err(|_| {
                 Error::new(Kind::Model, "a size is too large for GGUF").value(value.to_string())
@@ -176,6 +214,10 @@ impl Family {
             own.push(("rope.freq_base", Value::F32(rope.theta as f32)));
             own.extend(rope_scaling(&rope.scaling)?);
         }
+        let window = architecture.layers.iter().find_map(|layer| layer.window);
+        if let Some(window) = window.filter(|_| self.has_window) {
+            own.push(("attention.sliding_window", size(window)?));
+        }
         for (key, name) in self.extra {
             if let Some(value) = config.get(key).and_then(Json::as_f64) {
                 own.push((name, Value::F32(value as f32)));
@@ -189,11 +231,36 @@ impl Family {
         Ok(all)
     }
 
-    /// The divisors of the rotary frequencies, (head_dim / 2): the tensor `rope_freqs.weight` of Llama 3.
-    pub fn rope_factors(&self, architecture: &Architecture) -> Option<Vec<f32>> {
-        let rope = architecture.ropes.first()?;
-        matches!(rope.scaling, RopeScaling::Llama3 { .. }).then(|| rope.frequency_divisors())
+    /// The tensors that scale the rotary embedding: divisors of the frequencies, (rotary_dim / 2).
+    pub fn rope_tensors(&self, architecture: &Architecture) -> Vec<(&'static str, Vec<f32>)> {
+        let narrow = |divisors: &[f64]| divisors.iter().map(|x| *x as f32).collect();
+        let Some(rope) = global_rope(architecture) else {
+            return Vec::new();
+        };
+        match &rope.scaling {
+            RopeScaling::Llama3 { .. } => vec![("rope_freqs.weight", rope.frequency_divisors())],
+            RopeScaling::LongRope { short, long, .. } => vec![
+                ("rope_factors_long.weight", narrow(long)),
+                ("rope_factors_short.weight", narrow(short)),
+            ],
+            _ => Vec::new(),
+        }
     }
+
+    /// What llama.cpp computes otherwise.
+    pub fn warning(&self, architecture: &Architecture) -> Option<String> {
+        let window = architecture.layers.iter().find_map(|layer| layer.window)?;
+        (!self.has_window).then(|| {
+            format!("llama.cpp ignores the sliding window of this model: texts of more than {window} tokens are attended to in full")
+        })
+    }
+}
+
+/// The rotary embedding of layers without a window; those with one have a base that llama.cpp knows.
+fn global_rope(architecture: &Architecture) -> Option<&Rope> {
+    let mut layers = architecture.layers.iter();
+    let global = layers.find_map(|layer| layer.rope.filter(|_| layer.window.is_none()));
+    architecture.ropes.get(global.unwrap_or(0))
 }
 
 /// (heads, 2, head_dim / 2) -> (heads, head_dim / 2, 2), by rows.
@@ -230,10 +297,24 @@ fn rope_scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>> {
                 Value::U32(*original as u32),
             ),
         ],
-        RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. } => {
+        RopeScaling::LongRope {
+            attention_factor,
+            original,
+            ..
+        } => vec![
+            (
+                "rope.scaling.attn_factor",
+                Value::F32(*attention_factor as f32),
+            ),
+            (
+                "rope.scaling.original_context_length",
+                Value::U32(*original as u32),
+            ),
+        ],
+        RopeScaling::Dynamic { .. } => {
             return Err(
                 Error::new(Kind::Model, "this scaling of the rotary embedding cannot be written as GGUF")
-                    .rule("none, linear, llama3 or yarn")
+                    .rule("none, linear, llama3, yarn or longrope")
                     .hint("write a Hugging Face directory with `--format hf`, and convert it with llama.cpp's convert_hf_to_gguf.py"),
             );
         }

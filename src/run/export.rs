@@ -60,8 +60,15 @@ pub struct Exported {
 /// A tensor of the file, and where its values come from.
 struct Planned {
     info: TensorInfo,
-    /// Its name in the model; `None`: the divisors of the rotary frequencies.
-    source: Option<String>,
+    source: Source,
+}
+
+/// Where a tensor's values come from.
+enum Source {
+    /// The model's tensor of this name.
+    Model(String),
+    /// Here.
+    Values(Vec<f32>),
 }
 
 /// A model with everything that goes into the file.
@@ -86,12 +93,13 @@ pub fn export_gguf(request: &ExportRequest<'_>, screen: &mut dyn Screen) -> Resu
         );
     }
     let files = fetch(request.source, screen.downloads())?;
-    let tokenizer = tokenizer_of(
-        &files,
-        architecture_of(&files, Init::Pretrained, &Device::Cpu)?.vocab_size,
-        request.source.chat_date(),
-    )?;
-    if let Some(warning) = export::tokenizer::warning(&tokenizer.to_json()?) {
+    let architecture = architecture_of(&files, Init::Pretrained, &Device::Cpu)?;
+    let tokenizer = tokenizer_of(&files, architecture.vocab_size, request.source.chat_date())?;
+    let warnings = [
+        export::tokenizer::warning(&tokenizer.to_json()?),
+        export::family(&architecture)?.warning(&architecture),
+    ];
+    for warning in warnings.into_iter().flatten() {
         screen.note(&format!("warning: {warning}"));
     }
     if let Some(parent) = request.out.parent() {
@@ -209,13 +217,16 @@ impl Model {
             .iter()
             .map(|tensor| tensor.info.clone())
             .collect();
-        let mut planned = self.tensors.iter();
+        let mut sources = self.tensors.iter().map(|tensor| &tensor.source);
         // An error of the values passes through the writer's.
         let failed = Cell::new(None);
         let written = export::container::write(out, &self.metadata, &infos, |info| {
-            let source = planned.next().and_then(|tensor| tensor.source.as_deref());
             progress.advance(info.size() as u64);
-            self.values(info, source).map_err(|error| {
+            let values = sources.next().map(|source| self.values(source));
+            let stored = values
+                .unwrap_or(Ok(Vec::new()))
+                .and_then(|values| info.format.encode(&values));
+            stored.map_err(|error| {
                 failed.set(Some(error));
                 io::Error::other("values")
             })
@@ -231,37 +242,33 @@ impl Model {
         })
     }
 
-    /// The stored bytes of a tensor.
-    fn values(&self, info: &TensorInfo, source: Option<&str>) -> Result<Vec<u8>> {
-        let values = match source {
-            Some(name) => {
+    fn values(&self, source: &Source) -> Result<Vec<f32>> {
+        match source {
+            Source::Values(values) => Ok(values.clone()),
+            Source::Model(name) => {
                 let values = self.weights.values(name)?;
-                self.family.reorder(name, values, &self.architecture)
+                Ok(self.family.convert(name, values, &self.architecture))
             }
-            None => self
-                .family
-                .rope_factors(&self.architecture)
-                .unwrap_or_default(),
-        };
-        info.format.encode(&values)
+        }
     }
 }
 
-/// The file's tensors in the model's order, the divisors of the rotary frequencies first.
+/// The file's tensors: those of the rotary embedding, then the model's in its order.
 fn plan_tensors(
     family: &Family,
     architecture: &Architecture,
     quantization: Quantization,
 ) -> Result<Vec<Planned>> {
-    let divisors = family.rope_factors(architecture).map(|factors| Planned {
+    let of_rope = |(name, divisors): (&str, Vec<f32>)| Planned {
         info: TensorInfo {
-            name: "rope_freqs.weight".into(),
-            shape: vec![factors.len()],
+            name: name.into(),
+            shape: vec![divisors.len()],
             format: Format::F32,
         },
-        source: None,
-    });
-    let mut planned: Vec<Planned> = divisors.into_iter().collect();
+        source: Source::Values(divisors),
+    };
+    let rope = family.rope_tensors(architecture);
+    let mut planned: Vec<Planned> = rope.into_iter().map(of_rope).collect();
     for tensor in architecture.tensors() {
         let (name, role) = family.tensor(&tensor.name, architecture).ok_or_else(|| {
             Error::new(Kind::Model, "a tensor has no name in GGUF").value(tensor.name.clone())
@@ -272,7 +279,7 @@ fn plan_tensors(
                 format: quantization.format(&tensor.shape, role),
                 shape: tensor.shape,
             },
-            source: Some(tensor.name),
+            source: Source::Model(tensor.name),
         });
     }
     Ok(planned)
