@@ -415,14 +415,6 @@ fn patterns_keep_the_files_order() {
 }
 
 #[test]
-fn only_changed_keys_identify_a_recipe() {
-    let changed = |more: &str| read(&format!("{SMALLEST}[adapter]\n{more}")).changed_keys();
-    assert_eq!(changed(""), changed("r = 16\n"));
-    let own = changed("r = 8\nloraplus_lr_ratio = 16.0\n");
-    assert_eq!(own.matches("adapter.").count(), 2, "{own}");
-}
-
-#[test]
 fn a_resolved_recipe_shows_every_default() {
     insta::assert_snapshot!(read(SMALLEST).to_toml());
 }

@@ -8,7 +8,7 @@ use super::container::Value;
 use super::quantization::Role;
 use crate::error::{Error, Kind, Result};
 use crate::model::Architecture;
-use crate::ops::{Rope, RopeScaling};
+use crate::ops::{Activation, Rope, RopeScaling};
 
 /// What GGUF writes differently for a family.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub struct Family {
     interleaves_qk: bool,
     /// Whether llama.cpp applies the sliding window of its layers.
     has_window: bool,
+    /// The activation of its MLP.
+    activation: Activation,
     /// Keys of config.json that are written, with their name after the architecture's.
     extra: &'static [(&'static str, &'static str)],
 }
@@ -33,16 +35,16 @@ const FAMILIES: &[Family] = &[
     plain("smollm3", "smollm3", true),
     plain("olmo2", "olmo2", false),
     windowed("phi3", "phi3", &[]),
-    plain("gemma", "gemma", false),
-    windowed(
+    with_gelu(plain("gemma", "gemma", false)),
+    with_gelu(windowed(
         "gemma2",
         "gemma2",
         &[
             ("attn_logit_softcapping", "attn_logit_softcapping"),
             ("final_logit_softcapping", "final_logit_softcapping"),
         ],
-    ),
-    windowed("gemma3_text", "gemma3", &[]),
+    )),
+    with_gelu(windowed("gemma3_text", "gemma3", &[])),
     Family {
         extra: &[
             ("attention_multiplier", "attention.scale"),
@@ -60,6 +62,7 @@ const fn plain(model_type: &'static str, arch: &'static str, interleaves_qk: boo
         arch,
         interleaves_qk,
         has_window: false,
+        activation: Activation::Silu,
         extra: &[],
     }
 }
@@ -73,6 +76,13 @@ const fn windowed(
         has_window: true,
         extra,
         ..plain(model_type, arch, false)
+    }
+}
+
+const fn with_gelu(family: Family) -> Family {
+    Family {
+        activation: Activation::GeluTanh,
+        ..family
     }
 }
 
@@ -100,16 +110,25 @@ const BLOCK: [(&str, &str); 15] = [
 /// # Errors
 /// [`Kind::Model`] for a family that cannot be exported.
 pub fn family(architecture: &Architecture) -> Result<&'static Family> {
-    let found = FAMILIES
-        .iter()
-        .find(|family| family.model_type == architecture.model_type);
-    found.ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
-        Error::new(Kind::Model, "this model type cannot be written as GGUF")
-            .value(&architecture.model_type)
-            .rule(format!("one of {}", known.join(", ")))
+    let refused = |what: &str| {
+        Error::new(Kind::Model, format!("{what} cannot be written as GGUF"))
             .hint("write a Hugging Face directory with `--format hf`, and convert it with llama.cpp's convert_hf_to_gguf.py")
-    })
+    };
+    let mut families = FAMILIES.iter();
+    let found = families.find(|family| family.model_type == architecture.model_type);
+    let Some(family) = found else {
+        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
+        let rule = format!("one of {}", known.join(", "));
+        return Err(refused("this model type")
+            .value(&architecture.model_type)
+            .rule(rule));
+    };
+    if architecture.activation != family.activation {
+        return Err(refused("a model with another activation than its family's")
+            .value(format!("{:?}", architecture.activation))
+            .rule(format!("`hidden_act` is {:?}", family.activation)));
+    }
+    Ok(family)
 }
 
 impl Family {

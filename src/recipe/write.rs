@@ -151,3 +151,30 @@ pub fn reference() -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use crate::recipe::parse;
+
+    #[test]
+    fn only_changed_keys_identify_a_recipe() {
+        let changed = |adapter: &str| {
+            let text = format!(
+                "[model]\nid = \"embedded:tiny\"\n[data]\ntrain = \"a.jsonl\"\n[train]\nsteps = 5\n[adapter]\n{adapter}"
+            );
+            parse(&text, Path::new("/a/b.toml"), &[])
+                .unwrap()
+                .changed_keys()
+        };
+        assert_eq!(changed(""), changed("r = 16\n"));
+        assert!(!changed("").contains("adapter."), "{}", changed(""));
+        // An optional key has no default: its example is a value like any other.
+        let own = changed("r = 8\nloraplus_lr_ratio = 16.0\n");
+        assert!(
+            own.contains("adapter.r = 8\nadapter.loraplus_lr_ratio = 16.0\n"),
+            "{own}"
+        );
+    }
+}
