@@ -290,10 +290,11 @@ def trained(model):
     return {file_name(n): p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def train(model, sequences, masks, padded=False):
-    """Ten AdamW steps at a constant rate on the one batch: (a record per step, loss afterwards, weights afterwards)."""
+def train(model, sequences, masks, padded=False, groups=None):
+    """Ten AdamW steps at a constant rate on the one batch: (a record per step, loss afterwards, weights afterwards). `groups`:
+    parameter groups in place of the one with all that is trained."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, **{**OPTIMIZER, "betas": tuple(OPTIMIZER["betas"])}, foreach=False)
+    optimizer = torch.optim.AdamW(groups or trainable, **{**OPTIMIZER, "betas": tuple(OPTIMIZER["betas"])}, foreach=False)
     steps = []
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -23,6 +23,7 @@ fn load(dir: &Path) -> Decoder {
     Decoder::assemble(
         &architecture,
         &WeightSource {
+            tied: architecture.tie_word_embeddings,
             weight: &weight,
             lora: &|_| Ok(None),
         },

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use wattune::adapter::LoraConfig;
+use wattune::adapter::options::Bias;
 use wattune::energy::{DeviceRef, Limits, MeterKind};
 use wattune::error::Kind;
 use wattune::recipe::*;
@@ -559,6 +560,9 @@ prop_compose! {
         ranks in prop::collection::btree_map("[a-z_.]{1,9}", 1usize..99, 0..3),
         alphas in prop::collection::btree_map("[a-z_.]{1,9}", quantity(), 0..3),
         layers in prop::option::of(prop::collection::vec(0usize..99, 1..4)),
+        modules_to_save in prop::collection::vec("[a-z_.]{1,9}", 0..3),
+        (ensure_weight_tying, use_dora) in any::<(bool, bool)>(),
+        bias in prop::sample::select(vec![Bias::None, Bias::All, Bias::LoraOnly]),
         init_from in prop::option::of(word().prop_map(|name| Path::new("/a b").join(name))),
         loraplus_lr_ratio in prop::option::of(quantity()),
         written in prop::sample::subsequence(vec!["r", "lora_alpha", "use_rslora"], 0..=3),
@@ -570,6 +574,8 @@ prop_compose! {
             alpha_pattern: alphas.into_iter().collect(),
             layers_to_transform: layers.filter(|_| names),
             layers_pattern: Vec::new(),
+            modules_to_save,
+            ensure_weight_tying, use_dora, bias, lora_bias: false,
         };
         let mut lora = Lora { config, loraplus_lr_ratio, init_from, written: Vec::new() };
         if lora.init_from.is_some() {
@@ -581,7 +587,7 @@ prop_compose! {
                 lora_dropout: 0.0,
                 use_rslora: chosen("use_rslora") && use_rslora,
                 target_modules: Targets::AllLinear, exclude_modules: None, rank_pattern: vec![], alpha_pattern: vec![],
-                layers_to_transform: None, layers_pattern: Vec::new(),
+                ..LoraConfig::default()
             };
             lora.written = written.iter().map(|name| name.to_string()).collect();
         }

@@ -16,7 +16,7 @@ use super::fields::Fields;
 pub use super::fields::{InitWeights, JsonNumber, ModulePattern, OneOrMany};
 use super::keys;
 use super::matching::{KeyPattern, first_match};
-use super::options::{LoraConfig, Targets};
+use super::options::{Bias, LoraConfig, Targets};
 use super::targets::{Module, Site, shortest_names};
 
 /// The file's name in an adapter's directory.
@@ -30,13 +30,16 @@ pub const PEFT_VERSION: &str = "0.21.2";
 pub struct PeftConfig {
     pub alpha_pattern: ModulePattern<JsonNumber>,
     pub base_model_name_or_path: Option<String>,
-    pub bias: String,
+    pub bias: Bias,
+    pub ensure_weight_tying: bool,
     pub exclude_modules: Option<OneOrMany<String>>,
     pub init_lora_weights: InitWeights,
     pub layers_pattern: Option<OneOrMany<String>>,
     pub layers_to_transform: Option<OneOrMany<usize>>,
     pub lora_alpha: JsonNumber,
+    pub lora_bias: bool,
     pub lora_dropout: f64,
+    pub modules_to_save: Option<Vec<String>>,
     pub peft_type: Option<String>,
     pub peft_version: Option<String>,
     pub r: usize,
@@ -44,6 +47,7 @@ pub struct PeftConfig {
     pub revision: Option<String>,
     pub target_modules: Option<OneOrMany<String>>,
     pub task_type: Option<String>,
+    pub use_dora: bool,
     pub use_rslora: bool,
     /// All other keys of LoraConfig.
     #[serde(flatten)]
@@ -59,13 +63,16 @@ impl Default for PeftConfig {
         Self {
             alpha_pattern: ModulePattern::default(),
             base_model_name_or_path: None,
-            bias: "none".into(),
+            bias: Bias::None,
+            ensure_weight_tying: false,
             exclude_modules: None,
             init_lora_weights: InitWeights::Plain(true),
             layers_pattern: None,
             layers_to_transform: None,
             lora_alpha: JsonNumber(8.0),
+            lora_bias: false,
             lora_dropout: 0.0,
+            modules_to_save: None,
             peft_type: None,
             peft_version: None,
             r: 8,
@@ -73,6 +80,7 @@ impl Default for PeftConfig {
             revision: None,
             target_modules: None,
             task_type: None,
+            use_dora: false,
             use_rslora: false,
             variants: keys::defaults(),
             unknown: Vec::new(),
@@ -116,11 +124,16 @@ impl PeftConfig {
                 JsonNumber(site.lora_alpha)
             })?,
             base_model_name_or_path: Some(base_model.to_string()),
+            bias: settings.bias,
+            ensure_weight_tying: settings.ensure_weight_tying,
             exclude_modules,
             layers_pattern: layers_pattern.cloned().map(OneOrMany::Many),
             layers_to_transform: settings.layers_to_transform.clone().map(OneOrMany::Many),
             lora_alpha,
+            lora_bias: settings.lora_bias,
             lora_dropout: settings.lora_dropout,
+            modules_to_save: Some(settings.modules_to_save.clone())
+                .filter(|names| !names.is_empty()),
             peft_type: Some("LORA".into()),
             peft_version: Some(PEFT_VERSION.into()),
             r: settings.r,
@@ -128,6 +141,7 @@ impl PeftConfig {
             revision: revision.map(str::to_string),
             target_modules: Some(OneOrMany::Many(target_modules)),
             task_type: Some("CAUSAL_LM".into()),
+            use_dora: settings.use_dora,
             use_rslora: settings.use_rslora,
             ..Self::default()
         })
@@ -163,6 +177,11 @@ impl PeftConfig {
             alpha_pattern: alphas.map(|(key, alpha)| (key.clone(), alpha.0)).collect(),
             layers_to_transform: layers.filter(|layers| !layers.is_empty()),
             layers_pattern,
+            modules_to_save: self.modules_to_save.clone().unwrap_or_default(),
+            ensure_weight_tying: self.ensure_weight_tying,
+            use_dora: self.use_dora,
+            bias: self.bias,
+            lora_bias: self.lora_bias,
         }
     }
 
@@ -201,6 +220,7 @@ impl PeftConfig {
             alpha_pattern: fields.optional("alpha_pattern", alphas).unwrap_or_default(),
             base_model_name_or_path: fields.optional("base_model_name_or_path", text),
             bias: fields.required("bias", "none, all or lora_only", default.bias),
+            ensure_weight_tying: fields.switch("ensure_weight_tying"),
             exclude_modules: fields.optional("exclude_modules", names),
             init_lora_weights: fields.init_weights(),
             layers_pattern: fields.optional("layers_pattern", names),
@@ -209,7 +229,9 @@ impl PeftConfig {
                 "a layer number or a list of them, from 0",
             ),
             lora_alpha: fields.required("lora_alpha", "a number", default.lora_alpha),
+            lora_bias: fields.switch("lora_bias"),
             lora_dropout: fields.required("lora_dropout", "a probability", default.lora_dropout),
+            modules_to_save: fields.optional("modules_to_save", "a list of module names"),
             peft_type: fields.optional("peft_type", text),
             peft_version: fields.optional("peft_version", text),
             r: fields.required("r", "a whole number of at least 1", default.r),
@@ -217,6 +239,7 @@ impl PeftConfig {
             revision: fields.optional("revision", text),
             target_modules: fields.optional("target_modules", names),
             task_type: fields.optional("task_type", text),
+            use_dora: fields.switch("use_dora"),
             use_rslora: fields.switch("use_rslora"),
             variants: fields.variants(default.variants),
             unknown: fields.unknown(),
@@ -270,6 +293,7 @@ fn sortable<T: Copy + PartialEq>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::targets::ModuleKind;
 
     fn settings() -> LoraConfig {
         LoraConfig {
@@ -277,12 +301,7 @@ mod tests {
             lora_alpha: 32.0,
             lora_dropout: 0.05,
             target_modules: Targets::Names(vec!["q_proj".into(), "v_proj".into()]),
-            exclude_modules: None,
-            use_rslora: false,
-            rank_pattern: Vec::new(),
-            alpha_pattern: Vec::new(),
-            layers_to_transform: None,
-            layers_pattern: Vec::new(),
+            ..LoraConfig::default()
         }
     }
 
@@ -294,6 +313,7 @@ mod tests {
             r,
             lora_alpha: 32.0,
             scaling: 32.0 / r as f64,
+            kind: ModuleKind::Linear,
         }
     }
 
@@ -315,6 +335,7 @@ mod tests {
             path: path.into(),
             out_features: 4,
             in_features: 4,
+            kind: ModuleKind::Linear,
         };
         let modules = ["m.0.a", "m.0.b", "m.1.a", "m.1.b", "lm_head"].map(module);
         let settings = LoraConfig {

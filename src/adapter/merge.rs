@@ -1,8 +1,8 @@
 //! Merges an adapter into a model's weights: a model directory that needs no adapter.
 //!
-//! Takes the model's safetensors files and LoRA pairs; writes `W' = W + scaling * B A`, computed in f32 (f64 where W is F64) and rounded
-//! once to the type of W, one tensor at a time. The bytes of every other tensor stay the same. The directory is created atomically. Knows
-//! nothing of architectures.
+//! Takes the model's safetensors files and what an adapter changes; writes `W' = W + scaling * B A` and the weights trained in
+//! full, computed in f32 (f64 where W is F64) and rounded once to the type of W, one tensor at a time. The bytes of every other
+//! tensor stay the same. The directory is created atomically. Knows nothing of architectures.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,10 +17,12 @@ use crate::error::{Error, Kind, Result};
 use crate::files::{DraftDirectory, remove_old_leftovers};
 use crate::units::Bytes;
 
-use super::peft::{LoraPair, fail_on_problems};
+use super::adaptation::{Adaptation, ModelLayout, Part};
+use super::peft::{LoadedAdapter, fail_on_problems};
 use super::shards::{
     INDEX_FILE, TensorEntry, header, index_json, plan_shards, read_headers, shard_file_name,
 };
+use super::targets::{ModuleKind, Site};
 
 /// transformers' size of a weights file (`save_pretrained`'s default `max_shard_size`).
 pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
@@ -32,10 +34,12 @@ pub struct MergeJob<'a> {
     pub weights: &'a [PathBuf],
     /// Names of the model's tensors -> their names in the files; a name that is not listed is the same there.
     pub stored_names: &'a BTreeMap<String, String>,
-    /// The adapter on the model: `LoadedAdapter::attach`.
-    pub pairs: &'a [LoraPair<'a>],
-    /// Names of weights that are the same tensor in the model, as `["lm_head.weight", "model.embed_tokens.weight"]`.
-    pub tied: &'a [[String; 2]],
+    /// The model's modules.
+    pub layout: &'a ModelLayout,
+    /// The adapter.
+    pub adapter: &'a LoadedAdapter,
+    /// What it changes: [`LoadedAdapter::adaptation`].
+    pub adaptation: &'a Adaptation,
     /// Writes the model's other files into the new directory: configuration, tokenizer, chat template, licence.
     pub other_files: &'a dyn Fn(&Path) -> Result<()>,
     /// The directory to create.
@@ -49,7 +53,7 @@ pub struct MergeJob<'a> {
 pub struct MergeSummary {
     /// The weights' file names, in order.
     pub files: Vec<String>,
-    /// Tensors with a pair added.
+    /// Tensors that the adapter changed.
     pub merged: usize,
     /// Tensors copied unchanged.
     pub kept: usize,
@@ -57,17 +61,36 @@ pub struct MergeSummary {
     pub size: Bytes,
 }
 
+/// The change of one tensor.
+#[derive(Clone, Copy)]
+enum Change<'a> {
+    /// `W + scaling * B A`, with a magnitude each row scaled to it; its transpose for an embedding.
+    Add {
+        site: &'a Site,
+        a: &'a [f32],
+        b: &'a [f32],
+        magnitude: Option<&'a [f32]>,
+    },
+    /// `W + scale * values`.
+    AddValues { values: &'a [f32], scale: f64 },
+    /// Other values.
+    Replace(&'a [f32]),
+}
+
 /// Writes the merged model.
 ///
 /// # Errors
-/// A target that exists; a pair whose weight is missing, has another shape or type, or is tied to another; a sum out of the type's
-/// range; a file that cannot be read or written. Nothing is left behind then.
+/// A target that exists; a tensor that is missing or has another shape or type; a value out of the type's range; a file that
+/// cannot be read or written. Nothing is left behind then.
 pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     if job.out.exists() {
         return Err(exists(job.out));
     }
-    let tensors = read_headers(job.weights)?;
-    let pairs = match_pairs(&tensors, job)?;
+    let mut tensors = read_headers(job.weights)?;
+    if job.adaptation.unties {
+        add_tied_tensor(&mut tensors, job);
+    }
+    let changes = changes(&tensors, job)?;
     let shards = plan_shards(&tensors, job.max_shard);
     if job.out.file_name().is_none() {
         let error = Error::new(
@@ -85,7 +108,7 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
         .map(|number| shard_file_name(number, shards.len()))
         .collect();
     for (name, shard) in files.iter().zip(&shards) {
-        write_shard(&draft.path().join(name), shard, &tensors, &pairs, job)?;
+        write_shard(&draft.path().join(name), shard, &tensors, &changes, job)?;
     }
     if shards.len() > 1 {
         let index = index_json(&tensors, &shards);
@@ -98,41 +121,51 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     }
     Ok(MergeSummary {
         files,
-        merged: pairs.len(),
-        kept: tensors.len() - pairs.len(),
+        merged: changes.len(),
+        kept: tensors.len() - changes.len(),
         size: Bytes(tensors.iter().map(|tensor| tensor.size).sum()),
     })
 }
 
-/// The pair of each tensor that has one, by the tensor's index. Every pair without a tensor is named in one error.
-fn match_pairs<'a>(
-    tensors: &[TensorEntry],
-    job: &MergeJob<'a>,
-) -> Result<BTreeMap<usize, &'a LoraPair<'a>>> {
-    let by_name: BTreeMap<&str, usize> = tensors
-        .iter()
-        .enumerate()
-        .map(|(i, tensor)| (tensor.name.as_str(), i))
-        .collect();
+/// Lists the stored one of two tied embeddings under the other's name too.
+fn add_tied_tensor(tensors: &mut Vec<TensorEntry>, job: &MergeJob<'_>) {
+    let names = [job.layout.table(), job.layout.head()];
+    let stored = names.each_ref().map(|name| find(tensors, job, name));
+    let copy = |tensors: &[TensorEntry], from: usize, name: &String| TensorEntry {
+        name: name.clone(),
+        ..tensors[from].clone()
+    };
+    let added = match stored {
+        [Some(table), None] => copy(tensors, table, &names[1]),
+        [None, Some(head)] => copy(tensors, head, &names[0]),
+        _ => return,
+    };
+    tensors.push(added);
+}
+
+/// The index of a model's tensor in its files.
+fn find(tensors: &[TensorEntry], job: &MergeJob<'_>, name: &str) -> Option<usize> {
+    let stored = job.stored_names.get(name).map_or(name, String::as_str);
+    tensors.iter().position(|tensor| tensor.name == stored)
+}
+
+/// The changes by the tensor's index. Every change without a tensor that takes it is named in one error.
+fn changes<'a>(tensors: &[TensorEntry], job: &MergeJob<'a>) -> Result<BTreeMap<usize, Change<'a>>> {
     let mut problems = Vec::new();
-    let mut assigned = BTreeMap::new();
-    for pair in job.pairs {
-        let path = &pair.site.path;
-        let wanted = format!("{path}.weight");
-        if let Some(tie) = job.tied.iter().find(|tie| tie.contains(&wanted)) {
-            problems.push(format!(
-                "`{path}`: `{}` and `{}` are one tensor, and merging would change both",
-                tie[0], tie[1]
-            ));
-            continue;
+    let mut changes = BTreeMap::new();
+    for (names, change) in wanted_changes(job)? {
+        let places: Vec<usize> = names
+            .iter()
+            .filter_map(|name| find(tensors, job, name))
+            .collect();
+        if places.is_empty() {
+            problems.push(format!("the model's files have no `{}`", names[0]));
         }
-        let stored = job.stored_names.get(&wanted).unwrap_or(&wanted);
-        match by_name.get(stored.as_str()) {
-            None => problems.push(format!("`{path}`: the model's files have no `{wanted}`")),
-            Some(index) => match pair_problem(&tensors[*index], pair) {
-                Some(why) => problems.push(format!("`{path}`: {why}")),
-                None => drop(assigned.insert(*index, pair)),
-            },
+        for index in places {
+            match change.problem(&tensors[index]) {
+                Some(why) => problems.push(why),
+                None => drop(changes.insert(index, change)),
+            }
         }
     }
     fail_on_problems(
@@ -141,32 +174,187 @@ fn match_pairs<'a>(
         None,
         "merge it into the model it was trained on, unquantised and as safetensors",
     )?;
-    Ok(assigned)
+    Ok(changes)
 }
 
-fn pair_problem(tensor: &TensorEntry, pair: &LoraPair) -> Option<String> {
-    let wanted = [pair.site.out_features, pair.site.in_features];
-    if tensor.shape != wanted {
-        return Some(format!(
-            "`{}` has the shape {:?}, not {wanted:?}",
-            tensor.name, tensor.shape
-        ));
+/// The changes, each with the names of the tensors that it is for.
+fn wanted_changes<'a>(job: &MergeJob<'a>) -> Result<Vec<(Vec<String>, Change<'a>)>> {
+    let mut changes = Vec::new();
+    for site in &job.adaptation.sites {
+        let values = |part: Part| job.adapter.values(&part.name(&site.path));
+        let parts = job.adaptation.parts(site);
+        let magnitude = parts.contains(&Part::Magnitude);
+        let change = Change::Add {
+            site,
+            a: values(parts[0])?,
+            b: values(parts[1])?,
+            magnitude: magnitude.then(|| values(Part::Magnitude)).transpose()?,
+        };
+        changes.push((vec![format!("{}.weight", site.path)], change));
+        if parts.contains(&Part::Bias) {
+            let (values, scale) = (values(Part::Bias)?, site.scaling);
+            let change = Change::AddValues { values, scale };
+            changes.push((vec![format!("{}.bias", site.path)], change));
+        }
     }
-    if pair.a.len() != pair.site.r * wanted[1] || pair.b.len() != pair.site.r * wanted[0] {
-        return Some(format!(
-            "A and B have {} and {} values, which rank {} does not give",
-            pair.a.len(),
-            pair.b.len(),
-            pair.site.r
-        ));
+    for copy in &job.adaptation.copies {
+        let change = Change::Replace(job.adapter.values(&copy.name())?);
+        changes.push((copy.tensors().cloned().collect(), change));
     }
-    match tensor.dtype {
-        Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 => None,
-        other => Some(format!(
-            "`{}` is stored as {other:?}; F64, F32, F16 and BF16 can be merged",
-            tensor.name
-        )),
+    Ok(changes)
+}
+
+impl Change<'_> {
+    /// Why `tensor` cannot take this change.
+    fn problem(&self, tensor: &TensorEntry) -> Option<String> {
+        if let Self::Add { site, .. } = self {
+            let mut wanted = [site.out_features, site.in_features];
+            if site.kind == ModuleKind::Embedding {
+                wanted.reverse();
+            }
+            if tensor.shape != wanted {
+                return Some(format!(
+                    "`{}` has the shape {:?}, not {wanted:?}",
+                    tensor.name, tensor.shape
+                ));
+            }
+        }
+        match tensor.dtype {
+            Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16 => None,
+            other => Some(format!(
+                "`{}` is stored as {other:?}; F64, F32, F16 and BF16 can be merged",
+                tensor.name
+            )),
+        }
     }
+
+    /// Applies it to the stored bytes of `tensor`, by rows in parallel.
+    fn apply(&self, bytes: &mut [u8], tensor: &TensorEntry) -> Result<()> {
+        let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
+        let columns = tensor.shape.iter().product::<usize>() / rows;
+        if columns == 0 {
+            return Ok(());
+        }
+        let row_bytes = bytes.len() / rows;
+        let rows = bytes.par_chunks_mut(row_bytes).enumerate();
+        rows.try_for_each(|(row, bytes)| {
+            let written = match self {
+                Self::Add {
+                    site,
+                    a,
+                    b,
+                    magnitude,
+                } => {
+                    let delta = match site.kind {
+                        ModuleKind::Linear => low_rank_row(site.r, &b[row * site.r..], a, columns),
+                        ModuleKind::Embedding => low_rank_column(site, row, a, b),
+                    };
+                    let scale = site.scaling as f32;
+                    let sum = |w: f64, delta: f32| w + f64::from(delta * scale);
+                    match magnitude {
+                        None => update(bytes, tensor.dtype, &delta, sum),
+                        Some(m) => {
+                            let mut squares = 0.0;
+                            fold(bytes, tensor.dtype, &delta, |w, delta| {
+                                squares += sum(w, delta).powi(2);
+                            });
+                            let factor = f64::from(m[row]) / f64::sqrt(squares);
+                            update(bytes, tensor.dtype, &delta, |w, delta| {
+                                factor * sum(w, delta)
+                            })
+                        }
+                    }
+                }
+                Self::AddValues { values, scale } => {
+                    let values = &values[row * columns..];
+                    update(bytes, tensor.dtype, values, |w, value| {
+                        w + f64::from(value) * scale
+                    })
+                }
+                Self::Replace(values) => {
+                    let values = &values[row * columns..];
+                    update(bytes, tensor.dtype, values, |_, value| f64::from(value))
+                }
+            };
+            written.ok_or_else(|| overflow(tensor, row))
+        })
+    }
+}
+
+/// A row of B A: `b` (r) times A (r, columns).
+fn low_rank_row(r: usize, b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
+    let mut row = vec![0.0f32; columns];
+    for (b, a) in b[..r].iter().zip(a.chunks_exact(columns)) {
+        for (sum, a) in row.iter_mut().zip(a) {
+            *sum += b * a;
+        }
+    }
+    row
+}
+
+/// The column `id` of B A (C, V) of an embedding, with A (r, V) and B (C, r).
+fn low_rank_column(site: &Site, id: usize, a: &[f32], b: &[f32]) -> Vec<f32> {
+    let column: Vec<f32> = a
+        .iter()
+        .skip(id)
+        .step_by(site.in_features)
+        .copied()
+        .collect();
+    let rows = b.chunks_exact(site.r);
+    rows.map(|row| row.iter().zip(&column).map(|(b, a)| b * a).sum())
+        .collect()
+}
+
+/// Passes each stored value with its operand to `visit`.
+fn fold(bytes: &mut [u8], dtype: Dtype, operands: &[f32], mut visit: impl FnMut(f64, f32)) {
+    update(bytes, dtype, operands, |stored, operand| {
+        visit(stored, operand);
+        stored
+    });
+}
+
+/// Replaces each stored value by `new` of it and its operand, rounded once; `None` if one is not finite.
+fn update(
+    bytes: &mut [u8],
+    dtype: Dtype,
+    operands: &[f32],
+    mut new: impl FnMut(f64, f32) -> f64,
+) -> Option<()> {
+    // A sum of two f32 in f64 rounds to f32 as their f32 sum does.
+    match dtype {
+        Dtype::F64 => update_each(bytes, operands, |stored, operand| {
+            let value = new(f64::from_le_bytes(stored), operand);
+            value.is_finite().then(|| value.to_le_bytes())
+        }),
+        Dtype::F32 => update_each(bytes, operands, |stored, operand| {
+            let value = new(f32::from_le_bytes(stored).into(), operand) as f32;
+            value.is_finite().then(|| value.to_le_bytes())
+        }),
+        Dtype::F16 => update_each(bytes, operands, |stored, operand| {
+            let value = new(f16::from_le_bytes(stored).into(), operand) as f32;
+            let value = f16::from_f32(value);
+            value.is_finite().then(|| value.to_le_bytes())
+        }),
+        Dtype::BF16 => update_each(bytes, operands, |stored, operand| {
+            let value = new(bf16::from_le_bytes(stored).into(), operand) as f32;
+            let value = bf16::from_f32(value);
+            value.is_finite().then(|| value.to_le_bytes())
+        }),
+        _ => None,
+    }
+}
+
+/// Replaces each stored value of `N` bytes by the result of `new`, until one is `None`.
+fn update_each<const N: usize>(
+    bytes: &mut [u8],
+    operands: &[f32],
+    mut new: impl FnMut([u8; N], f32) -> Option<[u8; N]>,
+) -> Option<()> {
+    let stored = bytes.as_chunks_mut::<N>().0;
+    for (stored, operand) in stored.iter_mut().zip(operands) {
+        *stored = new(*stored, *operand)?;
+    }
+    Some(())
 }
 
 fn exists(out: &Path) -> Error {
@@ -182,7 +370,7 @@ fn write_shard(
     path: &Path,
     shard: &[usize],
     tensors: &[TensorEntry],
-    pairs: &BTreeMap<usize, &LoraPair>,
+    changes: &BTreeMap<usize, Change<'_>>,
     job: &MergeJob,
 ) -> Result<()> {
     let failed = |source| Error::io("write", path, source);
@@ -192,14 +380,14 @@ fn write_shard(
     for index in shard {
         let tensor = &tensors[*index];
         let mut values = open_at(&job.weights[tensor.file], tensor)?;
-        match pairs.get(index) {
+        match changes.get(index) {
             None => drop(std::io::copy(&mut values, &mut writer).map_err(failed)?),
-            Some(pair) => {
+            Some(change) => {
                 let mut bytes = Vec::with_capacity(tensor.size as usize);
                 values
                     .read_to_end(&mut bytes)
                     .map_err(|source| Error::io("read", &job.weights[tensor.file], source))?;
-                add_pair(&mut bytes, tensor, pair)?;
+                change.apply(&mut bytes, tensor)?;
                 writer.write_all(&bytes).map_err(failed)?;
             }
         }
@@ -217,64 +405,6 @@ fn open_at(path: &Path, tensor: &TensorEntry) -> Result<std::io::Take<File>> {
         Ok(file.take(tensor.size))
     });
     opened.map_err(|source| Error::io("read", path, source))
-}
-
-/// `W + scaling * B A` in place, by rows in parallel.
-fn add_pair(bytes: &mut [u8], tensor: &TensorEntry, pair: &LoraPair) -> Result<()> {
-    let (columns, r) = (pair.site.in_features, pair.site.r);
-    if bytes.is_empty() {
-        return Ok(());
-    }
-    let row_bytes = bytes.len() / pair.site.out_features;
-    bytes
-        .par_chunks_mut(row_bytes)
-        .enumerate()
-        .try_for_each(|(row, bytes)| {
-            let mut delta = vec![0.0f32; columns];
-            for (k, b) in pair.b[row * r..(row + 1) * r].iter().enumerate() {
-                for (delta, a) in delta.iter_mut().zip(&pair.a[k * columns..]) {
-                    *delta += b * a;
-                }
-            }
-            add_row(bytes, tensor.dtype, &delta, pair.site.scaling as f32)
-                .ok_or_else(|| overflow(tensor, row))
-        })
-}
-
-/// Adds `scale * delta` to a row of stored values, in f64 where these are F64, else in f32; `None` if a sum is not finite.
-fn add_row(bytes: &mut [u8], dtype: Dtype, delta: &[f32], scale: f32) -> Option<()> {
-    match dtype {
-        Dtype::F64 => add_each(bytes, delta, |stored, delta| {
-            let sum = f64::from_le_bytes(stored) + f64::from(delta * scale);
-            sum.is_finite().then(|| sum.to_le_bytes())
-        }),
-        Dtype::F32 => add_each(bytes, delta, |stored, delta| {
-            let sum = f32::from_le_bytes(stored) + delta * scale;
-            sum.is_finite().then(|| sum.to_le_bytes())
-        }),
-        Dtype::F16 => add_each(bytes, delta, |stored, delta| {
-            let sum = f16::from_f32(f16::from_le_bytes(stored).to_f32() + delta * scale);
-            sum.is_finite().then(|| sum.to_le_bytes())
-        }),
-        Dtype::BF16 => add_each(bytes, delta, |stored, delta| {
-            let sum = bf16::from_f32(bf16::from_le_bytes(stored).to_f32() + delta * scale);
-            sum.is_finite().then(|| sum.to_le_bytes())
-        }),
-        _ => None,
-    }
-}
-
-/// Replaces each stored value of `N` bytes by the result of `add`, until one is `None`.
-fn add_each<const N: usize>(
-    bytes: &mut [u8],
-    delta: &[f32],
-    add: impl Fn([u8; N], f32) -> Option<[u8; N]>,
-) -> Option<()> {
-    let stored = bytes.as_chunks_mut::<N>().0;
-    for (stored, delta) in stored.iter_mut().zip(delta) {
-        *stored = add(*stored, *delta)?;
-    }
-    Some(())
 }
 
 fn overflow(tensor: &TensorEntry, row: usize) -> Error {

@@ -4,6 +4,7 @@
 //! merged model directories. Files are PEFT's, so that every program that reads PEFT adapters reads ours. Knows nothing of recipes,
 //! computation or training.
 
+pub mod adaptation;
 pub mod config;
 mod fields;
 pub mod init;
@@ -18,10 +19,11 @@ mod target_errors;
 pub mod targets;
 pub mod unsupported;
 
+pub use adaptation::{Adaptation, AdapterTensor, ModelLayout, Part, Place, WeightCopy};
 pub use config::PeftConfig;
 pub use init::kaiming_uniform;
 pub use merge::{MergeJob, MergeSummary, merge};
 pub use options::{LoraConfig, Targets};
-pub use peft::{LoadedAdapter, LoraPair, load, save};
+pub use peft::{LoadedAdapter, load, save};
 pub use portability::portability;
 pub use targets::{Module, Site, select};

@@ -2,6 +2,9 @@
 //!
 //! Plain values under PEFT's names, so that a recipe can hold them.
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 /// PEFT's three ways to name modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Targets {
@@ -24,7 +27,21 @@ impl Targets {
     }
 }
 
-/// The part of PEFT's `LoraConfig` that decides where LoRA sits and how it is scaled.
+/// Which biases are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[clap(rename_all = "snake_case")]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// Every bias of the model.
+    All,
+    /// Those of the layers with LoRA.
+    LoraOnly,
+}
+
+/// The part of PEFT's `LoraConfig` that decides what is trained and how it is scaled.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
     /// Rank, unless `rank_pattern` gives another.
@@ -47,4 +64,37 @@ pub struct LoraConfig {
     pub layers_to_transform: Option<Vec<usize>>,
     /// Names of the module lists that contain layers; empty: the first list in a path.
     pub layers_pattern: Vec<String>,
+    /// Modules trained in full, by the ends of their paths.
+    pub modules_to_save: Vec<String>,
+    /// Trains tied embeddings of `modules_to_save` as one table.
+    pub ensure_weight_tying: bool,
+    /// DoRA: a trained magnitude for each row of the adapted weight.
+    pub use_dora: bool,
+    /// The biases trained.
+    pub bias: Bias,
+    /// A trained bias on each B.
+    pub lora_bias: bool,
+}
+
+impl Default for LoraConfig {
+    /// PEFT's defaults, on every linear layer.
+    fn default() -> Self {
+        Self {
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            target_modules: Targets::AllLinear,
+            exclude_modules: None,
+            use_rslora: false,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
+            use_dora: false,
+            bias: Bias::None,
+            lora_bias: false,
+        }
+    }
 }

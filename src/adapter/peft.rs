@@ -1,8 +1,8 @@
 //! A PEFT adapter's directory: loading, attaching to a model, saving.
 //!
-//! Takes a directory with `adapter_config.json` and `adapter_model.safetensors`; returns a checked configuration and pairs of
-//! A and B as f32, or writes both files. Strict: features other than plain LoRA, and tensors and configuration that disagree, are
-//! refused by name, all in one error. Knows nothing of computation.
+//! Takes a directory with `adapter_config.json` and `adapter_model.safetensors`; returns a checked configuration and tensors as
+//! f32, or writes both files. Strict: features that are not supported, and tensors and configuration that disagree, are refused
+//! by name, all in one error. Knows nothing of computation.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,59 +14,42 @@ use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
 use crate::text::first_few;
 
+use super::adaptation::{Adaptation, ModelLayout, PREFIX, Part, is_saved};
 use super::config::{CONFIG_FILE, PeftConfig};
 use super::keys;
-use super::options::{LoraConfig, Targets};
+use super::options::{Bias, LoraConfig, Targets};
 use super::shards::{F32Tensor, write_f32s};
 use super::target_errors::last_segments;
-use super::targets::{Module, RankResolver, Site, select_modules, unmatched_entries};
-use super::unsupported::{Factor, PREFIX, parse_tensor_name, unsupported_settings};
+use super::targets::{Module, RankResolver, select_matching, select_modules, unmatched_entries};
+use super::unsupported::{parse_tensor_name, unsupported_settings};
 
 /// File name of the weights in an adapter's directory.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-/// A matrix of an adapter.
+/// A tensor of an adapter.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Matrix {
-    /// Rows and columns: A is (r, in), B is (out, r).
-    pub shape: [usize; 2],
+pub struct StoredValues {
+    /// Its dimensions: A is (r, in), B is (out, r).
+    pub shape: Vec<usize>,
     /// Values, row by row.
     pub values: Vec<f32>,
 }
 
-/// A checked adapter: every name is a LoRA factor, every pair is complete and of the configured rank, every value is finite.
+/// A checked adapter: every name is known, every pair is complete and of the configured rank, every value is finite.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadedAdapter {
     /// Its `adapter_config.json`.
     pub config: PeftConfig,
-    /// Its matrices by full PEFT name.
-    pub tensors: BTreeMap<String, Matrix>,
-}
-
-/// A LoRA pair on its layer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct LoraPair<'a> {
-    /// Layer, rank and scaling.
-    pub site: Site,
-    /// A, shape (r, in), row by row.
-    pub a: &'a [f32],
-    /// B, shape (out, r), row by row.
-    pub b: &'a [f32],
-}
-
-/// The full PEFT name of a factor of the pair on the module `path`.
-pub fn tensor_name(path: &str, half: Factor) -> String {
-    let letter = match half {
-        Factor::A => 'A',
-        Factor::B => 'B',
-    };
-    format!("{PREFIX}{path}.lora_{letter}.weight")
+    /// Its tensors by full PEFT name.
+    pub tensors: BTreeMap<String, StoredValues>,
+    /// The base model's embeddings, which PEFT saves beside LoRA on them, by name in the model.
+    pub base_embeddings: BTreeMap<String, StoredValues>,
 }
 
 /// Reads the adapter in the directory `dir`.
 ///
 /// # Errors
-/// A file that is missing or damaged; features other than plain LoRA, all in one error.
+/// A file that is missing or damaged; features that are not supported, all in one error.
 pub fn load(dir: &Path) -> Result<LoadedAdapter> {
     let config = load_config(dir)?;
     let path = dir.join(WEIGHTS_FILE);
@@ -81,11 +64,18 @@ pub fn load(dir: &Path) -> Result<LoadedAdapter> {
     })?;
     let mut problems = unsupported_settings(&config);
     let mut tensors = BTreeMap::new();
+    let mut base_embeddings = BTreeMap::new();
     let mut views: Vec<_> = file.iter().collect();
     views.sort_by(|a, b| a.0.cmp(b.0));
     for (name, view) in views {
-        match read_matrix(name, &view) {
-            Ok(matrix) => drop(tensors.insert(name.to_string(), matrix)),
+        if let Some(tensor) = base_embedding(name) {
+            let values = to_f32(view.dtype(), view.data()).unwrap_or_default();
+            let shape = view.shape().to_vec();
+            base_embeddings.insert(tensor, StoredValues { shape, values });
+            continue;
+        }
+        match read_tensor(name, &view, &config) {
+            Ok(tensor) => drop(tensors.insert(name.to_string(), tensor)),
             Err(reason) => problems.push(format!("`{name}`: {reason}")),
         }
     }
@@ -97,9 +87,13 @@ pub fn load(dir: &Path) -> Result<LoadedAdapter> {
         problems,
         "cannot be loaded",
         Some(dir),
-        "train a plain LoRA (`bias` none, no DoRA, no `modules_to_save`), or merge it with PEFT",
+        "train LoRA or DoRA, or merge it with PEFT",
     )?;
-    Ok(LoadedAdapter { config, tensors })
+    Ok(LoadedAdapter {
+        config,
+        tensors,
+        base_embeddings,
+    })
 }
 
 /// Reads `adapter_config.json` of the directory `dir`.
@@ -156,11 +150,19 @@ fn missing_weights(dir: &Path, path: &Path, source: std::io::Error) -> Error {
         .hint("copy the file beside `adapter_config.json`; sharded adapters must be joined first")
 }
 
-fn read_matrix(name: &str, view: &TensorView) -> Result<Matrix, String> {
-    parse_tensor_name(name)?;
-    let &[rows, columns] = view.shape() else {
-        return Err(format!("its shape is {:?}, not two numbers", view.shape()));
-    };
+fn read_tensor(name: &str, view: &TensorView, config: &PeftConfig) -> Result<StoredValues, String> {
+    let shape = view.shape().to_vec();
+    if saved_weight(name, config).is_none() {
+        let (_, part) = parse_tensor_name(name)?;
+        let dimensions = if matches!(part, Part::Magnitude | Part::Bias) {
+            1
+        } else {
+            2
+        };
+        if shape.len() != dimensions {
+            return Err(format!("its shape is {shape:?}, not {dimensions} numbers"));
+        }
+    }
     let values = to_f32(view.dtype(), view.data()).ok_or_else(|| {
         format!(
             "its type is {:?}; F32, F16 and BF16 can be read",
@@ -169,11 +171,26 @@ fn read_matrix(name: &str, view: &TensorView) -> Result<Matrix, String> {
     })?;
     match values.iter().find(|value| !value.is_finite()) {
         Some(value) => Err(format!("it holds {value}, which is not a finite number")),
-        None => Ok(Matrix {
-            shape: [rows, columns],
-            values,
-        }),
+        None => Ok(StoredValues { shape, values }),
     }
+}
+
+/// The name in the model of the frozen weight below LoRA that the tensor `name` holds.
+fn base_embedding(name: &str) -> Option<String> {
+    let path = name
+        .strip_prefix(PREFIX)?
+        .strip_suffix(".base_layer.weight")?;
+    Some(format!("{path}.weight"))
+}
+
+/// The weight of the model that the tensor `name` replaces, if `modules_to_save` names it or it is a trained bias.
+fn saved_weight<'n>(name: &'n str, config: &PeftConfig) -> Option<&'n str> {
+    let tensor = name.strip_prefix(PREFIX)?;
+    let names = config.modules_to_save.as_deref().unwrap_or_default();
+    let bias = tensor.ends_with(".bias") && !tensor.ends_with(Part::Bias.suffix());
+    // Where the tie is ensured the other embedding is saved too, although no name is its own.
+    let tied = config.ensure_weight_tying && !names.is_empty() && parse_tensor_name(name).is_err();
+    (is_saved(tensor, names) || tied || (bias && config.bias != Bias::None)).then_some(tensor)
 }
 
 /// Little-endian values as f32, or none if `dtype` is not a float of 16 or 32 bits.
@@ -196,12 +213,24 @@ pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     }
 }
 
-/// Factors without their counterpart, and shapes that contradict the configured rank.
-fn pair_problems(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Result<Vec<String>> {
+/// Factors without their counterpart, parts that the configuration does not have, and shapes that contradict its rank.
+fn pair_problems(
+    tensors: &BTreeMap<String, StoredValues>,
+    config: &PeftConfig,
+) -> Result<Vec<String>> {
     let ranks = RankResolver::new(&config.settings())?;
     let mut problems = Vec::new();
     for path in paths(tensors) {
-        let [a, b] = [Factor::A, Factor::B].map(|half| tensor_name(path, half));
+        let embedding = [Part::EmbeddingA, Part::EmbeddingB];
+        let is_embedding = embedding
+            .iter()
+            .any(|part| tensors.contains_key(&part.name(path)));
+        let pair = if is_embedding {
+            embedding
+        } else {
+            [Part::A, Part::B]
+        };
+        let [a, b] = pair.map(|part| part.name(path));
         let (Some(a_matrix), Some(b_matrix)) = (tensors.get(&a), tensors.get(&b)) else {
             let (there, missing) = if tensors.contains_key(&a) {
                 (&a, &b)
@@ -213,21 +242,36 @@ fn pair_problems(tensors: &BTreeMap<String, Matrix>, config: &PeftConfig) -> Res
         };
         let r = ranks.rank(path)?;
         if a_matrix.shape[0] != r {
-            let shape = a_matrix.shape;
+            let shape = &a_matrix.shape;
             problems.push(format!(
                 "`{a}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} rows"
             ));
         }
         if b_matrix.shape[1] != r {
-            let shape = b_matrix.shape;
+            let shape = &b_matrix.shape;
             problems.push(format!("`{b}`: its shape is {shape:?}, but `{CONFIG_FILE}` gives it rank {r}, so {r} columns"));
+        }
+        for (part, key, wanted) in [
+            (Part::Magnitude, "use_dora", config.use_dora),
+            (Part::Bias, "lora_bias", config.lora_bias),
+        ] {
+            let name = part.name(path);
+            match (tensors.contains_key(&name), wanted) {
+                (true, false) => {
+                    problems.push(format!("`{name}`: `{key}` of `{CONFIG_FILE}` is false"))
+                }
+                (false, true) => problems.push(format!(
+                    "`{name}` is missing: `{key}` of `{CONFIG_FILE}` is true"
+                )),
+                _ => {}
+            }
         }
     }
     Ok(problems)
 }
 
 /// The module paths that have a tensor, sorted, once each.
-fn paths(tensors: &BTreeMap<String, Matrix>) -> BTreeSet<&str> {
+fn paths(tensors: &BTreeMap<String, StoredValues>) -> BTreeSet<&str> {
     tensors
         .keys()
         .filter_map(|name| parse_tensor_name(name).ok())
@@ -255,22 +299,27 @@ pub(super) fn fail_on_problems(
 }
 
 impl LoadedAdapter {
-    /// Each LoRA pair with its layer, in the order of `modules` (the model's linear layers, of which `output_embedding` is the one
-    /// that `all-linear` leaves out).
+    /// What the adapter changes in a model of this layout.
     ///
     /// # Errors
     /// A tensor whose module is not there or has other sizes; a tensor whose module `adapter_config.json` does not select, which
     /// PEFT drops; a module that it selects and that has no tensor. All of them in one error.
-    pub fn attach(&self, modules: &[Module], output_embedding: &str) -> Result<Vec<LoraPair<'_>>> {
+    pub fn adaptation(&self, layout: &ModelLayout) -> Result<Adaptation> {
         let settings = self.config.settings();
-        let ranks = RankResolver::new(&settings)?;
-        let mut problems = self.shape_mismatches(modules);
-        let present = paths(&self.tensors);
-        let selected = select_modules(modules, output_embedding, &settings)?;
-        let selected: Vec<&str> = selected.iter().map(|module| module.path.as_str()).collect();
+        let selected = select_matching(&layout.modules, &layout.output_embedding, &settings)?;
+        let adaptation = Adaptation::new(layout, &settings, selected);
+        let mut problems = self.shape_mismatches(&layout.modules);
         if problems.is_empty() {
-            problems.extend(selection_mismatches(&present, &selected, &settings));
+            let present = paths(&self.tensors);
+            let selected = adaptation.sites.iter().map(|site| site.path.as_str());
+            problems.extend(selection_mismatches(
+                &present,
+                selected.collect(),
+                &settings,
+            ));
         }
+        problems.extend(self.weight_mismatches(&adaptation));
+        problems.extend(adaptation.unsupported(&settings));
         let base = self
             .config
             .base_model_name_or_path
@@ -280,33 +329,56 @@ impl LoadedAdapter {
             "the adapter was trained on {base}: choose that model, and keep `{CONFIG_FILE}` and `{WEIGHTS_FILE}` as they were saved"
         );
         fail_on_problems(problems, "does not fit the model", None, &hint)?;
-        let mut fitted = Vec::new();
-        for module in modules
+        Ok(adaptation)
+    }
+
+    /// The values of a tensor of [`LoadedAdapter::adaptation`].
+    ///
+    /// # Errors
+    /// A tensor that the adapter lacks.
+    pub fn values(&self, name: &str) -> Result<&[f32]> {
+        let stored = self.tensors.get(name).ok_or_else(|| {
+            Error::new(Kind::Adapter, "the adapter lacks a tensor").value(name.to_string())
+        })?;
+        Ok(&stored.values)
+    }
+
+    /// Weights saved in full that the model lacks, that have another shape, or that are missing.
+    fn weight_mismatches(&self, adaptation: &Adaptation) -> Vec<String> {
+        let wanted: BTreeMap<String, &[usize]> = adaptation
+            .copies
             .iter()
-            .filter(|module| present.contains(module.path.as_str()))
-        {
-            let [a, b] = [Factor::A, Factor::B].map(|half| {
-                self.tensors[&tensor_name(&module.path, half)]
-                    .values
-                    .as_slice()
-            });
-            fitted.push(LoraPair {
-                site: ranks.site(module)?,
-                a,
-                b,
-            });
+            .flat_map(|copy| copy.names().map(|name| (name, copy.shape.as_slice())))
+            .collect();
+        let stored = self.tensors.iter();
+        let stored = stored.filter(|(name, _)| saved_weight(name, &self.config).is_some());
+        let mut problems = Vec::new();
+        for (name, tensor) in stored {
+            match wanted.get(name) {
+                Some(shape) if tensor.shape == *shape => {}
+                Some(shape) => problems.push(format!(
+                    "`{name}`: its shape is {:?}, the model's {shape:?}",
+                    tensor.shape
+                )),
+                None => problems.push(format!("`{name}`: the model has no such tensor")),
+            }
         }
-        Ok(fitted)
+        let missing = wanted
+            .keys()
+            .filter(|name| !self.tensors.contains_key(*name));
+        problems.extend(missing.map(|name| {
+            format!("`{name}`: `modules_to_save` or `bias` of `{CONFIG_FILE}` names it, but `{WEIGHTS_FILE}` lacks it")
+        }));
+        problems
     }
 
     /// The configuration's settings without the entries that match none of `modules`.
     ///
     /// # Errors
     /// A pattern that is no regular expression.
-    pub fn settings(&self, modules: &[Module], output_embedding: &str) -> Result<LoraConfig> {
+    pub fn settings(&self, layout: &ModelLayout) -> Result<LoraConfig> {
         let mut settings = self.config.settings();
-        let selected = select_modules(modules, output_embedding, &settings)?;
-        let unmatched = unmatched_entries(modules, &selected, output_embedding, &settings)?;
+        let unmatched = unmatched(layout, &settings)?;
         let keep = |setting: &str, entry: &str| {
             let mut unmatched = unmatched.iter();
             !unmatched.any(|(from, name)| *from == setting && name == entry)
@@ -335,6 +407,12 @@ impl LoadedAdapter {
         if let Some(layers) = &mut settings.layers_to_transform {
             layers.retain(|layer| keep("layers_to_transform", &layer.to_string()));
         }
+        settings
+            .modules_to_save
+            .retain(|name| keep("modules_to_save", name));
+        if settings.modules_to_save.is_empty() {
+            settings.ensure_weight_tying = false;
+        }
         Ok(settings)
     }
 
@@ -343,15 +421,8 @@ impl LoadedAdapter {
     ///
     /// # Errors
     /// A pattern that is no regular expression.
-    pub fn warnings(
-        &self,
-        modules: &[Module],
-        output_embedding: &str,
-        beside: Option<&str>,
-    ) -> Result<Vec<String>> {
-        let settings = self.config.settings();
-        let selected = select_modules(modules, output_embedding, &settings)?;
-        let unmatched = unmatched_entries(modules, &selected, output_embedding, &settings)?;
+    pub fn warnings(&self, layout: &ModelLayout, beside: Option<&str>) -> Result<Vec<String>> {
+        let unmatched = unmatched(layout, &self.config.settings())?;
         let unknown = self.config.unknown.iter().map(|key| keys::unknown(key));
         let ignored = keys::ignored(&self.config.variants);
         let unmatched = unmatched
@@ -359,9 +430,15 @@ impl LoadedAdapter {
             .filter(|(_, entry)| beside != Some(entry.as_str()));
         let unmatched = unmatched.map(|(setting, entry)| {
             format!(
-                "`{entry}` of the adapter's `{setting}` matches no adapted layer and has no effect"
+                "`{entry}` of the adapter's `{setting}` matches no adapted module and has no effect"
             )
         });
+        let untied = self.config.ensure_weight_tying
+            && !(layout.tied && self.config.modules_to_save.is_some());
+        let untied = untied.then(|| {
+            "`ensure_weight_tying` of the adapter is ignored: it trains no tied module".to_string()
+        });
+        let ignored = ignored.into_iter().chain(untied);
         Ok(unknown.chain(ignored).chain(unmatched).collect())
     }
 
@@ -372,24 +449,31 @@ impl LoadedAdapter {
             .map(|module| (module.path.as_str(), module))
             .collect();
         let mut problems = Vec::new();
-        for (name, matrix) in &self.tensors {
-            let Ok((path, half)) = parse_tensor_name(name) else {
+        for (name, tensor) in &self.tensors {
+            if saved_weight(name, &self.config).is_some() {
+                continue;
+            }
+            let Ok((path, part)) = parse_tensor_name(name) else {
                 problems.push(format!("`{name}`: not a LoRA tensor"));
                 continue;
             };
-            let [rows, columns] = matrix.shape;
-            match (by_path.get(path), half) {
+            let shape = &tensor.shape;
+            match (by_path.get(path), part) {
                 (None, _) => problems.push(format!("`{name}`: {}", no_module(path, modules))),
-                (Some(module), Factor::A) if columns != module.in_features => {
+                (Some(module), Part::A | Part::EmbeddingA) if shape[1] != module.in_features => {
                     problems.push(format!(
-                        "`{name}`: {columns} columns, but the module has {} inputs",
-                        module.in_features
+                        "`{name}`: {} columns, but the module has {} inputs",
+                        shape[1], module.in_features
                     ));
                 }
-                (Some(module), Factor::B) if rows != module.out_features => {
+                (Some(module), part)
+                    if part != Part::A
+                        && part != Part::EmbeddingA
+                        && shape[0] != module.out_features =>
+                {
                     problems.push(format!(
-                        "`{name}`: {rows} rows, but the module has {} outputs",
-                        module.out_features
+                        "`{name}`: {} rows, but the module has {} outputs",
+                        shape[0], module.out_features
                     ));
                 }
                 _ => {}
@@ -399,13 +483,22 @@ impl LoadedAdapter {
     }
 }
 
+/// Each (setting, entry) that matches nothing in the model.
+fn unmatched(layout: &ModelLayout, settings: &LoraConfig) -> Result<Vec<(&'static str, String)>> {
+    let (modules, output_embedding) = (&layout.modules, &layout.output_embedding);
+    let selected = select_modules(modules, output_embedding, settings)?;
+    let mut unmatched = unmatched_entries(modules, &selected, output_embedding, settings)?;
+    let missing = layout.missing_modules(&settings.modules_to_save);
+    unmatched.extend(missing.into_iter().map(|name| ("modules_to_save", name)));
+    Ok(unmatched)
+}
+
 /// Modules with tensors that `selected` lacks, and the reverse, by path.
 fn selection_mismatches(
     present: &BTreeSet<&str>,
-    selected: &[&str],
+    selected: BTreeSet<&str>,
     settings: &LoraConfig,
 ) -> Vec<String> {
-    let selected: BTreeSet<&str> = selected.iter().copied().collect();
     let mut by = vec!["target_modules"];
     by.extend(settings.exclude_modules.as_ref().map(|_| "exclude_modules"));
     by.extend(
@@ -463,11 +556,11 @@ fn no_module(path: &str, modules: &[Module]) -> String {
 /// gives the same bytes. Each file is replaced atomically.
 ///
 /// # Errors
-/// A file that cannot be written; a name, shape or count that is not a LoRA factor's.
+/// A file that cannot be written; a name that is not PEFT's or occurs twice; a count that does not fit its shape.
 pub fn save(
     dir: &Path,
     config: &PeftConfig,
-    tensors: &[(String, [usize; 2], &[f32])],
+    tensors: &[(String, Vec<usize>, &[f32])],
 ) -> Result<()> {
     let mut views = Vec::with_capacity(tensors.len());
     let mut seen = BTreeSet::new();
@@ -476,11 +569,13 @@ pub fn save(
             Error::new(Kind::Adapter, format!("`{name}` cannot be saved: {why}"))
                 .value(format!("{shape:?}"))
         };
-        parse_tensor_name(name).map_err(|why| refuse(why.to_string()))?;
+        if saved_weight(name, config).is_none() {
+            parse_tensor_name(name).map_err(|why| refuse(why.to_string()))?;
+        }
         if !seen.insert(name) {
             return Err(refuse("the name occurs twice".to_string()));
         }
-        let view = F32Tensor::new(name, shape.to_vec(), values);
+        let view = F32Tensor::new(name, shape.clone(), values);
         views.push(view.ok_or_else(|| refuse(format!("it has {} values", values.len())))?);
     }
     fs::create_dir_all(dir).map_err(|source| Error::io("create", dir, source))?;

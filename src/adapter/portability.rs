@@ -6,6 +6,7 @@
 
 use super::config::{OneOrMany, PeftConfig};
 use super::matching::is_suffix;
+use super::options::Bias;
 
 /// vLLM's default `max_lora_rank`.
 const VLLM_DEFAULT_RANK: usize = 16;
@@ -37,6 +38,22 @@ pub fn portability(config: &PeftConfig) -> Vec<String> {
         );
     }
     warnings.extend(rank_warnings(config));
+    let saved = config
+        .modules_to_save
+        .as_ref()
+        .is_some_and(|names| !names.is_empty());
+    for (used, what) in [
+        (saved, "weights trained in full (`modules_to_save`)"),
+        (config.use_dora, "DoRA (`use_dora`)"),
+        (config.bias != Bias::None, "trained biases (`bias`)"),
+        (config.lora_bias, "biases on B (`lora_bias`)"),
+    ] {
+        if used {
+            warnings.push(format!(
+                "vLLM, llama.cpp and mistral.rs refuse {what}; merge the adapter for them"
+            ));
+        }
+    }
     warnings.extend(target_warnings(config));
     warnings
 }
@@ -134,6 +151,15 @@ mod tests {
                 ..plain()
             },
             &["vLLM ignores", "--max-lora-rank 128"],
+        );
+        named(
+            PeftConfig {
+                use_dora: true,
+                bias: Bias::All,
+                modules_to_save: Some(vec!["score".into()]),
+                ..plain()
+            },
+            &["`modules_to_save`", "`use_dora`", "`bias`"],
         );
         named(PeftConfig { r: 17, ..plain() }, &["--max-lora-rank 32"]);
         named(

@@ -4,17 +4,18 @@
 
 use super::matching::{Matcher, fullmatch, is_suffix, matches};
 use super::options::{LoraConfig, Targets};
-use super::targets::Module;
+use super::targets::{Module, ModuleKind};
 use crate::error::{Error, Kind};
 use crate::text::{first_few, nearest};
 
 /// Other spellings of `all-linear`, in lower case with `-` for any separator.
 const ALL_LINEAR_WORDS: [&str; 5] = ["all-linear", "all", "linear", "alllinear", "all-linears"];
 
-/// The last segments of all paths, once each, in model order.
+/// The last segments of the linear layers' paths, once each, in model order.
 pub(super) fn last_segments(modules: &[Module]) -> Vec<&str> {
     let mut names: Vec<&str> = Vec::new();
-    for module in modules {
+    let is_linear = |module: &&Module| module.kind == ModuleKind::Linear;
+    for module in modules.iter().filter(is_linear) {
         let name = module.path.rsplit('.').next().unwrap_or(&module.path);
         if !names.contains(&name) {
             names.push(name);

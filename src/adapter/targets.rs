@@ -11,7 +11,17 @@ use super::matching::{KeyPattern, LayerFilter, MatchKind, Matcher, first_match, 
 use super::options::{LoraConfig, Targets};
 use super::target_errors::{no_modules_selected, no_such_module};
 
-/// A linear layer of a model.
+/// The kinds of layers that can carry LoRA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ModuleKind {
+    /// A linear layer.
+    #[default]
+    Linear,
+    /// An embedding: `in_features` are its rows, `out_features` its columns.
+    Embedding,
+}
+
+/// A layer of a model that can carry LoRA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Module {
     /// Its name: `model.layers.0.self_attn.q_proj`.
@@ -20,6 +30,8 @@ pub struct Module {
     pub out_features: usize,
     /// Columns of its weight.
     pub in_features: usize,
+    /// What it is.
+    pub kind: ModuleKind,
 }
 
 /// LoRA on one layer: `y = W x + scaling * B (A x)`.
@@ -37,13 +49,8 @@ pub struct Site {
     pub lora_alpha: f64,
     /// `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
     pub scaling: f64,
-}
-
-impl Site {
-    /// Trainable values: A (r, in) and B (out, r).
-    pub fn parameters(&self) -> usize {
-        self.r * (self.in_features + self.out_features)
-    }
+    /// What the layer is.
+    pub kind: ModuleKind,
 }
 
 /// The sites of `settings` on a model with the linear layers `modules` (in model order), of which `output_embedding` is the
@@ -110,12 +117,16 @@ pub(super) fn select_modules<'m>(
     let layers = LayerFilter::new(&settings.layers_pattern)?;
     let mut chosen = Vec::new();
     for module in modules {
-        if matches!(targets, Matcher::All) && module.path == output_embedding {
+        let is_embedding = module.kind == ModuleKind::Embedding || module.path == output_embedding;
+        if matches!(targets, Matcher::All) && is_embedding {
             continue;
         }
         if let Some(exclude) = &exclude
             && exclude.find(&module.path)? != MatchKind::None
         {
+            continue;
+        }
+        if is_inside(&module.path, &settings.modules_to_save) {
             continue;
         }
         let keep = match (targets.find(&module.path)?, wanted) {
@@ -130,6 +141,13 @@ pub(super) fn select_modules<'m>(
         }
     }
     Ok(chosen)
+}
+
+/// Whether `path` is a module that ends with one of `names`, or is inside one.
+fn is_inside(path: &str, names: &[String]) -> bool {
+    let ends = path.match_indices('.').map(|(dot, _)| dot);
+    let mut modules = ends.chain([path.len()]).map(|end| &path[..end]);
+    modules.any(|module| names.iter().any(|name| is_suffix(module, name)))
 }
 
 /// Rank and scaling by module: the defaults and the compiled patterns.
@@ -179,6 +197,7 @@ impl RankResolver {
             path,
             out_features,
             in_features,
+            kind,
         } = module.clone();
         Ok(Site {
             path,
@@ -187,6 +206,7 @@ impl RankResolver {
             r,
             lora_alpha,
             scaling,
+            kind,
         })
     }
 }
@@ -278,6 +298,10 @@ pub fn check_values(settings: &LoraConfig) -> Result<()> {
     if !(0.0..1.0).contains(&settings.lora_dropout) {
         let rule = "a probability from 0 up to, not including, 1";
         return refuse("lora_dropout", settings.lora_dropout.to_string(), rule);
+    }
+    if settings.use_dora && settings.lora_bias {
+        let rule = "PEFT refuses it beside `use_dora`";
+        return refuse("lora_bias", "true".into(), rule);
     }
     check_layers(settings)
 }

@@ -1,13 +1,11 @@
-//! Features of PEFT adapters beyond plain LoRA, which cannot be loaded.
+//! Features of PEFT adapters that cannot be loaded.
 //!
 //! Takes a configuration or a tensor's name; returns the reasons, one sentence each. Names everything that would be dropped or
 //! computed differently from PEFT, so that nothing is silently left out. Knows nothing of shapes and values.
 
+use super::adaptation::{PREFIX, Part};
 use super::config::{InitWeights, OneOrMany, PeftConfig};
 use super::keys;
-
-/// Prefix of every tensor's name.
-pub const PREFIX: &str = "base_model.model.";
 
 /// Values of `init_lora_weights` that leave the base model as it is, and whether PEFT reads them in any case.
 const INITS_ON_THE_SAME_BASE: [(&str, bool); 4] = [
@@ -38,12 +36,6 @@ pub fn unsupported_settings(config: &PeftConfig) -> Vec<String> {
             "`task_type` is `{task}`: only `CAUSAL_LM` is supported"
         ));
     }
-    if config.bias != "none" {
-        reasons.push(format!(
-            "`bias` is `{}`: trained biases are not supported, only `none`",
-            config.bias
-        ));
-    }
     if config.r == 0 || config.rank_pattern.0.iter().any(|(_, r)| *r == 0) {
         reasons
             .push("a rank is 0: `r` and every rank of `rank_pattern` are at least 1".to_string());
@@ -56,6 +48,9 @@ pub fn unsupported_settings(config: &PeftConfig) -> Vec<String> {
     }
     reasons.extend(keys::refused(&config.variants));
     reasons.extend(unsupported_init(&config.init_lora_weights));
+    if config.lora_bias && config.use_dora {
+        reasons.push("`lora_bias` is true beside `use_dora`: PEFT refuses the two".to_string());
+    }
     reasons.extend(contradicting_targets(config));
     reasons
 }
@@ -100,29 +95,21 @@ fn unsupported_init(init: &InitWeights) -> Option<String> {
     Some(format!("`init_lora_weights` is `{name}`: {why}"))
 }
 
-/// A low-rank factor of a LoRA pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Factor {
-    /// (r, in).
-    A,
-    /// (out, r).
-    B,
-}
-
-/// The module path and factor in a tensor's name, or the reason why it cannot be loaded.
-pub fn parse_tensor_name(name: &str) -> Result<(&str, Factor), &'static str> {
+/// The layer's path and the part in a tensor's name, or the reason why it cannot be loaded.
+pub fn parse_tensor_name(name: &str) -> Result<(&str, Part), &'static str> {
     let Some(inner) = name.strip_prefix(PREFIX) else {
         return Err(
             "its name does not begin with `base_model.model.`: it was not written by PEFT's save_pretrained",
         );
     };
-    for (suffix, half) in [(".lora_A.weight", Factor::A), (".lora_B.weight", Factor::B)] {
-        if let Some(path) = inner.strip_suffix(suffix).filter(|path| !path.is_empty()) {
+    for part in Part::ALL {
+        let path = inner.strip_suffix(part.suffix());
+        if let Some(path) = path.filter(|path| !path.is_empty()) {
             // Nested wrappers appear where one module has several LoRAs (target_parameters).
             return if path.ends_with(".base_layer") {
                 Err("LoRA on bare parameters is not supported")
             } else {
-                Ok((path, half))
+                Ok((path, part))
             };
         }
     }
@@ -132,13 +119,7 @@ pub fn parse_tensor_name(name: &str) -> Result<(&str, Factor), &'static str> {
 fn unsupported_tensor(inner: &str) -> &'static str {
     let has = |part: &str| inner.contains(part);
     let is_factor = has(".lora_A.") || has(".lora_B.");
-    if has(".lora_magnitude_vector") {
-        "a DoRA magnitude, which plain LoRA has not"
-    } else if has(".lora_embedding_") {
-        "LoRA on an embedding is not supported"
-    } else if is_factor && has(".bias") {
-        "a bias on a LoRA matrix is not supported"
-    } else if is_factor {
+    if is_factor {
         "the adapter's name is part of it: the file is a raw state dict; save it again with PEFT's save_pretrained"
     } else if has(".token_adapter.") {
         "trained token rows cannot be loaded"
@@ -149,7 +130,7 @@ fn unsupported_tensor(inner: &str) -> &'static str {
     } else if inner.ends_with(".bias") {
         "a trained bias is not supported"
     } else {
-        "a weight saved in full (as `modules_to_save` does), which cannot be loaded beside LoRA"
+        "a weight saved in full, which `modules_to_save` does not name"
     }
 }
 
@@ -162,28 +143,28 @@ mod tests {
         let name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
         assert_eq!(
             parse_tensor_name(name),
-            Ok(("model.layers.0.self_attn.q_proj", Factor::A))
+            Ok(("model.layers.0.self_attn.q_proj", Part::A))
         );
         assert_eq!(
             parse_tensor_name("base_model.model.x.lora_B.weight"),
-            Ok(("x", Factor::B))
+            Ok(("x", Part::B))
         );
+        for part in Part::ALL {
+            assert_eq!(parse_tensor_name(&part.name("x.y")), Ok(("x.y", part)));
+        }
     }
 
     #[test]
     fn other_tensors_are_refused_by_kind() {
         for (name, word) in [
             ("model.layers.0.q.lora_A.weight", "base_model.model."),
-            ("base_model.model.m.q.lora_magnitude_vector", "DoRA"),
-            ("base_model.model.m.q.lora_magnitude_vector.weight", "DoRA"),
+            (
+                "base_model.model.m.q.lora_magnitude_vector.weight",
+                "variant",
+            ),
             (
                 "base_model.model.m.q.lora_A.default.weight",
                 "raw state dict",
-            ),
-            ("base_model.model.m.q.lora_B.bias", "bias on a LoRA"),
-            (
-                "base_model.model.model.embed_tokens.lora_embedding_A",
-                "LoRA on an embedding",
             ),
             (
                 "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
@@ -234,11 +215,8 @@ mod tests {
         for (extra, word) in [
             (r#""r":0"#, "at least 1"),
             (r#""rank_pattern":{"q":0}"#, "at least 1"),
-            (r#""use_dora":true"#, "DoRA"),
-            (r#""lora_bias":true"#, "bias on B"),
+            (r#""use_dora":true,"lora_bias":true"#, "refuses the two"),
             (r#""use_qalora":true"#, "QALoRA"),
-            (r#""bias":"lora_only""#, "`bias` is `lora_only`"),
-            (r#""modules_to_save":["score"]"#, "score"),
             (r#""trainable_token_indices":[1]"#, "token rows"),
             (r#""target_parameters":["x"]"#, "experts"),
             (r#""alora_invocation_tokens":[1]"#, "activated"),

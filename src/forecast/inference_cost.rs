@@ -7,6 +7,7 @@ use super::inference::{
     Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year,
 };
 use super::subject::{Subject, Target, emissions};
+use crate::adapter::Adaptation;
 use crate::energy::{Charge, Interval, MeterKind, carbon};
 use crate::model::ModelShape;
 use crate::recipe::LargerModel;
@@ -64,8 +65,12 @@ pub fn request_too_long(subject: &Subject<'_>) -> Option<String> {
 pub fn inference_cost(subject: &Subject<'_>, fine_tuning: Joules, meter: MeterKind) -> Inference {
     let report = &subject.recipe.report;
     let prompt = report.prompt_tokens;
-    let base_shape =
-        ModelShape::with_adapters(subject.architecture, &[], false, subject.precision());
+    let base_shape = ModelShape::with_adapters(
+        subject.architecture,
+        &Adaptation::default(),
+        false,
+        subject.precision(),
+    );
     let base = request(subject, &base_shape, prompt);
     let mut models = vec![served(subject, ServedModel::Base, base)];
     match subject.target {

@@ -1,6 +1,6 @@
 //! The parts of a prepared run that its cost depends on.
 
-use crate::adapter::{LoadedAdapter, LoraConfig, Site};
+use crate::adapter::{Adaptation, LoadedAdapter, LoraConfig};
 use crate::data::{Counts, MicroBatch, Sampler};
 use crate::energy::{Budget, Grid, Interval, Phase, Profile, Rates, carbon};
 use crate::model::{Architecture, MemoryForecast, ModelShape};
@@ -15,8 +15,8 @@ pub enum Target {
     Lora {
         /// The recipe's settings, or those of the adapter that `init_from` names.
         settings: Box<LoraConfig>,
-        /// The adapted layers.
-        sites: Vec<Site>,
+        /// What they train.
+        adaptation: Adaptation,
         /// The adapter that `init_from` names.
         from: Option<Box<LoadedAdapter>>,
     },
@@ -28,7 +28,7 @@ impl Target {
     /// Trainable parameter count.
     pub fn parameters(&self, architecture: &Architecture) -> usize {
         match self {
-            Target::Lora { sites, .. } => sites.iter().map(Site::parameters).sum(),
+            Target::Lora { adaptation, .. } => adaptation.parameters(),
             Target::All => architecture.parameters() as usize,
         }
     }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use self::row_length::regrouped;
 use super::subject::{Subject, Target};
 use crate::adapter::targets::{check_ranks, select_matching};
-use crate::adapter::{LoraConfig, Site, Targets};
+use crate::adapter::{Adaptation, LoraConfig, Site, Targets};
 use crate::data::BatchShape;
 use crate::energy::{Charge, Profile};
 use crate::error::Result;
@@ -206,21 +206,18 @@ impl SensitivityTable<'_> {
         });
     }
 
-    fn sites(&self, settings: &LoraConfig) -> Result<Vec<Site>> {
-        let architecture = self.subject.architecture;
-        select_matching(
-            &architecture.modules(),
-            architecture.output_embedding(),
-            settings,
-        )
+    fn adaptation(&self, settings: &LoraConfig) -> Result<Adaptation> {
+        let layout = self.subject.architecture.layout();
+        let sites = select_matching(&layout.modules, &layout.output_embedding, settings)?;
+        Ok(Adaptation::new(&layout, settings, sites))
     }
 
-    fn with_sites(&self, sites: &[Site], precision: Precision) -> Result<Variant> {
+    fn with_adapter(&self, adaptation: &Adaptation, precision: Precision) -> Result<Variant> {
         let dropout = matches!(&self.subject.recipe.adapter, Adapter::Lora(lora) if lora.config.lora_dropout > 0.0);
         let architecture = self.subject.architecture;
         Ok(Variant {
-            shape: ModelShape::with_adapters(architecture, sites, dropout, precision),
-            trained: sites.iter().map(Site::parameters).sum(),
+            shape: ModelShape::with_adapters(architecture, adaptation, dropout, precision),
+            trained: adaptation.parameters(),
             ..self.recipe.clone()
         })
     }
@@ -252,11 +249,12 @@ impl SensitivityTable<'_> {
             rank_pattern: Vec::new(),
             ..settings
         };
-        let sites = self.sites(&settings)?;
-        if sites.is_empty() || check_ranks(&settings, &sites).is_err() {
+        let adaptation = self.adaptation(&settings)?;
+        let sites = &adaptation.sites;
+        if sites.is_empty() || check_ranks(&settings, sites).is_err() {
             return Ok(());
         }
-        let variant = self.with_sites(&sites, self.subject.precision())?;
+        let variant = self.with_adapter(&adaptation, self.subject.precision())?;
         self.add(kind, choice, set, &variant);
         Ok(())
     }
@@ -305,7 +303,7 @@ impl SensitivityTable<'_> {
                 target_modules: targets,
                 ..settings.clone()
             };
-            if !paths(self.sites(&other)?).eq(paths(self.sites(settings)?)) {
+            if !paths(self.adaptation(&other)?.sites).eq(paths(self.adaptation(settings)?.sites)) {
                 self.add_adapter(
                     "targets",
                     &choice,
@@ -326,7 +324,8 @@ impl SensitivityTable<'_> {
         let upper: Vec<usize> = (layers / 2..layers).collect();
         let names = &self.subject.architecture.names;
         let layer_of = |site: &Site| names.layer_of(&site.path);
-        let mut sites = self.sites(settings)?;
+        let mut adaptation = self.adaptation(settings)?;
+        let sites = &mut adaptation.sites;
         sites.retain(|site| layer_of(site).is_some_and(|layer| upper.contains(&layer)));
         if sites.is_empty() {
             return Ok(());
@@ -344,7 +343,7 @@ impl SensitivityTable<'_> {
             Targets::Regex(_) => Vec::new(),
         };
         let choice = format!("layers {} to {} of {layers}", upper[0], layers - 1);
-        let variant = self.with_sites(&sites, self.subject.precision())?;
+        let variant = self.with_adapter(&adaptation, self.subject.precision())?;
         self.add("layers", choice, set, &variant);
         Ok(())
     }
@@ -409,7 +408,7 @@ impl SensitivityTable<'_> {
                 continue;
             }
             let variant = match self.subject.target {
-                Target::Lora { sites, .. } => self.with_sites(sites, precision)?,
+                Target::Lora { adaptation, .. } => self.with_adapter(adaptation, precision)?,
                 Target::All => self.every_weight_in(precision)?,
             };
             let dtype = precision.as_str();

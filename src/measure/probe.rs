@@ -10,8 +10,7 @@ use half::{bf16, f16};
 use rand_chacha::rand_core::Rng;
 
 use super::machine::peak_rss;
-use crate::adapter::Site;
-use crate::adapter::unsupported::Factor;
+use crate::adapter::AdapterTensor;
 use crate::data::{Example, MicroBatch};
 use crate::energy::Profile;
 use crate::error::{Error, Kind, Result};
@@ -122,20 +121,14 @@ fn random_model(
 ) -> Result<TrainableModel> {
     let noise = Noise::new(settings.seed);
     match target {
-        Target::Lora { sites, .. } => {
+        Target::Lora { adaptation, .. } => {
             let precision = architecture.frozen_precision(settings.precision);
             let weight = |name: &str, shape: &[usize]| {
                 let tensor = noise.tensor(name, shape, precision, device)?;
                 Ok(Weight::frozen(tensor))
             };
-            let factors = |site: &Site, factor: Factor| {
-                let width = match factor {
-                    Factor::A => site.in_features,
-                    Factor::B => site.out_features,
-                };
-                Ok(repeat(&noise.0, site.r * width))
-            };
-            TrainableModel::with_adapters(architecture, sites, &weight, factors, device)
+            let values = |tensor: &AdapterTensor<'_>| Ok(noise.values(&tensor.name, &tensor.shape));
+            TrainableModel::with_adapters(architecture, adaptation, &weight, values, device)
         }
         Target::All => {
             let values = |_, slot: &Slot| Ok(noise.values(&slot.name, &slot.shape));

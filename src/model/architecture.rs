@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use super::linears::Linears;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
-use crate::adapter::Module;
+use crate::adapter::targets::ModuleKind;
+use crate::adapter::{ModelLayout, Module};
 use crate::ops::{Activation, Attention, NormKind, QueryScaling, Rope};
 use crate::work::Precision;
 
@@ -141,6 +142,13 @@ pub struct TensorShape {
     pub shape: Vec<usize>,
 }
 
+impl TensorShape {
+    /// Number of elements.
+    pub fn parameters(&self) -> u64 {
+        self.shape.iter().map(|n| *n as u64).product()
+    }
+}
+
 impl Architecture {
     /// Attention of block `layer`.
     pub(super) fn attention(&self, layer: usize) -> Attention {
@@ -247,23 +255,43 @@ impl Architecture {
         [self.names.lm_head, &embed_tokens].map(|path| format!("{path}.weight"))
     }
 
-    /// Every linear layer in model order, the output embedding last: what adapters can target.
+    /// What adapters can target, in model order: the input embedding, every linear layer, the output
+    /// embedding.
     pub fn modules(&self) -> Vec<Module> {
-        let mut modules = Vec::new();
+        let mut modules = vec![Module {
+            path: self.names.embed_tokens_path(),
+            out_features: self.hidden_size,
+            in_features: self.vocab_size,
+            kind: ModuleKind::Embedding,
+        }];
         for layer in 0..self.num_hidden_layers {
             let block = self.names.block_path(layer);
             modules.extend(self.linears().iter().map(|linear| Module {
                 path: format!("{block}.{}", linear.name),
                 out_features: linear.out_features,
                 in_features: linear.in_features,
+                kind: ModuleKind::Linear,
             }));
         }
         modules.push(Module {
             path: self.output_embedding().into(),
             out_features: self.vocab_size,
             in_features: self.hidden_size,
+            kind: ModuleKind::Linear,
         });
         modules
+    }
+
+    /// What an adapter can name of the model.
+    pub fn layout(&self) -> ModelLayout {
+        let tensors = self.tensors().into_iter();
+        ModelLayout {
+            modules: self.modules(),
+            input_embedding: self.names.embed_tokens_path(),
+            output_embedding: self.output_embedding().into(),
+            tied: self.tie_word_embeddings,
+            tensors: tensors.map(|tensor| (tensor.name, tensor.shape)).collect(),
+        }
     }
 
     /// Every tensor of the model in order; a tied output embedding is not listed.
@@ -308,10 +336,7 @@ impl Architecture {
 
     /// Parameters of all tensors.
     pub fn parameters(&self) -> u64 {
-        self.tensors()
-            .iter()
-            .map(|t| t.shape.iter().map(|n| *n as u64).product::<u64>())
-            .sum()
+        self.tensors().iter().map(TensorShape::parameters).sum()
     }
 
     /// Whether a layer's products take less time than synchronising the threads that would share

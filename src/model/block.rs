@@ -41,7 +41,7 @@ pub(super) struct Block {
 
 /// LoRA dropout of one step. A mask is a function of (seed, step, example, module), so
 /// recomputation, a resumed run and another batching draw the same one.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Dropout {
     /// Probability that an element is dropped.
     pub p: f64,
@@ -103,7 +103,7 @@ impl Block {
         let (attn_output, attention) =
             self.attention
                 .forward(pass.context, q, k, v, pass.segments)?;
-        let gate_gradients = BackwardNeeds::new(&self.trained_linears(), false, self.parallel).gate;
+        let gate_gradients = self.needs(false).gate;
         let (y, output) = self.output(pass, x, attn_output, gate_gradients)?;
         let saved = BlockSaved {
             qkv,
@@ -236,13 +236,18 @@ impl Block {
         }
     }
 
-    /// Which linear layers hold trained values.
-    pub(super) fn trained_linears(&self) -> Linears<bool> {
-        self.linears.map(Linear::needs_input)
+    /// The gradients to compute; a trained norm needs all of them.
+    fn needs(&self, input_gradient: bool) -> BackwardNeeds {
+        let branches = [&self.attention_branch, &self.mlp_branch];
+        let mut qk_norms = [&self.q_norm, &self.k_norm].into_iter().flatten();
+        let norm = branches.iter().any(|branch| branch.is_trained())
+            || qk_norms.any(|norm| norm.is_trained());
+        let linears = self.linears.map(Linear::is_trained);
+        BackwardNeeds::new(&linears, input_gradient || norm, self.parallel)
     }
 
-    /// dy (N, C) -> dx (N, C) if `input_gradient`; adds the gradients of trained weights. Ends as
-    /// soon as no earlier layer is trained.
+    /// dy (N, C) -> dx (N, C) if `input_gradient` or a norm is trained; adds the gradients of
+    /// trained weights. Ends as soon as no earlier layer is trained.
     pub(super) fn backward(
         &self,
         pass: &Pass<'_>,
@@ -251,7 +256,7 @@ impl Block {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<Option<Tensor>> {
-        let needs = BackwardNeeds::new(&self.trained_linears(), input_gradient, self.parallel);
+        let needs = self.needs(input_gradient);
         let below_mlp = self.feed_forward_backward(pass, dy, &saved.output, needs, gradients)?;
         // What attention's output is added to: in a parallel block y itself.
         let d_sum = if self.parallel {
@@ -412,26 +417,36 @@ impl Block {
         path: &str,
         x: &LinearInput,
     ) -> Option<DropoutMask> {
-        let dropout = pass.dropout.filter(|_| linear.lora.is_some())?;
-        let ranges = pass.segments.ranges();
-        let (rows, width) = x.shape();
+        let masked = pass.dropout.is_some() && linear.lora.is_some();
+        masked.then(|| pass.mask(path, x.shape(), |row| row))
+    }
+}
+
+impl Pass<'_> {
+    /// The dropout mask of the input (rows, width) of the adapter on the layer `path`; `position`
+    /// returns the token of a row. Without dropout nothing is dropped.
+    pub(super) fn mask(
+        &self,
+        path: &str,
+        (rows, width): (usize, usize),
+        position: impl Fn(usize) -> usize + Sync,
+    ) -> DropoutMask {
+        let dropout = self.dropout.unwrap_or_default();
+        let ranges = self.segments.ranges();
         let stream = |example: &u64| {
             let key = [dropout.step, *example];
             random::stream(dropout.seed, Purpose::Dropout, &key, path)
         };
-        let streams: Vec<_> = pass.examples.iter().map(stream).collect();
-        Some(DropoutMask::sample(
-            (rows, width),
-            dropout.p,
-            |row, words| {
-                let segment = ranges.partition_point(|range| range.end <= row);
-                let mut stream = streams[segment].clone();
-                stream.set_word_pos(((row - ranges[segment].start) * width) as u128);
-                for word in words {
-                    *word = stream.next_u32();
-                }
-            },
-        ))
+        let streams: Vec<_> = self.examples.iter().map(stream).collect();
+        DropoutMask::sample((rows, width), dropout.p, |row, words| {
+            let token = position(row);
+            let segment = ranges.partition_point(|range| range.end <= token);
+            let mut stream = streams[segment].clone();
+            stream.set_word_pos(((token - ranges[segment].start) * width) as u128);
+            for word in words {
+                *word = stream.next_u32();
+            }
+        })
     }
 }
 

@@ -6,15 +6,16 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use super::architecture::{Architecture, LinearSpec};
+use super::architecture::{Architecture, LinearSpec, TensorShape};
 use super::backward::{BackwardNeeds, BackwardRange};
 use super::linears::Linears;
 use super::residual::{BranchNorms, BranchShape};
-use crate::adapter::Site;
+use crate::adapter::{Adaptation, Site};
 use crate::ops::{
-    LinearShape, LmHeadShape, attention_backward_cost, attention_decode_cost,
+    LinearShape, LmHeadShape, LoraShape, attention_backward_cost, attention_decode_cost,
     attention_forward_cost, columns_cost, dtype, embedding_backward_cost, embedding_cost,
-    norm_backward_cost, norm_cost, residual_cost, rope_cost, scale_cost,
+    lora_embedding_backward_cost, lora_embedding_cost, norm_backward_cost, norm_cost,
+    residual_cost, rope_cost, scale_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -65,69 +66,184 @@ impl<'a> Rows<'a> {
 #[derive(Debug, Clone)]
 pub struct ModelShape {
     architecture: Architecture,
-    /// Rank of the adapter on each linear layer, by block.
-    ranks: Vec<Linears<Option<usize>>>,
+    /// What is trained of each block.
+    blocks: Vec<TrainedBlock>,
     /// For each block the first one that does the same work.
     alike: Vec<usize>,
-    all_trained: bool,
+    embedding_trained: bool,
+    embedding_lora: Option<LoraShape>,
+    head_lora: Option<LoraShape>,
+    norm_trained: bool,
+    head_trained: bool,
+    /// Parameters of the weights that are not trained.
+    frozen: u64,
     dropout: bool,
     precision: Precision,
 }
 
-impl ModelShape {
-    /// The shape with adapters on `sites`.
-    pub fn with_adapters(
-        architecture: &Architecture,
-        sites: &[Site],
-        dropout: bool,
-        precision: Precision,
-    ) -> Self {
-        let by_path: HashMap<&str, usize> = sites
-            .iter()
-            .map(|site| (site.path.as_str(), site.r))
-            .collect();
-        let linears = architecture.linears();
-        let rank = |block: &str, linear: &LinearSpec| {
-            let path = format!("{block}.{}", linear.name);
-            by_path.get(path.as_str()).copied()
-        };
-        let ranks = (0..architecture.num_hidden_layers)
-            .map(|layer| architecture.names.block_path(layer))
-            .map(|block| linears.map(|linear| rank(&block, linear)))
-            .collect();
-        Self::new(architecture, ranks, false, dropout, precision)
+/// What is trained of a block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct TrainedBlock {
+    linears: Linears<TrainedLinear>,
+    /// The norms before and after attention.
+    attention_norms: [bool; 2],
+    /// The norms before and after the MLP.
+    mlp_norms: [bool; 2],
+    /// The norms of q and k.
+    qk_norms: [bool; 2],
+}
+
+/// What is trained of a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct TrainedLinear {
+    lora: Option<LoraShape>,
+    weight: bool,
+    bias: bool,
+}
+
+impl TrainedLinear {
+    fn any(self) -> bool {
+        self.lora.is_some() || self.weight || self.bias
+    }
+}
+
+impl TrainedBlock {
+    fn any_norm(&self) -> bool {
+        let norms = [self.attention_norms, self.mlp_norms, self.qk_norms];
+        norms.as_flattened().contains(&true)
     }
 
-    /// The shape with adapters of these ranks, by block, or with every weight trained.
-    pub(super) fn new(
+    fn any(&self) -> bool {
+        self.any_norm() || self.linears.iter().any(|linear| linear.any())
+    }
+}
+
+/// Whether both embeddings of the adapted model read one tensor.
+pub(super) fn is_tied(architecture: &Architecture, adaptation: &Adaptation) -> bool {
+    let tensors = architecture.tied_tensors();
+    let copied = tensors.iter().any(|tensor| adaptation.trains(tensor));
+    architecture.tie_word_embeddings && !(adaptation.unties && copied)
+}
+
+/// What is trained of a model, by name.
+pub(super) struct TrainedNames<'a> {
+    /// The adapter on the layer of this path.
+    pub(super) lora: &'a dyn Fn(&str) -> Option<LoraShape>,
+    /// Whether the tensor of this name is trained.
+    pub(super) weight: &'a dyn Fn(&str) -> bool,
+    /// Whether the output embedding is the input embedding's tensor.
+    pub(super) tied: bool,
+}
+
+impl TrainedNames<'_> {
+    /// Whether the weight or the bias of a norm is trained.
+    fn norm(&self, path: &str) -> bool {
+        (self.weight)(&format!("{path}.weight")) || (self.weight)(&format!("{path}.bias"))
+    }
+
+    fn block(&self, architecture: &Architecture, layer: usize) -> TrainedBlock {
+        let path = architecture.names.block_path(layer);
+        let weight = |name: &str| (self.weight)(&format!("{path}.{name}.weight"));
+        let norm =
+            |name: Option<&str>| name.is_some_and(|name| self.norm(&format!("{path}.{name}")));
+        let norms = |norms: BranchNorms| [norm(norms.input), norm(norms.output)];
+        let linear = |linear: &LinearSpec| TrainedLinear {
+            lora: (self.lora)(&format!("{path}.{}", linear.name)),
+            weight: weight(linear.name),
+            bias: linear.bias && (self.weight)(&format!("{path}.{}.bias", linear.name)),
+        };
+        let qk_norm = |name: &'static str| norm(architecture.qk_norm.map(|_| name));
+        TrainedBlock {
+            linears: architecture.linears().map(linear),
+            attention_norms: norms(architecture.attention_norms),
+            mlp_norms: norms(architecture.mlp_norms),
+            qk_norms: ["self_attn.q_norm", "self_attn.k_norm"].map(qk_norm),
+        }
+    }
+}
+
+impl ModelShape {
+    /// The shape of a model that `adaptation` adapts.
+    pub fn with_adapters(
         architecture: &Architecture,
-        ranks: Vec<Linears<Option<usize>>>,
-        all_trained: bool,
+        adaptation: &Adaptation,
         dropout: bool,
         precision: Precision,
     ) -> Self {
+        let lora = |site: &Site| LoraShape {
+            r: site.r,
+            bias: adaptation.lora_bias,
+            magnitude: adaptation.use_dora,
+        };
+        let sites = adaptation.sites.iter();
+        let adapters: HashMap<&str, LoraShape> =
+            sites.map(|site| (site.path.as_str(), lora(site))).collect();
+        let trained = TrainedNames {
+            lora: &|path| adapters.get(path).copied(),
+            weight: &|tensor| adaptation.trains(tensor),
+            tied: is_tied(architecture, adaptation),
+        };
+        Self::new(architecture, &trained, dropout, precision)
+    }
+
+    /// The shape with every weight trained.
+    pub fn fully_trained(architecture: &Architecture, precision: Precision) -> Self {
+        let trained = TrainedNames {
+            lora: &|_| None,
+            weight: &|_| true,
+            tied: architecture.tie_word_embeddings,
+        };
+        Self::new(architecture, &trained, false, precision)
+    }
+
+    pub(super) fn new(
+        architecture: &Architecture,
+        trained: &TrainedNames<'_>,
+        dropout: bool,
+        precision: Precision,
+    ) -> Self {
+        let blocks: Vec<_> = (0..architecture.num_hidden_layers)
+            .map(|layer| trained.block(architecture, layer))
+            .collect();
         let alike = |layer: usize| {
             let same = |other: &usize| {
-                let [a, b] = [layer, *other].map(|i| (architecture.layers[i], &ranks[i]));
+                let [a, b] = [layer, *other].map(|i| (architecture.layers[i], &blocks[i]));
                 a == b
             };
             (0..layer).find(same).unwrap_or(layer)
         };
+        let [head, table] = architecture.tied_tensors();
+        let mut tensors = architecture.tensors();
+        if architecture.tie_word_embeddings && !trained.tied {
+            tensors.push(TensorShape {
+                name: head.clone(),
+                shape: vec![architecture.vocab_size, architecture.hidden_size],
+            });
+        }
+        let frozen = tensors
+            .iter()
+            .filter(|tensor| !(trained.weight)(&tensor.name));
         Self {
+            alike: (0..blocks.len()).map(alike).collect(),
+            blocks,
+            embedding_trained: (trained.weight)(&table),
+            norm_trained: trained.norm(&architecture.names.norm_path()),
+            embedding_lora: (trained.lora)(&architecture.names.embed_tokens_path()),
+            head_lora: (trained.lora)(architecture.names.lm_head),
+            head_trained: (trained.weight)(if trained.tied { &table } else { &head }),
+            frozen: frozen.map(TensorShape::parameters).sum(),
             architecture: architecture.clone(),
-            alike: (0..ranks.len()).map(alike).collect(),
-            ranks,
-            all_trained,
             dropout,
             precision,
         }
     }
 
-    /// The shape with every weight trained.
-    pub fn fully_trained(architecture: &Architecture, precision: Precision) -> Self {
+    /// The same model for products in `precision`, with LoRA dropout or without.
+    pub(super) fn with_pass(&self, precision: Precision, dropout: bool) -> Self {
         Self {
-            all_trained: true,
-            ..Self::with_adapters(architecture, &[], false, precision)
+            precision,
+            dropout,
+            ..self.clone()
         }
     }
 
@@ -137,12 +253,12 @@ impl ModelShape {
     }
 
     /// The blocks that the backward pass visits.
-    fn backward_range(&self) -> BackwardRange {
-        let trained = self
-            .ranks
-            .iter()
-            .map(|ranks| ranks.iter().any(Option::is_some));
-        BackwardRange::new(trained, self.all_trained)
+    pub(super) fn backward_range(&self) -> BackwardRange {
+        let trained = self.blocks.iter().map(TrainedBlock::any);
+        BackwardRange::new(
+            trained,
+            self.embedding_trained || self.embedding_lora.is_some(),
+        )
     }
 
     /// The number of blocks that the backward pass visits.
@@ -155,9 +271,22 @@ impl ModelShape {
         self.precision
     }
 
-    /// Whether the weights are trained, rather than adapters on them.
-    pub fn all_trained(&self) -> bool {
-        self.all_trained
+    /// Parameters of the weights that are not trained.
+    pub(super) fn frozen_parameters(&self) -> u64 {
+        self.frozen
+    }
+
+    /// Whether an adapter has DoRA's magnitudes.
+    pub(super) fn has_magnitudes(&self) -> bool {
+        let linears = self.blocks.iter().map(|block| &block.linears);
+        let mut in_blocks = linears.flat_map(Linears::iter);
+        in_blocks.any(|linear| linear.lora.is_some_and(|lora| lora.magnitude))
+            || self.head_lora.is_some_and(|lora| lora.magnitude)
+    }
+
+    /// Whether the input and the output embedding are trained in full.
+    pub(super) fn trained_embeddings(&self) -> [bool; 2] {
+        [self.embedding_trained, self.head_trained]
     }
 
     /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute
@@ -180,7 +309,13 @@ impl ModelShape {
             } else {
                 0
             };
-            shape.r.map_or(0, |r| r + mask)
+            // DoRA saves the result before the magnitude.
+            let magnitude = if shape.magnitude {
+                shape.out_features
+            } else {
+                0
+            };
+            shape.r.map_or(0, |r| r + mask + magnitude)
         };
         let shapes = self.linears(layer, tokens, self.dropout);
         let words: usize = shapes.iter().map(adapter).sum();
@@ -199,17 +334,20 @@ impl ModelShape {
 
     /// Shapes of the linear layers of block `layer` for `tokens` rows.
     fn linears(&self, layer: usize, tokens: usize, dropout: bool) -> Linears<LinearShape> {
-        let mut ranks = self.ranks[layer].iter();
+        let mut trained = self.blocks[layer].linears.iter();
         self.architecture.linears().map(|linear| {
-            let r = ranks.next().copied().flatten();
+            let trained = trained.next().copied().unwrap_or_default();
             LinearShape {
                 tokens,
                 in_features: linear.in_features,
                 out_features: linear.out_features,
-                r,
+                r: trained.lora.map(|lora| lora.r),
+                lora_bias: trained.lora.is_some_and(|lora| lora.bias),
+                magnitude: trained.lora.is_some_and(|lora| lora.magnitude),
                 bias: linear.bias,
-                trained: self.all_trained,
-                dropout: dropout && r.is_some(),
+                trained: trained.weight,
+                bias_trained: trained.bias,
+                dropout: dropout && trained.lora.is_some(),
             }
         })
     }
@@ -228,8 +366,8 @@ impl ModelShape {
             .iter()
             .map(|shape| shape.forward_cost(self.precision))
             .sum();
-        for branch in [a.attention_norms, a.mlp_norms] {
-            work += &self.branch(n, branch).forward_cost();
+        for branch in self.branches(layer, n) {
+            work += &branch.forward_cost();
         }
         if a.qk_norm.is_some() {
             work += &(norm_cost(a.norm_kind, n, q) + norm_cost(a.norm_kind, n, kv));
@@ -249,16 +387,21 @@ impl ModelShape {
         cost(q) + cost(kv)
     }
 
-    /// Attention or feed-forward layers' part around them, for `tokens` rows.
-    fn branch(&self, tokens: usize, norms: BranchNorms) -> BranchShape {
-        BranchShape {
+    /// The parts around attention and around the feed-forward layers, for `tokens` rows.
+    fn branches(&self, layer: usize, tokens: usize) -> [BranchShape; 2] {
+        let (a, block) = (&self.architecture, &self.blocks[layer]);
+        let branch = |norms: BranchNorms, trained: [bool; 2]| BranchShape {
             tokens,
-            hidden: self.architecture.hidden_size,
+            hidden: a.hidden_size,
             norms,
-            norm_kind: self.architecture.norm_kind,
-            factor: self.architecture.residual_factor,
-            trained: self.all_trained,
-        }
+            norm_kind: a.norm_kind,
+            factor: a.residual_factor,
+            trained,
+        };
+        [
+            branch(a.attention_norms, block.attention_norms),
+            branch(a.mlp_norms, block.mlp_norms),
+        ]
     }
 
     /// `input`: whether the gradient of the block's input is needed.
@@ -268,9 +411,9 @@ impl ModelShape {
         let (q, kv) = self.head_widths();
         let shapes = self.linears(layer, n, self.dropout);
         let trained = self.trained_linears(layer);
-        let needs = BackwardNeeds::new(&trained, input, a.parallel);
+        let needs = self.needs(layer, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
-        let [attention, mlp] = [a.attention_norms, a.mlp_norms].map(|norms| self.branch(n, norms));
+        let [attention, mlp] = self.branches(layer, n);
         let mut work = mlp.output_backward_cost() + linear(&shapes.down, needs.gate);
         // The input of a trained layer is recomputed from what was saved.
         if trained.down {
@@ -298,9 +441,9 @@ impl ModelShape {
                 work += &self.rope_cost(rope, n);
             }
             if a.qk_norm.is_some() {
-                let cost =
-                    |width: usize| norm_backward_cost(a.norm_kind, n, width, self.all_trained);
-                work += &(cost(q) + cost(kv));
+                let [q_norm, k_norm] = self.blocks[layer].qk_norms;
+                work += &norm_backward_cost(a.norm_kind, n, q, q_norm);
+                work += &norm_backward_cost(a.norm_kind, n, kv, k_norm);
             }
             work += &fused_cost(&shapes.qkv, 3);
             work += &self.inputs_backward(&shapes.qkv, needs.input);
@@ -332,14 +475,19 @@ impl ModelShape {
             loss_tokens,
             hidden,
             vocab,
-            trained: self.all_trained,
+            trained: self.head_trained,
+            lora: self.head_lora,
+            dropout: false,
             softcap: self.architecture.logits_softcap.is_some(),
         }
     }
 
     fn embed_cost(&self, tokens: usize) -> Work {
         let a = &self.architecture;
+        let lora = self.embedding_lora.map(|lora| lora.r);
+        let lora = lora.map(|r| lora_embedding_cost(tokens, a.hidden_size, r));
         embedding_cost(tokens, a.hidden_size)
+            + lora.unwrap_or_default()
             + scale_cost(tokens, a.hidden_size, a.embedding_factor(self.precision))
     }
 
@@ -373,7 +521,14 @@ impl ModelShape {
 
     /// Which linear layers of block `layer` are trained.
     fn trained_linears(&self, layer: usize) -> Linears<bool> {
-        self.ranks[layer].map(|rank| rank.is_some() || self.all_trained)
+        self.blocks[layer].linears.map(|linear| linear.any())
+    }
+
+    /// The gradients of block `layer`; a trained norm needs all of them.
+    fn needs(&self, layer: usize, input: bool) -> BackwardNeeds {
+        let any_norm = self.blocks[layer].any_norm();
+        let trained = self.trained_linears(layer);
+        BackwardNeeds::new(&trained, input || any_norm, self.architecture.parallel)
     }
 
     /// Work of the losses of one micro-batch; `segments`: the length of each.
@@ -409,12 +564,7 @@ impl ModelShape {
         let forward = (0..self.architecture.num_hidden_layers).chain(recomputed);
         let reaches_attention = |layer: &usize| {
             let input = backward.needs_input_gradient(*layer);
-            BackwardNeeds::new(
-                &self.trained_linears(*layer),
-                input,
-                self.architecture.parallel,
-            )
-            .qkv
+            self.needs(*layer, input).qkv
         };
         let attention = |layer| self.architecture.attention(layer);
         let forward = self.counted(forward).into_iter().map(|(layer, count)| {
@@ -432,14 +582,16 @@ impl ModelShape {
     /// The part of [`ModelShape::training`] that depends on the number of losses alone.
     pub fn losses_training(&self, loss_tokens: usize) -> Work {
         let a = &self.architecture;
-        let is_walked = !self.backward_range().is_empty();
+        let below_head = !self.backward_range().is_empty() || self.norm_trained;
+        let head = LmHeadShape {
+            dropout: self.dropout && self.head_lora.is_some(),
+            ..self.head(loss_tokens)
+        };
         let mut work = self.final_norm(loss_tokens);
-        work += &self
-            .head(loss_tokens)
-            .backward_cost(self.precision, is_walked);
-        if is_walked {
+        work += &head.backward_cost(self.precision, below_head);
+        if below_head {
             let c = a.hidden_size;
-            work += &norm_backward_cost(a.norm_kind, loss_tokens, c, self.all_trained);
+            work += &norm_backward_cost(a.norm_kind, loss_tokens, c, self.norm_trained);
         }
         work
     }
@@ -472,7 +624,13 @@ impl ModelShape {
         }
         if backward.embedding {
             work += &scale_cost(n, c, self.architecture.embedding_factor(self.precision));
-            work += &embedding_backward_cost(n, c, self.architecture.vocab_size);
+            let v = self.architecture.vocab_size;
+            if self.embedding_trained {
+                work += &embedding_backward_cost(n, c, v);
+            }
+            if let Some(lora) = self.embedding_lora {
+                work += &lora_embedding_backward_cost(n, c, lora.r, v);
+            }
         }
         work
     }

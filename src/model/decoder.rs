@@ -1,24 +1,31 @@
 //! The decoder: embedding, blocks, norm, head; losses, and gradients by visiting the blocks in
 //! reverse.
 
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 
 use super::architecture::{Architecture, LinearSpec};
 use super::backward::BackwardRange;
 use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
-use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
+use super::cost::{ModelShape, Recompute, TrainedNames, gather_cost, scatter_cost};
 use super::kv_cache::KvCache;
 use super::residual::{BranchNorms, ResidualBranch};
 use crate::error::{Error, Result};
 use crate::ops::{
-    Context, Gradients, Linear, LmHead, Lora, Norm, Rope, RopeTables, Segments, Weight, embedding,
-    embedding_backward, gather_rows, par_map, scale, scatter_rows,
+    Context, Gradients, Linear, LmHead, Lora, LoraShape, Norm, Rope, RopeTables, Segments, Weight,
+    embedding, embedding_backward, gather_rows, lora_embedding, lora_embedding_backward, par_map,
+    scale, scatter_rows,
 };
 use crate::work::{Precision, Work, WorkCounter};
 
 /// Where a decoder's tensors come from.
 pub struct WeightSource<'a> {
+    /// Whether the output embedding is the input embedding's tensor.
+    pub tied: bool,
     /// A weight, frozen or trained, by its tensor's name and shape.
     pub weight: &'a dyn Fn(&str, &[usize]) -> Result<Weight>,
     /// The adapter on a linear layer, if it is a target, by the layer's path.
@@ -31,11 +38,43 @@ struct Builder<'a> {
     source: &'a WeightSource<'a>,
     /// Whether weights stay packed for products.
     keep_packed: bool,
+    /// The tensors that are trained, so far.
+    trained: RefCell<BTreeSet<String>>,
+    /// The adapters by path, so far.
+    adapters: RefCell<BTreeMap<String, LoraShape>>,
 }
 
 impl Builder<'_> {
+    fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        let weight = (self.source.weight)(name, shape)?;
+        if weight.is_trained() {
+            self.trained.borrow_mut().insert(name.to_string());
+        }
+        Ok(weight)
+    }
+
+    fn lora(&self, path: &str) -> Result<Option<Lora>> {
+        let lora = (self.source.lora)(path)?;
+        if let Some(lora) = &lora {
+            let shape = lora.shape()?;
+            self.adapters.borrow_mut().insert(path.to_string(), shape);
+        }
+        Ok(lora)
+    }
+
+    /// What is trained of the tensors built so far.
+    fn shape(&self) -> ModelShape {
+        let (trained, adapters) = (self.trained.borrow(), self.adapters.borrow());
+        let trained = TrainedNames {
+            lora: &|path| adapters.get(path).copied(),
+            weight: &|name| trained.contains(name),
+            tied: self.source.tied,
+        };
+        ModelShape::new(self.architecture, &trained, false, Precision::F32)
+    }
+
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight> {
-        let weight = (self.source.weight)(name, &shape)?;
+        let weight = self.weight(name, &shape)?;
         Ok(if self.keep_packed {
             weight.with_packed_cache()
         } else {
@@ -52,7 +91,7 @@ impl Builder<'_> {
     /// The norm of rows of `width` elements.
     fn norm(&self, name: &str, width: usize) -> Result<Norm> {
         let a = self.architecture;
-        let tensor = |part| (self.source.weight)(&format!("{name}.{part}"), &[width]);
+        let tensor = |part| self.weight(&format!("{name}.{part}"), &[width]);
         Ok(Norm {
             kind: a.norm_kind,
             weight: tensor("weight")?,
@@ -68,12 +107,12 @@ impl Builder<'_> {
         let shape = [spec.out_features, spec.in_features];
         let bias = spec
             .bias
-            .then(|| (self.source.weight)(&format!("{path}.bias"), &[spec.out_features]))
+            .then(|| self.weight(&format!("{path}.bias"), &[spec.out_features]))
             .transpose()?;
         Ok(Linear {
             weight: self.matrix(&format!("{path}.weight"), shape)?,
             bias,
-            lora: (self.source.lora)(&path)?,
+            lora: self.lora(&path)?,
         })
     }
 
@@ -115,12 +154,15 @@ impl Builder<'_> {
 pub struct Decoder {
     architecture: Architecture,
     embed_tokens: Weight,
+    embed_lora: Option<Lora>,
     blocks: Vec<Block>,
     norm: Norm,
     head: LmHead,
     device: Device,
     /// Whether threads take shards of a batch.
     data_parallel: bool,
+    /// What is trained.
+    shape: ModelShape,
     backward: BackwardRange,
 }
 
@@ -157,32 +199,39 @@ impl Decoder {
             architecture,
             source,
             keep_packed: data_parallel,
+            trained: RefCell::default(),
+            adapters: RefCell::default(),
         };
         let [lm_head, embed_tokens] = architecture.tied_tensors();
         let embed_tokens = builder.vocabulary_matrix(&embed_tokens)?;
         let blocks = (0..architecture.num_hidden_layers)
             .map(|layer| builder.block(layer))
             .collect::<Result<Vec<_>>>()?;
-        let weight = if architecture.tie_word_embeddings {
+        let weight = if source.tied {
             embed_tokens.clone()
         } else {
             builder.vocabulary_matrix(&lm_head)?
         };
-        let trained = blocks
-            .iter()
-            .map(|block| block.trained_linears().iter().any(|trained| *trained));
+        let names = &architecture.names;
+        let norm = builder.norm(&names.norm_path(), architecture.hidden_size)?;
+        let head = LmHead {
+            weight,
+            softcap: architecture.logits_softcap,
+            lora: builder.lora(names.lm_head)?,
+        };
+        let embed_lora = builder.lora(&names.embed_tokens_path())?;
+        let shape = builder.shape();
         Ok(Self {
-            backward: BackwardRange::new(trained, embed_tokens.is_trained()),
+            backward: shape.backward_range(),
+            shape,
             architecture: architecture.clone(),
             norm: Norm {
                 factor: architecture.logits_factor,
-                ..builder.norm(&architecture.names.norm_path(), architecture.hidden_size)?
+                ..norm
             },
-            head: LmHead {
-                weight,
-                softcap: architecture.logits_softcap,
-            },
+            head,
             embed_tokens,
+            embed_lora,
             blocks,
             device: device.clone(),
             data_parallel,
@@ -239,7 +288,10 @@ impl Decoder {
 
     /// ids (N) -> (N, C).
     fn embed(&self, context: Context<'_>, ids: &Tensor) -> Result<Tensor> {
-        let x = embedding(context, ids, &self.embed_tokens)?;
+        let mut x = embedding(context, ids, &self.embed_tokens)?;
+        if let Some(lora) = &self.embed_lora {
+            x = lora_embedding(context, ids, &x, lora)?;
+        }
         let factor = self.architecture.embedding_factor(context.precision);
         scale(context, &x, factor)
     }
@@ -308,7 +360,8 @@ impl Decoder {
             return self.shard_losses(context, batch);
         }
         let work = self
-            .shape(context.precision, false)?
+            .shape
+            .with_pass(context.precision, false)
             .evaluation(&batch.lengths(), batch.loss_tokens());
         let losses = data_parallel(context, &shards, work, |context, shard| {
             self.shard_losses(context, shard)
@@ -338,7 +391,8 @@ impl Decoder {
         if shards.is_empty() {
             return self.forward_backward(context, batch, options, gradients);
         }
-        let shape = self.shape(context.precision, options.dropout.is_some())?;
+        let dropout = options.dropout.is_some();
+        let shape = self.shape.with_pass(context.precision, dropout);
         let work = shape.training(&batch.lengths(), batch.loss_tokens(), options.recompute);
         let results = data_parallel(context, &shards, work, |context, shard| {
             let mut gradients = gradients.empty_like();
@@ -355,9 +409,9 @@ impl Decoder {
 
     /// Splits a batch for data parallelism; empty if not split. Not split if a shard would have no
     /// loss token: it would have no backward pass, and the work would differ from the whole
-    /// batch's.
+    /// batch's; nor with DoRA, whose norms every shard would compute.
     fn shards(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<Batch>> {
-        if !self.data_parallel || context.reference {
+        if !self.data_parallel || context.reference || self.shape.has_magnitudes() {
             return Ok(Vec::new());
         }
         let mut shards = batch.split()?;
@@ -365,23 +419,6 @@ impl Decoder {
             shards.clear();
         }
         Ok(shards)
-    }
-
-    /// The shape for cost functions: which weights are trained, and with which adapters.
-    fn shape(&self, precision: Precision, dropout: bool) -> Result<ModelShape> {
-        let rank = |linear: &Linear| Ok(linear.shape(0, false)?.r);
-        let ranks = self
-            .blocks
-            .iter()
-            .map(|block| block.linears.try_map(rank))
-            .collect::<Result<_>>()?;
-        Ok(ModelShape::new(
-            &self.architecture,
-            ranks,
-            self.embed_tokens.is_trained(),
-            dropout,
-            precision,
-        ))
     }
 
     fn forward_backward(
@@ -397,17 +434,34 @@ impl Decoder {
         let selected = self.gather_loss_rows(context, &x, batch)?;
         drop(x);
         let (h, norm) = self.norm.forward(context, &selected)?;
-        let (losses, dh) = self.head.forward_backward(
+        let below_head = !self.backward.is_empty() || self.norm.is_trained();
+        let positions: Vec<u32> = match &self.head.lora {
+            Some(_) => batch.loss_positions.to_vec1()?,
+            None => Vec::new(),
+        };
+        let masks = |rows: Range<usize>| {
+            let positions = &positions[rows];
+            let shape = (positions.len(), self.architecture.hidden_size);
+            pass.mask(self.architecture.names.lm_head, shape, |row| {
+                positions[row] as usize
+            })
+        };
+        let masked = pass.dropout.is_some() && self.head.lora.is_some();
+        let (losses, dh) = self.head.forward_backward_masked(
             context,
             &h,
             &batch.targets,
             options.scale,
-            !self.backward.is_empty(),
+            below_head,
+            masked.then_some(&masks as _),
             gradients,
         )?;
         if let Some(dh) = dh {
             let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
             drop((selected, h, norm, dh));
+            if self.backward.is_empty() {
+                return Ok(losses);
+            }
             let dx = self.scatter_loss_rows(context, &dx, batch, tokens)?;
             self.backward_blocks(&pass, dx, saved, &batch.ids, gradients)?;
         }
@@ -462,7 +516,12 @@ impl Decoder {
         if self.backward.embedding {
             let factor = self.architecture.embedding_factor(pass.context.precision);
             let dx = scale(pass.context, &dx, factor)?;
-            embedding_backward(pass.context, ids, &dx, &self.embed_tokens, gradients)?;
+            if self.embed_tokens.is_trained() {
+                embedding_backward(pass.context, ids, &dx, &self.embed_tokens, gradients)?;
+            }
+            if let Some(lora) = &self.embed_lora {
+                lora_embedding_backward(pass.context, ids, &dx, lora, gradients)?;
+            }
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The linear layers of a block.
 
 /// One value for each linear layer of a block, such as a layer, its saved tensors or its shape.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Linears<T> {
     /// q, k and v; or one layer with the columns of all three.
     pub(super) qkv: Vec<T>,

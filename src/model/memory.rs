@@ -58,7 +58,6 @@ pub fn forecast_memory(
     let activations = activations(shape, tokens, recompute);
     let mut logits = LOGITS;
     let mut table_gradients = 0;
-    let mut weights = 0;
     // Packed forms are f32, or three planes of bf16; each shard of a batch has gradients until they
     // are summed.
     let (packed, shards) = if a.is_small() {
@@ -66,15 +65,18 @@ pub fn forecast_memory(
     } else {
         (0, 1)
     };
-    if shape.all_trained() {
-        // A chunk is as large as the gradient of the table, which is the sum of the head's and the
-        // embedding's: three at once, of which one stays.
+    let [embedding_trained, head_trained] = shape.trained_embeddings();
+    if head_trained {
+        // A chunk is as large as the gradient of the table.
         logits = LOGITS.max(4 * table);
-        table_gradients = 8 * table;
-    } else {
-        let stored = dtype(a.frozen_precision(shape.precision())).size_in_bytes() as u64;
-        weights = a.parameters() * (stored + packed);
     }
+    if embedding_trained || head_trained {
+        // The sum of the head's and the embedding's, or of chunks: three at once, of which one
+        // stays.
+        table_gradients = 8 * table;
+    }
+    let stored = dtype(a.frozen_precision(shape.precision())).size_in_bytes() as u64;
+    let weights = shape.frozen_parameters() * (stored + packed);
     let short_lived = logits.min(4 * n * a.vocab_size as u64) + 4 * n * (4 * f + 4 * c);
     let temporaries = short_lived + (activations + short_lived) / SLACK + table_gradients;
     // Gradients are concatenated for the optimizer after the activations are freed, in fragments
@@ -120,7 +122,8 @@ pub fn least_recompute(shape: &ModelShape, trained: u64, tokens: usize, free: By
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::Site;
+    use crate::adapter::targets::ModuleKind;
+    use crate::adapter::{Adaptation, Site};
     use crate::model::Architecture;
     use crate::work::Precision;
 
@@ -152,10 +155,12 @@ mod tests {
                 r: 16,
                 lora_alpha: 32.0,
                 scaling: 2.0,
+                kind: ModuleKind::Linear,
             })
             .collect();
-        let trained = sites.iter().map(|site| site.parameters() as u64).sum();
-        let shape = ModelShape::with_adapters(&architecture, &sites, dropout, Precision::Bf16);
+        let adaptation = Adaptation::from(sites);
+        let trained = adaptation.parameters() as u64;
+        let shape = ModelShape::with_adapters(&architecture, &adaptation, dropout, Precision::Bf16);
         (shape, trained)
     }
 
@@ -186,7 +191,8 @@ mod tests {
     #[test]
     fn a_small_model_has_packed_weights_and_gradients_of_each_shard() {
         let architecture = llama([8, 16, 1, 2, 2, 64]);
-        let shape = ModelShape::with_adapters(&architecture, &[], false, Precision::F32);
+        let nothing = Adaptation::default();
+        let shape = ModelShape::with_adapters(&architecture, &nothing, false, Precision::F32);
         let memory = |tokens| forecast_memory(&shape, 1000, tokens, Recompute::NONE);
         let parameters = 512 + 4 * 64 + 3 * 128 + 3 * 8;
         assert_eq!(memory(600).weights.0, parameters * (4 + 12));

@@ -30,6 +30,12 @@ pub(super) struct ResidualBranch {
 }
 
 impl ResidualBranch {
+    /// Whether a norm is trained.
+    pub(super) fn is_trained(&self) -> bool {
+        let mut norms = [&self.input_norm, &self.output_norm].into_iter().flatten();
+        norms.any(|norm| norm.is_trained())
+    }
+
     /// x (N, C) -> the input of the layers; what is saved serves [`ResidualBranch::recompute_input`]
     /// and [`ResidualBranch::input_backward`].
     pub(super) fn input(
@@ -125,8 +131,8 @@ pub(super) struct BranchShape {
     pub(super) norms: BranchNorms,
     pub(super) norm_kind: NormKind,
     pub(super) factor: f64,
-    /// Whether the norms are trained.
-    pub(super) trained: bool,
+    /// Whether the norms before and after the layers are trained.
+    pub(super) trained: [bool; 2],
 }
 
 impl BranchShape {
@@ -137,8 +143,8 @@ impl BranchShape {
         })
     }
 
-    fn norm_backward_cost(&self) -> Work {
-        norm_backward_cost(self.norm_kind, self.tokens, self.hidden, self.trained)
+    fn norm_backward_cost(&self, trained: bool) -> Work {
+        norm_backward_cost(self.norm_kind, self.tokens, self.hidden, trained)
     }
 
     /// Work of the forward pass, with the addition that the last layer may do.
@@ -161,7 +167,7 @@ impl BranchShape {
     pub(super) fn output_backward_cost(&self) -> Work {
         let scaled = scale_cost(self.tokens, self.hidden, self.factor);
         match self.norms.output {
-            Some(_) => scaled + self.norm_backward_cost(),
+            Some(_) => scaled + self.norm_backward_cost(self.trained[1]),
             None => scaled,
         }
     }
@@ -170,7 +176,7 @@ impl BranchShape {
     pub(super) fn input_backward_cost(&self) -> Work {
         let (n, c) = (self.tokens, self.hidden);
         match self.norms.input {
-            Some(_) => self.norm_backward_cost() + residual_cost(n, c),
+            Some(_) => self.norm_backward_cost(self.trained[0]) + residual_cost(n, c),
             None => add_scaled_cost(n, c),
         }
     }

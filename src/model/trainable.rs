@@ -1,4 +1,4 @@
-//! A decoder with the parameters that are trained in it: LoRA factors on frozen weights, or every
+//! A decoder with the parameters that are trained in it: an adapter's on frozen weights, or every
 //! weight.
 
 use std::collections::HashMap;
@@ -6,12 +6,14 @@ use std::collections::HashMap;
 use candle_core::{DType, Device};
 use safetensors::tensor::Dtype;
 
+use super::cost::is_tied;
+use super::weights::normal;
 use super::{Architecture, Decoder, WeightSource, Weights};
-use crate::adapter::peft::tensor_name;
-use crate::adapter::unsupported::Factor;
-use crate::adapter::{LoadedAdapter, Site, kaiming_uniform};
+use crate::adapter::{
+    Adaptation, AdapterTensor, LoadedAdapter, Part, Place, Site, kaiming_uniform,
+};
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Lora, Parameters, Slot, Weight, dtype};
+use crate::ops::{Lora, Magnitude, Parameters, Slot, Weight, dtype};
 use crate::work::Precision;
 
 /// A decoder and its trainable parameters.
@@ -23,55 +25,66 @@ pub struct TrainableModel {
 }
 
 impl TrainableModel {
-    /// A model with LoRA adapters on `sites`. `weight` returns a frozen weight by name and shape,
-    /// `factors` the values of A (r, in) and B (out, r) of each site, in this order.
+    /// A model with an adapter. `weight` returns a frozen weight by name and shape, `values` those of
+    /// each trained tensor, in the order of [`Adaptation::tensors`].
     ///
     /// # Errors
     /// What the closures return, and weights that do not fit the architecture.
     pub fn with_adapters(
         architecture: &Architecture,
-        sites: &[Site],
+        adaptation: &Adaptation,
         weight: &dyn Fn(&str, &[usize]) -> Result<Weight>,
-        mut factors: impl FnMut(&Site, Factor) -> Result<Vec<f32>>,
+        mut values: impl FnMut(&AdapterTensor<'_>) -> Result<Vec<f32>>,
         device: &Device,
     ) -> Result<Self> {
-        let mut shapes = Vec::with_capacity(2 * sites.len());
-        for site in sites {
-            shapes.push((
-                tensor_name(&site.path, Factor::A),
-                vec![site.r, site.in_features],
-            ));
-            shapes.push((
-                tensor_name(&site.path, Factor::B),
-                vec![site.out_features, site.r],
-            ));
-        }
-        if sites.is_empty() {
+        let tensors = adaptation.tensors();
+        let shapes = tensors
+            .iter()
+            .map(|tensor| (tensor.name.clone(), tensor.shape.clone()));
+        let mut shapes: Vec<_> = shapes.collect();
+        if shapes.is_empty() {
             // candle has no tensor without elements.
             shapes.push(("none".to_string(), vec![1]));
         }
-        let values = |index: usize, slot: &Slot| match sites.get(index / 2) {
-            Some(site) if index.is_multiple_of(2) => factors(site, Factor::A),
-            Some(site) => factors(site, Factor::B),
+        let values = |index: usize, slot: &Slot| match tensors.get(index) {
+            Some(tensor) => values(tensor),
             None => Ok(vec![0.0; slot.len()]),
         };
         let parameters = Parameters::from_fn(shapes, values, device)?;
-        let by_path: HashMap<&str, usize> = (0..)
-            .zip(sites)
-            .map(|(i, site)| (site.path.as_str(), i))
-            .collect();
+        let name = |tensor: &AdapterTensor<'_>| match tensor.place {
+            Place::Part(..) => tensor.name.clone(),
+            Place::Weight(copy) => copy.tensor.clone(),
+        };
+        let slots: HashMap<String, usize> = tensors.iter().map(name).zip(0..).collect();
+        let trained = |name: &str| {
+            let slot = slots.get(name);
+            slot.map(|slot| parameters.weight(*slot)).transpose()
+        };
+        let sites = adaptation.sites.iter();
+        let sites: HashMap<&str, &Site> = sites.map(|site| (site.path.as_str(), site)).collect();
         let lora = |path: &str| {
-            let Some(index) = by_path.get(path).copied() else {
+            let Some(site) = sites.get(path) else {
+                return Ok(None);
+            };
+            let parts = adaptation.parts(site);
+            let part = |part: Part| trained(&part.name(path));
+            let (Some(a), Some(b)) = (part(parts[0])?, part(parts[1])?) else {
                 return Ok(None);
             };
             Ok(Some(Lora {
-                a: parameters.weight(2 * index)?,
-                b: parameters.weight(2 * index + 1)?,
-                scaling: sites[index].scaling,
+                a,
+                b,
+                bias: part(Part::Bias)?,
+                magnitude: part(Part::Magnitude)?.map(Magnitude::new),
+                scaling: site.scaling,
             }))
         };
         let source = WeightSource {
-            weight,
+            tied: is_tied(architecture, adaptation),
+            weight: &|name, shape| match trained(name)? {
+                Some(copy) => Ok(copy),
+                None => weight(name, shape),
+            },
             lora: &lora,
         };
         let decoder = Decoder::assemble(architecture, &source, device)?;
@@ -106,6 +119,7 @@ impl TrainableModel {
             parameters.weight(*by_name.get(name).ok_or_else(missing)?)
         };
         let source = WeightSource {
+            tied: architecture.tie_word_embeddings,
             weight: &weight,
             lora: &|_| Ok(None),
         };
@@ -139,32 +153,65 @@ impl Weights {
     }
 }
 
-/// Initial LoRA factors: those of `from`, else A drawn by `kaiming_uniform` and B zero.
+/// Initial values of an adapter's tensors: those of `from`, else A drawn by `kaiming_uniform`, B
+/// zero, and copies of the model's `weights`.
 ///
 /// # Errors
-/// An adapter that does not fit the architecture's layers.
-pub fn initial_factors(
-    architecture: &Architecture,
-    from: Option<&LoadedAdapter>,
+/// A copy of the base's embeddings in `from` that is not the model's.
+pub fn initial_values<'a>(
+    weights: &'a Weights,
+    from: Option<&'a LoadedAdapter>,
     seed: u64,
-) -> Result<impl FnMut(&Site, Factor) -> Result<Vec<f32>>> {
-    let attached = from
-        .map(|adapter| adapter.attach(&architecture.modules(), architecture.output_embedding()))
-        .transpose()?;
-    Ok(move |site: &Site, factor: Factor| {
-        let Some(attached) = &attached else {
-            return Ok(match factor {
-                Factor::A => kaiming_uniform(site.in_features, site.r, seed, &site.path),
-                Factor::B => vec![0.0; site.out_features * site.r],
-            });
-        };
-        let found = attached.iter().find(|found| found.site.path == site.path);
-        let found = found.ok_or_else(|| {
-            Error::new(Kind::Adapter, "the adapter lacks a layer").value(site.path.clone())
-        })?;
-        Ok(match factor {
-            Factor::A => found.a.to_vec(),
-            Factor::B => found.b.to_vec(),
-        })
+) -> Result<impl FnMut(&AdapterTensor<'_>) -> Result<Vec<f32>> + 'a> {
+    if let Some(adapter) = from {
+        check_base_embeddings(weights, adapter)?;
+    }
+    Ok(move |tensor: &AdapterTensor<'_>| {
+        if let Some(adapter) = from {
+            return Ok(adapter.values(&tensor.name)?.to_vec());
+        }
+        match tensor.place {
+            Place::Part(site, Part::A) => {
+                Ok(kaiming_uniform(site.in_features, site.r, seed, &site.path))
+            }
+            Place::Part(site, Part::Magnitude) => {
+                row_norms(&weights.values(&format!("{}.weight", site.path))?, site)
+            }
+            Place::Part(site, Part::EmbeddingB) => {
+                Ok(normal(&tensor.name, site.out_features * site.r, 1.0, seed))
+            }
+            Place::Part(site, part) => Ok(vec![0.0; part.shape(site).iter().product()]),
+            Place::Weight(copy) => weights.values(&copy.tensor),
+        }
     })
+}
+
+/// The norm of each row of W (out, in).
+fn row_norms(w: &[f32], site: &Site) -> Result<Vec<f32>> {
+    let square = |x: &f32| f64::from(*x).powi(2);
+    let rows = w.chunks_exact(site.in_features.max(1));
+    let norms = rows.map(|row| row.iter().map(square).sum::<f64>().sqrt() as f32);
+    Ok(norms.collect())
+}
+
+/// Refuses an adapter that holds other embeddings than the base model's: they may be stored in
+/// another precision.
+fn check_base_embeddings(weights: &Weights, adapter: &LoadedAdapter) -> Result<()> {
+    const TOLERANCE: f32 = 0.01;
+    for (name, stored) in &adapter.base_embeddings {
+        let base = weights.values(name)?;
+        let largest = base.iter().fold(0f32, |largest, x| x.abs().max(largest));
+        let mut pairs = base.iter().zip(&stored.values);
+        if stored.values.len() != base.len()
+            || pairs.any(|(a, b)| (a - b).abs() > TOLERANCE * largest)
+        {
+            return Err(Error::new(
+                Kind::Adapter,
+                format!("the adapter holds another `{name}` than the model"),
+            )
+            .rule("below LoRA on an embedding lies the base model's")
+            .hint("choose the base model that it was trained on; a resized vocabulary is not supported"));
+        }
+    }
+    Ok(())
 }

@@ -34,6 +34,8 @@ pub struct Weights {
     files: Vec<(PathBuf, File)>,
     /// Name in the architecture -> location in the files.
     locations: BTreeMap<String, TensorEntry>,
+    /// Names of the head and of the embedding.
+    tied: [String; 2],
 }
 
 impl Weights {
@@ -76,6 +78,7 @@ impl Weights {
         Ok(Self {
             files: paths.iter().map(open).collect::<Result<_>>()?,
             locations,
+            tied: architecture.tied_tensors(),
         })
     }
 
@@ -121,8 +124,11 @@ impl Weights {
             .collect()
     }
 
+    /// A tied head is the embedding's tensor.
     fn source(&self, name: &str) -> Result<StoredTensor<'_>> {
-        let Some(tensor) = self.locations.get(name) else {
+        let [head, table] = &self.tied;
+        let tied = || self.locations.get(table).filter(|_| name == head);
+        let Some(tensor) = self.locations.get(name).or_else(tied) else {
             return Err(Error::new(
                 Kind::Model,
                 format!("the model has no tensor `{name}`"),
@@ -281,6 +287,11 @@ pub fn random_tensor(
     if name.ends_with(".bias") {
         return vec![0.0; count];
     }
+    normal(name, count, architecture.initializer_range, seed)
+}
+
+/// `count` normal values with this standard deviation, by the random stream of `name`.
+pub(super) fn normal(name: &str, count: usize, deviation: f64, seed: u64) -> Vec<f32> {
     let mut random = stream(seed, Purpose::WeightInit, &[], name);
     let mut uniform = move || (f64::from(random.next_u32()) + 0.5) / 4_294_967_296.0;
     // Box and Muller 1958: two independent normal variates from two uniform ones.
@@ -292,6 +303,6 @@ pub fn random_tensor(
     std::iter::repeat_with(pair)
         .flatten()
         .take(count)
-        .map(|z| (z * architecture.initializer_range) as f32)
+        .map(|z| (z * deviation) as f32)
         .collect()
 }

@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Context, Gradients, Weight, gather_rows};
+use super::{Context, Gradients, Lora, Weight, gather_rows, matmul, residual_cost};
 use crate::error::Result;
-use crate::work::Work;
+use crate::work::{Precision, Work};
 
 /// Work of looking up n rows of c.
 pub fn embedding_cost(n: usize, c: usize) -> Work {
@@ -48,4 +48,55 @@ pub fn embedding_backward(
     context.counter.add(cost);
     let zeros = Tensor::zeros((v, c), DType::F32, dx.device())?;
     gradients.add(table, zeros.index_add(ids, dx, 0)?)
+}
+
+/// Work of adding the rows of an adapter of rank r to n rows of c.
+pub fn lora_embedding_cost(n: usize, c: usize, r: usize) -> Work {
+    Work::product(n, c, r, Precision::F32) + Work::sweep(16 * n * r, n * r) + residual_cost(n, c)
+}
+
+/// Work of the backward pass of an adapter of rank r for n rows of c, on a table of v rows.
+pub fn lora_embedding_backward_cost(n: usize, c: usize, r: usize, v: usize) -> Work {
+    Work::product(n, r, c, Precision::F32)
+        + Work::product(c, r, n, Precision::F32)
+        + Work::sweep(24 * n * r + 4 * v * r, 3 * n * r)
+}
+
+/// LoRA on an embedding, with A (r, V) and B (C, r): ids (N), x (N, C) -> x + scaling * B A[:, ids].
+pub fn lora_embedding(
+    context: Context<'_>,
+    ids: &Tensor,
+    x: &Tensor,
+    lora: &Lora,
+) -> Result<Tensor> {
+    let (c, r) = lora.b.tensor.dims2()?;
+    context.counter.add(lora_embedding_cost(ids.dims1()?, c, r));
+    let scaled = (columns(ids, lora)? * lora.scaling)?; // (N, r)
+    Ok((x + matmul(context.in_f32(), &scaled, &lora.b.tensor.t()?)?)?)
+}
+
+/// Adds the gradients of A and B for the gradient dx (N, C) of the embedded ids (N).
+pub fn lora_embedding_backward(
+    context: Context<'_>,
+    ids: &Tensor,
+    dx: &Tensor,
+    lora: &Lora,
+    gradients: &mut Gradients,
+) -> Result<()> {
+    let (c, r) = lora.b.tensor.dims2()?;
+    let v = lora.a.tensor.dims2()?.1;
+    let cost = lora_embedding_backward_cost(ids.dims1()?, c, r, v);
+    context.counter.add(cost);
+    let context = context.in_f32();
+    let scaled = (columns(ids, lora)? * lora.scaling)?;
+    gradients.add(&lora.b, matmul(context, &dx.t()?, &scaled)?)?;
+    let dxa = (matmul(context, dx, &lora.b.tensor)? * lora.scaling)?; // (N, r)
+    let zeros = Tensor::zeros((r, v), DType::F32, dx.device())?;
+    let da = zeros.index_add(ids, &dxa.t()?.contiguous()?, 1)?;
+    gradients.add(&lora.a, da)
+}
+
+/// The columns `ids` (N) of A (r, V) -> (N, r).
+fn columns(ids: &Tensor, lora: &Lora) -> Result<Tensor> {
+    Ok(lora.a.tensor.index_select(ids, 1)?.t()?.contiguous()?)
 }

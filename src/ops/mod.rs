@@ -38,14 +38,17 @@ pub use attention::{
     attention_forward_cost,
 };
 pub use columns::{columns_cost, join_columns, split_columns};
-pub use cross_entropy::{LmHead, LmHeadShape};
+pub use cross_entropy::{HeadMasks, LmHead, LmHeadShape};
 pub use dropout::DropoutMask;
-pub use embedding::{embedding, embedding_backward, embedding_backward_cost, embedding_cost};
+pub use embedding::{
+    embedding, embedding_backward, embedding_backward_cost, embedding_cost, lora_embedding,
+    lora_embedding_backward, lora_embedding_backward_cost, lora_embedding_cost,
+};
 pub use feed_forward::{BackwardDepth, FeedForward, FeedForwardSaved, Masks};
 pub use gather::{gather_rows, scatter_rows};
 pub use linear::{
-    Branch, InputGradient, Linear, LinearInput, LinearSaved, LinearShape, Lora,
-    backward_shared_input,
+    Branch, InputGradient, Linear, LinearInput, LinearSaved, LinearShape, Lora, LoraShape,
+    Magnitude, backward_shared_input,
 };
 pub use norm::{Norm, NormKind, NormSaved, norm_backward_cost, norm_cost};
 pub use parallel::par_map;

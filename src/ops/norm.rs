@@ -95,6 +95,11 @@ pub fn norm_backward_cost(kind: NormKind, n: usize, c: usize, trained: bool) -> 
 }
 
 impl Norm {
+    /// Whether the weight or the bias is trained.
+    pub fn is_trained(&self) -> bool {
+        self.weight.is_trained() || self.bias.as_ref().is_some_and(Weight::is_trained)
+    }
+
     /// x (N, C) -> y (N, C); on the CPU in the compute type, because the next op is a GEMM.
     pub fn forward(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, NormSaved)> {
         self.check_and_count(context, x)?;
@@ -161,12 +166,6 @@ impl Norm {
         context.counter.add(norm_cost(self.kind, n, c));
         Ok(())
     }
-
-    /// Whether the weight or the bias is trained.
-    fn is_trained(&self) -> bool {
-        self.weight.is_trained() || self.bias.as_ref().is_some_and(Weight::is_trained)
-    }
-
     /// dy (N, C) -> dx (N, C), added to `base` if given; adds the gradients of the weight and the
     /// bias where they are trained.
     pub fn backward(

@@ -162,6 +162,33 @@ impl Setting for Targets {
     }
 }
 
+/// Names of modules.
+impl Setting for Vec<String> {
+    fn values(_: &Key) -> Values {
+        let name = json!({ "type": "string", "minLength": 1 });
+        values(
+            "a list of module names",
+            json!({ "type": "array", "items": name, "minItems": 1 }),
+        )
+    }
+
+    fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
+        match &node.raw {
+            Raw::List(names) => read_list(node, names, field, text),
+            _ => field.wrong_type(node),
+        }
+    }
+
+    fn write(&self) -> Option<Value> {
+        let names = self.iter().map(String::as_str).collect::<Array>();
+        (!self.is_empty()).then(|| names.into())
+    }
+
+    fn absent() -> Option<Self> {
+        Some(Vec::new())
+    }
+}
+
 /// Layer numbers.
 impl Setting for Vec<usize> {
     fn values(_: &Key) -> Values {

@@ -14,7 +14,7 @@ use super::key::*;
 use super::larger_model::LargerModel;
 use super::reader::Reader;
 use super::setting::Setting;
-use crate::adapter::options::{LoraConfig, Targets};
+use crate::adapter::options::{Bias, LoraConfig, Targets};
 use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 use crate::energy::options::{DeviceRef, GridRef, Limits, MeterKind};
 use crate::train::schedule::Decay;
@@ -132,6 +132,16 @@ section! {
         alpha_pattern: Vec<(String, f64)> = optional("{ q_proj = 64 }"),
         /// Only these layers, for a list of target_modules
         layers_to_transform: Option<Vec<usize>> = optional("[0, 1, 2]"),
+        /// Modules trained in full beside LoRA, by the ends of their paths
+        modules_to_save: Vec<String> = optional("[\"lm_head\"]"),
+        /// Train tied embeddings of modules_to_save as one table
+        ensure_weight_tying: bool = default("false"),
+        /// DoRA: train a magnitude for each row of the adapted weights
+        use_dora: bool = default("false").known_as(&["dora"]),
+        /// Biases trained in full: of the layers with LoRA, or all
+        bias: Bias = default("\"none\""),
+        /// Train a bias on each B
+        lora_bias: bool = default("false"),
     } with { layers_pattern: Vec::new() }
 }
 

@@ -16,6 +16,7 @@ use super::reader::Field;
 use super::sections::{AdapterType, Checkpointing, Compared, Init};
 use super::suggest;
 use super::tree::{Node, Raw};
+use crate::adapter::options::Bias;
 use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 use crate::energy::options::MeterKind;
 use crate::train::schedule::Decay;
@@ -292,6 +293,7 @@ impl Setting for NaiveDate {
 trait Choice: ValueEnum {}
 
 impl Choice for AdapterType {}
+impl Choice for Bias {}
 impl Choice for Compared {}
 impl Choice for Decay {}
 impl Choice for Format {}
@@ -550,6 +552,7 @@ mod tests {
         check::<Init>();
         check::<MeterKind>();
         check::<OnBadRecord>();
+        check::<Bias>();
         check::<Precision>();
         check::<TxtUnit>();
     }

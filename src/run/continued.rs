@@ -10,7 +10,7 @@ use std::path::Path;
 use super::prepare::Target;
 use crate::adapter::matching::LayerFilter;
 use crate::adapter::targets::{Module, check_values, select_matching};
-use crate::adapter::{self, LoraConfig, Site, Targets};
+use crate::adapter::{self, Adaptation, LoraConfig, ModelLayout, Site, Targets};
 use crate::error::{Error, Kind, Result};
 use crate::recipe::{Lora, lora_setting};
 use crate::text::first_few;
@@ -20,6 +20,8 @@ const SELECTION: [&str; 3] = ["target_modules", "exclude_modules", "layers_to_tr
 const RANK: [&str; 2] = ["r", "rank_pattern"];
 const ALPHA: [&str; 2] = ["lora_alpha", "alpha_pattern"];
 const SCALING: [&str; 1] = ["use_rslora"];
+const SAVED: [&str; 3] = ["modules_to_save", "ensure_weight_tying", "bias"];
+const PARTS: [&str; 2] = ["use_dora", "lora_bias"];
 
 /// The adapter at `path` as what is trained; `lora` gets its settings where the recipe gives none.
 ///
@@ -28,19 +30,16 @@ const SCALING: [&str; 1] = ["use_rslora"];
 pub(super) fn continue_adapter(
     lora: &mut Lora,
     path: &Path,
-    modules: &[Module],
-    output_embedding: &str,
+    layout: &ModelLayout,
 ) -> Result<Target> {
     let adapter = adapter::load(path)?;
-    let mut settings = adapter.settings(modules, output_embedding)?;
-    let pairs = adapter.attach(modules, output_embedding)?;
-    let sites: Vec<Site> = pairs.into_iter().map(|pair| pair.site).collect();
+    let mut settings = adapter.settings(layout)?;
+    let adaptation = adapter.adaptation(layout)?;
     let comparison = Comparison {
         lora,
         settings: &settings,
-        sites: &sites,
-        modules,
-        output_embedding,
+        adaptation: &adaptation,
+        layout,
     };
     comparison.check()?;
     if is_given(lora, "lora_dropout") {
@@ -50,7 +49,7 @@ pub(super) fn continue_adapter(
     lora.config = with_given_keys(lora, &settings);
     Ok(Target::Lora {
         settings: Box::new(settings),
-        sites,
+        adaptation,
         from: Some(Box::new(adapter)),
     })
 }
@@ -79,16 +78,20 @@ fn with_given_keys(lora: &Lora, adapter: &LoraConfig) -> LoraConfig {
         alpha_pattern: given("alpha_pattern").alpha_pattern.clone(),
         layers_to_transform: given("layers_to_transform").layers_to_transform.clone(),
         layers_pattern: adapter.layers_pattern.clone(),
+        modules_to_save: given("modules_to_save").modules_to_save.clone(),
+        ensure_weight_tying: given("ensure_weight_tying").ensure_weight_tying,
+        use_dora: given("use_dora").use_dora,
+        bias: given("bias").bias,
+        lora_bias: given("lora_bias").lora_bias,
     }
 }
 
-/// The keys of a recipe against an adapter on `sites`.
+/// The keys of a recipe against an adapter.
 struct Comparison<'a> {
     lora: &'a Lora,
     settings: &'a LoraConfig,
-    sites: &'a [Site],
-    modules: &'a [Module],
-    output_embedding: &'a str,
+    adaptation: &'a Adaptation,
+    layout: &'a ModelLayout,
 }
 
 impl Comparison<'_> {
@@ -103,7 +106,33 @@ impl Comparison<'_> {
         self.refuse(
             &SCALING,
             (!same).then(|| "the scaling is another".to_string()),
-        )
+        )?;
+        let (recipe, adapter) = (&self.lora.config, self.settings);
+        let same = (!is_given(self.lora, "use_dora") || recipe.use_dora == adapter.use_dora)
+            && (!is_given(self.lora, "lora_bias") || recipe.lora_bias == adapter.lora_bias);
+        let other = (!same).then(|| "its layers have other parts".to_string());
+        self.refuse(&PARTS, other)?;
+        self.refuse(&SAVED, self.other_weights())
+    }
+
+    /// How the weights that the given keys train in full differ from the adapter's.
+    fn other_weights(&self) -> Option<String> {
+        let config = with_given_keys(self.lora, self.settings);
+        let sites = self.adaptation.sites.clone();
+        let recipe = Adaptation::new(self.layout, &config, sites);
+        let names = |adaptation: &Adaptation| -> BTreeSet<String> {
+            let copies = adaptation.copies.iter();
+            copies.flat_map(|copy| copy.tensors().cloned()).collect()
+        };
+        let (recipe_names, own) = (names(&recipe), names(self.adaptation));
+        if recipe_names == own && recipe.unties == self.adaptation.unties {
+            return None;
+        }
+        let own = own.into_iter().map(|name| format!("`{name}`")).collect();
+        Some(match first_few(own, 4).join(", ") {
+            list if list.is_empty() => "it trains no weight in full".to_string(),
+            list => format!("the weights that it trains in full are {list}"),
+        })
     }
 
     fn given<'k>(&self, keys: &[&'k str]) -> Vec<&'k str> {
@@ -114,7 +143,8 @@ impl Comparison<'_> {
     /// How the layers that the given keys select differ from the adapter's.
     fn other_layers(&self) -> Result<Option<String>> {
         let config = &self.lora.config;
-        let own: BTreeSet<&str> = self.sites.iter().map(|site| site.path.as_str()).collect();
+        let sites = self.adaptation.sites.iter();
+        let own: BTreeSet<&str> = sites.map(|site| site.path.as_str()).collect();
         let given = self.given(&SELECTION);
         if given.is_empty() {
             return Ok(None);
@@ -130,7 +160,8 @@ impl Comparison<'_> {
             let left = select_matching(&self.adapted_modules(), "", &excluding)?;
             return Ok(difference(&own, &left));
         }
-        let selected = select_matching(self.modules, self.output_embedding, config)?;
+        let layout = self.layout;
+        let selected = select_matching(&layout.modules, &layout.output_embedding, config)?;
         Ok(difference(&own, &selected))
     }
 
@@ -140,7 +171,8 @@ impl Comparison<'_> {
             return Ok(None);
         };
         let filter = LayerFilter::new(&[])?;
-        let numbers = self.sites.iter().map(|site| filter.index(&site.path));
+        let sites = self.adaptation.sites.iter();
+        let numbers = sites.map(|site| filter.index(&site.path));
         let numbers: BTreeSet<Option<usize>> = numbers.collect::<Result<_>>()?;
         if numbers == wanted.iter().copied().map(Some).collect() {
             return Ok(None);
@@ -162,8 +194,9 @@ impl Comparison<'_> {
             path: site.path.clone(),
             out_features: site.out_features,
             in_features: site.in_features,
+            kind: site.kind,
         };
-        self.sites.iter().map(module).collect()
+        self.adaptation.sites.iter().map(module).collect()
     }
 
     /// The adapter's layers with the ranks and alphas of the recipe: a default that it does not give is the adapter's.
@@ -196,7 +229,7 @@ impl Comparison<'_> {
         value: impl Fn(&Site) -> String,
         what: &str,
     ) -> Option<String> {
-        let mut pairs = resolved.iter().zip(self.sites);
+        let mut pairs = resolved.iter().zip(&self.adaptation.sites);
         let (recipe, adapter) = pairs.find(|(recipe, adapter)| value(recipe) != value(adapter))?;
         let path = &adapter.path;
         Some(format!(
@@ -262,7 +295,23 @@ fn difference(own: &BTreeSet<&str>, selected: &[Site]) -> Option<String> {
 mod tests {
     use super::*;
     use crate::adapter::PeftConfig;
+    use crate::adapter::targets::ModuleKind;
     use crate::recipe::{self, Adapter};
+
+    fn layout() -> ModelLayout {
+        let modules = modules();
+        let tensors = modules.iter().map(|module| {
+            let name = format!("{}.weight", module.path);
+            (name, vec![module.out_features, module.in_features])
+        });
+        ModelLayout {
+            tensors: tensors.collect(),
+            modules,
+            input_embedding: "model.embed_tokens".into(),
+            output_embedding: "lm_head".into(),
+            tied: false,
+        }
+    }
 
     fn modules() -> Vec<Module> {
         let mut modules = Vec::new();
@@ -277,6 +326,7 @@ mod tests {
                     path: format!("model.layers.{layer}.{name}"),
                     out_features: 6,
                     in_features: 6,
+                    kind: ModuleKind::Linear,
                 });
             }
         }
@@ -284,6 +334,7 @@ mod tests {
             path: "lm_head".into(),
             out_features: 6,
             in_features: 6,
+            kind: ModuleKind::Linear,
         });
         modules
     }
@@ -307,25 +358,23 @@ mod tests {
             r#"{{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, {config}}}"#
         );
         let config = PeftConfig::parse(&config, dir).unwrap();
-        let sites = select_matching(&modules(), "lm_head", &config.settings()).unwrap();
-        assert!(!sites.is_empty());
+        let (layout, settings) = (layout(), config.settings());
+        let sites = select_matching(&layout.modules, "lm_head", &settings).unwrap();
+        let adaptation = Adaptation::new(&layout, &settings, sites);
         let values = [0.5; 36];
-        let mut tensors = Vec::new();
-        for site in &sites {
-            let path = &site.path;
-            let a = format!("base_model.model.{path}.lora_A.weight");
-            let b = format!("base_model.model.{path}.lora_B.weight");
-            tensors.push((a, [site.r, 6], &values[..6 * site.r]));
-            tensors.push((b, [6, site.r], &values[..6 * site.r]));
-        }
-        adapter::save(dir, &config, &tensors).unwrap();
+        let tensors = adaptation.tensors().into_iter();
+        let tensors = tensors.map(|tensor| {
+            let count: usize = tensor.shape.iter().product();
+            (tensor.name, tensor.shape, &values[..count])
+        });
+        adapter::save(dir, &config, &tensors.collect::<Vec<_>>()).unwrap();
     }
 
     fn continued(config: &str, keys: &str) -> Result<Lora> {
         let dir = tempfile::tempdir().unwrap();
         saved(config, dir.path());
         let mut lora = lora(keys, dir.path());
-        continue_adapter(&mut lora, dir.path(), &modules(), "lm_head")?;
+        continue_adapter(&mut lora, dir.path(), &layout())?;
         Ok(lora)
     }
 
@@ -334,8 +383,12 @@ mod tests {
     const NO_DOWN: &str = r#""target_modules": ["q_proj", "k_proj", "up_proj"]"#;
     const PATTERNS: &str = r#""target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 3}, "alpha_pattern": {"q_proj": 7}"#;
 
-    /// (the adapter's configuration, keys of the recipe): the same layers, ranks and alphas.
-    const SAME: [(&str, &str); 25] = [
+    const HEAD: &str = r#""target_modules": ["q_proj"], "modules_to_save": ["lm_head"]"#;
+
+    /// (the adapter's configuration, keys of the recipe): the same layers, ranks, alphas and weights.
+    const SAME: [(&str, &str); 27] = [
+        (HEAD, ""),
+        (HEAD, "modules_to_save = [\"head\", \"lm_head\"]"),
         (EVERY, ""),
         (EVERY, "r = 2"),
         (EVERY, "lora_alpha = 4"),
@@ -385,7 +438,17 @@ mod tests {
     ];
 
     /// (the adapter's configuration, keys of the recipe, words of the error): contradictions.
-    const OTHER: [(&str, &str, &[&str]); 19] = [
+    const OTHER: [(&str, &str, &[&str]); 21] = [
+        (
+            EVERY,
+            "modules_to_save = [\"lm_head\"]",
+            &["`adapter.modules_to_save`", "trains no weight in full"],
+        ),
+        (
+            HEAD,
+            "modules_to_save = [\"0.mlp.up_proj\"]",
+            &["`adapter.modules_to_save`", "in full are `lm_head.weight`"],
+        ),
         (
             EVERY,
             "r = 3",

@@ -7,11 +7,11 @@ use super::machine::check_precision;
 use super::model::{end_ids, fetch_weights, find_model, tokenizer_of};
 use super::model_source::ModelSource;
 use super::prepare::architecture_of;
-use crate::adapter::{self, Site};
+use crate::adapter::{self, Adaptation};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
-use crate::model::{Architecture, Decoder, TrainableModel, Weights, initial_factors};
+use crate::model::{Architecture, Decoder, TrainableModel, Weights, initial_values};
 use crate::ops::Parameters;
 use crate::recipe::Init;
 use crate::work::Precision;
@@ -83,22 +83,20 @@ pub(super) fn load(
         .as_deref()
         .map(adapter::load)
         .transpose()?;
-    let modules = architecture.modules();
-    let output_embedding = architecture.output_embedding();
-    let mut sites: Vec<Site> = Vec::new();
+    let layout = architecture.layout();
+    let mut adaptation = Adaptation::default();
     if let Some(adapter) = &loaded {
-        let attached = adapter.attach(&modules, output_embedding)?;
-        sites.extend(attached.into_iter().map(|pair| pair.site));
+        adaptation = adapter.adaptation(&layout)?;
         let beside = architecture.names.tower_modules();
-        for warning in adapter.warnings(&modules, output_embedding, beside.as_deref())? {
+        for warning in adapter.warnings(&layout, beside.as_deref())? {
             screen.note(&format!("warning: {warning}"));
         }
     }
     let model = TrainableModel::with_adapters(
         architecture,
-        &sites,
+        &adaptation,
         &|name, shape| weights.frozen(name, shape, request.precision, request.device),
-        initial_factors(architecture, loaded.as_ref(), 0)?,
+        initial_values(&weights, loaded.as_ref(), 0)?,
         request.device,
     )?;
     Ok(LoadedModel {

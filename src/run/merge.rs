@@ -7,7 +7,7 @@ use candle_core::Device;
 use super::Screen;
 use super::export::name_of;
 use super::inference::fetch;
-use super::model::{copy_companions, copy_file};
+use super::model::{copy_companions, copy_file, read_json, write_json};
 use super::model_source::ModelSource;
 use super::prepare::architecture_of;
 use crate::adapter::{self, MergeJob, MergeSummary};
@@ -25,7 +25,7 @@ pub struct MergeRequest<'a> {
     pub out: &'a Path,
 }
 
-/// Merges W + scaling B A in f32, rounded once to the file's dtype.
+/// Merges W + scaling B A and the weights trained in full, in f32, rounded once to the file's dtype.
 ///
 /// # Errors
 /// A model or adapter that cannot be loaded, or that do not fit each other.
@@ -37,31 +37,30 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     // Refuses weights that do not fit config.json before anything is written.
     let stored_names = Weights::open(&files.weights, &architecture)?.stored_names();
     let loaded = adapter::load(adapter)?;
-    let modules = architecture.modules();
-    let output_embedding = architecture.output_embedding();
-    let pairs = loaded.attach(&modules, output_embedding)?;
+    let layout = architecture.layout();
+    let adaptation = loaded.adaptation(&layout)?;
     let beside = architecture.names.tower_modules();
-    for warning in loaded.warnings(&modules, output_embedding, beside.as_deref())? {
+    for warning in loaded.warnings(&layout, beside.as_deref())? {
         screen.note(&format!("warning: {warning}"));
     }
-    let tied = if architecture.tie_word_embeddings {
-        vec![architecture.tied_tensors()]
-    } else {
-        Vec::new()
-    };
     let other_files = |dir: &Path| {
         copy_companions(&files, dir)?;
         write_atomic(
             &dir.join(MODEL_CARD),
             card(request.source, files.license.as_deref()),
         )?;
-        copy_file(&files.config, &dir.join("config.json"))
+        let config = dir.join("config.json");
+        if adaptation.unties {
+            return write_untied_config(&files.config, &config);
+        }
+        copy_file(&files.config, &config)
     };
     adapter::merge(&MergeJob {
         weights: &files.weights,
         stored_names: &stored_names,
-        pairs: &pairs,
-        tied: &tied,
+        layout: &layout,
+        adapter: &loaded,
+        adaptation: &adaptation,
         other_files: &other_files,
         out: request.out,
         max_shard: adapter::merge::DEFAULT_MAX_SHARD,
@@ -82,6 +81,13 @@ fn adapter_of(source: &ModelSource) -> Result<&Path> {
         _ => Error::new(Kind::Usage, "no adapter was given")
             .hint("give a run directory or `--adapter DIRECTORY`"),
     })
+}
+
+/// Copies a config.json with `tie_word_embeddings` false: the merged embeddings differ.
+fn write_untied_config(from: &Path, to: &Path) -> Result<()> {
+    let mut config = read_json(from)?;
+    config["tie_word_embeddings"] = false.into();
+    write_json(&config, to)
 }
 
 /// The model card of the merged model: its base and the base's licence. No place on this machine is written into it.

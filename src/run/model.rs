@@ -116,6 +116,18 @@ pub(super) fn copy_file(from: &Path, to: &Path) -> Result<()> {
     written.map_err(|e| Error::io("write", to, e))
 }
 
+/// Reads a JSON file.
+pub(super) fn read_json(path: &Path) -> Result<serde_json::Value> {
+    serde_json::from_str(&super::read_text(path)?).map_err(|error| {
+        Error::new(Kind::Model, format!("not JSON: {error}")).at(path.display().to_string())
+    })
+}
+
+/// Writes a JSON file, indented.
+pub(super) fn write_json(value: &serde_json::Value, path: &Path) -> Result<()> {
+    crate::files::write_atomic(path, format!("{value:#}\n"))
+}
+
 /// The folder for what wattune itself caches: `WATTUNE_CACHE`, else `wattune` in the user's cache folder.
 pub(super) fn cache_root() -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os("WATTUNE_CACHE") {

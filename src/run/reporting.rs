@@ -242,10 +242,13 @@ pub(super) fn adapter_block(target: &Target, architecture: &Architecture) -> typ
     let trainable_parameters = target.parameters(architecture) as u64;
     match target {
         Target::Lora {
-            settings, sites, ..
+            settings,
+            adaptation,
+            ..
         } => {
             let modules = architecture.modules();
-            let paths: Vec<&str> = sites.iter().map(|site| site.path.as_str()).collect();
+            let sites = adaptation.sites.iter();
+            let paths: Vec<&str> = sites.map(|site| site.path.as_str()).collect();
             types::Adapter {
                 r#type: types::AdapterType::Lora,
                 r: Some(settings.r as u64),
@@ -348,14 +351,18 @@ fn hyperparameters(prepared: &Prepared) -> Vec<(String, String)> {
         ("seed", recipe.seed.to_string()),
     ];
     if let Target::Lora {
-        settings, sites, ..
+        settings,
+        adaptation,
+        ..
     } = &prepared.target
     {
         pairs.push(("r", settings.r.to_string()));
         pairs.push(("lora_alpha", settings.lora_alpha.to_string()));
         let modules = prepared.architecture.modules();
         let base = model_name(&recipe.model.id);
-        if let Ok(config) = PeftConfig::for_sites(settings, sites, &modules, &base, None) {
+        if let Ok(config) =
+            PeftConfig::for_sites(settings, &adaptation.sites, &modules, &base, None)
+        {
             let notes = crate::adapter::portability(&config);
             pairs.extend(notes.into_iter().map(|note| ("portability", note)));
         }

@@ -2,7 +2,7 @@
 
 use super::continued::continue_adapter;
 use super::prepare::Target;
-use crate::adapter;
+use crate::adapter::Adaptation;
 use crate::adapter::targets::check_ranks;
 use crate::error::{Error, Kind, Result};
 use crate::model::{Architecture, ModelShape};
@@ -26,30 +26,32 @@ pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result
         }
         return Ok(Target::All);
     };
-    let modules = architecture.modules();
-    let output_embedding = architecture.output_embedding();
+    let layout = architecture.layout();
     let target = match lora.init_from.clone() {
-        Some(path) => continue_adapter(lora, &path, &modules, output_embedding)
-            .map_err(|e| e.key("adapter.init_from"))?,
+        Some(path) => {
+            continue_adapter(lora, &path, &layout).map_err(|e| e.key("adapter.init_from"))?
+        }
         None => {
-            let sites = adapter::select(&modules, output_embedding, &lora.config)
+            let adaptation = Adaptation::select(&layout, &lora.config)
                 .map_err(|e| e.key("adapter.target_modules"))?;
-            check_ranks(&lora.config, &sites).map_err(|e| e.key("adapter.r"))?;
+            check_ranks(&lora.config, &adaptation.sites).map_err(|e| e.key("adapter.r"))?;
             Target::Lora {
                 settings: Box::new(lora.config.clone()),
-                sites,
+                adaptation,
                 from: None,
             }
         }
     };
     match &target {
-        Target::Lora { sites, .. } if sites.iter().any(|site| site.path == output_embedding) => {
+        Target::Lora { adaptation, .. }
+            if lora.loraplus_lr_ratio.is_some() && adaptation.has_embedding() =>
+        {
             Err(Error::new(
                 Kind::Adapter,
-                "an adapter on the output embedding is not supported",
+                "LoRA+ is not supported with LoRA on an embedding",
             )
-            .value(output_embedding)
-            .hint(format!("leave `{output_embedding}` out of target_modules")))
+            .rule("PEFT gives it a rate of its own, 1e-6")
+            .hint("leave `loraplus_lr_ratio` out, or the embedding out of `target_modules`"))
         }
         _ => Ok(target),
     }
@@ -66,8 +68,7 @@ pub(super) fn adapter_warnings(
             ..
         } => {
             let beside = architecture.names.tower_modules();
-            let output_embedding = architecture.output_embedding();
-            adapter.warnings(&architecture.modules(), output_embedding, beside.as_deref())
+            adapter.warnings(&architecture.layout(), beside.as_deref())
         }
         _ => Ok(Vec::new()),
     }
@@ -81,11 +82,13 @@ pub(super) fn shape_of(
 ) -> ModelShape {
     let dtype = recipe.model.dtype;
     let Target::Lora {
-        settings, sites, ..
+        settings,
+        adaptation,
+        ..
     } = target
     else {
         return ModelShape::fully_trained(architecture, dtype);
     };
     let dropout = settings.lora_dropout > 0.0;
-    ModelShape::with_adapters(architecture, sites, dropout, dtype)
+    ModelShape::with_adapters(architecture, adaptation, dropout, dtype)
 }

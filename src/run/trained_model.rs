@@ -4,14 +4,14 @@ use std::path::Path;
 
 use candle_core::Device;
 
-use super::model::copy_companions;
+use super::model::{copy_companions, read_json, write_json};
 use super::prepare::{Prepared, Target};
 use crate::adapter::config::OneOrMany;
 use crate::adapter::shards::{F32Tensor, write_f32s};
-use crate::adapter::{self, PeftConfig};
+use crate::adapter::{self, Adaptation, LoraConfig, PeftConfig};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::model_name;
-use crate::model::{TrainableModel, Weights, initial_factors, random_tensor};
+use crate::model::{TrainableModel, Weights, initial_values, random_tensor};
 use crate::ops::{Parameters, Slot};
 use crate::recipe::Init;
 
@@ -24,14 +24,16 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainable
     };
     let architecture = &prepared.architecture;
     match &prepared.target {
-        Target::Lora { sites, from, .. } => {
+        Target::Lora {
+            adaptation, from, ..
+        } => {
             let weights = weights
                 .ok_or_else(|| Error::new(Kind::Model, "an adapter needs pretrained weights"))?;
             let weight = |name: &str, shape: &[usize]| {
                 weights.frozen(name, shape, recipe.model.dtype, device)
             };
-            let factors = initial_factors(architecture, from.as_deref(), recipe.seed)?;
-            TrainableModel::with_adapters(architecture, sites, &weight, factors, device)
+            let values = initial_values(&weights, from.as_deref(), recipe.seed)?;
+            TrainableModel::with_adapters(architecture, adaptation, &weight, values, device)
         }
         Target::All => fully_trained(prepared, weights.as_ref(), device),
     }
@@ -71,39 +73,39 @@ pub(super) fn export(
     copy_companions(&prepared.files, dir)?;
     match &prepared.target {
         Target::Lora {
-            settings, sites, ..
-        } => {
-            let recipe = &prepared.recipe.model;
-            let revision = prepared.files.commit.as_deref();
-            let modules = prepared.architecture.modules();
-            let mut config = PeftConfig::for_sites(
-                settings,
-                sites,
-                &modules,
-                &model_name(&recipe.id),
-                revision,
-            )?;
-            // A list of names would match layers of the other parts, too.
-            let towers = prepared.architecture.names.tower_modules();
-            let excluded = config.exclude_modules.take();
-            config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
-            parameters.with_rows(|[values, ..]| {
-                let tensor = |slot: &Slot| {
-                    (
-                        slot.name.clone(),
-                        [slot.shape[0], slot.shape[1]],
-                        &values[slot.range()],
-                    )
-                };
-                adapter::save(
-                    dir,
-                    &config,
-                    &parameters.slots().iter().map(tensor).collect::<Vec<_>>(),
-                )
-            })
-        }
+            settings,
+            adaptation,
+            ..
+        } => export_adapter(prepared, settings, adaptation, parameters, dir),
         Target::All => export_model(prepared, parameters, dir, trained_tokens),
     }
+}
+
+/// Writes PEFT's files of an adapter.
+fn export_adapter(
+    prepared: &Prepared,
+    settings: &LoraConfig,
+    adaptation: &Adaptation,
+    parameters: &Parameters,
+    dir: &Path,
+) -> Result<()> {
+    let base = model_name(&prepared.recipe.model.id);
+    let revision = prepared.files.commit.as_deref();
+    let modules = prepared.architecture.modules();
+    let mut config = PeftConfig::for_sites(settings, &adaptation.sites, &modules, &base, revision)?;
+    // A list of names would match layers of the other parts, too.
+    let towers = prepared.architecture.names.tower_modules();
+    let excluded = config.exclude_modules.take();
+    config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
+    parameters.with_rows(|[values, ..]| {
+        let mut tensors = Vec::new();
+        for (tensor, slot) in adaptation.tensors().iter().zip(parameters.slots()) {
+            let values = &values[slot.range()];
+            let names = tensor.names().into_iter();
+            tensors.extend(names.map(|name| (name, slot.shape.clone(), values)));
+        }
+        adapter::save(dir, &config, &tensors)
+    })
 }
 
 fn export_model(
@@ -128,9 +130,7 @@ pub(super) fn write_model_config(
     dir: &Path,
     trained_tokens: Option<u64>,
 ) -> Result<()> {
-    let mut config: serde_json::Value =
-        serde_json::from_str(&super::read_text(&prepared.files.config)?)
-            .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")))?;
+    let mut config = read_json(&prepared.files.config)?;
     if let (Some(tokens), Init::Random) = (trained_tokens, prepared.recipe.model.init) {
         config["pretraining_tokens"] = tokens.into();
     }
@@ -140,7 +140,5 @@ pub(super) fn write_model_config(
     if let Some(dtype) = config.get_mut("dtype") {
         *dtype = "float32".into();
     }
-    let text = serde_json::to_string_pretty(&config)
-        .map_err(|e| Error::new(Kind::Model, e.to_string()))?;
-    crate::files::write_atomic(&dir.join("config.json"), text + "\n")
+    write_json(&config, &dir.join("config.json"))
 }

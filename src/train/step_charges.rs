@@ -327,12 +327,14 @@ mod tests {
             r: 4,
             lora_alpha: 8.0,
             scaling: 2.0,
+            kind: module.kind,
         };
         let blocks = modules.filter(|module| module.path.starts_with("model.layers."));
         let sites: Vec<Site> = blocks.map(site).collect();
+        let upper = sites[sites.len() / 2..].to_vec();
         [
-            ModelShape::with_adapters(model, &sites, true, Precision::F32),
-            ModelShape::with_adapters(model, &sites[sites.len() / 2..], false, Precision::Bf16),
+            ModelShape::with_adapters(model, &sites.into(), true, Precision::F32),
+            ModelShape::with_adapters(model, &upper.into(), false, Precision::Bf16),
             ModelShape::fully_trained(model, Precision::F32),
         ]
     }

@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use wattune::adapter::config::{OneOrMany, PeftConfig};
-use wattune::adapter::targets::{Module, Site, select};
-use wattune::adapter::unsupported::Factor;
-use wattune::adapter::{LoraConfig, Targets, load, peft, save};
+use wattune::adapter::targets::{Module, ModuleKind, Site, select};
+use wattune::adapter::{Adaptation, LoraConfig, Part, Targets, load, peft, save};
 use wattune::error::Kind;
 
-use super::settings;
+use super::{layout, settings};
 
 /// The folder of real models and adapters, or a visible note that `test` is skipped.
 fn assets(test: &str) -> Option<PathBuf> {
@@ -31,6 +30,7 @@ fn tiny_modules() -> Vec<Module> {
         path: path.into(),
         out_features,
         in_features,
+        kind: ModuleKind::Linear,
     };
     vec![
         one("model.layers.0.q_proj", 3, 2),
@@ -50,15 +50,15 @@ fn tiny_sites() -> Vec<Site> {
 }
 
 /// (name, shape, values) of every matrix of `tiny_sites`, with values 0.5, 1.0, 1.5, ...
-fn tiny_tensors() -> Vec<(String, [usize; 2], Vec<f32>)> {
+fn tiny_tensors() -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let mut tensors = Vec::new();
     for site in tiny_sites() {
-        for (factor, shape) in [
-            (Factor::B, [site.out_features, site.r]),
-            (Factor::A, [site.r, site.in_features]),
+        for (part, shape) in [
+            (Part::B, vec![site.out_features, site.r]),
+            (Part::A, vec![site.r, site.in_features]),
         ] {
             let values = (1..=shape[0] * shape[1]).map(|i| i as f32 / 2.0).collect();
-            tensors.push((peft::tensor_name(&site.path, factor), shape, values));
+            tensors.push((part.name(&site.path), shape, values));
         }
     }
     tensors
@@ -75,10 +75,10 @@ fn tiny_config() -> PeftConfig {
     .unwrap()
 }
 
-fn save_tiny(dir: &Path, config: &PeftConfig, tensors: &[(String, [usize; 2], Vec<f32>)]) {
+fn save_tiny(dir: &Path, config: &PeftConfig, tensors: &[(String, Vec<usize>, Vec<f32>)]) {
     let borrowed: Vec<_> = tensors
         .iter()
-        .map(|(name, shape, values)| (name.clone(), *shape, values.as_slice()))
+        .map(|(name, shape, values)| (name.clone(), shape.clone(), values.as_slice()))
         .collect();
     save(dir, config, &borrowed).unwrap();
 }
@@ -102,16 +102,12 @@ fn an_adapter_survives_a_round_trip_in_any_order() {
 
     let loaded = load(&one).unwrap();
     assert_eq!(loaded.config, tiny_config());
-    let fitted = loaded.attach(&tiny_modules(), "lm_head").unwrap();
-    assert_eq!(
-        fitted
-            .iter()
-            .map(|pair| pair.site.clone())
-            .collect::<Vec<_>>(),
-        tiny_sites()
-    );
-    assert_eq!(fitted[0].a, [0.5, 1.0]);
-    assert_eq!(fitted[1].b, [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]);
+    let adaptation = loaded.adaptation(&layout(tiny_modules())).unwrap();
+    assert_eq!(adaptation, Adaptation::from(tiny_sites()));
+    let values = |part: Part, path: &str| loaded.values(&part.name(path)).unwrap();
+    assert_eq!(values(Part::A, "model.layers.0.q_proj"), [0.5, 1.0]);
+    let b = values(Part::B, "model.layers.1.q_proj");
+    assert_eq!(b, [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]);
 
     // The file follows the format: names sorted, marked as PyTorch's.
     let bytes = fs::read(one.join(peft::WEIGHTS_FILE)).unwrap();
@@ -139,7 +135,7 @@ fn half_precision_is_read() {
             half::bf16::from_f32(v).to_le_bytes()
         }),
     ] {
-        let encoded: Vec<(String, [usize; 2], Vec<u8>)> = tiny_tensors()
+        let encoded: Vec<(String, Vec<usize>, Vec<u8>)> = tiny_tensors()
             .into_iter()
             .map(|(name, shape, values)| {
                 (name, shape, values.into_iter().flat_map(encode).collect())
@@ -169,9 +165,9 @@ fn broken_pairs_are_refused_together() {
     tensors.retain(|(name, ..)| !name.contains("layers.0.q_proj.lora_A"));
     for (name, shape, values) in &mut tensors {
         if name.contains("layers.1.q_proj.lora_B") {
-            (*shape, *values) = ([3, 1], vec![1.0; 3]);
+            (*shape, *values) = (vec![3, 1], vec![1.0; 3]);
         } else if name.contains("layers.1.q_proj.lora_A") {
-            (*shape, *values) = ([1, 2], vec![1.0; 2]);
+            (*shape, *values) = (vec![1, 2], vec![1.0; 2]);
         }
     }
     save_tiny(dir.path(), &tiny_config(), &tensors);
@@ -208,7 +204,7 @@ fn an_adapter_of_another_model_does_not_fit() {
     let mut others = tiny_modules();
     others[0].path = "model.language.layers.0.q_proj".into();
     others[1].in_features = 7;
-    let text = loaded.attach(&others, "lm_head").unwrap_err().to_string();
+    let text = loaded.adaptation(&layout(others)).unwrap_err().to_string();
     assert!(
         text.contains(
             "no linear layer `model.layers.0.q_proj`; nearest is `model.language.layers.0.q_proj`"
@@ -225,8 +221,9 @@ fn an_adapter_of_another_model_does_not_fit() {
         path: "model.layers.2.q_proj".into(),
         out_features: 3,
         in_features: 2,
+        kind: ModuleKind::Linear,
     });
-    let text = loaded.attach(&deeper, "lm_head").unwrap_err().to_string();
+    let text = loaded.adaptation(&layout(deeper)).unwrap_err().to_string();
     assert!(
         text.contains("`model.layers.2.q_proj`: `adapter_config.json` names this module"),
         "{text}"

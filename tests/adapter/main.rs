@@ -11,9 +11,9 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
-use wattune::adapter::LoraConfig;
 use wattune::adapter::config::PeftConfig;
-use wattune::adapter::targets::Module;
+use wattune::adapter::targets::{Module, ModuleKind};
+use wattune::adapter::{LoraConfig, ModelLayout};
 
 fn golden(name: &str) -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -27,8 +27,23 @@ fn modules(list: &Value) -> Vec<Module> {
         path: entry[0].as_str().unwrap().into(),
         out_features: entry[1].as_u64().unwrap() as usize,
         in_features: entry[2].as_u64().unwrap() as usize,
+        kind: ModuleKind::Linear,
     };
     list.as_array().unwrap().iter().map(one).collect()
+}
+
+/// A model with these linear layers, the output embedding `lm_head` among them.
+fn layout(modules: Vec<Module>) -> ModelLayout {
+    let tensors = modules.iter().map(|module| {
+        let name = format!("{}.weight", module.path);
+        (name, vec![module.out_features, module.in_features])
+    });
+    ModelLayout {
+        tensors: tensors.collect(),
+        modules,
+        output_embedding: "lm_head".into(),
+        ..ModelLayout::default()
+    }
 }
 
 /// LoraConfig's keywords as settings; the scripts' defaults are r = 8, lora_alpha = 16.

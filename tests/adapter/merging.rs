@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
-use wattune::adapter::targets::Site;
-use wattune::adapter::{LoraPair, MergeJob, merge};
+use wattune::adapter::peft::StoredValues;
+use wattune::adapter::targets::{ModuleKind, Site};
+use wattune::adapter::{Adaptation, LoadedAdapter, MergeJob, ModelLayout, Part, PeftConfig, merge};
 use wattune::error::{Error, Kind};
 use wattune::units::Bytes;
 
@@ -83,27 +84,48 @@ fn matrix(value: &Value) -> Vec<f64> {
         .collect()
 }
 
-fn pair<'a>(
-    path: &str,
-    out_features: usize,
-    in_features: usize,
+/// LoRA on one layer: its path, sizes [out, in], A, B and scaling.
+struct Pair<'a> {
+    path: &'a str,
+    sizes: [usize; 2],
     a: &'a [f32],
     b: &'a [f32],
     scaling: f64,
-) -> LoraPair<'a> {
-    let r = a.len() / in_features;
-    LoraPair {
-        site: Site {
-            path: path.into(),
+}
+
+/// An adapter of these pairs, and what it changes.
+fn adapter(pairs: &[Pair]) -> (LoadedAdapter, Adaptation) {
+    let mut tensors = BTreeMap::new();
+    let mut sites = Vec::new();
+    for pair in pairs {
+        let [out_features, in_features] = pair.sizes;
+        let r = pair.a.len() / in_features;
+        let site = Site {
+            path: pair.path.into(),
             in_features,
             out_features,
             r,
-            lora_alpha: scaling * r as f64,
-            scaling,
-        },
-        a,
-        b,
+            lora_alpha: pair.scaling * r as f64,
+            scaling: pair.scaling,
+            kind: ModuleKind::Linear,
+        };
+        for (part, values) in [(Part::A, pair.a), (Part::B, pair.b)] {
+            let stored = StoredValues {
+                shape: part.shape(&site),
+                values: values.to_vec(),
+            };
+            tensors.insert(part.name(pair.path), stored);
+        }
+        sites.push(site);
     }
+    let config = PeftConfig::default();
+    let base_embeddings = BTreeMap::new();
+    let loaded = LoadedAdapter {
+        config,
+        tensors,
+        base_embeddings,
+    };
+    (loaded, sites.into())
 }
 
 #[test]
@@ -129,20 +151,20 @@ fn merging_equals_pefts_merge_and_unload() {
                 floats(&w, encode),
             )],
         );
-        let pairs = [pair(
-            "model.layers.0.self_attn.k_proj",
-            rows,
-            columns,
-            &a,
-            &b,
-            case["scaling"].as_f64().unwrap(),
-        )];
+        let (adapter, adaptation) = adapter(&[Pair {
+            path: "model.layers.0.self_attn.k_proj",
+            sizes: [rows, columns],
+            a: &a,
+            b: &b,
+            scaling: case["scaling"].as_f64().unwrap(),
+        }]);
         let out = dir.path().join("merged");
         let job = MergeJob {
             weights: &[model],
             stored_names: &BTreeMap::new(),
-            pairs: &pairs,
-            tied: &[],
+            layout: &ModelLayout::default(),
+            adapter: &adapter,
+            adaptation: &adaptation,
             other_files: &|_| Ok(()),
             out: &out,
             max_shard: Bytes(1 << 20),
@@ -228,12 +250,23 @@ fn sharded_model(dir: &Path, prefix: &str) -> Vec<PathBuf> {
 const A: [f32; 4] = [1.0, 2.0, 10.0, 20.0];
 const B: [f32; 6] = [1.0, 0.0, 0.0, 1.0, -1.0, 1.0];
 
+/// A pair on a layer of 3 outputs and 2 inputs.
+fn on<'a>(path: &'a str, a: &'a [f32], b: &'a [f32], scaling: f64) -> Pair<'a> {
+    Pair {
+        path,
+        sizes: [3, 2],
+        a,
+        b,
+        scaling,
+    }
+}
+
 #[test]
 fn a_sharded_model_merges_to_values_by_hand() {
     for prefix in ["model.", ""] {
         let dir = tempfile::tempdir().unwrap();
         let weights = sharded_model(dir.path(), prefix);
-        let pairs = [pair("model.layers.1.q_proj", 3, 2, &A, &B, 0.5)];
+        let (adapter, adaptation) = adapter(&[on("model.layers.1.q_proj", &A, &B, 0.5)]);
         let out = dir.path().join("deep/merged");
         let other_files = |to: &Path| {
             fs::copy(dir.path().join("config.json"), to.join("config.json")).unwrap();
@@ -246,8 +279,9 @@ fn a_sharded_model_merges_to_values_by_hand() {
         let job = MergeJob {
             weights: &weights,
             stored_names: &stored_names,
-            pairs: &pairs,
-            tied: &[],
+            layout: &ModelLayout::default(),
+            adapter: &adapter,
+            adaptation: &adaptation,
             other_files: &other_files,
             out: &out,
             max_shard: Bytes(44),
@@ -301,35 +335,30 @@ fn a_refused_merge_leaves_nothing_behind() {
     let weights = sharded_model(dir.path(), "model.");
     let before = fs::read_dir(dir.path()).unwrap().count();
     let out = dir.path().join("merged");
-    let tied = [[
-        "lm_head.weight".to_string(),
-        "model.embed_tokens.weight".to_string(),
-    ]];
-    let attempt = |pairs: &[LoraPair], out: &Path| {
+    let attempt = |pairs: &[Pair], out: &Path| {
+        let (adapter, adaptation) = adapter(pairs);
         let job = MergeJob {
             weights: &weights,
             stored_names: &BTreeMap::new(),
-            pairs,
-            tied: &tied,
+            layout: &ModelLayout::default(),
+            adapter: &adapter,
+            adaptation: &adaptation,
             other_files: &|_| Err(Error::new(Kind::Io, "absent.json")),
             out,
             max_shard: Bytes(1 << 20),
         };
         merge(&job).unwrap_err().to_string()
     };
-    let fits = pair("model.layers.1.q_proj", 3, 2, &A, &B, 0.5);
+    let fits = on("model.layers.1.q_proj", &A, &B, 0.5);
 
-    let wide = [0.0; 10];
     let wrong = [
-        pair("lm_head", 5, 2, &A, &wide, 1.0),
-        pair("model.layers.9.q_proj", 3, 2, &A, &B, 1.0),
-        pair("model.layers.0.q_proj", 2, 3, &B, &A, 1.0),
+        on("model.layers.9.q_proj", &A, &B, 1.0),
+        Pair {
+            sizes: [2, 3],
+            ..on("model.layers.0.q_proj", &B, &A, 1.0)
+        },
     ];
     let text = attempt(&wrong, &out);
-    assert!(
-        text.contains("`lm_head.weight` and `model.embed_tokens.weight` are one tensor"),
-        "{text}"
-    );
     assert!(
         text.contains("no `model.layers.9.q_proj.weight`") && text.contains("[3, 2], not [2, 3]"),
         "{text}"
@@ -339,7 +368,7 @@ fn a_refused_merge_leaves_nothing_behind() {
     let text = attempt(fits, &out);
     assert!(text.contains("absent.json"), "{text}");
     let huge = [f32::MAX; 4];
-    let huge = pair("model.layers.1.q_proj", 3, 2, &huge, &B, 2.0);
+    let huge = on("model.layers.1.q_proj", &huge, &B, 2.0);
     assert!(attempt(&[huge], &out).contains("holds a value that F32 cannot"));
     assert!(attempt(fits, dir.path()).contains("exists already"));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), before);

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use wattune::adapter::{load, peft};
 use wattune::error::{Kind, Result};
 
-use super::{golden, modules};
+use super::{golden, layout, modules};
 
 /// Values that PEFT fails on by accident and that have one meaning: no pattern.
 const READ_BY_US_ALONE: [&str; 2] = [r#"{"alpha_pattern":null}"#, r#"{"rank_pattern":null}"#];
@@ -90,15 +90,14 @@ fn read(golden: &Value, case: &Value, dir: &Path) -> Result<Reading> {
     let kind = case["tensors"].as_str().unwrap_or_default();
     let tensors = renamed(golden["tensors"].as_object().unwrap(), kind);
     write_tensors(&dir.join(peft::WEIGHTS_FILE), &tensors);
-    let modules = modules(&golden["modules"]);
+    let layout = layout(modules(&golden["modules"]));
     let loaded = load(dir)?;
-    let pairs = loaded.attach(&modules, "lm_head")?;
-    let sites = pairs.into_iter().map(|pair| pair.site);
+    let sites = loaded.adaptation(&layout)?.sites.into_iter();
     Ok(Reading {
         sites: sites
             .map(|site| (site.path, site.r as u64, site.scaling))
             .collect(),
-        warnings: loaded.warnings(&modules, "lm_head", None)?,
+        warnings: loaded.warnings(&layout, None)?,
     })
 }
 

@@ -7,6 +7,7 @@
 mod common;
 mod lab;
 
+mod adapters;
 mod baselines;
 mod budget;
 mod choices;

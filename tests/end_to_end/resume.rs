@@ -33,7 +33,7 @@ fn reached(lab: &Lab, child: &mut Child, run: &str, steps: usize) -> bool {
 }
 
 /// Trains and is killed as soon as the checkpoint after `step` is whole.
-fn killed_at_checkpoint(lab: &Lab, run: &str, keys: &[String], step: u64) {
+pub(super) fn killed_at_checkpoint(lab: &Lab, run: &str, keys: &[String], step: u64) {
     let mut child = start(
         lab,
         &[
@@ -88,7 +88,7 @@ fn interrupt(child: &Child) {
     signal(child, "INT");
 }
 
-fn resume(lab: &Lab, run: &str) -> Value {
+pub(super) fn resume(lab: &Lab, run: &str) -> Value {
     lab.json(&["train", "--resume", run, "--quiet"])
 }
 

@@ -20,20 +20,21 @@ fn a_merged_composite_model_keeps_its_towers() {
         let model = golden.dir.join("model.safetensors");
         let weights = Weights::open(std::slice::from_ref(&model), architecture).unwrap();
         let loaded = adapter::load(&golden.dir.join("adapter")).unwrap();
-        let modules = architecture.modules();
-        let pairs = loaded.attach(&modules, architecture.output_embedding());
+        let layout = architecture.layout();
+        let adaptation = loaded.adaptation(&layout).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
         let summary = adapter::merge(&MergeJob {
             weights: std::slice::from_ref(&model),
             stored_names: &weights.stored_names(),
-            pairs: &pairs.unwrap(),
-            tied: &[architecture.tied_tensors()],
+            layout: &layout,
+            adapter: &loaded,
+            adaptation: &adaptation,
             other_files: &|_| Ok(()),
             out: &out,
             max_shard: Bytes(1 << 20),
         });
-        assert_eq!(summary.unwrap().merged, modules.len() - 1, "{name}");
+        assert_eq!(summary.unwrap().merged, adaptation.sites.len(), "{name}");
         let merged = out.join("model.safetensors");
         let [before, after] = [&model, &merged].map(|path| std::fs::read(path).unwrap());
         let [before, after] = [&before, &after].map(|file| SafeTensors::deserialize(file).unwrap());
@@ -66,6 +67,7 @@ fn frozen(architecture: &Architecture, weights: Weights) -> Decoder {
         Ok(Weight::frozen(tensor))
     };
     let source = WeightSource {
+        tied: architecture.tie_word_embeddings,
         weight: &weight,
         lora: &|_| Ok(None),
     };

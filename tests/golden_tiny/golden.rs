@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use wattune::adapter::Site;
+use wattune::adapter::targets::ModuleKind;
 use wattune::error::Result;
 use wattune::model::{Architecture, Batch, Decoder, WeightSource, Weights};
 use wattune::ops::{Context, Lora, Parameters, Weight};
@@ -108,7 +109,11 @@ impl Golden {
         weight: &dyn Fn(&str, &[usize]) -> Result<Weight>,
         lora: &dyn Fn(&str) -> Result<Option<Lora>>,
     ) -> Decoder {
-        let source = WeightSource { weight, lora };
+        let source = WeightSource {
+            tied: self.architecture.tie_word_embeddings,
+            weight,
+            lora,
+        };
         Decoder::assemble(&self.architecture, &source, &Device::Cpu).unwrap()
     }
 
@@ -123,7 +128,9 @@ impl Golden {
 
     pub fn sites(&self) -> Vec<Site> {
         let modules = self.architecture.modules();
-        let linears = modules.into_iter().filter(|m| m.path != "lm_head");
+        let linears = modules
+            .into_iter()
+            .filter(|m| m.path != "lm_head" && m.kind == ModuleKind::Linear);
         let site = |m: wattune::adapter::Module| Site {
             path: m.path,
             in_features: m.in_features,
@@ -131,6 +138,7 @@ impl Golden {
             r: R,
             lora_alpha: 12.0,
             scaling: SCALING,
+            kind: ModuleKind::Linear,
         };
         linears.map(site).collect()
     }
@@ -162,6 +170,8 @@ impl Golden {
             Ok(Some(Lora {
                 a: parameters.weight(a)?,
                 b: parameters.weight(b)?,
+                bias: None,
+                magnitude: None,
                 scaling: SCALING,
             }))
         };

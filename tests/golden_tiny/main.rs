@@ -2,6 +2,7 @@
 //!
 //! The golden files are made by `scripts/reference.py`, which documents their contents.
 
+mod adapters;
 mod composite;
 mod golden;
 
@@ -327,8 +328,8 @@ fn the_forecast_is_what_was_executed() {
         let counter = WorkCounter::default();
         let (lengths, batch) = (golden.lengths(), golden.batch(&[0, 1]));
         let loss_tokens = batch.loss_tokens();
-        let lora =
-            ModelShape::with_adapters(&golden.architecture, &golden.sites(), false, Precision::F32);
+        let sites = golden.sites().into();
+        let lora = ModelShape::with_adapters(&golden.architecture, &sites, false, Precision::F32);
         let full = ModelShape::fully_trained(&golden.architecture, Precision::F32);
         for context in contexts(&counter) {
             for (shape, (decoder, parameters)) in
@@ -504,11 +505,13 @@ fn backward_of_a_partly_adapted_model_stops_at_the_lowest_adapter() {
             Ok(Some(Lora {
                 a: parameters.weight(0)?,
                 b: parameters.weight(1)?,
+                bias: None,
+                magnitude: None,
                 scaling: 0.5,
             }))
         });
-        let sites = std::slice::from_ref(site);
-        let shape = ModelShape::with_adapters(&golden.architecture, sites, false, Precision::F32);
+        let sites = vec![site.clone()].into();
+        let shape = ModelShape::with_adapters(&golden.architecture, &sites, false, Precision::F32);
         let counter = WorkCounter::default();
         let batch = golden.batch(&[0, 1]);
         let run = |recompute| {

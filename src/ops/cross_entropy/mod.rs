@@ -7,18 +7,24 @@
 
 mod chunked;
 
-use candle_core::Tensor;
+use std::ops::Range;
+use std::sync::Mutex;
 
-use super::gemm::{MatRef, gemm};
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
+
+use super::gemm::gemm;
 use super::parallel::par_for_each;
 use super::simd::{self, simd};
 use super::softcap::{
     CAP_OPERATIONS, SLOPE_OPERATIONS, capped, capped_gradient, capped_tensor, slope,
 };
 use super::storage::{CpuTensor, ELEMENTS_PER_TASK, check_shape, f32_tensor};
-use super::{Context, Gradients, Path, Weight, matmul, softmax};
+use super::{
+    Context, DropoutMask, Gradients, InputGradient, Linear, LinearShape, Lora, LoraShape, Path,
+    Weight, matmul, softmax,
+};
 use crate::error::{Error, Kind, Result};
-use crate::work::{Precision, Work};
+use crate::work::{Precision, Work, WorkCounter};
 
 /// Approximate number of logits in one chunk of rows: 24 MiB of f32. W is packed once per chunk, so
 /// short chunks cost time.
@@ -35,7 +41,7 @@ const CHUNK_ROWS: usize = 32;
 /// # use wattune::ops::{Context, LmHead, Weight};
 /// # use wattune::work::{Precision, WorkCounter};
 /// let zeros = Tensor::zeros((4, 2), DType::F32, &Device::Cpu)?;
-/// let head = LmHead { weight: Weight::frozen(zeros), softcap: None };
+/// let head = LmHead { weight: Weight::frozen(zeros), softcap: None, lora: None };
 /// let h = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
 /// let losses = head.forward(Context::new(&counter, Precision::F32), &h, &[3])?;
@@ -48,6 +54,8 @@ pub struct LmHead {
     pub weight: Weight,
     /// c of c tanh(logit / c) (Gemma 2).
     pub softcap: Option<f64>,
+    /// The adapter, where the head is a target.
+    pub lora: Option<Lora>,
 }
 
 /// Everything that the cost of the LM head depends on.
@@ -63,6 +71,10 @@ pub struct LmHeadShape {
     pub trained: bool,
     /// Whether logits are capped.
     pub softcap: bool,
+    /// The adapter.
+    pub lora: Option<LoraShape>,
+    /// With LoRA dropout.
+    pub dropout: bool,
 }
 
 impl LmHeadShape {
@@ -83,9 +95,25 @@ impl LmHeadShape {
             .map(move |start| rows.min(total - start))
     }
 
+    /// The layer of the logits for `rows` rows.
+    fn linear(&self, rows: usize) -> LinearShape {
+        LinearShape {
+            tokens: rows,
+            in_features: self.hidden,
+            out_features: self.vocab,
+            r: self.lora.map(|lora| lora.r),
+            lora_bias: self.lora.is_some_and(|lora| lora.bias),
+            magnitude: self.lora.is_some_and(|lora| lora.magnitude),
+            bias: false,
+            trained: self.trained,
+            bias_trained: false,
+            dropout: self.dropout,
+        }
+    }
+
     /// Work of the logits of all rows.
     pub fn logits_cost(&self, precision: Precision) -> Work {
-        let product = Work::product(self.loss_tokens, self.vocab, self.hidden, precision);
+        let product = self.linear(self.loss_tokens).forward_cost(precision);
         if !self.softcap {
             return product;
         }
@@ -99,7 +127,7 @@ impl LmHeadShape {
         let sweep =
             |rows: usize| Work::sweep(4 * rows * self.vocab, operations * rows * self.vocab);
         self.row_chunks()
-            .map(|rows| Work::product(rows, self.vocab, self.hidden, precision) + sweep(rows))
+            .map(|rows| self.linear(rows).forward_cost(precision) + sweep(rows))
             .sum()
     }
 
@@ -109,16 +137,14 @@ impl LmHeadShape {
         let operations = 2 + if self.softcap { SLOPE_OPERATIONS } else { 0 };
         for rows in self.row_chunks() {
             work += &Work::sweep(8 * rows * self.vocab, operations * rows * self.vocab);
-            if input_gradient {
-                work += &Work::product(rows, self.hidden, self.vocab, precision);
-            }
-            if self.trained {
-                work += &Work::product(self.vocab, self.hidden, rows, precision);
-            }
+            work += &self.linear(rows).backward_cost(precision, input_gradient);
         }
         work
     }
 }
+
+/// LoRA dropout masks for ranges of rows of h.
+pub type HeadMasks<'a> = &'a dyn Fn(Range<usize>) -> DropoutMask;
 
 /// Each row's loss, and dh (L, C) if it is wanted.
 type Losses = (Vec<f32>, Option<Tensor>);
@@ -127,6 +153,7 @@ type Losses = (Vec<f32>, Option<Tensor>);
 struct Backward<'a> {
     scale: f64,
     input_gradient: bool,
+    masks: Option<HeadMasks<'a>>,
     gradients: &'a mut Gradients,
 }
 
@@ -139,7 +166,18 @@ impl LmHead {
             vocab,
             trained: self.weight.is_trained(),
             softcap: self.softcap.is_some(),
+            lora: self.lora.as_ref().map(Lora::shape).transpose()?,
+            dropout: false,
         })
+    }
+
+    /// The layer of the logits.
+    fn linear(&self) -> Linear {
+        Linear {
+            weight: self.weight.clone(),
+            bias: None,
+            lora: self.lora.clone(),
+        }
     }
 
     /// The shape for these rows; refuses rows without a target and targets beyond the vocabulary.
@@ -163,6 +201,15 @@ impl LmHead {
         let shape = self.shape(h.dims2()?.0)?;
         let (n, hidden, vocab) = (shape.loss_tokens, shape.hidden, shape.vocab);
         context.counter.add(shape.logits_cost(context.precision));
+        if self.lora.is_some() {
+            let uncounted = WorkCounter::default();
+            let context = Context {
+                counter: &uncounted,
+                ..context
+            };
+            let (logits, _) = self.linear().forward(context, h, None, None)?;
+            return capped_tensor(logits, self.softcap);
+        }
         if context.path(h) != Path::Cpu {
             let logits = matmul(context, h, &self.weight.tensor.t()?)?;
             return capped_tensor(logits, self.softcap);
@@ -172,18 +219,8 @@ impl LmHead {
         let w = CpuTensor::borrow(&self.weight.tensor)?;
         let w_t = w.matrix(vocab, hidden).t();
         let mut logits = gemm(context.precision, h.matrix(n, hidden), w_t);
-        self.cap(&mut logits);
+        cap(&mut logits, self.softcap);
         f32_tensor(logits, (n, vocab))
-    }
-
-    /// Caps logits in place, if there is a softcap.
-    fn cap(&self, logits: &mut [f32]) {
-        let Some(c) = self.softcap else { return };
-        par_for_each(logits.chunks_mut(ELEMENTS_PER_TASK), |logits| {
-            simd!(|simd| logits
-                .iter_mut()
-                .for_each(|z| *z = capped(simd, *z, c as f32)));
-        });
     }
 
     /// h (L, C), targets (L) -> the loss of each row in nats.
@@ -204,12 +241,31 @@ impl LmHead {
         input_gradient: bool,
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Option<Tensor>)> {
-        let shape = self.checked_shape(h, targets)?;
+        self.forward_backward_masked(context, h, targets, scale, input_gradient, None, gradients)
+    }
+
+    /// `forward_backward` with LoRA dropout.
+    #[expect(clippy::too_many_arguments, reason = "the inputs of an op")]
+    pub fn forward_backward_masked(
+        &self,
+        context: Context<'_>,
+        h: &Tensor,
+        targets: &[u32],
+        scale: f64,
+        input_gradient: bool,
+        masks: Option<HeadMasks<'_>>,
+        gradients: &mut Gradients,
+    ) -> Result<(Vec<f32>, Option<Tensor>)> {
+        let shape = LmHeadShape {
+            dropout: masks.is_some(),
+            ..self.checked_shape(h, targets)?
+        };
         let cost = shape.backward_cost(context.precision, input_gradient);
         context.counter.add(cost);
         let backward = Backward {
             scale,
             input_gradient,
+            masks,
             gradients,
         };
         self.losses(context, h, targets, shape, Some(backward))
@@ -224,7 +280,7 @@ impl LmHead {
         shape: LmHeadShape,
         mut backward: Option<Backward<'_>>,
     ) -> Result<Losses> {
-        if context.path(h) == Path::Cpu && !shape.trained {
+        if context.path(h) == Path::Cpu && !shape.trained && shape.lora.is_none() {
             let backward = backward.filter(|backward| backward.input_gradient);
             let scale = backward.map(|backward| backward.scale);
             return self.fused_linear_cross_entropy(context, h, targets, scale);
@@ -234,11 +290,8 @@ impl LmHead {
         for rows in shape.row_chunks() {
             let start = losses.len();
             let h = h.narrow(0, start, rows)?;
-            let targets = &targets[start..start + rows];
-            let (chunk, dh) = match context.path(&h) {
-                Path::Cpu => self.chunk_cpu(context, &h, targets, backward.as_mut())?,
-                _ => self.chunk_reference(context, &h, targets, backward.as_mut())?,
-            };
+            let rows = start..start + rows;
+            let (chunk, dh) = self.chunk(context, &h, rows, targets, backward.as_mut())?;
             losses.extend(chunk);
             parts.extend(dh);
         }
@@ -249,65 +302,108 @@ impl LmHead {
         Ok((losses, dh))
     }
 
-    /// Losses and gradients of one chunk of rows.
-    fn chunk_cpu(
+    /// Losses and gradients of the chunk `rows` of rows, with their h. Counts no work.
+    fn chunk(
         &self,
         context: Context<'_>,
         h: &Tensor,
+        rows: Range<usize>,
         targets: &[u32],
         backward: Option<&mut Backward<'_>>,
     ) -> Result<Losses> {
-        let (vocab, hidden) = self.weight.tensor.dims2()?;
-        let rows = targets.len();
-        let h = h.contiguous()?;
-        let h = CpuTensor::borrow(&h)?;
-        let h = h.matrix(rows, hidden);
-        let w = CpuTensor::borrow(&self.weight.tensor)?;
-        let w = w.matrix(vocab, hidden);
-        let mut logits = gemm(context.precision, h, w.t());
-        self.cap(&mut logits);
-        let scale = backward.as_ref().map(|backward| backward.scale as f32);
-        let losses = cross_entropy_cpu(&mut logits, targets, scale, self.softcap);
-        let Some(backward) = backward else {
+        let uncounted = WorkCounter::default();
+        let context = Context {
+            counter: &uncounted,
+            ..context
+        };
+        let targets = &targets[rows.clone()];
+        let masks = backward.as_ref().and_then(|backward| backward.masks);
+        let mask = masks.map(|masks| masks(rows));
+        let linear = self.linear();
+        let (logits, saved) = linear.forward(context, h, mask, None)?;
+        let op = CrossEntropy {
+            targets,
+            scale: backward.as_ref().map(|backward| backward.scale),
+            softcap: self.softcap,
+            losses: Mutex::default(),
+        };
+        let (losses, dz) = match context.path(h) {
+            Path::Cpu => op.in_place(logits)?,
+            path => op.reference(path, logits)?,
+        };
+        let Some((backward, dz)) = backward.zip(dz) else {
             return Ok((losses, None));
         };
-        let dz = MatRef::from_f32(&logits, rows, vocab);
-        if self.weight.is_trained() {
-            let dw = f32_tensor(gemm(context.precision, dz.t(), h), (vocab, hidden))?;
-            backward.gradients.add(&self.weight, dw)?;
-        }
-        let dh = backward
-            .input_gradient
-            .then(|| f32_tensor(gemm(context.precision, dz, w), (rows, hidden)));
-        Ok((losses, dh.transpose()?))
+        let wanted = InputGradient::when(backward.input_gradient);
+        let gradients = &mut *backward.gradients;
+        let dh = linear.backward(context, &dz, Some(h), &saved, wanted, gradients)?;
+        Ok((losses, dh))
+    }
+}
+
+/// The cross-entropy of a chunk's logits (L, V).
+struct CrossEntropy<'a> {
+    /// (L).
+    targets: &'a [u32],
+    /// Of the gradients of the logits, if they are wanted.
+    scale: Option<f64>,
+    softcap: Option<f64>,
+    /// Receives the losses of the pass in place.
+    losses: Mutex<Vec<f32>>,
+}
+
+impl CrossEntropy<'_> {
+    /// The losses (L) in nats and the gradients of the logits, in candle primitives.
+    fn reference(&self, path: Path, logits: Tensor) -> Result<Losses> {
+        let logits = capped_tensor(logits, self.softcap)?;
+        let (p, lse) = softmax(path, &logits)?;
+        let targets = Tensor::from_slice(self.targets, (self.targets.len(), 1), logits.device())?;
+        let losses = (lse - logits.gather(&targets, 1)?)?.squeeze(1)?.to_vec1()?;
+        let Some(scale) = self.scale else {
+            return Ok((losses, None));
+        };
+        let minus_one = Tensor::full(-1f32, targets.shape(), logits.device())?;
+        let dz = (p.scatter_add(&targets, &minus_one, 1)? * scale)?;
+        Ok((losses, Some(capped_gradient(dz, &logits, self.softcap)?)))
     }
 
-    /// `chunk_cpu` in candle primitives, on any device.
-    fn chunk_reference(
-        &self,
-        context: Context<'_>,
-        h: &Tensor,
-        targets: &[u32],
-        backward: Option<&mut Backward<'_>>,
-    ) -> Result<Losses> {
-        let w = &self.weight.tensor;
-        let logits = capped_tensor(matmul(context, h, &w.t()?)?, self.softcap)?;
-        let (p, lse) = softmax(context.path(h), &logits)?;
-        let targets = Tensor::from_slice(targets, (targets.len(), 1), h.device())?;
-        let losses = (lse - logits.gather(&targets, 1)?)?.squeeze(1)?.to_vec1()?;
-        let Some(backward) = backward else {
-            return Ok((losses, None));
-        };
-        let minus_one = Tensor::full(-1f32, targets.shape(), h.device())?;
-        let dz = (p.scatter_add(&targets, &minus_one, 1)? * backward.scale)?;
-        let dz = capped_gradient(dz, &logits, self.softcap)?;
-        if self.weight.is_trained() {
-            let dw = matmul(context, &dz.t()?, h)?;
-            backward.gradients.add(&self.weight, dw)?;
-        }
-        let dh = backward.input_gradient.then(|| matmul(context, &dz, w));
-        Ok((losses, dh.transpose()?))
+    /// The same on the CPU: the gradients replace the logits.
+    fn in_place(self, logits: Tensor) -> Result<Losses> {
+        logits.inplace_op1(&self)?;
+        let losses = self.losses.into_inner().unwrap_or_default();
+        Ok((losses, self.scale.map(|_| logits)))
     }
+}
+
+impl InplaceOp1 for CrossEntropy<'_> {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    fn cpu_fwd(&self, logits: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(logits), Some((start, end))) = (logits, layout.contiguous_offsets())
+        else {
+            candle_core::bail!("cross-entropy needs contiguous logits in f32");
+        };
+        let logits = &mut logits[start..end];
+        cap(logits, self.softcap);
+        let scale = self.scale.map(|scale| scale as f32);
+        let losses = cross_entropy_cpu(logits, self.targets, scale, self.softcap);
+        if let Ok(mut slot) = self.losses.lock() {
+            *slot = losses;
+        }
+        Ok(())
+    }
+}
+
+/// Caps logits in place, if there is a softcap.
+fn cap(logits: &mut [f32], softcap: Option<f64>) {
+    let Some(c) = softcap else { return };
+    par_for_each(logits.chunks_mut(ELEMENTS_PER_TASK), |logits| {
+        simd!(|simd| logits
+            .iter_mut()
+            .for_each(|z| *z = capped(simd, *z, c as f32)));
+    });
 }
 
 /// Logits (L, V), capped if there is a softcap, and targets (L) -> the losses (L) in nats. With

@@ -183,7 +183,7 @@ impl FeedForward<'_> {
     ) -> Result<Option<Vec<LinearInput>>> {
         let inner = self
             .down
-            .needs_input()
+            .is_trained()
             .then(|| LinearInput::new(context, self.activation.recompute(context, rows)?))
             .transpose()?;
         let dy = LinearInput::new(context, dy.clone())?;

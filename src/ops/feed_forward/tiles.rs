@@ -13,7 +13,7 @@ use crate::ops::gemm::bf16::{
 use crate::ops::gemm::{MatRef, PackedLhs};
 use crate::ops::simd::simd;
 use crate::ops::storage::{CpuTensor, SendPtr, check_shape, uninit_vec};
-use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Weight};
+use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Weight};
 use crate::work::Precision;
 
 /// The outputs of gate and up (N, F), in tiles.
@@ -155,10 +155,13 @@ fn packed(lhs: &PackedLhs) -> Result<&Bf16Lhs> {
 }
 
 impl FeedForward<'_> {
-    /// gate and up if the tiled pass runs: they are two layers, x is packed, and no layer has a bias
-    /// or a trained W.
+    /// gate and up if the tiled pass runs: they are two layers, x is packed, and no layer has a bias,
+    /// a trained W or more than A and B of an adapter.
     pub(super) fn tiled_layers(&self, x: &LinearInput) -> Option<&[Linear; 2]> {
-        let plain = |linear: &Linear| linear.bias.is_none() && !linear.weight.is_trained();
+        let plain = |linear: &Linear| {
+            let lora = linear.lora.as_ref().is_none_or(Lora::is_plain);
+            lora && linear.bias.is_none() && !linear.weight.is_trained()
+        };
         x.packed().packed()?;
         let layers = self.gate_up.as_array()?;
         (layers.iter().all(plain) && plain(self.down)).then_some(layers)

@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Linear, LinearInput, LinearSaved, count_base, masked};
+use super::dora::DoraSaved;
+use super::{Linear, LinearInput, LinearSaved, Magnitude, count_base, masked};
 use crate::error::{Error, Kind, Result};
 use crate::ops::gemm::{GemmTerm, Init, Lhs, MatRef, gemm, gemm_sum, skinny_gemm};
 use crate::ops::parallel::par_for_each;
@@ -41,7 +42,7 @@ impl<'a> InputGradient<'a> {
 }
 
 impl Linear {
-    /// dy (N, out) and the forward pass's x (where `needs_input`) -> dx (N, in) where wanted; adds
+    /// dy (N, out) and the forward pass's x (where it is trained) -> dx (N, in) where wanted; adds
     /// the gradients of trained weights.
     pub fn backward(
         &self,
@@ -54,7 +55,7 @@ impl Linear {
     ) -> Result<Option<Tensor>> {
         let dy = LinearInput::new(context, dy.clone())?;
         let x = x
-            .filter(|_| self.needs_input())
+            .filter(|_| self.is_trained())
             .map(|x| LinearInput::new(context, x.clone()))
             .transpose()?;
         let branch = Branch {
@@ -77,7 +78,7 @@ pub struct Branch<'a> {
     pub saved: &'a LinearSaved,
 }
 
-/// The backward passes of layers that read one input: x (N, in), where a layer's `needs_input` ->
+/// The backward passes of layers that read one input: x (N, in), where a layer is trained ->
 /// the sum of their dx (N, in) where wanted; adds the gradients of trained weights.
 pub fn backward_shared_input(
     context: Context<'_>,
@@ -98,6 +99,24 @@ pub fn backward_shared_input(
             (true, _) => context.counter.add(residual_cost(shape[0], shape[1])),
         }
     }
+    let mut sum = dx.base().cloned();
+    let mut plain = Vec::with_capacity(branches.len());
+    for branch in branches {
+        let Some((saved, magnitude)) = branch.dora() else {
+            plain.push(*branch);
+            continue;
+        };
+        let wanted = dx.is_wanted();
+        let part = branch.backward_dora(context, x, wanted, saved, magnitude, gradients)?;
+        sum = match (part, sum) {
+            (Some(part), Some(sum)) => Some((part + sum)?),
+            (part, sum) => part.or(sum),
+        };
+    }
+    let branches = &plain[..];
+    if branches.is_empty() {
+        return Ok(sum.filter(|_| dx.is_wanted()));
+    }
     let dy = first.dy.x.as_ref();
     if dy.is_none_or(|dy| context.path(dy) == Path::Cpu) {
         let dxa = branches
@@ -106,10 +125,9 @@ pub fn backward_shared_input(
             .collect::<Result<Vec<_>>>()?;
         let dx = dx
             .is_wanted()
-            .then(|| input_gradient_cpu(context, branches, &dxa, dx.base()));
+            .then(|| input_gradient_cpu(context, branches, &dxa, sum.as_ref()));
         return dx.transpose();
     }
-    let mut sum = dx.base().cloned();
     for branch in branches {
         let dx = branch.backward_reference(context, x, dx.is_wanted(), gradients)?;
         sum = match (dx, sum) {
@@ -132,7 +150,7 @@ impl Branch<'_> {
         input_gradient: bool,
     ) -> Result<()> {
         let Branch { linear, dy, saved } = self;
-        let shape = linear.shape(tokens, saved.mask().is_some())?;
+        let shape = linear.shape(tokens, saved.has_mask())?;
         let out_features = shape.out_features;
         check_dims("dy", &[dy.shape.0, dy.shape.1], &[tokens, out_features])?;
         check_shape(
@@ -146,7 +164,7 @@ impl Branch<'_> {
         context
             .counter
             .add(shape.backward_cost(context.precision, input_gradient));
-        if linear.needs_input() && x.is_none() {
+        if linear.is_trained() && x.is_none() {
             return Err(Error::new(
                 Kind::Tensor,
                 "a linear layer that is trained needs its input in the backward pass",
@@ -261,11 +279,22 @@ impl Branch<'_> {
         gradients.add(&lora.a, f32_tensor(da, (r, i))?)
     }
 
-    fn bias_gradient(&self, gradients: &mut Gradients) -> Result<()> {
-        match self.linear.bias.as_ref().filter(|bias| bias.is_trained()) {
-            Some(bias) => gradients.add(bias, self.dy.tensor()?.to_dtype(DType::F32)?.sum(0)?),
-            None => Ok(()),
+    /// The forward pass's tensors of DoRA, and the magnitude.
+    fn dora(&self) -> Option<(&DoraSaved, &Magnitude)> {
+        let magnitude = self.linear.lora.as_ref()?.magnitude.as_ref()?;
+        Some((self.saved.dora.as_ref()?, magnitude))
+    }
+
+    /// Adds the gradients of the biases of the layer and of its adapter.
+    pub(super) fn bias_gradient(&self, gradients: &mut Gradients) -> Result<()> {
+        let bias = self.linear.bias.as_ref().filter(|bias| bias.is_trained());
+        let lora = self.linear.lora.as_ref();
+        let of_lora = lora.and_then(|lora| Some((lora.bias.as_ref()?, lora.scaling)));
+        for (bias, factor) in bias.map(|bias| (bias, 1.0)).into_iter().chain(of_lora) {
+            let sum = self.dy.tensor()?.to_dtype(DType::F32)?.sum(0)?;
+            gradients.add(bias, (sum * factor)?)?;
         }
+        Ok(())
     }
 }
 

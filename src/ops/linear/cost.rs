@@ -1,8 +1,19 @@
 //! Work of a linear layer and its LoRA adapter, from shapes alone.
 
-use super::Linear;
+use super::{Linear, Lora, Weight};
 use crate::error::Result;
 use crate::work::{Precision, Work};
+
+/// What the cost of an adapter depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoraShape {
+    /// Its rank.
+    pub r: usize,
+    /// With a bias on B.
+    pub bias: bool,
+    /// With DoRA's magnitude.
+    pub magnitude: bool,
+}
 
 /// Everything that the cost of a linear layer depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,15 +26,26 @@ pub struct LinearShape {
     pub out_features: usize,
     /// The adapter's rank.
     pub r: Option<usize>,
+    /// Whether the adapter has a bias on B.
+    pub lora_bias: bool,
+    /// Whether the adapter has DoRA's magnitude.
+    pub magnitude: bool,
     /// With a bias.
     pub bias: bool,
-    /// Whether W (and the bias) is trained.
+    /// Whether W is trained.
     pub trained: bool,
+    /// Whether the bias is trained.
+    pub bias_trained: bool,
     /// With LoRA dropout.
     pub dropout: bool,
 }
 
 impl LinearShape {
+    /// Whether anything of the layer is trained.
+    pub fn is_trained(&self) -> bool {
+        self.r.is_some() || self.trained || self.bias_trained
+    }
+
     /// Work of `forward`.
     pub fn forward_cost(&self, precision: Precision) -> Work {
         let (n, i, o) = (self.tokens, self.in_features, self.out_features);
@@ -33,8 +55,16 @@ impl LinearShape {
             work += &Work::product(n, o, r, precision);
             work += &Work::sweep(8 * n * r, n * r);
         }
-        if self.bias {
+        if self.bias || self.lora_bias {
             work += &Work::sweep(8 * n * o, n * o);
+        }
+        if let Some(r) = self.r.filter(|_| self.magnitude) {
+            work += &self.row_norms_cost(r);
+            work += &Work::sweep(12 * n * o, n * o);
+            if self.dropout {
+                work += &Work::product(n, o, i, precision);
+                work += &Work::sweep(12 * n * i + 12 * n * o, n * i + n * o);
+            }
         }
         if self.dropout && self.r.is_some() {
             work += &Work::sweep(12 * n * i, n * i);
@@ -51,8 +81,15 @@ impl LinearShape {
         }
         if self.trained {
             work += &Work::product(o, i, n, precision);
-            if self.bias {
-                work += &Work::sweep(4 * n * o, n * o);
+        }
+        for _ in 0..usize::from(self.bias_trained) + usize::from(self.lora_bias) {
+            work += &Work::sweep(4 * n * o, n * o);
+        }
+        if self.magnitude {
+            work += &Work::sweep(20 * n * o, 3 * n * o);
+            if self.dropout && input_gradient {
+                work += &Work::product(n, i, o, precision);
+                work += &Work::sweep(24 * n * i, 2 * n * i);
             }
         }
         if let Some(r) = self.r {
@@ -74,17 +111,32 @@ impl LinearShape {
     }
 }
 
+impl LinearShape {
+    /// Work of the norms of the rows of W + scaling * B A.
+    fn row_norms_cost(&self, r: usize) -> Work {
+        let (i, o) = (self.in_features, self.out_features);
+        Work::product(o, r, i, Precision::F32)
+            + Work::product(r, r, i, Precision::F32)
+            + Work::product(o, r, r, Precision::F32)
+            + Work::sweep(16 * o * r, 6 * o * r)
+    }
+}
+
 impl Linear {
     /// The layer's shape for `tokens` rows.
     pub fn shape(&self, tokens: usize, dropout: bool) -> Result<LinearShape> {
         let (out_features, in_features) = self.weight.tensor.dims2()?;
+        let lora = self.lora.as_ref().map(Lora::shape).transpose()?;
         Ok(LinearShape {
             tokens,
             in_features,
             out_features,
-            r: self.lora.as_ref().map(|_| self.rank()).transpose()?,
+            r: lora.map(|lora| lora.r),
+            lora_bias: lora.is_some_and(|lora| lora.bias),
+            magnitude: lora.is_some_and(|lora| lora.magnitude),
             bias: self.bias.is_some(),
             trained: self.weight.is_trained(),
+            bias_trained: self.bias.as_ref().is_some_and(Weight::is_trained),
             dropout,
         })
     }

@@ -7,11 +7,14 @@
 
 mod backward;
 mod cost;
+mod dora;
 
 use candle_core::{DType, Tensor};
 
 pub use self::backward::{Branch, InputGradient, backward_shared_input};
-pub use self::cost::LinearShape;
+pub use self::cost::{LinearShape, LoraShape};
+use self::dora::DoraSaved;
+pub use self::dora::Magnitude;
 use super::dropout::DropoutMask;
 use super::gemm::{
     GemmTerm, Init, Lhs, MatRef, PackedLhs, gemm, gemm_by_packed, gemm_sum, skinny_gemm,
@@ -30,6 +33,10 @@ pub struct Lora {
     pub a: Weight,
     /// B, (out, r).
     pub b: Weight,
+    /// Added to B's result before the scaling, (out).
+    pub bias: Option<Weight>,
+    /// DoRA's magnitude.
+    pub magnitude: Option<Magnitude>,
     /// `lora_alpha / r`, or `lora_alpha / sqrt(r)`.
     pub scaling: f64,
 }
@@ -44,6 +51,8 @@ pub struct Lora {
 /// let lora = Lora {
 ///     a: weight(&[[1., -1.]])?, // r = 1
 ///     b: Weight::frozen(Tensor::new(&[[3f32]], &Device::Cpu)?),
+///     bias: None,
+///     magnitude: None,
 ///     scaling: 1.5,
 /// };
 /// let linear = Linear { weight: weight(&[[1., 2.]])?, bias: None, lora: Some(lora) };
@@ -157,6 +166,7 @@ fn only_packed() -> Error {
 #[derive(Debug, Clone, Default)]
 pub struct LinearSaved {
     lora: Option<LoraSaved>,
+    dora: Option<DoraSaved>,
 }
 
 #[derive(Debug, Clone)]
@@ -167,8 +177,28 @@ struct LoraSaved {
 }
 
 impl LinearSaved {
+    fn has_mask(&self) -> bool {
+        self.mask().is_some() || self.dora.as_ref().is_some_and(DoraSaved::has_mask)
+    }
+
     fn mask(&self) -> Option<&DropoutMask> {
         self.lora.as_ref()?.mask.as_ref()
+    }
+}
+
+impl Lora {
+    /// What its cost depends on.
+    pub fn shape(&self) -> Result<LoraShape> {
+        Ok(LoraShape {
+            r: self.a.tensor.dims2()?.0,
+            bias: self.bias.is_some(),
+            magnitude: self.magnitude.is_some(),
+        })
+    }
+
+    /// Whether A and B are all of it.
+    pub(super) fn is_plain(&self) -> bool {
+        self.bias.is_none() && self.magnitude.is_none()
     }
 }
 
@@ -180,9 +210,10 @@ impl Linear {
             .map_or(Ok(0), |lora| Ok(lora.a.tensor.dims2()?.0))
     }
 
-    /// Whether `backward` reads x.
-    pub fn needs_input(&self) -> bool {
-        self.lora.is_some() || self.weight.is_trained()
+    /// Whether anything of the layer is trained: `backward` then takes x.
+    pub fn is_trained(&self) -> bool {
+        let bias = self.bias.as_ref().is_some_and(Weight::is_trained);
+        self.lora.is_some() || self.weight.is_trained() || bias
     }
 
     /// x (N, in) -> y (N, out), added to `base` (N, out) if given. `mask` (N, in): LoRA dropout.
@@ -208,6 +239,11 @@ impl Linear {
         self.check_input(input)?;
         context.counter.add(shape.forward_cost(context.precision));
         count_base(context, base, &[shape.tokens, shape.out_features])?;
+        if let Some(lora) = &self.lora
+            && let Some(magnitude) = &lora.magnitude
+        {
+            return self.forward_dora(context, input, mask, base, lora, magnitude);
+        }
         match &input.x {
             Some(x) if context.path(x) != Path::Cpu => {
                 self.forward_reference(context, x, mask, base)
@@ -229,8 +265,8 @@ impl Linear {
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let mut y = matmul(context, x, &self.weight.tensor.t()?)?;
-        if let Some(bias) = &self.bias {
-            y = y.broadcast_add(&bias.tensor.to_dtype(y.dtype())?)?;
+        if let Some(bias) = self.whole_bias()? {
+            y = y.broadcast_add(&bias.to_dtype(y.dtype())?)?;
         }
         let mut saved = LinearSaved::default();
         if let Some(lora) = &self.lora {
@@ -275,11 +311,8 @@ impl Linear {
         }];
         terms.extend(up.as_ref().map(|(lhs, rhs)| GemmTerm { lhs, rhs: *rhs }));
 
-        let bias = self
-            .bias
-            .as_ref()
-            .map(|bias| to_f32_contiguous(&bias.tensor));
-        let bias = bias.transpose()?;
+        let bias = self.whole_bias()?;
+        let bias = bias.as_ref().map(to_f32_contiguous).transpose()?;
         let base = base.map(Tensor::contiguous).transpose()?;
         let init = base.as_ref().or(bias.as_ref());
         let init = init.map(CpuTensor::borrow_f32).transpose()?;
@@ -293,6 +326,22 @@ impl Linear {
         }
         drop(terms);
         Ok((y, down.map(|(saved, _)| saved).unwrap_or_default()))
+    }
+
+    /// The bias and the scaled bias of the adapter, (out).
+    fn whole_bias(&self) -> Result<Option<Tensor>> {
+        let bias = self.bias.as_ref().map(|bias| bias.tensor.clone());
+        let Some(lora) = &self.lora else {
+            return Ok(bias);
+        };
+        let Some(added) = &lora.bias else {
+            return Ok(bias);
+        };
+        let scaled = (&added.tensor * lora.scaling)?;
+        Ok(Some(match bias {
+            Some(bias) => (bias.to_dtype(DType::F32)? + scaled)?,
+            None => scaled,
+        }))
     }
 
     /// The adapter's down projection: the saved tensors of the layer, and
@@ -322,6 +371,7 @@ impl Linear {
         let xa = f32_tensor(xa, (n, r))?;
         let saved = LinearSaved {
             lora: Some(LoraSaved { mask, xa }),
+            dora: None,
         };
         Ok(Some((saved, scaled)))
     }

@@ -18,6 +18,9 @@ fn linear(tokens: usize, in_features: usize, out_features: usize) -> LinearShape
         r: None,
         bias: false,
         trained: false,
+        bias_trained: false,
+        lora_bias: false,
+        magnitude: false,
         dropout: false,
     }
 }
@@ -195,6 +198,8 @@ fn counted_parts(torch: &Torch<'_>) -> [(i64, &'static [&'static str]); 6] {
         vocab: torch.size("vocab_size"),
         trained: false,
         softcap: false,
+        lora: None,
+        dropout: false,
     };
     [
         (

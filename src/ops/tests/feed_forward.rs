@@ -149,11 +149,7 @@ impl Parts {
         let fused = context.fused(&inputs[0]);
         let tiles = masks.is_none() && self.in_tiles(context, inputs[0].dims()[0], fused);
         assert_eq!(saved.in_tiles(), tiles, "tiles, where they should be");
-        let x = gate_up
-            .iter()
-            .any(Linear::needs_input)
-            .then(x)
-            .transpose()?;
+        let x = gate_up.iter().any(Linear::is_trained).then(x).transpose()?;
         let mut gradients = Gradients::new(inputs.len());
         let dx = layers.backward(context, dy, x.as_ref(), &saved, self.depth, &mut gradients)?;
         let weights = (1..inputs.len()).map(|i| gradients.get(i).cloned());
@@ -192,7 +188,7 @@ impl Parts {
             cost += &shape.forward_cost(precision);
         }
         cost += &down.backward_cost(precision, self.reaches_gate());
-        if linears[2].needs_input() {
+        if linears[2].is_trained() {
             cost += &self.activation.cost(n * f, true);
         }
         if self.reaches_gate() {
@@ -460,6 +456,8 @@ fn one_layer_of_gate_and_up_is_both() {
         lora: first.map(|first| Lora {
             a: slots.weight(first).unwrap(),
             b: slots.weight(first + 1).unwrap(),
+            bias: None,
+            magnitude: None,
             scaling: 0.5,
         }),
     };

@@ -133,6 +133,7 @@ fn cross_entropy() {
     let head = LmHead {
         weight: golden.trained("weight"),
         softcap: None,
+        lora: None,
     };
     let targets = golden.sizes("targets");
     let targets: Vec<u32> = targets.into_iter().map(|t| t as u32).collect();

@@ -63,7 +63,7 @@ fn run(
 ) -> Result<Outputs> {
     let linear = parts.linear(1, inputs);
     let mut gradients = Gradients::new(inputs.len());
-    let x = Some(&inputs[0]).filter(|_| linear.needs_input());
+    let x = Some(&inputs[0]).filter(|_| linear.is_trained());
     let (y, saved) = linear.forward(context, &inputs[0], mask.cloned(), None)?;
     let dx = InputGradient::when(parts.input_gradient);
     let dx = linear.backward(context, dy, x, &saved, dx, &mut gradients)?;
@@ -174,7 +174,7 @@ impl SharedInput {
 
     fn at_once(&self, context: Context<'_>, saved: &[LinearSaved; 3]) -> Gradient {
         let input = |x: &Tensor| LinearInput::new(context, x.clone()).unwrap();
-        let wanted = self.linears.iter().any(Linear::needs_input);
+        let wanted = self.linears.iter().any(Linear::is_trained);
         let x = wanted.then(|| input(&self.inputs[0]));
         let dys = self.dys.each_ref().map(input);
         let branches = [0, 1, 2].map(|index| Branch {

@@ -23,6 +23,7 @@ fn head(weight: &Tensor, trains: bool) -> LmHead {
     LmHead {
         weight,
         softcap: None,
+        lora: None,
     }
 }
 
@@ -75,6 +76,8 @@ fn shape(loss_tokens: usize, hidden: usize, vocab: usize, trained: bool) -> LmHe
         vocab,
         trained,
         softcap: false,
+        lora: None,
+        dropout: false,
     }
 }
 
@@ -215,6 +218,7 @@ fn cached_packing_changes_no_byte() -> Result<()> {
         let heads = [plain, cached].map(|weight| LmHead {
             weight,
             softcap: Some(3.0),
+            lora: None,
         });
         for isa in available().iter().chain(available()) {
             for (precision, threads) in ways {

@@ -10,6 +10,7 @@ mod adamw;
 mod attention;
 mod columns;
 mod costs;
+mod dora;
 mod dropout;
 mod elementwise;
 mod feed_forward;
@@ -263,6 +264,8 @@ impl Layer {
             lora: self.r.map(|_| Lora {
                 a: weight(true),
                 b: weight(true),
+                bias: None,
+                magnitude: None,
                 scaling: Self::SCALING,
             }),
         }

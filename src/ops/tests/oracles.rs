@@ -96,6 +96,7 @@ fn cross_entropy_with_its_gradient() -> Result<()> {
         let head = LmHead {
             weight: Weight::frozen(w.clone()),
             softcap: None,
+            lora: None,
         };
         let (scale, none) = (1.0 / n as f64, &mut Gradients::new(0));
         let (losses, dh) = head

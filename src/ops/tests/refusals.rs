@@ -60,6 +60,7 @@ fn head(vocab: usize, hidden: usize) -> LmHead {
     LmHead {
         weight,
         softcap: None,
+        lora: None,
     }
 }
 

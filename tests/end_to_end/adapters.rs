@@ -1,0 +1,95 @@
+//! Adapters beyond plain LoRA through the program: planned, trained, resumed, continued, merged and evaluated.
+
+use super::lab::{Lab, flags, microjoules, number, set};
+#[cfg(unix)]
+use super::resume::{killed_at_checkpoint, resume};
+
+/// Keys of recipes, one adapter each.
+const ADAPTERS: [&[&str]; 5] = [
+    &["adapter.modules_to_save=[\"lm_head\"]"],
+    &[
+        "adapter.modules_to_save=[\"embed_tokens\", \"norm\"]",
+        "adapter.target_modules=[\"q_proj\"]",
+    ],
+    &[
+        "adapter.modules_to_save=[\"embed_tokens\"]",
+        "adapter.ensure_weight_tying=true",
+        "adapter.loraplus_lr_ratio=4",
+    ],
+    &[
+        "adapter.target_modules=[\"embed_tokens\", \"lm_head\", \"v_proj\"]",
+        "adapter.lora_dropout=0.1",
+    ],
+    &["adapter.use_dora=true", "adapter.lora_dropout=0.1"],
+];
+
+fn with<'a>(keys: &[&'a str], more: &[&'a str]) -> Vec<String> {
+    set(&[keys, more].concat())
+}
+
+#[test]
+fn every_adapter_spends_what_was_planned() {
+    let lab = Lab::new();
+    for (i, keys) in ADAPTERS.iter().enumerate() {
+        let keys = with(keys, &["train.steps=3", "train.eval_every=2"]);
+        let (plan, report) = (lab.plan(&keys), lab.train(&i.to_string(), &keys));
+        let total = |value: &serde_json::Value| microjoules(&value["energy"]["total_j"]);
+        assert_eq!(total(&plan), total(&report), "{keys:?}");
+        let trained = |value: &serde_json::Value| number(value, "/adapter/trainable_parameters");
+        assert_eq!(trained(&plan), trained(&report), "{keys:?}");
+    }
+}
+
+#[test]
+fn every_adapter_merges_to_a_model_of_the_same_loss() {
+    let lab = Lab::new();
+    for (i, keys) in ADAPTERS.iter().enumerate() {
+        let [run, merged] = [format!("run{i}"), format!("merged{i}")];
+        lab.train(&run, &with(keys, &["train.learning_rate=2e-2"]));
+        let adapter = format!("{run}/adapter");
+        let eval = |model: &[&str]| {
+            let data = ["eval", "--data", "validation.jsonl", "--quiet"];
+            number(&lab.json(&[&data, model].concat()), "/loss")
+        };
+        let base = eval(&["--model", "embedded:tiny"]);
+        let adapted = eval(&["--model", "embedded:tiny", "--adapter", &adapter]);
+        let merge = ["merge", "--model", "embedded:tiny", "--quiet"];
+        lab.json(&[&merge, &["--adapter", &adapter, "--out", &merged][..]].concat());
+        let of_merged = eval(&["--model", &format!("./{merged}")]);
+        let difference = (of_merged - adapted).abs();
+        assert!(
+            difference < 1e-5,
+            "{keys:?}: {of_merged}, adapted {adapted}"
+        );
+        assert!((base - adapted).abs() > 0.02, "{keys:?}: {base}, {adapted}");
+        // Continued without a step at a rate above 0, the loss stays.
+        let from = format!("adapter.init_from={adapter}");
+        let report = lab.train(&format!("{run}b"), &set(&[&from, "train.steps=1"]));
+        let before = number(&report, "/training/val_loss_before");
+        assert!(
+            (before - adapted).abs() < 1e-6,
+            "{keys:?}: {before}, {adapted}"
+        );
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn every_adapter_resumes_to_the_same_bytes() {
+    let lab = Lab::new();
+    for (i, keys) in ADAPTERS.iter().enumerate() {
+        let [whole, cut] = [format!("whole{i}"), format!("cut{i}")];
+        let keys = with(keys, &["train.steps=6", "train.save_every=2"]);
+        lab.json(
+            &[
+                &["train", "recipe.toml", "--out", &whole, "--quiet"],
+                &flags(&keys)[..],
+            ]
+            .concat(),
+        );
+        killed_at_checkpoint(&lab, &cut, &keys, 2);
+        resume(&lab, &cut);
+        assert_eq!(lab.course(&cut), lab.course(&whole), "{keys:?}");
+        assert!(lab.adapter(&cut) == lab.adapter(&whole), "{keys:?}");
+    }
+}
