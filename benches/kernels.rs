@@ -153,6 +153,8 @@ fn linears(bench: &Bench<'_>) {
             lora: Some(Lora {
                 a: weight(0),
                 b: weight(1),
+                bias: None,
+                magnitude: None,
                 scaling: 2.0,
             }),
         };
@@ -215,6 +217,7 @@ fn head(bench: &Bench<'_>) {
     let head = LmHead {
         weight: bench.frozen(&[VOCABULARY, HIDDEN]),
         softcap: None,
+        lora: None,
     };
     let h = random(&[256, HIDDEN], DType::F32);
     let targets = vec![7u32; 256];

@@ -205,9 +205,8 @@ impl Adaptation {
     /// As [`targets::select`], and an entry of `modules_to_save` that matches no module.
     pub fn select(layout: &ModelLayout, settings: &LoraConfig) -> Result<Self> {
         let sites = targets::select(&layout.modules, &layout.output_embedding, settings)?;
-        match layout.missing_modules(&settings.modules_to_save).first() {
-            Some(missing) => return Err(no_module_to_save(missing, &layout.all_tensors())),
-            None => {}
+        if let Some(missing) = layout.missing_modules(&settings.modules_to_save).first() {
+            return Err(no_module_to_save(missing, &layout.all_tensors()));
         }
         let adaptation = Self::new(layout, settings, sites);
         let mut copies = adaptation.copies.iter();

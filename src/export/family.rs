@@ -128,6 +128,15 @@ pub fn family(architecture: &Architecture) -> Result<&'static Family> {
             .value(format!("{:?}", architecture.activation))
             .rule(format!("`hidden_act` is {:?}", family.activation)));
     }
+    // llama.cpp takes another scale for Gemma 2 and 3 27B alone, which it knows by their blocks.
+    let head_dim = architecture.attention.head_dim as f64;
+    let scale = architecture.attention.scale;
+    let is_27b = matches!(architecture.num_hidden_layers, 46 | 62);
+    let is_default = scale.is_none_or(|scale| (scale * head_dim.sqrt() - 1.0).abs() < 1e-6);
+    if family.activation == Activation::GeluTanh && !is_27b && !is_default {
+        return Err(refused("a Gemma model with another attention scale")
+            .rule("`query_pre_attn_scalar` is `head_dim`"));
+    }
     Ok(family)
 }
 

@@ -277,19 +277,22 @@ impl Architecture {
             stored_in_bf16: stored_in_bf16(&config)?,
             dropout: dropout(&config)?,
         };
-        // Sizes are bounded one by one, so that the sum cannot overflow.
-        if architecture.parameters() > MAX_PARAMETERS {
-            return Err(
-                Error::new(Kind::Model, "config.json: these sizes are beyond any model")
-                    .value(format!("{} parameters", architecture.parameters()))
-                    .rule(format!("at most {MAX_PARAMETERS}"))
-                    .hint(
-                        "correct the sizes: the file is damaged, or was not published with a model",
-                    ),
-            );
-        }
+        check_parameters(&architecture)?;
         Ok(architecture)
     }
+}
+
+/// Refuses more parameters than any model has. Sizes are bounded one by one, so that the sum cannot overflow.
+fn check_parameters(architecture: &Architecture) -> Result<()> {
+    if architecture.parameters() <= MAX_PARAMETERS {
+        return Ok(());
+    }
+    Err(
+        Error::new(Kind::Model, "config.json: these sizes are beyond any model")
+            .value(format!("{} parameters", architecture.parameters()))
+            .rule(format!("at most {MAX_PARAMETERS}"))
+            .hint("correct the sizes: the file is damaged, or was not published with a model"),
+    )
 }
 
 fn activation(config: &Config<'_>, family: &Family) -> Result<Activation> {

@@ -5,6 +5,8 @@
 
 use std::fmt::Write;
 
+use toml_edit::Value;
+
 use super::key::{KEYS, Key, Keys, Presence, of_table};
 use super::sections::{Adapter, Recipe, TABLES};
 use crate::adapter::options::LoraConfig;
@@ -45,10 +47,10 @@ impl Recipe {
         self.write(&mut written);
         let mut text = String::new();
         for (key, value) in written {
-            let Some(value) = value.map(|value| value.to_string()) else {
+            let Some(value) = value else {
                 continue;
             };
-            let is_default = key.presence == Presence::Defaulted && value == key.value;
+            let is_default = key.presence == Presence::Defaulted && is_same(&value, key.value);
             if !is_default && !self.is_left_to_the_adapter(key) {
                 let _ = writeln!(text, "{}.{} = {value}", key.table, key.name);
             }
@@ -118,6 +120,17 @@ fn lay_out(head: &str, lines: impl Iterator<Item = Line>) -> String {
         let _ = writeln!(text, "{pair:COMMENT$} # {}{words}{absent}", key.doc());
     }
     text
+}
+
+/// Whether a value is the one that `text` writes: `32.0` and `32` are.
+fn is_same(value: &Value, text: &str) -> bool {
+    let number = value
+        .as_float()
+        .or(value.as_integer().map(|number| number as f64));
+    number.map_or_else(
+        || value.to_string() == text,
+        |number| text.parse() == Ok(number),
+    )
 }
 
 fn about(table: &str) -> &'static str {

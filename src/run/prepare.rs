@@ -172,10 +172,8 @@ pub fn prepare(
     warnings.extend(records.warnings());
     let examples = Arc::clone(&records.train.examples);
     let sampler = Sampler::new(examples, sampler_options(&recipe))?;
-    let validation_batches = match &records.validation {
-        Some(set) => evaluation_batches(&set.examples, recipe.train.micro_batch_size),
-        None => Vec::new(),
-    };
+    let batches = |set: &Dataset| evaluation_batches(&set.examples, recipe.train.micro_batch_size);
+    let validation_batches = records.validation.as_ref().map(batches).unwrap_or_default();
     let shape = shape_of(&recipe, &architecture, &target);
     let longest_batch = longest_batch(&sampler, &validation_batches);
     let trained = target.parameters(&architecture);
@@ -188,9 +186,8 @@ pub fn prepare(
     resolve_autos(&mut recipe, recomputed, &profile, &meters)?;
     check_baseline_memory(&recipe, &architecture, longest_batch, free)?;
     let files_read = local_inputs(&recipe, &files, &profile)?;
-    let inputs = weights.as_deref().into_iter().chain(records.fingerprints());
-    let inputs = inputs.chain(files_read.iter().map(String::as_bytes));
-    let digest = digest_of(&recipe, files.commit.is_some(), inputs);
+    let contents = weights.as_deref().into_iter().chain(records.fingerprints());
+    let digest = digest_of(&recipe, files.commit.is_some(), contents, &files_read);
     let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
     check_steps(&settings)?;
     warnings.extend(profile.note.clone());
@@ -426,10 +423,11 @@ fn weights_fingerprint(
 fn digest_of<'a>(
     recipe: &Recipe,
     has_commit: bool,
-    inputs: impl Iterator<Item = &'a [u8]>,
+    contents: impl Iterator<Item = &'a [u8]>,
+    files_read: &'a [String],
 ) -> String {
     let mut hash = Sha256::new_with_prefix(without_paths(recipe, has_commit).changed_keys());
-    for input in inputs {
+    for input in contents.chain(files_read.iter().map(String::as_bytes)) {
         hash.update(" ");
         hash.update(input);
     }

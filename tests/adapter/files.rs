@@ -144,7 +144,7 @@ fn half_precision_is_read() {
         let views = encoded.iter().map(|(name, shape, bytes)| {
             (
                 name,
-                safetensors::tensor::TensorView::new(dtype, shape.to_vec(), bytes).unwrap(),
+                safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes).unwrap(),
             )
         });
         fs::write(

@@ -66,22 +66,6 @@ fn a_run_is_exported_as_the_merged_model() {
         assert_eq!(read.dims(), own.dims(), "{gguf}");
         assert!(flat(&read) == flat(&own), "{gguf}");
     }
-    let again = lab.refused(2, &[&arguments[..], &["f32", "--out", "exact"]].concat());
-    says(&again, &["exists already", "exact"]);
-    let hf = lab.refused(
-        2,
-        &[
-            "export",
-            "run",
-            "--format",
-            "hf",
-            "--quantization",
-            "q8_0",
-            "--out",
-            "x",
-        ],
-    );
-    says(&hf, &["--quantization", "--format gguf"]);
     let names: Vec<_> = std::fs::read_dir(lab.path("")).unwrap().collect();
     let temporary = |entry: &std::io::Result<std::fs::DirEntry>| {
         entry
@@ -92,4 +76,22 @@ fn a_run_is_exported_as_the_merged_model() {
             .starts_with('.')
     };
     assert!(!names.iter().any(temporary), "{names:?}");
+}
+
+#[test]
+fn an_export_that_cannot_be_is_refused() {
+    let lab = Lab::new();
+    std::fs::create_dir(lab.path("taken")).unwrap();
+    let model = ["export", "--model", "embedded:tiny", "--format"];
+    let cases: [(&[&str], &[&str]); 3] = [
+        (&["gguf", "--out", "taken"], &["exists already", "taken"]),
+        (
+            &["hf", "--quantization", "q8_0", "--out", "x"],
+            &["--quantization", "--format gguf"],
+        ),
+        (&["hf", "--out", "x"], &["no adapter was given"]),
+    ];
+    for (arguments, parts) in cases {
+        says(&lab.refused(2, &[&model[..], arguments].concat()), parts);
+    }
 }
