@@ -340,7 +340,8 @@ fn a_lost_gpu_leaves_named_gaps_and_no_zero() {
         MicroJoules(8_000_000) + gaps[0].2.energy
     );
     let text = std::fs::read_to_string(&path).unwrap();
-    let entry: Value = serde_json::from_str(text.lines().nth(1).unwrap()).unwrap();
+    // After the run's digest and the first entry.
+    let entry: Value = serde_json::from_str(text.lines().nth(2).unwrap()).unwrap();
     assert!(
         entry["energy_j"]["measured"].is_null() && entry["gap"]["filled"] == "counted",
         "{entry}"
