@@ -23,6 +23,13 @@ rows = {
     "equal magnitudes": np.where(np.arange(32) % 3 == 0, -1.5, 1.5),
     "large": random.normal(0, 3e4, 32),
 }
+# A value whose quotient lies within half a step of float32 under a whole number: the rounding before the truncation decides.
+wide = random.normal(0, 0.05, (500000, 32)).astype(np.float32)
+scale = np.take_along_axis(wide, abs(wide).argmax(1, keepdims=True), 1) / np.float32(-8)
+sums = wide.astype(np.float64) * (np.float32(1) / scale) + 8.5
+rounds = np.trunc(sums) != np.trunc(sums.astype(np.float32))
+assert rounds.any()
+rows["rounds up before it is truncated"] = wide[rounds.any(1)][0]
 golden = []
 for name, values in rows.items():
     values = values.astype(np.float32)

@@ -34,7 +34,6 @@ const FAMILIES: &[Family] = &[
     plain("qwen3", "qwen3", false),
     plain("smollm3", "smollm3", true),
     plain("olmo2", "olmo2", false),
-    windowed("phi3", "phi3", &[]),
     with_gelu(plain("gemma", "gemma", false)),
     with_gelu(windowed(
         "gemma2",
@@ -87,12 +86,11 @@ const fn with_gelu(family: Family) -> Family {
 }
 
 /// Names of a block's tensors. A norm on the result of attention has a name of its own.
-const BLOCK: [(&str, &str); 15] = [
+const BLOCK: [(&str, &str); 13] = [
     ("input_layernorm", "attn_norm"),
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
-    ("self_attn.qkv_proj", "attn_qkv"),
     ("self_attn.o_proj", "attn_output"),
     ("self_attn.q_norm", "attn_q_norm"),
     ("self_attn.k_norm", "attn_k_norm"),
@@ -100,7 +98,6 @@ const BLOCK: [(&str, &str); 15] = [
     ("post_feedforward_layernorm", "post_ffw_norm"),
     ("mlp.gate_proj", "ffn_gate"),
     ("mlp.up_proj", "ffn_up"),
-    ("mlp.gate_up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("pre_feedforward_layernorm", "ffn_norm"),
 ];
@@ -176,7 +173,6 @@ impl Family {
                 layer,
                 layers: architecture.num_hidden_layers,
             },
-            "attn_qkv" => Role::Qkv,
             _ => Role::Other,
         };
         Some((format!("blk.{layer}.{gguf}.{part}"), role))
@@ -261,16 +257,11 @@ impl Family {
 
     /// The tensors that scale the rotary embedding: divisors of the frequencies, (rotary_dim / 2).
     pub fn rope_tensors(&self, architecture: &Architecture) -> Vec<(&'static str, Vec<f32>)> {
-        let narrow = |divisors: &[f64]| divisors.iter().map(|x| *x as f32).collect();
         let Some(rope) = global_rope(architecture) else {
             return Vec::new();
         };
         match &rope.scaling {
             RopeScaling::Llama3 { .. } => vec![("rope_freqs.weight", rope.frequency_divisors())],
-            RopeScaling::LongRope { short, long, .. } => vec![
-                ("rope_factors_long.weight", narrow(long)),
-                ("rope_factors_short.weight", narrow(short)),
-            ],
             _ => Vec::new(),
         }
     }
@@ -325,24 +316,10 @@ fn rope_scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>> {
                 Value::U32(*original as u32),
             ),
         ],
-        RopeScaling::LongRope {
-            attention_factor,
-            original,
-            ..
-        } => vec![
-            (
-                "rope.scaling.attn_factor",
-                Value::F32(*attention_factor as f32),
-            ),
-            (
-                "rope.scaling.original_context_length",
-                Value::U32(*original as u32),
-            ),
-        ],
-        RopeScaling::Dynamic { .. } => {
+        RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. } => {
             return Err(
                 Error::new(Kind::Model, "this scaling of the rotary embedding cannot be written as GGUF")
-                    .rule("none, linear, llama3, yarn or longrope")
+                    .rule("none, linear, llama3 or yarn")
                     .hint("write a Hugging Face directory with `--format hf`, and convert it with llama.cpp's convert_hf_to_gguf.py"),
             );
         }

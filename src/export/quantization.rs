@@ -48,8 +48,6 @@ pub enum Role {
         /// Number of blocks.
         layers: usize,
     },
-    /// q, k and v as one matrix.
-    Qkv,
     /// Any other.
     Other,
 }
@@ -103,7 +101,6 @@ impl Quantization {
             Quantization::Q5_0 => Format::Q5_0,
             Quantization::Q4_K_M => match role {
                 Role::Sensitive { layer, layers } if uses_more_bits(layer, layers) => Format::Q6_K,
-                Role::Qkv => Format::Q5_K,
                 _ => Format::Q4_K,
             },
         };
@@ -145,7 +142,6 @@ mod tests {
             (Quantization::Q4_K_M, Role::Other, 256, Format::Q4_K),
             (Quantization::Q4_K_M, Role::Other, 576, Format::Q5_0),
             (Quantization::Q4_K_M, Role::Output, 576, Format::Q8_0),
-            (Quantization::Q4_K_M, Role::Qkv, 96, Format::Q5_1),
             (Quantization::Q4_0, Role::Output, 512, Format::Q6_K),
             (Quantization::Q8_0, Role::Output, 512, Format::Q8_0),
             (Quantization::Q8_0, Role::Other, 172, Format::F16),
