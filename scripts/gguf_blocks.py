@@ -23,13 +23,14 @@ rows = {
     "equal magnitudes": np.where(np.arange(32) % 3 == 0, -1.5, 1.5),
     "large": random.normal(0, 3e4, 32),
 }
-# A value whose quotient lies within half a step of float32 under a whole number: the rounding before the truncation decides.
-wide = random.normal(0, 0.05, (500000, 32)).astype(np.float32)
-scale = np.take_along_axis(wide, abs(wide).argmax(1, keepdims=True), 1) / np.float32(-8)
-sums = wide.astype(np.float64) * (np.float32(1) / scale) + 8.5
-rounds = np.trunc(sums) != np.trunc(sums.astype(np.float32))
-assert rounds.any()
-rows["rounds up before it is truncated"] = wide[rounds.any(1)][0]
+# Values near a whole number, where float32 decides: in the sum, and in the product already.
+wide = random.normal(0, 0.05, (1000000, 32)).astype(np.float32)
+inverse = np.float32(1) / (np.take_along_axis(wide, abs(wide).argmax(1, keepdims=True), 1) / np.float32(-8))
+exact = wide.astype(np.float64) * inverse + 8.5
+by_float32 = np.trunc(wide * inverse + np.float32(8.5))
+for name, other in {"sum in float32": exact, "product in float32": exact.astype(np.float32)}.items():
+    differs = (np.trunc(other) != by_float32).any(1)
+    rows[name] = wide[differs][0]
 golden = []
 for name, values in rows.items():
     values = values.astype(np.float32)
