@@ -13,11 +13,11 @@ use wattune::model::{
     Architecture, Decoder, ModelShape, Recompute, TrainableModel, WeightSource, Weights,
     initial_values,
 };
-use wattune::ops::{AdamW, Context, Weight};
+use wattune::ops::{Context, Weight};
 use wattune::units::Bytes;
 use wattune::work::{Precision, WorkCounter};
 
-use super::golden::{Golden, close, contexts, near};
+use super::golden::{ADAMW, Golden, close, contexts, near};
 use super::loss_and_gradients;
 
 /// Every case of the script.
@@ -131,17 +131,9 @@ fn ten_adamw_steps_equal_those_of_torch() {
                 let (loss, gradients) = case.step(context, &model, Recompute::NONE);
                 let what = format!("{}: loss of step {i}", case.name);
                 near(&what, loss, expected["loss"].as_f64().unwrap());
-                let adamw = AdamW {
-                    beta1: 0.9,
-                    beta2: 0.999,
-                    epsilon: 1e-8,
-                    weight_decay: 0.01,
-                    lr_ratio: 1.0,
-                    max_grad_norm: 1.0,
-                };
                 let flat = gradients.flat(&model.parameters).unwrap();
                 let lr = expected["lr"].as_f64().unwrap();
-                adamw
+                ADAMW
                     .step(context, &model.parameters, &flat, lr, i as u64 + 1)
                     .unwrap();
             }

@@ -9,8 +9,18 @@ use wattune::adapter::Site;
 use wattune::adapter::targets::ModuleKind;
 use wattune::error::Result;
 use wattune::model::{Architecture, Batch, Decoder, WeightSource, Weights};
-use wattune::ops::{Context, Lora, Parameters, Weight};
+use wattune::ops::{AdamW, Context, Lora, Parameters, Weight};
 use wattune::work::{Precision, WorkCounter};
+
+/// The optimiser of the ten steps.
+pub const ADAMW: AdamW = AdamW {
+    beta1: 0.9,
+    beta2: 0.999,
+    epsilon: 1e-8,
+    weight_decay: 0.01,
+    lr_ratio: 1.0,
+    max_grad_norm: 1.0,
+};
 
 /// The project's tolerance, relative to the largest element.
 const TOLERANCE: f32 = 1e-4;
