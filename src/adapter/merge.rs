@@ -38,7 +38,7 @@ pub struct MergeJob<'a> {
     pub layout: &'a ModelLayout,
     /// The adapter.
     pub adapter: &'a LoadedAdapter,
-    /// What it changes: [`LoadedAdapter::adaptation`].
+    /// The tensors that the adapter changes: [`LoadedAdapter::adaptation`].
     pub adaptation: &'a Adaptation,
     /// Writes the model's other files into the new directory: configuration, tokenizer, chat template, licence.
     pub other_files: &'a dyn Fn(&Path) -> Result<()>,

@@ -417,7 +417,8 @@ impl LoadedAdapter {
     }
 
     /// One sentence for each part of `adapter_config.json` that has no effect: keys that PEFT does not know or ignores, and
-    /// entries that match none of `modules`, except the expression `beside` for modules of the model that are not listed.
+    /// entries that match no module of `layout`. `beside` is a regular expression for modules of the model outside `layout`, such
+    /// as a vision tower's; as an entry it has an effect.
     ///
     /// # Errors
     /// A pattern that is no regular expression.

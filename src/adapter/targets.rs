@@ -30,7 +30,7 @@ pub struct Module {
     pub out_features: usize,
     /// Columns of its weight.
     pub in_features: usize,
-    /// What it is.
+    /// Linear layer or embedding.
     pub kind: ModuleKind,
 }
 
@@ -49,7 +49,7 @@ pub struct Site {
     pub lora_alpha: f64,
     /// `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
     pub scaling: f64,
-    /// What the layer is.
+    /// Linear layer or embedding.
     pub kind: ModuleKind,
 }
 
