@@ -2,8 +2,6 @@
 //!
 //! Little-endian. Every tensor begins at a multiple of 32 bytes from the end of the list.
 
-use std::io::{self, Write};
-
 use super::format::Format;
 
 const MAGIC: &[u8; 4] = b"GGUF";
@@ -48,28 +46,8 @@ impl TensorInfo {
     }
 }
 
-/// Writes a file; `values` gives the bytes of each tensor in order.
-///
-/// # Errors
-/// Those of `out` and `values`.
-pub fn write(
-    out: &mut impl Write,
-    metadata: &[(String, Value)],
-    tensors: &[TensorInfo],
-    mut values: impl FnMut(&TensorInfo) -> io::Result<Vec<u8>>,
-) -> io::Result<()> {
-    let head = head(metadata, tensors);
-    out.write_all(&head)?;
-    for tensor in tensors {
-        let bytes = values(tensor)?;
-        out.write_all(&bytes)?;
-        out.write_all(&vec![0; padding(bytes.len())])?;
-    }
-    Ok(())
-}
-
 /// Everything before the first tensor's values.
-fn head(metadata: &[(String, Value)], tensors: &[TensorInfo]) -> Vec<u8> {
+pub fn head(metadata: &[(String, Value)], tensors: &[&TensorInfo]) -> Vec<u8> {
     let mut head = MAGIC.to_vec();
     head.extend(VERSION.to_le_bytes());
     head.extend((tensors.len() as u64).to_le_bytes());
@@ -87,15 +65,15 @@ fn head(metadata: &[(String, Value)], tensors: &[TensorInfo]) -> Vec<u8> {
         }
         head.extend(tensor.format.id().to_le_bytes());
         head.extend((offset as u64).to_le_bytes());
-        offset += tensor.size() + padding(tensor.size());
+        offset += tensor.size().next_multiple_of(ALIGNMENT);
     }
-    head.resize(head.len() + padding(head.len()), 0);
+    align(&mut head);
     head
 }
 
-/// Bytes from `length` to the next multiple of the alignment.
-fn padding(length: usize) -> usize {
-    length.next_multiple_of(ALIGNMENT) - length
+/// Adds zeros up to the next multiple of the alignment: every tensor ends so.
+pub fn align(bytes: &mut Vec<u8>) {
+    bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
 }
 
 fn put_text(out: &mut Vec<u8>, text: &str) {

@@ -4,6 +4,7 @@
 
 use serde_json::Value as Json;
 
+use super::CONVERT;
 use super::container::Value;
 use super::quantization::Role;
 use crate::error::{Error, Kind, Result};
@@ -108,8 +109,7 @@ const BLOCK: [(&str, &str); 13] = [
 /// [`Kind::Model`] for a family that cannot be exported.
 pub fn family(architecture: &Architecture) -> Result<&'static Family> {
     let refused = |what: &str| {
-        Error::new(Kind::Model, format!("{what} cannot be written as GGUF"))
-            .hint("write a Hugging Face directory with `--format hf`, and convert it with llama.cpp's convert_hf_to_gguf.py")
+        Error::new(Kind::Model, format!("{what} cannot be written as GGUF")).hint(CONVERT)
     };
     let mut families = FAMILIES.iter();
     let found = families.find(|family| family.model_type == architecture.model_type);
@@ -255,15 +255,10 @@ impl Family {
         Ok(all)
     }
 
-    /// The tensors that scale the rotary embedding: divisors of the frequencies, (rotary_dim / 2).
-    pub fn rope_tensors(&self, architecture: &Architecture) -> Vec<(&'static str, Vec<f32>)> {
-        let Some(rope) = global_rope(architecture) else {
-            return Vec::new();
-        };
-        match &rope.scaling {
-            RopeScaling::Llama3 { .. } => vec![("rope_freqs.weight", rope.frequency_divisors())],
-            _ => Vec::new(),
-        }
+    /// The divisors of the rotary frequencies, (rotary_dim / 2): the tensor `rope_freqs.weight` of Llama 3.
+    pub fn rope_divisors(&self, architecture: &Architecture) -> Option<Vec<f32>> {
+        let rope = global_rope(architecture)?;
+        matches!(rope.scaling, RopeScaling::Llama3 { .. }).then(|| rope.frequency_divisors())
     }
 
     /// What llama.cpp computes otherwise.
@@ -317,11 +312,12 @@ fn rope_scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>> {
             ),
         ],
         RopeScaling::Dynamic { .. } | RopeScaling::LongRope { .. } => {
-            return Err(
-                Error::new(Kind::Model, "this scaling of the rotary embedding cannot be written as GGUF")
-                    .rule("none, linear, llama3 or yarn")
-                    .hint("write a Hugging Face directory with `--format hf`, and convert it with llama.cpp's convert_hf_to_gguf.py"),
-            );
+            return Err(Error::new(
+                Kind::Model,
+                "this scaling of the rotary embedding cannot be written as GGUF",
+            )
+            .rule("none, linear, llama3 or yarn")
+            .hint(CONVERT));
         }
     })
 }

@@ -4,6 +4,9 @@
 //! metadata keys and types are those of the GGUF specification and of llama.cpp's `convert_hf_to_gguf.py` and `llama-quantize`.
 //! Knows no command, no run and no adapter: an adapter is merged before.
 
+/// What to do with a model that cannot be written.
+const CONVERT: &str = "write a Hugging Face directory with `--format hf`, and convert it with llama.cpp's convert_hf_to_gguf.py";
+
 pub mod container;
 pub mod family;
 pub mod format;

@@ -1,13 +1,11 @@
 //! Ollama's Modelfile beside a GGUF file.
 
-/// `FROM FILE`, and where the model stops. The chat template is inside the GGUF file.
-pub fn modelfile(file: &str, stops: &[String]) -> String {
-    let mut text = format!("FROM ./{file}\n");
-    for stop in stops {
-        text += &format!(
-            "PARAMETER stop {}\n",
-            serde_json::Value::from(stop.as_str())
-        );
-    }
-    text
+use serde_json::Value;
+
+/// `FROM FILE`, and the text at which the model stops. The chat template is inside the GGUF file.
+pub fn modelfile(file: &str, stop: Option<&str>) -> String {
+    let stop = stop.map_or(String::new(), |stop| {
+        format!("PARAMETER stop {}\n", Value::from(stop))
+    });
+    format!("FROM ./{file}\n{stop}")
 }

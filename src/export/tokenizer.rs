@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value as Json;
 
+use super::CONVERT;
 use super::container::Value;
 use crate::error::{Error, Kind, Result};
 
@@ -246,10 +247,11 @@ fn pattern_name(json: &Json) -> Result<&'static str> {
 fn describe(step: &Json) -> String {
     let kind = step["type"].as_str().unwrap_or_default();
     match kind {
-        "Split" if step["behavior"] == "Isolated" && step["invert"] != true => {
-            step["pattern"]["Regex"].as_str().unwrap_or("?").to_string()
-        }
-        "Split" if step["behavior"] == "Removed" && step["invert"] == true => {
+        // Both keep what the pattern matches.
+        "Split"
+            if step["behavior"] == "Isolated" && step["invert"] != true
+                || step["behavior"] == "Removed" && step["invert"] == true =>
+        {
             step["pattern"]["Regex"].as_str().unwrap_or("?").to_string()
         }
         "Digits" if step["individual_digits"] == true => "digits".into(),
@@ -277,7 +279,7 @@ fn refused(why: &str) -> Error {
         format!("the tokenizer cannot be written as GGUF: {why}"),
     )
     .rule("byte-level BPE with a known pattern, or SentencePiece BPE with byte fallback")
-    .hint("write a Hugging Face directory with `--format hf`, and convert it with llama.cpp's convert_hf_to_gguf.py")
+    .hint(CONVERT)
 }
 
 #[cfg(test)]

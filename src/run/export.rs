@@ -1,25 +1,25 @@
 //! A model, with its adapter merged, as a GGUF file or a Hugging Face directory.
 
-use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use serde_json::Value as Json;
 
+use super::Screen;
 use super::inference::fetch;
 use super::merge::{MergeRequest, merge_model};
-use super::model::tokenizer_of;
+use super::model::{read_json, tokenizer_of};
 use super::model_source::ModelSource;
 use super::prepare::architecture_of;
-use super::{Screen, read_text};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::export::modelfile::modelfile;
 use crate::export::tokenizer::TokenizerFacts;
-use crate::export::{self, Family, Format, Quantization, TensorInfo, Value};
+use crate::export::{self, Family, Format, Quantization, TensorInfo, Value, container};
 use crate::files::{DraftDirectory, remove_directory, remove_old_leftovers, temporary_path};
+use crate::forecast::model_name;
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{Architecture, Weights};
 use crate::recipe::{Init, ModelId};
@@ -78,6 +78,9 @@ struct Model {
     weights: Weights,
     metadata: Vec<(String, Value)>,
     tensors: Vec<Planned>,
+    /// Text of the token that ends an answer.
+    eos: Option<String>,
+    warnings: Vec<String>,
 }
 
 /// Writes the model as a GGUF file. An adapter is merged first, into a temporary directory beside `out`.
@@ -86,30 +89,20 @@ struct Model {
 /// As [`merge_model`]; a model type, tokenizer or rotary embedding that GGUF cannot hold; files that cannot be written.
 pub fn export_gguf(request: &ExportRequest<'_>, screen: &mut dyn Screen) -> Result<Exported> {
     if request.out.exists() {
-        return Err(
-            Error::new(Kind::Usage, "the directory for the export exists already")
-                .at(request.out.display().to_string())
-                .hint("choose another with `--out DIR`, or remove it"),
-        );
+        return Err(exists(request.out));
     }
     let files = fetch(request.source, screen.downloads())?;
-    let architecture = architecture_of(&files, Init::Pretrained, &Device::Cpu)?;
-    let tokenizer = tokenizer_of(&files, architecture.vocab_size, request.source.chat_date())?;
-    let warnings = [
-        export::tokenizer::warning(&tokenizer.to_json()?),
-        export::family(&architecture)?.warning(&architecture),
-    ];
-    for warning in warnings.into_iter().flatten() {
+    // Of a model with an adapter, this finds before the merge what cannot be exported.
+    let model = Model::open(&files, request)?;
+    for warning in &model.warnings {
         screen.note(&format!("warning: {warning}"));
     }
     if let Some(parent) = request.out.parent() {
         remove_old_leftovers(parent, Some(request.out));
     }
     if request.source.adapter.is_none() {
-        return write_file(&files, &tokenizer, request, screen.downloads());
+        return write_file(&model, request, screen.downloads());
     }
-    // What cannot be exported is found before the merge.
-    Model::open(&files, &tokenizer, request)?;
     screen.note("merging the adapter");
     let merged = temporary_path(request.out, "partial");
     let merge = MergeRequest {
@@ -117,128 +110,93 @@ pub fn export_gguf(request: &ExportRequest<'_>, screen: &mut dyn Screen) -> Resu
         out: &merged,
     };
     let exported = merge_model(&merge, screen).and_then(|_| {
-        write_file(
-            &ModelFiles::open(&merged)?,
-            &tokenizer,
-            request,
-            screen.downloads(),
-        )
+        let model = Model::open(&ModelFiles::open(&merged)?, request)?;
+        write_file(&model, request, screen.downloads())
     });
     remove_directory(&merged)?;
     exported
 }
 
+fn exists(out: &Path) -> Error {
+    Error::new(Kind::Usage, "the directory for the export exists already")
+        .at(out.display().to_string())
+        .hint("choose another with `--out DIR`, or remove it")
+}
+
 /// Writes the directory: the file and its Modelfile.
 fn write_file(
-    files: &ModelFiles,
-    tokenizer: &Tokenizer,
+    model: &Model,
     request: &ExportRequest<'_>,
     progress: &dyn Progress,
 ) -> Result<Exported> {
-    let model = Model::open(files, tokenizer, request)?;
     let name = format!("model-{}.gguf", request.quantization.name());
     let draft = DraftDirectory::new(request.out)?;
     let path = draft.path().join(&name);
-    let unwritten = |source| Error::io("write", &path, source);
-    let total: usize = model.tensors.iter().map(|tensor| tensor.info.size()).sum();
+    let infos: Vec<&TensorInfo> = model.tensors.iter().map(|tensor| &tensor.info).collect();
+    let total: usize = infos.iter().map(|info| info.size()).sum();
     progress.start(&format!("writing {name}"), Some(total as u64));
-    let file = File::create(&path).map_err(unwritten)?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    model.write(&mut out, progress)?;
-    let file = out.into_inner().map_err(|e| unwritten(e.into_error()))?;
+    let unwritten = |source| Error::io("write", &path, source);
+    let mut file = File::create(&path).map_err(unwritten)?;
+    file.write_all(&container::head(&model.metadata, &infos))
+        .map_err(unwritten)?;
+    for tensor in &model.tensors {
+        let mut stored = tensor.info.format.encode(&model.values(&tensor.source)?)?;
+        container::align(&mut stored);
+        file.write_all(&stored).map_err(unwritten)?;
+        progress.advance(tensor.info.size() as u64);
+    }
     file.sync_all().map_err(unwritten)?;
     let size = Bytes(file.metadata().map_err(unwritten)?.len());
-    let stops: Vec<String> = tokenizer
-        .eos()
-        .into_iter()
-        .map(|(token, _)| token)
-        .collect();
     let modelfile_path = draft.path().join("Modelfile");
-    std::fs::write(&modelfile_path, modelfile(&name, &stops))
+    std::fs::write(&modelfile_path, modelfile(&name, model.eos.as_deref()))
         .map_err(|source| Error::io("write", &modelfile_path, source))?;
     progress.finish();
     if !draft.install_new()? {
-        return Err(
-            Error::new(Kind::Usage, "the directory for the export exists already")
-                .at(request.out.display().to_string()),
-        );
+        return Err(exists(request.out));
     }
-    let weights: usize = model
-        .tensors
+    let weights: usize = infos
         .iter()
-        .map(|tensor| tensor.info.shape.iter().product::<usize>())
+        .map(|info| info.shape.iter().product::<usize>())
         .sum();
     Ok(Exported {
         file: request.out.join(name),
         size,
-        tensors: model.tensors.len(),
+        tensors: infos.len(),
         bits_per_weight: 8.0 * total as f64 / weights as f64,
     })
 }
 
 impl Model {
-    fn open(
-        files: &ModelFiles,
-        tokenizer: &Tokenizer,
-        request: &ExportRequest<'_>,
-    ) -> Result<Self> {
+    fn open(files: &ModelFiles, request: &ExportRequest<'_>) -> Result<Self> {
         let architecture = architecture_of(files, Init::Pretrained, &Device::Cpu)?;
         let family = export::family(&architecture)?;
-        let config: Json = serde_json::from_str(&read_text(&files.config)?)
-            .map_err(|e| Error::new(Kind::Model, format!("config.json is not JSON: {e}")))?;
+        let rows = architecture.vocab_size;
+        let tokenizer = tokenizer_of(files, rows, request.source.chat_date())?;
+        let json = tokenizer.to_json()?;
         let quantization = request.quantization;
-        let mut metadata = family.metadata(&architecture, &config)?;
-        metadata.push(("general.type".into(), Value::Text("model".into())));
-        metadata.push((
-            "general.name".into(),
-            Value::Text(name_of(&request.source.id)),
-        ));
-        metadata.push(("general.quantization_version".into(), Value::U32(2)));
-        metadata.push((
-            "general.file_type".into(),
-            Value::U32(quantization.file_type()),
-        ));
+        let text = |text: String| Value::Text(text);
+        let mut metadata = family.metadata(&architecture, &read_json(&files.config)?)?;
+        let mut add = |key: &str, value| metadata.push((format!("general.{key}"), value));
+        add("type", text("model".into()));
+        add("name", text(name_of(&request.source.id)));
+        add("quantization_version", Value::U32(2));
+        add("file_type", Value::U32(quantization.file_type()));
         if let Some(license) = &files.license {
-            metadata.push(("general.license".into(), Value::Text(license.clone())));
+            add("license", text(license.clone()));
         }
-        metadata.extend(tokenizer_metadata(tokenizer, architecture.vocab_size)?);
+        metadata.extend(tokenizer_metadata(&tokenizer, &json, rows)?);
+        let warnings = [
+            export::tokenizer::warning(&json),
+            family.warning(&architecture),
+        ];
         Ok(Self {
             tensors: plan_tensors(family, &architecture, quantization)?,
             weights: Weights::open(files.require_weights()?, &architecture)?,
+            eos: tokenizer.eos().map(|(token, _)| token),
+            warnings: warnings.into_iter().flatten().collect(),
             family,
             architecture,
             metadata,
-        })
-    }
-
-    fn write(&self, out: &mut impl Write, progress: &dyn Progress) -> Result<()> {
-        let infos: Vec<TensorInfo> = self
-            .tensors
-            .iter()
-            .map(|tensor| tensor.info.clone())
-            .collect();
-        let mut sources = self.tensors.iter().map(|tensor| &tensor.source);
-        // An error of the values passes through the writer's.
-        let failed = Cell::new(None);
-        let written = export::container::write(out, &self.metadata, &infos, |info| {
-            progress.advance(info.size() as u64);
-            let values = sources.next().map(|source| self.values(source));
-            let stored = values
-                .unwrap_or(Ok(Vec::new()))
-                .and_then(|values| info.format.encode(&values));
-            stored.map_err(|error| {
-                failed.set(Some(error));
-                io::Error::other("values")
-            })
-        });
-        written.map_err(|source| {
-            let error = failed.take();
-            error.unwrap_or_else(|| {
-                Error::new(
-                    Kind::Io,
-                    format!("the GGUF file cannot be written: {source}"),
-                )
-            })
         })
     }
 
@@ -253,22 +211,22 @@ impl Model {
     }
 }
 
-/// The file's tensors: those of the rotary embedding, then the model's in its order.
+/// The file's tensors: the divisors of the rotary frequencies, then the model's in its order.
 fn plan_tensors(
     family: &Family,
     architecture: &Architecture,
     quantization: Quantization,
 ) -> Result<Vec<Planned>> {
-    let of_rope = |(name, divisors): (&str, Vec<f32>)| Planned {
+    let divisors = family.rope_divisors(architecture);
+    let of_rope = divisors.map(|divisors| Planned {
         info: TensorInfo {
-            name: name.into(),
+            name: "rope_freqs.weight".into(),
             shape: vec![divisors.len()],
             format: Format::F32,
         },
         source: Source::Values(divisors),
-    };
-    let rope = family.rope_tensors(architecture);
-    let mut planned: Vec<Planned> = rope.into_iter().map(of_rope).collect();
+    });
+    let mut planned: Vec<Planned> = of_rope.into_iter().collect();
     for tensor in architecture.tensors() {
         let (name, role) = family.tensor(&tensor.name, architecture).ok_or_else(|| {
             Error::new(Kind::Model, "a tensor has no name in GGUF").value(tensor.name.clone())
@@ -285,18 +243,21 @@ fn plan_tensors(
     Ok(planned)
 }
 
-fn tokenizer_metadata(tokenizer: &Tokenizer, rows: usize) -> Result<Vec<(String, Value)>> {
-    let special = tokenizer.special_tokens();
+fn tokenizer_metadata(
+    tokenizer: &Tokenizer,
+    json: &Json,
+    rows: usize,
+) -> Result<Vec<(String, Value)>> {
     let ids = tokenizer.encode("a", true)?.ids;
     let plain = tokenizer.encode("a", false)?.ids;
     let added = ids.len().saturating_sub(plain.len());
     let adds_bos = added > 0 && ids.ends_with(&plain) || added > 1;
-    let mut special = special.clone();
+    let mut special = tokenizer.special_tokens().clone();
     if let Some((eos, _)) = tokenizer.eos() {
         special.insert("eos_token".into(), eos);
     }
     export::tokenizer::metadata(&TokenizerFacts {
-        json: &tokenizer.to_json()?,
+        json,
         special: &special,
         chat_template: tokenizer.chat_template(),
         adds_bos,
@@ -308,10 +269,9 @@ fn tokenizer_metadata(tokenizer: &Tokenizer, rows: usize) -> Result<Vec<(String,
 /// A name for the model, without a place on this machine.
 pub(super) fn name_of(id: &ModelId) -> String {
     match id {
-        ModelId::Hub(id) => id.clone(),
         ModelId::Directory(dir) => dir
             .file_name()
             .map_or_else(|| "model".into(), |name| name.display().to_string()),
-        ModelId::Embedded(name) => format!("embedded:{name}"),
+        id => model_name(id),
     }
 }

@@ -45,7 +45,7 @@ impl ModelSelection<'_> {
         let Some(path) = self.run else {
             return match (self.model, self.adapter) {
                 (_, Some(adapter)) => self.with_adapter(adapter),
-                (Some(model), None) => self.source(model_id(model)?, None, None),
+                (Some(model), None) => Ok(self.source(model_id(model)?, None, None)),
                 (None, None) => Err(Error::new(Kind::Usage, "no model was given")
                     .hint("give a run directory, `--model ID|DIRECTORY` or `--adapter DIRECTORY`")),
             };
@@ -78,10 +78,10 @@ impl ModelSelection<'_> {
         }
         let given = self.model.map(model_id).transpose()?;
         let mut source = if whole_model {
-            self.source(given.unwrap_or(ModelId::Directory(result)), None, None)?
+            self.source(given.unwrap_or(ModelId::Directory(result)), None, None)
         } else {
             let base = given.unwrap_or_else(|| recipe.model.id.clone());
-            self.source(base, Some(&recipe.model.revision), Some(&result))?
+            self.source(base, Some(&recipe.model.revision), Some(&result))
         };
         source.recipe = Some(recipe);
         Ok(source)
@@ -89,7 +89,7 @@ impl ModelSelection<'_> {
 
     fn with_adapter(&self, adapter: &Path) -> Result<ModelSource> {
         if let Some(model) = self.model {
-            return self.source(model_id(model)?, None, Some(adapter));
+            return Ok(self.source(model_id(model)?, None, Some(adapter)));
         }
         let config = load_config(adapter)?;
         let place = format!(
@@ -108,7 +108,7 @@ impl ModelSelection<'_> {
         };
         let id = ModelId::parse(&base, Path::new(""));
         match id.filter(|id| !matches!(id, ModelId::Directory(dir) if !dir.is_dir())) {
-            Some(id) => self.source(id, config.revision.as_deref(), Some(adapter)),
+            Some(id) => Ok(self.source(id, config.revision.as_deref(), Some(adapter))),
             None => Err(
                 Error::new(Kind::Usage, "the adapter's base model is not there")
                     .at(place)
@@ -119,18 +119,13 @@ impl ModelSelection<'_> {
     }
 
     /// `revision` is that of the place which named the model.
-    fn source(
-        &self,
-        id: ModelId,
-        revision: Option<&str>,
-        adapter: Option<&Path>,
-    ) -> Result<ModelSource> {
-        Ok(ModelSource {
+    fn source(&self, id: ModelId, revision: Option<&str>, adapter: Option<&Path>) -> ModelSource {
+        ModelSource {
             id,
             revision: self.revision.or(revision).unwrap_or("main").to_string(),
             adapter: adapter.map(Path::to_path_buf),
             recipe: None,
-        })
+        }
     }
 }
 
