@@ -168,6 +168,39 @@ fn the_page_is_well_formed_and_its_charts_have_names() {
 }
 
 #[test]
+fn the_page_begins_with_figures_and_the_sample() {
+    let mut report = fixture();
+    report
+        .hyperparameters
+        .insert("train.learning_rate".to_string(), 2e-4.into());
+    let page = to_html("run", &report, &history());
+    let at = |text: &str| page.find(text).unwrap_or_else(|| panic!("no {text}"));
+    let order = [
+        "<dl class=\"facts\">",
+        "<p class=\"lead\">",
+        "<h2>Sample</h2>",
+        "<h2>Loss vs energy</h2>",
+        "<h2>Result</h2>",
+    ];
+    assert!(order.map(at).is_sorted(), "{:?}", order.map(at));
+    assert_eq!(page.matches("<h2>Sample</h2>").count(), 1);
+    assert!(page.contains("<th scope=\"row\">train.learning_rate</th><td>0.0002</td>"));
+    assert!(!page.contains("SHA-256"));
+    // A table below its chart is folded, any other is not.
+    let section = |title: &str| {
+        let rest = &page[at(&format!("<h2>{title}</h2>"))..];
+        &rest[..rest.find("</section>").unwrap()]
+    };
+    for title in ["Energy by phase", "Memory", "Comparison"] {
+        assert!(section(title).contains("<details>"), "{title}");
+    }
+    assert!(!section("Result").contains("<details>"));
+    // Lengths on a logarithmic scale say nothing.
+    assert!(section("Comparison").contains("class=\"bars dots\""));
+    assert!(!section("Memory").contains("dots"));
+}
+
+#[test]
 fn the_page_loads_and_runs_nothing() {
     let page = page();
     for way in [

@@ -212,18 +212,10 @@ pub(super) fn token_text(value: &Value) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use serde_json::{Value, json};
 
-    use crate::data::{Tokenizer, TokenizerFiles};
+    use crate::data::{Tokenizer, TokenizerFiles, golden};
     use crate::error::{Kind, Result};
-
-    /// `tests/golden/tokenizer_files.json`, written by `scripts/tokenizer_files.py` from transformers.
-    fn golden() -> Value {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer_files.json");
-        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
-    }
 
     /// Loads the tokenizer of a golden case's files.
     fn load(golden: &Value, base: &str, changes: &Value, others: &Value) -> Result<Tokenizer> {
@@ -248,9 +240,10 @@ mod tests {
         })
     }
 
+    /// Expected: transformers (scripts/tokenizer_files.py).
     #[test]
     fn every_file_adds_its_tokens_as_in_transformers() {
-        let golden = golden();
+        let golden = golden("tokenizer_files.json");
         let mut wrong = Vec::new();
         for case in golden["cases"].as_array().unwrap() {
             let base = case["base"].as_str().unwrap();
@@ -277,7 +270,7 @@ mod tests {
 
     #[test]
     fn an_id_that_is_not_the_declared_one_is_refused() {
-        let golden = golden();
+        let golden = golden("tokenizer_files.json");
         let vocabulary = golden["bases"]["byte_level"]["model"]["vocab"].as_object();
         let size = vocabulary.unwrap().len();
         let with_id = |id: usize| {

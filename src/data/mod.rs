@@ -44,3 +44,10 @@ pub use paths::files;
 pub use read::{Location, Record, read};
 pub use sampler::{Sampler, SamplerOptions, evaluation_batches};
 pub use tokenizer::{Encoded, Tokenizer, TokenizerFiles};
+
+/// A file of `tests/golden`; its test names the script that wrote it.
+#[cfg(test)]
+fn golden(name: &str) -> serde_json::Value {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    serde_json::from_slice(&std::fs::read(folder.join(name)).unwrap()).unwrap()
+}

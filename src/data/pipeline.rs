@@ -247,9 +247,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     fn byte_level() -> Value {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer_files.json");
-        let golden: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-        golden["bases"]["byte_level"].clone()
+        crate::data::golden("tokenizer_files.json")["bases"]["byte_level"].clone()
     }
 
     fn load(tokenizer: &Value) -> Result<Pipeline> {

@@ -341,8 +341,7 @@ mod tests {
 
     /// The cases of `scripts/tables.py`.
     fn golden_tables() -> Vec<Value> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tables.json");
-        let mut golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let mut golden = crate::data::golden("tables.json");
         serde_json::from_value(golden["cases"].take()).unwrap()
     }
 

@@ -30,8 +30,8 @@ pub struct SamplerOptions {
     pub seed: u64,
 }
 
-/// One epoch: the example indices of each micro-batch, in order.
-type Epoch = Vec<Vec<u32>>;
+/// One epoch: the rows of its micro-batches, in order.
+type Epoch = Vec<u32>;
 
 /// Draws the micro-batches of any step.
 #[derive(Debug)]
@@ -42,6 +42,8 @@ pub struct Sampler {
     options: SamplerOptions,
     /// Example indices by row, equal in every epoch, so that every epoch has as many steps.
     rows: Vec<Vec<u32>>,
+    /// Tokens of each row.
+    row_lengths: Vec<usize>,
     /// The epoch used last.
     cached_epoch: Mutex<Option<(u64, Arc<Epoch>)>>,
 }
@@ -80,12 +82,14 @@ impl Sampler {
             ),
             (false, _) => (0..count as u32).map(|i| vec![i]).collect(),
         };
+        let row_length = |row: &Vec<u32>| row.iter().map(|i| lengths[*i as usize]).sum();
         let loss_tokens =
             |example: &Example| example.loss.iter().skip(1).filter(|loss| **loss).count();
         Ok(Self {
             loss_tokens: examples.iter().map(loss_tokens).collect(),
             examples,
             options,
+            row_lengths: rows.iter().map(row_length).collect(),
             rows,
             cached_epoch: Mutex::new(None),
         })
@@ -106,9 +110,9 @@ impl Sampler {
 
     /// The micro-batches of `step`, counted from 0 over all epochs.
     pub fn step(&self, step: u64) -> Vec<MicroBatch> {
-        self.map_step(step, |batch| {
+        self.map_step(step, |examples| {
             MicroBatch::new(
-                batch
+                examples
                     .iter()
                     .map(|i| (u64::from(*i), &self.examples[*i as usize])),
             )
@@ -117,25 +121,35 @@ impl Sampler {
 
     /// The sizes of the micro-batches of `step`, without copying tokens.
     pub fn step_shape(&self, step: u64) -> Vec<BatchShape> {
-        self.map_step(step, |batch| BatchShape {
-            segments: batch.iter().map(|i| self.tokens_of(*i)).collect(),
-            loss_tokens: batch.iter().map(|i| self.loss_tokens_of(*i)).sum(),
+        self.map_step(step, |examples| BatchShape {
+            segments: examples.iter().map(|i| self.tokens_of(*i)).collect(),
+            loss_tokens: examples.iter().map(|i| self.loss_tokens_of(*i)).sum(),
         })
     }
 
+    /// `make` of the examples of each micro-batch.
     fn map_step<T>(&self, step: u64, make: impl Fn(&[u32]) -> T) -> Vec<T> {
         let mut made = Vec::new();
-        self.visit_step(step, |batch| made.push(make(batch)));
+        self.visit_step(step, |rows| {
+            let examples = rows.iter().flat_map(|row| self.row(*row));
+            made.push(make(&examples.copied().collect::<Vec<_>>()));
+        });
         made
     }
 
-    /// Calls `visit` with the indices of the examples of each micro-batch of `step`.
-    pub fn visit_step(&self, step: u64, mut visit: impl FnMut(&[u32])) {
+    /// Calls `visit` with the rows of each micro-batch of `step`.
+    pub fn visit_step(&self, step: u64, visit: impl FnMut(&[u32])) {
         let per_epoch = self.steps_per_epoch();
         let epoch = self.epoch(step / per_epoch);
         let per_step = self.options.gradient_accumulation_steps;
-        let batches = epoch.chunks(per_step).nth((step % per_epoch) as usize);
-        batches.into_iter().flatten().for_each(|batch| visit(batch));
+        let first = (step % per_epoch) as usize * per_step;
+        let batches = epoch.chunks(self.options.micro_batch_size);
+        batches.skip(first).take(per_step).for_each(visit);
+    }
+
+    /// The examples of a row.
+    pub fn row(&self, row: u32) -> &[u32] {
+        &self.rows[row as usize]
     }
 
     /// Tokens of an example.
@@ -180,35 +194,22 @@ impl Sampler {
         if shuffle && !packing {
             self.group_by_length(&mut order);
         }
-        let batch = |rows: &[u32]| {
-            rows.iter()
-                .flat_map(|row| self.rows[*row as usize].iter().copied())
-                .collect()
-        };
-        let batches: Epoch = order.chunks(micro_batch_size).map(batch).collect();
         if !shuffle || packing {
-            return batches;
+            return order;
         }
         // Sorting put the longest of each megabatch first; only a smaller last micro-batch stays in position.
-        let whole = self.rows.len() / micro_batch_size;
-        let mut mixed: Epoch = permutation(whole, seed, Purpose::MicroBatches, number)
-            .into_iter()
-            .map(|i| batches[i as usize].clone())
-            .collect();
-        mixed.extend_from_slice(&batches[whole..]);
+        let whole = order.len() / micro_batch_size;
+        let mixed = permutation(whole, seed, Purpose::MicroBatches, number);
+        let batch = |i: u32| &order[i as usize * micro_batch_size..][..micro_batch_size];
+        let mut mixed: Epoch = mixed.into_iter().flat_map(batch).copied().collect();
+        mixed.extend_from_slice(&order[whole * micro_batch_size..]);
         mixed
     }
 
     /// Sorts by length within megabatches, so that a micro-batch has records of similar length.
     fn group_by_length(&self, order: &mut [u32]) {
-        let length = |row: &u32| {
-            self.rows[*row as usize]
-                .iter()
-                .map(|i| self.examples[*i as usize].tokens.len())
-                .sum::<usize>()
-        };
         for megabatch in order.chunks_mut(self.options.micro_batch_size.saturating_mul(MEGABATCH)) {
-            megabatch.sort_by_key(|row| std::cmp::Reverse(length(row)));
+            megabatch.sort_by_key(|row| std::cmp::Reverse(self.row_lengths[*row as usize]));
         }
     }
 }

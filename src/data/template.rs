@@ -444,9 +444,7 @@ mod tests {
     /// Expected texts: scripts/chat_expressions.py.
     #[test]
     fn expressions_render_as_in_transformers() {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-        let golden = std::fs::read(path.join("tests/golden/chat_expressions.json")).unwrap();
-        let golden: Value = serde_json::from_slice(&golden).unwrap();
+        let golden = crate::data::golden("chat_expressions.json");
         let tokens: BTreeMap<String, String> =
             serde_json::from_value(golden["special"].clone()).unwrap();
         let date = golden["date"].as_str().unwrap().parse().unwrap();

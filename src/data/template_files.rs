@@ -142,8 +142,7 @@ mod tests {
 
     /// The cases of one list of tests/golden/chat_files.json.
     fn golden(list: &str) -> Vec<Value> {
-        let golden = include_bytes!("../../tests/golden/chat_files.json");
-        let mut golden: Value = serde_json::from_slice(golden).unwrap();
+        let mut golden = crate::data::golden("chat_files.json");
         serde_json::from_value(golden[list].take()).unwrap()
     }
 

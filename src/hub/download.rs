@@ -443,22 +443,14 @@ impl PartialDownload {
         if !is_commit(&metadata.etag) {
             return Ok(());
         }
-        let mut plain = Sha1::new();
-        let mut blob = Sha1::new_with_prefix(format!("blob {}\0", self.len));
-        let mut chunk = vec![0; CHUNK];
-        let unreadable = |source| Error::io("read", &self.path, source);
-        self.file.seek(SeekFrom::Start(0)).map_err(unreadable)?;
-        loop {
-            let read = self.file.read(&mut chunk);
-            match read.map_err(unreadable)? {
-                0 => break,
-                read => {
-                    plain.update(&chunk[..read]);
-                    blob.update(&chunk[..read]);
-                }
-            }
-        }
-        let found = [blob, plain].map(|hash| text::hex(hash.finalize()));
+        let bytes = fs::read(&self.path).map_err(|e| Error::io("read", &self.path, e))?;
+        let prefixes = [format!("blob {}\0", bytes.len()), String::new()];
+        let sha1 = |prefix| {
+            Sha1::new_with_prefix(prefix)
+                .chain_update(&bytes)
+                .finalize()
+        };
+        let found = prefixes.map(|prefix| text::hex(sha1(prefix)));
         if found
             .iter()
             .any(|hash| hash.eq_ignore_ascii_case(&metadata.etag))

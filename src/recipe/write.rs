@@ -58,6 +58,25 @@ impl Recipe {
         text
     }
 
+    /// The keys that decide what is trained, with their values: those of [adapter] and [train], and a few of other tables.
+    pub fn hyperparameters(&self) -> serde_json::Map<String, serde_json::Value> {
+        const OTHERS: [&str; 4] = ["seed", "model.dtype", "data.max_length", "data.packing"];
+        let mut written = Vec::new();
+        self.write(&mut written);
+        let is_one = |key: &Key| {
+            ["adapter", "train"].contains(&key.table) || OTHERS.contains(&key.path().as_str())
+        };
+        let pairs = written.into_iter().filter(|(key, _)| is_one(key));
+        pairs
+            .filter_map(|(key, value)| {
+                // TOML writes numbers, flags, texts and lists as JSON does.
+                let text = value?.to_string();
+                let json = serde_json::from_str(text.trim()).unwrap_or_else(|_| text.into());
+                Some((key.path(), json))
+            })
+            .collect()
+    }
+
     fn is_left_to_the_adapter(&self, key: &Key) -> bool {
         match &self.adapter {
             Adapter::Lora(lora) if lora.init_from.is_some() && key.table == "adapter" => {

@@ -78,6 +78,7 @@ impl Figure {
             legend: Vec::new(),
             plots: Vec::new(),
             bars: bars.into_iter().map(row).collect(),
+            dots: scale == Scale::Log,
             caption: caption.to_string(),
         })
     }
@@ -170,10 +171,7 @@ fn comparison(report: &Report) -> Option<Figure> {
     if bars.len() < 2 {
         return None;
     }
-    let mut caption = "Logarithmic scale: read the figures, not the lengths.".to_string();
-    if bars.iter().any(|bar| bar.span.is_some()) {
-        caption += " Thin lines: lower to upper bound.";
-    }
+    let caption = caption(&bars, Scale::Log);
     let title = "Energy of this run and its baselines";
     Figure::bars("comparison", title, bars, Scale::Log, &caption)
 }
@@ -204,14 +202,18 @@ pub fn energies_of_runs(comparison: &Comparison, names: &[String]) -> Option<Fig
     } else {
         Scale::Linear
     };
-    let mut caption = Vec::new();
-    if scale == Scale::Log {
-        caption.push("Logarithmic scale: read the figures, not the lengths.");
-    }
-    if bars.iter().any(|bar| bar.span.is_some()) {
-        caption.push("Thin lines: lower to upper bound.");
-    }
-    Figure::bars("energies", "Energy", bars, scale, &caption.join(" "))
+    let caption = caption(&bars, scale);
+    Figure::bars("energies", "Energy", bars, scale, &caption)
+}
+
+fn caption(bars: &[Bar], scale: Scale) -> String {
+    let has_spans = bars.iter().any(|bar| bar.span.is_some());
+    let sentences = [
+        (scale == Scale::Log, "Logarithmic scale."),
+        (has_spans, "Thin lines: lower to upper bound."),
+    ];
+    let holding = sentences.into_iter().filter(|(holds, _)| *holds);
+    holding.map(|(_, text)| text).collect::<Vec<_>>().join(" ")
 }
 
 /// Loss reduction per kilojoule of several runs; `None` where no run has a positive one.

@@ -39,6 +39,8 @@ pub struct Figure {
     pub(super) legend: Vec<Key>,
     pub(super) plots: Vec<Drawn>,
     pub(super) bars: Vec<BarRow>,
+    /// Dots at the values instead of bars from zero.
+    pub(super) dots: bool,
     pub(super) caption: String,
 }
 
@@ -85,6 +87,7 @@ impl Figure {
             legend: legend.collect(),
             plots: plots.collect(),
             bars: Vec::new(),
+            dots: false,
             caption,
         }
     }

@@ -213,76 +213,31 @@ mod tests {
     /// A printer, its parser, and the largest relative error of a printed figure.
     type Form = (fn(f64) -> String, fn(&str) -> Option<f64>, f64);
 
+    /// The parser of a quantity.
+    macro_rules! parse {
+        ($quantity:ty, $($amount:tt).+) => {
+            |text| Some(text.parse::<$quantity>().ok()?.$($amount).+)
+        };
+    }
+
     /// Every form in which a quantity that a recipe or an option takes is printed.
     const FORMS: [Form; 15] = [
-        (
-            |x| Joules(x).to_string(),
-            |s| Some(s.parse::<Joules>().ok()?.0),
-            5e-4,
-        ),
-        (
-            |x| energy(Joules(x)),
-            |s| Some(s.parse::<Joules>().ok()?.0),
-            5e-4,
-        ),
-        (
-            |x| watt_hours(Joules(x)),
-            |s| Some(s.parse::<Joules>().ok()?.0),
-            5e-4,
-        ),
-        (energy_tick, |s| Some(s.parse::<Joules>().ok()?.0), 5e-4),
-        (
-            |x| Watts(x).to_string(),
-            |s| Some(s.parse::<Watts>().ok()?.0),
-            5e-4,
-        ),
-        (
-            |x| flops(Flops(x)),
-            |s| Some(s.parse::<Flops>().ok()?.0),
-            5e-4,
-        ),
-        (
-            |x| carbon(GramsCo2e(x)),
-            |s| Some(s.parse::<GramsCo2e>().ok()?.0),
-            5e-4,
-        ),
-        (mass_tick, |s| Some(s.parse::<GramsCo2e>().ok()?.0), 5e-4),
-        (
-            |x| GramsPerKwh(x).to_string(),
-            |s| Some(s.parse::<GramsPerKwh>().ok()?.0),
-            5e-4,
-        ),
-        (
-            |x| Seconds(x).to_string(),
-            |s| Some(s.parse::<Seconds>().ok()?.0),
-            5e-4,
-        ),
+        (|x| Joules(x).to_string(), parse!(Joules, 0), 5e-4),
+        (|x| energy(Joules(x)), parse!(Joules, 0), 5e-4),
+        (|x| watt_hours(Joules(x)), parse!(Joules, 0), 5e-4),
+        (energy_tick, parse!(Joules, 0), 5e-4),
+        (|x| Watts(x).to_string(), parse!(Watts, 0), 5e-4),
+        (|x| flops(Flops(x)), parse!(Flops, 0), 5e-4),
+        (|x| carbon(GramsCo2e(x)), parse!(GramsCo2e, 0), 5e-4),
+        (mass_tick, parse!(GramsCo2e, 0), 5e-4),
+        (|x| GramsPerKwh(x).to_string(), parse!(GramsPerKwh, 0), 5e-4),
+        (|x| Seconds(x).to_string(), parse!(Seconds, 0), 5e-4),
         // Whole seconds from a minute on, whole minutes from an hour on.
-        (
-            |x| time(Seconds(x)),
-            |s| Some(s.parse::<Seconds>().ok()?.0),
-            1.0 / 60.0,
-        ),
-        (
-            |x| Count(x).to_string(),
-            |s| Some(s.parse::<Count>().ok()?.0),
-            5e-4,
-        ),
-        (
-            |x| count(x as u64),
-            |s| Some(s.parse::<Count>().ok()?.0),
-            1.0,
-        ),
-        (
-            |x| money(x).to_string(),
-            |s| Some(s.parse::<Money>().ok()?.amount),
-            5e-4,
-        ),
-        (
-            |x| price(x).to_string(),
-            |s| Some(s.parse::<Price>().ok()?.money.amount),
-            5e-4,
-        ),
+        (|x| time(Seconds(x)), parse!(Seconds, 0), 1.0 / 60.0),
+        (|x| Count(x).to_string(), parse!(Count, 0), 5e-4),
+        (|x| count(x as u64), parse!(Count, 0), 1.0),
+        (|x| money(x).to_string(), parse!(Money, amount), 5e-4),
+        (|x| price(x).to_string(), parse!(Price, money.amount), 5e-4),
     ];
 
     fn money(amount: f64) -> Money {

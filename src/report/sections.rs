@@ -60,6 +60,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         ("Emissions", emissions(report)),
         ("Inference", inference::section(report.inference.as_ref())),
         ("Data", data(report)),
+        ("Hyperparameters", hyperparameters(report)),
         ("Warnings", bullets(report.warnings.clone())),
         ("Assumptions and sources", bullets(assumptions(report))),
         ("Limitations", bullets(limitations(report))),
@@ -69,6 +70,21 @@ pub fn sections(report: &Report) -> Vec<Section> {
         .filter(|(_, blocks)| !blocks.is_empty())
         .map(|(title, blocks)| Section { title, blocks })
         .collect()
+}
+
+fn hyperparameters(report: &Report) -> Vec<Block> {
+    let rows = report.hyperparameters.iter().map(|(key, value)| {
+        let value = match value.as_str() {
+            Some(text) => text.to_string(),
+            None => value.to_string(),
+        };
+        (key.as_str(), value)
+    });
+    let rows: Vec<(&str, String)> = rows.collect();
+    if rows.is_empty() {
+        return Vec::new();
+    }
+    vec![Block::Table(Table::pairs(["recipe key", "value"], rows))]
 }
 
 /// A list; no block where it is empty.
@@ -323,8 +339,6 @@ fn emissions(report: &Report) -> Vec<Block> {
         None => "not known for this device".to_string(),
     };
     rows.push(("device manufacturing, not included", made));
-    let hash = carbon.dataset_sha256.as_ref();
-    rows.extend(hash.map(|hash| ("SHA-256 of the grid tables", format!("`{hash}`"))));
     vec![Block::Table(Table::pairs(
         ["emissions of electricity", "value"],
         rows,

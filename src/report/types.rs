@@ -36,6 +36,9 @@ pub struct Report {
     pub environment: Environment,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub inference: Option<Inference>,
+    /// Recipe keys that decide what is trained, with their values.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub hyperparameters: serde_json::Map<String, serde_json::Value>,
     #[serde(default)]
     pub warnings: Vec<String>,
     #[serde(default)]

@@ -129,6 +129,7 @@ fn report(run: &Ended<'_>) -> Result<Report> {
         memory: Some(memory_block(&prepared.memory, None)),
         environment: machine::environment(),
         inference,
+        hyperparameters: prepared.recipe.hyperparameters(),
         warnings,
         sample: run.sample.clone(),
     })

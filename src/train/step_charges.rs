@@ -1,7 +1,7 @@
 //! The charge of one step after another, in time that does not grow with the model.
 //!
-//! A step's cost is the sum of what depends on its tokens, on its loss tokens and on each segment; each part is counted once for each
-//! size that occurs. Sums are of integers ([`WorkTotals`]), so that a step's charge is that of its work counted in one piece, exactly.
+//! A step's cost is the sum of what depends on its tokens, on its loss tokens and on the segments of each row; each part is counted
+//! once for each size, and for each row, that occurs. Sums are of integers ([`WorkTotals`]), so that a step's charge is that of its work counted in one piece, exactly.
 
 use std::ops::Range;
 
@@ -71,6 +71,7 @@ impl<'a> StepCharges<'a> {
                 by_tokens: Memo::default(),
                 by_loss_tokens: Memo::default(),
                 by_length: Memo::default(),
+                by_row: Memo::default(),
             },
         }
     }
@@ -87,27 +88,30 @@ impl<'a> StepCharges<'a> {
         charged
     }
 
-    fn add_batch(&mut self, step: &mut ChargedStep, batch: &[u32]) {
+    fn add_batch(&mut self, step: &mut ChargedStep, rows: &[u32]) {
         let mut tokens = 0;
         let mut loss_tokens = 0;
         self.sweeps.fill(0);
-        for example in batch {
-            let length = self.sampler.tokens_of(*example);
-            let segment = self.parts.segment(length);
-            step.totals += &segment.products;
-            for (sum, bytes) in self.sweeps.iter_mut().zip(&segment.sweeps) {
+        for row in rows {
+            let row = self.parts.row(self.sampler, *row);
+            step.totals += &row.products;
+            for (sum, bytes) in self.sweeps.iter_mut().zip(&row.sweeps) {
                 *sum += bytes;
             }
-            tokens += length;
-            loss_tokens += self.sampler.loss_tokens_of(*example);
+            tokens += row.tokens;
+            loss_tokens += row.loss_tokens;
         }
+        let profile = self.profile;
         for (bytes, count) in self.sweeps.iter().zip(&self.parts.passes) {
-            self.profile.add_sweeps(&mut step.totals, *bytes, *count);
+            profile.add_sweeps(&mut step.totals, *bytes, *count);
         }
         step.totals += self.parts.tokens(tokens);
         step.totals += self.parts.losses(loss_tokens);
         let scatter = self.parts.shape.scatter_training(tokens, loss_tokens);
-        step.totals += &self.profile.totals(&scatter);
+        for (bytes, count) in scatter.iter_sweeps() {
+            profile.add_sweeps(&mut step.totals, bytes.0, count);
+        }
+        step.totals.add_vector_flops(scatter.vector_flops());
         step.tokens += tokens as u64;
         step.loss_tokens += loss_tokens as u64;
     }
@@ -134,14 +138,24 @@ struct Parts<'a> {
     passes: Vec<u64>,
     by_tokens: Memo<WorkTotals>,
     by_loss_tokens: Memo<WorkTotals>,
-    by_length: Memo<SegmentTotals>,
+    by_length: Memo<AttentionTotals>,
+    by_row: Memo<RowTotals>,
 }
 
-/// A segment's part of the attention.
-struct SegmentTotals {
+/// The attention within a segment, or within those of a row.
+#[derive(Default)]
+struct AttentionTotals {
     /// Products and vector operations of all passes.
     products: WorkTotals,
     /// Bytes of the sweeps of one pass of each kind.
+    sweeps: Vec<u64>,
+}
+
+/// A row's sizes and its attention.
+struct RowTotals {
+    tokens: usize,
+    loss_tokens: usize,
+    products: WorkTotals,
     sweeps: Vec<u64>,
 }
 
@@ -157,14 +171,34 @@ impl Parts<'_> {
         self.by_loss_tokens.get(loss_tokens, totals)
     }
 
-    fn segment(&mut self, length: usize) -> &SegmentTotals {
-        let passes = || self.shape.attention_training(&[length], self.recompute);
-        let totals = || SegmentTotals::new(self.profile, &passes());
-        self.by_length.get(length, totals)
+    fn row(&mut self, sampler: &Sampler, row: u32) -> &RowTotals {
+        let Self {
+            shape,
+            recompute,
+            profile,
+            by_length,
+            by_row,
+            ..
+        } = self;
+        by_row.get(row as usize, || {
+            let examples = sampler.row(row);
+            let mut sum = AttentionTotals::default();
+            for example in examples {
+                let length = sampler.tokens_of(*example);
+                let passes = || shape.attention_training(&[length], *recompute);
+                sum.add(by_length.get(length, || AttentionTotals::new(profile, &passes())));
+            }
+            RowTotals {
+                tokens: examples.iter().map(|i| sampler.tokens_of(*i)).sum(),
+                loss_tokens: examples.iter().map(|i| sampler.loss_tokens_of(*i)).sum(),
+                products: sum.products,
+                sweeps: sum.sweeps,
+            }
+        })
     }
 }
 
-impl SegmentTotals {
+impl AttentionTotals {
     fn new(profile: &Profile, passes: &[(Work, u64)]) -> Self {
         let mut products = WorkTotals::default();
         for (work, count) in passes {
@@ -176,9 +210,17 @@ impl SegmentTotals {
             sweeps: passes.iter().map(|(work, _)| swept(work)).collect(),
         }
     }
+
+    fn add(&mut self, other: &Self) {
+        self.products += &other.products;
+        self.sweeps.resize(other.sweeps.len(), 0);
+        for (sum, bytes) in self.sweeps.iter_mut().zip(&other.sweeps) {
+            *sum += bytes;
+        }
+    }
 }
 
-/// Values by size.
+/// Values by size, or by row.
 struct Memo<T>(Vec<Option<T>>);
 
 impl<T> Default for Memo<T> {
