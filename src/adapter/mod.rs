@@ -6,12 +6,17 @@
 
 pub mod adaptation;
 pub mod config;
+mod convert;
+mod diff;
+mod directory;
 mod fields;
 pub mod init;
+mod inspect;
 mod keys;
 pub mod matching;
 pub mod merge;
 pub mod options;
+mod pairs;
 pub mod peft;
 pub mod portability;
 pub(crate) mod shards;
@@ -21,9 +26,12 @@ pub mod unsupported;
 
 pub use adaptation::{Adaptation, AdapterTensor, ModelLayout, Part, Place, WeightCopy};
 pub use config::PeftConfig;
+pub use convert::{Conversion, Converted, convert};
+pub use diff::{Difference, diff};
 pub use init::kaiming_uniform;
+pub use inspect::{Inspection, inspect};
 pub use merge::{MergeJob, MergeSummary, merge};
 pub use options::{LoraConfig, Targets};
 pub use peft::{LoadedAdapter, load, save};
-pub use portability::portability;
+pub use portability::{Verdict, check_portable, portability};
 pub use targets::{Module, Site, select};

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::TensorView;
 
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
@@ -16,15 +16,14 @@ use crate::text::first_few;
 
 use super::adaptation::{Adaptation, ModelLayout, PREFIX, Part, is_saved};
 use super::config::{CONFIG_FILE, PeftConfig};
+pub use super::directory::{WEIGHTS_FILE, load_config};
+use super::directory::{WeightsFile, to_f32};
 use super::keys;
 use super::options::{Bias, LoraConfig, Targets};
 use super::shards::{F32Tensor, write_f32s};
 use super::target_errors::last_segments;
 use super::targets::{Module, RankResolver, select_matching, select_modules, unmatched_entries};
 use super::unsupported::{parse_tensor_name, unsupported_settings};
-
-/// File name of the weights in an adapter's directory.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// A tensor of an adapter.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,23 +50,34 @@ pub struct LoadedAdapter {
 /// # Errors
 /// A file that is missing or damaged; features that are not supported, all in one error.
 pub fn load(dir: &Path) -> Result<LoadedAdapter> {
-    let config = load_config(dir)?;
-    let path = dir.join(WEIGHTS_FILE);
-    let bytes = fs::read(&path).map_err(|source| missing_weights(dir, &path, source))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|source| {
-        Error::new(
-            Kind::Adapter,
-            format!("`{WEIGHTS_FILE}` is damaged or no safetensors file: {source}"),
-        )
-        .at(path.display().to_string())
-        .hint("fetch the file again")
-    })?;
+    let checked = check(load_config(dir)?, &WeightsFile::read(dir)?)?;
+    fail_on_problems(
+        checked.problems,
+        "cannot be loaded",
+        Some(dir),
+        "train LoRA or DoRA, or merge it with PEFT",
+    )?;
+    Ok(checked.adapter)
+}
+
+/// An adapter and the reasons why it cannot be loaded.
+pub(super) struct Checked {
+    /// The tensors that can be read.
+    pub(super) adapter: LoadedAdapter,
+    /// One sentence each; none: it can be loaded.
+    pub(super) problems: Vec<String>,
+}
+
+/// Checks configuration and tensors.
+///
+/// # Errors
+/// A damaged file, and a pattern that is no regular expression.
+pub(super) fn check(config: PeftConfig, file: &WeightsFile) -> Result<Checked> {
     let mut problems = unsupported_settings(&config);
     let mut tensors = BTreeMap::new();
     let mut base_embeddings = BTreeMap::new();
-    let mut views: Vec<_> = file.iter().collect();
-    views.sort_by(|a, b| a.0.cmp(b.0));
-    for (name, view) in views {
+    for (name, view) in file.tensors()? {
+        let name = name.as_str();
         if let Some(tensor) = base_embedding(name) {
             let values = to_f32(view.dtype(), view.data()).unwrap_or_default();
             let shape = view.shape().to_vec();
@@ -83,71 +93,12 @@ pub fn load(dir: &Path) -> Result<LoadedAdapter> {
     if tensors.is_empty() && problems.is_empty() {
         problems.push(format!("`{WEIGHTS_FILE}` holds no tensor"));
     }
-    fail_on_problems(
-        problems,
-        "cannot be loaded",
-        Some(dir),
-        "train LoRA or DoRA, or merge it with PEFT",
-    )?;
-    Ok(LoadedAdapter {
+    let adapter = LoadedAdapter {
         config,
         tensors,
         base_embeddings,
-    })
-}
-
-/// Reads `adapter_config.json` of the directory `dir`.
-pub fn load_config(dir: &Path) -> Result<PeftConfig> {
-    let path = dir.join(CONFIG_FILE);
-    let text = fs::read_to_string(&path).map_err(|source| {
-        if source.kind() != std::io::ErrorKind::NotFound {
-            return Error::io("read", &path, source);
-        }
-        let error = Error::new(Kind::Adapter, format!("there is no `{CONFIG_FILE}`"))
-            .at(dir.display().to_string());
-        match adapter_below(dir) {
-            Some(inner) => error.hint(format!(
-                "there is one in `{}`: name that directory",
-                inner.display()
-            )),
-            None => error.hint(
-                "name the directory that PEFT's save_pretrained, or a run's `adapter/`, wrote",
-            ),
-        }
-    })?;
-    PeftConfig::parse(&text, &path)
-}
-
-/// The first directory below `dir` with an adapter: PEFT saves an adapter not named "default" in a subdirectory.
-fn adapter_below(dir: &Path) -> Option<std::path::PathBuf> {
-    let mut inner: Vec<_> = fs::read_dir(dir)
-        .ok()?
-        .flatten()
-        .map(|entry| entry.path())
-        .collect();
-    inner.sort();
-    inner
-        .into_iter()
-        .find(|path| path.join(CONFIG_FILE).is_file())
-}
-
-fn missing_weights(dir: &Path, path: &Path, source: std::io::Error) -> Error {
-    if source.kind() != std::io::ErrorKind::NotFound {
-        return Error::io("read", path, source);
-    }
-    if dir.join("adapter_model.bin").exists() {
-        return Error::new(Kind::Adapter, "the adapter's weights are a pickle, which can run code when it is read")
-            .at(dir.join("adapter_model.bin").display().to_string())
-            .rule(format!("the weights are in `{WEIGHTS_FILE}`"))
-            .hint(
-                "convert it in that directory: python -c \"import torch, safetensors.torch as s; \
-                 s.save_file({k: v.contiguous() for k, v in torch.load('adapter_model.bin', weights_only=True, \
-                 map_location='cpu').items()}, 'adapter_model.safetensors', metadata={'format': 'pt'})\"",
-            );
-    }
-    Error::new(Kind::Adapter, format!("there is no `{WEIGHTS_FILE}`"))
-        .at(dir.display().to_string())
-        .hint("copy the file beside `adapter_config.json`; sharded adapters must be joined first")
+    };
+    Ok(Checked { adapter, problems })
 }
 
 fn read_tensor(name: &str, view: &TensorView, config: &PeftConfig) -> Result<StoredValues, String> {
@@ -176,7 +127,7 @@ fn read_tensor(name: &str, view: &TensorView, config: &PeftConfig) -> Result<Sto
 }
 
 /// The name in the model of the frozen weight below LoRA that the tensor `name` holds.
-fn base_embedding(name: &str) -> Option<String> {
+pub(super) fn base_embedding(name: &str) -> Option<String> {
     let path = name
         .strip_prefix(PREFIX)?
         .strip_suffix(".base_layer.weight")?;
@@ -191,26 +142,6 @@ fn saved_weight<'n>(name: &'n str, config: &PeftConfig) -> Option<&'n str> {
     // Where the tie is ensured the other embedding is saved too, although no name is its own.
     let tied = config.ensure_weight_tying && !names.is_empty() && parse_tensor_name(name).is_err();
     (is_saved(tensor, names) || tied || (bias && config.bias != Bias::None)).then_some(tensor)
-}
-
-/// Little-endian values as f32, or none if `dtype` is not a float of 16 or 32 bits.
-pub(super) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    let words = bytes.as_chunks().0.iter().copied();
-    let halves = bytes.as_chunks().0.iter().copied();
-    match dtype {
-        Dtype::F32 => Some(words.map(f32::from_le_bytes).collect()),
-        Dtype::F16 => Some(
-            halves
-                .map(|b| half::f16::from_le_bytes(b).to_f32())
-                .collect(),
-        ),
-        Dtype::BF16 => Some(
-            halves
-                .map(|b| half::bf16::from_le_bytes(b).to_f32())
-                .collect(),
-        ),
-        _ => None,
-    }
 }
 
 /// Factors without their counterpart, parts that the configuration does not have, and shapes that contradict its rank.

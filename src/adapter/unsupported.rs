@@ -74,6 +74,13 @@ fn contradicting_targets(config: &PeftConfig) -> Option<String> {
     Some(reason.to_string())
 }
 
+/// Whether the scheme `init` of `init_lora_weights` changes the base weights.
+pub(super) fn changes_the_base(init: &str) -> bool {
+    let lower = init.to_lowercase();
+    let mut schemes = INITS_OF_THE_BASE.iter();
+    schemes.any(|scheme| lower.starts_with(scheme))
+}
+
 fn unsupported_init(init: &InitWeights) -> Option<String> {
     let InitWeights::Named(name) = init else {
         return None;
@@ -85,8 +92,7 @@ fn unsupported_init(init: &InitWeights) -> Option<String> {
     if harmless {
         return None;
     }
-    let known = INITS_OF_THE_BASE.iter().any(|init| lower.starts_with(init));
-    let why = if known {
+    let why = if changes_the_base(name) {
         "it changed the base weights, so the adapter alone is wrong on the original model; save it again with PEFT's \
          `path_initial_model_for_weight_conversion`"
     } else {

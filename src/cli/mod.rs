@@ -3,6 +3,7 @@
 //! Data goes to standard output, everything else to standard error; with `--json` standard output holds one JSON document. One file
 //! per command. Exit status: 0 done, 1 failed while running, 2 refused before it ran, 130 interrupted with a checkpoint saved.
 
+mod adapter;
 mod baseline;
 mod calibrate;
 mod choices;
@@ -83,6 +84,9 @@ enum Command {
     Generate(generate::Arguments),
     /// Merge an adapter into its model; writes a complete model directory
     Merge(merge::Arguments),
+    /// Inspect, convert or compare PEFT adapters
+    #[command(subcommand)]
+    Adapter(adapter::Command),
     /// Write a model as a GGUF file for llama.cpp and Ollama, or as a Hugging Face directory
     ///
     /// An adapter is merged first. Formats and names are llama.cpp's; a Modelfile for Ollama is written beside the file.
@@ -181,6 +185,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Eval(arguments) => eval::run(&arguments, common),
         Command::Generate(arguments) => generate::run(&arguments, common),
         Command::Merge(arguments) => merge::run(&arguments, common),
+        Command::Adapter(command) => adapter::run(&command, common),
         Command::Export(arguments) => export::run(&arguments, common),
         Command::Push(arguments) => push::run(&arguments, common),
         Command::Report(arguments) => report::run(&arguments, common),

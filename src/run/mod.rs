@@ -1,9 +1,10 @@
 //! Composition root: connects the other modules into the program's commands.
 //!
 //! `prepare` turns a recipe into everything a run needs before weights are read (preflight), `plan` forecasts its cost,
-//! `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`, `merge`, `probe` and
-//! `reconcile` are the other commands. No numerics and no printing.
+//! `training` runs the loop in a run directory and writes the report. `evaluate`, `generate`, `merge`, `adapters`,
+//! `probe` and `reconcile` are the other commands. No numerics and no printing.
 
+mod adapters;
 mod baseline_run;
 mod checks;
 mod continued;
@@ -35,6 +36,7 @@ mod target;
 mod trained_model;
 mod training;
 
+pub use adapters::{convert_adapter, diff_adapters, inspect_adapter};
 pub use directory::RunDirectory;
 pub use evaluate::{Evaluation, EvaluationJob, evaluate, validation_files};
 pub use export::{ExportFormat, ExportRequest, Exported, export_gguf};
@@ -56,6 +58,9 @@ pub use training::{Finished, TrainRequest, train};
 // For `cli`, which imports `run`, `recipe` and `report` alone.
 pub use candle_core::Device;
 
+pub use crate::adapter::{
+    Conversion as AdapterConversion, Difference as AdapterDifference, Inspection, Verdict,
+};
 pub use crate::data::{
     Format, OnBadRecord, Options as DataOptions, PromptTemplate, RenderedSample, TxtUnit,
 };

@@ -364,8 +364,9 @@ fn hyperparameters(prepared: &Prepared) -> Vec<(String, String)> {
         if let Ok(config) =
             PeftConfig::for_sites(settings, &adaptation.sites, &modules, &base, None)
         {
-            let notes = crate::adapter::portability(&config);
-            pairs.extend(notes.into_iter().map(|note| ("portability", note)));
+            let verdicts = crate::adapter::portability(&config, &[]);
+            let sentences = verdicts.iter().map(crate::adapter::portability::sentence);
+            pairs.extend(sentences.map(|sentence| ("portability", sentence)));
         }
     }
     let owned = |(key, value): (&str, String)| (key.to_string(), value);
