@@ -565,6 +565,7 @@ prop_compose! {
         bias in prop::sample::select(vec![Bias::None, Bias::All, Bias::LoraOnly]),
         init_from in prop::option::of(word().prop_map(|name| Path::new("/a b").join(name))),
         loraplus_lr_ratio in prop::option::of(quantity()),
+        portable in any::<bool>(),
         written in prop::sample::subsequence(vec!["r", "lora_alpha", "use_rslora"], 0..=3),
     ) -> Lora {
         let names = matches!(target_modules, Targets::Names(_));
@@ -577,7 +578,7 @@ prop_compose! {
             modules_to_save,
             ensure_weight_tying, use_dora, bias, lora_bias: false,
         };
-        let mut lora = Lora { config, loraplus_lr_ratio, init_from, written: Vec::new() };
+        let mut lora = Lora { config, loraplus_lr_ratio, portable, init_from, written: Vec::new() };
         if lora.init_from.is_some() {
             // What the recipe did not write is the default.
             let chosen = |name| written.contains(&name);

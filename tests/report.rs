@@ -110,7 +110,7 @@ fn the_keys_are_the_contracts() {
         ("/model", "id revision architecture parameters |"),
         (
             "/adapter",
-            "type r lora_alpha target_modules trainable_parameters |",
+            "type r lora_alpha target_modules trainable_parameters | portability",
         ),
         (
             "/data",

@@ -119,9 +119,10 @@ const ALL_BUT_PEFT: &[Runtime] = &[Vllm, LlamaCpp, MistralRs];
 
 /// All rules.
 #[rustfmt::skip]
-const RULES: [Rule; 26] = [
+const RULES: [Rule; 27] = [
     rule(ALL_BUT_PEFT, Refuses, |config, _| other_type(config)),
     rule(ALL_BUT_PEFT, Refuses, |config, _| when(has_modules_to_save(config), "weights trained in full (`modules_to_save`)")),
+    rule(ALL_BUT_PEFT, Refuses, |config, names| whole_weight(names).filter(|_| !has_modules_to_save(config))),
     rule(ALL_BUT_PEFT, Refuses, |config, _| when(config.use_dora, "DoRA (`use_dora`)")),
     rule(ALL_BUT_PEFT, Refuses, |config, _| when(config.bias != Bias::None, "trained biases (`bias`)")),
     rule(ALL_BUT_PEFT, Refuses, |config, _| when(config.lora_bias, "biases on B (`lora_bias`)")),
@@ -217,6 +218,19 @@ fn other_type(config: &PeftConfig) -> Option<String> {
 fn has_modules_to_save(config: &PeftConfig) -> bool {
     let names = config.modules_to_save.as_ref();
     names.is_some_and(|names| !names.is_empty())
+}
+
+/// A weight trained in full that `modules_to_save` does not name: the head that PEFT adds for a classifier.
+fn whole_weight(names: &[&str]) -> Option<String> {
+    let is_whole = |name: &&&str| {
+        let inner = name.strip_prefix(PREFIX).unwrap_or_default();
+        let is_part = [".lora_", ".base_layer.", ".token_adapter."];
+        !inner.is_empty()
+            && !inner.ends_with(".bias")
+            && !is_part.iter().any(|part| inner.contains(part))
+    };
+    let name = names.iter().find(is_whole)?;
+    Some(format!("`{name}`, a weight trained in full"))
 }
 
 fn largest_rank(config: &PeftConfig) -> usize {
@@ -359,5 +373,11 @@ mod tests {
     fn a_tensor_without_the_prefix_is_applied_by_none() {
         let verdicts = portability(&plain(), &["model.layers.0.q_proj.lora_A.weight"]);
         assert!(verdicts.iter().all(|verdict| verdict.effect == Differs));
+        let verdicts = portability(&plain(), &["base_model.model.score.weight"]);
+        assert!(
+            verdicts[1..]
+                .iter()
+                .all(|verdict| verdict.effect == Refuses)
+        );
     }
 }

@@ -131,7 +131,6 @@ fn inspection_page(found: &Inspection) -> String {
     ];
     let rows = rows.into_iter().filter(|(_, value)| !value.is_empty());
     let mut text = Table::pairs(["adapter", ""], rows.collect()).text(0);
-    text += "\nTensors:\n\n";
     let mut tensors = Table::new(&["name", "type", "shape"]);
     for tensor in &found.tensors {
         tensors.row([
@@ -140,7 +139,9 @@ fn inspection_page(found: &Inspection) -> String {
             format!("{:?}", tensor.shape),
         ]);
     }
-    text += &tensors.text(2);
+    if !found.tensors.is_empty() {
+        text += &format!("\n{}", tensors.text(0));
+    }
     text += &format!("\n{}", verdicts(&found.portability));
     if found.problems.is_empty() {
         text += "\nwattune loads it.\n";

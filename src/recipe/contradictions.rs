@@ -21,10 +21,11 @@ fn lora_keys_without_lora(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
     if recipe.adapter != Adapter::None {
         return;
     }
-    for key in keys_of::<LoraConfig>()
-        .into_iter()
-        .chain([&adapter::loraplus_lr_ratio, &adapter::init_from])
-    {
+    for key in keys_of::<LoraConfig>().into_iter().chain([
+        &adapter::loraplus_lr_ratio,
+        &adapter::portable,
+        &adapter::init_from,
+    ]) {
         if let Some(span) = reader.span(key) {
             let path = key.path();
             reader.diagnostics.add(

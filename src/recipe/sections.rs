@@ -97,6 +97,8 @@ section! {
         config: LoraConfig,
         /// LoRA+: the rate of B is this many times learning_rate
         loraplus_lr_ratio: Option<f64> = optional("16.0").within(POSITIVE),
+        /// Refuse settings with which vLLM, llama.cpp or mistral.rs would not load the adapter
+        portable: bool = default("false"),
         /// Continue from a PEFT adapter: its r, alpha and targets hold
         init_from: Option<PathBuf> = optional("\"path-to-adapter\"")
             .known_as(&["resume_from", "adapter_path"]),
@@ -162,6 +164,8 @@ pub struct Lora {
     pub config: LoraConfig,
     /// Ratio of the rate of B to that of A (LoRA+).
     pub loraplus_lr_ratio: Option<f64>,
+    /// Whether every runtime must load the adapter alike.
+    pub portable: bool,
     /// An existing PEFT adapter to continue from.
     pub init_from: Option<PathBuf>,
     /// The keys that the recipe gives: with `init_from` only these may contradict the adapter. Empty without `init_from`.
@@ -186,6 +190,7 @@ impl Keys for Adapter {
             written: given.map(|key| key.name.to_string()).collect(),
             config: keys.config,
             loraplus_lr_ratio: keys.loraplus_lr_ratio,
+            portable: keys.portable,
             init_from: keys.init_from,
         })
     }
@@ -197,6 +202,7 @@ impl Keys for Adapter {
                 kind: AdapterType::Lora,
                 config: lora.config.clone(),
                 loraplus_lr_ratio: lora.loraplus_lr_ratio,
+                portable: lora.portable,
                 init_from: lora.init_from.clone(),
             }
             .write(to),

@@ -81,7 +81,8 @@ impl Recipe {
         match &self.adapter {
             Adapter::Lora(lora) if lora.init_from.is_some() && key.table == "adapter" => {
                 let given = lora.written.iter().any(|name| name == key.name);
-                !given && !matches!(key.name, "type" | "loraplus_lr_ratio" | "init_from")
+                let not_peft = ["type", "loraplus_lr_ratio", "portable", "init_from"];
+                !given && !not_peft.contains(&key.name)
             }
             _ => false,
         }

@@ -60,6 +60,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
         ("Emissions", emissions(report)),
         ("Inference", inference::section(report.inference.as_ref())),
         ("Data", data(report)),
+        ("Portability", portability(report)),
         ("Hyperparameters", hyperparameters(report)),
         ("Warnings", bullets(report.warnings.clone())),
         ("Assumptions and sources", bullets(assumptions(report))),
@@ -141,6 +142,20 @@ fn result(report: &Report) -> Vec<Block> {
         Block::Table(Table::pairs(["result", "value"], rows)),
         Block::Paragraph(unit.to_string()),
     ]
+}
+
+/// What other programs do with the adapter.
+fn portability(report: &Report) -> Vec<Block> {
+    let verdicts = &report.adapter.portability;
+    if verdicts.is_empty() {
+        return Vec::new();
+    }
+    let mut table = Table::new(&["runtime", "verdict", "reasons"]);
+    for verdict in verdicts {
+        let (runtime, words) = (verdict.runtime.clone(), verdict.verdict.clone());
+        table.row([runtime, words, verdict.reasons.join("; ")]);
+    }
+    vec![Block::Table(table)]
 }
 
 /// The measured peak, then the forecast.

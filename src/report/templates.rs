@@ -200,18 +200,18 @@ pub fn to_model_card(card: &CardFacts, report: &FiniteReport) -> Result<String> 
         // YAML 1.1 reads `1e-5` as text: plain decimals.
         grams => report.carbon.emissions.central.0.to_string(),
         summary => summary(report),
-        sections => Serde(card_sections(report)),
+        sections => Serde(card_sections(report, &["Energy by meter", "Comparison", "Emissions"])),
+        portability => Serde(card_sections(report, &["Portability"])),
     };
     render("model_card.md", context)
 }
 
-/// Energy and emissions. How to open a counter on the training machine is of no use to readers of the card.
-fn card_sections(report: &FiniteReport) -> Vec<Section> {
-    const TITLES: [&str; 3] = ["Energy by meter", "Comparison", "Emissions"];
+/// The sections with these titles. How to open a counter on the training machine is of no use to readers of the card.
+fn card_sections(report: &FiniteReport, titles: &[&str]) -> Vec<Section> {
     let mut report = report.clone().into_inner();
     report.energy.measured_absent = None;
     let all = sections(&report).into_iter();
-    all.filter(|section| TITLES.contains(&section.title))
+    all.filter(|section| titles.contains(&section.title))
         .collect()
 }
 

@@ -22,7 +22,7 @@ const MIN_WIDTH: usize = 8;
 /// Spaces before everything under a heading.
 const INDENT: usize = 2;
 /// Sections of the short form.
-const BRIEF: [&str; 3] = ["Comparison", "Sample", "Warnings"];
+const BRIEF: [&str; 4] = ["Comparison", "Sample", "Portability", "Warnings"];
 
 /// Fits all later text to a terminal of so many columns.
 pub fn set_width(columns: usize) {

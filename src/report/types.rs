@@ -74,6 +74,17 @@ pub enum AdapterType {
     None,
 }
 
+/// What a program does with the adapter's files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Portability {
+    /// PEFT, vLLM, llama.cpp or mistral.rs.
+    pub runtime: String,
+    /// Whether it loads the adapter and computes the same.
+    pub verdict: String,
+    /// Why not, or under which condition.
+    pub reasons: Vec<String>,
+}
+
 /// `r`, `lora_alpha` and `target_modules` are empty where every weight is trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Adapter {
@@ -83,6 +94,9 @@ pub struct Adapter {
     /// As in `adapter_config.json`.
     pub target_modules: Vec<String>,
     pub trainable_parameters: u64,
+    /// Which programs load it; empty where every weight is trained.
+    #[serde(default)]
+    pub portability: Vec<Portability>,
 }
 
 /// The training set as encoded, each record once.

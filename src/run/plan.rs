@@ -38,7 +38,7 @@ pub fn plan(prepared: &Prepared, screen: &mut dyn Screen) -> Result<Planned> {
             &prepared.files,
             &prepared.architecture,
         ),
-        adapter: adapter_block(&prepared.target, &prepared.architecture),
+        adapter: adapter_block(&prepared.target, &prepared.architecture)?,
         run: Some(planned_run(prepared, kind, &forecast)),
         memory: memory_block(&prepared.memory, free_memory()),
         warnings: prepared.warnings.clone(),

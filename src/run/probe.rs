@@ -46,7 +46,7 @@ pub fn plan_with_probe(
         let prepared = prepare(recipe, device, computing, Purpose::Plan, downloads)?;
         plan(&prepared, screen)?.plan
     } else {
-        parts.plan_without_run(&recipe, &missing)
+        parts.plan_without_run(&recipe, &missing)?
     };
     screen.note(&format!(
         "probing: {steps} steps of {} x {} x {} tokens on random weights",
@@ -141,14 +141,14 @@ impl ModelParts {
     }
 
     /// The plan's blocks that need no data; `missing` joins the warnings.
-    fn plan_without_run(&self, recipe: &Recipe, missing: &[String]) -> Plan {
-        Plan {
+    fn plan_without_run(&self, recipe: &Recipe, missing: &[String]) -> Result<Plan> {
+        Ok(Plan {
             model: model_block(&recipe.model.id, &self.files, &self.architecture),
-            adapter: adapter_block(&self.target, &self.architecture),
+            adapter: adapter_block(&self.target, &self.architecture)?,
             run: None,
             memory: memory_block(&self.memory, free_memory()),
             warnings: [&self.warnings, missing].concat(),
             probe: None,
-        }
+        })
     }
 }

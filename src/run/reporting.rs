@@ -7,7 +7,8 @@ use super::machine;
 use super::prepare::{Prepared, Target};
 use super::session::Session;
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
-use crate::adapter::PeftConfig;
+use super::target::saved_config;
+use crate::adapter::{Verdict, portability};
 use crate::energy::{Interval, Phase};
 use crate::error::Result;
 use crate::files::{DraftDirectory, write_atomic};
@@ -115,7 +116,7 @@ fn report(run: &Ended<'_>) -> Result<Report> {
             &prepared.files,
             &prepared.architecture,
         ),
-        adapter: adapter_block(&prepared.target, &prepared.architecture),
+        adapter: adapter_block(&prepared.target, &prepared.architecture)?,
         data: data_block(prepared),
         training: training_block(run, wall),
         energy: energy_block(prepared, account, run.session.state.step),
@@ -239,9 +240,14 @@ pub(super) fn model_block(
     }
 }
 
-pub(super) fn adapter_block(target: &Target, architecture: &Architecture) -> types::Adapter {
+/// # Errors
+/// A pattern that is no regular expression.
+pub(super) fn adapter_block(
+    target: &Target,
+    architecture: &Architecture,
+) -> Result<types::Adapter> {
     let trainable_parameters = target.parameters(architecture) as u64;
-    match target {
+    Ok(match target {
         Target::Lora {
             settings,
             adaptation,
@@ -250,12 +256,20 @@ pub(super) fn adapter_block(target: &Target, architecture: &Architecture) -> typ
             let modules = architecture.modules();
             let sites = adaptation.sites.iter();
             let paths: Vec<&str> = sites.map(|site| site.path.as_str()).collect();
+            let config = saved_config(settings, adaptation, architecture, "", None)?;
+            let verdicts = portability(&config, &[]).into_iter();
+            let verdict = |verdict: Verdict| types::Portability {
+                runtime: verdict.runtime.name().to_string(),
+                verdict: verdict.effect.words().to_string(),
+                reasons: verdict.reasons,
+            };
             types::Adapter {
                 r#type: types::AdapterType::Lora,
                 r: Some(settings.r as u64),
                 lora_alpha: Some(settings.lora_alpha),
                 target_modules: crate::adapter::targets::shortest_names(&modules, &paths),
                 trainable_parameters,
+                portability: verdicts.map(verdict).collect(),
             }
         }
         Target::All => types::Adapter {
@@ -264,8 +278,9 @@ pub(super) fn adapter_block(target: &Target, architecture: &Architecture) -> typ
             lora_alpha: None,
             target_modules: Vec::new(),
             trainable_parameters,
+            portability: Vec::new(),
         },
-    }
+    })
 }
 
 pub(super) fn data_block(prepared: &Prepared) -> types::Data {
@@ -339,7 +354,7 @@ fn card_facts(prepared: &Prepared) -> CardFacts {
     }
 }
 
-/// The model card's settings, and where the adapter runs.
+/// The model card's settings.
 fn hyperparameters(prepared: &Prepared) -> Vec<(String, String)> {
     let recipe = &prepared.recipe;
     let train = &recipe.train;
@@ -351,23 +366,9 @@ fn hyperparameters(prepared: &Prepared) -> Vec<(String, String)> {
         ("max_length", recipe.data.max_length.to_string()),
         ("seed", recipe.seed.to_string()),
     ];
-    if let Target::Lora {
-        settings,
-        adaptation,
-        ..
-    } = &prepared.target
-    {
+    if let Target::Lora { settings, .. } = &prepared.target {
         pairs.push(("r", settings.r.to_string()));
         pairs.push(("lora_alpha", settings.lora_alpha.to_string()));
-        let modules = prepared.architecture.modules();
-        let base = model_name(&recipe.model.id);
-        if let Ok(config) =
-            PeftConfig::for_sites(settings, &adaptation.sites, &modules, &base, None)
-        {
-            let verdicts = crate::adapter::portability(&config, &[]);
-            let sentences = verdicts.iter().map(crate::adapter::portability::sentence);
-            pairs.extend(sentences.map(|sentence| ("portability", sentence)));
-        }
     }
     let owned = |(key, value): (&str, String)| (key.to_string(), value);
     pairs.into_iter().map(owned).collect()

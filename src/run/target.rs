@@ -2,8 +2,9 @@
 
 use super::continued::continue_adapter;
 use super::prepare::Target;
-use crate::adapter::Adaptation;
+use crate::adapter::config::OneOrMany;
 use crate::adapter::targets::check_ranks;
+use crate::adapter::{Adaptation, LoraConfig, PeftConfig, check_portable};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Architecture, ModelShape};
 use crate::recipe::{Adapter, Recipe};
@@ -42,19 +43,47 @@ pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result
             }
         }
     };
-    match &target {
-        Target::Lora { adaptation, .. }
-            if lora.loraplus_lr_ratio.is_some() && adaptation.has_embedding() =>
-        {
-            Err(Error::new(
-                Kind::Adapter,
-                "LoRA+ is not supported with LoRA on an embedding",
-            )
-            .rule("PEFT gives it a rate of its own, 1e-6")
-            .hint("leave `loraplus_lr_ratio` out, or the embedding out of `target_modules`"))
-        }
-        _ => Ok(target),
+    let Target::Lora {
+        settings,
+        adaptation,
+        ..
+    } = &target
+    else {
+        return Ok(target);
+    };
+    if lora.loraplus_lr_ratio.is_some() && adaptation.has_embedding() {
+        return Err(Error::new(
+            Kind::Adapter,
+            "LoRA+ is not supported with LoRA on an embedding",
+        )
+        .rule("PEFT gives it a rate of its own, 1e-6")
+        .hint("leave `loraplus_lr_ratio` out, or the embedding out of `target_modules`"));
     }
+    if lora.portable {
+        let config = saved_config(settings, adaptation, architecture, "", None)?;
+        check_portable(&config).map_err(|e| e.key("adapter.portable"))?;
+    }
+    Ok(target)
+}
+
+/// The configuration that the adapter is saved with; `base` and `revision` name the model.
+///
+/// # Errors
+/// A pattern that is no regular expression.
+pub(super) fn saved_config(
+    settings: &LoraConfig,
+    adaptation: &Adaptation,
+    architecture: &Architecture,
+    base: &str,
+    revision: Option<&str>,
+) -> Result<PeftConfig> {
+    let modules = architecture.modules();
+    let mut config = PeftConfig::for_sites(settings, &adaptation.sites, &modules, base, revision)?;
+    // A list of names would match layers of the other parts, too.
+    let towers = architecture.names.tower_modules();
+    let excluded = config.exclude_modules.take();
+    config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
+    Ok(config)
 }
 
 /// Parts of the continued adapter's configuration that have no effect.

@@ -6,9 +6,9 @@ use candle_core::Device;
 
 use super::model::{copy_companions, read_json, write_json};
 use super::prepare::{Prepared, Target};
-use crate::adapter::config::OneOrMany;
+use super::target::saved_config;
 use crate::adapter::shards::{F32Tensor, write_f32s};
-use crate::adapter::{self, Adaptation, LoraConfig, PeftConfig};
+use crate::adapter::{self, Adaptation, LoraConfig};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::model_name;
 use crate::model::{TrainableModel, Weights, initial_values, random_tensor};
@@ -91,12 +91,8 @@ fn export_adapter(
 ) -> Result<()> {
     let base = model_name(&prepared.recipe.model.id);
     let revision = prepared.files.commit.as_deref();
-    let modules = prepared.architecture.modules();
-    let mut config = PeftConfig::for_sites(settings, &adaptation.sites, &modules, &base, revision)?;
-    // A list of names would match layers of the other parts, too.
-    let towers = prepared.architecture.names.tower_modules();
-    let excluded = config.exclude_modules.take();
-    config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
+    let architecture = &prepared.architecture;
+    let config = saved_config(settings, adaptation, architecture, &base, revision)?;
     parameters.with_rows(|[values, ..]| {
         let mut tensors = Vec::new();
         for (tensor, slot) in adaptation.tensors().iter().zip(parameters.slots()) {

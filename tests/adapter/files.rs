@@ -12,7 +12,7 @@ use wattune::error::Kind;
 use super::{layout, settings};
 
 /// The folder of real models and adapters, or a visible note that `test` is skipped.
-fn assets(test: &str) -> Option<PathBuf> {
+pub fn assets(test: &str) -> Option<PathBuf> {
     let root = std::env::var_os("WATTUNE_ASSETS").map_or(
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/assets"),
         PathBuf::from,

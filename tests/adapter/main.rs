@@ -6,6 +6,7 @@ mod files;
 mod merging;
 mod readings;
 mod targets;
+mod tools;
 
 use std::fs;
 use std::path::Path;

@@ -93,3 +93,59 @@ fn every_adapter_resumes_to_the_same_bytes() {
         assert!(lab.adapter(&cut) == lab.adapter(&whole), "{keys:?}");
     }
 }
+
+#[test]
+fn the_adapter_of_a_run_is_inspected_converted_and_compared() {
+    let lab = Lab::new();
+    let keys = [
+        "adapter.use_rslora=true",
+        "adapter.rank_pattern={ q_proj = 4 }",
+    ];
+    let report = lab.train("run", &set(&keys));
+    let verdicts = &report["adapter"]["portability"];
+    assert_eq!(verdicts[2]["verdict"], "computes differently", "{verdicts}");
+    let card = String::from_utf8(lab.read("run/adapter/README.md")).unwrap();
+    assert!(
+        card.contains("| llama.cpp | computes differently |"),
+        "{card}"
+    );
+    let inspected = lab.json(&["adapter", "inspect", "run"]);
+    let trained = number(&report, "/adapter/trainable_parameters");
+    assert_eq!(number(&inspected, "/parameters"), trained);
+    let converted = lab.json(&["adapter", "convert", "run", "--plain", "--out", "plain"]);
+    assert!(
+        converted["portability"][2]["effect"] == "loads",
+        "{converted}"
+    );
+    let eval = |adapter: &str| {
+        let model = ["--model", "embedded:tiny", "--adapter", adapter];
+        let data = ["eval", "--data", "validation.jsonl", "--quiet"];
+        number(&lab.json(&[&data, &model[..]].concat()), "/loss")
+    };
+    let (original, plain) = (eval("run/adapter"), eval("plain"));
+    assert!((original - plain).abs() < 1e-6, "{original}, {plain}");
+    let same = lab.json(&["adapter", "diff", "run", "run"]);
+    assert_eq!(number(&same, "/total/difference"), 0.0);
+}
+
+#[test]
+fn a_portable_adapter_is_refused_before_training_what_would_not_travel() {
+    let lab = Lab::new();
+    let portable = "adapter.portable=true";
+    lab.plan(&set(&[portable]));
+    for (key, word) in [
+        ("adapter.use_rslora=true", "llama.cpp computes differently"),
+        ("adapter.use_dora=true", "`use_dora`"),
+        ("adapter.modules_to_save=[\"lm_head\"]", "`modules_to_save`"),
+        ("adapter.target_modules=[\"lm_head\"]", "mistral.rs refuses"),
+    ] {
+        let keys = set(&[portable, key]);
+        let arguments = [
+            &["train", "recipe.toml", "--out", "none"],
+            &flags(&keys)[..],
+        ]
+        .concat();
+        let message = lab.refused(2, &arguments);
+        assert!(message.contains(word), "{key}: {message}");
+    }
+}
