@@ -20,16 +20,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3",
-               "gpt_neox", "stablelm", "starcoder2", "ministral3"]
+               "gpt_neox", "stablelm", "starcoder2", "ministral3", "bert"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
 use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
 embedding_multiplier residual_multiplier attention_multiplier logits_scaling hidden_activation query_pre_attn_scalar attn_logit_softcapping
 final_logit_softcapping original_max_position_embeddings resid_pdrop embd_pdrop hidden_dropout residual_dropout embedding_dropout layer_norm_eps norm_epsilon use_parallel_residual use_bias
-use_qkv_bias""".split()
+use_qkv_bias type_vocab_size hidden_dropout_prob attention_probs_dropout_prob is_decoder add_cross_attention""".split()
 
 # Declared, but read by no layer.
-UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
+UNREAD = {"gemma3_text": ["attn_logit_softcapping"], "gpt_neox": ["is_decoder"]}
 # Keyword arguments that are no fields, with their defaults.
 KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0},
             "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25},

@@ -39,6 +39,11 @@ gemma3_vision (gemma3 in the composite class, beside a vision tower) · ministra
 tied, in the composite class)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
+classifiers: bert (sequence classification, three classes: positions, token types, norms behind the residual addition,
+biases, a pooler)
+  as full, with task_type SEQ_CLS, so that the adapter holds the classifier too (modules_to_save); logits.I f32 [classes].
+  loss_mask marks the classified token, golden.json holds labels, one a segment; losses are nats per segment.
+
 logits only: linear, dynamic, yarn (rope scaling, a 100-token segment past the original 64 positions, then a 20-token one
 inside them: `dynamic` must scale the first and not the second) · longrope (the same in Phi-3, 12 of 16 channels) · mistral (sliding window 16 over 40 tokens, then 10)
   config.json, model.safetensors; golden.safetensors: input_ids, segments, base.logits.I; golden.json: versions,
@@ -61,7 +66,8 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPTNeoXConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, Mistral3Config, MistralConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification, BertConfig, GPTNeoXConfig,
+                          Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, Mistral3Config, MistralConfig,
                           Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config, StableLmConfig, Starcoder2Config)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +156,11 @@ OTHER_MODULES = {
                                        use_parallel_residual=True, rope_parameters=rope("default", partial_rotary_factor=0.5)),
 }
 FAMILIES |= OTHER_MODULES
+CLASSIFIERS = {
+    "bert": lambda: BertConfig(vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+                               max_position_embeddings=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3),
+}
+LABELS = [2, 0]
 # Per segment: 0 = context, 1 = predicted.
 LOSS_MASKS = [[0] * 4 + [1] * 3 + [0] * 2 + [1] * 4, [0] * 3 + [1] * 6]
 
@@ -160,7 +171,7 @@ def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            if "norm" in name:
+            if "norm" in name.lower() and name.endswith("weight"):
                 offset = -0.5 if model.config.model_type.startswith("gemma") else 0.5
                 p.copy_(torch.rand(p.shape, generator=generator) + offset)
             else:
@@ -181,12 +192,12 @@ def save_model(name, config, seed):
     folder = GOLDEN / name
     shutil.rmtree(folder, ignore_errors=True)
     config._attn_implementation = "eager"
-    model = auto_class(config).from_config(config).float()
+    model = auto_class(name, config).from_config(config).float()
     randomise(model, seed)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     saved = json.loads((folder / "config.json").read_text())
-    if name not in FAMILIES and saved["rope_parameters"]["rope_type"] != "default":
+    if name not in FAMILIES | CLASSIFIERS and saved["rope_parameters"]["rope_type"] != "default":
         save_old_config(folder, saved)
 
 
@@ -208,7 +219,9 @@ def save_old_config(folder, config):
     assert known == new.rope_parameters, (known, new.rope_parameters)
 
 
-def auto_class(config):
+def auto_class(name, config):
+    if name in CLASSIFIERS:
+        return AutoModelForSequenceClassification
     return AutoModelForImageTextToText if is_composite(config) else AutoModelForCausalLM
 
 
@@ -218,7 +231,7 @@ def is_composite(config):
 
 def load(name, adapter=False, attention="eager"):
     """The model from its saved files: goldens describe what is on disk."""
-    kind = auto_class(AutoConfig.from_pretrained(GOLDEN / name))
+    kind = auto_class(name, AutoConfig.from_pretrained(GOLDEN / name))
     model = kind.from_pretrained(GOLDEN / name, attn_implementation=attention, dtype=torch.float32)
     if adapter:
         return peft.PeftModel.from_pretrained(model, GOLDEN / name / "adapter", is_trainable=True)
@@ -230,7 +243,8 @@ def save_adapter(name, seed):
     base = load(name)
     base.name_or_path = (GOLDEN / name).as_posix()
     targets = r"model\.language_model\..*_proj" if is_composite(base.config) else "all-linear"
-    settings = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets,
+                               task_type="SEQ_CLS" if name in CLASSIFIERS else "CAUSAL_LM")
     model = peft.get_peft_model(base, settings)
     randomise_adapter(model, seed)
     folder = GOLDEN / name / "adapter"
@@ -251,7 +265,7 @@ def tidy_adapter_config(folder, base_model):
 
 def file_name(name):
     """The name of a PEFT parameter in adapter_model.safetensors."""
-    return name.replace(".default.weight", ".weight")
+    return name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")
 
 
 def random_ids(vocab, lengths, seed):
@@ -260,15 +274,17 @@ def random_ids(vocab, lengths, seed):
 
 
 def run(model, sequences, masks, padded=False):
-    """Logits of each sequence and the mean negative log-likelihood of the tokens that `masks` marks."""
+    """Logits of each sequence and the mean negative log-likelihood of the tokens that `masks` marks, or of the classes."""
     if padded:
         width = max(len(s) for s in sequences)
         ids = torch.stack([torch.nn.functional.pad(s, (0, width - len(s))) for s in sequences])
         seen = torch.stack([(torch.arange(width) < len(s)).long() for s in sequences])
         out = model(input_ids=ids, attention_mask=seen).logits
-        logits = [row[: len(s)] for row, s in zip(out, sequences)]
+        logits = [row[: len(s)] if row.dim() == 2 else row for row, s in zip(out, sequences)]
     else:
         logits = [model(input_ids=s[None]).logits[0] for s in sequences]
+    if logits[0].dim() == 1:
+        return logits, torch.nn.functional.cross_entropy(torch.stack(list(logits)), torch.tensor(LABELS))
     total = sum(
         torch.nn.functional.cross_entropy(l[:-1], s[1:], reduction="none")[m[1:].bool()].sum()
         for l, s, m in zip(logits, sequences, masks)
@@ -290,11 +306,18 @@ def trained(model):
     return {file_name(n): p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def trainer_groups(trainable):
+    """The Trainer's parameter groups: no decay of vectors."""
+    vectors = [p for p in trainable if p.dim() == 1]
+    groups = [{"params": [p for p in trainable if p.dim() > 1]}]
+    return groups + [{"params": vectors, "weight_decay": 0.0}] * bool(vectors)
+
+
 def train(model, sequences, masks, padded=False, groups=None):
     """Ten AdamW steps at a constant rate on the one batch: (a record per step, loss afterwards, weights afterwards). `groups`:
     parameter groups in place of the one with all that is trained."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(groups or trainable, **{**OPTIMIZER, "betas": tuple(OPTIMIZER["betas"])}, foreach=False)
+    optimizer = torch.optim.AdamW(groups or trainer_groups(trainable), **{**OPTIMIZER, "betas": tuple(OPTIMIZER["betas"])}, foreach=False)
     steps = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -332,9 +355,11 @@ def write(name, tensors, record, sequences):
 
 
 def golden_full(name, seed):
-    save_model(name, (FULL | FAMILIES)[name](), seed)
+    save_model(name, (FULL | FAMILIES | CLASSIFIERS)[name](), seed)
     save_adapter(name, seed + 1)
     masks = [torch.tensor(m, dtype=torch.uint8) for m in LOSS_MASKS]
+    if name in CLASSIFIERS:
+        masks = [(torch.arange(len(m)) == 0).to(torch.uint8) for m in masks]
     sequences = random_ids(load(name).config.get_text_config().vocab_size, [len(m) for m in masks], seed + 2)
     tensors, record, noise = {"loss_mask": torch.cat(masks)}, {}, {}
     for kind in ("base", "adapter"):
@@ -358,6 +383,8 @@ def golden_full(name, seed):
     record |= {"loss_mask": torch.cat(masks).tolist(), "loss_tokens": int(torch.cat(masks).sum()),
                "optimizer": {"type": "AdamW", **OPTIMIZER, "max_grad_norm": MAX_GRAD_NORM, "schedule": "constant"},
                "steps": steps, "loss_after": after, "noise": noise}
+    if name in CLASSIFIERS:
+        record["labels"] = LABELS
     if name in FAMILIES:
         record["greedy"] = greedy(load(name, adapter=True), sequences[0])
     write(name, tensors, record, sequences)
@@ -396,6 +423,7 @@ def main():
     known = [name for name in [*FULL, *LOGITS_ONLY, *FAMILIES] if name not in later]
     # The place in a list: naming one model does not change it.
     seeds = {name: 100 * i for i, name in enumerate(known)} | {name: 8000 + 100 * i for i, name in enumerate(later)}
+    seeds |= {name: 10000 + 100 * i for i, name in enumerate(CLASSIFIERS)}
     unknown = set(sys.argv[1:]) - set(seeds)
     if unknown:
         sys.exit(f"no such model: {', '.join(sorted(unknown))} (known: {', '.join(seeds)})")

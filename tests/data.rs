@@ -194,6 +194,7 @@ fn options(format: Format, max_length: usize) -> Options {
         on_bad_record: OnBadRecord::Stop,
         txt_unit: TxtUnit::Paragraph,
         prompt_template: None,
+        labels: Vec::new(),
     }
 }
 

@@ -611,7 +611,7 @@ prop_compose! {
         (max_length, packing, shuffle) in (2usize..9999, any::<bool>(), any::<bool>()),
     ) -> Data {
         Data {
-            train, validation, max_length, packing, shuffle,
+            train, validation, max_length, packing, shuffle, labels: vec!["no".into(), "yes".into()],
             chat_date: "2026-01-31".parse().ok(), format: Format::Alpaca, on_bad_record: OnBadRecord::Skip, txt_unit: TxtUnit::File,
             prompt_template: Some(PromptTemplate::Text { before: "Q: ".into(), after: "\n".into() }),
             columns: columns.map(|column| vec![("prompt".into(), column.clone()), ("completion".into(), column)]).unwrap_or_default(),
@@ -668,7 +668,7 @@ prop_compose! {
     ) -> Recipe {
         Recipe {
             name: "a run".into(), seed, adapter, data, train, budget, energy,
-            model: Model { id, revision, dtype: Precision::Bf16, init: Init::Random },
+            model: Model { id, revision, dtype: Precision::Bf16, init: Init::Random, task: Task::CausalLm },
             baseline: Baseline {
                 from_scratch: Compared::Off, full_fine_tuning: Compared::Counted, energy_multiple, learning_rate, budget: cap,
             },

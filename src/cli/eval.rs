@@ -9,7 +9,10 @@ use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
 use crate::recipe::Recipe;
 use crate::run::Screen as _;
-use crate::run::{self, DataOptions, EvaluationJob, Format, OnBadRecord, PromptTemplate, TxtUnit};
+use crate::run::{
+    self, Classification, DataOptions, Device, Evaluation, EvaluationJob, Format, ModelSource,
+    OnBadRecord, PromptTemplate, TxtUnit,
+};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -41,40 +44,95 @@ pub(super) struct Arguments {
     limit: Option<usize>,
 }
 
-pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
-    if [arguments.micro_batch_size, arguments.max_length].contains(&Some(0)) {
-        let rule = "`--micro-batch-size` and `--max-length` are at least 1";
-        return Err(Error::new(Kind::Usage, "a forward pass holds no tokens")
-            .value("0")
-            .rule(rule));
+impl Arguments {
+    pub(super) fn source(&self) -> Result<ModelSource> {
+        self.model.resolve()
     }
-    let source = arguments.model.resolve()?;
-    let device = arguments.compute.open()?;
-    let of_run = source.recipe.as_ref();
+
+    pub(super) fn device(&self) -> Result<Device> {
+        self.compute.open()
+    }
+
+    /// The job on the model of `source`.
+    pub(super) fn job<'a>(
+        &self,
+        source: &'a ModelSource,
+        device: &'a Device,
+        screen: &mut Terminal,
+    ) -> Result<EvaluationJob<'a>> {
+        if [self.micro_batch_size, self.max_length].contains(&Some(0)) {
+            let rule = "`--micro-batch-size` and `--max-length` are at least 1";
+            return Err(Error::new(Kind::Usage, "a forward pass holds no tokens")
+                .value("0")
+                .rule(rule));
+        }
+        let of_run = source.recipe.as_ref();
+        let data = match self.data.as_slice() {
+            [] => run::validation_files(source, screen.downloads())?,
+            files => files.to_vec(),
+        };
+        Ok(EvaluationJob {
+            model: self.compute.request(source, device),
+            data,
+            options: options(self, of_run)?,
+            micro_batch_size: self
+                .micro_batch_size
+                .or(of_run.map(|recipe| recipe.train.micro_batch_size))
+                .unwrap_or(8),
+            limit: self.limit,
+        })
+    }
+}
+
+pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
+    let source = arguments.source()?;
+    let device = arguments.device()?;
     let mut screen = Terminal::new(common.quiet);
-    let data = match arguments.data.as_slice() {
-        [] => run::validation_files(&source, screen.downloads())?,
-        files => files.to_vec(),
-    };
-    let micro_batch_size = arguments.micro_batch_size;
-    let job = EvaluationJob {
-        model: arguments.compute.request(&source, &device),
-        data,
-        options: options(arguments, of_run)?,
-        micro_batch_size: micro_batch_size
-            .or(of_run.map(|recipe| recipe.train.micro_batch_size))
-            .unwrap_or(8),
-        limit: arguments.limit,
-    };
+    let job = arguments.job(&source, &device, &mut screen)?;
     let result = run::evaluate(&job, &mut screen)?;
     screen.clear();
     if common.json {
         return out_json(&result);
     }
-    out(&format!(
-        "loss {:.4} nats per token (perplexity {:.2}) over {} loss tokens of {} records",
-        result.loss, result.perplexity, result.loss_tokens, result.examples
-    ))
+    match &result.classification {
+        Some(classification) => out(&classification_text(&result, classification)),
+        None => out(&format!(
+            "loss {:.4} nats per token (perplexity {:.2}) over {} loss tokens of {} records",
+            result.loss,
+            result.loss.exp(),
+            result.loss_tokens,
+            result.examples
+        )),
+    }
+}
+
+/// Figures, and the confusion matrix with a row for each true class.
+fn classification_text(result: &Evaluation, classification: &Classification) -> String {
+    let metrics = classification.metrics;
+    let mut lines = vec![
+        format!(
+            "accuracy {:.4}, F1 macro {:.4}, F1 micro {:.4}, Matthews correlation {:.4}, loss {:.4} nats over {} records",
+            metrics.accuracy,
+            metrics.f1_macro,
+            metrics.f1_micro,
+            metrics.matthews_correlation,
+            result.loss,
+            result.examples
+        ),
+        format!(
+            "true class: records predicted as {}",
+            classification.labels.join(", ")
+        ),
+    ];
+    for (label, row) in classification
+        .labels
+        .iter()
+        .zip(&classification.confusion_matrix)
+    {
+        let counts: Vec<String> = row.iter().map(u64::to_string).collect();
+        lines.push(format!("{label}: {}", counts.join(", ")));
+    }
+    lines.join("\n")
 }
 
 /// The options of the run's recipe, replaced where an argument is given.
@@ -97,6 +155,7 @@ fn options(arguments: &Arguments, recipe: Option<&Recipe>) -> Result<DataOptions
             on_bad_record: OnBadRecord::Stop,
             txt_unit: TxtUnit::Paragraph,
             prompt_template: None,
+            labels: Vec::new(),
         },
         |recipe| run::data_options(&recipe.data),
     );

@@ -14,6 +14,7 @@ mod generate;
 mod merge;
 mod model;
 mod plan;
+mod predict;
 mod push;
 mod recipe;
 mod report;
@@ -80,6 +81,11 @@ enum Command {
     Plan(plan::Arguments),
     /// Evaluate a model's loss on records
     Eval(eval::Arguments),
+    /// Predict the class of each record with a classifier
+    ///
+    /// Writes the likeliest class and the probability of every class, one record a line in the order of the data. A label in the records
+    /// is not read.
+    Predict(eval::Arguments),
     /// Generate text from a model
     Generate(generate::Arguments),
     /// Merge an adapter into its model; writes a complete model directory
@@ -183,6 +189,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Train(arguments) => train::run(&arguments, common),
         Command::Plan(arguments) => plan::run(&arguments, common),
         Command::Eval(arguments) => eval::run(&arguments, common),
+        Command::Predict(arguments) => predict::run(&arguments, common),
         Command::Generate(arguments) => generate::run(&arguments, common),
         Command::Merge(arguments) => merge::run(&arguments, common),
         Command::Adapter(command) => adapter::run(&command, common),

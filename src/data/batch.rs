@@ -7,8 +7,18 @@ use std::ops::Range;
 pub struct Example {
     /// Token ids.
     pub tokens: Vec<u32>,
-    /// Whether each token is a loss token (predicted from those before it); the first never is.
+    /// Whether each token is a loss token: predicted from those before it, which the first never is,
+    /// or classified.
     pub loss: Vec<bool>,
+    /// Class of each loss token, if they are classified; else empty.
+    pub labels: Vec<u32>,
+}
+
+impl Example {
+    /// Number of loss tokens.
+    pub fn loss_tokens(&self) -> usize {
+        self.loss.iter().filter(|loss| **loss).count()
+    }
 }
 
 /// The tokens of one record, which attend to each other only.
@@ -27,9 +37,10 @@ pub struct MicroBatch {
     pub tokens: Vec<u32>,
     /// The records in it, in order, covering `tokens`.
     pub segments: Vec<Segment>,
-    /// Positions whose successor is a loss token, ascending.
+    /// Positions whose output has a loss, ascending: those before a loss token, or the loss tokens
+    /// themselves if they are classified.
     pub loss_positions: Vec<u32>,
-    /// That successor, one per loss position.
+    /// The loss token after the position, or the position's class.
     pub targets: Vec<u32>,
 }
 
@@ -44,9 +55,17 @@ impl MicroBatch {
                 range: start..batch.tokens.len(),
                 example: index,
             });
-            for i in (1..example.tokens.len()).filter(|i| example.loss[*i]) {
-                batch.loss_positions.push((start + i - 1) as u32);
-                batch.targets.push(example.tokens[i]);
+            let losses = (0..example.tokens.len()).filter(|i| example.loss[*i]);
+            if example.labels.is_empty() {
+                for i in losses.filter(|i| *i > 0) {
+                    batch.loss_positions.push((start + i - 1) as u32);
+                    batch.targets.push(example.tokens[i]);
+                }
+            } else {
+                batch
+                    .loss_positions
+                    .extend(losses.map(|i| (start + i) as u32));
+                batch.targets.extend_from_slice(&example.labels);
             }
         }
         batch
@@ -74,5 +93,28 @@ impl BatchShape {
     /// Total tokens.
     pub fn tokens(&self) -> usize {
         self.segments.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A predicted token is the target of its predecessor, a class that of its own token.
+    #[test]
+    fn classes_have_their_losses_at_their_tokens() {
+        let example = |labels: &[u32]| Example {
+            tokens: vec![5, 6, 7],
+            loss: vec![labels.len() == 2, true, false],
+            labels: labels.to_vec(),
+        };
+        let batch =
+            |labels: &[u32]| MicroBatch::new([(3, &example(labels)), (9, &example(labels))]);
+        let (predicted, classified) = (batch(&[]), batch(&[1, 0]));
+        assert_eq!(predicted.loss_positions, [0, 3]);
+        assert_eq!(predicted.targets, [6, 6]);
+        assert_eq!(classified.loss_positions, [0, 1, 3, 4]);
+        assert_eq!(classified.targets, [1, 0, 1, 0]);
+        assert_eq!(classified.shape().loss_tokens, 4);
     }
 }

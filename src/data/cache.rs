@@ -1,7 +1,7 @@
 //! Cache of encoded data sets on disk.
 //!
-//! Owns the file's layout: magic, a JSON header with its length, then per example its record, length, tokens and mask, all little
-//! endian, and the SHA-256 of all preceding bytes. A file that is damaged, of another layout or of other data is ignored.
+//! Owns the file's layout: magic, a JSON header with its length, then per example its record, length, tokens and mask, and the
+//! number of its classes and the classes, all little endian, and the SHA-256 of all preceding bytes. A file that is damaged, of another layout or of other data is ignored.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -15,7 +15,7 @@ use super::dataset::{Counts, Dataset, RenderedSample};
 use crate::error::{Error, Result};
 use crate::files::{remove_old_leftovers, write_atomic_with};
 
-const MAGIC: &[u8; 16] = b"wattune tokens 1";
+const MAGIC: &[u8; 16] = b"wattune tokens 2";
 const CHECKSUM: usize = 32;
 
 #[derive(Serialize, Deserialize)]
@@ -85,14 +85,16 @@ fn write_body(out: &mut CacheWriter<impl Write>, dataset: &Dataset) -> io::Resul
     for (example, record) in dataset.examples.iter().zip(&*dataset.records) {
         out.put(&record.to_le_bytes())?;
         out.put(&(example.tokens.len() as u64).to_le_bytes())?;
-        let tokens: Vec<u8> = example
-            .tokens
-            .iter()
-            .flat_map(|token| token.to_le_bytes())
-            .collect();
+        let bytes = |ids: &[u32]| {
+            ids.iter()
+                .flat_map(|id| id.to_le_bytes())
+                .collect::<Vec<u8>>()
+        };
         let loss: Vec<u8> = example.loss.iter().map(|loss| u8::from(*loss)).collect();
-        out.put(&tokens)?;
+        out.put(&bytes(&example.tokens))?;
         out.put(&loss)?;
+        out.put(&(example.labels.len() as u64).to_le_bytes())?;
+        out.put(&bytes(&example.labels))?;
     }
     Ok(())
 }
@@ -121,6 +123,12 @@ impl CacheReader {
         usize::try_from(self.take_u64()?).ok()
     }
 
+    fn take_ids(&mut self, count: usize) -> Option<Vec<u32>> {
+        let bytes = self.take(count.checked_mul(4)?)?;
+        let ids = bytes.as_chunks().0.iter();
+        Some(ids.map(|bytes| u32::from_le_bytes(*bytes)).collect())
+    }
+
     /// Whether the checksum that follows is that of the bytes read.
     fn verify(mut self) -> bool {
         let mut checksum = [0; CHECKSUM];
@@ -140,13 +148,15 @@ fn parse(body: &mut CacheReader) -> Option<Dataset> {
     while body.left > 0 {
         records.push(body.take_u64()?);
         let length = body.take_length()?;
-        let tokens = body.take(length.checked_mul(4)?)?;
-        let tokens = tokens
-            .chunks_exact(4)
-            .map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")))
-            .collect();
+        let tokens = body.take_ids(length)?;
         let loss = body.take(length)?.iter().map(|b| *b != 0).collect();
-        examples.push(Example { tokens, loss });
+        let classes = body.take_length()?;
+        let labels = body.take_ids(classes)?;
+        examples.push(Example {
+            tokens,
+            loss,
+            labels,
+        });
     }
     Some(Dataset {
         examples: examples.into(),
@@ -166,6 +176,7 @@ mod tests {
         let example = |tokens: &[u32], loss: &[bool]| Example {
             tokens: tokens.to_vec(),
             loss: loss.to_vec(),
+            labels: loss.iter().map(|loss| 4 + u32::from(*loss)).collect(),
         };
         let examples = vec![example(&[7, 70_000], &[false, true]), example(&[], &[])];
         Dataset {

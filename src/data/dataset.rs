@@ -177,10 +177,7 @@ pub(super) fn with_token_counts(counts: Counts, examples: &[Example]) -> Counts 
     Counts {
         examples: examples.len() as u64,
         tokens: examples.iter().map(|e| e.tokens.len() as u64).sum(),
-        loss_tokens: examples
-            .iter()
-            .map(|e| e.loss.iter().filter(|l| **l).count() as u64)
-            .sum(),
+        loss_tokens: examples.iter().map(|e| e.loss_tokens() as u64).sum(),
         ..counts
     }
 }
@@ -194,6 +191,7 @@ mod tests {
             .map(|i| Example {
                 tokens: vec![i, i],
                 loss: vec![false, true],
+                labels: Vec::new(),
             })
             .collect();
         let counts = with_token_counts(

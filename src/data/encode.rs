@@ -48,6 +48,7 @@ pub(super) fn encode(
             let example = text_example(text, tokenizer)?;
             Ok(text_windows(example, tokenizer, max_length))
         }
+        TypedRecord::Labelled { text, label } => labelled_text(text, *label, tokenizer, max_length),
         TypedRecord::Completion { prompt, completion } => {
             if prompt.is_empty() && completion.is_empty() {
                 return Ok(dropped);
@@ -87,7 +88,11 @@ fn masked(tokens: Vec<u32>, mut loss: Vec<bool>) -> Example {
     if let Some(first) = loss.first_mut() {
         *first = false;
     }
-    Example { tokens, loss }
+    Example {
+        tokens,
+        loss,
+        labels: Vec::new(),
+    }
 }
 
 /// The tokenizer's special tokens, the text, and eos unless present: every token but the first has a loss.
@@ -119,6 +124,40 @@ fn completion_example(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> 
         }
     }
     Ok(masked(tokens, loss))
+}
+
+/// A text between the tokenizer's special tokens, its last tokens cut off before the special ones
+/// that end it; the first token has the class.
+fn labelled_text(
+    text: &str,
+    label: u32,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<EncodedRecord> {
+    let Encoded {
+        ids: mut tokens,
+        offsets,
+    } = tokenizer.encode(text, true)?;
+    let truncated = tokens.len() > max_length;
+    if truncated {
+        let is_special = |offset: &&(usize, usize)| **offset == (0, 0);
+        let ending = offsets.iter().rev().take_while(is_special).count();
+        let end = tokens.len() - ending;
+        tokens.drain(max_length.saturating_sub(ending).min(end)..end);
+    }
+    let loss: Vec<bool> = (0..tokens.len()).map(|i| i == 0).collect();
+    let dropped = tokens.is_empty();
+    let example = Example {
+        tokens,
+        loss,
+        labels: vec![label],
+    };
+    Ok(EncodedRecord {
+        examples: if dropped { vec![] } else { vec![example] },
+        truncated,
+        dropped,
+        ..EncodedRecord::default()
+    })
 }
 
 fn missing_separator(prompt: &str, completion: &str) -> bool {

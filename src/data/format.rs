@@ -19,6 +19,8 @@ use crate::error::{Error, Kind, Result};
 pub(super) enum TypedRecord {
     /// Every token has a loss.
     Text(String),
+    /// The text has a class.
+    Labelled { text: String, label: u32 },
     /// The completion has a loss.
     Completion { prompt: String, completion: String },
     /// The assistant's turns have a loss.
@@ -89,7 +91,7 @@ const REQUIRED: [(Format, &[&str]); 6] = [
 ];
 
 /// Fields that some format reads besides the required ones.
-const FURTHER: [&str; 4] = ["input", "tools", "system", "history"];
+const FURTHER: [&str; 5] = ["input", "tools", "system", "history", "label"];
 
 /// The columns that the formats read.
 pub(super) fn needed_columns(columns: Columns) -> NeededColumns {
@@ -140,6 +142,7 @@ impl FieldsSeen {
         let reads = |fields: &[&str], format, wanted: &str| match wanted {
             "tools" => matches!(format, Format::Messages | Format::Completion),
             "input" => format == Format::Alpaca,
+            "label" => false,
             wanted => fields.contains(&wanted),
         };
         let fits = |(format, fields): &&(Format, &[&str])| {
@@ -193,6 +196,7 @@ pub(super) fn interpret(
     format: Format,
     columns: Columns,
     template: Option<&PromptTemplate>,
+    labels: &[String],
 ) -> Result<TypedRecord> {
     let fields = &record.fields;
     let typed = match format {
@@ -200,6 +204,7 @@ pub(super) fn interpret(
         Format::Completion => completion(fields, columns, template),
         Format::Alpaca => instruction(fields, columns, template),
         Format::Messages => conversation(fields, columns),
+        Format::Classification => labelled(record, columns, labels),
     };
     typed.map_err(|e| e.at(record.place.to_string()))
 }
@@ -234,6 +239,40 @@ fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<S
                 .hint("correct the record or the `columns` map"),
         ),
     }
+}
+
+/// A record's class as text: a string, a number as written, `true` or `false`.
+pub(super) fn label_text(record: &Record, columns: Columns) -> Result<String> {
+    match columns.get(&record.fields, "label") {
+        Some(Value::Bool(flag)) => Ok(flag.to_string()),
+        _ => text(&record.fields, columns, "label").map_err(|e| e.at(record.place.to_string())),
+    }
+}
+
+/// The id of a class: by its name, else a number as it is.
+pub(super) fn class_id(name: &str, labels: &[String]) -> Option<u32> {
+    let by_name = labels.iter().position(|label| label == name);
+    let by_number = || name.parse().ok().filter(|id| *id < labels.len());
+    by_name.or_else(by_number).map(|id| id as u32)
+}
+
+fn labelled(record: &Record, columns: Columns, labels: &[String]) -> Result<TypedRecord> {
+    if labels.is_empty() {
+        let text = text(&record.fields, columns, "text")?;
+        return Ok(TypedRecord::Labelled { text, label: 0 });
+    }
+    let name = label_text(record, columns)?;
+    let label = class_id(&name, labels).ok_or_else(|| {
+        Error::new(
+            Kind::Data,
+            "a record has a label that is none of the classes",
+        )
+        .value(name)
+        .rule(format!("one of {}", labels.join(", ")))
+        .hint("correct the record, or name all classes: labels = [\"NAME\", \"NAME\"]")
+    })?;
+    let text = text(&record.fields, columns, "text")?;
+    Ok(TypedRecord::Labelled { text, label })
 }
 
 /// A prompt in its template, and its completion.
@@ -416,6 +455,7 @@ mod tests {
             Format::Completion,
             Columns(&columns),
             None,
+            &[],
         )
         .unwrap();
         assert_eq!(
@@ -429,7 +469,7 @@ mod tests {
         let other = record(json!({"question": "a", "answer": "b"}));
         let error = detected(&[json!({"question": "a", "answer": "b"})], &columns).unwrap_err();
         assert!(error.to_string().contains("`extra.q`"), "{error}");
-        assert!(interpret(&other, Format::Completion, Columns(&columns), None).is_err());
+        assert!(interpret(&other, Format::Completion, Columns(&columns), None, &[]).is_err());
         let wrong = [("promt".to_string(), "a".to_string())];
         assert!(
             Columns(&wrong)
@@ -447,7 +487,7 @@ mod tests {
             (json!({"text": null}), Format::Text),
             (json!({"text": [1]}), Format::Text),
         ] {
-            let error = interpret(&record(fields), format, Columns(&[]), None).unwrap_err();
+            let error = interpret(&record(fields), format, Columns(&[]), None, &[]).unwrap_err();
             assert!(
                 error.kind() == Kind::Data && error.to_string().contains("f.jsonl, line 7"),
                 "{error}"
@@ -457,7 +497,7 @@ mod tests {
 
     #[test]
     fn alpaca_has_two_prompts_and_refuses_what_it_cannot_place() {
-        let typed = |value| interpret(&record(value), Format::Alpaca, Columns(&[]), None);
+        let typed = |value| interpret(&record(value), Format::Alpaca, Columns(&[]), None, &[]);
         let Ok(TypedRecord::Completion { prompt, .. }) =
             typed(json!({"instruction": "I", "input": "X", "output": "O"}))
         else {
@@ -484,7 +524,8 @@ mod tests {
             (&alpaca, Format::Alpaca, "{prompt} ", "I\nX "),
         ] {
             let template = Some(&template.parse().unwrap());
-            let typed = interpret(&record(fields.clone()), format, Columns(&[]), template).unwrap();
+            let typed =
+                interpret(&record(fields.clone()), format, Columns(&[]), template, &[]).unwrap();
             let completion = "C".to_string();
             assert_eq!(
                 typed,
@@ -495,7 +536,7 @@ mod tests {
             );
         }
         let chat = Some(&PromptTemplate::Chat);
-        let typed = interpret(&record(pair), Format::Completion, Columns(&[]), chat).unwrap();
+        let typed = interpret(&record(pair), Format::Completion, Columns(&[]), chat, &[]).unwrap();
         let TypedRecord::Chat(chat) = typed else {
             panic!("{typed:?}")
         };

@@ -3,6 +3,7 @@
 //! Takes local files, `Options` and a `Tokenizer`, returns a `Dataset` that does not depend on the number of threads, from the
 //! cache if the same contents were encoded before. Knows nothing of recipes.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Seek;
 use std::path::{Path, PathBuf};
@@ -14,10 +15,10 @@ use super::batch::Example;
 use super::cache;
 use super::dataset::{Counts, Dataset, RenderedSample, TextSpan, with_token_counts};
 use super::encode::{EncodedRecord, encode};
-use super::format::{Columns, FieldsSeen, interpret, needed_columns};
-use super::options::{Format, OnBadRecord, Options, PromptTemplate};
+use super::format::{Columns, FieldsSeen, interpret, label_text, needed_columns};
+use super::options::{Format, OnBadRecord, Options, PromptTemplate, TxtUnit};
 use super::paths;
-use super::read::{Location, NeededColumns, RawRecord, RawRecords, Record, open};
+use super::read::{Location, NeededColumns, RawRecord, RawRecords, Record, open, read};
 use super::source::{Source, extension, open_regular};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Kind, Result};
@@ -86,6 +87,30 @@ pub fn check_file(path: &Path) -> Result<()> {
     Source::open(path).map(drop)
 }
 
+/// The distinct labels of the records that have one, in order: by value if all are whole numbers,
+/// else by name.
+///
+/// # Errors
+/// Files that cannot be found or opened.
+pub fn labels(data: &[PathBuf], columns: &[(String, String)]) -> Result<Vec<String>> {
+    let mut labels = BTreeSet::new();
+    for path in paths::files(data)? {
+        let records = read(&path, TxtUnit::Paragraph)?;
+        // `load` names what is wrong with a record.
+        labels.extend(
+            records
+                .flatten()
+                .filter_map(|record| label_text(&record, Columns(columns)).ok()),
+        );
+    }
+    let number = |label: &String| label.parse::<i64>().ok();
+    let mut labels: Vec<String> = labels.into_iter().collect();
+    if labels.iter().all(|label| number(label).is_some()) {
+        labels.sort_by_key(number);
+    }
+    Ok(labels)
+}
+
 /// A record's place with the file's index instead of its path: equal contents at another path share a cache entry.
 fn place_for_cache(place: &str, paths: &[PathBuf]) -> String {
     let of_file = |(index, path): (usize, &PathBuf)| {
@@ -136,9 +161,10 @@ fn fingerprint(
         on_bad_record,
         txt_unit,
         prompt_template,
+        labels,
     } = options;
     let words = format!(
-        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {prompt_template:?} {}",
+        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {prompt_template:?} {labels:?} {}",
         tokenizer.fingerprint()
     );
     hash.update(words);
@@ -326,7 +352,11 @@ impl DatasetBuilder {
         tokenizer: &Tokenizer,
     ) -> Result<()> {
         let template = options.prompt_template.as_ref();
-        if template.is_some() && matches!(format, Format::Text | Format::Messages) {
+        let unprompted = matches!(
+            format,
+            Format::Text | Format::Messages | Format::Classification
+        );
+        if template.is_some() && unprompted {
             return Err(Error::new(
                 Kind::Data,
                 "the records have no prompt for the prompt template",
@@ -343,7 +373,8 @@ impl DatasetBuilder {
         }
         let encode_record = |record: Result<Record>| {
             let record = record?;
-            let typed = interpret(&record, format, Columns(&options.columns), template)?;
+            let columns = Columns(&options.columns);
+            let typed = interpret(&record, format, columns, template, &options.labels)?;
             let encoded = encode(&typed, tokenizer, options.max_length)
                 .map_err(|e| e.at(record.place.to_string()))?;
             Ok((record.place, encoded))
@@ -468,6 +499,7 @@ mod tests {
             on_bad_record: OnBadRecord::Stop,
             txt_unit: TxtUnit::Paragraph,
             prompt_template: None,
+            labels: vec![],
         }
     }
 

@@ -38,7 +38,7 @@ mod turns;
 
 pub use batch::{BatchShape, Example, MicroBatch, Segment};
 pub use dataset::{Counts, Dataset, RenderedSample, TextSpan};
-pub use load::{check_file, load};
+pub use load::{check_file, labels, load};
 pub use options::{Format, OnBadRecord, Options, PromptTemplate, TxtUnit};
 pub use paths::files;
 pub use read::{Location, Record, read};

@@ -12,7 +12,7 @@ use serde::Serialize;
 pub const EXTENSIONS: [&str; 6] = ["jsonl", "json", "csv", "tsv", "txt", "parquet"];
 
 /// The fields that `data.columns` may map: those of the record formats.
-pub const COLUMN_FIELDS: [&str; 8] = [
+pub const COLUMN_FIELDS: [&str; 9] = [
     "text",
     "prompt",
     "completion",
@@ -21,6 +21,7 @@ pub const COLUMN_FIELDS: [&str; 8] = [
     "instruction",
     "input",
     "output",
+    "label",
 ];
 
 /// How a record is read.
@@ -37,6 +38,8 @@ pub enum Format {
     Messages,
     /// `{instruction, input, output}`.
     Alpaca,
+    /// `{text, label}`.
+    Classification,
 }
 
 /// Effect of a record that cannot be read.
@@ -118,4 +121,6 @@ pub struct Options {
     pub txt_unit: TxtUnit,
     /// What a prompt becomes; `None`: as the format has it.
     pub prompt_template: Option<PromptTemplate>,
+    /// Names of the classes, by id; empty: the class of a record is not read.
+    pub labels: Vec<String>,
 }

@@ -83,10 +83,8 @@ impl Sampler {
             (false, _) => (0..count as u32).map(|i| vec![i]).collect(),
         };
         let row_length = |row: &Vec<u32>| row.iter().map(|i| lengths[*i as usize]).sum();
-        let loss_tokens =
-            |example: &Example| example.loss.iter().skip(1).filter(|loss| **loss).count();
         Ok(Self {
-            loss_tokens: examples.iter().map(loss_tokens).collect(),
+            loss_tokens: examples.iter().map(Example::loss_tokens).collect(),
             examples,
             options,
             row_lengths: rows.iter().map(row_length).collect(),
@@ -235,6 +233,7 @@ mod tests {
         let one = |length: usize| Example {
             tokens: (0..length as u32).collect(),
             loss: (0..length).map(|i| i > length / 2).collect(),
+            labels: Vec::new(),
         };
         lengths.iter().map(|length| one(*length)).collect()
     }

@@ -155,7 +155,7 @@ impl Family {
             };
             return Some((format!("token_embd.{part}"), role));
         }
-        if module == names.norm_path() {
+        if Some(module) == names.norm_path().as_deref() {
             return Some((format!("output_norm.{part}"), Role::Other));
         }
         let layer = names.layer_of(module)?;

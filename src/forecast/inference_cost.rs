@@ -45,8 +45,12 @@ impl Request {
     }
 }
 
-/// Why no request is counted: the recipe's does not fit the model's positions.
+/// Why no request is counted: the model generates no tokens, or the recipe's request does not fit its
+/// positions.
 pub fn request_too_long(subject: &Subject<'_>) -> Option<String> {
+    if subject.architecture.classifier().is_some() {
+        return Some("energy in use is not counted: a classifier generates no tokens".into());
+    }
     let report = &subject.recipe.report;
     let prompt = report.prompt_tokens;
     let generated = report.generated_tokens;

@@ -38,7 +38,7 @@ pub fn probe(
     device: &Device,
 ) -> Result<Probe> {
     let model = random_model(architecture, target, settings, device)?;
-    let batches = random_batches(recipe, architecture.vocab_size);
+    let batches = random_batches(recipe, architecture);
     let counter = WorkCounter::default();
     let context = Context::new(&counter, settings.precision);
     train_step(context, &model, settings, &batches, 0)?;
@@ -137,14 +137,24 @@ fn random_model(
     }
 }
 
-/// A step's micro-batches: rows of `max_length` random token ids, all but the first of a row with a loss.
-fn random_batches(recipe: &Recipe, vocab_size: usize) -> Vec<MicroBatch> {
+/// A step's micro-batches: rows of `max_length` random token ids, all but the first of a row with a loss; of a
+/// classifier the first alone.
+fn random_batches(recipe: &Recipe, architecture: &Architecture) -> Vec<MicroBatch> {
+    let classifies = architecture.classifier().is_some();
+    let vocab_size = architecture.vocab_size;
     let mut random = stream(recipe.seed, Purpose::Probe, &[], "tokens");
     let mut example = || {
         let mut token = || ((u64::from(random.next_u32()) * vocab_size as u64) >> 32) as u32;
         let tokens: Vec<u32> = (0..recipe.data.max_length).map(|_| token()).collect();
-        let loss = (0..tokens.len()).map(|index| index > 0).collect();
-        Example { tokens, loss }
+        let loss = (0..tokens.len())
+            .map(|index| (index == 0) == classifies)
+            .collect();
+        let labels = if classifies { vec![0] } else { Vec::new() };
+        Example {
+            tokens,
+            loss,
+            labels,
+        }
     };
     let mut batch = || {
         let rows: Vec<Example> = (0..recipe.train.micro_batch_size)

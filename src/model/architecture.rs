@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use super::embedding::EmbeddingParts;
+use super::head::{ClassifierHead, Head};
 use super::linears::Linears;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
@@ -49,6 +51,8 @@ pub struct Architecture {
     pub embedding_factor: f64,
     /// Whether the factor of the embedding is rounded to the compute type, as in transformers' Gemma.
     pub rounds_embedding_factor: bool,
+    /// What is added to the embedding.
+    pub embedding_parts: EmbeddingParts,
     /// Factor of each branch before it is added to the residual stream.
     pub residual_factor: f64,
     /// Factor of the logits.
@@ -79,6 +83,8 @@ pub struct Architecture {
     /// Whether the matrices are stored in bf16: as config.json states (`dtype`, earlier
     /// `torch_dtype`), corrected by the weight files once they are opened.
     pub stored_in_bf16: bool,
+    /// What follows the blocks.
+    pub head: Head,
     /// The dropouts of config.json above zero. transformers applies them in training.
     pub dropout: Vec<ConfigDropout>,
 }
@@ -244,7 +250,48 @@ impl Architecture {
         }
     }
 
-    /// Path of the output embedding among [`Architecture::modules`], which `all-linear` leaves out.
+    /// Path of a classifier's output layer; `None` of a model that predicts tokens.
+    pub fn classifier(&self) -> Option<&'static str> {
+        self.classifier_head().map(|_| self.names.lm_head)
+    }
+
+    pub(super) fn classifier_head(&self) -> Option<&ClassifierHead> {
+        match &self.head {
+            Head::Vocabulary => None,
+            Head::Classifier(head) => Some(head),
+        }
+    }
+
+    /// Names of a classifier's classes, by id; empty of a model that predicts tokens.
+    pub fn labels(&self) -> &[String] {
+        self.classifier_head().map_or(&[], |head| &head.labels)
+    }
+
+    /// Replaces the classes of a classifier.
+    pub fn set_labels(&mut self, labels: &[String]) {
+        if let Head::Classifier(head) = &mut self.head {
+            head.labels = labels.to_vec();
+        }
+    }
+
+    /// Rows of the output embedding or of a classifier's output layer.
+    pub(super) fn outputs(&self) -> usize {
+        self.classifier_head()
+            .map_or(self.vocab_size, |head| head.labels.len())
+    }
+
+    /// The linear layers of the head, the output last: path and rows. All have `hidden_size` columns.
+    pub(super) fn head_linears(&self) -> Vec<(&'static str, usize)> {
+        let dense = self.classifier_head().and_then(|head| head.dense);
+        let dense = dense.map(|path| (path, self.hidden_size));
+        dense
+            .into_iter()
+            .chain([(self.names.lm_head, self.outputs())])
+            .collect()
+    }
+
+    /// Path of the output embedding among [`Architecture::modules`], or of a classifier's output
+    /// layer, which `all-linear` leaves out.
     pub fn output_embedding(&self) -> &'static str {
         self.names.lm_head
     }
@@ -273,12 +320,13 @@ impl Architecture {
                 kind: ModuleKind::Linear,
             }));
         }
-        modules.push(Module {
-            path: self.output_embedding().into(),
-            out_features: self.vocab_size,
+        let head = self.head_linears().into_iter();
+        modules.extend(head.map(|(path, out_features)| Module {
+            path: path.into(),
+            out_features,
             in_features: self.hidden_size,
             kind: ModuleKind::Linear,
-        });
+        }));
         modules
     }
 
@@ -312,6 +360,15 @@ impl Architecture {
         let norm_bias = self.biases.norm;
         let vocabulary = [self.vocab_size, hidden];
         add(self.names.embed_tokens_path(), &vocabulary, false);
+        let parts = &self.embedding_parts;
+        let positions = parts.positions.map(|table| (table.name, table.rows));
+        let token_types = parts.token_types.map(|table| (table.name, table.rows));
+        for (name, rows) in positions.into_iter().chain(token_types) {
+            add(self.names.base_path(name), &[rows, hidden], false);
+        }
+        if let Some(norm) = parts.norm {
+            add(self.names.base_path(norm), &[hidden], norm_bias);
+        }
         for layer in 0..self.num_hidden_layers {
             let prefix = self.names.block_path(layer);
             for norm in self.norm_names() {
@@ -327,9 +384,13 @@ impl Architecture {
                 add(path, &shape, linear.bias);
             }
         }
-        add(self.names.norm_path(), &[hidden], norm_bias);
+        if let Some(norm) = self.names.norm_path() {
+            add(norm, &[hidden], norm_bias);
+        }
         if !self.tie_word_embeddings {
-            add(self.names.lm_head.into(), &vocabulary, false);
+            for (path, rows) in self.head_linears() {
+                add(path.into(), &[rows, hidden], self.classifier().is_some());
+            }
         }
         tensors
     }

@@ -22,7 +22,7 @@ pub struct Batch {
     pub(super) examples: Vec<u64>,
     /// Rows with a loss (L), u32, ascending.
     pub(super) loss_positions: Tensor,
-    /// Token ids to predict (L).
+    /// Token ids to predict, or classes (L).
     pub(super) targets: Vec<u32>,
 }
 
@@ -59,13 +59,28 @@ impl Batch {
         self.segments.ranges().iter().map(Range::len).collect()
     }
 
-    /// Refuses token ids out of the embedding's range.
-    pub(super) fn check(&self, vocab_size: usize) -> Result<()> {
+    /// The segments of the rows with a loss, and their examples.
+    pub(super) fn loss_segments(&self) -> Result<(Segments, Vec<u64>)> {
+        let positions = self.loss_positions.to_vec1::<u32>()?;
+        let rows = |range: &Range<usize>| {
+            let inside = |position: &&u32| range.contains(&(**position as usize));
+            positions.iter().filter(inside).count()
+        };
+        let lengths: Vec<usize> = self.segments.ranges().iter().map(rows).collect();
+        let examples = self.examples.iter().zip(&lengths);
+        let examples = examples.filter(|(_, rows)| **rows > 0);
+        let examples = examples.map(|(example, _)| *example).collect();
+        Ok((Segments::from_lengths(lengths), examples))
+    }
+
+    /// Refuses token ids out of the embedding's range; targets are such if `predicts_tokens`.
+    pub(super) fn check(&self, vocab_size: usize, predicts_tokens: bool) -> Result<()> {
+        let targets = self.targets.iter().filter(|_| predicts_tokens);
         let highest = self
             .ids
             .max(0)?
             .to_scalar::<u32>()?
-            .max(self.targets.iter().copied().max().unwrap_or(0));
+            .max(targets.copied().max().unwrap_or(0));
         if (highest as usize) < vocab_size {
             return Ok(());
         }

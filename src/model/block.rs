@@ -206,7 +206,7 @@ impl Block {
                 Some(linear) => (linear, &paths.gate_up[index]),
                 None => (&l.down, &paths.down),
             };
-            self.mask(pass, linear, path, x)
+            pass.mask(linear, path, x)
         };
         let adapted = |linear: &Linear| linear.lora.is_some();
         let masked = pass.dropout.is_some() && (l.gate_up.iter().any(adapted) || adapted(&l.down));
@@ -267,17 +267,20 @@ impl Block {
         let Some(d_sum) = d_sum.filter(|_| needs.attention) else {
             return Ok(None);
         };
-        let Some(d_qkv) = self.attention_backward(pass, d_sum, saved, needs, gradients)? else {
+        let branch = &self.attention_branch;
+        let normed = saved.output.attention_output.as_ref();
+        let sum = branch.output_backward(pass.context, d_sum, normed, gradients)?;
+        let residual = if self.parallel {
+            below_mlp
+        } else {
+            drop(below_mlp);
+            Some(sum.residual)
+        };
+        let Some(d_qkv) = self.attention_backward(pass, sum.layers, saved, needs, gradients)?
+        else {
             return Ok(None);
         };
-        self.qkv_backward(
-            pass,
-            d_qkv,
-            below_mlp.as_ref(),
-            &saved.qkv,
-            needs,
-            gradients,
-        )
+        self.qkv_backward(pass, d_qkv, residual.as_ref(), &saved.qkv, needs, gradients)
     }
 
     /// dy (N, C) -> dy plus the gradient of the MLP's input (N, C), where that is needed.
@@ -291,7 +294,7 @@ impl Block {
     ) -> Result<Option<Tensor>> {
         let (context, branch) = (pass.context, &self.mlp_branch);
         let h = branch.recompute_input(context, &saved.input, needs.mlp_input)?;
-        let d_output = branch.output_backward(context, dy, saved.mlp_output.as_ref(), gradients)?;
+        let sum = branch.output_backward(context, dy, saved.mlp_output.as_ref(), gradients)?;
         let depth = if needs.mlp_input_gradient {
             BackwardDepth::Input
         } else if needs.gate {
@@ -301,32 +304,28 @@ impl Block {
         };
         let dh = self.feed_forward().backward(
             context,
-            &d_output,
+            &sum.layers,
             h.as_ref(),
             &saved.feed_forward,
             depth,
             gradients,
         )?;
-        drop((h, d_output));
-        dh.map(|dh| branch.input_backward(context, &dh, &saved.input, dy, gradients))
+        drop((h, sum.layers));
+        dh.map(|dh| branch.input_backward(context, &dh, &saved.input, &sum.residual, gradients))
             .transpose()
     }
 
-    /// The gradient of the sum with attention's output (N, C) -> the gradients of q, k (before the
-    /// rotation) and v; `None` if nothing before `o_proj` is trained.
+    /// The gradient of the output of `o_proj` (N, C) -> the gradients of q, k (before the rotation)
+    /// and v; `None` if nothing before `o_proj` is trained.
     fn attention_backward(
         &self,
         pass: &Pass<'_>,
-        d_sum: &Tensor,
+        d_output: Tensor,
         saved: &BlockSaved,
         needs: BackwardNeeds,
         gradients: &mut Gradients,
     ) -> Result<Option<[Tensor; 3]>> {
         let context = pass.context;
-        let attention_output = saved.output.attention_output.as_ref();
-        let d_output =
-            self.attention_branch
-                .output_backward(context, d_sum, attention_output, gradients)?;
         let d_attn_output = self.linears.o.backward(
             context,
             &d_output,
@@ -335,6 +334,7 @@ impl Block {
             InputGradient::when(needs.qkv),
             gradients,
         )?;
+        drop(d_output);
         let Some(d_attn_output) = d_attn_output else {
             return Ok(None);
         };
@@ -404,28 +404,22 @@ impl Block {
         x: &LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let mask = self.mask(pass, linear, path, x);
+        let mask = pass.mask(linear, path, x);
         linear.forward_input(pass.context, x, mask, base)
-    }
-
-    /// The dropout mask of the adapter's input x (N, in), if it has an adapter and the pass has
-    /// dropout.
-    fn mask(
-        &self,
-        pass: &Pass<'_>,
-        linear: &Linear,
-        path: &str,
-        x: &LinearInput,
-    ) -> Option<DropoutMask> {
-        let masked = pass.dropout.is_some() && linear.lora.is_some();
-        masked.then(|| pass.mask(path, x.shape(), |row| row))
     }
 }
 
 impl Pass<'_> {
+    /// The dropout mask of the adapter's input x (N, in), if it has an adapter and the pass has
+    /// dropout.
+    pub(super) fn mask(&self, linear: &Linear, path: &str, x: &LinearInput) -> Option<DropoutMask> {
+        let masked = self.dropout.is_some() && linear.lora.is_some();
+        masked.then(|| self.mask_at(path, x.shape(), |row| row))
+    }
+
     /// The dropout mask of the input (rows, width) of the adapter on the layer `path`; `position`
     /// returns the token of a row. Without dropout nothing is dropped.
-    pub(super) fn mask(
+    pub(super) fn mask_at(
         &self,
         path: &str,
         (rows, width): (usize, usize),

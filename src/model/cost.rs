@@ -6,16 +6,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use super::architecture::{Architecture, LinearSpec, TensorShape};
+use super::architecture::{Architecture, TensorShape};
 use super::backward::{BackwardNeeds, BackwardRange};
+use super::head::ClassifierShape;
 use super::linears::Linears;
 use super::residual::{BranchNorms, BranchShape};
+use super::trained::{TrainedBlock, TrainedEmbedding, TrainedLinear, TrainedNames, is_tied};
 use crate::adapter::{Adaptation, Site};
 use crate::ops::{
-    LinearShape, LmHeadShape, LoraShape, attention_backward_cost, attention_decode_cost,
-    attention_forward_cost, columns_cost, dtype, embedding_backward_cost, embedding_cost,
-    lora_embedding_backward_cost, lora_embedding_cost, norm_backward_cost, norm_cost,
-    residual_cost, rope_cost, scale_cost,
+    Activation, LinearShape, LmHeadShape, LoraShape, add_scaled_cost, attention_backward_cost,
+    attention_decode_cost, attention_forward_cost, columns_cost, dtype, embedding_backward_cost,
+    embedding_cost, lora_embedding_backward_cost, lora_embedding_cost, norm_backward_cost,
+    norm_cost, residual_cost, rope_cost, scale_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -70,96 +72,14 @@ pub struct ModelShape {
     blocks: Vec<TrainedBlock>,
     /// For each block the first one that does the same work.
     alike: Vec<usize>,
-    embedding_trained: bool,
-    embedding_lora: Option<LoraShape>,
-    head_lora: Option<LoraShape>,
+    embedding: TrainedEmbedding,
     norm_trained: bool,
-    head_trained: bool,
+    /// Of the layers of the head, the output last.
+    head: Vec<TrainedLinear>,
     /// Parameters of the weights that are not trained.
     frozen: u64,
     dropout: bool,
     precision: Precision,
-}
-
-/// What is trained of a block.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct TrainedBlock {
-    linears: Linears<TrainedLinear>,
-    /// The norms before and after attention.
-    attention_norms: [bool; 2],
-    /// The norms before and after the MLP.
-    mlp_norms: [bool; 2],
-    /// The norms of q and k.
-    qk_norms: [bool; 2],
-}
-
-/// What is trained of a linear layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-struct TrainedLinear {
-    lora: Option<LoraShape>,
-    weight: bool,
-    bias: bool,
-}
-
-impl TrainedLinear {
-    fn any(self) -> bool {
-        self.lora.is_some() || self.weight || self.bias
-    }
-}
-
-impl TrainedBlock {
-    fn any_norm(&self) -> bool {
-        let norms = [self.attention_norms, self.mlp_norms, self.qk_norms];
-        norms.as_flattened().contains(&true)
-    }
-
-    fn any(&self) -> bool {
-        self.any_norm() || self.linears.iter().any(|linear| linear.any())
-    }
-}
-
-/// Whether both embeddings of the adapted model read one tensor.
-pub(super) fn is_tied(architecture: &Architecture, adaptation: &Adaptation) -> bool {
-    let tensors = architecture.tied_tensors();
-    let copied = tensors.iter().any(|tensor| adaptation.trains(tensor));
-    architecture.tie_word_embeddings && !(adaptation.unties && copied)
-}
-
-/// What is trained of a model, by name.
-pub(super) struct TrainedNames<'a> {
-    /// The adapter on the layer of this path.
-    pub(super) lora: &'a dyn Fn(&str) -> Option<LoraShape>,
-    /// Whether the tensor of this name is trained.
-    pub(super) weight: &'a dyn Fn(&str) -> bool,
-    /// Whether the output embedding is the input embedding's tensor.
-    pub(super) tied: bool,
-}
-
-impl TrainedNames<'_> {
-    /// Whether the weight or the bias of a norm is trained.
-    fn norm(&self, path: &str) -> bool {
-        (self.weight)(&format!("{path}.weight")) || (self.weight)(&format!("{path}.bias"))
-    }
-
-    fn block(&self, architecture: &Architecture, layer: usize) -> TrainedBlock {
-        let path = architecture.names.block_path(layer);
-        let weight = |name: &str| (self.weight)(&format!("{path}.{name}.weight"));
-        let norm =
-            |name: Option<&str>| name.is_some_and(|name| self.norm(&format!("{path}.{name}")));
-        let norms = |norms: BranchNorms| [norm(norms.input), norm(norms.output)];
-        let linear = |linear: &LinearSpec| TrainedLinear {
-            lora: (self.lora)(&format!("{path}.{}", linear.name)),
-            weight: weight(linear.name),
-            bias: linear.bias && (self.weight)(&format!("{path}.{}.bias", linear.name)),
-        };
-        let qk_norm = |name: &'static str| norm(architecture.qk_norm.map(|_| name));
-        TrainedBlock {
-            linears: architecture.linears().map(linear),
-            attention_norms: norms(architecture.attention_norms),
-            mlp_norms: norms(architecture.mlp_norms),
-            qk_norms: ["self_attn.q_norm", "self_attn.k_norm"].map(qk_norm),
-        }
-    }
 }
 
 impl ModelShape {
@@ -212,7 +132,7 @@ impl ModelShape {
             };
             (0..layer).find(same).unwrap_or(layer)
         };
-        let [head, table] = architecture.tied_tensors();
+        let [head, _] = architecture.tied_tensors();
         let mut tensors = architecture.tensors();
         if architecture.tie_word_embeddings && !trained.tied {
             tensors.push(TensorShape {
@@ -226,11 +146,12 @@ impl ModelShape {
         Self {
             alike: (0..blocks.len()).map(alike).collect(),
             blocks,
-            embedding_trained: (trained.weight)(&table),
-            norm_trained: trained.norm(&architecture.names.norm_path()),
-            embedding_lora: (trained.lora)(&architecture.names.embed_tokens_path()),
-            head_lora: (trained.lora)(architecture.names.lm_head),
-            head_trained: (trained.weight)(if trained.tied { &table } else { &head }),
+            embedding: trained.embedding(architecture),
+            norm_trained: architecture
+                .names
+                .norm_path()
+                .is_some_and(|path| trained.norm(&path)),
+            head: trained.head(architecture),
             frozen: frozen.map(TensorShape::parameters).sum(),
             architecture: architecture.clone(),
             dropout,
@@ -255,10 +176,7 @@ impl ModelShape {
     /// The blocks that the backward pass visits.
     pub(super) fn backward_range(&self) -> BackwardRange {
         let trained = self.blocks.iter().map(TrainedBlock::any);
-        BackwardRange::new(
-            trained,
-            self.embedding_trained || self.embedding_lora.is_some(),
-        )
+        BackwardRange::new(trained, self.embedding.any())
     }
 
     /// The number of blocks that the backward pass visits.
@@ -281,12 +199,17 @@ impl ModelShape {
         let linears = self.blocks.iter().map(|block| &block.linears);
         let mut in_blocks = linears.flat_map(Linears::iter);
         in_blocks.any(|linear| linear.lora.is_some_and(|lora| lora.magnitude))
-            || self.head_lora.is_some_and(|lora| lora.magnitude)
+            || self
+                .head
+                .last()
+                .and_then(|output| output.lora)
+                .is_some_and(|lora| lora.magnitude)
     }
 
     /// Whether the input and the output embedding are trained in full.
     pub(super) fn trained_embeddings(&self) -> [bool; 2] {
-        [self.embedding_trained, self.head_trained]
+        let head = self.head.last().is_some_and(|output| output.weight);
+        [self.embedding.tokens, head]
     }
 
     /// Bytes that block `layer` saves for the backward pass of `tokens` tokens. In the compute
@@ -469,26 +392,112 @@ impl ModelShape {
         work + addition.times(layers.len() as u64 - 1)
     }
 
-    fn head(&self, loss_tokens: usize) -> LmHeadShape {
-        let (hidden, vocab) = (self.architecture.hidden_size, self.architecture.vocab_size);
+    /// Work of the head's losses, and of their gradients with `input_gradient` or without; `None`: no
+    /// gradients.
+    fn head_cost(&self, loss_tokens: usize, input_gradient: Option<bool>) -> Work {
+        let a = &self.architecture;
+        if let Some(head) = a.classifier_head() {
+            let shape = self.classifier_shape(head.activation, loss_tokens);
+            let backward = input_gradient.map(|input| shape.backward_cost(input));
+            return backward.unwrap_or_else(|| shape.forward_cost());
+        }
+        let mut shape = self.lm_head(loss_tokens);
+        shape.dropout = self.dropout && shape.lora.is_some() && input_gradient.is_some();
+        let backward = input_gradient.map(|input| shape.backward_cost(self.precision, input));
+        backward.unwrap_or_else(|| shape.forward_cost(self.precision))
+    }
+
+    fn lm_head(&self, loss_tokens: usize) -> LmHeadShape {
+        let a = &self.architecture;
         LmHeadShape {
             loss_tokens,
-            hidden,
-            vocab,
-            trained: self.head_trained,
-            lora: self.head_lora,
+            hidden: a.hidden_size,
+            vocab: a.vocab_size,
+            trained: self.trained_embeddings()[1],
+            lora: self.head.last().and_then(|output| output.lora),
             dropout: false,
-            softcap: self.architecture.logits_softcap.is_some(),
+            softcap: a.logits_softcap.is_some(),
+        }
+    }
+
+    fn classifier_shape(&self, activation: Activation, loss_tokens: usize) -> ClassifierShape {
+        let in_features = self.architecture.hidden_size;
+        let layers = self.architecture.head_linears().into_iter().zip(&self.head);
+        let layer = |((_, out_features), trained): ((&str, usize), &TrainedLinear)| LinearShape {
+            tokens: loss_tokens,
+            in_features,
+            out_features,
+            r: trained.lora.map(|lora| lora.r),
+            lora_bias: trained.lora.is_some_and(|lora| lora.bias),
+            magnitude: trained.lora.is_some_and(|lora| lora.magnitude),
+            bias: true,
+            trained: trained.weight,
+            bias_trained: trained.bias,
+            dropout: self.dropout && trained.lora.is_some(),
+        };
+        let mut layers: Vec<LinearShape> = layers.map(layer).collect();
+        let output = layers.remove(layers.len() - 1);
+        ClassifierShape {
+            dense: layers.pop(),
+            activation,
+            output,
+            precision: self.precision,
         }
     }
 
     fn embed_cost(&self, tokens: usize) -> Work {
-        let a = &self.architecture;
-        let lora = self.embedding_lora.map(|lora| lora.r);
-        let lora = lora.map(|r| lora_embedding_cost(tokens, a.hidden_size, r));
-        embedding_cost(tokens, a.hidden_size)
+        let (a, parts) = (&self.architecture, &self.architecture.embedding_parts);
+        let c = a.hidden_size;
+        let lora = self
+            .embedding
+            .lora
+            .map(|lora| lora_embedding_cost(tokens, c, lora.r));
+        let mut work = embedding_cost(tokens, c)
             + lora.unwrap_or_default()
-            + scale_cost(tokens, a.hidden_size, a.embedding_factor(self.precision))
+            + scale_cost(tokens, c, a.embedding_factor(self.precision));
+        let tables =
+            usize::from(parts.positions.is_some()) + usize::from(parts.token_types.is_some());
+        work += &(embedding_cost(tokens, c) + add_scaled_cost(tokens, c)).times(tables as u64);
+        if parts.norm.is_some() {
+            work += &norm_cost(a.norm_kind, tokens, c);
+        }
+        work
+    }
+
+    /// Backward of the embedding, of which something is trained.
+    fn embedding_backward(&self, n: usize) -> Work {
+        let (a, parts) = (&self.architecture, &self.architecture.embedding_parts);
+        let (c, trained) = (a.hidden_size, self.embedding);
+        let mut work = Work::default();
+        if parts.norm.is_some() {
+            work += &norm_backward_cost(a.norm_kind, n, c, trained.norm);
+        }
+        let positions = parts.positions.filter(|_| trained.positions);
+        let token_types = parts.token_types.filter(|_| trained.token_types);
+        let rows = positions.map(|table| table.rows).into_iter();
+        for rows in rows.chain(token_types.map(|table| table.rows)) {
+            work += &embedding_backward_cost(n, c, rows);
+        }
+        if trained.tokens || trained.lora.is_some() {
+            work += &scale_cost(n, c, a.embedding_factor(self.precision));
+        }
+        if trained.tokens {
+            work += &embedding_backward_cost(n, c, a.vocab_size);
+        }
+        if let Some(lora) = trained.lora {
+            work += &lora_embedding_backward_cost(n, c, lora.r, a.vocab_size);
+        }
+        work
+    }
+
+    /// Work of the norm before the head on `rows` rows, if there is one.
+    fn last_norm_cost(&self, rows: usize) -> Work {
+        let a = &self.architecture;
+        let norm = a
+            .names
+            .norm
+            .map(|_| norm_cost(a.norm_kind, rows, a.hidden_size));
+        norm.unwrap_or_default()
     }
 
     fn blocks_forward(&self, rows: Rows<'_>, dropout: bool) -> Work {
@@ -500,8 +509,7 @@ impl ModelShape {
 
     /// The rows with a loss, and the norm before the output embedding.
     fn final_norm(&self, loss_tokens: usize) -> Work {
-        let c = self.architecture.hidden_size;
-        gather_cost(loss_tokens, c) + norm_cost(self.architecture.norm_kind, loss_tokens, c)
+        gather_cost(loss_tokens, self.architecture.hidden_size) + self.last_norm_cost(loss_tokens)
     }
 
     /// The sum of `work(layer)` over these blocks, evaluated once for blocks that are alike.
@@ -535,7 +543,7 @@ impl ModelShape {
     pub fn evaluation(&self, segments: &[usize], loss_tokens: usize) -> Work {
         self.blocks_forward(Rows::of(segments), false)
             + self.final_norm(loss_tokens)
-            + self.head(loss_tokens).forward_cost(self.precision)
+            + self.head_cost(loss_tokens, None)
     }
 
     /// Work of the losses and gradients of one micro-batch; `segments`: the length of each.
@@ -583,13 +591,9 @@ impl ModelShape {
     pub fn losses_training(&self, loss_tokens: usize) -> Work {
         let a = &self.architecture;
         let below_head = !self.backward_range().is_empty() || self.norm_trained;
-        let head = LmHeadShape {
-            dropout: self.dropout && self.head_lora.is_some(),
-            ..self.head(loss_tokens)
-        };
         let mut work = self.final_norm(loss_tokens);
-        work += &head.backward_cost(self.precision, below_head);
-        if below_head {
+        work += &self.head_cost(loss_tokens, Some(below_head));
+        if below_head && a.names.norm.is_some() {
             let c = a.hidden_size;
             work += &norm_backward_cost(a.norm_kind, loss_tokens, c, self.norm_trained);
         }
@@ -606,7 +610,6 @@ impl ModelShape {
 
     /// Embedding and blocks, forward and backward.
     fn rows_training(&self, rows: Rows<'_>, recompute: Recompute) -> Work {
-        let c = self.architecture.hidden_size;
         let n = rows.tokens;
         let backward = self.backward_range();
         let visited = backward.visited();
@@ -623,14 +626,7 @@ impl ModelShape {
             });
         }
         if backward.embedding {
-            work += &scale_cost(n, c, self.architecture.embedding_factor(self.precision));
-            let v = self.architecture.vocab_size;
-            if self.embedding_trained {
-                work += &embedding_backward_cost(n, c, v);
-            }
-            if let Some(lora) = self.embedding_lora {
-                work += &lora_embedding_backward_cost(n, c, lora.r, v);
-            }
+            work += &self.embedding_backward(n);
         }
         work
     }
@@ -638,11 +634,11 @@ impl ModelShape {
     /// Work of reading a prompt of `tokens` tokens and the logits that follow it.
     pub fn prefill(&self, tokens: usize) -> Work {
         let a = &self.architecture;
-        let mut work = self.embed_cost(tokens) + norm_cost(a.norm_kind, 1, a.hidden_size);
+        let mut work = self.embed_cost(tokens) + self.last_norm_cost(1);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_forward(layer, Rows::of(&[tokens]), false)
         });
-        work + self.head(1).logits_cost(self.precision)
+        work + self.lm_head(1).logits_cost(self.precision)
     }
 
     /// Work of generating one token when `before` tokens are cached; of reading them all again where
@@ -652,12 +648,12 @@ impl ModelShape {
         if a.rotations_end_at(before) {
             return self.prefill(before + 1);
         }
-        let mut work = self.embed_cost(1) + norm_cost(a.norm_kind, 1, a.hidden_size);
+        let mut work = self.embed_cost(1) + self.last_norm_cost(1);
         work += &self.sum_over_blocks(0..a.num_hidden_layers, |layer| {
             self.block_without_attention(layer, 1, false)
                 + attention_decode_cost(&a.attention(layer), before + 1)
         });
-        work + self.head(1).logits_cost(self.precision)
+        work + self.lm_head(1).logits_cost(self.precision)
     }
 }
 

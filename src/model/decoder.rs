@@ -1,169 +1,49 @@
-//! The decoder: embedding, blocks, norm, head; losses, and gradients by visiting the blocks in
-//! reverse.
+//! The decoder, or encoder: embedding, blocks, norm, head; losses, and gradients by visiting the
+//! blocks in reverse.
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
-use super::architecture::{Architecture, LinearSpec};
+use super::architecture::Architecture;
 use super::backward::BackwardRange;
 use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
-use super::cost::{ModelShape, Recompute, TrainedNames, gather_cost, scatter_cost};
+use super::builder::{Builder, WeightSource};
+use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
+use super::embedding::{Embedding, EmbeddingSaved};
+use super::head::DecoderHead;
 use super::kv_cache::KvCache;
-use super::residual::{BranchNorms, ResidualBranch};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::ops::{
-    Context, Gradients, Linear, LmHead, Lora, LoraShape, Norm, Rope, RopeTables, Segments, Weight,
-    embedding, embedding_backward, gather_rows, lora_embedding, lora_embedding_backward, par_map,
-    scale, scatter_rows,
+    Context, Gradients, LmHead, Norm, NormSaved, Rope, RopeTables, Segments, cross_entropy,
+    gather_rows, par_map, scatter_rows,
 };
-use crate::work::{Precision, Work, WorkCounter};
-
-/// Where a decoder's tensors come from.
-pub struct WeightSource<'a> {
-    /// Whether the output embedding is the input embedding's tensor.
-    pub tied: bool,
-    /// A weight, frozen or trained, by its tensor's name and shape.
-    pub weight: &'a dyn Fn(&str, &[usize]) -> Result<Weight>,
-    /// The adapter on a linear layer, if it is a target, by the layer's path.
-    pub lora: &'a dyn Fn(&str) -> Result<Option<Lora>>,
-}
-
-/// Builds the layers of a decoder from their tensors.
-struct Builder<'a> {
-    architecture: &'a Architecture,
-    source: &'a WeightSource<'a>,
-    /// Whether weights stay packed for products.
-    keep_packed: bool,
-    /// The tensors that are trained, so far.
-    trained: RefCell<BTreeSet<String>>,
-    /// The adapters by path, so far.
-    adapters: RefCell<BTreeMap<String, LoraShape>>,
-}
-
-impl Builder<'_> {
-    fn weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
-        let weight = (self.source.weight)(name, shape)?;
-        if weight.is_trained() {
-            self.trained.borrow_mut().insert(name.to_string());
-        }
-        Ok(weight)
-    }
-
-    fn lora(&self, path: &str) -> Result<Option<Lora>> {
-        let lora = (self.source.lora)(path)?;
-        if let Some(lora) = &lora {
-            let shape = lora.shape()?;
-            self.adapters.borrow_mut().insert(path.to_string(), shape);
-        }
-        Ok(lora)
-    }
-
-    /// What is trained of the tensors built so far.
-    fn shape(&self) -> ModelShape {
-        let (trained, adapters) = (self.trained.borrow(), self.adapters.borrow());
-        let trained = TrainedNames {
-            lora: &|path| adapters.get(path).copied(),
-            weight: &|name| trained.contains(name),
-            tied: self.source.tied,
-        };
-        ModelShape::new(self.architecture, &trained, false, Precision::F32)
-    }
-
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<Weight> {
-        let weight = self.weight(name, &shape)?;
-        Ok(if self.keep_packed {
-            weight.with_packed_cache()
-        } else {
-            weight
-        })
-    }
-
-    /// The embedding or the head.
-    fn vocabulary_matrix(&self, name: &str) -> Result<Weight> {
-        let a = self.architecture;
-        self.matrix(name, [a.vocab_size, a.hidden_size])
-    }
-
-    /// The norm of rows of `width` elements.
-    fn norm(&self, name: &str, width: usize) -> Result<Norm> {
-        let a = self.architecture;
-        let tensor = |part| self.weight(&format!("{name}.{part}"), &[width]);
-        Ok(Norm {
-            kind: a.norm_kind,
-            weight: tensor("weight")?,
-            bias: a.biases.norm.then(|| tensor("bias")).transpose()?,
-            unit_offset: a.norm_unit_offset,
-            eps: a.norm_eps,
-            factor: 1.0,
-        })
-    }
-
-    fn linear(&self, block: &str, spec: &LinearSpec) -> Result<Linear> {
-        let path = format!("{block}.{}", spec.name);
-        let shape = [spec.out_features, spec.in_features];
-        let bias = spec
-            .bias
-            .then(|| self.weight(&format!("{path}.bias"), &[spec.out_features]))
-            .transpose()?;
-        Ok(Linear {
-            weight: self.matrix(&format!("{path}.weight"), shape)?,
-            bias,
-            lora: self.lora(&path)?,
-        })
-    }
-
-    fn block(&self, layer: usize) -> Result<Block> {
-        let a = self.architecture;
-        let path = a.names.block_path(layer);
-        let linears = a.linears();
-        let norm = |name: Option<&str>, width: usize| {
-            name.map(|name| self.norm(&format!("{path}.{name}"), width))
-                .transpose()
-        };
-        let branch = |norms: BranchNorms| {
-            Ok::<_, Error>(ResidualBranch {
-                input_norm: norm(norms.input, a.hidden_size)?,
-                output_norm: norm(norms.output, a.hidden_size)?,
-                factor: a.residual_factor,
-            })
-        };
-        let [q_width, k_width] = a.qk_norm_widths().unwrap_or_default();
-        Ok(Block {
-            attention_branch: branch(a.attention_norms)?,
-            mlp_branch: branch(a.mlp_norms)?,
-            q_norm: norm(a.qk_norm.map(|_| "self_attn.q_norm"), q_width)?,
-            k_norm: norm(a.qk_norm.map(|_| "self_attn.k_norm"), k_width)?,
-            rope: a.layers[layer].rope,
-            linears: linears.try_map(|spec| self.linear(&path, spec))?,
-            paths: linears.map(|spec| format!("{path}.{}", spec.name)),
-            qkv_groups: a.qkv_groups,
-            parallel: a.parallel,
-            gated_mlp: a.gated_mlp,
-            attention: a.attention(layer),
-            activation: a.activation,
-        })
-    }
-}
+use crate::work::{Work, WorkCounter};
 
 /// A model ready to compute.
 #[derive(Debug)]
 pub struct Decoder {
     architecture: Architecture,
-    embed_tokens: Weight,
-    embed_lora: Option<Lora>,
+    embedding: Embedding,
     blocks: Vec<Block>,
-    norm: Norm,
-    head: LmHead,
+    norm: Option<Norm>,
+    head: DecoderHead,
     device: Device,
     /// Whether threads take shards of a batch.
     data_parallel: bool,
     /// What is trained.
     shape: ModelShape,
     backward: BackwardRange,
+}
+
+/// The losses of a batch.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct BatchLosses {
+    /// Of each target, in nats.
+    pub losses: Vec<f32>,
+    /// Logits of a classifier, a row for each target (L, K); empty of a model that predicts tokens.
+    pub class_logits: Vec<f32>,
 }
 
 /// Options of a forward and backward pass.
@@ -195,43 +75,23 @@ impl Decoder {
         device: &Device,
     ) -> Result<Self> {
         let data_parallel = device.is_cpu() && architecture.is_small();
-        let builder = Builder {
-            architecture,
-            source,
-            keep_packed: data_parallel,
-            trained: RefCell::default(),
-            adapters: RefCell::default(),
-        };
-        let [lm_head, embed_tokens] = architecture.tied_tensors();
+        let builder = Builder::new(architecture, source, data_parallel);
+        let [_, embed_tokens] = architecture.tied_tensors();
         let embed_tokens = builder.vocabulary_matrix(&embed_tokens)?;
         let blocks = (0..architecture.num_hidden_layers)
             .map(|layer| builder.block(layer))
             .collect::<Result<Vec<_>>>()?;
-        let weight = if source.tied {
-            embed_tokens.clone()
-        } else {
-            builder.vocabulary_matrix(&lm_head)?
-        };
-        let names = &architecture.names;
-        let norm = builder.norm(&names.norm_path(), architecture.hidden_size)?;
-        let head = LmHead {
-            weight,
-            softcap: architecture.logits_softcap,
-            lora: builder.lora(names.lm_head)?,
-        };
-        let embed_lora = builder.lora(&names.embed_tokens_path())?;
+        let head = builder.head(&embed_tokens)?;
+        let embedding = builder.embedding(embed_tokens)?;
+        let norm = builder.last_norm()?;
         let shape = builder.shape();
         Ok(Self {
             backward: shape.backward_range(),
             shape,
             architecture: architecture.clone(),
-            norm: Norm {
-                factor: architecture.logits_factor,
-                ..norm
-            },
+            norm,
             head,
-            embed_tokens,
-            embed_lora,
+            embedding,
             blocks,
             device: device.clone(),
             data_parallel,
@@ -286,25 +146,21 @@ impl Decoder {
         keys.iter().map(tables).collect()
     }
 
-    /// ids (N) -> (N, C).
-    fn embed(&self, context: Context<'_>, ids: &Tensor) -> Result<Tensor> {
-        let mut x = embedding(context, ids, &self.embed_tokens)?;
-        if let Some(lora) = &self.embed_lora {
-            x = lora_embedding(context, ids, &x, lora)?;
-        }
-        let factor = self.architecture.embedding_factor(context.precision);
-        scale(context, &x, factor)
+    /// ids (N) of the pass's segments -> (N, C).
+    pub(super) fn embed(&self, pass: &Pass<'_>, ids: &Tensor) -> Result<(Tensor, EmbeddingSaved)> {
+        let factor = self.architecture.embedding_factor(pass.context.precision);
+        self.embedding
+            .forward(pass.context, ids, factor, pass.segments, 0)
     }
 
-    /// Embeds `ids` (N) and runs all blocks; `visit` receives each block's number, its input (N, C)
+    /// Runs all blocks on x (N, C); `visit` receives each block's number, its input (N, C)
     /// and what it saved for a backward pass. Returns the last block's output (N, C).
     pub(super) fn run_blocks(
         &self,
         pass: &Pass<'_>,
-        ids: &Tensor,
+        mut x: Tensor,
         mut visit: impl FnMut(usize, Tensor, BlockSaved) -> Result<()>,
     ) -> Result<Tensor> {
-        let mut x = self.embed(pass.context, ids)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let (y, saved) = block.forward(pass, &x)?;
             visit(layer, std::mem::replace(&mut x, y), saved)?;
@@ -333,28 +189,62 @@ impl Decoder {
             dropout: None,
         };
         let ids = Tensor::from_slice(&[token], 1, &self.device)?;
-        let mut x = self.embed(context, &ids)?;
+        let (embedding, a) = (&self.embedding, &self.architecture);
+        let factor = a.embedding_factor(context.precision);
+        let (mut x, _) = embedding.forward(context, &ids, factor, &segments, position)?;
         for (block, cache) in self.blocks.iter().zip(cache) {
             x = block.decode(&pass, &x, cache)?;
         }
         Ok(x)
     }
 
-    /// x (N, C) -> logits (N, V).
+    /// x (N, C) -> logits (N, V), of a model that predicts tokens.
     pub(super) fn head_logits(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
-        self.head.logits(context, &self.norm.forward(context, x)?.0)
+        let DecoderHead::Vocabulary(head) = &self.head else {
+            return Err(Error::new(
+                Kind::Usage,
+                "a classifier predicts no next token",
+            ));
+        };
+        head.logits(context, &self.last_norm(context, x)?.0)
     }
 
-    /// Logits (N, V) of every token, for tests and small inputs.
+    /// x (N, C) behind the norm before the head, if there is one.
+    fn last_norm(&self, context: Context<'_>, x: &Tensor) -> Result<(Tensor, Option<NormSaved>)> {
+        let Some(norm) = &self.norm else {
+            return Ok((x.clone(), None));
+        };
+        let (h, saved) = norm.forward(context, x)?;
+        Ok((h, Some(saved)))
+    }
+
+    /// The output of the last block (N, C).
+    fn hidden(&self, pass: &Pass<'_>, ids: &Tensor) -> Result<Tensor> {
+        let x = self.embed(pass, ids)?.0;
+        self.run_blocks(pass, x, |_, _, _| Ok(()))
+    }
+
+    /// Logits (N, V) of every token, or of a classifier's loss tokens (L, K), for tests and small
+    /// inputs.
     pub fn logits(&self, context: Context<'_>, batch: &Batch) -> Result<Tensor> {
         let pass = self.pass(context, &batch.segments, &batch.examples, None)?;
-        let x = self.run_blocks(&pass, &batch.ids, |_, _, _| Ok(()))?;
-        self.head_logits(context, &x)
+        let x = self.hidden(&pass, &batch.ids)?;
+        let DecoderHead::Classifier(classifier) = &self.head else {
+            return self.head_logits(context, &x);
+        };
+        let selected = self.gather_loss_rows(context, &x, batch)?;
+        let (h, _) = self.last_norm(context, &selected)?;
+        Ok(classifier.forward(&pass, &h)?.0)
     }
 
     /// The loss of each target in nats; saves nothing for a backward pass.
     pub fn losses(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
-        batch.check(self.architecture.vocab_size)?;
+        Ok(self.evaluate(context, batch)?.losses)
+    }
+
+    /// The losses of a batch and a classifier's logits; saves nothing for a backward pass.
+    pub fn evaluate(&self, context: Context<'_>, batch: &Batch) -> Result<BatchLosses> {
+        self.check(batch)?;
         let shards = self.shards(context, batch)?;
         if shards.is_empty() {
             return self.shard_losses(context, batch);
@@ -363,18 +253,42 @@ impl Decoder {
             .shape
             .with_pass(context.precision, false)
             .evaluation(&batch.lengths(), batch.loss_tokens());
-        let losses = data_parallel(context, &shards, work, |context, shard| {
+        let parts = data_parallel(context, &shards, work, |context, shard| {
             self.shard_losses(context, shard)
         })?;
-        Ok(losses.concat())
+        let mut all = BatchLosses::default();
+        for part in parts {
+            all.losses.extend(part.losses);
+            all.class_logits.extend(part.class_logits);
+        }
+        Ok(all)
     }
 
-    fn shard_losses(&self, context: Context<'_>, batch: &Batch) -> Result<Vec<f32>> {
+    fn check(&self, batch: &Batch) -> Result<()> {
+        let predicts_tokens = matches!(self.head, DecoderHead::Vocabulary(_));
+        batch.check(self.architecture.vocab_size, predicts_tokens)
+    }
+
+    fn shard_losses(&self, context: Context<'_>, batch: &Batch) -> Result<BatchLosses> {
         let pass = self.pass(context, &batch.segments, &batch.examples, None)?;
-        let x = self.run_blocks(&pass, &batch.ids, |_, _, _| Ok(()))?;
+        let x = self.hidden(&pass, &batch.ids)?;
         let selected = self.gather_loss_rows(context, &x, batch)?;
-        let (h, _) = self.norm.forward(context, &selected)?;
-        self.head.forward(context, &h, &batch.targets)
+        let (h, _) = self.last_norm(context, &selected)?;
+        match &self.head {
+            DecoderHead::Vocabulary(head) => Ok(BatchLosses {
+                losses: head.forward(context, &h, &batch.targets)?,
+                class_logits: Vec::new(),
+            }),
+            DecoderHead::Classifier(classifier) => {
+                let (logits, _) = classifier.forward(&pass, &h)?;
+                let (losses, _) = cross_entropy(context, logits.clone(), &batch.targets, None)?;
+                let class_logits = logits.flatten_all()?.to_vec1()?;
+                Ok(BatchLosses {
+                    losses,
+                    class_logits,
+                })
+            }
+        }
     }
 
     /// The loss of each target in nats; adds the gradients of `options.scale * sum of losses` to
@@ -386,7 +300,7 @@ impl Decoder {
         options: BackwardOptions,
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
-        batch.check(self.architecture.vocab_size)?;
+        self.check(batch)?;
         let shards = self.shards(context, batch)?;
         if shards.is_empty() {
             return self.forward_backward(context, batch, options, gradients);
@@ -429,56 +343,110 @@ impl Decoder {
         gradients: &mut Gradients,
     ) -> Result<Vec<f32>> {
         let pass = self.pass(context, &batch.segments, &batch.examples, options.dropout)?;
-        let (x, saved) = self.forward_saving(&pass, &batch.ids, options.recompute)?;
+        let (x, embedding) = self.embed(&pass, &batch.ids)?;
+        let embedding = self.backward.embedding.then_some(embedding);
+        let (x, saved) = self.forward_saving(&pass, x, options.recompute)?;
         let tokens = x.dim(0)?;
         let selected = self.gather_loss_rows(context, &x, batch)?;
         drop(x);
-        let (h, norm) = self.norm.forward(context, &selected)?;
-        let below_head = !self.backward.is_empty() || self.norm.is_trained();
-        let positions: Vec<u32> = match &self.head.lora {
-            Some(_) => batch.loss_positions.to_vec1()?,
-            None => Vec::new(),
+        let (h, norm_saved) = self.last_norm(context, &selected)?;
+        let (losses, dh) = self.head_backward(&pass, batch, &h, options.scale, gradients)?;
+        let Some(dh) = dh else { return Ok(losses) };
+        let dx = match self.norm.as_ref().zip(norm_saved.as_ref()) {
+            Some((norm, saved)) => norm.backward(context, &dh, saved, None, gradients)?,
+            None => dh.clone(),
+        };
+        drop((selected, h, norm_saved, dh));
+        if self.backward.is_empty() {
+            return Ok(losses);
+        }
+        let dx = self.scatter_loss_rows(context, &dx, batch, tokens)?;
+        let dx = self.backward_blocks(&pass, dx, saved, gradients)?;
+        if let (Some(dx), Some(saved)) = (dx, embedding) {
+            let factor = self.architecture.embedding_factor(context.precision);
+            let (embedding, ids) = (&self.embedding, &batch.ids);
+            embedding.backward(context, ids, factor, dx, &saved, gradients)?;
+        }
+        Ok(losses)
+    }
+
+    /// The input of the head (L, C) -> the losses, and their gradient if something below the head is
+    /// trained; adds the gradients of the head.
+    fn head_backward(
+        &self,
+        pass: &Pass<'_>,
+        batch: &Batch,
+        h: &Tensor,
+        scale: f64,
+        gradients: &mut Gradients,
+    ) -> Result<(Vec<f32>, Option<Tensor>)> {
+        let (context, targets) = (pass.context, &batch.targets);
+        let norm_trained = self.norm.as_ref().is_some_and(Norm::is_trained);
+        let below = !self.backward.is_empty() || norm_trained;
+        let classifier = match &self.head {
+            DecoderHead::Vocabulary(head) => {
+                return self.vocabulary_backward(pass, head, batch, h, scale, below, gradients);
+            }
+            DecoderHead::Classifier(classifier) => classifier,
+        };
+        let (segments, examples) = batch.loss_segments()?;
+        let rows = Pass {
+            context,
+            segments: &segments,
+            examples: &examples,
+            ropes: Vec::new(),
+            query_ropes: Vec::new(),
+            dropout: pass.dropout,
+        };
+        let (logits, saved) = classifier.forward(&rows, h)?;
+        let (losses, dlogits) = cross_entropy(context, logits, targets, Some(scale))?;
+        let dh = match dlogits {
+            Some(dlogits) => classifier.backward(context, &dlogits, &saved, below, gradients)?,
+            None => None,
+        };
+        Ok((losses, dh))
+    }
+
+    /// `head_backward` of an output embedding, with LoRA dropout.
+    #[expect(clippy::too_many_arguments, reason = "the inputs of an op")]
+    fn vocabulary_backward(
+        &self,
+        pass: &Pass<'_>,
+        head: &LmHead,
+        batch: &Batch,
+        h: &Tensor,
+        scale: f64,
+        below: bool,
+        gradients: &mut Gradients,
+    ) -> Result<(Vec<f32>, Option<Tensor>)> {
+        let (context, targets) = (pass.context, &batch.targets);
+        let masked = pass.dropout.is_some() && head.lora.is_some();
+        let positions: Vec<u32> = if masked {
+            batch.loss_positions.to_vec1()?
+        } else {
+            Vec::new()
         };
         let masks = |rows: Range<usize>| {
             let positions = &positions[rows];
             let shape = (positions.len(), self.architecture.hidden_size);
-            pass.mask(self.architecture.names.lm_head, shape, |row| {
-                positions[row] as usize
-            })
+            let path = self.architecture.names.lm_head;
+            pass.mask_at(path, shape, |row| positions[row] as usize)
         };
-        let masked = pass.dropout.is_some() && self.head.lora.is_some();
-        let (losses, dh) = self.head.forward_backward_masked(
-            context,
-            &h,
-            &batch.targets,
-            options.scale,
-            below_head,
-            masked.then_some(&masks as _),
-            gradients,
-        )?;
-        if let Some(dh) = dh {
-            let dx = self.norm.backward(context, &dh, &norm, None, gradients)?;
-            drop((selected, h, norm, dh));
-            if self.backward.is_empty() {
-                return Ok(losses);
-            }
-            let dx = self.scatter_loss_rows(context, &dx, batch, tokens)?;
-            self.backward_blocks(&pass, dx, saved, &batch.ids, gradients)?;
-        }
-        Ok(losses)
+        let masks = masked.then_some(&masks as _);
+        head.forward_backward_masked(context, h, targets, scale, below, masks, gradients)
     }
 
     /// Runs all blocks; returns the last one's output (N, C), and what is saved of each block.
     fn forward_saving(
         &self,
         pass: &Pass<'_>,
-        ids: &Tensor,
+        x: Tensor,
         recompute: Recompute,
     ) -> Result<(Tensor, Vec<SavedActivations>)> {
         let visited = self.backward.visited();
         let recomputed = visited.start + recompute.count(visited.len());
         let mut activations = Vec::with_capacity(self.blocks.len());
-        let x = self.run_blocks(pass, ids, |layer, input, saved| {
+        let x = self.run_blocks(pass, x, |layer, input, saved| {
             activations.push(if layer < visited.start {
                 SavedActivations::Nothing
             } else if layer < recomputed {
@@ -491,15 +459,15 @@ impl Decoder {
         Ok((x, activations))
     }
 
-    /// dx (N, C) of the last block's output -> the gradients of everything trained below it.
+    /// dx (N, C) of the last block's output -> the gradients of everything trained in the blocks, and
+    /// dx of the first block's input if that is needed.
     fn backward_blocks(
         &self,
         pass: &Pass<'_>,
         mut dx: Tensor,
         activations: Vec<SavedActivations>,
-        ids: &Tensor,
         gradients: &mut Gradients,
-    ) -> Result<()> {
+    ) -> Result<Option<Tensor>> {
         for (layer, activations) in activations.into_iter().enumerate().rev() {
             let block = &self.blocks[layer];
             let saved = match activations {
@@ -510,23 +478,13 @@ impl Decoder {
             let input_gradient = self.backward.needs_input_gradient(layer);
             match block.backward(pass, &dx, &saved, input_gradient, gradients)? {
                 Some(below) => dx = below,
-                None => return Ok(()),
+                None => return Ok(None),
             }
         }
-        if self.backward.embedding {
-            let factor = self.architecture.embedding_factor(pass.context.precision);
-            let dx = scale(pass.context, &dx, factor)?;
-            if self.embed_tokens.is_trained() {
-                embedding_backward(pass.context, ids, &dx, &self.embed_tokens, gradients)?;
-            }
-            if let Some(lora) = &self.embed_lora {
-                lora_embedding_backward(pass.context, ids, &dx, lora, gradients)?;
-            }
-        }
-        Ok(())
+        Ok(self.backward.embedding.then_some(dx))
     }
 
-    /// The rows of x (N, C) that predict a target.
+    /// The rows of x (N, C) that have a target.
     fn gather_loss_rows(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let (rows, width) = (batch.targets.len(), self.architecture.hidden_size);
         context.counter.add(gather_cost(rows, width));

@@ -9,6 +9,9 @@ use serde_json::Value;
 
 use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm};
 use super::config::{Config, Range, text_config};
+use super::embedding::EmbeddingParts;
+use super::encoder_config::{encoder, is_encoder};
+use super::head::Head;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use super::rope_config::{RopeShape, query_scaling, rope, ropes_by_layer_type};
@@ -22,13 +25,16 @@ const MAX_LAYERS: usize = 1024;
 const MAX_WIDTH: usize = 1 << 24;
 
 /// Keys of dropouts that transformers applies in training.
-const DROPOUT_KEYS: [&str; 6] = [
+const DROPOUT_KEYS: [&str; 9] = [
     "attention_dropout",
     "resid_pdrop",
     "embd_pdrop",
     "hidden_dropout",
     "residual_dropout",
     "embedding_dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
 ];
 
 /// What a model type's class does that no key of config.json says.
@@ -64,10 +70,12 @@ const LLAMA: Family = Family {
     attention_norms: BranchNorms {
         input: Some("input_layernorm"),
         output: None,
+        on_sum: false,
     },
     mlp_norms: BranchNorms {
         input: Some("post_attention_layernorm"),
         output: None,
+        on_sum: false,
     },
     biases: NO_BIASES,
     gated_mlp: true,
@@ -102,10 +110,12 @@ const OLMO2: Family = Family {
     attention_norms: BranchNorms {
         input: None,
         output: Some("post_attention_layernorm"),
+        on_sum: false,
     },
     mlp_norms: BranchNorms {
         input: None,
         output: Some("post_feedforward_layernorm"),
+        on_sum: false,
     },
     ..LLAMA
 };
@@ -114,15 +124,28 @@ const GEMMA2: Family = Family {
     attention_norms: BranchNorms {
         input: Some("input_layernorm"),
         output: Some("post_attention_layernorm"),
+        on_sum: false,
     },
     mlp_norms: BranchNorms {
         input: Some("pre_feedforward_layernorm"),
         output: Some("post_feedforward_layernorm"),
+        on_sum: false,
     },
     full_attention_interval: 2,
     is_gemma: true,
     ..LLAMA
 };
+
+impl Family {
+    /// The norms around the MLP, by whether the branches are parallel.
+    fn mlp_norms_of(&self, parallel: bool) -> BranchNorms {
+        if parallel && self.shares_parallel_norm {
+            self.attention_norms
+        } else {
+            self.mlp_norms
+        }
+    }
+}
 
 fn family(model_type: &str) -> Family {
     match model_type {
@@ -207,15 +230,15 @@ impl Architecture {
             .ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
         let decoder = text_config(object);
         let (config, model_type) = Config::new(decoder.as_ref().unwrap_or(object))?;
+        if is_encoder(model_type) {
+            let architecture = encoder(&config, model_type)?;
+            check_parameters(&architecture)?;
+            return Ok(architecture);
+        }
         let hidden_size = config.required_size("hidden_size")?;
         let family = family(model_type);
         let attention = attention(&config, hidden_size)?;
         let parallel = config.flag("use_parallel_residual")?;
-        let mlp_norms = if parallel && family.shares_parallel_norm {
-            family.attention_norms
-        } else {
-            family.mlp_norms
-        };
         let max_position_embeddings = config.required_size("max_position_embeddings")?;
         let layers = layers(&config, &family)?;
         let shape = RopeShape {
@@ -244,15 +267,12 @@ impl Architecture {
             qk_norm: family.qk_norm,
             activation: activation(&config, &family)?,
             attention_norms: family.attention_norms,
-            mlp_norms,
+            mlp_norms: family.mlp_norms_of(parallel),
             parallel,
             gated_mlp: family.gated_mlp,
-            embedding_factor: if family.is_gemma {
-                (hidden_size as f64).sqrt()
-            } else {
-                factor(&config, "embedding_multiplier")?
-            },
+            embedding_factor: embedding_factor(&config, &family, hidden_size)?,
             rounds_embedding_factor: family.is_gemma,
+            embedding_parts: EmbeddingParts::default(),
             residual_factor: factor(&config, "residual_multiplier")?,
             logits_factor: 1.0 / factor(&config, "logits_scaling")?,
             logits_softcap: config.number("final_logit_softcapping", Range::POSITIVE)?,
@@ -266,16 +286,16 @@ impl Architecture {
             } else {
                 vec![rope(&config, shape)?]
             },
-            query_scaling: if family.scales_queries {
-                Some(query_scaling(&config)?)
-            } else {
-                None
-            },
+            query_scaling: family
+                .scales_queries
+                .then(|| query_scaling(&config))
+                .transpose()?,
             tie_word_embeddings: config.flag("tie_word_embeddings")?,
             biases: biases(&config, &family)?,
             initializer_range: config.required_number("initializer_range", Range::NON_NEGATIVE)?,
             stored_in_bf16: stored_in_bf16(&config)?,
             dropout: dropout(&config)?,
+            head: Head::Vocabulary,
         };
         check_parameters(&architecture)?;
         Ok(architecture)
@@ -301,9 +321,7 @@ fn activation(config: &Config<'_>, family: &Family) -> Result<Activation> {
     } else {
         "hidden_act"
     };
-    let activation = config.text(key)?.and_then(Activation::from_name);
-    let activation =
-        activation.ok_or_else(|| config.wrong(key, "silu, gelu, gelu_pytorch_tanh or relu"))?;
+    let activation = activation_of(config, key)?;
     // Gemma's first files say gelu and mean its tanh approximation.
     let means_tanh = family.is_gemma && key == "hidden_act" && activation == Activation::Gelu;
     Ok(if means_tanh {
@@ -313,7 +331,13 @@ fn activation(config: &Config<'_>, family: &Family) -> Result<Activation> {
     })
 }
 
-fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
+/// The activation function that `key` names.
+pub(super) fn activation_of(config: &Config<'_>, key: &str) -> Result<Activation> {
+    let activation = config.text(key)?.and_then(Activation::from_name);
+    activation.ok_or_else(|| config.wrong(key, "silu, gelu, gelu_pytorch_tanh or relu"))
+}
+
+pub(super) fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
     let heads = config.required_size("num_attention_heads")?;
     let kv_heads = if config.has("num_key_value_heads") {
         config.size("num_key_value_heads")?
@@ -374,11 +398,7 @@ fn scale(config: &Config<'_>) -> Result<Option<f64>> {
 
 /// The blocks: which have a window, and which a rotation.
 fn layers(config: &Config<'_>, family: &Family) -> Result<Vec<LayerKind>> {
-    let count = config.required_size("num_hidden_layers")?;
-    if count > MAX_LAYERS {
-        let rule = format!("a whole number from 1 to {MAX_LAYERS}");
-        return Err(config.wrong("num_hidden_layers", &rule));
-    }
+    let count = layer_count(config)?;
     let by_flag = config.has("use_sliding_window");
     let has_window =
         config.has("sliding_window") && (!by_flag || config.flag("use_sliding_window")?);
@@ -395,6 +415,16 @@ fn layers(config: &Config<'_>, family: &Family) -> Result<Vec<LayerKind>> {
         rope: rotated.then_some(usize::from(family.ropes_by_layer_type && sliding)),
     };
     Ok(kinds.map(kind).collect())
+}
+
+/// Number of blocks.
+pub(super) fn layer_count(config: &Config<'_>) -> Result<usize> {
+    let count = config.required_size("num_hidden_layers")?;
+    if count > MAX_LAYERS {
+        let rule = format!("a whole number from 1 to {MAX_LAYERS}");
+        return Err(config.wrong("num_hidden_layers", &rule));
+    }
+    Ok(count)
 }
 
 /// Which blocks rotate q and k: those with 1 in `no_rope_layers` (SmolLM 3), or all but every
@@ -451,6 +481,13 @@ fn sliding_layers(config: &Config<'_>, family: &Family, rotated: &[bool]) -> Res
     Ok((1..=count).map(|n| !full(n)).collect())
 }
 
+fn embedding_factor(config: &Config<'_>, family: &Family, hidden_size: usize) -> Result<f64> {
+    if family.is_gemma {
+        return Ok((hidden_size as f64).sqrt());
+    }
+    factor(config, "embedding_multiplier")
+}
+
 /// A factor of Granite; 1 for other types.
 fn factor(config: &Config<'_>, key: &str) -> Result<f64> {
     if config.has(key) {
@@ -472,7 +509,7 @@ fn biases(config: &Config<'_>, family: &Family) -> Result<Biases> {
 }
 
 /// `dtype` (transformers 5), else `torch_dtype`.
-fn stored_in_bf16(config: &Config<'_>) -> Result<bool> {
+pub(super) fn stored_in_bf16(config: &Config<'_>) -> Result<bool> {
     let key = if config.get("dtype").is_some() {
         "dtype"
     } else {
@@ -485,7 +522,7 @@ fn stored_in_bf16(config: &Config<'_>) -> Result<bool> {
     }
 }
 
-fn dropout(config: &Config<'_>) -> Result<Vec<ConfigDropout>> {
+pub(super) fn dropout(config: &Config<'_>) -> Result<Vec<ConfigDropout>> {
     let mut dropout = Vec::new();
     for key in DROPOUT_KEYS.into_iter().filter(|key| config.has(key)) {
         let p = config.number(key, Range::NON_NEGATIVE)?;

@@ -71,7 +71,8 @@ impl<'a> Session<'a> {
         let pass = decoder.pass(self.context, &segments, &[], None)?;
         let ids = Tensor::from_slice(&self.tokens, length, decoder.device())?;
         self.cache.clear();
-        let x = decoder.run_blocks(&pass, &ids, |_, _, saved| {
+        let (x, _) = decoder.embed(&pass, &ids)?;
+        let x = decoder.run_blocks(&pass, x, |_, _, saved| {
             let (keys, values) = saved.keys_and_values()?;
             self.cache.push(KvCache::new(&keys, &values)?);
             Ok(())

@@ -54,6 +54,7 @@ pub fn forecast_memory(
     let n = tokens as u64;
     let c = a.hidden_size as u64;
     let f = a.intermediate_size as u64;
+    let outputs = a.outputs() as u64;
     let table = a.vocab_size as u64 * c;
     let activations = activations(shape, tokens, recompute);
     let mut logits = LOGITS;
@@ -77,7 +78,7 @@ pub fn forecast_memory(
     }
     let stored = dtype(a.frozen_precision(shape.precision())).size_in_bytes() as u64;
     let weights = shape.frozen_parameters() * (stored + packed);
-    let short_lived = logits.min(4 * n * a.vocab_size as u64) + 4 * n * (4 * f + 4 * c);
+    let short_lived = logits.min(4 * n * outputs) + 4 * n * (4 * f + 4 * c);
     let temporaries = short_lived + (activations + short_lived) / SLACK + table_gradients;
     // Gradients are concatenated for the optimizer after the activations are freed, in fragments
     // too small for a large buffer.

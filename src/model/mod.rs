@@ -1,5 +1,5 @@
-//! config.json -> `Architecture`; `Architecture` -> `Work` per step; weights; one decoder driven by
-//! the configuration.
+//! config.json -> `Architecture`; `Architecture` -> `Work` per step; weights; one decoder or encoder
+//! driven by the configuration.
 //!
 //! Owns the sizes, tensor names and layers of a decoder, its forward and
 //! backward passes, and generation. Knows nothing of files on the hub, data sets, optimizers or
@@ -11,11 +11,15 @@ mod architecture;
 mod backward;
 mod batch;
 mod block;
+mod builder;
 mod config;
 mod cost;
 mod decoder;
+mod embedding;
+mod encoder_config;
 mod family;
 mod generate;
+mod head;
 mod kv_cache;
 mod linears;
 mod memory;
@@ -26,14 +30,18 @@ mod stored;
 #[cfg(test)]
 mod tests;
 mod trainable;
+mod trained;
 mod weights;
 
 pub use architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm, TensorShape};
 pub use batch::Batch;
 pub use block::Dropout;
+pub use builder::WeightSource;
 pub use cost::{ModelShape, Recompute};
-pub use decoder::{BackwardOptions, Decoder, WeightSource};
+pub use decoder::{BackwardOptions, BatchLosses, Decoder};
+pub use embedding::{EmbeddingParts, LearnedPositions, TokenTypes};
 pub use generate::{Sampling, Session};
+pub use head::{ClassifierHead, Head};
 pub use memory::{MemoryForecast, forecast_memory, least_recompute};
 pub use names::{LinearNames, ModuleNames};
 pub use residual::BranchNorms;

@@ -23,9 +23,9 @@ pub struct ModuleNames {
     pub embed_tokens: &'static str,
     /// The list of blocks, inside the base.
     pub layers: &'static str,
-    /// The norm before the head, inside the base.
-    pub norm: &'static str,
-    /// The output embedding.
+    /// The norm before the head, inside the base, if there is one.
+    pub norm: Option<&'static str>,
+    /// The output embedding, or the output layer of a classifier.
     pub lm_head: &'static str,
     /// Its name in files, if it is another.
     pub lm_head_in_files: Option<&'static str>,
@@ -52,7 +52,7 @@ impl ModuleNames {
         base: "model",
         embed_tokens: "embed_tokens",
         layers: "layers",
-        norm: "norm",
+        norm: Some("norm"),
         lm_head: "lm_head",
         lm_head_in_files: None,
         linears: LinearNames {
@@ -78,7 +78,7 @@ impl ModuleNames {
     pub const GPT_NEOX: Self = Self {
         base: "gpt_neox",
         embed_tokens: "embed_in",
-        norm: "final_layer_norm",
+        norm: Some("final_layer_norm"),
         lm_head_in_files: Some("embed_out"),
         linears: LinearNames {
             qkv: &["attention.query_key_value"],
@@ -151,8 +151,13 @@ impl ModuleNames {
     }
 
     /// Path of the norm before the head.
-    pub fn norm_path(&self) -> String {
-        format!("{}.{}", self.base, self.norm)
+    pub fn norm_path(&self) -> Option<String> {
+        self.norm.map(|norm| self.base_path(norm))
+    }
+
+    /// Path of a module inside the base.
+    pub(super) fn base_path(&self, name: &str) -> String {
+        format!("{}.{name}", self.base)
     }
 
     /// Path of block `layer`.

@@ -1,5 +1,6 @@
 //! The residual form of a block's attention or feed-forward layers f: `x + factor n(f(n(x)))`, with
-//! a norm before the layers (Llama), on their result (OLMo 2) or both (Gemma).
+//! a norm before the layers (Llama), on their result (OLMo 2) or both (Gemma); or `n(x + factor f(x))`,
+//! with the norm on the sum (BERT).
 //!
 //! Without a norm and a factor on the result, the last layer of f adds it to x itself.
 
@@ -19,6 +20,8 @@ pub struct BranchNorms {
     pub input: Option<&'static str>,
     /// On their result.
     pub output: Option<&'static str>,
+    /// Whether `output` is on the sum of x and their result.
+    pub on_sum: bool,
 }
 
 /// The norms around the layers, and the factor of their result.
@@ -26,7 +29,17 @@ pub struct BranchNorms {
 pub(super) struct ResidualBranch {
     pub(super) input_norm: Option<Norm>,
     pub(super) output_norm: Option<Norm>,
+    /// Whether the output norm is on the sum.
+    pub(super) on_sum: bool,
     pub(super) factor: f64,
+}
+
+/// The gradients of the two terms of a branch's sum, (N, C) each.
+pub(super) struct SumGradients {
+    /// Of x.
+    pub(super) residual: Tensor,
+    /// Of the layers' result.
+    pub(super) layers: Tensor,
 }
 
 impl ResidualBranch {
@@ -72,7 +85,8 @@ impl ResidualBranch {
 
     /// What the last layer adds its result to; `None` if [`ResidualBranch::add`] does.
     pub(super) fn base<'x>(&self, x: &'x Tensor) -> Option<&'x Tensor> {
-        (self.output_norm.is_none() && self.factor == 1.0).then_some(x)
+        let unchanged = self.output_norm.is_none() || self.on_sum;
+        (unchanged && self.factor == 1.0).then_some(x)
     }
 
     /// x and the result y of the last layer, which includes x if `base` gave it -> x1 (N, C).
@@ -82,43 +96,56 @@ impl ResidualBranch {
         x: &Tensor,
         y: Tensor,
     ) -> Result<(Tensor, Option<NormSaved>)> {
-        if self.base(x).is_some() {
-            return Ok((y, None));
-        }
-        let Some(norm) = &self.output_norm else {
-            return Ok((add_scaled(context, x, &y, self.factor)?, None));
+        let add = |y: Tensor| match self.base(x) {
+            Some(_) => Ok(y),
+            None => add_scaled(context, x, &y, self.factor),
         };
+        let Some(norm) = &self.output_norm else {
+            return Ok((add(y)?, None));
+        };
+        if self.on_sum {
+            let (x1, saved) = norm.forward_groups(context, &add(y)?)?;
+            return Ok((x1, Some(saved)));
+        }
         let (y, saved) = norm.forward_groups(context, &y)?;
-        Ok((add_scaled(context, x, &y, self.factor)?, Some(saved)))
+        Ok((add(y)?, Some(saved)))
     }
 
-    /// dx1 (N, C) -> the gradient of the last layer's result.
+    /// dx1 (N, C) -> the gradients of x, without those through the layers, and of their result.
     pub(super) fn output_backward(
         &self,
         context: Context<'_>,
         dx1: &Tensor,
         saved: Option<&NormSaved>,
         gradients: &mut Gradients,
-    ) -> Result<Tensor> {
-        let dy = scale(context, dx1, self.factor)?;
-        match self.output_norm.as_ref().zip(saved) {
-            Some((norm, saved)) => norm.backward_groups(context, &dy, saved, gradients),
-            None => Ok(dy),
+    ) -> Result<SumGradients> {
+        let mut through_norm = |dy: &Tensor| match self.output_norm.as_ref().zip(saved) {
+            Some((norm, saved)) => norm.backward_groups(context, dy, saved, gradients),
+            None => Ok(dy.clone()),
+        };
+        if self.on_sum {
+            let residual = through_norm(dx1)?;
+            let layers = scale(context, &residual, self.factor)?;
+            return Ok(SumGradients { residual, layers });
         }
+        Ok(SumGradients {
+            residual: dx1.clone(),
+            layers: through_norm(&scale(context, dx1, self.factor)?)?,
+        })
     }
 
-    /// The gradients of the layers' input and of x1 -> dx (N, C).
+    /// The gradients of the layers' input and of x in the sum -> dx (N, C).
     pub(super) fn input_backward(
         &self,
         context: Context<'_>,
         dh: &Tensor,
         saved: &NormSaved,
-        dx1: &Tensor,
+        residual: &Tensor,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
         match &self.input_norm {
-            Some(norm) => norm.backward(context, dh, saved, Some(dx1), gradients),
-            None => add_scaled(context, dx1, dh, 1.0),
+            Some(norm) => norm.backward(context, dh, saved, Some(residual), gradients),
+            None => add_scaled(context, residual, dh, 1.0),
         }
     }
 }
@@ -151,7 +178,8 @@ impl BranchShape {
     pub(super) fn forward_cost(&self) -> Work {
         let (n, c) = (self.tokens, self.hidden);
         let norms = self.recompute_cost() + self.norm_cost(self.norms.output);
-        if self.norms.output.is_none() && self.factor == 1.0 {
+        let unchanged = self.norms.output.is_none() || self.norms.on_sum;
+        if unchanged && self.factor == 1.0 {
             norms + residual_cost(n, c)
         } else {
             norms + add_scaled_cost(n, c)

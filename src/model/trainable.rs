@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device};
 use safetensors::tensor::Dtype;
 
-use super::cost::is_tied;
+use super::trained::is_tied;
 use super::weights::normal;
 use super::{Architecture, Decoder, WeightSource, Weights};
 use crate::adapter::{
@@ -154,7 +154,8 @@ impl Weights {
 }
 
 /// Initial values of an adapter's tensors: those of `from`, else A drawn by `kaiming_uniform`, B
-/// zero, and copies of the model's `weights`.
+/// zero, and copies of the model's `weights`, or random values of a layer of the head that the
+/// files lack.
 ///
 /// # Errors
 /// A copy of the base's embeddings in `from` that is not the model's.
@@ -181,7 +182,7 @@ pub fn initial_values<'a>(
                 Ok(normal(&tensor.name, site.out_features * site.r, 1.0, seed))
             }
             Place::Part(site, part) => Ok(vec![0.0; part.shape(site).iter().product()]),
-            Place::Weight(copy) => weights.values(&copy.tensor),
+            Place::Weight(copy) => weights.values_or_random(&copy.tensor, &copy.shape, seed),
         }
     })
 }

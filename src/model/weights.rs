@@ -17,7 +17,8 @@ use crate::random::{Purpose, stream};
 use crate::text::first_few;
 
 /// Buffers of masks and frequencies in older files, which are no weights.
-const BUFFERS: [&str; 5] = [
+const BUFFERS: [&str; 6] = [
+    "embeddings.position_ids",
     "rotary_emb.inv_freq",
     ".attn.bias",
     ".attn.masked_bias",
@@ -34,8 +35,7 @@ pub struct Weights {
     files: Vec<(PathBuf, File)>,
     /// Name in the architecture -> location in the files.
     locations: BTreeMap<String, TensorEntry>,
-    /// Names of the head and of the embedding.
-    tied: [String; 2],
+    architecture: Architecture,
 }
 
 impl Weights {
@@ -78,7 +78,7 @@ impl Weights {
         Ok(Self {
             files: paths.iter().map(open).collect::<Result<_>>()?,
             locations,
-            tied: architecture.tied_tensors(),
+            architecture: architecture.clone(),
         })
     }
 
@@ -106,6 +106,15 @@ impl Weights {
         self.source(name)?.tensor(dtype, device)
     }
 
+    /// The values of the tensor `name` in f32, or random ones where the files lack a layer of the
+    /// head.
+    pub fn values_or_random(&self, name: &str, shape: &[usize], seed: u64) -> Result<Vec<f32>> {
+        if self.source(name).is_ok() {
+            return self.values(name);
+        }
+        Ok(random_tensor(&self.architecture, name, shape, seed))
+    }
+
     /// The stored type of the tensor `name` of the architecture.
     pub fn dtype(&self, name: &str) -> Result<Dtype> {
         Ok(self.source(name)?.tensor.dtype)
@@ -126,13 +135,14 @@ impl Weights {
 
     /// A tied head is the embedding's tensor.
     fn source(&self, name: &str) -> Result<StoredTensor<'_>> {
-        let [head, table] = &self.tied;
-        let tied = || self.locations.get(table).filter(|_| name == head);
+        let [head, table] = self.architecture.tied_tensors();
+        let tied = || self.locations.get(&table).filter(|_| name == head);
         let Some(tensor) = self.locations.get(name).or_else(tied) else {
             return Err(Error::new(
                 Kind::Model,
                 format!("the model has no tensor `{name}`"),
-            ));
+            )
+            .hint("a layer of the head that the files lack is trained from random values: name it in `modules_to_save` in [adapter]"));
         };
         let (path, file) = &self.files[tensor.file];
         Ok(StoredTensor { path, file, tensor })
@@ -208,18 +218,31 @@ fn match_tensors(
         .iter()
         .flat_map(|name| [name.clone(), architecture.names.other_name(name)]);
     let tied: Vec<String> = tied.filter(|_| architecture.tie_word_embeddings).collect();
+    let head: Vec<String> = architecture
+        .head_linears()
+        .iter()
+        .map(|(path, _)| format!("{path}."))
+        .collect();
+    let is_head = |name: &str| {
+        architecture.classifier().is_some() && head.iter().any(|path| name.starts_with(path))
+    };
     let mut names = BTreeMap::new();
     let mut problems = Vec::new();
     for TensorShape { name, shape } in architecture.tensors() {
         let stored = stored_name(architecture, found, &name);
         match found.get(&stored) {
+            // Trained from random values; `Weights::frozen` refuses it.
+            None if is_head(&name) => {}
             None => problems.push(format!("missing: `{name}` {shape:?}")),
-            Some(other) if *other != shape => {
-                problems.push(format!(
-                    "`{stored}` has shape {other:?}, config.json says {shape:?}"
-                ));
-            }
-            Some(_) => {
+            Some(other) => {
+                if *other != shape {
+                    let says = if is_head(&name) {
+                        "the labels need"
+                    } else {
+                        "config.json says"
+                    };
+                    problems.push(format!("`{stored}` has shape {other:?}, {says} {shape:?}"));
+                }
                 names.insert(name, stored);
             }
         }
@@ -227,6 +250,7 @@ fn match_tensors(
     let known = |name: &str| {
         names.values().any(|stored| stored == name)
             || BUFFERS.iter().any(|suffix| name.ends_with(suffix))
+            || (architecture.classifier().is_some() && is_pretraining(name))
             || tied.iter().any(|tied| tied == name)
             || architecture.names.is_of_tower(name)
     };
@@ -250,6 +274,11 @@ fn match_tensors(
     .hint("config.json and the weights must come from the same revision of the same model"))
 }
 
+/// Whether a tensor of an encoder's files belongs to the head of pre-training.
+fn is_pretraining(name: &str) -> bool {
+    name.starts_with("cls.")
+}
+
 /// The name in the files of the tensor `name` of the architecture. A tied embedding may be stored
 /// as the head.
 fn stored_name(
@@ -259,10 +288,22 @@ fn stored_name(
 ) -> String {
     let [head, embedding] = architecture.tied_tensors();
     let is_tied = architecture.tie_word_embeddings && name == embedding;
-    let alias = is_tied.then_some(head.as_str());
-    let names = std::iter::once(name).chain(alias);
-    let names = names.flat_map(|name| [name.to_string(), architecture.names.other_name(name)]);
-    let stored = names.into_iter().find(|name| found.contains_key(name));
+    let alias = is_tied.then_some(head);
+    // Files of TensorFlow's time name the parts of a norm otherwise.
+    let older = [
+        ("LayerNorm.weight", "LayerNorm.gamma"),
+        ("LayerNorm.bias", "LayerNorm.beta"),
+    ];
+    let older = older.into_iter().find_map(|(new, old)| {
+        let path = name.strip_suffix(new)?;
+        Some(format!("{path}{old}"))
+    });
+    let names = std::iter::once(name.to_string()).chain(alias).chain(older);
+    let mut names = names.flat_map(|name| {
+        let other = architecture.names.other_name(&name);
+        [name, other]
+    });
+    let stored = names.find(|name| found.contains_key(name));
     stored.unwrap_or_else(|| name.to_string())
 }
 

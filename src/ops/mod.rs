@@ -38,7 +38,7 @@ pub use attention::{
     attention_forward_cost,
 };
 pub use columns::{columns_cost, join_columns, split_columns};
-pub use cross_entropy::{HeadMasks, LmHead, LmHeadShape};
+pub use cross_entropy::{HeadMasks, LmHead, LmHeadShape, cross_entropy, cross_entropy_cost};
 pub use dropout::DropoutMask;
 pub use embedding::{
     embedding, embedding_backward, embedding_backward_cost, embedding_cost, lora_embedding,

@@ -76,7 +76,21 @@ section! {
         dtype: Precision = default("\"f32\"").known_as(&["torch_dtype", "precision"]).in_starter(),
         /// "random" trains from scratch
         init: Init = default("\"pretrained\""),
+        /// What the model's head computes; auto: what its class in config.json does
+        task: Task = default("\"auto\"").known_as(&["task_type"]),
     }
+}
+
+/// What a model's head computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// By the class in config.json.
+    Auto,
+    /// The next token.
+    CausalLm,
+    /// The class of a text.
+    SequenceClassification,
 }
 
 /// Where the weights come from.
@@ -224,6 +238,9 @@ section! {
         /// Wanted field -> the file's column
         columns: Vec<(String, String)> =
             optional("{ prompt = \"question\", completion = \"answer\" }"),
+        /// Names of the classes by id; else the model's, or those of the training records in order
+        labels: Vec<String> = optional("[\"negative\", \"positive\"]")
+            .known_as(&["label_names", "class_names"]),
         /// Longest record in tokens
         max_length: usize = default("512").within(TOKENS)
             .known_as(&["max_seq_length", "max_seq_len", "sequence_len", "seq_len", "block_size", "cutoff_len"])

@@ -13,7 +13,7 @@ use toml_edit::Value;
 
 use super::key::{Bounds, Key, MANY, Range};
 use super::reader::Field;
-use super::sections::{AdapterType, Checkpointing, Compared, Init};
+use super::sections::{AdapterType, Checkpointing, Compared, Init, Task};
 use super::suggest;
 use super::tree::{Node, Raw};
 use crate::adapter::options::Bias;
@@ -300,6 +300,7 @@ impl Choice for Format {}
 impl Choice for Init {}
 impl Choice for OnBadRecord {}
 impl Choice for Precision {}
+impl Choice for Task {}
 impl Choice for TxtUnit {}
 
 /// The word of a variant; empty for one that is not written as a word.
@@ -554,6 +555,7 @@ mod tests {
         check::<OnBadRecord>();
         check::<Bias>();
         check::<Precision>();
+        check::<Task>();
         check::<TxtUnit>();
     }
 }

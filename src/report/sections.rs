@@ -128,6 +128,17 @@ fn result(report: &Report) -> Vec<Block> {
         let text = format!("{}, {share} of {of}", format::time(cpu));
         rows.push(("processor time", text));
     }
+    if let Some(metrics) = training.metrics {
+        rows.extend([
+            ("accuracy after", format::number(metrics.accuracy)),
+            ("F1 macro after", format::number(metrics.f1_macro)),
+            ("F1 micro after", format::number(metrics.f1_micro)),
+            (
+                "Matthews correlation after",
+                format::number(metrics.matthews_correlation),
+            ),
+        ]);
+    }
     if let Some(tokens) = training.tokens {
         rows.insert(3, ("training tokens", format::count(tokens)));
     }

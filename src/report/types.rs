@@ -18,6 +18,7 @@ pub use crate::energy::Phase;
 pub use crate::energy::sensor::Absent;
 use crate::forecast::Inference;
 use crate::train::Stop;
+use crate::train::metrics::Metrics;
 use crate::units::{Bytes, GramsCo2e, GramsPerKwh, Joules, Pue, Seconds};
 
 /// Everything a run reports.
@@ -145,6 +146,9 @@ pub struct Training {
     /// Standard error of `val_loss_after` over the loss tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub val_loss_after_se: Option<f64>,
+    /// On the validation set after the last step, of a classifier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
     pub train_loss_last: Option<f64>,
     /// Over the wall time of training steps alone.
     pub tokens_per_second: Option<f64>,

@@ -47,25 +47,43 @@ pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to train a model whose config.json has dropout: transformers applies it in training.
+/// Refuses to train a decoder whose config.json has dropout: transformers applies it in training.
+/// Encoders are published with dropout: see [`dropout_warning`].
 pub(super) fn refuse_dropout(architecture: &Architecture) -> Result<()> {
-    let dropout = &architecture.dropout;
-    if dropout.is_empty() {
+    let found = dropouts(architecture).filter(|_| architecture.classifier().is_none());
+    let Some(found) = found else {
         return Ok(());
-    }
-    let each = |text: fn(&ConfigDropout) -> String| dropout.iter().map(text).collect::<Vec<_>>();
-    let found = each(|dropout| format!("{} = {}", dropout.key, dropout.p));
-    let wanted = each(|dropout| format!("`\"{}\": 0.0`", dropout.key));
+    };
+    let zero = |dropout: &ConfigDropout| format!("`\"{}\": 0.0`", dropout.key);
+    let wanted: Vec<_> = architecture.dropout.iter().map(zero).collect();
     Err(Error::new(
         Kind::Model,
         "config.json has dropout, which is not supported in training",
     )
-    .value(found.join(", "))
+    .value(found)
     .rule("0: only `adapter.lora_dropout` drops elements")
     .hint(format!(
         "set {} in the config.json of a local copy, and `lora_dropout` in [adapter]",
         wanted.join(", ")
     )))
+}
+
+/// The warning about dropout in the config.json of an encoder.
+pub(super) fn dropout_warning(architecture: &Architecture) -> Option<String> {
+    let found = dropouts(architecture)?;
+    Some(format!(
+        "config.json has dropout ({found}), which transformers applies in training and this run does not: `lora_dropout` in [adapter] \
+         is what drops elements"
+    ))
+}
+
+/// The dropouts above zero.
+fn dropouts(architecture: &Architecture) -> Option<String> {
+    let dropout = architecture.dropout.iter();
+    let found: Vec<_> = dropout
+        .map(|dropout| format!("{} = {}", dropout.key, dropout.p))
+        .collect();
+    (!found.is_empty()).then(|| found.join(", "))
 }
 
 pub(super) fn check_length(recipe: &Recipe, architecture: &Architecture) -> Result<()> {

@@ -8,13 +8,14 @@ use super::Screen;
 use super::inference::{ModelRequest, load, not_finite, open};
 use super::model_source::ModelSource;
 use super::records::locate;
-use crate::data::{self, MicroBatch, evaluation_batches};
+use crate::data::{self, Format, MicroBatch, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::hub::Progress;
-use crate::model::Decoder;
+use crate::model::{Architecture, BatchLosses, Decoder};
 use crate::ops::Context;
 use crate::recipe::Validation;
 use crate::train::batch_to_device;
+use crate::train::metrics::{Confusion, Metrics};
 use crate::work::WorkCounter;
 
 /// An evaluation.
@@ -36,8 +37,9 @@ pub struct EvaluationJob<'a> {
 pub struct Evaluation {
     /// Nats per loss token.
     pub loss: f64,
-    /// e to the loss.
-    pub perplexity: f64,
+    /// e to the loss; `None` of a classifier.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub perplexity: Option<f64>,
     /// Tokens read.
     pub tokens: u64,
     /// Tokens with a loss.
@@ -46,6 +48,21 @@ pub struct Evaluation {
     pub examples: u64,
     /// Executed FLOPs of matrix products and attention.
     pub flops: u64,
+    /// Of a classifier.
+    #[serde(flatten)]
+    pub classification: Option<Classification>,
+}
+
+/// How well a classifier did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Classification {
+    /// Its figures.
+    #[serde(flatten)]
+    pub metrics: Metrics,
+    /// Names of the classes, by id.
+    pub labels: Vec<String>,
+    /// Records by true class (row) and predicted class (column).
+    pub confusion_matrix: Vec<Vec<u64>>,
 }
 
 /// The validation files of the run that `source` was given by.
@@ -72,8 +89,9 @@ pub fn validation_files(source: &ModelSource, progress: &dyn Progress) -> Result
 /// A model or data that cannot be loaded, records longer than the positions, and a loss that is not finite.
 pub fn evaluate(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Evaluation> {
     let mut model = open(&job.model, screen)?;
+    let options = options_for(&model.architecture, &job.options)?;
     let downloads = screen.downloads();
-    let set = data::load(&job.data, &job.options, &model.tokenizer, None, downloads)?;
+    let set = data::load(&job.data, &options, &model.tokenizer, None, downloads)?;
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
     let examples = &set.examples[..count];
     check(examples, model.architecture.max_position_embeddings)?;
@@ -104,10 +122,16 @@ fn losses_of(
     let context = Context::new(&counter, job.model.precision);
     let mut sum = 0.0;
     let mut loss_tokens = 0;
+    let labels = decoder.architecture().labels();
+    let mut confusion = Confusion::new(labels.len());
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
         let input = batch_to_device(batch, job.model.device)?;
-        let losses = decoder.losses(context, &input)?;
+        let BatchLosses {
+            losses,
+            class_logits,
+        } = decoder.evaluate(context, &input)?;
+        confusion.add_all(&batch.targets, &class_logits);
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         loss_tokens += losses.len() as u64;
     }
@@ -117,7 +141,7 @@ fn losses_of(
     }
     Ok(Evaluation {
         loss,
-        perplexity: loss.exp(),
+        perplexity: labels.is_empty().then(|| loss.exp()),
         tokens: batches.iter().map(|batch| batch.tokens.len() as u64).sum(),
         loss_tokens,
         examples: batches
@@ -125,11 +149,47 @@ fn losses_of(
             .map(|batch| batch.segments.len() as u64)
             .sum(),
         flops: counter.take().flops(),
+        classification: confusion.metrics().map(|metrics| Classification {
+            metrics,
+            labels: labels.to_vec(),
+            confusion_matrix: confusion.rows(),
+        }),
+    })
+}
+
+/// The options for the model's task: a classifier reads a text and one of its classes.
+///
+/// # Errors
+/// A format of another task.
+pub(super) fn options_for(
+    architecture: &Architecture,
+    options: &data::Options,
+) -> Result<data::Options> {
+    let classifies = architecture.classifier().is_some();
+    let format = match (options.format, classifies) {
+        (Format::Auto | Format::Classification, true) => Format::Classification,
+        (format, false) if format != Format::Classification => format,
+        _ => {
+            let (what, rule) = if classifies {
+                ("a classifier reads a text and its label", "classification")
+            } else {
+                (
+                    "the model predicts tokens, not classes",
+                    "text, completion, messages or alpaca",
+                )
+            };
+            return Err(Error::new(Kind::Usage, what).at("--format").rule(rule));
+        }
+    };
+    Ok(data::Options {
+        format,
+        labels: architecture.labels().to_vec(),
+        ..options.clone()
     })
 }
 
 /// Refuses records without a loss token, and those longer than `positions`.
-fn check(examples: &[data::Example], positions: usize) -> Result<()> {
+pub(super) fn check(examples: &[data::Example], positions: usize) -> Result<()> {
     if examples.iter().all(|example| !example.loss.contains(&true)) {
         return Err(Error::new(
             Kind::Data,

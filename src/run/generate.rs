@@ -49,6 +49,14 @@ pub fn generate(
     show: &mut dyn FnMut(&str),
 ) -> Result<Generated> {
     let mut model = open(&job.model, screen)?;
+    if model.architecture.classifier().is_some() {
+        return Err(Error::new(
+            Kind::Usage,
+            "a classifier predicts classes, not the next token",
+        )
+        .value(model.architecture.class.clone())
+        .hint("use `wattune predict --data FILE`"));
+    }
     let prompt = encode_prompt(job, &model.tokenizer)?;
     let most = max_tokens(job, &model, prompt.len(), screen)?;
     let loaded = load(&mut model, &job.model, screen)?;

@@ -7,6 +7,7 @@ use super::machine::check_precision;
 use super::model::{end_ids, fetch_weights, find_model, tokenizer_of};
 use super::model_source::ModelSource;
 use super::prepare::architecture_of;
+use super::task::saved_labels;
 use crate::adapter::{self, Adaptation};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
@@ -54,7 +55,7 @@ pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Resul
     check_precision(request.device, request.precision)?;
     let source = request.source;
     let files = find_model(&source.id, &source.revision, screen.downloads())?;
-    let architecture = architecture_of(&files, Init::Pretrained, request.device)?;
+    let architecture = architecture(request, &files)?;
     let tokenizer = tokenizer_of(&files, architecture.vocab_size, source.chat_date())?;
     for warning in tokenizer.warnings() {
         screen.note(&format!("warning: {warning}"));
@@ -67,6 +68,24 @@ pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Resul
     })
 }
 
+/// The architecture by config.json; a classifier has the classes of its run, of its adapter, or its own.
+fn architecture(request: &ModelRequest<'_>, files: &ModelFiles) -> Result<Architecture> {
+    let mut architecture = architecture_of(files, Init::Pretrained, request.device)?;
+    if architecture.classifier().is_none() {
+        return Ok(architecture);
+    }
+    let source = request.source;
+    let of_run = source.recipe.as_ref().map(|recipe| &recipe.data.labels);
+    if let Some(labels) = of_run {
+        architecture.set_labels(labels);
+    } else if let Some(adapter) = &source.adapter
+        && let Some(labels) = saved_labels(adapter)?
+    {
+        architecture.set_labels(&labels);
+    }
+    Ok(architecture)
+}
+
 /// Reads the weights of an opened model and the adapter; shows the parts of the adapter's configuration that have no effect.
 pub(super) fn load(
     opened: &mut OpenedModel,
@@ -74,7 +93,7 @@ pub(super) fn load(
     screen: &mut dyn Screen,
 ) -> Result<LoadedModel> {
     fetch_weights(&mut opened.files, screen.downloads())?;
-    opened.architecture = architecture_of(&opened.files, Init::Pretrained, request.device)?;
+    opened.architecture = architecture(request, &opened.files)?;
     let architecture = &opened.architecture;
     let weights = Weights::open(&opened.files.weights, architecture)?;
     let loaded = request

@@ -34,6 +34,13 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     let adapter = adapter_of(request.source)?;
     let files = fetch(request.source, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, &device)?;
+    if architecture.classifier().is_some() {
+        return Err(
+            Error::new(Kind::Usage, "merging the adapter of a classifier is not supported")
+                .value(architecture.class.clone())
+                .hint("use the adapter as it is: `--adapter DIRECTORY` of `wattune predict`, or PEFT's `merge_and_unload`"),
+        );
+    }
     // Refuses weights that do not fit config.json before anything is written.
     let stored_names = Weights::open(&files.weights, &architecture)?.stored_names();
     let loaded = adapter::load(adapter)?;

@@ -18,6 +18,7 @@ pub fn data_options(data: &recipe::Data) -> data::Options {
         on_bad_record: data.on_bad_record,
         txt_unit: data.txt_unit,
         prompt_template: data.prompt_template.clone(),
+        labels: data.labels.clone(),
     }
 }
 

@@ -15,7 +15,8 @@ use super::machine::check_precision;
 use super::model::{find_model, tokenizer_of};
 use super::options::{sampler_options, schedule, settings};
 use super::records::{Records, Sources};
-use super::target::{adapter_warnings, shape_of, target};
+use super::target::{config_warnings, shape_of, target};
+use super::task::resolve_task;
 use crate::adapter::config::CONFIG_FILE;
 use crate::adapter::peft::WEIGHTS_FILE;
 use crate::data::{Dataset, MicroBatch, Sampler, Tokenizer, evaluation_batches};
@@ -167,7 +168,7 @@ pub fn prepare(
     recipe.data.chat_date = tokenizer.chat_date();
     let pretraining_tokens = pretraining_tokens(&files)?;
     let records = Records::load(&recipe, sources, &tokenizer, progress)?;
-    let mut warnings = adapter_warnings(&target, &architecture)?;
+    let mut warnings = config_warnings(&target, &architecture)?;
     warnings.extend(tokenizer.warnings().iter().cloned());
     warnings.extend(records.warnings());
     let examples = Arc::clone(&records.train.examples);
@@ -219,7 +220,7 @@ pub fn prepare(
     .with_schedule_over_budget()
 }
 
-/// What a recipe names, found: none of the parts depends on another.
+/// What a recipe names, found.
 struct Inputs {
     counting: Counting,
     model: PreparedModel,
@@ -239,7 +240,9 @@ impl Inputs {
         failures.note(refuse_adapter_on_random_weights(recipe));
         let counting = failures.note(Counting::resolve(recipe, computing));
         let sources = failures.note(Sources::find(recipe, progress));
-        let model = failures.note(PreparedModel::open(recipe, device, purpose, progress));
+        let training_files = sources.as_ref().map(Sources::training_files);
+        let model = PreparedModel::open(recipe, training_files, device, purpose, progress);
+        let model = failures.note(model);
         let inputs = counting.zip(model).zip(sources);
         failures.or(inputs.map(|((counting, model), sources)| Self {
             counting,
@@ -292,8 +295,10 @@ struct PreparedModel {
 }
 
 impl PreparedModel {
+    /// `training_files`: if they were found, for the names of a classifier's classes.
     fn open(
         recipe: &mut Recipe,
+        training_files: Option<&[PathBuf]>,
         device: &Device,
         purpose: Purpose,
         progress: &dyn Progress,
@@ -313,8 +318,9 @@ impl PreparedModel {
         {
             failures.note(files.require_weights().map(drop).map_err(of_model));
         }
-        let of_architecture = architecture.map(|architecture| {
+        let of_architecture = architecture.map(|mut architecture| {
             failures.note(refuse_dropout(&architecture).map_err(of_model));
+            failures.note(resolve_task(recipe, &mut architecture, training_files));
             failures.note(check_length(recipe, &architecture));
             let weights = weights_fingerprint(recipe, &files, &architecture);
             let weights = failures.note(weights.map_err(of_model));

@@ -13,7 +13,8 @@ use super::options::settings;
 use super::prepare::{Purpose, Target, architecture_of};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
-use super::target::{adapter_warnings, shape_of, target};
+use super::target::{config_warnings, shape_of, target};
+use super::task::resolve_task;
 use super::{Screen, plan, prepare};
 use crate::data;
 use crate::energy::{Computing, Profile};
@@ -113,11 +114,12 @@ impl ModelParts {
         check_precision(device, recipe.model.dtype)?;
         refuse_adapter_on_random_weights(recipe)?;
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
-        let architecture = architecture_of(&files, recipe.model.init, device)?;
+        let mut architecture = architecture_of(&files, recipe.model.init, device)?;
         refuse_dropout(&architecture)?;
+        resolve_task(recipe, &mut architecture, None)?;
         let target = target(recipe, &architecture)?;
         check_length(recipe, &architecture)?;
-        let mut warnings = adapter_warnings(&target, &architecture)?;
+        let mut warnings = config_warnings(&target, &architecture)?;
         let tokens = recipe.train.micro_batch_size * recipe.data.max_length;
         let shape = shape_of(recipe, &architecture, &target);
         let (recompute, memory) = recompute(

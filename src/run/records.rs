@@ -87,6 +87,11 @@ pub(super) struct Sources {
 }
 
 impl Sources {
+    /// The training files.
+    pub(super) fn training_files(&self) -> &[PathBuf] {
+        &self.train
+    }
+
     /// Finds the files, those of the hub fetched, and looks at the beginning of each local one.
     ///
     /// # Errors
@@ -178,7 +183,11 @@ fn set_warnings(name: &str, set: &Dataset) -> Vec<String> {
             ));
         }
     }
-    if !set.eos_trained {
+    let classified = set
+        .examples
+        .iter()
+        .any(|example| !example.labels.is_empty());
+    if !set.eos_trained && !classified {
         warnings.push(format!(
             "no {name} record ends with the end-of-text token: the model will not learn to stop"
         ));

@@ -203,6 +203,7 @@ fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
         val_loss_before: state.val_loss_before,
         val_loss_after: after.map(|last| last.val_loss),
         val_loss_after_se: after.and_then(|last| last.standard_error),
+        metrics: after.and_then(|last| last.metrics),
         train_loss_last: state.train_loss_last,
         tokens_per_second: rate.is_finite().then_some(rate),
         wall_s: wall,

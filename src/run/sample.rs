@@ -21,8 +21,12 @@ pub(super) struct SamplePrompt {
     pub(super) text: String,
 }
 
-/// Chosen from the first validation records, else training records; `None` if none begins with a prompt.
+/// Chosen from the first validation records, else training records; `None` if none begins with a prompt, and for
+/// a classifier.
 pub(super) fn sample_prompt(prepared: &Prepared) -> Result<Option<SamplePrompt>> {
+    if prepared.architecture.classifier().is_some() {
+        return Ok(None);
+    }
     let validation = prepared
         .validation
         .iter()

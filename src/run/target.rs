@@ -1,5 +1,6 @@
 //! The trained part of a recipe, resolved against the model's layers.
 
+use super::checks::dropout_warning;
 use super::continued::continue_adapter;
 use super::prepare::Target;
 use crate::adapter::config::OneOrMany;
@@ -83,24 +84,24 @@ pub(super) fn saved_config(
     let towers = architecture.names.tower_modules();
     let excluded = config.exclude_modules.take();
     config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
+    if architecture.classifier().is_some() {
+        config.task_type = Some("SEQ_CLS".into());
+    }
     Ok(config)
 }
 
-/// Parts of the continued adapter's configuration that have no effect.
-pub(super) fn adapter_warnings(
-    target: &Target,
-    architecture: &Architecture,
-) -> Result<Vec<String>> {
-    match target {
-        Target::Lora {
-            from: Some(adapter),
-            ..
-        } => {
-            let beside = architecture.names.tower_modules();
-            adapter.warnings(&architecture.layout(), beside.as_deref())
-        }
-        _ => Ok(Vec::new()),
+/// Parts of the configurations of the model and of the continued adapter that have no effect.
+pub(super) fn config_warnings(target: &Target, architecture: &Architecture) -> Result<Vec<String>> {
+    let mut warnings: Vec<String> = dropout_warning(architecture).into_iter().collect();
+    if let Target::Lora {
+        from: Some(adapter),
+        ..
+    } = target
+    {
+        let beside = architecture.names.tower_modules();
+        warnings.extend(adapter.warnings(&architecture.layout(), beside.as_deref())?);
     }
+    Ok(warnings)
 }
 
 /// The shape that a step's work and memory follow from.

@@ -7,6 +7,7 @@ use candle_core::Device;
 use super::model::{copy_companions, read_json, write_json};
 use super::prepare::{Prepared, Target};
 use super::target::saved_config;
+use super::task::write_labels;
 use crate::adapter::shards::{F32Tensor, write_f32s};
 use crate::adapter::{self, Adaptation, LoraConfig};
 use crate::error::{Error, Kind, Result};
@@ -51,7 +52,7 @@ pub(super) fn fully_trained(
 ) -> Result<TrainableModel> {
     let architecture = &prepared.architecture;
     let values = |_, slot: &Slot| match weights {
-        Some(weights) => weights.values(&slot.name),
+        Some(weights) => weights.values_or_random(&slot.name, &slot.shape, prepared.recipe.seed),
         None => Ok(random_tensor(
             architecture,
             &slot.name,
@@ -93,6 +94,12 @@ fn export_adapter(
     let revision = prepared.files.commit.as_deref();
     let architecture = &prepared.architecture;
     let config = saved_config(settings, adaptation, architecture, &base, revision)?;
+    if architecture.classifier().is_some() {
+        // PEFT's files of a classifier hold no label map.
+        let mut model = read_json(&prepared.files.config)?;
+        write_labels(architecture, &mut model);
+        write_json(&model, &dir.join("config.json"))?;
+    }
     parameters.with_rows(|[values, ..]| {
         let mut tensors = Vec::new();
         for (tensor, slot) in adaptation.tensors().iter().zip(parameters.slots()) {
@@ -131,6 +138,7 @@ pub(super) fn write_model_config(
         config["pretraining_tokens"] = tokens.into();
     }
     config["tie_word_embeddings"] = prepared.architecture.tie_word_embeddings.into();
+    write_labels(&prepared.architecture, &mut config);
     config["torch_dtype"] = "float32".into();
     // The later name of the same key.
     if let Some(dtype) = config.get_mut("dtype") {

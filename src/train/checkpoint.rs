@@ -20,6 +20,7 @@ use crate::model::StoredTensor;
 use crate::ops::Parameters;
 
 use super::Stop;
+use super::metrics::Metrics;
 
 /// File of the loop's state.
 const STATE: &str = "state.json";
@@ -74,6 +75,9 @@ pub struct Evaluation {
     /// Standard error of `val_loss` over the loss tokens.
     #[serde(default)]
     pub standard_error: Option<f64>,
+    /// Of a classifier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
 }
 
 /// A run's checkpoint folder.
@@ -363,6 +367,7 @@ mod tests {
                 step: 4,
                 val_loss: 0.25,
                 standard_error: None,
+                metrics: None,
             }),
             ..first
         };
@@ -486,6 +491,7 @@ mod tests {
                 step: step.min(2),
                 val_loss: 1.0,
                 standard_error: None,
+                metrics: None,
             });
             let state = TrainState {
                 step,

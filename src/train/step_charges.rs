@@ -268,6 +268,7 @@ mod tests {
         let example = |i: usize| Example {
             tokens: vec![0; length(i)],
             loss: (0..length(i)).map(|at| at > i % 7).collect(),
+            labels: Vec::new(),
         };
         (0..count).map(example).collect()
     }

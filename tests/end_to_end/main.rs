@@ -11,6 +11,7 @@ mod adapters;
 mod baselines;
 mod budget;
 mod choices;
+mod classifiers;
 mod continued;
 mod crashes;
 mod export;

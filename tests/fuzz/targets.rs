@@ -185,6 +185,7 @@ fn records(
                     on_bad_record,
                     txt_unit: TxtUnit::Paragraph,
                     prompt_template: None,
+                    labels: Vec::new(),
                     columns: Vec::new(),
                 };
                 let _ = data::load(&[file.to_path_buf()], &options, &tiny, None, &Silent);

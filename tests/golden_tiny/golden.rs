@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
-use wattune::adapter::Site;
 use wattune::adapter::targets::ModuleKind;
+use wattune::adapter::{Adaptation, Site, WeightCopy};
 use wattune::error::Result;
 use wattune::model::{Architecture, Batch, Decoder, WeightSource, Weights};
 use wattune::ops::{AdamW, Context, Lora, Parameters, Weight};
@@ -89,6 +89,11 @@ impl Golden {
             let start: usize = lengths[..*s].iter().sum();
             let base = tokens.len();
             tokens.extend(&ids[start..start + lengths[*s]]);
+            if self.json.get("labels").is_some() {
+                positions.push(base as u32);
+                targets.push(self.list("labels")[*s]);
+                continue;
+            }
             for i in 1..lengths[*s] {
                 if mask[start + i] == 1 {
                     positions.push((base + i - 1) as u32);
@@ -136,11 +141,34 @@ impl Golden {
         self.with_adapters(&|_| Ok(None))
     }
 
+    /// What PEFT's adapter trains: LoRA, and a classifier in full.
+    pub fn adaptation(&self) -> Adaptation {
+        let saved = self
+            .architecture
+            .classifier()
+            .map(|path| format!("{path}."));
+        let is_saved = |name: &str| saved.as_ref().is_some_and(|path| name.starts_with(path));
+        let tensors = self.architecture.tensors().into_iter();
+        let copies = tensors.filter(|tensor| is_saved(&tensor.name));
+        Adaptation {
+            copies: copies
+                .map(|tensor| WeightCopy {
+                    tensor: tensor.name,
+                    shape: tensor.shape,
+                    aliases: Vec::new(),
+                    in_lora_layer: false,
+                })
+                .collect(),
+            ..self.sites().into()
+        }
+    }
+
     pub fn sites(&self) -> Vec<Site> {
         let modules = self.architecture.modules();
+        let head = self.architecture.output_embedding();
         let linears = modules
             .into_iter()
-            .filter(|m| m.path != "lm_head" && m.kind == ModuleKind::Linear);
+            .filter(|m| m.path != head && m.kind == ModuleKind::Linear);
         let site = |m: wattune::adapter::Module| Site {
             path: m.path,
             in_features: m.in_features,
@@ -160,16 +188,12 @@ impl Golden {
             &Device::Cpu,
         )
         .unwrap();
-        let mut tensors = Vec::new();
-        for site in self.sites() {
-            for half in ["lora_A", "lora_B"] {
-                let name = format!("base_model.model.{}.{half}.weight", site.path);
-                let tensor = &file[&name];
-                let values = tensor.flatten_all().unwrap().to_vec1().unwrap();
-                tensors.push((name, tensor.dims().to_vec(), values));
-            }
-        }
-        let parameters = Parameters::new(tensors, &Device::Cpu).unwrap();
+        let adaptation = self.adaptation();
+        let tensors = adaptation.tensors().into_iter().map(|tensor| {
+            let values = file[&tensor.name].flatten_all().unwrap();
+            (tensor.name, tensor.shape, values.to_vec1().unwrap())
+        });
+        let parameters = Parameters::new(tensors.collect(), &Device::Cpu).unwrap();
         let slot = |name: String| parameters.slots().iter().position(|s| s.name == name);
         let lora = |path: &str| {
             let name = |half: &str| format!("base_model.model.{path}.{half}.weight");
@@ -185,7 +209,11 @@ impl Golden {
                 scaling: SCALING,
             }))
         };
-        (self.with_adapters(&lora), parameters)
+        let weight = |name: &str, _: &[usize]| match slot(format!("base_model.model.{name}")) {
+            Some(copy) => parameters.weight(copy),
+            None => Ok(Weight::frozen(self.base(name))),
+        };
+        (self.assemble(&weight, &lora), parameters)
     }
 
     /// The model with every weight trained.

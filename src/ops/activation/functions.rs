@@ -31,6 +31,8 @@ pub(in crate::ops) struct Silu;
 pub(in crate::ops) struct Gelu;
 /// x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
 pub(in crate::ops) struct GeluTanh;
+/// The hyperbolic tangent.
+pub(in crate::ops) struct Tanh;
 /// max(x, 0); its slope at 0 is 0, as in PyTorch.
 pub(in crate::ops) struct Relu;
 
@@ -84,6 +86,19 @@ impl Function for GeluTanh {
         let s = sigmoid(simd, x * (TANH_SLOPE * 2.0) as f32 * (1.0 + cubic));
         let z_slope = (TANH_SLOPE * 2.0) as f32 * (1.0 + 3.0 * cubic);
         [x * s, s + x * s * (1.0 - s) * z_slope]
+    }
+}
+
+impl Function for Tanh {
+    #[inline(always)]
+    fn value(simd: Simd, x: f32) -> f32 {
+        2.0 * sigmoid(simd, 2.0 * x) - 1.0
+    }
+
+    #[inline(always)]
+    fn value_and_slope(simd: Simd, x: f32) -> [f32; 2] {
+        let value = Self::value(simd, x);
+        [value, 1.0 - value * value]
     }
 }
 

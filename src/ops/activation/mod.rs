@@ -15,7 +15,7 @@ use super::storage::{
 use super::{Context, Path, new_tensor, optional_chunks};
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work};
-pub(super) use functions::{Function, Gelu, GeluTanh, Relu, Silu};
+pub(super) use functions::{Function, Gelu, GeluTanh, Relu, Silu, Tanh};
 use functions::{TANH_CUBIC, TANH_SLOPE};
 
 /// Elements of a task.
@@ -48,6 +48,8 @@ pub enum Activation {
     GeluTanh,
     /// max(x, 0).
     Relu,
+    /// tanh(x).
+    Tanh,
 }
 
 /// Input of `backward`: gate, and up if there is one (N, F), in the compute type.
@@ -77,6 +79,10 @@ macro_rules! with_function {
                 type $F = $crate::ops::activation::Relu;
                 $body
             }
+            $crate::ops::Activation::Tanh => {
+                type $F = $crate::ops::activation::Tanh;
+                $body
+            }
         }
     };
 }
@@ -90,6 +96,7 @@ impl Activation {
             "gelu" => Self::Gelu,
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Self::GeluTanh,
             "relu" => Self::Relu,
+            "tanh" => Self::Tanh,
             _ => return None,
         })
     }
@@ -101,6 +108,7 @@ impl Activation {
             Self::Gelu => [19, 22],
             Self::GeluTanh => [8, 15],
             Self::Relu => [1, 2],
+            Self::Tanh => [5, 7],
         }
     }
 
@@ -208,6 +216,7 @@ impl Activation {
             Self::Gelu => gate.gelu_erf()?,
             Self::GeluTanh => gate.gelu()?,
             Self::Relu => gate.relu()?,
+            Self::Tanh => gate.tanh()?,
         };
         Ok(match up {
             Some(up) => (y * up)?,
@@ -292,6 +301,11 @@ impl Activation {
                 (value, slope)
             }
             Self::Relu => (x.relu()?, x.gt(0.0)?.to_dtype(x.dtype())?),
+            Self::Tanh => {
+                let value = x.tanh()?;
+                let slope = value.sqr()?.affine(-1.0, 1.0)?;
+                (value, slope)
+            }
         })
     }
 

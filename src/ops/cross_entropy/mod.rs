@@ -184,16 +184,8 @@ impl LmHead {
     fn checked_shape(&self, h: &Tensor, targets: &[u32]) -> Result<LmHeadShape> {
         let shape = self.shape(targets.len())?;
         check_shape("h", h, &[shape.loss_tokens, shape.hidden])?;
-        let beyond = targets
-            .iter()
-            .find(|target| **target as usize >= shape.vocab);
-        beyond.map_or(Ok(shape), |target| {
-            Err(
-                Error::new(Kind::Tensor, "a target lies beyond the vocabulary")
-                    .value(target.to_string())
-                    .rule(format!("below {}", shape.vocab)),
-            )
-        })
+        check_targets(targets, shape.vocab)?;
+        Ok(shape)
     }
 
     /// h (N, C) -> logits (N, V), for generation and tests.
@@ -404,6 +396,56 @@ fn cap(logits: &mut [f32], softcap: Option<f64>) {
             .iter_mut()
             .for_each(|z| *z = capped(simd, *z, c as f32)));
     });
+}
+
+/// Work of the losses of `rows` logits (K), and with `backward` of their gradients.
+pub fn cross_entropy_cost(rows: usize, k: usize, backward: bool) -> Work {
+    let forward = Work::sweep(4 * rows * k, 3 * rows * k);
+    if backward {
+        return forward + Work::sweep(8 * rows * k, 2 * rows * k);
+    }
+    forward
+}
+
+/// logits (L, K) in f32, targets (L) -> each row's loss in nats, and with `scale` the logits'
+/// gradient (L, K) of `scale * sum of losses`, which on the CPU replaces the logits.
+///
+/// # Errors
+/// Another number of targets than rows, and a target of K or more.
+pub fn cross_entropy(
+    context: Context<'_>,
+    logits: Tensor,
+    targets: &[u32],
+    scale: Option<f64>,
+) -> Result<Losses> {
+    let (rows, k) = logits.dims2()?;
+    check_shape("logits", &logits, &[targets.len(), k])?;
+    check_targets(targets, k)?;
+    context
+        .counter
+        .add(cross_entropy_cost(rows, k, scale.is_some()));
+    let op = CrossEntropy {
+        targets,
+        scale,
+        softcap: None,
+        losses: Mutex::default(),
+    };
+    match context.path(&logits) {
+        Path::Cpu => op.in_place(logits),
+        path => op.reference(path, logits),
+    }
+}
+
+/// Refuses targets of `classes` or more.
+fn check_targets(targets: &[u32], classes: usize) -> Result<()> {
+    let beyond = targets.iter().find(|target| **target as usize >= classes);
+    beyond.map_or(Ok(()), |target| {
+        Err(
+            Error::new(Kind::Tensor, "a target lies beyond the vocabulary")
+                .value(target.to_string())
+                .rule(format!("below {classes}")),
+        )
+    })
 }
 
 /// Logits (L, V), capped if there is a softcap, and targets (L) -> the losses (L) in nats. With

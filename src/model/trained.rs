@@ -1,0 +1,135 @@
+//! What is trained of a model, found by the names of its layers and tensors.
+
+use super::architecture::{Architecture, LinearSpec};
+use super::linears::Linears;
+use super::residual::BranchNorms;
+use crate::adapter::Adaptation;
+use crate::ops::LoraShape;
+
+/// What is trained of a block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TrainedBlock {
+    pub(super) linears: Linears<TrainedLinear>,
+    /// The norms before and after attention.
+    pub(super) attention_norms: [bool; 2],
+    /// The norms before and after the MLP.
+    pub(super) mlp_norms: [bool; 2],
+    /// The norms of q and k.
+    pub(super) qk_norms: [bool; 2],
+}
+
+/// What is trained of the embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct TrainedEmbedding {
+    pub(super) tokens: bool,
+    pub(super) positions: bool,
+    pub(super) token_types: bool,
+    pub(super) norm: bool,
+    pub(super) lora: Option<LoraShape>,
+}
+
+impl TrainedEmbedding {
+    pub(super) fn any(self) -> bool {
+        let tables = self.tokens || self.positions || self.token_types;
+        tables || self.norm || self.lora.is_some()
+    }
+}
+
+/// What is trained of a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct TrainedLinear {
+    pub(super) lora: Option<LoraShape>,
+    pub(super) weight: bool,
+    pub(super) bias: bool,
+}
+
+impl TrainedLinear {
+    pub(super) fn any(self) -> bool {
+        self.lora.is_some() || self.weight || self.bias
+    }
+}
+
+impl TrainedBlock {
+    pub(super) fn any_norm(&self) -> bool {
+        let norms = [self.attention_norms, self.mlp_norms, self.qk_norms];
+        norms.as_flattened().contains(&true)
+    }
+
+    pub(super) fn any(&self) -> bool {
+        self.any_norm() || self.linears.iter().any(|linear| linear.any())
+    }
+}
+
+/// Whether both embeddings of the adapted model read one tensor.
+pub(super) fn is_tied(architecture: &Architecture, adaptation: &Adaptation) -> bool {
+    let tensors = architecture.tied_tensors();
+    let copied = tensors.iter().any(|tensor| adaptation.trains(tensor));
+    architecture.tie_word_embeddings && !(adaptation.unties && copied)
+}
+
+/// What is trained of a model, by name.
+pub(super) struct TrainedNames<'a> {
+    /// The adapter on the layer of this path.
+    pub(super) lora: &'a dyn Fn(&str) -> Option<LoraShape>,
+    /// Whether the tensor of this name is trained.
+    pub(super) weight: &'a dyn Fn(&str) -> bool,
+    /// Whether the output embedding is the input embedding's tensor.
+    pub(super) tied: bool,
+}
+
+impl TrainedNames<'_> {
+    /// Whether the weight or the bias of a norm is trained.
+    pub(super) fn norm(&self, path: &str) -> bool {
+        (self.weight)(&format!("{path}.weight")) || (self.weight)(&format!("{path}.bias"))
+    }
+
+    pub(super) fn embedding(&self, architecture: &Architecture) -> TrainedEmbedding {
+        let (names, parts) = (&architecture.names, &architecture.embedding_parts);
+        let part = |name: Option<&str>| {
+            name.is_some_and(|name| (self.weight)(&format!("{}.weight", names.base_path(name))))
+        };
+        TrainedEmbedding {
+            tokens: part(Some(names.embed_tokens)),
+            positions: part(parts.positions.map(|table| table.name)),
+            token_types: part(parts.token_types.map(|table| table.name)),
+            norm: parts
+                .norm
+                .is_some_and(|name| self.norm(&names.base_path(name))),
+            lora: (self.lora)(&names.embed_tokens_path()),
+        }
+    }
+
+    /// The layers of the head; a tied one is the embedding's tensor.
+    pub(super) fn head(&self, architecture: &Architecture) -> Vec<TrainedLinear> {
+        let embed_tokens = architecture.names.embed_tokens_path();
+        let layer = |(path, _): (&'static str, usize)| {
+            let weight = if self.tied { &embed_tokens } else { path };
+            TrainedLinear {
+                lora: (self.lora)(path),
+                weight: (self.weight)(&format!("{weight}.weight")),
+                bias: (self.weight)(&format!("{path}.bias")),
+            }
+        };
+        architecture.head_linears().into_iter().map(layer).collect()
+    }
+
+    pub(super) fn block(&self, architecture: &Architecture, layer: usize) -> TrainedBlock {
+        let path = architecture.names.block_path(layer);
+        let weight = |name: &str| (self.weight)(&format!("{path}.{name}.weight"));
+        let norm =
+            |name: Option<&str>| name.is_some_and(|name| self.norm(&format!("{path}.{name}")));
+        let norms = |norms: BranchNorms| [norm(norms.input), norm(norms.output)];
+        let linear = |linear: &LinearSpec| TrainedLinear {
+            lora: (self.lora)(&format!("{path}.{}", linear.name)),
+            weight: weight(linear.name),
+            bias: linear.bias && (self.weight)(&format!("{path}.{}.bias", linear.name)),
+        };
+        let qk_norm = |name: &'static str| norm(architecture.qk_norm.map(|_| name));
+        TrainedBlock {
+            linears: architecture.linears().map(linear),
+            attention_norms: norms(architecture.attention_norms),
+            mlp_norms: norms(architecture.mlp_norms),
+            qk_norms: ["self_attn.q_norm", "self_attn.k_norm"].map(qk_norm),
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Classifiers through the program: planned, trained, resumed, evaluated, predicted with, and refused.
+//!
+//! The model is a random one of `scripts/reference.py`, with a tokenizer of whole words written here.
+
+use serde_json::{Value, json};
+
+use super::lab::{Lab, flags, microjoules, number, says, set};
+#[cfg(unix)]
+use super::resume::{killed_at_checkpoint, resume};
+
+const RECIPE: &str = r#"
+name = "small"
+seed = 7
+[model]
+id = "./MODEL"
+[adapter]
+r = 2
+lora_alpha = 6
+[data]
+train = "train.jsonl"
+validation = "validation.jsonl"
+max_length = 16
+[train]
+steps = 60
+micro_batch_size = 4
+learning_rate = 2e-2
+warmup_steps = 0
+eval_every = 10
+save_every = 10
+[energy]
+device = "raspberry-pi-5"
+meter = "counted"
+"#;
+
+/// The word that decides the class, and the class.
+const CLASSES: [(&str, &str); 3] = [
+    ("awful", "negative"),
+    ("plain", "neutral"),
+    ("superb", "positive"),
+];
+
+const WORDS: [&str; 8] = ["a", "film", "of", "the", "year", "with", "some", "music"];
+
+/// A folder with the model MODEL of `tests/golden/tiny`, a tokenizer, records and a recipe.
+fn lab(model: &str) -> Lab {
+    let lab = Lab::new();
+    std::fs::create_dir(lab.path(model)).unwrap();
+    let golden = format!("{}/tests/golden/tiny/{model}", env!("CARGO_MANIFEST_DIR"));
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(
+            format!("{golden}/{file}"),
+            lab.path(&format!("{model}/{file}")),
+        )
+        .unwrap();
+    }
+    lab.write(&format!("{model}/tokenizer.json"), &tokenizer().to_string());
+    lab.write("train.jsonl", &records(0..30));
+    lab.write("validation.jsonl", &records(30..42));
+    lab.write("recipe.toml", &RECIPE.replace("MODEL", model));
+    lab
+}
+
+/// One token a word, between `[CLS]` and `[SEP]`.
+fn tokenizer() -> Value {
+    let special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"];
+    let classes = CLASSES.map(|(word, _)| word);
+    let words = special.iter().chain(&WORDS).chain(&classes);
+    let vocabulary: serde_json::Map<String, Value> = words
+        .zip(0..)
+        .map(|(word, id): (&&str, u32)| (word.to_string(), id.into()))
+        .collect();
+    let added = |(id, content): (u32, &str)| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+               "normalized": false, "special": true})
+    };
+    let special_token = |content: &str| json!({"SpecialToken": {"id": content, "type_id": 0}});
+    let sequence = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+    let ids = |id: u32, content: &str| json!({"id": content, "ids": [id], "tokens": [content]});
+    let template = [
+        special_token("[CLS]"),
+        sequence("A"),
+        special_token("[SEP]"),
+    ];
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": null,
+        "added_tokens": (0..).zip(special).map(added).collect::<Vec<_>>(),
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": template, "pair": template,
+            "special_tokens": {"[CLS]": ids(1, "[CLS]"), "[SEP]": ids(2, "[SEP]")},
+        },
+    })
+}
+
+/// Texts of two to seven words, one of which decides the class.
+fn records(which: std::ops::Range<usize>) -> String {
+    let record = |i: usize| {
+        let (word, label) = CLASSES[i % 3];
+        let length = 1 + i % 6;
+        let mut words: Vec<&str> = (0..length).map(|k| WORDS[(i * 5 + k * 3) % 8]).collect();
+        words.insert(i % (length + 1), word);
+        json!({"text": words.join(" "), "label": label}).to_string() + "\n"
+    };
+    which.map(record).collect()
+}
+
+const EVAL: [&str; 7] = [
+    "eval",
+    "--model",
+    "./bert",
+    "--data",
+    "validation.jsonl",
+    "--adapter",
+    "run/adapter",
+];
+
+#[test]
+fn a_classifier_spends_what_was_planned_and_learns() {
+    let lab = lab("bert");
+    let keys = set(&["adapter.lora_dropout=0.1"]);
+    let (plan, report) = (lab.plan(&keys), lab.train("run", &keys));
+    let total = |value: &Value| microjoules(&value["energy"]["total_j"]);
+    assert_eq!(total(&plan), total(&report));
+    assert_eq!(number(&report, "/training/metrics/accuracy"), 1.0);
+    let evaluated = lab.json(&EVAL);
+    for key in ["accuracy", "f1_macro", "f1_micro", "matthews_correlation"] {
+        let reported = number(&report, &format!("/training/metrics/{key}"));
+        assert_eq!(number(&evaluated, &format!("/{key}")), reported, "{key}");
+    }
+    assert_eq!(
+        evaluated["confusion_matrix"],
+        json!([[4, 0, 0], [0, 4, 0], [0, 0, 4]])
+    );
+    let before = number(&report, "/training/val_loss_before");
+    assert!(number(&evaluated, "/loss") < 0.5 * before);
+}
+
+#[test]
+fn predictions_are_labels_and_probabilities() {
+    let lab = lab("bert");
+    lab.train("run", &[]);
+    lab.write("texts.jsonl", &records(30..42).replace("label", "other"));
+    let mut predict = EVAL;
+    (predict[0], predict[4]) = ("predict", "texts.jsonl");
+    let found = lab.json(&predict);
+    assert_eq!(found["labels"], json!(["negative", "neutral", "positive"]));
+    let predictions = found["predictions"].as_array().unwrap();
+    assert_eq!(predictions.len(), 12);
+    for (i, prediction) in predictions.iter().enumerate() {
+        assert_eq!(prediction["label"], CLASSES[i % 3].1);
+        let probabilities = prediction["probabilities"].as_array().unwrap();
+        let sum: f64 = probabilities.iter().filter_map(Value::as_f64).sum();
+        assert!((sum - 1.0).abs() < 1e-12 && probabilities.len() == 3);
+    }
+    let config: Value = serde_json::from_slice(&lab.read("run/adapter/config.json")).unwrap();
+    assert_eq!(config["id2label"]["2"], "positive");
+    assert_eq!(config["label2id"]["neutral"], 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_classifier_resumes_to_the_same_bytes() {
+    let lab = lab("bert");
+    let keys = set(&["train.save_every=10"]);
+    lab.train("whole", &keys);
+    killed_at_checkpoint(&lab, "cut", &keys, 10);
+    resume(&lab, "cut");
+    assert_eq!(lab.adapter("whole"), lab.adapter("cut"));
+}
+
+#[test]
+fn a_trained_classifier_is_continued() {
+    let lab = lab("bert");
+    let report = lab.train("run", &[]);
+    let keys = set(&["adapter.init_from=run/adapter", "train.steps=1"]);
+    let again = lab.train("again", &keys);
+    let [after, before] = [
+        number(&report, "/training/val_loss_after"),
+        number(&again, "/training/val_loss_before"),
+    ];
+    assert!((after - before).abs() < 1e-6, "{before}, {after}");
+}
+
+#[test]
+fn what_a_classifier_cannot_do_is_refused() {
+    let lab = lab("bert");
+    let train = |key: &str| {
+        let keys = set(&[key]);
+        let arguments = [&["train", "recipe.toml", "--out", "run"], &flags(&keys)[..]];
+        lab.refused(2, &arguments.concat())
+    };
+    let message = train("model.task=causal-lm");
+    says(&message, &["model.task", "predicts no next token"]);
+    let message = train("data.format=completion");
+    says(&message, &["data.format", "classification"]);
+    let message = train("data.labels=[\"negative\", \"positive\"]");
+    says(
+        &message,
+        &["`classifier.weight` has shape [3, 32], the labels need [2, 32]"],
+    );
+    let generate = ["generate", "--model", "./bert", "--prompt", "a film"];
+    says(&lab.refused(2, &generate), &["wattune predict"]);
+    let predict = [
+        "predict",
+        "--model",
+        "embedded:tiny",
+        "--data",
+        "train.jsonl",
+    ];
+    says(&lab.refused(2, &predict), &["wattune generate"]);
+}
