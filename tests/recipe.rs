@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use wattune::adapter::LoraConfig;
-use wattune::adapter::options::Bias;
+use wattune::adapter::options::{Bias, LoraInit};
 use wattune::energy::{DeviceRef, Limits, MeterKind};
 use wattune::error::Kind;
 use wattune::recipe::*;
@@ -561,11 +561,11 @@ prop_compose! {
         alphas in prop::collection::btree_map("[a-z_.]{1,9}", quantity(), 0..3),
         layers in prop::option::of(prop::collection::vec(0usize..99, 1..4)),
         modules_to_save in prop::collection::vec("[a-z_.]{1,9}", 0..3),
-        (ensure_weight_tying, use_dora) in any::<(bool, bool)>(),
+        (ensure_weight_tying, use_dora, portable) in any::<(bool, bool, bool)>(),
         bias in prop::sample::select(vec![Bias::None, Bias::All, Bias::LoraOnly]),
         init_from in prop::option::of(word().prop_map(|name| Path::new("/a b").join(name))),
         loraplus_lr_ratio in prop::option::of(quantity()),
-        portable in any::<bool>(),
+        init_lora_weights in prop::sample::select(vec![LoraInit::Default, LoraInit::Olora, LoraInit::PissaNiter(3)]),
         written in prop::sample::subsequence(vec!["r", "lora_alpha", "use_rslora"], 0..=3),
     ) -> Lora {
         let names = matches!(target_modules, Targets::Names(_));
@@ -575,7 +575,7 @@ prop_compose! {
             alpha_pattern: alphas.into_iter().collect(),
             layers_to_transform: layers.filter(|_| names),
             layers_pattern: Vec::new(),
-            modules_to_save,
+            init_lora_weights, modules_to_save,
             ensure_weight_tying, use_dora, bias, lora_bias: false,
         };
         let mut lora = Lora { config, loraplus_lr_ratio, portable, init_from, written: Vec::new() };

@@ -6,7 +6,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::text::{first_few, nearest};
 
-use super::options::{Bias, LoraConfig};
+use super::options::{Bias, LoraConfig, LoraInit};
 use super::targets::{self, Module, ModuleKind, Site};
 
 /// Prefix of every name in an adapter's file.
@@ -157,6 +157,8 @@ pub struct Adaptation {
     pub use_dora: bool,
     /// Whether the layers have a bias on B.
     pub lora_bias: bool,
+    /// The initial values of the layers' factors.
+    pub init: LoraInit,
 }
 
 /// The place of a trained tensor.
@@ -266,8 +268,19 @@ impl Adaptation {
             copies,
             use_dora: settings.use_dora,
             lora_bias: settings.lora_bias,
+            init: settings.init_lora_weights,
             sites,
         }
+    }
+
+    /// The same as its files hold it: plain LoRA of twice the rank if the initialisation changes the base weights.
+    pub fn as_saved(&self) -> Self {
+        let mut saved = self.clone();
+        if self.init.changes_the_base() {
+            saved.sites.iter_mut().for_each(|site| site.r *= 2);
+            saved.init = LoraInit::Default;
+        }
+        saved
     }
 
     /// Whether an embedding has LoRA.

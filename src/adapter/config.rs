@@ -16,7 +16,7 @@ use super::fields::Fields;
 pub use super::fields::{InitWeights, JsonNumber, ModulePattern, OneOrMany};
 use super::keys;
 use super::matching::{KeyPattern, first_match};
-use super::options::{Bias, LoraConfig, Targets};
+use super::options::{Bias, LoraConfig, LoraInit, Targets};
 use super::targets::{Module, Site, shortest_names};
 
 /// The file's name in an adapter's directory.
@@ -177,6 +177,8 @@ impl PeftConfig {
             alpha_pattern: alphas.map(|(key, alpha)| (key.clone(), alpha.0)).collect(),
             layers_to_transform: layers.filter(|layers| !layers.is_empty()),
             layers_pattern,
+            // A trained adapter no longer depends on its initial values.
+            init_lora_weights: LoraInit::Default,
             modules_to_save: self.modules_to_save.clone().unwrap_or_default(),
             ensure_weight_tying: self.ensure_weight_tying,
             use_dora: self.use_dora,

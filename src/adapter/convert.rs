@@ -125,7 +125,7 @@ fn subtract_initial(
 }
 
 /// `[A; A0]`, or `[B, -B0]`.
-pub(super) fn joined(part: Part, trained: &StoredValues, initial: &StoredValues) -> StoredValues {
+pub fn joined(part: Part, trained: &StoredValues, initial: &StoredValues) -> StoredValues {
     let [rows, columns] = [trained.shape[0], trained.shape[1]];
     if part == Part::A {
         return StoredValues {
@@ -149,7 +149,7 @@ pub(super) fn joined(part: Part, trained: &StoredValues, initial: &StoredValues)
 ///
 /// # Errors
 /// `use_rslora` beside patterns, which PEFT refuses.
-pub(super) fn double_rank(config: &mut PeftConfig) -> Result<()> {
+pub fn double_rank(config: &mut PeftConfig) -> Result<()> {
     let patterns = !config.rank_pattern.0.is_empty() || !config.alpha_pattern.0.is_empty();
     if config.use_rslora && patterns {
         return Err(Error::new(

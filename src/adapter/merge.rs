@@ -282,7 +282,7 @@ impl Change<'_> {
 }
 
 /// A row of B A: `b` (r) times A (r, columns).
-fn low_rank_row(r: usize, b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
+pub(super) fn low_rank_row(r: usize, b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
     let mut row = vec![0.0f32; columns];
     for (b, a) in b[..r].iter().zip(a.chunks_exact(columns)) {
         for (sum, a) in row.iter_mut().zip(a) {

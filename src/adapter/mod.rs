@@ -6,7 +6,8 @@
 
 pub mod adaptation;
 pub mod config;
-mod convert;
+pub mod convert;
+pub mod decomposition;
 mod diff;
 mod directory;
 mod fields;
@@ -27,11 +28,12 @@ pub mod unsupported;
 pub use adaptation::{Adaptation, AdapterTensor, ModelLayout, Part, Place, WeightCopy};
 pub use config::PeftConfig;
 pub use convert::{Conversion, Converted, convert};
+pub use decomposition::Factors;
 pub use diff::{Difference, diff};
 pub use init::kaiming_uniform;
 pub use inspect::{Inspection, inspect};
 pub use merge::{MergeJob, MergeSummary, merge};
-pub use options::{LoraConfig, Targets};
+pub use options::{LoraConfig, LoraInit, Targets};
 pub use peft::{LoadedAdapter, load, save};
 pub use portability::{Verdict, check_portable, portability};
 pub use targets::{Module, Site, select};

@@ -2,6 +2,9 @@
 //!
 //! Plain values under PEFT's names, so that a recipe can hold them.
 
+use std::fmt;
+use std::str::FromStr;
+
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +44,66 @@ pub enum Bias {
     LoraOnly,
 }
 
+/// The initial values of the factors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoraInit {
+    /// Kaiming-uniform A and zero B.
+    #[default]
+    Default,
+    /// Normal A with a standard deviation of 1 / r, zero B.
+    Gaussian,
+    /// The largest singular values of the base weight, which loses them.
+    Pissa,
+    /// The same from a randomised decomposition of so many power iterations.
+    PissaNiter(usize),
+    /// The first columns of Q and rows of R of the base weight, which loses them.
+    Olora,
+}
+
+impl LoraInit {
+    /// The values that are read.
+    pub const RULE: &str =
+        "one of \"default\", \"gaussian\", \"pissa\", \"pissa_niter_N\" (N iterations), \"olora\"";
+    const NITER: &str = "pissa_niter_";
+    /// Most iterations of `pissa_niter_N`.
+    const MAX_NITER: usize = 1000;
+    const NAMED: [(Self, &str); 4] = [
+        (Self::Default, "default"),
+        (Self::Gaussian, "gaussian"),
+        (Self::Pissa, "pissa"),
+        (Self::Olora, "olora"),
+    ];
+
+    /// Whether the base weight loses what the factors hold; the adapter is then saved as plain LoRA of twice the rank.
+    pub fn changes_the_base(self) -> bool {
+        matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
+    }
+}
+
+impl FromStr for LoraInit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let named = Self::NAMED.into_iter().find(|(_, name)| *name == text);
+        let niter = text.strip_prefix(Self::NITER).and_then(|n| n.parse().ok());
+        let niter = niter
+            .filter(|n| *n <= Self::MAX_NITER)
+            .map(Self::PissaNiter);
+        let init = named.map(|(init, _)| init).or(niter);
+        init.ok_or_else(|| Self::RULE.to_string())
+    }
+}
+
+impl fmt::Display for LoraInit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Self::PissaNiter(n) = self {
+            return write!(f, "{}{n}", Self::NITER);
+        }
+        let name = Self::NAMED.iter().find(|(init, _)| init == self);
+        f.write_str(name.map_or("", |(_, name)| name))
+    }
+}
+
 /// The part of PEFT's `LoraConfig` that decides what is trained and how it is scaled.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
@@ -64,6 +127,8 @@ pub struct LoraConfig {
     pub layers_to_transform: Option<Vec<usize>>,
     /// Names of the module lists that contain layers; empty: the first list in a path.
     pub layers_pattern: Vec<String>,
+    /// Initial values of A and B.
+    pub init_lora_weights: LoraInit,
     /// Modules trained in full, by the ends of their paths.
     pub modules_to_save: Vec<String>,
     /// Trains tied embeddings of `modules_to_save` as one table.
@@ -90,6 +155,7 @@ impl Default for LoraConfig {
             alpha_pattern: Vec::new(),
             layers_to_transform: None,
             layers_pattern: Vec::new(),
+            init_lora_weights: LoraInit::Default,
             modules_to_save: Vec::new(),
             ensure_weight_tying: false,
             use_dora: false,

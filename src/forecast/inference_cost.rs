@@ -78,8 +78,10 @@ pub fn inference_cost(subject: &Subject<'_>, fine_tuning: Joules, meter: MeterKi
     let base = request(subject, &base_shape, prompt);
     let mut models = vec![served(subject, ServedModel::Base, base)];
     match subject.target {
-        Target::Lora { .. } => {
-            let unmerged = request(subject, subject.shape, prompt);
+        Target::Lora { adaptation, .. } => {
+            let (saved, precision) = (adaptation.as_saved(), subject.precision());
+            let shape = ModelShape::with_adapters(subject.architecture, &saved, false, precision);
+            let unmerged = request(subject, &shape, prompt);
             models.push(served(subject, ServedModel::Adapter, unmerged));
             models.push(served(subject, ServedModel::Merged, base));
         }

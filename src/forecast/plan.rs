@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::measured_baseline::{BaselineSetup, measured_kinds};
-use super::subject::{Subject, load_work};
+use super::subject::Subject;
 use super::what_if::{Choice, what_if};
 use crate::energy::baseline::BaselineKind;
 use crate::energy::{Charge, Limit, Phase, Spent};
@@ -89,7 +89,7 @@ pub fn forecast_run(
     let ending = ending.into_iter().collect();
     let costs = subject.step_costs(subject.shape, subject.trained(), subject.settings, ending);
     let charge = |work: &Work| subject.profile.charge(work);
-    let load = charge(&load_work(subject.architecture, subject.precision()));
+    let load = charge(&subject.load_work());
     // Before the first step: a sample and an evaluation.
     let opening = sample.into_iter().chain(costs.evaluation()).map(charge);
     let opening: Vec<Charge> = opening.collect();

@@ -1,5 +1,6 @@
 //! The parts of a prepared run that its cost depends on.
 
+use crate::adapter::decomposition::initial_work;
 use crate::adapter::{Adaptation, LoadedAdapter, LoraConfig};
 use crate::data::{Counts, MicroBatch, Sampler};
 use crate::energy::{Budget, Grid, Interval, Phase, Profile, Rates, carbon};
@@ -96,6 +97,16 @@ impl<'a> Subject<'a> {
             settings,
             ending,
         )
+    }
+
+    /// Work of loading the model and of its adapter's initialisation.
+    pub fn load_work(&self) -> Work {
+        let load = load_work(self.architecture, self.precision());
+        let Target::Lora { adaptation, .. } = self.target else {
+            return load;
+        };
+        let sites = adaptation.sites.iter();
+        load + sites.map(|site| initial_work(adaptation.init, site)).sum()
     }
 
     /// Trainable parameter count.

@@ -78,6 +78,8 @@ pub struct ModelShape {
     head: Vec<TrainedLinear>,
     /// Parameters of the weights that are not trained.
     frozen: u64,
+    /// Initial factors that are kept because the base weights have lost them.
+    kept_factors: u64,
     dropout: bool,
     precision: Precision,
 }
@@ -96,6 +98,10 @@ impl ModelShape {
             magnitude: adaptation.use_dora,
         };
         let sites = adaptation.sites.iter();
+        let factors = sites
+            .clone()
+            .map(|site| site.r * (site.in_features + site.out_features));
+        let kept_factors = factors.sum::<usize>() * usize::from(adaptation.init.changes_the_base());
         let adapters: HashMap<&str, LoraShape> =
             sites.map(|site| (site.path.as_str(), lora(site))).collect();
         let trained = TrainedNames {
@@ -103,7 +109,10 @@ impl ModelShape {
             weight: &|tensor| adaptation.trains(tensor),
             tied: is_tied(architecture, adaptation),
         };
-        Self::new(architecture, &trained, dropout, precision)
+        Self {
+            kept_factors: kept_factors as u64,
+            ..Self::new(architecture, &trained, dropout, precision)
+        }
     }
 
     /// The shape with every weight trained.
@@ -154,6 +163,7 @@ impl ModelShape {
             head: trained.head(architecture),
             frozen: frozen.map(TensorShape::parameters).sum(),
             architecture: architecture.clone(),
+            kept_factors: 0,
             dropout,
             precision,
         }
@@ -192,6 +202,11 @@ impl ModelShape {
     /// Parameters of the weights that are not trained.
     pub(super) fn frozen_parameters(&self) -> u64 {
         self.frozen
+    }
+
+    /// Values of the initial factors that are kept until the adapter is saved.
+    pub(super) fn kept_factors(&self) -> u64 {
+        self.kept_factors
     }
 
     /// Whether an adapter has DoRA's magnitudes.

@@ -85,7 +85,7 @@ pub fn forecast_memory(
     let flat = if 4 * trained > LOGITS { 4 * trained } else { 0 };
     MemoryForecast {
         weights: Bytes(weights),
-        trained: Bytes((12 + 4 * shards) * trained + flat),
+        trained: Bytes((12 + 4 * shards) * trained + flat + 4 * shape.kept_factors()),
         activations: Bytes(activations),
         temporaries: Bytes(temporaries),
         program: Bytes(PROGRAM),

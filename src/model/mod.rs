@@ -46,5 +46,5 @@ pub use memory::{MemoryForecast, forecast_memory, least_recompute};
 pub use names::{LinearNames, ModuleNames};
 pub use residual::BranchNorms;
 pub(crate) use stored::StoredTensor;
-pub use trainable::{TrainableModel, initial_values};
+pub use trainable::{AdapterStart, TrainableModel, initial_values};
 pub use weights::{Weights, random_tensor};

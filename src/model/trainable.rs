@@ -1,16 +1,16 @@
 //! A decoder with the parameters that are trained in it: an adapter's on frozen weights, or every
 //! weight.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::Dtype;
 
 use super::trained::is_tied;
 use super::weights::normal;
 use super::{Architecture, Decoder, WeightSource, Weights};
 use crate::adapter::{
-    Adaptation, AdapterTensor, LoadedAdapter, Part, Place, Site, kaiming_uniform,
+    Adaptation, AdapterTensor, Factors, LoadedAdapter, LoraInit, Part, Place, Site, kaiming_uniform,
 };
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Lora, Magnitude, Parameters, Slot, Weight, dtype};
@@ -22,6 +22,74 @@ pub struct TrainableModel {
     pub decoder: Decoder,
     /// The values it trains, under the names of their files.
     pub parameters: Parameters,
+}
+
+/// The start of a new adapter.
+#[derive(Debug, Clone, Default)]
+pub struct AdapterStart {
+    init: LoraInit,
+    seed: u64,
+    /// The factors that the base weights lose, by the layer's path.
+    factors: BTreeMap<String, Factors>,
+}
+
+impl AdapterStart {
+    /// The start of `adaptation` on `weights`, from which its initialisation may take factors.
+    ///
+    /// # Errors
+    /// Weights that cannot be read.
+    pub fn new(weights: &Weights, adaptation: &Adaptation, seed: u64) -> Result<Self> {
+        let init = adaptation.init;
+        let sites = adaptation.sites.iter().filter(|_| init.changes_the_base());
+        let factors = sites.map(|site| {
+            let w = weights.values(&format!("{}.weight", site.path))?;
+            Ok((site.path.clone(), Factors::new(init, w, site, seed)?))
+        });
+        Ok(Self {
+            init,
+            seed,
+            factors: factors.collect::<Result<_>>()?,
+        })
+    }
+
+    /// The factors that the base weight of the layer `path` has lost.
+    pub fn factors(&self, path: &str) -> Option<&Factors> {
+        self.factors.get(path)
+    }
+
+    /// The values of a new adapter's tensor.
+    fn values(&self, weights: &Weights, tensor: &AdapterTensor<'_>) -> Result<Vec<f32>> {
+        let (name, seed) = (&tensor.name, self.seed);
+        if let Place::Part(site, part) = tensor.place
+            && let Some(factors) = self.factors(&site.path)
+        {
+            let stored = if part == Part::A {
+                &factors.a
+            } else {
+                &factors.b
+            };
+            return Ok(stored.values.clone());
+        }
+        match tensor.place {
+            Place::Part(site, Part::A) if self.init == LoraInit::Gaussian => Ok(normal(
+                name,
+                site.in_features * site.r,
+                1.0 / site.r as f64,
+                seed,
+            )),
+            Place::Part(site, Part::A) => {
+                Ok(kaiming_uniform(site.in_features, site.r, seed, &site.path))
+            }
+            Place::Part(site, Part::Magnitude) => {
+                row_norms(&weights.values(&format!("{}.weight", site.path))?, site)
+            }
+            Place::Part(site, Part::EmbeddingB) => {
+                Ok(normal(name, site.out_features * site.r, 1.0, seed))
+            }
+            Place::Part(site, part) => Ok(vec![0.0; part.shape(site).iter().product()]),
+            Place::Weight(copy) => weights.values_or_random(&copy.tensor, &copy.shape, seed),
+        }
+    }
 }
 
 impl TrainableModel {
@@ -144,46 +212,62 @@ impl Weights {
     ) -> Result<Weight> {
         let dtype = if shape.len() == 1 {
             DType::F32
-        } else if device.is_cpu() && self.dtype(name)? == Dtype::BF16 {
-            DType::BF16
         } else {
-            dtype(precision)
+            self.frozen_dtype(name, precision, device)?
         };
         Ok(Weight::frozen(self.get(name, dtype, device)?))
     }
+
+    /// A frozen matrix without the factors that `start` holds for its layer, rounded to the type of [`Weights::frozen`] as
+    /// PEFT rounds it to that of its base; the weight itself if it holds none.
+    ///
+    /// # Errors
+    /// A weight that cannot be read.
+    pub fn frozen_without(
+        &self,
+        start: &AdapterStart,
+        name: &str,
+        shape: &[usize],
+        precision: Precision,
+        device: &Device,
+    ) -> Result<Weight> {
+        let path = name.strip_suffix(".weight").unwrap_or_default();
+        let Some(factors) = start.factors(path) else {
+            return self.frozen(name, shape, precision, device);
+        };
+        let mut w = self.values(name)?;
+        factors.subtract_from(&mut w);
+        let dtype = self.frozen_dtype(name, precision, device)?;
+        let w = Tensor::from_vec(w, shape, &Device::Cpu)?.to_dtype(dtype)?;
+        Ok(Weight::frozen(w.to_device(device)?))
+    }
+
+    /// The type in which a frozen matrix is stored.
+    fn frozen_dtype(&self, name: &str, precision: Precision, device: &Device) -> Result<DType> {
+        let as_stored = device.is_cpu() && self.dtype(name)? == Dtype::BF16;
+        Ok(if as_stored {
+            DType::BF16
+        } else {
+            dtype(precision)
+        })
+    }
 }
 
-/// Initial values of an adapter's tensors: those of `from`, else A drawn by `kaiming_uniform`, B
-/// zero, and copies of the model's `weights`, or random values of a layer of the head that the
-/// files lack.
+/// Initial values of an adapter's tensors: those of `from`, else of `start`.
 ///
 /// # Errors
 /// A copy of the base's embeddings in `from` that is not the model's.
 pub fn initial_values<'a>(
     weights: &'a Weights,
     from: Option<&'a LoadedAdapter>,
-    seed: u64,
+    start: &'a AdapterStart,
 ) -> Result<impl FnMut(&AdapterTensor<'_>) -> Result<Vec<f32>> + 'a> {
     if let Some(adapter) = from {
         check_base_embeddings(weights, adapter)?;
     }
-    Ok(move |tensor: &AdapterTensor<'_>| {
-        if let Some(adapter) = from {
-            return Ok(adapter.values(&tensor.name)?.to_vec());
-        }
-        match tensor.place {
-            Place::Part(site, Part::A) => {
-                Ok(kaiming_uniform(site.in_features, site.r, seed, &site.path))
-            }
-            Place::Part(site, Part::Magnitude) => {
-                row_norms(&weights.values(&format!("{}.weight", site.path))?, site)
-            }
-            Place::Part(site, Part::EmbeddingB) => {
-                Ok(normal(&tensor.name, site.out_features * site.r, 1.0, seed))
-            }
-            Place::Part(site, part) => Ok(vec![0.0; part.shape(site).iter().product()]),
-            Place::Weight(copy) => weights.values_or_random(&copy.tensor, &copy.shape, seed),
-        }
+    Ok(move |tensor: &AdapterTensor<'_>| match from {
+        Some(adapter) => Ok(adapter.values(&tensor.name)?.to_vec()),
+        None => start.values(weights, tensor),
     })
 }
 

@@ -14,7 +14,7 @@ use super::key::*;
 use super::larger_model::LargerModel;
 use super::reader::Reader;
 use super::setting::Setting;
-use crate::adapter::options::{Bias, LoraConfig, Targets};
+use crate::adapter::options::{Bias, LoraConfig, LoraInit, Targets};
 use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 use crate::energy::options::{DeviceRef, GridRef, Limits, MeterKind};
 use crate::train::schedule::Decay;
@@ -148,6 +148,8 @@ section! {
         alpha_pattern: Vec<(String, f64)> = optional("{ q_proj = 64 }"),
         /// Only these layers, for a list of target_modules
         layers_to_transform: Option<Vec<usize>> = optional("[0, 1, 2]"),
+        /// Initial A and B; "pissa", "pissa_niter_16" and "olora" take them from the base weight, and are saved as LoRA of rank 2r
+        init_lora_weights: LoraInit = default("\"default\"").known_as(&["init_weights"]),
         /// Modules trained in full beside LoRA, by the ends of their paths
         modules_to_save: Vec<String> = optional("[\"lm_head\"]"),
         /// Train tied embeddings of modules_to_save as one table

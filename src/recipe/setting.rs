@@ -16,7 +16,7 @@ use super::reader::Field;
 use super::sections::{AdapterType, Checkpointing, Compared, Init, Task};
 use super::suggest;
 use super::tree::{Node, Raw};
-use crate::adapter::options::Bias;
+use crate::adapter::options::{Bias, LoraInit};
 use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 use crate::energy::options::MeterKind;
 use crate::train::schedule::Decay;
@@ -254,6 +254,24 @@ impl Setting for String {
 impl Setting for PromptTemplate {
     fn values(_: &Key) -> Values {
         let schema = json!({ "type": "string", "pattern": r"^chat$|\{prompt\}" });
+        values(Self::RULE, schema)
+    }
+
+    fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
+        let Raw::Text(text) = &node.raw else {
+            return field.wrong_type(node);
+        };
+        text.parse().ok().or_else(|| field.invalid(node))
+    }
+
+    fn write(&self) -> Option<Value> {
+        Some(self.to_string().into())
+    }
+}
+
+impl Setting for LoraInit {
+    fn values(_: &Key) -> Values {
+        let schema = json!({ "type": "string", "pattern": "^(default|gaussian|pissa|pissa_niter_[0-9]+|olora)$" });
         values(Self::RULE, schema)
     }
 

@@ -12,7 +12,7 @@ use super::measured_baselines::{Reference, RunContext, label};
 use super::prepare::Prepared;
 use super::session::{Segment, Session};
 use super::spending::interval;
-use super::trained_model::{fully_trained, open_weights};
+use super::trained_model::{Assembled, fully_trained, open_weights};
 use crate::energy::{Account, Budget, Interval, Ledger, Limit, Limits, MeterKind, Phase};
 use crate::error::{Error, Result};
 use crate::forecast::{BaselineSetup, emissions};
@@ -225,10 +225,11 @@ impl<'a> BaselineRun<'a> {
             prepared, device, ..
         } = *self.context;
         let load = self.setup.load();
-        self.session.load_model(load.as_ref(), || {
+        let assembled = self.session.load_model(load.as_ref(), || {
             let weights = load.is_some().then(|| open_weights(prepared)).transpose()?;
-            fully_trained(prepared, weights.as_ref(), device)
-        })
+            fully_trained(prepared, weights.as_ref(), device).map(Assembled::from)
+        })?;
+        Ok(assembled.model)
     }
 
     fn block(&self, stop: &Stop) -> Result<Baseline> {

@@ -22,6 +22,7 @@ const ALPHA: [&str; 2] = ["lora_alpha", "alpha_pattern"];
 const SCALING: [&str; 1] = ["use_rslora"];
 const SAVED: [&str; 3] = ["modules_to_save", "ensure_weight_tying", "bias"];
 const PARTS: [&str; 2] = ["use_dora", "lora_bias"];
+const INIT: [&str; 1] = ["init_lora_weights"];
 
 /// The adapter at `path` as what is trained; `lora` gets its settings where the recipe gives none.
 ///
@@ -78,6 +79,7 @@ fn with_given_keys(lora: &Lora, adapter: &LoraConfig) -> LoraConfig {
         alpha_pattern: given("alpha_pattern").alpha_pattern.clone(),
         layers_to_transform: given("layers_to_transform").layers_to_transform.clone(),
         layers_pattern: adapter.layers_pattern.clone(),
+        init_lora_weights: adapter.init_lora_weights,
         modules_to_save: given("modules_to_save").modules_to_save.clone(),
         ensure_weight_tying: given("ensure_weight_tying").ensure_weight_tying,
         use_dora: given("use_dora").use_dora,
@@ -112,6 +114,9 @@ impl Comparison<'_> {
             && (!is_given(self.lora, "lora_bias") || recipe.lora_bias == adapter.lora_bias);
         let other = (!same).then(|| "its layers have other parts".to_string());
         self.refuse(&PARTS, other)?;
+        let same = recipe.init_lora_weights == adapter.init_lora_weights;
+        let other = (!same).then(|| "its values are the initial ones".to_string());
+        self.refuse(&INIT, other)?;
         self.refuse(&SAVED, self.other_weights())
     }
 

@@ -12,7 +12,7 @@ use crate::adapter::{self, Adaptation};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
-use crate::model::{Architecture, Decoder, TrainableModel, Weights, initial_values};
+use crate::model::{AdapterStart, Architecture, Decoder, TrainableModel, Weights, initial_values};
 use crate::ops::Parameters;
 use crate::recipe::Init;
 use crate::work::Precision;
@@ -115,7 +115,7 @@ pub(super) fn load(
         architecture,
         &adaptation,
         &|name, shape| weights.frozen(name, shape, request.precision, request.device),
-        initial_values(&weights, loaded.as_ref(), 0)?,
+        initial_values(&weights, loaded.as_ref(), &AdapterStart::default())?,
         request.device,
     )?;
     Ok(LoadedModel {

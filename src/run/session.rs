@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use super::Screen;
 use super::prepare::Prepared;
 use super::step_logger::StepLogger;
+use super::trained_model::Assembled;
 use crate::energy::{Account, Phase};
 use crate::error::Result;
 use crate::model::{ModelShape, TrainableModel};
@@ -45,21 +46,21 @@ impl Session<'_> {
     pub(super) fn load_model(
         &mut self,
         work: Option<&Work>,
-        assemble: impl FnOnce() -> Result<TrainableModel>,
-    ) -> Result<TrainableModel> {
+        assemble: impl FnOnce() -> Result<Assembled>,
+    ) -> Result<Assembled> {
         if let Some(work) = work {
             self.account.admit(Phase::Load, work, &[])?;
             self.account.begin();
         }
-        let model = assemble()?;
+        let assembled = assemble()?;
         if self.has_checkpoint {
             self.checkpoints
-                .restore(self.state.step, &model.parameters)?;
+                .restore(self.state.step, &assembled.model.parameters)?;
         }
         if let Some(work) = work {
             self.account.charge(Phase::Load, self.state.step, work)?;
         }
-        Ok(model)
+        Ok(assembled)
     }
 
     /// Trains from the state until the loop stops, and logs each step.

@@ -4,8 +4,10 @@ use super::checks::dropout_warning;
 use super::continued::continue_adapter;
 use super::prepare::Target;
 use crate::adapter::config::OneOrMany;
+use crate::adapter::convert::double_rank;
+use crate::adapter::decomposition::check_sites;
 use crate::adapter::targets::check_ranks;
-use crate::adapter::{Adaptation, LoraConfig, PeftConfig, check_portable};
+use crate::adapter::{Adaptation, LoraConfig, LoraInit, PeftConfig, check_portable};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Architecture, ModelShape};
 use crate::recipe::{Adapter, Recipe};
@@ -37,6 +39,8 @@ pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result
             let adaptation = Adaptation::select(&layout, &lora.config)
                 .map_err(|e| e.key("adapter.target_modules"))?;
             check_ranks(&lora.config, &adaptation.sites).map_err(|e| e.key("adapter.r"))?;
+            check_init(&lora.config, &adaptation, &layout.output_embedding)
+                .map_err(|e| e.key("adapter.init_lora_weights"))?;
             Target::Lora {
                 settings: Box::new(lora.config.clone()),
                 adaptation,
@@ -60,11 +64,37 @@ pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result
         .rule("PEFT gives it a rate of its own, 1e-6")
         .hint("leave `loraplus_lr_ratio` out, or the embedding out of `target_modules`"));
     }
+    let config = saved_config(settings, adaptation, architecture, "", None)
+        .map_err(|e| e.key("adapter.init_lora_weights"))?;
     if lora.portable {
-        let config = saved_config(settings, adaptation, architecture, "", None)?;
         check_portable(&config).map_err(|e| e.key("adapter.portable"))?;
     }
     Ok(target)
+}
+
+/// Refuses an initialisation that cannot be applied to the layers, or not beside other settings.
+fn check_init(
+    settings: &LoraConfig,
+    adaptation: &Adaptation,
+    output_embedding: &str,
+) -> Result<()> {
+    let init = adaptation.init;
+    check_sites(init, &adaptation.sites, output_embedding)?;
+    let beside = [
+        (settings.use_dora, "use_dora"),
+        (settings.lora_bias, "lora_bias"),
+    ];
+    let other = beside.into_iter().find(|(used, _)| *used);
+    match other.filter(|_| init != LoraInit::Default) {
+        Some((_, key)) => Err(Error::new(
+            Kind::Adapter,
+            format!("`init_lora_weights = \"{init}\"` cannot be combined with `{key}`"),
+        )
+        .hint(format!(
+            "leave one of the two out: `{key}`, or `init_lora_weights`"
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// The configuration that the adapter is saved with; `base` and `revision` name the model.
@@ -86,6 +116,9 @@ pub(super) fn saved_config(
     config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
     if architecture.classifier().is_some() {
         config.task_type = Some("SEQ_CLS".into());
+    }
+    if adaptation.init.changes_the_base() {
+        double_rank(&mut config)?;
     }
     Ok(config)
 }

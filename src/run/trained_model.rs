@@ -1,5 +1,6 @@
 //! The trained model of a run: built from weights, and exported as adapter or model directory.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use candle_core::Device;
@@ -8,16 +9,33 @@ use super::model::{copy_companions, read_json, write_json};
 use super::prepare::{Prepared, Target};
 use super::target::saved_config;
 use super::task::write_labels;
+use crate::adapter::convert::joined;
+use crate::adapter::peft::StoredValues;
 use crate::adapter::shards::{F32Tensor, write_f32s};
-use crate::adapter::{self, Adaptation, LoraConfig};
+use crate::adapter::{self, Adaptation, AdapterTensor, LoraConfig, Part, Place};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::model_name;
-use crate::model::{TrainableModel, Weights, initial_values, random_tensor};
+use crate::model::{AdapterStart, TrainableModel, Weights, initial_values, random_tensor};
 use crate::ops::{Parameters, Slot};
 use crate::recipe::Init;
 
+/// A model in training, and the start of its adapter.
+pub(super) struct Assembled {
+    pub(super) model: TrainableModel,
+    /// Holds the factors that the base weights have lost.
+    pub(super) start: AdapterStart,
+}
+
+impl From<TrainableModel> for Assembled {
+    /// A model whose base weights are as stored.
+    fn from(model: TrainableModel) -> Self {
+        let start = AdapterStart::default();
+        Self { model, start }
+    }
+}
+
 /// Reads the weights, or draws them, and builds the model.
-pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<TrainableModel> {
+pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Assembled> {
     let recipe = &prepared.recipe;
     let weights = match recipe.model.init {
         Init::Pretrained => Some(open_weights(prepared)?),
@@ -30,13 +48,16 @@ pub(super) fn assemble(prepared: &Prepared, device: &Device) -> Result<Trainable
         } => {
             let weights = weights
                 .ok_or_else(|| Error::new(Kind::Model, "an adapter needs pretrained weights"))?;
+            let start = AdapterStart::new(&weights, adaptation, recipe.seed)?;
             let weight = |name: &str, shape: &[usize]| {
-                weights.frozen(name, shape, recipe.model.dtype, device)
+                weights.frozen_without(&start, name, shape, recipe.model.dtype, device)
             };
-            let values = initial_values(&weights, from.as_deref(), recipe.seed)?;
-            TrainableModel::with_adapters(architecture, adaptation, &weight, values, device)
+            let values = initial_values(&weights, from.as_deref(), &start)?;
+            let model =
+                TrainableModel::with_adapters(architecture, adaptation, &weight, values, device)?;
+            Ok(Assembled { model, start })
         }
-        Target::All => fully_trained(prepared, weights.as_ref(), device),
+        Target::All => fully_trained(prepared, weights.as_ref(), device).map(Assembled::from),
     }
 }
 
@@ -67,7 +88,7 @@ pub(super) fn fully_trained(
 /// scratch, where baselines read it.
 pub(super) fn export(
     prepared: &Prepared,
-    parameters: &Parameters,
+    assembled: &Assembled,
     dir: &Path,
     trained_tokens: Option<u64>,
 ) -> Result<()> {
@@ -77,19 +98,21 @@ pub(super) fn export(
             settings,
             adaptation,
             ..
-        } => export_adapter(prepared, settings, adaptation, parameters, dir),
-        Target::All => export_model(prepared, parameters, dir, trained_tokens),
+        } => export_adapter(prepared, settings, adaptation, assembled, dir),
+        Target::All => export_model(prepared, &assembled.model.parameters, dir, trained_tokens),
     }
 }
 
-/// Writes PEFT's files of an adapter.
+/// Writes PEFT's files of an adapter. The factors that the base weights have lost are subtracted.
 fn export_adapter(
     prepared: &Prepared,
     settings: &LoraConfig,
     adaptation: &Adaptation,
-    parameters: &Parameters,
+    assembled: &Assembled,
     dir: &Path,
 ) -> Result<()> {
+    let Assembled { model, start } = assembled;
+    let parameters = &model.parameters;
     let base = model_name(&prepared.recipe.model.id);
     let revision = prepared.files.commit.as_deref();
     let architecture = &prepared.architecture;
@@ -101,14 +124,48 @@ fn export_adapter(
         write_json(&model, &dir.join("config.json"))?;
     }
     parameters.with_rows(|[values, ..]| {
+        let trained = adaptation.tensors();
+        let with_values = trained.iter().zip(parameters.slots());
+        let with_values: Vec<_> = with_values
+            .map(|(tensor, slot)| {
+                (
+                    tensor,
+                    saved_values(tensor, slot, &values[slot.range()], start),
+                )
+            })
+            .collect();
         let mut tensors = Vec::new();
-        for (tensor, slot) in adaptation.tensors().iter().zip(parameters.slots()) {
-            let values = &values[slot.range()];
+        for (tensor, (shape, values)) in &with_values {
             let names = tensor.names().into_iter();
-            tensors.extend(names.map(|name| (name, slot.shape.clone(), values)));
+            tensors.extend(names.map(|name| (name, shape.clone(), values.as_ref())));
         }
         adapter::save(dir, &config, &tensors)
     })
+}
+
+/// Shape and values of a trained tensor in its file.
+fn saved_values<'v>(
+    tensor: &AdapterTensor<'_>,
+    slot: &Slot,
+    values: &'v [f32],
+    start: &AdapterStart,
+) -> (Vec<usize>, Cow<'v, [f32]>) {
+    if let Place::Part(site, part) = tensor.place
+        && let Some(factors) = start.factors(&site.path)
+    {
+        let initial = if part == Part::A {
+            &factors.a
+        } else {
+            &factors.b
+        };
+        let trained = StoredValues {
+            shape: slot.shape.clone(),
+            values: values.to_vec(),
+        };
+        let joined = joined(part, &trained, initial);
+        return (joined.shape, joined.values.into());
+    }
+    (slot.shape.clone(), values.into())
 }
 
 fn export_model(

@@ -19,7 +19,6 @@ use super::{Screen, plan, trained_model};
 use crate::energy::{Account, Computing, Ledger, Limit, Phase, Verdict};
 use crate::error::{Error, Kind, Result};
 use crate::files::remove_leftovers;
-use crate::forecast::load_work;
 use crate::model::Decoder;
 use crate::recipe::{Init, Recipe};
 use crate::report::steps::truncate_after;
@@ -153,7 +152,7 @@ impl<'a> Run<'a> {
             request,
             prepared,
             prompt: sample_prompt(prepared)?,
-            load: load_work(&prepared.architecture, prepared.recipe.model.dtype),
+            load: prepared.subject().load_work(),
             session: Session {
                 prepared,
                 account,
@@ -252,9 +251,10 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let prepared = self.prepared;
         let load = self.load.clone();
-        let model = self.session.load_model(Some(&load), || {
+        let assembled = self.session.load_model(Some(&load), || {
             trained_model::assemble(prepared, &self.request.device)
         })?;
+        let model = &assembled.model;
         if self.request.resume.is_some() {
             let step = self.session.state.step;
             truncate_after(&self.directory.steps(), step)?;
@@ -267,12 +267,12 @@ impl<'a> Run<'a> {
             self.session.state.sample_before = self.sample(&model.decoder)?;
         }
         let segment = Segment {
-            model: &model,
+            model,
             shape: &prepared.shape,
             settings: &prepared.settings,
             ending: self.ending(),
             expected_steps,
-            export: &|dir| trained_model::export(prepared, &model.parameters, dir, None),
+            export: &|dir| trained_model::export(prepared, &assembled, dir, None),
             interrupted: self.request.interrupted,
         };
         let stop = self.session.train(segment, screen)?;
@@ -290,10 +290,10 @@ impl<'a> Run<'a> {
         self.session.account.close()?;
         let wall = Seconds(started.elapsed().as_secs_f64());
         let tokens = Some(self.session.state.tokens);
-        let export = |dir: &Path| trained_model::export(prepared, &model.parameters, dir, tokens);
+        let export = |dir: &Path| trained_model::export(prepared, &assembled, dir, tokens);
         let report = self.write_reports(&stop, after, wall, &export)?;
         // Measured baselines need the model's memory.
-        drop(model);
+        drop(assembled);
         self.finish(stop, report, screen)
     }
 

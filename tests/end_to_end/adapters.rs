@@ -5,7 +5,7 @@ use super::lab::{Lab, flags, microjoules, number, set};
 use super::resume::{killed_at_checkpoint, resume};
 
 /// Keys of recipes, one adapter each.
-const ADAPTERS: [&[&str]; 5] = [
+const ADAPTERS: [&[&str]; 7] = [
     &["adapter.modules_to_save=[\"lm_head\"]"],
     &[
         "adapter.modules_to_save=[\"embed_tokens\", \"norm\"]",
@@ -21,6 +21,15 @@ const ADAPTERS: [&[&str]; 5] = [
         "adapter.lora_dropout=0.1",
     ],
     &["adapter.use_dora=true", "adapter.lora_dropout=0.1"],
+    &[
+        "adapter.init_lora_weights=pissa_niter_4",
+        "adapter.use_rslora=true",
+    ],
+    &[
+        "adapter.init_lora_weights=olora",
+        "adapter.rank_pattern={ q_proj = 4 }",
+        "adapter.lora_dropout=0.1",
+    ],
 ];
 
 fn with<'a>(keys: &[&'a str], more: &[&'a str]) -> Vec<String> {
@@ -63,8 +72,14 @@ fn every_adapter_merges_to_a_model_of_the_same_loss() {
         );
         assert!((base - adapted).abs() > 0.02, "{keys:?}: {base}, {adapted}");
         // Continued without a step at a rate above 0, the loss stays.
-        let from = format!("adapter.init_from={adapter}");
-        let report = lab.train(&format!("{run}b"), &set(&[&from, "train.steps=1"]));
+        let config = lab.json(&["adapter", "inspect", &adapter])["config"].take();
+        let continued = [
+            format!("adapter.init_from={adapter}"),
+            format!("adapter.r={}", config["r"]),
+            format!("adapter.lora_alpha={}", config["lora_alpha"]),
+        ];
+        let continued = continued.each_ref().map(String::as_str);
+        let report = lab.train(&format!("{run}b"), &with(&continued, &["train.steps=1"]));
         let before = number(&report, "/training/val_loss_before");
         assert!(
             (before - adapted).abs() < 1e-6,
@@ -126,6 +141,46 @@ fn the_adapter_of_a_run_is_inspected_converted_and_compared() {
     assert!((original - plain).abs() < 1e-6, "{original}, {plain}");
     let same = lab.json(&["adapter", "diff", "run", "run"]);
     assert_eq!(number(&same, "/total/difference"), 0.0);
+}
+
+#[test]
+fn an_initialisation_is_refused_where_it_cannot_be_applied_or_saved() {
+    let lab = Lab::new();
+    for (keys, word) in [
+        (&["adapter.target_modules=[\"lm_head\"]"][..], "`lm_head`"),
+        (&["adapter.use_dora=true"], "`use_dora`"),
+        (
+            &[
+                "adapter.use_rslora=true",
+                "adapter.rank_pattern={ q_proj = 4 }",
+            ],
+            "PEFT cannot convert",
+        ),
+    ] {
+        let keys = with(keys, &["adapter.init_lora_weights=pissa"]);
+        let arguments = [&["plan", "recipe.toml"], &flags(&keys)[..]].concat();
+        let message = lab.refused(2, &arguments);
+        assert!(message.contains(word), "{keys:?}: {message}");
+    }
+}
+
+#[test]
+fn the_initial_factors_do_not_depend_on_the_threads() {
+    let lab = Lab::new();
+    let keys = set(&["adapter.init_lora_weights=pissa", "train.steps=1"]);
+    for threads in ["1", "3"] {
+        let train = [
+            "train",
+            "recipe.toml",
+            "--quiet",
+            "--out",
+            threads,
+            "--threads",
+            threads,
+        ];
+        lab.json(&[&train, &flags(&keys)[..]].concat());
+    }
+    assert!(lab.adapter("1") == lab.adapter("3"));
 }
 
 #[test]

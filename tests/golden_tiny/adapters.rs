@@ -10,8 +10,8 @@ use candle_core::{DType, Device};
 use serde_json::Value;
 use wattune::adapter::{self, Adaptation, LoadedAdapter, MergeJob};
 use wattune::model::{
-    Architecture, Decoder, ModelShape, Recompute, TrainableModel, WeightSource, Weights,
-    initial_values,
+    AdapterStart, Architecture, Decoder, ModelShape, Recompute, TrainableModel, WeightSource,
+    Weights, initial_values,
 };
 use wattune::ops::{Context, Weight};
 use wattune::units::Bytes;
@@ -73,7 +73,7 @@ impl Case {
             &self.golden.architecture,
             &self.adaptation,
             &|name, shape| weights.frozen(name, shape, Precision::F32, &Device::Cpu),
-            initial_values(&weights, Some(&self.loaded), 0).unwrap(),
+            initial_values(&weights, Some(&self.loaded), &AdapterStart::default()).unwrap(),
             &Device::Cpu,
         )
         .unwrap()

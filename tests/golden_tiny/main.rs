@@ -5,6 +5,7 @@
 mod adapters;
 mod composite;
 mod golden;
+mod inits;
 
 use candle_core::{Device, Tensor};
 use golden::{ADAMW, Golden, close, contexts, near};
