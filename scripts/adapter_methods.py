@@ -3,12 +3,13 @@
     python scripts/adapter_methods.py [NAME...]      # all cases, or those named; writes tests/golden/adapters/NAME/
     python scripts/adapter_methods.py --loss MODEL_DIR [ADAPTER_DIR]   # the loss of any model, by PEFT
 
-Needs torch, transformers and peft (golden.json names the versions). CPU, one thread, float32, eager attention, each sequence
+Needs torch, transformers, peft and bitsandbytes (golden.json names the versions). CPU, one thread, float32, eager attention, each sequence
 run alone; the sequences, loss masks and optimizer are those of scripts/reference.py. Deterministic.
 
   adapter/            as PEFT saves it, every trained tensor moved away from its initial value
   golden.safetensors  grad.PEFT_NAME: d(loss)/d(tensor) of every trained tensor at the saved adapter
-  golden.json         versions, base (the tiny model), settings (LoraConfig's), segments, input_ids, loss_mask, base_loss,
+  golden.json         versions, base (the tiny model), quantization (of the linear layers of its blocks, by bitsandbytes' own
+                      formulas), settings (LoraConfig's), segments, input_ids, loss_mask, base_loss,
                       loss, merged_loss (PEFT's merge_and_unload, saved and read again), steps [{step, lr, loss,
                       grad_norm}], loss_after, noise (differences to sdpa attention over one right-padded batch)
 """
@@ -51,7 +52,11 @@ CASES = {
     "bias_all": ("biases", dict(target_modules=["q_proj"], bias="all")),
     "bias_lora_only": ("biases", dict(target_modules=["1.self_attn.k_proj", "down_proj"], bias="lora_only")),
     "lora_bias": ("biases", dict(target_modules=["v_proj", "down_proj"], lora_bias=True)),
+    "nf4": ("qwen2", dict(target_modules="all-linear")),
+    "nf4_dora": ("gqa", dict(target_modules=["q_proj", "down_proj"], use_dora=True, modules_to_save=["up_proj"])),
+    "int8": ("tied", dict(target_modules=["o_proj", "gate_proj"])),
 }
+QUANTIZATION = {"nf4": "nf4", "nf4_dora": "nf4", "int8": "int8"}
 
 
 def file_name(name):
@@ -60,12 +65,28 @@ def file_name(name):
     return name.replace(".default", "")
 
 
-def base_model(path, attention="eager"):
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype=torch.float32)
+def base_model(path, attention="eager", quantization=None):
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if quantization and isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = quantised(module.weight.data, quantization)
+    return model
+
+
+def quantised(weight, quantization):
+    """The values of a weight after it was quantised. Linear4bit on a CPU decodes rows wrongly that are not whole blocks (0.50.2)."""
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute as dequantize
+
+    if quantization == "int8":
+        codes, maxima, _ = bnb.int8_vectorwise_quant(weight.clone())
+        return bnb.int8_vectorwise_dequant(codes, maxima)
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quantization)
+    return dequantize(codes.reshape(-1), state.absmax, state.code, 64, weight.shape, weight.dtype)
 
 
 def load(name, attention="eager"):
-    base = base_model(ref.GOLDEN / CASES[name][0], attention)
+    base = base_model(ref.GOLDEN / CASES[name][0], attention, QUANTIZATION.get(name))
     return peft.PeftModel.from_pretrained(base, GOLDEN / name / "adapter", is_trainable=True)
 
 
@@ -90,7 +111,7 @@ def move(model, seed):
 def save(name, seed):
     """The adapter's files."""
     base_name, settings = CASES[name]
-    base = base_model(ref.GOLDEN / base_name)
+    base = base_model(ref.GOLDEN / base_name, quantization=QUANTIZATION.get(name))
     base.name_or_path = (ref.GOLDEN / base_name).as_posix()
     torch.manual_seed(seed)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **settings))
@@ -135,7 +156,7 @@ def golden(name, seed):
     save(name, seed)
     base_name, settings = CASES[name]
     masks = [torch.tensor(m, dtype=torch.uint8) for m in ref.LOSS_MASKS]
-    base = base_model(ref.GOLDEN / base_name)
+    base = base_model(ref.GOLDEN / base_name, quantization=QUANTIZATION.get(name))
     sequences = ref.random_ids(base.config.vocab_size, [len(m) for m in masks], seed + 2)
     with torch.no_grad():
         base_loss = ref.run(base, sequences, masks)[1].item()
@@ -152,7 +173,8 @@ def golden(name, seed):
     if not (base_name == "tied" and "lora" in name):
         assert abs(merged - loss) < 1e-4, (merged, loss)
     save_file({f"grad.{n}": g.contiguous() for n, g in grads.items()}, GOLDEN / name / "golden.safetensors")
-    record = {"made_by": "scripts/adapter_methods.py", "versions": ref.versions(), "base": base_name, "settings": settings,
+    record = {"made_by": "scripts/adapter_methods.py", "versions": ref.versions(), "base": base_name,
+              "quantization": QUANTIZATION.get(name, "none"), "settings": settings,
               "segments": [len(s) for s in sequences], "input_ids": torch.cat(sequences).tolist(),
               "loss_mask": torch.cat(masks).tolist(), "base_loss": base_loss, "loss": loss, "merged_loss": merged,
               "steps": steps, "loss_after": after, "noise": noise}

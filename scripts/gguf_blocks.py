@@ -9,7 +9,7 @@ import pathlib
 import gguf
 import numpy as np
 
-FORMATS = ["F16", "BF16", "Q4_0", "Q5_0", "Q5_1", "Q8_0"]
+FORMATS = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 random = np.random.default_rng(7)
 outlier = random.normal(0, 0.01, 32)

@@ -46,6 +46,15 @@ impl Precision {
     }
 }
 
+/// The size of a block of values that are stored together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockSize {
+    /// Its values.
+    pub values: u64,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
 /// A matrix product (m, k) x (k, n): 2mnk FLOPs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Product {
@@ -57,9 +66,28 @@ pub struct Product {
     pub k: u64,
     /// Format of the inputs.
     pub precision: Precision,
+    /// How the second is stored, if in another format.
+    pub rhs_blocks: Option<BlockSize>,
 }
 
 impl Product {
+    /// Bytes of the first operand.
+    pub fn lhs_bytes(&self) -> u64 {
+        let elements = self.m.saturating_mul(self.k);
+        elements.saturating_mul(self.precision.size())
+    }
+
+    /// Bytes of the second operand as it is stored.
+    pub fn rhs_bytes(&self) -> u64 {
+        let elements = self.k.saturating_mul(self.n);
+        match self.rhs_blocks {
+            Some(block) => elements
+                .div_ceil(block.values.max(1))
+                .saturating_mul(block.bytes),
+            None => elements.saturating_mul(self.precision.size()),
+        }
+    }
+
     /// 2mnk: a multiply-add is two FLOPs. Counts end at `u64::MAX`, here and in sums.
     pub fn flops(&self) -> u64 {
         let area = self.m.saturating_mul(self.n);
@@ -93,6 +121,28 @@ impl Work {
 
     /// `count` equal products (m, k) x (k, n); empty products are no work.
     pub fn products(count: usize, m: usize, n: usize, k: usize, precision: Precision) -> Self {
+        Self::stored_products(count, m, n, k, precision, None)
+    }
+
+    /// One product (m, k) x (k, n) with a second operand in `rhs_blocks`.
+    pub fn stored_product(
+        m: usize,
+        n: usize,
+        k: usize,
+        precision: Precision,
+        rhs_blocks: Option<BlockSize>,
+    ) -> Self {
+        Self::stored_products(1, m, n, k, precision, rhs_blocks)
+    }
+
+    fn stored_products(
+        count: usize,
+        m: usize,
+        n: usize,
+        k: usize,
+        precision: Precision,
+        rhs_blocks: Option<BlockSize>,
+    ) -> Self {
         let mut work = Self::default();
         if [count, m, n, k].iter().all(|size| *size > 0) {
             let product = Product {
@@ -100,6 +150,7 @@ impl Work {
                 n: n as u64,
                 k: k as u64,
                 precision,
+                rhs_blocks,
             };
             work.products.insert(product, count as u64);
         }

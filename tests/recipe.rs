@@ -666,15 +666,14 @@ prop_compose! {
             (prop::option::of(quantity()), prop::option::of(quantity().prop_map(Joules)), prop::option::of(quantity())),
         (energy_multiple, larger) in (1.0..9.0f64, prop::option::of(prop_oneof![Just("7B"), Just("Qwen/Qwen2.5-0.5B"), Just("1.5e9")])),
     ) -> Recipe {
+        let quantization = if adapter == Adapter::None { Quantization::None } else { Quantization::Q8_0 };
+        let (from_scratch, full_fine_tuning) = (Compared::Off, Compared::Counted);
         Recipe {
             name: "a run".into(), seed, adapter, data, train, budget, energy,
-            model: Model { id, revision, dtype: Precision::Bf16, init: Init::Random, task: Task::CausalLm },
-            baseline: Baseline {
-                from_scratch: Compared::Off, full_fine_tuning: Compared::Counted, energy_multiple, learning_rate, budget: cap,
-            },
+            model: Model { id, revision, dtype: Precision::Bf16, init: Init::Random, task: Task::CausalLm, quantization },
+            baseline: Baseline { from_scratch, full_fine_tuning, energy_multiple, learning_rate, budget: cap },
             report: Report {
-                requests_per_day, prompt_tokens: 7, generated_tokens: 9, few_shot_examples: 3,
-                larger_model: larger.and_then(LargerModel::parse),
+                requests_per_day, prompt_tokens: 7, generated_tokens: 9, few_shot_examples: 3, larger_model: larger.and_then(LargerModel::parse),
             },
         }
     }

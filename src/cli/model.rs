@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::error::Result;
+use crate::recipe::Quantization;
 use crate::run::{Device, DeviceChoice, ModelRequest, ModelSelection, ModelSource};
 use crate::work::Precision;
 
@@ -28,6 +29,9 @@ pub(super) struct ComputeArguments {
     /// Compute precision [default: the run's, else f32]
     #[arg(long)]
     dtype: Option<Precision>,
+    /// Stores the linear layers in fewer bits [default: as the run did, else none]
+    #[arg(long)]
+    quantization: Option<Quantization>,
     #[command(flatten)]
     device: DeviceArgument,
 }
@@ -62,11 +66,14 @@ impl ComputeArguments {
         source: &'a ModelSource,
         device: &'a Device,
     ) -> ModelRequest<'a> {
-        let of_run = source.recipe.as_ref().map(|recipe| recipe.model.dtype);
+        let of_run = source.recipe.as_ref().map(|recipe| &recipe.model);
+        let dtype = self.dtype.or(of_run.map(|model| model.dtype));
+        let quantization = self.quantization.or(of_run.map(|model| model.quantization));
         ModelRequest {
             source,
             device,
-            precision: self.dtype.or(of_run).unwrap_or(Precision::F32),
+            precision: dtype.unwrap_or(Precision::F32),
+            quantization: quantization.unwrap_or(Quantization::None),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Bytes moved between memory levels: the blocking model of the counted meter.
 //!
-//! A product (m, k) x (k, n) with `e` bytes an element through a cache of `Z` bytes: if both
-//! operands and the f32 result fit, each crosses once, `e(mk + kn) + 4mn`. Otherwise the product is
+//! A product (m, k) x (k, n) with `e` bytes an element (for a quantised B its stored bytes in place of
+//! `ekn`) through a cache of `Z` bytes: if both operands and the f32 result fit, each crosses once, `e(mk + kn) + 4mn`. Otherwise the product is
 //! tiled in squares of side `b = floor(sqrt(Z / 3e))`, three to a cache, and
 //! `e(mk ceil(n/b) + kn ceil(m/b)) + 4mn` bytes cross: the lower bound of Hong & Kung (1981) as
 //! blocked implementations reach it (Goto & van de Geijn 2008). A sweep over memory crosses every
@@ -73,10 +73,10 @@ fn total(
 
 /// Bytes of one product through a cache (see the module's documentation).
 fn blocked_product(capacity: Option<u64>, product: &Product) -> u64 {
-    let &Product { m, n, k, precision } = product;
-    let element = precision.size();
-    let lhs = element * m * k;
-    let rhs = element * k * n;
+    let &Product { m, n, .. } = product;
+    let element = product.precision.size();
+    let lhs = product.lhs_bytes();
+    let rhs = product.rhs_bytes();
     let result = 4 * m * n;
     match capacity {
         Some(capacity) if lhs + rhs + result > capacity => {
@@ -89,12 +89,10 @@ fn blocked_product(capacity: Option<u64>, product: &Product) -> u64 {
 
 /// Tiles of side one: both operands are fetched for each multiply-add.
 fn unblocked_product(product: &Product) -> u64 {
-    let &Product { m, n, k, precision } = product;
-    let operands = (2 * precision.size())
-        .saturating_mul(m)
-        .saturating_mul(n)
-        .saturating_mul(k);
-    operands.saturating_add(4 * m * n)
+    let &Product { m, n, .. } = product;
+    let lhs = product.lhs_bytes().saturating_mul(n);
+    let rhs = product.rhs_bytes().saturating_mul(m);
+    lhs.saturating_add(rhs).saturating_add(4 * m * n)
 }
 
 #[cfg(test)]

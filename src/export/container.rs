@@ -2,7 +2,8 @@
 //!
 //! Little-endian. Every tensor begins at a multiple of 32 bytes from the end of the list.
 
-use super::format::Format;
+use crate::error::{Error, Kind, Result};
+use crate::ops::StoredFormat;
 
 const MAGIC: &[u8; 4] = b"GGUF";
 const VERSION: u32 = 3;
@@ -35,7 +36,7 @@ pub struct TensorInfo {
     /// Its shape, outermost dimension first; the file holds the reverse.
     pub shape: Vec<usize>,
     /// How its values are stored.
-    pub format: Format,
+    pub format: StoredFormat,
 }
 
 impl TensorInfo {
@@ -47,7 +48,10 @@ impl TensorInfo {
 }
 
 /// Everything before the first tensor's values.
-pub fn head(metadata: &[(String, Value)], tensors: &[&TensorInfo]) -> Vec<u8> {
+///
+/// # Errors
+/// A tensor in a format that GGUF has not.
+pub fn head(metadata: &[(String, Value)], tensors: &[&TensorInfo]) -> Result<Vec<u8>> {
     let mut head = MAGIC.to_vec();
     head.extend(VERSION.to_le_bytes());
     head.extend((tensors.len() as u64).to_le_bytes());
@@ -63,12 +67,15 @@ pub fn head(metadata: &[(String, Value)], tensors: &[&TensorInfo]) -> Vec<u8> {
         for dimension in tensor.shape.iter().rev() {
             head.extend((*dimension as u64).to_le_bytes());
         }
-        head.extend(tensor.format.id().to_le_bytes());
+        let format = tensor.format;
+        let no_type = || Error::new(Kind::Model, format!("GGUF has no {}", format.name()));
+        let id = format.ggml_type().ok_or_else(no_type)?;
+        head.extend(id.to_le_bytes());
         head.extend((offset as u64).to_le_bytes());
         offset += tensor.size().next_multiple_of(ALIGNMENT);
     }
     align(&mut head);
-    head
+    Ok(head)
 }
 
 /// Adds zeros up to the next multiple of the alignment: every tensor ends so.

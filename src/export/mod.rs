@@ -9,12 +9,10 @@ const CONVERT: &str = "write a Hugging Face directory with `--format hf`, and co
 
 pub mod container;
 pub mod family;
-pub mod format;
 pub mod modelfile;
 pub mod quantization;
 pub mod tokenizer;
 
 pub use container::{TensorInfo, Value};
 pub use family::{Family, family};
-pub use format::Format;
 pub use quantization::Quantization;

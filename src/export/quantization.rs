@@ -4,7 +4,7 @@
 
 use clap::ValueEnum;
 
-use super::format::Format;
+use crate::ops::StoredFormat;
 
 /// A quantisation of a model, by llama.cpp's name.
 #[allow(non_camel_case_types)]
@@ -82,26 +82,28 @@ impl Quantization {
     }
 
     /// The format of a tensor with this shape (outermost dimension first). Vectors stay F32.
-    pub fn format(self, shape: &[usize], role: Role) -> Format {
+    pub fn format(self, shape: &[usize], role: Role) -> StoredFormat {
         let [.., _, row] = *shape else {
-            return Format::F32;
+            return StoredFormat::F32;
         };
         let wanted = match self {
-            Quantization::F32 => Format::F32,
-            Quantization::F16 => Format::F16,
-            Quantization::BF16 => Format::BF16,
-            Quantization::Q8_0 => Format::Q8_0,
-            Quantization::Q6_K => Format::Q6_K,
+            Quantization::F32 => StoredFormat::F32,
+            Quantization::F16 => StoredFormat::F16,
+            Quantization::BF16 => StoredFormat::BF16,
+            Quantization::Q8_0 => StoredFormat::Q8_0,
+            Quantization::Q6_K => StoredFormat::Q6_K,
             Quantization::Q4_0 | Quantization::Q5_0 | Quantization::Q4_K_M
                 if role == Role::Output =>
             {
-                Format::Q6_K
+                StoredFormat::Q6_K
             }
-            Quantization::Q4_0 => Format::Q4_0,
-            Quantization::Q5_0 => Format::Q5_0,
+            Quantization::Q4_0 => StoredFormat::Q4_0,
+            Quantization::Q5_0 => StoredFormat::Q5_0,
             Quantization::Q4_K_M => match role {
-                Role::Sensitive { layer, layers } if uses_more_bits(layer, layers) => Format::Q6_K,
-                _ => Format::Q4_K,
+                Role::Sensitive { layer, layers } if uses_more_bits(layer, layers) => {
+                    StoredFormat::Q6_K
+                }
+                _ => StoredFormat::Q4_K,
             },
         };
         that_fits(wanted, row)
@@ -115,20 +117,20 @@ fn uses_more_bits(layer: usize, layers: usize) -> bool {
 }
 
 /// `wanted`, or what llama.cpp takes where a row is not whole blocks of it.
-fn that_fits(wanted: Format, row: usize) -> Format {
+fn that_fits(wanted: StoredFormat, row: usize) -> StoredFormat {
     if row.is_multiple_of(wanted.block_values()) {
         return wanted;
     }
     let smaller = match wanted {
-        Format::Q4_K => Format::Q5_0,
-        Format::Q5_K => Format::Q5_1,
-        Format::Q6_K => Format::Q8_0,
-        _ => Format::F16,
+        StoredFormat::Q4_K => StoredFormat::Q5_0,
+        StoredFormat::Q5_K => StoredFormat::Q5_1,
+        StoredFormat::Q6_K => StoredFormat::Q8_0,
+        _ => StoredFormat::F16,
     };
     if row.is_multiple_of(smaller.block_values()) {
         smaller
     } else {
-        Format::F16
+        StoredFormat::F16
     }
 }
 
@@ -139,13 +141,13 @@ mod tests {
     #[test]
     fn rows_that_are_no_whole_blocks_get_a_smaller_block() {
         let formats = [
-            (Quantization::Q4_K_M, Role::Other, 256, Format::Q4_K),
-            (Quantization::Q4_K_M, Role::Other, 576, Format::Q5_0),
-            (Quantization::Q4_K_M, Role::Output, 576, Format::Q8_0),
-            (Quantization::Q4_0, Role::Output, 512, Format::Q6_K),
-            (Quantization::Q8_0, Role::Output, 512, Format::Q8_0),
-            (Quantization::Q8_0, Role::Other, 172, Format::F16),
-            (Quantization::BF16, Role::Other, 7, Format::BF16),
+            (Quantization::Q4_K_M, Role::Other, 256, StoredFormat::Q4_K),
+            (Quantization::Q4_K_M, Role::Other, 576, StoredFormat::Q5_0),
+            (Quantization::Q4_K_M, Role::Output, 576, StoredFormat::Q8_0),
+            (Quantization::Q4_0, Role::Output, 512, StoredFormat::Q6_K),
+            (Quantization::Q8_0, Role::Output, 512, StoredFormat::Q8_0),
+            (Quantization::Q8_0, Role::Other, 172, StoredFormat::F16),
+            (Quantization::BF16, Role::Other, 7, StoredFormat::BF16),
         ];
         for (quantization, role, row, format) in formats {
             assert_eq!(
@@ -154,6 +156,9 @@ mod tests {
                 "{quantization:?} {row}"
             );
         }
-        assert_eq!(Quantization::Q4_0.format(&[64], Role::Other), Format::F32);
+        assert_eq!(
+            Quantization::Q4_0.format(&[64], Role::Other),
+            StoredFormat::F32
+        );
     }
 }

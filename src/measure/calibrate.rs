@@ -376,6 +376,7 @@ impl WarmGemm {
             n: side as u64,
             k: side as u64,
             precision,
+            rhs_blocks: None,
         };
         Ok(Self {
             x: random()?,

@@ -124,6 +124,12 @@ fn random_model(
         Target::Lora { adaptation, .. } => {
             let precision = architecture.frozen_precision(settings.precision);
             let weight = |name: &str, shape: &[usize]| {
+                if let (Some(format), [rows, columns]) =
+                    (architecture.stored_formats.get(name), shape)
+                {
+                    let values = noise.values(name, shape);
+                    return Weight::quantize(*format, [*rows, *columns], &values);
+                }
                 let tensor = noise.tensor(name, shape, precision, device)?;
                 Ok(Weight::frozen(tensor))
             };

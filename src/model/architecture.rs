@@ -1,5 +1,7 @@
 //! The architecture of a decoder: its sizes and switches, linear layers and tensors.
 
+use std::collections::BTreeMap;
+
 use half::{bf16, f16};
 
 use super::embedding::EmbeddingParts;
@@ -9,7 +11,8 @@ use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use crate::adapter::targets::ModuleKind;
 use crate::adapter::{ModelLayout, Module};
-use crate::ops::{Activation, Attention, NormKind, QueryScaling, Rope};
+use crate::error::{Error, Kind, Result};
+use crate::ops::{Activation, Attention, NormKind, QueryScaling, Rope, StoredFormat};
 use crate::work::Precision;
 
 /// Every size and switch of a decoder.
@@ -85,6 +88,8 @@ pub struct Architecture {
     pub stored_in_bf16: bool,
     /// What follows the blocks.
     pub head: Head,
+    /// The formats of quantised weights, by the name of the tensor.
+    pub stored_formats: BTreeMap<String, StoredFormat>,
     /// The dropouts of config.json above zero. transformers applies them in training.
     pub dropout: Vec<ConfigDropout>,
 }
@@ -212,6 +217,37 @@ impl Architecture {
             Precision::F32 if self.stored_in_bf16 => Precision::Bf16,
             precision => precision,
         }
+    }
+
+    /// Quantises the linear layers of the blocks to `format`. Embeddings, norms and biases keep their type, as with bitsandbytes.
+    ///
+    /// # Errors
+    /// A layer whose rows are not whole blocks.
+    pub fn quantize_linears(&mut self, format: StoredFormat) -> Result<()> {
+        let block = format.block_values();
+        if let Some(linear) = self
+            .linears()
+            .iter()
+            .find(|linear| !format.fits_row(linear.in_features))
+        {
+            let name = format.name().to_lowercase();
+            return Err(
+                Error::new(Kind::Model, "the model cannot be quantised to this format")
+                    .at(format!("`{}`", linear.name))
+                    .value(format!("{} input features", linear.in_features))
+                    .rule(format!("{name} stores rows in blocks of {block} values"))
+                    .hint("choose nf4 or int8, whose blocks fit any row"),
+            );
+        }
+        for layer in 0..self.num_hidden_layers {
+            let block = self.names.block_path(layer);
+            let weights = self
+                .linears()
+                .map(|linear| format!("{block}.{}.weight", linear.name));
+            let formats = weights.iter().map(|name| (name.clone(), format));
+            self.stored_formats.extend(formats);
+        }
+        Ok(())
     }
 
     /// Intermediate activations of the MLP that are saved: gate and up, or one.

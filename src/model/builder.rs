@@ -138,7 +138,7 @@ impl<'a> Builder<'a> {
             return Ok(DecoderHead::Classifier(Box::new(self.classifier(head)?)));
         }
         let [lm_head, _] = a.tied_tensors();
-        Ok(DecoderHead::Vocabulary(LmHead {
+        Ok(DecoderHead::Vocabulary(Box::new(LmHead {
             weight: if self.source.tied {
                 embed_tokens.clone()
             } else {
@@ -146,7 +146,7 @@ impl<'a> Builder<'a> {
             },
             softcap: a.logits_softcap,
             lora: self.lora(a.names.lm_head)?,
-        }))
+        })))
     }
 
     /// The norm before the head, if there is one.

@@ -11,7 +11,9 @@ use super::backward::{BackwardNeeds, BackwardRange};
 use super::head::ClassifierShape;
 use super::linears::Linears;
 use super::residual::{BranchNorms, BranchShape};
-use super::trained::{TrainedBlock, TrainedEmbedding, TrainedLinear, TrainedNames, is_tied};
+use super::trained::{
+    FrozenSize, TrainedBlock, TrainedEmbedding, TrainedLinear, TrainedNames, is_tied,
+};
 use crate::adapter::{Adaptation, Site};
 use crate::ops::{
     Activation, LinearShape, LmHeadShape, LoraShape, add_scaled_cost, attention_backward_cost,
@@ -76,8 +78,7 @@ pub struct ModelShape {
     norm_trained: bool,
     /// Of the layers of the head, the output last.
     head: Vec<TrainedLinear>,
-    /// Parameters of the weights that are not trained.
-    frozen: u64,
+    frozen: FrozenSize,
     /// Initial factors that are kept because the base weights have lost them.
     kept_factors: u64,
     dropout: bool,
@@ -149,9 +150,6 @@ impl ModelShape {
                 shape: vec![architecture.vocab_size, architecture.hidden_size],
             });
         }
-        let frozen = tensors
-            .iter()
-            .filter(|tensor| !(trained.weight)(&tensor.name));
         Self {
             alike: (0..blocks.len()).map(alike).collect(),
             blocks,
@@ -161,7 +159,7 @@ impl ModelShape {
                 .norm_path()
                 .is_some_and(|path| trained.norm(&path)),
             head: trained.head(architecture),
-            frozen: frozen.map(TensorShape::parameters).sum(),
+            frozen: trained.frozen_size(architecture, &tensors),
             architecture: architecture.clone(),
             kept_factors: 0,
             dropout,
@@ -199,8 +197,8 @@ impl ModelShape {
         self.precision
     }
 
-    /// Parameters of the weights that are not trained.
-    pub(super) fn frozen_parameters(&self) -> u64 {
+    /// The weights that are not trained.
+    pub(super) fn frozen(&self) -> FrozenSize {
         self.frozen
     }
 
@@ -276,16 +274,10 @@ impl ModelShape {
         self.architecture.linears().map(|linear| {
             let trained = trained.next().copied().unwrap_or_default();
             LinearShape {
-                tokens,
                 in_features: linear.in_features,
                 out_features: linear.out_features,
-                r: trained.lora.map(|lora| lora.r),
-                lora_bias: trained.lora.is_some_and(|lora| lora.bias),
-                magnitude: trained.lora.is_some_and(|lora| lora.magnitude),
                 bias: linear.bias,
-                trained: trained.weight,
-                bias_trained: trained.bias,
-                dropout: dropout && trained.lora.is_some(),
+                ..trained.shape(tokens, dropout)
             }
         })
     }
@@ -428,6 +420,7 @@ impl ModelShape {
             loss_tokens,
             hidden: a.hidden_size,
             vocab: a.vocab_size,
+            stored: self.head.last().and_then(|output| output.stored),
             trained: self.trained_embeddings()[1],
             lora: self.head.last().and_then(|output| output.lora),
             dropout: false,
@@ -439,16 +432,10 @@ impl ModelShape {
         let in_features = self.architecture.hidden_size;
         let layers = self.architecture.head_linears().into_iter().zip(&self.head);
         let layer = |((_, out_features), trained): ((&str, usize), &TrainedLinear)| LinearShape {
-            tokens: loss_tokens,
             in_features,
             out_features,
-            r: trained.lora.map(|lora| lora.r),
-            lora_bias: trained.lora.is_some_and(|lora| lora.bias),
-            magnitude: trained.lora.is_some_and(|lora| lora.magnitude),
             bias: true,
-            trained: trained.weight,
-            bias_trained: trained.bias,
-            dropout: self.dropout && trained.lora.is_some(),
+            ..trained.shape(loss_tokens, self.dropout)
         };
         let mut layers: Vec<LinearShape> = layers.map(layer).collect();
         let output = layers.remove(layers.len() - 1);
@@ -467,12 +454,13 @@ impl ModelShape {
             .embedding
             .lora
             .map(|lora| lora_embedding_cost(tokens, c, lora.r));
-        let mut work = embedding_cost(tokens, c)
+        let mut work = embedding_cost(tokens, c, self.embedding.stored)
             + lora.unwrap_or_default()
             + scale_cost(tokens, c, a.embedding_factor(self.precision));
         let tables =
             usize::from(parts.positions.is_some()) + usize::from(parts.token_types.is_some());
-        work += &(embedding_cost(tokens, c) + add_scaled_cost(tokens, c)).times(tables as u64);
+        work +=
+            &(embedding_cost(tokens, c, None) + add_scaled_cost(tokens, c)).times(tables as u64);
         if parts.norm.is_some() {
             work += &norm_cost(a.norm_kind, tokens, c);
         }

@@ -3,6 +3,8 @@
 //! Positions are learned, norms are on the residual sum, attention is bidirectional, and every layer
 //! has a bias.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::architecture::{Architecture, Biases, LayerKind};
@@ -110,6 +112,7 @@ pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Architect
         },
         initializer_range: config.required_number("initializer_range", Range::NON_NEGATIVE)?,
         stored_in_bf16: stored_in_bf16(config)?,
+        stored_formats: BTreeMap::new(),
         dropout: dropout(config)?,
         head: Head::Classifier(ClassifierHead {
             dense: Some("bert.pooler.dense"),

@@ -3,6 +3,7 @@
 //! Class defaults and the keys of each type are data (`class_defaults.json`); what a type adds or
 //! reads differently stands here.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
@@ -294,6 +295,7 @@ impl Architecture {
             biases: biases(&config, &family)?,
             initializer_range: config.required_number("initializer_range", Range::NON_NEGATIVE)?,
             stored_in_bf16: stored_in_bf16(&config)?,
+            stored_formats: BTreeMap::new(),
             dropout: dropout(&config)?,
             head: Head::Vocabulary,
         };

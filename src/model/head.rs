@@ -34,7 +34,7 @@ pub struct ClassifierHead {
 /// The weights of the head.
 #[derive(Debug)]
 pub(super) enum DecoderHead {
-    Vocabulary(LmHead),
+    Vocabulary(Box<LmHead>),
     Classifier(Box<Classifier>),
 }
 

@@ -77,7 +77,8 @@ pub fn forecast_memory(
         table_gradients = 8 * table;
     }
     let stored = dtype(a.frozen_precision(shape.precision())).size_in_bytes() as u64;
-    let weights = shape.frozen_parameters() * (stored + packed);
+    let frozen = shape.frozen();
+    let weights = frozen.parameters * (stored + packed) + frozen.quantized_bytes;
     let short_lived = logits.min(4 * n * outputs) + 4 * n * (4 * f + 4 * c);
     let temporaries = short_lived + (activations + short_lived) / SLACK + table_gradients;
     // Gradients are concatenated for the optimizer after the activations are freed, in fragments

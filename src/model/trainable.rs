@@ -81,7 +81,8 @@ impl AdapterStart {
                 Ok(kaiming_uniform(site.in_features, site.r, seed, &site.path))
             }
             Place::Part(site, Part::Magnitude) => {
-                row_norms(&weights.values(&format!("{}.weight", site.path))?, site)
+                let name = format!("{}.weight", site.path);
+                row_norms(&weights.frozen_values(&name, site.in_features)?, site)
             }
             Place::Part(site, Part::EmbeddingB) => {
                 Ok(normal(name, site.out_features * site.r, 1.0, seed))
@@ -200,7 +201,7 @@ impl TrainableModel {
 }
 
 impl Weights {
-    /// A frozen weight for compute in `precision`. Norms and biases act on the f32 residual stream
+    /// A frozen weight for compute in `precision`, quantised if the architecture says so. Norms and biases act on the f32 residual stream
     /// and stay f32; on a CPU bf16 matrices stay as stored, because products read them without
     /// rounding.
     pub fn frozen(
@@ -210,6 +211,9 @@ impl Weights {
         precision: Precision,
         device: &Device,
     ) -> Result<Weight> {
+        if let (Some(format), [rows, columns]) = (self.format(name), shape) {
+            return Weight::quantize(format, [*rows, *columns], &self.values(name)?);
+        }
         let dtype = if shape.len() == 1 {
             DType::F32
         } else {
@@ -235,6 +239,14 @@ impl Weights {
         let Some(factors) = start.factors(path) else {
             return self.frozen(name, shape, precision, device);
         };
+        if let Some(format) = self.format(name) {
+            return Err(Error::new(
+                Kind::Adapter,
+                "initial factors cannot be taken from a quantised weight",
+            )
+            .at(format!("`{name}`, stored as {}", format.name()))
+            .hint("write `init_lora_weights = \"default\"` in [adapter], or choose weights that are not quantised"));
+        }
         let mut w = self.values(name)?;
         factors.subtract_from(&mut w);
         let dtype = self.frozen_dtype(name, precision, device)?;
@@ -250,6 +262,17 @@ impl Weights {
         } else {
             dtype(precision)
         })
+    }
+
+    /// The values that a frozen weight of `columns` columns computes with: of a quantised one those of its blocks.
+    fn frozen_values(&self, name: &str, columns: usize) -> Result<Vec<f32>> {
+        let values = self.values(name)?;
+        let Some(format) = self.format(name) else {
+            return Ok(values);
+        };
+        let shape = [values.len() / columns.max(1), columns];
+        let weight = Weight::quantize(format, shape, &values)?;
+        Ok(weight.dequantized()?.flatten_all()?.to_vec1()?)
     }
 }
 

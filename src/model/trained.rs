@@ -1,10 +1,10 @@
 //! What is trained of a model, found by the names of its layers and tensors.
 
-use super::architecture::{Architecture, LinearSpec};
+use super::architecture::{Architecture, LinearSpec, TensorShape};
 use super::linears::Linears;
 use super::residual::BranchNorms;
 use crate::adapter::Adaptation;
-use crate::ops::LoraShape;
+use crate::ops::{LinearShape, LoraShape, StoredFormat};
 
 /// What is trained of a block.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub(super) struct TrainedEmbedding {
     pub(super) token_types: bool,
     pub(super) norm: bool,
     pub(super) lora: Option<LoraShape>,
+    /// The format of a quantised table of tokens.
+    pub(super) stored: Option<StoredFormat>,
 }
 
 impl TrainedEmbedding {
@@ -35,15 +37,42 @@ impl TrainedEmbedding {
     }
 }
 
-/// What is trained of a linear layer.
+/// What is trained of a linear layer, and how a frozen W is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct TrainedLinear {
+    pub(super) stored: Option<StoredFormat>,
     pub(super) lora: Option<LoraShape>,
     pub(super) weight: bool,
     pub(super) bias: bool,
 }
 
+/// The size of the weights that are not trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct FrozenSize {
+    /// Parameters of those that are not quantised.
+    pub(super) parameters: u64,
+    /// Bytes of the quantised ones.
+    pub(super) quantized_bytes: u64,
+}
+
 impl TrainedLinear {
+    /// The shape of a layer without a bias and without features, for `tokens` rows.
+    pub(super) fn shape(self, tokens: usize, dropout: bool) -> LinearShape {
+        LinearShape {
+            tokens,
+            in_features: 0,
+            out_features: 0,
+            r: self.lora.map(|lora| lora.r),
+            lora_bias: self.lora.is_some_and(|lora| lora.bias),
+            magnitude: self.lora.is_some_and(|lora| lora.magnitude),
+            bias: false,
+            stored: self.stored,
+            trained: self.weight,
+            bias_trained: self.bias,
+            dropout: dropout && self.lora.is_some(),
+        }
+    }
+
     pub(super) fn any(self) -> bool {
         self.lora.is_some() || self.weight || self.bias
     }
@@ -83,6 +112,36 @@ impl TrainedNames<'_> {
         (self.weight)(&format!("{path}.weight")) || (self.weight)(&format!("{path}.bias"))
     }
 
+    /// The format of the tensor `name` if it is quantised, and not trained.
+    pub(super) fn stored_format(
+        &self,
+        architecture: &Architecture,
+        name: &str,
+    ) -> Option<StoredFormat> {
+        let format = architecture.stored_formats.get(name).copied();
+        format.filter(|_| !(self.weight)(name))
+    }
+
+    /// The size of those `tensors` that are not trained.
+    pub(super) fn frozen_size(
+        &self,
+        architecture: &Architecture,
+        tensors: &[TensorShape],
+    ) -> FrozenSize {
+        let mut size = FrozenSize::default();
+        for tensor in tensors.iter().filter(|tensor| !(self.weight)(&tensor.name)) {
+            let format = self.stored_format(architecture, &tensor.name);
+            match (format, &*tensor.shape) {
+                (Some(format), [rows, columns]) => {
+                    let bytes = format.bytes_of_matrix(*rows, *columns);
+                    size.quantized_bytes += bytes.unwrap_or(usize::MAX) as u64;
+                }
+                _ => size.parameters += tensor.parameters(),
+            }
+        }
+        size
+    }
+
     pub(super) fn embedding(&self, architecture: &Architecture) -> TrainedEmbedding {
         let (names, parts) = (&architecture.names, &architecture.embedding_parts);
         let part = |name: Option<&str>| {
@@ -96,6 +155,10 @@ impl TrainedNames<'_> {
                 .norm
                 .is_some_and(|name| self.norm(&names.base_path(name))),
             lora: (self.lora)(&names.embed_tokens_path()),
+            stored: self.stored_format(
+                architecture,
+                &format!("{}.weight", names.embed_tokens_path()),
+            ),
         }
     }
 
@@ -104,7 +167,9 @@ impl TrainedNames<'_> {
         let embed_tokens = architecture.names.embed_tokens_path();
         let layer = |(path, _): (&'static str, usize)| {
             let weight = if self.tied { &embed_tokens } else { path };
+            let stored = self.stored_format(architecture, &format!("{weight}.weight"));
             TrainedLinear {
+                stored,
                 lora: (self.lora)(path),
                 weight: (self.weight)(&format!("{weight}.weight")),
                 bias: (self.weight)(&format!("{path}.bias")),
@@ -119,7 +184,10 @@ impl TrainedNames<'_> {
         let norm =
             |name: Option<&str>| name.is_some_and(|name| self.norm(&format!("{path}.{name}")));
         let norms = |norms: BranchNorms| [norm(norms.input), norm(norms.output)];
+        let stored =
+            |name: &str| self.stored_format(architecture, &format!("{path}.{name}.weight"));
         let linear = |linear: &LinearSpec| TrainedLinear {
+            stored: stored(linear.name),
             lora: (self.lora)(&format!("{path}.{}", linear.name)),
             weight: weight(linear.name),
             bias: linear.bias && (self.weight)(&format!("{path}.{}.bias", linear.name)),

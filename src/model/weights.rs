@@ -13,6 +13,7 @@ use super::architecture::{Architecture, TensorShape};
 use super::stored::{StoredTensor, read_at};
 use crate::adapter::shards::{TensorEntry, read_headers};
 use crate::error::{Error, Kind, Result};
+use crate::ops::StoredFormat;
 use crate::random::{Purpose, stream};
 use crate::text::first_few;
 
@@ -123,6 +124,11 @@ impl Weights {
     /// The values of the tensor `name` of the architecture in f32, row-major.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         self.source(name)?.f32s()
+    }
+
+    /// The format that the tensor `name` is quantised to.
+    pub(super) fn format(&self, name: &str) -> Option<StoredFormat> {
+        self.architecture.stored_formats.get(name).copied()
     }
 
     /// The name in the files of each tensor of the architecture.

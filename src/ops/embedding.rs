@@ -2,13 +2,16 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Context, Gradients, Lora, Weight, gather_rows, matmul, residual_cost};
+use super::{Context, Gradients, Lora, StoredFormat, Weight, gather_rows, matmul, residual_cost};
 use crate::error::Result;
 use crate::work::{Precision, Work};
 
-/// Work of looking up n rows of c.
-pub fn embedding_cost(n: usize, c: usize) -> Work {
-    Work::sweep(8 * n * c, 0)
+/// Work of looking up n rows of c, which are decoded if the table is quantised.
+pub fn embedding_cost(n: usize, c: usize, stored: Option<StoredFormat>) -> Work {
+    match stored.and_then(|format| Some((format, format.bytes_of_matrix(n, c)?))) {
+        Some((format, bytes)) => Work::sweep(bytes + 4 * n * c, format.decode_operations() * n * c),
+        None => Work::sweep(8 * n * c, 0),
+    }
 }
 
 /// Work of adding n rows of c into a table of v rows.
@@ -30,8 +33,13 @@ pub fn embedding_backward_cost(n: usize, c: usize, v: usize) -> Work {
 /// # Ok::<(), wattune::error::Error>(())
 /// ```
 pub fn embedding(context: Context<'_>, ids: &Tensor, table: &Weight) -> Result<Tensor> {
-    let cost = embedding_cost(ids.dims1()?, table.tensor.dims2()?.1);
-    context.counter.add(cost);
+    let (_, c) = table.dims2()?;
+    context
+        .counter
+        .add(embedding_cost(ids.dims1()?, c, table.stored_format()));
+    if table.stored_format().is_some() {
+        return table.gather_dequantized(ids);
+    }
     Ok(gather_rows(context, &table.tensor, ids)?.to_dtype(DType::F32)?)
 }
 
@@ -43,7 +51,7 @@ pub fn embedding_backward(
     table: &Weight,
     gradients: &mut Gradients,
 ) -> Result<()> {
-    let (v, c) = table.tensor.dims2()?;
+    let (v, c) = table.dims2()?;
     let cost = embedding_backward_cost(ids.dims1()?, c, v);
     context.counter.add(cost);
     let zeros = Tensor::zeros((v, c), DType::F32, dx.device())?;

@@ -24,6 +24,7 @@ mod linear;
 mod norm;
 mod parallel;
 mod parameters;
+mod quantized;
 mod residual;
 mod rope;
 mod segments;
@@ -53,6 +54,7 @@ pub use linear::{
 pub use norm::{Norm, NormKind, NormSaved, norm_backward_cost, norm_cost};
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
+pub use quantized::StoredFormat;
 pub use residual::{add_scaled, add_scaled_cost, scale, scale_cost};
 pub use rope::{QueryScaling, Rope, RopeScaling, RopeTables, rope_cost};
 pub use segments::Segments;

@@ -8,15 +8,19 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::gemm::{MatRef, PackedWeightCache};
+use super::gemm::{MatRef, PackedWeightCache, Values};
+use super::parallel::par_for_each;
+use super::quantized::{QuantizedSlice, StoredFormat};
 use super::storage::{CpuTensor, check_shape};
 use crate::error::{Error, Kind, Result};
 
 /// A weight that ops read: frozen, or a view of a trained slot.
 #[derive(Debug, Clone)]
 pub struct Weight {
-    /// The values.
+    /// The values; of a quantised weight its blocks, in bytes.
     pub tensor: Tensor,
+    /// Format and (rows, columns) of a quantised weight.
+    quantized: Option<(StoredFormat, [usize; 2])>,
     /// Index of its slot in the parameters; `None` if frozen.
     pub slot: Option<usize>,
     /// Packed forms that are reused across GEMMs.
@@ -28,23 +32,121 @@ impl Weight {
     pub fn frozen(tensor: Tensor) -> Self {
         Self {
             tensor,
+            quantized: None,
             slot: None,
             packings: None,
         }
     }
 
+    /// A frozen weight (rows, columns) in `blocks` of `format`.
+    ///
+    /// # Errors
+    /// Blocks of another size.
+    pub fn quantized(
+        format: StoredFormat,
+        [rows, columns]: [usize; 2],
+        blocks: Vec<u8>,
+    ) -> Result<Self> {
+        if format.bytes_of_matrix(rows, columns) != Some(blocks.len()) {
+            return Err(Error::new(
+                Kind::Tensor,
+                format!("a weight in {} has a wrong number of bytes", format.name()),
+            )
+            .value(blocks.len().to_string()));
+        }
+        let count = blocks.len();
+        let tensor = Tensor::from_vec(blocks, count, &Device::Cpu)?;
+        Ok(Self {
+            quantized: Some((format, [rows, columns])),
+            ..Self::frozen(tensor)
+        })
+    }
+
+    /// A frozen weight (rows, columns) with these values, quantised.
+    ///
+    /// # Errors
+    /// As [`StoredFormat::encode`]'s.
+    pub fn quantize(format: StoredFormat, shape: [usize; 2], values: &[f32]) -> Result<Self> {
+        Self::quantized(format, shape, format.encode(values, shape[1])?)
+    }
+
+    /// Its format, if it is quantised.
+    pub fn stored_format(&self) -> Option<StoredFormat> {
+        self.quantized.map(|(format, _)| format)
+    }
+
+    /// Rows and columns of a 2-d weight.
+    pub fn dims2(&self) -> Result<(usize, usize)> {
+        match self.quantized {
+            Some((_, [rows, columns])) => Ok((rows, columns)),
+            None => Ok(self.tensor.dims2()?),
+        }
+    }
+
+    /// The values; of a quantised weight a decoded copy in f32.
+    pub fn dequantized(&self) -> Result<Tensor> {
+        let Some((_, [rows, columns])) = self.quantized else {
+            return Ok(self.tensor.clone());
+        };
+        let storage = self.storage()?;
+        let values = match self.matrix(&storage)?.values() {
+            Values::Quantized(values) => values.to_vec(),
+            Values::F32(_) | Values::Bf16(_) => Vec::new(),
+        };
+        Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?)
+    }
+
+    /// The decoded rows `ids` (N) of a quantised weight: (N, columns) in f32.
+    ///
+    /// # Errors
+    /// An index beyond the last row; a weight that is not quantised.
+    pub(super) fn gather_dequantized(&self, ids: &Tensor) -> Result<Tensor> {
+        let (rows, columns) = self.dims2()?;
+        let ids: Vec<u32> = ids.to_vec1()?;
+        if let Some(beyond) = ids.iter().find(|id| **id as usize >= rows) {
+            return Err(
+                Error::new(Kind::Tensor, "an index lies beyond the last row")
+                    .value(beyond.to_string())
+                    .rule(format!("below {rows}")),
+            );
+        }
+        let storage = self.storage()?;
+        let Values::Quantized(values) = self.matrix(&storage)?.values() else {
+            return Err(Error::new(Kind::Tensor, "the weight is not quantised"));
+        };
+        let mut out = vec![0.0; ids.len() * columns];
+        let tasks = out.chunks_mut(columns.max(1)).zip(&ids);
+        par_for_each(tasks, |(out, id)| {
+            values.decode(*id as usize * columns, out)
+        });
+        Ok(Tensor::from_vec(out, (ids.len(), columns), &Device::Cpu)?)
+    }
+
     /// Caches the packed forms of a frozen weight, one for each direction: twice its size in f32.
-    /// Ignored for a trained weight, whose values change.
+    /// Ignored for a trained weight, whose values change, and for a quantised one.
     pub fn with_packed_cache(self) -> Self {
-        let packings = (!self.is_trained()).then(Arc::default);
+        let cached = !self.is_trained() && self.quantized.is_none();
+        let packings = cached.then(Arc::default);
         Self { packings, ..self }
     }
 
-    /// The matrix of a 2-d weight; `storage` is that of its tensor.
+    /// The borrowed values.
+    pub(super) fn storage(&self) -> Result<CpuTensor<'_>> {
+        match self.quantized {
+            Some(_) => CpuTensor::borrow_bytes(&self.tensor),
+            None => CpuTensor::borrow(&self.tensor),
+        }
+    }
+
+    /// The matrix of a 2-d weight in what [`Weight::storage`] returned.
     pub(super) fn matrix<'a>(&'a self, storage: &'a CpuTensor<'_>) -> Result<MatRef<'a>> {
-        let (rows, columns) = self.tensor.dims2()?;
-        let matrix = storage.matrix(rows, columns);
-        Ok(matrix.with_cache(self.packings.as_deref()))
+        let (rows, columns) = self.dims2()?;
+        let Some((format, shape)) = self.quantized else {
+            let matrix = storage.matrix(rows, columns);
+            return Ok(matrix.with_cache(self.packings.as_deref()));
+        };
+        let values = QuantizedSlice::new(format, storage.bytes(), shape);
+        Ok(MatRef::new(Values::Quantized(values), rows, columns))
     }
 
     /// Whether it has a gradient.
@@ -165,6 +267,7 @@ impl Parameters {
             .reshape(slot.shape.as_slice())?;
         Ok(Weight {
             tensor: view,
+            quantized: None,
             slot: Some(index),
             packings: None,
         })

@@ -52,7 +52,7 @@ pub(super) fn dispatch<R>(work: impl FnOnce(Simd) -> R) -> R {
 impl Simd {
     /// a b + c.
     #[inline(always)]
-    fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
+    pub(super) fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
         if self.fused {
             a.mul_add(b, c)
         } else {

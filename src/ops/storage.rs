@@ -56,6 +56,30 @@ impl<'a> CpuTensor<'a> {
         }
     }
 
+    /// Borrows the bytes of a quantised weight.
+    pub(super) fn borrow_bytes(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match (&*storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::U8(_)), Some((start, end))) => Ok(Self {
+                storage,
+                start,
+                len: end - start,
+            }),
+            _ => Err(Error::new(
+                Kind::Tensor,
+                "quantised weights are bytes on the CPU",
+            )),
+        }
+    }
+
+    /// The bytes of a quantised weight; empty for floats.
+    pub(super) fn bytes(&self) -> &[u8] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::U8(bytes)) => &bytes[self.start..self.start + self.len],
+            _ => &[],
+        }
+    }
+
     /// The elements of an f32 tensor; empty for bf16.
     pub(super) fn f32_slice(&self) -> &[f32] {
         match self.slice() {

@@ -12,6 +12,7 @@ use crate::adapter::options::{LoraConfig, Targets};
 /// Notes every contradiction. A value that is invalid by itself has been noted and has its default here.
 pub(super) fn note(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
     lora_keys_without_lora(recipe, reader);
+    quantised_weights_that_are_trained(recipe, reader);
     layers_without_names(recipe, reader);
     cost_without_price(recipe, reader);
     measured_baselines(recipe, reader);
@@ -35,6 +36,19 @@ fn lora_keys_without_lora(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
                 "remove it, or write `type = \"lora\"`",
             );
         }
+    }
+}
+
+fn quantised_weights_that_are_trained(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
+    let quantised = recipe.model.quantization != Quantization::None;
+    let span = reader.span(&model::quantization);
+    if let (Adapter::None, true, Some(span)) = (&recipe.adapter, quantised, span) {
+        reader.diagnostics.add(
+            span,
+            "quantised weights cannot be trained",
+            "`adapter.type = \"none\"` trains every weight",
+            "write `quantization = \"none\"`, or `type = \"lora\"` in [adapter]",
+        );
     }
 }
 

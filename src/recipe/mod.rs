@@ -30,8 +30,8 @@ pub use larger_model::LargerModel;
 pub use open::{check, load, locate, parse};
 pub use schema::json_schema;
 pub use sections::{
-    Adapter, Baseline, Checkpointing, Compared, Data, Energy, Init, Length, Lora, Model, Recipe,
-    Report, Task, Train, Validation, Warmup,
+    Adapter, Baseline, Checkpointing, Compared, Data, Energy, Init, Length, Lora, Model,
+    Quantization, Recipe, Report, Task, Train, Validation, Warmup,
 };
 pub use write::{lora_setting, reference, starter};
 

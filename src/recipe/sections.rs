@@ -78,6 +78,8 @@ section! {
         init: Init = default("\"pretrained\""),
         /// What the model's head computes; auto: what its class in config.json does
         task: Task = default("\"auto\"").known_as(&["task_type"]),
+        /// Stores the frozen linear layers in fewer bits: nf4 is QLoRA's
+        quantization: Quantization = default("\"none\"").known_as(&["load_in", "quant_type", "bnb_4bit_quant_type"]),
     }
 }
 
@@ -91,6 +93,26 @@ pub enum Task {
     CausalLm,
     /// The class of a text.
     SequenceClassification,
+}
+
+/// How the weights of linear layers are stored while an adapter is trained on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// As they are.
+    None,
+    /// bitsandbytes' NormalFloat: 4.5 bits a weight (QLoRA).
+    Nf4,
+    /// bitsandbytes' LLM.int8 of weights: 8 bits.
+    Int8,
+    /// GGUF: 8.5 bits.
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// GGUF: 4.5 bits.
+    #[value(name = "q4_0")]
+    #[serde(rename = "q4_0")]
+    Q4_0,
 }
 
 /// Where the weights come from.

@@ -13,7 +13,7 @@ use toml_edit::Value;
 
 use super::key::{Bounds, Key, MANY, Range};
 use super::reader::Field;
-use super::sections::{AdapterType, Checkpointing, Compared, Init, Task};
+use super::sections::{AdapterType, Checkpointing, Compared, Init, Quantization, Task};
 use super::suggest;
 use super::tree::{Node, Raw};
 use crate::adapter::options::{Bias, LoraInit};
@@ -316,6 +316,7 @@ impl Choice for Compared {}
 impl Choice for Decay {}
 impl Choice for Format {}
 impl Choice for Init {}
+impl Choice for Quantization {}
 impl Choice for OnBadRecord {}
 impl Choice for Precision {}
 impl Choice for Task {}
@@ -574,6 +575,7 @@ mod tests {
         check::<Bias>();
         check::<Precision>();
         check::<Task>();
+        check::<Quantization>();
         check::<TxtUnit>();
     }
 }

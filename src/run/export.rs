@@ -8,21 +8,22 @@ use candle_core::Device;
 use serde_json::Value as Json;
 
 use super::Screen;
+use super::architecture::architecture_of;
 use super::inference::fetch;
 use super::merge::{MergeRequest, merge_model};
 use super::model::{read_json, tokenizer_of};
 use super::model_source::ModelSource;
-use super::prepare::architecture_of;
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::export::modelfile::modelfile;
 use crate::export::tokenizer::TokenizerFacts;
-use crate::export::{self, Family, Format, Quantization, TensorInfo, Value, container};
+use crate::export::{self, Family, Quantization, TensorInfo, Value, container};
 use crate::files::{DraftDirectory, remove_directory, remove_old_leftovers, temporary_path};
 use crate::forecast::model_name;
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{Architecture, Weights};
-use crate::recipe::{Init, ModelId};
+use crate::ops::StoredFormat;
+use crate::recipe::{self, Init, ModelId};
 use crate::units::Bytes;
 
 /// A kind of output.
@@ -137,13 +138,17 @@ fn write_file(
     progress.start(&format!("writing {name}"), Some(total as u64));
     let unwritten = |source| Error::io("write", &path, source);
     let mut file = File::create(&path).map_err(unwritten)?;
-    file.write_all(&container::head(&model.metadata, &infos))
+    file.write_all(&container::head(&model.metadata, &infos)?)
         .map_err(unwritten)?;
     for tensor in &model.tensors {
-        let mut stored = tensor.info.format.encode(&model.values(&tensor.source)?)?;
+        let info = &tensor.info;
+        let columns = info.shape.last().copied().unwrap_or(1);
+        let mut stored = info
+            .format
+            .encode(&model.values(&tensor.source)?, columns)?;
         container::align(&mut stored);
         file.write_all(&stored).map_err(unwritten)?;
-        progress.advance(tensor.info.size() as u64);
+        progress.advance(info.size() as u64);
     }
     file.sync_all().map_err(unwritten)?;
     let size = Bytes(file.metadata().map_err(unwritten)?.len());
@@ -168,7 +173,12 @@ fn write_file(
 
 impl Model {
     fn open(files: &ModelFiles, request: &ExportRequest<'_>) -> Result<Self> {
-        let architecture = architecture_of(files, Init::Pretrained, &Device::Cpu)?;
+        let architecture = architecture_of(
+            files,
+            Init::Pretrained,
+            recipe::Quantization::None,
+            &Device::Cpu,
+        )?;
         let family = export::family(&architecture)?;
         let rows = architecture.vocab_size;
         let tokenizer = tokenizer_of(files, rows, request.source.chat_date())?;
@@ -222,7 +232,7 @@ fn plan_tensors(
         info: TensorInfo {
             name: "rope_freqs.weight".into(),
             shape: vec![divisors.len()],
-            format: Format::F32,
+            format: StoredFormat::F32,
         },
         source: Source::Values(divisors),
     });

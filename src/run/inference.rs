@@ -3,10 +3,10 @@
 use candle_core::Device;
 
 use super::Screen;
+use super::architecture::architecture_of;
 use super::machine::check_precision;
 use super::model::{end_ids, fetch_weights, find_model, tokenizer_of};
 use super::model_source::ModelSource;
-use super::prepare::architecture_of;
 use super::task::saved_labels;
 use crate::adapter::{self, Adaptation};
 use crate::data::Tokenizer;
@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{AdapterStart, Architecture, Decoder, TrainableModel, Weights, initial_values};
 use crate::ops::Parameters;
-use crate::recipe::Init;
+use crate::recipe::{Init, Quantization};
 use crate::work::Precision;
 
 /// A model to run, and where.
@@ -25,6 +25,8 @@ pub struct ModelRequest<'a> {
     pub device: &'a Device,
     /// Compute dtype.
     pub precision: Precision,
+    /// How the linear layers are stored.
+    pub quantization: Quantization,
 }
 
 /// A model whose weights are not read yet.
@@ -70,7 +72,12 @@ pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Resul
 
 /// The architecture by config.json; a classifier has the classes of its run, of its adapter, or its own.
 fn architecture(request: &ModelRequest<'_>, files: &ModelFiles) -> Result<Architecture> {
-    let mut architecture = architecture_of(files, Init::Pretrained, request.device)?;
+    let mut architecture = architecture_of(
+        files,
+        Init::Pretrained,
+        request.quantization,
+        request.device,
+    )?;
     if architecture.classifier().is_none() {
         return Ok(architecture);
     }

@@ -5,16 +5,16 @@ use std::path::Path;
 use candle_core::Device;
 
 use super::Screen;
+use super::architecture::architecture_of;
 use super::export::name_of;
 use super::inference::fetch;
 use super::model::{copy_companions, copy_file, read_json, write_json};
 use super::model_source::ModelSource;
-use super::prepare::architecture_of;
 use crate::adapter::{self, MergeJob, MergeSummary};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
 use crate::model::Weights;
-use crate::recipe::{Init, ModelId};
+use crate::recipe::{Init, ModelId, Quantization};
 use crate::report::files::MODEL_CARD;
 
 /// A merge.
@@ -33,7 +33,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     let device = Device::Cpu;
     let adapter = adapter_of(request.source)?;
     let files = fetch(request.source, screen.downloads())?;
-    let architecture = architecture_of(&files, Init::Pretrained, &device)?;
+    let architecture = architecture_of(&files, Init::Pretrained, Quantization::None, &device)?;
     if architecture.classifier().is_some() {
         return Err(
             Error::new(Kind::Usage, "merging the adapter of a classifier is not supported")

@@ -5,6 +5,7 @@
 //! `probe` and `reconcile` are the other commands. No numerics and no printing.
 
 mod adapters;
+mod architecture;
 mod baseline_run;
 mod checks;
 mod continued;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use candle_core::Device;
 use sha2::{Digest, Sha256};
 
+use super::architecture::architecture_of;
 use super::checks::{
     Failures, check_baseline_memory, check_length, check_steps, checkpointing_value, recompute,
     refuse_adapter_on_random_weights, refuse_dropout,
@@ -307,7 +308,8 @@ impl PreparedModel {
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress);
         let files = files.map_err(of_model)?;
         let mut failures = Failures::default();
-        let architecture = architecture_of(&files, recipe.model.init, device);
+        let architecture =
+            architecture_of(&files, recipe.model.init, recipe.model.quantization, device);
         let architecture = failures.note(architecture.map_err(of_model));
         let rows = architecture.as_ref().map_or(usize::MAX, |a| a.vocab_size);
         let tokenizer = tokenizer_of(&files, rows, recipe.data.chat_date);
@@ -482,23 +484,6 @@ fn without_paths(recipe: &Recipe, has_commit: bool) -> Recipe {
         *path = anywhere();
     }
     recipe
-}
-
-/// A model's architecture for `device`, corrected by its weight files where they are there and read:
-/// a GPU keeps weights in the compute dtype, whatever they are stored in.
-pub(super) fn architecture_of(
-    files: &ModelFiles,
-    init: Init,
-    device: &Device,
-) -> Result<Architecture> {
-    let mut architecture = Architecture::from_file(&files.config)?;
-    if init == Init::Pretrained
-        && let Ok(weights) = files.require_weights()
-    {
-        architecture.correct_by_files(weights)?;
-    }
-    architecture.stored_in_bf16 &= device.is_cpu();
-    Ok(architecture)
 }
 
 /// Tokens of the largest micro-batch among the first epoch's steps and the evaluation.

@@ -6,11 +6,12 @@ use std::num::NonZeroUsize;
 
 use candle_core::Device;
 
+use super::architecture::architecture_of;
 use super::checks::{check_length, recompute, refuse_adapter_on_random_weights, refuse_dropout};
 use super::machine::check_precision;
 use super::model::find_model;
 use super::options::settings;
-use super::prepare::{Purpose, Target, architecture_of};
+use super::prepare::{Purpose, Target};
 use super::reporting::{adapter_block, model_block};
 use super::spending::memory_block;
 use super::target::{config_warnings, shape_of, target};
@@ -114,7 +115,8 @@ impl ModelParts {
         check_precision(device, recipe.model.dtype)?;
         refuse_adapter_on_random_weights(recipe)?;
         let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
-        let mut architecture = architecture_of(&files, recipe.model.init, device)?;
+        let mut architecture =
+            architecture_of(&files, recipe.model.init, recipe.model.quantization, device)?;
         refuse_dropout(&architecture)?;
         resolve_task(recipe, &mut architecture, None)?;
         let target = target(recipe, &architecture)?;

@@ -13,7 +13,7 @@ use wattune::model::{
     AdapterStart, Architecture, Decoder, ModelShape, Recompute, TrainableModel, WeightSource,
     Weights, initial_values,
 };
-use wattune::ops::{Context, Weight};
+use wattune::ops::{Context, StoredFormat, Weight};
 use wattune::units::Bytes;
 use wattune::work::{Precision, WorkCounter};
 
@@ -39,6 +39,7 @@ struct Case {
     golden: Golden,
     loaded: LoadedAdapter,
     adaptation: Adaptation,
+    quantised: bool,
 }
 
 impl Case {
@@ -47,14 +48,24 @@ impl Case {
         let json: Value = serde_json::from_slice(&text).unwrap();
         let base = dir.join("../../tiny").join(json["base"].as_str().unwrap());
         let file = dir.join("golden.safetensors");
+        let mut architecture = Architecture::from_file(&base.join("config.json")).unwrap();
+        let format = match json["quantization"].as_str() {
+            Some("nf4") => Some(StoredFormat::NF4),
+            Some("int8") => Some(StoredFormat::INT8),
+            _ => None,
+        };
+        if let Some(format) = format {
+            architecture.quantize_linears(format).unwrap();
+        }
         let golden = Golden {
             tensors: candle_core::safetensors::load(file, &Device::Cpu).unwrap(),
-            architecture: Architecture::from_file(&base.join("config.json")).unwrap(),
+            architecture,
             dir: base,
             json,
         };
         let loaded = adapter::load(&dir.join("adapter")).unwrap();
         Self {
+            quantised: format.is_some(),
             name: dir.file_name().unwrap().to_string_lossy().into_owned(),
             adaptation: loaded.adaptation(&golden.architecture.layout()).unwrap(),
             loaded,
@@ -166,10 +177,11 @@ fn the_forecast_is_what_was_executed() {
     }
 }
 
-/// A merged model without its adapter computes what PEFT's model does.
+/// A merged model without its adapter computes what PEFT's model does. An adapter of quantised weights is merged into the weights
+/// they were made from, which have another loss.
 #[test]
 fn a_merged_model_has_the_loss_of_the_adapted_one() {
-    for case in cases() {
+    for case in cases().into_iter().filter(|case| !case.quantised) {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
         adapter::merge(&MergeJob {

@@ -12,7 +12,7 @@ use candle_core::Tensor;
 use super::{LmHead, Losses};
 use crate::error::Result;
 use crate::ops::gemm::packed_rhs::{PADDING, PackedRhs};
-use crate::ops::gemm::{CpuSlice, Element, Lhs, MatMut, MatRef};
+use crate::ops::gemm::{CpuSlice, Element, Lhs, MatMut, MatRef, Values};
 use crate::ops::parallel::{num_threads, par_for_each};
 use crate::ops::simd::{self, simd};
 use crate::ops::softcap::{capped, slope};
@@ -36,10 +36,11 @@ impl LmHead {
         if rows == 0 {
             return Ok((Vec::new(), None));
         }
-        let (vocab, hidden) = self.weight.tensor.dims2()?;
+        let (vocab, hidden) = self.weight.dims2()?;
         let h = h.contiguous()?;
         let h = CpuTensor::borrow(&h)?;
-        let w = CpuTensor::borrow(&self.weight.tensor)?;
+        let storage = self.weight.storage()?;
+        let w = self.weight.matrix(&storage)?.with_cache(None);
         let lhs = Lhs::new(context.precision, h.matrix(rows, hidden));
         count_flops(1 + usize::from(scale.is_some()), rows, vocab, hidden);
         // The same number of blocks for each thread; a row's sums do not depend on its block.
@@ -58,15 +59,17 @@ impl LmHead {
             ..RowBlock::new(index * block_rows, targets, dh_blocks.next(), width)
         };
         let mut blocks: Vec<_> = targets.chunks(block_rows).enumerate().map(block).collect();
-        self.accumulate_vocabulary(&mut blocks, &lhs, w.matrix(vocab, hidden), vocab);
+        self.accumulate_vocabulary(&mut blocks, &lhs, w, vocab);
 
         let losses = blocks.iter().flat_map(RowBlock::losses).collect();
         let Some(scale) = scale else {
             return Ok((losses, None));
         };
-        par_for_each(blocks.iter_mut(), |block| match w.slice() {
-            CpuSlice::F32(w) => block.finish(w, hidden, scale),
-            CpuSlice::Bf16(w) => block.finish(w, hidden, scale),
+        let range = |row: usize| row * hidden..(row + 1) * hidden;
+        par_for_each(blocks.iter_mut(), |block| match w.values() {
+            Values::F32(w) => block.finish(|row| &w[range(row)], scale),
+            Values::Bf16(w) => block.finish(|row| &w[range(row)], scale),
+            Values::Quantized(w) => block.finish(|row| w.row(row), scale),
         });
         drop(blocks);
         Ok((
@@ -216,8 +219,8 @@ impl<'a> RowBlock<'a> {
             .map(|row| self.max[row] + self.sum[row].ln() as f32 - self.target_logits[row])
     }
 
-    /// Converts e W to dh = scale (e W / sum(e) - slope W[target]); `w` is W (V, `hidden`).
-    fn finish<T: Element>(&mut self, w: &[T], hidden: usize, scale: f64) {
+    /// Converts e W to dh = scale (e W / sum(e) - slope W[target]); `row_of` returns a row of W.
+    fn finish<T: Element, R: AsRef<[T]>>(&mut self, row_of: impl Fn(usize) -> R, scale: f64) {
         let Some(dh) = &mut self.dh else { return };
         for (row, (&target, dh)) in self
             .targets
@@ -225,7 +228,8 @@ impl<'a> RowBlock<'a> {
             .zip(dh.chunks_exact_mut(self.width))
             .enumerate()
         {
-            let w = &w[target as usize * hidden..][..hidden];
+            let w = row_of(target as usize);
+            let w = w.as_ref();
             let target_slope = self.softcap.map(|c| slope(self.target_logits[row], c));
             let factor = (scale / self.sum[row]) as f32;
             let scale = scale as f32 * target_slope.unwrap_or(1.0);

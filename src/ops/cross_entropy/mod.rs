@@ -21,7 +21,7 @@ use super::softcap::{
 use super::storage::{CpuTensor, ELEMENTS_PER_TASK, check_shape, f32_tensor};
 use super::{
     Context, DropoutMask, Gradients, InputGradient, Linear, LinearShape, Lora, LoraShape, Path,
-    Weight, matmul, softmax,
+    StoredFormat, Weight, matmul, softmax,
 };
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work, WorkCounter};
@@ -67,6 +67,8 @@ pub struct LmHeadShape {
     pub hidden: usize,
     /// V.
     pub vocab: usize,
+    /// The format of a quantised W.
+    pub stored: Option<StoredFormat>,
     /// Whether W is trained.
     pub trained: bool,
     /// Whether logits are capped.
@@ -105,6 +107,7 @@ impl LmHeadShape {
             lora_bias: self.lora.is_some_and(|lora| lora.bias),
             magnitude: self.lora.is_some_and(|lora| lora.magnitude),
             bias: false,
+            stored: self.stored,
             trained: self.trained,
             bias_trained: false,
             dropout: self.dropout,
@@ -159,11 +162,12 @@ struct Backward<'a> {
 
 impl LmHead {
     fn shape(&self, loss_tokens: usize) -> Result<LmHeadShape> {
-        let (vocab, hidden) = self.weight.tensor.dims2()?;
+        let (vocab, hidden) = self.weight.dims2()?;
         Ok(LmHeadShape {
             loss_tokens,
             hidden,
             vocab,
+            stored: self.weight.stored_format(),
             trained: self.weight.is_trained(),
             softcap: self.softcap.is_some(),
             lora: self.lora.as_ref().map(Lora::shape).transpose()?,
@@ -203,13 +207,13 @@ impl LmHead {
             return capped_tensor(logits, self.softcap);
         }
         if context.path(h) != Path::Cpu {
-            let logits = matmul(context, h, &self.weight.tensor.t()?)?;
+            let logits = matmul(context, h, &self.weight.dequantized()?.t()?)?;
             return capped_tensor(logits, self.softcap);
         }
         let h = h.contiguous()?;
         let h = CpuTensor::borrow(&h)?;
-        let w = CpuTensor::borrow(&self.weight.tensor)?;
-        let w_t = w.matrix(vocab, hidden).t();
+        let w = self.weight.storage()?;
+        let w_t = self.weight.matrix(&w)?.with_cache(None).t();
         let mut logits = gemm(context.precision, h.matrix(n, hidden), w_t);
         cap(&mut logits, self.softcap);
         f32_tensor(logits, (n, vocab))

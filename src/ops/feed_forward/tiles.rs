@@ -12,7 +12,7 @@ use crate::ops::gemm::bf16::{
 };
 use crate::ops::gemm::{MatRef, PackedLhs};
 use crate::ops::simd::simd;
-use crate::ops::storage::{CpuTensor, SendPtr, check_shape, uninit_vec};
+use crate::ops::storage::{CpuTensor, SendPtr, check_dims, check_shape, uninit_vec};
 use crate::ops::{Branch, Context, Gradients, Linear, LinearInput, LinearSaved, Lora, Weight};
 use crate::work::Precision;
 
@@ -105,7 +105,7 @@ impl<'a> WeightRhs<'a> {
     fn new(weight: &'a Weight, transposed: bool) -> Result<Self> {
         Ok(Self {
             weight,
-            storage: CpuTensor::borrow(&weight.tensor)?,
+            storage: weight.storage()?,
             transposed,
         })
     }
@@ -126,7 +126,7 @@ impl<'a> LayerRhs<'a> {
         transposed: bool,
     ) -> Result<Self> {
         let lora = lora.map(|(scaled, weight)| -> Result<_> {
-            let (rows, columns) = weight.tensor.dims2()?;
+            let (rows, columns) = weight.dims2()?;
             let r = if transposed { columns } else { rows };
             let scaled = MatRef::from_f32(scaled, scaled.len() / r.max(1), r);
             let packed = PackedLhs::new(context.precision, &scaled);
@@ -175,8 +175,13 @@ impl FeedForward<'_> {
         x: LinearInput,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, FeedForwardSaved)> {
-        let (n, f) = (x.shape().0, gate.weight.tensor.dims2()?.0);
-        check_shape("up", &up.weight.tensor, gate.weight.tensor.dims())?;
+        let (n, f) = (x.shape().0, gate.weight.dims2()?.0);
+        let [of_gate, of_up] = [gate, up].map(|linear| linear.weight.dims2());
+        check_dims(
+            "up",
+            &<[usize; 2]>::from(of_up?),
+            &<[usize; 2]>::from(of_gate?),
+        )?;
         let (gate_rhs, gate_saved) = layer_rhs(context, gate, &x)?;
         let (up_rhs, up_saved) = layer_rhs(context, up, &x)?;
         context.counter.add(self.activation.cost(n * f, true));
@@ -221,9 +226,9 @@ impl FeedForward<'_> {
         gradients: &mut Gradients,
     ) -> Result<[LinearInput; 2]> {
         let (n, f) = tiles.shape;
-        let c = self.down.weight.tensor.dims2()?.0;
+        let (c, down_f) = self.down.weight.dims2()?;
         check_shape("dy", dy, &[n, c])?;
-        check_shape("down", &self.down.weight.tensor, &[c, f])?;
+        check_dims("down", &[c, down_f], &[c, f])?;
         let dy = LinearInput::new(context, dy.clone())?;
         let shape = self.down.shape(n, false)?;
         context

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::microkernel::{Isa, KernelArgs, KernelTerm, MicroKernel, gemm_strip};
 use super::panels::Panels;
 use super::schedule::{blocks, even_parts, par_for_each_task};
-use super::{CpuSlice, Form, GemmTerm, Init, pack};
+use super::{Form, GemmTerm, Init, Values, pack};
 use crate::ops::storage::SendPtr;
 
 /// Tasks of one thread that share the panels it packed.
@@ -145,7 +145,7 @@ impl GemmPass<'_> {
     fn task(&self, columns: Range<usize>, rows: Range<usize>) {
         let in_place = |block: &KBlock| {
             let rhs = self.terms[block.term].rhs;
-            matches!(rhs.values, CpuSlice::F32(_)) && rhs.column_stride == 1
+            matches!(rhs.values, Values::F32(_)) && rhs.column_stride == 1
         };
         let mut split = columns.start;
         if self.m <= MAX_UNPACKED_ROWS && self.k_blocks.iter().all(in_place) {
@@ -163,7 +163,7 @@ impl GemmPass<'_> {
         let terms = self.k_blocks.iter().zip(self.kernel_terms(rows.start));
         for (index, (block, mut term)) in terms.enumerate() {
             let rhs = self.terms[block.term].rhs;
-            let CpuSlice::F32(values) = rhs.values else {
+            let Values::F32(values) = rhs.values else {
                 return;
             };
             term.rs_b = rhs.row_stride;

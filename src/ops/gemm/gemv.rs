@@ -3,8 +3,9 @@
 //!
 //! Packing pays only if many rows read a panel; here the time is that of reading B from memory.
 
-use super::{CpuSlice, Element, Form, GemmTerm, Init, MatRef};
+use super::{Element, Form, GemmTerm, Init, MatRef, Values};
 use crate::ops::parallel::par_for_each;
+use crate::ops::quantized;
 use crate::ops::simd::simd;
 
 /// Approximate number of elements of B per task: long enough for hardware prefetching, short enough
@@ -40,8 +41,9 @@ pub(super) fn gemv(terms: &[(&[f32], &MatRef<'_>)], init: Init<'_>, out: &mut [f
         }
         for (a, b) in terms {
             match b.values {
-                CpuSlice::F32(values) => add_dots(a, values, b.column_stride, first, out),
-                CpuSlice::Bf16(values) => add_dots(a, values, b.column_stride, first, out),
+                Values::F32(values) => add_dots(a, values, b.column_stride, first, out),
+                Values::Bf16(values) => add_dots(a, values, b.column_stride, first, out),
+                Values::Quantized(values) => quantized::dots(a, values, first, out),
             }
         }
     });

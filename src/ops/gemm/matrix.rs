@@ -3,6 +3,7 @@
 use half::bf16;
 
 use super::packed_rhs::{PackedRhs, PackedWeightCache};
+use crate::ops::quantized::QuantizedSlice;
 use crate::ops::storage::cast_vec;
 
 /// Contiguous f32 or bf16 elements.
@@ -21,13 +22,6 @@ impl<'a> CpuSlice<'a> {
         }
     }
 
-    fn len(&self) -> usize {
-        match self {
-            CpuSlice::F32(values) => values.len(),
-            CpuSlice::Bf16(values) => values.len(),
-        }
-    }
-
     /// An f32 copy of bf16 elements; `None` for f32.
     pub(in crate::ops) fn upcast(&self) -> Option<Vec<f32>> {
         match self {
@@ -37,10 +31,47 @@ impl<'a> CpuSlice<'a> {
     }
 }
 
+/// The elements of a matrix, row-major or with strides.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::ops) enum Values<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    /// Decoded while they are packed; with the strides of their row-major order, or its transpose.
+    Quantized(QuantizedSlice<'a>),
+}
+
+impl<'a> From<CpuSlice<'a>> for Values<'a> {
+    fn from(slice: CpuSlice<'a>) -> Self {
+        match slice {
+            CpuSlice::F32(values) => Self::F32(values),
+            CpuSlice::Bf16(values) => Self::Bf16(values),
+        }
+    }
+}
+
+impl<'a> Values<'a> {
+    /// The elements from index `start` on; of a quantised matrix the first of a row.
+    fn slice_from(self, start: usize) -> Self {
+        match self {
+            Self::F32(values) => Self::F32(&values[start..]),
+            Self::Bf16(values) => Self::Bf16(&values[start..]),
+            Self::Quantized(values) => Self::Quantized(values.slice_from(start)),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+            Self::Quantized(values) => values.len(),
+        }
+    }
+}
+
 /// A read-only matrix with a stride for each dimension, in elements.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::ops) struct MatRef<'a> {
-    pub(super) values: CpuSlice<'a>,
+    pub(super) values: Values<'a>,
     pub(super) rows: usize,
     pub(super) columns: usize,
     pub(super) row_stride: usize,
@@ -51,7 +82,8 @@ pub(in crate::ops) struct MatRef<'a> {
 
 impl<'a> MatRef<'a> {
     /// A row-major matrix that fills its slice.
-    pub(in crate::ops) fn new(values: CpuSlice<'a>, rows: usize, columns: usize) -> Self {
+    pub(in crate::ops) fn new(values: impl Into<Values<'a>>, rows: usize, columns: usize) -> Self {
+        let values = values.into();
         assert_eq!(
             Some(values.len()),
             rows.checked_mul(columns),
@@ -67,10 +99,11 @@ impl<'a> MatRef<'a> {
 
     /// A matrix of `[rows, columns]` with its first element at the start of `values`.
     pub(in crate::ops) fn strided(
-        values: CpuSlice<'a>,
+        values: impl Into<Values<'a>>,
         shape: [usize; 2],
         strides: [usize; 2],
     ) -> Self {
+        let values = values.into();
         let [rows, columns] = shape;
         let [row_stride, column_stride] = strides;
         let end = span(columns, column_stride, 1).and_then(|row| span(rows, row_stride, row));
@@ -94,6 +127,11 @@ impl<'a> MatRef<'a> {
             cache: cache.map(|cache| (cache, false)),
             ..self
         }
+    }
+
+    /// Its elements.
+    pub(in crate::ops) fn values(&self) -> Values<'a> {
+        self.values
     }
 
     /// The cached packed form, packed at its first use; `None` without a cache, or if its format is

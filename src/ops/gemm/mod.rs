@@ -34,7 +34,7 @@ use super::count_flops;
 use super::storage::{cast_vec, uninit_vec};
 use crate::work::Precision;
 pub(super) use element::Element;
-pub(super) use matrix::{CpuSlice, MatMut, MatRef};
+pub(super) use matrix::{CpuSlice, MatMut, MatRef, Values};
 #[cfg(test)]
 pub(super) use microkernel::{FORCED_ISA, available};
 pub(super) use microkernel::{Isa, KernelArgs, KernelTerm, best, gemm_strip};
@@ -128,8 +128,9 @@ impl<'a> Lhs<'a> {
         };
         let form = match (packed.0, a.values) {
             (Some(packed), _) => Form::Packed(packed),
-            (None, CpuSlice::F32(values)) => unpacked(Cow::Borrowed(values)),
-            (None, CpuSlice::Bf16(values)) => unpacked(Cow::Owned(cast_vec(values))),
+            (None, Values::F32(values)) => unpacked(Cow::Borrowed(values)),
+            (None, Values::Bf16(values)) => unpacked(Cow::Owned(cast_vec(values))),
+            (None, Values::Quantized(values)) => unpacked(Cow::Owned(values.to_vec())),
         };
         Self {
             rows: a.rows,

@@ -4,11 +4,16 @@
 use std::ops::Range;
 
 use super::microkernel::{Isa, Transpose};
-use super::{CpuSlice, Element, MatRef, span};
+use super::{Element, MatRef, Values, span};
+use crate::ops::quantized::QuantizedSlice;
 use crate::ops::simd::simd;
 
 /// Rows prefetched ahead: they lie on other pages, across which hardware does not prefetch.
 const PREFETCH_ROWS: usize = 16;
+/// Columns of the widest panel.
+const MAX_WIDTH: usize = 32;
+/// Rows of k that are decoded at once for a panel: 16 KiB of f32, half of L1.
+const DECODED_ROWS: usize = 128;
 
 /// Packs rows `k` of b's columns `columns` into `panel` (k, width), with width the columns rounded
 /// up to vectors.
@@ -26,27 +31,66 @@ pub(in crate::ops) fn pack(
     let width = columns.len().next_multiple_of(isa.lanes);
     let panel = &mut panel[..k.len() * width];
     let start = k.start * b.row_stride + columns.start * b.column_stride;
+    let strides = [b.row_stride, b.column_stride];
     match b.values {
-        CpuSlice::F32(values) => pack_panel(isa, &values[start..], b, columns.len(), panel, width),
-        CpuSlice::Bf16(values) => pack_panel(isa, &values[start..], b, columns.len(), panel, width),
+        Values::F32(values) => {
+            pack_panel(isa, &values[start..], strides, columns.len(), panel, width)
+        }
+        Values::Bf16(values) => {
+            pack_panel(isa, &values[start..], strides, columns.len(), panel, width)
+        }
+        Values::Quantized(values) => {
+            pack_quantized(isa, values, strides, start, columns.len(), panel, width)
+        }
     }
 }
 
-/// Packs `columns` columns of `b` that start at the first of `values`.
-fn pack_panel<T: Element>(
+/// Packs `columns` columns of a quantised B from index `start` on: decodes rows into the panel, or, where B is transposed, runs of
+/// its columns into a buffer that is packed next.
+fn pack_quantized(
     isa: &Isa,
-    values: &[T],
-    b: &MatRef<'_>,
+    values: QuantizedSlice<'_>,
+    strides: [usize; 2],
+    start: usize,
     columns: usize,
     panel: &mut [f32],
     width: usize,
 ) {
-    if b.column_stride == 1 {
-        return copy_panel(values, b.row_stride, columns, panel, width);
+    let [row_stride, column_stride] = strides;
+    if column_stride == 1 {
+        for (row, out) in panel.chunks_exact_mut(width).enumerate() {
+            let (filled, padding) = out.split_at_mut(columns);
+            values.decode(start + row * row_stride, filled);
+            padding.fill(0.0);
+        }
+        return;
     }
-    if b.row_stride == 1 {
+    let mut decoded = [0.0; MAX_WIDTH * DECODED_ROWS];
+    for (block, panel) in panel.chunks_mut(width * DECODED_ROWS).enumerate() {
+        let depth = panel.len() / width;
+        let start = start + block * DECODED_ROWS;
+        for (column, out) in decoded.chunks_exact_mut(depth).take(columns).enumerate() {
+            values.decode(start + column * column_stride, out);
+        }
+        pack_panel(isa, &decoded, [1, depth], columns, panel, width);
+    }
+}
+
+/// Packs `columns` columns that start at the first of `values`, with the strides of a row and of a column.
+fn pack_panel<T: Element>(
+    isa: &Isa,
+    values: &[T],
+    [row_stride, column_stride]: [usize; 2],
+    columns: usize,
+    panel: &mut [f32],
+    width: usize,
+) {
+    if column_stride == 1 {
+        return copy_panel(values, row_stride, columns, panel, width);
+    }
+    if row_stride == 1 {
         assert!(
-            span(columns, b.column_stride, panel.len() / width)
+            span(columns, column_stride, panel.len() / width)
                 .is_some_and(|end| end <= values.len()),
             "every column lies inside the matrix"
         );
@@ -57,9 +101,9 @@ fn pack_panel<T: Element>(
             // has it.
             return unsafe {
                 if isa.transpose == Transpose::Avx512 {
-                    transpose_panel_16(values, b.column_stride, columns, panel, width)
+                    transpose_panel_16(values, column_stride, columns, panel, width)
                 } else {
-                    transpose_panel_8(values, b.column_stride, columns, panel, width)
+                    transpose_panel_8(values, column_stride, columns, panel, width)
                 }
             };
         }
@@ -67,7 +111,7 @@ fn pack_panel<T: Element>(
     for (row, out) in panel.chunks_exact_mut(width).enumerate() {
         let (filled, padding) = out.split_at_mut(columns);
         for (column, out) in filled.iter_mut().enumerate() {
-            *out = values[row * b.row_stride + column * b.column_stride].as_f32();
+            *out = values[row * row_stride + column * column_stride].as_f32();
         }
         padding.fill(0.0);
     }

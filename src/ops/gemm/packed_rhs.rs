@@ -147,7 +147,7 @@ impl PackedRhs {
     /// out += a (m, k) row-major f32 times B.
     pub(in crate::ops) fn gemm_add(&self, a: MatRef<'_>, out: MatMut<'_>) {
         match (self, a.values) {
-            (Self::Panels(panels), super::CpuSlice::F32(values)) if a.column_stride == 1 => {
+            (Self::Panels(panels), super::Values::F32(values)) if a.column_stride == 1 => {
                 panels.gemm(a.rows, values, a.row_stride, true, out);
             }
             (Self::Panels(_), _) => unreachable!("sums continue from row-major f32"),

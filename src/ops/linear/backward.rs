@@ -7,9 +7,7 @@ use super::{Linear, LinearInput, LinearSaved, Magnitude, count_base, masked};
 use crate::error::{Error, Kind, Result};
 use crate::ops::gemm::{GemmTerm, Init, Lhs, MatRef, gemm, gemm_sum, skinny_gemm};
 use crate::ops::parallel::par_for_each;
-use crate::ops::storage::{
-    CpuTensor, ROWS_PER_TASK, check_dims, check_shape, f32_tensor, uninit_vec,
-};
+use crate::ops::storage::{CpuTensor, ROWS_PER_TASK, check_dims, f32_tensor, uninit_vec};
 use crate::ops::{Context, Gradients, Path, matmul, residual_cost};
 
 /// Whether a backward pass computes dx, and what it is added to.
@@ -90,7 +88,7 @@ pub fn backward_shared_input(
     let Some(first) = branches.first() else {
         return Ok(None);
     };
-    let shape = [first.dy.shape.0, first.linear.weight.tensor.dims2()?.1];
+    let shape = [first.dy.shape.0, first.linear.weight.dims2()?.1];
     for (index, branch) in branches.iter().enumerate() {
         branch.check_and_count(context, x, shape, dx.is_wanted())?;
         match (dx.is_wanted(), index) {
@@ -153,11 +151,8 @@ impl Branch<'_> {
         let shape = linear.shape(tokens, saved.has_mask())?;
         let out_features = shape.out_features;
         check_dims("dy", &[dy.shape.0, dy.shape.1], &[tokens, out_features])?;
-        check_shape(
-            "weight",
-            &linear.weight.tensor,
-            &[out_features, in_features],
-        )?;
+        let (rows, columns) = linear.weight.dims2()?;
+        check_dims("weight", &[rows, columns], &[out_features, in_features])?;
         if let Some(x) = x {
             check_dims("x", &[x.shape.0, x.shape.1], &[tokens, in_features])?;
         }
@@ -183,7 +178,7 @@ impl Branch<'_> {
         let dy = self.dy.tensor()?;
         let weight = &self.linear.weight;
         let x = x.map(LinearInput::tensor).transpose()?;
-        let dx = input_gradient.then(|| matmul(context, dy, &weight.tensor));
+        let dx = input_gradient.then(|| matmul(context, dy, &weight.dequantized()?));
         let mut dx = dx.transpose()?;
         if let (true, Some(x)) = (weight.is_trained(), x) {
             gradients.add(weight, matmul(context, &dy.t()?, x)?)?;
@@ -310,7 +305,7 @@ impl<'a> BranchStorage<'a> {
         let lora = branch.linear.lora.as_ref();
         Ok(Self {
             dy: branch.dy.borrow()?,
-            w: CpuTensor::borrow(&branch.linear.weight.tensor)?,
+            w: branch.linear.weight.storage()?,
             a: lora
                 .map(|lora| CpuTensor::borrow(&lora.a.tensor))
                 .transpose()?,
@@ -327,7 +322,7 @@ fn input_gradient_cpu(
     base: Option<&Tensor>,
 ) -> Result<Tensor> {
     let n = branches[0].dy.shape.0;
-    let i = branches[0].linear.weight.tensor.dims2()?.1;
+    let i = branches[0].linear.weight.dims2()?.1;
     let storage = branches.iter().map(BranchStorage::borrow);
     let storage = storage.collect::<Result<Vec<_>>>()?;
     let mut lhs = Vec::new();

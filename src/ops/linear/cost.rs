@@ -2,6 +2,7 @@
 
 use super::{Linear, Lora, Weight};
 use crate::error::Result;
+use crate::ops::StoredFormat;
 use crate::work::{Precision, Work};
 
 /// What the cost of an adapter depends on.
@@ -32,6 +33,8 @@ pub struct LinearShape {
     pub magnitude: bool,
     /// With a bias.
     pub bias: bool,
+    /// The format of a quantised W.
+    pub stored: Option<StoredFormat>,
     /// Whether W is trained.
     pub trained: bool,
     /// Whether the bias is trained.
@@ -49,7 +52,7 @@ impl LinearShape {
     /// Work of `forward`.
     pub fn forward_cost(&self, precision: Precision) -> Work {
         let (n, i, o) = (self.tokens, self.in_features, self.out_features);
-        let mut work = Work::product(n, o, i, precision);
+        let mut work = self.product(n, o, i, precision);
         if let Some(r) = self.r {
             work += &Work::product(n, r, i, precision);
             work += &Work::product(n, o, r, precision);
@@ -62,7 +65,7 @@ impl LinearShape {
             work += &self.row_norms_cost(r);
             work += &Work::sweep(12 * n * o, n * o);
             if self.dropout {
-                work += &Work::product(n, o, i, precision);
+                work += &self.product(n, o, i, precision);
                 work += &Work::sweep(12 * n * i + 12 * n * o, n * i + n * o);
             }
         }
@@ -72,12 +75,22 @@ impl LinearShape {
         work
     }
 
+    /// A product with W or its transpose as the second operand; of a quantised W each value is decoded once.
+    fn product(&self, m: usize, n: usize, k: usize, precision: Precision) -> Work {
+        let Some(format) = self.stored else {
+            return Work::product(m, n, k, precision);
+        };
+        let block = format.block_size(self.in_features);
+        let decoded = Work::sweep(0, format.decode_operations() * n * k);
+        Work::stored_product(m, n, k, precision, Some(block)) + decoded
+    }
+
     /// Work of `backward`; `input_gradient`: with dx.
     pub fn backward_cost(&self, precision: Precision, input_gradient: bool) -> Work {
         let (n, i, o) = (self.tokens, self.in_features, self.out_features);
         let mut work = Work::default();
         if input_gradient {
-            work += &Work::product(n, i, o, precision);
+            work += &self.product(n, i, o, precision);
         }
         if self.trained {
             work += &Work::product(o, i, n, precision);
@@ -88,7 +101,7 @@ impl LinearShape {
         if self.magnitude {
             work += &Work::sweep(20 * n * o, 3 * n * o);
             if self.dropout && input_gradient {
-                work += &Work::product(n, i, o, precision);
+                work += &self.product(n, i, o, precision);
                 work += &Work::sweep(24 * n * i, 2 * n * i);
             }
         }
@@ -125,7 +138,7 @@ impl LinearShape {
 impl Linear {
     /// The layer's shape for `tokens` rows.
     pub fn shape(&self, tokens: usize, dropout: bool) -> Result<LinearShape> {
-        let (out_features, in_features) = self.weight.tensor.dims2()?;
+        let (out_features, in_features) = self.weight.dims2()?;
         let lora = self.lora.as_ref().map(Lora::shape).transpose()?;
         Ok(LinearShape {
             tokens,
@@ -135,6 +148,7 @@ impl Linear {
             lora_bias: lora.is_some_and(|lora| lora.bias),
             magnitude: lora.is_some_and(|lora| lora.magnitude),
             bias: self.bias.is_some(),
+            stored: self.weight.stored_format(),
             trained: self.weight.is_trained(),
             bias_trained: self.bias.as_ref().is_some_and(Weight::is_trained),
             dropout,

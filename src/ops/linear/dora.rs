@@ -34,11 +34,11 @@ impl Magnitude {
     }
 
     /// The squared norms of the rows of W (out, in).
-    fn squared_norms(&self, w: &Tensor) -> Result<Tensor> {
+    fn squared_norms(&self, w: &Weight) -> Result<Tensor> {
         if let Some(known) = self.squared_norms.get() {
             return Ok(known.clone());
         }
-        let norms = w.to_dtype(DType::F32)?.sqr()?.sum(1)?;
+        let norms = w.dequantized()?.to_dtype(DType::F32)?.sqr()?.sum(1)?;
         Ok(self.squared_norms.get_or_init(|| norms).clone())
     }
 }
@@ -88,11 +88,11 @@ impl Linear {
     fn row_norms(&self, context: Context<'_>, lora: &Lora, m: &Magnitude) -> Result<Tensor> {
         let context = context.in_f32();
         let (a, b) = (&lora.a.tensor, &lora.b.tensor);
-        let wa = matmul(context, &self.weight.tensor, &a.t()?)?;
+        let wa = matmul(context, &self.weight.dequantized()?, &a.t()?)?;
         let aa = matmul(context, a, &a.t()?)?;
         let baa = matmul(context, b, &aa)?;
         let cross = ((wa * (2.0 * lora.scaling))? + (baa * lora.scaling.powi(2))?)?;
-        let sum = (m.squared_norms(&self.weight.tensor)? + (cross * b)?.sum(1)?)?;
+        let sum = (m.squared_norms(&self.weight)? + (cross * b)?.sum(1)?)?;
         // Rounding may leave a vanishing row below zero.
         Ok(sum.maximum(f64::from(f32::MIN_POSITIVE))?.sqrt()?)
     }

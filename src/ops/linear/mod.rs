@@ -253,7 +253,7 @@ impl Linear {
     }
 
     pub(super) fn check_input(&self, x: &LinearInput) -> Result<()> {
-        let in_features = self.weight.tensor.dims2()?.1;
+        let in_features = self.weight.dims2()?.1;
         check_dims("x", &[x.shape.0, x.shape.1], &[x.shape.0, in_features])
     }
 
@@ -264,7 +264,7 @@ impl Linear {
         mask: Option<DropoutMask>,
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
-        let mut y = matmul(context, x, &self.weight.tensor.t()?)?;
+        let mut y = matmul(context, x, &self.weight.dequantized()?.t()?)?;
         if let Some(bias) = self.whole_bias()? {
             y = y.broadcast_add(&bias.to_dtype(y.dtype())?)?;
         }
@@ -290,10 +290,10 @@ impl Linear {
         base: Option<&Tensor>,
     ) -> Result<(Tensor, LinearSaved)> {
         let n = input.shape.0;
-        let o = self.weight.tensor.dims2()?.0;
+        let o = self.weight.dims2()?.0;
         let x = input.borrow()?;
         let lhs = input.lhs(&x)?;
-        let w = CpuTensor::borrow(&self.weight.tensor)?;
+        let w = self.weight.storage()?;
         let down = self.lora_down(context, input, &lhs, mask)?;
         let b = self
             .lora

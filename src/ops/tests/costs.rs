@@ -4,7 +4,8 @@
 use serde_json::Value;
 
 use super::super::{
-    Attention, LinearShape, LmHeadShape, attention_backward_cost, attention_forward_cost,
+    Attention, LinearShape, LmHeadShape, StoredFormat, attention_backward_cost,
+    attention_forward_cost,
 };
 use super::attention;
 use crate::work::{Precision::F32, Work};
@@ -17,6 +18,7 @@ fn linear(tokens: usize, in_features: usize, out_features: usize) -> LinearShape
         out_features,
         r: None,
         bias: false,
+        stored: None,
         trained: false,
         bias_trained: false,
         lora_bias: false,
@@ -196,6 +198,7 @@ fn counted_parts(torch: &Torch<'_>) -> [(i64, &'static [&'static str]); 6] {
         loss_tokens: tokens,
         hidden,
         vocab: torch.size("vocab_size"),
+        stored: None,
         trained: false,
         softcap: false,
         lora: None,
@@ -230,4 +233,26 @@ fn check_step(name: &str, torch: &Torch<'_>) {
     }
     let total: i64 = counts.iter().map(|(ours, _)| ours).sum();
     assert_eq!(Some(total), torch.0["sdpa"]["total"].as_i64(), "{name}");
+}
+
+/// By hand: 3 rows, 64 inputs, 5 outputs in Q8_0: the product's FLOPs are those of any format, B has 34 bytes for 32 values, and each
+/// value is decoded with two operations, forward and for dx.
+#[test]
+fn a_quantised_layer_reads_its_stored_bytes_and_decodes_them() {
+    let dense = linear(3, 64, 5);
+    let stored = LinearShape {
+        stored: Some(StoredFormat::Q8_0),
+        ..dense
+    };
+    let costs = |shape: &LinearShape| [shape.forward_cost(F32), shape.backward_cost(F32, true)];
+    for (with, without) in costs(&stored).into_iter().zip(costs(&dense)) {
+        assert_eq!(with.flops(), without.flops());
+        assert_eq!(with.vector_flops() - without.vector_flops(), 2 * 64 * 5);
+        let bytes = |work: &Work| {
+            work.iter_products()
+                .map(|(product, _)| product.rhs_bytes())
+                .sum::<u64>()
+        };
+        assert_eq!([bytes(&with), bytes(&without)], [5 * 2 * 34, 5 * 64 * 4]);
+    }
 }

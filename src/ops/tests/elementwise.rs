@@ -181,7 +181,7 @@ proptest! {
                 Ok((y, vec![gradients.get(0).cloned()]))
             },
             naive: |inputs: &[Tensor]| inputs[0].index_select(&ids, 0),
-            cost: embedding_cost(n, c) + embedding_backward_cost(n, c, v),
+            cost: embedding_cost(n, c, None) + embedding_backward_cost(n, c, v),
             roundings: n,
         }
         .prove();

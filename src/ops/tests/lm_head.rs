@@ -74,6 +74,7 @@ fn shape(loss_tokens: usize, hidden: usize, vocab: usize, trained: bool) -> LmHe
         loss_tokens,
         hidden,
         vocab,
+        stored: None,
         trained,
         softcap: false,
         lora: None,

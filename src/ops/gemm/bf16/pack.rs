@@ -14,7 +14,11 @@ use std::ops::Range;
 use super::Tile;
 use super::unit::{BF16_PLANES, BLOCK_LINES, CacheLine, F32_PLANES, K_STEP, TILE};
 use crate::ops::gemm::pack::transpose_16;
-use crate::ops::gemm::{CpuSlice, Element, MatRef};
+use crate::ops::gemm::{Element, MatRef, Values};
+use crate::ops::quantized::QuantizedSlice;
+
+/// Elements of k that are decoded at once of a quantised matrix: 16 KiB of f32, half of L1.
+const DECODED_K: usize = 4 * K_STEP;
 
 /// Lanes of a tile, and its lines.
 const LANES: usize = 16;
@@ -29,7 +33,7 @@ enum Side {
 #[derive(Clone, Copy)]
 pub(super) struct OperandView<'a> {
     side: Side,
-    values: CpuSlice<'a>,
+    values: Values<'a>,
     pub(super) lanes: usize,
     pub(super) depth: usize,
     lane_stride: usize,
@@ -66,8 +70,8 @@ impl<'a> OperandView<'a> {
     /// Planes of this matrix as B, for an A of `lhs_planes`: one if it is stored in bf16.
     pub(super) fn rhs_planes(&self, lhs_planes: usize) -> usize {
         match self.values {
-            CpuSlice::F32(_) => lhs_planes,
-            CpuSlice::Bf16(_) => BF16_PLANES,
+            Values::F32(_) | Values::Quantized(_) => lhs_planes,
+            Values::Bf16(_) => BF16_PLANES,
         }
     }
 
@@ -89,10 +93,49 @@ impl<'a> OperandView<'a> {
             "room for every step"
         );
         match (self.values, planes) {
-            (CpuSlice::F32(x), BF16_PLANES) => self.pack_as::<_, BF16_PLANES>(x, first, k, out),
-            (CpuSlice::F32(x), _) => self.pack_as::<_, F32_PLANES>(x, first, k, out),
-            (CpuSlice::Bf16(x), BF16_PLANES) => self.pack_as::<_, BF16_PLANES>(x, first, k, out),
-            (CpuSlice::Bf16(x), _) => self.pack_as::<_, F32_PLANES>(x, first, k, out),
+            (Values::F32(x), BF16_PLANES) => self.pack_as::<_, BF16_PLANES>(x, first, k, out),
+            (Values::F32(x), _) => self.pack_as::<_, F32_PLANES>(x, first, k, out),
+            (Values::Bf16(x), BF16_PLANES) => self.pack_as::<_, BF16_PLANES>(x, first, k, out),
+            (Values::Bf16(x), _) => self.pack_as::<_, F32_PLANES>(x, first, k, out),
+            (Values::Quantized(x), _) => self.pack_quantized(x, planes, first, k, out),
+        }
+    }
+
+    /// `pack` of a quantised matrix: decodes `DECODED_K` of the lanes at once into a buffer that is packed next.
+    fn pack_quantized(
+        &self,
+        values: QuantizedSlice<'_>,
+        planes: usize,
+        first: usize,
+        k: Range<usize>,
+        out: &mut [CacheLine],
+    ) {
+        let mut decoded = [0.0; TILE * DECODED_K];
+        let lanes = (self.lanes - first).min(TILE);
+        let starts = k.clone().step_by(DECODED_K);
+        let steps = out.chunks_mut(DECODED_K / K_STEP * planes * BLOCK_LINES);
+        for (start, out) in starts.zip(steps) {
+            let depth = (k.end - start).min(DECODED_K);
+            let (lane_stride, k_stride) = if self.contiguous_k() {
+                for (lane, run) in decoded.chunks_exact_mut(depth).take(lanes).enumerate() {
+                    values.decode((first + lane) * self.lane_stride + start, run);
+                }
+                (depth, 1)
+            } else {
+                for (row, run) in decoded.chunks_exact_mut(TILE).take(depth).enumerate() {
+                    values.decode((start + row) * self.k_stride + first, &mut run[..lanes]);
+                }
+                (1, TILE)
+            };
+            let dense = OperandView {
+                side: self.side,
+                values: Values::F32(&decoded),
+                lanes,
+                depth,
+                lane_stride,
+                k_stride,
+            };
+            dense.pack(planes, 0, 0..depth, out);
         }
     }
 
