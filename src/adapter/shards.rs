@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic_with;
+use crate::ops::StoredFormat;
 use crate::units::Bytes;
 
 /// File name of the index of sharded weights.
@@ -29,8 +30,10 @@ const LENGTH_FIELD: u64 = 8;
 pub(crate) struct TensorEntry {
     /// Name.
     pub name: String,
-    /// Stored type.
+    /// Stored type of an element; of a quantised tensor bytes.
     pub dtype: Dtype,
+    /// The blocks of a quantised tensor.
+    pub format: Option<StoredFormat>,
     /// Shape.
     pub shape: Vec<usize>,
     /// Index of the file.
@@ -167,6 +170,7 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<TensorEntry>> {
         let (start, size) = (data + start as u64, (end - start) as u64);
         Some(TensorEntry {
             dtype: info.dtype,
+            format: None,
             shape: info.shape.clone(),
             name,
             file,
@@ -281,6 +285,7 @@ mod tests {
         TensorEntry {
             name: name.into(),
             dtype,
+            format: None,
             shape: vec![size as usize],
             file: 0,
             start: 0,

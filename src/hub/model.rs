@@ -112,6 +112,11 @@ impl ModelFiles {
         Ok(model)
     }
 
+    /// The same with these weight files.
+    pub fn with_weights(self, weights: Vec<PathBuf>) -> Self {
+        Self { weights, ..self }
+    }
+
     fn in_directory(dir: &Path, id: String, listing: Vec<String>) -> Result<Self> {
         if !listing.iter().any(|name| name == CONFIG) {
             return Err(no_config(&id, &listing));

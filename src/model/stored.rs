@@ -55,7 +55,22 @@ impl StoredTensor<'_> {
 
     /// Reads the values in f32, row-major.
     pub(crate) fn f32s(&self) -> Result<Vec<f32>> {
-        self.read_as(Dtype::F32, |wide| wide)
+        let Some(format) = self.tensor.format else {
+            return self.read_as(Dtype::F32, |wide| wide);
+        };
+        let columns = self.tensor.shape.last().copied().unwrap_or(1);
+        let rows = self.tensor.shape.iter().product::<usize>() / columns.max(1);
+        Ok(format.decode(&self.bytes()?, [rows, columns]))
+    }
+
+    /// Reads the tensor as it is stored.
+    pub(super) fn bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.tensor.size as usize];
+        let tasks = bytes.par_chunks_mut(4 * CHUNK).enumerate();
+        tasks.try_for_each(|(index, chunk)| {
+            self.read(chunk, self.tensor.start + (index * 4 * CHUNK) as u64)
+        })?;
+        Ok(bytes)
     }
 
     /// Reads the elements, each decoded to f32 and converted by `narrow`; if the stored type is

@@ -212,7 +212,8 @@ impl Weights {
         device: &Device,
     ) -> Result<Weight> {
         if let (Some(format), [rows, columns]) = (self.format(name), shape) {
-            return Weight::quantize(format, [*rows, *columns], &self.values(name)?);
+            let blocks = self.blocks(name, format, *columns)?;
+            return Weight::quantized(format, [*rows, *columns], blocks);
         }
         let dtype = if shape.len() == 1 {
             DType::F32
@@ -271,8 +272,7 @@ impl Weights {
             return Ok(values);
         };
         let shape = [values.len() / columns.max(1), columns];
-        let weight = Weight::quantize(format, shape, &values)?;
-        Ok(weight.dequantized()?.flatten_all()?.to_vec1()?)
+        Ok(format.decode(&self.blocks(name, format, columns)?, shape))
     }
 }
 

@@ -10,8 +10,9 @@ use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::architecture::{Architecture, TensorShape};
+use super::gguf::{self, Family};
 use super::stored::{StoredTensor, read_at};
-use crate::adapter::shards::{TensorEntry, read_headers};
+use crate::adapter::shards::TensorEntry;
 use crate::error::{Error, Kind, Result};
 use crate::ops::StoredFormat;
 use crate::random::{Purpose, stream};
@@ -37,6 +38,8 @@ pub struct Weights {
     /// Name in the architecture -> location in the files.
     locations: BTreeMap<String, TensorEntry>,
     architecture: Architecture,
+    /// Of a GGUF file.
+    gguf: Option<&'static Family>,
 }
 
 impl Weights {
@@ -47,7 +50,7 @@ impl Weights {
     /// A damaged or truncated file; missing, mis-shaped and surplus tensors, all in one error; two
     /// different tensors where the architecture has a tied one.
     pub fn open(paths: &[PathBuf], architecture: &Architecture) -> Result<Self> {
-        let headers = read_headers(paths)?;
+        let headers = gguf::headers(paths, architecture)?;
         if architecture.tie_word_embeddings && has_separate_head(architecture, paths, &headers)? {
             let [head, embedding] = architecture.tied_tensors();
             return Err(Error::new(
@@ -79,6 +82,7 @@ impl Weights {
         Ok(Self {
             files: paths.iter().map(open).collect::<Result<_>>()?,
             locations,
+            gguf: Family::of(&architecture.model_type).filter(|_| gguf::is_gguf(paths)),
             architecture: architecture.clone(),
         })
     }
@@ -104,7 +108,13 @@ impl Weights {
     /// The tensor `name` of the architecture as `dtype` on `device`, read and converted in one
     /// pass.
     pub fn get(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        self.source(name)?.tensor(dtype, device)
+        let source = self.source(name)?;
+        if self.gguf.is_none() {
+            return source.tensor(dtype, device);
+        }
+        let shape = source.tensor.shape.as_slice();
+        let values = Tensor::from_vec(self.values(name)?, shape, device)?;
+        Ok(values.to_dtype(dtype)?)
     }
 
     /// The values of the tensor `name` in f32, or random ones where the files lack a layer of the
@@ -123,7 +133,42 @@ impl Weights {
 
     /// The values of the tensor `name` of the architecture in f32, row-major.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
-        self.source(name)?.f32s()
+        let source = self.source(name)?;
+        let mut values = source.f32s()?;
+        let Some(family) = self.gguf else {
+            return Ok(values);
+        };
+        if self.architecture.norm_unit_offset && name.ends_with("norm.weight") {
+            values.iter_mut().for_each(|weight| *weight -= 1.0);
+        }
+        let width = source.tensor.shape.get(1).copied().unwrap_or(1);
+        Ok(self.in_order(family, name, values, width))
+    }
+
+    /// The blocks of the tensor `name` (rows, columns) in `format`: as they are stored, or quantised.
+    pub(super) fn blocks(
+        &self,
+        name: &str,
+        format: StoredFormat,
+        columns: usize,
+    ) -> Result<Vec<u8>> {
+        let source = self.source(name)?;
+        if source.tensor.format != Some(format) {
+            return format.encode(&self.values(name)?, columns);
+        }
+        let blocks = source.bytes()?;
+        Ok(match self.gguf {
+            Some(family) => self.in_order(family, name, blocks, format.bytes_of(columns)),
+            None => blocks,
+        })
+    }
+
+    /// Rows of `width` elements in the order of the architecture.
+    fn in_order<T: Copy>(&self, family: &Family, name: &str, rows: Vec<T>, width: usize) -> Vec<T> {
+        match family.interleaved_heads(name, &self.architecture) {
+            Some(_) => gguf::deinterleave(&rows, width, self.architecture.attention.head_dim),
+            None => rows,
+        }
     }
 
     /// The format that the tensor `name` is quantised to.
@@ -157,16 +202,20 @@ impl Weights {
 
 impl Architecture {
     /// Corrects what config.json states by the weight files: the stored type of the matrices, and
-    /// the tie of the embeddings. As in transformers 5, a head that is stored beside its embedding
+    /// the tie of the embeddings, the formats of quantised tensors. As in transformers 5, a head that is stored beside its embedding
     /// and differs from it is not tied.
     ///
     /// # Errors
     /// A damaged file.
     pub fn correct_by_files(&mut self, paths: &[PathBuf]) -> Result<()> {
-        let headers = read_headers(paths)?;
+        let headers = gguf::headers(paths, self)?;
+        let quantised = headers
+            .iter()
+            .filter_map(|tensor| Some((tensor.name.clone(), tensor.format?)));
+        self.stored_formats.extend(quantised);
         let decoder = headers
             .iter()
-            .filter(|tensor| !self.names.is_of_tower(&tensor.name));
+            .filter(|tensor| !self.names.is_of_tower(&tensor.name) && tensor.format.is_none());
         let mut matrices = decoder.filter(|tensor| tensor.shape.len() > 1);
         self.stored_in_bf16 = matrices.all(|tensor| tensor.dtype == Dtype::BF16);
         if self.tie_word_embeddings && has_separate_head(self, paths, &headers)? {

@@ -25,7 +25,7 @@ const EMBEDDED: &str = "embedded:";
 pub enum ModelId {
     /// `owner/name` on the hub.
     Hub(String),
-    /// A local directory.
+    /// A local directory, or a GGUF file.
     Directory(PathBuf),
     /// A model inside the program: the part after `embedded:`.
     Embedded(String),
@@ -51,7 +51,7 @@ impl ModelId {
         if let Some(name) = text.strip_prefix(EMBEDDED) {
             return is_hub_name(name).then(|| ModelId::Embedded(name.to_string()));
         }
-        if is_path(text) || directory.join(text).is_dir() {
+        if is_path(text) || text.ends_with(".gguf") || directory.join(text).is_dir() {
             let path = expand(text).unwrap_or_else(|_| text.to_string());
             return Some(ModelId::Directory(tidy(&directory.join(path))));
         }

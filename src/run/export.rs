@@ -15,13 +15,13 @@ use super::model::{read_json, tokenizer_of};
 use super::model_source::ModelSource;
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
-use crate::export::modelfile::modelfile;
-use crate::export::tokenizer::TokenizerFacts;
-use crate::export::{self, Family, Quantization, TensorInfo, Value, container};
 use crate::files::{DraftDirectory, remove_directory, remove_old_leftovers, temporary_path};
 use crate::forecast::model_name;
+use crate::gguf::modelfile::modelfile;
+use crate::gguf::tokenizer::TokenizerFacts;
+use crate::gguf::{self, Quantization, TensorInfo, Value, container};
 use crate::hub::{ModelFiles, Progress};
-use crate::model::{Architecture, Weights};
+use crate::model::{Architecture, Family, Weights};
 use crate::ops::StoredFormat;
 use crate::recipe::{self, Init, ModelId};
 use crate::units::Bytes;
@@ -179,7 +179,7 @@ impl Model {
             recipe::Quantization::None,
             &Device::Cpu,
         )?;
-        let family = export::family(&architecture)?;
+        let family = gguf::family(&architecture)?;
         let rows = architecture.vocab_size;
         let tokenizer = tokenizer_of(files, rows, request.source.chat_date())?;
         let json = tokenizer.to_json()?;
@@ -196,7 +196,7 @@ impl Model {
         }
         metadata.extend(tokenizer_metadata(&tokenizer, &json, rows)?);
         let warnings = [
-            export::tokenizer::warning(&json),
+            gguf::tokenizer::warning(&json),
             family.warning(&architecture),
         ];
         Ok(Self {
@@ -266,7 +266,7 @@ fn tokenizer_metadata(
     if let Some((eos, _)) = tokenizer.eos() {
         special.insert("eos_token".into(), eos);
     }
-    export::tokenizer::metadata(&TokenizerFacts {
+    gguf::tokenizer::metadata(&TokenizerFacts {
         json,
         special: &special,
         chat_template: tokenizer.chat_template(),

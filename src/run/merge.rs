@@ -13,7 +13,7 @@ use super::model_source::ModelSource;
 use crate::adapter::{self, MergeJob, MergeSummary};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
-use crate::model::Weights;
+use crate::model::{Weights, is_gguf};
 use crate::recipe::{Init, ModelId, Quantization};
 use crate::report::files::MODEL_CARD;
 
@@ -34,6 +34,11 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     let adapter = adapter_of(request.source)?;
     let files = fetch(request.source, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, Quantization::None, &device)?;
+    if is_gguf(&files.weights) {
+        return Err(Error::new(Kind::Usage, "merging into a GGUF file is not supported")
+            .value(files.weights[0].display().to_string())
+            .hint("name the model that it was made from with `--model ID|DIRECTORY`, and merge into that"));
+    }
     if architecture.classifier().is_some() {
         return Err(
             Error::new(Kind::Usage, "merging the adapter of a classifier is not supported")

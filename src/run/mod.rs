@@ -13,6 +13,7 @@ mod directory;
 mod evaluate;
 mod export;
 mod generate;
+mod gguf;
 mod inference;
 mod loss_curve;
 mod machine;
@@ -70,11 +71,11 @@ pub use crate::data::{
 };
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, Interval, Profile};
-pub use crate::export::Quantization;
 pub use crate::forecast::{
     BaselineCost, BaselineRequest, Choice, MeasuredForecast, Method, PublishedFigures, Target,
     baseline_cost, published_runs,
 };
+pub use crate::gguf::Quantization;
 pub use crate::hub::{Progress, Silent};
 pub use crate::measure::{Calibration, Calibrator, Effort, Reconciled, machine::peak_rss};
 pub use crate::model::Sampling;

@@ -5,14 +5,17 @@ use std::path::{Path, PathBuf};
 use chrono::NaiveDate;
 use serde_json::Value;
 
+use super::gguf::open_gguf;
 use crate::data::{Tokenizer, TokenizerFiles};
 use crate::error::{Error, Kind, Result};
 use crate::hub::{self, Hub, ModelFiles, Progress};
+use crate::model::is_gguf;
 use crate::recipe::ModelId;
 
 /// The directory of a model; a hub model's weights are fetched by [`fetch_weights`] alone.
 pub fn find_model(id: &ModelId, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
     match id {
+        ModelId::Directory(file) if is_gguf(std::slice::from_ref(file)) => open_gguf(file),
         ModelId::Directory(dir) => ModelFiles::open(dir),
         ModelId::Embedded(name) => {
             hub::embedded(name, &cache_root()?.join("embedded")).map_err(|e| match e.kind() {

@@ -18,7 +18,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("model", &["ops", "adapter"]),
     ("train", &["model", "adapter", "data", "ops", "energy"]),
     ("energy", &[]),
-    ("export", &["model", "ops"]),
+    ("gguf", &["model", "ops"]),
     (
         "forecast",
         &[
@@ -35,7 +35,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     (
         "run",
         &[
-            "recipe", "hub", "data", "ops", "adapter", "model", "train", "energy", "export",
+            "recipe", "hub", "data", "ops", "adapter", "model", "train", "energy", "gguf",
             "forecast", "measure", "report",
         ],
     ),

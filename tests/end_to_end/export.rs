@@ -95,3 +95,72 @@ fn an_export_that_cannot_be_is_refused() {
         says(&lab.refused(2, &[&model[..], arguments].concat()), parts);
     }
 }
+
+/// A model written as GGUF is that model again: the same losses in F32, near ones in Q8_0, whose blocks stay as they are while an
+/// adapter is trained on them.
+#[test]
+fn an_exported_file_is_a_base_model() {
+    let lab = Lab::new();
+    let losses = |model: &str| {
+        let data = lab.path("validation.jsonl").display().to_string();
+        let found = lab.json(&["eval", "--model", model, "--data", &data]);
+        number(&found, "/loss")
+    };
+    let export = ["export", "--model", "embedded:tiny", "--format", "gguf"];
+    for (quantization, out) in [("f32", "exact"), ("q8_0", "small")] {
+        lab.json(&[&export[..], &["--quantization", quantization, "--out", out]].concat());
+    }
+    let (own, exact) = (losses("embedded:tiny"), losses("exact/model-F32.gguf"));
+    assert!((own - exact).abs() < 1e-6, "{own} {exact}");
+    let small = losses("small/model-Q8_0.gguf");
+    assert!(
+        small != own && (small - own).abs() < 0.02 * own,
+        "{own} {small}"
+    );
+
+    let file = format!("model.id={}", lab.path("small/model-Q8_0.gguf").display());
+    let report = lab.train("run", &set(&["train.learning_rate=2e-2", &file]));
+    assert!(
+        number(&report, "/training/val_loss_after") < number(&report, "/training/val_loss_before")
+    );
+    let after = lab.json(&["eval", "run"]);
+    let recorded = number(&report, "/training/val_loss_after");
+    assert!((number(&after, "/loss") - recorded).abs() < 1e-6, "{after}");
+    says(
+        &lab.refused(2, &["merge", "run", "--out", "merged"]),
+        &["GGUF", "--model"],
+    );
+}
+
+#[test]
+fn a_damaged_gguf_file_is_refused() {
+    let lab = Lab::new();
+    lab.json(&[
+        "export",
+        "--model",
+        "embedded:tiny",
+        "--format",
+        "gguf",
+        "--out",
+        "whole",
+    ]);
+    let name = std::fs::read_dir(lab.path("whole")).unwrap();
+    let names = name.map(|entry| entry.unwrap().path());
+    let whole = names
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|e| e == "gguf"));
+    let whole = std::fs::read(whole.unwrap()).unwrap();
+    for (length, part) in [
+        (whole.len() - 40, "beyond the end"),
+        (1000, "cannot be read"),
+        (0, "cannot be read"),
+    ] {
+        std::fs::write(lab.path("cut.gguf"), &whole[..length]).unwrap();
+        let arguments = ["generate", "--model", "cut.gguf", "--prompt", "a"];
+        says(&lab.refused(2, &arguments), &["cut.gguf", part]);
+    }
+    says(
+        &lab.refused(2, &["generate", "--model", "none.gguf", "--prompt", "a"]),
+        &["none.gguf"],
+    );
+}

@@ -141,13 +141,18 @@ pub(super) fn f32_at(bytes: &[u8], at: usize) -> f32 {
     f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// A finite f16: its bits as those of an f32 whose exponent is too small by the difference of the two biases.
+/// An f16: its bits as those of an f32 whose exponent is too small by the difference of the two biases.
 #[inline(always)]
 pub(super) fn f16_at(bytes: &[u8], at: usize) -> f32 {
     const TWO_TO_THE_112: f32 = f32::from_bits(0x7780_0000);
     let bits = u32::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let magnitude = f32::from_bits((bits & 0x7fff) << 13) * TWO_TO_THE_112;
-    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+    let exponent_of_infinity = if bits & 0x7c00 == 0x7c00 {
+        0x7f80_0000
+    } else {
+        0
+    };
+    f32::from_bits(magnitude.to_bits() | exponent_of_infinity | (bits & 0x8000) << 16)
 }
 
 /// Two 4-bit codes a byte, the first half of 32 in the low bits.

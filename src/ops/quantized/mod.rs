@@ -14,6 +14,16 @@ use self::decode::decode;
 pub(super) use self::dot::dots;
 pub use self::format::StoredFormat;
 
+impl StoredFormat {
+    /// The values of a matrix (rows, columns) in `blocks`.
+    ///
+    /// # Panics
+    /// Where the blocks are not those of such a matrix, or the format has none.
+    pub fn decode(self, blocks: &[u8], shape: [usize; 2]) -> Vec<f32> {
+        QuantizedSlice::new(self, blocks, shape).to_vec()
+    }
+}
+
 /// A quantised matrix, or its rows from one on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct QuantizedSlice<'a> {

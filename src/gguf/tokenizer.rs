@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 
 use super::CONVERT;
 use super::container::Value;
@@ -31,7 +31,7 @@ pub struct TokenizerFacts<'a> {
 
 /// `tokenizer.ggml.token_type`.
 #[derive(Clone, Copy)]
-enum TokenType {
+pub(super) enum TokenType {
     Normal = 1,
     Unknown = 2,
     Control = 3,
@@ -40,9 +40,64 @@ enum TokenType {
     Byte = 6,
 }
 
-const BPE_PATTERN_TAIL: &str = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const CONTRACTIONS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|";
+/// How byte-level BPE splits a text, by llama.cpp's names (`tokenizer.ggml.pre`; the first is written).
+pub(super) struct Pattern {
+    pub(super) names: &'static [&'static str],
+    split: Split,
+    /// Whether a word of the vocabulary is one token, whatever the merges say.
+    pub(super) ignores_merges: bool,
+}
+
+/// The steps before byte-level BPE.
+enum Split {
+    /// GPT-2's pattern, which the step to bytes holds.
+    Words,
+    /// Single digits, then GPT-2's pattern.
+    DigitsAndWords,
+    /// A pattern of its own.
+    Regex(&'static str),
+}
+
+const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+pub(super) const PATTERNS: [Pattern; 6] = [
+    pattern(&["gpt-2"], Split::Words, false),
+    pattern(&["smollm"], Split::DigitsAndWords, false),
+    pattern(
+        &["llama-bpe", "llama3", "llama-v3"],
+        Split::Regex(LLAMA_3),
+        true,
+    ),
+    pattern(&["dbrx"], Split::Regex(LLAMA_3), false),
+    pattern(&["qwen2"], Split::Regex(QWEN_2), false),
+    pattern(&["gpt-4o"], Split::Regex(GPT_4O), false),
+];
+
+const fn pattern(names: &'static [&'static str], split: Split, ignores_merges: bool) -> Pattern {
+    Pattern {
+        names,
+        split,
+        ignores_merges,
+    }
+}
+
+impl Pattern {
+    /// tokenizer.json's `pre_tokenizer`.
+    pub(super) fn pre_tokenizer(&self) -> Json {
+        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+        let first = match self.split {
+            Split::Words => return bytes(true),
+            Split::DigitsAndWords => json!({"type": "Digits", "individual_digits": true}),
+            Split::Regex(regex) => json!({
+                "type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false,
+            }),
+        };
+        let last = bytes(matches!(self.split, Split::DigitsAndWords));
+        json!({"type": "Sequence", "pretokenizers": [first, last]})
+    }
+}
 
 /// The metadata of the tokenizer.
 ///
@@ -223,24 +278,20 @@ fn adds_space_prefix(json: &Json) -> Result<bool> {
 
 /// llama.cpp's name of the pattern that splits a text before byte-level BPE.
 fn pattern_name(json: &Json) -> Result<&'static str> {
-    let steps = flatten(&json["pre_tokenizer"], "pretokenizers");
+    let steps = |splitter: &Json| -> Vec<String> {
+        let steps = flatten(splitter, "pretokenizers");
+        steps.iter().map(|step| describe(step)).collect()
+    };
+    let found = steps(&json["pre_tokenizer"]);
     let ignores_merges = json["model"]["ignore_merges"] == true;
-    let described: Vec<String> = steps.iter().map(|step| describe(step)).collect();
-    let described: Vec<&str> = described.iter().map(String::as_str).collect();
-    let llama3 = format!(r"{CONTRACTIONS}\p{{N}}{{1,3}}{BPE_PATTERN_TAIL}");
-    let qwen2 = format!(r"{CONTRACTIONS}\p{{N}}{BPE_PATTERN_TAIL}");
-    match described.as_slice() {
-        ["bytes by words"] if !ignores_merges => Ok("gpt-2"),
-        ["digits", "bytes by words"] if !ignores_merges => Ok("smollm"),
-        [pattern, "bytes"] if *pattern == llama3 && ignores_merges => Ok("llama-bpe"),
-        [pattern, "bytes"] if *pattern == llama3 => Ok("dbrx"),
-        [pattern, "bytes"] if *pattern == qwen2 && !ignores_merges => Ok("qwen2"),
-        [pattern, "bytes"] if *pattern == GPT_4O && !ignores_merges => Ok("gpt-4o"),
-        _ => Err(
-            refused("its pattern is not one that llama.cpp knows by name")
-                .value(json["pre_tokenizer"].to_string()),
-        ),
-    }
+    let is_it = |pattern: &&Pattern| {
+        pattern.ignores_merges == ignores_merges && steps(&pattern.pre_tokenizer()) == found
+    };
+    let pattern = PATTERNS.iter().find(is_it).ok_or_else(|| {
+        refused("its pattern is not one that llama.cpp knows by name")
+            .value(json["pre_tokenizer"].to_string())
+    })?;
+    Ok(pattern.names[0])
 }
 
 /// A step of a splitter: its pattern, or a name.
@@ -285,7 +336,6 @@ fn refused(why: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn split(pattern: &str) -> Json {
         json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
@@ -300,8 +350,7 @@ mod tests {
         let words = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true});
         let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
         let digits = json!({"type": "Digits", "individual_digits": true});
-        let llama3 = split(&format!(r"{CONTRACTIONS}\p{{N}}{{1,3}}{BPE_PATTERN_TAIL}"));
-        let qwen2 = split(&format!(r"{CONTRACTIONS}\p{{N}}{BPE_PATTERN_TAIL}"));
+        let (llama3, qwen2) = (split(LLAMA_3), split(QWEN_2));
         let cases = [
             (words.clone(), false, Some("gpt-2")),
             (words.clone(), true, None),

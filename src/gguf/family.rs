@@ -1,4 +1,4 @@
-//! Tensor names and metadata keys of the model families that llama.cpp knows, as a table.
+//! Values and metadata of the model families that llama.cpp knows, on the way to GGUF.
 //!
 //! Source: `gguf-py/gguf/{constants,tensor_mapping}.py` and `convert_hf_to_gguf.py` of llama.cpp (MIT).
 
@@ -8,100 +8,8 @@ use super::CONVERT;
 use super::container::Value;
 use super::quantization::Role;
 use crate::error::{Error, Kind, Result};
-use crate::model::Architecture;
+use crate::model::{Architecture, Family};
 use crate::ops::{Activation, Rope, RopeScaling};
-
-/// What GGUF writes differently for a family.
-#[derive(Debug)]
-pub struct Family {
-    /// config.json's `model_type`.
-    model_type: &'static str,
-    /// `general.architecture`.
-    arch: &'static str,
-    /// Whether the rows of q and k are stored with the two halves of each head interleaved.
-    interleaves_qk: bool,
-    /// Whether llama.cpp applies the sliding window of its layers.
-    has_window: bool,
-    /// The activation of its MLP.
-    activation: Activation,
-    /// Keys of config.json that are written, with their name after the architecture's.
-    extra: &'static [(&'static str, &'static str)],
-}
-
-const FAMILIES: &[Family] = &[
-    plain("llama", "llama", true),
-    plain("mistral", "llama", true),
-    plain("qwen2", "qwen2", false),
-    plain("qwen3", "qwen3", false),
-    plain("smollm3", "smollm3", true),
-    plain("olmo2", "olmo2", false),
-    with_gelu(plain("gemma", "gemma", false)),
-    with_gelu(windowed(
-        "gemma2",
-        "gemma2",
-        &[
-            ("attn_logit_softcapping", "attn_logit_softcapping"),
-            ("final_logit_softcapping", "final_logit_softcapping"),
-        ],
-    )),
-    with_gelu(windowed("gemma3_text", "gemma3", &[])),
-    Family {
-        extra: &[
-            ("attention_multiplier", "attention.scale"),
-            ("embedding_multiplier", "embedding_scale"),
-            ("residual_multiplier", "residual_scale"),
-            ("logits_scaling", "logit_scale"),
-        ],
-        ..plain("granite", "granite", true)
-    },
-];
-
-const fn plain(model_type: &'static str, arch: &'static str, interleaves_qk: bool) -> Family {
-    Family {
-        model_type,
-        arch,
-        interleaves_qk,
-        has_window: false,
-        activation: Activation::Silu,
-        extra: &[],
-    }
-}
-
-const fn windowed(
-    model_type: &'static str,
-    arch: &'static str,
-    extra: &'static [(&'static str, &'static str)],
-) -> Family {
-    Family {
-        has_window: true,
-        extra,
-        ..plain(model_type, arch, false)
-    }
-}
-
-const fn with_gelu(family: Family) -> Family {
-    Family {
-        activation: Activation::GeluTanh,
-        ..family
-    }
-}
-
-/// Names of a block's tensors. A norm on the result of attention has a name of its own.
-const BLOCK: [(&str, &str); 13] = [
-    ("input_layernorm", "attn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("self_attn.q_norm", "attn_q_norm"),
-    ("self_attn.k_norm", "attn_k_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("post_feedforward_layernorm", "post_ffw_norm"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-    ("pre_feedforward_layernorm", "ffn_norm"),
-];
 
 /// The family of a model.
 ///
@@ -111,10 +19,8 @@ pub fn family(architecture: &Architecture) -> Result<&'static Family> {
     let refused = |what: &str| {
         Error::new(Kind::Model, format!("{what} cannot be written as GGUF")).hint(CONVERT)
     };
-    let mut families = FAMILIES.iter();
-    let found = families.find(|family| family.model_type == architecture.model_type);
-    let Some(family) = found else {
-        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
+    let Some(family) = Family::of(&architecture.model_type) else {
+        let known: Vec<&str> = Family::all().map(|family| family.model_type).collect();
         let rule = format!("one of {}", known.join(", "));
         return Err(refused("this model type")
             .value(&architecture.model_type)
@@ -140,42 +46,18 @@ pub fn family(architecture: &Architecture) -> Result<&'static Family> {
 impl Family {
     /// GGUF's name of the tensor `name`, and what the tensor is for.
     pub fn tensor(&self, name: &str, architecture: &Architecture) -> Option<(String, Role)> {
-        let (module, part) = name.rsplit_once('.')?;
-        let names = &architecture.names;
-        let output = (format!("output.{part}"), Role::Output);
-        if module == names.lm_head {
-            return Some(output);
-        }
-        if module == names.embed_tokens_path() {
-            let (_, output) = output;
-            let role = if architecture.tie_word_embeddings {
-                output
-            } else {
-                Role::Other
-            };
-            return Some((format!("token_embd.{part}"), role));
-        }
-        if Some(module) == names.norm_path().as_deref() {
-            return Some((format!("output_norm.{part}"), Role::Other));
-        }
-        let layer = names.layer_of(module)?;
-        let inner = module
-            .strip_prefix(&names.block_path(layer))?
-            .strip_prefix('.')?;
-        let on_result = architecture.attention_norms.output == Some(inner);
-        let gguf = if on_result {
-            "post_attention_norm"
-        } else {
-            BLOCK.iter().find(|(own, _)| *own == inner)?.1
-        };
-        let role = match gguf {
-            "attn_v" | "ffn_down" => Role::Sensitive {
-                layer,
+        let stored = self.tensor_name(name, architecture)?;
+        let mut parts = stored.split('.');
+        let role = match (parts.next()?, parts.nth(1)) {
+            ("output", _) => Role::Output,
+            ("token_embd", _) if architecture.tie_word_embeddings => Role::Output,
+            ("blk", Some("attn_v" | "ffn_down")) => Role::Sensitive {
+                layer: architecture.names.layer_of(name.rsplit_once('.')?.0)?,
                 layers: architecture.num_hidden_layers,
             },
             _ => Role::Other,
         };
-        Some((format!("blk.{layer}.{gguf}.{part}"), role))
+        Some((stored, role))
     }
 
     /// The values of the tensor `name` as GGUF holds them: the weight of a norm with its offset of 1, the rows of q and k in
@@ -189,14 +71,10 @@ impl Family {
         if architecture.norm_unit_offset && name.ends_with("norm.weight") {
             values.iter_mut().for_each(|weight| *weight += 1.0);
         }
-        let attention = architecture.attention;
-        let heads = match name {
-            _ if !self.interleaves_qk => return values,
-            _ if name.contains(".q_proj.") => attention.heads,
-            _ if name.contains(".k_proj.") => attention.kv_heads,
-            _ => return values,
-        };
-        interleave_halves(&values, heads, attention.head_dim)
+        match self.interleaved_heads(name, architecture) {
+            Some(heads) => interleave_halves(&values, heads, architecture.attention.head_dim),
+            None => values,
+        }
     }
 
     /// The architecture's metadata, with the scaling of its rotary embedding.
