@@ -20,19 +20,23 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3",
-               "gpt_neox", "stablelm", "starcoder2", "ministral3", "bert"]
+               "gpt_neox", "stablelm", "starcoder2", "ministral3"]
+ENCODERS = ["bert", "roberta", "xlm-roberta", "electra", "distilbert"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
 use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
 embedding_multiplier residual_multiplier attention_multiplier logits_scaling hidden_activation query_pre_attn_scalar attn_logit_softcapping
 final_logit_softcapping original_max_position_embeddings resid_pdrop embd_pdrop hidden_dropout residual_dropout embedding_dropout layer_norm_eps norm_epsilon use_parallel_residual use_bias
-use_qkv_bias type_vocab_size hidden_dropout_prob attention_probs_dropout_prob is_decoder add_cross_attention""".split()
+use_qkv_bias""".split()
+READ_OF_ENCODERS = READ + """layer_norm_eps type_vocab_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout is_decoder add_cross_attention
+embedding_size pad_token_id dim hidden_dim n_layers n_heads activation dropout seq_classif_dropout""".split()
 
 # Declared, but read by no layer.
-UNREAD = {"gemma3_text": ["attn_logit_softcapping"], "gpt_neox": ["is_decoder"]}
-# Keyword arguments that are no fields, with their defaults.
+UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
+# Keyword arguments that are no fields, with their defaults; DistilBERT's class has its eps in the code.
 KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0},
             "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25},
+            "distilbert": {"layer_norm_eps": 1e-12},
             "ministral3": {"rope_parameters": {k: v for k, v in Ministral3Config().rope_parameters.items() if k != "max_position_embeddings"}}}
 
 TINY = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -277,10 +281,12 @@ def read(config):
 def defaults(model_type):
     config = CONFIG_MAPPING[model_type]
     declared = {f.name: f.default for f in dataclasses.fields(config)}
-    theta = config.default_theta
-    theta = theta["global"] if isinstance(theta, dict) else theta
-    known = [k for k in READ if k in declared and k not in UNREAD.get(model_type, ())]
-    return {k: declared[k] for k in known} | {"rope_theta": theta} | KEYWORDS.get(model_type, {})
+    known = [k for k in (READ_OF_ENCODERS if model_type in ENCODERS else READ) if k in declared and k not in UNREAD.get(model_type, ())]
+    read = {k: declared[k] for k in known}
+    if model_type not in ENCODERS:
+        theta = config.default_theta
+        read["rope_theta"] = theta["global"] if isinstance(theta, dict) else theta
+    return read | KEYWORDS.get(model_type, {})
 
 
 def write(path, rows):
@@ -289,7 +295,7 @@ def write(path, rows):
 
 
 def main():
-    write("src/model/class_defaults.json", {t: defaults(t) for t in MODEL_TYPES})
+    write("src/model/class_defaults.json", {t: defaults(t) for t in MODEL_TYPES + ENCODERS})
     rows = {"versions": {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}}
     rows |= {name: {"config": config, **read(config)} for name, config in VARIANTS.items()}
     rows |= {name: {"config": config, "refused": True} for name, config in REFUSED.items()}

@@ -39,8 +39,9 @@ gemma3_vision (gemma3 in the composite class, beside a vision tower) · ministra
 tied, in the composite class)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
-classifiers: bert (sequence classification, three classes: positions, token types, norms behind the residual addition,
-biases, a pooler)
+classifiers (sequence classification, three classes): bert (positions, token types, norms behind the residual addition, biases, a
+pooler) · roberta (positions from the padding id on) · electra (another activation) · distilbert (no token types, other names) ·
+llama_score, qwen2_score, qwen3_score (the decoders, the last token's classes)
   as full, with task_type SEQ_CLS, so that the adapter holds the classifier too (modules_to_save); logits.I f32 [classes].
   loss_mask marks the classified token, golden.json holds labels, one a segment; losses are nats per segment.
 
@@ -66,9 +67,9 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification, BertConfig, GPTNeoXConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification, BertConfig, DistilBertConfig, ElectraConfig, GPTNeoXConfig,
                           Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, Mistral3Config, MistralConfig,
-                          Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config, StableLmConfig, Starcoder2Config)
+                          Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, RobertaConfig, SmolLM3Config, StableLmConfig, Starcoder2Config)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
@@ -156,10 +157,23 @@ OTHER_MODULES = {
                                        use_parallel_residual=True, rope_parameters=rope("default", partial_rotary_factor=0.5)),
 }
 FAMILIES |= OTHER_MODULES
+ENCODER = dict(vocab_size=48, max_position_embeddings=24, pad_token_id=0, num_labels=3)
+BERT_LIKE = {**ENCODER, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
+             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CLASSIFIERS = {
-    "bert": lambda: BertConfig(vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
-                               max_position_embeddings=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3),
+    "bert": lambda: BertConfig(**BERT_LIKE),
+    "roberta": lambda: RobertaConfig(**{**BERT_LIKE, "pad_token_id": 2}, type_vocab_size=1),
+    "electra": lambda: ElectraConfig(**BERT_LIKE, embedding_size=32),
+    "distilbert": lambda: DistilBertConfig(**ENCODER, dim=32, n_layers=2, n_heads=4, hidden_dim=40, dropout=0.0, attention_dropout=0.0,
+                                           seq_classif_dropout=0.0),
+    "llama_score": lambda: LlamaConfig(**FAMILY, pad_token_id=0, num_labels=3, rope_parameters=rope("default")),
+    "qwen2_score": lambda: Qwen2Config(**FAMILY, pad_token_id=0, num_labels=3, rope_parameters=rope("default")),
+    "qwen3_score": lambda: Qwen3Config(**FAMILY, pad_token_id=0, head_dim=12, num_labels=3, rope_parameters=rope("default")),
 }
+# Where PEFT's all-linear names layers of the head that modules_to_save copies.
+HEADLESS_TARGETS = {name: ".*encoder.*(query|key|value|dense)" for name in ("roberta", "electra")}
+HEADLESS_TARGETS |= {name: ".*layers.*_proj" for name in CLASSIFIERS if name.endswith("_score")}
+HEADLESS_TARGETS["distilbert"] = ".*(q_lin|k_lin|v_lin|out_lin|lin1|lin2)"
 LABELS = [2, 0]
 # Per segment: 0 = context, 1 = predicted.
 LOSS_MASKS = [[0] * 4 + [1] * 3 + [0] * 2 + [1] * 4, [0] * 3 + [1] * 6]
@@ -243,6 +257,8 @@ def save_adapter(name, seed):
     base = load(name)
     base.name_or_path = (GOLDEN / name).as_posix()
     targets = r"model\.language_model\..*_proj" if is_composite(base.config) else "all-linear"
+    if name in HEADLESS_TARGETS:
+        targets = HEADLESS_TARGETS[name]
     settings = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets,
                                task_type="SEQ_CLS" if name in CLASSIFIERS else "CAUSAL_LM")
     model = peft.get_peft_model(base, settings)

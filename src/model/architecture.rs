@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use half::{bf16, f16};
 
 use super::embedding::EmbeddingParts;
-use super::head::{ClassifierHead, Head};
+use super::head::{ClassifierHead, Head, Pooling};
 use super::linears::Linears;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
@@ -14,6 +14,22 @@ use crate::adapter::{ModelLayout, Module};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Activation, Attention, NormKind, QueryScaling, Rope, StoredFormat};
 use crate::work::Precision;
+
+/// Decoders that transformers has a `ForSequenceClassification` of.
+const SCORED: [&str; 12] = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_neox",
+    "stablelm",
+    "starcoder2",
+];
 
 /// Every size and switch of a decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -286,9 +302,9 @@ impl Architecture {
         }
     }
 
-    /// Path of a classifier's output layer; `None` of a model that predicts tokens.
+    /// Path of the module with a classifier's output layer; `None` of a model that predicts tokens.
     pub fn classifier(&self) -> Option<&'static str> {
-        self.classifier_head().map(|_| self.names.lm_head)
+        self.classifier_head().map(|head| head.module)
     }
 
     pub(super) fn classifier_head(&self) -> Option<&ClassifierHead> {
@@ -301,6 +317,41 @@ impl Architecture {
     /// Names of a classifier's classes, by id; empty of a model that predicts tokens.
     pub fn labels(&self) -> &[String] {
         self.classifier_head().map_or(&[], |head| &head.labels)
+    }
+
+    /// Replaces the head that predicts tokens by a `score` of the last token's classes, as
+    /// transformers' `ForSequenceClassification`.
+    ///
+    /// # Errors
+    /// A model type that transformers has no such class for.
+    pub fn classify(&mut self, labels: Vec<String>) -> Result<()> {
+        let model_type = self.model_type.as_str();
+        if !SCORED.contains(&model_type) || self.names.composite.is_some() {
+            return Err(Error::new(
+                Kind::Model,
+                "this model type has no classifier in transformers",
+            )
+            .value(&self.class)
+            .rule(format!("an encoder, or one of {}", SCORED.join(", ")))
+            .hint("choose a model of one of these types"));
+        }
+        self.class = self
+            .class
+            .replace("ForCausalLM", "ForSequenceClassification");
+        self.names.lm_head = "score";
+        self.names.lm_head_in_files = None;
+        self.names.unread = &["lm_head.", "embed_out."];
+        self.tie_word_embeddings = false;
+        self.logits_softcap = None;
+        self.head = Head::Classifier(ClassifierHead {
+            module: "score",
+            dense: None,
+            activation: Activation::Tanh,
+            bias: false,
+            pooling: Pooling::Last,
+            labels,
+        });
+        Ok(())
     }
 
     /// Replaces the classes of a classifier.
@@ -316,14 +367,19 @@ impl Architecture {
             .map_or(self.vocab_size, |head| head.labels.len())
     }
 
-    /// The linear layers of the head, the output last: path and rows. All have `hidden_size` columns.
-    pub(super) fn head_linears(&self) -> Vec<(&'static str, usize)> {
-        let dense = self.classifier_head().and_then(|head| head.dense);
-        let dense = dense.map(|path| (path, self.hidden_size));
-        dense
-            .into_iter()
-            .chain([(self.names.lm_head, self.outputs())])
-            .collect()
+    /// The linear layers of the head, the output last, by their paths.
+    pub(super) fn head_linears(&self) -> Vec<LinearSpec> {
+        let head = self.classifier_head();
+        let layer = |name, out_features| LinearSpec {
+            name,
+            out_features,
+            in_features: self.hidden_size,
+            bias: head.is_some_and(|head| head.bias),
+        };
+        let dense = head.and_then(|head| head.dense);
+        let dense = dense.map(|path| layer(path, self.hidden_size));
+        let output = layer(self.names.lm_head, self.outputs());
+        dense.into_iter().chain([output]).collect()
     }
 
     /// Path of the output embedding among [`Architecture::modules`], or of a classifier's output
@@ -356,13 +412,22 @@ impl Architecture {
                 kind: ModuleKind::Linear,
             }));
         }
+        // No targets are the layers that PEFT trains in full: those inside the head's module, and
+        // those whose name ends as its own.
+        let is_saved = |path: &str| {
+            let rest = self.classifier().and_then(|head| path.rsplit_once(head));
+            rest.is_some_and(|rest| rest != ("", ""))
+        };
         let head = self.head_linears().into_iter();
-        modules.extend(head.map(|(path, out_features)| Module {
-            path: path.into(),
-            out_features,
-            in_features: self.hidden_size,
-            kind: ModuleKind::Linear,
-        }));
+        modules.extend(
+            head.filter(|layer| !is_saved(layer.name))
+                .map(|layer| Module {
+                    path: layer.name.into(),
+                    out_features: layer.out_features,
+                    in_features: layer.in_features,
+                    kind: ModuleKind::Linear,
+                }),
+        );
         modules
     }
 
@@ -424,8 +489,9 @@ impl Architecture {
             add(norm, &[hidden], norm_bias);
         }
         if !self.tie_word_embeddings {
-            for (path, rows) in self.head_linears() {
-                add(path.into(), &[rows, hidden], self.classifier().is_some());
+            for layer in self.head_linears() {
+                let shape = [layer.out_features, layer.in_features];
+                add(layer.name.into(), &shape, layer.bias);
             }
         }
         tensors

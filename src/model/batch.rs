@@ -59,6 +59,19 @@ impl Batch {
         self.segments.ranges().iter().map(Range::len).collect()
     }
 
+    /// The last row of the segment of each row with a loss (L), u32.
+    pub(super) fn last_rows(&self) -> Result<Tensor> {
+        let ranges = self.segments.ranges();
+        let positions = self.loss_positions.to_vec1::<u32>()?;
+        let last = |position: &u32| {
+            let segment = ranges.partition_point(|range| range.end <= *position as usize);
+            ranges[segment].end as u32 - 1
+        };
+        let rows: Vec<u32> = positions.iter().map(last).collect();
+        let count = rows.len();
+        Ok(Tensor::from_vec(rows, count, self.loss_positions.device())?)
+    }
+
     /// The segments of the rows with a loss, and their examples.
     pub(super) fn loss_segments(&self) -> Result<(Segments, Vec<u64>)> {
         let positions = self.loss_positions.to_vec1::<u32>()?;

@@ -166,7 +166,10 @@ impl<'a> Builder<'a> {
         let linear = |path: &str, out_features: usize| {
             Ok::<_, Error>(Linear {
                 weight: self.matrix(&format!("{path}.weight"), [out_features, a.hidden_size])?,
-                bias: Some(self.weight(&format!("{path}.bias"), &[out_features])?),
+                bias: head
+                    .bias
+                    .then(|| self.weight(&format!("{path}.bias"), &[out_features]))
+                    .transpose()?,
                 lora: self.lora(path)?,
             })
         };

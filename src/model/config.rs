@@ -74,6 +74,16 @@ const KEY_NAMES: &[(&str, &[[&str; 2]])] = &[
             ["partial_rotary_factor", "rotary_pct"],
         ],
     ),
+    (
+        "distilbert",
+        &[
+            ["hidden_size", "dim"],
+            ["intermediate_size", "hidden_dim"],
+            ["num_hidden_layers", "n_layers"],
+            ["num_attention_heads", "n_heads"],
+            ["hidden_act", "activation"],
+        ],
+    ),
     ("stablelm", &[["rms_norm_eps", "layer_norm_eps"]]),
     ("starcoder2", &[["rms_norm_eps", "norm_epsilon"]]),
 ];

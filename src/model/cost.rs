@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use super::architecture::{Architecture, TensorShape};
+use super::architecture::{Architecture, LinearSpec, TensorShape};
 use super::backward::{BackwardNeeds, BackwardRange};
 use super::head::ClassifierShape;
 use super::linears::Linears;
@@ -429,12 +429,11 @@ impl ModelShape {
     }
 
     fn classifier_shape(&self, activation: Activation, loss_tokens: usize) -> ClassifierShape {
-        let in_features = self.architecture.hidden_size;
         let layers = self.architecture.head_linears().into_iter().zip(&self.head);
-        let layer = |((_, out_features), trained): ((&str, usize), &TrainedLinear)| LinearShape {
-            in_features,
-            out_features,
-            bias: true,
+        let layer = |(layer, trained): (LinearSpec, &TrainedLinear)| LinearShape {
+            in_features: layer.in_features,
+            out_features: layer.out_features,
+            bias: layer.bias,
             ..trained.shape(loss_tokens, self.dropout)
         };
         let mut layers: Vec<LinearShape> = layers.map(layer).collect();

@@ -12,7 +12,7 @@ use super::block::{Block, BlockSaved, Dropout, Pass};
 use super::builder::{Builder, WeightSource};
 use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
 use super::embedding::{Embedding, EmbeddingSaved};
-use super::head::DecoderHead;
+use super::head::{DecoderHead, Pooling};
 use super::kv_cache::KvCache;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{
@@ -484,11 +484,20 @@ impl Decoder {
         Ok(self.backward.embedding.then_some(dx))
     }
 
+    /// The rows with a target (L): those of the batch, or the last of their segments.
+    fn loss_rows(&self, batch: &Batch) -> Result<Tensor> {
+        let head = self.architecture.classifier_head();
+        match head.map(|head| head.pooling) {
+            Some(Pooling::Last) => batch.last_rows(),
+            Some(Pooling::First) | None => Ok(batch.loss_positions.clone()),
+        }
+    }
+
     /// The rows of x (N, C) that have a target.
     fn gather_loss_rows(&self, context: Context<'_>, x: &Tensor, batch: &Batch) -> Result<Tensor> {
         let (rows, width) = (batch.targets.len(), self.architecture.hidden_size);
         context.counter.add(gather_cost(rows, width));
-        gather_rows(context, x, &batch.loss_positions)
+        gather_rows(context, x, &self.loss_rows(batch)?)
     }
 
     /// The adjoint of `gather_loss_rows`: (T, C) -> (`tokens`, C), zero elsewhere.
@@ -501,7 +510,7 @@ impl Decoder {
     ) -> Result<Tensor> {
         let (rows, width) = (batch.targets.len(), self.architecture.hidden_size);
         context.counter.add(scatter_cost(tokens, rows, width));
-        scatter_rows(context, dx, &batch.loss_positions, tokens)
+        scatter_rows(context, dx, &self.loss_rows(batch)?, tokens)
     }
 }
 

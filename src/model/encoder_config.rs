@@ -11,93 +11,106 @@ use super::architecture::{Architecture, Biases, LayerKind};
 use super::config::{Config, Range};
 use super::embedding::{EmbeddingParts, LearnedPositions, TokenTypes};
 use super::family::{activation_of, attention, dropout, layer_count, stored_in_bf16};
-use super::head::{ClassifierHead, Head};
-use super::names::{LinearNames, ModuleNames};
+use super::head::{ClassifierHead, Head, Pooling};
+use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use crate::error::Result;
 use crate::ops::{Activation, Attention, NormKind};
 
-/// BERT's names; the head is that of BertForSequenceClassification.
-const BERT: ModuleNames = ModuleNames {
-    base: "bert",
-    embed_tokens: "embeddings.word_embeddings",
-    layers: "encoder.layer",
-    norm: None,
-    lm_head: "classifier",
-    lm_head_in_files: None,
-    linears: LinearNames {
-        qkv: &[
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
-        ],
-        o: "attention.output.dense",
-        gate_up: &["intermediate.dense"],
-        down: "output.dense",
-    },
-    composite: None,
-};
-
-/// Whether the model type is an encoder's.
-pub(super) fn is_encoder(model_type: &str) -> bool {
-    model_type == "bert"
+/// What the class of an encoder with a classifier has that no key of config.json says.
+struct Encoder {
+    class: &'static str,
+    names: ModuleNames,
+    /// The norms of a block: on attention's sum, and on the feed-forward layers'.
+    norms: [&'static str; 2],
+    /// Path of the linear layer before the output, and its activation.
+    dense: (&'static str, Activation),
+    /// Whether positions begin behind the padding token's id.
+    positions_after_padding: bool,
 }
 
-/// The architecture of an encoder.
-pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Architecture> {
-    refuse_decoders(config)?;
-    let hidden_size = config.required_size("hidden_size")?;
-    let max_position_embeddings = config.required_size("max_position_embeddings")?;
-    let layers = layer_count(config)?;
-    let output_norm = |name| BranchNorms {
-        input: None,
-        output: Some(name),
-        on_sum: true,
+const BERT: Encoder = Encoder {
+    class: "BertForSequenceClassification",
+    names: ModuleNames::BERT,
+    norms: ["attention.output.LayerNorm", "output.LayerNorm"],
+    dense: ("bert.pooler.dense", Activation::Tanh),
+    positions_after_padding: false,
+};
+
+fn family(model_type: &str) -> Option<Encoder> {
+    Some(match model_type {
+        "bert" => BERT,
+        "roberta" | "xlm-roberta" => Encoder {
+            class: if model_type == "roberta" {
+                "RobertaForSequenceClassification"
+            } else {
+                "XLMRobertaForSequenceClassification"
+            },
+            names: ModuleNames::ROBERTA,
+            dense: ("classifier.dense", Activation::Tanh),
+            positions_after_padding: true,
+            ..BERT
+        },
+        "electra" => Encoder {
+            class: "ElectraForSequenceClassification",
+            names: ModuleNames::ELECTRA,
+            dense: ("classifier.dense", Activation::Gelu),
+            ..BERT
+        },
+        "distilbert" => Encoder {
+            class: "DistilBertForSequenceClassification",
+            names: ModuleNames::DISTILBERT,
+            norms: ["sa_layer_norm", "output_layer_norm"],
+            dense: ("pre_classifier", Activation::Relu),
+            ..BERT
+        },
+        _ => return None,
+    })
+}
+
+/// The architecture of an encoder; `None` of another model type.
+pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Option<Architecture>> {
+    let Some(family) = family(model_type) else {
+        return Ok(None);
     };
-    Ok(Architecture {
+    refuse_unsupported(config)?;
+    let hidden_size = config.required_size("hidden_size")?;
+    let embedding_parts = embedding_parts(config, &family)?;
+    let [attention_norm, mlp_norm] = family.norms;
+    let block = LayerKind {
+        window: None,
+        rope: None,
+    };
+    let num_hidden_layers = layer_count(config)?;
+    Ok(Some(Architecture {
         model_type: model_type.to_string(),
-        class: "BertForSequenceClassification".to_string(),
-        names: BERT,
+        class: family.class.to_string(),
+        names: family.names,
         hidden_size,
         intermediate_size: config.required_size("intermediate_size")?,
-        num_hidden_layers: layers,
+        num_hidden_layers,
         attention: Attention {
             causal: false,
             ..attention(config, hidden_size)?
         },
-        layers: vec![
-            LayerKind {
-                window: None,
-                rope: None,
-            };
-            layers
-        ],
+        layers: vec![block; num_hidden_layers],
         qkv_groups: 1,
         qk_norm: None,
         activation: activation_of(config, "hidden_act")?,
         parallel: false,
         gated_mlp: false,
-        attention_norms: output_norm("attention.output.LayerNorm"),
-        mlp_norms: output_norm("output.LayerNorm"),
+        attention_norms: on_sum(attention_norm),
+        mlp_norms: on_sum(mlp_norm),
         embedding_factor: 1.0,
         rounds_embedding_factor: false,
-        embedding_parts: EmbeddingParts {
-            positions: Some(LearnedPositions {
-                name: "embeddings.position_embeddings",
-                rows: max_position_embeddings,
-                first: 0,
-            }),
-            token_types: Some(TokenTypes {
-                name: "embeddings.token_type_embeddings",
-                rows: config.required_size("type_vocab_size")?,
-            }),
-            norm: Some("embeddings.LayerNorm"),
-        },
+        max_position_embeddings: embedding_parts
+            .positions
+            .map_or(0, |table| table.rows.saturating_sub(table.first)),
+        embedding_parts,
         residual_factor: 1.0,
         logits_factor: 1.0,
         logits_softcap: None,
         vocab_size: config.required_size("vocab_size")?,
-        max_position_embeddings,
         norm_kind: NormKind::Layer,
         norm_unit_offset: false,
         norm_eps: config.required_number("layer_norm_eps", Range::NON_NEGATIVE)?,
@@ -115,19 +128,64 @@ pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Architect
         stored_formats: BTreeMap::new(),
         dropout: dropout(config)?,
         head: Head::Classifier(ClassifierHead {
-            dense: Some("bert.pooler.dense"),
-            activation: Activation::Tanh,
+            module: "classifier",
+            dense: Some(family.dense.0),
+            activation: family.dense.1,
+            bias: true,
+            pooling: Pooling::First,
             labels: labels(config)?,
         }),
+    }))
+}
+
+fn on_sum(name: &'static str) -> BranchNorms {
+    BranchNorms {
+        input: None,
+        output: Some(name),
+        on_sum: true,
+    }
+}
+
+fn embedding_parts(config: &Config<'_>, family: &Encoder) -> Result<EmbeddingParts> {
+    let id = |value: &Value| usize::try_from(value.as_u64()?).ok();
+    let first = if family.positions_after_padding {
+        let key = "pad_token_id";
+        let padding = config.read(key, "a token's id", id)?;
+        1 + padding.ok_or_else(|| config.wrong(key, "a token's id"))?
+    } else {
+        0
+    };
+    let token_types = if config.has("type_vocab_size") {
+        Some(TokenTypes {
+            name: "embeddings.token_type_embeddings",
+            rows: config.required_size("type_vocab_size")?,
+        })
+    } else {
+        None
+    };
+    Ok(EmbeddingParts {
+        positions: Some(LearnedPositions {
+            name: "embeddings.position_embeddings",
+            rows: config.required_size("max_position_embeddings")?,
+            first,
+        }),
+        token_types,
+        norm: Some("embeddings.LayerNorm"),
     })
 }
 
-/// Refuses settings of a decoder, and positions that are not learned.
-fn refuse_decoders(config: &Config<'_>) -> Result<()> {
+/// Refuses settings of a decoder, positions that are not learned, and embeddings of another width.
+fn refuse_unsupported(config: &Config<'_>) -> Result<()> {
     for key in ["is_decoder", "add_cross_attention"] {
         if config.flag(key)? {
             return Err(config.wrong(key, "false: only the encoder is supported"));
         }
+    }
+    if config.has("embedding_size")
+        && config.required_size("embedding_size")? != config.required_size("hidden_size")?
+    {
+        let rule = "`hidden_size`: a projection of the embeddings is not supported";
+        return Err(config.wrong("embedding_size", rule));
     }
     let key = "position_embedding_type";
     match config.text(key)? {
@@ -137,7 +195,7 @@ fn refuse_decoders(config: &Config<'_>) -> Result<()> {
 }
 
 /// The names of `id2label` by id, else `LABEL_0` and so on for `num_labels`, by default two.
-fn labels(config: &Config<'_>) -> Result<Vec<String>> {
+pub(super) fn labels(config: &Config<'_>) -> Result<Vec<String>> {
     let names = |value: &Value| {
         let names = value.as_object()?;
         let name = |id: usize| Some(names.get(&id.to_string())?.as_str()?.to_string());

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm};
 use super::config::{Config, Range, text_config};
 use super::embedding::EmbeddingParts;
-use super::encoder_config::{encoder, is_encoder};
+use super::encoder_config::{encoder, labels};
 use super::head::Head;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
@@ -26,7 +26,7 @@ const MAX_LAYERS: usize = 1024;
 const MAX_WIDTH: usize = 1 << 24;
 
 /// Keys of dropouts that transformers applies in training.
-const DROPOUT_KEYS: [&str; 9] = [
+const DROPOUT_KEYS: [&str; 11] = [
     "attention_dropout",
     "resid_pdrop",
     "embd_pdrop",
@@ -36,6 +36,8 @@ const DROPOUT_KEYS: [&str; 9] = [
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "classifier_dropout",
+    "dropout",
+    "seq_classif_dropout",
 ];
 
 /// What a model type's class does that no key of config.json says.
@@ -231,8 +233,7 @@ impl Architecture {
             .ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
         let decoder = text_config(object);
         let (config, model_type) = Config::new(decoder.as_ref().unwrap_or(object))?;
-        if is_encoder(model_type) {
-            let architecture = encoder(&config, model_type)?;
+        if let Some(architecture) = encoder(&config, model_type)? {
             check_parameters(&architecture)?;
             return Ok(architecture);
         }
@@ -247,7 +248,7 @@ impl Architecture {
             max_position: max_position_embeddings,
             longrope_alone: family.scales_by_longrope_alone,
         };
-        let architecture = Self {
+        let mut architecture = Self {
             class: class(&config, model_type),
             model_type: model_type.to_string(),
             names: if decoder.is_some() {
@@ -299,6 +300,9 @@ impl Architecture {
             dropout: dropout(&config)?,
             head: Head::Vocabulary,
         };
+        if architecture.class.ends_with("ForSequenceClassification") {
+            architecture.classify(labels(&config)?)?;
+        }
         check_parameters(&architecture)?;
         Ok(architecture)
     }

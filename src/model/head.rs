@@ -23,12 +23,27 @@ pub enum Head {
 /// The data of a classifier's head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClassifierHead {
+    /// Path of the module that holds the output layer, which PEFT trains in full.
+    pub module: &'static str,
     /// Path of a linear layer before the output.
     pub dense: Option<&'static str>,
     /// Of that layer's output.
     pub activation: Activation,
+    /// Whether the layers have biases.
+    pub bias: bool,
+    /// The token whose output is classified.
+    pub pooling: Pooling,
     /// Names of the classes, by id.
     pub labels: Vec<String>,
+}
+
+/// The token of a segment whose output is classified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// The first, `[CLS]`.
+    First,
+    /// The last.
+    Last,
 }
 
 /// The weights of the head.

@@ -33,6 +33,9 @@ pub struct ModuleNames {
     pub linears: LinearNames,
     /// The composite model that the decoder is a part of.
     pub composite: Option<Composite>,
+    /// Beginnings of the names of tensors in files that the model does not read: heads of
+    /// pre-training.
+    pub unread: &'static [&'static str],
 }
 
 /// A model of several modalities around the decoder, whose other parts stay as they are stored.
@@ -62,6 +65,7 @@ impl ModuleNames {
             down: "mlp.down_proj",
         },
         composite: None,
+        unread: &[],
     };
 
     /// Phi-3's: q, k and v are one layer, and so are gate and up.
@@ -110,6 +114,61 @@ impl ModuleNames {
         ..Self::LLAMA
     };
 
+    /// BERT's with a classifier.
+    pub const BERT: Self = Self {
+        base: "bert",
+        embed_tokens: "embeddings.word_embeddings",
+        layers: "encoder.layer",
+        norm: None,
+        lm_head: "classifier",
+        linears: LinearNames {
+            qkv: &[
+                "attention.self.query",
+                "attention.self.key",
+                "attention.self.value",
+            ],
+            o: "attention.output.dense",
+            gate_up: &["intermediate.dense"],
+            down: "output.dense",
+        },
+        unread: &["cls."],
+        ..Self::LLAMA
+    };
+
+    /// RoBERTa's.
+    pub const ROBERTA: Self = Self {
+        base: "roberta",
+        lm_head: "classifier.out_proj",
+        unread: &["lm_head.", "roberta.pooler.", "pooler."],
+        ..Self::BERT
+    };
+
+    /// ELECTRA's.
+    pub const ELECTRA: Self = Self {
+        base: "electra",
+        lm_head: "classifier.out_proj",
+        unread: &[
+            "discriminator_predictions.",
+            "generator_predictions.",
+            "generator_lm_head.",
+        ],
+        ..Self::BERT
+    };
+
+    /// DistilBERT's.
+    pub const DISTILBERT: Self = Self {
+        base: "distilbert",
+        layers: "transformer.layer",
+        linears: LinearNames {
+            qkv: &["attention.q_lin", "attention.k_lin", "attention.v_lin"],
+            o: "attention.out_lin",
+            gate_up: &["ffn.lin1"],
+            down: "ffn.lin2",
+        },
+        unread: &["vocab_transform.", "vocab_layer_norm.", "vocab_projector."],
+        ..Self::BERT
+    };
+
     /// The name of tensor `name` in files that do not name it as PEFT: those of the bare decoder,
     /// which lack the prefix of the base, or of a composite model.
     pub fn other_name(&self, name: &str) -> String {
@@ -126,6 +185,11 @@ impl ModuleNames {
                 head.map_or_else(|| name.to_string(), |(part, head)| format!("{head}{part}"))
             }
         }
+    }
+
+    /// Whether files may hold a tensor of this name that the model does not read.
+    pub fn is_unread(&self, name: &str) -> bool {
+        self.unread.iter().any(|prefix| name.starts_with(prefix))
     }
 
     /// Whether a tensor is of a composite model's other parts.

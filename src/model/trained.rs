@@ -165,14 +165,15 @@ impl TrainedNames<'_> {
     /// The layers of the head; a tied one is the embedding's tensor.
     pub(super) fn head(&self, architecture: &Architecture) -> Vec<TrainedLinear> {
         let embed_tokens = architecture.names.embed_tokens_path();
-        let layer = |(path, _): (&'static str, usize)| {
+        let layer = |layer: LinearSpec| {
+            let path = layer.name;
             let weight = if self.tied { &embed_tokens } else { path };
             let stored = self.stored_format(architecture, &format!("{weight}.weight"));
             TrainedLinear {
                 stored,
                 lora: (self.lora)(path),
                 weight: (self.weight)(&format!("{weight}.weight")),
-                bias: (self.weight)(&format!("{path}.bias")),
+                bias: layer.bias && (self.weight)(&format!("{path}.bias")),
             }
         };
         architecture.head_linears().into_iter().map(layer).collect()

@@ -187,7 +187,8 @@ impl Weights {
     /// A tied head is the embedding's tensor.
     fn source(&self, name: &str) -> Result<StoredTensor<'_>> {
         let [head, table] = self.architecture.tied_tensors();
-        let tied = || self.locations.get(&table).filter(|_| name == head);
+        let is_tied = self.architecture.tie_word_embeddings && name == head;
+        let tied = || self.locations.get(&table).filter(|_| is_tied);
         let Some(tensor) = self.locations.get(name).or_else(tied) else {
             return Err(Error::new(
                 Kind::Model,
@@ -276,7 +277,7 @@ fn match_tensors(
     let head: Vec<String> = architecture
         .head_linears()
         .iter()
-        .map(|(path, _)| format!("{path}."))
+        .map(|layer| format!("{}.", layer.name))
         .collect();
     let is_head = |name: &str| {
         architecture.classifier().is_some() && head.iter().any(|path| name.starts_with(path))
@@ -305,7 +306,7 @@ fn match_tensors(
     let known = |name: &str| {
         names.values().any(|stored| stored == name)
             || BUFFERS.iter().any(|suffix| name.ends_with(suffix))
-            || (architecture.classifier().is_some() && is_pretraining(name))
+            || architecture.names.is_unread(name)
             || tied.iter().any(|tied| tied == name)
             || architecture.names.is_of_tower(name)
     };
@@ -327,11 +328,6 @@ fn match_tensors(
         ),
     )
     .hint("config.json and the weights must come from the same revision of the same model"))
-}
-
-/// Whether a tensor of an encoder's files belongs to the head of pre-training.
-fn is_pretraining(name: &str) -> bool {
-    name.starts_with("cls.")
 }
 
 /// The name in the files of the tensor `name` of the architecture. A tied embedding may be stored

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::model::read_json;
+use crate::adapter::config::CONFIG_FILE;
 use crate::data::{self, Format};
 use crate::error::{Error, Kind, Result};
 use crate::model::Architecture;
@@ -24,6 +25,9 @@ pub(super) fn resolve_task(
     architecture: &mut Architecture,
     training_files: Option<&[PathBuf]>,
 ) -> Result<()> {
+    if architecture.classifier().is_none() && asks_for_classes(recipe)? {
+        architecture.classify(generic_labels())?;
+    }
     let Some(head) = architecture.classifier() else {
         return check_causal_lm(recipe);
     };
@@ -32,7 +36,7 @@ pub(super) fn resolve_task(
         return Err(refused(
             "model.task",
             "\"causal-lm\"",
-            "the model is an encoder: it predicts no next token",
+            "the model classifies: it predicts no next token",
         )
         .hint("write `task = \"sequence-classification\"` in [model], or choose a decoder"));
     }
@@ -62,29 +66,47 @@ pub(super) fn resolve_task(
     Ok(())
 }
 
+/// Whether the recipe, or the adapter that it continues, asks for a classifier.
+fn asks_for_classes(recipe: &Recipe) -> Result<bool> {
+    let continued = match &recipe.adapter {
+        Adapter::Lora(lora) => lora.init_from.as_deref(),
+        Adapter::None => None,
+    };
+    match (recipe.model.task, continued) {
+        (Task::SequenceClassification, _) => Ok(true),
+        (Task::Auto, Some(adapter)) => is_of_classifier(adapter),
+        _ => Ok(false),
+    }
+}
+
+/// Whether the adapter in a directory was trained on a classifier.
+pub(super) fn is_of_classifier(adapter: &Path) -> Result<bool> {
+    let path = adapter.join(CONFIG_FILE);
+    if !path.is_file() {
+        return Ok(false);
+    }
+    Ok(read_json(&path)?.get("task_type") == Some(&"SEQ_CLS".into()))
+}
+
+/// Names of two classes, as transformers gives them.
+pub(super) fn generic_labels() -> Vec<String> {
+    (0..2).map(|id| format!("LABEL_{id}")).collect()
+}
+
 /// Refuses settings of a classifier for a model that predicts tokens.
 fn check_causal_lm(recipe: &Recipe) -> Result<()> {
-    let error = if recipe.model.task == Task::SequenceClassification {
-        refused(
-            "model.task",
-            "\"sequence-classification\"",
-            "a decoder has no head for classes",
-        )
-        .hint("choose an encoder, such as `sentence-transformers/all-MiniLM-L6-v2`")
-    } else if recipe.data.format == Format::Classification {
-        refused(
-            "data.format",
-            "\"classification\"",
-            "the model predicts tokens, not classes",
-        )
-        .hint("choose an encoder, or `format = \"completion\"` with the label as completion")
+    const HINT: &str = "write `task = \"sequence-classification\"` in [model]";
+    let predicts_tokens = "the model predicts tokens, not classes";
+    let error = if recipe.data.format == Format::Classification {
+        refused("data.format", "\"classification\"", predicts_tokens)
+            .hint(format!("{HINT}, or `format = \"completion\"` in [data]"))
     } else if !recipe.data.labels.is_empty() {
         refused(
             "data.labels",
             &recipe.data.labels.join(", "),
-            "the model predicts tokens, not classes",
+            predicts_tokens,
         )
-        .hint("remove `labels`, or choose an encoder")
+        .hint(format!("{HINT}, or remove `labels`"))
     } else {
         return Ok(());
     };

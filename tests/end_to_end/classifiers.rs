@@ -137,6 +137,60 @@ fn a_classifier_spends_what_was_planned_and_learns() {
 }
 
 #[test]
+fn every_classifier_spends_what_was_planned() {
+    for model in [
+        "roberta",
+        "electra",
+        "distilbert",
+        "llama_score",
+        "qwen3_score",
+    ] {
+        let lab = lab(model);
+        let keys = set(&[
+            "train.steps=3",
+            "train.eval_every=2",
+            "adapter.lora_dropout=0.1",
+        ]);
+        let (plan, report) = (lab.plan(&keys), lab.train("run", &keys));
+        let total = |value: &Value| microjoules(&value["energy"]["total_j"]);
+        assert_eq!(total(&plan), total(&report), "{model}");
+    }
+}
+
+#[test]
+fn a_decoder_gets_a_head_for_classes() {
+    let lab = lab("qwen3");
+    let keys = set(&["model.task=sequence-classification"]);
+    let report = lab.train("run", &keys);
+    let evaluated = lab.json(&["eval", "run", "--data", "validation.jsonl", "--quiet"]);
+    for path in ["/training/metrics/accuracy", "/training/val_loss_after"] {
+        let key = path
+            .rsplit('/')
+            .next()
+            .unwrap()
+            .replace("val_loss_after", "loss");
+        let [reported, found] = [
+            number(&report, path),
+            number(&evaluated, &format!("/{key}")),
+        ];
+        assert!(
+            (reported - found).abs() < 1e-6,
+            "{key}: {reported}, {found}"
+        );
+    }
+    let by_adapter = ["eval", "--model", "./qwen3", "--adapter", "run/adapter"];
+    let data = ["--data", "validation.jsonl", "--quiet"];
+    assert_eq!(lab.json(&[&by_adapter[..], &data].concat()), evaluated);
+    assert!(number(&evaluated, "/loss") < 0.5 * number(&report, "/training/val_loss_before"));
+    let continued = lab.train(
+        "again",
+        &set(&["adapter.init_from=run/adapter", "train.steps=1"]),
+    );
+    let before = number(&continued, "/training/val_loss_before");
+    assert!((before - number(&evaluated, "/loss")).abs() < 1e-6);
+}
+
+#[test]
 fn predictions_are_labels_and_probabilities() {
     let lab = lab("bert");
     lab.train("run", &[]);
@@ -199,6 +253,21 @@ fn what_a_classifier_cannot_do_is_refused() {
         &message,
         &["`classifier.weight` has shape [3, 32], the labels need [2, 32]"],
     );
+    let classes_of = |model: &str| {
+        let message = lab.refused(
+            2,
+            &[
+                "train",
+                "recipe.toml",
+                "--set",
+                model,
+                "--set",
+                "data.format=classification",
+            ],
+        );
+        says(&message, &["task = \"sequence-classification\""]);
+    };
+    classes_of("model.id=embedded:tiny");
     let generate = ["generate", "--model", "./bert", "--prompt", "a film"];
     says(&lab.refused(2, &generate), &["wattune predict"]);
     let predict = [

@@ -143,11 +143,11 @@ impl Golden {
 
     /// What PEFT's adapter trains: LoRA, and a classifier in full.
     pub fn adaptation(&self) -> Adaptation {
-        let saved = self
-            .architecture
-            .classifier()
-            .map(|path| format!("{path}."));
-        let is_saved = |name: &str| saved.as_ref().is_some_and(|path| name.starts_with(path));
+        let head = self.architecture.classifier();
+        let is_saved = |name: &str| {
+            let (path, _) = name.rsplit_once('.').unwrap();
+            head.is_some_and(|head| path.ends_with(head) || path.starts_with(&format!("{head}.")))
+        };
         let tensors = self.architecture.tensors().into_iter();
         let copies = tensors.filter(|tensor| is_saved(&tensor.name));
         Adaptation {

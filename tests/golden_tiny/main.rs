@@ -35,7 +35,15 @@ const FAMILIES: [&str; 14] = [
     "gemma3_vision",
     "ministral3",
 ];
-const CLASSIFIERS: [&str; 1] = ["bert"];
+const CLASSIFIERS: [&str; 7] = [
+    "bert",
+    "roberta",
+    "electra",
+    "distilbert",
+    "llama_score",
+    "qwen2_score",
+    "qwen3_score",
+];
 
 fn decoders() -> impl Iterator<Item = &'static str> {
     LLAMA.into_iter().chain(FAMILIES)
